@@ -1,0 +1,177 @@
+//! CRAM-MD5 (RFC 2195): the server sends a challenge, the client answers with its name and an HMAC-MD5 of it.
+//!
+//! The secret never travels, but the server must know it as it is, and one who listens can try words at leisure:
+//! the secret should be long and random, and TLS should be around it all the same.
+
+use data_encoding::HEXLOWER;
+use hmac::{Hmac, KeyInit, Mac};
+use md5::Md5;
+
+use super::{ClientExchange, Secrets, ServerExchange, ServerStep, same, verify};
+
+pub(super) struct Server {
+    challenge: String,
+}
+
+impl Server {
+    pub(super) fn new(challenge: String) -> Server {
+        Server { challenge }
+    }
+}
+
+impl ServerExchange for Server {
+    fn first(&mut self) -> Option<Vec<u8>> {
+        Some(self.challenge.clone().into_bytes())
+    }
+
+    fn step(&mut self, response: &[u8], secrets: &dyn Secrets) -> ServerStep {
+        let Some((name, digest)) = parse(response) else {
+            return ServerStep::Malformed;
+        };
+        verify(name, secrets, |secret| same(&hmac_md5(secret, self.challenge.as_bytes()), &digest))
+    }
+}
+
+pub(super) struct Client {
+    name: String,
+    secret: Vec<u8>,
+    answered: bool,
+}
+
+impl Client {
+    pub(super) fn new(name: &str, secret: &[u8]) -> Client {
+        Client { name: name.to_owned(), secret: secret.to_owned(), answered: false }
+    }
+}
+
+impl ClientExchange for Client {
+    /// The server speaks first: RFC 4954 section 4 forbids an initial response.
+    fn initial(&mut self) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// The challenge is taken as it is: RFC 2645 section 6 shows one that has no `<>` and ends in a LF.
+    fn step(&mut self, challenge: &[u8]) -> Option<Vec<u8>> {
+        if std::mem::replace(&mut self.answered, true) {
+            return None;
+        }
+        let digest = HEXLOWER.encode(&hmac_md5(&self.secret, challenge));
+        Some(format!("{} {digest}", self.name).into_bytes())
+    }
+
+    fn finished(&self) -> bool {
+        self.answered
+    }
+}
+
+/// `name SP digest`, the digest in lower-case hexadecimal (RFC 2195 section 2). The last space counts, as a name
+/// may hold spaces. A line end behind it is dropped: RFC 2645 section 6 shows one.
+fn parse(response: &[u8]) -> Option<(&str, [u8; 16])> {
+    let response = response.strip_suffix(b"\n").unwrap_or(response);
+    let response = response.strip_suffix(b"\r").unwrap_or(response);
+    let (name, digest) = std::str::from_utf8(response).ok()?.rsplit_once(' ')?;
+    let digest = HEXLOWER.decode(digest.as_bytes()).ok()?;
+    if name.is_empty() {
+        return None;
+    }
+    Some((name, digest.try_into().ok()?))
+}
+
+fn hmac_md5(secret: &[u8], challenge: &[u8]) -> [u8; 16] {
+    let mut hmac = Hmac::<Md5>::new_from_slice(secret).expect("RFC 2104: a key may have any length");
+    hmac.update(challenge);
+    hmac.finalize().into_bytes().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::One;
+    use super::*;
+
+    const CHALLENGE: &str = "<1896.697170952@postoffice.reston.mci.net>";
+    const TIM: One = One("tim", b"tanstaaftanstaaf");
+    const RESPONSE: &[u8] = b"tim b913a602c7eda7a495b4e6e7334d3890";
+
+    fn serve(response: &[u8], secrets: &One) -> ServerStep {
+        Server::new(CHALLENGE.into()).step(response, secrets)
+    }
+
+    #[test]
+    fn the_example_of_rfc_2195_passes_on_both_sides() {
+        let mut client = Client::new("tim", b"tanstaaftanstaaf");
+        assert_eq!(client.initial(), None);
+        assert!(!client.finished(), "success before the challenge is no success");
+        let response = client.step(CHALLENGE.as_bytes());
+        assert_eq!(response.as_deref(), Some(RESPONSE));
+        assert!(client.finished());
+        assert_eq!(client.step(CHALLENGE.as_bytes()), None, "one round, no more");
+        assert_eq!(serve(RESPONSE, &TIM), ServerStep::Done("tim".into()));
+    }
+
+    #[test]
+    fn responses_end_as_they_should() {
+        let check = |response: &[u8], expected: ServerStep| {
+            let shown = response.escape_ascii();
+            assert_eq!(serve(response, &TIM), expected, "{shown}");
+        };
+        let done = || ServerStep::Done("tim".into());
+        check(b"tim b913a602c7eda7a495b4e6e7334d3890\n", done());
+        check(b"tim b913a602c7eda7a495b4e6e7334d3890\r\n", done());
+        check(b"tim b913a602c7eda7a495b4e6e7334d3891", ServerStep::Failed);
+        check(b"tom b913a602c7eda7a495b4e6e7334d3890", ServerStep::Failed);
+        check(b"Tim b913a602c7eda7a495b4e6e7334d3890", ServerStep::Failed);
+        check(b"tim  b913a602c7eda7a495b4e6e7334d3890", ServerStep::Failed);
+        check(b"broken b913a602c7eda7a495b4e6e7334d3890", ServerStep::Unavailable);
+        for malformed in [
+            &b""[..],
+            b" ",
+            b"tim",
+            b"tim ",
+            b" b913a602c7eda7a495b4e6e7334d3890",
+            b"tim b913a602c7eda7a495b4e6e7334d389",
+            b"tim b913a602c7eda7a495b4e6e7334d389000",
+            b"tim B913A602C7EDA7A495B4E6E7334D3890",
+            b"tim b913a602c7eda7a495b4e6e7334d389x",
+            b"\xff b913a602c7eda7a495b4e6e7334d3890",
+            b"tim b913a602c7eda7a495b4e6e7334d3890 ",
+        ] {
+            check(malformed, ServerStep::Malformed);
+        }
+    }
+
+    #[test]
+    fn a_name_may_hold_spaces() {
+        let secrets = One("tim the boy", b"tanstaaftanstaaf");
+        let response = b"tim the boy b913a602c7eda7a495b4e6e7334d3890";
+        assert_eq!(serve(response, &secrets), ServerStep::Done("tim the boy".into()));
+    }
+
+    /// RFC 2202 section 2: short, block-sized and longer keys (those are hashed first).
+    #[test]
+    fn keys_of_every_length_pass_the_vectors_of_rfc_2202() {
+        let check = |key: &[u8], data: &[u8], digest: &str| {
+            assert_eq!(HEXLOWER.encode(&hmac_md5(key, data)), digest);
+        };
+        check(&[0x0b; 16], b"Hi There", "9294727a3638bb1c13f48ef8158bfc9d");
+        check(b"Jefe", b"what do ya want for nothing?", "750c783e6ab0b503eaa86e310a5db738");
+        check(
+            &[0xaa; 80],
+            b"Test Using Larger Than Block-Size Key - Hash Key First",
+            "6b1ab7fe4bd7bf8f0b62e6ce61b9d0cd",
+        );
+    }
+
+    /// The challenge of RFC 2645 section 6; the digest printed there is copied from RFC 2195 and does not fit.
+    #[test]
+    fn a_challenge_is_octets_and_no_more() {
+        let mut with = Client::new("foobar.net", b"tanstaaftanstaaf");
+        let mut without = Client::new("foobar.net", b"tanstaaftanstaaf");
+        let with = with.step(b"1896.697170952@ISP.COM\n").unwrap();
+        let without = without.step(b"1896.697170952@ISP.COM").unwrap();
+        assert_ne!(with, without, "the LF is part of it");
+        for response in [&with, &without] {
+            assert!(response.starts_with(b"foobar.net "));
+            assert!(!response.ends_with(b"b913a602c7eda7a495b4e6e7334d3890"));
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! What comes from outside and never repeats: the time, queue ids, file names, challenges.
+//!
+//! Everything in the program that depends on the clock or on randomness goes through [`Stamps`], so that
+//! a test replaces all of it at once with [`Stamps::fixed`] and a dialogue can be written down in advance.
+//! (Deadlines are another matter: they are `std::time::Instant`s and belong to those who wait.)
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use data_encoding::HEXLOWER;
+use jiff::Timestamp;
+use jiff::civil::Weekday;
+use jiff::tz::Offset;
+
+/// The source of times and of names that never repeat. A clone is the same source.
+#[derive(Clone)]
+pub struct Stamps {
+    source: Arc<Source>,
+}
+
+impl Stamps {
+    /// The clock and the process id of this machine, and `random`, which must fill the whole slice with
+    /// octets nobody can guess.
+    pub fn system(random: fn(&mut [u8])) -> Stamps {
+        Stamps::from(Source::System { random, last: AtomicU64::new(0), files: AtomicU64::new(0) })
+    }
+
+    /// For tests: the clock stands at 2026-01-02T03:04:05Z; ids, file names and challenges count 1, 2, 3…,
+    /// each on its own.
+    pub fn fixed() -> Stamps {
+        Stamps::from(Source::Fixed { ids: AtomicU64::new(0), files: AtomicU64::new(0), challenges: AtomicU64::new(0) })
+    }
+
+    pub fn now(&self) -> Date {
+        match &*self.source {
+            Source::System { .. } => Date::from_microseconds(clock()),
+            Source::Fixed { .. } => FIXED,
+        }
+    }
+
+    /// A queue id: unique on this host, also among processes; 21 characters out of `0-9a-v`, so that it may
+    /// stand in a file name, a header line and a reply. Ids of one process sort by time.
+    /// [`Stamps::fixed`]: `id1`, `id2`, …
+    pub fn id(&self) -> String {
+        match &*self.source {
+            Source::System { random, last, .. } => {
+                // The time tells the ids of one process apart, the process id those of one moment. The
+                // random part is for what neither sees: containers that share a spool, a clock set back.
+                let mut id = base32(tick(last), 11);
+                id.push_str(&base32(u64::from(std::process::id()), 5));
+                id.push_str(&base32(u64::from_le_bytes(octets(*random)), 5));
+                id
+            }
+            Source::Fixed { ids, .. } => format!("id{}", count(ids)),
+        }
+    }
+
+    /// A name for a new file in a Maildir: `seconds.M…P…Q…R….host`, as maildir(5) wants it: the microseconds,
+    /// the process id, the process's count of deliveries and 32 random bits, so that one second, a clock that
+    /// is set back and a reused process id do no harm. `/` and `:` in the host name are written `\057` and
+    /// `\072`. [`Stamps::fixed`]: `1767323045.1.host`, counting.
+    pub fn file_name(&self, hostname: &str) -> String {
+        let host = hostname.replace('/', "\\057").replace(':', "\\072");
+        match &*self.source {
+            Source::System { random, last, files } => {
+                let time = tick(last);
+                let seconds = time / MICROSECONDS;
+                let microseconds = time % MICROSECONDS;
+                let process = std::process::id();
+                let delivery = count(files);
+                let random = HEXLOWER.encode(&octets::<4>(*random));
+                format!("{seconds}.M{microseconds}P{process}Q{delivery}R{random}.{host}")
+            }
+            Source::Fixed { files, .. } => format!("{}.{}.{host}", FIXED.seconds, count(files)),
+        }
+    }
+
+    /// A challenge for CRAM-MD5, `<random.timestamp@hostname>` (RFC 2195 section 2): 128 random bits written
+    /// in digits, so that none is ever seen twice. [`Stamps::fixed`]: `<1.1767323045@hostname>`, counting.
+    pub fn challenge(&self, hostname: &str) -> String {
+        match &*self.source {
+            Source::System { random, .. } => {
+                let random = u128::from_le_bytes(octets(*random));
+                format!("<{random}.{}@{hostname}>", self.now().seconds)
+            }
+            Source::Fixed { challenges, .. } => {
+                format!("<{}.{}@{hostname}>", count(challenges), FIXED.seconds)
+            }
+        }
+    }
+
+    fn from(source: Source) -> Stamps {
+        Stamps { source: Arc::new(source) }
+    }
+}
+
+/// A moment, in whole seconds since 1970, UTC.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+pub struct Date {
+    seconds: i64,
+}
+
+impl Date {
+    /// A moment outside the years 1 to 9999 becomes the nearest one inside: what is printed must stay
+    /// readable, and so old or so young no letter is.
+    pub fn from_seconds(seconds: i64) -> Date {
+        Date { seconds: seconds.clamp(FIRST, Timestamp::MAX.as_second()) }
+    }
+
+    pub fn seconds(self) -> i64 {
+        self.seconds
+    }
+
+    /// As header lines want it: `Fri, 02 Jan 2026 03:04:05 +0000` (RFC 5322 section 3.3).
+    pub fn rfc5322(self) -> String {
+        let civil = self.civil();
+        let weekday = match civil.weekday() {
+            Weekday::Monday => "Mon",
+            Weekday::Tuesday => "Tue",
+            Weekday::Wednesday => "Wed",
+            Weekday::Thursday => "Thu",
+            Weekday::Friday => "Fri",
+            Weekday::Saturday => "Sat",
+            Weekday::Sunday => "Sun",
+        };
+        let month = match civil.month() {
+            1 => "Jan",
+            2 => "Feb",
+            3 => "Mar",
+            4 => "Apr",
+            5 => "May",
+            6 => "Jun",
+            7 => "Jul",
+            8 => "Aug",
+            9 => "Sep",
+            10 => "Oct",
+            11 => "Nov",
+            _ => "Dec",
+        };
+        format!(
+            "{weekday}, {:02} {month} {:04} {:02}:{:02}:{:02} +0000",
+            civil.day(),
+            civil.year(),
+            civil.hour(),
+            civil.minute(),
+            civil.second()
+        )
+    }
+
+    /// As our own files and logs want it: `2026-01-02T03:04:05Z` (RFC 3339).
+    pub fn rfc3339(self) -> String {
+        let civil = self.civil();
+        format!(
+            "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z",
+            civil.year(),
+            civil.month(),
+            civil.day(),
+            civil.hour(),
+            civil.minute(),
+            civil.second()
+        )
+    }
+
+    /// Reads what [`Date::rfc3339`] writes, and other offsets; a fraction of a second is dropped.
+    pub fn parse_rfc3339(text: &str) -> Option<Date> {
+        let moment: Timestamp = text.parse().ok()?;
+        Some(Date::from_seconds(moment.as_second()))
+    }
+
+    fn from_microseconds(microseconds: u64) -> Date {
+        Date::from_seconds((microseconds / MICROSECONDS).cast_signed())
+    }
+
+    fn civil(self) -> jiff::civil::DateTime {
+        // In range since `from_seconds`, so the fallback is never taken.
+        let moment = Timestamp::from_second(self.seconds).unwrap_or(Timestamp::UNIX_EPOCH);
+        Offset::UTC.to_datetime(moment)
+    }
+}
+
+enum Source {
+    System {
+        random: fn(&mut [u8]),
+        /// The last tick that was given out.
+        last: AtomicU64,
+        files: AtomicU64,
+    },
+    Fixed {
+        ids: AtomicU64,
+        files: AtomicU64,
+        challenges: AtomicU64,
+    },
+}
+
+/// 2026-01-02T03:04:05Z
+const FIXED: Date = Date { seconds: 1_767_323_045 };
+
+/// 0001-01-01T00:00:00Z
+const FIRST: i64 = -62_135_596_800;
+
+const MICROSECONDS: u64 = 1_000_000;
+
+/// Microseconds since 1970. A clock before 1970 counts as 1970.
+fn clock() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_micros()).unwrap_or(0))
+}
+
+/// The clock, but never the same value twice and never backwards within this process.
+fn tick(last: &AtomicU64) -> u64 {
+    let now = clock();
+    let next = |last: u64| now.max(last.saturating_add(1));
+    match last.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| Some(next(last))) {
+        Ok(before) | Err(before) => next(before),
+    }
+}
+
+/// 1, 2, 3…
+fn count(counter: &AtomicU64) -> u64 {
+    counter.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
+}
+
+fn octets<const N: usize>(random: fn(&mut [u8])) -> [u8; N] {
+    let mut octets = [0; N];
+    random(&mut octets);
+    octets
+}
+
+/// The lowest `5 * width` bits of `number`, in digits that sort like the number.
+fn base32(number: u64, width: usize) -> String {
+    const DIGITS: &[u8; 32] = b"0123456789abcdefghijklmnopqrstuv";
+    (0..width).rev().map(|place| char::from(DIGITS[(number >> (5 * place) & 31) as usize])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    /// Always the same octets: what stays unique with it does not hang on luck.
+    fn stuck(octets: &mut [u8]) {
+        octets.fill(7);
+    }
+
+    #[test]
+    fn fixed_stamps_count() {
+        let stamps = Stamps::fixed();
+        let other = stamps.clone();
+        assert_eq!(stamps.now().rfc3339(), "2026-01-02T03:04:05Z");
+        assert_eq!([stamps.id(), other.id()], ["id1", "id2"]);
+        assert_eq!(stamps.file_name("host"), "1767323045.1.host");
+        assert_eq!(other.file_name("a/b:c"), "1767323045.2.a\\057b\\072c");
+        assert_eq!(stamps.challenge("host"), "<1.1767323045@host>");
+        assert_eq!(stamps.challenge("host"), "<2.1767323045@host>");
+        assert_eq!(Stamps::fixed().id(), "id1");
+    }
+
+    #[test]
+    fn nothing_repeats_in_many_threads_even_without_randomness() {
+        let stamps = Stamps::system(stuck);
+        let made: Vec<(Vec<String>, Vec<String>)> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let ids = (0..25_000).map(|_| stamps.id()).collect();
+                        let names = (0..25_000).map(|_| stamps.file_name("host")).collect();
+                        (ids, names)
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        let mut ids = HashSet::new();
+        let mut names = HashSet::new();
+        for (some_ids, some_names) in made {
+            assert!(some_ids.is_sorted(), "the ids of one thread sort by time");
+            ids.extend(some_ids);
+            names.extend(some_names);
+        }
+        assert_eq!((ids.len(), names.len()), (100_000, 100_000));
+    }
+
+    #[test]
+    fn an_id_may_stand_in_a_file_name() {
+        let id = Stamps::system(stuck).id();
+        assert_eq!(id.len(), 21, "{id}");
+        assert!(id.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'v')));
+    }
+
+    #[test]
+    fn a_tick_never_repeats_when_the_clock_is_set_back() {
+        let last = AtomicU64::new(u64::MAX / 2);
+        assert_eq!(tick(&last), u64::MAX / 2 + 1);
+        assert_eq!(tick(&last), u64::MAX / 2 + 2);
+    }
+
+    #[test]
+    fn a_system_file_name_and_challenge_have_their_shape() {
+        let stamps = Stamps::system(stuck);
+        let name = stamps.file_name("mail.example.org");
+        let process = std::process::id();
+        let rest = name.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix(".M").unwrap();
+        let rest = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+        assert_eq!(rest, format!("P{process}Q1R07070707.mail.example.org"));
+
+        let challenge = stamps.challenge("mail.example.org");
+        let inner = challenge.strip_prefix('<').unwrap();
+        let inner = inner.strip_suffix("@mail.example.org>").unwrap();
+        let (random, time) = inner.split_once('.').unwrap();
+        assert!(random.bytes().all(|c| c.is_ascii_digit()));
+        assert!(time.parse::<i64>().unwrap() > 1_700_000_000);
+    }
+
+    #[test]
+    fn dates_are_written_as_the_rfcs_want() {
+        let check = |seconds, rfc5322: &str, rfc3339: &str| {
+            let date = Date::from_seconds(seconds);
+            assert_eq!(date.rfc5322(), rfc5322);
+            assert_eq!(date.rfc3339(), rfc3339);
+            assert_eq!(Date::parse_rfc3339(rfc3339), Some(date));
+        };
+        check(1_767_323_045, "Fri, 02 Jan 2026 03:04:05 +0000", "2026-01-02T03:04:05Z");
+        check(0, "Thu, 01 Jan 1970 00:00:00 +0000", "1970-01-01T00:00:00Z");
+        check(951_782_399, "Mon, 28 Feb 2000 23:59:59 +0000", "2000-02-28T23:59:59Z");
+        check(951_782_400, "Tue, 29 Feb 2000 00:00:00 +0000", "2000-02-29T00:00:00Z");
+    }
+
+    #[test]
+    fn dates_far_away_stay_readable() {
+        assert_eq!(Date::from_seconds(i64::MIN).rfc3339(), "0001-01-01T00:00:00Z");
+        assert!(Date::from_seconds(i64::MAX).rfc5322().contains(" Dec 9999 "));
+    }
+
+    #[test]
+    fn other_forms_of_a_date_are_read_or_refused() {
+        let read = |text: &str| Date::parse_rfc3339(text).map(Date::seconds);
+        assert_eq!(read("2026-01-02T04:04:05.999+01:00"), Some(1_767_323_045));
+        for text in ["", "yesterday", "2026-13-02T03:04:05Z", "2026-01-02", "2026-01-02T03:04:05"] {
+            assert_eq!(read(text), None, "{text}");
+        }
+    }
+}
