@@ -1,0 +1,663 @@
+//! Domains, mailboxes and paths as SMTP writes them (RFC 5321 section 4.1.2, RFC 6531 section 3.3).
+//!
+//! A value of one of these types is a valid one: there is no other way to make it than to parse it.
+//!
+//! ```text
+//! MAIL FROM:<@one.example,@two.example:"Joe Doe"@example.org> SIZE=1000
+//!            `-- source route: read, ---'`-local-' `- host -'
+//!                then forgotten         `------ mailbox ----'
+//!           `------------------- path ----------------------'
+//! ```
+//!
+//! What means the same compares as equal: domains and address literals are kept in their one
+//! canonical form, local parts without quotes. Written out again they take the shortest form.
+
+use core::net::IpAddr;
+use std::fmt;
+
+/// RFC 1035 section 2.3.4.
+const LABEL_LIMIT: usize = 63;
+/// RFC 5321 section 4.5.3.1.2.
+const DOMAIN_LIMIT: usize = 255;
+/// RFC 5321 section 4.5.3.1.1 asks for 64 and to accept more where possible.
+const LOCAL_LIMIT: usize = 255;
+/// With its angle brackets. RFC 5321 section 4.5.3.1.3 asks for 256; routes and UTF-8 take more.
+const PATH_LIMIT: usize = 1000;
+
+/// A domain name in lower case, U-labels turned into A-labels: always ASCII.
+///
+/// Letters, digits and hyphens in labels of 1 to 63 octets, 255 in all, no dot at either end. So it
+/// is safe as the name of a file.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Domain(String);
+
+impl Domain {
+    /// Reads the `Domain` of RFC 5321 section 4.1.2, with the U-labels of RFC 6531.
+    ///
+    /// What the tables of RFC 5892 disallow is not refused: it becomes a name nobody can register.
+    pub fn parse(text: &str) -> Option<Domain> {
+        let labels: Option<Vec<String>> = text.split('.').map(label).collect();
+        let name = labels?.join(".");
+        (name.len() <= DOMAIN_LIMIT).then_some(Domain(name))
+    }
+
+    /// Reads the stricter `domain` of RFC 2645 section 5.2.1: ASCII, with at least one dot.
+    pub fn parse_odmr(input: &[u8]) -> Option<Domain> {
+        let text = str::from_utf8(input).ok()?;
+        let strict = text.is_ascii() && text.contains('.');
+        strict.then_some(text).and_then(Domain::parse)
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What stands behind the `@` of a mailbox, or behind EHLO.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Host {
+    Name(Domain),
+    /// An address literal, written `[192.0.2.1]` or `[IPv6:2001:db8::1]`.
+    Literal(IpAddr),
+}
+
+impl Host {
+    /// Reads a domain or an address literal (RFC 5321 section 4.1.3).
+    pub fn parse(text: &str) -> Option<Host> {
+        match text.strip_prefix('[') {
+            Some(rest) => rest.strip_suffix(']').and_then(literal).map(Host::Literal),
+            None => Domain::parse(text).map(Host::Name),
+        }
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Host::Name(domain) => domain.fmt(f),
+            Host::Literal(IpAddr::V4(address)) => write!(f, "[{address}]"),
+            Host::Literal(IpAddr::V6(address)) => write!(f, "[IPv6:{address}]"),
+        }
+    }
+}
+
+/// `local@host`. `"joe"@a.example` and `joe@a.example` are the same (RFC 5321 section 4.1.2).
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Mailbox {
+    local: String,
+    host: Host,
+}
+
+impl Mailbox {
+    /// Reads a mailbox that stands alone, without angle brackets.
+    pub fn parse(text: &str) -> Option<Mailbox> {
+        mailbox(text).ok()
+    }
+
+    /// The local part without its quotes, case kept: up to 255 octets, no control characters.
+    ///
+    /// It may be empty, `..`, or hold spaces, `/` and `@`: it is not safe as the name of a file.
+    pub fn local(&self) -> &str {
+        &self.local
+    }
+
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// The domain, unless the host is an address literal.
+    pub fn domain(&self) -> Option<&Domain> {
+        match &self.host {
+            Host::Name(domain) => Some(domain),
+            Host::Literal(_) => None,
+        }
+    }
+
+    /// Whether the next hop can take it without SMTPUTF8.
+    ///
+    /// That is a question about the local part: domains are kept as A-labels. Whether the peer was
+    /// allowed to write what it wrote, its own octets must tell.
+    pub fn is_ascii(&self) -> bool {
+        self.local.is_ascii()
+    }
+}
+
+/// Writes the shortest form: quotes only where they are needed (RFC 5321 section 4.1.2).
+impl fmt::Display for Mailbox {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        if is_dot_string(&self.local) {
+            write!(f, "{}@{}", self.local, self.host)
+        } else {
+            let escaped = self.local.replace('\\', r"\\").replace('"', "\\\"");
+            write!(f, "\"{escaped}\"@{}", self.host)
+        }
+    }
+}
+
+/// Where notices about a message go. Written without its angle brackets, so the null path is empty.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum ReversePath {
+    Null,
+    Mailbox(Mailbox),
+}
+
+impl ReversePath {
+    /// As [`Mailbox::is_ascii`].
+    pub fn is_ascii(&self) -> bool {
+        match self {
+            ReversePath::Null => true,
+            ReversePath::Mailbox(mailbox) => mailbox.is_ascii(),
+        }
+    }
+}
+
+impl fmt::Display for ReversePath {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            ReversePath::Null => Ok(()),
+            ReversePath::Mailbox(mailbox) => mailbox.fmt(f),
+        }
+    }
+}
+
+/// Where a message goes. Written without its angle brackets.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum ForwardPath {
+    /// `<Postmaster>` without a domain, which every server takes (RFC 5321 section 4.5.1).
+    Postmaster,
+    Mailbox(Mailbox),
+}
+
+impl ForwardPath {
+    /// As [`Mailbox::is_ascii`].
+    pub fn is_ascii(&self) -> bool {
+        match self {
+            ForwardPath::Postmaster => true,
+            ForwardPath::Mailbox(mailbox) => mailbox.is_ascii(),
+        }
+    }
+}
+
+impl fmt::Display for ForwardPath {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            ForwardPath::Postmaster => f.write_str("Postmaster"),
+            ForwardPath::Mailbox(mailbox) => mailbox.fmt(f),
+        }
+    }
+}
+
+/// Why something is no path.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PathError {
+    /// No angle brackets, no `@`, a control character, or a local part that lacks its quotes.
+    Syntax,
+    /// A path of more than 1000 octets, or a local part of more than 255.
+    TooLong,
+    /// The host, or a host of the source route, is neither a domain nor an address literal.
+    BadDomain,
+    NotUtf8,
+}
+
+/// Reads a reverse path from its `<` on; says how many octets it took, to the `>`.
+pub fn reverse_path(input: &[u8]) -> Result<(ReversePath, usize), PathError> {
+    let (path, used) = enclosed(input)?;
+    let path = match path {
+        "" => ReversePath::Null,
+        _ => ReversePath::Mailbox(mailbox(without_route(path)?)?),
+    };
+    Ok((path, used))
+}
+
+/// Reads a forward path from its `<` on; says how many octets it took, to the `>`.
+pub fn forward_path(input: &[u8]) -> Result<(ForwardPath, usize), PathError> {
+    let (path, used) = enclosed(input)?;
+    let path = if path.eq_ignore_ascii_case("postmaster") {
+        ForwardPath::Postmaster
+    } else {
+        ForwardPath::Mailbox(mailbox(without_route(path)?)?)
+    };
+    Ok((path, used))
+}
+
+/// What stands between `<` and `>`, and the octets of both with their brackets.
+fn enclosed(input: &[u8]) -> Result<(&str, usize), PathError> {
+    let inside = input.strip_prefix(b"<").ok_or(PathError::Syntax)?;
+    let (mut quoted, mut escaped) = (false, false);
+    let end = inside.iter().position(|&octet| {
+        match octet {
+            b'>' if !quoted => return true,
+            _ if escaped => escaped = false,
+            b'\\' => escaped = quoted,
+            b'"' => quoted = !quoted,
+            _ => {}
+        }
+        false
+    });
+    let end = end.ok_or(PathError::Syntax)?;
+    if end + 2 > PATH_LIMIT {
+        return Err(PathError::TooLong);
+    }
+    let path = str::from_utf8(&inside[..end]).map_err(|_| PathError::NotUtf8)?;
+    Ok((path, end + 2))
+}
+
+/// A source route must be understood and should be ignored (RFC 5321 section 4.1.1.3, appendix C).
+fn without_route(path: &str) -> Result<&str, PathError> {
+    if !path.starts_with('@') {
+        return Ok(path);
+    }
+    let (route, mailbox) = path.split_once(':').ok_or(PathError::Syntax)?;
+    for hop in route.split(',') {
+        let domain = hop.strip_prefix('@').ok_or(PathError::Syntax)?;
+        Domain::parse(domain).ok_or(PathError::BadDomain)?;
+    }
+    Ok(mailbox)
+}
+
+fn mailbox(text: &str) -> Result<Mailbox, PathError> {
+    let (local, host) = match text.strip_prefix('"') {
+        Some(quoted) => unquoted(quoted),
+        None => {
+            text.split_once('@').filter(|(local, _)| is_dot_string(local)).map(|(local, host)| (local.to_owned(), host))
+        }
+    }
+    .ok_or(PathError::Syntax)?;
+    if local.contains(char::is_control) {
+        return Err(PathError::Syntax);
+    }
+    if local.len() > LOCAL_LIMIT {
+        return Err(PathError::TooLong);
+    }
+    let host = Host::parse(host).ok_or(PathError::BadDomain)?;
+    Ok(Mailbox { local, host })
+}
+
+/// Reads a quoted local part from behind its first quote: its content, and what follows the `@`.
+fn unquoted(text: &str) -> Option<(String, &str)> {
+    let mut content = String::new();
+    let mut characters = text.chars();
+    loop {
+        match characters.next()? {
+            '"' => break,
+            '\\' => content.push(characters.next().filter(char::is_ascii)?),
+            character => content.push(character),
+        }
+    }
+    let host = characters.as_str().strip_prefix('@')?;
+    Some((content, host))
+}
+
+/// Whether a local part needs no quotes: atoms with single dots between them.
+fn is_dot_string(local: &str) -> bool {
+    let is_atext = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-/=?^_`{|}~".contains(c) || !c.is_ascii();
+    local.split('.').all(|atom| !atom.is_empty() && atom.chars().all(is_atext))
+}
+
+/// The address in an address literal, from what the brackets enclose.
+///
+/// RFC 5321 section 4.1.3 leaves room for other tags, of which none is registered.
+fn literal(text: &str) -> Option<IpAddr> {
+    match text.split_at_checked("IPv6:".len()) {
+        Some((tag, address)) if tag.eq_ignore_ascii_case("IPv6:") => address.parse().ok().map(IpAddr::V6),
+        _ => text.parse().ok().map(IpAddr::V4),
+    }
+}
+
+/// One label of a domain in lower case, as an A-label if it holds more than ASCII.
+fn label(text: &str) -> Option<String> {
+    let allowed = |c: char| match c.is_ascii() {
+        true => c.is_ascii_alphanumeric() || c == '-',
+        false => !c.is_control() && !c.is_whitespace(),
+    };
+    if text.starts_with('-') || text.ends_with('-') || !text.chars().all(allowed) {
+        return None;
+    }
+    // A U-label is in lower case by definition; a user's capitals are mapped to it (RFC 5895).
+    let lower = text.to_lowercase();
+    let label = if lower.is_ascii() { lower } else { a_label(&lower)? };
+    (1..=LABEL_LIMIT).contains(&label.len()).then_some(label)
+}
+
+/// Turns a U-label into its A-label by Punycode, RFC 3492 section 6.3, whose names are kept.
+fn a_label(label: &str) -> Option<String> {
+    let points: Vec<u32> = label.chars().take(LABEL_LIMIT + 1).map(u32::from).collect();
+    // Too long for any label; and with fewer points no sum below overflows.
+    if points.len() > LABEL_LIMIT {
+        return None;
+    }
+    let basic: String = label.chars().filter(char::is_ascii).collect();
+    let mut output = format!("xn--{basic}");
+    if !basic.is_empty() {
+        output.push('-');
+    }
+    let (mut n, mut delta, mut bias, mut handled) = (128, 0, 72, basic.len() as u32);
+    while let Some(next) = points.iter().copied().filter(|&point| point >= n).min() {
+        delta += (next - n) * (handled + 1);
+        n = next;
+        for &point in &points {
+            if point < n {
+                delta += 1;
+            } else if point == n {
+                push_integer(&mut output, delta, bias);
+                handled += 1;
+                bias = adapted_bias(delta, handled, handled == basic.len() as u32 + 1);
+                delta = 0;
+            }
+        }
+        delta += 1;
+        n += 1;
+    }
+    Some(output)
+}
+
+/// Appends `value` as a variable-length integer (RFC 3492 section 3.3).
+fn push_integer(output: &mut String, mut value: u32, bias: u32) {
+    const DIGITS: [u8; 36] = *b"abcdefghijklmnopqrstuvwxyz0123456789";
+    for k in (36..).step_by(36) {
+        let threshold = u32::saturating_sub(k, bias).clamp(1, 26);
+        if value < threshold {
+            break;
+        }
+        let digit = threshold + (value - threshold) % (36 - threshold);
+        output.push(char::from(DIGITS[digit as usize]));
+        value = (value - threshold) / (36 - threshold);
+    }
+    output.push(char::from(DIGITS[value as usize]));
+}
+
+/// RFC 3492 section 6.1, with the numbers of section 5.
+fn adapted_bias(delta: u32, points: u32, first: bool) -> u32 {
+    let mut delta = if first { delta / 700 } else { delta / 2 };
+    delta += delta / points;
+    let mut k = 0;
+    while delta > 455 {
+        delta /= 35;
+        k += 36;
+    }
+    k + 36 * delta / (delta + 38)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_domain_is_labels_of_letters_digits_and_hyphens() {
+        fn check(input: &str, expected: Option<&str>) {
+            let domain = Domain::parse(input);
+            assert_eq!(domain.as_ref().map(Domain::as_str), expected, "{input:?}");
+        }
+        let label = "a".repeat(63);
+        let long = [&label[..], &label, &label, &label].join(".");
+        check("example.org", Some("example.org"));
+        check("EXAMPLE.Org", Some("example.org"));
+        check("localhost", Some("localhost"));
+        check("3com.a-b.1", Some("3com.a-b.1"));
+        check("a--b.org", Some("a--b.org"));
+        check(&label, Some(&label));
+        check(&long, Some(&long));
+        check(&format!("{long}.a"), None);
+        check(&format!("{label}a.org"), None);
+        for wrong in
+            ["", ".", "a..b", ".a", "a.", "-a.org", "a-.org", "a_b.org", "a b", "a/b", "*.org", "a\0", "[1.2.3.4]"]
+        {
+            check(wrong, None);
+        }
+    }
+
+    #[test]
+    fn a_u_label_becomes_its_a_label() {
+        fn check(input: &str, expected: Option<&str>) {
+            let domain = Domain::parse(input);
+            assert_eq!(domain.as_ref().map(Domain::as_str), expected, "{input:?}");
+        }
+        check("bücher.example", Some("xn--bcher-kva.example"));
+        check("BÜCHER.example", Some("xn--bcher-kva.example"));
+        check("XN--bcher-KVA.example", Some("xn--bcher-kva.example"));
+        check("münchen-ost.de", Some("xn--mnchen-ost-9db.de"));
+        check("ü.ü", Some("xn--tda.xn--tda"));
+        check("💩.la", Some("xn--ls8h.la"));
+        check("本本💩ا1日ba1اüč", Some("xn--1ba1-3ra6hw84bea0071tmxca89123j"));
+        // RFC 3492 section 7.1, samples A, B, D, G and L.
+        check("ليهمابتكلموشعربي؟", Some("xn--egbpdaj6bu4bxfgehfvwxn"));
+        check("他们为什么不说中文", Some("xn--ihqwcrb4cv8a8dqg056pqjye"));
+        check("pročprostěnemluvíčesky", Some("xn--proprostnemluvesky-uyb24dma41a"));
+        check("なぜみんな日本語を話してくれないのか", Some("xn--n8jok5ay5dzabd5bym9f0cm5685rrjetr6pdxa"));
+        check("3年B組金八先生", Some("xn--3b-ww4c5e180e575a65lsy2b"));
+        check("-ü.org", None);
+        check("ü_.org", None);
+        check("a\u{a0}b.org", None);
+        check("a\u{85}b.org", None);
+        check(&"ü".repeat(300), None);
+    }
+
+    #[test]
+    fn an_odmr_domain_has_a_dot_and_is_ascii() {
+        fn check(input: &[u8], expected: Option<&str>) {
+            let domain = Domain::parse_odmr(input);
+            assert_eq!(domain.as_ref().map(Domain::as_str), expected, "{input:?}");
+        }
+        check(b"Example.ORG", Some("example.org"));
+        check(b"1.a-b", Some("1.a-b"));
+        check(b"xn--bcher-kva.example", Some("xn--bcher-kva.example"));
+        check("bücher.example".as_bytes(), None);
+        check(b"localhost", None);
+        check(b"example.org.", None);
+        check(b" example.org", None);
+        check(b"a-.example.org", None);
+        check(b"\xff.org", None);
+        check(b"", None);
+    }
+
+    #[test]
+    fn a_host_is_a_domain_or_an_address_literal() {
+        fn check(input: &str, expected: Option<&str>) {
+            let host = Host::parse(input).map(|host| host.to_string());
+            assert_eq!(host.as_deref(), expected, "{input:?}");
+        }
+        check("Example.org", Some("example.org"));
+        check("[192.0.2.1]", Some("[192.0.2.1]"));
+        check("[IPv6:2001:DB8:0::1]", Some("[IPv6:2001:db8::1]"));
+        check("[ipv6:::1]", Some("[IPv6:::1]"));
+        check("[IPv6:::ffff:192.0.2.1]", Some("[IPv6:::ffff:192.0.2.1]"));
+        for wrong in [
+            "[]",
+            "[",
+            "[192.0.2.1",
+            "192.0.2.1]",
+            "[192.0.2]",
+            "[192.0.2.256]",
+            "[192.0.2.1.]",
+            "[ 192.0.2.1]",
+            "[::1]",
+            "[IPv6:]",
+            "[IPv6:1]",
+            "[IPv6:192.0.2.1]",
+            "[IPv6:fe80::1%eth0]",
+            "[IPv6:[::1]]",
+            "[example.org]",
+            "[X25:1234]",
+            "[ïïïï]",
+        ] {
+            check(wrong, None);
+        }
+    }
+
+    #[test]
+    fn a_mailbox_is_written_in_its_shortest_form() {
+        fn check(input: &str, expected: Option<(&str, &str)>) {
+            let mailbox = Mailbox::parse(input);
+            let seen = mailbox.as_ref().map(|mailbox| (mailbox.local(), mailbox.to_string()));
+            assert_eq!(seen, expected.map(|(local, text)| (local, text.to_owned())), "{input:?}");
+        }
+        check("Joe@Example.ORG", Some(("Joe", "Joe@example.org")));
+        check(r#""joe"@example.org"#, Some(("joe", "joe@example.org")));
+        check(r#""j\o\e"@example.org"#, Some(("joe", "joe@example.org")));
+        check(r#""a.b"@x"#, Some(("a.b", "a.b@x")));
+        check("a!#$%&'*+-/=?^_`{|}~.b@x", Some(("a!#$%&'*+-/=?^_`{|}~.b", "a!#$%&'*+-/=?^_`{|}~.b@x")));
+        check(r#""Joe Doe"@x"#, Some(("Joe Doe", r#""Joe Doe"@x"#)));
+        check(r#""a\"\\b"@x"#, Some((r#"a"\b"#, r#""a\"\\b"@x"#)));
+        check(r#""a@b>c"@x"#, Some(("a@b>c", r#""a@b>c"@x"#)));
+        check(r#""a..b"@x"#, Some(("a..b", r#""a..b"@x"#)));
+        check(r#"""@x"#, Some(("", r#"""@x"#)));
+        check("joe@[192.0.2.1]", Some(("joe", "joe@[192.0.2.1]")));
+        check("jürgen@bücher.example", Some(("jürgen", "jürgen@xn--bcher-kva.example")));
+        check(r#""jü gen"@x"#, Some(("jü gen", r#""jü gen"@x"#)));
+        for wrong in [
+            "",
+            "@",
+            "joe",
+            "joe@",
+            "@x",
+            ".joe@x",
+            "joe.@x",
+            "j..oe@x",
+            "joe doe@x",
+            "joe@x@y",
+            "joe@a_b",
+            " joe@x",
+            "joe@x ",
+            "<joe@x>",
+            "joe\0@x",
+            "joe\u{85}@x",
+            "j\"o\"e@x",
+            "\"joe\"",
+            "\"joe@x",
+            "\"joe\"a@x",
+            "\"joe\\\"@x",
+            "\"a\rb\"@x",
+            "\"a\\\nb\"@x",
+            "\"a\0b\"@x",
+            "\"a\tb\"@x",
+            "\"a\x7fb\"@x",
+            "\"\\ü\"@x",
+        ] {
+            check(wrong, None);
+        }
+    }
+
+    #[test]
+    fn a_mailbox_needs_smtputf8_only_for_its_local_part() {
+        fn check(input: &str, expected: bool) {
+            assert_eq!(Mailbox::parse(input).map(|mailbox| mailbox.is_ascii()), Some(expected), "{input:?}");
+        }
+        check("joe@example.org", true);
+        check("joe@bücher.example", true);
+        check("jürgen@example.org", false);
+    }
+
+    #[test]
+    fn a_reverse_path_stands_in_angle_brackets() {
+        fn check(input: &[u8], expected: Result<(&str, usize), PathError>) {
+            let seen = reverse_path(input).map(|(path, used)| (path.to_string(), used));
+            assert_eq!(
+                seen,
+                expected.map(|(path, used)| (path.to_owned(), used)),
+                "{:?}",
+                input.escape_ascii().to_string()
+            );
+        }
+        check(b"<>", Ok(("", 2)));
+        check(b"<> SIZE=10", Ok(("", 2)));
+        check(b"<joe@example.org> SIZE=10", Ok(("joe@example.org", 17)));
+        check(b"<\"a>b\\\">\"@x>>", Ok(("\"a>b\\\">\"@x", 12)));
+        check(b"<@a.example,@b:joe@x>", Ok(("joe@x", 21)));
+        check(b"<@a:\"b:c\"@x>", Ok(("\"b:c\"@x", 12)));
+        check("<jürgen@x>".as_bytes(), Ok(("jürgen@x", 11)));
+        check(b"", Err(PathError::Syntax));
+        check(b"joe@x", Err(PathError::Syntax));
+        check(b" <joe@x>", Err(PathError::Syntax));
+        check(b"<joe@x", Err(PathError::Syntax));
+        check(b"<joe>", Err(PathError::Syntax));
+        check(b"<postmaster>", Err(PathError::Syntax));
+        check(b"<\"joe@x>", Err(PathError::Syntax));
+        check(b"<<joe@x>>", Err(PathError::Syntax));
+        check(b"<joe@a_b>", Err(PathError::BadDomain));
+        check(b"<joe@x >", Err(PathError::BadDomain));
+        check(b"<@a>", Err(PathError::Syntax));
+        check(b"<@a,b:joe@x>", Err(PathError::Syntax));
+        check(b"<@a_b:joe@x>", Err(PathError::BadDomain));
+        check(b"<@:joe@x>", Err(PathError::BadDomain));
+        check(b"<@a:>", Err(PathError::Syntax));
+        check(b"<j\xe9@x>", Err(PathError::NotUtf8));
+        check(b"<joe@x> \xe9", Ok(("joe@x", 7)));
+    }
+
+    #[test]
+    fn a_forward_path_may_be_postmaster_alone() {
+        fn check(input: &[u8], expected: Result<(&str, usize), PathError>) {
+            let seen = forward_path(input).map(|(path, used)| (path.to_string(), used));
+            assert_eq!(
+                seen,
+                expected.map(|(path, used)| (path.to_owned(), used)),
+                "{:?}",
+                input.escape_ascii().to_string()
+            );
+        }
+        check(b"<Postmaster>", Ok(("Postmaster", 12)));
+        check(b"<POSTmaster> NOTIFY=NEVER", Ok(("Postmaster", 12)));
+        check(b"<postmaster@Example.org>", Ok(("postmaster@example.org", 24)));
+        check(b"<@a,@b:joe@x>", Ok(("joe@x", 13)));
+        check(b"<>", Err(PathError::Syntax));
+        check(b"<joe>", Err(PathError::Syntax));
+    }
+
+    #[test]
+    fn each_part_of_a_path_has_its_limit() {
+        fn check(local: usize, route: usize, expected: Result<usize, PathError>) {
+            let route = "@a,".repeat(route);
+            let path = format!("<{route}@a:{}@x>", "l".repeat(local));
+            assert_eq!(reverse_path(path.as_bytes()).map(|(_, used)| used), expected, "{path}");
+        }
+        check(64, 0, Ok(71));
+        check(255, 0, Ok(262));
+        check(256, 0, Err(PathError::TooLong));
+        check(1, 330, Ok(998));
+        check(3, 330, Ok(1000));
+        check(4, 330, Err(PathError::TooLong));
+    }
+
+    proptest! {
+        #[test]
+        fn no_octets_make_a_parser_panic(input: Vec<u8>) {
+            let framed = [b"<", &input[..], b">"].concat();
+            let _ = (reverse_path(&input), forward_path(&framed), Domain::parse_odmr(&input));
+            let text = String::from_utf8_lossy(&input);
+            let _ = (Domain::parse(&text), Host::parse(&format!("[{text}]")));
+            let _ = Mailbox::parse(&text);
+        }
+
+        #[test]
+        fn a_path_ends_within_its_input_at_a_bracket(input in r#"<[a@.:,"\\> <]{0,20}"#) {
+            if let Ok((_, used)) = reverse_path(input.as_bytes()) {
+                prop_assert_eq!(input.as_bytes()[used - 1], b'>');
+            }
+        }
+
+        #[test]
+        fn a_domain_reads_back_as_itself(text in r"[\p{L}\p{N}-]{1,20}(\.[\p{L}\p{N}-]{1,9}){0,3}") {
+            if let Some(domain) = Domain::parse(&text) {
+                prop_assert!(domain.as_str().is_ascii());
+                prop_assert_eq!(Domain::parse(domain.as_str()), Some(domain));
+            }
+        }
+
+        #[test]
+        fn any_local_part_without_controls_reads_back_as_itself(local in r"\PC{0,60}") {
+            let host = Host::Name(Domain("example.org".to_owned()));
+            let mailbox = Mailbox { local, host };
+            prop_assert_eq!(Mailbox::parse(&mailbox.to_string()), Some(mailbox.clone()));
+            let path = format!("<{mailbox}>");
+            let expected = (ReversePath::Mailbox(mailbox), path.len());
+            prop_assert_eq!(reverse_path(path.as_bytes()), Ok(expected));
+        }
+    }
+}

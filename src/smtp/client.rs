@@ -1,0 +1,698 @@
+//! The SMTP client role: a reply comes in, what to say goes out (RFC 5321, RFC 2920, RFC 4954, RFC 2645).
+//!
+//! Commands are lined up and said as the peer permits: one at a time, or in groups when it offers
+//! PIPELINING. What was said and not yet answered stands in `outstanding`, in order; a reply belongs to
+//! its front, by position and never by its text (RFC 2920 section 3.1). So replies may be read while
+//! content is still being written, and the next transaction begins behind the content of the last.
+//!
+//! ```text
+//! greeting ─ EHLO ─┬─ STARTTLS ─ EHLO ─┬─ AUTH ─┬─ MAIL RCPT… DATA content ─┬─ QUIT
+//!                  └─ (HELO)           └────────┤        ▲        │         ├─ ATRN ─▶ turned
+//!                                               └────────┴────────┴─────────┘
+//! ```
+
+use std::collections::VecDeque;
+
+use super::address::{Domain, Mailbox, ReversePath};
+use super::command::Body;
+use super::reply::{Reply, Severity};
+use crate::sasl::{ClientExchange, Mechanism};
+
+/// A client may not use an initial response that makes the line longer (RFC 4954 section 4).
+const AUTH_LINE_LIMIT: usize = 512 - 2;
+
+/// What is to happen before mail.
+#[derive(Clone, Default)]
+pub struct Plan {
+    /// Our name for EHLO.
+    pub name: String,
+    /// TLS must be begun with STARTTLS; without it nothing goes on.
+    pub starttls: bool,
+    /// TLS is there from the first octet, or from before the turn.
+    pub tls: bool,
+    /// Account and secret, where the peer wants to know who we are.
+    pub credentials: Option<(String, Vec<u8>)>,
+}
+
+/// A message to be sent: its envelope. The content is the driver's.
+#[derive(Clone, Debug)]
+pub struct Message {
+    pub from: ReversePath,
+    pub recipients: Vec<Mailbox>,
+    /// Octets on the wire (RFC 1870), without dots that are added.
+    pub size: u64,
+    pub body: Body,
+    /// It came with SMTPUTF8 (RFC 6531).
+    pub utf8: bool,
+}
+
+/// What became of one recipient.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The peer has said 2yz behind the content: it is the peer's now.
+    Delivered(Reply),
+    /// Not this time; the mail stays.
+    Deferred(Reply),
+    /// Never, by a 5yz.
+    Refused(Reply),
+    /// All content was sent and no reply seen (RFC 1047): neither delivered nor failed.
+    InDoubt,
+}
+
+/// What became of a message, a fate for each of its recipients, in their order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    pub fates: Vec<Fate>,
+}
+
+/// Why a conversation goes no further. QUIT has been lined up where it can be said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Halt {
+    /// The peer refused something we cannot do without.
+    Refused { what: &'static str, reply: Reply },
+    /// The peer offers no STARTTLS, and we must have it (RFC 3207 section 6).
+    NoStartTls,
+    /// The peer offers no mechanism that may be used here.
+    NoMechanism,
+    /// The peer said 235 and did not prove that it knows the secret.
+    Unproven,
+}
+
+/// The peer breaks the protocol; there is nothing to be said to it any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Broken(pub &'static str);
+
+/// What a reply led to.
+#[derive(Debug)]
+pub enum Step {
+    /// Send what was lined up, wait for the next reply.
+    Wait,
+    /// Start TLS as TLS client, then call [`Client::secured`].
+    StartTls,
+    /// Nothing stands in the way of mail, ATRN or QUIT.
+    Ready,
+    /// Send the content of the message in front, then call [`Client::content_sent`].
+    Content,
+    /// The message in front is done with.
+    Settled(Outcome),
+    /// ATRN was answered 250: from here on turn.rs.
+    Turned,
+    Halt(Halt),
+    /// QUIT was answered.
+    Closed,
+}
+
+/// What is awaited, and so how long (RFC 5321 section 4.5.3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Awaiting {
+    Greeting,
+    /// EHLO, STARTTLS, AUTH, RSET, QUIT and the like.
+    Command,
+    Mail,
+    Recipient,
+    Data,
+    /// The reply to all content.
+    End,
+    Atrn,
+}
+
+/// What the peer offered with its last EHLO; nothing of it outlives TLS or the turn.
+#[derive(Clone, Debug, Default)]
+pub struct Offered {
+    pub pipelining: bool,
+    /// `Some(0)`: offered without a limit (RFC 1870 section 4).
+    pub size: Option<u64>,
+    pub eight_bit: bool,
+    pub utf8: bool,
+    pub starttls: bool,
+    pub atrn: bool,
+    pub mechanisms: Vec<Mechanism>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Said {
+    Greeting,
+    Ehlo,
+    Helo,
+    StartTls,
+    Auth,
+    Mail,
+    Rcpt(usize),
+    Data,
+    Content,
+    /// The end of a message to nobody (RFC 2920 section 3.1).
+    LoneDot,
+    Rset,
+    Atrn,
+    Quit,
+}
+
+impl Said {
+    /// RFC 2920 section 3.1: RSET, MAIL and RCPT may stand anywhere in a group, content too; everything
+    /// else only at its end.
+    fn ends_group(&self) -> bool {
+        !matches!(self, Said::Rset | Said::Mail | Said::Rcpt(_) | Said::Content | Said::LoneDot)
+    }
+
+    fn awaiting(&self) -> Awaiting {
+        match self {
+            Said::Greeting => Awaiting::Greeting,
+            Said::Mail => Awaiting::Mail,
+            Said::Rcpt(_) => Awaiting::Recipient,
+            Said::Data => Awaiting::Data,
+            Said::Content | Said::LoneDot => Awaiting::End,
+            Said::Atrn => Awaiting::Atrn,
+            Said::Ehlo | Said::Helo | Said::StartTls | Said::Auth | Said::Rset | Said::Quit => Awaiting::Command,
+        }
+    }
+}
+
+/// One message under way.
+struct Transaction {
+    /// The reply to MAIL, if it was a refusal.
+    mail: Option<Reply>,
+    /// The replies to RCPT.
+    recipients: Vec<Option<Reply>>,
+    content: Progress,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    NotYet,
+    Sending,
+    Sent,
+}
+
+/// The client role on one connection.
+pub struct Client {
+    plan: Plan,
+    offered: Offered,
+    tls: bool,
+    exchange: Option<(Mechanism, Box<dyn ClientExchange>)>,
+    tried: Vec<Mechanism>,
+    authenticated: bool,
+    /// The name in the peer's greeting or EHLO reply.
+    peer_name: Option<String>,
+    to_say: VecDeque<(Said, Vec<u8>)>,
+    outstanding: VecDeque<Said>,
+    transactions: VecDeque<Transaction>,
+    ready: bool,
+    /// No mail is sent any more: QUIT was lined up, or the peer said 421.
+    closing: bool,
+}
+
+impl Client {
+    /// A client that waits for the greeting (RFC 5321 section 4.3.1).
+    pub fn new(plan: Plan) -> Client {
+        let tls = plan.tls;
+        Client {
+            plan,
+            offered: Offered::default(),
+            tls,
+            exchange: None,
+            tried: Vec::new(),
+            authenticated: false,
+            peer_name: None,
+            to_say: VecDeque::new(),
+            outstanding: VecDeque::from([Said::Greeting]),
+            transactions: VecDeque::new(),
+            ready: false,
+            closing: false,
+        }
+    }
+
+    /// What the peer offers.
+    pub fn offered(&self) -> &Offered {
+        &self.offered
+    }
+
+    /// Our own name, as EHLO says it.
+    pub fn name(&self) -> &str {
+        &self.plan.name
+    }
+
+    pub fn peer_name(&self) -> Option<&str> {
+        self.peer_name.as_deref()
+    }
+
+    /// What the next reply is the answer to; `None`: nothing is outstanding.
+    pub fn awaiting(&self) -> Option<Awaiting> {
+        self.outstanding.front().map(Said::awaiting)
+    }
+
+    /// Whether what is being said now is a secret, and not for any log.
+    pub fn in_auth(&self) -> bool {
+        self.exchange.is_some()
+    }
+
+    /// QUIT was said, or the peer said 421: only the end is awaited.
+    pub fn closing(&self) -> bool {
+        self.closing
+    }
+
+    /// Messages given and not yet settled.
+    pub fn in_flight(&self) -> usize {
+        self.transactions.len()
+    }
+
+    /// Whether [`Client::send`] may be called: nothing is under way, or all that is awaited of the
+    /// message before is the reply to its content.
+    pub fn wants_message(&self) -> bool {
+        self.ready
+            && !self.closing
+            && match self.transactions.front() {
+                None => true,
+                Some(front) => {
+                    self.offered.pipelining && front.content == Progress::Sent && self.transactions.len() == 1
+                }
+            }
+    }
+
+    /// Takes the next message. `Err`: it cannot go to this peer at all, and nothing was said of it.
+    pub fn send(&mut self, message: Message, out: &mut Vec<u8>) -> Result<(), Outcome> {
+        if let Some(reply) = self.unfit(&message) {
+            return Err(Outcome { fates: vec![Fate::Refused(reply); message.recipients.len()] });
+        }
+        self.line_up(Said::Mail, self.mail_line(&message));
+        for (number, recipient) in message.recipients.iter().enumerate() {
+            self.line_up(Said::Rcpt(number), format!("RCPT TO:<{recipient}>"));
+        }
+        self.line_up(Said::Data, "DATA");
+        let recipients = vec![None; message.recipients.len()];
+        self.transactions.push_back(Transaction { mail: None, recipients, content: Progress::NotYet });
+        self.say(out);
+        Ok(())
+    }
+
+    /// The content of the message in front went into the write buffer, with its end.
+    pub fn content_sent(&mut self, out: &mut Vec<u8>) {
+        if let Some(front) = self.transactions.front_mut() {
+            front.content = Progress::Sent;
+        }
+        self.outstanding.push_back(Said::Content);
+        self.say(out);
+    }
+
+    /// ATRN (RFC 2645 section 5.2.1); without domains: all that the account has.
+    pub fn atrn(&mut self, domains: &[Domain], out: &mut Vec<u8>) {
+        self.ready = false;
+        let names: Vec<_> = domains.iter().map(Domain::as_str).collect();
+        let line = if names.is_empty() { "ATRN".to_owned() } else { format!("ATRN {}", names.join(",")) };
+        self.line_up(Said::Atrn, line);
+        self.say(out);
+    }
+
+    /// QUIT, once all is answered (RFC 5321 section 4.1.1.10).
+    pub fn quit(&mut self, out: &mut Vec<u8>) {
+        if !self.closing {
+            self.closing = true;
+            self.line_up(Said::Quit, "QUIT");
+            self.say(out);
+        }
+    }
+
+    /// TLS has begun: what was learned before is forgotten, EHLO is said again (RFC 3207 section 4.2).
+    pub fn secured(&mut self, out: &mut Vec<u8>) -> Step {
+        self.tls = true;
+        self.offered = Offered::default();
+        self.enter_ehlo(out)
+    }
+
+    /// The connection is gone: the outcomes of all messages under way, in order.
+    pub fn abandon(&mut self, why: &Reply) -> Vec<Outcome> {
+        self.closing = true;
+        self.to_say.clear();
+        self.outstanding.clear();
+        let fate = |transaction: &Transaction, number: usize| match &transaction.recipients[number] {
+            Some(reply) if refuses(reply) => fate_of(reply),
+            _ if transaction.content == Progress::Sent => Fate::InDoubt,
+            _ => Fate::Deferred(why.clone()),
+        };
+        let outcome = |transaction: Transaction| Outcome {
+            fates: (0..transaction.recipients.len()).map(|number| fate(&transaction, number)).collect(),
+        };
+        self.transactions.drain(..).map(outcome).collect()
+    }
+
+    /// One reply of the peer.
+    pub fn reply(&mut self, reply: Reply, out: &mut Vec<u8>) -> Result<Step, Broken> {
+        let Some(said) = self.outstanding.pop_front() else {
+            // Also without a question a server that shuts down says 421 (RFC 5321 section 3.8).
+            if reply.code() == 421 {
+                self.closing = true;
+                return Ok(Step::Halt(Halt::Refused { what: "the session", reply }));
+            }
+            return Err(Broken("a reply came that nobody asked for"));
+        };
+        if reply.code() == 421 {
+            self.closing = true;
+            self.to_say.clear();
+        }
+        let step = match said {
+            Said::Greeting => self.greeted(reply, out),
+            Said::Ehlo => self.ehlo_answered(reply, out),
+            Said::Helo => self.helo_answered(reply, out),
+            Said::StartTls => self.starttls_answered(reply, out),
+            Said::Auth => self.auth_answered(reply, out),
+            Said::Mail => self.mail_answered(reply),
+            Said::Rcpt(number) => self.rcpt_answered(number, reply),
+            Said::Data => self.data_answered(reply, out),
+            Said::Content => self.content_answered(&reply),
+            Said::LoneDot => self.settle(None),
+            Said::Rset => Step::Wait,
+            Said::Atrn if reply.is_positive() => Step::Turned,
+            Said::Atrn => {
+                self.ready = true;
+                Step::Halt(Halt::Refused { what: "ATRN", reply })
+            }
+            Said::Quit => Step::Closed,
+        };
+        self.say(out);
+        Ok(step)
+    }
+
+    // Entering a state: what is said there.
+
+    fn enter_ehlo(&mut self, out: &mut Vec<u8>) -> Step {
+        self.line_up(Said::Ehlo, format!("EHLO {}", self.plan.name));
+        self.say(out);
+        Step::Wait
+    }
+
+    fn enter_auth(&mut self, out: &mut Vec<u8>) -> Step {
+        let Some((name, secret)) = &self.plan.credentials else {
+            return Step::Ready;
+        };
+        let untried: Vec<_> =
+            self.offered.mechanisms.iter().copied().filter(|mechanism| !self.tried.contains(mechanism)).collect();
+        let Some(mechanism) = Mechanism::strongest(&untried, self.tls) else {
+            return self.halt(Halt::NoMechanism, out);
+        };
+        self.tried.push(mechanism);
+        let mut exchange = mechanism.client(name, secret);
+        let mut line = format!("AUTH {}", mechanism.name());
+        if let Some(initial) = exchange.initial() {
+            // RFC 4954 section 4: "=" stands for a response of no length.
+            let initial = if initial.is_empty() { "=".to_owned() } else { data_encoding::BASE64.encode(&initial) };
+            if line.len() + 1 + initial.len() <= AUTH_LINE_LIMIT {
+                line = format!("{line} {initial}");
+            } else {
+                exchange = mechanism.client(name, secret);
+            }
+        }
+        self.exchange = Some((mechanism, exchange));
+        self.line_up(Said::Auth, line);
+        self.say(out);
+        Step::Wait
+    }
+
+    fn halt(&mut self, halt: Halt, out: &mut Vec<u8>) -> Step {
+        self.quit(out);
+        Step::Halt(halt)
+    }
+
+    fn refused(&mut self, what: &'static str, reply: Reply, out: &mut Vec<u8>) -> Step {
+        self.halt(Halt::Refused { what, reply }, out)
+    }
+
+    // A reply in a state: which state is next.
+
+    fn greeted(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+        self.peer_name = first_word(&reply);
+        match reply.severity() {
+            Severity::Positive => self.enter_ehlo(out),
+            _ => self.refused("the greeting", reply, out),
+        }
+    }
+
+    fn ehlo_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+        match reply.severity() {
+            Severity::Positive => {
+                self.peer_name = first_word(&reply).or(self.peer_name.take());
+                self.offered = Offered::read(&reply);
+                if self.plan.starttls && !self.tls {
+                    if !self.offered.starttls {
+                        return self.halt(Halt::NoStartTls, out);
+                    }
+                    self.line_up(Said::StartTls, "STARTTLS");
+                    return Step::Wait;
+                }
+                self.introduced(out)
+            }
+            // RFC 5321 section 3.2. Who needs TLS or AUTH has no use for a server without extensions.
+            Severity::Permanent if !self.plan.starttls && self.plan.credentials.is_none() => {
+                self.line_up(Said::Helo, format!("HELO {}", self.plan.name));
+                Step::Wait
+            }
+            _ => self.refused("EHLO", reply, out),
+        }
+    }
+
+    fn helo_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+        match reply.severity() {
+            Severity::Positive => self.introduced(out),
+            _ => self.refused("HELO", reply, out),
+        }
+    }
+
+    fn introduced(&mut self, out: &mut Vec<u8>) -> Step {
+        if self.plan.credentials.is_some() && !self.authenticated {
+            return self.enter_auth(out);
+        }
+        self.ready = true;
+        Step::Ready
+    }
+
+    fn starttls_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+        match reply.severity() {
+            Severity::Positive => Step::StartTls,
+            _ => self.refused("STARTTLS", reply, out),
+        }
+    }
+
+    fn auth_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+        let Some((_, exchange)) = &mut self.exchange else {
+            return self.refused("AUTH", reply, out);
+        };
+        match (reply.severity(), reply.code()) {
+            (Severity::Intermediate, _) => {
+                let text = reply.lines().next().unwrap_or_default();
+                let response = data_encoding::BASE64
+                    .decode(text.trim().as_bytes())
+                    .ok()
+                    .and_then(|challenge| exchange.step(&challenge))
+                    .map(|response| data_encoding::BASE64.encode(&response));
+                // RFC 4954 section 4: "*" cancels.
+                self.line_up(Said::Auth, response.unwrap_or_else(|| "*".to_owned()));
+                Step::Wait
+            }
+            (Severity::Positive, _) => {
+                let proven = exchange.finished();
+                self.exchange = None;
+                if !proven {
+                    return self.halt(Halt::Unproven, out);
+                }
+                self.authenticated = true;
+                self.introduced(out)
+            }
+            // RFC 4954 sections 4 and 6: not this mechanism, maybe another.
+            (Severity::Permanent, 500..=504 | 534 | 538) => {
+                self.exchange = None;
+                match self.enter_auth(out) {
+                    Step::Halt(Halt::NoMechanism) => Step::Halt(Halt::Refused { what: "AUTH", reply }),
+                    step => step,
+                }
+            }
+            _ => {
+                self.exchange = None;
+                self.refused("AUTH", reply, out)
+            }
+        }
+    }
+
+    fn mail_answered(&mut self, reply: Reply) -> Step {
+        if reply.is_positive() {
+            return Step::Wait;
+        }
+        if let Some(front) = self.transactions.front_mut() {
+            front.mail = Some(reply);
+        }
+        if self.forget_unsaid() {
+            return self.settle(None);
+        }
+        Step::Wait
+    }
+
+    fn rcpt_answered(&mut self, number: usize, reply: Reply) -> Step {
+        if let Some(front) = self.transactions.front_mut()
+            && let Some(slot) = front.recipients.get_mut(number)
+        {
+            *slot = Some(reply);
+            let all_refused = front.recipients.iter().all(|reply| reply.as_ref().is_some_and(refuses));
+            if all_refused && self.forget_unsaid() {
+                self.line_up(Said::Rset, "RSET");
+                return self.settle(None);
+            }
+        }
+        Step::Wait
+    }
+
+    fn data_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+        let Some(front) = self.transactions.front_mut() else {
+            return Step::Wait;
+        };
+        let somebody = front.mail.is_none() && front.recipients.iter().flatten().any(|reply| !refuses(reply));
+        match (reply.severity(), somebody) {
+            // RFC 5321 section 3.3: content is sent behind 354 only.
+            (Severity::Intermediate, true) => {
+                front.content = Progress::Sending;
+                Step::Content
+            }
+            // RFC 2920 section 3.1: the message goes to nobody, so it is empty.
+            (Severity::Intermediate, false) => {
+                out.extend_from_slice(b".\r\n");
+                self.outstanding.push_back(Said::LoneDot);
+                Step::Wait
+            }
+            (_, somebody) => {
+                self.line_up(Said::Rset, "RSET");
+                // 2yz is no answer to DATA.
+                let odd = reply.is_positive();
+                let reply = if odd { Reply::new(451, "4.5.0", "DATA was not answered with 354") } else { reply };
+                self.settle(somebody.then_some(&reply))
+            }
+        }
+    }
+
+    fn content_answered(&mut self, reply: &Reply) -> Step {
+        self.settle(Some(reply))
+    }
+
+    /// The message in front is done; `last` is the reply to its content, or to DATA.
+    fn settle(&mut self, last: Option<&Reply>) -> Step {
+        let Some(transaction) = self.transactions.pop_front() else {
+            return Step::Wait;
+        };
+        let nobody = Reply::new(451, "4.5.0", "No reply decided on this recipient");
+        let fate = |recipient: &Option<Reply>| match (&transaction.mail, recipient, last) {
+            (Some(mail), _, _) => fate_of(mail),
+            // RFC 5321 section 4.5.3.1.10: 552 to RCPT means too many, for now.
+            (None, Some(reply), _) if reply.code() == 552 => Fate::Deferred(reply.clone()),
+            (None, Some(reply), _) if refuses(reply) => fate_of(reply),
+            (None, _, Some(last)) if transaction.content == Progress::Sent && last.is_positive() => {
+                Fate::Delivered(last.clone())
+            }
+            (None, _, Some(last)) => fate_of(last),
+            (None, _, None) => Fate::Deferred(nobody.clone()),
+        };
+        Step::Settled(Outcome { fates: transaction.recipients.iter().map(fate).collect() })
+    }
+
+    /// Takes back what was lined up for the message in front and not said. `true`: nothing of it is
+    /// outstanding any more either.
+    fn forget_unsaid(&mut self) -> bool {
+        self.to_say.clear();
+        self.outstanding.is_empty()
+    }
+
+    /// Why the peer cannot be given this message.
+    fn unfit(&self, message: &Message) -> Option<Reply> {
+        let offered = &self.offered;
+        if needs_utf8(message) && !offered.utf8 {
+            // RFC 6531 section 3.2.
+            return Some(Reply::new(553, "5.6.7", "The next hop does not offer SMTPUTF8"));
+        }
+        if message.body == Body::EightBit && !offered.eight_bit {
+            // RFC 6152 section 3.
+            return Some(Reply::new(554, "5.6.3", "The next hop does not offer 8BITMIME"));
+        }
+        match offered.size {
+            Some(limit) if limit > 0 && message.size > limit => {
+                Some(Reply::new(552, "5.3.4", format!("The next hop takes no more than {limit} octets")))
+            }
+            _ => None,
+        }
+    }
+
+    /// RFC 5321 section 4.1.1.3: parameters only of extensions that the peer offers.
+    fn mail_line(&self, message: &Message) -> String {
+        let mut line = format!("MAIL FROM:<{}>", message.from);
+        if self.offered.size.is_some() {
+            line.push_str(&format!(" SIZE={}", message.size));
+        }
+        // 7-bit content is 8BITMIME content too, so what nobody declared goes as that.
+        if self.offered.eight_bit && message.body != Body::SevenBit {
+            line.push_str(" BODY=8BITMIME");
+        }
+        if needs_utf8(message) {
+            line.push_str(" SMTPUTF8");
+        }
+        line
+    }
+
+    fn line_up(&mut self, said: Said, line: impl Into<Vec<u8>>) {
+        self.to_say.push_back((said, line.into()));
+    }
+
+    /// Says as much of what is lined up as the peer permits now.
+    fn say(&mut self, out: &mut Vec<u8>) {
+        while let Some((next, line)) = self.to_say.pop_front() {
+            let may = match self.outstanding.back() {
+                None => true,
+                Some(last) => self.offered.pipelining && !last.ends_group() && next != Said::Quit,
+            };
+            if !may {
+                self.to_say.push_front((next, line));
+                return;
+            }
+            out.extend_from_slice(&line);
+            out.extend_from_slice(b"\r\n");
+            self.outstanding.push_back(next);
+        }
+    }
+}
+
+impl Offered {
+    /// Reads the lines of an EHLO reply; what is not known is passed over.
+    fn read(reply: &Reply) -> Offered {
+        let mut offered = Offered::default();
+        for line in reply.lines().skip(1) {
+            let mut words = line.split_ascii_whitespace();
+            match words.next().map(str::to_ascii_uppercase).as_deref() {
+                Some("PIPELINING") => offered.pipelining = true,
+                Some("SIZE") => {
+                    offered.size = Some(words.next().and_then(|number| number.parse().ok()).unwrap_or(0));
+                }
+                Some("8BITMIME") => offered.eight_bit = true,
+                Some("SMTPUTF8") => offered.utf8 = true,
+                Some("STARTTLS") => offered.starttls = true,
+                Some("ATRN") => offered.atrn = true,
+                Some("AUTH") => {
+                    offered.mechanisms.extend(words.filter_map(|word| Mechanism::parse(word.as_bytes())));
+                }
+                _ => {}
+            }
+        }
+        offered
+    }
+}
+
+fn first_word(reply: &Reply) -> Option<String> {
+    let word = reply.lines().next()?.split_ascii_whitespace().next()?;
+    Some(word.to_owned())
+}
+
+fn needs_utf8(message: &Message) -> bool {
+    message.utf8 || !message.from.is_ascii() || message.recipients.iter().any(|recipient| !recipient.is_ascii())
+}
+
+fn refuses(reply: &Reply) -> bool {
+    !reply.is_positive()
+}
+
+fn fate_of(refusal: &Reply) -> Fate {
+    match refusal.severity() {
+        Severity::Permanent => Fate::Refused(refusal.clone()),
+        _ => Fate::Deferred(refusal.clone()),
+    }
+}

@@ -1,0 +1,262 @@
+//! Replies: three digits, an enhanced status code, lines of text (RFC 5321 section 4.2, RFC 2034).
+//!
+//! Read leniently (a bare `250`, odd texts, unknown codes), written strictly (CRLF, at most 512 octets
+//! a line, the enhanced code on every line). Decisions are made by the code alone, never by the text.
+
+use std::borrow::Cow;
+use std::fmt;
+
+/// A line of a reply may have 512 octets with its CRLF (RFC 5321 section 4.5.3.1.5).
+const TEXT_LIMIT: usize = 512 - "250-".len() - "5.5.555 ".len() - "\r\n".len();
+
+/// A peer's reply is read up to this many lines; the text of later ones is dropped.
+const LINES_KEPT: usize = 64;
+
+/// What the first digit of a reply says (RFC 5321 section 4.2.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// 2yz: done.
+    Positive,
+    /// 3yz: go on.
+    Intermediate,
+    /// 4yz: not now.
+    Transient,
+    /// 5yz: not at all.
+    Permanent,
+}
+
+/// One reply to one command, ours or a peer's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reply {
+    code: u16,
+    /// `class.subject.detail`; `None` for greetings, EHLO and 3yz (RFC 2034 section 4).
+    enhanced: Option<Cow<'static, str>>,
+    lines: Vec<Cow<'static, str>>,
+}
+
+impl Reply {
+    /// A reply with an enhanced status code, whose class must be the code's first digit.
+    pub fn new(code: u16, enhanced: &'static str, text: impl Into<Cow<'static, str>>) -> Reply {
+        debug_assert_eq!(enhanced.as_bytes().first(), Some(&(b'0' + (code / 100) as u8)));
+        Reply { code, enhanced: Some(Cow::Borrowed(enhanced)), lines: vec![text.into()] }
+    }
+
+    /// A reply without an enhanced status code: a greeting, EHLO's answer, 3yz.
+    pub fn bare(code: u16, text: impl Into<Cow<'static, str>>) -> Reply {
+        Reply { code, enhanced: None, lines: vec![text.into()] }
+    }
+
+    /// One more line.
+    pub fn line(mut self, text: impl Into<Cow<'static, str>>) -> Reply {
+        self.lines.push(text.into());
+        self
+    }
+
+    pub fn code(&self) -> u16 {
+        self.code
+    }
+
+    pub fn severity(&self) -> Severity {
+        match self.code / 100 {
+            2 => Severity::Positive,
+            3 => Severity::Intermediate,
+            4 => Severity::Transient,
+            _ => Severity::Permanent,
+        }
+    }
+
+    pub fn is_positive(&self) -> bool {
+        self.severity() == Severity::Positive
+    }
+
+    /// The enhanced status code, where there is one.
+    pub fn enhanced(&self) -> Option<&str> {
+        self.enhanced.as_deref()
+    }
+
+    /// The lines of text, without code and enhanced code.
+    pub fn lines(&self) -> impl Iterator<Item = &str> {
+        self.lines.iter().map(|line| &**line)
+    }
+
+    /// Appends the reply as it goes over the wire.
+    pub fn write_to(&self, out: &mut Vec<u8>) {
+        let pieces: Vec<&str> = self.lines.iter().flat_map(|line| pieces(line)).collect();
+        for (number, piece) in pieces.iter().enumerate() {
+            let separator = if number + 1 < pieces.len() { '-' } else { ' ' };
+            out.extend_from_slice(format!("{}{separator}", self.code).as_bytes());
+            if let Some(enhanced) = &self.enhanced {
+                out.extend_from_slice(enhanced.as_bytes());
+                out.push(b' ');
+            }
+            // What a peer sent may come back in a text: never as a line of its own.
+            out.extend(piece.bytes().map(|octet| if octet < b' ' || octet == 127 { b'?' } else { octet }));
+            out.extend_from_slice(b"\r\n");
+        }
+    }
+}
+
+/// One line, for logs and for the marks of refused mail.
+impl fmt::Display for Reply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.code)?;
+        if let Some(enhanced) = &self.enhanced {
+            write!(f, " {enhanced}")?;
+        }
+        for line in self.lines.iter().filter(|line| !line.is_empty()) {
+            write!(f, " {}", line.escape_debug())?;
+        }
+        Ok(())
+    }
+}
+
+/// Cuts a text into pieces that fit a reply line.
+fn pieces(mut text: &str) -> Vec<&str> {
+    let mut pieces = Vec::new();
+    while text.len() > TEXT_LIMIT {
+        let cut = (1..=TEXT_LIMIT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+        let (piece, rest) = text.split_at(cut);
+        pieces.push(piece);
+        text = rest;
+    }
+    pieces.push(text);
+    pieces
+}
+
+/// A line that no SMTP server sends.
+#[derive(Debug, PartialEq, Eq)]
+pub struct NotAReply(pub String);
+
+/// Puts a peer's reply together from its lines.
+#[derive(Debug, Default)]
+pub struct ReplyReader {
+    begun: Option<Reply>,
+}
+
+impl ReplyReader {
+    /// Takes one line without its line end; a whole reply comes out with its last line.
+    pub fn line(&mut self, line: &[u8]) -> Result<Option<Reply>, NotAReply> {
+        let broken = || NotAReply(String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned());
+        let code = match line {
+            [a @ b'2'..=b'5', b @ b'0'..=b'9', c @ b'0'..=b'9', ..] => {
+                u16::from(a - b'0') * 100 + u16::from(b - b'0') * 10 + u16::from(c - b'0')
+            }
+            _ => return Err(broken()),
+        };
+        // RFC 5321 section 4.2: a code without text must be understood.
+        let (last, text) = match line.get(3) {
+            None => (true, &line[3..]),
+            Some(b' ') => (true, &line[4..]),
+            Some(b'-') => (false, &line[4..]),
+            Some(_) => return Err(broken()),
+        };
+        let text = String::from_utf8_lossy(text);
+        let mut reply = match self.begun.take() {
+            None => Reply { code, enhanced: None, lines: Vec::new() },
+            Some(reply) if reply.code == code => reply,
+            Some(_) => return Err(broken()),
+        };
+        let (enhanced, text) = split_enhanced(code, &text);
+        if reply.lines.is_empty() {
+            reply.enhanced = enhanced.map(|code| Cow::Owned(code.to_owned()));
+        }
+        if reply.lines.len() < LINES_KEPT {
+            reply.lines.push(Cow::Owned(text.to_owned()));
+        }
+        if last {
+            return Ok(Some(reply));
+        }
+        self.begun = Some(reply);
+        Ok(None)
+    }
+
+    /// Whether a reply has begun and not ended.
+    pub fn in_reply(&self) -> bool {
+        self.begun.is_some()
+    }
+}
+
+/// Takes `5.1.1 ` off the front of a text if its class fits the code (RFC 2034 section 4).
+fn split_enhanced(code: u16, text: &str) -> (Option<&str>, &str) {
+    let (word, rest) = text.split_once(' ').unwrap_or((text, ""));
+    let mut fields = word.split('.');
+    let class_fits = fields.next().is_some_and(|class| class == (code / 100).to_string());
+    let mut number = || {
+        fields
+            .next()
+            .is_some_and(|field| (1..=3).contains(&field.len()) && field.bytes().all(|octet| octet.is_ascii_digit()))
+    };
+    if class_fits && number() && number() && fields.next().is_none() { (Some(word), rest) } else { (None, text) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(reply: &Reply) -> String {
+        let mut out = Vec::new();
+        reply.write_to(&mut out);
+        String::from_utf8(out).unwrap()
+    }
+
+    fn read(lines: &[&str]) -> Result<Option<Reply>, NotAReply> {
+        let mut reader = ReplyReader::default();
+        let mut last = Ok(None);
+        for line in lines {
+            last = reader.line(line.as_bytes());
+        }
+        last
+    }
+
+    #[test]
+    fn every_line_carries_the_codes() {
+        let reply = Reply::new(550, "5.1.1", "No such mailbox").line("Ask postmaster");
+        assert_eq!(written(&reply), "550-5.1.1 No such mailbox\r\n550 5.1.1 Ask postmaster\r\n");
+        assert_eq!(written(&Reply::bare(334, "")), "334 \r\n");
+    }
+
+    #[test]
+    fn no_line_is_longer_than_512_octets_and_none_is_forged() {
+        let reply = Reply::new(554, "5.0.0", "é".repeat(1000));
+        for line in written(&reply).split_inclusive("\r\n") {
+            assert!(line.len() <= 512 && line.starts_with("554"));
+        }
+        assert_eq!(written(&Reply::new(250, "2.0.0", "a\r\n221 b")), "250 2.0.0 a??221 b\r\n");
+    }
+
+    #[test]
+    fn replies_of_all_shapes_are_read() {
+        let reply = read(&["250-2.1.0 a", "250-b", "250"]).unwrap().unwrap();
+        assert_eq!((reply.code(), reply.enhanced()), (250, Some("2.1.0")));
+        assert_eq!(reply.lines().collect::<Vec<_>>(), ["a", "b", ""]);
+        let odd = read(&["459 5.1.1 class does not fit"]).unwrap().unwrap();
+        assert_eq!((odd.severity(), odd.enhanced()), (Severity::Transient, None));
+        assert_eq!(read(&["250-a"]), Ok(None));
+    }
+
+    #[test]
+    fn what_is_no_reply_is_said_to_be_none() {
+        for lines in [&["hello"][..], &["99 x"], &["1234"], &["150 x"], &["600 x"], &[""], &["250-a", "251 b"]] {
+            assert!(read(lines).is_err(), "{lines:?}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_line_is_survived(line: Vec<u8>) {
+            let _ = ReplyReader::default().line(&line);
+        }
+
+        #[test]
+        fn what_is_written_is_read_again(code in 200u16..560, text in "[ -~]{0,2000}") {
+            let reply = Reply::bare(code, text);
+            let mut reader = ReplyReader::default();
+            let mut read = None;
+            for line in written(&reply).split_terminator("\r\n") {
+                proptest::prop_assert!(read.is_none());
+                read = reader.line(line.as_bytes()).unwrap();
+            }
+            proptest::prop_assert_eq!(read.map(|reply| reply.code()), Some(code));
+        }
+    }
+}

@@ -1,0 +1,549 @@
+//! The SMTP server role: a line comes in, a [`Step`] goes out (RFC 5321, RFC 2645 section 5).
+//!
+//! One machine serves all three listeners; a [`Profile`] says which commands each of them has. What only
+//! a party knows (accounts, mailboxes) it is asked through [`Host`]. The machine moves no octets: its
+//! driver says the replies, reads content, starts TLS.
+//!
+//! ```text
+//!            EHLO                  AUTH                    ATRN
+//! greeted ─────────▶ introduced ─────────▶ authenticated ─────────▶ turned (turn.rs: another role)
+//!                     │  ▲  MAIL RCPT DATA/BDAT  (25, and the customer after the turn)
+//!                     └──┘
+//! ```
+
+use super::address::{Domain, ForwardPath, Host as HostName, Mailbox};
+use super::command::{Body, Command, MailFrom, Offers, Verb, announced};
+use super::reply::Reply;
+use crate::sasl::{Mechanism, Secrets, ServerExchange, ServerStep};
+use crate::stamp::{Date, Stamps};
+
+/// On which door this server stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Port 25 of the provider: the world brings mail for the customers.
+    Inbound,
+    /// Port 366 of the provider, before the turn.
+    Odmr,
+    /// The customer after the turn.
+    Customer,
+}
+
+/// What one listener offers, and how far it lets a client go.
+#[derive(Clone)]
+pub struct Profile {
+    pub role: Role,
+    pub hostname: String,
+    /// Octets of one message, as SIZE counts them (RFC 1870).
+    pub max_size: u64,
+    /// Recipients of one transaction; 100 at least (RFC 5321 section 4.5.3.1.8).
+    pub max_recipients: usize,
+    /// Bad commands before the connection is closed with 421.
+    pub max_errors: usize,
+    /// Failed AUTH commands before the connection is closed; 3 at least (RFC 4954 section 9).
+    pub max_auth_failures: usize,
+    /// A certificate is there, so STARTTLS is offered.
+    pub starttls: bool,
+    /// AUTH is offered under TLS only.
+    pub require_tls: bool,
+    pub mechanisms: Vec<Mechanism>,
+    pub stamps: Stamps,
+}
+
+impl Profile {
+    /// The command table of each listener (RFC 2645 section 5.4: port 366 need not have more).
+    fn implements(&self, verb: Verb) -> bool {
+        use Verb::*;
+        match verb {
+            Ehlo | Helo | Rset | Noop | Help | Quit => true,
+            Mail | Rcpt | Data | Bdat | Vrfy => self.role != Role::Odmr,
+            StartTls => self.role != Role::Customer && self.starttls,
+            Auth | Atrn => self.role == Role::Odmr,
+            Etrn | Expn | Turn | Unknown | Http => false,
+        }
+    }
+
+    fn offers(&self) -> Offers {
+        let mail = self.role != Role::Odmr;
+        Offers { size: mail, eight_bit: mail, utf8: mail, auth: false }
+    }
+}
+
+/// What the party behind the listener is asked.
+pub trait Host: Secrets {
+    /// May mail of this sender and size come in now?
+    fn sender(&mut self, mail: &MailFrom) -> Result<(), Reply>;
+    /// Which mailbox is meant, and is it one of ours?
+    fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply>;
+}
+
+/// What the driver does next.
+#[derive(Debug)]
+pub enum Step {
+    /// Say it and read the next line.
+    Reply(Reply),
+    /// Say it and close.
+    Close(Reply),
+    /// Say it, start TLS, then call [`Server::secured`].
+    StartTls(Reply),
+    /// Say it, read content up to its end, then call [`Server::done`].
+    Data(Reply),
+    /// Read this many octets; refused ones are thrown away and the reply said. Otherwise they are content:
+    /// call [`Server::done`] behind the last chunk, [`Server::chunk_refused`] when one cannot be taken.
+    Chunk { size: u64, last: bool, refused: Option<Reply> },
+    /// ATRN, permitted by the protocol: the party looks at the domains.
+    Atrn(Vec<Domain>),
+}
+
+/// A mail transaction under way: the envelope so far.
+#[derive(Clone, Debug)]
+pub struct Transaction {
+    pub mail: MailFrom,
+    pub recipients: Vec<Mailbox>,
+    /// BDAT has begun (RFC 3030 section 2): octets so far.
+    chunked: Option<u64>,
+    /// A chunk was refused: only RSET helps.
+    failed: bool,
+}
+
+/// The server role on one connection.
+pub struct Server {
+    profile: Profile,
+    hello: Option<Hello>,
+    tls: bool,
+    account: Option<String>,
+    exchange: Option<Box<dyn ServerExchange>>,
+    transaction: Option<Transaction>,
+    errors: usize,
+    auth_failures: usize,
+}
+
+struct Hello {
+    name: String,
+    extended: bool,
+}
+
+fn sequence(text: &'static str) -> Reply {
+    Reply::new(503, "5.5.1", text)
+}
+
+impl Server {
+    /// `tls`: the connection began with TLS, or keeps it over the turn.
+    pub fn new(profile: Profile, tls: bool) -> Server {
+        Server {
+            profile,
+            hello: None,
+            tls,
+            account: None,
+            exchange: None,
+            transaction: None,
+            errors: 0,
+            auth_failures: 0,
+        }
+    }
+
+    /// The first line of all (RFC 5321 section 4.3.1; the words are those of RFC 2645 section 6).
+    pub fn greeting(&self) -> Reply {
+        let words = match self.profile.role {
+            Role::Inbound => "ESMTP mail for the domains held here",
+            Role::Odmr => "on-demand mail relay server ready",
+            Role::Customer => "ready to receive email",
+        };
+        Reply::bare(220, format!("{} {words}", self.profile.hostname))
+    }
+
+    pub fn hostname(&self) -> &str {
+        &self.profile.hostname
+    }
+
+    pub fn max_size(&self) -> u64 {
+        self.profile.max_size
+    }
+
+    /// The authenticated account.
+    pub fn account(&self) -> Option<&str> {
+        self.account.as_deref()
+    }
+
+    /// The name the client gave with EHLO or HELO.
+    pub fn client_name(&self) -> Option<&str> {
+        self.hello.as_ref().map(|hello| hello.name.as_str())
+    }
+
+    pub fn transaction(&self) -> Option<&Transaction> {
+        self.transaction.as_ref()
+    }
+
+    /// Whether the next line is part of an AUTH exchange, and not for any log.
+    pub fn in_auth(&self) -> bool {
+        self.exchange.is_some()
+    }
+
+    /// One line without its CRLF.
+    pub fn line(&mut self, line: &[u8], host: &mut dyn Host) -> Step {
+        let step = match self.exchange.take() {
+            Some(exchange) => self.auth_response(exchange, line, host),
+            None => self.command(line, host).unwrap_or_else(Step::Reply),
+        };
+        self.count_errors(step)
+    }
+
+    /// A line longer than any command may be (RFC 5321 section 4.5.3.1.9, RFC 4954 section 4).
+    pub fn line_too_long(&mut self) -> Step {
+        let reply = match self.exchange.take() {
+            Some(_) => Reply::new(500, "5.5.6", "Authentication exchange line is too long"),
+            None => Reply::new(500, "5.5.2", "Line is too long"),
+        };
+        self.count_errors(Step::Reply(reply))
+    }
+
+    /// TLS has begun: everything said before is forgotten (RFC 3207 section 4.2).
+    pub fn secured(&mut self) {
+        *self = Server::new(self.profile.clone(), true);
+    }
+
+    /// The content has been dealt with, taken or refused: the transaction is over.
+    pub fn done(&mut self) {
+        self.transaction = None;
+        self.errors = 0;
+    }
+
+    /// A chunk could not be taken: nothing but RSET helps this transaction (RFC 3030 section 2).
+    pub fn chunk_refused(&mut self, last: bool) {
+        match &mut self.transaction {
+            Some(transaction) if !last => transaction.failed = true,
+            _ => self.transaction = None,
+        }
+    }
+
+    /// The `Received` field for the transaction, LF line ends (RFC 5321 section 4.4, RFC 3848).
+    /// `peer`: the client's address as a literal; `secure`: TLS version and cipher.
+    pub fn received(&self, peer: &str, secure: Option<&str>, id: &str, date: Date) -> String {
+        let utf8 = self.transaction.as_ref().is_some_and(|transaction| transaction.mail.utf8);
+        let (name, extended) = match &self.hello {
+            // A name that is no name would break the field's grammar.
+            Some(hello) if HostName::parse(&hello.name).is_some() => (hello.name.as_str(), hello.extended),
+            Some(hello) => ("unknown", hello.extended),
+            None => ("unknown", false),
+        };
+        let protocol = match (utf8, extended) {
+            (true, _) => "UTF8SMTP",
+            (false, true) => "ESMTP",
+            (false, false) => "SMTP",
+        };
+        // The letters are defined for ESMTP only; after a turn there is no A: the provider, who is the
+        // SMTP client then, has not authenticated (RFC 3848, RFC 4954 section 7).
+        let s = if self.tls && protocol != "SMTP" { "S" } else { "" };
+        let a = if self.account.is_some() && protocol != "SMTP" { "A" } else { "" };
+        let tls = secure.map_or(String::new(), |secure| format!(" ({secure})"));
+        // With more recipients than one their names are not for each other's eyes (section 7.6).
+        let recipient = match self.transaction.as_ref().map(|transaction| transaction.recipients.as_slice()) {
+            Some([one]) if one.is_ascii() || utf8 => format!(" for <{one}>"),
+            _ => String::new(),
+        };
+        format!(
+            "Received: from {name} ({peer})\n\tby {} with {protocol}{s}{a}{tls}\n\tid {id}{recipient};\n\t{}\n",
+            self.profile.hostname,
+            date.rfc5322()
+        )
+    }
+
+    fn command(&mut self, line: &[u8], host: &mut dyn Host) -> Result<Step, Reply> {
+        let (verb, rest) = Verb::of(line)?;
+        if verb == Verb::Http {
+            return Ok(Step::Close(Reply::new(421, "4.7.0", "This is SMTP, not HTTP")));
+        }
+        if !self.profile.implements(verb) {
+            return Err(match verb {
+                // RFC 2645 section 5.4: on port 366 everything else is 502.
+                Verb::Unknown if self.profile.role != Role::Odmr => Reply::new(500, "5.5.1", "Command not recognised"),
+                _ => Reply::new(502, "5.5.1", "Command not implemented here"),
+            });
+        }
+        if verb == Verb::Bdat {
+            return self.chunk(rest);
+        }
+        self.permitted(verb)?;
+        match Command::parse(verb, rest, self.profile.offers())? {
+            Command::Ehlo(name) => Ok(Step::Reply(self.ehlo(name))),
+            Command::Helo(name) => Ok(Step::Reply(self.helo(name))),
+            Command::Mail(mail) => self.mail(mail, host),
+            Command::Rcpt { path, utf8 } => self.rcpt(&path, utf8, host),
+            Command::Data => Ok(Step::Data(Reply::bare(354, "Go ahead, end with <CRLF>.<CRLF>"))),
+            Command::Rset => {
+                self.transaction = None;
+                Ok(Step::Reply(Reply::new(250, "2.0.0", "OK")))
+            }
+            Command::Noop => Ok(Step::Reply(Reply::new(250, "2.0.0", "OK"))),
+            Command::Help => Ok(Step::Reply(self.help())),
+            // RFC 5321 section 3.5.3: 250 only for what was verified.
+            Command::Vrfy => Ok(Step::Reply(Reply::new(252, "2.0.0", "Send the mail and see"))),
+            Command::Quit => {
+                let text = format!("{} closing connection", self.profile.hostname);
+                Ok(Step::Close(Reply::new(221, "2.0.0", text)))
+            }
+            Command::StartTls => Ok(Step::StartTls(Reply::new(220, "2.0.0", "Go ahead"))),
+            Command::Auth { mechanism, initial } => self.auth(&mechanism, initial, host),
+            Command::Atrn(domains) => Ok(Step::Atrn(domains)),
+            Command::Bdat { .. } | Command::Other => Err(Reply::new(502, "5.5.1", "Command not implemented here")),
+        }
+    }
+
+    /// Whether the command may be said now: before its argument is looked at.
+    fn permitted(&self, verb: Verb) -> Result<(), Reply> {
+        let extended = self.hello.as_ref().is_some_and(|hello| hello.extended);
+        let no_tls = self.profile.require_tls && !self.tls;
+        let sequence = |good: bool, text| if good { Ok(()) } else { Err(sequence(text)) };
+        match verb {
+            // RFC 3207 section 4: TLS is required for all that follows.
+            Verb::Auth | Verb::Atrn if no_tls => {
+                Err(Reply::new(530, "5.7.0", "TLS is required here: say STARTTLS first"))
+            }
+            Verb::Auth => {
+                sequence(extended, "Say EHLO first")?;
+                sequence(self.account.is_none(), "You are authenticated already")
+            }
+            Verb::Atrn => {
+                // RFC 2645 section 5.2.1.
+                if self.account.is_none() {
+                    return Err(Reply::new(530, "5.7.0", "Authentication required"));
+                }
+                sequence(extended, "Say EHLO first")
+            }
+            Verb::StartTls => {
+                sequence(!self.tls, "TLS is active already")?;
+                sequence(self.account.is_none(), "Too late: you are authenticated")?;
+                sequence(extended, "Say EHLO first")
+            }
+            Verb::Mail => {
+                sequence(self.hello.is_some(), "Say EHLO first")?;
+                sequence(self.transaction.is_none(), "A mail transaction is open: RSET ends it")
+            }
+            Verb::Rcpt | Verb::Data => match &self.transaction {
+                None => Err(self::sequence("Say MAIL first")),
+                Some(transaction) if transaction.failed || transaction.chunked.is_some() => {
+                    Err(self::sequence("BDAT has begun: go on with it, or say RSET"))
+                }
+                Some(transaction) if verb == Verb::Data && transaction.recipients.is_empty() => {
+                    Err(self::sequence("No recipient was accepted"))
+                }
+                Some(_) => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+
+    fn ehlo(&mut self, name: String) -> Reply {
+        self.hello = Some(Hello { name, extended: true });
+        // RFC 5321 section 4.1.4: EHLO resets as RSET does; authentication and TLS stay.
+        self.transaction = None;
+        let profile = &self.profile;
+        let mut reply = Reply::bare(250, profile.hostname.clone());
+        let mechanisms: Vec<_> = self.mechanisms().map(|mechanism| mechanism.name()).collect();
+        if profile.role != Role::Odmr {
+            reply = reply
+                .line("PIPELINING")
+                .line(format!("SIZE {}", profile.max_size))
+                .line("8BITMIME")
+                .line("SMTPUTF8")
+                .line("ENHANCEDSTATUSCODES")
+                .line("CHUNKING");
+        }
+        if !mechanisms.is_empty() {
+            reply = reply.line(format!("AUTH {}", mechanisms.join(" ")));
+        }
+        // RFC 3207 section 4.2: never under TLS.
+        if profile.implements(Verb::StartTls) && !self.tls {
+            reply = reply.line("STARTTLS");
+        }
+        if profile.role == Role::Odmr {
+            reply = reply.line("ENHANCEDSTATUSCODES").line("ATRN");
+        }
+        reply
+    }
+
+    fn helo(&mut self, name: String) -> Reply {
+        self.hello = Some(Hello { name, extended: false });
+        self.transaction = None;
+        Reply::bare(250, self.profile.hostname.clone())
+    }
+
+    /// The mechanisms that may be used now (RFC 4954 section 4: plain text under TLS only).
+    fn mechanisms(&self) -> impl Iterator<Item = Mechanism> {
+        let offered = self.profile.role == Role::Odmr && (self.tls || !self.profile.require_tls);
+        let tls = self.tls;
+        self.profile.mechanisms.iter().copied().filter(move |mechanism| offered && (tls || !mechanism.needs_tls()))
+    }
+
+    fn mail(&mut self, mail: MailFrom, host: &mut dyn Host) -> Result<Step, Reply> {
+        if mail.size.is_some_and(|size| size > self.profile.max_size) {
+            return Err(too_big(self.profile.max_size));
+        }
+        host.sender(&mail)?;
+        self.transaction = Some(Transaction { mail, recipients: Vec::new(), chunked: None, failed: false });
+        Ok(Step::Reply(Reply::new(250, "2.1.0", "OK")))
+    }
+
+    fn rcpt(&mut self, path: &ForwardPath, utf8: bool, host: &mut dyn Host) -> Result<Step, Reply> {
+        let limit = self.profile.max_recipients;
+        let Some(transaction) = &mut self.transaction else {
+            return Err(sequence("Say MAIL first"));
+        };
+        if transaction.recipients.len() >= limit {
+            return Err(Reply::new(452, "4.5.3", "Too many recipients: send the rest in another transaction"));
+        }
+        if utf8 && !transaction.mail.utf8 {
+            return Err(Reply::new(553, "5.6.7", "A UTF-8 address needs the SMTPUTF8 parameter"));
+        }
+        let mailbox = host.recipient(path)?;
+        if !transaction.recipients.contains(&mailbox) {
+            transaction.recipients.push(mailbox);
+        }
+        Ok(Step::Reply(Reply::new(250, "2.1.5", "OK, recipient accepted")))
+    }
+
+    /// BDAT: whatever is wrong, the octets it announces follow, and are read away (RFC 3030 section 2).
+    fn chunk(&mut self, rest: &[u8]) -> Result<Step, Reply> {
+        let (size, last) = match Command::parse(Verb::Bdat, rest, self.profile.offers()) {
+            Ok(Command::Bdat { size, last }) => (size, last),
+            Ok(_) => return Err(sequence("Say BDAT")),
+            Err(reply) => match announced(rest) {
+                Some(size) => return Ok(self.refuse_chunk(size, false, reply)),
+                None => return Err(reply),
+            },
+        };
+        let limit = self.profile.max_size;
+        let refusal = match &mut self.transaction {
+            None => Some(sequence("Say MAIL first")),
+            Some(transaction) if transaction.failed => Some(sequence("A chunk was refused: say RSET")),
+            Some(transaction) if transaction.recipients.is_empty() => Some(sequence("No recipient was accepted")),
+            Some(transaction) => {
+                let octets = transaction.chunked.unwrap_or(0).saturating_add(size);
+                transaction.chunked = Some(octets);
+                (octets > limit).then(|| too_big(limit))
+            }
+        };
+        Ok(match refusal {
+            None => Step::Chunk { size, last, refused: None },
+            Some(reply) => self.refuse_chunk(size, last, reply),
+        })
+    }
+
+    fn refuse_chunk(&mut self, size: u64, last: bool, reply: Reply) -> Step {
+        self.chunk_refused(last);
+        // To read away what no message may be long is not asked of anybody.
+        if size > self.profile.max_size.saturating_mul(2).max(1 << 26) {
+            return Step::Close(reply);
+        }
+        Step::Chunk { size, last, refused: Some(reply) }
+    }
+
+    fn auth(&mut self, name: &[u8], initial: Option<Vec<u8>>, host: &mut dyn Host) -> Result<Step, Reply> {
+        if self.auth_failures >= self.profile.max_auth_failures {
+            return Ok(Step::Close(Reply::new(421, "4.7.0", "Too many failed authentications")));
+        }
+        let wanted = Mechanism::parse(name);
+        let Some(mechanism) = self.mechanisms().find(|mechanism| Some(*mechanism) == wanted) else {
+            return Err(Reply::new(504, "5.5.4", "That authentication mechanism is not offered here"));
+        };
+        let challenge = self.profile.stamps.challenge(&self.profile.hostname);
+        let mut exchange = mechanism.server(challenge);
+        match (exchange.first(), initial) {
+            (Some(_), Some(_)) => {
+                // RFC 4954 section 4: the server speaks first in this mechanism.
+                Err(Reply::new(501, "5.7.0", "This mechanism takes no initial response"))
+            }
+            (Some(challenge), None) => Ok(self.challenge(exchange, &challenge)),
+            (None, None) => Ok(self.challenge(exchange, b"")),
+            // RFC 4954 section 4: "=" is a response of no length.
+            (None, Some(initial)) if initial == b"=" => Ok(self.auth_step(exchange, b"", host)),
+            (None, Some(initial)) => Ok(self.auth_response(exchange, &initial, host)),
+        }
+    }
+
+    /// A client's line inside an exchange: base64, or `*` (RFC 4954 section 4).
+    fn auth_response(&mut self, exchange: Box<dyn ServerExchange>, line: &[u8], host: &mut dyn Host) -> Step {
+        if line == b"*" {
+            return Step::Reply(Reply::new(501, "5.7.0", "Authentication cancelled"));
+        }
+        match data_encoding::BASE64.decode(line) {
+            Ok(response) => self.auth_step(exchange, &response, host),
+            Err(_) => Step::Reply(Reply::new(501, "5.5.2", "That is not base64")),
+        }
+    }
+
+    fn auth_step(&mut self, mut exchange: Box<dyn ServerExchange>, response: &[u8], host: &mut dyn Host) -> Step {
+        Step::Reply(match exchange.step(response, host) {
+            ServerStep::Challenge(challenge) => return self.challenge(exchange, &challenge),
+            ServerStep::Done(account) => {
+                let reply = Reply::new(235, "2.7.0", format!("now authenticated as {account}"));
+                self.account = Some(account);
+                reply
+            }
+            ServerStep::Failed => {
+                self.auth_failures += 1;
+                Reply::new(535, "5.7.8", "Authentication credentials invalid")
+            }
+            ServerStep::Malformed => Reply::new(501, "5.5.2", "The response is not what this mechanism asks for"),
+            ServerStep::Unavailable => Reply::new(454, "4.7.0", "Accounts cannot be looked up now, try again later"),
+        })
+    }
+
+    fn challenge(&mut self, exchange: Box<dyn ServerExchange>, challenge: &[u8]) -> Step {
+        self.exchange = Some(exchange);
+        Step::Reply(Reply::bare(334, data_encoding::BASE64.encode(challenge)))
+    }
+
+    fn help(&self) -> Reply {
+        use Verb::*;
+        let all = [
+            (Ehlo, "EHLO"),
+            (Helo, "HELO"),
+            (StartTls, "STARTTLS"),
+            (Auth, "AUTH"),
+            (Atrn, "ATRN"),
+            (Mail, "MAIL"),
+            (Rcpt, "RCPT"),
+            (Data, "DATA"),
+            (Bdat, "BDAT"),
+            (Rset, "RSET"),
+            (Noop, "NOOP"),
+            (Vrfy, "VRFY"),
+            (Help, "HELP"),
+            (Quit, "QUIT"),
+        ];
+        let words: Vec<_> =
+            all.iter().filter(|(verb, _)| self.profile.implements(*verb)).map(|(_, word)| *word).collect();
+        Reply::new(214, "2.0.0", format!("Commands: {}", words.join(" "))).line("See RFC 5321 and RFC 2645")
+    }
+
+    /// Bad commands are patiently answered, but not for ever.
+    fn count_errors(&mut self, step: Step) -> Step {
+        let reply = match &step {
+            Step::Reply(reply) => reply,
+            Step::Chunk { refused: Some(reply), .. } => reply,
+            _ => return step,
+        };
+        if !matches!(reply.code(), 500..=504 | 555) {
+            return step;
+        }
+        self.errors += 1;
+        match step {
+            Step::Reply(_) if self.errors >= self.profile.max_errors => {
+                Step::Close(Reply::new(421, "4.7.0", "Too many errors"))
+            }
+            step => step,
+        }
+    }
+}
+
+impl Transaction {
+    /// Whether the content may hold octets above 127 by the client's word.
+    pub fn body(&self) -> Body {
+        self.mail.body
+    }
+}
+
+/// RFC 1870 section 6.2.
+pub fn too_big(limit: u64) -> Reply {
+    Reply::new(552, "5.3.4", format!("The message is larger than {limit} octets"))
+}
