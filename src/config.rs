@@ -1,0 +1,1470 @@
+//! The configuration: TOML files read once, checked at the door, and every limit and timeout of the program.
+//!
+//! A file is a provider's (`spool`, `customers`) or a customer's (`[provider]`). What comes out of here can be
+//! used as it is: domains are domains, paths are absolute, numbers are within their bounds. What is wrong comes
+//! out as one [`ConfigError`], one line, with the file and the line where it stands, what is allowed and the way
+//! out. Relative paths are relative to the file they stand in.
+//!
+//! Certificates, keys and directories are only named here. Whoever uses them says if they cannot be used.
+
+mod value;
+
+use std::collections::{HashMap, HashSet, hash_map};
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
+use std::net::{Ipv6Addr, SocketAddr};
+use std::ops::Range;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use toml::Spanned;
+
+use self::value::{
+    ATRN_FLOOR, Address, Entry, Hostname, MAX_SIZE, Name, Parse, Pin, Secret, Size, at_least, atrn, check_secret,
+    duration,
+};
+use crate::sasl::{Secrets, Unavailable};
+use crate::smtp::address::{Domain, Mailbox};
+
+/// What a file says, whichever side it is for.
+#[derive(Clone, Debug)]
+pub enum Config {
+    Provider(Provider),
+    Customer(Customer),
+}
+
+impl Config {
+    /// Reads a file of either kind.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let source = Source::read(path)?;
+        match source.kind()? {
+            Some(Kind::Provider) => Provider::build(&source).map(Config::Provider),
+            Some(Kind::Customer) => Customer::build(&source).map(Config::Customer),
+            None => Err(source.error(
+                None,
+                "says neither what a provider needs (`spool` and `customers`) nor what a customer needs \
+                 (a table [provider]): add one of the two",
+            )),
+        }
+    }
+}
+
+/// The side that holds the mail.
+#[derive(Clone, Debug)]
+pub struct Provider {
+    /// The name it greets with. ASCII; the case is as written.
+    pub hostname: String,
+    /// Under it stands the mail that waits. Absolute.
+    pub spool: PathBuf,
+    pub accounts: Accounts,
+    pub tls: Option<TlsFiles>,
+    pub inbound: Inbound,
+    pub odmr: Odmr,
+    pub limits: Limits,
+    pub timeouts: Timeouts,
+}
+
+impl Provider {
+    pub fn load(path: &Path) -> Result<Provider, ConfigError> {
+        let source = Source::read(path)?;
+        match source.kind()? {
+            Some(Kind::Provider) | None => Provider::build(&source),
+            Some(Kind::Customer) => Err(source.error(
+                None,
+                "is a customer's file (it has [provider]), for `odmr pull`; a provider's has `spool` and \
+                 `customers`",
+            )),
+        }
+    }
+
+    fn build(source: &Source) -> Result<Provider, ConfigError> {
+        let raw: RawProvider = source.parse()?;
+        let hostname = hostname(source, raw.hostname)?;
+        let spool = raw.spool.ok_or_else(|| {
+            source.error(
+                None,
+                "`spool` is missing: the directory for the mail that waits, such as spool = \"/var/spool/odmr\"",
+            )
+        })?;
+        let customers = raw.customers.ok_or_else(|| {
+            source.error(
+                None,
+                "`customers` is missing: the folder with one file a customer, such as \
+                 customers = \"customers.d\"",
+            )
+        })?;
+        let tls = raw.tls.map(|tls| TlsFiles::build(source, tls)).transpose()?;
+        listeners(source, &raw.inbound, raw.odmr.as_ref())?;
+        let odmr = Odmr::build(source, raw.odmr, tls.is_some())?;
+        Ok(Provider {
+            hostname,
+            spool: source.beside(&spool.0),
+            accounts: Accounts::build(source, &customers)?,
+            tls,
+            inbound: Inbound {
+                listen: addresses(raw.inbound.listen, 25),
+                max_size: raw.inbound.max_size.map_or(MAX_SIZE, |size| size.0.0),
+            },
+            odmr,
+            limits: raw.limits,
+            timeouts: raw.timeouts,
+        })
+    }
+}
+
+/// `[tls]`: what a server shows. Both files in PEM; absolute.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TlsFiles {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+}
+
+impl TlsFiles {
+    fn build(source: &Source, raw: Spanned<RawTls>) -> Result<TlsFiles, ConfigError> {
+        let table = raw.span();
+        let missing = |key: &str| {
+            let text = format!("[tls] needs `certificate` and `key`, two files in PEM: `{key}` is missing");
+            source.error(table.clone(), text)
+        };
+        let raw = raw.into_inner();
+        let certificate = raw.certificate.ok_or_else(|| missing("certificate"))?;
+        let key = raw.key.ok_or_else(|| missing("key"))?;
+        let path = source.beside(&key.as_ref().0);
+        // A key that cannot be read at all is reported by those who read it.
+        if let Ok(metadata) = std::fs::metadata(&path) {
+            private(&metadata, &path).map_err(|text| source.error(key.span(), text))?;
+        }
+        Ok(TlsFiles { certificate: source.beside(&certificate.0), key: path })
+    }
+}
+
+/// `[inbound]`: the listener for the world.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Inbound {
+    /// Default: port 25 on all addresses. Empty: no listener, as when another mail server fills the Maildirs.
+    pub listen: Vec<SocketAddr>,
+    /// The largest letter taken, in octets as they are on the wire, here and from customers; default 50 MiB.
+    /// RFC 5321 section 4.5.3.1.7 wants at least 64 KiB; smaller is for tests.
+    pub max_size: u64,
+}
+
+/// `[odmr]`: the listeners for customers.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Odmr {
+    /// Default: port 366 on all addresses.
+    pub listen: Vec<SocketAddr>,
+    /// TLS from the first octet on, for customers that know no STARTTLS. Default: none.
+    pub listen_tls: Vec<SocketAddr>,
+    /// AUTH under TLS only. Default: true.
+    pub require_tls: bool,
+    /// Offer CRAM-MD5. Default: true. RFC 2645 section 5.1.2 lets a site switch it off for something better.
+    pub cram_md5: bool,
+}
+
+impl Odmr {
+    fn build(source: &Source, raw: Option<Spanned<RawOdmr>>, tls: bool) -> Result<Odmr, ConfigError> {
+        let table = raw.as_ref().map(Spanned::span);
+        let raw = raw.map(Spanned::into_inner).unwrap_or_default();
+        let add = "add [tls] with `certificate` and `key`";
+        if let Some(first) = raw.listen_tls.first().filter(|_| !tls) {
+            let text = format!("`listen-tls` needs a certificate: {add}, or leave `listen-tls` empty");
+            return Err(source.error(first.span(), text));
+        }
+        let place = raw.require_tls.as_ref().map(Spanned::span).or(table);
+        let require_tls = raw.require_tls.is_none_or(Spanned::into_inner);
+        if require_tls && !tls {
+            let text = format!(
+                "`require-tls` is true, which it is by default, and there is no [tls]: {add}, or say \
+                 require-tls = false"
+            );
+            return Err(source.error(place, text));
+        }
+        let place = raw.cram_md5.as_ref().map(Spanned::span);
+        let cram_md5 = raw.cram_md5.is_none_or(Spanned::into_inner);
+        if !cram_md5 && !tls {
+            // RFC 2645 section 5.1.1: EHLO must be answered with AUTH, so there must be something to offer.
+            let text = format!(
+                "without CRAM-MD5 customers authenticate with PLAIN, and that under TLS only: {add}, or say \
+                 cram-md5 = true"
+            );
+            return Err(source.error(place, text));
+        }
+        Ok(Odmr {
+            listen: addresses(raw.listen, 366),
+            listen_tls: addresses(Some(raw.listen_tls), 366),
+            require_tls,
+            cram_md5,
+        })
+    }
+}
+
+/// The provider's customers: the files `NAME.toml` of one folder.
+#[derive(Clone, Debug, Default)]
+pub struct Accounts {
+    accounts: Vec<Account>,
+    by_name: HashMap<String, usize>,
+    by_domain: HashMap<Domain, usize>,
+}
+
+impl Accounts {
+    pub fn account(&self, name: &str) -> Option<&Account> {
+        self.by_name.get(name).map(|&index| &self.accounts[index])
+    }
+
+    /// The customer whose mail for this very domain is held here; a subdomain is another domain.
+    pub fn owner(&self, domain: &Domain) -> Option<&Account> {
+        self.by_domain.get(domain).map(|&index| &self.accounts[index])
+    }
+
+    /// All of them, by name.
+    pub fn iter(&self) -> impl Iterator<Item = &Account> {
+        self.accounts.iter()
+    }
+
+    fn build(source: &Source, folder: &Spanned<Entry<PathBuf>>) -> Result<Accounts, ConfigError> {
+        let path = source.folder().join(&folder.as_ref().0);
+        let files = customer_files(&path).map_err(|error| {
+            let text = format!(
+                "the folder {} cannot be read: {error}; it holds one file a customer, and may be empty",
+                path.display()
+            );
+            source.error(folder.span(), text)
+        })?;
+        let mut accounts = Accounts::default();
+        for file in files {
+            accounts.add(&Source::read(&file)?)?;
+        }
+        Ok(accounts)
+    }
+
+    fn add(&mut self, source: &Source) -> Result<(), ConfigError> {
+        let raw: RawAccount = source.parse()?;
+        let name = source.file.file_stem().and_then(|name| name.to_str());
+        let name = name.ok_or_else(|| "the login name is not UTF-8: rename the file".to_owned());
+        let name = name.and_then(Name::parse).map_err(|text| {
+            let text = format!("{text}; here it is the file's name without .toml");
+            source.error(None, text)
+        })?;
+        let index = self.accounts.len();
+        let place = raw.domains.as_ref().map(Spanned::span);
+        let mut domains = Vec::new();
+        for entry in raw.domains.map(Spanned::into_inner).unwrap_or_default() {
+            let span = entry.span();
+            let domain = entry.into_inner().0;
+            match self.by_domain.entry(domain.clone()) {
+                hash_map::Entry::Vacant(place) => place.insert(index),
+                hash_map::Entry::Occupied(place) => {
+                    let text = match self.accounts.get(*place.get()) {
+                        Some(other) => {
+                            let other = source.file.with_file_name(format!("{}.toml", other.name));
+                            let other = other.display();
+                            format!("{domain} stands in {other} too: a domain has one owner, take one of them out")
+                        }
+                        None => twice(&domain),
+                    };
+                    return Err(source.error(span, text));
+                }
+            };
+            domains.push(domain);
+        }
+        if domains.is_empty() {
+            let text = "`domains` is missing or empty: name the customer's domains, such as \
+                        domains = [\"example.org\"]";
+            return Err(source.error(place, text));
+        }
+        let secret = secret(source, raw.secret, raw.secret_file, None)?;
+        self.by_name.insert(name.0.clone(), index);
+        self.accounts.push(Account { name: name.0, domains, secret });
+        Ok(())
+    }
+}
+
+impl Secrets for Accounts {
+    fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+        Ok(self.account(name).map(|account| account.secret.clone()))
+    }
+}
+
+/// One customer, as its provider sees it.
+#[derive(Clone)]
+pub struct Account {
+    /// The login name, which is the file's name. Case counts.
+    pub name: String,
+    /// At least one, none twice, each with a dot in it.
+    pub domains: Vec<Domain>,
+    /// Never empty.
+    pub secret: Vec<u8>,
+}
+
+impl fmt::Debug for Account {
+    /// Without the secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Account").field("name", &self.name).field("domains", &self.domains).finish_non_exhaustive()
+    }
+}
+
+/// The side that fetches its mail.
+#[derive(Clone, Debug)]
+pub struct Customer {
+    /// The name it greets with. ASCII; the case is as written.
+    pub hostname: String,
+    pub provider: Upstream,
+    pub mailboxes: Mailboxes,
+    pub limits: Limits,
+    pub timeouts: Timeouts,
+}
+
+impl Customer {
+    pub fn load(path: &Path) -> Result<Customer, ConfigError> {
+        let source = Source::read(path)?;
+        match source.kind()? {
+            Some(Kind::Customer) | None => Customer::build(&source),
+            Some(Kind::Provider) => Err(source.error(
+                None,
+                "is a provider's file (it has `spool` or `customers`), for `odmr serve`; a customer's has [provider]",
+            )),
+        }
+    }
+
+    fn build(source: &Source) -> Result<Customer, ConfigError> {
+        let raw: RawCustomer = source.parse()?;
+        let hostname = hostname(source, raw.hostname)?;
+        let provider = raw.provider.ok_or_else(|| {
+            let text = "[provider] is missing: the table with `address`, `name` and `secret`";
+            source.error(None, text)
+        })?;
+        let provider = Upstream::build(source, provider)?;
+        let mailboxes = raw.mailboxes.ok_or_else(|| {
+            let text = "[mailboxes] is missing: the table with `root` and `accept`, where mail goes and for whom \
+                        it is taken";
+            source.error(None, text)
+        })?;
+        Ok(Customer {
+            mailboxes: Mailboxes::build(source, mailboxes, &provider.domains)?,
+            hostname,
+            provider,
+            limits: raw.limits,
+            timeouts: raw.timeouts,
+        })
+    }
+}
+
+/// `[provider]`: where a customer calls, and as whom.
+#[derive(Clone)]
+pub struct Upstream {
+    /// What to connect to: `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`.
+    pub address: String,
+    /// The host of it, without brackets: the name or address the certificate must carry.
+    pub host: String,
+    /// Default: STARTTLS.
+    pub tls: TlsMode,
+    /// A file with certificates, in PEM, that are believed instead of the system's. Absolute. Not with `pin`.
+    pub ca: Option<PathBuf>,
+    /// The SHA-256 of the one certificate that is believed. Not with `ca`.
+    pub pin: Option<[u8; 32]>,
+    /// The login name.
+    pub name: String,
+    /// Never empty.
+    pub secret: Vec<u8>,
+    /// The domains to ask for; none: all that the account has (RFC 2645 section 5.2.1).
+    pub domains: Vec<Domain>,
+}
+
+impl Upstream {
+    fn build(source: &Source, raw: Spanned<RawUpstream>) -> Result<Upstream, ConfigError> {
+        let table = raw.span();
+        let missing = |text: &str| source.error(table.clone(), format!("[provider] needs {text}"));
+        let raw = raw.into_inner();
+        let address = raw.address.ok_or_else(|| {
+            missing("`address`, the provider's host and port, such as address = \"relay.example.net:366\"")
+        })?;
+        let name = raw.name.ok_or_else(|| missing("`name`, the login name the provider gave you"))?;
+        if let (Some(ca), Some(_)) = (&raw.ca, &raw.pin) {
+            let text = "`ca` and `pin` exclude each other: `pin` trusts one certificate, `ca` those that it \
+                        signed; take one of the two out";
+            return Err(source.error(ca.span(), text));
+        }
+        let trust = raw.ca.as_ref().map(Spanned::span);
+        let trust = trust.or_else(|| raw.pin.as_ref().map(Spanned::span));
+        let tls = raw.tls.map_or(TlsMode::default(), |tls| tls.0);
+        if tls == TlsMode::None && trust.is_some() {
+            let text = "`ca` and `pin` mean nothing with tls = \"none\": say tls = \"starttls\", or take them out";
+            return Err(source.error(trust, text));
+        }
+        let Address { address, host } = address.0;
+        Ok(Upstream {
+            address,
+            host,
+            tls,
+            ca: raw.ca.map(|ca| source.beside(&ca.into_inner().0)),
+            pin: raw.pin.map(|pin| pin.into_inner().0.0),
+            name: name.0.0,
+            secret: secret(source, raw.secret, raw.secret_file, Some(table))?,
+            domains: each_once(source, raw.domains)?,
+        })
+    }
+}
+
+impl fmt::Debug for Upstream {
+    /// Without the secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Upstream")
+            .field("address", &self.address)
+            .field("tls", &self.tls)
+            .field("ca", &self.ca)
+            .field("pin", &self.pin)
+            .field("name", &self.name)
+            .field("domains", &self.domains)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How TLS begins on the way to the provider.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum TlsMode {
+    /// After EHLO (RFC 3207); without it nothing is said that is secret.
+    #[default]
+    StartTls,
+    /// From the first octet on.
+    Implicit,
+    /// Never: on a wire that is already safe, or in tests.
+    None,
+}
+
+/// `[mailboxes]`: for whom a customer takes mail, and where it goes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Mailboxes {
+    /// Under it stand the Maildirs, `root/<domain>/<local part>/`. Absolute.
+    pub root: PathBuf,
+    /// At least one, none twice.
+    pub accept: Vec<Accept>,
+    /// The largest letter taken, in octets as they are on the wire; default 50 MiB.
+    pub max_size: u64,
+}
+
+/// Recipients that exist.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Accept {
+    /// `alice@example.org`; its host is a domain.
+    Address(Mailbox),
+    /// `@example.org`: whoever it is in this domain.
+    Domain(Domain),
+}
+
+impl Mailboxes {
+    fn build(source: &Source, raw: Spanned<RawMailboxes>, domains: &[Domain]) -> Result<Mailboxes, ConfigError> {
+        let table = raw.span();
+        let missing = |text: &str| source.error(table.clone(), format!("[mailboxes] needs {text}"));
+        let raw = raw.into_inner();
+        let root = raw
+            .root
+            .ok_or_else(|| missing("`root`, the directory of the Maildirs, such as root = \"/var/mail/odmr\""))?;
+        let mut accept = Vec::with_capacity(raw.accept.len());
+        let mut seen = HashSet::new();
+        for entry in raw.accept {
+            let span = entry.span();
+            let entry = entry.into_inner().0;
+            let written = entry.to_string();
+            // Two that differ in case alone would be two mailboxes nobody can tell apart.
+            if !seen.insert(written.to_lowercase()) {
+                return Err(source.error(span, twice(&written)));
+            }
+            if !domains.is_empty() && entry.domain().is_none_or(|domain| !domains.contains(domain)) {
+                let text = format!(
+                    "{written} can get no mail, as its domain is not in the `domains` of [provider]: add it \
+                     there, or leave `domains` empty to ask for all"
+                );
+                return Err(source.error(span, text));
+            }
+            accept.push(entry);
+        }
+        if accept.is_empty() {
+            return Err(missing(
+                "`accept`, the addresses that exist, such as accept = [\"alice@example.org\"], or \
+                 [\"@example.org\"] for a whole domain",
+            ));
+        }
+        Ok(Mailboxes { root: source.beside(&root.0), accept, max_size: raw.max_size.map_or(MAX_SIZE, |size| size.0.0) })
+    }
+}
+
+impl Accept {
+    fn domain(&self) -> Option<&Domain> {
+        match self {
+            Accept::Address(mailbox) => mailbox.domain(),
+            Accept::Domain(domain) => Some(domain),
+        }
+    }
+}
+
+impl fmt::Display for Accept {
+    /// As it is written in the file.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Accept::Address(mailbox) => mailbox.fmt(f),
+            Accept::Domain(domain) => write!(f, "@{domain}"),
+        }
+    }
+}
+
+/// `[limits]`: every number at which the program says no.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
+pub struct Limits {
+    /// Connections at once, for each listener; those beyond get `421`. Default 500.
+    #[serde(deserialize_with = "at_least::<1, _>")]
+    pub connections: usize,
+    /// Connections at once from one address, for each listener. Default 50.
+    #[serde(deserialize_with = "at_least::<1, _>")]
+    pub connections_per_address: usize,
+    /// Recipients of one letter; those beyond get `452`. Default 100, and never fewer (RFC 5321 section 4.5.3.1.8).
+    #[serde(deserialize_with = "at_least::<100, _>")]
+    pub recipients: usize,
+    /// Commands answered with an error until a session is ended with `421`. Default 20.
+    #[serde(deserialize_with = "at_least::<1, _>")]
+    pub errors: usize,
+    /// Failed AUTH commands until a session is ended with `421`. Default 3, and never fewer (RFC 4954 section 9).
+    #[serde(deserialize_with = "at_least::<3, _>")]
+    pub auth_failures: usize,
+    /// Turned sessions at once; an ATRN beyond gets `451`. Default 10 000.
+    #[serde(deserialize_with = "at_least::<1, _>")]
+    pub turned_sessions: usize,
+    /// Letters sent in one turned session before QUIT; 0, the default: as many as there are.
+    #[serde(deserialize_with = "at_least::<0, _>")]
+    pub messages_per_turn: usize,
+    /// `Received:` fields at which a letter goes round in circles (RFC 5321 section 6.3). Default 100.
+    #[serde(deserialize_with = "at_least::<1, _>")]
+    pub received_hops: usize,
+}
+
+impl Limits {
+    /// Octets of a command line without its CRLF. RFC 4954 section 4 asks for 12 288 in a line of base64; before
+    /// an initial response stands the AUTH command, at most as long as RFC 5321 section 4.5.3.1.4 lets a command be.
+    pub const COMMAND_LINE: usize = 12_288 + 512;
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: 500,
+            connections_per_address: 50,
+            recipients: 100,
+            errors: 20,
+            auth_failures: 3,
+            turned_sessions: 10_000,
+            messages_per_turn: 0,
+            received_hops: 100,
+        }
+    }
+}
+
+/// `[timeouts]`: every time after which the program stops waiting. RFC 5321 section 4.5.3.2 gives those that stand
+/// with a command; the defaults are its minima.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
+pub struct Timeouts {
+    /// Connecting to one address. Default 30 s.
+    #[serde(deserialize_with = "duration")]
+    pub connect: Duration,
+    /// The client waits for the `220`, also after a turn. Default 5 min.
+    #[serde(deserialize_with = "duration")]
+    pub greeting: Duration,
+    /// The client waits for the reply to MAIL, and to any command that has no time of its own. Default 5 min.
+    #[serde(deserialize_with = "duration")]
+    pub mail: Duration,
+    /// The client waits for the reply to RCPT. Default 5 min.
+    #[serde(deserialize_with = "duration")]
+    pub recipient: Duration,
+    /// The client waits for the `354` to DATA. Default 2 min.
+    #[serde(deserialize_with = "duration")]
+    pub data: Duration,
+    /// A block of a letter must have gone, or come, by then. Default 3 min.
+    #[serde(deserialize_with = "duration")]
+    pub block: Duration,
+    /// The client waits for the reply to the end of a letter. Default 10 min.
+    #[serde(deserialize_with = "duration")]
+    pub end: Duration,
+    /// The server waits for a command. Default 5 min.
+    #[serde(deserialize_with = "duration")]
+    pub command: Duration,
+    /// The customer waits for the reply to ATRN. Default 10 min, and never less (RFC 2645 section 5.2.1).
+    #[serde(deserialize_with = "atrn")]
+    pub atrn: Duration,
+    /// A TLS handshake. Default 1 min.
+    #[serde(deserialize_with = "duration")]
+    pub handshake: Duration,
+    /// A server's session, up to a turn or without one. Default 1 h.
+    #[serde(deserialize_with = "duration")]
+    pub session: Duration,
+    /// A session from the turn on. Default 12 h.
+    #[serde(deserialize_with = "duration")]
+    pub turn: Duration,
+    /// A turned session whose customer has not answered for so long gives way to another call for the same
+    /// domain. Default 1 min.
+    #[serde(deserialize_with = "duration")]
+    pub takeover: Duration,
+    /// When the program is to end, sessions have so long to come to a good end. Default 10 s.
+    #[serde(deserialize_with = "duration")]
+    pub shutdown: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Timeouts {
+        let seconds = Duration::from_secs;
+        Timeouts {
+            connect: seconds(30),
+            greeting: seconds(5 * 60),
+            mail: seconds(5 * 60),
+            recipient: seconds(5 * 60),
+            data: seconds(2 * 60),
+            block: seconds(3 * 60),
+            end: seconds(10 * 60),
+            command: seconds(5 * 60),
+            atrn: ATRN_FLOOR,
+            handshake: seconds(60),
+            session: seconds(60 * 60),
+            turn: seconds(12 * 60 * 60),
+            takeover: seconds(60),
+            shutdown: seconds(10),
+        }
+    }
+}
+
+/// What is wrong with a configuration. Shown as `FILE:LINE: text`, one line.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ConfigError {
+    pub file: PathBuf,
+    /// From 1; `None` when it is the file as a whole, or something that is missing.
+    pub line: Option<usize>,
+    /// What is wrong, what is allowed, and the way out.
+    pub text: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let file = self.file.display();
+        let line = match self.line {
+            Some(line) => format!("{file}:{line}: {}", self.text),
+            None => format!("{file}: {}", self.text),
+        };
+        // Even if somebody put a line end into the name of a file.
+        f.write_str(&line.replace(char::is_control, "?"))
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+// The files as they are written. Whatever must be there is optional here, so that the error can say what it is for.
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
+struct RawProvider {
+    hostname: Option<Entry<Hostname>>,
+    spool: Option<Entry<PathBuf>>,
+    customers: Option<Spanned<Entry<PathBuf>>>,
+    tls: Option<Spanned<RawTls>>,
+    #[serde(default)]
+    inbound: RawInbound,
+    odmr: Option<Spanned<RawOdmr>>,
+    #[serde(default)]
+    limits: Limits,
+    #[serde(default)]
+    timeouts: Timeouts,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
+struct RawTls {
+    certificate: Option<Entry<PathBuf>>,
+    key: Option<Spanned<Entry<PathBuf>>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
+struct RawInbound {
+    listen: Option<Vec<Spanned<Entry<SocketAddr>>>>,
+    max_size: Option<Entry<Size>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
+struct RawOdmr {
+    listen: Option<Vec<Spanned<Entry<SocketAddr>>>>,
+    #[serde(default)]
+    listen_tls: Vec<Spanned<Entry<SocketAddr>>>,
+    require_tls: Option<Spanned<bool>>,
+    cram_md5: Option<Spanned<bool>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
+struct RawAccount {
+    domains: Option<Spanned<Vec<Spanned<Entry<Domain>>>>>,
+    secret: Option<Spanned<Entry<Secret>>>,
+    secret_file: Option<Spanned<Entry<PathBuf>>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
+struct RawCustomer {
+    hostname: Option<Entry<Hostname>>,
+    provider: Option<Spanned<RawUpstream>>,
+    mailboxes: Option<Spanned<RawMailboxes>>,
+    #[serde(default)]
+    limits: Limits,
+    #[serde(default)]
+    timeouts: Timeouts,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
+struct RawUpstream {
+    address: Option<Entry<Address>>,
+    tls: Option<Entry<TlsMode>>,
+    ca: Option<Spanned<Entry<PathBuf>>>,
+    pin: Option<Spanned<Entry<Pin>>>,
+    name: Option<Entry<Name>>,
+    secret: Option<Spanned<Entry<Secret>>>,
+    secret_file: Option<Spanned<Entry<PathBuf>>>,
+    #[serde(default)]
+    domains: Vec<Spanned<Entry<Domain>>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
+struct RawMailboxes {
+    root: Option<Entry<PathBuf>>,
+    #[serde(default)]
+    accept: Vec<Spanned<Entry<Accept>>>,
+    max_size: Option<Entry<Size>>,
+}
+
+/// Just enough to tell the two kinds of files apart.
+#[derive(Deserialize)]
+struct Outline {
+    provider: Option<Spanned<IgnoredAny>>,
+    spool: Option<IgnoredAny>,
+    customers: Option<IgnoredAny>,
+}
+
+enum Kind {
+    Provider,
+    Customer,
+}
+
+/// One file, kept whole while it is checked, so that an error can name its line.
+struct Source {
+    file: PathBuf,
+    text: String,
+    metadata: Metadata,
+}
+
+impl Source {
+    fn read(path: &Path) -> Result<Source, ConfigError> {
+        let error = |text: String| ConfigError { file: path.to_owned(), line: None, text };
+        let (metadata, octets) = read(path).map_err(|cause| error(format!("cannot be read: {cause}")))?;
+        let text = String::from_utf8(octets).map_err(|cause| {
+            let before = &cause.as_bytes()[..cause.utf8_error().valid_up_to()];
+            ConfigError {
+                line: Some(line(before)),
+                ..error("is not UTF-8, as TOML must be: save it as UTF-8".to_owned())
+            }
+        })?;
+        Ok(Source { file: path.to_owned(), text, metadata })
+    }
+
+    fn parse<T: DeserializeOwned>(&self) -> Result<T, ConfigError> {
+        toml::from_str(&self.text).map_err(|error| {
+            let at = error.span();
+            let mut text = squeeze(error.message());
+            if let Some(key) = at.clone().and_then(|at| self.text.get(at)).filter(|_| text == "duplicate key") {
+                text = format!("`{key}` stands here a second time: take one of the two out");
+            }
+            self.error(at, text)
+        })
+    }
+
+    fn kind(&self) -> Result<Option<Kind>, ConfigError> {
+        let outline: Outline = self.parse()?;
+        let provider = outline.spool.is_some() || outline.customers.is_some();
+        match (provider, outline.provider) {
+            (true, None) => Ok(Some(Kind::Provider)),
+            (false, Some(_)) => Ok(Some(Kind::Customer)),
+            (false, None) => Ok(None),
+            (true, Some(table)) => Err(self.error(
+                table.span(),
+                "[provider] is for a customer's file, `spool` and `customers` are for a provider's: make two \
+                 files of this one",
+            )),
+        }
+    }
+
+    fn error(&self, at: impl Into<Option<Range<usize>>>, text: impl Into<String>) -> ConfigError {
+        let before = at.into().and_then(|at| self.text.as_bytes().get(..at.start));
+        ConfigError { file: self.file.clone(), line: before.map(line), text: text.into() }
+    }
+
+    /// Where relative paths begin, as the person who named the file would write it.
+    fn folder(&self) -> &Path {
+        self.file.parent().unwrap_or(Path::new(""))
+    }
+
+    /// A path that is written in this file, made absolute.
+    fn beside(&self, path: &Path) -> PathBuf {
+        let path = self.folder().join(path);
+        std::path::absolute(&path).unwrap_or(path)
+    }
+}
+
+/// The number of the line that begins or goes on after `before`.
+fn line(before: &[u8]) -> usize {
+    1 + before.iter().filter(|&&octet| octet == b'\n').count()
+}
+
+/// TOML's own words in one line, in the words of this program.
+fn squeeze(message: &str) -> String {
+    message
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
+        .replace("unknown field", "unknown key")
+        .replace("expected a sequence", "expected a list, in [ ]")
+        .replace("expected a boolean", "expected true or false")
+}
+
+fn read(path: &Path) -> io::Result<(Metadata, Vec<u8>)> {
+    let mut file = File::open(path)?;
+    let metadata = file.metadata()?;
+    let mut octets = Vec::new();
+    file.read_to_end(&mut octets)?;
+    Ok((metadata, octets))
+}
+
+/// The `*.toml` of a folder, sorted, so that the same mistake gives the same error every time. What begins with a
+/// dot is an editor's.
+fn customer_files(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        if name.ends_with(b".toml") && !name.starts_with(b".") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Refuses a file with a secret that everybody on this machine may read or change.
+fn private(metadata: &Metadata, path: &Path) -> Result<(), String> {
+    let mode = metadata.permissions().mode();
+    let what = match (mode & 0o004 != 0, mode & 0o002 != 0) {
+        (false, false) => return Ok(()),
+        (true, false) => "read",
+        (false, true) => "change",
+        (true, true) => "read and change",
+    };
+    let path = path.display();
+    Err(format!("there is a secret in {path}, and every user may {what} it: chmod 640 {path}"))
+}
+
+fn hostname(source: &Source, hostname: Option<Entry<Hostname>>) -> Result<String, ConfigError> {
+    let hostname = hostname.ok_or_else(|| {
+        let text = "`hostname` is missing: the name of this machine in the DNS, such as \
+                    hostname = \"mail.example.org\"";
+        source.error(None, text)
+    })?;
+    Ok(hostname.0.0)
+}
+
+/// The secret of an account, from either place; `table` is where one is missing.
+fn secret(
+    source: &Source,
+    inline: Option<Spanned<Entry<Secret>>>,
+    file: Option<Spanned<Entry<PathBuf>>>,
+    table: Option<Range<usize>>,
+) -> Result<Vec<u8>, ConfigError> {
+    match (inline, file) {
+        (None, None) => {
+            let text = "`secret` is missing: say secret = \"…\", or secret-file = \"…\" for a file with nothing \
+                        else in it";
+            Err(source.error(table, text))
+        }
+        (Some(_), Some(file)) => {
+            let text = "`secret` and `secret-file` exclude each other: take one of the two out";
+            Err(source.error(file.span(), text))
+        }
+        (Some(secret), None) => {
+            private(&source.metadata, &source.file).map_err(|text| source.error(secret.span(), text))?;
+            Ok(secret.into_inner().0.0)
+        }
+        (None, Some(file)) => {
+            let path = source.folder().join(&file.as_ref().0);
+            secret_file(&path).map_err(|text| source.error(file.span(), text))
+        }
+    }
+}
+
+fn secret_file(path: &Path) -> Result<Vec<u8>, String> {
+    let shown = path.display();
+    let (metadata, mut octets) = read(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
+    private(&metadata, path)?;
+    // The line end is the editor's; the secret ends before it.
+    if octets.pop_if(|last| *last == b'\n').is_some() {
+        octets.pop_if(|last| *last == b'\r');
+    }
+    check_secret(&octets).map_err(|text| format!("{shown} {text}"))?;
+    Ok(octets)
+}
+
+/// The address lists as they are, or the default port on all addresses.
+fn addresses(list: Option<Vec<Spanned<Entry<SocketAddr>>>>, port: u16) -> Vec<SocketAddr> {
+    match list {
+        Some(list) => list.into_iter().map(|entry| entry.into_inner().0).collect(),
+        None => vec![SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))],
+    }
+}
+
+/// One address can be listened on once. Port 0 is another port each time.
+fn listeners(source: &Source, inbound: &RawInbound, odmr: Option<&Spanned<RawOdmr>>) -> Result<(), ConfigError> {
+    let odmr = odmr.map(Spanned::as_ref);
+    let lists = [
+        inbound.listen.as_deref(),
+        odmr.and_then(|odmr| odmr.listen.as_deref()),
+        odmr.map(|odmr| odmr.listen_tls.as_slice()),
+    ];
+    let mut seen = HashSet::new();
+    for entry in lists.into_iter().flatten().flatten() {
+        let address = entry.as_ref().0;
+        if address.port() != 0 && !seen.insert(address) {
+            return Err(source.error(entry.span(), twice(&address)));
+        }
+    }
+    Ok(())
+}
+
+fn each_once(source: &Source, domains: Vec<Spanned<Entry<Domain>>>) -> Result<Vec<Domain>, ConfigError> {
+    let mut seen = HashSet::new();
+    for entry in &domains {
+        let domain = &entry.as_ref().0;
+        if !seen.insert(domain) {
+            return Err(source.error(entry.span(), twice(domain)));
+        }
+    }
+    drop(seen);
+    Ok(domains.into_iter().map(|entry| entry.into_inner().0).collect())
+}
+
+fn twice(what: &impl fmt::Display) -> String {
+    format!("{what} stands here a second time: take one of the two out")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::time::Instant;
+    use tempfile::TempDir;
+
+    const PROVIDER: &str = r#"hostname = "relay.example.net"
+spool = "spool"
+customers = "customers.d"
+[odmr]
+require-tls = false
+"#;
+
+    const ACME: &str = r#"domains = ["example.org", "example.com"]
+secret = "open sesame"
+"#;
+
+    const CUSTOMER: &str = r#"hostname = "mail.example.org"
+[provider]
+address = "relay.example.net"
+name = "acme"
+secret = "open sesame"
+[mailboxes]
+root = "mail"
+accept = ["alice@example.org", "@example.com"]
+"#;
+
+    /// Files in a directory of their own, which others may not read.
+    fn files(files: &[(&str, &str)]) -> TempDir {
+        let folder = TempDir::new().unwrap();
+        fs::create_dir(folder.path().join("customers.d")).unwrap();
+        for (name, text) in files {
+            let path = folder.path().join(name);
+            fs::write(&path, text).unwrap();
+            mode(&path, 0o640);
+        }
+        folder
+    }
+
+    fn mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    /// What is said about `odmr.toml` among these files, less the name of their directory.
+    fn said_of(folder: &TempDir) -> String {
+        let error = match Config::load(&folder.path().join("odmr.toml")) {
+            Ok(_) => panic!("nothing was said"),
+            Err(error) => error,
+        };
+        let said = error.to_string();
+        assert!(!said.contains(char::is_control), "one error, one line:\n{said}");
+        said.replace(&format!("{}/", folder.path().display()), "")
+    }
+
+    fn assert_said(folder: &TempDir, place: &str, phrase: &str) {
+        let said = said_of(folder);
+        let right = said.starts_with(&format!("{place}: ")) && said.contains(phrase);
+        assert!(right, "\nwanted: {place}: … {phrase} …\n   got: {said}");
+    }
+
+    /// A provider's file with `old` replaced by `new` (at the end, if `old` is empty) is refused.
+    fn provider(old: &str, new: &str, place: &str, phrase: &str) {
+        let text = changed(PROVIDER, old, new);
+        let folder = files(&[("odmr.toml", &text), ("customers.d/acme.toml", ACME)]);
+        assert_said(&folder, place, phrase);
+    }
+
+    fn customer(old: &str, new: &str, place: &str, phrase: &str) {
+        let folder = files(&[("odmr.toml", &changed(CUSTOMER, old, new))]);
+        assert_said(&folder, place, phrase);
+    }
+
+    /// A file of the folder of customers is refused.
+    fn account(old: &str, new: &str, place: &str, phrase: &str) {
+        let text = changed(ACME, old, new);
+        let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &text)]);
+        assert_said(&folder, place, phrase);
+    }
+
+    fn changed(text: &str, old: &str, new: &str) -> String {
+        if old.is_empty() {
+            return format!("{text}{new}");
+        }
+        assert!(text.contains(old), "{old:?} is not in the file");
+        text.replacen(old, new, 1)
+    }
+
+    fn domain(text: &str) -> Domain {
+        Domain::parse(text).unwrap()
+    }
+
+    #[test]
+    fn the_least_provider_has_the_documented_defaults() {
+        let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", ACME)]);
+        let Ok(Config::Provider(provider)) = Config::load(&folder.path().join("odmr.toml")) else {
+            panic!("not a provider's file");
+        };
+        assert_eq!(provider.hostname, "relay.example.net");
+        assert_eq!(provider.spool, folder.path().join("spool"));
+        assert_eq!(provider.tls, None);
+        assert_eq!(provider.inbound.listen, ["[::]:25".parse().unwrap()]);
+        assert_eq!(provider.inbound.max_size, 52_428_800);
+        assert_eq!(provider.odmr.listen, ["[::]:366".parse().unwrap()]);
+        assert_eq!(provider.odmr.listen_tls, []);
+        assert!(!provider.odmr.require_tls && provider.odmr.cram_md5);
+        assert_eq!(provider.limits, Limits::default());
+        assert_eq!(provider.timeouts, Timeouts::default());
+        assert_eq!(provider.timeouts.atrn, Duration::from_secs(600));
+        assert!(!format!("{provider:?}").contains("sesame"));
+    }
+
+    #[test]
+    fn every_key_of_a_provider_is_read() {
+        let text = r#"
+            hostname = "EXAMPLE.NET"
+            spool = "/var/spool/odmr"
+            customers = "customers.d"
+            [tls]
+            certificate = "relay.pem"
+            key = "/etc/relay.key"
+            [inbound]
+            listen = [":2525", "127.0.0.1:0"]
+            max-size = 1000000
+            [odmr]
+            listen = []
+            listen-tls = ["127.0.0.1:0", "127.0.0.1:0"]
+            require-tls = true
+            cram-md5 = false
+            [limits]
+            connections = 1
+            connections-per-address = 2
+            recipients = 1000
+            errors = 3
+            auth-failures = 4
+            turned-sessions = 5
+            messages-per-turn = 6
+            received-hops = 7
+            [timeouts]
+            connect = "1ms"
+            greeting = "2ms"
+            mail = "3ms"
+            recipient = "4ms"
+            data = "5ms"
+            block = "6ms"
+            end = "7ms"
+            command = "8ms"
+            atrn = "11m"
+            handshake = "9ms"
+            session = "10ms"
+            turn = "11ms"
+            takeover = "12ms"
+            shutdown = "13ms"
+        "#;
+        let folder = files(&[("odmr.toml", text)]);
+        let provider = Provider::load(&folder.path().join("odmr.toml")).unwrap();
+        assert_eq!(provider.hostname, "EXAMPLE.NET");
+        assert_eq!(provider.spool, Path::new("/var/spool/odmr"));
+        assert_eq!(
+            provider.tls,
+            Some(TlsFiles { certificate: folder.path().join("relay.pem"), key: "/etc/relay.key".into() })
+        );
+        assert_eq!(provider.inbound.max_size, 1_000_000);
+        assert_eq!((provider.odmr.listen.len(), provider.odmr.listen_tls.len()), (0, 2));
+        assert!(provider.odmr.require_tls && !provider.odmr.cram_md5);
+        let limits = Limits {
+            connections: 1,
+            connections_per_address: 2,
+            recipients: 1000,
+            errors: 3,
+            auth_failures: 4,
+            turned_sessions: 5,
+            messages_per_turn: 6,
+            received_hops: 7,
+        };
+        assert_eq!(provider.limits, limits);
+        let times = &provider.timeouts;
+        let short = [
+            times.connect,
+            times.greeting,
+            times.mail,
+            times.recipient,
+            times.data,
+            times.block,
+            times.end,
+            times.command,
+            times.handshake,
+            times.session,
+            times.turn,
+            times.takeover,
+            times.shutdown,
+        ];
+        assert_eq!(short.map(|time| time.as_millis()), std::array::from_fn(|at| at as u128 + 1));
+        assert_eq!(times.atrn, Duration::from_secs(660));
+        assert_eq!(provider.accounts.iter().count(), 0);
+    }
+
+    #[test]
+    fn the_folder_of_customers_becomes_accounts() {
+        let folder = files(&[
+            ("odmr.toml", PROVIDER),
+            ("customers.d/acme.toml", ACME),
+            ("customers.d/Bücher & Co.toml", "domains = [\"BÜCHER.example\"]\nsecret-file = \"co.secret\"\n"),
+            ("customers.d/co.secret", "mellon\r\n"),
+            ("customers.d/.draft.toml", "nonsense"),
+            ("customers.d/acme.toml~", "nonsense"),
+            ("customers.d/README", "nonsense"),
+        ]);
+        let provider = Provider::load(&folder.path().join("odmr.toml")).unwrap();
+        let accounts = &provider.accounts;
+        let names: Vec<_> = accounts.iter().map(|account| &account.name).collect();
+        assert_eq!(names, ["Bücher & Co", "acme"]);
+        let owner = |name| accounts.owner(&domain(name)).map(|account| &*account.name);
+        assert_eq!(owner("Example.ORG"), Some("acme"));
+        assert_eq!(owner("xn--bcher-kva.example"), Some("Bücher & Co"));
+        assert_eq!(owner("sub.example.org"), None);
+        let secret = |name| accounts.secret(name).unwrap();
+        assert_eq!(secret("acme").as_deref(), Some(&b"open sesame"[..]));
+        assert_eq!(secret("Bücher & Co").as_deref(), Some(&b"mellon"[..]));
+        assert_eq!(secret("Acme"), None);
+        assert!(accounts.account(".draft").is_none());
+    }
+
+    #[test]
+    fn the_least_customer_has_the_documented_defaults() {
+        let folder = files(&[("odmr.toml", CUSTOMER)]);
+        let Ok(Config::Customer(customer)) = Config::load(&folder.path().join("odmr.toml")) else {
+            panic!("not a customer's file");
+        };
+        let upstream = &customer.provider;
+        assert_eq!(customer.hostname, "mail.example.org");
+        assert_eq!(upstream.address, "relay.example.net:366");
+        assert_eq!(upstream.host, "relay.example.net");
+        assert_eq!(upstream.tls, TlsMode::StartTls);
+        assert_eq!((&upstream.ca, upstream.pin), (&None, None));
+        assert_eq!((&*upstream.name, &*upstream.secret), ("acme", &b"open sesame"[..]));
+        assert_eq!(upstream.domains, []);
+        assert_eq!(customer.mailboxes.root, folder.path().join("mail"));
+        assert_eq!(customer.mailboxes.max_size, 52_428_800);
+        let accept =
+            [Accept::Address(Mailbox::parse("alice@example.org").unwrap()), Accept::Domain(domain("example.com"))];
+        assert_eq!(customer.mailboxes.accept, accept);
+        assert_eq!(customer.timeouts, Timeouts::default());
+        assert!(!format!("{customer:?}").contains("sesame"));
+    }
+
+    #[test]
+    fn every_key_of_a_customer_is_read() {
+        let text = r#"
+            hostname = "mail.example.org"
+            [provider]
+            address = "[2001:db8::1]:3660"
+            tls = "implicit"
+            ca = "ca.pem"
+            name = "acme"
+            secret-file = "secret"
+            domains = ["example.org", "Example.COM"]
+            [mailboxes]
+            root = "/var/mail/odmr"
+            accept = ["@example.com"]
+            max-size = "10KiB"
+            [limits]
+            recipients = 200
+            [timeouts]
+            connect = "2s"
+        "#;
+        let folder = files(&[("odmr.toml", text), ("secret", "open sesame")]);
+        let customer = Customer::load(&folder.path().join("odmr.toml")).unwrap();
+        let upstream = customer.provider;
+        assert_eq!(upstream.address, "[2001:db8::1]:3660");
+        assert_eq!(upstream.host, "2001:db8::1");
+        assert_eq!(upstream.tls, TlsMode::Implicit);
+        assert_eq!(upstream.ca, Some(folder.path().join("ca.pem")));
+        assert_eq!(upstream.secret, b"open sesame");
+        assert_eq!(upstream.domains, [domain("example.org"), domain("example.com")]);
+        assert_eq!(customer.mailboxes.root, Path::new("/var/mail/odmr"));
+        assert_eq!(customer.mailboxes.max_size, 10_240);
+        assert_eq!(customer.limits.recipients, 200);
+        assert_eq!(customer.timeouts.connect, Duration::from_secs(2));
+    }
+
+    #[test]
+#[rustfmt::skip]
+    fn mistakes_in_a_provider_s_file_are_named() {
+        provider("hostname = ", "hostnam = ", "odmr.toml:1", "unknown key `hostnam`, expected one of `hostname`");
+        provider("hostname = \"relay.example.net\"", "", "odmr.toml", "`hostname` is missing");
+        provider("relay.example.net", "relay_1", "odmr.toml:1", "\"relay_1\" is no host name");
+        provider("\"relay.example.net\"", "5", "odmr.toml:1", "expected a host name");
+        provider("\"relay.example.net\"", "relay", "odmr.toml:1", "must be quoted");
+        provider("spool = \"spool\"", "spool = \"spool", "odmr.toml:2", "invalid basic string");
+        provider("spool = \"spool\"", "", "odmr.toml", "`spool` is missing: the directory");
+        provider("\"spool\"", "\"\"", "odmr.toml:2", "is no path");
+        provider("customers = \"customers.d\"", "", "odmr.toml", "`customers` is missing: the folder");
+        provider("customers.d", "clients.d", "odmr.toml:3", "clients.d cannot be read: No such file");
+        provider("customers = ", "spool = ", "odmr.toml:3", "`spool` stands here a second time");
+        provider("", "[odmr]\n", "odmr.toml:6", "second time");
+        provider("", "[provider]\n", "odmr.toml:6", "make two files of this one");
+        provider("", "[inbund]\n", "odmr.toml:6", "unknown key `inbund`");
+        provider("[odmr]", "[odmr", "odmr.toml:4", "unclosed table");
+        provider("[odmr]", "inbound = 5\n[odmr]", "odmr.toml:4", "expected a table");
+        provider("", "listen = [\"localhost:366\"]", "odmr.toml:6", "is a name, and to listen takes an address");
+        provider("", "listen = [\n \":0\",\n \"::\"]", "odmr.toml:8", "\"::\" has no port");
+        provider("", "listen = \":366\"", "odmr.toml:6", "expected a list, in [ ]");
+        provider("", "listen = [\":25\"]\n[inbound]\nlisten = [\"[::]:25\"]", "odmr.toml:6", "[::]:25 stands here a second time");
+        provider("require-tls = false", "", "odmr.toml:4", "there is no [tls]: add [tls] with `certificate` and `key`");
+        provider("false", "true", "odmr.toml:5", "or say require-tls = false");
+        provider("[odmr]\nrequire-tls = false", "", "odmr.toml", "`require-tls` is true, which it is by default");
+        provider("false", "\"no\"", "odmr.toml:5", "expected true or false");
+        provider("", "listen-tls = [\":465\"]", "odmr.toml:6", "`listen-tls` needs a certificate: add [tls]");
+        provider("", "cram-md5 = false", "odmr.toml:6", "without CRAM-MD5");
+        provider("", "[tls]\nkey = \"k\"", "odmr.toml:6", "`certificate` is missing");
+        provider("", "[tls]\ncertificate = \"c\"", "odmr.toml:6", "`key` is missing");
+        provider("", "[tls]\ncert = \"c\"", "odmr.toml:7", "unknown key `cert`, expected `certificate` or `key`");
+        provider("", "[inbound]\nmax-size = \"50MB\"", "odmr.toml:7", "\"50MB\" is no size");
+        provider("", "[inbound]\nmax-size = 0", "odmr.toml:7", "no letter would pass");
+        provider("", "[inbound]\nmax-size = true", "odmr.toml:7", "expected a size such as \"50MiB\"");
+    }
+
+    #[test]
+#[rustfmt::skip]
+    fn mistakes_in_limits_and_timeouts_are_named() {
+        let limit = |line: &str, phrase| {
+            provider("", &format!("[limits]\n{line}\n"), "odmr.toml:7", phrase)
+        };
+        limit("recipients = 99", "99 is too small: write 100 or more");
+        limit("auth-failures = 2", "2 is too small: write 3 or more");
+        limit("connections = 0", "0 is too small: write 1 or more");
+        limit("messages-per-turn = -1", "-1 is too small: write 0 or more");
+        limit("errors = \"20\"", "expected a whole number, 1 or more");
+        limit("received-hops = 1.5", "expected a whole number, 1 or more");
+        limit("recipient = 100", "unknown key `recipient`, expected one of `connections`");
+        let time = |line: &str, phrase| {
+            provider("", &format!("[timeouts]\n{line}\n"), "odmr.toml:7", phrase)
+        };
+        time("atrn = \"599s\"", "RFC 2645 section 5.2.1");
+        time("command = \"0s\"", "would wait for nothing");
+        time("command = \"5min\"", "\"5min\" is no time: write a whole number of ms, s, m, h or d");
+        time("command = 300", "expected a time such as \"5m\"");
+        time("rcpt = \"5m\"", "unknown key `rcpt`");
+        customer("", "[timeouts]\natrn = \"9m\"", "odmr.toml:10", "write \"10m\" or more");
+    }
+
+    #[test]
+#[rustfmt::skip]
+    fn mistakes_in_the_folder_of_customers_are_named() {
+        let place = "customers.d/acme.toml";
+        let at = |line| format!("{place}:{line}");
+        account("[\"example.org\", \"example.com\"]", "[]", &at(1), "`domains` is missing or empty");
+        account("domains = [\"example.org\", \"example.com\"]", "", place, "`domains` is missing or empty");
+        account("example.com", "localhost", &at(1), "\"localhost\" has no dot");
+        account("example.com", "exa mple.com", &at(1), "\"exa mple.com\" is no domain");
+        account("example.com", "Example.ORG", &at(1), "example.org stands here a second time");
+        account("open sesame", "", &at(2), "the secret is empty");
+        account("open sesame", "a\\nb", &at(2), "more than one line");
+        account("secret = \"open sesame\"", "", place, "`secret` is missing");
+        account("", "secret-file = \"s\"", &at(3), "`secret` and `secret-file` exclude each other");
+        account("secret = \"open sesame\"", "secret-file = \"no\"", &at(2), "customers.d/no cannot be read");
+        account("secret = ", "password = ", &at(2), "unknown key `password`");
+        account("\"open sesame\"", "12345", &at(2), "a number stands here, expected a secret in quotes");
+    }
+
+    #[test]
+    fn a_domain_in_two_files_names_both() {
+        let folder = files(&[
+            ("odmr.toml", PROVIDER),
+            ("customers.d/acme.toml", ACME),
+            ("customers.d/zenith.toml", "secret = \"s\"\ndomains = [\n\"example.net\",\n\"EXAMPLE.com\"]\n"),
+        ]);
+        let phrase = "example.com stands in customers.d/acme.toml too";
+        assert_said(&folder, "customers.d/zenith.toml:4", phrase);
+    }
+
+    #[test]
+#[rustfmt::skip]
+    fn mistakes_in_a_customer_s_file_are_named() {
+        customer("[provider]", "[providers]", "odmr.toml", "says neither what a provider needs");
+        customer("hostname = \"mail.example.org\"", "", "odmr.toml", "`hostname` is missing");
+        customer("address = \"relay.example.net\"", "", "odmr.toml:2", "[provider] needs `address`");
+        customer("relay.example.net", "relay.example.net:odmr", "odmr.toml:3", "\"odmr\" is no port");
+        customer("relay.example.net", "2001:db8::1", "odmr.toml:3", "write \"[2001:db8::1]:366\"");
+        customer("name = \"acme\"", "", "odmr.toml:2", "[provider] needs `name`");
+        customer("acme", "", "odmr.toml:4", "the login name is empty");
+        customer("secret = \"open sesame\"", "", "odmr.toml:2", "`secret` is missing");
+        customer("secret = \"open sesame\"", "secret-file = \"no\"", "odmr.toml:5", "no cannot be read: No such file");
+        customer("name = \"acme\"", "tls = \"ssl\"\nname = \"acme\"", "odmr.toml:4", "\"ssl\" is no way to use TLS: write \"starttls\", \"implicit\" or \"none\"");
+        customer("name = \"acme\"", "tls = true\nname = \"acme\"", "odmr.toml:4", "expected \"starttls\", \"implicit\" or \"none\"");
+        customer("name = \"acme\"", "pin = \"00\"\nname = \"acme\"", "odmr.toml:4", "is no fingerprint");
+        let pin = format!("pin = \"sha256:{}\"", "00".repeat(32));
+        customer("name = \"acme\"", &format!("{pin}\nca = \"ca.pem\"\nname = \"acme\""), "odmr.toml:5", "`ca` and `pin` exclude each other");
+        customer("name = \"acme\"", &format!("tls = \"none\"\n{pin}\nname = \"acme\""), "odmr.toml:5", "mean nothing with tls = \"none\"");
+        customer("name = \"acme\"", "domains = [\"localhost\"]\nname = \"acme\"", "odmr.toml:4", "has no dot");
+        customer("name = \"acme\"", "domains = [\"a.example\",\n\"A.example\"]\nname = \"acme\"", "odmr.toml:5", "a.example stands here a second time");
+        customer("name = \"acme\"", "domains = [\"example.org\"]\nname = \"acme\"", "odmr.toml:9", "@example.com can get no mail");
+        customer("root = \"mail\"", "", "odmr.toml:6", "[mailboxes] needs `root`");
+        customer("accept = [\"alice@example.org\", \"@example.com\"]", "", "odmr.toml:6", "[mailboxes] needs `accept`");
+        customer("\"alice@example.org\", \"@example.com\"", "", "odmr.toml:6", "[mailboxes] needs `accept`");
+        customer("alice@example.org", "example.org", "odmr.toml:8", "\"example.org\" is no address: write an address such as");
+        customer("alice@example.org", "alice@[192.0.2.1]", "odmr.toml:8", "is no address");
+        customer("@example.com", "\\\"Alice\\\"@EXAMPLE.org", "odmr.toml:8", "Alice@example.org stands here a second time");
+        customer("\"@example.com\"", "\"@localhost\"", "odmr.toml:8", "has no dot");
+        customer("[mailboxes]", "[mailbox]", "odmr.toml:6", "unknown key `mailbox`, expected one of");
+        customer("[mailboxes]\nroot = \"mail\"\naccept = [\"alice@example.org\", \"@example.com\"]", "", "odmr.toml", "[mailboxes] is missing");
+        customer("", "max-size = \"big\"", "odmr.toml:9", "\"big\" is no size");
+    }
+
+    #[test]
+    fn a_file_for_the_other_side_is_told_so() {
+        let folder = files(&[("p.toml", PROVIDER), ("c.toml", CUSTOMER), ("empty.toml", "")]);
+        let path = |name| folder.path().join(name);
+        let said = Provider::load(&path("c.toml")).unwrap_err().text;
+        assert!(said.contains("is a customer's file"), "{said}");
+        let said = Customer::load(&path("p.toml")).unwrap_err().text;
+        assert!(said.contains("is a provider's file"), "{said}");
+        let said = Config::load(&path("empty.toml")).unwrap_err().text;
+        assert!(said.contains("says neither"), "{said}");
+        let said = Config::load(&path("none.toml")).unwrap_err();
+        assert_eq!((said.line, &said.text[..14]), (None, "cannot be read"));
+    }
+
+    #[test]
+    fn what_is_not_utf_8_is_named_with_its_line() {
+        let folder = files(&[]);
+        let path = folder.path().join("odmr.toml");
+        fs::write(&path, b"# one\n# \xe4\n").unwrap();
+        assert_said(&folder, "odmr.toml:2", "is not UTF-8");
+    }
+
+    #[test]
+    fn secrets_that_every_user_may_read_or_change_are_refused() {
+        let by_file = ACME.replace("secret = \"open sesame\"", "secret-file = \"secret\"");
+        let key = changed(PROVIDER, "", "[tls]\ncertificate = \"c\"\nkey = \"key\"\n");
+        let check = |text: &str, acme: &str, open: &str, place: &str| {
+            let folder = files(&[
+                ("odmr.toml", text),
+                ("customers.d/acme.toml", acme),
+                ("customers.d/secret", "open sesame"),
+                ("key", "a key"),
+            ]);
+            assert!(Config::load(&folder.path().join("odmr.toml")).is_ok());
+            for (bits, what) in [(0o644, "may read it"), (0o642, "may change it"), (0o666, "may read and change it")] {
+                mode(&folder.path().join(open), bits);
+                assert_said(&folder, place, what);
+                assert_said(&folder, place, &format!("chmod 640 {open}"));
+            }
+        };
+        check(PROVIDER, ACME, "customers.d/acme.toml", "customers.d/acme.toml:2");
+        check(PROVIDER, &by_file, "customers.d/secret", "customers.d/acme.toml:2");
+        check(&key, ACME, "key", "odmr.toml:8");
+        check(CUSTOMER, ACME, "odmr.toml", "odmr.toml:5");
+    }
+
+    #[test]
+    fn files_without_a_secret_may_be_read_by_all() {
+        let by_file = ACME.replace("secret = \"open sesame\"", "secret-file = \"secret\"");
+        let folder = files(&[
+            ("odmr.toml", PROVIDER),
+            ("customers.d/acme.toml", &by_file),
+            ("customers.d/secret", "open sesame\n"),
+        ]);
+        mode(&folder.path().join("odmr.toml"), 0o644);
+        mode(&folder.path().join("customers.d/acme.toml"), 0o644);
+        assert!(Config::load(&folder.path().join("odmr.toml")).is_ok());
+    }
+
+    #[test]
+    fn a_secret_file_is_one_line() {
+        for (text, phrase) in [
+            ("", "customers.d/secret is empty"),
+            ("\n", "customers.d/secret is empty"),
+            ("one\ntwo\n", "customers.d/secret has more than one line"),
+        ] {
+            let folder = files(&[
+                ("odmr.toml", PROVIDER),
+                ("customers.d/secret", text),
+                ("customers.d/acme.toml", "domains = [\"a.example\"]\nsecret-file = \"secret\""),
+            ]);
+            assert_said(&folder, "customers.d/acme.toml:2", phrase);
+        }
+    }
+
+    #[test]
+    fn an_error_stays_on_one_line_whatever_the_files_are_called() {
+        let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/a\nb.toml", ACME)]);
+        assert!(said_of(&folder).starts_with("customers.d/a?b.toml: the login name \"a\\nb\" has"));
+    }
+
+    #[test]
+    fn ten_thousand_customers_load_at_once() {
+        let folder = files(&[("odmr.toml", PROVIDER)]);
+        for number in 0..10_000 {
+            let path = folder.path().join(format!("customers.d/c{number}.toml"));
+            let text = format!("domains = [\"d{number}.example\"]\nsecret = \"s{number}\"\n");
+            fs::write(&path, text).unwrap();
+            mode(&path, 0o640);
+        }
+        let start = Instant::now();
+        let provider = Provider::load(&folder.path().join("odmr.toml")).unwrap();
+        let took = start.elapsed();
+        assert_eq!(provider.accounts.iter().count(), 10_000);
+        let owner = provider.accounts.owner(&domain("d4711.example"));
+        assert_eq!(owner.unwrap().name, "c4711");
+        // It takes a tenth of this, unoptimised; the rest is for a busy machine.
+        assert!(took < Duration::from_secs(2), "{took:?}");
+    }
+}

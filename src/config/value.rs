@@ -1,0 +1,531 @@
+//! Single values of the configuration: what one string, or one number, means.
+//!
+//! Each is parsed while TOML is read, so that TOML adds the line to the error.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use data_encoding::HEXLOWER_PERMISSIVE;
+use serde::de::{Error as _, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use super::{Accept, TlsMode};
+use crate::smtp::address::{Domain, Mailbox};
+
+/// A value that is written as a string and parsed where it stands, so that TOML adds the line to the error.
+pub(super) struct Entry<T>(pub(super) T);
+
+pub(super) trait Parse: Sized {
+    /// What it should be, for who wrote something that is no string.
+    const EXPECTED: &'static str;
+    fn parse(text: &str) -> Result<Self, String>;
+    /// Whether a plain number will do, too.
+    const NUMBER: bool = false;
+}
+
+impl<'de, T: Parse> Deserialize<'de> for Entry<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Entry<T>, D::Error> {
+        deserializer.deserialize_any(EntryVisitor(PhantomData)).map(Entry)
+    }
+}
+
+struct EntryVisitor<T>(PhantomData<T>);
+
+impl<T: Parse> Visitor<'_> for EntryVisitor<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(T::EXPECTED)
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<T, E> {
+        T::parse(text).map_err(E::custom)
+    }
+
+    fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<T, E> {
+        if T::NUMBER {
+            return self.visit_str(&number.to_string());
+        }
+        // The number is not repeated: it may be a secret without its quotes.
+        Err(E::custom(format!("a number stands here, expected {}", T::EXPECTED)))
+    }
+}
+
+pub(super) struct Hostname(pub(super) String);
+
+impl Parse for Hostname {
+    const EXPECTED: &'static str = "a host name such as \"mail.example.org\"";
+
+    fn parse(text: &str) -> Result<Hostname, String> {
+        let domain = Domain::parse(text).filter(|_| !looks_like_ipv4(text));
+        let domain =
+            domain.ok_or_else(|| format!("{text:?} is no host name: write one such as \"mail.example.org\""))?;
+        // The case is the owner's to choose; what is not ASCII cannot be said in SMTP.
+        let name = if text.is_ascii() { text } else { domain.as_str() };
+        Ok(Hostname(name.to_owned()))
+    }
+}
+
+impl Parse for Domain {
+    const EXPECTED: &'static str = "a domain such as \"example.org\"";
+
+    fn parse(text: &str) -> Result<Domain, String> {
+        let domain =
+            Domain::parse(text).ok_or_else(|| format!("{text:?} is no domain: write one such as \"example.org\""))?;
+        // RFC 2645 section 5.2.1: ATRN can name no other.
+        if !domain.as_str().contains('.') {
+            return Err(format!(
+                "{text:?} has no dot, and ATRN can only name domains with one, such as \"example.org\""
+            ));
+        }
+        Ok(domain)
+    }
+}
+
+impl Parse for PathBuf {
+    const EXPECTED: &'static str = "a path in quotes";
+
+    fn parse(text: &str) -> Result<PathBuf, String> {
+        if text.is_empty() || text.contains('\0') {
+            return Err(format!(
+                "{text:?} is no path: write that of a file or directory, absolute or relative to this file"
+            ));
+        }
+        Ok(PathBuf::from(text))
+    }
+}
+
+pub(super) struct Name(pub(super) String);
+
+impl Parse for Name {
+    const EXPECTED: &'static str = "a login name in quotes";
+
+    fn parse(text: &str) -> Result<Name, String> {
+        if text.is_empty() {
+            return Err("the login name is empty: write the one the provider gave you".to_owned());
+        }
+        if text.chars().any(char::is_control) {
+            return Err(format!("the login name {text:?} has a control character in it: letters and digits are best"));
+        }
+        Ok(Name(text.to_owned()))
+    }
+}
+
+pub(super) struct Secret(pub(super) Vec<u8>);
+
+impl Parse for Secret {
+    const EXPECTED: &'static str = "a secret in quotes";
+
+    fn parse(text: &str) -> Result<Secret, String> {
+        check_secret(text.as_bytes()).map_err(|text| format!("the secret {text}"))?;
+        Ok(Secret(text.into()))
+    }
+}
+
+pub(super) fn check_secret(secret: &[u8]) -> Result<(), &'static str> {
+    if secret.is_empty() {
+        return Err("is empty, and anybody could log in: write the secret the two sides agreed on");
+    }
+    if secret.iter().any(u8::is_ascii_control) {
+        return Err("has more than one line, or a control character, in it: a secret is one line of text");
+    }
+    Ok(())
+}
+
+/// Addresses to listen on.
+impl Parse for SocketAddr {
+    const EXPECTED: &'static str = "an address and a port such as \"[::]:366\"";
+
+    fn parse(text: &str) -> Result<SocketAddr, String> {
+        if let Ok(address) = text.parse() {
+            return Ok(address);
+        }
+        let write = "write an address and a port, such as \"192.0.2.1:366\", \"[2001:db8::1]:366\", or \
+                     \"[::]:366\" for all";
+        if text.parse::<IpAddr>().is_ok() {
+            return Err(format!("{text:?} has no port: {write}"));
+        }
+        if let Some(port) = text.strip_prefix(':') {
+            let port = port_number(port)?;
+            return Ok(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
+        }
+        let host = text.rsplit_once(':').map_or(text, |(host, _)| host);
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        if bare.parse::<IpAddr>().is_ok() || Domain::parse(host).is_none() || looks_like_ipv4(host) {
+            return Err(format!("{text:?} is no address with a port: {write}"));
+        }
+        Err(format!("{text:?} is a name, and to listen takes an address, as a name may change its own: {write}"))
+    }
+}
+
+/// Where a customer calls.
+pub(super) struct Address {
+    pub(super) address: String,
+    pub(super) host: String,
+}
+
+impl Parse for Address {
+    const EXPECTED: &'static str = "a host and a port such as \"relay.example.net:366\"";
+
+    fn parse(text: &str) -> Result<Address, String> {
+        let wrong = || {
+            format!(
+                "{text:?} is no host with a port: write \"relay.example.net:366\", \"192.0.2.1:366\" or \
+                 \"[2001:db8::1]:366\""
+            )
+        };
+        let (host, port, six) = match text.strip_prefix('[') {
+            Some(rest) => {
+                let (host, port) = rest.split_once(']').ok_or_else(wrong)?;
+                let host: Ipv6Addr = host.parse().map_err(|_| wrong())?;
+                let port = match port {
+                    "" => None,
+                    port => Some(port.strip_prefix(':').ok_or_else(wrong)?),
+                };
+                (host.to_string(), port, true)
+            }
+            None if text.parse::<Ipv6Addr>().is_ok() => {
+                return Err(format!(
+                    "{text:?} needs brackets to tell the port from the address: write \"[{text}]:366\""
+                ));
+            }
+            None => {
+                let (host, port) = text.split_once(':').map_or((text, None), |(host, port)| (host, Some(port)));
+                if looks_like_ipv4(host) && host.parse::<Ipv4Addr>().is_err() {
+                    return Err(wrong());
+                }
+                let host = Domain::parse(host).ok_or_else(wrong)?;
+                (host.as_str().to_owned(), port, false)
+            }
+        };
+        // RFC 2645 section 4.
+        let port = port.map_or(Ok(366), port_number)?;
+        if port == 0 {
+            return Err(format!("nobody can be called at port 0, as in {text:?}: write the provider's, mostly 366"));
+        }
+        let address = if six { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+        Ok(Address { address, host })
+    }
+}
+
+fn port_number(text: &str) -> Result<u16, String> {
+    let digits = text.bytes().all(|digit| digit.is_ascii_digit());
+    let port = text.parse().ok().filter(|_| digits);
+    port.ok_or_else(|| format!("{text:?} is no port: write a number from 0 to 65535"))
+}
+
+/// Digits and dots are meant as an address, even where the letters of a name may be digits.
+fn looks_like_ipv4(host: &str) -> bool {
+    host.bytes().all(|octet| octet.is_ascii_digit() || octet == b'.')
+}
+
+impl Parse for TlsMode {
+    const EXPECTED: &'static str = "\"starttls\", \"implicit\" or \"none\"";
+
+    fn parse(text: &str) -> Result<TlsMode, String> {
+        match text {
+            "starttls" => Ok(TlsMode::StartTls),
+            "implicit" => Ok(TlsMode::Implicit),
+            "none" => Ok(TlsMode::None),
+            _ => Err(format!("{text:?} is no way to use TLS: write {}", TlsMode::EXPECTED)),
+        }
+    }
+}
+
+pub(super) struct Pin(pub(super) [u8; 32]);
+
+impl Parse for Pin {
+    const EXPECTED: &'static str = "a fingerprint such as \"sha256:0123…\"";
+
+    fn parse(text: &str) -> Result<Pin, String> {
+        let wrong = || {
+            format!(
+                "{text:?} is no fingerprint: write \"sha256:\" and 64 hexadecimal digits, with or without colons, as \
+                 `openssl x509 -in FILE -noout -fingerprint -sha256` shows them"
+            )
+        };
+        let (kind, digits) = text.split_once(':').ok_or_else(wrong)?;
+        if !kind.eq_ignore_ascii_case("sha256") {
+            return Err(wrong());
+        }
+        let digits = digits.replace(':', "");
+        let octets = HEXLOWER_PERMISSIVE.decode(digits.as_bytes()).map_err(|_| wrong())?;
+        octets.try_into().map(Pin).map_err(|_| wrong())
+    }
+}
+
+impl Parse for Accept {
+    const EXPECTED: &'static str = "an address such as \"alice@example.org\", or \"@example.org\" for a whole domain";
+
+    fn parse(text: &str) -> Result<Accept, String> {
+        if let Some(domain) = text.strip_prefix('@') {
+            return <Domain as Parse>::parse(domain).map(Accept::Domain);
+        }
+        match Mailbox::parse(text) {
+            Some(mailbox) if mailbox.domain().is_some() => Ok(Accept::Address(mailbox)),
+            _ => {
+                let expected = Accept::EXPECTED;
+                Err(format!("{text:?} is no address: write {expected}"))
+            }
+        }
+    }
+}
+
+pub(super) struct Size(pub(super) u64);
+
+/// The largest letter where none is named.
+pub(super) const MAX_SIZE: u64 = 50 * 1024 * 1024;
+
+impl Parse for Size {
+    const EXPECTED: &'static str = "a size such as \"50MiB\"";
+    const NUMBER: bool = true;
+
+    fn parse(text: &str) -> Result<Size, String> {
+        let write = "write a whole number of octets, or of KiB, MiB or GiB, such as \"50MiB\"";
+        let (number, unit) = number_and_unit(text);
+        let unit: u64 = match unit {
+            "" => 1,
+            "KiB" => 1024,
+            "MiB" => 1024 * 1024,
+            "GiB" => 1024 * 1024 * 1024,
+            _ => return Err(format!("{text:?} is no size: {write}")),
+        };
+        let number = number.ok_or_else(|| format!("{text:?} is no size: {write}"))?;
+        match number.checked_mul(unit) {
+            // SMTP cannot count further than i64, nor can files.
+            Some(size) if size > i64::MAX.cast_unsigned() => Err(format!("{text:?} is too large: {write}")),
+            None => Err(format!("{text:?} is too large: {write}")),
+            Some(0) => Err(format!("with a size of {text:?} no letter would pass: {write}")),
+            Some(size) => Ok(Size(size)),
+        }
+    }
+}
+
+/// RFC 2645 section 5.2.1: the timeout for ATRN must be at least ten minutes, as the provider may need them.
+pub(super) const ATRN_FLOOR: Duration = Duration::from_secs(600);
+
+/// No deadline lies further away; it keeps sums of times in range.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+impl Parse for Duration {
+    const EXPECTED: &'static str = "a time such as \"5m\"";
+
+    fn parse(text: &str) -> Result<Duration, String> {
+        let write = "write a whole number of ms, s, m, h or d, such as \"90s\" or \"5m\"";
+        let (number, unit) = number_and_unit(text);
+        let milliseconds = match unit {
+            "ms" => 1,
+            "s" => 1000,
+            "m" => 60 * 1000,
+            "h" => 60 * 60 * 1000,
+            "d" => 24 * 60 * 60 * 1000,
+            "" if number.is_some() => return Err(format!("{text:?} has no unit: {write}")),
+            _ => return Err(format!("{text:?} is no time: {write}")),
+        };
+        let number = number.ok_or_else(|| format!("{text:?} is no time: {write}"))?;
+        let time = Duration::from_millis(number.saturating_mul(milliseconds));
+        if time.is_zero() {
+            return Err(format!("{text:?} would wait for nothing: {write}"));
+        }
+        if time > LONGEST {
+            return Err(format!("{text:?} is longer than a year: {write}"));
+        }
+        Ok(time)
+    }
+}
+
+/// `50MiB` is 50 and `MiB`.
+fn number_and_unit(text: &str) -> (Option<u64>, &str) {
+    let end = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(end);
+    let number = match number {
+        "" => None,
+        // What does not fit is as good as the largest: the caller refuses both.
+        number => Some(number.parse().unwrap_or(u64::MAX)),
+    };
+    (number, unit)
+}
+
+pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    Entry::deserialize(deserializer).map(|entry| entry.0)
+}
+
+pub(super) fn atrn<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let time = duration(deserializer)?;
+    if time < ATRN_FLOOR {
+        let text = "RFC 2645 section 5.2.1 lets the provider take ten minutes for ATRN: write \"10m\" or more";
+        return Err(D::Error::custom(text));
+    }
+    Ok(time)
+}
+
+pub(super) fn at_least<'de, const FLOOR: u32, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+    struct Whole<const FLOOR: u32>;
+
+    impl<const FLOOR: u32> Visitor<'_> for Whole<FLOOR> {
+        type Value = usize;
+
+        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+            write!(f, "a whole number, {FLOOR} or more")
+        }
+
+        fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<usize, E> {
+            if number < i64::from(FLOOR) {
+                return Err(E::custom(format!("{number} is too small: write {FLOOR} or more")));
+            }
+            usize::try_from(number).map_err(E::custom)
+        }
+    }
+
+    deserializer.deserialize_any(Whole::<FLOOR>)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a value is read as, or a phrase of what is said about it.
+    fn check<T: Parse, U: PartialEq + fmt::Debug>(text: &str, value: fn(T) -> U, expected: Result<U, &str>) {
+        match (T::parse(text).map(value), expected) {
+            (Ok(got), Ok(expected)) => assert_eq!(got, expected, "{text:?}"),
+            (Err(got), Err(phrase)) => {
+                assert!(got.contains(phrase), "{text:?}\nwanted: {phrase}\n   got: {got}");
+            }
+            (got, expected) => panic!("{text:?}\nwanted: {expected:?}\n   got: {got:?}"),
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        let check = |text, expected| check(text, |size: Size| size.0, expected);
+        check("1000000", Ok(1_000_000));
+        check("1", Ok(1));
+        check("10KiB", Ok(10_240));
+        check("50MiB", Ok(52_428_800));
+        check("1GiB", Ok(1_073_741_824));
+        check("0", Err("no letter would pass"));
+        check("0MiB", Err("no letter would pass"));
+        check("", Err("is no size"));
+        check("MiB", Err("is no size"));
+        check("50MB", Err("write a whole number of octets, or of KiB, MiB or GiB"));
+        check("50 MiB", Err("is no size"));
+        check("1.5GiB", Err("is no size"));
+        check("-1", Err("is no size"));
+        check("50mib", Err("is no size"));
+        check("9223372036854775807", Ok(9_223_372_036_854_775_807));
+        check("9223372036854775808", Err("is too large"));
+        check("99999999999999999999999", Err("is too large"));
+        check("99999999999GiB", Err("is too large"));
+    }
+
+    #[test]
+    fn times() {
+        let check = |text, expected: Result<u64, &str>| {
+            check(text, |time: Duration| time, expected.map(Duration::from_millis));
+        };
+        check("500ms", Ok(500));
+        check("30s", Ok(30_000));
+        check("5m", Ok(300_000));
+        check("2h", Ok(7_200_000));
+        check("1d", Ok(86_400_000));
+        check("365d", Ok(365 * 86_400_000));
+        check("366d", Err("longer than a year"));
+        check("99999999999999999999999999s", Err("longer than a year"));
+        check("0s", Err("would wait for nothing"));
+        check("0ms", Err("would wait for nothing"));
+        check("300", Err("has no unit: write a whole number of ms, s, m, h or d"));
+        check("", Err("is no time"));
+        check("m", Err("is no time"));
+        check("5 m", Err("is no time"));
+        check("5min", Err("is no time"));
+        check("1.5h", Err("is no time"));
+        check("-5m", Err("is no time"));
+        check("1h30m", Err("is no time"));
+    }
+
+    #[test]
+    fn addresses_to_listen_on() {
+        let check = |text, expected| check(text, |address: SocketAddr| address.to_string(), expected);
+        let ok = |text: &str| Ok(text.to_owned());
+        check("[::]:25", ok("[::]:25"));
+        check(":25", ok("[::]:25"));
+        check("0.0.0.0:366", ok("0.0.0.0:366"));
+        check("127.0.0.1:0", ok("127.0.0.1:0"));
+        check("[2001:db8::1]:366", ok("[2001:db8::1]:366"));
+        check("localhost:25", Err("is a name, and to listen takes an address"));
+        check("relay.example.net", Err("is a name, and to listen takes an address"));
+        check("127.0.0.1", Err("has no port"));
+        check("::1", Err("has no port"));
+        check("[::1]", Err("is no address with a port"));
+        check("127.0.0.1:65536", Err("is no address with a port"));
+        check("127.0.0.256:25", Err("is no address with a port"));
+        check("25", Err("is no address with a port"));
+        check("", Err("is no address with a port"));
+        check(":", Err("is no port"));
+        check(":smtp", Err("is no port: write a number from 0 to 65535"));
+        check(":+25", Err("is no port"));
+    }
+
+    #[test]
+    fn addresses_to_call() {
+        let check = |text, expected: Result<(&str, &str), &str>| {
+            let expected = expected.map(|(address, host)| (address.to_owned(), host.to_owned()));
+            check(text, |address: Address| (address.address, address.host), expected);
+        };
+        check("relay.example.net:3660", Ok(("relay.example.net:3660", "relay.example.net")));
+        check("relay.example.net", Ok(("relay.example.net:366", "relay.example.net")));
+        check("Localhost", Ok(("localhost:366", "localhost")));
+        check("192.0.2.1:1", Ok(("192.0.2.1:1", "192.0.2.1")));
+        check("192.0.2.1", Ok(("192.0.2.1:366", "192.0.2.1")));
+        check("[2001:DB8::1]:3660", Ok(("[2001:db8::1]:3660", "2001:db8::1")));
+        check("[::1]", Ok(("[::1]:366", "::1")));
+        check("::1", Err("write \"[::1]:366\""));
+        check("[::1]366", Err("is no host with a port"));
+        check("[::1", Err("is no host with a port"));
+        check("[192.0.2.1]:366", Err("is no host with a port"));
+        check("192.0.2.256", Err("is no host with a port"));
+        check("", Err("is no host with a port"));
+        check(":366", Err("is no host with a port"));
+        check("a b:366", Err("is no host with a port"));
+        check("relay.example.net:", Err("is no port"));
+        check("relay.example.net:odmr", Err("is no port"));
+        check("relay.example.net:0", Err("nobody can be called at port 0"));
+        check("a:1:2", Err("is no port"));
+    }
+
+    #[test]
+    fn fingerprints() {
+        let check = |text: &str, expected| check(text, |pin: Pin| pin.0, expected);
+        let plain = "0123456789abcdef".repeat(4);
+        let colons = ["01:23:45:67:89:AB:CD:EF"; 4].join(":");
+        let octets = [0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef].repeat(4);
+        let octets: [u8; 32] = octets.try_into().unwrap();
+        check(&format!("sha256:{plain}"), Ok(octets));
+        check(&format!("SHA256:{colons}"), Ok(octets));
+        check(&plain, Err("is no fingerprint: write \"sha256:\" and 64 hexadecimal digits"));
+        check(&colons, Err("is no fingerprint"));
+        check(&format!("sha1:{plain}"), Err("is no fingerprint"));
+        check(&format!("sha256:{plain}0"), Err("is no fingerprint"));
+        check(&format!("sha256:{plain}00"), Err("is no fingerprint"));
+        check(&format!("sha256:{}", &plain[2..]), Err("is no fingerprint"));
+        check("sha256:", Err("is no fingerprint"));
+    }
+
+    #[test]
+    fn names_of_machines() {
+        let check = |text, expected: Result<&str, &str>| {
+            check(text, |name: Hostname| name.0, expected.map(str::to_owned));
+        };
+        check("mail.example.org", Ok("mail.example.org"));
+        check("EXAMPLE.NET", Ok("EXAMPLE.NET"));
+        check("localhost", Ok("localhost"));
+        check("bücher.example", Ok("xn--bcher-kva.example"));
+        check("", Err("is no host name"));
+        check("192.0.2.1", Err("is no host name"));
+        check("mail_1.example.org", Err("is no host name"));
+        check("mail.example.org:25", Err("is no host name"));
+    }
+}

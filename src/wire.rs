@@ -1,0 +1,1288 @@
+//! One connection: octets and lines, plain or TLS, in both directions.
+//!
+//! Contract: descriptors are non-blocking; [`Wire::fill`] and [`Wire::flush`] never wait and do a bounded amount of
+//! work; deadlines are absolute, so a peer that sends an octet a minute gains nothing. What is said is gathered in
+//! [`Wire::out`] and handed over by `flush`. There are two ways to wait:
+//!
+//! ```text
+//! a thread with one wire                   a thread with thousands
+//!   loop {                                   loop {
+//!     while let a line = take_line { … }       poll(2): each wire with its interest()
+//!     wait_input(deadline, stop)  // flushes   writable: flush()
+//!     fill()                                   readable: fill(), then all lines
+//!   }                                          anything said: flush()
+//!                                            }
+//! ```
+//!
+//! For the second way: `interest` is asked after `flush`; an empty one means "do not poll this wire" (poll(2) would
+//! report a hang-up for ever); on taking over a wire, look at `received` first; after `fill` said `Bytes`, `ended`
+//! tells whether the peer has said that nothing more will come.
+//!
+//! TLS begins on an empty read buffer only, so no octet crosses STARTTLS (RFC 3207 section 6). An end of the
+//! connection without close_notify is an error (RFC 8314 section 3.4), and `shutdown` says ours only when
+//! everything before it was handed over.
+
+use std::io::{self, IoSlice, Write};
+use std::mem::{self, MaybeUninit};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+pub use crate::tls::Secure;
+use crate::tls::{ClientSide, ServerSide, Session};
+
+/// Octets read from the system in one `fill`.
+const CHUNK: usize = 64 * 1024;
+/// Octets that wait in the read buffer before `fill` reads no more: the peer must wait for us.
+const FULL: usize = 256 * 1024;
+/// Octets handed to the system in one `flush`.
+const BURST: usize = 256 * 1024;
+/// Memory an empty buffer keeps.
+const IDLE: usize = 4 * 1024;
+
+/// One connection.
+pub struct Wire {
+    /// Who speaks, for the log of the dialogue. The wire itself never uses it.
+    pub trace: Trace,
+    input: OwnedFd,
+    /// Only when another descriptor than `input`.
+    output: Option<OwnedFd>,
+    tls: Option<Box<Session>>,
+    secure: Option<Secure>,
+
+    read: Buffer,
+    /// So many octets of `read` hold no line end …
+    scanned: usize,
+    /// … where this tells what was looked for.
+    scanned_for: Ends,
+    swallowing: bool,
+    swallowed: usize,
+    /// Octets that came while we were flushing; the next `fill` reports them.
+    early: usize,
+    /// Nothing more will come.
+    ended: bool,
+    /// `fill` has said so.
+    told_end: bool,
+
+    /// What was said last …
+    out: Vec<u8>,
+    /// … behind what is on its way. Two buffers that change places, so that nothing is ever moved up.
+    sending: Buffer,
+    broken: Option<io::Error>,
+}
+
+/// What one `fill` brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filled {
+    /// So many octets more in `received`.
+    Bytes(usize),
+    /// Nothing for now, or the read buffer is full.
+    Nothing,
+    /// Nothing more will come; for TLS, the peer has said so.
+    End,
+}
+
+/// The answer to "is there a line?".
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Line {
+    /// Not yet.
+    None,
+    /// A line without its line end.
+    Whole(Vec<u8>),
+    /// A line longer than the limit. Said once; the rest of it is swallowed.
+    TooLong,
+}
+
+/// Why a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Woken {
+    /// `fill` has something to say.
+    Ready,
+    Deadline,
+    Stopped,
+}
+
+impl Wire {
+    /// A wire over a connected socket.
+    pub fn new(socket: OwnedFd, trace: Trace) -> io::Result<Wire> {
+        Wire::over(socket, None, trace)
+    }
+
+    /// A wire over two descriptors, as UCSPI and inetd-style supervisors pass them.
+    pub fn pair(input: OwnedFd, output: OwnedFd, trace: Trace) -> io::Result<Wire> {
+        Wire::over(input, Some(output), trace)
+    }
+
+    fn over(input: OwnedFd, output: Option<OwnedFd>, trace: Trace) -> io::Result<Wire> {
+        for descriptor in [Some(&input), output.as_ref()].into_iter().flatten() {
+            let flags = rustix::fs::fcntl_getfl(descriptor)?;
+            rustix::fs::fcntl_setfl(descriptor, flags | OFlags::NONBLOCK)?;
+            // Writes are gathered here; holding them back again would cost 40 ms each. Pipes have no such thing.
+            let _ = rustix::net::sockopt::set_tcp_nodelay(descriptor, true);
+        }
+        Ok(Wire {
+            trace,
+            input,
+            output,
+            tls: None,
+            secure: None,
+            read: Buffer::default(),
+            scanned: 0,
+            scanned_for: Ends::CrLf,
+            swallowing: false,
+            swallowed: 0,
+            early: 0,
+            ended: false,
+            told_end: false,
+            out: Vec::new(),
+            sending: Buffer::default(),
+            broken: None,
+        })
+    }
+
+    /// Reads what there is, once, at most 64 KiB, through TLS. Reads nothing while 256 KiB wait in the buffer.
+    ///
+    /// Errors: the system's; for TLS `InvalidData`, and `UnexpectedEof` for an end without close_notify.
+    pub fn fill(&mut self) -> io::Result<Filled> {
+        if self.early > 0 {
+            return Ok(Filled::Bytes(mem::take(&mut self.early)));
+        }
+        let filled = self.pull()?;
+        self.told_end = filled == Filled::End;
+        Ok(filled)
+    }
+
+    /// What came and was not yet consumed.
+    pub fn received(&self) -> &[u8] {
+        self.read.rest()
+    }
+
+    /// The first `count` octets of `received` are done with.
+    pub fn consume(&mut self, count: usize) {
+        self.read.consume(count);
+        self.scanned = self.scanned.saturating_sub(count);
+    }
+
+    /// The peer will send nothing more than what is in `received`.
+    pub fn ended(&self) -> bool {
+        self.ended
+    }
+
+    /// The next line that ends in CRLF; `limit` counts its octets with the CRLF (RFC 5321 section 4.5.3.1) and
+    /// is at most 256 KiB. A bare CR or LF stays in the line, for the parser to refuse (RFC 5321 section 2.3.8).
+    pub fn take_line(&mut self, limit: usize) -> Line {
+        self.take(limit, Ends::CrLf)
+    }
+
+    /// The next line that ends in CRLF or in a bare LF. For replies only.
+    pub fn take_reply_line(&mut self, limit: usize) -> Line {
+        self.take(limit, Ends::Lf)
+    }
+
+    /// Octets of the last line that was too long, so far.
+    pub fn swallowed(&self) -> usize {
+        self.swallowed
+    }
+
+    /// What is to be said: append here, then `flush`.
+    pub fn out(&mut self) -> &mut Vec<u8> {
+        &mut self.out
+    }
+
+    /// Appends to `out`, as it is.
+    pub fn say(&mut self, octets: &[u8]) {
+        self.out.extend_from_slice(octets);
+    }
+
+    /// Hands what was said to the system, as much as it takes now and at most some 256 KiB. True: all of it.
+    ///
+    /// After an error every further call fails with it. What the peer said before may still be read.
+    pub fn flush(&mut self) -> io::Result<bool> {
+        if let Some(error) = &self.broken {
+            return Err(again(error));
+        }
+        let result = self.push();
+        if let Err(error) = &result {
+            self.broken = Some(again(error));
+        }
+        result
+    }
+
+    /// Octets said but not yet handed to the system; in TLS, some of them counted as sealed.
+    pub fn unsent(&self) -> usize {
+        let sealed = self.tls.as_ref().map_or(0, |session| session.queued());
+        self.out.len() + self.sending.rest().len() + sealed
+    }
+
+    /// What poll(2) must wait for: `IN` on `input_fd`, `OUT` on `output_fd`.
+    pub fn interest(&self) -> PollFlags {
+        let mut wanted = PollFlags::empty();
+        if !self.told_end && self.received().len() < FULL {
+            wanted |= PollFlags::IN;
+        }
+        if self.broken.is_none() && self.unsent() > 0 {
+            wanted |= PollFlags::OUT;
+        }
+        wanted
+    }
+
+    pub fn input_fd(&self) -> BorrowedFd<'_> {
+        self.input.as_fd()
+    }
+
+    /// The same as `input_fd`, but for a `pair`.
+    pub fn output_fd(&self) -> BorrowedFd<'_> {
+        self.output.as_ref().unwrap_or(&self.input).as_fd()
+    }
+
+    /// Waits until `fill` has something to say; meanwhile flushes. Take all lines before.
+    ///
+    /// A deadline that has passed counts more than octets that have come: a trickle cannot outrun it.
+    pub fn wait_input(&mut self, deadline: Instant, stop: &Stop) -> io::Result<Woken> {
+        loop {
+            let broken = self.flush().err();
+            if stop.stopped() {
+                return Ok(Woken::Stopped);
+            }
+            if self.has_news() {
+                return Ok(Woken::Ready);
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Ok(Woken::Deadline);
+            }
+            // A peer that no longer listens may have said why (a 421): that comes before our own error.
+            let until = if broken.is_some() { now } else { deadline };
+            let wanted = self.interest() | PollFlags::IN;
+            let ready = self.poll(wanted, Some(stop), until)?;
+            match (ready.stop, ready.input, broken) {
+                (true, _, _) => return Ok(Woken::Stopped),
+                (_, true, _) => return Ok(Woken::Ready),
+                (_, _, Some(error)) => return Err(error),
+                _ => {}
+            }
+        }
+    }
+
+    /// Waits until everything was handed to the system. `TimedOut` after `deadline`.
+    ///
+    /// Reads meanwhile, so that two peers that talk at once do not wait for each other.
+    pub fn flush_all(&mut self, deadline: Instant) -> io::Result<()> {
+        while !self.flush()? {
+            let mut wanted = PollFlags::OUT;
+            if !self.ended && self.received().len() < FULL {
+                wanted |= PollFlags::IN;
+            }
+            let ready = self.poll_or_time_out(wanted, deadline, "the peer takes no more")?;
+            if ready.input
+                && let Filled::Bytes(count) = self.pull()?
+            {
+                self.early += count;
+            }
+        }
+        Ok(())
+    }
+
+    /// Says what is still in `out`, then begins TLS as the side that accepted the connection.
+    ///
+    /// Errors: `InvalidData` when octets came behind STARTTLS (close then: RFC 3207 section 6) or the handshake
+    /// fails, `TimedOut`, the system's. After an error the wire is good for `shutdown` only.
+    pub fn start_tls_server(&mut self, side: &ServerSide, deadline: Instant) -> io::Result<()> {
+        self.start_tls(deadline, "TLS", || Session::server(side))
+    }
+
+    /// The same as the side that made the connection. `name`: what the peer's certificate must be for.
+    pub fn start_tls_client(&mut self, side: &ClientSide, name: &str, deadline: Instant) -> io::Result<()> {
+        let with = format!("TLS with {name}");
+        self.start_tls(deadline, &with, || Session::client(side, name))
+    }
+
+    /// What TLS agreed on, or that there is none.
+    pub fn secure(&self) -> Option<&Secure> {
+        self.secure.as_ref()
+    }
+
+    /// Ends the connection in good order, as far as that goes without waiting.
+    pub fn shutdown(mut self) {
+        // Half of what we said, properly closed, would look like all of it.
+        if matches!(self.flush(), Ok(true))
+            && let Some(session) = &mut self.tls
+        {
+            session.close();
+            let _ = self.flush();
+        }
+        let _ = rustix::net::shutdown(self.output_fd(), rustix::net::Shutdown::Write);
+        // Closing with octets unread resets the connection, and the peer loses our last words.
+        let mut space = [MaybeUninit::uninit(); CHUNK];
+        for _ in 0..FULL / CHUNK {
+            match rustix::io::read(&self.input, &mut space[..]) {
+                Ok((octets, _)) if !octets.is_empty() => {}
+                _ => break,
+            }
+        }
+    }
+}
+
+/// A word to all who wait: stop. Clones are the same token.
+#[derive(Clone, Debug)]
+pub struct Stop(Arc<Token>);
+
+#[derive(Debug)]
+struct Token {
+    said: AtomicBool,
+    reader: OwnedFd,
+    writer: OwnedFd,
+}
+
+impl Stop {
+    pub fn new() -> io::Result<Stop> {
+        let (reader, writer) = rustix::pipe::pipe()?;
+        for end in [&reader, &writer] {
+            rustix::io::fcntl_setfd(end, rustix::io::FdFlags::CLOEXEC)?;
+        }
+        Ok(Stop(Arc::new(Token { said: AtomicBool::new(false), reader, writer })))
+    }
+
+    pub fn stop(&self) {
+        if !self.0.said.swap(true, Ordering::SeqCst) {
+            // One octet that nobody reads: the pipe is readable from now on. It is empty, so this cannot fail.
+            let _ = rustix::io::retry_on_intr(|| rustix::io::write(&self.0.writer, &[0]));
+        }
+    }
+
+    pub fn stopped(&self) -> bool {
+        self.0.said.load(Ordering::SeqCst)
+    }
+
+    /// Readable (`IN`) from `stop` on, for ever. Never read from it.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.0.reader.as_fd()
+    }
+}
+
+/// Writes the dialogue into the log at debug level: `[id] C: line`. Callers blank secrets before.
+#[derive(Clone, Debug)]
+pub struct Trace {
+    /// Which connection.
+    pub id: String,
+    /// The letter of this side …
+    pub us: char,
+    /// … and of the peer: `C` opened the connection, `P` is the provider, `S` any other server.
+    pub them: char,
+}
+
+impl Trace {
+    /// One line that this side says, with or without its line end.
+    pub fn said(&self, line: &[u8]) {
+        self.note(self.us, line);
+    }
+
+    /// One line that the peer says.
+    pub fn heard(&self, line: &[u8]) {
+        self.note(self.them, line);
+    }
+
+    /// Something that is no line: TLS, the turn.
+    pub fn event(&self, event: &str) {
+        log::debug!(target: "dialogue", "[{}] == {event} ==", self.id);
+    }
+
+    fn note(&self, who: char, line: &[u8]) {
+        log::debug!(target: "dialogue", "[{}] {who}: {}", self.id, Printable(line));
+    }
+}
+
+/// A line for the log: no control character of the peer's reaches a terminal.
+struct Printable<'a>(&'a [u8]);
+
+impl std::fmt::Display for Printable<'_> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        use std::fmt::Write;
+        let line = self.0.strip_suffix(b"\n").unwrap_or(self.0);
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        for chunk in line.utf8_chunks() {
+            for character in chunk.valid().chars() {
+                match character.is_control() {
+                    true => write!(formatter, "{}", character.escape_default())?,
+                    false => formatter.write_char(character)?,
+                }
+            }
+            for octet in chunk.invalid() {
+                write!(formatter, "\\x{octet:02x}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What ends a line.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ends {
+    CrLf,
+    /// LF, with or without a CR.
+    Lf,
+}
+
+/// Octets that are used up from the front.
+#[derive(Default)]
+struct Buffer {
+    octets: Vec<u8>,
+    start: usize,
+}
+
+impl Buffer {
+    fn rest(&self) -> &[u8] {
+        &self.octets[self.start..]
+    }
+
+    fn is_empty(&self) -> bool {
+        self.start == self.octets.len()
+    }
+
+    fn consume(&mut self, count: usize) {
+        self.start = self.octets.len().min(self.start.saturating_add(count));
+        if self.is_empty() {
+            self.start = 0;
+            self.octets.clear();
+            if self.octets.capacity() > IDLE {
+                self.octets = Vec::new();
+            }
+        }
+    }
+
+    /// Where to append. Moves the rest up only when it is the smaller part, so each octet moves once at most on
+    /// average.
+    fn end(&mut self) -> &mut Vec<u8> {
+        if self.start > self.rest().len() {
+            self.octets.drain(..self.start);
+            self.start = 0;
+        }
+        &mut self.octets
+    }
+}
+
+/// The output descriptor as rustls wants it: all records of a burst in one system call.
+struct Descriptor<'a>(BorrowedFd<'a>);
+
+impl Write for Descriptor<'_> {
+    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        Ok(rustix::io::write(self.0, octets)?)
+    }
+
+    fn write_vectored(&mut self, octets: &[IoSlice<'_>]) -> io::Result<usize> {
+        Ok(rustix::io::writev(self.0, octets)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What poll(2) found.
+struct Ready {
+    input: bool,
+    stop: bool,
+}
+
+impl Wire {
+    /// `fill` without the octets that came early.
+    fn pull(&mut self) -> io::Result<Filled> {
+        if self.at_end()? {
+            return Ok(Filled::End);
+        }
+        if self.received().len() >= FULL {
+            return Ok(Filled::Nothing);
+        }
+        let mut space = [MaybeUninit::uninit(); CHUNK];
+        let octets: &[u8] = match rustix::io::read(&self.input, &mut space[..]) {
+            Ok((octets, _)) => octets,
+            // An interrupted read is announced again.
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(Filled::Nothing),
+            Err(error) => return Err(error.into()),
+        };
+        let read = self.read.end();
+        let before = read.len();
+        match &mut self.tls {
+            None if octets.is_empty() => self.ended = true,
+            None => read.extend_from_slice(octets),
+            Some(session) if octets.is_empty() => session.end_of_input()?,
+            Some(session) => session.feed(octets, read)?,
+        }
+        match self.read.octets.len() - before {
+            0 if self.at_end()? => Ok(Filled::End),
+            0 => Ok(Filled::Nothing),
+            count => {
+                // A close_notify behind these octets is noted now, because poll(2) will not tell of it.
+                let _ = self.at_end();
+                Ok(Filled::Bytes(count))
+            }
+        }
+    }
+
+    fn at_end(&mut self) -> io::Result<bool> {
+        if let Some(session) = &mut self.tls
+            && session.ended()?
+        {
+            self.ended = true;
+        }
+        Ok(self.ended)
+    }
+
+    /// `fill` need not wait for the system.
+    fn has_news(&self) -> bool {
+        self.early > 0 || self.ended || self.received().len() >= FULL
+    }
+
+    /// `flush` without the memory of errors.
+    fn push(&mut self) -> io::Result<bool> {
+        let mut budget = BURST;
+        loop {
+            if self.sending.is_empty() && !self.out.is_empty() {
+                mem::swap(&mut self.sending.octets, &mut self.out);
+            }
+            let written = match self.push_once() {
+                Ok(None) => return Ok(true),
+                Ok(Some(0)) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(Some(written)) => written,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            budget = budget.saturating_sub(written);
+            if budget == 0 {
+                return Ok(self.unsent() == 0);
+            }
+        }
+    }
+
+    /// One system call. `None`: there is nothing to send.
+    fn push_once(&mut self) -> io::Result<Option<usize>> {
+        let output = self.output.as_ref().unwrap_or(&self.input);
+        let Some(session) = &mut self.tls else {
+            if self.sending.is_empty() {
+                return Ok(None);
+            }
+            let written = rustix::io::write(output, self.sending.rest())?;
+            self.sending.consume(written);
+            return Ok(Some(written));
+        };
+        // Sealed in full bursts only: topping up after each partial write would make a record of every scrap.
+        if !session.wants_write() && !session.handshaking() && !self.sending.is_empty() {
+            let sealed = session.seal(self.sending.rest())?;
+            self.sending.consume(sealed);
+        }
+        match session.wants_write() {
+            true => session.write_to(&mut Descriptor(output.as_fd())).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    fn poll(&self, wanted: PollFlags, stop: Option<&Stop>, until: Instant) -> io::Result<Ready> {
+        let (input, output) = (wanted.contains(PollFlags::IN), wanted.contains(PollFlags::OUT));
+        let mut descriptors = Vec::with_capacity(3);
+        if input {
+            descriptors.push(PollFd::from_borrowed_fd(self.input_fd(), PollFlags::IN));
+        }
+        if output {
+            descriptors.push(PollFd::from_borrowed_fd(self.output_fd(), PollFlags::OUT));
+        }
+        if let Some(stop) = stop {
+            descriptors.push(PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN));
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        // A time too long for the system is no limit.
+        let left = Timespec::try_from(left).ok();
+        match rustix::event::poll(&mut descriptors, left.as_ref()) {
+            Ok(_) => {}
+            // As if nothing had happened: the caller looks at its deadline and comes back.
+            Err(Errno::INTR) => {
+                return Ok(Ready { input: false, stop: false });
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let happened = |found: &PollFd<'_>| !found.revents().is_empty();
+        Ok(Ready {
+            input: input && descriptors.first().is_some_and(happened),
+            stop: stop.is_some() && descriptors.last().is_some_and(happened),
+        })
+    }
+
+    fn poll_or_time_out(&self, wanted: PollFlags, deadline: Instant, what: &str) -> io::Result<Ready> {
+        if Instant::now() >= deadline {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+        }
+        self.poll(wanted, None, deadline)
+    }
+
+    fn start_tls(
+        &mut self,
+        deadline: Instant,
+        what: &str,
+        session: impl FnOnce() -> io::Result<Session>,
+    ) -> io::Result<()> {
+        let refused = |text| Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        if self.tls.is_some() {
+            return refused("TLS is already on");
+        }
+        // RFC 3207 section 6: what came in the clear must not be taken for what TLS protects.
+        if !self.received().is_empty() || self.swallowing {
+            return refused("octets in the clear came behind STARTTLS");
+        }
+        // Nothing is read here: the peer's next octets are TLS.
+        while !self.flush()? {
+            self.poll_or_time_out(PollFlags::OUT, deadline, "the peer takes no more")?;
+        }
+        self.tls = Some(Box::new(session()?));
+        self.handshake(deadline).map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))?;
+        self.secure = self.tls.as_ref().and_then(|session| session.secure());
+        Ok(())
+    }
+
+    fn handshake(&mut self, deadline: Instant) -> io::Result<()> {
+        loop {
+            let flushed = match self.flush() {
+                Ok(flushed) => flushed,
+                // The peer may have said by an alert why it no longer listens.
+                Err(error) => return Err(self.pull().err().unwrap_or(error)),
+            };
+            let shaking = self.tls.as_ref().is_some_and(|session| session.handshaking());
+            let mut wanted = PollFlags::empty();
+            wanted.set(PollFlags::IN, shaking);
+            wanted.set(PollFlags::OUT, !flushed);
+            if wanted.is_empty() {
+                return Ok(());
+            }
+            let late = "the handshake took too long";
+            if self.poll_or_time_out(wanted, deadline, late)?.input {
+                self.shake()?;
+            }
+        }
+    }
+
+    /// One reading of the handshake, with our alert sent if that fails.
+    fn shake(&mut self) -> io::Result<()> {
+        match self.pull() {
+            Ok(Filled::Bytes(count)) => self.early += count,
+            Ok(Filled::Nothing) => {}
+            Ok(Filled::End) => return Err(hung_up()),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(hung_up()),
+            Err(error) => {
+                let _ = self.flush();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, limit: usize, ends: Ends) -> Line {
+        if self.swallowing && !self.swallow(ends) {
+            return Line::None;
+        }
+        if self.scanned_for != ends {
+            self.scanned = 0;
+            self.scanned_for = ends;
+        }
+        let limit = limit.min(FULL);
+        let rest = self.read.rest();
+        let window = &rest[..rest.len().min(limit)];
+        if let Some(end) = line_end(window, self.scanned, ends) {
+            let line = &window[..end - 1];
+            let line = line.strip_suffix(b"\r").unwrap_or(line).to_vec();
+            self.consume(end);
+            self.scanned = 0;
+            self.swallowed = 0;
+            return Line::Whole(line);
+        }
+        self.scanned = window.len();
+        if rest.len() < limit {
+            return Line::None;
+        }
+        self.swallowing = true;
+        self.swallowed = 0;
+        self.swallow(ends);
+        Line::TooLong
+    }
+
+    /// Drops the rest of a line that was too long; true when its end was found.
+    fn swallow(&mut self, ends: Ends) -> bool {
+        let rest = self.read.rest();
+        let end = line_end(rest, 0, ends);
+        // A CR at the very end may be half of the line end.
+        let kept = usize::from(rest.last() == Some(&b'\r'));
+        let dropped = end.unwrap_or(rest.len() - kept);
+        self.consume(dropped);
+        self.scanned = 0;
+        self.swallowed += dropped;
+        self.swallowing = end.is_none();
+        end.is_some()
+    }
+}
+
+/// Where the first line of `octets` ends: the index behind its LF. The first `scanned` octets hold no end.
+fn line_end(octets: &[u8], scanned: usize, ends: Ends) -> Option<usize> {
+    let mut at = scanned.min(octets.len());
+    while let Some(found) = octets[at..].iter().position(|&octet| octet == b'\n') {
+        at += found + 1;
+        if ends == Ends::Lf || (at >= 2 && octets[at - 2] == b'\r') {
+            return Some(at);
+        }
+    }
+    None
+}
+
+fn again(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(code) => io::Error::from_raw_os_error(code),
+        None => io::Error::new(error.kind(), error.to_string()),
+    }
+}
+
+fn hung_up() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::UnexpectedEof,
+        "the peer closed the connection in the handshake: does it speak TLS here, and trust this side?",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tls::{self, Trust};
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::Duration;
+
+    const NAME: &str = "relay.example.net";
+
+    fn trace() -> Trace {
+        let id = "1".to_string();
+        Trace { id, us: 'P', them: 'C' }
+    }
+
+    fn wire(socket: impl Into<OwnedFd>) -> Wire {
+        Wire::new(socket.into(), trace()).unwrap()
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(20)
+    }
+
+    fn in_millis(count: u64) -> Instant {
+        Instant::now() + Duration::from_millis(count)
+    }
+
+    fn unix() -> (UnixStream, UnixStream) {
+        UnixStream::pair().unwrap()
+    }
+
+    fn tcp() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (one, listener.accept().unwrap().0)
+    }
+
+    fn sides() -> (ServerSide, ClientSide) {
+        let (certificate, key) = tls::self_signed(&[NAME]).unwrap();
+        let pin = tls::fingerprint(&certificate).unwrap();
+        (tls::server_from_pem(&certificate, &key).unwrap(), tls::client_config(&Trust::Pin(pin)).unwrap())
+    }
+
+    /// Both wires with TLS on: server, client.
+    fn secured(server: impl Into<OwnedFd>, client: impl Into<OwnedFd>) -> (Wire, Wire) {
+        let (accepting, connecting) = sides();
+        let (mut server, mut client) = (wire(server), wire(client));
+        thread::scope(|scope| {
+            scope.spawn(|| server.start_tls_server(&accepting, soon()).unwrap());
+            client.start_tls_client(&connecting, NAME, soon()).unwrap();
+        });
+        (server, client)
+    }
+
+    /// A wire pair of each kind.
+    fn each_kind() -> Vec<(Wire, Wire)> {
+        let ((a, b), (c, d), (e, f)) = (unix(), tcp(), unix());
+        vec![(wire(a), wire(b)), secured(c, d), secured(e, f)]
+    }
+
+    fn next_line(wire: &mut Wire) -> Line {
+        let stop = Stop::new().unwrap();
+        loop {
+            match wire.take_line(1000) {
+                Line::None => {}
+                line => return line,
+            }
+            assert_eq!(wire.wait_input(soon(), &stop).unwrap(), Woken::Ready);
+            assert_ne!(wire.fill().unwrap(), Filled::End);
+        }
+    }
+
+    /// Reads until `count` octets came, as a polling thread would.
+    fn gather(wire: &mut Wire, count: usize) -> Vec<u8> {
+        let (mut heard, stop) = (Vec::new(), Stop::new().unwrap());
+        while heard.len() < count {
+            assert_eq!(wire.wait_input(soon(), &stop).unwrap(), Woken::Ready);
+            wire.fill().unwrap();
+            heard.extend_from_slice(wire.received());
+            wire.consume(usize::MAX);
+        }
+        heard
+    }
+
+    fn text(count: usize) -> Vec<u8> {
+        (0..count).map(|index| (index % 251) as u8).collect()
+    }
+
+    fn whole(line: &[u8]) -> Line {
+        Line::Whole(line.to_vec())
+    }
+
+    /// Feeds `input` cut at every place; the lines must be the same.
+    fn check_lines(input: &[u8], limit: usize, ends: Ends, expected: &[Line]) {
+        for cut in 0..=input.len() {
+            let (peer, ours) = unix();
+            let (mut peer, mut ours) = (wire(peer), wire(ours));
+            let mut lines = Vec::new();
+            for part in [&input[..cut], &input[cut..]] {
+                peer.say(part);
+                assert!(peer.flush().unwrap());
+                ours.fill().unwrap();
+                loop {
+                    match ours.take(limit, ends) {
+                        Line::None => break,
+                        line => lines.push(line),
+                    }
+                }
+            }
+            assert_eq!(lines, expected, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn only_crlf_ends_a_line() {
+        let lines = [whole(b"NOOP"), whole(b""), whole(b"a\nb\rc"), whole(b"d\r")];
+        check_lines(b"NOOP\r\n\r\na\nb\rc\r\nd\r\r\nrest", 20, Ends::CrLf, &lines);
+    }
+
+    #[test]
+    fn a_bare_lf_ends_a_reply() {
+        let lines = [whole(b"250-a"), whole(b"250 b"), whole(b"")];
+        check_lines(b"250-a\n250 b\r\n\nrest", 20, Ends::Lf, &lines);
+    }
+
+    #[test]
+    fn a_line_that_is_too_long_is_said_once_and_swallowed() {
+        let lines = [whole(b"12345678"), Line::TooLong, whole(b"NOOP"), Line::TooLong, whole(b"x")];
+        check_lines(
+            b"12345678\r\n123456789\r\nNOOP\r\n12345678901234\n5678901\r234567890\r\nx\r\n",
+            10,
+            Ends::CrLf,
+            &lines,
+        );
+    }
+
+    #[test]
+    fn a_line_without_end_is_counted_and_not_kept() {
+        let (peer, ours) = unix();
+        let (mut peer, mut ours) = (wire(peer), wire(ours));
+        for round in 0..40 {
+            peer.say(&[b'x'; 50_000]);
+            peer.flush().unwrap();
+            while let Filled::Bytes(_) = ours.fill().unwrap() {}
+            let expected = if round == 0 { Line::TooLong } else { Line::None };
+            assert_eq!(ours.take_line(1000), expected);
+            assert!(ours.received().is_empty());
+        }
+        assert_eq!(ours.swallowed(), 2_000_000);
+        peer.say(b"\r\nQUIT\r\n");
+        peer.flush().unwrap();
+        ours.fill().unwrap();
+        assert_eq!(ours.take_line(1000), whole(b"QUIT"));
+        assert_eq!(ours.swallowed(), 0);
+    }
+
+    #[test]
+    fn lines_pass_both_ways_in_every_kind() {
+        for (mut one, mut other) in each_kind() {
+            for _ in 0..3 {
+                one.say(b"250-a\r\n250 b\r\n");
+                assert!(one.flush().unwrap());
+                assert_eq!(next_line(&mut other), whole(b"250-a"));
+                assert_eq!(next_line(&mut other), whole(b"250 b"));
+                other.say(b"RSET\r\n");
+                assert!(other.flush().unwrap());
+                assert_eq!(next_line(&mut one), whole(b"RSET"));
+                assert_eq!(one.fill().unwrap(), Filled::Nothing);
+            }
+        }
+    }
+
+    #[test]
+    fn waiting_flushes_first() {
+        for (mut one, mut other) in each_kind() {
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    one.say(b"250 go on\r\n");
+                    assert_eq!(next_line(&mut one), whole(b"NOOP"));
+                });
+                assert_eq!(next_line(&mut other), whole(b"250 go on"));
+                other.say(b"NOOP\r\n");
+                other.flush_all(soon()).unwrap();
+            });
+        }
+    }
+
+    #[test]
+    fn a_peer_that_does_not_read_does_not_hold_us() {
+        let sent = text(8_000_000);
+        for (mut one, mut other) in each_kind() {
+            one.say(&sent);
+            let mut rounds = 0;
+            let mut before = usize::MAX;
+            while one.unsent() < before {
+                before = one.unsent();
+                assert!(!one.flush().unwrap());
+                rounds += 1;
+            }
+            assert!(rounds < 100 && one.unsent() > 1_000_000);
+            assert!(one.interest().contains(PollFlags::OUT));
+            let late = one.flush_all(in_millis(50)).unwrap_err();
+            assert_eq!(late.kind(), io::ErrorKind::TimedOut);
+            let heard = thread::scope(|scope| {
+                scope.spawn(|| one.flush_all(soon()).unwrap());
+                gather(&mut other, sent.len())
+            });
+            assert!(heard == sent);
+            assert_eq!(one.unsent(), 0);
+            assert_eq!(one.interest(), PollFlags::IN);
+        }
+    }
+
+    #[test]
+    fn two_that_talk_at_once_do_not_wait_for_each_other() {
+        // More than the sockets' own buffers take, and less than makes a reader pause.
+        for (mut one, mut other) in each_kind() {
+            let sent = text(FULL);
+            let talk = |wire: &mut Wire| {
+                wire.say(&sent);
+                wire.flush_all(soon()).unwrap();
+                assert!(gather(wire, sent.len()) == sent);
+            };
+            thread::scope(|scope| {
+                scope.spawn(|| talk(&mut one));
+                talk(&mut other);
+            });
+        }
+    }
+
+    #[test]
+    fn a_full_read_buffer_makes_the_peer_wait() {
+        for (mut one, mut other) in each_kind() {
+            one.say(&text(4_000_000));
+            for _ in 0..100 {
+                one.flush().unwrap();
+                other.fill().unwrap();
+            }
+            let kept = other.received().len();
+            assert!((FULL..FULL + CHUNK).contains(&kept), "{kept}");
+            assert_eq!(other.fill().unwrap(), Filled::Nothing);
+            assert!(!other.interest().contains(PollFlags::IN));
+            other.consume(kept);
+            assert!(other.interest().contains(PollFlags::IN));
+            assert!(matches!(other.fill().unwrap(), Filled::Bytes(_)));
+        }
+    }
+
+    #[test]
+    fn an_idle_wire_keeps_little_memory() {
+        for (mut one, mut other) in each_kind() {
+            let sent = text(300_000);
+            one.say(&sent);
+            thread::scope(|scope| {
+                scope.spawn(|| one.flush_all(soon()).unwrap());
+                gather(&mut other, sent.len());
+            });
+            let kept = other.read.octets.capacity() + one.out.capacity();
+            assert!(kept + one.sending.octets.capacity() <= 3 * IDLE);
+        }
+    }
+
+    #[test]
+    fn a_trickle_does_not_outrun_the_deadline() {
+        let (peer, ours) = unix();
+        let stop = Stop::new().unwrap();
+        let trickle = thread::spawn(move || {
+            for _ in 0..500 {
+                if (&peer).write_all(b"x").is_err() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+        });
+        let mut ours = wire(ours);
+        let (start, deadline) = (Instant::now(), in_millis(100));
+        while ours.wait_input(deadline, &stop).unwrap() == Woken::Ready {
+            assert_ne!(ours.fill().unwrap(), Filled::End);
+            assert_eq!(ours.take_line(1000), Line::None);
+        }
+        assert!(start.elapsed() >= Duration::from_millis(100));
+        drop(ours);
+        trickle.join().unwrap();
+    }
+
+    #[test]
+    fn stop_wakes_all_who_wait() {
+        let stop = Stop::new().unwrap();
+        let pairs = [unix(), unix()];
+        thread::scope(|scope| {
+            for (_, ours) in &pairs {
+                let stop = stop.clone();
+                scope.spawn(move || {
+                    let mut ours = wire(ours.try_clone().unwrap());
+                    assert_eq!(ours.wait_input(soon(), &stop).unwrap(), Woken::Stopped);
+                });
+            }
+            thread::sleep(Duration::from_millis(20));
+            assert!(!stop.stopped());
+            stop.stop();
+            stop.stop();
+        });
+        let mut found = [PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN)];
+        assert_eq!(rustix::event::poll(&mut found, None).unwrap(), 1);
+        assert!(found[0].revents().contains(PollFlags::IN));
+    }
+
+    #[test]
+    fn a_shutdown_is_an_end_in_every_kind() {
+        for (mut one, mut other) in each_kind() {
+            one.say(b"221 bye\r\n");
+            one.shutdown();
+            assert_eq!(next_line(&mut other), whole(b"221 bye"));
+            let stop = Stop::new().unwrap();
+            assert_eq!(other.wait_input(soon(), &stop).unwrap(), Woken::Ready);
+            for _ in 0..2 {
+                assert_eq!(other.fill().unwrap(), Filled::End);
+            }
+            assert!(other.ended());
+            assert_eq!(other.interest(), PollFlags::empty());
+        }
+    }
+
+    #[test]
+    fn a_tls_connection_cut_short_is_an_error() {
+        let (a, b) = unix();
+        let (mut one, mut other) = secured(a, b);
+        one.say(b"250 ok\r\n");
+        one.flush().unwrap();
+        drop(one);
+        assert_eq!(next_line(&mut other), whole(b"250 ok"));
+        for _ in 0..2 {
+            let error = other.fill().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        }
+    }
+
+    #[test]
+    fn half_of_what_was_said_is_not_closed_properly() {
+        let (a, b) = unix();
+        let (mut one, mut other) = secured(a, b);
+        one.say(&text(4_000_000));
+        one.shutdown();
+        let error = loop {
+            match other.fill() {
+                Ok(Filled::Bytes(count)) => other.consume(count),
+                Ok(found) => assert_eq!(found, Filled::Nothing),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn last_words_survive_what_we_did_not_read() {
+        let (a, b) = tcp();
+        let (mut one, mut other) = (wire(a), wire(b));
+        other.say(&text(100_000));
+        other.flush().unwrap();
+        thread::sleep(Duration::from_millis(20));
+        one.say(b"421 closing\r\n");
+        one.shutdown();
+        assert_eq!(next_line(&mut other), whole(b"421 closing"));
+    }
+
+    #[test]
+    fn a_farewell_comes_before_our_own_broken_pipe() {
+        let (peer, ours) = unix();
+        (&peer).write_all(b"421 closing\r\n").unwrap();
+        drop(peer);
+        let mut ours = wire(ours);
+        ours.say(b"NOOP\r\n");
+        assert_eq!(next_line(&mut ours), whole(b"421 closing"));
+        assert!(ours.flush().is_err());
+        assert_eq!(ours.interest(), PollFlags::IN);
+    }
+
+    #[test]
+    fn two_pipes_make_a_wire() {
+        let (theirs, output) = rustix::pipe::pipe().unwrap();
+        let (input, peer) = rustix::pipe::pipe().unwrap();
+        let mut ours = Wire::pair(input, output, trace()).unwrap();
+        rustix::io::write(&peer, b"NOOP\r\n").unwrap();
+        ours.say(b"250 ok\r\n");
+        assert_eq!(next_line(&mut ours), whole(b"NOOP"));
+        let mut heard = [0; 8];
+        rustix::io::read(&theirs, &mut heard).unwrap();
+        assert_eq!(&heard, b"250 ok\r\n");
+        drop(peer);
+        assert_eq!(ours.fill().unwrap(), Filled::End);
+        ours.say(&[b'x'; 1_000_000]);
+        assert!(!ours.flush().unwrap());
+        drop(theirs);
+        assert_eq!(ours.flush().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn octets_behind_starttls_are_refused_on_both_sides() {
+        let (accepting, connecting) = sides();
+        for said in [&b"STARTTLS\r\nEHLO evil\r\n"[..], b"STARTTLS\r\n\r\n"] {
+            let (peer, ours) = unix();
+            let mut ours = wire(ours);
+            (&peer).write_all(said).unwrap();
+            ours.fill().unwrap();
+            assert_eq!(ours.take_line(1000), whole(b"STARTTLS"));
+            let error = ours.start_tls_server(&accepting, soon()).unwrap_err();
+            assert!(error.to_string().contains("behind STARTTLS"), "{error}");
+            let error = ours.start_tls_client(&connecting, NAME, soon()).unwrap_err();
+            assert!(error.to_string().contains("behind STARTTLS"), "{error}");
+            assert!(ours.secure().is_none());
+        }
+    }
+
+    #[test]
+    fn octets_in_the_clear_that_come_later_spoil_the_handshake() {
+        let (accepting, _) = sides();
+        let (peer, ours) = unix();
+        let mut ours = wire(ours);
+        ours.say(b"220 go\r\n");
+        (&peer).write_all(b"EHLO evil\r\n").unwrap();
+        let error = ours.start_tls_server(&accepting, soon()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        let mut heard = [0; 8];
+        (&peer).read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"220 go\r\n");
+    }
+
+    #[test]
+    fn what_comes_right_behind_the_handshake_is_not_lost() {
+        let (accepting, connecting) = sides();
+        let (a, b) = unix();
+        let (mut server, mut client) = (wire(a), wire(b));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                client.start_tls_client(&connecting, NAME, soon()).unwrap();
+                client.say(b"EHLO example.org\r\n");
+                client.flush().unwrap();
+            });
+            server.start_tls_server(&accepting, soon()).unwrap();
+            assert_eq!(next_line(&mut server), whole(b"EHLO example.org"));
+        });
+        assert!(server.start_tls_server(&accepting, soon()).is_err());
+    }
+
+    #[test]
+    fn the_handshake_has_a_deadline_and_says_what_is_wrong() {
+        let (accepting, connecting) = sides();
+        let (_peer, ours) = unix();
+        let error = wire(ours).start_tls_server(&accepting, in_millis(50)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let (peer, ours) = unix();
+        drop(peer);
+        let error = wire(ours).start_tls_client(&connecting, NAME, soon()).unwrap_err();
+        assert!(error.to_string().starts_with("TLS with relay.example.net: "), "{error}");
+        let (peer, ours) = tcp();
+        (&peer).write_all(b"220 plain\r\n").unwrap();
+        let error = wire(ours).start_tls_client(&connecting, NAME, soon()).unwrap_err();
+        assert!(error.to_string().contains("not TLS"), "{error}");
+    }
+
+    #[test]
+    fn a_refused_certificate_is_told_on_both_sides() {
+        let (accepting, _) = sides();
+        let (_, stranger) = sides();
+        let (a, b) = tcp();
+        let (mut server, mut client) = (wire(a), wire(b));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let error = client.start_tls_client(&stranger, NAME, soon()).unwrap_err();
+                assert!(error.to_string().contains("`pin`"), "{error}");
+                client.shutdown();
+            });
+            let error = server.start_tls_server(&accepting, soon()).unwrap_err();
+            assert!(error.to_string().contains("refused this side's certificate"), "{error}");
+        });
+    }
+
+    #[test]
+    fn tls_1_2_works_over_a_wire() {
+        let (certificate, key) = tls::self_signed(&[NAME]).unwrap();
+        let pin = Trust::Pin(tls::fingerprint(&certificate).unwrap());
+        let accepting = tls::server_from_pem(&certificate, &key).unwrap();
+        let connecting = tls::client_tls12(&pin).unwrap();
+        let (a, b) = tcp();
+        let (mut server, mut client) = (wire(a), wire(b));
+        thread::scope(|scope| {
+            scope.spawn(|| server.start_tls_server(&accepting, soon()).unwrap());
+            client.start_tls_client(&connecting, NAME, soon()).unwrap();
+        });
+        assert_eq!(server.secure().unwrap().version, "TLSv1.2");
+        assert_eq!(server.secure(), client.secure());
+        server.say(b"220 hello\r\n");
+        server.shutdown();
+        assert_eq!(next_line(&mut client), whole(b"220 hello"));
+        assert_eq!(client.fill().unwrap(), Filled::End);
+    }
+
+    /// Carries octets one at a time.
+    fn trickle(mut from: UnixStream, mut to: UnixStream) {
+        let mut octet = [0];
+        while let Ok(1) = from.read(&mut octet) {
+            if to.write_all(&octet).is_err() {
+                return;
+            }
+        }
+        let _ = to.shutdown(std::net::Shutdown::Write);
+    }
+
+    #[test]
+    fn tls_octet_by_octet() {
+        let ((a, b), (c, d)) = (unix(), unix());
+        let (b2, c2) = (b.try_clone().unwrap(), c.try_clone().unwrap());
+        thread::scope(|scope| {
+            scope.spawn(|| trickle(b, c));
+            scope.spawn(|| trickle(c2, b2));
+            let (mut server, mut client) = secured(a, d);
+            server.say(b"220 hello\r\n");
+            server.flush().unwrap();
+            assert_eq!(next_line(&mut client), whole(b"220 hello"));
+            client.say(b"QUIT\r\n");
+            client.shutdown();
+            assert_eq!(next_line(&mut server), whole(b"QUIT"));
+            let stop = Stop::new().unwrap();
+            while server.fill().unwrap() != Filled::End {
+                assert_eq!(server.wait_input(soon(), &stop).unwrap(), Woken::Ready);
+            }
+        });
+    }
+
+    #[test]
+    fn the_log_shows_no_control_characters() {
+        let shown = Printable(b"MAIL FROM:<\xc3\xa9@a>\x1b[2J\xff\r\n").to_string();
+        assert_eq!(shown, "MAIL FROM:<é@a>\\u{1b}[2J\\xff");
+    }
+}
