@@ -1,0 +1,263 @@
+//! The envelope of a message at rest: header lines in front of what is sent on.
+//!
+//! ```text
+//! Return-Path: <sender@example.net>       the reverse path; <> for a notice
+//! Delivered-To: alice@example.org         one line a recipient
+//! X-ODMR-Envelope: id=…; arrived=…        ours; other agents' files do not have it
+//! Received: from …                        here begins what is sent on
+//! ```
+//!
+//! Delivery agents have written such lines for decades, so any of them may fill the queue. Where the lines
+//! of the envelope end, the content begins, whatever it says itself: a `Return-Path` that a sender forged
+//! stands behind our `Received` and is never read as an envelope.
+
+use crate::smtp::address::{Domain, Mailbox, ReversePath, reverse_path};
+use crate::smtp::command::Body;
+use crate::stamp::Date;
+
+/// More than this is no envelope.
+pub const LIMIT: usize = 1 << 20;
+
+/// Sender, recipients and what else is known of a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Envelope {
+    pub from: ReversePath,
+    pub recipients: Vec<Mailbox>,
+    pub id: String,
+    pub arrived: Date,
+    pub body: Body,
+    /// It came with SMTPUTF8 (RFC 6531).
+    pub utf8: bool,
+}
+
+impl Envelope {
+    /// The lines as they stand in the file; `extra` lines are put behind our own.
+    pub fn lines(&self, extra: &str) -> String {
+        let mut text = format!("Return-Path: <{}>\n", self.from);
+        for recipient in &self.recipients {
+            text.push_str(&format!("Delivered-To: {recipient}\n"));
+        }
+        text.push_str(&format!("X-ODMR-Envelope: id={}; arrived={}", self.id, self.arrived.rfc3339()));
+        match self.body {
+            Body::Unsaid => {}
+            Body::SevenBit => text.push_str("; body=7BIT"),
+            Body::EightBit => text.push_str("; body=8BITMIME"),
+        }
+        if self.utf8 {
+            text.push_str("; smtputf8");
+        }
+        text.push('\n');
+        text.push_str(extra);
+        text
+    }
+}
+
+/// An envelope read from the front of a file.
+#[derive(Debug)]
+pub struct Head {
+    pub envelope: Envelope,
+    /// Octets and lines of the envelope: behind them the content begins.
+    pub octets: usize,
+    pub lines: usize,
+    /// The file is ours, so its name can be believed.
+    pub ours: bool,
+}
+
+/// What the front of a file says.
+#[derive(Debug)]
+pub enum Parsed {
+    Head(Head),
+    /// The envelope does not end within these octets.
+    More,
+    /// There is nobody in this domain to send it to.
+    NoRecipients,
+}
+
+/// Reads the envelope. `end`: these octets are the whole file. `id` is used for files that have none.
+pub fn parse(front: &[u8], end: bool, domain: &Domain, id: &str, arrived: Date) -> Parsed {
+    let mut fields = Fields::default();
+    let (mut octets, mut lines) = (0, 0);
+    let mut field = Field::Content;
+    loop {
+        let rest = &front[octets..];
+        let Some(length) = rest.iter().position(|octet| *octet == b'\n').map(|at| at + 1) else {
+            if end {
+                break;
+            }
+            return Parsed::More;
+        };
+        let line = rest[..length].trim_ascii_end();
+        if !matches!(rest[0], b' ' | b'\t') || octets == 0 {
+            field = Field::of(line);
+        }
+        if field == Field::Content {
+            break;
+        }
+        fields.take(field, line);
+        octets += length;
+        lines += 1;
+    }
+    fields.head(domain, id, arrived, octets, lines)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Field {
+    ReturnPath,
+    DeliveredTo,
+    OriginalTo,
+    /// Written by delivery agents, of no use here.
+    Passed,
+    Ours,
+    Content,
+}
+
+impl Field {
+    fn of(line: &[u8]) -> Field {
+        const NAMES: [(&str, Field); 8] = [
+            ("Return-Path", Field::ReturnPath),
+            ("Delivered-To", Field::DeliveredTo),
+            ("X-Original-To", Field::OriginalTo),
+            ("Envelope-To", Field::OriginalTo),
+            ("Delivery-Date", Field::Passed),
+            ("X-Envelope-From", Field::Passed),
+            ("X-ODMR-Envelope", Field::Ours),
+            ("X-ODMR-Refused", Field::Passed),
+        ];
+        let name = line.split(|octet| *octet == b':').next().unwrap_or_default().trim_ascii();
+        let known = NAMES.iter().find(|(known, _)| known.as_bytes().eq_ignore_ascii_case(name));
+        known.map_or(Field::Content, |(_, field)| *field)
+    }
+}
+
+#[derive(Default)]
+struct Fields<'a> {
+    return_path: Option<&'a [u8]>,
+    delivered_to: Vec<&'a [u8]>,
+    original_to: Vec<&'a [u8]>,
+    ours: Option<&'a str>,
+}
+
+impl<'a> Fields<'a> {
+    fn take(&mut self, field: Field, line: &'a [u8]) {
+        let value = match line.iter().position(|octet| *octet == b':') {
+            Some(at) => line[at + 1..].trim_ascii(),
+            None => return,
+        };
+        match field {
+            Field::ReturnPath => self.return_path = self.return_path.or(Some(value)),
+            Field::DeliveredTo => self.delivered_to.push(value),
+            // Exim writes all recipients into one line.
+            Field::OriginalTo => self.original_to.extend(value.split(|octet| *octet == b',')),
+            Field::Ours => self.ours = std::str::from_utf8(value).ok(),
+            Field::Passed | Field::Content => {}
+        }
+    }
+
+    fn head(self, domain: &Domain, id: &str, arrived: Date, octets: usize, lines: usize) -> Parsed {
+        let here = |value: &&[u8]| {
+            let text = std::str::from_utf8(value).ok()?.trim();
+            let text = text.strip_prefix('<').and_then(|text| text.strip_suffix('>')).unwrap_or(text);
+            Mailbox::parse(text).filter(|mailbox| mailbox.domain() == Some(domain))
+        };
+        let mut recipients: Vec<Mailbox> = Vec::new();
+        for list in [&self.delivered_to, &self.original_to] {
+            for mailbox in list.iter().filter_map(here) {
+                if !recipients.contains(&mailbox) {
+                    recipients.push(mailbox);
+                }
+            }
+            if !recipients.is_empty() {
+                break;
+            }
+        }
+        if recipients.is_empty() {
+            return Parsed::NoRecipients;
+        }
+        let from = match self.return_path.map(reverse_path) {
+            Some(Ok((path, _))) => path,
+            // Better no notice than one to a wrong address.
+            _ => ReversePath::Null,
+        };
+        let ours = self.ours.is_some();
+        let mut envelope = Envelope { from, recipients, id: id.to_owned(), arrived, body: Body::Unsaid, utf8: false };
+        for word in self.ours.unwrap_or_default().split(';').map(str::trim) {
+            match word.split_once('=').unwrap_or((word, "")) {
+                ("id", id) => envelope.id = id.to_owned(),
+                ("arrived", date) => envelope.arrived = Date::parse_rfc3339(date).unwrap_or(arrived),
+                ("body", "8BITMIME") => envelope.body = Body::EightBit,
+                ("body", "7BIT") => envelope.body = Body::SevenBit,
+                ("smtputf8", _) => envelope.utf8 = true,
+                _ => {}
+            }
+        }
+        Parsed::Head(Head { envelope, octets, lines, ours })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn domain() -> Domain {
+        Domain::parse("example.org").unwrap()
+    }
+
+    fn head(text: &str) -> Head {
+        match parse(text.as_bytes(), true, &domain(), "id", Date::from_seconds(0)) {
+            Parsed::Head(head) => head,
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+
+    fn recipients(text: &str) -> Vec<String> {
+        head(text).envelope.recipients.iter().map(Mailbox::to_string).collect()
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let envelope = Envelope {
+            from: reverse_path(b"<a@b.example>").unwrap().0,
+            recipients: ["x@example.org", "\"y z\"@example.org"].map(|text| Mailbox::parse(text).unwrap()).to_vec(),
+            id: "abc".to_owned(),
+            arrived: Date::from_seconds(1_767_323_045),
+            body: Body::EightBit,
+            utf8: true,
+        };
+        let text = envelope.lines("X-ODMR-Refused: <x@example.org> 550\n") + "Received: x\n\nbody\n";
+        let head = head(&text);
+        assert_eq!(head.envelope, envelope);
+        assert!(head.ours && text[head.octets..].starts_with("Received: x") && head.lines == 5);
+    }
+
+    #[test]
+    fn files_of_other_agents() {
+        let postfix = "Return-Path: <a@b.example>\nX-Original-To: list@example.org\nDelivered-To: eva@example.org\n\
+                       Received: by mx\n\nDelivered-To: mallory@example.org\n";
+        assert_eq!(recipients(postfix), ["eva@example.org"]);
+        assert!(!head(postfix).ours);
+        let exim = "Return-path: <>\nEnvelope-to: eva@example.org, bob@example.org\nDelivery-date: now\n\tand then\n\
+                    Received: by mx\n";
+        assert_eq!(recipients(exim), ["eva@example.org", "bob@example.org"]);
+        assert_eq!(head(exim).envelope.from, ReversePath::Null);
+        assert_eq!(recipients("Delivered-To: <eva@EXAMPLE.org>\r\nSubject: crlf\r\n"), ["eva@example.org"]);
+        let other_domain = "Delivered-To: eva@example.net\nX-Original-To: eva@example.org\n\n";
+        assert_eq!(recipients(other_domain), ["eva@example.org"]);
+    }
+
+    #[test]
+    fn what_has_no_recipient_here_is_not_sent() {
+        for text in ["", "\n", "Subject: hello\n\n", "Delivered-To: eva@example.net\n\n", "Return-Path: <a@b.c>\n"] {
+            let parsed = parse(text.as_bytes(), true, &domain(), "id", Date::from_seconds(0));
+            assert!(matches!(parsed, Parsed::NoRecipients), "{text:?}");
+        }
+        let unfinished = parse(b"Delivered-To: eva@exam", false, &domain(), "id", Date::from_seconds(0));
+        assert!(matches!(unfinished, Parsed::More));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_file_is_survived(front: Vec<u8>, end: bool) {
+            let _ = parse(&front, end, &domain(), "id", Date::from_seconds(0));
+        }
+    }
+}

@@ -1,0 +1,395 @@
+//! Mail that waits: one Maildir a domain, an envelope in front of each message.
+//!
+//! ```text
+//! put ──▶ SPOOL/domains/<domain>/new ──▶ hold ──▶ next ──▶ settle ─┬─ delivered: removed
+//!                                       (lock)   (offer)           ├─ deferred:  stays
+//!                                                                  ├─ in doubt:  stays, in cur, flagged
+//!                                                                  └─ refused:   to .refused, with the reply
+//! ```
+//!
+//! Nothing that was put is lost: only [`Batch::settle`] removes mail, and only what the next holder has
+//! taken. One [`Hold`] at a time has a domain, across processes too; `Drop` lets it go. The queue knows
+//! nothing of connections.
+
+pub mod envelope;
+
+use std::collections::{HashSet, VecDeque};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+pub use envelope::Envelope;
+use envelope::{Head, Parsed};
+
+use crate::maildir::{Copies, Entry, Maildir, at};
+use crate::smtp::address::{Domain, Mailbox};
+use crate::smtp::client::{Fate, Outcome};
+use crate::smtp::content::Sizer;
+use crate::stamp::{Date, Stamps};
+
+/// How long one who wants a domain waits for a holder that was asked to give way.
+const GIVE_WAY: Duration = Duration::from_secs(5);
+
+/// Room kept free on the disk (RFC 1870 section 6.1: better refused than begun).
+const RESERVE: u64 = 4 << 20;
+
+/// Where a message goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The mail of a customer's domain.
+    Domain(Domain),
+    /// The provider's own postmaster (RFC 5321 section 4.5.1).
+    Postmaster,
+}
+
+/// The spool.
+#[derive(Clone)]
+pub struct Queue {
+    spool: PathBuf,
+    hostname: String,
+    stamps: Stamps,
+    /// A holder that has made no progress for so long gives way to one who asks.
+    takeover: Duration,
+}
+
+/// Why a domain's mail cannot be had.
+#[derive(Debug)]
+pub enum NoHold {
+    /// Another session has it.
+    Busy(Domain),
+    Failed(io::Error),
+}
+
+impl Queue {
+    pub fn new(spool: impl Into<PathBuf>, hostname: &str, stamps: Stamps, takeover: Duration) -> Queue {
+        Queue { spool: spool.into(), hostname: hostname.to_owned(), stamps, takeover }
+    }
+
+    /// The Maildir of a place.
+    pub fn maildir(&self, place: &Place) -> Maildir {
+        Maildir::new(match place {
+            Place::Domain(domain) => self.spool.join("domains").join(domain.as_str()),
+            Place::Postmaster => self.spool.join("postmaster"),
+        })
+    }
+
+    /// Begins a message, a copy for each place; [`Copies::commit`] makes it durable. `head` is what the
+    /// content begins with: our `Received`.
+    pub fn put(&self, copies: &[(Place, Envelope)], head: &str) -> io::Result<Copies> {
+        let mut drafts = Copies::default();
+        for (place, envelope) in copies {
+            let unique = self.stamps.file_name(&self.hostname);
+            drafts.begin(&self.maildir(place), &unique, envelope.lines(head).as_bytes())?;
+        }
+        Ok(drafts)
+    }
+
+    /// Whether so many octets more may come.
+    pub fn has_room(&self, octets: u64) -> bool {
+        // A spool that is not there yet is made by the first message; that it fails is found out then.
+        rustix::fs::statvfs(&self.spool)
+            .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(RESERVE))
+    }
+
+    /// Locks the mail of all these domains, or of none.
+    pub fn hold(&self, domains: &[Domain]) -> Result<Hold, NoHold> {
+        let mut held = Vec::with_capacity(domains.len());
+        for domain in domains {
+            let maildir = self.maildir(&Place::Domain(domain.clone()));
+            maildir.create().map_err(NoHold::Failed)?;
+            let lock = self.lock(&maildir, domain)?;
+            if let Err(error) = maildir.sweep() {
+                log::warn!("event=sweep-failed domain={domain} error={error:?}");
+            }
+            held.push(Held { domain: domain.clone(), maildir, lock, waiting: VecDeque::new() });
+        }
+        Ok(Hold { domains: held, touched: HashSet::new(), current: 0 })
+    }
+
+    fn lock(&self, maildir: &Maildir, domain: &Domain) -> Result<File, NoHold> {
+        let path = maildir.path().join("odmr.lock");
+        let wanted = maildir.path().join("odmr.wanted");
+        let failed = |error| NoHold::Failed(at(&path, error));
+        let lock =
+            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(failed)?;
+        let mut give_up: Option<Instant> = None;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::Error(error)) => return Err(failed(error)),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            match give_up {
+                // A holder at work is left alone; one that made no progress for long is asked to go.
+                None if self.is_alive(&lock) => return Err(NoHold::Busy(domain.clone())),
+                None => {
+                    log::info!("event=takeover domain={domain}");
+                    File::create(&wanted).map_err(|error| NoHold::Failed(at(&wanted, error)))?;
+                    give_up = Some(Instant::now() + GIVE_WAY);
+                }
+                Some(late) if Instant::now() >= late => return Err(NoHold::Busy(domain.clone())),
+                // The kernel tells nobody when a lock is let go, but by a wait without end.
+                Some(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+        let _ = fs::remove_file(&wanted);
+        let _ = lock.set_modified(SystemTime::now());
+        Ok(lock)
+    }
+
+    /// Whether the holder of a lock has made progress lately.
+    fn is_alive(&self, lock: &File) -> bool {
+        let progress = lock.metadata().and_then(|metadata| metadata.modified());
+        progress.is_ok_and(|progress| progress.elapsed().is_ok_and(|age| age < self.takeover))
+    }
+}
+
+/// The mail of some domains, for one session.
+pub struct Hold {
+    domains: Vec<Held>,
+    /// Messages offered in this session and still there: each is offered once.
+    touched: HashSet<String>,
+    current: usize,
+}
+
+struct Held {
+    domain: Domain,
+    maildir: Maildir,
+    lock: File,
+    waiting: VecDeque<Entry>,
+}
+
+impl Hold {
+    pub fn domains(&self) -> impl Iterator<Item = &Domain> {
+        self.domains.iter().map(|held| &held.domain)
+    }
+
+    /// Whether there is no mail at all.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        for held in &self.domains {
+            if !held.maildir.is_empty()? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The next message, the oldest of a domain first. What arrives meanwhile comes too; `None`: there is
+    /// nothing now that was not offered in this session.
+    pub fn next(&mut self) -> Option<Batch> {
+        let mut refilled = 0;
+        while refilled <= self.domains.len() {
+            let held = self.domains.get_mut(self.current)?;
+            while let Some(entry) = held.waiting.pop_front() {
+                self.touched.insert(entry.unique().to_owned());
+                match Batch::open(&held.maildir, &held.domain, entry) {
+                    Ok(Some(batch)) => return Some(batch),
+                    Ok(None) => {}
+                    Err(error) => log::error!("event=unreadable domain={} error={error:?}", held.domain),
+                }
+            }
+            self.current = (self.current + 1) % self.domains.len();
+            let held = &mut self.domains[self.current];
+            if let Err(error) = held.refill(&self.touched) {
+                log::error!("event=unreadable domain={} error={error:?}", held.domain);
+            }
+            refilled += 1;
+        }
+        None
+    }
+
+    /// Tells those who wait that this session is alive.
+    pub fn progress(&self) {
+        for held in &self.domains {
+            let _ = held.lock.set_modified(SystemTime::now());
+        }
+    }
+
+    /// Whether somebody waits for a domain of this session.
+    pub fn wanted(&self) -> bool {
+        self.domains.iter().any(|held| held.maildir.path().join("odmr.wanted").exists())
+    }
+}
+
+impl Held {
+    /// Lists what waits and was not offered yet.
+    fn refill(&mut self, touched: &HashSet<String>) -> io::Result<()> {
+        let mut entries = self.maildir.entries()?;
+        // After a crash in `settle` a message may stand there twice, before and after: the shorter one,
+        // without the recipients that have it already, is the truth.
+        let mut double = Vec::new();
+        for pair in entries.windows(2) {
+            if pair[0].unique() == pair[1].unique() {
+                let first_is_longer = pair[0].wire_size() > pair[1].wire_size();
+                double.push(if first_is_longer { pair[0].clone() } else { pair[1].clone() });
+            }
+        }
+        for entry in double {
+            log::warn!("event=half-settled file={}", entry.name);
+            self.maildir.remove(&entry)?;
+            entries.retain(|other| *other != entry);
+        }
+        self.waiting.extend(entries.into_iter().filter(|entry| !touched.contains(entry.unique())));
+        Ok(())
+    }
+}
+
+/// One message offered, and the recipients it is offered for.
+pub struct Batch {
+    maildir: Maildir,
+    entry: Entry,
+    file: File,
+    content: u64,
+    pub envelope: Envelope,
+    /// Octets of the content on the wire.
+    pub size: u64,
+}
+
+impl Batch {
+    /// `None`: the file is gone, or is no message for anybody here; that is logged.
+    fn open(maildir: &Maildir, domain: &Domain, entry: Entry) -> io::Result<Option<Batch>> {
+        let path = maildir.file(&entry);
+        let file = match open_file(&path) {
+            Ok(Some(file)) => file,
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(at(&path, error)),
+        };
+        let Some(head) = read_head(&file, &entry, domain).map_err(|error| at(&path, error))? else {
+            log::warn!("event=no-recipients domain={domain} file={}", path.display());
+            return Ok(None);
+        };
+        let content = head.octets as u64;
+        // Only names that we gave can be believed.
+        let size = match entry.wire_size().filter(|_| head.ours) {
+            Some(size) => size.saturating_sub(content + head.lines as u64),
+            None => measure(&file, content).map_err(|error| at(&path, error))?,
+        };
+        let mut batch = Batch { maildir: maildir.clone(), entry, file, content, envelope: head.envelope, size };
+        batch.rewind().map_err(|error| at(&path, error))?;
+        Ok(Some(batch))
+    }
+
+    /// The name that stays the same whatever happens to the file.
+    pub fn unique(&self) -> &str {
+        self.entry.unique()
+    }
+
+    /// Content as it stands on disk, from where the last call ended; 0: the end.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.file.read(buffer).map_err(|error| at(&self.maildir.file(&self.entry), error))
+    }
+
+    /// Back to where the content begins.
+    pub fn rewind(&mut self) -> io::Result<()> {
+        self.file.seek(SeekFrom::Start(self.content)).map(drop)
+    }
+
+    /// Acts on what became of the message: the one place where mail is removed. `outcome` has a fate for
+    /// each recipient in order; those it does not reach are untried.
+    pub fn settle(mut self, outcome: &Outcome, hold: &mut Hold) -> io::Result<()> {
+        let recipients = std::mem::take(&mut self.envelope.recipients);
+        let (mut left, mut refused, mut marks) = (Vec::new(), Vec::new(), String::new());
+        let (mut in_doubt, mut again) = (false, false);
+        let all = recipients.len();
+        for (number, recipient) in recipients.into_iter().enumerate() {
+            match outcome.fates.get(number) {
+                Some(Fate::Delivered(_)) => {}
+                Some(Fate::Refused(reply)) => {
+                    marks.push_str(&format!("X-ODMR-Refused: <{recipient}> {reply}\n"));
+                    refused.push(recipient);
+                }
+                fate => {
+                    in_doubt |= matches!(fate, Some(Fate::InDoubt));
+                    // RFC 5321 section 4.5.3.1.10: what was one recipient too many goes in another
+                    // transaction, at once.
+                    again |= match fate {
+                        Some(Fate::Deferred(reply)) => matches!(reply.code(), 452 | 552),
+                        _ => fate.is_none(),
+                    };
+                    left.push(recipient);
+                }
+            }
+        }
+        if left.len() == all {
+            return if in_doubt { self.maildir.mark_in_doubt(&self.entry) } else { Ok(()) };
+        }
+        if !refused.is_empty() {
+            let folder = Maildir::new(self.maildir.path().join(".refused"));
+            self.rewrite(&folder, refused, &marks)?;
+        }
+        let nobody_left = left.is_empty();
+        if !nobody_left {
+            let maildir = self.maildir.clone();
+            for entry in self.rewrite(&maildir, left, "")?.iter().filter(|_| in_doubt) {
+                maildir.mark_in_doubt(entry)?;
+            }
+        }
+        self.maildir.remove(&self.entry)?;
+        if again || nobody_left {
+            hold.touched.remove(self.entry.unique());
+        }
+        Ok(())
+    }
+
+    /// The message again, durable, for these recipients only.
+    fn rewrite(&mut self, maildir: &Maildir, recipients: Vec<Mailbox>, marks: &str) -> io::Result<Vec<Entry>> {
+        self.envelope.recipients = recipients;
+        let mut copy = Copies::default();
+        copy.begin(maildir, self.entry.unique(), self.envelope.lines(marks).as_bytes())?;
+        self.rewind()?;
+        let mut buffer = vec![0; 32 * 1024];
+        loop {
+            match self.read(&mut buffer)? {
+                0 => break,
+                octets => copy.write(&buffer[..octets])?,
+            }
+        }
+        copy.commit()
+    }
+}
+
+/// Opens a plain file; anything else in a Maildir is nobody's mail, and a pipe there would wait for ever.
+fn open_file(path: &Path) -> io::Result<Option<File>> {
+    if !fs::symlink_metadata(path)?.is_file() {
+        return Ok(None);
+    }
+    File::open(path).map(Some)
+}
+
+/// The envelope at the front of a file.
+fn read_head(file: &File, entry: &Entry, domain: &Domain) -> io::Result<Option<Head>> {
+    let arrived = file.metadata()?.modified()?.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let arrived = Date::from_seconds(i64::try_from(arrived.as_secs()).unwrap_or(0));
+    let mut front = vec![0; 4096];
+    let mut filled = 0;
+    loop {
+        let octets = file.read_at(&mut front[filled..], filled as u64)?;
+        filled += octets;
+        match envelope::parse(&front[..filled], octets == 0, domain, entry.unique(), arrived) {
+            Parsed::Head(head) => return Ok(Some(head)),
+            Parsed::NoRecipients => return Ok(None),
+            Parsed::More if filled >= envelope::LIMIT => return Ok(None),
+            Parsed::More if filled == front.len() => front.resize(filled * 2, 0),
+            Parsed::More => {}
+        }
+    }
+}
+
+/// The size on the wire of what stands behind the envelope.
+fn measure(file: &File, from: u64) -> io::Result<u64> {
+    let mut sizer = Sizer::new();
+    let mut buffer = vec![0; 32 * 1024];
+    let mut offset = from;
+    loop {
+        match file.read_at(&mut buffer, offset)? {
+            0 => return Ok(sizer.finish()),
+            octets => {
+                sizer.feed(&buffer[..octets]);
+                offset += octets as u64;
+            }
+        }
+    }
+}
