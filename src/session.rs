@@ -1,0 +1,442 @@
+//! One SMTP server session over one wire, up to its end or to ATRN.
+//!
+//! The driver of [`Server`]: it reads lines and content, says the replies, begins TLS. What to accept and
+//! where content goes is the party's affair: see [`Party`] and [`Intake`]. Content is answered 250 only
+//! after [`Intake::commit`], so nothing that was answered 250 can be lost.
+//!
+//! Replies are gathered as long as whole commands wait in the read buffer, and flushed before every wait
+//! (RFC 2920 section 3.2).
+
+use std::io;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use crate::smtp::address::Domain;
+use crate::smtp::content::{Chunks, Headers, Unstuffer};
+use crate::smtp::reply::Reply;
+use crate::smtp::server::{Host, Server, Step, too_big};
+use crate::tls::ServerSide;
+use crate::wire::{Filled, Line, Stop, Wire, Woken};
+
+/// RFC 4954 section 4 asks for 12288 octets in an AUTH exchange, more than any other command needs.
+const LINE_LIMIT: usize = 12 * 1024 + 512;
+
+/// Octets without a line end before the connection is closed.
+const SWALLOW_LIMIT: usize = 1 << 20;
+
+/// Content must come at least this fast: so many octets within the time for one command.
+const BLOCK: usize = 64 * 1024;
+
+/// How long the last words may take.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// What only the party behind the listener can do.
+pub trait Party: Host {
+    /// Begins to take the content of the server's transaction; `peer` and `secure` are for `Received`.
+    fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply>;
+}
+
+/// Where one message's content goes. Dropped before its commit it leaves nothing.
+pub trait Intake: Send {
+    fn write(&mut self, octets: &[u8]) -> io::Result<()>;
+    /// Makes the message durable; the reply says by which id it is known.
+    fn commit(self: Box<Self>) -> io::Result<Reply>;
+}
+
+/// How long a session may take, how far it may go, and how it is stopped.
+#[derive(Clone)]
+pub struct Bounds {
+    /// For one command, and for 64 KiB of content.
+    pub command: Duration,
+    pub handshake: Duration,
+    /// For the whole session.
+    pub session: Duration,
+    /// `Received` fields before a message is taken for a loop (RFC 5321 section 6.3).
+    pub hops: usize,
+    /// Ends the session between two commands.
+    pub stop: Stop,
+    /// Ends it at once.
+    pub halt: Stop,
+}
+
+/// A session.
+pub struct Session {
+    pub wire: Wire,
+    pub server: Server,
+    /// The client's address as a literal, `[192.0.2.1]`.
+    pub peer: String,
+    bounds: Bounds,
+    tls: Option<ServerSide>,
+    deadline: Instant,
+    /// A message that comes in chunks (RFC 3030).
+    chunks: Option<(Chunks, Taking)>,
+}
+
+/// Why [`Session::run`] has returned.
+#[derive(Debug)]
+pub enum End {
+    /// ATRN with these domains; none: all. Go on with `run` after any reply but 250.
+    Atrn(Vec<Domain>),
+    /// The client said QUIT and was answered.
+    Quit,
+    /// It is over, for this reason.
+    Closed(String),
+}
+
+/// The session cannot go on.
+struct Gone(String);
+
+impl From<io::Error> for Gone {
+    fn from(error: io::Error) -> Gone {
+        Gone(error.to_string())
+    }
+}
+
+impl Session {
+    /// `tls`: for STARTTLS, where the server offers it.
+    pub fn new(wire: Wire, server: Server, peer: String, tls: Option<ServerSide>, bounds: Bounds) -> Session {
+        let deadline = Instant::now() + bounds.session;
+        Session { wire, server, peer, bounds, tls, deadline, chunks: None }
+    }
+
+    /// Says the greeting.
+    pub fn greet(&mut self) {
+        let greeting = self.server.greeting();
+        self.say(&greeting);
+    }
+
+    /// Lines up a reply.
+    pub fn say(&mut self, reply: &Reply) {
+        let mut octets = Vec::new();
+        reply.write_to(&mut octets);
+        for line in octets.split_inclusive(|octet| *octet == b'\n') {
+            self.wire.trace.said(line.trim_ascii_end());
+        }
+        self.wire.say(&octets);
+    }
+
+    /// Serves until the end, or ATRN.
+    pub fn run(&mut self, party: &mut dyn Party) -> End {
+        match self.serve(party) {
+            Ok(end) => end,
+            Err(Gone(why)) => End::Closed(why),
+        }
+    }
+
+    /// Sends what is left to say, and closes.
+    pub fn close(mut self) {
+        let _ = self.wire.flush_all(Instant::now() + FAREWELL);
+        self.wire.shutdown();
+    }
+
+    fn serve(&mut self, party: &mut dyn Party) -> Result<End, Gone> {
+        loop {
+            let step = match self.line()? {
+                Some(line) => {
+                    self.hear(&line);
+                    self.server.line(&line, party)
+                }
+                None => self.server.line_too_long(),
+            };
+            if self.server.transaction().is_none() {
+                self.chunks = None;
+            }
+            match step {
+                Step::Reply(reply) => {
+                    self.note(&reply);
+                    self.say(&reply);
+                }
+                Step::Close(reply) => {
+                    self.say(&reply);
+                    return Ok(if reply.is_positive() { End::Quit } else { End::Closed(reply.to_string()) });
+                }
+                Step::StartTls(reply) => self.start_tls(&reply)?,
+                Step::Data(go_ahead) => self.data(&go_ahead, party)?,
+                Step::Chunk { size, last: _, refused: Some(reply) } => {
+                    self.skip(size)?;
+                    self.say(&reply);
+                }
+                Step::Chunk { size, last, refused: None } => self.chunk(size, last, party)?,
+                Step::Atrn(domains) => return Ok(End::Atrn(domains)),
+            }
+        }
+    }
+
+    /// The next line; `None`: it was too long.
+    fn line(&mut self) -> Result<Option<Vec<u8>>, Gone> {
+        let deadline = self.deadline.min(Instant::now() + self.bounds.command);
+        loop {
+            match self.wire.take_line(LINE_LIMIT) {
+                Line::Whole(line) => return Ok(Some(line)),
+                Line::TooLong => return Ok(None),
+                Line::None => {}
+            }
+            if self.wire.swallowed() > SWALLOW_LIMIT {
+                self.say(&Reply::new(421, "4.7.0", "Too much without a line end"));
+                return Err(Gone("too much without a line end".to_owned()));
+            }
+            if self.wire.secure().is_none() && self.wire.received().starts_with(&[0x16, 0x03]) {
+                self.say(&Reply::new(421, "4.7.0", "TLS begins with STARTTLS on this port"));
+                return Err(Gone("a TLS hello on a clear port".to_owned()));
+            }
+            let stop = self.bounds.stop.clone();
+            self.await_octets(deadline, &stop)?;
+        }
+    }
+
+    /// Waits for octets, and says why no more will come.
+    fn await_octets(&mut self, deadline: Instant, stop: &Stop) -> Result<(), Gone> {
+        match self.wire.wait_input(deadline, stop)? {
+            Woken::Ready => {}
+            Woken::Deadline => {
+                // RFC 5321 section 3.8.
+                self.say(&Reply::new(421, "4.4.2", "Timeout, closing connection"));
+                return Err(Gone("timeout".to_owned()));
+            }
+            Woken::Stopped => {
+                self.say(&Reply::new(421, "4.3.2", "Service shutting down, try again later"));
+                return Err(Gone("shutting down".to_owned()));
+            }
+        }
+        match self.wire.fill()? {
+            Filled::Bytes(_) | Filled::Nothing => Ok(()),
+            Filled::End => Err(Gone("the client closed the connection".to_owned())),
+        }
+    }
+
+    /// Logs a command; secrets are blanked.
+    fn hear(&self, line: &[u8]) {
+        let shown: &[u8] = if self.server.in_auth() {
+            b"***"
+        } else if line.get(..5).is_some_and(|word| word.eq_ignore_ascii_case(b"AUTH ")) {
+            match line.iter().enumerate().filter(|(_, octet)| **octet == b' ').nth(1) {
+                Some((at, _)) => &[&line[..at], b" ***"].concat(),
+                None => line,
+            }
+        } else {
+            line
+        };
+        self.wire.trace.heard(shown);
+    }
+
+    /// What an administrator wants to see of the replies.
+    fn note(&self, reply: &Reply) {
+        let (session, peer) = (&self.wire.trace.id, &self.peer);
+        match reply.code() {
+            235 => log::info!(
+                "event=authenticated session={session} peer={peer} account={}",
+                self.server.account().unwrap_or_default()
+            ),
+            421 | 450..=599 => log::info!("event=refused session={session} peer={peer} reply={:?}", reply.to_string()),
+            _ => {}
+        }
+    }
+
+    /// RFC 3207.
+    fn start_tls(&mut self, go_ahead: &Reply) -> Result<(), Gone> {
+        let Some(side) = self.tls.clone() else {
+            self.say(&Reply::new(454, "4.7.0", "TLS is not available now"));
+            return Ok(());
+        };
+        // What came behind the command came in clear, and whoever put it there was not the client we
+        // shall know by TLS (RFC 3207 section 6, CVE-2011-0411).
+        if !self.wire.received().is_empty() {
+            return Err(Gone("octets behind STARTTLS".to_owned()));
+        }
+        self.say(go_ahead);
+        self.wire.start_tls_server(&side, Instant::now() + self.bounds.handshake)?;
+        self.wire.trace.event("tls");
+        self.server.secured();
+        Ok(())
+    }
+
+    fn data(&mut self, go_ahead: &Reply, party: &mut dyn Party) -> Result<(), Gone> {
+        let mut taking = match self.begin(party) {
+            Ok(taking) => taking,
+            Err(reply) => {
+                self.server.done();
+                self.note(&reply);
+                self.say(&reply);
+                return Ok(());
+            }
+        };
+        self.say(go_ahead);
+        let mut content = Unstuffer::new();
+        let mut octets = Vec::with_capacity(BLOCK);
+        let mut pace = Pace::new(&self.bounds, self.deadline);
+        loop {
+            octets.clear();
+            let fed = content.feed(self.wire.received(), &mut octets);
+            self.wire.consume(fed.used);
+            taking.write(&octets, content.size());
+            if fed.end {
+                break;
+            }
+            if content.size() > self.server.max_size().saturating_mul(2).max(1 << 26) {
+                self.say(&too_big(self.server.max_size()));
+                return Err(Gone("far more content than permitted".to_owned()));
+            }
+            let halt = self.bounds.halt.clone();
+            self.await_octets(pace.after(fed.used), &halt)?;
+        }
+        self.finish(taking, content.bare());
+        Ok(())
+    }
+
+    /// One chunk (RFC 3030 section 2): exactly `size` octets.
+    fn chunk(&mut self, size: u64, last: bool, party: &mut dyn Party) -> Result<(), Gone> {
+        let (mut content, mut taking) = match self.chunks.take() {
+            Some(begun) => begun,
+            None => match self.begin(party) {
+                Ok(taking) => (Chunks::new(), taking),
+                Err(reply) => {
+                    self.server.chunk_refused(last);
+                    self.note(&reply);
+                    self.skip(size)?;
+                    self.say(&reply);
+                    return Ok(());
+                }
+            },
+        };
+        let mut octets = Vec::with_capacity(BLOCK);
+        self.octets(size, |piece| {
+            octets.clear();
+            content.feed(piece, &mut octets);
+            taking.write(&octets, content.size());
+        })?;
+        if last {
+            octets.clear();
+            content.finish(&mut octets);
+            taking.write(&octets, content.size());
+            self.finish(taking, content.bare());
+        } else if let Err(reply) = taking.intake {
+            self.server.chunk_refused(last);
+            self.note(&reply);
+            self.say(&reply);
+        } else {
+            self.say(&Reply::new(250, "2.0.0", format!("{size} octets received")));
+            self.chunks = Some((content, taking));
+        }
+        Ok(())
+    }
+
+    fn skip(&mut self, size: u64) -> Result<(), Gone> {
+        self.octets(size, |_| {})
+    }
+
+    /// Reads exactly so many octets, piece by piece.
+    fn octets(&mut self, size: u64, mut each: impl FnMut(&[u8])) -> Result<(), Gone> {
+        let mut left = size;
+        let mut pace = Pace::new(&self.bounds, self.deadline);
+        while left > 0 {
+            let received = self.wire.received();
+            let piece = received.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            each(&received[..piece]);
+            self.wire.consume(piece);
+            left -= piece as u64;
+            if left > 0 {
+                let halt = self.bounds.halt.clone();
+                self.await_octets(pace.after(piece), &halt)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, party: &mut dyn Party) -> Result<Taking, Reply> {
+        let secure = self.wire.secure().map(|secure| format!("{} {}", secure.version, secure.cipher));
+        let intake = party.intake(&self.server, &self.peer, secure.as_deref())?;
+        let limit = self.server.max_size();
+        Ok(Taking { intake: Ok(intake), headers: Headers::new(), limit })
+    }
+
+    /// All content is there: take it or refuse it, in either case for good.
+    fn finish(&mut self, taking: Taking, bare: bool) {
+        let reply = taking.finish(bare, self.bounds.hops);
+        if reply.is_positive() {
+            let (session, peer) = (&self.wire.trace.id, &self.peer);
+            log::info!("event=accepted session={session} peer={peer} reply={:?}", reply.to_string());
+        } else {
+            self.note(&reply);
+        }
+        self.say(&reply);
+        self.server.done();
+    }
+}
+
+/// Content on its way to the party; a refusal is kept until the client has said everything.
+struct Taking {
+    intake: Result<Box<dyn Intake>, Reply>,
+    headers: Headers,
+    limit: u64,
+}
+
+impl Taking {
+    /// `size`: octets on the wire so far.
+    fn write(&mut self, octets: &[u8], size: u64) {
+        let Ok(intake) = &mut self.intake else { return };
+        self.headers.feed(octets);
+        if size > self.limit {
+            self.intake = Err(too_big(self.limit));
+        } else if let Err(error) = intake.write(octets) {
+            self.intake = Err(storage_reply(&error));
+        }
+    }
+
+    fn finish(self, bare: bool, hops: usize) -> Reply {
+        let intake = match self.intake {
+            Ok(intake) => intake,
+            Err(reply) => return reply,
+        };
+        if bare {
+            // RFC 5321 section 2.3.8. What one server takes for a line end and another does not is how
+            // messages are smuggled.
+            return Reply::new(554, "5.6.0", "A CR without LF or an LF without CR stands in the message");
+        }
+        if self.headers.received() > hops {
+            return Reply::new(554, "5.4.6", "Too many hops: this message goes in circles");
+        }
+        intake.commit().unwrap_or_else(|error| storage_reply(&error))
+    }
+}
+
+/// What a failure of the disk means for the client (RFC 1870 section 6.1, RFC 3463 section 3.4).
+pub fn storage_reply(error: &io::Error) -> Reply {
+    log::error!("event=storage-failed error={:?}", error.to_string());
+    match error.kind() {
+        io::ErrorKind::StorageFull => Reply::new(452, "4.3.1", "The disk is full, try again later"),
+        io::ErrorKind::QuotaExceeded => Reply::new(452, "4.2.2", "The quota is used up, try again later"),
+        _ => Reply::new(451, "4.3.0", "The message could not be stored, try again later"),
+    }
+}
+
+/// An address as SMTP writes it (RFC 5321 section 4.1.3).
+pub fn literal(address: IpAddr) -> String {
+    match address.to_canonical() {
+        IpAddr::V4(address) => format!("[{address}]"),
+        IpAddr::V6(address) => format!("[IPv6:{address}]"),
+    }
+}
+
+/// How fast content must come: a deadline for each block of it, so that a trickle does not last for ever.
+struct Pace {
+    block: Duration,
+    session: Instant,
+    deadline: Instant,
+    octets: usize,
+}
+
+impl Pace {
+    fn new(bounds: &Bounds, session: Instant) -> Pace {
+        Pace { block: bounds.command, session, deadline: Instant::now() + bounds.command, octets: 0 }
+    }
+
+    /// The deadline after so many octets more.
+    fn after(&mut self, octets: usize) -> Instant {
+        self.octets += octets;
+        if self.octets >= BLOCK {
+            self.octets = 0;
+            self.deadline = Instant::now() + self.block;
+        }
+        self.deadline.min(self.session)
+    }
+}
