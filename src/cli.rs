@@ -1,0 +1,403 @@
+//! The command line: words, help, logging, signals, exit codes (sysexits.h).
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use getopts::{Matches, Options, ParsingStyle};
+use log::{Level, LevelFilter};
+use rustix::process::{Resource, Rlimit};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::config::{self, Config};
+use crate::customer::{self, Error};
+use crate::provider::{Door, Provider, StartError};
+use crate::stamp::Stamps;
+use crate::tls;
+use crate::wire::Stop;
+use crate::{customer::pull, demo};
+
+const OK: u8 = 0;
+const USAGE: u8 = 64;
+const NO_HOST: u8 = 68;
+const UNAVAILABLE: u8 = 69;
+const OS_ERROR: u8 = 71;
+const TEMPORARY: u8 = 75;
+const PROTOCOL: u8 = 76;
+const NO_PERMISSION: u8 = 77;
+const CONFIG: u8 = 78;
+
+const HELP: &str = "\
+odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
+
+    odmr serve -c FILE    the provider: holds mail for its customers, hands it over when they call
+    odmr pull  -c FILE    the customer: one call to its provider, all mail into Maildirs
+    odmr check -c FILE    says what is wrong with a configuration
+    odmr demo             provider and customer on loopback, with the dialogue
+
+`odmr SUBCOMMAND -h` says more; `odmr --version` prints the version.
+";
+
+/// A subcommand: its name, what it does, whether it has a configuration.
+struct Subcommand {
+    name: &'static str,
+    brief: &'static str,
+    config: bool,
+    run: fn(&Matches) -> Result<(), Failure>,
+}
+
+const SUBCOMMANDS: [Subcommand; 4] = [
+    Subcommand {
+        name: "serve",
+        brief: "Runs the provider in the foreground; logs to stderr; SIGTERM ends it.",
+        config: true,
+        run: serve,
+    },
+    Subcommand {
+        name: "pull",
+        brief: "Makes one call to the provider. No mail is a success too.",
+        config: true,
+        run: pull_once,
+    },
+    Subcommand { name: "check", brief: "Checks a configuration of either side.", config: true, run: check },
+    Subcommand {
+        name: "demo",
+        brief: "Shows one letter on its way: in by SMTP, held, pulled over TLS, into a Maildir.",
+        config: false,
+        run: |_| demo::run().map_err(|error| Failure::new(OS_ERROR, error)),
+    },
+];
+
+/// A text for stderr and an exit code.
+struct Failure {
+    code: u8,
+    text: String,
+}
+
+impl Failure {
+    fn new(code: u8, text: impl ToString) -> Failure {
+        Failure { code, text: text.to_string() }
+    }
+}
+
+impl From<config::ConfigError> for Failure {
+    fn from(error: config::ConfigError) -> Failure {
+        Failure::new(CONFIG, error)
+    }
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Failure {
+        let code = if matches!(error, StartError::Config(_)) { CONFIG } else { OS_ERROR };
+        Failure::new(code, error)
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Failure {
+        Failure::new(OS_ERROR, error)
+    }
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let arguments: Vec<String> =
+        std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
+    match run(&arguments) {
+        Ok(()) => ExitCode::from(OK),
+        Err(Failure { code, text }) => {
+            let _ = writeln!(io::stderr(), "odmr: {text}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn run(arguments: &[String]) -> Result<(), Failure> {
+    let mut global = Options::new();
+    global.parsing_style(ParsingStyle::StopAtFirstFree);
+    global.optflag("h", "help", "").optflag("V", "version", "");
+    let matches = global.parse(arguments).map_err(|error| usage(&error.to_string(), "odmr -h"))?;
+    if matches.opt_present("help") {
+        return print(HELP);
+    }
+    if matches.opt_present("version") {
+        return print(concat!("odmr ", env!("CARGO_PKG_VERSION"), "\n"));
+    }
+    let Some((word, rest)) = matches.free.split_first() else {
+        return Err(usage("a subcommand is missing: serve, pull, check or demo", "odmr -h"));
+    };
+    match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
+        Some(subcommand) => subcommand.start(rest),
+        None => Err(usage(&format!("no such subcommand: {word}; there are serve, pull, check and demo"), "odmr -h")),
+    }
+}
+
+fn usage(text: &str, hint: &str) -> Failure {
+    Failure::new(USAGE, format!("{text}; try `{hint}`"))
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    Ok(io::stdout().write_all(text.as_bytes())?)
+}
+
+impl Subcommand {
+    fn start(&self, arguments: &[String]) -> Result<(), Failure> {
+        let hint = format!("odmr {} -h", self.name);
+        let mut options = Options::new();
+        options.optflag("h", "help", "prints this");
+        if self.config {
+            options.optopt("c", "config", "the configuration (TOML)", "FILE");
+        }
+        if matches!(self.name, "serve" | "pull") {
+            options.optflag("v", "verbose", "logs the dialogue too, in transcript form, secrets blanked");
+        }
+        if self.name == "serve" {
+            options.optopt("", "inetd", "one connection, on descriptors 0 and 1: odmr or inbound", "WHICH");
+        }
+        let matches = options.parse(arguments).map_err(|error| usage(&error.to_string(), &hint))?;
+        if matches.opt_present("help") {
+            let file = if self.config { " -c FILE" } else { "" };
+            return print(&options.usage(&format!("odmr {}{file} [options]\n\n{}", self.name, self.brief)));
+        }
+        if let Some(word) = matches.free.first() {
+            return Err(usage(&format!("one word too many: {word}"), &hint));
+        }
+        if self.config && !matches.opt_present("config") {
+            return Err(usage("-c FILE is missing", &hint));
+        }
+        (self.run)(&matches)
+    }
+}
+
+fn config_path(matches: &Matches) -> PathBuf {
+    PathBuf::from(matches.opt_str("config").unwrap_or_default())
+}
+
+fn serve(matches: &Matches) -> Result<(), Failure> {
+    let inetd = match matches.opt_str("inetd").as_deref() {
+        None => None,
+        Some("odmr") => Some(Door::Odmr),
+        Some("inbound") => Some(Door::Inbound),
+        Some(other) => {
+            return Err(usage(&format!("--inetd is odmr or inbound, not {other}"), "odmr serve -h"));
+        }
+    };
+    if inetd.is_some() {
+        keep_log_out_of_connection()?;
+    }
+    log_to(log_target(inetd.is_some()), matches.opt_present("verbose"));
+    let config = config::Provider::load(&config_path(matches)).map_err(|error| logged(error.into(), inetd))?;
+    let stamps = Stamps::system(tls::random);
+    raise_descriptor_limit();
+    // Before any thread is there, so that none is hit in our place.
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    match inetd {
+        None => {
+            let running = Provider::start(config, stamps)?;
+            if let Some(signal) = signals.forever().next() {
+                log::info!("event=stopping signal={signal}");
+            }
+            running.stop();
+            log::info!("event=stopped");
+            Ok(())
+        }
+        Some(door) => {
+            let stop = Stop::new()?;
+            stop_at_signal(signals, stop.clone());
+            let (wire, peer) = supervised_connection()?;
+            Provider::serve_one(config, stamps, door, wire, peer, &stop).map_err(|error| logged(error.into(), inetd))
+        }
+    }
+}
+
+fn pull_once(matches: &Matches) -> Result<(), Failure> {
+    log_to(Log::Stderr, matches.opt_present("verbose"));
+    let config = config::Customer::load(&config_path(matches))?;
+    let stop = Stop::new()?;
+    stop_at_signal(Signals::new([SIGTERM, SIGINT])?, stop.clone());
+    let summary = pull::pull(&config, &Stamps::system(tls::random), &stop).map_err(|error| {
+        let code = match &error {
+            Error::Config(_) => CONFIG,
+            Error::NoHost(_) => NO_HOST,
+            Error::Unavailable(_) => UNAVAILABLE,
+            Error::Temporary(_) => TEMPORARY,
+            Error::Denied(_) => NO_PERMISSION,
+            Error::Protocol(_) => PROTOCOL,
+        };
+        Failure::new(code, error)
+    })?;
+    print(&format!("{summary}\n"))
+}
+
+/// Everything that `serve` and `pull` would stumble over, without binding or dialling.
+fn check(matches: &Matches) -> Result<(), Failure> {
+    let path = config_path(matches);
+    let wrong = |text: String| Failure::new(1, text);
+    match Config::load(&path).map_err(|error| wrong(error.to_string()))? {
+        Config::Provider(config) => {
+            if let Some(files) = &config.tls {
+                tls::server_config(&files.certificate, &files.key)
+                    .map_err(|error| wrong(format!("{}: {error}", path.display())))?;
+            }
+            usable(&config.spool).map_err(wrong)?;
+            let accounts = config.accounts.iter().count();
+            let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
+            print(&format!("{}: good: a provider with {accounts} customers, {domains} domains\n", path.display()))
+        }
+        Config::Customer(config) => {
+            customer::pull::client_side(&config).map_err(|error| wrong(format!("{}: {error}", path.display())))?;
+            usable(&config.mailboxes.root).map_err(wrong)?;
+            let provider = &config.provider;
+            print(&format!("{}: good: a customer of {}, as {}\n", path.display(), provider.address, provider.name))
+        }
+    }
+}
+
+/// A folder that is there and can be written to, or can be made.
+fn usable(folder: &Path) -> Result<(), String> {
+    let there = folder.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
+    let writable = rustix::fs::access(there, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK);
+    match writable {
+        _ if !there.is_dir() => Err(format!("{} is not a folder: move it away", there.display())),
+        Err(error) => Err(format!("{} cannot be written to: {error}; give its user the right to", there.display())),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// The user sees an error on stderr in any case; behind inetd nobody looks there.
+fn logged(failure: Failure, inetd: Option<Door>) -> Failure {
+    if inetd.is_some() {
+        log::error!("{}", failure.text);
+    }
+    failure
+}
+
+fn stop_at_signal(mut signals: Signals, stop: Stop) {
+    std::thread::spawn(move || {
+        if signals.forever().next().is_some() {
+            stop.stop();
+        }
+    });
+}
+
+/// Ten thousand connections need ten thousand descriptors.
+fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    let _ = rustix::process::setrlimit(Resource::Nofile, raised);
+}
+
+/// The connection a supervisor passes: a socket on descriptor 0 (inetd), or two ends of it (UCSPI); the
+/// peer by the socket, or by `TCPREMOTEIP` where a program in between has replaced it.
+type Connection = ((OwnedFd, Option<OwnedFd>), Option<IpAddr>);
+
+fn supervised_connection() -> Result<Connection, Failure> {
+    let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3).map_err(io::Error::from)?;
+    let peer = rustix::net::getpeername(&input).ok().flatten();
+    let by_socket = peer.and_then(|peer| SocketAddr::try_from(peer).ok()).map(|peer| peer.ip());
+    let by_name = || std::env::var("TCPREMOTEIP").ok().and_then(|text| text.parse().ok());
+    let is_socket = rustix::net::sockopt::socket_type(&input).is_ok();
+    let output = match is_socket {
+        true => None,
+        false => Some(rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3).map_err(io::Error::from)?),
+    };
+    Ok(((input, output), by_socket.or_else(by_name)))
+}
+
+/// inetd puts the connection on descriptor 2 too: nothing may be written there then.
+fn keep_log_out_of_connection() -> io::Result<()> {
+    if is_connection(io::stderr().as_fd()) {
+        let null = File::options().write(true).open("/dev/null")?;
+        rustix::stdio::dup2_stderr(null)?;
+    }
+    Ok(())
+}
+
+fn is_connection(descriptor: impl AsFd) -> bool {
+    let same =
+        |one: &rustix::fs::Stat, other: &rustix::fs::Stat| (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino);
+    match (rustix::fs::fstat(descriptor), rustix::fs::fstat(io::stdin())) {
+        (Ok(one), Ok(other)) => same(&one, &other),
+        _ => false,
+    }
+}
+
+/// Where log lines go.
+enum Log {
+    Stderr,
+    Syslog(UnixDatagram),
+}
+
+/// stderr, unless descriptor 2 was the connection: then the system's log, as inetd's servers do.
+fn log_target(inetd: bool) -> Log {
+    let null = || rustix::fs::stat("/dev/null").ok();
+    let muted = inetd
+        && match (rustix::fs::fstat(io::stderr()), null()) {
+            (Ok(stderr), Some(null)) => stderr.st_rdev == null.st_rdev,
+            _ => false,
+        };
+    let syslog = || -> io::Result<UnixDatagram> {
+        let socket = UnixDatagram::unbound()?;
+        socket.connect("/dev/log")?;
+        Ok(socket)
+    };
+    match muted.then(syslog) {
+        Some(Ok(socket)) => Log::Syslog(socket),
+        _ => Log::Stderr,
+    }
+}
+
+/// Writes each record as one datagram, with the priority in front (RFC 3164).
+struct Syslog(UnixDatagram);
+
+impl Write for Syslog {
+    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
+        // That nobody reads the log is no reason to stop a delivery.
+        let _ = self.0.send(record);
+        Ok(record.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// One line an event; `RUST_LOG` says more or less of it (`debug`: the dialogue too).
+fn log_to(target: Log, verbose: bool) {
+    let level = if verbose { LevelFilter::Debug } else { LevelFilter::Info };
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(level);
+    // rustls' own words are for those who debug rustls.
+    builder.filter_module("rustls", LevelFilter::Warn);
+    builder.parse_default_env();
+    let syslog = matches!(target, Log::Syslog(_));
+    builder.format(move |out, record| {
+        if syslog {
+            // Facility 2: mail.
+            let severity = match record.level() {
+                Level::Error => 3,
+                Level::Warn => 4,
+                Level::Info => 6,
+                Level::Debug | Level::Trace => 7,
+            };
+            return write!(out, "<{}>odmr[{}]: {}", 2 * 8 + severity, std::process::id(), record.args());
+        }
+        match record.level() {
+            Level::Error => writeln!(out, "error: {}", record.args()),
+            Level::Warn => writeln!(out, "warning: {}", record.args()),
+            _ => writeln!(out, "{}", record.args()),
+        }
+    });
+    if let Log::Syslog(socket) = target {
+        builder.target(env_logger::Target::Pipe(Box::new(Syslog(socket))));
+    }
+    // A second logger in one process is none of our making.
+    let _ = builder.try_init();
+    // A panic's words must not end up in a connection either.
+    std::panic::set_hook(Box::new(|panic| log::error!("event=panic {}", panic.to_string().replace('\n', " "))));
+}

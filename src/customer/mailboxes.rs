@@ -1,0 +1,226 @@
+//! Local delivery: who has a mailbox here, and where it is.
+//!
+//! `root/<domain>/<local part>/` is a Maildir. A local part may hold anything (`../x`, slashes, spaces), so
+//! its folder is a translation of it that stays below its domain's: small letters, digits, `._+=-` and
+//! UTF-8 letters stand for themselves, capitals become small, everything else, and a dot in front, is `%HH`.
+
+use std::collections::HashSet;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::config::{self, Accept};
+use crate::maildir::{Copies, Maildir};
+use crate::sasl::{Secrets, Unavailable};
+use crate::session::{Intake, Party, storage_reply};
+use crate::smtp::address::{Domain, ForwardPath, Mailbox};
+use crate::smtp::command::MailFrom;
+use crate::smtp::reply::Reply;
+use crate::smtp::server::{Host, Server};
+use crate::stamp::Stamps;
+
+/// The name of a folder may have so many octets, with room for what mail readers put beside it.
+const FOLDER_LIMIT: usize = 200;
+
+/// Room kept free on the disk.
+const RESERVE: u64 = 4 << 20;
+
+/// What came in one call.
+#[derive(Debug, Default)]
+pub struct Tally {
+    pub messages: AtomicU64,
+    pub octets: AtomicU64,
+    /// Recipients that were refused.
+    pub refused: AtomicU64,
+}
+
+/// The mailboxes of a customer.
+pub struct Mailboxes {
+    root: PathBuf,
+    /// Local parts in small letters.
+    addresses: HashSet<(String, Domain)>,
+    catch_all: HashSet<Domain>,
+    /// The domains of all of these; the first is where a bare `postmaster` is at home.
+    domains: Vec<Domain>,
+    hostname: String,
+    stamps: Stamps,
+    tally: Arc<Tally>,
+}
+
+impl Mailboxes {
+    pub fn new(config: &config::Customer, stamps: &Stamps, tally: Arc<Tally>) -> Mailboxes {
+        let mut mailboxes = Mailboxes {
+            root: config.mailboxes.root.clone(),
+            addresses: HashSet::new(),
+            catch_all: HashSet::new(),
+            domains: Vec::new(),
+            hostname: config.hostname.clone(),
+            stamps: stamps.clone(),
+            tally,
+        };
+        for accept in &config.mailboxes.accept {
+            let domain = match accept {
+                Accept::Domain(domain) => {
+                    mailboxes.catch_all.insert(domain.clone());
+                    domain
+                }
+                Accept::Address(mailbox) => {
+                    let Some(domain) = mailbox.domain() else { continue };
+                    mailboxes.addresses.insert((mailbox.local().to_ascii_lowercase(), domain.clone()));
+                    domain
+                }
+            };
+            if !mailboxes.domains.contains(domain) {
+                mailboxes.domains.push(domain.clone());
+            }
+        }
+        mailboxes
+    }
+
+    /// Which of our mailboxes is meant.
+    fn find(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+        let nobody = || Reply::new(550, "5.1.1", "No such mailbox here");
+        let mailbox = match path {
+            ForwardPath::Mailbox(mailbox) => mailbox.clone(),
+            // RFC 5321 section 4.5.1.
+            ForwardPath::Postmaster => {
+                let home = self.domains.first().ok_or_else(nobody)?;
+                Mailbox::parse(&format!("postmaster@{home}")).ok_or_else(nobody)?
+            }
+        };
+        let Some(domain) = mailbox.domain().filter(|domain| self.domains.contains(domain)) else {
+            // A turned session is no relay.
+            return Err(Reply::new(550, "5.7.1", "Relaying denied: that domain has no mailboxes here"));
+        };
+        let local = mailbox.local().to_ascii_lowercase();
+        let known = local == "postmaster"
+            || self.catch_all.contains(domain)
+            || self.addresses.contains(&(local.clone(), domain.clone()));
+        if !known || folder(&local).len() > FOLDER_LIMIT || local.is_empty() {
+            return Err(nobody());
+        }
+        Ok(mailbox)
+    }
+
+    fn maildir(&self, mailbox: &Mailbox) -> Option<Maildir> {
+        let domain = mailbox.domain()?;
+        Some(Maildir::new(self.root.join(domain.as_str()).join(folder(mailbox.local()))))
+    }
+}
+
+/// The name of a mailbox's folder.
+fn folder(local: &str) -> String {
+    let mut name = String::with_capacity(local.len());
+    for character in local.chars().map(|character| character.to_ascii_lowercase()) {
+        let plain = match character {
+            '.' => !name.is_empty(),
+            '_' | '+' | '=' | '-' => true,
+            other => other.is_alphanumeric(),
+        };
+        if plain {
+            name.push(character);
+        } else {
+            let mut octets = [0; 4];
+            for octet in character.encode_utf8(&mut octets).bytes() {
+                name.push_str(&format!("%{octet:02X}"));
+            }
+        }
+    }
+    name
+}
+
+impl Secrets for Mailboxes {
+    /// Nobody authenticates to a customer.
+    fn secret(&self, _: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+        Ok(None)
+    }
+}
+
+impl Host for Mailboxes {
+    fn sender(&mut self, mail: &MailFrom) -> Result<(), Reply> {
+        let octets = mail.size.unwrap_or(0).saturating_add(RESERVE);
+        // A root that is not there yet is made by the first delivery.
+        let room =
+            rustix::fs::statvfs(&self.root).map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets);
+        if room { Ok(()) } else { Err(Reply::new(452, "4.3.1", "The disk is full, try again later")) }
+    }
+
+    fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+        self.find(path).inspect_err(|_| {
+            self.tally.refused.fetch_add(1, Ordering::Relaxed);
+        })
+    }
+}
+
+impl Party for Mailboxes {
+    /// Final delivery: one Return-Path at the top, a file for each recipient (RFC 5321 section 4.4).
+    fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
+        let Some(transaction) = server.transaction() else {
+            return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
+        };
+        let id = self.stamps.id();
+        let received = server.received(peer, secure, &id, self.stamps.now());
+        let mut copies = Copies::default();
+        for recipient in &transaction.recipients {
+            let Some(maildir) = self.maildir(recipient) else { continue };
+            let head = format!("Return-Path: <{}>\nDelivered-To: {recipient}\n{received}", transaction.mail.path);
+            let unique = self.stamps.file_name(&self.hostname);
+            copies.begin(&maildir, &unique, head.as_bytes()).map_err(|error| storage_reply(&error))?;
+        }
+        Ok(Box::new(Delivery { copies, id, octets: 0, tally: self.tally.clone() }))
+    }
+}
+
+/// A message on its way into its mailboxes.
+struct Delivery {
+    copies: Copies,
+    id: String,
+    octets: u64,
+    tally: Arc<Tally>,
+}
+
+impl Intake for Delivery {
+    fn write(&mut self, octets: &[u8]) -> io::Result<()> {
+        self.octets += octets.len() as u64;
+        self.copies.write(octets)
+    }
+
+    fn commit(self: Box<Self>) -> io::Result<Reply> {
+        self.copies.commit()?;
+        self.tally.messages.fetch_add(1, Ordering::Relaxed);
+        self.tally.octets.fetch_add(self.octets, Ordering::Relaxed);
+        Ok(Reply::new(250, "2.6.0", format!("OK, id={}", self.id)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_local_part_never_leaves_its_domain() {
+        assert_eq!(folder("Alice.B"), "alice.b");
+        assert_eq!(folder("user+detail"), "user+detail");
+        assert_eq!(folder("../x"), "%2E.%2Fx");
+        assert_eq!(folder("."), "%2E");
+        assert_eq!(folder(".."), "%2E.");
+        assert_eq!(folder("a/b c%"), "a%2Fb%20c%25");
+        assert_eq!(folder("jürgen"), "jürgen");
+        assert_eq!(folder("\0"), "%00");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_local_part_makes_a_path(local: String) {
+            let name = folder(&local);
+            proptest::prop_assert!(!name.starts_with('.') && !name.contains('/') && !name.contains('\0'));
+        }
+
+        #[test]
+        fn two_local_parts_have_two_folders(one in "[ -~]{1,8}", other in "[ -~]{1,8}") {
+            let same = one.eq_ignore_ascii_case(&other);
+            proptest::prop_assert_eq!(folder(&one) == folder(&other), same);
+        }
+    }
+}

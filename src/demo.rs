@@ -1,0 +1,183 @@
+//! `odmr demo`: a provider and a customer on loopback, in a temporary directory, and what they say.
+//!
+//! Nothing in it is made for the demonstration but the certificate and the letter: the listeners, the
+//! configuration files, the queue, the turn and the Maildirs are those of `serve` and `pull`.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use log::{LevelFilter, Log, Metadata, Record};
+
+use crate::config;
+use crate::customer;
+use crate::maildir::Maildir;
+use crate::provider::Provider;
+use crate::stamp::Stamps;
+use crate::tls;
+use crate::wire::Stop;
+
+const LETTER: &str = "\
+From: Lester Tester <lester@dot.foo.bar>
+To: Eva <eva@example.org>
+Subject: hello
+
+This letter was held for you.
+.This line began with a dot, and still does.
+";
+
+/// Plays the demonstration; an error says what went wrong.
+pub fn run() -> Result<(), String> {
+    let folder = Temporary::new().map_err(|error| error.to_string())?;
+    play(&folder.0).map_err(|error| error.to_string())
+}
+
+fn play(folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    static PRINTER: Printer = Printer;
+    if log::set_logger(&PRINTER).is_ok() {
+        log::set_max_level(LevelFilter::Debug);
+    }
+    let stamps = Stamps::system(tls::random);
+    title("A provider for example.org, with a certificate made just now")?;
+    let running = Provider::start(config::Provider::load(&provider_files(folder)?)?, stamps.clone())?;
+    let (Some(inbound), Some(odmr)) = (running.inbound().first(), running.odmr().first()) else {
+        return Err("the provider has no listener".into());
+    };
+    println!("    inbound on {inbound}, on-demand mail relay on {odmr}");
+
+    title("The world delivers a letter; C is the sender's server, S the provider's")?;
+    deliver(*inbound)?;
+    let held = Maildir::new(folder.join("spool/domains/example.org"));
+    title("It is held, in a plain Maildir, until the customer calls")?;
+    for entry in held.entries()? {
+        println!("    example.org/new/{}", entry.name);
+    }
+
+    title("The customer calls; C is the customer, P the provider; they keep their letters over the turn")?;
+    let config = config::Customer::load(&customer_file(folder, *odmr)?)?;
+    let summary = customer::pull(&config, &stamps, &Stop::new()?)?;
+    title("It stands in the customer's Maildir")?;
+    let mailbox = Maildir::new(folder.join("mail/example.org/eva"));
+    for entry in mailbox.entries()? {
+        for line in fs::read_to_string(mailbox.file(&entry))?.lines() {
+            println!("    {line}");
+        }
+    }
+    title(&format!("{summary}; held by the provider now: {}", held.entries()?.len()))?;
+    running.stop();
+    Ok(())
+}
+
+fn title(text: &str) -> io::Result<()> {
+    writeln!(io::stdout(), "\n# {text}")
+}
+
+fn provider_files(folder: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
+    let (certificate, key) = tls::self_signed(&["localhost"])?;
+    write(&folder.join("relay.pem"), &certificate)?;
+    write(&folder.join("relay.key"), &key)?;
+    fs::create_dir(folder.join("customers.d"))?;
+    write(&folder.join("customers.d/acme.toml"), "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\n")?;
+    let file = folder.join("provider.toml");
+    write(
+        &file,
+        "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n\
+         [tls]\ncertificate = \"relay.pem\"\nkey = \"relay.key\"\n\
+         [inbound]\nlisten = [\"127.0.0.1:0\"]\n[odmr]\nlisten = [\"127.0.0.1:0\"]\n",
+    )?;
+    Ok(file)
+}
+
+fn customer_file(folder: &Path, odmr: SocketAddr) -> io::Result<PathBuf> {
+    let file = folder.join("customer.toml");
+    let text = format!(
+        "hostname = \"mail.example.org\"\n[provider]\naddress = \"localhost:{}\"\nca = \"relay.pem\"\n\
+         name = \"acme\"\nsecret = \"tanstaaftanstaaf\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n",
+        odmr.port()
+    );
+    write(&file, &text)?;
+    Ok(file)
+}
+
+/// Secrets stand in these files, so nobody else may read them.
+fn write(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(text.as_bytes())
+}
+
+/// One letter by plain SMTP; the provider's log shows the dialogue.
+fn deliver(inbound: SocketAddr) -> io::Result<()> {
+    let stream = TcpStream::connect(inbound)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut replies = BufReader::new(stream.try_clone()?);
+    let content = LETTER.replace("\n.", "\n..").replace('\n', "\r\n") + ".";
+    let lines = [
+        "",
+        "EHLO dot.foo.bar",
+        "MAIL FROM:<lester@dot.foo.bar>",
+        "RCPT TO:<eva@example.org>",
+        "DATA",
+        &content,
+        "QUIT",
+    ];
+    for line in lines {
+        if !line.is_empty() {
+            (&stream).write_all(format!("{line}\r\n").as_bytes())?;
+        }
+        let mut reply = String::new();
+        while !reply.get(3..4).is_some_and(|separator| separator == " ") {
+            reply.clear();
+            if replies.read_line(&mut reply)? == 0 {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the provider closed the connection"));
+            }
+        }
+        if reply.starts_with(['4', '5']) {
+            return Err(io::Error::other(reply));
+        }
+    }
+    Ok(())
+}
+
+/// Prints the dialogue as the provider logs it, without the session's number.
+struct Printer;
+
+impl Log for Printer {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target() == "dialogue"
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let line = record.args().to_string();
+        // The customer logs the same lines; once is enough.
+        if self.enabled(record.metadata())
+            && let Some((session, line)) = line.split_once("] ")
+            && session != "[pull"
+        {
+            let _ = writeln!(io::stdout(), "    {line}");
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// A folder that goes with the demonstration.
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn new() -> io::Result<Temporary> {
+        let mut name = [0; 8];
+        tls::random(&mut name);
+        let folder = std::env::temp_dir().join(format!("odmr-demo-{:016x}", u64::from_be_bytes(name)));
+        fs::DirBuilder::new().create(&folder)?;
+        Ok(Temporary(folder))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

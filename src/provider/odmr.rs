@@ -1,0 +1,115 @@
+//! Port 366 up to ATRN: who calls, and which mail may they have? (RFC 2645 section 5)
+//!
+//! The worker never becomes SMTP client: it hands the connection to the delivery thread as a [`Turn`], or
+//! stays SMTP server and says why not. The order of the answers to ATRN is 530, 503, 501 (the protocol's,
+//! in `smtp/server`), then 451, 450, 453 (ours, here), then 250 (the delivery thread's).
+
+use std::sync::Arc;
+
+use super::Shared;
+use crate::queue::{Hold, NoHold};
+use crate::sasl::{Secrets, Unavailable};
+use crate::session::{End, Intake, Party, Session};
+use crate::smtp::address::{Domain, ForwardPath, Mailbox};
+use crate::smtp::command::MailFrom;
+use crate::smtp::reply::Reply;
+use crate::smtp::server::{Host, Server};
+use crate::turn::Turn;
+
+/// One session, up to its end or its turn.
+pub fn serve(shared: &Arc<Shared>, mut session: Session) -> String {
+    let mut party = Odmr { shared: shared.clone() };
+    session.greet();
+    loop {
+        let domains = match session.run(&mut party) {
+            End::Atrn(domains) => domains,
+            end => {
+                session.close();
+                return if let End::Closed(why) = end { why } else { "quit".to_owned() };
+            }
+        };
+        let offered = match grant(shared, session.server.account(), &domains) {
+            Ok(hold) => Turn::offer(session, hold),
+            Err(reply) => Err(Box::new((session, reply))),
+        };
+        let refused = match offered {
+            Ok(turn) => match shared.turns.submit(turn) {
+                Ok(()) => return "turned".to_owned(),
+                Err(turn) => {
+                    Box::new((turn.withdraw(), Reply::new(451, "4.3.2", "Too many turned sessions, try again later")))
+                }
+            },
+            Err(refused) => refused,
+        };
+        let reply;
+        (session, reply) = *refused;
+        log::info!(
+            "event=atrn-refused session={} peer={} account={} reply={:?}",
+            session.wire.trace.id,
+            session.peer,
+            session.server.account().unwrap_or_default(),
+            reply.to_string()
+        );
+        session.say(&reply);
+    }
+}
+
+/// All that was asked for, locked, with mail in it; or nothing, and why (RFC 2645 section 5.2.1).
+fn grant(shared: &Shared, account: Option<&str>, asked: &[Domain]) -> Result<Hold, Reply> {
+    let account = account.and_then(|name| shared.config.accounts.account(name));
+    let own = account.map(|account| account.domains.as_slice()).unwrap_or_default();
+    // One foreign domain, existing or not, and nothing is sent for any of them.
+    if own.is_empty() || asked.iter().any(|domain| !own.contains(domain)) {
+        return Err(Reply::new(450, "4.7.1", "You have no access to all of these domains"));
+    }
+    let domains = if asked.is_empty() { own } else { asked };
+    let hold = match shared.queue.hold(domains) {
+        Ok(hold) => hold,
+        Err(NoHold::Busy(domain)) => {
+            return Err(Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {domain}")));
+        }
+        Err(NoHold::Failed(error)) => return Err(unavailable(&error)),
+    };
+    match hold.is_empty() {
+        Ok(false) => Ok(hold),
+        // RFC 2645 section 5.2.1; the enhanced code is the one registered for 453 (RFC 5248).
+        Ok(true) => Err(Reply::new(453, "4.3.2", "You have no mail")),
+        Err(error) => Err(unavailable(&error)),
+    }
+}
+
+fn unavailable(error: &std::io::Error) -> Reply {
+    log::error!("event=spool-failed error={:?}", error.to_string());
+    Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later")
+}
+
+struct Odmr {
+    shared: Arc<Shared>,
+}
+
+impl Secrets for Odmr {
+    fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+        self.shared.config.accounts.secret(name)
+    }
+}
+
+/// Mail is not accepted on this port: the command table has no MAIL, so nobody asks.
+impl Host for Odmr {
+    fn sender(&mut self, _: &MailFrom) -> Result<(), Reply> {
+        Err(no_mail())
+    }
+
+    fn recipient(&mut self, _: &ForwardPath) -> Result<Mailbox, Reply> {
+        Err(no_mail())
+    }
+}
+
+impl Party for Odmr {
+    fn intake(&mut self, _: &Server, _: &str, _: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
+        Err(no_mail())
+    }
+}
+
+fn no_mail() -> Reply {
+    Reply::new(502, "5.5.1", "Mail is not accepted on this port")
+}
