@@ -128,7 +128,7 @@ fn deliver(inbound: SocketAddr) -> io::Result<()> {
             (&stream).write_all(format!("{line}\r\n").as_bytes())?;
         }
         let mut reply = String::new();
-        while !reply.get(3..4).is_some_and(|separator| separator == " ") {
+        while reply.get(3..4) != Some(" ") {
             reply.clear();
             if replies.read_line(&mut reply)? == 0 {
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the provider closed the connection"));

@@ -38,14 +38,14 @@ pub struct Turn {
 impl Turn {
     /// Whether the connection may turn: it may not when octets stand behind ATRN, which must be the last
     /// command of a group (RFC 2920 section 3.1). Then the session goes on, and the reply says why.
-    pub fn offer(mut session: Session, hold: Hold) -> Result<Turn, Box<(Session, Reply)>> {
+    pub fn offer(mut session: Session, hold: Hold) -> Result<Box<Turn>, Box<(Session, Reply)>> {
         let arrived = matches!(session.wire.fill(), Ok(Filled::Bytes(_)));
         if arrived || !session.wire.received().is_empty() {
             let reply = Reply::new(503, "5.5.1", "ATRN must be the last command: wait for its reply");
             return Err(Box::new((session, reply)));
         }
         let account = session.server.account().unwrap_or_default().to_owned();
-        Ok(Turn { session, hold, account })
+        Ok(Box::new(Turn { session, hold, account }))
     }
 
     /// Nobody can take the turn: the session goes on in its old role.
@@ -81,6 +81,7 @@ pub struct Turned {
 pub fn take_over(wire: Wire, client: Client, profile: Profile) -> io::Result<(Wire, Server)> {
     drop(client);
     if !wire.received().is_empty() {
+        wire.shutdown();
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "the provider spoke behind its 250, before our greeting: this is not RFC 2645",

@@ -197,12 +197,20 @@ impl Call<'_> {
             name: self.config.hostname.clone(),
             starttls: provider.tls == TlsMode::StartTls,
             tls: wire.secure().is_some(),
+            atrn: true,
             credentials: Some((provider.name.clone(), provider.secret.clone())),
         };
         let mut dialogue = Dialogue { call: self, wire, client: Client::new(plan), replies: ReplyReader::default() };
         loop {
             let mut said = Vec::new();
-            match dialogue.next()? {
+            let step = match dialogue.next() {
+                Ok(step) => step,
+                Err(error) => {
+                    dialogue.wire.shutdown();
+                    return Err(error);
+                }
+            };
+            match step {
                 Step::StartTls => {
                     self.begin_tls(&mut dialogue.wire)?;
                     dialogue.client.secured(&mut said);
@@ -362,6 +370,11 @@ fn halted(halt: Halt) -> Option<Error> {
         Halt::NoStartTls => Error::Protocol(
             "the provider offers no STARTTLS, so neither secret nor mail was entrusted to it; \
              use `tls = \"implicit\"` if it has a port for that"
+                .to_owned(),
+        ),
+        Halt::NoAtrn => Error::Protocol(
+            "the server does not offer ATRN, so it is no provider of on-demand mail, and was not told the secret; \
+             check host and port in `address`"
                 .to_owned(),
         ),
         Halt::NoMechanism => Error::Protocol(

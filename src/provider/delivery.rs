@@ -41,7 +41,7 @@ const LOOK_AROUND: Duration = Duration::from_secs(1);
 
 /// The way to the delivery thread.
 pub struct Turns {
-    sender: Sender<Turn>,
+    sender: Sender<Box<Turn>>,
     waker: OwnedFd,
     sessions: Arc<Sessions>,
     limit: usize,
@@ -76,7 +76,7 @@ impl Sessions {
 
 impl Turns {
     /// Hands a turn over; when nobody can take it, it comes back.
-    pub fn submit(&self, turn: Turn) -> Result<(), Turn> {
+    pub fn submit(&self, turn: Box<Turn>) -> Result<(), Box<Turn>> {
         if !self.sessions.enter(self.limit) {
             return Err(turn);
         }
@@ -97,7 +97,7 @@ impl Turns {
 
 /// What the delivery thread runs on.
 pub struct Delivery {
-    turns: Receiver<Turn>,
+    turns: Receiver<Box<Turn>>,
     woken: OwnedFd,
     sessions: Arc<Sessions>,
     rules: Rules,
@@ -143,15 +143,16 @@ impl Delivery {
             if open || !sessions.is_empty() {
                 self.wait(&mut sessions);
                 let now = Instant::now();
-                sessions.retain_mut(|session| self.work(session, now));
+                sessions.extract_if(.., |session| !self.work(session, now)).for_each(Call::close);
             }
         }
-        for session in &mut sessions {
+        for mut session in sessions {
             session.end("the provider is shutting down");
+            session.close();
         }
     }
 
-    fn begin(&self, turn: Turn, sessions: &mut Vec<Call>) {
+    fn begin(&self, turn: Box<Turn>, sessions: &mut Vec<Call>) {
         match catch_unwind(AssertUnwindSafe(|| Call::new(turn.begin(), &self.rules))) {
             Ok(session) => sessions.push(session),
             Err(_) => self.sessions.leave(),
@@ -400,7 +401,7 @@ impl Call {
         let limit = self.rules.messages;
         let enough = self.rules.stop.stopped() || (limit > 0 && self.tally.offered >= limit);
         let mut said = Vec::new();
-        match if enough { None } else { self.hold.next() } {
+        match if enough { None } else { self.hold.offer() } {
             Some(batch) => {
                 self.tally.offered += 1;
                 let envelope = &batch.envelope;
@@ -477,6 +478,13 @@ impl Call {
             tally.octets,
             self.begun.elapsed().as_secs_f64()
         );
+    }
+
+    /// Lets go of the mail, and closes: in this order, so that a customer who sees the end and calls again
+    /// finds its domains free. TLS ends with close_notify (RFC 8314 section 3.4).
+    fn close(self) {
+        drop(self.hold);
+        self.wire.shutdown();
     }
 
     fn id(&self) -> &str {

@@ -1,7 +1,7 @@
 //! Mail that waits: one Maildir a domain, an envelope in front of each message.
 //!
 //! ```text
-//! put ──▶ SPOOL/domains/<domain>/new ──▶ hold ──▶ next ──▶ settle ─┬─ delivered: removed
+//! put ──▶ SPOOL/domains/<domain>/new ──▶ hold ─▶ offer ──▶ settle ─┬─ delivered: removed
 //!                                       (lock)   (offer)           ├─ deferred:  stays
 //!                                                                  ├─ in doubt:  stays, in cur, flagged
 //!                                                                  └─ refused:   to .refused, with the reply
@@ -178,7 +178,7 @@ impl Hold {
 
     /// The next message, the oldest of a domain first. What arrives meanwhile comes too; `None`: there is
     /// nothing now that was not offered in this session.
-    pub fn next(&mut self) -> Option<Batch> {
+    pub fn offer(&mut self) -> Option<Batch> {
         let mut refilled = 0;
         while refilled <= self.domains.len() {
             let held = self.domains.get_mut(self.current)?;

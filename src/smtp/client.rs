@@ -30,6 +30,8 @@ pub struct Plan {
     pub starttls: bool,
     /// TLS is there from the first octet, or from before the turn.
     pub tls: bool,
+    /// The peer must offer ATRN, or it is told no secret (RFC 2645 section 5.1.1).
+    pub atrn: bool,
     /// Account and secret, where the peer wants to know who we are.
     pub credentials: Option<(String, Vec<u8>)>,
 }
@@ -72,6 +74,8 @@ pub enum Halt {
     Refused { what: &'static str, reply: Reply },
     /// The peer offers no STARTTLS, and we must have it (RFC 3207 section 6).
     NoStartTls,
+    /// The peer offers no ATRN: it is no provider (RFC 2645 section 5.1.1).
+    NoAtrn,
     /// The peer offers no mechanism that may be used here.
     NoMechanism,
     /// The peer said 235 and did not prove that it knows the secret.
@@ -456,6 +460,9 @@ impl Client {
     }
 
     fn introduced(&mut self, out: &mut Vec<u8>) -> Step {
+        if self.plan.atrn && !self.offered.atrn {
+            return self.halt(Halt::NoAtrn, out);
+        }
         if self.plan.credentials.is_some() && !self.authenticated {
             return self.enter_auth(out);
         }

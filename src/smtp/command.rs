@@ -381,7 +381,7 @@ mod tests {
     #[test]
     fn atrn_follows_the_grammar_of_rfc_2645() {
         let domains = |line: &str| match parse(line) {
-            Ok(Command::Atrn(domains)) => domains.iter().map(|domain| domain.as_str().to_owned()).collect(),
+            Ok(Command::Atrn(domains)) => domains.iter().map(|domain| domain.as_str().to_owned()).collect::<Vec<_>>(),
             other => panic!("{line}: {other:?}"),
         };
         assert_eq!(domains("ATRN"), Vec::<String>::new());
