@@ -103,9 +103,12 @@ impl Queue {
             if let Err(error) = maildir.sweep() {
                 log::warn!("event=sweep-failed domain={domain} error={error:?}");
             }
-            held.push(Held { domain: domain.clone(), maildir, lock, waiting: VecDeque::new() });
+            let (waiting, touched) = (VecDeque::new(), HashSet::new());
+            held.push(Held { domain: domain.clone(), maildir, lock, waiting, touched });
         }
-        Ok(Hold { domains: held, touched: HashSet::new(), current: 0 })
+        // The next domain after the last is the first one asked for.
+        let current = held.len().saturating_sub(1);
+        Ok(Hold { domains: held, current })
     }
 
     fn lock(&self, maildir: &Maildir, domain: &Domain) -> Result<File, NoHold> {
@@ -149,8 +152,6 @@ impl Queue {
 /// The mail of some domains, for one session.
 pub struct Hold {
     domains: Vec<Held>,
-    /// Messages offered in this session and still there: each is offered once.
-    touched: HashSet<String>,
     current: usize,
 }
 
@@ -159,6 +160,9 @@ struct Held {
     maildir: Maildir,
     lock: File,
     waiting: VecDeque<Entry>,
+    /// Messages offered in this session and still there: each is offered once. By domain, because nothing
+    /// keeps an agent from giving two files in two Maildirs one name.
+    touched: HashSet<String>,
 }
 
 impl Hold {
@@ -183,7 +187,7 @@ impl Hold {
         while refilled <= self.domains.len() {
             let held = self.domains.get_mut(self.current)?;
             while let Some(entry) = held.waiting.pop_front() {
-                self.touched.insert(entry.unique().to_owned());
+                held.touched.insert(entry.unique().to_owned());
                 match Batch::open(&held.maildir, &held.domain, entry) {
                     Ok(Some(batch)) => return Some(batch),
                     Ok(None) => {}
@@ -192,7 +196,7 @@ impl Hold {
             }
             self.current = (self.current + 1) % self.domains.len();
             let held = &mut self.domains[self.current];
-            if let Err(error) = held.refill(&self.touched) {
+            if let Err(error) = held.refill() {
                 log::error!("event=unreadable domain={} error={error:?}", held.domain);
             }
             refilled += 1;
@@ -215,7 +219,7 @@ impl Hold {
 
 impl Held {
     /// Lists what waits and was not offered yet.
-    fn refill(&mut self, touched: &HashSet<String>) -> io::Result<()> {
+    fn refill(&mut self) -> io::Result<()> {
         let mut entries = self.maildir.entries()?;
         // After a crash in `settle` a message may stand there twice, before and after: the shorter one,
         // without the recipients that have it already, is the truth.
@@ -231,6 +235,7 @@ impl Held {
             self.maildir.remove(&entry)?;
             entries.retain(|other| *other != entry);
         }
+        let touched = &self.touched;
         self.waiting.extend(entries.into_iter().filter(|entry| !touched.contains(entry.unique())));
         Ok(())
     }
@@ -329,7 +334,10 @@ impl Batch {
         }
         self.maildir.remove(&self.entry)?;
         if again || nobody_left {
-            hold.touched.remove(self.entry.unique());
+            let path = self.maildir.path();
+            if let Some(held) = hold.domains.iter_mut().find(|held| held.maildir.path() == path) {
+                held.touched.remove(self.entry.unique());
+            }
         }
         Ok(())
     }

@@ -1,0 +1,40 @@
+# `make help` says what there is. Works with GNU and BSD make.
+
+CARGO   ?= cargo
+PREFIX  ?= /usr/local
+DESTDIR ?=
+ONLY    ?=
+
+.PHONY: help build test check demo interop install certs
+
+help: ## what you are reading
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s  %s\n", $$1, $$2}' Makefile
+
+build: ## the program, target/release/odmr
+	$(CARGO) build --release
+
+test: ## every test that needs no network and no other program
+	$(CARGO) test --all
+
+check: ## formatting and lints, as the automatic checks demand them
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --all-targets -- -D warnings
+
+demo: ## a letter comes in, is held, the line turns, the letter stands in a Maildir
+	$(CARGO) run --release -- demo
+
+interop: build ## odmr with fetchmail, Postfix, swaks, inetd (as root; .ci/run installs them); ONLY=NAME for one
+	tests/interop/run $(ONLY)
+
+install: build ## the program into DESTDIR and PREFIX (/usr/local), bin/odmr
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 target/release/odmr $(DESTDIR)$(PREFIX)/bin/odmr
+
+certs: ## a self-signed certificate and key for HOST (this host's name) into ./certs, to try things with
+	@install -d certs
+	@test ! -e certs/relay.key || { echo "certs/relay.key is there already"; exit 1; }
+	@umask 077; host=$${HOST:-$$(hostname)}; \
+	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 365 -subj "/CN=$$host" \
+	    -addext "subjectAltName=DNS:$$host,DNS:localhost,IP:127.0.0.1" \
+	    -keyout certs/relay.key -out certs/relay.pem 2>/dev/null && \
+	echo "certs/relay.pem and certs/relay.key for $$host, for a year; a customer trusts it by: ca = \"relay.pem\""

@@ -1,0 +1,746 @@
+//! A delivery status notification as text (RFC 3464, RFC 6522, RFC 3461 section 6, RFC 6533).
+//!
+//! ```text
+//! multipart/report; report-type=delivery-status
+//! ├── text/plain                  what happened to whom, and what the sender can do     ┐
+//! ├── message/delivery-status     the same for programs: once the message, then         │ head()
+//! │                               a group of fields for each recipient                  │
+//! └── text/rfc822-headers         what is returned of the message                       ┘
+//!     │                             returned_header(), or all of it: message/rfc822
+//!     └── the closing boundary      tail()
+//! ```
+//!
+//! Nothing here decides whether a notice is due or sends it: it goes from `<>` to the sender in the
+//! envelope, with NOTIFY=NEVER at most and without RET (RFC 3461 section 6.1).
+//!
+//! A notice is in 7-bit ASCII, so that it passes everywhere, also if the message was in UTF-8: addresses
+//! then are escaped (RFC 6533 section 3), and other characters become `?`. With [`Notice::utf8`], for a
+//! sender whose way back takes SMTPUTF8, it is 8-bit UTF-8 in the `message/global` types. A message
+//! itself must not be recoded (RFC 6522 section 3, RFC 2046 section 5.2.1), so [`Notice::full`] is for
+//! those of 7-bit content, or for notices in UTF-8; of others the header is returned.
+//!
+//! Lines end in LF and have at most 998 octets.
+
+use std::fmt::Write;
+use std::io::{self, BufRead, BufReader, Read};
+
+use crate::smtp::address::Mailbox;
+use crate::smtp::header::{Line, Place};
+use crate::stamp::Date;
+
+/// A line of text is folded behind so many octets, where it can be (RFC 5322 section 2.1.1).
+const WIDTH: usize = 76;
+/// No line has more octets, its end not counted (RFC 5322 section 2.1.1).
+const LINE_LIMIT: usize = 998;
+
+/// What was done for a recipient (RFC 3464 section 2.3.3).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Given up.
+    Failed,
+    /// Not yet delivered, and tried on.
+    Delayed,
+    /// It is in the mailbox.
+    Delivered,
+    /// A system that sends no notices has it now.
+    Relayed,
+}
+
+/// What happened to one recipient.
+#[derive(Clone, Debug)]
+pub struct Report<'a> {
+    pub recipient: &'a Mailbox,
+    /// ORCPT as it was given, `rfc822;xtext`.
+    pub original: Option<&'a str>,
+    pub action: Action,
+    /// An enhanced status code, `5.1.1`; what is none becomes the general one of its class.
+    pub status: String,
+    /// The name of the peer that refused or took it, or its address literal.
+    pub remote: Option<&'a str>,
+    /// The peer's reply on one line, `550 5.1.1 No such user`, or the reason without a peer.
+    pub diagnostic: Option<&'a str>,
+    pub last_attempt: Option<Date>,
+    /// Said of delayed ones only.
+    pub retry_until: Option<Date>,
+}
+
+/// One notice: about one message, to its sender.
+#[derive(Clone, Debug)]
+pub struct Notice<'a> {
+    /// Our name; also the domain of the postmaster it comes from.
+    pub reporting: &'a str,
+    /// The sender in the envelope of the message.
+    pub to: &'a Mailbox,
+    /// ENVID as it was given, xtext.
+    pub envelope_id: Option<&'a str>,
+    pub arrived: Date,
+    /// The name the peer gave from which the message came; `name ([192.0.2.1])` may be said too.
+    pub received_from: Option<&'a str>,
+    /// Those for whom a notice is due, no others (RFC 3461 section 6.2).
+    pub reports: &'a [Report<'a>],
+    pub now: Date,
+    pub message_id: &'a str,
+    /// At most 70 letters and digits that are in no part.
+    pub boundary: &'a str,
+    /// It may be in UTF-8 (RFC 6533): the way back takes SMTPUTF8.
+    pub utf8: bool,
+    /// The whole message will be returned, not its header alone.
+    pub full: bool,
+}
+
+impl Notice<'_> {
+    /// All up to the place where the returned content begins.
+    pub fn head(&self) -> String {
+        let mut out = self.header();
+        let charset = if self.utf8 { "utf-8" } else { "us-ascii" };
+        self.begin_part(&mut out, "Notification", &format!("text/plain; charset={charset}"));
+        out.push_str(&self.explanation());
+        let fields = self.fields();
+        let status = if fields.is_ascii() { "message/delivery-status" } else { "message/global-delivery-status" };
+        self.begin_part(&mut out, "Delivery report", status);
+        out.push_str(&fields);
+        let (description, content) = match (self.full, self.utf8) {
+            (true, true) => ("Undelivered message", "message/global"),
+            (true, false) => ("Undelivered message", "message/rfc822"),
+            (false, true) => ("Header of the message", "message/global-headers"),
+            (false, false) => ("Header of the message", "text/rfc822-headers"),
+        };
+        self.begin_part(&mut out, description, content);
+        out
+    }
+
+    /// What stands behind the returned content.
+    pub fn tail(&self) -> String {
+        format!("\n--{}--\n", self.boundary)
+    }
+
+    /// The header of the message that `content` begins with, made fit to be returned in this notice:
+    /// whole lines out of its first `limit` octets, without the blank line.
+    ///
+    /// RFC 6522 section 4 would have quoted-printable for a header of more than 7 bits, which makes each
+    /// `=` of a sound one unreadable to those who search a notice for its Message-ID. So a character that
+    /// cannot stand there becomes a `?`.
+    pub fn returned_header(&self, content: &mut impl Read, limit: usize) -> io::Result<Vec<u8>> {
+        let mut content = BufReader::new(content.take(limit as u64));
+        let (mut out, mut line) = (String::new(), Vec::new());
+        let mut place = Place::Beginning;
+        loop {
+            line.clear();
+            content.read_until(b'\n', &mut line)?;
+            // The limit may have cut the last line.
+            let cut = !line.ends_with(b"\n") && content.get_ref().limit() == 0;
+            match Line::of(&line, place) {
+                Line::Field(_) | Line::Continuation if !cut => place = Place::Field,
+                _ => return Ok(out.into_bytes()),
+            }
+            let text = String::from_utf8_lossy(&line);
+            push_within_limit(&mut out, &self.clean(text.trim_end_matches(['\r', '\n'])));
+        }
+    }
+
+    fn header(&self) -> String {
+        let mut out = String::new();
+        let host = self.clean(self.reporting);
+        put(&mut out, "From", &format!("Mail Delivery System <postmaster@{host}>"));
+        put(&mut out, "To", &self.addressee());
+        put(&mut out, "Subject", self.subject());
+        put(&mut out, "Date", &self.now.rfc5322());
+        let id = self.clean(self.message_id);
+        put(&mut out, "Message-ID", &format!("<{}>", id.trim_matches(['<', '>'])));
+        // RFC 3834 section 5: "auto-generated" must not be used on notices.
+        put(&mut out, "Auto-Submitted", "auto-replied");
+        put(&mut out, "MIME-Version", "1.0");
+        out.push_str("Content-Type: multipart/report; report-type=delivery-status;\n");
+        let _ = writeln!(out, "\tboundary=\"{}\"", self.boundary);
+        if self.utf8 {
+            put(&mut out, "Content-Transfer-Encoding", "8bit");
+        }
+        out.push_str("\nThis is a notice in MIME format about the delivery of a message.\n");
+        out
+    }
+
+    fn begin_part(&self, out: &mut String, description: &str, content: &str) {
+        let _ = write!(out, "\n--{}\n", self.boundary);
+        put(out, "Content-Description", description);
+        put(out, "Content-Type", content);
+        if self.utf8 {
+            put(out, "Content-Transfer-Encoding", "8bit");
+        }
+        out.push('\n');
+    }
+
+    /// The sender; or, where it cannot be written in ASCII, an empty group that names it (RFC 6857).
+    fn addressee(&self) -> String {
+        match self.utf8 || self.to.is_ascii() {
+            true => format!("<{}>", self.to),
+            false => format!("\"{}\":;", self.address(self.to).replace('\\', r"\\").replace('"', "\\\"")),
+        }
+    }
+
+    fn subject(&self) -> &'static str {
+        let has = |action| self.reports.iter().any(|report| report.action == action);
+        if has(Action::Failed) {
+            "Your message could not be delivered"
+        } else if has(Action::Delayed) {
+            "Your message is delayed"
+        } else if has(Action::Delivered) {
+            "Your message was delivered"
+        } else {
+            "Your message was passed on"
+        }
+    }
+
+    /// The fields of the message, and behind a blank line each those of the recipients (RFC 3464 section 2).
+    fn fields(&self) -> String {
+        let mut out = String::new();
+        if let Some(id) = self.envelope_id {
+            put(&mut out, "Original-Envelope-Id", &self.clean(&decoded(id)));
+        }
+        put(&mut out, "Reporting-MTA", &self.mta(self.reporting));
+        if let Some(name) = self.received_from {
+            put(&mut out, "Received-From-MTA", &self.mta(name));
+        }
+        put(&mut out, "Arrival-Date", &self.arrived.rfc5322());
+        for report in self.reports {
+            out.push('\n');
+            self.put_recipient(&mut out, report);
+        }
+        out
+    }
+
+    /// RFC 3464 section 2.3.
+    fn put_recipient(&self, out: &mut String, report: &Report) {
+        // There if and only if ORCPT was (RFC 3461 section 6.3).
+        if let Some(original) = report.original {
+            put(out, "Original-Recipient", &self.original(original));
+        }
+        let kind = if report.recipient.is_ascii() { "rfc822" } else { "utf-8" };
+        put(out, "Final-Recipient", &format!("{kind}; {}", self.address(report.recipient)));
+        put(out, "Action", report.action.name());
+        put(out, "Status", report.status());
+        if let Some(name) = report.remote {
+            put(out, "Remote-MTA", &self.mta(name));
+        }
+        if let Some(text) = report.diagnostic {
+            let kind = if is_reply(text) { "smtp" } else { "x-odmr" };
+            put_folded(out, "Diagnostic-Code", &format!("{kind}; {}", self.clean(text)));
+        }
+        if let Some(date) = report.last_attempt {
+            put(out, "Last-Attempt-Date", &date.rfc5322());
+        }
+        if let Some(date) = report.retry_until.filter(|_| report.action == Action::Delayed) {
+            put(out, "Will-Retry-Until", &date.rfc5322());
+        }
+    }
+
+    /// The text for people.
+    fn explanation(&self) -> String {
+        let mut out = String::new();
+        let host = self.clean(self.reporting);
+        paragraph(&mut out, "", &format!("This is the mail system at {host}."));
+        for action in [Action::Failed, Action::Delayed, Action::Delivered, Action::Relayed] {
+            let reports: Vec<&Report> = self.reports.iter().filter(|report| report.action == action).collect();
+            if reports.is_empty() {
+                continue;
+            }
+            let one = reports.len() == 1;
+            let arrived = self.arrived.rfc5322();
+            out.push('\n');
+            paragraph(&mut out, "", &action.introduction(&arrived, one));
+            for report in &reports {
+                self.explain(&mut out, report);
+            }
+            out.push('\n');
+            paragraph(&mut out, "", action.conclusion());
+        }
+        out.push('\n');
+        let rest = if self.full { "The message follows" } else { "The header of the message follows" };
+        paragraph(&mut out, "", &format!("{rest} below. Questions are answered by <postmaster@{host}>."));
+        out
+    }
+
+    fn explain(&self, out: &mut String, report: &Report) {
+        let _ = writeln!(out, "\n    <{}>", self.address(report.recipient));
+        let peer = report.remote.map(|name| self.clean(name));
+        let text = report.diagnostic.map(|text| self.clean(text));
+        let said = match (peer, text) {
+            (Some(peer), Some(text)) if report.diagnostic.is_some_and(is_reply) => format!("{peer} answered: {text}"),
+            (Some(peer), Some(text)) => format!("{peer}: {text}"),
+            (None, Some(text)) => text,
+            (Some(peer), None) => format!("by {peer}"),
+            (None, None) => String::new(),
+        };
+        paragraph(out, "        ", &said);
+        if let Some(date) = report.retry_until.filter(|_| report.action == Action::Delayed) {
+            paragraph(out, "        ", &format!("It is tried until {}.", date.rfc5322()));
+        }
+        if report.action == Action::Failed {
+            paragraph(out, "        ", report.advice());
+        }
+    }
+
+    /// `dns; name`, if it is a full name or an address literal (RFC 3464 section 2.2.2).
+    fn mta(&self, name: &str) -> String {
+        let name = self.clean(name);
+        let first = name.split_whitespace().next().unwrap_or_default();
+        let kind = if first.contains(['.', '[']) { "dns" } else { "x-local-hostname" };
+        format!("{kind}; {name}")
+    }
+
+    fn address(&self, mailbox: &Mailbox) -> String {
+        match self.utf8 || mailbox.is_ascii() {
+            true => mailbox.to_string(),
+            false => escaped(&mailbox.to_string()),
+        }
+    }
+
+    /// ORCPT decoded: as the sender's own program wrote it (RFC 3461 section 4.2).
+    fn original(&self, original: &str) -> String {
+        let (kind, address) = original.split_once(';').unwrap_or(("rfc822", original));
+        let address = decoded(address);
+        let address = match kind.eq_ignore_ascii_case("utf-8") {
+            true if self.utf8 => unescaped(&address),
+            true => escaped(&unescaped(&address)),
+            false => address,
+        };
+        format!("{}; {}", self.clean(kind), self.clean(&address))
+    }
+
+    /// One line of characters that may stand in this notice.
+    fn clean(&self, text: &str) -> String {
+        let fit = |c: char| match c {
+            '\t' => c,
+            '\r' | '\n' => ' ',
+            _ if c.is_control() || !(self.utf8 || c.is_ascii()) => '?',
+            _ => c,
+        };
+        text.chars().map(fit).collect()
+    }
+}
+
+impl Action {
+    fn name(self) -> &'static str {
+        match self {
+            Action::Failed => "failed",
+            Action::Delayed => "delayed",
+            Action::Delivered => "delivered",
+            Action::Relayed => "relayed",
+        }
+    }
+
+    fn introduction(self, arrived: &str, one: bool) -> String {
+        let whom = if one { "this recipient" } else { "these recipients" };
+        match self {
+            Action::Failed => format!("Your message of {arrived} could NOT be delivered to {whom}:"),
+            Action::Delayed => format!("Your message of {arrived} is delayed. It has NOT YET reached {whom}:"),
+            Action::Delivered => {
+                format!("Your message of {arrived} was delivered, as you asked to be told, to {whom}:")
+            }
+            Action::Relayed => format!("Your message of {arrived} was passed on, on its way to {whom}:"),
+        }
+    }
+
+    /// What the sender can do.
+    fn conclusion(self) -> &'static str {
+        match self {
+            Action::Failed => "It will not be tried again. To try once more, send the message anew.",
+            Action::Delayed => {
+                "You need do nothing, and need not send it again: it is still being tried. You will be told if it \
+                 has to be given up."
+            }
+            Action::Delivered => "You need do nothing. That it was delivered does not mean that it was read.",
+            Action::Relayed => {
+                "You need do nothing. The next mail system does not say whether it delivers, so this may be the \
+                 last you hear of it from us."
+            }
+        }
+    }
+}
+
+impl Report<'_> {
+    /// The status code, or that of its class which says no more (RFC 3464 section 2.3.4).
+    fn status(&self) -> &str {
+        let mut parts = self.status.split('.');
+        let number = |part: Option<&str>, most: usize| {
+            part.is_some_and(|part| {
+                (1..=most).contains(&part.len()) && part.bytes().all(|octet| octet.is_ascii_digit())
+            })
+        };
+        let (class, default) = match self.action {
+            Action::Failed => ("45", "5.0.0"),
+            Action::Delayed => ("4", "4.0.0"),
+            Action::Delivered | Action::Relayed => ("2", "2.0.0"),
+        };
+        let sound = parts.next().is_some_and(|part| part.len() == 1 && class.contains(part))
+            && number(parts.next(), 3)
+            && number(parts.next(), 3)
+            && parts.next().is_none();
+        if sound { &self.status } else { default }
+    }
+
+    /// What the sender can do about a failure, by its status code (RFC 3463).
+    fn advice(&self) -> &'static str {
+        let status = self.status();
+        let subject = status.split_once('.').map_or("", |(_, subject)| subject);
+        match subject {
+            "1.1" | "1.0" | "1.3" | "1.6" => "Please check the address, above all what stands before the @.",
+            "1.2" | "1.10" | "4.4" => "Please check the address, above all what stands behind the @.",
+            "2.2" => "The mailbox is full: try again later, or reach the recipient in another way.",
+            "2.3" | "3.4" => "The message is too large: send less at a time.",
+            "4.1" | "4.2" | "4.7" | "3.2" => {
+                "The recipient's mail system could not be reached in time. Try again later."
+            }
+            "4.6" => "The recipient's mail system passes the message round in a circle: only its owner can help.",
+            "6.7" | "6.9" => "The recipient's mail system does not take addresses or headers in UTF-8.",
+            _ if subject.starts_with("7.") => {
+                "The recipient's mail system refuses the message by its own rules, which only its owner can change."
+            }
+            _ if subject.starts_with("1.") => "Please check the address.",
+            _ => "",
+        }
+    }
+}
+
+/// A field as it is; its value must be short.
+fn put(out: &mut String, name: &str, value: &str) {
+    push_within_limit(out, &format!("{name}: {value}"));
+}
+
+/// A field folded between its words.
+fn put_folded(out: &mut String, name: &str, value: &str) {
+    fold(out, &format!("{name}:"), " ", value);
+}
+
+/// Text for people in lines of moderate length; nothing for nothing.
+fn paragraph(out: &mut String, indent: &str, text: &str) {
+    let mut words = text.split_whitespace();
+    if let Some(first) = words.next() {
+        let rest: Vec<&str> = words.collect();
+        fold(out, &format!("{indent}{first}"), indent, &rest.join(" "));
+    }
+}
+
+/// Appends `begin` and the words of `text`, further lines behind `indent`.
+fn fold(out: &mut String, begin: &str, indent: &str, text: &str) {
+    let mut line = begin.to_owned();
+    for word in text.split_whitespace() {
+        if line.len() + 1 + word.len() > WIDTH && line.trim() != "" {
+            push_within_limit(out, &line);
+            line = indent.to_owned();
+            line.push_str(word);
+        } else {
+            line.push(' ');
+            line.push_str(word);
+        }
+    }
+    push_within_limit(out, &line);
+}
+
+/// Appends a line; one that is too long is cut into continuations.
+fn push_within_limit(out: &mut String, line: &str) {
+    let mut rest = line;
+    // A continuation has one octet more.
+    while rest.len() >= LINE_LIMIT {
+        let cut = (1..LINE_LIMIT).rev().find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
+        out.push_str(&rest[..cut]);
+        out.push_str("\n ");
+        rest = &rest[cut..];
+    }
+    out.push_str(rest);
+    out.push('\n');
+}
+
+/// Whether a text begins like a reply of SMTP.
+fn is_reply(text: &str) -> bool {
+    let code = text.split_whitespace().next().unwrap_or_default();
+    code.len() == 3 && code.bytes().all(|octet| octet.is_ascii_digit()) && code.starts_with(['2', '3', '4', '5'])
+}
+
+/// Decodes xtext (RFC 3461 section 4); what is none is left as it is.
+fn decoded(xtext: &str) -> String {
+    let mut octets = Vec::new();
+    let mut rest = xtext.as_bytes();
+    while let Some((&octet, after)) = rest.split_first() {
+        let digits = after.get(..2).filter(|_| octet == b'+');
+        let digits = digits.filter(|digits| digits.iter().all(u8::is_ascii_hexdigit));
+        let coded = digits.and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 16).ok());
+        octets.push(coded.unwrap_or(octet));
+        rest = if coded.is_some() { &after[2..] } else { after };
+    }
+    String::from_utf8_lossy(&octets).into_owned()
+}
+
+/// An address as `utf-8-addr-xtext`, in ASCII (RFC 6533 section 3).
+fn escaped(address: &str) -> String {
+    let mut out = String::new();
+    for character in address.chars() {
+        match character {
+            '!'..='~' if !matches!(character, '+' | '=' | '\\') => out.push(character),
+            _ => out.push_str(&format!("\\x{{{:02X}}}", u32::from(character))),
+        }
+    }
+    out
+}
+
+/// The address that `utf-8-addr-xtext` or `utf-8-addr-unitext` stands for.
+fn unescaped(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("\\x{") {
+        let point = after.split_once('}').and_then(|(digits, after)| {
+            let valid = digits.len() <= 6 && digits.bytes().all(|octet| octet.is_ascii_hexdigit());
+            let point = u32::from_str_radix(digits, 16).ok().filter(|_| valid)?;
+            Some((char::from_u32(point)?, after))
+        });
+        out.push_str(before);
+        match point {
+            Some((character, after)) => {
+                out.push(character);
+                rest = after;
+            }
+            None => {
+                out.push_str("\\x{");
+                rest = after;
+            }
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stamp::Stamps;
+    use proptest::prelude::*;
+
+    fn mailbox(text: &str) -> Mailbox {
+        Mailbox::parse(text).unwrap()
+    }
+
+    fn report<'a>(recipient: &'a Mailbox, action: Action, status: &str) -> Report<'a> {
+        Report {
+            recipient,
+            original: None,
+            action,
+            status: status.to_owned(),
+            remote: None,
+            diagnostic: None,
+            last_attempt: None,
+            retry_until: None,
+        }
+    }
+
+    fn notice<'a>(to: &'a Mailbox, reports: &'a [Report<'a>]) -> Notice<'a> {
+        let now = Stamps::fixed().now();
+        Notice {
+            reporting: "relay.example.net",
+            to,
+            envelope_id: None,
+            arrived: Date::from_seconds(now.seconds() - 3600),
+            received_from: None,
+            reports,
+            now,
+            message_id: "<id1@relay.example.net>",
+            boundary: "Boundary1",
+            utf8: false,
+            full: false,
+        }
+    }
+
+    /// Compares a notice, with the returned part of `message`, to a file of `testdata/notices`.
+    fn check(notice: &Notice, message: &[u8], expected: &str) {
+        let returned = match notice.full {
+            true => message.to_vec(),
+            false => notice.returned_header(&mut &message[..], 1 << 16).unwrap(),
+        };
+        let seen = notice.head() + str::from_utf8(&returned).unwrap() + &notice.tail();
+        assert!(seen == expected, "-- wanted --\n{expected}\n-- got --\n{seen}");
+        assert!(notice.utf8 || seen.is_ascii());
+    }
+
+    const MESSAGE: &[u8] = b"Received: from a\n\tby b\nFrom: eva@example.org\nTo: joe@example.com\nSubject: hello\n\
+                             Message-ID: <1@example.org>\n\nThe body.\n";
+
+    #[test]
+    fn a_failure_is_told_with_reason_and_advice() {
+        let (to, joe, bob, ann) = (
+            mailbox("eva@example.org"),
+            mailbox("joe@example.com"),
+            mailbox("\"bob b\"@nowhere.example"),
+            mailbox("ann@example.net"),
+        );
+        let now = Stamps::fixed().now();
+        let reports = [
+            Report {
+                original: Some("rfc822;joe+2Bold@example.com"),
+                remote: Some("mx.example.com"),
+                diagnostic: Some(
+                    "550 5.1.1 <joe@example.com>: Recipient address rejected: User unknown in virtual mailbox table; \
+                     see https://example.com/help",
+                ),
+                last_attempt: Some(now),
+                retry_until: Some(now),
+                ..report(&joe, Action::Failed, "5.1.1")
+            },
+            Report {
+                diagnostic: Some("the domain nowhere.example does not exist"),
+                ..report(&bob, Action::Failed, "5.1.2")
+            },
+            Report {
+                remote: Some("[192.0.2.7]"),
+                diagnostic: Some("no connection: Connection timed out"),
+                last_attempt: Some(now),
+                ..report(&ann, Action::Failed, "4.4.7")
+            },
+        ];
+        let notice = Notice {
+            envelope_id: Some("QQ+2B1+0Ax"),
+            received_from: Some("laptop ([192.0.2.1])"),
+            ..notice(&to, &reports)
+        };
+        check(&notice, MESSAGE, include_str!("../testdata/notices/failed.eml"));
+    }
+
+    #[test]
+    fn a_whole_message_is_returned() {
+        let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
+        let reports = [report(&joe, Action::Failed, "nonsense")];
+        let notice = Notice { full: true, ..notice(&to, &reports) };
+        check(&notice, MESSAGE, include_str!("../testdata/notices/full.eml"));
+    }
+
+    #[test]
+    fn a_delay_asks_nothing_of_the_sender() {
+        let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
+        let now = Stamps::fixed().now();
+        let reports = [Report {
+            remote: Some("mx.example.com"),
+            diagnostic: Some("451 4.3.0 Try again later"),
+            last_attempt: Some(now),
+            retry_until: Some(Date::from_seconds(now.seconds() + 4 * 86400)),
+            ..report(&joe, Action::Delayed, "4.3.0")
+        }];
+        check(&notice(&to, &reports), MESSAGE, include_str!("../testdata/notices/delayed.eml"));
+    }
+
+    #[test]
+    fn success_is_told_as_delivered_or_relayed() {
+        let (to, joe, ann) = (mailbox("eva@example.org"), mailbox("joe@example.com"), mailbox("ann@example.com"));
+        let reports = [
+            report(&joe, Action::Delivered, "2.1.5"),
+            Report {
+                remote: Some("mx.example.com"),
+                diagnostic: Some("250 2.0.0 Ok: queued as 4F1"),
+                ..report(&ann, Action::Relayed, "2.0.0")
+            },
+        ];
+        let notice = Notice { reporting: "localhost", ..notice(&to, &reports) };
+        check(&notice, MESSAGE, include_str!("../testdata/notices/success.eml"));
+    }
+
+    /// Of the same message: what UTF-8 would say, and what ASCII can.
+    #[test]
+    fn a_notice_is_in_ascii_unless_it_may_be_in_utf8() {
+        let (to, joe) = (mailbox("jürgen@example.org"), mailbox("\"jo é\"@bücher.example"));
+        let message = "From: Jürgen <jürgen@example.org>\nSubject: Grüße\n\nText\n".as_bytes();
+        let reports = [Report {
+            original: Some("utf-8;jo\\x{20}\\x{E9}@b\\x{FC}cher.example"),
+            remote: Some("mx.example.com"),
+            diagnostic: Some("553 5.6.7 Ungültig"),
+            ..report(&joe, Action::Failed, "5.6.7")
+        }];
+        let ascii = notice(&to, &reports);
+        check(&ascii, message, include_str!("../testdata/notices/ascii.eml"));
+        let utf8 = Notice { utf8: true, ..ascii };
+        check(&utf8, message, include_str!("../testdata/notices/utf8.eml"));
+    }
+
+    #[test]
+    fn a_returned_header_is_whole_lines_in_seven_bits() {
+        fn check(message: &[u8], limit: usize, expected: &str) {
+            let to = mailbox("a@x");
+            let seen = notice(&to, &[]).returned_header(&mut &message[..], limit).unwrap();
+            assert_eq!(String::from_utf8(seen).as_deref(), Ok(expected), "{}", message.escape_ascii());
+        }
+        check(b"", 100, "");
+        check(b"\nbody\n", 100, "");
+        check(b"body\n", 100, "");
+        check(b"A: b", 100, "A: b\n");
+        check(b"A: b\r\n c\r\n\r\nbody\r\n", 100, "A: b\n c\n");
+        check(b"A: b\nbody\nC: d\n", 100, "A: b\n");
+        check(b"A: b\nC: d\n\nbody\n", 10, "A: b\nC: d\n");
+        check(b"A: b\nC: d\n\nbody\n", 9, "A: b\n");
+        check(b"A: b\nC: d\n\nbody\n", 0, "");
+        check("A: é\r\x1b\0\nB: ".as_bytes(), 100, "A: ? ??\nB: \n");
+        check(b"A: \xff\xe9\n", 100, "A: ??\n");
+        check(&[b"A:", &[b'x'; 2000][..]].concat(), 4000, &{
+            format!("A:{}\n {}\n {}\n", "x".repeat(995), "x".repeat(997), "x".repeat(8))
+        });
+    }
+
+    #[test]
+    fn a_status_is_sound_or_general() {
+        let joe = mailbox("joe@x");
+        for (action, status, expected) in [
+            (Action::Failed, "5.1.1", "5.1.1"),
+            (Action::Failed, "4.4.7", "4.4.7"),
+            (Action::Failed, "5.7.999", "5.7.999"),
+            (Action::Failed, "2.0.0", "5.0.0"),
+            (Action::Failed, "", "5.0.0"),
+            (Action::Failed, "5.1", "5.0.0"),
+            (Action::Failed, "5.1.1.1", "5.0.0"),
+            (Action::Failed, "5.1.1000", "5.0.0"),
+            (Action::Failed, "5.1.x\n", "5.0.0"),
+            (Action::Delayed, "4.4.1", "4.4.1"),
+            (Action::Delayed, "5.1.1", "4.0.0"),
+            (Action::Relayed, "250", "2.0.0"),
+            (Action::Delivered, "2.1.5", "2.1.5"),
+        ] {
+            assert_eq!(report(&joe, action, status).status(), expected, "{action:?} {status}");
+        }
+    }
+
+    #[test]
+    fn xtext_is_decoded_and_addresses_escaped() {
+        for (xtext, expected) in
+            [("a+2Bb", "a+b"), ("+3D+3d", "=="), ("a+", "a+"), ("+2", "+2"), ("+XY", "+XY"), ("++2B1", "++1")]
+        {
+            assert_eq!(decoded(xtext), expected);
+        }
+        for (plain, text) in [("jürgen@x", "j\\x{FC}rgen@x"), ("a+b=c d\\", "a\\x{2B}b\\x{3D}c\\x{20}d\\x{5C}")] {
+            assert_eq!(escaped(plain), text);
+            assert_eq!(unescaped(text), plain);
+        }
+        for text in ["\\x{", "\\x{}", "\\x{D800}", "\\x{110000}", "\\x{+41}", "\\x{00000041}", "\\x"] {
+            assert_eq!(unescaped(text), text);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_breaks_out_of_its_line(text in "\\PC{0,30}[\r\n\t\0]\\PC{0,2000}", utf8: bool) {
+            let (to, joe) = (mailbox("a@x"), mailbox("b@x"));
+            let reports = [Report {
+                original: Some(&text),
+                remote: Some(&text),
+                diagnostic: Some(&text),
+                ..report(&joe, Action::Failed, &text)
+            }];
+            let envelope_id = Some(&*text);
+            let head = Notice { envelope_id, received_from: envelope_id, utf8, ..notice(&to, &reports) }.head();
+            prop_assert!(utf8 || head.is_ascii());
+            prop_assert!(head.lines().all(|line| line.len() <= LINE_LIMIT));
+            prop_assert!(head.chars().all(|c| c == '\n' || c == '\t' || !c.is_control()));
+            let fields = head.lines().filter(|line| line.starts_with("Remote-MTA: ")).count();
+            prop_assert_eq!(fields, 1);
+        }
+
+        #[test]
+        fn any_content_is_survived(message: Vec<u8>, limit in 0_usize..200, utf8: bool) {
+            let to = mailbox("a@x");
+            let seen = Notice { utf8, ..notice(&to, &[]) }.returned_header(&mut &message[..], limit).unwrap();
+            prop_assert!(utf8 || seen.is_ascii());
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Transcripts: `testdata/<under test>/<what it proves>.smtp`, played against the real program on loopback.
+//!
+//! A transcript is written in order of time: files before, dialogue, files after.
+//!
+//! ```text
+//! # What it proves, RFC section, ID of the conformance matrix.
+//! == clear only ==                     settings, if any
+//! -- spool/domains/example.com/new/1 --
+//! Return-Path: <lester@dot.example>
+//! …
+//! == connect odmr ==
+//! P: 220 relay.example.net on-demand mail relay server ready
+//! C: EHLO mail.example.org
+//! …
+//! == after ==
+//! -- spool/domains/example.com/new/ --
+//! ```
+//!
+//! The folder says who is under test; the runner is the other party. `C:` opened the connection, `P:` is the provider,
+//! `S:` the provider's plain inbound listener; the letters stay at the turn. In a line of dialogue
+//!
+//! - `X: text` is one line and its CRLF; `{...}` in what is expected is any text within the line;
+//! - `X| text` is octets with `\r \n \t \0 \xHH \\`, no CRLF added; `X* 1000 text` the same, so many times;
+//! - `X!`: the runner goes away without a word, and the program closes too; or the program must be seen to close, under
+//!   TLS with close_notify.
+//!
+//! All that the runner says between two lines it expects goes out in one write (so it may be a pipelined group), or,
+//! in the other two plays, octet by octet. Every transcript is played four times: {whole, bytewise} × {clear, TLS}. Under
+//! TLS `connect odmr` takes the implicit port and `connect inbound` is led through STARTTLS before the first line.
+//! Settings restrict that or change the default configuration (see [`play`]):
+//!
+//! - `== clear only ==`, `== tls only ==`, `== whole only ==`; `== tls ==` in the dialogue implies `clear only`;
+//! - `== certificate ==`: the provider has a certificate in clear plays too (`== tls ==` and `odmr-tls` imply it);
+//! - `== require tls ==`: `require-tls = true`.
+//!
+//! Events: `== connect inbound|odmr|odmr-tls [as NAME] ==` opens a connection (for `customer/`: awaits the customer's
+//! call), `== NAME ==` goes on with an earlier one; `== tls ==` shakes hands now; `== turn ==` marks the turn, and the
+//! parser checks that each party speaks as its role demands; `== wait 300ms ==`: for so long nothing may be heard;
+//! `== fault PATH is a file|is a folder|is gone ==`; `== stop ==` tells the program to end; `== pull ok|failed ==`: how the
+//! customer's call ended.
+//!
+//! Files: `-- path --` and lines; `-- path | --` and octets as after `X|`. `provider.toml`, `customers.d/*.toml` and
+//! `customer.toml` replace the defaults (`{dir}`, `{tls}`, `{listen-tls}`, `{address}`, `{tls-mode}`, `{ca}` are filled in). After the
+//! dialogue `-- path/ --` lists a folder exactly (none: empty), `-- folder/2 --` is the second file in name order, and
+//! there may be no more files in that folder than were named. Control characters are shown as escapes.
+//!
+//! `TRANSCRIPT=provider/atrn cargo test transcripts -- --nocapture` plays those whose name contains the word.
+
+mod coverage;
+mod format;
+mod play;
+
+use format::Transcript;
+use play::Mode;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+/// Plays at the same time. They wait for each other's bytes far more than they compute.
+const PLAYERS: usize = 12;
+
+#[test]
+fn every_transcript_reads_as_written() {
+    let started = Instant::now();
+    let transcripts = all();
+    let wanted = std::env::var("TRANSCRIPT").unwrap_or_default();
+    let plays: Vec<(&Transcript, Mode)> = transcripts
+        .iter()
+        .filter(|transcript| transcript.name.contains(&wanted))
+        .flat_map(|transcript| play::modes(transcript).map(move |mode| (transcript, mode)))
+        .collect();
+    assert!(!plays.is_empty(), "no transcript is called {wanted:?}");
+
+    let panics = play::count_panics_of_the_program();
+    let results = in_parallel(&plays);
+    for transcript in &transcripts {
+        let of_this = || plays.iter().zip(&results).filter(|((played, _), _)| std::ptr::eq(*played, transcript));
+        let good = of_this().filter(|(_, result)| result.is_none()).count();
+        let word = if good == of_this().count() { "ok    " } else { "FAILED" };
+        println!("{word} {} ({good} of {} plays)", transcript.name, of_this().count());
+    }
+    let failures: Vec<&String> = results.iter().flatten().collect();
+    println!("{} plays, {} failed, {:?}", plays.len(), failures.len(), started.elapsed());
+    for failure in &failures {
+        println!("\n{failure}");
+    }
+    assert!(failures.is_empty(), "{} of {} plays failed", failures.len(), plays.len());
+    assert_eq!(panics(), 0, "threads of the program panicked");
+}
+
+#[test]
+fn transcripts_cover_every_code_and_every_verb_in_every_state() {
+    let missing = coverage::missing(&all());
+    assert!(missing.is_empty(), "no transcript has\n  {}", missing.join("\n  "));
+}
+
+/// RFC 2034 section 4: each 2xx, 4xx and 5xx begins with a status code of its class, but for the greeting and HELO/EHLO.
+#[test]
+fn transcripts_demand_enhanced_codes() {
+    let wrong = coverage::without_enhanced_code(&all());
+    assert!(wrong.is_empty(), "no enhanced code of the reply's class:\n  {}", wrong.join("\n  "));
+}
+
+fn in_parallel(plays: &[(&Transcript, Mode)]) -> Vec<Option<String>> {
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new(vec![None; plays.len()]);
+    std::thread::scope(|scope| {
+        for _ in 0..PLAYERS {
+            let player = std::thread::Builder::new().name(play::PLAYER.into());
+            let work = || {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    let Some((transcript, mode)) = plays.get(number) else { break };
+                    let failure = play::play(transcript, *mode).err();
+                    results.lock().unwrap_or_else(PoisonError::into_inner)[number] = failure;
+                }
+            };
+            player.spawn_scoped(scope, work).expect("a thread");
+        }
+    });
+    results.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Every transcript under `testdata`, in name order.
+fn all() -> Vec<Transcript> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata");
+    let mut files = Vec::new();
+    find(&root, &mut files);
+    files.sort();
+    let parse = |path: &PathBuf| {
+        let name = path.strip_prefix(&root).expect("below testdata").with_extension("");
+        let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        format::parse(&name.display().to_string(), &text)
+    };
+    let (good, bad): (Vec<_>, Vec<_>) = files.iter().map(parse).partition(Result::is_ok);
+    let bad: Vec<String> = bad.into_iter().filter_map(Result::err).collect();
+    assert!(bad.is_empty(), "not a transcript\n{}", bad.join("\n"));
+    good.into_iter().flatten().collect()
+}
+
+fn find(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
+        let path = entry.expect("a folder's entry").path();
+        if path.is_dir() {
+            find(&path, files);
+        } else if path.extension().is_some_and(|extension| extension == "smtp") {
+            files.push(path);
+        }
+    }
+}

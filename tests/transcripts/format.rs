@@ -1,0 +1,393 @@
+//! The format of a transcript: text into steps. The rules stand in the parent module.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+pub struct Transcript {
+    /// `provider/bare ATRN`: folder and file name without its ending.
+    pub name: String,
+    pub settings: Settings,
+    pub before: Vec<File>,
+    pub steps: Vec<Step>,
+    pub after: Vec<File>,
+}
+
+#[derive(Default)]
+pub struct Settings {
+    pub clear_only: bool,
+    pub tls_only: bool,
+    pub whole_only: bool,
+    pub certificate: bool,
+    pub require_tls: bool,
+    /// The dialogue itself begins TLS.
+    pub starttls: bool,
+}
+
+pub struct File {
+    pub line: usize,
+    pub path: String,
+    /// As written: lines, or octets in escapes.
+    pub text: String,
+    pub octets: bool,
+}
+
+impl File {
+    /// What stands in the file: each line with its LF, or the octets written.
+    pub fn content(&self) -> Vec<u8> {
+        if self.octets {
+            octets(&self.text.replace('\n', "")).expect("checked by the parser")
+        } else {
+            self.text.clone().into_bytes()
+        }
+    }
+}
+
+pub struct Step {
+    pub line: usize,
+    pub action: Action,
+}
+
+pub enum Action {
+    Connect {
+        listener: String,
+        name: String,
+    },
+    Use(String),
+    Tls,
+    Turn,
+    Silence(Duration),
+    Fault {
+        path: String,
+        becomes: Becomes,
+    },
+    Pull {
+        succeeds: bool,
+    },
+    Stop,
+    /// The runner's part.
+    Say {
+        letter: char,
+        octets: Vec<u8>,
+        line: bool,
+    },
+    Close,
+    /// The program's part. The text is a pattern.
+    Hear {
+        letter: char,
+        text: String,
+    },
+    HearOctets {
+        letter: char,
+        octets: Vec<u8>,
+    },
+    HearClose {
+        letter: char,
+    },
+}
+
+pub enum Becomes {
+    File,
+    Folder,
+    Gone,
+}
+
+/// Reads a transcript; the error is `file:line: what is wrong`.
+pub fn parse(name: &str, text: &str) -> Result<Transcript, String> {
+    let folder = name.split('/').next().unwrap_or_default();
+    let mut parser = Parser {
+        runner: if folder == "customer" { 'P' } else { 'C' },
+        name,
+        place: Place::Head,
+        names: Vec::new(),
+        transcript: Transcript {
+            name: name.to_owned(),
+            settings: Settings::default(),
+            before: Vec::new(),
+            steps: Vec::new(),
+            after: Vec::new(),
+        },
+    };
+    for (index, line) in text.lines().enumerate() {
+        parser.line(index + 1, line).map_err(|what| format!("testdata/{name}.smtp:{}: {what}", index + 1))?;
+    }
+    let mut transcript = parser.transcript;
+    if !text.starts_with("# ") {
+        return Err(format!("testdata/{name}.smtp:1: begin with a comment: what does it prove?"));
+    }
+    for file in transcript.before.iter_mut().chain(&mut transcript.after) {
+        // The empty line before the next section is not the file's.
+        if file.text.ends_with("\n\n") || file.text == "\n" {
+            file.text.pop();
+        }
+        if file.octets && octets(&file.text.replace('\n', "")).is_none() {
+            return Err(format!("testdata/{name}.smtp:{}: a wrong escape", file.line));
+        }
+    }
+    check_roles(&transcript)?;
+    Ok(transcript)
+}
+
+/// The octets that `\r \n \t \0 \xHH \\` stand for; the rest as it is.
+pub fn octets(text: &str) -> Option<Vec<u8>> {
+    let mut octets = Vec::new();
+    let mut rest = text.chars();
+    while let Some(character) = rest.next() {
+        if character != '\\' {
+            octets.extend_from_slice(character.encode_utf8(&mut [0; 4]).as_bytes());
+            continue;
+        }
+        octets.push(match rest.next()? {
+            'r' => b'\r',
+            'n' => b'\n',
+            't' => b'\t',
+            '0' => 0,
+            '\\' => b'\\',
+            'x' => u8::from_str_radix(&String::from_iter([rest.next()?, rest.next()?]), 16).ok()?,
+            _ => return None,
+        });
+    }
+    Some(octets)
+}
+
+/// Octets as a transcript shows them: control characters and what is not UTF-8 in escapes.
+pub fn shown(octets: &[u8]) -> String {
+    let mut text = String::new();
+    for chunk in octets.utf8_chunks() {
+        for character in chunk.valid().chars() {
+            match character {
+                '\r' => text.push_str("\\r"),
+                '\n' => text.push_str("\\n"),
+                '\0' => text.push_str("\\0"),
+                '\t' => text.push('\t'),
+                other if other.is_control() => text.push_str(&format!("\\x{:02x}", other as u32)),
+                other => text.push(other),
+            }
+        }
+        chunk.invalid().iter().for_each(|octet| text.push_str(&format!("\\x{octet:02x}")));
+    }
+    text
+}
+
+/// Whether `text` reads as `pattern`, in which `{...}` is any text.
+pub fn matches(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split("{...}");
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = text.strip_prefix(first) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+enum Place {
+    Head,
+    Before,
+    Dialogue,
+    After,
+}
+
+struct Parser<'a> {
+    name: &'a str,
+    /// The letter whose lines the runner says.
+    runner: char,
+    place: Place,
+    /// The connections that there are.
+    names: Vec<String>,
+    transcript: Transcript,
+}
+
+impl Parser<'_> {
+    fn line(&mut self, number: usize, line: &str) -> Result<(), String> {
+        if let Some(event) = line.strip_prefix("== ").and_then(|rest| rest.strip_suffix(" ==")) {
+            return self.event(number, event);
+        }
+        if let Some(path) = line.strip_prefix("-- ").and_then(|rest| rest.strip_suffix(" --")) {
+            return self.file(number, path);
+        }
+        let files = match self.place {
+            Place::Before => &mut self.transcript.before,
+            Place::After if !self.transcript.after.is_empty() => &mut self.transcript.after,
+            _ if line.is_empty() || line.starts_with('#') => return Ok(()),
+            Place::Dialogue => return self.dialogue(number, line),
+            _ => return Err(format!("neither a file nor dialogue: {line}")),
+        };
+        let file = files.last_mut().ok_or("no file")?;
+        file.text.push_str(line);
+        file.text.push('\n');
+        Ok(())
+    }
+
+    fn file(&mut self, line: usize, path: &str) -> Result<(), String> {
+        let (path, octets) = match path.strip_suffix(" |") {
+            Some(path) => (path, true),
+            None => (path, false),
+        };
+        let file = File { line, path: path.to_owned(), text: String::new(), octets };
+        match self.place {
+            Place::Head | Place::Before => {
+                self.place = Place::Before;
+                self.transcript.before.push(file);
+            }
+            Place::After => self.transcript.after.push(file),
+            Place::Dialogue => return Err("a file within the dialogue".into()),
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, line: usize, event: &str) -> Result<(), String> {
+        let settings = &mut self.transcript.settings;
+        match event {
+            "clear only" => settings.clear_only = true,
+            "tls only" => settings.tls_only = true,
+            "whole only" => settings.whole_only = true,
+            "certificate" => settings.certificate = true,
+            "require tls" => settings.require_tls = true,
+            "after" => self.place = Place::After,
+            _ => {
+                if matches!(self.place, Place::After) {
+                    return Err("an event behind == after ==".into());
+                }
+                self.place = Place::Dialogue;
+                let action = self.action(event)?;
+                self.transcript.steps.push(Step { line, action });
+            }
+        }
+        Ok(())
+    }
+
+    fn action(&mut self, event: &str) -> Result<Action, String> {
+        let words: Vec<&str> = event.split(' ').collect();
+        let settings = &mut self.transcript.settings;
+        Ok(match words[..] {
+            ["connect", listener @ ("inbound" | "odmr" | "odmr-tls"), ref rest @ ..] => {
+                let name = match rest {
+                    [] => listener,
+                    ["as", name] => name,
+                    _ => return Err(format!("unknown: {event}")),
+                };
+                self.names.push(name.to_owned());
+                if listener == "odmr-tls" {
+                    settings.clear_only = true;
+                    settings.certificate = true;
+                }
+                Action::Connect { listener: listener.to_owned(), name: name.to_owned() }
+            }
+            ["tls"] => {
+                settings.clear_only = true;
+                settings.certificate = true;
+                settings.starttls = true;
+                Action::Tls
+            }
+            ["turn"] => Action::Turn,
+            ["wait", time] => {
+                let time = time.strip_suffix("ms").and_then(|time| time.parse().ok()).ok_or("a time in ms")?;
+                Action::Silence(Duration::from_millis(time))
+            }
+            ["fault", path, "is", "a", "file"] => Action::Fault { path: path.to_owned(), becomes: Becomes::File },
+            ["fault", path, "is", "a", "folder"] => Action::Fault { path: path.to_owned(), becomes: Becomes::Folder },
+            ["fault", path, "is", "gone"] => Action::Fault { path: path.to_owned(), becomes: Becomes::Gone },
+            ["stop"] => Action::Stop,
+            ["pull", "ok"] => Action::Pull { succeeds: true },
+            ["pull", "failed"] => Action::Pull { succeeds: false },
+            [name] if self.names.iter().any(|known| known == name) => Action::Use(name.to_owned()),
+            _ => return Err(format!("unknown event: {event}")),
+        })
+    }
+
+    fn dialogue(&mut self, line: usize, text: &str) -> Result<(), String> {
+        let mut characters = text.chars();
+        let letter = characters.next().filter(|letter| "CPS".contains(*letter)).ok_or("which party?")?;
+        let kind = characters.next().ok_or("which party?")?;
+        let rest = characters.as_str();
+        let words = rest.strip_prefix(' ').unwrap_or(rest);
+        let action = match (kind, letter == self.runner) {
+            (':', true) => Action::Say { letter, octets: format!("{words}\r\n").into_bytes(), line: true },
+            (':', false) => Action::Hear { letter, text: words.to_owned() },
+            ('|', true) => Action::Say { letter, octets: octets(words).ok_or("a wrong escape")?, line: false },
+            ('|', false) => Action::HearOctets { letter, octets: octets(words).ok_or("a wrong escape")? },
+            ('*', true) => {
+                let (times, words) = words.split_once(' ').ok_or("how many times, and what?")?;
+                let times = times.parse().map_err(|_| "how many times?")?;
+                let octets = octets(words).ok_or("a wrong escape")?.repeat(times);
+                Action::Say { letter, octets, line: false }
+            }
+            ('!', true) if rest.is_empty() => Action::Close,
+            ('!', false) if rest.is_empty() => Action::HearClose { letter },
+            _ => return Err(format!("not a line of dialogue in {}: {text}", self.name)),
+        };
+        self.transcript.steps.push(Step { line, action });
+        Ok(())
+    }
+}
+
+/// Before the turn P speaks replies; after it C speaks replies and P commands (or content).
+fn check_roles(transcript: &Transcript) -> Result<(), String> {
+    // By connection: whether it has turned, and whether P sends content.
+    let mut states: HashMap<&str, (bool, bool)> = HashMap::new();
+    let mut current = "";
+    for step in &transcript.steps {
+        let (turned, content) = states.entry(current).or_default();
+        let (letter, text) = match &step.action {
+            Action::Connect { name, .. } => {
+                current = name;
+                states.insert(name, (false, false));
+                continue;
+            }
+            Action::Use(name) => {
+                current = name;
+                continue;
+            }
+            Action::Turn => {
+                *turned = true;
+                continue;
+            }
+            Action::Say { letter, octets, line: true } => {
+                (*letter, shown(octets.strip_suffix(b"\r\n").unwrap_or(octets)))
+            }
+            Action::Hear { letter, text } => (*letter, text.clone()),
+            _ => continue,
+        };
+        let server = if *turned { 'C' } else { 'P' };
+        let wrong = |what: &str| Err(format!("testdata/{}.smtp:{}: {what}: {text}", transcript.name, step.line));
+        if letter == server && letter != 'S' {
+            if !is_reply(&text) {
+                return wrong("not a reply, but this party is the server here");
+            }
+            *content = *content || text.starts_with("354");
+        } else if *turned && *content {
+            *content = text != ".";
+        } else if *turned && is_reply(&text) {
+            return wrong("a reply, but this party is the client here");
+        }
+    }
+    Ok(())
+}
+
+/// `250 text`, `250-text` or `250`.
+fn is_reply(text: &str) -> bool {
+    let Some((code, rest)) = text.split_at_checked(3) else { return false };
+    code.bytes().all(|octet| octet.is_ascii_digit()) && (rest.is_empty() || rest.starts_with([' ', '-']))
+}
+
+#[test]
+fn pattern() {
+    let check = |pattern, text, expected| assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
+    check("250 OK", "250 OK", true);
+    check("250 OK", "250 OK ", false);
+    check("250 {...}", "250 ", true);
+    check("250-{...} x {...}", "250-a x b", true);
+    check("a{...}b{...}b", "ab", false);
+    check("a{...}b", "a{...}bc", false);
+}
+
+#[test]
+fn escapes() {
+    assert_eq!(octets("a\\r\\n\\0\\x80\\\\é"), Some(b"a\r\n\0\x80\\\xc3\xa9".to_vec()));
+    assert_eq!(octets("\\q"), None);
+    assert_eq!(shown(b"a\r\n\0\x80\xc3\xa9\x01"), "a\\r\\n\\0\\x80é\\x01");
+}

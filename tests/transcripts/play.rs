@@ -1,0 +1,780 @@
+//! The runner: one transcript, one way of cutting it, against the real program in a folder of its own.
+
+use super::format::{Action, Becomes, File, Settings, Step, Transcript, matches, shown};
+use odmr::stamp::Stamps;
+use odmr::wire::Stop;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use std::collections::HashMap;
+use std::fs::OpenOptions;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+/// The longest wait for anything the program has to do.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What goes out octet by octet in a bytewise play; the rest goes in pieces of an odd size.
+const BYTEWISE: usize = 4096;
+
+/// The runner's threads are called so; a panic in a thread of another name is the program's.
+pub const PLAYER: &str = "player";
+
+const PROVIDER: &str = r#"hostname = "relay.example.net"
+spool = "{dir}/spool"
+customers = "customers.d"
+{tls}
+[inbound]
+listen = ["127.0.0.1:0"]
+max-size = "1MiB"
+
+[odmr]
+listen = ["127.0.0.1:0"]
+listen-tls = {listen-tls}
+require-tls = {require-tls}
+"#;
+
+const ACME: &str = r#"domains = ["example.org", "example.com"]
+secret = "tanstaaftanstaaf"
+"#;
+
+const BETA: &str = r#"domains = ["example.edu"]
+secret = "another secret"
+"#;
+
+const CUSTOMER: &str = r#"hostname = "mail.example.org"
+
+[provider]
+address = "{address}"
+tls = "{tls-mode}"
+{ca}
+name = "acme"
+secret = "tanstaaftanstaaf"
+domains = []
+
+[mailboxes]
+root = "{dir}/mailboxes"
+accept = ["alice@example.org", "bob@example.org", "@example.com"]
+"#;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Mode {
+    bytewise: bool,
+    tls: bool,
+}
+
+/// The plays that a transcript's settings allow.
+pub fn modes(transcript: &Transcript) -> impl Iterator<Item = Mode> {
+    let Settings { clear_only, tls_only, whole_only, .. } = transcript.settings;
+    let all =
+        [(false, false), (true, false), (false, true), (true, true)].map(|(bytewise, tls)| Mode { bytewise, tls });
+    all.into_iter()
+        .filter(move |mode| !(mode.bytewise && whole_only || mode.tls && clear_only || !mode.tls && tls_only))
+}
+
+/// Plays it; the error is ready to be read by a person.
+pub fn play(transcript: &Transcript, mode: Mode) -> Result<(), String> {
+    let played = std::panic::catch_unwind(|| {
+        let play = Play::new(transcript, mode)?;
+        if transcript.name.starts_with("customer/") { play.customer() } else { play.provider() }
+    });
+    let failure = match played {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(failure)) => failure,
+        Err(panic) => Failure {
+            line: 1,
+            wanted: "a play without a panic".into(),
+            got: panic.downcast_ref::<String>().cloned().unwrap_or_default(),
+        },
+    };
+    let cut = if mode.bytewise { "bytewise" } else { "whole lines" };
+    let cover = if mode.tls { "TLS" } else { "clear" };
+    let indented = |text: &str| text.lines().map(|line| format!("    {line}\n")).collect::<String>();
+    Err(format!(
+        "testdata/{}.smtp:{} ({cut}, {cover})\n  wanted\n{}  got\n{}",
+        transcript.name,
+        failure.line,
+        indented(&failure.wanted),
+        indented(&failure.got)
+    ))
+}
+
+/// Counts from now on the panics in threads that are not tests or players.
+pub fn count_panics_of_the_program() -> impl Fn() -> usize {
+    static PANICS: AtomicUsize = AtomicUsize::new(0);
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let thread = std::thread::current();
+        if thread.name().is_none_or(|name| name != PLAYER && name != "main" && !name.contains("::")) {
+            PANICS.fetch_add(1, Ordering::Relaxed);
+        }
+        before(panic);
+    }));
+    || PANICS.load(Ordering::Relaxed)
+}
+
+struct Failure {
+    line: usize,
+    wanted: String,
+    got: String,
+}
+
+impl Failure {
+    fn new(line: usize, wanted: impl Into<String>, got: impl Into<String>) -> Failure {
+        Failure { line, wanted: wanted.into(), got: got.into() }
+    }
+}
+
+/// Where the provider listens.
+struct Doors {
+    inbound: Option<SocketAddr>,
+    odmr: Option<SocketAddr>,
+    odmr_tls: Option<SocketAddr>,
+}
+
+impl Doors {
+    fn of(running: &odmr::provider::Running) -> Doors {
+        let first = |addresses: &[SocketAddr]| addresses.first().copied();
+        Doors { inbound: first(running.inbound()), odmr: first(running.odmr()), odmr_tls: first(running.odmr_tls()) }
+    }
+}
+
+struct Play<'a> {
+    transcript: &'a Transcript,
+    mode: Mode,
+    folder: tempfile::TempDir,
+    connections: HashMap<String, Connection>,
+    current: String,
+}
+
+impl<'a> Play<'a> {
+    fn new(transcript: &'a Transcript, mode: Mode) -> Result<Play<'a>, Failure> {
+        let folder = tempfile::tempdir().map_err(|error| Failure::new(1, "a temporary folder", error.to_string()))?;
+        Ok(Play { transcript, mode, folder, connections: HashMap::new(), current: String::new() })
+    }
+
+    fn provider(mut self) -> Result<(), Failure> {
+        self.write_files(
+            &[("provider.toml", PROVIDER), ("customers.d/acme.toml", ACME), ("customers.d/beta.toml", BETA)],
+            None,
+        )?;
+        let config = odmr::config::Provider::load(&self.folder.path().join("provider.toml"))
+            .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
+        let running = odmr::provider::Provider::start(config, Stamps::fixed())
+            .map_err(|error| Failure::new(1, "a provider", error.to_string()))?;
+        let transcript = self.transcript;
+        let doors = Doors::of(&running);
+        let (mut running, (ended, stopped)) = (Some(running), channel());
+        let mut stop = || {
+            if let Some(running) = running.take() {
+                let ended = ended.clone();
+                std::thread::spawn(move || {
+                    running.stop();
+                    let _ = ended.send(());
+                });
+            }
+        };
+        let played = transcript.steps.iter().try_for_each(|step| match &step.action {
+            Action::Connect { listener, name } => self.call(step.line, &doors, listener, name),
+            Action::Stop => self.flush(step.line).map(|()| stop()),
+            _ => self.step(step),
+        });
+        let last = transcript.steps.last().map_or(1, |step| step.line);
+        let played = played.and_then(|()| self.flush(last));
+        self.connections.clear();
+        stop();
+        let stopped = stopped.recv_timeout(PATIENCE);
+        played?;
+        stopped.map_err(|_| Failure::new(last, "the provider stops", format!("not within {PATIENCE:?}")))?;
+        self.check_files()
+    }
+
+    fn customer(mut self) -> Result<(), Failure> {
+        let system = |error: io::Error| Failure::new(1, "a listener", error.to_string());
+        let listener = TcpListener::bind("127.0.0.1:0").map_err(system)?;
+        let address = listener.local_addr().map_err(system)?;
+        self.write_files(&[("customer.toml", CUSTOMER)], Some(address))?;
+        let config = odmr::config::Customer::load(&self.folder.path().join("customer.toml"))
+            .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
+        let stop = Stop::new().map_err(|error| Failure::new(1, "a stop token", error.to_string()))?;
+        let token = stop.clone();
+        let (ended, mut pull) = channel();
+        let customer = std::thread::spawn(move || {
+            let result = odmr::customer::pull(&config, &Stamps::fixed(), &token);
+            let _ = ended.send(result.map(drop).map_err(|error| error.to_string()));
+        });
+        let transcript = self.transcript;
+        let played = transcript.steps.iter().try_for_each(|step| match &step.action {
+            Action::Connect { name, .. } => self.called(step.line, &listener, name),
+            Action::Pull { succeeds } => self.ended(step.line, &mut pull, *succeeds),
+            Action::Stop => self.flush(step.line).map(|()| stop.stop()),
+            _ => self.step(step),
+        });
+        let last = transcript.steps.last().map_or(1, |step| step.line);
+        let played = played.and_then(|()| self.flush(last));
+        self.connections.clear();
+        // A customer that still waits is told to stop; one that does not obey is left behind, its play has failed.
+        let begun = Instant::now();
+        while !customer.is_finished() && begun.elapsed() < PATIENCE {
+            if begun.elapsed() > PATIENCE / 5 {
+                stop.stop();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        played?;
+        if !customer.is_finished() {
+            return Err(Failure::new(last, "the customer's call ends", format!("not within {PATIENCE:?}")));
+        }
+        self.check_files()
+    }
+
+    // The files.
+
+    /// Writes the configuration and the transcript's own files.
+    fn write_files(&self, defaults: &[(&str, &str)], address: Option<SocketAddr>) -> Result<(), Failure> {
+        let settings = &self.transcript.settings;
+        let certificate = self.mode.tls || settings.certificate;
+        if certificate {
+            self.write(0, "relay.pem", identity().certificate.as_bytes())?;
+            self.write(0, "relay.key", identity().key.as_bytes())?;
+        }
+        let fill = |text: &str| {
+            let tls_mode = if settings.starttls {
+                "starttls"
+            } else if self.mode.tls {
+                "implicit"
+            } else {
+                "none"
+            };
+            text.replace("{dir}", &self.folder.path().display().to_string())
+                .replace(
+                    "{tls}",
+                    if certificate { "[tls]\ncertificate = \"relay.pem\"\nkey = \"relay.key\"\n" } else { "" },
+                )
+                .replace("{listen-tls}", if certificate { r#"["127.0.0.1:0"]"# } else { "[]" })
+                .replace("{require-tls}", if settings.require_tls { "true" } else { "false" })
+                .replace("{address}", &address.map(|address| address.to_string()).unwrap_or_default())
+                .replace("{tls-mode}", tls_mode)
+                .replace("{ca}", if certificate { "ca = \"relay.pem\"" } else { "" })
+        };
+        let own = |path: &str| self.transcript.before.iter().any(|file| file.path.starts_with(path));
+        for (path, text) in defaults {
+            // Customers of its own stand in the place of ours.
+            if path.starts_with("customers.d/") && own("customers.d/") {
+                continue;
+            }
+            self.write(0, path, fill(text).as_bytes())?;
+        }
+        for file in &self.transcript.before {
+            let content = if file.path.ends_with(".toml") { fill(&file.text).into_bytes() } else { file.content() };
+            self.write(file.line, &file.path, &content)?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, line: usize, path: &str, content: &[u8]) -> Result<(), Failure> {
+        let path = self.folder.path().join(path);
+        let parent = path.parent().unwrap_or(&path);
+        let maildir = if matches!(parent.file_name().and_then(|name| name.to_str()), Some("new" | "cur")) {
+            ["tmp", "new", "cur"].map(|name| parent.with_file_name(name)).to_vec()
+        } else {
+            vec![parent.to_owned()]
+        };
+        let made = maildir.iter().try_for_each(std::fs::create_dir_all);
+        // The program wants its secrets to be readable by nobody else.
+        let created =
+            made.and_then(|()| OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path));
+        let written = created.and_then(|mut file| file.write_all(content));
+        written.map_err(|error| Failure::new(line, format!("the file {}", path.display()), error.to_string()))
+    }
+
+    /// Compares what stands under `== after ==`.
+    fn check_files(&self) -> Result<(), Failure> {
+        let after = &self.transcript.after;
+        for file in after {
+            match file.path.strip_suffix('/') {
+                Some(folder) => self.check_folder(file, folder)?,
+                None => self.check_file(file)?,
+            }
+        }
+        // A folder whose files were named by position holds no others.
+        let numbered = |file: &File| {
+            file.path.rsplit_once('/').and_then(|(folder, name)| Some((folder.to_owned(), name.parse().ok()?)))
+        };
+        for (file, (folder, _)) in after.iter().filter_map(|file| Some((file, numbered(file)?))) {
+            let named: Option<usize> =
+                after.iter().filter_map(numbered).filter(|(other, _)| *other == folder).map(|(_, name)| name).max();
+            let there = self.list(&folder);
+            if named.is_some_and(|named| named < there.len())
+                && !after.iter().any(|other| other.path == format!("{folder}/"))
+            {
+                return Err(Failure::new(file.line, format!("no other files in {folder}"), there.join("\n")));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_folder(&self, file: &File, folder: &str) -> Result<(), Failure> {
+        let there = self.list(folder);
+        let wanted: Vec<&str> = file.text.lines().collect();
+        if wanted.len() == there.len() && wanted.iter().zip(&there).all(|(pattern, name)| matches(pattern, name)) {
+            return Ok(());
+        }
+        let listed = |names: &[String]| if names.is_empty() { "(empty)".to_owned() } else { names.join("\n") };
+        let wanted: Vec<String> = wanted.into_iter().map(str::to_owned).collect();
+        Err(Failure::new(
+            file.line,
+            format!("{folder}/\n{}", listed(&wanted)),
+            format!("{folder}/\n{}", listed(&there)),
+        ))
+    }
+
+    fn check_file(&self, file: &File) -> Result<(), Failure> {
+        let mut path = self.folder.path().join(&file.path);
+        if !path.exists()
+            && let Some((folder, position)) = file.path.rsplit_once('/')
+            && let Ok(position) = position.parse::<usize>()
+            && let Some(name) = self.list(folder).get(position.saturating_sub(1))
+        {
+            path = self.folder.path().join(folder).join(name);
+        }
+        let content = match std::fs::read(&path) {
+            Ok(content) => content,
+            Err(error) => {
+                return Err(Failure::new(
+                    file.line,
+                    file.path.clone(),
+                    format!("{error}; there are\n{}", self.everything()),
+                ));
+            }
+        };
+        let got: Vec<String> = content.split(|octet| *octet == b'\n').map(shown).collect();
+        let wanted: Vec<&str> = file.text.split('\n').collect();
+        if wanted.len() == got.len() && wanted.iter().zip(&got).all(|(pattern, line)| matches(pattern, line)) {
+            return Ok(());
+        }
+        Err(Failure::new(
+            file.line,
+            format!("{}\n{}", file.path, file.text),
+            format!("{}\n{}", path.display(), got.join("\n")),
+        ))
+    }
+
+    /// The names in a folder in order; none if there is no such folder.
+    fn list(&self, folder: &str) -> Vec<String> {
+        let Ok(entries) = std::fs::read_dir(self.folder.path().join(folder)) else { return Vec::new() };
+        let mut names: Vec<String> = entries.flatten().map(|entry| entry.file_name().display().to_string()).collect();
+        names.sort();
+        names
+    }
+
+    /// All files that there are, for a failure's text.
+    fn everything(&self) -> String {
+        let (mut folders, mut files) = (vec![self.folder.path().to_owned()], Vec::new());
+        while let Some(folder) = folders.pop() {
+            for path in std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+                if path.is_dir() { folders.push(path) } else { files.push(path.display().to_string()) }
+            }
+        }
+        files.sort();
+        files.join("\n")
+    }
+
+    // The dialogue.
+
+    /// Opens a connection to the provider. In a TLS play it is under TLS before the first line is read.
+    fn call(&mut self, line: usize, doors: &Doors, listener: &str, name: &str) -> Result<(), Failure> {
+        self.flush(line)?;
+        let tls = self.mode.tls || listener == "odmr-tls";
+        let address = match listener {
+            "inbound" => doors.inbound,
+            "odmr" if !tls => doors.odmr,
+            _ => doors.odmr_tls,
+        };
+        let refused = |error: String| Failure::new(line, format!("a connection to {listener}"), error);
+        let address = address.ok_or_else(|| refused("no such listener".into()))?;
+        let socket = TcpStream::connect_timeout(&address, PATIENCE).map_err(|error| refused(error.to_string()))?;
+        let mut connection = Connection::new(socket).map_err(|error| refused(error.to_string()))?;
+        if tls && listener == "inbound" {
+            connection.lead_through_starttls().map_err(|error| refused(error.to_string()))?;
+        } else if tls {
+            connection.tls_client().map_err(|error| refused(error.to_string()))?;
+        }
+        self.take_up(name, connection);
+        Ok(())
+    }
+
+    /// Takes the customer's call.
+    fn called(&mut self, line: usize, listener: &TcpListener, name: &str) -> Result<(), Failure> {
+        self.flush(line)?;
+        let none = |error: String| Failure::new(line, "a call", error);
+        listener.set_nonblocking(true).map_err(|error| none(error.to_string()))?;
+        let deadline = Instant::now() + PATIENCE;
+        let socket = loop {
+            match listener.accept() {
+                Ok((socket, _)) => break socket,
+                Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => return Err(none(error.to_string())),
+            }
+        };
+        let opened = socket.set_nonblocking(false).and_then(|()| Connection::new(socket)).and_then(|mut connection| {
+            if self.mode.tls {
+                connection.tls_server()?;
+            }
+            Ok(connection)
+        });
+        self.take_up(name, opened.map_err(|error| none(error.to_string()))?);
+        Ok(())
+    }
+
+    fn take_up(&mut self, name: &str, connection: Connection) {
+        self.connections.insert(name.to_owned(), connection);
+        self.current = name.to_owned();
+    }
+
+    fn ended(&mut self, line: usize, pull: &mut Receiver<Result<(), String>>, succeeds: bool) -> Result<(), Failure> {
+        self.flush(line)?;
+        let wanted = if succeeds { "the call ends well" } else { "the call fails" };
+        let got = match pull.recv_timeout(PATIENCE) {
+            Ok(result) if result.is_ok() == succeeds => return Ok(()),
+            Ok(Ok(())) => "it ended well".to_owned(),
+            Ok(Err(error)) => error,
+            Err(_) => format!("no end within {PATIENCE:?}; heard\n{}", self.heard()),
+        };
+        Err(Failure::new(line, wanted, got))
+    }
+
+    fn heard(&mut self) -> String {
+        self.connections.get_mut(&self.current).map(|connection| connection.rest()).unwrap_or_default()
+    }
+
+    fn step(&mut self, step: &Step) -> Result<(), Failure> {
+        let line = step.line;
+        if let Action::Say { octets, .. } = &step.action {
+            self.connection(line)?.unsaid.extend_from_slice(octets);
+            return Ok(());
+        }
+        self.flush(line)?;
+        let customer = self.transcript.name.starts_with("customer/");
+        match &step.action {
+            Action::Use(name) => self.current = name.clone(),
+            Action::Tls => {
+                let connection = self.connection(line)?;
+                let shaken = if customer { connection.tls_server() } else { connection.tls_client() };
+                shaken.map_err(|error| Failure::new(line, "a TLS handshake", error.to_string()))?;
+            }
+            Action::Silence(time) => {
+                let got = self.connection(line)?.listen(*time);
+                if !got.is_empty() {
+                    return Err(Failure::new(line, "silence", got));
+                }
+            }
+            Action::Fault { path, becomes } => self.fault(line, path, becomes)?,
+            Action::Close => {
+                let closed = self.connections.remove(&self.current).map_or(Ok(()), Connection::close);
+                closed.map_err(|got| Failure::new(line, "the peer closes too", got))?;
+            }
+            Action::Hear { letter, text } => {
+                let connection = self.connection(line)?;
+                let got = connection.line();
+                if !got.as_ref().is_ok_and(|got| matches(text, got)) {
+                    let rest = connection.rest();
+                    let got = got.map_or_else(|error| error, |got| format!("{letter}: {got}\n{rest}"));
+                    return Err(Failure::new(line, format!("{letter}: {text}"), got));
+                }
+            }
+            Action::HearOctets { letter, octets } => {
+                let got = self.connection(line)?.octets(octets.len());
+                if got != *octets {
+                    return Err(Failure::new(
+                        line,
+                        format!("{letter}| {}", shown(octets)),
+                        format!("{letter}| {}", shown(&got)),
+                    ));
+                }
+            }
+            Action::HearClose { letter } => {
+                if let Err(got) = self.connection(line)?.end() {
+                    return Err(Failure::new(line, format!("{letter}!"), got));
+                }
+            }
+            Action::Turn | Action::Say { .. } | Action::Connect { .. } | Action::Pull { .. } | Action::Stop => {}
+        }
+        Ok(())
+    }
+
+    fn fault(&self, line: usize, path: &str, becomes: &Becomes) -> Result<(), Failure> {
+        let path: PathBuf = self.folder.path().join(path);
+        let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        // That there was nothing is as good; all else shows in the next step.
+        drop(gone);
+        let made = match becomes {
+            Becomes::File => path
+                .parent()
+                .map_or(Ok(()), std::fs::create_dir_all)
+                .and_then(|()| std::fs::write(&path, "in the way\n")),
+            Becomes::Folder => std::fs::create_dir_all(&path),
+            Becomes::Gone => Ok(()),
+        };
+        made.map_err(|error| Failure::new(line, "the fault", error.to_string()))
+    }
+
+    /// Sends what the runner has to say: in one write, or octet by octet.
+    fn flush(&mut self, line: usize) -> Result<(), Failure> {
+        let bytewise = self.mode.bytewise;
+        let Some(connection) = self.connections.get_mut(&self.current) else { return Ok(()) };
+        let said = std::mem::take(&mut connection.unsaid);
+        let (single, rest) = said.split_at(if bytewise { said.len().min(BYTEWISE) } else { 0 });
+        let mut pieces = single.chunks(1).chain(rest.chunks(if bytewise { 997 } else { usize::MAX }));
+        match pieces.try_for_each(|piece| connection.send(piece)) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                Err(Failure::new(line, "the peer reads on", error.to_string()))
+            }
+            // A peer that has closed is seen by what is expected next.
+            _ => Ok(()),
+        }
+    }
+
+    fn connection(&mut self, line: usize) -> Result<&mut Connection, Failure> {
+        self.connections.get_mut(&self.current).ok_or_else(|| Failure::new(line, "an open connection", "none"))
+    }
+}
+
+/// The runner's end of a connection. Each read has an absolute deadline.
+struct Connection {
+    socket: TcpStream,
+    tls: Option<rustls::Connection>,
+    received: Vec<u8>,
+    unsaid: Vec<u8>,
+}
+
+enum Heard {
+    Octets,
+    End,
+    Late,
+    Broken(io::Error),
+}
+
+impl Connection {
+    fn new(socket: TcpStream) -> io::Result<Connection> {
+        socket.set_nodelay(true)?;
+        socket.set_write_timeout(Some(PATIENCE))?;
+        Ok(Connection { socket, tls: None, received: Vec::new(), unsaid: Vec::new() })
+    }
+
+    fn tls_client(&mut self) -> io::Result<()> {
+        let name = ServerName::try_from("localhost").map_err(io::Error::other)?;
+        let connection = rustls::ClientConnection::new(identity().client.clone(), name).map_err(io::Error::other)?;
+        self.shake_hands(connection.into())
+    }
+
+    fn tls_server(&mut self) -> io::Result<()> {
+        let connection = rustls::ServerConnection::new(identity().server.clone()).map_err(io::Error::other)?;
+        self.shake_hands(connection.into())
+    }
+
+    fn shake_hands(&mut self, mut connection: rustls::Connection) -> io::Result<()> {
+        if !self.received.is_empty() {
+            return Err(io::Error::other(format!("before the handshake came {}", shown(&self.received))));
+        }
+        self.socket.set_read_timeout(Some(PATIENCE))?;
+        while connection.is_handshaking() {
+            connection.complete_io(&mut self.socket)?;
+        }
+        // The server's last flight, TLS 1.3 tickets.
+        while connection.wants_write() {
+            connection.write_tls(&mut self.socket)?;
+        }
+        // What came with the last flight would wait for a next read that nothing wakes.
+        match connection.reader().read_to_end(&mut self.received) {
+            Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
+            _ => {}
+        }
+        self.tls = Some(connection);
+        Ok(())
+    }
+
+    /// STARTTLS on behalf of a transcript that knows nothing of it; the greeting is kept for it to read.
+    fn lead_through_starttls(&mut self) -> io::Result<()> {
+        let greeting = self.line().map_err(io::Error::other)?;
+        self.send(b"EHLO localhost\r\n")?;
+        while self.line().map_err(io::Error::other)?.starts_with("250-") {}
+        self.send(b"STARTTLS\r\n")?;
+        let reply = self.line().map_err(io::Error::other)?;
+        if !reply.starts_with("220") {
+            return Err(io::Error::other(reply));
+        }
+        self.tls_client()?;
+        self.received = format!("{greeting}\r\n").into_bytes();
+        Ok(())
+    }
+
+    fn send(&mut self, octets: &[u8]) -> io::Result<()> {
+        let Some(tls) = &mut self.tls else { return self.socket.write_all(octets) };
+        // rustls buffers 64 KiB of plaintext at most.
+        for piece in octets.chunks(16 * 1024) {
+            tls.writer().write_all(piece)?;
+            while tls.wants_write() {
+                tls.write_tls(&mut self.socket)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads once.
+    fn read(&mut self, deadline: Instant) -> Heard {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Heard::Late;
+        }
+        let _ = self.socket.set_read_timeout(Some(left));
+        let before = self.received.len();
+        let read = match &mut self.tls {
+            None => {
+                let mut buffer = [0; 16 * 1024];
+                self.socket.read(&mut buffer).inspect(|count| self.received.extend_from_slice(&buffer[..*count]))
+            }
+            Some(tls) => tls.read_tls(&mut self.socket).and_then(|count| {
+                tls.process_new_packets().map_err(io::Error::other)?;
+                let end = tls.reader().read_to_end(&mut self.received);
+                match end {
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(count),
+                    Err(error) => Err(error),
+                    // close_notify
+                    Ok(_) => Ok(0),
+                }
+            }),
+        };
+        match read {
+            _ if self.received.len() > before => Heard::Octets,
+            Ok(0) => Heard::End,
+            Ok(_) => Heard::Octets,
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) =>
+            {
+                Heard::Octets
+            }
+            Err(error) => Heard::Broken(error),
+        }
+    }
+
+    /// The next line without its CRLF; what ends in a bare LF keeps it, shown.
+    fn line(&mut self) -> Result<String, String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(end) = self.received.iter().position(|octet| *octet == b'\n') {
+                let line: Vec<u8> = self.received.drain(..=end).collect();
+                return Ok(shown(line.strip_suffix(b"\r\n").unwrap_or(&line)));
+            }
+            let why = match self.read(deadline) {
+                Heard::Octets => continue,
+                Heard::End => "(closed)".to_owned(),
+                Heard::Late => format!("(nothing within {PATIENCE:?})"),
+                Heard::Broken(error) => format!("({error})"),
+            };
+            return Err(format!("{}{why}", shown(&self.received)));
+        }
+    }
+
+    /// So many octets, or as many as came.
+    fn octets(&mut self, count: usize) -> Vec<u8> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.received.len() < count && matches!(self.read(deadline), Heard::Octets) {}
+        self.received.drain(..count.min(self.received.len())).collect()
+    }
+
+    /// The peer's close, with nothing said before it.
+    fn end(&mut self) -> Result<(), String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if !self.received.is_empty() {
+                return Err(self.rest());
+            }
+            match self.read(deadline) {
+                Heard::Octets => {}
+                Heard::End => return Ok(()),
+                Heard::Late => return Err(format!("(still open after {PATIENCE:?})")),
+                // What was sent too late to be read makes a reset of the close.
+                Heard::Broken(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
+                // RFC 8314 section 3.4: close_notify before the close.
+                Heard::Broken(error) => return Err(error.to_string()),
+            }
+        }
+    }
+
+    /// Goes away without a word, close_notify neither, and sees the peer close too: then it has noticed.
+    fn close(self) -> Result<(), String> {
+        let deadline = Instant::now() + PATIENCE;
+        let _ = self.socket.shutdown(Shutdown::Write);
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(format!("(still open after {PATIENCE:?})"));
+            }
+            let _ = self.socket.set_read_timeout(Some(left));
+            match (&self.socket).read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
+                }
+                Err(_) => return Ok(()),
+            }
+        }
+    }
+
+    /// What comes within that time, shown.
+    fn listen(&mut self, time: Duration) -> String {
+        let deadline = Instant::now() + time;
+        while self.received.is_empty() {
+            match self.read(deadline) {
+                Heard::Octets => {}
+                Heard::Late => return String::new(),
+                Heard::End => return "(closed)".into(),
+                Heard::Broken(error) => return error.to_string(),
+            }
+        }
+        shown(&self.received)
+    }
+
+    /// What has come and was not read, a few lines of it.
+    fn rest(&mut self) -> String {
+        let _ = self.read(Instant::now() + Duration::from_millis(50));
+        let text = String::from_utf8_lossy(&self.received).into_owned();
+        text.lines().take(8).map(|line| format!("   {}\n", shown(line.as_bytes()))).collect()
+    }
+}
+
+/// One certificate for all plays: making keys is slow.
+struct Identity {
+    certificate: String,
+    key: String,
+    client: Arc<rustls::ClientConfig>,
+    server: Arc<rustls::ServerConfig>,
+}
+
+fn identity() -> &'static Identity {
+    static IDENTITY: OnceLock<Identity> = OnceLock::new();
+    IDENTITY.get_or_init(|| {
+        let (certificate, key) = odmr::tls::self_signed(&["localhost", "127.0.0.1"]).expect("a certificate");
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).expect("PEM")];
+        let secret = PrivateKeyDer::from_pem_slice(key.as_bytes()).expect("PEM");
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(chain[0].clone()).expect("a root");
+        let client =
+            rustls::ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
+        let client = client.expect("versions").with_root_certificates(roots).with_no_client_auth();
+        let server = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let server = server.expect("versions").with_no_client_auth().with_single_cert(chain, secret).expect("a key");
+        Identity { certificate, key, client: Arc::new(client), server: Arc::new(server) }
+    })
+}
