@@ -41,6 +41,11 @@ impl Entry {
         self.name.split([',', ':']).next().unwrap_or(&self.name)
     }
 
+    /// Whether octets above 127 were written (`E=8`), where the name is one of ours.
+    pub fn eight_bit(&self) -> bool {
+        self.name.split([',', ':']).any(|field| field == "E=8")
+    }
+
     /// The size on the wire of the whole file, where the name tells it (Maildir++ `W=`).
     pub fn wire_size(&self) -> Option<u64> {
         let base = self.name.split(':').next()?;
@@ -60,7 +65,8 @@ impl Maildir {
     /// Makes the folders that are missing, and their names durable.
     pub fn create(&self) -> io::Result<()> {
         make_folder(&self.path)?;
-        for name in ["tmp", "new", "cur"] {
+        // `tmp` last: where it is, drafts find the others, too, even if we are killed here.
+        for name in ["new", "cur", "tmp"] {
             make_folder(&self.path.join(name))?;
         }
         Ok(())
@@ -85,6 +91,7 @@ impl Maildir {
             file: BufWriter::with_capacity(WRITE_BUFFER, file),
             octets: 0,
             lines: 0,
+            eight_bit: false,
             moved: None,
         })
     }
@@ -125,6 +132,15 @@ impl Maildir {
         }
     }
 
+    /// Removes what is left of a draft whose writer died. Only for one who knows that nobody else uses the name.
+    pub fn discard(&self, unique: &str) -> io::Result<()> {
+        let temporary = self.path.join("tmp").join(unique);
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&temporary, error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Marks a message as in doubt, in a way every mail reader shows.
     pub fn mark_in_doubt(&self, entry: &Entry) -> io::Result<()> {
         let base = entry.name.split(':').next().unwrap_or(&entry.name);
@@ -141,6 +157,9 @@ impl Maildir {
         for found in list(&self.path.join("tmp"))? {
             let found = found?;
             let Ok(metadata) = found.metadata() else { continue };
+            if metadata.is_dir() {
+                continue;
+            }
             // Where access times are not kept the time of writing tells (maildir(5)).
             let used = metadata.accessed().ok().max(metadata.modified().ok());
             if used.and_then(|used| now.duration_since(used).ok()).is_some_and(|age| age > LITTER) {
@@ -177,6 +196,7 @@ pub struct Draft {
     file: BufWriter<File>,
     octets: u64,
     lines: u64,
+    eight_bit: bool,
     moved: Option<Entry>,
 }
 
@@ -184,6 +204,7 @@ impl Draft {
     pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         self.octets += octets.len() as u64;
         self.lines += octets.iter().filter(|octet| **octet == b'\n').count() as u64;
+        self.eight_bit |= !octets.is_ascii();
         self.file.write_all(octets).map_err(|error| at(&self.temporary, error))
     }
 
@@ -191,9 +212,11 @@ impl Draft {
         self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(|error| at(&self.temporary, error))
     }
 
-    /// Into `new`, under a name that tells the size on disk and on the wire (Maildir++).
+    /// Into `new`, under a name that tells the size on disk and on the wire (Maildir++), and whether it takes
+    /// eight bits.
     fn publish(&mut self) -> io::Result<()> {
-        let name = format!("{},S={},W={}", self.unique, self.octets, self.octets + self.lines);
+        let bits = if self.eight_bit { ",E=8" } else { "" };
+        let name = format!("{},S={},W={}{bits}", self.unique, self.octets, self.octets + self.lines);
         let entry = Entry { name, seen: false };
         move_file(&self.temporary, &self.maildir.file(&entry))?;
         self.moved = Some(entry);
@@ -295,5 +318,237 @@ fn list(path: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None.into_iter().flatten()),
         Err(error) => Err(at(path, error)),
         Ok(files) => Ok(Some(files).into_iter().flatten()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stamp::Stamps;
+    use std::collections::HashSet;
+    use std::path::Path;
+
+    const EMPTY: [Vec<String>; 3] = [Vec::new(), Vec::new(), Vec::new()];
+
+    fn maildir() -> (tempfile::TempDir, Maildir) {
+        let folder = tempfile::tempdir().unwrap();
+        let maildir = Maildir::new(folder.path().join("deep/down/box"));
+        (folder, maildir)
+    }
+
+    fn names(path: impl AsRef<Path>) -> Vec<String> {
+        let Ok(files) = fs::read_dir(path) else { return Vec::new() };
+        let mut names: Vec<_> = files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// What stands in `tmp`, `new` and `cur`.
+    fn inside(maildir: &Maildir) -> [Vec<String>; 3] {
+        ["tmp", "new", "cur"].map(|name| names(maildir.path().join(name)))
+    }
+
+    fn words(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    fn deliver(maildir: &Maildir, unique: &str, content: &[u8]) -> io::Result<Vec<Entry>> {
+        let mut copies = Copies::default();
+        copies.begin(maildir, unique, b"head\n")?;
+        copies.write(content)?;
+        copies.commit()
+    }
+
+    fn entry(name: &str, seen: bool) -> Entry {
+        Entry { name: name.to_owned(), seen }
+    }
+
+    #[test]
+    fn nothing_is_seen_before_the_commit_and_all_after_it() {
+        let (_folder, maildir) = maildir();
+        assert!(maildir.entries().unwrap().is_empty() && maildir.is_empty().unwrap());
+        let mut copies = Copies::default();
+        copies.begin(&maildir, "1.M2.host", b"head\n").unwrap();
+        copies.write(&[b'x'; 100_000]).unwrap();
+        copies.write(b"\nend\n").unwrap();
+        assert_eq!(inside(&maildir), [words(&["1.M2.host"]), vec![], vec![]]);
+        assert!(maildir.is_empty().unwrap());
+        let entries = copies.commit().unwrap();
+        let name = "1.M2.host,S=100010,W=100013";
+        assert_eq!(entries, [entry(name, false)]);
+        assert_eq!(inside(&maildir), [vec![], words(&[name]), vec![]]);
+        assert_eq!((entries[0].unique(), entries[0].wire_size()), ("1.M2.host", Some(100_013)));
+        let content = fs::read(maildir.file(&entries[0])).unwrap();
+        assert!(content.starts_with(b"head\nxxx") && content.ends_with(b"xxx\nend\n"));
+        assert_eq!(content.len(), 100_010);
+        assert_eq!(maildir.entries().unwrap(), entries);
+    }
+
+    #[test]
+    fn others_cannot_read_the_mail() {
+        use std::os::unix::fs::PermissionsExt;
+        let (_folder, maildir) = maildir();
+        let entries = deliver(&maildir, "1", b"").unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o077;
+        assert_eq!((mode(&maildir.file(&entries[0])), mode(maildir.path())), (0, 0));
+    }
+
+    #[test]
+    fn a_dropped_draft_leaves_nothing() {
+        let (_folder, maildir) = maildir();
+        let mut copies = Copies::default();
+        copies.begin(&maildir, "1", b"head").unwrap();
+        drop(copies);
+        assert_eq!(inside(&maildir), EMPTY);
+    }
+
+    #[test]
+    fn nothing_is_ever_overwritten() {
+        let (_folder, maildir) = maildir();
+        let entries = deliver(&maildir, "1", b"first").unwrap();
+        // The same name again, of the same size: rename(2) would have replaced it.
+        let error = deliver(&maildir, "1", b"other").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(maildir.file(&entries[0])).unwrap(), b"head\nfirst");
+        assert_eq!(inside(&maildir), [vec![], words(&["1,S=10,W=11"]), vec![]]);
+        // Nor is another writer's draft.
+        fs::write(maildir.path().join("tmp/2"), "theirs").unwrap();
+        assert_eq!(deliver(&maildir, "2", b"").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(maildir.path().join("tmp/2")).unwrap(), b"theirs");
+        maildir.discard("2").unwrap();
+        maildir.discard("2").unwrap();
+        assert_eq!(deliver(&maildir, "2", b"").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn several_maildirs_get_a_message_all_or_none() {
+        for broken in 0..3 {
+            let folder = tempfile::tempdir().unwrap();
+            let maildirs: Vec<_> = (0..3).map(|number| Maildir::new(folder.path().join(number.to_string()))).collect();
+            let deliver = || {
+                let mut copies = Copies::default();
+                for (number, maildir) in maildirs.iter().enumerate() {
+                    copies.begin(maildir, "1", format!("{number}\n").as_bytes()).unwrap();
+                }
+                copies.write(b"content\n").unwrap();
+                copies.commit()
+            };
+            let new = maildirs[broken].path().join("new");
+            maildirs[broken].create().unwrap();
+            fs::remove_dir(&new).unwrap();
+            fs::write(&new, "no folder").unwrap();
+            let error = deliver().unwrap_err();
+            assert!(error.to_string().contains(&format!("/{broken}/")), "{error}");
+            for maildir in &maildirs {
+                assert_eq!(inside(maildir), EMPTY, "{broken}");
+            }
+            fs::remove_file(&new).unwrap();
+            fs::create_dir(&new).unwrap();
+            assert_eq!(deliver().unwrap().len(), 3);
+            for (number, maildir) in maildirs.iter().enumerate() {
+                let content = fs::read(maildir.path().join("new/1,S=10,W=12")).unwrap();
+                assert_eq!(content, format!("{number}\ncontent\n").as_bytes());
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_where_a_folder_should_be_is_an_error_that_says_where() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("file"), "").unwrap();
+        let maildir = Maildir::new(folder.path().join("file/box"));
+        let error = maildir.create().unwrap_err();
+        assert!(error.to_string().contains("/file"), "{error}");
+        assert!(deliver(&maildir, "1", b"").is_err());
+    }
+
+    #[test]
+    fn entries_come_by_name_and_hidden_ones_not_at_all() {
+        let (_folder, maildir) = maildir();
+        maildir.create().unwrap();
+        for name in ["new/3", "new/1,S=1,W=2", "cur/2:2,S", "new/.hidden", "cur/.4", "tmp/5"] {
+            fs::write(maildir.path().join(name), "").unwrap();
+        }
+        let expected = [entry("1,S=1,W=2", false), entry("2:2,S", true), entry("3", false)];
+        assert_eq!(maildir.entries().unwrap(), expected);
+        for entry in &expected {
+            assert!(!maildir.is_empty().unwrap());
+            maildir.remove(entry).unwrap();
+            // Gone already is as good as gone.
+            maildir.remove(entry).unwrap();
+        }
+        assert!(maildir.is_empty().unwrap());
+    }
+
+    #[test]
+    fn names_tell_what_they_tell() {
+        let check = |name: &str, unique: &str, wire_size| {
+            let entry = entry(name, false);
+            assert_eq!((entry.unique(), entry.wire_size()), (unique, wire_size), "{name}");
+        };
+        check("1.M2P3.host,S=10,W=12", "1.M2P3.host", Some(12));
+        check("1.M2P3.host,W=12,S=10:2,FS", "1.M2P3.host", Some(12));
+        check("1.M2P3.host:2,W=7", "1.M2P3.host", None);
+        check("1.M2P3.host,W=x", "1.M2P3.host", None);
+        check("1.M2P3.host", "1.M2P3.host", None);
+        check("", "", None);
+    }
+
+    #[test]
+    fn in_doubt_is_a_flag_that_readers_show() {
+        let (_folder, maildir) = maildir();
+        let entries = deliver(&maildir, "1", b"").unwrap();
+        maildir.mark_in_doubt(&entries[0]).unwrap();
+        assert_eq!(inside(&maildir), [vec![], vec![], words(&["1,S=5,W=6:2,F"])]);
+        let marked = maildir.entries().unwrap();
+        assert_eq!((marked[0].seen, marked[0].unique()), (true, "1"));
+        maildir.mark_in_doubt(&marked[0]).unwrap();
+        assert_eq!(maildir.entries().unwrap(), marked);
+        // Nothing is overwritten here either.
+        deliver(&maildir, "1", b"").unwrap();
+        assert!(maildir.mark_in_doubt(&entries[0]).is_err());
+        assert_eq!(maildir.entries().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn litter_goes_after_36_hours() {
+        let (_folder, maildir) = maildir();
+        maildir.sweep().unwrap();
+        maildir.create().unwrap();
+        let hours = |hours: u64| SystemTime::now() - Duration::from_secs(hours * 60 * 60);
+        for (name, read, written) in
+            [("young", 35, 35), ("old", 37, 37), ("written", 37, 1), ("read", 1, 37), (".old", 37, 40)]
+        {
+            let file = File::create(maildir.path().join("tmp").join(name)).unwrap();
+            let times = fs::FileTimes::new().set_accessed(hours(read)).set_modified(hours(written));
+            file.set_times(times).unwrap();
+        }
+        let folder = maildir.path().join("tmp/a-folder");
+        fs::create_dir(&folder).unwrap();
+        let times = fs::FileTimes::new().set_accessed(hours(40)).set_modified(hours(40));
+        File::open(&folder).unwrap().set_times(times).unwrap();
+        maildir.sweep().unwrap();
+        assert_eq!(names(maildir.path().join("tmp")), ["a-folder", "read", "written", "young"]);
+    }
+
+    #[test]
+    fn ten_thousand_drafts_at_once_get_ten_thousand_names() {
+        let (_folder, maildir) = maildir();
+        maildir.create().unwrap();
+        let stamps = Stamps::system(|octets| octets.fill(7));
+        let unique: Vec<HashSet<String>> = std::thread::scope(|scope| {
+            let deliver = || {
+                let deliver = |_| {
+                    let mut draft = maildir.draft(&stamps.file_name("host")).unwrap();
+                    draft.publish().unwrap();
+                    draft.unique.clone()
+                };
+                (0..1250).map(deliver).collect()
+            };
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(deliver)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(unique.iter().flatten().collect::<HashSet<_>>().len(), 10_000);
+        assert_eq!(inside(&maildir).map(|names| names.len()), [0, 10_000, 0]);
     }
 }

@@ -1,4 +1,4 @@
-//! What comes from outside and never repeats: the time, queue ids, file names, challenges.
+//! What comes from outside: the time, and what never repeats (queue ids, file names, challenges), random numbers.
 //!
 //! Everything in the program that depends on the clock or on randomness goes through [`Stamps`], so that
 //! a test replaces all of it at once with [`Stamps::fixed`] and a dialogue can be written down in advance.
@@ -26,10 +26,15 @@ impl Stamps {
         Stamps::from(Source::System { random, last: AtomicU64::new(0), files: AtomicU64::new(0) })
     }
 
-    /// For tests: the clock stands at 2026-01-02T03:04:05Z; ids, file names and challenges count 1, 2, 3…,
-    /// each on its own.
+    /// For tests: the clock stands at 2026-01-02T03:04:05Z; ids, file names, challenges and numbers count
+    /// 1, 2, 3…, each on its own.
     pub fn fixed() -> Stamps {
-        Stamps::from(Source::Fixed { ids: AtomicU64::new(0), files: AtomicU64::new(0), challenges: AtomicU64::new(0) })
+        Stamps::from(Source::Fixed {
+            ids: AtomicU64::new(0),
+            files: AtomicU64::new(0),
+            challenges: AtomicU64::new(0),
+            numbers: AtomicU64::new(0),
+        })
     }
 
     pub fn now(&self) -> Date {
@@ -87,6 +92,15 @@ impl Stamps {
             Source::Fixed { challenges, .. } => {
                 format!("<{}.{}@{hostname}>", count(challenges), FIXED.seconds)
             }
+        }
+    }
+
+    /// A number nobody can guess, for DNS (RFC 5452) and the order of equals; unlike the others it may repeat.
+    /// [`Stamps::fixed`]: 1, 2, 3…
+    pub fn number(&self) -> u64 {
+        match &*self.source {
+            Source::System { random, .. } => u64::from_le_bytes(octets(*random)),
+            Source::Fixed { numbers, .. } => count(numbers),
         }
     }
 
@@ -190,6 +204,7 @@ enum Source {
         ids: AtomicU64,
         files: AtomicU64,
         challenges: AtomicU64,
+        numbers: AtomicU64,
     },
 }
 
@@ -252,6 +267,7 @@ mod tests {
         assert_eq!(other.file_name("a/b:c"), "1767323045.2.a\\057b\\072c");
         assert_eq!(stamps.challenge("host"), "<1.1767323045@host>");
         assert_eq!(stamps.challenge("host"), "<2.1767323045@host>");
+        assert_eq!([stamps.number(), other.number()], [1, 2]);
         assert_eq!(Stamps::fixed().id(), "id1");
     }
 
@@ -285,6 +301,11 @@ mod tests {
         let id = Stamps::system(stuck).id();
         assert_eq!(id.len(), 21, "{id}");
         assert!(id.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'v')));
+    }
+
+    #[test]
+    fn a_system_number_is_all_random_octets() {
+        assert_eq!(Stamps::system(stuck).number(), 0x0707_0707_0707_0707);
     }
 
     #[test]

@@ -143,7 +143,7 @@ impl Delivery {
             if open || !sessions.is_empty() {
                 self.wait(&mut sessions);
                 let now = Instant::now();
-                sessions.extract_if(.., |session| !self.work(session, now)).for_each(Call::close);
+                sessions.extract_if(.., |session| session.due(now) && !self.work(session, now)).for_each(Call::close);
             }
         }
         for mut session in sessions {
@@ -188,8 +188,9 @@ impl Delivery {
         }
         let first = polls.len();
         let mut owners = Vec::with_capacity(sessions.len());
-        for (number, session) in sessions.iter().enumerate() {
-            until = until.min(session.wake_at(now, stopping));
+        for (number, session) in sessions.iter_mut().enumerate() {
+            session.wake = session.wake_at(now, stopping);
+            until = until.min(session.wake);
             let wanted = session.wire.interest();
             for (descriptor, flags) in
                 [(session.wire.input_fd(), wanted & PollFlags::IN), (session.wire.output_fd(), wanted & PollFlags::OUT)]
@@ -216,6 +217,7 @@ impl Delivery {
             while matches!(rustix::io::read(&self.woken, &mut octets), Ok(512)) {}
         }
         for (owner, flags) in owners.into_iter().zip(&ready[first..]) {
+            sessions[owner].woken |= !flags.is_empty();
             sessions[owner].readable |= flags.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR);
         }
     }
@@ -247,6 +249,10 @@ struct Call {
     busy: bool,
     /// poll(2) said so.
     readable: bool,
+    /// The same, of any kind.
+    woken: bool,
+    /// When to look at it if poll(2) says nothing.
+    wake: Instant,
     begun: Instant,
     /// When patience ends: with the peer's next move, and with the session.
     deadline: Instant,
@@ -288,6 +294,8 @@ impl Call {
             content: None,
             busy: true,
             readable: false,
+            woken: false,
+            wake: now,
             begun: now,
             deadline: now + rules.timeouts.greeting,
             last_progress: now,
@@ -307,16 +315,26 @@ impl Call {
         self.deadline.min(end).min(look)
     }
 
+    /// Whether there may be work. The stalled ones must cost nothing while others are served.
+    fn due(&mut self, now: Instant) -> bool {
+        std::mem::take(&mut self.woken) || self.busy || now >= self.wake
+    }
+
     /// A bounded piece of work.
     fn work(&mut self, now: Instant) -> Result<(), Gone> {
         let readable = std::mem::replace(&mut self.readable, false);
         let ended = readable && self.wire.fill()? == Filled::End;
+        if readable {
+            self.wire.acknowledge();
+        }
         self.busy = true;
         for _ in 0..QUANTUM {
             let replied = self.take_replies(now)?;
             let moved = self.send_content(now)? || self.offer()?;
             self.wire.flush()?;
-            if !replied && !moved {
+            // The flush may just have made room for more content: nobody else would wake us for it.
+            let room = self.content.is_some() && self.wire.unsent() <= HIGH_WATER;
+            if !replied && !moved && !room {
                 self.busy = false;
                 break;
             }
@@ -410,6 +428,7 @@ impl Call {
                     recipients: envelope.recipients.clone(),
                     size: batch.size,
                     body: envelope.body,
+                    eight_bit: batch.eight_bit,
                     utf8: envelope.utf8,
                 };
                 match self.client.send(message, &mut said) {

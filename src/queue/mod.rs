@@ -35,6 +35,9 @@ const GIVE_WAY: Duration = Duration::from_secs(5);
 /// Room kept free on the disk (RFC 1870 section 6.1: better refused than begun).
 const RESERVE: u64 = 4 << 20;
 
+/// One message is set aside in so many steps at most: as many as it may have recipients, and then some.
+const REFUSALS: usize = 1000;
+
 /// Where a message goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -100,7 +103,7 @@ impl Queue {
             let maildir = self.maildir(&Place::Domain(domain.clone()));
             maildir.create().map_err(NoHold::Failed)?;
             let lock = self.lock(&maildir, domain)?;
-            if let Err(error) = maildir.sweep() {
+            if let Err(error) = maildir.sweep().and_then(|()| refused_folder(&maildir).sweep()) {
                 log::warn!("event=sweep-failed domain={domain} error={error:?}");
             }
             let (waiting, touched) = (VecDeque::new(), HashSet::new());
@@ -221,16 +224,11 @@ impl Held {
     /// Lists what waits and was not offered yet.
     fn refill(&mut self) -> io::Result<()> {
         let mut entries = self.maildir.entries()?;
-        // After a crash in `settle` a message may stand there twice, before and after: the shorter one,
-        // without the recipients that have it already, is the truth.
-        let mut double = Vec::new();
-        for pair in entries.windows(2) {
-            if pair[0].unique() == pair[1].unique() {
-                let first_is_longer = pair[0].wire_size() > pair[1].wire_size();
-                double.push(if first_is_longer { pair[0].clone() } else { pair[1].clone() });
-            }
+        let mut superseded = Vec::new();
+        for pair in entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique()) {
+            superseded.extend(self.superseded(&pair[0], &pair[1])?);
         }
-        for entry in double {
+        for entry in superseded {
             log::warn!("event=half-settled file={}", entry.name);
             self.maildir.remove(&entry)?;
             entries.retain(|other| *other != entry);
@@ -238,6 +236,30 @@ impl Held {
         let touched = &self.touched;
         self.waiting.extend(entries.into_iter().filter(|entry| !touched.contains(entry.unique())));
         Ok(())
+    }
+
+    /// After a crash in `settle` a message may stand there twice, before and after: the one without the
+    /// recipients that have it already is the truth. `None`: neither is that of the other.
+    fn superseded(&self, one: &Entry, other: &Entry) -> io::Result<Option<Entry>> {
+        let (Some(some), Some(others)) = (self.recipients(one)?, self.recipients(other)?) else {
+            return Ok(None);
+        };
+        let within = |few: &[Mailbox], many: &[Mailbox]| {
+            few.len() < many.len() && few.iter().all(|recipient| many.contains(recipient))
+        };
+        Ok(match (within(&some, &others), within(&others, &some)) {
+            (true, _) => Some(other.clone()),
+            (_, true) => Some(one.clone()),
+            _ => None,
+        })
+    }
+
+    /// `None`: this is no message for anybody here.
+    fn recipients(&self, entry: &Entry) -> io::Result<Option<Vec<Mailbox>>> {
+        let Ok(Some(file)) = open_file(&self.maildir.file(entry)) else {
+            return Ok(None);
+        };
+        Ok(read_head(&file, entry, &self.domain)?.map(|head| head.envelope.recipients))
     }
 }
 
@@ -250,6 +272,8 @@ pub struct Batch {
     pub envelope: Envelope,
     /// Octets of the content on the wire.
     pub size: u64,
+    /// Octets above 127 are among them.
+    pub eight_bit: bool,
 }
 
 impl Batch {
@@ -268,11 +292,12 @@ impl Batch {
         };
         let content = head.octets as u64;
         // Only names that we gave can be believed.
-        let size = match entry.wire_size().filter(|_| head.ours) {
-            Some(size) => size.saturating_sub(content + head.lines as u64),
+        let (size, eight_bit) = match entry.wire_size().filter(|_| head.ours) {
+            Some(size) => (size.saturating_sub(content + head.lines as u64), entry.eight_bit()),
             None => measure(&file, content).map_err(|error| at(&path, error))?,
         };
-        let mut batch = Batch { maildir: maildir.clone(), entry, file, content, envelope: head.envelope, size };
+        let mut batch =
+            Batch { maildir: maildir.clone(), entry, file, content, envelope: head.envelope, size, eight_bit };
         batch.rewind().map_err(|error| at(&path, error))?;
         Ok(Some(batch))
     }
@@ -322,13 +347,13 @@ impl Batch {
             return if in_doubt { self.maildir.mark_in_doubt(&self.entry) } else { Ok(()) };
         }
         if !refused.is_empty() {
-            let folder = Maildir::new(self.maildir.path().join(".refused"));
-            self.rewrite(&folder, refused, &marks)?;
+            self.set_aside(&refused, &marks)?;
         }
         let nobody_left = left.is_empty();
         if !nobody_left {
             let maildir = self.maildir.clone();
-            for entry in self.rewrite(&maildir, left, "")?.iter().filter(|_| in_doubt) {
+            let unique = self.entry.unique().to_owned();
+            for entry in self.rewrite(&maildir, &unique, left, "")?.iter().filter(|_| in_doubt) {
                 maildir.mark_in_doubt(entry)?;
             }
         }
@@ -342,11 +367,35 @@ impl Batch {
         Ok(())
     }
 
+    /// A copy for those who were refused. Others may have been refused in an earlier session, and their copy
+    /// has a name of the same length: the next name is as good. After a crash one may stand there twice, and
+    /// that is better than never.
+    fn set_aside(&mut self, refused: &[Mailbox], marks: &str) -> io::Result<()> {
+        let folder = refused_folder(&self.maildir);
+        let mut unique = self.entry.unique().to_owned();
+        for number in 1..=REFUSALS {
+            match self.rewrite(&folder, &unique, refused.to_vec(), marks) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < REFUSALS => {}
+                other => return other.map(drop),
+            }
+            unique = format!("{}.r{number}", self.entry.unique());
+        }
+        Ok(())
+    }
+
     /// The message again, durable, for these recipients only.
-    fn rewrite(&mut self, maildir: &Maildir, recipients: Vec<Mailbox>, marks: &str) -> io::Result<Vec<Entry>> {
+    fn rewrite(
+        &mut self,
+        maildir: &Maildir,
+        unique: &str,
+        recipients: Vec<Mailbox>,
+        marks: &str,
+    ) -> io::Result<Vec<Entry>> {
         self.envelope.recipients = recipients;
+        // The lock on the domain is ours, so what stands there was left by one who was killed here.
+        maildir.discard(unique)?;
         let mut copy = Copies::default();
-        copy.begin(maildir, self.entry.unique(), self.envelope.lines(marks).as_bytes())?;
+        copy.begin(maildir, unique, self.envelope.lines(marks).as_bytes())?;
         self.rewind()?;
         let mut buffer = vec![0; 32 * 1024];
         loop {
@@ -357,6 +406,11 @@ impl Batch {
         }
         copy.commit()
     }
+}
+
+/// Where copies for refused recipients wait for somebody to look at them.
+fn refused_folder(maildir: &Maildir) -> Maildir {
+    Maildir::new(maildir.path().join(".refused"))
 }
 
 /// Opens a plain file; anything else in a Maildir is nobody's mail, and a pipe there would wait for ever.
@@ -386,18 +440,23 @@ fn read_head(file: &File, entry: &Entry, domain: &Domain) -> io::Result<Option<H
     }
 }
 
-/// The size on the wire of what stands behind the envelope.
-fn measure(file: &File, from: u64) -> io::Result<u64> {
+/// The size on the wire of what stands behind the envelope, and whether it takes eight bits.
+fn measure(file: &File, from: u64) -> io::Result<(u64, bool)> {
     let mut sizer = Sizer::new();
+    let mut eight_bit = false;
     let mut buffer = vec![0; 32 * 1024];
     let mut offset = from;
     loop {
         match file.read_at(&mut buffer, offset)? {
-            0 => return Ok(sizer.finish()),
+            0 => return Ok((sizer.finish(), eight_bit)),
             octets => {
                 sizer.feed(&buffer[..octets]);
+                eight_bit |= !buffer[..octets].is_ascii();
                 offset += octets as u64;
             }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -43,7 +43,9 @@ pub struct Message {
     pub recipients: Vec<Mailbox>,
     /// Octets on the wire (RFC 1870), without dots that are added.
     pub size: u64,
+    /// What its sender said of the content; `eight_bit`: what it is.
     pub body: Body,
+    pub eight_bit: bool,
     /// It came with SMTPUTF8 (RFC 6531).
     pub utf8: bool,
 }
@@ -178,6 +180,20 @@ struct Transaction {
     /// The replies to RCPT.
     recipients: Vec<Option<Reply>>,
     content: Progress,
+}
+
+impl Transaction {
+    /// A refusal of MAIL is for all, one of RCPT for that recipient; `accepted` is the fate of the others.
+    fn outcome(&self, accepted: &Fate) -> Outcome {
+        let fate = |recipient: &Option<Reply>| match (&self.mail, recipient) {
+            (Some(mail), _) => fate_of(mail),
+            // RFC 5321 section 4.5.3.1.10: 552 to RCPT means too many, for now.
+            (None, Some(reply)) if reply.code() == 552 => Fate::Deferred(reply.clone()),
+            (None, Some(reply)) if refuses(reply) => fate_of(reply),
+            (None, _) => accepted.clone(),
+        };
+        Outcome { fates: self.recipients.iter().map(fate).collect() }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -327,13 +343,9 @@ impl Client {
         self.closing = true;
         self.to_say.clear();
         self.outstanding.clear();
-        let fate = |transaction: &Transaction, number: usize| match &transaction.recipients[number] {
-            Some(reply) if refuses(reply) => fate_of(reply),
-            _ if transaction.content == Progress::Sent => Fate::InDoubt,
-            _ => Fate::Deferred(why.clone()),
-        };
-        let outcome = |transaction: Transaction| Outcome {
-            fates: (0..transaction.recipients.len()).map(|number| fate(&transaction, number)).collect(),
+        let outcome = |transaction: Transaction| match transaction.content {
+            Progress::Sent => transaction.outcome(&Fate::InDoubt),
+            Progress::NotYet | Progress::Sending => transaction.outcome(&Fate::Deferred(why.clone())),
         };
         self.transactions.drain(..).map(outcome).collect()
     }
@@ -537,7 +549,7 @@ impl Client {
             *slot = Some(reply);
             let all_refused = front.recipients.iter().all(|reply| reply.as_ref().is_some_and(refuses));
             if all_refused && self.forget_unsaid() {
-                self.line_up(Said::Rset, "RSET");
+                self.reset();
                 return self.settle(None);
             }
         }
@@ -562,7 +574,7 @@ impl Client {
                 Step::Wait
             }
             (_, somebody) => {
-                self.line_up(Said::Rset, "RSET");
+                self.reset();
                 // 2yz is no answer to DATA.
                 let odd = reply.is_positive();
                 let reply = if odd { Reply::new(451, "4.5.0", "DATA was not answered with 354") } else { reply };
@@ -580,25 +592,25 @@ impl Client {
         let Some(transaction) = self.transactions.pop_front() else {
             return Step::Wait;
         };
-        let nobody = Reply::new(451, "4.5.0", "No reply decided on this recipient");
-        let fate = |recipient: &Option<Reply>| match (&transaction.mail, recipient, last) {
-            (Some(mail), _, _) => fate_of(mail),
-            // RFC 5321 section 4.5.3.1.10: 552 to RCPT means too many, for now.
-            (None, Some(reply), _) if reply.code() == 552 => Fate::Deferred(reply.clone()),
-            (None, Some(reply), _) if refuses(reply) => fate_of(reply),
-            (None, _, Some(last)) if transaction.content == Progress::Sent && last.is_positive() => {
-                Fate::Delivered(last.clone())
-            }
-            (None, _, Some(last)) => fate_of(last),
-            (None, _, None) => Fate::Deferred(nobody.clone()),
+        let accepted = match last {
+            Some(last) if transaction.content == Progress::Sent && last.is_positive() => Fate::Delivered(last.clone()),
+            Some(last) => fate_of(last),
+            None => Fate::Deferred(Reply::new(451, "4.5.0", "No reply decided on this recipient")),
         };
-        Step::Settled(Outcome { fates: transaction.recipients.iter().map(fate).collect() })
+        Step::Settled(transaction.outcome(&accepted))
+    }
+
+    /// Nothing of the message in front may stay with the peer; who goes anyway need not say so.
+    fn reset(&mut self) {
+        if !self.closing {
+            self.line_up(Said::Rset, "RSET");
+        }
     }
 
     /// Takes back what was lined up for the message in front and not said. `true`: nothing of it is
     /// outstanding any more either.
     fn forget_unsaid(&mut self) -> bool {
-        self.to_say.clear();
+        self.to_say.retain(|(said, _)| *said == Said::Quit);
         self.outstanding.is_empty()
     }
 
@@ -609,8 +621,8 @@ impl Client {
             // RFC 6531 section 3.2.
             return Some(Reply::new(553, "5.6.7", "The next hop does not offer SMTPUTF8"));
         }
-        if message.body == Body::EightBit && !offered.eight_bit {
-            // RFC 6152 section 3.
+        if message.eight_bit && !offered.eight_bit {
+            // RFC 6152 section 3: whatever was declared.
             return Some(Reply::new(554, "5.6.3", "The next hop does not offer 8BITMIME"));
         }
         match offered.size {

@@ -9,3 +9,6 @@ pub mod command;
 pub mod content;
 pub mod reply;
 pub mod server;
+
+#[cfg(test)]
+mod tests;

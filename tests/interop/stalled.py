@@ -8,7 +8,7 @@ from harness import MIB, Provider, Server, Smtp, check, scenario, wait_until
 
 STALLED = 100
 MESSAGES = 100
-ROUNDS = 5
+ROUNDS = 7
 
 
 def drop(provider, domain, size, name="1767323045.stall.local"):
@@ -84,11 +84,11 @@ def stalled(box):
     time.sleep(1)
     with open(f"/proc/{provider.process.pid}/stat") as stat:
         ticks = sum(map(int, stat.read().rsplit(")", 1)[1].split()[11:13])) - before
-    one, other = statistics.median(alone), statistics.median(crowded)
+    one, other = min(alone), min(crowded)  # what else the machine does only ever adds
     ratio = other / one
     facts = (
         f"alone {one * 1000:.0f} ms, with {STALLED} stalled {other * 1000:.0f} ms, ratio {ratio:.2f};"
-        f" worst {max(crowded) * 1000:.0f} ms; idle CPU {ticks} %"
+        f" medians {statistics.median(alone) * 1000:.0f} and {statistics.median(crowded) * 1000:.0f} ms; idle CPU {ticks} %"
     )
     check(ratio <= 2.0 or other <= 0.5, facts)
     check(ticks <= 20, f"the stalled ones keep the processor busy: {facts}")

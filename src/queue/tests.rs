@@ -1,0 +1,491 @@
+//! What stands on disk before, between and after.
+
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::smtp::address::reverse_path;
+use crate::smtp::command::Body;
+use crate::smtp::content::Stuffer;
+use crate::smtp::reply::Reply;
+
+const CONTENT: &str = "Received: x\nSubject: y\n\n.dot\nend\n";
+
+fn domain(name: &str) -> Domain {
+    Domain::parse(name).unwrap()
+}
+
+fn org() -> Domain {
+    domain("example.org")
+}
+
+/// A spool of its own, and the Maildir of example.org in it.
+struct Spool {
+    folder: tempfile::TempDir,
+    queue: Queue,
+}
+
+impl Spool {
+    fn new() -> Spool {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = Queue::new(folder.path(), "host", Stamps::fixed(), Duration::from_secs(300));
+        Spool { folder, queue }
+    }
+
+    fn put(&self, names: &[&str]) {
+        let recipients = names.iter().map(|name| Mailbox::parse(&format!("{name}@example.org")).unwrap()).collect();
+        let from = reverse_path(b"<a@b.example>").unwrap().0;
+        let arrived = Date::from_seconds(1_767_323_045);
+        let id = "id1".to_owned();
+        let envelope = Envelope { from, recipients, id, arrived, body: Body::Unsaid, utf8: false };
+        let mut copies = self.queue.put(&[(Place::Domain(org()), envelope)], &CONTENT[..12]).unwrap();
+        copies.write(&CONTENT.as_bytes()[12..]).unwrap();
+        assert_eq!(copies.commit().unwrap().len(), 1);
+    }
+
+    fn hold(&self) -> Hold {
+        self.queue.hold(&[org()]).unwrap()
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join("domains/example.org").join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::create_dir_all(self.path(name).parent().unwrap()).unwrap();
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    /// The files of a folder, in order: name and text.
+    fn files(&self, folder: &str) -> Vec<(String, String)> {
+        let Ok(files) = fs::read_dir(self.path(folder)) else { return Vec::new() };
+        let read = |file: io::Result<fs::DirEntry>| {
+            let path = file.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            let plain = fs::symlink_metadata(&path).unwrap().is_file();
+            (name, if plain { fs::read_to_string(path).unwrap() } else { String::new() })
+        };
+        let mut files: Vec<_> = files.map(read).collect();
+        files.sort();
+        files
+    }
+}
+
+fn local_parts(batch: &Batch) -> Vec<String> {
+    batch.envelope.recipients.iter().map(|recipient| recipient.local().to_owned()).collect()
+}
+
+fn offered(hold: &mut Hold) -> Vec<String> {
+    hold.offer().map(|batch| local_parts(&batch)).unwrap_or_default()
+}
+
+fn content(batch: &mut Batch) -> String {
+    let (mut text, mut piece) = (Vec::new(), [0; 7]);
+    loop {
+        match batch.read(&mut piece).unwrap() {
+            0 => return String::from_utf8(text).unwrap(),
+            octets => text.extend_from_slice(&piece[..octets]),
+        }
+    }
+}
+
+/// `=` delivered, `~` deferred, `!` refused, `?` in doubt, `+` one recipient too many.
+fn outcome(fates: &str) -> Outcome {
+    let fate = |letter| match letter {
+        '=' => Fate::Delivered(Reply::new(250, "2.0.0", "OK")),
+        '~' => Fate::Deferred(Reply::new(450, "4.2.1", "later")),
+        '+' => Fate::Deferred(Reply::new(452, "4.5.3", "too many")),
+        '!' => Fate::Refused(Reply::new(550, "5.1.1", "unknown")),
+        '?' => Fate::InDoubt,
+        other => panic!("{other}"),
+    };
+    Outcome { fates: fates.chars().map(fate).collect() }
+}
+
+fn settle(hold: &mut Hold, fates: &str) {
+    let batch = hold.offer().expect("a message");
+    assert_eq!(batch.envelope.recipients.len(), fates.len());
+    batch.settle(&outcome(fates), hold).unwrap();
+}
+
+#[test]
+fn what_is_put_is_offered_as_it_was() {
+    let spool = Spool::new();
+    spool.put(&["eva", "bob"]);
+    let mut hold = spool.hold();
+    assert!(!hold.is_empty().unwrap());
+    assert_eq!(hold.domains().map(Domain::as_str).collect::<Vec<_>>(), ["example.org"]);
+    let mut batch = hold.offer().unwrap();
+    assert_eq!(batch.envelope.from.to_string(), "a@b.example");
+    assert_eq!((local_parts(&batch), batch.envelope.id.as_str()), (vec!["eva".to_owned(), "bob".to_owned()], "id1"));
+    assert_eq!(content(&mut batch), CONTENT);
+    batch.rewind().unwrap();
+    assert_eq!(content(&mut batch), CONTENT);
+    assert_eq!(batch.size, CONTENT.replace('\n', "\r\n").len() as u64);
+    assert!(hold.offer().is_none(), "each once");
+    drop(batch);
+    drop(hold);
+    assert_eq!(offered(&mut spool.hold()), ["eva", "bob"], "who settles nothing removes nothing");
+}
+
+#[test]
+fn every_mix_of_fates_leaves_on_disk_what_it_must() {
+    let names = ["eva", "bob", "zoe"];
+    for total in 1..=3u32 {
+        for number in 0..4usize.pow(total) {
+            let fates: String = (0..total).map(|place| ['=', '~', '!', '?'][number / 4usize.pow(place) % 4]).collect();
+            let spool = Spool::new();
+            spool.put(&names[..total as usize]);
+            let mut hold = spool.hold();
+            settle(&mut hold, &fates);
+            assert!(hold.offer().is_none(), "{fates}: not again in this session");
+            let with = |wanted: &str| -> Vec<&str> {
+                fates.chars().zip(names).filter(|(fate, _)| wanted.contains(*fate)).map(|(_, name)| name).collect()
+            };
+            let text = |names: &[&str], marks: &str| {
+                let to: String = names.iter().map(|name| format!("Delivered-To: {name}@example.org\n")).collect();
+                let ours = "X-ODMR-Envelope: id=id1; arrived=2026-01-02T03:04:05Z\n";
+                format!("Return-Path: <a@b.example>\n{to}{ours}{marks}{CONTENT}")
+            };
+            let (left, refused, doubt) = (with("~?"), with("!"), fates.contains('?'));
+            let marks: String = refused
+                .iter()
+                .map(|name| format!("X-ODMR-Refused: <{name}@example.org> 550 5.1.1 unknown\n"))
+                .collect();
+            let file = |names: &[&str], marks: &str, info: &str| {
+                let text = text(names, marks);
+                let wire = text.len() + text.matches('\n').count();
+                let name = format!("1767323045.1.host,S={},W={wire}{info}", text.len());
+                if names.is_empty() { vec![] } else { vec![(name, text)] }
+            };
+            let (new, cur) = if doubt { (vec![], file(&left, "", ":2,F")) } else { (file(&left, "", ""), vec![]) };
+            assert_eq!(spool.files("new"), new, "{fates}");
+            assert_eq!(spool.files("cur"), cur, "{fates}");
+            assert_eq!(spool.files(".refused/new"), file(&refused, &marks, ""), "{fates}");
+            assert!(spool.files("tmp").is_empty() && spool.files(".refused/tmp").is_empty(), "{fates}");
+            drop(hold);
+            let mut hold = spool.hold();
+            assert_eq!(hold.is_empty().unwrap(), left.is_empty());
+            assert_eq!(offered(&mut hold), left, "{fates}: the next session");
+        }
+    }
+}
+
+#[test]
+fn one_recipient_too_many_goes_at_once_but_not_for_ever() {
+    let spool = Spool::new();
+    spool.put(&["eva", "bob", "zoe"]);
+    let mut hold = spool.hold();
+    settle(&mut hold, "=++");
+    assert_eq!(spool.files("new").len(), 1);
+    let batch = hold.offer().expect("the rest");
+    assert_eq!(local_parts(&batch), ["bob", "zoe"]);
+    batch.settle(&outcome("++"), &mut hold).unwrap();
+    assert!(hold.offer().is_none(), "nobody was taken, so the disk is full or the peer jokes");
+}
+
+#[test]
+fn mail_that_arrives_meanwhile_is_offered_too() {
+    let spool = Spool::new();
+    let mut hold = spool.hold();
+    assert!(hold.is_empty().unwrap() && hold.offer().is_none());
+    for name in ["one", "two", "three"] {
+        spool.put(&[name]);
+        assert_eq!(offered(&mut hold), [name]);
+        assert!(hold.offer().is_none());
+    }
+}
+
+#[test]
+fn the_oldest_comes_first_and_domains_take_turns() {
+    let spool = Spool::new();
+    for name in ["300.a", "100.b", "200.c"] {
+        for place in ["example.org", "example.com"] {
+            let text = format!("Delivered-To: {}@{place}\n\n", &name[4..]);
+            let path = spool.folder.path().join("domains").join(place).join("new");
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join(format!("{name}.{place}")), text).unwrap();
+        }
+    }
+    let mut hold = spool.queue.hold(&[org(), domain("example.com")]).unwrap();
+    let mut seen: HashMap<String, Vec<String>> = HashMap::new();
+    while let Some(batch) = hold.offer() {
+        let recipient = &batch.envelope.recipients[0];
+        seen.entry(recipient.domain().unwrap().to_string()).or_default().push(recipient.local().to_owned());
+    }
+    assert_eq!(seen.len(), 2);
+    assert!(seen.values().all(|names| names == &["b", "c", "a"]), "{seen:?}");
+}
+
+#[test]
+fn those_who_are_refused_one_after_the_other_are_all_kept() {
+    let spool = Spool::new();
+    spool.put(&["eva", "bob", "zoe"]);
+    // Names and replies of one length, so file names of one size.
+    for fates in ["!~~", "!~", "!"] {
+        settle(&mut spool.hold(), fates);
+    }
+    assert!(spool.hold().is_empty().unwrap());
+    let kept: Vec<_> = spool.files(".refused/new").into_iter().map(|(_, text)| text).collect();
+    assert_eq!(kept.len(), 3);
+    for name in ["eva", "bob", "zoe"] {
+        let mark = format!("X-ODMR-Refused: <{name}@example.org> 550");
+        assert_eq!(kept.iter().filter(|text| text.contains(&mark)).count(), 1, "{name}");
+    }
+}
+
+/// Killed between the copy in `.refused` and the end: the refusal may come twice, but it comes to an end.
+#[test]
+fn a_refusal_that_was_interrupted_is_finished() {
+    let spool = Spool::new();
+    spool.put(&["eva", "bob"]);
+    let before = spool.files("new");
+    settle(&mut spool.hold(), "!~");
+    fs::remove_file(spool.path("new").join(&spool.files("new")[0].0)).unwrap();
+    spool.write(&format!("new/{}", before[0].0), &before[0].1);
+    settle(&mut spool.hold(), "!=");
+    assert!(spool.hold().is_empty().unwrap());
+    assert!(!spool.files(".refused/new").is_empty());
+}
+
+/// Killed while it wrote the rest: what it left in `tmp` is in nobody's way.
+#[test]
+fn a_rewrite_that_was_interrupted_hinders_no_later_one() {
+    let spool = Spool::new();
+    spool.put(&["eva", "bob"]);
+    fs::create_dir_all(spool.path(".refused/new")).unwrap();
+    for folder in ["tmp", ".refused/tmp"] {
+        spool.write(&format!("{folder}/1767323045.1.host"), "half a mess");
+    }
+    settle(&mut spool.hold(), "!~");
+    settle(&mut spool.hold(), "=");
+    assert!(spool.hold().is_empty().unwrap());
+    assert_eq!(spool.files(".refused/new").len(), 1);
+    assert!(spool.files("tmp").is_empty());
+}
+
+#[test]
+fn the_double_after_a_crash_is_healed() {
+    let foreign = "Return-Path: <a@b.example>\nDelivered-To: eva@example.org\nDelivered-To: bob@example.org\n\nx\n";
+    let files = [
+        (None, foreign),
+        // Written by another agent: without sizes, with sizes, seen.
+        (Some("new/100.M1.mx"), foreign),
+        (Some("new/100.M1.mx,S=96,W=101"), foreign),
+        (Some("cur/100.M1.mx,S=96:2,S"), foreign),
+    ];
+    for (name, text) in files {
+        for fates in ["=~", "=?"] {
+            let spool = Spool::new();
+            match name {
+                Some(name) => spool.write(name, text),
+                None => spool.put(&["eva", "bob"]),
+            }
+            let folder = name.map_or("new", |name| &name[..3]);
+            let before = spool.files(folder);
+            settle(&mut spool.hold(), fates);
+            // As if it had been killed before it removed the original.
+            spool.write(&format!("{folder}/{}", before[0].0), &before[0].1);
+            assert_eq!(spool.files("new").len() + spool.files("cur").len(), 2);
+            let mut hold = spool.hold();
+            assert_eq!(offered(&mut hold), ["bob"], "{name:?} {fates}: eva has it already");
+            assert!(hold.offer().is_none());
+            assert_eq!(spool.files("new").len() + spool.files("cur").len(), 1);
+        }
+    }
+}
+
+/// Names alike are no proof: only what was certainly superseded is removed.
+#[test]
+fn two_letters_of_one_name_are_both_kept() {
+    let spool = Spool::new();
+    spool.write("new/100,A", "Delivered-To: eva@example.org\n\na\n");
+    spool.write("new/100,B", "Delivered-To: bob@example.org\n\nb longer\n");
+    spool.write("new/100,C", "no recipient\n");
+    settle(&mut spool.hold(), "=");
+    settle(&mut spool.hold(), "=");
+    assert_eq!(spool.files("new").len(), 1);
+}
+
+#[test]
+fn files_of_other_agents_and_other_things() {
+    let spool = Spool::new();
+    let postfix = "Return-Path: <>\nX-Original-To: l@example.org\nDelivered-To: eva@example.org\nReceived: by mx\n\nx";
+    let exim = "Return-path: <a@b.example>\nEnvelope-to: eva@example.org,bob@example.org\nDelivery-date: now\n\n.y\r\n";
+    spool.write("new/1.postfix", postfix);
+    spool.write("cur/2.exim:2,S", exim);
+    spool.write("new/3.nobody", "Subject: hello\n\n");
+    spool.write("new/4.other", "Delivered-To: eva@example.net\n\n");
+    spool.write("new/5.endless", &"Delivered-To: eva@example.net\n".repeat(100_000));
+    spool.write("new/6.empty", "");
+    spool.write("new/.hidden", postfix);
+    spool.write("elsewhere", postfix);
+    fs::create_dir(spool.path("new/7.folder")).unwrap();
+    std::os::unix::fs::symlink(spool.path("elsewhere"), spool.path("new/8.link")).unwrap();
+    rustix::fs::mkfifoat(rustix::fs::CWD, spool.path("new/9.pipe"), rustix::fs::Mode::RUSR).unwrap();
+    std::os::unix::fs::symlink("nowhere", spool.path("new/91.dangling")).unwrap();
+    let mut hold = spool.hold();
+    for (recipients, text) in [(vec!["eva"], "Received: by mx\n\nx"), (vec!["eva", "bob"], "\n.y\r\n")] {
+        let mut batch = hold.offer().unwrap();
+        assert_eq!(local_parts(&batch), recipients);
+        assert_eq!(content(&mut batch), text);
+        let (mut stuffer, mut wire) = (Stuffer::new(), Vec::new());
+        stuffer.feed(text.as_bytes(), &mut wire);
+        stuffer.finish(&mut wire);
+        let dots = text.matches("\n.").count();
+        assert_eq!(batch.size as usize, wire.len() - 3 - dots, "measured, not read from a name");
+        batch.settle(&outcome(&"=".repeat(recipients.len())), &mut hold).unwrap();
+    }
+    assert!(hold.offer().is_none(), "nothing else is mail");
+    assert_eq!(spool.files("new").len(), 9, "and nothing else is touched");
+    assert!(spool.files("cur").is_empty());
+}
+
+#[test]
+fn a_name_of_another_agent_is_not_believed() {
+    let spool = Spool::new();
+    spool.write("new/1,S=3,W=3", "Delivered-To: eva@example.org\nSubject: x\n\nlonger\n");
+    assert_eq!(spool.hold().offer().unwrap().size, "Subject: x\r\n\r\nlonger\r\n".len() as u64);
+}
+
+#[test]
+fn one_session_at_a_time_has_a_domain() {
+    let spool = Spool::new();
+    spool.put(&["eva"]);
+    let hold = spool.hold();
+    // flock belongs to the open file, so a second handle here is what a second process is.
+    let other = Queue::new(spool.folder.path(), "host", Stamps::fixed(), Duration::from_secs(300));
+    for queue in [&spool.queue, &other] {
+        match queue.hold(&[domain("example.com"), org()]) {
+            Err(NoHold::Busy(domain)) => assert_eq!(domain, org()),
+            _ => panic!("two hold one domain"),
+        }
+    }
+    assert!(!hold.wanted(), "a holder at work is left alone");
+    // All or none: example.com is free again.
+    drop(spool.queue.hold(&[domain("example.com")]).unwrap());
+    drop(hold);
+    assert_eq!(offered(&mut other.hold(&[org()]).unwrap()), ["eva"]);
+}
+
+fn lock_since(spool: &Spool, ago: Duration) {
+    let lock = File::options().write(true).open(spool.path("odmr.lock")).unwrap();
+    lock.set_modified(SystemTime::now() - ago).unwrap();
+}
+
+#[test]
+fn a_holder_without_progress_gives_way() {
+    let spool = Spool::new();
+    spool.put(&["eva"]);
+    let hold = spool.hold();
+    lock_since(&spool, Duration::from_secs(299));
+    assert!(matches!(spool.queue.hold(&[org()]), Err(NoHold::Busy(_))));
+    lock_since(&spool, Duration::from_secs(301));
+    hold.progress();
+    assert!(matches!(spool.queue.hold(&[org()]), Err(NoHold::Busy(_))));
+    lock_since(&spool, Duration::from_secs(301));
+    std::thread::scope(|scope| {
+        let taker = scope.spawn(|| spool.queue.hold(&[org()]));
+        while !hold.wanted() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(hold);
+        let mut hold = taker.join().unwrap().expect("the domain");
+        assert!(!hold.wanted());
+        assert_eq!(offered(&mut hold), ["eva"]);
+        // The new holder is at work.
+        assert!(matches!(spool.queue.hold(&[org()]), Err(NoHold::Busy(_))));
+    });
+}
+
+#[test]
+fn a_holder_that_does_not_give_way_keeps_it() {
+    let spool = Spool::new();
+    let _hold = spool.hold();
+    lock_since(&spool, Duration::from_secs(301));
+    let begun = Instant::now();
+    assert!(matches!(spool.queue.hold(&[org()]), Err(NoHold::Busy(_))));
+    assert!(begun.elapsed() >= GIVE_WAY);
+}
+
+#[test]
+fn what_cannot_be_locked_says_why() {
+    let spool = Spool::new();
+    fs::create_dir_all(spool.path("odmr.lock")).unwrap();
+    match spool.queue.hold(&[org()]) {
+        Err(NoHold::Failed(error)) => assert!(error.to_string().contains("odmr.lock"), "{error}"),
+        _ => panic!("a folder was locked"),
+    }
+}
+
+/// `new` is a file: nothing can be put, and nothing is lost of what cannot be settled.
+#[test]
+fn a_disk_that_refuses_loses_nothing() {
+    let spool = Spool::new();
+    spool.put(&["eva", "bob"]);
+    let before = spool.files("new");
+    spool.write(".refused", "a file where a folder should be");
+    let mut hold = spool.hold();
+    let batch = hold.offer().unwrap();
+    assert!(batch.settle(&outcome("!="), &mut hold).is_err());
+    assert_eq!(spool.files("new"), before);
+    drop(hold);
+    fs::remove_file(spool.path(".refused")).unwrap();
+    settle(&mut spool.hold(), "!=");
+    assert!(spool.hold().is_empty().unwrap());
+    assert_eq!(spool.files(".refused/new").len(), 1);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// Whatever becomes of it, in whatever order: each recipient is delivered once or refused once.
+    #[test]
+    fn no_recipient_is_lost_or_doubled(
+        messages in proptest::collection::vec(1usize..=3, 1..5),
+        mut dice in proptest::collection::vec(0usize..6, 0..60),
+        foreign: bool,
+    ) {
+        let spool = Spool::new();
+        let mut expected = Vec::new();
+        for (number, recipients) in messages.iter().enumerate() {
+            let names: Vec<_> = (0..*recipients).map(|recipient| format!("m{number}r{recipient}")).collect();
+            if foreign && number % 2 == 0 {
+                let to: String = names.iter().map(|name| format!("Delivered-To: {name}@example.org\n")).collect();
+                spool.write(&format!("new/{number}.mx"), &format!("{to}\n{CONTENT}"));
+            } else {
+                spool.put(&names.iter().map(String::as_str).collect::<Vec<_>>());
+            }
+            expected.extend(names);
+        }
+        let mut delivered = Vec::new();
+        for turn in 0.. {
+            prop_assert!(turn < 200, "it comes to an end");
+            let mut hold = spool.hold();
+            if hold.is_empty().unwrap() {
+                break;
+            }
+            while let Some(batch) = hold.offer() {
+                let names = local_parts(&batch);
+                let mut fates = String::new();
+                for name in names {
+                    let fate = dice.pop().map_or('=', |number| ['=', '~', '!', '?', '+', '~'][number]);
+                    fates.push(fate);
+                    if fate == '=' {
+                        delivered.push(name);
+                    }
+                }
+                batch.settle(&outcome(&fates), &mut hold).unwrap();
+            }
+        }
+        let refused = spool.files(".refused/new").into_iter().flat_map(|(_, text)| {
+            let names = text.lines().filter_map(|line| line.strip_prefix("X-ODMR-Refused: <"));
+            names.map(|rest| rest.split('@').next().unwrap().to_owned()).collect::<Vec<_>>()
+        });
+        let mut all: Vec<_> = delivered.into_iter().chain(refused).collect();
+        all.sort();
+        prop_assert_eq!(all, expected);
+        prop_assert!(spool.files("tmp").is_empty() && spool.files(".refused/tmp").is_empty());
+    }
+}

@@ -1,0 +1,1142 @@
+//! Both machines, first alone and in tables, then joined by a fake wire of two byte vectors.
+
+use std::collections::VecDeque;
+
+use proptest::prelude::*;
+
+use super::address::{Domain, ForwardPath, Mailbox, reverse_path};
+use super::client::{Client, Fate, Halt, Message, Outcome, Plan, Step};
+use super::command::{Body, MailFrom};
+use super::content::{Stuffer, Unstuffer};
+use super::reply::{Reply, ReplyReader};
+use super::server::{Host, Profile, Role, Server, Step as Served};
+use crate::sasl::{Mechanism, Secrets, Unavailable};
+use crate::stamp::Stamps;
+
+fn mailbox(text: &str) -> Mailbox {
+    Mailbox::parse(text).unwrap()
+}
+
+fn message(recipients: usize) -> Message {
+    let recipients = (0..recipients).map(|number| mailbox(&format!("r{number}@example.org"))).collect();
+    let from = reverse_path(b"<a@b.example>").unwrap().0;
+    Message { from, recipients, size: 3, body: Body::Unsaid, eight_bit: false, utf8: false }
+}
+
+fn profile(role: Role) -> Profile {
+    Profile {
+        role,
+        hostname: "relay.example.net".to_owned(),
+        max_size: 1000,
+        max_recipients: 100,
+        max_errors: 20,
+        max_auth_failures: 3,
+        starttls: false,
+        require_tls: false,
+        mechanisms: Mechanism::ALL.to_vec(),
+        stamps: Stamps::fixed(),
+    }
+}
+
+fn plan() -> Plan {
+    Plan { name: "me.example".to_owned(), ..Plan::default() }
+}
+
+fn with_credentials(tls: bool) -> Plan {
+    Plan { tls, atrn: true, credentials: Some(("acme".to_owned(), b"right".to_vec())), ..plan() }
+}
+
+// ---- the client alone ----
+
+/// A client whose peer is a script.
+struct Alone {
+    client: Client,
+    reader: ReplyReader,
+    out: Vec<u8>,
+}
+
+impl Alone {
+    fn new(plan: Plan) -> Alone {
+        Alone { client: Client::new(plan), reader: ReplyReader::default(), out: Vec::new() }
+    }
+
+    /// A reply, its lines separated by `/`: what it led to, and what was said.
+    fn hear(&mut self, reply: &str) -> (String, String) {
+        let mut whole = None;
+        for line in reply.split('/') {
+            assert!(whole.is_none(), "{reply}");
+            whole = self.reader.line(line.as_bytes()).unwrap();
+        }
+        let step = match self.client.reply(whole.unwrap(), &mut self.out) {
+            Ok(Step::StartTls) => self.client.secured(&mut self.out),
+            Ok(step) => step,
+            Err(broken) => return (format!("{broken:?}"), String::new()),
+        };
+        let step = match step {
+            Step::Settled(outcome) => format!("Settled {}", fates(&outcome)),
+            Step::Halt(Halt::Refused { what, reply }) => format!("Refused {what} {}", reply.code()),
+            other => format!("{other:?}"),
+        };
+        (step, self.said())
+    }
+
+    fn said(&mut self) -> String {
+        let text = String::from_utf8(std::mem::take(&mut self.out)).unwrap();
+        text.replace("\r\n", "/").trim_end_matches('/').to_owned()
+    }
+
+    fn send(&mut self, recipients: usize) -> String {
+        self.client.send(message(recipients), &mut self.out).unwrap();
+        self.said()
+    }
+}
+
+/// `=250` delivered, `~451` deferred, `!550` refused, `?` in doubt.
+fn fates(outcome: &Outcome) -> String {
+    let word = |fate: &Fate| match fate {
+        Fate::Delivered(reply) => format!("={}", reply.code()),
+        Fate::Deferred(reply) => format!("~{}", reply.code()),
+        Fate::Refused(reply) => format!("!{}", reply.code()),
+        Fate::InDoubt => "?".to_owned(),
+    };
+    outcome.fates.iter().map(word).collect::<Vec<_>>().join(" ")
+}
+
+/// Hears replies to get there, then one more: the step and what is said.
+fn check(plan: Plan, path: &[&str], reply: &str, step: &str, said: &str) {
+    let mut alone = Alone::new(plan);
+    for &before in path {
+        match before.split_once(' ') {
+            Some(("send", recipients)) => drop(alone.send(recipients.parse().unwrap())),
+            Some(("content", _)) => alone.client.content_sent(&mut alone.out),
+            Some(("atrn", _)) => alone.client.atrn(&[Domain::parse("example.org").unwrap()], &mut alone.out),
+            Some(("quit", _)) => alone.client.quit(&mut alone.out),
+            _ => drop(alone.hear(before)),
+        }
+        alone.said();
+    }
+    let got = alone.hear(reply);
+    assert_eq!((got.0.as_str(), got.1.as_str()), (step, said), "{path:?} {reply}");
+}
+
+#[test]
+fn greetings_and_hellos() {
+    let check = |path: &[&str], reply: &str, step: &str, said: &str| check(plan(), path, reply, step, said);
+    let up = "220 x";
+    check(&[], "220 x", "Wait", "EHLO me.example");
+    check(&[], "220-x/220-y/220 z", "Wait", "EHLO me.example");
+    check(&[], "220", "Wait", "EHLO me.example");
+    check(&[], "259 odd", "Wait", "EHLO me.example");
+    check(&[], "354 x", "Refused the greeting 354", "QUIT");
+    check(&[], "459 x", "Refused the greeting 459", "QUIT");
+    check(&[], "554 x", "Refused the greeting 554", "QUIT");
+    check(&[], "421 x", "Refused the greeting 421", "");
+    check(&[up], "250 x", "Ready", "");
+    check(&[up], "259 x", "Ready", "");
+    check(&[up], "250-x/250-PIPELINING/250 UNKNOWN thing", "Ready", "");
+    check(&[up], "500 x", "Wait", "HELO me.example");
+    check(&[up], "599 x", "Wait", "HELO me.example");
+    check(&[up], "451 x", "Refused EHLO 451", "QUIT");
+    check(&[up], "354 x", "Refused EHLO 354", "QUIT");
+    check(&[up], "421 x", "Refused EHLO 421", "");
+    check(&[up, "502 x"], "250 x", "Ready", "");
+    check(&[up, "502 x"], "550 x", "Refused HELO 550", "QUIT");
+    check(&[up, "502 x"], "421 x", "Refused HELO 421", "");
+    check(&[up, "502 x", "550 x"], "221 bye", "Closed", "");
+    check(&[up, "502 x", "550 x"], "500 what?", "Closed", "");
+    check(&[up, "250 x", "quit "], "221 bye", "Closed", "");
+    check(&[up, "250 x"], "421 shutting down", "Refused the session 421", "");
+    let nobody = "Broken(\"a reply came that nobody asked for\")";
+    check(&[up, "250 x"], "250 x", nobody, "");
+    check(&[up, "250 x"], "550 x", nobody, "");
+}
+
+#[test]
+fn starttls_comes_before_all_else_and_forgets_what_was_learned() {
+    let starttls = || Plan { starttls: true, ..with_credentials(false) };
+    let offers = "250-x/250-STARTTLS/250-AUTH CRAM-MD5/250 ATRN";
+    check(starttls(), &["220 x"], offers, "Wait", "STARTTLS");
+    check(starttls(), &["220 x"], "250-x/250-AUTH CRAM-MD5/250 ATRN", "Halt(NoStartTls)", "QUIT");
+    // Who has to have TLS does not fall back to HELO.
+    check(starttls(), &["220 x"], "500 x", "Refused EHLO 500", "QUIT");
+    check(starttls(), &["220 x", offers], "220 go", "Wait", "EHLO me.example");
+    check(starttls(), &["220 x", offers], "454 x", "Refused STARTTLS 454", "QUIT");
+    check(starttls(), &["220 x", offers], "501 x", "Refused STARTTLS 501", "QUIT");
+    check(starttls(), &["220 x", offers], "421 x", "Refused STARTTLS 421", "");
+    check(starttls(), &["220 x", offers, "220 go"], offers, "Wait", "AUTH CRAM-MD5");
+    // What was offered in clear does not count.
+    check(starttls(), &["220 x", offers, "220 go"], "250 x", "Halt(NoAtrn)", "QUIT");
+    check(starttls(), &["220 x", offers, "220 go"], "250-x/250 ATRN", "Halt(NoMechanism)", "QUIT");
+}
+
+#[test]
+fn auth_and_atrn_as_the_client_hears_them() {
+    let offers = "250-x/250-AUTH CRAM-MD5 PLAIN/250 ATRN";
+    let check = |path: &[&str], reply: &str, step: &str, said: &str| {
+        let path = [&["220 x", offers], path].concat();
+        check(with_credentials(true), &path, reply, step, said);
+    };
+    let plain = format!("AUTH PLAIN {}", data_encoding::BASE64.encode(b"\0acme\0right"));
+    let challenge = "334 PDEuMkBoPg==";
+    check(&[], challenge, "Wait", "YWNtZSA2NzZkMGI4NmI4ZmVkZWI4OGFmZWMzOWM3NTg4NThjNQ==");
+    check(&[], "334 not base64", "Wait", "*");
+    check(&["334 not base64"], "501 cancelled", "Wait", &plain);
+    check(&["334 not base64"], "235 come in", "Halt(Unproven)", "QUIT");
+    // Success before the challenge proves nothing.
+    check(&[], "235 come in", "Halt(Unproven)", "QUIT");
+    check(&[], "504 x", "Wait", &plain);
+    check(&[], "534 x", "Wait", &plain);
+    check(&[], "538 x", "Wait", &plain);
+    check(&["504 x"], "504 x", "Refused AUTH 504", "QUIT");
+    check(&[], "535 x", "Refused AUTH 535", "QUIT");
+    check(&[], "454 x", "Refused AUTH 454", "QUIT");
+    check(&[], "421 x", "Refused AUTH 421", "");
+    check(&[challenge], "235 2.7.0 x", "Ready", "");
+    check(&[challenge], "299 x", "Ready", "");
+    check(&[challenge], challenge, "Wait", "*");
+    check(&[challenge], "535 5.7.8 x", "Refused AUTH 535", "QUIT");
+    check(&["504 x"], "235 x", "Ready", "");
+    let inside = |rest: &[&'static str]| [&[challenge, "235 x"], rest].concat();
+    check(&inside(&["atrn "]), "250 x", "Turned", "");
+    check(&inside(&["atrn "]), "259 x", "Turned", "");
+    check(&inside(&["atrn "]), "450 x", "Refused ATRN 450", "");
+    check(&inside(&["atrn "]), "453 x", "Refused ATRN 453", "");
+    check(&inside(&["atrn "]), "530 x", "Refused ATRN 530", "");
+    check(&inside(&["atrn "]), "421 x", "Refused ATRN 421", "");
+    // After a refusal one may ask again, or go.
+    check(&inside(&["atrn ", "450 x", "atrn "]), "250 x", "Turned", "");
+    check(&inside(&["atrn ", "450 x", "quit "]), "221 x", "Closed", "");
+}
+
+#[test]
+fn no_secret_goes_out_in_clear_or_to_one_who_is_no_provider() {
+    let check = |tls, offers: &str, step: &str, said: &str| {
+        check(with_credentials(tls), &["220 x"], offers, step, said);
+    };
+    check(false, "250-x/250-AUTH PLAIN/250 ATRN", "Halt(NoMechanism)", "QUIT");
+    check(false, "250-x/250-AUTH PLAIN CRAM-MD5/250 ATRN", "Wait", "AUTH CRAM-MD5");
+    check(true, "250-x/250 AUTH PLAIN CRAM-MD5", "Halt(NoAtrn)", "QUIT");
+    check(true, "250-x/250-AUTH LOGIN/250 ATRN", "Halt(NoMechanism)", "QUIT");
+    check(true, "500 x", "Refused EHLO 500", "QUIT");
+}
+
+#[test]
+fn an_initial_response_that_is_too_long_waits_for_the_challenge() {
+    let plan = Plan { credentials: Some(("acme".to_owned(), vec![b'x'; 600])), ..with_credentials(true) };
+    let mut alone = Alone::new(plan);
+    assert_eq!(alone.hear("220 x").1, "EHLO me.example");
+    assert_eq!(alone.hear("250-x/250-AUTH PLAIN/250 ATRN").1, "AUTH PLAIN");
+    let response = alone.hear("334 ").1;
+    assert_eq!(data_encoding::BASE64.decode(response.as_bytes()).unwrap().len(), 606);
+}
+
+#[test]
+fn one_command_at_a_time_without_pipelining() {
+    let check = |path: &[&str], reply: &str, step: &str, said: &str| {
+        let path = [&["220 x", "250 x", "send 2"], path].concat();
+        check(plan(), &path, reply, step, said);
+    };
+    check(&[], "250 x", "Wait", "RCPT TO:<r0@example.org>");
+    check(&[], "259 x", "Wait", "RCPT TO:<r0@example.org>");
+    check(&[], "250-x/250-y/250 z", "Wait", "RCPT TO:<r0@example.org>");
+    check(&[], "354 x", "Settled ~354 ~354", "");
+    check(&[], "459 x", "Settled ~459 ~459", "");
+    check(&[], "550 x", "Settled !550 !550", "");
+    check(&[], "599 x", "Settled !599 !599", "");
+    check(&[], "421 x", "Settled ~421 ~421", "");
+    let mail = "250 x";
+    check(&[mail], "250 x", "Wait", "RCPT TO:<r1@example.org>");
+    check(&[mail], "550 x", "Wait", "RCPT TO:<r1@example.org>");
+    check(&[mail, "550 x"], "251 x", "Wait", "DATA");
+    check(&[mail, "251 x"], "550 x", "Wait", "DATA");
+    check(&[mail, "550 x"], "450 x", "Settled !550 ~450", "RSET");
+    check(&[mail, "552 x"], "552 x", "Settled ~552 ~552", "RSET");
+    check(&[mail, "354 x"], "599 x", "Settled ~354 !599", "RSET");
+    check(&[mail, "550 x"], "421 x", "Settled !550 ~421", "");
+    check(&[mail, "550 x", "450 x"], "250 reset", "Wait", "");
+    check(&[mail, "550 x", "450 x"], "500 what?", "Wait", "");
+    check(&[mail, "550 x", "450 x", "250 reset", "send 1"], "250 x", "Wait", "RCPT TO:<r0@example.org>");
+    let data = [mail, "250 x", "550 x"];
+    let at = |rest: &[&'static str]| [&data, rest].concat();
+    check(&data, "354 x", "Content", "");
+    check(&data, "399 x", "Content", "");
+    check(&data, "250 x", "Settled ~451 !550", "RSET");
+    check(&data, "451 x", "Settled ~451 !550", "RSET");
+    check(&data, "554 x", "Settled !554 !550", "RSET");
+    check(&data, "421 x", "Settled ~421 !550", "");
+    check(&at(&["354 x", "content "]), "250 x", "Settled =250 !550", "");
+    check(&at(&["354 x", "content "]), "259-x/259 y", "Settled =259 !550", "");
+    check(&at(&["354 x", "content "]), "354 x", "Settled ~354 !550", "");
+    check(&at(&["354 x", "content "]), "459 x", "Settled ~459 !550", "");
+    check(&at(&["354 x", "content "]), "552 x", "Settled !552 !550", "");
+    check(&at(&["354 x", "content "]), "421 x", "Settled ~421 !550", "");
+    // Nothing was asked for while content is on its way.
+    check(&at(&["354 x"]), "452 x", "Broken(\"a reply came that nobody asked for\")", "");
+    check(&at(&["354 x"]), "421 x", "Refused the session 421", "");
+}
+
+#[test]
+fn a_group_at_a_time_with_pipelining() {
+    let offers = "250-x/250-PIPELINING/250-SIZE 100/250 8BITMIME";
+    let mut alone = Alone::new(plan());
+    alone.hear("220 x");
+    alone.hear(offers);
+    alone.said();
+    let group = "MAIL FROM:<a@b.example> SIZE=3 BODY=8BITMIME/RCPT TO:<r0@example.org>/RCPT TO:<r1@example.org>/DATA";
+    assert_eq!(alone.send(2), group);
+    assert!(!alone.client.wants_message(), "DATA ends a group");
+    let check = |path: &[&str], reply: &str, step: &str, said: &str| {
+        let path = [&["220 x", offers, "send 2"], path].concat();
+        check(plan(), &path, reply, step, said);
+    };
+    let refused = ["250 x", "550 x", "450 x"];
+    let after = |rest: &[&'static str]| [&refused, rest].concat();
+    // RFC 2920 section 3.1: 354 though nobody was accepted, so an empty message.
+    check(&refused, "354 x", "Wait", ".");
+    check(&after(&["354 x"]), "250 x", "Settled !550 ~450", "");
+    check(&after(&["354 x"]), "554 x", "Settled !550 ~450", "");
+    check(&after(&["354 x"]), "421 x", "Settled !550 ~450", "");
+    check(&refused, "554 x", "Settled !550 ~450", "RSET");
+    check(&refused, "421 x", "Settled !550 ~450", "");
+    // MAIL refused: what RCPT says then is of no interest.
+    check(&["451 x", "503 x", "503 x"], "503 x", "Settled ~451 ~451", "RSET");
+    check(&["550 x", "503 x", "503 x"], "503 x", "Settled !550 !550", "RSET");
+    check(&["451 x", "250 x", "250 x"], "354 x", "Wait", ".");
+    check(&["451 x", "250 x", "250 x", "354 x"], "250 x", "Settled ~451 ~451", "");
+}
+
+#[test]
+fn the_next_group_goes_out_behind_the_final_dot() {
+    let mut alone = Alone::new(plan());
+    alone.hear("220 x");
+    alone.hear("250-x/250 PIPELINING");
+    alone.send(1);
+    for reply in ["250 x", "250 x", "354 x"] {
+        alone.hear(reply);
+        assert!(!alone.client.wants_message());
+    }
+    alone.client.content_sent(&mut alone.out);
+    assert!(alone.client.wants_message());
+    alone.said();
+    assert_eq!(alone.send(1), "MAIL FROM:<a@b.example>/RCPT TO:<r0@example.org>/DATA");
+    assert!(!alone.client.wants_message(), "two are enough");
+    assert_eq!(alone.hear("250 x").0, "Settled =250");
+    assert_eq!(alone.hear("250 x").0, "Wait");
+    // QUIT waits until all is answered, and what is taken back of a message does not take it along.
+    let mut alone = Alone::new(plan());
+    alone.hear("220 x");
+    alone.hear("250 x");
+    alone.said();
+    alone.send(1);
+    alone.client.quit(&mut alone.out);
+    assert_eq!(alone.said(), "");
+    assert_eq!(alone.hear("550 x"), ("Settled !550".to_owned(), "QUIT".to_owned()));
+}
+
+#[test]
+fn what_the_peer_cannot_take_is_not_said() {
+    let unfit = |offers: &str, change: fn(&mut Message)| {
+        let mut alone = Alone::new(plan());
+        alone.hear("220 x");
+        alone.hear(offers);
+        alone.said();
+        let mut message = message(2);
+        change(&mut message);
+        let outcome = alone.client.send(message, &mut alone.out).err();
+        assert_eq!(outcome.is_some(), alone.out.is_empty());
+        (outcome.map(|outcome| fates(&outcome)).unwrap_or_default(), alone.said())
+    };
+    assert_eq!(unfit("250 x", |message| message.utf8 = true).0, "!553 !553");
+    assert_eq!(unfit("250 x", |message| message.recipients[1] = mailbox("é@example.org")).0, "!553 !553");
+    assert_eq!(unfit("250 x", |message| message.eight_bit = true).0, "!554 !554");
+    assert_eq!(unfit("250-x/250 SIZE 2", |_| {}).0, "!552 !552");
+    assert_eq!(unfit("250-x/250 SIZE 3", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
+    assert_eq!(unfit("250-x/250 SIZE", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
+    assert_eq!(unfit("250-x/250 size 0", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
+    let utf8 = unfit("250-x/250-8BITMIME/250 SMTPUTF8", |message| message.utf8 = true);
+    assert_eq!(utf8.1, "MAIL FROM:<a@b.example> BODY=8BITMIME SMTPUTF8");
+    assert_eq!(unfit("250-x/250 8BITMIME", |message| message.body = Body::SevenBit).1, "MAIL FROM:<a@b.example>");
+}
+
+// ---- the server alone ----
+
+/// A host that says what it is told to, and knows one account.
+#[derive(Default)]
+struct Answers {
+    mixes: VecDeque<Mix>,
+    now: Option<Mix>,
+    asked: usize,
+}
+
+impl Secrets for Answers {
+    fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+        match name {
+            "broken" => Err(Unavailable),
+            "acme" => Ok(Some(b"right".to_vec())),
+            _ => Ok(None),
+        }
+    }
+}
+
+impl Host for Answers {
+    fn sender(&mut self, _: &MailFrom) -> Result<(), Reply> {
+        self.now = self.mixes.pop_front();
+        self.asked = 0;
+        self.now.as_ref().map_or(Ok(()), |mix| answer(mix.mail))
+    }
+
+    fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+        let code = self.now.as_ref().and_then(|mix| mix.recipients.get(self.asked)).copied();
+        self.asked += 1;
+        answer(code.unwrap_or(250))?;
+        match path {
+            ForwardPath::Mailbox(mailbox) => Ok(mailbox.clone()),
+            ForwardPath::Postmaster => Ok(mailbox("postmaster@example.org")),
+        }
+    }
+}
+
+fn answer(code: u16) -> Result<(), Reply> {
+    match code {
+        200..400 => Ok(()),
+        code => Err(Reply::bare(code, "scripted")),
+    }
+}
+
+/// One step as text: `250 2.0.0`, `close 421 4.7.0`, `data`, `chunk`, `chunk 503 5.5.1`, `atrn a,b`.
+fn served(step: &Served) -> String {
+    let reply = |reply: &Reply| format!("{} {}", reply.code(), reply.enhanced().unwrap_or_default()).trim().to_owned();
+    match step {
+        Served::Reply(said) => reply(said),
+        Served::Close(said) => format!("close {}", reply(said)),
+        Served::StartTls(_) => "starttls".to_owned(),
+        Served::Data(_) => "data".to_owned(),
+        Served::Chunk { refused: None, .. } => "chunk".to_owned(),
+        Served::Chunk { refused: Some(said), .. } => format!("chunk {}", reply(said)),
+        Served::Atrn(domains) => format!("atrn {}", domains.iter().map(Domain::as_str).collect::<Vec<_>>().join(",")),
+    }
+}
+
+/// Says lines and demands a step for each; as a driver does, it ends content and begins TLS.
+fn dialogue(profile: Profile, tls: bool, lines: &[(&str, &str)]) {
+    let mut server = Server::new(profile, tls);
+    for (number, (line, expected)) in lines.iter().enumerate() {
+        let step = server.line(line.as_bytes(), &mut Answers::default());
+        assert_eq!(served(&step), *expected, "line {number}, {line:?} of {lines:?}");
+        match step {
+            Served::StartTls(_) => server.secured(),
+            Served::Data(_) => server.done(),
+            Served::Chunk { last: true, refused: None, .. } => server.done(),
+            _ => {}
+        }
+    }
+}
+
+const EHLO: (&str, &str) = ("EHLO a.example", "250");
+const MAIL: (&str, &str) = ("MAIL FROM:<a@b.example>", "250 2.1.0");
+const RCPT: (&str, &str) = ("RCPT TO:<r@example.org>", "250 2.1.5");
+
+#[test]
+fn commands_come_in_their_order() {
+    for role in [Role::Inbound, Role::Customer] {
+        let check = |lines: &[(&str, &str)]| dialogue(profile(role), false, lines);
+        check(&[("NOOP", "250 2.0.0"), ("RSET", "250 2.0.0"), ("HELP", "214 2.0.0"), ("VRFY a", "252 2.0.0")]);
+        check(&[("MAIL FROM:<>", "503 5.5.1"), ("RCPT TO:<a@b.c>", "503 5.5.1"), ("DATA", "503 5.5.1")]);
+        check(&[EHLO, (RCPT.0, "503 5.5.1"), MAIL, (MAIL.0, "503 5.5.1")]);
+        check(&[EHLO, MAIL, ("DATA", "503 5.5.1"), RCPT, ("DATA", "data"), MAIL, RCPT, RCPT, ("DATA", "data")]);
+        check(&[EHLO, MAIL, RCPT, ("RSET", "250 2.0.0"), ("DATA", "503 5.5.1"), MAIL]);
+        check(&[EHLO, MAIL, RCPT, EHLO, ("DATA", "503 5.5.1"), MAIL]);
+        check(&[("HELO a", "250"), MAIL, RCPT, ("HELO a", "250"), ("DATA", "503 5.5.1")]);
+        check(&[EHLO, MAIL, RCPT, ("DATA x", "501 5.5.4"), ("DATA", "data")]);
+        check(&[("QUIT", "close 221 2.0.0")]);
+        check(&[("GET / HTTP/1.1", "close 421 4.7.0")]);
+        check(&[("XYZZY", "500 5.5.1"), ("", "500 5.5.2"), ("ETRN x", "502 5.5.1"), ("EXPN x", "502 5.5.1")]);
+        check(&[EHLO, ("AUTH PLAIN", "502 5.5.1"), ("ATRN", "502 5.5.1"), ("STARTTLS", "502 5.5.1")]);
+        check(&[
+            EHLO,
+            ("MAIL FROM:<a@b.example> SIZE=1001", "552 5.3.4"),
+            ("MAIL FROM:<a@b.example> SIZE=1000", "250 2.1.0"),
+        ]);
+        check(&[EHLO, MAIL, ("RCPT TO:<é@example.org>", "553 5.6.7"), RCPT]);
+    }
+    let odmr = |lines: &[(&str, &str)]| dialogue(profile(Role::Odmr), true, lines);
+    odmr(&[EHLO, ("MAIL FROM:<>", "502 5.5.1"), ("RCPT TO:<a@b.c>", "502 5.5.1"), ("DATA", "502 5.5.1")]);
+    odmr(&[EHLO, ("BDAT 3", "502 5.5.1"), ("VRFY a", "502 5.5.1"), ("XYZZY", "502 5.5.1"), ("TURN", "502 5.5.1")]);
+}
+
+#[test]
+fn chunks_are_read_away_whatever_is_wrong() {
+    let check = |lines: &[(&str, &str)]| dialogue(profile(Role::Inbound), false, lines);
+    check(&[("BDAT 3 LAST", "chunk 503 5.5.1")]);
+    check(&[EHLO, MAIL, ("BDAT 3", "chunk 503 5.5.1"), (RCPT.0, "503 5.5.1")]);
+    check(&[EHLO, MAIL, RCPT, ("BDAT 3", "chunk"), ("DATA", "503 5.5.1"), ("BDAT 0 LAST", "chunk"), MAIL]);
+    check(&[EHLO, MAIL, RCPT, ("BDAT 3", "chunk"), (RCPT.0, "503 5.5.1"), ("BDAT 0 LAST", "chunk")]);
+    check(&[EHLO, MAIL, RCPT, ("BDAT 600", "chunk"), ("BDAT 401 LAST", "chunk 552 5.3.4"), MAIL]);
+    check(&[
+        EHLO,
+        MAIL,
+        RCPT,
+        ("BDAT 600", "chunk"),
+        ("BDAT 401", "chunk 552 5.3.4"),
+        ("BDAT 1 LAST", "chunk 503 5.5.1"),
+        MAIL,
+    ]);
+    check(&[
+        EHLO,
+        MAIL,
+        RCPT,
+        ("BDAT 3 FIRST", "chunk 501 5.5.4"),
+        ("BDAT 3", "chunk 503 5.5.1"),
+        ("RSET", "250 2.0.0"),
+        MAIL,
+    ]);
+    check(&[EHLO, MAIL, RCPT, ("BDAT", "501 5.5.4"), ("BDAT x", "501 5.5.4"), ("BDAT 3 LAST", "chunk")]);
+    check(&[EHLO, MAIL, RCPT, ("BDAT 99999999999999999999", "close 552 5.3.4")]);
+}
+
+#[test]
+fn every_reply_to_auth() {
+    let base64 = |octets: &[u8]| data_encoding::BASE64.encode(octets);
+    let plain = |message: &[u8]| format!("AUTH PLAIN {}", base64(message));
+    let right = plain(b"\0acme\0right");
+    let check = |tls, lines: &[(&str, &str)]| dialogue(profile(Role::Odmr), tls, &[&[EHLO], lines].concat());
+    check(
+        true,
+        &[(&right, "235 2.7.0"), (&right, "503 5.5.1"), ("ATRN a.example,b.example", "atrn a.example,b.example")],
+    );
+    check(true, &[(&plain(b"acme\0acme\0right"), "235 2.7.0")]);
+    check(
+        true,
+        &[(&plain(b"\0acme\0wrong"), "535 5.7.8"), ("ATRN", "530 5.7.0"), (&right, "235 2.7.0"), ("ATRN", "atrn ")],
+    );
+    check(true, &[(&plain(b"\0nobody\0right"), "535 5.7.8"), (&plain(b"other\0acme\0right"), "535 5.7.8")]);
+    check(true, &[(&plain(b"\0broken\0x"), "454 4.7.0"), (&plain(b"malformed"), "501 5.5.2")]);
+    check(true, &[("AUTH PLAIN =", "501 5.5.2"), ("AUTH PLAIN !", "501 5.5.2"), ("AUTH PLAIN *", "501 5.7.0")]);
+    check(true, &[("AUTH PLAIN", "334"), ("*", "501 5.7.0"), ("AUTH PLAIN", "334"), ("AGFjbWUAcmlnaHQ=", "235 2.7.0")]);
+    check(true, &[("AUTH PLAIN", "334"), ("no base64", "501 5.5.2"), ("NOOP", "250 2.0.0")]);
+    check(true, &[("AUTH PLAIN", "334"), ("", "501 5.5.2"), ("NOOP", "250 2.0.0")]);
+    check(true, &[("AUTH CRAM-MD5 PDE+", "501 5.7.0"), ("AUTH LOGIN", "504 5.5.4"), ("AUTH", "501 5.5.4")]);
+    check(true, &[("AUTH CRAM-MD5", "334"), ("*", "501 5.7.0"), ("AUTH cram-md5", "334"), ("eA==", "501 5.5.2")]);
+    // Plain text is not there in clear (RFC 4954 section 4).
+    check(false, &[("AUTH PLAIN", "504 5.5.4"), (&right, "504 5.5.4"), ("AUTH CRAM-MD5", "334"), ("*", "501 5.7.0")]);
+    // Patience ends.
+    let wrong = plain(b"\0acme\0wrong");
+    let failed = (wrong.as_str(), "535 5.7.8");
+    check(true, &[failed, failed, failed, (&right, "close 421 4.7.0")]);
+    dialogue(profile(Role::Odmr), true, &[(&right, "503 5.5.1"), ("HELO a", "250"), (&right, "503 5.5.1")]);
+    let required = Profile { require_tls: true, starttls: true, ..profile(Role::Odmr) };
+    let secured = [EHLO, ("AUTH CRAM-MD5", "530 5.7.0"), ("ATRN", "530 5.7.0"), ("STARTTLS", "starttls")];
+    let inside =
+        [(right.as_str(), "503 5.5.1"), EHLO, ("STARTTLS", "503 5.5.1"), (&right, "235 2.7.0"), ("ATRN", "atrn ")];
+    dialogue(required, false, &[&secured[..], &inside].concat());
+
+    let mut server = Server::new(profile(Role::Odmr), true);
+    server.line(b"EHLO a", &mut Answers::default());
+    server.line(b"AUTH PLAIN", &mut Answers::default());
+    assert!(server.in_auth());
+    assert_eq!(served(&server.line_too_long()), "500 5.5.6");
+    assert!(!server.in_auth());
+    assert_eq!(served(&server.line_too_long()), "500 5.5.2");
+}
+
+#[test]
+fn what_ehlo_offers() {
+    let offers = |profile: Profile, tls| match Server::new(profile, tls).line(b"EHLO a", &mut Answers::default()) {
+        Served::Reply(reply) => reply.lines().collect::<Vec<_>>().join("/"),
+        other => panic!("{other:?}"),
+    };
+    let mail = "relay.example.net/PIPELINING/SIZE 1000/8BITMIME/SMTPUTF8/ENHANCEDSTATUSCODES/CHUNKING";
+    assert_eq!(offers(profile(Role::Inbound), false), mail);
+    assert_eq!(offers(profile(Role::Customer), true), mail);
+    let starttls = |role| Profile { starttls: true, ..profile(role) };
+    assert_eq!(offers(starttls(Role::Inbound), false), format!("{mail}/STARTTLS"));
+    assert_eq!(offers(starttls(Role::Inbound), true), mail);
+    assert_eq!(offers(starttls(Role::Customer), false), mail);
+    let odmr = |mechanisms| format!("relay.example.net{mechanisms}/ENHANCEDSTATUSCODES/ATRN");
+    assert_eq!(offers(profile(Role::Odmr), true), odmr("/AUTH CRAM-MD5 PLAIN"));
+    assert_eq!(offers(profile(Role::Odmr), false), odmr("/AUTH CRAM-MD5"));
+    let required = Profile { require_tls: true, ..starttls(Role::Odmr) };
+    assert_eq!(offers(required, false), odmr("/STARTTLS"));
+}
+
+#[test]
+fn bad_commands_and_recipients_have_an_end() {
+    let mut server = Server::new(Profile { max_errors: 5, max_recipients: 2, ..profile(Role::Inbound) }, false);
+    let mut say = |line: &str| served(&server.line(line.as_bytes(), &mut Answers::default()));
+    for line in ["EHLO a", "X", "X", "X", "NOOP", MAIL.0, RCPT.0, "RCPT TO:<s@example.org>"] {
+        say(line);
+    }
+    assert_eq!(say("RCPT TO:<t@example.org>"), "452 4.5.3");
+    assert_eq!(say("X"), "500 5.5.1");
+    assert_eq!(say("X"), "close 421 4.7.0");
+}
+
+#[test]
+fn received_says_how_it_came() {
+    let received = |profile: Profile, tls, lines: &[&str]| {
+        let mut server = Server::new(profile, tls);
+        lines.iter().for_each(|line| drop(server.line(line.as_bytes(), &mut Answers::default())));
+        server.received("[192.0.2.1]", tls.then_some("TLSv1.3"), "id1", Stamps::fixed().now()).replace("\n\t", " ")
+    };
+    let inbound = || profile(Role::Inbound);
+    let date = "Fri, 02 Jan 2026 03:04:05 +0000\n";
+    assert_eq!(
+        received(inbound(), true, &["EHLO a.example", MAIL.0, RCPT.0]),
+        format!(
+            "Received: from a.example ([192.0.2.1]) by relay.example.net with ESMTPS (TLSv1.3) \
+             id id1 for <r@example.org>; {date}"
+        )
+    );
+    let with = |profile, tls, lines: &[&str]| {
+        let line = received(profile, tls, lines);
+        line.split(" with ").nth(1).unwrap().split(' ').next().unwrap().to_owned()
+    };
+    assert_eq!(with(inbound(), false, &["HELO a"]), "SMTP");
+    assert_eq!(with(inbound(), true, &["HELO a"]), "SMTP");
+    assert_eq!(with(inbound(), false, &["EHLO a"]), "ESMTP");
+    assert_eq!(with(inbound(), true, &["EHLO a", "MAIL FROM:<a@b.example> SMTPUTF8"]), "UTF8SMTPS");
+    assert!(received(inbound(), false, &["EHLO a(b"]).starts_with("Received: from unknown ("));
+    let two = received(inbound(), false, &["EHLO a", MAIL.0, RCPT.0, "RCPT TO:<s@example.org>"]);
+    assert!(!two.contains("example.org"), "{two}");
+}
+
+/// Any of many lines, good and bad.
+fn lines() -> impl Strategy<Value = Vec<Vec<u8>>> {
+    let known = proptest::sample::select(vec![
+        "EHLO a.example",
+        "HELO a",
+        "EHLO",
+        "MAIL FROM:<a@b.example>",
+        "MAIL FROM:<> SIZE=2000",
+        "RCPT TO:<r@example.org>",
+        "RCPT TO:<s@example.org>",
+        "RCPT TO:<Postmaster>",
+        "RCPT TO:r",
+        "DATA",
+        "DATA x",
+        "BDAT 10",
+        "BDAT 10 LAST",
+        "BDAT 2000",
+        "BDAT 5 NOW",
+        "BDAT 999999999999",
+        "RSET",
+        "NOOP",
+        "HELP",
+        "VRFY x",
+        "QUIT",
+        "STARTTLS",
+        "AUTH PLAIN",
+        "AUTH PLAIN AGFjbWUAcmlnaHQ=",
+        "AUTH PLAIN AGFjbWUAd3Jvbmc=",
+        "AUTH CRAM-MD5",
+        "AGFjbWUAcmlnaHQ=",
+        "*",
+        "ATRN",
+        "ATRN example.org",
+        "ATRN x",
+        "GET / HTTP/1.0",
+        "XYZZY",
+    ]);
+    let any = prop_oneof![9 => known.prop_map(|line| line.as_bytes().to_vec()), 1 => any::<Vec<u8>>()];
+    proptest::collection::vec(any, 0..40)
+}
+
+proptest! {
+    /// One reply a command (RFC 5321 section 4.2), classes that agree (RFC 2034 section 4), content only for
+    /// somebody, and no way back from authenticated (ODMR-06).
+    #[test]
+    fn whatever_is_said_is_answered_once_and_in_order(
+        lines in lines(),
+        role in proptest::sample::select(vec![Role::Inbound, Role::Odmr, Role::Customer]),
+        (tls, starttls, require_tls) in any::<(bool, bool, bool)>(),
+        refusals in proptest::collection::vec(proptest::sample::select(vec![250u16, 250, 450, 550]), 0..10),
+    ) {
+        let mut server = Server::new(Profile { starttls, require_tls, ..profile(role) }, tls);
+        let mut host = Answers::default();
+        host.mixes.extend(refusals.iter().map(|code| Mix { mail: *code, recipients: refusals.clone(), data: 354, end: 250 }));
+        let mut account: Option<String> = None;
+        for line in &lines {
+            let before = server.in_auth();
+            let step = server.line(line, &mut host);
+            let replies = match &step {
+                Served::Reply(reply) | Served::Close(reply) | Served::StartTls(reply) | Served::Data(reply) => vec![reply],
+                Served::Chunk { refused, .. } => refused.iter().collect(),
+                Served::Atrn(_) => vec![],
+            };
+            for reply in replies {
+                let class = reply.enhanced().map(|enhanced| u16::from(enhanced.as_bytes()[0] - b'0'));
+                let bare = matches!(reply.code(), 334 | 354) || line.to_ascii_uppercase().get(1..4) == Some(b"HLO")
+                    || line.to_ascii_uppercase().get(1..4) == Some(b"ELO");
+                let scripted = reply.lines().next() == Some("scripted");
+                prop_assert!(class == Some(reply.code() / 100) || (class.is_none() && (bare || scripted)), "{reply:?}");
+                let mut octets = Vec::new();
+                reply.write_to(&mut octets);
+                let mut reader = ReplyReader::default();
+                let whole = octets.split_inclusive(|octet| *octet == b'\n').filter(|line| {
+                    reader.line(line.strip_suffix(b"\r\n").expect("CRLF")).unwrap().is_some()
+                });
+                prop_assert_eq!(whole.count(), 1, "one reply");
+            }
+            match step {
+                Served::Reply(ref reply) => prop_assert_eq!(server.in_auth(), reply.code() == 334),
+                Served::Close(_) => break,
+                Served::StartTls(_) => {
+                    prop_assert!(account.is_none());
+                    server.secured();
+                    prop_assert!(server.client_name().is_none());
+                }
+                Served::Data(_) => {
+                    prop_assert!(!before && !server.transaction().unwrap().recipients.is_empty());
+                    server.done();
+                }
+                Served::Chunk { refused: None, last, .. } => {
+                    prop_assert!(!server.transaction().unwrap().recipients.is_empty());
+                    if last { server.done() }
+                }
+                Served::Chunk { .. } => {}
+                Served::Atrn(_) => prop_assert!(account.is_some() && role == Role::Odmr && (tls || starttls || !require_tls)),
+            }
+            prop_assert!(account.is_none() || server.account() == account.as_deref(), "ODMR-06");
+            account = server.account().map(str::to_owned);
+        }
+    }
+
+    /// A client survives any replies, and gives each message exactly one outcome with a fate a recipient.
+    #[test]
+    fn whatever_is_replied_each_message_has_one_outcome(
+        pipelining: bool,
+        codes in proptest::collection::vec(proptest::sample::select(vec![250u16, 250, 250, 354, 354, 451, 550, 421, 552, 259]), 0..60),
+    ) {
+        let mut client = Client::new(plan());
+        let (mut out, mut given, mut settled) = (Vec::new(), 0, 0);
+        client.reply(Reply::bare(220, "x"), &mut out).unwrap();
+        let ehlo = Reply::bare(250, "x");
+        client.reply(if pipelining { ehlo.line("PIPELINING") } else { ehlo }, &mut out).unwrap();
+        for code in codes {
+            while client.wants_message() {
+                client.send(message(1 + given % 3), &mut out).unwrap();
+                given += 1;
+            }
+            match client.reply(Reply::bare(code, "x"), &mut out) {
+                Ok(Step::Content) => client.content_sent(&mut out),
+                Ok(Step::Settled(outcome)) => {
+                    prop_assert_eq!(outcome.fates.len(), 1 + settled % 3);
+                    settled += 1;
+                }
+                Ok(_) => {}
+                Err(_) => break,
+            }
+            prop_assert_eq!(client.in_flight(), given - settled);
+            if code == 421 {
+                prop_assert!(client.closing());
+                break;
+            }
+        }
+        for outcome in client.abandon(&Reply::bare(441, "gone")) {
+            prop_assert_eq!(outcome.fates.len(), 1 + settled % 3);
+            settled += 1;
+        }
+        prop_assert_eq!(given, settled);
+        prop_assert_eq!(client.in_flight(), 0);
+    }
+}
+
+// ---- both, joined ----
+
+/// What a server answers in one transaction; 0 as `end`: nothing, it hangs up.
+#[derive(Clone, Debug)]
+struct Mix {
+    mail: u16,
+    recipients: Vec<u16>,
+    data: u16,
+    end: u16,
+}
+
+impl Mix {
+    fn good(recipients: usize) -> Mix {
+        Mix { mail: 250, recipients: vec![250; recipients], data: 354, end: 250 }
+    }
+}
+
+/// The server's end of the fake wire.
+struct Peer {
+    server: Server,
+    host: Answers,
+    content: Option<(Unstuffer, Vec<u8>, bool)>,
+    letters: Vec<(Vec<String>, Vec<u8>)>,
+    replies: usize,
+    /// The connection is cut instead of this reply.
+    cut: Option<usize>,
+    closed: bool,
+    pipelining: bool,
+    knows_ehlo: bool,
+    /// Says 354 though no recipient was accepted (RFC 2920 section 3.1 permits it).
+    generous: bool,
+    /// Says every reply in three lines.
+    wordy: bool,
+}
+
+impl Peer {
+    fn new(profile: Profile, tls: bool, mixes: impl IntoIterator<Item = Mix>) -> Peer {
+        Peer {
+            server: Server::new(profile, tls),
+            host: Answers { mixes: mixes.into_iter().collect(), ..Answers::default() },
+            content: None,
+            letters: Vec::new(),
+            replies: 0,
+            cut: None,
+            closed: false,
+            pipelining: true,
+            knows_ehlo: true,
+            generous: false,
+            wordy: false,
+        }
+    }
+
+    fn say(&mut self, reply: &Reply, out: &mut Vec<u8>) {
+        self.closed |= self.cut == Some(self.replies);
+        if self.closed {
+            return;
+        }
+        self.replies += 1;
+        let mut octets = Vec::new();
+        reply.write_to(&mut octets);
+        let text = String::from_utf8(octets).unwrap();
+        let text = if self.pipelining { text } else { text.replace("250-PIPELINING\r\n", "") };
+        if self.wordy && !text.starts_with("334") {
+            out.extend_from_slice(format!("{}-first\r\n{0}-\r\n", reply.code()).as_bytes());
+        }
+        out.extend_from_slice(text.as_bytes());
+        self.closed |= reply.code() == 421;
+    }
+
+    /// Takes what has come, in pieces of one octet, and answers.
+    fn feed(&mut self, input: &mut Vec<u8>, out: &mut Vec<u8>) {
+        while !self.closed && !input.is_empty() {
+            if self.content.is_some() {
+                self.read_content(input, out);
+                continue;
+            }
+            let Some(end) = input.windows(2).position(|two| two == b"\r\n") else { return };
+            let line: Vec<u8> = input.drain(..end + 2).take(end).collect();
+            let groups = self.pipelining && [&b"MAIL"[..], b"RCPT", b"RSET"].iter().any(|verb| line.starts_with(verb));
+            assert!(groups || input.is_empty(), "{:?} behind {:?}", input.escape_ascii(), line.escape_ascii());
+            self.command(&line, out);
+        }
+    }
+
+    fn read_content(&mut self, input: &mut Vec<u8>, out: &mut Vec<u8>) {
+        let (unstuffer, octets, _) = self.content.as_mut().unwrap();
+        let fed = unstuffer.feed(&input[..1], octets);
+        input.drain(..fed.used);
+        if !fed.end {
+            return;
+        }
+        let (_, octets, real) = self.content.take().unwrap();
+        if !real {
+            assert!(octets.is_empty(), "a lone dot");
+            self.server.done();
+            return self.say(&Reply::bare(554, "to nobody"), out);
+        }
+        let code = self.host.now.as_ref().map_or(250, |mix| mix.end);
+        if code == 250 {
+            let recipients = &self.server.transaction().unwrap().recipients;
+            self.letters.push((recipients.iter().map(Mailbox::to_string).collect(), octets));
+        }
+        self.server.done();
+        self.closed |= code == 0;
+        self.say(&Reply::bare(code.max(200), "end"), out);
+    }
+
+    fn command(&mut self, line: &[u8], out: &mut Vec<u8>) {
+        if !self.knows_ehlo && line.starts_with(b"EHLO") {
+            return self.say(&Reply::bare(500, "EHLO?"), out);
+        }
+        let nobody = self.server.transaction().is_none_or(|transaction| transaction.recipients.is_empty());
+        if self.generous && line == b"DATA" && nobody {
+            self.content = Some((Unstuffer::new(), Vec::new(), false));
+            return self.say(&Reply::bare(354, "to nobody"), out);
+        }
+        match self.server.line(line, &mut self.host) {
+            Served::Reply(reply) => self.say(&reply, out),
+            Served::Close(reply) => {
+                self.say(&reply, out);
+                self.closed = true;
+            }
+            Served::StartTls(reply) => {
+                self.say(&reply, out);
+                self.server.secured();
+            }
+            Served::Data(reply) => match self.host.now.as_ref().map_or(354, |mix| mix.data) {
+                354 => {
+                    self.content = Some((Unstuffer::new(), Vec::new(), true));
+                    self.say(&reply, out);
+                }
+                code => {
+                    self.server.done();
+                    self.say(&Reply::bare(code, "scripted"), out);
+                }
+            },
+            Served::Atrn(_) => self.say(&Reply::new(250, "2.0.0", "OK now reversing the connection"), out),
+            Served::Chunk { .. } => panic!("the client says no BDAT"),
+        }
+    }
+}
+
+/// How a conversation went.
+#[derive(Debug, Default)]
+struct Run {
+    outcomes: Vec<Outcome>,
+    halt: Option<Halt>,
+    turned: bool,
+    said_quit: bool,
+    /// The most messages that were in flight.
+    deepest: usize,
+    /// Messages whose content went out whole.
+    sent: usize,
+}
+
+const CONTENT: &[u8] = b"a\n.b\n..\n";
+
+/// Client and server, each as far as it can go, in turn, to the end.
+fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<Item = Message>) -> Run {
+    let mut messages = messages.into_iter();
+    let (mut up, mut down, mut run) = (Vec::new(), Vec::new(), Run::default());
+    let mut reader = ReplyReader::default();
+    let greeting = peer.server.greeting();
+    peer.say(&greeting, &mut down);
+    loop {
+        let mut moved = false;
+        while let Some(end) = down.windows(2).position(|two| two == b"\r\n") {
+            moved = true;
+            let line: Vec<u8> = down.drain(..end + 2).take(end).collect();
+            let Some(reply) = reader.line(&line).unwrap() else { continue };
+            let (gone, said) = (reply.code() == 421, up.len());
+            match client.reply(reply, &mut up).unwrap() {
+                Step::Wait | Step::Ready => {}
+                Step::StartTls => drop(client.secured(&mut up)),
+                Step::Content => {
+                    let mut stuffer = Stuffer::new();
+                    stuffer.feed(CONTENT, &mut up);
+                    stuffer.finish(&mut up);
+                    client.content_sent(&mut up);
+                    run.sent += 1;
+                }
+                Step::Settled(outcome) => run.outcomes.push(outcome),
+                Step::Turned => {
+                    run.turned = true;
+                    return run;
+                }
+                Step::Halt(halt) => run.halt = Some(halt),
+                Step::Closed => return run,
+            }
+            if gone {
+                run.outcomes.extend(client.abandon(&lost()));
+                assert_eq!((down.len(), up.len()), (0, said), "nothing is said behind 421");
+                return run;
+            }
+        }
+        while client.wants_message() {
+            moved = true;
+            match messages.next() {
+                Some(message) => client.send(message, &mut up).unwrap(),
+                None if client.in_flight() == 0 && run.halt.is_none() && client.name() == "caller.example" => {
+                    client.atrn(&[], &mut up);
+                }
+                None if client.in_flight() == 0 => client.quit(&mut up),
+                None => break,
+            }
+            run.deepest = run.deepest.max(client.in_flight());
+        }
+        run.said_quit |= up.ends_with(b"QUIT\r\n");
+        moved |= !up.is_empty();
+        peer.feed(&mut up, &mut down);
+        if peer.closed && down.is_empty() {
+            run.outcomes.extend(client.abandon(&lost()));
+            return run;
+        }
+        assert!(moved || !down.is_empty(), "both wait");
+    }
+}
+
+fn lost() -> Reply {
+    Reply::bare(441, "the connection was lost")
+}
+
+/// What RFC 5321 (sections 3.3, 4.2.1, 4.5.3.1.10), RFC 2920 and RFC 1047 make of a mix.
+fn by_the_book(mix: &Mix) -> String {
+    let class = |code: u16| if code >= 500 { format!("!{code}") } else { format!("~{code}") };
+    let total = mix.recipients.len();
+    if mix.mail != 250 {
+        return vec![class(mix.mail); total].join(" ");
+    }
+    let shutdown = mix.recipients.iter().position(|code| *code == 421);
+    let own = |code: u16| if code == 552 { "~552".to_owned() } else { class(code) };
+    let somebody = mix.recipients.contains(&250);
+    let accepted = match (shutdown, somebody, mix.data, mix.end) {
+        (Some(_), ..) => "~441".to_owned(),
+        (None, false, ..) => String::new(),
+        (None, true, 354, 0) => "?".to_owned(),
+        (None, true, 354, 250) => "=250".to_owned(),
+        (None, true, 354, end) => class(end),
+        (None, true, data, _) => class(data),
+    };
+    let fate = |(number, code): (usize, &u16)| match *code {
+        _ if shutdown.is_some_and(|at| number > at) => "~441".to_owned(),
+        250 => accepted.clone(),
+        code => own(code),
+    };
+    mix.recipients.iter().enumerate().map(fate).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn every_mix_of_replies_ends_as_the_rfcs_say() {
+    let mut mixes = Vec::new();
+    let recipient = [250, 452, 550, 552, 421];
+    for total in 1..=3u32 {
+        for number in 0..5usize.pow(total) {
+            let recipients: Vec<u16> = (0..total).map(|place| recipient[number / 5usize.pow(place) % 5]).collect();
+            for mail in [250, 451, 550, 421] {
+                for data in [354, 451, 554, 421] {
+                    for end in [250, 452, 554, 421, 0] {
+                        let once = (mail == 250 || (data, end) == (354, 250)) && (data == 354 || end == 250);
+                        if once {
+                            mixes.push(Mix { mail, recipients: recipients.clone(), data, end });
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(mixes.len() > 1500);
+    for mix in &mixes {
+        for (pipelining, generous) in [(true, false), (true, true), (false, false)] {
+            let mut peer = Peer::new(profile(Role::Customer), true, [mix.clone(), Mix::good(1)]);
+            (peer.pipelining, peer.generous) = (pipelining, generous);
+            let mut client = Client::new(plan());
+            let run = converse(&mut client, &mut peer, [message(mix.recipients.len()), message(1)]);
+            let context = format!("{mix:?} pipelining {pipelining} generous {generous}");
+            assert_eq!(fates(&run.outcomes[0]), by_the_book(mix), "{context}");
+            let delivered: Vec<_> = peer.letters.iter().map(|(recipients, _)| recipients.len()).collect();
+            let accepted = mix.recipients.iter().filter(|code| **code == 250).count();
+            let first = fates(&run.outcomes[0]).contains('=').then_some(accepted);
+            // The next one goes well, unless the connection is gone: then it was not given, or it is lost.
+            let second = match run.outcomes.get(1).map(fates).as_deref() {
+                Some("=250") => Some(1),
+                None | Some("~441") => {
+                    assert!(peer.closed && !run.said_quit, "{context}");
+                    None
+                }
+                other => panic!("{other:?} {context}"),
+            };
+            assert_eq!(delivered, first.into_iter().chain(second).collect::<Vec<_>>(), "{context}");
+            assert!(peer.letters.iter().all(|(_, octets)| octets == CONTENT), "{context}");
+        }
+    }
+}
+
+#[test]
+fn doubt_is_where_all_was_sent_and_no_reply_came() {
+    for pipelining in [true, false] {
+        for wordy in [true, false] {
+            let setup = |cut| {
+                let mut peer = Peer::new(profile(Role::Customer), true, (0..4).map(|_| Mix::good(2)));
+                (peer.pipelining, peer.wordy, peer.cut) = (pipelining, wordy, cut);
+                let mut client = Client::new(plan());
+                let run = converse(&mut client, &mut peer, (0..4).map(|_| message(2)));
+                assert_eq!(client.in_flight(), 0);
+                (run, peer)
+            };
+            let (whole, peer) = setup(None);
+            assert_eq!(whole.outcomes.len(), 4);
+            assert!(whole.said_quit && whole.outcomes.iter().all(|outcome| fates(outcome) == "=250 =250"));
+            assert_eq!(whole.deepest, if pipelining { 2 } else { 1 });
+            // Greeting, EHLO, five a message, QUIT.
+            assert_eq!(peer.replies, 2 + 4 * 5 + 1);
+            for cut in 0..peer.replies {
+                let (run, peer) = setup(Some(cut));
+                let seen: Vec<_> = run.outcomes.iter().map(fates).collect();
+                let settled = cut.saturating_sub(2) / 5;
+                let doubt = run.sent - settled.min(run.sent);
+                let delivered = seen.iter().filter(|fates| *fates == "=250 =250").count();
+                assert_eq!(delivered, settled, "cut {cut}: {seen:?}");
+                let in_doubt = seen.iter().filter(|fates| *fates == "? ?").count();
+                assert_eq!(in_doubt, doubt, "cut {cut}: {seen:?}");
+                assert!(seen[delivered + in_doubt..].iter().all(|fates| fates == "~441 ~441"), "cut {cut}: {seen:?}");
+                // Whoever has it was told so, or there is doubt: nobody has what is called deferred.
+                assert_eq!(peer.letters.len(), delivered + in_doubt, "cut {cut}");
+                let at_end = (2..22).contains(&cut) && (cut - 2) % 5 == 4;
+                assert_eq!(in_doubt == 1, at_end, "cut {cut}");
+            }
+        }
+    }
+}
+
+/// A cut while MAIL has been put off: `503` to RCPT, which follows from that, refuses nobody.
+#[test]
+fn a_cut_behind_a_refused_mail_judges_by_the_mail() {
+    for (mail, expected) in [("451 x", "~451 ~451"), ("550 x", "!550 !550")] {
+        for heard in 0..=2 {
+            let mut alone = Alone::new(plan());
+            for reply in ["220 x", "250-x/250 PIPELINING"] {
+                alone.hear(reply);
+            }
+            alone.send(2);
+            alone.hear(mail);
+            (0..heard).for_each(|_| drop(alone.hear("503 x")));
+            let outcomes = alone.client.abandon(&lost());
+            assert_eq!(outcomes.iter().map(fates).collect::<Vec<_>>(), [expected], "{mail} {heard}");
+        }
+    }
+    let mut alone = Alone::new(plan());
+    for reply in ["220 x", "250-x/250 PIPELINING"] {
+        alone.hear(reply);
+    }
+    alone.send(3);
+    for reply in ["250 x", "552 x", "550 x"] {
+        alone.hear(reply);
+    }
+    let outcomes = alone.client.abandon(&lost());
+    assert_eq!(outcomes.iter().map(fates).collect::<Vec<_>>(), ["~552 !550 ~441"], "552 to RCPT: too many, for now");
+}
+
+#[test]
+fn a_server_without_ehlo_is_spoken_to_with_helo() {
+    let mut peer = Peer::new(profile(Role::Customer), false, (0..3).map(|_| Mix::good(1)));
+    peer.knows_ehlo = false;
+    peer.pipelining = false;
+    let mut client = Client::new(plan());
+    let run = converse(&mut client, &mut peer, (0..3).map(|_| message(1)));
+    assert_eq!((run.outcomes.len(), run.deepest, peer.letters.len()), (3, 1, 3));
+    assert!(!client.offered().pipelining && run.said_quit);
+}
+
+#[test]
+fn starttls_auth_and_atrn_from_end_to_end() {
+    let run = |tls, starttls, secret: &str, mechanisms: &[Mechanism]| {
+        let profile =
+            Profile { starttls, require_tls: starttls, mechanisms: mechanisms.to_vec(), ..profile(Role::Odmr) };
+        let mut peer = Peer::new(profile, tls, []);
+        let credentials = Some(("acme".to_owned(), secret.as_bytes().to_vec()));
+        let plan = Plan { name: "caller.example".to_owned(), starttls, tls, atrn: true, credentials };
+        let mut client = Client::new(plan);
+        let run = converse(&mut client, &mut peer, []);
+        assert_eq!(peer.server.account().is_some(), run.turned);
+        (run, peer.server.account().map(str::to_owned))
+    };
+    for mechanism in Mechanism::ALL {
+        for (tls, starttls) in [(true, false), (false, true), (false, false)] {
+            let usable = tls || starttls || !mechanism.needs_tls();
+            let (talk, account) = run(tls, starttls, "right", &[mechanism]);
+            assert_eq!(talk.turned, usable, "{mechanism:?} {tls} {starttls}");
+            assert_eq!(account.as_deref(), usable.then_some("acme"));
+            let (talk, _) = run(tls, starttls, "wrong", &[mechanism]);
+            match talk.halt {
+                Some(Halt::Refused { what: "AUTH", reply }) => assert_eq!(reply.code(), 535),
+                Some(Halt::NoMechanism) => assert!(!usable),
+                other => panic!("{other:?}"),
+            }
+            assert!(talk.said_quit && !talk.turned);
+        }
+    }
+}

@@ -1,0 +1,134 @@
+"""A disk that fails at the worst moment: strace makes system calls of `odmr serve` fail; the product knows nothing of it.
+
+What must hold: the sender is told 451 or 452, nothing of the message is seen or left, and the next one goes well.
+"""
+
+import collections
+import pathlib
+import re
+import signal
+
+from harness import Customer, Provider, Smtp, check, end, field, scenario, stuffed, wait_until
+
+SMALL = b"x" * 70 + b"\r\n"
+LARGE = SMALL * 3000  # many writes
+CALLS = ("openat", "write", "fsync", "renameat2")
+
+# Which of a message's calls fails (counted among those of its kind on that folder of the spool; -1: the last one), how,
+# and what the sender is told. Two domains, so the second of a kind fails when the first copy is done already.
+FAULTS = [
+    ("openat", "tmp", 0, "ENOSPC", "452"),
+    ("openat", "tmp", 1, "EMFILE", "451"),
+    ("write", "tmp", 0, "ENOSPC", "452"),
+    ("write", "tmp", 1, "EIO", "451"),
+    ("write", "tmp", -1, "EDQUOT", "452"),
+    ("fsync", "tmp", 0, "EIO", "451"),
+    ("fsync", "tmp", 1, "ENOSPC", "452"),
+    ("fsync", "new", 0, "EIO", "451"),
+    ("fsync", "new", 1, "EIO", "451"),
+    ("renameat2", "tmp", 0, "EDQUOT", "452"),
+    ("renameat2", "tmp", 1, "ENOSPC", "452"),
+    ("renameat2", "tmp", 1, "EIO", "451"),
+]
+
+
+class Tracer:
+    """strace on a running provider, until closed."""
+
+    def __init__(self, provider, inject=None):
+        self.box, self.provider = provider.box, provider.process.pid
+        self.output = self.box.path / "strace.output"
+        words = ["strace", "-f", "-y", "-s", "0", "-o", self.output, "-e", f"trace={','.join(CALLS)}"]
+        words += ["-e", f"inject={inject}"] if inject else []
+        self.process = self.box.start("strace.log", *words, "-p", self.provider)
+        wait_until(lambda: self.tracers() == {self.process.pid}, "strace to attach")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        end(self.process, signal.SIGINT)
+        self.process.wait(10)
+        self.box.children.remove(self.process)
+
+    def tracers(self):
+        check(self.process.poll() is None, f"strace ended: {self.box.log('strace.log')[-500:]}")
+        return {
+            int(re.search(r"TracerPid:\t(\d+)", task.read_text()).group(1))
+            for task in pathlib.Path(f"/proc/{self.provider}/task").glob("*/status")
+        }
+
+    def numbers(self, spool):
+        """For each call and folder: its numbers among the calls of that name in its thread, as strace counts them."""
+        counts, found = collections.Counter(), collections.defaultdict(list)
+        for line in self.output.read_text().splitlines():
+            match = re.match(r"(\d+) +(\w+)\((.*)", line)
+            if not match:
+                continue
+            thread, call, rest = match.groups()
+            counts[thread, call] += 1
+            folder = re.search(re.escape(str(spool)) + r"/domains/[^/\"]+/(tmp|new)\b", rest)
+            if folder:
+                found[call, folder.group(1)].append(counts[thread, call])
+        return found
+
+
+class Sender(Smtp):
+    """Says one command at a time, so that the calls of each session come in the same order."""
+
+    def __init__(self, provider):
+        super().__init__(provider.inbound)
+        self.hello()
+
+    def letter(self, name, content):
+        self.want("250", "MAIL FROM:<a@sender.example>")
+        self.want("250", "RCPT TO:<eva@example.org>")
+        self.want("250", "RCPT TO:<adam@example.com>")
+        reply = self.say("DATA")
+        if not reply.startswith("354"):
+            return reply
+        self.socket.sendall(stuffed(f"Subject: {name}\r\n\r\n".encode() + content))
+        return self.reply()
+
+
+def names(files):
+    return collections.Counter(field(file.read_bytes(), "Subject") for file in files)
+
+
+def files(provider, *folders):
+    return [file for folder in folders for file in provider.spool.glob(f"domains/*/{folder}/*")]
+
+
+@scenario("faults", needs=("strace",), root=True)
+def faults(box):
+    """system calls fail under `serve`: the sender gets 451 or 452, nothing is seen of the message, the next one is held"""
+    provider = Provider(box, require_tls=False).start()
+    with Sender(provider) as sender:
+        check(sender.letter("first", SMALL).startswith("250"), "a letter before any fault")
+    numbers = {}
+    for size in (SMALL, LARGE):
+        with Tracer(provider) as tracer, Sender(provider) as sender:
+            check(sender.letter("rehearsal", size).startswith("250"), "the rehearsal")
+        numbers[len(size)] = tracer.numbers(provider.spool)
+    expected = collections.Counter({"first": 2, "rehearsal": 4})
+    for count, (call, folder, which, error, code) in enumerate(FAULTS):
+        content = LARGE if call == "write" else SMALL
+        name = f"{call} {which} on {folder}: {error}"
+        found = numbers[len(content)][call, folder]
+        check(len(found) >= 2, f"{name}: the rehearsal had {len(found)} such calls")
+        with Tracer(provider, f"{call}:error={error}:when={found[which]}") as tracer, Sender(provider) as sender:
+            reply = sender.letter("refused", content)
+            check("(INJECTED)" in tracer.output.read_text(), f"{name}: no fault came to be; the reply was {reply!r}")
+            check(reply.startswith(code), f"{name}: wanted {code}, got {reply!r}")
+            check(names(files(provider, "new", "cur")) == expected, f"{name}: something is seen")
+            check(not files(provider, "tmp"), f"{name}: something is left in tmp")
+            reply = sender.letter(f"after {count}", content)
+            check(reply.startswith("250"), f"{name}: the next letter got {reply!r}")
+        expected[f"after {count}"] = 2
+        check(names(files(provider, "new", "cur")) == expected, f"{name}: the next letter is not held")
+        check(provider.process.poll() is None, f"{name}: serve ended")
+    customer = Customer(box, provider.odmr, tls="none")
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    check(names(customer.files()) == expected, f"pulled: {names(customer.files())}")
+    check(not provider.held(), "held after the pull")
+    return f"{len(FAULTS)} faults"
