@@ -108,6 +108,10 @@ impl From<io::Error> for Failure {
 pub fn main() -> ExitCode {
     let arguments: Vec<String> =
         std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
+    // Before a word is said, even of a wrong option.
+    if arguments.iter().any(|argument| argument.starts_with("--inetd")) && keep_log_out_of_connection().is_err() {
+        return ExitCode::from(OS_ERROR);
+    }
     match run(&arguments) {
         Ok(()) => ExitCode::from(OK),
         Err(Failure { code, text }) => {
@@ -187,9 +191,6 @@ fn serve(matches: &Matches) -> Result<(), Failure> {
             return Err(usage(&format!("--inetd is odmr or inbound, not {other}"), "odmr serve -h"));
         }
     };
-    if inetd.is_some() {
-        keep_log_out_of_connection()?;
-    }
     log_to(log_target(inetd.is_some()), matches.opt_present("verbose"));
     let config = config::Provider::load(&config_path(matches)).map_err(|error| logged(error.into(), inetd))?;
     let stamps = Stamps::system(tls::random);

@@ -24,8 +24,8 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use toml::Spanned;
 
 use self::value::{
-    ATRN_FLOOR, Address, Entry, Hostname, MAX_SIZE, Name, Parse, Pin, Secret, Size, at_least, atrn, check_secret,
-    duration,
+    ATRN_FLOOR, Address, Entry, Hostname, MAX_SIZE, Name, Parse, Pin, Secret, Size, at_least, atrn, between,
+    check_secret, duration,
 };
 use crate::sasl::{Secrets, Unavailable};
 use crate::smtp::address::{Domain, Mailbox};
@@ -521,8 +521,9 @@ pub struct Limits {
     /// Connections at once from one address, for each listener. Default 50.
     #[serde(deserialize_with = "at_least::<1, _>")]
     pub connections_per_address: usize,
-    /// Recipients of one letter; those beyond get `452`. Default 100, and never fewer (RFC 5321 section 4.5.3.1.8).
-    #[serde(deserialize_with = "at_least::<100, _>")]
+    /// Recipients of one letter, 1000 at most; those beyond get `452`. Default 100, and never fewer (RFC 5321
+    /// section 4.5.3.1.8).
+    #[serde(deserialize_with = "between::<100, 1000, _>")]
     pub recipients: usize,
     /// Commands answered with an error until a session is ended with `421`. Default 20.
     #[serde(deserialize_with = "at_least::<1, _>")]

@@ -17,6 +17,7 @@ pub mod smtp;
 
 // floor 2: the ground
 pub mod config;
+pub mod dsn;
 pub mod maildir;
 pub mod tls;
 pub mod wire;

@@ -41,6 +41,11 @@ impl Entry {
         self.name.split([',', ':']).next().unwrap_or(&self.name)
     }
 
+    /// Whether it was marked by [`Maildir::mark_in_doubt`].
+    pub fn in_doubt(&self) -> bool {
+        self.seen && self.name.ends_with(IN_DOUBT)
+    }
+
     /// Whether octets above 127 were written (`E=8`), where the name is one of ours.
     pub fn eight_bit(&self) -> bool {
         self.name.split([',', ':']).any(|field| field == "E=8")

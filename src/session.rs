@@ -12,6 +12,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use crate::smtp::address::Domain;
+use crate::smtp::command::Verb;
 use crate::smtp::content::{Chunks, Headers, Unstuffer};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Host, Server, Step, too_big};
@@ -186,6 +187,10 @@ impl Session {
 
     /// Waits for octets, and says why no more will come.
     fn await_octets(&mut self, deadline: Instant, stop: &Stop) -> Result<(), Gone> {
+        // Who does not read his replies is not read either.
+        if self.wire.unsent() > BLOCK {
+            self.wire.flush_all(deadline)?;
+        }
         match self.wire.wait_input(deadline, stop)? {
             Woken::Ready => {}
             Woken::Deadline => {
@@ -206,15 +211,20 @@ impl Session {
 
     /// Logs a command; secrets are blanked.
     fn hear(&self, line: &[u8]) {
-        let shown: &[u8] = if self.server.in_auth() {
-            b"***"
-        } else if line.get(..5).is_some_and(|word| word.eq_ignore_ascii_case(b"AUTH ")) {
-            match line.iter().enumerate().filter(|(_, octet)| **octet == b' ').nth(1) {
-                Some((at, _)) => &[&line[..at], b" ***"].concat(),
-                None => line,
+        // On port 366 a line that is no command may be a secret that came at the wrong time.
+        let odmr = self.server.offers_auth();
+        let mut words = line.split(|octet| octet.is_ascii_whitespace()).filter(|word| !word.is_empty());
+        let (verb, next) = (words.next().unwrap_or_default(), words.next());
+        let known = matches!(Verb::of(line), Ok((verb, _)) if verb != Verb::Unknown);
+        let blanked;
+        let shown: &[u8] = match (self.server.in_auth(), verb.eq_ignore_ascii_case(b"AUTH"), words.next()) {
+            (true, _, _) => b"***",
+            (false, true, Some(_)) => {
+                blanked = [b"AUTH ", next.unwrap_or_default(), b" ***"].concat();
+                &blanked
             }
-        } else {
-            line
+            (false, false, _) if odmr && !known => b"***",
+            _ => line,
         };
         self.wire.trace.heard(shown);
     }

@@ -75,7 +75,7 @@ impl Stamps {
                 let process = std::process::id();
                 let delivery = count(files);
                 let random = HEXLOWER.encode(&octets::<4>(*random));
-                format!("{seconds}.M{microseconds}P{process}Q{delivery}R{random}.{host}")
+                format!("{seconds}.M{microseconds:06}P{process}Q{delivery}R{random}.{host}")
             }
             Source::Fixed { files, .. } => format!("{}.{}.{host}", FIXED.seconds, count(files)),
         }

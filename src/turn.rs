@@ -39,7 +39,7 @@ impl Turn {
     /// Whether the connection may turn: it may not when octets stand behind ATRN, which must be the last
     /// command of a group (RFC 2920 section 3.1). Then the session goes on, and the reply says why.
     pub fn offer(mut session: Session, hold: Hold) -> Result<Box<Turn>, Box<(Session, Reply)>> {
-        let arrived = matches!(session.wire.fill(), Ok(Filled::Bytes(_)));
+        let arrived = !matches!(session.wire.fill(), Ok(Filled::Nothing));
         if arrived || !session.wire.received().is_empty() {
             let reply = Reply::new(503, "5.5.1", "ATRN must be the last command: wait for its reply");
             return Err(Box::new((session, reply)));

@@ -363,9 +363,15 @@ pub(super) fn atrn<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duratio
 }
 
 pub(super) fn at_least<'de, const FLOOR: u32, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
-    struct Whole<const FLOOR: u32>;
+    between::<FLOOR, { u32::MAX }, D>(deserializer)
+}
 
-    impl<const FLOOR: u32> Visitor<'_> for Whole<FLOOR> {
+pub(super) fn between<'de, const FLOOR: u32, const CEILING: u32, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<usize, D::Error> {
+    struct Whole<const FLOOR: u32, const CEILING: u32>;
+
+    impl<const FLOOR: u32, const CEILING: u32> Visitor<'_> for Whole<FLOOR, CEILING> {
         type Value = usize;
 
         fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -376,11 +382,14 @@ pub(super) fn at_least<'de, const FLOOR: u32, D: Deserializer<'de>>(deserializer
             if number < i64::from(FLOOR) {
                 return Err(E::custom(format!("{number} is too small: write {FLOOR} or more")));
             }
+            if number > i64::from(CEILING) {
+                return Err(E::custom(format!("{number} is too large: write {CEILING} or less")));
+            }
             usize::try_from(number).map_err(E::custom)
         }
     }
 
-    deserializer.deserialize_any(Whole::<FLOOR>)
+    deserializer.deserialize_any(Whole::<FLOOR, CEILING>)
 }
 
 #[cfg(test)]

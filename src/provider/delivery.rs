@@ -117,7 +117,8 @@ pub struct Rules {
 
 /// A delivery thread's two ends; `limit` is the number of turned sessions.
 pub fn channel(limit: usize, rules: Rules) -> std::io::Result<(Turns, Delivery)> {
-    let (sender, turns) = crossbeam_channel::bounded(limit);
+    // `Sessions` bounds it.
+    let (sender, turns) = crossbeam_channel::unbounded();
     let (woken, waker) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC | rustix::pipe::PipeFlags::NONBLOCK)?;
     let sessions = Arc::<Sessions>::default();
     let there = Turns { sender, waker, sessions: sessions.clone(), limit };
@@ -141,7 +142,7 @@ impl Delivery {
                 }
             }
             if open || !sessions.is_empty() {
-                self.wait(&mut sessions);
+                self.wait(&mut sessions, open);
                 let now = Instant::now();
                 sessions.extract_if(.., |session| session.due(now) && !self.work(session, now)).for_each(Call::close);
             }
@@ -175,14 +176,15 @@ impl Delivery {
     }
 
     /// Waits until a session can go on, the earliest deadline, a new turn or a word to stop.
-    fn wait(&self, sessions: &mut [Call]) {
+    fn wait(&self, sessions: &mut [Call], open: bool) {
         let now = Instant::now();
         let stopping = self.rules.stop.stopped();
         let mut until = now + Duration::from_secs(3600);
-        let mut polls = vec![
-            PollFd::new(&self.woken, PollFlags::IN),
-            PollFd::from_borrowed_fd(self.rules.halt.fd(), PollFlags::IN),
-        ];
+        let mut polls = vec![PollFd::from_borrowed_fd(self.rules.halt.fd(), PollFlags::IN)];
+        // With the last sender gone this pipe would report its hang-up, again and again.
+        if open {
+            polls.push(PollFd::new(&self.woken, PollFlags::IN));
+        }
         if !stopping {
             polls.push(PollFd::from_borrowed_fd(self.rules.stop.fd(), PollFlags::IN));
         }
@@ -212,7 +214,7 @@ impl Delivery {
         }
         let ready: Vec<PollFlags> = polls.iter().map(|poll| poll.revents()).collect();
         drop(polls);
-        if !ready[0].is_empty() {
+        if open && !ready[1].is_empty() {
             let mut octets = [0; 512];
             while matches!(rustix::io::read(&self.woken, &mut octets), Ok(512)) {}
         }
@@ -243,6 +245,8 @@ struct Call {
     replies: ReplyReader,
     /// Messages given to the client, in order; the first is the one it speaks of.
     batches: VecDeque<Batch>,
+    /// The hold had nothing more when last asked, and nothing was settled since.
+    dry: bool,
     /// The content of the first is being sent.
     content: Option<Stuffer>,
     /// More can be done without waiting.
@@ -291,6 +295,7 @@ impl Call {
             rules: rules.clone(),
             replies: ReplyReader::default(),
             batches: VecDeque::new(),
+            dry: false,
             content: None,
             busy: true,
             readable: false,
@@ -322,16 +327,22 @@ impl Call {
 
     /// A bounded piece of work.
     fn work(&mut self, now: Instant) -> Result<(), Gone> {
-        let readable = std::mem::replace(&mut self.readable, false);
-        let ended = readable && self.wire.fill()? == Filled::End;
-        if readable {
-            self.wire.acknowledge();
-        }
+        // An error that comes with the last replies must not cost us these: a 250 that was seen is no doubt.
+        let filled = match std::mem::take(&mut self.readable) {
+            true => self.wire.fill(),
+            false => Ok(Filled::Nothing),
+        };
+        self.wire.acknowledge();
+        let before = self.wire.unsent();
         self.busy = true;
         for _ in 0..QUANTUM {
             let replied = self.take_replies(now)?;
             let moved = self.send_content(now)? || self.offer()?;
-            self.wire.flush()?;
+            if let Err(error) = self.wire.flush() {
+                let _ = self.wire.fill();
+                self.take_replies(now)?;
+                return Err(error.into());
+            }
             // The flush may just have made room for more content: nobody else would wake us for it.
             let room = self.content.is_some() && self.wire.unsent() <= HIGH_WATER;
             if !replied && !moved && !room {
@@ -339,8 +350,14 @@ impl Call {
                 break;
             }
         }
-        if ended {
+        if filled? == Filled::End || self.wire.ended() {
             return Err(Gone("the customer closed the connection".to_owned()));
+        }
+        // Slow is not silent: whoever reads has time, in proportion.
+        let sending = self.content.is_some() || self.client.awaiting() == Some(Awaiting::End);
+        if sending && self.wire.unsent() < before {
+            self.progress(now);
+            self.deadline = self.deadline.max(now + self.rules.timeouts.block);
         }
         self.check_patience(now)
     }
@@ -372,7 +389,7 @@ impl Call {
         match step {
             Step::Wait | Step::Ready => {}
             Step::Content => self.content = Some(Stuffer::new()),
-            Step::Settled(outcome) => self.settle(&outcome),
+            Step::Settled(outcome) => self.settle(&outcome)?,
             Step::Closed => return Err(Gone("done".to_owned())),
             Step::Halt(Halt::Refused { what, reply }) => {
                 log::warn!("event=turn-refused session={} what={what:?} reply={:?}", self.id(), reply.to_string());
@@ -395,7 +412,14 @@ impl Call {
             return Ok(false);
         }
         let mut piece = [0; BLOCK];
-        let octets = batch.read(&mut piece)?;
+        let octets = match batch.read(&mut piece) {
+            Ok(octets) => octets,
+            Err(error) => {
+                // It goes to the end of the line, or nothing behind it would ever be sent.
+                batch.put_last();
+                return Err(error.into());
+            }
+        };
         if octets > 0 {
             stuffer.feed(&piece[..octets], self.wire.out());
             self.deadline = now + self.rules.timeouts.block;
@@ -413,7 +437,8 @@ impl Call {
 
     /// Gives the client the next message, or QUIT when there is none.
     fn offer(&mut self) -> Result<bool, Gone> {
-        if !self.client.wants_message() {
+        // Asking the hold means listing a folder: not for every wake-up.
+        if !self.client.wants_message() || (self.dry && self.client.in_flight() > 0) {
             return Ok(false);
         }
         let limit = self.rules.messages;
@@ -433,11 +458,14 @@ impl Call {
                 };
                 match self.client.send(message, &mut said) {
                     Ok(()) => self.batches.push_back(batch),
-                    Err(outcome) => self.settle_batch(batch, &outcome),
+                    Err(outcome) => self.settle_batch(batch, &outcome)?,
                 }
             }
             None if self.client.in_flight() == 0 => self.client.quit(&mut said),
-            None => return Ok(false),
+            None => {
+                self.dry = true;
+                return Ok(false);
+            }
         }
         self.say(&said);
         if self.client.in_flight() <= 1 {
@@ -446,17 +474,21 @@ impl Call {
         Ok(true)
     }
 
-    fn settle(&mut self, outcome: &Outcome) {
-        if let Some(batch) = self.batches.pop_front() {
-            self.settle_batch(batch, outcome);
+    fn settle(&mut self, outcome: &Outcome) -> Result<(), Gone> {
+        self.dry = false;
+        match self.batches.pop_front() {
+            Some(batch) => self.settle_batch(batch, outcome),
+            None => Ok(()),
         }
     }
 
-    fn settle_batch(&mut self, batch: Batch, outcome: &Outcome) {
+    fn settle_batch(&mut self, batch: Batch, outcome: &Outcome) -> Result<(), Gone> {
         let id = batch.envelope.id.clone();
         let (size, recipients) = (batch.size, batch.envelope.recipients.clone());
         if let Err(error) = batch.settle(outcome, &mut self.hold) {
             log::error!("event=settle-failed session={} id={id} error={:?}", self.id(), error.to_string());
+            // The disk does not take what has been done: to go on would be to do it again and again.
+            return Err(Gone("the outcome could not be kept".to_owned()));
         }
         for (recipient, fate) in recipients.iter().zip(&outcome.fates) {
             let (word, reply, count) = match fate {
@@ -475,13 +507,15 @@ impl Call {
         if outcome.fates.iter().any(|fate| matches!(fate, Fate::Delivered(_))) {
             self.tally.octets += size;
         }
+        Ok(())
     }
 
     /// Ends the session: what was under way goes back where it came from, or into doubt.
     fn end(&mut self, why: &str) {
         let gone = Reply::new(451, "4.4.2", "The connection was lost");
         for outcome in self.client.abandon(&gone) {
-            self.settle(&outcome);
+            // Logged where it failed; the mail stays as it is.
+            let _ = self.settle(&outcome);
         }
         let tally = &self.tally;
         log::info!(

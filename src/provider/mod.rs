@@ -12,7 +12,7 @@ pub mod odmr;
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::config;
-use crate::queue::{Place, Queue};
+use crate::queue::Queue;
 use crate::sasl::Mechanism;
 use crate::session::{Bounds, Session, literal};
 use crate::smtp::reply::Reply;
@@ -134,11 +134,14 @@ impl Provider {
         peer: Option<IpAddr>,
         stop: &Stop,
     ) -> Result<(), StartError> {
+        let grace = config.timeouts.shutdown;
         let (shared, delivery) = prepare(config, stamps)?;
-        let signal = (stop.clone(), shared.stop.clone());
+        let (signal, session, at_once) = (stop.clone(), shared.stop.clone(), shared.halt.clone());
         std::thread::spawn(move || {
-            wait_for(&signal.0);
-            signal.1.stop();
+            wait_for(&signal);
+            session.stop();
+            std::thread::sleep(grace);
+            at_once.stop();
         });
         let worker = {
             let shared = shared.clone();
@@ -220,13 +223,6 @@ fn prepare(config: config::Provider, stamps: Stamps) -> Result<(Arc<Shared>, Del
     };
     let (turns, delivery) = delivery::channel(config.limits.turned_sessions, rules).map_err(system)?;
     let queue = Queue::new(&config.spool, &config.hostname, stamps.clone(), config.timeouts.takeover);
-    for domain in config.accounts.iter().flat_map(|account| &account.domains) {
-        let maildir = queue.maildir(&Place::Domain(domain.clone()));
-        // One customer's broken Maildir is 451 for that customer, not the end for all.
-        if let Err(error) = maildir.create() {
-            log::error!("event=spool-failed domain={domain} error={:?}", error.to_string());
-        }
-    }
     let shared = Shared {
         queue,
         stamps,
@@ -246,7 +242,12 @@ fn system(error: io::Error) -> StartError {
 }
 
 fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
-    TcpListener::bind(address).map_err(|error| {
+    let listener = TcpListener::bind(address).and_then(|listener| {
+        // A connection that is reset between poll(2) and accept(2) must not make the latter wait.
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    });
+    listener.map_err(|error| {
         let way_out = match error.kind() {
             io::ErrorKind::PermissionDenied => ": ports below 1024 need root, or a supervisor that passes them on",
             io::ErrorKind::AddrInUse => ": another program listens there; stop it or choose another address",
@@ -277,7 +278,7 @@ fn accept(shared: &Arc<Shared>, door: Door, listener: &TcpListener) {
         }
         match listener.accept() {
             Ok((stream, peer)) => admit(shared, door, stream, peer.ip().to_canonical()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             Err(error) => {
                 log::warn!("event=accept-failed listener={} error={:?}", door.name(), error.to_string());
                 // Out of descriptors: the connection stays in the backlog, and asking at once would spin.
@@ -392,6 +393,14 @@ impl Shared {
     }
 }
 
+/// Who may be one and the same: an IPv6 host has a whole /64 to itself.
+fn network(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(address) => IpAddr::V4(address),
+        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
+    }
+}
+
 /// Who is here before a turn: so that nobody takes all the threads.
 #[derive(Default)]
 struct Visitors {
@@ -401,6 +410,7 @@ struct Visitors {
 
 impl Visitors {
     fn enter(&self, door: Door, peer: IpAddr, limit: usize, limit_each: usize) -> bool {
+        let peer = network(peer);
         let mut present = self.lock();
         let all: usize = present.iter().filter(|((name, _), _)| *name == door.name()).map(|(_, count)| count).sum();
         let here = present.get(&(door.name(), peer)).copied().unwrap_or(0);
@@ -412,6 +422,7 @@ impl Visitors {
     }
 
     fn leave(&self, door: Door, peer: IpAddr) {
+        let peer = network(peer);
         let mut present = self.lock();
         if let Some(count) = present.get_mut(&(door.name(), peer)) {
             *count -= 1;

@@ -155,7 +155,8 @@ impl<'a> Fields<'a> {
 
     fn head(self, domain: &Domain, id: &str, arrived: Date, octets: usize, lines: usize) -> Parsed {
         let here = |value: &&[u8]| {
-            let text = std::str::from_utf8(value).ok()?.trim();
+            // Not `trim`: a local part may begin or end with white space of Unicode's.
+            let text = std::str::from_utf8(value).ok()?.trim_matches([' ', '\t']);
             let text = text.strip_prefix('<').and_then(|text| text.strip_suffix('>')).unwrap_or(text);
             Mailbox::parse(text).filter(|mailbox| mailbox.domain() == Some(domain))
         };

@@ -135,7 +135,10 @@ impl Queue {
                     File::create(&wanted).map_err(|error| NoHold::Failed(at(&wanted, error)))?;
                     give_up = Some(Instant::now() + GIVE_WAY);
                 }
-                Some(late) if Instant::now() >= late => return Err(NoHold::Busy(domain.clone())),
+                Some(late) if Instant::now() >= late => {
+                    let _ = fs::remove_file(&wanted);
+                    return Err(NoHold::Busy(domain.clone()));
+                }
                 // The kernel tells nobody when a lock is let go, but by a wait without end.
                 Some(_) => std::thread::sleep(Duration::from_millis(20)),
             }
@@ -233,6 +236,9 @@ impl Held {
             self.maildir.remove(&entry)?;
             entries.retain(|other| *other != entry);
         }
+        // What has failed at its very end is tried last: the same letter may fail again, and those behind it
+        // should not wait for it.
+        entries.sort_by_key(|entry| entry.in_doubt());
         let touched = &self.touched;
         self.waiting.extend(entries.into_iter().filter(|entry| !touched.contains(entry.unique())));
         Ok(())
@@ -241,11 +247,13 @@ impl Held {
     /// After a crash in `settle` a message may stand there twice, before and after: the one without the
     /// recipients that have it already is the truth. `None`: neither is that of the other.
     fn superseded(&self, one: &Entry, other: &Entry) -> io::Result<Option<Entry>> {
-        let (Some(some), Some(others)) = (self.recipients(one)?, self.recipients(other)?) else {
+        let (Some(some), Some(others)) = (self.head(one)?, self.head(other)?) else {
             return Ok(None);
         };
-        let within = |few: &[Mailbox], many: &[Mailbox]| {
-            few.len() < many.len() && few.iter().all(|recipient| many.contains(recipient))
+        // Only a file that we have written can be what is left of another.
+        let within = |few: &Head, many: &Head| {
+            let (some, all) = (&few.envelope.recipients, &many.envelope.recipients);
+            few.ours && some.len() < all.len() && some.iter().all(|recipient| all.contains(recipient))
         };
         Ok(match (within(&some, &others), within(&others, &some)) {
             (true, _) => Some(other.clone()),
@@ -255,11 +263,11 @@ impl Held {
     }
 
     /// `None`: this is no message for anybody here.
-    fn recipients(&self, entry: &Entry) -> io::Result<Option<Vec<Mailbox>>> {
+    fn head(&self, entry: &Entry) -> io::Result<Option<Head>> {
         let Ok(Some(file)) = open_file(&self.maildir.file(entry)) else {
             return Ok(None);
         };
-        Ok(read_head(&file, entry, &self.domain)?.map(|head| head.envelope.recipients))
+        read_head(&file, entry, &self.domain)
     }
 }
 
@@ -293,7 +301,12 @@ impl Batch {
         let content = head.octets as u64;
         // Only names that we gave can be believed.
         let (size, eight_bit) = match entry.wire_size().filter(|_| head.ours) {
-            Some(size) => (size.saturating_sub(content + head.lines as u64), entry.eight_bit()),
+            Some(size) => {
+                // A last line without its end gets one on the wire.
+                let open = !ends_with_line(&file, content).map_err(|error| at(&path, error))?;
+                let size = size.saturating_sub(content + head.lines as u64);
+                (if open { size + 2 } else { size }, entry.eight_bit())
+            }
             None => measure(&file, content).map_err(|error| at(&path, error))?,
         };
         let mut batch =
@@ -315,6 +328,13 @@ impl Batch {
     /// Back to where the content begins.
     pub fn rewind(&mut self) -> io::Result<()> {
         self.file.seek(SeekFrom::Start(self.content)).map(drop)
+    }
+
+    /// It cannot be read: it goes to the end of the line, so that others behind it are sent.
+    pub fn put_last(&self) {
+        if let Err(error) = self.maildir.mark_in_doubt(&self.entry) {
+            log::error!("event=unreadable error={:?}", error.to_string());
+        }
     }
 
     /// Acts on what became of the message: the one place where mail is removed. `outcome` has a fate for
@@ -438,6 +458,16 @@ fn read_head(file: &File, entry: &Entry, domain: &Domain) -> io::Result<Option<H
             Parsed::More => {}
         }
     }
+}
+
+/// Whether the content that begins at `from` is empty or ends with a line end.
+fn ends_with_line(file: &File, from: u64) -> io::Result<bool> {
+    let length = file.metadata()?.len();
+    let mut last = [b'\n'];
+    if length > from {
+        file.read_exact_at(&mut last, length - 1)?;
+    }
+    Ok(last == [b'\n'])
 }
 
 /// The size on the wire of what stands behind the envelope, and whether it takes eight bits.

@@ -211,12 +211,16 @@ pub struct Client {
     exchange: Option<(Mechanism, Box<dyn ClientExchange>)>,
     tried: Vec<Mechanism>,
     authenticated: bool,
+    /// "*" was said.
+    cancelled: bool,
     /// The name in the peer's greeting or EHLO reply.
     peer_name: Option<String>,
     to_say: VecDeque<(Said, Vec<u8>)>,
     outstanding: VecDeque<Said>,
     transactions: VecDeque<Transaction>,
     ready: bool,
+    /// EHLO was answered, not HELO.
+    extended: bool,
     /// No mail is sent any more: QUIT was lined up, or the peer said 421.
     closing: bool,
 }
@@ -232,11 +236,13 @@ impl Client {
             exchange: None,
             tried: Vec::new(),
             authenticated: false,
+            cancelled: false,
             peer_name: None,
             to_say: VecDeque::new(),
             outstanding: VecDeque::from([Said::Greeting]),
             transactions: VecDeque::new(),
             ready: false,
+            extended: false,
             closing: false,
         }
     }
@@ -291,7 +297,9 @@ impl Client {
     /// Takes the next message. `Err`: it cannot go to this peer at all, and nothing was said of it.
     pub fn send(&mut self, message: Message, out: &mut Vec<u8>) -> Result<(), Outcome> {
         if let Some(reply) = self.unfit(&message) {
-            return Err(Outcome { fates: vec![Fate::Refused(reply); message.recipients.len()] });
+            // Who does not even know EHLO today may know it tomorrow.
+            let fate = if self.extended { Fate::Refused(reply) } else { Fate::Deferred(reply) };
+            return Err(Outcome { fates: vec![fate; message.recipients.len()] });
         }
         self.line_up(Said::Mail, self.mail_line(&message));
         for (number, recipient) in message.recipients.iter().enumerate() {
@@ -416,6 +424,7 @@ impl Client {
                 exchange = mechanism.client(name, secret);
             }
         }
+        self.cancelled = false;
         self.exchange = Some((mechanism, exchange));
         self.line_up(Said::Auth, line);
         self.say(out);
@@ -445,6 +454,7 @@ impl Client {
         match reply.severity() {
             Severity::Positive => {
                 self.peer_name = first_word(&reply).or(self.peer_name.take());
+                self.extended = true;
                 self.offered = Offered::read(&reply);
                 if self.plan.starttls && !self.tls {
                     if !self.offered.starttls {
@@ -494,6 +504,8 @@ impl Client {
             return self.refused("AUTH", reply, out);
         };
         match (reply.severity(), reply.code()) {
+            // It goes on after our "*": then we do not.
+            (Severity::Intermediate, _) if self.cancelled => self.refused("AUTH", reply, out),
             (Severity::Intermediate, _) => {
                 let text = reply.lines().next().unwrap_or_default();
                 let response = data_encoding::BASE64
@@ -502,6 +514,7 @@ impl Client {
                     .and_then(|challenge| exchange.step(&challenge))
                     .map(|response| data_encoding::BASE64.encode(&response));
                 // RFC 4954 section 4: "*" cancels.
+                self.cancelled = response.is_none();
                 self.line_up(Said::Auth, response.unwrap_or_else(|| "*".to_owned()));
                 Step::Wait
             }

@@ -7,6 +7,7 @@ pub mod address;
 pub mod client;
 pub mod command;
 pub mod content;
+pub mod header;
 pub mod reply;
 pub mod server;
 

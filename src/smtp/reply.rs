@@ -4,13 +4,17 @@
 //! a line, the enhanced code on every line). Decisions are made by the code alone, never by the text.
 
 use std::borrow::Cow;
-use std::fmt;
+use std::fmt::{self, Write};
 
 /// A line of a reply may have 512 octets with its CRLF (RFC 5321 section 4.5.3.1.5).
 const TEXT_LIMIT: usize = 512 - "250-".len() - "5.5.555 ".len() - "\r\n".len();
 
-/// A peer's reply is read up to this many lines; the text of later ones is dropped.
+/// Of a peer's reply so many lines are kept, and so many octets of each; the rest is read and dropped.
 const LINES_KEPT: usize = 64;
+const LINE_KEPT: usize = 512;
+
+/// In logs and marks so many characters of a reply are enough.
+const SHOWN: usize = 300;
 
 /// What the first digit of a reply says (RFC 5321 section 4.2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,8 +107,9 @@ impl fmt::Display for Reply {
         if let Some(enhanced) = &self.enhanced {
             write!(f, " {enhanced}")?;
         }
-        for line in self.lines.iter().filter(|line| !line.is_empty()) {
-            write!(f, " {}", line.escape_debug())?;
+        let lines = self.lines.iter().filter(|line| !line.is_empty());
+        for character in lines.flat_map(|line| " ".chars().chain(line.chars())).take(SHOWN) {
+            f.write_char(if character.is_control() { '?' } else { character })?;
         }
         Ok(())
     }
@@ -150,7 +155,7 @@ impl ReplyReader {
             Some(b'-') => (false, &line[4..]),
             Some(_) => return Err(broken()),
         };
-        let text = String::from_utf8_lossy(text);
+        let text = String::from_utf8_lossy(&text[..text.len().min(LINE_KEPT)]);
         let mut reply = match self.begun.take() {
             None => Reply { code, enhanced: None, lines: Vec::new() },
             Some(reply) if reply.code == code => reply,

@@ -17,6 +17,9 @@ use super::reply::Reply;
 use crate::sasl::{Mechanism, Secrets, ServerExchange, ServerStep};
 use crate::stamp::{Date, Stamps};
 
+/// So many refused recipients weigh as much as one bad command.
+const REFUSALS: usize = 20;
+
 /// On which door this server stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -114,6 +117,7 @@ pub struct Server {
     exchange: Option<Box<dyn ServerExchange>>,
     transaction: Option<Transaction>,
     errors: usize,
+    refusals: usize,
     auth_failures: usize,
 }
 
@@ -137,6 +141,7 @@ impl Server {
             exchange: None,
             transaction: None,
             errors: 0,
+            refusals: 0,
             auth_failures: 0,
         }
     }
@@ -171,6 +176,11 @@ impl Server {
 
     pub fn transaction(&self) -> Option<&Transaction> {
         self.transaction.as_ref()
+    }
+
+    /// Whether clients authenticate here.
+    pub fn offers_auth(&self) -> bool {
+        self.profile.implements(Verb::Auth)
     }
 
     /// Whether the next line is part of an AUTH exchange, and not for any log.
@@ -523,16 +533,17 @@ impl Server {
             Step::Chunk { refused: Some(reply), .. } => reply,
             _ => return step,
         };
-        if !matches!(reply.code(), 500..=504 | 555) {
-            return step;
+        match reply.code() {
+            500..=504 | 555 => self.errors += 1,
+            // Recipients that are not here may be honest mistakes; thousands of them are not.
+            550 | 551 | 553 => self.refusals += 1,
+            _ => return step,
         }
-        self.errors += 1;
-        match step {
-            Step::Reply(_) if self.errors >= self.profile.max_errors => {
-                Step::Close(Reply::new(421, "4.7.0", "Too many errors"))
-            }
-            step => step,
+        let limit = self.profile.max_errors;
+        if self.errors >= limit || self.refusals >= limit.saturating_mul(REFUSALS) {
+            return Step::Close(Reply::new(421, "4.7.0", "Too many errors"));
         }
+        step
     }
 }
 
