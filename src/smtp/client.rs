@@ -13,8 +13,8 @@
 
 use std::collections::VecDeque;
 
-use super::address::{Domain, Mailbox, ReversePath};
-use super::command::Body;
+use super::address::{Domain, ReversePath};
+use super::command::{Body, Recipient, Return};
 use super::reply::{Reply, Severity};
 use crate::sasl::{ClientExchange, Mechanism};
 
@@ -26,21 +26,34 @@ const AUTH_LINE_LIMIT: usize = 512 - 2;
 pub struct Plan {
     /// Our name for EHLO.
     pub name: String,
-    /// TLS must be begun with STARTTLS; without it nothing goes on.
-    pub starttls: bool,
+    pub starttls: StartTls,
     /// TLS is there from the first octet, or from before the turn.
     pub tls: bool,
     /// The peer must offer ATRN, or it is told no secret (RFC 2645 section 5.1.1).
     pub atrn: bool,
     /// Account and secret, where the peer wants to know who we are.
     pub credentials: Option<(String, Vec<u8>)>,
+    /// Content may go as one BDAT chunk where the peer offers CHUNKING (RFC 3030). Not so after a turn:
+    /// some customers are pipes that look at lines.
+    pub chunking: bool,
+}
+
+/// Whether TLS is begun with STARTTLS (RFC 3207).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StartTls {
+    #[default]
+    Never,
+    /// When the peer offers it; else in clear.
+    Offered,
+    /// Without it nothing goes on.
+    Required,
 }
 
 /// A message to be sent: its envelope. The content is the driver's.
 #[derive(Clone, Debug)]
 pub struct Message {
     pub from: ReversePath,
-    pub recipients: Vec<Mailbox>,
+    pub recipients: Vec<Recipient>,
     /// Octets on the wire (RFC 1870), without dots that are added.
     pub size: u64,
     /// What its sender said of the content; `eight_bit`: what it is.
@@ -48,6 +61,9 @@ pub struct Message {
     pub eight_bit: bool,
     /// It came with SMTPUTF8 (RFC 6531).
     pub utf8: bool,
+    /// RFC 3461.
+    pub ret: Option<Return>,
+    pub envelope_id: Option<String>,
 }
 
 /// What became of one recipient.
@@ -67,6 +83,20 @@ pub enum Fate {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
     pub fates: Vec<Fate>,
+    pub decided: Decided,
+}
+
+/// What the fates of a message go back to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decided {
+    /// The peer, recipient by recipient or for the content.
+    ByPeer,
+    /// The peer, with its refusal of MAIL: it may be no place for this mail at all.
+    AtMail,
+    /// We, before a word was said of it.
+    ByUs,
+    /// The connection was lost, which says nothing of the mail.
+    ByLoss,
 }
 
 /// Why a conversation goes no further. QUIT has been lined up where it can be said.
@@ -97,8 +127,11 @@ pub enum Step {
     StartTls,
     /// Nothing stands in the way of mail, ATRN or QUIT.
     Ready,
-    /// Send the content of the message in front, then call [`Client::content_sent`].
-    Content,
+    /// Send the content of the message in front, then call [`Client::content_sent`]; `chunk`: as it is,
+    /// without dots and end, exactly as many octets as the message's size (RFC 3030).
+    Content {
+        chunk: bool,
+    },
     /// The message in front is done with.
     Settled(Outcome),
     /// ATRN was answered 250: from here on turn.rs.
@@ -130,8 +163,11 @@ pub struct Offered {
     pub size: Option<u64>,
     pub eight_bit: bool,
     pub utf8: bool,
+    pub chunking: bool,
+    pub dsn: bool,
     pub starttls: bool,
     pub atrn: bool,
+    pub auth: bool,
     pub mechanisms: Vec<Mechanism>,
 }
 
@@ -180,6 +216,8 @@ struct Transaction {
     /// The replies to RCPT.
     recipients: Vec<Option<Reply>>,
     content: Progress,
+    /// The content goes as one chunk of so many octets.
+    chunk: Option<u64>,
 }
 
 impl Transaction {
@@ -192,7 +230,8 @@ impl Transaction {
             (None, Some(reply)) if refuses(reply) => fate_of(reply),
             (None, _) => accepted.clone(),
         };
-        Outcome { fates: self.recipients.iter().map(fate).collect() }
+        let decided = if self.mail.is_some() { Decided::AtMail } else { Decided::ByPeer };
+        Outcome { fates: self.recipients.iter().map(fate).collect(), decided }
     }
 }
 
@@ -299,15 +338,18 @@ impl Client {
         if let Some(reply) = self.unfit(&message) {
             // Who does not even know EHLO today may know it tomorrow.
             let fate = if self.extended { Fate::Refused(reply) } else { Fate::Deferred(reply) };
-            return Err(Outcome { fates: vec![fate; message.recipients.len()] });
+            return Err(Outcome { fates: vec![fate; message.recipients.len()], decided: Decided::ByUs });
         }
         self.line_up(Said::Mail, self.mail_line(&message));
         for (number, recipient) in message.recipients.iter().enumerate() {
-            self.line_up(Said::Rcpt(number), format!("RCPT TO:<{recipient}>"));
+            self.line_up(Said::Rcpt(number), self.rcpt_line(recipient));
         }
-        self.line_up(Said::Data, "DATA");
+        let chunk = (self.plan.chunking && self.offered.chunking).then_some(message.size);
+        if chunk.is_none() {
+            self.line_up(Said::Data, "DATA");
+        }
         let recipients = vec![None; message.recipients.len()];
-        self.transactions.push_back(Transaction { mail: None, recipients, content: Progress::NotYet });
+        self.transactions.push_back(Transaction { mail: None, recipients, content: Progress::NotYet, chunk });
         self.say(out);
         Ok(())
     }
@@ -351,9 +393,12 @@ impl Client {
         self.closing = true;
         self.to_say.clear();
         self.outstanding.clear();
-        let outcome = |transaction: Transaction| match transaction.content {
-            Progress::Sent => transaction.outcome(&Fate::InDoubt),
-            Progress::NotYet | Progress::Sending => transaction.outcome(&Fate::Deferred(why.clone())),
+        let outcome = |transaction: Transaction| {
+            let open = match transaction.content {
+                Progress::Sent => Fate::InDoubt,
+                Progress::NotYet | Progress::Sending => Fate::Deferred(why.clone()),
+            };
+            Outcome { decided: Decided::ByLoss, ..transaction.outcome(&open) }
         };
         self.transactions.drain(..).map(outcome).collect()
     }
@@ -379,7 +424,7 @@ impl Client {
             Said::StartTls => self.starttls_answered(reply, out),
             Said::Auth => self.auth_answered(reply, out),
             Said::Mail => self.mail_answered(reply),
-            Said::Rcpt(number) => self.rcpt_answered(number, reply),
+            Said::Rcpt(number) => self.rcpt_answered(number, reply, out),
             Said::Data => self.data_answered(reply, out),
             Said::Content => self.content_answered(&reply),
             Said::LoneDot => self.settle(None),
@@ -456,17 +501,17 @@ impl Client {
                 self.peer_name = first_word(&reply).or(self.peer_name.take());
                 self.extended = true;
                 self.offered = Offered::read(&reply);
-                if self.plan.starttls && !self.tls {
-                    if !self.offered.starttls {
-                        return self.halt(Halt::NoStartTls, out);
+                match self.plan.starttls {
+                    StartTls::Offered | StartTls::Required if !self.tls && self.offered.starttls => {
+                        self.line_up(Said::StartTls, "STARTTLS");
+                        Step::Wait
                     }
-                    self.line_up(Said::StartTls, "STARTTLS");
-                    return Step::Wait;
+                    StartTls::Required if !self.tls => self.halt(Halt::NoStartTls, out),
+                    _ => self.introduced(out),
                 }
-                self.introduced(out)
             }
             // RFC 5321 section 3.2. Who needs TLS or AUTH has no use for a server without extensions.
-            Severity::Permanent if !self.plan.starttls && self.plan.credentials.is_none() => {
+            Severity::Permanent if self.plan.starttls != StartTls::Required && self.plan.credentials.is_none() => {
                 self.line_up(Said::Helo, format!("HELO {}", self.plan.name));
                 Step::Wait
             }
@@ -495,6 +540,7 @@ impl Client {
     fn starttls_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
         match reply.severity() {
             Severity::Positive => Step::StartTls,
+            _ if self.plan.starttls == StartTls::Offered => self.introduced(out),
             _ => self.refused("STARTTLS", reply, out),
         }
     }
@@ -555,7 +601,7 @@ impl Client {
         Step::Wait
     }
 
-    fn rcpt_answered(&mut self, number: usize, reply: Reply) -> Step {
+    fn rcpt_answered(&mut self, number: usize, reply: Reply, out: &mut Vec<u8>) -> Step {
         if let Some(front) = self.transactions.front_mut()
             && let Some(slot) = front.recipients.get_mut(number)
         {
@@ -566,7 +612,23 @@ impl Client {
                 return self.settle(None);
             }
         }
-        Step::Wait
+        self.chunk_or_wait(out)
+    }
+
+    /// With CHUNKING nothing answers DATA: the last reply to RCPT decides.
+    fn chunk_or_wait(&mut self, out: &mut Vec<u8>) -> Step {
+        let Some(front) = self.transactions.front_mut() else {
+            return Step::Wait;
+        };
+        let Some(octets) = front.chunk.filter(|_| self.outstanding.is_empty() && self.to_say.is_empty()) else {
+            return Step::Wait;
+        };
+        if front.mail.is_some() {
+            return self.settle(None);
+        }
+        front.content = Progress::Sending;
+        out.extend_from_slice(format!("BDAT {octets} LAST\r\n").as_bytes());
+        Step::Content { chunk: true }
     }
 
     fn data_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
@@ -578,7 +640,7 @@ impl Client {
             // RFC 5321 section 3.3: content is sent behind 354 only.
             (Severity::Intermediate, true) => {
                 front.content = Progress::Sending;
-                Step::Content
+                Step::Content { chunk: false }
             }
             // RFC 2920 section 3.1: the message goes to nobody, so it is empty.
             (Severity::Intermediate, false) => {
@@ -659,6 +721,34 @@ impl Client {
         if needs_utf8(message) {
             line.push_str(" SMTPUTF8");
         }
+        // RFC 3461 section 5.2.1: passed on as they were given.
+        if self.offered.dsn {
+            match message.ret {
+                Some(Return::Full) => line.push_str(" RET=FULL"),
+                Some(Return::Header) => line.push_str(" RET=HDRS"),
+                None => {}
+            }
+            if let Some(id) = &message.envelope_id {
+                line.push_str(&format!(" ENVID={id}"));
+            }
+        }
+        // RFC 4954 section 5: what we pass on comes from somebody the peer cannot ask.
+        if self.authenticated && self.offered.auth {
+            line.push_str(" AUTH=<>");
+        }
+        line
+    }
+
+    fn rcpt_line(&self, recipient: &Recipient) -> String {
+        let mut line = format!("RCPT TO:<{}>", recipient.mailbox);
+        if self.offered.dsn {
+            if let Some(notify) = recipient.notify.said() {
+                line.push_str(&format!(" NOTIFY={notify}"));
+            }
+            if let Some(original) = &recipient.original {
+                line.push_str(&format!(" ORCPT={original}"));
+            }
+        }
         line
     }
 
@@ -697,9 +787,12 @@ impl Offered {
                 }
                 Some("8BITMIME") => offered.eight_bit = true,
                 Some("SMTPUTF8") => offered.utf8 = true,
+                Some("CHUNKING") => offered.chunking = true,
+                Some("DSN") => offered.dsn = true,
                 Some("STARTTLS") => offered.starttls = true,
                 Some("ATRN") => offered.atrn = true,
                 Some("AUTH") => {
+                    offered.auth = true;
                     offered.mechanisms.extend(words.filter_map(|word| Mechanism::parse(word.as_bytes())));
                 }
                 _ => {}
@@ -715,7 +808,7 @@ fn first_word(reply: &Reply) -> Option<String> {
 }
 
 fn needs_utf8(message: &Message) -> bool {
-    message.utf8 || !message.from.is_ascii() || message.recipients.iter().any(|recipient| !recipient.is_ascii())
+    message.utf8 || !message.from.is_ascii() || message.recipients.iter().any(|recipient| !recipient.mailbox.is_ascii())
 }
 
 fn refuses(reply: &Reply) -> bool {

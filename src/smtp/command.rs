@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 
-use super::address::{Domain, ForwardPath, PathError, ReversePath, forward_path, reverse_path};
+use super::address::{Domain, ForwardPath, Mailbox, PathError, ReversePath, forward_path, reverse_path};
 use super::reply::Reply;
 
 /// The commands this program knows by name, also those that no listener of it implements.
@@ -92,6 +92,7 @@ pub struct Offers {
     pub eight_bit: bool,
     pub utf8: bool,
     pub auth: bool,
+    pub dsn: bool,
 }
 
 /// `BODY=` (RFC 6152).
@@ -113,6 +114,84 @@ pub struct MailFrom {
     pub body: Body,
     /// `SMTPUTF8` (RFC 6531).
     pub utf8: bool,
+    /// `RET=` (RFC 3461 section 4.3).
+    pub ret: Option<Return>,
+    /// `ENVID=`, as it was given: xtext.
+    pub envelope_id: Option<String>,
+}
+
+/// How much of a message comes back with a notice of failure (RFC 3461 section 4.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Return {
+    Full,
+    Header,
+}
+
+/// `NOTIFY=`: what the sender wants to be told (RFC 3461 section 4.1). Kept as it was given, to be passed on
+/// octet by octet.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Notify(Option<String>);
+
+impl Notify {
+    /// `NEVER` alone, or a list of `SUCCESS`, `FAILURE` and `DELAY`, each at most once.
+    pub fn parse(value: &[u8]) -> Option<Notify> {
+        let text = std::str::from_utf8(value).ok()?;
+        let mut words: Vec<String> = text.split(',').map(str::to_ascii_uppercase).collect();
+        let known = words.iter().all(|word| matches!(word.as_str(), "SUCCESS" | "FAILURE" | "DELAY"));
+        let never = words == ["NEVER"];
+        let count = words.len();
+        words.sort_unstable();
+        words.dedup();
+        (never || known && words.len() == count).then(|| Notify(Some(text.to_owned())))
+    }
+
+    /// As it was given, if it was.
+    pub fn said(&self) -> Option<&str> {
+        self.0.as_deref()
+    }
+
+    pub fn success(&self) -> bool {
+        self.has("SUCCESS")
+    }
+
+    /// Unasked too (RFC 3461 section 5.2.6).
+    pub fn failure(&self) -> bool {
+        self.0.is_none() || self.has("FAILURE")
+    }
+
+    /// Unasked too (RFC 3461 section 5.2.7).
+    pub fn delay(&self) -> bool {
+        self.0.is_none() || self.has("DELAY")
+    }
+
+    fn has(&self, wanted: &str) -> bool {
+        self.0.as_ref().is_some_and(|said| said.split(',').any(|word| word.eq_ignore_ascii_case(wanted)))
+    }
+}
+
+/// One recipient and what the sender wants to know of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recipient {
+    pub mailbox: Mailbox,
+    pub notify: Notify,
+    /// `ORCPT=`, as it was given: `type;xtext` (RFC 3461 section 4.2).
+    pub original: Option<String>,
+}
+
+impl Recipient {
+    /// A recipient of whom nothing special is to be told.
+    pub fn plain(mailbox: Mailbox) -> Recipient {
+        Recipient { mailbox, notify: Notify::default(), original: None }
+    }
+}
+
+/// `ORCPT=`: a type of address, and xtext, 500 octets at most (RFC 3461 section 4.2).
+pub fn original_recipient(value: &[u8]) -> Option<String> {
+    let at = value.iter().position(|octet| *octet == b';')?;
+    let (kind, text) = (&value[..at], &value[at + 1..]);
+    let atom = |octet: &u8| octet.is_ascii_alphanumeric() || b"!#$%&'*+-/=?^_`{|}~.".contains(octet);
+    let good = value.len() <= 500 && !kind.is_empty() && kind.iter().all(atom) && is_xtext(text);
+    good.then(|| String::from_utf8_lossy(value).into_owned())
 }
 
 /// One command, with an argument that is known to be good.
@@ -139,6 +218,8 @@ pub enum Command {
     Rcpt {
         path: ForwardPath,
         utf8: bool,
+        notify: Notify,
+        original: Option<String>,
     },
     Rset,
     StartTls,
@@ -161,7 +242,7 @@ impl Command {
             Verb::Ehlo => hello(trimmed).map(Command::Ehlo),
             Verb::Helo => hello(trimmed).map(Command::Helo),
             Verb::Mail => mail(trimmed, offers).map(Command::Mail),
-            Verb::Rcpt => rcpt(trimmed),
+            Verb::Rcpt => rcpt(trimmed, offers),
             Verb::Data => alone(trimmed, Command::Data),
             Verb::Quit => alone(trimmed, Command::Quit),
             Verb::Rset => alone(trimmed, Command::Rset),
@@ -265,14 +346,10 @@ fn after_keyword<'a>(argument: &'a [u8], keyword: &'static str) -> Result<&'a [u
 fn mail(argument: &[u8], offers: Offers) -> Result<MailFrom, Reply> {
     let input = after_keyword(argument, "FROM:")?;
     let (path, used) = reverse_path(input).map_err(|error| path_error(error, "5.1.7"))?;
-    let mut mail = MailFrom { path, size: None, body: Body::Unsaid, utf8: false };
+    let mut mail = MailFrom { path, size: None, body: Body::Unsaid, utf8: false, ret: None, envelope_id: None };
     let mut auth = false;
     for parameter in parameters(&input[used..])? {
-        let (name, value) = match parameter.iter().position(|octet| *octet == b'=') {
-            Some(at) => (&parameter[..at], Some(&parameter[at + 1..])),
-            None => (parameter, None),
-        };
-        let once = |free: bool| if free { Ok(()) } else { Err(argument_error("A parameter stands there twice")) };
+        let (name, value) = name_and_value(parameter);
         match name.to_ascii_uppercase().as_slice() {
             b"SIZE" if offers.size => {
                 once(mail.size.is_none())?;
@@ -293,12 +370,26 @@ fn mail(argument: &[u8], offers: Offers) -> Result<MailFrom, Reply> {
                 }
                 mail.utf8 = true;
             }
+            b"RET" if offers.dsn => {
+                once(mail.ret.is_none())?;
+                mail.ret = match value.map(<[u8]>::to_ascii_uppercase).as_deref() {
+                    Some(b"FULL") => Some(Return::Full),
+                    Some(b"HDRS") => Some(Return::Header),
+                    _ => return Err(argument_error("RET is FULL or HDRS")),
+                };
+            }
+            b"ENVID" if offers.dsn => {
+                once(mail.envelope_id.is_none())?;
+                let text = value.filter(|value| value.len() <= 100 && is_xtext(value));
+                let text = text.ok_or_else(|| argument_error("ENVID is xtext of 100 octets at most"))?;
+                mail.envelope_id = Some(String::from_utf8_lossy(text).into_owned());
+            }
             // RFC 4954 section 5: whoever offers AUTH takes AUTH=, and treats it as <> from a peer it
             // does not trust.
             b"AUTH" if offers.auth => {
                 once(!auth)?;
                 auth = true;
-                if !value.is_some_and(is_xtext) {
+                if !value.is_some_and(|value| value == b"<>" || is_xtext(value)) {
                     return Err(argument_error("Syntax: AUTH=<> or AUTH=xtext"));
                 }
             }
@@ -312,13 +403,42 @@ fn mail(argument: &[u8], offers: Offers) -> Result<MailFrom, Reply> {
     Ok(mail)
 }
 
-fn rcpt(argument: &[u8]) -> Result<Command, Reply> {
+fn rcpt(argument: &[u8], offers: Offers) -> Result<Command, Reply> {
     let input = after_keyword(argument, "TO:")?;
     let (path, used) = forward_path(input).map_err(|error| path_error(error, "5.1.3"))?;
-    match parameters(&input[used..])?.next() {
-        None => Ok(Command::Rcpt { path, utf8: !input[..used].is_ascii() }),
-        Some(_) => Err(Reply::new(555, "5.5.4", "RCPT parameter not recognised")),
+    let mut notify: Option<Notify> = None;
+    let mut original = None;
+    for parameter in parameters(&input[used..])? {
+        let (name, value) = name_and_value(parameter);
+        match name.to_ascii_uppercase().as_slice() {
+            b"NOTIFY" if offers.dsn => {
+                once(notify.is_none())?;
+                let said = value.and_then(Notify::parse);
+                notify = Some(
+                    said.ok_or_else(|| argument_error("NOTIFY is NEVER, or a list of SUCCESS, FAILURE and DELAY"))?,
+                );
+            }
+            b"ORCPT" if offers.dsn => {
+                once(original.is_none())?;
+                let said = value.and_then(original_recipient);
+                original = Some(said.ok_or_else(|| argument_error("Syntax: ORCPT=type;xtext"))?);
+            }
+            _ => return Err(Reply::new(555, "5.5.4", "RCPT parameter not recognised")),
+        }
     }
+    let utf8 = !input[..used].is_ascii();
+    Ok(Command::Rcpt { path, utf8, notify: notify.unwrap_or_default(), original })
+}
+
+fn name_and_value(parameter: &[u8]) -> (&[u8], Option<&[u8]>) {
+    match parameter.iter().position(|octet| *octet == b'=') {
+        Some(at) => (&parameter[..at], Some(&parameter[at + 1..])),
+        None => (parameter, None),
+    }
+}
+
+fn once(free: bool) -> Result<(), Reply> {
+    if free { Ok(()) } else { Err(argument_error("A parameter stands there twice")) }
 }
 
 /// The words behind a path; at least one space must stand before each.
@@ -347,7 +467,7 @@ fn number(digits: &[u8]) -> Option<u64> {
 }
 
 /// RFC 3461 section 4: printable ASCII without `+` and `=`, or `+HH` in upper case; or `<>`.
-fn is_xtext(value: &[u8]) -> bool {
+pub fn is_xtext(value: &[u8]) -> bool {
     let mut octets = value.iter();
     while let Some(octet) = octets.next() {
         let hex = |octet: Option<&u8>| octet.is_some_and(|octet| matches!(octet, b'0'..=b'9' | b'A'..=b'F'));
@@ -367,7 +487,7 @@ fn is_xtext(value: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    const ALL: Offers = Offers { size: true, eight_bit: true, utf8: true, auth: true };
+    const ALL: Offers = Offers { size: true, eight_bit: true, utf8: true, auth: true, dsn: true };
 
     fn parse(line: &str) -> Result<Command, Reply> {
         let (verb, rest) = Verb::of(line.as_bytes())?;

@@ -12,7 +12,7 @@
 //! ```
 
 use super::address::{Domain, ForwardPath, Host as HostName, Mailbox};
-use super::command::{Body, Command, MailFrom, Offers, Verb, announced};
+use super::command::{Command, MailFrom, Notify, Offers, Recipient, Verb, announced};
 use super::reply::Reply;
 use crate::sasl::{Mechanism, Secrets, ServerExchange, ServerStep};
 use crate::stamp::{Date, Stamps};
@@ -25,8 +25,10 @@ const REFUSALS: usize = 20;
 pub enum Role {
     /// Port 25 of the provider: the world brings mail for the customers.
     Inbound,
-    /// Port 366 of the provider, before the turn.
+    /// Port 366 of the provider, before the turn: ATRN, and submission (RFC 6409) where mail is taken.
     Odmr,
+    /// The customer's own users and programs hand in their mail.
+    Local,
     /// The customer after the turn.
     Customer,
 }
@@ -48,6 +50,8 @@ pub struct Profile {
     pub starttls: bool,
     /// AUTH is offered under TLS only.
     pub require_tls: bool,
+    /// Delivery status notifications can be made and sent (RFC 3461).
+    pub dsn: bool,
     pub mechanisms: Vec<Mechanism>,
     pub stamps: Stamps,
 }
@@ -58,25 +62,30 @@ impl Profile {
         use Verb::*;
         match verb {
             Ehlo | Helo | Rset | Noop | Help | Quit => true,
-            Mail | Rcpt | Data | Bdat | Vrfy => self.role != Role::Odmr,
-            StartTls => self.role != Role::Customer && self.starttls,
+            Mail | Rcpt | Data | Bdat => true,
+            Vrfy => self.role != Role::Odmr,
+            StartTls => self.starttls && matches!(self.role, Role::Inbound | Role::Odmr),
             Auth | Atrn => self.role == Role::Odmr,
             Etrn | Expn | Turn | Unknown | Http => false,
         }
     }
 
     fn offers(&self) -> Offers {
-        let mail = self.role != Role::Odmr;
-        Offers { size: mail, eight_bit: mail, utf8: mail, auth: false }
+        let auth = self.role == Role::Odmr;
+        Offers { size: true, eight_bit: true, utf8: true, auth, dsn: self.dsn }
     }
 }
 
 /// What the party behind the listener is asked.
 pub trait Host: Secrets {
-    /// May mail of this sender and size come in now?
-    fn sender(&mut self, mail: &MailFrom) -> Result<(), Reply>;
-    /// Which mailbox is meant, and is it one of ours?
+    /// May mail of this sender and size come in now? `account`: who has authenticated.
+    fn sender(&mut self, mail: &MailFrom, account: Option<&str>) -> Result<(), Reply>;
+    /// Which mailbox is meant, and may mail for it come in?
     fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply>;
+    /// Octets of one message, where it may be less than the listener says.
+    fn size_limit(&self, _account: Option<&str>) -> u64 {
+        u64::MAX
+    }
 }
 
 /// What the driver does next.
@@ -101,7 +110,9 @@ pub enum Step {
 #[derive(Clone, Debug)]
 pub struct Transaction {
     pub mail: MailFrom,
-    pub recipients: Vec<Mailbox>,
+    pub recipients: Vec<Recipient>,
+    /// Octets its content may have.
+    limit: u64,
     /// BDAT has begun (RFC 3030 section 2): octets so far.
     chunked: Option<u64>,
     /// A chunk was refused: only RSET helps.
@@ -152,6 +163,7 @@ impl Server {
             Role::Inbound => "ESMTP mail for the domains held here",
             Role::Odmr => "on-demand mail relay server ready",
             Role::Customer => "ready to receive email",
+            Role::Local => "ESMTP mail of this host's users",
         };
         Reply::bare(220, format!("{} {words}", self.profile.hostname))
     }
@@ -160,8 +172,9 @@ impl Server {
         &self.profile.hostname
     }
 
+    /// Octets that the message under way may have.
     pub fn max_size(&self) -> u64 {
-        self.profile.max_size
+        self.transaction.as_ref().map_or(self.profile.max_size, |transaction| transaction.limit)
     }
 
     /// The authenticated account.
@@ -247,7 +260,7 @@ impl Server {
         let tls = secure.map_or(String::new(), |secure| format!(" ({secure})"));
         // With more recipients than one their names are not for each other's eyes (section 7.6).
         let recipient = match self.transaction.as_ref().map(|transaction| transaction.recipients.as_slice()) {
-            Some([one]) if one.is_ascii() || utf8 => format!(" for <{one}>"),
+            Some([one]) if one.mailbox.is_ascii() || utf8 => format!(" for <{}>", one.mailbox),
             _ => String::new(),
         };
         format!(
@@ -277,7 +290,7 @@ impl Server {
             Command::Ehlo(name) => Ok(Step::Reply(self.ehlo(name))),
             Command::Helo(name) => Ok(Step::Reply(self.helo(name))),
             Command::Mail(mail) => self.mail(mail, host),
-            Command::Rcpt { path, utf8 } => self.rcpt(&path, utf8, host),
+            Command::Rcpt { path, utf8, notify, original } => self.rcpt(&path, utf8, notify, original, host),
             Command::Data => Ok(Step::Data(Reply::bare(354, "Go ahead, end with <CRLF>.<CRLF>"))),
             Command::Rset => {
                 self.transaction = None;
@@ -303,21 +316,23 @@ impl Server {
         let extended = self.hello.as_ref().is_some_and(|hello| hello.extended);
         let no_tls = self.profile.require_tls && !self.tls;
         let sequence = |good: bool, text| if good { Ok(()) } else { Err(sequence(text)) };
+        let odmr = self.profile.role == Role::Odmr;
         match verb {
             // RFC 3207 section 4: TLS is required for all that follows.
-            Verb::Auth | Verb::Atrn if no_tls => {
+            Verb::Auth | Verb::Atrn | Verb::Mail | Verb::Rcpt | Verb::Data | Verb::Bdat if odmr && no_tls => {
                 Err(Reply::new(530, "5.7.0", "TLS is required here: say STARTTLS first"))
+            }
+            // RFC 2645 section 5.2.1; RFC 6409 section 4.3.
+            Verb::Atrn | Verb::Mail | Verb::Rcpt | Verb::Data | Verb::Bdat if odmr && self.account.is_none() => {
+                Err(Reply::new(530, "5.7.0", "Authentication required"))
             }
             Verb::Auth => {
                 sequence(extended, "Say EHLO first")?;
                 sequence(self.account.is_none(), "You are authenticated already")
             }
             Verb::Atrn => {
-                // RFC 2645 section 5.2.1.
-                if self.account.is_none() {
-                    return Err(Reply::new(530, "5.7.0", "Authentication required"));
-                }
-                sequence(extended, "Say EHLO first")
+                sequence(extended, "Say EHLO first")?;
+                sequence(self.transaction.is_none(), "A mail transaction is open: end it first")
             }
             Verb::StartTls => {
                 sequence(!self.tls, "TLS is active already")?;
@@ -349,14 +364,15 @@ impl Server {
         let profile = &self.profile;
         let mut reply = Reply::bare(250, profile.hostname.clone());
         let mechanisms: Vec<_> = self.mechanisms().map(|mechanism| mechanism.name()).collect();
-        if profile.role != Role::Odmr {
-            reply = reply
-                .line("PIPELINING")
-                .line(format!("SIZE {}", profile.max_size))
-                .line("8BITMIME")
-                .line("SMTPUTF8")
-                .line("ENHANCEDSTATUSCODES")
-                .line("CHUNKING");
+        reply = reply
+            .line("PIPELINING")
+            .line(format!("SIZE {}", profile.max_size))
+            .line("8BITMIME")
+            .line("SMTPUTF8")
+            .line("ENHANCEDSTATUSCODES")
+            .line("CHUNKING");
+        if profile.dsn {
+            reply = reply.line("DSN");
         }
         if !mechanisms.is_empty() {
             reply = reply.line(format!("AUTH {}", mechanisms.join(" ")));
@@ -366,7 +382,7 @@ impl Server {
             reply = reply.line("STARTTLS");
         }
         if profile.role == Role::Odmr {
-            reply = reply.line("ENHANCEDSTATUSCODES").line("ATRN");
+            reply = reply.line("ATRN");
         }
         reply
     }
@@ -385,15 +401,24 @@ impl Server {
     }
 
     fn mail(&mut self, mail: MailFrom, host: &mut dyn Host) -> Result<Step, Reply> {
-        if mail.size.is_some_and(|size| size > self.profile.max_size) {
-            return Err(too_big(self.profile.max_size));
+        let account = self.account.as_deref();
+        let limit = self.profile.max_size.min(host.size_limit(account));
+        if mail.size.is_some_and(|size| size > limit) {
+            return Err(too_big(limit));
         }
-        host.sender(&mail)?;
-        self.transaction = Some(Transaction { mail, recipients: Vec::new(), chunked: None, failed: false });
+        host.sender(&mail, account)?;
+        self.transaction = Some(Transaction { mail, recipients: Vec::new(), limit, chunked: None, failed: false });
         Ok(Step::Reply(Reply::new(250, "2.1.0", "OK")))
     }
 
-    fn rcpt(&mut self, path: &ForwardPath, utf8: bool, host: &mut dyn Host) -> Result<Step, Reply> {
+    fn rcpt(
+        &mut self,
+        path: &ForwardPath,
+        utf8: bool,
+        notify: Notify,
+        original: Option<String>,
+        host: &mut dyn Host,
+    ) -> Result<Step, Reply> {
         let limit = self.profile.max_recipients;
         let Some(transaction) = &mut self.transaction else {
             return Err(sequence("Say MAIL first"));
@@ -405,8 +430,8 @@ impl Server {
             return Err(Reply::new(553, "5.6.7", "A UTF-8 address needs the SMTPUTF8 parameter"));
         }
         let mailbox = host.recipient(path)?;
-        if !transaction.recipients.contains(&mailbox) {
-            transaction.recipients.push(mailbox);
+        if !transaction.recipients.iter().any(|recipient| recipient.mailbox == mailbox) {
+            transaction.recipients.push(Recipient { mailbox, notify, original });
         }
         Ok(Step::Reply(Reply::new(250, "2.1.5", "OK, recipient accepted")))
     }
@@ -421,8 +446,10 @@ impl Server {
                 None => return Err(reply),
             },
         };
-        let limit = self.profile.max_size;
+        let limit = self.max_size();
+        let permitted = self.permitted(Verb::Bdat);
         let refusal = match &mut self.transaction {
+            _ if permitted.is_err() => permitted.err(),
             None => Some(sequence("Say MAIL first")),
             Some(transaction) if transaction.failed => Some(sequence("A chunk was refused: say RSET")),
             Some(transaction) if transaction.recipients.is_empty() => Some(sequence("No recipient was accepted")),
@@ -534,9 +561,10 @@ impl Server {
             _ => return step,
         };
         match reply.code() {
-            500..=504 | 555 => self.errors += 1,
-            // Recipients that are not here may be honest mistakes; thousands of them are not.
-            550 | 551 | 553 => self.refusals += 1,
+            500..=502 | 504 | 555 => self.errors += 1,
+            // Recipients that are not here may be honest mistakes, and behind a MAIL that was refused the rest of
+            // its group gets 503; thousands of them are not.
+            503 | 550 | 551 | 553 => self.refusals += 1,
             _ => return step,
         }
         let limit = self.profile.max_errors;
@@ -544,13 +572,6 @@ impl Server {
             return Step::Close(Reply::new(421, "4.7.0", "Too many errors"));
         }
         step
-    }
-}
-
-impl Transaction {
-    /// Whether the content may hold octets above 127 by the client's word.
-    pub fn body(&self) -> Body {
-        self.mail.body
     }
 }
 

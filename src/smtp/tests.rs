@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use proptest::prelude::*;
 
 use super::address::{Domain, ForwardPath, Mailbox, reverse_path};
-use super::client::{Client, Fate, Halt, Message, Outcome, Plan, Step};
-use super::command::{Body, MailFrom};
+use super::client::{Client, Fate, Halt, Message, Outcome, Plan, StartTls, Step};
+use super::command::{Body, MailFrom, Recipient};
 use super::content::{Stuffer, Unstuffer};
 use super::reply::{Reply, ReplyReader};
 use super::server::{Host, Profile, Role, Server, Step as Served};
@@ -18,9 +18,19 @@ fn mailbox(text: &str) -> Mailbox {
 }
 
 fn message(recipients: usize) -> Message {
-    let recipients = (0..recipients).map(|number| mailbox(&format!("r{number}@example.org"))).collect();
+    let recipients =
+        (0..recipients).map(|number| Recipient::plain(mailbox(&format!("r{number}@example.org")))).collect();
     let from = reverse_path(b"<a@b.example>").unwrap().0;
-    Message { from, recipients, size: 3, body: Body::Unsaid, eight_bit: false, utf8: false }
+    Message {
+        from,
+        recipients,
+        size: 3,
+        body: Body::Unsaid,
+        eight_bit: false,
+        utf8: false,
+        ret: None,
+        envelope_id: None,
+    }
 }
 
 fn profile(role: Role) -> Profile {
@@ -33,6 +43,7 @@ fn profile(role: Role) -> Profile {
         max_auth_failures: 3,
         starttls: false,
         require_tls: false,
+        dsn: false,
         mechanisms: Mechanism::ALL.to_vec(),
         stamps: Stamps::fixed(),
     }
@@ -153,7 +164,7 @@ fn greetings_and_hellos() {
 
 #[test]
 fn starttls_comes_before_all_else_and_forgets_what_was_learned() {
-    let starttls = || Plan { starttls: true, ..with_credentials(false) };
+    let starttls = || Plan { starttls: StartTls::Required, ..with_credentials(false) };
     let offers = "250-x/250-STARTTLS/250-AUTH CRAM-MD5/250 ATRN";
     check(starttls(), &["220 x"], offers, "Wait", "STARTTLS");
     check(starttls(), &["220 x"], "250-x/250-AUTH CRAM-MD5/250 ATRN", "Halt(NoStartTls)", "QUIT");
@@ -258,8 +269,8 @@ fn one_command_at_a_time_without_pipelining() {
     check(&[mail, "550 x", "450 x", "250 reset", "send 1"], "250 x", "Wait", "RCPT TO:<r0@example.org>");
     let data = [mail, "250 x", "550 x"];
     let at = |rest: &[&'static str]| [&data, rest].concat();
-    check(&data, "354 x", "Content", "");
-    check(&data, "399 x", "Content", "");
+    check(&data, "354 x", "Content { chunk: false }", "");
+    check(&data, "399 x", "Content { chunk: false }", "");
     check(&data, "250 x", "Settled ~451 !550", "RSET");
     check(&data, "451 x", "Settled ~451 !550", "RSET");
     check(&data, "554 x", "Settled !554 !550", "RSET");
@@ -347,7 +358,10 @@ fn what_the_peer_cannot_take_is_not_said() {
         (outcome.map(|outcome| fates(&outcome)).unwrap_or_default(), alone.said())
     };
     assert_eq!(unfit("250 x", |message| message.utf8 = true).0, "!553 !553");
-    assert_eq!(unfit("250 x", |message| message.recipients[1] = mailbox("é@example.org")).0, "!553 !553");
+    assert_eq!(
+        unfit("250 x", |message| message.recipients[1] = Recipient::plain(mailbox("é@example.org"))).0,
+        "!553 !553"
+    );
     assert_eq!(unfit("250 x", |message| message.eight_bit = true).0, "!554 !554");
     assert_eq!(unfit("250-x/250 SIZE 2", |_| {}).0, "!552 !552");
     assert_eq!(unfit("250-x/250 SIZE 3", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
@@ -379,7 +393,7 @@ impl Secrets for Answers {
 }
 
 impl Host for Answers {
-    fn sender(&mut self, _: &MailFrom) -> Result<(), Reply> {
+    fn sender(&mut self, _: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
         self.now = self.mixes.pop_front();
         self.asked = 0;
         self.now.as_ref().map_or(Ok(()), |mix| answer(mix.mail))
@@ -460,8 +474,13 @@ fn commands_come_in_their_order() {
         check(&[EHLO, MAIL, ("RCPT TO:<é@example.org>", "553 5.6.7"), RCPT]);
     }
     let odmr = |lines: &[(&str, &str)]| dialogue(profile(Role::Odmr), true, lines);
-    odmr(&[EHLO, ("MAIL FROM:<>", "502 5.5.1"), ("RCPT TO:<a@b.c>", "502 5.5.1"), ("DATA", "502 5.5.1")]);
-    odmr(&[EHLO, ("BDAT 3", "502 5.5.1"), ("VRFY a", "502 5.5.1"), ("XYZZY", "502 5.5.1"), ("TURN", "502 5.5.1")]);
+    odmr(&[EHLO, ("VRFY a", "502 5.5.1"), ("XYZZY", "502 5.5.1"), ("TURN", "502 5.5.1")]);
+    // Mail is handed in behind AUTH only, and ATRN waits for its end.
+    odmr(&[EHLO, ("MAIL FROM:<>", "530 5.7.0"), ("RCPT TO:<a@b.c>", "530 5.7.0"), ("DATA", "530 5.7.0")]);
+    odmr(&[EHLO, ("BDAT 3", "chunk 530 5.7.0")]);
+    let auth = ("AUTH PLAIN AGFjbWUAcmlnaHQ=", "235 2.7.0");
+    odmr(&[EHLO, auth, MAIL, ("ATRN", "503 5.5.1"), RCPT, ("DATA", "data"), ("ATRN", "atrn ")]);
+    odmr(&[EHLO, auth, ("MAIL FROM:<a@b.example> AUTH=<>", "250 2.1.0"), (auth.0, "503 5.5.1")]);
 }
 
 #[test]
@@ -552,7 +571,8 @@ fn what_ehlo_offers() {
     assert_eq!(offers(starttls(Role::Inbound), false), format!("{mail}/STARTTLS"));
     assert_eq!(offers(starttls(Role::Inbound), true), mail);
     assert_eq!(offers(starttls(Role::Customer), false), mail);
-    let odmr = |mechanisms| format!("relay.example.net{mechanisms}/ENHANCEDSTATUSCODES/ATRN");
+    assert_eq!(offers(Profile { dsn: true, ..profile(Role::Local) }, false), format!("{mail}/DSN"));
+    let odmr = |mechanisms| format!("{mail}{mechanisms}/ATRN");
     assert_eq!(offers(profile(Role::Odmr), true), odmr("/AUTH CRAM-MD5 PLAIN"));
     assert_eq!(offers(profile(Role::Odmr), false), odmr("/AUTH CRAM-MD5"));
     let required = Profile { require_tls: true, ..starttls(Role::Odmr) };
@@ -718,7 +738,7 @@ proptest! {
                 given += 1;
             }
             match client.reply(Reply::bare(code, "x"), &mut out) {
-                Ok(Step::Content) => client.content_sent(&mut out),
+                Ok(Step::Content { .. }) => client.content_sent(&mut out),
                 Ok(Step::Settled(outcome)) => {
                     prop_assert_eq!(outcome.fates.len(), 1 + settled % 3);
                     settled += 1;
@@ -841,7 +861,7 @@ impl Peer {
         let code = self.host.now.as_ref().map_or(250, |mix| mix.end);
         if code == 250 {
             let recipients = &self.server.transaction().unwrap().recipients;
-            self.letters.push((recipients.iter().map(Mailbox::to_string).collect(), octets));
+            self.letters.push((recipients.iter().map(|recipient| recipient.mailbox.to_string()).collect(), octets));
         }
         self.server.done();
         self.closed |= code == 0;
@@ -915,7 +935,7 @@ fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<It
             match client.reply(reply, &mut up).unwrap() {
                 Step::Wait | Step::Ready => {}
                 Step::StartTls => drop(client.secured(&mut up)),
-                Step::Content => {
+                Step::Content { .. } => {
                     let mut stuffer = Stuffer::new();
                     stuffer.feed(CONTENT, &mut up);
                     stuffer.finish(&mut up);
@@ -1118,7 +1138,8 @@ fn starttls_auth_and_atrn_from_end_to_end() {
             Profile { starttls, require_tls: starttls, mechanisms: mechanisms.to_vec(), ..profile(Role::Odmr) };
         let mut peer = Peer::new(profile, tls, []);
         let credentials = Some(("acme".to_owned(), secret.as_bytes().to_vec()));
-        let plan = Plan { name: "caller.example".to_owned(), starttls, tls, atrn: true, credentials };
+        let starttls = if starttls { StartTls::Required } else { StartTls::Never };
+        let plan = Plan { name: "caller.example".to_owned(), starttls, tls, atrn: true, credentials, chunking: false };
         let mut client = Client::new(plan);
         let run = converse(&mut client, &mut peer, []);
         assert_eq!(peer.server.account().is_some(), run.turned);
