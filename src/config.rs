@@ -5,11 +5,17 @@
 //! out as one [`ConfigError`], one line, with the file and the line where it stands, what is allowed and the way
 //! out. Relative paths are relative to the file they stand in.
 //!
+//! Each side's tables stand in a file of their own; here is what they share: how a file is read, what an error looks
+//! like, limits and timeouts.
+//!
 //! Certificates, keys and directories are only named here. Whoever uses them says if they cannot be used.
 
+mod customer;
+mod provider;
+mod relay;
 mod value;
 
-use std::collections::{HashMap, HashSet, hash_map};
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
@@ -23,12 +29,13 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use toml::Spanned;
 
-use self::value::{
-    ATRN_FLOOR, Address, Entry, Hostname, MAX_SIZE, Name, Parse, Pin, Secret, Size, at_least, atrn, between,
-    check_secret, duration,
-};
-use crate::sasl::{Secrets, Unavailable};
-use crate::smtp::address::{Domain, Mailbox};
+pub use self::customer::{Accept, Customer, Mailboxes, Outgoing, Schedule, Upstream};
+pub use self::provider::{Account, Accounts, Inbound, Odmr, Provider, TlsFiles};
+pub use self::relay::{Relay, Retry, Smarthost, TlsPolicy};
+pub use self::value::Network;
+
+use self::value::{ATRN_FLOOR, Entry, Hostname, Pin, Secret, at_least, atrn, between, check_secret, duration};
+use crate::smtp::address::Domain;
 
 /// What a file says, whichever side it is for.
 #[derive(Clone, Debug)]
@@ -53,377 +60,7 @@ impl Config {
     }
 }
 
-/// The side that holds the mail.
-#[derive(Clone, Debug)]
-pub struct Provider {
-    /// The name it greets with. ASCII; the case is as written.
-    pub hostname: String,
-    /// Under it stands the mail that waits. Absolute.
-    pub spool: PathBuf,
-    pub accounts: Accounts,
-    pub tls: Option<TlsFiles>,
-    pub inbound: Inbound,
-    pub odmr: Odmr,
-    pub limits: Limits,
-    pub timeouts: Timeouts,
-}
-
-impl Provider {
-    pub fn load(path: &Path) -> Result<Provider, ConfigError> {
-        let source = Source::read(path)?;
-        match source.kind()? {
-            Some(Kind::Provider) | None => Provider::build(&source),
-            Some(Kind::Customer) => Err(source.error(
-                None,
-                "is a customer's file (it has [provider]), for `odmr pull`; a provider's has `spool` and \
-                 `customers`",
-            )),
-        }
-    }
-
-    fn build(source: &Source) -> Result<Provider, ConfigError> {
-        let raw: RawProvider = source.parse()?;
-        let hostname = hostname(source, raw.hostname)?;
-        let spool = raw.spool.ok_or_else(|| {
-            source.error(
-                None,
-                "`spool` is missing: the directory for the mail that waits, such as spool = \"/var/spool/odmr\"",
-            )
-        })?;
-        let customers = raw.customers.ok_or_else(|| {
-            source.error(
-                None,
-                "`customers` is missing: the folder with one file a customer, such as \
-                 customers = \"customers.d\"",
-            )
-        })?;
-        let tls = raw.tls.map(|tls| TlsFiles::build(source, tls)).transpose()?;
-        listeners(source, &raw.inbound, raw.odmr.as_ref())?;
-        let odmr = Odmr::build(source, raw.odmr, tls.is_some())?;
-        Ok(Provider {
-            hostname,
-            spool: source.beside(&spool.0),
-            accounts: Accounts::build(source, &customers)?,
-            tls,
-            inbound: Inbound {
-                listen: addresses(raw.inbound.listen, 25),
-                max_size: raw.inbound.max_size.map_or(MAX_SIZE, |size| size.0.0),
-            },
-            odmr,
-            limits: raw.limits,
-            timeouts: raw.timeouts,
-        })
-    }
-}
-
-/// `[tls]`: what a server shows. Both files in PEM; absolute.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct TlsFiles {
-    pub certificate: PathBuf,
-    pub key: PathBuf,
-}
-
-impl TlsFiles {
-    fn build(source: &Source, raw: Spanned<RawTls>) -> Result<TlsFiles, ConfigError> {
-        let table = raw.span();
-        let missing = |key: &str| {
-            let text = format!("[tls] needs `certificate` and `key`, two files in PEM: `{key}` is missing");
-            source.error(table.clone(), text)
-        };
-        let raw = raw.into_inner();
-        let certificate = raw.certificate.ok_or_else(|| missing("certificate"))?;
-        let key = raw.key.ok_or_else(|| missing("key"))?;
-        let path = source.beside(&key.as_ref().0);
-        // A key that cannot be read at all is reported by those who read it.
-        if let Ok(metadata) = std::fs::metadata(&path) {
-            private(&metadata, &path).map_err(|text| source.error(key.span(), text))?;
-        }
-        Ok(TlsFiles { certificate: source.beside(&certificate.0), key: path })
-    }
-}
-
-/// `[inbound]`: the listener for the world.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Inbound {
-    /// Default: port 25 on all addresses. Empty: no listener, as when another mail server fills the Maildirs.
-    pub listen: Vec<SocketAddr>,
-    /// The largest letter taken, in octets as they are on the wire, here and from customers; default 50 MiB.
-    /// RFC 5321 section 4.5.3.1.7 wants at least 64 KiB; smaller is for tests.
-    pub max_size: u64,
-}
-
-/// `[odmr]`: the listeners for customers.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Odmr {
-    /// Default: port 366 on all addresses.
-    pub listen: Vec<SocketAddr>,
-    /// TLS from the first octet on, for customers that know no STARTTLS. Default: none.
-    pub listen_tls: Vec<SocketAddr>,
-    /// AUTH under TLS only. Default: true.
-    pub require_tls: bool,
-    /// Offer CRAM-MD5. Default: true. RFC 2645 section 5.1.2 lets a site switch it off for something better.
-    pub cram_md5: bool,
-}
-
-impl Odmr {
-    fn build(source: &Source, raw: Option<Spanned<RawOdmr>>, tls: bool) -> Result<Odmr, ConfigError> {
-        let table = raw.as_ref().map(Spanned::span);
-        let raw = raw.map(Spanned::into_inner).unwrap_or_default();
-        let add = "add [tls] with `certificate` and `key`";
-        if let Some(first) = raw.listen_tls.first().filter(|_| !tls) {
-            let text = format!("`listen-tls` needs a certificate: {add}, or leave `listen-tls` empty");
-            return Err(source.error(first.span(), text));
-        }
-        let place = raw.require_tls.as_ref().map(Spanned::span).or(table);
-        let require_tls = raw.require_tls.is_none_or(Spanned::into_inner);
-        if require_tls && !tls {
-            let text = format!(
-                "`require-tls` is true, which it is by default, and there is no [tls]: {add}, or say \
-                 require-tls = false"
-            );
-            return Err(source.error(place, text));
-        }
-        let place = raw.cram_md5.as_ref().map(Spanned::span);
-        let cram_md5 = raw.cram_md5.is_none_or(Spanned::into_inner);
-        if !cram_md5 && !tls {
-            // RFC 2645 section 5.1.1: EHLO must be answered with AUTH, so there must be something to offer.
-            let text = format!(
-                "without CRAM-MD5 customers authenticate with PLAIN, and that under TLS only: {add}, or say \
-                 cram-md5 = true"
-            );
-            return Err(source.error(place, text));
-        }
-        Ok(Odmr {
-            listen: addresses(raw.listen, 366),
-            listen_tls: addresses(Some(raw.listen_tls), 366),
-            require_tls,
-            cram_md5,
-        })
-    }
-}
-
-/// The provider's customers: the files `NAME.toml` of one folder.
-#[derive(Clone, Debug, Default)]
-pub struct Accounts {
-    accounts: Vec<Account>,
-    by_name: HashMap<String, usize>,
-    by_domain: HashMap<Domain, usize>,
-}
-
-impl Accounts {
-    pub fn account(&self, name: &str) -> Option<&Account> {
-        self.by_name.get(name).map(|&index| &self.accounts[index])
-    }
-
-    /// The customer whose mail for this very domain is held here; a subdomain is another domain.
-    pub fn owner(&self, domain: &Domain) -> Option<&Account> {
-        self.by_domain.get(domain).map(|&index| &self.accounts[index])
-    }
-
-    /// All of them, by name.
-    pub fn iter(&self) -> impl Iterator<Item = &Account> {
-        self.accounts.iter()
-    }
-
-    fn build(source: &Source, folder: &Spanned<Entry<PathBuf>>) -> Result<Accounts, ConfigError> {
-        let path = source.folder().join(&folder.as_ref().0);
-        let files = customer_files(&path).map_err(|error| {
-            let text = format!(
-                "the folder {} cannot be read: {error}; it holds one file a customer, and may be empty",
-                path.display()
-            );
-            source.error(folder.span(), text)
-        })?;
-        let mut accounts = Accounts::default();
-        for file in files {
-            accounts.add(&Source::read(&file)?)?;
-        }
-        Ok(accounts)
-    }
-
-    fn add(&mut self, source: &Source) -> Result<(), ConfigError> {
-        let raw: RawAccount = source.parse()?;
-        let name = source.file.file_stem().and_then(|name| name.to_str());
-        let name = name.ok_or_else(|| "the login name is not UTF-8: rename the file".to_owned());
-        let name = name.and_then(Name::parse).map_err(|text| {
-            let text = format!("{text}; here it is the file's name without .toml");
-            source.error(None, text)
-        })?;
-        let index = self.accounts.len();
-        let place = raw.domains.as_ref().map(Spanned::span);
-        let mut domains = Vec::new();
-        for entry in raw.domains.map(Spanned::into_inner).unwrap_or_default() {
-            let span = entry.span();
-            let domain = entry.into_inner().0;
-            match self.by_domain.entry(domain.clone()) {
-                hash_map::Entry::Vacant(place) => place.insert(index),
-                hash_map::Entry::Occupied(place) => {
-                    let text = match self.accounts.get(*place.get()) {
-                        Some(other) => {
-                            let other = source.file.with_file_name(format!("{}.toml", other.name));
-                            let other = other.display();
-                            format!("{domain} stands in {other} too: a domain has one owner, take one of them out")
-                        }
-                        None => twice(&domain),
-                    };
-                    return Err(source.error(span, text));
-                }
-            };
-            domains.push(domain);
-        }
-        if domains.is_empty() {
-            let text = "`domains` is missing or empty: name the customer's domains, such as \
-                        domains = [\"example.org\"]";
-            return Err(source.error(place, text));
-        }
-        let secret = secret(source, raw.secret, raw.secret_file, None)?;
-        self.by_name.insert(name.0.clone(), index);
-        self.accounts.push(Account { name: name.0, domains, secret });
-        Ok(())
-    }
-}
-
-impl Secrets for Accounts {
-    fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
-        Ok(self.account(name).map(|account| account.secret.clone()))
-    }
-}
-
-/// One customer, as its provider sees it.
-#[derive(Clone)]
-pub struct Account {
-    /// The login name, which is the file's name. Case counts.
-    pub name: String,
-    /// At least one, none twice, each with a dot in it.
-    pub domains: Vec<Domain>,
-    /// Never empty.
-    pub secret: Vec<u8>,
-}
-
-impl fmt::Debug for Account {
-    /// Without the secret.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Account").field("name", &self.name).field("domains", &self.domains).finish_non_exhaustive()
-    }
-}
-
-/// The side that fetches its mail.
-#[derive(Clone, Debug)]
-pub struct Customer {
-    /// The name it greets with. ASCII; the case is as written.
-    pub hostname: String,
-    pub provider: Upstream,
-    pub mailboxes: Mailboxes,
-    pub limits: Limits,
-    pub timeouts: Timeouts,
-}
-
-impl Customer {
-    pub fn load(path: &Path) -> Result<Customer, ConfigError> {
-        let source = Source::read(path)?;
-        match source.kind()? {
-            Some(Kind::Customer) | None => Customer::build(&source),
-            Some(Kind::Provider) => Err(source.error(
-                None,
-                "is a provider's file (it has `spool` or `customers`), for `odmr serve`; a customer's has [provider]",
-            )),
-        }
-    }
-
-    fn build(source: &Source) -> Result<Customer, ConfigError> {
-        let raw: RawCustomer = source.parse()?;
-        let hostname = hostname(source, raw.hostname)?;
-        let provider = raw.provider.ok_or_else(|| {
-            let text = "[provider] is missing: the table with `address`, `name` and `secret`";
-            source.error(None, text)
-        })?;
-        let provider = Upstream::build(source, provider)?;
-        let mailboxes = raw.mailboxes.ok_or_else(|| {
-            let text = "[mailboxes] is missing: the table with `root` and `accept`, where mail goes and for whom \
-                        it is taken";
-            source.error(None, text)
-        })?;
-        Ok(Customer {
-            mailboxes: Mailboxes::build(source, mailboxes, &provider.domains)?,
-            hostname,
-            provider,
-            limits: raw.limits,
-            timeouts: raw.timeouts,
-        })
-    }
-}
-
-/// `[provider]`: where a customer calls, and as whom.
-#[derive(Clone)]
-pub struct Upstream {
-    /// What to connect to: `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`.
-    pub address: String,
-    /// The host of it, without brackets: the name or address the certificate must carry.
-    pub host: String,
-    /// Default: STARTTLS.
-    pub tls: TlsMode,
-    /// A file with certificates, in PEM, that are believed instead of the system's. Absolute. Not with `pin`.
-    pub ca: Option<PathBuf>,
-    /// The SHA-256 of the one certificate that is believed. Not with `ca`.
-    pub pin: Option<[u8; 32]>,
-    /// The login name.
-    pub name: String,
-    /// Never empty.
-    pub secret: Vec<u8>,
-    /// The domains to ask for; none: all that the account has (RFC 2645 section 5.2.1).
-    pub domains: Vec<Domain>,
-}
-
-impl Upstream {
-    fn build(source: &Source, raw: Spanned<RawUpstream>) -> Result<Upstream, ConfigError> {
-        let table = raw.span();
-        let missing = |text: &str| source.error(table.clone(), format!("[provider] needs {text}"));
-        let raw = raw.into_inner();
-        let address = raw.address.ok_or_else(|| {
-            missing("`address`, the provider's host and port, such as address = \"relay.example.net:366\"")
-        })?;
-        let name = raw.name.ok_or_else(|| missing("`name`, the login name the provider gave you"))?;
-        if let (Some(ca), Some(_)) = (&raw.ca, &raw.pin) {
-            let text = "`ca` and `pin` exclude each other: `pin` trusts one certificate, `ca` those that it \
-                        signed; take one of the two out";
-            return Err(source.error(ca.span(), text));
-        }
-        let trust = raw.ca.as_ref().map(Spanned::span);
-        let trust = trust.or_else(|| raw.pin.as_ref().map(Spanned::span));
-        let tls = raw.tls.map_or(TlsMode::default(), |tls| tls.0);
-        if tls == TlsMode::None && trust.is_some() {
-            let text = "`ca` and `pin` mean nothing with tls = \"none\": say tls = \"starttls\", or take them out";
-            return Err(source.error(trust, text));
-        }
-        let Address { address, host } = address.0;
-        Ok(Upstream {
-            address,
-            host,
-            tls,
-            ca: raw.ca.map(|ca| source.beside(&ca.into_inner().0)),
-            pin: raw.pin.map(|pin| pin.into_inner().0.0),
-            name: name.0.0,
-            secret: secret(source, raw.secret, raw.secret_file, Some(table))?,
-            domains: each_once(source, raw.domains)?,
-        })
-    }
-}
-
-impl fmt::Debug for Upstream {
-    /// Without the secret.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Upstream")
-            .field("address", &self.address)
-            .field("tls", &self.tls)
-            .field("ca", &self.ca)
-            .field("pin", &self.pin)
-            .field("name", &self.name)
-            .field("domains", &self.domains)
-            .finish_non_exhaustive()
-    }
-}
-
-/// How TLS begins on the way to the provider.
+/// How TLS begins on the way to one's own provider or smarthost.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum TlsMode {
     /// After EHLO (RFC 3207); without it nothing is said that is secret.
@@ -433,82 +70,6 @@ pub enum TlsMode {
     Implicit,
     /// Never: on a wire that is already safe, or in tests.
     None,
-}
-
-/// `[mailboxes]`: for whom a customer takes mail, and where it goes.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Mailboxes {
-    /// Under it stand the Maildirs, `root/<domain>/<local part>/`. Absolute.
-    pub root: PathBuf,
-    /// At least one, none twice.
-    pub accept: Vec<Accept>,
-    /// The largest letter taken, in octets as they are on the wire; default 50 MiB.
-    pub max_size: u64,
-}
-
-/// Recipients that exist.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Accept {
-    /// `alice@example.org`; its host is a domain.
-    Address(Mailbox),
-    /// `@example.org`: whoever it is in this domain.
-    Domain(Domain),
-}
-
-impl Mailboxes {
-    fn build(source: &Source, raw: Spanned<RawMailboxes>, domains: &[Domain]) -> Result<Mailboxes, ConfigError> {
-        let table = raw.span();
-        let missing = |text: &str| source.error(table.clone(), format!("[mailboxes] needs {text}"));
-        let raw = raw.into_inner();
-        let root = raw
-            .root
-            .ok_or_else(|| missing("`root`, the directory of the Maildirs, such as root = \"/var/mail/odmr\""))?;
-        let mut accept = Vec::with_capacity(raw.accept.len());
-        let mut seen = HashSet::new();
-        for entry in raw.accept {
-            let span = entry.span();
-            let entry = entry.into_inner().0;
-            let written = entry.to_string();
-            // Two that differ in case alone would be two mailboxes nobody can tell apart.
-            if !seen.insert(written.to_lowercase()) {
-                return Err(source.error(span, twice(&written)));
-            }
-            if !domains.is_empty() && entry.domain().is_none_or(|domain| !domains.contains(domain)) {
-                let text = format!(
-                    "{written} can get no mail, as its domain is not in the `domains` of [provider]: add it \
-                     there, or leave `domains` empty to ask for all"
-                );
-                return Err(source.error(span, text));
-            }
-            accept.push(entry);
-        }
-        if accept.is_empty() {
-            return Err(missing(
-                "`accept`, the addresses that exist, such as accept = [\"alice@example.org\"], or \
-                 [\"@example.org\"] for a whole domain",
-            ));
-        }
-        Ok(Mailboxes { root: source.beside(&root.0), accept, max_size: raw.max_size.map_or(MAX_SIZE, |size| size.0.0) })
-    }
-}
-
-impl Accept {
-    fn domain(&self) -> Option<&Domain> {
-        match self {
-            Accept::Address(mailbox) => mailbox.domain(),
-            Accept::Domain(domain) => Some(domain),
-        }
-    }
-}
-
-impl fmt::Display for Accept {
-    /// As it is written in the file.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Accept::Address(mailbox) => mailbox.fmt(f),
-            Accept::Domain(domain) => write!(f, "@{domain}"),
-        }
-    }
 }
 
 /// `[limits]`: every number at which the program says no.
@@ -659,91 +220,6 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-// The files as they are written. Whatever must be there is optional here, so that the error can say what it is for.
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawProvider {
-    hostname: Option<Entry<Hostname>>,
-    spool: Option<Entry<PathBuf>>,
-    customers: Option<Spanned<Entry<PathBuf>>>,
-    tls: Option<Spanned<RawTls>>,
-    #[serde(default)]
-    inbound: RawInbound,
-    odmr: Option<Spanned<RawOdmr>>,
-    #[serde(default)]
-    limits: Limits,
-    #[serde(default)]
-    timeouts: Timeouts,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawTls {
-    certificate: Option<Entry<PathBuf>>,
-    key: Option<Spanned<Entry<PathBuf>>>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawInbound {
-    listen: Option<Vec<Spanned<Entry<SocketAddr>>>>,
-    max_size: Option<Entry<Size>>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawOdmr {
-    listen: Option<Vec<Spanned<Entry<SocketAddr>>>>,
-    #[serde(default)]
-    listen_tls: Vec<Spanned<Entry<SocketAddr>>>,
-    require_tls: Option<Spanned<bool>>,
-    cram_md5: Option<Spanned<bool>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawAccount {
-    domains: Option<Spanned<Vec<Spanned<Entry<Domain>>>>>,
-    secret: Option<Spanned<Entry<Secret>>>,
-    secret_file: Option<Spanned<Entry<PathBuf>>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawCustomer {
-    hostname: Option<Entry<Hostname>>,
-    provider: Option<Spanned<RawUpstream>>,
-    mailboxes: Option<Spanned<RawMailboxes>>,
-    #[serde(default)]
-    limits: Limits,
-    #[serde(default)]
-    timeouts: Timeouts,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawUpstream {
-    address: Option<Entry<Address>>,
-    tls: Option<Entry<TlsMode>>,
-    ca: Option<Spanned<Entry<PathBuf>>>,
-    pin: Option<Spanned<Entry<Pin>>>,
-    name: Option<Entry<Name>>,
-    secret: Option<Spanned<Entry<Secret>>>,
-    secret_file: Option<Spanned<Entry<PathBuf>>>,
-    #[serde(default)]
-    domains: Vec<Spanned<Entry<Domain>>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawMailboxes {
-    root: Option<Entry<PathBuf>>,
-    #[serde(default)]
-    accept: Vec<Spanned<Entry<Accept>>>,
-    max_size: Option<Entry<Size>>,
-}
-
 /// Just enough to tell the two kinds of files apart.
 #[derive(Deserialize)]
 struct Outline {
@@ -762,6 +238,8 @@ struct Source {
     file: PathBuf,
     text: String,
     metadata: Metadata,
+    /// Files with secrets are read; who only hands in mail needs none, and may not be let read them.
+    secrets: bool,
 }
 
 impl Source {
@@ -775,7 +253,7 @@ impl Source {
                 ..error("is not UTF-8, as TOML must be: save it as UTF-8".to_owned())
             }
         })?;
-        Ok(Source { file: path.to_owned(), text, metadata })
+        Ok(Source { file: path.to_owned(), text, metadata, secrets: true })
     }
 
     fn parse<T: DeserializeOwned>(&self) -> Result<T, ConfigError> {
@@ -834,6 +312,7 @@ fn squeeze(message: &str) -> String {
         .join(" ")
         .replace("unknown field", "unknown key")
         .replace("expected a sequence", "expected a list, in [ ]")
+        .replace("expected a map", "expected a table, such as { \"example.org\" = \"must\" }")
         .replace("expected a boolean", "expected true or false")
 }
 
@@ -843,21 +322,6 @@ fn read(path: &Path) -> io::Result<(Metadata, Vec<u8>)> {
     let mut octets = Vec::new();
     file.read_to_end(&mut octets)?;
     Ok((metadata, octets))
-}
-
-/// The `*.toml` of a folder, sorted, so that the same mistake gives the same error every time. What begins with a
-/// dot is an editor's.
-fn customer_files(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder)? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-        if name.ends_with(b".toml") && !name.starts_with(b".") {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
 }
 
 /// Refuses a file with a secret that everybody on this machine may read or change.
@@ -903,11 +367,36 @@ fn secret(
             private(&source.metadata, &source.file).map_err(|text| source.error(secret.span(), text))?;
             Ok(secret.into_inner().0.0)
         }
+        (None, Some(_)) if !source.secrets => Ok(Vec::new()),
         (None, Some(file)) => {
             let path = source.folder().join(&file.as_ref().0);
             secret_file(&path).map_err(|text| source.error(file.span(), text))
         }
     }
+}
+
+/// Which certificates are believed instead of those the system's authorities signed; `tls_key` is where `tls` is
+/// written.
+fn trust(
+    source: &Source,
+    tls_key: &str,
+    tls: TlsMode,
+    ca: Option<Spanned<Entry<PathBuf>>>,
+    pin: Option<Spanned<Entry<Pin>>>,
+) -> Result<(Option<PathBuf>, Option<[u8; 32]>), ConfigError> {
+    if let (Some(ca), Some(_)) = (&ca, &pin) {
+        let text = "`ca` and `pin` exclude each other: `pin` trusts one certificate, `ca` those that it signed; take \
+                    one of the two out";
+        return Err(source.error(ca.span(), text));
+    }
+    let at = ca.as_ref().map(Spanned::span).or_else(|| pin.as_ref().map(Spanned::span));
+    if tls == TlsMode::None && at.is_some() {
+        let text = format!(
+            "`ca` and `pin` mean nothing with {tls_key} = \"none\": say {tls_key} = \"starttls\", or take them out"
+        );
+        return Err(source.error(at, text));
+    }
+    Ok((ca.map(|ca| source.beside(&ca.into_inner().0)), pin.map(|pin| pin.into_inner().0.0)))
 }
 
 fn secret_file(path: &Path) -> Result<Vec<u8>, String> {
@@ -931,13 +420,10 @@ fn addresses(list: Option<Vec<Spanned<Entry<SocketAddr>>>>, port: u16) -> Vec<So
 }
 
 /// One address can be listened on once. Port 0 is another port each time.
-fn listeners(source: &Source, inbound: &RawInbound, odmr: Option<&Spanned<RawOdmr>>) -> Result<(), ConfigError> {
-    let odmr = odmr.map(Spanned::as_ref);
-    let lists = [
-        inbound.listen.as_deref(),
-        odmr.and_then(|odmr| odmr.listen.as_deref()),
-        odmr.map(|odmr| odmr.listen_tls.as_slice()),
-    ];
+fn listeners<'a>(
+    source: &Source,
+    lists: impl IntoIterator<Item = Option<&'a [Spanned<Entry<SocketAddr>>]>>,
+) -> Result<(), ConfigError> {
     let mut seen = HashSet::new();
     for entry in lists.into_iter().flatten().flatten() {
         let address = entry.as_ref().0;
@@ -967,6 +453,8 @@ fn twice(what: &impl fmt::Display) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sasl::Secrets;
+    use crate::smtp::address::Mailbox;
     use std::fs;
     use std::time::Instant;
     use tempfile::TempDir;
@@ -1070,6 +558,9 @@ accept = ["alice@example.org", "@example.com"]
         assert_eq!(provider.odmr.listen, ["[::]:366".parse().unwrap()]);
         assert_eq!(provider.odmr.listen_tls, []);
         assert!(!provider.odmr.require_tls && provider.odmr.cram_md5);
+        assert_eq!(provider.relay, Relay::default());
+        let acme = provider.accounts.account("acme").unwrap();
+        assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (false, false, None, 0));
         assert_eq!(provider.limits, Limits::default());
         assert_eq!(provider.timeouts, Timeouts::default());
         assert_eq!(provider.timeouts.atrn, Duration::from_secs(600));
@@ -1161,6 +652,267 @@ accept = ["alice@example.org", "@example.com"]
         assert_eq!(provider.accounts.iter().count(), 0);
     }
 
+    fn relay(text: &str) -> Relay {
+        let text = format!("{PROVIDER}[relay]\n{text}\n");
+        let folder = files(&[("odmr.toml", &text), ("secret", "open sesame\n")]);
+        Provider::load(&folder.path().join("odmr.toml")).unwrap().relay
+    }
+
+    fn outgoing(text: &str) -> Outgoing {
+        let text = format!("{CUSTOMER}[outgoing]\nqueue = \"out\"\n{text}\n");
+        let folder = files(&[("odmr.toml", &text)]);
+        Customer::load(&folder.path().join("odmr.toml")).unwrap().outgoing.unwrap()
+    }
+
+    const MINUTE: Duration = Duration::from_secs(60);
+    const HOUR: Duration = Duration::from_secs(60 * 60);
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+    #[test]
+    fn without_a_table_mail_goes_by_mx() {
+        let Relay { smarthost, tls, tls_for, resolver, port, connections, connections_per_host, retry } = relay("");
+        assert_eq!((smarthost, tls, tls_for.len(), resolver), (None, TlsPolicy::May, 0, None));
+        assert_eq!((port, connections, connections_per_host), (25, 20, 5));
+        let times = Retry { first: 5 * MINUTE, max: 4 * HOUR, give_up: 5 * DAY, delay_notice: Some(4 * HOUR) };
+        assert_eq!(retry, times);
+    }
+
+    #[test]
+    fn every_key_of_relay_is_read() {
+        let relay = relay(
+            r#"
+            smarthost = "smtp.example.net"
+            smarthost-tls = "implicit"
+            ca = "/etc/ca.pem"
+            name = "relay"
+            secret-file = "secret"
+            tls = "must"
+            tls-for = { "Example.COM" = "verify", localhost = "may" }
+            resolver = "127.0.0.1:5353"
+            port = 2525
+            connections = 1000
+            connections-per-host = 1
+            retry-first = "1s"
+            retry-max = "2s"
+            give-up = "3s"
+            delay-notice = "never"
+            "#,
+        );
+        assert!(!format!("{relay:?}").contains("sesame"));
+        let smarthost = Smarthost {
+            address: "smtp.example.net:587".to_owned(),
+            host: "smtp.example.net".to_owned(),
+            tls: TlsMode::Implicit,
+            ca: Some("/etc/ca.pem".into()),
+            pin: None,
+            credentials: Some(("relay".to_owned(), b"open sesame".to_vec())),
+        };
+        assert_eq!(relay.smarthost, Some(smarthost));
+        let policy = |name| relay.policy(&domain(name));
+        assert_eq!(policy("example.com"), TlsPolicy::Verify);
+        assert_eq!(policy("localhost"), TlsPolicy::May);
+        assert_eq!(policy("sub.example.com"), TlsPolicy::Must);
+        assert_eq!(relay.resolver, Some("127.0.0.1:5353".parse().unwrap()));
+        assert_eq!((relay.port, relay.connections, relay.connections_per_host), (2525, 1000, 1));
+        let seconds = Duration::from_secs;
+        let times = Retry { first: seconds(1), max: seconds(2), give_up: seconds(3), delay_notice: None };
+        assert_eq!(relay.retry, times);
+    }
+
+    #[test]
+    fn times_that_are_not_written_give_way() {
+        let times = |text: &str| {
+            let retry = relay(text).retry;
+            (retry.first, retry.max, retry.give_up)
+        };
+        assert_eq!(times("give-up = \"1d\""), (5 * MINUTE, 4 * HOUR, DAY));
+        assert_eq!(times("give-up = \"4h\""), (5 * MINUTE, 2 * HOUR, 4 * HOUR));
+        assert_eq!(times("give-up = \"2m\""), (MINUTE, MINUTE, 2 * MINUTE));
+        assert_eq!(times("retry-max = \"1m\""), (MINUTE, MINUTE, 5 * DAY));
+        assert_eq!(times("retry-first = \"4h\""), (4 * HOUR, 4 * HOUR, 5 * DAY));
+    }
+
+    #[test]
+    fn what_a_customer_may_hand_in_is_read() {
+        let text = changed(ACME, "", "relay = true\nany-sender = true\nmax-size = \"1MiB\"\nrate = 100\n");
+        let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &text)]);
+        let provider = Provider::load(&folder.path().join("odmr.toml")).unwrap();
+        let acme = provider.accounts.account("acme").unwrap();
+        assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (true, true, Some(1_048_576), 100));
+        assert!(!format!("{acme:?}").contains("sesame"));
+    }
+
+    #[test]
+    fn the_least_outgoing_has_the_documented_defaults() {
+        let outgoing = outgoing("");
+        assert!(outgoing.queue.is_absolute() && outgoing.queue.ends_with("out"));
+        assert_eq!((outgoing.listen.len(), outgoing.networks.len()), (0, 0));
+        assert_eq!(outgoing.domain, domain("example.org"));
+        assert_eq!(outgoing.submission, None);
+        assert_eq!(outgoing.retry, Retry::default());
+        assert_eq!(outgoing.max_size, 52_428_800);
+    }
+
+    #[test]
+    fn every_key_of_outgoing_and_schedule_is_read() {
+        let pin = format!("sha256:{}", "00".repeat(32));
+        let text = format!(
+            r#"
+            listen = ["127.0.0.1:25", "[::1]:25"]
+            networks = ["192.0.2.0/24", "2001:db8::1"]
+            domain = "example.com"
+            submission = "smtp.example.net:5870"
+            submission-tls = "starttls"
+            name = "sender"
+            secret = "mellon"
+            pin = "{pin}"
+            give-up = "2d"
+            delay-notice = "1h"
+            max-size = "1MiB"
+            [schedule]
+            every = "1m"
+            "#
+        );
+        let text = format!("{CUSTOMER}[outgoing]\nqueue = \"/var/out\"\n{text}");
+        let folder = files(&[("odmr.toml", &text)]);
+        let customer = Customer::load(&folder.path().join("odmr.toml")).unwrap();
+        assert_eq!(customer.schedule, Schedule { every: MINUTE });
+        assert!(!format!("{customer:?}").contains("mellon"));
+        let outgoing = customer.outgoing.unwrap();
+        assert_eq!(outgoing.queue, Path::new("/var/out"));
+        assert_eq!(outgoing.listen, ["127.0.0.1:25".parse().unwrap(), "[::1]:25".parse().unwrap()]);
+        assert_eq!(
+            outgoing.networks.iter().map(Network::to_string).collect::<Vec<_>>(),
+            ["192.0.2.0/24", "2001:db8::1"]
+        );
+        assert_eq!(outgoing.domain, domain("example.com"));
+        let submission = outgoing.submission.unwrap();
+        assert_eq!(submission.address, "smtp.example.net:5870");
+        assert_eq!((submission.tls, submission.pin), (TlsMode::StartTls, Some([0; 32])));
+        assert_eq!(submission.credentials, Some(("sender".to_owned(), b"mellon".to_vec())));
+        let times = Retry { give_up: 2 * DAY, delay_notice: Some(HOUR), ..Retry::default() };
+        assert_eq!(outgoing.retry, times);
+        assert_eq!(outgoing.max_size, 1_048_576);
+    }
+
+    #[test]
+    fn a_submission_host_is_called_as_the_provider_is() {
+        let submission = outgoing("submission = \"[::1]\"\nsubmission-tls = \"none\"").submission.unwrap();
+        assert_eq!((&*submission.address, submission.tls), ("[::1]:587", TlsMode::None));
+        assert_eq!(submission.credentials, Some(("acme".to_owned(), b"open sesame".to_vec())));
+        assert_eq!((submission.ca, submission.pin), (None, None));
+    }
+
+    #[test]
+    fn this_machine_and_the_networks_are_admitted() {
+        let outgoing = outgoing("networks = [\"192.0.2.0/24\", \"fd00::/8\"]");
+        let admits = |address: &str| outgoing.admits(address.parse().unwrap());
+        for address in ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "192.0.2.9", "::ffff:192.0.2.9", "fdff::1"]
+        {
+            assert!(admits(address), "{address}");
+        }
+        for address in ["192.0.3.1", "::ffff:192.0.3.1", "2001:db8::1", "::192.0.2.9", "0.0.0.0", "::"] {
+            assert!(!admits(address), "{address}");
+        }
+    }
+
+    #[test]
+#[rustfmt::skip]
+    fn mistakes_in_relay_are_named() {
+        let relay = |text: &str, line: usize, phrase| {
+            provider("", &format!("[relay]\n{text}\n"), &format!("odmr.toml:{line}"), phrase)
+        };
+        let pin = format!("pin = \"sha256:{}\"", "00".repeat(32));
+        let host = "smarthost = \"smtp.example.net\"";
+        relay("smart-host = \"a\"", 7, "unknown key `smart-host`, expected one of `smarthost`");
+        relay("smarthost = \"smtp.example.net:smtp\"", 7, "\"smtp\" is no port");
+        relay("smarthost = \"smtp.example.net:0\"", 7, "mostly 587");
+        relay("smarthost = \"::1\"", 7, "write \"[::1]:587\"");
+        relay("smarthost = \"a b\"", 7, "is no host with a port: write \"relay.example.net:587\"");
+        relay("smarthost = 587", 7, "expected a host and a port such as \"smtp.example.net:587\"");
+        relay(&format!("{host}\nsmarthost-tls = \"may\""), 8, "write \"starttls\", \"implicit\" or \"none\"");
+        relay(&format!("{host}\n{pin}\nca = \"ca.pem\""), 9, "`ca` and `pin` exclude each other");
+        relay(&format!("{host}\nsmarthost-tls = \"none\"\n{pin}"), 9, "mean nothing with smarthost-tls = \"none\"");
+        relay(&format!("{host}\nname = \"relay\""), 8, "`secret` is missing");
+        relay(&format!("{host}\nsecret = \"s\""), 8, "no `name` to log in with");
+        relay(&format!("{host}\nsecret-file = \"s\""), 8, "no `name` to log in with");
+        relay(&format!("{host}\nname = \"relay\"\nsecret-file = \"no\""), 9, "no cannot be read");
+        relay(&format!("{host}\nname = \"relay\"\nsecret = \"s\"\nsecret-file = \"s\""), 10, "exclude each other");
+        relay("smarthost-tls = \"none\"", 7, "`smarthost-tls` is for `smarthost`, and there is none: add `smarthost`");
+        relay("ca = \"ca.pem\"", 7, "`ca` is for `smarthost`");
+        relay(&pin, 7, "`pin` is for `smarthost`");
+        relay("name = \"relay\"", 7, "`name` is for `smarthost`");
+        relay("secret = \"s\"", 7, "`secret` is for `smarthost`");
+        relay("secret-file = \"s\"", 7, "`secret-file` is for `smarthost`");
+        relay("tls = \"always\"", 7, "write \"may\", \"must\" or \"verify\"");
+        relay("tls = true", 7, "expected \"may\", \"must\" or \"verify\"");
+        relay("tls-for = { \"exa mple\" = \"must\" }", 7, "\"exa mple\" is no domain");
+        relay("tls-for = { \"a.example\" = \"no\" }", 7, "\"no\" says nothing about TLS");
+        relay("[relay.tls-for]\n\"A.example\" = \"may\"\n\"a.example\" = \"must\"", 9, "a.example stands here a second time");
+        relay("tls-for = [\"a.example\"]", 7, "expected a table, such as { \"example.org\" = \"must\" }");
+        relay("resolver = \"dns.example.net:53\"", 7, "is no address of a DNS server");
+        relay("resolver = \":53\"", 7, "is no address of a DNS server");
+        relay("port = 0", 7, "\"0\" is no port to call: write a number from 1 to 65535");
+        relay("port = 65536", 7, "is no port to call");
+        relay("port = -1", 7, "is no port to call");
+        relay("connections = 0", 7, "0 is too small: write 1 or more");
+        relay("connections = 1001", 7, "1001 is too large: write 1000 or less");
+        relay("connections = \"20\"", 7, "expected a whole number from 1 to 1000");
+        relay("connections-per-host = 0", 7, "0 is too small: write 1 or more");
+        relay("retry-first = 5", 7, "expected a time such as \"5m\"");
+        relay("retry-first = \"5h\"", 7, "`retry-first` must not be longer than `retry-max`");
+        relay("retry-max = \"2m\"\nretry-first = \"3m\"", 8, "`retry-first` must not be longer than `retry-max`");
+        relay("retry-max = \"5d\"", 7, "`retry-max` must be shorter than `give-up`");
+        relay("give-up = \"1h\"\nretry-max = \"1h\"", 8, "`retry-max` must be shorter than `give-up`");
+        relay("delay-notice = \"soon\"", 7, "\"soon\" is no time");
+        relay("delay-notice = \"soon\"", 7, "or \"never\"");
+        provider("", "relay = 5", "odmr.toml:6", "unknown key `relay`");
+        provider("[odmr]", "relay = 5\n[odmr]", "odmr.toml:4", "expected a table");
+    }
+
+    #[test]
+#[rustfmt::skip]
+    fn mistakes_in_what_a_customer_may_hand_in_are_named() {
+        let at = "customers.d/acme.toml:3";
+        account("", "relay = \"yes\"", at, "expected true or false");
+        account("", "any-sender = 1", at, "expected true or false");
+        account("", "max-size = \"big\"", at, "\"big\" is no size");
+        account("", "max-size = 0", at, "no letter would pass");
+        account("", "rate = -1", at, "-1 is too small: write 0 or more");
+        account("", "rate = \"10/h\"", at, "expected a whole number, 0 or more");
+    }
+
+    #[test]
+#[rustfmt::skip]
+    fn mistakes_in_outgoing_and_schedule_are_named() {
+        let outgoing = |text: &str, line: usize, phrase| {
+            let text = format!("[outgoing]\nqueue = \"out\"\n{text}\n");
+            customer("", &text, &format!("odmr.toml:{line}"), phrase)
+        };
+        customer("", "[outgoing]", "odmr.toml:9", "[outgoing] needs `queue`");
+        customer("hostname", "outgoing = true\nhostname", "odmr.toml:1", "expected a table");
+        outgoing("queu = \"out\"", 11, "unknown key `queu`");
+        outgoing("listen = [\"localhost:25\"]", 11, "to listen takes an address");
+        outgoing("listen = [\":25\",\n\":25\"]", 12, "[::]:25 stands here a second time");
+        outgoing("networks = [\"192.0.2.0/33\"]", 11, "is no network");
+        outgoing("networks = [\n\"192.0.2.1/24\"]", 12, "write \"192.0.2.0/24\" for the network");
+        outgoing("networks = \"192.0.2.0/24\"", 11, "expected a list, in [ ]");
+        outgoing("domain = \"localhost\"", 11, "has no dot");
+        outgoing("submission = \"::1\"", 11, "write \"[::1]:587\"");
+        outgoing("submission-tls = \"none\"", 11, "`submission-tls` is for `submission`, and there is none");
+        outgoing("name = \"sender\"", 11, "`name` is for `submission`");
+        outgoing("submission = \"a\"\nname = \"sender\"", 12, "`secret` is missing");
+        outgoing("submission = \"a\"\nsecret = \"s\"", 12, "no `name` to log in with");
+        outgoing("submission = \"a\"\nsubmission-tls = \"none\"\nca = \"c\"", 13, "mean nothing with submission-tls = \"none\"");
+        outgoing("retry-first = \"1m\"", 11, "unknown key `retry-first`");
+        outgoing("give-up = 5", 11, "expected a time");
+        outgoing("delay-notice = false", 11, "expected a time such as \"4h\", or \"never\"");
+        outgoing("max-size = 0", 11, "no letter would pass");
+        customer("", "[schedule]\nevery = \"0s\"", "odmr.toml:10", "would wait for nothing");
+        customer("", "[schedule]\nevery = 15", "odmr.toml:10", "expected a time");
+        customer("", "[schedule]\nevry = \"15m\"", "odmr.toml:10", "unknown key `evry`");
+    }
+
     #[test]
     fn the_folder_of_customers_becomes_accounts() {
         let folder = files(&[
@@ -1206,6 +958,8 @@ accept = ["alice@example.org", "@example.com"]
         let accept =
             [Accept::Address(Mailbox::parse("alice@example.org").unwrap()), Accept::Domain(domain("example.com"))];
         assert_eq!(customer.mailboxes.accept, accept);
+        assert_eq!(customer.outgoing, None);
+        assert_eq!(customer.schedule.every, Duration::from_secs(15 * 60));
         assert_eq!(customer.timeouts, Timeouts::default());
         assert!(!format!("{customer:?}").contains("sesame"));
     }
@@ -1413,6 +1167,11 @@ accept = ["alice@example.org", "@example.com"]
         check(PROVIDER, &by_file, "customers.d/secret", "customers.d/acme.toml:2");
         check(&key, ACME, "key", "odmr.toml:8");
         check(CUSTOMER, ACME, "odmr.toml", "odmr.toml:5");
+        let login = "[relay]\nsmarthost = \"smtp.example.net\"\nname = \"relay\"\n";
+        let relay = changed(PROVIDER, "", &format!("{login}secret = \"s\"\n"));
+        check(&relay, ACME, "odmr.toml", "odmr.toml:9");
+        let relay = changed(PROVIDER, "", &format!("{login}secret-file = \"key\"\n"));
+        check(&relay, ACME, "key", "odmr.toml:9");
     }
 
     #[test]

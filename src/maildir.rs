@@ -16,8 +16,10 @@ use std::time::{Duration, SystemTime};
 /// Litter in `tmp` is removed after 36 hours (maildir(5)).
 const LITTER: Duration = Duration::from_secs(36 * 60 * 60);
 
-/// The info of a message of which nobody knows whether it was delivered: flagged, as mail readers show it.
-const IN_DOUBT: &str = ":2,F";
+/// The flag of a message of which nobody knows whether it was delivered; mail readers show it.
+pub const IN_DOUBT: char = 'F';
+/// The flag of a message whose sender was told that it is late.
+pub const TOLD: char = 'R';
 
 const WRITE_BUFFER: usize = 32 * 1024;
 
@@ -41,9 +43,9 @@ impl Entry {
         self.name.split([',', ':']).next().unwrap_or(&self.name)
     }
 
-    /// Whether it was marked by [`Maildir::mark_in_doubt`].
-    pub fn in_doubt(&self) -> bool {
-        self.seen && self.name.ends_with(IN_DOUBT)
+    /// Whether a flag is set.
+    pub fn has(&self, letter: char) -> bool {
+        self.seen && self.name.split_once(":2,").is_some_and(|(_, info)| info.contains(letter))
     }
 
     /// Whether octets above 127 were written (`E=8`), where the name is one of ours.
@@ -101,6 +103,16 @@ impl Maildir {
         })
     }
 
+    /// A file in `tmp` that is gone with its last descriptor: for content that is looked at before it is a message.
+    pub fn scratch(&self, unique: &str) -> io::Result<File> {
+        self.create()?;
+        let path = self.path.join("tmp").join(unique);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
+        let file = file.map_err(|error| at(&path, error))?;
+        fs::remove_file(&path).map_err(|error| at(&path, error))?;
+        Ok(file)
+    }
+
     /// All messages, the oldest name first.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
@@ -146,14 +158,17 @@ impl Maildir {
         }
     }
 
-    /// Marks a message as in doubt, in a way every mail reader shows.
-    pub fn mark_in_doubt(&self, entry: &Entry) -> io::Result<()> {
-        let base = entry.name.split(':').next().unwrap_or(&entry.name);
-        let marked = Entry { name: format!("{base}{IN_DOUBT}"), seen: true };
-        if *entry == marked {
-            return Ok(());
+    /// Flags a message: it moves to `cur`, with the letter in its info, in order (maildir(5)).
+    pub fn flag(&self, entry: &Entry, letter: char) -> io::Result<Entry> {
+        let (base, info) = entry.name.split_once(":2,").unwrap_or((&entry.name, ""));
+        let mut letters: Vec<char> = info.chars().chain([letter]).collect();
+        letters.sort_unstable();
+        letters.dedup();
+        let flagged = Entry { name: format!("{base}:2,{}", String::from_iter(letters)), seen: true };
+        if *entry != flagged {
+            move_file(&self.file(entry), &self.file(&flagged))?;
         }
-        move_file(&self.file(entry), &self.file(&marked))
+        Ok(flagged)
     }
 
     /// Removes what writers that died have left in `tmp`.
@@ -503,15 +518,15 @@ mod tests {
     fn in_doubt_is_a_flag_that_readers_show() {
         let (_folder, maildir) = maildir();
         let entries = deliver(&maildir, "1", b"").unwrap();
-        maildir.mark_in_doubt(&entries[0]).unwrap();
+        maildir.flag(&entries[0], IN_DOUBT).unwrap();
         assert_eq!(inside(&maildir), [vec![], vec![], words(&["1,S=5,W=6:2,F"])]);
         let marked = maildir.entries().unwrap();
         assert_eq!((marked[0].seen, marked[0].unique()), (true, "1"));
-        maildir.mark_in_doubt(&marked[0]).unwrap();
+        maildir.flag(&marked[0], IN_DOUBT).unwrap();
         assert_eq!(maildir.entries().unwrap(), marked);
         // Nothing is overwritten here either.
         deliver(&maildir, "1", b"").unwrap();
-        assert!(maildir.mark_in_doubt(&entries[0]).is_err());
+        assert!(maildir.flag(&entries[0], IN_DOUBT).is_err());
         assert_eq!(maildir.entries().unwrap().len(), 2);
     }
 

@@ -12,7 +12,7 @@ use data_encoding::HEXLOWER_PERMISSIVE;
 use serde::de::{Error as _, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::{Accept, TlsMode};
+use super::{Accept, TlsMode, TlsPolicy};
 use crate::smtp::address::{Domain, Mailbox};
 
 /// A value that is written as a string and parsed where it stands, so that TOML adds the line to the error.
@@ -78,7 +78,7 @@ impl Parse for Domain {
         // RFC 2645 section 5.2.1: ATRN can name no other.
         if !domain.as_str().contains('.') {
             return Err(format!(
-                "{text:?} has no dot, and ATRN can only name domains with one, such as \"example.org\""
+                "{text:?} has no dot, and mail and ATRN need a domain in full: write one such as \"example.org\""
             ));
         }
         Ok(domain)
@@ -161,20 +161,23 @@ impl Parse for SocketAddr {
     }
 }
 
-/// Where a customer calls.
-pub(super) struct Address {
+/// What to connect to; `PORT` is where no port is named.
+pub(super) struct Address<const PORT: u16> {
     pub(super) address: String,
     pub(super) host: String,
 }
 
-impl Parse for Address {
-    const EXPECTED: &'static str = "a host and a port such as \"relay.example.net:366\"";
+impl<const PORT: u16> Parse for Address<PORT> {
+    const EXPECTED: &'static str = match PORT {
+        587 => "a host and a port such as \"smtp.example.net:587\"",
+        _ => "a host and a port such as \"relay.example.net:366\"",
+    };
 
-    fn parse(text: &str) -> Result<Address, String> {
+    fn parse(text: &str) -> Result<Address<PORT>, String> {
         let wrong = || {
             format!(
-                "{text:?} is no host with a port: write \"relay.example.net:366\", \"192.0.2.1:366\" or \
-                 \"[2001:db8::1]:366\""
+                "{text:?} is no host with a port: write \"relay.example.net:{PORT}\", \"192.0.2.1:{PORT}\" or \
+                 \"[2001:db8::1]:{PORT}\""
             )
         };
         let (host, port, six) = match text.strip_prefix('[') {
@@ -189,7 +192,7 @@ impl Parse for Address {
             }
             None if text.parse::<Ipv6Addr>().is_ok() => {
                 return Err(format!(
-                    "{text:?} needs brackets to tell the port from the address: write \"[{text}]:366\""
+                    "{text:?} needs brackets to tell the port from the address: write \"[{text}]:{PORT}\""
                 ));
             }
             None => {
@@ -201,13 +204,127 @@ impl Parse for Address {
                 (host.as_str().to_owned(), port, false)
             }
         };
-        // RFC 2645 section 4.
-        let port = port.map_or(Ok(366), port_number)?;
+        let port = port.map_or(Ok(PORT), port_number)?;
         if port == 0 {
-            return Err(format!("nobody can be called at port 0, as in {text:?}: write the provider's, mostly 366"));
+            return Err(format!("nobody can be called at port 0, as in {text:?}: write the host's, mostly {PORT}"));
         }
         let address = if six { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
         Ok(Address { address, host })
+    }
+}
+
+/// A port to call.
+pub(super) struct Port(pub(super) u16);
+
+impl Parse for Port {
+    const EXPECTED: &'static str = "a number from 1 to 65535";
+    const NUMBER: bool = true;
+
+    fn parse(text: &str) -> Result<Port, String> {
+        let port = port_number(text).ok().filter(|&port| port != 0);
+        port.map(Port).ok_or_else(|| format!("{text:?} is no port to call: write {}", Port::EXPECTED))
+    }
+}
+
+pub(super) struct Resolver(pub(super) SocketAddr);
+
+impl Parse for Resolver {
+    const EXPECTED: &'static str = "an address and a port such as \"127.0.0.1:53\"";
+
+    fn parse(text: &str) -> Result<Resolver, String> {
+        // RFC 1035 section 4.2.
+        let plain = text.parse::<IpAddr>().map(|address| SocketAddr::from((address, 53)));
+        let address = plain.or_else(|_| text.parse()).ok().filter(|address| address.port() != 0);
+        address.map(Resolver).ok_or_else(|| {
+            format!(
+                "{text:?} is no address of a DNS server: write an address and a port, such as \"127.0.0.1:53\" or \
+                 \"[2001:db8::1]:53\""
+            )
+        })
+    }
+}
+
+/// The machines of a network: `192.0.2.0/24`, `2001:db8::/32`, or one address.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Network {
+    /// Its first address; never an IPv4 address that is mapped into IPv6.
+    address: IpAddr,
+    /// So many bits are the same in all of them.
+    prefix: u8,
+}
+
+impl Network {
+    /// Whether the machine is in it. An IPv4 address is the same when it comes mapped into IPv6 (RFC 4291 section
+    /// 2.5.5.2), as from a socket for both.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        match (self.address, address.to_canonical()) {
+            (IpAddr::V4(_), IpAddr::V4(_)) | (IpAddr::V6(_), IpAddr::V6(_)) => {
+                first_address(address.to_canonical(), self.prefix) == self.address
+            }
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Network {
+    /// As it is written in the file.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.prefix == bits(self.address) {
+            true => write!(f, "{}", self.address),
+            false => write!(f, "{}/{}", self.address, self.prefix),
+        }
+    }
+}
+
+impl Parse for Network {
+    const EXPECTED: &'static str = "a network such as \"192.168.1.0/24\"";
+
+    fn parse(text: &str) -> Result<Network, String> {
+        let wrong = || {
+            format!("{text:?} is no network: write one such as \"192.168.1.0/24\" or \"fd00::/8\", or a single address")
+        };
+        let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let prefix = match prefix {
+            None => bits(address),
+            Some(digits) if !digits.bytes().all(|digit| digit.is_ascii_digit()) => return Err(wrong()),
+            Some(digits) => digits.parse().map_err(|_| wrong())?,
+        };
+        // Nobody would ever be in a network of mapped addresses.
+        if prefix > bits(address) || address.to_canonical() != address {
+            return Err(wrong());
+        }
+        let first = first_address(address, prefix);
+        if first != address {
+            return Err(format!(
+                "{text:?} is a machine and a network in one: write \"{first}/{prefix}\" for the network, or \
+                 \"{address}\" for the machine"
+            ));
+        }
+        Ok(Network { address, prefix })
+    }
+}
+
+fn bits(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(_) => 32,
+        IpAddr::V6(_) => 128,
+    }
+}
+
+/// The address with nothing after the prefix.
+fn first_address(address: IpAddr, prefix: u8) -> IpAddr {
+    let rest = u32::from(bits(address).saturating_sub(prefix));
+    // Shifting out everything is too far for the operators.
+    match address {
+        IpAddr::V4(address) => {
+            let mask = u32::MAX.checked_shl(rest).unwrap_or(0);
+            Ipv4Addr::from_bits(address.to_bits() & mask).into()
+        }
+        IpAddr::V6(address) => {
+            let mask = u128::MAX.checked_shl(rest).unwrap_or(0);
+            Ipv6Addr::from_bits(address.to_bits() & mask).into()
+        }
     }
 }
 
@@ -231,6 +348,19 @@ impl Parse for TlsMode {
             "implicit" => Ok(TlsMode::Implicit),
             "none" => Ok(TlsMode::None),
             _ => Err(format!("{text:?} is no way to use TLS: write {}", TlsMode::EXPECTED)),
+        }
+    }
+}
+
+impl Parse for TlsPolicy {
+    const EXPECTED: &'static str = "\"may\", \"must\" or \"verify\"";
+
+    fn parse(text: &str) -> Result<TlsPolicy, String> {
+        match text {
+            "may" => Ok(TlsPolicy::May),
+            "must" => Ok(TlsPolicy::Must),
+            "verify" => Ok(TlsPolicy::Verify),
+            _ => Err(format!("{text:?} says nothing about TLS: write {}", TlsPolicy::EXPECTED)),
         }
     }
 }
@@ -337,6 +467,23 @@ impl Parse for Duration {
     }
 }
 
+/// A time, or `never`.
+pub(super) struct Notice(pub(super) Option<Duration>);
+
+impl Parse for Notice {
+    const EXPECTED: &'static str = "a time such as \"4h\", or \"never\"";
+
+    fn parse(text: &str) -> Result<Notice, String> {
+        match text {
+            "never" => Ok(Notice(None)),
+            time => match Duration::parse(time) {
+                Ok(time) => Ok(Notice(Some(time))),
+                Err(text) => Err(format!("{text}, or \"never\"")),
+            },
+        }
+    }
+}
+
 /// `50MiB` is 50 and `MiB`.
 fn number_and_unit(text: &str) -> (Option<u64>, &str) {
     let end = text.bytes().take_while(u8::is_ascii_digit).count();
@@ -369,27 +516,39 @@ pub(super) fn at_least<'de, const FLOOR: u32, D: Deserializer<'de>>(deserializer
 pub(super) fn between<'de, const FLOOR: u32, const CEILING: u32, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<usize, D::Error> {
-    struct Whole<const FLOOR: u32, const CEILING: u32>;
+    Whole::<FLOOR, CEILING>::deserialize(deserializer).map(|whole| whole.0)
+}
 
-    impl<const FLOOR: u32, const CEILING: u32> Visitor<'_> for Whole<FLOOR, CEILING> {
-        type Value = usize;
+/// A whole number within its bounds; `u32::MAX` is no bound.
+pub(super) struct Whole<const FLOOR: u32, const CEILING: u32>(pub(super) usize);
 
-        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-            write!(f, "a whole number, {FLOOR} or more")
-        }
+impl<'de, const FLOOR: u32, const CEILING: u32> Deserialize<'de> for Whole<FLOOR, CEILING> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(WholeVisitor::<FLOOR, CEILING>)
+    }
+}
 
-        fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<usize, E> {
-            if number < i64::from(FLOOR) {
-                return Err(E::custom(format!("{number} is too small: write {FLOOR} or more")));
-            }
-            if number > i64::from(CEILING) {
-                return Err(E::custom(format!("{number} is too large: write {CEILING} or less")));
-            }
-            usize::try_from(number).map_err(E::custom)
+struct WholeVisitor<const FLOOR: u32, const CEILING: u32>;
+
+impl<const FLOOR: u32, const CEILING: u32> Visitor<'_> for WholeVisitor<FLOOR, CEILING> {
+    type Value = Whole<FLOOR, CEILING>;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match CEILING {
+            u32::MAX => write!(f, "a whole number, {FLOOR} or more"),
+            _ => write!(f, "a whole number from {FLOOR} to {CEILING}"),
         }
     }
 
-    deserializer.deserialize_any(Whole::<FLOOR, CEILING>)
+    fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<Whole<FLOOR, CEILING>, E> {
+        if number < i64::from(FLOOR) {
+            return Err(E::custom(format!("{number} is too small: write {FLOOR} or more")));
+        }
+        if CEILING != u32::MAX && number > i64::from(CEILING) {
+            return Err(E::custom(format!("{number} is too large: write {CEILING} or less")));
+        }
+        usize::try_from(number).map(Whole).map_err(E::custom)
+    }
 }
 
 #[cfg(test)]
@@ -482,7 +641,7 @@ mod tests {
     fn addresses_to_call() {
         let check = |text, expected: Result<(&str, &str), &str>| {
             let expected = expected.map(|(address, host)| (address.to_owned(), host.to_owned()));
-            check(text, |address: Address| (address.address, address.host), expected);
+            check(text, |address: Address<366>| (address.address, address.host), expected);
         };
         check("relay.example.net:3660", Ok(("relay.example.net:3660", "relay.example.net")));
         check("relay.example.net", Ok(("relay.example.net:366", "relay.example.net")));
@@ -503,6 +662,82 @@ mod tests {
         check("relay.example.net:odmr", Err("is no port"));
         check("relay.example.net:0", Err("nobody can be called at port 0"));
         check("a:1:2", Err("is no port"));
+    }
+
+    #[test]
+    fn hosts_for_all_mail() {
+        let check = |text, expected: Result<&str, &str>| {
+            check(text, |address: Address<587>| address.address, expected.map(str::to_owned));
+        };
+        check("smtp.example.net", Ok("smtp.example.net:587"));
+        check("smtp.example.net:25", Ok("smtp.example.net:25"));
+        check("::1", Err("write \"[::1]:587\""));
+        check("smtp.example.net:0", Err("mostly 587"));
+        check("a b", Err("\"[2001:db8::1]:587\""));
+    }
+
+    #[test]
+    fn dns_servers() {
+        let check = |text, expected: Result<&str, &str>| {
+            check(text, |resolver: Resolver| resolver.0.to_string(), expected.map(str::to_owned));
+        };
+        check("127.0.0.1:5353", Ok("127.0.0.1:5353"));
+        check("[::1]:5353", Ok("[::1]:5353"));
+        check("192.0.2.1", Ok("192.0.2.1:53"));
+        check("2001:db8::1", Ok("[2001:db8::1]:53"));
+        check("127.0.0.1:0", Err("is no address of a DNS server"));
+        check("localhost:53", Err("write an address and a port"));
+        check(":53", Err("is no address of a DNS server"));
+        check("", Err("is no address of a DNS server"));
+    }
+
+    #[test]
+    fn networks() {
+        let check = |text, expected: Result<&str, &str>| {
+            check(text, |network: Network| network.to_string(), expected.map(str::to_owned));
+        };
+        for same in ["192.168.1.0/24", "0.0.0.0/0", "::/0", "192.0.2.1", "fd00::/8", "2001:db8::1", "2001:db8::/127"] {
+            check(same, Ok(same));
+        }
+        check("192.0.2.1/32", Ok("192.0.2.1"));
+        check("192.168.1.5/24", Err("write \"192.168.1.0/24\" for the network, or \"192.168.1.5\" for the machine"));
+        check("2001:db8::1/32", Err("write \"2001:db8::/32\""));
+        for wrong in ["", "/", "/24", "192.0.2.0/", "192.0.2.0/33", "::/129", "::/256", "192.0.2.0/+4", "192.0.2/24"] {
+            check(wrong, Err("is no network: write one such as"));
+        }
+        check("localhost", Err("is no network"));
+        check("192.0.2.0/255.255.255.0", Err("is no network"));
+        check("::ffff:192.0.2.0/120", Err("is no network"));
+    }
+
+    #[test]
+    fn machines_in_networks() {
+        let contains = |network: &str, address: &str| {
+            <Network as Parse>::parse(network).unwrap().contains(address.parse().unwrap())
+        };
+        for (network, inside, outside) in [
+            ("192.168.1.0/24", "192.168.1.255", "192.168.2.0"),
+            ("192.168.1.0/24", "::ffff:192.168.1.1", "::ffff:192.168.0.255"),
+            ("192.168.1.128/25", "192.168.1.128", "192.168.1.127"),
+            ("192.0.2.1", "192.0.2.1", "192.0.2.0"),
+            ("0.0.0.0/0", "203.0.113.1", "2001:db8::1"),
+            ("::/0", "2001:db8::1", "203.0.113.1"),
+            ("::/0", "::1", "::ffff:203.0.113.1"),
+            ("fd00::/8", "fdff:ffff::1", "fe00::"),
+            ("2001:db8::1", "2001:db8::1", "2001:db8::2"),
+        ] {
+            assert!(contains(network, inside), "{inside} in {network}");
+            assert!(!contains(network, outside), "{outside} not in {network}");
+        }
+    }
+
+    #[test]
+    fn times_of_notices() {
+        let check = |text, expected| check(text, |notice: Notice| notice.0, expected);
+        check("never", Ok(None));
+        check("4h", Ok(Some(Duration::from_secs(4 * 60 * 60))));
+        check("0s", Err("would wait for nothing"));
+        check("Never", Err("or \"never\""));
     }
 
     #[test]
