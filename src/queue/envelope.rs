@@ -3,6 +3,7 @@
 //! ```text
 //! Return-Path: <sender@example.net>       the reverse path; <> for a notice
 //! Delivered-To: alice@example.org         one line a recipient
+//! X-ODMR-Recipient: NOTIFY=… ORCPT=…      what the sender wants to know of the recipient before it
 //! X-ODMR-Envelope: id=…; arrived=…        ours; other agents' files do not have it
 //! Received: from …                        here begins what is sent on
 //! ```
@@ -12,7 +13,7 @@
 //! stands behind our `Received` and is never read as an envelope.
 
 use crate::smtp::address::{Domain, Mailbox, ReversePath, reverse_path};
-use crate::smtp::command::Body;
+use crate::smtp::command::{Body, Notify, Recipient, Return, original_recipient};
 use crate::stamp::Date;
 
 /// More than this is no envelope.
@@ -22,12 +23,15 @@ pub const LIMIT: usize = 1 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Envelope {
     pub from: ReversePath,
-    pub recipients: Vec<Mailbox>,
+    pub recipients: Vec<Recipient>,
     pub id: String,
     pub arrived: Date,
     pub body: Body,
     /// It came with SMTPUTF8 (RFC 6531).
     pub utf8: bool,
+    /// `RET=` and `ENVID=` (RFC 3461).
+    pub ret: Option<Return>,
+    pub envelope_id: Option<String>,
 }
 
 impl Envelope {
@@ -35,7 +39,13 @@ impl Envelope {
     pub fn lines(&self, extra: &str) -> String {
         let mut text = format!("Return-Path: <{}>\n", self.from);
         for recipient in &self.recipients {
-            text.push_str(&format!("Delivered-To: {recipient}\n"));
+            text.push_str(&format!("Delivered-To: {}\n", recipient.mailbox));
+            let notify = recipient.notify.said().map(|notify| format!(" NOTIFY={notify}"));
+            let original = recipient.original.as_ref().map(|original| format!(" ORCPT={original}"));
+            if notify.is_some() || original.is_some() {
+                let words = [notify, original].map(Option::unwrap_or_default).concat();
+                text.push_str(&format!("X-ODMR-Recipient:{words}\n"));
+            }
         }
         text.push_str(&format!("X-ODMR-Envelope: id={}; arrived={}", self.id, self.arrived.rfc3339()));
         match self.body {
@@ -45,6 +55,15 @@ impl Envelope {
         }
         if self.utf8 {
             text.push_str("; smtputf8");
+        }
+        match self.ret {
+            None => {}
+            Some(Return::Full) => text.push_str("; ret=FULL"),
+            Some(Return::Header) => text.push_str("; ret=HDRS"),
+        }
+        // The last: xtext may hold a semicolon, but no space.
+        if let Some(id) = &self.envelope_id {
+            text.push_str(&format!("; envid={id}"));
         }
         text.push('\n');
         text.push_str(extra);
@@ -69,12 +88,13 @@ pub enum Parsed {
     Head(Head),
     /// The envelope does not end within these octets.
     More,
-    /// There is nobody in this domain to send it to.
+    /// There is nobody to send it to.
     NoRecipients,
 }
 
-/// Reads the envelope. `end`: these octets are the whole file. `id` is used for files that have none.
-pub fn parse(front: &[u8], end: bool, domain: &Domain, id: &str, arrived: Date) -> Parsed {
+/// Reads the envelope. `end`: these octets are the whole file. `domain`: only recipients there are meant.
+/// `id` is used for files that have none.
+pub fn parse(front: &[u8], end: bool, domain: Option<&Domain>, id: &str, arrived: Date) -> Parsed {
     let mut fields = Fields::default();
     let (mut octets, mut lines) = (0, 0);
     let mut field = Field::Content;
@@ -108,12 +128,14 @@ enum Field {
     /// Written by delivery agents, of no use here.
     Passed,
     Ours,
+    /// DSN parameters of the recipient before.
+    Wishes,
     Content,
 }
 
 impl Field {
     fn of(line: &[u8]) -> Field {
-        const NAMES: [(&str, Field); 8] = [
+        const NAMES: [(&str, Field); 9] = [
             ("Return-Path", Field::ReturnPath),
             ("Delivered-To", Field::DeliveredTo),
             ("X-Original-To", Field::OriginalTo),
@@ -121,6 +143,7 @@ impl Field {
             ("Delivery-Date", Field::Passed),
             ("X-Envelope-From", Field::Passed),
             ("X-ODMR-Envelope", Field::Ours),
+            ("X-ODMR-Recipient", Field::Wishes),
             ("X-ODMR-Refused", Field::Passed),
         ];
         let name = line.split(|octet| *octet == b':').next().unwrap_or_default().trim_ascii();
@@ -132,8 +155,8 @@ impl Field {
 #[derive(Default)]
 struct Fields<'a> {
     return_path: Option<&'a [u8]>,
-    delivered_to: Vec<&'a [u8]>,
-    original_to: Vec<&'a [u8]>,
+    delivered_to: Vec<(&'a [u8], &'a [u8])>,
+    original_to: Vec<(&'a [u8], &'a [u8])>,
     ours: Option<&'a str>,
 }
 
@@ -145,26 +168,34 @@ impl<'a> Fields<'a> {
         };
         match field {
             Field::ReturnPath => self.return_path = self.return_path.or(Some(value)),
-            Field::DeliveredTo => self.delivered_to.push(value),
+            Field::DeliveredTo => self.delivered_to.push((value, b"")),
             // Exim writes all recipients into one line.
-            Field::OriginalTo => self.original_to.extend(value.split(|octet| *octet == b',')),
+            Field::OriginalTo => {
+                self.original_to.extend(value.split(|octet| *octet == b',').map(|value| (value, &b""[..])));
+            }
             Field::Ours => self.ours = std::str::from_utf8(value).ok(),
+            Field::Wishes => {
+                if let Some((_, wishes)) = self.delivered_to.last_mut() {
+                    *wishes = value;
+                }
+            }
             Field::Passed | Field::Content => {}
         }
     }
 
-    fn head(self, domain: &Domain, id: &str, arrived: Date, octets: usize, lines: usize) -> Parsed {
-        let here = |value: &&[u8]| {
+    fn head(self, domain: Option<&Domain>, id: &str, arrived: Date, octets: usize, lines: usize) -> Parsed {
+        let here = |(value, wishes): &(&[u8], &[u8])| {
             // Not `trim`: a local part may begin or end with white space of Unicode's.
             let text = std::str::from_utf8(value).ok()?.trim_matches([' ', '\t']);
             let text = text.strip_prefix('<').and_then(|text| text.strip_suffix('>')).unwrap_or(text);
-            Mailbox::parse(text).filter(|mailbox| mailbox.domain() == Some(domain))
+            let mailbox = Mailbox::parse(text).filter(|mailbox| domain.is_none() || mailbox.domain() == domain)?;
+            Some(recipient(mailbox, wishes))
         };
-        let mut recipients: Vec<Mailbox> = Vec::new();
+        let mut recipients: Vec<Recipient> = Vec::new();
         for list in [&self.delivered_to, &self.original_to] {
-            for mailbox in list.iter().filter_map(here) {
-                if !recipients.contains(&mailbox) {
-                    recipients.push(mailbox);
+            for found in list.iter().filter_map(here) {
+                if !recipients.iter().any(|other| other.mailbox == found.mailbox) {
+                    recipients.push(found);
                 }
             }
             if !recipients.is_empty() {
@@ -180,14 +211,19 @@ impl<'a> Fields<'a> {
             _ => ReversePath::Null,
         };
         let ours = self.ours.is_some();
-        let mut envelope = Envelope { from, recipients, id: id.to_owned(), arrived, body: Body::Unsaid, utf8: false };
-        for word in self.ours.unwrap_or_default().split(';').map(str::trim) {
+        let id = id.to_owned();
+        let (body, utf8, ret, envelope_id) = (Body::Unsaid, false, None, None);
+        let mut envelope = Envelope { from, recipients, id, arrived, body, utf8, ret, envelope_id };
+        for word in self.ours.unwrap_or_default().split("; ").map(str::trim) {
             match word.split_once('=').unwrap_or((word, "")) {
                 ("id", id) => envelope.id = id.to_owned(),
                 ("arrived", date) => envelope.arrived = Date::parse_rfc3339(date).unwrap_or(arrived),
                 ("body", "8BITMIME") => envelope.body = Body::EightBit,
                 ("body", "7BIT") => envelope.body = Body::SevenBit,
                 ("smtputf8", _) => envelope.utf8 = true,
+                ("ret", "FULL") => envelope.ret = Some(Return::Full),
+                ("ret", "HDRS") => envelope.ret = Some(Return::Header),
+                ("envid", id) => envelope.envelope_id = Some(id.to_owned()),
                 _ => {}
             }
         }
@@ -195,39 +231,57 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// A recipient with the parameters it came with.
+fn recipient(mailbox: Mailbox, wishes: &[u8]) -> Recipient {
+    let mut recipient = Recipient::plain(mailbox);
+    for word in wishes.split(|octet| *octet == b' ') {
+        if let Some(value) = word.strip_prefix(b"NOTIFY=") {
+            recipient.notify = Notify::parse(value).unwrap_or_default();
+        } else if let Some(value) = word.strip_prefix(b"ORCPT=") {
+            recipient.original = original_recipient(value);
+        }
+    }
+    recipient
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn domain() -> Domain {
-        Domain::parse("example.org").unwrap()
+    fn domain() -> Option<Domain> {
+        Domain::parse("example.org")
     }
 
     fn head(text: &str) -> Head {
-        match parse(text.as_bytes(), true, &domain(), "id", Date::from_seconds(0)) {
+        match parse(text.as_bytes(), true, domain().as_ref(), "id", Date::from_seconds(0)) {
             Parsed::Head(head) => head,
             other => panic!("{text}: {other:?}"),
         }
     }
 
     fn recipients(text: &str) -> Vec<String> {
-        head(text).envelope.recipients.iter().map(Mailbox::to_string).collect()
+        head(text).envelope.recipients.iter().map(|recipient| recipient.mailbox.to_string()).collect()
     }
 
     #[test]
     fn what_is_written_is_read_again() {
         let envelope = Envelope {
             from: reverse_path(b"<a@b.example>").unwrap().0,
-            recipients: ["x@example.org", "\"y z\"@example.org"].map(|text| Mailbox::parse(text).unwrap()).to_vec(),
+            recipients: vec![
+                recipient(Mailbox::parse("x@example.org").unwrap(), b"NOTIFY=SUCCESS,DELAY ORCPT=rfc822;X+40y"),
+                Recipient::plain(Mailbox::parse("\"y z\"@example.org").unwrap()),
+            ],
             id: "abc".to_owned(),
             arrived: Date::from_seconds(1_767_323_045),
             body: Body::EightBit,
             utf8: true,
+            ret: Some(Return::Header),
+            envelope_id: Some("QQ;314159".to_owned()),
         };
         let text = envelope.lines("X-ODMR-Refused: <x@example.org> 550\n") + "Received: x\n\nbody\n";
         let head = head(&text);
         assert_eq!(head.envelope, envelope);
-        assert!(head.ours && text[head.octets..].starts_with("Received: x") && head.lines == 5);
+        assert!(head.ours && text[head.octets..].starts_with("Received: x") && head.lines == 6);
     }
 
     #[test]
@@ -248,17 +302,17 @@ mod tests {
     #[test]
     fn what_has_no_recipient_here_is_not_sent() {
         for text in ["", "\n", "Subject: hello\n\n", "Delivered-To: eva@example.net\n\n", "Return-Path: <a@b.c>\n"] {
-            let parsed = parse(text.as_bytes(), true, &domain(), "id", Date::from_seconds(0));
+            let parsed = parse(text.as_bytes(), true, domain().as_ref(), "id", Date::from_seconds(0));
             assert!(matches!(parsed, Parsed::NoRecipients), "{text:?}");
         }
-        let unfinished = parse(b"Delivered-To: eva@exam", false, &domain(), "id", Date::from_seconds(0));
+        let unfinished = parse(b"Delivered-To: eva@exam", false, domain().as_ref(), "id", Date::from_seconds(0));
         assert!(matches!(unfinished, Parsed::More));
     }
 
     proptest::proptest! {
         #[test]
         fn any_file_is_survived(front: Vec<u8>, end: bool) {
-            let _ = parse(&front, end, &domain(), "id", Date::from_seconds(0));
+            let _ = parse(&front, end, domain().as_ref(), "id", Date::from_seconds(0));
         }
     }
 }

@@ -2,10 +2,14 @@
 //!
 //! ```text
 //! put ──▶ SPOOL/domains/<domain>/new ──▶ hold ─▶ offer ──▶ settle ─┬─ delivered: removed
-//!                                       (lock)   (offer)           ├─ deferred:  stays
+//!      or SPOOL/outgoing/<domain>/new   (lock)                     ├─ deferred:  stays
 //!                                                                  ├─ in doubt:  stays, in cur, flagged
-//!                                                                  └─ refused:   to .refused, with the reply
+//!                                                                  └─ refused:   removed once the sender is
+//!                                                                                told; else to .refused
 //! ```
+//!
+//! Outgoing mail waits for its next attempt: the time of it is the file's time of modification, so it outlives
+//! every restart and needs no other record.
 //!
 //! Nothing that was put is lost: only [`Batch::settle`] removes mail, and only what the next holder has
 //! taken. One [`Hold`] at a time has a domain, across processes too; `Drop` lets it go. The queue knows
@@ -14,6 +18,7 @@
 pub mod envelope;
 
 use std::collections::{HashSet, VecDeque};
+use std::fmt;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -23,9 +28,10 @@ use std::time::{Duration, Instant, SystemTime};
 pub use envelope::Envelope;
 use envelope::{Head, Parsed};
 
-use crate::maildir::{Copies, Entry, Maildir, at};
-use crate::smtp::address::{Domain, Mailbox};
-use crate::smtp::client::{Fate, Outcome};
+use crate::maildir::{Copies, Entry, IN_DOUBT, Maildir, TOLD, at};
+use crate::smtp::address::Domain;
+use crate::smtp::client::{Fate, Message, Outcome};
+use crate::smtp::command::Recipient;
 use crate::smtp::content::Sizer;
 use crate::stamp::{Date, Stamps};
 
@@ -45,6 +51,31 @@ pub enum Place {
     Domain(Domain),
     /// The provider's own postmaster (RFC 5321 section 4.5.1).
     Postmaster,
+    /// Mail of customers for a domain elsewhere.
+    Destination(Domain),
+    /// A customer's outgoing mail, for its provider.
+    Upstream,
+}
+
+impl Place {
+    /// The one domain whose recipients are meant.
+    fn domain(&self) -> Option<&Domain> {
+        match self {
+            Place::Domain(domain) | Place::Destination(domain) => Some(domain),
+            Place::Postmaster | Place::Upstream => None,
+        }
+    }
+
+    /// Whether mail here is sent by us, in our own time.
+    fn is_outgoing(&self) -> bool {
+        matches!(self, Place::Destination(_) | Place::Upstream)
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.domain().map_or("-", Domain::as_str))
+    }
 }
 
 /// The spool.
@@ -61,7 +92,7 @@ pub struct Queue {
 #[derive(Debug)]
 pub enum NoHold {
     /// Another session has it.
-    Busy(Domain),
+    Busy(Place),
     Failed(io::Error),
 }
 
@@ -75,6 +106,8 @@ impl Queue {
         Maildir::new(match place {
             Place::Domain(domain) => self.spool.join("domains").join(domain.as_str()),
             Place::Postmaster => self.spool.join("postmaster"),
+            Place::Destination(domain) => self.spool.join("outgoing").join(domain.as_str()),
+            Place::Upstream => self.spool.clone(),
         })
     }
 
@@ -96,25 +129,55 @@ impl Queue {
             .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(RESERVE))
     }
 
-    /// Locks the mail of all these domains, or of none.
-    pub fn hold(&self, domains: &[Domain]) -> Result<Hold, NoHold> {
-        let mut held = Vec::with_capacity(domains.len());
-        for domain in domains {
-            let maildir = self.maildir(&Place::Domain(domain.clone()));
-            maildir.create().map_err(NoHold::Failed)?;
-            let lock = self.lock(&maildir, domain)?;
-            if let Err(error) = maildir.sweep().and_then(|()| refused_folder(&maildir).sweep()) {
-                log::warn!("event=sweep-failed domain={domain} error={error:?}");
-            }
-            let (waiting, touched) = (VecDeque::new(), HashSet::new());
-            held.push(Held { domain: domain.clone(), maildir, lock, waiting, touched });
-        }
-        // The next domain after the last is the first one asked for.
-        let current = held.len().saturating_sub(1);
-        Ok(Hold { domains: held, current })
+    /// The domains elsewhere that mail was put for.
+    pub fn destinations(&self) -> io::Result<Vec<Domain>> {
+        let folder = self.spool.join("outgoing");
+        let files = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(|error| at(&folder, error))?,
+        };
+        let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
+        Ok(names.filter_map(|name| Domain::parse(&name)).collect())
     }
 
-    fn lock(&self, maildir: &Maildir, domain: &Domain) -> Result<File, NoHold> {
+    /// When the next attempt for a place is due; `None`: nothing waits there.
+    pub fn next_due(&self, place: &Place) -> io::Result<Option<SystemTime>> {
+        let maildir = self.maildir(place);
+        let entries = maildir.entries()?;
+        Ok(entries.iter().filter_map(|entry| due(&maildir.file(entry))).min())
+    }
+
+    /// Shows each message of a place, without a lock and without touching it; a message that goes meanwhile is
+    /// passed over.
+    pub fn each(&self, place: &Place, mut show: impl FnMut(&Batch)) -> io::Result<()> {
+        let maildir = self.maildir(place);
+        for entry in maildir.entries()? {
+            if let Some(batch) = Batch::open(&maildir, place, entry)? {
+                show(&batch);
+            }
+        }
+        Ok(())
+    }
+
+    /// Locks the mail of all these places, or of none.
+    pub fn hold(&self, places: &[Place]) -> Result<Hold, NoHold> {
+        let mut held = Vec::with_capacity(places.len());
+        for place in places {
+            let maildir = self.maildir(place);
+            maildir.create().map_err(NoHold::Failed)?;
+            let lock = self.lock(&maildir, place)?;
+            if let Err(error) = maildir.sweep().and_then(|()| refused_folder(&maildir).sweep()) {
+                log::warn!("event=sweep-failed place={place} error={:?}", error.to_string());
+            }
+            let (waiting, touched) = (VecDeque::new(), HashSet::new());
+            held.push(Held { place: place.clone(), maildir, lock, waiting, touched });
+        }
+        // The next place after the last is the first one asked for.
+        let current = held.len().saturating_sub(1);
+        Ok(Hold { places: held, current })
+    }
+
+    fn lock(&self, maildir: &Maildir, place: &Place) -> Result<File, NoHold> {
         let path = maildir.path().join("odmr.lock");
         let wanted = maildir.path().join("odmr.wanted");
         let failed = |error| NoHold::Failed(at(&path, error));
@@ -129,15 +192,15 @@ impl Queue {
             }
             match give_up {
                 // A holder at work is left alone; one that made no progress for long is asked to go.
-                None if self.is_alive(&lock) => return Err(NoHold::Busy(domain.clone())),
+                None if self.is_alive(&lock) => return Err(NoHold::Busy(place.clone())),
                 None => {
-                    log::info!("event=takeover domain={domain}");
+                    log::info!("event=takeover place={place}");
                     File::create(&wanted).map_err(|error| NoHold::Failed(at(&wanted, error)))?;
                     give_up = Some(Instant::now() + GIVE_WAY);
                 }
                 Some(late) if Instant::now() >= late => {
                     let _ = fs::remove_file(&wanted);
-                    return Err(NoHold::Busy(domain.clone()));
+                    return Err(NoHold::Busy(place.clone()));
                 }
                 // The kernel tells nobody when a lock is let go, but by a wait without end.
                 Some(_) => std::thread::sleep(Duration::from_millis(20)),
@@ -157,12 +220,12 @@ impl Queue {
 
 /// The mail of some domains, for one session.
 pub struct Hold {
-    domains: Vec<Held>,
+    places: Vec<Held>,
     current: usize,
 }
 
 struct Held {
-    domain: Domain,
+    place: Place,
     maildir: Maildir,
     lock: File,
     waiting: VecDeque<Entry>,
@@ -173,12 +236,12 @@ struct Held {
 
 impl Hold {
     pub fn domains(&self) -> impl Iterator<Item = &Domain> {
-        self.domains.iter().map(|held| &held.domain)
+        self.places.iter().filter_map(|held| held.place.domain())
     }
 
     /// Whether there is no mail at all.
     pub fn is_empty(&self) -> io::Result<bool> {
-        for held in &self.domains {
+        for held in &self.places {
             if !held.maildir.is_empty()? {
                 return Ok(false);
             }
@@ -190,20 +253,20 @@ impl Hold {
     /// nothing now that was not offered in this session.
     pub fn offer(&mut self) -> Option<Batch> {
         let mut refilled = 0;
-        while refilled <= self.domains.len() {
-            let held = self.domains.get_mut(self.current)?;
+        while refilled <= self.places.len() {
+            let held = self.places.get_mut(self.current)?;
             while let Some(entry) = held.waiting.pop_front() {
                 held.touched.insert(entry.unique().to_owned());
-                match Batch::open(&held.maildir, &held.domain, entry) {
+                match Batch::open(&held.maildir, &held.place, entry) {
                     Ok(Some(batch)) => return Some(batch),
                     Ok(None) => {}
-                    Err(error) => log::error!("event=unreadable domain={} error={error:?}", held.domain),
+                    Err(error) => log::error!("event=unreadable place={} error={:?}", held.place, error.to_string()),
                 }
             }
-            self.current = (self.current + 1) % self.domains.len();
-            let held = &mut self.domains[self.current];
+            self.current = (self.current + 1) % self.places.len();
+            let held = &mut self.places[self.current];
             if let Err(error) = held.refill() {
-                log::error!("event=unreadable domain={} error={error:?}", held.domain);
+                log::error!("event=unreadable place={} error={:?}", held.place, error.to_string());
             }
             refilled += 1;
         }
@@ -212,14 +275,14 @@ impl Hold {
 
     /// Tells those who wait that this session is alive.
     pub fn progress(&self) {
-        for held in &self.domains {
+        for held in &self.places {
             let _ = held.lock.set_modified(SystemTime::now());
         }
     }
 
     /// Whether somebody waits for a domain of this session.
     pub fn wanted(&self) -> bool {
-        self.domains.iter().any(|held| held.maildir.path().join("odmr.wanted").exists())
+        self.places.iter().any(|held| held.maildir.path().join("odmr.wanted").exists())
     }
 }
 
@@ -238,9 +301,13 @@ impl Held {
         }
         // What has failed at its very end is tried last: the same letter may fail again, and those behind it
         // should not wait for it.
-        entries.sort_by_key(|entry| entry.in_doubt());
+        entries.sort_by_key(|entry| entry.has(IN_DOUBT));
+        let now = SystemTime::now();
+        let is_due =
+            |entry: &Entry| !self.place.is_outgoing() || due(&self.maildir.file(entry)).is_none_or(|due| due <= now);
         let touched = &self.touched;
-        self.waiting.extend(entries.into_iter().filter(|entry| !touched.contains(entry.unique())));
+        let fresh = entries.into_iter().filter(|entry| !touched.contains(entry.unique()) && is_due(entry));
+        self.waiting = fresh.collect();
         Ok(())
     }
 
@@ -267,7 +334,7 @@ impl Held {
         let Ok(Some(file)) = open_file(&self.maildir.file(entry)) else {
             return Ok(None);
         };
-        read_head(&file, entry, &self.domain)
+        read_head(&file, entry, self.place.domain())
     }
 }
 
@@ -282,11 +349,15 @@ pub struct Batch {
     pub size: u64,
     /// Octets above 127 are among them.
     pub eight_bit: bool,
+    /// When those that are deferred are tried again; only outgoing mail looks at it.
+    pub next_try: Option<SystemTime>,
+    /// The senders of those that are refused have been told, or want to hear nothing.
+    pub told_refused: bool,
 }
 
 impl Batch {
     /// `None`: the file is gone, or is no message for anybody here; that is logged.
-    fn open(maildir: &Maildir, domain: &Domain, entry: Entry) -> io::Result<Option<Batch>> {
+    fn open(maildir: &Maildir, place: &Place, entry: Entry) -> io::Result<Option<Batch>> {
         let path = maildir.file(&entry);
         let file = match open_file(&path) {
             Ok(Some(file)) => file,
@@ -294,8 +365,8 @@ impl Batch {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(at(&path, error)),
         };
-        let Some(head) = read_head(&file, &entry, domain).map_err(|error| at(&path, error))? else {
-            log::warn!("event=no-recipients domain={domain} file={}", path.display());
+        let Some(head) = read_head(&file, &entry, place.domain()).map_err(|error| at(&path, error))? else {
+            log::warn!("event=no-recipients place={place} file={}", path.display());
             return Ok(None);
         };
         let content = head.octets as u64;
@@ -309,8 +380,17 @@ impl Batch {
             }
             None => measure(&file, content).map_err(|error| at(&path, error))?,
         };
-        let mut batch =
-            Batch { maildir: maildir.clone(), entry, file, content, envelope: head.envelope, size, eight_bit };
+        let mut batch = Batch {
+            maildir: maildir.clone(),
+            entry,
+            file,
+            content,
+            envelope: head.envelope,
+            size,
+            eight_bit,
+            next_try: None,
+            told_refused: false,
+        };
         batch.rewind().map_err(|error| at(&path, error))?;
         Ok(Some(batch))
     }
@@ -318,6 +398,21 @@ impl Batch {
     /// The name that stays the same whatever happens to the file.
     pub fn unique(&self) -> &str {
         self.entry.unique()
+    }
+
+    /// The envelope as an SMTP client sends it.
+    pub fn message(&self) -> Message {
+        let envelope = &self.envelope;
+        Message {
+            from: envelope.from.clone(),
+            recipients: envelope.recipients.clone(),
+            size: self.size,
+            body: envelope.body,
+            eight_bit: self.eight_bit,
+            utf8: envelope.utf8,
+            ret: envelope.ret,
+            envelope_id: envelope.envelope_id.clone(),
+        }
     }
 
     /// Content as it stands on disk, from where the last call ended; 0: the end.
@@ -332,7 +427,7 @@ impl Batch {
 
     /// It cannot be read: it goes to the end of the line, so that others behind it are sent.
     pub fn put_last(&self) {
-        if let Err(error) = self.maildir.mark_in_doubt(&self.entry) {
+        if let Err(error) = self.maildir.flag(&self.entry, IN_DOUBT) {
             log::error!("event=unreadable error={:?}", error.to_string());
         }
     }
@@ -348,7 +443,7 @@ impl Batch {
             match outcome.fates.get(number) {
                 Some(Fate::Delivered(_)) => {}
                 Some(Fate::Refused(reply)) => {
-                    marks.push_str(&format!("X-ODMR-Refused: <{recipient}> {reply}\n"));
+                    marks.push_str(&format!("X-ODMR-Refused: <{}> {reply}\n", recipient.mailbox));
                     refused.push(recipient);
                 }
                 fate => {
@@ -364,33 +459,63 @@ impl Batch {
             }
         }
         if left.len() == all {
-            return if in_doubt { self.maildir.mark_in_doubt(&self.entry) } else { Ok(()) };
+            // Where nobody was taken it was not that they are too many.
+            return self.keep(&self.entry, in_doubt, false);
         }
-        if !refused.is_empty() {
+        if !refused.is_empty() && !self.told_refused {
             self.set_aside(&refused, &marks)?;
         }
         let nobody_left = left.is_empty();
         if !nobody_left {
             let maildir = self.maildir.clone();
             let unique = self.entry.unique().to_owned();
-            for entry in self.rewrite(&maildir, &unique, left, "")?.iter().filter(|_| in_doubt) {
-                maildir.mark_in_doubt(entry)?;
+            for mut entry in self.rewrite(&maildir, &unique, left, "")? {
+                if self.entry.has(TOLD) {
+                    entry = maildir.flag(&entry, TOLD)?;
+                }
+                self.keep(&entry, in_doubt, again)?;
             }
         }
         self.maildir.remove(&self.entry)?;
         if again || nobody_left {
             let path = self.maildir.path();
-            if let Some(held) = hold.domains.iter_mut().find(|held| held.maildir.path() == path) {
+            if let Some(held) = hold.places.iter_mut().find(|held| held.maildir.path() == path) {
                 held.touched.remove(self.entry.unique());
             }
         }
         Ok(())
     }
 
+    /// What stays: its next attempt, its flag.
+    fn keep(&self, entry: &Entry, in_doubt: bool, again: bool) -> io::Result<()> {
+        if let Some(next_try) = self.next_try.filter(|_| !again) {
+            let path = self.maildir.file(entry);
+            let file = File::open(&path).and_then(|file| file.set_modified(next_try));
+            file.map_err(|error| at(&path, error))?;
+        }
+        if in_doubt { self.maildir.flag(entry, IN_DOUBT).map(drop) } else { Ok(()) }
+    }
+
+    /// When the next attempt is due; only outgoing mail has one.
+    pub fn due(&self) -> Option<SystemTime> {
+        due(&self.maildir.file(&self.entry))
+    }
+
+    /// Whether the sender was told that the message is late.
+    pub fn told_late(&self) -> bool {
+        self.entry.has(TOLD)
+    }
+
+    /// Notes that the sender was told that the message is late.
+    pub fn tell_late(&mut self) -> io::Result<()> {
+        self.entry = self.maildir.flag(&self.entry, TOLD)?;
+        Ok(())
+    }
+
     /// A copy for those who were refused. Others may have been refused in an earlier session, and their copy
     /// has a name of the same length: the next name is as good. After a crash one may stand there twice, and
     /// that is better than never.
-    fn set_aside(&mut self, refused: &[Mailbox], marks: &str) -> io::Result<()> {
+    fn set_aside(&mut self, refused: &[Recipient], marks: &str) -> io::Result<()> {
         let folder = refused_folder(&self.maildir);
         let mut unique = self.entry.unique().to_owned();
         for number in 1..=REFUSALS {
@@ -408,7 +533,7 @@ impl Batch {
         &mut self,
         maildir: &Maildir,
         unique: &str,
-        recipients: Vec<Mailbox>,
+        recipients: Vec<Recipient>,
         marks: &str,
     ) -> io::Result<Vec<Entry>> {
         self.envelope.recipients = recipients;
@@ -428,6 +553,11 @@ impl Batch {
     }
 }
 
+/// When the next attempt at a message is due.
+fn due(path: &Path) -> Option<SystemTime> {
+    fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
+}
+
 /// Where copies for refused recipients wait for somebody to look at them.
 fn refused_folder(maildir: &Maildir) -> Maildir {
     Maildir::new(maildir.path().join(".refused"))
@@ -442,7 +572,7 @@ fn open_file(path: &Path) -> io::Result<Option<File>> {
 }
 
 /// The envelope at the front of a file.
-fn read_head(file: &File, entry: &Entry, domain: &Domain) -> io::Result<Option<Head>> {
+fn read_head(file: &File, entry: &Entry, domain: Option<&Domain>) -> io::Result<Option<Head>> {
     let arrived = file.metadata()?.modified()?.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let arrived = Date::from_seconds(i64::try_from(arrived.as_secs()).unwrap_or(0));
     let mut front = vec![0; 4096];

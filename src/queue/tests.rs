@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::smtp::address::Mailbox;
 use crate::smtp::address::reverse_path;
+use crate::smtp::client::Decided;
 use crate::smtp::command::Body;
 use crate::smtp::content::Stuffer;
 use crate::smtp::reply::Reply;
@@ -34,18 +36,22 @@ impl Spool {
     }
 
     fn put(&self, names: &[&str]) {
-        let recipients = names.iter().map(|name| Mailbox::parse(&format!("{name}@example.org")).unwrap()).collect();
+        let recipients = names
+            .iter()
+            .map(|name| Recipient::plain(Mailbox::parse(&format!("{name}@example.org")).unwrap()))
+            .collect();
         let from = reverse_path(b"<a@b.example>").unwrap().0;
         let arrived = Date::from_seconds(1_767_323_045);
         let id = "id1".to_owned();
-        let envelope = Envelope { from, recipients, id, arrived, body: Body::Unsaid, utf8: false };
+        let envelope =
+            Envelope { from, recipients, id, arrived, body: Body::Unsaid, utf8: false, ret: None, envelope_id: None };
         let mut copies = self.queue.put(&[(Place::Domain(org()), envelope)], &CONTENT[..12]).unwrap();
         copies.write(&CONTENT.as_bytes()[12..]).unwrap();
         assert_eq!(copies.commit().unwrap().len(), 1);
     }
 
     fn hold(&self) -> Hold {
-        self.queue.hold(&[org()]).unwrap()
+        self.queue.hold(&[Place::Domain(org())]).unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -73,7 +79,7 @@ impl Spool {
 }
 
 fn local_parts(batch: &Batch) -> Vec<String> {
-    batch.envelope.recipients.iter().map(|recipient| recipient.local().to_owned()).collect()
+    batch.envelope.recipients.iter().map(|recipient| recipient.mailbox.local().to_owned()).collect()
 }
 
 fn offered(hold: &mut Hold) -> Vec<String> {
@@ -100,7 +106,7 @@ fn outcome(fates: &str) -> Outcome {
         '?' => Fate::InDoubt,
         other => panic!("{other}"),
     };
-    Outcome { fates: fates.chars().map(fate).collect() }
+    Outcome { fates: fates.chars().map(fate).collect(), decided: Decided::ByPeer }
 }
 
 fn settle(hold: &mut Hold, fates: &str) {
@@ -208,11 +214,13 @@ fn the_oldest_comes_first_and_domains_take_turns() {
             fs::write(path.join(format!("{name}.{place}")), text).unwrap();
         }
     }
-    let mut hold = spool.queue.hold(&[org(), domain("example.com")]).unwrap();
+    let mut hold = spool.queue.hold(&[Place::Domain(org()), Place::Domain(domain("example.com"))]).unwrap();
     let mut seen: HashMap<String, Vec<String>> = HashMap::new();
     while let Some(batch) = hold.offer() {
         let recipient = &batch.envelope.recipients[0];
-        seen.entry(recipient.domain().unwrap().to_string()).or_default().push(recipient.local().to_owned());
+        seen.entry(recipient.mailbox.domain().unwrap().to_string())
+            .or_default()
+            .push(recipient.mailbox.local().to_owned());
     }
     assert_eq!(seen.len(), 2);
     assert!(seen.values().all(|names| names == &["b", "c", "a"]), "{seen:?}");
@@ -357,16 +365,16 @@ fn one_session_at_a_time_has_a_domain() {
     // flock belongs to the open file, so a second handle here is what a second process is.
     let other = Queue::new(spool.folder.path(), "host", Stamps::fixed(), Duration::from_secs(300));
     for queue in [&spool.queue, &other] {
-        match queue.hold(&[domain("example.com"), org()]) {
-            Err(NoHold::Busy(domain)) => assert_eq!(domain, org()),
+        match queue.hold(&[Place::Domain(domain("example.com")), Place::Domain(org())]) {
+            Err(NoHold::Busy(place)) => assert_eq!(place, Place::Domain(org())),
             _ => panic!("two hold one domain"),
         }
     }
     assert!(!hold.wanted(), "a holder at work is left alone");
     // All or none: example.com is free again.
-    drop(spool.queue.hold(&[domain("example.com")]).unwrap());
+    drop(spool.queue.hold(&[Place::Domain(domain("example.com"))]).unwrap());
     drop(hold);
-    assert_eq!(offered(&mut other.hold(&[org()]).unwrap()), ["eva"]);
+    assert_eq!(offered(&mut other.hold(&[Place::Domain(org())]).unwrap()), ["eva"]);
 }
 
 fn lock_since(spool: &Spool, ago: Duration) {
@@ -380,13 +388,13 @@ fn a_holder_without_progress_gives_way() {
     spool.put(&["eva"]);
     let hold = spool.hold();
     lock_since(&spool, Duration::from_secs(299));
-    assert!(matches!(spool.queue.hold(&[org()]), Err(NoHold::Busy(_))));
+    assert!(matches!(spool.queue.hold(&[Place::Domain(org())]), Err(NoHold::Busy(_))));
     lock_since(&spool, Duration::from_secs(301));
     hold.progress();
-    assert!(matches!(spool.queue.hold(&[org()]), Err(NoHold::Busy(_))));
+    assert!(matches!(spool.queue.hold(&[Place::Domain(org())]), Err(NoHold::Busy(_))));
     lock_since(&spool, Duration::from_secs(301));
     std::thread::scope(|scope| {
-        let taker = scope.spawn(|| spool.queue.hold(&[org()]));
+        let taker = scope.spawn(|| spool.queue.hold(&[Place::Domain(org())]));
         while !hold.wanted() {
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -395,7 +403,7 @@ fn a_holder_without_progress_gives_way() {
         assert!(!hold.wanted());
         assert_eq!(offered(&mut hold), ["eva"]);
         // The new holder is at work.
-        assert!(matches!(spool.queue.hold(&[org()]), Err(NoHold::Busy(_))));
+        assert!(matches!(spool.queue.hold(&[Place::Domain(org())]), Err(NoHold::Busy(_))));
     });
 }
 
@@ -405,7 +413,7 @@ fn a_holder_that_does_not_give_way_keeps_it() {
     let _hold = spool.hold();
     lock_since(&spool, Duration::from_secs(301));
     let begun = Instant::now();
-    assert!(matches!(spool.queue.hold(&[org()]), Err(NoHold::Busy(_))));
+    assert!(matches!(spool.queue.hold(&[Place::Domain(org())]), Err(NoHold::Busy(_))));
     assert!(begun.elapsed() >= GIVE_WAY);
 }
 
@@ -413,7 +421,7 @@ fn a_holder_that_does_not_give_way_keeps_it() {
 fn what_cannot_be_locked_says_why() {
     let spool = Spool::new();
     fs::create_dir_all(spool.path("odmr.lock")).unwrap();
-    match spool.queue.hold(&[org()]) {
+    match spool.queue.hold(&[Place::Domain(org())]) {
         Err(NoHold::Failed(error)) => assert!(error.to_string().contains("odmr.lock"), "{error}"),
         _ => panic!("a folder was locked"),
     }
@@ -488,4 +496,50 @@ proptest! {
         prop_assert_eq!(all, expected);
         prop_assert!(spool.files("tmp").is_empty() && spool.files(".refused/tmp").is_empty());
     }
+}
+
+/// A queue with one message for `place`.
+fn outgoing(folder: &Path, place: &Place, to: &[&str]) -> Queue {
+    let queue = Queue::new(folder, "host", Stamps::fixed(), Duration::from_secs(60));
+    let envelope = Envelope {
+        from: reverse_path(b"<>").unwrap().0,
+        recipients: to.iter().map(|to| Recipient::plain(Mailbox::parse(to).unwrap())).collect(),
+        id: "id".to_owned(),
+        arrived: Stamps::fixed().now(),
+        body: Body::Unsaid,
+        utf8: false,
+        ret: None,
+        envelope_id: None,
+    };
+    let mut copies = queue.put(&[(place.clone(), envelope)], "").unwrap();
+    copies.write(b"Subject: x\n\n").unwrap();
+    copies.commit().unwrap();
+    queue
+}
+
+/// A full disk is no reason to try again at once: 452 means "too many" only where somebody was taken.
+#[test]
+fn a_452_for_all_waits_and_a_452_for_some_does_not() {
+    let place = Place::Destination(domain("example.net"));
+    for (fates, due_at_once) in [("++", false), ("=+", true)] {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = outgoing(folder.path(), &place, &["a@example.net", "b@example.net"]);
+        let mut hold = queue.hold(std::slice::from_ref(&place)).unwrap();
+        let mut batch = hold.offer().unwrap();
+        batch.next_try = Some(SystemTime::now() + Duration::from_secs(3600));
+        batch.settle(&outcome(fates), &mut hold).unwrap();
+        assert_eq!(hold.offer().is_some(), due_at_once);
+        assert_eq!(queue.next_due(&place).unwrap().unwrap() <= SystemTime::now(), due_at_once);
+    }
+}
+
+/// Looking at the queue takes no lock and moves nothing.
+#[test]
+fn what_waits_can_be_looked_at_while_somebody_has_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let queue = outgoing(folder.path(), &Place::Upstream, &["a@example.net"]);
+    let _hold = queue.hold(&[Place::Upstream]).unwrap();
+    let mut seen = Vec::new();
+    queue.each(&Place::Upstream, |batch| seen.push((batch.envelope.id.clone(), batch.due().is_some()))).unwrap();
+    assert_eq!(seen, [("id".to_owned(), true)]);
 }

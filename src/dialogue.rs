@@ -1,0 +1,422 @@
+//! One SMTP client session over one wire, for a thread that has nothing else to do.
+//!
+//! The driver of [`Client`] where waiting is allowed: the customer before the turn, submission, the relay.
+//! (After the turn the provider's client is driven by `provider/delivery`, which never waits for one peer.)
+//! Replies are read while content is being written, so two peers that talk at once do not block each other.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::config::{self, Timeouts, TlsMode};
+use crate::queue::{Batch, Hold};
+use crate::smtp::address::Domain;
+use crate::smtp::client::{Awaiting, Client, Decided, Fate, Halt, Outcome, Plan, StartTls, Step};
+use crate::smtp::content::{Liner, Stuffer};
+use crate::smtp::reply::{Reply, ReplyReader};
+use crate::tls::{self, ClientSide, Trust};
+use crate::wire::{Filled, Line, Stop, Trace, Wire, Woken};
+
+/// A reply line may be longer than RFC 5321 section 4.5.3.1.5 says, but not endless.
+const REPLY_LINE_LIMIT: usize = 8 * 1024;
+
+/// Content is read and sent in pieces of so many octets.
+const BLOCK: usize = 32 * 1024;
+
+/// So many messages refused at MAIL one after the other, and no more are tried.
+const REFUSALS: usize = 3;
+
+/// How long the reply to QUIT is waited for.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Why a session cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The peer refuses what we cannot do without.
+    Halted(Halt),
+    /// The peer, or its TLS, is not what it should be.
+    Broken(String),
+    /// The connection was lost, or too slow, in the handshake of TLS.
+    NoTls(String),
+    /// The connection is gone, or too slow.
+    Lost(String),
+    /// We were told to stop.
+    Stopped,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Halted(Halt::Refused { what, reply }) => write!(f, "{what} was refused: {reply}"),
+            Failure::Halted(Halt::NoAtrn) => f.write_str("ATRN was not offered"),
+            Failure::Halted(Halt::NoStartTls) => f.write_str("STARTTLS is required and was not offered"),
+            Failure::Halted(Halt::NoMechanism) => {
+                f.write_str("no authentication was offered that can be used: CRAM-MD5, or PLAIN under TLS")
+            }
+            Failure::Halted(Halt::Unproven) => f.write_str("the peer did not prove that it knows the secret"),
+            Failure::Broken(text) | Failure::NoTls(text) | Failure::Lost(text) => f.write_str(text),
+            Failure::Stopped => f.write_str("stopped"),
+        }
+    }
+}
+
+fn lost(error: io::Error) -> Failure {
+    Failure::Lost(format!("the connection was lost: {error}"))
+}
+
+/// What becomes of a message is decided outside.
+pub type Settle<'a> = dyn FnMut(Batch, Outcome, &Client, &mut Hold) + 'a;
+
+/// A session.
+pub struct Dialogue {
+    wire: Wire,
+    client: Client,
+    replies: ReplyReader,
+    timeouts: Timeouts,
+    stop: Stop,
+}
+
+impl Dialogue {
+    pub fn new(wire: Wire, plan: Plan, timeouts: &Timeouts, stop: &Stop) -> Dialogue {
+        Dialogue {
+            wire,
+            client: Client::new(plan),
+            replies: ReplyReader::default(),
+            timeouts: timeouts.clone(),
+            stop: stop.clone(),
+        }
+    }
+
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Begins TLS; `name`: what the peer's certificate must be for.
+    pub fn begin_tls(&mut self, side: &ClientSide, name: &str) -> Result<(), Failure> {
+        let deadline = Instant::now() + self.timeouts.handshake;
+        self.wire.start_tls_client(side, name, deadline).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => Failure::Broken(error.to_string()),
+            _ => Failure::NoTls(format!("TLS did not come about: {error}")),
+        })?;
+        self.wire.trace.event("tls");
+        Ok(())
+    }
+
+    /// Greeting, EHLO, TLS and AUTH: up to where mail or ATRN may be said.
+    pub fn introduce(&mut self, tls: Option<(&ClientSide, &str)>) -> Result<(), Failure> {
+        loop {
+            match self.next()? {
+                Step::Ready => return Ok(()),
+                Step::StartTls => {
+                    let Some((side, name)) = tls else {
+                        return Err(Failure::Broken("TLS is not configured".to_owned()));
+                    };
+                    self.begin_tls(side, name)?;
+                    let mut said = Vec::new();
+                    self.client.secured(&mut said);
+                    self.say(&said);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Sends all that the hold offers; every message is given to `settle`, whatever happens.
+    pub fn deliver(&mut self, hold: &mut Hold, settle: &mut Settle<'_>) -> Result<(), Failure> {
+        let mut under_way = VecDeque::new();
+        let delivered = self.deliver_each(hold, &mut under_way, settle);
+        if let Err(failure) = &delivered {
+            let why = Reply::new(451, "4.4.2", failure.to_string());
+            for (batch, outcome) in under_way.into_iter().zip(self.client.abandon(&why)) {
+                settle(batch, outcome, &self.client, hold);
+            }
+        }
+        delivered
+    }
+
+    fn deliver_each(
+        &mut self,
+        hold: &mut Hold,
+        under_way: &mut VecDeque<Batch>,
+        settle: &mut Settle<'_>,
+    ) -> Result<(), Failure> {
+        let (mut more, mut refusals) = (true, 0);
+        loop {
+            while more && self.client.wants_message() && !self.stop.stopped() {
+                let Some(batch) = hold.offer() else {
+                    more = false;
+                    break;
+                };
+                let mut said = Vec::new();
+                match self.client.send(batch.message(), &mut said) {
+                    Ok(()) => under_way.push_back(batch),
+                    Err(outcome) => settle(batch, outcome, &self.client, hold),
+                }
+                self.say(&said);
+            }
+            if self.client.in_flight() == 0 {
+                // Behind a 421 nothing more is said.
+                return match self.client.closing() {
+                    true => Err(Failure::Lost("the peer shuts down".to_owned())),
+                    false if self.stop.stopped() => Err(Failure::Stopped),
+                    false => Ok(()),
+                };
+            }
+            match self.next()? {
+                Step::Content { chunk } => {
+                    if let Some(batch) = under_way.front_mut() {
+                        self.send_content(batch, chunk)?;
+                    }
+                }
+                Step::Settled(outcome) => {
+                    if let Some(batch) = under_way.pop_front() {
+                        // Where MAIL is not taken at all, the rest need not be tried; but one sender that is not liked
+                        // says nothing of the others.
+                        refusals = match no_place_for_mail(&outcome) {
+                            Some(550) => refusals + 1,
+                            Some(_) => REFUSALS,
+                            None => 0,
+                        };
+                        more &= refusals < REFUSALS;
+                        settle(batch, outcome, &self.client, hold);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The content of one message: by DATA with its dots and its end, or as one chunk.
+    fn send_content(&mut self, batch: &mut Batch, chunk: bool) -> Result<(), Failure> {
+        let (mut stuffer, mut liner) = (Stuffer::new(), Liner::new());
+        let mut piece = vec![0; BLOCK];
+        let mut sent = 0;
+        loop {
+            let octets = batch.read(&mut piece).map_err(|error| Failure::Lost(error.to_string()))?;
+            let out = self.wire.out();
+            let before = out.len();
+            match (chunk, octets) {
+                (true, 0) => liner.finish(out),
+                (true, _) => liner.feed(&piece[..octets], out),
+                (false, 0) => stuffer.finish(out),
+                (false, _) => stuffer.feed(&piece[..octets], out),
+            }
+            sent += (out.len() - before) as u64;
+            if octets == 0 {
+                break;
+            }
+            self.wire.flush_all(Instant::now() + self.timeouts.block).map_err(lost)?;
+        }
+        // BDAT has announced the octets: with one more or less the peer would take content for commands.
+        if chunk && sent != batch.size {
+            return Err(Failure::Lost(format!("{} is not as long as it was", batch.unique())));
+        }
+        let mut said = Vec::new();
+        self.client.content_sent(&mut said);
+        self.say(&said);
+        Ok(())
+    }
+
+    /// ATRN; `Ok`: the connection turns (RFC 2645 section 5.2.1).
+    pub fn atrn(mut self, domains: &[Domain]) -> Result<(Wire, Client), Failure> {
+        let mut said = Vec::new();
+        self.client.atrn(domains, &mut said);
+        self.say(&said);
+        loop {
+            match self.next() {
+                Ok(Step::Turned) => return Ok((self.wire, self.client)),
+                Ok(_) => {}
+                Err(failure) => {
+                    self.leave(&failure);
+                    return Err(failure);
+                }
+            }
+        }
+    }
+
+    /// Goes away after a failure: politely where the peer has only refused something, else without a word more.
+    pub fn leave(self, failure: &Failure) {
+        match failure {
+            Failure::Halted(_) => self.quit(),
+            Failure::Broken(_) | Failure::NoTls(_) | Failure::Lost(_) | Failure::Stopped => self.wire.shutdown(),
+        }
+    }
+
+    /// QUIT, and its reply if the peer is so kind.
+    pub fn quit(mut self) {
+        let mut said = Vec::new();
+        self.client.quit(&mut said);
+        self.say(&said);
+        if self.client.awaiting().is_some() {
+            let _ = self.reply(Instant::now() + FAREWELL);
+        }
+        self.wire.shutdown();
+    }
+
+    /// What the next reply leads to.
+    fn next(&mut self) -> Result<Step, Failure> {
+        let reply = self.reply(Instant::now() + self.patience())?;
+        let farewell = reply.code() == 421;
+        let mut said = Vec::new();
+        let step =
+            self.client.reply(reply.clone(), &mut said).map_err(|broken| Failure::Broken(broken.0.to_owned()))?;
+        self.say(&said);
+        match step {
+            Step::Halt(halt) => Err(Failure::Halted(halt)),
+            Step::Closed => Err(Failure::Lost("the peer closed the session".to_owned())),
+            // What was settled by this reply is settled; nothing more will come.
+            Step::Settled(_) => Ok(step),
+            _ if farewell => Err(Failure::Lost(format!("the peer said {reply}"))),
+            step => Ok(step),
+        }
+    }
+
+    /// RFC 5321 section 4.5.3.2, and ten minutes at least for ATRN (RFC 2645 section 5.2.1).
+    fn patience(&self) -> Duration {
+        let timeouts = &self.timeouts;
+        match self.client.awaiting() {
+            Some(Awaiting::Greeting) => timeouts.greeting,
+            Some(Awaiting::Mail) => timeouts.mail,
+            Some(Awaiting::Recipient) => timeouts.recipient,
+            Some(Awaiting::Data) => timeouts.data,
+            Some(Awaiting::End) => timeouts.end,
+            Some(Awaiting::Atrn) => timeouts.atrn,
+            Some(Awaiting::Command) | None => timeouts.command,
+        }
+    }
+
+    fn reply(&mut self, deadline: Instant) -> Result<Reply, Failure> {
+        loop {
+            match self.wire.take_reply_line(REPLY_LINE_LIMIT) {
+                Line::Whole(line) => {
+                    self.wire.trace.heard(&line);
+                    let reply = self.replies.line(&line);
+                    let reply = reply
+                        .map_err(|error| Failure::Broken(format!("that is no SMTP server: it said {:?}", error.0)))?;
+                    match reply {
+                        Some(reply) => return Ok(reply),
+                        None => continue,
+                    }
+                }
+                Line::TooLong => return Err(Failure::Broken("a reply line without end".to_owned())),
+                Line::None => {}
+            }
+            match self.wire.wait_input(deadline, &self.stop).map_err(lost)? {
+                Woken::Ready => {}
+                Woken::Deadline => return Err(Failure::Lost("the peer does not answer".to_owned())),
+                Woken::Stopped => return Err(Failure::Stopped),
+            }
+            if self.wire.fill().map_err(lost)? == Filled::End {
+                return Err(Failure::Lost("the peer closed the connection".to_owned()));
+            }
+        }
+    }
+
+    /// Logs and lines up what the client says; secrets are blanked.
+    fn say(&mut self, octets: &[u8]) {
+        for line in octets.split_inclusive(|octet| *octet == b'\n') {
+            let line = line.trim_ascii_end();
+            let end = if !self.client.in_auth() {
+                line.len()
+            } else if line.starts_with(b"AUTH ") {
+                line.iter().enumerate().filter(|(_, octet)| **octet == b' ').nth(1).map_or(line.len(), |(at, _)| at)
+            } else {
+                0
+            };
+            let blanked: &[u8] = if end < line.len() { b" ***" } else { b"" };
+            self.wire.trace.said(&[&line[..end], blanked].concat());
+        }
+        self.wire.say(octets);
+    }
+}
+
+/// The reply to MAIL, if it may say that this server takes no mail from us (RFC 2645 section 5.4).
+pub fn no_place_for_mail(outcome: &Outcome) -> Option<u16> {
+    outcome.fates.iter().filter(|_| outcome.decided == Decided::AtMail).find_map(|fate| match fate {
+        Fate::Refused(reply) => Some(reply.code()).filter(|code| matches!(code, 502 | 503 | 530 | 550)),
+        _ => None,
+    })
+}
+
+/// A host that takes all mail, and how to talk to it: the relay's smarthost, a customer's submission host.
+pub struct Upstream {
+    config: config::Smarthost,
+    side: Option<ClientSide>,
+}
+
+impl Upstream {
+    pub fn new(config: &config::Smarthost) -> Result<Upstream, String> {
+        let side = client_side(config.tls, config.pin, config.ca.as_deref())?;
+        Ok(Upstream { config: config.clone(), side })
+    }
+
+    pub fn address(&self) -> &str {
+        &self.config.address
+    }
+
+    /// A session in which mail may be sent.
+    pub fn connect(&self, hostname: &str, timeouts: &Timeouts, stop: &Stop) -> Result<Dialogue, Failure> {
+        let config = &self.config;
+        let addresses = config
+            .address
+            .to_socket_addrs()
+            .map_err(|error| Failure::Lost(format!("{} has no address: {error}", config.address)))?;
+        let mut last = Failure::Lost(format!("{} has no address", config.address));
+        for address in addresses {
+            let plan = Plan {
+                name: hostname.to_owned(),
+                starttls: if config.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
+                tls: config.tls == TlsMode::Implicit,
+                credentials: config.credentials.clone(),
+                chunking: true,
+                atrn: false,
+            };
+            let side = self.side.as_ref().map(|side| (side, config.host.as_str()));
+            match converse(address, plan, side, timeouts, stop) {
+                Ok(dialogue) => return Ok(dialogue),
+                Err(failure) => last = failure,
+            }
+        }
+        Err(last)
+    }
+}
+
+/// Connects and introduces itself.
+pub fn converse(
+    address: SocketAddr,
+    plan: Plan,
+    side: Option<(&ClientSide, &str)>,
+    timeouts: &Timeouts,
+    stop: &Stop,
+) -> Result<Dialogue, Failure> {
+    let lost = |error: std::io::Error| Failure::Lost(format!("{address}: {error}"));
+    let stream = TcpStream::connect_timeout(&address, timeouts.connect).map_err(lost)?;
+    let trace = Trace { id: format!("relay-{address}"), us: 'C', them: 'S' };
+    let implicit = plan.tls;
+    let mut dialogue = Dialogue::new(Wire::new(stream.into(), trace).map_err(lost)?, plan, timeouts, stop);
+    let begun = match side {
+        Some((side, name)) if implicit => dialogue.begin_tls(side, name),
+        _ => Ok(()),
+    };
+    match begun.and_then(|()| dialogue.introduce(side)) {
+        Ok(()) => Ok(dialogue),
+        Err(failure) => {
+            dialogue.leave(&failure);
+            Err(failure)
+        }
+    }
+}
+
+/// What a peer's certificate is checked against; `None`: no TLS.
+pub fn client_side(tls: TlsMode, pin: Option<[u8; 32]>, ca: Option<&Path>) -> Result<Option<ClientSide>, String> {
+    let trust = match (tls, pin, ca) {
+        (TlsMode::None, _, _) => return Ok(None),
+        (_, Some(pin), _) => Trust::Pin(pin),
+        (_, None, Some(file)) => Trust::Authorities(file.to_owned()),
+        (_, None, None) => Trust::System,
+    };
+    tls::client_config(&trust).map(Some)
+}

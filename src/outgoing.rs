@@ -1,0 +1,295 @@
+//! What becomes of a message after an attempt: retry times, expiry, and who is told (RFC 5321 sections 4.5.4
+//! and 6.1, RFC 3461 section 5).
+//!
+//! A notice is durable before the mail it speaks of is removed: after a crash somebody may hear twice, never
+//! not at all. The null sender is never told anything; its refused mail stays in `.refused`.
+
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use crate::config::Retry;
+use crate::dsn::{Action, Notice, Report};
+use crate::queue::{Batch, Envelope, Hold};
+use crate::smtp::address::{Mailbox, ReversePath};
+use crate::smtp::client::{Decided, Fate, Outcome};
+use crate::smtp::command::{Recipient, Return};
+use crate::smtp::reply::Reply;
+use crate::stamp::{Date, Stamps};
+
+/// A message up to this size comes back whole when its sender asked for that (RFC 3461 section 4.3).
+const FULL_LIMIT: u64 = 64 * 1024;
+
+/// Of a longer header no more comes back.
+const HEADER_LIMIT: usize = 64 * 1024;
+
+/// A notice, ready to be posted from the null sender.
+pub struct Letter {
+    pub to: Mailbox,
+    /// LF line ends.
+    pub text: Vec<u8>,
+    pub utf8: bool,
+}
+
+/// Puts a notice where its addressee will find it, durably.
+pub trait Post: Send + Sync {
+    fn post(&self, letter: &Letter) -> io::Result<()>;
+}
+
+/// The peer an attempt was made with.
+#[derive(Clone, Copy, Default)]
+pub struct Peer<'a> {
+    pub name: Option<&'a str>,
+    /// It offers DSN, so the rest is its affair (RFC 3461 section 5.2.2).
+    pub dsn: bool,
+}
+
+/// Acts on outcomes.
+#[derive(Clone)]
+pub struct Desk {
+    hostname: String,
+    stamps: Stamps,
+    post: Arc<dyn Post>,
+}
+
+impl Desk {
+    pub fn new(hostname: &str, stamps: &Stamps, post: Arc<dyn Post>) -> Desk {
+        Desk { hostname: hostname.to_owned(), stamps: stamps.clone(), post }
+    }
+
+    /// Tells who is to be told, then settles. `retry`: this is outgoing mail, tried again and given up.
+    pub fn conclude(
+        &self,
+        mut batch: Batch,
+        mut outcome: Outcome,
+        peer: Peer<'_>,
+        retry: Option<&Retry>,
+        hold: &mut Hold,
+    ) -> io::Result<Outcome> {
+        let now = self.stamps.now();
+        // What we have decided is no word of the peer's.
+        let peer = match outcome.decided {
+            Decided::ByUs => Peer { name: None, ..peer },
+            Decided::ByPeer | Decided::AtMail | Decided::ByLoss => peer,
+        };
+        let age = age(&batch, now);
+        let mut late = false;
+        if let Some(retry) = retry {
+            if age > retry.give_up {
+                outcome.fates.iter_mut().for_each(|fate| give_up(fate, retry.give_up));
+            }
+            batch.next_try = Some(SystemTime::now() + pause(retry, age, self.stamps.number()));
+            late = retry.delay_notice.is_some_and(|delay| age > delay) && !batch.told_late();
+        }
+        let until = retry.map(|retry| Date::from_seconds(batch.envelope.arrived.seconds() + seconds(retry.give_up)));
+        let told = self.tell(&mut batch, &outcome, peer, until.filter(|_| late), now)?;
+        batch.told_refused = told;
+        if late && outcome.fates.iter().any(|fate| matches!(fate, Fate::Deferred(_) | Fate::InDoubt)) {
+            batch.tell_late()?;
+        }
+        batch.settle(&outcome, hold)?;
+        Ok(outcome)
+    }
+
+    /// One notice for all recipients of whom something is to be told. `false`: the sender cannot be told.
+    fn tell(
+        &self,
+        batch: &mut Batch,
+        outcome: &Outcome,
+        peer: Peer<'_>,
+        late_until: Option<Date>,
+        now: Date,
+    ) -> io::Result<bool> {
+        let to = match &batch.envelope.from {
+            ReversePath::Mailbox(to) => to.clone(),
+            // RFC 5321 section 6.1: never a notice about a notice.
+            ReversePath::Null => return Ok(false),
+        };
+        let recipients = batch.envelope.recipients.clone();
+        let texts: Vec<_> = outcome.fates.iter().map(Words::of).collect();
+        let mut reports = Vec::new();
+        for ((recipient, fate), words) in recipients.iter().zip(&outcome.fates).zip(&texts) {
+            if let Some(action) = action(recipient, fate, peer, late_until.is_some()) {
+                let delayed = matches!(action, Action::Delayed);
+                reports.push(Report {
+                    recipient: &recipient.mailbox,
+                    original: recipient.original.as_deref(),
+                    action,
+                    status: words.status.clone(),
+                    remote: peer.name,
+                    diagnostic: words.diagnostic.as_deref(),
+                    last_attempt: Some(now),
+                    retry_until: late_until.filter(|_| delayed),
+                });
+            }
+        }
+        if !reports.is_empty() {
+            batch.rewind()?;
+            let envelope = batch.envelope.clone();
+            let size = (!batch.eight_bit || !to.is_ascii()).then_some(batch.size);
+            self.send(&envelope, size, &mut Content(batch), &to, &reports, now)?;
+        }
+        Ok(true)
+    }
+
+    /// Final delivery has been made: those who asked are told (RFC 3461 section 5.2.5). `header`: the
+    /// message's.
+    pub fn delivered(&self, envelope: &Envelope, header: &[u8]) -> io::Result<()> {
+        let ReversePath::Mailbox(to) = &envelope.from else { return Ok(()) };
+        let reports: Vec<_> = envelope
+            .recipients
+            .iter()
+            .filter(|recipient| recipient.notify.success())
+            .map(|recipient| Report {
+                recipient: &recipient.mailbox,
+                original: recipient.original.as_deref(),
+                action: Action::Delivered,
+                status: "2.0.0".to_owned(),
+                remote: None,
+                diagnostic: None,
+                last_attempt: None,
+                retry_until: None,
+            })
+            .collect();
+        match reports.as_slice() {
+            [] => Ok(()),
+            reports => self.send(envelope, None, &mut &header[..], to, reports, self.stamps.now()),
+        }
+    }
+
+    fn send(
+        &self,
+        envelope: &Envelope,
+        // Of the content, where it may be returned whole at all: 8-bit content may not be wrapped into a 7-bit
+        // notice (RFC 2046 section 5.2.1).
+        size: Option<u64>,
+        content: &mut impl Read,
+        to: &Mailbox,
+        reports: &[Report<'_>],
+        now: Date,
+    ) -> io::Result<()> {
+        let failures = reports.iter().any(|report| matches!(report.action, Action::Failed));
+        let utf8 = !to.is_ascii();
+        let short = size.is_some_and(|size| size <= FULL_LIMIT);
+        let full = failures && short && envelope.ret == Some(Return::Full);
+        let id = self.stamps.id();
+        let message_id = format!("<{id}@{}>", self.hostname);
+        let boundary = format!("=_{id}");
+        let notice = Notice {
+            reporting: &self.hostname,
+            to,
+            envelope_id: envelope.envelope_id.as_deref(),
+            arrived: envelope.arrived,
+            received_from: None,
+            reports,
+            now,
+            message_id: &message_id,
+            boundary: &boundary,
+            utf8,
+            full,
+        };
+        let returned = match full {
+            true => {
+                let mut whole = Vec::new();
+                content.take(2 * FULL_LIMIT).read_to_end(&mut whole)?;
+                whole
+            }
+            false => notice.returned_header(content, HEADER_LIMIT)?,
+        };
+        let mut text = notice.head().into_bytes();
+        text.extend_from_slice(&returned);
+        text.extend_from_slice(notice.tail().as_bytes());
+        self.post.post(&Letter { to: to.clone(), text, utf8 })?;
+        log::info!("event=notice id={id} about={} to=<{to}>", envelope.id);
+        Ok(())
+    }
+}
+
+/// A message's content as a reader.
+struct Content<'a>(&'a mut Batch);
+
+impl Read for Content<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+/// Status and diagnosis of a fate, for a report.
+struct Words {
+    status: String,
+    diagnostic: Option<String>,
+}
+
+impl Words {
+    fn of(fate: &Fate) -> Words {
+        let (reply, class) = match fate {
+            Fate::Delivered(reply) => (Some(reply), "2.0.0"),
+            Fate::Deferred(reply) => (Some(reply), "4.0.0"),
+            Fate::Refused(reply) => (Some(reply), "5.0.0"),
+            Fate::InDoubt => (None, "4.4.2"),
+        };
+        Words {
+            // RFC 3464 section 2.3.4: where the peer gave no code, its class is all that is known.
+            status: reply.and_then(Reply::enhanced).unwrap_or(class).to_owned(),
+            diagnostic: reply.map(Reply::to_string),
+        }
+    }
+}
+
+/// What is to be told of a recipient, if anything (RFC 3461 section 5.2).
+fn action(recipient: &Recipient, fate: &Fate, peer: Peer<'_>, late: bool) -> Option<Action> {
+    let notify = &recipient.notify;
+    match fate {
+        Fate::Refused(_) => notify.failure().then_some(Action::Failed),
+        Fate::Delivered(_) => (notify.success() && !peer.dsn).then_some(Action::Relayed),
+        Fate::Deferred(_) | Fate::InDoubt => (late && notify.delay()).then_some(Action::Delayed),
+    }
+}
+
+/// RFC 5321 section 4.5.4.1: after four or five days nobody tries any longer.
+fn give_up(fate: &mut Fate, after: Duration) {
+    let last = match fate {
+        Fate::Deferred(reply) => reply.to_string(),
+        Fate::InDoubt => "no reply to the content".to_owned(),
+        Fate::Delivered(_) | Fate::Refused(_) => return,
+    };
+    let time = match after.as_secs() {
+        seconds if seconds < 7200 => format!("{seconds} seconds"),
+        seconds => format!("{} hours", seconds / 3600),
+    };
+    *fate = Fate::Refused(Reply::new(554, "5.4.7", format!("Given up after {time}; at last: {last}")));
+}
+
+/// The pause before the next attempt: half the message's age, within bounds, a fifth more or less by chance
+/// so that what failed together is not tried together. The age stands in the file, so no count is kept.
+fn pause(retry: &Retry, age: Duration, chance: u64) -> Duration {
+    let pause = (age / 2).clamp(retry.first, retry.max);
+    let permille = 800 + u32::try_from(chance % 401).unwrap_or(0);
+    (pause * permille / 1000).max(Duration::from_millis(1))
+}
+
+fn age(batch: &Batch, now: Date) -> Duration {
+    let seconds = now.seconds().saturating_sub(batch.envelope.arrived.seconds());
+    Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
+fn seconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX / 4)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_with_age_and_have_bounds() {
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+        let retry = Retry { first: minutes(5), max: minutes(240), give_up: minutes(7200), delay_notice: None };
+        for (age, least, most) in [(0, 4, 6), (10, 4, 6), (60, 24, 36), (480, 192, 288), (7000, 192, 288)] {
+            for chance in [0, 200, 400, u64::MAX] {
+                let pause = pause(&retry, minutes(age), chance);
+                assert!((minutes(least)..=minutes(most)).contains(&pause), "{age}: {pause:?}");
+            }
+        }
+    }
+}
