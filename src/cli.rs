@@ -15,7 +15,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::config::{self, Config};
-use crate::customer::{self, Error};
+use crate::customer::send::{self, Order};
+use crate::customer::{Error, daemon};
 use crate::provider::{Door, Provider, StartError};
 use crate::stamp::Stamps;
 use crate::tls;
@@ -36,7 +37,8 @@ const HELP: &str = "\
 odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
 
     odmr serve -c FILE    the provider: holds mail for its customers, hands it over when they call
-    odmr pull  -c FILE    the customer: one call to its provider, all mail into Maildirs
+    odmr pull  -c FILE    the customer: one call to its provider, its outgoing mail up, all its mail into Maildirs
+    odmr send             the customer's users and programs: takes a message as sendmail(8) does
     odmr check -c FILE    says what is wrong with a configuration
     odmr demo             provider and customer on loopback, with the dialogue
 
@@ -51,6 +53,36 @@ struct Subcommand {
     run: fn(&Matches) -> Result<(), Failure>,
 }
 
+/// What `odmr send -h` says; the options are those of sendmail(8), and so are its ways to write them.
+const SEND_HELP: &str = "\
+Usage: odmr send [options] [recipients]        (also under the name sendmail)
+
+Takes a message on stdin, with LF or CRLF line ends, into the outgoing queue; a bare CR ends a line too. The next call
+sends it. All or nothing: one bad recipient, and nothing is queued.
+
+    -t            takes recipients from To, Cc and Bcc too; Bcc is removed in any case
+    -i, -oi       a line of one dot is content, and not the end
+    -f ADDR       the sender; default: the login name at `domain` of [outgoing]; -f '<>': none
+    -r ADDR       the same
+    -F NAME       the full name in a From that is added
+    -N WHEN       what to be told of: never, or a list of success, failure, delay
+    -R WHAT       what comes back with a notice of failure: full or hdrs
+    -V ID         an identifier that comes back with notices
+    -bm           takes a message from stdin (default)
+    -bs           speaks SMTP on stdin and stdout
+    -bp           lists what waits
+    -C FILE       the configuration of the customer, with [outgoing]; default: $ODMR_CONFIG, or
+                  /etc/odmr/customer.toml
+    -v            says more on stderr
+
+Other options of sendmail(8) that programs pass, such as -oem, -odb, -O, -B, -G and -U, change nothing.
+Exit codes are those of sysexits.h: 64 usage, 65 address or header, 67 no such mailbox of ours, 69 too large,
+73 and 74 files, 75 try again later, 77 permission, 78 configuration.
+";
+
+/// Where the customer's configuration is when nobody says.
+const CUSTOMER_FILE: &str = "/etc/odmr/customer.toml";
+
 const SUBCOMMANDS: [Subcommand; 4] = [
     Subcommand {
         name: "serve",
@@ -60,14 +92,14 @@ const SUBCOMMANDS: [Subcommand; 4] = [
     },
     Subcommand {
         name: "pull",
-        brief: "Makes one call to the provider. No mail is a success too.",
+        brief: "Makes one call to the provider, or calls by the schedule. No mail is a success too.",
         config: true,
-        run: pull_once,
+        run: pull_mail,
     },
     Subcommand { name: "check", brief: "Checks a configuration of either side.", config: true, run: check },
     Subcommand {
         name: "demo",
-        brief: "Shows one letter on its way: in by SMTP, held, pulled over TLS, into a Maildir.",
+        brief: "Shows two letters on their way in one call over TLS: one up, the turn, one down into a Maildir.",
         config: false,
         run: |_| demo::run().map_err(|error| Failure::new(OS_ERROR, error)),
     },
@@ -112,10 +144,15 @@ pub fn main() -> ExitCode {
     if arguments.iter().any(|argument| argument.starts_with("--inetd")) && keep_log_out_of_connection().is_err() {
         return ExitCode::from(OS_ERROR);
     }
-    match run(&arguments) {
+    let called = std::env::args_os().next().unwrap_or_default();
+    let (name, result) = match Path::new(&called).file_name() {
+        Some(name) if name == "sendmail" => ("sendmail", send(&arguments)),
+        _ => ("odmr", run(&arguments)),
+    };
+    match result {
         Ok(()) => ExitCode::from(OK),
         Err(Failure { code, text }) => {
-            let _ = writeln!(io::stderr(), "odmr: {text}");
+            let _ = writeln!(io::stderr(), "{name}: {text}");
             ExitCode::from(code)
         }
     }
@@ -133,11 +170,16 @@ fn run(arguments: &[String]) -> Result<(), Failure> {
         return print(concat!("odmr ", env!("CARGO_PKG_VERSION"), "\n"));
     }
     let Some((word, rest)) = matches.free.split_first() else {
-        return Err(usage("a subcommand is missing: serve, pull, check or demo", "odmr -h"));
+        return Err(usage("a subcommand is missing: serve, pull, send, check or demo", "odmr -h"));
     };
+    if word == "send" {
+        return send(rest);
+    }
     match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
         Some(subcommand) => subcommand.start(rest),
-        None => Err(usage(&format!("no such subcommand: {word}; there are serve, pull, check and demo"), "odmr -h")),
+        None => {
+            Err(usage(&format!("no such subcommand: {word}; there are serve, pull, send, check and demo"), "odmr -h"))
+        }
     }
 }
 
@@ -160,6 +202,13 @@ impl Subcommand {
         if matches!(self.name, "serve" | "pull") {
             options.optflag("v", "verbose", "logs the dialogue too, in transcript form, secrets blanked");
         }
+        if self.name == "pull" {
+            options.optflag(
+                "",
+                "daemon",
+                "calls by [schedule], and takes mail by SMTP where [outgoing] says, until SIGTERM",
+            );
+        }
         if self.name == "serve" {
             options.optopt("", "inetd", "one connection, on descriptors 0 and 1: odmr or inbound", "WHICH");
         }
@@ -178,6 +227,10 @@ impl Subcommand {
     }
 }
 
+fn verbosity(matches: &Matches) -> LevelFilter {
+    if matches.opt_present("verbose") { LevelFilter::Debug } else { LevelFilter::Info }
+}
+
 fn config_path(matches: &Matches) -> PathBuf {
     PathBuf::from(matches.opt_str("config").unwrap_or_default())
 }
@@ -191,7 +244,7 @@ fn serve(matches: &Matches) -> Result<(), Failure> {
             return Err(usage(&format!("--inetd is odmr or inbound, not {other}"), "odmr serve -h"));
         }
     };
-    log_to(log_target(inetd.is_some()), matches.opt_present("verbose"));
+    log_to(log_target(inetd.is_some()), verbosity(matches));
     let config = config::Provider::load(&config_path(matches)).map_err(|error| logged(error.into(), inetd))?;
     let stamps = Stamps::system(tls::random);
     raise_descriptor_limit();
@@ -216,12 +269,22 @@ fn serve(matches: &Matches) -> Result<(), Failure> {
     }
 }
 
-fn pull_once(matches: &Matches) -> Result<(), Failure> {
-    log_to(Log::Stderr, matches.opt_present("verbose"));
+fn pull_mail(matches: &Matches) -> Result<(), Failure> {
+    log_to(Log::Stderr, verbosity(matches));
     let config = config::Customer::load(&config_path(matches))?;
+    let stamps = Stamps::system(tls::random);
     let stop = Stop::new()?;
     stop_at_signal(Signals::new([SIGTERM, SIGINT])?, stop.clone());
-    let summary = pull::pull(&config, &Stamps::system(tls::random), &stop).map_err(|error| {
+    if matches.opt_present("daemon") {
+        raise_descriptor_limit();
+        return daemon::run(&config, &stamps, &stop).map_err(Failure::from);
+    }
+    let summary = pull::pull(&config, &stamps, &stop)?;
+    print(&format!("{summary}\n"))
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
         let code = match &error {
             Error::Config(_) => CONFIG,
             Error::NoHost(_) => NO_HOST,
@@ -229,10 +292,74 @@ fn pull_once(matches: &Matches) -> Result<(), Failure> {
             Error::Temporary(_) => TEMPORARY,
             Error::Denied(_) => NO_PERMISSION,
             Error::Protocol(_) => PROTOCOL,
+            Error::System(_) => OS_ERROR,
         };
         Failure::new(code, error)
-    })?;
-    print(&format!("{summary}\n"))
+    }
+}
+
+/// `odmr send`, also by the name of `sendmail`: its options are not those of the other subcommands.
+fn send(arguments: &[String]) -> Result<(), Failure> {
+    const HINT: &str = "odmr send -h";
+    let mut options = Options::new();
+    options.optflag("h", "help", "").optflagmulti("t", "", "").optflagmulti("i", "", "").optflagmulti("v", "", "");
+    for word in ["f", "r", "F", "N", "R", "V", "C"] {
+        options.optmulti(word, "", "", "");
+    }
+    options.optmulti("b", "", "", "");
+    options.optmulti("o", "", "", "");
+    // Read and let go: what they ask for is done in any case, or is another's affair.
+    for word in ["O", "B", "A", "L", "X"] {
+        options.optmulti(word, "", "", "");
+    }
+    for word in ["G", "U", "n", "m"] {
+        options.optflagmulti(word, "", "");
+    }
+    let matches = options.parse(arguments).map_err(|error| usage(&error.to_string(), HINT))?;
+    if matches.opt_present("h") {
+        return print(SEND_HELP);
+    }
+    log_to(Log::Stderr, if matches.opt_present("v") { LevelFilter::Info } else { LevelFilter::Error });
+    let last = |word: &str| matches.opt_strs(word).pop();
+    let mode = last("b").unwrap_or_else(|| "m".to_owned());
+    if !matches!(mode.as_str(), "m" | "s" | "p") {
+        return Err(usage(&format!("-b{mode} is not done here: there are -bm, -bs and -bp"), HINT));
+    }
+    let order = Order {
+        from_header: matches.opt_present("t"),
+        ignore_dots: matches.opt_present("i") || matches.opt_strs("o").iter().any(|word| word == "i"),
+        sender: last("f").or_else(|| last("r")),
+        full_name: last("F"),
+        notify: last("N"),
+        envelope_id: last("V"),
+        ret: last("R"),
+        recipients: matches.free.clone(),
+    };
+    let file = last("C").map(PathBuf::from).or_else(|| std::env::var_os("ODMR_CONFIG").map(PathBuf::from));
+    let config = customer_file(&file.unwrap_or_else(|| PathBuf::from(CUSTOMER_FILE)))?;
+    let stamps = Stamps::system(tls::random);
+    let done = match mode.as_str() {
+        "p" => send::list(&config, &stamps, &mut io::stdout()),
+        "s" => {
+            let stop = Stop::new()?;
+            stop_at_signal(Signals::new([SIGTERM, SIGINT])?, stop.clone());
+            let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3).map_err(io::Error::from)?;
+            let output = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3).map_err(io::Error::from)?;
+            send::serve(&config, &stamps, (input, output), &stop)
+        }
+        _ => send::send(&config, &stamps, &order, &mut io::stdin().lock()),
+    };
+    done.map_err(|refused| Failure::new(refused.exit as u8, refused.text))
+}
+
+/// That a user may not read the file is another thing than a wrong one.
+fn customer_file(path: &Path) -> Result<config::Customer, Failure> {
+    match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(Failure::new(NO_PERMISSION, format!("{}: {error}", path.display())))
+        }
+        _ => Ok(config::Customer::load_to_send(path)?),
+    }
 }
 
 /// Everything that `serve` and `pull` would stumble over, without binding or dialling.
@@ -251,8 +378,12 @@ fn check(matches: &Matches) -> Result<(), Failure> {
             print(&format!("{}: good: a provider with {accounts} customers, {domains} domains\n", path.display()))
         }
         Config::Customer(config) => {
-            customer::pull::client_side(&config).map_err(|error| wrong(format!("{}: {error}", path.display())))?;
+            pull::Caller::new(&config, &Stamps::system(tls::random))
+                .map_err(|error| wrong(format!("{}: {error}", path.display())))?;
             usable(&config.mailboxes.root).map_err(wrong)?;
+            if let Some(outgoing) = &config.outgoing {
+                usable(&outgoing.queue).map_err(wrong)?;
+            }
             let provider = &config.provider;
             print(&format!("{}: good: a customer of {}, as {}\n", path.display(), provider.address, provider.name))
         }
@@ -369,8 +500,7 @@ impl Write for Syslog {
 }
 
 /// One line an event; `RUST_LOG` says more or less of it (`debug`: the dialogue too).
-fn log_to(target: Log, verbose: bool) {
-    let level = if verbose { LevelFilter::Debug } else { LevelFilter::Info };
+fn log_to(target: Log, level: LevelFilter) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level);
     // rustls' own words are for those who debug rustls.

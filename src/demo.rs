@@ -1,7 +1,8 @@
 //! `odmr demo`: a provider and a customer on loopback, in a temporary directory, and what they say.
 //!
-//! Nothing in it is made for the demonstration but the certificate and the letter: the listeners, the
-//! configuration files, the queue, the turn and the Maildirs are those of `serve` and `pull`.
+//! One letter waits for the customer, another at the customer's: one call takes the one up and, behind the turn, the
+//! other down. Nothing in it is made for the demonstration but the certificate and the letters: the listeners, the
+//! configuration files, the queues, the turn and the Maildirs are those of `serve`, `send` and `pull`.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -14,6 +15,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 
 use crate::config;
 use crate::customer;
+use crate::customer::send::{self, Order};
 use crate::maildir::Maildir;
 use crate::provider::Provider;
 use crate::stamp::Stamps;
@@ -27,6 +29,14 @@ Subject: hello
 
 This letter was held for you.
 .This line began with a dot, and still does.
+";
+
+/// It goes to another customer of the same provider, so that nobody has to ask the DNS.
+const ANSWER: &str = "\
+To: Carol <carol@example.edu>
+Subject: going up
+
+This letter waited for the call, and went up before the line was turned.
 ";
 
 /// Plays the demonstration; an error says what went wrong.
@@ -56,18 +66,31 @@ fn play(folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
         println!("    example.org/new/{}", entry.name);
     }
 
-    title("The customer calls; C is the customer, P the provider; they keep their letters over the turn")?;
     let config = config::Customer::load(&customer_file(folder, *odmr)?)?;
+    title("On the customer's side somebody has said: sendmail -t -f eva -F Eva; that letter waits too")?;
+    let (sender, full_name) = (Some("eva".to_owned()), Some("Eva".to_owned()));
+    let order = Order { from_header: true, sender, full_name, ..Order::default() };
+    send::send(&config, &stamps, &order, &mut ANSWER.as_bytes()).map_err(|refused| refused.text)?;
+    show(&Maildir::new(folder.join("outgoing")))?;
+
+    title("The customer calls; C is the customer, P the provider; they keep their letters over the turn")?;
     let summary = customer::pull(&config, &stamps, &Stop::new()?)?;
-    title("It stands in the customer's Maildir")?;
-    let mailbox = Maildir::new(folder.join("mail/example.org/eva"));
-    for entry in mailbox.entries()? {
-        for line in fs::read_to_string(mailbox.file(&entry))?.lines() {
+    title("What came down stands in the customer's Maildir")?;
+    show(&Maildir::new(folder.join("mail/example.org/eva")))?;
+    title("What went up is held for example.edu; mail for the rest of the world would go to its MX")?;
+    show(&Maildir::new(folder.join("spool/domains/example.edu")))?;
+    title(&format!("{summary}; held for example.org now: {}", held.entries()?.len()))?;
+    running.stop();
+    Ok(())
+}
+
+/// Prints the letters of a Maildir.
+fn show(maildir: &Maildir) -> io::Result<()> {
+    for entry in maildir.entries()? {
+        for line in fs::read_to_string(maildir.file(&entry))?.lines() {
             println!("    {line}");
         }
     }
-    title(&format!("{summary}; held by the provider now: {}", held.entries()?.len()))?;
-    running.stop();
     Ok(())
 }
 
@@ -80,7 +103,11 @@ fn provider_files(folder: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> 
     write(&folder.join("relay.pem"), &certificate)?;
     write(&folder.join("relay.key"), &key)?;
     fs::create_dir(folder.join("customers.d"))?;
-    write(&folder.join("customers.d/acme.toml"), "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\n")?;
+    write(
+        &folder.join("customers.d/acme.toml"),
+        "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\nrelay = true\n",
+    )?;
+    write(&folder.join("customers.d/beta.toml"), "domains = [\"example.edu\"]\nsecret = \"another secret\"\n")?;
     let file = folder.join("provider.toml");
     write(
         &file,
@@ -95,7 +122,8 @@ fn customer_file(folder: &Path, odmr: SocketAddr) -> io::Result<PathBuf> {
     let file = folder.join("customer.toml");
     let text = format!(
         "hostname = \"mail.example.org\"\n[provider]\naddress = \"localhost:{}\"\nca = \"relay.pem\"\n\
-         name = \"acme\"\nsecret = \"tanstaaftanstaaf\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n",
+         name = \"acme\"\nsecret = \"tanstaaftanstaaf\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n\
+         [outgoing]\nqueue = \"outgoing\"\n",
         odmr.port()
     );
     write(&file, &text)?;

@@ -17,6 +17,7 @@ pub mod smtp;
 
 // floor 2: the ground
 pub mod config;
+pub mod dns;
 pub mod dsn;
 pub mod maildir;
 pub mod tls;
@@ -25,7 +26,10 @@ pub mod wire;
 // floor 3: mail that waits
 pub mod queue;
 
-// floor 4: sessions and their turn
+// floor 4: sessions of both roles, their turn, and what becomes of mail after an attempt
+pub mod dialogue;
+pub mod listen;
+pub mod outgoing;
 pub mod session;
 pub mod turn;
 

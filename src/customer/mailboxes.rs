@@ -12,9 +12,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::config::{self, Accept};
 use crate::maildir::{Copies, Maildir};
+use crate::outgoing::Desk;
+use crate::queue::Envelope;
 use crate::sasl::{Secrets, Unavailable};
 use crate::session::{Intake, Party, storage_reply};
-use crate::smtp::address::{Domain, ForwardPath, Mailbox};
+use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Host, Server};
@@ -26,13 +28,19 @@ const FOLDER_LIMIT: usize = 200;
 /// Room kept free on the disk.
 const RESERVE: u64 = 4 << 20;
 
-/// What came in one call.
+/// Of a longer header no more comes back with a notice.
+const HEADER_LIMIT: usize = 64 * 1024;
+
+/// What came and went in one call.
 #[derive(Debug, Default)]
 pub struct Tally {
     pub messages: AtomicU64,
     pub octets: AtomicU64,
     /// Recipients that were refused.
     pub refused: AtomicU64,
+    /// Outgoing messages that somebody took, and those that wait.
+    pub sent: AtomicU64,
+    pub kept: AtomicU64,
 }
 
 /// The mailboxes of a customer.
@@ -45,11 +53,10 @@ pub struct Mailboxes {
     domains: Vec<Domain>,
     hostname: String,
     stamps: Stamps,
-    tally: Arc<Tally>,
 }
 
 impl Mailboxes {
-    pub fn new(config: &config::Customer, stamps: &Stamps, tally: Arc<Tally>) -> Mailboxes {
+    pub fn new(config: &config::Customer, stamps: &Stamps) -> Mailboxes {
         let mut mailboxes = Mailboxes {
             root: config.mailboxes.root.clone(),
             addresses: HashSet::new(),
@@ -57,7 +64,6 @@ impl Mailboxes {
             domains: Vec::new(),
             hostname: config.hostname.clone(),
             stamps: stamps.clone(),
-            tally,
         };
         for accept in &config.mailboxes.accept {
             let domain = match accept {
@@ -78,8 +84,13 @@ impl Mailboxes {
         mailboxes
     }
 
+    /// Whether a domain has mailboxes here.
+    pub fn serves(&self, domain: &Domain) -> bool {
+        self.domains.contains(domain)
+    }
+
     /// Which of our mailboxes is meant.
-    fn find(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+    pub fn find(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         let nobody = || Reply::new(550, "5.1.1", "No such mailbox here");
         let mailbox = match path {
             ForwardPath::Mailbox(mailbox) => mailbox.clone(),
@@ -107,6 +118,22 @@ impl Mailboxes {
         let domain = mailbox.domain()?;
         Some(Maildir::new(self.root.join(domain.as_str()).join(folder(mailbox.local()))))
     }
+
+    /// Begins a copy in a mailbox: one Return-Path at the top (RFC 5321 section 4.4), then what the content
+    /// begins with, our `Received`.
+    pub fn begin(&self, copies: &mut Copies, from: &ReversePath, to: &Mailbox, head: &str) -> io::Result<()> {
+        let Some(maildir) = self.maildir(to) else { return Ok(()) };
+        let head = format!("Return-Path: <{from}>\nDelivered-To: {to}\n{head}");
+        copies.begin(&maildir, &self.stamps.file_name(&self.hostname), head.as_bytes())
+    }
+
+    /// Refuses mail that the disk would not hold.
+    pub fn make_room(&self, octets: u64) -> Result<(), Reply> {
+        // A root that is not there yet is made by the first delivery.
+        let room = rustix::fs::statvfs(&self.root)
+            .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(RESERVE));
+        if room { Ok(()) } else { Err(Reply::new(452, "4.3.1", "The disk is full, try again later")) }
+    }
 }
 
 /// The name of a mailbox's folder.
@@ -130,45 +157,65 @@ fn folder(local: &str) -> String {
     name
 }
 
-impl Secrets for Mailboxes {
+/// The customer after the turn: it takes mail for its own mailboxes.
+pub struct Receiver {
+    mailboxes: Arc<Mailboxes>,
+    /// Makes the notices of delivery that a sender asked for.
+    desk: Option<Desk>,
+    tally: Arc<Tally>,
+}
+
+impl Receiver {
+    pub fn new(mailboxes: Arc<Mailboxes>, desk: Option<Desk>, tally: Arc<Tally>) -> Receiver {
+        Receiver { mailboxes, desk, tally }
+    }
+}
+
+impl Secrets for Receiver {
     /// Nobody authenticates to a customer.
     fn secret(&self, _: &str) -> Result<Option<Vec<u8>>, Unavailable> {
         Ok(None)
     }
 }
 
-impl Host for Mailboxes {
-    fn sender(&mut self, mail: &MailFrom) -> Result<(), Reply> {
-        let octets = mail.size.unwrap_or(0).saturating_add(RESERVE);
-        // A root that is not there yet is made by the first delivery.
-        let room =
-            rustix::fs::statvfs(&self.root).map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets);
-        if room { Ok(()) } else { Err(Reply::new(452, "4.3.1", "The disk is full, try again later")) }
+impl Host for Receiver {
+    fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
+        self.mailboxes.make_room(mail.size.unwrap_or(0))
     }
 
     fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply> {
-        self.find(path).inspect_err(|_| {
+        self.mailboxes.find(path).inspect_err(|_| {
             self.tally.refused.fetch_add(1, Ordering::Relaxed);
         })
     }
 }
 
-impl Party for Mailboxes {
-    /// Final delivery: one Return-Path at the top, a file for each recipient (RFC 5321 section 4.4).
+impl Party for Receiver {
+    /// Final delivery: a file for each recipient.
     fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
         let Some(transaction) = server.transaction() else {
             return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
         };
-        let id = self.stamps.id();
-        let received = server.received(peer, secure, &id, self.stamps.now());
+        let (mail, stamps) = (&transaction.mail, &self.mailboxes.stamps);
+        let (id, arrived) = (stamps.id(), stamps.now());
+        let received = server.received(peer, secure, &id, arrived);
         let mut copies = Copies::default();
         for recipient in &transaction.recipients {
-            let Some(maildir) = self.maildir(recipient) else { continue };
-            let head = format!("Return-Path: <{}>\nDelivered-To: {recipient}\n{received}", transaction.mail.path);
-            let unique = self.stamps.file_name(&self.hostname);
-            copies.begin(&maildir, &unique, head.as_bytes()).map_err(|error| storage_reply(&error))?;
+            let begun = self.mailboxes.begin(&mut copies, &mail.path, &recipient.mailbox, &received);
+            begun.map_err(|error| storage_reply(&error))?;
         }
-        Ok(Box::new(Delivery { copies, id, octets: 0, tally: self.tally.clone() }))
+        let envelope = Envelope {
+            from: mail.path.clone(),
+            recipients: transaction.recipients.clone(),
+            id: id.clone(),
+            arrived,
+            body: mail.body,
+            utf8: mail.utf8,
+            ret: mail.ret,
+            envelope_id: mail.envelope_id.clone(),
+        };
+        let told = self.desk.as_ref().and_then(|desk| Told::new(desk, &envelope));
+        Ok(Box::new(Delivery { copies, id, octets: 0, told, tally: self.tally.clone() }))
     }
 }
 
@@ -177,12 +224,44 @@ struct Delivery {
     copies: Copies,
     id: String,
     octets: u64,
+    told: Option<Told>,
     tally: Arc<Tally>,
+}
+
+/// What it takes to tell the sender of a delivery.
+pub struct Told {
+    desk: Desk,
+    envelope: Envelope,
+    header: Vec<u8>,
+}
+
+impl Told {
+    /// `None`: none of these recipients is to be told of.
+    pub fn new(desk: &Desk, envelope: &Envelope) -> Option<Told> {
+        let asked = envelope.recipients.iter().any(|recipient| recipient.notify.success());
+        asked.then(|| Told { desk: desk.clone(), envelope: envelope.clone(), header: Vec::new() })
+    }
+
+    /// Content goes by; its header is kept.
+    pub fn see(&mut self, octets: &[u8]) {
+        let room = HEADER_LIMIT.saturating_sub(self.header.len());
+        self.header.extend_from_slice(&octets[..octets.len().min(room)]);
+    }
+
+    /// The mail is there; that its sender does not hear of it would be no reason to refuse it.
+    pub fn tell(&self) {
+        if let Err(error) = self.desk.delivered(&self.envelope, &self.header) {
+            log::error!("event=notice-failed id={} error={:?}", self.envelope.id, error.to_string());
+        }
+    }
 }
 
 impl Intake for Delivery {
     fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         self.octets += octets.len() as u64;
+        if let Some(told) = &mut self.told {
+            told.see(octets);
+        }
         self.copies.write(octets)
     }
 
@@ -190,6 +269,9 @@ impl Intake for Delivery {
         self.copies.commit()?;
         self.tally.messages.fetch_add(1, Ordering::Relaxed);
         self.tally.octets.fetch_add(self.octets, Ordering::Relaxed);
+        if let Some(told) = &self.told {
+            told.tell();
+        }
         Ok(Reply::new(250, "2.6.0", format!("OK, id={}", self.id)))
     }
 }

@@ -4,32 +4,27 @@
 //! follows is an ordinary SMTP server session whose client is the provider (RFC 2645 section 5.3).
 
 use std::fmt;
-use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::mailboxes::{Mailboxes, Tally};
+use super::mailboxes::{Mailboxes, Receiver, Tally};
+use super::outbox::Outbox;
 use crate::config::{Customer, TlsMode};
+use crate::dialogue::{Dialogue, Failure, client_side};
 use crate::session::{Bounds, End, Session};
 use crate::smtp::address::Domain;
-use crate::smtp::client::{Awaiting, Client, Halt, Plan, Step};
-use crate::smtp::reply::{Reply, ReplyReader, Severity};
+use crate::smtp::client::{Client, Halt, Plan, StartTls};
+use crate::smtp::reply::Severity;
 use crate::smtp::server::{Profile, Role};
 use crate::stamp::Stamps;
-use crate::tls::{self, ClientSide, Trust};
+use crate::tls::ClientSide;
 use crate::turn;
-use crate::wire::{Filled, Line, Stop, Trace, Wire, Woken};
+use crate::wire::{Stop, Trace, Wire};
 
 /// A command line may have 512 octets (RFC 5321 section 4.5.3.1.4): longer lists take several calls.
 const ATRN_LIST_LIMIT: usize = 512 - "ATRN \r\n".len();
-
-/// A reply line may be longer than RFC 5321 section 4.5.3.1.5 says, but not endless.
-const REPLY_LINE_LIMIT: usize = 8 * 1024;
-
-/// How long the reply to QUIT is waited for.
-const FAREWELL: Duration = Duration::from_secs(5);
 
 /// What a call has brought.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -39,6 +34,10 @@ pub struct Summary {
     pub octets: u64,
     /// Recipients that have no mailbox here.
     pub refused: u64,
+    /// Outgoing messages that somebody took.
+    pub sent: u64,
+    /// Outgoing messages that wait for another call.
+    pub kept: u64,
     pub seconds: f64,
 }
 
@@ -47,6 +46,12 @@ impl fmt::Display for Summary {
         write!(f, "{} messages, {} bytes, {:.1} seconds", self.messages, self.octets, self.seconds)?;
         if self.refused > 0 {
             write!(f, ", {} recipients refused", self.refused)?;
+        }
+        if self.sent > 0 {
+            write!(f, ", {} sent", self.sent)?;
+        }
+        if self.kept > 0 {
+            write!(f, ", {} kept to be sent later", self.kept)?;
         }
         Ok(())
     }
@@ -67,6 +72,8 @@ pub enum Error {
     Denied(String),
     /// The other end, or its certificate, is not what it should be.
     Protocol(String),
+    /// The system refuses: a port, a thread.
+    System(String),
 }
 
 impl fmt::Display for Error {
@@ -77,40 +84,76 @@ impl fmt::Display for Error {
             | Error::Unavailable(text)
             | Error::Temporary(text)
             | Error::Denied(text)
-            | Error::Protocol(text) => f.write_str(text),
+            | Error::Protocol(text)
+            | Error::System(text) => f.write_str(text),
         }
     }
 }
 
 impl std::error::Error for Error {}
 
-/// Fetches the mail of all configured domains, in as few calls as their names take.
-pub fn pull(config: &Customer, stamps: &Stamps, stop: &Stop) -> Result<Summary, Error> {
-    let begun = Instant::now();
-    let tls = client_side(config)?;
-    let tally = Arc::new(Tally::default());
-    for domains in lists(&config.provider.domains) {
-        let call = Call { config, stamps, stop, tls: tls.as_ref(), tally: &tally };
-        call.make(&domains)?;
-    }
-    Ok(Summary {
-        messages: tally.messages.load(Ordering::Relaxed),
-        octets: tally.octets.load(Ordering::Relaxed),
-        refused: tally.refused.load(Ordering::Relaxed),
-        seconds: begun.elapsed().as_secs_f64(),
-    })
+/// A customer, ready to call.
+pub struct Caller {
+    config: Customer,
+    stamps: Stamps,
+    tls: Option<ClientSide>,
+    mailboxes: Arc<Mailboxes>,
+    outbox: Option<Arc<Outbox>>,
 }
 
-/// What the provider's certificate is checked against; `None`: no TLS.
-pub fn client_side(config: &Customer) -> Result<Option<ClientSide>, Error> {
-    let provider = &config.provider;
-    let trust = match (&provider.tls, &provider.pin, &provider.ca) {
-        (TlsMode::None, _, _) => return Ok(None),
-        (_, Some(pin), _) => Trust::Pin(*pin),
-        (_, None, Some(file)) => Trust::Authorities(file.clone()),
-        (_, None, None) => Trust::System,
-    };
-    tls::client_config(&trust).map(Some).map_err(Error::Config)
+/// One call; see [`Caller::pull`].
+pub fn pull(config: &Customer, stamps: &Stamps, stop: &Stop) -> Result<Summary, Error> {
+    Caller::new(config, stamps)?.pull(stop)
+}
+
+impl Caller {
+    /// Looks at what the configuration names: certificates, folders.
+    pub fn new(config: &Customer, stamps: &Stamps) -> Result<Caller, Error> {
+        let provider = &config.provider;
+        let tls = client_side(provider.tls, provider.pin, provider.ca.as_deref()).map_err(Error::Config)?;
+        let mailboxes = Arc::new(Mailboxes::new(config, stamps));
+        let outbox = Outbox::new(config, &mailboxes, stamps).map(Arc::new);
+        Ok(Caller { config: config.clone(), stamps: stamps.clone(), tls, mailboxes, outbox })
+    }
+
+    pub fn outbox(&self) -> Option<&Arc<Outbox>> {
+        self.outbox.as_ref()
+    }
+
+    /// Hands over outgoing mail and fetches the mail of all configured domains, in as few calls as their
+    /// names take.
+    pub fn pull(&self, stop: &Stop) -> Result<Summary, Error> {
+        let begun = Instant::now();
+        let tally = Arc::new(Tally::default());
+        let mut result = Ok(());
+        for domains in lists(&self.config.provider.domains) {
+            result = result.and(Call { caller: self, stop, tally: &tally }.make(&domains));
+        }
+        // What the provider would not take goes to the submission host, after the mail that came.
+        if let Some(outbox) = &self.outbox {
+            outbox.submit(stop, &tally);
+            tally.kept.store(outbox.waiting(), Ordering::Relaxed);
+        }
+        let summary = Summary {
+            messages: tally.messages.load(Ordering::Relaxed),
+            octets: tally.octets.load(Ordering::Relaxed),
+            refused: tally.refused.load(Ordering::Relaxed),
+            sent: tally.sent.load(Ordering::Relaxed),
+            kept: tally.kept.load(Ordering::Relaxed),
+            seconds: begun.elapsed().as_secs_f64(),
+        };
+        log::info!(
+            "event=call messages={} octets={} refused={} sent={} kept={} seconds={:.3} outcome={:?}",
+            summary.messages,
+            summary.octets,
+            summary.refused,
+            summary.sent,
+            summary.kept,
+            summary.seconds,
+            result.as_ref().map_or_else(Error::to_string, |()| "good".to_owned())
+        );
+        result.map(|()| summary)
+    }
 }
 
 /// Divides the domains into lists that fit a line; no domains is one call for all.
@@ -131,33 +174,65 @@ fn lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
     lists
 }
 
-/// What one call needs.
+/// One connection to the provider, or two.
 struct Call<'a> {
-    config: &'a Customer,
-    stamps: &'a Stamps,
+    caller: &'a Caller,
     stop: &'a Stop,
-    tls: Option<&'a ClientSide>,
     tally: &'a Arc<Tally>,
 }
 
 impl Call<'_> {
+    /// Outgoing mail up, the turn, incoming mail down; a failure of the first half costs the second nothing
+    /// but another connection.
     fn make(&self, domains: &[Domain]) -> Result<(), Error> {
-        let (stream, peer) = self.dial()?;
-        log::info!("event=connected provider={} peer={peer}", self.config.provider.address);
-        let trace = Trace { id: "pull".to_owned(), us: 'C', them: 'P' };
-        let mut wire = Wire::new(stream.into(), trace).map_err(lost)?;
-        if self.config.provider.tls == TlsMode::Implicit {
-            self.begin_tls(&mut wire)?;
+        let (mut dialogue, mut peer) = self.introduce()?;
+        if let Some(outbox) = &self.caller.outbox
+            && let Err(failure) = outbox.send(&mut dialogue, self.tally)
+        {
+            log::warn!("event=outgoing-cut-short error={:?}", failure.to_string());
+            dialogue.leave(&failure);
+            (dialogue, peer) = self.introduce()?;
         }
-        match self.converse(wire, domains)? {
-            Some((wire, client)) => self.receive(wire, client, peer.ip()),
-            None => Ok(()),
+        match dialogue.atrn(domains) {
+            Ok((wire, client)) => self.receive(wire, client, peer),
+            Err(failure) => failed(failure).map_or(Ok(()), Err),
+        }
+    }
+
+    /// A connection that has come as far as AUTH.
+    fn introduce(&self) -> Result<(Dialogue, IpAddr), Error> {
+        let config = &self.caller.config.provider;
+        let (stream, peer) = self.dial()?;
+        log::info!("event=connected provider={} peer={peer}", config.address);
+        let trace = Trace { id: "pull".to_owned(), us: 'C', them: 'P' };
+        let wire = Wire::new(stream.into(), trace)
+            .map_err(|error| Error::Temporary(format!("the connection was lost: {error}")))?;
+        let plan = Plan {
+            name: self.caller.config.hostname.clone(),
+            starttls: if config.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
+            tls: config.tls == TlsMode::Implicit,
+            credentials: Some((config.name.clone(), config.secret.clone())),
+            chunking: true,
+            atrn: true,
+        };
+        let mut dialogue = Dialogue::new(wire, plan, &self.caller.config.timeouts, self.stop);
+        let tls = self.caller.tls.as_ref().map(|side| (side, config.host.as_str()));
+        let introduced = match (config.tls, tls) {
+            (TlsMode::Implicit, Some((side, name))) => dialogue.begin_tls(side, name),
+            _ => Ok(()),
+        };
+        match introduced.and_then(|()| dialogue.introduce(tls)) {
+            Ok(()) => Ok((dialogue, peer.ip())),
+            Err(failure) => {
+                dialogue.leave(&failure);
+                Err(failed(failure).unwrap_or_else(|| Error::Protocol("453 came before ATRN".to_owned())))
+            }
         }
     }
 
     /// Tries all addresses of the name, in the order the system gives.
     fn dial(&self) -> Result<(TcpStream, SocketAddr), Error> {
-        let address = &self.config.provider.address;
+        let address = &self.caller.config.provider.address;
         let found = address.to_socket_addrs().map_err(|error| {
             Error::NoHost(format!("{address} has no address: {error}; check `address` and the name server"))
         })?;
@@ -166,7 +241,7 @@ impl Call<'_> {
             if self.stop.stopped() {
                 return Err(Error::Temporary("stopped".to_owned()));
             }
-            match TcpStream::connect_timeout(&socket, self.config.timeouts.connect) {
+            match TcpStream::connect_timeout(&socket, self.caller.config.timeouts.connect) {
                 Ok(stream) => return Ok((stream, socket)),
                 Err(error) => {
                     last = format!("{socket}: {error}");
@@ -177,65 +252,9 @@ impl Call<'_> {
         Err(Error::Unavailable(format!("no connection to {address}: {last}")))
     }
 
-    fn begin_tls(&self, wire: &mut Wire) -> Result<(), Error> {
-        let Some(side) = self.tls else {
-            return Err(Error::Config("TLS is not configured".to_owned()));
-        };
-        let deadline = Instant::now() + self.config.timeouts.handshake;
-        wire.start_tls_client(side, &self.config.provider.host, deadline).map_err(|error| match error.kind() {
-            io::ErrorKind::InvalidData => Error::Protocol(error.to_string()),
-            _ => lost(error),
-        })?;
-        wire.trace.event("tls");
-        Ok(())
-    }
-
-    /// Up to the reply to ATRN; `None`: there is no mail.
-    fn converse(&self, wire: Wire, domains: &[Domain]) -> Result<Option<(Wire, Client)>, Error> {
-        let provider = &self.config.provider;
-        let plan = Plan {
-            name: self.config.hostname.clone(),
-            starttls: provider.tls == TlsMode::StartTls,
-            tls: wire.secure().is_some(),
-            atrn: true,
-            credentials: Some((provider.name.clone(), provider.secret.clone())),
-        };
-        let mut dialogue = Dialogue { call: self, wire, client: Client::new(plan), replies: ReplyReader::default() };
-        loop {
-            let mut said = Vec::new();
-            let step = match dialogue.next() {
-                Ok(step) => step,
-                Err(error) => {
-                    dialogue.wire.shutdown();
-                    return Err(error);
-                }
-            };
-            match step {
-                Step::StartTls => {
-                    self.begin_tls(&mut dialogue.wire)?;
-                    dialogue.client.secured(&mut said);
-                }
-                Step::Ready => dialogue.client.atrn(domains, &mut said),
-                Step::Turned => return Ok(Some((dialogue.wire, dialogue.client))),
-                Step::Halt(halt) => {
-                    dialogue.client.quit(&mut said);
-                    dialogue.say(&said);
-                    dialogue.part();
-                    return match halted(halt) {
-                        None => Ok(None),
-                        Some(error) => Err(error),
-                    };
-                }
-                Step::Closed => return Err(Error::Temporary("the provider closed the session".to_owned())),
-                Step::Wait | Step::Content | Step::Settled(_) => {}
-            }
-            dialogue.say(&said);
-        }
-    }
-
     /// The customer's half of the turn, and mail until QUIT.
     fn receive(&self, wire: Wire, client: Client, peer: IpAddr) -> Result<(), Error> {
-        let config = self.config;
+        let config = &self.caller.config;
         let profile = Profile {
             role: Role::Customer,
             hostname: config.hostname.clone(),
@@ -245,8 +264,10 @@ impl Call<'_> {
             max_auth_failures: config.limits.auth_failures,
             starttls: false,
             require_tls: false,
+            // Whoever sends no mail cannot send notices.
+            dsn: self.caller.outbox.is_some(),
             mechanisms: Vec::new(),
-            stamps: self.stamps.clone(),
+            stamps: self.caller.stamps.clone(),
         };
         let (wire, server) =
             turn::take_over(wire, client, profile).map_err(|error| Error::Protocol(error.to_string()))?;
@@ -259,10 +280,11 @@ impl Call<'_> {
             // A message half received stays with the provider: nothing is lost by stopping at once.
             halt: self.stop.clone(),
         };
-        let mut mailboxes = Mailboxes::new(config, self.stamps, self.tally.clone());
+        let desk = self.caller.outbox.as_ref().map(|outbox| outbox.desk().clone());
+        let mut receiver = Receiver::new(self.caller.mailboxes.clone(), desk, self.tally.clone());
         let mut session = Session::new(wire, server, crate::session::literal(peer), None, bounds);
         session.greet();
-        let end = session.run(&mut mailboxes);
+        let end = session.run(&mut receiver);
         session.close();
         match end {
             End::Quit => Ok(()),
@@ -272,87 +294,14 @@ impl Call<'_> {
     }
 }
 
-/// The SMTP client's side of the call, before the turn.
-struct Dialogue<'a> {
-    call: &'a Call<'a>,
-    wire: Wire,
-    client: Client,
-    replies: ReplyReader,
-}
-
-impl Dialogue<'_> {
-    /// What the next reply leads to.
-    fn next(&mut self) -> Result<Step, Error> {
-        let reply = self.reply(Instant::now() + self.patience())?;
-        let mut said = Vec::new();
-        let step = self.client.reply(reply, &mut said).map_err(|broken| Error::Protocol(broken.0.to_owned()))?;
-        self.say(&said);
-        Ok(step)
+/// What a failure means for the caller; `None`: there is no mail, and that is none.
+fn failed(failure: Failure) -> Option<Error> {
+    match failure {
+        Failure::Halted(halt) => halted(halt),
+        Failure::Broken(text) => Some(Error::Protocol(text)),
+        Failure::NoTls(text) | Failure::Lost(text) => Some(Error::Temporary(text)),
+        Failure::Stopped => Some(Error::Temporary("stopped".to_owned())),
     }
-
-    /// RFC 5321 section 4.5.3.2, and ten minutes at least for ATRN (RFC 2645 section 5.2.1).
-    fn patience(&self) -> Duration {
-        let timeouts = &self.call.config.timeouts;
-        match self.client.awaiting() {
-            Some(Awaiting::Greeting) => timeouts.greeting,
-            Some(Awaiting::Atrn) => timeouts.atrn,
-            _ => timeouts.command,
-        }
-    }
-
-    fn reply(&mut self, deadline: Instant) -> Result<Reply, Error> {
-        loop {
-            match self.wire.take_reply_line(REPLY_LINE_LIMIT) {
-                Line::Whole(line) => {
-                    self.wire.trace.heard(&line);
-                    let reply = self.replies.line(&line);
-                    let no_reply = |error: crate::smtp::reply::NotAReply| {
-                        Error::Protocol(format!("that is no SMTP server: it said {:?}", error.0))
-                    };
-                    if let Some(reply) = reply.map_err(no_reply)? {
-                        return Ok(reply);
-                    }
-                    continue;
-                }
-                Line::TooLong => return Err(Error::Protocol("a reply line without end".to_owned())),
-                Line::None => {}
-            }
-            match self.wire.wait_input(deadline, self.call.stop).map_err(lost)? {
-                Woken::Ready => {}
-                Woken::Deadline => return Err(Error::Temporary("the provider does not answer".to_owned())),
-                Woken::Stopped => return Err(Error::Temporary("stopped".to_owned())),
-            }
-            if self.wire.fill().map_err(lost)? == Filled::End {
-                return Err(Error::Temporary("the provider closed the connection".to_owned()));
-            }
-        }
-    }
-
-    fn say(&mut self, octets: &[u8]) {
-        for line in octets.split_inclusive(|octet| *octet == b'\n') {
-            let line = line.trim_ascii_end();
-            let end = if !self.client.in_auth() {
-                line.len()
-            } else if line.starts_with(b"AUTH ") {
-                line.iter().enumerate().filter(|(_, octet)| **octet == b' ').nth(1).map_or(line.len(), |(at, _)| at)
-            } else {
-                0
-            };
-            let blanked: &[u8] = if end < line.len() { b" ***" } else { b"" };
-            self.wire.trace.said(&[&line[..end], blanked].concat());
-        }
-        self.wire.say(octets);
-    }
-
-    /// Waits for the reply to QUIT, if the provider is so kind.
-    fn part(mut self) {
-        let _ = self.reply(Instant::now() + FAREWELL);
-        self.wire.shutdown();
-    }
-}
-
-fn lost(error: io::Error) -> Error {
-    Error::Temporary(format!("the connection was lost: {error}"))
 }
 
 /// What a refusal means for the caller; `None`: all is well (RFC 2645 section 5.2.1).

@@ -19,8 +19,9 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::config::Timeouts;
+use crate::outgoing::{Desk, Peer};
 use crate::queue::{Batch, Hold};
-use crate::smtp::client::{Awaiting, Client, Fate, Halt, Message, Outcome, Step};
+use crate::smtp::client::{Awaiting, Client, Fate, Halt, Outcome, Step};
 use crate::smtp::content::Stuffer;
 use crate::smtp::reply::{Reply, ReplyReader};
 use crate::turn::{Turn, Turned};
@@ -109,6 +110,7 @@ pub struct Rules {
     pub timeouts: Timeouts,
     /// Messages in one session; 0: no limit.
     pub messages: usize,
+    pub desk: Desk,
     /// Ends sessions behind the message under way.
     pub stop: Stop,
     /// Ends them at once.
@@ -388,7 +390,7 @@ impl Call {
         self.rearm(now);
         match step {
             Step::Wait | Step::Ready => {}
-            Step::Content => self.content = Some(Stuffer::new()),
+            Step::Content { .. } => self.content = Some(Stuffer::new()),
             Step::Settled(outcome) => self.settle(&outcome)?,
             Step::Closed => return Err(Gone("done".to_owned())),
             Step::Halt(Halt::Refused { what, reply }) => {
@@ -447,16 +449,7 @@ impl Call {
         match if enough { None } else { self.hold.offer() } {
             Some(batch) => {
                 self.tally.offered += 1;
-                let envelope = &batch.envelope;
-                let message = Message {
-                    from: envelope.from.clone(),
-                    recipients: envelope.recipients.clone(),
-                    size: batch.size,
-                    body: envelope.body,
-                    eight_bit: batch.eight_bit,
-                    utf8: envelope.utf8,
-                };
-                match self.client.send(message, &mut said) {
+                match self.client.send(batch.message(), &mut said) {
                     Ok(()) => self.batches.push_back(batch),
                     Err(outcome) => self.settle_batch(batch, &outcome)?,
                 }
@@ -485,7 +478,9 @@ impl Call {
     fn settle_batch(&mut self, batch: Batch, outcome: &Outcome) -> Result<(), Gone> {
         let id = batch.envelope.id.clone();
         let (size, recipients) = (batch.size, batch.envelope.recipients.clone());
-        if let Err(error) = batch.settle(outcome, &mut self.hold) {
+        let peer = Peer { name: self.client.peer_name(), dsn: self.client.offered().dsn };
+        let settled = self.rules.desk.conclude(batch, outcome.clone(), peer, None, &mut self.hold);
+        if let Err(error) = settled {
             log::error!("event=settle-failed session={} id={id} error={:?}", self.id(), error.to_string());
             // The disk does not take what has been done: to go on would be to do it again and again.
             return Err(Gone("the outcome could not be kept".to_owned()));
@@ -499,9 +494,10 @@ impl Call {
             };
             *count += 1;
             log::info!(
-                "event={word} session={} account={} id={id} size={size} to=<{recipient}> reply={reply:?}",
+                "event={word} session={} account={} id={id} size={size} to=<{}> reply={reply:?}",
                 self.wire.trace.id,
-                self.account
+                self.account,
+                recipient.mailbox
             );
         }
         if outcome.fates.iter().any(|fate| matches!(fate, Fate::Delivered(_))) {

@@ -2,36 +2,43 @@
 //!
 //! ```text
 //! listeners ─▶ a worker thread each connection ─┬─ inbound: mail into the queue
-//!                                               └─ odmr: AUTH, ATRN ─▶ the delivery thread
+//!                                               └─ odmr: AUTH, mail into the queue, ATRN ─▶ the delivery thread
+//! relay: mail of customers, out to the world
 //! ```
 
 pub mod delivery;
 pub mod inbound;
+pub mod intake;
 pub mod odmr;
+pub mod relay;
 
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
 use crate::config;
+use crate::listen::{self, Gate, Visitors};
+use crate::outgoing::Desk;
 use crate::queue::Queue;
 use crate::sasl::Mechanism;
 use crate::session::{Bounds, Session, literal};
+use crate::smtp::address::{ForwardPath, Mailbox};
+use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Profile, Role, Server};
-use crate::stamp::Stamps;
+use crate::stamp::{Date, Stamps};
 use crate::tls::{self, ServerSide};
 use crate::wire::{Stop, Trace, Wire};
 use delivery::{Delivery, Rules, Turns};
+use relay::Relay;
 
 /// What all threads of a provider share.
 pub struct Shared {
@@ -39,6 +46,9 @@ pub struct Shared {
     pub queue: Queue,
     pub stamps: Stamps,
     pub turns: Turns,
+    pub relay: relay::Handle,
+    pub sorter: intake::Sorter,
+    pub rates: Rates,
     tls: Option<ServerSide>,
     stop: Stop,
     halt: Stop,
@@ -90,7 +100,7 @@ pub struct Provider;
 impl Provider {
     /// Checks what the configuration names, binds every listener, and only then begins to work.
     pub fn start(config: config::Provider, stamps: Stamps) -> Result<Running, StartError> {
-        let (shared, delivery) = prepare(config, stamps)?;
+        let (shared, delivery, relay) = prepare(config, stamps)?;
         let mut listeners = Vec::new();
         let config = &shared.config;
         for (door, addresses) in [
@@ -99,7 +109,7 @@ impl Provider {
             (Door::OdmrTls, &config.odmr.listen_tls),
         ] {
             for address in addresses {
-                listeners.push((door, bind(*address)?));
+                listeners.push((door, listen::bind(*address).map_err(StartError::System)?));
             }
         }
         let mut running = Running {
@@ -110,6 +120,7 @@ impl Provider {
             threads: Vec::new(),
         };
         running.spawn("delivery", move || delivery.run())?;
+        running.spawn("relay", move || relay.run())?;
         for (door, listener) in listeners {
             let address = listener.local_addr().map_err(system)?;
             log::info!("listening {} {address}", door.name());
@@ -119,7 +130,19 @@ impl Provider {
                 Door::OdmrTls => running.odmr_tls.push(address),
             }
             let shared = shared.clone();
-            running.spawn(door.name(), move || accept(&shared, door, &listener))?;
+            running.spawn(door.name(), move || {
+                let gate = Gate {
+                    name: door.name(),
+                    greets: door != Door::OdmrTls,
+                    stop: shared.stop.clone(),
+                    visitors: shared.visitors.clone(),
+                };
+                let serve = move |stream: TcpStream, peer| {
+                    let wire = Wire::new(stream.into(), shared.trace(door));
+                    shared.serve(door, wire, Some(peer));
+                };
+                gate.accept(&listener, Arc::new(serve));
+            })?;
         }
         Ok(running)
     }
@@ -134,8 +157,9 @@ impl Provider {
         peer: Option<IpAddr>,
         stop: &Stop,
     ) -> Result<(), StartError> {
+        // Outgoing mail is put into the queue; the `serve` that has no --inetd sends it.
         let grace = config.timeouts.shutdown;
-        let (shared, delivery) = prepare(config, stamps)?;
+        let (shared, delivery, _relay) = prepare(config, stamps)?;
         let (signal, session, at_once) = (stop.clone(), shared.stop.clone(), shared.halt.clone());
         std::thread::spawn(move || {
             wait_for(&signal);
@@ -191,6 +215,7 @@ impl Running {
         let Running { shared, threads, .. } = self;
         let deadline = Instant::now() + shared.config.timeouts.shutdown;
         shared.stop.stop();
+        shared.relay.wake();
         shared.visitors.wait_until_gone(deadline);
         shared.turns.wait_until_done(deadline);
         shared.halt.stop();
@@ -208,53 +233,47 @@ impl Running {
     }
 }
 
-fn prepare(config: config::Provider, stamps: Stamps) -> Result<(Arc<Shared>, Delivery), StartError> {
+fn prepare(config: config::Provider, stamps: Stamps) -> Result<(Arc<Shared>, Delivery, Relay), StartError> {
     let tls = match &config.tls {
         Some(files) => Some(tls::server_config(&files.certificate, &files.key).map_err(StartError::Config)?),
         None => None,
     };
     let stop = Stop::new().map_err(system)?;
     let halt = Stop::new().map_err(system)?;
+    let queue = Queue::new(&config.spool, &config.hostname, stamps.clone(), config.timeouts.takeover);
+    let sorter = intake::Sorter::new(&config);
+    let (relay, events) = relay::channel();
+    let notices =
+        intake::Notices { queue: queue.clone(), sorter: sorter.clone(), relay: relay.clone(), stamps: stamps.clone() };
+    let desk = Desk::new(&config.hostname, &stamps, Arc::new(notices));
+    let outgoing = Relay::new(&config, &queue, &stamps, desk.clone(), (relay.clone(), events), &stop)?;
     let rules = Rules {
         timeouts: config.timeouts.clone(),
         messages: config.limits.messages_per_turn,
+        desk,
         stop: stop.clone(),
         halt: halt.clone(),
     };
     let (turns, delivery) = delivery::channel(config.limits.turned_sessions, rules).map_err(system)?;
-    let queue = Queue::new(&config.spool, &config.hostname, stamps.clone(), config.timeouts.takeover);
     let shared = Shared {
         queue,
         stamps,
         turns,
+        relay,
+        sorter,
+        rates: Rates::default(),
         tls,
         stop,
         halt,
-        visitors: Visitors::default(),
+        visitors: Visitors::new(config.limits.connections, config.limits.connections_per_address),
         sessions: AtomicU64::new(0),
         config,
     };
-    Ok((Arc::new(shared), delivery))
+    Ok((Arc::new(shared), delivery, outgoing))
 }
 
 fn system(error: io::Error) -> StartError {
     StartError::System(error.to_string())
-}
-
-fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
-    let listener = TcpListener::bind(address).and_then(|listener| {
-        // A connection that is reset between poll(2) and accept(2) must not make the latter wait.
-        listener.set_nonblocking(true)?;
-        Ok(listener)
-    });
-    listener.map_err(|error| {
-        let way_out = match error.kind() {
-            io::ErrorKind::PermissionDenied => ": ports below 1024 need root, or a supervisor that passes them on",
-            io::ErrorKind::AddrInUse => ": another program listens there; stop it or choose another address",
-            _ => "",
-        };
-        StartError::System(format!("cannot listen on {address}: {error}{way_out}"))
-    })
 }
 
 /// Waits until a token is said.
@@ -265,70 +284,24 @@ fn wait_for(stop: &Stop) {
     }
 }
 
-/// A listener: one worker thread for each connection.
-fn accept(shared: &Arc<Shared>, door: Door, listener: &TcpListener) {
-    loop {
-        let mut polls = [
-            PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(shared.stop.fd(), PollFlags::IN),
-        ];
-        let _ = rustix::event::poll(&mut polls, None);
-        if shared.stop.stopped() {
-            return;
-        }
-        match listener.accept() {
-            Ok((stream, peer)) => admit(shared, door, stream, peer.ip().to_canonical()),
-            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-            Err(error) => {
-                log::warn!("event=accept-failed listener={} error={:?}", door.name(), error.to_string());
-                // Out of descriptors: the connection stays in the backlog, and asking at once would spin.
-                let mut polls = [PollFd::from_borrowed_fd(shared.stop.fd(), PollFlags::IN)];
-                let pause = rustix::event::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-                let _ = rustix::event::poll(&mut polls, Some(&pause));
-            }
-        }
-    }
-}
-
-fn admit(shared: &Arc<Shared>, door: Door, stream: TcpStream, peer: IpAddr) {
-    let trace = shared.trace(door);
-    let limits = &shared.config.limits;
-    if !shared.visitors.enter(door, peer, limits.connections, limits.connections_per_address) {
-        log::warn!("event=too-many-connections session={} listener={} peer={peer}", trace.id, door.name());
-        turn_away(&stream, door);
-        return;
-    }
-    let id = trace.id.clone();
-    let worker = {
-        let shared = shared.clone();
-        std::thread::Builder::new().name(format!("{}-{id}", door.name())).spawn(move || {
-            let visit = Visit { shared: shared.clone(), door, peer };
-            let worked = catch_unwind(AssertUnwindSafe(|| {
-                shared.serve(door, Wire::new(stream.into(), trace), Some(peer));
-            }));
-            if worked.is_err() {
-                log::error!("event=panic session={id}");
-            }
-            drop(visit);
-        })
-    };
-    if let Err(error) = worker {
-        shared.visitors.leave(door, peer);
-        log::error!("event=no-thread error={:?}", error.to_string());
-    }
-}
-
-/// Says why, if that goes without waiting.
-fn turn_away(stream: &TcpStream, door: Door) {
-    if door != Door::OdmrTls {
-        let mut octets = Vec::new();
-        Reply::new(421, "4.7.0", "Too many connections, try again later").write_to(&mut octets);
-        let _ = stream.set_nonblocking(true);
-        let _ = io::Write::write(&mut &*stream, &octets);
-    }
-}
-
 impl Shared {
+    /// Refuses mail that the disk would not hold, before it is sent (RFC 1870 section 6.1).
+    fn make_room(&self, mail: &MailFrom) -> Result<(), Reply> {
+        if self.queue.has_room(mail.size.unwrap_or(0)) {
+            return Ok(());
+        }
+        Err(Reply::new(452, "4.3.1", "The disk is full, try again later"))
+    }
+
+    /// The mailbox a path means; a postmaster without a domain is our own (RFC 5321 section 4.5.1).
+    fn mailbox(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+        match path {
+            ForwardPath::Mailbox(mailbox) => Ok(mailbox.clone()),
+            ForwardPath::Postmaster => Mailbox::parse(&format!("postmaster@{}", self.config.hostname))
+                .ok_or_else(|| Reply::new(550, "5.1.1", "There is no postmaster here")),
+        }
+    }
+
     fn trace(&self, door: Door) -> Trace {
         let id = (self.sessions.fetch_add(1, Ordering::Relaxed) + 1).to_string();
         // In a transcript P is the provider on port 366, S any plain SMTP server.
@@ -387,72 +360,31 @@ impl Shared {
             max_auth_failures: config.limits.auth_failures,
             starttls: self.tls.is_some(),
             require_tls: config.odmr.require_tls,
+            dsn: true,
             mechanisms: mechanisms.collect(),
             stamps: self.stamps.clone(),
         }
     }
 }
 
-/// Who may be one and the same: an IPv6 host has a whole /64 to itself.
-fn network(address: IpAddr) -> IpAddr {
-    match address {
-        IpAddr::V4(address) => IpAddr::V4(address),
-        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
-    }
-}
-
-/// Who is here before a turn: so that nobody takes all the threads.
+/// How many messages each account has handed in within the hour.
 #[derive(Default)]
-struct Visitors {
-    present: Mutex<HashMap<(&'static str, IpAddr), usize>>,
-    left: Condvar,
+pub struct Rates {
+    hours: Mutex<HashMap<String, (Date, usize)>>,
 }
 
-impl Visitors {
-    fn enter(&self, door: Door, peer: IpAddr, limit: usize, limit_each: usize) -> bool {
-        let peer = network(peer);
-        let mut present = self.lock();
-        let all: usize = present.iter().filter(|((name, _), _)| *name == door.name()).map(|(_, count)| count).sum();
-        let here = present.get(&(door.name(), peer)).copied().unwrap_or(0);
-        let admitted = all < limit && here < limit_each;
-        if admitted {
-            present.insert((door.name(), peer), here + 1);
+impl Rates {
+    /// Counts one more; `limit` 0: no limit.
+    fn admit(&self, account: &str, limit: usize, now: Date) -> bool {
+        if limit == 0 {
+            return true;
         }
-        admitted
-    }
-
-    fn leave(&self, door: Door, peer: IpAddr) {
-        let peer = network(peer);
-        let mut present = self.lock();
-        if let Some(count) = present.get_mut(&(door.name(), peer)) {
-            *count -= 1;
-            if *count == 0 {
-                present.remove(&(door.name(), peer));
-            }
+        let mut hours = self.hours.lock().unwrap_or_else(PoisonError::into_inner);
+        let hour = hours.entry(account.to_owned()).or_insert((now, 0));
+        if now.seconds() - hour.0.seconds() >= 3600 {
+            *hour = (now, 0);
         }
-        self.left.notify_all();
-    }
-
-    fn wait_until_gone(&self, deadline: Instant) {
-        let present = self.lock();
-        let left = deadline.saturating_duration_since(Instant::now());
-        let _ = self.left.wait_timeout_while(present, left, |present| !present.is_empty());
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<(&'static str, IpAddr), usize>> {
-        self.present.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One visitor's presence, ended by `Drop`.
-struct Visit {
-    shared: Arc<Shared>,
-    door: Door,
-    peer: IpAddr,
-}
-
-impl Drop for Visit {
-    fn drop(&mut self) {
-        self.shared.visitors.leave(self.door, self.peer);
+        hour.1 += 1;
+        hour.1 <= limit
     }
 }

@@ -1,4 +1,6 @@
-//! Port 366 up to ATRN: who calls, and which mail may they have? (RFC 2645 section 5)
+//! Port 366 up to ATRN: who calls, which mail may they have, and what have they brought? (RFC 2645 section 5)
+//!
+//! A customer hands in its outgoing mail before ATRN, as at any submission server (RFC 6409).
 //!
 //! The worker never becomes SMTP client: it hands the connection to the delivery thread as a [`Turn`], or
 //! stays SMTP server and says why not. The order of the answers to ATRN is 530, 503, 501 (the protocol's,
@@ -6,11 +8,12 @@
 
 use std::sync::Arc;
 
-use super::Shared;
-use crate::queue::{Hold, NoHold};
+use super::{Shared, intake};
+use crate::config::Account;
+use crate::queue::{Hold, NoHold, Place};
 use crate::sasl::{Secrets, Unavailable};
 use crate::session::{End, Intake, Party, Session};
-use crate::smtp::address::{Domain, ForwardPath, Mailbox};
+use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Host, Server};
@@ -63,7 +66,8 @@ fn grant(shared: &Shared, account: Option<&str>, asked: &[Domain]) -> Result<Hol
         return Err(Reply::new(450, "4.7.1", "You have no access to all of these domains"));
     }
     let domains = if asked.is_empty() { own } else { asked };
-    let hold = match shared.queue.hold(domains) {
+    let places: Vec<_> = domains.iter().cloned().map(Place::Domain).collect();
+    let hold = match shared.queue.hold(&places) {
         Ok(hold) => hold,
         Err(NoHold::Busy(domain)) => {
             return Err(Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {domain}")));
@@ -93,23 +97,54 @@ impl Secrets for Odmr {
     }
 }
 
-/// Mail is not accepted on this port: the command table has no MAIL, so nobody asks.
+impl Odmr {
+    fn account(&self, name: Option<&str>) -> Result<&Account, Reply> {
+        let account = name.and_then(|name| self.shared.config.accounts.account(name));
+        account.ok_or_else(|| Reply::new(530, "5.7.0", "Authentication required"))
+    }
+}
+
 impl Host for Odmr {
-    fn sender(&mut self, _: &MailFrom) -> Result<(), Reply> {
-        Err(no_mail())
+    /// Which senders an account may use (RFC 6409 section 6.1), and how much of it.
+    fn sender(&mut self, mail: &MailFrom, account: Option<&str>) -> Result<(), Reply> {
+        let account = self.account(account)?;
+        if !account.relay {
+            return Err(Reply::new(550, "5.7.1", "This account hands in no outgoing mail"));
+        }
+        let own = match &mail.path {
+            // RFC 6409 section 3.2: a notice has no sender, and that is no reason to refuse it.
+            ReversePath::Null => true,
+            ReversePath::Mailbox(sender) => sender.domain().is_some_and(|domain| account.domains.contains(domain)),
+        };
+        if !own && !account.any_sender {
+            return Err(Reply::new(550, "5.7.1", "That sender's domain is not this account's"));
+        }
+        self.shared.make_room(mail)?;
+        if !self.shared.rates.admit(&account.name, account.rate, self.shared.stamps.now()) {
+            return Err(Reply::new(452, "4.3.2", format!("No more than {} messages an hour", account.rate)));
+        }
+        Ok(())
     }
 
-    fn recipient(&mut self, _: &ForwardPath) -> Result<Mailbox, Reply> {
-        Err(no_mail())
+    fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+        let mailbox = self.shared.mailbox(path)?;
+        // RFC 6409 section 4.2: all domains are fully qualified.
+        let qualified = mailbox.domain().is_some_and(|domain| domain.as_str().contains('.'));
+        match self.shared.sorter.anywhere(&mailbox) {
+            Some(Place::Destination(_)) | None if !qualified => {
+                Err(Reply::new(554, "5.1.2", "The domain is not fully qualified"))
+            }
+            _ => Ok(mailbox),
+        }
+    }
+
+    fn size_limit(&self, account: Option<&str>) -> u64 {
+        self.account(account).ok().and_then(|account| account.max_size).unwrap_or(u64::MAX)
     }
 }
 
 impl Party for Odmr {
-    fn intake(&mut self, _: &Server, _: &str, _: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
-        Err(no_mail())
+    fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
+        intake::store(&self.shared, server, peer, secure, true)
     }
-}
-
-fn no_mail() -> Reply {
-    Reply::new(502, "5.5.1", "Mail is not accepted on this port")
 }

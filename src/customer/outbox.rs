@@ -1,0 +1,330 @@
+//! The customer's outgoing mail: it waits in a Maildir until a call takes it to the provider.
+//!
+//! Mail for the customer's own domains does not travel: it is delivered at once. What the provider does not
+//! take at all (502, 503, 530 or 550 to MAIL: RFC 2645 section 5.4 lets it) goes to the submission host, if
+//! there is one, and otherwise waits, and that is said.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use super::mailboxes::{Mailboxes, Tally, Told};
+use crate::config;
+use crate::dialogue::{Dialogue, Failure, Upstream, no_place_for_mail};
+use crate::maildir::Copies;
+use crate::outgoing::{Desk, Letter, Peer, Post};
+use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
+use crate::smtp::address::{ForwardPath, Mailbox, ReversePath};
+use crate::smtp::client::{Client, Decided, Fate, Outcome};
+use crate::smtp::command::{Body, MailFrom, Recipient};
+use crate::smtp::header::{Additions, Completer};
+use crate::smtp::reply::Reply;
+use crate::stamp::Stamps;
+use crate::wire::Stop;
+
+/// The outgoing queue and its ways out.
+pub struct Outbox {
+    config: config::Outgoing,
+    hostname: String,
+    timeouts: config::Timeouts,
+    shelf: Shelf,
+    desk: Desk,
+}
+
+impl Outbox {
+    /// `None`: the customer sends nothing.
+    pub fn new(config: &config::Customer, mailboxes: &Arc<Mailboxes>, stamps: &Stamps) -> Option<Outbox> {
+        let outgoing = config.outgoing.as_ref()?;
+        let queue = Queue::new(&outgoing.queue, &config.hostname, stamps.clone(), config.timeouts.takeover);
+        let shelf = Shelf { queue, mailboxes: mailboxes.clone(), stamps: stamps.clone() };
+        Some(Outbox {
+            config: outgoing.clone(),
+            hostname: config.hostname.clone(),
+            timeouts: config.timeouts.clone(),
+            desk: Desk::new(&config.hostname, stamps, Arc::new(shelf.clone())),
+            shelf,
+        })
+    }
+
+    pub fn config(&self) -> &config::Outgoing {
+        &self.config
+    }
+
+    pub fn hostname(&self) -> &str {
+        &self.hostname
+    }
+
+    pub fn stamps(&self) -> &Stamps {
+        &self.shelf.stamps
+    }
+
+    pub fn desk(&self) -> &Desk {
+        &self.desk
+    }
+
+    /// The mailbox a path means: one of ours, which must exist, or one elsewhere.
+    pub fn recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+        match path {
+            ForwardPath::Mailbox(mailbox) if !mailbox.domain().is_some_and(|domain| self.shelf.serves(domain)) => {
+                let qualified = mailbox.domain().is_some_and(|domain| domain.as_str().contains('.'));
+                // RFC 6409 section 4.2.
+                let unqualified = || Reply::new(554, "5.1.2", "The domain is not fully qualified");
+                qualified.then(|| mailbox.clone()).ok_or_else(unqualified)
+            }
+            ours => self.shelf.mailboxes.find(ours),
+        }
+    }
+
+    /// Whether so many octets more may come.
+    pub fn make_room(&self, octets: u64) -> Result<(), Reply> {
+        self.within_size(octets)?;
+        if self.shelf.queue.has_room(octets) {
+            return Ok(());
+        }
+        Err(Reply::new(452, "4.3.1", "The disk is full, try again later"))
+    }
+
+    /// Whether a message may have so many octets.
+    pub fn within_size(&self, octets: u64) -> Result<(), Reply> {
+        if octets > self.config.max_size { Err(crate::smtp::server::too_big(self.config.max_size)) } else { Ok(()) }
+    }
+
+    /// Begins to store a message; `received` is our `Received`, `from` a `From` for a header without one.
+    pub fn store(&self, letter: &Outgoing<'_>, received: &str) -> io::Result<Stored> {
+        let additions = Additions {
+            date: letter.arrived.rfc5322(),
+            message_id: format!("<{}@{}>", letter.id, self.hostname),
+            from: letter.header_from.clone(),
+            drop_bcc: letter.drop_bcc,
+        };
+        let envelope = Envelope {
+            from: letter.mail.path.clone(),
+            recipients: letter.recipients.to_vec(),
+            id: letter.id.to_owned(),
+            arrived: letter.arrived,
+            body: letter.mail.body,
+            utf8: letter.mail.utf8,
+            ret: letter.mail.ret,
+            envelope_id: letter.mail.envelope_id.clone(),
+        };
+        let (here, elsewhere) = self.shelf.divide(envelope);
+        let copies = self.shelf.begin(&here, &elsewhere, received)?;
+        // What stays here is delivered with its commit; of the rest others will tell.
+        let told = Told::new(&self.desk, &here);
+        Ok(Stored { copies, completer: Completer::new(additions), buffer: Vec::new(), told })
+    }
+
+    /// Messages that wait.
+    pub fn waiting(&self) -> u64 {
+        let entries = self.shelf.queue.maildir(&Place::Upstream).entries();
+        entries.map_or(0, |entries| entries.len() as u64)
+    }
+
+    /// What waits, for a listing.
+    pub fn each_waiting(&self, show: impl FnMut(&Batch)) -> io::Result<()> {
+        self.shelf.queue.each(&Place::Upstream, show)
+    }
+
+    /// Room for content that is looked at before it is stored; it goes with its last descriptor.
+    pub fn scratch(&self) -> io::Result<File> {
+        let name = self.shelf.stamps.file_name(&self.hostname);
+        self.shelf.queue.maildir(&Place::Upstream).scratch(&name)
+    }
+
+    fn hold(&self) -> Result<Hold, String> {
+        self.shelf.queue.hold(&[Place::Upstream]).map_err(|error| match error {
+            NoHold::Busy(_) => "another call is sending the outgoing mail".to_owned(),
+            NoHold::Failed(error) => error.to_string(),
+        })
+    }
+
+    /// Sends what is due in a session with the provider, before ATRN.
+    pub fn send(&self, dialogue: &mut Dialogue, tally: &Tally) -> Result<(), Failure> {
+        let Some(mut hold) = self.hold_if_any() else { return Ok(()) };
+        let said = AtomicBool::new(false);
+        dialogue.deliver(&mut hold, &mut |batch, mut outcome, client, hold| {
+            if no_place_for_mail(&outcome).is_some() {
+                if !said.swap(true, Ordering::Relaxed) {
+                    log::warn!("event=outgoing-kept reason={:?}", reason(&outcome));
+                }
+                for fate in &mut outcome.fates {
+                    if let Fate::Refused(reply) = fate {
+                        *fate = Fate::Deferred(reply.clone());
+                    }
+                }
+                if self.config.submission.is_some() {
+                    // It stays due: the submission host is next, in this very call.
+                    let settled = batch.settle(&outcome, hold);
+                    return settled.unwrap_or_else(|error| log::error!("event=settle-failed error={error:?}"));
+                }
+            }
+            self.conclude(batch, outcome, client, hold, tally);
+        })
+    }
+
+    /// Sends what is still due to the submission host.
+    pub fn submit(&self, stop: &Stop, tally: &Tally) {
+        let Some(submission) = &self.config.submission else { return };
+        let Some(mut hold) = self.hold_if_any() else { return };
+        let upstream = match Upstream::new(submission) {
+            Ok(upstream) => upstream,
+            Err(error) => return log::error!("event=submission-failed error={error:?}"),
+        };
+        let sent = upstream.connect(&self.hostname, &self.timeouts, stop).and_then(|mut dialogue| {
+            dialogue.deliver(&mut hold, &mut |batch, outcome, client, hold| {
+                self.conclude(batch, outcome, client, hold, tally);
+            })?;
+            dialogue.quit();
+            Ok(())
+        });
+        if let Err(failure) = sent {
+            log::warn!("event=submission-failed error={:?}", failure.to_string());
+        }
+    }
+
+    fn hold_if_any(&self) -> Option<Hold> {
+        if self.waiting() == 0 {
+            return None;
+        }
+        self.hold().inspect_err(|error| log::warn!("event=outgoing-kept reason={error:?}")).ok()
+    }
+
+    fn conclude(&self, batch: Batch, outcome: Outcome, client: &Client, hold: &mut Hold, tally: &Tally) {
+        let id = batch.envelope.id.clone();
+        let recipients = batch.envelope.recipients.clone();
+        let peer = Peer { name: client.peer_name(), dsn: client.offered().dsn };
+        let mut retry = self.config.retry.clone();
+        if outcome.decided == Decided::ByLoss {
+            // That the line dropped says nothing of the mail: the next call may take it, whenever that is.
+            (retry.first, retry.max) = (Duration::ZERO, Duration::ZERO);
+        }
+        match self.desk.conclude(batch, outcome, peer, Some(&retry), hold) {
+            Err(error) => log::error!("event=settle-failed id={id} error={:?}", error.to_string()),
+            Ok(outcome) => {
+                for (recipient, fate) in recipients.iter().zip(&outcome.fates) {
+                    let (word, reply) = match fate {
+                        Fate::Delivered(reply) => ("sent", reply.to_string()),
+                        Fate::Deferred(reply) => ("deferred", reply.to_string()),
+                        Fate::Refused(reply) => ("failed", reply.to_string()),
+                        Fate::InDoubt => ("in-doubt", String::new()),
+                    };
+                    log::info!("event={word} id={id} to=<{}> reply={reply:?}", recipient.mailbox);
+                }
+                if outcome.fates.iter().any(|fate| matches!(fate, Fate::Delivered(_))) {
+                    tally.sent.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+}
+
+fn reason(outcome: &Outcome) -> String {
+    outcome
+        .fates
+        .iter()
+        .find_map(|fate| if let Fate::Refused(reply) = fate { Some(reply.to_string()) } else { None })
+        .unwrap_or_default()
+}
+
+/// A message handed in by a user or a program.
+pub struct Outgoing<'a> {
+    pub mail: &'a MailFrom,
+    pub recipients: &'a [Recipient],
+    pub id: &'a str,
+    pub arrived: crate::stamp::Date,
+    pub header_from: Option<String>,
+    pub drop_bcc: bool,
+}
+
+/// A message on its way into the queue, its header completed (RFC 6409 section 8).
+pub struct Stored {
+    copies: Copies,
+    completer: Completer,
+    buffer: Vec<u8>,
+    told: Option<Told>,
+}
+
+impl Stored {
+    pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
+        self.buffer.clear();
+        self.completer.feed(octets, &mut self.buffer);
+        self.pass()
+    }
+
+    pub fn commit(mut self) -> io::Result<()> {
+        self.buffer.clear();
+        self.completer.finish(&mut self.buffer);
+        self.pass()?;
+        self.copies.commit()?;
+        if let Some(told) = &self.told {
+            told.tell();
+        }
+        Ok(())
+    }
+
+    fn pass(&mut self) -> io::Result<()> {
+        if let Some(told) = &mut self.told {
+            told.see(&self.buffer);
+        }
+        self.copies.write(&self.buffer)
+    }
+}
+
+/// Where outgoing mail is put, and notices: our own mailboxes, or the queue.
+#[derive(Clone)]
+struct Shelf {
+    queue: Queue,
+    mailboxes: Arc<Mailboxes>,
+    stamps: Stamps,
+}
+
+impl Shelf {
+    fn serves(&self, domain: &crate::smtp::address::Domain) -> bool {
+        self.mailboxes.serves(domain)
+    }
+
+    /// The same message for our own mailboxes, and for all recipients elsewhere.
+    fn divide(&self, mut envelope: Envelope) -> (Envelope, Envelope) {
+        let ours = |recipient: &Recipient| recipient.mailbox.domain().is_some_and(|domain| self.serves(domain));
+        let (here, elsewhere) = envelope.recipients.drain(..).partition(ours);
+        (Envelope { recipients: here, ..envelope.clone() }, Envelope { recipients: elsewhere, ..envelope })
+    }
+
+    /// A copy for each of our own mailboxes, and one for all recipients elsewhere.
+    fn begin(&self, here: &Envelope, elsewhere: &Envelope, head: &str) -> io::Result<Copies> {
+        let mut copies = match elsewhere.recipients.as_slice() {
+            [] => Copies::default(),
+            _ => self.queue.put(&[(Place::Upstream, elsewhere.clone())], head)?,
+        };
+        for recipient in &here.recipients {
+            self.mailboxes.begin(&mut copies, &here.from, &recipient.mailbox, head)?;
+        }
+        Ok(copies)
+    }
+}
+
+impl Post for Shelf {
+    fn post(&self, letter: &Letter) -> io::Result<()> {
+        let local = letter.to.domain().is_some_and(|domain| self.serves(domain));
+        if local && self.mailboxes.find(&ForwardPath::Mailbox(letter.to.clone())).is_err() {
+            log::warn!("event=notice-undeliverable to=<{}>", letter.to);
+            return Ok(());
+        }
+        let envelope = Envelope {
+            from: ReversePath::Null,
+            recipients: vec![Recipient::plain(letter.to.clone())],
+            id: self.stamps.id(),
+            arrived: self.stamps.now(),
+            body: if letter.utf8 { Body::EightBit } else { Body::SevenBit },
+            utf8: letter.utf8,
+            ret: None,
+            envelope_id: None,
+        };
+        let (here, elsewhere) = self.divide(envelope);
+        let mut copies = self.begin(&here, &elsewhere, "")?;
+        copies.write(&letter.text)?;
+        copies.commit().map(drop)
+    }
+}

@@ -1,0 +1,163 @@
+//! Mail on its way into the provider's queue, whichever door it came through.
+//!
+//! A message becomes a file for each held domain and each destination among its recipients, all of them
+//! durable before the one 250.
+
+use std::io;
+use std::sync::Arc;
+
+use super::Shared;
+use crate::maildir::Copies;
+use crate::outgoing::{Letter, Post};
+use crate::queue::{Envelope, Place};
+use crate::session::{Intake, storage_reply};
+use crate::smtp::address::{Domain, Mailbox, ReversePath};
+use crate::smtp::command::{Body, Recipient};
+use crate::smtp::header::{Additions, Completer};
+use crate::smtp::reply::Reply;
+use crate::smtp::server::Server;
+use crate::stamp::Stamps;
+
+/// Where mail for a mailbox is put.
+#[derive(Clone)]
+pub struct Sorter {
+    accounts: crate::config::Accounts,
+    own: Option<Domain>,
+}
+
+impl Sorter {
+    pub fn new(config: &crate::config::Provider) -> Sorter {
+        Sorter { accounts: config.accounts.clone(), own: Domain::parse(&config.hostname) }
+    }
+
+    /// `None`: only a relay would take it.
+    pub fn held(&self, mailbox: &Mailbox) -> Option<Place> {
+        let domain = mailbox.domain()?;
+        if self.accounts.owner(domain).is_some() {
+            return Some(Place::Domain(domain.clone()));
+        }
+        // RFC 5321 section 4.5.1: there is a postmaster wherever there is a server.
+        let own = self.own.as_ref() == Some(domain);
+        (own && mailbox.local().eq_ignore_ascii_case("postmaster")).then_some(Place::Postmaster)
+    }
+
+    /// The same with the world as the last resort; only an address literal has no place at all.
+    pub fn anywhere(&self, mailbox: &Mailbox) -> Option<Place> {
+        self.held(mailbox).or_else(|| mailbox.domain().map(|domain| Place::Destination(domain.clone())))
+    }
+}
+
+/// Begins to store the server's transaction. `complete`: it is a submission, and what its header lacks is
+/// added (RFC 6409 section 8).
+pub fn store(
+    shared: &Arc<Shared>,
+    server: &Server,
+    peer: &str,
+    secure: Option<&str>,
+    complete: bool,
+) -> Result<Box<dyn Intake>, Reply> {
+    let Some(transaction) = server.transaction() else {
+        return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
+    };
+    let (id, arrived) = (shared.stamps.id(), shared.stamps.now());
+    let mut copies: Vec<(Place, Envelope)> = Vec::new();
+    for recipient in &transaction.recipients {
+        let Some(place) = shared.sorter.anywhere(&recipient.mailbox) else { continue };
+        if let Some((_, envelope)) = copies.iter_mut().find(|(other, _)| *other == place) {
+            envelope.recipients.push(recipient.clone());
+            continue;
+        }
+        let mail = &transaction.mail;
+        let envelope = Envelope {
+            from: mail.path.clone(),
+            recipients: vec![recipient.clone()],
+            id: id.clone(),
+            arrived,
+            body: mail.body,
+            utf8: mail.utf8,
+            ret: mail.ret,
+            envelope_id: mail.envelope_id.clone(),
+        };
+        copies.push((place, envelope));
+    }
+    let received = server.received(peer, secure, &id, arrived);
+    let drafts = shared.queue.put(&copies, &received).map_err(|error| storage_reply(&error))?;
+    let additions = Additions {
+        date: arrived.rfc5322(),
+        message_id: format!("<{id}@{}>", shared.config.hostname),
+        from: None,
+        drop_bcc: false,
+    };
+    Ok(Box::new(Stored {
+        shared: shared.clone(),
+        drafts,
+        places: copies.into_iter().map(|(place, _)| place).collect(),
+        id,
+        completer: complete.then(|| Completer::new(additions)),
+        buffer: Vec::new(),
+    }))
+}
+
+/// A message on its way into the queue.
+struct Stored {
+    shared: Arc<Shared>,
+    drafts: Copies,
+    places: Vec<Place>,
+    id: String,
+    completer: Option<Completer>,
+    buffer: Vec<u8>,
+}
+
+impl Intake for Stored {
+    fn write(&mut self, octets: &[u8]) -> io::Result<()> {
+        let Some(completer) = &mut self.completer else {
+            return self.drafts.write(octets);
+        };
+        self.buffer.clear();
+        completer.feed(octets, &mut self.buffer);
+        self.drafts.write(&self.buffer)
+    }
+
+    fn commit(mut self: Box<Self>) -> io::Result<Reply> {
+        if let Some(completer) = &mut self.completer {
+            self.buffer.clear();
+            completer.finish(&mut self.buffer);
+            self.drafts.write(&self.buffer)?;
+        }
+        self.drafts.commit()?;
+        self.shared.relay.arrived(&self.places);
+        Ok(Reply::new(250, "2.6.0", format!("OK, id={}", self.id)))
+    }
+}
+
+/// The provider's notices: into a held domain's Maildir, or out through the relay.
+pub struct Notices {
+    pub queue: crate::queue::Queue,
+    pub sorter: Sorter,
+    pub relay: super::relay::Handle,
+    pub stamps: Stamps,
+}
+
+impl Post for Notices {
+    fn post(&self, letter: &Letter) -> io::Result<()> {
+        let Some(place) = self.sorter.anywhere(&letter.to) else {
+            log::warn!("event=notice-undeliverable to=<{}>", letter.to);
+            return Ok(());
+        };
+        let envelope = Envelope {
+            from: ReversePath::Null,
+            recipients: vec![Recipient::plain(letter.to.clone())],
+            id: self.stamps.id(),
+            arrived: self.stamps.now(),
+            body: if letter.utf8 { Body::EightBit } else { Body::SevenBit },
+            utf8: letter.utf8,
+            ret: None,
+            envelope_id: None,
+        };
+        let mut copies = self.queue.put(&[(place.clone(), envelope)], "")?;
+        copies.write(&letter.text)?;
+        copies.commit()?;
+        self.relay.arrived(&[place]);
+        Ok(())
+    }
+}

@@ -1,0 +1,653 @@
+//! Outgoing mail of customers, on its way to the world: by MX (RFC 5321 section 5.1) or through a smarthost.
+//!
+//! ```text
+//! arrived ──▶ scheduler: which destination is due? ──▶ channel ──▶ workers: one session a destination
+//!                 ▲                                                   │
+//!                 └───────────── done, next attempt at … ◀────────────┘
+//! ```
+//!
+//! `SPOOL/outgoing/<domain>/` is a Maildir like any other, held and settled like a customer's mail. The
+//! scheduler keeps nothing that is not in the files: when a message is due is its time of modification.
+//! One connection carries all that is due for a destination, and a host that is down is left alone for a
+//! while, whoever has mail for it.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+
+use super::StartError;
+use crate::config::{self, Retry, Timeouts, TlsPolicy};
+use crate::dialogue::{Dialogue, Failure, Upstream, converse};
+use crate::dns::{Resolver, Route};
+use crate::outgoing::{Desk, Peer};
+use crate::queue::{Batch, Hold, NoHold, Place, Queue};
+use crate::smtp::address::Domain;
+use crate::smtp::client::{Client, Decided, Fate, Halt, Outcome, Plan, StartTls};
+use crate::smtp::reply::{Reply, Severity};
+use crate::stamp::Stamps;
+use crate::tls::{self, ClientSide, Trust};
+use crate::wire::Stop;
+
+/// Addresses tried for one destination in one attempt (RFC 5321 section 5.1 asks for two at least).
+const ADDRESSES: usize = 8;
+
+/// How often the folders are looked through for mail that another process (inetd mode) has put there.
+const LOOK_AROUND: Duration = Duration::from_secs(300);
+
+/// How soon a destination is looked at again when its mail or its host is busy.
+const SOON: Duration = Duration::from_secs(2);
+
+enum Event {
+    /// New mail for these destinations.
+    Arrived(Vec<Domain>),
+    /// A worker is done with these destinations, and when each is due again.
+    Done(Vec<(Domain, Option<SystemTime>)>),
+    /// Look whether it is time to stop.
+    Wake,
+}
+
+/// Tells the relay of new mail.
+#[derive(Clone)]
+pub struct Handle(Sender<Event>);
+
+impl Handle {
+    pub fn arrived(&self, places: &[Place]) {
+        let domains = places.iter().filter_map(|place| match place {
+            Place::Destination(domain) => Some(domain.clone()),
+            _ => None,
+        });
+        let domains: Vec<_> = domains.collect();
+        if !domains.is_empty() {
+            // Without a relay (inetd mode) the mail waits for the one that is started next.
+            let _ = self.0.send(Event::Arrived(domains));
+        }
+    }
+
+    pub fn wake(&self) {
+        let _ = self.0.send(Event::Wake);
+    }
+}
+
+/// The two ends of the relay's events.
+pub struct Events(Receiver<Event>);
+
+pub fn channel() -> (Handle, Events) {
+    let (sender, receiver) = crossbeam_channel::unbounded();
+    (Handle(sender), Events(receiver))
+}
+
+/// The scheduler.
+pub struct Relay {
+    worker: Arc<Worker>,
+    handle: Handle,
+    events: Receiver<Event>,
+}
+
+impl Relay {
+    pub fn new(
+        config: &config::Provider,
+        queue: &Queue,
+        stamps: &Stamps,
+        desk: Desk,
+        (handle, events): (Handle, Events),
+        stop: &Stop,
+    ) -> Result<Relay, StartError> {
+        let side = |trust: &Trust| tls::client_config(trust).map_err(StartError::Config);
+        let relay = &config.relay;
+        let smarthost = match &relay.smarthost {
+            None => None,
+            Some(smarthost) => Some(Upstream::new(smarthost).map_err(StartError::Config)?),
+        };
+        let verifies = relay.tls == TlsPolicy::Verify || relay.tls_for.values().any(|tls| *tls == TlsPolicy::Verify);
+        let worker = Worker {
+            hostname: config.hostname.clone(),
+            config: relay.clone(),
+            timeouts: config.timeouts.clone(),
+            queue: queue.clone(),
+            stamps: stamps.clone(),
+            desk,
+            smarthost,
+            anyone: side(&Trust::Anyone)?,
+            verified: if verifies { Some(side(&Trust::System)?) } else { None },
+            hosts: Hosts::default(),
+            talking: AtomicUsize::new(0),
+            stop: stop.clone(),
+        };
+        Ok(Relay { worker: Arc::new(worker), handle, events: events.0 })
+    }
+
+    /// Runs until it is told to stop; then waits a while for what is under way, which ends at its next wait.
+    pub fn run(self) {
+        let config = &self.worker.config;
+        let limit = match &self.worker.smarthost {
+            None => config.connections,
+            Some(_) => config.connections.min(config.connections_per_host),
+        };
+        let (jobs, waiting) = crossbeam_channel::unbounded::<Vec<Domain>>();
+        let mut workers = 0;
+        let mut calendar = Calendar::default();
+        calendar.read(&self.worker.queue);
+        let mut read = Instant::now();
+        let mut under_way = 0;
+        while !self.worker.stop.stopped() {
+            if read.elapsed() >= LOOK_AROUND {
+                calendar.read(&self.worker.queue);
+                read = Instant::now();
+            }
+            while under_way < limit
+                && let Some(job) = calendar.take_due(SystemTime::now(), self.worker.smarthost.is_some())
+            {
+                under_way += 1;
+                if under_way > workers {
+                    let (worker, handle, waiting) = (self.worker.clone(), self.handle.clone(), waiting.clone());
+                    match std::thread::Builder::new().name("relay".to_owned()).spawn(move || {
+                        waiting.iter().for_each(|job| worker.work(job, &handle));
+                    }) {
+                        Ok(_) => workers += 1,
+                        Err(error) => log::error!("event=no-thread error={:?}", error.to_string()),
+                    }
+                }
+                let _ = jobs.send(job);
+            }
+            let pause = if under_way < limit { calendar.pause(SystemTime::now()) } else { LOOK_AROUND };
+            match self.events.recv_timeout(pause) {
+                Ok(Event::Arrived(domains)) => domains.into_iter().for_each(|domain| calendar.arrived(domain)),
+                Ok(Event::Done(destinations)) => {
+                    under_way -= 1;
+                    destinations.into_iter().for_each(|(domain, due)| calendar.done(domain, due));
+                }
+                Ok(Event::Wake) | Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        // Sessions end behind their message. Who waits for a name server or a host that does not answer is not
+        // waited for: nothing is lost by that.
+        drop(jobs);
+        let deadline = Instant::now() + self.worker.timeouts.shutdown;
+        while self.worker.talking.load(Ordering::SeqCst) > 0
+            && !matches!(self.events.recv_deadline(deadline), Err(RecvTimeoutError::Timeout))
+        {}
+    }
+}
+
+/// Which destination is due when.
+#[derive(Default)]
+struct Calendar {
+    destinations: HashMap<Domain, Date>,
+}
+
+#[derive(Clone, Copy)]
+enum Date {
+    Due(SystemTime),
+    /// A worker has it; `true`: more mail has arrived meanwhile.
+    Busy(bool),
+}
+
+impl Calendar {
+    /// What the files say of destinations that are not known yet.
+    fn read(&mut self, queue: &Queue) {
+        let destinations = queue.destinations().unwrap_or_else(|error| {
+            log::error!("event=spool-failed error={:?}", error.to_string());
+            Vec::new()
+        });
+        for domain in
+            destinations.into_iter().filter(|domain| !self.destinations.contains_key(domain)).collect::<Vec<_>>()
+        {
+            match queue.next_due(&Place::Destination(domain.clone())) {
+                Ok(due) => self.done(domain, due),
+                Err(error) => log::error!("event=spool-failed domain={domain} error={:?}", error.to_string()),
+            }
+        }
+    }
+
+    fn arrived(&mut self, domain: Domain) {
+        let date = self.destinations.entry(domain).or_insert(Date::Due(SystemTime::now()));
+        *date = match *date {
+            Date::Busy(_) => Date::Busy(true),
+            Date::Due(due) => Date::Due(due.min(SystemTime::now())),
+        };
+    }
+
+    fn done(&mut self, domain: Domain, due: Option<SystemTime>) {
+        let arrived = matches!(self.destinations.get(&domain), Some(Date::Busy(true)));
+        match due {
+            None if arrived => self.destinations.insert(domain, Date::Due(SystemTime::now())),
+            None => self.destinations.remove(&domain),
+            Some(due) if arrived => self.destinations.insert(domain, Date::Due(due.min(SystemTime::now()))),
+            Some(due) => self.destinations.insert(domain, Date::Due(due)),
+        };
+    }
+
+    /// The next job: a destination that is due, or all of them where they have one way (`together`).
+    fn take_due(&mut self, now: SystemTime, together: bool) -> Option<Vec<Domain>> {
+        let is_due = |date: &Date| matches!(date, Date::Due(due) if *due <= now);
+        let due = self.destinations.iter().filter(|(_, date)| is_due(date)).map(|(domain, _)| domain.clone());
+        let job: Vec<_> = if together { due.collect() } else { due.take(1).collect() };
+        for domain in &job {
+            self.destinations.insert(domain.clone(), Date::Busy(false));
+        }
+        (!job.is_empty()).then_some(job)
+    }
+
+    /// How long nothing is due.
+    fn pause(&self, now: SystemTime) -> Duration {
+        let next = self.destinations.values().filter_map(|date| match date {
+            Date::Due(due) => Some(due.duration_since(now).unwrap_or_default()),
+            Date::Busy(_) => None,
+        });
+        next.min().map_or(LOOK_AROUND, |next| next.min(LOOK_AROUND)) + Duration::from_millis(1)
+    }
+}
+
+/// What all workers share.
+struct Worker {
+    hostname: String,
+    config: config::Relay,
+    timeouts: Timeouts,
+    queue: Queue,
+    stamps: Stamps,
+    desk: Desk,
+    smarthost: Option<Upstream>,
+    anyone: ClientSide,
+    verified: Option<ClientSide>,
+    hosts: Hosts,
+    /// Sessions under way.
+    talking: AtomicUsize,
+    stop: Stop,
+}
+
+/// Why no session came about: what it means for the mail that is due.
+enum Obstacle {
+    /// Not now, for this reason.
+    Later(Reply),
+    /// Never, for this reason.
+    Never(Reply),
+    /// All the host's connections are taken by others: soon.
+    Busy,
+    Stopped,
+}
+
+impl Worker {
+    fn work(&self, job: Vec<Domain>, handle: &Handle) {
+        let due = catch_unwind(AssertUnwindSafe(|| self.attempt(&job))).unwrap_or_else(|_| {
+            log::error!("event=panic destination={}", job[0]);
+            Some(SystemTime::now() + self.config.retry.first)
+        });
+        let next = |domain: &Domain| {
+            let files = self.queue.next_due(&Place::Destination(domain.clone()));
+            let files = files.unwrap_or_else(|_| Some(SystemTime::now() + self.config.retry.first));
+            files.map(|files| due.map_or(files, |due| due.max(files)))
+        };
+        let done = job.iter().map(|domain| (domain.clone(), next(domain))).collect();
+        let _ = handle.0.send(Event::Done(done));
+    }
+
+    /// One attempt at all that is due for these destinations. `Some`: not before then.
+    fn attempt(&self, domains: &[Domain]) -> Option<SystemTime> {
+        let places: Vec<_> = domains.iter().cloned().map(Place::Destination).collect();
+        let mut hold = match self.queue.hold(&places) {
+            Ok(hold) => hold,
+            Err(NoHold::Busy(_)) => return Some(SystemTime::now() + SOON),
+            Err(NoHold::Failed(error)) => {
+                log::error!("event=spool-failed error={:?}", error.to_string());
+                return Some(SystemTime::now() + self.config.retry.first);
+            }
+        };
+        let delivered = match &self.smarthost {
+            Some(smarthost) => self.by_smarthost(smarthost, &mut hold),
+            None => self.by_mx(&domains[0], &mut hold),
+        };
+        let settled = match delivered {
+            Ok(settled) => settled,
+            Err(Obstacle::Stopped) => true,
+            Err(Obstacle::Busy) => return Some(SystemTime::now() + SOON),
+            Err(Obstacle::Later(reply)) => self.conclude_all(&mut hold, &Fate::Deferred(reply)),
+            Err(Obstacle::Never(reply)) => self.conclude_all(&mut hold, &Fate::Refused(reply)),
+        };
+        // What could not be kept on disk is due as it was before: not at once again.
+        (!settled).then(|| SystemTime::now() + self.config.retry.first)
+    }
+
+    /// The same fate for all that is due; `false`: not all of it could be kept.
+    fn conclude_all(&self, hold: &mut Hold, fate: &Fate) -> bool {
+        let mut settled = true;
+        while let Some(batch) = hold.offer() {
+            let fates = vec![fate.clone(); batch.envelope.recipients.len()];
+            settled &= self.conclude(batch, Outcome { fates, decided: Decided::ByUs }, Peer::default(), hold);
+        }
+        settled
+    }
+
+    /// All that the hold offers, in one session; `false`: not all outcomes could be kept.
+    fn deliver(&self, mut dialogue: Dialogue, hold: &mut Hold) -> bool {
+        let _talk = Talk::begin(&self.talking);
+        let mut settled = true;
+        let mut settle = |batch: Batch, outcome: Outcome, client: &Client, hold: &mut Hold| {
+            let peer = Peer { name: client.peer_name(), dsn: client.offered().dsn };
+            settled &= self.conclude(batch, outcome, peer, hold);
+        };
+        match dialogue.deliver(hold, &mut settle) {
+            Ok(()) => dialogue.quit(),
+            Err(failure) => log::info!("event=relay-cut-short error={:?}", failure.to_string()),
+        }
+        settled
+    }
+
+    fn conclude(&self, batch: Batch, outcome: Outcome, peer: Peer<'_>, hold: &mut Hold) -> bool {
+        let id = batch.envelope.id.clone();
+        let recipients = batch.envelope.recipients.clone();
+        let retry: Option<&Retry> = Some(&self.config.retry);
+        match self.desk.conclude(batch, outcome, peer, retry, hold) {
+            Err(error) => {
+                log::error!("event=settle-failed id={id} error={:?}", error.to_string());
+                false
+            }
+            Ok(outcome) => {
+                for (recipient, fate) in recipients.iter().zip(&outcome.fates) {
+                    let (word, reply) = match fate {
+                        Fate::Delivered(reply) => ("relayed", reply.to_string()),
+                        Fate::Deferred(reply) => ("deferred", reply.to_string()),
+                        Fate::Refused(reply) => ("failed", reply.to_string()),
+                        Fate::InDoubt => ("in-doubt", String::new()),
+                    };
+                    let (to, host) = (&recipient.mailbox, peer.name.unwrap_or("-"));
+                    log::info!("event={word} id={id} to=<{to}> host={host} reply={reply:?}");
+                }
+                true
+            }
+        }
+    }
+
+    /// All to one host.
+    fn by_smarthost(&self, smarthost: &Upstream, hold: &mut Hold) -> Result<bool, Obstacle> {
+        let address = smarthost.address();
+        let guest = self.hosts.enter(address, self.config.connections_per_host)?;
+        match smarthost.connect(&self.hostname, &self.timeouts, &self.stop) {
+            Ok(dialogue) => {
+                let settled = self.deliver(dialogue, hold);
+                drop(guest);
+                Ok(settled)
+            }
+            Err(Failure::Stopped) => Err(Obstacle::Stopped),
+            Err(failure) => {
+                self.hosts.is_down(address, self.config.retry.first);
+                log::warn!("event=host-failed host={address} error={:?}", failure.to_string());
+                Err(Obstacle::Later(unreachable_host(&failure)))
+            }
+        }
+    }
+
+    /// Finds a host that takes the mail of a domain (RFC 5321 section 5.1).
+    fn by_mx(&self, domain: &Domain, hold: &mut Hold) -> Result<bool, Obstacle> {
+        let later = |text: String| Obstacle::Later(Reply::new(451, "4.4.3", text));
+        let resolver = match self.config.resolver {
+            Some(server) => Resolver::at(server, &self.stamps),
+            None => Resolver::system(&self.stamps).map_err(|error| later(format!("No name server: {error}")))?,
+        };
+        let route = resolver.route(domain).map_err(|error| later(format!("{domain} cannot be looked up: {error}")))?;
+        let policy = self.config.policy(domain);
+        let mut last = later(format!("No mail host of {domain} could be reached"));
+        // Hosts without any address are an error of the domain's, and no time mends it (RFC 5321 section 5.1).
+        let mut hopeless = true;
+        let mut tried = 0;
+        for host in hosts(route, domain, &self.hostname).map_err(Obstacle::Never)? {
+            let addresses = match resolver.addresses(&host) {
+                Ok(addresses) => addresses,
+                Err(error) => {
+                    hopeless = false;
+                    last = later(format!("{host} cannot be looked up: {error}"));
+                    continue;
+                }
+            };
+            hopeless &= addresses.is_empty();
+            for address in addresses {
+                if self.stop.stopped() {
+                    return Err(Obstacle::Stopped);
+                }
+                if tried >= ADDRESSES {
+                    return Err(last);
+                }
+                tried += 1;
+                match self.try_host(&host, address, policy) {
+                    Ok((dialogue, guest)) => {
+                        let settled = self.deliver(dialogue, hold);
+                        drop(guest);
+                        return Ok(settled);
+                    }
+                    Err(Obstacle::Stopped) => return Err(Obstacle::Stopped),
+                    Err(obstacle) => last = obstacle,
+                }
+            }
+        }
+        if hopeless {
+            last = Obstacle::Never(Reply::new(550, "5.4.4", format!("No mail host of {domain} has an address")));
+        }
+        Err(last)
+    }
+
+    /// One address; with opportunistic TLS a second time in clear when TLS fails.
+    fn try_host(&self, host: &Domain, address: IpAddr, policy: TlsPolicy) -> Result<(Dialogue, Guest<'_>), Obstacle> {
+        let address = SocketAddr::new(address, self.config.port);
+        let guest = self.hosts.enter(&address.to_string(), self.config.connections_per_host)?;
+        let side = match (policy, &self.verified) {
+            (TlsPolicy::Verify, Some(side)) => side,
+            _ => &self.anyone,
+        };
+        let plan = |starttls| Plan {
+            name: self.hostname.clone(),
+            starttls,
+            tls: false,
+            credentials: None,
+            chunking: true,
+            atrn: false,
+        };
+        let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
+        let tls = Some((side, host.as_str()));
+        let mut result = converse(address, plan(required), tls, &self.timeouts, &self.stop);
+        if policy == TlsPolicy::May && matches!(result, Err(Failure::Broken(_) | Failure::NoTls(_))) {
+            result = converse(address, plan(StartTls::Never), None, &self.timeouts, &self.stop);
+        }
+        let dialogue = match result {
+            Ok(dialogue) => dialogue,
+            Err(Failure::Stopped) => return Err(Obstacle::Stopped),
+            Err(failure) => {
+                if matches!(failure, Failure::Lost(_)) {
+                    self.hosts.is_down(&address.to_string(), self.config.retry.first);
+                }
+                log::info!("event=host-failed host={host} address={address} error={:?}", failure.to_string());
+                return Err(obstacle(&failure));
+            }
+        };
+        // A host that calls itself by our name is us: this mail would go in circles.
+        if dialogue.client().peer_name().is_some_and(|name| name.eq_ignore_ascii_case(&self.hostname)) {
+            dialogue.quit();
+            return Err(Obstacle::Never(Reply::new(554, "5.4.6", "Mail for that domain comes back to this host")));
+        }
+        Ok((dialogue, guest))
+    }
+}
+
+/// The hosts to try, in order.
+fn hosts(route: Route, domain: &Domain, hostname: &str) -> Result<Vec<Domain>, Reply> {
+    let hops = match route {
+        // RFC 7505 section 3.
+        Route::Null => return Err(Reply::new(556, "5.1.10", format!("{domain} takes no mail (null MX)"))),
+        Route::NoDomain => return Err(Reply::new(550, "5.1.2", format!("There is no domain {domain}"))),
+        Route::Implicit => return Ok(vec![domain.clone()]),
+        Route::Hosts(hops) => hops,
+    };
+    // RFC 5321 section 5.1: we are no way to the domain, and whoever is less preferred than we are would
+    // send the mail back to us.
+    let own = hops.iter().find(|hop| hop.host.as_str().eq_ignore_ascii_case(hostname)).map(|hop| hop.preference);
+    let before = |preference: u16| own.is_none_or(|own| preference < own);
+    let hosts: Vec<_> = hops.into_iter().filter(|hop| before(hop.preference)).map(|hop| hop.host).collect();
+    if hosts.is_empty() {
+        return Err(Reply::new(554, "5.4.6", format!("This host is the mail host of {domain} and does not hold it")));
+    }
+    Ok(hosts)
+}
+
+/// What a failed conversation means for the mail.
+fn obstacle(failure: &Failure) -> Obstacle {
+    match failure {
+        // A greeting of 554 or 521 is the host's last word, but another host may speak otherwise; so the
+        // mail waits (RFC 5321 section 4.5.4.1 leaves it to us).
+        Failure::Halted(Halt::Refused { reply, .. }) if reply.severity() == Severity::Transient => {
+            Obstacle::Later(reply.clone())
+        }
+        failure => Obstacle::Later(unreachable_host(failure)),
+    }
+}
+
+fn unreachable_host(failure: &Failure) -> Reply {
+    Reply::new(451, "4.4.1", failure.to_string())
+}
+
+/// A session under way, ended by `Drop`.
+struct Talk<'a>(&'a AtomicUsize);
+
+impl Talk<'_> {
+    fn begin(count: &AtomicUsize) -> Talk<'_> {
+        count.fetch_add(1, Ordering::SeqCst);
+        Talk(count)
+    }
+}
+
+impl Drop for Talk<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// The hosts of the world, as far as we have to do with them.
+#[derive(Default)]
+struct Hosts {
+    state: Mutex<HashMap<String, Host>>,
+}
+
+#[derive(Default)]
+struct Host {
+    guests: usize,
+    down_until: Option<Instant>,
+}
+
+impl Hosts {
+    /// One connection more to a host, unless it is known to be down or has enough of us.
+    fn enter(&self, address: &str, limit: usize) -> Result<Guest<'_>, Obstacle> {
+        let mut state = self.lock();
+        let host = state.entry(address.to_owned()).or_default();
+        if host.down_until.is_some_and(|until| until > Instant::now()) {
+            return Err(Obstacle::Later(Reply::new(451, "4.4.1", format!("{address} was not reachable lately"))));
+        }
+        if host.guests >= limit {
+            return Err(Obstacle::Busy);
+        }
+        host.guests += 1;
+        Ok(Guest { hosts: self, address: address.to_owned() })
+    }
+
+    fn is_down(&self, address: &str, pause: Duration) {
+        let mut state = self.lock();
+        // Those that have been left alone long enough are forgotten.
+        state.retain(|_, host| host.guests > 0 || host.down_until.is_some_and(|until| until > Instant::now()));
+        state.entry(address.to_owned()).or_default().down_until = Some(Instant::now() + pause.mul_f32(0.8));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Host>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One connection to a host, ended by `Drop`.
+struct Guest<'a> {
+    hosts: &'a Hosts,
+    address: String,
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        if let Some(host) = self.hosts.lock().get_mut(&self.address) {
+            host.guests = host.guests.saturating_sub(1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dns::Hop;
+
+    fn domain(name: &str) -> Domain {
+        Domain::parse(name).unwrap()
+    }
+
+    /// RFC 5321 section 5.1 and RFC 7505, for mail to `example.org` on `relay.example.net`.
+    #[test]
+    fn routes_become_hosts_or_a_refusal() {
+        let check = |route, wanted: Result<&[&str], u16>| {
+            let found = hosts(route, &domain("example.org"), "Relay.example.net");
+            let names = found.map(|hosts| hosts.iter().map(Domain::to_string).collect::<Vec<_>>());
+            let wanted = wanted.map(|names| names.iter().map(|name| (*name).to_owned()).collect());
+            assert_eq!(names.map_err(|reply| reply.code()), wanted);
+        };
+        let mx = |hops: &[(u16, &str)]| {
+            Route::Hosts(
+                hops.iter().map(|(preference, host)| Hop { preference: *preference, host: domain(host) }).collect(),
+            )
+        };
+        check(Route::Implicit, Ok(&["example.org"]));
+        check(Route::Null, Err(556));
+        check(Route::NoDomain, Err(550));
+        check(mx(&[]), Err(554));
+        check(mx(&[(10, "a.example"), (20, "b.example")]), Ok(&["a.example", "b.example"]));
+        // Our own name cuts the tail, and what is as preferred as we are goes with it.
+        let own = (20, "relay.example.net");
+        check(mx(&[(10, "a.example"), own, (20, "b.example"), (30, "c.example")]), Ok(&["a.example"]));
+        check(mx(&[(20, "b.example"), own]), Err(554));
+    }
+
+    #[test]
+    fn the_calendar_gives_each_destination_to_one_worker() {
+        let (now, a, b) = (SystemTime::now(), domain("a.example"), domain("b.example"));
+        let later = now + Duration::from_secs(60);
+        let mut calendar = Calendar::default();
+        assert_eq!(calendar.take_due(now, false), None);
+        calendar.arrived(a.clone());
+        let soon = now + Duration::from_secs(1);
+        assert_eq!(calendar.take_due(soon, false), Some(vec![a.clone()]));
+        // While a worker has it, more mail makes it due again at once, but not twice.
+        calendar.arrived(a.clone());
+        assert_eq!(calendar.take_due(soon, false), None);
+        calendar.done(a.clone(), Some(later));
+        assert_eq!(calendar.take_due(soon, false), Some(vec![a.clone()]));
+        calendar.done(a.clone(), Some(later));
+        assert_eq!(calendar.take_due(soon, false), None);
+        assert!(calendar.pause(now) <= Duration::from_secs(61));
+        assert_eq!(calendar.take_due(later, false), Some(vec![a.clone()]));
+        calendar.done(a.clone(), None);
+        assert!(calendar.destinations.is_empty());
+        // One way for all: one job for all.
+        calendar.arrived(a.clone());
+        calendar.arrived(b.clone());
+        let mut job = calendar.take_due(soon, true).unwrap();
+        job.sort();
+        assert_eq!(job, [a, b]);
+    }
+
+    #[test]
+    fn hosts_have_limits_and_are_left_alone_when_down() {
+        let hosts = Hosts::default();
+        let address = "127.0.0.2:25";
+        let guest = hosts.enter(address, 1).ok().unwrap();
+        assert!(matches!(hosts.enter(address, 1), Err(Obstacle::Busy)));
+        drop(guest);
+        assert!(hosts.enter(address, 1).is_ok());
+        hosts.is_down(address, Duration::from_secs(60));
+        assert!(matches!(hosts.enter(address, 1), Err(Obstacle::Later(_))));
+    }
+}
