@@ -1,4 +1,5 @@
 //! The one integration-test binary.
 
 mod floors;
+mod send;
 mod transcripts;

@@ -159,7 +159,7 @@ class Box:
         file = self.path / name
         return file.read_text(errors="backslashreplace") if file.exists() else ""
 
-    def print_logs(self, lines=15):
+    def print_logs(self, lines=int(os.environ.get("LOG_LINES", "15"))):
         for file in sorted(self.path.glob("*.log")):
             tail = file.read_text(errors="backslashreplace").splitlines()[-lines:]
             if tail:
@@ -229,9 +229,12 @@ class Certificates:
 
 
 class Provider:
-    """A provider's files and, when started, its process. Ports are known once it runs."""
+    """A provider's files and, when started, its process. Ports are known once it runs.
 
-    def __init__(self, box, *, certificates=None, require_tls=True, customers=None, ports=None, name="serve", more=""):
+    `more`: lines of the configuration, each section's behind its head; `accounts`: the same of customers' files, by name.
+    """
+
+    def __init__(self, box, *, certificates=None, require_tls=True, customers=None, ports=None, name="serve", more="", accounts=None):
         self.box = box
         self.spool = box.path / f"{name}-spool"
         self.log_name = f"{name}.log"
@@ -264,9 +267,13 @@ require-tls = {str(require_tls).lower()}
 {sections["odmr"]}
 {head}""",
         )
+        if "[relay]" not in head:
+            # No name of these scenarios is asked of the world's name servers.
+            self.config.write_text(self.config.read_text() + '[relay]\nresolver = "127.0.0.1:1"\n')
         for customer, domains in self.customers.items():
             quoted = ", ".join(f'"{domain}"' for domain in domains)
-            box.write(f"{name}-customers.d/{customer}.toml", f'domains = [{quoted}]\nsecret = "{secret(customer)}"\n')
+            lines = f'domains = [{quoted}]\nsecret = "{secret(customer)}"\n{(accounts or {}).get(customer, "")}\n'
+            box.write(f"{name}-customers.d/{customer}.toml", lines)
 
     def start(self):
         before = len(self.log())

@@ -32,15 +32,15 @@ tlsmgr    unix - - n 1000? 1 tlsmgr
 
 
 class Postfix:
-    """An instance with its own configuration, queue and log."""
+    """An instance with its own configuration, queue and log. `services`: more lines for master.cf."""
 
-    def __init__(self, box, settings):
+    def __init__(self, box, settings, services=""):
         self.box = box
         self.directory = box.path / "postfix"
         for name in ("queue", "data"):
             (box.path / name).mkdir()
         os.chown(box.path / "data", pwd.getpwnam("postfix").pw_uid, -1)
-        box.write("postfix/master.cf", MASTER, mode=0o644)
+        box.write("postfix/master.cf", MASTER + services, mode=0o644)
         box.write(
             "postfix/main.cf",
             f"""compatibility_level = 3.6

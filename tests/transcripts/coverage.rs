@@ -15,10 +15,10 @@ const VERBS: &[&str] = &[
 const UNKNOWN: &str = "an unknown word";
 
 /// The servers of the program and the states that change what a verb means there.
-const STATES: &[(&str, [&str; 3])] = &[
-    ("inbound", ["before EHLO", "after EHLO", "in a transaction"]),
-    ("odmr", ["before EHLO", "after EHLO", "authenticated"]),
-    ("customer", ["before EHLO", "after EHLO", "in a transaction"]),
+const STATES: &[(&str, &[&str])] = &[
+    ("inbound", &["before EHLO", "after EHLO", "in a transaction"]),
+    ("odmr", &["before EHLO", "after EHLO", "authenticated", "in a transaction"]),
+    ("customer", &["before EHLO", "after EHLO", "in a transaction"]),
 ];
 
 /// RFC 2645 sections 5.2.1 and 7, and what a provider says to a wrong ATRN.
@@ -167,8 +167,8 @@ impl Walk<'_> {
         }
         let Some(verb) = self.pending.pop_front() else { return };
         let good = text.starts_with('2');
-        let states = STATES.iter().find(|(name, _)| *name == server).map_or([""; 3], |(_, states)| *states);
-        let state = states[self.state];
+        let states = STATES.iter().find(|(name, _)| *name == server).map_or(&[""][..], |(_, states)| *states);
+        let state = states.get(self.state).copied().unwrap_or_default();
         self.exchanges.push(Exchange {
             file: self.file,
             line,
@@ -180,10 +180,12 @@ impl Walk<'_> {
         self.content = verb == "DATA" && text.starts_with("354");
         self.response = text.starts_with("334");
         self.state = match (server, verb.as_str()) {
-            ("odmr", "EHLO" | "HELO") if good => self.state.max(1),
+            ("odmr", "EHLO" | "HELO") if good => self.state.clamp(1, 2),
             ("odmr", "AUTH") if text.starts_with("235") => 2,
-            (_, "EHLO" | "HELO") if good => 1,
+            ("odmr", "MAIL") if good => 3,
+            ("odmr", "RSET" | ".") => self.state.min(2),
             ("odmr", _) => self.state,
+            (_, "EHLO" | "HELO") if good => 1,
             (_, "MAIL") if good => 2,
             (_, "RSET" | ".") => self.state.min(1),
             _ => self.state,

@@ -37,6 +37,9 @@ max-size = "1MiB"
 listen = ["127.0.0.1:0"]
 listen-tls = {listen-tls}
 require-tls = {require-tls}
+
+[relay]
+resolver = "127.0.0.1:1"
 "#;
 
 const ACME: &str = r#"domains = ["example.org", "example.com"]

@@ -1,0 +1,217 @@
+"""Where mail goes and on what terms: MX records of all kinds, TLS policies, delivery status notifications."""
+
+import email
+import socket
+import time
+
+from harness import LOOPBACK, Customer, Provider, Smtp, check, free_port, scenario, wait_until
+from world import RELAYS, House, Names, outgoing_table, self_signed, sendmail
+
+MX = "127.0.0.3"
+
+
+def world(box, house, *, mx, hosts, more="", aliases=None):
+    """Provider and customer with names of their own."""
+    names = Names(box, mx=mx, hosts=hosts, aliases=aliases)
+    relay = f'[relay]\nresolver = "{names.resolver}"\nport = {house.port}\nretry-first = "1s"\n{more}'
+    provider = Provider(box, require_tls=False, accounts=RELAYS, more=relay).start()
+    return provider, Customer(box, provider.odmr, tls="none", more=outgoing_table(box))
+
+
+def send(box, customer, *arguments, text="Subject: x\n\nx\n"):
+    done = sendmail(box, customer, "-f", "adam@example.org", *arguments, text=text)
+    check(done.returncode == 0, f"sendmail {arguments}: exit {done.returncode}: {done.stderr}")
+
+
+def reports(notice):
+    """Recipient -> its group of fields, of the octets of a notice; no notice: empty."""
+    message = email.message_from_bytes(notice)
+    if message.get_content_type() != "multipart/report":
+        return {}
+    groups = message.get_payload(1).get_payload()[1:]
+    return {group["Final-Recipient"].split("; ")[1]: group for group in groups}
+
+
+def all_reports(customer, wanted):
+    """Calls until all these recipients were reported on. Gives recipient -> fields."""
+
+    def found():
+        check((result := customer.pull()) == 0, f"pull: exit {result}")
+        every = {}
+        for path in customer.files():
+            every |= reports(path.read_bytes())
+        return every if set(every) >= set(wanted) else None
+
+    return wait_until(found, f"notices about {wanted}", pause=0.2)
+
+
+@scenario("routes", needs=["dnsmasq"])
+def routes(box):
+    """MX records: sixty (over TCP), CNAMEs, none but an address, ourselves in the list; no domain makes a notice"""
+    house = House(box, address=MX)
+    long = [f"h{number}-with-a-name-so-long-that-sixty-are-too-many.many.example" for number in range(60)]
+    provider, customer = world(
+        box,
+        house,
+        mx={
+            "many.example": list(enumerate(long)),
+            "own.example": [(10, "relay.example.net"), (20, "mx.dest.example")],
+            "behind.example": [(10, "mx.dest.example"), (20, "relay.example.net"), (30, "dead.example")],
+            "equal.example": [(10, "mx.dest.example"), (10, "mx2.dest.example")],
+        },
+        hosts={name: MX for name in ("mx.dest.example", "mx2.dest.example", "implicit.example", *long)},
+        aliases={"alias.example": "implicit.example", "mxalias.example": "equal.example"},
+    )
+    good = ["many", "behind", "equal", "implicit", "alias", "mxalias"]
+    for name in [*good, "own", "none"]:
+        send(box, customer, f"u@{name}.example")
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    wanted = sorted(f"u@{name}.example" for name in good)
+    recipients = lambda: sorted(one for letter in house.letters for one in letter.recipients)
+    wait_until(lambda: len(recipients()) >= len(wanted), f"{wanted}; {recipients()}")
+    check(recipients() == wanted, f"{recipients()}")
+    got = all_reports(customer, ["u@own.example", "u@none.example"])
+    statuses = {recipient: group["Status"] for recipient, group in got.items()}
+    check(statuses == {"u@own.example": "5.4.6", "u@none.example": "5.1.2"}, f"{statuses}")
+    return f"{len(wanted)} ways good, 2 notices"
+
+
+class Deaf:
+    """For House.tls: says 220 to STARTTLS and then hangs up."""
+
+    def wrap_socket(self, *_, **__):
+        raise OSError("no TLS after all")
+
+
+@scenario("relay-tls", needs=["dnsmasq"])
+def relay_tls(box):
+    """tls = may, must and verify to MX hosts: self-signed, without STARTTLS, with a broken one; a full host waits"""
+    tls = self_signed(box, "mx.dest.example")
+    clear = House(box, address="127.0.0.3")
+    signed = House(box, address="127.0.0.4", port=clear.port, tls=tls)
+    deaf = House(box, address="127.0.0.5", port=clear.port, tls=tls)
+    deaf.tls = Deaf()
+    later = House(box, address="127.0.0.6", port=clear.port, tls=tls, refusals={"STAR": ["454 4.7.0 not now"] * 9})
+    full = House(box, address="127.0.0.7", port=clear.port, refusals={"MAIL": ["452 4.3.1 no room"] * 9})
+    hosts = {"clear": 3, "mclear": 3, "signed": 4, "msigned": 4, "vsigned": 4, "deaf": 5, "later": 6, "full": 7}
+    provider, customer = world(
+        box,
+        clear,
+        mx={f"{name}.example": [(1, f"mx-{name}.example")] for name in hosts},
+        hosts={f"mx-{name}.example": f"127.0.0.{last}" for name, last in hosts.items()},
+        more='tls-for = { "mclear.example" = "must", "msigned.example" = "must", "vsigned.example" = "verify" }\n',
+    )
+    for name in hosts:
+        send(box, customer, f"u@{name}.example")
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    recipients = lambda house: sorted(one for letter in house.letters for one in letter.recipients)
+    wait_until(lambda: len(recipients(signed)) == 2 and recipients(clear) and recipients(later), "those that may go")
+    wait_until(lambda: recipients(deaf), "mail in clear to a host whose TLS is broken")
+    time.sleep(1)
+    check(recipients(clear) == ["u@clear.example"], f"in clear: {recipients(clear)}")
+    check(recipients(signed) == ["u@msigned.example", "u@signed.example"], f"self-signed: {recipients(signed)}")
+    check(all(signed.secured) and not any(later.secured), f"{signed.secured} {later.secured}")
+    for name in ("mclear", "vsigned"):
+        check(f" to=<u@{name}.example> host=- reply=\"451 4.4.1 " in provider.log(), f"{name}: not deferred")
+    check(1 <= full.connections <= 4, f"{full.connections} connections to a host whose disk is full")
+    return f"{full.connections} connections to a full host"
+
+
+@scenario("notices", needs=["dnsmasq"])
+def notices(box):
+    """DSN: passed on, or relayed; RET=FULL; 550 of many kinds; a letter the customer refuses comes back to its sender"""
+    plain = House(box, address=MX)
+    able = House(box, address="127.0.0.4", port=plain.port, keywords=("PIPELINING", "8BITMIME", "DSN", "CHUNKING"))
+    small = House(box, address="127.0.0.5", port=plain.port, keywords=("SIZE 500",))
+    no = House(
+        box, address="127.0.0.6", port=plain.port,
+        refusals={"RCPT": ["550 5.1.1 no such user", "550-5.2.1 two\r\n550 5.2.1 lines"], "DATA": ["554 5.6.0 bad"]},
+    )
+    hosts = {"plain": MX, "able": "127.0.0.4", "small": "127.0.0.5", "no": "127.0.0.6"}
+    provider, customer = world(
+        box,
+        plain,
+        mx={f"{name}.example": [(1, f"mx-{name}.example")] for name in hosts},
+        hosts={f"mx-{name}.example": address for name, address in hosts.items()},
+    )
+    send(box, customer, "-N", "success,failure", "-V", "id+2B1", "-R", "full", "u@plain.example", "u@able.example")
+    send(box, customer, "u@small.example", text="Subject: big\n\n" + ("z" * 70 + "\n") * 20)
+    send(box, customer, "-R", "full", "u@no.example", "v@no.example", "w@no.example", text="Subject: whole\n\nall of it\n")
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    wanted = {"u@no.example": "5.1.1", "v@no.example": "5.2.1", "w@no.example": "5.6.0", "u@small.example": "5.3.4"}
+    got = all_reports(customer, [*wanted, "u@plain.example"])
+    statuses = {recipient: group["Status"] for recipient, group in got.items() if group["Action"] == "failed"}
+    check(statuses == wanted, f"{statuses}")
+    check(got["u@plain.example"]["Action"] == "relayed", f"{got['u@plain.example']['Action']}")
+    check("u@able.example" not in got, "a notice of what the next hop will report")
+    mail = [attempt.line for attempt in able.attempts if attempt.verb in ("MAIL", "RCPT")]
+    check(all(word in mail[0] for word in ("RET=FULL", "ENVID=id+2B1")), f"{mail}")
+    check("NOTIFY=SUCCESS,FAILURE" in mail[1].upper(), f"{mail}")
+    check(able.letters and not small.letters and not no.letters, "who has it")
+    files = [path.read_bytes() for path in customer.files()]
+    (one,) = [file for file in files if "u@no.example" in reports(file)]
+    whole = email.message_from_bytes(one).get_payload(2)
+    check(whole.get_content_type() == "message/rfc822", f"RET=FULL: {whole.get_content_type()}")
+    check("all of it" in whole.as_string() and "v@no.example" in reports(one), f"{one!r}")
+    (one,) = [file for file in files if "u@plain.example" in reports(file)]
+    check(email.message_from_bytes(one).get_payload(1).get_payload(0)["Original-Envelope-Id"] == "id+1", f"{one!r}")
+
+    # A letter from outside that the customer refuses for good: its sender hears of it, by the relay.
+    customer.config.write_text(customer.config.read_text().replace('"@example.org", "@example.com"', '"eva@example.org"'))
+    before = len(plain.letters)
+    with Smtp(provider.inbound) as line:
+        line.hello()
+        reply = line.send("l@plain.example", ["nosuch@example.org"], b"Subject: wrong\r\n\r\nx\r\n")
+        check(reply.startswith("250"), reply)
+        reply = line.send("", ["nosuch@example.org"], b"Subject: of nobody\r\n\r\nx\r\n")
+        check(reply.startswith("250"), reply)
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    wait_until(lambda: len(plain.letters) > before, "a notice to the sender outside")
+    letter = plain.letters[before]
+    group = reports(letter.content)["nosuch@example.org"]
+    check(letter.sender == "" and letter.recipients == ["l@plain.example"], f"{letter}")
+    check(group["Status"] == "5.1.1" and group["Remote-MTA"] == "dns; mail.example.org", f"{letter}")
+    time.sleep(0.3)
+    check(len(plain.letters) == before + 1, "a notice about a notice")
+    return f"{len(wanted)} failed, 1 relayed, 1 passed on, 1 to the world"
+
+
+@scenario("relay-stops", needs=["dnsmasq"])
+def relay_stops(box):
+    """SIGTERM ends serve soon while a name server is silent, while a host drops SYN, and while one never greets"""
+    port = free_port()
+    silent_names = box.keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    silent_names.bind((LOOPBACK, 0))
+    # A backlog that is full: the kernel drops what comes.
+    dropping = box.keep(socket.socket())
+    dropping.bind(("127.0.0.3", port))
+    dropping.listen(0)
+    for _ in range(3):
+        knock = box.keep(socket.socket())
+        knock.setblocking(False)
+        knock.connect_ex(("127.0.0.3", port))
+    box.keep(socket.create_server(("127.0.0.4", port)))  # accepts, and says nothing
+    hosts = {"mx-drop.example": "127.0.0.3", "mx-mute.example": "127.0.0.4"}
+    mx = {"drop.example": [(1, "mx-drop.example")], "mute.example": [(1, "mx-mute.example")]}
+    names = Names(box, mx=mx, hosts=hosts)
+    took = []
+    for resolver, domain in (
+        (f"{LOOPBACK}:{silent_names.getsockname()[1]}", "lookup.example"),
+        (names.resolver, "drop.example"),
+        (names.resolver, "mute.example"),
+    ):
+        label = domain.split(".")[0]
+        relay = f'[relay]\nresolver = "{resolver}"\nport = {port}\n'
+        provider = Provider(box, require_tls=False, accounts=RELAYS, name=f"serve-{label}", more=relay).start()
+        customer = Customer(box, provider.odmr, tls="none", file=label, more=outgoing_table(box, label))
+        send(box, customer, f"u@{domain}")
+        check((result := customer.pull()) == 0, f"pull: exit {result}")
+        time.sleep(0.3)
+        begin = time.monotonic()
+        check((result := provider.stop()) == 0, f"{label}: exit {result}")
+        seconds = time.monotonic() - begin
+        check(seconds < 3, f"{label}: {seconds:.1f} s to end")
+        left = [file for part in ("new", "cur") for file in provider.spool.glob(f"outgoing/{domain}/{part}/*")]
+        check(len(left) == 1, f"{label}: {len(left)} files left")
+        took.append(f"{label} {seconds * 1000:.0f} ms")
+    return ", ".join(took)

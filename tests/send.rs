@@ -1,0 +1,352 @@
+//! `odmr send` and the listener of `odmr pull --daemon`, as programs use them: the real binary, its exit codes, and the
+//! files it leaves.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+const CUSTOMER: &str = r#"hostname = "mail.example.org"
+
+[provider]
+address = "127.0.0.1:1"
+tls = "none"
+name = "acme"
+secret = "tanstaaftanstaaf"
+
+[mailboxes]
+root = "mailboxes"
+accept = ["alice@example.org", "bob@example.org"]
+
+[limits]
+received-hops = 3
+"#;
+
+const OUTGOING: &str = "[outgoing]\nqueue = \"outgoing\"\nmax-size = 70000\nlisten = [\"127.0.0.1:0\"]\n";
+
+struct House(tempfile::TempDir);
+
+/// What a run of the program came to.
+struct Outcome {
+    code: i32,
+    out: String,
+    error: String,
+}
+
+impl House {
+    fn new() -> House {
+        House::with(&format!("{CUSTOMER}{OUTGOING}"))
+    }
+
+    fn with(config: &str) -> House {
+        let house = House(tempfile::tempdir().unwrap());
+        fs::write(house.config(), config).unwrap();
+        fs::set_permissions(house.config(), fs::Permissions::from_mode(0o600)).unwrap();
+        house
+    }
+
+    fn config(&self) -> PathBuf {
+        self.0.path().join("customer.toml")
+    }
+
+    fn send(&self, words: &[&str], input: &str) -> Outcome {
+        self.run(Path::new(env!("CARGO_BIN_EXE_odmr")), &[&["send"], words].concat(), input)
+    }
+
+    fn run(&self, program: &Path, words: &[&str], input: &str) -> Outcome {
+        let mut child = Command::new(program)
+            .args(words)
+            .env("ODMR_CONFIG", self.config())
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // The program may be gone before it has read all.
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        let output = child.wait_with_output().unwrap();
+        let text = |octets: Vec<u8>| String::from_utf8(octets).unwrap();
+        Outcome { code: output.status.code().unwrap(), out: text(output.stdout), error: text(output.stderr) }
+    }
+
+    /// The messages that stand in a Maildir.
+    fn messages(&self, maildir: &str) -> Vec<String> {
+        let Ok(files) = fs::read_dir(self.0.path().join(maildir).join("new")) else { return Vec::new() };
+        let mut paths: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+        paths.sort();
+        paths.iter().map(|path| String::from_utf8_lossy(&fs::read(path).unwrap()).into_owned()).collect()
+    }
+
+    fn waiting(&self) -> Vec<String> {
+        self.messages("outgoing")
+    }
+
+    /// The one message that waits.
+    fn only(&self) -> String {
+        let mut waiting = self.waiting();
+        assert_eq!(waiting.len(), 1, "{waiting:?}");
+        waiting.remove(0)
+    }
+}
+
+fn has(text: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(text.contains(part), "{part:?} does not stand in\n{text}");
+    }
+}
+
+#[test]
+fn a_message_is_queued_whole_with_what_its_header_lacked() {
+    let house = House::new();
+    let sent =
+        house.send(&["-f", "eva", "-F", "Eva E.", "dave@example.net"], "Subject: hello\n\nHello.\n.\nnot this\n");
+    assert_eq!((sent.code, sent.error.as_str()), (0, ""));
+    let message = house.only();
+    has(
+        &message,
+        &[
+            "Return-Path: <eva@example.org>\nDelivered-To: dave@example.net\nX-ODMR-Envelope: id=",
+            "; body=7BIT\nReceived: by mail.example.org (odmr, from uid ",
+            "\nSubject: hello\nFrom: \"Eva E.\" <eva@example.org>\nDate: ",
+            "\nMessage-ID: <",
+            "@mail.example.org>\n\nHello.\n",
+        ],
+    );
+    assert!(!message.contains("not this"));
+}
+
+#[test]
+fn recipients_of_the_header_and_of_the_command_line_get_it_once_and_bcc_is_not_seen() {
+    let house = House::new();
+    let header = "From: a@b.example\nDate: x\nMessage-ID: <1@x>\nTo: Dave <dave@example.net>,\n erin@example.net\n\
+                  Bcc: frank@example.net\nCc: dave@example.net\n\n";
+    let sent = house.send(&["-ti", "-f", "<>", "grace@example.net"], &format!("{header}.\nHello.\n"));
+    assert_eq!((sent.code, sent.error.as_str()), (0, ""));
+    let message = house.only();
+    has(
+        &message,
+        &[
+            "Return-Path: <>\n",
+            "\nTo: Dave <dave@example.net>,\n erin@example.net\nCc: dave@example.net\n\n.\nHello.\n",
+        ],
+    );
+    let to: Vec<_> = message.lines().filter_map(|line| line.strip_prefix("Delivered-To: ")).collect();
+    assert_eq!(to, ["grace@example.net", "dave@example.net", "erin@example.net", "frank@example.net"]);
+    assert!(!message.contains("Bcc"));
+}
+
+#[test]
+fn what_is_known_of_the_content_stands_in_the_envelope() {
+    let house = House::new();
+    let check = |words: &[&str], input: &str, parts: &[&str]| {
+        let sent = house.send(words, input);
+        assert_eq!((sent.code, sent.error.as_str()), (0, ""), "{words:?}");
+        has(&house.waiting().concat(), parts);
+    };
+    check(&["d@x.example"], "Subject: x\r\n\r\nGrüße\r\n", &["; body=8BITMIME\n", "\nSubject: x\n", "\n\nGrüße\n"]);
+    check(&["d@x.example"], "Subject: Grüße\n\n1%\r2%\r\n", &["; body=8BITMIME; smtputf8\n", "\n\n1%\n2%\n"]);
+    check(&["zoë@x.example"], "Subject: x\n\n", &["Delivered-To: zoë@x.example\n", "; body=7BIT; smtputf8\n"]);
+    check(
+        &["-N", "success,delay", "-R", "hdrs", "-V", "QQ+2B1", "d@x.example"],
+        "Subject: x\n\n",
+        &["X-ODMR-Recipient: NOTIFY=success,delay\n", "; ret=HDRS; envid=QQ+2B1\n"],
+    );
+    check(&["-oi", "-oem", "-odb", "-O", "x=y", "-B8BITMIME", "d@x.example"], "Subject: v\n\n", &["\nSubject: v\n"])
+}
+
+#[test]
+fn mail_for_our_own_domains_is_delivered_at_once() {
+    let house = House::new();
+    let sent = house.send(&["-f", "alice", "bob", "dave@example.net"], "Subject: hello\n\nHello.\n");
+    assert_eq!((sent.code, sent.error.as_str()), (0, ""));
+    has(&house.only(), &["Delivered-To: dave@example.net\n"]);
+    let local = house.messages("mailboxes/example.org/bob");
+    has(&local[0], &["Return-Path: <alice@example.org>\nDelivered-To: bob@example.org\nReceived: ", "\n\nHello.\n"]);
+}
+
+#[test]
+fn what_is_wrong_has_its_exit_code_and_queues_nothing() {
+    let house = House::new();
+    let long = "x".repeat(70) + "\n";
+    let check = |code: i32, words: &[&str], input: &str, part: &str| {
+        let sent = house.send(words, input);
+        assert_eq!(sent.code, code, "{words:?}: {}", sent.error);
+        assert_eq!(sent.error.lines().count(), 1, "{words:?}: {}", sent.error);
+        has(&sent.error, &["odmr: ", part]);
+    };
+    check(64, &[], "Subject: x\n\n", "no recipient");
+    check(64, &["-Z"], "", "Z");
+    check(64, &["-bd"], "", "-bd");
+    check(64, &["-N", "sometimes", "d@x.example"], "", "-N");
+    check(64, &["-R", "some", "d@x.example"], "", "-R");
+    check(64, &["-V", "a b", "d@x.example"], "", "-V");
+    check(65, &["d@x.example", "not an address"], "", "not an address");
+    check(65, &["d@x.example", ""], "", "");
+    check(65, &["-f", "a@b@c", "d@x.example"], "", "a@b@c");
+    check(65, &["-f", "a@b.example, c@d.example", "d@x.example"], "", "one address");
+    check(65, &["-t"], "Subject: x\n\nTo: d@x.example\n", "no recipient");
+    check(65, &["-t"], "To: d@x.example, <broken\n\n", "To");
+    check(65, &["dave@[192.0.2.1]"], "", "192.0.2.1");
+    check(65, &["dave@localhost"], "", "localhost");
+    check(67, &["d@x.example", "nobody@example.org"], "", "nobody@example.org");
+    check(69, &["d@x.example"], &long.repeat(1000), "70000");
+    check(69, &["d@x.example"], &format!("{}\n", "Received: x\n".repeat(4)), "hops");
+    check(78, &["-C", "/nowhere/customer.toml", "d@x.example"], "", "/nowhere/customer.toml");
+    assert!(house.waiting().is_empty());
+    assert!(house.messages("mailboxes/example.org/alice").is_empty());
+    assert!(fs::read_dir(house.0.path().join("outgoing/tmp")).unwrap().next().is_none(), "something is left in tmp");
+
+    let silent = House::with(CUSTOMER);
+    let sent = silent.send(&["d@x.example"], "Subject: x\n\n");
+    assert_eq!(sent.code, 78);
+    has(&sent.error, &["[outgoing]"]);
+
+    let blocked = House::new();
+    fs::write(blocked.0.path().join("outgoing"), "in the way").unwrap();
+    assert_eq!(blocked.send(&["d@x.example"], "Subject: x\n\n").code, 73);
+}
+
+#[test]
+fn it_is_sendmail_by_that_name() {
+    let house = House::new();
+    let program = house.0.path().join("sendmail");
+    symlink(env!("CARGO_BIN_EXE_odmr"), &program).unwrap();
+    let sent = house.run(&program, &["-oi", "-t"], "To: dave@example.net\n\nHello.\n");
+    assert_eq!((sent.code, sent.error.as_str()), (0, ""));
+    house.only();
+    let wrong = house.run(&program, &[], "");
+    assert_eq!(wrong.code, 64);
+    has(&wrong.error, &["sendmail: "]);
+}
+
+#[test]
+fn what_waits_is_listed() {
+    let house = House::new();
+    assert_eq!(house.send(&["-bp"], "").out, "Mail queue is empty\n");
+    house.send(&["-f", "eva", "dave@example.net", "erin@example.net"], "Subject: x\n\nHello.\n");
+    let listed = house.send(&["-bp"], "");
+    assert_eq!((listed.code, listed.error.as_str()), (0, ""));
+    has(
+        &listed.out,
+        &[" <eva@example.org>\n", " dave@example.net\n", " erin@example.net\n", "with the next call", "1 messages, "],
+    );
+}
+
+#[test]
+fn smtp_on_stdin_and_stdout() {
+    let house = House::new();
+    let said = house.send(
+        &["-bs"],
+        "EHLO client\r\nVRFY alice\r\nAUTH PLAIN\r\nSTARTTLS\r\nATRN\r\nMAIL FROM:<eva@example.org> RET=HDRS\r\n\
+         RCPT TO:<nobody@example.org>\r\nRCPT TO:<dave@localhost>\r\nRCPT TO:<dave@example.net> NOTIFY=NEVER\r\nDATA\r\n\
+         Subject: hello\r\n\r\nHello.\r\n.\r\nMAIL FROM:<> SIZE=70001\r\nQUIT\r\n",
+    );
+    assert_eq!((said.code, said.error.as_str()), (0, ""));
+    let lines: Vec<_> = said.out.split("\r\n").collect();
+    assert_eq!(lines[0], "220 mail.example.org ESMTP mail of this host's users");
+    let offered: Vec<_> = lines[1..8].iter().map(|line| &line[4..]).collect();
+    let offers =
+        ["mail.example.org", "PIPELINING", "SIZE 70000", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES", "CHUNKING"];
+    assert_eq!(offered, offers);
+    assert_eq!(lines[8], "250 DSN");
+    let codes: Vec<_> = lines[9..].iter().filter_map(|line| line.get(..9)).collect();
+    let expected = [
+        "252 2.0.0",
+        "502 5.5.1",
+        "502 5.5.1",
+        "502 5.5.1",
+        "250 2.1.0",
+        "550 5.1.1",
+        "554 5.1.2",
+        "250 2.1.5",
+        "354 Go ah",
+        "250 2.6.0",
+        "552 5.3.4",
+        "221 2.0.0",
+    ];
+    assert_eq!(codes, expected);
+    has(
+        &house.only(),
+        &[
+            "Delivered-To: dave@example.net\nX-ODMR-Recipient: NOTIFY=NEVER\n",
+            "; ret=HDRS\nReceived: from client (uid ",
+            "\tby mail.example.org with ESMTP\n",
+            "\nSubject: hello\nDate: ",
+        ],
+    );
+}
+
+/// A daemon whose provider does not answer; killed when the test is over.
+struct Daemon {
+    child: Child,
+    log: BufReader<std::process::ChildStderr>,
+}
+
+impl Daemon {
+    fn start(house: &House) -> Daemon {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_odmr"))
+            .args(["pull", "--daemon", "-c"])
+            .arg(house.config())
+            .env_remove("RUST_LOG")
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        Daemon { child, log }
+    }
+
+    /// The log's next line with that word.
+    fn awaits(&mut self, word: &str) -> String {
+        loop {
+            let mut line = String::new();
+            assert!(self.log.read_line(&mut line).unwrap() > 0, "the log ends before {word:?}");
+            if line.contains(word) {
+                return line.trim_end().to_owned();
+            }
+        }
+    }
+
+    fn connect(&self, address: &str) -> TcpStream {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn the_daemon_takes_mail_calls_at_once_and_ends_at_sigterm() {
+    let house = House::new();
+    let mut daemon = Daemon::start(&house);
+    let address = daemon.awaits("listening local ").rsplit(' ').next().unwrap().to_owned();
+    daemon.awaits("event=call-failed");
+    let mut stream = daemon.connect(&address);
+    let dialogue = "EHLO client\r\nMAIL FROM:<eva@example.org>\r\nRCPT TO:<dave@example.net>\r\nDATA\r\n\
+                    Subject: hello\r\n.\r\nQUIT\r\n";
+    stream.write_all(dialogue.as_bytes()).unwrap();
+    let mut said = String::new();
+    stream.read_to_string(&mut said).unwrap();
+    has(&said, &["220 mail.example.org ", "\r\n250 2.6.0 OK, id=", "\r\n221 2.0.0 "]);
+    has(&house.only(), &["Received: from client ([127.0.0.1])\n\tby mail.example.org with ESMTP\n"]);
+
+    let idle = daemon.connect(&address);
+    let mut greeting = String::new();
+    let mut idle = BufReader::new(idle);
+    idle.read_line(&mut greeting).unwrap();
+    let process = rustix::process::Pid::from_raw(daemon.child.id().cast_signed()).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::TERM).unwrap();
+    let mut farewell = String::new();
+    idle.read_line(&mut farewell).unwrap();
+    assert!(farewell.starts_with("421 4.3.2"), "{farewell}");
+    assert_eq!(daemon.child.wait().unwrap().code(), Some(0));
+}
