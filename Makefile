@@ -20,7 +20,7 @@ check: ## formatting and lints, as the automatic checks demand them
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --all-targets -- -D warnings
 
-demo: ## a letter comes in, is held, the line turns, the letter stands in a Maildir
+demo: ## one call: a letter goes up, the line turns, a letter comes down, with the dialogue
 	$(CARGO) run --release -- demo
 
 interop: build ## odmr with fetchmail, Postfix, swaks, inetd (as root; .ci/run installs them); ONLY=NAME for one
