@@ -13,7 +13,7 @@ use crate::dsn::{Action, Notice, Report};
 use crate::queue::{Batch, Envelope, Hold};
 use crate::smtp::address::{Mailbox, ReversePath};
 use crate::smtp::client::{Decided, Fate, Outcome};
-use crate::smtp::command::{Recipient, Return};
+use crate::smtp::command::{Body, Recipient, Return};
 use crate::smtp::reply::Reply;
 use crate::stamp::{Date, Stamps};
 
@@ -31,6 +31,22 @@ pub struct Letter {
     pub utf8: bool,
 }
 
+impl Letter {
+    /// The envelope it goes in.
+    pub fn envelope(&self, stamps: &Stamps) -> Envelope {
+        Envelope {
+            from: ReversePath::Null,
+            recipients: vec![Recipient::plain(self.to.clone())],
+            id: stamps.id(),
+            arrived: stamps.now(),
+            body: if self.utf8 { Body::EightBit } else { Body::SevenBit },
+            utf8: self.utf8,
+            ret: None,
+            envelope_id: None,
+        }
+    }
+}
+
 /// Puts a notice where its addressee will find it, durably.
 pub trait Post: Send + Sync {
     fn post(&self, letter: &Letter) -> io::Result<()>;
@@ -42,6 +58,17 @@ pub struct Peer<'a> {
     pub name: Option<&'a str>,
     /// It offers DSN, so the rest is its affair (RFC 3461 section 5.2.2).
     pub dsn: bool,
+}
+
+/// One attempt at a message.
+#[derive(Clone, Copy)]
+pub struct Attempt<'a> {
+    pub peer: Peer<'a>,
+    /// This is outgoing mail, tried again and given up.
+    pub retry: Option<&'a Retry>,
+    /// What a delivery is called in the log, and what stands there of the session.
+    pub done: &'a str,
+    pub context: &'a str,
 }
 
 /// Acts on outcomes.
@@ -57,8 +84,32 @@ impl Desk {
         Desk { hostname: hostname.to_owned(), stamps: stamps.clone(), post }
     }
 
-    /// Tells who is to be told, then settles. `retry`: this is outgoing mail, tried again and given up.
+    /// Tells who is to be told, then settles; logs either.
     pub fn conclude(
+        &self,
+        batch: Batch,
+        outcome: Outcome,
+        attempt: &Attempt<'_>,
+        hold: &mut Hold,
+    ) -> io::Result<Outcome> {
+        let (id, size, recipients) = (batch.envelope.id.clone(), batch.size, batch.envelope.recipients.clone());
+        let context = attempt.context;
+        let concluded = self.act(batch, outcome, attempt.peer, attempt.retry, hold).inspect_err(|error| {
+            log::error!("event=settle-failed {context} id={id} error={:?}", error.to_string());
+        })?;
+        for (recipient, fate) in recipients.iter().zip(&concluded.fates) {
+            let (word, reply) = match fate {
+                Fate::Delivered(reply) => (attempt.done, reply.to_string()),
+                Fate::Deferred(reply) => ("deferred", reply.to_string()),
+                Fate::Refused(reply) => ("refused", reply.to_string()),
+                Fate::InDoubt => ("in-doubt", String::new()),
+            };
+            log::info!("event={word} {context} id={id} size={size} to=<{}> reply={reply:?}", recipient.mailbox);
+        }
+        Ok(concluded)
+    }
+
+    fn act(
         &self,
         mut batch: Batch,
         mut outcome: Outcome,

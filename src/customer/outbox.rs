@@ -14,11 +14,11 @@ use super::mailboxes::{Mailboxes, Tally, Told};
 use crate::config;
 use crate::dialogue::{Dialogue, Failure, Upstream, no_place_for_mail};
 use crate::maildir::Copies;
-use crate::outgoing::{Desk, Letter, Peer, Post};
+use crate::outgoing::{Attempt, Desk, Letter, Peer, Post};
 use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
-use crate::smtp::address::{ForwardPath, Mailbox, ReversePath};
+use crate::smtp::address::{ForwardPath, Mailbox};
 use crate::smtp::client::{Client, Decided, Fate, Outcome};
-use crate::smtp::command::{Body, MailFrom, Recipient};
+use crate::smtp::command::{MailFrom, Recipient};
 use crate::smtp::header::{Additions, Completer};
 use crate::smtp::reply::Reply;
 use crate::stamp::Stamps;
@@ -192,30 +192,17 @@ impl Outbox {
     }
 
     fn conclude(&self, batch: Batch, outcome: Outcome, client: &Client, hold: &mut Hold, tally: &Tally) {
-        let id = batch.envelope.id.clone();
-        let recipients = batch.envelope.recipients.clone();
         let peer = Peer { name: client.peer_name(), dsn: client.offered().dsn };
         let mut retry = self.config.retry.clone();
         if outcome.decided == Decided::ByLoss {
             // That the line dropped says nothing of the mail: the next call may take it, whenever that is.
             (retry.first, retry.max) = (Duration::ZERO, Duration::ZERO);
         }
-        match self.desk.conclude(batch, outcome, peer, Some(&retry), hold) {
-            Err(error) => log::error!("event=settle-failed id={id} error={:?}", error.to_string()),
-            Ok(outcome) => {
-                for (recipient, fate) in recipients.iter().zip(&outcome.fates) {
-                    let (word, reply) = match fate {
-                        Fate::Delivered(reply) => ("sent", reply.to_string()),
-                        Fate::Deferred(reply) => ("deferred", reply.to_string()),
-                        Fate::Refused(reply) => ("failed", reply.to_string()),
-                        Fate::InDoubt => ("in-doubt", String::new()),
-                    };
-                    log::info!("event={word} id={id} to=<{}> reply={reply:?}", recipient.mailbox);
-                }
-                if outcome.fates.iter().any(|fate| matches!(fate, Fate::Delivered(_))) {
-                    tally.sent.fetch_add(1, Ordering::Relaxed);
-                }
-            }
+        let context = format!("host={}", peer.name.unwrap_or("-"));
+        let attempt = Attempt { peer, retry: Some(&retry), done: "sent", context: &context };
+        let concluded = self.desk.conclude(batch, outcome, &attempt, hold);
+        if concluded.is_ok_and(|outcome| outcome.fates.iter().any(|fate| matches!(fate, Fate::Delivered(_)))) {
+            tally.sent.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
@@ -312,16 +299,7 @@ impl Post for Shelf {
             log::warn!("event=notice-undeliverable to=<{}>", letter.to);
             return Ok(());
         }
-        let envelope = Envelope {
-            from: ReversePath::Null,
-            recipients: vec![Recipient::plain(letter.to.clone())],
-            id: self.stamps.id(),
-            arrived: self.stamps.now(),
-            body: if letter.utf8 { Body::EightBit } else { Body::SevenBit },
-            utf8: letter.utf8,
-            ret: None,
-            envelope_id: None,
-        };
+        let envelope = letter.envelope(&self.stamps);
         let (here, elsewhere) = self.divide(envelope);
         let mut copies = self.begin(&here, &elsewhere, "")?;
         copies.write(&letter.text)?;

@@ -19,7 +19,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::config::Timeouts;
-use crate::outgoing::{Desk, Peer};
+use crate::outgoing::{Attempt, Desk, Peer};
 use crate::queue::{Batch, Hold};
 use crate::smtp::client::{Awaiting, Client, Fate, Halt, Outcome, Step};
 use crate::smtp::content::Stuffer;
@@ -476,29 +476,21 @@ impl Call {
     }
 
     fn settle_batch(&mut self, batch: Batch, outcome: &Outcome) -> Result<(), Gone> {
-        let id = batch.envelope.id.clone();
-        let (size, recipients) = (batch.size, batch.envelope.recipients.clone());
+        let size = batch.size;
         let peer = Peer { name: self.client.peer_name(), dsn: self.client.offered().dsn };
-        let settled = self.rules.desk.conclude(batch, outcome.clone(), peer, None, &mut self.hold);
-        if let Err(error) = settled {
-            log::error!("event=settle-failed session={} id={id} error={:?}", self.id(), error.to_string());
+        let context = format!("session={} account={}", self.wire.trace.id, self.account);
+        let attempt = Attempt { peer, retry: None, done: "delivered", context: &context };
+        if self.rules.desk.conclude(batch, outcome.clone(), &attempt, &mut self.hold).is_err() {
             // The disk does not take what has been done: to go on would be to do it again and again.
             return Err(Gone("the outcome could not be kept".to_owned()));
         }
-        for (recipient, fate) in recipients.iter().zip(&outcome.fates) {
-            let (word, reply, count) = match fate {
-                Fate::Delivered(reply) => ("delivered", reply.to_string(), &mut self.tally.delivered),
-                Fate::Deferred(reply) => ("deferred", reply.to_string(), &mut self.tally.deferred),
-                Fate::Refused(reply) => ("refused", reply.to_string(), &mut self.tally.refused),
-                Fate::InDoubt => ("in-doubt", String::new(), &mut self.tally.in_doubt),
-            };
-            *count += 1;
-            log::info!(
-                "event={word} session={} account={} id={id} size={size} to=<{}> reply={reply:?}",
-                self.wire.trace.id,
-                self.account,
-                recipient.mailbox
-            );
+        for fate in &outcome.fates {
+            *match fate {
+                Fate::Delivered(_) => &mut self.tally.delivered,
+                Fate::Deferred(_) => &mut self.tally.deferred,
+                Fate::Refused(_) => &mut self.tally.refused,
+                Fate::InDoubt => &mut self.tally.in_doubt,
+            } += 1;
         }
         if outcome.fates.iter().any(|fate| matches!(fate, Fate::Delivered(_))) {
             self.tally.octets += size;

@@ -11,8 +11,7 @@ use crate::maildir::Copies;
 use crate::outgoing::{Letter, Post};
 use crate::queue::{Envelope, Place};
 use crate::session::{Intake, storage_reply};
-use crate::smtp::address::{Domain, Mailbox, ReversePath};
-use crate::smtp::command::{Body, Recipient};
+use crate::smtp::address::{Domain, Mailbox};
 use crate::smtp::header::{Additions, Completer};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::Server;
@@ -144,16 +143,7 @@ impl Post for Notices {
             log::warn!("event=notice-undeliverable to=<{}>", letter.to);
             return Ok(());
         };
-        let envelope = Envelope {
-            from: ReversePath::Null,
-            recipients: vec![Recipient::plain(letter.to.clone())],
-            id: self.stamps.id(),
-            arrived: self.stamps.now(),
-            body: if letter.utf8 { Body::EightBit } else { Body::SevenBit },
-            utf8: letter.utf8,
-            ret: None,
-            envelope_id: None,
-        };
+        let envelope = letter.envelope(&self.stamps);
         let mut copies = self.queue.put(&[(place.clone(), envelope)], "")?;
         copies.write(&letter.text)?;
         copies.commit()?;

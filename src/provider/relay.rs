@@ -21,10 +21,10 @@ use std::time::{Duration, Instant, SystemTime};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::StartError;
-use crate::config::{self, Retry, Timeouts, TlsPolicy};
+use crate::config::{self, Timeouts, TlsPolicy};
 use crate::dialogue::{Dialogue, Failure, Upstream, converse};
 use crate::dns::{Resolver, Route};
-use crate::outgoing::{Desk, Peer};
+use crate::outgoing::{Attempt, Desk, Peer};
 use crate::queue::{Batch, Hold, NoHold, Place, Queue};
 use crate::smtp::address::Domain;
 use crate::smtp::client::{Client, Decided, Fate, Halt, Outcome, Plan, StartTls};
@@ -339,28 +339,9 @@ impl Worker {
     }
 
     fn conclude(&self, batch: Batch, outcome: Outcome, peer: Peer<'_>, hold: &mut Hold) -> bool {
-        let id = batch.envelope.id.clone();
-        let recipients = batch.envelope.recipients.clone();
-        let retry: Option<&Retry> = Some(&self.config.retry);
-        match self.desk.conclude(batch, outcome, peer, retry, hold) {
-            Err(error) => {
-                log::error!("event=settle-failed id={id} error={:?}", error.to_string());
-                false
-            }
-            Ok(outcome) => {
-                for (recipient, fate) in recipients.iter().zip(&outcome.fates) {
-                    let (word, reply) = match fate {
-                        Fate::Delivered(reply) => ("relayed", reply.to_string()),
-                        Fate::Deferred(reply) => ("deferred", reply.to_string()),
-                        Fate::Refused(reply) => ("failed", reply.to_string()),
-                        Fate::InDoubt => ("in-doubt", String::new()),
-                    };
-                    let (to, host) = (&recipient.mailbox, peer.name.unwrap_or("-"));
-                    log::info!("event={word} id={id} to=<{to}> host={host} reply={reply:?}");
-                }
-                true
-            }
-        }
+        let context = format!("host={}", peer.name.unwrap_or("-"));
+        let attempt = Attempt { peer, retry: Some(&self.config.retry), done: "relayed", context: &context };
+        self.desk.conclude(batch, outcome, &attempt, hold).is_ok()
     }
 
     /// All to one host.
