@@ -560,7 +560,7 @@ accept = ["alice@example.org", "@example.com"]
         assert!(!provider.odmr.require_tls && provider.odmr.cram_md5);
         assert_eq!(provider.relay, Relay::default());
         let acme = provider.accounts.account("acme").unwrap();
-        assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (false, false, None, 0));
+        assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (true, false, None, 0));
         assert_eq!(provider.limits, Limits::default());
         assert_eq!(provider.timeouts, Timeouts::default());
         assert_eq!(provider.timeouts.atrn, Duration::from_secs(600));
@@ -734,11 +734,11 @@ accept = ["alice@example.org", "@example.com"]
 
     #[test]
     fn what_a_customer_may_hand_in_is_read() {
-        let text = changed(ACME, "", "relay = true\nany-sender = true\nmax-size = \"1MiB\"\nrate = 100\n");
+        let text = changed(ACME, "", "relay = false\nany-sender = true\nmax-size = \"1MiB\"\nrate = 100\n");
         let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &text)]);
         let provider = Provider::load(&folder.path().join("odmr.toml")).unwrap();
         let acme = provider.accounts.account("acme").unwrap();
-        assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (true, true, Some(1_048_576), 100));
+        assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (false, true, Some(1_048_576), 100));
         assert!(!format!("{acme:?}").contains("sesame"));
     }
 

@@ -277,7 +277,7 @@ pub struct Account {
     pub domains: Vec<Domain>,
     /// Never empty.
     pub secret: Vec<u8>,
-    /// May hand in mail, for domains held here and elsewhere. Default: false.
+    /// May hand in mail, for domains held here and elsewhere. Default: true.
     pub relay: bool,
     /// May do so with senders outside its domains. Default: false.
     pub any_sender: bool,
@@ -351,13 +351,17 @@ struct RawAccount {
     domains: Option<Spanned<Vec<Spanned<Entry<Domain>>>>>,
     secret: Option<Spanned<Entry<Secret>>>,
     secret_file: Option<Spanned<Entry<PathBuf>>>,
-    #[serde(default)]
+    #[serde(default = "yes")]
     relay: bool,
     #[serde(default)]
     any_sender: bool,
     max_size: Option<Entry<Size>>,
     #[serde(default, deserialize_with = "at_least::<0, _>")]
     rate: usize,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// The `*.toml` of a folder, sorted, so that the same mistake gives the same error every time. What begins with a

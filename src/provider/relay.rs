@@ -39,6 +39,9 @@ const ADDRESSES: usize = 8;
 /// How often the folders are looked through for mail that another process (inetd mode) has put there.
 const LOOK_AROUND: Duration = Duration::from_secs(300);
 
+/// How long new mail waits for more of it: what comes in one call shall go in one session.
+const GATHER: Duration = Duration::from_millis(200);
+
 /// How soon a destination is looked at again when its mail or its host is busy.
 const SOON: Duration = Duration::from_secs(2);
 
@@ -206,20 +209,20 @@ impl Calendar {
     }
 
     fn arrived(&mut self, domain: Domain) {
-        let date = self.destinations.entry(domain).or_insert(Date::Due(SystemTime::now()));
+        let soon = SystemTime::now() + GATHER;
+        let date = self.destinations.entry(domain).or_insert(Date::Due(soon));
         *date = match *date {
             Date::Busy(_) => Date::Busy(true),
-            Date::Due(due) => Date::Due(due.min(SystemTime::now())),
+            Date::Due(due) => Date::Due(due.min(soon)),
         };
     }
 
     fn done(&mut self, domain: Domain, due: Option<SystemTime>) {
         let arrived = matches!(self.destinations.get(&domain), Some(Date::Busy(true)));
-        match due {
-            None if arrived => self.destinations.insert(domain, Date::Due(SystemTime::now())),
-            None => self.destinations.remove(&domain),
-            Some(due) if arrived => self.destinations.insert(domain, Date::Due(due.min(SystemTime::now()))),
+        let soon = arrived.then(|| SystemTime::now() + GATHER);
+        match due.into_iter().chain(soon).min() {
             Some(due) => self.destinations.insert(domain, Date::Due(due)),
+            None => self.destinations.remove(&domain),
         };
     }
 
