@@ -1,6 +1,7 @@
 //! The customer's outgoing mail: it waits in a Maildir until a call takes it to the provider.
 //!
-//! Mail for the customer's own domains does not travel: it is delivered at once. What the provider does not
+//! Mail for the customer's own domains does not travel: it is delivered at once, or with the next call when the
+//! user who sends may not write into mailboxes. What the provider does not
 //! take at all (502, 503, 530 or 550 to MAIL: RFC 2645 section 5.4 lets it) goes to the submission host, if
 //! there is one, and otherwise waits, and that is said.
 
@@ -110,9 +111,9 @@ impl Outbox {
             envelope_id: letter.mail.envelope_id.clone(),
         };
         let (here, elsewhere) = self.shelf.divide(envelope);
-        let copies = self.shelf.begin(&here, &elsewhere, received)?;
+        let (copies, delivered) = self.shelf.begin(&here, &elsewhere, received)?;
         // What stays here is delivered with its commit; of the rest others will tell.
-        let told = Told::new(&self.desk, &here);
+        let told = Told::new(&self.desk, &here).filter(|_| delivered);
         Ok(Stored { copies, completer: Completer::new(additions), buffer: Vec::new(), told })
     }
 
@@ -138,6 +139,56 @@ impl Outbox {
             NoHold::Busy(_) => "another call is sending the outgoing mail".to_owned(),
             NoHold::Failed(error) => error.to_string(),
         })
+    }
+
+    /// Delivers what users who may not write into mailboxes have queued for our own.
+    pub fn deliver_here(&self) {
+        let Some(mut hold) = self.hold_if_any() else { return };
+        while let Some(mut batch) = hold.offer() {
+            let (here, _) = self.shelf.divide(batch.envelope.clone());
+            if here.recipients.is_empty() {
+                continue;
+            }
+            let id = here.id.clone();
+            let ours = |recipient| here.recipients.contains(recipient);
+            let fate = |recipient| match ours(recipient) {
+                true => Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")),
+                false => Fate::Deferred(Reply::new(451, "4.0.0", "Not yet")),
+            };
+            let fates = batch.envelope.recipients.iter().map(fate).collect();
+            let delivered = self
+                .copy(&here, &mut batch)
+                .and_then(|()| batch.settle(&Outcome { fates, decided: Decided::ByUs }, &mut hold));
+            match delivered {
+                Ok(()) => log::info!("event=delivered id={id} recipients={}", here.recipients.len()),
+                Err(error) => log::error!("event=delivery-failed id={id} error={:?}", error.to_string()),
+            }
+        }
+    }
+
+    /// A queued message, into our mailboxes.
+    fn copy(&self, here: &Envelope, batch: &mut Batch) -> io::Result<()> {
+        let mut copies = Copies::default();
+        for recipient in &here.recipients {
+            self.shelf.mailboxes.begin(&mut copies, &here.from, &recipient.mailbox, "")?;
+        }
+        let mut told = Told::new(&self.desk, here);
+        let mut piece = vec![0; 32 * 1024];
+        loop {
+            let octets = match batch.read(&mut piece)? {
+                0 => break,
+                octets => &piece[..octets],
+            };
+            if let Some(told) = &mut told {
+                told.see(octets);
+            }
+            copies.write(octets)?;
+        }
+        copies.commit()?;
+        if let Some(told) = told {
+            told.tell();
+        }
+        Ok(())
     }
 
     /// Sends what is due in a session with the provider, before ATRN.
@@ -279,16 +330,24 @@ impl Shelf {
         (Envelope { recipients: here, ..envelope.clone() }, Envelope { recipients: elsewhere, ..envelope })
     }
 
-    /// A copy for each of our own mailboxes, and one for all recipients elsewhere.
-    fn begin(&self, here: &Envelope, elsewhere: &Envelope, head: &str) -> io::Result<Copies> {
+    /// A copy for each of our own mailboxes, and one for all recipients elsewhere. `false`: the mailboxes are not
+    /// ours to write into, so all of it is queued, for whoever makes the next call.
+    fn begin(&self, here: &Envelope, elsewhere: &Envelope, head: &str) -> io::Result<(Copies, bool)> {
         let mut copies = match elsewhere.recipients.as_slice() {
             [] => Copies::default(),
             _ => self.queue.put(&[(Place::Upstream, elsewhere.clone())], head)?,
         };
         for recipient in &here.recipients {
-            self.mailboxes.begin(&mut copies, &here.from, &recipient.mailbox, head)?;
+            match self.mailboxes.begin(&mut copies, &here.from, &recipient.mailbox, head) {
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    let recipients = [&here.recipients[..], &elsewhere.recipients[..]].concat();
+                    let all = Envelope { recipients, ..here.clone() };
+                    return Ok((self.queue.put(&[(Place::Upstream, all)], head)?, false));
+                }
+                other => other?,
+            }
         }
-        Ok(copies)
+        Ok((copies, true))
     }
 }
 
@@ -301,7 +360,7 @@ impl Post for Shelf {
         }
         let envelope = letter.envelope(&self.stamps);
         let (here, elsewhere) = self.divide(envelope);
-        let mut copies = self.begin(&here, &elsewhere, "")?;
+        let (mut copies, _) = self.begin(&here, &elsewhere, "")?;
         copies.write(&letter.text)?;
         copies.commit().map(drop)
     }

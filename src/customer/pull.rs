@@ -125,6 +125,9 @@ impl Caller {
     pub fn pull(&self, stop: &Stop) -> Result<Summary, Error> {
         let begun = Instant::now();
         let tally = Arc::new(Tally::default());
+        if let Some(outbox) = &self.outbox {
+            outbox.deliver_here();
+        }
         let mut result = Ok(());
         for domains in lists(&self.config.provider.domains) {
             result = result.and(Call { caller: self, stop, tally: &tally }.make(&domains));
