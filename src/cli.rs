@@ -302,22 +302,28 @@ impl From<Error> for Failure {
 fn send(arguments: &[String]) -> Result<(), Failure> {
     const HINT: &str = "odmr send -h";
     let mut options = Options::new();
-    options.optflag("h", "help", "").optflagmulti("t", "", "").optflagmulti("i", "", "").optflagmulti("v", "", "");
+    // Alone it asks for help; as programs pass it, it counts hops, which our own Received fields do.
+    if matches!(arguments, [word] if word == "-h" || word == "--help") {
+        return print(SEND_HELP);
+    }
+    options.optmulti("h", "", "", "").optflagmulti("t", "", "").optflagmulti("i", "", "").optflagmulti("v", "", "");
     for word in ["f", "r", "F", "N", "R", "V", "C"] {
         options.optmulti(word, "", "", "");
     }
     options.optmulti("b", "", "", "");
     options.optmulti("o", "", "", "");
     // Read and let go: what they ask for is done in any case, or is another's affair.
-    for word in ["O", "B", "A", "L", "X"] {
+    for word in ["O", "B", "A", "L", "X", "e", "p"] {
         options.optmulti(word, "", "", "");
     }
-    for word in ["G", "U", "n", "m"] {
+    options.optflagopt("q", "", "", "");
+    for word in ["G", "U", "n", "m", "I"] {
         options.optflagmulti(word, "", "");
     }
     let matches = options.parse(arguments).map_err(|error| usage(&error.to_string(), HINT))?;
-    if matches.opt_present("h") {
-        return print(SEND_HELP);
+    if matches.opt_present("q") {
+        // What waits goes with the next call, whoever asks for it here.
+        return Ok(());
     }
     log_to(Log::Stderr, if matches.opt_present("v") { LevelFilter::Info } else { LevelFilter::Error });
     let last = |word: &str| matches.opt_strs(word).pop();

@@ -205,6 +205,11 @@ impl Dialogue {
                 (false, _) => stuffer.feed(&piece[..octets], out),
             }
             sent += (out.len() - before) as u64;
+            if chunk && sent > batch.size {
+                // What is beyond the octets that BDAT has announced would be taken for commands.
+                out.truncate(before);
+                return Err(Failure::Lost(format!("{} is longer than it was", batch.unique())));
+            }
             if octets == 0 {
                 break;
             }

@@ -128,11 +128,11 @@ impl Visitors {
         let peer = network(peer);
         let mut present = self.0.lock();
         let all: usize = present.iter().filter(|((name, _), _)| *name == listener).map(|(_, count)| count).sum();
-        let here = present.entry((listener, peer)).or_insert(0);
-        if all >= self.0.limit || *here >= self.0.limit_each {
+        let here = present.get(&(listener, peer)).copied().unwrap_or(0);
+        if all >= self.0.limit || here >= self.0.limit_each {
             return None;
         }
-        *here += 1;
+        present.insert((listener, peer), here + 1);
         Some(Visit { book: self.0.clone(), listener, peer })
     }
 

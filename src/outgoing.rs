@@ -130,6 +130,8 @@ impl Desk {
                 outcome.fates.iter_mut().for_each(|fate| give_up(fate, retry.give_up));
             }
             batch.next_try = Some(SystemTime::now() + pause(retry, age, self.stamps.number()));
+            // First of all, and it takes no room: whatever fails below, this is not sent again at once.
+            batch.postpone()?;
             late = retry.delay_notice.is_some_and(|delay| age > delay) && !batch.told_late();
         }
         let until = retry.map(|retry| Date::from_seconds(batch.envelope.arrived.seconds() + seconds(retry.give_up)));

@@ -415,6 +415,7 @@ pub fn storage_reply(error: &io::Error) -> Reply {
     match error.kind() {
         io::ErrorKind::StorageFull => Reply::new(452, "4.3.1", "The disk is full, try again later"),
         io::ErrorKind::QuotaExceeded => Reply::new(452, "4.2.2", "The quota is used up, try again later"),
+        io::ErrorKind::InvalidInput => Reply::new(452, "4.5.3", "Too many recipients: send it in several transactions"),
         _ => Reply::new(451, "4.3.0", "The message could not be stored, try again later"),
     }
 }

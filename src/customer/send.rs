@@ -95,6 +95,7 @@ fn failed(otherwise: Exit) -> impl Fn(io::Error) -> Refused {
             refused(Exit::Temporary, format!("no room, try again later: {error}"))
         }
         io::ErrorKind::PermissionDenied => refused(Exit::NoPermission, error.to_string()),
+        io::ErrorKind::InvalidInput => refused(Exit::DataError, error.to_string()),
         _ => refused(otherwise, error.to_string()),
     }
 }
@@ -127,10 +128,11 @@ pub fn send(config: &Customer, stamps: &Stamps, order: &Order, input: &mut impl 
     }
     let header = Header::parse(&message.front);
     let mut recipients = named;
+    // Neither its recipients nor a Bcc in it could be relied on.
+    if message.header_is_long() {
+        return Err(refused(Exit::DataError, format!("the header is longer than {HEADER_LIMIT} octets")));
+    }
     if order.from_header {
-        if message.header_is_long() {
-            return Err(refused(Exit::DataError, format!("the header is longer than {HEADER_LIMIT} octets")));
-        }
         recipients.extend(header.recipients(home).map_err(|text| refused(Exit::DataError, text))?);
     }
     let recipients = known_recipients(&outbox, recipients, &wishes.notify)?;
@@ -426,7 +428,9 @@ impl Message {
 
     /// Its end was not seen.
     fn header_is_long(&self) -> bool {
-        self.front.len() == HEADER_LIMIT && Header::parse(&self.front).octets() == HEADER_LIMIT
+        // The last line may be cut, so it tells nothing.
+        let whole = self.front.iter().rposition(|octet| *octet == b'\n').map_or(0, |at| at + 1);
+        self.front.len() == HEADER_LIMIT && Header::parse(&self.front[..whole]).octets() == whole
     }
 
     fn each_piece(&mut self, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {

@@ -191,6 +191,15 @@ enum Date {
     Busy(bool),
 }
 
+impl Date {
+    fn time(&self) -> Option<SystemTime> {
+        match self {
+            Date::Due(due) => Some(*due),
+            Date::Busy(_) => None,
+        }
+    }
+}
+
 impl Calendar {
     /// What the files say of destinations that are not known yet.
     fn read(&mut self, queue: &Queue) {
@@ -229,8 +238,12 @@ impl Calendar {
     /// The next job: a destination that is due, or all of them where they have one way (`together`).
     fn take_due(&mut self, now: SystemTime, together: bool) -> Option<Vec<Domain>> {
         let is_due = |date: &Date| matches!(date, Date::Due(due) if *due <= now);
-        let due = self.destinations.iter().filter(|(_, date)| is_due(date)).map(|(domain, _)| domain.clone());
-        let job: Vec<_> = if together { due.collect() } else { due.take(1).collect() };
+        let due = self.destinations.iter().filter(|(_, date)| is_due(date));
+        let job: Vec<_> = match together {
+            true => due.map(|(domain, _)| domain.clone()).collect(),
+            // Who has waited longest comes first.
+            false => due.min_by_key(|(_, date)| date.time()).map(|(domain, _)| domain.clone()).into_iter().collect(),
+        };
         for domain in &job {
             self.destinations.insert(domain.clone(), Date::Busy(false));
         }
@@ -301,6 +314,10 @@ impl Worker {
                 return Some(SystemTime::now() + self.config.retry.first);
             }
         };
+        // Files that are nobody's mail are no reason to disturb a host.
+        if !hold.has_more() {
+            return Some(SystemTime::now() + self.config.retry.first);
+        }
         let delivered = match &self.smarthost {
             Some(smarthost) => self.by_smarthost(smarthost, &mut hold),
             None => self.by_mx(&domains[0], &mut hold),
@@ -326,19 +343,28 @@ impl Worker {
         settled
     }
 
-    /// All that the hold offers, in one session; `false`: not all outcomes could be kept.
-    fn deliver(&self, mut dialogue: Dialogue, hold: &mut Hold) -> bool {
+    /// All that the hold offers, in one session; `false`: not all outcomes could be kept. `address`: of a host
+    /// that goes without a word on any message, and is as good as down then.
+    fn deliver(&self, mut dialogue: Dialogue, hold: &mut Hold, address: &str) -> Result<bool, Obstacle> {
         let _talk = Talk::begin(&self.talking);
-        let mut settled = true;
+        let (mut settled, mut answered) = (true, false);
         let mut settle = |batch: Batch, outcome: Outcome, client: &Client, hold: &mut Hold| {
             let peer = Peer { name: client.peer_name(), dsn: client.offered().dsn };
+            answered |= outcome.decided != Decided::ByLoss;
             settled &= self.conclude(batch, outcome, peer, hold);
         };
         match dialogue.deliver(hold, &mut settle) {
             Ok(()) => dialogue.quit(),
-            Err(failure) => log::info!("event=relay-cut-short error={:?}", failure.to_string()),
+            Err(Failure::Stopped) => {}
+            Err(failure) => {
+                log::info!("event=relay-cut-short host={address} error={:?}", failure.to_string());
+                if !answered {
+                    self.hosts.is_down(address, self.config.retry.first);
+                    return Err(Obstacle::Later(unreachable_host(&failure)));
+                }
+            }
         }
-        settled
+        Ok(settled)
     }
 
     fn conclude(&self, batch: Batch, outcome: Outcome, peer: Peer<'_>, hold: &mut Hold) -> bool {
@@ -353,9 +379,9 @@ impl Worker {
         let guest = self.hosts.enter(address, self.config.connections_per_host)?;
         match smarthost.connect(&self.hostname, &self.timeouts, &self.stop) {
             Ok(dialogue) => {
-                let settled = self.deliver(dialogue, hold);
+                let settled = self.deliver(dialogue, hold, address);
                 drop(guest);
-                Ok(settled)
+                settled
             }
             Err(Failure::Stopped) => Err(Obstacle::Stopped),
             Err(failure) => {
@@ -375,7 +401,7 @@ impl Worker {
         };
         let route = resolver.route(domain).map_err(|error| later(format!("{domain} cannot be looked up: {error}")))?;
         let policy = self.config.policy(domain);
-        let mut last = later(format!("No mail host of {domain} could be reached"));
+        let mut last = None;
         // Hosts without any address are an error of the domain's, and no time mends it (RFC 5321 section 5.1).
         let mut hopeless = true;
         let mut tried = 0;
@@ -384,7 +410,7 @@ impl Worker {
                 Ok(addresses) => addresses,
                 Err(error) => {
                     hopeless = false;
-                    last = later(format!("{host} cannot be looked up: {error}"));
+                    last = Some(later(format!("{host} cannot be looked up: {error}")));
                     continue;
                 }
             };
@@ -394,24 +420,35 @@ impl Worker {
                     return Err(Obstacle::Stopped);
                 }
                 if tried >= ADDRESSES {
-                    return Err(last);
+                    break;
                 }
                 tried += 1;
-                match self.try_host(&host, address, policy) {
+                let obstacle = match self.try_host(&host, address, policy) {
                     Ok((dialogue, guest)) => {
-                        let settled = self.deliver(dialogue, hold);
+                        let address = SocketAddr::new(address, self.config.port).to_string();
+                        let delivered = self.deliver(dialogue, hold, &address);
                         drop(guest);
-                        return Ok(settled);
+                        match delivered {
+                            Ok(settled) => return Ok(settled),
+                            Err(obstacle) => obstacle,
+                        }
                     }
-                    Err(Obstacle::Stopped) => return Err(Obstacle::Stopped),
-                    Err(obstacle) => last = obstacle,
-                }
+                    Err(obstacle) => obstacle,
+                };
+                last = match (last, obstacle) {
+                    (_, Obstacle::Stopped) => return Err(Obstacle::Stopped),
+                    // A host that is only busy is the best that can be waited for, and one that is down may be
+                    // the way that a host which leads back to us is not.
+                    (Some(Obstacle::Busy), _) | (_, Obstacle::Busy) => Some(Obstacle::Busy),
+                    (Some(Obstacle::Later(reply)), Obstacle::Never(_)) => Some(Obstacle::Later(reply)),
+                    (_, obstacle) => Some(obstacle),
+                };
             }
         }
         if hopeless {
-            last = Obstacle::Never(Reply::new(550, "5.4.4", format!("No mail host of {domain} has an address")));
+            last = Some(Obstacle::Never(Reply::new(550, "5.4.4", format!("No mail host of {domain} has an address"))));
         }
-        Err(last)
+        Err(last.unwrap_or_else(|| later(format!("No mail host of {domain} could be reached"))))
     }
 
     /// One address; with opportunistic TLS a second time in clear when TLS fails.

@@ -117,7 +117,12 @@ impl Queue {
         let mut drafts = Copies::default();
         for (place, envelope) in copies {
             let unique = self.stamps.file_name(&self.hostname);
-            drafts.begin(&self.maildir(place), &unique, envelope.lines(head).as_bytes())?;
+            let lines = envelope.lines(head);
+            // What could never be read again is not taken.
+            if lines.len() >= envelope::LIMIT {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many recipients for one message"));
+            }
+            drafts.begin(&self.maildir(place), &unique, lines.as_bytes())?;
         }
         Ok(drafts)
     }
@@ -152,8 +157,10 @@ impl Queue {
     pub fn each(&self, place: &Place, mut show: impl FnMut(&Batch)) -> io::Result<()> {
         let maildir = self.maildir(place);
         for entry in maildir.entries()? {
-            if let Some(batch) = Batch::open(&maildir, place, entry)? {
-                show(&batch);
+            match Batch::open(&maildir, place, entry) {
+                Ok(Some(batch)) => show(&batch),
+                Ok(None) => {}
+                Err(error) => log::warn!("event=unreadable error={:?}", error.to_string()),
             }
         }
         Ok(())
@@ -271,6 +278,17 @@ impl Hold {
             refilled += 1;
         }
         None
+    }
+
+    /// Whether [`Hold::offer`] has something now.
+    pub fn has_more(&mut self) -> bool {
+        let Some(batch) = self.offer() else { return false };
+        let path = batch.maildir.path();
+        if let Some(held) = self.places.iter_mut().find(|held| held.maildir.path() == path) {
+            held.touched.remove(batch.entry.unique());
+            held.waiting.push_front(batch.entry);
+        }
+        true
     }
 
     /// Tells those who wait that this session is alive.
@@ -494,6 +512,11 @@ impl Batch {
             file.map_err(|error| at(&path, error))?;
         }
         if in_doubt { self.maildir.flag(entry, IN_DOUBT).map(drop) } else { Ok(()) }
+    }
+
+    /// Makes the next attempt at the file as it stands due at `next_try`.
+    pub fn postpone(&self) -> io::Result<()> {
+        self.keep(&self.entry, false, false)
     }
 
     /// When the next attempt is due; only outgoing mail has one.

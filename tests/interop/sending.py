@@ -163,6 +163,35 @@ def own_address():
     return None if address.startswith("127.") else address
 
 
+@scenario("sendmail-users", root=True)
+def sendmail_users(box):
+    """An ordinary user sends: neither the secret nor the mailboxes are theirs, and the next call does it all"""
+    provider = Provider(box, require_tls=False, accounts=RELAYS)
+    provider.start()
+    customer = Customer(box, provider.odmr, tls="none", more=outgoing_table(box))
+    key = box.write("own.secret", secret("acme") + "\n", mode=0o600)
+    text = re.sub(r"(?m)^secret = .*$", f'secret-file = "{key}"', customer.config.read_text(), count=1)
+    customer.config.write_text(text)
+    customer.config.chmod(0o644)
+    queue = box.path / "pull-queue"
+    for folder in (queue, queue / "tmp", queue / "new", queue / "cur"):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o777)
+    customer.root.mkdir(mode=0o700, exist_ok=True)
+    box.path.chmod(0o755)
+    done = subprocess.run(
+        [ODMR, "send", "-C", customer.config, "-f", "eva@example.org", "eva@example.org", "u@dest.example"],
+        input=LETTER, text=True, capture_output=True, user=65534, group=65534, extra_groups=[], timeout=20, cwd="/",
+    )
+    check(done.returncode == 0, f"exit {done.returncode}: {done.stderr}")
+    check(len(queued(customer)) == 1, f"{len(queued(customer))} letters wait, wanted one for both recipients")
+    pulled = customer.pull()
+    check(pulled == 0, f"pull: exit {pulled}: {customer.log()}")
+    check(len(list(customer.root.glob("example.org/eva/new/*"))) == 1, "nothing came to eva")
+    wait_until(lambda: "to=<u@dest.example>" in provider.log(), "the provider to try u@dest.example")
+    check(not queued(customer), "something still waits")
+
+
 @scenario("daemon", needs=["swaks", "dnsmasq"])
 def daemon(box):
     """pull --daemon: swaks brings a letter to its listener, a later call takes it; strangers get 554; SIGTERM exits 0"""
