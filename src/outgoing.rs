@@ -332,7 +332,152 @@ fn seconds(duration: Duration) -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
+    use crate::queue::{Place, Queue};
+    use crate::smtp::address::{Domain, reverse_path};
+    use crate::smtp::command::Notify;
+
+    const HOUR: i64 = 3600;
+
+    /// Keeps what is posted.
+    #[derive(Default)]
+    struct Letterbox(Mutex<Vec<String>>);
+
+    impl Post for Letterbox {
+        fn post(&self, letter: &Letter) -> io::Result<()> {
+            let text = String::from_utf8_lossy(&letter.text).into_owned();
+            self.0.lock().unwrap().push(text);
+            Ok(())
+        }
+    }
+
+    /// One letter to `to@example.net`, as old as that, with its sender and NOTIFY; a desk; what it has posted.
+    struct Case {
+        folder: tempfile::TempDir,
+        queue: Queue,
+        place: Place,
+        desk: Desk,
+        posted: Arc<Letterbox>,
+    }
+
+    impl Case {
+        fn new(from: &str, notify: &str, age: i64) -> Case {
+            let (folder, stamps, posted) = (tempfile::tempdir().unwrap(), Stamps::fixed(), Arc::<Letterbox>::default());
+            let queue = Queue::new(folder.path(), "host", stamps.clone(), Duration::from_secs(60));
+            let place = Place::Destination(Domain::parse("example.net").unwrap());
+            let notify = if notify.is_empty() { Notify::default() } else { Notify::parse(notify.as_bytes()).unwrap() };
+            let mailbox = Mailbox::parse("to@example.net").unwrap();
+            let envelope = Envelope {
+                from: reverse_path(from.as_bytes()).unwrap().0,
+                recipients: vec![Recipient { mailbox, notify, original: None }],
+                id: "id".to_owned(),
+                arrived: Date::from_seconds(stamps.now().seconds() - age),
+                body: Body::Unsaid,
+                utf8: false,
+                ret: None,
+                envelope_id: None,
+            };
+            let mut copies = queue.put(&[(place.clone(), envelope)], "").unwrap();
+            copies.write(b"Subject: the one\n\nbody\n").unwrap();
+            copies.commit().unwrap();
+            let desk = Desk::new("relay.example.net", &stamps, posted.clone());
+            Case { folder, queue, place, desk, posted }
+        }
+
+        /// One attempt that ends so; what was posted by it.
+        fn attempt(&self, fate: Fate, dsn: bool) -> Vec<String> {
+            let hours = |hours: u64| Duration::from_secs(3600 * hours);
+            let retry = Retry {
+                first: Duration::from_secs(300),
+                max: hours(4),
+                give_up: hours(120),
+                delay_notice: Some(hours(4)),
+            };
+            // The next attempt is not waited for.
+            let maildir = self.queue.maildir(&self.place);
+            for entry in maildir.entries().unwrap() {
+                std::fs::File::open(maildir.file(&entry)).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+            }
+            let mut hold = self.queue.hold(std::slice::from_ref(&self.place)).unwrap();
+            let batch = hold.offer().unwrap();
+            let peer = Peer { name: Some("mx.example.net"), dsn };
+            let attempt = Attempt { peer, retry: Some(&retry), done: "relayed", context: "" };
+            let outcome = Outcome { fates: vec![fate], decided: Decided::ByPeer };
+            self.desk.conclude(batch, outcome, &attempt, &mut hold).unwrap();
+            std::mem::take(&mut *self.posted.0.lock().unwrap())
+        }
+
+        /// Messages that wait, and that were set aside.
+        fn left(&self) -> (usize, usize) {
+            let maildir = self.queue.maildir(&self.place);
+            let refused = crate::maildir::Maildir::new(self.folder.path().join("outgoing/example.net/.refused"));
+            (maildir.entries().unwrap().len(), refused.entries().unwrap().len())
+        }
+    }
+
+    fn refused() -> Fate {
+        Fate::Refused(Reply::new(550, "5.1.1", "unknown"))
+    }
+
+    fn deferred() -> Fate {
+        Fate::Deferred(Reply::new(451, "4.4.1", "later"))
+    }
+
+    fn delivered() -> Fate {
+        Fate::Delivered(Reply::new(250, "2.0.0", "taken"))
+    }
+
+    /// RFC 3461 section 5.2, a row each: sender, NOTIFY, age in hours, fate, whether the peer has DSN; the action
+    /// and status of the one notice, and what is left.
+    #[test]
+    fn who_is_told_what() {
+        let check = |from, notify, age, fate: Fate, dsn, wanted: &str, left| {
+            let case = Case::new(from, notify, age * HOUR);
+            let told = case.attempt(fate.clone(), dsn);
+            let row = format!("{from} {notify} {age} {fate:?} {dsn}");
+            let seen: Vec<_> = told
+                .iter()
+                .map(|text| {
+                    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("-");
+                    assert!(
+                        text.contains("Auto-Submitted: auto-replied") && text.contains("Subject: the one"),
+                        "{row}"
+                    );
+                    format!("{} {}", field("Action: "), field("Status: "))
+                })
+                .collect();
+            assert_eq!(seen.join(", "), wanted, "{row}");
+            assert_eq!(case.left(), left, "{row}");
+        };
+        let own = "<a@b.example>";
+        check(own, "", 0, refused(), false, "failed 5.1.1", (0, 0));
+        check(own, "SUCCESS", 0, refused(), false, "", (0, 0));
+        check(own, "NEVER", 0, refused(), false, "", (0, 0));
+        // Never about a notice (RFC 5321 section 6.1); it is set aside.
+        check("<>", "", 0, refused(), false, "", (0, 1));
+        check(own, "", 0, delivered(), false, "", (0, 0));
+        check(own, "SUCCESS", 0, delivered(), false, "relayed 2.0.0", (0, 0));
+        check(own, "SUCCESS", 0, delivered(), true, "", (0, 0));
+        check(own, "", 3, deferred(), false, "", (1, 0));
+        check(own, "", 5, deferred(), false, "delayed 4.4.1", (1, 0));
+        check(own, "FAILURE", 5, deferred(), false, "", (1, 0));
+        check("<>", "", 5, deferred(), false, "", (1, 0));
+        check(own, "", 5, Fate::InDoubt, false, "delayed 4.4.2", (1, 0));
+        check(own, "", 121, deferred(), false, "failed 5.4.7", (0, 0));
+        check(own, "", 121, Fate::InDoubt, false, "failed 5.4.7", (0, 0));
+        check(own, "", 121, delivered(), false, "", (0, 0));
+    }
+
+    #[test]
+    fn one_is_told_once_that_a_letter_is_late() {
+        let case = Case::new("<a@b.example>", "", 5 * HOUR);
+        assert_eq!(case.attempt(deferred(), false).len(), 1);
+        assert_eq!(case.attempt(deferred(), false).len(), 0);
+        assert_eq!(case.attempt(refused(), false).len(), 1);
+        assert_eq!(case.left(), (0, 0));
+    }
 
     #[test]
     fn pauses_grow_with_age_and_have_bounds() {
