@@ -1131,6 +1131,17 @@ fn a_server_without_ehlo_is_spoken_to_with_helo() {
     assert!(!client.offered().pipelining && run.said_quit);
 }
 
+/// The relay's way with hosts that nobody has vouched for: TLS where it is offered, and mail in any case.
+#[test]
+fn starttls_when_offered_is_no_condition() {
+    let offered = || Plan { starttls: StartTls::Offered, ..plan() };
+    check(offered(), &["220 x"], "250-x/250 STARTTLS", "Wait", "STARTTLS");
+    check(offered(), &["220 x", "250-x/250 STARTTLS"], "220 go", "Wait", "EHLO me.example");
+    check(offered(), &["220 x", "250-x/250 STARTTLS"], "454 not now", "Ready", "");
+    check(offered(), &["220 x"], "250 x", "Ready", "");
+    check(offered(), &["220 x"], "500 x", "Wait", "HELO me.example");
+}
+
 #[test]
 fn starttls_auth_and_atrn_from_end_to_end() {
     let run = |tls, starttls, secret: &str, mechanisms: &[Mechanism]| {
