@@ -127,6 +127,12 @@ pub fn parse(name: &str, text: &str) -> Result<Transcript, String> {
     Ok(transcript)
 }
 
+/// A line of a dialogue as the program logs it, `[7] C: NOOP`, without the number of its session.
+fn logged(line: &str) -> &str {
+    let after = line.strip_prefix('[').and_then(|rest| rest.split_once("] ")).map(|(_, rest)| rest);
+    after.filter(|rest| ["C: ", "P: ", "S: ", "== "].iter().any(|begin| rest.starts_with(begin))).unwrap_or(line)
+}
+
 /// The octets that `\r \n \t \0 \xHH \\` stand for; the rest as it is.
 pub fn octets(text: &str) -> Option<Vec<u8>> {
     let mut octets = Vec::new();
@@ -203,6 +209,7 @@ struct Parser<'a> {
 
 impl Parser<'_> {
     fn line(&mut self, number: usize, line: &str) -> Result<(), String> {
+        let line = logged(line);
         if let Some(event) = line.strip_prefix("== ").and_then(|rest| rest.strip_suffix(" ==")) {
             return self.event(number, event);
         }
@@ -383,6 +390,13 @@ fn pattern() {
     check("250-{...} x {...}", "250-a x b", true);
     check("a{...}b{...}b", "ab", false);
     check("a{...}b", "a{...}bc", false);
+}
+
+#[test]
+fn a_log_can_be_pasted() {
+    for (line, wanted) in [("[7] C: NOOP", "C: NOOP"), ("[pull] == turn ==", "== turn =="), ("[odmr]", "[odmr]")] {
+        assert_eq!(logged(line), wanted);
+    }
 }
 
 #[test]
