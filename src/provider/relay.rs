@@ -39,6 +39,9 @@ const ADDRESSES: usize = 8;
 /// How often the folders are looked through for mail that another process (inetd mode) has put there.
 const LOOK_AROUND: Duration = Duration::from_secs(300);
 
+/// How long hosts of one destination are tried in one attempt: slow ones shall not keep a worker for hours.
+const PATIENCE: Duration = Duration::from_secs(600);
+
 /// How long new mail waits for more of it: what comes in one call shall go in one session.
 const GATHER: Duration = Duration::from_millis(200);
 
@@ -404,6 +407,7 @@ impl Worker {
         let mut last = None;
         // Hosts without any address are an error of the domain's, and no time mends it (RFC 5321 section 5.1).
         let mut hopeless = true;
+        let patience = Instant::now() + PATIENCE;
         let mut tried = 0;
         for host in hosts(route, domain, &self.hostname).map_err(Obstacle::Never)? {
             let addresses = match resolver.addresses(&host) {
@@ -419,7 +423,7 @@ impl Worker {
                 if self.stop.stopped() {
                     return Err(Obstacle::Stopped);
                 }
-                if tried >= ADDRESSES {
+                if tried >= ADDRESSES || Instant::now() >= patience {
                     break;
                 }
                 tried += 1;
