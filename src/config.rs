@@ -36,6 +36,7 @@ pub use self::value::Network;
 
 use self::value::{ATRN_FLOOR, Entry, Hostname, Pin, Secret, at_least, atrn, between, check_secret, duration};
 use crate::smtp::address::Domain;
+use crate::smtp::client::Awaiting;
 
 /// What a file says, whichever side it is for.
 #[derive(Clone, Debug)]
@@ -172,6 +173,21 @@ pub struct Timeouts {
     /// When the program is to end, sessions have so long to come to a good end. Default 10 s.
     #[serde(deserialize_with = "duration")]
     pub shutdown: Duration,
+}
+
+impl Timeouts {
+    /// How long a reply is waited for (RFC 5321 section 4.5.3.2; RFC 2645 section 5.2.1).
+    pub fn patience(&self, awaiting: Option<Awaiting>) -> Duration {
+        match awaiting {
+            Some(Awaiting::Greeting) => self.greeting,
+            Some(Awaiting::Mail) => self.mail,
+            Some(Awaiting::Recipient) => self.recipient,
+            Some(Awaiting::Data) => self.data,
+            Some(Awaiting::End) => self.end,
+            Some(Awaiting::Atrn) => self.atrn,
+            Some(Awaiting::Command) | None => self.command,
+        }
+    }
 }
 
 impl Default for Timeouts {

@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 use crate::config::{self, Timeouts, TlsMode};
 use crate::queue::{Batch, Hold};
 use crate::smtp::address::Domain;
-use crate::smtp::client::{Awaiting, Client, Decided, Fate, Halt, Outcome, Plan, StartTls, Step};
+use crate::smtp::client::{Client, Decided, Fate, Halt, Outcome, Plan, StartTls, Step};
 use crate::smtp::content::{Liner, Stuffer};
 use crate::smtp::reply::{Reply, ReplyReader};
 use crate::tls::{self, ClientSide, Trust};
 use crate::wire::{Filled, Line, Stop, Trace, Wire, Woken};
 
 /// A reply line may be longer than RFC 5321 section 4.5.3.1.5 says, but not endless.
-const REPLY_LINE_LIMIT: usize = 8 * 1024;
+pub const REPLY_LINE_LIMIT: usize = 8 * 1024;
 
 /// Content is read and sent in pieces of so many octets.
 const BLOCK: usize = 32 * 1024;
@@ -263,7 +263,7 @@ impl Dialogue {
 
     /// What the next reply leads to.
     fn next(&mut self) -> Result<Step, Failure> {
-        let reply = self.reply(Instant::now() + self.patience())?;
+        let reply = self.reply(Instant::now() + self.timeouts.patience(self.client.awaiting()))?;
         let farewell = reply.code() == 421;
         let mut said = Vec::new();
         let step =
@@ -276,20 +276,6 @@ impl Dialogue {
             Step::Settled(_) => Ok(step),
             _ if farewell => Err(Failure::Lost(format!("the peer said {reply}"))),
             step => Ok(step),
-        }
-    }
-
-    /// RFC 5321 section 4.5.3.2, and ten minutes at least for ATRN (RFC 2645 section 5.2.1).
-    fn patience(&self) -> Duration {
-        let timeouts = &self.timeouts;
-        match self.client.awaiting() {
-            Some(Awaiting::Greeting) => timeouts.greeting,
-            Some(Awaiting::Mail) => timeouts.mail,
-            Some(Awaiting::Recipient) => timeouts.recipient,
-            Some(Awaiting::Data) => timeouts.data,
-            Some(Awaiting::End) => timeouts.end,
-            Some(Awaiting::Atrn) => timeouts.atrn,
-            Some(Awaiting::Command) | None => timeouts.command,
         }
     }
 
@@ -322,7 +308,8 @@ impl Dialogue {
 
     /// Logs and lines up what the client says; secrets are blanked.
     fn say(&mut self, octets: &[u8]) {
-        for line in octets.split_inclusive(|octet| *octet == b'\n') {
+        let lines = octets.split_inclusive(|octet| *octet == b'\n').filter(|_| self.wire.trace.enabled());
+        for line in lines {
             let line = line.trim_ascii_end();
             let end = if !self.client.in_auth() {
                 line.len()

@@ -9,12 +9,15 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 
 use crate::smtp::reply::Reply;
 use crate::wire::Stop;
+
+/// How long nobody is accepted when the system has nothing left to accept with.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// A listening socket; the error says what to do.
 pub fn bind(address: SocketAddr) -> Result<TcpListener, String> {
@@ -61,9 +64,7 @@ impl Gate {
                 Err(error) => {
                     log::warn!("event=accept-failed listener={} error={:?}", self.name, error.to_string());
                     // Out of descriptors: the connection stays in the backlog, and asking at once would spin.
-                    let mut polls = [PollFd::from_borrowed_fd(self.stop.fd(), PollFlags::IN)];
-                    let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-                    let _ = rustix::event::poll(&mut polls, Some(&pause));
+                    self.stop.wait_until(Some(Instant::now() + PAUSE));
                 }
             }
         }

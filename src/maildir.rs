@@ -21,6 +21,9 @@ pub const IN_DOUBT: char = 'F';
 /// The flag of a message whose sender was told that it is late.
 pub const TOLD: char = 'R';
 
+/// Room kept free on the disk (RFC 1870 section 6.1: better refused than begun).
+const RESERVE: u64 = 4 << 20;
+
 const WRITE_BUFFER: usize = 32 * 1024;
 
 /// One Maildir: a folder with `tmp`, `new` and `cur`.
@@ -288,6 +291,13 @@ impl Copies {
         }
         Ok(moved().map(|(_, entry)| entry).collect())
     }
+}
+
+/// Whether the disk below a folder holds so many octets more, and a reserve.
+pub fn has_room(folder: &Path, octets: u64) -> bool {
+    // A folder that is not there yet is made by the first message; that it fails is found out then.
+    rustix::fs::statvfs(folder)
+        .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(RESERVE))
 }
 
 /// An error that says where.

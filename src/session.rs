@@ -7,10 +7,12 @@
 //! Replies are gathered as long as whole commands wait in the read buffer, and flushed before every wait
 //! (RFC 2920 section 3.2).
 
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use crate::config::{Limits, Timeouts};
 use crate::smtp::address::Domain;
 use crate::smtp::command::Verb;
 use crate::smtp::content::{Chunks, Headers, Unstuffer};
@@ -60,6 +62,20 @@ pub struct Bounds {
     pub halt: Stop,
 }
 
+impl Bounds {
+    /// As the configuration says, for a session before any turn.
+    pub fn new(timeouts: &Timeouts, limits: &Limits, stop: &Stop, halt: &Stop) -> Bounds {
+        Bounds {
+            command: timeouts.command,
+            handshake: timeouts.handshake,
+            session: timeouts.session,
+            hops: limits.received_hops,
+            stop: stop.clone(),
+            halt: halt.clone(),
+        }
+    }
+}
+
 /// A session.
 pub struct Session {
     pub wire: Wire,
@@ -82,6 +98,17 @@ pub enum End {
     Quit,
     /// It is over, for this reason.
     Closed(String),
+}
+
+/// For the log.
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::Atrn(_) => f.write_str("ATRN"),
+            End::Quit => f.write_str("quit"),
+            End::Closed(why) => f.write_str(why),
+        }
+    }
 }
 
 /// The session cannot go on.
@@ -211,6 +238,9 @@ impl Session {
 
     /// Logs a command; secrets are blanked.
     fn hear(&self, line: &[u8]) {
+        if !self.wire.trace.enabled() {
+            return;
+        }
         // On port 366 a line that is no command may be a secret that came at the wrong time.
         let odmr = self.server.offers_auth();
         let mut words = line.split(|octet| octet.is_ascii_whitespace()).filter(|word| !word.is_empty());
@@ -409,11 +439,16 @@ impl Taking {
     }
 }
 
+/// RFC 1870 section 6.1: refused before it is sent, where that can be foreseen.
+pub fn disk_full() -> Reply {
+    Reply::new(452, "4.3.1", "The disk is full, try again later")
+}
+
 /// What a failure of the disk means for the client (RFC 1870 section 6.1, RFC 3463 section 3.4).
 pub fn storage_reply(error: &io::Error) -> Reply {
     log::error!("event=storage-failed error={:?}", error.to_string());
     match error.kind() {
-        io::ErrorKind::StorageFull => Reply::new(452, "4.3.1", "The disk is full, try again later"),
+        io::ErrorKind::StorageFull => disk_full(),
         io::ErrorKind::QuotaExceeded => Reply::new(452, "4.2.2", "The quota is used up, try again later"),
         io::ErrorKind::InvalidInput => Reply::new(452, "4.5.3", "Too many recipients: send it in several transactions"),
         _ => Reply::new(451, "4.3.0", "The message could not be stored, try again later"),

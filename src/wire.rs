@@ -366,6 +366,24 @@ impl Stop {
         self.0.said.load(Ordering::SeqCst)
     }
 
+    /// Waits for the word to stop, or until then; says whether it was said.
+    pub fn wait_until(&self, deadline: Option<Instant>) -> bool {
+        while !self.stopped() {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                break;
+            }
+            // Rounded up, so that the time has come when it wakes us.
+            let timeout = left.map(|left| {
+                let millis = i64::try_from(left.as_millis()).unwrap_or(i64::MAX - 1) + 1;
+                Timespec { tv_sec: millis / 1000, tv_nsec: millis % 1000 * 1_000_000 }
+            });
+            let mut polls = [PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)];
+            let _ = rustix::event::poll(&mut polls, timeout.as_ref());
+        }
+        self.stopped()
+    }
+
     /// Readable (`IN`) from `stop` on, for ever. Never read from it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.reader.as_fd()
@@ -384,6 +402,11 @@ pub struct Trace {
 }
 
 impl Trace {
+    /// Whether anybody reads it: who has to prepare a line need not, otherwise.
+    pub fn enabled(&self) -> bool {
+        log::log_enabled!(target: "dialogue", log::Level::Debug)
+    }
+
     /// One line that this side says, with or without its line end.
     pub fn said(&self, line: &[u8]) {
         self.note(self.us, line);

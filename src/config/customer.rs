@@ -33,9 +33,12 @@ pub struct Customer {
 
 impl Customer {
     pub fn load(path: &Path) -> Result<Customer, ConfigError> {
-        let source = Source::read(path)?;
+        Customer::of(&Source::read(path)?)
+    }
+
+    fn of(source: &Source) -> Result<Customer, ConfigError> {
         match source.kind()? {
-            Some(Kind::Customer) | None => Customer::build(&source),
+            Some(Kind::Customer) | None => Customer::build(source),
             Some(Kind::Provider) => Err(source.error(
                 None,
                 "is a provider's file (it has `spool` or `customers`), for `odmr serve`; a customer's has [provider]",
@@ -46,7 +49,7 @@ impl Customer {
     /// Reads a customer's file for a user who hands in mail: without the files that hold secrets, which that user
     /// may not be able to read.
     pub fn load_to_send(path: &Path) -> Result<Customer, ConfigError> {
-        Customer::build(&Source { secrets: false, ..Source::read(path)? })
+        Customer::of(&Source { secrets: false, ..Source::read(path)? })
     }
 
     pub(super) fn build(source: &Source) -> Result<Customer, ConfigError> {

@@ -10,8 +10,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
-
 use super::local;
 use super::outbox::Outbox;
 use super::pull::{Caller, Error};
@@ -42,25 +40,10 @@ pub fn run(config: &Customer, stamps: &Stamps, stop: &Stop) -> Result<(), Error>
             Err(_) if stop.stopped() => break,
             Err(error) => log::warn!("event=call-failed error={:?}", error.to_string()),
         }
-        wait(stop, begun + config.schedule.every);
+        stop.wait_until(Some(begun + config.schedule.every));
     }
     listeners.close(config.timeouts.shutdown);
     Ok(())
-}
-
-/// Sleeps until then, or until the word to stop.
-fn wait(stop: &Stop, until: Instant) {
-    while !stop.stopped() {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return;
-        }
-        // Rounded up, so that the time has come when it wakes us.
-        let millis = i64::try_from(left.as_millis()).unwrap_or(i64::MAX - 1) + 1;
-        let timeout = Timespec { tv_sec: millis / 1000, tv_nsec: millis % 1000 * 1_000_000 };
-        let mut polls = [PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN)];
-        let _ = rustix::event::poll(&mut polls, Some(&timeout));
-    }
 }
 
 /// The listeners of `[outgoing]`, a thread each.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::outbox::{Outbox, Outgoing, Stored};
 use crate::config::Customer;
 use crate::sasl::{Secrets, Unavailable};
-use crate::session::{Bounds, End, Intake, Party, Session, storage_reply};
+use crate::session::{Bounds, Intake, Party, Session, storage_reply};
 use crate::smtp::address::{ForwardPath, Mailbox};
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
@@ -31,23 +31,12 @@ pub fn serve(config: &Customer, outbox: &Arc<Outbox>, wire: Wire, peer: String, 
         mechanisms: Vec::new(),
         stamps: outbox.stamps().clone(),
     };
-    let bounds = Bounds {
-        command: config.timeouts.command,
-        handshake: config.timeouts.handshake,
-        session: config.timeouts.session,
-        hops: config.limits.received_hops,
-        stop: stop.clone(),
-        halt: halt.clone(),
-    };
+    let bounds = Bounds::new(&config.timeouts, &config.limits, stop, halt);
     let mut session = Session::new(wire, Server::new(profile, false), peer, None, bounds);
     session.greet();
     let end = session.run(&mut Local { outbox: outbox.clone() });
     session.close();
-    match end {
-        End::Quit => "quit".to_owned(),
-        End::Closed(why) => why,
-        End::Atrn(_) => "ATRN has no place here".to_owned(),
-    }
+    end.to_string()
 }
 
 struct Local {

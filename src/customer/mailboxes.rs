@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::config::{self, Accept};
-use crate::maildir::{Copies, Maildir};
+use crate::maildir::{Copies, Maildir, has_room};
 use crate::outgoing::Desk;
 use crate::queue::Envelope;
 use crate::sasl::{Secrets, Unavailable};
-use crate::session::{Intake, Party, storage_reply};
+use crate::session::{Intake, Party, disk_full, storage_reply};
 use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
@@ -24,9 +24,6 @@ use crate::stamp::Stamps;
 
 /// The name of a folder may have so many octets, with room for what mail readers put beside it.
 const FOLDER_LIMIT: usize = 200;
-
-/// Room kept free on the disk.
-const RESERVE: u64 = 4 << 20;
 
 /// Of a longer header no more comes back with a notice.
 const HEADER_LIMIT: usize = 64 * 1024;
@@ -129,10 +126,7 @@ impl Mailboxes {
 
     /// Refuses mail that the disk would not hold.
     pub fn make_room(&self, octets: u64) -> Result<(), Reply> {
-        // A root that is not there yet is made by the first delivery.
-        let room = rustix::fs::statvfs(&self.root)
-            .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(RESERVE));
-        if room { Ok(()) } else { Err(Reply::new(452, "4.3.1", "The disk is full, try again later")) }
+        if has_room(&self.root, octets) { Ok(()) } else { Err(disk_full()) }
     }
 }
 

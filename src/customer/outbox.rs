@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::mailboxes::{Mailboxes, Tally, Told};
@@ -17,6 +17,7 @@ use crate::dialogue::{Dialogue, Failure, Upstream, no_place_for_mail};
 use crate::maildir::Copies;
 use crate::outgoing::{Attempt, Desk, Letter, Peer, Post};
 use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
+use crate::session::disk_full;
 use crate::smtp::address::{ForwardPath, Mailbox};
 use crate::smtp::client::{Client, Decided, Fate, Outcome};
 use crate::smtp::command::{MailFrom, Recipient};
@@ -81,10 +82,7 @@ impl Outbox {
     /// Whether so many octets more may come.
     pub fn make_room(&self, octets: u64) -> Result<(), Reply> {
         self.within_size(octets)?;
-        if self.shelf.queue.has_room(octets) {
-            return Ok(());
-        }
-        Err(Reply::new(452, "4.3.1", "The disk is full, try again later"))
+        if self.shelf.queue.has_room(octets) { Ok(()) } else { Err(disk_full()) }
     }
 
     /// Whether a message may have so many octets.
@@ -173,17 +171,12 @@ impl Outbox {
             self.shelf.mailboxes.begin(&mut copies, &here.from, &recipient.mailbox, "")?;
         }
         let mut told = Told::new(&self.desk, here);
-        let mut piece = vec![0; 32 * 1024];
-        loop {
-            let octets = match batch.read(&mut piece)? {
-                0 => break,
-                octets => &piece[..octets],
-            };
+        batch.each_piece(|piece| {
             if let Some(told) = &mut told {
-                told.see(octets);
+                told.see(piece);
             }
-            copies.write(octets)?;
-        }
+            copies.write(piece)
+        })?;
         copies.commit()?;
         if let Some(told) = told {
             told.tell();
@@ -194,10 +187,10 @@ impl Outbox {
     /// Sends what is due in a session with the provider, before ATRN.
     pub fn send(&self, dialogue: &mut Dialogue, tally: &Tally) -> Result<(), Failure> {
         let Some(mut hold) = self.hold_if_any() else { return Ok(()) };
-        let said = AtomicBool::new(false);
+        let mut said = false;
         dialogue.deliver(&mut hold, &mut |batch, mut outcome, client, hold| {
             if no_place_for_mail(&outcome).is_some() {
-                if !said.swap(true, Ordering::Relaxed) {
+                if !std::mem::replace(&mut said, true) {
                     log::warn!("event=outgoing-kept reason={:?}", reason(&outcome));
                 }
                 for fate in &mut outcome.fates {
@@ -236,7 +229,7 @@ impl Outbox {
     }
 
     fn hold_if_any(&self) -> Option<Hold> {
-        if self.waiting() == 0 {
+        if self.shelf.queue.maildir(&Place::Upstream).is_empty().unwrap_or(true) {
             return None;
         }
         self.hold().inspect_err(|error| log::warn!("event=outgoing-kept reason={error:?}")).ok()

@@ -274,15 +274,9 @@ impl Call<'_> {
         };
         let (wire, server) =
             turn::take_over(wire, client, profile).map_err(|error| Error::Protocol(error.to_string()))?;
-        let bounds = Bounds {
-            command: config.timeouts.command,
-            handshake: config.timeouts.handshake,
-            session: config.timeouts.turn,
-            hops: config.limits.received_hops,
-            stop: self.stop.clone(),
-            // A message half received stays with the provider: nothing is lost by stopping at once.
-            halt: self.stop.clone(),
-        };
+        // A message half received stays with the provider: nothing is lost by stopping at once.
+        let bounds = Bounds::new(&config.timeouts, &config.limits, self.stop, self.stop);
+        let bounds = Bounds { session: config.timeouts.turn, ..bounds };
         let desk = self.caller.outbox.as_ref().map(|outbox| outbox.desk().clone());
         let mut receiver = Receiver::new(self.caller.mailboxes.clone(), desk, self.tally.clone());
         let mut session = Session::new(wire, server, crate::session::literal(peer), None, bounds);

@@ -19,6 +19,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::config::Timeouts;
+use crate::dialogue::REPLY_LINE_LIMIT;
 use crate::outgoing::{Attempt, Desk, Peer};
 use crate::queue::{Batch, Hold};
 use crate::smtp::client::{Awaiting, Client, Fate, Halt, Outcome, Step};
@@ -33,8 +34,6 @@ const BLOCK: usize = 32 * 1024;
 const HIGH_WATER: usize = 64 * 1024;
 /// Pieces of work for one session before the next has its turn.
 const QUANTUM: usize = 8;
-/// A reply line may be longer than RFC 5321 section 4.5.3.1.5 says, but not endless.
-const REPLY_LINE_LIMIT: usize = 8 * 1024;
 /// How long the end of a session may take once nothing is at stake any more.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// How often a stalled session looks whether somebody else wants its domains.
@@ -331,10 +330,9 @@ impl Call {
     fn work(&mut self, now: Instant) -> Result<(), Gone> {
         // An error that comes with the last replies must not cost us these: a 250 that was seen is no doubt.
         let filled = match std::mem::take(&mut self.readable) {
-            true => self.wire.fill(),
+            true => self.wire.fill().inspect(|_| self.wire.acknowledge()),
             false => Ok(Filled::Nothing),
         };
-        self.wire.acknowledge();
         let before = self.wire.unsent();
         self.busy = true;
         for _ in 0..QUANTUM {
@@ -545,12 +543,7 @@ impl Call {
         let patience = match self.client.awaiting() {
             _ if self.content.is_some() => times.block,
             _ if self.client.closing() => FAREWELL.min(times.command),
-            Some(Awaiting::Greeting) => times.greeting,
-            Some(Awaiting::Mail) => times.mail,
-            Some(Awaiting::Recipient) => times.recipient,
-            Some(Awaiting::Data) => times.data,
-            Some(Awaiting::End) => times.end,
-            Some(Awaiting::Command | Awaiting::Atrn) | None => times.command,
+            awaiting => times.patience(awaiting),
         };
         self.deadline = now + patience;
     }

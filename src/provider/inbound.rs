@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::{Shared, intake};
 use crate::sasl::{Secrets, Unavailable};
-use crate::session::{End, Intake, Party, Session};
+use crate::session::{Intake, Party, Session};
 use crate::smtp::address::{ForwardPath, Mailbox};
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
@@ -19,11 +19,7 @@ pub fn serve(shared: &Arc<Shared>, mut session: Session) -> String {
     let mut party = Inbound { shared: shared.clone() };
     let end = session.run(&mut party);
     session.close();
-    match end {
-        End::Quit => "quit".to_owned(),
-        End::Closed(why) => why,
-        End::Atrn(_) => "ATRN has no place here".to_owned(),
-    }
+    end.to_string()
 }
 
 struct Inbound {

@@ -22,14 +22,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
-
 use crate::config;
 use crate::listen::{self, Gate, Visitors};
 use crate::outgoing::Desk;
 use crate::queue::Queue;
 use crate::sasl::Mechanism;
-use crate::session::{Bounds, Session, literal};
+use crate::session::{Bounds, Session, disk_full, literal};
 use crate::smtp::address::{ForwardPath, Mailbox};
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
@@ -162,9 +160,9 @@ impl Provider {
         let (shared, delivery, _relay) = prepare(config, stamps)?;
         let (signal, session, at_once) = (stop.clone(), shared.stop.clone(), shared.halt.clone());
         std::thread::spawn(move || {
-            wait_for(&signal);
+            signal.wait_until(None);
             session.stop();
-            std::thread::sleep(grace);
+            at_once.wait_until(Some(Instant::now() + grace));
             at_once.stop();
         });
         let worker = {
@@ -276,21 +274,10 @@ fn system(error: io::Error) -> StartError {
     StartError::System(error.to_string())
 }
 
-/// Waits until a token is said.
-fn wait_for(stop: &Stop) {
-    while !stop.stopped() {
-        let mut polls = [PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN)];
-        let _ = rustix::event::poll(&mut polls, None);
-    }
-}
-
 impl Shared {
     /// Refuses mail that the disk would not hold, before it is sent (RFC 1870 section 6.1).
     fn make_room(&self, mail: &MailFrom) -> Result<(), Reply> {
-        if self.queue.has_room(mail.size.unwrap_or(0)) {
-            return Ok(());
-        }
-        Err(Reply::new(452, "4.3.1", "The disk is full, try again later"))
+        if self.queue.has_room(mail.size.unwrap_or(0)) { Ok(()) } else { Err(disk_full()) }
     }
 
     /// The mailbox a path means; a postmaster without a domain is our own (RFC 5321 section 4.5.1).
@@ -332,14 +319,7 @@ impl Shared {
             wire.start_tls_server(&side, Instant::now() + timeouts.handshake)?;
         }
         let server = Server::new(self.profile(door), wire.secure().is_some());
-        let bounds = Bounds {
-            command: timeouts.command,
-            handshake: timeouts.handshake,
-            session: timeouts.session,
-            hops: self.config.limits.received_hops,
-            stop: self.stop.clone(),
-            halt: self.halt.clone(),
-        };
+        let bounds = Bounds::new(timeouts, &self.config.limits, &self.stop, &self.halt);
         let session = Session::new(wire, server, peer, tls, bounds);
         Ok(match door {
             Door::Inbound => inbound::serve(self, session),

@@ -28,7 +28,7 @@ pub fn serve(shared: &Arc<Shared>, mut session: Session) -> String {
             End::Atrn(domains) => domains,
             end => {
                 session.close();
-                return if let End::Closed(why) = end { why } else { "quit".to_owned() };
+                return end.to_string();
             }
         };
         let offered = match grant(shared, session.server.account(), &domains) {

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant, SystemTime};
 pub use envelope::Envelope;
 use envelope::{Head, Parsed};
 
-use crate::maildir::{Copies, Entry, IN_DOUBT, Maildir, TOLD, at};
+use crate::maildir::{self, Copies, Entry, IN_DOUBT, Maildir, TOLD, at};
 use crate::smtp::address::Domain;
 use crate::smtp::client::{Fate, Message, Outcome};
 use crate::smtp::command::Recipient;
@@ -37,9 +37,6 @@ use crate::stamp::{Date, Stamps};
 
 /// How long one who wants a domain waits for a holder that was asked to give way.
 const GIVE_WAY: Duration = Duration::from_secs(5);
-
-/// Room kept free on the disk (RFC 1870 section 6.1: better refused than begun).
-const RESERVE: u64 = 4 << 20;
 
 /// One message is set aside in so many steps at most: as many as it may have recipients, and then some.
 const REFUSALS: usize = 1000;
@@ -129,9 +126,7 @@ impl Queue {
 
     /// Whether so many octets more may come.
     pub fn has_room(&self, octets: u64) -> bool {
-        // A spool that is not there yet is made by the first message; that it fails is found out then.
-        rustix::fs::statvfs(&self.spool)
-            .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(RESERVE))
+        maildir::has_room(&self.spool, octets)
     }
 
     /// The domains elsewhere that mail was put for.
@@ -438,6 +433,17 @@ impl Batch {
         self.file.read(buffer).map_err(|error| at(&self.maildir.file(&self.entry), error))
     }
 
+    /// What is left of the content, piece by piece.
+    pub fn each_piece(&mut self, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+        let mut piece = vec![0; 32 * 1024];
+        loop {
+            match self.read(&mut piece)? {
+                0 => return Ok(()),
+                octets => each(&piece[..octets])?,
+            }
+        }
+    }
+
     /// Back to where the content begins.
     pub fn rewind(&mut self) -> io::Result<()> {
         self.file.seek(SeekFrom::Start(self.content)).map(drop)
@@ -565,13 +571,7 @@ impl Batch {
         let mut copy = Copies::default();
         copy.begin(maildir, unique, self.envelope.lines(marks).as_bytes())?;
         self.rewind()?;
-        let mut buffer = vec![0; 32 * 1024];
-        loop {
-            match self.read(&mut buffer)? {
-                0 => break,
-                octets => copy.write(&buffer[..octets])?,
-            }
-        }
+        self.each_piece(|piece| copy.write(piece))?;
         copy.commit()
     }
 }

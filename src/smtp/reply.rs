@@ -174,11 +174,6 @@ impl ReplyReader {
         self.begun = Some(reply);
         Ok(None)
     }
-
-    /// Whether a reply has begun and not ended.
-    pub fn in_reply(&self) -> bool {
-        self.begun.is_some()
-    }
 }
 
 /// Takes `5.1.1 ` off the front of a text if its class fits the code (RFC 2034 section 4).

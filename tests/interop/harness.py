@@ -537,6 +537,22 @@ def angle(line):
     return found.group(1).decode("utf-8", "backslashreplace")
 
 
+def serve_each(box, serve):
+    """Listens on a free port and gives each connection a thread of `serve`. Gives the socket and its port."""
+    listener = box.keep(socket.create_server((LOOPBACK, 0)))
+
+    def accept():
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return  # closed with the box
+            threading.Thread(target=serve, args=(sock,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listener, listener.getsockname()[1]
+
+
 class Listener:
     """A local mail server: each connection gets a thread and a Server; their letters end up in one list."""
 
@@ -545,17 +561,7 @@ class Listener:
         self.quits = 0
         self.errors = []
         self.options = options
-        self.socket = box.keep(socket.create_server((LOOPBACK, 0)))
-        self.port = self.socket.getsockname()[1]
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            try:
-                sock, _ = self.socket.accept()
-            except OSError:
-                return  # closed with the box
-            threading.Thread(target=self.session, args=(sock,), daemon=True).start()
+        self.socket, self.port = serve_each(box, self.session)
 
     def close(self):
         hang_up(self.socket)

@@ -9,7 +9,7 @@ import threading
 import time
 
 from harness import LOOPBACK, Certificates, Customer, Provider, Server, Smtp, check, field, free_port, hang_up, scenario
-from harness import secret, wait_until
+from harness import secret, serve_each, wait_until
 from postfix import UID, Postfix
 from world import RELAYS, House, Names, outgoing_table, queued, self_signed, sendmail
 
@@ -34,17 +34,7 @@ class Policy:
     def __init__(self, box, count):
         self.deferred = self.asked = 0
         self.count = count
-        self.socket = box.keep(socket.create_server((LOOPBACK, 0)))
-        self.port = self.socket.getsockname()[1]
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            try:
-                sock, _ = self.socket.accept()
-            except OSError:
-                return  # closed with the box
-            threading.Thread(target=self.answer, args=(sock,), daemon=True).start()
+        self.socket, self.port = serve_each(box, self.answer)
 
     def answer(self, sock):
         with sock, sock.makefile("rw") as lines:
