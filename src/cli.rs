@@ -390,7 +390,7 @@ fn check(matches: &Matches) -> Result<(), Failure> {
             if let Some(outgoing) = &config.outgoing {
                 usable(&outgoing.queue).map_err(wrong)?;
             }
-            let provider = &config.provider;
+            let provider = &config.providers[0];
             print(&format!("{}: good: a customer of {}, as {}\n", path.display(), provider.address, provider.name))
         }
     }

@@ -11,8 +11,10 @@
 //! Certificates, keys and directories are only named here. Whoever uses them says if they cannot be used.
 
 mod customer;
+mod mailboxes;
 mod provider;
 mod relay;
+mod schedule;
 mod value;
 
 use std::collections::HashSet;
@@ -29,9 +31,11 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use toml::Spanned;
 
-pub use self::customer::{Accept, Customer, Mailboxes, Outgoing, Schedule, Upstream};
+pub use self::customer::{Customer, Outgoing, Upstream};
+pub use self::mailboxes::{Accept, Mailboxes};
 pub use self::provider::{Account, Accounts, Inbound, Odmr, Provider, TlsFiles};
 pub use self::relay::{Relay, Retry, Smarthost, TlsPolicy};
+pub use self::schedule::Schedule;
 pub use self::value::Network;
 
 use self::value::{ATRN_FLOOR, Entry, Hostname, Pin, Secret, at_least, atrn, between, check_secret, duration};
@@ -792,7 +796,7 @@ accept = ["alice@example.org", "@example.com"]
         let text = format!("{CUSTOMER}[outgoing]\nqueue = \"/var/out\"\n{text}");
         let folder = files(&[("odmr.toml", &text)]);
         let customer = Customer::load(&folder.path().join("odmr.toml")).unwrap();
-        assert_eq!(customer.schedule, Schedule { every: MINUTE });
+        assert_eq!(customer.providers[0].schedule, Schedule { every: MINUTE });
         assert!(!format!("{customer:?}").contains("mellon"));
         let outgoing = customer.outgoing.unwrap();
         assert_eq!(outgoing.queue, Path::new("/var/out"));
@@ -961,7 +965,7 @@ accept = ["alice@example.org", "@example.com"]
         let Ok(Config::Customer(customer)) = Config::load(&folder.path().join("odmr.toml")) else {
             panic!("not a customer's file");
         };
-        let upstream = &customer.provider;
+        let upstream = &customer.providers[0];
         assert_eq!(customer.hostname, "mail.example.org");
         assert_eq!(upstream.address, "relay.example.net:366");
         assert_eq!(upstream.host, "relay.example.net");
@@ -975,7 +979,7 @@ accept = ["alice@example.org", "@example.com"]
             [Accept::Address(Mailbox::parse("alice@example.org").unwrap()), Accept::Domain(domain("example.com"))];
         assert_eq!(customer.mailboxes.accept, accept);
         assert_eq!(customer.outgoing, None);
-        assert_eq!(customer.schedule.every, Duration::from_secs(15 * 60));
+        assert_eq!(customer.providers[0].schedule.every, Duration::from_secs(15 * 60));
         assert_eq!(customer.timeouts, Timeouts::default());
         assert!(!format!("{customer:?}").contains("sesame"));
     }
@@ -1002,7 +1006,7 @@ accept = ["alice@example.org", "@example.com"]
         "#;
         let folder = files(&[("odmr.toml", text), ("secret", "open sesame")]);
         let customer = Customer::load(&folder.path().join("odmr.toml")).unwrap();
-        let upstream = customer.provider;
+        let upstream = &customer.providers[0];
         assert_eq!(upstream.address, "[2001:db8::1]:3660");
         assert_eq!(upstream.host, "2001:db8::1");
         assert_eq!(upstream.tls, TlsMode::Implicit);

@@ -1,32 +1,35 @@
 //! A customer's file (RFC 2645 section 5.2): where it calls, for whom it takes mail, and how its own mail goes out.
 
-use std::collections::HashSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
+use super::mailboxes::{Accept, Mailboxes, RawMailboxes};
 use super::relay::{Retry, Smarthost, Target};
-use super::value::{Address, Entry, Hostname, MAX_SIZE, Name, Network, Notice, Pin, Secret, Size, duration};
+use super::schedule::Schedule;
+use super::value::{Address, Entry, Hostname, MAX_SIZE, Name, Network, Notice, Pin, Secret, Size};
 use super::{
     ConfigError, Kind, Limits, Source, Timeouts, TlsMode, addresses, each_once, hostname, listeners, secret, trust,
-    twice,
 };
-use crate::smtp::address::{Domain, Mailbox};
+use crate::smtp::address::Domain;
 
 /// The side that fetches its mail.
 #[derive(Clone, Debug)]
 pub struct Customer {
     /// The name it greets with. ASCII; the case is as written.
     pub hostname: String,
-    pub provider: Upstream,
+    /// At least one, in the order of the file; no two have the same address and name.
+    pub providers: Vec<Upstream>,
     pub mailboxes: Mailboxes,
     /// None: this customer sends no mail.
     pub outgoing: Option<Outgoing>,
-    pub schedule: Schedule,
     pub limits: Limits,
     pub timeouts: Timeouts,
 }
@@ -59,27 +62,26 @@ impl Customer {
             let text = "[provider] is missing: the table with `address`, `name` and `secret`";
             source.error(None, text)
         })?;
-        let provider = Upstream::build(source, provider)?;
+        let providers = Upstream::build_all(source, provider, &raw.schedule)?;
+        // Who asks one provider for all that there is may get mail for any domain.
+        let all = providers.iter().any(|provider| provider.domains.is_empty());
+        let domains: Vec<_> = providers.iter().filter(|_| !all).flat_map(|provider| provider.domains.clone()).collect();
         let mailboxes = raw.mailboxes.ok_or_else(|| {
             let text = "[mailboxes] is missing: the table with `root` and `accept`, where mail goes and for whom \
                         it is taken";
             source.error(None, text)
         })?;
-        let mailboxes = Mailboxes::build(source, mailboxes, &provider.domains)?;
-        let outgoing = raw.outgoing.map(|raw| Outgoing::build(source, raw, &provider, &mailboxes)).transpose()?;
-        Ok(Customer {
-            hostname,
-            provider,
-            mailboxes,
-            outgoing,
-            schedule: raw.schedule,
-            limits: raw.limits,
-            timeouts: raw.timeouts,
-        })
+        let mailboxes = Mailboxes::build(source, mailboxes, &domains)?;
+        let takes_mail = providers.iter().find(|provider| provider.outgoing);
+        let outgoing = match (raw.outgoing, takes_mail) {
+            (Some(raw), Some(provider)) => Some(Outgoing::build(source, raw, provider, &mailboxes)?),
+            _ => None,
+        };
+        Ok(Customer { hostname, providers, mailboxes, outgoing, limits: raw.limits, timeouts: raw.timeouts })
     }
 }
 
-/// `[provider]`: where a customer calls, and as whom.
+/// `[provider]`, or each `[[provider]]`: where a customer calls, as whom, and when.
 #[derive(Clone)]
 pub struct Upstream {
     /// What to connect to: `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`.
@@ -98,13 +100,55 @@ pub struct Upstream {
     pub secret: Vec<u8>,
     /// The domains to ask for; none: all that the account has (RFC 2645 section 5.2.1).
     pub domains: Vec<Domain>,
+    /// It is handed the outgoing mail; so is one provider, by default the first.
+    pub outgoing: bool,
+    /// Its own, or that of all.
+    pub schedule: Schedule,
 }
 
 impl Upstream {
-    fn build(source: &Source, raw: Spanned<RawUpstream>) -> Result<Upstream, ConfigError> {
+    /// All providers of a file; `schedule`: for those that have none of their own.
+    fn build_all(source: &Source, raw: Spanned<OneOrMany>, schedule: &Schedule) -> Result<Vec<Upstream>, ConfigError> {
         let table = raw.span();
+        let tables = match raw.into_inner() {
+            OneOrMany::One(one) => vec![(table, *one)],
+            OneOrMany::Many(many) => many.into_iter().map(|one| (one.span(), one.into_inner())).collect(),
+        };
+        let mut providers: Vec<Upstream> = Vec::with_capacity(tables.len());
+        let mut outgoing = None;
+        for (table, raw) in tables {
+            let takes_mail = raw.outgoing.as_ref().map(|flag| (*flag.get_ref(), flag.span()));
+            let provider = Upstream::build(source, table.clone(), raw, schedule)?;
+            let same = |other: &&Upstream| (&other.address, &other.name) == (&provider.address, &provider.name);
+            if providers.iter().find(same).is_some() {
+                let text = format!(
+                    "{} stands here a second time as {}: one table a provider and account, with all `domains`",
+                    provider.address, provider.name
+                );
+                return Err(source.error(table, text));
+            }
+            if let Some((true, span)) = takes_mail
+                && outgoing.replace(providers.len()).is_some()
+            {
+                let text = "another provider takes the outgoing mail already: say `outgoing = true` in one table only";
+                return Err(source.error(span, text));
+            }
+            providers.push(provider);
+        }
+        let first = providers.iter().position(|provider| provider.outgoing);
+        for (number, provider) in providers.iter_mut().enumerate() {
+            provider.outgoing = outgoing.or(first) == Some(number);
+        }
+        Ok(providers)
+    }
+
+    fn build(
+        source: &Source,
+        table: Range<usize>,
+        raw: RawUpstream,
+        schedule: &Schedule,
+    ) -> Result<Upstream, ConfigError> {
         let missing = |text: &str| source.error(table.clone(), format!("[provider] needs {text}"));
-        let raw = raw.into_inner();
         let address = raw.address.ok_or_else(|| {
             missing("`address`, the provider's host and port, such as address = \"relay.example.net:366\"")
         })?;
@@ -121,6 +165,8 @@ impl Upstream {
             name: name.0.0,
             secret: secret(source, raw.secret, raw.secret_file, Some(table))?,
             domains: each_once(source, raw.domains)?,
+            outgoing: raw.outgoing.is_none_or(Spanned::into_inner),
+            schedule: raw.schedule.unwrap_or_else(|| schedule.clone()),
         })
     }
 }
@@ -136,82 +182,6 @@ impl fmt::Debug for Upstream {
             .field("name", &self.name)
             .field("domains", &self.domains)
             .finish_non_exhaustive()
-    }
-}
-
-/// `[mailboxes]`: for whom a customer takes mail, and where it goes.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Mailboxes {
-    /// Under it stand the Maildirs, `root/<domain>/<local part>/`. Absolute.
-    pub root: PathBuf,
-    /// At least one, none twice.
-    pub accept: Vec<Accept>,
-    /// The largest letter taken, in octets as they are on the wire; default 50 MiB.
-    pub max_size: u64,
-}
-
-/// Recipients that exist.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Accept {
-    /// `alice@example.org`; its host is a domain.
-    Address(Mailbox),
-    /// `@example.org`: whoever it is in this domain.
-    Domain(Domain),
-}
-
-impl Mailboxes {
-    fn build(source: &Source, raw: Spanned<RawMailboxes>, domains: &[Domain]) -> Result<Mailboxes, ConfigError> {
-        let table = raw.span();
-        let missing = |text: &str| source.error(table.clone(), format!("[mailboxes] needs {text}"));
-        let raw = raw.into_inner();
-        let root = raw
-            .root
-            .ok_or_else(|| missing("`root`, the directory of the Maildirs, such as root = \"/var/mail/odmr\""))?;
-        let mut accept = Vec::with_capacity(raw.accept.len());
-        let mut seen = HashSet::new();
-        for entry in raw.accept {
-            let span = entry.span();
-            let entry = entry.into_inner().0;
-            let written = entry.to_string();
-            // Two that differ in case alone would be two mailboxes nobody can tell apart.
-            if !seen.insert(written.to_lowercase()) {
-                return Err(source.error(span, twice(&written)));
-            }
-            if !domains.is_empty() && entry.domain().is_none_or(|domain| !domains.contains(domain)) {
-                let text = format!(
-                    "{written} can get no mail, as its domain is not in the `domains` of [provider]: add it \
-                     there, or leave `domains` empty to ask for all"
-                );
-                return Err(source.error(span, text));
-            }
-            accept.push(entry);
-        }
-        if accept.is_empty() {
-            return Err(missing(
-                "`accept`, the addresses that exist, such as accept = [\"alice@example.org\"], or \
-                 [\"@example.org\"] for a whole domain",
-            ));
-        }
-        Ok(Mailboxes { root: source.beside(&root.0), accept, max_size: raw.max_size.map_or(MAX_SIZE, |size| size.0.0) })
-    }
-}
-
-impl Accept {
-    fn domain(&self) -> Option<&Domain> {
-        match self {
-            Accept::Address(mailbox) => mailbox.domain(),
-            Accept::Domain(domain) => Some(domain),
-        }
-    }
-}
-
-impl fmt::Display for Accept {
-    /// As it is written in the file.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Accept::Address(mailbox) => mailbox.fmt(f),
-            Accept::Domain(domain) => write!(f, "@{domain}"),
-        }
     }
 }
 
@@ -281,28 +251,13 @@ impl Outgoing {
     }
 }
 
-/// `[schedule]`: when `pull --daemon` calls.
-#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-pub struct Schedule {
-    /// From one call to the next. Default 15 min.
-    #[serde(deserialize_with = "duration")]
-    pub every: Duration,
-}
-
-impl Default for Schedule {
-    fn default() -> Schedule {
-        Schedule { every: Duration::from_secs(15 * 60) }
-    }
-}
-
 // The file as it is written. Whatever must be there is optional here, so that the error can say what it is for.
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawCustomer {
     hostname: Option<Entry<Hostname>>,
-    provider: Option<Spanned<RawUpstream>>,
+    provider: Option<Spanned<OneOrMany>>,
     mailboxes: Option<Spanned<RawMailboxes>>,
     outgoing: Option<Spanned<RawOutgoing>>,
     #[serde(default)]
@@ -311,6 +266,36 @@ struct RawCustomer {
     limits: Limits,
     #[serde(default)]
     timeouts: Timeouts,
+}
+
+/// `[provider]`, or `[[provider]]` as often as there are providers.
+enum OneOrMany {
+    One(Box<RawUpstream>),
+    Many(Vec<Spanned<RawUpstream>>),
+}
+
+impl<'de> Deserialize<'de> for OneOrMany {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<OneOrMany, D::Error> {
+        struct Tables;
+
+        impl<'de> Visitor<'de> for Tables {
+            type Value = OneOrMany;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a table [provider], or several [[provider]]")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<OneOrMany, A::Error> {
+                RawUpstream::deserialize(MapAccessDeserializer::new(map)).map(|one| OneOrMany::One(Box::new(one)))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<OneOrMany, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(seq)).map(OneOrMany::Many)
+            }
+        }
+
+        deserializer.deserialize_any(Tables)
+    }
 }
 
 #[derive(Deserialize)]
@@ -326,15 +311,8 @@ struct RawUpstream {
     secret_file: Option<Spanned<Entry<PathBuf>>>,
     #[serde(default)]
     domains: Vec<Spanned<Entry<Domain>>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawMailboxes {
-    root: Option<Entry<PathBuf>>,
-    #[serde(default)]
-    accept: Vec<Spanned<Entry<Accept>>>,
-    max_size: Option<Entry<Size>>,
+    outgoing: Option<Spanned<bool>>,
+    schedule: Option<Schedule>,
 }
 
 #[derive(Deserialize)]

@@ -40,7 +40,7 @@ pub fn run(config: &Customer, stamps: &Stamps, stop: &Stop) -> Result<(), Error>
             Err(_) if stop.stopped() => break,
             Err(error) => log::warn!("event=call-failed error={:?}", error.to_string()),
         }
-        stop.wait_until(Some(begun + config.schedule.every));
+        stop.wait_until(Some(begun + config.providers[0].schedule.every));
     }
     listeners.close(config.timeouts.shutdown);
     Ok(())

@@ -109,7 +109,7 @@ pub fn pull(config: &Customer, stamps: &Stamps, stop: &Stop) -> Result<Summary, 
 impl Caller {
     /// Looks at what the configuration names: certificates, folders.
     pub fn new(config: &Customer, stamps: &Stamps) -> Result<Caller, Error> {
-        let provider = &config.provider;
+        let provider = &config.providers[0];
         let tls = client_side(provider.tls, provider.pin, provider.ca.as_deref()).map_err(Error::Config)?;
         let mailboxes = Arc::new(Mailboxes::new(config, stamps));
         let outbox = Outbox::new(config, &mailboxes, stamps).map(Arc::new);
@@ -129,7 +129,7 @@ impl Caller {
             outbox.deliver_here();
         }
         let mut result = Ok(());
-        for domains in lists(&self.config.provider.domains) {
+        for domains in lists(&self.config.providers[0].domains) {
             result = result.and(Call { caller: self, stop, tally: &tally }.make(&domains));
         }
         // What the provider would not take goes to the submission host, after the mail that came.
@@ -204,7 +204,7 @@ impl Call<'_> {
 
     /// A connection that has come as far as AUTH.
     fn introduce(&self) -> Result<(Dialogue, IpAddr), Error> {
-        let config = &self.caller.config.provider;
+        let config = &self.caller.config.providers[0];
         let (stream, peer) = self.dial()?;
         log::info!("event=connected provider={} peer={peer}", config.address);
         let trace = Trace { id: "pull".to_owned(), us: 'C', them: 'P' };
@@ -235,7 +235,7 @@ impl Call<'_> {
 
     /// Tries all addresses of the name, in the order the system gives.
     fn dial(&self) -> Result<(TcpStream, SocketAddr), Error> {
-        let address = &self.caller.config.provider.address;
+        let address = &self.caller.config.providers[0].address;
         let found = address.to_socket_addrs().map_err(|error| {
             Error::NoHost(format!("{address} has no address: {error}; check `address` and the name server"))
         })?;
