@@ -6,15 +6,17 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io;
+use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::config::{self, Timeouts, TlsMode};
 use crate::queue::{Batch, Hold};
 use crate::smtp::address::Domain;
-use crate::smtp::client::{Client, Decided, Fate, Halt, Outcome, Plan, StartTls, Step};
+use crate::smtp::client::{Client, Decided, Fate, Halt, Message, Origin, Outcome, Plan, StartTls, Step};
+use crate::smtp::command::Recipient;
 use crate::smtp::content::{Liner, Stuffer};
 use crate::smtp::reply::{Reply, ReplyReader};
 use crate::tls::{self, ClientSide, Trust};
@@ -168,7 +170,8 @@ impl Dialogue {
             match self.next()? {
                 Step::Content { chunk } => {
                     if let Some(batch) = under_way.front_mut() {
-                        self.send_content(batch, chunk)?;
+                        let size = batch.size;
+                        self.send_content(batch, size, chunk)?;
                     }
                 }
                 Step::Settled(outcome) => {
@@ -189,13 +192,92 @@ impl Dialogue {
         }
     }
 
-    /// The content of one message: by DATA with its dots and its end, or as one chunk.
-    fn send_content(&mut self, batch: &mut Batch, chunk: bool) -> Result<(), Failure> {
+    /// Opens a transaction by asking; the peer's reply to MAIL.
+    pub fn ask_mail(&mut self, message: &Message) -> Result<Reply, Failure> {
+        let mut said = Vec::new();
+        let asked = self.client.ask_mail(message, &mut said);
+        self.answer(asked, &said)
+    }
+
+    /// The peer's reply to one recipient more.
+    pub fn ask_recipient(&mut self, recipient: &Recipient) -> Result<Reply, Failure> {
+        let mut said = Vec::new();
+        let asked = self.client.ask_recipient(recipient, &mut said);
+        self.answer(asked, &said)
+    }
+
+    fn answer(&mut self, asked: Result<(), Reply>, said: &[u8]) -> Result<Reply, Failure> {
+        if let Err(reply) = asked {
+            return Ok(reply);
+        }
+        self.say(said);
+        loop {
+            if let Step::Answered(reply) = self.next()? {
+                return Ok(reply);
+            }
+        }
+    }
+
+    /// Lets go of a transaction that was opened by asking.
+    pub fn withdraw(&mut self) {
+        let mut said = Vec::new();
+        self.client.withdraw(&mut said);
+        self.say(&said);
+    }
+
+    /// Tells the peer who gave the next message to the host that gave it to us, if it wants to know.
+    pub fn tell_origin(&mut self, origin: &Origin) -> Result<(), Failure> {
+        let mut said = Vec::new();
+        let awaited = self.client.tell_origin(origin, &mut said);
+        self.say(&said);
+        while awaited && !matches!(self.next()?, Step::Ready) {}
+        Ok(())
+    }
+
+    /// The content of the transaction that was opened by asking, of `size` octets on the wire; a fate for each
+    /// recipient that was accepted. After a failure the session is over.
+    pub fn proceed(&mut self, content: &mut dyn Read, size: u64) -> Outcome {
+        let mut said = Vec::new();
+        let step = self.client.proceed(size, &mut said);
+        self.say(&said);
+        self.conclude(step, content, size)
+    }
+
+    /// One message from its MAIL on; a fate for each recipient. After a failure the session is over.
+    pub fn transact(&mut self, message: Message, content: &mut dyn Read) -> Outcome {
+        let (mut said, size) = (Vec::new(), message.size);
+        if let Err(outcome) = self.client.send(message, &mut said) {
+            return outcome;
+        }
+        self.say(&said);
+        self.conclude(Step::Wait, content, size)
+    }
+
+    fn conclude(&mut self, mut step: Step, content: &mut dyn Read, size: u64) -> Outcome {
+        loop {
+            let gone_on = match step {
+                Step::Settled(outcome) => return outcome,
+                Step::Content { chunk } => self.send_content(content, size, chunk),
+                _ => Ok(()),
+            };
+            step = match gone_on.and_then(|()| self.next()) {
+                Ok(step) => step,
+                Err(failure) => {
+                    let why = Reply::new(451, "4.4.2", failure.to_string());
+                    let abandoned = self.client.abandon(&why).pop();
+                    return abandoned.unwrap_or(Outcome { fates: Vec::new(), decided: Decided::ByLoss });
+                }
+            };
+        }
+    }
+
+    /// The content of one message, `size` octets on the wire: by DATA with its dots and its end, or as one chunk.
+    fn send_content(&mut self, content: &mut dyn Read, size: u64, chunk: bool) -> Result<(), Failure> {
         let (mut stuffer, mut liner) = (Stuffer::new(), Liner::new());
         let mut piece = vec![0; BLOCK];
         let mut sent = 0;
         loop {
-            let octets = batch.read(&mut piece).map_err(|error| Failure::Lost(error.to_string()))?;
+            let octets = content.read(&mut piece).map_err(|error| Failure::Lost(error.to_string()))?;
             let out = self.wire.out();
             let before = out.len();
             match (chunk, octets) {
@@ -205,10 +287,10 @@ impl Dialogue {
                 (false, _) => stuffer.feed(&piece[..octets], out),
             }
             sent += (out.len() - before) as u64;
-            if chunk && sent > batch.size {
+            if chunk && sent > size {
                 // What is beyond the octets that BDAT has announced would be taken for commands.
                 out.truncate(before);
-                return Err(Failure::Lost(format!("{} is longer than it was", batch.unique())));
+                return Err(Failure::Lost("the message is longer than it was".to_owned()));
             }
             if octets == 0 {
                 break;
@@ -216,8 +298,8 @@ impl Dialogue {
             self.wire.flush_all(Instant::now() + self.timeouts.block).map_err(lost)?;
         }
         // BDAT has announced the octets: with one more or less the peer would take content for commands.
-        if chunk && sent != batch.size {
-            return Err(Failure::Lost(format!("{} is not as long as it was", batch.unique())));
+        if chunk && sent != size {
+            return Err(Failure::Lost("the message is not as long as it was".to_owned()));
         }
         let mut said = Vec::new();
         self.client.content_sent(&mut said);
@@ -364,7 +446,7 @@ impl Upstream {
                 tls: config.tls == TlsMode::Implicit,
                 credentials: config.credentials.clone(),
                 chunking: true,
-                atrn: false,
+                ..Plan::default()
             };
             let side = self.side.as_ref().map(|side| (side, config.host.as_str()));
             match converse(address, plan, side, timeouts, stop) {
@@ -376,7 +458,7 @@ impl Upstream {
     }
 }
 
-/// Connects and introduces itself.
+/// Connects by TCP and introduces itself.
 pub fn converse(
     address: SocketAddr,
     plan: Plan,
@@ -384,11 +466,24 @@ pub fn converse(
     timeouts: &Timeouts,
     stop: &Stop,
 ) -> Result<Dialogue, Failure> {
-    let lost = |error: std::io::Error| Failure::Lost(format!("{address}: {error}"));
-    let stream = TcpStream::connect_timeout(&address, timeouts.connect).map_err(lost)?;
-    let trace = Trace { id: format!("relay-{address}"), us: 'C', them: 'S' };
+    let stream = TcpStream::connect_timeout(&address, timeouts.connect)
+        .map_err(|error| Failure::Lost(format!("{address}: {error}")))?;
+    converse_over(stream.into(), &format!("relay-{address}"), plan, side, timeouts, stop)
+}
+
+/// Introduces itself over a connection; `name`: what it is called in the log.
+pub fn converse_over(
+    socket: OwnedFd,
+    name: &str,
+    plan: Plan,
+    side: Option<(&ClientSide, &str)>,
+    timeouts: &Timeouts,
+    stop: &Stop,
+) -> Result<Dialogue, Failure> {
+    let trace = Trace { id: name.to_owned(), us: 'C', them: 'S' };
     let implicit = plan.tls;
-    let mut dialogue = Dialogue::new(Wire::new(stream.into(), trace).map_err(lost)?, plan, timeouts, stop);
+    let wire = Wire::new(socket, trace).map_err(|error| Failure::Lost(format!("{name}: {error}")))?;
+    let mut dialogue = Dialogue::new(wire, plan, timeouts, stop);
     let begun = match side {
         Some((side, name)) if implicit => dialogue.begin_tls(side, name),
         _ => Ok(()),

@@ -180,7 +180,7 @@ impl Desk {
             batch.rewind()?;
             let envelope = batch.envelope.clone();
             let size = (!batch.eight_bit || !to.is_ascii()).then_some(batch.size);
-            self.send(&envelope, size, &mut Content(batch), &to, &reports, now)?;
+            self.send(&envelope, size, batch, &to, &reports, now)?;
         }
         Ok(true)
     }
@@ -255,15 +255,6 @@ impl Desk {
         self.post.post(&Letter { to: to.clone(), text, utf8 })?;
         log::info!("event=notice id={id} about={} to=<{to}>", envelope.id);
         Ok(())
-    }
-}
-
-/// A message's content as a reader.
-struct Content<'a>(&'a mut Batch);
-
-impl Read for Content<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buffer)
     }
 }
 

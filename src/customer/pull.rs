@@ -217,6 +217,7 @@ impl Call<'_> {
             credentials: Some((config.name.clone(), config.secret.clone())),
             chunking: true,
             atrn: true,
+            ..Plan::default()
         };
         let mut dialogue = Dialogue::new(wire, plan, &self.caller.config.timeouts, self.stop);
         let tls = self.caller.tls.as_ref().map(|side| (side, config.host.as_str()));

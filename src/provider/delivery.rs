@@ -10,6 +10,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -394,8 +395,10 @@ impl Call {
             Step::Halt(Halt::Refused { what, reply }) => {
                 log::warn!("event=turn-refused session={} what={what:?} reply={:?}", self.id(), reply.to_string());
             }
-            // Neither is in the plan of a turned client.
-            Step::Halt(_) | Step::StartTls | Step::Turned => return Err(Gone("no such step".to_owned())),
+            // None of them is in the plan of a turned client.
+            Step::Halt(_) | Step::StartTls | Step::Answered(_) | Step::Turned => {
+                return Err(Gone("no such step".to_owned()));
+            }
         }
         if farewell {
             return Err(Gone(format!("the customer said {reply}")));

@@ -463,14 +463,8 @@ impl Worker {
             (TlsPolicy::Verify, Some(side)) => side,
             _ => &self.anyone,
         };
-        let plan = |starttls| Plan {
-            name: self.hostname.clone(),
-            starttls,
-            tls: false,
-            credentials: None,
-            chunking: true,
-            atrn: false,
-        };
+        let plan =
+            |starttls| Plan { name: self.hostname.clone(), starttls, tls: false, chunking: true, ..Plan::default() };
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
         let tls = Some((side, host.as_str()));
         let mut result = converse(address, plan(required), tls, &self.timeouts, &self.stop);

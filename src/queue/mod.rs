@@ -368,6 +368,13 @@ pub struct Batch {
     pub told_refused: bool,
 }
 
+/// The content, from where the last call ended.
+impl Read for Batch {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.file.read(buffer).map_err(|error| at(&self.maildir.file(&self.entry), error))
+    }
+}
+
 impl Batch {
     /// `None`: the file is gone, or is no message for anybody here; that is logged.
     fn open(maildir: &Maildir, place: &Place, entry: Entry) -> io::Result<Option<Batch>> {
@@ -426,11 +433,6 @@ impl Batch {
             ret: envelope.ret,
             envelope_id: envelope.envelope_id.clone(),
         }
-    }
-
-    /// Content as it stands on disk, from where the last call ended; 0: the end.
-    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.file.read(buffer).map_err(|error| at(&self.maildir.file(&self.entry), error))
     }
 
     /// What is left of the content, piece by piece.

@@ -5,6 +5,10 @@
 //! its front, by position and never by its text (RFC 2920 section 3.1). So replies may be read while
 //! content is still being written, and the next transaction begins behind the content of the last.
 //!
+//! A transaction may also be opened recipient by recipient, each reply being somebody's question before it is
+//! an answer to ours: [`Client::ask_mail`]. And the peer may speak LMTP (RFC 2033), which differs in two things:
+//! LHLO, and one reply a recipient behind the content.
+//!
 //! ```text
 //! greeting ─ EHLO ─┬─ STARTTLS ─ EHLO ─┬─ AUTH ─┬─ MAIL RCPT… DATA content ─┬─ QUIT
 //!                  └─ (HELO)           └────────┤        ▲        │         ├─ ATRN ─▶ turned
@@ -33,6 +37,8 @@ pub struct Plan {
     pub atrn: bool,
     /// Account and secret, where the peer wants to know who we are.
     pub credentials: Option<(String, Vec<u8>)>,
+    /// The peer speaks LMTP (RFC 2033).
+    pub lmtp: bool,
     /// Content may go as one BDAT chunk where the peer offers CHUNKING (RFC 3030). Not so after a turn:
     /// some customers are pipes that look at lines.
     pub chunking: bool,
@@ -127,6 +133,8 @@ pub enum Step {
     StartTls,
     /// Nothing stands in the way of mail, ATRN or QUIT.
     Ready,
+    /// The reply to what was asked with [`Client::ask_mail`] or [`Client::ask_recipient`].
+    Answered(Reply),
     /// Send the content of the message in front, then call [`Client::content_sent`]; `chunk`: as it is,
     /// without dots and end, exactly as many octets as the message's size (RFC 3030).
     Content {
@@ -169,6 +177,21 @@ pub struct Offered {
     pub atrn: bool,
     pub auth: bool,
     pub mechanisms: Vec<Mechanism>,
+    /// The attributes that XCLIENT or XFORWARD may carry.
+    pub xclient: Vec<String>,
+    pub xforward: Vec<String>,
+}
+
+/// Who gave a message to the host that gave it to us, for the filters of the next hop (XCLIENT and XFORWARD, as
+/// Postfix documents them).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// As the commands want it: `192.0.2.1`, `IPV6:2001:db8::1`.
+    pub address: String,
+    /// The name it gave with EHLO or HELO.
+    pub helo: Option<String>,
+    /// That was EHLO.
+    pub extended: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -178,6 +201,8 @@ enum Said {
     Helo,
     StartTls,
     Auth,
+    Xclient,
+    Xforward,
     Mail,
     Rcpt(usize),
     Data,
@@ -204,7 +229,8 @@ impl Said {
             Said::Data => Awaiting::Data,
             Said::Content | Said::LoneDot => Awaiting::End,
             Said::Atrn => Awaiting::Atrn,
-            Said::Ehlo | Said::Helo | Said::StartTls | Said::Auth | Said::Rset | Said::Quit => Awaiting::Command,
+            Said::Ehlo | Said::Helo | Said::StartTls | Said::Auth => Awaiting::Command,
+            Said::Xclient | Said::Xforward | Said::Rset | Said::Quit => Awaiting::Command,
         }
     }
 }
@@ -215,6 +241,10 @@ struct Transaction {
     mail: Option<Reply>,
     /// The replies to RCPT.
     recipients: Vec<Option<Reply>>,
+    /// The replies to the content, by recipient that was accepted; SMTP has one for all.
+    finals: Vec<Reply>,
+    /// Its recipients are asked for one by one.
+    asking: bool,
     content: Progress,
     /// The content goes as one chunk of so many octets.
     chunk: Option<u64>,
@@ -223,15 +253,21 @@ struct Transaction {
 impl Transaction {
     /// A refusal of MAIL is for all, one of RCPT for that recipient; `accepted` is the fate of the others.
     fn outcome(&self, accepted: &Fate) -> Outcome {
+        let mut finals = self.finals.iter();
         let fate = |recipient: &Option<Reply>| match (&self.mail, recipient) {
             (Some(mail), _) => fate_of(mail),
             // RFC 5321 section 4.5.3.1.10: 552 to RCPT means too many, for now.
             (None, Some(reply)) if reply.code() == 552 => Fate::Deferred(reply.clone()),
             (None, Some(reply)) if refuses(reply) => fate_of(reply),
-            (None, _) => accepted.clone(),
+            (None, _) => finals.next().map_or_else(|| accepted.clone(), verdict),
         };
         let decided = if self.mail.is_some() { Decided::AtMail } else { Decided::ByPeer };
         Outcome { fates: self.recipients.iter().map(fate).collect(), decided }
+    }
+
+    fn accepted(&self) -> usize {
+        let taken = |reply: &&Option<Reply>| reply.as_ref().is_some_and(|reply| !refuses(reply));
+        self.recipients.iter().filter(taken).count()
     }
 }
 
@@ -349,17 +385,107 @@ impl Client {
             self.line_up(Said::Data, "DATA");
         }
         let recipients = vec![None; message.recipients.len()];
-        self.transactions.push_back(Transaction { mail: None, recipients, content: Progress::NotYet, chunk });
+        self.begin(recipients, chunk, false);
         self.say(out);
         Ok(())
     }
 
+    fn begin(&mut self, recipients: Vec<Option<Reply>>, chunk: Option<u64>, asking: bool) {
+        let content = Progress::NotYet;
+        self.transactions.push_back(Transaction { mail: None, recipients, finals: Vec::new(), asking, content, chunk });
+    }
+
+    /// Opens a transaction whose recipients are not known yet, and whose content is not: nothing else is under way.
+    pub fn ask_mail(&mut self, message: &Message, out: &mut Vec<u8>) -> Result<(), Reply> {
+        if let Some(reply) = self.unfit(message) {
+            return Err(reply);
+        }
+        self.line_up(Said::Mail, self.mail_line(message));
+        self.begin(Vec::new(), None, true);
+        self.say(out);
+        Ok(())
+    }
+
+    /// One recipient more of the transaction that [`Client::ask_mail`] has opened.
+    pub fn ask_recipient(&mut self, recipient: &Recipient, out: &mut Vec<u8>) -> Result<(), Reply> {
+        let line = self.rcpt_line(recipient);
+        let Some(asked) = self.transactions.front_mut().filter(|front| front.asking) else {
+            return Err(Reply::new(451, "4.5.0", "No transaction is open"));
+        };
+        if !recipient.mailbox.is_ascii() && !self.offered.utf8 {
+            // RFC 6531 section 3.2.
+            return Err(no_utf8());
+        }
+        let number = asked.recipients.len();
+        asked.recipients.push(None);
+        self.line_up(Said::Rcpt(number), line);
+        self.say(out);
+        Ok(())
+    }
+
+    /// All recipients have been asked for: on with the content, of so many octets.
+    pub fn proceed(&mut self, size: u64, out: &mut Vec<u8>) -> Step {
+        let chunk = (self.plan.chunking && self.offered.chunking).then_some(size);
+        if let Some(asked) = self.transactions.front_mut() {
+            (asked.asking, asked.chunk) = (false, chunk);
+        }
+        if chunk.is_none() {
+            self.line_up(Said::Data, "DATA");
+            self.say(out);
+        }
+        self.chunk_or_wait(out)
+    }
+
+    /// Lets the transaction go that [`Client::ask_mail`] has opened.
+    pub fn withdraw(&mut self, out: &mut Vec<u8>) {
+        if self.transactions.pop_front_if(|front| front.asking).is_some() {
+            self.reset();
+            self.say(out);
+        }
+    }
+
+    /// Says who gave the next message to the host that gave it to us, where the peer wants to know. `true`: wait for
+    /// [`Step::Ready`].
+    pub fn tell_origin(&mut self, origin: &Origin, out: &mut Vec<u8>) -> bool {
+        let attributes = |wanted: &[String]| -> String {
+            let value = |name: &String| match name.as_str() {
+                "ADDR" => Some(origin.address.clone()),
+                // The name that DNS gives the address is not known here, and EHLO's may be a lie.
+                "NAME" => Some("[UNAVAILABLE]".to_owned()),
+                "HELO" => Some(origin.helo.as_deref().map_or("[UNAVAILABLE]".to_owned(), xtext)),
+                "PROTO" => Some(if origin.extended { "ESMTP" } else { "SMTP" }.to_owned()),
+                "SOURCE" => Some("REMOTE".to_owned()),
+                _ => None,
+            };
+            wanted.iter().filter_map(|name| Some(format!(" {name}={}", value(name)?))).collect()
+        };
+        let (said, line) = if !self.offered.xclient.is_empty() {
+            (Said::Xclient, format!("XCLIENT{}", attributes(&self.offered.xclient)))
+        } else if !self.offered.xforward.is_empty() {
+            (Said::Xforward, format!("XFORWARD{}", attributes(&self.offered.xforward)))
+        } else {
+            return false;
+        };
+        if !line.contains(" ADDR=") {
+            return false;
+        }
+        self.ready = false;
+        self.line_up(said, line);
+        self.say(out);
+        true
+    }
+
     /// The content of the message in front went into the write buffer, with its end.
     pub fn content_sent(&mut self, out: &mut Vec<u8>) {
+        let mut replies = 1;
         if let Some(front) = self.transactions.front_mut() {
             front.content = Progress::Sent;
+            if self.plan.lmtp {
+                // RFC 2033 section 4.2: one for each recipient that was accepted.
+                replies = front.accepted();
+            }
         }
-        self.outstanding.push_back(Said::Content);
+        self.outstanding.extend(std::iter::repeat_n(Said::Content, replies));
         self.say(out);
     }
 
@@ -426,9 +552,12 @@ impl Client {
             Said::Mail => self.mail_answered(reply),
             Said::Rcpt(number) => self.rcpt_answered(number, reply, out),
             Said::Data => self.data_answered(reply, out),
-            Said::Content => self.content_answered(&reply),
+            Said::Content => self.content_answered(reply),
             Said::LoneDot => self.settle(None),
             Said::Rset => Step::Wait,
+            Said::Xclient => self.xclient_answered(reply, out),
+            // Whatever it is: that the peer does not want to know is no reason to keep the mail.
+            Said::Xforward => self.introduced(out),
             Said::Atrn if reply.is_positive() => Step::Turned,
             Said::Atrn => {
                 self.ready = true;
@@ -443,7 +572,9 @@ impl Client {
     // Entering a state: what is said there.
 
     fn enter_ehlo(&mut self, out: &mut Vec<u8>) -> Step {
-        self.line_up(Said::Ehlo, format!("EHLO {}", self.plan.name));
+        // RFC 2033 section 4.1.
+        let verb = if self.plan.lmtp { "LHLO" } else { "EHLO" };
+        self.line_up(Said::Ehlo, format!("{verb} {}", self.plan.name));
         self.say(out);
         Step::Wait
     }
@@ -511,7 +642,9 @@ impl Client {
                 }
             }
             // RFC 5321 section 3.2. Who needs TLS or AUTH has no use for a server without extensions.
-            Severity::Permanent if self.plan.starttls != StartTls::Required && self.plan.credentials.is_none() => {
+            Severity::Permanent
+                if self.plan.starttls != StartTls::Required && self.plan.credentials.is_none() && !self.plan.lmtp =>
+            {
                 self.line_up(Said::Helo, format!("HELO {}", self.plan.name));
                 Step::Wait
             }
@@ -535,6 +668,14 @@ impl Client {
         }
         self.ready = true;
         Step::Ready
+    }
+
+    /// After XCLIENT the session begins anew, with a greeting and EHLO.
+    fn xclient_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+        match reply.severity() {
+            Severity::Positive => self.enter_ehlo(out),
+            _ => self.introduced(out),
+        }
     }
 
     fn starttls_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
@@ -589,6 +730,12 @@ impl Client {
     }
 
     fn mail_answered(&mut self, reply: Reply) -> Step {
+        if self.transactions.front().is_some_and(|front| front.asking) {
+            if !reply.is_positive() {
+                self.transactions.clear();
+            }
+            return Step::Answered(reply);
+        }
         if reply.is_positive() {
             return Step::Wait;
         }
@@ -605,7 +752,12 @@ impl Client {
         if let Some(front) = self.transactions.front_mut()
             && let Some(slot) = front.recipients.get_mut(number)
         {
-            *slot = Some(reply);
+            *slot = Some(reply.clone());
+            if front.asking {
+                // One that was refused has no part in what follows.
+                front.recipients.truncate(if refuses(&reply) { number } else { number + 1 });
+                return Step::Answered(reply);
+            }
             let all_refused = front.recipients.iter().all(|reply| reply.as_ref().is_some_and(refuses));
             if all_refused && self.forget_unsaid() {
                 self.reset();
@@ -645,6 +797,10 @@ impl Client {
             // RFC 2920 section 3.1: the message goes to nobody, so it is empty.
             (Severity::Intermediate, false) => {
                 out.extend_from_slice(b".\r\n");
+                if self.plan.lmtp {
+                    // RFC 2033 section 4.2: as many replies as recipients, so none.
+                    return self.settle(None);
+                }
                 self.outstanding.push_back(Said::LoneDot);
                 Step::Wait
             }
@@ -658,8 +814,14 @@ impl Client {
         }
     }
 
-    fn content_answered(&mut self, reply: &Reply) -> Step {
-        self.settle(Some(reply))
+    fn content_answered(&mut self, reply: Reply) -> Step {
+        if self.plan.lmtp
+            && let Some(front) = self.transactions.front_mut()
+        {
+            front.finals.push(reply);
+            return if front.finals.len() < front.accepted() { Step::Wait } else { self.settle(None) };
+        }
+        self.settle(Some(&reply))
     }
 
     /// The message in front is done; `last` is the reply to its content, or to DATA.
@@ -668,7 +830,7 @@ impl Client {
             return Step::Wait;
         };
         let accepted = match last {
-            Some(last) if transaction.content == Progress::Sent && last.is_positive() => Fate::Delivered(last.clone()),
+            Some(last) if transaction.content == Progress::Sent => verdict(last),
             Some(last) => fate_of(last),
             None => Fate::Deferred(Reply::new(451, "4.5.0", "No reply decided on this recipient")),
         };
@@ -694,7 +856,7 @@ impl Client {
         let offered = &self.offered;
         if needs_utf8(message) && !offered.utf8 {
             // RFC 6531 section 3.2.
-            return Some(Reply::new(553, "5.6.7", "The next hop does not offer SMTPUTF8"));
+            return Some(no_utf8());
         }
         if message.eight_bit && !offered.eight_bit {
             // RFC 6152 section 3: whatever was declared.
@@ -791,6 +953,8 @@ impl Offered {
                 Some("DSN") => offered.dsn = true,
                 Some("STARTTLS") => offered.starttls = true,
                 Some("ATRN") => offered.atrn = true,
+                Some("XCLIENT") => offered.xclient = words.map(str::to_ascii_uppercase).collect(),
+                Some("XFORWARD") => offered.xforward = words.map(str::to_ascii_uppercase).collect(),
                 Some("AUTH") => {
                     offered.auth = true;
                     offered.mechanisms.extend(words.filter_map(|word| Mechanism::parse(word.as_bytes())));
@@ -809,6 +973,22 @@ fn first_word(reply: &Reply) -> Option<String> {
 
 fn needs_utf8(message: &Message) -> bool {
     message.utf8 || !message.from.is_ascii() || message.recipients.iter().any(|recipient| !recipient.mailbox.is_ascii())
+}
+
+fn no_utf8() -> Reply {
+    Reply::new(553, "5.6.7", "The next hop does not offer SMTPUTF8")
+}
+
+/// RFC 3461 section 4: what would end a word, or looks like an escape, is `+HH`.
+fn xtext(text: &str) -> String {
+    let plain = |octet: u8| octet.is_ascii_graphic() && !matches!(octet, b'+' | b'=');
+    let word = |octet: u8| if plain(octet) { char::from(octet).to_string() } else { format!("+{octet:02X}") };
+    text.bytes().map(word).collect()
+}
+
+/// What a reply to the content means.
+fn verdict(reply: &Reply) -> Fate {
+    if reply.is_positive() { Fate::Delivered(reply.clone()) } else { fate_of(reply) }
 }
 
 fn refuses(reply: &Reply) -> bool {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use proptest::prelude::*;
 
 use super::address::{Domain, ForwardPath, Mailbox, reverse_path};
-use super::client::{Client, Fate, Halt, Message, Outcome, Plan, StartTls, Step};
+use super::client::{Client, Fate, Halt, Message, Origin, Outcome, Plan, StartTls, Step};
 use super::command::{Body, MailFrom, Recipient};
 use super::content::{Stuffer, Unstuffer};
 use super::reply::{Reply, ReplyReader};
@@ -933,7 +933,7 @@ fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<It
             let Some(reply) = reader.line(&line).unwrap() else { continue };
             let (gone, said) = (reply.code() == 421, up.len());
             match client.reply(reply, &mut up).unwrap() {
-                Step::Wait | Step::Ready => {}
+                Step::Wait | Step::Ready | Step::Answered(_) => {}
                 Step::StartTls => drop(client.secured(&mut up)),
                 Step::Content { .. } => {
                     let mut stuffer = Stuffer::new();
@@ -1150,7 +1150,8 @@ fn starttls_auth_and_atrn_from_end_to_end() {
         let mut peer = Peer::new(profile, tls, []);
         let credentials = Some(("acme".to_owned(), secret.as_bytes().to_vec()));
         let starttls = if starttls { StartTls::Required } else { StartTls::Never };
-        let plan = Plan { name: "caller.example".to_owned(), starttls, tls, atrn: true, credentials, chunking: false };
+        let plan =
+            Plan { name: "caller.example".to_owned(), starttls, tls, atrn: true, credentials, ..Plan::default() };
         let mut client = Client::new(plan);
         let run = converse(&mut client, &mut peer, []);
         assert_eq!(peer.server.account().is_some(), run.turned);
@@ -1170,5 +1171,149 @@ fn starttls_auth_and_atrn_from_end_to_end() {
             }
             assert!(talk.said_quit && !talk.turned);
         }
+    }
+}
+
+// ---- a next hop that is asked, and one that speaks LMTP ----
+
+impl Alone {
+    fn ask_mail(&mut self) -> String {
+        self.client.ask_mail(&message(0), &mut self.out).unwrap();
+        self.said()
+    }
+
+    fn ask(&mut self, local: &str) -> String {
+        let recipient = Recipient::plain(mailbox(&format!("{local}@example.org")));
+        self.client.ask_recipient(&recipient, &mut self.out).unwrap();
+        self.said()
+    }
+
+    fn proceed(&mut self, size: u64) -> (String, String) {
+        let step = self.client.proceed(size, &mut self.out);
+        (format!("{step:?}"), self.said())
+    }
+
+    fn content_sent(&mut self) -> String {
+        self.client.content_sent(&mut self.out);
+        self.said()
+    }
+}
+
+fn lmtp() -> Plan {
+    Plan { lmtp: true, ..plan() }
+}
+
+fn told(step: &str, said: &str) -> (String, String) {
+    (step.to_owned(), said.to_owned())
+}
+
+#[test]
+fn recipients_are_asked_for_one_by_one() {
+    for offered in ["250-x/250 PIPELINING", "250 x"] {
+        let mut alone = Alone::new(plan());
+        assert_eq!(alone.hear("220 x").1, "EHLO me.example");
+        assert_eq!(alone.hear(offered).0, "Ready");
+        assert_eq!(alone.ask_mail(), "MAIL FROM:<a@b.example>");
+        assert!(alone.hear("250 ok").0.starts_with("Answered"));
+        for (local, reply) in [("a", "250 ok"), ("b", "550 no"), ("c", "250 ok"), ("d", "451 later")] {
+            assert_eq!(alone.ask(local), format!("RCPT TO:<{local}@example.org>"));
+            let (step, said) = alone.hear(reply);
+            assert!(step.starts_with("Answered") && step.contains(&reply[..3]) && said.is_empty(), "{step}");
+        }
+        assert_eq!(alone.proceed(3), told("Wait", "DATA"));
+        assert_eq!(alone.hear("354 go on").0, "Content { chunk: false }");
+        alone.content_sent();
+        // Those that were refused have been told of already.
+        assert_eq!(alone.hear("250 ok").0, "Settled =250 =250");
+        assert!(alone.client.wants_message());
+    }
+}
+
+#[test]
+fn what_was_asked_for_may_be_withdrawn() {
+    let mut alone = Alone::new(plan());
+    alone.hear("220 x");
+    alone.hear("250 x");
+    alone.said();
+    alone.ask_mail();
+    alone.hear("250 ok");
+    alone.ask("a");
+    alone.hear("250 ok");
+    alone.client.withdraw(&mut alone.out);
+    assert_eq!(alone.said(), "RSET");
+    assert_eq!(alone.hear("250 ok"), told("Wait", ""));
+    // Without a transaction there is nothing to reset.
+    alone.client.withdraw(&mut alone.out);
+    assert_eq!(alone.said(), "");
+    // A refused MAIL leaves nothing either.
+    alone.ask_mail();
+    assert!(alone.hear("550 not you").0.starts_with("Answered"));
+    assert!(
+        alone.client.wants_message() && alone.client.ask_recipient(&message(1).recipients[0], &mut Vec::new()).is_err()
+    );
+}
+
+#[test]
+fn lmtp_answers_for_each_recipient() {
+    let check = |path: &[&str], reply: &str, step: &str, said: &str| check(lmtp(), path, reply, step, said);
+    check(&[], "220 x", "Wait", "LHLO me.example");
+    // There is no other way to begin (RFC 2033 section 4.1).
+    check(&["220 x"], "500 what", "Refused EHLO 500", "QUIT");
+    let ready = ["220 x", "250-x/250 PIPELINING", "send 3"];
+    let sent = |replies: &[&'static str]| [&ready[..], replies, &["354 go on", "content sent"]].concat();
+    let all = sent(&["250 m", "250 a", "250 b", "250 c"]);
+    check(&all, "250 a", "Wait", "");
+    check(&[&all[..], &["250 a", "452 b"]].concat(), "550 c", "Settled =250 ~452 !550", "");
+    // Those that were refused before get no reply now (section 4.2).
+    let some = sent(&["250 m", "550 a", "250 b", "450 c"]);
+    check(&some, "250 b", "Settled !550 =250 ~450", "");
+    // DATA for nobody: nothing is awaited behind the dot.
+    check(&[&ready[..], &["250 m", "550 a", "550 b", "550 c"]].concat(), "354 odd", "Settled !550 !550 !550", ".");
+}
+
+#[test]
+fn an_lmtp_server_that_dies_has_answered_for_some() {
+    let mut alone = Alone::new(lmtp());
+    alone.hear("220 x");
+    alone.hear("250-x/250 PIPELINING");
+    alone.send(3);
+    for reply in ["250 m", "250 a", "250 b", "250 c", "354 go on"] {
+        alone.hear(reply);
+    }
+    alone.content_sent();
+    alone.hear("250 a");
+    let left = alone.client.abandon(&Reply::new(451, "4.4.2", "gone"));
+    assert_eq!(left.iter().map(fates).collect::<Vec<_>>(), ["=250 ? ?"]);
+}
+
+#[test]
+fn the_origin_is_told_to_those_who_ask() {
+    let origin = Origin { address: "192.0.2.9".to_owned(), helo: Some("a+b =c".to_owned()), extended: true };
+    let begin = |offered: &str| {
+        let mut alone = Alone::new(plan());
+        alone.hear("220 x");
+        alone.hear(offered);
+        alone.said();
+        let awaited = alone.client.tell_origin(&origin, &mut alone.out);
+        (alone, awaited)
+    };
+    let (mut alone, awaited) =
+        begin("250-x/250-XFORWARD NAME ADDR PROTO HELO SOURCE PORT/250 XCLIENT NAME ADDR PROTO HELO");
+    assert!(awaited && !alone.client.wants_message());
+    assert_eq!(alone.said(), "XCLIENT NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc");
+    // The session begins anew.
+    assert_eq!(alone.hear("220 x"), told("Wait", "EHLO me.example"));
+    assert_eq!(alone.hear("250 x").0, "Ready");
+    let (mut alone, awaited) = begin("250-x/250 XFORWARD NAME ADDR PROTO HELO SOURCE PORT");
+    let said = "XFORWARD NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc SOURCE=REMOTE";
+    assert_eq!((alone.said().as_str(), awaited), (said, true));
+    assert_eq!(alone.hear("501 no"), told("Ready", ""));
+    let (mut alone, awaited) = begin("250-x/250 XCLIENT ADDR");
+    assert!(awaited);
+    alone.said();
+    assert_eq!(alone.hear("550 not you"), told("Ready", ""));
+    for silent in ["250 x", "250-x/250 XCLIENT NAME", "250-x/250 XFORWARD"] {
+        let (mut alone, awaited) = begin(silent);
+        assert!(!awaited && alone.said().is_empty() && alone.client.wants_message());
     }
 }
