@@ -14,12 +14,16 @@
 //! The body begins behind the blank line, or at the first line that can be no field.
 //! ```
 //!
+//! And a next hop may want to know where mail in transit came from: [`Header::origin`].
+//!
 //! What is read is read leniently, what stays is kept octet for octet. Lines end in LF; CRLF is
 //! understood and kept.
 
+use core::net::IpAddr;
 use std::collections::HashSet;
 
 use super::address::{Domain, Host, Mailbox};
+use super::client::Origin;
 
 /// A header of more octets than this is passed on as it is by a [`Completer`].
 const HEADER_LIMIT: usize = 256 << 10;
@@ -71,6 +75,30 @@ impl<'a> Header<'a> {
             header.octets = end;
         }
         header
+    }
+
+    /// Who gave the message to `by`, the host it came to us from, by the topmost `Received` (RFC 5321 section 4.4):
+    /// `from <EHLO name> (<name> [<address>]) by <by> with ESMTP`. Others below it may have written anything.
+    pub fn origin(&self, by: &str) -> Option<Origin> {
+        let field = self.fields.iter().find(|field| field.name.eq_ignore_ascii_case(b"received"))?;
+        let text = String::from_utf8_lossy(field.raw.splitn(2, |octet| *octet == b':').nth(1)?);
+        let words: Vec<_> = text.split_ascii_whitespace().collect();
+        let at = words.windows(2).position(|pair| pair[0] == "by" && pair[1].eq_ignore_ascii_case(by))?;
+        let (from, rest) = (words.get(..at)?, &words[at..]);
+        let name = *from.get(1).filter(|_| from[0] == "from")?;
+        // Whatever a client has put into its name, the server that wrote the field has the last word.
+        let (_, literal) = from.iter().rev().find_map(|word| word.trim_end_matches(')').split_once('['))?;
+        let literal = literal.strip_suffix(']')?;
+        let address: IpAddr = literal.strip_prefix("IPv6:").unwrap_or(literal).parse().ok()?;
+        let protocol = rest.windows(2).find(|pair| pair[0] == "with").map_or("", |pair| pair[1]);
+        Some(Origin {
+            address: match address.to_canonical() {
+                IpAddr::V4(address) => address.to_string(),
+                IpAddr::V6(address) => format!("IPV6:{address}"),
+            },
+            helo: (name != "unknown").then(|| name.to_owned()),
+            extended: protocol.trim_end_matches(';') != "SMTP",
+        })
     }
 
     /// How many octets of the content were the header, its blank line included: the body is what follows.
@@ -539,6 +567,44 @@ fn unreadable(text: &str, begin: Option<usize>, reason: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_origin_stands_in_the_topmost_received() {
+        let check = |header: &str, wanted: Option<(&str, Option<&str>, bool)>| {
+            let header = header.replace(" | ", "\r\n\t");
+            let origin = Header::parse(header.as_bytes()).origin("Relay.example.net");
+            let found = origin.as_ref().map(|found| (found.address.as_str(), found.helo.as_deref(), found.extended));
+            assert_eq!(found, wanted, "{header}");
+        };
+        let ours = "Received: from mx.example ([192.0.2.1]) | by relay.example.net with ESMTPS (x) | id 1; | date\n";
+        check(ours, Some(("192.0.2.1", Some("mx.example"), true)));
+        check(&format!("Return-Path: <a@b.example>\n{ours}"), Some(("192.0.2.1", Some("mx.example"), true)));
+        let other = "Received: from helo (name.example [IPv6:2001:db8::1]) by relay.example.net with SMTP; date\n";
+        check(other, Some(("IPV6:2001:db8::1", Some("helo"), false)));
+        check(
+            "Received: from unknown ([192.0.2.1]) by relay.example.net with SMTP; date\n",
+            Some(("192.0.2.1", None, false)),
+        );
+        // A name that would like to be an address.
+        check(
+            "Received: from x (y [203.0.113.9]) (z [192.0.2.1]) by relay.example.net with ESMTP; date\n",
+            Some(("192.0.2.1", Some("x"), true)),
+        );
+        for none in [
+            "",
+            "Subject: x\n",
+            "Received:\n",
+            "Received: by relay.example.net; date\n",
+            "Received: from mx.example by relay.example.net; date\n",
+            "Received: from mx.example ([a.b]) by relay.example.net; date\n",
+            "Received: from mx.example ([192.0.2.1) by relay.example.net; date\n",
+            "Received: from mx.example ([192.0.2.1]) by elsewhere.example; date\n",
+            "Received: from a ([192.0.2.1]) by elsewhere; date\nReceived: from a ([192.0.2.1]) by relay.example.net; date\n",
+        ] {
+            check(none, None);
+        }
+    }
+
     use proptest::prelude::*;
 
     fn home() -> Domain {

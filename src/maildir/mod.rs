@@ -6,7 +6,13 @@
 //!
 //! Readers skip names that begin with a dot, look into `new` and `cur`, and find it normal that a file is
 //! gone the moment after it was listed.
+//!
+//! A mailbox may have sub-folders, `.name` within it, and a quota, `maildirsize` (Maildir++).
 
+mod quota;
+
+use quota::Ledger;
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -26,10 +32,17 @@ const RESERVE: u64 = 4 << 20;
 
 const WRITE_BUFFER: usize = 32 * 1024;
 
+/// What nobody else may read: the mask of a queue.
+const PRIVATE: u32 = 0o077;
+
 /// One Maildir: a folder with `tmp`, `new` and `cur`.
 #[derive(Clone, Debug)]
 pub struct Maildir {
     path: PathBuf,
+    /// What is taken from 0666 and 0777 for the files and folders made here.
+    mask: u32,
+    /// A sub-folder of somebody's mailbox: where it is gone, its owner wanted it gone.
+    sub_folder: bool,
 }
 
 /// A message found in a Maildir.
@@ -64,8 +77,28 @@ impl Entry {
 }
 
 impl Maildir {
+    /// A Maildir whose files are 0600 and whose folders are 0700.
     pub fn new(path: impl Into<PathBuf>) -> Maildir {
-        Maildir { path: path.into() }
+        Maildir::masked(path, PRIVATE)
+    }
+
+    /// A Maildir that other programs read: what is made has the permissions that `mask` leaves of 0666 and
+    /// 0777, and of those what the umask of the process leaves.
+    pub fn masked(path: impl Into<PathBuf>, mask: u32) -> Maildir {
+        Maildir { path: path.into(), mask, sub_folder: false }
+    }
+
+    /// The sub-folder `.name` of a mailbox (Maildir++). It is never made here: ask [`Maildir::exists`]. A name
+    /// that would lead out of the mailbox (`../x`) is that of a folder nobody has.
+    pub fn folder(&self, name: &str) -> Maildir {
+        let inside = name.replace('/', "%2F");
+        let escape = if inside.is_empty() || inside.starts_with('.') { "%" } else { "" };
+        Maildir { path: self.path.join(format!(".{escape}{inside}")), mask: self.mask, sub_folder: true }
+    }
+
+    /// Whether it is there: a folder with `cur` and `new`.
+    pub fn exists(&self) -> bool {
+        ["cur", "new"].iter().all(|name| self.path.join(name).is_dir())
     }
 
     pub fn path(&self) -> &Path {
@@ -74,21 +107,27 @@ impl Maildir {
 
     /// Makes the folders that are missing, and their names durable.
     pub fn create(&self) -> io::Result<()> {
-        make_folder(&self.path)?;
+        let mode = 0o777 & !self.mask;
+        make_folders(&self.path, mode)?;
         // `tmp` last: where it is, drafts find the others, too, even if we are killed here.
         for name in ["new", "cur", "tmp"] {
-            make_folder(&self.path.join(name))?;
+            make_folders(&self.path.join(name), mode)?;
         }
         Ok(())
     }
 
-    /// Begins a message under a unique name; the Maildir is made when it is missing.
+    /// Makes what a draft found missing.
+    fn repair(&self) -> io::Result<()> {
+        if self.sub_folder { make_folder(&self.path.join("tmp"), 0o777 & !self.mask) } else { self.create() }
+    }
+
+    /// Begins a message under a unique name; the Maildir is made when it is missing, a sub-folder is not.
     pub fn draft(&self, unique: &str) -> io::Result<Draft> {
         let temporary = self.path.join("tmp").join(unique);
-        let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
+        let open = || OpenOptions::new().write(true).create_new(true).mode(0o666 & !self.mask).open(&temporary);
         let file = match open() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.create()?;
+                self.repair()?;
                 open()
             }
             other => other,
@@ -275,13 +314,15 @@ impl Copies {
         self.drafts.iter_mut().try_for_each(|draft| draft.write(octets))
     }
 
-    /// All or none: every file is safe on disk before the first is seen, and when one cannot be moved
-    /// those that were are taken back.
+    /// All or none: every quota has room and every file is safe on disk before the first is seen, and when
+    /// one cannot be moved those that were are taken back.
     pub fn commit(mut self) -> io::Result<Vec<Entry>> {
+        let mut ledger = Ledger::default();
+        // First, so that the disk does not work for what is refused.
+        self.drafts.iter().try_for_each(|draft| ledger.admit(&draft.maildir.path, &draft.unique, draft.octets))?;
         self.drafts.iter_mut().try_for_each(Draft::sync)?;
         let published = self.drafts.iter_mut().try_for_each(Draft::publish);
-        let durable = published
-            .and_then(|()| self.drafts.iter().try_for_each(|draft| sync_folder(&draft.maildir.path.join("new"))));
+        let durable = published.and_then(|()| self.folders().iter().try_for_each(|folder| sync_folder(folder)));
         let moved = || self.drafts.iter().filter_map(|draft| draft.moved.clone().map(|entry| (draft, entry)));
         if let Err(error) = durable {
             for (draft, entry) in moved() {
@@ -289,7 +330,13 @@ impl Copies {
             }
             return Err(error);
         }
+        ledger.record();
         Ok(moved().map(|(_, entry)| entry).collect())
+    }
+
+    /// The folders in which the messages appear, each once.
+    fn folders(&self) -> BTreeSet<PathBuf> {
+        self.drafts.iter().map(|draft| draft.maildir.path.join("new")).collect()
     }
 }
 
@@ -306,19 +353,27 @@ pub fn at(path: &Path, error: io::Error) -> io::Error {
 }
 
 /// Makes a folder and those above it; each new name is made durable.
-pub fn make_folder(path: &Path) -> io::Result<()> {
+fn make_folders(path: &Path, mode: u32) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    if let Some(parent) = parent {
-        make_folder(parent)?;
+    if let Some(parent) = parent(path) {
+        make_folders(parent, mode)?;
     }
-    match DirBuilder::new().mode(0o700).create(path) {
+    make_folder(path, mode)
+}
+
+/// Makes one folder, and its name durable.
+fn make_folder(path: &Path, mode: u32) -> io::Result<()> {
+    match DirBuilder::new().mode(mode).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
         other => other.map_err(|error| at(path, error))?,
     }
-    sync_folder(parent.unwrap_or(Path::new(".")))
+    sync_folder(parent(path).unwrap_or(Path::new(".")))
+}
+
+fn parent(path: &Path) -> Option<&Path> {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty())
 }
 
 /// Without this a file's name may be gone after a power cut though its content is on disk.
@@ -421,6 +476,99 @@ mod tests {
         let entries = deliver(&maildir, "1", b"").unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o077;
         assert_eq!((mode(&maildir.file(&entries[0])), mode(maildir.path())), (0, 0));
+    }
+
+    #[test]
+    fn others_read_what_the_mask_leaves() {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        for mask in [0o077, 0o027, 0o007, 0o022, 0] {
+            let folder = tempfile::tempdir().unwrap();
+            // The umask of the test's own process applies, too.
+            let probe = folder.path().join("probe");
+            DirBuilder::new().mode(0o777).create(&probe).unwrap();
+            let umask = 0o777 & !mode(&probe);
+            let (file, dir) = (0o666 & !mask & !umask, 0o777 & !mask & !umask);
+            let maildir = Maildir::masked(folder.path().join("example.org/eva"), mask);
+            let entries = deliver(&maildir, "1", b"").unwrap();
+            assert_eq!(mode(&maildir.file(&entries[0])), file, "{mask:o}");
+            for path in ["example.org", "example.org/eva", "example.org/eva/new", "example.org/eva/tmp"] {
+                assert_eq!(mode(&folder.path().join(path)), dir, "{mask:o} {path}");
+            }
+            let lists = maildir.folder("lists");
+            ["", "cur", "new"].iter().for_each(|name| fs::create_dir(lists.path().join(name)).unwrap());
+            let entries = deliver(&lists, "2", b"").unwrap();
+            assert_eq!(mode(&lists.file(&entries[0])), file, "{mask:o}");
+        }
+    }
+
+    #[test]
+    fn a_sub_folder_takes_mail_where_it_is_there_and_is_never_made() {
+        let (_folder, maildir) = maildir();
+        assert!(!maildir.exists());
+        maildir.create().unwrap();
+        assert!(maildir.exists());
+        let lists = maildir.folder("lists");
+        assert_eq!(lists.path(), maildir.path().join(".lists"));
+        assert!(!lists.exists());
+        assert_eq!(deliver(&lists, "1", b"").unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!lists.path().exists());
+        // `tmp` alone is made good.
+        for name in ["", "cur", "new"] {
+            assert!(!lists.exists());
+            fs::create_dir(lists.path().join(name)).unwrap();
+        }
+        assert!(lists.exists());
+        assert_eq!(deliver(&lists, "1", b"").unwrap(), [entry("1,S=5,W=6", false)]);
+        assert_eq!(inside(&lists), [vec![], words(&["1,S=5,W=6"]), vec![]]);
+        assert_eq!(inside(&maildir), EMPTY);
+    }
+
+    #[test]
+    fn a_sub_folder_that_vanishes_loses_nothing() {
+        let (_folder, maildir) = maildir();
+        let lists = maildir.folder("lists");
+        Maildir::new(lists.path()).create().unwrap();
+        let mut copies = Copies::default();
+        copies.begin(&maildir, "1", b"").unwrap();
+        copies.begin(&lists, "2", b"").unwrap();
+        fs::remove_dir_all(lists.path()).unwrap();
+        assert_eq!(copies.commit().unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!lists.path().exists());
+        assert_eq!(inside(&maildir), EMPTY);
+    }
+
+    #[test]
+    fn the_name_of_a_sub_folder_never_leads_out_of_the_mailbox() {
+        let maildir = Maildir::new("box");
+        for (name, path) in [
+            ("lists", "box/.lists"),
+            ("lists.rust", "box/.lists.rust"),
+            ("", "box/.%"),
+            (".", "box/.%."),
+            ("./x", "box/.%.%2Fx"),
+            ("../../x", "box/.%..%2F..%2Fx"),
+            ("x/../../y", "box/.x%2F..%2F..%2Fy"),
+        ] {
+            assert_eq!(maildir.folder(name).path(), Path::new(path), "{name}");
+        }
+        assert!(!maildir.folder("\0").exists() && !maildir.folder(&"x".repeat(1000)).exists());
+    }
+
+    #[test]
+    fn a_folder_that_gets_several_is_fsynced_once() {
+        let (folder, maildir) = maildir();
+        let other = Maildir::new(folder.path().join("other"));
+        let mut copies = Copies::default();
+        for (number, maildir) in [&maildir, &other, &maildir, &maildir].into_iter().enumerate() {
+            copies.begin(maildir, &number.to_string(), b"").unwrap();
+        }
+        assert_eq!(
+            copies.folders().into_iter().collect::<Vec<_>>(),
+            [maildir.path().join("new"), other.path().join("new")]
+        );
+        assert_eq!(copies.commit().unwrap().len(), 4);
+        assert_eq!(inside(&maildir).map(|names| names.len()), [0, 3, 0]);
     }
 
     #[test]
