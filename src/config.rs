@@ -10,6 +10,7 @@
 //!
 //! Certificates, keys and directories are only named here. Whoever uses them says if they cannot be used.
 
+mod aliases;
 mod customer;
 mod mailboxes;
 mod provider;
@@ -35,7 +36,7 @@ pub use self::customer::{Customer, Outgoing, Upstream};
 pub use self::mailboxes::{Accept, Mailboxes};
 pub use self::provider::{Account, Accounts, Inbound, Odmr, Provider, TlsFiles};
 pub use self::relay::{Relay, Retry, Smarthost, TlsPolicy};
-pub use self::schedule::Schedule;
+pub use self::schedule::{Rule, Schedule, Times, Timetable, When};
 pub use self::value::Network;
 
 use self::value::{ATRN_FLOOR, Entry, Hostname, Pin, Secret, at_least, atrn, between, check_secret, duration};
@@ -46,7 +47,7 @@ use crate::smtp::client::Awaiting;
 #[derive(Clone, Debug)]
 pub enum Config {
     Provider(Provider),
-    Customer(Customer),
+    Customer(Box<Customer>),
 }
 
 impl Config {
@@ -55,7 +56,7 @@ impl Config {
         let source = Source::read(path)?;
         match source.kind()? {
             Some(Kind::Provider) => Provider::build(&source).map(Config::Provider),
-            Some(Kind::Customer) => Customer::build(&source).map(Config::Customer),
+            Some(Kind::Customer) => Ok(Config::Customer(Box::new(Customer::build(&source)?))),
             None => Err(source.error(
                 None,
                 "says neither what a provider needs (`spool` and `customers`) nor what a customer needs \
@@ -474,7 +475,6 @@ fn twice(what: &impl fmt::Display) -> String {
 mod tests {
     use super::*;
     use crate::sasl::Secrets;
-    use crate::smtp::address::Mailbox;
     use std::fs;
     use std::time::Instant;
     use tempfile::TempDir;
@@ -796,7 +796,7 @@ accept = ["alice@example.org", "@example.com"]
         let text = format!("{CUSTOMER}[outgoing]\nqueue = \"/var/out\"\n{text}");
         let folder = files(&[("odmr.toml", &text)]);
         let customer = Customer::load(&folder.path().join("odmr.toml")).unwrap();
-        assert_eq!(customer.providers[0].schedule, Schedule { every: MINUTE });
+        assert_eq!(customer.providers[0].schedule.when, When::Every(MINUTE));
         assert!(!format!("{customer:?}").contains("mellon"));
         let outgoing = customer.outgoing.unwrap();
         assert_eq!(outgoing.queue, Path::new("/var/out"));
@@ -931,6 +931,12 @@ accept = ["alice@example.org", "@example.com"]
         customer("", "[schedule]\nevery = \"0s\"", "odmr.toml:10", "would wait for nothing");
         customer("", "[schedule]\nevery = 15", "odmr.toml:10", "expected a time");
         customer("", "[schedule]\nevry = \"15m\"", "odmr.toml:10", "unknown key `evry`");
+        customer("", "[schedule]\nat = [\n\"* 08:00\",\n\"* 8:00\"]", "odmr.toml:12", "\"8:00\" is no time of day");
+        customer("", "[schedule]\nat = []", "odmr.toml:10", "`at` is empty");
+        customer("", "[schedule]\nat = \"* 08:00\"", "odmr.toml:10", "expected a list, in [ ]");
+        customer("", "[schedule]\nat = [\"* 08:00\"]\nzone = \"Berlin\"", "odmr.toml:11", "\"Berlin\" is no time zone");
+        customer("", "[schedule]\nat = [\"* 08:00\"]\nevery = \"5m\"", "odmr.toml:9", "`every` and `at` exclude each other");
+        customer("name = \"acme\"", "name = \"acme\"\nschedule = { zone = \"UTC\" }", "odmr.toml:5", "`zone` is for `at`");
     }
 
     #[test]
@@ -975,11 +981,10 @@ accept = ["alice@example.org", "@example.com"]
         assert_eq!(upstream.domains, []);
         assert_eq!(customer.mailboxes.root, folder.path().join("mail"));
         assert_eq!(customer.mailboxes.max_size, 52_428_800);
-        let accept =
-            [Accept::Address(Mailbox::parse("alice@example.org").unwrap()), Accept::Domain(domain("example.com"))];
-        assert_eq!(customer.mailboxes.accept, accept);
+        assert_eq!(customer.mailboxes.rules.domains(), [domain("example.org"), domain("example.com")]);
+        assert_eq!(customer.mailboxes.umask, 0o077);
         assert_eq!(customer.outgoing, None);
-        assert_eq!(customer.providers[0].schedule.every, Duration::from_secs(15 * 60));
+        assert_eq!(customer.providers[0].schedule, Schedule::default());
         assert_eq!(customer.timeouts, Timeouts::default());
         assert!(!format!("{customer:?}").contains("sesame"));
     }

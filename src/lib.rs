@@ -20,7 +20,10 @@ pub mod config;
 pub mod dns;
 pub mod dsn;
 pub mod maildir;
+pub mod rules;
+pub mod schedule;
 pub mod tls;
+pub mod user;
 pub mod wire;
 
 // floor 3: mail that waits

@@ -1,4 +1,5 @@
-//! What comes from outside: the time, and what never repeats (queue ids, file names, challenges), random numbers.
+//! What comes from outside: the time, the time of the clock on the wall, and what never repeats (queue ids, file names,
+//! challenges), random numbers.
 //!
 //! Everything in the program that depends on the clock or on randomness goes through [`Stamps`], so that
 //! a test replaces all of it at once with [`Stamps::fixed`] and a dialogue can be written down in advance.
@@ -10,8 +11,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use data_encoding::HEXLOWER;
 use jiff::Timestamp;
-use jiff::civil::Weekday;
-use jiff::tz::Offset;
+use jiff::civil::{DateTime, Time, Weekday};
+use jiff::tz::{AmbiguousOffset, Offset, TimeZone};
 
 /// The source of times and of names that never repeat. A clone is the same source.
 #[derive(Clone)]
@@ -186,11 +187,98 @@ impl Date {
         Date::from_seconds((microseconds / MICROSECONDS).cast_signed())
     }
 
-    fn civil(self) -> jiff::civil::DateTime {
-        // In range since `from_seconds`, so the fallback is never taken.
-        let moment = Timestamp::from_second(self.seconds).unwrap_or(Timestamp::UNIX_EPOCH);
-        Offset::UTC.to_datetime(moment)
+    fn civil(self) -> DateTime {
+        Offset::UTC.to_datetime(self.timestamp())
     }
+
+    fn timestamp(self) -> Timestamp {
+        // In range since `from_seconds`, so the fallback is never taken.
+        Timestamp::from_second(self.seconds).unwrap_or(Timestamp::UNIX_EPOCH)
+    }
+}
+
+/// What the clock on the wall says where this is the zone.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Zone(TimeZone);
+
+impl Zone {
+    /// That of this machine, as `TZ` or `/etc/localtime` says now; UTC where neither can be used.
+    pub fn system() -> Zone {
+        Zone(TimeZone::system())
+    }
+
+    /// A name of the zones that this machine knows, such as `Europe/Berlin`; `UTC` it always knows. Or a rule as POSIX
+    /// writes it, such as `CET-1CEST,M3.5.0,M10.5.0/3`. A rule without changes must have its name in `<>`, as in
+    /// `<+03>-3`: in `UTC+3` the sign would mean the contrary of what it seems to.
+    pub fn parse(text: &str) -> Option<Zone> {
+        let rule = text.contains(',') || text.starts_with('<');
+        let zone = if rule { TimeZone::posix(text) } else { TimeZone::get(text) };
+        zone.ok().map(Zone)
+    }
+
+    /// The day it is there.
+    pub fn day(&self, moment: Date) -> Day {
+        Day(self.0.to_datetime(moment.timestamp()).date())
+    }
+
+    /// When the clock shows this minute of that day, counted from midnight, up to 1439. None: outside the years that a
+    /// [`Date`] can be in.
+    pub fn showing(&self, day: Day, minute: u16) -> Option<Showing> {
+        let (hour, minute) = (i8::try_from(minute / 60).ok()?, i8::try_from(minute % 60).ok()?);
+        let shown = DateTime::from_parts(day.0, Time::new(hour, minute, 0, 0).ok()?);
+        let found = self.0.to_ambiguous_timestamp(shown);
+        Some(match found.offset() {
+            AmbiguousOffset::Unambiguous { .. } => Showing::Once(date(found.unambiguous().ok()?)),
+            AmbiguousOffset::Fold { .. } => Showing::Twice(date(found.earlier().ok()?), date(found.later().ok()?)),
+            // With the offset that holds afterwards it is a moment before the clock is put forward.
+            AmbiguousOffset::Gap { .. } => {
+                let before = found.earlier().ok()?;
+                Showing::Never(date(self.0.following(before).next()?.timestamp()))
+            }
+        })
+    }
+
+    /// `2026-01-02T04:04:05+01:00` (RFC 3339).
+    pub fn rfc3339(&self, moment: Date) -> String {
+        let moment = moment.timestamp();
+        moment.display_with_offset(self.0.to_offset(moment)).to_string()
+    }
+}
+
+/// A day of the calendar, wherever.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Day(jiff::civil::Date);
+
+impl Day {
+    /// 0 is Monday, 6 is Sunday.
+    pub fn weekday(self) -> usize {
+        // In range by what it is, so the fallback is never taken.
+        usize::try_from(self.0.weekday().to_monday_zero_offset()).unwrap_or(0)
+    }
+
+    /// None: it is the last one of the calendar.
+    pub fn next(self) -> Option<Day> {
+        self.0.tomorrow().ok().map(Day)
+    }
+
+    /// None: it is the first one of the calendar.
+    pub fn previous(self) -> Option<Day> {
+        self.0.yesterday().ok().map(Day)
+    }
+}
+
+/// How often the clock shows one minute of one day, and when.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Showing {
+    Once(Date),
+    /// The clock is put back, and the minute comes again.
+    Twice(Date, Date),
+    /// The clock is put forward over it, at this moment.
+    Never(Date),
+}
+
+fn date(moment: Timestamp) -> Date {
+    Date::from_seconds(moment.as_second())
 }
 
 enum Source {
@@ -358,6 +446,50 @@ mod tests {
         assert_eq!(read("2026-01-02T04:04:05.999+01:00"), Some(1_767_323_045));
         for text in ["", "yesterday", "2026-13-02T03:04:05Z", "2026-01-02", "2026-01-02T03:04:05"] {
             assert_eq!(read(text), None, "{text}");
+        }
+    }
+
+    /// Central Europe's changes of the clock, without files of zones.
+    const BERLIN: &str = "CET-1CEST,M3.5.0,M10.5.0/3";
+
+    #[test]
+    fn a_minute_comes_once_twice_or_never() {
+        let zone = Zone::parse(BERLIN).unwrap();
+        let at = |text: &str| Date::parse_rfc3339(text).unwrap();
+        let check = |noon: &str, minute: u16, wanted: Showing| {
+            assert_eq!(zone.showing(zone.day(at(noon)), minute), Some(wanted), "{noon} {minute}");
+        };
+        let (spring, autumn) = ("2026-03-29T12:00:00Z", "2026-10-25T12:00:00Z");
+        check(spring, 119, Showing::Once(at("2026-03-29T01:59:00+01:00")));
+        check(spring, 120, Showing::Never(at("2026-03-29T03:00:00+02:00")));
+        check(spring, 179, Showing::Never(at("2026-03-29T03:00:00+02:00")));
+        check(spring, 180, Showing::Once(at("2026-03-29T03:00:00+02:00")));
+        check(autumn, 119, Showing::Once(at("2026-10-25T01:59:00+02:00")));
+        check(autumn, 120, Showing::Twice(at("2026-10-25T02:00:00+02:00"), at("2026-10-25T02:00:00+01:00")));
+        check(autumn, 179, Showing::Twice(at("2026-10-25T02:59:00+02:00"), at("2026-10-25T02:59:00+01:00")));
+        check(autumn, 180, Showing::Once(at("2026-10-25T03:00:00+01:00")));
+        assert_eq!(zone.showing(zone.day(at(autumn)), 24 * 60), None);
+        assert_eq!(zone.rfc3339(at("2026-10-25T00:30:00Z")), "2026-10-25T02:30:00+02:00");
+        assert_eq!(zone.rfc3339(at("2026-10-25T01:30:00Z")), "2026-10-25T02:30:00+01:00");
+    }
+
+    #[test]
+    fn days_follow_each_other_until_the_calendar_ends() {
+        let zone = Zone::parse("<+03>-3").unwrap();
+        let sunday = zone.day(Date::parse_rfc3339("2026-03-28T21:00:00Z").unwrap());
+        assert_eq!((sunday.weekday(), sunday.next().unwrap().weekday()), (6, 0));
+        assert_eq!(sunday.next().unwrap().previous(), Some(sunday));
+        assert_eq!(zone.day(Date::from_seconds(i64::MAX)).next().and_then(Day::next), None);
+    }
+
+    #[test]
+    fn zones_are_names_or_whole_rules() {
+        for text in ["UTC", BERLIN, "<+03>-3", "EST5EDT,M3.2.0,M11.1.0"] {
+            assert!(Zone::parse(text).is_some(), "{text}");
+        }
+        for text in ["", "Nowhere/Atlantis", "UTC+3", "GMT-1", "<+03", "CET-1CEST,M13.5.0,M10.5.0", "../../etc/passwd"]
+        {
+            assert_eq!(Zone::parse(text), None, "{text}");
         }
     }
 }

@@ -11,10 +11,10 @@ use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
-use super::mailboxes::{Accept, Mailboxes, RawMailboxes};
+use super::mailboxes::{Mailboxes, RawMailboxes};
 use super::relay::{Retry, Smarthost, Target};
 use super::schedule::Schedule;
-use super::value::{Address, Entry, Hostname, MAX_SIZE, Name, Network, Notice, Pin, Secret, Size};
+use super::value::{Address, Entry, Hostname, Login, MAX_SIZE, Name, Network, Notice, Pin, Secret, Size};
 use super::{
     ConfigError, Kind, Limits, Source, Timeouts, TlsMode, addresses, each_once, hostname, listeners, secret, trust,
 };
@@ -25,6 +25,10 @@ use crate::smtp::address::Domain;
 pub struct Customer {
     /// The name it greets with. ASCII; the case is as written.
     pub hostname: String,
+    /// Whom a process becomes that was started as root, before it touches mail; none: nobody.
+    pub user: Option<String>,
+    /// The group of what it makes then. Default: that user's own.
+    pub group: Option<String>,
     /// At least one, in the order of the file; no two have the same address and name.
     pub providers: Vec<Upstream>,
     pub mailboxes: Mailboxes,
@@ -77,7 +81,21 @@ impl Customer {
             (Some(raw), Some(provider)) => Some(Outgoing::build(source, raw, provider, &mailboxes)?),
             _ => None,
         };
-        Ok(Customer { hostname, providers, mailboxes, outgoing, limits: raw.limits, timeouts: raw.timeouts })
+        let user = raw.user.map(|user| user.0.0);
+        if let (None, Some(group)) = (&user, &raw.group) {
+            let text = "`group` means nothing without `user`: say user = \"…\" too, or take it out";
+            return Err(source.error(group.span(), text));
+        }
+        Ok(Customer {
+            hostname,
+            user,
+            group: raw.group.map(|group| group.into_inner().0.0),
+            providers,
+            mailboxes,
+            outgoing,
+            limits: raw.limits,
+            timeouts: raw.timeouts,
+        })
     }
 }
 
@@ -226,7 +244,7 @@ impl Outgoing {
         })?;
         listeners(source, [Some(raw.listen.as_slice())])?;
         let domain = raw.domain.map(|domain| domain.0);
-        let domain = domain.or_else(|| mailboxes.accept.iter().find_map(Accept::domain).cloned());
+        let domain = domain.or_else(|| mailboxes.rules.domains().first().cloned());
         let domain = domain.ok_or_else(|| missing("`domain`, for bare names, such as domain = \"example.org\""))?;
         let submission = Target {
             key: "submission",
@@ -257,6 +275,8 @@ impl Outgoing {
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawCustomer {
     hostname: Option<Entry<Hostname>>,
+    user: Option<Entry<Login>>,
+    group: Option<Spanned<Entry<Login>>>,
     provider: Option<Spanned<OneOrMany>>,
     mailboxes: Option<Spanned<RawMailboxes>>,
     outgoing: Option<Spanned<RawOutgoing>>,

@@ -496,6 +496,21 @@ fn number_and_unit(text: &str) -> (Option<u64>, &str) {
     (number, unit)
 }
 
+/// The name of a user or a group of this machine.
+pub(super) struct Login(pub(super) String);
+
+impl Parse for Login {
+    const EXPECTED: &'static str = "the name of a user or group, such as \"vmail\"";
+
+    fn parse(text: &str) -> Result<Login, String> {
+        let plain = |octet: u8| octet.is_ascii_graphic() && !matches!(octet, b':' | b'/');
+        match !text.is_empty() && text.bytes().all(plain) {
+            true => Ok(Login(text.to_owned())),
+            false => Err(format!("{text:?} is no name of a user or group: write one such as \"vmail\"")),
+        }
+    }
+}
+
 pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     Entry::deserialize(deserializer).map(|entry| entry.0)
 }

@@ -1,0 +1,325 @@
+//! The form of `/etc/aliases`, as aliases(5) has it, and the names and targets in it, which `aliases` of `[mailboxes]`
+//! shares.
+//!
+//! ```text
+//! # a comment
+//! postmaster: root
+//! root:  alice, bob@example.com     # names without a domain: in every domain; targets: in the first
+//! "a b": alice,
+//!   \bob                            # a line that begins with a space goes on; \bob: the mailbox, not an alias
+//! info@example.org: alice
+//! @example.net: alice               # whoever has no rule of his own there
+//! ```
+//!
+//! Programs, files and `:include:` are not for us: mail goes to mailboxes.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::ConfigError;
+use super::mailboxes::Accept;
+use super::value::Parse;
+use crate::rules::{Alias, ELSEWHERE, Name, Origin, Target, address};
+use crate::smtp::address::{Domain, Mailbox};
+
+/// Reads a file of aliases; targets without a domain are at `home`.
+pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Vec<Alias>, ConfigError> {
+    let error = |line: usize, text: String| ConfigError { file: file.to_path_buf(), line: Some(line), text };
+    let text = str::from_utf8(octets).map_err(|cause| {
+        let before = &octets[..cause.valid_up_to()];
+        error(super::line(before), "is not UTF-8: save it as UTF-8".to_owned())
+    })?;
+    let mut aliases: Vec<Alias> = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        let number = number + 1;
+        let line = strip_comment(line);
+        if line.trim().is_empty() {
+            continue;
+        }
+        let origin = Origin { file: file.clone(), line: number };
+        let pieces = pieces(line).map_err(|text| error(number, text.to_owned()))?;
+        let targets = if line.starts_with(char::is_whitespace) {
+            pieces.targets(None)
+        } else {
+            end_of(aliases.last()).map_err(|(line, text)| error(line, text))?;
+            let written = pieces.name.ok_or_else(|| {
+                let text = format!("{:?} has no colon: write a name, a colon, and the targets", line.trim());
+                error(number, text)
+            })?;
+            let name = name(written.trim()).map_err(|text| error(number, text))?;
+            aliases.push(Alias { name, targets: Vec::new(), origin: origin.clone() });
+            pieces.targets(Some(written))
+        };
+        let Some(alias) = aliases.last_mut() else {
+            let text = "this line begins with a space, so it goes on with an alias, and there is none before it: take \
+                        the space out";
+            return Err(error(number, text.to_owned()));
+        };
+        for written in targets {
+            let (mailbox, direct) = target(written, home).map_err(|text| error(number, text))?;
+            alias.targets.push(Target { mailbox, direct, origin: origin.clone() });
+        }
+    }
+    end_of(aliases.last()).map_err(|(line, text)| error(line, text))?;
+    Ok(aliases)
+}
+
+/// An alias is read to its end: it must have a target by now.
+fn end_of(alias: Option<&Alias>) -> Result<(), (usize, String)> {
+    match alias {
+        Some(alias) if alias.targets.is_empty() => Err((alias.origin.line, without_target(&alias.name))),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn without_target(name: &Name) -> String {
+    format!("the alias {name} leads nowhere: name one mailbox or more, or take it out")
+}
+
+/// What stands outside quotes, piece by piece.
+struct Pieces<'a> {
+    /// Up to the first colon.
+    name: Option<&'a str>,
+    line: &'a str,
+    /// Where commas are.
+    commas: Vec<usize>,
+}
+
+impl<'a> Pieces<'a> {
+    /// What the commas separate, behind the name if one is read. Nothing between two commas is nothing.
+    fn targets(&self, name: Option<&str>) -> Vec<&'a str> {
+        let begin = name.map_or(0, |name| name.len() + 1);
+        let mut ends = self.commas.clone();
+        ends.push(self.line.len());
+        let mut from = begin;
+        let mut targets = Vec::with_capacity(ends.len());
+        for end in ends.into_iter().filter(|end| *end >= begin) {
+            targets.push(self.line[from..end].trim());
+            from = end + 1;
+        }
+        targets.retain(|target| !target.is_empty());
+        targets
+    }
+}
+
+fn pieces(line: &str) -> Result<Pieces<'_>, &'static str> {
+    let mut pieces = Pieces { name: None, line, commas: Vec::new() };
+    for (at, character) in outside_quotes(line) {
+        match character {
+            ':' if pieces.name.is_none() => pieces.name = Some(&line[..at]),
+            ',' => pieces.commas.push(at),
+            _ => {}
+        }
+    }
+    // A name has no commas.
+    if pieces.commas.first().is_some_and(|comma| pieces.name.is_some_and(|name| *comma < name.len())) {
+        pieces.name = None;
+    }
+    if is_open(line) {
+        return Err("a quote is open at the end of the line: close it with another \"");
+    }
+    Ok(pieces)
+}
+
+/// The characters that are neither quotes nor stand between them; in quotes a backslash takes the next as it is.
+fn outside_quotes(line: &str) -> impl Iterator<Item = (usize, char)> {
+    let mut state = Quotes::default();
+    line.char_indices().filter(move |(_, character)| state.is_outside(*character))
+}
+
+fn is_open(line: &str) -> bool {
+    let mut state = Quotes::default();
+    line.chars().for_each(|character| {
+        state.is_outside(character);
+    });
+    state.open
+}
+
+#[derive(Default)]
+struct Quotes {
+    open: bool,
+    escaped: bool,
+}
+
+impl Quotes {
+    fn is_outside(&mut self, character: char) -> bool {
+        let open = self.open;
+        match character {
+            _ if self.escaped => self.escaped = false,
+            '\\' => self.escaped = open,
+            '"' => self.open = !open,
+            _ => {}
+        }
+        !open && character != '"'
+    }
+}
+
+/// A `#` begins a comment where a word could begin.
+fn strip_comment(line: &str) -> &str {
+    let comment = outside_quotes(line)
+        .find(|(at, character)| *character == '#' && line[..*at].chars().next_back().is_none_or(char::is_whitespace));
+    comment.map_or(line, |(at, _)| &line[..at])
+}
+
+/// The name of an alias: an address, `@domain`, or a local part.
+pub(super) fn name(text: &str) -> Result<Name, String> {
+    let wrong = || {
+        format!(
+            "{text:?} is no name of an alias: write an address such as \"info@example.org\", \"@example.org\" for a \
+             whole domain, or a name such as \"root\" for every domain"
+        )
+    };
+    if let Some(name) = bare(text) {
+        return Ok(Name::bare(name.local()));
+    }
+    match Accept::parse(text) {
+        Ok(accept) => Ok(accept.into()),
+        Err(error) if text.starts_with('@') => Err(error),
+        Err(_) => Err(wrong()),
+    }
+}
+
+/// A target of an alias, and whether it is the mailbox itself.
+pub(super) fn target(text: &str, home: &Domain) -> Result<(Mailbox, bool), String> {
+    // Such a thing may be quoted as a whole; in an address the domain follows the quotes.
+    let inside = match text.strip_prefix('"') {
+        None => text,
+        Some(quoted) => quoted.strip_suffix('"').unwrap_or_default(),
+    };
+    let what = match inside {
+        _ if inside.starts_with('|') => "a program",
+        _ if inside.starts_with('/') => "a file",
+        _ if inside.starts_with(":include:") => "a list in another file",
+        _ => "",
+    };
+    if !what.is_empty() {
+        return Err(format!("{text:?} is {what}, and aliases lead to mailboxes here: {ELSEWHERE}"));
+    }
+    let (rest, direct) = text.strip_prefix('\\').map_or((text, false), |rest| (rest, true));
+    let mailbox = match bare(rest) {
+        Some(name) => address(name.local(), home),
+        None => Mailbox::parse(rest).filter(|mailbox| mailbox.domain().is_some()),
+    };
+    let wrong = || {
+        format!(
+            "{text:?} is no address: write one such as \"alice@example.org\", or a name such as \"alice\" for the one \
+             at {home}"
+        )
+    };
+    mailbox.map(|mailbox| (mailbox, direct)).ok_or_else(wrong)
+}
+
+/// A local part that stands alone.
+fn bare(text: &str) -> Option<Mailbox> {
+    Mailbox::parse(&format!("{text}@x")).filter(|_| text != "\"\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(text: &[u8]) -> Result<Vec<Alias>, String> {
+        let file: Arc<Path> = Path::new("aliases").into();
+        parse(&file, text, &Domain::parse("example.org").unwrap()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn each_form_of_an_alias_is_read() {
+        fn check(text: &str, expected: &[&str]) {
+            let shown = |alias: Alias| {
+                let target = |target: &Target| format!("{}{}", if target.direct { "\\" } else { "" }, target.mailbox);
+                let targets: Vec<_> = alias.targets.iter().map(target).collect();
+                format!("{} {} = {}", alias.origin.line, alias.name, targets.join(" "))
+            };
+            let got: Vec<_> = read(text.as_bytes()).unwrap().into_iter().map(shown).collect();
+            assert_eq!(got, expected, "{text:?}");
+        }
+        check("", &[]);
+        check("# nothing\n\n   \n\t# here\n", &[]);
+        check("root: alice", &["1 root = alice@example.org"]);
+        check("ROOT:alice\r\n", &["1 root = alice@example.org"]);
+        check("root :\talice , bob@example.com,", &["1 root = alice@example.org bob@example.com"]);
+        check(
+            "\na: b,\n  c\n# between\n\n\td\ne: f",
+            &["2 a = b@example.org c@example.org d@example.org", "7 e = f@example.org"],
+        );
+        check("a:\n b", &["1 a = b@example.org"]);
+        check("a: b # all of it: c, d", &["1 a = b@example.org"]);
+        check("a: b#c", &["1 a = b#c@example.org"]);
+        check("a: a, \\a, \\b@example.com", &["1 a = a@example.org \\a@example.org \\b@example.com"]);
+        check("\"a b\": \"c, #d\"", &["1 \"a b\" = \"c, #d\"@example.org"]);
+        check("\"a:b\": \"c\"", &["1 \"a:b\" = c@example.org"]);
+        check("\"a \\\" b\"@example.org: c", &["1 \"a \\\" b\"@example.org = c@example.org"]);
+        check("Info@Example.ORG: Alice", &["1 info@example.org = Alice@example.org"]);
+        check("@example.net: alice", &["1 @example.net = alice@example.org"]);
+        check("jürgen: Jürgen@bücher.example", &["1 jürgen = Jürgen@xn--bcher-kva.example"]);
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        fn check(text: &[u8], place: &str, phrase: &str) {
+            let said = read(text).unwrap_err();
+            let right = said.starts_with(&format!("aliases:{place}: ")) && said.contains(phrase);
+            assert!(right, "{text:?}\nwanted: aliases:{place}: … {phrase}\n   got: {said}");
+        }
+        check(b"a: b\nc", "2", "\"c\" has no colon");
+        check(b"a, b: c", "1", "has no colon");
+        check(b"  a: b", "1", "begins with a space");
+        check(b"a:\nb: c", "1", "the alias a leads nowhere");
+        check(b"b: c\na: ,", "2", "the alias a leads nowhere");
+        check(b"a: \"b", "1", "a quote is open");
+        check(b"a: b c", "1", "\"b c\" is no address");
+        check(b"a: b\n  c@", "2", "\"c@\" is no address");
+        check(b"a: b@[192.0.2.1]", "1", "is no address");
+        check(b"a: Alice <alice@example.org>", "1", "is no address");
+        check(b"a: |/bin/cat", "1", "is a program");
+        check(b"a: \"|/bin/cat -n, x\"", "1", "is a program, and aliases lead to mailboxes here: take");
+        check(b"a: b,\n /var/mail/b", "2", "\"/var/mail/b\" is a file");
+        check(b"a: :include:/etc/list", "1", "is a list in another file");
+        check(b"a b: c", "1", "\"a b\" is no name of an alias");
+        check(b": c", "1", "\"\" is no name of an alias");
+        check(b"\"\": c", "1", "is no name of an alias");
+        check(b"a@[192.0.2.1]: c", "1", "is no name of an alias");
+        check(b"@localhost: c", "1", "has no dot");
+        check(b"a: b\n\xe4: c", "2", "is not UTF-8");
+    }
+
+    proptest! {
+        #[test]
+        fn no_octets_make_the_parser_panic(octets: Vec<u8>) {
+            let _ = read(&octets);
+        }
+
+        #[test]
+        fn no_line_makes_the_parser_panic(text in "[ab\"\\\\:,#@| \n\t<ä]{0,30}") {
+            let _ = read(text.as_bytes());
+        }
+
+        #[test]
+        fn what_is_written_is_read_again(
+            aliases in proptest::collection::vec(("[a-z]{1,8}", proptest::collection::vec("[ -~ü]{1,8}", 1..4)), 0..5),
+            glue in "(, ?|,\n |, # x\n\t)",
+        ) {
+            let home = Domain::parse("example.org").unwrap();
+            let mailbox = |local: &String| address(local, &home).unwrap();
+            let line = |(name, targets): &(String, Vec<String>)| {
+                let targets: Vec<_> = targets.iter().map(|local| mailbox(local).to_string()).collect();
+                format!("{name}: {}\n", targets.join(&glue))
+            };
+            let plain = |(_, targets): &(String, Vec<String>)| {
+                // Such an address means something else here.
+                !targets.iter().any(|local| local.starts_with(['|', '/', '#']))
+            };
+            prop_assume!(aliases.iter().all(plain));
+            let text: String = aliases.iter().map(line).collect();
+            let read = read(text.as_bytes()).unwrap();
+            prop_assert_eq!(read.len(), aliases.len());
+            for (alias, (name, targets)) in read.iter().zip(&aliases) {
+                prop_assert_eq!(&alias.name, &Name::bare(name));
+                let got: Vec<_> = alias.targets.iter().map(|target| target.mailbox.clone()).collect();
+                prop_assert_eq!(got, targets.iter().map(mailbox).collect::<Vec<_>>());
+            }
+        }
+    }
+}
