@@ -1,25 +1,32 @@
 //! The command line: words, help, logging, signals, exit codes (sysexits.h).
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use getopts::{Matches, Options, ParsingStyle};
 use log::{Level, LevelFilter};
 use rustix::process::{Resource, Rlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 use crate::config::{self, Config};
+use crate::customer::daemon::Event;
 use crate::customer::send::{self, Order};
-use crate::customer::{Error, daemon};
+use crate::customer::tally::Tally;
+use crate::customer::{Error, Summary, daemon};
 use crate::provider::{Door, Provider, StartError};
+use crate::rules::Rules;
 use crate::stamp::Stamps;
 use crate::tls;
+use crate::user::User;
 use crate::wire::Stop;
 use crate::{customer::pull, demo};
 
@@ -199,6 +206,14 @@ impl Subcommand {
         if self.config {
             options.optopt("c", "config", "the configuration (TOML)", "FILE");
         }
+        if self.name == "check" {
+            options.optmulti(
+                "",
+                "address",
+                "says where mail for ADDR goes, and by which rule; as often as you like",
+                "ADDR",
+            );
+        }
         if matches!(self.name, "serve" | "pull") {
             options.optflag("v", "verbose", "logs the dialogue too, in transcript form, secrets blanked");
         }
@@ -206,8 +221,11 @@ impl Subcommand {
             options.optflag(
                 "",
                 "daemon",
-                "calls by [schedule], and takes mail by SMTP where [outgoing] says, until SIGTERM",
+                "calls by [schedule], and takes mail by SMTP where [outgoing] says, until SIGTERM; SIGUSR1: call at \
+                 once; SIGHUP: read the configuration anew",
             );
+            options.optflag("", "now", "makes the running daemon call at once; if none runs, calls");
+            options.optflag("q", "quiet", "prints errors only: no summary, no progress");
         }
         if self.name == "serve" {
             options.optopt("", "inetd", "one connection, on descriptors 0 and 1: odmr or inbound", "WHICH");
@@ -270,17 +288,141 @@ fn serve(matches: &Matches) -> Result<(), Failure> {
 }
 
 fn pull_mail(matches: &Matches) -> Result<(), Failure> {
-    log_to(Log::Stderr, verbosity(matches));
-    let config = config::Customer::load(&config_path(matches))?;
+    let (daemon, now) = (matches.opt_present("daemon"), matches.opt_present("now"));
+    if daemon && now {
+        return Err(usage("--daemon and --now exclude each other: --now speaks to a daemon that runs", "odmr pull -h"));
+    }
+    let quiet = matches.opt_present("quiet");
+    // On a terminal the summary is what a person wants to see.
+    let watched = !daemon && io::stderr().is_terminal() && !matches.opt_present("verbose");
+    log_to(
+        Log::Stderr,
+        match (quiet, watched) {
+            (true, _) => LevelFilter::Error,
+            (false, true) => LevelFilter::Warn,
+            (false, false) => verbosity(matches),
+        },
+    );
+    let path = config_path(matches);
+    let config = config::Customer::load(&path)?;
+    let user = owner(&config, &path)?;
     let stamps = Stamps::system(tls::random);
     let stop = Stop::new()?;
-    stop_at_signal(Signals::new([SIGTERM, SIGINT])?, stop.clone());
-    if matches.opt_present("daemon") {
-        raise_descriptor_limit();
-        return daemon::run(&config, &stamps, &stop).map_err(Failure::from);
+    if daemon {
+        return run_daemon(&path, &config, user, &stamps, &stop);
     }
-    let summary = pull::pull(&config, &stamps, &stop)?;
-    print(&format!("{summary}\n"))
+    let caller = pull::Caller::new(&config, &stamps)?;
+    become_owner(&config, user)?;
+    if let Some(process) = now.then(|| daemon::running(&config)).transpose()?.flatten() {
+        return ring(process, quiet);
+    }
+    stop_at_signal(Signals::new([SIGTERM, SIGINT])?, stop.clone());
+    let (begun, tally) = (Instant::now(), Arc::<Tally>::default());
+    let progress = (watched && !quiet).then(|| Progress::start(&tally)).transpose()?;
+    let pulled = caller.pull(&stop, &tally);
+    drop(progress);
+    let summary = tally.summary(begun.elapsed().as_secs_f64());
+    // Also what came before a failure has come.
+    if !quiet && (pulled.is_ok() || summary != Summary { seconds: summary.seconds, ..Summary::default() }) {
+        print(&format!("{summary}\n"))?;
+    }
+    Ok(pulled.map(drop)?)
+}
+
+fn run_daemon(
+    path: &Path,
+    config: &config::Customer,
+    user: Option<User>,
+    stamps: &Stamps,
+    stop: &Stop,
+) -> Result<(), Failure> {
+    raise_descriptor_limit();
+    // Ports below 1024 are bound before root's rights are gone.
+    let ready = daemon::Ready::new(config, stamps)?;
+    become_owner(config, user)?;
+    let (bell, events) = daemon::bell();
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1])?;
+    let (ringer, stopper) = (bell.clone(), stop.clone());
+    std::thread::spawn(move || {
+        for signal in signals.forever() {
+            match signal {
+                SIGHUP => ringer.ring(Event::Reload),
+                SIGUSR1 => ringer.ring(Event::Now),
+                _ => {
+                    log::info!("event=stopping signal={signal}");
+                    stopper.stop();
+                    ringer.ring(Event::Stop);
+                }
+            }
+        }
+    });
+    let load = || config::Customer::load(path).map_err(|error| error.to_string());
+    daemon::run(ready, &load, stamps, stop, (bell, events))?;
+    log::info!("event=stopped");
+    Ok(())
+}
+
+/// Whom to become before mail is touched; `None`: who we are.
+fn owner(config: &config::Customer, path: &Path) -> Result<Option<User>, Failure> {
+    let wanted = config.user.as_ref().filter(|_| rustix::process::geteuid().is_root());
+    let found = wanted.map(|user| User::find(user, config.group.as_deref())).transpose();
+    found.map_err(|error| Failure::new(CONFIG, format!("{}: {error}", path.display())))
+}
+
+fn become_owner(config: &config::Customer, user: Option<User>) -> Result<(), Failure> {
+    user.map_or(Ok(()), |user| user.become_it()).map_err(|error| Failure::new(OS_ERROR, error))?;
+    // The mailboxes say what others may do with mail; everything else is made for its owner only.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(config.mailboxes.umask));
+    Ok(())
+}
+
+/// Makes a daemon call at once.
+fn ring(process: i32, quiet: bool) -> Result<(), Failure> {
+    let no_process = || Failure::new(OS_ERROR, format!("{process} is no process"));
+    let target = rustix::process::Pid::from_raw(process).ok_or_else(no_process)?;
+    rustix::process::kill_process(target, rustix::process::Signal::USR1).map_err(|error| {
+        Failure::new(
+            NO_PERMISSION,
+            format!("the daemon, process {process}, cannot be told: {error}; be its user, or root"),
+        )
+    })?;
+    if quiet { Ok(()) } else { print(&format!("the daemon, process {process}, calls now\n")) }
+}
+
+/// Shows on a terminal how far a call is, from its first second on.
+struct Progress {
+    ended: Stop,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Progress {
+    fn start(tally: &Arc<Tally>) -> io::Result<Progress> {
+        let ended = Stop::new()?;
+        let (tally, end) = (tally.clone(), ended.clone());
+        let show = move || {
+            let mut shown = false;
+            let mut next = Instant::now() + Duration::from_secs(1);
+            while !end.wait_until(Some(next)) {
+                eprint!("\r{}\x1b[K", tally.progress());
+                shown = true;
+                next = Instant::now() + Duration::from_millis(200);
+            }
+            if shown {
+                eprint!("\r\x1b[K");
+            }
+        };
+        let thread = std::thread::Builder::new().name("progress".to_owned()).spawn(show)?;
+        Ok(Progress { ended, thread: Some(thread) })
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.ended.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl From<Error> for Failure {
@@ -289,7 +431,7 @@ impl From<Error> for Failure {
             Error::Config(_) => CONFIG,
             Error::NoHost(_) => NO_HOST,
             Error::Unavailable(_) => UNAVAILABLE,
-            Error::Temporary(_) => TEMPORARY,
+            Error::Temporary(_) | Error::Busy(_) => TEMPORARY,
             Error::Denied(_) => NO_PERMISSION,
             Error::Protocol(_) => PROTOCOL,
             Error::System(_) => OS_ERROR,
@@ -342,7 +484,10 @@ fn send(arguments: &[String]) -> Result<(), Failure> {
         recipients: matches.free.clone(),
     };
     let file = last("C").map(PathBuf::from).or_else(|| std::env::var_os("ODMR_CONFIG").map(PathBuf::from));
-    let config = customer_file(&file.unwrap_or_else(|| PathBuf::from(CUSTOMER_FILE)))?;
+    let file = file.unwrap_or_else(|| PathBuf::from(CUSTOMER_FILE));
+    let config = customer_file(&file)?;
+    // What root sends must not be root's: who calls could not read it.
+    become_owner(&config, owner(&config, &file)?)?;
     let stamps = Stamps::system(tls::random);
     let done = match mode.as_str() {
         "p" => send::list(&config, &stamps, &mut io::stdout()),
@@ -372,7 +517,13 @@ fn customer_file(path: &Path) -> Result<config::Customer, Failure> {
 fn check(matches: &Matches) -> Result<(), Failure> {
     let path = config_path(matches);
     let wrong = |text: String| Failure::new(1, text);
+    let addresses = matches.opt_strs("address");
     match Config::load(&path).map_err(|error| wrong(error.to_string()))? {
+        Config::Provider(_) if !addresses.is_empty() => {
+            let text = "--address is for a customer's file: it says into which mailbox mail for an address goes";
+            Err(usage(&format!("{} is a provider's file, and {text}", path.display()), "odmr check -h"))
+        }
+        Config::Customer(config) if !addresses.is_empty() => explain(&config.mailboxes.rules, &addresses),
         Config::Provider(config) => {
             if let Some(files) = &config.tls {
                 tls::server_config(&files.certificate, &files.key)
@@ -384,6 +535,10 @@ fn check(matches: &Matches) -> Result<(), Failure> {
             print(&format!("{}: good: a provider with {accounts} customers, {domains} domains\n", path.display()))
         }
         Config::Customer(config) => {
+            if let Some(user) = &config.user {
+                User::find(user, config.group.as_deref())
+                    .map_err(|error| wrong(format!("{}: {error}", path.display())))?;
+            }
             pull::Caller::new(&config, &Stamps::system(tls::random))
                 .map_err(|error| wrong(format!("{}: {error}", path.display())))?;
             usable(&config.mailboxes.root).map_err(wrong)?;
@@ -393,6 +548,19 @@ fn check(matches: &Matches) -> Result<(), Failure> {
             let provider = &config.providers[0];
             print(&format!("{}: good: a customer of {}, as {}\n", path.display(), provider.address, provider.name))
         }
+    }
+}
+
+/// Where mail for each address goes, and by which rule.
+fn explain(rules: &Rules, addresses: &[String]) -> Result<(), Failure> {
+    let mut refused = 0;
+    for address in addresses {
+        let (Ok(text) | Err(text)) = rules.explain_typed(address).inspect_err(|_| refused += 1);
+        print(&format!("{text}\n"))?;
+    }
+    match refused {
+        0 => Ok(()),
+        _ => Err(Failure::new(1, format!("{refused} of {} get no mail here", addresses.len()))),
     }
 }
 

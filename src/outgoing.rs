@@ -76,11 +76,12 @@ pub struct Attempt<'a> {
 pub struct Desk {
     hostname: String,
     stamps: Stamps,
-    post: Arc<dyn Post>,
+    /// None: nobody can be told.
+    post: Option<Arc<dyn Post>>,
 }
 
 impl Desk {
-    pub fn new(hostname: &str, stamps: &Stamps, post: Arc<dyn Post>) -> Desk {
+    pub fn new(hostname: &str, stamps: &Stamps, post: Option<Arc<dyn Post>>) -> Desk {
         Desk { hostname: hostname.to_owned(), stamps: stamps.clone(), post }
     }
 
@@ -154,9 +155,9 @@ impl Desk {
         now: Date,
     ) -> io::Result<bool> {
         let to = match &batch.envelope.from {
-            ReversePath::Mailbox(to) => to.clone(),
+            ReversePath::Mailbox(to) if self.post.is_some() => to.clone(),
             // RFC 5321 section 6.1: never a notice about a notice.
-            ReversePath::Null => return Ok(false),
+            ReversePath::Mailbox(_) | ReversePath::Null => return Ok(false),
         };
         let recipients = batch.envelope.recipients.clone();
         let texts: Vec<_> = outcome.fates.iter().map(Words::of).collect();
@@ -252,7 +253,8 @@ impl Desk {
         let mut text = notice.head().into_bytes();
         text.extend_from_slice(&returned);
         text.extend_from_slice(notice.tail().as_bytes());
-        self.post.post(&Letter { to: to.clone(), text, utf8 })?;
+        let Some(post) = &self.post else { return Ok(()) };
+        post.post(&Letter { to: to.clone(), text, utf8 })?;
         log::info!("event=notice id={id} about={} to=<{to}>", envelope.id);
         Ok(())
     }
@@ -373,7 +375,7 @@ mod tests {
             let mut copies = queue.put(&[(place.clone(), envelope)], "").unwrap();
             copies.write(b"Subject: the one\n\nbody\n").unwrap();
             copies.commit().unwrap();
-            let desk = Desk::new("relay.example.net", &stamps, posted.clone());
+            let desk = Desk::new("relay.example.net", &stamps, Some(posted.clone()));
             Case { folder, queue, place, desk, posted }
         }
 

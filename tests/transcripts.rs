@@ -17,7 +17,7 @@
 //! ```
 //!
 //! The folder says who is under test; the runner is the other party. `C:` opened the connection, `P:` is the provider,
-//! `S:` the provider's plain inbound listener; the letters stay at the turn. In a line of dialogue
+//! `S:` the provider's plain inbound listener, or the customer's next hop; the letters stay at the turn. In a line of dialogue
 //!
 //! - `X: text` is one line and its CRLF; `{...}` in what is expected is any text within the line;
 //! - `X| text` is octets with `\r \n \t \0 \xHH \\`, no CRLF added; `X* 1000 text` the same, so many times;
@@ -34,13 +34,13 @@
 //! - `== require tls ==`: `require-tls = true`.
 //!
 //! Events: `== connect inbound|odmr|odmr-tls [as NAME] ==` opens a connection (for `customer/`: awaits the customer's
-//! call), `== NAME ==` goes on with an earlier one; `== tls ==` shakes hands now; `== turn ==` marks the turn, and the
+//! call), `== connect hop [as NAME] ==` awaits the customer at its next hop, in clear, `== NAME ==` goes on with an earlier one; `== tls ==` shakes hands now; `== turn ==` marks the turn, and the
 //! parser checks that each party speaks as its role demands; `== wait 300ms ==`: for so long nothing may be heard;
 //! `== fault PATH is a file|is a folder|is gone ==`; `== stop ==` tells the program to end; `== pull ok|failed ==`: how the
 //! customer's call ended.
 //!
 //! Files: `-- path --` and lines; `-- path | --` and octets as after `X|`. `provider.toml`, `customers.d/*.toml` and
-//! `customer.toml` replace the defaults (`{dir}`, `{tls}`, `{listen-tls}`, `{address}`, `{tls-mode}`, `{ca}` are filled in). After the
+//! `customer.toml` replace the defaults (`{dir}`, `{tls}`, `{listen-tls}`, `{address}`, `{hop}`, `{tls-mode}`, `{ca}` are filled in). After the
 //! dialogue `-- path/ --` lists a folder exactly (none: empty), `-- folder/2 --` is the second file in name order, and
 //! there may be no more files in that folder than were named. Control characters are shown as escapes.
 //!

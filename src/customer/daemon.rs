@@ -1,20 +1,28 @@
-//! `odmr pull --daemon`: a call every so often, and meanwhile a listener for the mail of this host's users.
+//! `odmr pull --daemon`: calls by the schedule, and meanwhile a listener for the mail of this host's users.
 //!
-//! The first call is made at once; the next begins `schedule.every` after the last one began, or right behind it when
-//! it took longer. A call that fails is no reason to end: the next one may do better. It waits for events only: the
-//! word to stop, the time of the next call, a connection.
+//! One loop waits for events: the time of a call, the end of one, a signal, an address that this machine has got, mail
+//! for a next hop. Each call is a thread of its own, so that a provider that stalls delays no other; one at a time a
+//! provider. The loop owns what is known of the calls, so there is nothing to lock. A new configuration holds for the
+//! calls and sessions that begin after it; those under way end with the old one.
 
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::local;
-use super::outbox::Outbox;
-use super::pull::{Caller, Error};
-use crate::config::Customer;
+use super::network;
+use super::pull::{Caller, Error, state_folder};
+use super::tally::Tally;
+use crate::config::{Customer, Upstream};
 use crate::listen::{self, Gate, Visitors};
+use crate::schedule::{Diary, Now};
 use crate::session::literal;
 use crate::smtp::reply::Reply;
 use crate::stamp::Stamps;
@@ -26,51 +34,361 @@ const LISTENER: &str = "local";
 /// How long one who is turned away may take to read why.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// Runs until it is told to stop.
-pub fn run(config: &Customer, stamps: &Stamps, stop: &Stop) -> Result<(), Error> {
-    let caller = Caller::new(config, stamps)?;
-    let listeners = match caller.outbox() {
-        Some(outbox) => Listeners::start(config, outbox, stop)?,
-        None => Listeners::default(),
-    };
-    while !stop.stopped() {
-        let begun = Instant::now();
-        match caller.pull(stop) {
-            Ok(summary) => log::info!("event=pulled summary={:?}", summary.to_string()),
-            Err(_) if stop.stopped() => break,
-            Err(error) => log::warn!("event=call-failed error={:?}", error.to_string()),
-        }
-        stop.wait_until(Some(begun + config.providers[0].schedule.every));
+/// So often the clock is looked at, as it may be set.
+const GLANCE: Duration = Duration::from_secs(60);
+
+/// Calls for the sake of a new address are so far apart at least: routers announce themselves all the time.
+const BETWEEN_NETWORKS: Duration = Duration::from_secs(60);
+
+/// What the loop waits for.
+#[derive(Debug)]
+pub enum Event {
+    /// Call now, every provider.
+    Now,
+    /// The configuration has changed.
+    Reload,
+    /// Look whether you are to stop.
+    Stop,
+    /// This machine has got an address or a route.
+    Network,
+    /// Mail has come for a next hop.
+    Handover,
+    /// Mail for next hops was tried.
+    HandedOver,
+    /// A call has ended.
+    Ended { key: Key, begun: Now, error: Option<Error> },
+}
+
+/// A provider and our name there.
+pub type Key = (String, String);
+
+fn key(provider: &Upstream) -> Key {
+    (provider.address.clone(), provider.name.clone())
+}
+
+/// What is needed before privileges are dropped: the configuration is good, the listeners are bound.
+pub struct Ready {
+    caller: Arc<Caller>,
+    listeners: Vec<TcpListener>,
+}
+
+impl Ready {
+    pub fn new(config: &Customer, stamps: &Stamps) -> Result<Ready, Error> {
+        let caller = Arc::new(Caller::new(config, stamps)?);
+        let addresses = config.outgoing.iter().flat_map(|outgoing| &outgoing.listen);
+        let listeners = addresses.map(|address| listen::bind(*address)).collect::<Result<_, _>>();
+        Ok(Ready { caller, listeners: listeners.map_err(Error::System)? })
     }
-    listeners.close(config.timeouts.shutdown);
+}
+
+/// The way to tell a daemon something.
+#[derive(Clone)]
+pub struct Bell(Sender<Event>);
+
+impl Bell {
+    pub fn ring(&self, event: Event) {
+        // Nobody listens: then it has ended.
+        let _ = self.0.send(event);
+    }
+}
+
+pub fn bell() -> (Bell, Receiver<Event>) {
+    let (sender, receiver) = unbounded();
+    (Bell(sender), receiver)
+}
+
+/// Runs until it is told to stop. `load` reads the configuration anew.
+pub fn run(
+    ready: Ready,
+    load: &dyn Fn() -> Result<Customer, String>,
+    stamps: &Stamps,
+    stop: &Stop,
+    (bell, events): (Bell, Receiver<Event>),
+) -> Result<(), Error> {
+    let _alone = alone(ready.caller.config())?;
+    let current = Arc::new(RwLock::new(ready.caller.clone()));
+    let listeners = Listeners::start(ready.listeners, &current, stop)?;
+    network::watch(bell.clone(), stop);
+    let mut daemon = Daemon {
+        caller: ready.caller,
+        lines: Vec::new(),
+        stamps: stamps.clone(),
+        stop: stop.clone(),
+        bell,
+        handing_over: false,
+        epoch: Instant::now(),
+        network: None,
+        threads: Vec::new(),
+    };
+    daemon.follow();
+    while !stop.stopped() {
+        daemon.begin_what_is_due();
+        let event = events.recv_timeout(daemon.pause());
+        match event {
+            Ok(Event::Now) => daemon.lines.iter_mut().for_each(|line| line.at_once = true),
+            Ok(Event::Reload) => daemon.reload(load, &current),
+            Ok(Event::Network) => daemon.network_has_changed(),
+            Ok(Event::Ended { key, begun, error }) => daemon.ended(&key, begun, error),
+            Ok(Event::HandedOver) => daemon.handing_over = false,
+            // What is due is looked at in any case.
+            Ok(Event::Handover | Event::Stop) | Err(_) => {}
+        }
+    }
+    // They have heard the word to stop; a message half received stays with the provider.
+    daemon.threads.into_iter().for_each(|thread| drop(thread.join()));
+    listeners.close(daemon.caller.config().timeouts.shutdown);
     Ok(())
 }
 
+/// The file that the daemon of these mailboxes locks, and writes its process into.
+fn daemon_file(config: &Customer) -> Result<File, Error> {
+    let path = state_folder(config)?.join("daemon");
+    let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(&path);
+    file.map_err(|error| Error::System(format!("{}: {error}", path.display())))
+}
+
+/// One daemon for the same mailboxes.
+fn alone(config: &Customer) -> Result<File, Error> {
+    let system = |error: io::Error| Error::System(error.to_string());
+    let mut file = daemon_file(config)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let text = "a daemon is calling for these mailboxes already; `odmr pull --now` makes it call at once";
+            return Err(Error::Busy(text.to_owned()));
+        }
+        Err(TryLockError::Error(error)) => return Err(system(error)),
+    }
+    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(system)?;
+    Ok(file)
+}
+
+/// The process of the daemon that runs for these mailboxes, if there is one.
+pub fn running(config: &Customer) -> Result<Option<i32>, Error> {
+    let mut file = daemon_file(config)?;
+    if file.try_lock().is_ok() {
+        return Ok(None);
+    }
+    let mut text = String::new();
+    let read = file.rewind().and_then(|()| file.read_to_string(&mut text));
+    read.map_err(|error| Error::System(error.to_string()))?;
+    match text.trim().parse() {
+        Ok(process) if process > 1 => Ok(Some(process)),
+        _ => Err(Error::Busy("a daemon is just starting, and will call".to_owned())),
+    }
+}
+
+/// The state of the loop.
+struct Daemon {
+    caller: Arc<Caller>,
+    lines: Vec<Line>,
+    stamps: Stamps,
+    stop: Stop,
+    bell: Bell,
+    /// A thread tries the mail for next hops.
+    handing_over: bool,
+    epoch: Instant,
+    /// When an address was the reason to call.
+    network: Option<Instant>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What is known of the calls to one provider.
+struct Line {
+    key: Key,
+    provider: Upstream,
+    diary: Diary,
+    calling: bool,
+    at_once: bool,
+}
+
+impl Daemon {
+    fn now(&self) -> Now {
+        Now { date: self.stamps.now(), ticks: self.epoch.elapsed() }
+    }
+
+    /// Takes the providers as they are configured; who was there before keeps his place in the schedule.
+    fn follow(&mut self) {
+        let now = self.now();
+        let mut before = std::mem::take(&mut self.lines);
+        for provider in &self.caller.config().providers {
+            let key = key(provider);
+            let known = before.iter().position(|line| line.key == key).map(|at| before.swap_remove(at));
+            let fresh = || Diary::new(&provider.schedule, &self.stamps, now);
+            let (diary, calling, at_once) = match known {
+                Some(line) if line.provider.schedule == provider.schedule => (line.diary, line.calling, line.at_once),
+                Some(line) => (fresh(), line.calling, line.at_once),
+                None => (fresh(), false, false),
+            };
+            self.lines.push(Line { key, provider: provider.clone(), diary, calling, at_once });
+        }
+        for line in self.lines.iter().filter(|line| !line.calling) {
+            self.say_when(line);
+        }
+    }
+
+    fn say_when(&self, line: &Line) {
+        let next = line.diary.next(self.now()).rfc3339();
+        log::info!("event=next-call provider={} account={} at={next}", line.key.0, line.key.1);
+    }
+
+    fn begin_what_is_due(&mut self) {
+        let now = self.now();
+        self.threads.retain(|thread| !thread.is_finished());
+        for number in 0..self.lines.len() {
+            let line = &mut self.lines[number];
+            if !line.calling && (line.at_once || line.diary.left(now).is_zero()) {
+                (line.calling, line.at_once) = (true, false);
+                self.call(number, now);
+            }
+        }
+        if !self.handing_over && self.caller.handover_due().is_some_and(|due| due <= SystemTime::now()) {
+            self.handing_over = true;
+            let (caller, stop, bell) = (self.caller.clone(), self.stop.clone(), self.bell.clone());
+            self.thread("handover", move || {
+                let _end = AtEnd(bell, Some(Event::HandedOver));
+                caller.hand_over(&stop);
+            });
+        }
+    }
+
+    fn call(&mut self, number: usize, begun: Now) {
+        let (caller, stop, bell) = (self.caller.clone(), self.stop.clone(), self.bell.clone());
+        let key = self.lines[number].key.clone();
+        let unexpected = Error::System("the call ended in the middle".to_owned());
+        self.thread("call", move || {
+            let mut end = AtEnd(bell, Some(Event::Ended { key: key.clone(), begun, error: Some(unexpected) }));
+            let found = caller.config().providers.iter().find(|provider| self::key(provider) == key);
+            let called = found.map_or(Ok(()), |provider| caller.call(provider, &stop, &Arc::<Tally>::default()));
+            end.1 = Some(Event::Ended { key, begun, error: called.err() });
+        });
+    }
+
+    fn thread(&mut self, name: &str, work: impl FnOnce() + Send + 'static) {
+        match std::thread::Builder::new().name(name.to_owned()).spawn(work) {
+            Ok(thread) => self.threads.push(thread),
+            // The end was told by what was dropped.
+            Err(error) => log::error!("event=no-thread error={:?}", error.to_string()),
+        }
+    }
+
+    fn ended(&mut self, key: &Key, begun: Now, error: Option<Error>) {
+        let now = self.now();
+        let Some(at) = self.lines.iter().position(|line| line.key == *key) else { return };
+        let line = &mut self.lines[at];
+        line.calling = false;
+        let good = match &error {
+            None => true,
+            // Somebody else calls: that is as good.
+            Some(Error::Busy(_)) => true,
+            Some(_) if self.stop.stopped() => return,
+            // The provider is down or busy (450, 451): it is waited for.
+            Some(Error::NoHost(_) | Error::Unavailable(_) | Error::Temporary(_)) => false,
+            // It does not let us in, or is not what it should be: somebody must look.
+            Some(Error::Denied(_) | Error::Protocol(_) | Error::Config(_) | Error::System(_)) => false,
+        };
+        match &error {
+            None => {}
+            Some(Error::Denied(text) | Error::Protocol(text) | Error::Config(text) | Error::System(text)) => {
+                log::error!("event=call-refused provider={} account={} error={text:?}", key.0, key.1);
+            }
+            Some(error) => {
+                log::warn!("event=call-failed provider={} account={} error={:?}", key.0, key.1, error.to_string());
+            }
+        }
+        line.diary.called(begun, now, good);
+        self.say_when(&self.lines[at]);
+    }
+
+    fn network_has_changed(&mut self) {
+        if self.network.is_some_and(|last| last.elapsed() < BETWEEN_NETWORKS) {
+            return;
+        }
+        let now = self.now();
+        for line in self.lines.iter_mut().filter(|line| line.diary.is_pausing()) {
+            log::info!("event=network provider={} account={}", line.key.0, line.key.1);
+            line.diary.network_is_back(now);
+            self.network = Some(Instant::now());
+        }
+    }
+
+    fn reload(&mut self, load: &dyn Fn() -> Result<Customer, String>, current: &RwLock<Arc<Caller>>) {
+        let made = load()
+            .and_then(|config| Caller::new(&config, &self.stamps).map_err(|error| error.to_string()))
+            .map(Arc::new);
+        let caller = match made {
+            Ok(caller) => caller,
+            Err(error) => {
+                return log::error!("event=reload-failed error={error:?} consequence=\"the old configuration holds\"");
+            }
+        };
+        let (old, new) = (self.caller.config(), caller.config());
+        let listens = |config: &Customer| config.outgoing.as_ref().map(|outgoing| outgoing.listen.clone());
+        if listens(old).unwrap_or_default() != listens(new).unwrap_or_default()
+            || (&old.user, &old.group, old.mailboxes.umask) != (&new.user, &new.group, new.mailboxes.umask)
+            || old.mailboxes.root != new.mailboxes.root
+        {
+            log::warn!("event=restart-needed reason=\"`listen`, `user`, `group`, `umask` or `root` has changed\"");
+        }
+        wake_by(&caller, &self.bell);
+        *current.write().unwrap_or_else(PoisonError::into_inner) = caller.clone();
+        self.caller = caller;
+        log::info!("event=reloaded");
+        self.follow();
+    }
+
+    /// How long nothing has to be done.
+    fn pause(&self) -> Duration {
+        let now = self.now();
+        let waiting = self.lines.iter().filter(|line| !line.calling);
+        let call = waiting.map(|line| if line.at_once { Duration::ZERO } else { line.diary.left(now) }).min();
+        let due = self.caller.handover_due().filter(|_| !self.handing_over);
+        let handover = due.map(|due| due.duration_since(SystemTime::now()).unwrap_or_default());
+        [Some(GLANCE), call, handover].into_iter().flatten().min().unwrap_or(GLANCE)
+    }
+}
+
+/// Mail for a next hop that one of our users hands in is tried at once.
+fn wake_by(caller: &Caller, bell: &Bell) {
+    if let Some(outbox) = caller.outbox() {
+        let bell = bell.clone();
+        outbox.on_handover(Box::new(move || bell.ring(Event::Handover)));
+    }
+}
+
+/// Tells the loop that something has ended, also by a panic.
+struct AtEnd(Bell, Option<Event>);
+
+impl Drop for AtEnd {
+    fn drop(&mut self) {
+        if let Some(event) = self.1.take() {
+            self.0.ring(event);
+        }
+    }
+}
+
 /// The listeners of `[outgoing]`, a thread each.
-#[derive(Default)]
 struct Listeners {
     threads: Vec<JoinHandle<()>>,
-    visitors: Option<Visitors>,
-    halt: Option<Stop>,
+    visitors: Visitors,
+    halt: Stop,
 }
 
 impl Listeners {
-    /// Binds all of them, and only then begins to serve.
-    fn start(config: &Customer, outbox: &Arc<Outbox>, stop: &Stop) -> Result<Listeners, Error> {
-        let system = |error: std::io::Error| Error::System(error.to_string());
-        let bound: Result<Vec<TcpListener>, String> =
-            outbox.config().listen.iter().map(|address| listen::bind(*address)).collect();
-        let visitors = Visitors::new(config.limits.connections, config.limits.connections_per_address);
+    fn start(bound: Vec<TcpListener>, current: &Arc<RwLock<Arc<Caller>>>, stop: &Stop) -> Result<Listeners, Error> {
+        let system = |error: io::Error| Error::System(error.to_string());
+        let limits = current.read().unwrap_or_else(PoisonError::into_inner).config().limits.clone();
+        let visitors = Visitors::new(limits.connections, limits.connections_per_address);
         let halt = Stop::new().map_err(system)?;
         let mut threads = Vec::new();
-        for listener in bound.map_err(Error::System)? {
+        for listener in bound {
             log::info!("listening {LISTENER} {}", listener.local_addr().map_err(system)?);
             let gate = Gate { name: LISTENER, greets: true, stop: stop.clone(), visitors: visitors.clone() };
-            let door = Door { config: config.clone(), outbox: outbox.clone(), stop: stop.clone(), halt: halt.clone() };
+            let door = Door { current: current.clone(), stop: stop.clone(), halt: halt.clone() };
             let work = move || gate.accept(&listener, Arc::new(move |stream, peer| door.serve(stream, peer)));
             threads.push(std::thread::Builder::new().name(LISTENER.to_owned()).spawn(work).map_err(system)?);
         }
-        Ok(Listeners { threads, visitors: Some(visitors), halt: Some(halt) })
+        Ok(Listeners { threads, visitors, halt })
     }
 
     /// Sessions come to a good end, or to an end, within that time. The word to stop has been said.
@@ -78,18 +396,15 @@ impl Listeners {
         for thread in self.threads {
             let _ = thread.join();
         }
-        if let (Some(visitors), Some(halt)) = (self.visitors, self.halt) {
-            visitors.wait_until_gone(Instant::now() + patience);
-            halt.stop();
-            visitors.wait_until_gone(Instant::now() + Duration::from_secs(1));
-        }
+        self.visitors.wait_until_gone(Instant::now() + patience);
+        self.halt.stop();
+        self.visitors.wait_until_gone(Instant::now() + Duration::from_secs(1));
     }
 }
 
 /// Behind it one connection is served.
 struct Door {
-    config: Customer,
-    outbox: Arc<Outbox>,
+    current: Arc<RwLock<Arc<Caller>>>,
     stop: Stop,
     halt: Stop,
 }
@@ -102,9 +417,10 @@ impl Door {
             Ok(wire) => wire,
             Err(error) => return log::warn!("event=no-session peer={peer_name} error={:?}", error.to_string()),
         };
-        let why = match self.outbox.config().admits(peer) {
-            true => local::serve(&self.config, &self.outbox, wire, peer_name.clone(), &self.stop, &self.halt),
-            false => turn_away(wire),
+        let caller = self.current.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let why = match caller.outbox().filter(|outbox| outbox.config().admits(peer)) {
+            Some(outbox) => local::serve(caller.config(), outbox, wire, peer_name.clone(), &self.stop, &self.halt),
+            None => turn_away(wire),
         };
         log::info!("event=closed listener={LISTENER} peer={peer_name} reason={why:?}");
     }

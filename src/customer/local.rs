@@ -11,7 +11,7 @@ use crate::config::Customer;
 use crate::sasl::{Secrets, Unavailable};
 use crate::session::{Bounds, Intake, Party, Session, storage_reply};
 use crate::smtp::address::{ForwardPath, Mailbox};
-use crate::smtp::command::MailFrom;
+use crate::smtp::command::{MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Host, Profile, Role, Server};
 use crate::wire::{Stop, Wire};
@@ -34,13 +34,14 @@ pub fn serve(config: &Customer, outbox: &Arc<Outbox>, wire: Wire, peer: String, 
     let bounds = Bounds::new(&config.timeouts, &config.limits, stop, halt);
     let mut session = Session::new(wire, Server::new(profile, false), peer, None, bounds);
     session.greet();
-    let end = session.run(&mut Local { outbox: outbox.clone() });
+    let end = session.run(&mut Local { outbox: outbox.clone(), stop: stop.clone() });
     session.close();
     end.to_string()
 }
 
 struct Local {
     outbox: Arc<Outbox>,
+    stop: Stop,
 }
 
 impl Secrets for Local {
@@ -55,7 +56,7 @@ impl Host for Local {
         self.outbox.make_room(mail.size.unwrap_or(0))
     }
 
-    fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+    fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         self.outbox.recipient(path)
     }
 }
@@ -78,13 +79,15 @@ impl Party for Local {
             drop_bcc: false,
         };
         let stored = self.outbox.store(&letter, &received).map_err(|error| storage_reply(&error))?;
-        Ok(Box::new(Letter { stored, id }))
+        Ok(Box::new(Letter { stored, outbox: self.outbox.clone(), stop: self.stop.clone(), id }))
     }
 }
 
 /// A message on its way into the outbox.
 struct Letter {
     stored: Stored,
+    outbox: Arc<Outbox>,
+    stop: Stop,
     id: String,
 }
 
@@ -94,7 +97,9 @@ impl Intake for Letter {
     }
 
     fn commit(self: Box<Self>) -> io::Result<Reply> {
-        self.stored.commit()?;
+        if self.stored.commit()? {
+            self.outbox.hand_over(&self.stop);
+        }
         Ok(Reply::new(250, "2.6.0", format!("OK, id={}", self.id)))
     }
 }

@@ -7,11 +7,13 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use super::mailboxes::{Mailboxes, Tally, Told};
+use super::handover::Handover;
+use super::mailboxes::Mailboxes;
+use super::receiver::Told;
+use super::tally::Tally;
 use crate::config;
 use crate::dialogue::{Dialogue, Failure, Upstream, no_place_for_mail};
 use crate::maildir::Copies;
@@ -33,7 +35,12 @@ pub struct Outbox {
     timeouts: config::Timeouts,
     shelf: Shelf,
     desk: Desk,
+    handover: Arc<Handover>,
+    waker: OnceLock<Waker>,
 }
+
+/// Wakes who hands mail over to next hops.
+type Waker = Box<dyn Fn() + Send + Sync>;
 
 impl Outbox {
     /// `None`: the customer sends nothing.
@@ -41,12 +48,15 @@ impl Outbox {
         let outgoing = config.outgoing.as_ref()?;
         let queue = Queue::new(&outgoing.queue, &config.hostname, stamps.clone(), config.timeouts.takeover);
         let shelf = Shelf { queue, mailboxes: mailboxes.clone(), stamps: stamps.clone() };
+        let desk = Desk::new(&config.hostname, stamps, Some(Arc::new(shelf.clone())));
         Some(Outbox {
             config: outgoing.clone(),
             hostname: config.hostname.clone(),
             timeouts: config.timeouts.clone(),
-            desk: Desk::new(&config.hostname, stamps, Arc::new(shelf.clone())),
+            handover: Arc::new(Handover::new(config, mailboxes, desk.clone())),
+            desk,
             shelf,
+            waker: OnceLock::new(),
         })
     }
 
@@ -62,6 +72,23 @@ impl Outbox {
         &self.shelf.stamps
     }
 
+    pub fn handover(&self) -> &Arc<Handover> {
+        &self.handover
+    }
+
+    /// `wake` is called when mail has come for a next hop; who calls nobody tries it himself.
+    pub fn on_handover(&self, wake: Waker) {
+        let _ = self.waker.set(wake);
+    }
+
+    /// Mail was put for a next hop.
+    pub fn hand_over(&self, stop: &Stop) {
+        match self.waker.get() {
+            Some(wake) => wake(),
+            None => self.handover.retry(&self.shelf.mailboxes, stop),
+        }
+    }
+
     pub fn desk(&self) -> &Desk {
         &self.desk
     }
@@ -75,7 +102,10 @@ impl Outbox {
                 let unqualified = || Reply::new(554, "5.1.2", "The domain is not fully qualified");
                 qualified.then(|| mailbox.clone()).ok_or_else(unqualified)
             }
-            ours => self.shelf.mailboxes.find(ours),
+            ours => {
+                self.shelf.mailboxes.resolve(ours)?;
+                self.shelf.mailboxes.named(ours)
+            }
         }
     }
 
@@ -109,10 +139,10 @@ impl Outbox {
             envelope_id: letter.mail.envelope_id.clone(),
         };
         let (here, elsewhere) = self.shelf.divide(envelope);
-        let (copies, delivered) = self.shelf.begin(&here, &elsewhere, received)?;
+        let (copies, delivered, waits) = self.shelf.begin(&here, &elsewhere, received)?;
         // What stays here is delivered with its commit; of the rest others will tell.
-        let told = Told::new(&self.desk, &here).filter(|_| delivered);
-        Ok(Stored { copies, completer: Completer::new(additions), buffer: Vec::new(), told })
+        let told = delivered.and_then(|delivered| Told::new(&self.desk, &delivered));
+        Ok(Stored { copies, completer: Completer::new(additions), buffer: Vec::new(), told, waits })
     }
 
     /// Messages that wait.
@@ -167,10 +197,8 @@ impl Outbox {
     /// A queued message, into our mailboxes.
     fn copy(&self, here: &Envelope, batch: &mut Batch) -> io::Result<()> {
         let mut copies = Copies::default();
-        for recipient in &here.recipients {
-            self.shelf.mailboxes.begin(&mut copies, &here.from, &recipient.mailbox, "")?;
-        }
-        let mut told = Told::new(&self.desk, here);
+        let (delivered, _) = self.shelf.mailboxes.begin_all(&mut copies, here, "")?;
+        let mut told = Told::new(&self.desk, &delivered);
         batch.each_piece(|piece| {
             if let Some(told) = &mut told {
                 told.see(piece);
@@ -244,9 +272,15 @@ impl Outbox {
         }
         let context = format!("host={}", peer.name.unwrap_or("-"));
         let attempt = Attempt { peer, retry: Some(&retry), done: "sent", context: &context };
-        let concluded = self.desk.conclude(batch, outcome, &attempt, hold);
-        if concluded.is_ok_and(|outcome| outcome.fates.iter().any(|fate| matches!(fate, Fate::Delivered(_)))) {
-            tally.sent.fetch_add(1, Ordering::Relaxed);
+        let recipients = batch.envelope.recipients.clone();
+        let Ok(concluded) = self.desk.conclude(batch, outcome, &attempt, hold) else { return };
+        for (recipient, fate) in recipients.iter().zip(&concluded.fates) {
+            if let Fate::Refused(reply) = fate {
+                tally.refused(&recipient.mailbox, peer.name.unwrap_or("the provider"), reply);
+            }
+        }
+        if concluded.fates.iter().any(|fate| matches!(fate, Fate::Delivered(_))) {
+            tally.sent();
         }
     }
 }
@@ -275,6 +309,7 @@ pub struct Stored {
     completer: Completer,
     buffer: Vec<u8>,
     told: Option<Told>,
+    waits: bool,
 }
 
 impl Stored {
@@ -284,7 +319,8 @@ impl Stored {
         self.pass()
     }
 
-    pub fn commit(mut self) -> io::Result<()> {
+    /// `true`: something waits for a next hop, see [`Outbox::hand_over`].
+    pub fn commit(mut self) -> io::Result<bool> {
         self.buffer.clear();
         self.completer.finish(&mut self.buffer);
         self.pass()?;
@@ -292,7 +328,7 @@ impl Stored {
         if let Some(told) = &self.told {
             told.tell();
         }
-        Ok(())
+        Ok(self.waits)
     }
 
     fn pass(&mut self) -> io::Result<()> {
@@ -323,37 +359,38 @@ impl Shelf {
         (Envelope { recipients: here, ..envelope.clone() }, Envelope { recipients: elsewhere, ..envelope })
     }
 
-    /// A copy for each of our own mailboxes, and one for all recipients elsewhere. `false`: the mailboxes are not
-    /// ours to write into, so all of it is queued, for whoever makes the next call.
-    fn begin(&self, here: &Envelope, elsewhere: &Envelope, head: &str) -> io::Result<(Copies, bool)> {
-        let mut copies = match elsewhere.recipients.as_slice() {
-            [] => Copies::default(),
-            _ => self.queue.put(&[(Place::Upstream, elsewhere.clone())], head)?,
-        };
-        for recipient in &here.recipients {
-            match self.mailboxes.begin(&mut copies, &here.from, &recipient.mailbox, head) {
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                    let recipients = [&here.recipients[..], &elsewhere.recipients[..]].concat();
-                    let all = Envelope { recipients, ..here.clone() };
-                    return Ok((self.queue.put(&[(Place::Upstream, all)], head)?, false));
+    /// A copy for each of our own mailboxes, and one for all recipients elsewhere; who has it with that, and whether a
+    /// next hop waits for it. `None`: the mailboxes are not ours to write into, so all of it is queued, for whoever
+    /// makes the next call.
+    fn begin(&self, here: &Envelope, elsewhere: &Envelope, head: &str) -> io::Result<(Copies, Option<Envelope>, bool)> {
+        let mut copies = Copies::default();
+        match self.mailboxes.begin_all(&mut copies, here, head) {
+            Ok((delivered, waits)) => {
+                if !elsewhere.recipients.is_empty() {
+                    self.queue.add(&mut copies, &Place::Upstream, elsewhere, head)?;
                 }
-                other => other?,
+                Ok((copies, Some(delivered), waits))
             }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                let recipients = [&here.recipients[..], &elsewhere.recipients[..]].concat();
+                let all = Envelope { recipients, ..here.clone() };
+                Ok((self.queue.put(&[(Place::Upstream, all)], head)?, None, false))
+            }
+            Err(error) => Err(error),
         }
-        Ok((copies, true))
     }
 }
 
 impl Post for Shelf {
     fn post(&self, letter: &Letter) -> io::Result<()> {
         let local = letter.to.domain().is_some_and(|domain| self.serves(domain));
-        if local && self.mailboxes.find(&ForwardPath::Mailbox(letter.to.clone())).is_err() {
+        if local && self.mailboxes.resolve(&ForwardPath::Mailbox(letter.to.clone())).is_err() {
             log::warn!("event=notice-undeliverable to=<{}>", letter.to);
             return Ok(());
         }
         let envelope = letter.envelope(&self.stamps);
         let (here, elsewhere) = self.divide(envelope);
-        let (mut copies, _) = self.begin(&here, &elsewhere, "")?;
+        let (mut copies, ..) = self.begin(&here, &elsewhere, "")?;
         copies.write(&letter.text)?;
         copies.commit().map(drop)
     }

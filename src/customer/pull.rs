@@ -4,15 +4,23 @@
 //! follows is an ordinary SMTP server session whose client is the provider (RFC 2645 section 5.3).
 
 use std::fmt;
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
-use super::mailboxes::{Mailboxes, Receiver, Tally};
+use super::handover::{Handover, NextHops};
+use super::mailboxes::Mailboxes;
 use super::outbox::Outbox;
-use crate::config::{Customer, TlsMode};
+use super::receiver::Receiver;
+use super::tally::{Summary, Tally};
+use crate::config::{Customer, TlsMode, Upstream};
 use crate::dialogue::{Dialogue, Failure, client_side};
+use crate::outgoing::Desk;
+use crate::rules;
 use crate::session::{Bounds, End, Session};
 use crate::smtp::address::Domain;
 use crate::smtp::client::{Client, Halt, Plan, StartTls};
@@ -26,37 +34,6 @@ use crate::wire::{Stop, Trace, Wire};
 /// A command line may have 512 octets (RFC 5321 section 4.5.3.1.4): longer lists take several calls.
 const ATRN_LIST_LIMIT: usize = 512 - "ATRN \r\n".len();
 
-/// What a call has brought.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Summary {
-    pub messages: u64,
-    /// Octets of content.
-    pub octets: u64,
-    /// Recipients that have no mailbox here.
-    pub refused: u64,
-    /// Outgoing messages that somebody took.
-    pub sent: u64,
-    /// Outgoing messages that wait for another call.
-    pub kept: u64,
-    pub seconds: f64,
-}
-
-impl fmt::Display for Summary {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} messages, {} bytes, {:.1} seconds", self.messages, self.octets, self.seconds)?;
-        if self.refused > 0 {
-            write!(f, ", {} recipients refused", self.refused)?;
-        }
-        if self.sent > 0 {
-            write!(f, ", {} sent", self.sent)?;
-        }
-        if self.kept > 0 {
-            write!(f, ", {} kept to be sent later", self.kept)?;
-        }
-        Ok(())
-    }
-}
-
 /// Why a call has failed. What came before is kept in any case.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
@@ -68,6 +45,8 @@ pub enum Error {
     Unavailable(String),
     /// Not now: try again later.
     Temporary(String),
+    /// Another call to this provider is under way.
+    Busy(String),
     /// The provider does not let us in.
     Denied(String),
     /// The other end, or its certificate, is not what it should be.
@@ -83,6 +62,7 @@ impl fmt::Display for Error {
             | Error::NoHost(text)
             | Error::Unavailable(text)
             | Error::Temporary(text)
+            | Error::Busy(text)
             | Error::Denied(text)
             | Error::Protocol(text)
             | Error::System(text) => f.write_str(text),
@@ -96,67 +76,126 @@ impl std::error::Error for Error {}
 pub struct Caller {
     config: Customer,
     stamps: Stamps,
-    tls: Option<ClientSide>,
+    /// What each provider's certificate is checked against, in their order.
+    tls: Vec<Option<ClientSide>>,
     mailboxes: Arc<Mailboxes>,
     outbox: Option<Arc<Outbox>>,
+    handover: Arc<Handover>,
 }
 
-/// One call; see [`Caller::pull`].
+/// One call to each provider; see [`Caller::pull`].
 pub fn pull(config: &Customer, stamps: &Stamps, stop: &Stop) -> Result<Summary, Error> {
-    Caller::new(config, stamps)?.pull(stop)
+    Caller::new(config, stamps)?.pull(stop, &Arc::default())
 }
 
 impl Caller {
     /// Looks at what the configuration names: certificates, folders.
     pub fn new(config: &Customer, stamps: &Stamps) -> Result<Caller, Error> {
-        let provider = &config.providers[0];
-        let tls = client_side(provider.tls, provider.pin, provider.ca.as_deref()).map_err(Error::Config)?;
+        let side = |provider: &Upstream| client_side(provider.tls, provider.pin, provider.ca.as_deref());
+        let tls = config.providers.iter().map(side).collect::<Result<_, _>>().map_err(Error::Config)?;
         let mailboxes = Arc::new(Mailboxes::new(config, stamps));
         let outbox = Outbox::new(config, &mailboxes, stamps).map(Arc::new);
-        Ok(Caller { config: config.clone(), stamps: stamps.clone(), tls, mailboxes, outbox })
+        let handover = match &outbox {
+            Some(outbox) => outbox.handover().clone(),
+            None => Arc::new(Handover::new(config, &mailboxes, Desk::new(&config.hostname, stamps, None))),
+        };
+        Ok(Caller { config: config.clone(), stamps: stamps.clone(), tls, mailboxes, outbox, handover })
+    }
+
+    pub fn config(&self) -> &Customer {
+        &self.config
     }
 
     pub fn outbox(&self) -> Option<&Arc<Outbox>> {
         self.outbox.as_ref()
     }
 
-    /// Hands over outgoing mail and fetches the mail of all configured domains, in as few calls as their
-    /// names take.
-    pub fn pull(&self, stop: &Stop) -> Result<Summary, Error> {
+    /// When mail is due that waits for a next hop.
+    pub fn handover_due(&self) -> Option<SystemTime> {
+        self.handover.due()
+    }
+
+    /// Tries mail that waits for a next hop, as far as it is due.
+    pub fn hand_over(&self, stop: &Stop) {
+        self.handover.retry(&self.mailboxes, stop);
+    }
+
+    /// One call to each provider, in the order of the configuration; one that fails does not keep us from the next.
+    pub fn pull(&self, stop: &Stop, tally: &Arc<Tally>) -> Result<Summary, Error> {
         let begun = Instant::now();
-        let tally = Arc::new(Tally::default());
-        if let Some(outbox) = &self.outbox {
-            outbox.deliver_here();
-        }
         let mut result = Ok(());
-        for domains in lists(&self.config.providers[0].domains) {
-            result = result.and(Call { caller: self, stop, tally: &tally }.make(&domains));
+        for provider in &self.config.providers {
+            result = result.and(self.call(provider, stop, tally));
         }
-        // What the provider would not take goes to the submission host, after the mail that came.
-        if let Some(outbox) = &self.outbox {
-            outbox.submit(stop, &tally);
-            tally.kept.store(outbox.waiting(), Ordering::Relaxed);
-        }
-        let summary = Summary {
-            messages: tally.messages.load(Ordering::Relaxed),
-            octets: tally.octets.load(Ordering::Relaxed),
-            refused: tally.refused.load(Ordering::Relaxed),
-            sent: tally.sent.load(Ordering::Relaxed),
-            kept: tally.kept.load(Ordering::Relaxed),
-            seconds: begun.elapsed().as_secs_f64(),
-        };
+        result.map(|()| tally.summary(begun.elapsed().as_secs_f64()))
+    }
+
+    /// Hands over outgoing mail, if this provider takes it, and fetches the mail of its domains, in as few calls as
+    /// their names take. What came before a failure is kept.
+    pub fn call(&self, provider: &Upstream, stop: &Stop, tally: &Arc<Tally>) -> Result<(), Error> {
+        let begun = Instant::now();
+        let before = tally.summary(0.0);
+        let result = self.lock(provider).and_then(|_lock| self.call_alone(provider, stop, tally));
+        let after = tally.summary(begun.elapsed().as_secs_f64());
         log::info!(
-            "event=call messages={} octets={} refused={} sent={} kept={} seconds={:.3} outcome={:?}",
-            summary.messages,
-            summary.octets,
-            summary.refused,
-            summary.sent,
-            summary.kept,
-            summary.seconds,
+            "event=call provider={} account={} messages={} octets={} refused={} put-off={} sent={} kept={} seconds={:.3} outcome={:?}",
+            provider.address,
+            provider.name,
+            after.messages - before.messages,
+            after.octets - before.octets,
+            after.refused - before.refused,
+            after.put_off - before.put_off,
+            after.sent - before.sent,
+            after.kept,
+            after.seconds,
             result.as_ref().map_or_else(Error::to_string, |()| "good".to_owned())
         );
-        result.map(|()| summary)
+        result
     }
+
+    fn call_alone(&self, provider: &Upstream, stop: &Stop, tally: &Arc<Tally>) -> Result<(), Error> {
+        let outbox = self.outbox.as_ref().filter(|_| provider.outgoing);
+        if let Some(outbox) = outbox {
+            outbox.deliver_here();
+        }
+        self.hand_over(stop);
+        let mut result = Ok(());
+        let number = self.config.providers.iter().position(|other| std::ptr::eq(other, provider));
+        let tls = number.and_then(|number| self.tls[number].as_ref());
+        for domains in lists(&provider.domains) {
+            result = result.and(Call { caller: self, provider, tls, outbox, stop, tally }.make(&domains));
+        }
+        // What the provider would not take goes to the submission host, after the mail that came.
+        if let Some(outbox) = outbox {
+            outbox.submit(stop, tally);
+            tally.kept(outbox.waiting());
+        }
+        result
+    }
+
+    /// One call at a time to a provider's account, also of several processes; the kernel lets the lock go with us.
+    fn lock(&self, provider: &Upstream) -> Result<File, Error> {
+        let name = rules::folder(&format!("{}@{}", provider.name, provider.address));
+        let path = state_folder(&self.config)?.join(format!("call-{name}"));
+        let failed = |error: io::Error| Error::System(format!("{}: {error}", path.display()));
+        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        let file = file.map_err(failed)?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => {
+                Err(Error::Busy(format!("another call to {} as {} is under way", provider.address, provider.name)))
+            }
+            Err(TryLockError::Error(error)) => Err(failed(error)),
+        }
+    }
+}
+
+/// Where the locks of a customer are: a folder beside its mailboxes, which no domain can be called like.
+pub fn state_folder(config: &Customer) -> Result<PathBuf, Error> {
+    let folder = config.mailboxes.root.join(".odmr");
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+    made.map_err(|error| Error::System(format!("{}: {error}; give its user the right to", folder.display())))?;
+    Ok(folder)
 }
 
 /// Divides the domains into lists that fit a line; no domains is one call for all.
@@ -180,6 +219,10 @@ fn lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
 /// One connection to the provider, or two.
 struct Call<'a> {
     caller: &'a Caller,
+    provider: &'a Upstream,
+    tls: Option<&'a ClientSide>,
+    /// The outgoing mail, if it goes with this call.
+    outbox: Option<&'a Arc<Outbox>>,
     stop: &'a Stop,
     tally: &'a Arc<Tally>,
 }
@@ -189,7 +232,7 @@ impl Call<'_> {
     /// but another connection.
     fn make(&self, domains: &[Domain]) -> Result<(), Error> {
         let (mut dialogue, mut peer) = self.introduce()?;
-        if let Some(outbox) = &self.caller.outbox
+        if let Some(outbox) = self.outbox
             && let Err(failure) = outbox.send(&mut dialogue, self.tally)
         {
             log::warn!("event=outgoing-cut-short error={:?}", failure.to_string());
@@ -204,7 +247,7 @@ impl Call<'_> {
 
     /// A connection that has come as far as AUTH.
     fn introduce(&self) -> Result<(Dialogue, IpAddr), Error> {
-        let config = &self.caller.config.providers[0];
+        let config = self.provider;
         let (stream, peer) = self.dial()?;
         log::info!("event=connected provider={} peer={peer}", config.address);
         let trace = Trace { id: "pull".to_owned(), us: 'C', them: 'P' };
@@ -220,7 +263,7 @@ impl Call<'_> {
             ..Plan::default()
         };
         let mut dialogue = Dialogue::new(wire, plan, &self.caller.config.timeouts, self.stop);
-        let tls = self.caller.tls.as_ref().map(|side| (side, config.host.as_str()));
+        let tls = self.tls.map(|side| (side, config.host.as_str()));
         let introduced = match (config.tls, tls) {
             (TlsMode::Implicit, Some((side, name))) => dialogue.begin_tls(side, name),
             _ => Ok(()),
@@ -236,7 +279,7 @@ impl Call<'_> {
 
     /// Tries all addresses of the name, in the order the system gives.
     fn dial(&self) -> Result<(TcpStream, SocketAddr), Error> {
-        let address = &self.caller.config.providers[0].address;
+        let address = &self.provider.address;
         let found = address.to_socket_addrs().map_err(|error| {
             Error::NoHost(format!("{address} has no address: {error}; check `address` and the name server"))
         })?;
@@ -279,7 +322,9 @@ impl Call<'_> {
         let bounds = Bounds::new(&config.timeouts, &config.limits, self.stop, self.stop);
         let bounds = Bounds { session: config.timeouts.turn, ..bounds };
         let desk = self.caller.outbox.as_ref().map(|outbox| outbox.desk().clone());
-        let mut receiver = Receiver::new(self.caller.mailboxes.clone(), desk, self.tally.clone());
+        let hops = NextHops::new(&config.hostname, &config.timeouts, self.stop);
+        let (mailboxes, handover) = (self.caller.mailboxes.clone(), self.caller.handover.clone());
+        let mut receiver = Receiver::new(mailboxes, handover, desk, self.tally.clone(), hops);
         let mut session = Session::new(wire, server, crate::session::literal(peer), None, bounds);
         session.greet();
         let end = session.run(&mut receiver);

@@ -301,6 +301,11 @@ pub struct Copies {
 }
 
 impl Copies {
+    /// Whether no copy was begun.
+    pub fn is_empty(&self) -> bool {
+        self.drafts.is_empty()
+    }
+
     /// One copy more, beginning with `head`. All are begun before content is written.
     pub fn begin(&mut self, maildir: &Maildir, unique: &str, head: &[u8]) -> io::Result<()> {
         let mut draft = maildir.draft(unique)?;

@@ -9,7 +9,7 @@ use super::{Shared, intake};
 use crate::sasl::{Secrets, Unavailable};
 use crate::session::{Intake, Party, Session};
 use crate::smtp::address::{ForwardPath, Mailbox};
-use crate::smtp::command::MailFrom;
+use crate::smtp::command::{MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Host, Server};
 
@@ -38,7 +38,7 @@ impl Host for Inbound {
         self.shared.make_room(mail)
     }
 
-    fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+    fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
         match self.shared.sorter.held(&mailbox) {
             Some(_) => Ok(mailbox),

@@ -243,7 +243,7 @@ fn prepare(config: config::Provider, stamps: Stamps) -> Result<(Arc<Shared>, Del
     let (relay, events) = relay::channel();
     let notices =
         intake::Notices { queue: queue.clone(), sorter: sorter.clone(), relay: relay.clone(), stamps: stamps.clone() };
-    let desk = Desk::new(&config.hostname, &stamps, Arc::new(notices));
+    let desk = Desk::new(&config.hostname, &stamps, Some(Arc::new(notices)));
     let outgoing = Relay::new(&config, &queue, &stamps, desk.clone(), (relay.clone(), events), &stop)?;
     let rules = Rules {
         timeouts: config.timeouts.clone(),

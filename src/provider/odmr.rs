@@ -14,7 +14,7 @@ use crate::queue::{Hold, NoHold, Place};
 use crate::sasl::{Secrets, Unavailable};
 use crate::session::{End, Intake, Party, Session};
 use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
-use crate::smtp::command::MailFrom;
+use crate::smtp::command::{MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Host, Server};
 use crate::turn::Turn;
@@ -126,7 +126,7 @@ impl Host for Odmr {
         Ok(())
     }
 
-    fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+    fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
         // RFC 6409 section 4.2: all domains are fully qualified.
         let qualified = mailbox.domain().is_some_and(|domain| domain.as_str().contains('.'));

@@ -52,6 +52,8 @@ pub enum Place {
     Destination(Domain),
     /// A customer's outgoing mail, for its provider.
     Upstream,
+    /// A customer's mail for a next hop.
+    Handover,
 }
 
 impl Place {
@@ -59,13 +61,13 @@ impl Place {
     fn domain(&self) -> Option<&Domain> {
         match self {
             Place::Domain(domain) | Place::Destination(domain) => Some(domain),
-            Place::Postmaster | Place::Upstream => None,
+            Place::Postmaster | Place::Upstream | Place::Handover => None,
         }
     }
 
     /// Whether mail here is sent by us, in our own time.
     fn is_outgoing(&self) -> bool {
-        matches!(self, Place::Destination(_) | Place::Upstream)
+        matches!(self, Place::Destination(_) | Place::Upstream | Place::Handover)
     }
 }
 
@@ -105,6 +107,8 @@ impl Queue {
             Place::Postmaster => self.spool.join("postmaster"),
             Place::Destination(domain) => self.spool.join("outgoing").join(domain.as_str()),
             Place::Upstream => self.spool.clone(),
+            // No domain begins with a dot, and so no folder of mailboxes.
+            Place::Handover => self.spool.join(".handover"),
         })
     }
 
@@ -112,16 +116,18 @@ impl Queue {
     /// content begins with: our `Received`.
     pub fn put(&self, copies: &[(Place, Envelope)], head: &str) -> io::Result<Copies> {
         let mut drafts = Copies::default();
-        for (place, envelope) in copies {
-            let unique = self.stamps.file_name(&self.hostname);
-            let lines = envelope.lines(head);
-            // What could never be read again is not taken.
-            if lines.len() >= envelope::LIMIT {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many recipients for one message"));
-            }
-            drafts.begin(&self.maildir(place), &unique, lines.as_bytes())?;
-        }
+        copies.iter().try_for_each(|(place, envelope)| self.add(&mut drafts, place, envelope, head))?;
         Ok(drafts)
+    }
+
+    /// One copy more of a message.
+    pub fn add(&self, copies: &mut Copies, place: &Place, envelope: &Envelope, head: &str) -> io::Result<()> {
+        let lines = envelope.lines(head);
+        // What could never be read again is not taken.
+        if lines.len() >= envelope::LIMIT {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many recipients for one message"));
+        }
+        copies.begin(&self.maildir(place), &self.stamps.file_name(&self.hostname), lines.as_bytes())
     }
 
     /// Whether so many octets more may come.
@@ -273,6 +279,13 @@ impl Hold {
             refilled += 1;
         }
         None
+    }
+
+    /// One message of a place, which is not offered again.
+    pub fn claim(&mut self, place: &Place, entry: Entry) -> io::Result<Option<Batch>> {
+        let Some(held) = self.places.iter_mut().find(|held| held.place == *place) else { return Ok(None) };
+        held.touched.insert(entry.unique().to_owned());
+        Batch::open(&held.maildir, place, entry)
     }
 
     /// Whether [`Hold::offer`] has something now.

@@ -873,7 +873,8 @@ impl Client {
     /// RFC 5321 section 4.1.1.3: parameters only of extensions that the peer offers.
     fn mail_line(&self, message: &Message) -> String {
         let mut line = format!("MAIL FROM:<{}>", message.from);
-        if self.offered.size.is_some() {
+        // RFC 1870 section 6: nothing where nothing is known.
+        if self.offered.size.is_some() && message.size > 0 {
             line.push_str(&format!(" SIZE={}", message.size));
         }
         // 7-bit content is 8BITMIME content too, so what nobody declared goes as that.

@@ -164,6 +164,13 @@ impl Notify {
         self.0.is_none() || self.has("DELAY")
     }
 
+    /// The same without the wish to hear of success.
+    pub fn without_success(&self) -> Notify {
+        let Some(said) = &self.0 else { return Notify(None) };
+        let words: Vec<_> = said.split(',').filter(|word| !word.eq_ignore_ascii_case("SUCCESS")).collect();
+        Notify(Some(if words.is_empty() { "NEVER".to_owned() } else { words.join(",") }))
+    }
+
     fn has(&self, wanted: &str) -> bool {
         self.0.as_ref().is_some_and(|said| said.split(',').any(|word| word.eq_ignore_ascii_case(wanted)))
     }

@@ -56,6 +56,12 @@ impl Reply {
         self
     }
 
+    /// The same words under another code of the same class.
+    pub fn recoded(self, code: u16) -> Reply {
+        debug_assert_eq!(code / 100, self.code / 100);
+        Reply { code, ..self }
+    }
+
     pub fn code(&self) -> u16 {
         self.code
     }

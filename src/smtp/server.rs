@@ -80,8 +80,9 @@ impl Profile {
 pub trait Host: Secrets {
     /// May mail of this sender and size come in now? `account`: who has authenticated.
     fn sender(&mut self, mail: &MailFrom, account: Option<&str>) -> Result<(), Reply>;
-    /// Which mailbox is meant, and may mail for it come in?
-    fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply>;
+    /// Which mailbox is meant, and may mail for it come in? `notify` and `original`: what its sender wants to know
+    /// (RFC 3461).
+    fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply>;
     /// Octets of one message, where it may be less than the listener says.
     fn size_limit(&self, _account: Option<&str>) -> u64 {
         u64::MAX
@@ -429,7 +430,7 @@ impl Server {
         if utf8 && !transaction.mail.utf8 {
             return Err(Reply::new(553, "5.6.7", "A UTF-8 address needs the SMTPUTF8 parameter"));
         }
-        let mailbox = host.recipient(path)?;
+        let mailbox = host.recipient(path, &notify, original.as_deref())?;
         if !transaction.recipients.iter().any(|recipient| recipient.mailbox == mailbox) {
             transaction.recipients.push(Recipient { mailbox, notify, original });
         }

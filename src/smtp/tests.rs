@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::address::{Domain, ForwardPath, Mailbox, reverse_path};
 use super::client::{Client, Fate, Halt, Message, Origin, Outcome, Plan, StartTls, Step};
-use super::command::{Body, MailFrom, Recipient};
+use super::command::{Body, MailFrom, Notify, Recipient};
 use super::content::{Stuffer, Unstuffer};
 use super::reply::{Reply, ReplyReader};
 use super::server::{Host, Profile, Role, Server, Step as Served};
@@ -399,7 +399,7 @@ impl Host for Answers {
         self.now.as_ref().map_or(Ok(()), |mix| answer(mix.mail))
     }
 
-    fn recipient(&mut self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+    fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let code = self.now.as_ref().and_then(|mix| mix.recipients.get(self.asked)).copied();
         self.asked += 1;
         answer(code.unwrap_or(250))?;

@@ -95,7 +95,7 @@ pub enum Becomes {
 pub fn parse(name: &str, text: &str) -> Result<Transcript, String> {
     let folder = name.split('/').next().unwrap_or_default();
     let mut parser = Parser {
-        runner: if folder == "customer" { 'P' } else { 'C' },
+        runners: if folder == "customer" { "PS" } else { "C" },
         name,
         place: Place::Head,
         names: Vec::new(),
@@ -199,8 +199,8 @@ enum Place {
 
 struct Parser<'a> {
     name: &'a str,
-    /// The letter whose lines the runner says.
-    runner: char,
+    /// The letters whose lines the runner says.
+    runners: &'static str,
     place: Place,
     /// The connections that there are.
     names: Vec<String>,
@@ -271,7 +271,7 @@ impl Parser<'_> {
         let words: Vec<&str> = event.split(' ').collect();
         let settings = &mut self.transcript.settings;
         Ok(match words[..] {
-            ["connect", listener @ ("inbound" | "odmr" | "odmr-tls"), ref rest @ ..] => {
+            ["connect", listener @ ("inbound" | "odmr" | "odmr-tls" | "hop"), ref rest @ ..] => {
                 let name = match rest {
                     [] => listener,
                     ["as", name] => name,
@@ -312,7 +312,7 @@ impl Parser<'_> {
         let kind = characters.next().ok_or("which party?")?;
         let rest = characters.as_str();
         let words = rest.strip_prefix(' ').unwrap_or(rest);
-        let action = match (kind, letter == self.runner) {
+        let action = match (kind, self.runners.contains(letter)) {
             (':', true) => Action::Say { letter, octets: format!("{words}\r\n").into_bytes(), line: true },
             (':', false) => Action::Hear { letter, text: words.to_owned() },
             ('|', true) => Action::Say { letter, octets: octets(words).ok_or("a wrong escape")?, line: false },

@@ -200,8 +200,10 @@ impl<'a> Play<'a> {
     fn customer(mut self) -> Result<(), Failure> {
         let system = |error: io::Error| Failure::new(1, "a listener", error.to_string());
         let listener = TcpListener::bind("127.0.0.1:0").map_err(system)?;
+        let hop = TcpListener::bind("127.0.0.1:0").map_err(system)?;
         let address = listener.local_addr().map_err(system)?;
-        self.write_files(&[("customer.toml", CUSTOMER)], Some(address))?;
+        let addresses = Some((address, hop.local_addr().map_err(system)?));
+        self.write_files(&[("customer.toml", CUSTOMER)], addresses)?;
         let config = odmr::config::Customer::load(&self.folder.path().join("customer.toml"))
             .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
         let stop = Stop::new().map_err(|error| Failure::new(1, "a stop token", error.to_string()))?;
@@ -213,7 +215,8 @@ impl<'a> Play<'a> {
         });
         let transcript = self.transcript;
         let played = transcript.steps.iter().try_for_each(|step| match &step.action {
-            Action::Connect { name, .. } => self.called(step.line, &listener, name),
+            Action::Connect { name, listener: which } if which == "hop" => self.called(step.line, &hop, false, name),
+            Action::Connect { name, .. } => self.called(step.line, &listener, self.mode.tls, name),
             Action::Pull { succeeds } => self.ended(step.line, &mut pull, *succeeds),
             Action::Stop => self.flush(step.line).map(|()| stop.stop()),
             _ => self.step(step),
@@ -239,7 +242,11 @@ impl<'a> Play<'a> {
     // The files.
 
     /// Writes the configuration and the transcript's own files.
-    fn write_files(&self, defaults: &[(&str, &str)], address: Option<SocketAddr>) -> Result<(), Failure> {
+    fn write_files(
+        &self,
+        defaults: &[(&str, &str)],
+        addresses: Option<(SocketAddr, SocketAddr)>,
+    ) -> Result<(), Failure> {
         let settings = &self.transcript.settings;
         let certificate = self.mode.tls || settings.certificate;
         if certificate {
@@ -261,7 +268,8 @@ impl<'a> Play<'a> {
                 )
                 .replace("{listen-tls}", if certificate { r#"["127.0.0.1:0"]"# } else { "[]" })
                 .replace("{require-tls}", if settings.require_tls { "true" } else { "false" })
-                .replace("{address}", &address.map(|address| address.to_string()).unwrap_or_default())
+                .replace("{address}", &addresses.map(|(address, _)| address.to_string()).unwrap_or_default())
+                .replace("{hop}", &addresses.map(|(_, hop)| hop.to_string()).unwrap_or_default())
                 .replace("{tls-mode}", tls_mode)
                 .replace("{ca}", if certificate { "ca = \"relay.pem\"" } else { "" })
         };
@@ -413,7 +421,7 @@ impl<'a> Play<'a> {
     }
 
     /// Takes the customer's call.
-    fn called(&mut self, line: usize, listener: &TcpListener, name: &str) -> Result<(), Failure> {
+    fn called(&mut self, line: usize, listener: &TcpListener, tls: bool, name: &str) -> Result<(), Failure> {
         self.flush(line)?;
         let none = |error: String| Failure::new(line, "a call", error);
         listener.set_nonblocking(true).map_err(|error| none(error.to_string()))?;
@@ -428,7 +436,7 @@ impl<'a> Play<'a> {
             }
         };
         let opened = socket.set_nonblocking(false).and_then(|()| Connection::new(socket)).and_then(|mut connection| {
-            if self.mode.tls {
+            if tls {
                 connection.tls_server()?;
             }
             Ok(connection)

@@ -1,0 +1,460 @@
+//! Hand-over: mail for a next hop, the mail server that is there already, by LMTP (RFC 2033) or SMTP.
+//!
+//! ```text
+//! provider ─ RCPT ──▶ asked through: RCPT to the next hop ──▶ its reply is ours
+//!          ─ content ▶ kept until all of it is there, then to every next hop ─┬─ all took it: 250
+//!                                                                             ├─ nobody took it: their reply
+//!                                                                             └─ some took it: 250, and the rest
+//!                                            ROOT/.handover, tried again ◀──────── is ours now (or is told of)
+//! ```
+//!
+//! The provider keeps what was not answered 250, so nothing of ours waits as long as nobody has taken it. Only a
+//! message that some have taken and others have not cannot go back: for those others it is stored, durably, before
+//! the 250.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Cursor, Read, Seek, Write};
+use std::net::ToSocketAddrs;
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::config::{self, Retry, Timeouts};
+use crate::dialogue::{Dialogue, Failure, converse, converse_over};
+use crate::maildir::Entry;
+use crate::outgoing::{Attempt, Desk, Peer};
+use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
+use crate::rules::{self, NextHop};
+use crate::smtp::client::{Decided, Fate, Message, Origin, Outcome, Plan};
+use crate::smtp::command::Recipient;
+use crate::smtp::content::Sizer;
+use crate::smtp::reply::Reply;
+use crate::wire::Stop;
+
+use super::mailboxes::Mailboxes;
+
+/// A next hop answers a command within this time, or it is down: whoever asks through waits for five minutes only
+/// (RFC 5321 section 4.5.3.2).
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A next hop takes a message within this time: the provider waits for ten minutes (section 4.5.3.2.6).
+const PATIENCE_END: Duration = Duration::from_secs(8 * 60);
+
+/// One that was not reachable is left alone so long: each of a thousand recipients would wait for it.
+const DOWN: Duration = Duration::from_secs(5);
+
+/// Content up to this size is kept in memory, larger in a file without a name.
+const IN_MEMORY: usize = 256 * 1024;
+
+/// The sessions with next hops of one who delivers; they outlast a message.
+pub struct NextHops {
+    hostname: String,
+    timeouts: Timeouts,
+    stop: Stop,
+    sessions: HashMap<NextHop, Session>,
+}
+
+#[derive(Default)]
+struct Session {
+    dialogue: Option<Dialogue>,
+    /// The recipients of the transaction that is open there, by asking; all were accepted.
+    asked: Vec<Recipient>,
+    open: bool,
+    /// It was not reachable at this time.
+    down: Option<Instant>,
+}
+
+impl NextHops {
+    pub fn new(hostname: &str, timeouts: &Timeouts, stop: &Stop) -> NextHops {
+        let timeouts = Timeouts {
+            greeting: timeouts.greeting.min(PATIENCE),
+            mail: timeouts.mail.min(PATIENCE),
+            recipient: timeouts.recipient.min(PATIENCE),
+            data: timeouts.data.min(PATIENCE),
+            command: timeouts.command.min(PATIENCE),
+            end: timeouts.end.min(PATIENCE_END),
+            ..timeouts.clone()
+        };
+        NextHops { hostname: hostname.to_owned(), timeouts, stop: stop.clone(), sessions: HashMap::new() }
+    }
+
+    /// A new transaction: what was asked for the last one is forgotten.
+    pub fn begin(&mut self) {
+        for session in self.sessions.values_mut().filter(|session| session.open) {
+            session.close();
+            if let Some(dialogue) = &mut session.dialogue {
+                dialogue.withdraw();
+            }
+        }
+    }
+
+    /// Asks whether a next hop takes a recipient; `Err`: its reply, or that it is down. `message`: its sender, and
+    /// what is known of its content.
+    pub fn ask(&mut self, hop: &NextHop, message: &Message, recipient: &Recipient) -> Result<(), Reply> {
+        let session = self.sessions.entry(hop.clone()).or_default();
+        if session.open && session.asked.contains(recipient) {
+            return Ok(());
+        }
+        // That a session has ended in a pause between two messages says nothing of the next hop.
+        let idle = session.dialogue.is_some() && !session.open;
+        let asked = match self.try_to_ask(hop, message, recipient) {
+            Err(Failure::Lost(_)) if idle => self.try_to_ask(hop, message, recipient),
+            other => other,
+        };
+        let reply = asked.unwrap_or_else(|failure| not_now(hop, &failure));
+        match reply.code() {
+            200..=299 => Ok(()),
+            // Behind RCPT a 552 means too many recipients, and so "later" (RFC 5321 section 4.5.3.1.10); what a next hop
+            // means by it is its quota, or its SIZE.
+            552 => Err(reply.recoded(550)),
+            _ => Err(upward(hop, reply)),
+        }
+    }
+
+    fn try_to_ask(&mut self, hop: &NextHop, message: &Message, recipient: &Recipient) -> Result<Reply, Failure> {
+        let session = self.session(hop)?;
+        let replied = session.ask(message, recipient);
+        if replied.is_err() {
+            session.end();
+        }
+        replied
+    }
+
+    /// Delivers a message to the recipients that a next hop has; a fate for each of them.
+    pub fn deliver(
+        &mut self,
+        hop: &NextHop,
+        message: &Message,
+        content: &mut dyn Read,
+        origin: Option<&Origin>,
+    ) -> Vec<Fate> {
+        let delivered = self.session(hop).map(|session| session.deliver(message, content, origin));
+        let mut fates = match delivered {
+            Ok(outcome) => outcome.fates,
+            Err(failure) => vec![Fate::Deferred(not_now(hop, &failure)); message.recipients.len()],
+        };
+        for fate in &mut fates {
+            if let Fate::Refused(reply) | Fate::Deferred(reply) = fate {
+                let reply = upward(hop, reply.clone());
+                *fate = if reply.code() < 500 { Fate::Deferred(reply) } else { Fate::Refused(reply) };
+            }
+        }
+        fates
+    }
+
+    /// The session with a next hop, connected.
+    fn session(&mut self, hop: &NextHop) -> Result<&mut Session, Failure> {
+        let session = self.sessions.entry(hop.clone()).or_default();
+        if session.dialogue.is_none() {
+            if session.down.is_some_and(|since| since.elapsed() < DOWN) {
+                return Err(Failure::Lost("it was not reachable a moment ago".to_owned()));
+            }
+            match connect(hop, &self.hostname, &self.timeouts, &self.stop) {
+                Ok(dialogue) => (session.dialogue, session.down) = (Some(dialogue), None),
+                Err(failure) => {
+                    session.down = Some(Instant::now());
+                    return Err(failure);
+                }
+            }
+        }
+        Ok(session)
+    }
+}
+
+impl Drop for NextHops {
+    fn drop(&mut self) {
+        self.sessions.drain().filter_map(|(_, session)| session.dialogue).for_each(Dialogue::quit);
+    }
+}
+
+impl Session {
+    fn ask(&mut self, message: &Message, recipient: &Recipient) -> Result<Reply, Failure> {
+        let Some(dialogue) = &mut self.dialogue else { return Err(Failure::Lost("no session".to_owned())) };
+        if !self.open {
+            let reply = dialogue.ask_mail(message)?;
+            if !reply.is_positive() {
+                return Ok(reply);
+            }
+            self.open = true;
+        }
+        let reply = dialogue.ask_recipient(recipient)?;
+        if reply.is_positive() {
+            self.asked.push(recipient.clone());
+        }
+        Ok(reply)
+    }
+
+    fn deliver(&mut self, message: &Message, content: &mut dyn Read, origin: Option<&Origin>) -> Outcome {
+        let by_loss = |reply: Reply| {
+            let fates = vec![Fate::Deferred(reply); message.recipients.len()];
+            Outcome { fates, decided: Decided::ByLoss }
+        };
+        let lost = |text: &str| by_loss(Reply::new(451, "4.4.2", text.to_owned()));
+        let Some(dialogue) = &mut self.dialogue else { return lost("no session with the next hop") };
+        let offered = dialogue.client().offered();
+        let origin = origin.filter(|_| !offered.xclient.is_empty() || !offered.xforward.is_empty());
+        // What was asked is gone on with, if it is what is wanted and nothing must be said before.
+        let fits = offered.eight_bit || !message.eight_bit;
+        let outcome = if self.open && self.asked == message.recipients && origin.is_none() && fits {
+            dialogue.proceed(content, message.size)
+        } else {
+            dialogue.withdraw();
+            match origin.map_or(Ok(()), |origin| dialogue.tell_origin(origin)) {
+                Ok(()) => dialogue.transact(message.clone(), content),
+                Err(failure) => lost(&failure.to_string()),
+            }
+        };
+        self.close();
+        if outcome.decided == Decided::ByLoss || self.dialogue.as_ref().is_some_and(|it| it.client().closing()) {
+            self.end();
+        }
+        outcome
+    }
+
+    fn close(&mut self) {
+        self.open = false;
+        self.asked.clear();
+    }
+
+    fn end(&mut self) {
+        self.close();
+        self.dialogue = None;
+    }
+}
+
+fn connect(hop: &NextHop, hostname: &str, timeouts: &Timeouts, stop: &Stop) -> Result<Dialogue, Failure> {
+    let lost = |error: io::Error| Failure::Lost(format!("{hop}: {error}"));
+    let plan = |lmtp| Plan { name: hostname.to_owned(), lmtp, chunking: true, ..Plan::default() };
+    let (address, lmtp) = match hop {
+        NextHop::LmtpUnix(path) => {
+            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+            let socket = socket.map_err(|error| lost(error.into()))?;
+            // Without waiting: a listener that is there and takes nobody would hold us for ever.
+            SocketAddrUnix::new(path)
+                .and_then(|address| rustix::net::connect(&socket, &address))
+                .map_err(|error| lost(error.into()))?;
+            return converse_over(socket, &hop.to_string(), plan(true), None, timeouts, stop);
+        }
+        NextHop::Lmtp { address, .. } => (address, true),
+        NextHop::Smtp { address, .. } => (address, false),
+    };
+    let mut last = Failure::Lost(format!("{address} has no address"));
+    for address in address.to_socket_addrs().map_err(lost)? {
+        match converse(address, plan(lmtp), None, timeouts, stop) {
+            Ok(dialogue) => return Ok(dialogue),
+            Err(failure) => last = failure,
+        }
+    }
+    Err(last)
+}
+
+/// What the provider hears of a next hop that is down: the mail stays there.
+fn not_now(hop: &NextHop, failure: &Failure) -> Reply {
+    log::warn!("event=next-hop-failed next-hop={:?} error={:?}", hop.to_string(), failure.to_string());
+    Reply::new(451, "4.4.1", "The mail server behind this one is not available now")
+}
+
+/// A next hop's reply as the provider shall hear it: as it is, unless it speaks of us and not of the mail.
+fn upward(hop: &NextHop, reply: Reply) -> Reply {
+    match reply.code() {
+        400..=420 | 422..=499 | 505..=529 | 531..=599 => reply,
+        421 => Reply::new(451, "4.3.2", "The mail server behind this one is not available now"),
+        // It does not know a command, or wants authentication: nobody's mail may come back for that.
+        _ => {
+            log::error!("event=next-hop-unfit next-hop={:?} reply={:?}", hop.to_string(), reply.to_string());
+            Reply::new(451, "4.3.5", "The mail server behind this one does not take mail from here")
+        }
+    }
+}
+
+/// Content that is looked at as a whole, or sent more than once: a small one in memory, a large one in a file that is
+/// gone with us.
+pub struct Scratch {
+    memory: Vec<u8>,
+    file: Option<BufWriter<File>>,
+    sizer: Sizer,
+    eight_bit: bool,
+}
+
+impl Scratch {
+    pub fn new() -> Scratch {
+        Scratch { memory: Vec::new(), file: None, sizer: Sizer::new(), eight_bit: false }
+    }
+
+    /// `file`: makes the file, when it is needed.
+    pub fn write(&mut self, octets: &[u8], file: impl FnOnce() -> io::Result<File>) -> io::Result<()> {
+        self.sizer.feed(octets);
+        self.eight_bit |= !octets.is_ascii();
+        if self.file.is_none() && self.memory.len() + octets.len() > IN_MEMORY {
+            let mut begun = BufWriter::new(file()?);
+            begun.write_all(&self.memory)?;
+            self.file = Some(begun);
+        }
+        match &mut self.file {
+            Some(file) => file.write_all(octets),
+            None => {
+                self.memory.extend_from_slice(octets);
+                Ok(())
+            }
+        }
+    }
+
+    /// Octets on the wire.
+    pub fn size(&self) -> u64 {
+        self.sizer.finish()
+    }
+
+    pub fn eight_bit(&self) -> bool {
+        self.eight_bit
+    }
+
+    /// The first octets, where the header is.
+    pub fn beginning(&self) -> &[u8] {
+        &self.memory
+    }
+
+    /// All of it, from the beginning.
+    pub fn reader(&mut self) -> io::Result<Box<dyn Read + '_>> {
+        match &mut self.file {
+            Some(file) => {
+                file.flush()?;
+                file.rewind()?;
+                Ok(Box::new(file.get_ref()))
+            }
+            None => Ok(Box::new(Cursor::new(&self.memory))),
+        }
+    }
+}
+
+/// Mail that a next hop shall have and nobody else keeps: it waits under ROOT and is tried again.
+pub struct Handover {
+    queue: Queue,
+    desk: Desk,
+    retry: Retry,
+    hostname: String,
+    timeouts: Timeouts,
+}
+
+impl Handover {
+    /// `desk`: tells senders what became of their mail, as far as anybody can be told.
+    pub fn new(config: &config::Customer, mailboxes: &Mailboxes, desk: Desk) -> Handover {
+        Handover {
+            queue: mailboxes.queue().clone(),
+            desk,
+            retry: config.outgoing.as_ref().map(|outgoing| outgoing.retry.clone()).unwrap_or_default(),
+            hostname: config.hostname.clone(),
+            timeouts: config.timeouts.clone(),
+        }
+    }
+
+    /// Stores what became neither delivered nor the provider's again, durably; then acts on the fates, one a recipient.
+    pub fn keep(&self, envelope: Envelope, fates: Vec<Fate>, content: &mut dyn Read, hop: &NextHop) -> io::Result<()> {
+        let mut copies = self.queue.put(&[(Place::Handover, envelope)], "")?;
+        let mut piece = vec![0; 32 * 1024];
+        loop {
+            match content.read(&mut piece)? {
+                0 => break,
+                octets => copies.write(&piece[..octets])?,
+            }
+        }
+        let entries = copies.commit()?;
+        // It is safe: whatever fails now, it is tried again.
+        if let Err(error) = self.conclude_stored(entries, fates, hop) {
+            log::warn!("event=handover-unsettled error={error:?}");
+        }
+        Ok(())
+    }
+
+    fn conclude_stored(&self, entries: Vec<Entry>, fates: Vec<Fate>, hop: &NextHop) -> Result<(), String> {
+        let mut hold = self.hold()?;
+        for entry in entries {
+            let batch = hold.claim(&Place::Handover, entry).map_err(|error| error.to_string())?;
+            if let Some(batch) = batch {
+                self.conclude(batch, fates.clone(), &hop.to_string(), &mut hold).map_err(|error| error.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn conclude(&self, batch: Batch, fates: Vec<Fate>, name: &str, hold: &mut Hold) -> io::Result<Outcome> {
+        let context = format!("next-hop={name:?}");
+        let attempt =
+            Attempt { peer: Peer::default(), retry: Some(&self.retry), done: "handed-over", context: &context };
+        self.desk.conclude(batch, Outcome { fates, decided: Decided::ByPeer }, &attempt, hold)
+    }
+
+    fn hold(&self) -> Result<Hold, String> {
+        self.queue.hold(&[Place::Handover]).map_err(|error| match error {
+            NoHold::Busy(_) => "another process is at it".to_owned(),
+            NoHold::Failed(error) => error.to_string(),
+        })
+    }
+
+    /// When the next attempt is due; `None`: nothing waits.
+    pub fn due(&self) -> Option<SystemTime> {
+        self.queue.next_due(&Place::Handover).unwrap_or(None)
+    }
+
+    /// Messages that wait.
+    pub fn waiting(&self) -> u64 {
+        self.queue.maildir(&Place::Handover).entries().map_or(0, |entries| entries.len() as u64)
+    }
+
+    /// Tries what is due.
+    pub fn retry(&self, mailboxes: &Mailboxes, stop: &Stop) {
+        if self.due().is_none_or(|due| due > SystemTime::now()) {
+            return;
+        }
+        let mut hold = match self.hold() {
+            Ok(hold) => hold,
+            Err(error) => return log::info!("event=handover-waits reason={error:?}"),
+        };
+        let mut hops = NextHops::new(&self.hostname, &self.timeouts, stop);
+        while !stop.stopped() {
+            let Some(mut batch) = hold.offer() else { return };
+            match self.attempt(mailboxes, &mut hops, &mut batch) {
+                Ok((fates, name)) => drop(self.conclude(batch, fates, &name, &mut hold)),
+                Err(error) => log::error!("event=handover-failed error={:?}", error.to_string()),
+            }
+        }
+    }
+
+    /// One message, to wherever its recipients belong by the rules as they are now.
+    fn attempt(
+        &self,
+        mailboxes: &Mailboxes,
+        hops: &mut NextHops,
+        batch: &mut Batch,
+    ) -> io::Result<(Vec<Fate>, String)> {
+        let recipients = batch.envelope.recipients.clone();
+        let mut fates: Vec<Option<Fate>> = vec![None; recipients.len()];
+        let mut name = "-".to_owned();
+        for number in 0..recipients.len() {
+            if fates[number].is_some() {
+                continue;
+            }
+            batch.rewind()?;
+            match mailboxes.place(&recipients[number].mailbox) {
+                rules::Place::Maildir { .. } => {
+                    mailboxes.copy(&batch.envelope.from.clone(), &recipients[number].mailbox, batch)?;
+                    fates[number] = Some(Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")));
+                }
+                rules::Place::NextHop(hop) => {
+                    let same = |other: &usize| matches!(mailboxes.place(&recipients[*other].mailbox), rules::Place::NextHop(its) if its == hop);
+                    let numbers: Vec<_> = (number..recipients.len()).filter(same).collect();
+                    let wanted = numbers.iter().map(|number| recipients[*number].clone()).collect();
+                    let message = Message { recipients: wanted, ..batch.message() };
+                    let found = hops.deliver(&hop, &message, batch, None);
+                    name = hop.to_string();
+                    for (number, fate) in numbers.into_iter().zip(found) {
+                        fates[number] = Some(fate);
+                    }
+                }
+            }
+        }
+        let untried = || Fate::Deferred(Reply::new(451, "4.0.0", "Not yet"));
+        Ok((fates.into_iter().map(|fate| fate.unwrap_or_else(untried)).collect(), name))
+    }
+}

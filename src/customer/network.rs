@@ -1,0 +1,75 @@
+//! Tells when this machine has got an address or a route: a call that failed may go through now.
+//!
+//! On Linux the kernel tells (rtnetlink(7)); elsewhere nobody does, and a call is tried again after its pause.
+
+use super::daemon::Bell;
+use crate::wire::Stop;
+
+/// Rings with [`super::daemon::Event::Network`], until it is told to stop. That nothing can be watched is no error.
+#[cfg(target_os = "linux")]
+pub fn watch(bell: Bell, stop: &Stop) {
+    let stop = stop.clone();
+    let watched = linux::socket().and_then(|socket| {
+        let work = move || linux::listen(&socket, &bell, &stop);
+        std::thread::Builder::new().name("network".to_owned()).spawn(work)
+    });
+    if let Err(error) = watched {
+        log::info!("event=network-not-watched error={:?}", error.to_string());
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub fn watch(_: Bell, _: &Stop) {}
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use std::io;
+    use std::os::fd::{AsFd, OwnedFd};
+
+    use rustix::event::{PollFd, PollFlags};
+    use rustix::net::netlink::SocketAddrNetlink;
+    use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+
+    use crate::customer::daemon::{Bell, Event};
+    use crate::wire::Stop;
+
+    /// RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE.
+    const GROUPS: u32 = 0x10 | 0x40 | 0x100 | 0x400;
+
+    /// What a message begins with says what it is (netlink(7)); RTM_NEWADDR, RTM_NEWROUTE.
+    const NEW: [u16; 2] = [20, 24];
+
+    pub fn socket() -> io::Result<OwnedFd> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+        rustix::net::bind(&socket, &SocketAddrNetlink::new(0, GROUPS))?;
+        Ok(socket)
+    }
+
+    pub fn listen(socket: &OwnedFd, bell: &Bell, stop: &Stop) {
+        while !stop.stopped() {
+            let mut polls = [
+                PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN),
+            ];
+            let _ = rustix::event::poll(&mut polls, None);
+            let (mut message, mut new) = ([0; 8192], false);
+            loop {
+                match rustix::net::recv(socket, &mut message[..], RecvFlags::empty()) {
+                    Ok((octets, _)) => new |= is_new(&message[..octets]),
+                    // More has happened than the kernel could keep for us.
+                    Err(rustix::io::Errno::NOBUFS) => new = true,
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(_) => break,
+                }
+            }
+            if new {
+                bell.ring(Event::Network);
+            }
+        }
+    }
+
+    fn is_new(message: &[u8]) -> bool {
+        message.get(4..6).is_some_and(|kind| NEW.contains(&u16::from_ne_bytes([kind[0], kind[1]])))
+    }
+}

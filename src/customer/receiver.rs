@@ -1,0 +1,352 @@
+//! The customer after the turn: an SMTP server whose client is the provider, for our own mailboxes only.
+//!
+//! Each recipient goes where the rules lead: into Maildirs here, or to a next hop, which is asked before we answer.
+//! Content is answered 250 when it is durable in the Maildirs and every next hop has taken it.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::handover::{Handover, NextHops, Scratch};
+use super::mailboxes::{Mailboxes, passed_on};
+use super::tally::Tally;
+use crate::maildir::Copies;
+use crate::outgoing::Desk;
+use crate::queue::{Envelope, Place as Shelf};
+use crate::rules::{Delivery, NextHop, Place};
+use crate::sasl::{Secrets, Unavailable};
+use crate::session::{Intake, Party, storage_reply};
+use crate::smtp::address::{ForwardPath, Mailbox};
+use crate::smtp::client::{Fate, Message};
+use crate::smtp::command::{MailFrom, Notify, Recipient};
+use crate::smtp::header::Header;
+use crate::smtp::reply::{Reply, Severity};
+use crate::smtp::server::{Host, Server};
+
+/// Of a longer header no more comes back with a notice.
+const HEADER_LIMIT: usize = 64 * 1024;
+
+/// The party behind the turned session.
+pub struct Receiver {
+    mailboxes: Arc<Mailboxes>,
+    handover: Arc<Handover>,
+    /// Makes the notices of delivery that a sender asked for.
+    desk: Option<Desk>,
+    tally: Arc<Tally>,
+    hops: Arc<Mutex<NextHops>>,
+    mail: Option<Message>,
+    /// The recipients of this transaction, and where each goes.
+    taken: Vec<(Mailbox, Vec<Delivery>)>,
+}
+
+impl Receiver {
+    pub fn new(
+        mailboxes: Arc<Mailboxes>,
+        handover: Arc<Handover>,
+        desk: Option<Desk>,
+        tally: Arc<Tally>,
+        hops: NextHops,
+    ) -> Receiver {
+        let hops = Arc::new(Mutex::new(hops));
+        Receiver { mailboxes, handover, desk, tally, hops, mail: None, taken: Vec::new() }
+    }
+
+    /// Every place of a recipient must take him, or nothing of his goes anywhere.
+    fn ask(&self, meant: &Recipient, mut deliveries: Vec<Delivery>) -> Result<Vec<Delivery>, (String, Reply)> {
+        let Some(message) = &self.mail else { return Ok(deliveries) };
+        let many = deliveries.len();
+        let mut hops = self.hops.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut refused = None;
+        for delivery in &mut deliveries {
+            let Place::NextHop(hop) = &delivery.place else { continue };
+            let Err(reply) = hops.ask(hop, message, &passed_on(meant, &delivery.mailbox, many)) else { continue };
+            match reply.severity() {
+                // RFC 5321 section 4.5.1: postmaster is there, if nowhere else then with us.
+                Severity::Permanent if delivery.fallback => delivery.place = self.mailboxes.fallback(&delivery.mailbox),
+                // That one may be taken later counts for more than that another will not.
+                Severity::Permanent => drop(refused.get_or_insert((hop.to_string(), reply))),
+                _ => return Err((hop.to_string(), reply)),
+            }
+        }
+        refused.map_or(Ok(deliveries), Err)
+    }
+}
+
+impl Secrets for Receiver {
+    /// Nobody authenticates to a customer.
+    fn secret(&self, _: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+        Ok(None)
+    }
+}
+
+impl Host for Receiver {
+    fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
+        self.hops.lock().unwrap_or_else(PoisonError::into_inner).begin();
+        self.taken.clear();
+        self.mail = Some(Message {
+            from: mail.path.clone(),
+            recipients: Vec::new(),
+            size: mail.size.unwrap_or(0),
+            body: mail.body,
+            eight_bit: false,
+            utf8: mail.utf8,
+            ret: mail.ret,
+            envelope_id: mail.envelope_id.clone(),
+        });
+        self.mailboxes.make_room(mail.size.unwrap_or(0))
+    }
+
+    fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply> {
+        let refuse = |by: &str, reply: Reply| {
+            self.tally.refused(path, by, &reply);
+            reply
+        };
+        let deliveries = self.mailboxes.resolve(path).map_err(|reply| refuse("us", reply))?;
+        let mailbox = self.mailboxes.named(path)?;
+        let meant =
+            Recipient { mailbox: mailbox.clone(), notify: notify.clone(), original: original.map(str::to_owned) };
+        let deliveries = self.ask(&meant, deliveries).map_err(|(hop, reply)| refuse(&hop, reply))?;
+        self.taken.push((mailbox.clone(), deliveries));
+        Ok(mailbox)
+    }
+}
+
+impl Party for Receiver {
+    fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
+        let (Some(transaction), Some(message)) = (server.transaction(), &self.mail) else {
+            return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
+        };
+        let (mail, stamps) = (&transaction.mail, self.mailboxes.stamps());
+        let (id, arrived) = (stamps.id(), stamps.now());
+        let received = server.received(peer, secure, &id, arrived);
+        let mut copies = Copies::default();
+        let mut parts: Vec<(NextHop, Vec<Recipient>)> = Vec::new();
+        let (mut seen, mut here) = (HashSet::new(), Vec::new());
+        for recipient in &transaction.recipients {
+            let Some((_, deliveries)) = self.taken.iter().find(|(mailbox, _)| *mailbox == recipient.mailbox) else {
+                continue;
+            };
+            for delivery in deliveries {
+                match &delivery.place {
+                    Place::Maildir { path, folders } => {
+                        // Who is meant twice, by two aliases say, gets it once.
+                        if seen.insert(delivery.place.clone()) {
+                            let to = (&delivery.mailbox, &recipient.mailbox);
+                            let begun = self.mailboxes.begin(&mut copies, &mail.path, to, (path, folders), &received);
+                            begun.map_err(|error| storage_reply(&error))?;
+                        }
+                    }
+                    Place::NextHop(hop) => {
+                        let to = passed_on(recipient, &delivery.mailbox, deliveries.len());
+                        let at = parts.iter().position(|(other, _)| other == hop).unwrap_or_else(|| {
+                            parts.push((hop.clone(), Vec::new()));
+                            parts.len() - 1
+                        });
+                        if !parts[at].1.iter().any(|other| other.mailbox == to.mailbox) {
+                            parts[at].1.push(to);
+                        }
+                    }
+                }
+            }
+            if deliveries.iter().all(|delivery| matches!(delivery.place, Place::Maildir { .. })) {
+                here.push(recipient.clone());
+            }
+        }
+        let envelope = Envelope {
+            from: mail.path.clone(),
+            recipients: here,
+            id: id.clone(),
+            arrived,
+            body: mail.body,
+            utf8: mail.utf8,
+            ret: mail.ret,
+            envelope_id: mail.envelope_id.clone(),
+        };
+        let told = self.desk.as_ref().and_then(|desk| Told::new(desk, &envelope));
+        self.tally.begin(mail.size.unwrap_or(0));
+        let mut delivery = Arrival {
+            copies,
+            parts,
+            scratch: Scratch::new(),
+            hops: self.hops.clone(),
+            mailboxes: self.mailboxes.clone(),
+            handover: self.handover.clone(),
+            message: message.clone(),
+            envelope,
+            provider: server.client_name().unwrap_or_default().to_owned(),
+            head: received.len(),
+            told,
+            tally: self.tally.clone(),
+        };
+        delivery.keep(received.as_bytes()).map_err(|error| storage_reply(&error))?;
+        Ok(Box::new(delivery))
+    }
+}
+
+/// A message on its way to where its recipients are.
+struct Arrival {
+    copies: Copies,
+    /// What each next hop shall have.
+    parts: Vec<(NextHop, Vec<Recipient>)>,
+    scratch: Scratch,
+    hops: Arc<Mutex<NextHops>>,
+    mailboxes: Arc<Mailboxes>,
+    handover: Arc<Handover>,
+    message: Message,
+    /// With the recipients who have it when our Maildirs have it.
+    envelope: Envelope,
+    /// The name of the client.
+    provider: String,
+    /// Octets of our own `Received`.
+    head: usize,
+    told: Option<Told>,
+    tally: Arc<Tally>,
+}
+
+impl Arrival {
+    /// Keeps content for next hops.
+    fn keep(&mut self, octets: &[u8]) -> io::Result<()> {
+        if self.parts.is_empty() {
+            return Ok(());
+        }
+        let mailboxes = &self.mailboxes;
+        self.scratch.write(octets, || {
+            let name = mailboxes.stamps().file_name("scratch");
+            mailboxes.queue().maildir(&Shelf::Handover).scratch(&name)
+        })
+    }
+
+    /// To all next hops: what each has made of it.
+    fn hand_over(&mut self) -> io::Result<Vec<Handed>> {
+        let front = self.scratch.beginning().get(self.head..).unwrap_or_default();
+        let origin = Header::parse(front).origin(&self.provider);
+        let (size, eight_bit) = (self.scratch.size(), self.scratch.eight_bit());
+        let mut hops = self.hops.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut handed = Vec::new();
+        for (hop, recipients) in std::mem::take(&mut self.parts) {
+            let message = Message { recipients, size, eight_bit, ..self.message.clone() };
+            let fates = hops.deliver(&hop, &message, &mut *self.scratch.reader()?, origin.as_ref());
+            for (recipient, fate) in message.recipients.iter().zip(&fates) {
+                log::info!(
+                    "event=handed-over id={} to=<{}> next-hop={:?} fate={:?}",
+                    self.envelope.id,
+                    recipient.mailbox,
+                    hop.to_string(),
+                    word(fate)
+                );
+            }
+            handed.push(Handed { hop, recipients: message.recipients, fates });
+        }
+        Ok(handed)
+    }
+
+    /// What others have taken is done; the rest becomes ours.
+    fn keep_rest(&mut self, handed: Vec<Handed>) -> io::Result<()> {
+        for Handed { hop, recipients, fates } in handed {
+            let rest = recipients.into_iter().zip(fates).filter(|(_, fate)| !matches!(fate, Fate::Delivered(_)));
+            let (recipients, fates): (Vec<_>, Vec<_>) = rest.unzip();
+            if recipients.is_empty() {
+                continue;
+            }
+            for (recipient, fate) in recipients.iter().zip(&fates) {
+                if let Fate::Refused(reply) = fate {
+                    self.tally.refused(&recipient.mailbox, &hop, reply);
+                }
+            }
+            let envelope = Envelope { recipients, ..self.envelope.clone() };
+            self.handover.keep(envelope, fates, &mut *self.scratch.reader()?, &hop)?;
+        }
+        Ok(())
+    }
+}
+
+/// What became of the recipients of one next hop.
+struct Handed {
+    hop: NextHop,
+    recipients: Vec<Recipient>,
+    fates: Vec<Fate>,
+}
+
+fn word(fate: &Fate) -> String {
+    match fate {
+        Fate::Delivered(reply) | Fate::Deferred(reply) | Fate::Refused(reply) => reply.to_string(),
+        Fate::InDoubt => "no reply".to_owned(),
+    }
+}
+
+/// The reply to content that nobody has taken: later, if anybody said later.
+fn nobody(handed: &[Handed]) -> Reply {
+    let fates = || handed.iter().flat_map(|handed| &handed.fates);
+    let later = fates().find_map(|fate| match fate {
+        Fate::Deferred(reply) => Some(reply.clone()),
+        Fate::InDoubt => Some(Reply::new(451, "4.4.2", "The mail server behind this one has not answered")),
+        Fate::Delivered(_) | Fate::Refused(_) => None,
+    });
+    let never = || fates().find_map(|fate| if let Fate::Refused(reply) = fate { Some(reply.clone()) } else { None });
+    later.or_else(never).unwrap_or_else(|| Reply::new(451, "4.3.0", "Nobody has taken the message"))
+}
+
+impl Intake for Arrival {
+    fn write(&mut self, octets: &[u8]) -> io::Result<()> {
+        self.tally.come(octets.len());
+        if let Some(told) = &mut self.told {
+            told.see(octets);
+        }
+        self.keep(octets)?;
+        self.copies.write(octets)
+    }
+
+    fn commit(mut self: Box<Self>) -> io::Result<Reply> {
+        let handed = if self.parts.is_empty() { Vec::new() } else { self.hand_over()? };
+        let count = |wanted: fn(&Fate) -> bool| {
+            handed.iter().flat_map(|handed| &handed.fates).filter(|fate| wanted(fate)).count()
+        };
+        let taken = count(|fate| matches!(fate, Fate::Delivered(_)));
+        let open = count(|fate| matches!(fate, Fate::Deferred(_) | Fate::InDoubt));
+        let refused = count(|fate| matches!(fate, Fate::Refused(_)));
+        // As long as nobody has it, it can stay with the provider; that one also tells its sender of a refusal.
+        let can_go_back = taken == 0 && (open > 0 || refused > 0 && self.copies.is_empty());
+        if can_go_back {
+            let reply = nobody(&handed);
+            for Handed { hop, recipients, .. } in &handed {
+                recipients.iter().for_each(|recipient| self.tally.refused(&recipient.mailbox, hop, &reply));
+            }
+            return Ok(reply);
+        }
+        self.keep_rest(handed)?;
+        std::mem::take(&mut self.copies).commit()?;
+        self.tally.taken();
+        if let Some(told) = &self.told {
+            told.tell();
+        }
+        Ok(Reply::new(250, "2.6.0", format!("OK, id={}", self.envelope.id)))
+    }
+}
+
+/// What it takes to tell the sender of a delivery.
+pub struct Told {
+    desk: Desk,
+    envelope: Envelope,
+    header: Vec<u8>,
+}
+
+impl Told {
+    /// `None`: none of these recipients is to be told of.
+    pub fn new(desk: &Desk, envelope: &Envelope) -> Option<Told> {
+        let asked = envelope.recipients.iter().any(|recipient| recipient.notify.success());
+        asked.then(|| Told { desk: desk.clone(), envelope: envelope.clone(), header: Vec::new() })
+    }
+
+    /// Content goes by; its header is kept.
+    pub fn see(&mut self, octets: &[u8]) {
+        let room = HEADER_LIMIT.saturating_sub(self.header.len());
+        self.header.extend_from_slice(&octets[..octets.len().min(room)]);
+    }
+
+    /// The mail is there; that its sender does not hear of it would be no reason to refuse it.
+    pub fn tell(&self) {
+        if let Err(error) = self.desk.delivered(&self.envelope, &self.header) {
+            log::error!("event=notice-failed id={} error={:?}", self.envelope.id, error.to_string());
+        }
+    }
+}
