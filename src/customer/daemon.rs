@@ -116,6 +116,7 @@ pub fn run(
         stop: stop.clone(),
         bell,
         handing_over: false,
+        handover_rests: None,
         epoch: Instant::now(),
         network: None,
         threads: Vec::new(),
@@ -129,9 +130,9 @@ pub fn run(
             Ok(Event::Reload) => daemon.reload(load, &current),
             Ok(Event::Network) => daemon.network_has_changed(),
             Ok(Event::Ended { key, begun, error }) => daemon.ended(&key, begun, error),
-            Ok(Event::HandedOver) => daemon.handing_over = false,
-            // What is due is looked at in any case.
-            Ok(Event::Handover | Event::Stop) | Err(_) => {}
+            Ok(Event::HandedOver) => daemon.handed_over(),
+            Ok(Event::Handover) => daemon.handover_rests = None,
+            Ok(Event::Stop) | Err(_) => {}
         }
     }
     // They have heard the word to stop; a message half received stays with the provider.
@@ -187,6 +188,8 @@ struct Daemon {
     bell: Bell,
     /// A thread tries the mail for next hops.
     handing_over: bool,
+    /// The last try left something due: another process is at it, or something is in its way. Not before this.
+    handover_rests: Option<Instant>,
     epoch: Instant,
     /// When an address was the reason to call.
     network: Option<Instant>,
@@ -242,7 +245,7 @@ impl Daemon {
                 self.call(number, now);
             }
         }
-        if !self.handing_over && self.caller.handover_due().is_some_and(|due| due <= SystemTime::now()) {
+        if self.until_handover() == Some(Duration::ZERO) {
             self.handing_over = true;
             let (caller, stop, bell) = (self.caller.clone(), self.stop.clone(), self.bell.clone());
             self.thread("handover", move || {
@@ -342,9 +345,23 @@ impl Daemon {
         let now = self.now();
         let waiting = self.lines.iter().filter(|line| !line.calling);
         let call = waiting.map(|line| if line.at_once { Duration::ZERO } else { line.diary.left(now) }).min();
-        let due = self.caller.handover_due().filter(|_| !self.handing_over);
-        let handover = due.map(|due| due.duration_since(SystemTime::now()).unwrap_or_default());
-        [Some(GLANCE), call, handover].into_iter().flatten().min().unwrap_or(GLANCE)
+        [Some(GLANCE), call, self.until_handover()].into_iter().flatten().min().unwrap_or(GLANCE)
+    }
+
+    /// How long until mail for a next hop is tried; `None`: there is none, or it is being tried.
+    fn until_handover(&self) -> Option<Duration> {
+        let due = self.caller.handover_due().filter(|_| !self.handing_over)?;
+        let left = due.duration_since(SystemTime::now()).unwrap_or_default();
+        let rest = self.handover_rests.map(|until| until.saturating_duration_since(Instant::now()));
+        Some(left.max(rest.unwrap_or_default()))
+    }
+
+    fn handed_over(&mut self) {
+        self.handing_over = false;
+        self.handover_rests = None;
+        if self.until_handover() == Some(Duration::ZERO) {
+            self.handover_rests = Some(Instant::now() + GLANCE);
+        }
     }
 }
 

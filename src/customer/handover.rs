@@ -26,6 +26,7 @@ use crate::maildir::Entry;
 use crate::outgoing::{Attempt, Desk, Peer};
 use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
 use crate::rules::{self, NextHop};
+use crate::session::storage_reply;
 use crate::smtp::client::{Decided, Fate, Message, Origin, Outcome, Plan};
 use crate::smtp::command::Recipient;
 use crate::smtp::content::Sizer;
@@ -438,8 +439,11 @@ impl Handover {
             batch.rewind()?;
             match mailboxes.place(&recipients[number].mailbox) {
                 rules::Place::Maildir { .. } => {
-                    mailboxes.copy(&batch.envelope.from.clone(), &recipients[number].mailbox, batch)?;
-                    fates[number] = Some(Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")));
+                    let copied = mailboxes.copy(&batch.envelope.from.clone(), &recipients[number].mailbox, batch);
+                    fates[number] = Some(match copied {
+                        Ok(()) => Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")),
+                        Err(error) => Fate::Deferred(storage_reply(&error)),
+                    });
                 }
                 rules::Place::NextHop(hop) => {
                     let same = |other: &usize| matches!(mailboxes.place(&recipients[*other].mailbox), rules::Place::NextHop(its) if its == hop);
