@@ -32,8 +32,13 @@ use crate::wire::{Filled, Wire};
 pub struct Turn {
     session: Session,
     hold: Hold,
+    /// How many messages wait, unless they are too many to be counted now.
+    waiting: Option<usize>,
     account: String,
 }
+
+/// So many messages are counted and no more: the reply to ATRN is waited for.
+const COUNTED: usize = 10_000;
 
 impl Turn {
     /// Whether the connection may turn: it may not when octets stand behind ATRN, which must be the last
@@ -45,7 +50,8 @@ impl Turn {
             return Err(Box::new((session, reply)));
         }
         let account = session.server.account().unwrap_or_default().to_owned();
-        Ok(Box::new(Turn { session, hold, account }))
+        let waiting = hold.count(COUNTED).ok().filter(|count| *count < COUNTED);
+        Ok(Box::new(Turn { session, hold, waiting, account }))
     }
 
     /// Nobody can take the turn: the session goes on in its old role.
@@ -55,7 +61,12 @@ impl Turn {
 
     /// Says the 250, in one line (some customers read no more), and becomes the SMTP client.
     pub fn begin(mut self) -> Turned {
-        self.session.say(&Reply::new(250, "2.0.0", "OK now reversing the connection"));
+        let waiting = match self.waiting {
+            None => String::new(),
+            Some(1) => ", 1 message".to_owned(),
+            Some(count) => format!(", {count} messages"),
+        };
+        self.session.say(&Reply::new(250, "2.0.0", format!("OK now reversing the connection{waiting}")));
         self.session.wire.trace.event("turn");
         let Session { wire, server, peer, .. } = self.session;
         let plan = Plan { name: server.hostname().to_owned(), tls: wire.secure().is_some(), ..Plan::default() };

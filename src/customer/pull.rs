@@ -240,7 +240,10 @@ impl Call<'_> {
             (dialogue, peer) = self.introduce()?;
         }
         match dialogue.atrn(domains) {
-            Ok((wire, client)) => self.receive(wire, client, peer),
+            Ok((wire, client)) => {
+                self.tally.expect(client.waiting().unwrap_or(0));
+                self.receive(wire, client, peer)
+            }
             Err(failure) => failed(failure).map_or(Ok(()), Err),
         }
     }

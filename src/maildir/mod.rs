@@ -168,12 +168,19 @@ impl Maildir {
 
     /// Whether there is any message, without reading more of the folder than it takes.
     pub fn is_empty(&self) -> io::Result<bool> {
-        let mut empty = true;
-        self.each(|_| {
-            empty = false;
-            false
-        })?;
-        Ok(empty)
+        Ok(self.count(1)? == 0)
+    }
+
+    /// How many messages there are, up to this number.
+    pub fn count(&self, limit: usize) -> io::Result<usize> {
+        let mut count = 0;
+        if limit > 0 {
+            self.each(|_| {
+                count += 1;
+                count < limit
+            })?;
+        }
+        Ok(count)
     }
 
     /// The path of a message.

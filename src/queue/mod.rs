@@ -257,6 +257,15 @@ impl Hold {
         Ok(true)
     }
 
+    /// How many files there are, up to this number.
+    pub fn count(&self, limit: usize) -> io::Result<usize> {
+        let mut count = 0;
+        for held in &self.places {
+            count += held.maildir.count(limit - count)?;
+        }
+        Ok(count)
+    }
+
     /// The next message, the oldest of a domain first. What arrives meanwhile comes too; `None`: there is
     /// nothing now that was not offered in this session.
     pub fn offer(&mut self) -> Option<Batch> {

@@ -296,6 +296,8 @@ pub struct Client {
     ready: bool,
     /// EHLO was answered, not HELO.
     extended: bool,
+    /// How many messages wait for us, by the reply to ATRN.
+    waiting: Option<u64>,
     /// No mail is sent any more: QUIT was lined up, or the peer said 421.
     closing: bool,
 }
@@ -318,6 +320,7 @@ impl Client {
             transactions: VecDeque::new(),
             ready: false,
             extended: false,
+            waiting: None,
             closing: false,
         }
     }
@@ -334,6 +337,11 @@ impl Client {
 
     pub fn peer_name(&self) -> Option<&str> {
         self.peer_name.as_deref()
+    }
+
+    /// How many messages the provider has for us, if its reply to ATRN says so.
+    pub fn waiting(&self) -> Option<u64> {
+        self.waiting
     }
 
     /// What the next reply is the answer to; `None`: nothing is outstanding.
@@ -558,7 +566,10 @@ impl Client {
             Said::Xclient => self.xclient_answered(reply, out),
             // Whatever it is: that the peer does not want to know is no reason to keep the mail.
             Said::Xforward => self.introduced(out),
-            Said::Atrn if reply.is_positive() => Step::Turned,
+            Said::Atrn if reply.is_positive() => {
+                self.waiting = messages(&reply);
+                Step::Turned
+            }
             Said::Atrn => {
                 self.ready = true;
                 Step::Halt(Halt::Refused { what: "ATRN", reply })
@@ -970,6 +981,13 @@ impl Offered {
 fn first_word(reply: &Reply) -> Option<String> {
     let word = reply.lines().next()?.split_ascii_whitespace().next()?;
     Some(word.to_owned())
+}
+
+/// `12 messages`, somewhere in the text. Nothing depends on it: it is for who watches.
+fn messages(reply: &Reply) -> Option<u64> {
+    let words: Vec<_> = reply.lines().flat_map(str::split_ascii_whitespace).collect();
+    let pair = words.windows(2).find(|pair| pair[1].starts_with("message") && pair[0].parse::<u64>().is_ok())?;
+    pair[0].parse().ok()
 }
 
 fn needs_utf8(message: &Message) -> bool {

@@ -1174,6 +1174,24 @@ fn starttls_auth_and_atrn_from_end_to_end() {
     }
 }
 
+#[test]
+fn a_provider_may_say_how_much_waits() {
+    for (reply, wanted) in [
+        ("250 2.0.0 OK now reversing the connection, 12 messages", Some(12)),
+        ("250 1 message for you", Some(1)),
+        ("250 OK now reversing the connection", None),
+        ("250 many messages", None),
+        ("250 99999999999999999999999 messages", None),
+    ] {
+        let mut alone = Alone::new(plan());
+        alone.hear("220 x");
+        alone.hear("250 x");
+        alone.client.atrn(&[], &mut alone.out);
+        assert_eq!(alone.hear(reply).0, "Turned");
+        assert_eq!(alone.client.waiting(), wanted, "{reply}");
+    }
+}
+
 // ---- a next hop that is asked, and one that speaks LMTP ----
 
 impl Alone {
