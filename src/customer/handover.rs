@@ -351,7 +351,8 @@ impl Handover {
     }
 
     /// Stores what became neither delivered nor the provider's again, durably; then acts on the fates, one a recipient.
-    pub fn keep(&self, envelope: Envelope, fates: Vec<Fate>, content: &mut dyn Read, hop: &NextHop) -> io::Result<()> {
+    /// `by`: who has decided on them.
+    pub fn keep(&self, envelope: Envelope, fates: Vec<Fate>, content: &mut dyn Read, by: &str) -> io::Result<()> {
         let mut copies = self.queue.put(&[(Place::Handover, envelope)], "")?;
         let mut piece = vec![0; 32 * 1024];
         loop {
@@ -362,18 +363,18 @@ impl Handover {
         }
         let entries = copies.commit()?;
         // It is safe: whatever fails now, it is tried again.
-        if let Err(error) = self.conclude_stored(entries, fates, hop) {
+        if let Err(error) = self.conclude_stored(entries, fates, by) {
             log::warn!("event=handover-unsettled error={error:?}");
         }
         Ok(())
     }
 
-    fn conclude_stored(&self, entries: Vec<Entry>, fates: Vec<Fate>, hop: &NextHop) -> Result<(), String> {
+    fn conclude_stored(&self, entries: Vec<Entry>, fates: Vec<Fate>, by: &str) -> Result<(), String> {
         let mut hold = self.hold()?;
         for entry in entries {
             let batch = hold.claim(&Place::Handover, entry).map_err(|error| error.to_string())?;
             if let Some(batch) = batch {
-                self.conclude(batch, fates.clone(), &hop.to_string(), &mut hold).map_err(|error| error.to_string())?;
+                self.conclude(batch, fates.clone(), by, &mut hold).map_err(|error| error.to_string())?;
             }
         }
         Ok(())

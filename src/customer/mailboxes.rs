@@ -89,14 +89,24 @@ impl Mailboxes {
         (path, folders): (&Path, &[String]),
         head: &str,
     ) -> io::Result<()> {
-        let inbox = Maildir::masked(path, self.umask);
-        let folder = folders.iter().map(|name| inbox.folder(name)).find(Maildir::exists);
+        let maildir = self.maildir(path, folders);
         let mut lines = format!("Return-Path: <{from}>\nDelivered-To: {to}\n");
         if to != original {
             lines.push_str(&format!("X-Original-To: {original}\n"));
         }
         lines.push_str(head);
-        copies.begin(&folder.unwrap_or(inbox), &self.stamps.file_name(&self.hostname), lines.as_bytes())
+        copies.begin(&maildir, &self.stamps.file_name(&self.hostname), lines.as_bytes())
+    }
+
+    /// A mailbox, or the first of its folders that there is.
+    fn maildir(&self, path: &Path, folders: &[String]) -> Maildir {
+        let inbox = Maildir::masked(path, self.umask);
+        folders.iter().map(|name| inbox.folder(name)).find(Maildir::exists).unwrap_or(inbox)
+    }
+
+    /// Whether a mailbox may have so many octets more.
+    pub fn admits(&self, (path, folders): (&Path, &[String]), octets: u64) -> io::Result<()> {
+        self.maildir(path, folders).admits(&self.stamps.file_name(&self.hostname), octets)
     }
 
     /// Begins copies for all recipients of an envelope, who are ours; those that a next hop shall have wait for it.

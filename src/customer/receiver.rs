@@ -54,6 +54,12 @@ impl Receiver {
     /// Every place of a recipient must take him, or nothing of his goes anywhere.
     fn ask(&self, meant: &Recipient, mut deliveries: Vec<Delivery>) -> Result<Vec<Delivery>, (String, Reply)> {
         let Some(message) = &self.mail else { return Ok(deliveries) };
+        for delivery in &deliveries {
+            let Place::Maildir { path, folders } = &delivery.place else { continue };
+            // The content may be larger than MAIL said; then it is refused for all that it is meant for.
+            let room = self.mailboxes.admits((path, folders), message.size);
+            room.map_err(|error| ("its quota".to_owned(), storage_reply(&error)))?;
+        }
         let many = deliveries.len();
         let mut hops = self.hops.lock().unwrap_or_else(PoisonError::into_inner);
         let mut refused = None;
@@ -120,6 +126,7 @@ impl Party for Receiver {
         let (id, arrived) = (stamps.id(), stamps.now());
         let received = server.received(peer, secure, &id, arrived);
         let mut copies = Copies::default();
+        let mut boxes = Vec::new();
         let mut parts: Vec<(NextHop, Vec<Recipient>)> = Vec::new();
         let (mut seen, mut here) = (HashSet::new(), Vec::new());
         for recipient in &transaction.recipients {
@@ -134,6 +141,7 @@ impl Party for Receiver {
                             let to = (&delivery.mailbox, &recipient.mailbox);
                             let begun = self.mailboxes.begin(&mut copies, &mail.path, to, (path, folders), &received);
                             begun.map_err(|error| storage_reply(&error))?;
+                            boxes.push(passed_on(recipient, &delivery.mailbox, deliveries.len()));
                         }
                     }
                     Place::NextHop(hop) => {
@@ -166,6 +174,7 @@ impl Party for Receiver {
         self.tally.begin(mail.size.unwrap_or(0));
         let mut delivery = Arrival {
             copies,
+            boxes,
             parts,
             scratch: Scratch::new(),
             hops: self.hops.clone(),
@@ -186,6 +195,8 @@ impl Party for Receiver {
 /// A message on its way to where its recipients are.
 struct Arrival {
     copies: Copies,
+    /// Those whom the copies are for.
+    boxes: Vec<Recipient>,
     /// What each next hop shall have.
     parts: Vec<(NextHop, Vec<Recipient>)>,
     scratch: Scratch,
@@ -254,9 +265,17 @@ impl Arrival {
                 }
             }
             let envelope = Envelope { recipients, ..self.envelope.clone() };
-            self.handover.keep(envelope, fates, &mut *self.scratch.reader()?, &hop)?;
+            self.handover.keep(envelope, fates, &mut *self.scratch.reader()?, &hop.to_string())?;
         }
         Ok(())
+    }
+
+    /// Next hops have it and our Maildirs could not: it is tried again here.
+    fn keep_boxes(&mut self, error: &io::Error) -> io::Result<()> {
+        let recipients = std::mem::take(&mut self.boxes);
+        let fates = vec![Fate::Deferred(storage_reply(error)); recipients.len()];
+        let envelope = Envelope { recipients, ..self.envelope.clone() };
+        self.handover.keep(envelope, fates, &mut *self.scratch.reader()?, "maildir")
     }
 }
 
@@ -297,6 +316,9 @@ impl Intake for Arrival {
     }
 
     fn commit(mut self: Box<Self>) -> io::Result<Reply> {
+        let can_be_here = !self.copies.is_empty();
+        // As good as delivered, so that no next hop takes what is then refused here.
+        let copies = std::mem::take(&mut self.copies).prepare()?;
         let handed = if self.parts.is_empty() { Vec::new() } else { self.hand_over()? };
         let count = |wanted: fn(&Fate) -> bool| {
             handed.iter().flat_map(|handed| &handed.fates).filter(|fate| wanted(fate)).count()
@@ -305,7 +327,7 @@ impl Intake for Arrival {
         let open = count(|fate| matches!(fate, Fate::Deferred(_) | Fate::InDoubt));
         let refused = count(|fate| matches!(fate, Fate::Refused(_)));
         // As long as nobody has it, it can stay with the provider; that one also tells its sender of a refusal.
-        let can_go_back = taken == 0 && (open > 0 || refused > 0 && self.copies.is_empty());
+        let can_go_back = taken == 0 && (open > 0 || refused > 0 && !can_be_here);
         if can_go_back {
             let reply = nobody(&handed);
             for Handed { hop, recipients, .. } in &handed {
@@ -314,7 +336,10 @@ impl Intake for Arrival {
             return Ok(reply);
         }
         self.keep_rest(handed)?;
-        std::mem::take(&mut self.copies).commit()?;
+        match copies.publish() {
+            Err(error) if taken > 0 => self.keep_boxes(&error)?,
+            other => drop(other?),
+        }
         self.tally.taken();
         if let Some(told) = &self.told {
             told.tell();

@@ -121,6 +121,11 @@ impl Maildir {
         if self.sub_folder { make_folder(&self.path.join("tmp"), 0o777 & !self.mask) } else { self.create() }
     }
 
+    /// Whether the quota, where there is one, has room for so many octets more. `unique`: a name for a new count.
+    pub fn admits(&self, unique: &str, octets: u64) -> io::Result<()> {
+        Ledger::default().admit(&self.path, unique, octets)
+    }
+
     /// Begins a message under a unique name; the Maildir is made when it is missing, a sub-folder is not.
     pub fn draft(&self, unique: &str) -> io::Result<Draft> {
         let temporary = self.path.join("tmp").join(unique);
@@ -326,13 +331,30 @@ impl Copies {
         self.drafts.iter_mut().try_for_each(|draft| draft.write(octets))
     }
 
-    /// All or none: every quota has room and every file is safe on disk before the first is seen, and when
-    /// one cannot be moved those that were are taken back.
-    pub fn commit(mut self) -> io::Result<Vec<Entry>> {
+    /// All or none.
+    pub fn commit(self) -> io::Result<Vec<Entry>> {
+        self.prepare()?.publish()
+    }
+
+    /// The first half: every quota has room, and every file is safe on disk. Nothing is seen yet.
+    pub fn prepare(mut self) -> io::Result<Prepared> {
         let mut ledger = Ledger::default();
         // First, so that the disk does not work for what is refused.
         self.drafts.iter().try_for_each(|draft| ledger.admit(&draft.maildir.path, &draft.unique, draft.octets))?;
         self.drafts.iter_mut().try_for_each(Draft::sync)?;
+        Ok(Prepared { drafts: self.drafts, ledger })
+    }
+}
+
+/// Copies of a message that wait to be seen. Dropped before that they leave nothing.
+pub struct Prepared {
+    drafts: Vec<Draft>,
+    ledger: Ledger,
+}
+
+impl Prepared {
+    /// The second half: what can hardly fail any more. When one cannot be moved those that were are taken back.
+    pub fn publish(mut self) -> io::Result<Vec<Entry>> {
         let published = self.drafts.iter_mut().try_for_each(Draft::publish);
         let durable = published.and_then(|()| self.folders().iter().try_for_each(|folder| sync_folder(folder)));
         let moved = || self.drafts.iter().filter_map(|draft| draft.moved.clone().map(|entry| (draft, entry)));
@@ -342,7 +364,7 @@ impl Copies {
             }
             return Err(error);
         }
-        ledger.record();
+        self.ledger.record();
         Ok(moved().map(|(_, entry)| entry).collect())
     }
 
