@@ -56,9 +56,13 @@ impl Receiver {
         let Some(message) = &self.mail else { return Ok(deliveries) };
         for delivery in &deliveries {
             let Place::Maildir { path, folders } = &delivery.place else { continue };
-            // The content may be larger than MAIL said; then it is refused for all that it is meant for.
+            // The others need not wait for one who has no room. (The content may be larger than MAIL said: then they do.)
             let room = self.mailboxes.admits((path, folders), message.size);
-            room.map_err(|error| ("its quota".to_owned(), storage_reply(&error)))?;
+            if let Err(error) = room
+                && error.kind() == io::ErrorKind::QuotaExceeded
+            {
+                return Err(("its quota".to_owned(), storage_reply(&error)));
+            }
         }
         let many = deliveries.len();
         let mut hops = self.hops.lock().unwrap_or_else(PoisonError::into_inner);

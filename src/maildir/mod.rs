@@ -597,12 +597,28 @@ mod tests {
         for (number, maildir) in [&maildir, &other, &maildir, &maildir].into_iter().enumerate() {
             copies.begin(maildir, &number.to_string(), b"").unwrap();
         }
+        let prepared = copies.prepare().unwrap();
         assert_eq!(
-            copies.folders().into_iter().collect::<Vec<_>>(),
+            prepared.folders().into_iter().collect::<Vec<_>>(),
             [maildir.path().join("new"), other.path().join("new")]
         );
-        assert_eq!(copies.commit().unwrap().len(), 4);
+        assert_eq!(prepared.publish().unwrap().len(), 4);
         assert_eq!(inside(&maildir).map(|names| names.len()), [0, 3, 0]);
+    }
+
+    #[test]
+    fn what_is_prepared_is_not_seen_yet() {
+        let (_folder, maildir) = maildir();
+        let prepared = |unique| {
+            let mut copies = Copies::default();
+            copies.begin(&maildir, unique, b"head\n").unwrap();
+            copies.prepare().unwrap()
+        };
+        let ready = prepared("1");
+        assert_eq!(inside(&maildir).map(|names| names.len()), [1, 0, 0]);
+        ready.publish().unwrap();
+        drop(prepared("2"));
+        assert_eq!(inside(&maildir).map(|names| names.len()), [0, 1, 0]);
     }
 
     #[test]
