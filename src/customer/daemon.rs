@@ -106,6 +106,7 @@ pub fn run(
     (bell, events): (Bell, Receiver<Event>),
 ) -> Result<(), Error> {
     let _alone = alone(ready.caller.config())?;
+    wake_by(&ready.caller, &bell);
     let current = Arc::new(RwLock::new(ready.caller.clone()));
     let listeners = Listeners::start(ready.listeners, &current, stop)?;
     network::watch(bell.clone(), stop);

@@ -42,7 +42,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A next hop takes a message within this time: the provider waits for ten minutes (section 4.5.3.2.6).
 const PATIENCE_END: Duration = Duration::from_secs(8 * 60);
 
-/// One that was not reachable is left alone so long: each of a thousand recipients would wait for it.
+/// One that could not be reached is left alone so long, and one that let us wait ten times as long as we have waited:
+/// each of a thousand recipients would wait again.
 const DOWN: Duration = Duration::from_secs(5);
 
 /// Content up to this size is kept in memory, larger in a file without a name.
@@ -62,7 +63,7 @@ struct Session {
     /// The recipients of the transaction that is open there, by asking; all were accepted.
     asked: Vec<Recipient>,
     open: bool,
-    /// It was not reachable at this time.
+    /// It is left alone until then.
     down: Option<Instant>,
 }
 
@@ -115,9 +116,11 @@ impl NextHops {
 
     fn try_to_ask(&mut self, hop: &NextHop, message: &Message, recipient: &Recipient) -> Result<Reply, Failure> {
         let session = self.session(hop)?;
+        let begun = Instant::now();
         let replied = session.ask(message, recipient);
         if replied.is_err() {
             session.end();
+            session.rest(begun, Duration::ZERO);
         }
         replied
     }
@@ -148,13 +151,14 @@ impl NextHops {
     fn session(&mut self, hop: &NextHop) -> Result<&mut Session, Failure> {
         let session = self.sessions.entry(hop.clone()).or_default();
         if session.dialogue.is_none() {
-            if session.down.is_some_and(|since| since.elapsed() < DOWN) {
+            let begun = Instant::now();
+            if session.down.is_some_and(|until| begun < until) {
                 return Err(Failure::Lost("it was not reachable a moment ago".to_owned()));
             }
             match connect(hop, &self.hostname, &self.timeouts, &self.stop) {
-                Ok(dialogue) => (session.dialogue, session.down) = (Some(dialogue), None),
+                Ok(dialogue) => session.dialogue = Some(dialogue),
                 Err(failure) => {
-                    session.down = Some(Instant::now());
+                    session.rest(begun, DOWN);
                     return Err(failure);
                 }
             }
@@ -186,7 +190,15 @@ impl Session {
         Ok(reply)
     }
 
+    /// Leaves the next hop alone after something that began then and failed; `least`: at least so long.
+    fn rest(&mut self, begun: Instant, least: Duration) {
+        let waited = begun.elapsed();
+        let rest = if waited > DOWN { least.max(10 * waited) } else { least };
+        self.down = Some(Instant::now() + rest);
+    }
+
     fn deliver(&mut self, message: &Message, content: &mut dyn Read, origin: Option<&Origin>) -> Outcome {
+        let begun = Instant::now();
         let by_loss = |reply: Reply| {
             let fates = vec![Fate::Deferred(reply); message.recipients.len()];
             Outcome { fates, decided: Decided::ByLoss }
@@ -209,6 +221,7 @@ impl Session {
         self.close();
         if outcome.decided == Decided::ByLoss || self.dialogue.as_ref().is_some_and(|it| it.client().closing()) {
             self.end();
+            self.rest(begun, Duration::ZERO);
         }
         outcome
     }
