@@ -340,6 +340,13 @@ fn run_daemon(
     // Ports below 1024 are bound before root's rights are gone.
     let ready = daemon::Ready::new(config, stamps)?;
     become_owner(config, user)?;
+    if let Err(error) = File::open(path) {
+        log::warn!(
+            "event=no-reload file={} error={:?} way-out=\"let `user` read it\"",
+            path.display(),
+            error.to_string()
+        );
+    }
     let (bell, events) = daemon::bell();
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1])?;
     let (ringer, stopper) = (bell.clone(), stop.clone());
@@ -370,7 +377,14 @@ fn owner(config: &config::Customer, path: &Path) -> Result<Option<User>, Failure
 }
 
 fn become_owner(config: &config::Customer, user: Option<User>) -> Result<(), Failure> {
-    user.map_or(Ok(()), |user| user.become_it()).map_err(|error| Failure::new(OS_ERROR, error))?;
+    if let Some(user) = user {
+        let queue = config.outgoing.as_ref().map(|outgoing| &outgoing.queue);
+        for folder in [Some(&config.mailboxes.root), queue].into_iter().flatten() {
+            let made = user.make_folder(folder);
+            made.map_err(|error| Failure::new(OS_ERROR, format!("{}: {error}", folder.display())))?;
+        }
+        user.become_it().map_err(|error| Failure::new(OS_ERROR, error))?;
+    }
     // The mailboxes say what others may do with mail; everything else is made for its owner only.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(config.mailboxes.umask));
     Ok(())
@@ -545,8 +559,9 @@ fn check(matches: &Matches) -> Result<(), Failure> {
             if let Some(outgoing) = &config.outgoing {
                 usable(&outgoing.queue).map_err(wrong)?;
             }
-            let provider = &config.providers[0];
-            print(&format!("{}: good: a customer of {}, as {}\n", path.display(), provider.address, provider.name))
+            let of = |provider: &config::Upstream| format!("of {}, as {}", provider.address, provider.name);
+            let providers: Vec<_> = config.providers.iter().map(of).collect();
+            print(&format!("{}: good: a customer {}\n", path.display(), providers.join("; ")))
         }
     }
 }

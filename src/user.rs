@@ -1,6 +1,10 @@
 //! Who this process is: started as root, it becomes the user who owns the mail, before it touches any.
 
 use std::ffi::CString;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, lchown};
+use std::path::Path;
 
 use nix::unistd::{self, Gid, Uid};
 
@@ -32,6 +36,17 @@ impl User {
         };
         let name = CString::new(name).map_err(|_| format!("{name:?} is no name of a user"))?;
         Ok(User { name, uid: user.uid, gid })
+    }
+
+    /// Makes a folder that is to be this user's, where there is none. Those above it stay root's.
+    pub fn make_folder(&self, path: &Path) -> io::Result<()> {
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        match DirBuilder::new().mode(0o700).create(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made.and_then(|()| lchown(path, Some(self.uid.as_raw()), Some(self.gid.as_raw()))),
+        }
     }
 
     /// Becomes this user, with all his groups, for good. Before there are threads: they would be somebody else.
