@@ -305,7 +305,7 @@ fn pull_mail(matches: &Matches) -> Result<(), Failure> {
     );
     let path = config_path(matches);
     let config = config::Customer::load(&path)?;
-    let user = owner(&config, &path)?;
+    let user = owner(&config)?;
     let stamps = Stamps::system(tls::random);
     let stop = Stop::new()?;
     if daemon {
@@ -370,10 +370,13 @@ fn run_daemon(
 }
 
 /// Whom to become before mail is touched; `None`: who we are.
-fn owner(config: &config::Customer, path: &Path) -> Result<Option<User>, Failure> {
-    let wanted = config.user.as_ref().filter(|_| rustix::process::geteuid().is_root());
-    let found = wanted.map(|user| User::find(user, config.group.as_deref())).transpose();
-    found.map_err(|error| Failure::new(CONFIG, format!("{}: {error}", path.display())))
+fn owner(config: &config::Customer) -> Result<Option<User>, Failure> {
+    let wanted = config.owner.as_ref().filter(|_| rustix::process::geteuid().is_root());
+    Ok(wanted.map(find_owner).transpose()?)
+}
+
+fn find_owner(owner: &config::Owner) -> Result<User, config::ConfigError> {
+    User::find(&owner.user, owner.group.as_deref()).map_err(|text| owner.error(text))
 }
 
 fn become_owner(config: &config::Customer, user: Option<User>) -> Result<(), Failure> {
@@ -501,7 +504,7 @@ fn send(arguments: &[String]) -> Result<(), Failure> {
     let file = file.unwrap_or_else(|| PathBuf::from(CUSTOMER_FILE));
     let config = customer_file(&file)?;
     // What root sends must not be root's: who calls could not read it.
-    become_owner(&config, owner(&config, &file)?)?;
+    become_owner(&config, owner(&config)?)?;
     let stamps = Stamps::system(tls::random);
     let done = match mode.as_str() {
         "p" => send::list(&config, &stamps, &mut io::stdout()),
@@ -549,9 +552,8 @@ fn check(matches: &Matches) -> Result<(), Failure> {
             print(&format!("{}: good: a provider with {accounts} customers, {domains} domains\n", path.display()))
         }
         Config::Customer(config) => {
-            if let Some(user) = &config.user {
-                User::find(user, config.group.as_deref())
-                    .map_err(|error| wrong(format!("{}: {error}", path.display())))?;
+            if let Some(owner) = &config.owner {
+                find_owner(owner).map_err(|error| wrong(error.to_string()))?;
             }
             pull::Caller::new(&config, &Stamps::system(tls::random))
                 .map_err(|error| wrong(format!("{}: {error}", path.display())))?;

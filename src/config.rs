@@ -32,7 +32,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use toml::Spanned;
 
-pub use self::customer::{Customer, Outgoing, Upstream};
+pub use self::customer::{Customer, Outgoing, Owner, Upstream};
 pub use self::mailboxes::{Accept, Mailboxes};
 pub use self::provider::{Account, Accounts, Inbound, Odmr, Provider, TlsFiles};
 pub use self::relay::{Relay, Retry, Smarthost, TlsPolicy};

@@ -26,9 +26,7 @@ pub struct Customer {
     /// The name it greets with. ASCII; the case is as written.
     pub hostname: String,
     /// Whom a process becomes that was started as root, before it touches mail; none: nobody.
-    pub user: Option<String>,
-    /// The group of what it makes then. Default: that user's own.
-    pub group: Option<String>,
+    pub owner: Option<Owner>,
     /// At least one, in the order of the file; no two have the same address and name.
     pub providers: Vec<Upstream>,
     pub mailboxes: Mailboxes,
@@ -81,21 +79,37 @@ impl Customer {
             (Some(raw), Some(provider)) => Some(Outgoing::build(source, raw, provider, &mailboxes)?),
             _ => None,
         };
-        let user = raw.user.map(|user| user.0.0);
-        if let (None, Some(group)) = (&user, &raw.group) {
-            let text = "`group` means nothing without `user`: say user = \"…\" too, or take it out";
-            return Err(source.error(group.span(), text));
-        }
-        Ok(Customer {
-            hostname,
-            user,
-            group: raw.group.map(|group| group.into_inner().0.0),
-            providers,
-            mailboxes,
-            outgoing,
-            limits: raw.limits,
-            timeouts: raw.timeouts,
-        })
+        let owner = match (raw.user, raw.group) {
+            (None, None) => None,
+            (None, Some(group)) => {
+                let text = "`group` means nothing without `user`: say user = \"…\" too, or take it out";
+                return Err(source.error(group.span(), text));
+            }
+            (Some(user), group) => {
+                // Whoever looks them up says where they stand.
+                let place = source.error(user.span(), "");
+                let group = group.map(|group| group.into_inner().0.0);
+                Some(Owner { user: user.into_inner().0.0, group, place })
+            }
+        };
+        Ok(Customer { hostname, owner, providers, mailboxes, outgoing, limits: raw.limits, timeouts: raw.timeouts })
+    }
+}
+
+/// Who owns the mail.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Owner {
+    pub user: String,
+    /// The group of what is made for him. Default: his own.
+    pub group: Option<String>,
+    /// The error to come back with, its text still to be filled in, when there is no such user.
+    place: ConfigError,
+}
+
+impl Owner {
+    /// What is wrong with the user or the group.
+    pub fn error(&self, text: String) -> ConfigError {
+        ConfigError { text, ..self.place.clone() }
     }
 }
 
@@ -275,7 +289,7 @@ impl Outgoing {
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawCustomer {
     hostname: Option<Entry<Hostname>>,
-    user: Option<Entry<Login>>,
+    user: Option<Spanned<Entry<Login>>>,
     group: Option<Spanned<Entry<Login>>>,
     provider: Option<Spanned<OneOrMany>>,
     mailboxes: Option<Spanned<RawMailboxes>>,

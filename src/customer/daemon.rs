@@ -20,7 +20,7 @@ use super::local;
 use super::network;
 use super::pull::{Caller, Error, state_folder};
 use super::tally::Tally;
-use crate::config::{Customer, Upstream};
+use crate::config::{Customer, Owner, Schedule, Upstream};
 use crate::listen::{self, Gate, Visitors};
 use crate::schedule::{Diary, Now};
 use crate::session::literal;
@@ -37,8 +37,8 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// So often the clock is looked at, as it may be set.
 const GLANCE: Duration = Duration::from_secs(60);
 
-/// Calls for the sake of a new address are so far apart at least: routers announce themselves all the time.
-const BETWEEN_NETWORKS: Duration = Duration::from_secs(60);
+/// Calls for the sake of a new address are so far apart at least: a network comes up in steps.
+const BETWEEN_NETWORKS: Duration = Duration::from_secs(3);
 
 /// What the loop waits for.
 #[derive(Debug)]
@@ -119,7 +119,6 @@ pub fn run(
         handing_over: false,
         handover_rests: None,
         epoch: Instant::now(),
-        network: None,
         threads: Vec::new(),
     };
     daemon.follow();
@@ -129,7 +128,7 @@ pub fn run(
         match event {
             Ok(Event::Now) => daemon.lines.iter_mut().for_each(|line| line.at_once = true),
             Ok(Event::Reload) => daemon.reload(load, &current),
-            Ok(Event::Network) => daemon.network_has_changed(),
+            Ok(Event::Network) => daemon.lines.iter_mut().for_each(|line| line.network = true),
             Ok(Event::Ended { key, begun, error }) => daemon.ended(&key, begun, error),
             Ok(Event::HandedOver) => daemon.handed_over(),
             Ok(Event::Handover) => daemon.handover_rests = None,
@@ -192,18 +191,20 @@ struct Daemon {
     /// The last try left something due: another process is at it, or something is in its way. Not before this.
     handover_rests: Option<Instant>,
     epoch: Instant,
-    /// When an address was the reason to call.
-    network: Option<Instant>,
     threads: Vec<JoinHandle<()>>,
 }
 
 /// What is known of the calls to one provider.
 struct Line {
     key: Key,
-    provider: Upstream,
+    schedule: Schedule,
     diary: Diary,
     calling: bool,
     at_once: bool,
+    /// An address or a route has come, and was not looked at yet.
+    network: bool,
+    /// One was the reason to call: no other one is before this.
+    network_rests: Option<Instant>,
 }
 
 impl Daemon {
@@ -216,15 +217,21 @@ impl Daemon {
         let now = self.now();
         let mut before = std::mem::take(&mut self.lines);
         for provider in &self.caller.config().providers {
-            let key = key(provider);
-            let known = before.iter().position(|line| line.key == key).map(|at| before.swap_remove(at));
-            let fresh = || Diary::new(&provider.schedule, &self.stamps, now);
-            let (diary, calling, at_once) = match known {
-                Some(line) if line.provider.schedule == provider.schedule => (line.diary, line.calling, line.at_once),
-                Some(line) => (fresh(), line.calling, line.at_once),
-                None => (fresh(), false, false),
-            };
-            self.lines.push(Line { key, provider: provider.clone(), diary, calling, at_once });
+            let known = before.iter().position(|line| line.key == key(provider)).map(|at| before.swap_remove(at));
+            let mut line = known.unwrap_or_else(|| Line {
+                key: key(provider),
+                schedule: provider.schedule.clone(),
+                diary: Diary::new(&provider.schedule, &self.stamps, now),
+                calling: false,
+                at_once: false,
+                network: false,
+                network_rests: None,
+            });
+            if line.schedule != provider.schedule {
+                line.schedule = provider.schedule.clone();
+                line.diary = Diary::new(&provider.schedule, &self.stamps, now);
+            }
+            self.lines.push(line);
         }
         for line in self.lines.iter().filter(|line| !line.calling) {
             self.say_when(line);
@@ -237,6 +244,7 @@ impl Daemon {
     }
 
     fn begin_what_is_due(&mut self) {
+        self.look_at_network();
         let now = self.now();
         self.threads.retain(|thread| !thread.is_finished());
         for number in 0..self.lines.len() {
@@ -304,15 +312,19 @@ impl Daemon {
         self.say_when(&self.lines[at]);
     }
 
-    fn network_has_changed(&mut self) {
-        if self.network.is_some_and(|last| last.elapsed() < BETWEEN_NETWORKS) {
-            return;
-        }
-        let now = self.now();
-        for line in self.lines.iter_mut().filter(|line| line.diary.is_pausing()) {
-            log::info!("event=network provider={} account={}", line.key.0, line.key.1);
-            line.diary.network_is_back(now);
-            self.network = Some(Instant::now());
+    /// A call that failed may go through now; one that is under way may have begun too early, and is waited for.
+    fn look_at_network(&mut self) {
+        let (now, moment) = (self.now(), Instant::now());
+        for line in self.lines.iter_mut().filter(|line| line.network && !line.calling) {
+            if line.network_rests.is_some_and(|until| moment < until) {
+                continue;
+            }
+            line.network = false;
+            if line.diary.is_pausing() {
+                log::info!("event=network provider={} account={}", line.key.0, line.key.1);
+                line.diary.network_is_back(now);
+                line.network_rests = Some(moment + BETWEEN_NETWORKS);
+            }
         }
     }
 
@@ -327,9 +339,11 @@ impl Daemon {
             }
         };
         let (old, new) = (self.caller.config(), caller.config());
+        let names = |owner: &Owner| (owner.user.clone(), owner.group.clone());
         let listens = |config: &Customer| config.outgoing.as_ref().map(|outgoing| outgoing.listen.clone());
         if listens(old).unwrap_or_default() != listens(new).unwrap_or_default()
-            || (&old.user, &old.group, old.mailboxes.umask) != (&new.user, &new.group, new.mailboxes.umask)
+            || (old.owner.as_ref().map(names), old.mailboxes.umask)
+                != (new.owner.as_ref().map(names), new.mailboxes.umask)
             || old.mailboxes.root != new.mailboxes.root
         {
             log::warn!("event=restart-needed reason=\"`listen`, `user`, `group`, `umask` or `root` has changed\"");
@@ -346,7 +360,10 @@ impl Daemon {
         let now = self.now();
         let waiting = self.lines.iter().filter(|line| !line.calling);
         let call = waiting.map(|line| if line.at_once { Duration::ZERO } else { line.diary.left(now) }).min();
-        [Some(GLANCE), call, self.until_handover()].into_iter().flatten().min().unwrap_or(GLANCE)
+        let rests = |line: &Line| line.network_rests.filter(|_| line.network && !line.calling);
+        let network = self.lines.iter().filter_map(rests).min();
+        let network = network.map(|until| until.saturating_duration_since(Instant::now()));
+        [Some(GLANCE), call, self.until_handover(), network].into_iter().flatten().min().unwrap_or(GLANCE)
     }
 
     /// How long until mail for a next hop is tried; `None`: there is none, or it is being tried.
