@@ -46,7 +46,7 @@ use crate::smtp::client::Awaiting;
 /// What a file says, whichever side it is for.
 #[derive(Clone, Debug)]
 pub enum Config {
-    Provider(Provider),
+    Provider(Box<Provider>),
     Customer(Box<Customer>),
 }
 
@@ -55,7 +55,7 @@ impl Config {
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         let source = Source::read(path)?;
         match source.kind()? {
-            Some(Kind::Provider) => Provider::build(&source).map(Config::Provider),
+            Some(Kind::Provider) => Ok(Config::Provider(Box::new(Provider::build(&source)?))),
             Some(Kind::Customer) => Ok(Config::Customer(Box::new(Customer::build(&source)?))),
             None => Err(source.error(
                 None,

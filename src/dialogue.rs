@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Read};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 use crate::config::{self, Timeouts, TlsMode};
 use crate::queue::{Batch, Hold};
 use crate::smtp::address::Domain;
-use crate::smtp::client::{Client, Decided, Fate, Halt, Message, Origin, Outcome, Plan, StartTls, Step};
+use crate::smtp::client::{Awaiting, Client, Decided, Fate, Halt, Message, Origin, Outcome, Plan, StartTls, Step};
 use crate::smtp::command::Recipient;
 use crate::smtp::content::{Liner, Stuffer};
 use crate::smtp::reply::{Reply, ReplyReader};
 use crate::tls::{self, ClientSide, Trust};
-use crate::wire::{Filled, Line, Stop, Trace, Wire, Woken};
+use crate::wire::{self, Filled, Line, Stop, Trace, Wire, Woken};
 
 /// A reply line may be longer than RFC 5321 section 4.5.3.1.5 says, but not endless.
 pub const REPLY_LINE_LIMIT: usize = 8 * 1024;
@@ -79,6 +79,10 @@ pub struct Dialogue {
     replies: ReplyReader,
     timeouts: Timeouts,
     stop: Stop,
+    /// Whatever is waited for, not longer than this.
+    limit: Option<Instant>,
+    /// We were told to stop behind a message's content: so long its reply is waited for.
+    grace: Option<(Instant, Stop)>,
 }
 
 impl Dialogue {
@@ -89,7 +93,20 @@ impl Dialogue {
             replies: ReplyReader::default(),
             timeouts: timeouts.clone(),
             stop: stop.clone(),
+            limit: None,
+            grace: None,
         }
+    }
+
+    /// From now on nothing is waited for beyond this moment.
+    pub fn limit(&mut self, limit: Option<Instant>) {
+        self.limit = limit;
+    }
+
+    /// The end of a wait that begins now.
+    fn within(&self, patience: Duration) -> Instant {
+        let end = Instant::now() + patience;
+        self.limit.map_or(end, |limit| limit.min(end))
     }
 
     pub fn client(&self) -> &Client {
@@ -98,7 +115,7 @@ impl Dialogue {
 
     /// Begins TLS; `name`: what the peer's certificate must be for.
     pub fn begin_tls(&mut self, side: &ClientSide, name: &str) -> Result<(), Failure> {
-        let deadline = Instant::now() + self.timeouts.handshake;
+        let deadline = self.within(self.timeouts.handshake);
         self.wire.start_tls_client(side, name, deadline).map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => Failure::Broken(error.to_string()),
             _ => Failure::NoTls(format!("TLS did not come about: {error}")),
@@ -295,7 +312,11 @@ impl Dialogue {
             if octets == 0 {
                 break;
             }
-            self.wire.flush_all(Instant::now() + self.timeouts.block).map_err(lost)?;
+            let deadline = self.within(self.timeouts.block);
+            self.wire.flush_or_stop(deadline, &self.stop).map_err(|error| match error.kind() {
+                io::ErrorKind::Interrupted => Failure::Stopped,
+                _ => lost(error),
+            })?;
         }
         // BDAT has announced the octets: with one more or less the peer would take content for commands.
         if chunk && sent != size {
@@ -345,7 +366,7 @@ impl Dialogue {
 
     /// What the next reply leads to.
     fn next(&mut self) -> Result<Step, Failure> {
-        let reply = self.reply(Instant::now() + self.timeouts.patience(self.client.awaiting()))?;
+        let reply = self.reply(self.within(self.timeouts.patience(self.client.awaiting())))?;
         let farewell = reply.code() == 421;
         let mut said = Vec::new();
         let step =
@@ -377,9 +398,19 @@ impl Dialogue {
                 Line::TooLong => return Err(Failure::Broken("a reply line without end".to_owned())),
                 Line::None => {}
             }
-            match self.wire.wait_input(deadline, &self.stop).map_err(lost)? {
+            let (deadline, stop) = match &self.grace {
+                Some((end, never)) => (deadline.min(*end), never),
+                None => (deadline, &self.stop),
+            };
+            match self.wire.wait_input(deadline, stop).map_err(lost)? {
                 Woken::Ready => {}
                 Woken::Deadline => return Err(Failure::Lost("the peer does not answer".to_owned())),
+                // The peer may have taken the message this very moment: to go now would bring it twice.
+                Woken::Stopped if self.client.awaiting() == Some(Awaiting::End) => {
+                    let never = Stop::new().map_err(lost)?;
+                    self.grace = Some((Instant::now() + self.timeouts.shutdown, never));
+                    continue;
+                }
                 Woken::Stopped => return Err(Failure::Stopped),
             }
             if self.wire.fill().map_err(lost)? == Filled::End {
@@ -449,8 +480,9 @@ impl Upstream {
                 ..Plan::default()
             };
             let side = self.side.as_ref().map(|side| (side, config.host.as_str()));
-            match converse(address, plan, side, timeouts, stop) {
+            match converse(address, plan, side, timeouts, stop, None) {
                 Ok(dialogue) => return Ok(dialogue),
+                Err(Failure::Stopped) => return Err(Failure::Stopped),
                 Err(failure) => last = failure,
             }
         }
@@ -458,17 +490,22 @@ impl Upstream {
     }
 }
 
-/// Connects by TCP and introduces itself.
+/// Connects by TCP and introduces itself, until `limit` at the latest.
 pub fn converse(
     address: SocketAddr,
     plan: Plan,
     side: Option<(&ClientSide, &str)>,
     timeouts: &Timeouts,
     stop: &Stop,
+    limit: Option<Instant>,
 ) -> Result<Dialogue, Failure> {
-    let stream = TcpStream::connect_timeout(&address, timeouts.connect)
-        .map_err(|error| Failure::Lost(format!("{address}: {error}")))?;
-    converse_over(stream.into(), &format!("relay-{address}"), plan, side, timeouts, stop)
+    let deadline = Instant::now() + timeouts.connect;
+    let deadline = limit.map_or(deadline, |limit| limit.min(deadline));
+    let socket = wire::connect(address, deadline, stop).map_err(|error| match error.kind() {
+        io::ErrorKind::Interrupted => Failure::Stopped,
+        _ => Failure::Lost(format!("{address}: {error}")),
+    })?;
+    converse_over(socket, &format!("relay-{address}"), plan, side, timeouts, stop, limit)
 }
 
 /// Introduces itself over a connection; `name`: what it is called in the log.
@@ -479,11 +516,13 @@ pub fn converse_over(
     side: Option<(&ClientSide, &str)>,
     timeouts: &Timeouts,
     stop: &Stop,
+    limit: Option<Instant>,
 ) -> Result<Dialogue, Failure> {
     let trace = Trace { id: name.to_owned(), us: 'C', them: 'S' };
     let implicit = plan.tls;
     let wire = Wire::new(socket, trace).map_err(|error| Failure::Lost(format!("{name}: {error}")))?;
     let mut dialogue = Dialogue::new(wire, plan, timeouts, stop);
+    dialogue.limit(limit);
     let begun = match side {
         Some((side, name)) if implicit => dialogue.begin_tls(side, name),
         _ => Ok(()),

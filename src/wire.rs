@@ -24,6 +24,7 @@
 
 use std::io::{self, IoSlice, Write};
 use std::mem::{self, MaybeUninit};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,6 +33,7 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 pub use crate::tls::Secure;
 use crate::tls::{ClientSide, ServerSide, Session};
@@ -280,12 +282,24 @@ impl Wire {
     ///
     /// Reads meanwhile, so that two peers that talk at once do not wait for each other.
     pub fn flush_all(&mut self, deadline: Instant) -> io::Result<()> {
+        self.flush_until(deadline, None)
+    }
+
+    /// The same; `Interrupted` when told to stop.
+    pub fn flush_or_stop(&mut self, deadline: Instant, stop: &Stop) -> io::Result<()> {
+        self.flush_until(deadline, Some(stop))
+    }
+
+    fn flush_until(&mut self, deadline: Instant, stop: Option<&Stop>) -> io::Result<()> {
         while !self.flush()? {
+            if stop.is_some_and(Stop::stopped) {
+                return Err(io::Error::new(io::ErrorKind::Interrupted, "told to stop"));
+            }
             let mut wanted = PollFlags::OUT;
             if !self.ended && self.received().len() < FULL {
                 wanted |= PollFlags::IN;
             }
-            let ready = self.poll_or_time_out(wanted, deadline, "the peer takes no more")?;
+            let ready = self.poll_or_time_out(wanted, stop, deadline, "the peer takes no more")?;
             if ready.input
                 && let Filled::Bytes(count) = self.pull()?
             {
@@ -387,6 +401,39 @@ impl Stop {
     /// Readable (`IN`) from `stop` on, for ever. Never read from it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.reader.as_fd()
+    }
+}
+
+/// Connects by TCP. `TimedOut` after the deadline, `Interrupted` when told to stop.
+pub fn connect(address: SocketAddr, deadline: Instant, stop: &Stop) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, &address) {
+        // A signal does not end it either; it goes on by itself.
+        Err(Errno::INPROGRESS | Errno::INTR) => {}
+        other => return other.map(|()| socket).map_err(io::Error::from),
+    }
+    loop {
+        if stop.stopped() {
+            return Err(io::Error::new(io::ErrorKind::Interrupted, "told to stop"));
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "no answer"));
+        }
+        let mut descriptors = [
+            PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::OUT),
+            PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN),
+        ];
+        match rustix::event::poll(&mut descriptors, Timespec::try_from(left).ok().as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if !descriptors[0].revents().is_empty() {
+            rustix::net::sockopt::socket_error(&socket)??;
+            return Ok(socket);
+        }
     }
 }
 
@@ -649,11 +696,17 @@ impl Wire {
         })
     }
 
-    fn poll_or_time_out(&self, wanted: PollFlags, deadline: Instant, what: &str) -> io::Result<Ready> {
+    fn poll_or_time_out(
+        &self,
+        wanted: PollFlags,
+        stop: Option<&Stop>,
+        deadline: Instant,
+        what: &str,
+    ) -> io::Result<Ready> {
         if Instant::now() >= deadline {
             return Err(io::Error::new(io::ErrorKind::TimedOut, what));
         }
-        self.poll(wanted, None, deadline)
+        self.poll(wanted, stop, deadline)
     }
 
     fn start_tls(
@@ -672,7 +725,7 @@ impl Wire {
         }
         // Nothing is read here: the peer's next octets are TLS.
         while !self.flush()? {
-            self.poll_or_time_out(PollFlags::OUT, deadline, "the peer takes no more")?;
+            self.poll_or_time_out(PollFlags::OUT, None, deadline, "the peer takes no more")?;
         }
         self.tls = Some(Box::new(session()?));
         self.handshake(deadline).map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))?;
@@ -695,7 +748,7 @@ impl Wire {
                 return Ok(());
             }
             let late = "the handshake took too long";
-            if self.poll_or_time_out(wanted, deadline, late)?.input {
+            if self.poll_or_time_out(wanted, None, deadline, late)?.input {
                 self.shake()?;
             }
         }

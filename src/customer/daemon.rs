@@ -119,7 +119,6 @@ pub fn run(
         handing_over: false,
         handover_rests: None,
         epoch: Instant::now(),
-        threads: Vec::new(),
     };
     daemon.follow();
     while !stop.stopped() {
@@ -135,9 +134,19 @@ pub fn run(
             Ok(Event::Stop) | Err(_) => {}
         }
     }
-    // They have heard the word to stop; a message half received stays with the provider.
-    daemon.threads.into_iter().for_each(|thread| drop(thread.join()));
-    listeners.close(daemon.caller.config().timeouts.shutdown);
+    // They have heard the word to stop. Who does not end in time is cut off with the process: a message half received
+    // stays with the provider.
+    let patience = daemon.caller.config().timeouts.shutdown;
+    let end = Instant::now() + patience;
+    while daemon.is_busy() {
+        match events.recv_deadline(end) {
+            Ok(Event::Ended { key, begun, error }) => daemon.ended(&key, begun, error),
+            Ok(Event::HandedOver) => daemon.handing_over = false,
+            Ok(_) => {}
+            Err(_) => break,
+        }
+    }
+    listeners.close(patience);
     Ok(())
 }
 
@@ -191,7 +200,6 @@ struct Daemon {
     /// The last try left something due: another process is at it, or something is in its way. Not before this.
     handover_rests: Option<Instant>,
     epoch: Instant,
-    threads: Vec<JoinHandle<()>>,
 }
 
 /// What is known of the calls to one provider.
@@ -246,7 +254,6 @@ impl Daemon {
     fn begin_what_is_due(&mut self) {
         self.look_at_network();
         let now = self.now();
-        self.threads.retain(|thread| !thread.is_finished());
         for number in 0..self.lines.len() {
             let line = &mut self.lines[number];
             if !line.calling && (line.at_once || line.diary.left(now).is_zero()) {
@@ -276,9 +283,13 @@ impl Daemon {
         });
     }
 
-    fn thread(&mut self, name: &str, work: impl FnOnce() + Send + 'static) {
+    fn is_busy(&self) -> bool {
+        self.handing_over || self.lines.iter().any(|line| line.calling)
+    }
+
+    fn thread(&self, name: &str, work: impl FnOnce() + Send + 'static) {
         match std::thread::Builder::new().name(name.to_owned()).spawn(work) {
-            Ok(thread) => self.threads.push(thread),
+            Ok(_) => {}
             // The end was told by what was dropped.
             Err(error) => log::error!("event=no-thread error={:?}", error.to_string()),
         }

@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, BufWriter, Cursor, Read, Seek, Write};
+use std::io::{self, BufWriter, Read, Seek, Write};
 use std::net::ToSocketAddrs;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -39,8 +39,13 @@ use super::mailboxes::Mailboxes;
 /// (RFC 5321 section 4.5.3.2).
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A next hop takes a message within this time: the provider waits for ten minutes (section 4.5.3.2.6).
-const PATIENCE_END: Duration = Duration::from_secs(8 * 60);
+/// All next hops of one recipient have answered within this time, and all of one message have taken it: the provider
+/// waits for five and for ten minutes (section 4.5.3.2), and what is taken later it brings again.
+const ASKED: Duration = Duration::from_secs(4 * 60);
+const TAKEN: Duration = Duration::from_secs(9 * 60);
+
+/// Mail that nobody waits for may take longer, but not for ever.
+const RETRIED: Duration = Duration::from_secs(60 * 60);
 
 /// One that could not be reached is left alone so long, and one that let us wait ten times as long as we have waited:
 /// each of a thousand recipients would wait again.
@@ -54,6 +59,8 @@ pub struct NextHops {
     hostname: String,
     timeouts: Timeouts,
     stop: Stop,
+    /// Nothing takes longer.
+    limit: Option<Instant>,
     sessions: HashMap<NextHop, Session>,
 }
 
@@ -75,10 +82,19 @@ impl NextHops {
             recipient: timeouts.recipient.min(PATIENCE),
             data: timeouts.data.min(PATIENCE),
             command: timeouts.command.min(PATIENCE),
-            end: timeouts.end.min(PATIENCE_END),
             ..timeouts.clone()
         };
-        NextHops { hostname: hostname.to_owned(), timeouts, stop: stop.clone(), sessions: HashMap::new() }
+        NextHops { hostname: hostname.to_owned(), timeouts, stop: stop.clone(), limit: None, sessions: HashMap::new() }
+    }
+
+    /// What follows is about one recipient that the provider waits for.
+    pub fn for_a_recipient(&mut self) {
+        self.limit = Some(Instant::now() + ASKED.min(self.timeouts.recipient * 4));
+    }
+
+    /// What follows is about one message that the provider waits for.
+    pub fn for_a_message(&mut self) {
+        self.limit = Some(Instant::now() + TAKEN.min(self.timeouts.end));
     }
 
     /// A new transaction: what was asked for the last one is forgotten.
@@ -130,21 +146,39 @@ impl NextHops {
         &mut self,
         hop: &NextHop,
         message: &Message,
-        content: &mut dyn Read,
+        content: &mut dyn Content,
         origin: Option<&Origin>,
-    ) -> Vec<Fate> {
-        let delivered = self.session(hop).map(|session| session.deliver(message, content, origin));
-        let mut fates = match delivered {
-            Ok(outcome) => outcome.fates,
-            Err(failure) => vec![Fate::Deferred(not_now(hop, &failure)); message.recipients.len()],
-        };
+    ) -> io::Result<Vec<Fate>> {
+        let before = self.sessions.get(hop).is_some_and(|session| session.dialogue.is_some());
+        let mut delivered = self.try_to_deliver(hop, message, content, origin)?;
+        // A session that was there before may have ended while the content came. Nobody has it yet.
+        let lost = |session: &Session| session.dialogue.is_none();
+        if before
+            && delivered.as_ref().is_ok_and(|fates| fates.iter().all(|fate| matches!(fate, Fate::Deferred(_))))
+            && self.sessions.get(hop).is_some_and(lost)
+        {
+            delivered = self.try_to_deliver(hop, message, content, origin)?;
+        }
+        let mut fates =
+            delivered.unwrap_or_else(|failure| vec![Fate::Deferred(not_now(hop, &failure)); message.recipients.len()]);
         for fate in &mut fates {
             if let Fate::Refused(reply) | Fate::Deferred(reply) = fate {
                 let reply = upward(hop, reply.clone());
                 *fate = if reply.code() < 500 { Fate::Deferred(reply) } else { Fate::Refused(reply) };
             }
         }
-        fates
+        Ok(fates)
+    }
+
+    fn try_to_deliver(
+        &mut self,
+        hop: &NextHop,
+        message: &Message,
+        content: &mut dyn Content,
+        origin: Option<&Origin>,
+    ) -> io::Result<Result<Vec<Fate>, Failure>> {
+        content.restart()?;
+        Ok(self.session(hop).map(|session| session.deliver(message, content, origin).fates))
     }
 
     /// The session with a next hop, connected.
@@ -155,13 +189,16 @@ impl NextHops {
             if session.down.is_some_and(|until| begun < until) {
                 return Err(Failure::Lost("it was not reachable a moment ago".to_owned()));
             }
-            match connect(hop, &self.hostname, &self.timeouts, &self.stop) {
+            match connect(hop, &self.hostname, &self.timeouts, &self.stop, self.limit) {
                 Ok(dialogue) => session.dialogue = Some(dialogue),
                 Err(failure) => {
                     session.rest(begun, DOWN);
                     return Err(failure);
                 }
             }
+        }
+        if let Some(dialogue) = &mut session.dialogue {
+            dialogue.limit(self.limit);
         }
         Ok(session)
     }
@@ -197,7 +234,7 @@ impl Session {
         self.down = Some(Instant::now() + rest);
     }
 
-    fn deliver(&mut self, message: &Message, content: &mut dyn Read, origin: Option<&Origin>) -> Outcome {
+    fn deliver(&mut self, message: &Message, content: &mut dyn Content, origin: Option<&Origin>) -> Outcome {
         let begun = Instant::now();
         let by_loss = |reply: Reply| {
             let fates = vec![Fate::Deferred(reply); message.recipients.len()];
@@ -237,7 +274,13 @@ impl Session {
     }
 }
 
-fn connect(hop: &NextHop, hostname: &str, timeouts: &Timeouts, stop: &Stop) -> Result<Dialogue, Failure> {
+fn connect(
+    hop: &NextHop,
+    hostname: &str,
+    timeouts: &Timeouts,
+    stop: &Stop,
+    limit: Option<Instant>,
+) -> Result<Dialogue, Failure> {
     let lost = |error: io::Error| Failure::Lost(format!("{hop}: {error}"));
     let plan = |lmtp| Plan { name: hostname.to_owned(), lmtp, chunking: true, ..Plan::default() };
     let (address, lmtp) = match hop {
@@ -249,15 +292,16 @@ fn connect(hop: &NextHop, hostname: &str, timeouts: &Timeouts, stop: &Stop) -> R
             SocketAddrUnix::new(path)
                 .and_then(|address| rustix::net::connect(&socket, &address))
                 .map_err(|error| lost(error.into()))?;
-            return converse_over(socket, &hop.to_string(), plan(true), None, timeouts, stop);
+            return converse_over(socket, &hop.to_string(), plan(true), None, timeouts, stop, limit);
         }
         NextHop::Lmtp { address, .. } => (address, true),
         NextHop::Smtp { address, .. } => (address, false),
     };
     let mut last = Failure::Lost(format!("{address} has no address"));
     for address in address.to_socket_addrs().map_err(lost)? {
-        match converse(address, plan(lmtp), None, timeouts, stop) {
+        match converse(address, plan(lmtp), None, timeouts, stop, limit) {
             Ok(dialogue) => return Ok(dialogue),
+            Err(Failure::Stopped) => return Err(Failure::Stopped),
             Err(failure) => last = failure,
         }
     }
@@ -283,20 +327,30 @@ fn upward(hop: &NextHop, reply: Reply) -> Reply {
     }
 }
 
+/// Content that can be sent again from its beginning.
+pub trait Content: Read {
+    fn restart(&mut self) -> io::Result<()>;
+}
+
+impl Content for Batch {
+    fn restart(&mut self) -> io::Result<()> {
+        self.rewind()
+    }
+}
+
 /// Content that is looked at as a whole, or sent more than once: a small one in memory, a large one in a file that is
 /// gone with us.
+#[derive(Default)]
 pub struct Scratch {
     memory: Vec<u8>,
     file: Option<BufWriter<File>>,
     sizer: Sizer,
     eight_bit: bool,
+    /// Where the next octet is read, as long as there is no file.
+    at: usize,
 }
 
 impl Scratch {
-    pub fn new() -> Scratch {
-        Scratch { memory: Vec::new(), file: None, sizer: Sizer::new(), eight_bit: false }
-    }
-
     /// `file`: makes the file, when it is needed.
     pub fn write(&mut self, octets: &[u8], file: impl FnOnce() -> io::Result<File>) -> io::Result<()> {
         self.sizer.feed(octets);
@@ -328,17 +382,24 @@ impl Scratch {
     pub fn beginning(&self) -> &[u8] {
         &self.memory
     }
+}
 
-    /// All of it, from the beginning.
-    pub fn reader(&mut self) -> io::Result<Box<dyn Read + '_>> {
-        match &mut self.file {
-            Some(file) => {
-                file.flush()?;
-                file.rewind()?;
-                Ok(Box::new(file.get_ref()))
-            }
-            None => Ok(Box::new(Cursor::new(&self.memory))),
+/// From where [`Content::restart`] has put it.
+impl Read for Scratch {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(file) = &mut self.file {
+            return file.get_mut().read(buffer);
         }
+        let octets = (&self.memory[self.at..]).read(buffer)?;
+        self.at += octets;
+        Ok(octets)
+    }
+}
+
+impl Content for Scratch {
+    fn restart(&mut self) -> io::Result<()> {
+        self.at = 0;
+        self.file.as_mut().map_or(Ok(()), Seek::rewind)
     }
 }
 
@@ -365,7 +426,8 @@ impl Handover {
 
     /// Stores what became neither delivered nor the provider's again, durably; then acts on the fates, one a recipient.
     /// `by`: who has decided on them.
-    pub fn keep(&self, envelope: Envelope, fates: Vec<Fate>, content: &mut dyn Read, by: &str) -> io::Result<()> {
+    pub fn keep(&self, envelope: Envelope, fates: Vec<Fate>, content: &mut dyn Content, by: &str) -> io::Result<()> {
+        content.restart()?;
         let mut copies = self.queue.put(&[(Place::Handover, envelope)], "")?;
         let mut piece = vec![0; 32 * 1024];
         loop {
@@ -464,7 +526,8 @@ impl Handover {
                     let numbers: Vec<_> = (number..recipients.len()).filter(same).collect();
                     let wanted = numbers.iter().map(|number| recipients[*number].clone()).collect();
                     let message = Message { recipients: wanted, ..batch.message() };
-                    let found = hops.deliver(&hop, &message, batch, None);
+                    hops.limit = Some(Instant::now() + RETRIED);
+                    let found = hops.deliver(&hop, &message, batch, None)?;
                     name = hop.to_string();
                     for (number, fate) in numbers.into_iter().zip(found) {
                         fates[number] = Some(fate);

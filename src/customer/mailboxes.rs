@@ -110,13 +110,17 @@ impl Mailboxes {
     }
 
     /// Begins copies for all recipients of an envelope, who are ours; those that a next hop shall have wait for it.
-    /// Who is not told by others what becomes of it is left in the envelope that comes back; and whether something
-    /// waits.
-    pub fn begin_all(&self, copies: &mut Copies, envelope: &Envelope, head: &str) -> io::Result<(Envelope, bool)> {
-        let (mut here, mut handed_over) = (Vec::new(), Vec::new());
+    pub fn begin_all(&self, copies: &mut Copies, envelope: &Envelope, head: &str) -> io::Result<Begun> {
+        let (mut here, mut handed_over, mut refused) = (Vec::new(), Vec::new(), Vec::new());
         let mut seen = HashSet::new();
         for recipient in &envelope.recipients {
-            let Ok(deliveries) = self.resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) else { continue };
+            let deliveries = match self.resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
+                Ok(deliveries) => deliveries,
+                Err(reply) => {
+                    refused.push((recipient.clone(), reply));
+                    continue;
+                }
+            };
             let mut all_here = true;
             for delivery in &deliveries {
                 match &delivery.place {
@@ -144,7 +148,7 @@ impl Mailboxes {
             let envelope = Envelope { recipients: handed_over, ..envelope.clone() };
             self.queue.add(copies, &Place::Handover, &envelope, head)?;
         }
-        Ok((Envelope { recipients: here, ..envelope.clone() }, waits))
+        Ok(Begun { here: Envelope { recipients: here, ..envelope.clone() }, waits, refused })
     }
 
     /// One message at rest into the Maildir of one recipient.
@@ -160,6 +164,16 @@ impl Mailboxes {
     pub fn make_room(&self, octets: u64) -> Result<(), Reply> {
         if has_room(&self.root, octets) { Ok(()) } else { Err(disk_full()) }
     }
+}
+
+/// What [`Mailboxes::begin_all`] has begun.
+pub struct Begun {
+    /// With the recipients who have it when the copies are committed; of the others somebody else will tell.
+    pub here: Envelope,
+    /// Something waits for a next hop.
+    pub waits: bool,
+    /// Those whom the rules do not know.
+    pub refused: Vec<(Recipient, Reply)>,
 }
 
 /// A recipient as a next hop gets it, one of so many in whose place it was meant. What its sender wants to know goes

@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::handover::Handover;
-use super::mailboxes::Mailboxes;
+use super::mailboxes::{Begun, Mailboxes};
 use super::receiver::Told;
 use super::tally::Tally;
 use crate::config;
@@ -177,28 +177,34 @@ impl Outbox {
             if here.recipients.is_empty() {
                 continue;
             }
-            let id = here.id.clone();
-            let ours = |recipient| here.recipients.contains(recipient);
-            let fate = |recipient| match ours(recipient) {
-                true => Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")),
-                false => Fate::Deferred(Reply::new(451, "4.0.0", "Not yet")),
+            let refused = match self.copy(&here, &mut batch) {
+                Ok(refused) => refused,
+                Err(error) => {
+                    log::error!("event=delivery-failed id={} error={:?}", here.id, error.to_string());
+                    continue;
+                }
+            };
+            // What was queued when the rules were others may have no mailbox any more.
+            let fate = |recipient: &Recipient| match refused.iter().find(|(other, _)| other == recipient) {
+                Some((_, reply)) => Fate::Refused(reply.clone()),
+                None if here.recipients.contains(recipient) => {
+                    Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here"))
+                }
+                None => Fate::Deferred(Reply::new(451, "4.0.0", "Not yet")),
             };
             let fates = batch.envelope.recipients.iter().map(fate).collect();
-            let delivered = self
-                .copy(&here, &mut batch)
-                .and_then(|()| batch.settle(&Outcome { fates, decided: Decided::ByUs }, &mut hold));
-            match delivered {
-                Ok(()) => log::info!("event=delivered id={id} recipients={}", here.recipients.len()),
-                Err(error) => log::error!("event=delivery-failed id={id} error={:?}", error.to_string()),
-            }
+            // Of a delivery that was asked for its sender has been told.
+            let peer = Peer { name: None, dsn: true };
+            let attempt = Attempt { peer, retry: None, done: "delivered", context: "here=yes" };
+            let _ = self.desk.conclude(batch, Outcome { fates, decided: Decided::ByUs }, &attempt, &mut hold);
         }
     }
 
-    /// A queued message, into our mailboxes.
-    fn copy(&self, here: &Envelope, batch: &mut Batch) -> io::Result<()> {
+    /// A queued message, into our mailboxes; those who have none.
+    fn copy(&self, here: &Envelope, batch: &mut Batch) -> io::Result<Vec<(Recipient, Reply)>> {
         let mut copies = Copies::default();
-        let (delivered, _) = self.shelf.mailboxes.begin_all(&mut copies, here, "")?;
-        let mut told = Told::new(&self.desk, &delivered);
+        let begun = self.shelf.mailboxes.begin_all(&mut copies, here, "")?;
+        let mut told = Told::new(&self.desk, &begun.here);
         batch.each_piece(|piece| {
             if let Some(told) = &mut told {
                 told.see(piece);
@@ -209,7 +215,7 @@ impl Outbox {
         if let Some(told) = told {
             told.tell();
         }
-        Ok(())
+        Ok(begun.refused)
     }
 
     /// Sends what is due in a session with the provider, before ATRN.
@@ -365,11 +371,15 @@ impl Shelf {
     fn begin(&self, here: &Envelope, elsewhere: &Envelope, head: &str) -> io::Result<(Copies, Option<Envelope>, bool)> {
         let mut copies = Copies::default();
         match self.mailboxes.begin_all(&mut copies, here, head) {
-            Ok((delivered, waits)) => {
+            // Its recipients were looked up before, by the same rules.
+            Ok(Begun { refused, .. }) if !refused.is_empty() => {
+                Err(io::Error::new(io::ErrorKind::NotFound, "a recipient has no mailbox here any more"))
+            }
+            Ok(Begun { here, waits, .. }) => {
                 if !elsewhere.recipients.is_empty() {
                     self.queue.add(&mut copies, &Place::Upstream, elsewhere, head)?;
                 }
-                Ok((copies, Some(delivered), waits))
+                Ok((copies, Some(here), waits))
             }
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 let recipients = [&here.recipients[..], &elsewhere.recipients[..]].concat();

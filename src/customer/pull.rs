@@ -6,7 +6,8 @@
 use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,7 +30,7 @@ use crate::smtp::server::{Profile, Role};
 use crate::stamp::Stamps;
 use crate::tls::ClientSide;
 use crate::turn;
-use crate::wire::{Stop, Trace, Wire};
+use crate::wire::{self, Stop, Trace, Wire};
 
 /// A command line may have 512 octets (RFC 5321 section 4.5.3.1.4): longer lists take several calls.
 const ATRN_LIST_LIMIT: usize = 512 - "ATRN \r\n".len();
@@ -254,8 +255,8 @@ impl Call<'_> {
         let (stream, peer) = self.dial()?;
         log::info!("event=connected provider={} peer={peer}", config.address);
         let trace = Trace { id: "pull".to_owned(), us: 'C', them: 'P' };
-        let wire = Wire::new(stream.into(), trace)
-            .map_err(|error| Error::Temporary(format!("the connection was lost: {error}")))?;
+        let wire =
+            Wire::new(stream, trace).map_err(|error| Error::Temporary(format!("the connection was lost: {error}")))?;
         let plan = Plan {
             name: self.caller.config.hostname.clone(),
             starttls: if config.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
@@ -281,7 +282,7 @@ impl Call<'_> {
     }
 
     /// Tries all addresses of the name, in the order the system gives.
-    fn dial(&self) -> Result<(TcpStream, SocketAddr), Error> {
+    fn dial(&self) -> Result<(OwnedFd, SocketAddr), Error> {
         let address = &self.provider.address;
         let found = address.to_socket_addrs().map_err(|error| {
             Error::NoHost(format!("{address} has no address: {error}; check `address` and the name server"))
@@ -291,7 +292,8 @@ impl Call<'_> {
             if self.stop.stopped() {
                 return Err(Error::Temporary("stopped".to_owned()));
             }
-            match TcpStream::connect_timeout(&socket, self.caller.config.timeouts.connect) {
+            let deadline = Instant::now() + self.caller.config.timeouts.connect;
+            match wire::connect(socket, deadline, self.stop) {
                 Ok(stream) => return Ok((stream, socket)),
                 Err(error) => {
                     last = format!("{socket}: {error}");

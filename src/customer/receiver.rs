@@ -66,6 +66,7 @@ impl Receiver {
         }
         let many = deliveries.len();
         let mut hops = self.hops.lock().unwrap_or_else(PoisonError::into_inner);
+        hops.for_a_recipient();
         let mut refused = None;
         for delivery in &mut deliveries {
             let Place::NextHop(hop) = &delivery.place else { continue };
@@ -180,7 +181,7 @@ impl Party for Receiver {
             copies,
             boxes,
             parts,
-            scratch: Scratch::new(),
+            scratch: Scratch::default(),
             hops: self.hops.clone(),
             mailboxes: self.mailboxes.clone(),
             handover: self.handover.clone(),
@@ -237,10 +238,11 @@ impl Arrival {
         let origin = Header::parse(front).origin(&self.provider);
         let (size, eight_bit) = (self.scratch.size(), self.scratch.eight_bit());
         let mut hops = self.hops.lock().unwrap_or_else(PoisonError::into_inner);
+        hops.for_a_message();
         let mut handed = Vec::new();
         for (hop, recipients) in std::mem::take(&mut self.parts) {
             let message = Message { recipients, size, eight_bit, ..self.message.clone() };
-            let fates = hops.deliver(&hop, &message, &mut *self.scratch.reader()?, origin.as_ref());
+            let fates = hops.deliver(&hop, &message, &mut self.scratch, origin.as_ref())?;
             for (recipient, fate) in message.recipients.iter().zip(&fates) {
                 log::info!(
                     "event=handed-over id={} to=<{}> next-hop={:?} fate={:?}",
@@ -269,7 +271,7 @@ impl Arrival {
                 }
             }
             let envelope = Envelope { recipients, ..self.envelope.clone() };
-            self.handover.keep(envelope, fates, &mut *self.scratch.reader()?, &hop.to_string())?;
+            self.handover.keep(envelope, fates, &mut self.scratch, &hop.to_string())?;
         }
         Ok(())
     }
@@ -279,7 +281,7 @@ impl Arrival {
         let recipients = std::mem::take(&mut self.boxes);
         let fates = vec![Fate::Deferred(storage_reply(error)); recipients.len()];
         let envelope = Envelope { recipients, ..self.envelope.clone() };
-        self.handover.keep(envelope, fates, &mut *self.scratch.reader()?, "maildir")
+        self.handover.keep(envelope, fates, &mut self.scratch, "maildir")
     }
 }
 

@@ -467,9 +467,9 @@ impl Worker {
             |starttls| Plan { name: self.hostname.clone(), starttls, tls: false, chunking: true, ..Plan::default() };
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
         let tls = Some((side, host.as_str()));
-        let mut result = converse(address, plan(required), tls, &self.timeouts, &self.stop);
+        let mut result = converse(address, plan(required), tls, &self.timeouts, &self.stop, None);
         if policy == TlsPolicy::May && matches!(result, Err(Failure::Broken(_) | Failure::NoTls(_))) {
-            result = converse(address, plan(StartTls::Never), None, &self.timeouts, &self.stop);
+            result = converse(address, plan(StartTls::Never), None, &self.timeouts, &self.stop, None);
         }
         let dialogue = match result {
             Ok(dialogue) => dialogue,

@@ -826,7 +826,9 @@ impl Client {
     }
 
     fn content_answered(&mut self, reply: Reply) -> Step {
+        // Behind a 421 the other recipients get no reply, and no mail.
         if self.plan.lmtp
+            && reply.code() != 421
             && let Some(front) = self.transactions.front_mut()
         {
             front.finals.push(reply);

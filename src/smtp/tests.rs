@@ -1282,6 +1282,8 @@ fn lmtp_answers_for_each_recipient() {
     let all = sent(&["250 m", "250 a", "250 b", "250 c"]);
     check(&all, "250 a", "Wait", "");
     check(&[&all[..], &["250 a", "452 b"]].concat(), "550 c", "Settled =250 ~452 !550", "");
+    // One that shuts down has taken it for those it has answered for, and for nobody else.
+    check(&[&all[..], &["250 a"]].concat(), "421 bye", "Settled =250 ~421 ~421", "");
     // Those that were refused before get no reply now (section 4.2).
     let some = sent(&["250 m", "550 a", "250 b", "450 c"]);
     check(&some, "250 b", "Settled !550 =250 ~450", "");
