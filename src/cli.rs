@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -306,8 +307,10 @@ fn pull_mail(matches: &Matches) -> Result<(), Failure> {
     let path = config_path(matches);
     let config = config::Customer::load(&path)?;
     let user = owner(&config)?;
+    not_for_others(&config, &path)?;
     let stamps = Stamps::system(tls::random);
     let stop = Stop::new()?;
+    raise_descriptor_limit();
     if daemon {
         return run_daemon(&path, &config, user, &stamps, &stop);
     }
@@ -336,7 +339,6 @@ fn run_daemon(
     stamps: &Stamps,
     stop: &Stop,
 ) -> Result<(), Failure> {
-    raise_descriptor_limit();
     // Ports below 1024 are bound before root's rights are gone.
     let ready = daemon::Ready::new(config, stamps)?;
     become_owner(config, user)?;
@@ -373,6 +375,17 @@ fn run_daemon(
 fn owner(config: &config::Customer) -> Result<Option<User>, Failure> {
     let wanted = config.owner.as_ref().filter(|_| rustix::process::geteuid().is_root());
     Ok(wanted.map(find_owner).transpose()?)
+}
+
+/// As root only for mailboxes that are root's: what it makes, their user could not read.
+fn not_for_others(config: &config::Customer, path: &Path) -> Result<(), Failure> {
+    let root = &config.mailboxes.root;
+    let theirs = |found: std::fs::Metadata| found.uid() != 0;
+    if rustix::process::geteuid().is_root() && config.owner.is_none() && root.metadata().is_ok_and(theirs) {
+        let text = format!("{} is another user's: name that user in `user`, or be that user", root.display());
+        return Err(Failure::new(CONFIG, format!("{}: {text}", path.display())));
+    }
+    Ok(())
 }
 
 fn find_owner(owner: &config::Owner) -> Result<User, config::ConfigError> {
@@ -504,6 +517,7 @@ fn send(arguments: &[String]) -> Result<(), Failure> {
     let file = file.unwrap_or_else(|| PathBuf::from(CUSTOMER_FILE));
     let config = customer_file(&file)?;
     // What root sends must not be root's: who calls could not read it.
+    not_for_others(&config, &file)?;
     become_owner(&config, owner(&config)?)?;
     let stamps = Stamps::system(tls::random);
     let done = match mode.as_str() {
@@ -553,7 +567,11 @@ fn check(matches: &Matches) -> Result<(), Failure> {
         }
         Config::Customer(config) => {
             if let Some(owner) = &config.owner {
-                find_owner(owner).map_err(|error| wrong(error.to_string()))?;
+                let user = find_owner(owner).map_err(|error| wrong(error.to_string()))?;
+                if !user.may_read(&path)? {
+                    let name = &owner.user;
+                    print(&format!("{}: {name} may not read it, so SIGHUP cannot: chgrp it\n", path.display()))?;
+                }
             }
             pull::Caller::new(&config, &Stamps::system(tls::random))
                 .map_err(|error| wrong(format!("{}: {error}", path.display())))?;

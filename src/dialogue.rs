@@ -169,6 +169,14 @@ impl Dialogue {
                     more = false;
                     break;
                 };
+                if let Err(failure) = self.expect_silence() {
+                    let fates = vec![
+                        Fate::Deferred(Reply::new(451, "4.4.2", failure.to_string()));
+                        batch.envelope.recipients.len()
+                    ];
+                    settle(batch, Outcome { fates, decided: Decided::ByLoss }, &self.client, hold);
+                    return Err(failure);
+                }
                 let mut said = Vec::new();
                 match self.client.send(batch.message(), &mut said) {
                     Ok(()) => under_way.push_back(batch),
@@ -211,6 +219,7 @@ impl Dialogue {
 
     /// Opens a transaction by asking; the peer's reply to MAIL.
     pub fn ask_mail(&mut self, message: &Message) -> Result<Reply, Failure> {
+        self.expect_silence()?;
         let mut said = Vec::new();
         let asked = self.client.ask_mail(message, &mut said);
         self.answer(asked, &said)
@@ -218,6 +227,7 @@ impl Dialogue {
 
     /// The peer's reply to one recipient more.
     pub fn ask_recipient(&mut self, recipient: &Recipient) -> Result<Reply, Failure> {
+        self.expect_silence()?;
         let mut said = Vec::new();
         let asked = self.client.ask_recipient(recipient, &mut said);
         self.answer(asked, &said)
@@ -244,6 +254,7 @@ impl Dialogue {
 
     /// Tells the peer who gave the next message to the host that gave it to us, if it wants to know.
     pub fn tell_origin(&mut self, origin: &Origin) -> Result<(), Failure> {
+        self.expect_silence()?;
         let mut said = Vec::new();
         let awaited = self.client.tell_origin(origin, &mut said);
         self.say(&said);
@@ -254,6 +265,9 @@ impl Dialogue {
     /// The content of the transaction that was opened by asking, of `size` octets on the wire; a fate for each
     /// recipient that was accepted. After a failure the session is over.
     pub fn proceed(&mut self, content: &mut dyn Read, size: u64) -> Outcome {
+        if let Err(failure) = self.expect_silence() {
+            return self.abandon(&failure);
+        }
         let mut said = Vec::new();
         let step = self.client.proceed(size, &mut said);
         self.say(&said);
@@ -263,8 +277,12 @@ impl Dialogue {
     /// One message from its MAIL on; a fate for each recipient. After a failure the session is over.
     pub fn transact(&mut self, message: Message, content: &mut dyn Read) -> Outcome {
         let (mut said, size) = (Vec::new(), message.size);
+        let silence = self.expect_silence();
         if let Err(outcome) = self.client.send(message, &mut said) {
             return outcome;
+        }
+        if let Err(failure) = silence {
+            return self.abandon(&failure);
         }
         self.say(&said);
         self.conclude(Step::Wait, content, size)
@@ -279,13 +297,14 @@ impl Dialogue {
             };
             step = match gone_on.and_then(|()| self.next()) {
                 Ok(step) => step,
-                Err(failure) => {
-                    let why = Reply::new(451, "4.4.2", failure.to_string());
-                    let abandoned = self.client.abandon(&why).pop();
-                    return abandoned.unwrap_or(Outcome { fates: Vec::new(), decided: Decided::ByLoss });
-                }
+                Err(failure) => return self.abandon(&failure),
             };
         }
+    }
+
+    fn abandon(&mut self, failure: &Failure) -> Outcome {
+        let why = Reply::new(451, "4.4.2", failure.to_string());
+        self.client.abandon(&why).pop().unwrap_or(Outcome { fates: Vec::new(), decided: Decided::ByLoss })
     }
 
     /// The content of one message, `size` octets on the wire: by DATA with its dots and its end, or as one chunk.
@@ -358,10 +377,27 @@ impl Dialogue {
         let mut said = Vec::new();
         self.client.quit(&mut said);
         self.say(&said);
-        if self.client.awaiting().is_some() {
-            let _ = self.reply(Instant::now() + FAREWELL);
-        }
+        self.limit(Some(Instant::now() + FAREWELL));
+        // What was said before is answered first.
+        while self.client.awaiting().is_some() && self.next().is_ok() {}
         self.wire.shutdown();
+    }
+
+    /// With nothing outstanding nothing may have come: a reply that nobody has asked for would be taken for the answer
+    /// to what is said next, and a message for delivered that was refused.
+    fn expect_silence(&mut self) -> Result<(), Failure> {
+        if self.client.awaiting().is_some() {
+            return Ok(());
+        }
+        if self.wire.fill().map_err(lost)? == Filled::End {
+            return Err(Failure::Lost("the peer closed the connection".to_owned()));
+        }
+        match self.wire.received() {
+            [] => Ok(()),
+            // RFC 5321 section 3.8: that one may come at any time.
+            said if said.starts_with(b"421") => Err(Failure::Lost("the peer shuts down".to_owned())),
+            _ => Err(Failure::Broken("a reply came that nobody asked for".to_owned())),
+        }
     }
 
     /// What the next reply leads to.

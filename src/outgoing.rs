@@ -136,8 +136,18 @@ impl Desk {
             late = retry.delay_notice.is_some_and(|delay| age > delay) && !batch.told_late();
         }
         let until = retry.map(|retry| Date::from_seconds(batch.envelope.arrived.seconds() + seconds(retry.give_up)));
-        let told = self.tell(&mut batch, &outcome, peer, until.filter(|_| late), now)?;
-        batch.told_refused = told;
+        batch.told_refused = match self.tell(&mut batch, &outcome, peer, until.filter(|_| late), now) {
+            Ok(told) => told,
+            Err(error) => {
+                // Who has the mail must not get it again because somebody else cannot be told.
+                log::error!("event=notice-failed id={} error={:?}", batch.envelope.id, error.to_string());
+                late = false;
+                if retry.is_none_or(|retry| age <= retry.give_up) {
+                    outcome.fates.iter_mut().for_each(not_yet);
+                }
+                false
+            }
+        };
         if late && outcome.fates.iter().any(|fate| matches!(fate, Fate::Deferred(_) | Fate::InDoubt)) {
             batch.tell_late()?;
         }
@@ -186,18 +196,18 @@ impl Desk {
         Ok(true)
     }
 
-    /// Final delivery has been made: those who asked are told (RFC 3461 section 5.2.5). `header`: the
-    /// message's.
-    pub fn delivered(&self, envelope: &Envelope, header: &[u8]) -> io::Result<()> {
+    /// Final delivery has been made: those who asked are told (RFC 3461 section 5.2.5). `relayed`: recipients that
+    /// somebody has who will not tell (section 5.2.2). `header`: the message's.
+    pub fn delivered(&self, envelope: &Envelope, relayed: &[Recipient], header: &[u8]) -> io::Result<()> {
         let ReversePath::Mailbox(to) = &envelope.from else { return Ok(()) };
-        let reports: Vec<_> = envelope
-            .recipients
-            .iter()
-            .filter(|recipient| recipient.notify.success())
-            .map(|recipient| Report {
+        let here = envelope.recipients.iter().map(|recipient| (recipient, Action::Delivered));
+        let reports: Vec<_> = here
+            .chain(relayed.iter().map(|recipient| (recipient, Action::Relayed)))
+            .filter(|(recipient, _)| recipient.notify.success())
+            .map(|(recipient, action)| Report {
                 recipient: &recipient.mailbox,
                 original: recipient.original.as_deref(),
-                action: Action::Delivered,
+                action,
                 status: "2.0.0".to_owned(),
                 remote: None,
                 diagnostic: None,
@@ -289,6 +299,13 @@ fn action(recipient: &Recipient, fate: &Fate, peer: Peer<'_>, late: bool) -> Opt
         Fate::Refused(_) => notify.failure().then_some(Action::Failed),
         Fate::Delivered(_) => (notify.success() && !peer.dsn).then_some(Action::Relayed),
         Fate::Deferred(_) | Fate::InDoubt => (late && notify.delay()).then_some(Action::Delayed),
+    }
+}
+
+/// A refusal of which its sender could not be told is tried again, and told of then.
+fn not_yet(fate: &mut Fate) {
+    if let Fate::Refused(reply) = fate {
+        *fate = Fate::Deferred(Reply::new(451, "4.3.0", format!("A notice could not be stored about: {reply}")));
     }
 }
 

@@ -925,6 +925,11 @@ fn is(mailbox: &Mailbox, local: &str, domain: &Domain) -> bool {
     mailbox.domain() == Some(domain) && mailbox.local().to_lowercase() == local
 }
 
+/// Whether two addresses are one mailbox: local parts compare without case.
+pub fn same(one: &Mailbox, other: &Mailbox) -> bool {
+    one.host() == other.host() && one.local().to_lowercase() == other.local().to_lowercase()
+}
+
 /// `local@domain`, quoted as it must be; `None`: no such address can be.
 pub fn address(local: &str, domain: &Domain) -> Option<Mailbox> {
     let escaped = local.replace('\\', r"\\").replace('"', "\\\"");

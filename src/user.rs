@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, lchown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, lchown};
 use std::path::Path;
 
 use nix::unistd::{self, Gid, Uid};
@@ -36,6 +36,17 @@ impl User {
         };
         let name = CString::new(name).map_err(|_| format!("{name:?} is no name of a user"))?;
         Ok(User { name, uid: user.uid, gid })
+    }
+
+    /// Whether this user may read a file, as far as its own mode says.
+    pub fn may_read(&self, path: &Path) -> io::Result<bool> {
+        let found = fs::metadata(path)?;
+        let bit = match (found.uid() == self.uid.as_raw(), found.gid() == self.gid.as_raw()) {
+            (true, _) => 0o400,
+            (false, true) => 0o040,
+            (false, false) => 0o004,
+        };
+        Ok(found.mode() & bit != 0)
     }
 
     /// Makes a folder that is to be this user's, where there is none. Those above it stay root's.

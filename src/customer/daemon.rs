@@ -5,11 +5,10 @@
 //! provider. The loop owns what is known of the calls, so there is nothing to lock. A new configuration holds for the
 //! calls and sessions that begin after it; those under way end with the old one.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -18,7 +17,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::local;
 use super::network;
-use super::pull::{Caller, Error, state_folder};
+use super::pull::{Caller, Error, state_file};
 use super::tally::Tally;
 use crate::config::{Customer, Owner, Schedule, Upstream};
 use crate::listen::{self, Gate, Visitors};
@@ -152,9 +151,7 @@ pub fn run(
 
 /// The file that the daemon of these mailboxes locks, and writes its process into.
 fn daemon_file(config: &Customer) -> Result<File, Error> {
-    let path = state_folder(config)?.join("daemon");
-    let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(&path);
-    file.map_err(|error| Error::System(format!("{}: {error}", path.display())))
+    state_file(config, "daemon")
 }
 
 /// One daemon for the same mailboxes.

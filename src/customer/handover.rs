@@ -54,6 +54,14 @@ const DOWN: Duration = Duration::from_secs(5);
 /// Content up to this size is kept in memory, larger in a file without a name.
 const IN_MEMORY: usize = 256 * 1024;
 
+/// What a next hop has made of a message.
+pub struct Delivered {
+    /// One a recipient.
+    pub fates: Vec<Fate>,
+    /// It tells senders who asked (RFC 3461).
+    pub dsn: bool,
+}
+
 /// The sessions with next hops of one who delivers; they outlast a message.
 pub struct NextHops {
     hostname: String,
@@ -70,6 +78,8 @@ struct Session {
     /// The recipients of the transaction that is open there, by asking; all were accepted.
     asked: Vec<Recipient>,
     open: bool,
+    /// It was opened with SMTPUTF8.
+    utf8: bool,
     /// It is left alone until then.
     down: Option<Instant>,
 }
@@ -99,12 +109,7 @@ impl NextHops {
 
     /// A new transaction: what was asked for the last one is forgotten.
     pub fn begin(&mut self) {
-        for session in self.sessions.values_mut().filter(|session| session.open) {
-            session.close();
-            if let Some(dialogue) = &mut session.dialogue {
-                dialogue.withdraw();
-            }
-        }
+        self.sessions.values_mut().filter(|session| session.open).for_each(Session::withdraw);
     }
 
     /// Asks whether a next hop takes a recipient; `Err`: its reply, or that it is down. `message`: its sender, and
@@ -114,6 +119,13 @@ impl NextHops {
         if session.open && session.asked.contains(recipient) {
             return Ok(());
         }
+        // RFC 6531 section 3.4: a recipient who needs SMTPUTF8 needs it at MAIL; the content goes to all in another
+        // transaction then.
+        let utf8 = message.utf8 || !recipient.mailbox.is_ascii();
+        if session.open && utf8 && !session.utf8 {
+            session.withdraw();
+        }
+        let message = &Message { utf8, ..message.clone() };
         // That a session has ended in a pause between two messages says nothing of the next hop.
         let idle = session.dialogue.is_some() && !session.open;
         let asked = match self.try_to_ask(hop, message, recipient) {
@@ -125,7 +137,7 @@ impl NextHops {
             200..=299 => Ok(()),
             // Behind RCPT a 552 means too many recipients, and so "later" (RFC 5321 section 4.5.3.1.10); what a next hop
             // means by it is its quota, or its SIZE.
-            552 => Err(reply.recoded(550)),
+            552 => Err(reply.recoded(550).graded()),
             _ => Err(upward(hop, reply)),
         }
     }
@@ -148,7 +160,7 @@ impl NextHops {
         message: &Message,
         content: &mut dyn Content,
         origin: Option<&Origin>,
-    ) -> io::Result<Vec<Fate>> {
+    ) -> io::Result<Delivered> {
         let before = self.sessions.get(hop).is_some_and(|session| session.dialogue.is_some());
         let mut delivered = self.try_to_deliver(hop, message, content, origin)?;
         // A session that was there before may have ended while the content came. Nobody has it yet.
@@ -167,7 +179,19 @@ impl NextHops {
                 *fate = if reply.code() < 500 { Fate::Deferred(reply) } else { Fate::Refused(reply) };
             }
         }
-        Ok(fates)
+        let dialogue = self.sessions.get(hop).and_then(|session| session.dialogue.as_ref());
+        let dsn = dialogue.is_some_and(|dialogue| dialogue.client().offered().dsn);
+        // XCLIENT holds for the rest of the session, and the next message comes from somebody else.
+        if origin.is_some()
+            && dialogue.is_some_and(|dialogue| !dialogue.client().offered().xclient.is_empty())
+            && let Some(session) = self.sessions.get_mut(hop)
+        {
+            session.close();
+            if let Some(dialogue) = session.dialogue.take() {
+                dialogue.quit();
+            }
+        }
+        Ok(Delivered { fates, dsn })
     }
 
     fn try_to_deliver(
@@ -218,7 +242,7 @@ impl Session {
             if !reply.is_positive() {
                 return Ok(reply);
             }
-            self.open = true;
+            (self.open, self.utf8) = (true, message.utf8);
         }
         let reply = dialogue.ask_recipient(recipient)?;
         if reply.is_positive() {
@@ -261,6 +285,14 @@ impl Session {
             self.rest(begun, Duration::ZERO);
         }
         outcome
+    }
+
+    /// Lets the transaction go that is open.
+    fn withdraw(&mut self) {
+        self.close();
+        if let Some(dialogue) = &mut self.dialogue {
+            dialogue.withdraw();
+        }
     }
 
     fn close(&mut self) {
@@ -317,7 +349,7 @@ fn not_now(hop: &NextHop, failure: &Failure) -> Reply {
 /// A next hop's reply as the provider shall hear it: as it is, unless it speaks of us and not of the mail.
 fn upward(hop: &NextHop, reply: Reply) -> Reply {
     match reply.code() {
-        400..=420 | 422..=499 | 505..=529 | 531..=599 => reply,
+        400..=420 | 422..=499 | 505..=529 | 531..=599 => reply.graded(),
         421 => Reply::new(451, "4.3.2", "The mail server behind this one is not available now"),
         // It does not know a command, or wants authentication: nobody's mail may come back for that.
         _ => {
@@ -403,6 +435,14 @@ impl Content for Scratch {
     }
 }
 
+/// Who has decided on a message.
+#[derive(Clone, Copy)]
+pub struct By<'a> {
+    pub name: &'a str,
+    /// It tells senders who asked (RFC 3461).
+    pub dsn: bool,
+}
+
 /// Mail that a next hop shall have and nobody else keeps: it waits under ROOT and is tried again.
 pub struct Handover {
     queue: Queue,
@@ -426,7 +466,7 @@ impl Handover {
 
     /// Stores what became neither delivered nor the provider's again, durably; then acts on the fates, one a recipient.
     /// `by`: who has decided on them.
-    pub fn keep(&self, envelope: Envelope, fates: Vec<Fate>, content: &mut dyn Content, by: &str) -> io::Result<()> {
+    pub fn keep(&self, envelope: Envelope, fates: Vec<Fate>, content: &mut dyn Content, by: By<'_>) -> io::Result<()> {
         content.restart()?;
         let mut copies = self.queue.put(&[(Place::Handover, envelope)], "")?;
         let mut piece = vec![0; 32 * 1024];
@@ -444,7 +484,7 @@ impl Handover {
         Ok(())
     }
 
-    fn conclude_stored(&self, entries: Vec<Entry>, fates: Vec<Fate>, by: &str) -> Result<(), String> {
+    fn conclude_stored(&self, entries: Vec<Entry>, fates: Vec<Fate>, by: By<'_>) -> Result<(), String> {
         let mut hold = self.hold()?;
         for entry in entries {
             let batch = hold.claim(&Place::Handover, entry).map_err(|error| error.to_string())?;
@@ -455,10 +495,10 @@ impl Handover {
         Ok(())
     }
 
-    fn conclude(&self, batch: Batch, fates: Vec<Fate>, name: &str, hold: &mut Hold) -> io::Result<Outcome> {
-        let context = format!("next-hop={name:?}");
-        let attempt =
-            Attempt { peer: Peer::default(), retry: Some(&self.retry), done: "handed-over", context: &context };
+    fn conclude(&self, batch: Batch, fates: Vec<Fate>, by: By<'_>, hold: &mut Hold) -> io::Result<Outcome> {
+        let context = format!("next-hop={:?}", by.name);
+        let peer = Peer { name: None, dsn: by.dsn };
+        let attempt = Attempt { peer, retry: Some(&self.retry), done: "handed-over", context: &context };
         self.desk.conclude(batch, Outcome { fates, decided: Decided::ByPeer }, &attempt, hold)
     }
 
@@ -492,7 +532,9 @@ impl Handover {
         while !stop.stopped() {
             let Some(mut batch) = hold.offer() else { return };
             match self.attempt(mailboxes, &mut hops, &mut batch) {
-                Ok((fates, name)) => drop(self.conclude(batch, fates, &name, &mut hold)),
+                Ok((fates, name, dsn)) => {
+                    let _ = self.conclude(batch, fates, By { name: &name, dsn }, &mut hold);
+                }
                 Err(error) => log::error!("event=handover-failed error={:?}", error.to_string()),
             }
         }
@@ -504,10 +546,11 @@ impl Handover {
         mailboxes: &Mailboxes,
         hops: &mut NextHops,
         batch: &mut Batch,
-    ) -> io::Result<(Vec<Fate>, String)> {
+    ) -> io::Result<(Vec<Fate>, String, bool)> {
         let recipients = batch.envelope.recipients.clone();
         let mut fates: Vec<Option<Fate>> = vec![None; recipients.len()];
-        let mut name = "-".to_owned();
+        // Of a delivery into a Maildir of ours nobody else tells; that one is as rare as a change of the rules.
+        let (mut name, mut dsn) = ("-".to_owned(), false);
         for number in 0..recipients.len() {
             if fates[number].is_some() {
                 continue;
@@ -528,14 +571,14 @@ impl Handover {
                     let message = Message { recipients: wanted, ..batch.message() };
                     hops.limit = Some(Instant::now() + RETRIED);
                     let found = hops.deliver(&hop, &message, batch, None)?;
-                    name = hop.to_string();
-                    for (number, fate) in numbers.into_iter().zip(found) {
+                    (name, dsn) = (hop.to_string(), found.dsn);
+                    for (number, fate) in numbers.into_iter().zip(found.fates) {
                         fates[number] = Some(fate);
                     }
                 }
             }
         }
         let untried = || Fate::Deferred(Reply::new(451, "4.0.0", "Not yet"));
-        Ok((fates.into_iter().map(|fate| fate.unwrap_or_else(untried)).collect(), name))
+        Ok((fates.into_iter().map(|fate| fate.unwrap_or_else(untried)).collect(), name, dsn))
     }
 }

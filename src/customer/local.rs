@@ -34,14 +34,13 @@ pub fn serve(config: &Customer, outbox: &Arc<Outbox>, wire: Wire, peer: String, 
     let bounds = Bounds::new(&config.timeouts, &config.limits, stop, halt);
     let mut session = Session::new(wire, Server::new(profile, false), peer, None, bounds);
     session.greet();
-    let end = session.run(&mut Local { outbox: outbox.clone(), stop: stop.clone() });
+    let end = session.run(&mut Local { outbox: outbox.clone() });
     session.close();
     end.to_string()
 }
 
 struct Local {
     outbox: Arc<Outbox>,
-    stop: Stop,
 }
 
 impl Secrets for Local {
@@ -79,7 +78,7 @@ impl Party for Local {
             drop_bcc: false,
         };
         let stored = self.outbox.store(&letter, &received).map_err(|error| storage_reply(&error))?;
-        Ok(Box::new(Letter { stored, outbox: self.outbox.clone(), stop: self.stop.clone(), id }))
+        Ok(Box::new(Letter { stored, outbox: self.outbox.clone(), id }))
     }
 }
 
@@ -87,7 +86,6 @@ impl Party for Local {
 struct Letter {
     stored: Stored,
     outbox: Arc<Outbox>,
-    stop: Stop,
     id: String,
 }
 
@@ -98,7 +96,7 @@ impl Intake for Letter {
 
     fn commit(self: Box<Self>) -> io::Result<Reply> {
         if self.stored.commit()? {
-            self.outbox.hand_over(&self.stop);
+            self.outbox.hand_over();
         }
         Ok(Reply::new(250, "2.6.0", format!("OK, id={}", self.id)))
     }

@@ -133,7 +133,7 @@ impl Mailboxes {
                     rules::Place::NextHop(_) => {
                         all_here = false;
                         let to = passed_on(recipient, &delivery.mailbox, deliveries.len());
-                        if !handed_over.iter().any(|other: &Recipient| other.mailbox == to.mailbox) {
+                        if !handed_over.iter().any(|other: &Recipient| rules::same(&other.mailbox, &to.mailbox)) {
                             handed_over.push(to);
                         }
                     }

@@ -76,16 +76,16 @@ impl Outbox {
         &self.handover
     }
 
-    /// `wake` is called when mail has come for a next hop; who calls nobody tries it himself.
+    /// `wake` is called when mail has come for a next hop. Where nobody is woken it goes with the next call, or when a
+    /// daemon looks.
     pub fn on_handover(&self, wake: Waker) {
         let _ = self.waker.set(wake);
     }
 
     /// Mail was put for a next hop.
-    pub fn hand_over(&self, stop: &Stop) {
-        match self.waker.get() {
-            Some(wake) => wake(),
-            None => self.handover.retry(&self.shelf.mailboxes, stop),
+    pub fn hand_over(&self) {
+        if let Some(wake) = self.waker.get() {
+            wake();
         }
     }
 
@@ -141,7 +141,7 @@ impl Outbox {
         let (here, elsewhere) = self.shelf.divide(envelope);
         let (copies, delivered, waits) = self.shelf.begin(&here, &elsewhere, received)?;
         // What stays here is delivered with its commit; of the rest others will tell.
-        let told = delivered.and_then(|delivered| Told::new(&self.desk, &delivered));
+        let told = delivered.and_then(|delivered| Told::new(&self.desk, &delivered, false));
         Ok(Stored { copies, completer: Completer::new(additions), buffer: Vec::new(), told, waits })
     }
 
@@ -204,7 +204,7 @@ impl Outbox {
     fn copy(&self, here: &Envelope, batch: &mut Batch) -> io::Result<Vec<(Recipient, Reply)>> {
         let mut copies = Copies::default();
         let begun = self.shelf.mailboxes.begin_all(&mut copies, here, "")?;
-        let mut told = Told::new(&self.desk, &begun.here);
+        let mut told = Told::new(&self.desk, &begun.here, false);
         batch.each_piece(|piece| {
             if let Some(told) = &mut told {
                 told.see(piece);

@@ -5,11 +5,9 @@
 
 use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
-use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
@@ -177,26 +175,28 @@ impl Caller {
     /// One call at a time to a provider's account, also of several processes; the kernel lets the lock go with us.
     fn lock(&self, provider: &Upstream) -> Result<File, Error> {
         let name = rules::folder(&format!("{}@{}", provider.name, provider.address));
-        let path = state_folder(&self.config)?.join(format!("call-{name}"));
-        let failed = |error: io::Error| Error::System(format!("{}: {error}", path.display()));
-        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
-        let file = file.map_err(failed)?;
+        let file = state_file(&self.config, &format!("call-{name}"))?;
         match file.try_lock() {
             Ok(()) => Ok(file),
             Err(TryLockError::WouldBlock) => {
                 Err(Error::Busy(format!("another call to {} as {} is under way", provider.address, provider.name)))
             }
-            Err(TryLockError::Error(error)) => Err(failed(error)),
+            Err(TryLockError::Error(error)) => Err(Error::System(error.to_string())),
         }
     }
 }
 
-/// Where the locks of a customer are: a folder beside its mailboxes, which no domain can be called like.
-pub fn state_folder(config: &Customer) -> Result<PathBuf, Error> {
+/// A lock of a customer, in a folder beside its mailboxes, which no domain can be called like. Links are not followed:
+/// root may look at another user's folder.
+pub fn state_file(config: &Customer, name: &str) -> Result<File, Error> {
     let folder = config.mailboxes.root.join(".odmr");
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
     made.map_err(|error| Error::System(format!("{}: {error}; give its user the right to", folder.display())))?;
-    Ok(folder)
+    let path = folder.join(name);
+    let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).read(true).write(true).mode(0o600).custom_flags(flags);
+    options.open(&path).map_err(|error| Error::System(format!("{}: {error}", path.display())))
 }
 
 /// Divides the domains into lists that fit a line; no domains is one call for all.

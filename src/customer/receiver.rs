@@ -7,13 +7,13 @@ use std::collections::HashSet;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::handover::{Handover, NextHops, Scratch};
+use super::handover::{By, Delivered, Handover, NextHops, Scratch};
 use super::mailboxes::{Mailboxes, passed_on};
 use super::tally::Tally;
 use crate::maildir::Copies;
 use crate::outgoing::Desk;
 use crate::queue::{Envelope, Place as Shelf};
-use crate::rules::{Delivery, NextHop, Place};
+use crate::rules::{self, Delivery, NextHop, Place};
 use crate::sasl::{Secrets, Unavailable};
 use crate::session::{Intake, Party, storage_reply};
 use crate::smtp::address::{ForwardPath, Mailbox};
@@ -22,6 +22,9 @@ use crate::smtp::command::{MailFrom, Notify, Recipient};
 use crate::smtp::header::Header;
 use crate::smtp::reply::{Reply, Severity};
 use crate::smtp::server::{Host, Server};
+
+/// A message goes to so many places at once; an alias alone may have a hundred.
+const PLACES: usize = 400;
 
 /// Of a longer header no more comes back with a notice.
 const HEADER_LIMIT: usize = 64 * 1024;
@@ -116,6 +119,11 @@ impl Host for Receiver {
         let mailbox = self.mailboxes.named(path)?;
         let meant =
             Recipient { mailbox: mailbox.clone(), notify: notify.clone(), original: original.map(str::to_owned) };
+        // Each place is a file that is open, or a line of an envelope.
+        let places: usize = self.taken.iter().map(|(_, deliveries)| deliveries.len()).sum();
+        if places > 0 && places + deliveries.len() > PLACES {
+            return Err(Reply::new(452, "4.5.3", "Too many mailboxes: send the rest in another transaction"));
+        }
         let deliveries = self.ask(&meant, deliveries).map_err(|(hop, reply)| refuse(&hop, reply))?;
         self.taken.push((mailbox.clone(), deliveries));
         Ok(mailbox)
@@ -155,7 +163,7 @@ impl Party for Receiver {
                             parts.push((hop.clone(), Vec::new()));
                             parts.len() - 1
                         });
-                        if !parts[at].1.iter().any(|other| other.mailbox == to.mailbox) {
+                        if !parts[at].1.iter().any(|other| rules::same(&other.mailbox, &to.mailbox)) {
                             parts[at].1.push(to);
                         }
                     }
@@ -175,7 +183,9 @@ impl Party for Receiver {
             ret: mail.ret,
             envelope_id: mail.envelope_id.clone(),
         };
-        let told = self.desk.as_ref().and_then(|desk| Told::new(desk, &envelope));
+        let elsewhere = parts.iter().flat_map(|(_, recipients)| recipients);
+        let asked = elsewhere.clone().any(|recipient| recipient.notify.success());
+        let told = self.desk.as_ref().and_then(|desk| Told::new(desk, &envelope, asked));
         self.tally.begin(mail.size.unwrap_or(0));
         let mut delivery = Arrival {
             copies,
@@ -242,7 +252,12 @@ impl Arrival {
         let mut handed = Vec::new();
         for (hop, recipients) in std::mem::take(&mut self.parts) {
             let message = Message { recipients, size, eight_bit, ..self.message.clone() };
-            let fates = hops.deliver(&hop, &message, &mut self.scratch, origin.as_ref())?;
+            let Delivered { fates, dsn } = hops.deliver(&hop, &message, &mut self.scratch, origin.as_ref())?;
+            if let Some(told) = self.told.as_mut().filter(|_| !dsn) {
+                let taken = message.recipients.iter().zip(&fates);
+                let taken = taken.filter(|(_, fate)| matches!(fate, Fate::Delivered(_)));
+                told.relayed.extend(taken.map(|(recipient, _)| recipient.clone()));
+            }
             for (recipient, fate) in message.recipients.iter().zip(&fates) {
                 log::info!(
                     "event=handed-over id={} to=<{}> next-hop={:?} fate={:?}",
@@ -252,14 +267,14 @@ impl Arrival {
                     word(fate)
                 );
             }
-            handed.push(Handed { hop, recipients: message.recipients, fates });
+            handed.push(Handed { hop, recipients: message.recipients, fates, dsn });
         }
         Ok(handed)
     }
 
     /// What others have taken is done; the rest becomes ours.
     fn keep_rest(&mut self, handed: Vec<Handed>) -> io::Result<()> {
-        for Handed { hop, recipients, fates } in handed {
+        for Handed { hop, recipients, fates, dsn } in handed {
             let rest = recipients.into_iter().zip(fates).filter(|(_, fate)| !matches!(fate, Fate::Delivered(_)));
             let (recipients, fates): (Vec<_>, Vec<_>) = rest.unzip();
             if recipients.is_empty() {
@@ -271,7 +286,7 @@ impl Arrival {
                 }
             }
             let envelope = Envelope { recipients, ..self.envelope.clone() };
-            self.handover.keep(envelope, fates, &mut self.scratch, &hop.to_string())?;
+            self.handover.keep(envelope, fates, &mut self.scratch, By { name: &hop.to_string(), dsn })?;
         }
         Ok(())
     }
@@ -281,7 +296,7 @@ impl Arrival {
         let recipients = std::mem::take(&mut self.boxes);
         let fates = vec![Fate::Deferred(storage_reply(error)); recipients.len()];
         let envelope = Envelope { recipients, ..self.envelope.clone() };
-        self.handover.keep(envelope, fates, &mut self.scratch, "maildir")
+        self.handover.keep(envelope, fates, &mut self.scratch, By { name: "maildir", dsn: false })
     }
 }
 
@@ -290,6 +305,7 @@ struct Handed {
     hop: NextHop,
     recipients: Vec<Recipient>,
     fates: Vec<Fate>,
+    dsn: bool,
 }
 
 fn word(fate: &Fate) -> String {
@@ -358,14 +374,16 @@ impl Intake for Arrival {
 pub struct Told {
     desk: Desk,
     envelope: Envelope,
+    /// Recipients that a next hop has taken, who tells nobody.
+    relayed: Vec<Recipient>,
     header: Vec<u8>,
 }
 
 impl Told {
-    /// `None`: none of these recipients is to be told of.
-    pub fn new(desk: &Desk, envelope: &Envelope) -> Option<Told> {
-        let asked = envelope.recipients.iter().any(|recipient| recipient.notify.success());
-        asked.then(|| Told { desk: desk.clone(), envelope: envelope.clone(), header: Vec::new() })
+    /// `None`: none of these recipients is to be told of; `others`: there are more, and among them one.
+    pub fn new(desk: &Desk, envelope: &Envelope, others: bool) -> Option<Told> {
+        let asked = others || envelope.recipients.iter().any(|recipient| recipient.notify.success());
+        asked.then(|| Told { desk: desk.clone(), envelope: envelope.clone(), relayed: Vec::new(), header: Vec::new() })
     }
 
     /// Content goes by; its header is kept.
@@ -376,7 +394,7 @@ impl Told {
 
     /// The mail is there; that its sender does not hear of it would be no reason to refuse it.
     pub fn tell(&self) {
-        if let Err(error) = self.desk.delivered(&self.envelope, &self.header) {
+        if let Err(error) = self.desk.delivered(&self.envelope, &self.relayed, &self.header) {
             log::error!("event=notice-failed id={} error={:?}", self.envelope.id, error.to_string());
         }
     }

@@ -166,11 +166,7 @@ pub fn send(config: &Customer, stamps: &Stamps, order: &Order, input: &mut impl 
     let received = format!("Received: by {host} (odmr, from uid {uid})\n\tid {id};\n\t{}\n", arrived.rfc5322());
     let mut stored = outbox.store(&letter, &received).map_err(failed(Exit::CannotCreate))?;
     message.each_piece(|piece| stored.write(piece)).map_err(failed(Exit::InputOutput))?;
-    if stored.commit().map_err(failed(Exit::InputOutput))?
-        && let Ok(stop) = Stop::new()
-    {
-        outbox.hand_over(&stop);
-    }
+    stored.commit().map_err(failed(Exit::InputOutput))?;
     log::info!("event=queued id={id} from=<{sender}> recipients={}", recipients.len());
     Ok(())
 }

@@ -38,6 +38,9 @@ use crate::stamp::{Date, Stamps};
 /// How long one who wants a domain waits for a holder that was asked to give way.
 const GIVE_WAY: Duration = Duration::from_secs(5);
 
+/// More than any pause between two attempts.
+const LONGEST: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
 /// One message is set aside in so many steps at most: as many as it may have recipients, and then some.
 const REFUSALS: usize = 1000;
 
@@ -600,9 +603,11 @@ impl Batch {
     }
 }
 
-/// When the next attempt at a message is due.
+/// When the next attempt at a message is due. No pause is as long as `LONGEST`: what is due later was put off by a
+/// clock that went wrong, and is due now.
 fn due(path: &Path) -> Option<SystemTime> {
-    fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
+    let (due, now) = (fs::metadata(path).and_then(|metadata| metadata.modified()).ok()?, SystemTime::now());
+    Some(if due > now + LONGEST { now } else { due })
 }
 
 /// Where copies for refused recipients wait for somebody to look at them.

@@ -56,6 +56,16 @@ impl Reply {
         self
     }
 
+    /// With an enhanced status code in any case (RFC 2034 section 4): where there is none, that of its class.
+    pub fn graded(self) -> Reply {
+        let class = match self.code / 100 {
+            2 => "2.0.0",
+            4 => "4.0.0",
+            _ => "5.0.0",
+        };
+        Reply { enhanced: self.enhanced.or(Some(Cow::Borrowed(class))), ..self }
+    }
+
     /// The same words under another code of the same class.
     pub fn recoded(self, code: u16) -> Reply {
         debug_assert_eq!(code / 100, self.code / 100);
