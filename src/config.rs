@@ -20,11 +20,11 @@ mod value;
 
 use std::collections::HashSet;
 use std::fmt;
-use std::fs::{File, Metadata};
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::net::{Ipv6Addr, SocketAddr};
 use std::ops::Range;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -337,11 +337,20 @@ fn squeeze(message: &str) -> String {
         .replace("expected a boolean", "expected true or false")
 }
 
+/// More is no configuration.
+const LARGEST: u64 = 16 << 20;
+
 fn read(path: &Path) -> io::Result<(Metadata, Vec<u8>)> {
-    let mut file = File::open(path)?;
+    // A pipe without a writer would be waited for while it is opened.
+    if fs::metadata(path)?.file_type().is_fifo() {
+        return Err(io::Error::other("is a pipe, and must be a file"));
+    }
+    let file = File::open(path)?;
     let metadata = file.metadata()?;
     let mut octets = Vec::new();
-    file.read_to_end(&mut octets)?;
+    if file.take(LARGEST + 1).read_to_end(&mut octets)? as u64 > LARGEST {
+        return Err(io::Error::other("it has more than 16 MiB"));
+    }
     Ok((metadata, octets))
 }
 

@@ -262,7 +262,17 @@ impl Reader<'_> {
         let path = || PathBuf::parse(rest).map(|path| self.source.beside(&path)).map_err(wrong);
         match kind {
             "maildir" => Ok(Route::Maildir(path()?)),
-            "lmtp" if rest.contains('/') => Ok(Route::NextHop(NextHop::LmtpUnix(path()?))),
+            "lmtp" if rest.contains('/') => {
+                let path = path()?;
+                // What every system can put into an address of a socket.
+                match path.as_os_str().len() {
+                    ..=SOCKET_PATH => Ok(Route::NextHop(NextHop::LmtpUnix(path))),
+                    length => Err(wrong(format!(
+                        "the path of that socket has {length} octets, and a socket's has {SOCKET_PATH} at most: move it, \
+                         or use lmtp:host:24"
+                    ))),
+                }
+            }
             "lmtp" => {
                 let Address { address, host } = Address::<24>::parse(rest).map_err(wrong)?;
                 Ok(Route::NextHop(NextHop::Lmtp { address, host }))
@@ -278,6 +288,9 @@ impl Reader<'_> {
         }
     }
 }
+
+/// Octets of a socket's path (sockaddr_un has 104 and more).
+const SOCKET_PATH: usize = 103;
 
 // The table as it is written.
 

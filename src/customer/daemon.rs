@@ -116,6 +116,7 @@ pub fn run(
         stop: stop.clone(),
         bell,
         handing_over: false,
+        calls: 0,
         handover_rests: None,
         epoch: Instant::now(),
     };
@@ -194,6 +195,8 @@ struct Daemon {
     bell: Bell,
     /// A thread tries the mail for next hops.
     handing_over: bool,
+    /// Calls under way, also to providers that are no longer configured.
+    calls: usize,
     /// The last try left something due: another process is at it, or something is in its way. Not before this.
     handover_rests: Option<Instant>,
     epoch: Instant,
@@ -260,20 +263,23 @@ impl Daemon {
         }
         if self.until_handover() == Some(Duration::ZERO) {
             self.handing_over = true;
-            let (caller, stop, bell) = (self.caller.clone(), self.stop.clone(), self.bell.clone());
+            let (caller, stop) = (self.caller.clone(), self.stop.clone());
+            let end = AtEnd(self.bell.clone(), Some(Event::HandedOver));
             self.thread("handover", move || {
-                let _end = AtEnd(bell, Some(Event::HandedOver));
+                let _end = end;
                 caller.hand_over(&stop);
             });
         }
     }
 
     fn call(&mut self, number: usize, begun: Now) {
-        let (caller, stop, bell) = (self.caller.clone(), self.stop.clone(), self.bell.clone());
+        self.calls += 1;
+        let (caller, stop) = (self.caller.clone(), self.stop.clone());
         let key = self.lines[number].key.clone();
         let unexpected = Error::System("the call ended in the middle".to_owned());
+        let ended = Event::Ended { key: key.clone(), begun, error: Some(unexpected) };
+        let mut end = AtEnd(self.bell.clone(), Some(ended));
         self.thread("call", move || {
-            let mut end = AtEnd(bell, Some(Event::Ended { key: key.clone(), begun, error: Some(unexpected) }));
             let found = caller.config().providers.iter().find(|provider| self::key(provider) == key);
             let called = found.map_or(Ok(()), |provider| caller.call(provider, &stop, &Arc::<Tally>::default()));
             end.1 = Some(Event::Ended { key, begun, error: called.err() });
@@ -281,19 +287,20 @@ impl Daemon {
     }
 
     fn is_busy(&self) -> bool {
-        self.handing_over || self.lines.iter().any(|line| line.calling)
+        self.handing_over || self.calls > 0
     }
 
     fn thread(&self, name: &str, work: impl FnOnce() + Send + 'static) {
         match std::thread::Builder::new().name(name.to_owned()).spawn(work) {
             Ok(_) => {}
-            // The end was told by what was dropped.
+            // What was to be done is dropped, and tells of its end.
             Err(error) => log::error!("event=no-thread error={:?}", error.to_string()),
         }
     }
 
     fn ended(&mut self, key: &Key, begun: Now, error: Option<Error>) {
         let now = self.now();
+        self.calls = self.calls.saturating_sub(1);
         let Some(at) = self.lines.iter().position(|line| line.key == *key) else { return };
         let line = &mut self.lines[at];
         line.calling = false;

@@ -129,7 +129,7 @@ impl NextHops {
         // That a session has ended in a pause between two messages says nothing of the next hop.
         let idle = session.dialogue.is_some() && !session.open;
         let asked = match self.try_to_ask(hop, message, recipient) {
-            Err(Failure::Lost(_)) if idle => self.try_to_ask(hop, message, recipient),
+            Err(Failure::Lost(_) | Failure::Broken(_)) if idle => self.try_to_ask(hop, message, recipient),
             other => other,
         };
         let reply = asked.unwrap_or_else(|failure| not_now(hop, &failure));
@@ -530,6 +530,7 @@ impl Handover {
         };
         let mut hops = NextHops::new(&self.hostname, &self.timeouts, stop);
         while !stop.stopped() {
+            hold.progress();
             let Some(mut batch) = hold.offer() else { return };
             match self.attempt(mailboxes, &mut hops, &mut batch) {
                 Ok((fates, name, dsn)) => {

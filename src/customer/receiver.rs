@@ -141,7 +141,7 @@ impl Party for Receiver {
         let mut copies = Copies::default();
         let mut boxes = Vec::new();
         let mut parts: Vec<(NextHop, Vec<Recipient>)> = Vec::new();
-        let (mut seen, mut here) = (HashSet::new(), Vec::new());
+        let (mut seen, mut here, mut expanded) = (HashSet::new(), Vec::new(), Vec::new());
         for recipient in &transaction.recipients {
             let Some((_, deliveries)) = self.taken.iter().find(|(mailbox, _)| *mailbox == recipient.mailbox) else {
                 continue;
@@ -169,8 +169,13 @@ impl Party for Receiver {
                     }
                 }
             }
-            if deliveries.iter().all(|delivery| matches!(delivery.place, Place::Maildir { .. })) {
-                here.push(recipient.clone());
+            match deliveries.as_slice() {
+                all if all.iter().all(|delivery| matches!(delivery.place, Place::Maildir { .. })) => {
+                    here.push(recipient.clone());
+                }
+                [_] => {}
+                // Next hops do not know whom they were meant for, so we tell (RFC 3461 section 5.2.7).
+                _ => expanded.push(recipient.clone()),
             }
         }
         let envelope = Envelope {
@@ -183,9 +188,12 @@ impl Party for Receiver {
             ret: mail.ret,
             envelope_id: mail.envelope_id.clone(),
         };
-        let elsewhere = parts.iter().flat_map(|(_, recipients)| recipients);
+        let elsewhere = parts.iter().flat_map(|(_, recipients)| recipients).chain(&expanded);
         let asked = elsewhere.clone().any(|recipient| recipient.notify.success());
-        let told = self.desk.as_ref().and_then(|desk| Told::new(desk, &envelope, asked));
+        let mut told = self.desk.as_ref().and_then(|desk| Told::new(desk, &envelope, asked));
+        if let Some(told) = &mut told {
+            told.relayed = expanded;
+        }
         self.tally.begin(mail.size.unwrap_or(0));
         let mut delivery = Arrival {
             copies,
