@@ -278,8 +278,9 @@ impl Daemon {
         let key = self.lines[number].key.clone();
         let unexpected = Error::System("the call ended in the middle".to_owned());
         let ended = Event::Ended { key: key.clone(), begun, error: Some(unexpected) };
-        let mut end = AtEnd(self.bell.clone(), Some(ended));
+        let end = AtEnd(self.bell.clone(), Some(ended));
         self.thread("call", move || {
+            let mut end = end;
             let found = caller.config().providers.iter().find(|provider| self::key(provider) == key);
             let called = found.map_or(Ok(()), |provider| caller.call(provider, &stop, &Arc::<Tally>::default()));
             end.1 = Some(Event::Ended { key, begun, error: called.err() });

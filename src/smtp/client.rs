@@ -446,7 +446,8 @@ impl Client {
 
     /// Lets the transaction go that [`Client::ask_mail`] has opened.
     pub fn withdraw(&mut self, out: &mut Vec<u8>) {
-        if self.transactions.pop_front_if(|front| front.asking).is_some() {
+        if self.transactions.front().is_some_and(|front| front.asking) {
+            self.transactions.pop_front();
             self.reset();
             self.say(out);
         }
