@@ -516,7 +516,14 @@ fn send(arguments: &[String]) -> Result<(), Failure> {
     let file = last("C").map(PathBuf::from).or_else(|| std::env::var_os("ODMR_CONFIG").map(PathBuf::from));
     let file = file.unwrap_or_else(|| PathBuf::from(CUSTOMER_FILE));
     let config = customer_file(&file)?;
-    // What root sends must not be root's: who calls could not read it.
+    // What anybody else sends is his: who calls could not read it.
+    if let Some(owner) = &config.owner
+        && !rustix::process::geteuid().is_root()
+        && !find_owner(owner)?.is_us()
+    {
+        let text = format!("only {} and root may send here: hand it in by SMTP where [outgoing] listens", owner.user);
+        return Err(Failure::new(NO_PERMISSION, format!("{}: {text}", file.display())));
+    }
     not_for_others(&config, &file)?;
     become_owner(&config, owner(&config)?)?;
     let stamps = Stamps::system(tls::random);

@@ -484,6 +484,15 @@ impl Rules {
         }
     }
 
+    /// Whether an address is postmaster's, or abuse's by default (see [`Delivery::fallback`]).
+    pub fn is_fallback(&self, mailbox: &Mailbox) -> bool {
+        if self.split(mailbox.local()).0.eq_ignore_ascii_case("postmaster") {
+            return true;
+        }
+        let found = mailbox.domain().map(|domain| self.look(mailbox.local(), domain, false));
+        matches!(found, Some(Found::Mailbox { rule: Rule::PostmasterByDefault { .. }, .. }))
+    }
+
     /// Rules 0 to 2, and what comes of the others.
     fn trace(&self, path: &ForwardPath) -> (Vec<Rule>, Result<Vec<Delivery>, Refusal>) {
         let mut via = Vec::new();

@@ -38,6 +38,11 @@ impl User {
         Ok(User { name, uid: user.uid, gid })
     }
 
+    /// Whether this process is that user already.
+    pub fn is_us(&self) -> bool {
+        self.uid == Uid::effective()
+    }
+
     /// Whether this user may read a file, as far as its own mode says.
     pub fn may_read(&self, path: &Path) -> io::Result<bool> {
         let found = fs::metadata(path)?;

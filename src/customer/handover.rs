@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, Write};
 use std::net::ToSocketAddrs;
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -27,6 +28,7 @@ use crate::outgoing::{Attempt, Desk, Peer};
 use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
 use crate::rules::{self, NextHop};
 use crate::session::storage_reply;
+use crate::smtp::address::Mailbox;
 use crate::smtp::client::{Decided, Fate, Message, Origin, Outcome, Plan};
 use crate::smtp::command::Recipient;
 use crate::smtp::content::Sizer;
@@ -70,6 +72,8 @@ pub struct NextHops {
     /// Nothing takes longer.
     limit: Option<Instant>,
     sessions: HashMap<NextHop, Session>,
+    /// Sessions to be ended when nobody waits.
+    leaving: Vec<Dialogue>,
 }
 
 #[derive(Default)]
@@ -94,7 +98,14 @@ impl NextHops {
             command: timeouts.command.min(PATIENCE),
             ..timeouts.clone()
         };
-        NextHops { hostname: hostname.to_owned(), timeouts, stop: stop.clone(), limit: None, sessions: HashMap::new() }
+        NextHops {
+            hostname: hostname.to_owned(),
+            timeouts,
+            stop: stop.clone(),
+            limit: None,
+            sessions: HashMap::new(),
+            leaving: Vec::new(),
+        }
     }
 
     /// What follows is about one recipient that the provider waits for.
@@ -109,6 +120,7 @@ impl NextHops {
 
     /// A new transaction: what was asked for the last one is forgotten.
     pub fn begin(&mut self) {
+        self.leaving.drain(..).for_each(Dialogue::quit);
         self.sessions.values_mut().filter(|session| session.open).for_each(Session::withdraw);
     }
 
@@ -116,7 +128,7 @@ impl NextHops {
     /// what is known of its content.
     pub fn ask(&mut self, hop: &NextHop, message: &Message, recipient: &Recipient) -> Result<(), Reply> {
         let session = self.sessions.entry(hop.clone()).or_default();
-        if session.open && session.asked.contains(recipient) {
+        if session.open && session.asked.iter().any(|asked| rules::same(&asked.mailbox, &recipient.mailbox)) {
             return Ok(());
         }
         // RFC 6531 section 3.4: a recipient who needs SMTPUTF8 needs it at MAIL; the content goes to all in another
@@ -137,7 +149,7 @@ impl NextHops {
             200..=299 => Ok(()),
             // Behind RCPT a 552 means too many recipients, and so "later" (RFC 5321 section 4.5.3.1.10); what a next hop
             // means by it is its quota, or its SIZE.
-            552 => Err(reply.recoded(550).graded()),
+            552 => Err(reply.recoded(550).passed_on()),
             _ => Err(upward(hop, reply)),
         }
     }
@@ -187,9 +199,7 @@ impl NextHops {
             && let Some(session) = self.sessions.get_mut(hop)
         {
             session.close();
-            if let Some(dialogue) = session.dialogue.take() {
-                dialogue.quit();
-            }
+            self.leaving.extend(session.dialogue.take());
         }
         Ok(Delivered { fates, dsn })
     }
@@ -230,7 +240,8 @@ impl NextHops {
 
 impl Drop for NextHops {
     fn drop(&mut self) {
-        self.sessions.drain().filter_map(|(_, session)| session.dialogue).for_each(Dialogue::quit);
+        let open = self.sessions.drain().filter_map(|(_, session)| session.dialogue);
+        open.chain(self.leaving.drain(..)).for_each(Dialogue::quit);
     }
 }
 
@@ -349,7 +360,7 @@ fn not_now(hop: &NextHop, failure: &Failure) -> Reply {
 /// A next hop's reply as the provider shall hear it: as it is, unless it speaks of us and not of the mail.
 fn upward(hop: &NextHop, reply: Reply) -> Reply {
     match reply.code() {
-        400..=420 | 422..=499 | 505..=529 | 531..=599 => reply.graded(),
+        400..=420 | 422..=499 | 505..=529 | 531..=599 => reply.passed_on(),
         421 => Reply::new(451, "4.3.2", "The mail server behind this one is not available now"),
         // It does not know a command, or wants authentication: nobody's mail may come back for that.
         _ => {
@@ -464,6 +475,11 @@ impl Handover {
         }
     }
 
+    /// Whether anything could be stored.
+    pub fn is_ready(&self) -> io::Result<()> {
+        self.queue.maildir(&Place::Handover).scratch(&self.queue.unique()).map(drop)
+    }
+
     /// Stores what became neither delivered nor the provider's again, durably; then acts on the fates, one a recipient.
     /// `by`: who has decided on them.
     pub fn keep(&self, envelope: Envelope, fates: Vec<Fate>, content: &mut dyn Content, by: By<'_>) -> io::Result<()> {
@@ -556,14 +572,15 @@ impl Handover {
             if fates[number].is_some() {
                 continue;
             }
-            batch.rewind()?;
+            let copied = |mailbox: &Mailbox, place: (&Path, &[String]), batch: &mut Batch| match mailboxes
+                .copy(mailbox, place, batch)
+            {
+                Ok(()) => Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")),
+                Err(error) => Fate::Deferred(storage_reply(&error)),
+            };
             match mailboxes.place(&recipients[number].mailbox) {
-                rules::Place::Maildir { .. } => {
-                    let copied = mailboxes.copy(&batch.envelope.from.clone(), &recipients[number].mailbox, batch);
-                    fates[number] = Some(match copied {
-                        Ok(()) => Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")),
-                        Err(error) => Fate::Deferred(storage_reply(&error)),
-                    });
+                rules::Place::Maildir { path, folders } => {
+                    fates[number] = Some(copied(&recipients[number].mailbox, (&path, &folders), batch));
                 }
                 rules::Place::NextHop(hop) => {
                     let same = |other: &usize| matches!(mailboxes.place(&recipients[*other].mailbox), rules::Place::NextHop(its) if its == hop);
@@ -574,7 +591,13 @@ impl Handover {
                     let found = hops.deliver(&hop, &message, batch, None)?;
                     (name, dsn) = (hop.to_string(), found.dsn);
                     for (number, fate) in numbers.into_iter().zip(found.fates) {
-                        fates[number] = Some(fate);
+                        let mailbox = &recipients[number].mailbox;
+                        fates[number] = Some(match fate {
+                            Fate::Refused(_) if mailboxes.must_take(mailbox) => {
+                                copied(mailbox, (&mailboxes.fallback(mailbox), &[]), batch)
+                            }
+                            fate => fate,
+                        });
                     }
                 }
             }

@@ -75,8 +75,13 @@ impl Mailboxes {
     }
 
     /// The Maildir of ours that an address has if no next hop takes it.
-    pub fn fallback(&self, mailbox: &Mailbox) -> rules::Place {
-        rules::Place::Maildir { path: self.rules.maildir_of(mailbox), folders: Vec::new() }
+    pub fn fallback(&self, mailbox: &Mailbox) -> PathBuf {
+        self.rules.maildir_of(mailbox)
+    }
+
+    /// Whether it must be taken, if not by a next hop then by us (RFC 5321 section 4.5.1).
+    pub fn must_take(&self, mailbox: &Mailbox) -> bool {
+        self.rules.is_fallback(mailbox)
     }
 
     /// Begins a copy in a Maildir, or in the first of its folders that there is; one Return-Path at the top (RFC 5321
@@ -151,11 +156,12 @@ impl Mailboxes {
         Ok(Begun { here: Envelope { recipients: here, ..envelope.clone() }, waits, refused })
     }
 
-    /// One message at rest into the Maildir of one recipient.
-    pub fn copy(&self, from: &ReversePath, to: &Mailbox, batch: &mut Batch) -> io::Result<()> {
-        let rules::Place::Maildir { path, folders } = self.place(to) else { return Ok(()) };
+    /// One message at rest into a Maildir, for one recipient.
+    pub fn copy(&self, to: &Mailbox, (path, folders): (&Path, &[String]), batch: &mut Batch) -> io::Result<()> {
         let mut copies = Copies::default();
-        self.begin(&mut copies, from, (to, to), (&path, &folders), "")?;
+        let from = batch.envelope.from.clone();
+        batch.rewind()?;
+        self.begin(&mut copies, &from, (to, to), (path, folders), "")?;
         batch.each_piece(|piece| copies.write(piece))?;
         copies.commit().map(drop)
     }

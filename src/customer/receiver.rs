@@ -71,12 +71,16 @@ impl Receiver {
         let mut hops = self.hops.lock().unwrap_or_else(PoisonError::into_inner);
         hops.for_a_recipient();
         let mut refused = None;
+        let must_take = self.mailboxes.must_take(&meant.mailbox);
         for delivery in &mut deliveries {
             let Place::NextHop(hop) = &delivery.place else { continue };
             let Err(reply) = hops.ask(hop, message, &passed_on(meant, &delivery.mailbox, many)) else { continue };
             match reply.severity() {
                 // RFC 5321 section 4.5.1: postmaster is there, if nowhere else then with us.
-                Severity::Permanent if delivery.fallback => delivery.place = self.mailboxes.fallback(&delivery.mailbox),
+                Severity::Permanent if must_take || delivery.fallback => {
+                    let path = self.mailboxes.fallback(&delivery.mailbox);
+                    delivery.place = Place::Maildir { path, folders: Vec::new() };
+                }
                 // That one may be taken later counts for more than that another will not.
                 Severity::Permanent => drop(refused.get_or_insert((hop.to_string(), reply))),
                 _ => return Err((hop.to_string(), reply)),
@@ -245,8 +249,8 @@ impl Arrival {
         }
         let mailboxes = &self.mailboxes;
         self.scratch.write(octets, || {
-            let name = mailboxes.stamps().file_name("scratch");
-            mailboxes.queue().maildir(&Shelf::Handover).scratch(&name)
+            let queue = mailboxes.queue();
+            queue.maildir(&Shelf::Handover).scratch(&queue.unique())
         })
     }
 
@@ -347,6 +351,11 @@ impl Intake for Arrival {
 
     fn commit(mut self: Box<Self>) -> io::Result<Reply> {
         let can_be_here = !self.copies.is_empty();
+        // Where some may take it and others not, the rest must find a place.
+        let several = self.parts.iter().map(|(_, recipients)| recipients.len()).sum::<usize>() > 1;
+        if several || can_be_here && !self.parts.is_empty() {
+            self.handover.is_ready()?;
+        }
         // As good as delivered, so that no next hop takes what is then refused here.
         let copies = std::mem::take(&mut self.copies).prepare()?;
         let handed = if self.parts.is_empty() { Vec::new() } else { self.hand_over()? };

@@ -123,6 +123,11 @@ impl Queue {
         Ok(drafts)
     }
 
+    /// A name for a file that nobody else has.
+    pub fn unique(&self) -> String {
+        self.stamps.file_name(&self.hostname)
+    }
+
     /// One copy more of a message.
     pub fn add(&self, copies: &mut Copies, place: &Place, envelope: &Envelope, head: &str) -> io::Result<()> {
         let lines = envelope.lines(head);
@@ -130,7 +135,7 @@ impl Queue {
         if lines.len() >= envelope::LIMIT {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many recipients for one message"));
         }
-        copies.begin(&self.maildir(place), &self.stamps.file_name(&self.hostname), lines.as_bytes())
+        copies.begin(&self.maildir(place), &self.unique(), lines.as_bytes())
     }
 
     /// Whether so many octets more may come.

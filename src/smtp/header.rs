@@ -86,10 +86,16 @@ impl<'a> Header<'a> {
         let at = words.windows(2).position(|pair| pair[0] == "by" && pair[1].eq_ignore_ascii_case(by))?;
         let (from, rest) = (words.get(..at)?, &words[at..]);
         let name = *from.get(1).filter(|_| from[0] == "from")?;
-        // Whatever a client has put into its name, the server that wrote the field has the last word.
-        let (_, literal) = from.iter().rev().find_map(|word| word.trim_end_matches(')').split_once('['))?;
+        // The client may call itself like an address; so the address is the first that does not stand in that name.
+        // Exim writes the name behind it, where it differs: `from host ([192.0.2.1] helo=name)`.
+        let named = |word: &&str| word.trim_start_matches('(').strip_prefix("helo=").map(str::to_owned);
+        let helo = from.iter().find_map(|word| named(&word));
+        let behind = if helo.is_some() { &from[1..] } else { &from[2..] };
+        let mut literals = behind.iter().filter(|word| named(word).is_none());
+        let (_, literal) = literals.find_map(|word| word.trim_end_matches(')').split_once('['))?;
         let literal = literal.strip_suffix(']')?;
         let address: IpAddr = literal.strip_prefix("IPv6:").unwrap_or(literal).parse().ok()?;
+        let name = helo.as_deref().map_or(name, |helo| helo.trim_end_matches(')'));
         let protocol = rest.windows(2).find(|pair| pair[0] == "with").map_or("", |pair| pair[1]);
         Some(Origin {
             address: match address.to_canonical() {
@@ -585,11 +591,16 @@ mod tests {
             "Received: from unknown ([192.0.2.1]) by relay.example.net with SMTP; date\n",
             Some(("192.0.2.1", None, false)),
         );
-        // A name that would like to be an address.
-        check(
-            "Received: from x (y [203.0.113.9]) (z [192.0.2.1]) by relay.example.net with ESMTP; date\n",
-            Some(("192.0.2.1", Some("x"), true)),
-        );
+        // Names that would like to be an address: of the client, for Exim, and in its certificate.
+        for field in [
+            "from [203.0.113.9] (x [192.0.2.1])",
+            "from [192.0.2.1] (helo=[203.0.113.9])",
+            "from x ([192.0.2.1] helo=[203.0.113.9])",
+            "from [203.0.113.9] (x [192.0.2.1]) (using TLSv1.3) (Client CN \"y [198.51.100.1] z\", Issuer \"i\")",
+        ] {
+            let field = format!("Received: {field} by relay.example.net with ESMTP; date\n");
+            check(&field, Some(("192.0.2.1", Some("[203.0.113.9]"), true)));
+        }
         for none in [
             "",
             "Subject: x\n",

@@ -56,14 +56,17 @@ impl Reply {
         self
     }
 
-    /// With an enhanced status code in any case (RFC 2034 section 4): where there is none, that of its class.
-    pub fn graded(self) -> Reply {
+    /// Fit to be passed on to somebody else: in ASCII (RFC 5321 section 4.2), and with an enhanced status code (RFC 2034
+    /// section 4): where there is none, that of its class.
+    pub fn passed_on(self) -> Reply {
         let class = match self.code / 100 {
             2 => "2.0.0",
             4 => "4.0.0",
             _ => "5.0.0",
         };
-        Reply { enhanced: self.enhanced.or(Some(Cow::Borrowed(class))), ..self }
+        let ascii = |line: &Cow<'static, str>| line.replace(|character: char| !character.is_ascii(), "?").into();
+        let lines = self.lines.iter().map(ascii).collect();
+        Reply { enhanced: self.enhanced.or(Some(Cow::Borrowed(class))), lines, ..self }
     }
 
     /// The same words under another code of the same class.
