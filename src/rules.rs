@@ -26,6 +26,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::{self, Write};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -163,6 +164,19 @@ pub enum NextHop {
         address: String,
         host: String,
     },
+}
+
+impl NextHop {
+    /// Whether who listens there would be spoken to, as far as the address tells without asking anybody.
+    pub fn is_at(&self, listener: &SocketAddr) -> bool {
+        let (NextHop::Lmtp { address, host } | NextHop::Smtp { address, host }) = self else { return false };
+        let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+        let here = match host.parse::<IpAddr>() {
+            Ok(ip) => ip == listener.ip() || listener.ip().is_unspecified() && ip.is_loopback(),
+            Err(_) => host.eq_ignore_ascii_case("localhost"),
+        };
+        here && port == Some(listener.port()) && listener.port() != 0
+    }
 }
 
 impl fmt::Display for NextHop {
@@ -482,6 +496,19 @@ impl Rules {
             // It was taken by rules that are no more.
             _ => self.place(mailbox.local(), domain, None),
         }
+    }
+
+    /// Whether some mail goes to next hops.
+    pub fn hands_over(&self) -> bool {
+        self.next_hops().next().is_some()
+    }
+
+    /// The next hops there are.
+    pub fn next_hops(&self) -> impl Iterator<Item = &NextHop> {
+        [&self.route].into_iter().chain(self.routes.values()).filter_map(|route| match route {
+            Route::NextHop(hop) => Some(hop),
+            Route::Maildir(_) => None,
+        })
     }
 
     /// Whether an address is postmaster's, or abuse's by default (see [`Delivery::fallback`]).
@@ -954,7 +981,9 @@ pub fn folder(local: &str) -> String {
 fn folders(detail: &str) -> Vec<String> {
     let mut names = vec![translated(detail, false), translated(&detail.to_lowercase(), false)];
     names.dedup();
-    names.retain(|name| (1..=FOLDER_LIMIT).contains(&name.len()));
+    // A stranger may not put mail where it is thrown away, and where no quota counts.
+    let trash = |name: &String| name.eq_ignore_ascii_case("Trash");
+    names.retain(|name| (1..=FOLDER_LIMIT).contains(&name.len()) && !trash(name));
     names
 }
 

@@ -35,6 +35,12 @@ const FAREWELL: Duration = Duration::from_secs(5);
 
 /// What only the party behind the listener can do.
 pub trait Party: Host {
+    /// Whether it may have to wait for others before it answers: then what was said before goes out first, as somebody
+    /// waits for that.
+    fn waits(&self) -> bool {
+        false
+    }
+
     /// Begins to take the content of the server's transaction; `peer` and `secure` are for `Received`.
     fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply>;
 }
@@ -162,6 +168,7 @@ impl Session {
             let step = match self.line()? {
                 Some(line) => {
                     self.hear(&line);
+                    self.flush_before(party);
                     self.server.line(&line, party)
                 }
                 None => self.server.line_too_long(),
@@ -187,6 +194,13 @@ impl Session {
                 Step::Chunk { size, last, refused: None } => self.chunk(size, last, party)?,
                 Step::Atrn(domains) => return Ok(End::Atrn(domains)),
             }
+        }
+    }
+
+    fn flush_before(&mut self, party: &dyn Party) {
+        if party.waits() {
+            // What is wrong with the connection is found out when it is waited for.
+            let _ = self.wire.flush();
         }
     }
 
@@ -319,6 +333,7 @@ impl Session {
             let halt = self.bounds.halt.clone();
             self.await_octets(pace.after(fed.used), &halt)?;
         }
+        self.flush_before(party);
         self.finish(taking, content.bare());
         Ok(())
     }
@@ -348,6 +363,7 @@ impl Session {
             octets.clear();
             content.finish(&mut octets);
             taking.write(&octets, content.size());
+            self.flush_before(party);
             self.finish(taking, content.bare());
         } else if let Err(reply) = taking.intake {
             self.server.chunk_refused(last);

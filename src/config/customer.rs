@@ -257,6 +257,13 @@ impl Outgoing {
             missing("`queue`, the directory for the mail that waits, such as queue = \"/var/spool/odmr-out\"")
         })?;
         listeners(source, [Some(raw.listen.as_slice())])?;
+        for listen in &raw.listen {
+            if let Some(hop) = mailboxes.rules.next_hops().find(|hop| hop.is_at(&listen.get_ref().0)) {
+                let text =
+                    format!("{hop} is where `deliver` hands mail over, so it would go in circles: choose another");
+                return Err(source.error(listen.span(), text));
+            }
+        }
         let domain = raw.domain.map(|domain| domain.0);
         let domain = domain.or_else(|| mailboxes.rules.domains().first().cloned());
         let domain = domain.ok_or_else(|| missing("`domain`, for bare names, such as domain = \"example.org\""))?;

@@ -356,13 +356,16 @@ impl Daemon {
         };
         let (old, new) = (self.caller.config(), caller.config());
         let names = |owner: &Owner| (owner.user.clone(), owner.group.clone());
+        let visitors = |config: &Customer| (config.limits.connections, config.limits.connections_per_address);
         let listens = |config: &Customer| config.outgoing.as_ref().map(|outgoing| outgoing.listen.clone());
         if listens(old).unwrap_or_default() != listens(new).unwrap_or_default()
             || (old.owner.as_ref().map(names), old.mailboxes.umask)
                 != (new.owner.as_ref().map(names), new.mailboxes.umask)
             || old.mailboxes.root != new.mailboxes.root
+            || visitors(old) != visitors(new)
         {
-            log::warn!("event=restart-needed reason=\"`listen`, `user`, `group`, `umask` or `root` has changed\"");
+            let what = "`listen`, `user`, `group`, `umask`, `root` or a limit of connections has changed";
+            log::warn!("event=restart-needed reason={what:?}");
         }
         wake_by(&caller, &self.bell);
         *current.write().unwrap_or_else(PoisonError::into_inner) = caller.clone();

@@ -52,6 +52,11 @@ impl Mailboxes {
         self.rules.serves(domain)
     }
 
+    /// Whether some mail goes to next hops.
+    pub fn hands_over(&self) -> bool {
+        self.rules.hands_over()
+    }
+
     /// Where mail for a recipient goes.
     pub fn resolve(&self, path: &ForwardPath) -> Result<Vec<Delivery>, Reply> {
         self.rules.resolve(path)

@@ -135,6 +135,10 @@ impl Host for Receiver {
 }
 
 impl Party for Receiver {
+    fn waits(&self) -> bool {
+        self.mailboxes.hands_over()
+    }
+
     fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
         let (Some(transaction), Some(message)) = (server.transaction(), &self.mail) else {
             return Err(Reply::new(503, "5.5.1", "Say MAIL first"));

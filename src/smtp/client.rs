@@ -406,7 +406,9 @@ impl Client {
     /// Opens a transaction whose recipients are not known yet, and whose content is not: nothing else is under way.
     pub fn ask_mail(&mut self, message: &Message, out: &mut Vec<u8>) -> Result<(), Reply> {
         if let Some(reply) = self.unfit(message) {
-            return Err(reply);
+            // Who does not even know EHLO today may know it tomorrow.
+            let later = || Reply::new(451, "4.3.5", "The next hop offers no extensions now");
+            return Err(if self.extended { reply } else { later() });
         }
         self.line_up(Said::Mail, self.mail_line(message));
         self.begin(Vec::new(), None, true);

@@ -89,7 +89,7 @@ impl<'a> Header<'a> {
         // The client may call itself like an address; so the address is the first that does not stand in that name.
         // Exim writes the name behind it, where it differs: `from host ([192.0.2.1] helo=name)`.
         let named = |word: &&str| word.trim_start_matches('(').strip_prefix("helo=").map(str::to_owned);
-        let helo = from.iter().find_map(|word| named(&word));
+        let helo = from.iter().find_map(named);
         let behind = if helo.is_some() { &from[1..] } else { &from[2..] };
         let mut literals = behind.iter().filter(|word| named(word).is_none());
         let (_, literal) = literals.find_map(|word| word.trim_end_matches(')').split_once('['))?;
