@@ -309,17 +309,21 @@ def secret(customer):
 
 
 class Customer:
-    """A customer's file and its mailboxes."""
+    """A customer's file and its mailboxes.
 
-    def __init__(self, box, port, *, tls="starttls", authority=None, name="acme", password=None, file="pull", more=""):
+    `head`: lines before the first table; `more`: lines of `[mailboxes]`, and what follows; `accept`: who has a mailbox.
+    """
+
+    def __init__(self, box, port, *, tls="starttls", authority=None, name="acme", password=None, file="pull", **lines):
         self.box = box
         self.root = box.path / f"{file}-mail"
         self.log_name = f"{file}.log"
         trust = f'ca = "{authority}"\n' if authority and tls != "none" else ""
+        accept = ", ".join(f'"{one}"' for one in lines.get("accept", ["@example.org", "@example.com"]))
         self.config = box.write(
             f"{file}.toml",
             f"""hostname = "mail.example.org"
-
+{lines.get("head", "")}
 [provider]
 address = "{LOOPBACK}:{port}"
 tls = "{tls}"
@@ -328,8 +332,8 @@ secret = "{password or secret(name)}"
 
 [mailboxes]
 root = "{self.root}"
-accept = ["@example.org", "@example.com"]
-{more}""",
+accept = [{accept}]
+{lines.get("more", "")}""",
         )
 
     def start(self):

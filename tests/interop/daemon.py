@@ -1,0 +1,295 @@
+"""`odmr pull --daemon`: when it calls, what its signals do, two providers; and what a call shows of itself."""
+
+import grp
+import os
+import pty
+import pwd
+import re
+import signal
+import threading
+import time
+
+from dovecot import ALICE
+from handover import BERT, CAROL, due, left_behind
+from harness import LOOPBACK, ODMR, Customer, Provider, Smtp, check, scenario, wait_until
+from hop import Hop
+from turning import SENDER, Turning
+
+LETTER = b"Subject: x\r\n\r\nx\r\n"
+BUSY, DONE = 75, 0
+NEW_ADDRESSES = ["127.0.0.77", "127.0.0.78"]  # come up on the loopback interface
+
+
+def start_daemon(customer):
+    process = customer.box.start(customer.log_name, ODMR, "pull", "--daemon", "-c", customer.config)
+    wait_until(lambda: "event=next-call" in customer.log() or process.poll() is not None, "the daemon to begin")
+    check(process.poll() is None, f"the daemon ended: {process.returncode}")
+    return process
+
+
+def rewrite(customer, old, new):
+    text = customer.config.read_text()
+    check(old in text, f"{customer.config} has no {old}")
+    customer.config.write_text(text.replace(old, new))
+
+
+def now(box, customer):
+    return box.run(ODMR, "pull", "-c", customer.config, "--now")
+
+
+def logged(customer, event, count=1):
+    """The last line of that event, once there are so many."""
+    lines = lambda: [line for line in customer.log().splitlines() if f"event={event} " in f"{line} "]
+    wait_until(lambda: len(lines()) >= count, f"event={event} {count} times in the log")
+    return lines()[-1]
+
+
+@scenario("daemon-signals")
+def daemon_signals(box):
+    """SIGUSR1 and --now call at once; one call at a time; SIGHUP reads the file anew, a bad one changes nothing"""
+    provider = Turning(box)
+    schedule = '[schedule]\nevery = "1h"\n'
+    customer = Customer(box, provider.port, tls="none", accept=[ALICE], more=schedule)
+    process = start_daemon(customer)
+    provider.called(1)
+    logged(customer, "call")
+    process.send_signal(signal.SIGUSR1)
+    provider.called(2)
+    logged(customer, "call", 2)
+    done = now(box, customer)
+    check(done.returncode == DONE, f"--now: exit {done.returncode}: {done.stdout}{done.stderr}")
+    provider.called(3)
+    logged(customer, "call", 3)
+
+    # A call under way: no second one beside it, and no reload cuts it short.
+    provider.mail = True
+    process.send_signal(signal.SIGUSR1)
+    line = provider.line()
+    second = box.run(ODMR, "pull", "-c", customer.config)
+    check(second.returncode == BUSY, f"a second pull: exit {second.returncode}: {second.stdout}{second.stderr}")
+    check("another call" in second.stdout + second.stderr, f"a second pull: {second.stdout}{second.stderr}")
+    check(not line.knows(BERT), "bert has a mailbox already")
+    rewrite(customer, f'"{ALICE}"', f'"{ALICE}", "{BERT}"')
+    process.send_signal(signal.SIGHUP)
+    check((reply := line.send(SENDER, [ALICE], LETTER)).startswith("250"), f"the session under way: {reply}")
+    line.leave()
+    logged(customer, "reloaded")
+    logged(customer, "call", 4)
+    process.send_signal(signal.SIGUSR1)
+    line = provider.line()
+    check(line.knows(BERT), "bert has no mailbox after the reload")
+    line.leave()
+    logged(customer, "call", 5)
+
+    rewrite(customer, f'"{BERT}"', '"no address"')
+    number = 1 + next(at for at, text in enumerate(customer.config.read_text().splitlines()) if "no address" in text)
+    process.send_signal(signal.SIGHUP)
+    failed = logged(customer, "reload-failed")
+    check(f"pull.toml:{number}" in failed and "no address" in failed, failed)
+    process.send_signal(signal.SIGUSR1)
+    line = provider.line()
+    check(line.knows(ALICE) and line.knows(BERT), "the rules before the bad file are not in force")
+    line.leave()
+    logged(customer, "call", 6)
+    check(len(customer.files()) == 1, f"{customer.files()}")
+
+    process.send_signal(signal.SIGTERM)
+    check((result := process.wait(10)) == 0, f"SIGTERM: exit {result}")
+    provider.mail = False
+    rewrite(customer, '"no address"', f'"{BERT}"')
+    calls = provider.done
+    done = now(box, customer)
+    check(done.returncode == DONE, f"--now without a daemon: exit {done.returncode}: {done.stdout}{done.stderr}")
+    check(provider.done == calls + 1, f"--now without a daemon: {provider.done - calls} calls")
+    return f"{provider.done} calls, a second one beside it: exit {second.returncode}"
+
+
+@scenario("daemon-pauses")
+def daemon_pauses(box):
+    """a provider that is away: calls with growing pauses; back again, they are over"""
+    provider = Turning(box, away=True)
+    schedule = '[schedule]\nevery = "1h"\nretry-first = "100ms"\nretry-max = "10s"\n'
+    customer = Customer(box, provider.port, tls="none", accept=[ALICE], more=schedule)
+    start_daemon(customer)
+    wait_until(lambda: len(provider.times) >= 5, "five calls")
+    times = provider.times[:5]
+    pauses = [after - before for before, after in zip(times, times[1:])]
+    check(min(pauses) >= 0.09, f"too short: {pauses}")
+    check(pauses[-1] > 2 * pauses[0], f"the pauses do not grow: {pauses}")
+    provider.away = False
+    provider.called(1)
+    logged(customer, "call", 6)
+    failed = customer.log().count("event=call-failed")
+    check(failed == 5, f"{failed} failed calls in the log")
+    return "pauses " + " ".join(f"{pause:.2f}" for pause in pauses) + " s"
+
+
+@scenario("daemon-network", needs=["ip"], root=True)
+def daemon_network(box):
+    """a new address on an interface: the pause after a failed call is over; so it is again by one that comes soon after"""
+    provider = Turning(box, away=True)
+    schedule = '[schedule]\nevery = "1h"\nretry-first = "1h"\n'
+    customer = Customer(box, provider.port, tls="none", accept=[ALICE], more=schedule)
+    start_daemon(customer)
+    logged(customer, "call-failed")
+    for number, address in enumerate(NEW_ADDRESSES, 1):
+        box.at_end(lambda address=address: box.run("ip", "address", "del", f"{address}/8", "dev", "lo"))
+        provider.away = number < len(NEW_ADDRESSES)
+        begin = time.monotonic()
+        done = box.run("ip", "address", "add", f"{address}/8", "dev", "lo")
+        check(done.returncode == 0, f"ip: {done.stderr}")
+        if provider.away:
+            logged(customer, "call-failed", 1 + number)
+    provider.called(1, seconds=30)
+    return f"called {time.monotonic() - begin:.2f} s later"
+
+
+@scenario("daemon-handover")
+def daemon_handover(box):
+    """what the daemon keeps for a next hop it tries again by itself, and what nobody can have does not keep it busy"""
+    provider = Turning(box, mail=True)
+    hop = Hop(box.path / "hop.sock", after_content={BERT: ["452 4.2.2 not now"], CAROL: ["452 4.2.2 not now"]}).start(box)
+    table = f'"{BERT}" = "{hop.address}"\n"{CAROL}" = "{hop.address}"\n'
+    more = f'[mailboxes.deliver]\n"*" = "{hop.address}"\n{table}[schedule]\nevery = "1h"\n'
+    customer = Customer(box, provider.port, tls="none", accept=[ALICE, BERT, CAROL], more=more)
+    process = start_daemon(customer)
+    line = provider.line()
+    for recipient in (BERT, CAROL):
+        check((reply := line.send(SENDER, [ALICE, recipient], LETTER)).startswith("250"), reply)
+    line.leave()
+    logged(customer, "call")
+    check(len(left_behind(customer)) == 2, f"wait for the hop: {left_behind(customer)}")
+    # Carol has a Maildir now, but something is in its way; and a file that is no message has got among them.
+    rewrite(customer, f'"{CAROL}" = "{hop.address}"\n', f'"{CAROL}" = "maildir:{box.path}/carol"\n')
+    in_the_way = box.write("carol", "in the way")
+    box.write("pull-mail/.handover/new/garbage", "garbage")
+    due(customer)
+    process.send_signal(signal.SIGHUP)
+    wait_until(lambda: hop.count(BERT) == 1, "the daemon to try again")
+    logged(customer, "reloaded")
+    in_the_way.unlink()
+    for _ in range(20):  # reloads, so that it looks around
+        before = customer.log().count("event=reloaded")
+        process.send_signal(signal.SIGHUP)
+        logged(customer, "reloaded", before + 1)
+    attempts = customer.log().count("event=handover-failed") + customer.log().count("event=no-recipients")
+    due(customer)
+    provider.mail = False
+    process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: list(box.path.glob("carol/new/*")), "the letter in carol's Maildir")
+    check(attempts < 60, f"it was tried {attempts} times")
+    check((hop.count(ALICE), hop.count(BERT), hop.count(CAROL)) == (2, 1, 0), f"{hop.letters}")
+    wait_until(lambda: len(left_behind(customer)) <= 1, "only the garbage to be left")
+
+
+@scenario("two-providers", root=True)
+def two_providers(box):
+    """[[provider]] twice, started as root: the mail of both, in files of the user it has become"""
+    owner = pwd.getpwnam("nobody")
+    group = grp.getgrgid(owner.pw_gid)
+    one = Provider(box, name="one", require_tls=False, customers={"acme": ["example.org"]}).start()
+    two = Provider(box, name="two", require_tls=False, customers={"other": ["example.com"]}).start()
+    for provider, recipient in ((one, ALICE), (two, "bob@example.com")):
+        with Smtp(provider.inbound) as line:
+            line.hello()
+            check((reply := line.send(SENDER, [recipient], LETTER)).startswith("250"), reply)
+    second = f"""[[provider]]
+address = "{LOOPBACK}:{two.odmr}"
+tls = "none"
+name = "other"
+secret = "the secret of other"
+
+[provider.schedule]
+every = "2h"
+
+[mailboxes]"""
+    customer = Customer(box, one.odmr, tls="none", head=f'user = "{owner.pw_name}"\ngroup = "{group.gr_name}"\n')
+    rewrite(customer, "[provider]", "[[provider]]")
+    rewrite(customer, "[mailboxes]", second)
+    os.chown(customer.config, 0, group.gr_gid)  # it must read it again, and then it is not root
+    customer.config.chmod(0o640)
+    customer.root.mkdir()
+    os.chown(customer.root, owner.pw_uid, group.gr_gid)
+    process = start_daemon(customer)
+    wait_until(lambda: len(customer.files()) == 2 and not one.held() and not two.held(), "the mail of both providers")
+    for path in [customer.root, *customer.root.rglob("*")]:
+        status = path.stat()
+        check((status.st_uid, status.st_gid) == (owner.pw_uid, group.gr_gid), f"{path} belongs to {status.st_uid}:{status.st_gid}")
+    identities = [
+        re.search(rf"(?m)^{kind}:\s*(.*)", task.read_text()).group(1).split()
+        for task in box.path.joinpath(f"/proc/{process.pid}/task").glob("*/status")
+        for kind in ("Uid", "Gid", "Groups")
+    ]
+    check({word for words in identities for word in words} <= {str(owner.pw_uid), str(group.gr_gid)}, f"{identities}")
+    rewrite(customer, '"@example.com"]', '"@example.com", "@example.net"]')
+    process.send_signal(signal.SIGHUP)
+    logged(customer, "reloaded")
+    process.send_signal(signal.SIGTERM)
+    check((result := process.wait(10)) == 0, f"SIGTERM: exit {result}")
+    # One call without the daemon asks both, too, and takes up where the other user left off.
+    for provider, recipient in ((one, ALICE), (two, "bob@example.com")):
+        with Smtp(provider.inbound) as line:
+            line.hello()
+            check((reply := line.send(SENDER, [recipient], LETTER)).startswith("250"), reply)
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    check(len(customer.files()) == 4, f"{len(customer.files())} files")
+    check({path.stat().st_uid for path in customer.files()} == {owner.pw_uid}, "files of another user")
+
+
+class Screen:
+    """A pseudo terminal, and what was written to it."""
+
+    def __init__(self, box):
+        self.octets = bytearray()
+        self.master, self.slave = pty.openpty()
+        box.at_end(lambda: os.close(self.master))
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        try:
+            while some := os.read(self.master, 65536):
+                self.octets += some
+        except OSError:
+            pass  # nobody writes any more
+
+    @property
+    def text(self):
+        return self.octets.decode("utf-8", "backslashreplace")
+
+
+@scenario("progress")
+def progress(box):
+    """a slow call shows how far it is, on a terminal only, and not with -q; the end says who was refused and why"""
+    quiet = {"RUST_LOG": "warn"}
+    big = b"Subject: big\r\n\r\n" + (b"z" * 70 + b"\r\n") * 20000
+    runs = {}
+    for name, words in (("terminal", []), ("quiet", ["-q"]), ("pipe", [])):
+        provider = Turning(box, mail=True)
+        customer = Customer(box, provider.port, tls="none", accept=[ALICE], file=name)
+        screen = Screen(box) if name != "pipe" else None
+        output = {"stdout": screen.slave, "stderr": screen.slave} if screen else {}
+        process = box.start(f"{name}.log", ODMR, "pull", *words, "-c", customer.config, env=os.environ | quiet, **output)
+        if screen:
+            os.close(screen.slave)
+        runs[name] = (provider.line(), process, screen, customer)
+    for line, *_ in runs.values():
+        for content in (LETTER, big):
+            check((reply := line.send(SENDER, [ALICE], content)).startswith("250"), reply)
+        check(not line.knows(BERT), "bert has a mailbox")
+    screen = runs["terminal"][2]
+    shown = lambda: [text for text in re.split(r"[\r\n]+", screen.text) if "2 messages" in text]
+    wait_until(shown, f"a progress line: {screen.text!r}")
+    during = shown()[-1]
+    check(re.search(r"1[.,]4\d* ?M|14\d\d{5}", during), f"no octets in {during!r}")
+    for line, process, *_ in runs.values():
+        line.leave()
+        check((result := process.wait(10)) == 0, f"exit {result}")
+    check(not runs["quiet"][2].octets, f"-q shows {runs['quiet'][2].text!r}")
+    wait_until(lambda: "refused" in screen.text, f"the summary: {screen.text!r}")
+    for text in (screen.text, runs["pipe"][3].log()):
+        end = text[text.rindex("2 messages") :]
+        for word in ("1 recipient", "refused", BERT, "550 5.1.1"):
+            check(word in end, f"no {word!r} in {end!r}")
+    log = runs["pipe"][3].log()
+    check("\r" not in log and "\x1b" not in log and log.count("2 messages") == 1, f"not a terminal: {log!r}")
+    return during.split("\x1b")[0]

@@ -1,0 +1,230 @@
+"""A Dovecot of our own: once as the next hop over LMTP, once as the reader of Maildirs that we have written."""
+
+import grp
+import os
+import pwd
+import re
+import signal
+import subprocess
+
+from harness import LOOPBACK, Customer, Provider, Smtp, at_rest, check, field, free_port, scenario, wait_until
+from postfix import UID
+from turning import SENDER
+from world import House, Names
+
+ALICE, BOB, NOBODY = "alice@example.org", "bob@example.com", "zed@example.org"
+ELSEWHERE = "127.0.0.9"  # where the world's client sits
+TRACE = re.compile(rb"(?:(?:Return-Path|Delivered-To|Received): [^\n]*\n(?:[ \t][^\n]*\n)*)*")
+
+# Contents on which a hop, or a count of octets, may stumble.
+LETTERS = [
+    b"Subject: plain\r\n\r\nplain\r\n",
+    b"Subject: dots\r\n\r\n.\r\n..\r\n.dot\r\n\r\n.\r\n",
+    b"Subject: only a header\r\n\r\n",
+    b"Subject: 8 bits\r\n\r\n\xe4\xf6\xfc \xc3\xa4 \xff\r\n",
+    b"Subject: long\r\n folded\r\n\r\n" + b"x" * 998 + b"\r\n" + b"\t \r\n" * 3,
+    b"Subject: from\r\n\r\nFrom here on a mbox would quote.\r\n>From\r\n",
+    b"Subject: big\r\n\r\n" + b"".join(b"%06d %s\r\n" % (number, b"y" * 60) for number in range(5000)),
+]
+
+
+class Dovecot:
+    """An instance with its own configuration, folders and log, which serves LMTP on the unix socket `socket`, and on
+    `port` for whom it believes what XCLIENT says.
+
+    `users`: address -> home; their mail, below `location`, belongs to `owner` (user id, group id).
+    """
+
+    def __init__(self, box, users, *, location="maildir:~/Maildir", owner=(UID, UID)):
+        self.box = box
+        self.directory = box.path / "dovecot"
+        self.config = self.directory / "dovecot.conf"
+        self.socket = self.directory / "run/lmtp"
+        self.port, self.process = free_port(), None
+        lines = "".join(f"{user}:{{PLAIN}}x:{owner[0]}:{owner[1]}::{home}::\n" for user, home in users.items())
+        box.write("dovecot/users", lines, mode=0o644)
+        self.directory.chmod(0o755)
+        box.write(
+            "dovecot/dovecot.conf",
+            f"""base_dir = {self.directory}/run
+state_dir = {self.directory}/state
+log_path = {box.path}/dovecot.log
+protocols = lmtp
+listen = {LOOPBACK}
+ssl = no
+mail_location = {location}
+first_valid_uid = 1
+recipient_delimiter = +
+lda_mailbox_autocreate = no
+postmaster_address = postmaster@example.org
+passdb {{
+  driver = passwd-file
+  args = {self.directory}/users
+}}
+userdb {{
+  driver = passwd-file
+  args = {self.directory}/users
+}}
+login_trusted_networks = {LOOPBACK}
+service lmtp {{
+  unix_listener lmtp {{
+    mode = 0666
+  }}
+  inet_listener lmtp {{
+    address = {LOOPBACK}
+    port = {self.port}
+  }}
+}}
+""",
+            mode=0o644,
+        )
+
+    def start(self):
+        before = self.log().count("starting up for lmtp")
+        self.process = self.box.start("dovecot-out.log", "dovecot", "-F", "-c", self.config)
+
+        def ready():
+            check(self.process.poll() is None, f"dovecot ended: {self.box.log('dovecot-out.log')}{self.log()[-500:]}")
+            return self.log().count("starting up for lmtp") > before and self.socket.exists()
+
+        wait_until(ready, "Dovecot to start")
+        return self
+
+    def kill(self):
+        """All of its processes, with no time to end well."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.box.children.remove(self.process)
+
+    def log(self):
+        return self.box.log("dovecot.log")
+
+    def complaints(self):
+        """What its log has of warnings and errors."""
+        return [line for line in self.log().splitlines() if re.search(r"Warning|Error|Fatal|Panic", line)]
+
+    def fetch(self, user, *fields, mailbox="INBOX"):
+        """The messages of a mailbox, each a list of these fields as octets; a text has LF line ends."""
+        fields = ("uid", *fields)  # between messages of one field doveadm puts nothing
+        words = ["doveadm", "-c", self.config, "-f", "pager", "fetch", "-u", user, " ".join(fields), "mailbox", mailbox, "all"]
+        done = subprocess.run(words, capture_output=True, timeout=30)  # octets, not text
+        check(done.returncode == 0, f"{' '.join(map(str, words))}: exit {done.returncode}: {done.stderr.decode()}")
+        heads = [rb"%s:[ \n](.*)" % re.escape(name.encode()) for name in fields]
+        form = re.compile(rb"\n".join(heads), re.DOTALL)
+        return [list(form.fullmatch(one).groups()[1:]) for one in done.stdout.split(b"\f\n") if one]
+
+
+def behind_trace(got, content):
+    """Whether a file at rest is that content behind header fields that hops add."""
+    content = at_rest(content)
+    return got.endswith(content) and TRACE.fullmatch(got[: len(got) - len(content)]) is not None
+
+
+def homes(box, *users, owner=UID):
+    """A home for each, of that owner."""
+    base = box.path / "homes"
+    base.mkdir()
+    os.chown(base, owner, owner)
+    return {user: base / user for user in users}
+
+
+@scenario("dovecot-lmtp", needs=["dovecot", "doveadm", "dnsmasq"], root=True)
+def dovecot_lmtp(box):
+    """Dovecot as the next hop over LMTP, socket and port: all octets come; a user it does not know is 550 to the provider"""
+    house = House(box)
+    names = Names(box, mx={"sender.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": LOOPBACK})
+    relay = f'[relay]\nresolver = "{names.resolver}"\nport = {house.port}\n'
+    provider = Provider(box, require_tls=False, more=relay).start()
+    dovecot = Dovecot(box, homes(box, ALICE, BOB)).start()
+    with Smtp(provider.inbound, source=ELSEWHERE) as line:
+        line.hello()
+        for content in LETTERS:
+            check((reply := line.send(SENDER, [ALICE, BOB, NOBODY], content)).startswith("250"), reply)
+    deliver = f'"*" = "lmtp:{dovecot.socket}"\n"example.com" = "lmtp:{LOOPBACK}:{dovecot.port}"\n'
+    customer = Customer(box, provider.odmr, tls="none", more=f"[mailboxes.deliver]\n{deliver}")
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    check(not provider.held(), f"{len(provider.held())} files are left with the provider")
+    for user in (ALICE, BOB):
+        texts = [text for (text,) in dovecot.fetch(user, "text")]
+        check(len(texts) == len(LETTERS), f"{user} has {len(texts)} letters")
+        for content in LETTERS:
+            check(sum(behind_trace(text, content) for text in texts) == 1, f"{user}: not once: {content[:60]!r} in {texts!r:.500}")
+        # XCLIENT is offered at the port only.
+        told = sum(f"([{ELSEWHERE}])" in field(text, "Received") for text in texts)
+        check(told == (len(texts) if user == BOB else 0), f"{user}: {field(texts[0], 'Received')}")
+    refused = [line for line in provider.log().splitlines() if "event=refused" in line and f"<{NOBODY}>" in line]
+    check(len(refused) == len(LETTERS) and all("550 5.1.1" in line for line in refused), f"{refused}")
+    wait_until(lambda: len(house.letters) == len(LETTERS), "a notice for each letter to the unknown user")
+    for notice in house.letters:
+        check(notice.sender == "" and notice.recipients == [SENDER], f"{notice}")
+        check(NOBODY.encode() in notice.content and b"550" in notice.content, f"{notice.content!r}")
+    check(not (customer.root / "example.org").exists(), "the customer kept something for itself")
+    check(not dovecot.complaints(), f"{dovecot.complaints()}")
+    return f"{len(LETTERS)} letters each, octet for octet; unknown: 550 at RCPT, {len(house.letters)} notices"
+
+
+@scenario("dovecot-maildir", needs=["dovecot", "doveadm"], root=True)
+def dovecot_maildir(box):
+    """Dovecot reads our Maildirs: owner, umask, S= and W=, a sub-address in its folder, a quota"""
+    provider = Provider(box, require_tls=False).start()
+    owner = pwd.getpwnam("nobody")
+    group = grp.getgrgid(owner.pw_gid).gr_name
+    head = f'user = "nobody"\ngroup = "{group}"\n'
+    customer = Customer(box, provider.odmr, tls="none", head=head, more='separator = "+"\numask = "027"\n')
+    customer.root.mkdir()
+    os.chown(customer.root, owner.pw_uid, owner.pw_gid)
+    users = {user: customer.root / user.split("@")[1] / user.split("@")[0] for user in (ALICE, BOB)}
+    dovecot = Dovecot(box, users, location="maildir:~", owner=(owner.pw_uid, owner.pw_gid)).start()
+    for user in users:  # Dovecot makes the INBOX, and what else it wants there.
+        done = box.run("doveadm", "-c", dovecot.config, "mailbox", "create", "-u", user, "lists")
+        check(done.returncode == 0, f"doveadm mailbox create: {done.stderr}")
+    # Courier's manual: the first line says the limits, the others what there is.
+    (users[BOB] / "maildirsize").write_text("3000S,100C\n0 0\n")
+    os.chown(users[BOB] / "maildirsize", owner.pw_uid, owner.pw_gid)
+    fits, too_large = b"Subject: fits\r\n\r\n" + b"z" * 990 + b"\r\n", b"Subject: too large\r\n\r\n" + (b"z" * 70 + b"\r\n") * 60
+    with Smtp(provider.inbound) as line:
+        line.hello()
+        for number, content in enumerate(LETTERS):
+            line.send(SENDER, [ALICE if number % 2 else "alice+unknown@example.org"], content)
+            line.send(SENDER, ["alice+lists@example.org"], content)
+        for content in (fits, too_large, LETTERS[0]):
+            check((reply := line.send(SENDER, [BOB], content)).startswith("250"), reply)
+    check((result := customer.pull()) == 0, f"pull: exit {result}: {customer.log()}")
+
+    for mailbox in ("INBOX", "lists"):
+        texts = [text for (text,) in dovecot.fetch(ALICE, "text", mailbox=mailbox)]
+        check(len(texts) == len(LETTERS), f"{mailbox}: {len(texts)} letters: {customer.log()}")
+        for content in LETTERS:
+            check(sum(behind_trace(text, content) for text in texts) == 1, f"{mailbox}: not once: {content[:60]!r}")
+    texts = [text for (text,) in dovecot.fetch(BOB, "text")]
+    check(len(texts) == 2 and all(any(behind_trace(text, one) for text in texts) for one in (fits, LETTERS[0])), f"{texts}")
+    (left,) = provider.held()
+    check(b"Subject: too large" in left.read_bytes(), "another letter than the one over the quota stayed")
+    deferred = [line for line in provider.log().splitlines() if "event=deferred" in line]
+    check(len(deferred) == 1 and f"<{BOB}>" in deferred[0] and "452 4.2.2" in deferred[0], f"{deferred}")
+
+    files = [file for file in customer.root.rglob("*") if file.parent.name in ("new", "cur") and file.is_file()]
+    check(len(files) == 2 * len(LETTERS) + 2, f"{files}")
+    for file in files:
+        status = file.stat()
+        check((status.st_uid, status.st_gid) == (owner.pw_uid, owner.pw_gid), f"{file} belongs to {status.st_uid}:{status.st_gid}")
+        check(status.st_mode & 0o777 == 0o640, f"{file} has mode {status.st_mode:o}")
+    sizes(dovecot, users, files)
+    check(not dovecot.complaints(), f"{dovecot.complaints()}")
+    return f"{len(files)} letters with right S= and W=; in a folder; 452 4.2.2 over the quota"
+
+
+def sizes(dovecot, users, files):
+    """What our names say is what Dovecot counts when the names say nothing."""
+    fields = ("size.physical", "size.virtual", "hdr.subject")
+    places = [(ALICE, "INBOX"), (ALICE, "lists"), (BOB, "INBOX")]
+    named = [sorted(dovecot.fetch(user, *fields, mailbox=mailbox)) for user, mailbox in places]
+    ours = sorted(re.search(r",S=(\d+),W=(\d+)", file.name).groups() for file in files)
+    check(ours == sorted((one[0].decode(), one[1].decode()) for place in named for one in place), f"{ours} {named}")
+    for user, home in users.items():
+        for file in list(home.rglob("dovecot*")):
+            file.unlink()
+        for file in [file for file in home.rglob("*") if ",S=" in file.name]:
+            file.rename(file.with_name(re.sub(r",[SW]=\d+", "", file.name)))
+    counted = [sorted(dovecot.fetch(user, *fields, mailbox=mailbox)) for user, mailbox in places]
+    check(counted == named, f"our names say {named}, Dovecot counts {counted}")

@@ -1,0 +1,447 @@
+"""The customer hands its mail over: to a real Postfix, and to hops that refuse, are away, or die over it."""
+
+import collections
+import os
+import pathlib
+import random
+import re
+import threading
+
+from dovecot import ALICE, BOB, ELSEWHERE, LETTERS, NOBODY, Dovecot, behind_trace, homes
+from harness import LOOPBACK, Customer, Provider, Smtp, at_rest, check, field, free_port, scenario, wait_until
+from hop import Hop, start_hop
+from postfix import UID, Postfix
+from turning import SENDER, Turning
+from world import RELAYS, House, Names, outgoing_table, queued, sendmail
+
+BERT, CAROL = "bert@example.org", "carol@example.org"
+MANY, KILLS = 500, 20
+HANDOVER = ".handover"  # below the root: what a next hop has not taken yet
+
+
+def receive(provider, letters, source=None):
+    """The world sends: (recipients, content) each."""
+    with Smtp(provider.inbound, source=source) as line:
+        line.hello()
+        for recipients, content in letters:
+            check((reply := line.send(SENDER, recipients, content)).startswith("250"), reply)
+
+
+def fill(provider, count, *recipients):
+    """Numbered letters straight into the held Maildir of a domain, as another delivery agent would."""
+    directory = provider.spool / "domains" / recipients[0].split("@")[1]
+    envelope = f"Return-Path: <{SENDER}>\n" + "".join(f"Delivered-To: {recipient}\n" for recipient in recipients)
+    for part in ("tmp", "new", "cur"):
+        (directory / part).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        text = f"{envelope}Subject: {number}\n\n" + f"{number}\n" * 300
+        draft = directory / "tmp" / f"1767323045.N{number}.fill"
+        draft.write_text(text)
+        draft.rename(directory / "new" / draft.name)
+
+
+def calls(customer, provider, *, at_most, between=None):
+    """Calls until the provider holds nothing; `between` is done behind each. Gives the exit codes."""
+    codes = []
+    while provider.held():
+        check(len(codes) < at_most, f"{len(provider.held())} messages are still held after calls that ended with {codes}")
+        codes.append(customer.pull())
+        check(codes[-1] in (0, 75), f"pull: exit {codes[-1]}")
+        if between:
+            between()
+    return codes
+
+
+def left_behind(customer):
+    """The files of messages that wait for their next hop."""
+    return [file for file in (customer.root / HANDOVER).rglob("*") if file.is_file() and file.parent.name in ("new", "cur")]
+
+
+def due(customer):
+    """What waits for its next hop is due now: the time of the next attempt is that of the file."""
+    for file in left_behind(customer):
+        os.utime(file)
+
+
+def once_each(numbers, count):
+    seen = collections.Counter(numbers)
+    lost = [number for number in range(count) if number not in seen]
+    twice = {number: times for number, times in seen.items() if times > 1}
+    check(not lost, f"{len(lost)} lost: {lost[:10]}")
+    return sum(twice.values()) - len(twice)
+
+
+def served_postfix(box, ports):
+    """A Postfix that takes mail for alice and bob at three ports: with XCLIENT, with XFORWARD, with neither."""
+    boxes = box.path / "boxes"
+    boxes.mkdir()
+    os.chown(boxes, UID, UID)
+    (box.path / "postfix").mkdir(exist_ok=True)
+    box.write("postfix/boxes", f"{ALICE} alice/\n{BOB} bob/\n", mode=0o644)
+    options = {
+        "xclient": f"-o smtpd_authorized_xclient_hosts={LOOPBACK}",
+        "xforward": f"-o smtpd_authorized_xforward_hosts={LOOPBACK}",
+        "neither": "",
+    }
+    services = "".join(
+        f"{LOOPBACK}:{port} inet n - n - - smtpd -o syslog_name=postfix/{name} {options[name]}\n"
+        for name, port in ports.items()
+    )
+    Postfix(
+        box,
+        f"""virtual_mailbox_domains = example.org, example.com
+virtual_mailbox_base = {boxes}
+virtual_mailbox_maps = texthash:{box.path}/postfix/boxes
+virtual_uid_maps = static:{UID}
+virtual_gid_maps = static:{UID}
+virtual_minimum_uid = 100
+message_size_limit = 20000000
+local_header_rewrite_clients =
+smtpd_recipient_restrictions = reject_unauth_destination""",
+        services=services,
+    )
+    return boxes
+
+
+@scenario("postfix-handover", needs=["postfix"], root=True)
+def postfix_handover(box):
+    """Postfix as the next hop over SMTP: unknown is 550 at RCPT; XCLIENT or XFORWARD tell it where mail is from"""
+    ports = {name: free_port() for name in ("xclient", "xforward", "neither")}
+    boxes = served_postfix(box, ports)
+    files = lambda name: [file.read_bytes() for file in boxes.glob(f"{name}/new/*")]
+    provider = Provider(box, require_tls=False).start()
+    facts = []
+    for turn, (name, port) in enumerate(ports.items(), 1):
+        receive(provider, [([ALICE, NOBODY, BOB], content) for content in LETTERS], source=ELSEWHERE)
+        customer = Customer(box, provider.odmr, tls="none", file=name, more=f'deliver = "smtp:{LOOPBACK}:{port}"\n')
+        check((result := customer.pull()) == 0, f"{name}: pull: exit {result}")
+        check(not provider.held(), f"{name}: {len(provider.held())} files are left with the provider")
+        refused = re.findall(rf"event=refused .*to=<{NOBODY}> reply=\"(.*?) ", provider.log())
+        check(refused == ["550"] * len(LETTERS) * turn, f"{name}: {refused}")
+        log = lambda: box.log("postfix.log")
+        wait_until(lambda: log().count("delivered to maildir") == 2 * turn * len(LETTERS), f"{name}: letters in Maildirs")
+        for user in ("alice", "bob"):
+            for content in LETTERS:
+                times = sum(postfix_kept(file, content) for file in files(user))
+                check(times == turn, f"{name}: {user} has it {times} times: {content[:60]!r}")
+        clients = re.findall(rf"postfix/{name}/smtpd\[\d+\]: \w+: (client=.*)", log())
+        wanted = {"xclient": f"client=.*\\[{ELSEWHERE}\\]", "xforward": f".*orig_client=.*\\[{ELSEWHERE}\\]", "neither": ".*"}
+        told = [client for client in clients if re.fullmatch(wanted[name], client)]
+        check(len(told) >= len(LETTERS), f"{name}: the log of Postfix has {clients}")
+        check(name != "neither" or set(told) == {f"client=localhost[{LOOPBACK}]"}, f"{name}: {told}")
+        facts.append(f"{name}: {told[-1]}")
+    return "; ".join(facts)
+
+
+def postfix_kept(file, content):
+    """Postfix adds X-Original-To, and is no LMTP server: else as `behind_trace`."""
+    return behind_trace(re.sub(rb"(?m)^X-Original-To: .*\n", b"", file, count=1), content)
+
+
+@scenario("hop-killed")
+def hop_killed(box):
+    """the next hop kills itself in the middle of two of 500 contents: each letter arrives exactly once"""
+    provider = Provider(box, require_tls=False)
+    fill(provider, MANY, ALICE)
+    provider.start()
+    taken, path = box.path / "taken", box.path / "hop.sock"
+    taken.mkdir()
+    customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "lmtp:{path}"\n')
+    deaths = [120, 333]
+    hops = [start_hop(box, path, taken, deaths.pop(0))]
+
+    def revive():
+        if hops[-1].poll() is not None:
+            hops.append(start_hop(box, path, taken, deaths.pop(0) if deaths else None))
+
+    codes = calls(customer, provider, at_most=12, between=revive)
+    check(len(hops) == 3, f"the hop died {len(hops) - 1} times")
+    check(not left_behind(customer), f"wait for the hop: {left_behind(customer)}")
+    letters = [file.read_bytes().split(b"\n", 1) for file in taken.glob("*.eml")]
+    check(all(envelope == f"{SENDER} {ALICE}".encode() for envelope, _ in letters), f"{[one for one, _ in letters][:3]}")
+    numbers = [whole_letter(at_rest(content)) for _, content in letters]
+    check(once_each(numbers, MANY) == 0, f"twice: {[one for one, times in collections.Counter(numbers).items() if times > 1]}")
+    return f"{MANY} letters, 2 deaths, calls ended with {codes}"
+
+
+def whole_letter(file):
+    """The number of one of our numbered letters, which must be whole."""
+    number = int(field(file, "Subject"))
+    check(file.endswith(f"\n\n{number}\n".encode() + f"{number}\n".encode() * 299), f"letter {number} came cut: {file[-60:]!r}")
+    return number
+
+
+@scenario("hop-killed-dovecot", needs=["dovecot", "doveadm"], root=True)
+def hop_killed_dovecot(box):
+    """SIGKILL of Dovecot, twice, while it takes 500 letters: none is lost"""
+    provider = Provider(box, require_tls=False)
+    fill(provider, MANY, ALICE)
+    provider.start()
+    dovecot = Dovecot(box, homes(box, ALICE)).start()
+    customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "lmtp:{dovecot.socket}"\n')
+    new = box.path / "homes" / ALICE / "Maildir/new"
+    arrived = lambda: len(list(new.glob("*")))
+    codes = []
+    for goal in (MANY // 4, MANY // 2):
+        call = customer.start()
+        wait_until(lambda: arrived() >= goal or call.poll() is not None, f"{goal} letters", seconds=20, pause=0.002)
+        dovecot.kill()
+        codes.append(call.wait(30))
+        check(arrived() < MANY, "it was too late to kill anything")
+        dovecot.start()
+    codes += calls(customer, provider, at_most=12)
+    check(not left_behind(customer), f"wait for the hop: {left_behind(customer)}")
+    numbers = [whole_letter(text) for (text,) in dovecot.fetch(ALICE, "text")]
+    twice = once_each(numbers, MANY)
+    # Killed between taking a letter and saying so, a hop gets that letter again: no more than one a kill.
+    check(twice <= 2, f"{twice} letters came twice")
+    return f"{MANY} letters, 2 kills, {twice} twice, calls ended with {codes}"
+
+
+class MoodyHop(Hop):
+    """Has no room now and then, for one recipient and not for the other."""
+
+    def __init__(self, dice):
+        super().__init__()
+        self.dice, self.moody = dice, True
+
+    def next(self, replies, recipient):
+        moody = self.moody and replies is self.after_content and self.dice.random() < 0.2
+        return "452 4.2.2 not now" if moody else None
+
+
+@scenario("handover-kills")
+def handover_kills(box):
+    """SIGKILL at 20 random moments of a customer that hands over, to a hop with 452 now and then: nothing is lost"""
+    seed = int(os.environ.get("SEED", random.SystemRandom().randrange(1_000_000)))
+    print(f"   handover-kills: seed {seed} (SEED={seed} repeats the dice)", flush=True)
+    dice = random.Random(seed)
+    provider = Provider(box, require_tls=False)
+    fill(provider, MANY, ALICE, BERT)
+    provider.start()
+    hop = MoodyHop(random.Random(seed + 1)).start(box)
+    customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "{hop.address}"\n')
+    killed = 0
+    while provider.held() and killed < KILLS:
+        call = customer.start()
+        goal = len(hop.letters) + dice.randrange(4 * MANY // KILLS)
+        wait_until(lambda: len(hop.letters) >= goal or call.poll() is not None, "letters at the hop", pause=0.001)
+        killed += call.poll() is None
+        call.kill()
+        call.wait()
+        box.children.remove(call)
+    hop.moody = False
+
+    def dust_settled():
+        due(customer)
+        check((result := customer.pull()) in (0, 75), f"pull: exit {result}")
+        return not provider.held() and not left_behind(customer)
+
+    wait_until(dust_settled, "all mail to be handed over", seconds=30)
+    arrived = collections.Counter((whole_letter(at_rest(content)), recipient) for _, recipient, content in hop.letters)
+    lost = [(number, one) for number in range(MANY) for one in (ALICE, BERT) if not arrived[number, one]]
+    facts = f"seed {seed}: {killed} kills, {sum(arrived.values()) - len(arrived)} of {2 * MANY} twice, {len(lost)} lost"
+    check(not lost, f"{facts}: {lost[:10]}")
+    check(killed >= 5, f"hardly any kills: {facts}")
+    return facts
+
+
+@scenario("lmtp-mixed", needs=["dnsmasq"])
+def lmtp_mixed(box):
+    """after one content 250, 452 and 550: one 250 for the provider, one comes with a later call, one makes a notice"""
+    house = House(box)
+    names = Names(box, mx={"sender.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": LOOPBACK})
+    relay = f'[relay]\nresolver = "{names.resolver}"\nport = {house.port}\n'
+    provider = Provider(box, require_tls=False, accounts=RELAYS, more=relay).start()
+    refusals = {BERT: ["452 4.2.2 mailbox full"], CAROL: ["550 5.2.0 not of that kind"]}
+    hop = Hop(box.path / "hop.sock", after_content=refusals).start(box)
+    customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "{hop.address}"\n' + outgoing_table(box))
+    receive(provider, [([ALICE, BERT, CAROL], LETTERS[1])])
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    check(not provider.held(), "the provider still holds it")
+    delivered = re.findall(r"event=delivered .*to=<(.*?)>", provider.log())
+    check(sorted(delivered) == [ALICE, BERT, CAROL], f"the provider saw {delivered}")
+    check(hop.count(ALICE) == 1 and hop.count(BERT) == 0, f"{hop.letters}")
+    check(len(left_behind(customer)) == 1, f"wait for the hop: {left_behind(customer)}")
+    due(customer)
+    check((result := customer.pull()) == 0, f"second pull: exit {result}")
+    check(hop.count(ALICE) == 1 and hop.count(BERT) == 1 and hop.count(CAROL) == 0, f"{hop.letters}")
+    check(all(behind_trace(at_rest(content), LETTERS[1]) for *_, content in hop.letters), f"{hop.letters}")
+    check(not left_behind(customer), f"wait for the hop: {left_behind(customer)}")
+    wait_until(lambda: house.letters, "the notice")
+    (notice,) = house.letters
+    check(notice.sender == "" and notice.recipients == [SENDER], f"{notice}")
+    for word in (CAROL.encode(), b"550 5.2.0", b"not of that kind"):
+        check(word in notice.content, f"no {word!r} in {notice.content!r}")
+    for word in (ALICE.encode() + b"\r\n", BERT.encode() + b"\r\n"):
+        check(b"Final-Recipient: rfc822;" + word not in notice.content.replace(b"; ", b";"), f"{notice.content!r}")
+    return "250: once; 452: once, by a later call; 550: a notice"
+
+
+@scenario("handover-beside")
+def handover_beside(box):
+    """one message for a next hop and for a Maildir that cannot take it: the hop gets it once, the Maildir when it can"""
+    provider = Provider(box, require_tls=False).start()
+    hop = Hop(box.path / "hop.sock").start(box)
+    more = f'[mailboxes.deliver]\n"{ALICE}" = "{hop.address}"\n'
+    customer = Customer(box, provider.odmr, tls="none", accept=[ALICE, BERT, CAROL], more=more)
+    maildirs = {name: customer.root / "example.org" / name for name in ("bert", "carol")}
+    for maildir in maildirs.values():
+        for part in ("tmp", "new", "cur"):
+            (maildir / part).mkdir(parents=True)
+    limits = maildirs["bert"] / "maildirsize"
+    limits.write_text("100S\n0 0\n")
+    (maildirs["carol"] / "new").rmdir()
+    (maildirs["carol"] / "new").write_text("in the way")
+    receive(provider, [([ALICE, BERT], LETTERS[0]), ([ALICE, CAROL], LETTERS[1])])
+    for _ in range(3):
+        due(customer)
+        check((result := customer.pull()) == 0, f"pull: exit {result}")
+    check(hop.count(ALICE) == 2, f"the hop was given 2 letters {hop.count(ALICE)} times")
+    limits.write_text("100000S\n0 0\n")
+    (maildirs["carol"] / "new").unlink()
+    (maildirs["carol"] / "new").mkdir()
+    due(customer)
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    check(not provider.held() and not left_behind(customer), f"wait: {provider.held()} {left_behind(customer)}")
+    check(hop.count(ALICE) == 2, f"the hop was given 2 letters {hop.count(ALICE)} times")
+    for (name, maildir), content in zip(maildirs.items(), LETTERS):
+        texts = [file.read_bytes() for file in maildir.glob("new/*")]
+        check(len(texts) == 1 and behind_trace(texts[0], content), f"{name} has {texts}")
+
+
+class SlowHop(Hop):
+    """Has taken a content, and says so when it is told to."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.taken, self.told = threading.Event(), threading.Event()
+
+    def take(self, sender, recipients, content):
+        super().take(sender, recipients, content)
+        self.taken.set()
+        self.told.wait(20)
+
+
+@scenario("hop-slow")
+def hop_slow(box):
+    """SIGTERM while the hop has a content and has not answered: its reply is waited for, and nothing comes twice"""
+    provider = Provider(box, require_tls=False).start()
+    hop = SlowHop(box.path / "hop.sock").start(box)
+    customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "{hop.address}"\n')
+    receive(provider, [([ALICE], LETTERS[0])])
+    call = customer.start()
+    check(hop.taken.wait(10), "no content came to the hop")
+    call.terminate()
+    wait_until(lambda: signalled(call), "the signal to be taken")
+    check(call.poll() is None, f"it ended with {call.returncode} and did not wait")
+    hop.told.set()
+    call.wait(10)
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    check(not provider.held(), f"{len(provider.held())} files are held")
+    check(hop.count(ALICE) == 1, f"it came {hop.count(ALICE)} times")
+
+
+class HesitantHop(Hop):
+    """Thinks about every second recipient until it is told to go on."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.asked, self.asked_twice, self.told = 0, threading.Event(), threading.Event()
+
+    def next(self, replies, recipient):
+        if replies is self.at_recipient:
+            self.asked += 1
+            if self.asked == 2:
+                self.asked_twice.set()
+                self.told.wait(20)
+        return super().next(replies, recipient)
+
+
+@scenario("hop-hesitates")
+def hop_hesitates(box):
+    """while the hop thinks about a recipient of the next message, the 250 of the last one is with the provider already"""
+    provider = Turning(box, mail=True)
+    hop = HesitantHop(box.path / "hop.sock").start(box)
+    customer = Customer(box, provider.port, tls="none", more=f'deliver = "{hop.address}"\n')
+    call = customer.start()
+    line = provider.line()
+    group = f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<{ALICE}>\r\nBDAT {len(LETTERS[0])} LAST\r\n".encode() + LETTERS[0]
+    line.socket.sendall(group * 2)
+    check(hop.asked_twice.wait(10), "the hop was not asked about the second message")
+    line.socket.settimeout(5)
+    for _ in range(3):
+        line.want("250")
+    check(hop.count(ALICE) == 1, f"{hop.letters}")
+    hop.told.set()
+    for _ in range(3):
+        line.want("250")
+    line.leave()
+    check((result := call.wait(10)) == 0, f"pull: exit {result}")
+
+
+def signalled(process):
+    """Whether no signal is on its way to a process any more."""
+    status = pathlib.Path(f"/proc/{process.pid}/status")
+    pending = re.findall(r"(?m)^(?:SigPnd|ShdPnd):\s*(\w+)", status.read_text()) if status.exists() else []
+    return not any(int(one, 16) for one in pending)
+
+
+@scenario("hop-refuses")
+def hop_refuses(box):
+    """a letter over the hop's SIZE, and one it refuses after the content: the provider is told, the rest comes"""
+    provider = Provider(box, require_tls=False).start()
+    refusals = {BERT: ["554 5.7.1 looks like spam"]}
+    hop = Hop(lmtp=False, after_content=refusals, size=2000).start(box)
+    customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "{hop.address}"\n')
+    receive(provider, [([ALICE], LETTERS[6]), ([BERT], LETTERS[0]), ([ALICE], LETTERS[1])])
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    check(not provider.held(), f"{len(provider.held())} files are held")
+    refused = re.findall(r"event=refused .*to=<(.*?)> reply=\"(\d+ [\d.]+)", provider.log())
+    check(refused == [(ALICE, "550 5.3.4"), (BERT, "554 5.7.1")], f"the provider saw {refused}")
+    check([(one, at_rest(content)[-20:]) for _, one, content in hop.letters] == [(ALICE, at_rest(LETTERS[1])[-20:])], f"{hop.letters}")
+    for word in (ALICE, BERT, "5.3.4", "looks like spam"):
+        check(word in customer.log(), f"the summary has no {word!r}: {customer.log()}")
+
+
+@scenario("handover-local")
+def handover_local(box):
+    """mail of our own users for mailboxes behind the next hop: handed over by the next call; unknown there: a notice"""
+    provider = Provider(box, require_tls=False, accounts=RELAYS).start()
+    path = box.path / "hop.sock"
+    more = f'deliver = "lmtp:{path}"\n' + outgoing_table(box)
+    customer = Customer(box, provider.odmr, tls="none", accept=["@example.org"], more=more)
+    for recipient in (ALICE, NOBODY):
+        done = sendmail(box, customer, "-f", CAROL, recipient, text="Subject: local\n\nx\n")
+        check(done.returncode == 0 and not done.stderr, f"sendmail: exit {done.returncode}: {done.stderr}")
+    check((result := customer.pull()) == 0, f"pull while the hop is down: exit {result}")
+    check(len(left_behind(customer)) == 2, f"while the hop is down: {left_behind(customer)}")
+    hop = Hop(path, at_recipient={NOBODY: ["550 5.1.1 no such user"]}).start(box)
+    for _ in range(2):  # the notice is a letter for the hop, too
+        due(customer)
+        check((result := customer.pull()) == 0, f"pull: exit {result}")
+    check([one[:2] for one in hop.letters] == [(CAROL, ALICE), ("", CAROL)], f"{hop.letters}")
+    check(b"no such user" in hop.letters[-1][2], f"{hop.letters[-1]}")
+    check(not left_behind(customer), f"{left_behind(customer)}")
+    check(not queued(customer), "mail for our own was queued for the provider")
+
+
+@scenario("hop-down")
+def hop_down(box):
+    """nobody at the socket: 451 at RCPT and the mail stays with the provider; then the hop is there"""
+    provider = Provider(box, require_tls=False).start()
+    receive(provider, [([ALICE], content) for content in LETTERS])
+    path = box.path / "hop.sock"
+    customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "lmtp:{path}"\n')
+    down = customer.pull()
+    check(down in (0, 75), f"pull while the hop is down: exit {down}")
+    check(len(provider.held()) == len(LETTERS), f"{len(provider.held())} files are held")
+    replies = set(re.findall(r"event=deferred .*reply=\"(\d+ [\d.]+)", provider.log()))
+    check(replies == {"451 4.4.1"}, f"the provider saw {replies}")
+    hop = Hop(path).start(box)
+    check((result := customer.pull()) == 0, f"pull when the hop is there: exit {result}")
+    check(not provider.held(), f"{len(provider.held())} files are held")
+    contents = [at_rest(content) for *_, content in hop.letters]
+    check(len(contents) == len(LETTERS), f"{len(contents)} letters came")
+    check(all(any(behind_trace(got, sent) for got in contents) for sent in LETTERS), "not the letters that were sent")
+    return f"exit {down} while it is down"

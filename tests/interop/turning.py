@@ -1,0 +1,84 @@
+"""A provider that lets its test say every word after the turn."""
+
+import queue
+import time
+
+from harness import Failed, Server, Smtp, check, serve_each, wait_until
+
+SENDER = "lester@sender.example"
+
+
+class Turning:
+    """Listens, lets customers in, and counts their calls.
+
+    `mail`: there is some, so ATRN turns the line, which is to be had by `line`; `away`: it hangs up at once.
+    """
+
+    def __init__(self, box, *, mail=False, away=False):
+        self.mail, self.away = mail, away
+        self.times, self.lines, self.done = [], queue.Queue(), 0
+        self.box = box
+        self.socket, self.port = serve_each(box, self.session)
+
+    def session(self, sock):
+        self.times.append(time.monotonic())
+        try:
+            if not self.away and self.introduced(sock):
+                return  # the test has it
+        except (OSError, Failed):
+            pass
+        sock.close()
+
+    def introduced(self, sock):
+        server = Server(sock)
+        server.say("220 relay.example.net ODMR")
+        while (line := server.until(b"\r\n")) is not None:
+            verb = line[:4].upper()
+            if verb == b"EHLO":
+                server.say("250-relay.example.net", "250-PIPELINING", "250-AUTH CRAM-MD5", "250 ATRN")
+            elif verb == b"AUTH":
+                server.say("334 PDEuMkByZWxheT4=")
+                server.until(b"\r\n")
+                server.say("235 2.7.0 ok")
+            elif verb == b"ATRN":
+                self.done += 1
+                server.say("250 2.0.0 turning" if self.mail else "453 4.3.2 you have no mail")
+                if self.mail:
+                    self.lines.put(Line(self.box.keep(sock), server.received))
+                    return True
+            else:
+                server.say("221 2.0.0 bye" if verb == b"QUIT" else "502 5.5.1 not implemented")
+        return False
+
+    def called(self, count, seconds=10):
+        wait_until(lambda: self.done >= count, f"call {count} at the provider", seconds=seconds)
+        check(self.done == count, f"{self.done} calls, wanted {count}")
+
+    def line(self):
+        """The next turned line, its customer greeted."""
+        try:
+            line = self.lines.get(timeout=10)
+        except queue.Empty:
+            raise Failed("no call within 10 s") from None
+        line.hello()
+        return line
+
+
+class Line(Smtp):
+    """A client on a line that is there already."""
+
+    def __init__(self, sock, received):
+        sock.settimeout(20)
+        self.socket, self.received = sock, bytearray(received)
+
+    def knows(self, recipient):
+        """Whether that one has a mailbox."""
+        self.want("250", f"MAIL FROM:<{SENDER}>")
+        reply = self.say(f"RCPT TO:<{recipient}>")
+        self.want("250", "RSET")
+        check(reply[:3] in ("250", "550"), f"{recipient}: {reply}")
+        return reply.startswith("250")
+
+    def leave(self):
+        self.want("221", "QUIT")
+        self.close()
