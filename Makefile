@@ -23,7 +23,7 @@ check: ## formatting and lints, as the automatic checks demand them
 demo: ## one call: a letter goes up, the line turns, a letter comes down, with the dialogue
 	$(CARGO) run --release -- demo
 
-interop: build ## odmr with fetchmail, Postfix, swaks, inetd (as root; .ci/run installs them); ONLY=NAME for one
+interop: build ## odmr with fetchmail, Postfix, Dovecot, swaks, inetd (as root; .ci/run installs them); ONLY=NAME for one
 	tests/interop/run $(ONLY)
 
 install: build ## the program into DESTDIR and PREFIX (/usr/local), bin/odmr

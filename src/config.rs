@@ -1034,6 +1034,85 @@ accept = ["alice@example.org", "@example.com"]
     }
 
     #[test]
+    fn several_providers_have_each_their_own() {
+        let text = r#"
+            hostname = "mail.example.org"
+            user = "vmail"
+            group = "mail"
+            [[provider]]
+            address = "a.example.net"
+            name = "acme"
+            secret = "one"
+            domains = ["example.org"]
+            schedule = { every = "5m" }
+            outgoing = false
+            [[provider]]
+            address = "b.example.net"
+            name = "acme"
+            secret = "two"
+            domains = ["example.com"]
+            [provider.schedule]
+            at = ["* 08:00"]
+            [[provider]]
+            address = "b.example.net"
+            name = "other"
+            secret = "three"
+            domains = ["example.edu"]
+            [schedule]
+            every = "2h"
+            [mailboxes]
+            root = "mail"
+            accept = ["@example.org", "@example.com", "@example.edu"]
+        "#;
+        let folder = files(&[("odmr.toml", text)]);
+        let customer = Customer::load(&folder.path().join("odmr.toml")).unwrap();
+        let owner = customer.owner.unwrap();
+        assert_eq!((owner.user.as_str(), owner.group.as_deref()), ("vmail", Some("mail")));
+        let said: Vec<_> = customer
+            .providers
+            .iter()
+            .map(|provider| {
+                let every = match &provider.schedule.when {
+                    When::Every(every) => every.as_secs() / 60,
+                    When::At(_) => 0,
+                };
+                (provider.address.as_str(), provider.name.as_str(), every, provider.outgoing)
+            })
+            .collect();
+        let wanted = [
+            ("a.example.net:366", "acme", 5, false),
+            // The first that does not say no.
+            ("b.example.net:366", "acme", 0, true),
+            ("b.example.net:366", "other", 120, false),
+        ];
+        assert_eq!(said, wanted);
+    }
+
+    #[test]
+    fn mistakes_with_several_providers_are_named() {
+        const ONE: &str = "[[provider]]\naddress = \"a.example.net\"\nname = \"acme\"\nsecret = \"x\"\n";
+        let check = |more: &str, place: &str, phrase: &str| {
+            let text = format!(
+                "hostname = \"mail.example.org\"\n{ONE}{more}[mailboxes]\nroot = \"m\"\naccept = [\"@example.org\"]\n"
+            );
+            assert_said(&files(&[("odmr.toml", &text)]), place, phrase);
+        };
+        check(ONE, "odmr.toml:6", "a.example.net:366 stands here a second time as acme");
+        check("[[provider]]\nname = \"acme\"\n", "odmr.toml:6", "[provider] needs `address`");
+        let other = ONE.replace("acme", "b");
+        let both = format!("outgoing = true\n{other}outgoing = true\n");
+        check(&both, "odmr.toml:11", "another provider takes the outgoing mail already");
+        check("outgoing = 1\n", "odmr.toml:6", "expected true or false");
+        check("schedule = { evry = \"5m\" }\n", "odmr.toml:6", "unknown key `evry`");
+        customer("hostname", "group = \"mail\"\nhostname", "odmr.toml:1", "`group` means nothing without `user`");
+        customer("hostname", "user = \"a:b\"\nhostname", "odmr.toml:1", "is no name of a user or group");
+        customer("hostname", "user = 5\nhostname", "odmr.toml:1", "expected the name of a user or group");
+        let circle =
+            "[outgoing]\nqueue = \"q\"\nlisten = [\"127.0.0.1:2525\"]\n[mailboxes]\ndeliver = \"smtp:localhost:2525\"";
+        customer("[mailboxes]", circle, "odmr.toml:8", "so it would go in circles");
+    }
+
+    #[test]
 #[rustfmt::skip]
     fn mistakes_in_a_provider_s_file_are_named() {
         provider("hostname = ", "hostnam = ", "odmr.toml:1", "unknown key `hostnam`, expected one of `hostname`");

@@ -112,15 +112,10 @@ impl Diary {
         };
     }
 
-    /// Whether the last call failed, and the next one waits for that.
-    pub fn is_pausing(&self) -> bool {
-        self.failures > 0
-    }
-
     /// A pause after failures is over. If the call fails all the same, the next pause is longer: only a success says
     /// that all is well.
     pub fn network_is_back(&mut self, now: Now) {
-        if self.is_pausing() {
+        if self.failures > 0 {
             self.until = Some(now.ticks);
         }
     }

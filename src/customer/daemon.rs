@@ -209,6 +209,8 @@ struct Line {
     diary: Diary,
     calling: bool,
     at_once: bool,
+    /// The last call has failed because nobody could be reached.
+    unreachable: bool,
     /// An address or a route has come, and was not looked at yet.
     network: bool,
     /// One was the reason to call: no other one is before this.
@@ -232,6 +234,7 @@ impl Daemon {
                 diary: Diary::new(&provider.schedule, &self.stamps, now),
                 calling: false,
                 at_once: false,
+                unreachable: false,
                 network: false,
                 network_rests: None,
             });
@@ -305,25 +308,28 @@ impl Daemon {
         let Some(at) = self.lines.iter().position(|line| line.key == *key) else { return };
         let line = &mut self.lines[at];
         line.calling = false;
+        line.unreachable = false;
+        let (address, account) = key;
         let good = match &error {
             None => true,
             // Somebody else calls: that is as good.
-            Some(Error::Busy(_)) => true,
+            Some(Error::Busy(text)) => {
+                log::info!("event=not-called provider={address} account={account} reason={text:?}");
+                true
+            }
             Some(_) if self.stop.stopped() => return,
             // The provider is down or busy (450, 451): it is waited for.
-            Some(Error::NoHost(_) | Error::Unavailable(_) | Error::Temporary(_)) => false,
+            Some(Error::NoHost(text) | Error::Unavailable(text) | Error::Temporary(text)) => {
+                log::warn!("event=call-failed provider={address} account={account} error={text:?}");
+                line.unreachable = true;
+                false
+            }
             // It does not let us in, or is not what it should be: somebody must look.
-            Some(Error::Denied(_) | Error::Protocol(_) | Error::Config(_) | Error::System(_)) => false,
-        };
-        match &error {
-            None => {}
             Some(Error::Denied(text) | Error::Protocol(text) | Error::Config(text) | Error::System(text)) => {
-                log::error!("event=call-refused provider={} account={} error={text:?}", key.0, key.1);
+                log::error!("event=call-refused provider={address} account={account} error={text:?}");
+                false
             }
-            Some(error) => {
-                log::warn!("event=call-failed provider={} account={} error={:?}", key.0, key.1, error.to_string());
-            }
-        }
+        };
         line.diary.called(begun, now, good);
         self.say_when(&self.lines[at]);
     }
@@ -336,7 +342,7 @@ impl Daemon {
                 continue;
             }
             line.network = false;
-            if line.diary.is_pausing() {
+            if line.unreachable {
                 log::info!("event=network provider={} account={}", line.key.0, line.key.1);
                 line.diary.network_is_back(now);
                 line.network_rests = Some(moment + BETWEEN_NETWORKS);

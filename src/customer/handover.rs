@@ -193,9 +193,8 @@ impl NextHops {
         }
         let dialogue = self.sessions.get(hop).and_then(|session| session.dialogue.as_ref());
         let dsn = dialogue.is_some_and(|dialogue| dialogue.client().offered().dsn);
-        // XCLIENT holds for the rest of the session, and the next message comes from somebody else.
-        if origin.is_some()
-            && dialogue.is_some_and(|dialogue| !dialogue.client().offered().xclient.is_empty())
+        // The next message comes from somebody else.
+        if dialogue.is_some_and(|dialogue| dialogue.client().is_disguised())
             && let Some(session) = self.sessions.get_mut(hop)
         {
             session.close();
@@ -604,5 +603,49 @@ impl Handover {
         }
         let untried = || Fate::Deferred(Reply::new(451, "4.0.0", "Not yet"));
         Ok((fates.into_iter().map(|fate| fate.unwrap_or_else(untried)).collect(), name, dsn))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a next hop says, and what the provider hears.
+    #[test]
+    fn replies_about_the_mail_are_passed_on_and_others_are_not() {
+        let hop = NextHop::LmtpUnix("/run/lmtp".into());
+        for (said, heard) in [
+            (Reply::new(550, "5.1.1", "No such user"), "550 5.1.1 No such user"),
+            (Reply::new(452, "4.2.2", "Over quota"), "452 4.2.2 Over quota"),
+            (Reply::bare(550, "non\u{e9}"), "550 5.0.0 non?"),
+            (Reply::bare(421, "bye"), "451 4.3.2 The mail server behind this one is not available now"),
+            (Reply::bare(530, "who are you"), "451 4.3.5 The mail server behind this one does not take mail from here"),
+            (Reply::bare(500, "what"), "451 4.3.5 The mail server behind this one does not take mail from here"),
+            (Reply::bare(354, "odd"), "451 4.3.5 The mail server behind this one does not take mail from here"),
+        ] {
+            assert_eq!(upward(&hop, said).to_string(), heard);
+        }
+    }
+
+    #[test]
+    fn content_is_read_again_from_memory_and_from_a_file() {
+        for (pieces, in_memory) in [(1, true), (IN_MEMORY / 1000 + 2, false)] {
+            let piece = [b"x".repeat(998), b"\r\n".to_vec()].concat();
+            let (mut scratch, mut files) = (Scratch::default(), 0);
+            for _ in 0..pieces {
+                let made = scratch.write(&piece, || {
+                    files += 1;
+                    tempfile::tempfile()
+                });
+                made.unwrap();
+            }
+            assert_eq!((files == 0, scratch.size(), scratch.eight_bit()), (in_memory, 1000 * pieces as u64, false));
+            for _ in 0..2 {
+                let mut all = Vec::new();
+                scratch.restart().unwrap();
+                scratch.read_to_end(&mut all).unwrap();
+                assert!(all == piece.repeat(pieces) && scratch.beginning().starts_with(&piece));
+            }
+        }
     }
 }

@@ -72,4 +72,18 @@ mod linux {
     fn is_new(message: &[u8]) -> bool {
         message.get(4..6).is_some_and(|kind| NEW.contains(&u16::from_ne_bytes([kind[0], kind[1]])))
     }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn only_what_has_come_is_news() {
+            let message = |kind: u16| [&16_u32.to_ne_bytes()[..], &kind.to_ne_bytes(), &[0; 10]].concat();
+            for (kind, news) in [(20, true), (24, true), (21, false), (25, false), (3, false)] {
+                assert_eq!(is_new(&message(kind)), news, "{kind}");
+            }
+            assert!(!is_new(&[]) && !is_new(&[0; 5]));
+        }
+    }
 }

@@ -612,7 +612,7 @@ impl Batch {
 /// clock that went wrong, and is due now.
 fn due(path: &Path) -> Option<SystemTime> {
     let (due, now) = (fs::metadata(path).and_then(|metadata| metadata.modified()).ok()?, SystemTime::now());
-    Some(if due > now + LONGEST { now } else { due })
+    Some(if due > now + LONGEST { SystemTime::UNIX_EPOCH } else { due })
 }
 
 /// Where copies for refused recipients wait for somebody to look at them.

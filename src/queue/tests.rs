@@ -533,6 +533,23 @@ fn a_452_for_all_waits_and_a_452_for_some_does_not() {
     }
 }
 
+/// What was put off while the clock was a year ahead does not wait for that year.
+#[test]
+fn a_clock_that_was_wrong_puts_nothing_off_for_long() {
+    let place = Place::Upstream;
+    for (ahead, due) in [(Duration::from_secs(3600), false), (Duration::from_secs(365 * 24 * 3600), true)] {
+        let folder = tempfile::tempdir().unwrap();
+        let queue = outgoing(folder.path(), &place, &["a@example.net"]);
+        let mut hold = queue.hold(std::slice::from_ref(&place)).unwrap();
+        let mut batch = hold.offer().unwrap();
+        batch.next_try = Some(SystemTime::now() + ahead);
+        batch.settle(&outcome("+"), &mut hold).unwrap();
+        drop(hold);
+        assert_eq!(queue.next_due(&place).unwrap().unwrap() <= SystemTime::now(), due);
+        assert_eq!(queue.hold(std::slice::from_ref(&place)).unwrap().offer().is_some(), due);
+    }
+}
+
 /// Looking at the queue takes no lock and moves nothing.
 #[test]
 fn what_waits_can_be_looked_at_while_somebody_has_it() {

@@ -298,6 +298,8 @@ pub struct Client {
     extended: bool,
     /// How many messages wait for us, by the reply to ATRN.
     waiting: Option<u64>,
+    /// XCLIENT was said: the peer takes us for somebody else, for the rest of the session.
+    disguised: bool,
     /// No mail is sent any more: QUIT was lined up, or the peer said 421.
     closing: bool,
 }
@@ -321,6 +323,7 @@ impl Client {
             ready: false,
             extended: false,
             waiting: None,
+            disguised: false,
             closing: false,
         }
     }
@@ -342,6 +345,11 @@ impl Client {
     /// How many messages the provider has for us, if its reply to ATRN says so.
     pub fn waiting(&self) -> Option<u64> {
         self.waiting
+    }
+
+    /// Whether the peer takes us for the origin of a message, and so of all that follow.
+    pub fn is_disguised(&self) -> bool {
+        self.disguised
     }
 
     /// What the next reply is the answer to; `None`: nothing is outstanding.
@@ -687,7 +695,10 @@ impl Client {
     /// After XCLIENT the session begins anew, with a greeting and EHLO.
     fn xclient_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
         match reply.severity() {
-            Severity::Positive => self.enter_ehlo(out),
+            Severity::Positive => {
+                self.disguised = true;
+                self.enter_ehlo(out)
+            }
             _ => self.introduced(out),
         }
     }

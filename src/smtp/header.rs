@@ -86,13 +86,16 @@ impl<'a> Header<'a> {
         let at = words.windows(2).position(|pair| pair[0] == "by" && pair[1].eq_ignore_ascii_case(by))?;
         let (from, rest) = (words.get(..at)?, &words[at..]);
         let name = *from.get(1).filter(|_| from[0] == "from")?;
-        // The client may call itself like an address; so the address is the first that does not stand in that name.
-        // Exim writes the name behind it, where it differs: `from host ([192.0.2.1] helo=name)`.
+        // The client may call itself like an address, so the address is the one in the comment behind that name. Exim
+        // writes the name into the comment, where it differs: `from host ([192.0.2.1] helo=name)`, and the address in its
+        // place, where it has no other: `from [192.0.2.1] (helo=name)`.
+        let end = from.iter().skip(2).position(|word| word.ends_with(')'))?;
+        let comment = from.get(2..3 + end)?;
         let named = |word: &&str| word.trim_start_matches('(').strip_prefix("helo=").map(str::to_owned);
-        let helo = from.iter().find_map(named);
-        let behind = if helo.is_some() { &from[1..] } else { &from[2..] };
-        let mut literals = behind.iter().filter(|word| named(word).is_none());
-        let (_, literal) = literals.find_map(|word| word.trim_end_matches(')').split_once('['))?;
+        let helo = comment.iter().find_map(named);
+        let literal = |word: &&str| Some(word.trim_end_matches(')').split_once('[')?.1.to_owned());
+        let written = comment.iter().filter(|word| named(word).is_none()).find_map(literal);
+        let literal = written.or_else(|| helo.is_some().then(|| literal(&name)).flatten())?;
         let literal = literal.strip_suffix(']')?;
         let address: IpAddr = literal.strip_prefix("IPv6:").unwrap_or(literal).parse().ok()?;
         let name = helo.as_deref().map_or(name, |helo| helo.trim_end_matches(')'));
@@ -596,6 +599,7 @@ mod tests {
             "from [203.0.113.9] (x [192.0.2.1])",
             "from [192.0.2.1] (helo=[203.0.113.9])",
             "from x ([192.0.2.1] helo=[203.0.113.9])",
+            "from [203.0.113.9] (x [192.0.2.1]) (Client CN \"helo=z\")",
             "from [203.0.113.9] (x [192.0.2.1]) (using TLSv1.3) (Client CN \"y [198.51.100.1] z\", Issuer \"i\")",
         ] {
             let field = format!("Received: {field} by relay.example.net with ESMTP; date\n");

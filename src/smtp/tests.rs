@@ -1321,9 +1321,10 @@ fn the_origin_is_told_to_those_who_ask() {
         begin("250-x/250-XFORWARD NAME ADDR PROTO HELO SOURCE PORT/250 XCLIENT NAME ADDR PROTO HELO");
     assert!(awaited && !alone.client.wants_message());
     assert_eq!(alone.said(), "XCLIENT NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc");
-    // The session begins anew.
+    // The session begins anew, and stays somebody else's.
     assert_eq!(alone.hear("220 x"), told("Wait", "EHLO me.example"));
     assert_eq!(alone.hear("250 x").0, "Ready");
+    assert!(alone.client.is_disguised());
     let (mut alone, awaited) = begin("250-x/250 XFORWARD NAME ADDR PROTO HELO SOURCE PORT");
     let said = "XFORWARD NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc SOURCE=REMOTE";
     assert_eq!((alone.said().as_str(), awaited), (said, true));
