@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::config;
 use crate::maildir::{Copies, Maildir, has_room};
 use crate::queue::{Batch, Envelope, Place, Queue};
-use crate::rules::{self, Delivery, Rules};
+use crate::rules::{self, Delivery, NextHop, Rules};
 use crate::session::disk_full;
 use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::smtp::command::Recipient;
@@ -120,45 +120,57 @@ impl Mailboxes {
     }
 
     /// Begins copies for all recipients of an envelope, who are ours; those that a next hop shall have wait for it.
-    pub fn begin_all(&self, copies: &mut Copies, envelope: &Envelope, head: &str) -> io::Result<Begun> {
-        let (mut here, mut handed_over, mut refused) = (Vec::new(), Vec::new(), Vec::new());
-        let mut seen = HashSet::new();
+    pub fn begin_all(&self, copies: &mut Copies, envelope: &Envelope, head: &str) -> io::Result<(Begun, Vec<Refused>)> {
+        let (mut known, mut refused) = (Vec::new(), Vec::new());
         for recipient in &envelope.recipients {
-            let deliveries = match self.resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
-                Ok(deliveries) => deliveries,
-                Err(reply) => {
-                    refused.push((recipient.clone(), reply));
-                    continue;
-                }
-            };
+            match self.resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
+                Ok(deliveries) => known.push((recipient.clone(), deliveries)),
+                Err(reply) => refused.push((recipient.clone(), reply)),
+            }
+        }
+        let begun = self.begin_known(copies, &envelope.from, &known, head)?;
+        if !begun.parts.is_empty() {
+            let recipients = begun.parts.iter().flat_map(|(_, recipients)| recipients.clone()).collect();
+            self.queue.add(copies, &Place::Handover, &Envelope { recipients, ..envelope.clone() }, head)?;
+        }
+        Ok((begun, refused))
+    }
+
+    /// Begins copies for recipients of whom it is known where they go; who is meant twice, by two aliases say, gets one.
+    pub fn begin_known(
+        &self,
+        copies: &mut Copies,
+        from: &ReversePath,
+        recipients: &[(Recipient, Vec<Delivery>)],
+        head: &str,
+    ) -> io::Result<Begun> {
+        let (mut begun, mut seen) = (Begun::default(), HashSet::new());
+        for (recipient, deliveries) in recipients {
             let mut all_here = true;
-            for delivery in &deliveries {
+            for delivery in deliveries {
+                let to = passed_on(recipient, &delivery.mailbox, deliveries.len());
                 match &delivery.place {
                     rules::Place::Maildir { path, folders } => {
                         if seen.insert(delivery.place.clone()) {
-                            let to = (&delivery.mailbox, &recipient.mailbox);
-                            self.begin(copies, &envelope.from, to, (path, folders), head)?;
+                            let names = (&delivery.mailbox, &recipient.mailbox);
+                            self.begin(copies, from, names, (path, folders), head)?;
+                            begun.boxes.push(to);
                         }
                     }
-                    rules::Place::NextHop(_) => {
+                    rules::Place::NextHop(hop) => {
                         all_here = false;
-                        let to = passed_on(recipient, &delivery.mailbox, deliveries.len());
-                        if !handed_over.iter().any(|other: &Recipient| rules::same(&other.mailbox, &to.mailbox)) {
-                            handed_over.push(to);
-                        }
+                        begun.add(hop, to);
                     }
                 }
             }
-            if all_here {
-                here.push(recipient.clone());
+            match (all_here, deliveries.len()) {
+                (true, _) => begun.here.push(recipient.clone()),
+                (false, 1) => {}
+                // Next hops do not know whom they were meant for, so we tell (RFC 3461 section 5.2.7).
+                (false, _) => begun.expanded.push(recipient.clone()),
             }
         }
-        let waits = !handed_over.is_empty();
-        if waits {
-            let envelope = Envelope { recipients: handed_over, ..envelope.clone() };
-            self.queue.add(copies, &Place::Handover, &envelope, head)?;
-        }
-        Ok(Begun { here: Envelope { recipients: here, ..envelope.clone() }, waits, refused })
+        Ok(begun)
     }
 
     /// One message at rest into a Maildir, for one recipient.
@@ -177,14 +189,33 @@ impl Mailboxes {
     }
 }
 
-/// What [`Mailboxes::begin_all`] has begun.
+/// A recipient whom the rules do not know.
+pub type Refused = (Recipient, Reply);
+
+/// Where the recipients of a message go.
+#[derive(Default)]
 pub struct Begun {
-    /// With the recipients who have it when the copies are committed; of the others somebody else will tell.
-    pub here: Envelope,
-    /// Something waits for a next hop.
-    pub waits: bool,
-    /// Those whom the rules do not know.
-    pub refused: Vec<(Recipient, Reply)>,
+    /// Who has it when the copies are committed.
+    pub here: Vec<Recipient>,
+    /// Who stands for several, next hops among them.
+    pub expanded: Vec<Recipient>,
+    /// Those whom the copies are for.
+    pub boxes: Vec<Recipient>,
+    /// What each next hop shall have.
+    pub parts: Vec<(NextHop, Vec<Recipient>)>,
+}
+
+impl Begun {
+    fn add(&mut self, hop: &NextHop, to: Recipient) {
+        match self.parts.iter_mut().find(|(other, _)| other == hop) {
+            None => self.parts.push((hop.clone(), vec![to])),
+            Some((_, recipients)) => {
+                if !recipients.iter().any(|other| rules::same(&other.mailbox, &to.mailbox)) {
+                    recipients.push(to);
+                }
+            }
+        }
+    }
 }
 
 /// A recipient as a next hop gets it, one of so many in whose place it was meant. What its sender wants to know goes

@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::handover::Handover;
-use super::mailboxes::{Begun, Mailboxes};
+use super::mailboxes::{Begun, Mailboxes, Refused};
 use super::receiver::Told;
 use super::tally::Tally;
 use crate::config;
@@ -139,9 +139,10 @@ impl Outbox {
             envelope_id: letter.mail.envelope_id.clone(),
         };
         let (here, elsewhere) = self.shelf.divide(envelope);
-        let (copies, delivered, waits) = self.shelf.begin(&here, &elsewhere, received)?;
+        let (copies, begun) = self.shelf.begin(&here, &elsewhere, received)?;
         // What stays here is delivered with its commit; of the rest others will tell.
-        let told = delivered.and_then(|delivered| Told::new(&self.desk, &delivered, false));
+        let told = begun.as_ref().and_then(|begun| Told::new(&self.desk, &here, begun, false));
+        let waits = begun.is_some_and(|begun| !begun.parts.is_empty());
         Ok(Stored { copies, completer: Completer::new(additions), buffer: Vec::new(), told, waits })
     }
 
@@ -201,10 +202,10 @@ impl Outbox {
     }
 
     /// A queued message, into our mailboxes; those who have none.
-    fn copy(&self, here: &Envelope, batch: &mut Batch) -> io::Result<Vec<(Recipient, Reply)>> {
+    fn copy(&self, here: &Envelope, batch: &mut Batch) -> io::Result<Vec<Refused>> {
         let mut copies = Copies::default();
-        let begun = self.shelf.mailboxes.begin_all(&mut copies, here, "")?;
-        let mut told = Told::new(&self.desk, &begun.here, false);
+        let (begun, refused) = self.shelf.mailboxes.begin_all(&mut copies, here, "")?;
+        let mut told = Told::new(&self.desk, here, &begun, false);
         batch.each_piece(|piece| {
             if let Some(told) = &mut told {
                 told.see(piece);
@@ -215,7 +216,7 @@ impl Outbox {
         if let Some(told) = told {
             told.tell();
         }
-        Ok(begun.refused)
+        Ok(refused)
     }
 
     /// Sends what is due in a session with the provider, before ATRN.
@@ -365,26 +366,25 @@ impl Shelf {
         (Envelope { recipients: here, ..envelope.clone() }, Envelope { recipients: elsewhere, ..envelope })
     }
 
-    /// A copy for each of our own mailboxes, and one for all recipients elsewhere; who has it with that, and whether a
-    /// next hop waits for it. `None`: the mailboxes are not ours to write into, so all of it is queued, for whoever
-    /// makes the next call.
-    fn begin(&self, here: &Envelope, elsewhere: &Envelope, head: &str) -> io::Result<(Copies, Option<Envelope>, bool)> {
+    /// A copy for each of our own mailboxes, and one for all recipients elsewhere. `None`: the mailboxes are not ours to
+    /// write into, so all of it is queued, for whoever makes the next call.
+    fn begin(&self, here: &Envelope, elsewhere: &Envelope, head: &str) -> io::Result<(Copies, Option<Begun>)> {
         let mut copies = Copies::default();
         match self.mailboxes.begin_all(&mut copies, here, head) {
             // Its recipients were looked up before, by the same rules.
-            Ok(Begun { refused, .. }) if !refused.is_empty() => {
+            Ok((_, refused)) if !refused.is_empty() => {
                 Err(io::Error::new(io::ErrorKind::NotFound, "a recipient has no mailbox here any more"))
             }
-            Ok(Begun { here, waits, .. }) => {
+            Ok((begun, _)) => {
                 if !elsewhere.recipients.is_empty() {
                     self.queue.add(&mut copies, &Place::Upstream, elsewhere, head)?;
                 }
-                Ok((copies, Some(here), waits))
+                Ok((copies, Some(begun)))
             }
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 let recipients = [&here.recipients[..], &elsewhere.recipients[..]].concat();
                 let all = Envelope { recipients, ..here.clone() };
-                Ok((self.queue.put(&[(Place::Upstream, all)], head)?, None, false))
+                Ok((self.queue.put(&[(Place::Upstream, all)], head)?, None))
             }
             Err(error) => Err(error),
         }
@@ -400,7 +400,7 @@ impl Post for Shelf {
         }
         let envelope = letter.envelope(&self.stamps);
         let (here, elsewhere) = self.divide(envelope);
-        let (mut copies, ..) = self.begin(&here, &elsewhere, "")?;
+        let (mut copies, _) = self.begin(&here, &elsewhere, "")?;
         copies.write(&letter.text)?;
         copies.commit().map(drop)
     }

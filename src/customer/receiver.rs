@@ -3,17 +3,16 @@
 //! Each recipient goes where the rules lead: into Maildirs here, or to a next hop, which is asked before we answer.
 //! Content is answered 250 when it is durable in the Maildirs and every next hop has taken it.
 
-use std::collections::HashSet;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::handover::{By, Delivered, Handover, NextHops, Scratch};
-use super::mailboxes::{Mailboxes, passed_on};
+use super::mailboxes::{Begun, Mailboxes, passed_on};
 use super::tally::Tally;
 use crate::maildir::Copies;
 use crate::outgoing::Desk;
 use crate::queue::{Envelope, Place as Shelf};
-use crate::rules::{self, Delivery, NextHop, Place};
+use crate::rules::{Delivery, NextHop, Place};
 use crate::sasl::{Secrets, Unavailable};
 use crate::session::{Intake, Party, storage_reply};
 use crate::smtp::address::{ForwardPath, Mailbox};
@@ -146,49 +145,20 @@ impl Party for Receiver {
         let (mail, stamps) = (&transaction.mail, self.mailboxes.stamps());
         let (id, arrived) = (stamps.id(), stamps.now());
         let received = server.received(peer, secure, &id, arrived);
+        let known: Vec<_> = transaction
+            .recipients
+            .iter()
+            .filter_map(|recipient| {
+                let (_, deliveries) = self.taken.iter().find(|(mailbox, _)| *mailbox == recipient.mailbox)?;
+                Some((recipient.clone(), deliveries.clone()))
+            })
+            .collect();
         let mut copies = Copies::default();
-        let mut boxes = Vec::new();
-        let mut parts: Vec<(NextHop, Vec<Recipient>)> = Vec::new();
-        let (mut seen, mut here, mut expanded) = (HashSet::new(), Vec::new(), Vec::new());
-        for recipient in &transaction.recipients {
-            let Some((_, deliveries)) = self.taken.iter().find(|(mailbox, _)| *mailbox == recipient.mailbox) else {
-                continue;
-            };
-            for delivery in deliveries {
-                match &delivery.place {
-                    Place::Maildir { path, folders } => {
-                        // Who is meant twice, by two aliases say, gets it once.
-                        if seen.insert(delivery.place.clone()) {
-                            let to = (&delivery.mailbox, &recipient.mailbox);
-                            let begun = self.mailboxes.begin(&mut copies, &mail.path, to, (path, folders), &received);
-                            begun.map_err(|error| storage_reply(&error))?;
-                            boxes.push(passed_on(recipient, &delivery.mailbox, deliveries.len()));
-                        }
-                    }
-                    Place::NextHop(hop) => {
-                        let to = passed_on(recipient, &delivery.mailbox, deliveries.len());
-                        let at = parts.iter().position(|(other, _)| other == hop).unwrap_or_else(|| {
-                            parts.push((hop.clone(), Vec::new()));
-                            parts.len() - 1
-                        });
-                        if !parts[at].1.iter().any(|other| rules::same(&other.mailbox, &to.mailbox)) {
-                            parts[at].1.push(to);
-                        }
-                    }
-                }
-            }
-            match deliveries.as_slice() {
-                all if all.iter().all(|delivery| matches!(delivery.place, Place::Maildir { .. })) => {
-                    here.push(recipient.clone());
-                }
-                [_] => {}
-                // Next hops do not know whom they were meant for, so we tell (RFC 3461 section 5.2.7).
-                _ => expanded.push(recipient.clone()),
-            }
-        }
+        let begun = self.mailboxes.begin_known(&mut copies, &mail.path, &known, &received);
+        let begun = begun.map_err(|error| storage_reply(&error))?;
         let envelope = Envelope {
             from: mail.path.clone(),
-            recipients: here,
+            recipients: transaction.recipients.clone(),
             id: id.clone(),
             arrived,
             body: mail.body,
@@ -196,17 +166,14 @@ impl Party for Receiver {
             ret: mail.ret,
             envelope_id: mail.envelope_id.clone(),
         };
-        let elsewhere = parts.iter().flat_map(|(_, recipients)| recipients).chain(&expanded);
-        let asked = elsewhere.clone().any(|recipient| recipient.notify.success());
-        let mut told = self.desk.as_ref().and_then(|desk| Told::new(desk, &envelope, asked));
-        if let Some(told) = &mut told {
-            told.relayed = expanded;
-        }
+        let mut elsewhere = begun.parts.iter().flat_map(|(_, recipients)| recipients);
+        let asked = elsewhere.any(|recipient| recipient.notify.success());
+        let told = self.desk.as_ref().and_then(|desk| Told::new(desk, &envelope, &begun, asked));
         self.tally.begin(mail.size.unwrap_or(0));
         let mut delivery = Arrival {
             copies,
-            boxes,
-            parts,
+            boxes: begun.boxes,
+            parts: begun.parts,
             scratch: Scratch::default(),
             hops: self.hops.clone(),
             mailboxes: self.mailboxes.clone(),
@@ -235,7 +202,6 @@ struct Arrival {
     mailboxes: Arc<Mailboxes>,
     handover: Arc<Handover>,
     message: Message,
-    /// With the recipients who have it when our Maildirs have it.
     envelope: Envelope,
     /// The name of the client.
     provider: String,
@@ -402,9 +368,14 @@ pub struct Told {
 
 impl Told {
     /// `None`: none of these recipients is to be told of; `others`: there are more, and among them one.
-    pub fn new(desk: &Desk, envelope: &Envelope, others: bool) -> Option<Told> {
-        let asked = others || envelope.recipients.iter().any(|recipient| recipient.notify.success());
-        asked.then(|| Told { desk: desk.clone(), envelope: envelope.clone(), relayed: Vec::new(), header: Vec::new() })
+    pub fn new(desk: &Desk, envelope: &Envelope, begun: &Begun, others: bool) -> Option<Told> {
+        let asked = others || begun.here.iter().chain(&begun.expanded).any(|recipient| recipient.notify.success());
+        asked.then(|| Told {
+            desk: desk.clone(),
+            envelope: Envelope { recipients: begun.here.clone(), ..envelope.clone() },
+            relayed: begun.expanded.clone(),
+            header: Vec::new(),
+        })
     }
 
     /// Content goes by; its header is kept.

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 
-from harness import LOOPBACK, Certificates, Customer, Provider, Server, Smtp, check, field, free_port, hang_up, scenario
+from harness import LOOPBACK, Certificates, Customer, Provider, Server, Smtp, check, field, free_port, scenario
 from harness import secret, serve_each, wait_until
 from postfix import UID, Postfix
 from world import RELAYS, House, Names, outgoing_table, queued, self_signed, sendmail
