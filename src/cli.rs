@@ -45,7 +45,7 @@ const HELP: &str = "\
 odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
 
     odmr serve -c FILE    the provider: holds mail for its customers, hands it over when they call
-    odmr pull  -c FILE    the customer: one call to its provider, its outgoing mail up, all its mail into Maildirs
+    odmr pull  -c FILE    the customer: calls its provider, its outgoing mail up, all its mail down
     odmr send             the customer's users and programs: takes a message as sendmail(8) does
     odmr check -c FILE    says what is wrong with a configuration
     odmr demo             provider and customer on loopback, with the dialogue
