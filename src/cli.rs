@@ -20,14 +20,14 @@ use signal_hook::iterator::Signals;
 
 use crate::config::{self, Config};
 use crate::customer::daemon::Event;
-use crate::customer::send::{self, Order};
+use crate::customer::send::{self, Order, User};
 use crate::customer::tally::Tally;
 use crate::customer::{Error, Summary, daemon};
 use crate::provider::{Door, Provider, StartError};
 use crate::rules::Rules;
 use crate::stamp::Stamps;
 use crate::tls;
-use crate::user::User;
+use crate::user;
 use crate::wire::Stop;
 use crate::{customer::pull, demo};
 
@@ -326,29 +326,26 @@ fn pull_mail(matches: &Matches) -> Result<(), Failure> {
     drop(progress);
     let summary = tally.summary(begun.elapsed().as_secs_f64());
     // Also what came before a failure has come.
-    if !quiet && (pulled.is_ok() || summary != Summary { seconds: summary.seconds, ..Summary::default() }) {
-        print(&format!("{summary}\n"))?;
-    }
-    Ok(pulled.map(drop)?)
+    let said = match quiet || pulled.is_err() && summary == (Summary { seconds: summary.seconds, ..Summary::default() })
+    {
+        true => Ok(()),
+        false => print(&format!("{summary}\n")),
+    };
+    // How the call went counts for more than whether that could be said.
+    pulled?;
+    said
 }
 
 fn run_daemon(
     path: &Path,
     config: &config::Customer,
-    user: Option<User>,
+    user: Option<user::User>,
     stamps: &Stamps,
     stop: &Stop,
 ) -> Result<(), Failure> {
     // Ports below 1024 are bound before root's rights are gone.
     let ready = daemon::Ready::new(config, stamps)?;
     become_owner(config, user)?;
-    if let Err(error) = File::open(path) {
-        log::warn!(
-            "event=no-reload file={} error={:?} way-out=\"let `user` read it\"",
-            path.display(),
-            error.to_string()
-        );
-    }
     let (bell, events) = daemon::bell();
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1])?;
     let (ringer, stopper) = (bell.clone(), stop.clone());
@@ -366,13 +363,17 @@ fn run_daemon(
         }
     });
     let load = || config::Customer::load(path).map_err(|error| error.to_string());
+    // All that was readable for root may not be for its user.
+    if let Err(error) = load() {
+        log::warn!("event=no-reload error={error:?} way-out=\"let `user` read it\"");
+    }
     daemon::run(ready, &load, stamps, stop, (bell, events))?;
     log::info!("event=stopped");
     Ok(())
 }
 
 /// Whom to become before mail is touched; `None`: who we are.
-fn owner(config: &config::Customer) -> Result<Option<User>, Failure> {
+fn owner(config: &config::Customer) -> Result<Option<user::User>, Failure> {
     let wanted = config.owner.as_ref().filter(|_| rustix::process::geteuid().is_root());
     Ok(wanted.map(find_owner).transpose()?)
 }
@@ -388,11 +389,11 @@ fn not_for_others(config: &config::Customer, path: &Path) -> Result<(), Failure>
     Ok(())
 }
 
-fn find_owner(owner: &config::Owner) -> Result<User, config::ConfigError> {
-    User::find(&owner.user, owner.group.as_deref()).map_err(|text| owner.error(text))
+fn find_owner(owner: &config::Owner) -> Result<user::User, config::ConfigError> {
+    user::User::find(&owner.user, owner.group.as_deref()).map_err(|text| owner.error(text))
 }
 
-fn become_owner(config: &config::Customer, user: Option<User>) -> Result<(), Failure> {
+fn become_owner(config: &config::Customer, user: Option<user::User>) -> Result<(), Failure> {
     if let Some(user) = user {
         let queue = config.outgoing.as_ref().map(|outgoing| &outgoing.queue);
         for folder in [Some(&config.mailboxes.root), queue].into_iter().flatten() {
@@ -433,12 +434,12 @@ impl Progress {
             let mut shown = false;
             let mut next = Instant::now() + Duration::from_secs(1);
             while !end.wait_until(Some(next)) {
-                eprint!("\r{}\x1b[K", tally.progress());
+                let _ = write!(io::stderr(), "\r{}\x1b[K", tally.progress());
                 shown = true;
                 next = Instant::now() + Duration::from_millis(200);
             }
             if shown {
-                eprint!("\r\x1b[K");
+                let _ = write!(io::stderr(), "\r\x1b[K");
             }
         };
         let thread = std::thread::Builder::new().name("progress".to_owned()).spawn(show)?;
@@ -512,6 +513,8 @@ fn send(arguments: &[String]) -> Result<(), Failure> {
         envelope_id: last("V"),
         ret: last("R"),
         recipients: matches.free.clone(),
+        // Before we become somebody else.
+        user: User::login(),
     };
     let file = last("C").map(PathBuf::from).or_else(|| std::env::var_os("ODMR_CONFIG").map(PathBuf::from));
     let file = file.unwrap_or_else(|| PathBuf::from(CUSTOMER_FILE));
@@ -580,6 +583,7 @@ fn check(matches: &Matches) -> Result<(), Failure> {
                     print(&format!("{}: {name} may not read it, so SIGHUP cannot: chgrp it\n", path.display()))?;
                 }
             }
+            not_for_others(&config, &path).map_err(|failure| wrong(failure.text))?;
             pull::Caller::new(&config, &Stamps::system(tls::random))
                 .map_err(|error| wrong(format!("{}: {error}", path.display())))?;
             usable(&config.mailboxes.root).map_err(wrong)?;

@@ -35,7 +35,7 @@ use toml::Spanned;
 pub use self::customer::{Customer, Outgoing, Owner, Upstream};
 pub use self::mailboxes::{Accept, Mailboxes};
 pub use self::provider::{Account, Accounts, Inbound, Odmr, Provider, TlsFiles};
-pub use self::relay::{Relay, Retry, Smarthost, TlsPolicy};
+pub use self::relay::{LONGEST_PAUSE, Relay, Retry, Smarthost, TlsPolicy};
 pub use self::schedule::{Rule, Schedule, Times, Timetable, When};
 pub use self::value::Network;
 
@@ -891,6 +891,7 @@ accept = ["alice@example.org", "@example.com"]
         relay("retry-first = 5", 7, "expected a time such as \"5m\"");
         relay("retry-first = \"5h\"", 7, "`retry-first` must not be longer than `retry-max`");
         relay("retry-max = \"2m\"\nretry-first = \"3m\"", 8, "`retry-first` must not be longer than `retry-max`");
+        relay("retry-max = \"31d\"\ngive-up = \"60d\"", 7, "must not be longer than \"30d\"");
         relay("retry-max = \"5d\"", 7, "`retry-max` must be shorter than `give-up`");
         relay("give-up = \"1h\"\nretry-max = \"1h\"", 8, "`retry-max` must be shorter than `give-up`");
         relay("delay-notice = \"soon\"", 7, "\"soon\" is no time");
@@ -1102,6 +1103,9 @@ accept = ["alice@example.org", "@example.com"]
         let other = ONE.replace("acme", "b");
         let both = format!("outgoing = true\n{other}outgoing = true\n");
         check(&both, "odmr.toml:11", "another provider takes the outgoing mail already");
+        let text = "hostname = \"h.example.org\"\n[[provider]]\naddress = \"a.example.net\"\nname = \"a\"\nsecret = \"x\"\n\
+                    outgoing = false\n[mailboxes]\nroot = \"m\"\naccept = [\"@example.org\"]\n[outgoing]\nqueue = \"q\"\n";
+        assert_said(&files(&[("odmr.toml", text)]), "odmr.toml:10", "[outgoing] has nobody to take its mail");
         check("outgoing = 1\n", "odmr.toml:6", "expected true or false");
         check("schedule = { evry = \"5m\" }\n", "odmr.toml:6", "unknown key `evry`");
         customer("hostname", "group = \"mail\"\nhostname", "odmr.toml:1", "`group` means nothing without `user`");

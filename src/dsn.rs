@@ -44,6 +44,8 @@ pub enum Action {
     Delivered,
     /// A system that sends no notices has it now.
     Relayed,
+    /// It stands for several, who have it now; of each of them no more is told (RFC 3461 section 5.2.7.3).
+    Expanded,
 }
 
 /// What happened to one recipient.
@@ -238,7 +240,7 @@ impl Notice<'_> {
         let mut out = String::new();
         let host = self.clean(self.reporting);
         paragraph(&mut out, "", &format!("This is the mail system at {host}."));
-        for action in [Action::Failed, Action::Delayed, Action::Delivered, Action::Relayed] {
+        for action in [Action::Failed, Action::Delayed, Action::Delivered, Action::Relayed, Action::Expanded] {
             let reports: Vec<&Report> = self.reports.iter().filter(|report| report.action == action).collect();
             if reports.is_empty() {
                 continue;
@@ -325,6 +327,7 @@ impl Action {
             Action::Delayed => "delayed",
             Action::Delivered => "delivered",
             Action::Relayed => "relayed",
+            Action::Expanded => "expanded",
         }
     }
 
@@ -337,6 +340,7 @@ impl Action {
                 format!("Your message of {arrived} was delivered, as you asked to be told, to {whom}:")
             }
             Action::Relayed => format!("Your message of {arrived} was passed on, on its way to {whom}:"),
+            Action::Expanded => format!("Your message of {arrived} was passed on to all who stand behind {whom}:"),
         }
     }
 
@@ -353,6 +357,7 @@ impl Action {
                 "You need do nothing. The next mail system does not say whether it delivers, so this may be the \
                  last you hear of it from us."
             }
+            Action::Expanded => "You need do nothing. You will be told of those who cannot be reached.",
         }
     }
 }
@@ -369,7 +374,7 @@ impl Report<'_> {
         let (class, default) = match self.action {
             Action::Failed => ("45", "5.0.0"),
             Action::Delayed => ("4", "4.0.0"),
-            Action::Delivered | Action::Relayed => ("2", "2.0.0"),
+            Action::Delivered | Action::Relayed | Action::Expanded => ("2", "2.0.0"),
         };
         let sound = parts.next().is_some_and(|part| part.len() == 1 && class.contains(part))
             && number(parts.next(), 3)
@@ -625,8 +630,9 @@ mod tests {
     }
 
     #[test]
-    fn success_is_told_as_delivered_or_relayed() {
+    fn success_is_told_as_delivered_relayed_or_expanded() {
         let (to, joe, ann) = (mailbox("eva@example.org"), mailbox("joe@example.com"), mailbox("ann@example.com"));
+        let all = mailbox("all@example.com");
         let reports = [
             report(&joe, Action::Delivered, "2.1.5"),
             Report {
@@ -634,6 +640,7 @@ mod tests {
                 diagnostic: Some("250 2.0.0 Ok: queued as 4F1"),
                 ..report(&ann, Action::Relayed, "2.0.0")
             },
+            report(&all, Action::Expanded, "2.0.0"),
         ];
         let notice = Notice { reporting: "localhost", ..notice(&to, &reports) };
         check(&notice, MESSAGE, include_str!("../testdata/notices/success.eml"));
@@ -695,6 +702,7 @@ mod tests {
             (Action::Delayed, "4.4.1", "4.4.1"),
             (Action::Delayed, "5.1.1", "4.0.0"),
             (Action::Relayed, "250", "2.0.0"),
+            (Action::Expanded, "4.0.0", "2.0.0"),
             (Action::Delivered, "2.1.5", "2.1.5"),
         ] {
             assert_eq!(report(&joe, action, status).status(), expected, "{action:?} {status}");

@@ -20,6 +20,8 @@ use crate::stamp::{Date, Stamps};
 /// A message up to this size comes back whole when its sender asked for that (RFC 3461 section 4.3).
 const FULL_LIMIT: u64 = 64 * 1024;
 
+const TEN_YEARS: i64 = 10 * 365 * 24 * 60 * 60;
+
 /// Of a longer header no more comes back.
 const HEADER_LIMIT: usize = 64 * 1024;
 
@@ -196,13 +198,13 @@ impl Desk {
         Ok(true)
     }
 
-    /// Final delivery has been made: those who asked are told (RFC 3461 section 5.2.5). `relayed`: recipients that
-    /// somebody has who will not tell (section 5.2.2). `header`: the message's.
-    pub fn delivered(&self, envelope: &Envelope, relayed: &[Recipient], header: &[u8]) -> io::Result<()> {
+    /// Final delivery has been made: those who asked are told (RFC 3461 section 5.2.3). `others`: recipients that
+    /// somebody has who will not tell (sections 5.2.2 and 5.2.7.3). `header`: the message's.
+    pub fn delivered(&self, envelope: &Envelope, others: &[(Recipient, Action)], header: &[u8]) -> io::Result<()> {
         let ReversePath::Mailbox(to) = &envelope.from else { return Ok(()) };
         let here = envelope.recipients.iter().map(|recipient| (recipient, Action::Delivered));
         let reports: Vec<_> = here
-            .chain(relayed.iter().map(|recipient| (recipient, Action::Relayed)))
+            .chain(others.iter().map(|(recipient, action)| (recipient, *action)))
             .filter(|(recipient, _)| recipient.notify.success())
             .map(|(recipient, action)| Report {
                 recipient: &recipient.mailbox,
@@ -333,6 +335,8 @@ fn pause(retry: &Retry, age: Duration, chance: u64) -> Duration {
 
 fn age(batch: &Batch, now: Date) -> Duration {
     let seconds = now.seconds().saturating_sub(batch.envelope.arrived.seconds());
+    // So old no letter is: it came before the clock was set, and its age is not known.
+    let seconds = if seconds > TEN_YEARS { 0 } else { seconds };
     Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
 }
 

@@ -167,13 +167,13 @@ pub enum NextHop {
 }
 
 impl NextHop {
-    /// Whether who listens there would be spoken to, as far as the address tells without asking anybody.
-    pub fn is_at(&self, listener: &SocketAddr) -> bool {
+    /// Whether who listens there on this host would be spoken to, as far as the address tells without asking anybody.
+    pub fn is_at(&self, listener: &SocketAddr, hostname: &str) -> bool {
         let (NextHop::Lmtp { address, host } | NextHop::Smtp { address, host }) = self else { return false };
         let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
         let here = match host.parse::<IpAddr>() {
             Ok(ip) => ip == listener.ip() || listener.ip().is_unspecified() && ip.is_loopback(),
-            Err(_) => host.eq_ignore_ascii_case("localhost"),
+            Err(_) => [hostname, "localhost"].iter().any(|ours| host.eq_ignore_ascii_case(ours)),
         };
         here && port == Some(listener.port()) && listener.port() != 0
     }
@@ -486,15 +486,13 @@ impl Rules {
         self.root.join(mailbox.host().to_string()).join(folder(&local))
     }
 
-    /// Where a final address belongs, whatever aliases say of it: for mail that was taken for it and waits.
-    pub fn place_of(&self, mailbox: &Mailbox) -> Place {
-        let Some(domain) = mailbox.domain() else {
-            return Place::Maildir { path: self.maildir_of(mailbox), folders: Vec::new() };
-        };
+    /// Where a final address belongs, whatever aliases say of it: for mail that was taken for it and waits. `None`: it
+    /// is nobody's any more.
+    pub fn place_of(&self, mailbox: &Mailbox) -> Option<Place> {
+        let domain = mailbox.domain().filter(|domain| self.serves(domain))?;
         match self.look(mailbox.local(), domain, false) {
-            Found::Mailbox { local, detail, .. } => self.place(&local, domain, detail.as_deref()),
-            // It was taken by rules that are no more.
-            _ => self.place(mailbox.local(), domain, None),
+            Found::Mailbox { local, detail, .. } => Some(self.place(&local, domain, detail.as_deref())),
+            _ => None,
         }
     }
 

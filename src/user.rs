@@ -46,7 +46,9 @@ impl User {
     /// Whether this user may read a file, as far as its own mode says.
     pub fn may_read(&self, path: &Path) -> io::Result<bool> {
         let found = fs::metadata(path)?;
-        let bit = match (found.uid() == self.uid.as_raw(), found.gid() == self.gid.as_raw()) {
+        let groups = unistd::getgrouplist(&self.name, self.gid)?;
+        let in_group = groups.contains(&Gid::from_raw(found.gid()));
+        let bit = match (found.uid() == self.uid.as_raw(), in_group) {
             (true, _) => 0o400,
             (false, true) => 0o040,
             (false, false) => 0o004,

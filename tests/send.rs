@@ -99,6 +99,24 @@ fn has(text: &str, parts: &[&str]) {
     }
 }
 
+/// One of our own mailboxes is full: its copy waits, and nobody else waits for it.
+#[test]
+fn who_has_no_room_keeps_nobody_waiting() {
+    let house = House::new();
+    let alice = house.0.path().join("mailboxes/example.org/alice");
+    ["tmp", "new", "cur"].iter().for_each(|name| fs::create_dir_all(alice.join(name)).unwrap());
+    fs::write(alice.join("cur/1.x.host,S=5:2,S"), "12345").unwrap();
+    fs::write(alice.join("maildirsize"), "5S\n5 1\n").unwrap();
+    let words = ["-f", "bob@example.org", "alice@example.org", "bob@example.org", "eva@example.net"];
+    let sent = house.send(&words, "Subject: x\n\nx\n");
+    assert_eq!(sent.code, 0, "{}", sent.error);
+    assert_eq!(house.messages("mailboxes/example.org/bob").len(), 1);
+    assert!(house.messages("mailboxes/example.org/alice").is_empty());
+    assert_eq!(house.messages("outgoing").len(), 1);
+    let [waiting] = &house.messages("mailboxes/.handover")[..] else { panic!("not one message waits") };
+    assert!(waiting.contains("\nDelivered-To: alice@example.org\n") && !waiting.contains("bob@example.org\nX-O"));
+}
+
 #[test]
 fn a_message_is_queued_whole_with_what_its_header_lacked() {
     let house = House::new();

@@ -76,8 +76,13 @@ impl Customer {
         let mailboxes = Mailboxes::build(source, mailboxes, &domains)?;
         let takes_mail = providers.iter().find(|provider| provider.outgoing);
         let outgoing = match (raw.outgoing, takes_mail) {
-            (Some(raw), Some(provider)) => Some(Outgoing::build(source, raw, provider, &mailboxes)?),
-            _ => None,
+            (Some(raw), Some(provider)) => Some(Outgoing::build(source, raw, provider, &mailboxes, &hostname)?),
+            (Some(raw), None) => {
+                let text = "[outgoing] has nobody to take its mail, as every provider says `outgoing = false`: take that \
+                            out of one, or this table";
+                return Err(source.error(raw.span(), text));
+            }
+            (None, _) => None,
         };
         let owner = match (raw.user, raw.group) {
             (None, None) => None,
@@ -249,6 +254,7 @@ impl Outgoing {
         raw: Spanned<RawOutgoing>,
         provider: &Upstream,
         mailboxes: &Mailboxes,
+        hostname: &str,
     ) -> Result<Outgoing, ConfigError> {
         let table = raw.span();
         let missing = |text: &str| source.error(table.clone(), format!("[outgoing] needs {text}"));
@@ -258,7 +264,7 @@ impl Outgoing {
         })?;
         listeners(source, [Some(raw.listen.as_slice())])?;
         for listen in &raw.listen {
-            if let Some(hop) = mailboxes.rules.next_hops().find(|hop| hop.is_at(&listen.get_ref().0)) {
+            if let Some(hop) = mailboxes.rules.next_hops().find(|hop| hop.is_at(&listen.get_ref().0, hostname)) {
                 let text =
                     format!("{hop} is where `deliver` hands mail over, so it would go in circles: choose another");
                 return Err(source.error(listen.span(), text));

@@ -138,6 +138,9 @@ pub struct Retry {
     pub delay_notice: Option<Duration>,
 }
 
+/// What is due later than this is taken for put off by a clock that went wrong.
+pub const LONGEST_PAUSE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
 impl Retry {
     /// Times that are not written give way to those that are.
     pub(super) fn build(
@@ -154,6 +157,10 @@ impl Retry {
         let max = max
             .map_or_else(|| if default.max < give_up { default.max } else { give_up / 2 }, |time| time.into_inner().0);
         let first = first.map_or_else(|| default.first.min(max), |time| time.into_inner().0);
+        if max > LONGEST_PAUSE {
+            let text = "`retry-max` must not be longer than \"30d\": write less";
+            return Err(source.error(max_at, text));
+        }
         if max >= give_up {
             let text = "`retry-max` must be shorter than `give-up`, which is \"5d\" by default: write less here, or \
                         more there";

@@ -37,6 +37,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 const GLANCE: Duration = Duration::from_secs(60);
 
 /// Calls for the sake of a new address are so far apart at least: a network comes up in steps.
+/// With each one that did not help it is twice as long, up to `GLANCE`.
 const BETWEEN_NETWORKS: Duration = Duration::from_secs(3);
 
 /// What the loop waits for.
@@ -136,8 +137,7 @@ pub fn run(
     }
     // They have heard the word to stop. Who does not end in time is cut off with the process: a message half received
     // stays with the provider.
-    let patience = daemon.caller.config().timeouts.shutdown;
-    let end = Instant::now() + patience;
+    let end = Instant::now() + daemon.caller.config().timeouts.shutdown;
     while daemon.is_busy() {
         match events.recv_deadline(end) {
             Ok(Event::Ended { key, begun, error }) => daemon.ended(&key, begun, error),
@@ -146,7 +146,7 @@ pub fn run(
             Err(_) => break,
         }
     }
-    listeners.close(patience);
+    listeners.close(end);
     Ok(())
 }
 
@@ -215,6 +215,7 @@ struct Line {
     network: bool,
     /// One was the reason to call: no other one is before this.
     network_rests: Option<Instant>,
+    network_calls: u32,
 }
 
 impl Daemon {
@@ -237,6 +238,7 @@ impl Daemon {
                 unreachable: false,
                 network: false,
                 network_rests: None,
+                network_calls: 0,
             });
             if line.schedule != provider.schedule {
                 line.schedule = provider.schedule.clone();
@@ -311,7 +313,10 @@ impl Daemon {
         line.unreachable = false;
         let (address, account) = key;
         let good = match &error {
-            None => true,
+            None => {
+                line.network_calls = 0;
+                true
+            }
             // Somebody else calls: that is as good.
             Some(Error::Busy(text)) => {
                 log::info!("event=not-called provider={address} account={account} reason={text:?}");
@@ -345,7 +350,9 @@ impl Daemon {
             if line.unreachable {
                 log::info!("event=network provider={} account={}", line.key.0, line.key.1);
                 line.diary.network_is_back(now);
-                line.network_rests = Some(moment + BETWEEN_NETWORKS);
+                let rest = BETWEEN_NETWORKS.saturating_mul(2_u32.saturating_pow(line.network_calls));
+                line.network_rests = Some(moment + rest.min(GLANCE));
+                line.network_calls = line.network_calls.saturating_add(1);
             }
         }
     }
@@ -393,7 +400,10 @@ impl Daemon {
 
     /// How long until mail for a next hop is tried; `None`: there is none, or it is being tried.
     fn until_handover(&self) -> Option<Duration> {
-        let due = self.caller.handover_due().filter(|_| !self.handing_over)?;
+        if self.handing_over {
+            return None;
+        }
+        let due = self.caller.handover_due()?;
         let left = due.duration_since(SystemTime::now()).unwrap_or_default();
         let rest = self.handover_rests.map(|until| until.saturating_duration_since(Instant::now()));
         Some(left.max(rest.unwrap_or_default()))
@@ -451,12 +461,12 @@ impl Listeners {
         Ok(Listeners { threads, visitors, halt })
     }
 
-    /// Sessions come to a good end, or to an end, within that time. The word to stop has been said.
-    fn close(self, patience: Duration) {
+    /// Sessions come to a good end, or to an end, by then. The word to stop has been said.
+    fn close(self, end: Instant) {
         for thread in self.threads {
             let _ = thread.join();
         }
-        self.visitors.wait_until_gone(Instant::now() + patience);
+        self.visitors.wait_until_gone(end);
         self.halt.stop();
         self.visitors.wait_until_gone(Instant::now() + Duration::from_secs(1));
     }

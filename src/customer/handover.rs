@@ -10,13 +10,13 @@
 //!
 //! The provider keeps what was not answered 250, so nothing of ours waits as long as nobody has taken it. Only a
 //! message that some have taken and others have not cannot go back: for those others it is stored, durably, before
-//! the 250.
+//! the 250. All next hops of a message share one deadline, since the provider waits no longer; who has not answered
+//! by then may have it, and gets it again.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, Write};
 use std::net::ToSocketAddrs;
-use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -28,14 +28,13 @@ use crate::outgoing::{Attempt, Desk, Peer};
 use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
 use crate::rules::{self, NextHop};
 use crate::session::storage_reply;
-use crate::smtp::address::Mailbox;
 use crate::smtp::client::{Decided, Fate, Message, Origin, Outcome, Plan};
 use crate::smtp::command::Recipient;
 use crate::smtp::content::Sizer;
 use crate::smtp::reply::Reply;
 use crate::wire::Stop;
 
-use super::mailboxes::Mailboxes;
+use super::mailboxes::{Mailboxes, delivered};
 
 /// A next hop answers a command within this time, or it is down: whoever asks through waits for five minutes only
 /// (RFC 5321 section 4.5.3.2).
@@ -49,9 +48,10 @@ const TAKEN: Duration = Duration::from_secs(9 * 60);
 /// Mail that nobody waits for may take longer, but not for ever.
 const RETRIED: Duration = Duration::from_secs(60 * 60);
 
-/// One that could not be reached is left alone so long, and one that let us wait ten times as long as we have waited:
-/// each of a thousand recipients would wait again.
+/// One that could not be reached is left alone so long, and one that let us wait ten times as long as we have waited,
+/// up to five minutes: each of a thousand recipients would wait again.
 const DOWN: Duration = Duration::from_secs(5);
+const REST: Duration = Duration::from_secs(5 * 60);
 
 /// Content up to this size is kept in memory, larger in a file without a name.
 const IN_MEMORY: usize = 256 * 1024;
@@ -176,21 +176,16 @@ impl NextHops {
         let before = self.sessions.get(hop).is_some_and(|session| session.dialogue.is_some());
         let mut delivered = self.try_to_deliver(hop, message, content, origin)?;
         // A session that was there before may have ended while the content came. Nobody has it yet.
-        let lost = |session: &Session| session.dialogue.is_none();
-        if before
-            && delivered.as_ref().is_ok_and(|fates| fates.iter().all(|fate| matches!(fate, Fate::Deferred(_))))
-            && self.sessions.get(hop).is_some_and(lost)
-        {
+        let nobody = |outcome: &Outcome| {
+            let lost = outcome.decided == Decided::ByLoss;
+            lost && outcome.fates.iter().all(|fate| matches!(fate, Fate::Deferred(_)))
+        };
+        if before && delivered.as_ref().is_ok_and(nobody) {
             delivered = self.try_to_deliver(hop, message, content, origin)?;
         }
-        let mut fates =
-            delivered.unwrap_or_else(|failure| vec![Fate::Deferred(not_now(hop, &failure)); message.recipients.len()]);
-        for fate in &mut fates {
-            if let Fate::Refused(reply) | Fate::Deferred(reply) = fate {
-                let reply = upward(hop, reply.clone());
-                *fate = if reply.code() < 500 { Fate::Deferred(reply) } else { Fate::Refused(reply) };
-            }
-        }
+        let later = |failure| vec![Fate::Deferred(not_now(hop, &failure)); message.recipients.len()];
+        let fates = delivered.map_or_else(later, |outcome| outcome.fates);
+        let fates = fates.into_iter().map(|fate| passed_up(hop, fate)).collect();
         let dialogue = self.sessions.get(hop).and_then(|session| session.dialogue.as_ref());
         let dsn = dialogue.is_some_and(|dialogue| dialogue.client().offered().dsn);
         // The next message comes from somebody else.
@@ -209,9 +204,9 @@ impl NextHops {
         message: &Message,
         content: &mut dyn Content,
         origin: Option<&Origin>,
-    ) -> io::Result<Result<Vec<Fate>, Failure>> {
+    ) -> io::Result<Result<Outcome, Failure>> {
         content.restart()?;
-        Ok(self.session(hop).map(|session| session.deliver(message, content, origin).fates))
+        Ok(self.session(hop).map(|session| session.deliver(message, content, origin)))
     }
 
     /// The session with a next hop, connected.
@@ -264,7 +259,7 @@ impl Session {
     /// Leaves the next hop alone after something that began then and failed; `least`: at least so long.
     fn rest(&mut self, begun: Instant, least: Duration) {
         let waited = begun.elapsed();
-        let rest = if waited > DOWN { least.max(10 * waited) } else { least };
+        let rest = if waited > DOWN { least.max((10 * waited).min(REST)) } else { least };
         self.down = Some(Instant::now() + rest);
     }
 
@@ -366,6 +361,24 @@ fn upward(hop: &NextHop, reply: Reply) -> Reply {
             log::error!("event=next-hop-unfit next-hop={:?} reply={:?}", hop.to_string(), reply.to_string());
             Reply::new(451, "4.3.5", "The mail server behind this one does not take mail from here")
         }
+    }
+}
+
+/// A fate as the provider shall hear of it, or the retries.
+fn passed_up(hop: &NextHop, fate: Fate) -> Fate {
+    match fate {
+        // Behind RCPT, where that one counts as "later" (RFC 5321 section 4.5.3.1.10): see `ask`.
+        Fate::Deferred(reply) if reply.code() == 552 => Fate::Refused(reply.recoded(550).passed_on()),
+        // We have decided so, though the words are those of a refusal: a hop that has forgotten EHLO for a minute.
+        Fate::Deferred(reply) if reply.code() >= 500 => {
+            Fate::Deferred(Reply::new(451, "4.3.5", format!("Not now: {reply}")))
+        }
+        Fate::Deferred(reply) => Fate::Deferred(upward(hop, reply)),
+        Fate::Refused(reply) => match upward(hop, reply) {
+            reply if reply.code() < 500 => Fate::Deferred(reply),
+            reply => Fate::Refused(reply),
+        },
+        other => other,
     }
 }
 
@@ -510,7 +523,15 @@ impl Handover {
         Ok(())
     }
 
-    fn conclude(&self, batch: Batch, fates: Vec<Fate>, by: By<'_>, hold: &mut Hold) -> io::Result<Outcome> {
+    fn conclude(&self, batch: Batch, mut fates: Vec<Fate>, by: By<'_>, hold: &mut Hold) -> io::Result<Outcome> {
+        for fate in &mut fates {
+            // Here it is not "too many recipients" (RFC 5321 section 4.5.3.1.10), and so not for at once.
+            if let Fate::Deferred(reply) = fate
+                && reply.code() == 452
+            {
+                *fate = Fate::Deferred(reply.clone().recoded(451));
+            }
+        }
         let context = format!("next-hop={:?}", by.name);
         let peer = Peer { name: None, dsn: by.dsn };
         let attempt = Attempt { peer, retry: Some(&self.retry), done: "handed-over", context: &context };
@@ -518,7 +539,7 @@ impl Handover {
     }
 
     fn hold(&self) -> Result<Hold, String> {
-        self.queue.hold(&[Place::Handover]).map_err(|error| match error {
+        self.queue.hold_now(&Place::Handover).map_err(|error| match error {
             NoHold::Busy(_) => "another process is at it".to_owned(),
             NoHold::Failed(error) => error.to_string(),
         })
@@ -547,22 +568,14 @@ impl Handover {
         while !stop.stopped() {
             hold.progress();
             let Some(mut batch) = hold.offer() else { return };
-            match self.attempt(mailboxes, &mut hops, &mut batch) {
-                Ok((fates, name, dsn)) => {
-                    let _ = self.conclude(batch, fates, By { name: &name, dsn }, &mut hold);
-                }
-                Err(error) => log::error!("event=handover-failed error={:?}", error.to_string()),
-            }
+            let (fates, name, dsn) = self.attempt(mailboxes, &mut hops, &mut batch);
+            // What is wrong with it stands in the log.
+            let _ = self.conclude(batch, fates, By { name: &name, dsn }, &mut hold);
         }
     }
 
     /// One message, to wherever its recipients belong by the rules as they are now.
-    fn attempt(
-        &self,
-        mailboxes: &Mailboxes,
-        hops: &mut NextHops,
-        batch: &mut Batch,
-    ) -> io::Result<(Vec<Fate>, String, bool)> {
+    fn attempt(&self, mailboxes: &Mailboxes, hops: &mut NextHops, batch: &mut Batch) -> (Vec<Fate>, String, bool) {
         let recipients = batch.envelope.recipients.clone();
         let mut fates: Vec<Option<Fate>> = vec![None; recipients.len()];
         // Of a delivery into a Maildir of ours nobody else tells; that one is as rare as a change of the rules.
@@ -571,29 +584,29 @@ impl Handover {
             if fates[number].is_some() {
                 continue;
             }
-            let copied = |mailbox: &Mailbox, place: (&Path, &[String]), batch: &mut Batch| match mailboxes
-                .copy(mailbox, place, batch)
-            {
-                Ok(()) => Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")),
-                Err(error) => Fate::Deferred(storage_reply(&error)),
-            };
             match mailboxes.place(&recipients[number].mailbox) {
-                rules::Place::Maildir { path, folders } => {
-                    fates[number] = Some(copied(&recipients[number].mailbox, (&path, &folders), batch));
+                // It was taken by rules that are no more.
+                None => fates[number] = Some(Fate::Refused(Reply::new(550, "5.1.1", "No such mailbox here any more"))),
+                Some(rules::Place::Maildir { path, folders }) => {
+                    let copied = mailboxes.copy(&recipients[number].mailbox, (&path, &folders), batch);
+                    fates[number] = Some(delivered(copied));
                 }
-                rules::Place::NextHop(hop) => {
-                    let same = |other: &usize| matches!(mailboxes.place(&recipients[*other].mailbox), rules::Place::NextHop(its) if its == hop);
+                Some(rules::Place::NextHop(hop)) => {
+                    let same = |other: &usize| matches!(mailboxes.place(&recipients[*other].mailbox), Some(rules::Place::NextHop(its)) if its == hop);
                     let numbers: Vec<_> = (number..recipients.len()).filter(same).collect();
                     let wanted = numbers.iter().map(|number| recipients[*number].clone()).collect();
                     let message = Message { recipients: wanted, ..batch.message() };
                     hops.limit = Some(Instant::now() + RETRIED);
-                    let found = hops.deliver(&hop, &message, batch, None)?;
+                    let found = hops.deliver(&hop, &message, batch, None).unwrap_or_else(|error| Delivered {
+                        fates: vec![Fate::Deferred(storage_reply(&error)); message.recipients.len()],
+                        dsn: false,
+                    });
                     (name, dsn) = (hop.to_string(), found.dsn);
                     for (number, fate) in numbers.into_iter().zip(found.fates) {
                         let mailbox = &recipients[number].mailbox;
                         fates[number] = Some(match fate {
                             Fate::Refused(_) if mailboxes.must_take(mailbox) => {
-                                copied(mailbox, (&mailboxes.fallback(mailbox), &[]), batch)
+                                mailboxes.take_in(&message.from, mailbox, batch)
                             }
                             fate => fate,
                         });
@@ -602,13 +615,37 @@ impl Handover {
             }
         }
         let untried = || Fate::Deferred(Reply::new(451, "4.0.0", "Not yet"));
-        Ok((fates.into_iter().map(|fate| fate.unwrap_or_else(untried)).collect(), name, dsn))
+        (fates.into_iter().map(|fate| fate.unwrap_or_else(untried)).collect(), name, dsn)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What was decided is passed up, whatever the code of its words.
+    #[test]
+    fn a_deferral_stays_one_and_a_refusal_for_its_size_becomes_one() {
+        let hop = NextHop::LmtpUnix("/run/lmtp".into());
+        for (fate, wanted) in [
+            (Fate::Deferred(Reply::new(554, "5.6.3", "no 8BITMIME")), "later 451 4.3.5 Not now: 554 5.6.3 no 8BITMIME"),
+            (Fate::Deferred(Reply::new(552, "5.2.2", "Over quota")), "never 550 5.2.2 Over quota"),
+            (Fate::Deferred(Reply::new(452, "4.2.2", "Over quota")), "later 452 4.2.2 Over quota"),
+            (Fate::Refused(Reply::new(550, "5.1.1", "Gone")), "never 550 5.1.1 Gone"),
+            (Fate::Refused(Reply::new(552, "5.3.4", "Too large")), "never 552 5.3.4 Too large"),
+            (
+                Fate::Refused(Reply::bare(503, "What")),
+                "later 451 4.3.5 The mail server behind this one does not take mail from here",
+            ),
+        ] {
+            let got = match passed_up(&hop, fate) {
+                Fate::Deferred(reply) => format!("later {reply}"),
+                Fate::Refused(reply) => format!("never {reply}"),
+                other => format!("{other:?}"),
+            };
+            assert_eq!(got, wanted);
+        }
+    }
 
     /// What a next hop says, and what the provider hears.
     #[test]

@@ -4,12 +4,14 @@ use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::handover::Content;
 use crate::config;
 use crate::maildir::{Copies, Maildir, has_room};
 use crate::queue::{Batch, Envelope, Place, Queue};
 use crate::rules::{self, Delivery, NextHop, Rules};
-use crate::session::disk_full;
+use crate::session::{disk_full, storage_reply};
 use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
+use crate::smtp::client::Fate;
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::stamp::Stamps;
@@ -75,7 +77,7 @@ impl Mailboxes {
     }
 
     /// Where a final address belongs, without any alias.
-    pub fn place(&self, mailbox: &Mailbox) -> rules::Place {
+    pub fn place(&self, mailbox: &Mailbox) -> Option<rules::Place> {
         self.rules.place_of(mailbox)
     }
 
@@ -121,19 +123,37 @@ impl Mailboxes {
 
     /// Begins copies for all recipients of an envelope, who are ours; those that a next hop shall have wait for it.
     pub fn begin_all(&self, copies: &mut Copies, envelope: &Envelope, head: &str) -> io::Result<(Begun, Vec<Refused>)> {
-        let (mut known, mut refused) = (Vec::new(), Vec::new());
+        let (mut known, mut refused, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
         for recipient in &envelope.recipients {
             match self.resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
-                Ok(deliveries) => known.push((recipient.clone(), deliveries)),
                 Err(reply) => refused.push((recipient.clone(), reply)),
+                Ok(mut deliveries) => {
+                    // Who has no room waits for it, and nobody waits for him.
+                    let many = deliveries.len();
+                    deliveries.retain(|delivery| {
+                        let room = self.has_room_now(&delivery.place);
+                        if !room {
+                            waiting.push(passed_on(recipient, &delivery.mailbox, many));
+                        }
+                        room
+                    });
+                    known.push((recipient.clone(), deliveries));
+                }
             }
         }
         let begun = self.begin_known(copies, &envelope.from, &known, head)?;
-        if !begun.parts.is_empty() {
-            let recipients = begun.parts.iter().flat_map(|(_, recipients)| recipients.clone()).collect();
-            self.queue.add(copies, &Place::Handover, &Envelope { recipients, ..envelope.clone() }, head)?;
+        waiting.extend(begun.parts.iter().flat_map(|(_, recipients)| recipients.clone()));
+        if !waiting.is_empty() {
+            let envelope = Envelope { recipients: waiting, ..envelope.clone() };
+            self.queue.add(copies, &Place::Handover, &envelope, head)?;
         }
         Ok((begun, refused))
+    }
+
+    fn has_room_now(&self, place: &rules::Place) -> bool {
+        let rules::Place::Maildir { path, folders } = place else { return true };
+        let full = |error: &io::Error| error.kind() == io::ErrorKind::QuotaExceeded;
+        !self.admits((path, folders), 1).as_ref().is_err_and(full)
     }
 
     /// Begins copies for recipients of whom it is known where they go; who is meant twice, by two aliases say, gets one.
@@ -164,9 +184,11 @@ impl Mailboxes {
                 }
             }
             match (all_here, deliveries.len()) {
+                // Of him who waits he hears later.
+                (_, 0) => {}
                 (true, _) => begun.here.push(recipient.clone()),
                 (false, 1) => {}
-                // Next hops do not know whom they were meant for, so we tell (RFC 3461 section 5.2.7).
+                // Next hops do not know whom they were meant for, so we tell (RFC 3461 section 5.2.7.3).
                 (false, _) => begun.expanded.push(recipient.clone()),
             }
         }
@@ -183,9 +205,34 @@ impl Mailboxes {
         copies.commit().map(drop)
     }
 
+    /// Delivers to a Maildir of ours what no next hop takes and somebody must.
+    pub fn take_in(&self, from: &ReversePath, to: &Mailbox, content: &mut dyn Content) -> Fate {
+        let mut copied = || -> io::Result<()> {
+            let mut copies = Copies::default();
+            self.begin(&mut copies, from, (to, to), (&self.fallback(to), &[]), "")?;
+            content.restart()?;
+            let mut piece = vec![0; 32 * 1024];
+            loop {
+                match content.read(&mut piece)? {
+                    0 => return copies.commit().map(drop),
+                    octets => copies.write(&piece[..octets])?,
+                }
+            }
+        };
+        delivered(copied())
+    }
+
     /// Refuses mail that the disk would not hold.
     pub fn make_room(&self, octets: u64) -> Result<(), Reply> {
         if has_room(&self.root, octets) { Ok(()) } else { Err(disk_full()) }
+    }
+}
+
+/// What became of a copy.
+pub fn delivered(copied: io::Result<()>) -> Fate {
+    match copied {
+        Ok(()) => Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")),
+        Err(error) => Fate::Deferred(storage_reply(&error)),
     }
 }
 
@@ -219,7 +266,7 @@ impl Begun {
 }
 
 /// A recipient as a next hop gets it, one of so many in whose place it was meant. What its sender wants to know goes
-/// with it, unless several would tell him (RFC 3461 section 5.2.7).
+/// with it, unless several would tell him (RFC 3461 section 5.2.7.3).
 pub fn passed_on(meant: &Recipient, to: &Mailbox, of: usize) -> Recipient {
     match of {
         1 => Recipient { mailbox: to.clone(), ..meant.clone() },

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::handover::{By, Delivered, Handover, NextHops, Scratch};
 use super::mailboxes::{Begun, Mailboxes, passed_on};
 use super::tally::Tally;
+use crate::dsn::Action;
 use crate::maildir::Copies;
 use crate::outgoing::Desk;
 use crate::queue::{Envelope, Place as Shelf};
@@ -234,11 +235,16 @@ impl Arrival {
         let mut handed = Vec::new();
         for (hop, recipients) in std::mem::take(&mut self.parts) {
             let message = Message { recipients, size, eight_bit, ..self.message.clone() };
-            let Delivered { fates, dsn } = hops.deliver(&hop, &message, &mut self.scratch, origin.as_ref())?;
+            let Delivered { mut fates, dsn } = hops.deliver(&hop, &message, &mut self.scratch, origin.as_ref())?;
+            for (recipient, fate) in message.recipients.iter().zip(&mut fates) {
+                if matches!(fate, Fate::Refused(_)) && self.mailboxes.must_take(&recipient.mailbox) {
+                    *fate = self.mailboxes.take_in(&message.from, &recipient.mailbox, &mut self.scratch);
+                }
+            }
             if let Some(told) = self.told.as_mut().filter(|_| !dsn) {
                 let taken = message.recipients.iter().zip(&fates);
                 let taken = taken.filter(|(_, fate)| matches!(fate, Fate::Delivered(_)));
-                told.relayed.extend(taken.map(|(recipient, _)| recipient.clone()));
+                told.others.extend(taken.map(|(recipient, _)| (recipient.clone(), Action::Relayed)));
             }
             for (recipient, fate) in message.recipients.iter().zip(&fates) {
                 log::info!(
@@ -361,19 +367,19 @@ impl Intake for Arrival {
 pub struct Told {
     desk: Desk,
     envelope: Envelope,
-    /// Recipients that a next hop has taken, who tells nobody.
-    relayed: Vec<Recipient>,
+    /// Recipients that others have, who tell nobody.
+    others: Vec<(Recipient, Action)>,
     header: Vec<u8>,
 }
 
 impl Told {
-    /// `None`: none of these recipients is to be told of; `others`: there are more, and among them one.
-    pub fn new(desk: &Desk, envelope: &Envelope, begun: &Begun, others: bool) -> Option<Told> {
-        let asked = others || begun.here.iter().chain(&begun.expanded).any(|recipient| recipient.notify.success());
+    /// `None`: none of these recipients is to be told of; `elsewhere`: a next hop gets one.
+    pub fn new(desk: &Desk, envelope: &Envelope, begun: &Begun, elsewhere: bool) -> Option<Told> {
+        let asked = elsewhere || begun.here.iter().chain(&begun.expanded).any(|recipient| recipient.notify.success());
         asked.then(|| Told {
             desk: desk.clone(),
             envelope: Envelope { recipients: begun.here.clone(), ..envelope.clone() },
-            relayed: begun.expanded.clone(),
+            others: begun.expanded.iter().map(|recipient| (recipient.clone(), Action::Expanded)).collect(),
             header: Vec::new(),
         })
     }
@@ -386,7 +392,7 @@ impl Told {
 
     /// The mail is there; that its sender does not hear of it would be no reason to refuse it.
     pub fn tell(&self) {
-        if let Err(error) = self.desk.delivered(&self.envelope, &self.relayed, &self.header) {
+        if let Err(error) = self.desk.delivered(&self.envelope, &self.others, &self.header) {
             log::error!("event=notice-failed id={} error={:?}", self.envelope.id, error.to_string());
         }
     }

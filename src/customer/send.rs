@@ -53,6 +53,8 @@ pub struct Order {
     pub envelope_id: Option<String>,
     pub ret: Option<String>,
     pub recipients: Vec<String>,
+    /// Who asks for it.
+    pub user: User,
 }
 
 /// The exit codes, by their names in sysexits.h.
@@ -113,13 +115,13 @@ fn open(config: &Customer, stamps: &Stamps) -> Result<Arc<Outbox>, Refused> {
 pub fn send(config: &Customer, stamps: &Stamps, order: &Order, input: &mut impl Read) -> Result<(), Refused> {
     let outbox = open(config, stamps)?;
     let home = &outbox.config().domain;
-    let user = User::login();
+    let user = &order.user;
     let wishes = Wishes::of(order)?;
     let named = named_recipients(order, home)?;
     if named.is_empty() && !order.from_header {
         return Err(refused(Exit::Usage, "no recipient: name one, or say -t to take them from the header"));
     }
-    let sender = sender(order, &user, home)?;
+    let sender = sender(order, user, home)?;
     // A full disk is found out before anything is read, and a large message while it is.
     accepted(outbox.make_room(0))?;
     let mut message = Message::read(input, &outbox, !order.ignore_dots)?;
@@ -158,10 +160,10 @@ pub fn send(config: &Customer, stamps: &Stamps, order: &Order, input: &mut impl 
         recipients: &recipients,
         id: &id,
         arrived,
-        header_from: Some(header_from(order, &user, &sender, home)),
+        header_from: Some(header_from(order, user, &sender, home)),
         drop_bcc: true,
     };
-    let uid = rustix::process::getuid().as_raw();
+    let uid = user.uid;
     let host = outbox.hostname();
     let received = format!("Received: by {host} (odmr, from uid {uid})\n\tid {id};\n\t{}\n", arrived.rfc5322());
     let mut stored = outbox.store(&letter, &received).map_err(failed(Exit::CannotCreate))?;
@@ -344,21 +346,22 @@ fn phrase(name: &str) -> String {
     encoded.collect::<Vec<_>>().join(" ")
 }
 
-/// Who calls.
-#[derive(Debug, Default)]
-struct User {
+/// A user of this machine.
+#[derive(Clone, Debug, Default)]
+pub struct User {
+    uid: u32,
     name: String,
     full_name: String,
 }
 
 impl User {
-    /// By the user id; where nobody has it, by the environment.
-    fn login() -> User {
+    /// Who runs this process, by the user id; where nobody has it, by the environment.
+    pub fn login() -> User {
         let uid = rustix::process::getuid().as_raw();
         let passwd = std::fs::read(PASSWD).unwrap_or_default();
         User::of(&String::from_utf8_lossy(&passwd), uid).unwrap_or_else(|| {
             let name = ["LOGNAME", "USER"].iter().find_map(|name| std::env::var(name).ok());
-            User { name: name.unwrap_or_default(), full_name: String::new() }
+            User { uid, name: name.unwrap_or_default(), full_name: String::new() }
         })
     }
 
@@ -374,7 +377,7 @@ impl User {
             let full_name = gecos.split(',').next().unwrap_or_default();
             let mut capital = (*name).to_owned();
             capital.get_mut(..1).map(str::make_ascii_uppercase);
-            Some(User { name: (*name).to_owned(), full_name: full_name.replace('&', &capital) })
+            Some(User { uid, name: (*name).to_owned(), full_name: full_name.replace('&', &capital) })
         })
     }
 

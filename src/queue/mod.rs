@@ -38,8 +38,8 @@ use crate::stamp::{Date, Stamps};
 /// How long one who wants a domain waits for a holder that was asked to give way.
 const GIVE_WAY: Duration = Duration::from_secs(5);
 
-/// More than any pause between two attempts.
-const LONGEST: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// No pause between two attempts is longer: the configuration sees to it.
+const LONGEST: Duration = crate::config::LONGEST_PAUSE;
 
 /// One message is set aside in so many steps at most: as many as it may have recipients, and then some.
 const REFUSALS: usize = 1000;
@@ -193,12 +193,27 @@ impl Queue {
         Ok(Hold { places: held, current })
     }
 
+    /// Locks the mail of a place whose holders never give way, without waiting.
+    pub fn hold_now(&self, place: &Place) -> Result<Hold, NoHold> {
+        let maildir = self.maildir(place);
+        maildir.create().map_err(NoHold::Failed)?;
+        let path = lock_of(&maildir);
+        let failed = |error| NoHold::Failed(at(&path, error));
+        let lock = open_lock(&path).map_err(failed)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(NoHold::Busy(place.clone())),
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
+        }
+        let (waiting, touched) = (VecDeque::new(), HashSet::new());
+        Ok(Hold { places: vec![Held { place: place.clone(), maildir, lock, waiting, touched }], current: 0 })
+    }
+
     fn lock(&self, maildir: &Maildir, place: &Place) -> Result<File, NoHold> {
-        let path = maildir.path().join("odmr.lock");
+        let path = lock_of(maildir);
         let wanted = maildir.path().join("odmr.wanted");
         let failed = |error| NoHold::Failed(at(&path, error));
-        let lock =
-            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(failed)?;
+        let lock = open_lock(&path).map_err(failed)?;
         let mut give_up: Option<Instant> = None;
         loop {
             match lock.try_lock() {
@@ -613,6 +628,14 @@ impl Batch {
 fn due(path: &Path) -> Option<SystemTime> {
     let (due, now) = (fs::metadata(path).and_then(|metadata| metadata.modified()).ok()?, SystemTime::now());
     Some(if due > now + LONGEST { SystemTime::UNIX_EPOCH } else { due })
+}
+
+fn lock_of(maildir: &Maildir) -> PathBuf {
+    maildir.path().join("odmr.lock")
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)
 }
 
 /// Where copies for refused recipients wait for somebody to look at them.

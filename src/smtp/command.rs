@@ -159,7 +159,7 @@ impl Notify {
         self.0.is_none() || self.has("FAILURE")
     }
 
-    /// Unasked too (RFC 3461 section 5.2.7).
+    /// Unasked too (RFC 3461 section 5.2.5).
     pub fn delay(&self) -> bool {
         self.0.is_none() || self.has("DELAY")
     }
