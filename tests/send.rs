@@ -106,7 +106,8 @@ fn who_has_no_room_keeps_nobody_waiting() {
     let alice = house.0.path().join("mailboxes/example.org/alice");
     ["tmp", "new", "cur"].iter().for_each(|name| fs::create_dir_all(alice.join(name)).unwrap());
     fs::write(alice.join("cur/1.x.host,S=5:2,S"), "12345").unwrap();
-    fs::write(alice.join("maildirsize"), "5S\n5 1\n").unwrap();
+    // It has room for a little, and not for this.
+    fs::write(alice.join("maildirsize"), "9S\n5 1\n").unwrap();
     let words = ["-f", "bob@example.org", "alice@example.org", "bob@example.org", "eva@example.net"];
     let sent = house.send(&words, "Subject: x\n\nx\n");
     assert_eq!(sent.code, 0, "{}", sent.error);

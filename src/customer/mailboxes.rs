@@ -121,17 +121,24 @@ impl Mailboxes {
         self.maildir(path, folders).admits(&self.stamps.file_name(&self.hostname), octets)
     }
 
-    /// Begins copies for all recipients of an envelope, who are ours; those that a next hop shall have wait for it.
-    pub fn begin_all(&self, copies: &mut Copies, envelope: &Envelope, head: &str) -> io::Result<(Begun, Vec<Refused>)> {
+    /// Begins copies for all recipients of an envelope, who are ours; those that a next hop shall have wait for it, and
+    /// those whose mailboxes have no room for a message of so many `octets`.
+    pub fn begin_all(
+        &self,
+        copies: &mut Copies,
+        envelope: &Envelope,
+        octets: u64,
+        head: &str,
+    ) -> io::Result<(Begun, Vec<Refused>)> {
         let (mut known, mut refused, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
         for recipient in &envelope.recipients {
             match self.resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
                 Err(reply) => refused.push((recipient.clone(), reply)),
                 Ok(mut deliveries) => {
-                    // Who has no room waits for it, and nobody waits for him.
+                    // Nobody else waits for such a one.
                     let many = deliveries.len();
                     deliveries.retain(|delivery| {
-                        let room = self.has_room_now(&delivery.place);
+                        let room = self.has_room_now(&delivery.place, octets);
                         if !room {
                             waiting.push(passed_on(recipient, &delivery.mailbox, many));
                         }
@@ -150,10 +157,10 @@ impl Mailboxes {
         Ok((begun, refused))
     }
 
-    fn has_room_now(&self, place: &rules::Place) -> bool {
+    fn has_room_now(&self, place: &rules::Place, octets: u64) -> bool {
         let rules::Place::Maildir { path, folders } = place else { return true };
         let full = |error: &io::Error| error.kind() == io::ErrorKind::QuotaExceeded;
-        !self.admits((path, folders), 1).as_ref().is_err_and(full)
+        !self.admits((path, folders), octets).as_ref().is_err_and(full)
     }
 
     /// Begins copies for recipients of whom it is known where they go; who is meant twice, by two aliases say, gets one.

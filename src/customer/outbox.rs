@@ -139,7 +139,9 @@ impl Outbox {
             envelope_id: letter.mail.envelope_id.clone(),
         };
         let (here, elsewhere) = self.shelf.divide(envelope);
-        let (copies, begun) = self.shelf.begin(&here, &elsewhere, received)?;
+        // Where nothing is known of its size, only who is full already has no room.
+        let octets = letter.mail.size.unwrap_or(1) + received.len() as u64;
+        let (copies, begun) = self.shelf.begin(&here, &elsewhere, octets, received)?;
         // What stays here is delivered with its commit; of the rest others will tell.
         let told = begun.as_ref().and_then(|begun| Told::new(&self.desk, &here, begun, false));
         let waits = begun.is_some_and(|begun| !begun.parts.is_empty());
@@ -204,7 +206,7 @@ impl Outbox {
     /// A queued message, into our mailboxes; those who have none.
     fn copy(&self, here: &Envelope, batch: &mut Batch) -> io::Result<Vec<Refused>> {
         let mut copies = Copies::default();
-        let (begun, refused) = self.shelf.mailboxes.begin_all(&mut copies, here, "")?;
+        let (begun, refused) = self.shelf.mailboxes.begin_all(&mut copies, here, batch.size, "")?;
         let mut told = Told::new(&self.desk, here, &begun, false);
         batch.each_piece(|piece| {
             if let Some(told) = &mut told {
@@ -368,9 +370,15 @@ impl Shelf {
 
     /// A copy for each of our own mailboxes, and one for all recipients elsewhere. `None`: the mailboxes are not ours to
     /// write into, so all of it is queued, for whoever makes the next call.
-    fn begin(&self, here: &Envelope, elsewhere: &Envelope, head: &str) -> io::Result<(Copies, Option<Begun>)> {
+    fn begin(
+        &self,
+        here: &Envelope,
+        elsewhere: &Envelope,
+        octets: u64,
+        head: &str,
+    ) -> io::Result<(Copies, Option<Begun>)> {
         let mut copies = Copies::default();
-        match self.mailboxes.begin_all(&mut copies, here, head) {
+        match self.mailboxes.begin_all(&mut copies, here, octets, head) {
             // Its recipients were looked up before, by the same rules.
             Ok((_, refused)) if !refused.is_empty() => {
                 Err(io::Error::new(io::ErrorKind::NotFound, "a recipient has no mailbox here any more"))
@@ -400,7 +408,7 @@ impl Post for Shelf {
         }
         let envelope = letter.envelope(&self.stamps);
         let (here, elsewhere) = self.divide(envelope);
-        let (mut copies, _) = self.begin(&here, &elsewhere, "")?;
+        let (mut copies, _) = self.begin(&here, &elsewhere, letter.text.len() as u64, "")?;
         copies.write(&letter.text)?;
         copies.commit().map(drop)
     }
