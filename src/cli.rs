@@ -584,8 +584,7 @@ fn check(matches: &Matches) -> Result<(), Failure> {
                 }
             }
             not_for_others(&config, &path).map_err(|failure| wrong(failure.text))?;
-            pull::Caller::new(&config, &Stamps::system(tls::random))
-                .map_err(|error| wrong(format!("{}: {error}", path.display())))?;
+            pull::Caller::new(&config, &Stamps::system(tls::random)).map_err(|error| wrong(error.to_string()))?;
             usable(&config.mailboxes.root).map_err(wrong)?;
             if let Some(outgoing) = &config.outgoing {
                 usable(&outgoing.queue).map_err(wrong)?;

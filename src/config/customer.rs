@@ -141,9 +141,20 @@ pub struct Upstream {
     pub outgoing: bool,
     /// Its own, or that of all.
     pub schedule: Schedule,
+    /// The error to come back with, its text still to be filled in, when its certificates cannot be used.
+    place: ConfigError,
 }
 
 impl Upstream {
+    /// What is wrong with the certificates that are believed.
+    pub fn error(&self, text: &str) -> ConfigError {
+        let way_out = match &self.ca {
+            Some(_) => "put the certificates there, or name others in `ca`",
+            None => "name the certificates to believe in `ca`, or the one in `pin`",
+        };
+        ConfigError { text: format!("{text}: {way_out}"), ..self.place.clone() }
+    }
+
     /// All providers of a file; `schedule`: for those that have none of their own.
     fn build_all(source: &Source, raw: Spanned<OneOrMany>, schedule: &Schedule) -> Result<Vec<Upstream>, ConfigError> {
         let table = raw.span();
@@ -191,6 +202,7 @@ impl Upstream {
         })?;
         let name = raw.name.ok_or_else(|| missing("`name`, the login name the provider gave you"))?;
         let tls = raw.tls.map_or(TlsMode::default(), |tls| tls.0);
+        let place = source.error(raw.ca.as_ref().map_or_else(|| table.clone(), Spanned::span), "");
         let (ca, pin) = trust(source, "tls", tls, raw.ca, raw.pin)?;
         let Address { address, host } = address.0;
         Ok(Upstream {
@@ -199,6 +211,7 @@ impl Upstream {
             tls,
             ca,
             pin,
+            place,
             name: name.0.0,
             secret: secret(source, raw.secret, raw.secret_file, Some(table))?,
             domains: each_once(source, raw.domains)?,

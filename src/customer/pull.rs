@@ -90,8 +90,11 @@ pub fn pull(config: &Customer, stamps: &Stamps, stop: &Stop) -> Result<Summary, 
 impl Caller {
     /// Looks at what the configuration names: certificates, folders.
     pub fn new(config: &Customer, stamps: &Stamps) -> Result<Caller, Error> {
-        let side = |provider: &Upstream| client_side(provider.tls, provider.pin, provider.ca.as_deref());
-        let tls = config.providers.iter().map(side).collect::<Result<_, _>>().map_err(Error::Config)?;
+        let side = |provider: &Upstream| {
+            client_side(provider.tls, provider.pin, provider.ca.as_deref())
+                .map_err(|text| Error::Config(provider.error(&text).to_string()))
+        };
+        let tls = config.providers.iter().map(side).collect::<Result<_, _>>()?;
         let mailboxes = Arc::new(Mailboxes::new(config, stamps));
         let outbox = Outbox::new(config, &mailboxes, stamps).map(Arc::new);
         let handover = match &outbox {

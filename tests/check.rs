@@ -1,4 +1,4 @@
-//! `odmr check --address`: the real binary, for each table of `testdata/rules`.
+//! `odmr check`: the real binary, what it says, and its exit codes; `--address` for each table of `testdata/rules`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -53,4 +53,20 @@ fn a_provider_s_file_has_no_addresses() {
     let error = String::from_utf8(done.stderr).unwrap();
     assert_eq!(done.status.code(), Some(64), "{error}");
     assert!(error.contains("--address is for a customer's file"), "{error}");
+}
+
+/// What the file only names is looked at, too.
+#[test]
+fn a_missing_certificate_is_named_with_its_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("customer.toml");
+    let text = HEAD.replace("\nname =", "\nca = \"ca.pem\"\nname =") + "root = \"mail\"\naccept = [\"@example.org\"]\n";
+    fs::write(&file, text).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    for (command, code) in [("check", 1), ("pull", 78)] {
+        let done = Command::new(env!("CARGO_BIN_EXE_odmr")).arg(command).arg("-c").arg(&file).output().unwrap();
+        let error = String::from_utf8(done.stderr).unwrap();
+        assert_eq!(done.status.code(), Some(code), "{error}");
+        assert!(error.contains("customer.toml:4: ") && error.contains("or name others in `ca`"), "{error}");
+    }
 }
