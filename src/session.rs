@@ -208,6 +208,11 @@ impl Session {
     fn line(&mut self) -> Result<Option<Vec<u8>>, Gone> {
         let deadline = self.deadline.min(Instant::now() + self.bounds.command);
         loop {
+            // Before any line is looked for: a hello may have line ends in it.
+            if self.wire.secure().is_none() && self.wire.received().starts_with(&[0x16, 0x03]) {
+                self.say(&Reply::new(421, "4.7.0", "TLS begins with STARTTLS on this port"));
+                return Err(Gone("a TLS hello on a clear port".to_owned()));
+            }
             match self.wire.take_line(LINE_LIMIT) {
                 Line::Whole(line) => return Ok(Some(line)),
                 Line::TooLong => return Ok(None),
@@ -216,10 +221,6 @@ impl Session {
             if self.wire.swallowed() > SWALLOW_LIMIT {
                 self.say(&Reply::new(421, "4.7.0", "Too much without a line end"));
                 return Err(Gone("too much without a line end".to_owned()));
-            }
-            if self.wire.secure().is_none() && self.wire.received().starts_with(&[0x16, 0x03]) {
-                self.say(&Reply::new(421, "4.7.0", "TLS begins with STARTTLS on this port"));
-                return Err(Gone("a TLS hello on a clear port".to_owned()));
             }
             let stop = self.bounds.stop.clone();
             self.await_octets(deadline, &stop)?;
