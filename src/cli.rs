@@ -345,6 +345,7 @@ fn run_daemon(
 ) -> Result<(), Failure> {
     // Ports below 1024 are bound before root's rights are gone.
     let ready = daemon::Ready::new(config, stamps)?;
+    let becomes_another = user.is_some();
     become_owner(config, user)?;
     let (bell, events) = daemon::bell();
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1])?;
@@ -364,7 +365,7 @@ fn run_daemon(
     });
     let load = || config::Customer::load(path).map_err(|error| error.to_string());
     // All that was readable for root may not be for its user.
-    if let Err(error) = load() {
+    if becomes_another && let Err(error) = load() {
         log::warn!("event=no-reload error={error:?} way-out=\"let `user` read it\"");
     }
     daemon::run(ready, &load, stamps, stop, (bell, events))?;

@@ -123,8 +123,8 @@ pub fn run(
     };
     daemon.follow();
     while !stop.stopped() {
-        daemon.begin_what_is_due();
-        let event = events.recv_timeout(daemon.pause());
+        let handover = daemon.begin_what_is_due();
+        let event = events.recv_timeout(daemon.pause(handover));
         match event {
             Ok(Event::Now) => daemon.lines.iter_mut().for_each(|line| line.at_once = true),
             Ok(Event::Reload) => daemon.reload(load, &current),
@@ -189,6 +189,7 @@ pub fn running(config: &Customer) -> Result<Option<i32>, Error> {
 /// The state of the loop.
 struct Daemon {
     caller: Arc<Caller>,
+    /// One a provider, in the order of the configuration.
     lines: Vec<Line>,
     stamps: Stamps,
     stop: Stop,
@@ -256,7 +257,8 @@ impl Daemon {
         log::info!("event=next-call provider={} account={} at={next}", line.key.0, line.key.1);
     }
 
-    fn begin_what_is_due(&mut self) {
+    /// Says how long until mail for a next hop is due, if any waits.
+    fn begin_what_is_due(&mut self) -> Option<Duration> {
         self.look_at_network();
         let now = self.now();
         for number in 0..self.lines.len() {
@@ -266,7 +268,8 @@ impl Daemon {
                 self.call(number, now);
             }
         }
-        if self.until_handover() == Some(Duration::ZERO) {
+        let handover = self.until_handover();
+        if handover == Some(Duration::ZERO) {
             self.handing_over = true;
             let (caller, stop) = (self.caller.clone(), self.stop.clone());
             let end = AtEnd(self.bell.clone(), Some(Event::HandedOver));
@@ -274,7 +277,10 @@ impl Daemon {
                 let _end = end;
                 caller.hand_over(&stop);
             });
+            // It is said when that has ended.
+            return None;
         }
+        handover
     }
 
     fn call(&mut self, number: usize, begun: Now) {
@@ -286,8 +292,7 @@ impl Daemon {
         let end = AtEnd(self.bell.clone(), Some(ended));
         self.thread("call", move || {
             let mut end = end;
-            let found = caller.config().providers.iter().find(|provider| self::key(provider) == key);
-            let called = found.map_or(Ok(()), |provider| caller.call(provider, &stop, &Arc::<Tally>::default()));
+            let called = caller.call(number, &stop, &Arc::<Tally>::default());
             end.1 = Some(Event::Ended { key, begun, error: called.err() });
         });
     }
@@ -387,15 +392,15 @@ impl Daemon {
         self.follow();
     }
 
-    /// How long nothing has to be done.
-    fn pause(&self) -> Duration {
+    /// How long nothing has to be done; `handover`: as far as mail for next hops goes.
+    fn pause(&self, handover: Option<Duration>) -> Duration {
         let now = self.now();
         let waiting = self.lines.iter().filter(|line| !line.calling);
         let call = waiting.map(|line| if line.at_once { Duration::ZERO } else { line.diary.left(now) }).min();
         let rests = |line: &Line| line.network_rests.filter(|_| line.network && !line.calling);
         let network = self.lines.iter().filter_map(rests).min();
         let network = network.map(|until| until.saturating_duration_since(Instant::now()));
-        [Some(GLANCE), call, self.until_handover(), network].into_iter().flatten().min().unwrap_or(GLANCE)
+        [Some(GLANCE), call, handover, network].into_iter().flatten().min().unwrap_or(GLANCE)
     }
 
     /// How long until mail for a next hop is tried; `None`: there is none, or it is being tried.

@@ -23,7 +23,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::config::{self, Retry, Timeouts};
 use crate::dialogue::{Dialogue, Failure, converse, converse_over};
-use crate::maildir::Entry;
+use crate::maildir::{Entry, each_piece};
 use crate::outgoing::{Attempt, Desk, Peer};
 use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
 use crate::rules::{self, NextHop};
@@ -34,7 +34,7 @@ use crate::smtp::content::Sizer;
 use crate::smtp::reply::Reply;
 use crate::wire::Stop;
 
-use super::mailboxes::{Mailboxes, delivered};
+use super::mailboxes::Mailboxes;
 
 /// A next hop answers a command within this time, or it is down: whoever asks through waits for five minutes only
 /// (RFC 5321 section 4.5.3.2).
@@ -497,13 +497,7 @@ impl Handover {
     pub fn keep(&self, envelope: Envelope, fates: Vec<Fate>, content: &mut dyn Content, by: By<'_>) -> io::Result<()> {
         content.restart()?;
         let mut copies = self.queue.put(&[(Place::Handover, envelope)], "")?;
-        let mut piece = vec![0; 32 * 1024];
-        loop {
-            match content.read(&mut piece)? {
-                0 => break,
-                octets => copies.write(&piece[..octets])?,
-            }
-        }
+        each_piece(content, |piece| copies.write(piece))?;
         let entries = copies.commit()?;
         // It is safe: whatever fails now, it is tried again.
         if let Err(error) = self.conclude_stored(entries, fates, by) {
@@ -550,11 +544,6 @@ impl Handover {
         self.queue.next_due(&Place::Handover).unwrap_or(None)
     }
 
-    /// Messages that wait.
-    pub fn waiting(&self) -> u64 {
-        self.queue.maildir(&Place::Handover).entries().map_or(0, |entries| entries.len() as u64)
-    }
-
     /// Tries what is due.
     pub fn retry(&self, mailboxes: &Mailboxes, stop: &Stop) {
         if self.due().is_none_or(|due| due > SystemTime::now()) {
@@ -588,8 +577,9 @@ impl Handover {
                 // It was taken by rules that are no more.
                 None => fates[number] = Some(Fate::Refused(Reply::new(550, "5.1.1", "No such mailbox here any more"))),
                 Some(rules::Place::Maildir { path, folders }) => {
-                    let copied = mailboxes.copy(&recipients[number].mailbox, (&path, &folders), batch);
-                    fates[number] = Some(delivered(copied));
+                    let from = batch.envelope.from.clone();
+                    let copied = mailboxes.copy(&from, &recipients[number].mailbox, (&path, &folders), batch);
+                    fates[number] = Some(copied);
                 }
                 Some(rules::Place::NextHop(hop)) => {
                     let same = |other: &usize| matches!(mailboxes.place(&recipients[*other].mailbox), Some(rules::Place::NextHop(its)) if its == hop);

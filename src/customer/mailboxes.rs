@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::handover::Content;
 use crate::config;
-use crate::maildir::{Copies, Maildir, has_room};
-use crate::queue::{Batch, Envelope, Place, Queue};
+use crate::maildir::{Copies, Maildir, each_piece, has_room};
+use crate::queue::{Envelope, Place, Queue};
 use crate::rules::{self, Delivery, NextHop, Rules};
 use crate::session::{disk_full, storage_reply};
 use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
@@ -22,7 +22,6 @@ pub struct Mailboxes {
     umask: u32,
     /// Under the root mail waits for next hops.
     queue: Queue,
-    hostname: String,
     stamps: Stamps,
     root: PathBuf,
 }
@@ -34,7 +33,6 @@ impl Mailboxes {
             rules: config.mailboxes.rules.clone(),
             umask: config.mailboxes.umask,
             queue: Queue::new(root, &config.hostname, stamps.clone(), config.timeouts.takeover),
-            hostname: config.hostname.clone(),
             stamps: stamps.clone(),
             root: root.clone(),
         }
@@ -107,7 +105,7 @@ impl Mailboxes {
             lines.push_str(&format!("X-Original-To: {original}\n"));
         }
         lines.push_str(head);
-        copies.begin(&maildir, &self.stamps.file_name(&self.hostname), lines.as_bytes())
+        copies.begin(&maildir, &self.queue.unique(), lines.as_bytes())
     }
 
     /// A mailbox, or the first of its folders that there is.
@@ -118,7 +116,7 @@ impl Mailboxes {
 
     /// Whether a mailbox may have so many octets more.
     pub fn admits(&self, (path, folders): (&Path, &[String]), octets: u64) -> io::Result<()> {
-        self.maildir(path, folders).admits(&self.stamps.file_name(&self.hostname), octets)
+        self.maildir(path, folders).admits(|| self.queue.unique(), octets)
     }
 
     /// Begins copies for all recipients of an envelope, who are ours; those that a next hop shall have wait for it, and
@@ -202,44 +200,29 @@ impl Mailboxes {
         Ok(begun)
     }
 
-    /// One message at rest into a Maildir, for one recipient.
-    pub fn copy(&self, to: &Mailbox, (path, folders): (&Path, &[String]), batch: &mut Batch) -> io::Result<()> {
-        let mut copies = Copies::default();
-        let from = batch.envelope.from.clone();
-        batch.rewind()?;
-        self.begin(&mut copies, &from, (to, to), (path, folders), "")?;
-        batch.each_piece(|piece| copies.write(piece))?;
-        copies.commit().map(drop)
+    /// Delivers one message into a Maildir, for one recipient.
+    pub fn copy(&self, from: &ReversePath, to: &Mailbox, place: (&Path, &[String]), content: &mut dyn Content) -> Fate {
+        let mut copied = || {
+            let mut copies = Copies::default();
+            self.begin(&mut copies, from, (to, to), place, "")?;
+            content.restart()?;
+            each_piece(content, |piece| copies.write(piece))?;
+            copies.commit()
+        };
+        match copied() {
+            Ok(_) => Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")),
+            Err(error) => Fate::Deferred(storage_reply(&error)),
+        }
     }
 
     /// Delivers to a Maildir of ours what no next hop takes and somebody must.
     pub fn take_in(&self, from: &ReversePath, to: &Mailbox, content: &mut dyn Content) -> Fate {
-        let mut copied = || -> io::Result<()> {
-            let mut copies = Copies::default();
-            self.begin(&mut copies, from, (to, to), (&self.fallback(to), &[]), "")?;
-            content.restart()?;
-            let mut piece = vec![0; 32 * 1024];
-            loop {
-                match content.read(&mut piece)? {
-                    0 => return copies.commit().map(drop),
-                    octets => copies.write(&piece[..octets])?,
-                }
-            }
-        };
-        delivered(copied())
+        self.copy(from, to, (&self.fallback(to), &[]), content)
     }
 
     /// Refuses mail that the disk would not hold.
     pub fn make_room(&self, octets: u64) -> Result<(), Reply> {
         if has_room(&self.root, octets) { Ok(()) } else { Err(disk_full()) }
-    }
-}
-
-/// What became of a copy.
-pub fn delivered(copied: io::Result<()>) -> Fate {
-    match copied {
-        Ok(()) => Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")),
-        Err(error) => Fate::Deferred(storage_reply(&error)),
     }
 }
 

@@ -16,7 +16,7 @@ use super::receiver::Told;
 use super::tally::Tally;
 use crate::config;
 use crate::dialogue::{Dialogue, Failure, Upstream, no_place_for_mail};
-use crate::maildir::Copies;
+use crate::maildir::{Copies, each_piece};
 use crate::outgoing::{Attempt, Desk, Letter, Peer, Post};
 use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
 use crate::session::disk_full;
@@ -128,16 +128,7 @@ impl Outbox {
             from: letter.header_from.clone(),
             drop_bcc: letter.drop_bcc,
         };
-        let envelope = Envelope {
-            from: letter.mail.path.clone(),
-            recipients: letter.recipients.to_vec(),
-            id: letter.id.to_owned(),
-            arrived: letter.arrived,
-            body: letter.mail.body,
-            utf8: letter.mail.utf8,
-            ret: letter.mail.ret,
-            envelope_id: letter.mail.envelope_id.clone(),
-        };
+        let envelope = Envelope::new(letter.mail, letter.recipients.to_vec(), letter.id, letter.arrived);
         let (here, elsewhere) = self.shelf.divide(envelope);
         // Where nothing is known of its size, only who is full already has no room.
         let octets = letter.mail.size.unwrap_or(1) + received.len() as u64;
@@ -208,7 +199,7 @@ impl Outbox {
         let mut copies = Copies::default();
         let (begun, refused) = self.shelf.mailboxes.begin_all(&mut copies, here, batch.size, "")?;
         let mut told = Told::new(&self.desk, here, &begun, false);
-        batch.each_piece(|piece| {
+        each_piece(batch, |piece| {
             if let Some(told) = &mut told {
                 told.see(piece);
             }

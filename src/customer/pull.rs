@@ -126,18 +126,22 @@ impl Caller {
     pub fn pull(&self, stop: &Stop, tally: &Arc<Tally>) -> Result<Summary, Error> {
         let begun = Instant::now();
         let mut result = Ok(());
-        for provider in &self.config.providers {
-            result = result.and(self.call(provider, stop, tally));
+        for number in 0..self.config.providers.len() {
+            result = result.and(self.call(number, stop, tally));
         }
         result.map(|()| tally.summary(begun.elapsed().as_secs_f64()))
     }
 
     /// Hands over outgoing mail, if this provider takes it, and fetches the mail of its domains, in as few calls as
-    /// their names take. What came before a failure is kept.
-    pub fn call(&self, provider: &Upstream, stop: &Stop, tally: &Arc<Tally>) -> Result<(), Error> {
+    /// their names take. What came before a failure is kept. `number`: of the provider, in the order of the
+    /// configuration; where there is none, there is no call.
+    pub fn call(&self, number: usize, stop: &Stop, tally: &Arc<Tally>) -> Result<(), Error> {
+        let (Some(provider), Some(tls)) = (self.config.providers.get(number), self.tls.get(number)) else {
+            return Ok(());
+        };
         let begun = Instant::now();
         let before = tally.summary(0.0);
-        let result = self.lock(provider).and_then(|_lock| self.call_alone(provider, stop, tally));
+        let result = self.lock(provider).and_then(|_lock| self.call_alone(provider, tls.as_ref(), stop, tally));
         let after = tally.summary(begun.elapsed().as_secs_f64());
         log::info!(
             "event=call provider={} account={} messages={} octets={} refused={} put-off={} sent={} kept={} seconds={:.3} outcome={:?}",
@@ -155,15 +159,19 @@ impl Caller {
         result
     }
 
-    fn call_alone(&self, provider: &Upstream, stop: &Stop, tally: &Arc<Tally>) -> Result<(), Error> {
+    fn call_alone(
+        &self,
+        provider: &Upstream,
+        tls: Option<&ClientSide>,
+        stop: &Stop,
+        tally: &Arc<Tally>,
+    ) -> Result<(), Error> {
         let outbox = self.outbox.as_ref().filter(|_| provider.outgoing);
         if let Some(outbox) = outbox {
             outbox.deliver_here();
         }
         self.hand_over(stop);
         let mut result = Ok(());
-        let number = self.config.providers.iter().position(|other| std::ptr::eq(other, provider));
-        let tls = number.and_then(|number| self.tls[number].as_ref());
         for domains in lists(&provider.domains) {
             result = result.and(Call { caller: self, provider, tls, outbox, stop, tally }.make(&domains));
         }

@@ -157,16 +157,7 @@ impl Party for Receiver {
         let mut copies = Copies::default();
         let begun = self.mailboxes.begin_known(&mut copies, &mail.path, &known, &received);
         let begun = begun.map_err(|error| storage_reply(&error))?;
-        let envelope = Envelope {
-            from: mail.path.clone(),
-            recipients: transaction.recipients.clone(),
-            id: id.clone(),
-            arrived,
-            body: mail.body,
-            utf8: mail.utf8,
-            ret: mail.ret,
-            envelope_id: mail.envelope_id.clone(),
-        };
+        let envelope = Envelope::new(mail, transaction.recipients.clone(), &id, arrived);
         let mut elsewhere = begun.parts.iter().flat_map(|(_, recipients)| recipients);
         let asked = elsewhere.any(|recipient| recipient.notify.success());
         let told = self.desk.as_ref().and_then(|desk| Told::new(desk, &envelope, &begun, asked));

@@ -20,6 +20,7 @@ use super::local;
 use super::mailboxes::Mailboxes;
 use super::outbox::{Outbox, Outgoing};
 use crate::config::Customer;
+use crate::maildir::each_piece;
 use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::smtp::command::{Body, MailFrom, Notify, Recipient, Return, is_xtext};
 use crate::smtp::content::{Headers, Sizer};
@@ -167,7 +168,7 @@ pub fn send(config: &Customer, stamps: &Stamps, order: &Order, input: &mut impl 
     let host = outbox.hostname();
     let received = format!("Received: by {host} (odmr, from uid {uid})\n\tid {id};\n\t{}\n", arrived.rfc5322());
     let mut stored = outbox.store(&letter, &received).map_err(failed(Exit::CannotCreate))?;
-    message.each_piece(|piece| stored.write(piece)).map_err(failed(Exit::InputOutput))?;
+    each_piece(&mut message.content, |piece| stored.write(piece)).map_err(failed(Exit::InputOutput))?;
     stored.commit().map_err(failed(Exit::InputOutput))?;
     log::info!("event=queued id={id} from=<{sender}> recipients={}", recipients.len());
     Ok(())
@@ -434,16 +435,6 @@ impl Message {
         // The last line may be cut, so it tells nothing.
         let whole = self.front.iter().rposition(|octet| *octet == b'\n').map_or(0, |at| at + 1);
         self.front.len() == HEADER_LIMIT && Header::parse(&self.front[..whole]).octets() == whole
-    }
-
-    fn each_piece(&mut self, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
-        let mut piece = vec![0; BLOCK];
-        loop {
-            match self.content.read(&mut piece)? {
-                0 => return Ok(()),
-                octets => each(&piece[..octets])?,
-            }
-        }
     }
 }
 

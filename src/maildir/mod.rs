@@ -14,7 +14,7 @@ mod quota;
 use quota::Ledger;
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -121,8 +121,8 @@ impl Maildir {
         if self.sub_folder { make_folder(&self.path.join("tmp"), 0o777 & !self.mask) } else { self.create() }
     }
 
-    /// Whether the quota, where there is one, has room for so many octets more. `unique`: a name for a new count.
-    pub fn admits(&self, unique: &str, octets: u64) -> io::Result<()> {
+    /// Whether the quota, where there is one, has room for so many octets more. `unique`: makes a name for a new count.
+    pub fn admits(&self, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {
         Ledger::default().admit(&self.path, unique, octets)
     }
 
@@ -340,7 +340,9 @@ impl Copies {
     pub fn prepare(mut self) -> io::Result<Prepared> {
         let mut ledger = Ledger::default();
         // First, so that the disk does not work for what is refused.
-        self.drafts.iter().try_for_each(|draft| ledger.admit(&draft.maildir.path, &draft.unique, draft.octets))?;
+        self.drafts
+            .iter()
+            .try_for_each(|draft| ledger.admit(&draft.maildir.path, || draft.unique.clone(), draft.octets))?;
         self.drafts.iter_mut().try_for_each(Draft::sync)?;
         Ok(Prepared { drafts: self.drafts, ledger })
     }
@@ -371,6 +373,17 @@ impl Prepared {
     /// The folders in which the messages appear, each once.
     fn folders(&self) -> BTreeSet<PathBuf> {
         self.drafts.iter().map(|draft| draft.maildir.path.join("new")).collect()
+    }
+}
+
+/// What is left of a content, piece by piece.
+pub fn each_piece(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+    let mut piece = vec![0; 32 * 1024];
+    loop {
+        match content.read(&mut piece)? {
+            0 => return Ok(()),
+            octets => each(&piece[..octets])?,
+        }
     }
 }
 

@@ -42,8 +42,8 @@ pub struct Ledger {
 
 impl Ledger {
     /// Finds room for one message more, beside those admitted before. An error of the kind `QuotaExceeded`
-    /// says which mailbox has none. `unique` is the name of the message's draft.
-    pub fn admit(&mut self, maildir: &Path, unique: &str, octets: u64) -> io::Result<()> {
+    /// says which mailbox has none. `unique` makes a name for a new count, where it takes one.
+    pub fn admit(&mut self, maildir: &Path, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {
         let Some(mailbox) = mailbox(maildir) else { return Ok(()) };
         let account = match self.mailboxes.entry(mailbox.to_owned()) {
             Entry::Occupied(known) => known.into_mut(),
@@ -131,11 +131,11 @@ impl Account {
         }))
     }
 
-    fn admit(&mut self, unique: &str, octets: u64) -> io::Result<()> {
+    fn admit(&mut self, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {
         let coming = self.coming.plus(Amount { octets, messages: 1 });
         let used = match self.used {
             Some(used) if self.fresh || self.full(used, coming).is_none() => used,
-            _ => self.recount(unique)?,
+            _ => self.recount(&unique())?,
         };
         if let Some(full) = self.full(used, coming) {
             return Err(at(&self.mailbox, io::Error::new(io::ErrorKind::QuotaExceeded, full)));
@@ -679,7 +679,7 @@ mod tests {
         let (_folder, maildir) = mailbox_with("100S\n0 0\n");
         let path = maildir.path().join(NAME);
         let mut ledger = Ledger::default();
-        ledger.admit(maildir.path(), "1", 10).unwrap();
+        ledger.admit(maildir.path(), || "1".to_owned(), 10).unwrap();
         fs::remove_file(&path).unwrap();
         ledger.record();
         assert!(!path.exists());

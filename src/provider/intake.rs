@@ -67,16 +67,7 @@ pub fn store(
             continue;
         }
         let mail = &transaction.mail;
-        let envelope = Envelope {
-            from: mail.path.clone(),
-            recipients: vec![recipient.clone()],
-            id: id.clone(),
-            arrived,
-            body: mail.body,
-            utf8: mail.utf8,
-            ret: mail.ret,
-            envelope_id: mail.envelope_id.clone(),
-        };
+        let envelope = Envelope::new(mail, vec![recipient.clone()], &id, arrived);
         copies.push((place, envelope));
     }
     let received = server.received(peer, secure, &id, arrived);

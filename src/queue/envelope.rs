@@ -13,7 +13,7 @@
 //! stands behind our `Received` and is never read as an envelope.
 
 use crate::smtp::address::{Domain, Mailbox, ReversePath, reverse_path};
-use crate::smtp::command::{Body, Notify, Recipient, Return, original_recipient};
+use crate::smtp::command::{Body, MailFrom, Notify, Recipient, Return, original_recipient};
 use crate::stamp::Date;
 
 /// More than this is no envelope.
@@ -35,6 +35,20 @@ pub struct Envelope {
 }
 
 impl Envelope {
+    /// Of a message that came with this MAIL.
+    pub fn new(mail: &MailFrom, recipients: Vec<Recipient>, id: &str, arrived: Date) -> Envelope {
+        Envelope {
+            from: mail.path.clone(),
+            recipients,
+            id: id.to_owned(),
+            arrived,
+            body: mail.body,
+            utf8: mail.utf8,
+            ret: mail.ret,
+            envelope_id: mail.envelope_id.clone(),
+        }
+    }
+
     /// The lines as they stand in the file; `extra` lines are put behind our own.
     pub fn lines(&self, extra: &str) -> String {
         let mut text = format!("Return-Path: <{}>\n", self.from);

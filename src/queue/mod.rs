@@ -28,7 +28,7 @@ use std::time::{Duration, Instant, SystemTime};
 pub use envelope::Envelope;
 use envelope::{Head, Parsed};
 
-use crate::maildir::{self, Copies, Entry, IN_DOUBT, Maildir, TOLD, at};
+use crate::maildir::{self, Copies, Entry, IN_DOUBT, Maildir, TOLD, at, each_piece};
 use crate::smtp::address::Domain;
 use crate::smtp::client::{Fate, Message, Outcome};
 use crate::smtp::command::Recipient;
@@ -177,11 +177,24 @@ impl Queue {
 
     /// Locks the mail of all these places, or of none.
     pub fn hold(&self, places: &[Place]) -> Result<Hold, NoHold> {
+        self.hold_by(places, |maildir, place| self.lock(maildir, place))
+    }
+
+    /// Locks the mail of a place whose holders never give way, without waiting.
+    pub fn hold_now(&self, place: &Place) -> Result<Hold, NoHold> {
+        self.hold_by(std::slice::from_ref(place), lock_now)
+    }
+
+    fn hold_by(
+        &self,
+        places: &[Place],
+        lock: impl Fn(&Maildir, &Place) -> Result<File, NoHold>,
+    ) -> Result<Hold, NoHold> {
         let mut held = Vec::with_capacity(places.len());
         for place in places {
             let maildir = self.maildir(place);
             maildir.create().map_err(NoHold::Failed)?;
-            let lock = self.lock(&maildir, place)?;
+            let lock = lock(&maildir, place)?;
             if let Err(error) = maildir.sweep().and_then(|()| refused_folder(&maildir).sweep()) {
                 log::warn!("event=sweep-failed place={place} error={:?}", error.to_string());
             }
@@ -193,27 +206,10 @@ impl Queue {
         Ok(Hold { places: held, current })
     }
 
-    /// Locks the mail of a place whose holders never give way, without waiting.
-    pub fn hold_now(&self, place: &Place) -> Result<Hold, NoHold> {
-        let maildir = self.maildir(place);
-        maildir.create().map_err(NoHold::Failed)?;
-        let path = lock_of(&maildir);
-        let failed = |error| NoHold::Failed(at(&path, error));
-        let lock = open_lock(&path).map_err(failed)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(NoHold::Busy(place.clone())),
-            Err(TryLockError::Error(error)) => return Err(failed(error)),
-        }
-        let (waiting, touched) = (VecDeque::new(), HashSet::new());
-        Ok(Hold { places: vec![Held { place: place.clone(), maildir, lock, waiting, touched }], current: 0 })
-    }
-
+    /// A lock whose holder may be asked to go.
     fn lock(&self, maildir: &Maildir, place: &Place) -> Result<File, NoHold> {
-        let path = lock_of(maildir);
+        let (lock, failed) = (open_lock(maildir)?, |error| lock_failed(maildir, error));
         let wanted = maildir.path().join("odmr.wanted");
-        let failed = |error| NoHold::Failed(at(&path, error));
-        let lock = open_lock(&path).map_err(failed)?;
         let mut give_up: Option<Instant> = None;
         loop {
             match lock.try_lock() {
@@ -480,17 +476,6 @@ impl Batch {
         }
     }
 
-    /// What is left of the content, piece by piece.
-    pub fn each_piece(&mut self, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
-        let mut piece = vec![0; 32 * 1024];
-        loop {
-            match self.read(&mut piece)? {
-                0 => return Ok(()),
-                octets => each(&piece[..octets])?,
-            }
-        }
-    }
-
     /// Back to where the content begins.
     pub fn rewind(&mut self) -> io::Result<()> {
         self.file.seek(SeekFrom::Start(self.content)).map(drop)
@@ -618,7 +603,7 @@ impl Batch {
         let mut copy = Copies::default();
         copy.begin(maildir, unique, self.envelope.lines(marks).as_bytes())?;
         self.rewind()?;
-        self.each_piece(|piece| copy.write(piece))?;
+        each_piece(self, |piece| copy.write(piece))?;
         copy.commit()
     }
 }
@@ -630,12 +615,27 @@ fn due(path: &Path) -> Option<SystemTime> {
     Some(if due > now + LONGEST { SystemTime::UNIX_EPOCH } else { due })
 }
 
-fn lock_of(maildir: &Maildir) -> PathBuf {
-    maildir.path().join("odmr.lock")
+fn lock_now(maildir: &Maildir, place: &Place) -> Result<File, NoHold> {
+    let lock = open_lock(maildir)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(NoHold::Busy(place.clone())),
+        Err(TryLockError::Error(error)) => Err(lock_failed(maildir, error)),
+    }
 }
 
-fn open_lock(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)
+fn open_lock(maildir: &Maildir) -> Result<File, NoHold> {
+    let mut options = OpenOptions::new();
+    let opened = options.create(true).truncate(false).write(true).mode(0o600).open(lock_of(maildir));
+    opened.map_err(|error| lock_failed(maildir, error))
+}
+
+fn lock_failed(maildir: &Maildir, error: io::Error) -> NoHold {
+    NoHold::Failed(at(&lock_of(maildir), error))
+}
+
+fn lock_of(maildir: &Maildir) -> PathBuf {
+    maildir.path().join("odmr.lock")
 }
 
 /// Where copies for refused recipients wait for somebody to look at them.
