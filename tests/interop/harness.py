@@ -95,6 +95,15 @@ def program_path(name):
     return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin:/sbin")
 
 
+def connections(listener):
+    """The connections that come, until the listener is closed with its box."""
+    while True:
+        try:
+            yield listener.accept()[0]
+        except OSError:
+            return
+
+
 def free_port():
     """A port that was free a moment ago."""
     with socket.socket() as probe:
@@ -274,6 +283,13 @@ require-tls = {str(require_tls).lower()}
             quoted = ", ".join(f'"{domain}"' for domain in domains)
             lines = f'domains = [{quoted}]\nsecret = "{secret(customer)}"\n{(accounts or {}).get(customer, "")}\n'
             box.write(f"{name}-customers.d/{customer}.toml", lines)
+
+    def restart_by_force(self):
+        """SIGKILL, and a new process on the same ports."""
+        self.process.kill()
+        self.process.wait()
+        self.box.children.remove(self.process)
+        self.start()
 
     def start(self):
         before = len(self.log())
@@ -541,16 +557,23 @@ def angle(line):
     return found.group(1).decode("utf-8", "backslashreplace")
 
 
+def lets_in(server, verb):
+    """What a provider says to a customer's EHLO and AUTH, whoever it is; False: it was another command."""
+    if verb == b"EHLO":
+        server.say("250-relay.example.net", "250-PIPELINING", "250-AUTH CRAM-MD5", "250 ATRN")
+    elif verb == b"AUTH":
+        server.say("334 PDEuMkByZWxheT4=")
+        server.until(b"\r\n")
+        server.say("235 2.7.0 ok")
+    return verb in (b"EHLO", b"AUTH")
+
+
 def serve_each(box, serve):
     """Listens on a free port and gives each connection a thread of `serve`. Gives the socket and its port."""
     listener = box.keep(socket.create_server((LOOPBACK, 0)))
 
     def accept():
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError:
-                return  # closed with the box
+        for sock in connections(listener):
             threading.Thread(target=serve, args=(sock,), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()

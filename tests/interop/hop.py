@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from harness import LOOPBACK, Failed, Server, angle, check, hang_up, wait_until
+from harness import LOOPBACK, Failed, Server, angle, check, connections, hang_up, wait_until
 
 DROP = 512  # so many octets of a content are read when it kills its reader
 
@@ -119,11 +119,7 @@ class Hop:
             return sum(letter[1] == recipient for letter in self.letters)
 
     def accept(self):
-        while True:
-            try:
-                sock, _ = self.socket.accept()
-            except OSError:
-                return  # closed with the box
+        for sock in connections(self.socket):
             threading.Thread(target=self.session, args=(sock,), daemon=True).start()
 
     def session(self, sock):

@@ -93,10 +93,7 @@ def kills(box):
         time.sleep(dice.uniform(0.02, 0.8))
         check(provider.process.poll() is None, f"the provider ended by itself: {provider.process.returncode}")
         if dice.random() < 0.5:
-            provider.process.kill()
-            provider.process.wait()
-            box.children.remove(provider.process)
-            provider.start()
+            provider.restart_by_force()
             killed["provider"] += 1
         elif puller.process and puller.process.poll() is None:
             puller.process.kill()

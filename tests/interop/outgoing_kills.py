@@ -100,10 +100,7 @@ def outgoing_kills(box):
         time.sleep(dice.uniform(0.02, 0.4))
         check(provider.process.poll() is None, f"the provider ended by itself: {provider.process.returncode}")
         if dice.random() < 0.5:
-            provider.process.kill()
-            provider.process.wait()
-            box.children.remove(provider.process)
-            provider.start()
+            provider.restart_by_force()
             killed["provider"] += 1
         else:
             for _ in range(100):  # a call is short
@@ -173,9 +170,7 @@ def retry_times(box):
     provider.start()
     time.sleep(1)
     check(len(house.times("RCPT")) == 1, "SIGTERM and start, and it was tried at once")
-    provider.process.kill()
-    provider.process.wait()
-    provider.start()
+    provider.restart_by_force()
     wait_until(lambda: len(house.times("RCPT")) >= 2, "the second attempt", seconds=2 * first)
     # The letter keeps its time for all that, and another one to that host does not bring it forward.
     wait_until(lambda: provider.log().count("event=deferred") == 2, "the second deferral")

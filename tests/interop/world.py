@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 
-from harness import LOOPBACK, ODMR, Failed, Letter, Server, angle, check, free_port, hang_up, wait_until
+from harness import LOOPBACK, ODMR, Failed, Letter, Server, angle, check, connections, free_port, hang_up, wait_until
 
 RELAYS = {"acme": "relay = true\n"}  # for a Provider's `accounts`
 Attempt = collections.namedtuple("Attempt", "time verb line reply")
@@ -172,11 +172,7 @@ class House:
             self.secured.append(session.secure)
 
     def accept(self):
-        while True:
-            try:
-                sock, _ = self.socket.accept()
-            except OSError:
-                return  # closed with the box
+        for sock in connections(self.socket):
             with self.lock:
                 self.connections += 1
                 self.open += 1
