@@ -19,16 +19,16 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 use crate::config::{self, Config};
-use crate::customer::daemon::Event;
-use crate::customer::send::{self, Order, User};
-use crate::customer::tally::Tally;
-use crate::customer::{Error, Summary, daemon};
-use crate::provider::{Door, Provider, StartError};
-use crate::rules::Rules;
-use crate::stamp::Stamps;
+use crate::customer::daemon::DaemonEvent;
+use crate::customer::send::{self, SendmailOptions, LoginUser};
+use crate::customer::tally::CallCounters;
+use crate::customer::{CallError, Summary, daemon};
+use crate::provider::{Listener, Provider, StartError};
+use crate::rules::RecipientRules;
+use crate::stamp::Ids;
 use crate::tls;
 use crate::user;
-use crate::wire::Stop;
+use crate::wire::CancelToken;
 use crate::{customer::pull, demo};
 
 const OK: u8 = 0;
@@ -58,7 +58,7 @@ struct Subcommand {
     name: &'static str,
     brief: &'static str,
     config: bool,
-    run: fn(&Matches) -> Result<(), Failure>,
+    run: fn(&Matches) -> Result<(), ExitError>,
 }
 
 /// What `odmr send -h` says; the options are those of sendmail(8), and so are its ways to write them.
@@ -109,38 +109,38 @@ const SUBCOMMANDS: [Subcommand; 4] = [
         name: "demo",
         brief: "Shows two letters on their way in one call over TLS: one up, the turn, one down into a Maildir.",
         config: false,
-        run: |_| demo::run().map_err(|error| Failure::new(OS_ERROR, error)),
+        run: |_| demo::run().map_err(|error| ExitError::new(OS_ERROR, error)),
     },
 ];
 
 /// A text for stderr and an exit code.
-struct Failure {
+struct ExitError {
     code: u8,
     text: String,
 }
 
-impl Failure {
-    fn new(code: u8, text: impl ToString) -> Failure {
-        Failure { code, text: text.to_string() }
+impl ExitError {
+    fn new(code: u8, text: impl ToString) -> ExitError {
+        ExitError { code, text: text.to_string() }
     }
 }
 
-impl From<config::ConfigError> for Failure {
-    fn from(error: config::ConfigError) -> Failure {
-        Failure::new(CONFIG, error)
+impl From<config::ConfigError> for ExitError {
+    fn from(error: config::ConfigError) -> ExitError {
+        ExitError::new(CONFIG, error)
     }
 }
 
-impl From<StartError> for Failure {
-    fn from(error: StartError) -> Failure {
+impl From<StartError> for ExitError {
+    fn from(error: StartError) -> ExitError {
         let code = if matches!(error, StartError::Config(_)) { CONFIG } else { OS_ERROR };
-        Failure::new(code, error)
+        ExitError::new(code, error)
     }
 }
 
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Failure {
-        Failure::new(OS_ERROR, error)
+impl From<io::Error> for ExitError {
+    fn from(error: io::Error) -> ExitError {
+        ExitError::new(OS_ERROR, error)
     }
 }
 
@@ -159,14 +159,14 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::from(OK),
-        Err(Failure { code, text }) => {
+        Err(ExitError { code, text }) => {
             let _ = writeln!(io::stderr(), "{name}: {text}");
             ExitCode::from(code)
         }
     }
 }
 
-fn run(arguments: &[String]) -> Result<(), Failure> {
+fn run(arguments: &[String]) -> Result<(), ExitError> {
     let mut global = Options::new();
     global.parsing_style(ParsingStyle::StopAtFirstFree);
     global.optflag("h", "help", "").optflag("V", "version", "");
@@ -191,16 +191,16 @@ fn run(arguments: &[String]) -> Result<(), Failure> {
     }
 }
 
-fn usage(text: &str, hint: &str) -> Failure {
-    Failure::new(USAGE, format!("{text}; try `{hint}`"))
+fn usage(text: &str, hint: &str) -> ExitError {
+    ExitError::new(USAGE, format!("{text}; try `{hint}`"))
 }
 
-fn print(text: &str) -> Result<(), Failure> {
+fn print(text: &str) -> Result<(), ExitError> {
     Ok(io::stdout().write_all(text.as_bytes())?)
 }
 
 impl Subcommand {
-    fn start(&self, arguments: &[String]) -> Result<(), Failure> {
+    fn start(&self, arguments: &[String]) -> Result<(), ExitError> {
         let hint = format!("odmr {} -h", self.name);
         let mut options = Options::new();
         options.optflag("h", "help", "prints this");
@@ -254,18 +254,18 @@ fn config_path(matches: &Matches) -> PathBuf {
     PathBuf::from(matches.opt_str("config").unwrap_or_default())
 }
 
-fn serve(matches: &Matches) -> Result<(), Failure> {
+fn serve(matches: &Matches) -> Result<(), ExitError> {
     let inetd = match matches.opt_str("inetd").as_deref() {
         None => None,
-        Some("odmr") => Some(Door::Odmr),
-        Some("inbound") => Some(Door::Inbound),
+        Some("odmr") => Some(Listener::Odmr),
+        Some("inbound") => Some(Listener::Inbound),
         Some(other) => {
             return Err(usage(&format!("--inetd is odmr or inbound, not {other}"), "odmr serve -h"));
         }
     };
     log_to(log_target(inetd.is_some()), verbosity(matches));
-    let config = config::Provider::load(&config_path(matches)).map_err(|error| logged(error.into(), inetd))?;
-    let stamps = Stamps::system(tls::random);
+    let config = config::ProviderConfig::load(&config_path(matches)).map_err(|error| logged(error.into(), inetd))?;
+    let stamps = Ids::system(tls::random);
     raise_descriptor_limit();
     // Before any thread is there, so that none is hit in our place.
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
@@ -280,7 +280,7 @@ fn serve(matches: &Matches) -> Result<(), Failure> {
             Ok(())
         }
         Some(door) => {
-            let stop = Stop::new()?;
+            let stop = CancelToken::new()?;
             stop_at_signal(signals, stop.clone());
             let (wire, peer) = supervised_connection()?;
             Provider::serve_one(config, stamps, door, wire, peer, &stop).map_err(|error| logged(error.into(), inetd))
@@ -288,7 +288,7 @@ fn serve(matches: &Matches) -> Result<(), Failure> {
     }
 }
 
-fn pull_mail(matches: &Matches) -> Result<(), Failure> {
+fn pull_mail(matches: &Matches) -> Result<(), ExitError> {
     let (daemon, now) = (matches.opt_present("daemon"), matches.opt_present("now"));
     if daemon && now {
         return Err(usage("--daemon and --now exclude each other: --now speaks to a daemon that runs", "odmr pull -h"));
@@ -297,7 +297,7 @@ fn pull_mail(matches: &Matches) -> Result<(), Failure> {
     // On a terminal the summary is what a person wants to see.
     let watched = !daemon && io::stderr().is_terminal() && !matches.opt_present("verbose");
     log_to(
-        Log::Stderr,
+        LogTarget::Stderr,
         match (quiet, watched) {
             (true, _) => LevelFilter::Error,
             (false, true) => LevelFilter::Warn,
@@ -305,23 +305,23 @@ fn pull_mail(matches: &Matches) -> Result<(), Failure> {
         },
     );
     let path = config_path(matches);
-    let config = config::Customer::load(&path)?;
+    let config = config::CustomerConfig::load(&path)?;
     let user = owner(&config)?;
     not_for_others(&config, &path)?;
-    let stamps = Stamps::system(tls::random);
-    let stop = Stop::new()?;
+    let stamps = Ids::system(tls::random);
+    let stop = CancelToken::new()?;
     raise_descriptor_limit();
     if daemon {
         return run_daemon(&path, &config, user, &stamps, &stop);
     }
-    let caller = pull::Caller::new(&config, &stamps)?;
+    let caller = pull::Customer::new(&config, &stamps)?;
     become_owner(&config, user)?;
     if let Some(process) = now.then(|| daemon::running(&config)).transpose()?.flatten() {
-        return ring(process, quiet);
+        return request_call(process, quiet);
     }
     stop_at_signal(Signals::new([SIGTERM, SIGINT])?, stop.clone());
-    let (begun, tally) = (Instant::now(), Arc::<Tally>::default());
-    let progress = (watched && !quiet).then(|| Progress::start(&tally)).transpose()?;
+    let (begun, tally) = (Instant::now(), Arc::<CallCounters>::default());
+    let progress = (watched && !quiet).then(|| ProgressLine::start(&tally)).transpose()?;
     let pulled = caller.pull(&stop, &tally);
     drop(progress);
     let summary = tally.summary(begun.elapsed().as_secs_f64());
@@ -338,32 +338,32 @@ fn pull_mail(matches: &Matches) -> Result<(), Failure> {
 
 fn run_daemon(
     path: &Path,
-    config: &config::Customer,
-    user: Option<user::User>,
-    stamps: &Stamps,
-    stop: &Stop,
-) -> Result<(), Failure> {
+    config: &config::CustomerConfig,
+    user: Option<user::SystemUser>,
+    stamps: &Ids,
+    stop: &CancelToken,
+) -> Result<(), ExitError> {
     // Ports below 1024 are bound before root's rights are gone.
-    let ready = daemon::Ready::new(config, stamps)?;
+    let ready = daemon::BoundDaemon::new(config, stamps)?;
     let becomes_another = user.is_some();
     become_owner(config, user)?;
-    let (bell, events) = daemon::bell();
+    let (bell, events) = daemon::event_channel();
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1])?;
     let (ringer, stopper) = (bell.clone(), stop.clone());
     std::thread::spawn(move || {
         for signal in signals.forever() {
             match signal {
-                SIGHUP => ringer.ring(Event::Reload),
-                SIGUSR1 => ringer.ring(Event::Now),
+                SIGHUP => ringer.send(DaemonEvent::Reload),
+                SIGUSR1 => ringer.send(DaemonEvent::CallNow),
                 _ => {
                     log::info!("event=stopping signal={signal}");
-                    stopper.stop();
-                    ringer.ring(Event::Stop);
+                    stopper.cancel();
+                    ringer.send(DaemonEvent::Stop);
                 }
             }
         }
     });
-    let load = || config::Customer::load(path).map_err(|error| error.to_string());
+    let load = || config::CustomerConfig::load(path).map_err(|error| error.to_string());
     // All that was readable for root may not be for its user.
     if becomes_another && let Err(error) = load() {
         log::warn!("event=no-reload error={error:?} way-out=\"let `user` read it\"");
@@ -374,34 +374,34 @@ fn run_daemon(
 }
 
 /// Whom to become before mail is touched; `None`: who we are.
-fn owner(config: &config::Customer) -> Result<Option<user::User>, Failure> {
+fn owner(config: &config::CustomerConfig) -> Result<Option<user::SystemUser>, ExitError> {
     let wanted = config.owner.as_ref().filter(|_| rustix::process::geteuid().is_root());
     Ok(wanted.map(find_owner).transpose()?)
 }
 
 /// As root only for mailboxes that are root's: what it makes, their user could not read.
-fn not_for_others(config: &config::Customer, path: &Path) -> Result<(), Failure> {
+fn not_for_others(config: &config::CustomerConfig, path: &Path) -> Result<(), ExitError> {
     let root = &config.mailboxes.root;
     let theirs = |found: std::fs::Metadata| found.uid() != 0;
     if rustix::process::geteuid().is_root() && config.owner.is_none() && root.metadata().is_ok_and(theirs) {
         let text = format!("{} is another user's: name that user in `user`, or be that user", root.display());
-        return Err(Failure::new(CONFIG, format!("{}: {text}", path.display())));
+        return Err(ExitError::new(CONFIG, format!("{}: {text}", path.display())));
     }
     Ok(())
 }
 
-fn find_owner(owner: &config::Owner) -> Result<user::User, config::ConfigError> {
-    user::User::find(&owner.user, owner.group.as_deref()).map_err(|text| owner.error(text))
+fn find_owner(owner: &config::MailOwner) -> Result<user::SystemUser, config::ConfigError> {
+    user::SystemUser::find(&owner.user, owner.group.as_deref()).map_err(|text| owner.error(text))
 }
 
-fn become_owner(config: &config::Customer, user: Option<user::User>) -> Result<(), Failure> {
+fn become_owner(config: &config::CustomerConfig, user: Option<user::SystemUser>) -> Result<(), ExitError> {
     if let Some(user) = user {
         let queue = config.outgoing.as_ref().map(|outgoing| &outgoing.queue);
         for folder in [Some(&config.mailboxes.root), queue].into_iter().flatten() {
-            let made = user.make_folder(folder);
-            made.map_err(|error| Failure::new(OS_ERROR, format!("{}: {error}", folder.display())))?;
+            let made = user.make_directory(folder);
+            made.map_err(|error| ExitError::new(OS_ERROR, format!("{}: {error}", folder.display())))?;
         }
-        user.become_it().map_err(|error| Failure::new(OS_ERROR, error))?;
+        user.assume().map_err(|error| ExitError::new(OS_ERROR, error))?;
     }
     // The mailboxes say what others may do with mail; everything else is made for its owner only.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(config.mailboxes.umask));
@@ -409,11 +409,11 @@ fn become_owner(config: &config::Customer, user: Option<user::User>) -> Result<(
 }
 
 /// Makes a daemon call at once.
-fn ring(process: i32, quiet: bool) -> Result<(), Failure> {
-    let no_process = || Failure::new(OS_ERROR, format!("{process} is no process"));
+fn request_call(process: i32, quiet: bool) -> Result<(), ExitError> {
+    let no_process = || ExitError::new(OS_ERROR, format!("{process} is no process"));
     let target = rustix::process::Pid::from_raw(process).ok_or_else(no_process)?;
     rustix::process::kill_process(target, rustix::process::Signal::USR1).map_err(|error| {
-        Failure::new(
+        ExitError::new(
             NO_PERMISSION,
             format!("the daemon, process {process}, cannot be told: {error}; be its user, or root"),
         )
@@ -422,14 +422,14 @@ fn ring(process: i32, quiet: bool) -> Result<(), Failure> {
 }
 
 /// Shows on a terminal how far a call is, from its first second on.
-struct Progress {
-    ended: Stop,
+struct ProgressLine {
+    ended: CancelToken,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Progress {
-    fn start(tally: &Arc<Tally>) -> io::Result<Progress> {
-        let ended = Stop::new()?;
+impl ProgressLine {
+    fn start(tally: &Arc<CallCounters>) -> io::Result<ProgressLine> {
+        let ended = CancelToken::new()?;
         let (tally, end) = (tally.clone(), ended.clone());
         let show = move || {
             let mut shown = false;
@@ -444,36 +444,36 @@ impl Progress {
             }
         };
         let thread = std::thread::Builder::new().name("progress".to_owned()).spawn(show)?;
-        Ok(Progress { ended, thread: Some(thread) })
+        Ok(ProgressLine { ended, thread: Some(thread) })
     }
 }
 
-impl Drop for Progress {
+impl Drop for ProgressLine {
     fn drop(&mut self) {
-        self.ended.stop();
+        self.ended.cancel();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
     }
 }
 
-impl From<Error> for Failure {
-    fn from(error: Error) -> Failure {
+impl From<CallError> for ExitError {
+    fn from(error: CallError) -> ExitError {
         let code = match &error {
-            Error::Config(_) => CONFIG,
-            Error::NoHost(_) => NO_HOST,
-            Error::Unavailable(_) => UNAVAILABLE,
-            Error::Temporary(_) | Error::Busy(_) => TEMPORARY,
-            Error::Denied(_) => NO_PERMISSION,
-            Error::Protocol(_) => PROTOCOL,
-            Error::System(_) => OS_ERROR,
+            CallError::Config(_) => CONFIG,
+            CallError::NoHost(_) => NO_HOST,
+            CallError::Unavailable(_) => UNAVAILABLE,
+            CallError::Temporary(_) | CallError::Busy(_) => TEMPORARY,
+            CallError::Denied(_) => NO_PERMISSION,
+            CallError::Protocol(_) => PROTOCOL,
+            CallError::System(_) => OS_ERROR,
         };
-        Failure::new(code, error)
+        ExitError::new(code, error)
     }
 }
 
 /// `odmr send`, also by the name of `sendmail`: its options are not those of the other subcommands.
-fn send(arguments: &[String]) -> Result<(), Failure> {
+fn send(arguments: &[String]) -> Result<(), ExitError> {
     const HINT: &str = "odmr send -h";
     let mut options = Options::new();
     // Alone it asks for help; as programs pass it, it counts hops, which our own Received fields do.
@@ -499,13 +499,13 @@ fn send(arguments: &[String]) -> Result<(), Failure> {
         // What waits goes with the next call, whoever asks for it here.
         return Ok(());
     }
-    log_to(Log::Stderr, if matches.opt_present("v") { LevelFilter::Info } else { LevelFilter::Error });
+    log_to(LogTarget::Stderr, if matches.opt_present("v") { LevelFilter::Info } else { LevelFilter::Error });
     let last = |word: &str| matches.opt_strs(word).pop();
     let mode = last("b").unwrap_or_else(|| "m".to_owned());
     if !matches!(mode.as_str(), "m" | "s" | "p") {
         return Err(usage(&format!("-b{mode} is not done here: there are -bm, -bs and -bp"), HINT));
     }
-    let order = Order {
+    let order = SendmailOptions {
         from_header: matches.opt_present("t"),
         ignore_dots: matches.opt_present("i") || matches.opt_strs("o").iter().any(|word| word == "i"),
         sender: last("f").or_else(|| last("r")),
@@ -515,7 +515,7 @@ fn send(arguments: &[String]) -> Result<(), Failure> {
         ret: last("R"),
         recipients: matches.free.clone(),
         // Before we become somebody else.
-        user: User::login(),
+        user: LoginUser::login(),
     };
     let file = last("C").map(PathBuf::from).or_else(|| std::env::var_os("ODMR_CONFIG").map(PathBuf::from));
     let file = file.unwrap_or_else(|| PathBuf::from(CUSTOMER_FILE));
@@ -523,18 +523,18 @@ fn send(arguments: &[String]) -> Result<(), Failure> {
     // What anybody else sends is his: who calls could not read it.
     if let Some(owner) = &config.owner
         && !rustix::process::geteuid().is_root()
-        && !find_owner(owner)?.is_us()
+        && !find_owner(owner)?.is_current()
     {
         let text = format!("only {} and root may send here: hand it in by SMTP where [outgoing] listens", owner.user);
-        return Err(Failure::new(NO_PERMISSION, format!("{}: {text}", file.display())));
+        return Err(ExitError::new(NO_PERMISSION, format!("{}: {text}", file.display())));
     }
     not_for_others(&config, &file)?;
     become_owner(&config, owner(&config)?)?;
-    let stamps = Stamps::system(tls::random);
+    let stamps = Ids::system(tls::random);
     let done = match mode.as_str() {
         "p" => send::list(&config, &stamps, &mut io::stdout()),
         "s" => {
-            let stop = Stop::new()?;
+            let stop = CancelToken::new()?;
             stop_at_signal(Signals::new([SIGTERM, SIGINT])?, stop.clone());
             let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3).map_err(io::Error::from)?;
             let output = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3).map_err(io::Error::from)?;
@@ -542,23 +542,23 @@ fn send(arguments: &[String]) -> Result<(), Failure> {
         }
         _ => send::send(&config, &stamps, &order, &mut io::stdin().lock()),
     };
-    done.map_err(|refused| Failure::new(refused.exit as u8, refused.text))
+    done.map_err(|refused| ExitError::new(refused.exit as u8, refused.text))
 }
 
 /// That a user may not read the file is another thing than a wrong one.
-fn customer_file(path: &Path) -> Result<config::Customer, Failure> {
+fn customer_file(path: &Path) -> Result<config::CustomerConfig, ExitError> {
     match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            Err(Failure::new(NO_PERMISSION, format!("{}: {error}", path.display())))
+            Err(ExitError::new(NO_PERMISSION, format!("{}: {error}", path.display())))
         }
-        _ => Ok(config::Customer::load_to_send(path)?),
+        _ => Ok(config::CustomerConfig::load_to_send(path)?),
     }
 }
 
 /// Everything that `serve` and `pull` would stumble over, without binding or dialling.
-fn check(matches: &Matches) -> Result<(), Failure> {
+fn check(matches: &Matches) -> Result<(), ExitError> {
     let path = config_path(matches);
-    let wrong = |text: String| Failure::new(1, text);
+    let wrong = |text: String| ExitError::new(1, text);
     let addresses = matches.opt_strs("address");
     match Config::load(&path).map_err(|error| wrong(error.to_string()))? {
         Config::Provider(_) if !addresses.is_empty() => {
@@ -585,12 +585,12 @@ fn check(matches: &Matches) -> Result<(), Failure> {
                 }
             }
             not_for_others(&config, &path).map_err(|failure| wrong(failure.text))?;
-            pull::Caller::new(&config, &Stamps::system(tls::random)).map_err(|error| wrong(error.to_string()))?;
+            pull::Customer::new(&config, &Ids::system(tls::random)).map_err(|error| wrong(error.to_string()))?;
             usable(&config.mailboxes.root).map_err(wrong)?;
             if let Some(outgoing) = &config.outgoing {
                 usable(&outgoing.queue).map_err(wrong)?;
             }
-            let of = |provider: &config::Upstream| format!("of {}, as {}", provider.address, provider.name);
+            let of = |provider: &config::ProviderAccount| format!("of {}, as {}", provider.address, provider.name);
             let providers: Vec<_> = config.providers.iter().map(of).collect();
             print(&format!("{}: good: a customer {}\n", path.display(), providers.join("; ")))
         }
@@ -598,7 +598,7 @@ fn check(matches: &Matches) -> Result<(), Failure> {
 }
 
 /// Where mail for each address goes, and by which rule.
-fn explain(rules: &Rules, addresses: &[String]) -> Result<(), Failure> {
+fn explain(rules: &RecipientRules, addresses: &[String]) -> Result<(), ExitError> {
     let mut refused = 0;
     for address in addresses {
         let (Ok(text) | Err(text)) = rules.explain_typed(address).inspect_err(|_| refused += 1);
@@ -606,7 +606,7 @@ fn explain(rules: &Rules, addresses: &[String]) -> Result<(), Failure> {
     }
     match refused {
         0 => Ok(()),
-        _ => Err(Failure::new(1, format!("{refused} of {} get no mail here", addresses.len()))),
+        _ => Err(ExitError::new(1, format!("{refused} of {} get no mail here", addresses.len()))),
     }
 }
 
@@ -622,17 +622,17 @@ fn usable(folder: &Path) -> Result<(), String> {
 }
 
 /// The user sees an error on stderr in any case; behind inetd nobody looks there.
-fn logged(failure: Failure, inetd: Option<Door>) -> Failure {
+fn logged(failure: ExitError, inetd: Option<Listener>) -> ExitError {
     if inetd.is_some() {
         log::error!("{}", failure.text);
     }
     failure
 }
 
-fn stop_at_signal(mut signals: Signals, stop: Stop) {
+fn stop_at_signal(mut signals: Signals, stop: CancelToken) {
     std::thread::spawn(move || {
         if signals.forever().next().is_some() {
-            stop.stop();
+            stop.cancel();
         }
     });
 }
@@ -646,9 +646,9 @@ fn raise_descriptor_limit() {
 
 /// The connection a supervisor passes: a socket on descriptor 0 (inetd), or two ends of it (UCSPI); the
 /// peer by the socket, or by `TCPREMOTEIP` where a program in between has replaced it.
-type Connection = ((OwnedFd, Option<OwnedFd>), Option<IpAddr>);
+type SupervisedConnection = ((OwnedFd, Option<OwnedFd>), Option<IpAddr>);
 
-fn supervised_connection() -> Result<Connection, Failure> {
+fn supervised_connection() -> Result<SupervisedConnection, ExitError> {
     let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3).map_err(io::Error::from)?;
     let peer = rustix::net::getpeername(&input).ok().flatten();
     let by_socket = peer.and_then(|peer| SocketAddr::try_from(peer).ok()).map(|peer| peer.ip());
@@ -680,13 +680,13 @@ fn is_connection(descriptor: impl AsFd) -> bool {
 }
 
 /// Where log lines go.
-enum Log {
+enum LogTarget {
     Stderr,
     Syslog(UnixDatagram),
 }
 
 /// stderr, unless descriptor 2 was the connection: then the system's log, as inetd's servers do.
-fn log_target(inetd: bool) -> Log {
+fn log_target(inetd: bool) -> LogTarget {
     let null = || rustix::fs::stat("/dev/null").ok();
     let muted = inetd
         && match (rustix::fs::fstat(io::stderr()), null()) {
@@ -699,8 +699,8 @@ fn log_target(inetd: bool) -> Log {
         Ok(socket)
     };
     match muted.then(syslog) {
-        Some(Ok(socket)) => Log::Syslog(socket),
-        _ => Log::Stderr,
+        Some(Ok(socket)) => LogTarget::Syslog(socket),
+        _ => LogTarget::Stderr,
     }
 }
 
@@ -720,13 +720,13 @@ impl Write for Syslog {
 }
 
 /// One line an event; `RUST_LOG` says more or less of it (`debug`: the dialogue too).
-fn log_to(target: Log, level: LevelFilter) {
+fn log_to(target: LogTarget, level: LevelFilter) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level);
     // rustls' own words are for those who debug rustls.
     builder.filter_module("rustls", LevelFilter::Warn);
     builder.parse_default_env();
-    let syslog = matches!(target, Log::Syslog(_));
+    let syslog = matches!(target, LogTarget::Syslog(_));
     builder.format(move |out, record| {
         if syslog {
             // Facility 2: mail.
@@ -744,7 +744,7 @@ fn log_to(target: Log, level: LevelFilter) {
             _ => writeln!(out, "{}", record.args()),
         }
     });
-    if let Log::Syslog(socket) = target {
+    if let LogTarget::Syslog(socket) = target {
         builder.target(env_logger::Target::Pipe(Box::new(Syslog(socket))));
     }
     // A second logger in one process is none of our making.

@@ -32,22 +32,22 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use toml::Spanned;
 
-pub use self::customer::{Customer, Outgoing, Owner, Upstream};
-pub use self::mailboxes::{Accept, Mailboxes};
-pub use self::provider::{Account, Accounts, Inbound, Odmr, Provider, TlsFiles};
-pub use self::relay::{LONGEST_PAUSE, Relay, Retry, Smarthost, TlsPolicy};
-pub use self::schedule::{Rule, Schedule, Times, Timetable, When};
+pub use self::customer::{CustomerConfig, OutgoingConfig, MailOwner, ProviderAccount};
+pub use self::mailboxes::{Accept, MailboxesConfig};
+pub use self::provider::{Account, Accounts, InboundConfig, OdmrConfig, ProviderConfig, TlsFiles};
+pub use self::relay::{LONGEST_PAUSE, RelayConfig, Retry, Smarthost, TlsPolicy};
+pub use self::schedule::{TimetableEntry, Schedule, Times, Timetable, When};
 pub use self::value::Network;
 
-use self::value::{ATRN_FLOOR, Entry, Hostname, Pin, Secret, at_least, atrn, between, check_secret, duration};
+use self::value::{ATRN_FLOOR, Checked, Hostname, Pin, Secret, at_least, atrn, between, check_secret, duration};
 use crate::smtp::address::Domain;
 use crate::smtp::client::Awaiting;
 
 /// What a file says, whichever side it is for.
 #[derive(Clone, Debug)]
 pub enum Config {
-    Provider(Box<Provider>),
-    Customer(Box<Customer>),
+    Provider(Box<ProviderConfig>),
+    Customer(Box<CustomerConfig>),
 }
 
 impl Config {
@@ -55,8 +55,8 @@ impl Config {
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         let source = Source::read(path)?;
         match source.kind()? {
-            Some(Kind::Provider) => Ok(Config::Provider(Box::new(Provider::build(&source)?))),
-            Some(Kind::Customer) => Ok(Config::Customer(Box::new(Customer::build(&source)?))),
+            Some(FileKind::Provider) => Ok(Config::Provider(Box::new(ProviderConfig::build(&source)?))),
+            Some(FileKind::Customer) => Ok(Config::Customer(Box::new(CustomerConfig::build(&source)?))),
             None => Err(source.error(
                 None,
                 "says neither what a provider needs (`spool` and `customers`) nor what a customer needs \
@@ -182,7 +182,7 @@ pub struct Timeouts {
 
 impl Timeouts {
     /// How long a reply is waited for (RFC 5321 section 4.5.3.2; RFC 2645 section 5.2.1).
-    pub fn patience(&self, awaiting: Option<Awaiting>) -> Duration {
+    pub fn reply_timeout(&self, awaiting: Option<Awaiting>) -> Duration {
         match awaiting {
             Some(Awaiting::Greeting) => self.greeting,
             Some(Awaiting::Mail) => self.mail,
@@ -249,7 +249,7 @@ struct Outline {
     customers: Option<IgnoredAny>,
 }
 
-enum Kind {
+enum FileKind {
     Provider,
     Customer,
 }
@@ -288,12 +288,12 @@ impl Source {
         })
     }
 
-    fn kind(&self) -> Result<Option<Kind>, ConfigError> {
+    fn kind(&self) -> Result<Option<FileKind>, ConfigError> {
         let outline: Outline = self.parse()?;
         let provider = outline.spool.is_some() || outline.customers.is_some();
         match (provider, outline.provider) {
-            (true, None) => Ok(Some(Kind::Provider)),
-            (false, Some(_)) => Ok(Some(Kind::Customer)),
+            (true, None) => Ok(Some(FileKind::Provider)),
+            (false, Some(_)) => Ok(Some(FileKind::Customer)),
             (false, None) => Ok(None),
             (true, Some(table)) => Err(self.error(
                 table.span(),
@@ -309,13 +309,13 @@ impl Source {
     }
 
     /// Where relative paths begin, as the person who named the file would write it.
-    fn folder(&self) -> &Path {
+    fn directory(&self) -> &Path {
         self.file.parent().unwrap_or(Path::new(""))
     }
 
     /// A path that is written in this file, made absolute.
     fn beside(&self, path: &Path) -> PathBuf {
-        let path = self.folder().join(path);
+        let path = self.directory().join(path);
         std::path::absolute(&path).unwrap_or(path)
     }
 }
@@ -338,7 +338,7 @@ fn squeeze(message: &str) -> String {
 }
 
 /// More is no configuration.
-const LARGEST: u64 = 16 << 20;
+const FILE_SIZE_LIMIT: u64 = 16 << 20;
 
 fn read(path: &Path) -> io::Result<(Metadata, Vec<u8>)> {
     // A pipe without a writer would be waited for while it is opened.
@@ -348,7 +348,7 @@ fn read(path: &Path) -> io::Result<(Metadata, Vec<u8>)> {
     let file = File::open(path)?;
     let metadata = file.metadata()?;
     let mut octets = Vec::new();
-    if file.take(LARGEST + 1).read_to_end(&mut octets)? as u64 > LARGEST {
+    if file.take(FILE_SIZE_LIMIT + 1).read_to_end(&mut octets)? as u64 > FILE_SIZE_LIMIT {
         return Err(io::Error::other("it has more than 16 MiB"));
     }
     Ok((metadata, octets))
@@ -367,7 +367,7 @@ fn private(metadata: &Metadata, path: &Path) -> Result<(), String> {
     Err(format!("there is a secret in {path}, and every user may {what} it: chmod 640 {path}"))
 }
 
-fn hostname(source: &Source, hostname: Option<Entry<Hostname>>) -> Result<String, ConfigError> {
+fn hostname(source: &Source, hostname: Option<Checked<Hostname>>) -> Result<String, ConfigError> {
     let hostname = hostname.ok_or_else(|| {
         let text = "`hostname` is missing: the name of this machine in the DNS, such as \
                     hostname = \"mail.example.org\"";
@@ -379,8 +379,8 @@ fn hostname(source: &Source, hostname: Option<Entry<Hostname>>) -> Result<String
 /// The secret of an account, from either place; `table` is where one is missing.
 fn secret(
     source: &Source,
-    inline: Option<Spanned<Entry<Secret>>>,
-    file: Option<Spanned<Entry<PathBuf>>>,
+    inline: Option<Spanned<Checked<Secret>>>,
+    file: Option<Spanned<Checked<PathBuf>>>,
     table: Option<Range<usize>>,
 ) -> Result<Vec<u8>, ConfigError> {
     match (inline, file) {
@@ -399,7 +399,7 @@ fn secret(
         }
         (None, Some(_)) if !source.secrets => Ok(Vec::new()),
         (None, Some(file)) => {
-            let path = source.folder().join(&file.as_ref().0);
+            let path = source.directory().join(&file.as_ref().0);
             secret_file(&path).map_err(|text| source.error(file.span(), text))
         }
     }
@@ -411,8 +411,8 @@ fn trust(
     source: &Source,
     tls_key: &str,
     tls: TlsMode,
-    ca: Option<Spanned<Entry<PathBuf>>>,
-    pin: Option<Spanned<Entry<Pin>>>,
+    ca: Option<Spanned<Checked<PathBuf>>>,
+    pin: Option<Spanned<Checked<Pin>>>,
 ) -> Result<(Option<PathBuf>, Option<[u8; 32]>), ConfigError> {
     if let (Some(ca), Some(_)) = (&ca, &pin) {
         let text = "`ca` and `pin` exclude each other: `pin` trusts one certificate, `ca` those that it signed; take \
@@ -442,7 +442,7 @@ fn secret_file(path: &Path) -> Result<Vec<u8>, String> {
 }
 
 /// The address lists as they are, or the default port on all addresses.
-fn addresses(list: Option<Vec<Spanned<Entry<SocketAddr>>>>, port: u16) -> Vec<SocketAddr> {
+fn addresses(list: Option<Vec<Spanned<Checked<SocketAddr>>>>, port: u16) -> Vec<SocketAddr> {
     match list {
         Some(list) => list.into_iter().map(|entry| entry.into_inner().0).collect(),
         None => vec![SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))],
@@ -452,7 +452,7 @@ fn addresses(list: Option<Vec<Spanned<Entry<SocketAddr>>>>, port: u16) -> Vec<So
 /// One address can be listened on once. Port 0 is another port each time.
 fn listeners<'a>(
     source: &Source,
-    lists: impl IntoIterator<Item = Option<&'a [Spanned<Entry<SocketAddr>>]>>,
+    lists: impl IntoIterator<Item = Option<&'a [Spanned<Checked<SocketAddr>>]>>,
 ) -> Result<(), ConfigError> {
     let mut seen = HashSet::new();
     for entry in lists.into_iter().flatten().flatten() {
@@ -464,7 +464,7 @@ fn listeners<'a>(
     Ok(())
 }
 
-fn each_once(source: &Source, domains: Vec<Spanned<Entry<Domain>>>) -> Result<Vec<Domain>, ConfigError> {
+fn each_once(source: &Source, domains: Vec<Spanned<Checked<Domain>>>) -> Result<Vec<Domain>, ConfigError> {
     let mut seen = HashSet::new();
     for entry in &domains {
         let domain = &entry.as_ref().0;
@@ -483,7 +483,7 @@ fn twice(what: &impl fmt::Display) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sasl::Secrets;
+    use crate::sasl::CredentialStore;
     use std::fs;
     use std::time::Instant;
     use tempfile::TempDir;
@@ -587,7 +587,7 @@ accept = ["alice@example.org", "@example.com"]
         assert_eq!(provider.odmr.listen, ["[::]:366".parse().unwrap()]);
         assert_eq!(provider.odmr.listen_tls, []);
         assert!(!provider.odmr.require_tls && provider.odmr.cram_md5);
-        assert_eq!(provider.relay, Relay::default());
+        assert_eq!(provider.relay, RelayConfig::default());
         let acme = provider.accounts.account("acme").unwrap();
         assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (true, false, None, 0));
         assert_eq!(provider.limits, Limits::default());
@@ -639,7 +639,7 @@ accept = ["alice@example.org", "@example.com"]
             shutdown = "13ms"
         "#;
         let folder = files(&[("odmr.toml", text)]);
-        let provider = Provider::load(&folder.path().join("odmr.toml")).unwrap();
+        let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
         assert_eq!(provider.hostname, "EXAMPLE.NET");
         assert_eq!(provider.spool, Path::new("/var/spool/odmr"));
         assert_eq!(
@@ -681,16 +681,16 @@ accept = ["alice@example.org", "@example.com"]
         assert_eq!(provider.accounts.iter().count(), 0);
     }
 
-    fn relay(text: &str) -> Relay {
+    fn relay(text: &str) -> RelayConfig {
         let text = format!("{PROVIDER}[relay]\n{text}\n");
         let folder = files(&[("odmr.toml", &text), ("secret", "open sesame\n")]);
-        Provider::load(&folder.path().join("odmr.toml")).unwrap().relay
+        ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap().relay
     }
 
-    fn outgoing(text: &str) -> Outgoing {
+    fn outgoing(text: &str) -> OutgoingConfig {
         let text = format!("{CUSTOMER}[outgoing]\nqueue = \"out\"\n{text}\n");
         let folder = files(&[("odmr.toml", &text)]);
-        Customer::load(&folder.path().join("odmr.toml")).unwrap().outgoing.unwrap()
+        CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap().outgoing.unwrap()
     }
 
     const MINUTE: Duration = Duration::from_secs(60);
@@ -699,7 +699,7 @@ accept = ["alice@example.org", "@example.com"]
 
     #[test]
     fn without_a_table_mail_goes_by_mx() {
-        let Relay { smarthost, tls, tls_for, resolver, port, connections, connections_per_host, retry } = relay("");
+        let RelayConfig { smarthost, tls, tls_for, resolver, port, connections, connections_per_host, retry } = relay("");
         assert_eq!((smarthost, tls, tls_for.len(), resolver), (None, TlsPolicy::May, 0, None));
         assert_eq!((port, connections, connections_per_host), (25, 20, 5));
         let times = Retry { first: 5 * MINUTE, max: 4 * HOUR, give_up: 5 * DAY, delay_notice: Some(4 * HOUR) };
@@ -765,7 +765,7 @@ accept = ["alice@example.org", "@example.com"]
     fn what_a_customer_may_hand_in_is_read() {
         let text = changed(ACME, "", "relay = false\nany-sender = true\nmax-size = \"1MiB\"\nrate = 100\n");
         let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &text)]);
-        let provider = Provider::load(&folder.path().join("odmr.toml")).unwrap();
+        let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
         let acme = provider.accounts.account("acme").unwrap();
         assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (false, true, Some(1_048_576), 100));
         assert!(!format!("{acme:?}").contains("sesame"));
@@ -804,7 +804,7 @@ accept = ["alice@example.org", "@example.com"]
         );
         let text = format!("{CUSTOMER}[outgoing]\nqueue = \"/var/out\"\n{text}");
         let folder = files(&[("odmr.toml", &text)]);
-        let customer = Customer::load(&folder.path().join("odmr.toml")).unwrap();
+        let customer = CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap();
         assert_eq!(customer.providers[0].schedule.when, When::Every(MINUTE));
         assert!(!format!("{customer:?}").contains("mellon"));
         let outgoing = customer.outgoing.unwrap();
@@ -960,7 +960,7 @@ accept = ["alice@example.org", "@example.com"]
             ("customers.d/acme.toml~", "nonsense"),
             ("customers.d/README", "nonsense"),
         ]);
-        let provider = Provider::load(&folder.path().join("odmr.toml")).unwrap();
+        let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
         let accounts = &provider.accounts;
         let names: Vec<_> = accounts.iter().map(|account| &account.name).collect();
         assert_eq!(names, ["Bücher & Co", "acme"]);
@@ -1020,7 +1020,7 @@ accept = ["alice@example.org", "@example.com"]
             connect = "2s"
         "#;
         let folder = files(&[("odmr.toml", text), ("secret", "open sesame")]);
-        let customer = Customer::load(&folder.path().join("odmr.toml")).unwrap();
+        let customer = CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap();
         let upstream = &customer.providers[0];
         assert_eq!(upstream.address, "[2001:db8::1]:3660");
         assert_eq!(upstream.host, "2001:db8::1");
@@ -1066,7 +1066,7 @@ accept = ["alice@example.org", "@example.com"]
             accept = ["@example.org", "@example.com", "@example.edu"]
         "#;
         let folder = files(&[("odmr.toml", text)]);
-        let customer = Customer::load(&folder.path().join("odmr.toml")).unwrap();
+        let customer = CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap();
         let owner = customer.owner.unwrap();
         assert_eq!((owner.user.as_str(), owner.group.as_deref()), ("vmail", Some("mail")));
         let said: Vec<_> = customer
@@ -1244,9 +1244,9 @@ accept = ["alice@example.org", "@example.com"]
     fn a_file_for_the_other_side_is_told_so() {
         let folder = files(&[("p.toml", PROVIDER), ("c.toml", CUSTOMER), ("empty.toml", "")]);
         let path = |name| folder.path().join(name);
-        let said = Provider::load(&path("c.toml")).unwrap_err().text;
+        let said = ProviderConfig::load(&path("c.toml")).unwrap_err().text;
         assert!(said.contains("is a customer's file"), "{said}");
-        let said = Customer::load(&path("p.toml")).unwrap_err().text;
+        let said = CustomerConfig::load(&path("p.toml")).unwrap_err().text;
         assert!(said.contains("is a provider's file"), "{said}");
         let said = Config::load(&path("empty.toml")).unwrap_err().text;
         assert!(said.contains("says neither"), "{said}");
@@ -1336,7 +1336,7 @@ accept = ["alice@example.org", "@example.com"]
             mode(&path, 0o640);
         }
         let start = Instant::now();
-        let provider = Provider::load(&folder.path().join("odmr.toml")).unwrap();
+        let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
         let took = start.elapsed();
         assert_eq!(provider.accounts.iter().count(), 10_000);
         let owner = provider.accounts.owner(&domain("d4711.example"));

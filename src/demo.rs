@@ -15,14 +15,14 @@ use log::{LevelFilter, Log, Metadata, Record};
 
 use crate::config;
 use crate::customer;
-use crate::customer::send::{self, Order};
+use crate::customer::send::{self, SendmailOptions};
 use crate::maildir::Maildir;
 use crate::provider::Provider;
-use crate::stamp::Stamps;
+use crate::stamp::Ids;
 use crate::tls;
-use crate::wire::Stop;
+use crate::wire::CancelToken;
 
-const LETTER: &str = "\
+const INBOUND_MESSAGE: &str = "\
 From: Lester Tester <lester@dot.foo.bar>
 To: Eva <eva@example.org>
 Subject: hello
@@ -32,7 +32,7 @@ This letter was held for you.
 ";
 
 /// It goes to another customer of the same provider, so that nobody has to ask the DNS.
-const ANSWER: &str = "\
+const OUTGOING_MESSAGE: &str = "\
 To: Carol <carol@example.edu>
 Subject: going up
 
@@ -41,7 +41,7 @@ This letter waited for the call, and went up before the line was turned.
 
 /// Plays the demonstration; an error says what went wrong.
 pub fn run() -> Result<(), String> {
-    let folder = Temporary::new().map_err(|error| error.to_string())?;
+    let folder = TemporaryDirectory::new().map_err(|error| error.to_string())?;
     play(&folder.0).map_err(|error| error.to_string())
 }
 
@@ -50,9 +50,9 @@ fn play(folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
     if log::set_logger(&PRINTER).is_ok() {
         log::set_max_level(LevelFilter::Debug);
     }
-    let stamps = Stamps::system(tls::random);
+    let stamps = Ids::system(tls::random);
     title("A provider for example.org, with a certificate made just now")?;
-    let running = Provider::start(config::Provider::load(&provider_files(folder)?)?, stamps.clone())?;
+    let running = Provider::start(config::ProviderConfig::load(&provider_files(folder)?)?, stamps.clone())?;
     let (Some(inbound), Some(odmr)) = (running.inbound().first(), running.odmr().first()) else {
         return Err("the provider has no listener".into());
     };
@@ -66,15 +66,15 @@ fn play(folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
         println!("    example.org/new/{}", entry.name);
     }
 
-    let config = config::Customer::load(&customer_file(folder, *odmr)?)?;
+    let config = config::CustomerConfig::load(&customer_file(folder, *odmr)?)?;
     title("On the customer's side somebody has said: sendmail -t -f eva -F Eva; that letter waits too")?;
     let (sender, full_name) = (Some("eva".to_owned()), Some("Eva".to_owned()));
-    let order = Order { from_header: true, sender, full_name, ..Order::default() };
-    send::send(&config, &stamps, &order, &mut ANSWER.as_bytes()).map_err(|refused| refused.text)?;
+    let order = SendmailOptions { from_header: true, sender, full_name, ..SendmailOptions::default() };
+    send::send(&config, &stamps, &order, &mut OUTGOING_MESSAGE.as_bytes()).map_err(|refused| refused.text)?;
     show(&Maildir::new(folder.join("outgoing")))?;
 
     title("The customer calls; C is the customer, P the provider; they keep their letters over the turn")?;
-    let summary = customer::pull(&config, &stamps, &Stop::new()?)?;
+    let summary = customer::pull(&config, &stamps, &CancelToken::new()?)?;
     title("What came down stands in the customer's Maildir")?;
     show(&Maildir::new(folder.join("mail/example.org/eva")))?;
     title("What went up is held for example.edu; mail for the rest of the world would go to its MX")?;
@@ -141,7 +141,7 @@ fn deliver(inbound: SocketAddr) -> io::Result<()> {
     let stream = TcpStream::connect(inbound)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     let mut replies = BufReader::new(stream.try_clone()?);
-    let content = LETTER.replace("\n.", "\n..").replace('\n', "\r\n") + ".";
+    let content = INBOUND_MESSAGE.replace("\n.", "\n..").replace('\n', "\r\n") + ".";
     let lines = [
         "",
         "EHLO dot.foo.bar",
@@ -192,19 +192,19 @@ impl Log for Printer {
 }
 
 /// A folder that goes with the demonstration.
-struct Temporary(PathBuf);
+struct TemporaryDirectory(PathBuf);
 
-impl Temporary {
-    fn new() -> io::Result<Temporary> {
+impl TemporaryDirectory {
+    fn new() -> io::Result<TemporaryDirectory> {
         let mut name = [0; 8];
         tls::random(&mut name);
         let folder = std::env::temp_dir().join(format!("odmr-demo-{:016x}", u64::from_be_bytes(name)));
         fs::DirBuilder::new().create(&folder)?;
-        Ok(Temporary(folder))
+        Ok(TemporaryDirectory(folder))
     }
 }
 
-impl Drop for Temporary {
+impl Drop for TemporaryDirectory {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }

@@ -31,7 +31,7 @@ use domain::rdata::{A, Aaaa, Cname, Mx};
 use log::debug;
 
 use crate::smtp::address::Domain;
-use crate::stamp::Stamps;
+use crate::stamp::Ids;
 
 const CONFIGURATION: &str = "/etc/resolv.conf";
 const PORT: u16 = 53;
@@ -60,15 +60,15 @@ pub struct Resolver {
     servers: Arc<[SocketAddr]>,
     timeout: Duration,
     attempts: u32,
-    stamps: Stamps,
+    stamps: Ids,
 }
 
 /// Where the mail of a domain goes.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Route {
+pub enum MxRoute {
     /// The hosts of its MX records, best first, equals in random order, none twice. Empty when there are MX records
     /// but no host among them has a name a host may have: undeliverable, not "implicit" (RFC 5321 section 5.1).
-    Hosts(Vec<Hop>),
+    Hosts(Vec<MxHost>),
     /// It says that it takes no mail (RFC 7505).
     Null,
     /// It has no MX record but addresses: it is its own host (RFC 5321 section 5.1).
@@ -79,7 +79,7 @@ pub enum Route {
 
 /// One MX record.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Hop {
+pub struct MxHost {
     /// Less is better.
     pub preference: u16,
     pub host: Domain,
@@ -87,19 +87,19 @@ pub struct Hop {
 
 /// No server gave a usable answer; the text says what each did. Try again later.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Unresolved(pub String);
+pub struct ResolveError(pub String);
 
-impl fmt::Display for Unresolved {
+impl fmt::Display for ResolveError {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Unresolved {}
+impl std::error::Error for ResolveError {}
 
 impl Resolver {
     /// Asks the servers of /etc/resolv.conf as it is now, or the one on this machine when there are none.
-    pub fn system(stamps: &Stamps) -> io::Result<Resolver> {
+    pub fn system(stamps: &Ids) -> io::Result<Resolver> {
         let text = match fs::read(CONFIGURATION) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             other => other.map_err(|error| io::Error::new(error.kind(), format!("{CONFIGURATION}: {error}")))?,
@@ -108,17 +108,17 @@ impl Resolver {
     }
 
     /// Asks this server only.
-    pub fn at(server: SocketAddr, stamps: &Stamps) -> Resolver {
+    pub fn at(server: SocketAddr, stamps: &Ids) -> Resolver {
         Resolver::new(vec![server], TIMEOUT, ATTEMPTS, stamps)
     }
 
     /// Where the mail of `domain` goes.
-    pub fn route(&self, domain: &Domain) -> Result<Route, Unresolved> {
+    pub fn route(&self, domain: &Domain) -> Result<MxRoute, ResolveError> {
         match self.look_up(domain, Rtype::MX)? {
             Answer::Records(records) => Ok(self.hosts(&records)),
-            Answer::NoName => Ok(Route::NoDomain),
-            Answer::Nothing if self.addresses(domain)?.is_empty() => Ok(Route::NoDomain),
-            Answer::Nothing => Ok(Route::Implicit),
+            Answer::NoName => Ok(MxRoute::NoDomain),
+            Answer::Nothing if self.addresses(domain)?.is_empty() => Ok(MxRoute::NoDomain),
+            Answer::Nothing => Ok(MxRoute::Implicit),
         }
     }
 
@@ -127,7 +127,7 @@ impl Resolver {
     ///
     /// What is no host's address (unspecified, multicast, broadcast) is left out. Loopback and private ones are not:
     /// whether to connect to them is the caller's question.
-    pub fn addresses(&self, host: &Domain) -> Result<Vec<IpAddr>, Unresolved> {
+    pub fn addresses(&self, host: &Domain) -> Result<Vec<IpAddr>, ResolveError> {
         let mut addresses = Vec::new();
         let mut failure = None;
         for kind in [Rtype::AAAA, Rtype::A] {
@@ -148,7 +148,7 @@ impl Resolver {
         }
     }
 
-    fn configured(text: &[u8], stamps: &Stamps) -> Resolver {
+    fn configured(text: &[u8], stamps: &Ids) -> Resolver {
         // As other resolvers do: what cannot be read is passed over.
         let (configuration, errors) = resolv_conf::Config::parse_with_errors(text);
         for error in errors {
@@ -163,7 +163,7 @@ impl Resolver {
         Resolver::new(servers, configuration.timeout, configuration.attempts, stamps)
     }
 
-    fn new(servers: Vec<SocketAddr>, timeout: u32, attempts: u32, stamps: &Stamps) -> Resolver {
+    fn new(servers: Vec<SocketAddr>, timeout: u32, attempts: u32, stamps: &Ids) -> Resolver {
         Resolver {
             servers: servers.into(),
             timeout: Duration::from_secs(timeout.clamp(1, TIMEOUT_LIMIT).into()),
@@ -172,43 +172,43 @@ impl Resolver {
         }
     }
 
-    fn hosts(&self, records: &[Record]) -> Route {
+    fn hosts(&self, records: &[Record]) -> MxRoute {
         let exchanges = || records.iter().filter_map(Record::exchange);
         // RFC 7505 section 3. Beside other records "." is no null MX but a mistake, and no host either.
         if exchanges().all(|(_, name)| name.is_root()) {
-            return Route::Null;
+            return MxRoute::Null;
         }
-        let mut hops: Vec<Hop> = exchanges()
-            .filter_map(|(preference, name)| Some(Hop { preference, host: Domain::parse(&name.to_string())? }))
+        let mut hops: Vec<MxHost> = exchanges()
+            .filter_map(|(preference, name)| Some(MxHost { preference, host: Domain::parse(&name.to_string())? }))
             .collect();
         // RFC 5321 section 5.1: the lowest first, equals at random.
-        hops.sort_by_cached_key(|hop| (hop.preference, self.stamps.number()));
+        hops.sort_by_cached_key(|hop| (hop.preference, self.stamps.random_number()));
         let mut seen = HashSet::new();
         hops.retain(|hop| seen.insert(hop.host.clone()));
         hops.truncate(RESULT_LIMIT);
-        Route::Hosts(hops)
+        MxRoute::Hosts(hops)
     }
 
     /// Follows aliases from answer to answer; never ends at one.
-    fn look_up(&self, domain: &Domain, kind: Rtype) -> Result<Answer, Unresolved> {
+    fn look_up(&self, domain: &Domain, kind: Rtype) -> Result<Answer, ResolveError> {
         // SMTP allows a name two octets longer than DNS.
         let Ok(name) = Name::vec_from_str(domain.as_str()) else { return Ok(Answer::NoName) };
         let mut question = Question { name, kind, aliases: ALIAS_LIMIT };
         loop {
             match self.ask(&question) {
-                Ok(Said::Answer(answer)) => return Ok(answer),
-                Ok(Said::Alias { name, left }) => question = Question { name, kind, aliases: left },
-                Err(text) => return Err(Unresolved(format!("{kind} records of {domain}: {text}"))),
+                Ok(RecordSet::Answer(answer)) => return Ok(answer),
+                Ok(RecordSet::Alias { name, left }) => question = Question { name, kind, aliases: left },
+                Err(text) => return Err(ResolveError(format!("{kind} records of {domain}: {text}"))),
             }
         }
     }
 
     /// Asks all servers in turn, and those that were silent again.
-    fn ask(&self, question: &Question) -> Result<Said, String> {
-        let mut failures: Vec<Option<Failure>> = self.servers.iter().map(|_| None).collect();
+    fn ask(&self, question: &Question) -> Result<RecordSet, String> {
+        let mut failures: Vec<Option<QueryError>> = self.servers.iter().map(|_| None).collect();
         for attempt in 0..self.attempts {
             for (server, failure) in self.servers.iter().zip(&mut failures) {
-                if matches!(failure, Some(Failure::Said(_))) {
+                if matches!(failure, Some(QueryError::Said(_))) {
                     continue;
                 }
                 // There are boxes in between that swallow what they do not know: the last try is a plain one.
@@ -220,15 +220,15 @@ impl Resolver {
             }
         }
         let told = self.servers.iter().zip(failures).filter_map(|(server, failure)| match failure? {
-            Failure::Silent(error) => Some(format!("{server}: {error}")),
-            Failure::Said(text) => Some(format!("{server}: {text}")),
+            QueryError::Silent(error) => Some(format!("{server}: {error}")),
+            QueryError::Said(text) => Some(format!("{server}: {text}")),
         });
         let told: Vec<String> = told.collect();
         Err(if told.is_empty() { "no name server is known".to_owned() } else { told.join("; ") })
     }
 
     /// Asks one server, at most once more each for two reasons: over TCP, without EDNS0.
-    fn ask_one(&self, server: SocketAddr, question: &Question, edns: bool) -> Result<Said, Failure> {
+    fn ask_one(&self, server: SocketAddr, question: &Question, edns: bool) -> Result<RecordSet, QueryError> {
         let (mut tcp, mut edns) = (false, edns);
         loop {
             let id = u16::from_le_bytes(self.octets());
@@ -236,14 +236,14 @@ impl Resolver {
             let read = |message: &[u8]| read(message, id, question);
             let reply = if tcp { self.over_tcp(server, &query, read)? } else { self.over_udp(server, &query, read)? };
             match reply {
-                Reply::Said(said) => return Ok(said),
+                DnsReply::Said(said) => return Ok(said),
                 // RFC 7766 section 5.
-                Reply::Truncated if !tcp => tcp = true,
-                Reply::Truncated => return Err(Failure::Said("truncated over TCP".to_owned())),
+                DnsReply::Truncated if !tcp => tcp = true,
+                DnsReply::Truncated => return Err(QueryError::Said("truncated over TCP".to_owned())),
                 // RFC 6891 section 7.
-                Reply::NotUnderstood(_) if edns => edns = false,
-                Reply::NotUnderstood(code) => return Err(Failure::Said(code.to_string())),
-                Reply::Failure(text) => return Err(Failure::Said(text)),
+                DnsReply::NotUnderstood(_) if edns => edns = false,
+                DnsReply::NotUnderstood(code) => return Err(QueryError::Said(code.to_string())),
+                DnsReply::Failure(text) => return Err(QueryError::Said(text)),
             }
         }
     }
@@ -252,8 +252,8 @@ impl Resolver {
         &self,
         server: SocketAddr,
         query: &[u8],
-        read: impl Fn(&[u8]) -> Option<Reply>,
-    ) -> Result<Reply, Failure> {
+        read: impl Fn(&[u8]) -> Option<DnsReply>,
+    ) -> Result<DnsReply, QueryError> {
         let deadline = Instant::now() + self.timeout;
         let socket = self.socket(server)?;
         // From now on the system drops what comes from elsewhere, and says when nobody listens there.
@@ -275,8 +275,8 @@ impl Resolver {
         &self,
         server: SocketAddr,
         query: &[u8],
-        read: impl Fn(&[u8]) -> Option<Reply>,
-    ) -> Result<Reply, Failure> {
+        read: impl Fn(&[u8]) -> Option<DnsReply>,
+    ) -> Result<DnsReply, QueryError> {
         let deadline = Instant::now() + self.timeout;
         let mut stream = TcpStream::connect_timeout(&server, self.timeout)?;
         // Length and message in one segment (RFC 7766 section 8). It fits into the empty buffer of the socket.
@@ -311,7 +311,7 @@ impl Resolver {
     }
 
     fn octets(&self) -> [u8; 2] {
-        let [first, second, ..] = self.stamps.number().to_le_bytes();
+        let [first, second, ..] = self.stamps.random_number().to_le_bytes();
         [first, second]
     }
 }
@@ -352,7 +352,7 @@ enum Answer {
 }
 
 #[derive(PartialEq, Debug)]
-enum Said {
+enum RecordSet {
     Answer(Answer),
     /// The server left it to us to ask for the target; so many more aliases may follow.
     Alias {
@@ -385,8 +385,8 @@ impl Record {
 
 /// What a message from the server is, if it belongs to our question.
 #[derive(PartialEq, Debug)]
-enum Reply {
-    Said(Said),
+enum DnsReply {
+    Said(RecordSet),
     Truncated,
     /// The server, or what pretends to be one, is older than EDNS0.
     NotUnderstood(OptRcode),
@@ -394,27 +394,27 @@ enum Reply {
 }
 
 /// Why a server was of no use.
-enum Failure {
+enum QueryError {
     /// No answer: it may be worth while to ask again.
     Silent(io::Error),
     /// An answer that will not be another one in a moment.
     Said(String),
 }
 
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Failure {
-        Failure::Silent(error)
+impl From<io::Error> for QueryError {
+    fn from(error: io::Error) -> QueryError {
+        QueryError::Silent(error)
     }
 }
 
-impl From<PushError> for Failure {
-    fn from(error: PushError) -> Failure {
-        Failure::Said(error.to_string())
+impl From<PushError> for QueryError {
+    fn from(error: PushError) -> QueryError {
+        QueryError::Said(error.to_string())
     }
 }
 
 /// Judges a message. `None`: not the answer to this question (RFC 5452 section 9.1), wait for the real one.
-fn read(message: &[u8], id: u16, question: &Question) -> Option<Reply> {
+fn read(message: &[u8], id: u16, question: &Question) -> Option<DnsReply> {
     let message = Message::from_octets(message).ok()?;
     let header = message.header();
     if !header.qr() || header.id() != id || header.opcode() != Opcode::QUERY {
@@ -428,16 +428,16 @@ fn read(message: &[u8], id: u16, question: &Question) -> Option<Reply> {
         return None;
     }
     Some(match code {
-        _ if not_understood => Reply::NotUnderstood(code),
-        _ if header.tc() => Reply::Truncated,
+        _ if not_understood => DnsReply::NotUnderstood(code),
+        _ if header.tc() => DnsReply::Truncated,
         OptRcode::NOERROR => match answer(&message, question) {
-            Ok(Ok(said)) => Reply::Said(said),
-            Ok(Err(text)) => Reply::Failure(text),
-            Err(error) => Reply::Failure(format!("nonsense: {error}")),
+            Ok(Ok(said)) => DnsReply::Said(said),
+            Ok(Err(text)) => DnsReply::Failure(text),
+            Err(error) => DnsReply::Failure(format!("nonsense: {error}")),
         },
         // Said of the last name where there are aliases (RFC 6604 section 3).
-        OptRcode::NXDOMAIN => Reply::Said(Said::Answer(Answer::NoName)),
-        other => Reply::Failure(other.to_string()),
+        OptRcode::NXDOMAIN => DnsReply::Said(RecordSet::Answer(Answer::NoName)),
+        other => DnsReply::Failure(other.to_string()),
     })
 }
 
@@ -448,7 +448,7 @@ fn repeats(message: &Message<&[u8]>, question: &Question) -> bool {
 }
 
 /// Reads the records and follows the aliases among them. The inner error is the server's fault, but not of form.
-fn answer(message: &Message<&[u8]>, question: &Question) -> Result<Result<Said, String>, ParseError> {
+fn answer(message: &Message<&[u8]>, question: &Question) -> Result<Result<RecordSet, String>, ParseError> {
     let mut aliases = Vec::new();
     let mut records = Vec::new();
     for record in message.answer()? {
@@ -469,7 +469,7 @@ fn answer(message: &Message<&[u8]>, question: &Question) -> Result<Result<Said, 
         let found = records.iter().filter(|(owner, _)| owner.name_eq(&name));
         let found: Vec<Record> = found.map(|(_, record)| record.clone()).collect();
         if !found.is_empty() {
-            return Ok(Ok(Said::Answer(Answer::Records(found))));
+            return Ok(Ok(RecordSet::Answer(Answer::Records(found))));
         }
         match aliases.iter().find(|(owner, _)| owner.name_eq(&name)) {
             Some((_, target)) => name = target.to_name(),
@@ -485,22 +485,22 @@ fn end(
     name: Name<Vec<u8>>,
     passed: usize,
     question: &Question,
-) -> Result<Result<Said, String>, ParseError> {
+) -> Result<Result<RecordSet, String>, ParseError> {
     let mut referral = false;
     for record in message.authority()? {
         match record?.rtype() {
-            Rtype::SOA => return Ok(Ok(Said::Answer(Answer::Nothing))),
+            Rtype::SOA => return Ok(Ok(RecordSet::Answer(Answer::Nothing))),
             Rtype::NS => referral = true,
             _ => {}
         }
     }
     let header = message.header();
     if passed > 0 {
-        Ok(Ok(Said::Alias { name, left: question.aliases - passed }))
+        Ok(Ok(RecordSet::Alias { name, left: question.aliases - passed }))
     } else if !header.aa() && (referral || !header.ra()) {
         Ok(Err("it does not answer, and does not ask others for us".to_owned()))
     } else {
-        Ok(Ok(Said::Answer(Answer::Nothing)))
+        Ok(Ok(RecordSet::Answer(Answer::Nothing)))
     }
 }
 
@@ -574,13 +574,13 @@ mod tests {
     fn answers_mean_what_the_rfcs_say() {
         let mx = |names: &[(u16, &str)]| {
             let records = names.iter().map(|(preference, host)| Record::Exchange(*preference, name(host)));
-            Reply::Said(Said::Answer(Answer::Records(records.collect())))
+            DnsReply::Said(RecordSet::Answer(Answer::Records(records.collect())))
         };
-        let nothing = || Reply::Said(Said::Answer(Answer::Nothing));
-        let no_name = || Reply::Said(Said::Answer(Answer::NoName));
-        let alias = |target, left| Reply::Said(Said::Alias { name: name(target), left });
-        let circle = || Reply::Failure("more than 8 aliases, or a circle of them".to_owned());
-        let useless = || Reply::Failure("it does not answer, and does not ask others for us".to_owned());
+        let nothing = || DnsReply::Said(RecordSet::Answer(Answer::Nothing));
+        let no_name = || DnsReply::Said(RecordSet::Answer(Answer::NoName));
+        let alias = |target, left| DnsReply::Said(RecordSet::Alias { name: name(target), left });
+        let circle = || DnsReply::Failure("more than 8 aliases, or a circle of them".to_owned());
+        let useless = || DnsReply::Failure("it does not answer, and does not ask others for us".to_owned());
 
         let soa = "example.org SOA";
         check_reply("ok", &["example.org MX 10 a.example"], &[], mx(&[(10, "a.example")]));
@@ -616,17 +616,17 @@ mod tests {
         check_reply("lame", &["example.org MX 10 a"], &[], mx(&[(10, "a")]));
         check_reply("nxdomain", &[], &[soa], no_name());
         check_reply("nxdomain", &["example.org CNAME a"], &[soa], no_name());
-        check_reply("servfail", &[], &[], Reply::Failure("SERVFAIL".to_owned()));
-        check_reply("refused", &[], &[], Reply::Failure("REFUSED".to_owned()));
-        check_reply("truncated", &["example.org MX 10 a"], &[], Reply::Truncated);
-        check_reply("formerr", &[], &[], Reply::NotUnderstood(OptRcode::FORMERR));
-        check_reply("notimp", &[], &[], Reply::NotUnderstood(OptRcode::NOTIMP));
-        check_reply("badvers", &[], &[], Reply::NotUnderstood(OptRcode::BADVERS));
-        check_reply("cookie", &[], &[], Reply::Failure("BADCOOKIE".to_owned()));
+        check_reply("servfail", &[], &[], DnsReply::Failure("SERVFAIL".to_owned()));
+        check_reply("refused", &[], &[], DnsReply::Failure("REFUSED".to_owned()));
+        check_reply("truncated", &["example.org MX 10 a"], &[], DnsReply::Truncated);
+        check_reply("formerr", &[], &[], DnsReply::NotUnderstood(OptRcode::FORMERR));
+        check_reply("notimp", &[], &[], DnsReply::NotUnderstood(OptRcode::NOTIMP));
+        check_reply("badvers", &[], &[], DnsReply::NotUnderstood(OptRcode::BADVERS));
+        check_reply("cookie", &[], &[], DnsReply::Failure("BADCOOKIE".to_owned()));
     }
 
     #[track_caller]
-    fn check_reply(how: &str, answer: &[&str], authority: &[&str], expected: Reply) {
+    fn check_reply(how: &str, answer: &[&str], authority: &[&str], expected: DnsReply) {
         let question = question("example.org", Rtype::MX);
         let message = reply(&question.message(7, true).unwrap(), how, answer, authority);
         assert_eq!(read(&message, 7, &question), Some(expected), "{how} {answer:?} {authority:?}");
@@ -643,7 +643,7 @@ mod tests {
     fn a_recorded_answer_is_read() {
         let records =
             vec![Record::Exchange(20, name("mx2.example.org")), Record::Exchange(10, name("mx1.example.org"))];
-        let expected = Reply::Said(Said::Answer(Answer::Records(records)));
+        let expected = DnsReply::Said(RecordSet::Answer(Answer::Records(records)));
         assert_eq!(read(RECORDED, 0x1234, &question("example.org", Rtype::MX)), Some(expected));
     }
 
@@ -653,7 +653,7 @@ mod tests {
             let at = RECORDED.windows(from.len()).position(|window| window == from).unwrap();
             let message = [&RECORDED[..at], to, &RECORDED[at + from.len()..]].concat();
             let reply = read(&message, 0x1234, &question("example.org", Rtype::MX));
-            assert!(matches!(&reply, Some(Reply::Failure(text)) if text.starts_with("nonsense")), "{to:?}: {reply:?}");
+            assert!(matches!(&reply, Some(DnsReply::Failure(text)) if text.starts_with("nonsense")), "{to:?}: {reply:?}");
         };
         check(b"\0\x01\0\x02\0\0\0\x01", b"\0\x01\xff\xff\0\0\0\x01"); // more records than there are
         check(b"\x03mx2\xc0\x0c", b"\x03mx2\xc0\x2e"); // a pointer that points to itself
@@ -672,7 +672,7 @@ mod tests {
                 message[at] = kind_octet;
             }
             let reply = read(&message, 0x1234, &question("example.org", kind));
-            assert!(matches!(&reply, Some(Reply::Failure(text)) if text.starts_with("nonsense")), "{kind}: {reply:?}");
+            assert!(matches!(&reply, Some(DnsReply::Failure(text)) if text.starts_with("nonsense")), "{kind}: {reply:?}");
         }
     }
 
@@ -692,7 +692,7 @@ mod tests {
         }
         // Only who says that it did not understand the question need not repeat it.
         let header = b"\x12\x34\x81\x81\0\0\0\0\0\0\0\0";
-        assert_eq!(read(header, 0x1234, &asked), Some(Reply::NotUnderstood(OptRcode::FORMERR)));
+        assert_eq!(read(header, 0x1234, &asked), Some(DnsReply::NotUnderstood(OptRcode::FORMERR)));
     }
 
     proptest! {
@@ -756,26 +756,26 @@ mod tests {
             "text.example TXT",
         ]);
         let resolver = server.resolver();
-        let check = |name: &str, expected: Route| assert_eq!(resolver.route(&host(name)), Ok(expected), "{name}");
+        let check = |name: &str, expected: MxRoute| assert_eq!(resolver.route(&host(name)), Ok(expected), "{name}");
         let hosts = |hops: &[(u16, &str)]| {
-            Route::Hosts(
-                hops.iter().map(|(preference, name)| Hop { preference: *preference, host: host(name) }).collect(),
+            MxRoute::Hosts(
+                hops.iter().map(|(preference, name)| MxHost { preference: *preference, host: host(name) }).collect(),
             )
         };
         check("two.example", hosts(&[(10, "a.example"), (20, "b.example")]));
         check("equal.example", hosts(&[(5, "z"), (5, "a")])); // the numbers of `Stamps::fixed` count: no change
-        check("null.example", Route::Null);
+        check("null.example", MxRoute::Null);
         check("mixed.example", hosts(&[(1, "a")]));
         check("odd.example", hosts(&[]));
         check("alias.example", hosts(&[(10, "a.example"), (20, "b.example")]));
         check("far.example", hosts(&[(10, "a.example"), (20, "b.example")]));
-        check("v4.example", Route::Implicit);
-        check("v6.example", Route::Implicit);
-        check("any.example", Route::NoDomain);
-        check("text.example", Route::NoDomain);
-        check("absent.example", Route::NoDomain);
+        check("v4.example", MxRoute::Implicit);
+        check("v6.example", MxRoute::Implicit);
+        check("any.example", MxRoute::NoDomain);
+        check("text.example", MxRoute::NoDomain);
+        check("absent.example", MxRoute::NoDomain);
         let longest = [["a"; 63].concat(), ["b"; 63].concat(), ["c"; 63].concat(), ["d"; 63].concat()].join(".");
-        check(&longest, Route::NoDomain);
+        check(&longest, MxRoute::NoDomain);
         let circle = resolver.route(&host("circle.example")).unwrap_err().0;
         assert!(circle.contains("circle.example") && circle.contains("aliases"), "{circle}");
     }
@@ -783,10 +783,10 @@ mod tests {
     #[test]
     fn equals_come_in_random_order() {
         let server = Fake::zone(&["e.example MX 5 a", "e.example MX 5 b", "e.example MX 5 c", "e.example MX 1 d"]);
-        let resolver = Resolver::at(server.address, &Stamps::system(crate::tls::random));
+        let resolver = Resolver::at(server.address, &Ids::system(crate::tls::random));
         let mut orders = HashSet::new();
         for _ in 0..100 {
-            let Ok(Route::Hosts(hops)) = resolver.route(&host("e.example")) else { panic!("no hosts") };
+            let Ok(MxRoute::Hosts(hops)) = resolver.route(&host("e.example")) else { panic!("no hosts") };
             orders.insert(hops.iter().map(|hop| hop.host.to_string()).collect::<String>());
         }
         assert_eq!(orders.len(), 6, "{orders:?}");
@@ -850,7 +850,7 @@ mod tests {
             }
             replies
         });
-        let Ok(Route::Hosts(hops)) = server.resolver().route(&host("big.example")) else { panic!("no hosts") };
+        let Ok(MxRoute::Hosts(hops)) = server.resolver().route(&host("big.example")) else { panic!("no hosts") };
         assert_eq!(hops.len(), RESULT_LIMIT);
         assert_eq!(hops[99].host, host("host-99.mail.big.example"));
         assert_eq!(server.transports(), [false, true]);
@@ -882,7 +882,7 @@ mod tests {
             let other_name = replace(&forged, b"\x01f\x07example", b"\x01g\x07example");
             vec![Vec::new(), asked.query.clone(), other_id, other_name, true_answer]
         });
-        let expected = Route::Hosts(vec![Hop { preference: 1, host: host("good") }]);
+        let expected = MxRoute::Hosts(vec![MxHost { preference: 1, host: host("good") }]);
         assert_eq!(server.resolver().route(&host("f.example")), Ok(expected));
     }
 
@@ -911,10 +911,10 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(20));
             }
         });
-        let mut resolver = Resolver::at(address, &Stamps::fixed());
+        let mut resolver = Resolver::at(address, &Ids::fixed());
         resolver.timeout = Duration::from_millis(200);
         let start = Instant::now();
-        assert!(matches!(resolver.over_tcp(address, b"query", |_| None), Err(Failure::Silent(_))));
+        assert!(matches!(resolver.over_tcp(address, b"query", |_| None), Err(QueryError::Silent(_))));
         assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     }
 
@@ -928,7 +928,7 @@ mod tests {
         resolver.timeout = Duration::from_millis(100);
 
         resolver.servers = vec![nobody, bad.address, silent.address, good.address].into();
-        assert!(matches!(resolver.route(&host("n.example")), Ok(Route::Hosts(_))));
+        assert!(matches!(resolver.route(&host("n.example")), Ok(MxRoute::Hosts(_))));
         assert_eq!([bad.transports().len(), silent.transports().len()], [1, 1]);
 
         resolver.servers = vec![bad.address, silent.address].into();
@@ -952,7 +952,7 @@ mod tests {
             });
             let mut resolver = server.resolver();
             resolver.timeout = Duration::from_millis(200);
-            assert!(matches!(resolver.route(&host("old.example")), Ok(Route::Hosts(_))), "{how}");
+            assert!(matches!(resolver.route(&host("old.example")), Ok(MxRoute::Hosts(_))), "{how}");
         }
         let server = Fake::start(|asked| vec![reply(&asked.query, "notimp", &[], &[])]);
         let error = server.resolver().route(&host("old.example")).unwrap_err();
@@ -963,7 +963,7 @@ mod tests {
     #[test]
     fn each_question_has_a_new_id_and_a_new_port() {
         let server = Fake::zone(&["i.example MX 1 a"]);
-        let resolver = Resolver::at(server.address, &Stamps::system(crate::tls::random));
+        let resolver = Resolver::at(server.address, &Ids::system(crate::tls::random));
         for _ in 0..20 {
             resolver.route(&host("i.example")).unwrap();
         }
@@ -984,7 +984,7 @@ mod tests {
     #[test]
     fn the_configuration_is_read() {
         let check = |text: &str, servers: &[&str], timeout: u64, attempts: u32| {
-            let resolver = Resolver::configured(text.as_bytes(), &Stamps::fixed());
+            let resolver = Resolver::configured(text.as_bytes(), &Ids::fixed());
             assert_eq!(resolver.servers.iter().map(SocketAddr::to_string).collect::<Vec<_>>(), servers, "{text}");
             assert_eq!((resolver.timeout.as_secs(), resolver.attempts), (timeout, attempts), "{text}");
         };
@@ -1200,7 +1200,7 @@ mod tests {
         }
 
         fn resolver(&self) -> Resolver {
-            Resolver::at(self.address, &Stamps::fixed())
+            Resolver::at(self.address, &Ids::fixed())
         }
 
         /// How it was asked so far: whether over TCP.

@@ -25,11 +25,11 @@ use std::fmt::Write;
 use std::io::{self, BufRead, BufReader, Read};
 
 use crate::smtp::address::Mailbox;
-use crate::smtp::header::{Line, Place};
-use crate::stamp::Date;
+use crate::smtp::header::{HeaderLine, HeaderState};
+use crate::stamp::Timestamp_;
 
 /// A line of text is folded behind so many octets, where it can be (RFC 5322 section 2.1.1).
-const WIDTH: usize = 76;
+const FOLD_WIDTH: usize = 76;
 /// No line has more octets, its end not counted (RFC 5322 section 2.1.1).
 const LINE_LIMIT: usize = 998;
 
@@ -50,7 +50,7 @@ pub enum Action {
 
 /// What happened to one recipient.
 #[derive(Clone, Debug)]
-pub struct Report<'a> {
+pub struct RecipientReport<'a> {
     pub recipient: &'a Mailbox,
     /// ORCPT as it was given, `rfc822;xtext`.
     pub original: Option<&'a str>,
@@ -61,26 +61,26 @@ pub struct Report<'a> {
     pub remote: Option<&'a str>,
     /// The peer's reply on one line, `550 5.1.1 No such user`, or the reason without a peer.
     pub diagnostic: Option<&'a str>,
-    pub last_attempt: Option<Date>,
+    pub last_attempt: Option<Timestamp_>,
     /// Said of delayed ones only.
-    pub retry_until: Option<Date>,
+    pub retry_until: Option<Timestamp_>,
 }
 
 /// One notice: about one message, to its sender.
 #[derive(Clone, Debug)]
-pub struct Notice<'a> {
+pub struct Dsn<'a> {
     /// Our name; also the domain of the postmaster it comes from.
     pub reporting: &'a str,
     /// The sender in the envelope of the message.
     pub to: &'a Mailbox,
     /// ENVID as it was given, xtext.
     pub envelope_id: Option<&'a str>,
-    pub arrived: Date,
+    pub arrived: Timestamp_,
     /// The name the peer gave from which the message came; `name ([192.0.2.1])` may be said too.
     pub received_from: Option<&'a str>,
     /// Those for whom a notice is due, no others (RFC 3461 section 6.2).
-    pub reports: &'a [Report<'a>],
-    pub now: Date,
+    pub reports: &'a [RecipientReport<'a>],
+    pub now: Timestamp_,
     pub message_id: &'a str,
     /// At most 70 letters and digits that are in no part.
     pub boundary: &'a str,
@@ -90,7 +90,7 @@ pub struct Notice<'a> {
     pub full: bool,
 }
 
-impl Notice<'_> {
+impl Dsn<'_> {
     /// All up to the place where the returned content begins.
     pub fn head(&self) -> String {
         let mut out = self.header();
@@ -125,14 +125,14 @@ impl Notice<'_> {
     pub fn returned_header(&self, content: &mut impl Read, limit: usize) -> io::Result<Vec<u8>> {
         let mut content = BufReader::new(content.take(limit as u64));
         let (mut out, mut line) = (String::new(), Vec::new());
-        let mut place = Place::Beginning;
+        let mut place = HeaderState::Beginning;
         loop {
             line.clear();
             content.read_until(b'\n', &mut line)?;
             // The limit may have cut the last line.
             let cut = !line.ends_with(b"\n") && content.get_ref().limit() == 0;
-            match Line::of(&line, place) {
-                Line::Field(_) | Line::Continuation if !cut => place = Place::Field,
+            match HeaderLine::of(&line, place) {
+                HeaderLine::Field(_) | HeaderLine::Continuation if !cut => place = HeaderState::Field,
                 _ => return Ok(out.into_bytes()),
             }
             let text = String::from_utf8_lossy(&line);
@@ -211,7 +211,7 @@ impl Notice<'_> {
     }
 
     /// RFC 3464 section 2.3.
-    fn put_recipient(&self, out: &mut String, report: &Report) {
+    fn put_recipient(&self, out: &mut String, report: &RecipientReport) {
         // There if and only if ORCPT was (RFC 3461 section 6.3).
         if let Some(original) = report.original {
             put(out, "Original-Recipient", &self.original(original));
@@ -241,7 +241,7 @@ impl Notice<'_> {
         let host = self.clean(self.reporting);
         paragraph(&mut out, "", &format!("This is the mail system at {host}."));
         for action in [Action::Failed, Action::Delayed, Action::Delivered, Action::Relayed, Action::Expanded] {
-            let reports: Vec<&Report> = self.reports.iter().filter(|report| report.action == action).collect();
+            let reports: Vec<&RecipientReport> = self.reports.iter().filter(|report| report.action == action).collect();
             if reports.is_empty() {
                 continue;
             }
@@ -261,7 +261,7 @@ impl Notice<'_> {
         out
     }
 
-    fn explain(&self, out: &mut String, report: &Report) {
+    fn explain(&self, out: &mut String, report: &RecipientReport) {
         let _ = writeln!(out, "\n    <{}>", self.address(report.recipient));
         let peer = report.remote.map(|name| self.clean(name));
         let text = report.diagnostic.map(|text| self.clean(text));
@@ -362,7 +362,7 @@ impl Action {
     }
 }
 
-impl Report<'_> {
+impl RecipientReport<'_> {
     /// The status code, or that of its class which says no more (RFC 3464 section 2.3.4).
     fn status(&self) -> &str {
         let mut parts = self.status.split('.');
@@ -429,7 +429,7 @@ fn paragraph(out: &mut String, indent: &str, text: &str) {
 fn fold(out: &mut String, begin: &str, indent: &str, text: &str) {
     let mut line = begin.to_owned();
     for word in text.split_whitespace() {
-        if line.len() + 1 + word.len() > WIDTH && line.trim() != "" {
+        if line.len() + 1 + word.len() > FOLD_WIDTH && line.trim() != "" {
             push_within_limit(out, &line);
             line = indent.to_owned();
             line.push_str(word);
@@ -516,15 +516,15 @@ fn unescaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stamp::Stamps;
+    use crate::stamp::Ids;
     use proptest::prelude::*;
 
     fn mailbox(text: &str) -> Mailbox {
         Mailbox::parse(text).unwrap()
     }
 
-    fn report<'a>(recipient: &'a Mailbox, action: Action, status: &str) -> Report<'a> {
-        Report {
+    fn report<'a>(recipient: &'a Mailbox, action: Action, status: &str) -> RecipientReport<'a> {
+        RecipientReport {
             recipient,
             original: None,
             action,
@@ -536,13 +536,13 @@ mod tests {
         }
     }
 
-    fn notice<'a>(to: &'a Mailbox, reports: &'a [Report<'a>]) -> Notice<'a> {
-        let now = Stamps::fixed().now();
-        Notice {
+    fn notice<'a>(to: &'a Mailbox, reports: &'a [RecipientReport<'a>]) -> Dsn<'a> {
+        let now = Ids::fixed().now();
+        Dsn {
             reporting: "relay.example.net",
             to,
             envelope_id: None,
-            arrived: Date::from_seconds(now.seconds() - 3600),
+            arrived: Timestamp_::from_seconds(now.seconds() - 3600),
             received_from: None,
             reports,
             now,
@@ -554,7 +554,7 @@ mod tests {
     }
 
     /// Compares a notice, with the returned part of `message`, to a file of `testdata/notices`.
-    fn check(notice: &Notice, message: &[u8], expected: &str) {
+    fn check(notice: &Dsn, message: &[u8], expected: &str) {
         let returned = match notice.full {
             true => message.to_vec(),
             false => notice.returned_header(&mut &message[..], 1 << 16).unwrap(),
@@ -575,9 +575,9 @@ mod tests {
             mailbox("\"bob b\"@nowhere.example"),
             mailbox("ann@example.net"),
         );
-        let now = Stamps::fixed().now();
+        let now = Ids::fixed().now();
         let reports = [
-            Report {
+            RecipientReport {
                 original: Some("rfc822;joe+2Bold@example.com"),
                 remote: Some("mx.example.com"),
                 diagnostic: Some(
@@ -588,18 +588,18 @@ mod tests {
                 retry_until: Some(now),
                 ..report(&joe, Action::Failed, "5.1.1")
             },
-            Report {
+            RecipientReport {
                 diagnostic: Some("the domain nowhere.example does not exist"),
                 ..report(&bob, Action::Failed, "5.1.2")
             },
-            Report {
+            RecipientReport {
                 remote: Some("[192.0.2.7]"),
                 diagnostic: Some("no connection: Connection timed out"),
                 last_attempt: Some(now),
                 ..report(&ann, Action::Failed, "4.4.7")
             },
         ];
-        let notice = Notice {
+        let notice = Dsn {
             envelope_id: Some("QQ+2B1+0Ax"),
             received_from: Some("laptop ([192.0.2.1])"),
             ..notice(&to, &reports)
@@ -611,19 +611,19 @@ mod tests {
     fn a_whole_message_is_returned() {
         let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
         let reports = [report(&joe, Action::Failed, "nonsense")];
-        let notice = Notice { full: true, ..notice(&to, &reports) };
+        let notice = Dsn { full: true, ..notice(&to, &reports) };
         check(&notice, MESSAGE, include_str!("../testdata/notices/full.eml"));
     }
 
     #[test]
     fn a_delay_asks_nothing_of_the_sender() {
         let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
-        let now = Stamps::fixed().now();
-        let reports = [Report {
+        let now = Ids::fixed().now();
+        let reports = [RecipientReport {
             remote: Some("mx.example.com"),
             diagnostic: Some("451 4.3.0 Try again later"),
             last_attempt: Some(now),
-            retry_until: Some(Date::from_seconds(now.seconds() + 4 * 86400)),
+            retry_until: Some(Timestamp_::from_seconds(now.seconds() + 4 * 86400)),
             ..report(&joe, Action::Delayed, "4.3.0")
         }];
         check(&notice(&to, &reports), MESSAGE, include_str!("../testdata/notices/delayed.eml"));
@@ -635,14 +635,14 @@ mod tests {
         let all = mailbox("all@example.com");
         let reports = [
             report(&joe, Action::Delivered, "2.1.5"),
-            Report {
+            RecipientReport {
                 remote: Some("mx.example.com"),
                 diagnostic: Some("250 2.0.0 Ok: queued as 4F1"),
                 ..report(&ann, Action::Relayed, "2.0.0")
             },
             report(&all, Action::Expanded, "2.0.0"),
         ];
-        let notice = Notice { reporting: "localhost", ..notice(&to, &reports) };
+        let notice = Dsn { reporting: "localhost", ..notice(&to, &reports) };
         check(&notice, MESSAGE, include_str!("../testdata/notices/success.eml"));
     }
 
@@ -651,7 +651,7 @@ mod tests {
     fn a_notice_is_in_ascii_unless_it_may_be_in_utf8() {
         let (to, joe) = (mailbox("jürgen@example.org"), mailbox("\"jo é\"@bücher.example"));
         let message = "From: Jürgen <jürgen@example.org>\nSubject: Grüße\n\nText\n".as_bytes();
-        let reports = [Report {
+        let reports = [RecipientReport {
             original: Some("utf-8;jo\\x{20}\\x{E9}@b\\x{FC}cher.example"),
             remote: Some("mx.example.com"),
             diagnostic: Some("553 5.6.7 Ungültig"),
@@ -659,7 +659,7 @@ mod tests {
         }];
         let ascii = notice(&to, &reports);
         check(&ascii, message, include_str!("../testdata/notices/ascii.eml"));
-        let utf8 = Notice { utf8: true, ..ascii };
+        let utf8 = Dsn { utf8: true, ..ascii };
         check(&utf8, message, include_str!("../testdata/notices/utf8.eml"));
     }
 
@@ -729,14 +729,14 @@ mod tests {
         #[test]
         fn nothing_breaks_out_of_its_line(text in "\\PC{0,30}[\r\n\t\0]\\PC{0,2000}", utf8: bool) {
             let (to, joe) = (mailbox("a@x"), mailbox("b@x"));
-            let reports = [Report {
+            let reports = [RecipientReport {
                 original: Some(&text),
                 remote: Some(&text),
                 diagnostic: Some(&text),
                 ..report(&joe, Action::Failed, &text)
             }];
             let envelope_id = Some(&*text);
-            let head = Notice { envelope_id, received_from: envelope_id, utf8, ..notice(&to, &reports) }.head();
+            let head = Dsn { envelope_id, received_from: envelope_id, utf8, ..notice(&to, &reports) }.head();
             prop_assert!(utf8 || head.is_ascii());
             prop_assert!(head.lines().all(|line| line.len() <= LINE_LIMIT));
             prop_assert!(head.chars().all(|c| c == '\n' || c == '\t' || !c.is_control()));
@@ -747,7 +747,7 @@ mod tests {
         #[test]
         fn any_content_is_survived(message: Vec<u8>, limit in 0_usize..200, utf8: bool) {
             let to = mailbox("a@x");
-            let seen = Notice { utf8, ..notice(&to, &[]) }.returned_header(&mut &message[..], limit).unwrap();
+            let seen = Dsn { utf8, ..notice(&to, &[]) }.returned_header(&mut &message[..], limit).unwrap();
             prop_assert!(utf8 || seen.is_ascii());
         }
     }

@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::smtp::reply::Reply;
-use crate::wire::Stop;
+use crate::wire::CancelToken;
 
 /// How long nobody is accepted when the system has nothing left to accept with.
-const PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 /// A listening socket; the error says what to do.
 pub fn bind(address: SocketAddr) -> Result<TcpListener, String> {
@@ -37,16 +37,16 @@ pub fn bind(address: SocketAddr) -> Result<TcpListener, String> {
 }
 
 /// A listener's rules.
-pub struct Gate {
+pub struct Acceptor {
     /// For the log, and apart from other listeners in the count of visitors.
     pub name: &'static str,
     /// The server speaks first, in clear: who is turned away can be told.
     pub greets: bool,
-    pub stop: Stop,
-    pub visitors: Visitors,
+    pub stop: CancelToken,
+    pub limiter: ConnectionLimiter,
 }
 
-impl Gate {
+impl Acceptor {
     /// Accepts until it is told to stop.
     pub fn accept(&self, listener: &TcpListener, serve: Arc<dyn Fn(TcpStream, IpAddr) + Send + Sync>) {
         loop {
@@ -55,7 +55,7 @@ impl Gate {
                 PollFd::from_borrowed_fd(self.stop.fd(), PollFlags::IN),
             ];
             let _ = rustix::event::poll(&mut polls, None);
-            if self.stop.stopped() {
+            if self.stop.is_cancelled() {
                 return;
             }
             match listener.accept() {
@@ -64,16 +64,16 @@ impl Gate {
                 Err(error) => {
                     log::warn!("event=accept-failed listener={} error={:?}", self.name, error.to_string());
                     // Out of descriptors: the connection stays in the backlog, and asking at once would spin.
-                    self.stop.wait_until(Some(Instant::now() + PAUSE));
+                    self.stop.wait_until(Some(Instant::now() + ACCEPT_RETRY_PAUSE));
                 }
             }
         }
     }
 
     fn admit(&self, stream: TcpStream, peer: IpAddr, serve: &Arc<dyn Fn(TcpStream, IpAddr) + Send + Sync>) {
-        let Some(visit) = self.visitors.enter(self.name, peer) else {
+        let Some(visit) = self.limiter.acquire(self.name, peer) else {
             log::warn!("event=too-many-connections listener={} peer={peer}", self.name);
-            self.turn_away(&stream);
+            self.reject(&stream);
             return;
         };
         let serve = serve.clone();
@@ -90,7 +90,7 @@ impl Gate {
     }
 
     /// Says why, if that goes without waiting.
-    fn turn_away(&self, stream: &TcpStream) {
+    fn reject(&self, stream: &TcpStream) {
         if self.greets {
             let mut octets = Vec::new();
             Reply::new(421, "4.7.0", "Too many connections, try again later").write_to(&mut octets);
@@ -101,7 +101,7 @@ impl Gate {
 }
 
 /// Who may be one and the same: an IPv6 host has a whole /64 to itself.
-fn network(address: IpAddr) -> IpAddr {
+fn client_network(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(address) => IpAddr::V4(address),
         IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
@@ -110,23 +110,23 @@ fn network(address: IpAddr) -> IpAddr {
 
 /// Who is here. Clones count together.
 #[derive(Clone)]
-pub struct Visitors(Arc<Book>);
+pub struct ConnectionLimiter(Arc<LimiterState>);
 
-struct Book {
-    present: Mutex<HashMap<(&'static str, IpAddr), usize>>,
-    left: Condvar,
+struct LimiterState {
+    connections: Mutex<HashMap<(&'static str, IpAddr), usize>>,
+    released: Condvar,
     limit: usize,
     limit_each: usize,
 }
 
-impl Visitors {
+impl ConnectionLimiter {
     /// `limit`: connections of a listener; `limit_each`: of them from one address.
-    pub fn new(limit: usize, limit_each: usize) -> Visitors {
-        Visitors(Arc::new(Book { present: Mutex::default(), left: Condvar::new(), limit, limit_each }))
+    pub fn new(limit: usize, limit_each: usize) -> ConnectionLimiter {
+        ConnectionLimiter(Arc::new(LimiterState { connections: Mutex::default(), released: Condvar::new(), limit, limit_each }))
     }
 
-    fn enter(&self, listener: &'static str, peer: IpAddr) -> Option<Visit> {
-        let peer = network(peer);
+    fn acquire(&self, listener: &'static str, peer: IpAddr) -> Option<ConnectionPermit> {
+        let peer = client_network(peer);
         let mut present = self.0.lock();
         let all: usize = present.iter().filter(|((name, _), _)| *name == listener).map(|(_, count)| count).sum();
         let here = present.get(&(listener, peer)).copied().unwrap_or(0);
@@ -134,34 +134,34 @@ impl Visitors {
             return None;
         }
         present.insert((listener, peer), here + 1);
-        Some(Visit { book: self.0.clone(), listener, peer })
+        Some(ConnectionPermit { limiter: self.0.clone(), listener, peer })
     }
 
     /// Waits until nobody is here any more.
-    pub fn wait_until_gone(&self, deadline: Instant) {
+    pub fn wait_until_idle(&self, deadline: Instant) {
         let present = self.0.lock();
         let left = deadline.saturating_duration_since(Instant::now());
         let anybody = |present: &mut HashMap<(&'static str, IpAddr), usize>| present.values().any(|count| *count > 0);
-        let _ = self.0.left.wait_timeout_while(present, left, anybody);
+        let _ = self.0.released.wait_timeout_while(present, left, anybody);
     }
 }
 
-impl Book {
+impl LimiterState {
     fn lock(&self) -> MutexGuard<'_, HashMap<(&'static str, IpAddr), usize>> {
-        self.present.lock().unwrap_or_else(PoisonError::into_inner)
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// One visitor's presence, ended by `Drop`.
-struct Visit {
-    book: Arc<Book>,
+struct ConnectionPermit {
+    limiter: Arc<LimiterState>,
     listener: &'static str,
     peer: IpAddr,
 }
 
-impl Drop for Visit {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        let mut present = self.book.lock();
+        let mut present = self.limiter.lock();
         let key = (self.listener, self.peer);
         if let Some(count) = present.get_mut(&key) {
             *count -= 1;
@@ -169,6 +169,6 @@ impl Drop for Visit {
                 present.remove(&key);
             }
         }
-        self.book.left.notify_all();
+        self.limiter.released.notify_all();
     }
 }

@@ -9,37 +9,37 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::config::Retry;
-use crate::dsn::{Action, Notice, Report};
-use crate::queue::{Batch, Envelope, Hold};
+use crate::dsn::{Action, Dsn, RecipientReport};
+use crate::queue::{QueuedMessage, Envelope, QueueLock};
 use crate::smtp::address::{Mailbox, ReversePath};
-use crate::smtp::client::{Decided, Fate, Outcome};
+use crate::smtp::client::{DecidedBy, RecipientStatus, DeliveryResult};
 use crate::smtp::command::{Body, Recipient, Return};
 use crate::smtp::reply::Reply;
-use crate::stamp::{Date, Stamps};
+use crate::stamp::{Timestamp_, Ids};
 
 /// A message up to this size comes back whole when its sender asked for that (RFC 3461 section 4.3).
-const FULL_LIMIT: u64 = 64 * 1024;
+const RETURN_FULL_LIMIT: u64 = 64 * 1024;
 
-const TEN_YEARS: i64 = 10 * 365 * 24 * 60 * 60;
+const PLAUSIBLE_AGE: i64 = 10 * 365 * 24 * 60 * 60;
 
 /// Of a longer header no more comes back.
-const HEADER_LIMIT: usize = 64 * 1024;
+const RETURNED_HEADER_LIMIT: usize = 64 * 1024;
 
 /// A notice, ready to be posted from the null sender.
-pub struct Letter {
+pub struct DsnMessage {
     pub to: Mailbox,
     /// LF line ends.
     pub text: Vec<u8>,
     pub utf8: bool,
 }
 
-impl Letter {
+impl DsnMessage {
     /// The envelope it goes in.
-    pub fn envelope(&self, stamps: &Stamps) -> Envelope {
+    pub fn envelope(&self, stamps: &Ids) -> Envelope {
         Envelope {
             from: ReversePath::Null,
             recipients: vec![Recipient::plain(self.to.clone())],
-            id: stamps.id(),
+            id: stamps.queue_id(),
             arrived: stamps.now(),
             body: if self.utf8 { Body::EightBit } else { Body::SevenBit },
             utf8: self.utf8,
@@ -50,8 +50,8 @@ impl Letter {
 }
 
 /// Puts a notice where its addressee will find it, durably.
-pub trait Post: Send + Sync {
-    fn post(&self, letter: &Letter) -> io::Result<()>;
+pub trait DsnSink: Send + Sync {
+    fn store(&self, letter: &DsnMessage) -> io::Result<()>;
 }
 
 /// The peer an attempt was made with.
@@ -75,109 +75,109 @@ pub struct Attempt<'a> {
 
 /// Acts on outcomes.
 #[derive(Clone)]
-pub struct Desk {
+pub struct Reporter {
     hostname: String,
-    stamps: Stamps,
+    stamps: Ids,
     /// None: nobody can be told.
-    post: Option<Arc<dyn Post>>,
+    sink: Option<Arc<dyn DsnSink>>,
 }
 
-impl Desk {
-    pub fn new(hostname: &str, stamps: &Stamps, post: Option<Arc<dyn Post>>) -> Desk {
-        Desk { hostname: hostname.to_owned(), stamps: stamps.clone(), post }
+impl Reporter {
+    pub fn new(hostname: &str, stamps: &Ids, post: Option<Arc<dyn DsnSink>>) -> Reporter {
+        Reporter { hostname: hostname.to_owned(), stamps: stamps.clone(), sink: post }
     }
 
     /// Tells who is to be told, then settles; logs either.
-    pub fn conclude(
+    pub fn finish_attempt(
         &self,
-        batch: Batch,
-        outcome: Outcome,
+        batch: QueuedMessage,
+        outcome: DeliveryResult,
         attempt: &Attempt<'_>,
-        hold: &mut Hold,
-    ) -> io::Result<Outcome> {
+        hold: &mut QueueLock,
+    ) -> io::Result<DeliveryResult> {
         let (id, size, recipients) = (batch.envelope.id.clone(), batch.size, batch.envelope.recipients.clone());
         let context = attempt.context;
-        let concluded = self.act(batch, outcome, attempt.peer, attempt.retry, hold).inspect_err(|error| {
+        let concluded = self.apply(batch, outcome, attempt.peer, attempt.retry, hold).inspect_err(|error| {
             log::error!("event=settle-failed {context} id={id} error={:?}", error.to_string());
         })?;
-        for (recipient, fate) in recipients.iter().zip(&concluded.fates) {
+        for (recipient, fate) in recipients.iter().zip(&concluded.recipients) {
             let (word, reply) = match fate {
-                Fate::Delivered(reply) => (attempt.done, reply.to_string()),
-                Fate::Deferred(reply) => ("deferred", reply.to_string()),
-                Fate::Refused(reply) => ("refused", reply.to_string()),
-                Fate::InDoubt => ("in-doubt", String::new()),
+                RecipientStatus::Sent(reply) => (attempt.done, reply.to_string()),
+                RecipientStatus::Deferred(reply) => ("deferred", reply.to_string()),
+                RecipientStatus::Rejected(reply) => ("refused", reply.to_string()),
+                RecipientStatus::InDoubt => ("in-doubt", String::new()),
             };
             log::info!("event={word} {context} id={id} size={size} to=<{}> reply={reply:?}", recipient.mailbox);
         }
         Ok(concluded)
     }
 
-    fn act(
+    fn apply(
         &self,
-        mut batch: Batch,
-        mut outcome: Outcome,
+        mut batch: QueuedMessage,
+        mut outcome: DeliveryResult,
         peer: Peer<'_>,
         retry: Option<&Retry>,
-        hold: &mut Hold,
-    ) -> io::Result<Outcome> {
+        hold: &mut QueueLock,
+    ) -> io::Result<DeliveryResult> {
         let now = self.stamps.now();
         // What we have decided is no word of the peer's.
-        let peer = match outcome.decided {
-            Decided::ByUs => Peer { name: None, ..peer },
-            Decided::ByPeer | Decided::AtMail | Decided::ByLoss => peer,
+        let peer = match outcome.decided_by {
+            DecidedBy::Us => Peer { name: None, ..peer },
+            DecidedBy::Peer | DecidedBy::PeerAtMail | DecidedBy::ConnectionLoss => peer,
         };
         let age = age(&batch, now);
         let mut late = false;
         if let Some(retry) = retry {
             if age > retry.give_up {
-                outcome.fates.iter_mut().for_each(|fate| give_up(fate, retry.give_up));
+                outcome.recipients.iter_mut().for_each(|fate| expire(fate, retry.give_up));
             }
-            batch.next_try = Some(SystemTime::now() + pause(retry, age, self.stamps.number()));
+            batch.next_attempt = Some(SystemTime::now() + retry_pause(retry, age, self.stamps.random_number()));
             // First of all, and it takes no room: whatever fails below, this is not sent again at once.
-            batch.postpone()?;
-            late = retry.delay_notice.is_some_and(|delay| age > delay) && !batch.told_late();
+            batch.record_next_attempt()?;
+            late = retry.delay_notice.is_some_and(|delay| age > delay) && !batch.is_delay_reported();
         }
-        let until = retry.map(|retry| Date::from_seconds(batch.envelope.arrived.seconds() + seconds(retry.give_up)));
-        batch.told_refused = match self.tell(&mut batch, &outcome, peer, until.filter(|_| late), now) {
+        let until = retry.map(|retry| Timestamp_::from_seconds(batch.envelope.arrived.seconds() + seconds(retry.give_up)));
+        batch.rejections_reported = match self.report(&mut batch, &outcome, peer, until.filter(|_| late), now) {
             Ok(told) => told,
             Err(error) => {
                 // Who has the mail must not get it again because somebody else cannot be told.
                 log::error!("event=notice-failed id={} error={:?}", batch.envelope.id, error.to_string());
                 late = false;
                 if retry.is_none_or(|retry| age <= retry.give_up) {
-                    outcome.fates.iter_mut().for_each(not_yet);
+                    outcome.recipients.iter_mut().for_each(defer_rejection);
                 }
                 false
             }
         };
-        if late && outcome.fates.iter().any(|fate| matches!(fate, Fate::Deferred(_) | Fate::InDoubt)) {
-            batch.tell_late()?;
+        if late && outcome.recipients.iter().any(|fate| matches!(fate, RecipientStatus::Deferred(_) | RecipientStatus::InDoubt)) {
+            batch.mark_delay_reported()?;
         }
         batch.settle(&outcome, hold)?;
         Ok(outcome)
     }
 
     /// One notice for all recipients of whom something is to be told. `false`: the sender cannot be told.
-    fn tell(
+    fn report(
         &self,
-        batch: &mut Batch,
-        outcome: &Outcome,
+        batch: &mut QueuedMessage,
+        outcome: &DeliveryResult,
         peer: Peer<'_>,
-        late_until: Option<Date>,
-        now: Date,
+        late_until: Option<Timestamp_>,
+        now: Timestamp_,
     ) -> io::Result<bool> {
         let to = match &batch.envelope.from {
-            ReversePath::Mailbox(to) if self.post.is_some() => to.clone(),
+            ReversePath::Mailbox(to) if self.sink.is_some() => to.clone(),
             // RFC 5321 section 6.1: never a notice about a notice.
             ReversePath::Mailbox(_) | ReversePath::Null => return Ok(false),
         };
         let recipients = batch.envelope.recipients.clone();
-        let texts: Vec<_> = outcome.fates.iter().map(Words::of).collect();
+        let texts: Vec<_> = outcome.recipients.iter().map(DiagnosticText::of).collect();
         let mut reports = Vec::new();
-        for ((recipient, fate), words) in recipients.iter().zip(&outcome.fates).zip(&texts) {
+        for ((recipient, fate), words) in recipients.iter().zip(&outcome.recipients).zip(&texts) {
             if let Some(action) = action(recipient, fate, peer, late_until.is_some()) {
                 let delayed = matches!(action, Action::Delayed);
-                reports.push(Report {
+                reports.push(RecipientReport {
                     recipient: &recipient.mailbox,
                     original: recipient.original.as_deref(),
                     action,
@@ -200,13 +200,13 @@ impl Desk {
 
     /// Final delivery has been made: those who asked are told (RFC 3461 section 5.2.3). `others`: recipients that
     /// somebody has who will not tell (sections 5.2.2 and 5.2.7.3). `header`: the message's.
-    pub fn delivered(&self, envelope: &Envelope, others: &[(Recipient, Action)], header: &[u8]) -> io::Result<()> {
+    pub fn report_delivered(&self, envelope: &Envelope, others: &[(Recipient, Action)], header: &[u8]) -> io::Result<()> {
         let ReversePath::Mailbox(to) = &envelope.from else { return Ok(()) };
         let here = envelope.recipients.iter().map(|recipient| (recipient, Action::Delivered));
         let reports: Vec<_> = here
             .chain(others.iter().map(|(recipient, action)| (recipient, *action)))
             .filter(|(recipient, _)| recipient.notify.success())
-            .map(|(recipient, action)| Report {
+            .map(|(recipient, action)| RecipientReport {
                 recipient: &recipient.mailbox,
                 original: recipient.original.as_deref(),
                 action,
@@ -231,17 +231,17 @@ impl Desk {
         size: Option<u64>,
         content: &mut impl Read,
         to: &Mailbox,
-        reports: &[Report<'_>],
-        now: Date,
+        reports: &[RecipientReport<'_>],
+        now: Timestamp_,
     ) -> io::Result<()> {
         let failures = reports.iter().any(|report| matches!(report.action, Action::Failed));
         let utf8 = !to.is_ascii();
-        let short = size.is_some_and(|size| size <= FULL_LIMIT);
+        let short = size.is_some_and(|size| size <= RETURN_FULL_LIMIT);
         let full = failures && short && envelope.ret == Some(Return::Full);
-        let id = self.stamps.id();
+        let id = self.stamps.queue_id();
         let message_id = format!("<{id}@{}>", self.hostname);
         let boundary = format!("=_{id}");
-        let notice = Notice {
+        let notice = Dsn {
             reporting: &self.hostname,
             to,
             envelope_id: envelope.envelope_id.as_deref(),
@@ -257,36 +257,36 @@ impl Desk {
         let returned = match full {
             true => {
                 let mut whole = Vec::new();
-                content.take(2 * FULL_LIMIT).read_to_end(&mut whole)?;
+                content.take(2 * RETURN_FULL_LIMIT).read_to_end(&mut whole)?;
                 whole
             }
-            false => notice.returned_header(content, HEADER_LIMIT)?,
+            false => notice.returned_header(content, RETURNED_HEADER_LIMIT)?,
         };
         let mut text = notice.head().into_bytes();
         text.extend_from_slice(&returned);
         text.extend_from_slice(notice.tail().as_bytes());
-        let Some(post) = &self.post else { return Ok(()) };
-        post.post(&Letter { to: to.clone(), text, utf8 })?;
+        let Some(post) = &self.sink else { return Ok(()) };
+        post.store(&DsnMessage { to: to.clone(), text, utf8 })?;
         log::info!("event=notice id={id} about={} to=<{to}>", envelope.id);
         Ok(())
     }
 }
 
 /// Status and diagnosis of a fate, for a report.
-struct Words {
+struct DiagnosticText {
     status: String,
     diagnostic: Option<String>,
 }
 
-impl Words {
-    fn of(fate: &Fate) -> Words {
+impl DiagnosticText {
+    fn of(fate: &RecipientStatus) -> DiagnosticText {
         let (reply, class) = match fate {
-            Fate::Delivered(reply) => (Some(reply), "2.0.0"),
-            Fate::Deferred(reply) => (Some(reply), "4.0.0"),
-            Fate::Refused(reply) => (Some(reply), "5.0.0"),
-            Fate::InDoubt => (None, "4.4.2"),
+            RecipientStatus::Sent(reply) => (Some(reply), "2.0.0"),
+            RecipientStatus::Deferred(reply) => (Some(reply), "4.0.0"),
+            RecipientStatus::Rejected(reply) => (Some(reply), "5.0.0"),
+            RecipientStatus::InDoubt => (None, "4.4.2"),
         };
-        Words {
+        DiagnosticText {
             // RFC 3464 section 2.3.4: where the peer gave no code, its class is all that is known.
             status: reply.and_then(Reply::enhanced).unwrap_or(class).to_owned(),
             diagnostic: reply.map(Reply::to_string),
@@ -295,48 +295,48 @@ impl Words {
 }
 
 /// What is to be told of a recipient, if anything (RFC 3461 section 5.2).
-fn action(recipient: &Recipient, fate: &Fate, peer: Peer<'_>, late: bool) -> Option<Action> {
+fn action(recipient: &Recipient, fate: &RecipientStatus, peer: Peer<'_>, late: bool) -> Option<Action> {
     let notify = &recipient.notify;
     match fate {
-        Fate::Refused(_) => notify.failure().then_some(Action::Failed),
-        Fate::Delivered(_) => (notify.success() && !peer.dsn).then_some(Action::Relayed),
-        Fate::Deferred(_) | Fate::InDoubt => (late && notify.delay()).then_some(Action::Delayed),
+        RecipientStatus::Rejected(_) => notify.failure().then_some(Action::Failed),
+        RecipientStatus::Sent(_) => (notify.success() && !peer.dsn).then_some(Action::Relayed),
+        RecipientStatus::Deferred(_) | RecipientStatus::InDoubt => (late && notify.delay()).then_some(Action::Delayed),
     }
 }
 
 /// A refusal of which its sender could not be told is tried again, and told of then.
-fn not_yet(fate: &mut Fate) {
-    if let Fate::Refused(reply) = fate {
-        *fate = Fate::Deferred(Reply::new(451, "4.3.0", format!("A notice could not be stored about: {reply}")));
+fn defer_rejection(fate: &mut RecipientStatus) {
+    if let RecipientStatus::Rejected(reply) = fate {
+        *fate = RecipientStatus::Deferred(Reply::new(451, "4.3.0", format!("A notice could not be stored about: {reply}")));
     }
 }
 
 /// RFC 5321 section 4.5.4.1: after four or five days nobody tries any longer.
-fn give_up(fate: &mut Fate, after: Duration) {
+fn expire(fate: &mut RecipientStatus, after: Duration) {
     let last = match fate {
-        Fate::Deferred(reply) => reply.to_string(),
-        Fate::InDoubt => "no reply to the content".to_owned(),
-        Fate::Delivered(_) | Fate::Refused(_) => return,
+        RecipientStatus::Deferred(reply) => reply.to_string(),
+        RecipientStatus::InDoubt => "no reply to the content".to_owned(),
+        RecipientStatus::Sent(_) | RecipientStatus::Rejected(_) => return,
     };
     let time = match after.as_secs() {
         seconds if seconds < 7200 => format!("{seconds} seconds"),
         seconds => format!("{} hours", seconds / 3600),
     };
-    *fate = Fate::Refused(Reply::new(554, "5.4.7", format!("Given up after {time}; at last: {last}")));
+    *fate = RecipientStatus::Rejected(Reply::new(554, "5.4.7", format!("Given up after {time}; at last: {last}")));
 }
 
 /// The pause before the next attempt: half the message's age, within bounds, a fifth more or less by chance
 /// so that what failed together is not tried together. The age stands in the file, so no count is kept.
-fn pause(retry: &Retry, age: Duration, chance: u64) -> Duration {
+fn retry_pause(retry: &Retry, age: Duration, chance: u64) -> Duration {
     let pause = (age / 2).clamp(retry.first, retry.max);
     let permille = 800 + u32::try_from(chance % 401).unwrap_or(0);
     (pause * permille / 1000).max(Duration::from_millis(1))
 }
 
-fn age(batch: &Batch, now: Date) -> Duration {
+fn age(batch: &QueuedMessage, now: Timestamp_) -> Duration {
     let seconds = now.seconds().saturating_sub(batch.envelope.arrived.seconds());
     // So old no letter is: it came before the clock was set, and its age is not known.
-    let seconds = if seconds > TEN_YEARS { 0 } else { seconds };
+    let seconds = if seconds > PLAUSIBLE_AGE { 0 } else { seconds };
     Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
 }
 
@@ -349,7 +349,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::queue::{Place, Queue};
+    use crate::queue::{QueueName, Queue};
     use crate::smtp::address::{Domain, reverse_path};
     use crate::smtp::command::Notify;
 
@@ -359,8 +359,8 @@ mod tests {
     #[derive(Default)]
     struct Letterbox(Mutex<Vec<String>>);
 
-    impl Post for Letterbox {
-        fn post(&self, letter: &Letter) -> io::Result<()> {
+    impl DsnSink for Letterbox {
+        fn store(&self, letter: &DsnMessage) -> io::Result<()> {
             let text = String::from_utf8_lossy(&letter.text).into_owned();
             self.0.lock().unwrap().push(text);
             Ok(())
@@ -371,37 +371,37 @@ mod tests {
     struct Case {
         folder: tempfile::TempDir,
         queue: Queue,
-        place: Place,
-        desk: Desk,
+        place: QueueName,
+        desk: Reporter,
         posted: Arc<Letterbox>,
     }
 
     impl Case {
         fn new(from: &str, notify: &str, age: i64) -> Case {
-            let (folder, stamps, posted) = (tempfile::tempdir().unwrap(), Stamps::fixed(), Arc::<Letterbox>::default());
+            let (folder, stamps, posted) = (tempfile::tempdir().unwrap(), Ids::fixed(), Arc::<Letterbox>::default());
             let queue = Queue::new(folder.path(), "host", stamps.clone(), Duration::from_secs(60));
-            let place = Place::Destination(Domain::parse("example.net").unwrap());
+            let place = QueueName::Destination(Domain::parse("example.net").unwrap());
             let notify = if notify.is_empty() { Notify::default() } else { Notify::parse(notify.as_bytes()).unwrap() };
             let mailbox = Mailbox::parse("to@example.net").unwrap();
             let envelope = Envelope {
                 from: reverse_path(from.as_bytes()).unwrap().0,
                 recipients: vec![Recipient { mailbox, notify, original: None }],
                 id: "id".to_owned(),
-                arrived: Date::from_seconds(stamps.now().seconds() - age),
+                arrived: Timestamp_::from_seconds(stamps.now().seconds() - age),
                 body: Body::Unsaid,
                 utf8: false,
                 ret: None,
                 envelope_id: None,
             };
-            let mut copies = queue.put(&[(place.clone(), envelope)], "").unwrap();
+            let mut copies = queue.begin_message(&[(place.clone(), envelope)], "").unwrap();
             copies.write(b"Subject: the one\n\nbody\n").unwrap();
             copies.commit().unwrap();
-            let desk = Desk::new("relay.example.net", &stamps, Some(posted.clone()));
+            let desk = Reporter::new("relay.example.net", &stamps, Some(posted.clone()));
             Case { folder, queue, place, desk, posted }
         }
 
         /// One attempt that ends so; what was posted by it.
-        fn attempt(&self, fate: Fate, dsn: bool) -> Vec<String> {
+        fn attempt(&self, fate: RecipientStatus, dsn: bool) -> Vec<String> {
             let hours = |hours: u64| Duration::from_secs(3600 * hours);
             let retry = Retry {
                 first: Duration::from_secs(300),
@@ -414,12 +414,12 @@ mod tests {
             for entry in maildir.entries().unwrap() {
                 std::fs::File::open(maildir.file(&entry)).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
             }
-            let mut hold = self.queue.hold(std::slice::from_ref(&self.place)).unwrap();
-            let batch = hold.offer().unwrap();
+            let mut hold = self.queue.lock(std::slice::from_ref(&self.place)).unwrap();
+            let batch = hold.next_message().unwrap();
             let peer = Peer { name: Some("mx.example.net"), dsn };
             let attempt = Attempt { peer, retry: Some(&retry), done: "relayed", context: "" };
-            let outcome = Outcome { fates: vec![fate], decided: Decided::ByPeer };
-            self.desk.conclude(batch, outcome, &attempt, &mut hold).unwrap();
+            let outcome = DeliveryResult { recipients: vec![fate], decided_by: DecidedBy::Peer };
+            self.desk.finish_attempt(batch, outcome, &attempt, &mut hold).unwrap();
             std::mem::take(&mut *self.posted.0.lock().unwrap())
         }
 
@@ -431,23 +431,23 @@ mod tests {
         }
     }
 
-    fn refused() -> Fate {
-        Fate::Refused(Reply::new(550, "5.1.1", "unknown"))
+    fn refused() -> RecipientStatus {
+        RecipientStatus::Rejected(Reply::new(550, "5.1.1", "unknown"))
     }
 
-    fn deferred() -> Fate {
-        Fate::Deferred(Reply::new(451, "4.4.1", "later"))
+    fn deferred() -> RecipientStatus {
+        RecipientStatus::Deferred(Reply::new(451, "4.4.1", "later"))
     }
 
-    fn delivered() -> Fate {
-        Fate::Delivered(Reply::new(250, "2.0.0", "taken"))
+    fn delivered() -> RecipientStatus {
+        RecipientStatus::Sent(Reply::new(250, "2.0.0", "taken"))
     }
 
     /// RFC 3461 section 5.2, a row each: sender, NOTIFY, age in hours, fate, whether the peer has DSN; the action
     /// and status of the one notice, and what is left.
     #[test]
     fn who_is_told_what() {
-        let check = |from, notify, age, fate: Fate, dsn, wanted: &str, left| {
+        let check = |from, notify, age, fate: RecipientStatus, dsn, wanted: &str, left| {
             let case = Case::new(from, notify, age * HOUR);
             let told = case.attempt(fate.clone(), dsn);
             let row = format!("{from} {notify} {age} {fate:?} {dsn}");
@@ -478,9 +478,9 @@ mod tests {
         check(own, "", 5, deferred(), false, "delayed 4.4.1", (1, 0));
         check(own, "FAILURE", 5, deferred(), false, "", (1, 0));
         check("<>", "", 5, deferred(), false, "", (1, 0));
-        check(own, "", 5, Fate::InDoubt, false, "delayed 4.4.2", (1, 0));
+        check(own, "", 5, RecipientStatus::InDoubt, false, "delayed 4.4.2", (1, 0));
         check(own, "", 121, deferred(), false, "failed 5.4.7", (0, 0));
-        check(own, "", 121, Fate::InDoubt, false, "failed 5.4.7", (0, 0));
+        check(own, "", 121, RecipientStatus::InDoubt, false, "failed 5.4.7", (0, 0));
         check(own, "", 121, delivered(), false, "", (0, 0));
     }
 
@@ -499,7 +499,7 @@ mod tests {
         let retry = Retry { first: minutes(5), max: minutes(240), give_up: minutes(7200), delay_notice: None };
         for (age, least, most) in [(0, 4, 6), (10, 4, 6), (60, 24, 36), (480, 192, 288), (7000, 192, 288)] {
             for chance in [0, 200, 400, u64::MAX] {
-                let pause = pause(&retry, minutes(age), chance);
+                let pause = retry_pause(&retry, minutes(age), chance);
                 assert!((minutes(least)..=minutes(most)).contains(&pause), "{age}: {pause:?}");
             }
         }

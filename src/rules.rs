@@ -34,37 +34,37 @@ use crate::smtp::address::{Domain, ForwardPath, Mailbox, forward_path};
 use crate::smtp::reply::Reply;
 
 /// The name of a folder may have so many octets, with room for what mail readers put beside it.
-const FOLDER_LIMIT: usize = 200;
+const DIRECTORY_NAME_LIMIT: usize = 200;
 
 /// Aliases of aliases of aliases: so many steps in all.
-const STEPS: usize = 10;
+const ALIAS_DEPTH_LIMIT: usize = 10;
 
 /// One address leads to so many places at most.
-const PLACES: usize = 100;
+const DESTINATION_LIMIT: usize = 100;
 
 /// What the configuration says about mailboxes; [`Rules::new`] makes one sense of it.
 #[derive(Debug)]
-pub struct Written {
+pub struct RuleInput {
     /// Where the Maildirs stand, unless `routes` says something else. Absolute.
     pub root: PathBuf,
     /// Names without a domain are here.
     pub home: Domain,
     /// Addresses and domains, in the order of the file; none twice.
-    pub accept: Vec<(Name, Origin)>,
-    pub except: Vec<(Name, Origin)>,
+    pub accept: Vec<(AddressPattern, SourceLine)>,
+    pub except: Vec<(AddressPattern, SourceLine)>,
     pub aliases: Vec<Alias>,
     /// Another name, and the domain it is a name of.
-    pub domain_aliases: Vec<(Domain, Domain, Origin)>,
+    pub domain_aliases: Vec<(Domain, Domain, SourceLine)>,
     /// Any of these characters begins a detail.
     pub separators: String,
-    pub postmaster: Option<(Mailbox, Origin)>,
+    pub postmaster: Option<(Mailbox, SourceLine)>,
     /// For an address, a domain, or (`None`) everybody.
-    pub routes: Vec<(Option<Name>, Route, Origin)>,
+    pub routes: Vec<(Option<AddressPattern>, Route, SourceLine)>,
 }
 
 /// What a rule is about. Local parts are in lower case: [`Name::address`] and [`Name::bare`] see to it.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub enum Name {
+pub enum AddressPattern {
     Address(String, Domain),
     /// `@example.org`
     Domain(Domain),
@@ -72,33 +72,33 @@ pub enum Name {
     Bare(String),
 }
 
-impl Name {
-    pub fn address(local: &str, domain: &Domain) -> Name {
-        Name::Address(local.to_lowercase(), domain.clone())
+impl AddressPattern {
+    pub fn address(local: &str, domain: &Domain) -> AddressPattern {
+        AddressPattern::Address(local.to_lowercase(), domain.clone())
     }
 
-    pub fn bare(local: &str) -> Name {
-        Name::Bare(local.to_lowercase())
+    pub fn bare(local: &str) -> AddressPattern {
+        AddressPattern::Bare(local.to_lowercase())
     }
 
     pub fn domain(&self) -> Option<&Domain> {
         match self {
-            Name::Address(_, domain) | Name::Domain(domain) => Some(domain),
-            Name::Bare(_) => None,
+            AddressPattern::Address(_, domain) | AddressPattern::Domain(domain) => Some(domain),
+            AddressPattern::Bare(_) => None,
         }
     }
 }
 
-impl fmt::Display for Name {
+impl fmt::Display for AddressPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Name::Address(local, domain) => match address(local, domain) {
+            AddressPattern::Address(local, domain) => match address(local, domain) {
                 Some(mailbox) => mailbox.fmt(f),
                 None => write!(f, "{local:?}@{domain}"),
             },
-            Name::Domain(domain) => write!(f, "@{domain}"),
-            Name::Bare(local) if local.chars().all(is_plain) => f.write_str(local),
-            Name::Bare(local) => write!(f, "{local:?}"),
+            AddressPattern::Domain(domain) => write!(f, "@{domain}"),
+            AddressPattern::Bare(local) if local.chars().all(is_plain) => f.write_str(local),
+            AddressPattern::Bare(local) => write!(f, "{local:?}"),
         }
     }
 }
@@ -106,29 +106,29 @@ impl fmt::Display for Name {
 /// Another name for mailboxes of ours.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Alias {
-    pub name: Name,
+    pub name: AddressPattern,
     /// At least one.
-    pub targets: Vec<Target>,
-    pub origin: Origin,
+    pub targets: Vec<AliasTarget>,
+    pub origin: SourceLine,
 }
 
 /// Where an alias leads.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Target {
+pub struct AliasTarget {
     pub mailbox: Mailbox,
     /// `\alice`: the mailbox, whatever aliases there are.
     pub direct: bool,
-    pub origin: Origin,
+    pub origin: SourceLine,
 }
 
 /// Where something is written. Shown as `aliases:12`.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct Origin {
+pub struct SourceLine {
     pub file: Arc<Path>,
     pub line: usize,
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for SourceLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.file.file_name().unwrap_or(self.file.as_os_str());
         write!(f, "{}:{}", name.display(), self.line)
@@ -137,8 +137,8 @@ impl fmt::Display for Origin {
 
 /// What is wrong with the rules, and where it is written.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Mistake {
-    pub origin: Origin,
+pub struct RuleError {
+    pub origin: SourceLine,
     pub text: String,
 }
 
@@ -195,17 +195,17 @@ impl fmt::Display for NextHop {
 pub struct Delivery {
     /// The final address: its domain in its own name, its local part with the detail and the case it came with.
     pub mailbox: Mailbox,
-    pub place: Place,
+    pub destination: Destination,
     /// The rules on the way there, and the one that took it.
-    pub via: Vec<Rule>,
-    pub rule: Rule,
+    pub via: Vec<MatchedRule>,
+    pub rule: MatchedRule,
     /// It must be taken somewhere, even if a next hop does not know it (RFC 5321 section 4.5.1).
     pub fallback: bool,
 }
 
 /// Where a message ends up.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Place {
+pub enum Destination {
     Maildir {
         path: PathBuf,
         /// Maildir++ folders for the detail, without their dot: the first that exists. None: the inbox.
@@ -214,11 +214,11 @@ pub enum Place {
     NextHop(NextHop),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (path, folders) = match self {
-            Place::NextHop(hop) => return hop.fmt(f),
-            Place::Maildir { path, folders } => (path.display(), folders),
+            Destination::NextHop(hop) => return hop.fmt(f),
+            Destination::Maildir { path, folders } => (path.display(), folders),
         };
         write!(f, "maildir:{path}")?;
         match folders.as_slice() {
@@ -234,13 +234,13 @@ impl fmt::Display for Place {
 
 /// A rule that was applied.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Rule {
+pub enum MatchedRule {
     /// Rule 0, to this domain.
     BarePostmaster(Domain),
     /// Rule 1, to this domain.
     DomainAlias(Domain),
     /// Rules 3, 5 and 7. The detail was dropped.
-    Alias { name: Name, origin: Origin, detail: Option<String> },
+    Alias { name: AddressPattern, origin: SourceLine, detail: Option<String> },
     /// Rules 4 and 5.
     User { detail: Option<String> },
     /// Rule 6, to another address.
@@ -251,28 +251,28 @@ pub enum Rule {
     CatchAll { domain: Domain, detail: Option<String> },
 }
 
-impl fmt::Display for Rule {
+impl fmt::Display for MatchedRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let detail = match self {
-            Rule::BarePostmaster(domain) => return write!(f, "bare postmaster of {domain}"),
-            Rule::DomainAlias(domain) => return write!(f, "domain alias of {domain}"),
-            Rule::Postmaster => return f.write_str("postmaster"),
-            Rule::Alias { name, origin, detail } => {
+            MatchedRule::BarePostmaster(domain) => return write!(f, "bare postmaster of {domain}"),
+            MatchedRule::DomainAlias(domain) => return write!(f, "domain alias of {domain}"),
+            MatchedRule::Postmaster => return f.write_str("postmaster"),
+            MatchedRule::Alias { name, origin, detail } => {
                 write!(f, "alias {name} ({origin})")?;
                 return match detail {
                     Some(detail) => write!(f, " without its detail {detail:?}"),
                     None => Ok(()),
                 };
             }
-            Rule::User { detail } => {
+            MatchedRule::User { detail } => {
                 f.write_str("user")?;
                 detail
             }
-            Rule::PostmasterByDefault { detail } => {
+            MatchedRule::PostmasterByDefault { detail } => {
                 f.write_str("postmaster by default")?;
                 detail
             }
-            Rule::CatchAll { domain, detail } => {
+            MatchedRule::CatchAll { domain, detail } => {
                 write!(f, "catch-all @{domain}")?;
                 detail
             }
@@ -286,7 +286,7 @@ impl fmt::Display for Rule {
 
 /// Why nobody takes mail for an address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Refusal {
+enum NoMailbox {
     /// Rule 2.
     Foreign,
     /// Rule 8.
@@ -297,46 +297,46 @@ enum Refusal {
     Nameless,
 }
 
-impl Refusal {
+impl NoMailbox {
     fn reply(self) -> Reply {
         match self {
             // A turned session is no relay.
-            Refusal::Foreign => Reply::new(550, "5.7.1", "Relaying denied: that domain has no mailboxes here"),
+            NoMailbox::Foreign => Reply::new(550, "5.7.1", "Relaying denied: that domain has no mailboxes here"),
             _ => Reply::new(550, "5.1.1", "No such mailbox here"),
         }
     }
 
     fn reason(self) -> &'static str {
         match self {
-            Refusal::Foreign => "foreign: no rule for that domain",
-            Refusal::Exception => "exception",
-            Refusal::Nobody => "no rule takes it",
-            Refusal::Nameless => "a local part that is empty, or too long for a folder",
+            NoMailbox::Foreign => "foreign: no rule for that domain",
+            NoMailbox::Exception => "exception",
+            NoMailbox::Nobody => "no rule takes it",
+            NoMailbox::Nameless => "a local part that is empty, or too long for a folder",
         }
     }
 }
 
 /// The delivery rules of a customer.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Rules {
+pub struct RecipientRules {
     root: PathBuf,
     /// Those with rules, the first is home, then the aliases of domains.
     domains: Vec<Domain>,
     domain_aliases: HashMap<Domain, Domain>,
     /// Addresses and domains of `accept`.
-    accept: HashSet<Name>,
-    except: HashSet<Name>,
-    aliases: HashMap<Name, Alias>,
+    accept: HashSet<AddressPattern>,
+    except: HashSet<AddressPattern>,
+    aliases: HashMap<AddressPattern, Alias>,
     separators: String,
     postmaster: Option<Mailbox>,
     /// For an address or a domain.
-    routes: HashMap<Name, Route>,
+    routes: HashMap<AddressPattern, Route>,
     /// For all others.
     route: Route,
 }
 
 /// What one rule makes of an address.
-enum Found<'a> {
+enum Match<'a> {
     Alias(&'a Alias, Option<String>),
     /// Rule 6 sends it there.
     Postmaster(Mailbox),
@@ -344,15 +344,15 @@ enum Found<'a> {
     Mailbox {
         local: String,
         detail: Option<String>,
-        rule: Rule,
+        rule: MatchedRule,
     },
-    Refused(Refusal),
+    NoMailbox(NoMailbox),
 }
 
 /// A step on the way through aliases.
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Step {
-    Alias(Name),
+    Alias(AddressPattern),
     Postmaster(Mailbox),
 }
 
@@ -365,10 +365,10 @@ impl fmt::Display for Step {
     }
 }
 
-impl Rules {
+impl RecipientRules {
     /// Makes rules of what is written, if they make sense.
-    pub fn new(written: Written) -> Result<Rules, Mistake> {
-        let mut rules = Rules {
+    pub fn new(written: RuleInput) -> Result<RecipientRules, RuleError> {
+        let mut rules = RecipientRules {
             route: Route::Maildir(written.root.clone()),
             root: written.root,
             domains: vec![written.home],
@@ -404,7 +404,7 @@ impl Rules {
                 Some(name) => {
                     rules.check_routed(&name, &origin)?;
                     if rules.routes.insert(name.clone(), route).is_some() {
-                        return Err(mistake(&origin, format!("{name} stands here twice: take one of the two out")));
+                        return Err(rule_error(&origin, format!("{name} stands here twice: take one of the two out")));
                     }
                 }
             }
@@ -424,7 +424,7 @@ impl Rules {
 
     /// Where mail for a recipient goes: each place once, and at least one. Refused: `550` with 5.1.1 or 5.7.1.
     pub fn resolve(&self, path: &ForwardPath) -> Result<Vec<Delivery>, Reply> {
-        self.trace(path).1.map_err(Refusal::reply)
+        self.trace(path).1.map_err(NoMailbox::reply)
     }
 
     /// The same in words: a line, and for an alias another for each place, all without a line end at the end.
@@ -441,12 +441,12 @@ impl Rules {
                 return text;
             }
         };
-        for (number, Delivery { mailbox, place, via, rule, .. }) in deliveries.iter().enumerate() {
-            if let Some((first, rest)) = via.get(begin.len()..).and_then(<[Rule]>::split_first) {
+        for (number, Delivery { mailbox, destination: place, via, rule, .. }) in deliveries.iter().enumerate() {
+            if let Some((first, rest)) = via.get(begin.len()..).and_then(<[MatchedRule]>::split_first) {
                 match first {
                     _ if number > 0 => {}
                     // Its name was just said.
-                    Rule::Alias { name: Name::Address(..) | Name::Bare(_), origin, detail: None } => {
+                    MatchedRule::Alias { name: AddressPattern::Address(..) | AddressPattern::Bare(_), origin, detail: None } => {
                         let _ = write!(text, " alias ({origin})");
                     }
                     first => {
@@ -480,24 +480,24 @@ impl Rules {
     /// `ROOT/<domain>/<local part>`, without the detail: for a [`Delivery::fallback`] that no next hop takes.
     pub fn maildir_of(&self, mailbox: &Mailbox) -> PathBuf {
         let local = match mailbox.domain().map(|domain| self.look(mailbox.local(), domain, false)) {
-            Some(Found::Mailbox { local, .. }) => local,
+            Some(Match::Mailbox { local, .. }) => local,
             _ => mailbox.local().to_owned(),
         };
-        self.root.join(mailbox.host().to_string()).join(folder(&local))
+        self.root.join(mailbox.host().to_string()).join(directory_name(&local))
     }
 
     /// Where a final address belongs, whatever aliases say of it: for mail that was taken for it and waits. `None`: it
     /// is nobody's any more.
-    pub fn place_of(&self, mailbox: &Mailbox) -> Option<Place> {
+    pub fn destination_of(&self, mailbox: &Mailbox) -> Option<Destination> {
         let domain = mailbox.domain().filter(|domain| self.serves(domain))?;
         match self.look(mailbox.local(), domain, false) {
-            Found::Mailbox { local, detail, .. } => Some(self.place(&local, domain, detail.as_deref())),
+            Match::Mailbox { local, detail, .. } => Some(self.destination(&local, domain, detail.as_deref())),
             _ => None,
         }
     }
 
     /// Whether some mail goes to next hops.
-    pub fn hands_over(&self) -> bool {
+    pub fn has_next_hops(&self) -> bool {
         self.next_hops().next().is_some()
     }
 
@@ -515,27 +515,27 @@ impl Rules {
             return true;
         }
         let found = mailbox.domain().map(|domain| self.look(mailbox.local(), domain, false));
-        matches!(found, Some(Found::Mailbox { rule: Rule::PostmasterByDefault { .. }, .. }))
+        matches!(found, Some(Match::Mailbox { rule: MatchedRule::PostmasterByDefault { .. }, .. }))
     }
 
     /// Rules 0 to 2, and what comes of the others.
-    fn trace(&self, path: &ForwardPath) -> (Vec<Rule>, Result<Vec<Delivery>, Refusal>) {
+    fn trace(&self, path: &ForwardPath) -> (Vec<MatchedRule>, Result<Vec<Delivery>, NoMailbox>) {
         let mut via = Vec::new();
         let mut mailbox = match path {
             ForwardPath::Mailbox(mailbox) => mailbox.clone(),
             ForwardPath::Postmaster => match self.domains.first().and_then(|home| address("postmaster", home)) {
                 Some(mailbox) => mailbox,
-                None => return (via, Err(Refusal::Nobody)),
+                None => return (via, Err(NoMailbox::Nobody)),
             },
         };
         if let (ForwardPath::Postmaster, Some(home)) = (path, mailbox.domain()) {
-            via.push(Rule::BarePostmaster(home.clone()));
+            via.push(MatchedRule::BarePostmaster(home.clone()));
         } else if let Some(domain) = mailbox.domain().and_then(|domain| self.domain_aliases.get(domain)) {
-            via.push(Rule::DomainAlias(domain.clone()));
+            via.push(MatchedRule::DomainAlias(domain.clone()));
             mailbox = self.canonical(mailbox);
         }
         let begin = via.clone();
-        let mut walk = Walk { rules: self, via, seen: HashSet::new(), deliveries: Vec::new() };
+        let mut walk = Expansion { rules: self, via, seen: HashSet::new(), deliveries: Vec::new() };
         let result = walk.go(&mailbox, self.find(&mailbox, true));
         (begin, result.map(|()| walk.deliveries))
     }
@@ -547,54 +547,54 @@ impl Rules {
     }
 
     /// Rules 2 to 10, for an address of a domain in its own name.
-    fn find(&self, mailbox: &Mailbox, aliases: bool) -> Found<'_> {
+    fn find(&self, mailbox: &Mailbox, aliases: bool) -> Match<'_> {
         match mailbox.domain() {
             Some(domain) if self.serves(domain) => self.look(mailbox.local(), domain, aliases),
-            _ => Found::Refused(Refusal::Foreign),
+            _ => Match::NoMailbox(NoMailbox::Foreign),
         }
     }
 
     /// Rules 3 to 10.
-    fn look(&self, local: &str, domain: &Domain, aliases: bool) -> Found<'_> {
+    fn look(&self, local: &str, domain: &Domain, aliases: bool) -> Match<'_> {
         let (base, detail) = self.split(local);
         let detail = detail.map(str::to_owned);
         // 3 to 5.
         let both = [(local, None), (base, detail.clone())];
         for (local, detail) in both.into_iter().take(if detail.is_some() { 2 } else { 1 }) {
-            let name = Name::address(local, domain);
-            if let Some(alias) = self.aliases.get(&name).or_else(|| self.aliases.get(&Name::bare(local)))
+            let name = AddressPattern::address(local, domain);
+            if let Some(alias) = self.aliases.get(&name).or_else(|| self.aliases.get(&AddressPattern::bare(local)))
                 && aliases
             {
-                return Found::Alias(alias, detail);
+                return Match::Alias(alias, detail);
             }
             if self.accept.contains(&name) {
-                return found(local, detail.clone(), Rule::User { detail });
+                return found(local, detail.clone(), MatchedRule::User { detail });
             }
         }
         // 6.
         let role = base.to_lowercase();
         if role == "postmaster" || role == "abuse" {
             match (&self.postmaster, address("postmaster", domain)) {
-                (Some(mailbox), _) if !is(mailbox, &role, domain) => return Found::Postmaster(mailbox.clone()),
-                (None, Some(mailbox)) if role == "abuse" => return Found::Postmaster(mailbox),
-                _ => return found(base, detail.clone(), Rule::PostmasterByDefault { detail }),
+                (Some(mailbox), _) if !is(mailbox, &role, domain) => return Match::Postmaster(mailbox.clone()),
+                (None, Some(mailbox)) if role == "abuse" => return Match::Postmaster(mailbox),
+                _ => return found(base, detail.clone(), MatchedRule::PostmasterByDefault { detail }),
             }
         }
         // 7.
-        let everybody = Name::Domain(domain.clone());
+        let everybody = AddressPattern::Domain(domain.clone());
         if let Some(alias) = self.aliases.get(&everybody)
             && aliases
         {
-            return Found::Alias(alias, None);
+            return Match::Alias(alias, None);
         }
         // 8 to 10.
-        if [local, base].iter().any(|local| self.except.contains(&Name::address(local, domain))) {
-            return Found::Refused(Refusal::Exception);
+        if [local, base].iter().any(|local| self.except.contains(&AddressPattern::address(local, domain))) {
+            return Match::NoMailbox(NoMailbox::Exception);
         }
         if self.accept.contains(&everybody) {
-            return found(base, detail.clone(), Rule::CatchAll { domain: domain.clone(), detail });
+            return found(base, detail.clone(), MatchedRule::CatchAll { domain: domain.clone(), detail });
         }
-        Found::Refused(Refusal::Nobody)
+        Match::NoMailbox(NoMailbox::Nobody)
     }
 
     /// A local part and its detail, which may be empty; a separator in front is none (RFC 5233 leaves it to us).
@@ -607,62 +607,62 @@ impl Rules {
     }
 
     /// Where a target of an alias leads: to the mailbox of that name, if that is the alias itself.
-    fn follow(&self, alias: &Alias, target: &Target) -> Found<'_> {
+    fn follow(&self, alias: &Alias, target: &AliasTarget) -> Match<'_> {
         match self.find(&target.mailbox, !target.direct) {
-            Found::Alias(same, _) if same.name == alias.name => self.find(&target.mailbox, false),
+            Match::Alias(same, _) if same.name == alias.name => self.find(&target.mailbox, false),
             other => other,
         }
     }
 
-    fn place(&self, local: &str, domain: &Domain, detail: Option<&str>) -> Place {
-        let address = self.routes.get(&Name::address(local, domain)).map(|route| (route, 0));
-        let whole = || self.routes.get(&Name::Domain(domain.clone())).map(|route| (route, 1));
+    fn destination(&self, local: &str, domain: &Domain, detail: Option<&str>) -> Destination {
+        let address = self.routes.get(&AddressPattern::address(local, domain)).map(|route| (route, 0));
+        let whole = || self.routes.get(&AddressPattern::Domain(domain.clone())).map(|route| (route, 1));
         let (route, levels) = address.or_else(whole).unwrap_or((&self.route, 2));
         let path = match route {
-            Route::NextHop(hop) => return Place::NextHop(hop.clone()),
+            Route::NextHop(hop) => return Destination::NextHop(hop.clone()),
             Route::Maildir(path) => path,
         };
         let path = match levels {
             0 => path.clone(),
-            1 => path.join(folder(local)),
-            _ => path.join(domain.as_str()).join(folder(local)),
+            1 => path.join(directory_name(local)),
+            _ => path.join(domain.as_str()).join(directory_name(local)),
         };
-        Place::Maildir { path, folders: detail.map_or_else(Vec::new, folders) }
+        Destination::Maildir { path, folders: detail.map_or_else(Vec::new, folder_names) }
     }
 }
 
 /// A mailbox, unless its folder could have no name.
-fn found<'a>(local: &str, detail: Option<String>, rule: Rule) -> Found<'a> {
-    if local.is_empty() || folder(local).len() > FOLDER_LIMIT {
-        return Found::Refused(Refusal::Nameless);
+fn found<'a>(local: &str, detail: Option<String>, rule: MatchedRule) -> Match<'a> {
+    if local.is_empty() || directory_name(local).len() > DIRECTORY_NAME_LIMIT {
+        return Match::NoMailbox(NoMailbox::Nameless);
     }
-    Found::Mailbox { local: local.to_owned(), detail, rule }
+    Match::Mailbox { local: local.to_owned(), detail, rule }
 }
 
 /// From an address to its places.
-struct Walk<'a> {
-    rules: &'a Rules,
-    via: Vec<Rule>,
+struct Expansion<'a> {
+    rules: &'a RecipientRules,
+    via: Vec<MatchedRule>,
     /// Aliases whose places are found.
-    seen: HashSet<Name>,
+    seen: HashSet<AddressPattern>,
     deliveries: Vec<Delivery>,
 }
 
-impl Walk<'_> {
-    fn go(&mut self, mailbox: &Mailbox, found: Found<'_>) -> Result<(), Refusal> {
+impl Expansion<'_> {
+    fn go(&mut self, mailbox: &Mailbox, found: Match<'_>) -> Result<(), NoMailbox> {
         match found {
-            Found::Refused(refusal) => return Err(refusal),
-            Found::Mailbox { local, detail, rule } => self.arrive(mailbox, &local, detail.as_deref(), rule),
-            Found::Postmaster(mailbox) => {
-                self.via.push(Rule::Postmaster);
+            Match::NoMailbox(refusal) => return Err(refusal),
+            Match::Mailbox { local, detail, rule } => self.arrive(mailbox, &local, detail.as_deref(), rule),
+            Match::Postmaster(mailbox) => {
+                self.via.push(MatchedRule::Postmaster);
                 self.go(&mailbox, self.rules.find(&mailbox, true))?;
                 self.via.pop();
             }
-            Found::Alias(alias, detail) => {
+            Match::Alias(alias, detail) => {
                 if !self.seen.insert(alias.name.clone()) {
                     return Ok(());
                 }
-                self.via.push(Rule::Alias { name: alias.name.clone(), origin: alias.origin.clone(), detail });
+                self.via.push(MatchedRule::Alias { name: alias.name.clone(), origin: alias.origin.clone(), detail });
                 for target in &alias.targets {
                     self.go(&target.mailbox, self.rules.follow(alias, target))?;
                 }
@@ -672,35 +672,35 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn arrive(&mut self, mailbox: &Mailbox, local: &str, detail: Option<&str>, rule: Rule) {
+    fn arrive(&mut self, mailbox: &Mailbox, local: &str, detail: Option<&str>, rule: MatchedRule) {
         let Some(domain) = mailbox.domain() else { return };
-        let place = self.rules.place(local, domain, detail);
+        let place = self.rules.destination(local, domain, detail);
         let same = |other: &Delivery| {
-            other.place == place
-                && (matches!(place, Place::Maildir { .. })
+            other.destination == place
+                && (matches!(place, Destination::Maildir { .. })
                     || is(&other.mailbox, &mailbox.local().to_lowercase(), domain))
         };
         // One too many is enough for the check that there are not too many.
-        if self.deliveries.len() <= PLACES && !self.deliveries.iter().any(same) {
-            let fallback = matches!(rule, Rule::PostmasterByDefault { .. });
+        if self.deliveries.len() <= DESTINATION_LIMIT && !self.deliveries.iter().any(same) {
+            let fallback = matches!(rule, MatchedRule::PostmasterByDefault { .. });
             let via = self.via.clone();
-            self.deliveries.push(Delivery { mailbox: mailbox.clone(), place, via, rule, fallback });
+            self.deliveries.push(Delivery { mailbox: mailbox.clone(), destination: place, via, rule, fallback });
         }
     }
 }
 
 // What makes no sense. Each text says what is wrong and the way out.
 
-impl Rules {
+impl RecipientRules {
     fn add_domains(
         &mut self,
-        accept: &[(Name, Origin)],
+        accept: &[(AddressPattern, SourceLine)],
         aliases: &[Alias],
-        domain_aliases: Vec<(Domain, Domain, Origin)>,
-    ) -> Result<(), Mistake> {
+        domain_aliases: Vec<(Domain, Domain, SourceLine)>,
+    ) -> Result<(), RuleError> {
         let names = accept.iter().map(|(name, _)| name).chain(aliases.iter().map(|alias| &alias.name));
         let mut known: HashSet<_> = self.domains.iter().cloned().collect();
-        for domain in names.filter_map(Name::domain) {
+        for domain in names.filter_map(AddressPattern::domain) {
             if known.insert(domain.clone()) {
                 self.domains.push(domain.clone());
             }
@@ -711,19 +711,19 @@ impl Rules {
                     "{from} has rules of its own, in `accept` or in aliases, and cannot be another name of {to}: take \
                      those out, or this"
                 );
-                return Err(mistake(origin, text));
+                return Err(rule_error(origin, text));
             }
             if !known.contains(to) {
                 let text = match domain_aliases.iter().any(|(from, ..)| from == to) {
                     true => format!("{to} is itself another name only: write the domain that it stands for"),
                     false => format!("{to} has no rules here: add it to `accept`, such as \"@{to}\""),
                 };
-                return Err(mistake(origin, text));
+                return Err(rule_error(origin, text));
             }
         }
         for (from, to, origin) in domain_aliases {
             if self.domain_aliases.insert(from.clone(), to).is_some() {
-                return Err(mistake(&origin, format!("{from} stands here twice: take one of the two out")));
+                return Err(rule_error(&origin, format!("{from} stands here twice: take one of the two out")));
             }
             self.domains.push(from);
         }
@@ -731,7 +731,7 @@ impl Rules {
     }
 
     /// Says in which order they are written.
-    fn add_aliases(&mut self, aliases: Vec<Alias>) -> Result<Vec<Name>, Mistake> {
+    fn add_aliases(&mut self, aliases: Vec<Alias>) -> Result<Vec<AddressPattern>, RuleError> {
         let mut order = Vec::with_capacity(aliases.len());
         for mut alias in aliases {
             if let Some(other) = self.aliases.get(&alias.name) {
@@ -739,7 +739,7 @@ impl Rules {
                     "{} stands in {} too: put all targets into one of the two, and take the other out",
                     alias.name, other.origin
                 );
-                return Err(mistake(&alias.origin, text));
+                return Err(rule_error(&alias.origin, text));
             }
             for target in &mut alias.targets {
                 target.mailbox = self.canonical(target.mailbox.clone());
@@ -751,31 +751,31 @@ impl Rules {
     }
 
     /// A user, or a whole domain, that an alias takes everything from.
-    fn check_accepted(&self, name: &Name, origin: &Origin) -> Result<(), Mistake> {
+    fn check_accepted(&self, name: &AddressPattern, origin: &SourceLine) -> Result<(), RuleError> {
         let alias = match name {
-            Name::Address(local, _) if local.is_empty() || folder(local).len() > FOLDER_LIMIT => {
+            AddressPattern::Address(local, _) if local.is_empty() || directory_name(local).len() > DIRECTORY_NAME_LIMIT => {
                 let text = format!("{name} can have no mailbox: its local part is empty, or too long for a folder");
-                return Err(mistake(origin, text));
+                return Err(rule_error(origin, text));
             }
-            Name::Address(local, domain) => self.alias_over(local, domain),
+            AddressPattern::Address(local, domain) => self.alias_over(local, domain),
             name => self.aliases.get(name),
         };
         let Some(alias) = alias else { return Ok(()) };
         let both = match name {
-            Name::Address(..) => format!(", or, for both, add {name} to its targets"),
+            AddressPattern::Address(..) => format!(", or, for both, add {name} to its targets"),
             _ => String::new(),
         };
         let text = format!(
             "{name} is in `accept` and an alias ({}) that keeps all mail from it: take one out{both}",
             alias.origin
         );
-        Err(mistake(origin, text))
+        Err(rule_error(origin, text))
     }
 
     /// The alias that takes all mail from a mailbox; `local` is in lower case.
     fn alias_over(&self, local: &str, domain: &Domain) -> Option<&Alias> {
         match self.look(local, domain, true) {
-            Found::Alias(alias, None) => {
+            Match::Alias(alias, None) => {
                 let left_out = !alias.targets.iter().any(|target| self.means(target, local, domain));
                 left_out.then_some(alias)
             }
@@ -784,83 +784,83 @@ impl Rules {
     }
 
     /// Whether a target is this mailbox, with a detail or without.
-    fn means(&self, target: &Target, local: &str, domain: &Domain) -> bool {
+    fn means(&self, target: &AliasTarget, local: &str, domain: &Domain) -> bool {
         let (base, _) = self.split(target.mailbox.local());
         is(&target.mailbox, local, domain) || (base.to_lowercase() == local && target.mailbox.domain() == Some(domain))
     }
 
     /// An exception that no catch-all would come to means something else than it says.
-    fn check_exception(&self, name: &Name, origin: &Origin) -> Result<(), Mistake> {
-        let Name::Address(local, domain) = name else { return Ok(()) };
+    fn check_exception(&self, name: &AddressPattern, origin: &SourceLine) -> Result<(), RuleError> {
+        let AddressPattern::Address(local, domain) = name else { return Ok(()) };
         let text = match self.look(local, domain, true) {
-            Found::Mailbox { rule: Rule::CatchAll { .. }, .. } => return Ok(()),
-            Found::Refused(Refusal::Exception | Refusal::Nameless) => return Ok(()),
-            Found::Mailbox { rule: Rule::User { .. }, local, .. } => {
-                format!("{} is in `accept` too: take one of the two out", Name::address(&local, domain))
+            Match::Mailbox { rule: MatchedRule::CatchAll { .. }, .. } => return Ok(()),
+            Match::NoMailbox(NoMailbox::Exception | NoMailbox::Nameless) => return Ok(()),
+            Match::Mailbox { rule: MatchedRule::User { .. }, local, .. } => {
+                format!("{} is in `accept` too: take one of the two out", AddressPattern::address(&local, domain))
             }
-            Found::Alias(alias, _) => format!("{name} is an alias too ({}): take one of the two out", alias.origin),
-            Found::Postmaster(_) | Found::Mailbox { .. } => format!(
+            Match::Alias(alias, _) => format!("{name} is an alias too ({}): take one of the two out", alias.origin),
+            Match::Postmaster(_) | Match::Mailbox { .. } => format!(
                 "{name} must be taken (RFC 5321 section 4.5.1, RFC 2142): take it out, and say with `postmaster` who \
                  reads it"
             ),
-            Found::Refused(_) => format!(
+            Match::NoMailbox(_) => format!(
                 "{name} is an exception of nothing: `except` is for the domains that `accept` takes whole, and \
                  \"@{domain}\" is not among them"
             ),
         };
-        Err(mistake(origin, text))
+        Err(rule_error(origin, text))
     }
 
     /// Every target must lead to a mailbox here.
-    fn check_targets(&self, alias: &Alias) -> Result<(), Mistake> {
+    fn check_targets(&self, alias: &Alias) -> Result<(), RuleError> {
         for target in &alias.targets {
-            let Found::Refused(refusal) = self.follow(alias, target) else { continue };
+            let Match::NoMailbox(refusal) = self.follow(alias, target) else { continue };
             let (name, to) = (&alias.name, &target.mailbox);
             let text = match refusal {
-                Refusal::Foreign => {
-                    format!("the alias {name} leads to {to}, which is not in a domain of ours: {ELSEWHERE}")
+                NoMailbox::Foreign => {
+                    format!("the alias {name} leads to {to}, which is not in a domain of ours: {FORWARD_HINT}")
                 }
                 refusal => format!(
                     "the alias {name} leads to {to}, which nobody takes ({}): add it to `accept`, or make an alias of it",
                     refusal.reason()
                 ),
             };
-            return Err(mistake(&target.origin, text));
+            return Err(rule_error(&target.origin, text));
         }
         Ok(())
     }
 
-    fn check_postmaster(&self, mailbox: &Mailbox, origin: &Origin) -> Result<(), Mistake> {
+    fn check_postmaster(&self, mailbox: &Mailbox, origin: &SourceLine) -> Result<(), RuleError> {
         match self.find(mailbox, true) {
-            Found::Refused(refusal) => {
+            Match::NoMailbox(refusal) => {
                 let text = format!(
                     "nobody takes {mailbox} ({}), and `postmaster` must lead to a mailbox here: add it to `accept`",
                     refusal.reason()
                 );
-                Err(mistake(origin, text))
+                Err(rule_error(origin, text))
             }
             _ => Ok(()),
         }
     }
 
     /// No alias may go in circles, too deep, or to too many places.
-    fn check_steps(&self, order: &[Name]) -> Result<(), Mistake> {
+    fn check_steps(&self, order: &[AddressPattern]) -> Result<(), RuleError> {
         let mut depths = HashMap::new();
         for name in order {
-            self.depth(Found::Alias(&self.aliases[name], None), &mut Vec::new(), &mut depths)?;
+            self.depth(Match::Alias(&self.aliases[name], None), &mut Vec::new(), &mut depths)?;
         }
         for name in order {
             let alias = &self.aliases[name];
-            let mut walk = Walk { rules: self, via: Vec::new(), seen: HashSet::new(), deliveries: Vec::new() };
+            let mut walk = Expansion { rules: self, via: Vec::new(), seen: HashSet::new(), deliveries: Vec::new() };
             for target in &alias.targets {
                 // All targets were checked.
                 let _ = walk.go(&target.mailbox, self.follow(alias, target));
-                if walk.deliveries.len() > PLACES {
+                if walk.deliveries.len() > DESTINATION_LIMIT {
                     let text = format!(
-                        "the alias {name} leads to more than {PLACES} mailboxes: that is a mailing list, for a program \
-                         that keeps lists; {ELSEWHERE}"
+                        "the alias {name} leads to more than {DESTINATION_LIMIT} mailboxes: that is a mailing list, for a program \
+                         that keeps lists; {FORWARD_HINT}"
                     );
-                    return Err(mistake(&alias.origin, text));
+                    return Err(rule_error(&alias.origin, text));
                 }
             }
         }
@@ -870,20 +870,20 @@ impl Rules {
     /// So many steps lie between an address and its last mailbox; `depths`: those already known.
     fn depth(
         &self,
-        found: Found<'_>,
-        stack: &mut Vec<(Step, Option<Origin>)>,
+        found: Match<'_>,
+        stack: &mut Vec<(Step, Option<SourceLine>)>,
         depths: &mut HashMap<Step, usize>,
-    ) -> Result<usize, Mistake> {
+    ) -> Result<usize, RuleError> {
         let step = match &found {
-            Found::Alias(alias, _) => (Step::Alias(alias.name.clone()), Some(alias.origin.clone())),
-            Found::Postmaster(mailbox) => (Step::Postmaster(mailbox.clone()), None),
-            Found::Mailbox { .. } | Found::Refused(_) => return Ok(0),
+            Match::Alias(alias, _) => (Step::Alias(alias.name.clone()), Some(alias.origin.clone())),
+            Match::Postmaster(mailbox) => (Step::Postmaster(mailbox.clone()), None),
+            Match::Mailbox { .. } | Match::NoMailbox(_) => return Ok(0),
         };
-        let wrong = |from: usize, stack: &[(Step, Option<Origin>)], text: &str| {
+        let wrong = |from: usize, stack: &[(Step, Option<SourceLine>)], text: &str| {
             let steps = stack[from..].iter().chain([&step]).map(|(step, _)| step.to_string());
             let text = format!("{}: {text}", steps.collect::<Vec<_>>().join(" -> "));
             let origin = stack[from..].iter().chain([&step]).find_map(|(_, origin)| origin.as_ref());
-            origin.map(|origin| mistake(origin, text))
+            origin.map(|origin| rule_error(origin, text))
         };
         if let Some(from) = stack.iter().position(|(other, _)| *other == step.0)
             && let Some(mistake) = wrong(from, stack, "these aliases go in circles: let one of them lead to a mailbox")
@@ -891,8 +891,8 @@ impl Rules {
             return Err(mistake);
         }
         let known = depths.get(&step.0).copied();
-        if stack.len() + known.unwrap_or(1) > STEPS {
-            let text = format!("more than {STEPS} steps from alias to alias: name the mailboxes earlier");
+        if stack.len() + known.unwrap_or(1) > ALIAS_DEPTH_LIMIT {
+            let text = format!("more than {ALIAS_DEPTH_LIMIT} steps from alias to alias: name the mailboxes earlier");
             if let Some(mistake) = wrong(0, stack, &text) {
                 return Err(mistake);
             }
@@ -903,13 +903,13 @@ impl Rules {
         stack.push(step.clone());
         let mut deepest = 0;
         match found {
-            Found::Alias(alias, _) => {
+            Match::Alias(alias, _) => {
                 for target in &alias.targets {
                     deepest = deepest.max(self.depth(self.follow(alias, target), stack, depths)?);
                 }
             }
-            Found::Postmaster(mailbox) => deepest = self.depth(self.find(&mailbox, true), stack, depths)?,
-            Found::Mailbox { .. } | Found::Refused(_) => {}
+            Match::Postmaster(mailbox) => deepest = self.depth(self.find(&mailbox, true), stack, depths)?,
+            Match::Mailbox { .. } | Match::NoMailbox(_) => {}
         }
         stack.pop();
         depths.insert(step.0, deepest + 1);
@@ -917,12 +917,12 @@ impl Rules {
     }
 
     /// What `deliver` names must be a mailbox or a domain of ours.
-    fn check_routed(&self, name: &Name, origin: &Origin) -> Result<(), Mistake> {
+    fn check_routed(&self, name: &AddressPattern, origin: &SourceLine) -> Result<(), RuleError> {
         let Some(domain) = name.domain() else { return Ok(()) };
         let text = match (name, self.domain_aliases.get(domain)) {
             (_, Some(own)) => format!("{domain} is another name of {own} only: write {own}"),
-            (Name::Address(local, _), None) if self.serves(domain) => match self.look(local, domain, false) {
-                Found::Mailbox { local: base, .. } if base == *local => match self.alias_over(local, domain) {
+            (AddressPattern::Address(local, _), None) if self.serves(domain) => match self.look(local, domain, false) {
+                Match::Mailbox { local: base, .. } if base == *local => match self.alias_over(local, domain) {
                     None => return Ok(()),
                     Some(alias) => format!(
                         "{name} gets no mail, as an alias ({}) sends it elsewhere: write where it leads, or take one \
@@ -930,28 +930,28 @@ impl Rules {
                         alias.origin
                     ),
                 },
-                Found::Mailbox { local: base, .. } => format!(
+                Match::Mailbox { local: base, .. } => format!(
                     "{name} is a mailbox with a detail, which goes where the mailbox does: write {}",
-                    Name::address(&base, domain)
+                    AddressPattern::address(&base, domain)
                 ),
-                Found::Postmaster(to) => format!("mail for {name} goes to {to}: write that"),
-                Found::Alias(..) | Found::Refused(_) => format!(
+                Match::Postmaster(to) => format!("mail for {name} goes to {to}: write that"),
+                Match::Alias(..) | Match::NoMailbox(_) => format!(
                     "{name} is no mailbox of ours, and `deliver` is for mailboxes: add it to `accept`, or take this out"
                 ),
             },
             (_, None) if self.serves(domain) => return Ok(()),
             (_, None) => format!("{domain} is no domain of ours: add it to `accept`, or take this out"),
         };
-        Err(mistake(origin, text))
+        Err(rule_error(origin, text))
     }
 }
 
 /// The way out for mail that is to leave this machine, or to be more than delivered.
-pub const ELSEWHERE: &str = "take that alias out, accept the address itself, and hand it to the local mail server, such \
+pub const FORWARD_HINT: &str = "take that alias out, accept the address itself, and hand it to the local mail server, such \
                              as deliver = { \"info@example.org\" = \"smtp:127.0.0.1:25\" }";
 
-fn mistake(origin: &Origin, text: String) -> Mistake {
-    Mistake { origin: origin.clone(), text }
+fn rule_error(origin: &SourceLine, text: String) -> RuleError {
+    RuleError { origin: origin.clone(), text }
 }
 
 /// Whether a mailbox is this one; `local` is in lower case.
@@ -960,7 +960,7 @@ fn is(mailbox: &Mailbox, local: &str, domain: &Domain) -> bool {
 }
 
 /// Whether two addresses are one mailbox: local parts compare without case.
-pub fn same(one: &Mailbox, other: &Mailbox) -> bool {
+pub fn same_mailbox(one: &Mailbox, other: &Mailbox) -> bool {
     one.host() == other.host() && one.local().to_lowercase() == other.local().to_lowercase()
 }
 
@@ -971,17 +971,17 @@ pub fn address(local: &str, domain: &Domain) -> Option<Mailbox> {
 }
 
 /// The name of a mailbox's folder; safe as a name for anything.
-pub fn folder(local: &str) -> String {
+pub fn directory_name(local: &str) -> String {
     translated(&local.to_lowercase(), true)
 }
 
 /// The names of Maildir++ folders for a detail, the best first; none of them has a dot.
-fn folders(detail: &str) -> Vec<String> {
+fn folder_names(detail: &str) -> Vec<String> {
     let mut names = vec![translated(detail, false), translated(&detail.to_lowercase(), false)];
     names.dedup();
     // A stranger may not put mail where it is thrown away, and where no quota counts.
     let trash = |name: &String| name.eq_ignore_ascii_case("Trash");
-    names.retain(|name| (1..=FOLDER_LIMIT).contains(&name.len()) && !trash(name));
+    names.retain(|name| (1..=DIRECTORY_NAME_LIMIT).contains(&name.len()) && !trash(name));
     names
 }
 
@@ -1014,20 +1014,20 @@ mod tests {
 
     #[test]
     fn a_local_part_never_leaves_its_domain() {
-        assert_eq!(folder("Alice.B"), "alice.b");
-        assert_eq!(folder("user+detail"), "user+detail");
-        assert_eq!(folder("../x"), "%2E.%2Fx");
-        assert_eq!(folder("."), "%2E");
-        assert_eq!(folder(".."), "%2E.");
-        assert_eq!(folder("a/b c%"), "a%2Fb%20c%25");
-        assert_eq!(folder("JÜRGEN"), "jürgen");
-        assert_eq!(folder("\0"), "%00");
+        assert_eq!(directory_name("Alice.B"), "alice.b");
+        assert_eq!(directory_name("user+detail"), "user+detail");
+        assert_eq!(directory_name("../x"), "%2E.%2Fx");
+        assert_eq!(directory_name("."), "%2E");
+        assert_eq!(directory_name(".."), "%2E.");
+        assert_eq!(directory_name("a/b c%"), "a%2Fb%20c%25");
+        assert_eq!(directory_name("JÜRGEN"), "jürgen");
+        assert_eq!(directory_name("\0"), "%00");
     }
 
     #[test]
     fn the_folder_of_a_detail_keeps_its_case_and_has_no_levels() {
         fn check(detail: &str, expected: &[&str]) {
-            assert_eq!(folders(detail), expected, "{detail:?}");
+            assert_eq!(folder_names(detail), expected, "{detail:?}");
         }
         check("Lists", &["Lists", "lists"]);
         check("lists", &["lists"]);
@@ -1038,7 +1038,7 @@ mod tests {
         check("a.b", &["a%2Eb"]);
         check("\0", &["%00"]);
         check("Entwürfe", &["Entwürfe", "entwürfe"]);
-        check(&"x".repeat(FOLDER_LIMIT + 1), &[]);
+        check(&"x".repeat(DIRECTORY_NAME_LIMIT + 1), &[]);
     }
 
     fn domain(text: &str) -> Domain {
@@ -1046,19 +1046,19 @@ mod tests {
     }
 
     /// Whoever it is in two domains, in one of them with Maildirs of its own.
-    fn open() -> Rules {
-        let origin = Origin { file: Path::new("odmr.toml").into(), line: 1 };
+    fn open() -> RecipientRules {
+        let origin = SourceLine { file: Path::new("odmr.toml").into(), line: 1 };
         let (home, other) = (domain("example.org"), domain("example.com"));
-        Rules::new(Written {
+        RecipientRules::new(RuleInput {
             root: "/var/mail".into(),
             home: home.clone(),
-            accept: vec![(Name::Domain(home), origin.clone()), (Name::Domain(other.clone()), origin.clone())],
+            accept: vec![(AddressPattern::Domain(home), origin.clone()), (AddressPattern::Domain(other.clone()), origin.clone())],
             except: Vec::new(),
             aliases: Vec::new(),
             domain_aliases: Vec::new(),
             separators: "+-".to_owned(),
             postmaster: None,
-            routes: vec![(Some(Name::Domain(other)), Route::Maildir("/srv".into()), origin)],
+            routes: vec![(Some(AddressPattern::Domain(other)), Route::Maildir("/srv".into()), origin)],
         })
         .unwrap()
     }
@@ -1088,25 +1088,25 @@ mod tests {
 
     /// Checks that a name can do no harm as one component of a path.
     fn harmless(name: &str) -> bool {
-        !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\0']) && name.len() <= FOLDER_LIMIT
+        !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\0']) && name.len() <= DIRECTORY_NAME_LIMIT
     }
 
     proptest! {
         #[test]
         fn no_local_part_makes_a_path(local: String) {
-            let name = folder(&local);
+            let name = directory_name(&local);
             prop_assert!(!name.starts_with('.') && !name.contains('/') && !name.contains('\0'));
         }
 
         #[test]
         fn two_local_parts_have_two_folders(one in "[ -~]{1,8}", other in "[ -~]{1,8}") {
             let same = one.eq_ignore_ascii_case(&other);
-            prop_assert_eq!(folder(&one) == folder(&other), same);
+            prop_assert_eq!(directory_name(&one) == directory_name(&other), same);
         }
 
         #[test]
         fn no_detail_makes_a_path(detail: String) {
-            for name in folders(&detail) {
+            for name in folder_names(&detail) {
                 prop_assert!(harmless(&name) && !name.contains('.'), "{:?}", name);
             }
         }
@@ -1122,7 +1122,7 @@ mod tests {
             prop_assert!(rules.maildir_of(&mailbox).starts_with("/var/mail"));
             let Ok(deliveries) = rules.resolve(&ForwardPath::Mailbox(mailbox)) else { return Ok(()) };
             prop_assert_eq!(deliveries.len(), 1);
-            let Place::Maildir { path, folders } = &deliveries[0].place else {
+            let Destination::Maildir { path, folders } = &deliveries[0].destination else {
                 return Err(TestCaseError::fail("no Maildir"));
             };
             let below: Vec<_> = path.strip_prefix(root).unwrap().components().collect();

@@ -22,26 +22,26 @@ use std::iter::successors;
 use std::time::Duration;
 
 use crate::config::{Schedule, Times, Timetable, When};
-use crate::stamp::{Date, Day, Showing, Stamps};
+use crate::stamp::{Timestamp_, Day, Occurrence, Ids};
 
 /// One moment on both clocks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Now {
+pub struct Clocks {
     /// The clock on the wall, which may be set back and forth.
-    pub date: Date,
+    pub date: Timestamp_,
     /// A clock that only goes forward, since whatever moment. Where it goes on while the machine sleeps, a call that the
     /// sleep swallowed is made on waking; where it stands still, it is not made.
     pub ticks: Duration,
 }
 
 /// The calls to one provider: what became of the last one, and when the next one is due.
-pub struct Diary {
+pub struct CallTimer {
     schedule: Schedule,
-    stamps: Stamps,
+    stamps: Ids,
     /// Counts first: the pause after a failure, or a call at once. In ticks.
     until: Option<Duration>,
     /// From where the schedule counts: with `every` the last call's begin, with `at` its end.
-    since: Now,
+    since: Clocks,
     /// Drawn for the next call.
     jitter: Duration,
     /// Calls that failed, one after the other.
@@ -49,19 +49,19 @@ pub struct Diary {
 }
 
 /// Who asks at least so often misses no call. A minute would do; the rest is for a busy machine.
-const LATE: Duration = Duration::from_secs(120);
+const LATENESS_LIMIT: Duration = Duration::from_secs(120);
 
 /// As long as the clocks agree to so many seconds, the one on the wall has not been set.
-const STEADY: u64 = 60;
+const CLOCK_TOLERANCE: u64 = 60;
 
 /// Days to look for a call in: yesterday, whose last hour may be coming again, today, and two weeks, as all of a weekly
 /// window may lie in an hour that is left out.
-const HORIZON: usize = 16;
+const SEARCH_DAYS: usize = 16;
 
-impl Diary {
+impl CallTimer {
     /// No call has been made yet.
-    pub fn new(schedule: &Schedule, stamps: &Stamps, now: Now) -> Diary {
-        let mut diary = Diary {
+    pub fn new(schedule: &Schedule, stamps: &Ids, now: Clocks) -> CallTimer {
+        let mut diary = CallTimer {
             schedule: schedule.clone(),
             stamps: stamps.clone(),
             until: matches!(schedule.when, When::Every(_)).then_some(now.ticks),
@@ -74,7 +74,7 @@ impl Diary {
     }
 
     /// How long until the next call; zero: it is due. To be asked again once a minute, as the clock may be set.
-    pub fn left(&self, now: Now) -> Duration {
+    pub fn time_left(&self, now: Clocks) -> Duration {
         if let Some(until) = self.until {
             return until.saturating_sub(now.ticks);
         }
@@ -89,12 +89,12 @@ impl Diary {
     }
 
     /// When the next call is, as far as can be said now; for the log.
-    pub fn next(&self, now: Now) -> Date {
-        later(now.date, self.left(now))
+    pub fn next_call(&self, now: Clocks) -> Timestamp_ {
+        later(now.date, self.time_left(now))
     }
 
     /// A call has been made. That there was no mail is a success too (RFC 2645 section 5.2.1, 453).
-    pub fn called(&mut self, begun: Now, ended: Now, success: bool) {
+    pub fn call_ended(&mut self, begun: Clocks, ended: Clocks, success: bool) {
         if !success {
             let doubled = self.schedule.retry_first.saturating_mul(2_u32.saturating_pow(self.failures));
             let pause = doubled.min(self.schedule.retry_max);
@@ -108,60 +108,60 @@ impl Diary {
         self.since = match self.schedule.when {
             When::Every(_) => begun,
             // Even if the clock was set back a little meanwhile, the same moment is not called at twice.
-            When::At(_) => Now { date: begun.date.max(ended.date), ..ended },
+            When::At(_) => Clocks { date: begun.date.max(ended.date), ..ended },
         };
     }
 
     /// A pause after failures is over. If the call fails all the same, the next pause is longer: only a success says
     /// that all is well.
-    pub fn network_is_back(&mut self, now: Now) {
+    pub fn network_is_back(&mut self, now: Clocks) {
         if self.failures > 0 {
             self.until = Some(now.ticks);
         }
     }
 
     /// Behind this moment the timetable goes on.
-    fn after(&self, now: Now) -> Date {
+    fn after(&self, now: Clocks) -> Timestamp_ {
         let waited = now.ticks.saturating_sub(self.since.ticks);
-        if now.date.seconds().abs_diff(later(self.since.date, waited).seconds()) <= STEADY {
+        if now.date.seconds().abs_diff(later(self.since.date, waited).seconds()) <= CLOCK_TOLERANCE {
             // However late it is asked for: the caller had other things to do.
             return self.since.date;
         }
         // The clock was set, or stood still for the ticks while the machine slept. What it shows now is what counts,
         // and what has not been due just now was missed.
-        let back = waited.min(self.jitter + LATE);
-        Date::from_seconds(now.date.seconds().saturating_sub(seconds(back)))
+        let back = waited.min(self.jitter + LATENESS_LIMIT);
+        Timestamp_::from_seconds(now.date.seconds().saturating_sub(seconds(back)))
     }
 
     /// A time by chance, from zero to this, in milliseconds.
     fn up_to(&self, most: Duration) -> Duration {
         let most = u64::try_from(most.as_millis()).unwrap_or(u64::MAX);
-        Duration::from_millis(self.stamps.number() % most.saturating_add(1))
+        Duration::from_millis(self.stamps.random_number() % most.saturating_add(1))
     }
 }
 
 /// The first moment of the timetable after this one; the end of the calendar if there is none before it.
-pub fn first_after(timetable: &Timetable, after: Date) -> Date {
+pub fn first_after(timetable: &Timetable, after: Timestamp_) -> Timestamp_ {
     let today = timetable.zone.day(after);
-    let days = successors(Some(today.previous().unwrap_or(today)), |day| day.next()).take(HORIZON);
+    let days = successors(Some(today.previous().unwrap_or(today)), |day| day.next()).take(SEARCH_DAYS);
     let firsts = days.map(|day| calls(timetable, day).into_iter().filter(|call| *call > after).min());
     // Where the clock is put back over midnight, the day after may have the earlier call.
-    firsts.skip_while(Option::is_none).take(2).flatten().min().unwrap_or(Date::from_seconds(i64::MAX))
+    firsts.skip_while(Option::is_none).take(2).flatten().min().unwrap_or(Timestamp_::from_seconds(i64::MAX))
 }
 
 /// All calls of a day by the clock of the zone, in no order, some perhaps twice.
-fn calls(timetable: &Timetable, day: Day) -> Vec<Date> {
+fn calls(timetable: &Timetable, day: Day) -> Vec<Timestamp_> {
     let mut calls = Vec::new();
-    let showing = |minute: u16| timetable.zone.showing(day, minute);
-    for rule in timetable.rules.iter().filter(|rule| rule.days[day.weekday()]) {
+    let showing = |minute: u16| timetable.zone.occurrence(day, minute);
+    for rule in timetable.entries.iter().filter(|rule| rule.days[day.weekday()]) {
         match &rule.times {
             Times::At(minutes) => calls.extend(minutes.iter().filter_map(|minute| showing(*minute)).map(once)),
             Times::Every { from, to, step } => {
                 let minutes = (*from..*to).step_by(usize::from(*step));
                 minutes.filter_map(showing).for_each(|showing| match showing {
-                    Showing::Once(moment) => calls.push(moment),
-                    Showing::Twice(first, second) => calls.extend([first, second]),
-                    Showing::Never(_) => {}
+                    Occurrence::Once(moment) => calls.push(moment),
+                    Occurrence::Twice(first, second) => calls.extend([first, second]),
+                    Occurrence::Never(_) => {}
                 });
             }
         }
@@ -170,8 +170,8 @@ fn calls(timetable: &Timetable, day: Day) -> Vec<Date> {
 }
 
 /// Rounded up.
-fn later(date: Date, time: Duration) -> Date {
-    Date::from_seconds(date.seconds().saturating_add(seconds(time)))
+fn later(date: Timestamp_, time: Duration) -> Timestamp_ {
+    Timestamp_::from_seconds(date.seconds().saturating_add(seconds(time)))
 }
 
 /// Rounded up.
@@ -179,9 +179,9 @@ fn seconds(time: Duration) -> i64 {
     i64::try_from(time.as_millis().div_ceil(1000)).unwrap_or(i64::MAX)
 }
 
-fn once(showing: Showing) -> Date {
+fn once(showing: Occurrence) -> Timestamp_ {
     match showing {
-        Showing::Once(moment) | Showing::Twice(moment, _) | Showing::Never(moment) => moment,
+        Occurrence::Once(moment) | Occurrence::Twice(moment, _) | Occurrence::Never(moment) => moment,
     }
 }
 
@@ -203,35 +203,35 @@ mod tests {
     }
 
     /// Both clocks of a machine.
-    struct Machine(Now);
+    struct Machine(Clocks);
 
     impl Machine {
         fn at(text: &str) -> Machine {
-            Machine(Now { date: Date::parse_rfc3339(text).unwrap(), ticks: 1000 * HOUR })
+            Machine(Clocks { date: Timestamp_::parse_rfc3339(text).unwrap(), ticks: 1000 * HOUR })
         }
 
-        fn passes(&mut self, time: Duration) -> Now {
+        fn passes(&mut self, time: Duration) -> Clocks {
             self.set(seconds(time));
             self.0.ticks += time;
             self.0
         }
 
         /// Or sleeps.
-        fn set(&mut self, seconds: i64) -> Now {
-            self.0.date = Date::from_seconds(self.0.date.seconds() + seconds);
+        fn set(&mut self, seconds: i64) -> Clocks {
+            self.0.date = Timestamp_::from_seconds(self.0.date.seconds() + seconds);
             self.0
         }
 
-        fn calls(&mut self, diary: &mut Diary, time: Duration, success: bool) {
+        fn calls(&mut self, diary: &mut CallTimer, time: Duration, success: bool) {
             let begun = self.0;
             let ended = self.passes(time);
-            diary.called(begun, ended, success);
+            diary.call_ended(begun, ended, success);
         }
 
         /// Waits as the daemon does.
-        fn waits(&mut self, diary: &Diary) -> String {
+        fn waits(&mut self, diary: &CallTimer) -> String {
             loop {
-                match diary.left(self.0) {
+                match diary.time_left(self.0) {
                     Duration::ZERO => return self.0.date.rfc3339(),
                     left => self.passes(left.min(MINUTE)),
                 };
@@ -239,8 +239,8 @@ mod tests {
         }
     }
 
-    fn diary(text: &str, machine: &Machine) -> Diary {
-        Diary::new(&schedule(text), &Stamps::fixed(), machine.0)
+    fn diary(text: &str, machine: &Machine) -> CallTimer {
+        CallTimer::new(&schedule(text), &Ids::fixed(), machine.0)
     }
 
     /// Each file of `testdata/schedule`: what is written in `[schedule]`, and every call of one day.
@@ -286,15 +286,15 @@ mod tests {
     fn with_every_the_first_call_is_at_once_and_the_next_counts_from_its_start() {
         let mut machine = Machine::at("2026-01-02T03:04:05Z");
         let mut diary = diary("every = \"15m\"\njitter = \"none\"", &machine);
-        assert_eq!(diary.left(machine.0), Duration::ZERO);
+        assert_eq!(diary.time_left(machine.0), Duration::ZERO);
         machine.calls(&mut diary, MINUTE, true);
-        assert_eq!(diary.left(machine.0), 14 * MINUTE);
-        assert_eq!(diary.next(machine.0).rfc3339(), "2026-01-02T03:19:05Z");
+        assert_eq!(diary.time_left(machine.0), 14 * MINUTE);
+        assert_eq!(diary.next_call(machine.0).rfc3339(), "2026-01-02T03:19:05Z");
         // Setting the clock on the wall moves nothing.
-        assert_eq!(diary.left(machine.set(10_000)), 14 * MINUTE);
+        assert_eq!(diary.time_left(machine.set(10_000)), 14 * MINUTE);
         machine.passes(14 * MINUTE);
         machine.calls(&mut diary, HOUR, true);
-        assert_eq!(diary.left(machine.0), Duration::ZERO, "right behind one that took longer");
+        assert_eq!(diary.time_left(machine.0), Duration::ZERO, "right behind one that took longer");
     }
 
     #[test]
@@ -304,9 +304,9 @@ mod tests {
         let mut drawn = Vec::new();
         let mut diary = diary("every = \"15m\"\njitter = \"2ms\"", &machine);
         for _ in 0..4 {
-            diary.called(machine.0, machine.0, true);
-            assert_eq!(diary.left(machine.0), diary.left(machine.0));
-            drawn.push((diary.left(machine.0) - 15 * MINUTE).as_millis());
+            diary.call_ended(machine.0, machine.0, true);
+            assert_eq!(diary.time_left(machine.0), diary.time_left(machine.0));
+            drawn.push((diary.time_left(machine.0) - 15 * MINUTE).as_millis());
         }
         assert_eq!(drawn, [2, 0, 1, 2]);
     }
@@ -316,10 +316,10 @@ mod tests {
         let mut machine = Machine::at("2026-01-02T08:04:58Z");
         let diary = diary("at = [\"* every 5m\"]\nzone = \"UTC\"", &machine);
         let chance = Duration::from_millis(1);
-        assert_eq!(diary.left(machine.0), 2 * SECOND + chance);
-        assert_eq!(diary.left(machine.set(2)), chance);
-        assert_eq!(diary.left(machine.set(1)), Duration::ZERO);
-        assert_eq!(diary.next(machine.0), machine.0.date);
+        assert_eq!(diary.time_left(machine.0), 2 * SECOND + chance);
+        assert_eq!(diary.time_left(machine.set(2)), chance);
+        assert_eq!(diary.time_left(machine.set(1)), Duration::ZERO);
+        assert_eq!(diary.next_call(machine.0), machine.0.date);
     }
 
     #[test]
@@ -341,9 +341,9 @@ mod tests {
     fn with_at_a_caller_who_was_busy_misses_nothing() {
         let mut machine = Machine::at("2026-01-02T08:01:00Z");
         let diary = diary("at = [\"sun 03:30\"]\nzone = \"UTC\"", &machine);
-        assert_eq!(diary.next(machine.0).rfc3339(), "2026-01-04T03:30:01Z");
+        assert_eq!(diary.next_call(machine.0).rfc3339(), "2026-01-04T03:30:01Z");
         machine.passes(48 * HOUR);
-        assert_eq!(diary.left(machine.0), Duration::ZERO);
+        assert_eq!(diary.time_left(machine.0), Duration::ZERO);
     }
 
     #[test]
@@ -369,7 +369,7 @@ mod tests {
         let mut diary = diary(table, &machine);
         let begun = machine.0;
         machine.set(-20);
-        diary.called(begun, machine.0, true);
+        diary.call_ended(begun, machine.0, true);
         assert_eq!(machine.waits(&diary), "2026-01-02T09:30:00Z");
     }
 
@@ -379,8 +379,8 @@ mod tests {
         let diary = diary("at = [\"* 09:30\"]\nzone = \"UTC\"\njitter = \"none\"", &machine);
         machine.passes(30 * MINUTE);
         machine.set(60 * 60);
-        assert_eq!(diary.left(machine.passes(MINUTE)), Duration::ZERO, "09:31");
-        assert_eq!(diary.next(machine.passes(2 * MINUTE)).rfc3339(), "2026-01-03T09:30:00Z");
+        assert_eq!(diary.time_left(machine.passes(MINUTE)), Duration::ZERO, "09:31");
+        assert_eq!(diary.next_call(machine.passes(2 * MINUTE)).rfc3339(), "2026-01-03T09:30:00Z");
     }
 
     #[test]
@@ -390,14 +390,14 @@ mod tests {
             let mut diary = diary(&format!("{table}\nretry-max = \"5m\""), &machine);
             for minutes in [1, 2, 4, 5, 5] {
                 machine.calls(&mut diary, 10 * SECOND, false);
-                let pause = diary.left(machine.0);
+                let pause = diary.time_left(machine.0);
                 assert!(pause >= minutes * MINUTE && pause <= minutes * MINUTE * 11 / 10, "{pause:?}");
                 machine.passes(pause);
             }
             machine.calls(&mut diary, Duration::ZERO, true);
-            assert!(diary.left(machine.0) >= 15 * MINUTE, "by the schedule again");
+            assert!(diary.time_left(machine.0) >= 15 * MINUTE, "by the schedule again");
             machine.calls(&mut diary, Duration::ZERO, false);
-            assert!(diary.left(machine.0) < 2 * MINUTE, "from the beginning again");
+            assert!(diary.time_left(machine.0) < 2 * MINUTE, "from the beginning again");
         }
     }
 
@@ -406,26 +406,26 @@ mod tests {
         let mut machine = Machine::at("2026-01-02T03:04:05Z");
         let mut diary = diary("every = \"15m\"", &machine);
         machine.calls(&mut diary, SECOND, true);
-        let left = diary.left(machine.0);
+        let left = diary.time_left(machine.0);
         diary.network_is_back(machine.0);
-        assert_eq!(diary.left(machine.0), left, "there was no pause");
+        assert_eq!(diary.time_left(machine.0), left, "there was no pause");
         machine.calls(&mut diary, SECOND, false);
         machine.calls(&mut diary, SECOND, false);
-        assert!(diary.left(machine.0) >= 2 * MINUTE);
+        assert!(diary.time_left(machine.0) >= 2 * MINUTE);
         diary.network_is_back(machine.passes(SECOND));
-        assert_eq!(diary.left(machine.0), Duration::ZERO);
+        assert_eq!(diary.time_left(machine.0), Duration::ZERO);
         machine.calls(&mut diary, SECOND, false);
-        assert!(diary.left(machine.0) >= 4 * MINUTE, "routers announce themselves all the time");
+        assert!(diary.time_left(machine.0) >= 4 * MINUTE, "routers announce themselves all the time");
     }
 
     #[test]
     fn at_the_end_of_the_calendar_there_is_no_call_and_no_panic() {
-        for date in [Date::from_seconds(i64::MIN), Date::from_seconds(i64::MAX)] {
-            let mut machine = Machine(Now { date, ticks: Duration::ZERO });
+        for date in [Timestamp_::from_seconds(i64::MIN), Timestamp_::from_seconds(i64::MAX)] {
+            let mut machine = Machine(Clocks { date, ticks: Duration::ZERO });
             let mut diary = diary("at = [\"* 02:30\", \"mon every 7h\"]\nzone = \"UTC\"", &machine);
-            let _ = diary.next(machine.0);
+            let _ = diary.next_call(machine.0);
             machine.calls(&mut diary, SECOND, true);
-            let _ = diary.next(machine.0);
+            let _ = diary.next_call(machine.0);
         }
     }
 
@@ -434,8 +434,8 @@ mod tests {
         let check = |zone: &str, rules: &str, day: &str, wanted: &[&str]| {
             let schedule = schedule(&format!("at = {rules}\nzone = {zone:?}"));
             let When::At(timetable) = schedule.when else { panic!("a timetable") };
-            let noon = Date::parse_rfc3339(&format!("{day}T12:00:00Z")).unwrap();
-            let next = |after: &Date| Some(first_after(&timetable, *after));
+            let noon = Timestamp_::parse_rfc3339(&format!("{day}T12:00:00Z")).unwrap();
+            let next = |after: &Timestamp_| Some(first_after(&timetable, *after));
             let calls = successors(next(&noon), next).map(|call| timetable.zone.rfc3339(call));
             assert_eq!(calls.take(wanted.len()).collect::<Vec<_>>(), wanted);
         };
@@ -490,7 +490,7 @@ mod tests {
 
     /// What the clock shows in one minute.
     struct Shown {
-        moment: Date,
+        moment: Timestamp_,
         text: String,
         weekday: usize,
         /// No minute before showed the same.
@@ -501,12 +501,12 @@ mod tests {
     fn minutes_shown(zone: usize, change: usize) -> &'static [Shown] {
         static SHOWN: [[OnceLock<Vec<Shown>>; 2]; 5] = [const { [const { OnceLock::new() }; 2] }; 5];
         SHOWN[zone][change].get_or_init(|| {
-            let year = Date::parse_rfc3339("2026-01-01T00:00:00Z").unwrap();
+            let year = Timestamp_::parse_rfc3339("2026-01-01T00:00:00Z").unwrap();
             let from = year.seconds() + (CHANGES[zone][change] - 1) * 24 * 60 * 60;
             let zone = Zone::parse(ZONES[zone]).unwrap();
             let mut shown: Vec<Shown> = Vec::new();
             for minute in 0..10 * 24 * 60 {
-                let moment = Date::from_seconds(from + 60 * minute);
+                let moment = Timestamp_::from_seconds(from + 60 * minute);
                 let text = zone.rfc3339(moment)[..16].to_owned();
                 let recent = &shown[shown.len().saturating_sub(120)..];
                 let first = recent.iter().all(|other| other.text != text);
@@ -520,7 +520,7 @@ mod tests {
     fn is_call(timetable: &Timetable, shown: &[Shown], at: usize) -> bool {
         let Shown { text, weekday, first, .. } = &shown[at];
         let minute = |text: &str| text[11..13].parse::<u16>().unwrap() * 60 + text[14..16].parse::<u16>().unwrap();
-        timetable.rules.iter().any(|rule| match &rule.times {
+        timetable.entries.iter().any(|rule| match &rule.times {
             Times::Every { from, to, step } => {
                 let minute = minute(text);
                 rule.days[*weekday] && (*from..*to).contains(&minute) && (minute - from).is_multiple_of(*step)
@@ -580,7 +580,7 @@ mod tests {
             let Ok(schedule) = toml::from_str::<Schedule>(&table) else { return Ok(()) };
             let When::At(timetable) = schedule.when else { unreachable!() };
             let shown = minutes_shown(zone, change);
-            let after = Date::from_seconds(shown[12 * 60].moment.seconds() + second);
+            let after = Timestamp_::from_seconds(shown[12 * 60].moment.seconds() + second);
             let wanted = (0..shown.len()).find(|&at| shown[at].moment > after && is_call(&timetable, shown, at));
             let found = first_after(&timetable, after);
             match wanted {

@@ -15,38 +15,38 @@ use std::time::{Duration, Instant};
 use crate::config::{Limits, Timeouts};
 use crate::smtp::address::Domain;
 use crate::smtp::command::Verb;
-use crate::smtp::content::{Chunks, Headers, Unstuffer};
+use crate::smtp::content::{BdatDecoder, ReceivedCounter, Unstuffer};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Host, Server, Step, too_big};
-use crate::tls::ServerSide;
-use crate::wire::{Filled, Line, Stop, Wire, Woken};
+use crate::smtp::server::{ServerHandler, Server, ServerStep_, message_too_large};
+use crate::tls::ServerTls;
+use crate::wire::{Filled, Line, CancelToken, Connection, WaitResult};
 
 /// RFC 4954 section 4 asks for 12288 octets in an AUTH exchange, more than any other command needs.
-const LINE_LIMIT: usize = 12 * 1024 + 512;
+const COMMAND_LINE_LIMIT: usize = 12 * 1024 + 512;
 
 /// Octets without a line end before the connection is closed.
-const SWALLOW_LIMIT: usize = 1 << 20;
+const UNTERMINATED_LINE_LIMIT: usize = 1 << 20;
 
 /// Content must come at least this fast: so many octets within the time for one command.
-const BLOCK: usize = 64 * 1024;
+const CONTENT_BLOCK: usize = 64 * 1024;
 
 /// How long the last words may take.
-const FAREWELL: Duration = Duration::from_secs(5);
+const LAST_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What only the party behind the listener can do.
-pub trait Party: Host {
+pub trait SessionHandler: ServerHandler {
     /// Whether it may have to wait for others before it answers: then what was said before goes out first, as somebody
     /// waits for that.
-    fn waits(&self) -> bool {
+    fn may_wait(&self) -> bool {
         false
     }
 
     /// Begins to take the content of the server's transaction; `peer` and `secure` are for `Received`.
-    fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply>;
+    fn receive_message(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn MessageSink>, Reply>;
 }
 
 /// Where one message's content goes. Dropped before its commit it leaves nothing.
-pub trait Intake: Send {
+pub trait MessageSink: Send {
     fn write(&mut self, octets: &[u8]) -> io::Result<()>;
     /// Makes the message durable; the reply says by which id it is known.
     fn commit(self: Box<Self>) -> io::Result<Reply>;
@@ -54,7 +54,7 @@ pub trait Intake: Send {
 
 /// How long a session may take, how far it may go, and how it is stopped.
 #[derive(Clone)]
-pub struct Bounds {
+pub struct SessionLimits {
     /// For one command, and for 64 KiB of content.
     pub command: Duration,
     pub handshake: Duration,
@@ -63,41 +63,41 @@ pub struct Bounds {
     /// `Received` fields before a message is taken for a loop (RFC 5321 section 6.3).
     pub hops: usize,
     /// Ends the session between two commands.
-    pub stop: Stop,
+    pub cancel: CancelToken,
     /// Ends it at once.
-    pub halt: Stop,
+    pub abort: CancelToken,
 }
 
-impl Bounds {
+impl SessionLimits {
     /// As the configuration says, for a session before any turn.
-    pub fn new(timeouts: &Timeouts, limits: &Limits, stop: &Stop, halt: &Stop) -> Bounds {
-        Bounds {
+    pub fn new(timeouts: &Timeouts, limits: &Limits, stop: &CancelToken, halt: &CancelToken) -> SessionLimits {
+        SessionLimits {
             command: timeouts.command,
             handshake: timeouts.handshake,
             session: timeouts.session,
             hops: limits.received_hops,
-            stop: stop.clone(),
-            halt: halt.clone(),
+            cancel: stop.clone(),
+            abort: halt.clone(),
         }
     }
 }
 
 /// A session.
-pub struct Session {
-    pub wire: Wire,
+pub struct ServerSession {
+    pub connection: Connection,
     pub server: Server,
     /// The client's address as a literal, `[192.0.2.1]`.
     pub peer: String,
-    bounds: Bounds,
-    tls: Option<ServerSide>,
+    limits: SessionLimits,
+    tls: Option<ServerTls>,
     deadline: Instant,
     /// A message that comes in chunks (RFC 3030).
-    chunks: Option<(Chunks, Taking)>,
+    chunks: Option<(BdatDecoder, ContentReceiver)>,
 }
 
 /// Why [`Session::run`] has returned.
 #[derive(Debug)]
-pub enum End {
+pub enum SessionEnd {
     /// ATRN with these domains; none: all. Go on with `run` after any reply but 250.
     Atrn(Vec<Domain>),
     /// The client said QUIT and was answered.
@@ -107,67 +107,67 @@ pub enum End {
 }
 
 /// For the log.
-impl fmt::Display for End {
+impl fmt::Display for SessionEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            End::Atrn(_) => f.write_str("ATRN"),
-            End::Quit => f.write_str("quit"),
-            End::Closed(why) => f.write_str(why),
+            SessionEnd::Atrn(_) => f.write_str("ATRN"),
+            SessionEnd::Quit => f.write_str("quit"),
+            SessionEnd::Closed(why) => f.write_str(why),
         }
     }
 }
 
 /// The session cannot go on.
-struct Gone(String);
+struct ConnectionClosed(String);
 
-impl From<io::Error> for Gone {
-    fn from(error: io::Error) -> Gone {
-        Gone(error.to_string())
+impl From<io::Error> for ConnectionClosed {
+    fn from(error: io::Error) -> ConnectionClosed {
+        ConnectionClosed(error.to_string())
     }
 }
 
-impl Session {
+impl ServerSession {
     /// `tls`: for STARTTLS, where the server offers it.
-    pub fn new(wire: Wire, server: Server, peer: String, tls: Option<ServerSide>, bounds: Bounds) -> Session {
+    pub fn new(wire: Connection, server: Server, peer: String, tls: Option<ServerTls>, bounds: SessionLimits) -> ServerSession {
         let deadline = Instant::now() + bounds.session;
-        Session { wire, server, peer, bounds, tls, deadline, chunks: None }
+        ServerSession { connection: wire, server, peer, limits: bounds, tls, deadline, chunks: None }
     }
 
     /// Says the greeting.
     pub fn greet(&mut self) {
         let greeting = self.server.greeting();
-        self.say(&greeting);
+        self.reply(&greeting);
     }
 
     /// Lines up a reply.
-    pub fn say(&mut self, reply: &Reply) {
+    pub fn reply(&mut self, reply: &Reply) {
         let mut octets = Vec::new();
         reply.write_to(&mut octets);
         for line in octets.split_inclusive(|octet| *octet == b'\n') {
-            self.wire.trace.said(line.trim_ascii_end());
+            self.connection.trace.sent(line.trim_ascii_end());
         }
-        self.wire.say(&octets);
+        self.connection.send(&octets);
     }
 
     /// Serves until the end, or ATRN.
-    pub fn run(&mut self, party: &mut dyn Party) -> End {
+    pub fn run(&mut self, party: &mut dyn SessionHandler) -> SessionEnd {
         match self.serve(party) {
             Ok(end) => end,
-            Err(Gone(why)) => End::Closed(why),
+            Err(ConnectionClosed(why)) => SessionEnd::Closed(why),
         }
     }
 
     /// Sends what is left to say, and closes.
     pub fn close(mut self) {
-        let _ = self.wire.flush_all(Instant::now() + FAREWELL);
-        self.wire.shutdown();
+        let _ = self.connection.flush_all(Instant::now() + LAST_REPLY_TIMEOUT);
+        self.connection.shutdown();
     }
 
-    fn serve(&mut self, party: &mut dyn Party) -> Result<End, Gone> {
+    fn serve(&mut self, party: &mut dyn SessionHandler) -> Result<SessionEnd, ConnectionClosed> {
         loop {
-            let step = match self.line()? {
+            let step = match self.read_line()? {
                 Some(line) => {
-                    self.hear(&line);
+                    self.trace_command(&line);
                     self.flush_before(party);
                     self.server.line(&line, party)
                 }
@@ -177,83 +177,83 @@ impl Session {
                 self.chunks = None;
             }
             match step {
-                Step::Reply(reply) => {
-                    self.note(&reply);
-                    self.say(&reply);
+                ServerStep_::Reply(reply) => {
+                    self.log_reply(&reply);
+                    self.reply(&reply);
                 }
-                Step::Close(reply) => {
-                    self.say(&reply);
-                    return Ok(if reply.is_positive() { End::Quit } else { End::Closed(reply.to_string()) });
+                ServerStep_::Close(reply) => {
+                    self.reply(&reply);
+                    return Ok(if reply.is_positive() { SessionEnd::Quit } else { SessionEnd::Closed(reply.to_string()) });
                 }
-                Step::StartTls(reply) => self.start_tls(&reply)?,
-                Step::Data(go_ahead) => self.data(&go_ahead, party)?,
-                Step::Chunk { size, last: _, refused: Some(reply) } => {
+                ServerStep_::StartTls(reply) => self.start_tls(&reply)?,
+                ServerStep_::Data(go_ahead) => self.data(&go_ahead, party)?,
+                ServerStep_::Chunk { size, last: _, refused: Some(reply) } => {
                     self.skip(size)?;
-                    self.say(&reply);
+                    self.reply(&reply);
                 }
-                Step::Chunk { size, last, refused: None } => self.chunk(size, last, party)?,
-                Step::Atrn(domains) => return Ok(End::Atrn(domains)),
+                ServerStep_::Chunk { size, last, refused: None } => self.chunk(size, last, party)?,
+                ServerStep_::Atrn(domains) => return Ok(SessionEnd::Atrn(domains)),
             }
         }
     }
 
-    fn flush_before(&mut self, party: &dyn Party) {
-        if party.waits() {
+    fn flush_before(&mut self, party: &dyn SessionHandler) {
+        if party.may_wait() {
             // What is wrong with the connection is found out when it is waited for.
-            let _ = self.wire.flush();
+            let _ = self.connection.flush();
         }
     }
 
     /// The next line; `None`: it was too long.
-    fn line(&mut self) -> Result<Option<Vec<u8>>, Gone> {
-        let deadline = self.deadline.min(Instant::now() + self.bounds.command);
+    fn read_line(&mut self) -> Result<Option<Vec<u8>>, ConnectionClosed> {
+        let deadline = self.deadline.min(Instant::now() + self.limits.command);
         loop {
             // Before any line is looked for: a hello may have line ends in it.
-            if self.wire.secure().is_none() && self.wire.received().starts_with(&[0x16, 0x03]) {
-                self.say(&Reply::new(421, "4.7.0", "TLS begins with STARTTLS on this port"));
-                return Err(Gone("a TLS hello on a clear port".to_owned()));
+            if self.connection.secure().is_none() && self.connection.received().starts_with(&[0x16, 0x03]) {
+                self.reply(&Reply::new(421, "4.7.0", "TLS begins with STARTTLS on this port"));
+                return Err(ConnectionClosed("a TLS hello on a clear port".to_owned()));
             }
-            match self.wire.take_line(LINE_LIMIT) {
+            match self.connection.take_line(COMMAND_LINE_LIMIT) {
                 Line::Whole(line) => return Ok(Some(line)),
                 Line::TooLong => return Ok(None),
                 Line::None => {}
             }
-            if self.wire.swallowed() > SWALLOW_LIMIT {
-                self.say(&Reply::new(421, "4.7.0", "Too much without a line end"));
-                return Err(Gone("too much without a line end".to_owned()));
+            if self.connection.swallowed() > UNTERMINATED_LINE_LIMIT {
+                self.reply(&Reply::new(421, "4.7.0", "Too much without a line end"));
+                return Err(ConnectionClosed("too much without a line end".to_owned()));
             }
-            let stop = self.bounds.stop.clone();
-            self.await_octets(deadline, &stop)?;
+            let stop = self.limits.cancel.clone();
+            self.wait_for_input(deadline, &stop)?;
         }
     }
 
     /// Waits for octets, and says why no more will come.
-    fn await_octets(&mut self, deadline: Instant, stop: &Stop) -> Result<(), Gone> {
+    fn wait_for_input(&mut self, deadline: Instant, stop: &CancelToken) -> Result<(), ConnectionClosed> {
         // Who does not read his replies is not read either.
-        if self.wire.unsent() > BLOCK {
-            self.wire.flush_all(deadline)?;
+        if self.connection.unsent() > CONTENT_BLOCK {
+            self.connection.flush_all(deadline)?;
         }
-        match self.wire.wait_input(deadline, stop)? {
-            Woken::Ready => {}
-            Woken::Deadline => {
+        match self.connection.wait_input(deadline, stop)? {
+            WaitResult::Ready => {}
+            WaitResult::Deadline => {
                 // RFC 5321 section 3.8.
-                self.say(&Reply::new(421, "4.4.2", "Timeout, closing connection"));
-                return Err(Gone("timeout".to_owned()));
+                self.reply(&Reply::new(421, "4.4.2", "Timeout, closing connection"));
+                return Err(ConnectionClosed("timeout".to_owned()));
             }
-            Woken::Stopped => {
-                self.say(&Reply::new(421, "4.3.2", "Service shutting down, try again later"));
-                return Err(Gone("shutting down".to_owned()));
+            WaitResult::Cancelled => {
+                self.reply(&Reply::new(421, "4.3.2", "Service shutting down, try again later"));
+                return Err(ConnectionClosed("shutting down".to_owned()));
             }
         }
-        match self.wire.fill()? {
+        match self.connection.fill()? {
             Filled::Bytes(_) | Filled::Nothing => Ok(()),
-            Filled::End => Err(Gone("the client closed the connection".to_owned())),
+            Filled::End => Err(ConnectionClosed("the client closed the connection".to_owned())),
         }
     }
 
     /// Logs a command; secrets are blanked.
-    fn hear(&self, line: &[u8]) {
-        if !self.wire.trace.enabled() {
+    fn trace_command(&self, line: &[u8]) {
+        if !self.connection.trace.enabled() {
             return;
         }
         // On port 366 a line that is no command may be a secret that came at the wrong time.
@@ -271,12 +271,12 @@ impl Session {
             (false, false, _) if odmr && !known => b"***",
             _ => line,
         };
-        self.wire.trace.heard(shown);
+        self.connection.trace.received(shown);
     }
 
     /// What an administrator wants to see of the replies.
-    fn note(&self, reply: &Reply) {
-        let (session, peer) = (&self.wire.trace.id, &self.peer);
+    fn log_reply(&self, reply: &Reply) {
+        let (session, peer) = (&self.connection.trace.id, &self.peer);
         match reply.code() {
             235 => log::info!(
                 "event=authenticated session={session} peer={peer} account={}",
@@ -288,74 +288,74 @@ impl Session {
     }
 
     /// RFC 3207.
-    fn start_tls(&mut self, go_ahead: &Reply) -> Result<(), Gone> {
+    fn start_tls(&mut self, go_ahead: &Reply) -> Result<(), ConnectionClosed> {
         let Some(side) = self.tls.clone() else {
-            self.say(&Reply::new(454, "4.7.0", "TLS is not available now"));
+            self.reply(&Reply::new(454, "4.7.0", "TLS is not available now"));
             return Ok(());
         };
         // What came behind the command came in clear, and whoever put it there was not the client we
         // shall know by TLS (RFC 3207 section 6, CVE-2011-0411).
-        if !self.wire.received().is_empty() {
-            return Err(Gone("octets behind STARTTLS".to_owned()));
+        if !self.connection.received().is_empty() {
+            return Err(ConnectionClosed("octets behind STARTTLS".to_owned()));
         }
-        self.say(go_ahead);
-        self.wire.start_tls_server(&side, Instant::now() + self.bounds.handshake)?;
-        self.wire.trace.event("tls");
-        self.server.secured();
+        self.reply(go_ahead);
+        self.connection.start_tls_server(&side, Instant::now() + self.limits.handshake)?;
+        self.connection.trace.event("tls");
+        self.server.tls_started();
         Ok(())
     }
 
-    fn data(&mut self, go_ahead: &Reply, party: &mut dyn Party) -> Result<(), Gone> {
-        let mut taking = match self.begin(party) {
+    fn data(&mut self, go_ahead: &Reply, party: &mut dyn SessionHandler) -> Result<(), ConnectionClosed> {
+        let mut taking = match self.open_sink(party) {
             Ok(taking) => taking,
             Err(reply) => {
-                self.server.done();
-                self.note(&reply);
-                self.say(&reply);
+                self.server.end_transaction();
+                self.log_reply(&reply);
+                self.reply(&reply);
                 return Ok(());
             }
         };
-        self.say(go_ahead);
+        self.reply(go_ahead);
         let mut content = Unstuffer::new();
-        let mut octets = Vec::with_capacity(BLOCK);
-        let mut pace = Pace::new(&self.bounds, self.deadline);
+        let mut octets = Vec::with_capacity(CONTENT_BLOCK);
+        let mut pace = TransferDeadline::new(&self.limits, self.deadline);
         loop {
             octets.clear();
-            let fed = content.feed(self.wire.received(), &mut octets);
-            self.wire.consume(fed.used);
+            let fed = content.feed(self.connection.received(), &mut octets);
+            self.connection.consume(fed.used);
             taking.write(&octets, content.size());
             if fed.end {
                 break;
             }
             if content.size() > self.server.max_size().saturating_mul(2).max(1 << 26) {
-                self.say(&too_big(self.server.max_size()));
-                return Err(Gone("far more content than permitted".to_owned()));
+                self.reply(&message_too_large(self.server.max_size()));
+                return Err(ConnectionClosed("far more content than permitted".to_owned()));
             }
-            let halt = self.bounds.halt.clone();
-            self.await_octets(pace.after(fed.used), &halt)?;
+            let halt = self.limits.abort.clone();
+            self.wait_for_input(pace.after(fed.used), &halt)?;
         }
         self.flush_before(party);
-        self.finish(taking, content.bare());
+        self.finish_message(taking, content.bare());
         Ok(())
     }
 
     /// One chunk (RFC 3030 section 2): exactly `size` octets.
-    fn chunk(&mut self, size: u64, last: bool, party: &mut dyn Party) -> Result<(), Gone> {
+    fn chunk(&mut self, size: u64, last: bool, party: &mut dyn SessionHandler) -> Result<(), ConnectionClosed> {
         let (mut content, mut taking) = match self.chunks.take() {
             Some(begun) => begun,
-            None => match self.begin(party) {
-                Ok(taking) => (Chunks::new(), taking),
+            None => match self.open_sink(party) {
+                Ok(taking) => (BdatDecoder::new(), taking),
                 Err(reply) => {
-                    self.server.chunk_refused(last);
-                    self.note(&reply);
+                    self.server.chunk_rejected(last);
+                    self.log_reply(&reply);
                     self.skip(size)?;
-                    self.say(&reply);
+                    self.reply(&reply);
                     return Ok(());
                 }
             },
         };
-        let mut octets = Vec::with_capacity(BLOCK);
-        self.octets(size, |piece| {
+        let mut octets = Vec::with_capacity(CONTENT_BLOCK);
+        self.read_exact(size, |piece| {
             octets.clear();
             content.feed(piece, &mut octets);
             taking.write(&octets, content.size());
@@ -365,82 +365,82 @@ impl Session {
             content.finish(&mut octets);
             taking.write(&octets, content.size());
             self.flush_before(party);
-            self.finish(taking, content.bare());
-        } else if let Err(reply) = taking.intake {
-            self.server.chunk_refused(last);
-            self.note(&reply);
-            self.say(&reply);
+            self.finish_message(taking, content.bare());
+        } else if let Err(reply) = taking.sink {
+            self.server.chunk_rejected(last);
+            self.log_reply(&reply);
+            self.reply(&reply);
         } else {
-            self.say(&Reply::new(250, "2.0.0", format!("{size} octets received")));
+            self.reply(&Reply::new(250, "2.0.0", format!("{size} octets received")));
             self.chunks = Some((content, taking));
         }
         Ok(())
     }
 
-    fn skip(&mut self, size: u64) -> Result<(), Gone> {
-        self.octets(size, |_| {})
+    fn skip(&mut self, size: u64) -> Result<(), ConnectionClosed> {
+        self.read_exact(size, |_| {})
     }
 
     /// Reads exactly so many octets, piece by piece.
-    fn octets(&mut self, size: u64, mut each: impl FnMut(&[u8])) -> Result<(), Gone> {
+    fn read_exact(&mut self, size: u64, mut each: impl FnMut(&[u8])) -> Result<(), ConnectionClosed> {
         let mut left = size;
-        let mut pace = Pace::new(&self.bounds, self.deadline);
+        let mut pace = TransferDeadline::new(&self.limits, self.deadline);
         while left > 0 {
-            let received = self.wire.received();
+            let received = self.connection.received();
             let piece = received.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             each(&received[..piece]);
-            self.wire.consume(piece);
+            self.connection.consume(piece);
             left -= piece as u64;
             if left > 0 {
-                let halt = self.bounds.halt.clone();
-                self.await_octets(pace.after(piece), &halt)?;
+                let halt = self.limits.abort.clone();
+                self.wait_for_input(pace.after(piece), &halt)?;
             }
         }
         Ok(())
     }
 
-    fn begin(&mut self, party: &mut dyn Party) -> Result<Taking, Reply> {
-        let secure = self.wire.secure().map(|secure| format!("{} {}", secure.version, secure.cipher));
-        let intake = party.intake(&self.server, &self.peer, secure.as_deref())?;
+    fn open_sink(&mut self, party: &mut dyn SessionHandler) -> Result<ContentReceiver, Reply> {
+        let secure = self.connection.secure().map(|secure| format!("{} {}", secure.version, secure.cipher));
+        let intake = party.receive_message(&self.server, &self.peer, secure.as_deref())?;
         let limit = self.server.max_size();
-        Ok(Taking { intake: Ok(intake), headers: Headers::new(), limit })
+        Ok(ContentReceiver { sink: Ok(intake), headers: ReceivedCounter::new(), limit })
     }
 
     /// All content is there: take it or refuse it, in either case for good.
-    fn finish(&mut self, taking: Taking, bare: bool) {
-        let reply = taking.finish(bare, self.bounds.hops);
+    fn finish_message(&mut self, taking: ContentReceiver, bare: bool) {
+        let reply = taking.finish(bare, self.limits.hops);
         if reply.is_positive() {
-            let (session, peer) = (&self.wire.trace.id, &self.peer);
+            let (session, peer) = (&self.connection.trace.id, &self.peer);
             log::info!("event=accepted session={session} peer={peer} reply={:?}", reply.to_string());
         } else {
-            self.note(&reply);
+            self.log_reply(&reply);
         }
-        self.say(&reply);
-        self.server.done();
+        self.reply(&reply);
+        self.server.end_transaction();
     }
 }
 
 /// Content on its way to the party; a refusal is kept until the client has said everything.
-struct Taking {
-    intake: Result<Box<dyn Intake>, Reply>,
-    headers: Headers,
+struct ContentReceiver {
+    sink: Result<Box<dyn MessageSink>, Reply>,
+    headers: ReceivedCounter,
     limit: u64,
 }
 
-impl Taking {
+impl ContentReceiver {
     /// `size`: octets on the wire so far.
     fn write(&mut self, octets: &[u8], size: u64) {
-        let Ok(intake) = &mut self.intake else { return };
+        let Ok(intake) = &mut self.sink else { return };
         self.headers.feed(octets);
         if size > self.limit {
-            self.intake = Err(too_big(self.limit));
+            self.sink = Err(message_too_large(self.limit));
         } else if let Err(error) = intake.write(octets) {
-            self.intake = Err(storage_reply(&error));
+            self.sink = Err(storage_failure_reply(&error));
         }
     }
 
     fn finish(self, bare: bool, hops: usize) -> Reply {
-        let intake = match self.intake {
+        let intake = match self.sink {
             Ok(intake) => intake,
             Err(reply) => return reply,
         };
@@ -452,20 +452,20 @@ impl Taking {
         if self.headers.received() > hops {
             return Reply::new(554, "5.4.6", "Too many hops: this message goes in circles");
         }
-        intake.commit().unwrap_or_else(|error| storage_reply(&error))
+        intake.commit().unwrap_or_else(|error| storage_failure_reply(&error))
     }
 }
 
 /// RFC 1870 section 6.1: refused before it is sent, where that can be foreseen.
-pub fn disk_full() -> Reply {
+pub fn disk_full_reply() -> Reply {
     Reply::new(452, "4.3.1", "The disk is full, try again later")
 }
 
 /// What a failure of the disk means for the client (RFC 1870 section 6.1, RFC 3463 section 3.4).
-pub fn storage_reply(error: &io::Error) -> Reply {
+pub fn storage_failure_reply(error: &io::Error) -> Reply {
     log::error!("event=storage-failed error={:?}", error.to_string());
     match error.kind() {
-        io::ErrorKind::StorageFull => disk_full(),
+        io::ErrorKind::StorageFull => disk_full_reply(),
         io::ErrorKind::QuotaExceeded => Reply::new(452, "4.2.2", "The quota is used up, try again later"),
         io::ErrorKind::InvalidInput => Reply::new(452, "4.5.3", "Too many recipients: send it in several transactions"),
         _ => Reply::new(451, "4.3.0", "The message could not be stored, try again later"),
@@ -473,7 +473,7 @@ pub fn storage_reply(error: &io::Error) -> Reply {
 }
 
 /// An address as SMTP writes it (RFC 5321 section 4.1.3).
-pub fn literal(address: IpAddr) -> String {
+pub fn address_literal(address: IpAddr) -> String {
     match address.to_canonical() {
         IpAddr::V4(address) => format!("[{address}]"),
         IpAddr::V6(address) => format!("[IPv6:{address}]"),
@@ -481,22 +481,22 @@ pub fn literal(address: IpAddr) -> String {
 }
 
 /// How fast content must come: a deadline for each block of it, so that a trickle does not last for ever.
-struct Pace {
+struct TransferDeadline {
     block: Duration,
     session: Instant,
     deadline: Instant,
     octets: usize,
 }
 
-impl Pace {
-    fn new(bounds: &Bounds, session: Instant) -> Pace {
-        Pace { block: bounds.command, session, deadline: Instant::now() + bounds.command, octets: 0 }
+impl TransferDeadline {
+    fn new(bounds: &SessionLimits, session: Instant) -> TransferDeadline {
+        TransferDeadline { block: bounds.command, session, deadline: Instant::now() + bounds.command, octets: 0 }
     }
 
     /// The deadline after so many octets more.
     fn after(&mut self, octets: usize) -> Instant {
         self.octets += octets;
-        if self.octets >= BLOCK {
+        if self.octets >= CONTENT_BLOCK {
             self.octets = 0;
             self.deadline = Instant::now() + self.block;
         }

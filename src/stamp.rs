@@ -16,21 +16,21 @@ use jiff::tz::{AmbiguousOffset, Offset, TimeZone};
 
 /// The source of times and of names that never repeat. A clone is the same source.
 #[derive(Clone)]
-pub struct Stamps {
+pub struct Ids {
     source: Arc<Source>,
 }
 
-impl Stamps {
+impl Ids {
     /// The clock and the process id of this machine, and `random`, which must fill the whole slice with
     /// octets nobody can guess.
-    pub fn system(random: fn(&mut [u8])) -> Stamps {
-        Stamps::from(Source::System { random, last: AtomicU64::new(0), files: AtomicU64::new(0) })
+    pub fn system(random: fn(&mut [u8])) -> Ids {
+        Ids::from(Source::System { random, last: AtomicU64::new(0), files: AtomicU64::new(0) })
     }
 
     /// For tests: the clock stands at 2026-01-02T03:04:05Z; ids, file names, challenges and numbers count
     /// 1, 2, 3…, each on its own.
-    pub fn fixed() -> Stamps {
-        Stamps::from(Source::Fixed {
+    pub fn fixed() -> Ids {
+        Ids::from(Source::Fixed {
             ids: AtomicU64::new(0),
             files: AtomicU64::new(0),
             challenges: AtomicU64::new(0),
@@ -38,17 +38,17 @@ impl Stamps {
         })
     }
 
-    pub fn now(&self) -> Date {
+    pub fn now(&self) -> Timestamp_ {
         match &*self.source {
-            Source::System { .. } => Date::from_microseconds(clock()),
-            Source::Fixed { .. } => FIXED,
+            Source::System { .. } => Timestamp_::from_microseconds(clock()),
+            Source::Fixed { .. } => FIXED_TIME,
         }
     }
 
     /// A queue id: unique on this host, also among processes; 21 characters out of `0-9a-v`, so that it may
     /// stand in a file name, a header line and a reply. Ids of one process sort by time.
     /// [`Stamps::fixed`]: `id1`, `id2`, …
-    pub fn id(&self) -> String {
+    pub fn queue_id(&self) -> String {
         match &*self.source {
             Source::System { random, last, .. } => {
                 // The time tells the ids of one process apart, the process id those of one moment. The
@@ -78,7 +78,7 @@ impl Stamps {
                 let random = HEXLOWER.encode(&octets::<4>(*random));
                 format!("{seconds}.M{microseconds:06}P{process}Q{delivery}R{random}.{host}")
             }
-            Source::Fixed { files, .. } => format!("{}.{}.{host}", FIXED.seconds, count(files)),
+            Source::Fixed { files, .. } => format!("{}.{}.{host}", FIXED_TIME.seconds, count(files)),
         }
     }
 
@@ -91,36 +91,36 @@ impl Stamps {
                 format!("<{random}.{}@{hostname}>", self.now().seconds)
             }
             Source::Fixed { challenges, .. } => {
-                format!("<{}.{}@{hostname}>", count(challenges), FIXED.seconds)
+                format!("<{}.{}@{hostname}>", count(challenges), FIXED_TIME.seconds)
             }
         }
     }
 
     /// A number nobody can guess, for DNS (RFC 5452) and the order of equals; unlike the others it may repeat.
     /// [`Stamps::fixed`]: 1, 2, 3…
-    pub fn number(&self) -> u64 {
+    pub fn random_number(&self) -> u64 {
         match &*self.source {
             Source::System { random, .. } => u64::from_le_bytes(octets(*random)),
             Source::Fixed { numbers, .. } => count(numbers),
         }
     }
 
-    fn from(source: Source) -> Stamps {
-        Stamps { source: Arc::new(source) }
+    fn from(source: Source) -> Ids {
+        Ids { source: Arc::new(source) }
     }
 }
 
 /// A moment, in whole seconds since 1970, UTC.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
-pub struct Date {
+pub struct Timestamp_ {
     seconds: i64,
 }
 
-impl Date {
+impl Timestamp_ {
     /// A moment outside the years 1 to 9999 becomes the nearest one inside: what is printed must stay
     /// readable, and so old or so young no letter is.
-    pub fn from_seconds(seconds: i64) -> Date {
-        Date { seconds: seconds.clamp(FIRST, Timestamp::MAX.as_second()) }
+    pub fn from_seconds(seconds: i64) -> Timestamp_ {
+        Timestamp_ { seconds: seconds.clamp(EARLIEST, Timestamp::MAX.as_second()) }
     }
 
     pub fn seconds(self) -> i64 {
@@ -178,13 +178,13 @@ impl Date {
     }
 
     /// Reads what [`Date::rfc3339`] writes, and other offsets; a fraction of a second is dropped.
-    pub fn parse_rfc3339(text: &str) -> Option<Date> {
+    pub fn parse_rfc3339(text: &str) -> Option<Timestamp_> {
         let moment: Timestamp = text.parse().ok()?;
-        Some(Date::from_seconds(moment.as_second()))
+        Some(Timestamp_::from_seconds(moment.as_second()))
     }
 
-    fn from_microseconds(microseconds: u64) -> Date {
-        Date::from_seconds((microseconds / MICROSECONDS).cast_signed())
+    fn from_microseconds(microseconds: u64) -> Timestamp_ {
+        Timestamp_::from_seconds((microseconds / MICROSECONDS).cast_signed())
     }
 
     fn civil(self) -> DateTime {
@@ -217,29 +217,29 @@ impl Zone {
     }
 
     /// The day it is there.
-    pub fn day(&self, moment: Date) -> Day {
+    pub fn day(&self, moment: Timestamp_) -> Day {
         Day(self.0.to_datetime(moment.timestamp()).date())
     }
 
     /// When the clock shows this minute of that day, counted from midnight, up to 1439. None: outside the years that a
     /// [`Date`] can be in.
-    pub fn showing(&self, day: Day, minute: u16) -> Option<Showing> {
+    pub fn occurrence(&self, day: Day, minute: u16) -> Option<Occurrence> {
         let (hour, minute) = (i8::try_from(minute / 60).ok()?, i8::try_from(minute % 60).ok()?);
         let shown = DateTime::from_parts(day.0, Time::new(hour, minute, 0, 0).ok()?);
         let found = self.0.to_ambiguous_timestamp(shown);
         Some(match found.offset() {
-            AmbiguousOffset::Unambiguous { .. } => Showing::Once(date(found.unambiguous().ok()?)),
-            AmbiguousOffset::Fold { .. } => Showing::Twice(date(found.earlier().ok()?), date(found.later().ok()?)),
+            AmbiguousOffset::Unambiguous { .. } => Occurrence::Once(date(found.unambiguous().ok()?)),
+            AmbiguousOffset::Fold { .. } => Occurrence::Twice(date(found.earlier().ok()?), date(found.later().ok()?)),
             // With the offset that holds afterwards it is a moment before the clock is put forward.
             AmbiguousOffset::Gap { .. } => {
                 let before = found.earlier().ok()?;
-                Showing::Never(date(self.0.following(before).next()?.timestamp()))
+                Occurrence::Never(date(self.0.following(before).next()?.timestamp()))
             }
         })
     }
 
     /// `2026-01-02T04:04:05+01:00` (RFC 3339).
-    pub fn rfc3339(&self, moment: Date) -> String {
+    pub fn rfc3339(&self, moment: Timestamp_) -> String {
         let moment = moment.timestamp();
         moment.display_with_offset(self.0.to_offset(moment)).to_string()
     }
@@ -269,16 +269,16 @@ impl Day {
 
 /// How often the clock shows one minute of one day, and when.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Showing {
-    Once(Date),
+pub enum Occurrence {
+    Once(Timestamp_),
     /// The clock is put back, and the minute comes again.
-    Twice(Date, Date),
+    Twice(Timestamp_, Timestamp_),
     /// The clock is put forward over it, at this moment.
-    Never(Date),
+    Never(Timestamp_),
 }
 
-fn date(moment: Timestamp) -> Date {
-    Date::from_seconds(moment.as_second())
+fn date(moment: Timestamp) -> Timestamp_ {
+    Timestamp_::from_seconds(moment.as_second())
 }
 
 enum Source {
@@ -297,10 +297,10 @@ enum Source {
 }
 
 /// 2026-01-02T03:04:05Z
-const FIXED: Date = Date { seconds: 1_767_323_045 };
+const FIXED_TIME: Timestamp_ = Timestamp_ { seconds: 1_767_323_045 };
 
 /// 0001-01-01T00:00:00Z
-const FIRST: i64 = -62_135_596_800;
+const EARLIEST: i64 = -62_135_596_800;
 
 const MICROSECONDS: u64 = 1_000_000;
 
@@ -347,26 +347,26 @@ mod tests {
 
     #[test]
     fn fixed_stamps_count() {
-        let stamps = Stamps::fixed();
+        let stamps = Ids::fixed();
         let other = stamps.clone();
         assert_eq!(stamps.now().rfc3339(), "2026-01-02T03:04:05Z");
-        assert_eq!([stamps.id(), other.id()], ["id1", "id2"]);
+        assert_eq!([stamps.queue_id(), other.queue_id()], ["id1", "id2"]);
         assert_eq!(stamps.file_name("host"), "1767323045.1.host");
         assert_eq!(other.file_name("a/b:c"), "1767323045.2.a\\057b\\072c");
         assert_eq!(stamps.challenge("host"), "<1.1767323045@host>");
         assert_eq!(stamps.challenge("host"), "<2.1767323045@host>");
-        assert_eq!([stamps.number(), other.number()], [1, 2]);
-        assert_eq!(Stamps::fixed().id(), "id1");
+        assert_eq!([stamps.random_number(), other.random_number()], [1, 2]);
+        assert_eq!(Ids::fixed().queue_id(), "id1");
     }
 
     #[test]
     fn nothing_repeats_in_many_threads_even_without_randomness() {
-        let stamps = Stamps::system(stuck);
+        let stamps = Ids::system(stuck);
         let made: Vec<(Vec<String>, Vec<String>)> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4)
                 .map(|_| {
                     scope.spawn(|| {
-                        let ids = (0..25_000).map(|_| stamps.id()).collect();
+                        let ids = (0..25_000).map(|_| stamps.queue_id()).collect();
                         let names = (0..25_000).map(|_| stamps.file_name("host")).collect();
                         (ids, names)
                     })
@@ -386,14 +386,14 @@ mod tests {
 
     #[test]
     fn an_id_may_stand_in_a_file_name() {
-        let id = Stamps::system(stuck).id();
+        let id = Ids::system(stuck).queue_id();
         assert_eq!(id.len(), 21, "{id}");
         assert!(id.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'v')));
     }
 
     #[test]
     fn a_system_number_is_all_random_octets() {
-        assert_eq!(Stamps::system(stuck).number(), 0x0707_0707_0707_0707);
+        assert_eq!(Ids::system(stuck).random_number(), 0x0707_0707_0707_0707);
     }
 
     #[test]
@@ -405,7 +405,7 @@ mod tests {
 
     #[test]
     fn a_system_file_name_and_challenge_have_their_shape() {
-        let stamps = Stamps::system(stuck);
+        let stamps = Ids::system(stuck);
         let name = stamps.file_name("mail.example.org");
         let process = std::process::id();
         let rest = name.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix(".M").unwrap();
@@ -423,10 +423,10 @@ mod tests {
     #[test]
     fn dates_are_written_as_the_rfcs_want() {
         let check = |seconds, rfc5322: &str, rfc3339: &str| {
-            let date = Date::from_seconds(seconds);
+            let date = Timestamp_::from_seconds(seconds);
             assert_eq!(date.rfc5322(), rfc5322);
             assert_eq!(date.rfc3339(), rfc3339);
-            assert_eq!(Date::parse_rfc3339(rfc3339), Some(date));
+            assert_eq!(Timestamp_::parse_rfc3339(rfc3339), Some(date));
         };
         check(1_767_323_045, "Fri, 02 Jan 2026 03:04:05 +0000", "2026-01-02T03:04:05Z");
         check(0, "Thu, 01 Jan 1970 00:00:00 +0000", "1970-01-01T00:00:00Z");
@@ -436,13 +436,13 @@ mod tests {
 
     #[test]
     fn dates_far_away_stay_readable() {
-        assert_eq!(Date::from_seconds(i64::MIN).rfc3339(), "0001-01-01T00:00:00Z");
-        assert!(Date::from_seconds(i64::MAX).rfc5322().contains(" Dec 9999 "));
+        assert_eq!(Timestamp_::from_seconds(i64::MIN).rfc3339(), "0001-01-01T00:00:00Z");
+        assert!(Timestamp_::from_seconds(i64::MAX).rfc5322().contains(" Dec 9999 "));
     }
 
     #[test]
     fn other_forms_of_a_date_are_read_or_refused() {
-        let read = |text: &str| Date::parse_rfc3339(text).map(Date::seconds);
+        let read = |text: &str| Timestamp_::parse_rfc3339(text).map(Timestamp_::seconds);
         assert_eq!(read("2026-01-02T04:04:05.999+01:00"), Some(1_767_323_045));
         for text in ["", "yesterday", "2026-13-02T03:04:05Z", "2026-01-02", "2026-01-02T03:04:05"] {
             assert_eq!(read(text), None, "{text}");
@@ -455,20 +455,20 @@ mod tests {
     #[test]
     fn a_minute_comes_once_twice_or_never() {
         let zone = Zone::parse(BERLIN).unwrap();
-        let at = |text: &str| Date::parse_rfc3339(text).unwrap();
-        let check = |noon: &str, minute: u16, wanted: Showing| {
-            assert_eq!(zone.showing(zone.day(at(noon)), minute), Some(wanted), "{noon} {minute}");
+        let at = |text: &str| Timestamp_::parse_rfc3339(text).unwrap();
+        let check = |noon: &str, minute: u16, wanted: Occurrence| {
+            assert_eq!(zone.occurrence(zone.day(at(noon)), minute), Some(wanted), "{noon} {minute}");
         };
         let (spring, autumn) = ("2026-03-29T12:00:00Z", "2026-10-25T12:00:00Z");
-        check(spring, 119, Showing::Once(at("2026-03-29T01:59:00+01:00")));
-        check(spring, 120, Showing::Never(at("2026-03-29T03:00:00+02:00")));
-        check(spring, 179, Showing::Never(at("2026-03-29T03:00:00+02:00")));
-        check(spring, 180, Showing::Once(at("2026-03-29T03:00:00+02:00")));
-        check(autumn, 119, Showing::Once(at("2026-10-25T01:59:00+02:00")));
-        check(autumn, 120, Showing::Twice(at("2026-10-25T02:00:00+02:00"), at("2026-10-25T02:00:00+01:00")));
-        check(autumn, 179, Showing::Twice(at("2026-10-25T02:59:00+02:00"), at("2026-10-25T02:59:00+01:00")));
-        check(autumn, 180, Showing::Once(at("2026-10-25T03:00:00+01:00")));
-        assert_eq!(zone.showing(zone.day(at(autumn)), 24 * 60), None);
+        check(spring, 119, Occurrence::Once(at("2026-03-29T01:59:00+01:00")));
+        check(spring, 120, Occurrence::Never(at("2026-03-29T03:00:00+02:00")));
+        check(spring, 179, Occurrence::Never(at("2026-03-29T03:00:00+02:00")));
+        check(spring, 180, Occurrence::Once(at("2026-03-29T03:00:00+02:00")));
+        check(autumn, 119, Occurrence::Once(at("2026-10-25T01:59:00+02:00")));
+        check(autumn, 120, Occurrence::Twice(at("2026-10-25T02:00:00+02:00"), at("2026-10-25T02:00:00+01:00")));
+        check(autumn, 179, Occurrence::Twice(at("2026-10-25T02:59:00+02:00"), at("2026-10-25T02:59:00+01:00")));
+        check(autumn, 180, Occurrence::Once(at("2026-10-25T03:00:00+01:00")));
+        assert_eq!(zone.occurrence(zone.day(at(autumn)), 24 * 60), None);
         assert_eq!(zone.rfc3339(at("2026-10-25T00:30:00Z")), "2026-10-25T02:30:00+02:00");
         assert_eq!(zone.rfc3339(at("2026-10-25T01:30:00Z")), "2026-10-25T02:30:00+01:00");
     }
@@ -476,10 +476,10 @@ mod tests {
     #[test]
     fn days_follow_each_other_until_the_calendar_ends() {
         let zone = Zone::parse("<+03>-3").unwrap();
-        let sunday = zone.day(Date::parse_rfc3339("2026-03-28T21:00:00Z").unwrap());
+        let sunday = zone.day(Timestamp_::parse_rfc3339("2026-03-28T21:00:00Z").unwrap());
         assert_eq!((sunday.weekday(), sunday.next().unwrap().weekday()), (6, 0));
         assert_eq!(sunday.next().unwrap().previous(), Some(sunday));
-        assert_eq!(zone.day(Date::from_seconds(i64::MAX)).next().and_then(Day::next), None);
+        assert_eq!(zone.day(Timestamp_::from_seconds(i64::MAX)).next().and_then(Day::next), None);
     }
 
     #[test]

@@ -37,11 +37,11 @@ use subtle::ConstantTimeEq;
 
 /// What the accepting side needs: a certificate chain and its key. Cheap to clone.
 #[derive(Clone)]
-pub struct ServerSide(Arc<ServerConfig>);
+pub struct ServerTls(Arc<ServerConfig>);
 
 /// What the connecting side needs: whom to believe. Cheap to clone.
 #[derive(Clone)]
-pub struct ClientSide(Arc<ClientConfig>);
+pub struct ClientTls(Arc<ClientConfig>);
 
 /// Whom the connecting side believes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub enum Trust {
 
 /// What a TLS connection agreed on, in the words of the registries ("TLSv1.3", "TLS_AES_128_GCM_SHA256").
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Secure {
+pub struct TlsInfo {
     pub version: &'static str,
     pub cipher: String,
 }
@@ -74,18 +74,18 @@ pub fn random(octets: &mut [u8]) {
 }
 
 /// The accepting side, from a PEM file with the certificate chain (own certificate first) and one with its key.
-pub fn server_config(certificate: &Path, key: &Path) -> Result<ServerSide, String> {
-    server_side(&read(certificate)?, &certificate.display().to_string(), &read(key)?, &key.display().to_string())
+pub fn server_config(certificate: &Path, key: &Path) -> Result<ServerTls, String> {
+    server_tls(&read(certificate)?, &certificate.display().to_string(), &read(key)?, &key.display().to_string())
 }
 
 /// The accepting side, from PEM texts.
-pub fn server_from_pem(certificate: &str, key: &str) -> Result<ServerSide, String> {
-    server_side(certificate.as_bytes(), "the certificate", key.as_bytes(), "the key")
+pub fn server_from_pem(certificate: &str, key: &str) -> Result<ServerTls, String> {
+    server_tls(certificate.as_bytes(), "the certificate", key.as_bytes(), "the key")
 }
 
 /// The connecting side.
-pub fn client_config(trust: &Trust) -> Result<ClientSide, String> {
-    client_side(rule(trust)?, rustls::DEFAULT_VERSIONS)
+pub fn client_config(trust: &Trust) -> Result<ClientTls, String> {
+    client_tls(rule(trust)?, rustls::DEFAULT_VERSIONS)
 }
 
 /// A new self-signed certificate for `names` (domain names or IP addresses) and its key, both as PEM.
@@ -103,7 +103,7 @@ pub fn fingerprint(certificate: &str) -> Result<[u8; 32], String> {
 }
 
 /// One TLS connection without its socket: octets in, octets out.
-pub(crate) struct Session {
+pub(crate) struct TlsSession {
     connection: Connection,
     /// Sealed octets that `write_to` has not yet handed on.
     queued: usize,
@@ -112,25 +112,25 @@ pub(crate) struct Session {
 /// Sealed octets rustls may hold before it takes no more; four full records.
 const SEALED_LIMIT: usize = 64 * 1024;
 
-impl Session {
-    pub(crate) fn server(side: &ServerSide) -> io::Result<Session> {
+impl TlsSession {
+    pub(crate) fn server(side: &ServerTls) -> io::Result<TlsSession> {
         let connection = ServerConnection::new(side.0.clone()).map_err(failed)?;
-        Ok(Session::new(connection.into()))
+        Ok(TlsSession::new(connection.into()))
     }
 
     /// `name` is what the peer's certificate must be for: a domain name or an IP address.
-    pub(crate) fn client(side: &ClientSide, name: &str) -> io::Result<Session> {
+    pub(crate) fn client(side: &ClientTls, name: &str) -> io::Result<TlsSession> {
         let wanted = ServerName::try_from(name.to_owned()).map_err(|_| {
             let text = format!("`{name}` is no name a certificate can be for");
             io::Error::new(io::ErrorKind::InvalidInput, text)
         })?;
         let connection = ClientConnection::new(side.0.clone(), wanted).map_err(failed)?;
-        Ok(Session::new(connection.into()))
+        Ok(TlsSession::new(connection.into()))
     }
 
-    fn new(mut connection: Connection) -> Session {
+    fn new(mut connection: Connection) -> TlsSession {
         connection.set_buffer_limit(Some(SEALED_LIMIT));
-        let mut session = Session { connection, queued: 0 };
+        let mut session = TlsSession { connection, queued: 0 };
         session.count();
         session
     }
@@ -215,7 +215,7 @@ impl Session {
     }
 
     /// What was agreed on, once the handshake is over.
-    pub(crate) fn secure(&self) -> Option<Secure> {
+    pub(crate) fn secure(&self) -> Option<TlsInfo> {
         let version = match self.connection.protocol_version()? {
             ProtocolVersion::TLSv1_2 => "TLSv1.2",
             ProtocolVersion::TLSv1_3 => "TLSv1.3",
@@ -224,7 +224,7 @@ impl Session {
         let suite = format!("{:?}", self.connection.negotiated_cipher_suite()?.suite());
         // rustls says TLS13_AES_…, the registry TLS_AES_….
         let cipher = suite.replacen("TLS13_", "TLS_", 1);
-        Some(Secure { version, cipher })
+        Some(TlsInfo { version, cipher })
     }
 
     fn drain(&mut self, plain: &mut Vec<u8>) -> io::Result<()> {
@@ -263,13 +263,13 @@ impl Read for Source<'_> {
     }
 }
 
-impl fmt::Debug for ServerSide {
+impl fmt::Debug for ServerTls {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("ServerSide")
     }
 }
 
-impl fmt::Debug for ClientSide {
+impl fmt::Debug for ClientTls {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("ClientSide")
     }
@@ -287,7 +287,7 @@ fn provider() -> CryptoProvider {
     rustls::crypto::aws_lc_rs::default_provider()
 }
 
-fn server_side(certificate: &[u8], certificate_name: &str, key: &[u8], key_name: &str) -> Result<ServerSide, String> {
+fn server_tls(certificate: &[u8], certificate_name: &str, key: &[u8], key_name: &str) -> Result<ServerTls, String> {
     let chain = certificates(certificate, certificate_name)?;
     let key = private_key(key, key_name)?;
     let mut config = ServerConfig::builder_with_provider(PROVIDER.clone())
@@ -305,10 +305,10 @@ fn server_side(certificate: &[u8], certificate_name: &str, key: &[u8], key_name:
     // Calls are minutes apart and each proves the peer again: tickets would be memory and octets for nothing.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(ServerSide(Arc::new(config)))
+    Ok(ServerTls(Arc::new(config)))
 }
 
-fn client_side(rule: Rule, versions: &[&'static rustls::SupportedProtocolVersion]) -> Result<ClientSide, String> {
+fn client_tls(rule: Verification, versions: &[&'static rustls::SupportedProtocolVersion]) -> Result<ClientTls, String> {
     let mut config = ClientConfig::builder_with_provider(PROVIDER.clone())
         .with_protocol_versions(versions)
         .map_err(|error| format!("TLS: {error}"))?
@@ -316,12 +316,12 @@ fn client_side(rule: Rule, versions: &[&'static rustls::SupportedProtocolVersion
         .with_custom_certificate_verifier(Arc::new(Verifier { rule }))
         .with_no_client_auth();
     config.resumption = Resumption::disabled();
-    Ok(ClientSide(Arc::new(config)))
+    Ok(ClientTls(Arc::new(config)))
 }
 
 /// How a peer's certificate is judged.
 #[derive(Debug)]
-enum Rule {
+enum Verification {
     Chain {
         authorities: Arc<WebPkiServerVerifier>,
         /// Certificates that are believed when the peer shows just them.
@@ -331,16 +331,16 @@ enum Rule {
     Anyone,
 }
 
-fn rule(trust: &Trust) -> Result<Rule, String> {
+fn rule(trust: &Trust) -> Result<Verification, String> {
     match trust {
         Trust::System => system_rule(),
         Trust::Authorities(path) => file_rule(&read(path)?, &path.display().to_string()),
-        Trust::Pin(pin) => Ok(Rule::Pin(*pin)),
-        Trust::Anyone => Ok(Rule::Anyone),
+        Trust::Pin(pin) => Ok(Verification::Pin(*pin)),
+        Trust::Anyone => Ok(Verification::Anyone),
     }
 }
 
-fn system_rule() -> Result<Rule, String> {
+fn system_rule() -> Result<Verification, String> {
     let found = rustls_native_certs::load_native_certs();
     for error in &found.errors {
         log::warn!("the system's certificate authorities: {error}");
@@ -355,7 +355,7 @@ fn system_rule() -> Result<Rule, String> {
     chain_rule(roots, Vec::new())
 }
 
-fn file_rule(pem: &[u8], name: &str) -> Result<Rule, String> {
+fn file_rule(pem: &[u8], name: &str) -> Result<Verification, String> {
     let exact = certificates(pem, name)?;
     let mut roots = RootCertStore::empty();
     for (index, certificate) in exact.iter().enumerate() {
@@ -366,16 +366,16 @@ fn file_rule(pem: &[u8], name: &str) -> Result<Rule, String> {
     chain_rule(roots, exact)
 }
 
-fn chain_rule(roots: RootCertStore, exact: Vec<CertificateDer<'static>>) -> Result<Rule, String> {
+fn chain_rule(roots: RootCertStore, exact: Vec<CertificateDer<'static>>) -> Result<Verification, String> {
     let authorities = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), PROVIDER.clone())
         .build()
         .map_err(|error| format!("the certificate authorities cannot be used: {error}"))?;
-    Ok(Rule::Chain { authorities, exact })
+    Ok(Verification::Chain { authorities, exact })
 }
 
 #[derive(Debug)]
 struct Verifier {
-    rule: Rule,
+    rule: Verification,
 }
 
 impl ServerCertVerifier for Verifier {
@@ -388,15 +388,15 @@ impl ServerCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         match &self.rule {
-            Rule::Pin(pin) => {
+            Verification::Pin(pin) => {
                 let seen = digest(certificate);
                 match bool::from(seen.ct_eq(pin)) {
                     true => Ok(ServerCertVerified::assertion()),
                     false => Err(refusal(not_pinned(&seen))),
                 }
             }
-            Rule::Anyone => Ok(ServerCertVerified::assertion()),
-            Rule::Chain { authorities, exact } => authorities
+            Verification::Anyone => Ok(ServerCertVerified::assertion()),
+            Verification::Chain { authorities, exact } => authorities
                 .verify_server_cert(certificate, intermediates, name, ocsp_response, now)
                 .or_else(|error| match exact.iter().any(|known| known == certificate) {
                     true => accept_exact(certificate, name, error),
@@ -478,18 +478,18 @@ fn not_pinned(seen: &[u8; 32]) -> String {
 }
 
 #[derive(Debug)]
-struct Refusal(String);
+struct Untrusted(String);
 
-impl fmt::Display for Refusal {
+impl fmt::Display for Untrusted {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for Untrusted {}
 
 fn refusal(text: String) -> Error {
-    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(Refusal(text)))))
+    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(Untrusted(text)))))
 }
 
 fn failed(error: Error) -> io::Error {
@@ -595,8 +595,8 @@ fn digest(certificate: &CertificateDer<'_>) -> [u8; 32] {
 
 /// The connecting side with TLS 1.2 alone, for the tests of this file and of `wire`.
 #[cfg(test)]
-pub(crate) fn client_tls12(trust: &Trust) -> Result<ClientSide, String> {
-    client_side(rule(trust)?, &[&rustls::version::TLS12])
+pub(crate) fn client_tls12(trust: &Trust) -> Result<ClientTls, String> {
+    client_tls(rule(trust)?, &[&rustls::version::TLS12])
 }
 
 #[cfg(test)]
@@ -606,13 +606,13 @@ mod tests {
     const NAME: &str = "relay.example.net";
 
     /// A server with a certificate for `NAME`, and that certificate.
-    fn server() -> (ServerSide, String) {
+    fn server() -> (ServerTls, String) {
         let (certificate, key) = self_signed(&[NAME]).unwrap();
         (server_from_pem(&certificate, &key).unwrap(), certificate)
     }
 
     /// As `openssl req -x509` makes them: self-signed and CA:TRUE.
-    fn self_signed_authority(not_after: i32) -> (ServerSide, String) {
+    fn self_signed_authority(not_after: i32) -> (ServerTls, String) {
         let mut params = rcgen::CertificateParams::new(vec![NAME.to_string()]).unwrap();
         params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
         params.not_after = rcgen::date_time_ymd(not_after, 1, 1);
@@ -622,16 +622,16 @@ mod tests {
         (side, certificate)
     }
 
-    fn trusting(pem: &str) -> ClientSide {
-        client_side(file_rule(pem.as_bytes(), "ca.pem").unwrap(), rustls::DEFAULT_VERSIONS).unwrap()
+    fn trusting(pem: &str) -> ClientTls {
+        client_tls(file_rule(pem.as_bytes(), "ca.pem").unwrap(), rustls::DEFAULT_VERSIONS).unwrap()
     }
 
-    fn pinning(pin: [u8; 32]) -> ClientSide {
+    fn pinning(pin: [u8; 32]) -> ClientTls {
         client_config(&Trust::Pin(pin)).unwrap()
     }
 
     /// Carries what one session has sealed to the other, in pieces of `step` octets.
-    fn carry(from: &mut Session, to: &mut Session, plain: &mut Vec<u8>, step: usize) -> io::Result<()> {
+    fn carry(from: &mut TlsSession, to: &mut TlsSession, plain: &mut Vec<u8>, step: usize) -> io::Result<()> {
         let mut sealed = Vec::new();
         while from.wants_write() {
             from.write_to(&mut sealed)?;
@@ -644,12 +644,12 @@ mod tests {
     }
 
     /// Handshake in memory; `Err` is what the client says, then what the server then says.
-    fn shake(server: &ServerSide, client: &ClientSide, name: &str) -> Result<(Session, Session), (String, String)> {
-        let mut server = Session::server(server).unwrap();
-        let mut client = Session::client(client, name).unwrap();
+    fn shake(server: &ServerTls, client: &ClientTls, name: &str) -> Result<(TlsSession, TlsSession), (String, String)> {
+        let mut server = TlsSession::server(server).unwrap();
+        let mut client = TlsSession::client(client, name).unwrap();
         let mut plain = Vec::new();
         while client.handshaking() || server.handshaking() {
-            let text = |error: io::Error, server: &mut Session, client: &mut Session| {
+            let text = |error: io::Error, server: &mut TlsSession, client: &mut TlsSession| {
                 let seen = carry(client, server, &mut Vec::new(), 4096).unwrap_err();
                 (error.to_string(), seen.to_string())
             };
@@ -733,7 +733,7 @@ mod tests {
             .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(thief)));
         let pin = Trust::Pin(fingerprint(&certificate).unwrap());
         for client in [client_config(&pin), client_tls12(&pin)] {
-            let side = ServerSide(Arc::new(config.clone()));
+            let side = ServerTls(Arc::new(config.clone()));
             let (client, _) = shake(&side, &client.unwrap(), NAME).err().unwrap();
             assert!(client.contains("signature"), "{client}");
         }
@@ -805,13 +805,13 @@ mod tests {
     #[test]
     fn plain_text_is_told_from_tls() {
         let (side, _) = server();
-        let mut server = Session::server(&side).unwrap();
+        let mut server = TlsSession::server(&side).unwrap();
         let error = server.feed(b"EHLO example.org\r\n", &mut Vec::new()).unwrap_err();
         assert!(error.to_string().contains("not TLS"), "{error}");
-        let mut client = Session::client(&pinning([0; 32]), NAME).unwrap();
+        let mut client = TlsSession::client(&pinning([0; 32]), NAME).unwrap();
         let error = client.feed(b"220 relay.example.net\r\n", &mut Vec::new()).unwrap_err();
         assert!(error.to_string().contains("not TLS"), "{error}");
-        assert!(Session::client(&pinning([0; 32]), "no name").is_err());
+        assert!(TlsSession::client(&pinning([0; 32]), "no name").is_err());
     }
 
     #[test]

@@ -20,42 +20,42 @@
 
 use std::io;
 
-use crate::queue::Hold;
-use crate::session::Session;
-use crate::smtp::client::{Client, Plan};
+use crate::queue::QueueLock;
+use crate::session::ServerSession;
+use crate::smtp::client::{Client, ClientOptions};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Profile, Server};
-use crate::wire::{Filled, Wire};
+use crate::smtp::server::{ServerOptions, Server};
+use crate::wire::{Filled, Connection};
 
 /// The provider's half, on its way from the worker to the delivery thread. It carries the `250` that is
 /// not said yet, and the lock on the mail, which is let go by `Drop` on every way out.
 pub struct Turn {
-    session: Session,
-    hold: Hold,
+    session: ServerSession,
+    lock: QueueLock,
     /// How many messages wait, unless they are too many to be counted now.
     waiting: Option<usize>,
     account: String,
 }
 
 /// So many messages are counted and no more: the reply to ATRN is waited for.
-const COUNTED: usize = 10_000;
+const COUNT_LIMIT: usize = 10_000;
 
 impl Turn {
     /// Whether the connection may turn: it may not when octets stand behind ATRN, which must be the last
     /// command of a group (RFC 2920 section 3.1). Then the session goes on, and the reply says why.
-    pub fn offer(mut session: Session, hold: Hold) -> Result<Box<Turn>, Box<(Session, Reply)>> {
-        let arrived = !matches!(session.wire.fill(), Ok(Filled::Nothing));
-        if arrived || !session.wire.received().is_empty() {
+    pub fn offer(mut session: ServerSession, hold: QueueLock) -> Result<Box<Turn>, Box<(ServerSession, Reply)>> {
+        let arrived = !matches!(session.connection.fill(), Ok(Filled::Nothing));
+        if arrived || !session.connection.received().is_empty() {
             let reply = Reply::new(503, "5.5.1", "ATRN must be the last command: wait for its reply");
             return Err(Box::new((session, reply)));
         }
         let account = session.server.account().unwrap_or_default().to_owned();
-        let waiting = hold.count(COUNTED).ok().filter(|count| *count < COUNTED);
-        Ok(Box::new(Turn { session, hold, waiting, account }))
+        let waiting = hold.count(COUNT_LIMIT).ok().filter(|count| *count < COUNT_LIMIT);
+        Ok(Box::new(Turn { session, lock: hold, waiting, account }))
     }
 
     /// Nobody can take the turn: the session goes on in its old role.
-    pub fn withdraw(self) -> Session {
+    pub fn withdraw(self) -> ServerSession {
         self.session
     }
 
@@ -66,20 +66,20 @@ impl Turn {
             Some(1) => ", 1 message".to_owned(),
             Some(count) => format!(", {count} messages"),
         };
-        self.session.say(&Reply::new(250, "2.0.0", format!("OK now reversing the connection{waiting}")));
-        self.session.wire.trace.event("turn");
-        let Session { wire, server, peer, .. } = self.session;
-        let plan = Plan { name: server.hostname().to_owned(), tls: wire.secure().is_some(), ..Plan::default() };
+        self.session.reply(&Reply::new(250, "2.0.0", format!("OK now reversing the connection{waiting}")));
+        self.session.connection.trace.event("turn");
+        let ServerSession { connection: wire, server, peer, .. } = self.session;
+        let plan = ClientOptions { name: server.hostname().to_owned(), tls: wire.secure().is_some(), ..ClientOptions::default() };
         drop(server);
-        Turned { wire, client: Client::new(plan), hold: self.hold, peer, account: self.account }
+        Turned { connection: wire, client: Client::new(plan), lock: self.lock, peer, account: self.account }
     }
 }
 
 /// What the provider has after the turn.
 pub struct Turned {
-    pub wire: Wire,
+    pub connection: Connection,
     pub client: Client,
-    pub hold: Hold,
+    pub lock: QueueLock,
     /// The customer's address as a literal.
     pub peer: String,
     /// The account that authenticated: outside SMTP it stays known.
@@ -89,7 +89,7 @@ pub struct Turned {
 /// The customer's half: ATRN was answered 250, and from now on it is the SMTP server.
 ///
 /// Octets behind the 250 are an error: the provider has to wait for our greeting (RFC 2645 section 5.3).
-pub fn take_over(wire: Wire, client: Client, profile: Profile) -> io::Result<(Wire, Server)> {
+pub fn take_over(wire: Connection, client: Client, profile: ServerOptions) -> io::Result<(Connection, Server)> {
     drop(client);
     if !wire.received().is_empty() {
         wire.shutdown();

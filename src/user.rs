@@ -10,15 +10,15 @@ use nix::unistd::{self, Gid, Uid};
 
 /// A user of this machine, and the group his files are to belong to.
 #[derive(Debug)]
-pub struct User {
+pub struct SystemUser {
     name: CString,
     uid: Uid,
     gid: Gid,
 }
 
-impl User {
+impl SystemUser {
     /// Looks up a user, and a group other than his own.
-    pub fn find(name: &str, group: Option<&str>) -> Result<User, String> {
+    pub fn find(name: &str, group: Option<&str>) -> Result<SystemUser, String> {
         let user = unistd::User::from_name(name)
             .map_err(|error| format!("the user {name:?} cannot be looked up: {error}"))?
             .ok_or_else(|| format!("there is no user {name:?} here: make one, or change `user`"))?;
@@ -35,11 +35,11 @@ impl User {
             }
         };
         let name = CString::new(name).map_err(|_| format!("{name:?} is no name of a user"))?;
-        Ok(User { name, uid: user.uid, gid })
+        Ok(SystemUser { name, uid: user.uid, gid })
     }
 
     /// Whether this process is that user already.
-    pub fn is_us(&self) -> bool {
+    pub fn is_current(&self) -> bool {
         self.uid == Uid::effective()
     }
 
@@ -57,7 +57,7 @@ impl User {
     }
 
     /// Makes a folder that is to be this user's, where there is none. Those above it stay root's.
-    pub fn make_folder(&self, path: &Path) -> io::Result<()> {
+    pub fn make_directory(&self, path: &Path) -> io::Result<()> {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent)?;
         }
@@ -68,7 +68,7 @@ impl User {
     }
 
     /// Becomes this user, with all his groups, for good. Before there are threads: they would be somebody else.
-    pub fn become_it(&self) -> Result<(), String> {
+    pub fn assume(&self) -> Result<(), String> {
         let failed =
             |what: &str, error: nix::Error| format!("{what} failed: {error}; start it as root, or as that user");
         unistd::initgroups(&self.name, self.gid).map_err(|error| failed("setting the groups", error))?;
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn names_that_cannot_be_used_are_told() {
-        let find = |name: &str, group: Option<&str>| User::find(name, group).unwrap_err();
+        let find = |name: &str, group: Option<&str>| SystemUser::find(name, group).unwrap_err();
         assert!(find("no-such-user", None).contains("make one, or change `user`"));
         assert!(find("root", None).contains("name another in `user`"));
         assert!(find("nobody", Some("no-such-group")).contains("make one, or change `group`"));

@@ -35,47 +35,47 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-pub use crate::tls::Secure;
-use crate::tls::{ClientSide, ServerSide, Session};
+pub use crate::tls::TlsInfo;
+use crate::tls::{ClientTls, ServerTls, TlsSession};
 
 /// Octets read from the system in one `fill`.
-const CHUNK: usize = 64 * 1024;
+const READ_SIZE: usize = 64 * 1024;
 /// Octets that wait in the read buffer before `fill` reads no more: the peer must wait for us.
-const FULL: usize = 256 * 1024;
+const READ_BUFFER_LIMIT: usize = 256 * 1024;
 /// Octets handed to the system in one `flush`.
-const BURST: usize = 256 * 1024;
+const FLUSH_LIMIT: usize = 256 * 1024;
 /// Memory an empty buffer keeps.
-const IDLE: usize = 4 * 1024;
+const IDLE_CAPACITY: usize = 4 * 1024;
 
 /// One connection.
-pub struct Wire {
+pub struct Connection {
     /// Who speaks, for the log of the dialogue. The wire itself never uses it.
     pub trace: Trace,
     input: OwnedFd,
     /// Only when another descriptor than `input`.
     output: Option<OwnedFd>,
-    tls: Option<Box<Session>>,
-    secure: Option<Secure>,
+    tls: Option<Box<TlsSession>>,
+    tls_info: Option<TlsInfo>,
 
     read: Buffer,
     /// So many octets of `read` hold no line end …
     scanned: usize,
     /// … where this tells what was looked for.
-    scanned_for: Ends,
-    swallowing: bool,
-    swallowed: usize,
+    scanned_for: LineEnd,
+    discarding: bool,
+    discarded: usize,
     /// Octets that came while we were flushing; the next `fill` reports them.
-    early: usize,
+    early_octets: usize,
     /// Nothing more will come.
     ended: bool,
     /// `fill` has said so.
-    told_end: bool,
+    end_reported: bool,
 
     /// What was said last …
     out: Vec<u8>,
     /// … behind what is on its way. Two buffers that change places, so that nothing is ever moved up.
     sending: Buffer,
-    broken: Option<io::Error>,
+    write_error: Option<io::Error>,
 }
 
 /// What one `fill` brought.
@@ -102,48 +102,48 @@ pub enum Line {
 
 /// Why a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Woken {
+pub enum WaitResult {
     /// `fill` has something to say.
     Ready,
     Deadline,
-    Stopped,
+    Cancelled,
 }
 
-impl Wire {
+impl Connection {
     /// A wire over a connected socket.
-    pub fn new(socket: OwnedFd, trace: Trace) -> io::Result<Wire> {
-        Wire::over(socket, None, trace)
+    pub fn new(socket: OwnedFd, trace: Trace) -> io::Result<Connection> {
+        Connection::over(socket, None, trace)
     }
 
     /// A wire over two descriptors, as UCSPI and inetd-style supervisors pass them.
-    pub fn pair(input: OwnedFd, output: OwnedFd, trace: Trace) -> io::Result<Wire> {
-        Wire::over(input, Some(output), trace)
+    pub fn pair(input: OwnedFd, output: OwnedFd, trace: Trace) -> io::Result<Connection> {
+        Connection::over(input, Some(output), trace)
     }
 
-    fn over(input: OwnedFd, output: Option<OwnedFd>, trace: Trace) -> io::Result<Wire> {
+    fn over(input: OwnedFd, output: Option<OwnedFd>, trace: Trace) -> io::Result<Connection> {
         for descriptor in [Some(&input), output.as_ref()].into_iter().flatten() {
             let flags = rustix::fs::fcntl_getfl(descriptor)?;
             rustix::fs::fcntl_setfl(descriptor, flags | OFlags::NONBLOCK)?;
             // Writes are gathered here; holding them back again would cost 40 ms each. Pipes have no such thing.
             let _ = rustix::net::sockopt::set_tcp_nodelay(descriptor, true);
         }
-        Ok(Wire {
+        Ok(Connection {
             trace,
             input,
             output,
             tls: None,
-            secure: None,
+            tls_info: None,
             read: Buffer::default(),
             scanned: 0,
-            scanned_for: Ends::CrLf,
-            swallowing: false,
-            swallowed: 0,
-            early: 0,
+            scanned_for: LineEnd::CrLf,
+            discarding: false,
+            discarded: 0,
+            early_octets: 0,
             ended: false,
-            told_end: false,
+            end_reported: false,
             out: Vec::new(),
             sending: Buffer::default(),
-            broken: None,
+            write_error: None,
         })
     }
 
@@ -151,11 +151,11 @@ impl Wire {
     ///
     /// Errors: the system's; for TLS `InvalidData`, and `UnexpectedEof` for an end without close_notify.
     pub fn fill(&mut self) -> io::Result<Filled> {
-        if self.early > 0 {
-            return Ok(Filled::Bytes(mem::take(&mut self.early)));
+        if self.early_octets > 0 {
+            return Ok(Filled::Bytes(mem::take(&mut self.early_octets)));
         }
-        let filled = self.pull()?;
-        self.told_end = filled == Filled::End;
+        let filled = self.read_available()?;
+        self.end_reported = filled == Filled::End;
         Ok(filled)
     }
 
@@ -185,17 +185,17 @@ impl Wire {
     /// The next line that ends in CRLF; `limit` counts its octets with the CRLF (RFC 5321 section 4.5.3.1) and
     /// is at most 256 KiB. A bare CR or LF stays in the line, for the parser to refuse (RFC 5321 section 2.3.8).
     pub fn take_line(&mut self, limit: usize) -> Line {
-        self.take(limit, Ends::CrLf)
+        self.take(limit, LineEnd::CrLf)
     }
 
     /// The next line that ends in CRLF or in a bare LF. For replies only.
     pub fn take_reply_line(&mut self, limit: usize) -> Line {
-        self.take(limit, Ends::Lf)
+        self.take(limit, LineEnd::Lf)
     }
 
     /// Octets of the last line that was too long, so far.
     pub fn swallowed(&self) -> usize {
-        self.swallowed
+        self.discarded
     }
 
     /// What is to be said: append here, then `flush`.
@@ -204,7 +204,7 @@ impl Wire {
     }
 
     /// Appends to `out`, as it is.
-    pub fn say(&mut self, octets: &[u8]) {
+    pub fn send(&mut self, octets: &[u8]) {
         self.out.extend_from_slice(octets);
     }
 
@@ -212,12 +212,12 @@ impl Wire {
     ///
     /// After an error every further call fails with it. What the peer said before may still be read.
     pub fn flush(&mut self) -> io::Result<bool> {
-        if let Some(error) = &self.broken {
-            return Err(again(error));
+        if let Some(error) = &self.write_error {
+            return Err(copy_of(error));
         }
-        let result = self.push();
+        let result = self.write_pending();
         if let Err(error) = &result {
-            self.broken = Some(again(error));
+            self.write_error = Some(copy_of(error));
         }
         result
     }
@@ -231,10 +231,10 @@ impl Wire {
     /// What poll(2) must wait for: `IN` on `input_fd`, `OUT` on `output_fd`.
     pub fn interest(&self) -> PollFlags {
         let mut wanted = PollFlags::empty();
-        if !self.told_end && self.received().len() < FULL {
+        if !self.end_reported && self.received().len() < READ_BUFFER_LIMIT {
             wanted |= PollFlags::IN;
         }
-        if self.broken.is_none() && self.unsent() > 0 {
+        if self.write_error.is_none() && self.unsent() > 0 {
             wanted |= PollFlags::OUT;
         }
         wanted
@@ -252,26 +252,26 @@ impl Wire {
     /// Waits until `fill` has something to say; meanwhile flushes. Take all lines before.
     ///
     /// A deadline that has passed counts more than octets that have come: a trickle cannot outrun it.
-    pub fn wait_input(&mut self, deadline: Instant, stop: &Stop) -> io::Result<Woken> {
+    pub fn wait_input(&mut self, deadline: Instant, stop: &CancelToken) -> io::Result<WaitResult> {
         loop {
             let broken = self.flush().err();
-            if stop.stopped() {
-                return Ok(Woken::Stopped);
+            if stop.is_cancelled() {
+                return Ok(WaitResult::Cancelled);
             }
-            if self.has_news() {
-                return Ok(Woken::Ready);
+            if self.has_input() {
+                return Ok(WaitResult::Ready);
             }
             let now = Instant::now();
             if now >= deadline {
-                return Ok(Woken::Deadline);
+                return Ok(WaitResult::Deadline);
             }
             // A peer that no longer listens may have said why (a 421): that comes before our own error.
             let until = if broken.is_some() { now } else { deadline };
             let wanted = self.interest() | PollFlags::IN;
             let ready = self.poll(wanted, Some(stop), until)?;
             match (ready.stop, ready.input, broken) {
-                (true, _, _) => return Ok(Woken::Stopped),
-                (_, true, _) => return Ok(Woken::Ready),
+                (true, _, _) => return Ok(WaitResult::Cancelled),
+                (_, true, _) => return Ok(WaitResult::Ready),
                 (_, _, Some(error)) => return Err(error),
                 _ => {}
             }
@@ -286,24 +286,24 @@ impl Wire {
     }
 
     /// The same; `Interrupted` when told to stop.
-    pub fn flush_or_stop(&mut self, deadline: Instant, stop: &Stop) -> io::Result<()> {
+    pub fn flush_or_stop(&mut self, deadline: Instant, stop: &CancelToken) -> io::Result<()> {
         self.flush_until(deadline, Some(stop))
     }
 
-    fn flush_until(&mut self, deadline: Instant, stop: Option<&Stop>) -> io::Result<()> {
+    fn flush_until(&mut self, deadline: Instant, stop: Option<&CancelToken>) -> io::Result<()> {
         while !self.flush()? {
-            if stop.is_some_and(Stop::stopped) {
+            if stop.is_some_and(CancelToken::is_cancelled) {
                 return Err(io::Error::new(io::ErrorKind::Interrupted, "told to stop"));
             }
             let mut wanted = PollFlags::OUT;
-            if !self.ended && self.received().len() < FULL {
+            if !self.ended && self.received().len() < READ_BUFFER_LIMIT {
                 wanted |= PollFlags::IN;
             }
             let ready = self.poll_or_time_out(wanted, stop, deadline, "the peer takes no more")?;
             if ready.input
-                && let Filled::Bytes(count) = self.pull()?
+                && let Filled::Bytes(count) = self.read_available()?
             {
-                self.early += count;
+                self.early_octets += count;
             }
         }
         Ok(())
@@ -313,19 +313,19 @@ impl Wire {
     ///
     /// Errors: `InvalidData` when octets came behind STARTTLS (close then: RFC 3207 section 6) or the handshake
     /// fails, `TimedOut`, the system's. After an error the wire is good for `shutdown` only.
-    pub fn start_tls_server(&mut self, side: &ServerSide, deadline: Instant) -> io::Result<()> {
-        self.start_tls(deadline, "TLS", || Session::server(side))
+    pub fn start_tls_server(&mut self, side: &ServerTls, deadline: Instant) -> io::Result<()> {
+        self.start_tls(deadline, "TLS", || TlsSession::server(side))
     }
 
     /// The same as the side that made the connection. `name`: what the peer's certificate must be for.
-    pub fn start_tls_client(&mut self, side: &ClientSide, name: &str, deadline: Instant) -> io::Result<()> {
+    pub fn start_tls_client(&mut self, side: &ClientTls, name: &str, deadline: Instant) -> io::Result<()> {
         let with = format!("TLS with {name}");
-        self.start_tls(deadline, &with, || Session::client(side, name))
+        self.start_tls(deadline, &with, || TlsSession::client(side, name))
     }
 
     /// What TLS agreed on, or that there is none.
-    pub fn secure(&self) -> Option<&Secure> {
-        self.secure.as_ref()
+    pub fn secure(&self) -> Option<&TlsInfo> {
+        self.tls_info.as_ref()
     }
 
     /// Ends the connection in good order, as far as that goes without waiting.
@@ -339,8 +339,8 @@ impl Wire {
         }
         let _ = rustix::net::shutdown(self.output_fd(), rustix::net::Shutdown::Write);
         // Closing with octets unread resets the connection, and the peer loses our last words.
-        let mut space = [MaybeUninit::uninit(); CHUNK];
-        for _ in 0..FULL / CHUNK {
+        let mut space = [MaybeUninit::uninit(); READ_SIZE];
+        for _ in 0..READ_BUFFER_LIMIT / READ_SIZE {
             match rustix::io::read(&self.input, &mut space[..]) {
                 Ok((octets, _)) if !octets.is_empty() => {}
                 _ => break,
@@ -351,38 +351,38 @@ impl Wire {
 
 /// A word to all who wait: stop. Clones are the same token.
 #[derive(Clone, Debug)]
-pub struct Stop(Arc<Token>);
+pub struct CancelToken(Arc<Token>);
 
 #[derive(Debug)]
 struct Token {
-    said: AtomicBool,
+    cancelled: AtomicBool,
     reader: OwnedFd,
     writer: OwnedFd,
 }
 
-impl Stop {
-    pub fn new() -> io::Result<Stop> {
+impl CancelToken {
+    pub fn new() -> io::Result<CancelToken> {
         let (reader, writer) = rustix::pipe::pipe()?;
         for end in [&reader, &writer] {
             rustix::io::fcntl_setfd(end, rustix::io::FdFlags::CLOEXEC)?;
         }
-        Ok(Stop(Arc::new(Token { said: AtomicBool::new(false), reader, writer })))
+        Ok(CancelToken(Arc::new(Token { cancelled: AtomicBool::new(false), reader, writer })))
     }
 
-    pub fn stop(&self) {
-        if !self.0.said.swap(true, Ordering::SeqCst) {
+    pub fn cancel(&self) {
+        if !self.0.cancelled.swap(true, Ordering::SeqCst) {
             // One octet that nobody reads: the pipe is readable from now on. It is empty, so this cannot fail.
             let _ = rustix::io::retry_on_intr(|| rustix::io::write(&self.0.writer, &[0]));
         }
     }
 
-    pub fn stopped(&self) -> bool {
-        self.0.said.load(Ordering::SeqCst)
+    pub fn is_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::SeqCst)
     }
 
     /// Waits for the word to stop, or until then; says whether it was said.
     pub fn wait_until(&self, deadline: Option<Instant>) -> bool {
-        while !self.stopped() {
+        while !self.is_cancelled() {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
                 break;
@@ -395,7 +395,7 @@ impl Stop {
             let mut polls = [PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)];
             let _ = rustix::event::poll(&mut polls, timeout.as_ref());
         }
-        self.stopped()
+        self.is_cancelled()
     }
 
     /// Readable (`IN`) from `stop` on, for ever. Never read from it.
@@ -405,7 +405,7 @@ impl Stop {
 }
 
 /// Connects by TCP. `TimedOut` after the deadline, `Interrupted` when told to stop.
-pub fn connect(address: SocketAddr, deadline: Instant, stop: &Stop) -> io::Result<OwnedFd> {
+pub fn connect(address: SocketAddr, deadline: Instant, stop: &CancelToken) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
@@ -415,7 +415,7 @@ pub fn connect(address: SocketAddr, deadline: Instant, stop: &Stop) -> io::Resul
         other => return other.map(|()| socket).map_err(io::Error::from),
     }
     loop {
-        if stop.stopped() {
+        if stop.is_cancelled() {
             return Err(io::Error::new(io::ErrorKind::Interrupted, "told to stop"));
         }
         let left = deadline.saturating_duration_since(Instant::now());
@@ -455,13 +455,13 @@ impl Trace {
     }
 
     /// One line that this side says, with or without its line end.
-    pub fn said(&self, line: &[u8]) {
-        self.note(self.us, line);
+    pub fn sent(&self, line: &[u8]) {
+        self.write(self.us, line);
     }
 
     /// One line that the peer says.
-    pub fn heard(&self, line: &[u8]) {
-        self.note(self.them, line);
+    pub fn received(&self, line: &[u8]) {
+        self.write(self.them, line);
     }
 
     /// Something that is no line: TLS, the turn.
@@ -469,7 +469,7 @@ impl Trace {
         log::debug!(target: "dialogue", "[{}] == {event} ==", self.id);
     }
 
-    fn note(&self, who: char, line: &[u8]) {
+    fn write(&self, who: char, line: &[u8]) {
         log::debug!(target: "dialogue", "[{}] {who}: {}", self.id, Printable(line));
     }
 }
@@ -499,7 +499,7 @@ impl std::fmt::Display for Printable<'_> {
 
 /// What ends a line.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Ends {
+enum LineEnd {
     CrLf,
     /// LF, with or without a CR.
     Lf,
@@ -526,7 +526,7 @@ impl Buffer {
         if self.is_empty() {
             self.start = 0;
             self.octets.clear();
-            if self.octets.capacity() > IDLE {
+            if self.octets.capacity() > IDLE_CAPACITY {
                 self.octets = Vec::new();
             }
         }
@@ -561,21 +561,21 @@ impl Write for Descriptor<'_> {
 }
 
 /// What poll(2) found.
-struct Ready {
+struct PollResult {
     input: bool,
     stop: bool,
 }
 
-impl Wire {
+impl Connection {
     /// `fill` without the octets that came early.
-    fn pull(&mut self) -> io::Result<Filled> {
+    fn read_available(&mut self) -> io::Result<Filled> {
         if self.at_end()? {
             return Ok(Filled::End);
         }
-        if self.received().len() >= FULL {
+        if self.received().len() >= READ_BUFFER_LIMIT {
             return Ok(Filled::Nothing);
         }
-        let mut space = [MaybeUninit::uninit(); CHUNK];
+        let mut space = [MaybeUninit::uninit(); READ_SIZE];
         let octets: &[u8] = match rustix::io::read(&self.input, &mut space[..]) {
             Ok((octets, _)) => octets,
             // An interrupted read is announced again.
@@ -611,18 +611,18 @@ impl Wire {
     }
 
     /// `fill` need not wait for the system.
-    fn has_news(&self) -> bool {
-        self.early > 0 || self.ended || self.received().len() >= FULL
+    fn has_input(&self) -> bool {
+        self.early_octets > 0 || self.ended || self.received().len() >= READ_BUFFER_LIMIT
     }
 
     /// `flush` without the memory of errors.
-    fn push(&mut self) -> io::Result<bool> {
-        let mut budget = BURST;
+    fn write_pending(&mut self) -> io::Result<bool> {
+        let mut budget = FLUSH_LIMIT;
         loop {
             if self.sending.is_empty() && !self.out.is_empty() {
                 mem::swap(&mut self.sending.octets, &mut self.out);
             }
-            let written = match self.push_once() {
+            let written = match self.write_once() {
                 Ok(None) => return Ok(true),
                 Ok(Some(0)) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(Some(written)) => written,
@@ -638,7 +638,7 @@ impl Wire {
     }
 
     /// One system call. `None`: there is nothing to send.
-    fn push_once(&mut self) -> io::Result<Option<usize>> {
+    fn write_once(&mut self) -> io::Result<Option<usize>> {
         let output = self.output.as_ref().unwrap_or(&self.input);
         let Some(session) = &mut self.tls else {
             if self.sending.is_empty() {
@@ -666,7 +666,7 @@ impl Wire {
         }
     }
 
-    fn poll(&self, wanted: PollFlags, stop: Option<&Stop>, until: Instant) -> io::Result<Ready> {
+    fn poll(&self, wanted: PollFlags, stop: Option<&CancelToken>, until: Instant) -> io::Result<PollResult> {
         let (input, output) = (wanted.contains(PollFlags::IN), wanted.contains(PollFlags::OUT));
         let mut descriptors = Vec::with_capacity(3);
         if input {
@@ -685,12 +685,12 @@ impl Wire {
             Ok(_) => {}
             // As if nothing had happened: the caller looks at its deadline and comes back.
             Err(Errno::INTR) => {
-                return Ok(Ready { input: false, stop: false });
+                return Ok(PollResult { input: false, stop: false });
             }
             Err(error) => return Err(error.into()),
         }
         let happened = |found: &PollFd<'_>| !found.revents().is_empty();
-        Ok(Ready {
+        Ok(PollResult {
             input: input && descriptors.first().is_some_and(happened),
             stop: stop.is_some() && descriptors.last().is_some_and(happened),
         })
@@ -699,10 +699,10 @@ impl Wire {
     fn poll_or_time_out(
         &self,
         wanted: PollFlags,
-        stop: Option<&Stop>,
+        stop: Option<&CancelToken>,
         deadline: Instant,
         what: &str,
-    ) -> io::Result<Ready> {
+    ) -> io::Result<PollResult> {
         if Instant::now() >= deadline {
             return Err(io::Error::new(io::ErrorKind::TimedOut, what));
         }
@@ -713,14 +713,14 @@ impl Wire {
         &mut self,
         deadline: Instant,
         what: &str,
-        session: impl FnOnce() -> io::Result<Session>,
+        session: impl FnOnce() -> io::Result<TlsSession>,
     ) -> io::Result<()> {
         let refused = |text| Err(io::Error::new(io::ErrorKind::InvalidData, text));
         if self.tls.is_some() {
             return refused("TLS is already on");
         }
         // RFC 3207 section 6: what came in the clear must not be taken for what TLS protects.
-        if !self.received().is_empty() || self.swallowing {
+        if !self.received().is_empty() || self.discarding {
             return refused("octets in the clear came behind STARTTLS");
         }
         // Nothing is read here: the peer's next octets are TLS.
@@ -729,7 +729,7 @@ impl Wire {
         }
         self.tls = Some(Box::new(session()?));
         self.handshake(deadline).map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))?;
-        self.secure = self.tls.as_ref().and_then(|session| session.secure());
+        self.tls_info = self.tls.as_ref().and_then(|session| session.secure());
         Ok(())
     }
 
@@ -738,7 +738,7 @@ impl Wire {
             let flushed = match self.flush() {
                 Ok(flushed) => flushed,
                 // The peer may have said by an alert why it no longer listens.
-                Err(error) => return Err(self.pull().err().unwrap_or(error)),
+                Err(error) => return Err(self.read_available().err().unwrap_or(error)),
             };
             let shaking = self.tls.as_ref().is_some_and(|session| session.handshaking());
             let mut wanted = PollFlags::empty();
@@ -749,15 +749,15 @@ impl Wire {
             }
             let late = "the handshake took too long";
             if self.poll_or_time_out(wanted, None, deadline, late)?.input {
-                self.shake()?;
+                self.read_handshake()?;
             }
         }
     }
 
     /// One reading of the handshake, with our alert sent if that fails.
-    fn shake(&mut self) -> io::Result<()> {
-        match self.pull() {
-            Ok(Filled::Bytes(count)) => self.early += count,
+    fn read_handshake(&mut self) -> io::Result<()> {
+        match self.read_available() {
+            Ok(Filled::Bytes(count)) => self.early_octets += count,
             Ok(Filled::Nothing) => {}
             Ok(Filled::End) => return Err(hung_up()),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(hung_up()),
@@ -769,15 +769,15 @@ impl Wire {
         Ok(())
     }
 
-    fn take(&mut self, limit: usize, ends: Ends) -> Line {
-        if self.swallowing && !self.swallow(ends) {
+    fn take(&mut self, limit: usize, ends: LineEnd) -> Line {
+        if self.discarding && !self.discard(ends) {
             return Line::None;
         }
         if self.scanned_for != ends {
             self.scanned = 0;
             self.scanned_for = ends;
         }
-        let limit = limit.min(FULL);
+        let limit = limit.min(READ_BUFFER_LIMIT);
         let rest = self.read.rest();
         let window = &rest[..rest.len().min(limit)];
         if let Some(end) = line_end(window, self.scanned, ends) {
@@ -785,21 +785,21 @@ impl Wire {
             let line = line.strip_suffix(b"\r").unwrap_or(line).to_vec();
             self.consume(end);
             self.scanned = 0;
-            self.swallowed = 0;
+            self.discarded = 0;
             return Line::Whole(line);
         }
         self.scanned = window.len();
         if rest.len() < limit {
             return Line::None;
         }
-        self.swallowing = true;
-        self.swallowed = 0;
-        self.swallow(ends);
+        self.discarding = true;
+        self.discarded = 0;
+        self.discard(ends);
         Line::TooLong
     }
 
     /// Drops the rest of a line that was too long; true when its end was found.
-    fn swallow(&mut self, ends: Ends) -> bool {
+    fn discard(&mut self, ends: LineEnd) -> bool {
         let rest = self.read.rest();
         let end = line_end(rest, 0, ends);
         // A CR at the very end may be half of the line end.
@@ -807,25 +807,25 @@ impl Wire {
         let dropped = end.unwrap_or(rest.len() - kept);
         self.consume(dropped);
         self.scanned = 0;
-        self.swallowed += dropped;
-        self.swallowing = end.is_none();
+        self.discarded += dropped;
+        self.discarding = end.is_none();
         end.is_some()
     }
 }
 
 /// Where the first line of `octets` ends: the index behind its LF. The first `scanned` octets hold no end.
-fn line_end(octets: &[u8], scanned: usize, ends: Ends) -> Option<usize> {
+fn line_end(octets: &[u8], scanned: usize, ends: LineEnd) -> Option<usize> {
     let mut at = scanned.min(octets.len());
     while let Some(found) = octets[at..].iter().position(|&octet| octet == b'\n') {
         at += found + 1;
-        if ends == Ends::Lf || (at >= 2 && octets[at - 2] == b'\r') {
+        if ends == LineEnd::Lf || (at >= 2 && octets[at - 2] == b'\r') {
             return Some(at);
         }
     }
     None
 }
 
-fn again(error: &io::Error) -> io::Error {
+fn copy_of(error: &io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(code) => io::Error::from_raw_os_error(code),
         None => io::Error::new(error.kind(), error.to_string()),
@@ -856,8 +856,8 @@ mod tests {
         Trace { id, us: 'P', them: 'C' }
     }
 
-    fn wire(socket: impl Into<OwnedFd>) -> Wire {
-        Wire::new(socket.into(), trace()).unwrap()
+    fn wire(socket: impl Into<OwnedFd>) -> Connection {
+        Connection::new(socket.into(), trace()).unwrap()
     }
 
     fn soon() -> Instant {
@@ -878,14 +878,14 @@ mod tests {
         (one, listener.accept().unwrap().0)
     }
 
-    fn sides() -> (ServerSide, ClientSide) {
+    fn sides() -> (ServerTls, ClientTls) {
         let (certificate, key) = tls::self_signed(&[NAME]).unwrap();
         let pin = tls::fingerprint(&certificate).unwrap();
         (tls::server_from_pem(&certificate, &key).unwrap(), tls::client_config(&Trust::Pin(pin)).unwrap())
     }
 
     /// Both wires with TLS on: server, client.
-    fn secured(server: impl Into<OwnedFd>, client: impl Into<OwnedFd>) -> (Wire, Wire) {
+    fn secured(server: impl Into<OwnedFd>, client: impl Into<OwnedFd>) -> (Connection, Connection) {
         let (accepting, connecting) = sides();
         let (mut server, mut client) = (wire(server), wire(client));
         thread::scope(|scope| {
@@ -896,28 +896,28 @@ mod tests {
     }
 
     /// A wire pair of each kind.
-    fn each_kind() -> Vec<(Wire, Wire)> {
+    fn each_kind() -> Vec<(Connection, Connection)> {
         let ((a, b), (c, d), (e, f)) = (unix(), tcp(), unix());
         vec![(wire(a), wire(b)), secured(c, d), secured(e, f)]
     }
 
-    fn next_line(wire: &mut Wire) -> Line {
-        let stop = Stop::new().unwrap();
+    fn next_line(wire: &mut Connection) -> Line {
+        let stop = CancelToken::new().unwrap();
         loop {
             match wire.take_line(1000) {
                 Line::None => {}
                 line => return line,
             }
-            assert_eq!(wire.wait_input(soon(), &stop).unwrap(), Woken::Ready);
+            assert_eq!(wire.wait_input(soon(), &stop).unwrap(), WaitResult::Ready);
             assert_ne!(wire.fill().unwrap(), Filled::End);
         }
     }
 
     /// Reads until `count` octets came, as a polling thread would.
-    fn gather(wire: &mut Wire, count: usize) -> Vec<u8> {
-        let (mut heard, stop) = (Vec::new(), Stop::new().unwrap());
+    fn gather(wire: &mut Connection, count: usize) -> Vec<u8> {
+        let (mut heard, stop) = (Vec::new(), CancelToken::new().unwrap());
         while heard.len() < count {
-            assert_eq!(wire.wait_input(soon(), &stop).unwrap(), Woken::Ready);
+            assert_eq!(wire.wait_input(soon(), &stop).unwrap(), WaitResult::Ready);
             wire.fill().unwrap();
             heard.extend_from_slice(wire.received());
             wire.consume(usize::MAX);
@@ -934,13 +934,13 @@ mod tests {
     }
 
     /// Feeds `input` cut at every place; the lines must be the same.
-    fn check_lines(input: &[u8], limit: usize, ends: Ends, expected: &[Line]) {
+    fn check_lines(input: &[u8], limit: usize, ends: LineEnd, expected: &[Line]) {
         for cut in 0..=input.len() {
             let (peer, ours) = unix();
             let (mut peer, mut ours) = (wire(peer), wire(ours));
             let mut lines = Vec::new();
             for part in [&input[..cut], &input[cut..]] {
-                peer.say(part);
+                peer.send(part);
                 assert!(peer.flush().unwrap());
                 ours.fill().unwrap();
                 loop {
@@ -957,13 +957,13 @@ mod tests {
     #[test]
     fn only_crlf_ends_a_line() {
         let lines = [whole(b"NOOP"), whole(b""), whole(b"a\nb\rc"), whole(b"d\r")];
-        check_lines(b"NOOP\r\n\r\na\nb\rc\r\nd\r\r\nrest", 20, Ends::CrLf, &lines);
+        check_lines(b"NOOP\r\n\r\na\nb\rc\r\nd\r\r\nrest", 20, LineEnd::CrLf, &lines);
     }
 
     #[test]
     fn a_bare_lf_ends_a_reply() {
         let lines = [whole(b"250-a"), whole(b"250 b"), whole(b"")];
-        check_lines(b"250-a\n250 b\r\n\nrest", 20, Ends::Lf, &lines);
+        check_lines(b"250-a\n250 b\r\n\nrest", 20, LineEnd::Lf, &lines);
     }
 
     #[test]
@@ -972,7 +972,7 @@ mod tests {
         check_lines(
             b"12345678\r\n123456789\r\nNOOP\r\n12345678901234\n5678901\r234567890\r\nx\r\n",
             10,
-            Ends::CrLf,
+            LineEnd::CrLf,
             &lines,
         );
     }
@@ -982,7 +982,7 @@ mod tests {
         let (peer, ours) = unix();
         let (mut peer, mut ours) = (wire(peer), wire(ours));
         for round in 0..40 {
-            peer.say(&[b'x'; 50_000]);
+            peer.send(&[b'x'; 50_000]);
             peer.flush().unwrap();
             while let Filled::Bytes(_) = ours.fill().unwrap() {}
             let expected = if round == 0 { Line::TooLong } else { Line::None };
@@ -990,7 +990,7 @@ mod tests {
             assert!(ours.received().is_empty());
         }
         assert_eq!(ours.swallowed(), 2_000_000);
-        peer.say(b"\r\nQUIT\r\n");
+        peer.send(b"\r\nQUIT\r\n");
         peer.flush().unwrap();
         ours.fill().unwrap();
         assert_eq!(ours.take_line(1000), whole(b"QUIT"));
@@ -1001,11 +1001,11 @@ mod tests {
     fn lines_pass_both_ways_in_every_kind() {
         for (mut one, mut other) in each_kind() {
             for _ in 0..3 {
-                one.say(b"250-a\r\n250 b\r\n");
+                one.send(b"250-a\r\n250 b\r\n");
                 assert!(one.flush().unwrap());
                 assert_eq!(next_line(&mut other), whole(b"250-a"));
                 assert_eq!(next_line(&mut other), whole(b"250 b"));
-                other.say(b"RSET\r\n");
+                other.send(b"RSET\r\n");
                 assert!(other.flush().unwrap());
                 assert_eq!(next_line(&mut one), whole(b"RSET"));
                 assert_eq!(one.fill().unwrap(), Filled::Nothing);
@@ -1018,11 +1018,11 @@ mod tests {
         for (mut one, mut other) in each_kind() {
             thread::scope(|scope| {
                 scope.spawn(|| {
-                    one.say(b"250 go on\r\n");
+                    one.send(b"250 go on\r\n");
                     assert_eq!(next_line(&mut one), whole(b"NOOP"));
                 });
                 assert_eq!(next_line(&mut other), whole(b"250 go on"));
-                other.say(b"NOOP\r\n");
+                other.send(b"NOOP\r\n");
                 other.flush_all(soon()).unwrap();
             });
         }
@@ -1032,7 +1032,7 @@ mod tests {
     fn a_peer_that_does_not_read_does_not_hold_us() {
         let sent = text(8_000_000);
         for (mut one, mut other) in each_kind() {
-            one.say(&sent);
+            one.send(&sent);
             let mut rounds = 0;
             let mut before = usize::MAX;
             while one.unsent() < before {
@@ -1058,9 +1058,9 @@ mod tests {
     fn two_that_talk_at_once_do_not_wait_for_each_other() {
         // More than the sockets' own buffers take, and less than makes a reader pause.
         for (mut one, mut other) in each_kind() {
-            let sent = text(FULL);
-            let talk = |wire: &mut Wire| {
-                wire.say(&sent);
+            let sent = text(READ_BUFFER_LIMIT);
+            let talk = |wire: &mut Connection| {
+                wire.send(&sent);
                 wire.flush_all(soon()).unwrap();
                 assert!(gather(wire, sent.len()) == sent);
             };
@@ -1074,13 +1074,13 @@ mod tests {
     #[test]
     fn a_full_read_buffer_makes_the_peer_wait() {
         for (mut one, mut other) in each_kind() {
-            one.say(&text(4_000_000));
+            one.send(&text(4_000_000));
             for _ in 0..100 {
                 one.flush().unwrap();
                 other.fill().unwrap();
             }
             let kept = other.received().len();
-            assert!((FULL..FULL + CHUNK).contains(&kept), "{kept}");
+            assert!((READ_BUFFER_LIMIT..READ_BUFFER_LIMIT + READ_SIZE).contains(&kept), "{kept}");
             assert_eq!(other.fill().unwrap(), Filled::Nothing);
             assert!(!other.interest().contains(PollFlags::IN));
             other.consume(kept);
@@ -1093,20 +1093,20 @@ mod tests {
     fn an_idle_wire_keeps_little_memory() {
         for (mut one, mut other) in each_kind() {
             let sent = text(300_000);
-            one.say(&sent);
+            one.send(&sent);
             thread::scope(|scope| {
                 scope.spawn(|| one.flush_all(soon()).unwrap());
                 gather(&mut other, sent.len());
             });
             let kept = other.read.octets.capacity() + one.out.capacity();
-            assert!(kept + one.sending.octets.capacity() <= 3 * IDLE);
+            assert!(kept + one.sending.octets.capacity() <= 3 * IDLE_CAPACITY);
         }
     }
 
     #[test]
     fn a_trickle_does_not_outrun_the_deadline() {
         let (peer, ours) = unix();
-        let stop = Stop::new().unwrap();
+        let stop = CancelToken::new().unwrap();
         let trickle = thread::spawn(move || {
             for _ in 0..500 {
                 if (&peer).write_all(b"x").is_err() {
@@ -1117,7 +1117,7 @@ mod tests {
         });
         let mut ours = wire(ours);
         let (start, deadline) = (Instant::now(), in_millis(100));
-        while ours.wait_input(deadline, &stop).unwrap() == Woken::Ready {
+        while ours.wait_input(deadline, &stop).unwrap() == WaitResult::Ready {
             assert_ne!(ours.fill().unwrap(), Filled::End);
             assert_eq!(ours.take_line(1000), Line::None);
         }
@@ -1128,20 +1128,20 @@ mod tests {
 
     #[test]
     fn stop_wakes_all_who_wait() {
-        let stop = Stop::new().unwrap();
+        let stop = CancelToken::new().unwrap();
         let pairs = [unix(), unix()];
         thread::scope(|scope| {
             for (_, ours) in &pairs {
                 let stop = stop.clone();
                 scope.spawn(move || {
                     let mut ours = wire(ours.try_clone().unwrap());
-                    assert_eq!(ours.wait_input(soon(), &stop).unwrap(), Woken::Stopped);
+                    assert_eq!(ours.wait_input(soon(), &stop).unwrap(), WaitResult::Cancelled);
                 });
             }
             thread::sleep(Duration::from_millis(20));
-            assert!(!stop.stopped());
-            stop.stop();
-            stop.stop();
+            assert!(!stop.is_cancelled());
+            stop.cancel();
+            stop.cancel();
         });
         let mut found = [PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN)];
         assert_eq!(rustix::event::poll(&mut found, None).unwrap(), 1);
@@ -1151,11 +1151,11 @@ mod tests {
     #[test]
     fn a_shutdown_is_an_end_in_every_kind() {
         for (mut one, mut other) in each_kind() {
-            one.say(b"221 bye\r\n");
+            one.send(b"221 bye\r\n");
             one.shutdown();
             assert_eq!(next_line(&mut other), whole(b"221 bye"));
-            let stop = Stop::new().unwrap();
-            assert_eq!(other.wait_input(soon(), &stop).unwrap(), Woken::Ready);
+            let stop = CancelToken::new().unwrap();
+            assert_eq!(other.wait_input(soon(), &stop).unwrap(), WaitResult::Ready);
             for _ in 0..2 {
                 assert_eq!(other.fill().unwrap(), Filled::End);
             }
@@ -1168,7 +1168,7 @@ mod tests {
     fn a_tls_connection_cut_short_is_an_error() {
         let (a, b) = unix();
         let (mut one, mut other) = secured(a, b);
-        one.say(b"250 ok\r\n");
+        one.send(b"250 ok\r\n");
         one.flush().unwrap();
         drop(one);
         assert_eq!(next_line(&mut other), whole(b"250 ok"));
@@ -1182,7 +1182,7 @@ mod tests {
     fn half_of_what_was_said_is_not_closed_properly() {
         let (a, b) = unix();
         let (mut one, mut other) = secured(a, b);
-        one.say(&text(4_000_000));
+        one.send(&text(4_000_000));
         one.shutdown();
         let error = loop {
             match other.fill() {
@@ -1198,10 +1198,10 @@ mod tests {
     fn last_words_survive_what_we_did_not_read() {
         let (a, b) = tcp();
         let (mut one, mut other) = (wire(a), wire(b));
-        other.say(&text(100_000));
+        other.send(&text(100_000));
         other.flush().unwrap();
         thread::sleep(Duration::from_millis(20));
-        one.say(b"421 closing\r\n");
+        one.send(b"421 closing\r\n");
         one.shutdown();
         assert_eq!(next_line(&mut other), whole(b"421 closing"));
     }
@@ -1212,7 +1212,7 @@ mod tests {
         (&peer).write_all(b"421 closing\r\n").unwrap();
         drop(peer);
         let mut ours = wire(ours);
-        ours.say(b"NOOP\r\n");
+        ours.send(b"NOOP\r\n");
         assert_eq!(next_line(&mut ours), whole(b"421 closing"));
         assert!(ours.flush().is_err());
         assert_eq!(ours.interest(), PollFlags::IN);
@@ -1222,16 +1222,16 @@ mod tests {
     fn two_pipes_make_a_wire() {
         let (theirs, output) = rustix::pipe::pipe().unwrap();
         let (input, peer) = rustix::pipe::pipe().unwrap();
-        let mut ours = Wire::pair(input, output, trace()).unwrap();
+        let mut ours = Connection::pair(input, output, trace()).unwrap();
         rustix::io::write(&peer, b"NOOP\r\n").unwrap();
-        ours.say(b"250 ok\r\n");
+        ours.send(b"250 ok\r\n");
         assert_eq!(next_line(&mut ours), whole(b"NOOP"));
         let mut heard = [0; 8];
         rustix::io::read(&theirs, &mut heard).unwrap();
         assert_eq!(&heard, b"250 ok\r\n");
         drop(peer);
         assert_eq!(ours.fill().unwrap(), Filled::End);
-        ours.say(&[b'x'; 1_000_000]);
+        ours.send(&[b'x'; 1_000_000]);
         assert!(!ours.flush().unwrap());
         drop(theirs);
         assert_eq!(ours.flush().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
@@ -1259,7 +1259,7 @@ mod tests {
         let (accepting, _) = sides();
         let (peer, ours) = unix();
         let mut ours = wire(ours);
-        ours.say(b"220 go\r\n");
+        ours.send(b"220 go\r\n");
         (&peer).write_all(b"EHLO evil\r\n").unwrap();
         let error = ours.start_tls_server(&accepting, soon()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
@@ -1276,7 +1276,7 @@ mod tests {
         thread::scope(|scope| {
             scope.spawn(|| {
                 client.start_tls_client(&connecting, NAME, soon()).unwrap();
-                client.say(b"EHLO example.org\r\n");
+                client.send(b"EHLO example.org\r\n");
                 client.flush().unwrap();
             });
             server.start_tls_server(&accepting, soon()).unwrap();
@@ -1332,7 +1332,7 @@ mod tests {
         });
         assert_eq!(server.secure().unwrap().version, "TLSv1.2");
         assert_eq!(server.secure(), client.secure());
-        server.say(b"220 hello\r\n");
+        server.send(b"220 hello\r\n");
         server.shutdown();
         assert_eq!(next_line(&mut client), whole(b"220 hello"));
         assert_eq!(client.fill().unwrap(), Filled::End);
@@ -1357,15 +1357,15 @@ mod tests {
             scope.spawn(|| trickle(b, c));
             scope.spawn(|| trickle(c2, b2));
             let (mut server, mut client) = secured(a, d);
-            server.say(b"220 hello\r\n");
+            server.send(b"220 hello\r\n");
             server.flush().unwrap();
             assert_eq!(next_line(&mut client), whole(b"220 hello"));
-            client.say(b"QUIT\r\n");
+            client.send(b"QUIT\r\n");
             client.shutdown();
             assert_eq!(next_line(&mut server), whole(b"QUIT"));
-            let stop = Stop::new().unwrap();
+            let stop = CancelToken::new().unwrap();
             while server.fill().unwrap() != Filled::End {
-                assert_eq!(server.wait_input(soon(), &stop).unwrap(), Woken::Ready);
+                assert_eq!(server.wait_input(soon(), &stop).unwrap(), WaitResult::Ready);
             }
         });
     }

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use super::ConfigError;
 use super::mailboxes::Accept;
 use super::value::Parse;
-use crate::rules::{Alias, ELSEWHERE, Name, Origin, Target, address};
+use crate::rules::{Alias, FORWARD_HINT, AddressPattern, SourceLine, AliasTarget, address};
 use crate::smtp::address::{Domain, Mailbox};
 
 /// Reads a file of aliases; targets without a domain are at `home`.
@@ -36,7 +36,7 @@ pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Ve
         if line.trim().is_empty() {
             continue;
         }
-        let origin = Origin { file: file.clone(), line: number };
+        let origin = SourceLine { file: file.clone(), line: number };
         let pieces = pieces(line).map_err(|text| error(number, text.to_owned()))?;
         let targets = if line.starts_with(char::is_whitespace) {
             pieces.targets(None)
@@ -57,7 +57,7 @@ pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Ve
         };
         for written in targets {
             let (mailbox, direct) = target(written, home).map_err(|text| error(number, text))?;
-            alias.targets.push(Target { mailbox, direct, origin: origin.clone() });
+            alias.targets.push(AliasTarget { mailbox, direct, origin: origin.clone() });
         }
     }
     end_of(aliases.last()).map_err(|(line, text)| error(line, text))?;
@@ -72,7 +72,7 @@ fn end_of(alias: Option<&Alias>) -> Result<(), (usize, String)> {
     }
 }
 
-pub(super) fn without_target(name: &Name) -> String {
+pub(super) fn without_target(name: &AddressPattern) -> String {
     format!("the alias {name} leads nowhere: name one mailbox or more, or take it out")
 }
 
@@ -162,7 +162,7 @@ fn strip_comment(line: &str) -> &str {
 }
 
 /// The name of an alias: an address, `@domain`, or a local part.
-pub(super) fn name(text: &str) -> Result<Name, String> {
+pub(super) fn name(text: &str) -> Result<AddressPattern, String> {
     let wrong = || {
         format!(
             "{text:?} is no name of an alias: write an address such as \"info@example.org\", \"@example.org\" for a \
@@ -170,7 +170,7 @@ pub(super) fn name(text: &str) -> Result<Name, String> {
         )
     };
     if let Some(name) = bare(text) {
-        return Ok(Name::bare(name.local()));
+        return Ok(AddressPattern::bare(name.local()));
     }
     match Accept::parse(text) {
         Ok(accept) => Ok(accept.into()),
@@ -193,7 +193,7 @@ pub(super) fn target(text: &str, home: &Domain) -> Result<(Mailbox, bool), Strin
         _ => "",
     };
     if !what.is_empty() {
-        return Err(format!("{text:?} is {what}, and aliases lead to mailboxes here: {ELSEWHERE}"));
+        return Err(format!("{text:?} is {what}, and aliases lead to mailboxes here: {FORWARD_HINT}"));
     }
     let (rest, direct) = text.strip_prefix('\\').map_or((text, false), |rest| (rest, true));
     let mailbox = match bare(rest) {
@@ -228,7 +228,7 @@ mod tests {
     fn each_form_of_an_alias_is_read() {
         fn check(text: &str, expected: &[&str]) {
             let shown = |alias: Alias| {
-                let target = |target: &Target| format!("{}{}", if target.direct { "\\" } else { "" }, target.mailbox);
+                let target = |target: &AliasTarget| format!("{}{}", if target.direct { "\\" } else { "" }, target.mailbox);
                 let targets: Vec<_> = alias.targets.iter().map(target).collect();
                 format!("{} {} = {}", alias.origin.line, alias.name, targets.join(" "))
             };
@@ -316,7 +316,7 @@ mod tests {
             let read = read(text.as_bytes()).unwrap();
             prop_assert_eq!(read.len(), aliases.len());
             for (alias, (name, targets)) in read.iter().zip(&aliases) {
-                prop_assert_eq!(&alias.name, &Name::bare(name));
+                prop_assert_eq!(&alias.name, &AddressPattern::bare(name));
                 let got: Vec<_> = alias.targets.iter().map(|target| target.mailbox.clone()).collect();
                 prop_assert_eq!(got, targets.iter().map(mailbox).collect::<Vec<_>>());
             }

@@ -11,40 +11,40 @@ use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
-use super::mailboxes::{Mailboxes, RawMailboxes};
-use super::relay::{Retry, Smarthost, Target};
+use super::mailboxes::{MailboxesConfig, RawMailboxes};
+use super::relay::{Retry, Smarthost, SmarthostAddress};
 use super::schedule::Schedule;
-use super::value::{Address, Entry, Hostname, Login, MAX_SIZE, Name, Network, Notice, Pin, Secret, Size};
+use super::value::{HostPort, Checked, Hostname, SystemName, MAX_SIZE, AccountName, Network, DelayWarning, Pin, Secret, OctetCount};
 use super::{
-    ConfigError, Kind, Limits, Source, Timeouts, TlsMode, addresses, each_once, hostname, listeners, secret, trust,
+    ConfigError, FileKind, Limits, Source, Timeouts, TlsMode, addresses, each_once, hostname, listeners, secret, trust,
 };
 use crate::smtp::address::Domain;
 
 /// The side that fetches its mail.
 #[derive(Clone, Debug)]
-pub struct Customer {
+pub struct CustomerConfig {
     /// The name it greets with. ASCII; the case is as written.
     pub hostname: String,
     /// Whom a process becomes that was started as root, before it touches mail; none: nobody.
-    pub owner: Option<Owner>,
+    pub owner: Option<MailOwner>,
     /// At least one, in the order of the file; no two have the same address and name.
-    pub providers: Vec<Upstream>,
-    pub mailboxes: Mailboxes,
+    pub providers: Vec<ProviderAccount>,
+    pub mailboxes: MailboxesConfig,
     /// None: this customer sends no mail.
-    pub outgoing: Option<Outgoing>,
+    pub outgoing: Option<OutgoingConfig>,
     pub limits: Limits,
     pub timeouts: Timeouts,
 }
 
-impl Customer {
-    pub fn load(path: &Path) -> Result<Customer, ConfigError> {
-        Customer::of(&Source::read(path)?)
+impl CustomerConfig {
+    pub fn load(path: &Path) -> Result<CustomerConfig, ConfigError> {
+        CustomerConfig::of(&Source::read(path)?)
     }
 
-    fn of(source: &Source) -> Result<Customer, ConfigError> {
+    fn of(source: &Source) -> Result<CustomerConfig, ConfigError> {
         match source.kind()? {
-            Some(Kind::Customer) | None => Customer::build(source),
-            Some(Kind::Provider) => Err(source.error(
+            Some(FileKind::Customer) | None => CustomerConfig::build(source),
+            Some(FileKind::Provider) => Err(source.error(
                 None,
                 "is a provider's file (it has `spool` or `customers`), for `odmr serve`; a customer's has [provider]",
             )),
@@ -53,18 +53,18 @@ impl Customer {
 
     /// Reads a customer's file for a user who hands in mail: without the files that hold secrets, which that user
     /// may not be able to read.
-    pub fn load_to_send(path: &Path) -> Result<Customer, ConfigError> {
-        Customer::of(&Source { secrets: false, ..Source::read(path)? })
+    pub fn load_to_send(path: &Path) -> Result<CustomerConfig, ConfigError> {
+        CustomerConfig::of(&Source { secrets: false, ..Source::read(path)? })
     }
 
-    pub(super) fn build(source: &Source) -> Result<Customer, ConfigError> {
+    pub(super) fn build(source: &Source) -> Result<CustomerConfig, ConfigError> {
         let raw: RawCustomer = source.parse()?;
         let hostname = hostname(source, raw.hostname)?;
         let provider = raw.provider.ok_or_else(|| {
             let text = "[provider] is missing: the table with `address`, `name` and `secret`";
             source.error(None, text)
         })?;
-        let providers = Upstream::build_all(source, provider, &raw.schedule)?;
+        let providers = ProviderAccount::build_all(source, provider, &raw.schedule)?;
         // Who asks one provider for all that there is may get mail for any domain.
         let all = providers.iter().any(|provider| provider.domains.is_empty());
         let domains: Vec<_> = providers.iter().filter(|_| !all).flat_map(|provider| provider.domains.clone()).collect();
@@ -73,10 +73,10 @@ impl Customer {
                         it is taken";
             source.error(None, text)
         })?;
-        let mailboxes = Mailboxes::build(source, mailboxes, &domains)?;
+        let mailboxes = MailboxesConfig::build(source, mailboxes, &domains)?;
         let takes_mail = providers.iter().find(|provider| provider.outgoing);
         let outgoing = match (raw.outgoing, takes_mail) {
-            (Some(raw), Some(provider)) => Some(Outgoing::build(source, raw, provider, &mailboxes, &hostname)?),
+            (Some(raw), Some(provider)) => Some(OutgoingConfig::build(source, raw, provider, &mailboxes, &hostname)?),
             (Some(raw), None) => {
                 let text = "[outgoing] has nobody to take its mail, as every provider says `outgoing = false`: take that \
                             out of one, or this table";
@@ -94,16 +94,16 @@ impl Customer {
                 // Whoever looks them up says where they stand.
                 let place = source.error(user.span(), "");
                 let group = group.map(|group| group.into_inner().0.0);
-                Some(Owner { user: user.into_inner().0.0, group, place })
+                Some(MailOwner { user: user.into_inner().0.0, group, place })
             }
         };
-        Ok(Customer { hostname, owner, providers, mailboxes, outgoing, limits: raw.limits, timeouts: raw.timeouts })
+        Ok(CustomerConfig { hostname, owner, providers, mailboxes, outgoing, limits: raw.limits, timeouts: raw.timeouts })
     }
 }
 
 /// Who owns the mail.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Owner {
+pub struct MailOwner {
     pub user: String,
     /// The group of what is made for him. Default: his own.
     pub group: Option<String>,
@@ -111,7 +111,7 @@ pub struct Owner {
     place: ConfigError,
 }
 
-impl Owner {
+impl MailOwner {
     /// What is wrong with the user or the group.
     pub fn error(&self, text: String) -> ConfigError {
         ConfigError { text, ..self.place.clone() }
@@ -120,7 +120,7 @@ impl Owner {
 
 /// `[provider]`, or each `[[provider]]`: where a customer calls, as whom, and when.
 #[derive(Clone)]
-pub struct Upstream {
+pub struct ProviderAccount {
     /// What to connect to: `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`.
     pub address: String,
     /// The host of it, without brackets: the name or address the certificate must carry.
@@ -145,7 +145,7 @@ pub struct Upstream {
     place: ConfigError,
 }
 
-impl Upstream {
+impl ProviderAccount {
     /// What is wrong with the certificates that are believed.
     pub fn error(&self, text: &str) -> ConfigError {
         let way_out = match &self.ca {
@@ -156,18 +156,18 @@ impl Upstream {
     }
 
     /// All providers of a file; `schedule`: for those that have none of their own.
-    fn build_all(source: &Source, raw: Spanned<OneOrMany>, schedule: &Schedule) -> Result<Vec<Upstream>, ConfigError> {
+    fn build_all(source: &Source, raw: Spanned<OneOrMany>, schedule: &Schedule) -> Result<Vec<ProviderAccount>, ConfigError> {
         let table = raw.span();
         let tables = match raw.into_inner() {
             OneOrMany::One(one) => vec![(table, *one)],
             OneOrMany::Many(many) => many.into_iter().map(|one| (one.span(), one.into_inner())).collect(),
         };
-        let mut providers: Vec<Upstream> = Vec::with_capacity(tables.len());
+        let mut providers: Vec<ProviderAccount> = Vec::with_capacity(tables.len());
         let mut outgoing = None;
         for (table, raw) in tables {
             let takes_mail = raw.outgoing.as_ref().map(|flag| (*flag.get_ref(), flag.span()));
-            let provider = Upstream::build(source, table.clone(), raw, schedule)?;
-            let same = |other: &&Upstream| (&other.address, &other.name) == (&provider.address, &provider.name);
+            let provider = ProviderAccount::build(source, table.clone(), raw, schedule)?;
+            let same = |other: &&ProviderAccount| (&other.address, &other.name) == (&provider.address, &provider.name);
             if providers.iter().find(same).is_some() {
                 let text = format!(
                     "{} stands here a second time as {}: one table a provider and account, with all `domains`",
@@ -195,7 +195,7 @@ impl Upstream {
         table: Range<usize>,
         raw: RawUpstream,
         schedule: &Schedule,
-    ) -> Result<Upstream, ConfigError> {
+    ) -> Result<ProviderAccount, ConfigError> {
         let missing = |text: &str| source.error(table.clone(), format!("[provider] needs {text}"));
         let address = raw.address.ok_or_else(|| {
             missing("`address`, the provider's host and port, such as address = \"relay.example.net:366\"")
@@ -204,8 +204,8 @@ impl Upstream {
         let tls = raw.tls.map_or(TlsMode::default(), |tls| tls.0);
         let place = source.error(raw.ca.as_ref().map_or_else(|| table.clone(), Spanned::span), "");
         let (ca, pin) = trust(source, "tls", tls, raw.ca, raw.pin)?;
-        let Address { address, host } = address.0;
-        Ok(Upstream {
+        let HostPort { address, host } = address.0;
+        Ok(ProviderAccount {
             address,
             host,
             tls,
@@ -221,7 +221,7 @@ impl Upstream {
     }
 }
 
-impl fmt::Debug for Upstream {
+impl fmt::Debug for ProviderAccount {
     /// Without the secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Upstream")
@@ -237,7 +237,7 @@ impl fmt::Debug for Upstream {
 
 /// `[outgoing]`: how a customer takes mail from its own machines, and sends it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Outgoing {
+pub struct OutgoingConfig {
     /// Under it stands the mail that waits. Absolute.
     pub queue: PathBuf,
     /// Where `pull --daemon` takes mail. Default: nowhere.
@@ -256,7 +256,7 @@ pub struct Outgoing {
     pub max_size: u64,
 }
 
-impl Outgoing {
+impl OutgoingConfig {
     /// Whether this machine may hand in mail: this very machine, or one of `networks`.
     pub fn admits(&self, address: IpAddr) -> bool {
         address.to_canonical().is_loopback() || self.networks.iter().any(|network| network.contains(address))
@@ -265,10 +265,10 @@ impl Outgoing {
     fn build(
         source: &Source,
         raw: Spanned<RawOutgoing>,
-        provider: &Upstream,
-        mailboxes: &Mailboxes,
+        provider: &ProviderAccount,
+        mailboxes: &MailboxesConfig,
         hostname: &str,
-    ) -> Result<Outgoing, ConfigError> {
+    ) -> Result<OutgoingConfig, ConfigError> {
         let table = raw.span();
         let missing = |text: &str| source.error(table.clone(), format!("[outgoing] needs {text}"));
         let raw = raw.into_inner();
@@ -286,7 +286,7 @@ impl Outgoing {
         let domain = raw.domain.map(|domain| domain.0);
         let domain = domain.or_else(|| mailboxes.rules.domains().first().cloned());
         let domain = domain.ok_or_else(|| missing("`domain`, for bare names, such as domain = \"example.org\""))?;
-        let submission = Target {
+        let submission = SmarthostAddress {
             key: "submission",
             tls_key: "submission-tls",
             address: raw.submission,
@@ -297,7 +297,7 @@ impl Outgoing {
             secret: raw.secret,
             secret_file: raw.secret_file,
         };
-        Ok(Outgoing {
+        Ok(OutgoingConfig {
             queue: source.beside(&queue.0),
             listen: addresses(Some(raw.listen), 0),
             networks: raw.networks.into_iter().map(|network| network.0).collect(),
@@ -314,9 +314,9 @@ impl Outgoing {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawCustomer {
-    hostname: Option<Entry<Hostname>>,
-    user: Option<Spanned<Entry<Login>>>,
-    group: Option<Spanned<Entry<Login>>>,
+    hostname: Option<Checked<Hostname>>,
+    user: Option<Spanned<Checked<SystemName>>>,
+    group: Option<Spanned<Checked<SystemName>>>,
     provider: Option<Spanned<OneOrMany>>,
     mailboxes: Option<Spanned<RawMailboxes>>,
     outgoing: Option<Spanned<RawOutgoing>>,
@@ -362,15 +362,15 @@ impl<'de> Deserialize<'de> for OneOrMany {
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawUpstream {
     // RFC 2645 section 4.
-    address: Option<Entry<Address<366>>>,
-    tls: Option<Entry<TlsMode>>,
-    ca: Option<Spanned<Entry<PathBuf>>>,
-    pin: Option<Spanned<Entry<Pin>>>,
-    name: Option<Entry<Name>>,
-    secret: Option<Spanned<Entry<Secret>>>,
-    secret_file: Option<Spanned<Entry<PathBuf>>>,
+    address: Option<Checked<HostPort<366>>>,
+    tls: Option<Checked<TlsMode>>,
+    ca: Option<Spanned<Checked<PathBuf>>>,
+    pin: Option<Spanned<Checked<Pin>>>,
+    name: Option<Checked<AccountName>>,
+    secret: Option<Spanned<Checked<Secret>>>,
+    secret_file: Option<Spanned<Checked<PathBuf>>>,
     #[serde(default)]
-    domains: Vec<Spanned<Entry<Domain>>>,
+    domains: Vec<Spanned<Checked<Domain>>>,
     outgoing: Option<Spanned<bool>>,
     schedule: Option<Schedule>,
 }
@@ -378,20 +378,20 @@ struct RawUpstream {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawOutgoing {
-    queue: Option<Entry<PathBuf>>,
+    queue: Option<Checked<PathBuf>>,
     #[serde(default)]
-    listen: Vec<Spanned<Entry<SocketAddr>>>,
+    listen: Vec<Spanned<Checked<SocketAddr>>>,
     #[serde(default)]
-    networks: Vec<Entry<Network>>,
-    domain: Option<Entry<Domain>>,
-    submission: Option<Entry<Address<587>>>,
-    submission_tls: Option<Spanned<Entry<TlsMode>>>,
-    ca: Option<Spanned<Entry<PathBuf>>>,
-    pin: Option<Spanned<Entry<Pin>>>,
-    name: Option<Spanned<Entry<Name>>>,
-    secret: Option<Spanned<Entry<Secret>>>,
-    secret_file: Option<Spanned<Entry<PathBuf>>>,
-    give_up: Option<Entry<Duration>>,
-    delay_notice: Option<Entry<Notice>>,
-    max_size: Option<Entry<Size>>,
+    networks: Vec<Checked<Network>>,
+    domain: Option<Checked<Domain>>,
+    submission: Option<Checked<HostPort<587>>>,
+    submission_tls: Option<Spanned<Checked<TlsMode>>>,
+    ca: Option<Spanned<Checked<PathBuf>>>,
+    pin: Option<Spanned<Checked<Pin>>>,
+    name: Option<Spanned<Checked<AccountName>>>,
+    secret: Option<Spanned<Checked<Secret>>>,
+    secret_file: Option<Spanned<Checked<PathBuf>>>,
+    give_up: Option<Checked<Duration>>,
+    delay_notice: Option<Checked<DelayWarning>>,
+    max_size: Option<Checked<OctetCount>>,
 }

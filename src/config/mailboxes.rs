@@ -13,18 +13,18 @@ use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
-use super::value::{Address, Entry, MAX_SIZE, Parse, Size};
+use super::value::{HostPort, Checked, MAX_SIZE, Parse, OctetCount};
 use super::{ConfigError, Source, aliases, line, read, twice};
-use crate::rules::{Alias, Mistake, Name, NextHop, Origin, Route, Rules, Target, Written};
+use crate::rules::{Alias, RuleError, AddressPattern, NextHop, SourceLine, Route, RecipientRules, AliasTarget, RuleInput};
 use crate::smtp::address::{Domain, Mailbox};
 
 /// `[mailboxes]`: for whom a customer takes mail, and where it goes.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Mailboxes {
+pub struct MailboxesConfig {
     /// Under it stand the Maildirs, `root/<domain>/<local part>/`. Absolute.
     pub root: PathBuf,
     /// Who a recipient is, and where his mail goes.
-    pub rules: Rules,
+    pub rules: RecipientRules,
     /// Taken from the mode of the files and folders of mail, as umask(2) does; 0o077, the default, or less, and never
     /// without 0o002.
     pub umask: u32,
@@ -41,13 +41,13 @@ pub enum Accept {
     Domain(Domain),
 }
 
-impl Mailboxes {
+impl MailboxesConfig {
     /// `domains`: those that are asked for; none: all there are.
     pub(super) fn build(
         source: &Source,
         raw: Spanned<RawMailboxes>,
         domains: &[Domain],
-    ) -> Result<Mailboxes, ConfigError> {
+    ) -> Result<MailboxesConfig, ConfigError> {
         let table = raw.span();
         let missing = |text: &str| source.error(table.clone(), format!("[mailboxes] needs {text}"));
         let raw = raw.into_inner();
@@ -70,7 +70,7 @@ impl Mailboxes {
                 aliases.extend(reader.alias_file(&file, span, &home)?);
             }
         }
-        let written = Written {
+        let written = RuleInput {
             root: root.clone(),
             home,
             accept,
@@ -81,12 +81,12 @@ impl Mailboxes {
             postmaster: raw.postmaster.map(|entry| (entry.get_ref().0.0.clone(), reader.origin(entry.span()))),
             routes: reader.routes(raw.deliver)?,
         };
-        let rules = Rules::new(written).map_err(|Mistake { origin, text }| ConfigError {
+        let rules = RecipientRules::new(written).map_err(|RuleError { origin, text }| ConfigError {
             file: origin.file.to_path_buf(),
             line: Some(origin.line),
             text,
         })?;
-        Ok(Mailboxes {
+        Ok(MailboxesConfig {
             root,
             rules,
             umask: raw.umask.map_or(0o077, |umask| umask.0.0),
@@ -95,13 +95,13 @@ impl Mailboxes {
     }
 }
 
-impl From<Accept> for Name {
-    fn from(accept: Accept) -> Name {
+impl From<Accept> for AddressPattern {
+    fn from(accept: Accept) -> AddressPattern {
         match accept {
-            Accept::Domain(domain) => Name::Domain(domain),
+            Accept::Domain(domain) => AddressPattern::Domain(domain),
             Accept::Address(mailbox) => match mailbox.domain() {
-                Some(domain) => Name::address(mailbox.local(), domain),
-                None => Name::bare(mailbox.local()),
+                Some(domain) => AddressPattern::address(mailbox.local(), domain),
+                None => AddressPattern::bare(mailbox.local()),
             },
         }
     }
@@ -126,19 +126,19 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn origin(&self, at: Range<usize>) -> Origin {
+    fn origin(&self, at: Range<usize>) -> SourceLine {
         let before = self.source.text.as_bytes().get(..at.start).unwrap_or_default();
-        Origin { file: self.file.clone(), line: line(before) }
+        SourceLine { file: self.file.clone(), line: line(before) }
     }
 
-    fn accept(&self, written: Vec<Spanned<Entry<Accept>>>) -> Result<Vec<(Name, Origin)>, ConfigError> {
+    fn accept(&self, written: Vec<Spanned<Checked<Accept>>>) -> Result<Vec<(AddressPattern, SourceLine)>, ConfigError> {
         let mut accept = Vec::with_capacity(written.len());
         let mut seen = HashSet::new();
         for entry in written {
             let span = entry.span();
             let entry = entry.into_inner().0;
             let shown = entry.to_string();
-            let name = Name::from(entry);
+            let name = AddressPattern::from(entry);
             // Two that differ in case alone would be two mailboxes nobody can tell apart.
             if !seen.insert(name.clone()) {
                 return Err(self.source.error(span, twice(&shown)));
@@ -163,10 +163,10 @@ impl Reader<'_> {
         }
     }
 
-    fn except(&self, written: Vec<Spanned<Entry<User>>>) -> Result<Vec<(Name, Origin)>, ConfigError> {
-        let name = |entry: Spanned<Entry<User>>| {
+    fn except(&self, written: Vec<Spanned<Checked<User>>>) -> Result<Vec<(AddressPattern, SourceLine)>, ConfigError> {
+        let name = |entry: Spanned<Checked<User>>| {
             let origin = self.origin(entry.span());
-            (Name::from(Accept::Address(entry.into_inner().0.0)), origin)
+            (AddressPattern::from(Accept::Address(entry.into_inner().0.0)), origin)
         };
         Ok(written.into_iter().map(name).collect())
     }
@@ -186,7 +186,7 @@ impl Reader<'_> {
             for (text, span) in targets.into_inner().into_each(span) {
                 let (mailbox, direct) =
                     aliases::target(&text, home).map_err(|text| self.source.error(span.clone(), text))?;
-                alias.targets.push(Target { mailbox, direct, origin: self.origin(span) });
+                alias.targets.push(AliasTarget { mailbox, direct, origin: self.origin(span) });
             }
             if alias.targets.is_empty() {
                 return Err(wrong(aliases::without_target(&alias.name)));
@@ -198,7 +198,7 @@ impl Reader<'_> {
 
     fn alias_file(&self, written: &str, at: Range<usize>, home: &Domain) -> Result<Vec<Alias>, ConfigError> {
         let path = PathBuf::parse(written).map_err(|text| self.source.error(at.clone(), text))?;
-        let path = self.source.folder().join(path);
+        let path = self.source.directory().join(path);
         let (_, octets) = read(&path).map_err(|cause| {
             let text =
                 format!("the aliases in {} cannot be read: {cause}; make that file, or take it out", path.display());
@@ -214,8 +214,8 @@ impl Reader<'_> {
 
     fn domain_aliases(
         &self,
-        written: BTreeMap<Spanned<String>, Entry<Domain>>,
-    ) -> Result<Vec<(Domain, Domain, Origin)>, ConfigError> {
+        written: BTreeMap<Spanned<String>, Checked<Domain>>,
+    ) -> Result<Vec<(Domain, Domain, SourceLine)>, ConfigError> {
         let mut read = Vec::with_capacity(written.len());
         for (key, to) in written {
             let from = <Domain as Parse>::parse(key.get_ref()).map_err(|text| self.source.error(key.span(), text))?;
@@ -225,7 +225,7 @@ impl Reader<'_> {
         Ok(read)
     }
 
-    fn routes(&self, written: Option<Spanned<OneOrTable>>) -> Result<Vec<(Option<Name>, Route, Origin)>, ConfigError> {
+    fn routes(&self, written: Option<Spanned<OneOrTable>>) -> Result<Vec<(Option<AddressPattern>, Route, SourceLine)>, ConfigError> {
         let Some(written) = written else { return Ok(Vec::new()) };
         let span = written.span();
         let table = match written.into_inner() {
@@ -239,7 +239,7 @@ impl Reader<'_> {
                 written if written.contains('@') => {
                     Some(User::parse(written).map(|user| Accept::Address(user.0).into()))
                 }
-                written => Some(<Domain as Parse>::parse(written).map(Name::Domain)),
+                written => Some(<Domain as Parse>::parse(written).map(AddressPattern::Domain)),
             };
             let name = name.transpose().map_err(|text| {
                 self.source.error(key.span(), format!("{text}; or \"*\" for all that have no rule of their own"))
@@ -274,14 +274,14 @@ impl Reader<'_> {
                 }
             }
             "lmtp" => {
-                let Address { address, host } = Address::<24>::parse(rest).map_err(wrong)?;
+                let HostPort { address, host } = HostPort::<24>::parse(rest).map_err(wrong)?;
                 Ok(Route::NextHop(NextHop::Lmtp { address, host }))
             }
             "smtp" if rest.contains('/') => Err(wrong(format!(
                 "{text:?} has a path, and SMTP goes to a host: write \"smtp:127.0.0.1:25\", or lmtp:"
             ))),
             "smtp" => {
-                let Address { address, host } = Address::<25>::parse(rest).map_err(wrong)?;
+                let HostPort { address, host } = HostPort::<25>::parse(rest).map_err(wrong)?;
                 Ok(Route::NextHop(NextHop::Smtp { address, host }))
             }
             _ => Err(no_way()),
@@ -297,20 +297,20 @@ const SOCKET_PATH: usize = 103;
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 pub(super) struct RawMailboxes {
-    root: Option<Entry<PathBuf>>,
+    root: Option<Checked<PathBuf>>,
     #[serde(default)]
-    accept: Vec<Spanned<Entry<Accept>>>,
+    accept: Vec<Spanned<Checked<Accept>>>,
     #[serde(default)]
-    except: Vec<Spanned<Entry<User>>>,
+    except: Vec<Spanned<Checked<User>>>,
     #[serde(default)]
     aliases: BTreeMap<Spanned<String>, Spanned<OneOrMany>>,
     alias_file: Option<Spanned<OneOrMany>>,
     #[serde(default)]
-    domain_aliases: BTreeMap<Spanned<String>, Entry<Domain>>,
-    separator: Option<Entry<Separators>>,
-    postmaster: Option<Spanned<Entry<User>>>,
-    umask: Option<Entry<Umask>>,
-    max_size: Option<Entry<Size>>,
+    domain_aliases: BTreeMap<Spanned<String>, Checked<Domain>>,
+    separator: Option<Checked<Separators>>,
+    postmaster: Option<Spanned<Checked<User>>>,
+    umask: Option<Checked<Umask>>,
+    max_size: Option<Checked<OctetCount>>,
     deliver: Option<Spanned<OneOrTable>>,
 }
 
@@ -437,7 +437,7 @@ impl<'de> Deserialize<'de> for OneOrTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Customer;
+    use crate::config::CustomerConfig;
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use tempfile::TempDir;
@@ -447,18 +447,18 @@ mod tests {
                         name = \"acme\"\nsecret = \"s\"\n[mailboxes]\n";
 
     /// What a customer's file with this table says, and one called `aliases` beside it; less the name of their folder.
-    fn load(table: &str, aliases: &str) -> Result<Mailboxes, String> {
+    fn load(table: &str, aliases: &str) -> Result<MailboxesConfig, String> {
         load_below(HEAD, table, aliases)
     }
 
-    fn load_below(head: &str, table: &str, aliases: &str) -> Result<Mailboxes, String> {
+    fn load_below(head: &str, table: &str, aliases: &str) -> Result<MailboxesConfig, String> {
         let folder = TempDir::new().unwrap();
         let path = folder.path().join("odmr.toml");
         fs::write(&path, format!("{head}{table}")).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         fs::write(folder.path().join("aliases"), aliases).unwrap();
         let said = |error: ConfigError| error.to_string().replace(&format!("{}/", folder.path().display()), "");
-        Customer::load(&path).map(|customer| customer.mailboxes).map_err(said)
+        CustomerConfig::load(&path).map(|customer| customer.mailboxes).map_err(said)
     }
 
     /// A table with these lines more is refused; line 1 is the first of them.

@@ -10,34 +10,34 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::relay::{RawRelay, Relay};
-use super::value::{Entry, Hostname, MAX_SIZE, Name, Parse, Secret, Size, at_least};
-use super::{ConfigError, Kind, Limits, Source, Timeouts, addresses, hostname, listeners, private, secret, twice};
-use crate::sasl::{Secrets, Unavailable};
+use super::relay::{RawRelay, RelayConfig};
+use super::value::{Checked, Hostname, MAX_SIZE, AccountName, Parse, Secret, OctetCount, at_least};
+use super::{ConfigError, FileKind, Limits, Source, Timeouts, addresses, hostname, listeners, private, secret, twice};
+use crate::sasl::{CredentialStore, Unavailable};
 use crate::smtp::address::Domain;
 
 /// The side that holds the mail.
 #[derive(Clone, Debug)]
-pub struct Provider {
+pub struct ProviderConfig {
     /// The name it greets with. ASCII; the case is as written.
     pub hostname: String,
     /// Under it stands the mail that waits. Absolute.
     pub spool: PathBuf,
     pub accounts: Accounts,
     pub tls: Option<TlsFiles>,
-    pub inbound: Inbound,
-    pub odmr: Odmr,
-    pub relay: Relay,
+    pub inbound: InboundConfig,
+    pub odmr: OdmrConfig,
+    pub relay: RelayConfig,
     pub limits: Limits,
     pub timeouts: Timeouts,
 }
 
-impl Provider {
-    pub fn load(path: &Path) -> Result<Provider, ConfigError> {
+impl ProviderConfig {
+    pub fn load(path: &Path) -> Result<ProviderConfig, ConfigError> {
         let source = Source::read(path)?;
         match source.kind()? {
-            Some(Kind::Provider) | None => Provider::build(&source),
-            Some(Kind::Customer) => Err(source.error(
+            Some(FileKind::Provider) | None => ProviderConfig::build(&source),
+            Some(FileKind::Customer) => Err(source.error(
                 None,
                 "is a customer's file (it has [provider]), for `odmr pull`; a provider's has `spool` and \
                  `customers`",
@@ -45,7 +45,7 @@ impl Provider {
         }
     }
 
-    pub(super) fn build(source: &Source) -> Result<Provider, ConfigError> {
+    pub(super) fn build(source: &Source) -> Result<ProviderConfig, ConfigError> {
         let raw: RawProvider = source.parse()?;
         let hostname = hostname(source, raw.hostname)?;
         let spool = raw.spool.ok_or_else(|| {
@@ -69,18 +69,18 @@ impl Provider {
             odmr.map(|odmr| odmr.listen_tls.as_slice()),
         ];
         listeners(source, lists)?;
-        let odmr = Odmr::build(source, raw.odmr, tls.is_some())?;
-        Ok(Provider {
+        let odmr = OdmrConfig::build(source, raw.odmr, tls.is_some())?;
+        Ok(ProviderConfig {
             hostname,
             spool: source.beside(&spool.0),
             accounts: Accounts::build(source, &customers)?,
             tls,
-            inbound: Inbound {
+            inbound: InboundConfig {
                 listen: addresses(raw.inbound.listen, 25),
                 max_size: raw.inbound.max_size.map_or(MAX_SIZE, |size| size.0.0),
             },
             odmr,
-            relay: Relay::build(source, raw.relay)?,
+            relay: RelayConfig::build(source, raw.relay)?,
             limits: raw.limits,
             timeouts: raw.timeouts,
         })
@@ -115,7 +115,7 @@ impl TlsFiles {
 
 /// `[inbound]`: the listener for the world.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Inbound {
+pub struct InboundConfig {
     /// Default: port 25 on all addresses. Empty: no listener, as when another mail server fills the Maildirs.
     pub listen: Vec<SocketAddr>,
     /// The largest letter taken, in octets as they are on the wire, here and from customers; default 50 MiB.
@@ -125,7 +125,7 @@ pub struct Inbound {
 
 /// `[odmr]`: the listeners for customers.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Odmr {
+pub struct OdmrConfig {
     /// Default: port 366 on all addresses.
     pub listen: Vec<SocketAddr>,
     /// TLS from the first octet on, for customers that know no STARTTLS. Default: none.
@@ -136,8 +136,8 @@ pub struct Odmr {
     pub cram_md5: bool,
 }
 
-impl Odmr {
-    fn build(source: &Source, raw: Option<Spanned<RawOdmr>>, tls: bool) -> Result<Odmr, ConfigError> {
+impl OdmrConfig {
+    fn build(source: &Source, raw: Option<Spanned<RawOdmr>>, tls: bool) -> Result<OdmrConfig, ConfigError> {
         let table = raw.as_ref().map(Spanned::span);
         let raw = raw.map(Spanned::into_inner).unwrap_or_default();
         let add = "add [tls] with `certificate` and `key`";
@@ -164,7 +164,7 @@ impl Odmr {
             );
             return Err(source.error(place, text));
         }
-        Ok(Odmr {
+        Ok(OdmrConfig {
             listen: addresses(raw.listen, 366),
             listen_tls: addresses(Some(raw.listen_tls), 366),
             require_tls,
@@ -196,8 +196,8 @@ impl Accounts {
         self.accounts.iter()
     }
 
-    fn build(source: &Source, folder: &Spanned<Entry<PathBuf>>) -> Result<Accounts, ConfigError> {
-        let path = source.folder().join(&folder.as_ref().0);
+    fn build(source: &Source, folder: &Spanned<Checked<PathBuf>>) -> Result<Accounts, ConfigError> {
+        let path = source.directory().join(&folder.as_ref().0);
         let files = customer_files(&path).map_err(|error| {
             let text = format!(
                 "the folder {} cannot be read: {error}; it holds one file a customer, and may be empty",
@@ -216,7 +216,7 @@ impl Accounts {
         let raw: RawAccount = source.parse()?;
         let name = source.file.file_stem().and_then(|name| name.to_str());
         let name = name.ok_or_else(|| "the login name is not UTF-8: rename the file".to_owned());
-        let name = name.and_then(Name::parse).map_err(|text| {
+        let name = name.and_then(AccountName::parse).map_err(|text| {
             let text = format!("{text}; here it is the file's name without .toml");
             source.error(None, text)
         })?;
@@ -262,7 +262,7 @@ impl Accounts {
     }
 }
 
-impl Secrets for Accounts {
+impl CredentialStore for Accounts {
     fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
         Ok(self.account(name).map(|account| account.secret.clone()))
     }
@@ -306,9 +306,9 @@ impl fmt::Debug for Account {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawProvider {
-    hostname: Option<Entry<Hostname>>,
-    spool: Option<Entry<PathBuf>>,
-    customers: Option<Spanned<Entry<PathBuf>>>,
+    hostname: Option<Checked<Hostname>>,
+    spool: Option<Checked<PathBuf>>,
+    customers: Option<Spanned<Checked<PathBuf>>>,
     tls: Option<Spanned<RawTls>>,
     #[serde(default)]
     inbound: RawInbound,
@@ -324,23 +324,23 @@ struct RawProvider {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawTls {
-    certificate: Option<Entry<PathBuf>>,
-    key: Option<Spanned<Entry<PathBuf>>>,
+    certificate: Option<Checked<PathBuf>>,
+    key: Option<Spanned<Checked<PathBuf>>>,
 }
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawInbound {
-    listen: Option<Vec<Spanned<Entry<SocketAddr>>>>,
-    max_size: Option<Entry<Size>>,
+    listen: Option<Vec<Spanned<Checked<SocketAddr>>>>,
+    max_size: Option<Checked<OctetCount>>,
 }
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawOdmr {
-    listen: Option<Vec<Spanned<Entry<SocketAddr>>>>,
+    listen: Option<Vec<Spanned<Checked<SocketAddr>>>>,
     #[serde(default)]
-    listen_tls: Vec<Spanned<Entry<SocketAddr>>>,
+    listen_tls: Vec<Spanned<Checked<SocketAddr>>>,
     require_tls: Option<Spanned<bool>>,
     cram_md5: Option<Spanned<bool>>,
 }
@@ -348,14 +348,14 @@ struct RawOdmr {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawAccount {
-    domains: Option<Spanned<Vec<Spanned<Entry<Domain>>>>>,
-    secret: Option<Spanned<Entry<Secret>>>,
-    secret_file: Option<Spanned<Entry<PathBuf>>>,
+    domains: Option<Spanned<Vec<Spanned<Checked<Domain>>>>>,
+    secret: Option<Spanned<Checked<Secret>>>,
+    secret_file: Option<Spanned<Checked<PathBuf>>>,
     #[serde(default = "yes")]
     relay: bool,
     #[serde(default)]
     any_sender: bool,
-    max_size: Option<Entry<Size>>,
+    max_size: Option<Checked<OctetCount>>,
     #[serde(default, deserialize_with = "at_least::<0, _>")]
     rate: usize,
 }

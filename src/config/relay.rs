@@ -11,13 +11,13 @@ use std::time::Duration;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::value::{Address, Entry, Name, Notice, Pin, Port, Resolver, Secret, Whole};
+use super::value::{HostPort, Checked, AccountName, DelayWarning, Pin, Port, ResolverAddress, Secret, WholeNumber};
 use super::{ConfigError, Source, TlsMode, secret, trust, twice};
 use crate::smtp::address::Domain;
 
 /// `[relay]`: how a provider sends the mail on that its customers hand in.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Relay {
+pub struct RelayConfig {
     /// The one host that takes all mail; none, the default: the MX hosts of each domain (RFC 5321 section 5.1).
     pub smarthost: Option<Smarthost>,
     /// TLS to MX hosts; a smarthost has its own. Default: when it is offered.
@@ -35,14 +35,14 @@ pub struct Relay {
     pub retry: Retry,
 }
 
-impl Relay {
+impl RelayConfig {
     /// What mail for this domain asks of an MX host.
     pub fn policy(&self, domain: &Domain) -> TlsPolicy {
         self.tls_for.get(domain).copied().unwrap_or(self.tls)
     }
 
-    pub(super) fn build(source: &Source, raw: RawRelay) -> Result<Relay, ConfigError> {
-        let smarthost = Target {
+    pub(super) fn build(source: &Source, raw: RawRelay) -> Result<RelayConfig, ConfigError> {
+        let smarthost = SmarthostAddress {
             key: "smarthost",
             tls_key: "smarthost-tls",
             address: raw.smarthost,
@@ -53,8 +53,8 @@ impl Relay {
             secret: raw.secret,
             secret_file: raw.secret_file,
         };
-        let default = Relay::default();
-        Ok(Relay {
+        let default = RelayConfig::default();
+        Ok(RelayConfig {
             smarthost: smarthost.build(source, None)?,
             tls: raw.tls.map_or(default.tls, |tls| tls.0),
             tls_for: policies(source, raw.tls_for)?,
@@ -67,9 +67,9 @@ impl Relay {
     }
 }
 
-impl Default for Relay {
-    fn default() -> Relay {
-        Relay {
+impl Default for RelayConfig {
+    fn default() -> RelayConfig {
+        RelayConfig {
             smarthost: None,
             tls: TlsPolicy::default(),
             tls_for: HashMap::new(),
@@ -145,10 +145,10 @@ impl Retry {
     /// Times that are not written give way to those that are.
     pub(super) fn build(
         source: &Source,
-        first: Option<Spanned<Entry<Duration>>>,
-        max: Option<Spanned<Entry<Duration>>>,
-        give_up: Option<Entry<Duration>>,
-        delay_notice: Option<Entry<Notice>>,
+        first: Option<Spanned<Checked<Duration>>>,
+        max: Option<Spanned<Checked<Duration>>>,
+        give_up: Option<Checked<Duration>>,
+        delay_notice: Option<Checked<DelayWarning>>,
     ) -> Result<Retry, ConfigError> {
         let default = Retry::default();
         let first_at = first.as_ref().map(Spanned::span);
@@ -192,46 +192,46 @@ impl Default for Retry {
 #[derive(Deserialize, Default)]
 #[serde(default, deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 pub(super) struct RawRelay {
-    smarthost: Option<Entry<Address<587>>>,
-    smarthost_tls: Option<Spanned<Entry<TlsMode>>>,
-    ca: Option<Spanned<Entry<PathBuf>>>,
-    pin: Option<Spanned<Entry<Pin>>>,
-    name: Option<Spanned<Entry<Name>>>,
-    secret: Option<Spanned<Entry<Secret>>>,
-    secret_file: Option<Spanned<Entry<PathBuf>>>,
-    tls: Option<Entry<TlsPolicy>>,
-    tls_for: BTreeMap<Spanned<String>, Entry<TlsPolicy>>,
-    resolver: Option<Entry<Resolver>>,
-    port: Option<Entry<Port>>,
-    connections: Option<Whole<1, 1000>>,
-    connections_per_host: Option<Whole<1, { u32::MAX }>>,
-    retry_first: Option<Spanned<Entry<Duration>>>,
-    retry_max: Option<Spanned<Entry<Duration>>>,
-    give_up: Option<Entry<Duration>>,
-    delay_notice: Option<Entry<Notice>>,
+    smarthost: Option<Checked<HostPort<587>>>,
+    smarthost_tls: Option<Spanned<Checked<TlsMode>>>,
+    ca: Option<Spanned<Checked<PathBuf>>>,
+    pin: Option<Spanned<Checked<Pin>>>,
+    name: Option<Spanned<Checked<AccountName>>>,
+    secret: Option<Spanned<Checked<Secret>>>,
+    secret_file: Option<Spanned<Checked<PathBuf>>>,
+    tls: Option<Checked<TlsPolicy>>,
+    tls_for: BTreeMap<Spanned<String>, Checked<TlsPolicy>>,
+    resolver: Option<Checked<ResolverAddress>>,
+    port: Option<Checked<Port>>,
+    connections: Option<WholeNumber<1, 1000>>,
+    connections_per_host: Option<WholeNumber<1, { u32::MAX }>>,
+    retry_first: Option<Spanned<Checked<Duration>>>,
+    retry_max: Option<Spanned<Checked<Duration>>>,
+    give_up: Option<Checked<Duration>>,
+    delay_notice: Option<Checked<DelayWarning>>,
 }
 
 /// What a table says about a smarthost, and by which keys.
-pub(super) struct Target {
+pub(super) struct SmarthostAddress {
     pub(super) key: &'static str,
     pub(super) tls_key: &'static str,
-    pub(super) address: Option<Entry<Address<587>>>,
-    pub(super) tls: Option<Spanned<Entry<TlsMode>>>,
-    pub(super) ca: Option<Spanned<Entry<PathBuf>>>,
-    pub(super) pin: Option<Spanned<Entry<Pin>>>,
-    pub(super) name: Option<Spanned<Entry<Name>>>,
-    pub(super) secret: Option<Spanned<Entry<Secret>>>,
-    pub(super) secret_file: Option<Spanned<Entry<PathBuf>>>,
+    pub(super) address: Option<Checked<HostPort<587>>>,
+    pub(super) tls: Option<Spanned<Checked<TlsMode>>>,
+    pub(super) ca: Option<Spanned<Checked<PathBuf>>>,
+    pub(super) pin: Option<Spanned<Checked<Pin>>>,
+    pub(super) name: Option<Spanned<Checked<AccountName>>>,
+    pub(super) secret: Option<Spanned<Checked<Secret>>>,
+    pub(super) secret_file: Option<Spanned<Checked<PathBuf>>>,
 }
 
-impl Target {
+impl SmarthostAddress {
     /// The host, if there is one; `login` is for one that names none of its own.
     pub(super) fn build(
         self,
         source: &Source,
         login: Option<(String, Vec<u8>)>,
     ) -> Result<Option<Smarthost>, ConfigError> {
-        let Some(Entry(Address { address, host })) = self.address else {
+        let Some(Checked(HostPort { address, host })) = self.address else {
             return match self.first_key() {
                 None => Ok(None),
                 Some((key, at)) => {
@@ -264,9 +264,9 @@ impl Target {
 /// Name and secret, or neither of them.
 fn credentials(
     source: &Source,
-    name: Option<Spanned<Entry<Name>>>,
-    inline: Option<Spanned<Entry<Secret>>>,
-    file: Option<Spanned<Entry<PathBuf>>>,
+    name: Option<Spanned<Checked<AccountName>>>,
+    inline: Option<Spanned<Checked<Secret>>>,
+    file: Option<Spanned<Checked<PathBuf>>>,
 ) -> Result<Option<(String, Vec<u8>)>, ConfigError> {
     let alone = inline.as_ref().map(Spanned::span).or_else(|| file.as_ref().map(Spanned::span));
     match (name, alone) {
@@ -284,7 +284,7 @@ fn credentials(
 
 fn policies(
     source: &Source,
-    written: BTreeMap<Spanned<String>, Entry<TlsPolicy>>,
+    written: BTreeMap<Spanned<String>, Checked<TlsPolicy>>,
 ) -> Result<HashMap<Domain, TlsPolicy>, ConfigError> {
     let mut policies = HashMap::with_capacity(written.len());
     for (key, policy) in written {

@@ -16,7 +16,7 @@ use std::time::Duration;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
-use super::value::{Entry, Parse};
+use super::value::{Checked, Parse};
 use crate::stamp::Zone;
 
 /// `[schedule]`: when `pull --daemon` calls.
@@ -47,14 +47,14 @@ pub enum When {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Timetable {
     /// Never empty. They add up: a minute named by two of them is one call.
-    pub rules: Vec<Rule>,
+    pub entries: Vec<TimetableEntry>,
     /// Default: that of this machine when the file was read.
     pub zone: Zone,
 }
 
 /// One entry of `at`.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Rule {
+pub struct TimetableEntry {
     /// Whether it is for this day of the week, from Monday on. At least one.
     pub days: [bool; 7],
     pub times: Times,
@@ -99,7 +99,7 @@ impl TryFrom<RawSchedule> for Schedule {
             }
             (None, Some(rules)) => {
                 let zone = raw.zone.map_or_else(Zone::system, |zone| zone.0);
-                When::At(Timetable { rules: rules.0, zone })
+                When::At(Timetable { entries: rules.0, zone })
             }
             (every, None) if raw.zone.is_none() => every.map_or_else(|| Schedule::default().when, When::Every),
             (_, None) => {
@@ -140,7 +140,7 @@ impl When {
         match self {
             When::Every(every) => Some(*every),
             When::At(timetable) => {
-                let steps = timetable.rules.iter().filter_map(|rule| match rule.times {
+                let steps = timetable.entries.iter().filter_map(|rule| match rule.times {
                     Times::Every { step, .. } => Some(Duration::from_secs(60 * u64::from(step))),
                     Times::At(_) => None,
                 });
@@ -150,10 +150,10 @@ impl When {
     }
 }
 
-impl Parse for Rule {
+impl Parse for TimetableEntry {
     const EXPECTED: &'static str = "a time to call such as \"mon-fri 08:00,12:30\"";
 
-    fn parse(text: &str) -> Result<Rule, String> {
+    fn parse(text: &str) -> Result<TimetableEntry, String> {
         let words: Vec<&str> = text.split_whitespace().collect();
         let (days, times) = match words[..] {
             [days, "every", step] => (days, window("00:00-24:00", step)),
@@ -166,7 +166,7 @@ impl Parse for Rule {
                 ));
             }
         };
-        Ok(Rule { days: parse_days(days)?, times: times? })
+        Ok(TimetableEntry { days: parse_days(days)?, times: times? })
     }
 }
 
@@ -309,19 +309,19 @@ impl Parse for Jitter {
 #[derive(Deserialize, Default)]
 #[serde(default, deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
 struct RawSchedule {
-    every: Option<Entry<Duration>>,
+    every: Option<Checked<Duration>>,
     at: Option<Rules>,
-    zone: Option<Entry<Zone>>,
-    jitter: Option<Entry<Jitter>>,
-    retry_first: Option<Entry<Duration>>,
-    retry_max: Option<Entry<Duration>>,
+    zone: Option<Checked<Zone>>,
+    jitter: Option<Checked<Jitter>>,
+    retry_first: Option<Checked<Duration>>,
+    retry_max: Option<Checked<Duration>>,
 }
 
-struct Rules(Vec<Rule>);
+struct Rules(Vec<TimetableEntry>);
 
 impl<'de> Deserialize<'de> for Rules {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Rules, D::Error> {
-        let rules: Vec<Entry<Rule>> = Vec::deserialize(deserializer)?;
+        let rules: Vec<Checked<TimetableEntry>> = Vec::deserialize(deserializer)?;
         if rules.is_empty() {
             let text = "`at` is empty, and no call would ever be made: write a time to call, such as \"* every 1h\", \
                         or take it out for a call every 15m";
@@ -338,13 +338,13 @@ mod tests {
 
     const MINUTE: Duration = Duration::from_secs(60);
 
-    fn rule(days: [u8; 7], times: Times) -> Rule {
-        Rule { days: days.map(|day| day == 1), times }
+    fn rule(days: [u8; 7], times: Times) -> TimetableEntry {
+        TimetableEntry { days: days.map(|day| day == 1), times }
     }
 
     #[test]
     fn entries_are_read() {
-        let check = |text: &str, days, times: Times| assert_eq!(Rule::parse(text), Ok(rule(days, times)), "{text}");
+        let check = |text: &str, days, times: Times| assert_eq!(TimetableEntry::parse(text), Ok(rule(days, times)), "{text}");
         let all = [1; 7];
         check("sun 03:30", [0, 0, 0, 0, 0, 0, 1], Times::At(vec![210]));
         check("MON,Wed  23:59,00:00", [1, 0, 1, 0, 0, 0, 0], Times::At(vec![1439, 0]));
@@ -366,7 +366,7 @@ mod tests {
     #[rustfmt::skip]
     fn entries_that_say_nothing_or_two_things_are_refused_with_the_way_out() {
         let check = |text: &str, wrong: &str, way_out: &str| {
-            let said = Rule::parse(text).expect_err(text);
+            let said = TimetableEntry::parse(text).expect_err(text);
             assert!(said.contains(wrong) && said.contains(way_out), "\nwanted: {wrong} … {way_out}\n   got: {said}");
         };
         check("", "is no time to call", "write DAYS TIMES, DAYS FROM-TO every STEP, or DAYS every STEP");
@@ -420,8 +420,8 @@ mod tests {
         let second = Duration::from_secs(1);
         assert_eq!(read("every = \"1s\""), schedule(When::Every(second), second / 10, second, hour));
         let table = "at = [\"* every 1h\", \"sun 03:30\"]\nzone = \"UTC\"";
-        let rules = vec![Rule::parse("* every 1h").unwrap(), Rule::parse("sun 03:30").unwrap()];
-        let at = When::At(Timetable { rules, zone: Zone::parse("UTC").unwrap() });
+        let rules = vec![TimetableEntry::parse("* every 1h").unwrap(), TimetableEntry::parse("sun 03:30").unwrap()];
+        let at = When::At(Timetable { entries: rules, zone: Zone::parse("UTC").unwrap() });
         assert_eq!(read(table), schedule(at.clone(), half_minute, MINUTE, hour));
         let all = format!("{table}\njitter = \"10m\"\nretry-first = \"2m\"\nretry-max = \"4m\"");
         assert_eq!(read(&all), schedule(at, 10 * MINUTE, 2 * MINUTE, 4 * MINUTE));
@@ -456,7 +456,7 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_makes_it_panic(text in "([a-z*,-]{0,9}|mon-fri|\\*) ?([0-9:,-]{0,12}|08:00-18:00) ?(every)? ?.{0,4}") {
-            let _ = Rule::parse(&text);
+            let _ = TimetableEntry::parse(&text);
         }
     }
 }

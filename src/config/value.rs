@@ -16,7 +16,7 @@ use super::{Accept, TlsMode, TlsPolicy};
 use crate::smtp::address::{Domain, Mailbox};
 
 /// A value that is written as a string and parsed where it stands, so that TOML adds the line to the error.
-pub(super) struct Entry<T>(pub(super) T);
+pub(super) struct Checked<T>(pub(super) T);
 
 pub(super) trait Parse: Sized {
     /// What it should be, for who wrote something that is no string.
@@ -26,15 +26,15 @@ pub(super) trait Parse: Sized {
     const NUMBER: bool = false;
 }
 
-impl<'de, T: Parse> Deserialize<'de> for Entry<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Entry<T>, D::Error> {
-        deserializer.deserialize_any(EntryVisitor(PhantomData)).map(Entry)
+impl<'de, T: Parse> Deserialize<'de> for Checked<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Checked<T>, D::Error> {
+        deserializer.deserialize_any(CheckedVisitor(PhantomData)).map(Checked)
     }
 }
 
-struct EntryVisitor<T>(PhantomData<T>);
+struct CheckedVisitor<T>(PhantomData<T>);
 
-impl<T: Parse> Visitor<'_> for EntryVisitor<T> {
+impl<T: Parse> Visitor<'_> for CheckedVisitor<T> {
     type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -98,19 +98,19 @@ impl Parse for PathBuf {
     }
 }
 
-pub(super) struct Name(pub(super) String);
+pub(super) struct AccountName(pub(super) String);
 
-impl Parse for Name {
+impl Parse for AccountName {
     const EXPECTED: &'static str = "a login name in quotes";
 
-    fn parse(text: &str) -> Result<Name, String> {
+    fn parse(text: &str) -> Result<AccountName, String> {
         if text.is_empty() {
             return Err("the login name is empty: write the one the provider gave you".to_owned());
         }
         if text.chars().any(char::is_control) {
             return Err(format!("the login name {text:?} has a control character in it: letters and digits are best"));
         }
-        Ok(Name(text.to_owned()))
+        Ok(AccountName(text.to_owned()))
     }
 }
 
@@ -162,18 +162,18 @@ impl Parse for SocketAddr {
 }
 
 /// What to connect to; `PORT` is where no port is named.
-pub(super) struct Address<const PORT: u16> {
+pub(super) struct HostPort<const PORT: u16> {
     pub(super) address: String,
     pub(super) host: String,
 }
 
-impl<const PORT: u16> Parse for Address<PORT> {
+impl<const PORT: u16> Parse for HostPort<PORT> {
     const EXPECTED: &'static str = match PORT {
         587 => "a host and a port such as \"smtp.example.net:587\"",
         _ => "a host and a port such as \"relay.example.net:366\"",
     };
 
-    fn parse(text: &str) -> Result<Address<PORT>, String> {
+    fn parse(text: &str) -> Result<HostPort<PORT>, String> {
         let wrong = || {
             format!(
                 "{text:?} is no host with a port: write \"relay.example.net:{PORT}\", \"192.0.2.1:{PORT}\" or \
@@ -209,7 +209,7 @@ impl<const PORT: u16> Parse for Address<PORT> {
             return Err(format!("nobody can be called at port 0, as in {text:?}: write the host's, mostly {PORT}"));
         }
         let address = if six { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
-        Ok(Address { address, host })
+        Ok(HostPort { address, host })
     }
 }
 
@@ -226,16 +226,16 @@ impl Parse for Port {
     }
 }
 
-pub(super) struct Resolver(pub(super) SocketAddr);
+pub(super) struct ResolverAddress(pub(super) SocketAddr);
 
-impl Parse for Resolver {
+impl Parse for ResolverAddress {
     const EXPECTED: &'static str = "an address and a port such as \"127.0.0.1:53\"";
 
-    fn parse(text: &str) -> Result<Resolver, String> {
+    fn parse(text: &str) -> Result<ResolverAddress, String> {
         // RFC 1035 section 4.2.
         let plain = text.parse::<IpAddr>().map(|address| SocketAddr::from((address, 53)));
         let address = plain.or_else(|_| text.parse()).ok().filter(|address| address.port() != 0);
-        address.map(Resolver).ok_or_else(|| {
+        address.map(ResolverAddress).ok_or_else(|| {
             format!(
                 "{text:?} is no address of a DNS server: write an address and a port, such as \"127.0.0.1:53\" or \
                  \"[2001:db8::1]:53\""
@@ -404,16 +404,16 @@ impl Parse for Accept {
     }
 }
 
-pub(super) struct Size(pub(super) u64);
+pub(super) struct OctetCount(pub(super) u64);
 
 /// The largest letter where none is named.
 pub(super) const MAX_SIZE: u64 = 50 * 1024 * 1024;
 
-impl Parse for Size {
+impl Parse for OctetCount {
     const EXPECTED: &'static str = "a size such as \"50MiB\"";
     const NUMBER: bool = true;
 
-    fn parse(text: &str) -> Result<Size, String> {
+    fn parse(text: &str) -> Result<OctetCount, String> {
         let write = "write a whole number of octets, or of KiB, MiB or GiB, such as \"50MiB\"";
         let (number, unit) = number_and_unit(text);
         let unit: u64 = match unit {
@@ -429,7 +429,7 @@ impl Parse for Size {
             Some(size) if size > i64::MAX.cast_unsigned() => Err(format!("{text:?} is too large: {write}")),
             None => Err(format!("{text:?} is too large: {write}")),
             Some(0) => Err(format!("with a size of {text:?} no letter would pass: {write}")),
-            Some(size) => Ok(Size(size)),
+            Some(size) => Ok(OctetCount(size)),
         }
     }
 }
@@ -468,16 +468,16 @@ impl Parse for Duration {
 }
 
 /// A time, or `never`.
-pub(super) struct Notice(pub(super) Option<Duration>);
+pub(super) struct DelayWarning(pub(super) Option<Duration>);
 
-impl Parse for Notice {
+impl Parse for DelayWarning {
     const EXPECTED: &'static str = "a time such as \"4h\", or \"never\"";
 
-    fn parse(text: &str) -> Result<Notice, String> {
+    fn parse(text: &str) -> Result<DelayWarning, String> {
         match text {
-            "never" => Ok(Notice(None)),
+            "never" => Ok(DelayWarning(None)),
             time => match Duration::parse(time) {
-                Ok(time) => Ok(Notice(Some(time))),
+                Ok(time) => Ok(DelayWarning(Some(time))),
                 Err(text) => Err(format!("{text}, or \"never\"")),
             },
         }
@@ -497,22 +497,22 @@ fn number_and_unit(text: &str) -> (Option<u64>, &str) {
 }
 
 /// The name of a user or a group of this machine.
-pub(super) struct Login(pub(super) String);
+pub(super) struct SystemName(pub(super) String);
 
-impl Parse for Login {
+impl Parse for SystemName {
     const EXPECTED: &'static str = "the name of a user or group, such as \"vmail\"";
 
-    fn parse(text: &str) -> Result<Login, String> {
+    fn parse(text: &str) -> Result<SystemName, String> {
         let plain = |octet: u8| octet.is_ascii_graphic() && !matches!(octet, b':' | b'/');
         match !text.is_empty() && text.bytes().all(plain) {
-            true => Ok(Login(text.to_owned())),
+            true => Ok(SystemName(text.to_owned())),
             false => Err(format!("{text:?} is no name of a user or group: write one such as \"vmail\"")),
         }
     }
 }
 
 pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    Entry::deserialize(deserializer).map(|entry| entry.0)
+    Checked::deserialize(deserializer).map(|entry| entry.0)
 }
 
 pub(super) fn atrn<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -531,13 +531,13 @@ pub(super) fn at_least<'de, const FLOOR: u32, D: Deserializer<'de>>(deserializer
 pub(super) fn between<'de, const FLOOR: u32, const CEILING: u32, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<usize, D::Error> {
-    Whole::<FLOOR, CEILING>::deserialize(deserializer).map(|whole| whole.0)
+    WholeNumber::<FLOOR, CEILING>::deserialize(deserializer).map(|whole| whole.0)
 }
 
 /// A whole number within its bounds; `u32::MAX` is no bound.
-pub(super) struct Whole<const FLOOR: u32, const CEILING: u32>(pub(super) usize);
+pub(super) struct WholeNumber<const FLOOR: u32, const CEILING: u32>(pub(super) usize);
 
-impl<'de, const FLOOR: u32, const CEILING: u32> Deserialize<'de> for Whole<FLOOR, CEILING> {
+impl<'de, const FLOOR: u32, const CEILING: u32> Deserialize<'de> for WholeNumber<FLOOR, CEILING> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(WholeVisitor::<FLOOR, CEILING>)
     }
@@ -546,7 +546,7 @@ impl<'de, const FLOOR: u32, const CEILING: u32> Deserialize<'de> for Whole<FLOOR
 struct WholeVisitor<const FLOOR: u32, const CEILING: u32>;
 
 impl<const FLOOR: u32, const CEILING: u32> Visitor<'_> for WholeVisitor<FLOOR, CEILING> {
-    type Value = Whole<FLOOR, CEILING>;
+    type Value = WholeNumber<FLOOR, CEILING>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match CEILING {
@@ -555,14 +555,14 @@ impl<const FLOOR: u32, const CEILING: u32> Visitor<'_> for WholeVisitor<FLOOR, C
         }
     }
 
-    fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<Whole<FLOOR, CEILING>, E> {
+    fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<WholeNumber<FLOOR, CEILING>, E> {
         if number < i64::from(FLOOR) {
             return Err(E::custom(format!("{number} is too small: write {FLOOR} or more")));
         }
         if CEILING != u32::MAX && number > i64::from(CEILING) {
             return Err(E::custom(format!("{number} is too large: write {CEILING} or less")));
         }
-        usize::try_from(number).map(Whole).map_err(E::custom)
+        usize::try_from(number).map(WholeNumber).map_err(E::custom)
     }
 }
 
@@ -583,7 +583,7 @@ mod tests {
 
     #[test]
     fn sizes() {
-        let check = |text, expected| check(text, |size: Size| size.0, expected);
+        let check = |text, expected| check(text, |size: OctetCount| size.0, expected);
         check("1000000", Ok(1_000_000));
         check("1", Ok(1));
         check("10KiB", Ok(10_240));
@@ -656,7 +656,7 @@ mod tests {
     fn addresses_to_call() {
         let check = |text, expected: Result<(&str, &str), &str>| {
             let expected = expected.map(|(address, host)| (address.to_owned(), host.to_owned()));
-            check(text, |address: Address<366>| (address.address, address.host), expected);
+            check(text, |address: HostPort<366>| (address.address, address.host), expected);
         };
         check("relay.example.net:3660", Ok(("relay.example.net:3660", "relay.example.net")));
         check("relay.example.net", Ok(("relay.example.net:366", "relay.example.net")));
@@ -682,7 +682,7 @@ mod tests {
     #[test]
     fn hosts_for_all_mail() {
         let check = |text, expected: Result<&str, &str>| {
-            check(text, |address: Address<587>| address.address, expected.map(str::to_owned));
+            check(text, |address: HostPort<587>| address.address, expected.map(str::to_owned));
         };
         check("smtp.example.net", Ok("smtp.example.net:587"));
         check("smtp.example.net:25", Ok("smtp.example.net:25"));
@@ -694,7 +694,7 @@ mod tests {
     #[test]
     fn dns_servers() {
         let check = |text, expected: Result<&str, &str>| {
-            check(text, |resolver: Resolver| resolver.0.to_string(), expected.map(str::to_owned));
+            check(text, |resolver: ResolverAddress| resolver.0.to_string(), expected.map(str::to_owned));
         };
         check("127.0.0.1:5353", Ok("127.0.0.1:5353"));
         check("[::1]:5353", Ok("[::1]:5353"));
@@ -748,7 +748,7 @@ mod tests {
 
     #[test]
     fn times_of_notices() {
-        let check = |text, expected| check(text, |notice: Notice| notice.0, expected);
+        let check = |text, expected| check(text, |notice: DelayWarning| notice.0, expected);
         check("never", Ok(None));
         check("4h", Ok(Some(Duration::from_secs(4 * 60 * 60))));
         check("0s", Err("would wait for nothing"));

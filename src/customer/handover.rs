@@ -22,44 +22,44 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::config::{self, Retry, Timeouts};
-use crate::dialogue::{Dialogue, Failure, converse, converse_over};
-use crate::maildir::{Entry, each_piece};
-use crate::outgoing::{Attempt, Desk, Peer};
-use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
+use crate::dialogue::{ClientSession, SessionFailure, connect, connect_over};
+use crate::maildir::{Entry, for_each_block};
+use crate::outgoing::{Attempt, Reporter, Peer};
+use crate::queue::{QueuedMessage, Envelope, QueueLock, LockError, QueueName, Queue};
 use crate::rules::{self, NextHop};
-use crate::session::storage_reply;
-use crate::smtp::client::{Decided, Fate, Message, Origin, Outcome, Plan};
+use crate::session::storage_failure_reply;
+use crate::smtp::client::{DecidedBy, RecipientStatus, OutgoingMessage, ClientInfo, DeliveryResult, ClientOptions};
 use crate::smtp::command::Recipient;
-use crate::smtp::content::Sizer;
+use crate::smtp::content::WireSize;
 use crate::smtp::reply::Reply;
-use crate::wire::Stop;
+use crate::wire::CancelToken;
 
 use super::mailboxes::Mailboxes;
 
 /// A next hop answers a command within this time, or it is down: whoever asks through waits for five minutes only
 /// (RFC 5321 section 4.5.3.2).
-const PATIENCE: Duration = Duration::from_secs(60);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// All next hops of one recipient have answered within this time, and all of one message have taken it: the provider
 /// waits for five and for ten minutes (section 4.5.3.2), and what is taken later it brings again.
-const ASKED: Duration = Duration::from_secs(4 * 60);
-const TAKEN: Duration = Duration::from_secs(9 * 60);
+const RCPT_DEADLINE: Duration = Duration::from_secs(4 * 60);
+const CONTENT_DEADLINE: Duration = Duration::from_secs(9 * 60);
 
 /// Mail that nobody waits for may take longer, but not for ever.
-const RETRIED: Duration = Duration::from_secs(60 * 60);
+const RETRY_DEADLINE: Duration = Duration::from_secs(60 * 60);
 
 /// One that could not be reached is left alone so long, and one that let us wait ten times as long as we have waited,
 /// up to five minutes: each of a thousand recipients would wait again.
-const DOWN: Duration = Duration::from_secs(5);
-const REST: Duration = Duration::from_secs(5 * 60);
+const DOWN_PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_DOWN_PAUSE: Duration = Duration::from_secs(5 * 60);
 
 /// Content up to this size is kept in memory, larger in a file without a name.
-const IN_MEMORY: usize = 256 * 1024;
+const MEMORY_LIMIT: usize = 256 * 1024;
 
 /// What a next hop has made of a message.
-pub struct Delivered {
+pub struct HopDelivery {
     /// One a recipient.
-    pub fates: Vec<Fate>,
+    pub recipients: Vec<RecipientStatus>,
     /// It tells senders who asked (RFC 3461).
     pub dsn: bool,
 }
@@ -68,99 +68,99 @@ pub struct Delivered {
 pub struct NextHops {
     hostname: String,
     timeouts: Timeouts,
-    stop: Stop,
+    cancel: CancelToken,
     /// Nothing takes longer.
     limit: Option<Instant>,
-    sessions: HashMap<NextHop, Session>,
+    sessions: HashMap<NextHop, HopSession>,
     /// Sessions to be ended when nobody waits.
-    leaving: Vec<Dialogue>,
+    closing: Vec<ClientSession>,
 }
 
 #[derive(Default)]
-struct Session {
-    dialogue: Option<Dialogue>,
+struct HopSession {
+    session: Option<ClientSession>,
     /// The recipients of the transaction that is open there, by asking; all were accepted.
-    asked: Vec<Recipient>,
+    recipients: Vec<Recipient>,
     open: bool,
     /// It was opened with SMTPUTF8.
     utf8: bool,
     /// It is left alone until then.
-    down: Option<Instant>,
+    down_until: Option<Instant>,
 }
 
 impl NextHops {
-    pub fn new(hostname: &str, timeouts: &Timeouts, stop: &Stop) -> NextHops {
+    pub fn new(hostname: &str, timeouts: &Timeouts, stop: &CancelToken) -> NextHops {
         let timeouts = Timeouts {
-            greeting: timeouts.greeting.min(PATIENCE),
-            mail: timeouts.mail.min(PATIENCE),
-            recipient: timeouts.recipient.min(PATIENCE),
-            data: timeouts.data.min(PATIENCE),
-            command: timeouts.command.min(PATIENCE),
+            greeting: timeouts.greeting.min(REPLY_TIMEOUT),
+            mail: timeouts.mail.min(REPLY_TIMEOUT),
+            recipient: timeouts.recipient.min(REPLY_TIMEOUT),
+            data: timeouts.data.min(REPLY_TIMEOUT),
+            command: timeouts.command.min(REPLY_TIMEOUT),
             ..timeouts.clone()
         };
         NextHops {
             hostname: hostname.to_owned(),
             timeouts,
-            stop: stop.clone(),
+            cancel: stop.clone(),
             limit: None,
             sessions: HashMap::new(),
-            leaving: Vec::new(),
+            closing: Vec::new(),
         }
     }
 
     /// What follows is about one recipient that the provider waits for.
-    pub fn for_a_recipient(&mut self) {
-        self.limit = Some(Instant::now() + ASKED.min(self.timeouts.recipient * 4));
+    pub fn set_rcpt_deadline(&mut self) {
+        self.limit = Some(Instant::now() + RCPT_DEADLINE.min(self.timeouts.recipient * 4));
     }
 
     /// What follows is about one message that the provider waits for.
-    pub fn for_a_message(&mut self) {
-        self.limit = Some(Instant::now() + TAKEN.min(self.timeouts.end));
+    pub fn set_content_deadline(&mut self) {
+        self.limit = Some(Instant::now() + CONTENT_DEADLINE.min(self.timeouts.end));
     }
 
     /// A new transaction: what was asked for the last one is forgotten.
     pub fn begin(&mut self) {
-        self.leaving.drain(..).for_each(Dialogue::quit);
-        self.sessions.values_mut().filter(|session| session.open).for_each(Session::withdraw);
+        self.closing.drain(..).for_each(ClientSession::quit);
+        self.sessions.values_mut().filter(|session| session.open).for_each(HopSession::abort_transaction);
     }
 
     /// Asks whether a next hop takes a recipient; `Err`: its reply, or that it is down. `message`: its sender, and
     /// what is known of its content.
-    pub fn ask(&mut self, hop: &NextHop, message: &Message, recipient: &Recipient) -> Result<(), Reply> {
+    pub fn check_recipient(&mut self, hop: &NextHop, message: &OutgoingMessage, recipient: &Recipient) -> Result<(), Reply> {
         let session = self.sessions.entry(hop.clone()).or_default();
-        if session.open && session.asked.iter().any(|asked| rules::same(&asked.mailbox, &recipient.mailbox)) {
+        if session.open && session.recipients.iter().any(|asked| rules::same_mailbox(&asked.mailbox, &recipient.mailbox)) {
             return Ok(());
         }
         // RFC 6531 section 3.4: a recipient who needs SMTPUTF8 needs it at MAIL; the content goes to all in another
         // transaction then.
         let utf8 = message.utf8 || !recipient.mailbox.is_ascii();
         if session.open && utf8 && !session.utf8 {
-            session.withdraw();
+            session.abort_transaction();
         }
-        let message = &Message { utf8, ..message.clone() };
+        let message = &OutgoingMessage { utf8, ..message.clone() };
         // That a session has ended in a pause between two messages says nothing of the next hop.
-        let idle = session.dialogue.is_some() && !session.open;
-        let asked = match self.try_to_ask(hop, message, recipient) {
-            Err(Failure::Lost(_) | Failure::Broken(_)) if idle => self.try_to_ask(hop, message, recipient),
+        let idle = session.session.is_some() && !session.open;
+        let asked = match self.try_recipient(hop, message, recipient) {
+            Err(SessionFailure::Lost(_) | SessionFailure::Broken(_)) if idle => self.try_recipient(hop, message, recipient),
             other => other,
         };
-        let reply = asked.unwrap_or_else(|failure| not_now(hop, &failure));
+        let reply = asked.unwrap_or_else(|failure| unavailable_reply(hop, &failure));
         match reply.code() {
             200..=299 => Ok(()),
             // Behind RCPT a 552 means too many recipients, and so "later" (RFC 5321 section 4.5.3.1.10); what a next hop
             // means by it is its quota, or its SIZE.
-            552 => Err(reply.recoded(550).passed_on()),
-            _ => Err(upward(hop, reply)),
+            552 => Err(reply.with_code(550).for_relaying()),
+            _ => Err(upstream_reply(hop, reply)),
         }
     }
 
-    fn try_to_ask(&mut self, hop: &NextHop, message: &Message, recipient: &Recipient) -> Result<Reply, Failure> {
+    fn try_recipient(&mut self, hop: &NextHop, message: &OutgoingMessage, recipient: &Recipient) -> Result<Reply, SessionFailure> {
         let session = self.session(hop)?;
         let begun = Instant::now();
-        let replied = session.ask(message, recipient);
+        let replied = session.add_recipient(message, recipient);
         if replied.is_err() {
             session.end();
-            session.rest(begun, Duration::ZERO);
+            session.mark_down(begun, Duration::ZERO);
         }
         replied
     }
@@ -169,63 +169,63 @@ impl NextHops {
     pub fn deliver(
         &mut self,
         hop: &NextHop,
-        message: &Message,
+        message: &OutgoingMessage,
         content: &mut dyn Content,
-        origin: Option<&Origin>,
-    ) -> io::Result<Delivered> {
-        let before = self.sessions.get(hop).is_some_and(|session| session.dialogue.is_some());
-        let mut delivered = self.try_to_deliver(hop, message, content, origin)?;
+        origin: Option<&ClientInfo>,
+    ) -> io::Result<HopDelivery> {
+        let before = self.sessions.get(hop).is_some_and(|session| session.session.is_some());
+        let mut delivered = self.try_delivery(hop, message, content, origin)?;
         // A session that was there before may have ended while the content came. Nobody has it yet.
-        let nobody = |outcome: &Outcome| {
-            let lost = outcome.decided == Decided::ByLoss;
-            lost && outcome.fates.iter().all(|fate| matches!(fate, Fate::Deferred(_)))
+        let nobody = |outcome: &DeliveryResult| {
+            let lost = outcome.decided_by == DecidedBy::ConnectionLoss;
+            lost && outcome.recipients.iter().all(|fate| matches!(fate, RecipientStatus::Deferred(_)))
         };
         if before && delivered.as_ref().is_ok_and(nobody) {
-            delivered = self.try_to_deliver(hop, message, content, origin)?;
+            delivered = self.try_delivery(hop, message, content, origin)?;
         }
-        let later = |failure| vec![Fate::Deferred(not_now(hop, &failure)); message.recipients.len()];
-        let fates = delivered.map_or_else(later, |outcome| outcome.fates);
-        let fates = fates.into_iter().map(|fate| passed_up(hop, fate)).collect();
-        let dialogue = self.sessions.get(hop).and_then(|session| session.dialogue.as_ref());
+        let later = |failure| vec![RecipientStatus::Deferred(unavailable_reply(hop, &failure)); message.recipients.len()];
+        let fates = delivered.map_or_else(later, |outcome| outcome.recipients);
+        let fates = fates.into_iter().map(|fate| upstream_status(hop, fate)).collect();
+        let dialogue = self.sessions.get(hop).and_then(|session| session.session.as_ref());
         let dsn = dialogue.is_some_and(|dialogue| dialogue.client().offered().dsn);
         // The next message comes from somebody else.
-        if dialogue.is_some_and(|dialogue| dialogue.client().is_disguised())
+        if dialogue.is_some_and(|dialogue| dialogue.client().is_client_overridden())
             && let Some(session) = self.sessions.get_mut(hop)
         {
-            session.close();
-            self.leaving.extend(session.dialogue.take());
+            session.clear_transaction();
+            self.closing.extend(session.session.take());
         }
-        Ok(Delivered { fates, dsn })
+        Ok(HopDelivery { recipients: fates, dsn })
     }
 
-    fn try_to_deliver(
+    fn try_delivery(
         &mut self,
         hop: &NextHop,
-        message: &Message,
+        message: &OutgoingMessage,
         content: &mut dyn Content,
-        origin: Option<&Origin>,
-    ) -> io::Result<Result<Outcome, Failure>> {
-        content.restart()?;
+        origin: Option<&ClientInfo>,
+    ) -> io::Result<Result<DeliveryResult, SessionFailure>> {
+        content.rewind()?;
         Ok(self.session(hop).map(|session| session.deliver(message, content, origin)))
     }
 
     /// The session with a next hop, connected.
-    fn session(&mut self, hop: &NextHop) -> Result<&mut Session, Failure> {
+    fn session(&mut self, hop: &NextHop) -> Result<&mut HopSession, SessionFailure> {
         let session = self.sessions.entry(hop.clone()).or_default();
-        if session.dialogue.is_none() {
+        if session.session.is_none() {
             let begun = Instant::now();
-            if session.down.is_some_and(|until| begun < until) {
-                return Err(Failure::Lost("it was not reachable a moment ago".to_owned()));
+            if session.down_until.is_some_and(|until| begun < until) {
+                return Err(SessionFailure::Lost("it was not reachable a moment ago".to_owned()));
             }
-            match connect(hop, &self.hostname, &self.timeouts, &self.stop, self.limit) {
-                Ok(dialogue) => session.dialogue = Some(dialogue),
+            match connect_hop(hop, &self.hostname, &self.timeouts, &self.cancel, self.limit) {
+                Ok(dialogue) => session.session = Some(dialogue),
                 Err(failure) => {
-                    session.rest(begun, DOWN);
+                    session.mark_down(begun, DOWN_PAUSE);
                     return Err(failure);
                 }
             }
         }
-        if let Some(dialogue) = &mut session.dialogue {
+        if let Some(dialogue) = &mut session.session {
             dialogue.limit(self.limit);
         }
         Ok(session)
@@ -234,92 +234,92 @@ impl NextHops {
 
 impl Drop for NextHops {
     fn drop(&mut self) {
-        let open = self.sessions.drain().filter_map(|(_, session)| session.dialogue);
-        open.chain(self.leaving.drain(..)).for_each(Dialogue::quit);
+        let open = self.sessions.drain().filter_map(|(_, session)| session.session);
+        open.chain(self.closing.drain(..)).for_each(ClientSession::quit);
     }
 }
 
-impl Session {
-    fn ask(&mut self, message: &Message, recipient: &Recipient) -> Result<Reply, Failure> {
-        let Some(dialogue) = &mut self.dialogue else { return Err(Failure::Lost("no session".to_owned())) };
+impl HopSession {
+    fn add_recipient(&mut self, message: &OutgoingMessage, recipient: &Recipient) -> Result<Reply, SessionFailure> {
+        let Some(dialogue) = &mut self.session else { return Err(SessionFailure::Lost("no session".to_owned())) };
         if !self.open {
-            let reply = dialogue.ask_mail(message)?;
+            let reply = dialogue.begin_transaction(message)?;
             if !reply.is_positive() {
                 return Ok(reply);
             }
             (self.open, self.utf8) = (true, message.utf8);
         }
-        let reply = dialogue.ask_recipient(recipient)?;
+        let reply = dialogue.add_recipient(recipient)?;
         if reply.is_positive() {
-            self.asked.push(recipient.clone());
+            self.recipients.push(recipient.clone());
         }
         Ok(reply)
     }
 
     /// Leaves the next hop alone after something that began then and failed; `least`: at least so long.
-    fn rest(&mut self, begun: Instant, least: Duration) {
+    fn mark_down(&mut self, begun: Instant, least: Duration) {
         let waited = begun.elapsed();
-        let rest = if waited > DOWN { least.max((10 * waited).min(REST)) } else { least };
-        self.down = Some(Instant::now() + rest);
+        let rest = if waited > DOWN_PAUSE { least.max((10 * waited).min(LONGEST_DOWN_PAUSE)) } else { least };
+        self.down_until = Some(Instant::now() + rest);
     }
 
-    fn deliver(&mut self, message: &Message, content: &mut dyn Content, origin: Option<&Origin>) -> Outcome {
+    fn deliver(&mut self, message: &OutgoingMessage, content: &mut dyn Content, origin: Option<&ClientInfo>) -> DeliveryResult {
         let begun = Instant::now();
         let by_loss = |reply: Reply| {
-            let fates = vec![Fate::Deferred(reply); message.recipients.len()];
-            Outcome { fates, decided: Decided::ByLoss }
+            let fates = vec![RecipientStatus::Deferred(reply); message.recipients.len()];
+            DeliveryResult { recipients: fates, decided_by: DecidedBy::ConnectionLoss }
         };
         let lost = |text: &str| by_loss(Reply::new(451, "4.4.2", text.to_owned()));
-        let Some(dialogue) = &mut self.dialogue else { return lost("no session with the next hop") };
+        let Some(dialogue) = &mut self.session else { return lost("no session with the next hop") };
         let offered = dialogue.client().offered();
         let origin = origin.filter(|_| !offered.xclient.is_empty() || !offered.xforward.is_empty());
         // What was asked is gone on with, if it is what is wanted and nothing must be said before.
         let fits = offered.eight_bit || !message.eight_bit;
-        let outcome = if self.open && self.asked == message.recipients && origin.is_none() && fits {
-            dialogue.proceed(content, message.size)
+        let outcome = if self.open && self.recipients == message.recipients && origin.is_none() && fits {
+            dialogue.send_data(content, message.size)
         } else {
-            dialogue.withdraw();
-            match origin.map_or(Ok(()), |origin| dialogue.tell_origin(origin)) {
-                Ok(()) => dialogue.transact(message.clone(), content),
+            dialogue.abort_transaction();
+            match origin.map_or(Ok(()), |origin| dialogue.send_client_info(origin)) {
+                Ok(()) => dialogue.send_message(message.clone(), content),
                 Err(failure) => lost(&failure.to_string()),
             }
         };
-        self.close();
-        if outcome.decided == Decided::ByLoss || self.dialogue.as_ref().is_some_and(|it| it.client().closing()) {
+        self.clear_transaction();
+        if outcome.decided_by == DecidedBy::ConnectionLoss || self.session.as_ref().is_some_and(|it| it.client().closing()) {
             self.end();
-            self.rest(begun, Duration::ZERO);
+            self.mark_down(begun, Duration::ZERO);
         }
         outcome
     }
 
     /// Lets the transaction go that is open.
-    fn withdraw(&mut self) {
-        self.close();
-        if let Some(dialogue) = &mut self.dialogue {
-            dialogue.withdraw();
+    fn abort_transaction(&mut self) {
+        self.clear_transaction();
+        if let Some(dialogue) = &mut self.session {
+            dialogue.abort_transaction();
         }
     }
 
-    fn close(&mut self) {
+    fn clear_transaction(&mut self) {
         self.open = false;
-        self.asked.clear();
+        self.recipients.clear();
     }
 
     fn end(&mut self) {
-        self.close();
-        self.dialogue = None;
+        self.clear_transaction();
+        self.session = None;
     }
 }
 
-fn connect(
+fn connect_hop(
     hop: &NextHop,
     hostname: &str,
     timeouts: &Timeouts,
-    stop: &Stop,
+    stop: &CancelToken,
     limit: Option<Instant>,
-) -> Result<Dialogue, Failure> {
-    let lost = |error: io::Error| Failure::Lost(format!("{hop}: {error}"));
-    let plan = |lmtp| Plan { name: hostname.to_owned(), lmtp, chunking: true, ..Plan::default() };
+) -> Result<ClientSession, SessionFailure> {
+    let lost = |error: io::Error| SessionFailure::Lost(format!("{hop}: {error}"));
+    let plan = |lmtp| ClientOptions { name: hostname.to_owned(), lmtp, chunking: true, ..ClientOptions::default() };
     let (address, lmtp) = match hop {
         NextHop::LmtpUnix(path) => {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
@@ -329,16 +329,16 @@ fn connect(
             SocketAddrUnix::new(path)
                 .and_then(|address| rustix::net::connect(&socket, &address))
                 .map_err(|error| lost(error.into()))?;
-            return converse_over(socket, &hop.to_string(), plan(true), None, timeouts, stop, limit);
+            return connect_over(socket, &hop.to_string(), plan(true), None, timeouts, stop, limit);
         }
         NextHop::Lmtp { address, .. } => (address, true),
         NextHop::Smtp { address, .. } => (address, false),
     };
-    let mut last = Failure::Lost(format!("{address} has no address"));
+    let mut last = SessionFailure::Lost(format!("{address} has no address"));
     for address in address.to_socket_addrs().map_err(lost)? {
-        match converse(address, plan(lmtp), None, timeouts, stop, limit) {
+        match connect(address, plan(lmtp), None, timeouts, stop, limit) {
             Ok(dialogue) => return Ok(dialogue),
-            Err(Failure::Stopped) => return Err(Failure::Stopped),
+            Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
             Err(failure) => last = failure,
         }
     }
@@ -346,15 +346,15 @@ fn connect(
 }
 
 /// What the provider hears of a next hop that is down: the mail stays there.
-fn not_now(hop: &NextHop, failure: &Failure) -> Reply {
+fn unavailable_reply(hop: &NextHop, failure: &SessionFailure) -> Reply {
     log::warn!("event=next-hop-failed next-hop={:?} error={:?}", hop.to_string(), failure.to_string());
     Reply::new(451, "4.4.1", "The mail server behind this one is not available now")
 }
 
 /// A next hop's reply as the provider shall hear it: as it is, unless it speaks of us and not of the mail.
-fn upward(hop: &NextHop, reply: Reply) -> Reply {
+fn upstream_reply(hop: &NextHop, reply: Reply) -> Reply {
     match reply.code() {
-        400..=420 | 422..=499 | 505..=529 | 531..=599 => reply.passed_on(),
+        400..=420 | 422..=499 | 505..=529 | 531..=599 => reply.for_relaying(),
         421 => Reply::new(451, "4.3.2", "The mail server behind this one is not available now"),
         // It does not know a command, or wants authentication: nobody's mail may come back for that.
         _ => {
@@ -365,18 +365,18 @@ fn upward(hop: &NextHop, reply: Reply) -> Reply {
 }
 
 /// A fate as the provider shall hear of it, or the retries.
-fn passed_up(hop: &NextHop, fate: Fate) -> Fate {
+fn upstream_status(hop: &NextHop, fate: RecipientStatus) -> RecipientStatus {
     match fate {
         // Behind RCPT, where that one counts as "later" (RFC 5321 section 4.5.3.1.10): see `ask`.
-        Fate::Deferred(reply) if reply.code() == 552 => Fate::Refused(reply.recoded(550).passed_on()),
+        RecipientStatus::Deferred(reply) if reply.code() == 552 => RecipientStatus::Rejected(reply.with_code(550).for_relaying()),
         // We have decided so, though the words are those of a refusal: a hop that has forgotten EHLO for a minute.
-        Fate::Deferred(reply) if reply.code() >= 500 => {
-            Fate::Deferred(Reply::new(451, "4.3.5", format!("Not now: {reply}")))
+        RecipientStatus::Deferred(reply) if reply.code() >= 500 => {
+            RecipientStatus::Deferred(Reply::new(451, "4.3.5", format!("Not now: {reply}")))
         }
-        Fate::Deferred(reply) => Fate::Deferred(upward(hop, reply)),
-        Fate::Refused(reply) => match upward(hop, reply) {
-            reply if reply.code() < 500 => Fate::Deferred(reply),
-            reply => Fate::Refused(reply),
+        RecipientStatus::Deferred(reply) => RecipientStatus::Deferred(upstream_reply(hop, reply)),
+        RecipientStatus::Rejected(reply) => match upstream_reply(hop, reply) {
+            reply if reply.code() < 500 => RecipientStatus::Deferred(reply),
+            reply => RecipientStatus::Rejected(reply),
         },
         other => other,
     }
@@ -384,11 +384,11 @@ fn passed_up(hop: &NextHop, fate: Fate) -> Fate {
 
 /// Content that can be sent again from its beginning.
 pub trait Content: Read {
-    fn restart(&mut self) -> io::Result<()>;
+    fn rewind(&mut self) -> io::Result<()>;
 }
 
-impl Content for Batch {
-    fn restart(&mut self) -> io::Result<()> {
+impl Content for QueuedMessage {
+    fn rewind(&mut self) -> io::Result<()> {
         self.rewind()
     }
 }
@@ -396,21 +396,21 @@ impl Content for Batch {
 /// Content that is looked at as a whole, or sent more than once: a small one in memory, a large one in a file that is
 /// gone with us.
 #[derive(Default)]
-pub struct Scratch {
+pub struct SpooledContent {
     memory: Vec<u8>,
     file: Option<BufWriter<File>>,
-    sizer: Sizer,
+    sizer: WireSize,
     eight_bit: bool,
     /// Where the next octet is read, as long as there is no file.
     at: usize,
 }
 
-impl Scratch {
+impl SpooledContent {
     /// `file`: makes the file, when it is needed.
     pub fn write(&mut self, octets: &[u8], file: impl FnOnce() -> io::Result<File>) -> io::Result<()> {
         self.sizer.feed(octets);
         self.eight_bit |= !octets.is_ascii();
-        if self.file.is_none() && self.memory.len() + octets.len() > IN_MEMORY {
+        if self.file.is_none() && self.memory.len() + octets.len() > MEMORY_LIMIT {
             let mut begun = BufWriter::new(file()?);
             begun.write_all(&self.memory)?;
             self.file = Some(begun);
@@ -434,13 +434,13 @@ impl Scratch {
     }
 
     /// The first octets, where the header is.
-    pub fn beginning(&self) -> &[u8] {
+    pub fn first_octets(&self) -> &[u8] {
         &self.memory
     }
 }
 
 /// From where [`Content::restart`] has put it.
-impl Read for Scratch {
+impl Read for SpooledContent {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if let Some(file) = &mut self.file {
             return file.get_mut().read(buffer);
@@ -451,8 +451,8 @@ impl Read for Scratch {
     }
 }
 
-impl Content for Scratch {
-    fn restart(&mut self) -> io::Result<()> {
+impl Content for SpooledContent {
+    fn rewind(&mut self) -> io::Result<()> {
         self.at = 0;
         self.file.as_mut().map_or(Ok(()), Seek::rewind)
     }
@@ -460,27 +460,27 @@ impl Content for Scratch {
 
 /// Who has decided on a message.
 #[derive(Clone, Copy)]
-pub struct By<'a> {
+pub struct HopName<'a> {
     pub name: &'a str,
     /// It tells senders who asked (RFC 3461).
     pub dsn: bool,
 }
 
 /// Mail that a next hop shall have and nobody else keeps: it waits under ROOT and is tried again.
-pub struct Handover {
+pub struct RetryQueue {
     queue: Queue,
-    desk: Desk,
+    reporter: Reporter,
     retry: Retry,
     hostname: String,
     timeouts: Timeouts,
 }
 
-impl Handover {
+impl RetryQueue {
     /// `desk`: tells senders what became of their mail, as far as anybody can be told.
-    pub fn new(config: &config::Customer, mailboxes: &Mailboxes, desk: Desk) -> Handover {
-        Handover {
+    pub fn new(config: &config::CustomerConfig, mailboxes: &Mailboxes, desk: Reporter) -> RetryQueue {
+        RetryQueue {
             queue: mailboxes.queue().clone(),
-            desk,
+            reporter: desk,
             retry: config.outgoing.as_ref().map(|outgoing| outgoing.retry.clone()).unwrap_or_default(),
             hostname: config.hostname.clone(),
             timeouts: config.timeouts.clone(),
@@ -489,114 +489,114 @@ impl Handover {
 
     /// Whether anything could be stored.
     pub fn is_ready(&self) -> io::Result<()> {
-        self.queue.maildir(&Place::Handover).scratch(&self.queue.unique()).map(drop)
+        self.queue.maildir(&QueueName::Retry).unnamed_file(&self.queue.unique()).map(drop)
     }
 
     /// Stores what became neither delivered nor the provider's again, durably; then acts on the fates, one a recipient.
     /// `by`: who has decided on them.
-    pub fn keep(&self, envelope: Envelope, fates: Vec<Fate>, content: &mut dyn Content, by: By<'_>) -> io::Result<()> {
-        content.restart()?;
-        let mut copies = self.queue.put(&[(Place::Handover, envelope)], "")?;
-        each_piece(content, |piece| copies.write(piece))?;
+    pub fn store(&self, envelope: Envelope, fates: Vec<RecipientStatus>, content: &mut dyn Content, by: HopName<'_>) -> io::Result<()> {
+        content.rewind()?;
+        let mut copies = self.queue.begin_message(&[(QueueName::Retry, envelope)], "")?;
+        for_each_block(content, |piece| copies.write(piece))?;
         let entries = copies.commit()?;
         // It is safe: whatever fails now, it is tried again.
-        if let Err(error) = self.conclude_stored(entries, fates, by) {
+        if let Err(error) = self.finish_stored(entries, fates, by) {
             log::warn!("event=handover-unsettled error={error:?}");
         }
         Ok(())
     }
 
-    fn conclude_stored(&self, entries: Vec<Entry>, fates: Vec<Fate>, by: By<'_>) -> Result<(), String> {
-        let mut hold = self.hold()?;
+    fn finish_stored(&self, entries: Vec<Entry>, fates: Vec<RecipientStatus>, by: HopName<'_>) -> Result<(), String> {
+        let mut hold = self.lock()?;
         for entry in entries {
-            let batch = hold.claim(&Place::Handover, entry).map_err(|error| error.to_string())?;
+            let batch = hold.open_message(&QueueName::Retry, entry).map_err(|error| error.to_string())?;
             if let Some(batch) = batch {
-                self.conclude(batch, fates.clone(), by, &mut hold).map_err(|error| error.to_string())?;
+                self.finish_attempt(batch, fates.clone(), by, &mut hold).map_err(|error| error.to_string())?;
             }
         }
         Ok(())
     }
 
-    fn conclude(&self, batch: Batch, mut fates: Vec<Fate>, by: By<'_>, hold: &mut Hold) -> io::Result<Outcome> {
+    fn finish_attempt(&self, batch: QueuedMessage, mut fates: Vec<RecipientStatus>, by: HopName<'_>, hold: &mut QueueLock) -> io::Result<DeliveryResult> {
         for fate in &mut fates {
             // Here it is not "too many recipients" (RFC 5321 section 4.5.3.1.10), and so not for at once.
-            if let Fate::Deferred(reply) = fate
+            if let RecipientStatus::Deferred(reply) = fate
                 && reply.code() == 452
             {
-                *fate = Fate::Deferred(reply.clone().recoded(451));
+                *fate = RecipientStatus::Deferred(reply.clone().with_code(451));
             }
         }
         let context = format!("next-hop={:?}", by.name);
         let peer = Peer { name: None, dsn: by.dsn };
         let attempt = Attempt { peer, retry: Some(&self.retry), done: "handed-over", context: &context };
-        self.desk.conclude(batch, Outcome { fates, decided: Decided::ByPeer }, &attempt, hold)
+        self.reporter.finish_attempt(batch, DeliveryResult { recipients: fates, decided_by: DecidedBy::Peer }, &attempt, hold)
     }
 
-    fn hold(&self) -> Result<Hold, String> {
-        self.queue.hold_now(&Place::Handover).map_err(|error| match error {
-            NoHold::Busy(_) => "another process is at it".to_owned(),
-            NoHold::Failed(error) => error.to_string(),
+    fn lock(&self) -> Result<QueueLock, String> {
+        self.queue.try_lock(&QueueName::Retry).map_err(|error| match error {
+            LockError::Busy(_) => "another process is at it".to_owned(),
+            LockError::Failed(error) => error.to_string(),
         })
     }
 
     /// When the next attempt is due; `None`: nothing waits.
     pub fn due(&self) -> Option<SystemTime> {
-        self.queue.next_due(&Place::Handover).unwrap_or(None)
+        self.queue.next_due(&QueueName::Retry).unwrap_or(None)
     }
 
     /// Tries what is due.
-    pub fn retry(&self, mailboxes: &Mailboxes, stop: &Stop) {
+    pub fn retry(&self, mailboxes: &Mailboxes, stop: &CancelToken) {
         if self.due().is_none_or(|due| due > SystemTime::now()) {
             return;
         }
-        let mut hold = match self.hold() {
+        let mut hold = match self.lock() {
             Ok(hold) => hold,
             Err(error) => return log::info!("event=handover-waits reason={error:?}"),
         };
         let mut hops = NextHops::new(&self.hostname, &self.timeouts, stop);
-        while !stop.stopped() {
-            hold.progress();
-            let Some(mut batch) = hold.offer() else { return };
+        while !stop.is_cancelled() {
+            hold.heartbeat();
+            let Some(mut batch) = hold.next_message() else { return };
             let (fates, name, dsn) = self.attempt(mailboxes, &mut hops, &mut batch);
             // What is wrong with it stands in the log.
-            let _ = self.conclude(batch, fates, By { name: &name, dsn }, &mut hold);
+            let _ = self.finish_attempt(batch, fates, HopName { name: &name, dsn }, &mut hold);
         }
     }
 
     /// One message, to wherever its recipients belong by the rules as they are now.
-    fn attempt(&self, mailboxes: &Mailboxes, hops: &mut NextHops, batch: &mut Batch) -> (Vec<Fate>, String, bool) {
+    fn attempt(&self, mailboxes: &Mailboxes, hops: &mut NextHops, batch: &mut QueuedMessage) -> (Vec<RecipientStatus>, String, bool) {
         let recipients = batch.envelope.recipients.clone();
-        let mut fates: Vec<Option<Fate>> = vec![None; recipients.len()];
+        let mut fates: Vec<Option<RecipientStatus>> = vec![None; recipients.len()];
         // Of a delivery into a Maildir of ours nobody else tells; that one is as rare as a change of the rules.
         let (mut name, mut dsn) = ("-".to_owned(), false);
         for number in 0..recipients.len() {
             if fates[number].is_some() {
                 continue;
             }
-            match mailboxes.place(&recipients[number].mailbox) {
+            match mailboxes.destination(&recipients[number].mailbox) {
                 // It was taken by rules that are no more.
-                None => fates[number] = Some(Fate::Refused(Reply::new(550, "5.1.1", "No such mailbox here any more"))),
-                Some(rules::Place::Maildir { path, folders }) => {
+                None => fates[number] = Some(RecipientStatus::Rejected(Reply::new(550, "5.1.1", "No such mailbox here any more"))),
+                Some(rules::Destination::Maildir { path, folders }) => {
                     let from = batch.envelope.from.clone();
                     let copied = mailboxes.copy(&from, &recipients[number].mailbox, (&path, &folders), batch);
                     fates[number] = Some(copied);
                 }
-                Some(rules::Place::NextHop(hop)) => {
-                    let same = |other: &usize| matches!(mailboxes.place(&recipients[*other].mailbox), Some(rules::Place::NextHop(its)) if its == hop);
+                Some(rules::Destination::NextHop(hop)) => {
+                    let same = |other: &usize| matches!(mailboxes.destination(&recipients[*other].mailbox), Some(rules::Destination::NextHop(its)) if its == hop);
                     let numbers: Vec<_> = (number..recipients.len()).filter(same).collect();
                     let wanted = numbers.iter().map(|number| recipients[*number].clone()).collect();
-                    let message = Message { recipients: wanted, ..batch.message() };
-                    hops.limit = Some(Instant::now() + RETRIED);
-                    let found = hops.deliver(&hop, &message, batch, None).unwrap_or_else(|error| Delivered {
-                        fates: vec![Fate::Deferred(storage_reply(&error)); message.recipients.len()],
+                    let message = OutgoingMessage { recipients: wanted, ..batch.outgoing_message() };
+                    hops.limit = Some(Instant::now() + RETRY_DEADLINE);
+                    let found = hops.deliver(&hop, &message, batch, None).unwrap_or_else(|error| HopDelivery {
+                        recipients: vec![RecipientStatus::Deferred(storage_failure_reply(&error)); message.recipients.len()],
                         dsn: false,
                     });
                     (name, dsn) = (hop.to_string(), found.dsn);
-                    for (number, fate) in numbers.into_iter().zip(found.fates) {
+                    for (number, fate) in numbers.into_iter().zip(found.recipients) {
                         let mailbox = &recipients[number].mailbox;
                         fates[number] = Some(match fate {
-                            Fate::Refused(_) if mailboxes.must_take(mailbox) => {
-                                mailboxes.take_in(&message.from, mailbox, batch)
+                            RecipientStatus::Rejected(_) if mailboxes.must_accept(mailbox) => {
+                                mailboxes.deliver_fallback(&message.from, mailbox, batch)
                             }
                             fate => fate,
                         });
@@ -604,7 +604,7 @@ impl Handover {
                 }
             }
         }
-        let untried = || Fate::Deferred(Reply::new(451, "4.0.0", "Not yet"));
+        let untried = || RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet"));
         (fates.into_iter().map(|fate| fate.unwrap_or_else(untried)).collect(), name, dsn)
     }
 }
@@ -618,19 +618,19 @@ mod tests {
     fn a_deferral_stays_one_and_a_refusal_for_its_size_becomes_one() {
         let hop = NextHop::LmtpUnix("/run/lmtp".into());
         for (fate, wanted) in [
-            (Fate::Deferred(Reply::new(554, "5.6.3", "no 8BITMIME")), "later 451 4.3.5 Not now: 554 5.6.3 no 8BITMIME"),
-            (Fate::Deferred(Reply::new(552, "5.2.2", "Over quota")), "never 550 5.2.2 Over quota"),
-            (Fate::Deferred(Reply::new(452, "4.2.2", "Over quota")), "later 452 4.2.2 Over quota"),
-            (Fate::Refused(Reply::new(550, "5.1.1", "Gone")), "never 550 5.1.1 Gone"),
-            (Fate::Refused(Reply::new(552, "5.3.4", "Too large")), "never 552 5.3.4 Too large"),
+            (RecipientStatus::Deferred(Reply::new(554, "5.6.3", "no 8BITMIME")), "later 451 4.3.5 Not now: 554 5.6.3 no 8BITMIME"),
+            (RecipientStatus::Deferred(Reply::new(552, "5.2.2", "Over quota")), "never 550 5.2.2 Over quota"),
+            (RecipientStatus::Deferred(Reply::new(452, "4.2.2", "Over quota")), "later 452 4.2.2 Over quota"),
+            (RecipientStatus::Rejected(Reply::new(550, "5.1.1", "Gone")), "never 550 5.1.1 Gone"),
+            (RecipientStatus::Rejected(Reply::new(552, "5.3.4", "Too large")), "never 552 5.3.4 Too large"),
             (
-                Fate::Refused(Reply::bare(503, "What")),
+                RecipientStatus::Rejected(Reply::bare(503, "What")),
                 "later 451 4.3.5 The mail server behind this one does not take mail from here",
             ),
         ] {
-            let got = match passed_up(&hop, fate) {
-                Fate::Deferred(reply) => format!("later {reply}"),
-                Fate::Refused(reply) => format!("never {reply}"),
+            let got = match upstream_status(&hop, fate) {
+                RecipientStatus::Deferred(reply) => format!("later {reply}"),
+                RecipientStatus::Rejected(reply) => format!("never {reply}"),
                 other => format!("{other:?}"),
             };
             assert_eq!(got, wanted);
@@ -650,15 +650,15 @@ mod tests {
             (Reply::bare(500, "what"), "451 4.3.5 The mail server behind this one does not take mail from here"),
             (Reply::bare(354, "odd"), "451 4.3.5 The mail server behind this one does not take mail from here"),
         ] {
-            assert_eq!(upward(&hop, said).to_string(), heard);
+            assert_eq!(upstream_reply(&hop, said).to_string(), heard);
         }
     }
 
     #[test]
     fn content_is_read_again_from_memory_and_from_a_file() {
-        for (pieces, in_memory) in [(1, true), (IN_MEMORY / 1000 + 2, false)] {
+        for (pieces, in_memory) in [(1, true), (MEMORY_LIMIT / 1000 + 2, false)] {
             let piece = [b"x".repeat(998), b"\r\n".to_vec()].concat();
-            let (mut scratch, mut files) = (Scratch::default(), 0);
+            let (mut scratch, mut files) = (SpooledContent::default(), 0);
             for _ in 0..pieces {
                 let made = scratch.write(&piece, || {
                     files += 1;
@@ -669,9 +669,9 @@ mod tests {
             assert_eq!((files == 0, scratch.size(), scratch.eight_bit()), (in_memory, 1000 * pieces as u64, false));
             for _ in 0..2 {
                 let mut all = Vec::new();
-                scratch.restart().unwrap();
+                scratch.rewind().unwrap();
                 scratch.read_to_end(&mut all).unwrap();
-                assert!(all == piece.repeat(pieces) && scratch.beginning().starts_with(&piece));
+                assert!(all == piece.repeat(pieces) && scratch.first_octets().starts_with(&piece));
             }
         }
     }

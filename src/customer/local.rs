@@ -6,20 +6,20 @@
 use std::io;
 use std::sync::Arc;
 
-use super::outbox::{Outbox, Outgoing, Stored};
-use crate::config::Customer;
-use crate::sasl::{Secrets, Unavailable};
-use crate::session::{Bounds, Intake, Party, Session, storage_reply};
+use super::outbox::{Outbox, Submission, SubmissionWriter};
+use crate::config::CustomerConfig;
+use crate::sasl::{CredentialStore, Unavailable};
+use crate::session::{SessionLimits, MessageSink, SessionHandler, ServerSession, storage_failure_reply};
 use crate::smtp::address::{ForwardPath, Mailbox};
 use crate::smtp::command::{MailFrom, Notify};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Host, Profile, Role, Server};
-use crate::wire::{Stop, Wire};
+use crate::smtp::server::{ServerHandler, ServerOptions, ServerRole, Server};
+use crate::wire::{CancelToken, Connection};
 
 /// One session, up to its end; says how it ended. `peer`: who is there, for `Received`.
-pub fn serve(config: &Customer, outbox: &Arc<Outbox>, wire: Wire, peer: String, stop: &Stop, halt: &Stop) -> String {
-    let profile = Profile {
-        role: Role::Local,
+pub fn serve(config: &CustomerConfig, outbox: &Arc<Outbox>, wire: Connection, peer: String, stop: &CancelToken, halt: &CancelToken) -> String {
+    let profile = ServerOptions {
+        role: ServerRole::Submission,
         hostname: config.hostname.clone(),
         max_size: outbox.config().max_size,
         max_recipients: config.limits.recipients,
@@ -31,28 +31,28 @@ pub fn serve(config: &Customer, outbox: &Arc<Outbox>, wire: Wire, peer: String, 
         mechanisms: Vec::new(),
         stamps: outbox.stamps().clone(),
     };
-    let bounds = Bounds::new(&config.timeouts, &config.limits, stop, halt);
-    let mut session = Session::new(wire, Server::new(profile, false), peer, None, bounds);
+    let bounds = SessionLimits::new(&config.timeouts, &config.limits, stop, halt);
+    let mut session = ServerSession::new(wire, Server::new(profile, false), peer, None, bounds);
     session.greet();
-    let end = session.run(&mut Local { outbox: outbox.clone() });
+    let end = session.run(&mut SubmissionHandler { outbox: outbox.clone() });
     session.close();
     end.to_string()
 }
 
-struct Local {
+struct SubmissionHandler {
     outbox: Arc<Outbox>,
 }
 
-impl Secrets for Local {
+impl CredentialStore for SubmissionHandler {
     /// AUTH is not offered here.
     fn secret(&self, _: &str) -> Result<Option<Vec<u8>>, Unavailable> {
         Ok(None)
     }
 }
 
-impl Host for Local {
+impl ServerHandler for SubmissionHandler {
     fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
-        self.outbox.make_room(mail.size.unwrap_or(0))
+        self.outbox.check_room(mail.size.unwrap_or(0))
     }
 
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
@@ -60,15 +60,15 @@ impl Host for Local {
     }
 }
 
-impl Party for Local {
-    fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
+impl SessionHandler for SubmissionHandler {
+    fn receive_message(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn MessageSink>, Reply> {
         let Some(transaction) = server.transaction() else {
             return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
         };
         let stamps = self.outbox.stamps();
-        let (id, arrived) = (stamps.id(), stamps.now());
+        let (id, arrived) = (stamps.queue_id(), stamps.now());
         let received = server.received(peer, secure, &id, arrived);
-        let letter = Outgoing {
+        let letter = Submission {
             mail: &transaction.mail,
             recipients: &transaction.recipients,
             id: &id,
@@ -77,26 +77,26 @@ impl Party for Local {
             header_from: None,
             drop_bcc: false,
         };
-        let stored = self.outbox.store(&letter, &received).map_err(|error| storage_reply(&error))?;
-        Ok(Box::new(Letter { stored, outbox: self.outbox.clone(), id }))
+        let stored = self.outbox.store(&letter, &received).map_err(|error| storage_failure_reply(&error))?;
+        Ok(Box::new(SubmittedMessage { stored, outbox: self.outbox.clone(), id }))
     }
 }
 
 /// A message on its way into the outbox.
-struct Letter {
-    stored: Stored,
+struct SubmittedMessage {
+    stored: SubmissionWriter,
     outbox: Arc<Outbox>,
     id: String,
 }
 
-impl Intake for Letter {
+impl MessageSink for SubmittedMessage {
     fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         self.stored.write(octets)
     }
 
     fn commit(self: Box<Self>) -> io::Result<Reply> {
         if self.stored.commit()? {
-            self.outbox.hand_over();
+            self.outbox.wake_retries();
         }
         Ok(Reply::new(250, "2.6.0", format!("OK, id={}", self.id)))
     }

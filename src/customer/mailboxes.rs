@@ -6,28 +6,28 @@ use std::path::{Path, PathBuf};
 
 use super::handover::Content;
 use crate::config;
-use crate::maildir::{Copies, Maildir, each_piece, has_room};
-use crate::queue::{Envelope, Place, Queue};
-use crate::rules::{self, Delivery, NextHop, Rules};
-use crate::session::{disk_full, storage_reply};
+use crate::maildir::{MessageWriter, Maildir, for_each_block, has_room};
+use crate::queue::{Envelope, QueueName, Queue};
+use crate::rules::{self, Delivery, NextHop, RecipientRules};
+use crate::session::{disk_full_reply, storage_failure_reply};
 use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
-use crate::smtp::client::Fate;
+use crate::smtp::client::RecipientStatus;
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
-use crate::stamp::Stamps;
+use crate::stamp::Ids;
 
 /// The rules, and the Maildirs they lead to.
 pub struct Mailboxes {
-    rules: Rules,
+    rules: RecipientRules,
     umask: u32,
     /// Under the root mail waits for next hops.
     queue: Queue,
-    stamps: Stamps,
+    stamps: Ids,
     root: PathBuf,
 }
 
 impl Mailboxes {
-    pub fn new(config: &config::Customer, stamps: &Stamps) -> Mailboxes {
+    pub fn new(config: &config::CustomerConfig, stamps: &Ids) -> Mailboxes {
         let root = &config.mailboxes.root;
         Mailboxes {
             rules: config.mailboxes.rules.clone(),
@@ -38,7 +38,7 @@ impl Mailboxes {
         }
     }
 
-    pub fn stamps(&self) -> &Stamps {
+    pub fn stamps(&self) -> &Ids {
         &self.stamps
     }
 
@@ -48,13 +48,13 @@ impl Mailboxes {
     }
 
     /// Whether mail for a domain is ours.
-    pub fn serves(&self, domain: &Domain) -> bool {
+    pub fn accepts_domain(&self, domain: &Domain) -> bool {
         self.rules.serves(domain)
     }
 
     /// Whether some mail goes to next hops.
-    pub fn hands_over(&self) -> bool {
-        self.rules.hands_over()
+    pub fn has_next_hops(&self) -> bool {
+        self.rules.has_next_hops()
     }
 
     /// Where mail for a recipient goes.
@@ -63,7 +63,7 @@ impl Mailboxes {
     }
 
     /// The recipient as an envelope has it: `postmaster` alone is at home in our first domain (RFC 5321 section 4.5.1).
-    pub fn named(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+    pub fn canonical_recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         let nobody = || Reply::new(550, "5.1.1", "No such mailbox here");
         match path {
             ForwardPath::Mailbox(mailbox) => Ok(mailbox.clone()),
@@ -75,8 +75,8 @@ impl Mailboxes {
     }
 
     /// Where a final address belongs, without any alias.
-    pub fn place(&self, mailbox: &Mailbox) -> Option<rules::Place> {
-        self.rules.place_of(mailbox)
+    pub fn destination(&self, mailbox: &Mailbox) -> Option<rules::Destination> {
+        self.rules.destination_of(mailbox)
     }
 
     /// The Maildir of ours that an address has if no next hop takes it.
@@ -85,7 +85,7 @@ impl Mailboxes {
     }
 
     /// Whether it must be taken, if not by a next hop then by us (RFC 5321 section 4.5.1).
-    pub fn must_take(&self, mailbox: &Mailbox) -> bool {
+    pub fn must_accept(&self, mailbox: &Mailbox) -> bool {
         self.rules.is_fallback(mailbox)
     }
 
@@ -93,7 +93,7 @@ impl Mailboxes {
     /// section 4.4), then what the content begins with, our `Received`. `original`: whom the sender meant.
     pub fn begin(
         &self,
-        copies: &mut Copies,
+        copies: &mut MessageWriter,
         from: &ReversePath,
         (to, original): (&Mailbox, &Mailbox),
         (path, folders): (&Path, &[String]),
@@ -123,11 +123,11 @@ impl Mailboxes {
     /// those whose mailboxes have no room for a message of so many `octets`.
     pub fn begin_all(
         &self,
-        copies: &mut Copies,
+        copies: &mut MessageWriter,
         envelope: &Envelope,
         octets: u64,
         head: &str,
-    ) -> io::Result<(Begun, Vec<Refused>)> {
+    ) -> io::Result<(Routing, Vec<RejectedRecipient>)> {
         let (mut known, mut refused, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
         for recipient in &envelope.recipients {
             match self.resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
@@ -136,9 +136,9 @@ impl Mailboxes {
                     // Nobody else waits for such a one.
                     let many = deliveries.len();
                     deliveries.retain(|delivery| {
-                        let room = self.has_room_now(&delivery.place, octets);
+                        let room = self.has_room_now(&delivery.destination, octets);
                         if !room {
-                            waiting.push(passed_on(recipient, &delivery.mailbox, many));
+                            waiting.push(relayed_recipient(recipient, &delivery.mailbox, many));
                         }
                         room
                     });
@@ -147,16 +147,16 @@ impl Mailboxes {
             }
         }
         let begun = self.begin_known(copies, &envelope.from, &known, head)?;
-        waiting.extend(begun.parts.iter().flat_map(|(_, recipients)| recipients.clone()));
+        waiting.extend(begun.hop_recipients.iter().flat_map(|(_, recipients)| recipients.clone()));
         if !waiting.is_empty() {
             let envelope = Envelope { recipients: waiting, ..envelope.clone() };
-            self.queue.add(copies, &Place::Handover, &envelope, head)?;
+            self.queue.add_copy(copies, &QueueName::Retry, &envelope, head)?;
         }
         Ok((begun, refused))
     }
 
-    fn has_room_now(&self, place: &rules::Place, octets: u64) -> bool {
-        let rules::Place::Maildir { path, folders } = place else { return true };
+    fn has_room_now(&self, place: &rules::Destination, octets: u64) -> bool {
+        let rules::Destination::Maildir { path, folders } = place else { return true };
         let full = |error: &io::Error| error.kind() == io::ErrorKind::QuotaExceeded;
         !self.admits((path, folders), octets).as_ref().is_err_and(full)
     }
@@ -164,25 +164,25 @@ impl Mailboxes {
     /// Begins copies for recipients of whom it is known where they go; who is meant twice, by two aliases say, gets one.
     pub fn begin_known(
         &self,
-        copies: &mut Copies,
+        copies: &mut MessageWriter,
         from: &ReversePath,
         recipients: &[(Recipient, Vec<Delivery>)],
         head: &str,
-    ) -> io::Result<Begun> {
-        let (mut begun, mut seen) = (Begun::default(), HashSet::new());
+    ) -> io::Result<Routing> {
+        let (mut begun, mut seen) = (Routing::default(), HashSet::new());
         for (recipient, deliveries) in recipients {
             let mut all_here = true;
             for delivery in deliveries {
-                let to = passed_on(recipient, &delivery.mailbox, deliveries.len());
-                match &delivery.place {
-                    rules::Place::Maildir { path, folders } => {
-                        if seen.insert(delivery.place.clone()) {
+                let to = relayed_recipient(recipient, &delivery.mailbox, deliveries.len());
+                match &delivery.destination {
+                    rules::Destination::Maildir { path, folders } => {
+                        if seen.insert(delivery.destination.clone()) {
                             let names = (&delivery.mailbox, &recipient.mailbox);
                             self.begin(copies, from, names, (path, folders), head)?;
-                            begun.boxes.push(to);
+                            begun.maildir_recipients.push(to);
                         }
                     }
-                    rules::Place::NextHop(hop) => {
+                    rules::Destination::NextHop(hop) => {
                         all_here = false;
                         begun.add(hop, to);
                     }
@@ -191,7 +191,7 @@ impl Mailboxes {
             match (all_here, deliveries.len()) {
                 // Of him who waits he hears later.
                 (_, 0) => {}
-                (true, _) => begun.here.push(recipient.clone()),
+                (true, _) => begun.delivered_here.push(recipient.clone()),
                 (false, 1) => {}
                 // Next hops do not know whom they were meant for, so we tell (RFC 3461 section 5.2.7.3).
                 (false, _) => begun.expanded.push(recipient.clone()),
@@ -201,53 +201,53 @@ impl Mailboxes {
     }
 
     /// Delivers one message into a Maildir, for one recipient.
-    pub fn copy(&self, from: &ReversePath, to: &Mailbox, place: (&Path, &[String]), content: &mut dyn Content) -> Fate {
+    pub fn copy(&self, from: &ReversePath, to: &Mailbox, place: (&Path, &[String]), content: &mut dyn Content) -> RecipientStatus {
         let mut copied = || {
-            let mut copies = Copies::default();
+            let mut copies = MessageWriter::default();
             self.begin(&mut copies, from, (to, to), place, "")?;
-            content.restart()?;
-            each_piece(content, |piece| copies.write(piece))?;
+            content.rewind()?;
+            for_each_block(content, |piece| copies.write(piece))?;
             copies.commit()
         };
         match copied() {
-            Ok(_) => Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here")),
-            Err(error) => Fate::Deferred(storage_reply(&error)),
+            Ok(_) => RecipientStatus::Sent(Reply::new(250, "2.0.0", "Delivered here")),
+            Err(error) => RecipientStatus::Deferred(storage_failure_reply(&error)),
         }
     }
 
     /// Delivers to a Maildir of ours what no next hop takes and somebody must.
-    pub fn take_in(&self, from: &ReversePath, to: &Mailbox, content: &mut dyn Content) -> Fate {
+    pub fn deliver_fallback(&self, from: &ReversePath, to: &Mailbox, content: &mut dyn Content) -> RecipientStatus {
         self.copy(from, to, (&self.fallback(to), &[]), content)
     }
 
     /// Refuses mail that the disk would not hold.
-    pub fn make_room(&self, octets: u64) -> Result<(), Reply> {
-        if has_room(&self.root, octets) { Ok(()) } else { Err(disk_full()) }
+    pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
+        if has_room(&self.root, octets) { Ok(()) } else { Err(disk_full_reply()) }
     }
 }
 
 /// A recipient whom the rules do not know.
-pub type Refused = (Recipient, Reply);
+pub type RejectedRecipient = (Recipient, Reply);
 
 /// Where the recipients of a message go.
 #[derive(Default)]
-pub struct Begun {
+pub struct Routing {
     /// Who has it when the copies are committed.
-    pub here: Vec<Recipient>,
+    pub delivered_here: Vec<Recipient>,
     /// Who stands for several, next hops among them.
     pub expanded: Vec<Recipient>,
     /// Those whom the copies are for.
-    pub boxes: Vec<Recipient>,
+    pub maildir_recipients: Vec<Recipient>,
     /// What each next hop shall have.
-    pub parts: Vec<(NextHop, Vec<Recipient>)>,
+    pub hop_recipients: Vec<(NextHop, Vec<Recipient>)>,
 }
 
-impl Begun {
+impl Routing {
     fn add(&mut self, hop: &NextHop, to: Recipient) {
-        match self.parts.iter_mut().find(|(other, _)| other == hop) {
-            None => self.parts.push((hop.clone(), vec![to])),
+        match self.hop_recipients.iter_mut().find(|(other, _)| other == hop) {
+            None => self.hop_recipients.push((hop.clone(), vec![to])),
             Some((_, recipients)) => {
-                if !recipients.iter().any(|other| rules::same(&other.mailbox, &to.mailbox)) {
+                if !recipients.iter().any(|other| rules::same_mailbox(&other.mailbox, &to.mailbox)) {
                     recipients.push(to);
                 }
             }
@@ -257,7 +257,7 @@ impl Begun {
 
 /// A recipient as a next hop gets it, one of so many in whose place it was meant. What its sender wants to know goes
 /// with it, unless several would tell him (RFC 3461 section 5.2.7.3).
-pub fn passed_on(meant: &Recipient, to: &Mailbox, of: usize) -> Recipient {
+pub fn relayed_recipient(meant: &Recipient, to: &Mailbox, of: usize) -> Recipient {
     match of {
         1 => Recipient { mailbox: to.clone(), ..meant.clone() },
         _ => Recipient { notify: meant.notify.without_success(), ..Recipient::plain(to.clone()) },

@@ -12,5 +12,5 @@ pub mod receiver;
 pub mod send;
 pub mod tally;
 
-pub use pull::{Error, pull};
+pub use pull::{CallError, pull};
 pub use tally::Summary;

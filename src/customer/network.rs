@@ -2,12 +2,12 @@
 //!
 //! On Linux the kernel tells (rtnetlink(7)); elsewhere nobody does, and a call is tried again after its pause.
 
-use super::daemon::Bell;
-use crate::wire::Stop;
+use super::daemon::EventSender;
+use crate::wire::CancelToken;
 
 /// Rings with [`super::daemon::Event::Network`], until it is told to stop. That nothing can be watched is no error.
 #[cfg(target_os = "linux")]
-pub fn watch(bell: Bell, stop: &Stop) {
+pub fn watch(bell: EventSender, stop: &CancelToken) {
     let stop = stop.clone();
     let watched = linux::socket().and_then(|socket| {
         let work = move || linux::listen(&socket, &bell, &stop);
@@ -19,7 +19,7 @@ pub fn watch(bell: Bell, stop: &Stop) {
 }
 
 #[cfg(not(target_os = "linux"))]
-pub fn watch(_: Bell, _: &Stop) {}
+pub fn watch(_: EventSender, _: &CancelToken) {}
 
 #[cfg(target_os = "linux")]
 mod linux {
@@ -30,8 +30,8 @@ mod linux {
     use rustix::net::netlink::SocketAddrNetlink;
     use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 
-    use crate::customer::daemon::{Bell, Event};
-    use crate::wire::Stop;
+    use crate::customer::daemon::{EventSender, DaemonEvent};
+    use crate::wire::CancelToken;
 
     /// RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE.
     const GROUPS: u32 = 0x10 | 0x40 | 0x100 | 0x400;
@@ -46,8 +46,8 @@ mod linux {
         Ok(socket)
     }
 
-    pub fn listen(socket: &OwnedFd, bell: &Bell, stop: &Stop) {
-        while !stop.stopped() {
+    pub fn listen(socket: &OwnedFd, bell: &EventSender, stop: &CancelToken) {
+        while !stop.is_cancelled() {
             let mut polls = [
                 PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
                 PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN),
@@ -64,7 +64,7 @@ mod linux {
                 }
             }
             if new {
-                bell.ring(Event::Network);
+                bell.send(DaemonEvent::Network);
             }
         }
     }

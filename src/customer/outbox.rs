@@ -10,32 +10,32 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use super::handover::Handover;
-use super::mailboxes::{Begun, Mailboxes, Refused};
-use super::receiver::Told;
-use super::tally::Tally;
+use super::handover::RetryQueue;
+use super::mailboxes::{Routing, Mailboxes, RejectedRecipient};
+use super::receiver::SuccessDsn;
+use super::tally::CallCounters;
 use crate::config;
-use crate::dialogue::{Dialogue, Failure, Upstream, no_place_for_mail};
-use crate::maildir::{Copies, each_piece};
-use crate::outgoing::{Attempt, Desk, Letter, Peer, Post};
-use crate::queue::{Batch, Envelope, Hold, NoHold, Place, Queue};
-use crate::session::disk_full;
+use crate::dialogue::{ClientSession, SessionFailure, Remote, mail_not_accepted_here};
+use crate::maildir::{MessageWriter, for_each_block};
+use crate::outgoing::{Attempt, Reporter, DsnMessage, Peer, DsnSink};
+use crate::queue::{QueuedMessage, Envelope, QueueLock, LockError, QueueName, Queue};
+use crate::session::disk_full_reply;
 use crate::smtp::address::{ForwardPath, Mailbox};
-use crate::smtp::client::{Client, Decided, Fate, Outcome};
+use crate::smtp::client::{Client, DecidedBy, RecipientStatus, DeliveryResult};
 use crate::smtp::command::{MailFrom, Recipient};
-use crate::smtp::header::{Additions, Completer};
+use crate::smtp::header::{HeaderAdditions, HeaderCompleter};
 use crate::smtp::reply::Reply;
-use crate::stamp::Stamps;
-use crate::wire::Stop;
+use crate::stamp::Ids;
+use crate::wire::CancelToken;
 
 /// The outgoing queue and its ways out.
 pub struct Outbox {
-    config: config::Outgoing,
+    config: config::OutgoingConfig,
     hostname: String,
     timeouts: config::Timeouts,
-    shelf: Shelf,
-    desk: Desk,
-    handover: Arc<Handover>,
+    store_: OutgoingStore,
+    reporter: Reporter,
+    retry_queue: Arc<RetryQueue>,
     waker: OnceLock<Waker>,
 }
 
@@ -44,23 +44,23 @@ type Waker = Box<dyn Fn() + Send + Sync>;
 
 impl Outbox {
     /// `None`: the customer sends nothing.
-    pub fn new(config: &config::Customer, mailboxes: &Arc<Mailboxes>, stamps: &Stamps) -> Option<Outbox> {
+    pub fn new(config: &config::CustomerConfig, mailboxes: &Arc<Mailboxes>, stamps: &Ids) -> Option<Outbox> {
         let outgoing = config.outgoing.as_ref()?;
         let queue = Queue::new(&outgoing.queue, &config.hostname, stamps.clone(), config.timeouts.takeover);
-        let shelf = Shelf { queue, mailboxes: mailboxes.clone(), stamps: stamps.clone() };
-        let desk = Desk::new(&config.hostname, stamps, Some(Arc::new(shelf.clone())));
+        let shelf = OutgoingStore { queue, mailboxes: mailboxes.clone(), stamps: stamps.clone() };
+        let desk = Reporter::new(&config.hostname, stamps, Some(Arc::new(shelf.clone())));
         Some(Outbox {
             config: outgoing.clone(),
             hostname: config.hostname.clone(),
             timeouts: config.timeouts.clone(),
-            handover: Arc::new(Handover::new(config, mailboxes, desk.clone())),
-            desk,
-            shelf,
+            retry_queue: Arc::new(RetryQueue::new(config, mailboxes, desk.clone())),
+            reporter: desk,
+            store_: shelf,
             waker: OnceLock::new(),
         })
     }
 
-    pub fn config(&self) -> &config::Outgoing {
+    pub fn config(&self) -> &config::OutgoingConfig {
         &self.config
     }
 
@@ -68,106 +68,106 @@ impl Outbox {
         &self.hostname
     }
 
-    pub fn stamps(&self) -> &Stamps {
-        &self.shelf.stamps
+    pub fn stamps(&self) -> &Ids {
+        &self.store_.stamps
     }
 
-    pub fn handover(&self) -> &Arc<Handover> {
-        &self.handover
+    pub fn handover(&self) -> &Arc<RetryQueue> {
+        &self.retry_queue
     }
 
     /// `wake` is called when mail has come for a next hop. Where nobody is woken it goes with the next call, or when a
     /// daemon looks.
-    pub fn on_handover(&self, wake: Waker) {
+    pub fn on_retry_queued(&self, wake: Waker) {
         let _ = self.waker.set(wake);
     }
 
     /// Mail was put for a next hop.
-    pub fn hand_over(&self) {
+    pub fn wake_retries(&self) {
         if let Some(wake) = self.waker.get() {
             wake();
         }
     }
 
-    pub fn desk(&self) -> &Desk {
-        &self.desk
+    pub fn desk(&self) -> &Reporter {
+        &self.reporter
     }
 
     /// The mailbox a path means: one of ours, which must exist, or one elsewhere.
     pub fn recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         match path {
-            ForwardPath::Mailbox(mailbox) if !mailbox.domain().is_some_and(|domain| self.shelf.serves(domain)) => {
+            ForwardPath::Mailbox(mailbox) if !mailbox.domain().is_some_and(|domain| self.store_.accepts_domain(domain)) => {
                 let qualified = mailbox.domain().is_some_and(|domain| domain.as_str().contains('.'));
                 // RFC 6409 section 4.2.
                 let unqualified = || Reply::new(554, "5.1.2", "The domain is not fully qualified");
                 qualified.then(|| mailbox.clone()).ok_or_else(unqualified)
             }
             ours => {
-                self.shelf.mailboxes.resolve(ours)?;
-                self.shelf.mailboxes.named(ours)
+                self.store_.mailboxes.resolve(ours)?;
+                self.store_.mailboxes.canonical_recipient(ours)
             }
         }
     }
 
     /// Whether so many octets more may come.
-    pub fn make_room(&self, octets: u64) -> Result<(), Reply> {
-        self.within_size(octets)?;
-        if self.shelf.queue.has_room(octets) { Ok(()) } else { Err(disk_full()) }
+    pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
+        self.check_size(octets)?;
+        if self.store_.queue.has_room(octets) { Ok(()) } else { Err(disk_full_reply()) }
     }
 
     /// Whether a message may have so many octets.
-    pub fn within_size(&self, octets: u64) -> Result<(), Reply> {
-        if octets > self.config.max_size { Err(crate::smtp::server::too_big(self.config.max_size)) } else { Ok(()) }
+    pub fn check_size(&self, octets: u64) -> Result<(), Reply> {
+        if octets > self.config.max_size { Err(crate::smtp::server::message_too_large(self.config.max_size)) } else { Ok(()) }
     }
 
     /// Begins to store a message; `received` is our `Received`, `from` a `From` for a header without one.
-    pub fn store(&self, letter: &Outgoing<'_>, received: &str) -> io::Result<Stored> {
-        let additions = Additions {
+    pub fn store(&self, letter: &Submission<'_>, received: &str) -> io::Result<SubmissionWriter> {
+        let additions = HeaderAdditions {
             date: letter.arrived.rfc5322(),
             message_id: format!("<{}@{}>", letter.id, self.hostname),
             from: letter.header_from.clone(),
             drop_bcc: letter.drop_bcc,
         };
         let envelope = Envelope::new(letter.mail, letter.recipients.to_vec(), letter.id, letter.arrived);
-        let (here, elsewhere) = self.shelf.divide(envelope);
+        let (here, elsewhere) = self.store_.divide(envelope);
         // Where nothing is known of its size, only who is full already has no room.
         let octets = letter.mail.size.unwrap_or(1) + received.len() as u64;
-        let (copies, begun) = self.shelf.begin(&here, &elsewhere, octets, received)?;
+        let (copies, begun) = self.store_.begin(&here, &elsewhere, octets, received)?;
         // What stays here is delivered with its commit; of the rest others will tell.
-        let told = begun.as_ref().and_then(|begun| Told::new(&self.desk, &here, begun, false));
-        let waits = begun.is_some_and(|begun| !begun.parts.is_empty());
-        Ok(Stored { copies, completer: Completer::new(additions), buffer: Vec::new(), told, waits })
+        let told = begun.as_ref().and_then(|begun| SuccessDsn::new(&self.reporter, &here, begun, false));
+        let waits = begun.is_some_and(|begun| !begun.hop_recipients.is_empty());
+        Ok(SubmissionWriter { copies, completer: HeaderCompleter::new(additions), buffer: Vec::new(), success_dsn: told, retry_queued: waits })
     }
 
     /// Messages that wait.
     pub fn waiting(&self) -> u64 {
-        let entries = self.shelf.queue.maildir(&Place::Upstream).entries();
+        let entries = self.store_.queue.maildir(&QueueName::Outgoing).entries();
         entries.map_or(0, |entries| entries.len() as u64)
     }
 
     /// What waits, for a listing.
-    pub fn each_waiting(&self, show: impl FnMut(&Batch)) -> io::Result<()> {
-        self.shelf.queue.each(&Place::Upstream, show)
+    pub fn each_waiting(&self, show: impl FnMut(&QueuedMessage)) -> io::Result<()> {
+        self.store_.queue.each(&QueueName::Outgoing, show)
     }
 
     /// Room for content that is looked at before it is stored; it goes with its last descriptor.
     pub fn scratch(&self) -> io::Result<File> {
-        let name = self.shelf.stamps.file_name(&self.hostname);
-        self.shelf.queue.maildir(&Place::Upstream).scratch(&name)
+        let name = self.store_.stamps.file_name(&self.hostname);
+        self.store_.queue.maildir(&QueueName::Outgoing).unnamed_file(&name)
     }
 
-    fn hold(&self) -> Result<Hold, String> {
-        self.shelf.queue.hold(&[Place::Upstream]).map_err(|error| match error {
-            NoHold::Busy(_) => "another call is sending the outgoing mail".to_owned(),
-            NoHold::Failed(error) => error.to_string(),
+    fn lock(&self) -> Result<QueueLock, String> {
+        self.store_.queue.lock(&[QueueName::Outgoing]).map_err(|error| match error {
+            LockError::Busy(_) => "another call is sending the outgoing mail".to_owned(),
+            LockError::Failed(error) => error.to_string(),
         })
     }
 
     /// Delivers what users who may not write into mailboxes have queued for our own.
     pub fn deliver_here(&self) {
-        let Some(mut hold) = self.hold_if_any() else { return };
-        while let Some(mut batch) = hold.offer() {
-            let (here, _) = self.shelf.divide(batch.envelope.clone());
+        let Some(mut hold) = self.lock_if_any() else { return };
+        while let Some(mut batch) = hold.next_message() {
+            let (here, _) = self.store_.divide(batch.envelope.clone());
             if here.recipients.is_empty() {
                 continue;
             }
@@ -180,50 +180,50 @@ impl Outbox {
             };
             // What was queued when the rules were others may have no mailbox any more.
             let fate = |recipient: &Recipient| match refused.iter().find(|(other, _)| other == recipient) {
-                Some((_, reply)) => Fate::Refused(reply.clone()),
+                Some((_, reply)) => RecipientStatus::Rejected(reply.clone()),
                 None if here.recipients.contains(recipient) => {
-                    Fate::Delivered(Reply::new(250, "2.0.0", "Delivered here"))
+                    RecipientStatus::Sent(Reply::new(250, "2.0.0", "Delivered here"))
                 }
-                None => Fate::Deferred(Reply::new(451, "4.0.0", "Not yet")),
+                None => RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet")),
             };
             let fates = batch.envelope.recipients.iter().map(fate).collect();
             // Of a delivery that was asked for its sender has been told.
             let peer = Peer { name: None, dsn: true };
             let attempt = Attempt { peer, retry: None, done: "delivered", context: "here=yes" };
-            let _ = self.desk.conclude(batch, Outcome { fates, decided: Decided::ByUs }, &attempt, &mut hold);
+            let _ = self.reporter.finish_attempt(batch, DeliveryResult { recipients: fates, decided_by: DecidedBy::Us }, &attempt, &mut hold);
         }
     }
 
     /// A queued message, into our mailboxes; those who have none.
-    fn copy(&self, here: &Envelope, batch: &mut Batch) -> io::Result<Vec<Refused>> {
-        let mut copies = Copies::default();
-        let (begun, refused) = self.shelf.mailboxes.begin_all(&mut copies, here, batch.size, "")?;
-        let mut told = Told::new(&self.desk, here, &begun, false);
-        each_piece(batch, |piece| {
+    fn copy(&self, here: &Envelope, batch: &mut QueuedMessage) -> io::Result<Vec<RejectedRecipient>> {
+        let mut copies = MessageWriter::default();
+        let (begun, refused) = self.store_.mailboxes.begin_all(&mut copies, here, batch.size, "")?;
+        let mut told = SuccessDsn::new(&self.reporter, here, &begun, false);
+        for_each_block(batch, |piece| {
             if let Some(told) = &mut told {
-                told.see(piece);
+                told.observe(piece);
             }
             copies.write(piece)
         })?;
         copies.commit()?;
         if let Some(told) = told {
-            told.tell();
+            told.send();
         }
         Ok(refused)
     }
 
     /// Sends what is due in a session with the provider, before ATRN.
-    pub fn send(&self, dialogue: &mut Dialogue, tally: &Tally) -> Result<(), Failure> {
-        let Some(mut hold) = self.hold_if_any() else { return Ok(()) };
+    pub fn send(&self, dialogue: &mut ClientSession, tally: &CallCounters) -> Result<(), SessionFailure> {
+        let Some(mut hold) = self.lock_if_any() else { return Ok(()) };
         let mut said = false;
-        dialogue.deliver(&mut hold, &mut |batch, mut outcome, client, hold| {
-            if no_place_for_mail(&outcome).is_some() {
+        dialogue.send_queue(&mut hold, &mut |batch, mut outcome, client, hold| {
+            if mail_not_accepted_here(&outcome).is_some() {
                 if !std::mem::replace(&mut said, true) {
                     log::warn!("event=outgoing-kept reason={:?}", reason(&outcome));
                 }
-                for fate in &mut outcome.fates {
-                    if let Fate::Refused(reply) = fate {
-                        *fate = Fate::Deferred(reply.clone());
+                for fate in &mut outcome.recipients {
+                    if let RecipientStatus::Rejected(reply) = fate {
+                        *fate = RecipientStatus::Deferred(reply.clone());
                     }
                 }
                 if self.config.submission.is_some() {
@@ -232,21 +232,21 @@ impl Outbox {
                     return settled.unwrap_or_else(|error| log::error!("event=settle-failed error={error:?}"));
                 }
             }
-            self.conclude(batch, outcome, client, hold, tally);
+            self.finish_attempt(batch, outcome, client, hold, tally);
         })
     }
 
     /// Sends what is still due to the submission host.
-    pub fn submit(&self, stop: &Stop, tally: &Tally) {
+    pub fn submit(&self, stop: &CancelToken, tally: &CallCounters) {
         let Some(submission) = &self.config.submission else { return };
-        let Some(mut hold) = self.hold_if_any() else { return };
-        let upstream = match Upstream::new(submission) {
+        let Some(mut hold) = self.lock_if_any() else { return };
+        let upstream = match Remote::new(submission) {
             Ok(upstream) => upstream,
             Err(error) => return log::error!("event=submission-failed error={error:?}"),
         };
         let sent = upstream.connect(&self.hostname, &self.timeouts, stop).and_then(|mut dialogue| {
-            dialogue.deliver(&mut hold, &mut |batch, outcome, client, hold| {
-                self.conclude(batch, outcome, client, hold, tally);
+            dialogue.send_queue(&mut hold, &mut |batch, outcome, client, hold| {
+                self.finish_attempt(batch, outcome, client, hold, tally);
             })?;
             dialogue.quit();
             Ok(())
@@ -256,63 +256,63 @@ impl Outbox {
         }
     }
 
-    fn hold_if_any(&self) -> Option<Hold> {
-        if self.shelf.queue.maildir(&Place::Upstream).is_empty().unwrap_or(true) {
+    fn lock_if_any(&self) -> Option<QueueLock> {
+        if self.store_.queue.maildir(&QueueName::Outgoing).is_empty().unwrap_or(true) {
             return None;
         }
-        self.hold().inspect_err(|error| log::warn!("event=outgoing-kept reason={error:?}")).ok()
+        self.lock().inspect_err(|error| log::warn!("event=outgoing-kept reason={error:?}")).ok()
     }
 
-    fn conclude(&self, batch: Batch, outcome: Outcome, client: &Client, hold: &mut Hold, tally: &Tally) {
+    fn finish_attempt(&self, batch: QueuedMessage, outcome: DeliveryResult, client: &Client, hold: &mut QueueLock, tally: &CallCounters) {
         let peer = Peer { name: client.peer_name(), dsn: client.offered().dsn };
         let mut retry = self.config.retry.clone();
-        if outcome.decided == Decided::ByLoss {
+        if outcome.decided_by == DecidedBy::ConnectionLoss {
             // That the line dropped says nothing of the mail: the next call may take it, whenever that is.
             (retry.first, retry.max) = (Duration::ZERO, Duration::ZERO);
         }
         let context = format!("host={}", peer.name.unwrap_or("-"));
         let attempt = Attempt { peer, retry: Some(&retry), done: "sent", context: &context };
         let recipients = batch.envelope.recipients.clone();
-        let Ok(concluded) = self.desk.conclude(batch, outcome, &attempt, hold) else { return };
-        for (recipient, fate) in recipients.iter().zip(&concluded.fates) {
-            if let Fate::Refused(reply) = fate {
+        let Ok(concluded) = self.reporter.finish_attempt(batch, outcome, &attempt, hold) else { return };
+        for (recipient, fate) in recipients.iter().zip(&concluded.recipients) {
+            if let RecipientStatus::Rejected(reply) = fate {
                 tally.refused(&recipient.mailbox, peer.name.unwrap_or("the provider"), reply);
             }
         }
-        if concluded.fates.iter().any(|fate| matches!(fate, Fate::Delivered(_))) {
+        if concluded.recipients.iter().any(|fate| matches!(fate, RecipientStatus::Sent(_))) {
             tally.sent();
         }
     }
 }
 
-fn reason(outcome: &Outcome) -> String {
+fn reason(outcome: &DeliveryResult) -> String {
     outcome
-        .fates
+        .recipients
         .iter()
-        .find_map(|fate| if let Fate::Refused(reply) = fate { Some(reply.to_string()) } else { None })
+        .find_map(|fate| if let RecipientStatus::Rejected(reply) = fate { Some(reply.to_string()) } else { None })
         .unwrap_or_default()
 }
 
 /// A message handed in by a user or a program.
-pub struct Outgoing<'a> {
+pub struct Submission<'a> {
     pub mail: &'a MailFrom,
     pub recipients: &'a [Recipient],
     pub id: &'a str,
-    pub arrived: crate::stamp::Date,
+    pub arrived: crate::stamp::Timestamp_,
     pub header_from: Option<String>,
     pub drop_bcc: bool,
 }
 
 /// A message on its way into the queue, its header completed (RFC 6409 section 8).
-pub struct Stored {
-    copies: Copies,
-    completer: Completer,
+pub struct SubmissionWriter {
+    copies: MessageWriter,
+    completer: HeaderCompleter,
     buffer: Vec<u8>,
-    told: Option<Told>,
-    waits: bool,
+    success_dsn: Option<SuccessDsn>,
+    retry_queued: bool,
 }
 
-impl Stored {
+impl SubmissionWriter {
     pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         self.buffer.clear();
         self.completer.feed(octets, &mut self.buffer);
@@ -325,15 +325,15 @@ impl Stored {
         self.completer.finish(&mut self.buffer);
         self.pass()?;
         self.copies.commit()?;
-        if let Some(told) = &self.told {
-            told.tell();
+        if let Some(told) = &self.success_dsn {
+            told.send();
         }
-        Ok(self.waits)
+        Ok(self.retry_queued)
     }
 
     fn pass(&mut self) -> io::Result<()> {
-        if let Some(told) = &mut self.told {
-            told.see(&self.buffer);
+        if let Some(told) = &mut self.success_dsn {
+            told.observe(&self.buffer);
         }
         self.copies.write(&self.buffer)
     }
@@ -341,20 +341,20 @@ impl Stored {
 
 /// Where outgoing mail is put, and notices: our own mailboxes, or the queue.
 #[derive(Clone)]
-struct Shelf {
+struct OutgoingStore {
     queue: Queue,
     mailboxes: Arc<Mailboxes>,
-    stamps: Stamps,
+    stamps: Ids,
 }
 
-impl Shelf {
-    fn serves(&self, domain: &crate::smtp::address::Domain) -> bool {
-        self.mailboxes.serves(domain)
+impl OutgoingStore {
+    fn accepts_domain(&self, domain: &crate::smtp::address::Domain) -> bool {
+        self.mailboxes.accepts_domain(domain)
     }
 
     /// The same message for our own mailboxes, and for all recipients elsewhere.
     fn divide(&self, mut envelope: Envelope) -> (Envelope, Envelope) {
-        let ours = |recipient: &Recipient| recipient.mailbox.domain().is_some_and(|domain| self.serves(domain));
+        let ours = |recipient: &Recipient| recipient.mailbox.domain().is_some_and(|domain| self.accepts_domain(domain));
         let (here, elsewhere) = envelope.recipients.drain(..).partition(ours);
         (Envelope { recipients: here, ..envelope.clone() }, Envelope { recipients: elsewhere, ..envelope })
     }
@@ -367,8 +367,8 @@ impl Shelf {
         elsewhere: &Envelope,
         octets: u64,
         head: &str,
-    ) -> io::Result<(Copies, Option<Begun>)> {
-        let mut copies = Copies::default();
+    ) -> io::Result<(MessageWriter, Option<Routing>)> {
+        let mut copies = MessageWriter::default();
         match self.mailboxes.begin_all(&mut copies, here, octets, head) {
             // Its recipients were looked up before, by the same rules.
             Ok((_, refused)) if !refused.is_empty() => {
@@ -376,23 +376,23 @@ impl Shelf {
             }
             Ok((begun, _)) => {
                 if !elsewhere.recipients.is_empty() {
-                    self.queue.add(&mut copies, &Place::Upstream, elsewhere, head)?;
+                    self.queue.add_copy(&mut copies, &QueueName::Outgoing, elsewhere, head)?;
                 }
                 Ok((copies, Some(begun)))
             }
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 let recipients = [&here.recipients[..], &elsewhere.recipients[..]].concat();
                 let all = Envelope { recipients, ..here.clone() };
-                Ok((self.queue.put(&[(Place::Upstream, all)], head)?, None))
+                Ok((self.queue.begin_message(&[(QueueName::Outgoing, all)], head)?, None))
             }
             Err(error) => Err(error),
         }
     }
 }
 
-impl Post for Shelf {
-    fn post(&self, letter: &Letter) -> io::Result<()> {
-        let local = letter.to.domain().is_some_and(|domain| self.serves(domain));
+impl DsnSink for OutgoingStore {
+    fn store(&self, letter: &DsnMessage) -> io::Result<()> {
+        let local = letter.to.domain().is_some_and(|domain| self.accepts_domain(domain));
         if local && self.mailboxes.resolve(&ForwardPath::Mailbox(letter.to.clone())).is_err() {
             log::warn!("event=notice-undeliverable to=<{}>", letter.to);
             return Ok(());

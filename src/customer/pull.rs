@@ -11,31 +11,31 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use super::handover::{Handover, NextHops};
+use super::handover::{RetryQueue, NextHops};
 use super::mailboxes::Mailboxes;
 use super::outbox::Outbox;
 use super::receiver::Receiver;
-use super::tally::{Summary, Tally};
-use crate::config::{Customer, TlsMode, Upstream};
-use crate::dialogue::{Dialogue, Failure, client_side};
-use crate::outgoing::Desk;
+use super::tally::{Summary, CallCounters};
+use crate::config::{CustomerConfig, TlsMode, ProviderAccount};
+use crate::dialogue::{ClientSession, SessionFailure, client_tls};
+use crate::outgoing::Reporter;
 use crate::rules;
-use crate::session::{Bounds, End, Session};
+use crate::session::{SessionLimits, SessionEnd, ServerSession};
 use crate::smtp::address::Domain;
-use crate::smtp::client::{Client, Halt, Plan, StartTls};
+use crate::smtp::client::{Client, Abort, ClientOptions, StartTls};
 use crate::smtp::reply::Severity;
-use crate::smtp::server::{Profile, Role};
-use crate::stamp::Stamps;
-use crate::tls::ClientSide;
+use crate::smtp::server::{ServerOptions, ServerRole};
+use crate::stamp::Ids;
+use crate::tls::ClientTls;
 use crate::turn;
-use crate::wire::{self, Stop, Trace, Wire};
+use crate::wire::{self, CancelToken, Trace, Connection};
 
 /// A command line may have 512 octets (RFC 5321 section 4.5.3.1.4): longer lists take several calls.
 const ATRN_LIST_LIMIT: usize = 512 - "ATRN \r\n".len();
 
 /// Why a call has failed. What came before is kept in any case.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Error {
+pub enum CallError {
     /// The configuration names something that cannot be used.
     Config(String),
     /// The name of the provider has no address.
@@ -54,57 +54,57 @@ pub enum Error {
     System(String),
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for CallError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Config(text)
-            | Error::NoHost(text)
-            | Error::Unavailable(text)
-            | Error::Temporary(text)
-            | Error::Busy(text)
-            | Error::Denied(text)
-            | Error::Protocol(text)
-            | Error::System(text) => f.write_str(text),
+            CallError::Config(text)
+            | CallError::NoHost(text)
+            | CallError::Unavailable(text)
+            | CallError::Temporary(text)
+            | CallError::Busy(text)
+            | CallError::Denied(text)
+            | CallError::Protocol(text)
+            | CallError::System(text) => f.write_str(text),
         }
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for CallError {}
 
 /// A customer, ready to call.
-pub struct Caller {
-    config: Customer,
-    stamps: Stamps,
+pub struct Customer {
+    config: CustomerConfig,
+    stamps: Ids,
     /// What each provider's certificate is checked against, in their order.
-    tls: Vec<Option<ClientSide>>,
+    tls: Vec<Option<ClientTls>>,
     mailboxes: Arc<Mailboxes>,
     outbox: Option<Arc<Outbox>>,
-    handover: Arc<Handover>,
+    retry_queue: Arc<RetryQueue>,
 }
 
 /// One call to each provider; see [`Caller::pull`].
-pub fn pull(config: &Customer, stamps: &Stamps, stop: &Stop) -> Result<Summary, Error> {
-    Caller::new(config, stamps)?.pull(stop, &Arc::default())
+pub fn pull(config: &CustomerConfig, stamps: &Ids, stop: &CancelToken) -> Result<Summary, CallError> {
+    Customer::new(config, stamps)?.pull(stop, &Arc::default())
 }
 
-impl Caller {
+impl Customer {
     /// Looks at what the configuration names: certificates, folders.
-    pub fn new(config: &Customer, stamps: &Stamps) -> Result<Caller, Error> {
-        let side = |provider: &Upstream| {
-            client_side(provider.tls, provider.pin, provider.ca.as_deref())
-                .map_err(|text| Error::Config(provider.error(&text).to_string()))
+    pub fn new(config: &CustomerConfig, stamps: &Ids) -> Result<Customer, CallError> {
+        let side = |provider: &ProviderAccount| {
+            client_tls(provider.tls, provider.pin, provider.ca.as_deref())
+                .map_err(|text| CallError::Config(provider.error(&text).to_string()))
         };
         let tls = config.providers.iter().map(side).collect::<Result<_, _>>()?;
         let mailboxes = Arc::new(Mailboxes::new(config, stamps));
         let outbox = Outbox::new(config, &mailboxes, stamps).map(Arc::new);
         let handover = match &outbox {
             Some(outbox) => outbox.handover().clone(),
-            None => Arc::new(Handover::new(config, &mailboxes, Desk::new(&config.hostname, stamps, None))),
+            None => Arc::new(RetryQueue::new(config, &mailboxes, Reporter::new(&config.hostname, stamps, None))),
         };
-        Ok(Caller { config: config.clone(), stamps: stamps.clone(), tls, mailboxes, outbox, handover })
+        Ok(Customer { config: config.clone(), stamps: stamps.clone(), tls, mailboxes, outbox, retry_queue: handover })
     }
 
-    pub fn config(&self) -> &Customer {
+    pub fn config(&self) -> &CustomerConfig {
         &self.config
     }
 
@@ -113,17 +113,17 @@ impl Caller {
     }
 
     /// When mail is due that waits for a next hop.
-    pub fn handover_due(&self) -> Option<SystemTime> {
-        self.handover.due()
+    pub fn retry_due(&self) -> Option<SystemTime> {
+        self.retry_queue.due()
     }
 
     /// Tries mail that waits for a next hop, as far as it is due.
-    pub fn hand_over(&self, stop: &Stop) {
-        self.handover.retry(&self.mailboxes, stop);
+    pub fn retry_next_hops(&self, stop: &CancelToken) {
+        self.retry_queue.retry(&self.mailboxes, stop);
     }
 
     /// One call to each provider, in the order of the configuration; one that fails does not keep us from the next.
-    pub fn pull(&self, stop: &Stop, tally: &Arc<Tally>) -> Result<Summary, Error> {
+    pub fn pull(&self, stop: &CancelToken, tally: &Arc<CallCounters>) -> Result<Summary, CallError> {
         let begun = Instant::now();
         let mut result = Ok(());
         for number in 0..self.config.providers.len() {
@@ -135,7 +135,7 @@ impl Caller {
     /// Hands over outgoing mail, if this provider takes it, and fetches the mail of its domains, in as few calls as
     /// their names take. What came before a failure is kept. `number`: of the provider, in the order of the
     /// configuration; where there is none, there is no call.
-    pub fn call(&self, number: usize, stop: &Stop, tally: &Arc<Tally>) -> Result<(), Error> {
+    pub fn call(&self, number: usize, stop: &CancelToken, tally: &Arc<CallCounters>) -> Result<(), CallError> {
         let (Some(provider), Some(tls)) = (self.config.providers.get(number), self.tls.get(number)) else {
             return Ok(());
         };
@@ -149,31 +149,31 @@ impl Caller {
             provider.name,
             after.messages - before.messages,
             after.octets - before.octets,
-            after.refused - before.refused,
-            after.put_off - before.put_off,
+            after.rejected - before.rejected,
+            after.deferred - before.deferred,
             after.sent - before.sent,
-            after.kept,
+            after.waiting,
             after.seconds,
-            result.as_ref().map_or_else(Error::to_string, |()| "good".to_owned())
+            result.as_ref().map_or_else(CallError::to_string, |()| "good".to_owned())
         );
         result
     }
 
     fn call_alone(
         &self,
-        provider: &Upstream,
-        tls: Option<&ClientSide>,
-        stop: &Stop,
-        tally: &Arc<Tally>,
-    ) -> Result<(), Error> {
+        provider: &ProviderAccount,
+        tls: Option<&ClientTls>,
+        stop: &CancelToken,
+        tally: &Arc<CallCounters>,
+    ) -> Result<(), CallError> {
         let outbox = self.outbox.as_ref().filter(|_| provider.outgoing);
         if let Some(outbox) = outbox {
             outbox.deliver_here();
         }
-        self.hand_over(stop);
+        self.retry_next_hops(stop);
         let mut result = Ok(());
-        for domains in lists(&provider.domains) {
-            result = result.and(Call { caller: self, provider, tls, outbox, stop, tally }.make(&domains));
+        for domains in domain_lists(&provider.domains) {
+            result = result.and(ProviderConnection { customer: self, provider, tls, outbox, cancel: stop, counters: tally }.run(&domains));
         }
         // What the provider would not take goes to the submission host, after the mail that came.
         if let Some(outbox) = outbox {
@@ -184,34 +184,34 @@ impl Caller {
     }
 
     /// One call at a time to a provider's account, also of several processes; the kernel lets the lock go with us.
-    fn lock(&self, provider: &Upstream) -> Result<File, Error> {
-        let name = rules::folder(&format!("{}@{}", provider.name, provider.address));
+    fn lock(&self, provider: &ProviderAccount) -> Result<File, CallError> {
+        let name = rules::directory_name(&format!("{}@{}", provider.name, provider.address));
         let file = state_file(&self.config, &format!("call-{name}"))?;
         match file.try_lock() {
             Ok(()) => Ok(file),
             Err(TryLockError::WouldBlock) => {
-                Err(Error::Busy(format!("another call to {} as {} is under way", provider.address, provider.name)))
+                Err(CallError::Busy(format!("another call to {} as {} is under way", provider.address, provider.name)))
             }
-            Err(TryLockError::Error(error)) => Err(Error::System(error.to_string())),
+            Err(TryLockError::Error(error)) => Err(CallError::System(error.to_string())),
         }
     }
 }
 
 /// A lock of a customer, in a folder beside its mailboxes, which no domain can be called like. Links are not followed:
 /// root may look at another user's folder.
-pub fn state_file(config: &Customer, name: &str) -> Result<File, Error> {
+pub fn state_file(config: &CustomerConfig, name: &str) -> Result<File, CallError> {
     let folder = config.mailboxes.root.join(".odmr");
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
-    made.map_err(|error| Error::System(format!("{}: {error}; give its user the right to", folder.display())))?;
+    made.map_err(|error| CallError::System(format!("{}: {error}; give its user the right to", folder.display())))?;
     let path = folder.join(name);
     let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
     let mut options = OpenOptions::new();
     options.create(true).truncate(false).read(true).write(true).mode(0o600).custom_flags(flags);
-    options.open(&path).map_err(|error| Error::System(format!("{}: {error}", path.display())))
+    options.open(&path).map_err(|error| CallError::System(format!("{}: {error}", path.display())))
 }
 
 /// Divides the domains into lists that fit a line; no domains is one call for all.
-fn lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
+fn domain_lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
     let mut lists = vec![Vec::new()];
     let mut length = 0;
     for domain in domains {
@@ -229,82 +229,82 @@ fn lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
 }
 
 /// One connection to the provider, or two.
-struct Call<'a> {
-    caller: &'a Caller,
-    provider: &'a Upstream,
-    tls: Option<&'a ClientSide>,
+struct ProviderConnection<'a> {
+    customer: &'a Customer,
+    provider: &'a ProviderAccount,
+    tls: Option<&'a ClientTls>,
     /// The outgoing mail, if it goes with this call.
     outbox: Option<&'a Arc<Outbox>>,
-    stop: &'a Stop,
-    tally: &'a Arc<Tally>,
+    cancel: &'a CancelToken,
+    counters: &'a Arc<CallCounters>,
 }
 
-impl Call<'_> {
+impl ProviderConnection<'_> {
     /// Outgoing mail up, the turn, incoming mail down; a failure of the first half costs the second nothing
     /// but another connection.
-    fn make(&self, domains: &[Domain]) -> Result<(), Error> {
-        let (mut dialogue, mut peer) = self.introduce()?;
+    fn run(&self, domains: &[Domain]) -> Result<(), CallError> {
+        let (mut dialogue, mut peer) = self.connect()?;
         if let Some(outbox) = self.outbox
-            && let Err(failure) = outbox.send(&mut dialogue, self.tally)
+            && let Err(failure) = outbox.send(&mut dialogue, self.counters)
         {
             log::warn!("event=outgoing-cut-short error={:?}", failure.to_string());
-            dialogue.leave(&failure);
-            (dialogue, peer) = self.introduce()?;
+            dialogue.close_after(&failure);
+            (dialogue, peer) = self.connect()?;
         }
         match dialogue.atrn(domains) {
             Ok((wire, client)) => {
-                self.tally.expect(client.waiting().unwrap_or(0));
+                self.counters.set_queued(client.waiting().unwrap_or(0));
                 self.receive(wire, client, peer)
             }
-            Err(failure) => failed(failure).map_or(Ok(()), Err),
+            Err(failure) => call_error(failure).map_or(Ok(()), Err),
         }
     }
 
     /// A connection that has come as far as AUTH.
-    fn introduce(&self) -> Result<(Dialogue, IpAddr), Error> {
+    fn connect(&self) -> Result<(ClientSession, IpAddr), CallError> {
         let config = self.provider;
         let (stream, peer) = self.dial()?;
         log::info!("event=connected provider={} peer={peer}", config.address);
         let trace = Trace { id: "pull".to_owned(), us: 'C', them: 'P' };
         let wire =
-            Wire::new(stream, trace).map_err(|error| Error::Temporary(format!("the connection was lost: {error}")))?;
-        let plan = Plan {
-            name: self.caller.config.hostname.clone(),
+            Connection::new(stream, trace).map_err(|error| CallError::Temporary(format!("the connection was lost: {error}")))?;
+        let plan = ClientOptions {
+            name: self.customer.config.hostname.clone(),
             starttls: if config.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
             tls: config.tls == TlsMode::Implicit,
             credentials: Some((config.name.clone(), config.secret.clone())),
             chunking: true,
             atrn: true,
-            ..Plan::default()
+            ..ClientOptions::default()
         };
-        let mut dialogue = Dialogue::new(wire, plan, &self.caller.config.timeouts, self.stop);
+        let mut dialogue = ClientSession::new(wire, plan, &self.customer.config.timeouts, self.cancel);
         let tls = self.tls.map(|side| (side, config.host.as_str()));
         let introduced = match (config.tls, tls) {
             (TlsMode::Implicit, Some((side, name))) => dialogue.begin_tls(side, name),
             _ => Ok(()),
         };
-        match introduced.and_then(|()| dialogue.introduce(tls)) {
+        match introduced.and_then(|()| dialogue.handshake(tls)) {
             Ok(()) => Ok((dialogue, peer.ip())),
             Err(failure) => {
-                dialogue.leave(&failure);
-                Err(failed(failure).unwrap_or_else(|| Error::Protocol("453 came before ATRN".to_owned())))
+                dialogue.close_after(&failure);
+                Err(call_error(failure).unwrap_or_else(|| CallError::Protocol("453 came before ATRN".to_owned())))
             }
         }
     }
 
     /// Tries all addresses of the name, in the order the system gives.
-    fn dial(&self) -> Result<(OwnedFd, SocketAddr), Error> {
+    fn dial(&self) -> Result<(OwnedFd, SocketAddr), CallError> {
         let address = &self.provider.address;
         let found = address.to_socket_addrs().map_err(|error| {
-            Error::NoHost(format!("{address} has no address: {error}; check `address` and the name server"))
+            CallError::NoHost(format!("{address} has no address: {error}; check `address` and the name server"))
         })?;
         let mut last = "the name has no address".to_owned();
         for socket in found {
-            if self.stop.stopped() {
-                return Err(Error::Temporary("stopped".to_owned()));
+            if self.cancel.is_cancelled() {
+                return Err(CallError::Temporary("stopped".to_owned()));
             }
-            let deadline = Instant::now() + self.caller.config.timeouts.connect;
-            match wire::connect(socket, deadline, self.stop) {
+            let deadline = Instant::now() + self.customer.config.timeouts.connect;
+            match wire::connect(socket, deadline, self.cancel) {
                 Ok(stream) => return Ok((stream, socket)),
                 Err(error) => {
                     last = format!("{socket}: {error}");
@@ -312,14 +312,14 @@ impl Call<'_> {
                 }
             }
         }
-        Err(Error::Unavailable(format!("no connection to {address}: {last}")))
+        Err(CallError::Unavailable(format!("no connection to {address}: {last}")))
     }
 
     /// The customer's half of the turn, and mail until QUIT.
-    fn receive(&self, wire: Wire, client: Client, peer: IpAddr) -> Result<(), Error> {
-        let config = &self.caller.config;
-        let profile = Profile {
-            role: Role::Customer,
+    fn receive(&self, wire: Connection, client: Client, peer: IpAddr) -> Result<(), CallError> {
+        let config = &self.customer.config;
+        let profile = ServerOptions {
+            role: ServerRole::Customer,
             hostname: config.hostname.clone(),
             max_size: config.mailboxes.max_size,
             max_recipients: config.limits.recipients,
@@ -328,67 +328,67 @@ impl Call<'_> {
             starttls: false,
             require_tls: false,
             // Whoever sends no mail cannot send notices.
-            dsn: self.caller.outbox.is_some(),
+            dsn: self.customer.outbox.is_some(),
             mechanisms: Vec::new(),
-            stamps: self.caller.stamps.clone(),
+            stamps: self.customer.stamps.clone(),
         };
         let (wire, server) =
-            turn::take_over(wire, client, profile).map_err(|error| Error::Protocol(error.to_string()))?;
+            turn::take_over(wire, client, profile).map_err(|error| CallError::Protocol(error.to_string()))?;
         // A message half received stays with the provider: nothing is lost by stopping at once.
-        let bounds = Bounds::new(&config.timeouts, &config.limits, self.stop, self.stop);
-        let bounds = Bounds { session: config.timeouts.turn, ..bounds };
-        let desk = self.caller.outbox.as_ref().map(|outbox| outbox.desk().clone());
-        let hops = NextHops::new(&config.hostname, &config.timeouts, self.stop);
-        let (mailboxes, handover) = (self.caller.mailboxes.clone(), self.caller.handover.clone());
-        let mut receiver = Receiver::new(mailboxes, handover, desk, self.tally.clone(), hops);
-        let mut session = Session::new(wire, server, crate::session::literal(peer), None, bounds);
+        let bounds = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
+        let bounds = SessionLimits { session: config.timeouts.turn, ..bounds };
+        let desk = self.customer.outbox.as_ref().map(|outbox| outbox.desk().clone());
+        let hops = NextHops::new(&config.hostname, &config.timeouts, self.cancel);
+        let (mailboxes, handover) = (self.customer.mailboxes.clone(), self.customer.retry_queue.clone());
+        let mut receiver = Receiver::new(mailboxes, handover, desk, self.counters.clone(), hops);
+        let mut session = ServerSession::new(wire, server, crate::session::address_literal(peer), None, bounds);
         session.greet();
         let end = session.run(&mut receiver);
         session.close();
         match end {
-            End::Quit => Ok(()),
-            End::Closed(why) => Err(Error::Temporary(format!("the call was cut short: {why}"))),
-            End::Atrn(_) => Err(Error::Protocol("the provider said ATRN".to_owned())),
+            SessionEnd::Quit => Ok(()),
+            SessionEnd::Closed(why) => Err(CallError::Temporary(format!("the call was cut short: {why}"))),
+            SessionEnd::Atrn(_) => Err(CallError::Protocol("the provider said ATRN".to_owned())),
         }
     }
 }
 
 /// What a failure means for the caller; `None`: there is no mail, and that is none.
-fn failed(failure: Failure) -> Option<Error> {
+fn call_error(failure: SessionFailure) -> Option<CallError> {
     match failure {
-        Failure::Halted(halt) => halted(halt),
-        Failure::Broken(text) => Some(Error::Protocol(text)),
-        Failure::NoTls(text) | Failure::Lost(text) => Some(Error::Temporary(text)),
-        Failure::Stopped => Some(Error::Temporary("stopped".to_owned())),
+        SessionFailure::Aborted(halt) => abort_error(halt),
+        SessionFailure::Broken(text) => Some(CallError::Protocol(text)),
+        SessionFailure::NoTls(text) | SessionFailure::Lost(text) => Some(CallError::Temporary(text)),
+        SessionFailure::Cancelled => Some(CallError::Temporary("stopped".to_owned())),
     }
 }
 
 /// What a refusal means for the caller; `None`: all is well (RFC 2645 section 5.2.1).
-fn halted(halt: Halt) -> Option<Error> {
+fn abort_error(halt: Abort) -> Option<CallError> {
     Some(match halt {
-        Halt::Refused { what: "ATRN", reply } if reply.code() == 453 => return None,
-        Halt::Refused { what, reply } => {
+        Abort::Rejected { what: "ATRN", reply } if reply.code() == 453 => return None,
+        Abort::Rejected { what, reply } => {
             let text = format!("the provider refused {what}: {reply}");
             match (what, reply.severity(), reply.code()) {
-                (_, Severity::Transient, _) => Error::Temporary(text),
-                ("AUTH", ..) | (_, _, 530 | 535) => Error::Denied(format!("{text}; check `name` and `secret`")),
-                _ => Error::Protocol(text),
+                (_, Severity::Transient, _) => CallError::Temporary(text),
+                ("AUTH", ..) | (_, _, 530 | 535) => CallError::Denied(format!("{text}; check `name` and `secret`")),
+                _ => CallError::Protocol(text),
             }
         }
-        Halt::NoStartTls => Error::Protocol(
+        Abort::NoStartTls => CallError::Protocol(
             "the provider offers no STARTTLS, so neither secret nor mail was entrusted to it; \
              use `tls = \"implicit\"` if it has a port for that"
                 .to_owned(),
         ),
-        Halt::NoAtrn => Error::Protocol(
+        Abort::NoAtrn => CallError::Protocol(
             "the server does not offer ATRN, so it is no provider of on-demand mail, and was not told the secret; \
              check host and port in `address`"
                 .to_owned(),
         ),
-        Halt::NoMechanism => Error::Protocol(
+        Abort::NoMechanism => CallError::Protocol(
             "the provider offers no authentication that can be used: CRAM-MD5, or PLAIN under TLS".to_owned(),
         ),
-        Halt::Unproven => Error::Denied("the provider did not prove that it knows the secret".to_owned()),
+        Abort::Unproven => CallError::Denied("the provider did not prove that it knows the secret".to_owned()),
     })
 }
 
@@ -398,10 +398,10 @@ mod tests {
 
     #[test]
     fn long_lists_take_several_calls() {
-        assert_eq!(lists(&[]), [Vec::new()]);
+        assert_eq!(domain_lists(&[]), [Vec::new()]);
         let domains: Vec<_> =
             (0..100).map(|number| Domain::parse(&format!("customer-{number}.example.org")).unwrap()).collect();
-        let lists = lists(&domains);
+        let lists = domain_lists(&domains);
         assert!(lists.len() > 1 && lists.concat() == domains);
         for list in lists {
             let names: Vec<_> = list.iter().map(Domain::as_str).collect();

@@ -6,25 +6,25 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::handover::{By, Delivered, Handover, NextHops, Scratch};
-use super::mailboxes::{Begun, Mailboxes, passed_on};
-use super::tally::Tally;
+use super::handover::{HopName, HopDelivery, RetryQueue, NextHops, SpooledContent};
+use super::mailboxes::{Routing, Mailboxes, relayed_recipient};
+use super::tally::CallCounters;
 use crate::dsn::Action;
-use crate::maildir::Copies;
-use crate::outgoing::Desk;
-use crate::queue::{Envelope, Place as Shelf};
-use crate::rules::{Delivery, NextHop, Place};
-use crate::sasl::{Secrets, Unavailable};
-use crate::session::{Intake, Party, storage_reply};
+use crate::maildir::MessageWriter;
+use crate::outgoing::Reporter;
+use crate::queue::{Envelope, QueueName as Shelf};
+use crate::rules::{Delivery, NextHop, Destination};
+use crate::sasl::{CredentialStore, Unavailable};
+use crate::session::{MessageSink, SessionHandler, storage_failure_reply};
 use crate::smtp::address::{ForwardPath, Mailbox};
-use crate::smtp::client::{Fate, Message};
+use crate::smtp::client::{RecipientStatus, OutgoingMessage};
 use crate::smtp::command::{MailFrom, Notify, Recipient};
 use crate::smtp::header::Header;
 use crate::smtp::reply::{Reply, Severity};
-use crate::smtp::server::{Host, Server};
+use crate::smtp::server::{ServerHandler, Server};
 
 /// A message goes to so many places at once; an alias alone may have a hundred.
-const PLACES: usize = 400;
+const DESTINATION_LIMIT_: usize = 400;
 
 /// Of a longer header no more comes back with a notice.
 const HEADER_LIMIT: usize = 64 * 1024;
@@ -32,54 +32,54 @@ const HEADER_LIMIT: usize = 64 * 1024;
 /// The party behind the turned session.
 pub struct Receiver {
     mailboxes: Arc<Mailboxes>,
-    handover: Arc<Handover>,
+    retry_queue: Arc<RetryQueue>,
     /// Makes the notices of delivery that a sender asked for.
-    desk: Option<Desk>,
-    tally: Arc<Tally>,
+    reporter: Option<Reporter>,
+    counters: Arc<CallCounters>,
     hops: Arc<Mutex<NextHops>>,
-    mail: Option<Message>,
+    mail: Option<OutgoingMessage>,
     /// The recipients of this transaction, and where each goes.
-    taken: Vec<(Mailbox, Vec<Delivery>)>,
+    accepted: Vec<(Mailbox, Vec<Delivery>)>,
 }
 
 impl Receiver {
     pub fn new(
         mailboxes: Arc<Mailboxes>,
-        handover: Arc<Handover>,
-        desk: Option<Desk>,
-        tally: Arc<Tally>,
+        handover: Arc<RetryQueue>,
+        desk: Option<Reporter>,
+        tally: Arc<CallCounters>,
         hops: NextHops,
     ) -> Receiver {
         let hops = Arc::new(Mutex::new(hops));
-        Receiver { mailboxes, handover, desk, tally, hops, mail: None, taken: Vec::new() }
+        Receiver { mailboxes, retry_queue: handover, reporter: desk, counters: tally, hops, mail: None, accepted: Vec::new() }
     }
 
     /// Every place of a recipient must take him, or nothing of his goes anywhere.
-    fn ask(&self, meant: &Recipient, mut deliveries: Vec<Delivery>) -> Result<Vec<Delivery>, (String, Reply)> {
+    fn check_next_hops(&self, meant: &Recipient, mut deliveries: Vec<Delivery>) -> Result<Vec<Delivery>, (String, Reply)> {
         let Some(message) = &self.mail else { return Ok(deliveries) };
         for delivery in &deliveries {
-            let Place::Maildir { path, folders } = &delivery.place else { continue };
+            let Destination::Maildir { path, folders } = &delivery.destination else { continue };
             // The others need not wait for one who has no room. (The content may be larger than MAIL said: then they do.)
             let room = self.mailboxes.admits((path, folders), message.size);
             if let Err(error) = room
                 && error.kind() == io::ErrorKind::QuotaExceeded
             {
-                return Err(("its quota".to_owned(), storage_reply(&error)));
+                return Err(("its quota".to_owned(), storage_failure_reply(&error)));
             }
         }
         let many = deliveries.len();
         let mut hops = self.hops.lock().unwrap_or_else(PoisonError::into_inner);
-        hops.for_a_recipient();
+        hops.set_rcpt_deadline();
         let mut refused = None;
-        let must_take = self.mailboxes.must_take(&meant.mailbox);
+        let must_take = self.mailboxes.must_accept(&meant.mailbox);
         for delivery in &mut deliveries {
-            let Place::NextHop(hop) = &delivery.place else { continue };
-            let Err(reply) = hops.ask(hop, message, &passed_on(meant, &delivery.mailbox, many)) else { continue };
+            let Destination::NextHop(hop) = &delivery.destination else { continue };
+            let Err(reply) = hops.check_recipient(hop, message, &relayed_recipient(meant, &delivery.mailbox, many)) else { continue };
             match reply.severity() {
                 // RFC 5321 section 4.5.1: postmaster is there, if nowhere else then with us.
                 Severity::Permanent if must_take || delivery.fallback => {
                     let path = self.mailboxes.fallback(&delivery.mailbox);
-                    delivery.place = Place::Maildir { path, folders: Vec::new() };
+                    delivery.destination = Destination::Maildir { path, folders: Vec::new() };
                 }
                 // That one may be taken later counts for more than that another will not.
                 Severity::Permanent => drop(refused.get_or_insert((hop.to_string(), reply))),
@@ -90,18 +90,18 @@ impl Receiver {
     }
 }
 
-impl Secrets for Receiver {
+impl CredentialStore for Receiver {
     /// Nobody authenticates to a customer.
     fn secret(&self, _: &str) -> Result<Option<Vec<u8>>, Unavailable> {
         Ok(None)
     }
 }
 
-impl Host for Receiver {
+impl ServerHandler for Receiver {
     fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
         self.hops.lock().unwrap_or_else(PoisonError::into_inner).begin();
-        self.taken.clear();
-        self.mail = Some(Message {
+        self.accepted.clear();
+        self.mail = Some(OutgoingMessage {
             from: mail.path.clone(),
             recipients: Vec::new(),
             size: mail.size.unwrap_or(0),
@@ -111,130 +111,130 @@ impl Host for Receiver {
             ret: mail.ret,
             envelope_id: mail.envelope_id.clone(),
         });
-        self.mailboxes.make_room(mail.size.unwrap_or(0))
+        self.mailboxes.check_room(mail.size.unwrap_or(0))
     }
 
     fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply> {
         let refuse = |by: &str, reply: Reply| {
-            self.tally.refused(path, by, &reply);
+            self.counters.refused(path, by, &reply);
             reply
         };
         let deliveries = self.mailboxes.resolve(path).map_err(|reply| refuse("us", reply))?;
-        let mailbox = self.mailboxes.named(path)?;
+        let mailbox = self.mailboxes.canonical_recipient(path)?;
         let meant =
             Recipient { mailbox: mailbox.clone(), notify: notify.clone(), original: original.map(str::to_owned) };
         // Each place is a file that is open, or a line of an envelope.
-        let places: usize = self.taken.iter().map(|(_, deliveries)| deliveries.len()).sum();
-        if places > 0 && places + deliveries.len() > PLACES {
+        let places: usize = self.accepted.iter().map(|(_, deliveries)| deliveries.len()).sum();
+        if places > 0 && places + deliveries.len() > DESTINATION_LIMIT_ {
             return Err(Reply::new(452, "4.5.3", "Too many mailboxes: send the rest in another transaction"));
         }
-        let deliveries = self.ask(&meant, deliveries).map_err(|(hop, reply)| refuse(&hop, reply))?;
-        self.taken.push((mailbox.clone(), deliveries));
+        let deliveries = self.check_next_hops(&meant, deliveries).map_err(|(hop, reply)| refuse(&hop, reply))?;
+        self.accepted.push((mailbox.clone(), deliveries));
         Ok(mailbox)
     }
 }
 
-impl Party for Receiver {
-    fn waits(&self) -> bool {
-        self.mailboxes.hands_over()
+impl SessionHandler for Receiver {
+    fn may_wait(&self) -> bool {
+        self.mailboxes.has_next_hops()
     }
 
-    fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
+    fn receive_message(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn MessageSink>, Reply> {
         let (Some(transaction), Some(message)) = (server.transaction(), &self.mail) else {
             return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
         };
         let (mail, stamps) = (&transaction.mail, self.mailboxes.stamps());
-        let (id, arrived) = (stamps.id(), stamps.now());
+        let (id, arrived) = (stamps.queue_id(), stamps.now());
         let received = server.received(peer, secure, &id, arrived);
         let known: Vec<_> = transaction
             .recipients
             .iter()
             .filter_map(|recipient| {
-                let (_, deliveries) = self.taken.iter().find(|(mailbox, _)| *mailbox == recipient.mailbox)?;
+                let (_, deliveries) = self.accepted.iter().find(|(mailbox, _)| *mailbox == recipient.mailbox)?;
                 Some((recipient.clone(), deliveries.clone()))
             })
             .collect();
-        let mut copies = Copies::default();
+        let mut copies = MessageWriter::default();
         let begun = self.mailboxes.begin_known(&mut copies, &mail.path, &known, &received);
-        let begun = begun.map_err(|error| storage_reply(&error))?;
+        let begun = begun.map_err(|error| storage_failure_reply(&error))?;
         let envelope = Envelope::new(mail, transaction.recipients.clone(), &id, arrived);
-        let mut elsewhere = begun.parts.iter().flat_map(|(_, recipients)| recipients);
+        let mut elsewhere = begun.hop_recipients.iter().flat_map(|(_, recipients)| recipients);
         let asked = elsewhere.any(|recipient| recipient.notify.success());
-        let told = self.desk.as_ref().and_then(|desk| Told::new(desk, &envelope, &begun, asked));
-        self.tally.begin(mail.size.unwrap_or(0));
-        let mut delivery = Arrival {
+        let told = self.reporter.as_ref().and_then(|desk| SuccessDsn::new(desk, &envelope, &begun, asked));
+        self.counters.begin_message(mail.size.unwrap_or(0));
+        let mut delivery = IncomingMessage {
             copies,
-            boxes: begun.boxes,
-            parts: begun.parts,
-            scratch: Scratch::default(),
+            maildir_recipients: begun.maildir_recipients,
+            hop_recipients: begun.hop_recipients,
+            spooled: SpooledContent::default(),
             hops: self.hops.clone(),
             mailboxes: self.mailboxes.clone(),
-            handover: self.handover.clone(),
+            retry_queue: self.retry_queue.clone(),
             message: message.clone(),
             envelope,
             provider: server.client_name().unwrap_or_default().to_owned(),
-            head: received.len(),
-            told,
-            tally: self.tally.clone(),
+            received_octets: received.len(),
+            success_dsn: told,
+            counters: self.counters.clone(),
         };
-        delivery.keep(received.as_bytes()).map_err(|error| storage_reply(&error))?;
+        delivery.spool(received.as_bytes()).map_err(|error| storage_failure_reply(&error))?;
         Ok(Box::new(delivery))
     }
 }
 
 /// A message on its way to where its recipients are.
-struct Arrival {
-    copies: Copies,
+struct IncomingMessage {
+    copies: MessageWriter,
     /// Those whom the copies are for.
-    boxes: Vec<Recipient>,
+    maildir_recipients: Vec<Recipient>,
     /// What each next hop shall have.
-    parts: Vec<(NextHop, Vec<Recipient>)>,
-    scratch: Scratch,
+    hop_recipients: Vec<(NextHop, Vec<Recipient>)>,
+    spooled: SpooledContent,
     hops: Arc<Mutex<NextHops>>,
     mailboxes: Arc<Mailboxes>,
-    handover: Arc<Handover>,
-    message: Message,
+    retry_queue: Arc<RetryQueue>,
+    message: OutgoingMessage,
     envelope: Envelope,
     /// The name of the client.
     provider: String,
     /// Octets of our own `Received`.
-    head: usize,
-    told: Option<Told>,
-    tally: Arc<Tally>,
+    received_octets: usize,
+    success_dsn: Option<SuccessDsn>,
+    counters: Arc<CallCounters>,
 }
 
-impl Arrival {
+impl IncomingMessage {
     /// Keeps content for next hops.
-    fn keep(&mut self, octets: &[u8]) -> io::Result<()> {
-        if self.parts.is_empty() {
+    fn spool(&mut self, octets: &[u8]) -> io::Result<()> {
+        if self.hop_recipients.is_empty() {
             return Ok(());
         }
         let mailboxes = &self.mailboxes;
-        self.scratch.write(octets, || {
+        self.spooled.write(octets, || {
             let queue = mailboxes.queue();
-            queue.maildir(&Shelf::Handover).scratch(&queue.unique())
+            queue.maildir(&Shelf::Retry).unnamed_file(&queue.unique())
         })
     }
 
     /// To all next hops: what each has made of it.
-    fn hand_over(&mut self) -> io::Result<Vec<Handed>> {
-        let front = self.scratch.beginning().get(self.head..).unwrap_or_default();
+    fn deliver_to_hops(&mut self) -> io::Result<Vec<HopResult>> {
+        let front = self.spooled.first_octets().get(self.received_octets..).unwrap_or_default();
         let origin = Header::parse(front).origin(&self.provider);
-        let (size, eight_bit) = (self.scratch.size(), self.scratch.eight_bit());
+        let (size, eight_bit) = (self.spooled.size(), self.spooled.eight_bit());
         let mut hops = self.hops.lock().unwrap_or_else(PoisonError::into_inner);
-        hops.for_a_message();
+        hops.set_content_deadline();
         let mut handed = Vec::new();
-        for (hop, recipients) in std::mem::take(&mut self.parts) {
-            let message = Message { recipients, size, eight_bit, ..self.message.clone() };
-            let Delivered { mut fates, dsn } = hops.deliver(&hop, &message, &mut self.scratch, origin.as_ref())?;
+        for (hop, recipients) in std::mem::take(&mut self.hop_recipients) {
+            let message = OutgoingMessage { recipients, size, eight_bit, ..self.message.clone() };
+            let HopDelivery { recipients: mut fates, dsn } = hops.deliver(&hop, &message, &mut self.spooled, origin.as_ref())?;
             for (recipient, fate) in message.recipients.iter().zip(&mut fates) {
-                if matches!(fate, Fate::Refused(_)) && self.mailboxes.must_take(&recipient.mailbox) {
-                    *fate = self.mailboxes.take_in(&message.from, &recipient.mailbox, &mut self.scratch);
+                if matches!(fate, RecipientStatus::Rejected(_)) && self.mailboxes.must_accept(&recipient.mailbox) {
+                    *fate = self.mailboxes.deliver_fallback(&message.from, &recipient.mailbox, &mut self.spooled);
                 }
             }
-            if let Some(told) = self.told.as_mut().filter(|_| !dsn) {
+            if let Some(told) = self.success_dsn.as_mut().filter(|_| !dsn) {
                 let taken = message.recipients.iter().zip(&fates);
-                let taken = taken.filter(|(_, fate)| matches!(fate, Fate::Delivered(_)));
+                let taken = taken.filter(|(_, fate)| matches!(fate, RecipientStatus::Sent(_)));
                 told.others.extend(taken.map(|(recipient, _)| (recipient.clone(), Action::Relayed)));
             }
             for (recipient, fate) in message.recipients.iter().zip(&fates) {
@@ -243,147 +243,147 @@ impl Arrival {
                     self.envelope.id,
                     recipient.mailbox,
                     hop.to_string(),
-                    word(fate)
+                    reply_text(fate)
                 );
             }
-            handed.push(Handed { hop, recipients: message.recipients, fates, dsn });
+            handed.push(HopResult { hop, recipients: message.recipients, statuses: fates, dsn });
         }
         Ok(handed)
     }
 
     /// What others have taken is done; the rest becomes ours.
-    fn keep_rest(&mut self, handed: Vec<Handed>) -> io::Result<()> {
-        for Handed { hop, recipients, fates, dsn } in handed {
-            let rest = recipients.into_iter().zip(fates).filter(|(_, fate)| !matches!(fate, Fate::Delivered(_)));
+    fn store_rest(&mut self, handed: Vec<HopResult>) -> io::Result<()> {
+        for HopResult { hop, recipients, statuses: fates, dsn } in handed {
+            let rest = recipients.into_iter().zip(fates).filter(|(_, fate)| !matches!(fate, RecipientStatus::Sent(_)));
             let (recipients, fates): (Vec<_>, Vec<_>) = rest.unzip();
             if recipients.is_empty() {
                 continue;
             }
             for (recipient, fate) in recipients.iter().zip(&fates) {
-                if let Fate::Refused(reply) = fate {
-                    self.tally.refused(&recipient.mailbox, &hop, reply);
+                if let RecipientStatus::Rejected(reply) = fate {
+                    self.counters.refused(&recipient.mailbox, &hop, reply);
                 }
             }
             let envelope = Envelope { recipients, ..self.envelope.clone() };
-            self.handover.keep(envelope, fates, &mut self.scratch, By { name: &hop.to_string(), dsn })?;
+            self.retry_queue.store(envelope, fates, &mut self.spooled, HopName { name: &hop.to_string(), dsn })?;
         }
         Ok(())
     }
 
     /// Next hops have it and our Maildirs could not: it is tried again here.
-    fn keep_boxes(&mut self, error: &io::Error) -> io::Result<()> {
-        let recipients = std::mem::take(&mut self.boxes);
-        let fates = vec![Fate::Deferred(storage_reply(error)); recipients.len()];
+    fn store_maildir_recipients(&mut self, error: &io::Error) -> io::Result<()> {
+        let recipients = std::mem::take(&mut self.maildir_recipients);
+        let fates = vec![RecipientStatus::Deferred(storage_failure_reply(error)); recipients.len()];
         let envelope = Envelope { recipients, ..self.envelope.clone() };
-        self.handover.keep(envelope, fates, &mut self.scratch, By { name: "maildir", dsn: false })
+        self.retry_queue.store(envelope, fates, &mut self.spooled, HopName { name: "maildir", dsn: false })
     }
 }
 
 /// What became of the recipients of one next hop.
-struct Handed {
+struct HopResult {
     hop: NextHop,
     recipients: Vec<Recipient>,
-    fates: Vec<Fate>,
+    statuses: Vec<RecipientStatus>,
     dsn: bool,
 }
 
-fn word(fate: &Fate) -> String {
+fn reply_text(fate: &RecipientStatus) -> String {
     match fate {
-        Fate::Delivered(reply) | Fate::Deferred(reply) | Fate::Refused(reply) => reply.to_string(),
-        Fate::InDoubt => "no reply".to_owned(),
+        RecipientStatus::Sent(reply) | RecipientStatus::Deferred(reply) | RecipientStatus::Rejected(reply) => reply.to_string(),
+        RecipientStatus::InDoubt => "no reply".to_owned(),
     }
 }
 
 /// The reply to content that nobody has taken: later, if anybody said later.
-fn nobody(handed: &[Handed]) -> Reply {
-    let fates = || handed.iter().flat_map(|handed| &handed.fates);
+fn negative_reply(handed: &[HopResult]) -> Reply {
+    let fates = || handed.iter().flat_map(|handed| &handed.statuses);
     let later = fates().find_map(|fate| match fate {
-        Fate::Deferred(reply) => Some(reply.clone()),
-        Fate::InDoubt => Some(Reply::new(451, "4.4.2", "The mail server behind this one has not answered")),
-        Fate::Delivered(_) | Fate::Refused(_) => None,
+        RecipientStatus::Deferred(reply) => Some(reply.clone()),
+        RecipientStatus::InDoubt => Some(Reply::new(451, "4.4.2", "The mail server behind this one has not answered")),
+        RecipientStatus::Sent(_) | RecipientStatus::Rejected(_) => None,
     });
-    let never = || fates().find_map(|fate| if let Fate::Refused(reply) = fate { Some(reply.clone()) } else { None });
+    let never = || fates().find_map(|fate| if let RecipientStatus::Rejected(reply) = fate { Some(reply.clone()) } else { None });
     later.or_else(never).unwrap_or_else(|| Reply::new(451, "4.3.0", "Nobody has taken the message"))
 }
 
-impl Intake for Arrival {
+impl MessageSink for IncomingMessage {
     fn write(&mut self, octets: &[u8]) -> io::Result<()> {
-        self.tally.come(octets.len());
-        if let Some(told) = &mut self.told {
-            told.see(octets);
+        self.counters.add_octets(octets.len());
+        if let Some(told) = &mut self.success_dsn {
+            told.observe(octets);
         }
-        self.keep(octets)?;
+        self.spool(octets)?;
         self.copies.write(octets)
     }
 
     fn commit(mut self: Box<Self>) -> io::Result<Reply> {
         let can_be_here = !self.copies.is_empty();
         // Where some may take it and others not, the rest must find a place.
-        let several = self.parts.iter().map(|(_, recipients)| recipients.len()).sum::<usize>() > 1;
-        if several || can_be_here && !self.parts.is_empty() {
-            self.handover.is_ready()?;
+        let several = self.hop_recipients.iter().map(|(_, recipients)| recipients.len()).sum::<usize>() > 1;
+        if several || can_be_here && !self.hop_recipients.is_empty() {
+            self.retry_queue.is_ready()?;
         }
         // As good as delivered, so that no next hop takes what is then refused here.
         let copies = std::mem::take(&mut self.copies).prepare()?;
-        let handed = if self.parts.is_empty() { Vec::new() } else { self.hand_over()? };
-        let count = |wanted: fn(&Fate) -> bool| {
-            handed.iter().flat_map(|handed| &handed.fates).filter(|fate| wanted(fate)).count()
+        let handed = if self.hop_recipients.is_empty() { Vec::new() } else { self.deliver_to_hops()? };
+        let count = |wanted: fn(&RecipientStatus) -> bool| {
+            handed.iter().flat_map(|handed| &handed.statuses).filter(|fate| wanted(fate)).count()
         };
-        let taken = count(|fate| matches!(fate, Fate::Delivered(_)));
-        let open = count(|fate| matches!(fate, Fate::Deferred(_) | Fate::InDoubt));
-        let refused = count(|fate| matches!(fate, Fate::Refused(_)));
+        let taken = count(|fate| matches!(fate, RecipientStatus::Sent(_)));
+        let open = count(|fate| matches!(fate, RecipientStatus::Deferred(_) | RecipientStatus::InDoubt));
+        let refused = count(|fate| matches!(fate, RecipientStatus::Rejected(_)));
         // As long as nobody has it, it can stay with the provider; that one also tells its sender of a refusal.
         let can_go_back = taken == 0 && (open > 0 || refused > 0 && !can_be_here);
         if can_go_back {
-            let reply = nobody(&handed);
-            for Handed { hop, recipients, .. } in &handed {
-                recipients.iter().for_each(|recipient| self.tally.refused(&recipient.mailbox, hop, &reply));
+            let reply = negative_reply(&handed);
+            for HopResult { hop, recipients, .. } in &handed {
+                recipients.iter().for_each(|recipient| self.counters.refused(&recipient.mailbox, hop, &reply));
             }
             return Ok(reply);
         }
-        self.keep_rest(handed)?;
+        self.store_rest(handed)?;
         match copies.publish() {
-            Err(error) if taken > 0 => self.keep_boxes(&error)?,
+            Err(error) if taken > 0 => self.store_maildir_recipients(&error)?,
             other => drop(other?),
         }
-        self.tally.taken();
-        if let Some(told) = &self.told {
-            told.tell();
+        self.counters.message_done();
+        if let Some(told) = &self.success_dsn {
+            told.send();
         }
         Ok(Reply::new(250, "2.6.0", format!("OK, id={}", self.envelope.id)))
     }
 }
 
 /// What it takes to tell the sender of a delivery.
-pub struct Told {
-    desk: Desk,
+pub struct SuccessDsn {
+    reporter: Reporter,
     envelope: Envelope,
     /// Recipients that others have, who tell nobody.
     others: Vec<(Recipient, Action)>,
     header: Vec<u8>,
 }
 
-impl Told {
+impl SuccessDsn {
     /// `None`: none of these recipients is to be told of; `elsewhere`: a next hop gets one.
-    pub fn new(desk: &Desk, envelope: &Envelope, begun: &Begun, elsewhere: bool) -> Option<Told> {
-        let asked = elsewhere || begun.here.iter().chain(&begun.expanded).any(|recipient| recipient.notify.success());
-        asked.then(|| Told {
-            desk: desk.clone(),
-            envelope: Envelope { recipients: begun.here.clone(), ..envelope.clone() },
+    pub fn new(desk: &Reporter, envelope: &Envelope, begun: &Routing, elsewhere: bool) -> Option<SuccessDsn> {
+        let asked = elsewhere || begun.delivered_here.iter().chain(&begun.expanded).any(|recipient| recipient.notify.success());
+        asked.then(|| SuccessDsn {
+            reporter: desk.clone(),
+            envelope: Envelope { recipients: begun.delivered_here.clone(), ..envelope.clone() },
             others: begun.expanded.iter().map(|recipient| (recipient.clone(), Action::Expanded)).collect(),
             header: Vec::new(),
         })
     }
 
     /// Content goes by; its header is kept.
-    pub fn see(&mut self, octets: &[u8]) {
+    pub fn observe(&mut self, octets: &[u8]) {
         let room = HEADER_LIMIT.saturating_sub(self.header.len());
         self.header.extend_from_slice(&octets[..octets.len().min(room)]);
     }
 
     /// The mail is there; that its sender does not hear of it would be no reason to refuse it.
-    pub fn tell(&self) {
-        if let Err(error) = self.desk.delivered(&self.envelope, &self.others, &self.header) {
+    pub fn send(&self) {
+        if let Err(error) = self.reporter.report_delivered(&self.envelope, &self.others, &self.header) {
             log::error!("event=notice-failed id={} error={:?}", self.envelope.id, error.to_string());
         }
     }

@@ -18,19 +18,19 @@ use std::time::SystemTime;
 
 use super::local;
 use super::mailboxes::Mailboxes;
-use super::outbox::{Outbox, Outgoing};
-use crate::config::Customer;
-use crate::maildir::each_piece;
+use super::outbox::{Outbox, Submission};
+use crate::config::CustomerConfig;
+use crate::maildir::for_each_block;
 use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::smtp::command::{Body, MailFrom, Notify, Recipient, Return, is_xtext};
-use crate::smtp::content::{Headers, Sizer};
+use crate::smtp::content::{ReceivedCounter, WireSize};
 use crate::smtp::header::{Header, parse_addresses};
 use crate::smtp::reply::Reply;
-use crate::stamp::{Date, Stamps};
-use crate::wire::{Stop, Trace, Wire};
+use crate::stamp::{Timestamp_, Ids};
+use crate::wire::{CancelToken, Trace, Connection};
 
 /// Content is read and written in pieces of so many octets.
-const BLOCK: usize = 32 * 1024;
+const CONTENT_BLOCK: usize = 32 * 1024;
 
 /// A longer header is not read for recipients, nor completed.
 const HEADER_LIMIT: usize = 256 * 1024;
@@ -40,7 +40,7 @@ const PASSWD: &str = "/etc/passwd";
 
 /// What one command line asks for.
 #[derive(Clone, Debug, Default)]
-pub struct Order {
+pub struct SendmailOptions {
     /// `-t`: recipients are in the header.
     pub from_header: bool,
     /// `-i`: a lone dot is content.
@@ -55,12 +55,12 @@ pub struct Order {
     pub ret: Option<String>,
     pub recipients: Vec<String>,
     /// Who asks for it.
-    pub user: User,
+    pub user: LoginUser,
 }
 
 /// The exit codes, by their names in sysexits.h.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Exit {
+pub enum SendmailExit {
     /// The command line is wrong.
     Usage = 64,
     /// An address or the header cannot be read.
@@ -82,67 +82,67 @@ pub enum Exit {
 
 /// Why nothing was queued.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
-    pub exit: Exit,
+pub struct SendmailError {
+    pub exit: SendmailExit,
     pub text: String,
 }
 
-fn refused(exit: Exit, text: impl Into<String>) -> Refused {
-    Refused { exit, text: text.into() }
+fn sendmail_error(exit: SendmailExit, text: impl Into<String>) -> SendmailError {
+    SendmailError { exit, text: text.into() }
 }
 
 /// What a failure of the system means; `otherwise` for those that have no code of their own.
-fn failed(otherwise: Exit) -> impl Fn(io::Error) -> Refused {
+fn failed(otherwise: SendmailExit) -> impl Fn(io::Error) -> SendmailError {
     move |error| match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            refused(Exit::Temporary, format!("no room, try again later: {error}"))
+            sendmail_error(SendmailExit::Temporary, format!("no room, try again later: {error}"))
         }
-        io::ErrorKind::PermissionDenied => refused(Exit::NoPermission, error.to_string()),
-        io::ErrorKind::InvalidInput => refused(Exit::DataError, error.to_string()),
-        _ => refused(otherwise, error.to_string()),
+        io::ErrorKind::PermissionDenied => sendmail_error(SendmailExit::NoPermission, error.to_string()),
+        io::ErrorKind::InvalidInput => sendmail_error(SendmailExit::DataError, error.to_string()),
+        _ => sendmail_error(otherwise, error.to_string()),
     }
 }
 
-fn open(config: &Customer, stamps: &Stamps) -> Result<Arc<Outbox>, Refused> {
+fn open(config: &CustomerConfig, stamps: &Ids) -> Result<Arc<Outbox>, SendmailError> {
     let mailboxes = Arc::new(Mailboxes::new(config, stamps));
     let outbox = Outbox::new(config, &mailboxes, stamps);
     let outbox = outbox.ok_or_else(|| {
-        refused(Exit::Config, "this customer sends no mail: the configuration has no table [outgoing] with `queue`")
+        sendmail_error(SendmailExit::Config, "this customer sends no mail: the configuration has no table [outgoing] with `queue`")
     })?;
     Ok(Arc::new(outbox))
 }
 
 /// Queues the message that stands in `input`.
-pub fn send(config: &Customer, stamps: &Stamps, order: &Order, input: &mut impl Read) -> Result<(), Refused> {
+pub fn send(config: &CustomerConfig, stamps: &Ids, order: &SendmailOptions, input: &mut impl Read) -> Result<(), SendmailError> {
     let outbox = open(config, stamps)?;
     let home = &outbox.config().domain;
     let user = &order.user;
-    let wishes = Wishes::of(order)?;
+    let wishes = DsnOptions::of(order)?;
     let named = named_recipients(order, home)?;
     if named.is_empty() && !order.from_header {
-        return Err(refused(Exit::Usage, "no recipient: name one, or say -t to take them from the header"));
+        return Err(sendmail_error(SendmailExit::Usage, "no recipient: name one, or say -t to take them from the header"));
     }
     let sender = sender(order, user, home)?;
     // A full disk is found out before anything is read, and a large message while it is.
-    accepted(outbox.make_room(0))?;
-    let mut message = Message::read(input, &outbox, !order.ignore_dots)?;
+    accepted(outbox.check_room(0))?;
+    let mut message = InputMessage::read(input, &outbox, !order.ignore_dots)?;
     if message.hops > config.limits.received_hops {
-        return Err(refused(Exit::Unavailable, "too many hops: this message goes in circles"));
+        return Err(sendmail_error(SendmailExit::Unavailable, "too many hops: this message goes in circles"));
     }
     let header = Header::parse(&message.front);
     let mut recipients = named;
     // Neither its recipients nor a Bcc in it could be relied on.
     if message.header_is_long() {
-        return Err(refused(Exit::DataError, format!("the header is longer than {HEADER_LIMIT} octets")));
+        return Err(sendmail_error(SendmailExit::DataError, format!("the header is longer than {HEADER_LIMIT} octets")));
     }
     if order.from_header {
-        recipients.extend(header.recipients(home).map_err(|text| refused(Exit::DataError, text))?);
+        recipients.extend(header.recipients(home).map_err(|text| sendmail_error(SendmailExit::DataError, text))?);
     }
     let recipients = known_recipients(&outbox, recipients, &wishes.notify)?;
     if recipients.is_empty() {
-        return Err(refused(Exit::DataError, "the header names no recipient"));
+        return Err(sendmail_error(SendmailExit::DataError, "the header names no recipient"));
     }
-    accepted(outbox.make_room(message.size))?;
+    accepted(outbox.check_room(message.size))?;
     let header_octets = &message.front[..header.octets().min(message.front.len())];
     // What is neither ASCII nor UTF-8 is some older 8-bit text, and no matter of RFC 6532.
     let wide = !header_octets.is_ascii() && std::str::from_utf8(header_octets).is_ok();
@@ -155,8 +155,8 @@ pub fn send(config: &Customer, stamps: &Stamps, order: &Order, input: &mut impl 
         ret: wishes.ret,
         envelope_id: wishes.envelope_id,
     };
-    let (id, arrived) = (stamps.id(), stamps.now());
-    let letter = Outgoing {
+    let (id, arrived) = (stamps.queue_id(), stamps.now());
+    let letter = Submission {
         mail: &mail,
         recipients: &recipients,
         id: &id,
@@ -167,23 +167,23 @@ pub fn send(config: &Customer, stamps: &Stamps, order: &Order, input: &mut impl 
     let uid = user.uid;
     let host = outbox.hostname();
     let received = format!("Received: by {host} (odmr, from uid {uid})\n\tid {id};\n\t{}\n", arrived.rfc5322());
-    let mut stored = outbox.store(&letter, &received).map_err(failed(Exit::CannotCreate))?;
-    each_piece(&mut message.content, |piece| stored.write(piece)).map_err(failed(Exit::InputOutput))?;
-    stored.commit().map_err(failed(Exit::InputOutput))?;
+    let mut stored = outbox.store(&letter, &received).map_err(failed(SendmailExit::CannotCreate))?;
+    for_each_block(&mut message.content, |piece| stored.write(piece)).map_err(failed(SendmailExit::InputOutput))?;
+    stored.commit().map_err(failed(SendmailExit::InputOutput))?;
     log::info!("event=queued id={id} from=<{sender}> recipients={}", recipients.len());
     Ok(())
 }
 
 /// `-bs`: SMTP over two descriptors.
 pub fn serve(
-    config: &Customer,
-    stamps: &Stamps,
+    config: &CustomerConfig,
+    stamps: &Ids,
     (input, output): (OwnedFd, OwnedFd),
-    stop: &Stop,
-) -> Result<(), Refused> {
+    stop: &CancelToken,
+) -> Result<(), SendmailError> {
     let outbox = open(config, stamps)?;
     let trace = Trace { id: "send".to_owned(), us: 'S', them: 'C' };
-    let wire = Wire::pair(input, output, trace).map_err(failed(Exit::InputOutput))?;
+    let wire = Connection::pair(input, output, trace).map_err(failed(SendmailExit::InputOutput))?;
     let peer = format!("uid {}", rustix::process::getuid().as_raw());
     let why = local::serve(config, &outbox, wire, peer, stop, stop);
     log::info!("event=closed listener=send reason={why:?}");
@@ -191,7 +191,7 @@ pub fn serve(
 }
 
 /// `-bp`: what waits, as mailq(1) shows it.
-pub fn list(config: &Customer, stamps: &Stamps, out: &mut impl Write) -> Result<(), Refused> {
+pub fn list(config: &CustomerConfig, stamps: &Ids, out: &mut impl Write) -> Result<(), SendmailError> {
     let outbox = open(config, stamps)?;
     let (mut text, mut messages, mut octets) = (String::new(), 0, 0);
     outbox
@@ -206,7 +206,7 @@ pub fn list(config: &Customer, stamps: &Stamps, out: &mut impl Write) -> Result<
             messages += 1;
             octets += batch.size;
         })
-        .map_err(failed(Exit::InputOutput))?;
+        .map_err(failed(SendmailExit::InputOutput))?;
     let listing = match messages {
         0 => "Mail queue is empty\n".to_owned(),
         _ => format!(
@@ -214,14 +214,14 @@ pub fn list(config: &Customer, stamps: &Stamps, out: &mut impl Write) -> Result<
             "id", "size", "arrived", "sender, next try, recipients"
         ),
     };
-    out.write_all(listing.as_bytes()).map_err(failed(Exit::InputOutput))
+    out.write_all(listing.as_bytes()).map_err(failed(SendmailExit::InputOutput))
 }
 
 fn next_try(due: SystemTime) -> String {
     let now = SystemTime::now();
     match due.duration_since(SystemTime::UNIX_EPOCH) {
         Ok(since) if due > now => {
-            let date = Date::from_seconds(i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
+            let date = Timestamp_::from_seconds(i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
             format!("next try {}", date.rfc3339())
         }
         _ => "with the next call".to_owned(),
@@ -229,10 +229,10 @@ fn next_try(due: SystemTime) -> String {
 }
 
 /// A refusal in SMTP's words.
-fn accepted(answer: Result<(), Reply>) -> Result<(), Refused> {
+fn accepted(answer: Result<(), Reply>) -> Result<(), SendmailError> {
     answer.map_err(|reply| {
-        let exit = if reply.code() < 500 { Exit::Temporary } else { Exit::Unavailable };
-        refused(exit, words(&reply))
+        let exit = if reply.code() < 500 { SendmailExit::Temporary } else { SendmailExit::Unavailable };
+        sendmail_error(exit, words(&reply))
     })
 }
 
@@ -241,41 +241,41 @@ fn words(reply: &Reply) -> String {
 }
 
 /// The DSN parameters (RFC 3461 section 4).
-struct Wishes {
+struct DsnOptions {
     notify: Notify,
     ret: Option<Return>,
     envelope_id: Option<String>,
 }
 
-impl Wishes {
-    fn of(order: &Order) -> Result<Wishes, Refused> {
+impl DsnOptions {
+    fn of(order: &SendmailOptions) -> Result<DsnOptions, SendmailError> {
         let notify = match &order.notify {
             None => Notify::default(),
             Some(text) => Notify::parse(text.as_bytes()).ok_or_else(|| {
-                refused(Exit::Usage, format!("-N is never, or a list of success, failure and delay, not {text}"))
+                sendmail_error(SendmailExit::Usage, format!("-N is never, or a list of success, failure and delay, not {text}"))
             })?,
         };
         let ret = match order.ret.as_deref() {
             None => None,
             Some(text) if text.eq_ignore_ascii_case("full") => Some(Return::Full),
             Some(text) if text.eq_ignore_ascii_case("hdrs") => Some(Return::Header),
-            Some(text) => return Err(refused(Exit::Usage, format!("-R is full or hdrs, not {text}"))),
+            Some(text) => return Err(sendmail_error(SendmailExit::Usage, format!("-R is full or hdrs, not {text}"))),
         };
         let good = |text: &&String| text.len() <= 100 && is_xtext(text.as_bytes());
         if let Some(text) = order.envelope_id.as_ref().filter(|text| !good(text)) {
-            return Err(refused(Exit::Usage, format!("-V takes xtext of 100 octets at most (RFC 3461), not {text}")));
+            return Err(sendmail_error(SendmailExit::Usage, format!("-V takes xtext of 100 octets at most (RFC 3461), not {text}")));
         }
-        Ok(Wishes { notify, ret, envelope_id: order.envelope_id.clone() })
+        Ok(DsnOptions { notify, ret, envelope_id: order.envelope_id.clone() })
     }
 }
 
 /// The recipients on the command line; one argument may hold several.
-fn named_recipients(order: &Order, home: &Domain) -> Result<Vec<Mailbox>, Refused> {
+fn named_recipients(order: &SendmailOptions, home: &Domain) -> Result<Vec<Mailbox>, SendmailError> {
     let mut named = Vec::new();
     for text in &order.recipients {
-        let found = parse_addresses(text, home).map_err(|text| refused(Exit::DataError, text))?;
+        let found = parse_addresses(text, home).map_err(|text| sendmail_error(SendmailExit::DataError, text))?;
         if found.is_empty() {
-            return Err(refused(Exit::DataError, format!("{text:?} is no address")));
+            return Err(sendmail_error(SendmailExit::DataError, format!("{text:?} is no address")));
         }
         named.extend(found);
     }
@@ -283,13 +283,13 @@ fn named_recipients(order: &Order, home: &Domain) -> Result<Vec<Mailbox>, Refuse
 }
 
 /// Each recipient once, if all of them can have mail.
-fn known_recipients(outbox: &Outbox, wanted: Vec<Mailbox>, notify: &Notify) -> Result<Vec<Recipient>, Refused> {
+fn known_recipients(outbox: &Outbox, wanted: Vec<Mailbox>, notify: &Notify) -> Result<Vec<Recipient>, SendmailError> {
     let mut recipients: Vec<Recipient> = Vec::new();
     for mailbox in wanted {
         let found = outbox.recipient(&ForwardPath::Mailbox(mailbox.clone())).map_err(|reply| {
             let nobody = reply.enhanced() == Some("5.1.1");
-            let exit = if nobody { Exit::NoUser } else { Exit::DataError };
-            refused(exit, format!("<{mailbox}>: {}", words(&reply)))
+            let exit = if nobody { SendmailExit::NoUser } else { SendmailExit::DataError };
+            sendmail_error(exit, format!("<{mailbox}>: {}", words(&reply)))
         })?;
         if !recipients.iter().any(|other| other.mailbox == found) {
             recipients.push(Recipient { mailbox: found, notify: notify.clone(), original: None });
@@ -298,24 +298,24 @@ fn known_recipients(outbox: &Outbox, wanted: Vec<Mailbox>, notify: &Notify) -> R
     Ok(recipients)
 }
 
-fn sender(order: &Order, user: &User, home: &Domain) -> Result<ReversePath, Refused> {
+fn sender(order: &SendmailOptions, user: &LoginUser, home: &Domain) -> Result<ReversePath, SendmailError> {
     let Some(text) = &order.sender else {
         return user.mailbox(home).map(ReversePath::Mailbox).ok_or_else(|| {
-            refused(Exit::DataError, format!("no address can be made of the login name {:?}: say -f", user.name))
+            sendmail_error(SendmailExit::DataError, format!("no address can be made of the login name {:?}: say -f", user.name))
         });
     };
     if matches!(text.trim(), "" | "<>") {
         return Ok(ReversePath::Null);
     }
-    let found = parse_addresses(text, home).map_err(|text| refused(Exit::DataError, text))?;
+    let found = parse_addresses(text, home).map_err(|text| sendmail_error(SendmailExit::DataError, text))?;
     match <[Mailbox; 1]>::try_from(found) {
         Ok([mailbox]) => Ok(ReversePath::Mailbox(mailbox)),
-        Err(_) => Err(refused(Exit::DataError, format!("the sender is one address, not {text:?}"))),
+        Err(_) => Err(sendmail_error(SendmailExit::DataError, format!("the sender is one address, not {text:?}"))),
     }
 }
 
 /// What a header without `From` gets: the sender, with the full name of `-F` or of the user.
-fn header_from(order: &Order, user: &User, sender: &ReversePath, home: &Domain) -> String {
+fn header_from(order: &SendmailOptions, user: &LoginUser, sender: &ReversePath, home: &Domain) -> String {
     let address = match sender {
         ReversePath::Mailbox(mailbox) => mailbox.to_string(),
         ReversePath::Null => user.mailbox(home).map_or_else(|| format!("postmaster@{home}"), |own| own.to_string()),
@@ -349,25 +349,25 @@ fn phrase(name: &str) -> String {
 
 /// A user of this machine.
 #[derive(Clone, Debug, Default)]
-pub struct User {
+pub struct LoginUser {
     uid: u32,
     name: String,
     full_name: String,
 }
 
-impl User {
+impl LoginUser {
     /// Who runs this process, by the user id; where nobody has it, by the environment.
-    pub fn login() -> User {
+    pub fn login() -> LoginUser {
         let uid = rustix::process::getuid().as_raw();
         let passwd = std::fs::read(PASSWD).unwrap_or_default();
-        User::of(&String::from_utf8_lossy(&passwd), uid).unwrap_or_else(|| {
+        LoginUser::of(&String::from_utf8_lossy(&passwd), uid).unwrap_or_else(|| {
             let name = ["LOGNAME", "USER"].iter().find_map(|name| std::env::var(name).ok());
-            User { uid, name: name.unwrap_or_default(), full_name: String::new() }
+            LoginUser { uid, name: name.unwrap_or_default(), full_name: String::new() }
         })
     }
 
     /// From lines `name:password:uid:gid:gecos:home:shell`.
-    fn of(passwd: &str, uid: u32) -> Option<User> {
+    fn of(passwd: &str, uid: u32) -> Option<LoginUser> {
         passwd.lines().find_map(|line| {
             let fields: Vec<&str> = line.split(':').collect();
             let [name, _, number, _, gecos, ..] = fields.as_slice() else { return None };
@@ -378,7 +378,7 @@ impl User {
             let full_name = gecos.split(',').next().unwrap_or_default();
             let mut capital = (*name).to_owned();
             capital.get_mut(..1).map(str::make_ascii_uppercase);
-            Some(User { uid, name: (*name).to_owned(), full_name: full_name.replace('&', &capital) })
+            Some(LoginUser { uid, name: (*name).to_owned(), full_name: full_name.replace('&', &capital) })
         })
     }
 
@@ -388,7 +388,7 @@ impl User {
 }
 
 /// A message that was read and is not yet queued.
-struct Message {
+struct InputMessage {
     content: File,
     /// What it begins with, up to the limit of a header.
     front: Vec<u8>,
@@ -398,16 +398,16 @@ struct Message {
     hops: usize,
 }
 
-impl Message {
-    fn read(input: &mut impl Read, outbox: &Outbox, dot_ends: bool) -> Result<Message, Refused> {
-        let mut content = BufWriter::new(outbox.scratch().map_err(failed(Exit::CannotCreate))?);
-        let (mut lines, mut sizer, mut headers) = (Lines::new(dot_ends), Sizer::new(), Headers::new());
+impl InputMessage {
+    fn read(input: &mut impl Read, outbox: &Outbox, dot_ends: bool) -> Result<InputMessage, SendmailError> {
+        let mut content = BufWriter::new(outbox.scratch().map_err(failed(SendmailExit::CannotCreate))?);
+        let (mut lines, mut sizer, mut headers) = (LineDecoder::new(dot_ends), WireSize::new(), ReceivedCounter::new());
         let (mut front, mut eight_bit) = (Vec::new(), false);
-        let (mut piece, mut octets) = (vec![0; BLOCK], Vec::new());
+        let (mut piece, mut octets) = (vec![0; CONTENT_BLOCK], Vec::new());
         loop {
             let read = match input.read(&mut piece) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                other => other.map_err(failed(Exit::InputOutput))?,
+                other => other.map_err(failed(SendmailExit::InputOutput))?,
             };
             octets.clear();
             let ended = read == 0 || lines.feed(&piece[..read], &mut octets);
@@ -419,15 +419,15 @@ impl Message {
             eight_bit |= !octets.is_ascii();
             let room = HEADER_LIMIT - front.len();
             front.extend_from_slice(&octets[..octets.len().min(room)]);
-            accepted(outbox.within_size(sizer.finish()))?;
-            content.write_all(&octets).map_err(failed(Exit::InputOutput))?;
+            accepted(outbox.check_size(sizer.finish()))?;
+            content.write_all(&octets).map_err(failed(SendmailExit::InputOutput))?;
             if ended {
                 break;
             }
         }
-        let mut content = content.into_inner().map_err(|error| failed(Exit::InputOutput)(error.into_error()))?;
-        content.rewind().map_err(failed(Exit::InputOutput))?;
-        Ok(Message { content, front, size: sizer.finish(), eight_bit, hops: headers.received() })
+        let mut content = content.into_inner().map_err(|error| failed(SendmailExit::InputOutput)(error.into_error()))?;
+        content.rewind().map_err(failed(SendmailExit::InputOutput))?;
+        Ok(InputMessage { content, front, size: sizer.finish(), eight_bit, hops: headers.received() })
     }
 
     /// Its end was not seen.
@@ -439,25 +439,25 @@ impl Message {
 }
 
 /// Lines as programs write them become lines that end in LF; the result does not depend on how they were cut.
-struct Lines {
+struct LineDecoder {
     dot_ends: bool,
-    place: Spot,
+    place: LineState,
     /// The last octet was a CR, and has ended its line.
     carriage_return: bool,
     ended: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Spot {
+enum LineState {
     Begin,
     /// Behind a dot that may be the end, and is held back.
     Dot,
     Within,
 }
 
-impl Lines {
-    fn new(dot_ends: bool) -> Lines {
-        Lines { dot_ends, place: Spot::Begin, carriage_return: false, ended: false }
+impl LineDecoder {
+    fn new(dot_ends: bool) -> LineDecoder {
+        LineDecoder { dot_ends, place: LineState::Begin, carriage_return: false, ended: false }
     }
 
     /// Appends to `out`. True: the lone dot came, and nothing after it counts.
@@ -469,18 +469,18 @@ impl Lines {
             let behind_cr = std::mem::replace(&mut self.carriage_return, *octet == b'\r');
             match octet {
                 b'\n' if behind_cr => {}
-                b'\n' | b'\r' if self.place == Spot::Dot => self.ended = true,
+                b'\n' | b'\r' if self.place == LineState::Dot => self.ended = true,
                 b'\n' | b'\r' => {
                     out.push(b'\n');
-                    self.place = Spot::Begin;
+                    self.place = LineState::Begin;
                 }
-                b'.' if self.dot_ends && self.place == Spot::Begin => self.place = Spot::Dot,
+                b'.' if self.dot_ends && self.place == LineState::Begin => self.place = LineState::Dot,
                 other => {
-                    if self.place == Spot::Dot {
+                    if self.place == LineState::Dot {
                         out.push(b'.');
                     }
                     out.push(*other);
-                    self.place = Spot::Within;
+                    self.place = LineState::Within;
                 }
             }
         }
@@ -489,9 +489,9 @@ impl Lines {
 
     /// The input is over: a last line without an end gets one.
     fn finish(&mut self, out: &mut Vec<u8>) {
-        if self.place == Spot::Within {
+        if self.place == LineState::Within {
             out.push(b'\n');
-            self.place = Spot::Begin;
+            self.place = LineState::Begin;
         }
     }
 }
@@ -501,7 +501,7 @@ mod tests {
     use super::*;
 
     fn lines(input: &[u8], cut: usize, dot_ends: bool) -> String {
-        let (mut lines, mut out) = (Lines::new(dot_ends), Vec::new());
+        let (mut lines, mut out) = (LineDecoder::new(dot_ends), Vec::new());
         for piece in input.chunks(cut) {
             if lines.feed(piece, &mut out) {
                 break;
@@ -535,9 +535,9 @@ mod tests {
     fn users_are_found_by_their_number() {
         let passwd =
             "root:x:0:0:root:/root:/bin/sh\n# nonsense\neva:x:1000:1000:& Example,room 1,,:/home/eva:/bin/sh\n";
-        let user = User::of(passwd, 1000).unwrap();
+        let user = LoginUser::of(passwd, 1000).unwrap();
         assert_eq!((user.name.as_str(), user.full_name.as_str()), ("eva", "Eva Example"));
-        assert!(User::of(passwd, 1).is_none() && User::of("", 0).is_none());
+        assert!(LoginUser::of(passwd, 1).is_none() && LoginUser::of("", 0).is_none());
     }
 
     #[test]
@@ -553,18 +553,18 @@ mod tests {
     #[test]
     fn wishes_are_those_of_rfc_3461() {
         let wishes = |notify: &str, ret: &str, id: &str| {
-            let order = Order {
+            let order = SendmailOptions {
                 notify: Some(notify.to_owned()),
                 ret: Some(ret.to_owned()),
                 envelope_id: Some(id.to_owned()),
-                ..Order::default()
+                ..SendmailOptions::default()
             };
-            Wishes::of(&order).map_err(|refused| refused.exit)
+            DsnOptions::of(&order).map_err(|refused| refused.exit)
         };
         assert!(wishes("never", "hdrs", "QQ314159").is_ok());
         assert!(wishes("success,delay", "FULL", "a+2Bb").is_ok());
         for (notify, ret, id) in [("never,delay", "full", "x"), ("failure", "all", "x"), ("failure", "full", "a b")] {
-            assert_eq!(wishes(notify, ret, id).err(), Some(Exit::Usage), "{notify} {ret} {id}");
+            assert_eq!(wishes(notify, ret, id).err(), Some(SendmailExit::Usage), "{notify} {ret} {id}");
         }
     }
 }

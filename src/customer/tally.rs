@@ -7,11 +7,11 @@ use std::sync::{Mutex, PoisonError};
 use crate::smtp::reply::{Reply, Severity};
 
 /// So many refusals are kept in words; the others are counted.
-const REFUSALS: usize = 50;
+const LISTED_FAILURES: usize = 50;
 
 /// The counters of a call; those who see things happen share them.
 #[derive(Debug, Default)]
-pub struct Tally {
+pub struct CallCounters {
     /// Messages that were taken, and the octets of their content.
     messages: AtomicU64,
     octets: AtomicU64,
@@ -21,22 +21,22 @@ pub struct Tally {
     /// How many messages wait at the provider, if it said so.
     expected: AtomicU64,
     refused: AtomicU64,
-    put_off: AtomicU64,
-    refusals: Mutex<Vec<Refusal>>,
+    deferred: AtomicU64,
+    failures: Mutex<Vec<FailedRecipient>>,
     sent: AtomicU64,
     kept: AtomicU64,
 }
 
 /// One recipient that somebody refused, or put off.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
+pub struct FailedRecipient {
     pub recipient: String,
     /// Who said no: us, the next hop, the provider.
     pub by: String,
     pub reply: Reply,
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for FailedRecipient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = if self.reply.severity() == Severity::Permanent { "refused" } else { "put off" };
         write!(f, "<{}> was {word} by {}: {}", self.recipient, self.by, self.reply)
@@ -47,28 +47,28 @@ fn add(counter: &AtomicU64, number: u64) {
     counter.fetch_add(number, Ordering::Relaxed);
 }
 
-fn of(counter: &AtomicU64) -> u64 {
+fn value_of(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
 }
 
-impl Tally {
+impl CallCounters {
     /// The provider says how many messages wait.
-    pub fn expect(&self, messages: u64) {
+    pub fn set_queued(&self, messages: u64) {
         add(&self.expected, messages);
     }
 
     /// A message begins; `octets`: as many as its MAIL announces, or 0.
-    pub fn begin(&self, octets: u64) {
+    pub fn begin_message(&self, octets: u64) {
         self.announced.store(octets, Ordering::Relaxed);
         self.coming.store(0, Ordering::Relaxed);
     }
 
-    pub fn come(&self, octets: usize) {
+    pub fn add_octets(&self, octets: usize) {
         add(&self.coming, octets as u64);
     }
 
     /// The message was taken.
-    pub fn taken(&self) {
+    pub fn message_done(&self) {
         add(&self.messages, 1);
         add(&self.octets, self.coming.swap(0, Ordering::Relaxed));
         self.announced.store(0, Ordering::Relaxed);
@@ -76,11 +76,11 @@ impl Tally {
 
     /// A recipient was refused, or put off.
     pub fn refused(&self, recipient: impl fmt::Display, by: impl fmt::Display, reply: &Reply) {
-        add(if reply.severity() == Severity::Permanent { &self.refused } else { &self.put_off }, 1);
-        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        if refusals.len() < REFUSALS {
+        add(if reply.severity() == Severity::Permanent { &self.refused } else { &self.deferred }, 1);
+        let mut refusals = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        if refusals.len() < LISTED_FAILURES {
             let (recipient, by) = (recipient.to_string(), by.to_string());
-            refusals.push(Refusal { recipient, by, reply: reply.clone() });
+            refusals.push(FailedRecipient { recipient, by, reply: reply.clone() });
         }
     }
 
@@ -96,28 +96,28 @@ impl Tally {
 
     pub fn summary(&self, seconds: f64) -> Summary {
         Summary {
-            messages: of(&self.messages),
-            octets: of(&self.octets),
-            refused: of(&self.refused),
-            put_off: of(&self.put_off),
-            refusals: self.refusals.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-            sent: of(&self.sent),
-            kept: of(&self.kept),
+            messages: value_of(&self.messages),
+            octets: value_of(&self.octets),
+            rejected: value_of(&self.refused),
+            deferred: value_of(&self.deferred),
+            failures: self.failures.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            sent: value_of(&self.sent),
+            waiting: value_of(&self.kept),
             seconds,
         }
     }
 
     /// How far the call is, in one line.
     pub fn progress(&self) -> String {
-        let (messages, expected) = (of(&self.messages), of(&self.expected));
+        let (messages, expected) = (value_of(&self.messages), value_of(&self.expected));
         let of_all = if expected > 0 { format!(" of {}", expected.max(messages)) } else { String::new() };
-        let mut line = format!("{messages}{of_all} messages, {}", Size(of(&self.octets) + of(&self.coming)));
-        let announced = of(&self.announced);
+        let mut line = format!("{messages}{of_all} messages, {}", HumanSize(value_of(&self.octets) + value_of(&self.coming)));
+        let announced = value_of(&self.announced);
         if announced > 0 {
-            line.push_str(&format!(" (now {} of {})", Size(of(&self.coming).min(announced)), Size(announced)));
+            line.push_str(&format!(" (now {} of {})", HumanSize(value_of(&self.coming).min(announced)), HumanSize(announced)));
         }
-        if of(&self.sent) > 0 {
-            line.push_str(&format!(", {} sent", of(&self.sent)));
+        if value_of(&self.sent) > 0 {
+            line.push_str(&format!(", {} sent", value_of(&self.sent)));
         }
         line
     }
@@ -131,13 +131,13 @@ pub struct Summary {
     pub octets: u64,
     /// Recipients that somebody refused, of incoming and of outgoing mail, and those that stay with the provider for
     /// now; some of them in words.
-    pub refused: u64,
-    pub put_off: u64,
-    pub refusals: Vec<Refusal>,
+    pub rejected: u64,
+    pub deferred: u64,
+    pub failures: Vec<FailedRecipient>,
     /// Outgoing messages that somebody took.
     pub sent: u64,
     /// Outgoing messages that wait for another call.
-    pub kept: u64,
+    pub waiting: u64,
     pub seconds: f64,
 }
 
@@ -145,30 +145,30 @@ impl fmt::Display for Summary {
     /// One line, and one for each refusal.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} messages, {} bytes, {:.1} seconds", self.messages, self.octets, self.seconds)?;
-        if self.refused > 0 {
-            write!(f, ", {} recipients refused", self.refused)?;
+        if self.rejected > 0 {
+            write!(f, ", {} recipients refused", self.rejected)?;
         }
-        if self.put_off > 0 {
-            write!(f, ", {} put off", self.put_off)?;
+        if self.deferred > 0 {
+            write!(f, ", {} put off", self.deferred)?;
         }
         if self.sent > 0 {
             write!(f, ", {} sent", self.sent)?;
         }
-        if self.kept > 0 {
-            write!(f, ", {} kept to be sent later", self.kept)?;
+        if self.waiting > 0 {
+            write!(f, ", {} kept to be sent later", self.waiting)?;
         }
-        for refusal in &self.refusals {
+        for refusal in &self.failures {
             write!(f, "\n{refusal}")?;
         }
-        let more = (self.refused + self.put_off).saturating_sub(self.refusals.len() as u64);
+        let more = (self.rejected + self.deferred).saturating_sub(self.failures.len() as u64);
         if more > 0 { write!(f, "\nand {more} more: the log has all of them") } else { Ok(()) }
     }
 }
 
 /// Octets as a person reads them.
-struct Size(u64);
+struct HumanSize(u64);
 
-impl fmt::Display for Size {
+impl fmt::Display for HumanSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (mut size, mut unit) = (self.0 as f64, "");
         for next in ["Ki", "Mi", "Gi"] {
@@ -187,21 +187,21 @@ mod tests {
 
     #[test]
     fn a_call_is_watched_and_summed_up() {
-        let tally = Tally::default();
+        let tally = CallCounters::default();
         assert_eq!(tally.progress(), "0 messages, 0 B");
-        tally.expect(3);
-        tally.begin(4096);
-        tally.come(1024);
+        tally.set_queued(3);
+        tally.begin_message(4096);
+        tally.add_octets(1024);
         assert_eq!(tally.progress(), "0 of 3 messages, 1.0 KiB (now 1.0 KiB of 4.0 KiB)");
-        tally.come(3072);
-        tally.taken();
+        tally.add_octets(3072);
+        tally.message_done();
         assert_eq!(tally.progress(), "1 of 3 messages, 4.0 KiB");
         // Refused: its octets are no part of what came.
-        tally.begin(0);
-        tally.come(5);
-        tally.begin(0);
-        tally.come(3 << 20);
-        tally.taken();
+        tally.begin_message(0);
+        tally.add_octets(5);
+        tally.begin_message(0);
+        tally.add_octets(3 << 20);
+        tally.message_done();
         tally.sent();
         assert_eq!(tally.progress(), "2 of 3 messages, 3.0 MiB, 1 sent");
         tally.refused("joe@example.org", "us", &Reply::new(550, "5.1.1", "No such mailbox here"));

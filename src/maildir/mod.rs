@@ -11,7 +11,7 @@
 
 mod quota;
 
-use quota::Ledger;
+use quota::QuotaCheck;
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
@@ -20,15 +20,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 /// Litter in `tmp` is removed after 36 hours (maildir(5)).
-const LITTER: Duration = Duration::from_secs(36 * 60 * 60);
+const STALE_AGE: Duration = Duration::from_secs(36 * 60 * 60);
 
 /// The flag of a message of which nobody knows whether it was delivered; mail readers show it.
 pub const IN_DOUBT: char = 'F';
 /// The flag of a message whose sender was told that it is late.
-pub const TOLD: char = 'R';
+pub const DELAY_REPORTED: char = 'R';
 
 /// Room kept free on the disk (RFC 1870 section 6.1: better refused than begun).
-const RESERVE: u64 = 4 << 20;
+const RESERVED_SPACE: u64 = 4 << 20;
 
 const WRITE_BUFFER: usize = 32 * 1024;
 
@@ -108,22 +108,22 @@ impl Maildir {
     /// Makes the folders that are missing, and their names durable.
     pub fn create(&self) -> io::Result<()> {
         let mode = 0o777 & !self.mask;
-        make_folders(&self.path, mode)?;
+        make_directories(&self.path, mode)?;
         // `tmp` last: where it is, drafts find the others, too, even if we are killed here.
         for name in ["new", "cur", "tmp"] {
-            make_folders(&self.path.join(name), mode)?;
+            make_directories(&self.path.join(name), mode)?;
         }
         Ok(())
     }
 
     /// Makes what a draft found missing.
     fn repair(&self) -> io::Result<()> {
-        if self.sub_folder { make_folder(&self.path.join("tmp"), 0o777 & !self.mask) } else { self.create() }
+        if self.sub_folder { make_directory(&self.path.join("tmp"), 0o777 & !self.mask) } else { self.create() }
     }
 
     /// Whether the quota, where there is one, has room for so many octets more. `unique`: makes a name for a new count.
     pub fn admits(&self, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {
-        Ledger::default().admit(&self.path, unique, octets)
+        QuotaCheck::default().admit(&self.path, unique, octets)
     }
 
     /// Begins a message under a unique name; the Maildir is made when it is missing, a sub-folder is not.
@@ -137,7 +137,7 @@ impl Maildir {
             }
             other => other,
         };
-        let file = file.map_err(|error| at(&temporary, error))?;
+        let file = file.map_err(|error| with_path(&temporary, error))?;
         Ok(Draft {
             maildir: self.clone(),
             unique: unique.to_owned(),
@@ -151,12 +151,12 @@ impl Maildir {
     }
 
     /// A file in `tmp` that is gone with its last descriptor: for content that is looked at before it is a message.
-    pub fn scratch(&self, unique: &str) -> io::Result<File> {
+    pub fn unnamed_file(&self, unique: &str) -> io::Result<File> {
         self.create()?;
         let path = self.path.join("tmp").join(unique);
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(|error| at(&path, error))?;
-        fs::remove_file(&path).map_err(|error| at(&path, error))?;
+        let file = file.map_err(|error| with_path(&path, error))?;
+        fs::remove_file(&path).map_err(|error| with_path(&path, error))?;
         Ok(file)
     }
 
@@ -198,7 +198,7 @@ impl Maildir {
     pub fn remove(&self, entry: &Entry) -> io::Result<()> {
         let path = self.file(entry);
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&path, error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(with_path(&path, error)),
             _ => Ok(()),
         }
     }
@@ -207,7 +207,7 @@ impl Maildir {
     pub fn discard(&self, unique: &str) -> io::Result<()> {
         let temporary = self.path.join("tmp").join(unique);
         match fs::remove_file(&temporary) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&temporary, error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(with_path(&temporary, error)),
             _ => Ok(()),
         }
     }
@@ -236,9 +236,9 @@ impl Maildir {
             }
             // Where access times are not kept the time of writing tells (maildir(5)).
             let used = metadata.accessed().ok().max(metadata.modified().ok());
-            if used.and_then(|used| now.duration_since(used).ok()).is_some_and(|age| age > LITTER) {
+            if used.and_then(|used| now.duration_since(used).ok()).is_some_and(|age| age > STALE_AGE) {
                 match fs::remove_file(found.path()) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&found.path(), error)),
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(with_path(&found.path(), error)),
                     _ => log::info!("event=swept file={}", found.path().display()),
                 }
             }
@@ -250,7 +250,7 @@ impl Maildir {
     fn each(&self, mut found: impl FnMut(Entry) -> bool) -> io::Result<()> {
         for (folder, seen) in [("new", false), ("cur", true)] {
             for file in list(&self.path.join(folder))? {
-                let file = file.map_err(|error| at(&self.path, error))?;
+                let file = file.map_err(|error| with_path(&self.path, error))?;
                 let Ok(name) = file.file_name().into_string() else { continue };
                 if !name.starts_with('.') && !found(Entry { name, seen }) {
                     return Ok(());
@@ -279,11 +279,11 @@ impl Draft {
         self.octets += octets.len() as u64;
         self.lines += octets.iter().filter(|octet| **octet == b'\n').count() as u64;
         self.eight_bit |= !octets.is_ascii();
-        self.file.write_all(octets).map_err(|error| at(&self.temporary, error))
+        self.file.write_all(octets).map_err(|error| with_path(&self.temporary, error))
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(|error| at(&self.temporary, error))
+        self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(|error| with_path(&self.temporary, error))
     }
 
     /// Into `new`, under a name that tells the size on disk and on the wire (Maildir++), and whether it takes
@@ -308,11 +308,11 @@ impl Drop for Draft {
 
 /// One message being written into several Maildirs at once, each with a head of its own.
 #[derive(Debug, Default)]
-pub struct Copies {
+pub struct MessageWriter {
     drafts: Vec<Draft>,
 }
 
-impl Copies {
+impl MessageWriter {
     /// Whether no copy was begun.
     pub fn is_empty(&self) -> bool {
         self.drafts.is_empty()
@@ -337,28 +337,28 @@ impl Copies {
     }
 
     /// The first half: every quota has room, and every file is safe on disk. Nothing is seen yet.
-    pub fn prepare(mut self) -> io::Result<Prepared> {
-        let mut ledger = Ledger::default();
+    pub fn prepare(mut self) -> io::Result<PreparedMessage> {
+        let mut ledger = QuotaCheck::default();
         // First, so that the disk does not work for what is refused.
         self.drafts
             .iter()
             .try_for_each(|draft| ledger.admit(&draft.maildir.path, || draft.unique.clone(), draft.octets))?;
         self.drafts.iter_mut().try_for_each(Draft::sync)?;
-        Ok(Prepared { drafts: self.drafts, ledger })
+        Ok(PreparedMessage { drafts: self.drafts, ledger })
     }
 }
 
 /// Copies of a message that wait to be seen. Dropped before that they leave nothing.
-pub struct Prepared {
+pub struct PreparedMessage {
     drafts: Vec<Draft>,
-    ledger: Ledger,
+    ledger: QuotaCheck,
 }
 
-impl Prepared {
+impl PreparedMessage {
     /// The second half: what can hardly fail any more. When one cannot be moved those that were are taken back.
     pub fn publish(mut self) -> io::Result<Vec<Entry>> {
         let published = self.drafts.iter_mut().try_for_each(Draft::publish);
-        let durable = published.and_then(|()| self.folders().iter().try_for_each(|folder| sync_folder(folder)));
+        let durable = published.and_then(|()| self.folders().iter().try_for_each(|folder| sync_directory(folder)));
         let moved = || self.drafts.iter().filter_map(|draft| draft.moved.clone().map(|entry| (draft, entry)));
         if let Err(error) = durable {
             for (draft, entry) in moved() {
@@ -377,7 +377,7 @@ impl Prepared {
 }
 
 /// What is left of a content, piece by piece.
-pub fn each_piece(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+pub fn for_each_block(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
     let mut piece = vec![0; 32 * 1024];
     loop {
         match content.read(&mut piece)? {
@@ -391,32 +391,32 @@ pub fn each_piece(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io::Res
 pub fn has_room(folder: &Path, octets: u64) -> bool {
     // A folder that is not there yet is made by the first message; that it fails is found out then.
     rustix::fs::statvfs(folder)
-        .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(RESERVE))
+        .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(RESERVED_SPACE))
 }
 
 /// An error that says where.
-pub fn at(path: &Path, error: io::Error) -> io::Error {
+pub fn with_path(path: &Path, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 /// Makes a folder and those above it; each new name is made durable.
-fn make_folders(path: &Path, mode: u32) -> io::Result<()> {
+fn make_directories(path: &Path, mode: u32) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
     if let Some(parent) = parent(path) {
-        make_folders(parent, mode)?;
+        make_directories(parent, mode)?;
     }
-    make_folder(path, mode)
+    make_directory(path, mode)
 }
 
 /// Makes one folder, and its name durable.
-fn make_folder(path: &Path, mode: u32) -> io::Result<()> {
+fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
     match DirBuilder::new().mode(mode).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
-        other => other.map_err(|error| at(path, error))?,
+        other => other.map_err(|error| with_path(path, error))?,
     }
-    sync_folder(parent(path).unwrap_or(Path::new(".")))
+    sync_directory(parent(path).unwrap_or(Path::new(".")))
 }
 
 fn parent(path: &Path) -> Option<&Path> {
@@ -424,8 +424,8 @@ fn parent(path: &Path) -> Option<&Path> {
 }
 
 /// Without this a file's name may be gone after a power cut though its content is on disk.
-fn sync_folder(path: &Path) -> io::Result<()> {
-    File::open(path).and_then(|folder| folder.sync_all()).map_err(|error| at(path, error))
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path).and_then(|folder| folder.sync_all()).map_err(|error| with_path(path, error))
 }
 
 /// Moves without ever overwriting: rename(2) would, silently.
@@ -437,18 +437,18 @@ fn move_file(from: &Path, to: &Path) -> io::Result<()> {
         match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
             // Not every file system can; then the old way.
             Err(Errno::INVAL | Errno::NOSYS) => {}
-            other => return other.map_err(|error| at(to, error.into())),
+            other => return other.map_err(|error| with_path(to, error.into())),
         }
     }
-    fs::hard_link(from, to).map_err(|error| at(to, error))?;
-    fs::remove_file(from).map_err(|error| at(from, error))
+    fs::hard_link(from, to).map_err(|error| with_path(to, error))?;
+    fs::remove_file(from).map_err(|error| with_path(from, error))
 }
 
 /// The files of a folder, read as they are asked for; a folder that is not there has none.
 fn list(path: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>>> {
     match fs::read_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None.into_iter().flatten()),
-        Err(error) => Err(at(path, error)),
+        Err(error) => Err(with_path(path, error)),
         Ok(files) => Ok(Some(files).into_iter().flatten()),
     }
 }
@@ -456,7 +456,7 @@ fn list(path: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stamp::Stamps;
+    use crate::stamp::Ids;
     use std::collections::HashSet;
     use std::path::Path;
 
@@ -485,7 +485,7 @@ mod tests {
     }
 
     fn deliver(maildir: &Maildir, unique: &str, content: &[u8]) -> io::Result<Vec<Entry>> {
-        let mut copies = Copies::default();
+        let mut copies = MessageWriter::default();
         copies.begin(maildir, unique, b"head\n")?;
         copies.write(content)?;
         copies.commit()
@@ -499,7 +499,7 @@ mod tests {
     fn nothing_is_seen_before_the_commit_and_all_after_it() {
         let (_folder, maildir) = maildir();
         assert!(maildir.entries().unwrap().is_empty() && maildir.is_empty().unwrap());
-        let mut copies = Copies::default();
+        let mut copies = MessageWriter::default();
         copies.begin(&maildir, "1.M2.host", b"head\n").unwrap();
         copies.write(&[b'x'; 100_000]).unwrap();
         copies.write(b"\nend\n").unwrap();
@@ -576,7 +576,7 @@ mod tests {
         let (_folder, maildir) = maildir();
         let lists = maildir.folder("lists");
         Maildir::new(lists.path()).create().unwrap();
-        let mut copies = Copies::default();
+        let mut copies = MessageWriter::default();
         copies.begin(&maildir, "1", b"").unwrap();
         copies.begin(&lists, "2", b"").unwrap();
         fs::remove_dir_all(lists.path()).unwrap();
@@ -606,7 +606,7 @@ mod tests {
     fn a_folder_that_gets_several_is_fsynced_once() {
         let (folder, maildir) = maildir();
         let other = Maildir::new(folder.path().join("other"));
-        let mut copies = Copies::default();
+        let mut copies = MessageWriter::default();
         for (number, maildir) in [&maildir, &other, &maildir, &maildir].into_iter().enumerate() {
             copies.begin(maildir, &number.to_string(), b"").unwrap();
         }
@@ -623,7 +623,7 @@ mod tests {
     fn what_is_prepared_is_not_seen_yet() {
         let (_folder, maildir) = maildir();
         let prepared = |unique| {
-            let mut copies = Copies::default();
+            let mut copies = MessageWriter::default();
             copies.begin(&maildir, unique, b"head\n").unwrap();
             copies.prepare().unwrap()
         };
@@ -637,7 +637,7 @@ mod tests {
     #[test]
     fn a_dropped_draft_leaves_nothing() {
         let (_folder, maildir) = maildir();
-        let mut copies = Copies::default();
+        let mut copies = MessageWriter::default();
         copies.begin(&maildir, "1", b"head").unwrap();
         drop(copies);
         assert_eq!(inside(&maildir), EMPTY);
@@ -667,7 +667,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let maildirs: Vec<_> = (0..3).map(|number| Maildir::new(folder.path().join(number.to_string()))).collect();
             let deliver = || {
-                let mut copies = Copies::default();
+                let mut copies = MessageWriter::default();
                 for (number, maildir) in maildirs.iter().enumerate() {
                     copies.begin(maildir, "1", format!("{number}\n").as_bytes()).unwrap();
                 }
@@ -776,7 +776,7 @@ mod tests {
     fn ten_thousand_drafts_at_once_get_ten_thousand_names() {
         let (_folder, maildir) = maildir();
         maildir.create().unwrap();
-        let stamps = Stamps::system(|octets| octets.fill(7));
+        let stamps = Ids::system(|octets| octets.fill(7));
         let unique: Vec<HashSet<String>> = std::thread::scope(|scope| {
             let deliver = || {
                 let deliver = |_| {

@@ -13,7 +13,7 @@
 //! So the sum may be a little off where several write at once; it is counted again when it says that the mailbox
 //! is full, and when the file has grown long. `.Trash` and messages marked as deleted do not count.
 
-use super::{at, list};
+use super::{with_path, list};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -36,18 +36,18 @@ const ROUNDS: usize = 3;
 
 /// What one commit brings into mailboxes with a quota.
 #[derive(Debug, Default)]
-pub struct Ledger {
-    mailboxes: BTreeMap<PathBuf, Option<Account>>,
+pub struct QuotaCheck {
+    mailboxes: BTreeMap<PathBuf, Option<Quota>>,
 }
 
-impl Ledger {
+impl QuotaCheck {
     /// Finds room for one message more, beside those admitted before. An error of the kind `QuotaExceeded`
     /// says which mailbox has none. `unique` makes a name for a new count, where it takes one.
     pub fn admit(&mut self, maildir: &Path, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {
         let Some(mailbox) = mailbox(maildir) else { return Ok(()) };
         let account = match self.mailboxes.entry(mailbox.to_owned()) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(unknown) => unknown.insert(Account::open(mailbox)?),
+            Entry::Vacant(unknown) => unknown.insert(Quota::open(mailbox)?),
         };
         account.as_mut().map_or(Ok(()), |account| account.admit(unique, octets))
     }
@@ -74,14 +74,14 @@ fn mailbox(maildir: &Path) -> Option<&Path> {
 
 /// Octets and messages: how many there are, or may be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Amount {
+struct Usage {
     octets: u64,
     messages: u64,
 }
 
-impl Amount {
-    fn plus(self, more: Amount) -> Amount {
-        Amount {
+impl Usage {
+    fn plus(self, more: Usage) -> Usage {
+        Usage {
             octets: self.octets.saturating_add(more.octets),
             messages: self.messages.saturating_add(more.messages),
         }
@@ -90,62 +90,62 @@ impl Amount {
 
 /// The quota of one mailbox, and what is to come into it.
 #[derive(Debug)]
-struct Account {
+struct Quota {
     mailbox: PathBuf,
     /// The first line, kept as it is: it may say more than we know.
     definition: String,
-    limits: Amount,
+    limits: Usage,
     /// What stands there; `None`: the file does not tell.
-    used: Option<Amount>,
+    used: Option<Usage>,
     /// Whether `used` is believed even when it says that the mailbox is full.
     fresh: bool,
-    coming: Amount,
+    coming: Usage,
     /// Those of the file, for the one that replaces it.
     permissions: Permissions,
 }
 
-impl Account {
+impl Quota {
     /// The quota of a mailbox, where it has one.
-    fn open(mailbox: &Path) -> io::Result<Option<Account>> {
+    fn open(mailbox: &Path) -> io::Result<Option<Quota>> {
         let path = mailbox.join(NAME);
         let file = match open(OpenOptions::new().read(true), &path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other?,
         };
-        let metadata = file.metadata().map_err(|error| at(&path, error))?;
+        let metadata = file.metadata().map_err(|error| with_path(&path, error))?;
         if !metadata.is_file() {
-            return Err(at(&path, io::Error::other("is no plain file")));
+            return Err(with_path(&path, io::Error::other("is no plain file")));
         }
         let mut content = Vec::new();
-        file.take(LONG).read_to_end(&mut content).map_err(|error| at(&path, error))?;
+        file.take(LONG).read_to_end(&mut content).map_err(|error| with_path(&path, error))?;
         let Some(Content { definition, limits, sum, lines }) = parse(&content) else { return Ok(None) };
         let age = metadata.modified().ok().and_then(|written| written.elapsed().ok());
-        Ok(Some(Account {
+        Ok(Some(Quota {
             mailbox: mailbox.to_owned(),
             definition,
             limits,
             used: sum.filter(|_| (content.len() as u64) < LONG),
             fresh: lines == 1 && age.is_some_and(|age| age < STALE),
-            coming: Amount::default(),
+            coming: Usage::default(),
             permissions: metadata.permissions(),
         }))
     }
 
     fn admit(&mut self, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {
-        let coming = self.coming.plus(Amount { octets, messages: 1 });
+        let coming = self.coming.plus(Usage { octets, messages: 1 });
         let used = match self.used {
             Some(used) if self.fresh || self.full(used, coming).is_none() => used,
             _ => self.recount(&unique())?,
         };
         if let Some(full) = self.full(used, coming) {
-            return Err(at(&self.mailbox, io::Error::new(io::ErrorKind::QuotaExceeded, full)));
+            return Err(with_path(&self.mailbox, io::Error::new(io::ErrorKind::QuotaExceeded, full)));
         }
         self.coming = coming;
         Ok(())
     }
 
     /// Which limit would be broken.
-    fn full(&self, used: Amount, coming: Amount) -> Option<String> {
+    fn full(&self, used: Usage, coming: Usage) -> Option<String> {
         let sum = used.plus(coming);
         let text = |used, coming, unit, limit| {
             format!("the quota is used up: {used} {unit} stand there, {coming} would come, {limit} are allowed")
@@ -160,7 +160,7 @@ impl Account {
     }
 
     /// Counts what stands there, and writes it down.
-    fn recount(&mut self, unique: &str) -> io::Result<Amount> {
+    fn recount(&mut self, unique: &str) -> io::Result<Usage> {
         let mut round = 1;
         let used = loop {
             // The time of the last change is taken before the folders are read.
@@ -177,10 +177,10 @@ impl Account {
     }
 
     /// Puts a new sum in place of the old ones. Who reads meanwhile finds the old file or the new.
-    fn replace(&self, unique: &str, used: Amount) -> io::Result<()> {
+    fn replace(&self, unique: &str, used: Usage) -> io::Result<()> {
         let temporary = self.mailbox.join("tmp").join(format!("{unique}.{NAME}"));
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
-        let mut file = file.map_err(|error| at(&temporary, error))?;
+        let mut file = file.map_err(|error| with_path(&temporary, error))?;
         let written = file
             .write_all(format!("{}\n{} {}\n", self.definition, used.octets, used.messages).as_bytes())
             .and_then(|()| file.set_permissions(self.permissions.clone()))
@@ -189,7 +189,7 @@ impl Account {
             .and_then(|()| fs::rename(&temporary, self.mailbox.join(NAME)));
         written.map_err(|error| {
             let _ = fs::remove_file(&temporary);
-            at(&temporary, error)
+            with_path(&temporary, error)
         })
     }
 
@@ -197,7 +197,7 @@ impl Account {
     /// already they count twice, which the next count mends before anything is refused; written into the old file
     /// they might not count at all.
     fn record(&self) -> io::Result<()> {
-        let Amount { octets, messages } = self.coming;
+        let Usage { octets, messages } = self.coming;
         if messages == 0 {
             return Ok(());
         }
@@ -205,7 +205,7 @@ impl Account {
         match open(OpenOptions::new().append(true), &path) {
             // Somebody has lifted the quota.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            file => file?.write_all(format!("{octets} {messages}\n").as_bytes()).map_err(|error| at(&path, error)),
+            file => file?.write_all(format!("{octets} {messages}\n").as_bytes()).map_err(|error| with_path(&path, error)),
         }
     }
 }
@@ -214,16 +214,16 @@ impl Account {
 fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     use rustix::fs::OFlags;
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-    options.custom_flags(flags).open(path).map_err(|error| at(path, error))
+    options.custom_flags(flags).open(path).map_err(|error| with_path(path, error))
 }
 
 /// What a file `maildirsize` says.
 #[derive(Debug, PartialEq, Eq)]
 struct Content {
     definition: String,
-    limits: Amount,
+    limits: Usage,
     /// `None` where there is none, a line is broken, or it is below nothing.
-    sum: Option<Amount>,
+    sum: Option<Usage>,
     lines: usize,
 }
 
@@ -242,8 +242,8 @@ fn parse(content: &[u8]) -> Option<Content> {
 }
 
 /// Reads a definition: numbers, each with a letter for what it limits. What is not known is passed over.
-fn limits(definition: &str) -> Option<Amount> {
-    let (mut limits, mut defined) = (Amount { octets: u64::MAX, messages: u64::MAX }, false);
+fn limits(definition: &str) -> Option<Usage> {
+    let (mut limits, mut defined) = (Usage { octets: u64::MAX, messages: u64::MAX }, false);
     for part in definition.split(',') {
         let mut number = part.trim().chars();
         let Some(letter) = number.next_back().filter(char::is_ascii_alphabetic) else { continue };
@@ -264,7 +264,7 @@ fn limits(definition: &str) -> Option<Amount> {
 }
 
 /// The sum of lines of two numbers, octets and messages.
-fn sum(lines: &str) -> Option<Amount> {
+fn sum(lines: &str) -> Option<Usage> {
     let (mut octets, mut messages) = (0, 0);
     for line in lines.lines() {
         let mut numbers = line.split_ascii_whitespace().map(|number| number.parse::<i64>().ok());
@@ -274,15 +274,15 @@ fn sum(lines: &str) -> Option<Amount> {
             return None;
         }
     }
-    Some(Amount { octets: octets.try_into().ok()?, messages: messages.try_into().ok()? })
+    Some(Usage { octets: octets.try_into().ok()?, messages: messages.try_into().ok()? })
 }
 
 /// Counts a mailbox and its folders.
-fn count(mailbox: &Path) -> io::Result<Amount> {
-    let mut sum = Amount::default();
+fn count(mailbox: &Path) -> io::Result<Usage> {
+    let mut sum = Usage::default();
     for folder in folders(mailbox)? {
         for file in list(&folder)? {
-            let file = file.map_err(|error| at(&folder, error))?;
+            let file = file.map_err(|error| with_path(&folder, error))?;
             let name = file.file_name();
             let name = name.to_string_lossy();
             if name.starts_with('.') || deleted(&name) {
@@ -291,7 +291,7 @@ fn count(mailbox: &Path) -> io::Result<Amount> {
             // What is gone since it was listed does not count.
             let size = size(&name).or_else(|| fs::metadata(file.path()).ok().map(|metadata| metadata.len()));
             if let Some(octets) = size {
-                sum = sum.plus(Amount { octets, messages: 1 });
+                sum = sum.plus(Usage { octets, messages: 1 });
             }
         }
     }
@@ -308,7 +308,7 @@ fn last_change(mailbox: &Path) -> io::Result<Option<SystemTime>> {
 fn folders(mailbox: &Path) -> io::Result<Vec<PathBuf>> {
     let mut folders = vec![mailbox.join("new"), mailbox.join("cur")];
     for found in list(mailbox)? {
-        let found = found.map_err(|error| at(mailbox, error))?;
+        let found = found.map_err(|error| with_path(mailbox, error))?;
         let name = found.file_name();
         // A link leads to somebody else's folder, which is shared.
         let folder = name.as_encoded_bytes().starts_with(b".") && found.file_type().is_ok_and(|kind| kind.is_dir());
@@ -334,7 +334,7 @@ fn deleted(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::maildir::{Copies, Maildir};
+    use crate::maildir::{MessageWriter, Maildir};
     use proptest::prelude::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
@@ -355,7 +355,7 @@ mod tests {
 
     /// Delivers a message of so many octets.
     fn deliver(maildir: &Maildir, unique: &str, octets: usize) -> io::Result<()> {
-        let mut copies = Copies::default();
+        let mut copies = MessageWriter::default();
         copies.begin(maildir, unique, &vec![b'x'; octets])?;
         copies.commit().map(|_| ())
     }
@@ -374,7 +374,7 @@ mod tests {
     #[test]
     fn definitions_are_read() {
         let check = |definition: &str, expected: Option<(u64, u64)>| {
-            let expected = expected.map(|(octets, messages)| Amount { octets, messages });
+            let expected = expected.map(|(octets, messages)| Usage { octets, messages });
             assert_eq!(limits(definition), expected, "{definition:?}");
         };
         check("1000S,10C", Some((1000, 10)));
@@ -398,7 +398,7 @@ mod tests {
     fn files_are_read() {
         let check = |content: &[u8], expected: Option<(u64, u64)>, lines: usize| {
             let read = parse(content).unwrap();
-            let expected = expected.map(|(octets, messages)| Amount { octets, messages });
+            let expected = expected.map(|(octets, messages)| Usage { octets, messages });
             assert_eq!((read.sum, read.lines), (expected, lines), "{}", content.escape_ascii());
         };
         check(b"9S\n0 0\n", Some((0, 0)), 1);
@@ -442,7 +442,7 @@ mod tests {
             }
             let read = parse(content.as_bytes()).unwrap();
             let sum = u64::try_from(expected.0).ok().zip(u64::try_from(expected.1).ok());
-            prop_assert_eq!(read.sum, sum.map(|(octets, messages)| Amount { octets, messages }));
+            prop_assert_eq!(read.sum, sum.map(|(octets, messages)| Usage { octets, messages }));
             prop_assert_eq!(read.lines, changes.len() + 1);
         }
     }
@@ -516,7 +516,7 @@ mod tests {
         let (_folder, adam) = mailbox_with("100S\n95 1\n");
         let (_folder, free) = mailbox_with("");
         for order in [[&eva, &adam, &free], [&adam, &free, &eva]] {
-            let mut copies = Copies::default();
+            let mut copies = MessageWriter::default();
             order.iter().for_each(|maildir| copies.begin(maildir, "1", b"0123456789").unwrap());
             let error = full(copies.commit().map(|_| ()));
             assert!(error.starts_with(&adam.path().display().to_string()), "{error}");
@@ -531,7 +531,7 @@ mod tests {
         let lists = maildir.folder("lists");
         Maildir::new(lists.path()).create().unwrap();
         let commit = |octets: &[u8]| {
-            let mut copies = Copies::default();
+            let mut copies = MessageWriter::default();
             copies.begin(&maildir, "1", octets).unwrap();
             copies.begin(&lists, "2", octets).unwrap();
             copies.commit().map(|_| ())
@@ -545,7 +545,7 @@ mod tests {
     #[test]
     fn a_dropped_draft_is_not_counted() {
         let (_folder, maildir) = mailbox_with("100S\n0 0\n");
-        let mut copies = Copies::default();
+        let mut copies = MessageWriter::default();
         copies.begin(&maildir, "1", b"0123456789").unwrap();
         drop(copies);
         // Nor is one that could not be shown.
@@ -678,7 +678,7 @@ mod tests {
     fn what_was_delivered_stays_delivered_when_it_cannot_be_counted() {
         let (_folder, maildir) = mailbox_with("100S\n0 0\n");
         let path = maildir.path().join(NAME);
-        let mut ledger = Ledger::default();
+        let mut ledger = QuotaCheck::default();
         ledger.admit(maildir.path(), || "1".to_owned(), 10).unwrap();
         fs::remove_file(&path).unwrap();
         ledger.record();
@@ -737,7 +737,7 @@ mod tests {
         let (_folder, maildir) = mailbox_with("10000S,1000C\n0 0\n");
         assert_eq!(race(&maildir, 100), 200);
         let read = parse(maildirsize(&maildir).as_bytes()).unwrap();
-        assert_eq!((read.sum, read.lines), (Some(Amount { octets: 2000, messages: 200 }), 201));
+        assert_eq!((read.sum, read.lines), (Some(Usage { octets: 2000, messages: 200 }), 201));
     }
 
     /// Each delivery into the full mailbox counts anew, while the other thread delivers.

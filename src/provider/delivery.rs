@@ -21,41 +21,41 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::config::Timeouts;
 use crate::dialogue::REPLY_LINE_LIMIT;
-use crate::outgoing::{Attempt, Desk, Peer};
-use crate::queue::{Batch, Hold};
-use crate::smtp::client::{Awaiting, Client, Fate, Halt, Outcome, Step};
+use crate::outgoing::{Attempt, Reporter, Peer};
+use crate::queue::{QueuedMessage, QueueLock};
+use crate::smtp::client::{Awaiting, Client, RecipientStatus, Abort, DeliveryResult, ClientStep};
 use crate::smtp::content::Stuffer;
 use crate::smtp::reply::{Reply, ReplyReader};
 use crate::turn::{Turn, Turned};
-use crate::wire::{Filled, Line, Stop, Wire};
+use crate::wire::{Filled, Line, CancelToken, Connection};
 
 /// Content is read and sent in pieces of so many octets.
-const BLOCK: usize = 32 * 1024;
+const CONTENT_BLOCK: usize = 32 * 1024;
 /// While more than this is unsent, no more content is read.
 const HIGH_WATER: usize = 64 * 1024;
 /// Pieces of work for one session before the next has its turn.
-const QUANTUM: usize = 8;
+const STEPS_PER_ROUND: usize = 8;
 /// How long the end of a session may take once nothing is at stake any more.
-const FAREWELL: Duration = Duration::from_secs(10);
+const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a stalled session looks whether somebody else wants its domains.
-const LOOK_AROUND: Duration = Duration::from_secs(1);
+const TAKEOVER_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The way to the delivery thread.
-pub struct Turns {
+pub struct TurnSender {
     sender: Sender<Box<Turn>>,
     waker: OwnedFd,
-    sessions: Arc<Sessions>,
+    sessions: Arc<SessionCount>,
     limit: usize,
 }
 
 /// How many turned sessions there are, on their way included.
 #[derive(Default)]
-struct Sessions {
+struct SessionCount {
     count: Mutex<usize>,
     none: Condvar,
 }
 
-impl Sessions {
+impl SessionCount {
     fn enter(&self, limit: usize) -> bool {
         let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
         let admitted = *count < limit;
@@ -75,7 +75,7 @@ impl Sessions {
     }
 }
 
-impl Turns {
+impl TurnSender {
     /// Hands a turn over; when nobody can take it, it comes back.
     pub fn submit(&self, turn: Box<Turn>) -> Result<(), Box<Turn>> {
         if !self.sessions.enter(self.limit) {
@@ -97,42 +97,42 @@ impl Turns {
 }
 
 /// What the delivery thread runs on.
-pub struct Delivery {
+pub struct DeliveryThread {
     turns: Receiver<Box<Turn>>,
     woken: OwnedFd,
-    sessions: Arc<Sessions>,
-    rules: Rules,
+    sessions: Arc<SessionCount>,
+    settings: TurnSettings,
 }
 
 /// Times and limits of a turned session, and how it is stopped.
 #[derive(Clone)]
-pub struct Rules {
+pub struct TurnSettings {
     pub timeouts: Timeouts,
     /// Messages in one session; 0: no limit.
     pub messages: usize,
-    pub desk: Desk,
+    pub reporter: Reporter,
     /// Ends sessions behind the message under way.
-    pub stop: Stop,
+    pub cancel: CancelToken,
     /// Ends them at once.
-    pub halt: Stop,
+    pub abort: CancelToken,
 }
 
 /// A delivery thread's two ends; `limit` is the number of turned sessions.
-pub fn channel(limit: usize, rules: Rules) -> std::io::Result<(Turns, Delivery)> {
+pub fn channel(limit: usize, rules: TurnSettings) -> std::io::Result<(TurnSender, DeliveryThread)> {
     // `Sessions` bounds it.
     let (sender, turns) = crossbeam_channel::unbounded();
     let (woken, waker) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC | rustix::pipe::PipeFlags::NONBLOCK)?;
-    let sessions = Arc::<Sessions>::default();
-    let there = Turns { sender, waker, sessions: sessions.clone(), limit };
-    Ok((there, Delivery { turns, woken, sessions, rules }))
+    let sessions = Arc::<SessionCount>::default();
+    let there = TurnSender { sender, waker, sessions: sessions.clone(), limit };
+    Ok((there, DeliveryThread { turns, woken, sessions, settings: rules }))
 }
 
-impl Delivery {
+impl DeliveryThread {
     /// Runs until all [`Turns`] are gone and all sessions have ended, or `halt` is said.
     pub fn run(self) {
-        let mut sessions: Vec<Call> = Vec::new();
+        let mut sessions: Vec<TurnedSession> = Vec::new();
         let mut open = true;
-        while (open || !sessions.is_empty()) && !self.rules.halt.stopped() {
+        while (open || !sessions.is_empty()) && !self.settings.abort.is_cancelled() {
             loop {
                 match self.turns.try_recv() {
                     Ok(turn) => self.begin(turn, &mut sessions),
@@ -146,7 +146,7 @@ impl Delivery {
             if open || !sessions.is_empty() {
                 self.wait(&mut sessions, open);
                 let now = Instant::now();
-                sessions.extract_if(.., |session| session.due(now) && !self.work(session, now)).for_each(Call::close);
+                sessions.extract_if(.., |session| session.is_due(now) && !self.work(session, now)).for_each(TurnedSession::close);
             }
         }
         for mut session in sessions {
@@ -155,49 +155,49 @@ impl Delivery {
         }
     }
 
-    fn begin(&self, turn: Box<Turn>, sessions: &mut Vec<Call>) {
-        match catch_unwind(AssertUnwindSafe(|| Call::new(turn.begin(), &self.rules))) {
+    fn begin(&self, turn: Box<Turn>, sessions: &mut Vec<TurnedSession>) {
+        match catch_unwind(AssertUnwindSafe(|| TurnedSession::new(turn.begin(), &self.settings))) {
             Ok(session) => sessions.push(session),
             Err(_) => self.sessions.leave(),
         }
     }
 
     /// One session's piece of work; `false`: it has ended.
-    fn work(&self, session: &mut Call, now: Instant) -> bool {
+    fn work(&self, session: &mut TurnedSession, now: Instant) -> bool {
         let worked = catch_unwind(AssertUnwindSafe(|| session.work(now)));
         let ended = match worked {
             Ok(Ok(())) => return true,
-            Ok(Err(Gone(why))) => catch_unwind(AssertUnwindSafe(|| session.end(&why))).is_err(),
+            Ok(Err(TurnEnd(why))) => catch_unwind(AssertUnwindSafe(|| session.end(&why))).is_err(),
             Err(_) => true,
         };
         if ended {
-            log::error!("event=panic session={}", session.wire.trace.id);
+            log::error!("event=panic session={}", session.connection.trace.id);
         }
         self.sessions.leave();
         false
     }
 
     /// Waits until a session can go on, the earliest deadline, a new turn or a word to stop.
-    fn wait(&self, sessions: &mut [Call], open: bool) {
+    fn wait(&self, sessions: &mut [TurnedSession], open: bool) {
         let now = Instant::now();
-        let stopping = self.rules.stop.stopped();
+        let stopping = self.settings.cancel.is_cancelled();
         let mut until = now + Duration::from_secs(3600);
-        let mut polls = vec![PollFd::from_borrowed_fd(self.rules.halt.fd(), PollFlags::IN)];
+        let mut polls = vec![PollFd::from_borrowed_fd(self.settings.abort.fd(), PollFlags::IN)];
         // With the last sender gone this pipe would report its hang-up, again and again.
         if open {
             polls.push(PollFd::new(&self.woken, PollFlags::IN));
         }
         if !stopping {
-            polls.push(PollFd::from_borrowed_fd(self.rules.stop.fd(), PollFlags::IN));
+            polls.push(PollFd::from_borrowed_fd(self.settings.cancel.fd(), PollFlags::IN));
         }
         let first = polls.len();
         let mut owners = Vec::with_capacity(sessions.len());
         for (number, session) in sessions.iter_mut().enumerate() {
             session.wake = session.wake_at(now, stopping);
             until = until.min(session.wake);
-            let wanted = session.wire.interest();
+            let wanted = session.connection.interest();
             for (descriptor, flags) in
-                [(session.wire.input_fd(), wanted & PollFlags::IN), (session.wire.output_fd(), wanted & PollFlags::OUT)]
+                [(session.connection.input_fd(), wanted & PollFlags::IN), (session.connection.output_fd(), wanted & PollFlags::OUT)]
             {
                 // Asked for nothing, poll(2) would still report a hang-up, again and again.
                 if !flags.is_empty() {
@@ -228,27 +228,27 @@ impl Delivery {
 }
 
 /// The session is over, for this reason.
-struct Gone(String);
+struct TurnEnd(String);
 
-impl From<std::io::Error> for Gone {
-    fn from(error: std::io::Error) -> Gone {
-        Gone(error.to_string())
+impl From<std::io::Error> for TurnEnd {
+    fn from(error: std::io::Error) -> TurnEnd {
+        TurnEnd(error.to_string())
     }
 }
 
 /// One turned connection.
-struct Call {
-    wire: Wire,
+struct TurnedSession {
+    connection: Connection,
     client: Client,
-    hold: Hold,
+    lock: QueueLock,
     account: String,
     peer: String,
-    rules: Rules,
+    settings: TurnSettings,
     replies: ReplyReader,
     /// Messages given to the client, in order; the first is the one it speaks of.
-    batches: VecDeque<Batch>,
+    messages: VecDeque<QueuedMessage>,
     /// The hold had nothing more when last asked, and nothing was settled since.
-    dry: bool,
+    queue_empty: bool,
     /// The content of the first is being sent.
     content: Option<Stuffer>,
     /// More can be done without waiting.
@@ -263,24 +263,24 @@ struct Call {
     /// When patience ends: with the peer's next move, and with the session.
     deadline: Instant,
     last_progress: Instant,
-    told_progress: Instant,
-    tally: Tally,
+    last_heartbeat: Instant,
+    counters: TurnCounters,
 }
 
 /// What a session has done, for the log.
 #[derive(Default)]
-struct Tally {
+struct TurnCounters {
     offered: usize,
-    delivered: usize,
+    sent: usize,
     deferred: usize,
-    refused: usize,
+    rejected: usize,
     in_doubt: usize,
     octets: u64,
 }
 
-impl Call {
-    fn new(turned: Turned, rules: &Rules) -> Call {
-        let Turned { wire, client, hold, peer, account } = turned;
+impl TurnedSession {
+    fn new(turned: Turned, rules: &TurnSettings) -> TurnedSession {
+        let Turned { connection: wire, client, lock: hold, peer, account } = turned;
         let now = Instant::now();
         let domains: Vec<_> = hold.domains().map(|domain| domain.as_str()).collect();
         log::info!(
@@ -288,16 +288,16 @@ impl Call {
             wire.trace.id,
             domains.join(",")
         );
-        Call {
-            wire,
+        TurnedSession {
+            connection: wire,
             client,
-            hold,
+            lock: hold,
             account,
             peer,
-            rules: rules.clone(),
+            settings: rules.clone(),
             replies: ReplyReader::default(),
-            batches: VecDeque::new(),
-            dry: false,
+            messages: VecDeque::new(),
+            queue_empty: false,
             content: None,
             busy: true,
             readable: false,
@@ -306,195 +306,195 @@ impl Call {
             begun: now,
             deadline: now + rules.timeouts.greeting,
             last_progress: now,
-            told_progress: now,
-            tally: Tally::default(),
+            last_heartbeat: now,
+            counters: TurnCounters::default(),
         }
     }
 
     /// When this session must be looked at even if its peer does nothing.
     fn wake_at(&self, now: Instant, stopping: bool) -> Instant {
-        if self.busy || (stopping && self.client.wants_message() && self.client.in_flight() == 0) {
+        if self.busy || (stopping && self.client.is_ready_for_message() && self.client.in_flight() == 0) {
             return now;
         }
-        let end = self.begun + self.rules.timeouts.turn;
-        let stalled = self.last_progress + self.rules.timeouts.takeover;
-        let look = if stalled > now { stalled } else { now + LOOK_AROUND };
+        let end = self.begun + self.settings.timeouts.turn;
+        let stalled = self.last_progress + self.settings.timeouts.takeover;
+        let look = if stalled > now { stalled } else { now + TAKEOVER_CHECK_INTERVAL };
         self.deadline.min(end).min(look)
     }
 
     /// Whether there may be work. The stalled ones must cost nothing while others are served.
-    fn due(&mut self, now: Instant) -> bool {
+    fn is_due(&mut self, now: Instant) -> bool {
         std::mem::take(&mut self.woken) || self.busy || now >= self.wake
     }
 
     /// A bounded piece of work.
-    fn work(&mut self, now: Instant) -> Result<(), Gone> {
+    fn work(&mut self, now: Instant) -> Result<(), TurnEnd> {
         // An error that comes with the last replies must not cost us these: a 250 that was seen is no doubt.
         let filled = match std::mem::take(&mut self.readable) {
-            true => self.wire.fill().inspect(|_| self.wire.acknowledge()),
+            true => self.connection.fill().inspect(|_| self.connection.acknowledge()),
             false => Ok(Filled::Nothing),
         };
-        let before = self.wire.unsent();
+        let before = self.connection.unsent();
         self.busy = true;
-        for _ in 0..QUANTUM {
+        for _ in 0..STEPS_PER_ROUND {
             let replied = self.take_replies(now)?;
-            let moved = self.send_content(now)? || self.offer()?;
-            if let Err(error) = self.wire.flush() {
-                let _ = self.wire.fill();
+            let moved = self.send_content(now)? || self.next_message()?;
+            if let Err(error) = self.connection.flush() {
+                let _ = self.connection.fill();
                 self.take_replies(now)?;
                 return Err(error.into());
             }
             // The flush may just have made room for more content: nobody else would wake us for it.
-            let room = self.content.is_some() && self.wire.unsent() <= HIGH_WATER;
+            let room = self.content.is_some() && self.connection.unsent() <= HIGH_WATER;
             if !replied && !moved && !room {
                 self.busy = false;
                 break;
             }
         }
-        if filled? == Filled::End || self.wire.ended() {
-            return Err(Gone("the customer closed the connection".to_owned()));
+        if filled? == Filled::End || self.connection.ended() {
+            return Err(TurnEnd("the customer closed the connection".to_owned()));
         }
         // Slow is not silent: whoever reads has time, in proportion.
         let sending = self.content.is_some() || self.client.awaiting() == Some(Awaiting::End);
-        if sending && self.wire.unsent() < before {
+        if sending && self.connection.unsent() < before {
             self.progress(now);
-            self.deadline = self.deadline.max(now + self.rules.timeouts.block);
+            self.deadline = self.deadline.max(now + self.settings.timeouts.block);
         }
-        self.check_patience(now)
+        self.check_deadlines(now)
     }
 
-    fn take_replies(&mut self, now: Instant) -> Result<bool, Gone> {
+    fn take_replies(&mut self, now: Instant) -> Result<bool, TurnEnd> {
         let mut any = false;
         loop {
-            let line = match self.wire.take_reply_line(REPLY_LINE_LIMIT) {
+            let line = match self.connection.take_reply_line(REPLY_LINE_LIMIT) {
                 Line::Whole(line) => line,
                 Line::None => return Ok(any),
-                Line::TooLong => return Err(Gone("a reply line without end".to_owned())),
+                Line::TooLong => return Err(TurnEnd("a reply line without end".to_owned())),
             };
-            self.wire.trace.heard(&line);
-            let reply = self.replies.line(&line).map_err(|error| Gone(format!("this is no reply: {:?}", error.0)))?;
+            self.connection.trace.received(&line);
+            let reply = self.replies.line(&line).map_err(|error| TurnEnd(format!("this is no reply: {:?}", error.0)))?;
             if let Some(reply) = reply {
                 any = true;
                 self.progress(now);
-                self.answer(reply, now)?;
+                self.handle_reply(reply, now)?;
             }
         }
     }
 
-    fn answer(&mut self, reply: Reply, now: Instant) -> Result<(), Gone> {
+    fn handle_reply(&mut self, reply: Reply, now: Instant) -> Result<(), TurnEnd> {
         let farewell = reply.code() == 421;
         let mut said = Vec::new();
-        let step = self.client.reply(reply.clone(), &mut said).map_err(|broken| Gone(broken.0.to_owned()))?;
-        self.say(&said);
-        self.rearm(now);
+        let step = self.client.reply(reply.clone(), &mut said).map_err(|broken| TurnEnd(broken.0.to_owned()))?;
+        self.send(&said);
+        self.reset_deadline(now);
         match step {
-            Step::Wait | Step::Ready => {}
-            Step::Content { .. } => self.content = Some(Stuffer::new()),
-            Step::Settled(outcome) => self.settle(&outcome)?,
-            Step::Closed => return Err(Gone("done".to_owned())),
-            Step::Halt(Halt::Refused { what, reply }) => {
+            ClientStep::Wait | ClientStep::Ready => {}
+            ClientStep::Content { .. } => self.content = Some(Stuffer::new()),
+            ClientStep::MessageDone(outcome) => self.finish_message(&outcome)?,
+            ClientStep::Closed => return Err(TurnEnd("done".to_owned())),
+            ClientStep::Abort(Abort::Rejected { what, reply }) => {
                 log::warn!("event=turn-refused session={} what={what:?} reply={:?}", self.id(), reply.to_string());
             }
             // None of them is in the plan of a turned client.
-            Step::Halt(_) | Step::StartTls | Step::Answered(_) | Step::Turned => {
-                return Err(Gone("no such step".to_owned()));
+            ClientStep::Abort(_) | ClientStep::StartTls | ClientStep::Replied(_) | ClientStep::Turned => {
+                return Err(TurnEnd("no such step".to_owned()));
             }
         }
         if farewell {
-            return Err(Gone(format!("the customer said {reply}")));
+            return Err(TurnEnd(format!("the customer said {reply}")));
         }
         Ok(())
     }
 
     /// Sends a piece of the content under way.
-    fn send_content(&mut self, now: Instant) -> Result<bool, Gone> {
-        let (Some(stuffer), Some(batch)) = (&mut self.content, self.batches.front_mut()) else {
+    fn send_content(&mut self, now: Instant) -> Result<bool, TurnEnd> {
+        let (Some(stuffer), Some(batch)) = (&mut self.content, self.messages.front_mut()) else {
             return Ok(false);
         };
-        if self.wire.unsent() > HIGH_WATER {
+        if self.connection.unsent() > HIGH_WATER {
             return Ok(false);
         }
-        let mut piece = [0; BLOCK];
+        let mut piece = [0; CONTENT_BLOCK];
         let octets = match batch.read(&mut piece) {
             Ok(octets) => octets,
             Err(error) => {
                 // It goes to the end of the line, or nothing behind it would ever be sent.
-                batch.put_last();
+                batch.move_to_end();
                 return Err(error.into());
             }
         };
         if octets > 0 {
-            stuffer.feed(&piece[..octets], self.wire.out());
-            self.deadline = now + self.rules.timeouts.block;
+            stuffer.feed(&piece[..octets], self.connection.out());
+            self.deadline = now + self.settings.timeouts.block;
         } else {
-            stuffer.finish(self.wire.out());
+            stuffer.finish(self.connection.out());
             self.content = None;
             let mut said = Vec::new();
             self.client.content_sent(&mut said);
-            self.say(&said);
-            self.rearm(now);
+            self.send(&said);
+            self.reset_deadline(now);
         }
         self.progress(now);
         Ok(true)
     }
 
     /// Gives the client the next message, or QUIT when there is none.
-    fn offer(&mut self) -> Result<bool, Gone> {
+    fn next_message(&mut self) -> Result<bool, TurnEnd> {
         // Asking the hold means listing a folder: not for every wake-up.
-        if !self.client.wants_message() || (self.dry && self.client.in_flight() > 0) {
+        if !self.client.is_ready_for_message() || (self.queue_empty && self.client.in_flight() > 0) {
             return Ok(false);
         }
-        let limit = self.rules.messages;
-        let enough = self.rules.stop.stopped() || (limit > 0 && self.tally.offered >= limit);
+        let limit = self.settings.messages;
+        let enough = self.settings.cancel.is_cancelled() || (limit > 0 && self.counters.offered >= limit);
         let mut said = Vec::new();
-        match if enough { None } else { self.hold.offer() } {
+        match if enough { None } else { self.lock.next_message() } {
             Some(batch) => {
-                self.tally.offered += 1;
-                match self.client.send(batch.message(), &mut said) {
-                    Ok(()) => self.batches.push_back(batch),
-                    Err(outcome) => self.settle_batch(batch, &outcome)?,
+                self.counters.offered += 1;
+                match self.client.send_message(batch.outgoing_message(), &mut said) {
+                    Ok(()) => self.messages.push_back(batch),
+                    Err(outcome) => self.finish_attempt(batch, &outcome)?,
                 }
             }
             None if self.client.in_flight() == 0 => self.client.quit(&mut said),
             None => {
-                self.dry = true;
+                self.queue_empty = true;
                 return Ok(false);
             }
         }
-        self.say(&said);
+        self.send(&said);
         if self.client.in_flight() <= 1 {
-            self.rearm(Instant::now());
+            self.reset_deadline(Instant::now());
         }
         Ok(true)
     }
 
-    fn settle(&mut self, outcome: &Outcome) -> Result<(), Gone> {
-        self.dry = false;
-        match self.batches.pop_front() {
-            Some(batch) => self.settle_batch(batch, outcome),
+    fn finish_message(&mut self, outcome: &DeliveryResult) -> Result<(), TurnEnd> {
+        self.queue_empty = false;
+        match self.messages.pop_front() {
+            Some(batch) => self.finish_attempt(batch, outcome),
             None => Ok(()),
         }
     }
 
-    fn settle_batch(&mut self, batch: Batch, outcome: &Outcome) -> Result<(), Gone> {
+    fn finish_attempt(&mut self, batch: QueuedMessage, outcome: &DeliveryResult) -> Result<(), TurnEnd> {
         let size = batch.size;
         let peer = Peer { name: self.client.peer_name(), dsn: self.client.offered().dsn };
-        let context = format!("session={} account={}", self.wire.trace.id, self.account);
+        let context = format!("session={} account={}", self.connection.trace.id, self.account);
         let attempt = Attempt { peer, retry: None, done: "delivered", context: &context };
-        if self.rules.desk.conclude(batch, outcome.clone(), &attempt, &mut self.hold).is_err() {
+        if self.settings.reporter.finish_attempt(batch, outcome.clone(), &attempt, &mut self.lock).is_err() {
             // The disk does not take what has been done: to go on would be to do it again and again.
-            return Err(Gone("the outcome could not be kept".to_owned()));
+            return Err(TurnEnd("the outcome could not be kept".to_owned()));
         }
-        for fate in &outcome.fates {
+        for fate in &outcome.recipients {
             *match fate {
-                Fate::Delivered(_) => &mut self.tally.delivered,
-                Fate::Deferred(_) => &mut self.tally.deferred,
-                Fate::Refused(_) => &mut self.tally.refused,
-                Fate::InDoubt => &mut self.tally.in_doubt,
+                RecipientStatus::Sent(_) => &mut self.counters.sent,
+                RecipientStatus::Deferred(_) => &mut self.counters.deferred,
+                RecipientStatus::Rejected(_) => &mut self.counters.rejected,
+                RecipientStatus::InDoubt => &mut self.counters.in_doubt,
             } += 1;
         }
-        if outcome.fates.iter().any(|fate| matches!(fate, Fate::Delivered(_))) {
-            self.tally.octets += size;
+        if outcome.recipients.iter().any(|fate| matches!(fate, RecipientStatus::Sent(_))) {
+            self.counters.octets += size;
         }
         Ok(())
     }
@@ -504,18 +504,18 @@ impl Call {
         let gone = Reply::new(451, "4.4.2", "The connection was lost");
         for outcome in self.client.abandon(&gone) {
             // Logged where it failed; the mail stays as it is.
-            let _ = self.settle(&outcome);
+            let _ = self.finish_message(&outcome);
         }
-        let tally = &self.tally;
+        let tally = &self.counters;
         log::info!(
             "event=turn-ended session={} peer={} account={} delivered={} deferred={} refused={} in-doubt={} octets={} \
              seconds={:.3} reason={why:?}",
             self.id(),
             self.peer,
             self.account,
-            tally.delivered,
+            tally.sent,
             tally.deferred,
-            tally.refused,
+            tally.rejected,
             tally.in_doubt,
             tally.octets,
             self.begun.elapsed().as_secs_f64()
@@ -525,49 +525,49 @@ impl Call {
     /// Lets go of the mail, and closes: in this order, so that a customer who sees the end and calls again
     /// finds its domains free. TLS ends with close_notify (RFC 8314 section 3.4).
     fn close(self) {
-        drop(self.hold);
-        self.wire.shutdown();
+        drop(self.lock);
+        self.connection.shutdown();
     }
 
     fn id(&self) -> &str {
-        &self.wire.trace.id
+        &self.connection.trace.id
     }
 
-    fn say(&mut self, octets: &[u8]) {
+    fn send(&mut self, octets: &[u8]) {
         for line in octets.split_inclusive(|octet| *octet == b'\n') {
-            self.wire.trace.said(line);
+            self.connection.trace.sent(line);
         }
-        self.wire.say(octets);
+        self.connection.send(octets);
     }
 
     /// The peer has moved: patience begins anew, as long as the state allows (RFC 5321 section 4.5.3.2).
-    fn rearm(&mut self, now: Instant) {
-        let times = &self.rules.timeouts;
+    fn reset_deadline(&mut self, now: Instant) {
+        let times = &self.settings.timeouts;
         let patience = match self.client.awaiting() {
             _ if self.content.is_some() => times.block,
-            _ if self.client.closing() => FAREWELL.min(times.command),
-            awaiting => times.patience(awaiting),
+            _ if self.client.closing() => QUIT_TIMEOUT.min(times.command),
+            awaiting => times.reply_timeout(awaiting),
         };
         self.deadline = now + patience;
     }
 
     fn progress(&mut self, now: Instant) {
         self.last_progress = now;
-        if now.duration_since(self.told_progress) > self.rules.timeouts.takeover / 4 {
-            self.told_progress = now;
-            self.hold.progress();
+        if now.duration_since(self.last_heartbeat) > self.settings.timeouts.takeover / 4 {
+            self.last_heartbeat = now;
+            self.lock.heartbeat();
         }
     }
 
-    fn check_patience(&self, now: Instant) -> Result<(), Gone> {
+    fn check_deadlines(&self, now: Instant) -> Result<(), TurnEnd> {
         if now >= self.deadline {
-            return Err(Gone("the customer does not answer".to_owned()));
+            return Err(TurnEnd("the customer does not answer".to_owned()));
         }
-        if now >= self.begun + self.rules.timeouts.turn {
-            return Err(Gone("the session has taken too long".to_owned()));
+        if now >= self.begun + self.settings.timeouts.turn {
+            return Err(TurnEnd("the session has taken too long".to_owned()));
         }
-        if now >= self.last_progress + self.rules.timeouts.takeover && self.hold.wanted() {
-            return Err(Gone("taken over by another session of the customer".to_owned()));
+        if now >= self.last_progress + self.settings.timeouts.takeover && self.lock.takeover_requested() {
+            return Err(TurnEnd("taken over by another session of the customer".to_owned()));
         }
         Ok(())
     }

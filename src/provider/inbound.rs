@@ -6,49 +6,49 @@
 use std::sync::Arc;
 
 use super::{Shared, intake};
-use crate::sasl::{Secrets, Unavailable};
-use crate::session::{Intake, Party, Session};
+use crate::sasl::{CredentialStore, Unavailable};
+use crate::session::{MessageSink, SessionHandler, ServerSession};
 use crate::smtp::address::{ForwardPath, Mailbox};
 use crate::smtp::command::{MailFrom, Notify};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Host, Server};
+use crate::smtp::server::{ServerHandler, Server};
 
 /// One inbound session, up to its end.
-pub fn serve(shared: &Arc<Shared>, mut session: Session) -> String {
+pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
     session.greet();
-    let mut party = Inbound { shared: shared.clone() };
+    let mut party = InboundHandler { shared: shared.clone() };
     let end = session.run(&mut party);
     session.close();
     end.to_string()
 }
 
-struct Inbound {
+struct InboundHandler {
     shared: Arc<Shared>,
 }
 
-impl Secrets for Inbound {
+impl CredentialStore for InboundHandler {
     /// AUTH is not offered here.
     fn secret(&self, _: &str) -> Result<Option<Vec<u8>>, Unavailable> {
         Ok(None)
     }
 }
 
-impl Host for Inbound {
+impl ServerHandler for InboundHandler {
     fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
-        self.shared.make_room(mail)
+        self.shared.check_room(mail)
     }
 
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
-        match self.shared.sorter.held(&mailbox) {
+        match self.shared.router.held_queue(&mailbox) {
             Some(_) => Ok(mailbox),
             None => Err(Reply::new(550, "5.7.1", "Relaying denied: no mail is held here for that domain")),
         }
     }
 }
 
-impl Party for Inbound {
-    fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
+impl SessionHandler for InboundHandler {
+    fn receive_message(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn MessageSink>, Reply> {
         intake::store(&self.shared, server, peer, secure, false)
     }
 }

@@ -7,42 +7,42 @@ use std::io;
 use std::sync::Arc;
 
 use super::Shared;
-use crate::maildir::Copies;
-use crate::outgoing::{Letter, Post};
-use crate::queue::{Envelope, Place};
-use crate::session::{Intake, storage_reply};
+use crate::maildir::MessageWriter;
+use crate::outgoing::{DsnMessage, DsnSink};
+use crate::queue::{Envelope, QueueName};
+use crate::session::{MessageSink, storage_failure_reply};
 use crate::smtp::address::{Domain, Mailbox};
-use crate::smtp::header::{Additions, Completer};
+use crate::smtp::header::{HeaderAdditions, HeaderCompleter};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::Server;
-use crate::stamp::Stamps;
+use crate::stamp::Ids;
 
 /// Where mail for a mailbox is put.
 #[derive(Clone)]
-pub struct Sorter {
+pub struct RecipientRouter {
     accounts: crate::config::Accounts,
     own: Option<Domain>,
 }
 
-impl Sorter {
-    pub fn new(config: &crate::config::Provider) -> Sorter {
-        Sorter { accounts: config.accounts.clone(), own: Domain::parse(&config.hostname) }
+impl RecipientRouter {
+    pub fn new(config: &crate::config::ProviderConfig) -> RecipientRouter {
+        RecipientRouter { accounts: config.accounts.clone(), own: Domain::parse(&config.hostname) }
     }
 
     /// `None`: only a relay would take it.
-    pub fn held(&self, mailbox: &Mailbox) -> Option<Place> {
+    pub fn held_queue(&self, mailbox: &Mailbox) -> Option<QueueName> {
         let domain = mailbox.domain()?;
         if self.accounts.owner(domain).is_some() {
-            return Some(Place::Domain(domain.clone()));
+            return Some(QueueName::Domain(domain.clone()));
         }
         // RFC 5321 section 4.5.1: there is a postmaster wherever there is a server.
         let own = self.own.as_ref() == Some(domain);
-        (own && mailbox.local().eq_ignore_ascii_case("postmaster")).then_some(Place::Postmaster)
+        (own && mailbox.local().eq_ignore_ascii_case("postmaster")).then_some(QueueName::Postmaster)
     }
 
     /// The same with the world as the last resort; only an address literal has no place at all.
-    pub fn anywhere(&self, mailbox: &Mailbox) -> Option<Place> {
-        self.held(mailbox).or_else(|| mailbox.domain().map(|domain| Place::Destination(domain.clone())))
+    pub fn queue_for(&self, mailbox: &Mailbox) -> Option<QueueName> {
+        self.held_queue(mailbox).or_else(|| mailbox.domain().map(|domain| QueueName::Destination(domain.clone())))
     }
 }
 
@@ -54,14 +54,14 @@ pub fn store(
     peer: &str,
     secure: Option<&str>,
     complete: bool,
-) -> Result<Box<dyn Intake>, Reply> {
+) -> Result<Box<dyn MessageSink>, Reply> {
     let Some(transaction) = server.transaction() else {
         return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
     };
-    let (id, arrived) = (shared.stamps.id(), shared.stamps.now());
-    let mut copies: Vec<(Place, Envelope)> = Vec::new();
+    let (id, arrived) = (shared.stamps.queue_id(), shared.stamps.now());
+    let mut copies: Vec<(QueueName, Envelope)> = Vec::new();
     for recipient in &transaction.recipients {
-        let Some(place) = shared.sorter.anywhere(&recipient.mailbox) else { continue };
+        let Some(place) = shared.router.queue_for(&recipient.mailbox) else { continue };
         if let Some((_, envelope)) = copies.iter_mut().find(|(other, _)| *other == place) {
             envelope.recipients.push(recipient.clone());
             continue;
@@ -71,34 +71,34 @@ pub fn store(
         copies.push((place, envelope));
     }
     let received = server.received(peer, secure, &id, arrived);
-    let drafts = shared.queue.put(&copies, &received).map_err(|error| storage_reply(&error))?;
-    let additions = Additions {
+    let drafts = shared.queue.begin_message(&copies, &received).map_err(|error| storage_failure_reply(&error))?;
+    let additions = HeaderAdditions {
         date: arrived.rfc5322(),
         message_id: format!("<{id}@{}>", shared.config.hostname),
         from: None,
         drop_bcc: false,
     };
-    Ok(Box::new(Stored {
+    Ok(Box::new(QueueWriter {
         shared: shared.clone(),
         drafts,
         places: copies.into_iter().map(|(place, _)| place).collect(),
         id,
-        completer: complete.then(|| Completer::new(additions)),
+        completer: complete.then(|| HeaderCompleter::new(additions)),
         buffer: Vec::new(),
     }))
 }
 
 /// A message on its way into the queue.
-struct Stored {
+struct QueueWriter {
     shared: Arc<Shared>,
-    drafts: Copies,
-    places: Vec<Place>,
+    drafts: MessageWriter,
+    places: Vec<QueueName>,
     id: String,
-    completer: Option<Completer>,
+    completer: Option<HeaderCompleter>,
     buffer: Vec<u8>,
 }
 
-impl Intake for Stored {
+impl MessageSink for QueueWriter {
     fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         let Some(completer) = &mut self.completer else {
             return self.drafts.write(octets);
@@ -121,21 +121,21 @@ impl Intake for Stored {
 }
 
 /// The provider's notices: into a held domain's Maildir, or out through the relay.
-pub struct Notices {
+pub struct SpoolDsnSink {
     pub queue: crate::queue::Queue,
-    pub sorter: Sorter,
-    pub relay: super::relay::Handle,
-    pub stamps: Stamps,
+    pub router: RecipientRouter,
+    pub relay: super::relay::RelayHandle,
+    pub stamps: Ids,
 }
 
-impl Post for Notices {
-    fn post(&self, letter: &Letter) -> io::Result<()> {
-        let Some(place) = self.sorter.anywhere(&letter.to) else {
+impl DsnSink for SpoolDsnSink {
+    fn store(&self, letter: &DsnMessage) -> io::Result<()> {
+        let Some(place) = self.router.queue_for(&letter.to) else {
             log::warn!("event=notice-undeliverable to=<{}>", letter.to);
             return Ok(());
         };
         let envelope = letter.envelope(&self.stamps);
-        let mut copies = self.queue.put(&[(place.clone(), envelope)], "")?;
+        let mut copies = self.queue.begin_message(&[(place.clone(), envelope)], "")?;
         copies.write(&letter.text)?;
         copies.commit()?;
         self.relay.arrived(&[place]);

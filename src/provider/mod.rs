@@ -23,52 +23,52 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::config;
-use crate::listen::{self, Gate, Visitors};
-use crate::outgoing::Desk;
+use crate::listen::{self, Acceptor, ConnectionLimiter};
+use crate::outgoing::Reporter;
 use crate::queue::Queue;
 use crate::sasl::Mechanism;
-use crate::session::{Bounds, Session, disk_full, literal};
+use crate::session::{SessionLimits, ServerSession, disk_full_reply, address_literal};
 use crate::smtp::address::{ForwardPath, Mailbox};
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Profile, Role, Server};
-use crate::stamp::{Date, Stamps};
-use crate::tls::{self, ServerSide};
-use crate::wire::{Stop, Trace, Wire};
-use delivery::{Delivery, Rules, Turns};
+use crate::smtp::server::{ServerOptions, ServerRole, Server};
+use crate::stamp::{Timestamp_, Ids};
+use crate::tls::{self, ServerTls};
+use crate::wire::{CancelToken, Trace, Connection};
+use delivery::{DeliveryThread, TurnSettings, TurnSender};
 use relay::Relay;
 
 /// What all threads of a provider share.
 pub struct Shared {
-    pub config: config::Provider,
+    pub config: config::ProviderConfig,
     pub queue: Queue,
-    pub stamps: Stamps,
-    pub turns: Turns,
-    pub relay: relay::Handle,
-    pub sorter: intake::Sorter,
-    pub rates: Rates,
-    tls: Option<ServerSide>,
-    stop: Stop,
-    halt: Stop,
-    visitors: Visitors,
+    pub stamps: Ids,
+    pub turns: TurnSender,
+    pub relay: relay::RelayHandle,
+    pub router: intake::RecipientRouter,
+    pub rates: SubmissionRates,
+    tls: Option<ServerTls>,
+    cancel: CancelToken,
+    abort: CancelToken,
+    limiter: ConnectionLimiter,
     sessions: AtomicU64,
 }
 
 /// On which door a connection knocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Door {
+pub enum Listener {
     Inbound,
     Odmr,
     /// Port 366's protocol, TLS from the first octet.
     OdmrTls,
 }
 
-impl Door {
+impl Listener {
     pub fn name(self) -> &'static str {
         match self {
-            Door::Inbound => "inbound",
-            Door::Odmr => "odmr",
-            Door::OdmrTls => "odmr-tls",
+            Listener::Inbound => "inbound",
+            Listener::Odmr => "odmr",
+            Listener::OdmrTls => "odmr-tls",
         }
     }
 }
@@ -97,20 +97,20 @@ pub struct Provider;
 
 impl Provider {
     /// Checks what the configuration names, binds every listener, and only then begins to work.
-    pub fn start(config: config::Provider, stamps: Stamps) -> Result<Running, StartError> {
+    pub fn start(config: config::ProviderConfig, stamps: Ids) -> Result<RunningProvider, StartError> {
         let (shared, delivery, relay) = prepare(config, stamps)?;
         let mut listeners = Vec::new();
         let config = &shared.config;
         for (door, addresses) in [
-            (Door::Inbound, &config.inbound.listen),
-            (Door::Odmr, &config.odmr.listen),
-            (Door::OdmrTls, &config.odmr.listen_tls),
+            (Listener::Inbound, &config.inbound.listen),
+            (Listener::Odmr, &config.odmr.listen),
+            (Listener::OdmrTls, &config.odmr.listen_tls),
         ] {
             for address in addresses {
                 listeners.push((door, listen::bind(*address).map_err(StartError::System)?));
             }
         }
-        let mut running = Running {
+        let mut running = RunningProvider {
             shared: shared.clone(),
             inbound: Vec::new(),
             odmr: Vec::new(),
@@ -123,20 +123,20 @@ impl Provider {
             let address = listener.local_addr().map_err(system)?;
             log::info!("listening {} {address}", door.name());
             match door {
-                Door::Inbound => running.inbound.push(address),
-                Door::Odmr => running.odmr.push(address),
-                Door::OdmrTls => running.odmr_tls.push(address),
+                Listener::Inbound => running.inbound.push(address),
+                Listener::Odmr => running.odmr.push(address),
+                Listener::OdmrTls => running.odmr_tls.push(address),
             }
             let shared = shared.clone();
             running.spawn(door.name(), move || {
-                let gate = Gate {
+                let gate = Acceptor {
                     name: door.name(),
-                    greets: door != Door::OdmrTls,
-                    stop: shared.stop.clone(),
-                    visitors: shared.visitors.clone(),
+                    greets: door != Listener::OdmrTls,
+                    stop: shared.cancel.clone(),
+                    limiter: shared.limiter.clone(),
                 };
                 let serve = move |stream: TcpStream, peer| {
-                    let wire = Wire::new(stream.into(), shared.trace(door));
+                    let wire = Connection::new(stream.into(), shared.trace(door));
                     shared.serve(door, wire, Some(peer));
                 };
                 gate.accept(&listener, Arc::new(serve));
@@ -148,30 +148,30 @@ impl Provider {
     /// Serves one connection that a supervisor has accepted (inetd, UCSPI), and what becomes of it after a
     /// turn; returns when it is over.
     pub fn serve_one(
-        config: config::Provider,
-        stamps: Stamps,
-        door: Door,
+        config: config::ProviderConfig,
+        stamps: Ids,
+        door: Listener,
         wire: (OwnedFd, Option<OwnedFd>),
         peer: Option<IpAddr>,
-        stop: &Stop,
+        stop: &CancelToken,
     ) -> Result<(), StartError> {
         // Outgoing mail is put into the queue; the `serve` that has no --inetd sends it.
         let grace = config.timeouts.shutdown;
         let (shared, delivery, _relay) = prepare(config, stamps)?;
-        let (signal, session, at_once) = (stop.clone(), shared.stop.clone(), shared.halt.clone());
+        let (signal, session, at_once) = (stop.clone(), shared.cancel.clone(), shared.abort.clone());
         std::thread::spawn(move || {
             signal.wait_until(None);
-            session.stop();
+            session.cancel();
             at_once.wait_until(Some(Instant::now() + grace));
-            at_once.stop();
+            at_once.cancel();
         });
         let worker = {
             let shared = shared.clone();
             std::thread::Builder::new().spawn(move || {
                 let trace = shared.trace(door);
                 let wire = match wire {
-                    (socket, None) => Wire::new(socket, trace),
-                    (input, Some(output)) => Wire::pair(input, output, trace),
+                    (socket, None) => Connection::new(socket, trace),
+                    (input, Some(output)) => Connection::pair(input, output, trace),
                 };
                 shared.serve(door, wire, peer);
             })
@@ -187,7 +187,7 @@ impl Provider {
 }
 
 /// A provider at work.
-pub struct Running {
+pub struct RunningProvider {
     shared: Arc<Shared>,
     inbound: Vec<SocketAddr>,
     odmr: Vec<SocketAddr>,
@@ -195,7 +195,7 @@ pub struct Running {
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Running {
+impl RunningProvider {
     pub fn inbound(&self) -> &[SocketAddr] {
         &self.inbound
     }
@@ -210,18 +210,18 @@ impl Running {
 
     /// No new connections; sessions end at the next safe point, within the shutdown timeout.
     pub fn stop(self) {
-        let Running { shared, threads, .. } = self;
+        let RunningProvider { shared, threads, .. } = self;
         let deadline = Instant::now() + shared.config.timeouts.shutdown;
-        shared.stop.stop();
+        shared.cancel.cancel();
         shared.relay.wake();
-        shared.visitors.wait_until_gone(deadline);
+        shared.limiter.wait_until_idle(deadline);
         shared.turns.wait_until_done(deadline);
-        shared.halt.stop();
+        shared.abort.cancel();
         for thread in threads {
             let _ = thread.join();
         }
         // A word more for those who were cut off in the middle of content.
-        shared.visitors.wait_until_gone(Instant::now() + Duration::from_secs(1));
+        shared.limiter.wait_until_idle(Instant::now() + Duration::from_secs(1));
     }
 
     fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
@@ -231,26 +231,26 @@ impl Running {
     }
 }
 
-fn prepare(config: config::Provider, stamps: Stamps) -> Result<(Arc<Shared>, Delivery, Relay), StartError> {
+fn prepare(config: config::ProviderConfig, stamps: Ids) -> Result<(Arc<Shared>, DeliveryThread, Relay), StartError> {
     let tls = match &config.tls {
         Some(files) => Some(tls::server_config(&files.certificate, &files.key).map_err(StartError::Config)?),
         None => None,
     };
-    let stop = Stop::new().map_err(system)?;
-    let halt = Stop::new().map_err(system)?;
+    let stop = CancelToken::new().map_err(system)?;
+    let halt = CancelToken::new().map_err(system)?;
     let queue = Queue::new(&config.spool, &config.hostname, stamps.clone(), config.timeouts.takeover);
-    let sorter = intake::Sorter::new(&config);
+    let sorter = intake::RecipientRouter::new(&config);
     let (relay, events) = relay::channel();
     let notices =
-        intake::Notices { queue: queue.clone(), sorter: sorter.clone(), relay: relay.clone(), stamps: stamps.clone() };
-    let desk = Desk::new(&config.hostname, &stamps, Some(Arc::new(notices)));
+        intake::SpoolDsnSink { queue: queue.clone(), router: sorter.clone(), relay: relay.clone(), stamps: stamps.clone() };
+    let desk = Reporter::new(&config.hostname, &stamps, Some(Arc::new(notices)));
     let outgoing = Relay::new(&config, &queue, &stamps, desk.clone(), (relay.clone(), events), &stop)?;
-    let rules = Rules {
+    let rules = TurnSettings {
         timeouts: config.timeouts.clone(),
         messages: config.limits.messages_per_turn,
-        desk,
-        stop: stop.clone(),
-        halt: halt.clone(),
+        reporter: desk,
+        cancel: stop.clone(),
+        abort: halt.clone(),
     };
     let (turns, delivery) = delivery::channel(config.limits.turned_sessions, rules).map_err(system)?;
     let shared = Shared {
@@ -258,12 +258,12 @@ fn prepare(config: config::Provider, stamps: Stamps) -> Result<(Arc<Shared>, Del
         stamps,
         turns,
         relay,
-        sorter,
-        rates: Rates::default(),
+        router: sorter,
+        rates: SubmissionRates::default(),
         tls,
-        stop,
-        halt,
-        visitors: Visitors::new(config.limits.connections, config.limits.connections_per_address),
+        cancel: stop,
+        abort: halt,
+        limiter: ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address),
         sessions: AtomicU64::new(0),
         config,
     };
@@ -276,8 +276,8 @@ fn system(error: io::Error) -> StartError {
 
 impl Shared {
     /// Refuses mail that the disk would not hold, before it is sent (RFC 1870 section 6.1).
-    fn make_room(&self, mail: &MailFrom) -> Result<(), Reply> {
-        if self.queue.has_room(mail.size.unwrap_or(0)) { Ok(()) } else { Err(disk_full()) }
+    fn check_room(&self, mail: &MailFrom) -> Result<(), Reply> {
+        if self.queue.has_room(mail.size.unwrap_or(0)) { Ok(()) } else { Err(disk_full_reply()) }
     }
 
     /// The mailbox a path means; a postmaster without a domain is our own (RFC 5321 section 4.5.1).
@@ -289,16 +289,16 @@ impl Shared {
         }
     }
 
-    fn trace(&self, door: Door) -> Trace {
+    fn trace(&self, door: Listener) -> Trace {
         let id = (self.sessions.fetch_add(1, Ordering::Relaxed) + 1).to_string();
         // In a transcript P is the provider on port 366, S any plain SMTP server.
-        Trace { id, us: if door == Door::Inbound { 'S' } else { 'P' }, them: 'C' }
+        Trace { id, us: if door == Listener::Inbound { 'S' } else { 'P' }, them: 'C' }
     }
 
     /// One connection, up to its end or its turn.
-    fn serve(self: &Arc<Shared>, door: Door, wire: io::Result<Wire>, peer: Option<IpAddr>) {
+    fn serve(self: &Arc<Shared>, door: Listener, wire: io::Result<Connection>, peer: Option<IpAddr>) {
         let begun = Instant::now();
-        let literal = peer.map_or_else(|| "[unknown]".to_owned(), literal);
+        let literal = peer.map_or_else(|| "[unknown]".to_owned(), address_literal);
         let id = wire.as_ref().map_or_else(|_| String::new(), |wire| wire.trace.id.clone());
         log::info!("event=connected session={id} listener={} peer={literal}", door.name());
         let why = self.converse(door, wire, literal.clone()).unwrap_or_else(|error| error.to_string());
@@ -309,30 +309,30 @@ impl Shared {
         );
     }
 
-    fn converse(self: &Arc<Shared>, door: Door, wire: io::Result<Wire>, peer: String) -> io::Result<String> {
+    fn converse(self: &Arc<Shared>, door: Listener, wire: io::Result<Connection>, peer: String) -> io::Result<String> {
         let mut wire = wire?;
         let timeouts = &self.config.timeouts;
         let mut tls = self.tls.clone();
-        if door == Door::OdmrTls
+        if door == Listener::OdmrTls
             && let Some(side) = tls.take()
         {
             wire.start_tls_server(&side, Instant::now() + timeouts.handshake)?;
         }
         let server = Server::new(self.profile(door), wire.secure().is_some());
-        let bounds = Bounds::new(timeouts, &self.config.limits, &self.stop, &self.halt);
-        let session = Session::new(wire, server, peer, tls, bounds);
+        let bounds = SessionLimits::new(timeouts, &self.config.limits, &self.cancel, &self.abort);
+        let session = ServerSession::new(wire, server, peer, tls, bounds);
         Ok(match door {
-            Door::Inbound => inbound::serve(self, session),
-            Door::Odmr | Door::OdmrTls => odmr::serve(self, session),
+            Listener::Inbound => inbound::serve(self, session),
+            Listener::Odmr | Listener::OdmrTls => odmr::serve(self, session),
         })
     }
 
-    fn profile(&self, door: Door) -> Profile {
+    fn profile(&self, door: Listener) -> ServerOptions {
         let config = &self.config;
         let mechanisms = Mechanism::ALL.into_iter();
         let mechanisms = mechanisms.filter(|mechanism| config.odmr.cram_md5 || *mechanism != Mechanism::CramMd5);
-        Profile {
-            role: if door == Door::Inbound { Role::Inbound } else { Role::Odmr },
+        ServerOptions {
+            role: if door == Listener::Inbound { ServerRole::Inbound } else { ServerRole::Odmr },
             hostname: config.hostname.clone(),
             max_size: config.inbound.max_size,
             max_recipients: config.limits.recipients,
@@ -349,13 +349,13 @@ impl Shared {
 
 /// How many messages each account has handed in within the hour.
 #[derive(Default)]
-pub struct Rates {
-    hours: Mutex<HashMap<String, (Date, usize)>>,
+pub struct SubmissionRates {
+    hours: Mutex<HashMap<String, (Timestamp_, usize)>>,
 }
 
-impl Rates {
+impl SubmissionRates {
     /// Counts one more; `limit` 0: no limit.
-    fn admit(&self, account: &str, limit: usize, now: Date) -> bool {
+    fn admit(&self, account: &str, limit: usize, now: Timestamp_) -> bool {
         if limit == 0 {
             return true;
         }

@@ -10,28 +10,28 @@ use std::sync::Arc;
 
 use super::{Shared, intake};
 use crate::config::Account;
-use crate::queue::{Hold, NoHold, Place};
-use crate::sasl::{Secrets, Unavailable};
-use crate::session::{End, Intake, Party, Session};
+use crate::queue::{QueueLock, LockError, QueueName};
+use crate::sasl::{CredentialStore, Unavailable};
+use crate::session::{SessionEnd, MessageSink, SessionHandler, ServerSession};
 use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::smtp::command::{MailFrom, Notify};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Host, Server};
+use crate::smtp::server::{ServerHandler, Server};
 use crate::turn::Turn;
 
 /// One session, up to its end or its turn.
-pub fn serve(shared: &Arc<Shared>, mut session: Session) -> String {
-    let mut party = Odmr { shared: shared.clone() };
+pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
+    let mut party = OdmrHandler { shared: shared.clone() };
     session.greet();
     loop {
         let domains = match session.run(&mut party) {
-            End::Atrn(domains) => domains,
+            SessionEnd::Atrn(domains) => domains,
             end => {
                 session.close();
                 return end.to_string();
             }
         };
-        let offered = match grant(shared, session.server.account(), &domains) {
+        let offered = match lock_mail(shared, session.server.account(), &domains) {
             Ok(hold) => Turn::offer(session, hold),
             Err(reply) => Err(Box::new((session, reply))),
         };
@@ -48,17 +48,17 @@ pub fn serve(shared: &Arc<Shared>, mut session: Session) -> String {
         (session, reply) = *refused;
         log::info!(
             "event=atrn-refused session={} peer={} account={} reply={:?}",
-            session.wire.trace.id,
+            session.connection.trace.id,
             session.peer,
             session.server.account().unwrap_or_default(),
             reply.to_string()
         );
-        session.say(&reply);
+        session.reply(&reply);
     }
 }
 
 /// All that was asked for, locked, with mail in it; or nothing, and why (RFC 2645 section 5.2.1).
-fn grant(shared: &Shared, account: Option<&str>, asked: &[Domain]) -> Result<Hold, Reply> {
+fn lock_mail(shared: &Shared, account: Option<&str>, asked: &[Domain]) -> Result<QueueLock, Reply> {
     let account = account.and_then(|name| shared.config.accounts.account(name));
     let own = account.map(|account| account.domains.as_slice()).unwrap_or_default();
     // One foreign domain, existing or not, and nothing is sent for any of them.
@@ -66,13 +66,13 @@ fn grant(shared: &Shared, account: Option<&str>, asked: &[Domain]) -> Result<Hol
         return Err(Reply::new(450, "4.7.1", "You have no access to all of these domains"));
     }
     let domains = if asked.is_empty() { own } else { asked };
-    let places: Vec<_> = domains.iter().cloned().map(Place::Domain).collect();
-    let hold = match shared.queue.hold(&places) {
+    let places: Vec<_> = domains.iter().cloned().map(QueueName::Domain).collect();
+    let hold = match shared.queue.lock(&places) {
         Ok(hold) => hold,
-        Err(NoHold::Busy(domain)) => {
+        Err(LockError::Busy(domain)) => {
             return Err(Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {domain}")));
         }
-        Err(NoHold::Failed(error)) => return Err(unavailable(&error)),
+        Err(LockError::Failed(error)) => return Err(unavailable(&error)),
     };
     match hold.is_empty() {
         Ok(false) => Ok(hold),
@@ -87,24 +87,24 @@ fn unavailable(error: &std::io::Error) -> Reply {
     Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later")
 }
 
-struct Odmr {
+struct OdmrHandler {
     shared: Arc<Shared>,
 }
 
-impl Secrets for Odmr {
+impl CredentialStore for OdmrHandler {
     fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
         self.shared.config.accounts.secret(name)
     }
 }
 
-impl Odmr {
+impl OdmrHandler {
     fn account(&self, name: Option<&str>) -> Result<&Account, Reply> {
         let account = name.and_then(|name| self.shared.config.accounts.account(name));
         account.ok_or_else(|| Reply::new(530, "5.7.0", "Authentication required"))
     }
 }
 
-impl Host for Odmr {
+impl ServerHandler for OdmrHandler {
     /// Which senders an account may use (RFC 6409 section 6.1), and how much of it.
     fn sender(&mut self, mail: &MailFrom, account: Option<&str>) -> Result<(), Reply> {
         let account = self.account(account)?;
@@ -119,7 +119,7 @@ impl Host for Odmr {
         if !own && !account.any_sender {
             return Err(Reply::new(550, "5.7.1", "That sender's domain is not this account's"));
         }
-        self.shared.make_room(mail)?;
+        self.shared.check_room(mail)?;
         if !self.shared.rates.admit(&account.name, account.rate, self.shared.stamps.now()) {
             return Err(Reply::new(452, "4.3.2", format!("No more than {} messages an hour", account.rate)));
         }
@@ -130,8 +130,8 @@ impl Host for Odmr {
         let mailbox = self.shared.mailbox(path)?;
         // RFC 6409 section 4.2: all domains are fully qualified.
         let qualified = mailbox.domain().is_some_and(|domain| domain.as_str().contains('.'));
-        match self.shared.sorter.anywhere(&mailbox) {
-            Some(Place::Destination(_)) | None if !qualified => {
+        match self.shared.router.queue_for(&mailbox) {
+            Some(QueueName::Destination(_)) | None if !qualified => {
                 Err(Reply::new(554, "5.1.2", "The domain is not fully qualified"))
             }
             _ => Ok(mailbox),
@@ -143,8 +143,8 @@ impl Host for Odmr {
     }
 }
 
-impl Party for Odmr {
-    fn intake(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn Intake>, Reply> {
+impl SessionHandler for OdmrHandler {
+    fn receive_message(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn MessageSink>, Reply> {
         intake::store(&self.shared, server, peer, secure, true)
     }
 }

@@ -22,33 +22,33 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::StartError;
 use crate::config::{self, Timeouts, TlsPolicy};
-use crate::dialogue::{Dialogue, Failure, Upstream, converse};
-use crate::dns::{Resolver, Route};
-use crate::outgoing::{Attempt, Desk, Peer};
-use crate::queue::{Batch, Hold, NoHold, Place, Queue};
+use crate::dialogue::{ClientSession, SessionFailure, Remote, connect};
+use crate::dns::{Resolver, MxRoute};
+use crate::outgoing::{Attempt, Reporter, Peer};
+use crate::queue::{QueuedMessage, QueueLock, LockError, QueueName, Queue};
 use crate::smtp::address::Domain;
-use crate::smtp::client::{Client, Decided, Fate, Halt, Outcome, Plan, StartTls};
+use crate::smtp::client::{Client, DecidedBy, RecipientStatus, Abort, DeliveryResult, ClientOptions, StartTls};
 use crate::smtp::reply::{Reply, Severity};
-use crate::stamp::Stamps;
-use crate::tls::{self, ClientSide, Trust};
-use crate::wire::Stop;
+use crate::stamp::Ids;
+use crate::tls::{self, ClientTls, Trust};
+use crate::wire::CancelToken;
 
 /// Addresses tried for one destination in one attempt (RFC 5321 section 5.1 asks for two at least).
-const ADDRESSES: usize = 8;
+const ADDRESS_LIMIT: usize = 8;
 
 /// How often the folders are looked through for mail that another process (inetd mode) has put there.
-const LOOK_AROUND: Duration = Duration::from_secs(300);
+const RESCAN_INTERVAL: Duration = Duration::from_secs(300);
 
 /// How long hosts of one destination are tried in one attempt: slow ones shall not keep a worker for hours.
-const PATIENCE: Duration = Duration::from_secs(600);
+const ATTEMPT_DEADLINE: Duration = Duration::from_secs(600);
 
 /// How long new mail waits for more of it: what comes in one call shall go in one session.
-const GATHER: Duration = Duration::from_millis(200);
+const GATHER_DELAY: Duration = Duration::from_millis(200);
 
 /// How soon a destination is looked at again when its mail or its host is busy.
-const SOON: Duration = Duration::from_secs(2);
+const BUSY_RETRY_DELAY: Duration = Duration::from_secs(2);
 
-enum Event {
+enum RelayEvent {
     /// New mail for these destinations.
     Arrived(Vec<Domain>),
     /// A worker is done with these destinations, and when each is due again.
@@ -59,55 +59,55 @@ enum Event {
 
 /// Tells the relay of new mail.
 #[derive(Clone)]
-pub struct Handle(Sender<Event>);
+pub struct RelayHandle(Sender<RelayEvent>);
 
-impl Handle {
-    pub fn arrived(&self, places: &[Place]) {
+impl RelayHandle {
+    pub fn arrived(&self, places: &[QueueName]) {
         let domains = places.iter().filter_map(|place| match place {
-            Place::Destination(domain) => Some(domain.clone()),
+            QueueName::Destination(domain) => Some(domain.clone()),
             _ => None,
         });
         let domains: Vec<_> = domains.collect();
         if !domains.is_empty() {
             // Without a relay (inetd mode) the mail waits for the one that is started next.
-            let _ = self.0.send(Event::Arrived(domains));
+            let _ = self.0.send(RelayEvent::Arrived(domains));
         }
     }
 
     pub fn wake(&self) {
-        let _ = self.0.send(Event::Wake);
+        let _ = self.0.send(RelayEvent::Wake);
     }
 }
 
 /// The two ends of the relay's events.
-pub struct Events(Receiver<Event>);
+pub struct RelayEvents(Receiver<RelayEvent>);
 
-pub fn channel() -> (Handle, Events) {
+pub fn channel() -> (RelayHandle, RelayEvents) {
     let (sender, receiver) = crossbeam_channel::unbounded();
-    (Handle(sender), Events(receiver))
+    (RelayHandle(sender), RelayEvents(receiver))
 }
 
 /// The scheduler.
 pub struct Relay {
     worker: Arc<Worker>,
-    handle: Handle,
-    events: Receiver<Event>,
+    handle: RelayHandle,
+    events: Receiver<RelayEvent>,
 }
 
 impl Relay {
     pub fn new(
-        config: &config::Provider,
+        config: &config::ProviderConfig,
         queue: &Queue,
-        stamps: &Stamps,
-        desk: Desk,
-        (handle, events): (Handle, Events),
-        stop: &Stop,
+        stamps: &Ids,
+        desk: Reporter,
+        (handle, events): (RelayHandle, RelayEvents),
+        stop: &CancelToken,
     ) -> Result<Relay, StartError> {
         let side = |trust: &Trust| tls::client_config(trust).map_err(StartError::Config);
         let relay = &config.relay;
         let smarthost = match &relay.smarthost {
             None => None,
-            Some(smarthost) => Some(Upstream::new(smarthost).map_err(StartError::Config)?),
+            Some(smarthost) => Some(Remote::new(smarthost).map_err(StartError::Config)?),
         };
         let verifies = relay.tls == TlsPolicy::Verify || relay.tls_for.values().any(|tls| *tls == TlsPolicy::Verify);
         let worker = Worker {
@@ -116,12 +116,12 @@ impl Relay {
             timeouts: config.timeouts.clone(),
             queue: queue.clone(),
             stamps: stamps.clone(),
-            desk,
+            reporter: desk,
             smarthost,
-            anyone: side(&Trust::Anyone)?,
-            verified: if verifies { Some(side(&Trust::System)?) } else { None },
-            hosts: Hosts::default(),
-            talking: AtomicUsize::new(0),
+            unverified_tls: side(&Trust::Anyone)?,
+            verified_tls: if verifies { Some(side(&Trust::System)?) } else { None },
+            hosts: HostTable::default(),
+            active_sessions: AtomicUsize::new(0),
             stop: stop.clone(),
         };
         Ok(Relay { worker: Arc::new(worker), handle, events: events.0 })
@@ -136,12 +136,12 @@ impl Relay {
         };
         let (jobs, waiting) = crossbeam_channel::unbounded::<Vec<Domain>>();
         let mut workers = 0;
-        let mut calendar = Calendar::default();
+        let mut calendar = DestinationTable::default();
         calendar.read(&self.worker.queue);
         let mut read = Instant::now();
         let mut under_way = 0;
-        while !self.worker.stop.stopped() {
-            if read.elapsed() >= LOOK_AROUND {
+        while !self.worker.stop.is_cancelled() {
+            if read.elapsed() >= RESCAN_INTERVAL {
                 calendar.read(&self.worker.queue);
                 read = Instant::now();
             }
@@ -160,14 +160,14 @@ impl Relay {
                 }
                 let _ = jobs.send(job);
             }
-            let pause = if under_way < limit { calendar.pause(SystemTime::now()) } else { LOOK_AROUND };
+            let pause = if under_way < limit { calendar.pause(SystemTime::now()) } else { RESCAN_INTERVAL };
             match self.events.recv_timeout(pause) {
-                Ok(Event::Arrived(domains)) => domains.into_iter().for_each(|domain| calendar.arrived(domain)),
-                Ok(Event::Done(destinations)) => {
+                Ok(RelayEvent::Arrived(domains)) => domains.into_iter().for_each(|domain| calendar.arrived(domain)),
+                Ok(RelayEvent::Done(destinations)) => {
                     under_way -= 1;
                     destinations.into_iter().for_each(|(domain, due)| calendar.done(domain, due));
                 }
-                Ok(Event::Wake) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(RelayEvent::Wake) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
@@ -175,7 +175,7 @@ impl Relay {
         // waited for: nothing is lost by that.
         drop(jobs);
         let deadline = Instant::now() + self.worker.timeouts.shutdown;
-        while self.worker.talking.load(Ordering::SeqCst) > 0
+        while self.worker.active_sessions.load(Ordering::SeqCst) > 0
             && !matches!(self.events.recv_deadline(deadline), Err(RecvTimeoutError::Timeout))
         {}
     }
@@ -183,27 +183,27 @@ impl Relay {
 
 /// Which destination is due when.
 #[derive(Default)]
-struct Calendar {
-    destinations: HashMap<Domain, Date>,
+struct DestinationTable {
+    destinations: HashMap<Domain, DestinationState>,
 }
 
 #[derive(Clone, Copy)]
-enum Date {
+enum DestinationState {
     Due(SystemTime),
     /// A worker has it; `true`: more mail has arrived meanwhile.
     Busy(bool),
 }
 
-impl Date {
+impl DestinationState {
     fn time(&self) -> Option<SystemTime> {
         match self {
-            Date::Due(due) => Some(*due),
-            Date::Busy(_) => None,
+            DestinationState::Due(due) => Some(*due),
+            DestinationState::Busy(_) => None,
         }
     }
 }
 
-impl Calendar {
+impl DestinationTable {
     /// What the files say of destinations that are not known yet.
     fn read(&mut self, queue: &Queue) {
         let destinations = queue.destinations().unwrap_or_else(|error| {
@@ -213,7 +213,7 @@ impl Calendar {
         for domain in
             destinations.into_iter().filter(|domain| !self.destinations.contains_key(domain)).collect::<Vec<_>>()
         {
-            match queue.next_due(&Place::Destination(domain.clone())) {
+            match queue.next_due(&QueueName::Destination(domain.clone())) {
                 Ok(due) => self.done(domain, due),
                 Err(error) => log::error!("event=spool-failed domain={domain} error={:?}", error.to_string()),
             }
@@ -221,26 +221,26 @@ impl Calendar {
     }
 
     fn arrived(&mut self, domain: Domain) {
-        let soon = SystemTime::now() + GATHER;
-        let date = self.destinations.entry(domain).or_insert(Date::Due(soon));
+        let soon = SystemTime::now() + GATHER_DELAY;
+        let date = self.destinations.entry(domain).or_insert(DestinationState::Due(soon));
         *date = match *date {
-            Date::Busy(_) => Date::Busy(true),
-            Date::Due(due) => Date::Due(due.min(soon)),
+            DestinationState::Busy(_) => DestinationState::Busy(true),
+            DestinationState::Due(due) => DestinationState::Due(due.min(soon)),
         };
     }
 
     fn done(&mut self, domain: Domain, due: Option<SystemTime>) {
-        let arrived = matches!(self.destinations.get(&domain), Some(Date::Busy(true)));
-        let soon = arrived.then(|| SystemTime::now() + GATHER);
+        let arrived = matches!(self.destinations.get(&domain), Some(DestinationState::Busy(true)));
+        let soon = arrived.then(|| SystemTime::now() + GATHER_DELAY);
         match due.into_iter().chain(soon).min() {
-            Some(due) => self.destinations.insert(domain, Date::Due(due)),
+            Some(due) => self.destinations.insert(domain, DestinationState::Due(due)),
             None => self.destinations.remove(&domain),
         };
     }
 
     /// The next job: a destination that is due, or all of them where they have one way (`together`).
     fn take_due(&mut self, now: SystemTime, together: bool) -> Option<Vec<Domain>> {
-        let is_due = |date: &Date| matches!(date, Date::Due(due) if *due <= now);
+        let is_due = |date: &DestinationState| matches!(date, DestinationState::Due(due) if *due <= now);
         let due = self.destinations.iter().filter(|(_, date)| is_due(date));
         let job: Vec<_> = match together {
             true => due.map(|(domain, _)| domain.clone()).collect(),
@@ -248,7 +248,7 @@ impl Calendar {
             false => due.min_by_key(|(_, date)| date.time()).map(|(domain, _)| domain.clone()).into_iter().collect(),
         };
         for domain in &job {
-            self.destinations.insert(domain.clone(), Date::Busy(false));
+            self.destinations.insert(domain.clone(), DestinationState::Busy(false));
         }
         (!job.is_empty()).then_some(job)
     }
@@ -256,32 +256,32 @@ impl Calendar {
     /// How long nothing is due.
     fn pause(&self, now: SystemTime) -> Duration {
         let next = self.destinations.values().filter_map(|date| match date {
-            Date::Due(due) => Some(due.duration_since(now).unwrap_or_default()),
-            Date::Busy(_) => None,
+            DestinationState::Due(due) => Some(due.duration_since(now).unwrap_or_default()),
+            DestinationState::Busy(_) => None,
         });
-        next.min().map_or(LOOK_AROUND, |next| next.min(LOOK_AROUND)) + Duration::from_millis(1)
+        next.min().map_or(RESCAN_INTERVAL, |next| next.min(RESCAN_INTERVAL)) + Duration::from_millis(1)
     }
 }
 
 /// What all workers share.
 struct Worker {
     hostname: String,
-    config: config::Relay,
+    config: config::RelayConfig,
     timeouts: Timeouts,
     queue: Queue,
-    stamps: Stamps,
-    desk: Desk,
-    smarthost: Option<Upstream>,
-    anyone: ClientSide,
-    verified: Option<ClientSide>,
-    hosts: Hosts,
+    stamps: Ids,
+    reporter: Reporter,
+    smarthost: Option<Remote>,
+    unverified_tls: ClientTls,
+    verified_tls: Option<ClientTls>,
+    hosts: HostTable,
     /// Sessions under way.
-    talking: AtomicUsize,
-    stop: Stop,
+    active_sessions: AtomicUsize,
+    stop: CancelToken,
 }
 
 /// Why no session came about: what it means for the mail that is due.
-enum Obstacle {
+enum RouteError {
     /// Not now, for this reason.
     Later(Reply),
     /// Never, for this reason.
@@ -292,33 +292,33 @@ enum Obstacle {
 }
 
 impl Worker {
-    fn work(&self, job: Vec<Domain>, handle: &Handle) {
+    fn work(&self, job: Vec<Domain>, handle: &RelayHandle) {
         let due = catch_unwind(AssertUnwindSafe(|| self.attempt(&job))).unwrap_or_else(|_| {
             log::error!("event=panic destination={}", job[0]);
             Some(SystemTime::now() + self.config.retry.first)
         });
         let next = |domain: &Domain| {
-            let files = self.queue.next_due(&Place::Destination(domain.clone()));
+            let files = self.queue.next_due(&QueueName::Destination(domain.clone()));
             let files = files.unwrap_or_else(|_| Some(SystemTime::now() + self.config.retry.first));
             files.map(|files| due.map_or(files, |due| due.max(files)))
         };
         let done = job.iter().map(|domain| (domain.clone(), next(domain))).collect();
-        let _ = handle.0.send(Event::Done(done));
+        let _ = handle.0.send(RelayEvent::Done(done));
     }
 
     /// One attempt at all that is due for these destinations. `Some`: not before then.
     fn attempt(&self, domains: &[Domain]) -> Option<SystemTime> {
-        let places: Vec<_> = domains.iter().cloned().map(Place::Destination).collect();
-        let mut hold = match self.queue.hold(&places) {
+        let places: Vec<_> = domains.iter().cloned().map(QueueName::Destination).collect();
+        let mut hold = match self.queue.lock(&places) {
             Ok(hold) => hold,
-            Err(NoHold::Busy(_)) => return Some(SystemTime::now() + SOON),
-            Err(NoHold::Failed(error)) => {
+            Err(LockError::Busy(_)) => return Some(SystemTime::now() + BUSY_RETRY_DELAY),
+            Err(LockError::Failed(error)) => {
                 log::error!("event=spool-failed error={:?}", error.to_string());
                 return Some(SystemTime::now() + self.config.retry.first);
             }
         };
         // Files that are nobody's mail are no reason to disturb a host.
-        if !hold.has_more() {
+        if !hold.has_message() {
             return Some(SystemTime::now() + self.config.retry.first);
         }
         let delivered = match &self.smarthost {
@@ -327,57 +327,57 @@ impl Worker {
         };
         let settled = match delivered {
             Ok(settled) => settled,
-            Err(Obstacle::Stopped) => true,
-            Err(Obstacle::Busy) => return Some(SystemTime::now() + SOON),
-            Err(Obstacle::Later(reply)) => self.conclude_all(&mut hold, &Fate::Deferred(reply)),
-            Err(Obstacle::Never(reply)) => self.conclude_all(&mut hold, &Fate::Refused(reply)),
+            Err(RouteError::Stopped) => true,
+            Err(RouteError::Busy) => return Some(SystemTime::now() + BUSY_RETRY_DELAY),
+            Err(RouteError::Later(reply)) => self.finish_all(&mut hold, &RecipientStatus::Deferred(reply)),
+            Err(RouteError::Never(reply)) => self.finish_all(&mut hold, &RecipientStatus::Rejected(reply)),
         };
         // What could not be kept on disk is due as it was before: not at once again.
         (!settled).then(|| SystemTime::now() + self.config.retry.first)
     }
 
     /// The same fate for all that is due; `false`: not all of it could be kept.
-    fn conclude_all(&self, hold: &mut Hold, fate: &Fate) -> bool {
+    fn finish_all(&self, hold: &mut QueueLock, fate: &RecipientStatus) -> bool {
         let mut settled = true;
-        while let Some(batch) = hold.offer() {
+        while let Some(batch) = hold.next_message() {
             let fates = vec![fate.clone(); batch.envelope.recipients.len()];
-            settled &= self.conclude(batch, Outcome { fates, decided: Decided::ByUs }, Peer::default(), hold);
+            settled &= self.finish_attempt(batch, DeliveryResult { recipients: fates, decided_by: DecidedBy::Us }, Peer::default(), hold);
         }
         settled
     }
 
     /// All that the hold offers, in one session; `false`: not all outcomes could be kept. `address`: of a host
     /// that goes without a word on any message, and is as good as down then.
-    fn deliver(&self, mut dialogue: Dialogue, hold: &mut Hold, address: &str) -> Result<bool, Obstacle> {
-        let _talk = Talk::begin(&self.talking);
+    fn deliver(&self, mut dialogue: ClientSession, hold: &mut QueueLock, address: &str) -> Result<bool, RouteError> {
+        let _talk = ActiveSession::begin(&self.active_sessions);
         let (mut settled, mut answered) = (true, false);
-        let mut settle = |batch: Batch, outcome: Outcome, client: &Client, hold: &mut Hold| {
+        let mut settle = |batch: QueuedMessage, outcome: DeliveryResult, client: &Client, hold: &mut QueueLock| {
             let peer = Peer { name: client.peer_name(), dsn: client.offered().dsn };
-            answered |= outcome.decided != Decided::ByLoss;
-            settled &= self.conclude(batch, outcome, peer, hold);
+            answered |= outcome.decided_by != DecidedBy::ConnectionLoss;
+            settled &= self.finish_attempt(batch, outcome, peer, hold);
         };
-        match dialogue.deliver(hold, &mut settle) {
+        match dialogue.send_queue(hold, &mut settle) {
             Ok(()) => dialogue.quit(),
-            Err(Failure::Stopped) => {}
+            Err(SessionFailure::Cancelled) => {}
             Err(failure) => {
                 log::info!("event=relay-cut-short host={address} error={:?}", failure.to_string());
                 if !answered {
-                    self.hosts.is_down(address, self.config.retry.first);
-                    return Err(Obstacle::Later(unreachable_host(&failure)));
+                    self.hosts.mark_down(address, self.config.retry.first);
+                    return Err(RouteError::Later(unreachable_host(&failure)));
                 }
             }
         }
         Ok(settled)
     }
 
-    fn conclude(&self, batch: Batch, outcome: Outcome, peer: Peer<'_>, hold: &mut Hold) -> bool {
+    fn finish_attempt(&self, batch: QueuedMessage, outcome: DeliveryResult, peer: Peer<'_>, hold: &mut QueueLock) -> bool {
         let context = format!("host={}", peer.name.unwrap_or("-"));
         let attempt = Attempt { peer, retry: Some(&self.config.retry), done: "relayed", context: &context };
-        self.desk.conclude(batch, outcome, &attempt, hold).is_ok()
+        self.reporter.finish_attempt(batch, outcome, &attempt, hold).is_ok()
     }
 
     /// All to one host.
-    fn by_smarthost(&self, smarthost: &Upstream, hold: &mut Hold) -> Result<bool, Obstacle> {
+    fn by_smarthost(&self, smarthost: &Remote, hold: &mut QueueLock) -> Result<bool, RouteError> {
         let address = smarthost.address();
         let guest = self.hosts.enter(address, self.config.connections_per_host)?;
         match smarthost.connect(&self.hostname, &self.timeouts, &self.stop) {
@@ -386,18 +386,18 @@ impl Worker {
                 drop(guest);
                 settled
             }
-            Err(Failure::Stopped) => Err(Obstacle::Stopped),
+            Err(SessionFailure::Cancelled) => Err(RouteError::Stopped),
             Err(failure) => {
-                self.hosts.is_down(address, self.config.retry.first);
+                self.hosts.mark_down(address, self.config.retry.first);
                 log::warn!("event=host-failed host={address} error={:?}", failure.to_string());
-                Err(Obstacle::Later(unreachable_host(&failure)))
+                Err(RouteError::Later(unreachable_host(&failure)))
             }
         }
     }
 
     /// Finds a host that takes the mail of a domain (RFC 5321 section 5.1).
-    fn by_mx(&self, domain: &Domain, hold: &mut Hold) -> Result<bool, Obstacle> {
-        let later = |text: String| Obstacle::Later(Reply::new(451, "4.4.3", text));
+    fn by_mx(&self, domain: &Domain, hold: &mut QueueLock) -> Result<bool, RouteError> {
+        let later = |text: String| RouteError::Later(Reply::new(451, "4.4.3", text));
         let resolver = match self.config.resolver {
             Some(server) => Resolver::at(server, &self.stamps),
             None => Resolver::system(&self.stamps).map_err(|error| later(format!("No name server: {error}")))?,
@@ -407,9 +407,9 @@ impl Worker {
         let mut last = None;
         // Hosts without any address are an error of the domain's, and no time mends it (RFC 5321 section 5.1).
         let mut hopeless = true;
-        let patience = Instant::now() + PATIENCE;
+        let patience = Instant::now() + ATTEMPT_DEADLINE;
         let mut tried = 0;
-        for host in hosts(route, domain, &self.hostname).map_err(Obstacle::Never)? {
+        for host in hosts(route, domain, &self.hostname).map_err(RouteError::Never)? {
             let addresses = match resolver.addresses(&host) {
                 Ok(addresses) => addresses,
                 Err(error) => {
@@ -420,10 +420,10 @@ impl Worker {
             };
             hopeless &= addresses.is_empty();
             for address in addresses {
-                if self.stop.stopped() {
-                    return Err(Obstacle::Stopped);
+                if self.stop.is_cancelled() {
+                    return Err(RouteError::Stopped);
                 }
-                if tried >= ADDRESSES || Instant::now() >= patience {
+                if tried >= ADDRESS_LIMIT || Instant::now() >= patience {
                     break;
                 }
                 tried += 1;
@@ -440,65 +440,65 @@ impl Worker {
                     Err(obstacle) => obstacle,
                 };
                 last = match (last, obstacle) {
-                    (_, Obstacle::Stopped) => return Err(Obstacle::Stopped),
+                    (_, RouteError::Stopped) => return Err(RouteError::Stopped),
                     // A host that is only busy is the best that can be waited for, and one that is down may be
                     // the way that a host which leads back to us is not.
-                    (Some(Obstacle::Busy), _) | (_, Obstacle::Busy) => Some(Obstacle::Busy),
-                    (Some(Obstacle::Later(reply)), Obstacle::Never(_)) => Some(Obstacle::Later(reply)),
+                    (Some(RouteError::Busy), _) | (_, RouteError::Busy) => Some(RouteError::Busy),
+                    (Some(RouteError::Later(reply)), RouteError::Never(_)) => Some(RouteError::Later(reply)),
                     (_, obstacle) => Some(obstacle),
                 };
             }
         }
         if hopeless {
-            last = Some(Obstacle::Never(Reply::new(550, "5.4.4", format!("No mail host of {domain} has an address"))));
+            last = Some(RouteError::Never(Reply::new(550, "5.4.4", format!("No mail host of {domain} has an address"))));
         }
         Err(last.unwrap_or_else(|| later(format!("No mail host of {domain} could be reached"))))
     }
 
     /// One address; with opportunistic TLS a second time in clear when TLS fails.
-    fn try_host(&self, host: &Domain, address: IpAddr, policy: TlsPolicy) -> Result<(Dialogue, Guest<'_>), Obstacle> {
+    fn try_host(&self, host: &Domain, address: IpAddr, policy: TlsPolicy) -> Result<(ClientSession, HostPermit<'_>), RouteError> {
         let address = SocketAddr::new(address, self.config.port);
         let guest = self.hosts.enter(&address.to_string(), self.config.connections_per_host)?;
-        let side = match (policy, &self.verified) {
+        let side = match (policy, &self.verified_tls) {
             (TlsPolicy::Verify, Some(side)) => side,
-            _ => &self.anyone,
+            _ => &self.unverified_tls,
         };
         let plan =
-            |starttls| Plan { name: self.hostname.clone(), starttls, tls: false, chunking: true, ..Plan::default() };
+            |starttls| ClientOptions { name: self.hostname.clone(), starttls, tls: false, chunking: true, ..ClientOptions::default() };
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
         let tls = Some((side, host.as_str()));
-        let mut result = converse(address, plan(required), tls, &self.timeouts, &self.stop, None);
-        if policy == TlsPolicy::May && matches!(result, Err(Failure::Broken(_) | Failure::NoTls(_))) {
-            result = converse(address, plan(StartTls::Never), None, &self.timeouts, &self.stop, None);
+        let mut result = connect(address, plan(required), tls, &self.timeouts, &self.stop, None);
+        if policy == TlsPolicy::May && matches!(result, Err(SessionFailure::Broken(_) | SessionFailure::NoTls(_))) {
+            result = connect(address, plan(StartTls::Never), None, &self.timeouts, &self.stop, None);
         }
         let dialogue = match result {
             Ok(dialogue) => dialogue,
-            Err(Failure::Stopped) => return Err(Obstacle::Stopped),
+            Err(SessionFailure::Cancelled) => return Err(RouteError::Stopped),
             Err(failure) => {
-                if matches!(failure, Failure::Lost(_)) {
-                    self.hosts.is_down(&address.to_string(), self.config.retry.first);
+                if matches!(failure, SessionFailure::Lost(_)) {
+                    self.hosts.mark_down(&address.to_string(), self.config.retry.first);
                 }
                 log::info!("event=host-failed host={host} address={address} error={:?}", failure.to_string());
-                return Err(obstacle(&failure));
+                return Err(route_error(&failure));
             }
         };
         // A host that calls itself by our name is us: this mail would go in circles.
         if dialogue.client().peer_name().is_some_and(|name| name.eq_ignore_ascii_case(&self.hostname)) {
             dialogue.quit();
-            return Err(Obstacle::Never(Reply::new(554, "5.4.6", "Mail for that domain comes back to this host")));
+            return Err(RouteError::Never(Reply::new(554, "5.4.6", "Mail for that domain comes back to this host")));
         }
         Ok((dialogue, guest))
     }
 }
 
 /// The hosts to try, in order.
-fn hosts(route: Route, domain: &Domain, hostname: &str) -> Result<Vec<Domain>, Reply> {
+fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<Domain>, Reply> {
     let hops = match route {
         // RFC 7505 section 3.
-        Route::Null => return Err(Reply::new(556, "5.1.10", format!("{domain} takes no mail (null MX)"))),
-        Route::NoDomain => return Err(Reply::new(550, "5.1.2", format!("There is no domain {domain}"))),
-        Route::Implicit => return Ok(vec![domain.clone()]),
-        Route::Hosts(hops) => hops,
+        MxRoute::Null => return Err(Reply::new(556, "5.1.10", format!("{domain} takes no mail (null MX)"))),
+        MxRoute::NoDomain => return Err(Reply::new(550, "5.1.2", format!("There is no domain {domain}"))),
+        MxRoute::Implicit => return Ok(vec![domain.clone()]),
+        MxRoute::Hosts(hops) => hops,
     };
     // RFC 5321 section 5.1: we are no way to the domain, and whoever is less preferred than we are would
     // send the mail back to us.
@@ -512,32 +512,32 @@ fn hosts(route: Route, domain: &Domain, hostname: &str) -> Result<Vec<Domain>, R
 }
 
 /// What a failed conversation means for the mail.
-fn obstacle(failure: &Failure) -> Obstacle {
+fn route_error(failure: &SessionFailure) -> RouteError {
     match failure {
         // A greeting of 554 or 521 is the host's last word, but another host may speak otherwise; so the
         // mail waits (RFC 5321 section 4.5.4.1 leaves it to us).
-        Failure::Halted(Halt::Refused { reply, .. }) if reply.severity() == Severity::Transient => {
-            Obstacle::Later(reply.clone())
+        SessionFailure::Aborted(Abort::Rejected { reply, .. }) if reply.severity() == Severity::Transient => {
+            RouteError::Later(reply.clone())
         }
-        failure => Obstacle::Later(unreachable_host(failure)),
+        failure => RouteError::Later(unreachable_host(failure)),
     }
 }
 
-fn unreachable_host(failure: &Failure) -> Reply {
+fn unreachable_host(failure: &SessionFailure) -> Reply {
     Reply::new(451, "4.4.1", failure.to_string())
 }
 
 /// A session under way, ended by `Drop`.
-struct Talk<'a>(&'a AtomicUsize);
+struct ActiveSession<'a>(&'a AtomicUsize);
 
-impl Talk<'_> {
-    fn begin(count: &AtomicUsize) -> Talk<'_> {
+impl ActiveSession<'_> {
+    fn begin(count: &AtomicUsize) -> ActiveSession<'_> {
         count.fetch_add(1, Ordering::SeqCst);
-        Talk(count)
+        ActiveSession(count)
     }
 }
 
-impl Drop for Talk<'_> {
+impl Drop for ActiveSession<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
@@ -545,53 +545,53 @@ impl Drop for Talk<'_> {
 
 /// The hosts of the world, as far as we have to do with them.
 #[derive(Default)]
-struct Hosts {
-    state: Mutex<HashMap<String, Host>>,
+struct HostTable {
+    state: Mutex<HashMap<String, HostState>>,
 }
 
 #[derive(Default)]
-struct Host {
-    guests: usize,
+struct HostState {
+    connections: usize,
     down_until: Option<Instant>,
 }
 
-impl Hosts {
+impl HostTable {
     /// One connection more to a host, unless it is known to be down or has enough of us.
-    fn enter(&self, address: &str, limit: usize) -> Result<Guest<'_>, Obstacle> {
+    fn enter(&self, address: &str, limit: usize) -> Result<HostPermit<'_>, RouteError> {
         let mut state = self.lock();
         let host = state.entry(address.to_owned()).or_default();
         if host.down_until.is_some_and(|until| until > Instant::now()) {
-            return Err(Obstacle::Later(Reply::new(451, "4.4.1", format!("{address} was not reachable lately"))));
+            return Err(RouteError::Later(Reply::new(451, "4.4.1", format!("{address} was not reachable lately"))));
         }
-        if host.guests >= limit {
-            return Err(Obstacle::Busy);
+        if host.connections >= limit {
+            return Err(RouteError::Busy);
         }
-        host.guests += 1;
-        Ok(Guest { hosts: self, address: address.to_owned() })
+        host.connections += 1;
+        Ok(HostPermit { hosts: self, address: address.to_owned() })
     }
 
-    fn is_down(&self, address: &str, pause: Duration) {
+    fn mark_down(&self, address: &str, pause: Duration) {
         let mut state = self.lock();
         // Those that have been left alone long enough are forgotten.
-        state.retain(|_, host| host.guests > 0 || host.down_until.is_some_and(|until| until > Instant::now()));
+        state.retain(|_, host| host.connections > 0 || host.down_until.is_some_and(|until| until > Instant::now()));
         state.entry(address.to_owned()).or_default().down_until = Some(Instant::now() + pause.mul_f32(0.8));
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Host>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, HostState>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// One connection to a host, ended by `Drop`.
-struct Guest<'a> {
-    hosts: &'a Hosts,
+struct HostPermit<'a> {
+    hosts: &'a HostTable,
     address: String,
 }
 
-impl Drop for Guest<'_> {
+impl Drop for HostPermit<'_> {
     fn drop(&mut self) {
         if let Some(host) = self.hosts.lock().get_mut(&self.address) {
-            host.guests = host.guests.saturating_sub(1);
+            host.connections = host.connections.saturating_sub(1);
         }
     }
 }
@@ -599,7 +599,7 @@ impl Drop for Guest<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dns::Hop;
+    use crate::dns::MxHost;
 
     fn domain(name: &str) -> Domain {
         Domain::parse(name).unwrap()
@@ -615,13 +615,13 @@ mod tests {
             assert_eq!(names.map_err(|reply| reply.code()), wanted);
         };
         let mx = |hops: &[(u16, &str)]| {
-            Route::Hosts(
-                hops.iter().map(|(preference, host)| Hop { preference: *preference, host: domain(host) }).collect(),
+            MxRoute::Hosts(
+                hops.iter().map(|(preference, host)| MxHost { preference: *preference, host: domain(host) }).collect(),
             )
         };
-        check(Route::Implicit, Ok(&["example.org"]));
-        check(Route::Null, Err(556));
-        check(Route::NoDomain, Err(550));
+        check(MxRoute::Implicit, Ok(&["example.org"]));
+        check(MxRoute::Null, Err(556));
+        check(MxRoute::NoDomain, Err(550));
         check(mx(&[]), Err(554));
         check(mx(&[(10, "a.example"), (20, "b.example")]), Ok(&["a.example", "b.example"]));
         // Our own name cuts the tail, and what is as preferred as we are goes with it.
@@ -634,7 +634,7 @@ mod tests {
     fn the_calendar_gives_each_destination_to_one_worker() {
         let (now, a, b) = (SystemTime::now(), domain("a.example"), domain("b.example"));
         let later = now + Duration::from_secs(60);
-        let mut calendar = Calendar::default();
+        let mut calendar = DestinationTable::default();
         assert_eq!(calendar.take_due(now, false), None);
         calendar.arrived(a.clone());
         let soon = now + Duration::from_secs(1);
@@ -660,13 +660,13 @@ mod tests {
 
     #[test]
     fn hosts_have_limits_and_are_left_alone_when_down() {
-        let hosts = Hosts::default();
+        let hosts = HostTable::default();
         let address = "127.0.0.2:25";
         let guest = hosts.enter(address, 1).ok().unwrap();
-        assert!(matches!(hosts.enter(address, 1), Err(Obstacle::Busy)));
+        assert!(matches!(hosts.enter(address, 1), Err(RouteError::Busy)));
         drop(guest);
         assert!(hosts.enter(address, 1).is_ok());
-        hosts.is_down(address, Duration::from_secs(60));
-        assert!(matches!(hosts.enter(address, 1), Err(Obstacle::Later(_))));
+        hosts.mark_down(address, Duration::from_secs(60));
+        assert!(matches!(hosts.enter(address, 1), Err(RouteError::Later(_))));
     }
 }

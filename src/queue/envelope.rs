@@ -14,10 +14,10 @@
 
 use crate::smtp::address::{Domain, Mailbox, ReversePath, reverse_path};
 use crate::smtp::command::{Body, MailFrom, Notify, Recipient, Return, original_recipient};
-use crate::stamp::Date;
+use crate::stamp::Timestamp_;
 
 /// More than this is no envelope.
-pub const LIMIT: usize = 1 << 20;
+pub const ENVELOPE_LIMIT: usize = 1 << 20;
 
 /// Sender, recipients and what else is known of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub struct Envelope {
     pub from: ReversePath,
     pub recipients: Vec<Recipient>,
     pub id: String,
-    pub arrived: Date,
+    pub arrived: Timestamp_,
     pub body: Body,
     /// It came with SMTPUTF8 (RFC 6531).
     pub utf8: bool,
@@ -36,7 +36,7 @@ pub struct Envelope {
 
 impl Envelope {
     /// Of a message that came with this MAIL.
-    pub fn new(mail: &MailFrom, recipients: Vec<Recipient>, id: &str, arrived: Date) -> Envelope {
+    pub fn new(mail: &MailFrom, recipients: Vec<Recipient>, id: &str, arrived: Timestamp_) -> Envelope {
         Envelope {
             from: mail.path.clone(),
             recipients,
@@ -50,11 +50,11 @@ impl Envelope {
     }
 
     /// The lines as they stand in the file; `extra` lines are put behind our own.
-    pub fn lines(&self, extra: &str) -> String {
+    pub fn to_header(&self, extra: &str) -> String {
         let mut text = format!("Return-Path: <{}>\n", self.from);
         for recipient in &self.recipients {
             text.push_str(&format!("Delivered-To: {}\n", recipient.mailbox));
-            let notify = recipient.notify.said().map(|notify| format!(" NOTIFY={notify}"));
+            let notify = recipient.notify.as_given().map(|notify| format!(" NOTIFY={notify}"));
             let original = recipient.original.as_ref().map(|original| format!(" ORCPT={original}"));
             if notify.is_some() || original.is_some() {
                 let words = [notify, original].map(Option::unwrap_or_default).concat();
@@ -87,7 +87,7 @@ impl Envelope {
 
 /// An envelope read from the front of a file.
 #[derive(Debug)]
-pub struct Head {
+pub struct ParsedEnvelope {
     pub envelope: Envelope,
     /// Octets and lines of the envelope: behind them the content begins.
     pub octets: usize,
@@ -99,7 +99,7 @@ pub struct Head {
 /// What the front of a file says.
 #[derive(Debug)]
 pub enum Parsed {
-    Head(Head),
+    Head(ParsedEnvelope),
     /// The envelope does not end within these octets.
     More,
     /// There is nobody to send it to.
@@ -108,7 +108,7 @@ pub enum Parsed {
 
 /// Reads the envelope. `end`: these octets are the whole file. `domain`: only recipients there are meant.
 /// `id` is used for files that have none.
-pub fn parse(front: &[u8], end: bool, domain: Option<&Domain>, id: &str, arrived: Date) -> Parsed {
+pub fn parse(front: &[u8], end: bool, domain: Option<&Domain>, id: &str, arrived: Timestamp_) -> Parsed {
     let mut fields = Fields::default();
     let (mut octets, mut lines) = (0, 0);
     let mut field = Field::Content;
@@ -143,7 +143,7 @@ enum Field {
     Passed,
     Ours,
     /// DSN parameters of the recipient before.
-    Wishes,
+    DsnParameters,
     Content,
 }
 
@@ -157,7 +157,7 @@ impl Field {
             ("Delivery-Date", Field::Passed),
             ("X-Envelope-From", Field::Passed),
             ("X-ODMR-Envelope", Field::Ours),
-            ("X-ODMR-Recipient", Field::Wishes),
+            ("X-ODMR-Recipient", Field::DsnParameters),
             ("X-ODMR-Refused", Field::Passed),
         ];
         let name = line.split(|octet| *octet == b':').next().unwrap_or_default().trim_ascii();
@@ -188,7 +188,7 @@ impl<'a> Fields<'a> {
                 self.original_to.extend(value.split(|octet| *octet == b',').map(|value| (value, &b""[..])));
             }
             Field::Ours => self.ours = std::str::from_utf8(value).ok(),
-            Field::Wishes => {
+            Field::DsnParameters => {
                 if let Some((_, wishes)) = self.delivered_to.last_mut() {
                     *wishes = value;
                 }
@@ -197,7 +197,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn head(self, domain: Option<&Domain>, id: &str, arrived: Date, octets: usize, lines: usize) -> Parsed {
+    fn head(self, domain: Option<&Domain>, id: &str, arrived: Timestamp_, octets: usize, lines: usize) -> Parsed {
         let here = |(value, wishes): &(&[u8], &[u8])| {
             // Not `trim`: a local part may begin or end with white space of Unicode's.
             let text = std::str::from_utf8(value).ok()?.trim_matches([' ', '\t']);
@@ -231,7 +231,7 @@ impl<'a> Fields<'a> {
         for word in self.ours.unwrap_or_default().split("; ").map(str::trim) {
             match word.split_once('=').unwrap_or((word, "")) {
                 ("id", id) => envelope.id = id.to_owned(),
-                ("arrived", date) => envelope.arrived = Date::parse_rfc3339(date).unwrap_or(arrived),
+                ("arrived", date) => envelope.arrived = Timestamp_::parse_rfc3339(date).unwrap_or(arrived),
                 ("body", "8BITMIME") => envelope.body = Body::EightBit,
                 ("body", "7BIT") => envelope.body = Body::SevenBit,
                 ("smtputf8", _) => envelope.utf8 = true,
@@ -241,7 +241,7 @@ impl<'a> Fields<'a> {
                 _ => {}
             }
         }
-        Parsed::Head(Head { envelope, octets, lines, ours })
+        Parsed::Head(ParsedEnvelope { envelope, octets, lines, ours })
     }
 }
 
@@ -266,8 +266,8 @@ mod tests {
         Domain::parse("example.org")
     }
 
-    fn head(text: &str) -> Head {
-        match parse(text.as_bytes(), true, domain().as_ref(), "id", Date::from_seconds(0)) {
+    fn head(text: &str) -> ParsedEnvelope {
+        match parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp_::from_seconds(0)) {
             Parsed::Head(head) => head,
             other => panic!("{text}: {other:?}"),
         }
@@ -286,13 +286,13 @@ mod tests {
                 Recipient::plain(Mailbox::parse("\"y z\"@example.org").unwrap()),
             ],
             id: "abc".to_owned(),
-            arrived: Date::from_seconds(1_767_323_045),
+            arrived: Timestamp_::from_seconds(1_767_323_045),
             body: Body::EightBit,
             utf8: true,
             ret: Some(Return::Header),
             envelope_id: Some("QQ;314159".to_owned()),
         };
-        let text = envelope.lines("X-ODMR-Refused: <x@example.org> 550\n") + "Received: x\n\nbody\n";
+        let text = envelope.to_header("X-ODMR-Refused: <x@example.org> 550\n") + "Received: x\n\nbody\n";
         let head = head(&text);
         assert_eq!(head.envelope, envelope);
         assert!(head.ours && text[head.octets..].starts_with("Received: x") && head.lines == 6);
@@ -316,17 +316,17 @@ mod tests {
     #[test]
     fn what_has_no_recipient_here_is_not_sent() {
         for text in ["", "\n", "Subject: hello\n\n", "Delivered-To: eva@example.net\n\n", "Return-Path: <a@b.c>\n"] {
-            let parsed = parse(text.as_bytes(), true, domain().as_ref(), "id", Date::from_seconds(0));
+            let parsed = parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp_::from_seconds(0));
             assert!(matches!(parsed, Parsed::NoRecipients), "{text:?}");
         }
-        let unfinished = parse(b"Delivered-To: eva@exam", false, domain().as_ref(), "id", Date::from_seconds(0));
+        let unfinished = parse(b"Delivered-To: eva@exam", false, domain().as_ref(), "id", Timestamp_::from_seconds(0));
         assert!(matches!(unfinished, Parsed::More));
     }
 
     proptest::proptest! {
         #[test]
         fn any_file_is_survived(front: Vec<u8>, end: bool) {
-            let _ = parse(&front, end, domain().as_ref(), "id", Date::from_seconds(0));
+            let _ = parse(&front, end, domain().as_ref(), "id", Timestamp_::from_seconds(0));
         }
     }
 }

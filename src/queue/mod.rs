@@ -26,27 +26,27 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 pub use envelope::Envelope;
-use envelope::{Head, Parsed};
+use envelope::{ParsedEnvelope, Parsed};
 
-use crate::maildir::{self, Copies, Entry, IN_DOUBT, Maildir, TOLD, at, each_piece};
+use crate::maildir::{self, MessageWriter, Entry, IN_DOUBT, Maildir, DELAY_REPORTED, with_path, for_each_block};
 use crate::smtp::address::Domain;
-use crate::smtp::client::{Fate, Message, Outcome};
+use crate::smtp::client::{RecipientStatus, OutgoingMessage, DeliveryResult};
 use crate::smtp::command::Recipient;
-use crate::smtp::content::Sizer;
-use crate::stamp::{Date, Stamps};
+use crate::smtp::content::WireSize;
+use crate::stamp::{Timestamp_, Ids};
 
 /// How long one who wants a domain waits for a holder that was asked to give way.
-const GIVE_WAY: Duration = Duration::from_secs(5);
+const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
 
 /// No pause between two attempts is longer: the configuration sees to it.
 const LONGEST: Duration = crate::config::LONGEST_PAUSE;
 
 /// One message is set aside in so many steps at most: as many as it may have recipients, and then some.
-const REFUSALS: usize = 1000;
+const SET_ASIDE_NAMES: usize = 1000;
 
 /// Where a message goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum QueueName {
     /// The mail of a customer's domain.
     Domain(Domain),
     /// The provider's own postmaster (RFC 5321 section 4.5.1).
@@ -54,27 +54,27 @@ pub enum Place {
     /// Mail of customers for a domain elsewhere.
     Destination(Domain),
     /// A customer's outgoing mail, for its provider.
-    Upstream,
+    Outgoing,
     /// A customer's mail for a next hop.
-    Handover,
+    Retry,
 }
 
-impl Place {
+impl QueueName {
     /// The one domain whose recipients are meant.
     fn domain(&self) -> Option<&Domain> {
         match self {
-            Place::Domain(domain) | Place::Destination(domain) => Some(domain),
-            Place::Postmaster | Place::Upstream | Place::Handover => None,
+            QueueName::Domain(domain) | QueueName::Destination(domain) => Some(domain),
+            QueueName::Postmaster | QueueName::Outgoing | QueueName::Retry => None,
         }
     }
 
     /// Whether mail here is sent by us, in our own time.
     fn is_outgoing(&self) -> bool {
-        matches!(self, Place::Destination(_) | Place::Upstream | Place::Handover)
+        matches!(self, QueueName::Destination(_) | QueueName::Outgoing | QueueName::Retry)
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for QueueName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.domain().map_or("-", Domain::as_str))
     }
@@ -85,41 +85,41 @@ impl fmt::Display for Place {
 pub struct Queue {
     spool: PathBuf,
     hostname: String,
-    stamps: Stamps,
+    stamps: Ids,
     /// A holder that has made no progress for so long gives way to one who asks.
     takeover: Duration,
 }
 
 /// Why a domain's mail cannot be had.
 #[derive(Debug)]
-pub enum NoHold {
+pub enum LockError {
     /// Another session has it.
-    Busy(Place),
+    Busy(QueueName),
     Failed(io::Error),
 }
 
 impl Queue {
-    pub fn new(spool: impl Into<PathBuf>, hostname: &str, stamps: Stamps, takeover: Duration) -> Queue {
+    pub fn new(spool: impl Into<PathBuf>, hostname: &str, stamps: Ids, takeover: Duration) -> Queue {
         Queue { spool: spool.into(), hostname: hostname.to_owned(), stamps, takeover }
     }
 
     /// The Maildir of a place.
-    pub fn maildir(&self, place: &Place) -> Maildir {
+    pub fn maildir(&self, place: &QueueName) -> Maildir {
         Maildir::new(match place {
-            Place::Domain(domain) => self.spool.join("domains").join(domain.as_str()),
-            Place::Postmaster => self.spool.join("postmaster"),
-            Place::Destination(domain) => self.spool.join("outgoing").join(domain.as_str()),
-            Place::Upstream => self.spool.clone(),
+            QueueName::Domain(domain) => self.spool.join("domains").join(domain.as_str()),
+            QueueName::Postmaster => self.spool.join("postmaster"),
+            QueueName::Destination(domain) => self.spool.join("outgoing").join(domain.as_str()),
+            QueueName::Outgoing => self.spool.clone(),
             // No domain begins with a dot, and so no folder of mailboxes.
-            Place::Handover => self.spool.join(".handover"),
+            QueueName::Retry => self.spool.join(".handover"),
         })
     }
 
     /// Begins a message, a copy for each place; [`Copies::commit`] makes it durable. `head` is what the
     /// content begins with: our `Received`.
-    pub fn put(&self, copies: &[(Place, Envelope)], head: &str) -> io::Result<Copies> {
-        let mut drafts = Copies::default();
-        copies.iter().try_for_each(|(place, envelope)| self.add(&mut drafts, place, envelope, head))?;
+    pub fn begin_message(&self, copies: &[(QueueName, Envelope)], head: &str) -> io::Result<MessageWriter> {
+        let mut drafts = MessageWriter::default();
+        copies.iter().try_for_each(|(place, envelope)| self.add_copy(&mut drafts, place, envelope, head))?;
         Ok(drafts)
     }
 
@@ -129,10 +129,10 @@ impl Queue {
     }
 
     /// One copy more of a message.
-    pub fn add(&self, copies: &mut Copies, place: &Place, envelope: &Envelope, head: &str) -> io::Result<()> {
-        let lines = envelope.lines(head);
+    pub fn add_copy(&self, copies: &mut MessageWriter, place: &QueueName, envelope: &Envelope, head: &str) -> io::Result<()> {
+        let lines = envelope.to_header(head);
         // What could never be read again is not taken.
-        if lines.len() >= envelope::LIMIT {
+        if lines.len() >= envelope::ENVELOPE_LIMIT {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many recipients for one message"));
         }
         copies.begin(&self.maildir(place), &self.unique(), lines.as_bytes())
@@ -148,14 +148,14 @@ impl Queue {
         let folder = self.spool.join("outgoing");
         let files = match fs::read_dir(&folder) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.map_err(|error| at(&folder, error))?,
+            other => other.map_err(|error| with_path(&folder, error))?,
         };
         let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
         Ok(names.filter_map(|name| Domain::parse(&name)).collect())
     }
 
     /// When the next attempt for a place is due; `None`: nothing waits there.
-    pub fn next_due(&self, place: &Place) -> io::Result<Option<SystemTime>> {
+    pub fn next_due(&self, place: &QueueName) -> io::Result<Option<SystemTime>> {
         let maildir = self.maildir(place);
         let entries = maildir.entries()?;
         Ok(entries.iter().filter_map(|entry| due(&maildir.file(entry))).min())
@@ -163,10 +163,10 @@ impl Queue {
 
     /// Shows each message of a place, without a lock and without touching it; a message that goes meanwhile is
     /// passed over.
-    pub fn each(&self, place: &Place, mut show: impl FnMut(&Batch)) -> io::Result<()> {
+    pub fn each(&self, place: &QueueName, mut show: impl FnMut(&QueuedMessage)) -> io::Result<()> {
         let maildir = self.maildir(place);
         for entry in maildir.entries()? {
-            match Batch::open(&maildir, place, entry) {
+            match QueuedMessage::open(&maildir, place, entry) {
                 Ok(Some(batch)) => show(&batch),
                 Ok(None) => {}
                 Err(error) => log::warn!("event=unreadable error={:?}", error.to_string()),
@@ -176,38 +176,38 @@ impl Queue {
     }
 
     /// Locks the mail of all these places, or of none.
-    pub fn hold(&self, places: &[Place]) -> Result<Hold, NoHold> {
-        self.hold_by(places, |maildir, place| self.lock(maildir, place))
+    pub fn lock(&self, places: &[QueueName]) -> Result<QueueLock, LockError> {
+        self.lock_each(places, |maildir, place| self.lock_one(maildir, place))
     }
 
     /// Locks the mail of a place whose holders never give way, without waiting.
-    pub fn hold_now(&self, place: &Place) -> Result<Hold, NoHold> {
-        self.hold_by(std::slice::from_ref(place), lock_now)
+    pub fn try_lock(&self, place: &QueueName) -> Result<QueueLock, LockError> {
+        self.lock_each(std::slice::from_ref(place), lock_now)
     }
 
-    fn hold_by(
+    fn lock_each(
         &self,
-        places: &[Place],
-        lock: impl Fn(&Maildir, &Place) -> Result<File, NoHold>,
-    ) -> Result<Hold, NoHold> {
+        places: &[QueueName],
+        lock: impl Fn(&Maildir, &QueueName) -> Result<File, LockError>,
+    ) -> Result<QueueLock, LockError> {
         let mut held = Vec::with_capacity(places.len());
         for place in places {
             let maildir = self.maildir(place);
-            maildir.create().map_err(NoHold::Failed)?;
+            maildir.create().map_err(LockError::Failed)?;
             let lock = lock(&maildir, place)?;
-            if let Err(error) = maildir.sweep().and_then(|()| refused_folder(&maildir).sweep()) {
+            if let Err(error) = maildir.sweep().and_then(|()| rejected_maildir(&maildir).sweep()) {
                 log::warn!("event=sweep-failed place={place} error={:?}", error.to_string());
             }
             let (waiting, touched) = (VecDeque::new(), HashSet::new());
-            held.push(Held { place: place.clone(), maildir, lock, waiting, touched });
+            held.push(LockedQueue { name: place.clone(), maildir, lock, waiting, offered: touched });
         }
         // The next place after the last is the first one asked for.
         let current = held.len().saturating_sub(1);
-        Ok(Hold { places: held, current })
+        Ok(QueueLock { queues: held, current })
     }
 
     /// A lock whose holder may be asked to go.
-    fn lock(&self, maildir: &Maildir, place: &Place) -> Result<File, NoHold> {
+    fn lock_one(&self, maildir: &Maildir, place: &QueueName) -> Result<File, LockError> {
         let (lock, failed) = (open_lock(maildir)?, |error| lock_failed(maildir, error));
         let wanted = maildir.path().join("odmr.wanted");
         let mut give_up: Option<Instant> = None;
@@ -219,15 +219,15 @@ impl Queue {
             }
             match give_up {
                 // A holder at work is left alone; one that made no progress for long is asked to go.
-                None if self.is_alive(&lock) => return Err(NoHold::Busy(place.clone())),
+                None if self.is_alive(&lock) => return Err(LockError::Busy(place.clone())),
                 None => {
                     log::info!("event=takeover place={place}");
-                    File::create(&wanted).map_err(|error| NoHold::Failed(at(&wanted, error)))?;
-                    give_up = Some(Instant::now() + GIVE_WAY);
+                    File::create(&wanted).map_err(|error| LockError::Failed(with_path(&wanted, error)))?;
+                    give_up = Some(Instant::now() + TAKEOVER_WAIT);
                 }
                 Some(late) if Instant::now() >= late => {
                     let _ = fs::remove_file(&wanted);
-                    return Err(NoHold::Busy(place.clone()));
+                    return Err(LockError::Busy(place.clone()));
                 }
                 // The kernel tells nobody when a lock is let go, but by a wait without end.
                 Some(_) => std::thread::sleep(Duration::from_millis(20)),
@@ -246,29 +246,29 @@ impl Queue {
 }
 
 /// The mail of some domains, for one session.
-pub struct Hold {
-    places: Vec<Held>,
+pub struct QueueLock {
+    queues: Vec<LockedQueue>,
     current: usize,
 }
 
-struct Held {
-    place: Place,
+struct LockedQueue {
+    name: QueueName,
     maildir: Maildir,
     lock: File,
     waiting: VecDeque<Entry>,
     /// Messages offered in this session and still there: each is offered once. By domain, because nothing
     /// keeps an agent from giving two files in two Maildirs one name.
-    touched: HashSet<String>,
+    offered: HashSet<String>,
 }
 
-impl Hold {
+impl QueueLock {
     pub fn domains(&self) -> impl Iterator<Item = &Domain> {
-        self.places.iter().filter_map(|held| held.place.domain())
+        self.queues.iter().filter_map(|held| held.name.domain())
     }
 
     /// Whether there is no mail at all.
     pub fn is_empty(&self) -> io::Result<bool> {
-        for held in &self.places {
+        for held in &self.queues {
             if !held.maildir.is_empty()? {
                 return Ok(false);
             }
@@ -279,7 +279,7 @@ impl Hold {
     /// How many files there are, up to this number.
     pub fn count(&self, limit: usize) -> io::Result<usize> {
         let mut count = 0;
-        for held in &self.places {
+        for held in &self.queues {
             count += held.maildir.count(limit - count)?;
         }
         Ok(count)
@@ -287,22 +287,22 @@ impl Hold {
 
     /// The next message, the oldest of a domain first. What arrives meanwhile comes too; `None`: there is
     /// nothing now that was not offered in this session.
-    pub fn offer(&mut self) -> Option<Batch> {
+    pub fn next_message(&mut self) -> Option<QueuedMessage> {
         let mut refilled = 0;
-        while refilled <= self.places.len() {
-            let held = self.places.get_mut(self.current)?;
+        while refilled <= self.queues.len() {
+            let held = self.queues.get_mut(self.current)?;
             while let Some(entry) = held.waiting.pop_front() {
-                held.touched.insert(entry.unique().to_owned());
-                match Batch::open(&held.maildir, &held.place, entry) {
+                held.offered.insert(entry.unique().to_owned());
+                match QueuedMessage::open(&held.maildir, &held.name, entry) {
                     Ok(Some(batch)) => return Some(batch),
                     Ok(None) => {}
-                    Err(error) => log::error!("event=unreadable place={} error={:?}", held.place, error.to_string()),
+                    Err(error) => log::error!("event=unreadable place={} error={:?}", held.name, error.to_string()),
                 }
             }
-            self.current = (self.current + 1) % self.places.len();
-            let held = &mut self.places[self.current];
+            self.current = (self.current + 1) % self.queues.len();
+            let held = &mut self.queues[self.current];
             if let Err(error) = held.refill() {
-                log::error!("event=unreadable place={} error={:?}", held.place, error.to_string());
+                log::error!("event=unreadable place={} error={:?}", held.name, error.to_string());
             }
             refilled += 1;
         }
@@ -310,37 +310,37 @@ impl Hold {
     }
 
     /// One message of a place, which is not offered again.
-    pub fn claim(&mut self, place: &Place, entry: Entry) -> io::Result<Option<Batch>> {
-        let Some(held) = self.places.iter_mut().find(|held| held.place == *place) else { return Ok(None) };
-        held.touched.insert(entry.unique().to_owned());
-        Batch::open(&held.maildir, place, entry)
+    pub fn open_message(&mut self, place: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
+        let Some(held) = self.queues.iter_mut().find(|held| held.name == *place) else { return Ok(None) };
+        held.offered.insert(entry.unique().to_owned());
+        QueuedMessage::open(&held.maildir, place, entry)
     }
 
     /// Whether [`Hold::offer`] has something now.
-    pub fn has_more(&mut self) -> bool {
-        let Some(batch) = self.offer() else { return false };
+    pub fn has_message(&mut self) -> bool {
+        let Some(batch) = self.next_message() else { return false };
         let path = batch.maildir.path();
-        if let Some(held) = self.places.iter_mut().find(|held| held.maildir.path() == path) {
-            held.touched.remove(batch.entry.unique());
+        if let Some(held) = self.queues.iter_mut().find(|held| held.maildir.path() == path) {
+            held.offered.remove(batch.entry.unique());
             held.waiting.push_front(batch.entry);
         }
         true
     }
 
     /// Tells those who wait that this session is alive.
-    pub fn progress(&self) {
-        for held in &self.places {
+    pub fn heartbeat(&self) {
+        for held in &self.queues {
             let _ = held.lock.set_modified(SystemTime::now());
         }
     }
 
     /// Whether somebody waits for a domain of this session.
-    pub fn wanted(&self) -> bool {
-        self.places.iter().any(|held| held.maildir.path().join("odmr.wanted").exists())
+    pub fn takeover_requested(&self) -> bool {
+        self.queues.iter().any(|held| held.maildir.path().join("odmr.wanted").exists())
     }
 }
 
-impl Held {
+impl LockedQueue {
     /// Lists what waits and was not offered yet.
     fn refill(&mut self) -> io::Result<()> {
         let mut entries = self.maildir.entries()?;
@@ -358,8 +358,8 @@ impl Held {
         entries.sort_by_key(|entry| entry.has(IN_DOUBT));
         let now = SystemTime::now();
         let is_due =
-            |entry: &Entry| !self.place.is_outgoing() || due(&self.maildir.file(entry)).is_none_or(|due| due <= now);
-        let touched = &self.touched;
+            |entry: &Entry| !self.name.is_outgoing() || due(&self.maildir.file(entry)).is_none_or(|due| due <= now);
+        let touched = &self.offered;
         let fresh = entries.into_iter().filter(|entry| !touched.contains(entry.unique()) && is_due(entry));
         self.waiting = fresh.collect();
         Ok(())
@@ -372,7 +372,7 @@ impl Held {
             return Ok(None);
         };
         // Only a file that we have written can be what is left of another.
-        let within = |few: &Head, many: &Head| {
+        let within = |few: &ParsedEnvelope, many: &ParsedEnvelope| {
             let (some, all) = (&few.envelope.recipients, &many.envelope.recipients);
             few.ours && some.len() < all.len() && some.iter().all(|recipient| all.contains(recipient))
         };
@@ -384,16 +384,16 @@ impl Held {
     }
 
     /// `None`: this is no message for anybody here.
-    fn head(&self, entry: &Entry) -> io::Result<Option<Head>> {
+    fn head(&self, entry: &Entry) -> io::Result<Option<ParsedEnvelope>> {
         let Ok(Some(file)) = open_file(&self.maildir.file(entry)) else {
             return Ok(None);
         };
-        read_head(&file, entry, self.place.domain())
+        read_head(&file, entry, self.name.domain())
     }
 }
 
 /// One message offered, and the recipients it is offered for.
-pub struct Batch {
+pub struct QueuedMessage {
     maildir: Maildir,
     entry: Entry,
     file: File,
@@ -404,29 +404,29 @@ pub struct Batch {
     /// Octets above 127 are among them.
     pub eight_bit: bool,
     /// When those that are deferred are tried again; only outgoing mail looks at it.
-    pub next_try: Option<SystemTime>,
+    pub next_attempt: Option<SystemTime>,
     /// The senders of those that are refused have been told, or want to hear nothing.
-    pub told_refused: bool,
+    pub rejections_reported: bool,
 }
 
 /// The content, from where the last call ended.
-impl Read for Batch {
+impl Read for QueuedMessage {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.file.read(buffer).map_err(|error| at(&self.maildir.file(&self.entry), error))
+        self.file.read(buffer).map_err(|error| with_path(&self.maildir.file(&self.entry), error))
     }
 }
 
-impl Batch {
+impl QueuedMessage {
     /// `None`: the file is gone, or is no message for anybody here; that is logged.
-    fn open(maildir: &Maildir, place: &Place, entry: Entry) -> io::Result<Option<Batch>> {
+    fn open(maildir: &Maildir, place: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let path = maildir.file(&entry);
         let file = match open_file(&path) {
             Ok(Some(file)) => file,
             Ok(None) => return Ok(None),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(at(&path, error)),
+            Err(error) => return Err(with_path(&path, error)),
         };
-        let Some(head) = read_head(&file, &entry, place.domain()).map_err(|error| at(&path, error))? else {
+        let Some(head) = read_head(&file, &entry, place.domain()).map_err(|error| with_path(&path, error))? else {
             log::warn!("event=no-recipients place={place} file={}", path.display());
             return Ok(None);
         };
@@ -435,13 +435,13 @@ impl Batch {
         let (size, eight_bit) = match entry.wire_size().filter(|_| head.ours) {
             Some(size) => {
                 // A last line without its end gets one on the wire.
-                let open = !ends_with_line(&file, content).map_err(|error| at(&path, error))?;
+                let open = !ends_with_line(&file, content).map_err(|error| with_path(&path, error))?;
                 let size = size.saturating_sub(content + head.lines as u64);
                 (if open { size + 2 } else { size }, entry.eight_bit())
             }
-            None => measure(&file, content).map_err(|error| at(&path, error))?,
+            None => measure(&file, content).map_err(|error| with_path(&path, error))?,
         };
-        let mut batch = Batch {
+        let mut batch = QueuedMessage {
             maildir: maildir.clone(),
             entry,
             file,
@@ -449,10 +449,10 @@ impl Batch {
             envelope: head.envelope,
             size,
             eight_bit,
-            next_try: None,
-            told_refused: false,
+            next_attempt: None,
+            rejections_reported: false,
         };
-        batch.rewind().map_err(|error| at(&path, error))?;
+        batch.rewind().map_err(|error| with_path(&path, error))?;
         Ok(Some(batch))
     }
 
@@ -462,9 +462,9 @@ impl Batch {
     }
 
     /// The envelope as an SMTP client sends it.
-    pub fn message(&self) -> Message {
+    pub fn outgoing_message(&self) -> OutgoingMessage {
         let envelope = &self.envelope;
-        Message {
+        OutgoingMessage {
             from: envelope.from.clone(),
             recipients: envelope.recipients.clone(),
             size: self.size,
@@ -482,7 +482,7 @@ impl Batch {
     }
 
     /// It cannot be read: it goes to the end of the line, so that others behind it are sent.
-    pub fn put_last(&self) {
+    pub fn move_to_end(&self) {
         if let Err(error) = self.maildir.flag(&self.entry, IN_DOUBT) {
             log::error!("event=unreadable error={:?}", error.to_string());
         }
@@ -490,24 +490,24 @@ impl Batch {
 
     /// Acts on what became of the message: the one place where mail is removed. `outcome` has a fate for
     /// each recipient in order; those it does not reach are untried.
-    pub fn settle(mut self, outcome: &Outcome, hold: &mut Hold) -> io::Result<()> {
+    pub fn settle(mut self, outcome: &DeliveryResult, hold: &mut QueueLock) -> io::Result<()> {
         let recipients = std::mem::take(&mut self.envelope.recipients);
         let (mut left, mut refused, mut marks) = (Vec::new(), Vec::new(), String::new());
         let (mut in_doubt, mut again) = (false, false);
         let all = recipients.len();
         for (number, recipient) in recipients.into_iter().enumerate() {
-            match outcome.fates.get(number) {
-                Some(Fate::Delivered(_)) => {}
-                Some(Fate::Refused(reply)) => {
+            match outcome.recipients.get(number) {
+                Some(RecipientStatus::Sent(_)) => {}
+                Some(RecipientStatus::Rejected(reply)) => {
                     marks.push_str(&format!("X-ODMR-Refused: <{}> {reply}\n", recipient.mailbox));
                     refused.push(recipient);
                 }
                 fate => {
-                    in_doubt |= matches!(fate, Some(Fate::InDoubt));
+                    in_doubt |= matches!(fate, Some(RecipientStatus::InDoubt));
                     // RFC 5321 section 4.5.3.1.10: what was one recipient too many goes in another
                     // transaction, at once.
                     again |= match fate {
-                        Some(Fate::Deferred(reply)) => matches!(reply.code(), 452 | 552),
+                        Some(RecipientStatus::Deferred(reply)) => matches!(reply.code(), 452 | 552),
                         _ => fate.is_none(),
                     };
                     left.push(recipient);
@@ -518,7 +518,7 @@ impl Batch {
             // Where nobody was taken it was not that they are too many.
             return self.keep(&self.entry, in_doubt, false);
         }
-        if !refused.is_empty() && !self.told_refused {
+        if !refused.is_empty() && !self.rejections_reported {
             self.set_aside(&refused, &marks)?;
         }
         let nobody_left = left.is_empty();
@@ -526,8 +526,8 @@ impl Batch {
             let maildir = self.maildir.clone();
             let unique = self.entry.unique().to_owned();
             for mut entry in self.rewrite(&maildir, &unique, left, "")? {
-                if self.entry.has(TOLD) {
-                    entry = maildir.flag(&entry, TOLD)?;
+                if self.entry.has(DELAY_REPORTED) {
+                    entry = maildir.flag(&entry, DELAY_REPORTED)?;
                 }
                 self.keep(&entry, in_doubt, again)?;
             }
@@ -535,8 +535,8 @@ impl Batch {
         self.maildir.remove(&self.entry)?;
         if again || nobody_left {
             let path = self.maildir.path();
-            if let Some(held) = hold.places.iter_mut().find(|held| held.maildir.path() == path) {
-                held.touched.remove(self.entry.unique());
+            if let Some(held) = hold.queues.iter_mut().find(|held| held.maildir.path() == path) {
+                held.offered.remove(self.entry.unique());
             }
         }
         Ok(())
@@ -544,16 +544,16 @@ impl Batch {
 
     /// What stays: its next attempt, its flag.
     fn keep(&self, entry: &Entry, in_doubt: bool, again: bool) -> io::Result<()> {
-        if let Some(next_try) = self.next_try.filter(|_| !again) {
+        if let Some(next_try) = self.next_attempt.filter(|_| !again) {
             let path = self.maildir.file(entry);
             let file = File::open(&path).and_then(|file| file.set_modified(next_try));
-            file.map_err(|error| at(&path, error))?;
+            file.map_err(|error| with_path(&path, error))?;
         }
         if in_doubt { self.maildir.flag(entry, IN_DOUBT).map(drop) } else { Ok(()) }
     }
 
     /// Makes the next attempt at the file as it stands due at `next_try`.
-    pub fn postpone(&self) -> io::Result<()> {
+    pub fn record_next_attempt(&self) -> io::Result<()> {
         self.keep(&self.entry, false, false)
     }
 
@@ -563,13 +563,13 @@ impl Batch {
     }
 
     /// Whether the sender was told that the message is late.
-    pub fn told_late(&self) -> bool {
-        self.entry.has(TOLD)
+    pub fn is_delay_reported(&self) -> bool {
+        self.entry.has(DELAY_REPORTED)
     }
 
     /// Notes that the sender was told that the message is late.
-    pub fn tell_late(&mut self) -> io::Result<()> {
-        self.entry = self.maildir.flag(&self.entry, TOLD)?;
+    pub fn mark_delay_reported(&mut self) -> io::Result<()> {
+        self.entry = self.maildir.flag(&self.entry, DELAY_REPORTED)?;
         Ok(())
     }
 
@@ -577,11 +577,11 @@ impl Batch {
     /// has a name of the same length: the next name is as good. After a crash one may stand there twice, and
     /// that is better than never.
     fn set_aside(&mut self, refused: &[Recipient], marks: &str) -> io::Result<()> {
-        let folder = refused_folder(&self.maildir);
+        let folder = rejected_maildir(&self.maildir);
         let mut unique = self.entry.unique().to_owned();
-        for number in 1..=REFUSALS {
+        for number in 1..=SET_ASIDE_NAMES {
             match self.rewrite(&folder, &unique, refused.to_vec(), marks) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < REFUSALS => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < SET_ASIDE_NAMES => {}
                 other => return other.map(drop),
             }
             unique = format!("{}.r{number}", self.entry.unique());
@@ -600,10 +600,10 @@ impl Batch {
         self.envelope.recipients = recipients;
         // The lock on the domain is ours, so what stands there was left by one who was killed here.
         maildir.discard(unique)?;
-        let mut copy = Copies::default();
-        copy.begin(maildir, unique, self.envelope.lines(marks).as_bytes())?;
+        let mut copy = MessageWriter::default();
+        copy.begin(maildir, unique, self.envelope.to_header(marks).as_bytes())?;
         self.rewind()?;
-        each_piece(self, |piece| copy.write(piece))?;
+        for_each_block(self, |piece| copy.write(piece))?;
         copy.commit()
     }
 }
@@ -615,23 +615,23 @@ fn due(path: &Path) -> Option<SystemTime> {
     Some(if due > now + LONGEST { SystemTime::UNIX_EPOCH } else { due })
 }
 
-fn lock_now(maildir: &Maildir, place: &Place) -> Result<File, NoHold> {
+fn lock_now(maildir: &Maildir, place: &QueueName) -> Result<File, LockError> {
     let lock = open_lock(maildir)?;
     match lock.try_lock() {
         Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => Err(NoHold::Busy(place.clone())),
+        Err(TryLockError::WouldBlock) => Err(LockError::Busy(place.clone())),
         Err(TryLockError::Error(error)) => Err(lock_failed(maildir, error)),
     }
 }
 
-fn open_lock(maildir: &Maildir) -> Result<File, NoHold> {
+fn open_lock(maildir: &Maildir) -> Result<File, LockError> {
     let mut options = OpenOptions::new();
     let opened = options.create(true).truncate(false).write(true).mode(0o600).open(lock_of(maildir));
     opened.map_err(|error| lock_failed(maildir, error))
 }
 
-fn lock_failed(maildir: &Maildir, error: io::Error) -> NoHold {
-    NoHold::Failed(at(&lock_of(maildir), error))
+fn lock_failed(maildir: &Maildir, error: io::Error) -> LockError {
+    LockError::Failed(with_path(&lock_of(maildir), error))
 }
 
 fn lock_of(maildir: &Maildir) -> PathBuf {
@@ -639,7 +639,7 @@ fn lock_of(maildir: &Maildir) -> PathBuf {
 }
 
 /// Where copies for refused recipients wait for somebody to look at them.
-fn refused_folder(maildir: &Maildir) -> Maildir {
+fn rejected_maildir(maildir: &Maildir) -> Maildir {
     Maildir::new(maildir.path().join(".refused"))
 }
 
@@ -652,9 +652,9 @@ fn open_file(path: &Path) -> io::Result<Option<File>> {
 }
 
 /// The envelope at the front of a file.
-fn read_head(file: &File, entry: &Entry, domain: Option<&Domain>) -> io::Result<Option<Head>> {
+fn read_head(file: &File, entry: &Entry, domain: Option<&Domain>) -> io::Result<Option<ParsedEnvelope>> {
     let arrived = file.metadata()?.modified()?.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let arrived = Date::from_seconds(i64::try_from(arrived.as_secs()).unwrap_or(0));
+    let arrived = Timestamp_::from_seconds(i64::try_from(arrived.as_secs()).unwrap_or(0));
     let mut front = vec![0; 4096];
     let mut filled = 0;
     loop {
@@ -663,7 +663,7 @@ fn read_head(file: &File, entry: &Entry, domain: Option<&Domain>) -> io::Result<
         match envelope::parse(&front[..filled], octets == 0, domain, entry.unique(), arrived) {
             Parsed::Head(head) => return Ok(Some(head)),
             Parsed::NoRecipients => return Ok(None),
-            Parsed::More if filled >= envelope::LIMIT => return Ok(None),
+            Parsed::More if filled >= envelope::ENVELOPE_LIMIT => return Ok(None),
             Parsed::More if filled == front.len() => front.resize(filled * 2, 0),
             Parsed::More => {}
         }
@@ -682,7 +682,7 @@ fn ends_with_line(file: &File, from: u64) -> io::Result<bool> {
 
 /// The size on the wire of what stands behind the envelope, and whether it takes eight bits.
 fn measure(file: &File, from: u64) -> io::Result<(u64, bool)> {
-    let mut sizer = Sizer::new();
+    let mut sizer = WireSize::new();
     let mut eight_bit = false;
     let mut buffer = vec![0; 32 * 1024];
     let mut offset = from;

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::smtp::address::Mailbox;
 use crate::smtp::address::reverse_path;
-use crate::smtp::client::Decided;
+use crate::smtp::client::DecidedBy;
 use crate::smtp::command::Body;
 use crate::smtp::content::Stuffer;
 use crate::smtp::reply::Reply;
@@ -31,7 +31,7 @@ struct Spool {
 impl Spool {
     fn new() -> Spool {
         let folder = tempfile::tempdir().unwrap();
-        let queue = Queue::new(folder.path(), "host", Stamps::fixed(), Duration::from_secs(300));
+        let queue = Queue::new(folder.path(), "host", Ids::fixed(), Duration::from_secs(300));
         Spool { folder, queue }
     }
 
@@ -41,17 +41,17 @@ impl Spool {
             .map(|name| Recipient::plain(Mailbox::parse(&format!("{name}@example.org")).unwrap()))
             .collect();
         let from = reverse_path(b"<a@b.example>").unwrap().0;
-        let arrived = Date::from_seconds(1_767_323_045);
+        let arrived = Timestamp_::from_seconds(1_767_323_045);
         let id = "id1".to_owned();
         let envelope =
             Envelope { from, recipients, id, arrived, body: Body::Unsaid, utf8: false, ret: None, envelope_id: None };
-        let mut copies = self.queue.put(&[(Place::Domain(org()), envelope)], &CONTENT[..12]).unwrap();
+        let mut copies = self.queue.begin_message(&[(QueueName::Domain(org()), envelope)], &CONTENT[..12]).unwrap();
         copies.write(&CONTENT.as_bytes()[12..]).unwrap();
         assert_eq!(copies.commit().unwrap().len(), 1);
     }
 
-    fn hold(&self) -> Hold {
-        self.queue.hold(&[Place::Domain(org())]).unwrap()
+    fn hold(&self) -> QueueLock {
+        self.queue.lock(&[QueueName::Domain(org())]).unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -78,15 +78,15 @@ impl Spool {
     }
 }
 
-fn local_parts(batch: &Batch) -> Vec<String> {
+fn local_parts(batch: &QueuedMessage) -> Vec<String> {
     batch.envelope.recipients.iter().map(|recipient| recipient.mailbox.local().to_owned()).collect()
 }
 
-fn offered(hold: &mut Hold) -> Vec<String> {
-    hold.offer().map(|batch| local_parts(&batch)).unwrap_or_default()
+fn offered(hold: &mut QueueLock) -> Vec<String> {
+    hold.next_message().map(|batch| local_parts(&batch)).unwrap_or_default()
 }
 
-fn content(batch: &mut Batch) -> String {
+fn content(batch: &mut QueuedMessage) -> String {
     let (mut text, mut piece) = (Vec::new(), [0; 7]);
     loop {
         match batch.read(&mut piece).unwrap() {
@@ -97,20 +97,20 @@ fn content(batch: &mut Batch) -> String {
 }
 
 /// `=` delivered, `~` deferred, `!` refused, `?` in doubt, `+` one recipient too many.
-fn outcome(fates: &str) -> Outcome {
+fn outcome(fates: &str) -> DeliveryResult {
     let fate = |letter| match letter {
-        '=' => Fate::Delivered(Reply::new(250, "2.0.0", "OK")),
-        '~' => Fate::Deferred(Reply::new(450, "4.2.1", "later")),
-        '+' => Fate::Deferred(Reply::new(452, "4.5.3", "too many")),
-        '!' => Fate::Refused(Reply::new(550, "5.1.1", "unknown")),
-        '?' => Fate::InDoubt,
+        '=' => RecipientStatus::Sent(Reply::new(250, "2.0.0", "OK")),
+        '~' => RecipientStatus::Deferred(Reply::new(450, "4.2.1", "later")),
+        '+' => RecipientStatus::Deferred(Reply::new(452, "4.5.3", "too many")),
+        '!' => RecipientStatus::Rejected(Reply::new(550, "5.1.1", "unknown")),
+        '?' => RecipientStatus::InDoubt,
         other => panic!("{other}"),
     };
-    Outcome { fates: fates.chars().map(fate).collect(), decided: Decided::ByPeer }
+    DeliveryResult { recipients: fates.chars().map(fate).collect(), decided_by: DecidedBy::Peer }
 }
 
-fn settle(hold: &mut Hold, fates: &str) {
-    let batch = hold.offer().expect("a message");
+fn settle(hold: &mut QueueLock, fates: &str) {
+    let batch = hold.next_message().expect("a message");
     assert_eq!(batch.envelope.recipients.len(), fates.len());
     batch.settle(&outcome(fates), hold).unwrap();
 }
@@ -122,14 +122,14 @@ fn what_is_put_is_offered_as_it_was() {
     let mut hold = spool.hold();
     assert!(!hold.is_empty().unwrap());
     assert_eq!(hold.domains().map(Domain::as_str).collect::<Vec<_>>(), ["example.org"]);
-    let mut batch = hold.offer().unwrap();
+    let mut batch = hold.next_message().unwrap();
     assert_eq!(batch.envelope.from.to_string(), "a@b.example");
     assert_eq!((local_parts(&batch), batch.envelope.id.as_str()), (vec!["eva".to_owned(), "bob".to_owned()], "id1"));
     assert_eq!(content(&mut batch), CONTENT);
     batch.rewind().unwrap();
     assert_eq!(content(&mut batch), CONTENT);
     assert_eq!(batch.size, CONTENT.replace('\n', "\r\n").len() as u64);
-    assert!(hold.offer().is_none(), "each once");
+    assert!(hold.next_message().is_none(), "each once");
     drop(batch);
     drop(hold);
     assert_eq!(offered(&mut spool.hold()), ["eva", "bob"], "who settles nothing removes nothing");
@@ -145,7 +145,7 @@ fn every_mix_of_fates_leaves_on_disk_what_it_must() {
             spool.put(&names[..total as usize]);
             let mut hold = spool.hold();
             settle(&mut hold, &fates);
-            assert!(hold.offer().is_none(), "{fates}: not again in this session");
+            assert!(hold.next_message().is_none(), "{fates}: not again in this session");
             let with = |wanted: &str| -> Vec<&str> {
                 fates.chars().zip(names).filter(|(fate, _)| wanted.contains(*fate)).map(|(_, name)| name).collect()
             };
@@ -185,21 +185,21 @@ fn one_recipient_too_many_goes_at_once_but_not_for_ever() {
     let mut hold = spool.hold();
     settle(&mut hold, "=++");
     assert_eq!(spool.files("new").len(), 1);
-    let batch = hold.offer().expect("the rest");
+    let batch = hold.next_message().expect("the rest");
     assert_eq!(local_parts(&batch), ["bob", "zoe"]);
     batch.settle(&outcome("++"), &mut hold).unwrap();
-    assert!(hold.offer().is_none(), "nobody was taken, so the disk is full or the peer jokes");
+    assert!(hold.next_message().is_none(), "nobody was taken, so the disk is full or the peer jokes");
 }
 
 #[test]
 fn mail_that_arrives_meanwhile_is_offered_too() {
     let spool = Spool::new();
     let mut hold = spool.hold();
-    assert!(hold.is_empty().unwrap() && hold.offer().is_none());
+    assert!(hold.is_empty().unwrap() && hold.next_message().is_none());
     for name in ["one", "two", "three"] {
         spool.put(&[name]);
         assert_eq!(offered(&mut hold), [name]);
-        assert!(hold.offer().is_none());
+        assert!(hold.next_message().is_none());
     }
 }
 
@@ -214,9 +214,9 @@ fn the_oldest_comes_first_and_domains_take_turns() {
             fs::write(path.join(format!("{name}.{place}")), text).unwrap();
         }
     }
-    let mut hold = spool.queue.hold(&[Place::Domain(org()), Place::Domain(domain("example.com"))]).unwrap();
+    let mut hold = spool.queue.lock(&[QueueName::Domain(org()), QueueName::Domain(domain("example.com"))]).unwrap();
     let mut seen: HashMap<String, Vec<String>> = HashMap::new();
-    while let Some(batch) = hold.offer() {
+    while let Some(batch) = hold.next_message() {
         let recipient = &batch.envelope.recipients[0];
         seen.entry(recipient.mailbox.domain().unwrap().to_string())
             .or_default()
@@ -298,7 +298,7 @@ fn the_double_after_a_crash_is_healed() {
             assert_eq!(spool.files("new").len() + spool.files("cur").len(), 2);
             let mut hold = spool.hold();
             assert_eq!(offered(&mut hold), ["bob"], "{name:?} {fates}: eva has it already");
-            assert!(hold.offer().is_none());
+            assert!(hold.next_message().is_none());
             assert_eq!(spool.files("new").len() + spool.files("cur").len(), 1);
         }
     }
@@ -335,7 +335,7 @@ fn files_of_other_agents_and_other_things() {
     std::os::unix::fs::symlink("nowhere", spool.path("new/91.dangling")).unwrap();
     let mut hold = spool.hold();
     for (recipients, text) in [(vec!["eva"], "Received: by mx\n\nx"), (vec!["eva", "bob"], "\n.y\r\n")] {
-        let mut batch = hold.offer().unwrap();
+        let mut batch = hold.next_message().unwrap();
         assert_eq!(local_parts(&batch), recipients);
         assert_eq!(content(&mut batch), text);
         let (mut stuffer, mut wire) = (Stuffer::new(), Vec::new());
@@ -345,7 +345,7 @@ fn files_of_other_agents_and_other_things() {
         assert_eq!(batch.size as usize, wire.len() - 3 - dots, "measured, not read from a name");
         batch.settle(&outcome(&"=".repeat(recipients.len())), &mut hold).unwrap();
     }
-    assert!(hold.offer().is_none(), "nothing else is mail");
+    assert!(hold.next_message().is_none(), "nothing else is mail");
     assert_eq!(spool.files("new").len(), 9, "and nothing else is touched");
     assert!(spool.files("cur").is_empty());
 }
@@ -354,7 +354,7 @@ fn files_of_other_agents_and_other_things() {
 fn a_name_of_another_agent_is_not_believed() {
     let spool = Spool::new();
     spool.write("new/1,S=3,W=3", "Delivered-To: eva@example.org\nSubject: x\n\nlonger\n");
-    assert_eq!(spool.hold().offer().unwrap().size, "Subject: x\r\n\r\nlonger\r\n".len() as u64);
+    assert_eq!(spool.hold().next_message().unwrap().size, "Subject: x\r\n\r\nlonger\r\n".len() as u64);
 }
 
 #[test]
@@ -363,18 +363,18 @@ fn one_session_at_a_time_has_a_domain() {
     spool.put(&["eva"]);
     let hold = spool.hold();
     // flock belongs to the open file, so a second handle here is what a second process is.
-    let other = Queue::new(spool.folder.path(), "host", Stamps::fixed(), Duration::from_secs(300));
+    let other = Queue::new(spool.folder.path(), "host", Ids::fixed(), Duration::from_secs(300));
     for queue in [&spool.queue, &other] {
-        match queue.hold(&[Place::Domain(domain("example.com")), Place::Domain(org())]) {
-            Err(NoHold::Busy(place)) => assert_eq!(place, Place::Domain(org())),
+        match queue.lock(&[QueueName::Domain(domain("example.com")), QueueName::Domain(org())]) {
+            Err(LockError::Busy(place)) => assert_eq!(place, QueueName::Domain(org())),
             _ => panic!("two hold one domain"),
         }
     }
-    assert!(!hold.wanted(), "a holder at work is left alone");
+    assert!(!hold.takeover_requested(), "a holder at work is left alone");
     // All or none: example.com is free again.
-    drop(spool.queue.hold(&[Place::Domain(domain("example.com"))]).unwrap());
+    drop(spool.queue.lock(&[QueueName::Domain(domain("example.com"))]).unwrap());
     drop(hold);
-    assert_eq!(offered(&mut other.hold(&[Place::Domain(org())]).unwrap()), ["eva"]);
+    assert_eq!(offered(&mut other.lock(&[QueueName::Domain(org())]).unwrap()), ["eva"]);
 }
 
 fn lock_since(spool: &Spool, ago: Duration) {
@@ -388,22 +388,22 @@ fn a_holder_without_progress_gives_way() {
     spool.put(&["eva"]);
     let hold = spool.hold();
     lock_since(&spool, Duration::from_secs(299));
-    assert!(matches!(spool.queue.hold(&[Place::Domain(org())]), Err(NoHold::Busy(_))));
+    assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
     lock_since(&spool, Duration::from_secs(301));
-    hold.progress();
-    assert!(matches!(spool.queue.hold(&[Place::Domain(org())]), Err(NoHold::Busy(_))));
+    hold.heartbeat();
+    assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
     lock_since(&spool, Duration::from_secs(301));
     std::thread::scope(|scope| {
-        let taker = scope.spawn(|| spool.queue.hold(&[Place::Domain(org())]));
-        while !hold.wanted() {
+        let taker = scope.spawn(|| spool.queue.lock(&[QueueName::Domain(org())]));
+        while !hold.takeover_requested() {
             std::thread::sleep(Duration::from_millis(5));
         }
         drop(hold);
         let mut hold = taker.join().unwrap().expect("the domain");
-        assert!(!hold.wanted());
+        assert!(!hold.takeover_requested());
         assert_eq!(offered(&mut hold), ["eva"]);
         // The new holder is at work.
-        assert!(matches!(spool.queue.hold(&[Place::Domain(org())]), Err(NoHold::Busy(_))));
+        assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
     });
 }
 
@@ -413,16 +413,16 @@ fn a_holder_that_does_not_give_way_keeps_it() {
     let _hold = spool.hold();
     lock_since(&spool, Duration::from_secs(301));
     let begun = Instant::now();
-    assert!(matches!(spool.queue.hold(&[Place::Domain(org())]), Err(NoHold::Busy(_))));
-    assert!(begun.elapsed() >= GIVE_WAY);
+    assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
+    assert!(begun.elapsed() >= TAKEOVER_WAIT);
 }
 
 #[test]
 fn what_cannot_be_locked_says_why() {
     let spool = Spool::new();
     fs::create_dir_all(spool.path("odmr.lock")).unwrap();
-    match spool.queue.hold(&[Place::Domain(org())]) {
-        Err(NoHold::Failed(error)) => assert!(error.to_string().contains("odmr.lock"), "{error}"),
+    match spool.queue.lock(&[QueueName::Domain(org())]) {
+        Err(LockError::Failed(error)) => assert!(error.to_string().contains("odmr.lock"), "{error}"),
         _ => panic!("a folder was locked"),
     }
 }
@@ -435,7 +435,7 @@ fn a_disk_that_refuses_loses_nothing() {
     let before = spool.files("new");
     spool.write(".refused", "a file where a folder should be");
     let mut hold = spool.hold();
-    let batch = hold.offer().unwrap();
+    let batch = hold.next_message().unwrap();
     assert!(batch.settle(&outcome("!="), &mut hold).is_err());
     assert_eq!(spool.files("new"), before);
     drop(hold);
@@ -474,7 +474,7 @@ proptest! {
             if hold.is_empty().unwrap() {
                 break;
             }
-            while let Some(batch) = hold.offer() {
+            while let Some(batch) = hold.next_message() {
                 let names = local_parts(&batch);
                 let mut fates = String::new();
                 for name in names {
@@ -499,19 +499,19 @@ proptest! {
 }
 
 /// A queue with one message for `place`.
-fn outgoing(folder: &Path, place: &Place, to: &[&str]) -> Queue {
-    let queue = Queue::new(folder, "host", Stamps::fixed(), Duration::from_secs(60));
+fn outgoing(folder: &Path, place: &QueueName, to: &[&str]) -> Queue {
+    let queue = Queue::new(folder, "host", Ids::fixed(), Duration::from_secs(60));
     let envelope = Envelope {
         from: reverse_path(b"<>").unwrap().0,
         recipients: to.iter().map(|to| Recipient::plain(Mailbox::parse(to).unwrap())).collect(),
         id: "id".to_owned(),
-        arrived: Stamps::fixed().now(),
+        arrived: Ids::fixed().now(),
         body: Body::Unsaid,
         utf8: false,
         ret: None,
         envelope_id: None,
     };
-    let mut copies = queue.put(&[(place.clone(), envelope)], "").unwrap();
+    let mut copies = queue.begin_message(&[(place.clone(), envelope)], "").unwrap();
     copies.write(b"Subject: x\n\n").unwrap();
     copies.commit().unwrap();
     queue
@@ -520,15 +520,15 @@ fn outgoing(folder: &Path, place: &Place, to: &[&str]) -> Queue {
 /// A full disk is no reason to try again at once: 452 means "too many" only where somebody was taken.
 #[test]
 fn a_452_for_all_waits_and_a_452_for_some_does_not() {
-    let place = Place::Destination(domain("example.net"));
+    let place = QueueName::Destination(domain("example.net"));
     for (fates, due_at_once) in [("++", false), ("=+", true)] {
         let folder = tempfile::tempdir().unwrap();
         let queue = outgoing(folder.path(), &place, &["a@example.net", "b@example.net"]);
-        let mut hold = queue.hold(std::slice::from_ref(&place)).unwrap();
-        let mut batch = hold.offer().unwrap();
-        batch.next_try = Some(SystemTime::now() + Duration::from_secs(3600));
+        let mut hold = queue.lock(std::slice::from_ref(&place)).unwrap();
+        let mut batch = hold.next_message().unwrap();
+        batch.next_attempt = Some(SystemTime::now() + Duration::from_secs(3600));
         batch.settle(&outcome(fates), &mut hold).unwrap();
-        assert_eq!(hold.offer().is_some(), due_at_once);
+        assert_eq!(hold.next_message().is_some(), due_at_once);
         assert_eq!(queue.next_due(&place).unwrap().unwrap() <= SystemTime::now(), due_at_once);
     }
 }
@@ -536,17 +536,17 @@ fn a_452_for_all_waits_and_a_452_for_some_does_not() {
 /// What was put off while the clock was a year ahead does not wait for that year.
 #[test]
 fn a_clock_that_was_wrong_puts_nothing_off_for_long() {
-    let place = Place::Upstream;
+    let place = QueueName::Outgoing;
     for (ahead, due) in [(Duration::from_secs(3600), false), (Duration::from_secs(365 * 24 * 3600), true)] {
         let folder = tempfile::tempdir().unwrap();
         let queue = outgoing(folder.path(), &place, &["a@example.net"]);
-        let mut hold = queue.hold(std::slice::from_ref(&place)).unwrap();
-        let mut batch = hold.offer().unwrap();
-        batch.next_try = Some(SystemTime::now() + ahead);
+        let mut hold = queue.lock(std::slice::from_ref(&place)).unwrap();
+        let mut batch = hold.next_message().unwrap();
+        batch.next_attempt = Some(SystemTime::now() + ahead);
         batch.settle(&outcome("+"), &mut hold).unwrap();
         drop(hold);
         assert_eq!(queue.next_due(&place).unwrap().unwrap() <= SystemTime::now(), due);
-        assert_eq!(queue.hold(std::slice::from_ref(&place)).unwrap().offer().is_some(), due);
+        assert_eq!(queue.lock(std::slice::from_ref(&place)).unwrap().next_message().is_some(), due);
     }
 }
 
@@ -554,9 +554,9 @@ fn a_clock_that_was_wrong_puts_nothing_off_for_long() {
 #[test]
 fn what_waits_can_be_looked_at_while_somebody_has_it() {
     let folder = tempfile::tempdir().unwrap();
-    let queue = outgoing(folder.path(), &Place::Upstream, &["a@example.net"]);
-    let _hold = queue.hold(&[Place::Upstream]).unwrap();
+    let queue = outgoing(folder.path(), &QueueName::Outgoing, &["a@example.net"]);
+    let _hold = queue.lock(&[QueueName::Outgoing]).unwrap();
     let mut seen = Vec::new();
-    queue.each(&Place::Upstream, |batch| seen.push((batch.envelope.id.clone(), batch.due().is_some()))).unwrap();
+    queue.each(&QueueName::Outgoing, |batch| seen.push((batch.envelope.id.clone(), batch.due().is_some()))).unwrap();
     assert_eq!(seen, [("id".to_owned(), true)]);
 }

@@ -7,7 +7,7 @@ use data_encoding::HEXLOWER;
 use hmac::{Hmac, KeyInit, Mac};
 use md5::Md5;
 
-use super::{ClientExchange, Secrets, ServerExchange, ServerStep, same, verify};
+use super::{ClientExchange, CredentialStore, ServerExchange, ExchangeStep, same, verify};
 
 pub(super) struct Server {
     challenge: String,
@@ -24,9 +24,9 @@ impl ServerExchange for Server {
         Some(self.challenge.clone().into_bytes())
     }
 
-    fn step(&mut self, response: &[u8], secrets: &dyn Secrets) -> ServerStep {
+    fn step(&mut self, response: &[u8], secrets: &dyn CredentialStore) -> ExchangeStep {
         let Some((name, digest)) = parse(response) else {
-            return ServerStep::Malformed;
+            return ExchangeStep::Malformed;
         };
         verify(name, secrets, |secret| same(&hmac_md5(secret, self.challenge.as_bytes()), &digest))
     }
@@ -92,7 +92,7 @@ mod tests {
     const TIM: One = One("tim", b"tanstaaftanstaaf");
     const RESPONSE: &[u8] = b"tim b913a602c7eda7a495b4e6e7334d3890";
 
-    fn serve(response: &[u8], secrets: &One) -> ServerStep {
+    fn serve(response: &[u8], secrets: &One) -> ExchangeStep {
         Server::new(CHALLENGE.into()).step(response, secrets)
     }
 
@@ -105,23 +105,23 @@ mod tests {
         assert_eq!(response.as_deref(), Some(RESPONSE));
         assert!(client.finished());
         assert_eq!(client.step(CHALLENGE.as_bytes()), None, "one round, no more");
-        assert_eq!(serve(RESPONSE, &TIM), ServerStep::Done("tim".into()));
+        assert_eq!(serve(RESPONSE, &TIM), ExchangeStep::Done("tim".into()));
     }
 
     #[test]
     fn responses_end_as_they_should() {
-        let check = |response: &[u8], expected: ServerStep| {
+        let check = |response: &[u8], expected: ExchangeStep| {
             let shown = response.escape_ascii();
             assert_eq!(serve(response, &TIM), expected, "{shown}");
         };
-        let done = || ServerStep::Done("tim".into());
+        let done = || ExchangeStep::Done("tim".into());
         check(b"tim b913a602c7eda7a495b4e6e7334d3890\n", done());
         check(b"tim b913a602c7eda7a495b4e6e7334d3890\r\n", done());
-        check(b"tim b913a602c7eda7a495b4e6e7334d3891", ServerStep::Failed);
-        check(b"tom b913a602c7eda7a495b4e6e7334d3890", ServerStep::Failed);
-        check(b"Tim b913a602c7eda7a495b4e6e7334d3890", ServerStep::Failed);
-        check(b"tim  b913a602c7eda7a495b4e6e7334d3890", ServerStep::Failed);
-        check(b"broken b913a602c7eda7a495b4e6e7334d3890", ServerStep::Unavailable);
+        check(b"tim b913a602c7eda7a495b4e6e7334d3891", ExchangeStep::Failed);
+        check(b"tom b913a602c7eda7a495b4e6e7334d3890", ExchangeStep::Failed);
+        check(b"Tim b913a602c7eda7a495b4e6e7334d3890", ExchangeStep::Failed);
+        check(b"tim  b913a602c7eda7a495b4e6e7334d3890", ExchangeStep::Failed);
+        check(b"broken b913a602c7eda7a495b4e6e7334d3890", ExchangeStep::Unavailable);
         for malformed in [
             &b""[..],
             b" ",
@@ -135,7 +135,7 @@ mod tests {
             b"\xff b913a602c7eda7a495b4e6e7334d3890",
             b"tim b913a602c7eda7a495b4e6e7334d3890 ",
         ] {
-            check(malformed, ServerStep::Malformed);
+            check(malformed, ExchangeStep::Malformed);
         }
     }
 
@@ -143,7 +143,7 @@ mod tests {
     fn a_name_may_hold_spaces() {
         let secrets = One("tim the boy", b"tanstaaftanstaaf");
         let response = b"tim the boy b913a602c7eda7a495b4e6e7334d3890";
-        assert_eq!(serve(response, &secrets), ServerStep::Done("tim the boy".into()));
+        assert_eq!(serve(response, &secrets), ExchangeStep::Done("tim the boy".into()));
     }
 
     /// RFC 2202 section 2: short, block-sized and longer keys (those are hashed first).

@@ -23,7 +23,7 @@ mod plain;
 use subtle::ConstantTimeEq;
 
 /// Where a server finds what its customers know.
-pub trait Secrets {
+pub trait CredentialStore {
     /// The secret of the account with this name; `None` if there is no such account.
     fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable>;
 }
@@ -107,11 +107,11 @@ pub trait ServerExchange: Send {
     fn first(&mut self) -> Option<Vec<u8>>;
 
     /// What a response, already out of base64, leads to.
-    fn step(&mut self, response: &[u8], secrets: &dyn Secrets) -> ServerStep;
+    fn step(&mut self, response: &[u8], secrets: &dyn CredentialStore) -> ExchangeStep;
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum ServerStep {
+pub enum ExchangeStep {
     /// Send this and wait for the next response.
     Challenge(Vec<u8>),
     /// It is the holder of this account.
@@ -138,17 +138,17 @@ pub trait ClientExchange: Send {
 }
 
 /// Stands in for the secret of an unknown name, so that the work is the same. It opens nothing.
-const NOBODY: &[u8] = b"there is no such account";
+const DUMMY_SECRET: &[u8] = b"there is no such account";
 
 /// Calls `check` with the secret of `name`, or with another one if there is none, which then fails all the same.
-fn verify(name: &str, secrets: &dyn Secrets, check: impl FnOnce(&[u8]) -> bool) -> ServerStep {
+fn verify(name: &str, secrets: &dyn CredentialStore, check: impl FnOnce(&[u8]) -> bool) -> ExchangeStep {
     let Ok(secret) = secrets.secret(name) else {
-        return ServerStep::Unavailable;
+        return ExchangeStep::Unavailable;
     };
-    let right = check(secret.as_deref().unwrap_or(NOBODY));
+    let right = check(secret.as_deref().unwrap_or(DUMMY_SECRET));
     // An empty secret is no secret, whoever let it in.
     let known = secret.is_some_and(|secret| !secret.is_empty());
-    if right & known { ServerStep::Done(name.to_owned()) } else { ServerStep::Failed }
+    if right & known { ExchangeStep::Done(name.to_owned()) } else { ExchangeStep::Failed }
 }
 
 /// Compares without telling by the time it takes where the difference is. For values of the same length.
@@ -163,7 +163,7 @@ mod tests {
     /// One account, and a name at which the store breaks down.
     pub(super) struct One(pub &'static str, pub &'static [u8]);
 
-    impl Secrets for One {
+    impl CredentialStore for One {
         fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
             match name {
                 "broken" => Err(Unavailable),
@@ -203,7 +203,7 @@ mod tests {
     fn client_and_server_understand_each_other() {
         for mechanism in Mechanism::ALL {
             for (secret, expected) in
-                [("right", ServerStep::Done("acme".into())), ("wrong", ServerStep::Failed), ("", ServerStep::Failed)]
+                [("right", ExchangeStep::Done("acme".into())), ("wrong", ExchangeStep::Failed), ("", ExchangeStep::Failed)]
             {
                 for initial in [true, false] {
                     let got = converse(mechanism, secret, initial);
@@ -213,7 +213,7 @@ mod tests {
         }
     }
 
-    fn converse(mechanism: Mechanism, secret: &str, use_initial: bool) -> ServerStep {
+    fn converse(mechanism: Mechanism, secret: &str, use_initial: bool) -> ExchangeStep {
         let secrets = One("acme", b"right");
         let mut server = mechanism.server("<1.2@relay.example.net>".into());
         let mut client = mechanism.client("acme", secret.as_bytes());
@@ -235,18 +235,18 @@ mod tests {
         let mut server = Mechanism::CramMd5.server("<1.2@h>".into());
         let mut client = Mechanism::CramMd5.client("acme", b"");
         let response = client.step(&server.first().unwrap()).unwrap();
-        assert_eq!(server.step(&response, &secrets), ServerStep::Failed);
+        assert_eq!(server.step(&response, &secrets), ExchangeStep::Failed);
     }
 
     #[test]
     fn the_stand_in_for_an_unknown_name_opens_nothing() {
         for mechanism in Mechanism::ALL {
             let mut server = mechanism.server("<1.2@h>".into());
-            let mut client = mechanism.client("stranger", NOBODY);
+            let mut client = mechanism.client("stranger", DUMMY_SECRET);
             let challenge = server.first().unwrap_or_default();
             let response = client.step(&challenge).unwrap();
             let step = server.step(&response, &One("acme", b"right"));
-            assert_eq!(step, ServerStep::Failed, "{mechanism:?}");
+            assert_eq!(step, ExchangeStep::Failed, "{mechanism:?}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use sha2::{Digest, Sha256};
 
-use super::{ClientExchange, Secrets, ServerExchange, ServerStep, same, verify};
+use super::{ClientExchange, CredentialStore, ServerExchange, ExchangeStep, same, verify};
 
 pub(super) struct Server;
 
@@ -11,9 +11,9 @@ impl ServerExchange for Server {
         None
     }
 
-    fn step(&mut self, response: &[u8], secrets: &dyn Secrets) -> ServerStep {
+    fn step(&mut self, response: &[u8], secrets: &dyn CredentialStore) -> ExchangeStep {
         let Some([wanted, name, password]) = parse(response) else {
-            return ServerStep::Malformed;
+            return ExchangeStep::Malformed;
         };
         // RFC 4616 section 2: who wants to be somebody else must be allowed to. Here nobody is.
         let allowed = wanted.is_empty() | (wanted == name);
@@ -71,36 +71,36 @@ mod tests {
 
     #[test]
     fn responses_end_as_they_should() {
-        let check = |response: &[u8], expected: ServerStep| {
+        let check = |response: &[u8], expected: ExchangeStep| {
             let shown = response.escape_ascii();
             assert_eq!(Server.step(response, &TIM), expected, "{shown}");
         };
-        let done = || ServerStep::Done("tim".into());
+        let done = || ExchangeStep::Done("tim".into());
         check(b"\0tim\0tanstaaftanstaaf", done());
         check(b"tim\0tim\0tanstaaftanstaaf", done());
-        check(b"Ursel\0tim\0tanstaaftanstaaf", ServerStep::Failed);
-        check(b"\0tim\0tanstaaftanstaa", ServerStep::Failed);
-        check(b"\0tim\0tanstaaftanstaaf\n", ServerStep::Failed);
-        check(b"\0tom\0tanstaaftanstaaf", ServerStep::Failed);
-        check(b"\0\0tanstaaftanstaaf", ServerStep::Failed);
-        check(b"\0tim\0", ServerStep::Failed);
-        check(b"\0\0", ServerStep::Failed);
-        check(b"\0broken\0x", ServerStep::Unavailable);
-        check(b"", ServerStep::Malformed);
-        check(b"tim", ServerStep::Malformed);
-        check(b"tim\0tanstaaftanstaaf", ServerStep::Malformed);
-        check(b"\0tim\0tanstaaf\0tanstaaf", ServerStep::Malformed);
-        check(b"\0tim\0\xff", ServerStep::Malformed);
+        check(b"Ursel\0tim\0tanstaaftanstaaf", ExchangeStep::Failed);
+        check(b"\0tim\0tanstaaftanstaa", ExchangeStep::Failed);
+        check(b"\0tim\0tanstaaftanstaaf\n", ExchangeStep::Failed);
+        check(b"\0tom\0tanstaaftanstaaf", ExchangeStep::Failed);
+        check(b"\0\0tanstaaftanstaaf", ExchangeStep::Failed);
+        check(b"\0tim\0", ExchangeStep::Failed);
+        check(b"\0\0", ExchangeStep::Failed);
+        check(b"\0broken\0x", ExchangeStep::Unavailable);
+        check(b"", ExchangeStep::Malformed);
+        check(b"tim", ExchangeStep::Malformed);
+        check(b"tim\0tanstaaftanstaaf", ExchangeStep::Malformed);
+        check(b"\0tim\0tanstaaf\0tanstaaf", ExchangeStep::Malformed);
+        check(b"\0tim\0\xff", ExchangeStep::Malformed);
     }
 
     #[test]
     fn long_and_non_ascii_strings_pass() {
         let secrets = One("grün", "Kennwort für grün".as_bytes());
         let response = "\0grün\0Kennwort für grün".as_bytes();
-        assert_eq!(Server.step(response, &secrets), ServerStep::Done("grün".into()));
+        assert_eq!(Server.step(response, &secrets), ExchangeStep::Done("grün".into()));
 
         let long = [b"\0".as_slice(), &[b'n'; 255], b"\0", &[b'p'; 255]].concat();
-        assert_eq!(Server.step(&long, &TIM), ServerStep::Failed);
+        assert_eq!(Server.step(&long, &TIM), ExchangeStep::Failed);
     }
 
     #[test]

@@ -27,7 +27,7 @@ const AUTH_LINE_LIMIT: usize = 512 - 2;
 
 /// What is to happen before mail.
 #[derive(Clone, Default)]
-pub struct Plan {
+pub struct ClientOptions {
     /// Our name for EHLO.
     pub name: String,
     pub starttls: StartTls,
@@ -57,7 +57,7 @@ pub enum StartTls {
 
 /// A message to be sent: its envelope. The content is the driver's.
 #[derive(Clone, Debug)]
-pub struct Message {
+pub struct OutgoingMessage {
     pub from: ReversePath,
     pub recipients: Vec<Recipient>,
     /// Octets on the wire (RFC 1870), without dots that are added.
@@ -74,42 +74,42 @@ pub struct Message {
 
 /// What became of one recipient.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum RecipientStatus {
     /// The peer has said 2yz behind the content: it is the peer's now.
-    Delivered(Reply),
+    Sent(Reply),
     /// Not this time; the mail stays.
     Deferred(Reply),
     /// Never, by a 5yz.
-    Refused(Reply),
+    Rejected(Reply),
     /// All content was sent and no reply seen (RFC 1047): neither delivered nor failed.
     InDoubt,
 }
 
 /// What became of a message, a fate for each of its recipients, in their order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    pub fates: Vec<Fate>,
-    pub decided: Decided,
+pub struct DeliveryResult {
+    pub recipients: Vec<RecipientStatus>,
+    pub decided_by: DecidedBy,
 }
 
 /// What the fates of a message go back to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Decided {
+pub enum DecidedBy {
     /// The peer, recipient by recipient or for the content.
-    ByPeer,
+    Peer,
     /// The peer, with its refusal of MAIL: it may be no place for this mail at all.
-    AtMail,
+    PeerAtMail,
     /// We, before a word was said of it.
-    ByUs,
+    Us,
     /// The connection was lost, which says nothing of the mail.
-    ByLoss,
+    ConnectionLoss,
 }
 
 /// Why a conversation goes no further. QUIT has been lined up where it can be said.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Halt {
+pub enum Abort {
     /// The peer refused something we cannot do without.
-    Refused { what: &'static str, reply: Reply },
+    Rejected { what: &'static str, reply: Reply },
     /// The peer offers no STARTTLS, and we must have it (RFC 3207 section 6).
     NoStartTls,
     /// The peer offers no ATRN: it is no provider (RFC 2645 section 5.1.1).
@@ -122,11 +122,11 @@ pub enum Halt {
 
 /// The peer breaks the protocol; there is nothing to be said to it any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Broken(pub &'static str);
+pub struct ProtocolViolation(pub &'static str);
 
 /// What a reply led to.
 #[derive(Debug)]
-pub enum Step {
+pub enum ClientStep {
     /// Send what was lined up, wait for the next reply.
     Wait,
     /// Start TLS as TLS client, then call [`Client::secured`].
@@ -134,17 +134,17 @@ pub enum Step {
     /// Nothing stands in the way of mail, ATRN or QUIT.
     Ready,
     /// The reply to what was asked with [`Client::ask_mail`] or [`Client::ask_recipient`].
-    Answered(Reply),
+    Replied(Reply),
     /// Send the content of the message in front, then call [`Client::content_sent`]; `chunk`: as it is,
     /// without dots and end, exactly as many octets as the message's size (RFC 3030).
     Content {
         chunk: bool,
     },
     /// The message in front is done with.
-    Settled(Outcome),
+    MessageDone(DeliveryResult),
     /// ATRN was answered 250: from here on turn.rs.
     Turned,
-    Halt(Halt),
+    Abort(Abort),
     /// QUIT was answered.
     Closed,
 }
@@ -165,7 +165,7 @@ pub enum Awaiting {
 
 /// What the peer offered with its last EHLO; nothing of it outlives TLS or the turn.
 #[derive(Clone, Debug, Default)]
-pub struct Offered {
+pub struct PeerExtensions {
     pub pipelining: bool,
     /// `Some(0)`: offered without a limit (RFC 1870 section 4).
     pub size: Option<u64>,
@@ -185,7 +185,7 @@ pub struct Offered {
 /// Who gave a message to the host that gave it to us, for the filters of the next hop (XCLIENT and XFORWARD, as
 /// Postfix documents them).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Origin {
+pub struct ClientInfo {
     /// As the commands want it: `192.0.2.1`, `IPV6:2001:db8::1`.
     pub address: String,
     /// The name it gave with EHLO or HELO.
@@ -195,7 +195,7 @@ pub struct Origin {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Said {
+enum PendingReply {
     Greeting,
     Ehlo,
     Helo,
@@ -214,65 +214,65 @@ enum Said {
     Quit,
 }
 
-impl Said {
+impl PendingReply {
     /// RFC 2920 section 3.1: RSET, MAIL and RCPT may stand anywhere in a group, content too; everything
     /// else only at its end.
     fn ends_group(&self) -> bool {
-        !matches!(self, Said::Rset | Said::Mail | Said::Rcpt(_) | Said::Content | Said::LoneDot)
+        !matches!(self, PendingReply::Rset | PendingReply::Mail | PendingReply::Rcpt(_) | PendingReply::Content | PendingReply::LoneDot)
     }
 
     fn awaiting(&self) -> Awaiting {
         match self {
-            Said::Greeting => Awaiting::Greeting,
-            Said::Mail => Awaiting::Mail,
-            Said::Rcpt(_) => Awaiting::Recipient,
-            Said::Data => Awaiting::Data,
-            Said::Content | Said::LoneDot => Awaiting::End,
-            Said::Atrn => Awaiting::Atrn,
-            Said::Ehlo | Said::Helo | Said::StartTls | Said::Auth => Awaiting::Command,
-            Said::Xclient | Said::Xforward | Said::Rset | Said::Quit => Awaiting::Command,
+            PendingReply::Greeting => Awaiting::Greeting,
+            PendingReply::Mail => Awaiting::Mail,
+            PendingReply::Rcpt(_) => Awaiting::Recipient,
+            PendingReply::Data => Awaiting::Data,
+            PendingReply::Content | PendingReply::LoneDot => Awaiting::End,
+            PendingReply::Atrn => Awaiting::Atrn,
+            PendingReply::Ehlo | PendingReply::Helo | PendingReply::StartTls | PendingReply::Auth => Awaiting::Command,
+            PendingReply::Xclient | PendingReply::Xforward | PendingReply::Rset | PendingReply::Quit => Awaiting::Command,
         }
     }
 }
 
 /// One message under way.
-struct Transaction {
+struct ClientTransaction {
     /// The reply to MAIL, if it was a refusal.
     mail: Option<Reply>,
     /// The replies to RCPT.
     recipients: Vec<Option<Reply>>,
     /// The replies to the content, by recipient that was accepted; SMTP has one for all.
-    finals: Vec<Reply>,
+    content_replies: Vec<Reply>,
     /// Its recipients are asked for one by one.
-    asking: bool,
-    content: Progress,
+    stepwise: bool,
+    content: ContentProgress,
     /// The content goes as one chunk of so many octets.
     chunk: Option<u64>,
 }
 
-impl Transaction {
+impl ClientTransaction {
     /// A refusal of MAIL is for all, one of RCPT for that recipient; `accepted` is the fate of the others.
-    fn outcome(&self, accepted: &Fate) -> Outcome {
-        let mut finals = self.finals.iter();
+    fn result(&self, accepted: &RecipientStatus) -> DeliveryResult {
+        let mut finals = self.content_replies.iter();
         let fate = |recipient: &Option<Reply>| match (&self.mail, recipient) {
-            (Some(mail), _) => fate_of(mail),
+            (Some(mail), _) => status_of(mail),
             // RFC 5321 section 4.5.3.1.10: 552 to RCPT means too many, for now.
-            (None, Some(reply)) if reply.code() == 552 => Fate::Deferred(reply.clone()),
-            (None, Some(reply)) if refuses(reply) => fate_of(reply),
-            (None, _) => finals.next().map_or_else(|| accepted.clone(), verdict),
+            (None, Some(reply)) if reply.code() == 552 => RecipientStatus::Deferred(reply.clone()),
+            (None, Some(reply)) if is_negative(reply) => status_of(reply),
+            (None, _) => finals.next().map_or_else(|| accepted.clone(), content_status),
         };
-        let decided = if self.mail.is_some() { Decided::AtMail } else { Decided::ByPeer };
-        Outcome { fates: self.recipients.iter().map(fate).collect(), decided }
+        let decided = if self.mail.is_some() { DecidedBy::PeerAtMail } else { DecidedBy::Peer };
+        DeliveryResult { recipients: self.recipients.iter().map(fate).collect(), decided_by: decided }
     }
 
     fn accepted(&self) -> usize {
-        let taken = |reply: &&Option<Reply>| reply.as_ref().is_some_and(|reply| !refuses(reply));
+        let taken = |reply: &&Option<Reply>| reply.as_ref().is_some_and(|reply| !is_negative(reply));
         self.recipients.iter().filter(taken).count()
     }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Progress {
+enum ContentProgress {
     NotYet,
     Sending,
     Sent,
@@ -280,8 +280,8 @@ enum Progress {
 
 /// The client role on one connection.
 pub struct Client {
-    plan: Plan,
-    offered: Offered,
+    options: ClientOptions,
+    extensions: PeerExtensions,
     tls: bool,
     exchange: Option<(Mechanism, Box<dyn ClientExchange>)>,
     tried: Vec<Mechanism>,
@@ -290,52 +290,52 @@ pub struct Client {
     cancelled: bool,
     /// The name in the peer's greeting or EHLO reply.
     peer_name: Option<String>,
-    to_say: VecDeque<(Said, Vec<u8>)>,
-    outstanding: VecDeque<Said>,
-    transactions: VecDeque<Transaction>,
+    queued: VecDeque<(PendingReply, Vec<u8>)>,
+    pending: VecDeque<PendingReply>,
+    transactions: VecDeque<ClientTransaction>,
     ready: bool,
     /// EHLO was answered, not HELO.
     extended: bool,
     /// How many messages wait for us, by the reply to ATRN.
-    waiting: Option<u64>,
+    messages_waiting: Option<u64>,
     /// XCLIENT was said: the peer takes us for somebody else, for the rest of the session.
-    disguised: bool,
+    client_overridden: bool,
     /// No mail is sent any more: QUIT was lined up, or the peer said 421.
     closing: bool,
 }
 
 impl Client {
     /// A client that waits for the greeting (RFC 5321 section 4.3.1).
-    pub fn new(plan: Plan) -> Client {
+    pub fn new(plan: ClientOptions) -> Client {
         let tls = plan.tls;
         Client {
-            plan,
-            offered: Offered::default(),
+            options: plan,
+            extensions: PeerExtensions::default(),
             tls,
             exchange: None,
             tried: Vec::new(),
             authenticated: false,
             cancelled: false,
             peer_name: None,
-            to_say: VecDeque::new(),
-            outstanding: VecDeque::from([Said::Greeting]),
+            queued: VecDeque::new(),
+            pending: VecDeque::from([PendingReply::Greeting]),
             transactions: VecDeque::new(),
             ready: false,
             extended: false,
-            waiting: None,
-            disguised: false,
+            messages_waiting: None,
+            client_overridden: false,
             closing: false,
         }
     }
 
     /// What the peer offers.
-    pub fn offered(&self) -> &Offered {
-        &self.offered
+    pub fn offered(&self) -> &PeerExtensions {
+        &self.extensions
     }
 
     /// Our own name, as EHLO says it.
     pub fn name(&self) -> &str {
-        &self.plan.name
+        &self.options.name
     }
 
     pub fn peer_name(&self) -> Option<&str> {
@@ -344,17 +344,17 @@ impl Client {
 
     /// How many messages the provider has for us, if its reply to ATRN says so.
     pub fn waiting(&self) -> Option<u64> {
-        self.waiting
+        self.messages_waiting
     }
 
     /// Whether the peer takes us for the origin of a message, and so of all that follow.
-    pub fn is_disguised(&self) -> bool {
-        self.disguised
+    pub fn is_client_overridden(&self) -> bool {
+        self.client_overridden
     }
 
     /// What the next reply is the answer to; `None`: nothing is outstanding.
     pub fn awaiting(&self) -> Option<Awaiting> {
-        self.outstanding.front().map(Said::awaiting)
+        self.pending.front().map(PendingReply::awaiting)
     }
 
     /// Whether what is being said now is a secret, and not for any log.
@@ -374,98 +374,98 @@ impl Client {
 
     /// Whether [`Client::send`] may be called: nothing is under way, or all that is awaited of the
     /// message before is the reply to its content.
-    pub fn wants_message(&self) -> bool {
+    pub fn is_ready_for_message(&self) -> bool {
         self.ready
             && !self.closing
             && match self.transactions.front() {
                 None => true,
                 Some(front) => {
-                    self.offered.pipelining && front.content == Progress::Sent && self.transactions.len() == 1
+                    self.extensions.pipelining && front.content == ContentProgress::Sent && self.transactions.len() == 1
                 }
             }
     }
 
     /// Takes the next message. `Err`: it cannot go to this peer at all, and nothing was said of it.
-    pub fn send(&mut self, message: Message, out: &mut Vec<u8>) -> Result<(), Outcome> {
-        if let Some(reply) = self.unfit(&message) {
+    pub fn send_message(&mut self, message: OutgoingMessage, out: &mut Vec<u8>) -> Result<(), DeliveryResult> {
+        if let Some(reply) = self.incompatibility(&message) {
             // Who does not even know EHLO today may know it tomorrow.
-            let fate = if self.extended { Fate::Refused(reply) } else { Fate::Deferred(reply) };
-            return Err(Outcome { fates: vec![fate; message.recipients.len()], decided: Decided::ByUs });
+            let fate = if self.extended { RecipientStatus::Rejected(reply) } else { RecipientStatus::Deferred(reply) };
+            return Err(DeliveryResult { recipients: vec![fate; message.recipients.len()], decided_by: DecidedBy::Us });
         }
-        self.line_up(Said::Mail, self.mail_line(&message));
+        self.queue_command(PendingReply::Mail, self.mail_line(&message));
         for (number, recipient) in message.recipients.iter().enumerate() {
-            self.line_up(Said::Rcpt(number), self.rcpt_line(recipient));
+            self.queue_command(PendingReply::Rcpt(number), self.rcpt_line(recipient));
         }
-        let chunk = (self.plan.chunking && self.offered.chunking).then_some(message.size);
+        let chunk = (self.options.chunking && self.extensions.chunking).then_some(message.size);
         if chunk.is_none() {
-            self.line_up(Said::Data, "DATA");
+            self.queue_command(PendingReply::Data, "DATA");
         }
         let recipients = vec![None; message.recipients.len()];
         self.begin(recipients, chunk, false);
-        self.say(out);
+        self.flush_commands(out);
         Ok(())
     }
 
     fn begin(&mut self, recipients: Vec<Option<Reply>>, chunk: Option<u64>, asking: bool) {
-        let content = Progress::NotYet;
-        self.transactions.push_back(Transaction { mail: None, recipients, finals: Vec::new(), asking, content, chunk });
+        let content = ContentProgress::NotYet;
+        self.transactions.push_back(ClientTransaction { mail: None, recipients, content_replies: Vec::new(), stepwise: asking, content, chunk });
     }
 
     /// Opens a transaction whose recipients are not known yet, and whose content is not: nothing else is under way.
-    pub fn ask_mail(&mut self, message: &Message, out: &mut Vec<u8>) -> Result<(), Reply> {
-        if let Some(reply) = self.unfit(message) {
+    pub fn begin_transaction(&mut self, message: &OutgoingMessage, out: &mut Vec<u8>) -> Result<(), Reply> {
+        if let Some(reply) = self.incompatibility(message) {
             // Who does not even know EHLO today may know it tomorrow.
             let later = || Reply::new(451, "4.3.5", "The next hop offers no extensions now");
             return Err(if self.extended { reply } else { later() });
         }
-        self.line_up(Said::Mail, self.mail_line(message));
+        self.queue_command(PendingReply::Mail, self.mail_line(message));
         self.begin(Vec::new(), None, true);
-        self.say(out);
+        self.flush_commands(out);
         Ok(())
     }
 
     /// One recipient more of the transaction that [`Client::ask_mail`] has opened.
-    pub fn ask_recipient(&mut self, recipient: &Recipient, out: &mut Vec<u8>) -> Result<(), Reply> {
+    pub fn add_recipient(&mut self, recipient: &Recipient, out: &mut Vec<u8>) -> Result<(), Reply> {
         let line = self.rcpt_line(recipient);
-        let Some(asked) = self.transactions.front_mut().filter(|front| front.asking) else {
+        let Some(asked) = self.transactions.front_mut().filter(|front| front.stepwise) else {
             return Err(Reply::new(451, "4.5.0", "No transaction is open"));
         };
-        if !recipient.mailbox.is_ascii() && !self.offered.utf8 {
+        if !recipient.mailbox.is_ascii() && !self.extensions.utf8 {
             // RFC 6531 section 3.2.
             return Err(no_utf8());
         }
         let number = asked.recipients.len();
         asked.recipients.push(None);
-        self.line_up(Said::Rcpt(number), line);
-        self.say(out);
+        self.queue_command(PendingReply::Rcpt(number), line);
+        self.flush_commands(out);
         Ok(())
     }
 
     /// All recipients have been asked for: on with the content, of so many octets.
-    pub fn proceed(&mut self, size: u64, out: &mut Vec<u8>) -> Step {
-        let chunk = (self.plan.chunking && self.offered.chunking).then_some(size);
+    pub fn send_data(&mut self, size: u64, out: &mut Vec<u8>) -> ClientStep {
+        let chunk = (self.options.chunking && self.extensions.chunking).then_some(size);
         if let Some(asked) = self.transactions.front_mut() {
-            (asked.asking, asked.chunk) = (false, chunk);
+            (asked.stepwise, asked.chunk) = (false, chunk);
         }
         if chunk.is_none() {
-            self.line_up(Said::Data, "DATA");
-            self.say(out);
+            self.queue_command(PendingReply::Data, "DATA");
+            self.flush_commands(out);
         }
         self.chunk_or_wait(out)
     }
 
     /// Lets the transaction go that [`Client::ask_mail`] has opened.
-    pub fn withdraw(&mut self, out: &mut Vec<u8>) {
-        if self.transactions.front().is_some_and(|front| front.asking) {
+    pub fn abort_transaction(&mut self, out: &mut Vec<u8>) {
+        if self.transactions.front().is_some_and(|front| front.stepwise) {
             self.transactions.pop_front();
             self.reset();
-            self.say(out);
+            self.flush_commands(out);
         }
     }
 
     /// Says who gave the next message to the host that gave it to us, where the peer wants to know. `true`: wait for
     /// [`Step::Ready`].
-    pub fn tell_origin(&mut self, origin: &Origin, out: &mut Vec<u8>) -> bool {
+    pub fn send_client_info(&mut self, origin: &ClientInfo, out: &mut Vec<u8>) -> bool {
         let attributes = |wanted: &[String]| -> String {
             let value = |name: &String| match name.as_str() {
                 "ADDR" => Some(origin.address.clone()),
@@ -478,10 +478,10 @@ impl Client {
             };
             wanted.iter().filter_map(|name| Some(format!(" {name}={}", value(name)?))).collect()
         };
-        let (said, line) = if !self.offered.xclient.is_empty() {
-            (Said::Xclient, format!("XCLIENT{}", attributes(&self.offered.xclient)))
-        } else if !self.offered.xforward.is_empty() {
-            (Said::Xforward, format!("XFORWARD{}", attributes(&self.offered.xforward)))
+        let (said, line) = if !self.extensions.xclient.is_empty() {
+            (PendingReply::Xclient, format!("XCLIENT{}", attributes(&self.extensions.xclient)))
+        } else if !self.extensions.xforward.is_empty() {
+            (PendingReply::Xforward, format!("XFORWARD{}", attributes(&self.extensions.xforward)))
         } else {
             return false;
         };
@@ -489,8 +489,8 @@ impl Client {
             return false;
         }
         self.ready = false;
-        self.line_up(said, line);
-        self.say(out);
+        self.queue_command(said, line);
+        self.flush_commands(out);
         true
     }
 
@@ -498,14 +498,14 @@ impl Client {
     pub fn content_sent(&mut self, out: &mut Vec<u8>) {
         let mut replies = 1;
         if let Some(front) = self.transactions.front_mut() {
-            front.content = Progress::Sent;
-            if self.plan.lmtp {
+            front.content = ContentProgress::Sent;
+            if self.options.lmtp {
                 // RFC 2033 section 4.2: one for each recipient that was accepted.
                 replies = front.accepted();
             }
         }
-        self.outstanding.extend(std::iter::repeat_n(Said::Content, replies));
-        self.say(out);
+        self.pending.extend(std::iter::repeat_n(PendingReply::Content, replies));
+        self.flush_commands(out);
     }
 
     /// ATRN (RFC 2645 section 5.2.1); without domains: all that the account has.
@@ -513,102 +513,102 @@ impl Client {
         self.ready = false;
         let names: Vec<_> = domains.iter().map(Domain::as_str).collect();
         let line = if names.is_empty() { "ATRN".to_owned() } else { format!("ATRN {}", names.join(",")) };
-        self.line_up(Said::Atrn, line);
-        self.say(out);
+        self.queue_command(PendingReply::Atrn, line);
+        self.flush_commands(out);
     }
 
     /// QUIT, once all is answered (RFC 5321 section 4.1.1.10).
     pub fn quit(&mut self, out: &mut Vec<u8>) {
         if !self.closing {
             self.closing = true;
-            self.line_up(Said::Quit, "QUIT");
-            self.say(out);
+            self.queue_command(PendingReply::Quit, "QUIT");
+            self.flush_commands(out);
         }
     }
 
     /// TLS has begun: what was learned before is forgotten, EHLO is said again (RFC 3207 section 4.2).
-    pub fn secured(&mut self, out: &mut Vec<u8>) -> Step {
+    pub fn tls_started(&mut self, out: &mut Vec<u8>) -> ClientStep {
         self.tls = true;
-        self.offered = Offered::default();
+        self.extensions = PeerExtensions::default();
         self.enter_ehlo(out)
     }
 
     /// The connection is gone: the outcomes of all messages under way, in order.
-    pub fn abandon(&mut self, why: &Reply) -> Vec<Outcome> {
+    pub fn abandon(&mut self, why: &Reply) -> Vec<DeliveryResult> {
         self.closing = true;
-        self.to_say.clear();
-        self.outstanding.clear();
-        let outcome = |transaction: Transaction| {
+        self.queued.clear();
+        self.pending.clear();
+        let outcome = |transaction: ClientTransaction| {
             let open = match transaction.content {
-                Progress::Sent => Fate::InDoubt,
-                Progress::NotYet | Progress::Sending => Fate::Deferred(why.clone()),
+                ContentProgress::Sent => RecipientStatus::InDoubt,
+                ContentProgress::NotYet | ContentProgress::Sending => RecipientStatus::Deferred(why.clone()),
             };
-            Outcome { decided: Decided::ByLoss, ..transaction.outcome(&open) }
+            DeliveryResult { decided_by: DecidedBy::ConnectionLoss, ..transaction.result(&open) }
         };
         self.transactions.drain(..).map(outcome).collect()
     }
 
     /// One reply of the peer.
-    pub fn reply(&mut self, reply: Reply, out: &mut Vec<u8>) -> Result<Step, Broken> {
-        let Some(said) = self.outstanding.pop_front() else {
+    pub fn reply(&mut self, reply: Reply, out: &mut Vec<u8>) -> Result<ClientStep, ProtocolViolation> {
+        let Some(said) = self.pending.pop_front() else {
             // Also without a question a server that shuts down says 421 (RFC 5321 section 3.8).
             if reply.code() == 421 {
                 self.closing = true;
-                return Ok(Step::Halt(Halt::Refused { what: "the session", reply }));
+                return Ok(ClientStep::Abort(Abort::Rejected { what: "the session", reply }));
             }
-            return Err(Broken("a reply came that nobody asked for"));
+            return Err(ProtocolViolation("a reply came that nobody asked for"));
         };
         if reply.code() == 421 {
             self.closing = true;
-            self.to_say.clear();
+            self.queued.clear();
         }
         let step = match said {
-            Said::Greeting => self.greeted(reply, out),
-            Said::Ehlo => self.ehlo_answered(reply, out),
-            Said::Helo => self.helo_answered(reply, out),
-            Said::StartTls => self.starttls_answered(reply, out),
-            Said::Auth => self.auth_answered(reply, out),
-            Said::Mail => self.mail_answered(reply),
-            Said::Rcpt(number) => self.rcpt_answered(number, reply, out),
-            Said::Data => self.data_answered(reply, out),
-            Said::Content => self.content_answered(reply),
-            Said::LoneDot => self.settle(None),
-            Said::Rset => Step::Wait,
-            Said::Xclient => self.xclient_answered(reply, out),
+            PendingReply::Greeting => self.greeting_replied(reply, out),
+            PendingReply::Ehlo => self.ehlo_replied(reply, out),
+            PendingReply::Helo => self.helo_replied(reply, out),
+            PendingReply::StartTls => self.starttls_replied(reply, out),
+            PendingReply::Auth => self.auth_replied(reply, out),
+            PendingReply::Mail => self.mail_replied(reply),
+            PendingReply::Rcpt(number) => self.rcpt_replied(number, reply, out),
+            PendingReply::Data => self.data_replied(reply, out),
+            PendingReply::Content => self.content_replied(reply),
+            PendingReply::LoneDot => self.finish_transaction(None),
+            PendingReply::Rset => ClientStep::Wait,
+            PendingReply::Xclient => self.xclient_replied(reply, out),
             // Whatever it is: that the peer does not want to know is no reason to keep the mail.
-            Said::Xforward => self.introduced(out),
-            Said::Atrn if reply.is_positive() => {
-                self.waiting = messages(&reply);
-                Step::Turned
+            PendingReply::Xforward => self.ehlo_done(out),
+            PendingReply::Atrn if reply.is_positive() => {
+                self.messages_waiting = messages(&reply);
+                ClientStep::Turned
             }
-            Said::Atrn => {
+            PendingReply::Atrn => {
                 self.ready = true;
-                Step::Halt(Halt::Refused { what: "ATRN", reply })
+                ClientStep::Abort(Abort::Rejected { what: "ATRN", reply })
             }
-            Said::Quit => Step::Closed,
+            PendingReply::Quit => ClientStep::Closed,
         };
-        self.say(out);
+        self.flush_commands(out);
         Ok(step)
     }
 
     // Entering a state: what is said there.
 
-    fn enter_ehlo(&mut self, out: &mut Vec<u8>) -> Step {
+    fn enter_ehlo(&mut self, out: &mut Vec<u8>) -> ClientStep {
         // RFC 2033 section 4.1.
-        let verb = if self.plan.lmtp { "LHLO" } else { "EHLO" };
-        self.line_up(Said::Ehlo, format!("{verb} {}", self.plan.name));
-        self.say(out);
-        Step::Wait
+        let verb = if self.options.lmtp { "LHLO" } else { "EHLO" };
+        self.queue_command(PendingReply::Ehlo, format!("{verb} {}", self.options.name));
+        self.flush_commands(out);
+        ClientStep::Wait
     }
 
-    fn enter_auth(&mut self, out: &mut Vec<u8>) -> Step {
-        let Some((name, secret)) = &self.plan.credentials else {
-            return Step::Ready;
+    fn enter_auth(&mut self, out: &mut Vec<u8>) -> ClientStep {
+        let Some((name, secret)) = &self.options.credentials else {
+            return ClientStep::Ready;
         };
         let untried: Vec<_> =
-            self.offered.mechanisms.iter().copied().filter(|mechanism| !self.tried.contains(mechanism)).collect();
+            self.extensions.mechanisms.iter().copied().filter(|mechanism| !self.tried.contains(mechanism)).collect();
         let Some(mechanism) = Mechanism::strongest(&untried, self.tls) else {
-            return self.halt(Halt::NoMechanism, out);
+            return self.abort(Abort::NoMechanism, out);
         };
         self.tried.push(mechanism);
         let mut exchange = mechanism.client(name, secret);
@@ -624,100 +624,100 @@ impl Client {
         }
         self.cancelled = false;
         self.exchange = Some((mechanism, exchange));
-        self.line_up(Said::Auth, line);
-        self.say(out);
-        Step::Wait
+        self.queue_command(PendingReply::Auth, line);
+        self.flush_commands(out);
+        ClientStep::Wait
     }
 
-    fn halt(&mut self, halt: Halt, out: &mut Vec<u8>) -> Step {
+    fn abort(&mut self, halt: Abort, out: &mut Vec<u8>) -> ClientStep {
         self.quit(out);
-        Step::Halt(halt)
+        ClientStep::Abort(halt)
     }
 
-    fn refused(&mut self, what: &'static str, reply: Reply, out: &mut Vec<u8>) -> Step {
-        self.halt(Halt::Refused { what, reply }, out)
+    fn rejected(&mut self, what: &'static str, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
+        self.abort(Abort::Rejected { what, reply }, out)
     }
 
     // A reply in a state: which state is next.
 
-    fn greeted(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+    fn greeting_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
         self.peer_name = first_word(&reply);
         match reply.severity() {
             Severity::Positive => self.enter_ehlo(out),
-            _ => self.refused("the greeting", reply, out),
+            _ => self.rejected("the greeting", reply, out),
         }
     }
 
-    fn ehlo_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+    fn ehlo_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
         match reply.severity() {
             Severity::Positive => {
                 self.peer_name = first_word(&reply).or(self.peer_name.take());
                 self.extended = true;
-                self.offered = Offered::read(&reply);
-                match self.plan.starttls {
-                    StartTls::Offered | StartTls::Required if !self.tls && self.offered.starttls => {
-                        self.line_up(Said::StartTls, "STARTTLS");
-                        Step::Wait
+                self.extensions = PeerExtensions::read(&reply);
+                match self.options.starttls {
+                    StartTls::Offered | StartTls::Required if !self.tls && self.extensions.starttls => {
+                        self.queue_command(PendingReply::StartTls, "STARTTLS");
+                        ClientStep::Wait
                     }
-                    StartTls::Required if !self.tls => self.halt(Halt::NoStartTls, out),
-                    _ => self.introduced(out),
+                    StartTls::Required if !self.tls => self.abort(Abort::NoStartTls, out),
+                    _ => self.ehlo_done(out),
                 }
             }
             // RFC 5321 section 3.2. Who needs TLS or AUTH has no use for a server without extensions.
             Severity::Permanent
-                if self.plan.starttls != StartTls::Required && self.plan.credentials.is_none() && !self.plan.lmtp =>
+                if self.options.starttls != StartTls::Required && self.options.credentials.is_none() && !self.options.lmtp =>
             {
-                self.line_up(Said::Helo, format!("HELO {}", self.plan.name));
-                Step::Wait
+                self.queue_command(PendingReply::Helo, format!("HELO {}", self.options.name));
+                ClientStep::Wait
             }
-            _ => self.refused("EHLO", reply, out),
+            _ => self.rejected("EHLO", reply, out),
         }
     }
 
-    fn helo_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+    fn helo_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
         match reply.severity() {
-            Severity::Positive => self.introduced(out),
-            _ => self.refused("HELO", reply, out),
+            Severity::Positive => self.ehlo_done(out),
+            _ => self.rejected("HELO", reply, out),
         }
     }
 
-    fn introduced(&mut self, out: &mut Vec<u8>) -> Step {
-        if self.plan.atrn && !self.offered.atrn {
-            return self.halt(Halt::NoAtrn, out);
+    fn ehlo_done(&mut self, out: &mut Vec<u8>) -> ClientStep {
+        if self.options.atrn && !self.extensions.atrn {
+            return self.abort(Abort::NoAtrn, out);
         }
-        if self.plan.credentials.is_some() && !self.authenticated {
+        if self.options.credentials.is_some() && !self.authenticated {
             return self.enter_auth(out);
         }
         self.ready = true;
-        Step::Ready
+        ClientStep::Ready
     }
 
     /// After XCLIENT the session begins anew, with a greeting and EHLO.
-    fn xclient_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+    fn xclient_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
         match reply.severity() {
             Severity::Positive => {
-                self.disguised = true;
+                self.client_overridden = true;
                 self.enter_ehlo(out)
             }
-            _ => self.introduced(out),
+            _ => self.ehlo_done(out),
         }
     }
 
-    fn starttls_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+    fn starttls_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
         match reply.severity() {
-            Severity::Positive => Step::StartTls,
-            _ if self.plan.starttls == StartTls::Offered => self.introduced(out),
-            _ => self.refused("STARTTLS", reply, out),
+            Severity::Positive => ClientStep::StartTls,
+            _ if self.options.starttls == StartTls::Offered => self.ehlo_done(out),
+            _ => self.rejected("STARTTLS", reply, out),
         }
     }
 
-    fn auth_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+    fn auth_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
         let Some((_, exchange)) = &mut self.exchange else {
-            return self.refused("AUTH", reply, out);
+            return self.rejected("AUTH", reply, out);
         };
         match (reply.severity(), reply.code()) {
             // It goes on after our "*": then we do not.
-            (Severity::Intermediate, _) if self.cancelled => self.refused("AUTH", reply, out),
+            (Severity::Intermediate, _) if self.cancelled => self.rejected("AUTH", reply, out),
             (Severity::Intermediate, _) => {
                 let text = reply.lines().next().unwrap_or_default();
                 let response = data_encoding::BASE64
@@ -727,160 +727,160 @@ impl Client {
                     .map(|response| data_encoding::BASE64.encode(&response));
                 // RFC 4954 section 4: "*" cancels.
                 self.cancelled = response.is_none();
-                self.line_up(Said::Auth, response.unwrap_or_else(|| "*".to_owned()));
-                Step::Wait
+                self.queue_command(PendingReply::Auth, response.unwrap_or_else(|| "*".to_owned()));
+                ClientStep::Wait
             }
             (Severity::Positive, _) => {
                 let proven = exchange.finished();
                 self.exchange = None;
                 if !proven {
-                    return self.halt(Halt::Unproven, out);
+                    return self.abort(Abort::Unproven, out);
                 }
                 self.authenticated = true;
-                self.introduced(out)
+                self.ehlo_done(out)
             }
             // RFC 4954 sections 4 and 6: not this mechanism, maybe another.
             (Severity::Permanent, 500..=504 | 534 | 538) => {
                 self.exchange = None;
                 match self.enter_auth(out) {
-                    Step::Halt(Halt::NoMechanism) => Step::Halt(Halt::Refused { what: "AUTH", reply }),
+                    ClientStep::Abort(Abort::NoMechanism) => ClientStep::Abort(Abort::Rejected { what: "AUTH", reply }),
                     step => step,
                 }
             }
             _ => {
                 self.exchange = None;
-                self.refused("AUTH", reply, out)
+                self.rejected("AUTH", reply, out)
             }
         }
     }
 
-    fn mail_answered(&mut self, reply: Reply) -> Step {
-        if self.transactions.front().is_some_and(|front| front.asking) {
+    fn mail_replied(&mut self, reply: Reply) -> ClientStep {
+        if self.transactions.front().is_some_and(|front| front.stepwise) {
             if !reply.is_positive() {
                 self.transactions.clear();
             }
-            return Step::Answered(reply);
+            return ClientStep::Replied(reply);
         }
         if reply.is_positive() {
-            return Step::Wait;
+            return ClientStep::Wait;
         }
         if let Some(front) = self.transactions.front_mut() {
             front.mail = Some(reply);
         }
-        if self.forget_unsaid() {
-            return self.settle(None);
+        if self.drop_queued() {
+            return self.finish_transaction(None);
         }
-        Step::Wait
+        ClientStep::Wait
     }
 
-    fn rcpt_answered(&mut self, number: usize, reply: Reply, out: &mut Vec<u8>) -> Step {
+    fn rcpt_replied(&mut self, number: usize, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
         if let Some(front) = self.transactions.front_mut()
             && let Some(slot) = front.recipients.get_mut(number)
         {
             *slot = Some(reply.clone());
-            if front.asking {
+            if front.stepwise {
                 // One that was refused has no part in what follows.
-                front.recipients.truncate(if refuses(&reply) { number } else { number + 1 });
-                return Step::Answered(reply);
+                front.recipients.truncate(if is_negative(&reply) { number } else { number + 1 });
+                return ClientStep::Replied(reply);
             }
-            let all_refused = front.recipients.iter().all(|reply| reply.as_ref().is_some_and(refuses));
-            if all_refused && self.forget_unsaid() {
+            let all_refused = front.recipients.iter().all(|reply| reply.as_ref().is_some_and(is_negative));
+            if all_refused && self.drop_queued() {
                 self.reset();
-                return self.settle(None);
+                return self.finish_transaction(None);
             }
         }
         self.chunk_or_wait(out)
     }
 
     /// With CHUNKING nothing answers DATA: the last reply to RCPT decides.
-    fn chunk_or_wait(&mut self, out: &mut Vec<u8>) -> Step {
+    fn chunk_or_wait(&mut self, out: &mut Vec<u8>) -> ClientStep {
         let Some(front) = self.transactions.front_mut() else {
-            return Step::Wait;
+            return ClientStep::Wait;
         };
-        let Some(octets) = front.chunk.filter(|_| self.outstanding.is_empty() && self.to_say.is_empty()) else {
-            return Step::Wait;
+        let Some(octets) = front.chunk.filter(|_| self.pending.is_empty() && self.queued.is_empty()) else {
+            return ClientStep::Wait;
         };
         if front.mail.is_some() {
-            return self.settle(None);
+            return self.finish_transaction(None);
         }
-        front.content = Progress::Sending;
+        front.content = ContentProgress::Sending;
         out.extend_from_slice(format!("BDAT {octets} LAST\r\n").as_bytes());
-        Step::Content { chunk: true }
+        ClientStep::Content { chunk: true }
     }
 
-    fn data_answered(&mut self, reply: Reply, out: &mut Vec<u8>) -> Step {
+    fn data_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
         let Some(front) = self.transactions.front_mut() else {
-            return Step::Wait;
+            return ClientStep::Wait;
         };
-        let somebody = front.mail.is_none() && front.recipients.iter().flatten().any(|reply| !refuses(reply));
+        let somebody = front.mail.is_none() && front.recipients.iter().flatten().any(|reply| !is_negative(reply));
         match (reply.severity(), somebody) {
             // RFC 5321 section 3.3: content is sent behind 354 only.
             (Severity::Intermediate, true) => {
-                front.content = Progress::Sending;
-                Step::Content { chunk: false }
+                front.content = ContentProgress::Sending;
+                ClientStep::Content { chunk: false }
             }
             // RFC 2920 section 3.1: the message goes to nobody, so it is empty.
             (Severity::Intermediate, false) => {
                 out.extend_from_slice(b".\r\n");
-                if self.plan.lmtp {
+                if self.options.lmtp {
                     // RFC 2033 section 4.2: as many replies as recipients, so none.
-                    return self.settle(None);
+                    return self.finish_transaction(None);
                 }
-                self.outstanding.push_back(Said::LoneDot);
-                Step::Wait
+                self.pending.push_back(PendingReply::LoneDot);
+                ClientStep::Wait
             }
             (_, somebody) => {
                 self.reset();
                 // 2yz is no answer to DATA.
                 let odd = reply.is_positive();
                 let reply = if odd { Reply::new(451, "4.5.0", "DATA was not answered with 354") } else { reply };
-                self.settle(somebody.then_some(&reply))
+                self.finish_transaction(somebody.then_some(&reply))
             }
         }
     }
 
-    fn content_answered(&mut self, reply: Reply) -> Step {
+    fn content_replied(&mut self, reply: Reply) -> ClientStep {
         // Behind a 421 the other recipients get no reply, and no mail.
-        if self.plan.lmtp
+        if self.options.lmtp
             && reply.code() != 421
             && let Some(front) = self.transactions.front_mut()
         {
-            front.finals.push(reply);
-            return if front.finals.len() < front.accepted() { Step::Wait } else { self.settle(None) };
+            front.content_replies.push(reply);
+            return if front.content_replies.len() < front.accepted() { ClientStep::Wait } else { self.finish_transaction(None) };
         }
-        self.settle(Some(&reply))
+        self.finish_transaction(Some(&reply))
     }
 
     /// The message in front is done; `last` is the reply to its content, or to DATA.
-    fn settle(&mut self, last: Option<&Reply>) -> Step {
+    fn finish_transaction(&mut self, last: Option<&Reply>) -> ClientStep {
         let Some(transaction) = self.transactions.pop_front() else {
-            return Step::Wait;
+            return ClientStep::Wait;
         };
         let accepted = match last {
-            Some(last) if transaction.content == Progress::Sent => verdict(last),
-            Some(last) => fate_of(last),
-            None => Fate::Deferred(Reply::new(451, "4.5.0", "No reply decided on this recipient")),
+            Some(last) if transaction.content == ContentProgress::Sent => content_status(last),
+            Some(last) => status_of(last),
+            None => RecipientStatus::Deferred(Reply::new(451, "4.5.0", "No reply decided on this recipient")),
         };
-        Step::Settled(transaction.outcome(&accepted))
+        ClientStep::MessageDone(transaction.result(&accepted))
     }
 
     /// Nothing of the message in front may stay with the peer; who goes anyway need not say so.
     fn reset(&mut self) {
         if !self.closing {
-            self.line_up(Said::Rset, "RSET");
+            self.queue_command(PendingReply::Rset, "RSET");
         }
     }
 
     /// Takes back what was lined up for the message in front and not said. `true`: nothing of it is
     /// outstanding any more either.
-    fn forget_unsaid(&mut self) -> bool {
-        self.to_say.retain(|(said, _)| *said == Said::Quit);
-        self.outstanding.is_empty()
+    fn drop_queued(&mut self) -> bool {
+        self.queued.retain(|(said, _)| *said == PendingReply::Quit);
+        self.pending.is_empty()
     }
 
     /// Why the peer cannot be given this message.
-    fn unfit(&self, message: &Message) -> Option<Reply> {
-        let offered = &self.offered;
+    fn incompatibility(&self, message: &OutgoingMessage) -> Option<Reply> {
+        let offered = &self.extensions;
         if needs_utf8(message) && !offered.utf8 {
             // RFC 6531 section 3.2.
             return Some(no_utf8());
@@ -898,21 +898,21 @@ impl Client {
     }
 
     /// RFC 5321 section 4.1.1.3: parameters only of extensions that the peer offers.
-    fn mail_line(&self, message: &Message) -> String {
+    fn mail_line(&self, message: &OutgoingMessage) -> String {
         let mut line = format!("MAIL FROM:<{}>", message.from);
         // RFC 1870 section 6: nothing where nothing is known.
-        if self.offered.size.is_some() && message.size > 0 {
+        if self.extensions.size.is_some() && message.size > 0 {
             line.push_str(&format!(" SIZE={}", message.size));
         }
         // 7-bit content is 8BITMIME content too, so what nobody declared goes as that.
-        if self.offered.eight_bit && message.body != Body::SevenBit {
+        if self.extensions.eight_bit && message.body != Body::SevenBit {
             line.push_str(" BODY=8BITMIME");
         }
         if needs_utf8(message) {
             line.push_str(" SMTPUTF8");
         }
         // RFC 3461 section 5.2.1: passed on as they were given.
-        if self.offered.dsn {
+        if self.extensions.dsn {
             match message.ret {
                 Some(Return::Full) => line.push_str(" RET=FULL"),
                 Some(Return::Header) => line.push_str(" RET=HDRS"),
@@ -923,7 +923,7 @@ impl Client {
             }
         }
         // RFC 4954 section 5: what we pass on comes from somebody the peer cannot ask.
-        if self.authenticated && self.offered.auth {
+        if self.authenticated && self.extensions.auth {
             line.push_str(" AUTH=<>");
         }
         line
@@ -931,8 +931,8 @@ impl Client {
 
     fn rcpt_line(&self, recipient: &Recipient) -> String {
         let mut line = format!("RCPT TO:<{}>", recipient.mailbox);
-        if self.offered.dsn {
-            if let Some(notify) = recipient.notify.said() {
+        if self.extensions.dsn {
+            if let Some(notify) = recipient.notify.as_given() {
                 line.push_str(&format!(" NOTIFY={notify}"));
             }
             if let Some(original) = &recipient.original {
@@ -942,32 +942,32 @@ impl Client {
         line
     }
 
-    fn line_up(&mut self, said: Said, line: impl Into<Vec<u8>>) {
-        self.to_say.push_back((said, line.into()));
+    fn queue_command(&mut self, said: PendingReply, line: impl Into<Vec<u8>>) {
+        self.queued.push_back((said, line.into()));
     }
 
     /// Says as much of what is lined up as the peer permits now.
-    fn say(&mut self, out: &mut Vec<u8>) {
-        while let Some((next, line)) = self.to_say.pop_front() {
-            let may = match self.outstanding.back() {
+    fn flush_commands(&mut self, out: &mut Vec<u8>) {
+        while let Some((next, line)) = self.queued.pop_front() {
+            let may = match self.pending.back() {
                 None => true,
-                Some(last) => self.offered.pipelining && !last.ends_group() && next != Said::Quit,
+                Some(last) => self.extensions.pipelining && !last.ends_group() && next != PendingReply::Quit,
             };
             if !may {
-                self.to_say.push_front((next, line));
+                self.queued.push_front((next, line));
                 return;
             }
             out.extend_from_slice(&line);
             out.extend_from_slice(b"\r\n");
-            self.outstanding.push_back(next);
+            self.pending.push_back(next);
         }
     }
 }
 
-impl Offered {
+impl PeerExtensions {
     /// Reads the lines of an EHLO reply; what is not known is passed over.
-    fn read(reply: &Reply) -> Offered {
-        let mut offered = Offered::default();
+    fn read(reply: &Reply) -> PeerExtensions {
+        let mut offered = PeerExtensions::default();
         for line in reply.lines().skip(1) {
             let mut words = line.split_ascii_whitespace();
             match words.next().map(str::to_ascii_uppercase).as_deref() {
@@ -1006,7 +1006,7 @@ fn messages(reply: &Reply) -> Option<u64> {
     pair[0].parse().ok()
 }
 
-fn needs_utf8(message: &Message) -> bool {
+fn needs_utf8(message: &OutgoingMessage) -> bool {
     message.utf8 || !message.from.is_ascii() || message.recipients.iter().any(|recipient| !recipient.mailbox.is_ascii())
 }
 
@@ -1022,17 +1022,17 @@ fn xtext(text: &str) -> String {
 }
 
 /// What a reply to the content means.
-fn verdict(reply: &Reply) -> Fate {
-    if reply.is_positive() { Fate::Delivered(reply.clone()) } else { fate_of(reply) }
+fn content_status(reply: &Reply) -> RecipientStatus {
+    if reply.is_positive() { RecipientStatus::Sent(reply.clone()) } else { status_of(reply) }
 }
 
-fn refuses(reply: &Reply) -> bool {
+fn is_negative(reply: &Reply) -> bool {
     !reply.is_positive()
 }
 
-fn fate_of(refusal: &Reply) -> Fate {
+fn status_of(refusal: &Reply) -> RecipientStatus {
     match refusal.severity() {
-        Severity::Permanent => Fate::Refused(refusal.clone()),
-        _ => Fate::Deferred(refusal.clone()),
+        Severity::Permanent => RecipientStatus::Rejected(refusal.clone()),
+        _ => RecipientStatus::Deferred(refusal.clone()),
     }
 }

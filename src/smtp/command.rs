@@ -87,7 +87,7 @@ impl Verb {
 
 /// What the server role offers, and so what may stand behind MAIL.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Offers {
+pub struct ServerExtensions {
     pub size: bool,
     pub eight_bit: bool,
     pub utf8: bool,
@@ -146,7 +146,7 @@ impl Notify {
     }
 
     /// As it was given, if it was.
-    pub fn said(&self) -> Option<&str> {
+    pub fn as_given(&self) -> Option<&str> {
         self.0.as_deref()
     }
 
@@ -237,7 +237,7 @@ pub enum Command {
 
 impl Command {
     /// Parses what follows the verb.
-    pub fn parse(verb: Verb, rest: &[u8], offers: Offers) -> Result<Command, Reply> {
+    pub fn parse(verb: Verb, rest: &[u8], offers: ServerExtensions) -> Result<Command, Reply> {
         // RFC 5321 section 4.1.1: white space before the CRLF is tolerated. Not so behind ATRN, whose
         // grammar is RFC 2645's own.
         let argument = rest.strip_prefix(b" ").unwrap_or(rest);
@@ -321,7 +321,7 @@ fn bdat(argument: &[u8]) -> Result<Command, Reply> {
 
 /// The octets a BDAT line announces even where the rest of it is wrong: they follow in any case and
 /// must be read away (RFC 3030 section 2). `None`: nobody knows where the next command begins.
-pub fn announced(rest: &[u8]) -> Option<u64> {
+pub fn announced_chunk_size(rest: &[u8]) -> Option<u64> {
     rest.trim_ascii().split(|octet| *octet == b' ').next().and_then(number)
 }
 
@@ -350,7 +350,7 @@ fn after_keyword<'a>(argument: &'a [u8], keyword: &'static str) -> Result<&'a [u
     Ok(path)
 }
 
-fn mail(argument: &[u8], offers: Offers) -> Result<MailFrom, Reply> {
+fn mail(argument: &[u8], offers: ServerExtensions) -> Result<MailFrom, Reply> {
     let input = after_keyword(argument, "FROM:")?;
     let (path, used) = reverse_path(input).map_err(|error| path_error(error, "5.1.7"))?;
     let mut mail = MailFrom { path, size: None, body: Body::Unsaid, utf8: false, ret: None, envelope_id: None };
@@ -410,7 +410,7 @@ fn mail(argument: &[u8], offers: Offers) -> Result<MailFrom, Reply> {
     Ok(mail)
 }
 
-fn rcpt(argument: &[u8], offers: Offers) -> Result<Command, Reply> {
+fn rcpt(argument: &[u8], offers: ServerExtensions) -> Result<Command, Reply> {
     let input = after_keyword(argument, "TO:")?;
     let (path, used) = forward_path(input).map_err(|error| path_error(error, "5.1.3"))?;
     let mut notify: Option<Notify> = None;
@@ -494,7 +494,7 @@ pub fn is_xtext(value: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    const ALL: Offers = Offers { size: true, eight_bit: true, utf8: true, auth: true, dsn: true };
+    const ALL: ServerExtensions = ServerExtensions { size: true, eight_bit: true, utf8: true, auth: true, dsn: true };
 
     fn parse(line: &str) -> Result<Command, Reply> {
         let (verb, rest) = Verb::of(line.as_bytes())?;

@@ -21,9 +21,9 @@
 /// for some servers and not for others, a letter could smuggle commands past the first of them.
 #[derive(Debug, Default)]
 pub struct Unstuffer {
-    place: Place,
+    state: DotState,
     /// Where a CRLF leads to: the one difference between DATA and BDAT.
-    line_start: Place,
+    line_start: DotState,
     size: u64,
     bare: bool,
     eight_bit: bool,
@@ -40,7 +40,7 @@ pub struct Fed {
 
 /// What the octets so far mean for the next one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-enum Place {
+enum DotState {
     #[default]
     LineStart,
     /// Behind a dot at the line's start, which is not content.
@@ -61,29 +61,29 @@ impl Unstuffer {
     /// Appends the content in `input` to `out`. Of what follows the end nothing is used.
     pub fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) -> Fed {
         let mut rest = input;
-        while self.place != Place::End
+        while self.state != DotState::End
             && let Some((&octet, after)) = rest.split_first()
         {
             let here = rest;
             rest = after;
-            self.place = match (self.place, octet) {
-                (Place::DotCr, b'\n') => Place::End,
-                (Place::Cr, b'\n') => {
+            self.state = match (self.state, octet) {
+                (DotState::DotCr, b'\n') => DotState::End,
+                (DotState::Cr, b'\n') => {
                     self.size += 2;
                     out.push(b'\n');
                     self.line_start
                 }
-                (Place::Cr | Place::DotCr, _) => {
+                (DotState::Cr | DotState::DotCr, _) => {
                     self.alone(b'\r', out);
                     rest = here;
-                    Place::Text
+                    DotState::Text
                 }
-                (Place::LineStart, b'.') => Place::Dot,
-                (Place::Dot, b'\r') => Place::DotCr,
-                (_, b'\r') => Place::Cr,
+                (DotState::LineStart, b'.') => DotState::Dot,
+                (DotState::Dot, b'\r') => DotState::DotCr,
+                (_, b'\r') => DotState::Cr,
                 (_, b'\n') => {
                     self.alone(b'\n', out);
-                    Place::Text
+                    DotState::Text
                 }
                 _ => {
                     let (text, after) = split_text(here);
@@ -91,11 +91,11 @@ impl Unstuffer {
                     self.eight_bit |= !text.is_ascii();
                     out.extend_from_slice(text);
                     rest = after;
-                    Place::Text
+                    DotState::Text
                 }
             };
         }
-        Fed { used: input.len() - rest.len(), end: self.place == Place::End }
+        Fed { used: input.len() - rest.len(), end: self.state == DotState::End }
     }
 
     /// Whether a CR without LF or an LF without CR was seen (RFC 5321 section 2.3.8 forbids both).
@@ -122,12 +122,12 @@ impl Unstuffer {
 
 /// Takes content off the wire in the chunks of BDAT, whose borders may lie even inside a CRLF.
 #[derive(Debug)]
-pub struct Chunks(Unstuffer);
+pub struct BdatDecoder(Unstuffer);
 
-impl Chunks {
-    pub fn new() -> Chunks {
+impl BdatDecoder {
+    pub fn new() -> BdatDecoder {
         // Without line starts there are no dots to see, and no end.
-        Chunks(Unstuffer { place: Place::Text, line_start: Place::Text, ..Unstuffer::default() })
+        BdatDecoder(Unstuffer { state: DotState::Text, line_start: DotState::Text, ..Unstuffer::default() })
     }
 
     /// Appends the content in `input` to `out`.
@@ -137,8 +137,8 @@ impl Chunks {
 
     /// After the last chunk: what was held back.
     pub fn finish(&mut self, out: &mut Vec<u8>) {
-        if self.0.place == Place::Cr {
-            self.0.place = Place::Text;
+        if self.0.state == DotState::Cr {
+            self.0.state = DotState::Text;
             self.0.alone(b'\r', out);
         }
     }
@@ -159,9 +159,9 @@ impl Chunks {
     }
 }
 
-impl Default for Chunks {
+impl Default for BdatDecoder {
     fn default() -> Self {
-        Chunks::new()
+        BdatDecoder::new()
     }
 }
 
@@ -170,7 +170,7 @@ impl Default for Chunks {
 /// An LF at rest, or a CRLF that somebody left there, becomes CRLF. Any other CR becomes a space: the
 /// file may come from another program, and nobody must read what we send as two messages.
 #[derive(Debug, Default)]
-pub struct Stuffer(Liner);
+pub struct Stuffer(CrlfEncoder);
 
 impl Stuffer {
     pub fn new() -> Stuffer {
@@ -191,13 +191,13 @@ impl Stuffer {
 
 /// Puts content on the wire for BDAT: as [`Stuffer`], without the dots and the end.
 #[derive(Debug, Default)]
-pub struct Liner {
-    place: Place,
+pub struct CrlfEncoder {
+    state: DotState,
 }
 
-impl Liner {
-    pub fn new() -> Liner {
-        Liner::default()
+impl CrlfEncoder {
+    pub fn new() -> CrlfEncoder {
+        CrlfEncoder::default()
     }
 
     pub fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) {
@@ -206,38 +206,38 @@ impl Liner {
 
     /// Ends the last line if it is open.
     pub fn finish(&mut self, out: &mut Vec<u8>) {
-        if self.place == Place::Cr {
+        if self.state == DotState::Cr {
             out.push(b' ');
         }
-        if self.place != Place::LineStart {
+        if self.state != DotState::LineStart {
             out.extend_from_slice(b"\r\n");
         }
-        self.place = Place::LineStart;
+        self.state = DotState::LineStart;
     }
 
     fn lines(&mut self, mut input: &[u8], before_dot: &[u8], out: &mut Vec<u8>) {
         while let Some((&octet, after)) = input.split_first() {
             let here = input;
             input = after;
-            self.place = match (self.place, octet) {
+            self.state = match (self.state, octet) {
                 (_, b'\n') => {
                     out.extend_from_slice(b"\r\n");
-                    Place::LineStart
+                    DotState::LineStart
                 }
-                (Place::Cr, _) => {
+                (DotState::Cr, _) => {
                     out.push(b' ');
                     input = here;
-                    Place::Text
+                    DotState::Text
                 }
-                (_, b'\r') => Place::Cr,
+                (_, b'\r') => DotState::Cr,
                 (place, _) => {
-                    if place == Place::LineStart && octet == b'.' {
+                    if place == DotState::LineStart && octet == b'.' {
                         out.extend_from_slice(before_dot);
                     }
                     let (text, after) = split_text(here);
                     out.extend_from_slice(text);
                     input = after;
-                    Place::Text
+                    DotState::Text
                 }
             };
         }
@@ -246,14 +246,14 @@ impl Liner {
 
 /// Counts the octets that [`Stuffer`] or [`Liner`] will send, as RFC 1870 section 5 counts them.
 #[derive(Debug, Default)]
-pub struct Sizer {
+pub struct WireSize {
     size: u64,
     last: Option<u8>,
 }
 
-impl Sizer {
-    pub fn new() -> Sizer {
-        Sizer::default()
+impl WireSize {
+    pub fn new() -> WireSize {
+        WireSize::default()
     }
 
     pub fn feed(&mut self, input: &[u8]) {
@@ -275,16 +275,16 @@ impl Sizer {
 
 /// Watches content at rest go by, up to the empty line that ends its header.
 #[derive(Debug)]
-pub struct Headers {
+pub struct ReceivedCounter {
     /// How much of the name the line is so far; nothing when it is another field.
     matched: Option<usize>,
     received: usize,
     over: bool,
 }
 
-impl Headers {
-    pub fn new() -> Headers {
-        Headers { matched: Some(0), received: 0, over: false }
+impl ReceivedCounter {
+    pub fn new() -> ReceivedCounter {
+        ReceivedCounter { matched: Some(0), received: 0, over: false }
     }
 
     pub fn feed(&mut self, input: &[u8]) {
@@ -316,9 +316,9 @@ impl Headers {
     }
 }
 
-impl Default for Headers {
+impl Default for ReceivedCounter {
     fn default() -> Self {
-        Headers::new()
+        ReceivedCounter::new()
     }
 }
 
@@ -349,7 +349,7 @@ mod tests {
     }
 
     fn unchunk(pieces: &[Vec<u8>]) -> (Vec<u8>, bool, u64) {
-        let (mut chunks, mut out) = (Chunks::new(), Vec::new());
+        let (mut chunks, mut out) = (BdatDecoder::new(), Vec::new());
         pieces.iter().for_each(|piece| chunks.feed(piece, &mut out));
         chunks.finish(&mut out);
         (out, chunks.bare(), chunks.size())
@@ -363,20 +363,20 @@ mod tests {
     }
 
     fn lines(pieces: &[Vec<u8>]) -> Vec<u8> {
-        let (mut liner, mut out) = (Liner::new(), Vec::new());
+        let (mut liner, mut out) = (CrlfEncoder::new(), Vec::new());
         pieces.iter().for_each(|piece| liner.feed(piece, &mut out));
         liner.finish(&mut out);
         out
     }
 
     fn size(pieces: &[Vec<u8>]) -> u64 {
-        let mut sizer = Sizer::new();
+        let mut sizer = WireSize::new();
         pieces.iter().for_each(|piece| sizer.feed(piece));
         sizer.finish()
     }
 
     fn received(pieces: &[Vec<u8>]) -> usize {
-        let mut headers = Headers::new();
+        let mut headers = ReceivedCounter::new();
         pieces.iter().for_each(|piece| headers.feed(piece));
         headers.received()
     }

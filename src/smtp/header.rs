@@ -23,12 +23,12 @@ use core::net::IpAddr;
 use std::collections::HashSet;
 
 use super::address::{Domain, Host, Mailbox};
-use super::client::Origin;
+use super::client::ClientInfo;
 
 /// A header of more octets than this is passed on as it is by a [`Completer`].
 const HEADER_LIMIT: usize = 256 << 10;
 /// Characters of a bad address that an error repeats.
-const SHOWN: usize = 100;
+const ERROR_EXCERPT: usize = 100;
 
 /// A header, taken apart into its fields.
 #[derive(Debug)]
@@ -55,22 +55,22 @@ impl<'a> Header<'a> {
         let mut begin = 0;
         for line in content.split_inclusive(|octet| *octet == b'\n') {
             let end = header.octets + line.len();
-            match Line::of(line, Place::behind(header.octets, !header.fields.is_empty())) {
-                Line::Separator => {}
-                Line::Field(name) => {
+            match HeaderLine::of(line, HeaderState::after(header.octets, !header.fields.is_empty())) {
+                HeaderLine::Separator => {}
+                HeaderLine::Field(name) => {
                     begin = header.octets;
                     header.fields.push(Field { name, raw: line });
                 }
-                Line::Continuation => {
+                HeaderLine::Continuation => {
                     if let Some(field) = header.fields.last_mut() {
                         field.raw = &content[begin..end];
                     }
                 }
-                Line::Blank => {
+                HeaderLine::Blank => {
                     header.octets = end;
                     break;
                 }
-                Line::Body => break,
+                HeaderLine::Body => break,
             }
             header.octets = end;
         }
@@ -79,7 +79,7 @@ impl<'a> Header<'a> {
 
     /// Who gave the message to `by`, the host it came to us from, by the topmost `Received` (RFC 5321 section 4.4):
     /// `from <EHLO name> (<name> [<address>]) by <by> with ESMTP`. Others below it may have written anything.
-    pub fn origin(&self, by: &str) -> Option<Origin> {
+    pub fn origin(&self, by: &str) -> Option<ClientInfo> {
         let field = self.fields.iter().find(|field| field.name.eq_ignore_ascii_case(b"received"))?;
         let text = String::from_utf8_lossy(field.raw.splitn(2, |octet| *octet == b':').nth(1)?);
         let words: Vec<_> = text.split_ascii_whitespace().collect();
@@ -100,7 +100,7 @@ impl<'a> Header<'a> {
         let address: IpAddr = literal.strip_prefix("IPv6:").unwrap_or(literal).parse().ok()?;
         let name = helo.as_deref().map_or(name, |helo| helo.trim_end_matches(')'));
         let protocol = rest.windows(2).find(|pair| pair[0] == "with").map_or("", |pair| pair[1]);
-        Some(Origin {
+        Some(ClientInfo {
             address: match address.to_canonical() {
                 IpAddr::V4(address) => address.to_string(),
                 IpAddr::V6(address) => format!("IPV6:{address}"),
@@ -144,7 +144,7 @@ impl<'a> Header<'a> {
     ///
     /// Only fields that are missing are added, and only `Bcc` fields and an mbox's separator taken away:
     /// whatever else stands there is the writer's (RFC 6409 section 8).
-    pub fn complete(&self, additions: &Additions) -> Vec<u8> {
+    pub fn complete(&self, additions: &HeaderAdditions) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.octets + 256);
         for field in &self.fields {
             if additions.drop_bcc && (field.is("Bcc") || field.is("Resent-Bcc")) {
@@ -200,7 +200,7 @@ impl Field<'_> {
 
 /// What a submitted header is completed with.
 #[derive(Clone, Debug, Default)]
-pub struct Additions {
+pub struct HeaderAdditions {
     /// The value of a `Date` field.
     pub date: String,
     /// The value of a `Message-ID` field, with its angle brackets.
@@ -213,7 +213,7 @@ pub struct Additions {
 
 /// What a line at some place of a header is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Line<'a> {
+pub(crate) enum HeaderLine<'a> {
     /// The `From ` line that begins a message in an mbox.
     Separator,
     /// A field begins; its name.
@@ -228,42 +228,42 @@ pub(crate) enum Line<'a> {
 
 /// What the lines so far mean for the next one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Place {
+pub(crate) enum HeaderState {
     Beginning,
     /// No field as yet: there is nothing to continue.
     Separator,
     Field,
 }
 
-impl Place {
+impl HeaderState {
     /// Behind so many octets and, perhaps, a field.
-    fn behind(octets: usize, field: bool) -> Place {
+    fn after(octets: usize, field: bool) -> HeaderState {
         match (octets, field) {
-            (0, _) => Place::Beginning,
-            (_, false) => Place::Separator,
-            (_, true) => Place::Field,
+            (0, _) => HeaderState::Beginning,
+            (_, false) => HeaderState::Separator,
+            (_, true) => HeaderState::Field,
         }
     }
 }
 
-impl Line<'_> {
+impl HeaderLine<'_> {
     /// Looks at one line, with or without its end.
-    pub(crate) fn of(line: &[u8], place: Place) -> Line<'_> {
+    pub(crate) fn of(line: &[u8], place: HeaderState) -> HeaderLine<'_> {
         if matches!(line, b"\n" | b"\r\n" | b"") {
-            return Line::Blank;
+            return HeaderLine::Blank;
         }
         if matches!(line[0], b' ' | b'\t') {
-            return if place == Place::Field { Line::Continuation } else { Line::Body };
+            return if place == HeaderState::Field { HeaderLine::Continuation } else { HeaderLine::Body };
         }
         // RFC 5322 section 2.2: printable ASCII without the colon; section 4.5 allows white space before it.
         let length = line.iter().position(|octet| !matches!(octet, 33..=57 | 59..=126)).unwrap_or(line.len());
         let (name, rest) = line.split_at(length);
         if !name.is_empty() && rest.trim_ascii_start().starts_with(b":") {
-            Line::Field(name)
-        } else if place == Place::Beginning && line.starts_with(b"From ") {
-            Line::Separator
+            HeaderLine::Field(name)
+        } else if place == HeaderState::Beginning && line.starts_with(b"From ") {
+            HeaderLine::Separator
         } else {
-            Line::Body
+            HeaderLine::Body
         }
     }
 }
@@ -273,9 +273,9 @@ impl Line<'_> {
 /// The header is held back until its end is seen. If that does not come within 256 KiB, the message
 /// passes as it is. The result does not depend on how the content was cut.
 #[derive(Debug)]
-pub struct Completer {
+pub struct HeaderCompleter {
     /// None once the header is through.
-    additions: Option<Additions>,
+    additions: Option<HeaderAdditions>,
     held: Vec<u8>,
     /// Where in `held` the first line begins that was not looked at.
     looked: usize,
@@ -283,9 +283,9 @@ pub struct Completer {
     field: bool,
 }
 
-impl Completer {
-    pub fn new(additions: Additions) -> Completer {
-        Completer { additions: Some(additions), held: Vec::new(), looked: 0, field: false }
+impl HeaderCompleter {
+    pub fn new(additions: HeaderAdditions) -> HeaderCompleter {
+        HeaderCompleter { additions: Some(additions), held: Vec::new(), looked: 0, field: false }
     }
 
     /// Takes a piece of the content; appends to `out` what can go on.
@@ -319,10 +319,10 @@ impl Completer {
     fn header_ended(&mut self) -> bool {
         while let Some(length) = self.held[self.looked..].iter().position(|octet| *octet == b'\n') {
             let line = &self.held[self.looked..=self.looked + length];
-            match Line::of(line, Place::behind(self.looked, self.field)) {
-                Line::Blank | Line::Body => return true,
-                Line::Field(_) => self.field = true,
-                Line::Separator | Line::Continuation => {}
+            match HeaderLine::of(line, HeaderState::after(self.looked, self.field)) {
+                HeaderLine::Blank | HeaderLine::Body => return true,
+                HeaderLine::Field(_) => self.field = true,
+                HeaderLine::Separator | HeaderLine::Continuation => {}
             }
             self.looked += length + 1;
         }
@@ -342,7 +342,7 @@ pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String
     for Token { what, place } in tokens(text)? {
         match (element.stage, what) {
             // Between angle brackets commas and a colon belong to a source route.
-            (Stage::Before | Stage::Behind, What::Special(divider @ (',' | ';'))) => {
+            (Stage::Before | Stage::After, What::Special(divider @ (',' | ';'))) => {
                 found.extend(element.mailbox(text, home)?);
                 element = Element::default();
                 // Outside of a group a semicolon is what some programs write for a comma.
@@ -358,10 +358,10 @@ pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String
                 continue;
             }
             (Stage::Before, What::Special('<')) => element.stage = Stage::Inside,
-            (Stage::Inside, What::Special('>')) => element.stage = Stage::Behind,
+            (Stage::Inside, What::Special('>')) => element.stage = Stage::After,
             (Stage::Before, what) => element.before.push(what),
             (Stage::Inside, what) => element.inside.push(what),
-            (Stage::Behind, _) => {
+            (Stage::After, _) => {
                 let begin = element.begin.or(Some(place.start));
                 return Err(unreadable(&text[..place.end], begin, "something follows the >; is a comma missing?"));
             }
@@ -389,7 +389,7 @@ enum Stage {
     #[default]
     Before,
     Inside,
-    Behind,
+    After,
 }
 
 impl Element<'_> {
@@ -403,7 +403,7 @@ impl Element<'_> {
             Stage::Before if self.before.is_empty() => return Ok(None),
             Stage::Before => address(&self.before, home),
             Stage::Inside => Err("a > is missing"),
-            Stage::Behind => without_route(&self.inside).and_then(|inside| address(inside, home)),
+            Stage::After => without_route(&self.inside).and_then(|inside| address(inside, home)),
         };
         address.map(Some).map_err(|reason| unreadable(&text[..self.end], self.begin, reason))
     }
@@ -566,7 +566,7 @@ fn encoded_word(text: &str) -> Option<usize> {
 fn unreadable(text: &str, begin: Option<usize>, reason: &str) -> String {
     let words: Vec<&str> = text[begin.unwrap_or(0)..].split_whitespace().collect();
     let mut shown: String = words.join(" ").replace(char::is_control, "?");
-    if let Some((cut, _)) = shown.char_indices().nth(SHOWN) {
+    if let Some((cut, _)) = shown.char_indices().nth(ERROR_EXCERPT) {
         shown.truncate(cut);
         shown.push('…');
     }
@@ -630,8 +630,8 @@ mod tests {
         mailboxes.iter().map(Mailbox::to_string).collect::<Vec<_>>().join(" ")
     }
 
-    fn additions() -> Additions {
-        Additions { date: "DATE".to_owned(), message_id: "<ID>".to_owned(), from: None, drop_bcc: true }
+    fn additions() -> HeaderAdditions {
+        HeaderAdditions { date: "DATE".to_owned(), message_id: "<ID>".to_owned(), from: None, drop_bcc: true }
     }
 
     #[test]
@@ -810,7 +810,7 @@ mod tests {
 
     #[test]
     fn a_header_is_completed_and_otherwise_kept() {
-        fn check(content: &[u8], additions: &Additions, expected: &[u8], body: &[u8]) {
+        fn check(content: &[u8], additions: &HeaderAdditions, expected: &[u8], body: &[u8]) {
             let header = Header::parse(content);
             let seen = header.complete(additions);
             assert_eq!(seen.escape_ascii().to_string(), expected.escape_ascii().to_string());
@@ -840,14 +840,14 @@ mod tests {
             b"From : e\r\nX: y\r\nDate: DATE\r\nMessage-ID: <ID>\r\n\r\n",
             b"b\r\n",
         );
-        let add = Additions { from: Some("E\n<e@x>".to_owned()), drop_bcc: false, ..additions() };
+        let add = HeaderAdditions { from: Some("E\n<e@x>".to_owned()), drop_bcc: false, ..additions() };
         check(b"Bcc: a\n\n", &add, b"Bcc: a\nFrom: E <e@x>\nDate: DATE\nMessage-ID: <ID>\n\n", b"");
         check(b"Date: 1\nFROM: f\nMessage-ID: 2\n\n", &add, b"Date: 1\nFROM: f\nMessage-ID: 2\n\n", b"");
     }
 
     /// Feeds a completer with pieces of so many octets, in turn.
     fn completed(content: &[u8], cuts: &[usize]) -> Vec<u8> {
-        let (mut completer, mut out, mut rest) = (Completer::new(additions()), Vec::new(), content);
+        let (mut completer, mut out, mut rest) = (HeaderCompleter::new(additions()), Vec::new(), content);
         for cut in cuts.iter().cycle() {
             let (piece, after) = rest.split_at(rest.len().min(*cut));
             completer.feed(piece, &mut out);

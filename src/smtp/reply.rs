@@ -10,11 +10,11 @@ use std::fmt::{self, Write};
 const TEXT_LIMIT: usize = 512 - "250-".len() - "5.5.555 ".len() - "\r\n".len();
 
 /// Of a peer's reply so many lines are kept, and so many octets of each; the rest is read and dropped.
-const LINES_KEPT: usize = 64;
-const LINE_KEPT: usize = 512;
+const LINE_COUNT_LIMIT: usize = 64;
+const LINE_LENGTH_LIMIT: usize = 512;
 
 /// In logs and marks so many characters of a reply are enough.
-const SHOWN: usize = 300;
+const DISPLAY_LIMIT: usize = 300;
 
 /// What the first digit of a reply says (RFC 5321 section 4.2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,14 +51,14 @@ impl Reply {
     }
 
     /// One more line.
-    pub fn line(mut self, text: impl Into<Cow<'static, str>>) -> Reply {
+    pub fn with_line(mut self, text: impl Into<Cow<'static, str>>) -> Reply {
         self.lines.push(text.into());
         self
     }
 
     /// Fit to be passed on to somebody else: in ASCII (RFC 5321 section 4.2), and with an enhanced status code (RFC 2034
     /// section 4): where there is none, that of its class.
-    pub fn passed_on(self) -> Reply {
+    pub fn for_relaying(self) -> Reply {
         let class = match self.code / 100 {
             2 => "2.0.0",
             4 => "4.0.0",
@@ -70,7 +70,7 @@ impl Reply {
     }
 
     /// The same words under another code of the same class.
-    pub fn recoded(self, code: u16) -> Reply {
+    pub fn with_code(self, code: u16) -> Reply {
         debug_assert_eq!(code / 100, self.code / 100);
         Reply { code, ..self }
     }
@@ -127,7 +127,7 @@ impl fmt::Display for Reply {
             write!(f, " {enhanced}")?;
         }
         let lines = self.lines.iter().filter(|line| !line.is_empty());
-        for character in lines.flat_map(|line| " ".chars().chain(line.chars())).take(SHOWN) {
+        for character in lines.flat_map(|line| " ".chars().chain(line.chars())).take(DISPLAY_LIMIT) {
             f.write_char(if character.is_control() { '?' } else { character })?;
         }
         Ok(())
@@ -174,7 +174,7 @@ impl ReplyReader {
             Some(b'-') => (false, &line[4..]),
             Some(_) => return Err(broken()),
         };
-        let text = String::from_utf8_lossy(&text[..text.len().min(LINE_KEPT)]);
+        let text = String::from_utf8_lossy(&text[..text.len().min(LINE_LENGTH_LIMIT)]);
         let mut reply = match self.begun.take() {
             None => Reply { code, enhanced: None, lines: Vec::new() },
             Some(reply) if reply.code == code => reply,
@@ -184,7 +184,7 @@ impl ReplyReader {
         if reply.lines.is_empty() {
             reply.enhanced = enhanced.map(|code| Cow::Owned(code.to_owned()));
         }
-        if reply.lines.len() < LINES_KEPT {
+        if reply.lines.len() < LINE_COUNT_LIMIT {
             reply.lines.push(Cow::Owned(text.to_owned()));
         }
         if last {
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn every_line_carries_the_codes() {
-        let reply = Reply::new(550, "5.1.1", "No such mailbox").line("Ask postmaster");
+        let reply = Reply::new(550, "5.1.1", "No such mailbox").with_line("Ask postmaster");
         assert_eq!(written(&reply), "550-5.1.1 No such mailbox\r\n550 5.1.1 Ask postmaster\r\n");
         assert_eq!(written(&Reply::bare(334, "")), "334 \r\n");
     }

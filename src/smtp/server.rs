@@ -12,31 +12,31 @@
 //! ```
 
 use super::address::{Domain, ForwardPath, Host as HostName, Mailbox};
-use super::command::{Command, MailFrom, Notify, Offers, Recipient, Verb, announced};
+use super::command::{Command, MailFrom, Notify, ServerExtensions, Recipient, Verb, announced_chunk_size};
 use super::reply::Reply;
-use crate::sasl::{Mechanism, Secrets, ServerExchange, ServerStep};
-use crate::stamp::{Date, Stamps};
+use crate::sasl::{Mechanism, CredentialStore, ServerExchange, ExchangeStep};
+use crate::stamp::{Timestamp_, Ids};
 
 /// So many refused recipients weigh as much as one bad command.
-const REFUSALS: usize = 20;
+const REJECTIONS_PER_ERROR: usize = 20;
 
 /// On which door this server stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub enum ServerRole {
     /// Port 25 of the provider: the world brings mail for the customers.
     Inbound,
     /// Port 366 of the provider, before the turn: ATRN, and submission (RFC 6409) where mail is taken.
     Odmr,
     /// The customer's own users and programs hand in their mail.
-    Local,
+    Submission,
     /// The customer after the turn.
     Customer,
 }
 
 /// What one listener offers, and how far it lets a client go.
 #[derive(Clone)]
-pub struct Profile {
-    pub role: Role,
+pub struct ServerOptions {
+    pub role: ServerRole,
     pub hostname: String,
     /// Octets of one message, as SIZE counts them (RFC 1870).
     pub max_size: u64,
@@ -53,31 +53,31 @@ pub struct Profile {
     /// Delivery status notifications can be made and sent (RFC 3461).
     pub dsn: bool,
     pub mechanisms: Vec<Mechanism>,
-    pub stamps: Stamps,
+    pub stamps: Ids,
 }
 
-impl Profile {
+impl ServerOptions {
     /// The command table of each listener (RFC 2645 section 5.4: port 366 need not have more).
     fn implements(&self, verb: Verb) -> bool {
         use Verb::*;
         match verb {
             Ehlo | Helo | Rset | Noop | Help | Quit => true,
             Mail | Rcpt | Data | Bdat => true,
-            Vrfy => self.role != Role::Odmr,
-            StartTls => self.starttls && matches!(self.role, Role::Inbound | Role::Odmr),
-            Auth | Atrn => self.role == Role::Odmr,
+            Vrfy => self.role != ServerRole::Odmr,
+            StartTls => self.starttls && matches!(self.role, ServerRole::Inbound | ServerRole::Odmr),
+            Auth | Atrn => self.role == ServerRole::Odmr,
             Etrn | Expn | Turn | Unknown | Http => false,
         }
     }
 
-    fn offers(&self) -> Offers {
-        let auth = self.role == Role::Odmr;
-        Offers { size: true, eight_bit: true, utf8: true, auth, dsn: self.dsn }
+    fn offers(&self) -> ServerExtensions {
+        let auth = self.role == ServerRole::Odmr;
+        ServerExtensions { size: true, eight_bit: true, utf8: true, auth, dsn: self.dsn }
     }
 }
 
 /// What the party behind the listener is asked.
-pub trait Host: Secrets {
+pub trait ServerHandler: CredentialStore {
     /// May mail of this sender and size come in now? `account`: who has authenticated.
     fn sender(&mut self, mail: &MailFrom, account: Option<&str>) -> Result<(), Reply>;
     /// Which mailbox is meant, and may mail for it come in? `notify` and `original`: what its sender wants to know
@@ -91,7 +91,7 @@ pub trait Host: Secrets {
 
 /// What the driver does next.
 #[derive(Debug)]
-pub enum Step {
+pub enum ServerStep_ {
     /// Say it and read the next line.
     Reply(Reply),
     /// Say it and close.
@@ -122,14 +122,14 @@ pub struct Transaction {
 
 /// The server role on one connection.
 pub struct Server {
-    profile: Profile,
+    options: ServerOptions,
     hello: Option<Hello>,
     tls: bool,
     account: Option<String>,
     exchange: Option<Box<dyn ServerExchange>>,
     transaction: Option<Transaction>,
     errors: usize,
-    refusals: usize,
+    rejections: usize,
     auth_failures: usize,
 }
 
@@ -144,38 +144,38 @@ fn sequence(text: &'static str) -> Reply {
 
 impl Server {
     /// `tls`: the connection began with TLS, or keeps it over the turn.
-    pub fn new(profile: Profile, tls: bool) -> Server {
+    pub fn new(profile: ServerOptions, tls: bool) -> Server {
         Server {
-            profile,
+            options: profile,
             hello: None,
             tls,
             account: None,
             exchange: None,
             transaction: None,
             errors: 0,
-            refusals: 0,
+            rejections: 0,
             auth_failures: 0,
         }
     }
 
     /// The first line of all (RFC 5321 section 4.3.1; the words are those of RFC 2645 section 6).
     pub fn greeting(&self) -> Reply {
-        let words = match self.profile.role {
-            Role::Inbound => "ESMTP mail for the domains held here",
-            Role::Odmr => "on-demand mail relay server ready",
-            Role::Customer => "ready to receive email",
-            Role::Local => "ESMTP mail of this host's users",
+        let words = match self.options.role {
+            ServerRole::Inbound => "ESMTP mail for the domains held here",
+            ServerRole::Odmr => "on-demand mail relay server ready",
+            ServerRole::Customer => "ready to receive email",
+            ServerRole::Submission => "ESMTP mail of this host's users",
         };
-        Reply::bare(220, format!("{} {words}", self.profile.hostname))
+        Reply::bare(220, format!("{} {words}", self.options.hostname))
     }
 
     pub fn hostname(&self) -> &str {
-        &self.profile.hostname
+        &self.options.hostname
     }
 
     /// Octets that the message under way may have.
     pub fn max_size(&self) -> u64 {
-        self.transaction.as_ref().map_or(self.profile.max_size, |transaction| transaction.limit)
+        self.transaction.as_ref().map_or(self.options.max_size, |transaction| transaction.limit)
     }
 
     /// The authenticated account.
@@ -194,7 +194,7 @@ impl Server {
 
     /// Whether clients authenticate here.
     pub fn offers_auth(&self) -> bool {
-        self.profile.implements(Verb::Auth)
+        self.options.implements(Verb::Auth)
     }
 
     /// Whether the next line is part of an AUTH exchange, and not for any log.
@@ -203,36 +203,36 @@ impl Server {
     }
 
     /// One line without its CRLF.
-    pub fn line(&mut self, line: &[u8], host: &mut dyn Host) -> Step {
+    pub fn line(&mut self, line: &[u8], host: &mut dyn ServerHandler) -> ServerStep_ {
         let step = match self.exchange.take() {
             Some(exchange) => self.auth_response(exchange, line, host),
-            None => self.command(line, host).unwrap_or_else(Step::Reply),
+            None => self.command(line, host).unwrap_or_else(ServerStep_::Reply),
         };
         self.count_errors(step)
     }
 
     /// A line longer than any command may be (RFC 5321 section 4.5.3.1.9, RFC 4954 section 4).
-    pub fn line_too_long(&mut self) -> Step {
+    pub fn line_too_long(&mut self) -> ServerStep_ {
         let reply = match self.exchange.take() {
             Some(_) => Reply::new(500, "5.5.6", "Authentication exchange line is too long"),
             None => Reply::new(500, "5.5.2", "Line is too long"),
         };
-        self.count_errors(Step::Reply(reply))
+        self.count_errors(ServerStep_::Reply(reply))
     }
 
     /// TLS has begun: everything said before is forgotten (RFC 3207 section 4.2).
-    pub fn secured(&mut self) {
-        *self = Server::new(self.profile.clone(), true);
+    pub fn tls_started(&mut self) {
+        *self = Server::new(self.options.clone(), true);
     }
 
     /// The content has been dealt with, taken or refused: the transaction is over.
-    pub fn done(&mut self) {
+    pub fn end_transaction(&mut self) {
         self.transaction = None;
         self.errors = 0;
     }
 
     /// A chunk could not be taken: nothing but RSET helps this transaction (RFC 3030 section 2).
-    pub fn chunk_refused(&mut self, last: bool) {
+    pub fn chunk_rejected(&mut self, last: bool) {
         match &mut self.transaction {
             Some(transaction) if !last => transaction.failed = true,
             _ => self.transaction = None,
@@ -241,7 +241,7 @@ impl Server {
 
     /// The `Received` field for the transaction, LF line ends (RFC 5321 section 4.4, RFC 3848).
     /// `peer`: the client's address as a literal; `secure`: TLS version and cipher.
-    pub fn received(&self, peer: &str, secure: Option<&str>, id: &str, date: Date) -> String {
+    pub fn received(&self, peer: &str, secure: Option<&str>, id: &str, date: Timestamp_) -> String {
         let utf8 = self.transaction.as_ref().is_some_and(|transaction| transaction.mail.utf8);
         let (name, extended) = match &self.hello {
             // A name that is no name would break the field's grammar.
@@ -266,20 +266,20 @@ impl Server {
         };
         format!(
             "Received: from {name} ({peer})\n\tby {} with {protocol}{s}{a}{tls}\n\tid {id}{recipient};\n\t{}\n",
-            self.profile.hostname,
+            self.options.hostname,
             date.rfc5322()
         )
     }
 
-    fn command(&mut self, line: &[u8], host: &mut dyn Host) -> Result<Step, Reply> {
+    fn command(&mut self, line: &[u8], host: &mut dyn ServerHandler) -> Result<ServerStep_, Reply> {
         let (verb, rest) = Verb::of(line)?;
         if verb == Verb::Http {
-            return Ok(Step::Close(Reply::new(421, "4.7.0", "This is SMTP, not HTTP")));
+            return Ok(ServerStep_::Close(Reply::new(421, "4.7.0", "This is SMTP, not HTTP")));
         }
-        if !self.profile.implements(verb) {
+        if !self.options.implements(verb) {
             return Err(match verb {
                 // RFC 2645 section 5.4: on port 366 everything else is 502.
-                Verb::Unknown if self.profile.role != Role::Odmr => Reply::new(500, "5.5.1", "Command not recognised"),
+                Verb::Unknown if self.options.role != ServerRole::Odmr => Reply::new(500, "5.5.1", "Command not recognised"),
                 _ => Reply::new(502, "5.5.1", "Command not implemented here"),
             });
         }
@@ -287,27 +287,27 @@ impl Server {
             return self.chunk(rest);
         }
         self.permitted(verb)?;
-        match Command::parse(verb, rest, self.profile.offers())? {
-            Command::Ehlo(name) => Ok(Step::Reply(self.ehlo(name))),
-            Command::Helo(name) => Ok(Step::Reply(self.helo(name))),
+        match Command::parse(verb, rest, self.options.offers())? {
+            Command::Ehlo(name) => Ok(ServerStep_::Reply(self.ehlo(name))),
+            Command::Helo(name) => Ok(ServerStep_::Reply(self.helo(name))),
             Command::Mail(mail) => self.mail(mail, host),
             Command::Rcpt { path, utf8, notify, original } => self.rcpt(&path, utf8, notify, original, host),
-            Command::Data => Ok(Step::Data(Reply::bare(354, "Go ahead, end with <CRLF>.<CRLF>"))),
+            Command::Data => Ok(ServerStep_::Data(Reply::bare(354, "Go ahead, end with <CRLF>.<CRLF>"))),
             Command::Rset => {
                 self.transaction = None;
-                Ok(Step::Reply(Reply::new(250, "2.0.0", "OK")))
+                Ok(ServerStep_::Reply(Reply::new(250, "2.0.0", "OK")))
             }
-            Command::Noop => Ok(Step::Reply(Reply::new(250, "2.0.0", "OK"))),
-            Command::Help => Ok(Step::Reply(self.help())),
+            Command::Noop => Ok(ServerStep_::Reply(Reply::new(250, "2.0.0", "OK"))),
+            Command::Help => Ok(ServerStep_::Reply(self.help())),
             // RFC 5321 section 3.5.3: 250 only for what was verified.
-            Command::Vrfy => Ok(Step::Reply(Reply::new(252, "2.0.0", "Send the mail and see"))),
+            Command::Vrfy => Ok(ServerStep_::Reply(Reply::new(252, "2.0.0", "Send the mail and see"))),
             Command::Quit => {
-                let text = format!("{} closing connection", self.profile.hostname);
-                Ok(Step::Close(Reply::new(221, "2.0.0", text)))
+                let text = format!("{} closing connection", self.options.hostname);
+                Ok(ServerStep_::Close(Reply::new(221, "2.0.0", text)))
             }
-            Command::StartTls => Ok(Step::StartTls(Reply::new(220, "2.0.0", "Go ahead"))),
+            Command::StartTls => Ok(ServerStep_::StartTls(Reply::new(220, "2.0.0", "Go ahead"))),
             Command::Auth { mechanism, initial } => self.auth(&mechanism, initial, host),
-            Command::Atrn(domains) => Ok(Step::Atrn(domains)),
+            Command::Atrn(domains) => Ok(ServerStep_::Atrn(domains)),
             Command::Bdat { .. } | Command::Other => Err(Reply::new(502, "5.5.1", "Command not implemented here")),
         }
     }
@@ -315,9 +315,9 @@ impl Server {
     /// Whether the command may be said now: before its argument is looked at.
     fn permitted(&self, verb: Verb) -> Result<(), Reply> {
         let extended = self.hello.as_ref().is_some_and(|hello| hello.extended);
-        let no_tls = self.profile.require_tls && !self.tls;
+        let no_tls = self.options.require_tls && !self.tls;
         let sequence = |good: bool, text| if good { Ok(()) } else { Err(sequence(text)) };
-        let odmr = self.profile.role == Role::Odmr;
+        let odmr = self.options.role == ServerRole::Odmr;
         match verb {
             // RFC 3207 section 4: TLS is required for all that follows.
             Verb::Auth | Verb::Atrn | Verb::Mail | Verb::Rcpt | Verb::Data | Verb::Bdat if odmr && no_tls => {
@@ -362,28 +362,28 @@ impl Server {
         self.hello = Some(Hello { name, extended: true });
         // RFC 5321 section 4.1.4: EHLO resets as RSET does; authentication and TLS stay.
         self.transaction = None;
-        let profile = &self.profile;
+        let profile = &self.options;
         let mut reply = Reply::bare(250, profile.hostname.clone());
         let mechanisms: Vec<_> = self.mechanisms().map(|mechanism| mechanism.name()).collect();
         reply = reply
-            .line("PIPELINING")
-            .line(format!("SIZE {}", profile.max_size))
-            .line("8BITMIME")
-            .line("SMTPUTF8")
-            .line("ENHANCEDSTATUSCODES")
-            .line("CHUNKING");
+            .with_line("PIPELINING")
+            .with_line(format!("SIZE {}", profile.max_size))
+            .with_line("8BITMIME")
+            .with_line("SMTPUTF8")
+            .with_line("ENHANCEDSTATUSCODES")
+            .with_line("CHUNKING");
         if profile.dsn {
-            reply = reply.line("DSN");
+            reply = reply.with_line("DSN");
         }
         if !mechanisms.is_empty() {
-            reply = reply.line(format!("AUTH {}", mechanisms.join(" ")));
+            reply = reply.with_line(format!("AUTH {}", mechanisms.join(" ")));
         }
         // RFC 3207 section 4.2: never under TLS.
         if profile.implements(Verb::StartTls) && !self.tls {
-            reply = reply.line("STARTTLS");
+            reply = reply.with_line("STARTTLS");
         }
-        if profile.role == Role::Odmr {
-            reply = reply.line("ATRN");
+        if profile.role == ServerRole::Odmr {
+            reply = reply.with_line("ATRN");
         }
         reply
     }
@@ -391,25 +391,25 @@ impl Server {
     fn helo(&mut self, name: String) -> Reply {
         self.hello = Some(Hello { name, extended: false });
         self.transaction = None;
-        Reply::bare(250, self.profile.hostname.clone())
+        Reply::bare(250, self.options.hostname.clone())
     }
 
     /// The mechanisms that may be used now (RFC 4954 section 4: plain text under TLS only).
     fn mechanisms(&self) -> impl Iterator<Item = Mechanism> {
-        let offered = self.profile.role == Role::Odmr && (self.tls || !self.profile.require_tls);
+        let offered = self.options.role == ServerRole::Odmr && (self.tls || !self.options.require_tls);
         let tls = self.tls;
-        self.profile.mechanisms.iter().copied().filter(move |mechanism| offered && (tls || !mechanism.needs_tls()))
+        self.options.mechanisms.iter().copied().filter(move |mechanism| offered && (tls || !mechanism.needs_tls()))
     }
 
-    fn mail(&mut self, mail: MailFrom, host: &mut dyn Host) -> Result<Step, Reply> {
+    fn mail(&mut self, mail: MailFrom, host: &mut dyn ServerHandler) -> Result<ServerStep_, Reply> {
         let account = self.account.as_deref();
-        let limit = self.profile.max_size.min(host.size_limit(account));
+        let limit = self.options.max_size.min(host.size_limit(account));
         if mail.size.is_some_and(|size| size > limit) {
-            return Err(too_big(limit));
+            return Err(message_too_large(limit));
         }
         host.sender(&mail, account)?;
         self.transaction = Some(Transaction { mail, recipients: Vec::new(), limit, chunked: None, failed: false });
-        Ok(Step::Reply(Reply::new(250, "2.1.0", "OK")))
+        Ok(ServerStep_::Reply(Reply::new(250, "2.1.0", "OK")))
     }
 
     fn rcpt(
@@ -418,9 +418,9 @@ impl Server {
         utf8: bool,
         notify: Notify,
         original: Option<String>,
-        host: &mut dyn Host,
-    ) -> Result<Step, Reply> {
-        let limit = self.profile.max_recipients;
+        host: &mut dyn ServerHandler,
+    ) -> Result<ServerStep_, Reply> {
+        let limit = self.options.max_recipients;
         let Some(transaction) = &mut self.transaction else {
             return Err(sequence("Say MAIL first"));
         };
@@ -434,16 +434,16 @@ impl Server {
         if !transaction.recipients.iter().any(|recipient| recipient.mailbox == mailbox) {
             transaction.recipients.push(Recipient { mailbox, notify, original });
         }
-        Ok(Step::Reply(Reply::new(250, "2.1.5", "OK, recipient accepted")))
+        Ok(ServerStep_::Reply(Reply::new(250, "2.1.5", "OK, recipient accepted")))
     }
 
     /// BDAT: whatever is wrong, the octets it announces follow, and are read away (RFC 3030 section 2).
-    fn chunk(&mut self, rest: &[u8]) -> Result<Step, Reply> {
-        let (size, last) = match Command::parse(Verb::Bdat, rest, self.profile.offers()) {
+    fn chunk(&mut self, rest: &[u8]) -> Result<ServerStep_, Reply> {
+        let (size, last) = match Command::parse(Verb::Bdat, rest, self.options.offers()) {
             Ok(Command::Bdat { size, last }) => (size, last),
             Ok(_) => return Err(sequence("Say BDAT")),
-            Err(reply) => match announced(rest) {
-                Some(size) => return Ok(self.refuse_chunk(size, false, reply)),
+            Err(reply) => match announced_chunk_size(rest) {
+                Some(size) => return Ok(self.reject_chunk(size, false, reply)),
                 None => return Err(reply),
             },
         };
@@ -457,33 +457,33 @@ impl Server {
             Some(transaction) => {
                 let octets = transaction.chunked.unwrap_or(0).saturating_add(size);
                 transaction.chunked = Some(octets);
-                (octets > limit).then(|| too_big(limit))
+                (octets > limit).then(|| message_too_large(limit))
             }
         };
         Ok(match refusal {
-            None => Step::Chunk { size, last, refused: None },
-            Some(reply) => self.refuse_chunk(size, last, reply),
+            None => ServerStep_::Chunk { size, last, refused: None },
+            Some(reply) => self.reject_chunk(size, last, reply),
         })
     }
 
-    fn refuse_chunk(&mut self, size: u64, last: bool, reply: Reply) -> Step {
-        self.chunk_refused(last);
+    fn reject_chunk(&mut self, size: u64, last: bool, reply: Reply) -> ServerStep_ {
+        self.chunk_rejected(last);
         // To read away what no message may be long is not asked of anybody.
-        if size > self.profile.max_size.saturating_mul(2).max(1 << 26) {
-            return Step::Close(reply);
+        if size > self.options.max_size.saturating_mul(2).max(1 << 26) {
+            return ServerStep_::Close(reply);
         }
-        Step::Chunk { size, last, refused: Some(reply) }
+        ServerStep_::Chunk { size, last, refused: Some(reply) }
     }
 
-    fn auth(&mut self, name: &[u8], initial: Option<Vec<u8>>, host: &mut dyn Host) -> Result<Step, Reply> {
-        if self.auth_failures >= self.profile.max_auth_failures {
-            return Ok(Step::Close(Reply::new(421, "4.7.0", "Too many failed authentications")));
+    fn auth(&mut self, name: &[u8], initial: Option<Vec<u8>>, host: &mut dyn ServerHandler) -> Result<ServerStep_, Reply> {
+        if self.auth_failures >= self.options.max_auth_failures {
+            return Ok(ServerStep_::Close(Reply::new(421, "4.7.0", "Too many failed authentications")));
         }
         let wanted = Mechanism::parse(name);
         let Some(mechanism) = self.mechanisms().find(|mechanism| Some(*mechanism) == wanted) else {
             return Err(Reply::new(504, "5.5.4", "That authentication mechanism is not offered here"));
         };
-        let challenge = self.profile.stamps.challenge(&self.profile.hostname);
+        let challenge = self.options.stamps.challenge(&self.options.hostname);
         let mut exchange = mechanism.server(challenge);
         match (exchange.first(), initial) {
             (Some(_), Some(_)) => {
@@ -499,36 +499,36 @@ impl Server {
     }
 
     /// A client's line inside an exchange: base64, or `*` (RFC 4954 section 4).
-    fn auth_response(&mut self, exchange: Box<dyn ServerExchange>, line: &[u8], host: &mut dyn Host) -> Step {
+    fn auth_response(&mut self, exchange: Box<dyn ServerExchange>, line: &[u8], host: &mut dyn ServerHandler) -> ServerStep_ {
         if line == b"*" {
-            return Step::Reply(Reply::new(501, "5.7.0", "Authentication cancelled"));
+            return ServerStep_::Reply(Reply::new(501, "5.7.0", "Authentication cancelled"));
         }
         match data_encoding::BASE64.decode(line) {
             Ok(response) => self.auth_step(exchange, &response, host),
-            Err(_) => Step::Reply(Reply::new(501, "5.5.2", "That is not base64")),
+            Err(_) => ServerStep_::Reply(Reply::new(501, "5.5.2", "That is not base64")),
         }
     }
 
-    fn auth_step(&mut self, mut exchange: Box<dyn ServerExchange>, response: &[u8], host: &mut dyn Host) -> Step {
-        Step::Reply(match exchange.step(response, host) {
-            ServerStep::Challenge(challenge) => return self.challenge(exchange, &challenge),
-            ServerStep::Done(account) => {
+    fn auth_step(&mut self, mut exchange: Box<dyn ServerExchange>, response: &[u8], host: &mut dyn ServerHandler) -> ServerStep_ {
+        ServerStep_::Reply(match exchange.step(response, host) {
+            ExchangeStep::Challenge(challenge) => return self.challenge(exchange, &challenge),
+            ExchangeStep::Done(account) => {
                 let reply = Reply::new(235, "2.7.0", format!("now authenticated as {account}"));
                 self.account = Some(account);
                 reply
             }
-            ServerStep::Failed => {
+            ExchangeStep::Failed => {
                 self.auth_failures += 1;
                 Reply::new(535, "5.7.8", "Authentication credentials invalid")
             }
-            ServerStep::Malformed => Reply::new(501, "5.5.2", "The response is not what this mechanism asks for"),
-            ServerStep::Unavailable => Reply::new(454, "4.7.0", "Accounts cannot be looked up now, try again later"),
+            ExchangeStep::Malformed => Reply::new(501, "5.5.2", "The response is not what this mechanism asks for"),
+            ExchangeStep::Unavailable => Reply::new(454, "4.7.0", "Accounts cannot be looked up now, try again later"),
         })
     }
 
-    fn challenge(&mut self, exchange: Box<dyn ServerExchange>, challenge: &[u8]) -> Step {
+    fn challenge(&mut self, exchange: Box<dyn ServerExchange>, challenge: &[u8]) -> ServerStep_ {
         self.exchange = Some(exchange);
-        Step::Reply(Reply::bare(334, data_encoding::BASE64.encode(challenge)))
+        ServerStep_::Reply(Reply::bare(334, data_encoding::BASE64.encode(challenge)))
     }
 
     fn help(&self) -> Reply {
@@ -550,33 +550,33 @@ impl Server {
             (Quit, "QUIT"),
         ];
         let words: Vec<_> =
-            all.iter().filter(|(verb, _)| self.profile.implements(*verb)).map(|(_, word)| *word).collect();
-        Reply::new(214, "2.0.0", format!("Commands: {}", words.join(" "))).line("See RFC 5321 and RFC 2645")
+            all.iter().filter(|(verb, _)| self.options.implements(*verb)).map(|(_, word)| *word).collect();
+        Reply::new(214, "2.0.0", format!("Commands: {}", words.join(" "))).with_line("See RFC 5321 and RFC 2645")
     }
 
     /// Bad commands are patiently answered, but not for ever.
-    fn count_errors(&mut self, step: Step) -> Step {
+    fn count_errors(&mut self, step: ServerStep_) -> ServerStep_ {
         let reply = match &step {
-            Step::Reply(reply) => reply,
-            Step::Chunk { refused: Some(reply), .. } => reply,
+            ServerStep_::Reply(reply) => reply,
+            ServerStep_::Chunk { refused: Some(reply), .. } => reply,
             _ => return step,
         };
         match reply.code() {
             500..=502 | 504 | 555 => self.errors += 1,
             // Recipients that are not here may be honest mistakes, and behind a MAIL that was refused the rest of
             // its group gets 503; thousands of them are not.
-            503 | 550 | 551 | 553 => self.refusals += 1,
+            503 | 550 | 551 | 553 => self.rejections += 1,
             _ => return step,
         }
-        let limit = self.profile.max_errors;
-        if self.errors >= limit || self.refusals >= limit.saturating_mul(REFUSALS) {
-            return Step::Close(Reply::new(421, "4.7.0", "Too many errors"));
+        let limit = self.options.max_errors;
+        if self.errors >= limit || self.rejections >= limit.saturating_mul(REJECTIONS_PER_ERROR) {
+            return ServerStep_::Close(Reply::new(421, "4.7.0", "Too many errors"));
         }
         step
     }
 }
 
 /// RFC 1870 section 6.2.
-pub fn too_big(limit: u64) -> Reply {
+pub fn message_too_large(limit: u64) -> Reply {
     Reply::new(552, "5.3.4", format!("The message is larger than {limit} octets"))
 }

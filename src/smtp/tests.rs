@@ -5,23 +5,23 @@ use std::collections::VecDeque;
 use proptest::prelude::*;
 
 use super::address::{Domain, ForwardPath, Mailbox, reverse_path};
-use super::client::{Client, Fate, Halt, Message, Origin, Outcome, Plan, StartTls, Step};
+use super::client::{Client, RecipientStatus, Abort, OutgoingMessage, ClientInfo, DeliveryResult, ClientOptions, StartTls, ClientStep};
 use super::command::{Body, MailFrom, Notify, Recipient};
 use super::content::{Stuffer, Unstuffer};
 use super::reply::{Reply, ReplyReader};
-use super::server::{Host, Profile, Role, Server, Step as Served};
-use crate::sasl::{Mechanism, Secrets, Unavailable};
-use crate::stamp::Stamps;
+use super::server::{ServerHandler, ServerOptions, ServerRole, Server, ServerStep_ as Served};
+use crate::sasl::{Mechanism, CredentialStore, Unavailable};
+use crate::stamp::Ids;
 
 fn mailbox(text: &str) -> Mailbox {
     Mailbox::parse(text).unwrap()
 }
 
-fn message(recipients: usize) -> Message {
+fn message(recipients: usize) -> OutgoingMessage {
     let recipients =
         (0..recipients).map(|number| Recipient::plain(mailbox(&format!("r{number}@example.org")))).collect();
     let from = reverse_path(b"<a@b.example>").unwrap().0;
-    Message {
+    OutgoingMessage {
         from,
         recipients,
         size: 3,
@@ -33,8 +33,8 @@ fn message(recipients: usize) -> Message {
     }
 }
 
-fn profile(role: Role) -> Profile {
-    Profile {
+fn profile(role: ServerRole) -> ServerOptions {
+    ServerOptions {
         role,
         hostname: "relay.example.net".to_owned(),
         max_size: 1000,
@@ -45,16 +45,16 @@ fn profile(role: Role) -> Profile {
         require_tls: false,
         dsn: false,
         mechanisms: Mechanism::ALL.to_vec(),
-        stamps: Stamps::fixed(),
+        stamps: Ids::fixed(),
     }
 }
 
-fn plan() -> Plan {
-    Plan { name: "me.example".to_owned(), ..Plan::default() }
+fn plan() -> ClientOptions {
+    ClientOptions { name: "me.example".to_owned(), ..ClientOptions::default() }
 }
 
-fn with_credentials(tls: bool) -> Plan {
-    Plan { tls, atrn: true, credentials: Some(("acme".to_owned(), b"right".to_vec())), ..plan() }
+fn with_credentials(tls: bool) -> ClientOptions {
+    ClientOptions { tls, atrn: true, credentials: Some(("acme".to_owned(), b"right".to_vec())), ..plan() }
 }
 
 // ---- the client alone ----
@@ -67,7 +67,7 @@ struct Alone {
 }
 
 impl Alone {
-    fn new(plan: Plan) -> Alone {
+    fn new(plan: ClientOptions) -> Alone {
         Alone { client: Client::new(plan), reader: ReplyReader::default(), out: Vec::new() }
     }
 
@@ -79,13 +79,13 @@ impl Alone {
             whole = self.reader.line(line.as_bytes()).unwrap();
         }
         let step = match self.client.reply(whole.unwrap(), &mut self.out) {
-            Ok(Step::StartTls) => self.client.secured(&mut self.out),
+            Ok(ClientStep::StartTls) => self.client.tls_started(&mut self.out),
             Ok(step) => step,
             Err(broken) => return (format!("{broken:?}"), String::new()),
         };
         let step = match step {
-            Step::Settled(outcome) => format!("Settled {}", fates(&outcome)),
-            Step::Halt(Halt::Refused { what, reply }) => format!("Refused {what} {}", reply.code()),
+            ClientStep::MessageDone(outcome) => format!("Settled {}", fates(&outcome)),
+            ClientStep::Abort(Abort::Rejected { what, reply }) => format!("Refused {what} {}", reply.code()),
             other => format!("{other:?}"),
         };
         (step, self.said())
@@ -97,24 +97,24 @@ impl Alone {
     }
 
     fn send(&mut self, recipients: usize) -> String {
-        self.client.send(message(recipients), &mut self.out).unwrap();
+        self.client.send_message(message(recipients), &mut self.out).unwrap();
         self.said()
     }
 }
 
 /// `=250` delivered, `~451` deferred, `!550` refused, `?` in doubt.
-fn fates(outcome: &Outcome) -> String {
-    let word = |fate: &Fate| match fate {
-        Fate::Delivered(reply) => format!("={}", reply.code()),
-        Fate::Deferred(reply) => format!("~{}", reply.code()),
-        Fate::Refused(reply) => format!("!{}", reply.code()),
-        Fate::InDoubt => "?".to_owned(),
+fn fates(outcome: &DeliveryResult) -> String {
+    let word = |fate: &RecipientStatus| match fate {
+        RecipientStatus::Sent(reply) => format!("={}", reply.code()),
+        RecipientStatus::Deferred(reply) => format!("~{}", reply.code()),
+        RecipientStatus::Rejected(reply) => format!("!{}", reply.code()),
+        RecipientStatus::InDoubt => "?".to_owned(),
     };
-    outcome.fates.iter().map(word).collect::<Vec<_>>().join(" ")
+    outcome.recipients.iter().map(word).collect::<Vec<_>>().join(" ")
 }
 
 /// Hears replies to get there, then one more: the step and what is said.
-fn check(plan: Plan, path: &[&str], reply: &str, step: &str, said: &str) {
+fn check(plan: ClientOptions, path: &[&str], reply: &str, step: &str, said: &str) {
     let mut alone = Alone::new(plan);
     for &before in path {
         match before.split_once(' ') {
@@ -164,7 +164,7 @@ fn greetings_and_hellos() {
 
 #[test]
 fn starttls_comes_before_all_else_and_forgets_what_was_learned() {
-    let starttls = || Plan { starttls: StartTls::Required, ..with_credentials(false) };
+    let starttls = || ClientOptions { starttls: StartTls::Required, ..with_credentials(false) };
     let offers = "250-x/250-STARTTLS/250-AUTH CRAM-MD5/250 ATRN";
     check(starttls(), &["220 x"], offers, "Wait", "STARTTLS");
     check(starttls(), &["220 x"], "250-x/250-AUTH CRAM-MD5/250 ATRN", "Halt(NoStartTls)", "QUIT");
@@ -233,7 +233,7 @@ fn no_secret_goes_out_in_clear_or_to_one_who_is_no_provider() {
 
 #[test]
 fn an_initial_response_that_is_too_long_waits_for_the_challenge() {
-    let plan = Plan { credentials: Some(("acme".to_owned(), vec![b'x'; 600])), ..with_credentials(true) };
+    let plan = ClientOptions { credentials: Some(("acme".to_owned(), vec![b'x'; 600])), ..with_credentials(true) };
     let mut alone = Alone::new(plan);
     assert_eq!(alone.hear("220 x").1, "EHLO me.example");
     assert_eq!(alone.hear("250-x/250-AUTH PLAIN/250 ATRN").1, "AUTH PLAIN");
@@ -295,7 +295,7 @@ fn a_group_at_a_time_with_pipelining() {
     alone.said();
     let group = "MAIL FROM:<a@b.example> SIZE=3 BODY=8BITMIME/RCPT TO:<r0@example.org>/RCPT TO:<r1@example.org>/DATA";
     assert_eq!(alone.send(2), group);
-    assert!(!alone.client.wants_message(), "DATA ends a group");
+    assert!(!alone.client.is_ready_for_message(), "DATA ends a group");
     let check = |path: &[&str], reply: &str, step: &str, said: &str| {
         let path = [&["220 x", offers, "send 2"], path].concat();
         check(plan(), &path, reply, step, said);
@@ -324,13 +324,13 @@ fn the_next_group_goes_out_behind_the_final_dot() {
     alone.send(1);
     for reply in ["250 x", "250 x", "354 x"] {
         alone.hear(reply);
-        assert!(!alone.client.wants_message());
+        assert!(!alone.client.is_ready_for_message());
     }
     alone.client.content_sent(&mut alone.out);
-    assert!(alone.client.wants_message());
+    assert!(alone.client.is_ready_for_message());
     alone.said();
     assert_eq!(alone.send(1), "MAIL FROM:<a@b.example>/RCPT TO:<r0@example.org>/DATA");
-    assert!(!alone.client.wants_message(), "two are enough");
+    assert!(!alone.client.is_ready_for_message(), "two are enough");
     assert_eq!(alone.hear("250 x").0, "Settled =250");
     assert_eq!(alone.hear("250 x").0, "Wait");
     // QUIT waits until all is answered, and what is taken back of a message does not take it along.
@@ -346,14 +346,14 @@ fn the_next_group_goes_out_behind_the_final_dot() {
 
 #[test]
 fn what_the_peer_cannot_take_is_not_said() {
-    let unfit = |offers: &str, change: fn(&mut Message)| {
+    let unfit = |offers: &str, change: fn(&mut OutgoingMessage)| {
         let mut alone = Alone::new(plan());
         alone.hear("220 x");
         alone.hear(offers);
         alone.said();
         let mut message = message(2);
         change(&mut message);
-        let outcome = alone.client.send(message, &mut alone.out).err();
+        let outcome = alone.client.send_message(message, &mut alone.out).err();
         assert_eq!(outcome.is_some(), alone.out.is_empty());
         (outcome.map(|outcome| fates(&outcome)).unwrap_or_default(), alone.said())
     };
@@ -382,7 +382,7 @@ struct Answers {
     asked: usize,
 }
 
-impl Secrets for Answers {
+impl CredentialStore for Answers {
     fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
         match name {
             "broken" => Err(Unavailable),
@@ -392,7 +392,7 @@ impl Secrets for Answers {
     }
 }
 
-impl Host for Answers {
+impl ServerHandler for Answers {
     fn sender(&mut self, _: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
         self.now = self.mixes.pop_front();
         self.asked = 0;
@@ -432,15 +432,15 @@ fn served(step: &Served) -> String {
 }
 
 /// Says lines and demands a step for each; as a driver does, it ends content and begins TLS.
-fn dialogue(profile: Profile, tls: bool, lines: &[(&str, &str)]) {
+fn dialogue(profile: ServerOptions, tls: bool, lines: &[(&str, &str)]) {
     let mut server = Server::new(profile, tls);
     for (number, (line, expected)) in lines.iter().enumerate() {
         let step = server.line(line.as_bytes(), &mut Answers::default());
         assert_eq!(served(&step), *expected, "line {number}, {line:?} of {lines:?}");
         match step {
-            Served::StartTls(_) => server.secured(),
-            Served::Data(_) => server.done(),
-            Served::Chunk { last: true, refused: None, .. } => server.done(),
+            Served::StartTls(_) => server.tls_started(),
+            Served::Data(_) => server.end_transaction(),
+            Served::Chunk { last: true, refused: None, .. } => server.end_transaction(),
             _ => {}
         }
     }
@@ -452,7 +452,7 @@ const RCPT: (&str, &str) = ("RCPT TO:<r@example.org>", "250 2.1.5");
 
 #[test]
 fn commands_come_in_their_order() {
-    for role in [Role::Inbound, Role::Customer] {
+    for role in [ServerRole::Inbound, ServerRole::Customer] {
         let check = |lines: &[(&str, &str)]| dialogue(profile(role), false, lines);
         check(&[("NOOP", "250 2.0.0"), ("RSET", "250 2.0.0"), ("HELP", "214 2.0.0"), ("VRFY a", "252 2.0.0")]);
         check(&[("MAIL FROM:<>", "503 5.5.1"), ("RCPT TO:<a@b.c>", "503 5.5.1"), ("DATA", "503 5.5.1")]);
@@ -473,7 +473,7 @@ fn commands_come_in_their_order() {
         ]);
         check(&[EHLO, MAIL, ("RCPT TO:<é@example.org>", "553 5.6.7"), RCPT]);
     }
-    let odmr = |lines: &[(&str, &str)]| dialogue(profile(Role::Odmr), true, lines);
+    let odmr = |lines: &[(&str, &str)]| dialogue(profile(ServerRole::Odmr), true, lines);
     odmr(&[EHLO, ("VRFY a", "502 5.5.1"), ("XYZZY", "502 5.5.1"), ("TURN", "502 5.5.1")]);
     // Mail is handed in behind AUTH only, and ATRN waits for its end.
     odmr(&[EHLO, ("MAIL FROM:<>", "530 5.7.0"), ("RCPT TO:<a@b.c>", "530 5.7.0"), ("DATA", "530 5.7.0")]);
@@ -485,7 +485,7 @@ fn commands_come_in_their_order() {
 
 #[test]
 fn chunks_are_read_away_whatever_is_wrong() {
-    let check = |lines: &[(&str, &str)]| dialogue(profile(Role::Inbound), false, lines);
+    let check = |lines: &[(&str, &str)]| dialogue(profile(ServerRole::Inbound), false, lines);
     check(&[("BDAT 3 LAST", "chunk 503 5.5.1")]);
     check(&[EHLO, MAIL, ("BDAT 3", "chunk 503 5.5.1"), (RCPT.0, "503 5.5.1")]);
     check(&[EHLO, MAIL, RCPT, ("BDAT 3", "chunk"), ("DATA", "503 5.5.1"), ("BDAT 0 LAST", "chunk"), MAIL]);
@@ -518,7 +518,7 @@ fn every_reply_to_auth() {
     let base64 = |octets: &[u8]| data_encoding::BASE64.encode(octets);
     let plain = |message: &[u8]| format!("AUTH PLAIN {}", base64(message));
     let right = plain(b"\0acme\0right");
-    let check = |tls, lines: &[(&str, &str)]| dialogue(profile(Role::Odmr), tls, &[&[EHLO], lines].concat());
+    let check = |tls, lines: &[(&str, &str)]| dialogue(profile(ServerRole::Odmr), tls, &[&[EHLO], lines].concat());
     check(
         true,
         &[(&right, "235 2.7.0"), (&right, "503 5.5.1"), ("ATRN a.example,b.example", "atrn a.example,b.example")],
@@ -542,14 +542,14 @@ fn every_reply_to_auth() {
     let wrong = plain(b"\0acme\0wrong");
     let failed = (wrong.as_str(), "535 5.7.8");
     check(true, &[failed, failed, failed, (&right, "close 421 4.7.0")]);
-    dialogue(profile(Role::Odmr), true, &[(&right, "503 5.5.1"), ("HELO a", "250"), (&right, "503 5.5.1")]);
-    let required = Profile { require_tls: true, starttls: true, ..profile(Role::Odmr) };
+    dialogue(profile(ServerRole::Odmr), true, &[(&right, "503 5.5.1"), ("HELO a", "250"), (&right, "503 5.5.1")]);
+    let required = ServerOptions { require_tls: true, starttls: true, ..profile(ServerRole::Odmr) };
     let secured = [EHLO, ("AUTH CRAM-MD5", "530 5.7.0"), ("ATRN", "530 5.7.0"), ("STARTTLS", "starttls")];
     let inside =
         [(right.as_str(), "503 5.5.1"), EHLO, ("STARTTLS", "503 5.5.1"), (&right, "235 2.7.0"), ("ATRN", "atrn ")];
     dialogue(required, false, &[&secured[..], &inside].concat());
 
-    let mut server = Server::new(profile(Role::Odmr), true);
+    let mut server = Server::new(profile(ServerRole::Odmr), true);
     server.line(b"EHLO a", &mut Answers::default());
     server.line(b"AUTH PLAIN", &mut Answers::default());
     assert!(server.in_auth());
@@ -560,28 +560,28 @@ fn every_reply_to_auth() {
 
 #[test]
 fn what_ehlo_offers() {
-    let offers = |profile: Profile, tls| match Server::new(profile, tls).line(b"EHLO a", &mut Answers::default()) {
+    let offers = |profile: ServerOptions, tls| match Server::new(profile, tls).line(b"EHLO a", &mut Answers::default()) {
         Served::Reply(reply) => reply.lines().collect::<Vec<_>>().join("/"),
         other => panic!("{other:?}"),
     };
     let mail = "relay.example.net/PIPELINING/SIZE 1000/8BITMIME/SMTPUTF8/ENHANCEDSTATUSCODES/CHUNKING";
-    assert_eq!(offers(profile(Role::Inbound), false), mail);
-    assert_eq!(offers(profile(Role::Customer), true), mail);
-    let starttls = |role| Profile { starttls: true, ..profile(role) };
-    assert_eq!(offers(starttls(Role::Inbound), false), format!("{mail}/STARTTLS"));
-    assert_eq!(offers(starttls(Role::Inbound), true), mail);
-    assert_eq!(offers(starttls(Role::Customer), false), mail);
-    assert_eq!(offers(Profile { dsn: true, ..profile(Role::Local) }, false), format!("{mail}/DSN"));
+    assert_eq!(offers(profile(ServerRole::Inbound), false), mail);
+    assert_eq!(offers(profile(ServerRole::Customer), true), mail);
+    let starttls = |role| ServerOptions { starttls: true, ..profile(role) };
+    assert_eq!(offers(starttls(ServerRole::Inbound), false), format!("{mail}/STARTTLS"));
+    assert_eq!(offers(starttls(ServerRole::Inbound), true), mail);
+    assert_eq!(offers(starttls(ServerRole::Customer), false), mail);
+    assert_eq!(offers(ServerOptions { dsn: true, ..profile(ServerRole::Submission) }, false), format!("{mail}/DSN"));
     let odmr = |mechanisms| format!("{mail}{mechanisms}/ATRN");
-    assert_eq!(offers(profile(Role::Odmr), true), odmr("/AUTH CRAM-MD5 PLAIN"));
-    assert_eq!(offers(profile(Role::Odmr), false), odmr("/AUTH CRAM-MD5"));
-    let required = Profile { require_tls: true, ..starttls(Role::Odmr) };
+    assert_eq!(offers(profile(ServerRole::Odmr), true), odmr("/AUTH CRAM-MD5 PLAIN"));
+    assert_eq!(offers(profile(ServerRole::Odmr), false), odmr("/AUTH CRAM-MD5"));
+    let required = ServerOptions { require_tls: true, ..starttls(ServerRole::Odmr) };
     assert_eq!(offers(required, false), odmr("/STARTTLS"));
 }
 
 #[test]
 fn bad_commands_and_recipients_have_an_end() {
-    let mut server = Server::new(Profile { max_errors: 5, max_recipients: 2, ..profile(Role::Inbound) }, false);
+    let mut server = Server::new(ServerOptions { max_errors: 5, max_recipients: 2, ..profile(ServerRole::Inbound) }, false);
     let mut say = |line: &str| served(&server.line(line.as_bytes(), &mut Answers::default()));
     for line in ["EHLO a", "X", "X", "X", "NOOP", MAIL.0, RCPT.0, "RCPT TO:<s@example.org>"] {
         say(line);
@@ -593,12 +593,12 @@ fn bad_commands_and_recipients_have_an_end() {
 
 #[test]
 fn received_says_how_it_came() {
-    let received = |profile: Profile, tls, lines: &[&str]| {
+    let received = |profile: ServerOptions, tls, lines: &[&str]| {
         let mut server = Server::new(profile, tls);
         lines.iter().for_each(|line| drop(server.line(line.as_bytes(), &mut Answers::default())));
-        server.received("[192.0.2.1]", tls.then_some("TLSv1.3"), "id1", Stamps::fixed().now()).replace("\n\t", " ")
+        server.received("[192.0.2.1]", tls.then_some("TLSv1.3"), "id1", Ids::fixed().now()).replace("\n\t", " ")
     };
-    let inbound = || profile(Role::Inbound);
+    let inbound = || profile(ServerRole::Inbound);
     let date = "Fri, 02 Jan 2026 03:04:05 +0000\n";
     assert_eq!(
         received(inbound(), true, &["EHLO a.example", MAIL.0, RCPT.0]),
@@ -667,11 +667,11 @@ proptest! {
     #[test]
     fn whatever_is_said_is_answered_once_and_in_order(
         lines in lines(),
-        role in proptest::sample::select(vec![Role::Inbound, Role::Odmr, Role::Customer]),
+        role in proptest::sample::select(vec![ServerRole::Inbound, ServerRole::Odmr, ServerRole::Customer]),
         (tls, starttls, require_tls) in any::<(bool, bool, bool)>(),
         refusals in proptest::collection::vec(proptest::sample::select(vec![250u16, 250, 450, 550]), 0..10),
     ) {
-        let mut server = Server::new(Profile { starttls, require_tls, ..profile(role) }, tls);
+        let mut server = Server::new(ServerOptions { starttls, require_tls, ..profile(role) }, tls);
         let mut host = Answers::default();
         host.mixes.extend(refusals.iter().map(|code| Mix { mail: *code, recipients: refusals.clone(), data: 354, end: 250 }));
         let mut account: Option<String> = None;
@@ -702,19 +702,19 @@ proptest! {
                 Served::Close(_) => break,
                 Served::StartTls(_) => {
                     prop_assert!(account.is_none());
-                    server.secured();
+                    server.tls_started();
                     prop_assert!(server.client_name().is_none());
                 }
                 Served::Data(_) => {
                     prop_assert!(!before && !server.transaction().unwrap().recipients.is_empty());
-                    server.done();
+                    server.end_transaction();
                 }
                 Served::Chunk { refused: None, last, .. } => {
                     prop_assert!(!server.transaction().unwrap().recipients.is_empty());
-                    if last { server.done() }
+                    if last { server.end_transaction() }
                 }
                 Served::Chunk { .. } => {}
-                Served::Atrn(_) => prop_assert!(account.is_some() && role == Role::Odmr && (tls || starttls || !require_tls)),
+                Served::Atrn(_) => prop_assert!(account.is_some() && role == ServerRole::Odmr && (tls || starttls || !require_tls)),
             }
             prop_assert!(account.is_none() || server.account() == account.as_deref(), "ODMR-06");
             account = server.account().map(str::to_owned);
@@ -731,16 +731,16 @@ proptest! {
         let (mut out, mut given, mut settled) = (Vec::new(), 0, 0);
         client.reply(Reply::bare(220, "x"), &mut out).unwrap();
         let ehlo = Reply::bare(250, "x");
-        client.reply(if pipelining { ehlo.line("PIPELINING") } else { ehlo }, &mut out).unwrap();
+        client.reply(if pipelining { ehlo.with_line("PIPELINING") } else { ehlo }, &mut out).unwrap();
         for code in codes {
-            while client.wants_message() {
-                client.send(message(1 + given % 3), &mut out).unwrap();
+            while client.is_ready_for_message() {
+                client.send_message(message(1 + given % 3), &mut out).unwrap();
                 given += 1;
             }
             match client.reply(Reply::bare(code, "x"), &mut out) {
-                Ok(Step::Content { .. }) => client.content_sent(&mut out),
-                Ok(Step::Settled(outcome)) => {
-                    prop_assert_eq!(outcome.fates.len(), 1 + settled % 3);
+                Ok(ClientStep::Content { .. }) => client.content_sent(&mut out),
+                Ok(ClientStep::MessageDone(outcome)) => {
+                    prop_assert_eq!(outcome.recipients.len(), 1 + settled % 3);
                     settled += 1;
                 }
                 Ok(_) => {}
@@ -753,7 +753,7 @@ proptest! {
             }
         }
         for outcome in client.abandon(&Reply::bare(441, "gone")) {
-            prop_assert_eq!(outcome.fates.len(), 1 + settled % 3);
+            prop_assert_eq!(outcome.recipients.len(), 1 + settled % 3);
             settled += 1;
         }
         prop_assert_eq!(given, settled);
@@ -797,7 +797,7 @@ struct Peer {
 }
 
 impl Peer {
-    fn new(profile: Profile, tls: bool, mixes: impl IntoIterator<Item = Mix>) -> Peer {
+    fn new(profile: ServerOptions, tls: bool, mixes: impl IntoIterator<Item = Mix>) -> Peer {
         Peer {
             server: Server::new(profile, tls),
             host: Answers { mixes: mixes.into_iter().collect(), ..Answers::default() },
@@ -855,7 +855,7 @@ impl Peer {
         let (_, octets, real) = self.content.take().unwrap();
         if !real {
             assert!(octets.is_empty(), "a lone dot");
-            self.server.done();
+            self.server.end_transaction();
             return self.say(&Reply::bare(554, "to nobody"), out);
         }
         let code = self.host.now.as_ref().map_or(250, |mix| mix.end);
@@ -863,7 +863,7 @@ impl Peer {
             let recipients = &self.server.transaction().unwrap().recipients;
             self.letters.push((recipients.iter().map(|recipient| recipient.mailbox.to_string()).collect(), octets));
         }
-        self.server.done();
+        self.server.end_transaction();
         self.closed |= code == 0;
         self.say(&Reply::bare(code.max(200), "end"), out);
     }
@@ -885,7 +885,7 @@ impl Peer {
             }
             Served::StartTls(reply) => {
                 self.say(&reply, out);
-                self.server.secured();
+                self.server.tls_started();
             }
             Served::Data(reply) => match self.host.now.as_ref().map_or(354, |mix| mix.data) {
                 354 => {
@@ -893,7 +893,7 @@ impl Peer {
                     self.say(&reply, out);
                 }
                 code => {
-                    self.server.done();
+                    self.server.end_transaction();
                     self.say(&Reply::bare(code, "scripted"), out);
                 }
             },
@@ -906,8 +906,8 @@ impl Peer {
 /// How a conversation went.
 #[derive(Debug, Default)]
 struct Run {
-    outcomes: Vec<Outcome>,
-    halt: Option<Halt>,
+    outcomes: Vec<DeliveryResult>,
+    halt: Option<Abort>,
     turned: bool,
     said_quit: bool,
     /// The most messages that were in flight.
@@ -919,7 +919,7 @@ struct Run {
 const CONTENT: &[u8] = b"a\n.b\n..\n";
 
 /// Client and server, each as far as it can go, in turn, to the end.
-fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<Item = Message>) -> Run {
+fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<Item = OutgoingMessage>) -> Run {
     let mut messages = messages.into_iter();
     let (mut up, mut down, mut run) = (Vec::new(), Vec::new(), Run::default());
     let mut reader = ReplyReader::default();
@@ -933,22 +933,22 @@ fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<It
             let Some(reply) = reader.line(&line).unwrap() else { continue };
             let (gone, said) = (reply.code() == 421, up.len());
             match client.reply(reply, &mut up).unwrap() {
-                Step::Wait | Step::Ready | Step::Answered(_) => {}
-                Step::StartTls => drop(client.secured(&mut up)),
-                Step::Content { .. } => {
+                ClientStep::Wait | ClientStep::Ready | ClientStep::Replied(_) => {}
+                ClientStep::StartTls => drop(client.tls_started(&mut up)),
+                ClientStep::Content { .. } => {
                     let mut stuffer = Stuffer::new();
                     stuffer.feed(CONTENT, &mut up);
                     stuffer.finish(&mut up);
                     client.content_sent(&mut up);
                     run.sent += 1;
                 }
-                Step::Settled(outcome) => run.outcomes.push(outcome),
-                Step::Turned => {
+                ClientStep::MessageDone(outcome) => run.outcomes.push(outcome),
+                ClientStep::Turned => {
                     run.turned = true;
                     return run;
                 }
-                Step::Halt(halt) => run.halt = Some(halt),
-                Step::Closed => return run,
+                ClientStep::Abort(halt) => run.halt = Some(halt),
+                ClientStep::Closed => return run,
             }
             if gone {
                 run.outcomes.extend(client.abandon(&lost()));
@@ -956,10 +956,10 @@ fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<It
                 return run;
             }
         }
-        while client.wants_message() {
+        while client.is_ready_for_message() {
             moved = true;
             match messages.next() {
-                Some(message) => client.send(message, &mut up).unwrap(),
+                Some(message) => client.send_message(message, &mut up).unwrap(),
                 None if client.in_flight() == 0 && run.halt.is_none() && client.name() == "caller.example" => {
                     client.atrn(&[], &mut up);
                 }
@@ -1031,7 +1031,7 @@ fn every_mix_of_replies_ends_as_the_rfcs_say() {
     assert!(mixes.len() > 1500);
     for mix in &mixes {
         for (pipelining, generous) in [(true, false), (true, true), (false, false)] {
-            let mut peer = Peer::new(profile(Role::Customer), true, [mix.clone(), Mix::good(1)]);
+            let mut peer = Peer::new(profile(ServerRole::Customer), true, [mix.clone(), Mix::good(1)]);
             (peer.pipelining, peer.generous) = (pipelining, generous);
             let mut client = Client::new(plan());
             let run = converse(&mut client, &mut peer, [message(mix.recipients.len()), message(1)]);
@@ -1060,7 +1060,7 @@ fn doubt_is_where_all_was_sent_and_no_reply_came() {
     for pipelining in [true, false] {
         for wordy in [true, false] {
             let setup = |cut| {
-                let mut peer = Peer::new(profile(Role::Customer), true, (0..4).map(|_| Mix::good(2)));
+                let mut peer = Peer::new(profile(ServerRole::Customer), true, (0..4).map(|_| Mix::good(2)));
                 (peer.pipelining, peer.wordy, peer.cut) = (pipelining, wordy, cut);
                 let mut client = Client::new(plan());
                 let run = converse(&mut client, &mut peer, (0..4).map(|_| message(2)));
@@ -1122,7 +1122,7 @@ fn a_cut_behind_a_refused_mail_judges_by_the_mail() {
 
 #[test]
 fn a_server_without_ehlo_is_spoken_to_with_helo() {
-    let mut peer = Peer::new(profile(Role::Customer), false, (0..3).map(|_| Mix::good(1)));
+    let mut peer = Peer::new(profile(ServerRole::Customer), false, (0..3).map(|_| Mix::good(1)));
     peer.knows_ehlo = false;
     peer.pipelining = false;
     let mut client = Client::new(plan());
@@ -1134,7 +1134,7 @@ fn a_server_without_ehlo_is_spoken_to_with_helo() {
 /// The relay's way with hosts that nobody has vouched for: TLS where it is offered, and mail in any case.
 #[test]
 fn starttls_when_offered_is_no_condition() {
-    let offered = || Plan { starttls: StartTls::Offered, ..plan() };
+    let offered = || ClientOptions { starttls: StartTls::Offered, ..plan() };
     check(offered(), &["220 x"], "250-x/250 STARTTLS", "Wait", "STARTTLS");
     check(offered(), &["220 x", "250-x/250 STARTTLS"], "220 go", "Wait", "EHLO me.example");
     check(offered(), &["220 x", "250-x/250 STARTTLS"], "454 not now", "Ready", "");
@@ -1146,12 +1146,12 @@ fn starttls_when_offered_is_no_condition() {
 fn starttls_auth_and_atrn_from_end_to_end() {
     let run = |tls, starttls, secret: &str, mechanisms: &[Mechanism]| {
         let profile =
-            Profile { starttls, require_tls: starttls, mechanisms: mechanisms.to_vec(), ..profile(Role::Odmr) };
+            ServerOptions { starttls, require_tls: starttls, mechanisms: mechanisms.to_vec(), ..profile(ServerRole::Odmr) };
         let mut peer = Peer::new(profile, tls, []);
         let credentials = Some(("acme".to_owned(), secret.as_bytes().to_vec()));
         let starttls = if starttls { StartTls::Required } else { StartTls::Never };
         let plan =
-            Plan { name: "caller.example".to_owned(), starttls, tls, atrn: true, credentials, ..Plan::default() };
+            ClientOptions { name: "caller.example".to_owned(), starttls, tls, atrn: true, credentials, ..ClientOptions::default() };
         let mut client = Client::new(plan);
         let run = converse(&mut client, &mut peer, []);
         assert_eq!(peer.server.account().is_some(), run.turned);
@@ -1165,8 +1165,8 @@ fn starttls_auth_and_atrn_from_end_to_end() {
             assert_eq!(account.as_deref(), usable.then_some("acme"));
             let (talk, _) = run(tls, starttls, "wrong", &[mechanism]);
             match talk.halt {
-                Some(Halt::Refused { what: "AUTH", reply }) => assert_eq!(reply.code(), 535),
-                Some(Halt::NoMechanism) => assert!(!usable),
+                Some(Abort::Rejected { what: "AUTH", reply }) => assert_eq!(reply.code(), 535),
+                Some(Abort::NoMechanism) => assert!(!usable),
                 other => panic!("{other:?}"),
             }
             assert!(talk.said_quit && !talk.turned);
@@ -1196,18 +1196,18 @@ fn a_provider_may_say_how_much_waits() {
 
 impl Alone {
     fn ask_mail(&mut self) -> String {
-        self.client.ask_mail(&message(0), &mut self.out).unwrap();
+        self.client.begin_transaction(&message(0), &mut self.out).unwrap();
         self.said()
     }
 
     fn ask(&mut self, local: &str) -> String {
         let recipient = Recipient::plain(mailbox(&format!("{local}@example.org")));
-        self.client.ask_recipient(&recipient, &mut self.out).unwrap();
+        self.client.add_recipient(&recipient, &mut self.out).unwrap();
         self.said()
     }
 
     fn proceed(&mut self, size: u64) -> (String, String) {
-        let step = self.client.proceed(size, &mut self.out);
+        let step = self.client.send_data(size, &mut self.out);
         (format!("{step:?}"), self.said())
     }
 
@@ -1217,8 +1217,8 @@ impl Alone {
     }
 }
 
-fn lmtp() -> Plan {
-    Plan { lmtp: true, ..plan() }
+fn lmtp() -> ClientOptions {
+    ClientOptions { lmtp: true, ..plan() }
 }
 
 fn told(step: &str, said: &str) -> (String, String) {
@@ -1243,7 +1243,7 @@ fn recipients_are_asked_for_one_by_one() {
         alone.content_sent();
         // Those that were refused have been told of already.
         assert_eq!(alone.hear("250 ok").0, "Settled =250 =250");
-        assert!(alone.client.wants_message());
+        assert!(alone.client.is_ready_for_message());
     }
 }
 
@@ -1257,17 +1257,17 @@ fn what_was_asked_for_may_be_withdrawn() {
     alone.hear("250 ok");
     alone.ask("a");
     alone.hear("250 ok");
-    alone.client.withdraw(&mut alone.out);
+    alone.client.abort_transaction(&mut alone.out);
     assert_eq!(alone.said(), "RSET");
     assert_eq!(alone.hear("250 ok"), told("Wait", ""));
     // Without a transaction there is nothing to reset.
-    alone.client.withdraw(&mut alone.out);
+    alone.client.abort_transaction(&mut alone.out);
     assert_eq!(alone.said(), "");
     // A refused MAIL leaves nothing either.
     alone.ask_mail();
     assert!(alone.hear("550 not you").0.starts_with("Answered"));
     assert!(
-        alone.client.wants_message() && alone.client.ask_recipient(&message(1).recipients[0], &mut Vec::new()).is_err()
+        alone.client.is_ready_for_message() && alone.client.add_recipient(&message(1).recipients[0], &mut Vec::new()).is_err()
     );
 }
 
@@ -1308,23 +1308,23 @@ fn an_lmtp_server_that_dies_has_answered_for_some() {
 
 #[test]
 fn the_origin_is_told_to_those_who_ask() {
-    let origin = Origin { address: "192.0.2.9".to_owned(), helo: Some("a+b =c".to_owned()), extended: true };
+    let origin = ClientInfo { address: "192.0.2.9".to_owned(), helo: Some("a+b =c".to_owned()), extended: true };
     let begin = |offered: &str| {
         let mut alone = Alone::new(plan());
         alone.hear("220 x");
         alone.hear(offered);
         alone.said();
-        let awaited = alone.client.tell_origin(&origin, &mut alone.out);
+        let awaited = alone.client.send_client_info(&origin, &mut alone.out);
         (alone, awaited)
     };
     let (mut alone, awaited) =
         begin("250-x/250-XFORWARD NAME ADDR PROTO HELO SOURCE PORT/250 XCLIENT NAME ADDR PROTO HELO");
-    assert!(awaited && !alone.client.wants_message());
+    assert!(awaited && !alone.client.is_ready_for_message());
     assert_eq!(alone.said(), "XCLIENT NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc");
     // The session begins anew, and stays somebody else's.
     assert_eq!(alone.hear("220 x"), told("Wait", "EHLO me.example"));
     assert_eq!(alone.hear("250 x").0, "Ready");
-    assert!(alone.client.is_disguised());
+    assert!(alone.client.is_client_overridden());
     let (mut alone, awaited) = begin("250-x/250 XFORWARD NAME ADDR PROTO HELO SOURCE PORT");
     let said = "XFORWARD NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc SOURCE=REMOTE";
     assert_eq!((alone.said().as_str(), awaited), (said, true));
@@ -1335,6 +1335,6 @@ fn the_origin_is_told_to_those_who_ask() {
     assert_eq!(alone.hear("550 not you"), told("Ready", ""));
     for silent in ["250 x", "250-x/250 XCLIENT NAME", "250-x/250 XFORWARD"] {
         let (mut alone, awaited) = begin(silent);
-        assert!(!awaited && alone.said().is_empty() && alone.client.wants_message());
+        assert!(!awaited && alone.said().is_empty() && alone.client.is_ready_for_message());
     }
 }

@@ -1,8 +1,8 @@
 //! The runner: one transcript, one way of cutting it, against the real program in a folder of its own.
 
 use super::format::{Action, Becomes, File, Settings, Step, Transcript, matches, shown};
-use odmr::stamp::Stamps;
-use odmr::wire::Stop;
+use odmr::stamp::Ids;
+use odmr::wire::CancelToken;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use std::collections::HashMap;
@@ -141,7 +141,7 @@ struct Doors {
 }
 
 impl Doors {
-    fn of(running: &odmr::provider::Running) -> Doors {
+    fn of(running: &odmr::provider::RunningProvider) -> Doors {
         let first = |addresses: &[SocketAddr]| addresses.first().copied();
         Doors { inbound: first(running.inbound()), odmr: first(running.odmr()), odmr_tls: first(running.odmr_tls()) }
     }
@@ -166,9 +166,9 @@ impl<'a> Play<'a> {
             &[("provider.toml", PROVIDER), ("customers.d/acme.toml", ACME), ("customers.d/beta.toml", BETA)],
             None,
         )?;
-        let config = odmr::config::Provider::load(&self.folder.path().join("provider.toml"))
+        let config = odmr::config::ProviderConfig::load(&self.folder.path().join("provider.toml"))
             .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
-        let running = odmr::provider::Provider::start(config, Stamps::fixed())
+        let running = odmr::provider::Provider::start(config, Ids::fixed())
             .map_err(|error| Failure::new(1, "a provider", error.to_string()))?;
         let transcript = self.transcript;
         let doors = Doors::of(&running);
@@ -204,13 +204,13 @@ impl<'a> Play<'a> {
         let address = listener.local_addr().map_err(system)?;
         let addresses = Some((address, hop.local_addr().map_err(system)?));
         self.write_files(&[("customer.toml", CUSTOMER)], addresses)?;
-        let config = odmr::config::Customer::load(&self.folder.path().join("customer.toml"))
+        let config = odmr::config::CustomerConfig::load(&self.folder.path().join("customer.toml"))
             .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
-        let stop = Stop::new().map_err(|error| Failure::new(1, "a stop token", error.to_string()))?;
+        let stop = CancelToken::new().map_err(|error| Failure::new(1, "a stop token", error.to_string()))?;
         let token = stop.clone();
         let (ended, mut pull) = channel();
         let customer = std::thread::spawn(move || {
-            let result = odmr::customer::pull(&config, &Stamps::fixed(), &token);
+            let result = odmr::customer::pull(&config, &Ids::fixed(), &token);
             let _ = ended.send(result.map(drop).map_err(|error| error.to_string()));
         });
         let transcript = self.transcript;
@@ -218,7 +218,7 @@ impl<'a> Play<'a> {
             Action::Connect { name, listener: which } if which == "hop" => self.called(step.line, &hop, false, name),
             Action::Connect { name, .. } => self.called(step.line, &listener, self.mode.tls, name),
             Action::Pull { succeeds } => self.ended(step.line, &mut pull, *succeeds),
-            Action::Stop => self.flush(step.line).map(|()| stop.stop()),
+            Action::Stop => self.flush(step.line).map(|()| stop.cancel()),
             _ => self.step(step),
         });
         let last = transcript.steps.last().map_or(1, |step| step.line);
@@ -228,7 +228,7 @@ impl<'a> Play<'a> {
         let begun = Instant::now();
         while !customer.is_finished() && begun.elapsed() < PATIENCE {
             if begun.elapsed() > PATIENCE / 5 {
-                stop.stop();
+                stop.cancel();
             }
             std::thread::sleep(Duration::from_millis(1));
         }
