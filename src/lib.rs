@@ -8,38 +8,25 @@
 //! below, or begin with [`turn`], which is what it is all about.
 #![forbid(unsafe_code)]
 
-// floor 0: tools
-pub mod sasl;
-pub mod stamp;
+pub mod clock;
+pub mod ids;
+pub mod privileges;
 
-// floor 1: the protocol, pure
+pub mod mail;
+pub mod sasl;
 pub mod smtp;
 
-// floor 2: the ground
-pub mod config;
-pub mod dns;
-pub mod dsn;
 pub mod maildir;
-pub mod rules;
-pub mod schedule;
-pub mod tls;
-pub mod user;
-pub mod wire;
-
-// floor 3: mail that waits
+pub mod net;
 pub mod queue;
-
-// floor 4: sessions of both roles, their turn, and what becomes of mail after an attempt
-pub mod dialogue;
-pub mod listen;
-pub mod outgoing;
+pub mod report;
 pub mod session;
 pub mod turn;
 
-// floor 5: the parties
+pub mod config;
+pub mod recipients;
+pub mod schedule;
+
+pub mod cli;
 pub mod customer;
 pub mod provider;
-
-// floor 6: the door
-pub mod cli;
-pub mod demo;

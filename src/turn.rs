@@ -20,12 +20,12 @@
 
 use std::io;
 
+use crate::net::connection::{Connection, Filled};
 use crate::queue::QueueLock;
-use crate::session::ServerSession;
+use crate::session::server::ServerSession;
 use crate::smtp::client::{Client, ClientOptions};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{ServerOptions, Server};
-use crate::wire::{Filled, Connection};
+use crate::smtp::server::{Server, ServerOptions};
 
 /// The provider's half, on its way from the worker to the delivery thread. It carries the `250` that is
 /// not said yet, and the lock on the mail, which is let go by `Drop` on every way out.
@@ -43,15 +43,15 @@ const COUNT_LIMIT: usize = 10_000;
 impl Turn {
     /// Whether the connection may turn: it may not when octets stand behind ATRN, which must be the last
     /// command of a group (RFC 2920 section 3.1). Then the session goes on, and the reply says why.
-    pub fn offer(mut session: ServerSession, hold: QueueLock) -> Result<Box<Turn>, Box<(ServerSession, Reply)>> {
+    pub fn offer(mut session: ServerSession, lock: QueueLock) -> Result<Box<Turn>, Box<(ServerSession, Reply)>> {
         let arrived = !matches!(session.connection.fill(), Ok(Filled::Nothing));
         if arrived || !session.connection.received().is_empty() {
             let reply = Reply::new(503, "5.5.1", "ATRN must be the last command: wait for its reply");
             return Err(Box::new((session, reply)));
         }
         let account = session.server.account().unwrap_or_default().to_owned();
-        let waiting = hold.count(COUNT_LIMIT).ok().filter(|count| *count < COUNT_LIMIT);
-        Ok(Box::new(Turn { session, lock: hold, waiting, account }))
+        let waiting = lock.count(COUNT_LIMIT).ok().filter(|count| *count < COUNT_LIMIT);
+        Ok(Box::new(Turn { session, lock, waiting, account }))
     }
 
     /// Nobody can take the turn: the session goes on in its old role.
@@ -68,10 +68,14 @@ impl Turn {
         };
         self.session.reply(&Reply::new(250, "2.0.0", format!("OK now reversing the connection{waiting}")));
         self.session.connection.trace.event("turn");
-        let ServerSession { connection: wire, server, peer, .. } = self.session;
-        let plan = ClientOptions { name: server.hostname().to_owned(), tls: wire.secure().is_some(), ..ClientOptions::default() };
+        let ServerSession { connection, server, peer, .. } = self.session;
+        let options = ClientOptions {
+            name: server.hostname().to_owned(),
+            tls: connection.secure().is_some(),
+            ..ClientOptions::default()
+        };
         drop(server);
-        Turned { connection: wire, client: Client::new(plan), lock: self.lock, peer, account: self.account }
+        Turned { connection, client: Client::new(options), lock: self.lock, peer, account: self.account }
     }
 }
 
@@ -89,16 +93,16 @@ pub struct Turned {
 /// The customer's half: ATRN was answered 250, and from now on it is the SMTP server.
 ///
 /// Octets behind the 250 are an error: the provider has to wait for our greeting (RFC 2645 section 5.3).
-pub fn take_over(wire: Connection, client: Client, profile: ServerOptions) -> io::Result<(Connection, Server)> {
+pub fn take_over(connection: Connection, client: Client, profile: ServerOptions) -> io::Result<(Connection, Server)> {
     drop(client);
-    if !wire.received().is_empty() {
-        wire.shutdown();
+    if !connection.received().is_empty() {
+        connection.shutdown();
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "the provider spoke behind its 250, before our greeting: this is not RFC 2645",
         ));
     }
-    wire.trace.event("turn");
-    let tls = wire.secure().is_some();
-    Ok((wire, Server::new(profile, tls)))
+    connection.trace.event("turn");
+    let tls = connection.secure().is_some();
+    Ok((connection, Server::new(profile, tls)))
 }

@@ -19,8 +19,8 @@ use std::sync::Arc;
 use super::ConfigError;
 use super::mailboxes::Accept;
 use super::value::Parse;
-use crate::rules::{Alias, FORWARD_HINT, AddressPattern, SourceLine, AliasTarget, address};
-use crate::smtp::address::{Domain, Mailbox};
+use crate::mail::address::{Domain, Mailbox};
+use crate::recipients::{AddressPattern, Alias, AliasTarget, FORWARD_HINT, SourceLine, address};
 
 /// Reads a file of aliases; targets without a domain are at `home`.
 pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Vec<Alias>, ConfigError> {
@@ -228,7 +228,8 @@ mod tests {
     fn each_form_of_an_alias_is_read() {
         fn check(text: &str, expected: &[&str]) {
             let shown = |alias: Alias| {
-                let target = |target: &AliasTarget| format!("{}{}", if target.direct { "\\" } else { "" }, target.mailbox);
+                let target =
+                    |target: &AliasTarget| format!("{}{}", if target.direct { "\\" } else { "" }, target.mailbox);
                 let targets: Vec<_> = alias.targets.iter().map(target).collect();
                 format!("{} {} = {}", alias.origin.line, alias.name, targets.join(" "))
             };

@@ -14,11 +14,13 @@ use toml::Spanned;
 use super::mailboxes::{MailboxesConfig, RawMailboxes};
 use super::relay::{Retry, Smarthost, SmarthostAddress};
 use super::schedule::Schedule;
-use super::value::{HostPort, Checked, Hostname, SystemName, MAX_SIZE, AccountName, Network, DelayWarning, Pin, Secret, OctetCount};
+use super::value::{
+    AccountName, Checked, DelayWarning, HostPort, Hostname, MAX_SIZE, Network, OctetCount, Pin, Secret, SystemName,
+};
 use super::{
     ConfigError, FileKind, Limits, Source, Timeouts, TlsMode, addresses, each_once, hostname, listeners, secret, trust,
 };
-use crate::smtp::address::Domain;
+use crate::mail::address::Domain;
 
 /// The side that fetches its mail.
 #[derive(Clone, Debug)]
@@ -97,7 +99,15 @@ impl CustomerConfig {
                 Some(MailOwner { user: user.into_inner().0.0, group, place })
             }
         };
-        Ok(CustomerConfig { hostname, owner, providers, mailboxes, outgoing, limits: raw.limits, timeouts: raw.timeouts })
+        Ok(CustomerConfig {
+            hostname,
+            owner,
+            providers,
+            mailboxes,
+            outgoing,
+            limits: raw.limits,
+            timeouts: raw.timeouts,
+        })
     }
 }
 
@@ -156,7 +166,11 @@ impl ProviderAccount {
     }
 
     /// All providers of a file; `schedule`: for those that have none of their own.
-    fn build_all(source: &Source, raw: Spanned<OneOrMany>, schedule: &Schedule) -> Result<Vec<ProviderAccount>, ConfigError> {
+    fn build_all(
+        source: &Source,
+        raw: Spanned<OneOrMany>,
+        schedule: &Schedule,
+    ) -> Result<Vec<ProviderAccount>, ConfigError> {
         let table = raw.span();
         let tables = match raw.into_inner() {
             OneOrMany::One(one) => vec![(table, *one)],

@@ -1,6 +1,6 @@
 //! `[mailboxes]`: for whom a customer takes mail, and where it goes.
 //!
-//! Here it is read; what it means, and what of it makes no sense, stands in [`crate::rules`].
+//! Here it is read; what it means, and what of it makes no sense, stands in [`crate::recipients`].
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -13,10 +13,12 @@ use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
-use super::value::{HostPort, Checked, MAX_SIZE, Parse, OctetCount};
+use super::value::{Checked, HostPort, MAX_SIZE, OctetCount, Parse};
 use super::{ConfigError, Source, aliases, line, read, twice};
-use crate::rules::{Alias, RuleError, AddressPattern, NextHop, SourceLine, Route, RecipientRules, AliasTarget, RuleInput};
-use crate::smtp::address::{Domain, Mailbox};
+use crate::mail::address::{Domain, Mailbox};
+use crate::recipients::{
+    AddressPattern, Alias, AliasTarget, NextHop, RecipientRules, Route, RuleError, RuleInput, SourceLine,
+};
 
 /// `[mailboxes]`: for whom a customer takes mail, and where it goes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -225,7 +227,10 @@ impl Reader<'_> {
         Ok(read)
     }
 
-    fn routes(&self, written: Option<Spanned<OneOrTable>>) -> Result<Vec<(Option<AddressPattern>, Route, SourceLine)>, ConfigError> {
+    fn routes(
+        &self,
+        written: Option<Spanned<OneOrTable>>,
+    ) -> Result<Vec<(Option<AddressPattern>, Route, SourceLine)>, ConfigError> {
         let Some(written) = written else { return Ok(Vec::new()) };
         let span = written.span();
         let table = match written.into_inner() {

@@ -11,10 +11,10 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::relay::{RawRelay, RelayConfig};
-use super::value::{Checked, Hostname, MAX_SIZE, AccountName, Parse, Secret, OctetCount, at_least};
+use super::value::{AccountName, Checked, Hostname, MAX_SIZE, OctetCount, Parse, Secret, at_least};
 use super::{ConfigError, FileKind, Limits, Source, Timeouts, addresses, hostname, listeners, private, secret, twice};
+use crate::mail::address::Domain;
 use crate::sasl::{CredentialStore, Unavailable};
-use crate::smtp::address::Domain;
 
 /// The side that holds the mail.
 #[derive(Clone, Debug)]

@@ -11,9 +11,9 @@ use std::time::Duration;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::value::{HostPort, Checked, AccountName, DelayWarning, Pin, Port, ResolverAddress, Secret, WholeNumber};
+use super::value::{AccountName, Checked, DelayWarning, HostPort, Pin, Port, ResolverAddress, Secret, WholeNumber};
 use super::{ConfigError, Source, TlsMode, secret, trust, twice};
-use crate::smtp::address::Domain;
+use crate::mail::address::Domain;
 
 /// `[relay]`: how a provider sends the mail on that its customers hand in.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -17,7 +17,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 use super::value::{Checked, Parse};
-use crate::stamp::Zone;
+use crate::clock::Zone;
 
 /// `[schedule]`: when `pull --daemon` calls.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
@@ -344,7 +344,8 @@ mod tests {
 
     #[test]
     fn entries_are_read() {
-        let check = |text: &str, days, times: Times| assert_eq!(TimetableEntry::parse(text), Ok(rule(days, times)), "{text}");
+        let check =
+            |text: &str, days, times: Times| assert_eq!(TimetableEntry::parse(text), Ok(rule(days, times)), "{text}");
         let all = [1; 7];
         check("sun 03:30", [0, 0, 0, 0, 0, 0, 1], Times::At(vec![210]));
         check("MON,Wed  23:59,00:00", [1, 0, 1, 0, 0, 0, 0], Times::At(vec![1439, 0]));

@@ -13,7 +13,7 @@ use serde::de::{Error as _, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::{Accept, TlsMode, TlsPolicy};
-use crate::smtp::address::{Domain, Mailbox};
+use crate::mail::address::{Domain, Mailbox};
 
 /// A value that is written as a string and parsed where it stands, so that TOML adds the line to the error.
 pub(super) struct Checked<T>(pub(super) T);

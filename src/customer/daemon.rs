@@ -15,17 +15,17 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::local;
+use super::counters::CallCounters;
 use super::network;
-use super::pull::{Customer, CallError, state_file};
-use super::tally::CallCounters;
-use crate::config::{CustomerConfig, MailOwner, Schedule, ProviderAccount};
-use crate::listen::{self, Acceptor, ConnectionLimiter};
+use super::pull::{CallError, Customer, state_file};
+use super::submission;
+use crate::config::{CustomerConfig, MailOwner, ProviderAccount, Schedule};
+use crate::ids::Ids;
+use crate::net::connection::{CancelToken, Connection, Trace};
+use crate::net::listener::{self, Acceptor, ConnectionLimiter};
 use crate::schedule::{CallTimer, Clocks};
-use crate::session::address_literal;
+use crate::session::server::address_literal;
 use crate::smtp::reply::Reply;
-use crate::stamp::Ids;
-use crate::wire::{CancelToken, Trace, Connection};
 
 /// The name of the listener, in the log.
 const LISTENER_NAME: &str = "local";
@@ -68,16 +68,16 @@ fn key(provider: &ProviderAccount) -> AccountKey {
 
 /// What is needed before privileges are dropped: the configuration is good, the listeners are bound.
 pub struct BoundDaemon {
-    caller: Arc<Customer>,
+    customer: Arc<Customer>,
     listeners: Vec<TcpListener>,
 }
 
 impl BoundDaemon {
-    pub fn new(config: &CustomerConfig, stamps: &Ids) -> Result<BoundDaemon, CallError> {
-        let caller = Arc::new(Customer::new(config, stamps)?);
+    pub fn new(config: &CustomerConfig, ids: &Ids) -> Result<BoundDaemon, CallError> {
+        let customer = Arc::new(Customer::new(config, ids)?);
         let addresses = config.outgoing.iter().flat_map(|outgoing| &outgoing.listen);
-        let listeners = addresses.map(|address| listen::bind(*address)).collect::<Result<_, _>>();
-        Ok(BoundDaemon { caller, listeners: listeners.map_err(CallError::System)? })
+        let listeners = addresses.map(|address| listener::bind(*address)).collect::<Result<_, _>>();
+        Ok(BoundDaemon { customer, listeners: listeners.map_err(CallError::System)? })
     }
 }
 
@@ -101,20 +101,20 @@ pub fn event_channel() -> (EventSender, Receiver<DaemonEvent>) {
 pub fn run(
     ready: BoundDaemon,
     load: &dyn Fn() -> Result<CustomerConfig, String>,
-    stamps: &Ids,
-    stop: &CancelToken,
+    ids: &Ids,
+    cancel: &CancelToken,
     (bell, events): (EventSender, Receiver<DaemonEvent>),
 ) -> Result<(), CallError> {
-    let _alone = lock_daemon(ready.caller.config())?;
-    wake_by(&ready.caller, &bell);
-    let current = Arc::new(RwLock::new(ready.caller.clone()));
-    let listeners = Listeners::start(ready.listeners, &current, stop)?;
-    network::watch(bell.clone(), stop);
+    let _alone = lock_daemon(ready.customer.config())?;
+    wake_by(&ready.customer, &bell);
+    let current = Arc::new(RwLock::new(ready.customer.clone()));
+    let listeners = Listeners::start(ready.listeners, &current, cancel)?;
+    network::watch(bell.clone(), cancel);
     let mut daemon = Daemon {
-        caller: ready.caller,
+        customer: ready.customer,
         providers: Vec::new(),
-        stamps: stamps.clone(),
-        cancel: stop.clone(),
+        ids: ids.clone(),
+        cancel: cancel.clone(),
         bell,
         retrying: false,
         calls: 0,
@@ -122,9 +122,9 @@ pub fn run(
         epoch: Instant::now(),
     };
     daemon.follow();
-    while !stop.is_cancelled() {
-        let handover = daemon.begin_what_is_due();
-        let event = events.recv_timeout(daemon.pause(handover));
+    while !cancel.is_cancelled() {
+        let retry_queue = daemon.begin_what_is_due();
+        let event = events.recv_timeout(daemon.pause(retry_queue));
         match event {
             Ok(DaemonEvent::CallNow) => daemon.providers.iter_mut().for_each(|line| line.at_once = true),
             Ok(DaemonEvent::Reload) => daemon.reload(load, &current),
@@ -137,7 +137,7 @@ pub fn run(
     }
     // They have heard the word to stop. Who does not end in time is cut off with the process: a message half received
     // stays with the provider.
-    let end = Instant::now() + daemon.caller.config().timeouts.shutdown;
+    let end = Instant::now() + daemon.customer.config().timeouts.shutdown;
     while daemon.is_busy() {
         match events.recv_deadline(end) {
             Ok(DaemonEvent::CallEnded { key, begun, error }) => daemon.ended(&key, begun, error),
@@ -188,10 +188,10 @@ pub fn running(config: &CustomerConfig) -> Result<Option<i32>, CallError> {
 
 /// The state of the loop.
 struct Daemon {
-    caller: Arc<Customer>,
+    customer: Arc<Customer>,
     /// One a provider, in the order of the configuration.
     providers: Vec<ProviderState>,
-    stamps: Ids,
+    ids: Ids,
     cancel: CancelToken,
     bell: EventSender,
     /// A thread tries the mail for next hops.
@@ -221,19 +221,19 @@ struct ProviderState {
 
 impl Daemon {
     fn now(&self) -> Clocks {
-        Clocks { date: self.stamps.now(), ticks: self.epoch.elapsed() }
+        Clocks { date: self.ids.clock().now(), ticks: self.epoch.elapsed() }
     }
 
     /// Takes the providers as they are configured; who was there before keeps his place in the schedule.
     fn follow(&mut self) {
         let now = self.now();
         let mut before = std::mem::take(&mut self.providers);
-        for provider in &self.caller.config().providers {
+        for provider in &self.customer.config().providers {
             let known = before.iter().position(|line| line.key == key(provider)).map(|at| before.swap_remove(at));
             let mut line = known.unwrap_or_else(|| ProviderState {
                 key: key(provider),
                 schedule: provider.schedule.clone(),
-                timer: CallTimer::new(&provider.schedule, &self.stamps, now),
+                timer: CallTimer::new(&provider.schedule, &self.ids, now),
                 calling: false,
                 at_once: false,
                 unreachable: false,
@@ -243,7 +243,7 @@ impl Daemon {
             });
             if line.schedule != provider.schedule {
                 line.schedule = provider.schedule.clone();
-                line.timer = CallTimer::new(&provider.schedule, &self.stamps, now);
+                line.timer = CallTimer::new(&provider.schedule, &self.ids, now);
             }
             self.providers.push(line);
         }
@@ -268,31 +268,31 @@ impl Daemon {
                 self.call(number, now);
             }
         }
-        let handover = self.until_handover();
-        if handover == Some(Duration::ZERO) {
+        let retry_queue = self.until_handover();
+        if retry_queue == Some(Duration::ZERO) {
             self.retrying = true;
-            let (caller, stop) = (self.caller.clone(), self.cancel.clone());
+            let (customer, cancel) = (self.customer.clone(), self.cancel.clone());
             let end = NotifyOnDrop(self.bell.clone(), Some(DaemonEvent::RetryEnded));
             self.thread("handover", move || {
                 let _end = end;
-                caller.retry_next_hops(&stop);
+                customer.retry_next_hops(&cancel);
             });
             // It is said when that has ended.
             return None;
         }
-        handover
+        retry_queue
     }
 
     fn call(&mut self, number: usize, begun: Clocks) {
         self.calls += 1;
-        let (caller, stop) = (self.caller.clone(), self.cancel.clone());
+        let (customer, cancel) = (self.customer.clone(), self.cancel.clone());
         let key = self.providers[number].key.clone();
         let unexpected = CallError::System("the call ended in the middle".to_owned());
         let ended = DaemonEvent::CallEnded { key: key.clone(), begun, error: Some(unexpected) };
         let end = NotifyOnDrop(self.bell.clone(), Some(ended));
         self.thread("call", move || {
             let mut end = end;
-            let called = caller.call(number, &stop, &Arc::<CallCounters>::default());
+            let called = customer.call(number, &cancel, &Arc::<CallCounters>::default());
             end.1 = Some(DaemonEvent::CallEnded { key, begun, error: called.err() });
         });
     }
@@ -335,7 +335,9 @@ impl Daemon {
                 false
             }
             // It does not let us in, or is not what it should be: somebody must look.
-            Some(CallError::Denied(text) | CallError::Protocol(text) | CallError::Config(text) | CallError::System(text)) => {
+            Some(
+                CallError::Denied(text) | CallError::Protocol(text) | CallError::Config(text) | CallError::System(text),
+            ) => {
                 log::error!("event=call-refused provider={address} account={account} error={text:?}");
                 false
             }
@@ -364,15 +366,15 @@ impl Daemon {
 
     fn reload(&mut self, load: &dyn Fn() -> Result<CustomerConfig, String>, current: &RwLock<Arc<Customer>>) {
         let made = load()
-            .and_then(|config| Customer::new(&config, &self.stamps).map_err(|error| error.to_string()))
+            .and_then(|config| Customer::new(&config, &self.ids).map_err(|error| error.to_string()))
             .map(Arc::new);
-        let caller = match made {
-            Ok(caller) => caller,
+        let customer = match made {
+            Ok(customer) => customer,
             Err(error) => {
                 return log::error!("event=reload-failed error={error:?} consequence=\"the old configuration holds\"");
             }
         };
-        let (old, new) = (self.caller.config(), caller.config());
+        let (old, new) = (self.customer.config(), customer.config());
         let names = |owner: &MailOwner| (owner.user.clone(), owner.group.clone());
         let visitors = |config: &CustomerConfig| (config.limits.connections, config.limits.connections_per_address);
         let listens = |config: &CustomerConfig| config.outgoing.as_ref().map(|outgoing| outgoing.listen.clone());
@@ -385,22 +387,26 @@ impl Daemon {
             let what = "`listen`, `user`, `group`, `umask`, `root` or a limit of connections has changed";
             log::warn!("event=restart-needed reason={what:?}");
         }
-        wake_by(&caller, &self.bell);
-        *current.write().unwrap_or_else(PoisonError::into_inner) = caller.clone();
-        self.caller = caller;
+        wake_by(&customer, &self.bell);
+        *current.write().unwrap_or_else(PoisonError::into_inner) = customer.clone();
+        self.customer = customer;
         log::info!("event=reloaded");
         self.follow();
     }
 
     /// How long nothing has to be done; `handover`: as far as mail for next hops goes.
-    fn pause(&self, handover: Option<Duration>) -> Duration {
+    fn pause(&self, retry_queue: Option<Duration>) -> Duration {
         let now = self.now();
         let waiting = self.providers.iter().filter(|line| !line.calling);
         let call = waiting.map(|line| if line.at_once { Duration::ZERO } else { line.timer.time_left(now) }).min();
         let rests = |line: &ProviderState| line.network_pause_until.filter(|_| line.network && !line.calling);
         let network = self.providers.iter().filter_map(rests).min();
         let network = network.map(|until| until.saturating_duration_since(Instant::now()));
-        [Some(CLOCK_CHECK_INTERVAL), call, handover, network].into_iter().flatten().min().unwrap_or(CLOCK_CHECK_INTERVAL)
+        [Some(CLOCK_CHECK_INTERVAL), call, retry_queue, network]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(CLOCK_CHECK_INTERVAL)
     }
 
     /// How long until mail for a next hop is tried; `None`: there is none, or it is being tried.
@@ -408,7 +414,7 @@ impl Daemon {
         if self.retrying {
             return None;
         }
-        let due = self.caller.retry_due()?;
+        let due = self.customer.retry_due()?;
         let left = due.duration_since(SystemTime::now()).unwrap_or_default();
         let rest = self.retry_pause_until.map(|until| until.saturating_duration_since(Instant::now()));
         Some(left.max(rest.unwrap_or_default()))
@@ -424,8 +430,8 @@ impl Daemon {
 }
 
 /// Mail for a next hop that one of our users hands in is tried at once.
-fn wake_by(caller: &Customer, bell: &EventSender) {
-    if let Some(outbox) = caller.outbox() {
+fn wake_by(customer: &Customer, bell: &EventSender) {
+    if let Some(outbox) = customer.outbox() {
         let bell = bell.clone();
         outbox.on_retry_queued(Box::new(move || bell.send(DaemonEvent::RetryQueued)));
     }
@@ -446,24 +452,29 @@ impl Drop for NotifyOnDrop {
 struct Listeners {
     threads: Vec<JoinHandle<()>>,
     visitors: ConnectionLimiter,
-    halt: CancelToken,
+    abort: CancelToken,
 }
 
 impl Listeners {
-    fn start(bound: Vec<TcpListener>, current: &Arc<RwLock<Arc<Customer>>>, stop: &CancelToken) -> Result<Listeners, CallError> {
+    fn start(
+        bound: Vec<TcpListener>,
+        current: &Arc<RwLock<Arc<Customer>>>,
+        cancel: &CancelToken,
+    ) -> Result<Listeners, CallError> {
         let system = |error: io::Error| CallError::System(error.to_string());
         let limits = current.read().unwrap_or_else(PoisonError::into_inner).config().limits.clone();
         let visitors = ConnectionLimiter::new(limits.connections, limits.connections_per_address);
-        let halt = CancelToken::new().map_err(system)?;
+        let abort = CancelToken::new().map_err(system)?;
         let mut threads = Vec::new();
         for listener in bound {
             log::info!("listening {LISTENER_NAME} {}", listener.local_addr().map_err(system)?);
-            let gate = Acceptor { name: LISTENER_NAME, greets: true, stop: stop.clone(), limiter: visitors.clone() };
-            let door = SubmissionListener { current: current.clone(), stop: stop.clone(), halt: halt.clone() };
+            let gate =
+                Acceptor { name: LISTENER_NAME, greets: true, cancel: cancel.clone(), limiter: visitors.clone() };
+            let door = SubmissionListener { current: current.clone(), cancel: cancel.clone(), abort: abort.clone() };
             let work = move || gate.accept(&listener, Arc::new(move |stream, peer| door.serve(stream, peer)));
             threads.push(std::thread::Builder::new().name(LISTENER_NAME.to_owned()).spawn(work).map_err(system)?);
         }
-        Ok(Listeners { threads, visitors, halt })
+        Ok(Listeners { threads, visitors, abort })
     }
 
     /// Sessions come to a good end, or to an end, by then. The word to stop has been said.
@@ -472,7 +483,7 @@ impl Listeners {
             let _ = thread.join();
         }
         self.visitors.wait_until_idle(end);
-        self.halt.cancel();
+        self.abort.cancel();
         self.visitors.wait_until_idle(Instant::now() + Duration::from_secs(1));
     }
 }
@@ -480,34 +491,36 @@ impl Listeners {
 /// Behind it one connection is served.
 struct SubmissionListener {
     current: Arc<RwLock<Arc<Customer>>>,
-    stop: CancelToken,
-    halt: CancelToken,
+    cancel: CancelToken,
+    abort: CancelToken,
 }
 
 impl SubmissionListener {
     fn serve(&self, stream: TcpStream, peer: IpAddr) {
         let trace = Trace { id: format!("{LISTENER_NAME}-{peer}"), us: 'S', them: 'C' };
         let peer_name = address_literal(peer);
-        let wire = match Connection::new(OwnedFd::from(stream), trace) {
-            Ok(wire) => wire,
+        let connection = match Connection::new(OwnedFd::from(stream), trace) {
+            Ok(connection) => connection,
             Err(error) => return log::warn!("event=no-session peer={peer_name} error={:?}", error.to_string()),
         };
-        let caller = self.current.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let why = match caller.outbox().filter(|outbox| outbox.config().admits(peer)) {
-            Some(outbox) => local::serve(caller.config(), outbox, wire, peer_name.clone(), &self.stop, &self.halt),
-            None => reject(wire),
+        let customer = self.current.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let why = match customer.outbox().filter(|outbox| outbox.config().admits(peer)) {
+            Some(outbox) => {
+                submission::serve(customer.config(), outbox, connection, peer_name.clone(), &self.cancel, &self.abort)
+            }
+            None => reject(connection),
         };
         log::info!("event=closed listener={LISTENER_NAME} peer={peer_name} reason={why:?}");
     }
 }
 
 /// RFC 5321 section 3.1: a server that gives no service says so with 554 in place of its greeting.
-fn reject(mut wire: Connection) -> String {
+fn reject(mut connection: Connection) -> String {
     let mut octets = Vec::new();
     Reply::new(554, "5.7.1", "This server is for its own network only").write_to(&mut octets);
-    wire.trace.sent(octets.trim_ascii_end());
-    wire.send(&octets);
-    let _ = wire.flush_all(Instant::now() + REJECTION_TIMEOUT);
-    wire.shutdown();
+    connection.trace.sent(octets.trim_ascii_end());
+    connection.send(&octets);
+    let _ = connection.flush_all(Instant::now() + REJECTION_TIMEOUT);
+    connection.shutdown();
     "not one of our networks".to_owned()
 }

@@ -4,17 +4,17 @@ use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::handover::Content;
+use super::next_hop::Content;
 use crate::config;
-use crate::maildir::{MessageWriter, Maildir, for_each_block, has_room};
-use crate::queue::{Envelope, QueueName, Queue};
-use crate::rules::{self, Delivery, NextHop, RecipientRules};
-use crate::session::{disk_full_reply, storage_failure_reply};
-use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
+use crate::ids::Ids;
+use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
+use crate::maildir::{Maildir, MessageWriter, for_each_block, has_room};
+use crate::queue::{Envelope, Queue, QueueName};
+use crate::recipients::{self, Delivery, NextHop, RecipientRules};
+use crate::session::server::{disk_full_reply, storage_failure_reply};
 use crate::smtp::client::RecipientStatus;
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
-use crate::stamp::Ids;
 
 /// The rules, and the Maildirs they lead to.
 pub struct Mailboxes {
@@ -22,24 +22,24 @@ pub struct Mailboxes {
     umask: u32,
     /// Under the root mail waits for next hops.
     queue: Queue,
-    stamps: Ids,
+    ids: Ids,
     root: PathBuf,
 }
 
 impl Mailboxes {
-    pub fn new(config: &config::CustomerConfig, stamps: &Ids) -> Mailboxes {
+    pub fn new(config: &config::CustomerConfig, ids: &Ids) -> Mailboxes {
         let root = &config.mailboxes.root;
         Mailboxes {
             rules: config.mailboxes.rules.clone(),
             umask: config.mailboxes.umask,
-            queue: Queue::new(root, &config.hostname, stamps.clone(), config.timeouts.takeover),
-            stamps: stamps.clone(),
+            queue: Queue::new(root, &config.hostname, ids.clone(), config.timeouts.takeover),
+            ids: ids.clone(),
             root: root.clone(),
         }
     }
 
-    pub fn stamps(&self) -> &Ids {
-        &self.stamps
+    pub fn ids(&self) -> &Ids {
+        &self.ids
     }
 
     /// Where mail waits for next hops.
@@ -75,7 +75,7 @@ impl Mailboxes {
     }
 
     /// Where a final address belongs, without any alias.
-    pub fn destination(&self, mailbox: &Mailbox) -> Option<rules::Destination> {
+    pub fn destination(&self, mailbox: &Mailbox) -> Option<recipients::Destination> {
         self.rules.destination_of(mailbox)
     }
 
@@ -155,8 +155,8 @@ impl Mailboxes {
         Ok((begun, refused))
     }
 
-    fn has_room_now(&self, place: &rules::Destination, octets: u64) -> bool {
-        let rules::Destination::Maildir { path, folders } = place else { return true };
+    fn has_room_now(&self, place: &recipients::Destination, octets: u64) -> bool {
+        let recipients::Destination::Maildir { path, folders } = place else { return true };
         let full = |error: &io::Error| error.kind() == io::ErrorKind::QuotaExceeded;
         !self.admits((path, folders), octets).as_ref().is_err_and(full)
     }
@@ -175,14 +175,14 @@ impl Mailboxes {
             for delivery in deliveries {
                 let to = relayed_recipient(recipient, &delivery.mailbox, deliveries.len());
                 match &delivery.destination {
-                    rules::Destination::Maildir { path, folders } => {
+                    recipients::Destination::Maildir { path, folders } => {
                         if seen.insert(delivery.destination.clone()) {
                             let names = (&delivery.mailbox, &recipient.mailbox);
                             self.begin(copies, from, names, (path, folders), head)?;
                             begun.maildir_recipients.push(to);
                         }
                     }
-                    rules::Destination::NextHop(hop) => {
+                    recipients::Destination::NextHop(hop) => {
                         all_here = false;
                         begun.add(hop, to);
                     }
@@ -201,7 +201,13 @@ impl Mailboxes {
     }
 
     /// Delivers one message into a Maildir, for one recipient.
-    pub fn copy(&self, from: &ReversePath, to: &Mailbox, place: (&Path, &[String]), content: &mut dyn Content) -> RecipientStatus {
+    pub fn copy(
+        &self,
+        from: &ReversePath,
+        to: &Mailbox,
+        place: (&Path, &[String]),
+        content: &mut dyn Content,
+    ) -> RecipientStatus {
         let mut copied = || {
             let mut copies = MessageWriter::default();
             self.begin(&mut copies, from, (to, to), place, "")?;
@@ -247,7 +253,7 @@ impl Routing {
         match self.hop_recipients.iter_mut().find(|(other, _)| other == hop) {
             None => self.hop_recipients.push((hop.clone(), vec![to])),
             Some((_, recipients)) => {
-                if !recipients.iter().any(|other| rules::same_mailbox(&other.mailbox, &to.mailbox)) {
+                if !recipients.iter().any(|other| recipients::same_mailbox(&other.mailbox, &to.mailbox)) {
                     recipients.push(to);
                 }
             }

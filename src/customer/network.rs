@@ -3,14 +3,14 @@
 //! On Linux the kernel tells (rtnetlink(7)); elsewhere nobody does, and a call is tried again after its pause.
 
 use super::daemon::EventSender;
-use crate::wire::CancelToken;
+use crate::net::connection::CancelToken;
 
 /// Rings with [`super::daemon::Event::Network`], until it is told to stop. That nothing can be watched is no error.
 #[cfg(target_os = "linux")]
-pub fn watch(bell: EventSender, stop: &CancelToken) {
-    let stop = stop.clone();
+pub fn watch(bell: EventSender, cancel: &CancelToken) {
+    let cancel = cancel.clone();
     let watched = linux::socket().and_then(|socket| {
-        let work = move || linux::listen(&socket, &bell, &stop);
+        let work = move || linux::listen(&socket, &bell, &cancel);
         std::thread::Builder::new().name("network".to_owned()).spawn(work)
     });
     if let Err(error) = watched {
@@ -30,8 +30,8 @@ mod linux {
     use rustix::net::netlink::SocketAddrNetlink;
     use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 
-    use crate::customer::daemon::{EventSender, DaemonEvent};
-    use crate::wire::CancelToken;
+    use crate::customer::daemon::{DaemonEvent, EventSender};
+    use crate::net::connection::CancelToken;
 
     /// RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE.
     const GROUPS: u32 = 0x10 | 0x40 | 0x100 | 0x400;
@@ -46,11 +46,11 @@ mod linux {
         Ok(socket)
     }
 
-    pub fn listen(socket: &OwnedFd, bell: &EventSender, stop: &CancelToken) {
-        while !stop.is_cancelled() {
+    pub fn listen(socket: &OwnedFd, bell: &EventSender, cancel: &CancelToken) {
+        while !cancel.is_cancelled() {
             let mut polls = [
                 PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(cancel.fd(), PollFlags::IN),
             ];
             let _ = rustix::event::poll(&mut polls, None);
             let (mut message, mut new) = ([0; 8192], false);

@@ -10,23 +10,23 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use super::handover::RetryQueue;
-use super::mailboxes::{Routing, Mailboxes, RejectedRecipient};
+use super::counters::CallCounters;
+use super::mailboxes::{Mailboxes, RejectedRecipient, Routing};
+use super::next_hop::RetryQueue;
 use super::receiver::SuccessDsn;
-use super::tally::CallCounters;
 use crate::config;
-use crate::dialogue::{ClientSession, SessionFailure, Remote, mail_not_accepted_here};
+use crate::ids::Ids;
+use crate::mail::address::{ForwardPath, Mailbox};
+use crate::mail::header::{HeaderAdditions, HeaderCompleter};
 use crate::maildir::{MessageWriter, for_each_block};
-use crate::outgoing::{Attempt, Reporter, DsnMessage, Peer, DsnSink};
-use crate::queue::{QueuedMessage, Envelope, QueueLock, LockError, QueueName, Queue};
-use crate::session::disk_full_reply;
-use crate::smtp::address::{ForwardPath, Mailbox};
-use crate::smtp::client::{Client, DecidedBy, RecipientStatus, DeliveryResult};
+use crate::net::connection::CancelToken;
+use crate::queue::{Envelope, LockError, Queue, QueueLock, QueueName, QueuedMessage};
+use crate::report::{Attempt, DsnMessage, DsnSink, Peer, Reporter};
+use crate::session::client::{ClientSession, Remote, SessionFailure, mail_not_accepted_here};
+use crate::session::server::disk_full_reply;
+use crate::smtp::client::{Client, DecidedBy, DeliveryResult, RecipientStatus};
 use crate::smtp::command::{MailFrom, Recipient};
-use crate::smtp::header::{HeaderAdditions, HeaderCompleter};
 use crate::smtp::reply::Reply;
-use crate::stamp::Ids;
-use crate::wire::CancelToken;
 
 /// The outgoing queue and its ways out.
 pub struct Outbox {
@@ -44,18 +44,18 @@ type Waker = Box<dyn Fn() + Send + Sync>;
 
 impl Outbox {
     /// `None`: the customer sends nothing.
-    pub fn new(config: &config::CustomerConfig, mailboxes: &Arc<Mailboxes>, stamps: &Ids) -> Option<Outbox> {
+    pub fn new(config: &config::CustomerConfig, mailboxes: &Arc<Mailboxes>, ids: &Ids) -> Option<Outbox> {
         let outgoing = config.outgoing.as_ref()?;
-        let queue = Queue::new(&outgoing.queue, &config.hostname, stamps.clone(), config.timeouts.takeover);
-        let shelf = OutgoingStore { queue, mailboxes: mailboxes.clone(), stamps: stamps.clone() };
-        let desk = Reporter::new(&config.hostname, stamps, Some(Arc::new(shelf.clone())));
+        let queue = Queue::new(&outgoing.queue, &config.hostname, ids.clone(), config.timeouts.takeover);
+        let store = OutgoingStore { queue, mailboxes: mailboxes.clone(), ids: ids.clone() };
+        let reporter = Reporter::new(&config.hostname, ids, Some(Arc::new(store.clone())));
         Some(Outbox {
             config: outgoing.clone(),
             hostname: config.hostname.clone(),
             timeouts: config.timeouts.clone(),
-            retry_queue: Arc::new(RetryQueue::new(config, mailboxes, desk.clone())),
-            reporter: desk,
-            store_: shelf,
+            retry_queue: Arc::new(RetryQueue::new(config, mailboxes, reporter.clone())),
+            reporter,
+            store_: store,
             waker: OnceLock::new(),
         })
     }
@@ -68,11 +68,11 @@ impl Outbox {
         &self.hostname
     }
 
-    pub fn stamps(&self) -> &Ids {
-        &self.store_.stamps
+    pub fn ids(&self) -> &Ids {
+        &self.store_.ids
     }
 
-    pub fn handover(&self) -> &Arc<RetryQueue> {
+    pub fn retry_queue(&self) -> &Arc<RetryQueue> {
         &self.retry_queue
     }
 
@@ -89,14 +89,16 @@ impl Outbox {
         }
     }
 
-    pub fn desk(&self) -> &Reporter {
+    pub fn reporter(&self) -> &Reporter {
         &self.reporter
     }
 
     /// The mailbox a path means: one of ours, which must exist, or one elsewhere.
     pub fn recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         match path {
-            ForwardPath::Mailbox(mailbox) if !mailbox.domain().is_some_and(|domain| self.store_.accepts_domain(domain)) => {
+            ForwardPath::Mailbox(mailbox)
+                if !mailbox.domain().is_some_and(|domain| self.store_.accepts_domain(domain)) =>
+            {
                 let qualified = mailbox.domain().is_some_and(|domain| domain.as_str().contains('.'));
                 // RFC 6409 section 4.2.
                 let unqualified = || Reply::new(554, "5.1.2", "The domain is not fully qualified");
@@ -117,7 +119,11 @@ impl Outbox {
 
     /// Whether a message may have so many octets.
     pub fn check_size(&self, octets: u64) -> Result<(), Reply> {
-        if octets > self.config.max_size { Err(crate::smtp::server::message_too_large(self.config.max_size)) } else { Ok(()) }
+        if octets > self.config.max_size {
+            Err(crate::smtp::server::message_too_large(self.config.max_size))
+        } else {
+            Ok(())
+        }
     }
 
     /// Begins to store a message; `received` is our `Received`, `from` a `From` for a header without one.
@@ -136,7 +142,13 @@ impl Outbox {
         // What stays here is delivered with its commit; of the rest others will tell.
         let told = begun.as_ref().and_then(|begun| SuccessDsn::new(&self.reporter, &here, begun, false));
         let waits = begun.is_some_and(|begun| !begun.hop_recipients.is_empty());
-        Ok(SubmissionWriter { copies, completer: HeaderCompleter::new(additions), buffer: Vec::new(), success_dsn: told, retry_queued: waits })
+        Ok(SubmissionWriter {
+            copies,
+            completer: HeaderCompleter::new(additions),
+            buffer: Vec::new(),
+            success_dsn: told,
+            retry_queued: waits,
+        })
     }
 
     /// Messages that wait.
@@ -152,7 +164,7 @@ impl Outbox {
 
     /// Room for content that is looked at before it is stored; it goes with its last descriptor.
     pub fn scratch(&self) -> io::Result<File> {
-        let name = self.store_.stamps.file_name(&self.hostname);
+        let name = self.store_.ids.file_name(&self.hostname);
         self.store_.queue.maildir(&QueueName::Outgoing).unnamed_file(&name)
     }
 
@@ -165,13 +177,13 @@ impl Outbox {
 
     /// Delivers what users who may not write into mailboxes have queued for our own.
     pub fn deliver_here(&self) {
-        let Some(mut hold) = self.lock_if_any() else { return };
-        while let Some(mut batch) = hold.next_message() {
-            let (here, _) = self.store_.divide(batch.envelope.clone());
+        let Some(mut lock) = self.lock_if_any() else { return };
+        while let Some(mut message) = lock.next_message() {
+            let (here, _) = self.store_.divide(message.envelope.clone());
             if here.recipients.is_empty() {
                 continue;
             }
-            let refused = match self.copy(&here, &mut batch) {
+            let refused = match self.copy(&here, &mut message) {
                 Ok(refused) => refused,
                 Err(error) => {
                     log::error!("event=delivery-failed id={} error={:?}", here.id, error.to_string());
@@ -179,27 +191,32 @@ impl Outbox {
                 }
             };
             // What was queued when the rules were others may have no mailbox any more.
-            let fate = |recipient: &Recipient| match refused.iter().find(|(other, _)| other == recipient) {
+            let status = |recipient: &Recipient| match refused.iter().find(|(other, _)| other == recipient) {
                 Some((_, reply)) => RecipientStatus::Rejected(reply.clone()),
                 None if here.recipients.contains(recipient) => {
                     RecipientStatus::Sent(Reply::new(250, "2.0.0", "Delivered here"))
                 }
                 None => RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet")),
             };
-            let fates = batch.envelope.recipients.iter().map(fate).collect();
+            let statuses = message.envelope.recipients.iter().map(status).collect();
             // Of a delivery that was asked for its sender has been told.
             let peer = Peer { name: None, dsn: true };
             let attempt = Attempt { peer, retry: None, done: "delivered", context: "here=yes" };
-            let _ = self.reporter.finish_attempt(batch, DeliveryResult { recipients: fates, decided_by: DecidedBy::Us }, &attempt, &mut hold);
+            let _ = self.reporter.finish_attempt(
+                message,
+                DeliveryResult { recipients: statuses, decided_by: DecidedBy::Us },
+                &attempt,
+                &mut lock,
+            );
         }
     }
 
     /// A queued message, into our mailboxes; those who have none.
-    fn copy(&self, here: &Envelope, batch: &mut QueuedMessage) -> io::Result<Vec<RejectedRecipient>> {
+    fn copy(&self, here: &Envelope, message: &mut QueuedMessage) -> io::Result<Vec<RejectedRecipient>> {
         let mut copies = MessageWriter::default();
-        let (begun, refused) = self.store_.mailboxes.begin_all(&mut copies, here, batch.size, "")?;
+        let (begun, refused) = self.store_.mailboxes.begin_all(&mut copies, here, message.size, "")?;
         let mut told = SuccessDsn::new(&self.reporter, here, &begun, false);
-        for_each_block(batch, |piece| {
+        for_each_block(message, |piece| {
             if let Some(told) = &mut told {
                 told.observe(piece);
             }
@@ -213,42 +230,42 @@ impl Outbox {
     }
 
     /// Sends what is due in a session with the provider, before ATRN.
-    pub fn send(&self, dialogue: &mut ClientSession, tally: &CallCounters) -> Result<(), SessionFailure> {
-        let Some(mut hold) = self.lock_if_any() else { return Ok(()) };
+    pub fn send(&self, session: &mut ClientSession, counters: &CallCounters) -> Result<(), SessionFailure> {
+        let Some(mut lock) = self.lock_if_any() else { return Ok(()) };
         let mut said = false;
-        dialogue.send_queue(&mut hold, &mut |batch, mut outcome, client, hold| {
-            if mail_not_accepted_here(&outcome).is_some() {
+        session.send_queue(&mut lock, &mut |message, mut result, client, lock| {
+            if mail_not_accepted_here(&result).is_some() {
                 if !std::mem::replace(&mut said, true) {
-                    log::warn!("event=outgoing-kept reason={:?}", reason(&outcome));
+                    log::warn!("event=outgoing-kept reason={:?}", reason(&result));
                 }
-                for fate in &mut outcome.recipients {
-                    if let RecipientStatus::Rejected(reply) = fate {
-                        *fate = RecipientStatus::Deferred(reply.clone());
+                for status in &mut result.recipients {
+                    if let RecipientStatus::Rejected(reply) = status {
+                        *status = RecipientStatus::Deferred(reply.clone());
                     }
                 }
                 if self.config.submission.is_some() {
                     // It stays due: the submission host is next, in this very call.
-                    let settled = batch.settle(&outcome, hold);
+                    let settled = message.settle(&result, lock);
                     return settled.unwrap_or_else(|error| log::error!("event=settle-failed error={error:?}"));
                 }
             }
-            self.finish_attempt(batch, outcome, client, hold, tally);
+            self.finish_attempt(message, result, client, lock, counters);
         })
     }
 
     /// Sends what is still due to the submission host.
-    pub fn submit(&self, stop: &CancelToken, tally: &CallCounters) {
+    pub fn submit(&self, cancel: &CancelToken, counters: &CallCounters) {
         let Some(submission) = &self.config.submission else { return };
-        let Some(mut hold) = self.lock_if_any() else { return };
+        let Some(mut lock) = self.lock_if_any() else { return };
         let upstream = match Remote::new(submission) {
             Ok(upstream) => upstream,
             Err(error) => return log::error!("event=submission-failed error={error:?}"),
         };
-        let sent = upstream.connect(&self.hostname, &self.timeouts, stop).and_then(|mut dialogue| {
-            dialogue.send_queue(&mut hold, &mut |batch, outcome, client, hold| {
-                self.finish_attempt(batch, outcome, client, hold, tally);
+        let sent = upstream.connect(&self.hostname, &self.timeouts, cancel).and_then(|mut session| {
+            session.send_queue(&mut lock, &mut |message, result, client, lock| {
+                self.finish_attempt(message, result, client, lock, counters);
             })?;
-            dialogue.quit();
+            session.quit();
             Ok(())
         });
         if let Err(failure) = sent {
@@ -263,33 +280,40 @@ impl Outbox {
         self.lock().inspect_err(|error| log::warn!("event=outgoing-kept reason={error:?}")).ok()
     }
 
-    fn finish_attempt(&self, batch: QueuedMessage, outcome: DeliveryResult, client: &Client, hold: &mut QueueLock, tally: &CallCounters) {
+    fn finish_attempt(
+        &self,
+        message: QueuedMessage,
+        result: DeliveryResult,
+        client: &Client,
+        lock: &mut QueueLock,
+        counters: &CallCounters,
+    ) {
         let peer = Peer { name: client.peer_name(), dsn: client.offered().dsn };
         let mut retry = self.config.retry.clone();
-        if outcome.decided_by == DecidedBy::ConnectionLoss {
+        if result.decided_by == DecidedBy::ConnectionLoss {
             // That the line dropped says nothing of the mail: the next call may take it, whenever that is.
             (retry.first, retry.max) = (Duration::ZERO, Duration::ZERO);
         }
         let context = format!("host={}", peer.name.unwrap_or("-"));
         let attempt = Attempt { peer, retry: Some(&retry), done: "sent", context: &context };
-        let recipients = batch.envelope.recipients.clone();
-        let Ok(concluded) = self.reporter.finish_attempt(batch, outcome, &attempt, hold) else { return };
-        for (recipient, fate) in recipients.iter().zip(&concluded.recipients) {
-            if let RecipientStatus::Rejected(reply) = fate {
-                tally.refused(&recipient.mailbox, peer.name.unwrap_or("the provider"), reply);
+        let recipients = message.envelope.recipients.clone();
+        let Ok(concluded) = self.reporter.finish_attempt(message, result, &attempt, lock) else { return };
+        for (recipient, status) in recipients.iter().zip(&concluded.recipients) {
+            if let RecipientStatus::Rejected(reply) = status {
+                counters.refused(&recipient.mailbox, peer.name.unwrap_or("the provider"), reply);
             }
         }
-        if concluded.recipients.iter().any(|fate| matches!(fate, RecipientStatus::Sent(_))) {
-            tally.sent();
+        if concluded.recipients.iter().any(|status| matches!(status, RecipientStatus::Sent(_))) {
+            counters.sent();
         }
     }
 }
 
-fn reason(outcome: &DeliveryResult) -> String {
-    outcome
+fn reason(result: &DeliveryResult) -> String {
+    result
         .recipients
         .iter()
-        .find_map(|fate| if let RecipientStatus::Rejected(reply) = fate { Some(reply.to_string()) } else { None })
+        .find_map(|status| if let RecipientStatus::Rejected(reply) = status { Some(reply.to_string()) } else { None })
         .unwrap_or_default()
 }
 
@@ -298,7 +322,7 @@ pub struct Submission<'a> {
     pub mail: &'a MailFrom,
     pub recipients: &'a [Recipient],
     pub id: &'a str,
-    pub arrived: crate::stamp::Timestamp_,
+    pub arrived: crate::clock::Timestamp,
     pub header_from: Option<String>,
     pub drop_bcc: bool,
 }
@@ -344,11 +368,11 @@ impl SubmissionWriter {
 struct OutgoingStore {
     queue: Queue,
     mailboxes: Arc<Mailboxes>,
-    stamps: Ids,
+    ids: Ids,
 }
 
 impl OutgoingStore {
-    fn accepts_domain(&self, domain: &crate::smtp::address::Domain) -> bool {
+    fn accepts_domain(&self, domain: &crate::mail::address::Domain) -> bool {
         self.mailboxes.accepts_domain(domain)
     }
 
@@ -397,7 +421,7 @@ impl DsnSink for OutgoingStore {
             log::warn!("event=notice-undeliverable to=<{}>", letter.to);
             return Ok(());
         }
-        let envelope = letter.envelope(&self.stamps);
+        let envelope = letter.envelope(&self.ids);
         let (here, elsewhere) = self.divide(envelope);
         let (mut copies, _) = self.begin(&here, &elsewhere, letter.text.len() as u64, "")?;
         copies.write(&letter.text)?;

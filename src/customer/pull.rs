@@ -11,24 +11,24 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use super::handover::{RetryQueue, NextHops};
+use super::counters::{CallCounters, Summary};
 use super::mailboxes::Mailboxes;
+use super::next_hop::{NextHops, RetryQueue};
 use super::outbox::Outbox;
 use super::receiver::Receiver;
-use super::tally::{Summary, CallCounters};
-use crate::config::{CustomerConfig, TlsMode, ProviderAccount};
-use crate::dialogue::{ClientSession, SessionFailure, client_tls};
-use crate::outgoing::Reporter;
-use crate::rules;
-use crate::session::{SessionLimits, SessionEnd, ServerSession};
-use crate::smtp::address::Domain;
-use crate::smtp::client::{Client, Abort, ClientOptions, StartTls};
+use crate::config::{CustomerConfig, ProviderAccount, TlsMode};
+use crate::ids::Ids;
+use crate::mail::address::Domain;
+use crate::net::connection::{self, CancelToken, Connection, Trace};
+use crate::net::tls::ClientTls;
+use crate::recipients;
+use crate::report::Reporter;
+use crate::session::client::{ClientSession, SessionFailure, client_tls};
+use crate::session::server::{ServerSession, SessionEnd, SessionLimits};
+use crate::smtp::client::{Abort, Client, ClientOptions, StartTls};
 use crate::smtp::reply::Severity;
 use crate::smtp::server::{ServerOptions, ServerRole};
-use crate::stamp::Ids;
-use crate::tls::ClientTls;
 use crate::turn;
-use crate::wire::{self, CancelToken, Trace, Connection};
 
 /// A command line may have 512 octets (RFC 5321 section 4.5.3.1.4): longer lists take several calls.
 const ATRN_LIST_LIMIT: usize = 512 - "ATRN \r\n".len();
@@ -74,7 +74,7 @@ impl std::error::Error for CallError {}
 /// A customer, ready to call.
 pub struct Customer {
     config: CustomerConfig,
-    stamps: Ids,
+    ids: Ids,
     /// What each provider's certificate is checked against, in their order.
     tls: Vec<Option<ClientTls>>,
     mailboxes: Arc<Mailboxes>,
@@ -83,25 +83,25 @@ pub struct Customer {
 }
 
 /// One call to each provider; see [`Caller::pull`].
-pub fn pull(config: &CustomerConfig, stamps: &Ids, stop: &CancelToken) -> Result<Summary, CallError> {
-    Customer::new(config, stamps)?.pull(stop, &Arc::default())
+pub fn pull(config: &CustomerConfig, ids: &Ids, cancel: &CancelToken) -> Result<Summary, CallError> {
+    Customer::new(config, ids)?.pull(cancel, &Arc::default())
 }
 
 impl Customer {
     /// Looks at what the configuration names: certificates, folders.
-    pub fn new(config: &CustomerConfig, stamps: &Ids) -> Result<Customer, CallError> {
-        let side = |provider: &ProviderAccount| {
+    pub fn new(config: &CustomerConfig, ids: &Ids) -> Result<Customer, CallError> {
+        let tls = |provider: &ProviderAccount| {
             client_tls(provider.tls, provider.pin, provider.ca.as_deref())
                 .map_err(|text| CallError::Config(provider.error(&text).to_string()))
         };
-        let tls = config.providers.iter().map(side).collect::<Result<_, _>>()?;
-        let mailboxes = Arc::new(Mailboxes::new(config, stamps));
-        let outbox = Outbox::new(config, &mailboxes, stamps).map(Arc::new);
-        let handover = match &outbox {
-            Some(outbox) => outbox.handover().clone(),
-            None => Arc::new(RetryQueue::new(config, &mailboxes, Reporter::new(&config.hostname, stamps, None))),
+        let tls = config.providers.iter().map(tls).collect::<Result<_, _>>()?;
+        let mailboxes = Arc::new(Mailboxes::new(config, ids));
+        let outbox = Outbox::new(config, &mailboxes, ids).map(Arc::new);
+        let retry_queue = match &outbox {
+            Some(outbox) => outbox.retry_queue().clone(),
+            None => Arc::new(RetryQueue::new(config, &mailboxes, Reporter::new(&config.hostname, ids, None))),
         };
-        Ok(Customer { config: config.clone(), stamps: stamps.clone(), tls, mailboxes, outbox, retry_queue: handover })
+        Ok(Customer { config: config.clone(), ids: ids.clone(), tls, mailboxes, outbox, retry_queue })
     }
 
     pub fn config(&self) -> &CustomerConfig {
@@ -118,31 +118,31 @@ impl Customer {
     }
 
     /// Tries mail that waits for a next hop, as far as it is due.
-    pub fn retry_next_hops(&self, stop: &CancelToken) {
-        self.retry_queue.retry(&self.mailboxes, stop);
+    pub fn retry_next_hops(&self, cancel: &CancelToken) {
+        self.retry_queue.retry(&self.mailboxes, cancel);
     }
 
     /// One call to each provider, in the order of the configuration; one that fails does not keep us from the next.
-    pub fn pull(&self, stop: &CancelToken, tally: &Arc<CallCounters>) -> Result<Summary, CallError> {
+    pub fn pull(&self, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<Summary, CallError> {
         let begun = Instant::now();
         let mut result = Ok(());
         for number in 0..self.config.providers.len() {
-            result = result.and(self.call(number, stop, tally));
+            result = result.and(self.call(number, cancel, counters));
         }
-        result.map(|()| tally.summary(begun.elapsed().as_secs_f64()))
+        result.map(|()| counters.summary(begun.elapsed().as_secs_f64()))
     }
 
     /// Hands over outgoing mail, if this provider takes it, and fetches the mail of its domains, in as few calls as
     /// their names take. What came before a failure is kept. `number`: of the provider, in the order of the
     /// configuration; where there is none, there is no call.
-    pub fn call(&self, number: usize, stop: &CancelToken, tally: &Arc<CallCounters>) -> Result<(), CallError> {
+    pub fn call(&self, number: usize, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<(), CallError> {
         let (Some(provider), Some(tls)) = (self.config.providers.get(number), self.tls.get(number)) else {
             return Ok(());
         };
         let begun = Instant::now();
-        let before = tally.summary(0.0);
-        let result = self.lock(provider).and_then(|_lock| self.call_alone(provider, tls.as_ref(), stop, tally));
-        let after = tally.summary(begun.elapsed().as_secs_f64());
+        let before = counters.summary(0.0);
+        let result = self.lock(provider).and_then(|_lock| self.call_alone(provider, tls.as_ref(), cancel, counters));
+        let after = counters.summary(begun.elapsed().as_secs_f64());
         log::info!(
             "event=call provider={} account={} messages={} octets={} refused={} put-off={} sent={} kept={} seconds={:.3} outcome={:?}",
             provider.address,
@@ -163,29 +163,30 @@ impl Customer {
         &self,
         provider: &ProviderAccount,
         tls: Option<&ClientTls>,
-        stop: &CancelToken,
-        tally: &Arc<CallCounters>,
+        cancel: &CancelToken,
+        counters: &Arc<CallCounters>,
     ) -> Result<(), CallError> {
         let outbox = self.outbox.as_ref().filter(|_| provider.outgoing);
         if let Some(outbox) = outbox {
             outbox.deliver_here();
         }
-        self.retry_next_hops(stop);
+        self.retry_next_hops(cancel);
         let mut result = Ok(());
         for domains in domain_lists(&provider.domains) {
-            result = result.and(ProviderConnection { customer: self, provider, tls, outbox, cancel: stop, counters: tally }.run(&domains));
+            result = result
+                .and(ProviderConnection { customer: self, provider, tls, outbox, cancel, counters }.run(&domains));
         }
         // What the provider would not take goes to the submission host, after the mail that came.
         if let Some(outbox) = outbox {
-            outbox.submit(stop, tally);
-            tally.kept(outbox.waiting());
+            outbox.submit(cancel, counters);
+            counters.kept(outbox.waiting());
         }
         result
     }
 
     /// One call at a time to a provider's account, also of several processes; the kernel lets the lock go with us.
     fn lock(&self, provider: &ProviderAccount) -> Result<File, CallError> {
-        let name = rules::directory_name(&format!("{}@{}", provider.name, provider.address));
+        let name = recipients::directory_name(&format!("{}@{}", provider.name, provider.address));
         let file = state_file(&self.config, &format!("call-{name}"))?;
         match file.try_lock() {
             Ok(()) => Ok(file),
@@ -243,18 +244,18 @@ impl ProviderConnection<'_> {
     /// Outgoing mail up, the turn, incoming mail down; a failure of the first half costs the second nothing
     /// but another connection.
     fn run(&self, domains: &[Domain]) -> Result<(), CallError> {
-        let (mut dialogue, mut peer) = self.connect()?;
+        let (mut session, mut peer) = self.connect()?;
         if let Some(outbox) = self.outbox
-            && let Err(failure) = outbox.send(&mut dialogue, self.counters)
+            && let Err(failure) = outbox.send(&mut session, self.counters)
         {
             log::warn!("event=outgoing-cut-short error={:?}", failure.to_string());
-            dialogue.close_after(&failure);
-            (dialogue, peer) = self.connect()?;
+            session.close_after(&failure);
+            (session, peer) = self.connect()?;
         }
-        match dialogue.atrn(domains) {
-            Ok((wire, client)) => {
+        match session.atrn(domains) {
+            Ok((connection, client)) => {
                 self.counters.set_queued(client.waiting().unwrap_or(0));
-                self.receive(wire, client, peer)
+                self.receive(connection, client, peer)
             }
             Err(failure) => call_error(failure).map_or(Ok(()), Err),
         }
@@ -266,9 +267,9 @@ impl ProviderConnection<'_> {
         let (stream, peer) = self.dial()?;
         log::info!("event=connected provider={} peer={peer}", config.address);
         let trace = Trace { id: "pull".to_owned(), us: 'C', them: 'P' };
-        let wire =
-            Connection::new(stream, trace).map_err(|error| CallError::Temporary(format!("the connection was lost: {error}")))?;
-        let plan = ClientOptions {
+        let connection = Connection::new(stream, trace)
+            .map_err(|error| CallError::Temporary(format!("the connection was lost: {error}")))?;
+        let options = ClientOptions {
             name: self.customer.config.hostname.clone(),
             starttls: if config.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
             tls: config.tls == TlsMode::Implicit,
@@ -277,16 +278,16 @@ impl ProviderConnection<'_> {
             atrn: true,
             ..ClientOptions::default()
         };
-        let mut dialogue = ClientSession::new(wire, plan, &self.customer.config.timeouts, self.cancel);
-        let tls = self.tls.map(|side| (side, config.host.as_str()));
+        let mut session = ClientSession::new(connection, options, &self.customer.config.timeouts, self.cancel);
+        let tls = self.tls.map(|tls| (tls, config.host.as_str()));
         let introduced = match (config.tls, tls) {
-            (TlsMode::Implicit, Some((side, name))) => dialogue.begin_tls(side, name),
+            (TlsMode::Implicit, Some((tls, name))) => session.begin_tls(tls, name),
             _ => Ok(()),
         };
-        match introduced.and_then(|()| dialogue.handshake(tls)) {
-            Ok(()) => Ok((dialogue, peer.ip())),
+        match introduced.and_then(|()| session.handshake(tls)) {
+            Ok(()) => Ok((session, peer.ip())),
             Err(failure) => {
-                dialogue.close_after(&failure);
+                session.close_after(&failure);
                 Err(call_error(failure).unwrap_or_else(|| CallError::Protocol("453 came before ATRN".to_owned())))
             }
         }
@@ -304,7 +305,7 @@ impl ProviderConnection<'_> {
                 return Err(CallError::Temporary("stopped".to_owned()));
             }
             let deadline = Instant::now() + self.customer.config.timeouts.connect;
-            match wire::connect(socket, deadline, self.cancel) {
+            match connection::connect(socket, deadline, self.cancel) {
                 Ok(stream) => return Ok((stream, socket)),
                 Err(error) => {
                     last = format!("{socket}: {error}");
@@ -316,7 +317,7 @@ impl ProviderConnection<'_> {
     }
 
     /// The customer's half of the turn, and mail until QUIT.
-    fn receive(&self, wire: Connection, client: Client, peer: IpAddr) -> Result<(), CallError> {
+    fn receive(&self, connection: Connection, client: Client, peer: IpAddr) -> Result<(), CallError> {
         let config = &self.customer.config;
         let profile = ServerOptions {
             role: ServerRole::Customer,
@@ -330,18 +331,19 @@ impl ProviderConnection<'_> {
             // Whoever sends no mail cannot send notices.
             dsn: self.customer.outbox.is_some(),
             mechanisms: Vec::new(),
-            stamps: self.customer.stamps.clone(),
+            ids: self.customer.ids.clone(),
         };
-        let (wire, server) =
-            turn::take_over(wire, client, profile).map_err(|error| CallError::Protocol(error.to_string()))?;
+        let (connection, server) =
+            turn::take_over(connection, client, profile).map_err(|error| CallError::Protocol(error.to_string()))?;
         // A message half received stays with the provider: nothing is lost by stopping at once.
-        let bounds = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
-        let bounds = SessionLimits { session: config.timeouts.turn, ..bounds };
-        let desk = self.customer.outbox.as_ref().map(|outbox| outbox.desk().clone());
+        let limits = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
+        let limits = SessionLimits { session: config.timeouts.turn, ..limits };
+        let reporter = self.customer.outbox.as_ref().map(|outbox| outbox.reporter().clone());
         let hops = NextHops::new(&config.hostname, &config.timeouts, self.cancel);
-        let (mailboxes, handover) = (self.customer.mailboxes.clone(), self.customer.retry_queue.clone());
-        let mut receiver = Receiver::new(mailboxes, handover, desk, self.counters.clone(), hops);
-        let mut session = ServerSession::new(wire, server, crate::session::address_literal(peer), None, bounds);
+        let (mailboxes, retry_queue) = (self.customer.mailboxes.clone(), self.customer.retry_queue.clone());
+        let mut receiver = Receiver::new(mailboxes, retry_queue, reporter, self.counters.clone(), hops);
+        let mut session =
+            ServerSession::new(connection, server, crate::session::server::address_literal(peer), None, limits);
         session.greet();
         let end = session.run(&mut receiver);
         session.close();
@@ -356,7 +358,7 @@ impl ProviderConnection<'_> {
 /// What a failure means for the caller; `None`: there is no mail, and that is none.
 fn call_error(failure: SessionFailure) -> Option<CallError> {
     match failure {
-        SessionFailure::Aborted(halt) => abort_error(halt),
+        SessionFailure::Aborted(abort) => abort_error(abort),
         SessionFailure::Broken(text) => Some(CallError::Protocol(text)),
         SessionFailure::NoTls(text) | SessionFailure::Lost(text) => Some(CallError::Temporary(text)),
         SessionFailure::Cancelled => Some(CallError::Temporary("stopped".to_owned())),
@@ -364,8 +366,8 @@ fn call_error(failure: SessionFailure) -> Option<CallError> {
 }
 
 /// What a refusal means for the caller; `None`: all is well (RFC 2645 section 5.2.1).
-fn abort_error(halt: Abort) -> Option<CallError> {
-    Some(match halt {
+fn abort_error(abort: Abort) -> Option<CallError> {
+    Some(match abort {
         Abort::Rejected { what: "ATRN", reply } if reply.code() == 453 => return None,
         Abort::Rejected { what, reply } => {
             let text = format!("the provider refused {what}: {reply}");

@@ -6,22 +6,22 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::handover::{HopName, HopDelivery, RetryQueue, NextHops, SpooledContent};
-use super::mailboxes::{Routing, Mailboxes, relayed_recipient};
-use super::tally::CallCounters;
-use crate::dsn::Action;
+use super::counters::CallCounters;
+use super::mailboxes::{Mailboxes, Routing, relayed_recipient};
+use super::next_hop::{HopDelivery, HopName, NextHops, RetryQueue, SpooledContent};
+use crate::mail::address::{ForwardPath, Mailbox};
+use crate::mail::header::Header;
 use crate::maildir::MessageWriter;
-use crate::outgoing::Reporter;
 use crate::queue::{Envelope, QueueName as Shelf};
-use crate::rules::{Delivery, NextHop, Destination};
+use crate::recipients::{Delivery, Destination, NextHop};
+use crate::report::Reporter;
+use crate::report::dsn::Action;
 use crate::sasl::{CredentialStore, Unavailable};
-use crate::session::{MessageSink, SessionHandler, storage_failure_reply};
-use crate::smtp::address::{ForwardPath, Mailbox};
-use crate::smtp::client::{RecipientStatus, OutgoingMessage};
+use crate::session::server::{MessageSink, SessionHandler, storage_failure_reply};
+use crate::smtp::client::{OutgoingMessage, RecipientStatus};
 use crate::smtp::command::{MailFrom, Notify, Recipient};
-use crate::smtp::header::Header;
 use crate::smtp::reply::{Reply, Severity};
-use crate::smtp::server::{ServerHandler, Server};
+use crate::smtp::server::{Server, ServerHandler};
 
 /// A message goes to so many places at once; an alias alone may have a hundred.
 const DESTINATION_LIMIT_: usize = 400;
@@ -45,17 +45,21 @@ pub struct Receiver {
 impl Receiver {
     pub fn new(
         mailboxes: Arc<Mailboxes>,
-        handover: Arc<RetryQueue>,
-        desk: Option<Reporter>,
-        tally: Arc<CallCounters>,
+        retry_queue: Arc<RetryQueue>,
+        reporter: Option<Reporter>,
+        counters: Arc<CallCounters>,
         hops: NextHops,
     ) -> Receiver {
         let hops = Arc::new(Mutex::new(hops));
-        Receiver { mailboxes, retry_queue: handover, reporter: desk, counters: tally, hops, mail: None, accepted: Vec::new() }
+        Receiver { mailboxes, retry_queue, reporter, counters, hops, mail: None, accepted: Vec::new() }
     }
 
     /// Every place of a recipient must take him, or nothing of his goes anywhere.
-    fn check_next_hops(&self, meant: &Recipient, mut deliveries: Vec<Delivery>) -> Result<Vec<Delivery>, (String, Reply)> {
+    fn check_next_hops(
+        &self,
+        meant: &Recipient,
+        mut deliveries: Vec<Delivery>,
+    ) -> Result<Vec<Delivery>, (String, Reply)> {
         let Some(message) = &self.mail else { return Ok(deliveries) };
         for delivery in &deliveries {
             let Destination::Maildir { path, folders } = &delivery.destination else { continue };
@@ -74,7 +78,10 @@ impl Receiver {
         let must_take = self.mailboxes.must_accept(&meant.mailbox);
         for delivery in &mut deliveries {
             let Destination::NextHop(hop) = &delivery.destination else { continue };
-            let Err(reply) = hops.check_recipient(hop, message, &relayed_recipient(meant, &delivery.mailbox, many)) else { continue };
+            let Err(reply) = hops.check_recipient(hop, message, &relayed_recipient(meant, &delivery.mailbox, many))
+            else {
+                continue;
+            };
             match reply.severity() {
                 // RFC 5321 section 4.5.1: postmaster is there, if nowhere else then with us.
                 Severity::Permanent if must_take || delivery.fallback => {
@@ -139,12 +146,17 @@ impl SessionHandler for Receiver {
         self.mailboxes.has_next_hops()
     }
 
-    fn receive_message(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn MessageSink>, Reply> {
+    fn receive_message(
+        &mut self,
+        server: &Server,
+        peer: &str,
+        secure: Option<&str>,
+    ) -> Result<Box<dyn MessageSink>, Reply> {
         let (Some(transaction), Some(message)) = (server.transaction(), &self.mail) else {
             return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
         };
-        let (mail, stamps) = (&transaction.mail, self.mailboxes.stamps());
-        let (id, arrived) = (stamps.queue_id(), stamps.now());
+        let (mail, ids) = (&transaction.mail, self.mailboxes.ids());
+        let (id, arrived) = (ids.queue_id(), ids.clock().now());
         let received = server.received(peer, secure, &id, arrived);
         let known: Vec<_> = transaction
             .recipients
@@ -160,7 +172,7 @@ impl SessionHandler for Receiver {
         let envelope = Envelope::new(mail, transaction.recipients.clone(), &id, arrived);
         let mut elsewhere = begun.hop_recipients.iter().flat_map(|(_, recipients)| recipients);
         let asked = elsewhere.any(|recipient| recipient.notify.success());
-        let told = self.reporter.as_ref().and_then(|desk| SuccessDsn::new(desk, &envelope, &begun, asked));
+        let told = self.reporter.as_ref().and_then(|reporter| SuccessDsn::new(reporter, &envelope, &begun, asked));
         self.counters.begin_message(mail.size.unwrap_or(0));
         let mut delivery = IncomingMessage {
             copies,
@@ -226,46 +238,48 @@ impl IncomingMessage {
         let mut handed = Vec::new();
         for (hop, recipients) in std::mem::take(&mut self.hop_recipients) {
             let message = OutgoingMessage { recipients, size, eight_bit, ..self.message.clone() };
-            let HopDelivery { recipients: mut fates, dsn } = hops.deliver(&hop, &message, &mut self.spooled, origin.as_ref())?;
-            for (recipient, fate) in message.recipients.iter().zip(&mut fates) {
-                if matches!(fate, RecipientStatus::Rejected(_)) && self.mailboxes.must_accept(&recipient.mailbox) {
-                    *fate = self.mailboxes.deliver_fallback(&message.from, &recipient.mailbox, &mut self.spooled);
+            let HopDelivery { recipients: mut statuses, dsn } =
+                hops.deliver(&hop, &message, &mut self.spooled, origin.as_ref())?;
+            for (recipient, status) in message.recipients.iter().zip(&mut statuses) {
+                if matches!(status, RecipientStatus::Rejected(_)) && self.mailboxes.must_accept(&recipient.mailbox) {
+                    *status = self.mailboxes.deliver_fallback(&message.from, &recipient.mailbox, &mut self.spooled);
                 }
             }
             if let Some(told) = self.success_dsn.as_mut().filter(|_| !dsn) {
-                let taken = message.recipients.iter().zip(&fates);
-                let taken = taken.filter(|(_, fate)| matches!(fate, RecipientStatus::Sent(_)));
+                let taken = message.recipients.iter().zip(&statuses);
+                let taken = taken.filter(|(_, status)| matches!(status, RecipientStatus::Sent(_)));
                 told.others.extend(taken.map(|(recipient, _)| (recipient.clone(), Action::Relayed)));
             }
-            for (recipient, fate) in message.recipients.iter().zip(&fates) {
+            for (recipient, status) in message.recipients.iter().zip(&statuses) {
                 log::info!(
                     "event=handed-over id={} to=<{}> next-hop={:?} fate={:?}",
                     self.envelope.id,
                     recipient.mailbox,
                     hop.to_string(),
-                    reply_text(fate)
+                    reply_text(status)
                 );
             }
-            handed.push(HopResult { hop, recipients: message.recipients, statuses: fates, dsn });
+            handed.push(HopResult { hop, recipients: message.recipients, statuses, dsn });
         }
         Ok(handed)
     }
 
     /// What others have taken is done; the rest becomes ours.
     fn store_rest(&mut self, handed: Vec<HopResult>) -> io::Result<()> {
-        for HopResult { hop, recipients, statuses: fates, dsn } in handed {
-            let rest = recipients.into_iter().zip(fates).filter(|(_, fate)| !matches!(fate, RecipientStatus::Sent(_)));
-            let (recipients, fates): (Vec<_>, Vec<_>) = rest.unzip();
+        for HopResult { hop, recipients, statuses, dsn } in handed {
+            let rest =
+                recipients.into_iter().zip(statuses).filter(|(_, status)| !matches!(status, RecipientStatus::Sent(_)));
+            let (recipients, statuses): (Vec<_>, Vec<_>) = rest.unzip();
             if recipients.is_empty() {
                 continue;
             }
-            for (recipient, fate) in recipients.iter().zip(&fates) {
-                if let RecipientStatus::Rejected(reply) = fate {
+            for (recipient, status) in recipients.iter().zip(&statuses) {
+                if let RecipientStatus::Rejected(reply) = status {
                     self.counters.refused(&recipient.mailbox, &hop, reply);
                 }
             }
             let envelope = Envelope { recipients, ..self.envelope.clone() };
-            self.retry_queue.store(envelope, fates, &mut self.spooled, HopName { name: &hop.to_string(), dsn })?;
+            self.retry_queue.store(envelope, statuses, &mut self.spooled, HopName { name: &hop.to_string(), dsn })?;
         }
         Ok(())
     }
@@ -273,9 +287,9 @@ impl IncomingMessage {
     /// Next hops have it and our Maildirs could not: it is tried again here.
     fn store_maildir_recipients(&mut self, error: &io::Error) -> io::Result<()> {
         let recipients = std::mem::take(&mut self.maildir_recipients);
-        let fates = vec![RecipientStatus::Deferred(storage_failure_reply(error)); recipients.len()];
+        let statuses = vec![RecipientStatus::Deferred(storage_failure_reply(error)); recipients.len()];
         let envelope = Envelope { recipients, ..self.envelope.clone() };
-        self.retry_queue.store(envelope, fates, &mut self.spooled, HopName { name: "maildir", dsn: false })
+        self.retry_queue.store(envelope, statuses, &mut self.spooled, HopName { name: "maildir", dsn: false })
     }
 }
 
@@ -287,22 +301,27 @@ struct HopResult {
     dsn: bool,
 }
 
-fn reply_text(fate: &RecipientStatus) -> String {
-    match fate {
-        RecipientStatus::Sent(reply) | RecipientStatus::Deferred(reply) | RecipientStatus::Rejected(reply) => reply.to_string(),
+fn reply_text(status: &RecipientStatus) -> String {
+    match status {
+        RecipientStatus::Sent(reply) | RecipientStatus::Deferred(reply) | RecipientStatus::Rejected(reply) => {
+            reply.to_string()
+        }
         RecipientStatus::InDoubt => "no reply".to_owned(),
     }
 }
 
 /// The reply to content that nobody has taken: later, if anybody said later.
 fn negative_reply(handed: &[HopResult]) -> Reply {
-    let fates = || handed.iter().flat_map(|handed| &handed.statuses);
-    let later = fates().find_map(|fate| match fate {
+    let statuses = || handed.iter().flat_map(|handed| &handed.statuses);
+    let later = statuses().find_map(|status| match status {
         RecipientStatus::Deferred(reply) => Some(reply.clone()),
         RecipientStatus::InDoubt => Some(Reply::new(451, "4.4.2", "The mail server behind this one has not answered")),
         RecipientStatus::Sent(_) | RecipientStatus::Rejected(_) => None,
     });
-    let never = || fates().find_map(|fate| if let RecipientStatus::Rejected(reply) = fate { Some(reply.clone()) } else { None });
+    let never = || {
+        statuses()
+            .find_map(|status| if let RecipientStatus::Rejected(reply) = status { Some(reply.clone()) } else { None })
+    };
     later.or_else(never).unwrap_or_else(|| Reply::new(451, "4.3.0", "Nobody has taken the message"))
 }
 
@@ -327,11 +346,11 @@ impl MessageSink for IncomingMessage {
         let copies = std::mem::take(&mut self.copies).prepare()?;
         let handed = if self.hop_recipients.is_empty() { Vec::new() } else { self.deliver_to_hops()? };
         let count = |wanted: fn(&RecipientStatus) -> bool| {
-            handed.iter().flat_map(|handed| &handed.statuses).filter(|fate| wanted(fate)).count()
+            handed.iter().flat_map(|handed| &handed.statuses).filter(|status| wanted(status)).count()
         };
-        let taken = count(|fate| matches!(fate, RecipientStatus::Sent(_)));
-        let open = count(|fate| matches!(fate, RecipientStatus::Deferred(_) | RecipientStatus::InDoubt));
-        let refused = count(|fate| matches!(fate, RecipientStatus::Rejected(_)));
+        let taken = count(|status| matches!(status, RecipientStatus::Sent(_)));
+        let open = count(|status| matches!(status, RecipientStatus::Deferred(_) | RecipientStatus::InDoubt));
+        let refused = count(|status| matches!(status, RecipientStatus::Rejected(_)));
         // As long as nobody has it, it can stay with the provider; that one also tells its sender of a refusal.
         let can_go_back = taken == 0 && (open > 0 || refused > 0 && !can_be_here);
         if can_go_back {
@@ -365,10 +384,11 @@ pub struct SuccessDsn {
 
 impl SuccessDsn {
     /// `None`: none of these recipients is to be told of; `elsewhere`: a next hop gets one.
-    pub fn new(desk: &Reporter, envelope: &Envelope, begun: &Routing, elsewhere: bool) -> Option<SuccessDsn> {
-        let asked = elsewhere || begun.delivered_here.iter().chain(&begun.expanded).any(|recipient| recipient.notify.success());
+    pub fn new(reporter: &Reporter, envelope: &Envelope, begun: &Routing, elsewhere: bool) -> Option<SuccessDsn> {
+        let asked =
+            elsewhere || begun.delivered_here.iter().chain(&begun.expanded).any(|recipient| recipient.notify.success());
         asked.then(|| SuccessDsn {
-            reporter: desk.clone(),
+            reporter: reporter.clone(),
             envelope: Envelope { recipients: begun.delivered_here.clone(), ..envelope.clone() },
             others: begun.expanded.iter().map(|recipient| (recipient.clone(), Action::Expanded)).collect(),
             header: Vec::new(),

@@ -238,7 +238,9 @@ impl Maildir {
             let used = metadata.accessed().ok().max(metadata.modified().ok());
             if used.and_then(|used| now.duration_since(used).ok()).is_some_and(|age| age > STALE_AGE) {
                 match fs::remove_file(found.path()) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(with_path(&found.path(), error)),
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(with_path(&found.path(), error));
+                    }
                     _ => log::info!("event=swept file={}", found.path().display()),
                 }
             }
@@ -283,7 +285,10 @@ impl Draft {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.file.flush().and_then(|()| self.file.get_ref().sync_all()).map_err(|error| with_path(&self.temporary, error))
+        self.file
+            .flush()
+            .and_then(|()| self.file.get_ref().sync_all())
+            .map_err(|error| with_path(&self.temporary, error))
     }
 
     /// Into `new`, under a name that tells the size on disk and on the wire (Maildir++), and whether it takes
@@ -456,7 +461,7 @@ fn list(path: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stamp::Ids;
+    use crate::ids::Ids;
     use std::collections::HashSet;
     use std::path::Path;
 
@@ -776,11 +781,11 @@ mod tests {
     fn ten_thousand_drafts_at_once_get_ten_thousand_names() {
         let (_folder, maildir) = maildir();
         maildir.create().unwrap();
-        let stamps = Ids::system(|octets| octets.fill(7));
+        let ids = Ids::system(|octets| octets.fill(7));
         let unique: Vec<HashSet<String>> = std::thread::scope(|scope| {
             let deliver = || {
                 let deliver = |_| {
-                    let mut draft = maildir.draft(&stamps.file_name("host")).unwrap();
+                    let mut draft = maildir.draft(&ids.file_name("host")).unwrap();
                     draft.publish().unwrap();
                     draft.unique.clone()
                 };

@@ -13,7 +13,7 @@
 //! So the sum may be a little off where several write at once; it is counted again when it says that the mailbox
 //! is full, and when the file has grown long. `.Trash` and messages marked as deleted do not count.
 
-use super::{with_path, list};
+use super::{list, with_path};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -81,10 +81,7 @@ struct Usage {
 
 impl Usage {
     fn plus(self, more: Usage) -> Usage {
-        Usage {
-            octets: self.octets.saturating_add(more.octets),
-            messages: self.messages.saturating_add(more.messages),
-        }
+        Usage { octets: self.octets.saturating_add(more.octets), messages: self.messages.saturating_add(more.messages) }
     }
 }
 
@@ -205,7 +202,9 @@ impl Quota {
         match open(OpenOptions::new().append(true), &path) {
             // Somebody has lifted the quota.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            file => file?.write_all(format!("{octets} {messages}\n").as_bytes()).map_err(|error| with_path(&path, error)),
+            file => {
+                file?.write_all(format!("{octets} {messages}\n").as_bytes()).map_err(|error| with_path(&path, error))
+            }
         }
     }
 }
@@ -334,7 +333,7 @@ fn deleted(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::maildir::{MessageWriter, Maildir};
+    use crate::maildir::{Maildir, MessageWriter};
     use proptest::prelude::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
 

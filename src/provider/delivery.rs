@@ -20,14 +20,14 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::config::Timeouts;
-use crate::dialogue::REPLY_LINE_LIMIT;
-use crate::outgoing::{Attempt, Reporter, Peer};
-use crate::queue::{QueuedMessage, QueueLock};
-use crate::smtp::client::{Awaiting, Client, RecipientStatus, Abort, DeliveryResult, ClientStep};
+use crate::net::connection::{CancelToken, Connection, Filled, Line};
+use crate::queue::{QueueLock, QueuedMessage};
+use crate::report::{Attempt, Peer, Reporter};
+use crate::session::client::REPLY_LINE_LIMIT;
+use crate::smtp::client::{Abort, Awaiting, Client, ClientStep, DeliveryResult, RecipientStatus};
 use crate::smtp::content::Stuffer;
 use crate::smtp::reply::{Reply, ReplyReader};
 use crate::turn::{Turn, Turned};
-use crate::wire::{Filled, Line, CancelToken, Connection};
 
 /// Content is read and sent in pieces of so many octets.
 const CONTENT_BLOCK: usize = 32 * 1024;
@@ -146,7 +146,9 @@ impl DeliveryThread {
             if open || !sessions.is_empty() {
                 self.wait(&mut sessions, open);
                 let now = Instant::now();
-                sessions.extract_if(.., |session| session.is_due(now) && !self.work(session, now)).for_each(TurnedSession::close);
+                sessions
+                    .extract_if(.., |session| session.is_due(now) && !self.work(session, now))
+                    .for_each(TurnedSession::close);
             }
         }
         for mut session in sessions {
@@ -196,9 +198,10 @@ impl DeliveryThread {
             session.wake = session.wake_at(now, stopping);
             until = until.min(session.wake);
             let wanted = session.connection.interest();
-            for (descriptor, flags) in
-                [(session.connection.input_fd(), wanted & PollFlags::IN), (session.connection.output_fd(), wanted & PollFlags::OUT)]
-            {
+            for (descriptor, flags) in [
+                (session.connection.input_fd(), wanted & PollFlags::IN),
+                (session.connection.output_fd(), wanted & PollFlags::OUT),
+            ] {
                 // Asked for nothing, poll(2) would still report a hang-up, again and again.
                 if !flags.is_empty() {
                     polls.push(PollFd::from_borrowed_fd(descriptor, flags));
@@ -280,18 +283,18 @@ struct TurnCounters {
 
 impl TurnedSession {
     fn new(turned: Turned, rules: &TurnSettings) -> TurnedSession {
-        let Turned { connection: wire, client, lock: hold, peer, account } = turned;
+        let Turned { connection, client, lock, peer, account } = turned;
         let now = Instant::now();
-        let domains: Vec<_> = hold.domains().map(|domain| domain.as_str()).collect();
+        let domains: Vec<_> = lock.domains().map(|domain| domain.as_str()).collect();
         log::info!(
             "event=turned session={} peer={peer} account={account} domains={}",
-            wire.trace.id,
+            connection.trace.id,
             domains.join(",")
         );
         TurnedSession {
-            connection: wire,
+            connection,
             client,
-            lock: hold,
+            lock,
             account,
             peer,
             settings: rules.clone(),
@@ -372,7 +375,8 @@ impl TurnedSession {
                 Line::TooLong => return Err(TurnEnd("a reply line without end".to_owned())),
             };
             self.connection.trace.received(&line);
-            let reply = self.replies.line(&line).map_err(|error| TurnEnd(format!("this is no reply: {:?}", error.0)))?;
+            let reply =
+                self.replies.line(&line).map_err(|error| TurnEnd(format!("this is no reply: {:?}", error.0)))?;
             if let Some(reply) = reply {
                 any = true;
                 self.progress(now);
@@ -390,7 +394,7 @@ impl TurnedSession {
         match step {
             ClientStep::Wait | ClientStep::Ready => {}
             ClientStep::Content { .. } => self.content = Some(Stuffer::new()),
-            ClientStep::MessageDone(outcome) => self.finish_message(&outcome)?,
+            ClientStep::MessageDone(result) => self.finish_message(&result)?,
             ClientStep::Closed => return Err(TurnEnd("done".to_owned())),
             ClientStep::Abort(Abort::Rejected { what, reply }) => {
                 log::warn!("event=turn-refused session={} what={what:?} reply={:?}", self.id(), reply.to_string());
@@ -408,18 +412,18 @@ impl TurnedSession {
 
     /// Sends a piece of the content under way.
     fn send_content(&mut self, now: Instant) -> Result<bool, TurnEnd> {
-        let (Some(stuffer), Some(batch)) = (&mut self.content, self.messages.front_mut()) else {
+        let (Some(stuffer), Some(message)) = (&mut self.content, self.messages.front_mut()) else {
             return Ok(false);
         };
         if self.connection.unsent() > HIGH_WATER {
             return Ok(false);
         }
         let mut piece = [0; CONTENT_BLOCK];
-        let octets = match batch.read(&mut piece) {
+        let octets = match message.read(&mut piece) {
             Ok(octets) => octets,
             Err(error) => {
                 // It goes to the end of the line, or nothing behind it would ever be sent.
-                batch.move_to_end();
+                message.move_to_end();
                 return Err(error.into());
             }
         };
@@ -448,11 +452,11 @@ impl TurnedSession {
         let enough = self.settings.cancel.is_cancelled() || (limit > 0 && self.counters.offered >= limit);
         let mut said = Vec::new();
         match if enough { None } else { self.lock.next_message() } {
-            Some(batch) => {
+            Some(message) => {
                 self.counters.offered += 1;
-                match self.client.send_message(batch.outgoing_message(), &mut said) {
-                    Ok(()) => self.messages.push_back(batch),
-                    Err(outcome) => self.finish_attempt(batch, &outcome)?,
+                match self.client.send_message(message.outgoing_message(), &mut said) {
+                    Ok(()) => self.messages.push_back(message),
+                    Err(result) => self.finish_attempt(message, &result)?,
                 }
             }
             None if self.client.in_flight() == 0 => self.client.quit(&mut said),
@@ -468,32 +472,32 @@ impl TurnedSession {
         Ok(true)
     }
 
-    fn finish_message(&mut self, outcome: &DeliveryResult) -> Result<(), TurnEnd> {
+    fn finish_message(&mut self, result: &DeliveryResult) -> Result<(), TurnEnd> {
         self.queue_empty = false;
         match self.messages.pop_front() {
-            Some(batch) => self.finish_attempt(batch, outcome),
+            Some(message) => self.finish_attempt(message, result),
             None => Ok(()),
         }
     }
 
-    fn finish_attempt(&mut self, batch: QueuedMessage, outcome: &DeliveryResult) -> Result<(), TurnEnd> {
-        let size = batch.size;
+    fn finish_attempt(&mut self, message: QueuedMessage, result: &DeliveryResult) -> Result<(), TurnEnd> {
+        let size = message.size;
         let peer = Peer { name: self.client.peer_name(), dsn: self.client.offered().dsn };
         let context = format!("session={} account={}", self.connection.trace.id, self.account);
         let attempt = Attempt { peer, retry: None, done: "delivered", context: &context };
-        if self.settings.reporter.finish_attempt(batch, outcome.clone(), &attempt, &mut self.lock).is_err() {
+        if self.settings.reporter.finish_attempt(message, result.clone(), &attempt, &mut self.lock).is_err() {
             // The disk does not take what has been done: to go on would be to do it again and again.
             return Err(TurnEnd("the outcome could not be kept".to_owned()));
         }
-        for fate in &outcome.recipients {
-            *match fate {
+        for status in &result.recipients {
+            *match status {
                 RecipientStatus::Sent(_) => &mut self.counters.sent,
                 RecipientStatus::Deferred(_) => &mut self.counters.deferred,
                 RecipientStatus::Rejected(_) => &mut self.counters.rejected,
                 RecipientStatus::InDoubt => &mut self.counters.in_doubt,
             } += 1;
         }
-        if outcome.recipients.iter().any(|fate| matches!(fate, RecipientStatus::Sent(_))) {
+        if result.recipients.iter().any(|status| matches!(status, RecipientStatus::Sent(_))) {
             self.counters.octets += size;
         }
         Ok(())
@@ -502,22 +506,22 @@ impl TurnedSession {
     /// Ends the session: what was under way goes back where it came from, or into doubt.
     fn end(&mut self, why: &str) {
         let gone = Reply::new(451, "4.4.2", "The connection was lost");
-        for outcome in self.client.abandon(&gone) {
+        for result in self.client.abandon(&gone) {
             // Logged where it failed; the mail stays as it is.
-            let _ = self.finish_message(&outcome);
+            let _ = self.finish_message(&result);
         }
-        let tally = &self.counters;
+        let counters = &self.counters;
         log::info!(
             "event=turn-ended session={} peer={} account={} delivered={} deferred={} refused={} in-doubt={} octets={} \
              seconds={:.3} reason={why:?}",
             self.id(),
             self.peer,
             self.account,
-            tally.sent,
-            tally.deferred,
-            tally.rejected,
-            tally.in_doubt,
-            tally.octets,
+            counters.sent,
+            counters.deferred,
+            counters.rejected,
+            counters.in_doubt,
+            counters.octets,
             self.begun.elapsed().as_secs_f64()
         );
     }

@@ -5,13 +5,13 @@
 
 use std::sync::Arc;
 
-use super::{Shared, intake};
+use super::{Shared, spool};
+use crate::mail::address::{ForwardPath, Mailbox};
 use crate::sasl::{CredentialStore, Unavailable};
-use crate::session::{MessageSink, SessionHandler, ServerSession};
-use crate::smtp::address::{ForwardPath, Mailbox};
+use crate::session::server::{MessageSink, ServerSession, SessionHandler};
 use crate::smtp::command::{MailFrom, Notify};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{ServerHandler, Server};
+use crate::smtp::server::{Server, ServerHandler};
 
 /// One inbound session, up to its end.
 pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
@@ -48,7 +48,12 @@ impl ServerHandler for InboundHandler {
 }
 
 impl SessionHandler for InboundHandler {
-    fn receive_message(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn MessageSink>, Reply> {
-        intake::store(&self.shared, server, peer, secure, false)
+    fn receive_message(
+        &mut self,
+        server: &Server,
+        peer: &str,
+        secure: Option<&str>,
+    ) -> Result<Box<dyn MessageSink>, Reply> {
+        spool::store(&self.shared, server, peer, secure, false)
     }
 }

@@ -8,9 +8,9 @@
 
 pub mod delivery;
 pub mod inbound;
-pub mod intake;
 pub mod odmr;
 pub mod relay;
+pub mod spool;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -22,30 +22,31 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::clock::Timestamp;
 use crate::config;
-use crate::listen::{self, Acceptor, ConnectionLimiter};
-use crate::outgoing::Reporter;
+use crate::ids::Ids;
+use crate::mail::address::{ForwardPath, Mailbox};
+use crate::net::connection::{CancelToken, Connection, Trace};
+use crate::net::listener::{self, Acceptor, ConnectionLimiter};
+use crate::net::tls::{self, ServerTls};
 use crate::queue::Queue;
+use crate::report::Reporter;
 use crate::sasl::Mechanism;
-use crate::session::{SessionLimits, ServerSession, disk_full_reply, address_literal};
-use crate::smtp::address::{ForwardPath, Mailbox};
+use crate::session::server::{ServerSession, SessionLimits, address_literal, disk_full_reply};
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{ServerOptions, ServerRole, Server};
-use crate::stamp::{Timestamp_, Ids};
-use crate::tls::{self, ServerTls};
-use crate::wire::{CancelToken, Trace, Connection};
-use delivery::{DeliveryThread, TurnSettings, TurnSender};
+use crate::smtp::server::{Server, ServerOptions, ServerRole};
+use delivery::{DeliveryThread, TurnSender, TurnSettings};
 use relay::Relay;
 
 /// What all threads of a provider share.
 pub struct Shared {
     pub config: config::ProviderConfig,
     pub queue: Queue,
-    pub stamps: Ids,
+    pub ids: Ids,
     pub turns: TurnSender,
     pub relay: relay::RelayHandle,
-    pub router: intake::RecipientRouter,
+    pub router: spool::RecipientRouter,
     pub rates: SubmissionRates,
     tls: Option<ServerTls>,
     cancel: CancelToken,
@@ -97,8 +98,8 @@ pub struct Provider;
 
 impl Provider {
     /// Checks what the configuration names, binds every listener, and only then begins to work.
-    pub fn start(config: config::ProviderConfig, stamps: Ids) -> Result<RunningProvider, StartError> {
-        let (shared, delivery, relay) = prepare(config, stamps)?;
+    pub fn start(config: config::ProviderConfig, ids: Ids) -> Result<RunningProvider, StartError> {
+        let (shared, delivery, relay) = prepare(config, ids)?;
         let mut listeners = Vec::new();
         let config = &shared.config;
         for (door, addresses) in [
@@ -107,7 +108,7 @@ impl Provider {
             (Listener::OdmrTls, &config.odmr.listen_tls),
         ] {
             for address in addresses {
-                listeners.push((door, listen::bind(*address).map_err(StartError::System)?));
+                listeners.push((door, listener::bind(*address).map_err(StartError::System)?));
             }
         }
         let mut running = RunningProvider {
@@ -132,12 +133,12 @@ impl Provider {
                 let gate = Acceptor {
                     name: door.name(),
                     greets: door != Listener::OdmrTls,
-                    stop: shared.cancel.clone(),
+                    cancel: shared.cancel.clone(),
                     limiter: shared.limiter.clone(),
                 };
                 let serve = move |stream: TcpStream, peer| {
-                    let wire = Connection::new(stream.into(), shared.trace(door));
-                    shared.serve(door, wire, Some(peer));
+                    let connection = Connection::new(stream.into(), shared.trace(door));
+                    shared.serve(door, connection, Some(peer));
                 };
                 gate.accept(&listener, Arc::new(serve));
             })?;
@@ -149,16 +150,16 @@ impl Provider {
     /// turn; returns when it is over.
     pub fn serve_one(
         config: config::ProviderConfig,
-        stamps: Ids,
+        ids: Ids,
         door: Listener,
-        wire: (OwnedFd, Option<OwnedFd>),
+        connection: (OwnedFd, Option<OwnedFd>),
         peer: Option<IpAddr>,
-        stop: &CancelToken,
+        cancel: &CancelToken,
     ) -> Result<(), StartError> {
         // Outgoing mail is put into the queue; the `serve` that has no --inetd sends it.
         let grace = config.timeouts.shutdown;
-        let (shared, delivery, _relay) = prepare(config, stamps)?;
-        let (signal, session, at_once) = (stop.clone(), shared.cancel.clone(), shared.abort.clone());
+        let (shared, delivery, _relay) = prepare(config, ids)?;
+        let (signal, session, at_once) = (cancel.clone(), shared.cancel.clone(), shared.abort.clone());
         std::thread::spawn(move || {
             signal.wait_until(None);
             session.cancel();
@@ -169,11 +170,11 @@ impl Provider {
             let shared = shared.clone();
             std::thread::Builder::new().spawn(move || {
                 let trace = shared.trace(door);
-                let wire = match wire {
+                let connection = match connection {
                     (socket, None) => Connection::new(socket, trace),
                     (input, Some(output)) => Connection::pair(input, output, trace),
                 };
-                shared.serve(door, wire, peer);
+                shared.serve(door, connection, peer);
             })
         };
         let worker = worker.map_err(system)?;
@@ -231,38 +232,38 @@ impl RunningProvider {
     }
 }
 
-fn prepare(config: config::ProviderConfig, stamps: Ids) -> Result<(Arc<Shared>, DeliveryThread, Relay), StartError> {
+fn prepare(config: config::ProviderConfig, ids: Ids) -> Result<(Arc<Shared>, DeliveryThread, Relay), StartError> {
     let tls = match &config.tls {
         Some(files) => Some(tls::server_config(&files.certificate, &files.key).map_err(StartError::Config)?),
         None => None,
     };
-    let stop = CancelToken::new().map_err(system)?;
-    let halt = CancelToken::new().map_err(system)?;
-    let queue = Queue::new(&config.spool, &config.hostname, stamps.clone(), config.timeouts.takeover);
-    let sorter = intake::RecipientRouter::new(&config);
+    let cancel = CancelToken::new().map_err(system)?;
+    let abort = CancelToken::new().map_err(system)?;
+    let queue = Queue::new(&config.spool, &config.hostname, ids.clone(), config.timeouts.takeover);
+    let sorter = spool::RecipientRouter::new(&config);
     let (relay, events) = relay::channel();
     let notices =
-        intake::SpoolDsnSink { queue: queue.clone(), router: sorter.clone(), relay: relay.clone(), stamps: stamps.clone() };
-    let desk = Reporter::new(&config.hostname, &stamps, Some(Arc::new(notices)));
-    let outgoing = Relay::new(&config, &queue, &stamps, desk.clone(), (relay.clone(), events), &stop)?;
+        spool::SpoolDsnSink { queue: queue.clone(), router: sorter.clone(), relay: relay.clone(), ids: ids.clone() };
+    let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(notices)));
+    let outgoing = Relay::new(&config, &queue, &ids, reporter.clone(), (relay.clone(), events), &cancel)?;
     let rules = TurnSettings {
         timeouts: config.timeouts.clone(),
         messages: config.limits.messages_per_turn,
-        reporter: desk,
-        cancel: stop.clone(),
-        abort: halt.clone(),
+        reporter,
+        cancel: cancel.clone(),
+        abort: abort.clone(),
     };
     let (turns, delivery) = delivery::channel(config.limits.turned_sessions, rules).map_err(system)?;
     let shared = Shared {
         queue,
-        stamps,
+        ids,
         turns,
         relay,
         router: sorter,
         rates: SubmissionRates::default(),
         tls,
-        cancel: stop,
-        abort: halt,
+        cancel,
+        abort,
         limiter: ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address),
         sessions: AtomicU64::new(0),
         config,
@@ -296,12 +297,12 @@ impl Shared {
     }
 
     /// One connection, up to its end or its turn.
-    fn serve(self: &Arc<Shared>, door: Listener, wire: io::Result<Connection>, peer: Option<IpAddr>) {
+    fn serve(self: &Arc<Shared>, door: Listener, connection: io::Result<Connection>, peer: Option<IpAddr>) {
         let begun = Instant::now();
         let literal = peer.map_or_else(|| "[unknown]".to_owned(), address_literal);
-        let id = wire.as_ref().map_or_else(|_| String::new(), |wire| wire.trace.id.clone());
+        let id = connection.as_ref().map_or_else(|_| String::new(), |connection| connection.trace.id.clone());
         log::info!("event=connected session={id} listener={} peer={literal}", door.name());
-        let why = self.converse(door, wire, literal.clone()).unwrap_or_else(|error| error.to_string());
+        let why = self.converse(door, connection, literal.clone()).unwrap_or_else(|error| error.to_string());
         log::info!(
             "event=closed session={id} listener={} peer={literal} seconds={:.3} reason={why:?}",
             door.name(),
@@ -309,18 +310,23 @@ impl Shared {
         );
     }
 
-    fn converse(self: &Arc<Shared>, door: Listener, wire: io::Result<Connection>, peer: String) -> io::Result<String> {
-        let mut wire = wire?;
+    fn converse(
+        self: &Arc<Shared>,
+        door: Listener,
+        connection: io::Result<Connection>,
+        peer: String,
+    ) -> io::Result<String> {
+        let mut connection = connection?;
         let timeouts = &self.config.timeouts;
         let mut tls = self.tls.clone();
         if door == Listener::OdmrTls
-            && let Some(side) = tls.take()
+            && let Some(tls) = tls.take()
         {
-            wire.start_tls_server(&side, Instant::now() + timeouts.handshake)?;
+            connection.start_tls_server(&tls, Instant::now() + timeouts.handshake)?;
         }
-        let server = Server::new(self.profile(door), wire.secure().is_some());
-        let bounds = SessionLimits::new(timeouts, &self.config.limits, &self.cancel, &self.abort);
-        let session = ServerSession::new(wire, server, peer, tls, bounds);
+        let server = Server::new(self.profile(door), connection.secure().is_some());
+        let limits = SessionLimits::new(timeouts, &self.config.limits, &self.cancel, &self.abort);
+        let session = ServerSession::new(connection, server, peer, tls, limits);
         Ok(match door {
             Listener::Inbound => inbound::serve(self, session),
             Listener::Odmr | Listener::OdmrTls => odmr::serve(self, session),
@@ -342,7 +348,7 @@ impl Shared {
             require_tls: config.odmr.require_tls,
             dsn: true,
             mechanisms: mechanisms.collect(),
-            stamps: self.stamps.clone(),
+            ids: self.ids.clone(),
         }
     }
 }
@@ -350,12 +356,12 @@ impl Shared {
 /// How many messages each account has handed in within the hour.
 #[derive(Default)]
 pub struct SubmissionRates {
-    hours: Mutex<HashMap<String, (Timestamp_, usize)>>,
+    hours: Mutex<HashMap<String, (Timestamp, usize)>>,
 }
 
 impl SubmissionRates {
     /// Counts one more; `limit` 0: no limit.
-    fn admit(&self, account: &str, limit: usize, now: Timestamp_) -> bool {
+    fn admit(&self, account: &str, limit: usize, now: Timestamp) -> bool {
         if limit == 0 {
             return true;
         }

@@ -8,15 +8,15 @@
 
 use std::sync::Arc;
 
-use super::{Shared, intake};
+use super::{Shared, spool};
 use crate::config::Account;
-use crate::queue::{QueueLock, LockError, QueueName};
+use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
+use crate::queue::{LockError, QueueLock, QueueName};
 use crate::sasl::{CredentialStore, Unavailable};
-use crate::session::{SessionEnd, MessageSink, SessionHandler, ServerSession};
-use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
+use crate::session::server::{MessageSink, ServerSession, SessionEnd, SessionHandler};
 use crate::smtp::command::{MailFrom, Notify};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{ServerHandler, Server};
+use crate::smtp::server::{Server, ServerHandler};
 use crate::turn::Turn;
 
 /// One session, up to its end or its turn.
@@ -32,7 +32,7 @@ pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
             }
         };
         let offered = match lock_mail(shared, session.server.account(), &domains) {
-            Ok(hold) => Turn::offer(session, hold),
+            Ok(lock) => Turn::offer(session, lock),
             Err(reply) => Err(Box::new((session, reply))),
         };
         let refused = match offered {
@@ -67,15 +67,15 @@ fn lock_mail(shared: &Shared, account: Option<&str>, asked: &[Domain]) -> Result
     }
     let domains = if asked.is_empty() { own } else { asked };
     let places: Vec<_> = domains.iter().cloned().map(QueueName::Domain).collect();
-    let hold = match shared.queue.lock(&places) {
-        Ok(hold) => hold,
+    let lock = match shared.queue.lock(&places) {
+        Ok(lock) => lock,
         Err(LockError::Busy(domain)) => {
             return Err(Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {domain}")));
         }
         Err(LockError::Failed(error)) => return Err(unavailable(&error)),
     };
-    match hold.is_empty() {
-        Ok(false) => Ok(hold),
+    match lock.is_empty() {
+        Ok(false) => Ok(lock),
         // RFC 2645 section 5.2.1; the enhanced code is the one registered for 453 (RFC 5248).
         Ok(true) => Err(Reply::new(453, "4.3.2", "You have no mail")),
         Err(error) => Err(unavailable(&error)),
@@ -120,7 +120,7 @@ impl ServerHandler for OdmrHandler {
             return Err(Reply::new(550, "5.7.1", "That sender's domain is not this account's"));
         }
         self.shared.check_room(mail)?;
-        if !self.shared.rates.admit(&account.name, account.rate, self.shared.stamps.now()) {
+        if !self.shared.rates.admit(&account.name, account.rate, self.shared.ids.clock().now()) {
             return Err(Reply::new(452, "4.3.2", format!("No more than {} messages an hour", account.rate)));
         }
         Ok(())
@@ -144,7 +144,12 @@ impl ServerHandler for OdmrHandler {
 }
 
 impl SessionHandler for OdmrHandler {
-    fn receive_message(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn MessageSink>, Reply> {
-        intake::store(&self.shared, server, peer, secure, true)
+    fn receive_message(
+        &mut self,
+        server: &Server,
+        peer: &str,
+        secure: Option<&str>,
+    ) -> Result<Box<dyn MessageSink>, Reply> {
+        spool::store(&self.shared, server, peer, secure, true)
     }
 }

@@ -12,9 +12,9 @@
 //! of the envelope end, the content begins, whatever it says itself: a `Return-Path` that a sender forged
 //! stands behind our `Received` and is never read as an envelope.
 
-use crate::smtp::address::{Domain, Mailbox, ReversePath, reverse_path};
+use crate::clock::Timestamp;
+use crate::mail::address::{Domain, Mailbox, ReversePath, reverse_path};
 use crate::smtp::command::{Body, MailFrom, Notify, Recipient, Return, original_recipient};
-use crate::stamp::Timestamp_;
 
 /// More than this is no envelope.
 pub const ENVELOPE_LIMIT: usize = 1 << 20;
@@ -25,7 +25,7 @@ pub struct Envelope {
     pub from: ReversePath,
     pub recipients: Vec<Recipient>,
     pub id: String,
-    pub arrived: Timestamp_,
+    pub arrived: Timestamp,
     pub body: Body,
     /// It came with SMTPUTF8 (RFC 6531).
     pub utf8: bool,
@@ -36,7 +36,7 @@ pub struct Envelope {
 
 impl Envelope {
     /// Of a message that came with this MAIL.
-    pub fn new(mail: &MailFrom, recipients: Vec<Recipient>, id: &str, arrived: Timestamp_) -> Envelope {
+    pub fn new(mail: &MailFrom, recipients: Vec<Recipient>, id: &str, arrived: Timestamp) -> Envelope {
         Envelope {
             from: mail.path.clone(),
             recipients,
@@ -108,7 +108,7 @@ pub enum Parsed {
 
 /// Reads the envelope. `end`: these octets are the whole file. `domain`: only recipients there are meant.
 /// `id` is used for files that have none.
-pub fn parse(front: &[u8], end: bool, domain: Option<&Domain>, id: &str, arrived: Timestamp_) -> Parsed {
+pub fn parse(front: &[u8], end: bool, domain: Option<&Domain>, id: &str, arrived: Timestamp) -> Parsed {
     let mut fields = Fields::default();
     let (mut octets, mut lines) = (0, 0);
     let mut field = Field::Content;
@@ -197,7 +197,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn head(self, domain: Option<&Domain>, id: &str, arrived: Timestamp_, octets: usize, lines: usize) -> Parsed {
+    fn head(self, domain: Option<&Domain>, id: &str, arrived: Timestamp, octets: usize, lines: usize) -> Parsed {
         let here = |(value, wishes): &(&[u8], &[u8])| {
             // Not `trim`: a local part may begin or end with white space of Unicode's.
             let text = std::str::from_utf8(value).ok()?.trim_matches([' ', '\t']);
@@ -231,7 +231,7 @@ impl<'a> Fields<'a> {
         for word in self.ours.unwrap_or_default().split("; ").map(str::trim) {
             match word.split_once('=').unwrap_or((word, "")) {
                 ("id", id) => envelope.id = id.to_owned(),
-                ("arrived", date) => envelope.arrived = Timestamp_::parse_rfc3339(date).unwrap_or(arrived),
+                ("arrived", date) => envelope.arrived = Timestamp::parse_rfc3339(date).unwrap_or(arrived),
                 ("body", "8BITMIME") => envelope.body = Body::EightBit,
                 ("body", "7BIT") => envelope.body = Body::SevenBit,
                 ("smtputf8", _) => envelope.utf8 = true,
@@ -267,7 +267,7 @@ mod tests {
     }
 
     fn head(text: &str) -> ParsedEnvelope {
-        match parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp_::from_seconds(0)) {
+        match parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp::from_seconds(0)) {
             Parsed::Head(head) => head,
             other => panic!("{text}: {other:?}"),
         }
@@ -286,7 +286,7 @@ mod tests {
                 Recipient::plain(Mailbox::parse("\"y z\"@example.org").unwrap()),
             ],
             id: "abc".to_owned(),
-            arrived: Timestamp_::from_seconds(1_767_323_045),
+            arrived: Timestamp::from_seconds(1_767_323_045),
             body: Body::EightBit,
             utf8: true,
             ret: Some(Return::Header),
@@ -316,17 +316,17 @@ mod tests {
     #[test]
     fn what_has_no_recipient_here_is_not_sent() {
         for text in ["", "\n", "Subject: hello\n\n", "Delivered-To: eva@example.net\n\n", "Return-Path: <a@b.c>\n"] {
-            let parsed = parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp_::from_seconds(0));
+            let parsed = parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp::from_seconds(0));
             assert!(matches!(parsed, Parsed::NoRecipients), "{text:?}");
         }
-        let unfinished = parse(b"Delivered-To: eva@exam", false, domain().as_ref(), "id", Timestamp_::from_seconds(0));
+        let unfinished = parse(b"Delivered-To: eva@exam", false, domain().as_ref(), "id", Timestamp::from_seconds(0));
         assert!(matches!(unfinished, Parsed::More));
     }
 
     proptest::proptest! {
         #[test]
         fn any_file_is_survived(front: Vec<u8>, end: bool) {
-            let _ = parse(&front, end, domain().as_ref(), "id", Timestamp_::from_seconds(0));
+            let _ = parse(&front, end, domain().as_ref(), "id", Timestamp::from_seconds(0));
         }
     }
 }

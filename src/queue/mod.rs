@@ -26,14 +26,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 pub use envelope::Envelope;
-use envelope::{ParsedEnvelope, Parsed};
+use envelope::{Parsed, ParsedEnvelope};
 
-use crate::maildir::{self, MessageWriter, Entry, IN_DOUBT, Maildir, DELAY_REPORTED, with_path, for_each_block};
-use crate::smtp::address::Domain;
-use crate::smtp::client::{RecipientStatus, OutgoingMessage, DeliveryResult};
+use crate::clock::Timestamp;
+use crate::ids::Ids;
+use crate::mail::address::Domain;
+use crate::maildir::{self, DELAY_REPORTED, Entry, IN_DOUBT, Maildir, MessageWriter, for_each_block, with_path};
+use crate::smtp::client::{DeliveryResult, OutgoingMessage, RecipientStatus};
 use crate::smtp::command::Recipient;
 use crate::smtp::content::WireSize;
-use crate::stamp::{Timestamp_, Ids};
 
 /// How long one who wants a domain waits for a holder that was asked to give way.
 const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
@@ -85,7 +86,7 @@ impl fmt::Display for QueueName {
 pub struct Queue {
     spool: PathBuf,
     hostname: String,
-    stamps: Ids,
+    ids: Ids,
     /// A holder that has made no progress for so long gives way to one who asks.
     takeover: Duration,
 }
@@ -99,8 +100,8 @@ pub enum LockError {
 }
 
 impl Queue {
-    pub fn new(spool: impl Into<PathBuf>, hostname: &str, stamps: Ids, takeover: Duration) -> Queue {
-        Queue { spool: spool.into(), hostname: hostname.to_owned(), stamps, takeover }
+    pub fn new(spool: impl Into<PathBuf>, hostname: &str, ids: Ids, takeover: Duration) -> Queue {
+        Queue { spool: spool.into(), hostname: hostname.to_owned(), ids, takeover }
     }
 
     /// The Maildir of a place.
@@ -125,11 +126,17 @@ impl Queue {
 
     /// A name for a file that nobody else has.
     pub fn unique(&self) -> String {
-        self.stamps.file_name(&self.hostname)
+        self.ids.file_name(&self.hostname)
     }
 
     /// One copy more of a message.
-    pub fn add_copy(&self, copies: &mut MessageWriter, place: &QueueName, envelope: &Envelope, head: &str) -> io::Result<()> {
+    pub fn add_copy(
+        &self,
+        copies: &mut MessageWriter,
+        place: &QueueName,
+        envelope: &Envelope,
+        head: &str,
+    ) -> io::Result<()> {
         let lines = envelope.to_header(head);
         // What could never be read again is not taken.
         if lines.len() >= envelope::ENVELOPE_LIMIT {
@@ -167,7 +174,7 @@ impl Queue {
         let maildir = self.maildir(place);
         for entry in maildir.entries()? {
             match QueuedMessage::open(&maildir, place, entry) {
-                Ok(Some(batch)) => show(&batch),
+                Ok(Some(message)) => show(&message),
                 Ok(None) => {}
                 Err(error) => log::warn!("event=unreadable error={:?}", error.to_string()),
             }
@@ -294,7 +301,7 @@ impl QueueLock {
             while let Some(entry) = held.waiting.pop_front() {
                 held.offered.insert(entry.unique().to_owned());
                 match QueuedMessage::open(&held.maildir, &held.name, entry) {
-                    Ok(Some(batch)) => return Some(batch),
+                    Ok(Some(message)) => return Some(message),
                     Ok(None) => {}
                     Err(error) => log::error!("event=unreadable place={} error={:?}", held.name, error.to_string()),
                 }
@@ -318,11 +325,11 @@ impl QueueLock {
 
     /// Whether [`Hold::offer`] has something now.
     pub fn has_message(&mut self) -> bool {
-        let Some(batch) = self.next_message() else { return false };
-        let path = batch.maildir.path();
+        let Some(message) = self.next_message() else { return false };
+        let path = message.maildir.path();
         if let Some(held) = self.queues.iter_mut().find(|held| held.maildir.path() == path) {
-            held.offered.remove(batch.entry.unique());
-            held.waiting.push_front(batch.entry);
+            held.offered.remove(message.entry.unique());
+            held.waiting.push_front(message.entry);
         }
         true
     }
@@ -441,7 +448,7 @@ impl QueuedMessage {
             }
             None => measure(&file, content).map_err(|error| with_path(&path, error))?,
         };
-        let mut batch = QueuedMessage {
+        let mut message = QueuedMessage {
             maildir: maildir.clone(),
             entry,
             file,
@@ -452,8 +459,8 @@ impl QueuedMessage {
             next_attempt: None,
             rejections_reported: false,
         };
-        batch.rewind().map_err(|error| with_path(&path, error))?;
-        Ok(Some(batch))
+        message.rewind().map_err(|error| with_path(&path, error))?;
+        Ok(Some(message))
     }
 
     /// The name that stays the same whatever happens to the file.
@@ -490,25 +497,25 @@ impl QueuedMessage {
 
     /// Acts on what became of the message: the one place where mail is removed. `outcome` has a fate for
     /// each recipient in order; those it does not reach are untried.
-    pub fn settle(mut self, outcome: &DeliveryResult, hold: &mut QueueLock) -> io::Result<()> {
+    pub fn settle(mut self, result: &DeliveryResult, lock: &mut QueueLock) -> io::Result<()> {
         let recipients = std::mem::take(&mut self.envelope.recipients);
         let (mut left, mut refused, mut marks) = (Vec::new(), Vec::new(), String::new());
         let (mut in_doubt, mut again) = (false, false);
         let all = recipients.len();
         for (number, recipient) in recipients.into_iter().enumerate() {
-            match outcome.recipients.get(number) {
+            match result.recipients.get(number) {
                 Some(RecipientStatus::Sent(_)) => {}
                 Some(RecipientStatus::Rejected(reply)) => {
                     marks.push_str(&format!("X-ODMR-Refused: <{}> {reply}\n", recipient.mailbox));
                     refused.push(recipient);
                 }
-                fate => {
-                    in_doubt |= matches!(fate, Some(RecipientStatus::InDoubt));
+                status => {
+                    in_doubt |= matches!(status, Some(RecipientStatus::InDoubt));
                     // RFC 5321 section 4.5.3.1.10: what was one recipient too many goes in another
                     // transaction, at once.
-                    again |= match fate {
+                    again |= match status {
                         Some(RecipientStatus::Deferred(reply)) => matches!(reply.code(), 452 | 552),
-                        _ => fate.is_none(),
+                        _ => status.is_none(),
                     };
                     left.push(recipient);
                 }
@@ -535,7 +542,7 @@ impl QueuedMessage {
         self.maildir.remove(&self.entry)?;
         if again || nobody_left {
             let path = self.maildir.path();
-            if let Some(held) = hold.queues.iter_mut().find(|held| held.maildir.path() == path) {
+            if let Some(held) = lock.queues.iter_mut().find(|held| held.maildir.path() == path) {
                 held.offered.remove(self.entry.unique());
             }
         }
@@ -654,7 +661,7 @@ fn open_file(path: &Path) -> io::Result<Option<File>> {
 /// The envelope at the front of a file.
 fn read_head(file: &File, entry: &Entry, domain: Option<&Domain>) -> io::Result<Option<ParsedEnvelope>> {
     let arrived = file.metadata()?.modified()?.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let arrived = Timestamp_::from_seconds(i64::try_from(arrived.as_secs()).unwrap_or(0));
+    let arrived = Timestamp::from_seconds(i64::try_from(arrived.as_secs()).unwrap_or(0));
     let mut front = vec![0; 4096];
     let mut filled = 0;
     loop {

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::smtp::address::Mailbox;
-use crate::smtp::address::reverse_path;
+use crate::mail::address::Mailbox;
+use crate::mail::address::reverse_path;
 use crate::smtp::client::DecidedBy;
 use crate::smtp::command::Body;
 use crate::smtp::content::Stuffer;
@@ -41,7 +41,7 @@ impl Spool {
             .map(|name| Recipient::plain(Mailbox::parse(&format!("{name}@example.org")).unwrap()))
             .collect();
         let from = reverse_path(b"<a@b.example>").unwrap().0;
-        let arrived = Timestamp_::from_seconds(1_767_323_045);
+        let arrived = Timestamp::from_seconds(1_767_323_045);
         let id = "id1".to_owned();
         let envelope =
             Envelope { from, recipients, id, arrived, body: Body::Unsaid, utf8: false, ret: None, envelope_id: None };
@@ -50,7 +50,7 @@ impl Spool {
         assert_eq!(copies.commit().unwrap().len(), 1);
     }
 
-    fn hold(&self) -> QueueLock {
+    fn lock(&self) -> QueueLock {
         self.queue.lock(&[QueueName::Domain(org())]).unwrap()
     }
 
@@ -78,18 +78,18 @@ impl Spool {
     }
 }
 
-fn local_parts(batch: &QueuedMessage) -> Vec<String> {
-    batch.envelope.recipients.iter().map(|recipient| recipient.mailbox.local().to_owned()).collect()
+fn local_parts(message: &QueuedMessage) -> Vec<String> {
+    message.envelope.recipients.iter().map(|recipient| recipient.mailbox.local().to_owned()).collect()
 }
 
-fn offered(hold: &mut QueueLock) -> Vec<String> {
-    hold.next_message().map(|batch| local_parts(&batch)).unwrap_or_default()
+fn offered(lock: &mut QueueLock) -> Vec<String> {
+    lock.next_message().map(|message| local_parts(&message)).unwrap_or_default()
 }
 
-fn content(batch: &mut QueuedMessage) -> String {
+fn content(message: &mut QueuedMessage) -> String {
     let (mut text, mut piece) = (Vec::new(), [0; 7]);
     loop {
-        match batch.read(&mut piece).unwrap() {
+        match message.read(&mut piece).unwrap() {
             0 => return String::from_utf8(text).unwrap(),
             octets => text.extend_from_slice(&piece[..octets]),
         }
@@ -97,8 +97,8 @@ fn content(batch: &mut QueuedMessage) -> String {
 }
 
 /// `=` delivered, `~` deferred, `!` refused, `?` in doubt, `+` one recipient too many.
-fn outcome(fates: &str) -> DeliveryResult {
-    let fate = |letter| match letter {
+fn result(statuses: &str) -> DeliveryResult {
+    let status = |letter| match letter {
         '=' => RecipientStatus::Sent(Reply::new(250, "2.0.0", "OK")),
         '~' => RecipientStatus::Deferred(Reply::new(450, "4.2.1", "later")),
         '+' => RecipientStatus::Deferred(Reply::new(452, "4.5.3", "too many")),
@@ -106,33 +106,36 @@ fn outcome(fates: &str) -> DeliveryResult {
         '?' => RecipientStatus::InDoubt,
         other => panic!("{other}"),
     };
-    DeliveryResult { recipients: fates.chars().map(fate).collect(), decided_by: DecidedBy::Peer }
+    DeliveryResult { recipients: statuses.chars().map(status).collect(), decided_by: DecidedBy::Peer }
 }
 
-fn settle(hold: &mut QueueLock, fates: &str) {
-    let batch = hold.next_message().expect("a message");
-    assert_eq!(batch.envelope.recipients.len(), fates.len());
-    batch.settle(&outcome(fates), hold).unwrap();
+fn settle(lock: &mut QueueLock, statuses: &str) {
+    let message = lock.next_message().expect("a message");
+    assert_eq!(message.envelope.recipients.len(), statuses.len());
+    message.settle(&result(statuses), lock).unwrap();
 }
 
 #[test]
 fn what_is_put_is_offered_as_it_was() {
     let spool = Spool::new();
     spool.put(&["eva", "bob"]);
-    let mut hold = spool.hold();
-    assert!(!hold.is_empty().unwrap());
-    assert_eq!(hold.domains().map(Domain::as_str).collect::<Vec<_>>(), ["example.org"]);
-    let mut batch = hold.next_message().unwrap();
-    assert_eq!(batch.envelope.from.to_string(), "a@b.example");
-    assert_eq!((local_parts(&batch), batch.envelope.id.as_str()), (vec!["eva".to_owned(), "bob".to_owned()], "id1"));
-    assert_eq!(content(&mut batch), CONTENT);
-    batch.rewind().unwrap();
-    assert_eq!(content(&mut batch), CONTENT);
-    assert_eq!(batch.size, CONTENT.replace('\n', "\r\n").len() as u64);
-    assert!(hold.next_message().is_none(), "each once");
-    drop(batch);
-    drop(hold);
-    assert_eq!(offered(&mut spool.hold()), ["eva", "bob"], "who settles nothing removes nothing");
+    let mut lock = spool.lock();
+    assert!(!lock.is_empty().unwrap());
+    assert_eq!(lock.domains().map(Domain::as_str).collect::<Vec<_>>(), ["example.org"]);
+    let mut message = lock.next_message().unwrap();
+    assert_eq!(message.envelope.from.to_string(), "a@b.example");
+    assert_eq!(
+        (local_parts(&message), message.envelope.id.as_str()),
+        (vec!["eva".to_owned(), "bob".to_owned()], "id1")
+    );
+    assert_eq!(content(&mut message), CONTENT);
+    message.rewind().unwrap();
+    assert_eq!(content(&mut message), CONTENT);
+    assert_eq!(message.size, CONTENT.replace('\n', "\r\n").len() as u64);
+    assert!(lock.next_message().is_none(), "each once");
+    drop(message);
+    drop(lock);
+    assert_eq!(offered(&mut spool.lock()), ["eva", "bob"], "who settles nothing removes nothing");
 }
 
 #[test]
@@ -140,40 +143,46 @@ fn every_mix_of_fates_leaves_on_disk_what_it_must() {
     let names = ["eva", "bob", "zoe"];
     for total in 1..=3u32 {
         for number in 0..4usize.pow(total) {
-            let fates: String = (0..total).map(|place| ['=', '~', '!', '?'][number / 4usize.pow(place) % 4]).collect();
+            let statuses: String =
+                (0..total).map(|place| ['=', '~', '!', '?'][number / 4usize.pow(place) % 4]).collect();
             let spool = Spool::new();
             spool.put(&names[..total as usize]);
-            let mut hold = spool.hold();
-            settle(&mut hold, &fates);
-            assert!(hold.next_message().is_none(), "{fates}: not again in this session");
+            let mut lock = spool.lock();
+            settle(&mut lock, &statuses);
+            assert!(lock.next_message().is_none(), "{statuses}: not again in this session");
             let with = |wanted: &str| -> Vec<&str> {
-                fates.chars().zip(names).filter(|(fate, _)| wanted.contains(*fate)).map(|(_, name)| name).collect()
+                statuses
+                    .chars()
+                    .zip(names)
+                    .filter(|(status, _)| wanted.contains(*status))
+                    .map(|(_, name)| name)
+                    .collect()
             };
             let text = |names: &[&str], marks: &str| {
                 let to: String = names.iter().map(|name| format!("Delivered-To: {name}@example.org\n")).collect();
                 let ours = "X-ODMR-Envelope: id=id1; arrived=2026-01-02T03:04:05Z\n";
                 format!("Return-Path: <a@b.example>\n{to}{ours}{marks}{CONTENT}")
             };
-            let (left, refused, doubt) = (with("~?"), with("!"), fates.contains('?'));
+            let (left, refused, doubt) = (with("~?"), with("!"), statuses.contains('?'));
             let marks: String = refused
                 .iter()
                 .map(|name| format!("X-ODMR-Refused: <{name}@example.org> 550 5.1.1 unknown\n"))
                 .collect();
             let file = |names: &[&str], marks: &str, info: &str| {
                 let text = text(names, marks);
-                let wire = text.len() + text.matches('\n').count();
-                let name = format!("1767323045.1.host,S={},W={wire}{info}", text.len());
+                let connection = text.len() + text.matches('\n').count();
+                let name = format!("1767323045.1.host,S={},W={connection}{info}", text.len());
                 if names.is_empty() { vec![] } else { vec![(name, text)] }
             };
             let (new, cur) = if doubt { (vec![], file(&left, "", ":2,F")) } else { (file(&left, "", ""), vec![]) };
-            assert_eq!(spool.files("new"), new, "{fates}");
-            assert_eq!(spool.files("cur"), cur, "{fates}");
-            assert_eq!(spool.files(".refused/new"), file(&refused, &marks, ""), "{fates}");
-            assert!(spool.files("tmp").is_empty() && spool.files(".refused/tmp").is_empty(), "{fates}");
-            drop(hold);
-            let mut hold = spool.hold();
-            assert_eq!(hold.is_empty().unwrap(), left.is_empty());
-            assert_eq!(offered(&mut hold), left, "{fates}: the next session");
+            assert_eq!(spool.files("new"), new, "{statuses}");
+            assert_eq!(spool.files("cur"), cur, "{statuses}");
+            assert_eq!(spool.files(".refused/new"), file(&refused, &marks, ""), "{statuses}");
+            assert!(spool.files("tmp").is_empty() && spool.files(".refused/tmp").is_empty(), "{statuses}");
+            drop(lock);
+            let mut lock = spool.lock();
+            assert_eq!(lock.is_empty().unwrap(), left.is_empty());
+            assert_eq!(offered(&mut lock), left, "{statuses}: the next session");
         }
     }
 }
@@ -182,24 +191,24 @@ fn every_mix_of_fates_leaves_on_disk_what_it_must() {
 fn one_recipient_too_many_goes_at_once_but_not_for_ever() {
     let spool = Spool::new();
     spool.put(&["eva", "bob", "zoe"]);
-    let mut hold = spool.hold();
-    settle(&mut hold, "=++");
+    let mut lock = spool.lock();
+    settle(&mut lock, "=++");
     assert_eq!(spool.files("new").len(), 1);
-    let batch = hold.next_message().expect("the rest");
-    assert_eq!(local_parts(&batch), ["bob", "zoe"]);
-    batch.settle(&outcome("++"), &mut hold).unwrap();
-    assert!(hold.next_message().is_none(), "nobody was taken, so the disk is full or the peer jokes");
+    let message = lock.next_message().expect("the rest");
+    assert_eq!(local_parts(&message), ["bob", "zoe"]);
+    message.settle(&result("++"), &mut lock).unwrap();
+    assert!(lock.next_message().is_none(), "nobody was taken, so the disk is full or the peer jokes");
 }
 
 #[test]
 fn mail_that_arrives_meanwhile_is_offered_too() {
     let spool = Spool::new();
-    let mut hold = spool.hold();
-    assert!(hold.is_empty().unwrap() && hold.next_message().is_none());
+    let mut lock = spool.lock();
+    assert!(lock.is_empty().unwrap() && lock.next_message().is_none());
     for name in ["one", "two", "three"] {
         spool.put(&[name]);
-        assert_eq!(offered(&mut hold), [name]);
-        assert!(hold.next_message().is_none());
+        assert_eq!(offered(&mut lock), [name]);
+        assert!(lock.next_message().is_none());
     }
 }
 
@@ -214,10 +223,10 @@ fn the_oldest_comes_first_and_domains_take_turns() {
             fs::write(path.join(format!("{name}.{place}")), text).unwrap();
         }
     }
-    let mut hold = spool.queue.lock(&[QueueName::Domain(org()), QueueName::Domain(domain("example.com"))]).unwrap();
+    let mut lock = spool.queue.lock(&[QueueName::Domain(org()), QueueName::Domain(domain("example.com"))]).unwrap();
     let mut seen: HashMap<String, Vec<String>> = HashMap::new();
-    while let Some(batch) = hold.next_message() {
-        let recipient = &batch.envelope.recipients[0];
+    while let Some(message) = lock.next_message() {
+        let recipient = &message.envelope.recipients[0];
         seen.entry(recipient.mailbox.domain().unwrap().to_string())
             .or_default()
             .push(recipient.mailbox.local().to_owned());
@@ -231,10 +240,10 @@ fn those_who_are_refused_one_after_the_other_are_all_kept() {
     let spool = Spool::new();
     spool.put(&["eva", "bob", "zoe"]);
     // Names and replies of one length, so file names of one size.
-    for fates in ["!~~", "!~", "!"] {
-        settle(&mut spool.hold(), fates);
+    for statuses in ["!~~", "!~", "!"] {
+        settle(&mut spool.lock(), statuses);
     }
-    assert!(spool.hold().is_empty().unwrap());
+    assert!(spool.lock().is_empty().unwrap());
     let kept: Vec<_> = spool.files(".refused/new").into_iter().map(|(_, text)| text).collect();
     assert_eq!(kept.len(), 3);
     for name in ["eva", "bob", "zoe"] {
@@ -249,11 +258,11 @@ fn a_refusal_that_was_interrupted_is_finished() {
     let spool = Spool::new();
     spool.put(&["eva", "bob"]);
     let before = spool.files("new");
-    settle(&mut spool.hold(), "!~");
+    settle(&mut spool.lock(), "!~");
     fs::remove_file(spool.path("new").join(&spool.files("new")[0].0)).unwrap();
     spool.write(&format!("new/{}", before[0].0), &before[0].1);
-    settle(&mut spool.hold(), "!=");
-    assert!(spool.hold().is_empty().unwrap());
+    settle(&mut spool.lock(), "!=");
+    assert!(spool.lock().is_empty().unwrap());
     assert!(!spool.files(".refused/new").is_empty());
 }
 
@@ -266,9 +275,9 @@ fn a_rewrite_that_was_interrupted_hinders_no_later_one() {
     for folder in ["tmp", ".refused/tmp"] {
         spool.write(&format!("{folder}/1767323045.1.host"), "half a mess");
     }
-    settle(&mut spool.hold(), "!~");
-    settle(&mut spool.hold(), "=");
-    assert!(spool.hold().is_empty().unwrap());
+    settle(&mut spool.lock(), "!~");
+    settle(&mut spool.lock(), "=");
+    assert!(spool.lock().is_empty().unwrap());
     assert_eq!(spool.files(".refused/new").len(), 1);
     assert!(spool.files("tmp").is_empty());
 }
@@ -284,7 +293,7 @@ fn the_double_after_a_crash_is_healed() {
         (Some("cur/100.M1.mx,S=96:2,S"), foreign),
     ];
     for (name, text) in files {
-        for fates in ["=~", "=?"] {
+        for statuses in ["=~", "=?"] {
             let spool = Spool::new();
             match name {
                 Some(name) => spool.write(name, text),
@@ -292,13 +301,13 @@ fn the_double_after_a_crash_is_healed() {
             }
             let folder = name.map_or("new", |name| &name[..3]);
             let before = spool.files(folder);
-            settle(&mut spool.hold(), fates);
+            settle(&mut spool.lock(), statuses);
             // As if it had been killed before it removed the original.
             spool.write(&format!("{folder}/{}", before[0].0), &before[0].1);
             assert_eq!(spool.files("new").len() + spool.files("cur").len(), 2);
-            let mut hold = spool.hold();
-            assert_eq!(offered(&mut hold), ["bob"], "{name:?} {fates}: eva has it already");
-            assert!(hold.next_message().is_none());
+            let mut lock = spool.lock();
+            assert_eq!(offered(&mut lock), ["bob"], "{name:?} {statuses}: eva has it already");
+            assert!(lock.next_message().is_none());
             assert_eq!(spool.files("new").len() + spool.files("cur").len(), 1);
         }
     }
@@ -311,8 +320,8 @@ fn two_letters_of_one_name_are_both_kept() {
     spool.write("new/100,A", "Delivered-To: eva@example.org\n\na\n");
     spool.write("new/100,B", "Delivered-To: bob@example.org\n\nb longer\n");
     spool.write("new/100,C", "no recipient\n");
-    settle(&mut spool.hold(), "=");
-    settle(&mut spool.hold(), "=");
+    settle(&mut spool.lock(), "=");
+    settle(&mut spool.lock(), "=");
     assert_eq!(spool.files("new").len(), 1);
 }
 
@@ -333,19 +342,19 @@ fn files_of_other_agents_and_other_things() {
     std::os::unix::fs::symlink(spool.path("elsewhere"), spool.path("new/8.link")).unwrap();
     rustix::fs::mkfifoat(rustix::fs::CWD, spool.path("new/9.pipe"), rustix::fs::Mode::RUSR).unwrap();
     std::os::unix::fs::symlink("nowhere", spool.path("new/91.dangling")).unwrap();
-    let mut hold = spool.hold();
+    let mut lock = spool.lock();
     for (recipients, text) in [(vec!["eva"], "Received: by mx\n\nx"), (vec!["eva", "bob"], "\n.y\r\n")] {
-        let mut batch = hold.next_message().unwrap();
-        assert_eq!(local_parts(&batch), recipients);
-        assert_eq!(content(&mut batch), text);
-        let (mut stuffer, mut wire) = (Stuffer::new(), Vec::new());
-        stuffer.feed(text.as_bytes(), &mut wire);
-        stuffer.finish(&mut wire);
+        let mut message = lock.next_message().unwrap();
+        assert_eq!(local_parts(&message), recipients);
+        assert_eq!(content(&mut message), text);
+        let (mut stuffer, mut connection) = (Stuffer::new(), Vec::new());
+        stuffer.feed(text.as_bytes(), &mut connection);
+        stuffer.finish(&mut connection);
         let dots = text.matches("\n.").count();
-        assert_eq!(batch.size as usize, wire.len() - 3 - dots, "measured, not read from a name");
-        batch.settle(&outcome(&"=".repeat(recipients.len())), &mut hold).unwrap();
+        assert_eq!(message.size as usize, connection.len() - 3 - dots, "measured, not read from a name");
+        message.settle(&result(&"=".repeat(recipients.len())), &mut lock).unwrap();
     }
-    assert!(hold.next_message().is_none(), "nothing else is mail");
+    assert!(lock.next_message().is_none(), "nothing else is mail");
     assert_eq!(spool.files("new").len(), 9, "and nothing else is touched");
     assert!(spool.files("cur").is_empty());
 }
@@ -354,14 +363,14 @@ fn files_of_other_agents_and_other_things() {
 fn a_name_of_another_agent_is_not_believed() {
     let spool = Spool::new();
     spool.write("new/1,S=3,W=3", "Delivered-To: eva@example.org\nSubject: x\n\nlonger\n");
-    assert_eq!(spool.hold().next_message().unwrap().size, "Subject: x\r\n\r\nlonger\r\n".len() as u64);
+    assert_eq!(spool.lock().next_message().unwrap().size, "Subject: x\r\n\r\nlonger\r\n".len() as u64);
 }
 
 #[test]
 fn one_session_at_a_time_has_a_domain() {
     let spool = Spool::new();
     spool.put(&["eva"]);
-    let hold = spool.hold();
+    let lock = spool.lock();
     // flock belongs to the open file, so a second handle here is what a second process is.
     let other = Queue::new(spool.folder.path(), "host", Ids::fixed(), Duration::from_secs(300));
     for queue in [&spool.queue, &other] {
@@ -370,10 +379,10 @@ fn one_session_at_a_time_has_a_domain() {
             _ => panic!("two hold one domain"),
         }
     }
-    assert!(!hold.takeover_requested(), "a holder at work is left alone");
+    assert!(!lock.takeover_requested(), "a holder at work is left alone");
     // All or none: example.com is free again.
     drop(spool.queue.lock(&[QueueName::Domain(domain("example.com"))]).unwrap());
-    drop(hold);
+    drop(lock);
     assert_eq!(offered(&mut other.lock(&[QueueName::Domain(org())]).unwrap()), ["eva"]);
 }
 
@@ -386,22 +395,22 @@ fn lock_since(spool: &Spool, ago: Duration) {
 fn a_holder_without_progress_gives_way() {
     let spool = Spool::new();
     spool.put(&["eva"]);
-    let hold = spool.hold();
+    let lock = spool.lock();
     lock_since(&spool, Duration::from_secs(299));
     assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
     lock_since(&spool, Duration::from_secs(301));
-    hold.heartbeat();
+    lock.heartbeat();
     assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
     lock_since(&spool, Duration::from_secs(301));
     std::thread::scope(|scope| {
         let taker = scope.spawn(|| spool.queue.lock(&[QueueName::Domain(org())]));
-        while !hold.takeover_requested() {
+        while !lock.takeover_requested() {
             std::thread::sleep(Duration::from_millis(5));
         }
-        drop(hold);
-        let mut hold = taker.join().unwrap().expect("the domain");
-        assert!(!hold.takeover_requested());
-        assert_eq!(offered(&mut hold), ["eva"]);
+        drop(lock);
+        let mut lock = taker.join().unwrap().expect("the domain");
+        assert!(!lock.takeover_requested());
+        assert_eq!(offered(&mut lock), ["eva"]);
         // The new holder is at work.
         assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
     });
@@ -410,7 +419,7 @@ fn a_holder_without_progress_gives_way() {
 #[test]
 fn a_holder_that_does_not_give_way_keeps_it() {
     let spool = Spool::new();
-    let _hold = spool.hold();
+    let _hold = spool.lock();
     lock_since(&spool, Duration::from_secs(301));
     let begun = Instant::now();
     assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
@@ -434,14 +443,14 @@ fn a_disk_that_refuses_loses_nothing() {
     spool.put(&["eva", "bob"]);
     let before = spool.files("new");
     spool.write(".refused", "a file where a folder should be");
-    let mut hold = spool.hold();
-    let batch = hold.next_message().unwrap();
-    assert!(batch.settle(&outcome("!="), &mut hold).is_err());
+    let mut lock = spool.lock();
+    let message = lock.next_message().unwrap();
+    assert!(message.settle(&result("!="), &mut lock).is_err());
     assert_eq!(spool.files("new"), before);
-    drop(hold);
+    drop(lock);
     fs::remove_file(spool.path(".refused")).unwrap();
-    settle(&mut spool.hold(), "!=");
-    assert!(spool.hold().is_empty().unwrap());
+    settle(&mut spool.lock(), "!=");
+    assert!(spool.lock().is_empty().unwrap());
     assert_eq!(spool.files(".refused/new").len(), 1);
 }
 
@@ -470,21 +479,21 @@ proptest! {
         let mut delivered = Vec::new();
         for turn in 0.. {
             prop_assert!(turn < 200, "it comes to an end");
-            let mut hold = spool.hold();
-            if hold.is_empty().unwrap() {
+            let mut lock = spool.lock();
+            if lock.is_empty().unwrap() {
                 break;
             }
-            while let Some(batch) = hold.next_message() {
-                let names = local_parts(&batch);
-                let mut fates = String::new();
+            while let Some(message) = lock.next_message() {
+                let names = local_parts(&message);
+                let mut statuses = String::new();
                 for name in names {
-                    let fate = dice.pop().map_or('=', |number| ['=', '~', '!', '?', '+', '~'][number]);
-                    fates.push(fate);
-                    if fate == '=' {
+                    let status = dice.pop().map_or('=', |number| ['=', '~', '!', '?', '+', '~'][number]);
+                    statuses.push(status);
+                    if status == '=' {
                         delivered.push(name);
                     }
                 }
-                batch.settle(&outcome(&fates), &mut hold).unwrap();
+                message.settle(&result(&statuses), &mut lock).unwrap();
             }
         }
         let refused = spool.files(".refused/new").into_iter().flat_map(|(_, text)| {
@@ -505,7 +514,7 @@ fn outgoing(folder: &Path, place: &QueueName, to: &[&str]) -> Queue {
         from: reverse_path(b"<>").unwrap().0,
         recipients: to.iter().map(|to| Recipient::plain(Mailbox::parse(to).unwrap())).collect(),
         id: "id".to_owned(),
-        arrived: Ids::fixed().now(),
+        arrived: Ids::fixed().clock().now(),
         body: Body::Unsaid,
         utf8: false,
         ret: None,
@@ -521,14 +530,14 @@ fn outgoing(folder: &Path, place: &QueueName, to: &[&str]) -> Queue {
 #[test]
 fn a_452_for_all_waits_and_a_452_for_some_does_not() {
     let place = QueueName::Destination(domain("example.net"));
-    for (fates, due_at_once) in [("++", false), ("=+", true)] {
+    for (statuses, due_at_once) in [("++", false), ("=+", true)] {
         let folder = tempfile::tempdir().unwrap();
         let queue = outgoing(folder.path(), &place, &["a@example.net", "b@example.net"]);
-        let mut hold = queue.lock(std::slice::from_ref(&place)).unwrap();
-        let mut batch = hold.next_message().unwrap();
-        batch.next_attempt = Some(SystemTime::now() + Duration::from_secs(3600));
-        batch.settle(&outcome(fates), &mut hold).unwrap();
-        assert_eq!(hold.next_message().is_some(), due_at_once);
+        let mut lock = queue.lock(std::slice::from_ref(&place)).unwrap();
+        let mut message = lock.next_message().unwrap();
+        message.next_attempt = Some(SystemTime::now() + Duration::from_secs(3600));
+        message.settle(&result(statuses), &mut lock).unwrap();
+        assert_eq!(lock.next_message().is_some(), due_at_once);
         assert_eq!(queue.next_due(&place).unwrap().unwrap() <= SystemTime::now(), due_at_once);
     }
 }
@@ -540,11 +549,11 @@ fn a_clock_that_was_wrong_puts_nothing_off_for_long() {
     for (ahead, due) in [(Duration::from_secs(3600), false), (Duration::from_secs(365 * 24 * 3600), true)] {
         let folder = tempfile::tempdir().unwrap();
         let queue = outgoing(folder.path(), &place, &["a@example.net"]);
-        let mut hold = queue.lock(std::slice::from_ref(&place)).unwrap();
-        let mut batch = hold.next_message().unwrap();
-        batch.next_attempt = Some(SystemTime::now() + ahead);
-        batch.settle(&outcome("+"), &mut hold).unwrap();
-        drop(hold);
+        let mut lock = queue.lock(std::slice::from_ref(&place)).unwrap();
+        let mut message = lock.next_message().unwrap();
+        message.next_attempt = Some(SystemTime::now() + ahead);
+        message.settle(&result("+"), &mut lock).unwrap();
+        drop(lock);
         assert_eq!(queue.next_due(&place).unwrap().unwrap() <= SystemTime::now(), due);
         assert_eq!(queue.lock(std::slice::from_ref(&place)).unwrap().next_message().is_some(), due);
     }
@@ -557,6 +566,8 @@ fn what_waits_can_be_looked_at_while_somebody_has_it() {
     let queue = outgoing(folder.path(), &QueueName::Outgoing, &["a@example.net"]);
     let _hold = queue.lock(&[QueueName::Outgoing]).unwrap();
     let mut seen = Vec::new();
-    queue.each(&QueueName::Outgoing, |batch| seen.push((batch.envelope.id.clone(), batch.due().is_some()))).unwrap();
+    queue
+        .each(&QueueName::Outgoing, |message| seen.push((message.envelope.id.clone(), message.due().is_some())))
+        .unwrap();
     assert_eq!(seen, [("id".to_owned(), true)]);
 }

@@ -7,7 +7,7 @@ use data_encoding::HEXLOWER;
 use hmac::{Hmac, KeyInit, Mac};
 use md5::Md5;
 
-use super::{ClientExchange, CredentialStore, ServerExchange, ExchangeStep, same, verify};
+use super::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, same, verify};
 
 pub(super) struct Server {
     challenge: String,

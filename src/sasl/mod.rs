@@ -202,9 +202,11 @@ mod tests {
     #[test]
     fn client_and_server_understand_each_other() {
         for mechanism in Mechanism::ALL {
-            for (secret, expected) in
-                [("right", ExchangeStep::Done("acme".into())), ("wrong", ExchangeStep::Failed), ("", ExchangeStep::Failed)]
-            {
+            for (secret, expected) in [
+                ("right", ExchangeStep::Done("acme".into())),
+                ("wrong", ExchangeStep::Failed),
+                ("", ExchangeStep::Failed),
+            ] {
                 for initial in [true, false] {
                     let got = converse(mechanism, secret, initial);
                     assert_eq!(got, expected, "{mechanism:?} {secret:?} {initial}");

@@ -2,7 +2,7 @@
 
 use sha2::{Digest, Sha256};
 
-use super::{ClientExchange, CredentialStore, ServerExchange, ExchangeStep, same, verify};
+use super::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, same, verify};
 
 pub(super) struct Server;
 

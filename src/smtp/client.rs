@@ -17,9 +17,9 @@
 
 use std::collections::VecDeque;
 
-use super::address::{Domain, ReversePath};
 use super::command::{Body, Recipient, Return};
 use super::reply::{Reply, Severity};
+use crate::mail::address::{Domain, ReversePath};
 use crate::sasl::{ClientExchange, Mechanism};
 
 /// A client may not use an initial response that makes the line longer (RFC 4954 section 4).
@@ -218,7 +218,14 @@ impl PendingReply {
     /// RFC 2920 section 3.1: RSET, MAIL and RCPT may stand anywhere in a group, content too; everything
     /// else only at its end.
     fn ends_group(&self) -> bool {
-        !matches!(self, PendingReply::Rset | PendingReply::Mail | PendingReply::Rcpt(_) | PendingReply::Content | PendingReply::LoneDot)
+        !matches!(
+            self,
+            PendingReply::Rset
+                | PendingReply::Mail
+                | PendingReply::Rcpt(_)
+                | PendingReply::Content
+                | PendingReply::LoneDot
+        )
     }
 
     fn awaiting(&self) -> Awaiting {
@@ -230,7 +237,9 @@ impl PendingReply {
             PendingReply::Content | PendingReply::LoneDot => Awaiting::End,
             PendingReply::Atrn => Awaiting::Atrn,
             PendingReply::Ehlo | PendingReply::Helo | PendingReply::StartTls | PendingReply::Auth => Awaiting::Command,
-            PendingReply::Xclient | PendingReply::Xforward | PendingReply::Rset | PendingReply::Quit => Awaiting::Command,
+            PendingReply::Xclient | PendingReply::Xforward | PendingReply::Rset | PendingReply::Quit => {
+                Awaiting::Command
+            }
         }
     }
 }
@@ -254,7 +263,7 @@ impl ClientTransaction {
     /// A refusal of MAIL is for all, one of RCPT for that recipient; `accepted` is the fate of the others.
     fn result(&self, accepted: &RecipientStatus) -> DeliveryResult {
         let mut finals = self.content_replies.iter();
-        let fate = |recipient: &Option<Reply>| match (&self.mail, recipient) {
+        let status = |recipient: &Option<Reply>| match (&self.mail, recipient) {
             (Some(mail), _) => status_of(mail),
             // RFC 5321 section 4.5.3.1.10: 552 to RCPT means too many, for now.
             (None, Some(reply)) if reply.code() == 552 => RecipientStatus::Deferred(reply.clone()),
@@ -262,7 +271,7 @@ impl ClientTransaction {
             (None, _) => finals.next().map_or_else(|| accepted.clone(), content_status),
         };
         let decided = if self.mail.is_some() { DecidedBy::PeerAtMail } else { DecidedBy::Peer };
-        DeliveryResult { recipients: self.recipients.iter().map(fate).collect(), decided_by: decided }
+        DeliveryResult { recipients: self.recipients.iter().map(status).collect(), decided_by: decided }
     }
 
     fn accepted(&self) -> usize {
@@ -306,10 +315,10 @@ pub struct Client {
 
 impl Client {
     /// A client that waits for the greeting (RFC 5321 section 4.3.1).
-    pub fn new(plan: ClientOptions) -> Client {
-        let tls = plan.tls;
+    pub fn new(options: ClientOptions) -> Client {
+        let tls = options.tls;
         Client {
-            options: plan,
+            options,
             extensions: PeerExtensions::default(),
             tls,
             exchange: None,
@@ -389,8 +398,12 @@ impl Client {
     pub fn send_message(&mut self, message: OutgoingMessage, out: &mut Vec<u8>) -> Result<(), DeliveryResult> {
         if let Some(reply) = self.incompatibility(&message) {
             // Who does not even know EHLO today may know it tomorrow.
-            let fate = if self.extended { RecipientStatus::Rejected(reply) } else { RecipientStatus::Deferred(reply) };
-            return Err(DeliveryResult { recipients: vec![fate; message.recipients.len()], decided_by: DecidedBy::Us });
+            let status =
+                if self.extended { RecipientStatus::Rejected(reply) } else { RecipientStatus::Deferred(reply) };
+            return Err(DeliveryResult {
+                recipients: vec![status; message.recipients.len()],
+                decided_by: DecidedBy::Us,
+            });
         }
         self.queue_command(PendingReply::Mail, self.mail_line(&message));
         for (number, recipient) in message.recipients.iter().enumerate() {
@@ -408,7 +421,14 @@ impl Client {
 
     fn begin(&mut self, recipients: Vec<Option<Reply>>, chunk: Option<u64>, asking: bool) {
         let content = ContentProgress::NotYet;
-        self.transactions.push_back(ClientTransaction { mail: None, recipients, content_replies: Vec::new(), stepwise: asking, content, chunk });
+        self.transactions.push_back(ClientTransaction {
+            mail: None,
+            recipients,
+            content_replies: Vec::new(),
+            stepwise: asking,
+            content,
+            chunk,
+        });
     }
 
     /// Opens a transaction whose recipients are not known yet, and whose content is not: nothing else is under way.
@@ -538,14 +558,14 @@ impl Client {
         self.closing = true;
         self.queued.clear();
         self.pending.clear();
-        let outcome = |transaction: ClientTransaction| {
+        let result = |transaction: ClientTransaction| {
             let open = match transaction.content {
                 ContentProgress::Sent => RecipientStatus::InDoubt,
                 ContentProgress::NotYet | ContentProgress::Sending => RecipientStatus::Deferred(why.clone()),
             };
             DeliveryResult { decided_by: DecidedBy::ConnectionLoss, ..transaction.result(&open) }
         };
-        self.transactions.drain(..).map(outcome).collect()
+        self.transactions.drain(..).map(result).collect()
     }
 
     /// One reply of the peer.
@@ -629,9 +649,9 @@ impl Client {
         ClientStep::Wait
     }
 
-    fn abort(&mut self, halt: Abort, out: &mut Vec<u8>) -> ClientStep {
+    fn abort(&mut self, abort: Abort, out: &mut Vec<u8>) -> ClientStep {
         self.quit(out);
-        ClientStep::Abort(halt)
+        ClientStep::Abort(abort)
     }
 
     fn rejected(&mut self, what: &'static str, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
@@ -665,7 +685,9 @@ impl Client {
             }
             // RFC 5321 section 3.2. Who needs TLS or AUTH has no use for a server without extensions.
             Severity::Permanent
-                if self.options.starttls != StartTls::Required && self.options.credentials.is_none() && !self.options.lmtp =>
+                if self.options.starttls != StartTls::Required
+                    && self.options.credentials.is_none()
+                    && !self.options.lmtp =>
             {
                 self.queue_command(PendingReply::Helo, format!("HELO {}", self.options.name));
                 ClientStep::Wait
@@ -846,7 +868,11 @@ impl Client {
             && let Some(front) = self.transactions.front_mut()
         {
             front.content_replies.push(reply);
-            return if front.content_replies.len() < front.accepted() { ClientStep::Wait } else { self.finish_transaction(None) };
+            return if front.content_replies.len() < front.accepted() {
+                ClientStep::Wait
+            } else {
+                self.finish_transaction(None)
+            };
         }
         self.finish_transaction(Some(&reply))
     }

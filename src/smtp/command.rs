@@ -6,8 +6,8 @@
 
 use std::borrow::Cow;
 
-use super::address::{Domain, ForwardPath, Mailbox, PathError, ReversePath, forward_path, reverse_path};
 use super::reply::Reply;
+use crate::mail::address::{Domain, ForwardPath, Mailbox, PathError, ReversePath, forward_path, reverse_path};
 
 /// The commands this program knows by name, also those that no listener of it implements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

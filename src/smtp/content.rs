@@ -534,10 +534,10 @@ mod tests {
         #[test]
         fn data_ends_where_the_standard_says(pieces in pieces()) {
             // The CRLF of DATA itself comes first.
-            let wire = [&b"\r\n"[..], &pieces.concat()].concat();
-            let end = position(&wire, b"\r\n.\r\n");
-            let behind = end.map(|end| wire[end + 5..].to_vec());
-            let content = &wire[..end.map_or(wire.len(), |end| end + 2)];
+            let connection = [&b"\r\n"[..], &pieces.concat()].concat();
+            let end = position(&connection, b"\r\n.\r\n");
+            let behind = end.map(|end| connection[end + 5..].to_vec());
+            let content = &connection[..end.map_or(connection.len(), |end| end + 2)];
             let text = String::from_utf8_lossy(content).replace("\r\n", "");
             let (_, bare, seen) = unstuff(&pieces);
             prop_assert_eq!(&seen, &behind);
@@ -548,10 +548,10 @@ mod tests {
 
         #[test]
         fn what_is_sent_is_one_message_of_whole_lines(pieces in pieces()) {
-            let wire = stuff(&pieces);
-            let framed = [b"\r\n", &wire[..]].concat();
+            let connection = stuff(&pieces);
+            let framed = [b"\r\n", &connection[..]].concat();
             prop_assert_eq!(position(&framed, b"\r\n.\r\n"), Some(framed.len() - 5));
-            let text = String::from_utf8_lossy(&wire).replace("\r\n", "");
+            let text = String::from_utf8_lossy(&connection).replace("\r\n", "");
             prop_assert!(!text.contains(['\r', '\n']));
             prop_assert_eq!(size(&pieces), lines(&pieces).len() as u64);
         }
@@ -563,8 +563,8 @@ mod tests {
             if content.last().is_some_and(|&octet| octet != b'\n') {
                 content.push(b'\n');
             }
-            let wire = stuff(&[content.clone()]);
-            prop_assert_eq!(unstuff(&[wire]), (content.clone(), false, Some(vec![])));
+            let connection = stuff(&[content.clone()]);
+            prop_assert_eq!(unstuff(&[connection]), (content.clone(), false, Some(vec![])));
             let size = size(&[content.clone()]);
             prop_assert_eq!(unchunk(&[lines(&[content.clone()])]), (content, false, size));
         }

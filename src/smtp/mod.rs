@@ -3,11 +3,9 @@
 //! Octets go in, octets and decisions come out. Two machines, [`server`] and [`client`], play the two
 //! roles; which of them speaks on a connection is decided outside, and changed by `turn.rs` alone.
 
-pub mod address;
 pub mod client;
 pub mod command;
 pub mod content;
-pub mod header;
 pub mod reply;
 pub mod server;
 

@@ -11,11 +11,12 @@
 //!                     └──┘
 //! ```
 
-use super::address::{Domain, ForwardPath, Host as HostName, Mailbox};
-use super::command::{Command, MailFrom, Notify, ServerExtensions, Recipient, Verb, announced_chunk_size};
+use super::command::{Command, MailFrom, Notify, Recipient, ServerExtensions, Verb, announced_chunk_size};
 use super::reply::Reply;
-use crate::sasl::{Mechanism, CredentialStore, ServerExchange, ExchangeStep};
-use crate::stamp::{Timestamp_, Ids};
+use crate::clock::Timestamp;
+use crate::ids::Ids;
+use crate::mail::address::{Domain, ForwardPath, Host as HostName, Mailbox};
+use crate::sasl::{CredentialStore, ExchangeStep, Mechanism, ServerExchange};
 
 /// So many refused recipients weigh as much as one bad command.
 const REJECTIONS_PER_ERROR: usize = 20;
@@ -53,7 +54,7 @@ pub struct ServerOptions {
     /// Delivery status notifications can be made and sent (RFC 3461).
     pub dsn: bool,
     pub mechanisms: Vec<Mechanism>,
-    pub stamps: Ids,
+    pub ids: Ids,
 }
 
 impl ServerOptions {
@@ -241,7 +242,7 @@ impl Server {
 
     /// The `Received` field for the transaction, LF line ends (RFC 5321 section 4.4, RFC 3848).
     /// `peer`: the client's address as a literal; `secure`: TLS version and cipher.
-    pub fn received(&self, peer: &str, secure: Option<&str>, id: &str, date: Timestamp_) -> String {
+    pub fn received(&self, peer: &str, secure: Option<&str>, id: &str, date: Timestamp) -> String {
         let utf8 = self.transaction.as_ref().is_some_and(|transaction| transaction.mail.utf8);
         let (name, extended) = match &self.hello {
             // A name that is no name would break the field's grammar.
@@ -279,7 +280,9 @@ impl Server {
         if !self.options.implements(verb) {
             return Err(match verb {
                 // RFC 2645 section 5.4: on port 366 everything else is 502.
-                Verb::Unknown if self.options.role != ServerRole::Odmr => Reply::new(500, "5.5.1", "Command not recognised"),
+                Verb::Unknown if self.options.role != ServerRole::Odmr => {
+                    Reply::new(500, "5.5.1", "Command not recognised")
+                }
                 _ => Reply::new(502, "5.5.1", "Command not implemented here"),
             });
         }
@@ -475,7 +478,12 @@ impl Server {
         ServerStep_::Chunk { size, last, refused: Some(reply) }
     }
 
-    fn auth(&mut self, name: &[u8], initial: Option<Vec<u8>>, host: &mut dyn ServerHandler) -> Result<ServerStep_, Reply> {
+    fn auth(
+        &mut self,
+        name: &[u8],
+        initial: Option<Vec<u8>>,
+        host: &mut dyn ServerHandler,
+    ) -> Result<ServerStep_, Reply> {
         if self.auth_failures >= self.options.max_auth_failures {
             return Ok(ServerStep_::Close(Reply::new(421, "4.7.0", "Too many failed authentications")));
         }
@@ -483,7 +491,7 @@ impl Server {
         let Some(mechanism) = self.mechanisms().find(|mechanism| Some(*mechanism) == wanted) else {
             return Err(Reply::new(504, "5.5.4", "That authentication mechanism is not offered here"));
         };
-        let challenge = self.options.stamps.challenge(&self.options.hostname);
+        let challenge = self.options.ids.challenge(&self.options.hostname);
         let mut exchange = mechanism.server(challenge);
         match (exchange.first(), initial) {
             (Some(_), Some(_)) => {
@@ -499,7 +507,12 @@ impl Server {
     }
 
     /// A client's line inside an exchange: base64, or `*` (RFC 4954 section 4).
-    fn auth_response(&mut self, exchange: Box<dyn ServerExchange>, line: &[u8], host: &mut dyn ServerHandler) -> ServerStep_ {
+    fn auth_response(
+        &mut self,
+        exchange: Box<dyn ServerExchange>,
+        line: &[u8],
+        host: &mut dyn ServerHandler,
+    ) -> ServerStep_ {
         if line == b"*" {
             return ServerStep_::Reply(Reply::new(501, "5.7.0", "Authentication cancelled"));
         }
@@ -509,7 +522,12 @@ impl Server {
         }
     }
 
-    fn auth_step(&mut self, mut exchange: Box<dyn ServerExchange>, response: &[u8], host: &mut dyn ServerHandler) -> ServerStep_ {
+    fn auth_step(
+        &mut self,
+        mut exchange: Box<dyn ServerExchange>,
+        response: &[u8],
+        host: &mut dyn ServerHandler,
+    ) -> ServerStep_ {
         ServerStep_::Reply(match exchange.step(response, host) {
             ExchangeStep::Challenge(challenge) => return self.challenge(exchange, &challenge),
             ExchangeStep::Done(account) => {

@@ -4,14 +4,16 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
-use super::address::{Domain, ForwardPath, Mailbox, reverse_path};
-use super::client::{Client, RecipientStatus, Abort, OutgoingMessage, ClientInfo, DeliveryResult, ClientOptions, StartTls, ClientStep};
+use super::client::{
+    Abort, Client, ClientInfo, ClientOptions, ClientStep, DeliveryResult, OutgoingMessage, RecipientStatus, StartTls,
+};
 use super::command::{Body, MailFrom, Notify, Recipient};
 use super::content::{Stuffer, Unstuffer};
 use super::reply::{Reply, ReplyReader};
-use super::server::{ServerHandler, ServerOptions, ServerRole, Server, ServerStep_ as Served};
-use crate::sasl::{Mechanism, CredentialStore, Unavailable};
-use crate::stamp::Ids;
+use super::server::{Server, ServerHandler, ServerOptions, ServerRole, ServerStep_ as Served};
+use crate::ids::Ids;
+use crate::mail::address::{Domain, ForwardPath, Mailbox, reverse_path};
+use crate::sasl::{CredentialStore, Mechanism, Unavailable};
 
 fn mailbox(text: &str) -> Mailbox {
     Mailbox::parse(text).unwrap()
@@ -45,16 +47,16 @@ fn profile(role: ServerRole) -> ServerOptions {
         require_tls: false,
         dsn: false,
         mechanisms: Mechanism::ALL.to_vec(),
-        stamps: Ids::fixed(),
+        ids: Ids::fixed(),
     }
 }
 
-fn plan() -> ClientOptions {
+fn options() -> ClientOptions {
     ClientOptions { name: "me.example".to_owned(), ..ClientOptions::default() }
 }
 
 fn with_credentials(tls: bool) -> ClientOptions {
-    ClientOptions { tls, atrn: true, credentials: Some(("acme".to_owned(), b"right".to_vec())), ..plan() }
+    ClientOptions { tls, atrn: true, credentials: Some(("acme".to_owned(), b"right".to_vec())), ..options() }
 }
 
 // ---- the client alone ----
@@ -67,8 +69,8 @@ struct Alone {
 }
 
 impl Alone {
-    fn new(plan: ClientOptions) -> Alone {
-        Alone { client: Client::new(plan), reader: ReplyReader::default(), out: Vec::new() }
+    fn new(options: ClientOptions) -> Alone {
+        Alone { client: Client::new(options), reader: ReplyReader::default(), out: Vec::new() }
     }
 
     /// A reply, its lines separated by `/`: what it led to, and what was said.
@@ -84,8 +86,8 @@ impl Alone {
             Err(broken) => return (format!("{broken:?}"), String::new()),
         };
         let step = match step {
-            ClientStep::MessageDone(outcome) => format!("Settled {}", fates(&outcome)),
-            ClientStep::Abort(Abort::Rejected { what, reply }) => format!("Refused {what} {}", reply.code()),
+            ClientStep::MessageDone(result) => format!("Done {}", statuses(&result)),
+            ClientStep::Abort(Abort::Rejected { what, reply }) => format!("Rejected {what} {}", reply.code()),
             other => format!("{other:?}"),
         };
         (step, self.said())
@@ -103,19 +105,19 @@ impl Alone {
 }
 
 /// `=250` delivered, `~451` deferred, `!550` refused, `?` in doubt.
-fn fates(outcome: &DeliveryResult) -> String {
-    let word = |fate: &RecipientStatus| match fate {
+fn statuses(result: &DeliveryResult) -> String {
+    let word = |status: &RecipientStatus| match status {
         RecipientStatus::Sent(reply) => format!("={}", reply.code()),
         RecipientStatus::Deferred(reply) => format!("~{}", reply.code()),
         RecipientStatus::Rejected(reply) => format!("!{}", reply.code()),
         RecipientStatus::InDoubt => "?".to_owned(),
     };
-    outcome.recipients.iter().map(word).collect::<Vec<_>>().join(" ")
+    result.recipients.iter().map(word).collect::<Vec<_>>().join(" ")
 }
 
 /// Hears replies to get there, then one more: the step and what is said.
-fn check(plan: ClientOptions, path: &[&str], reply: &str, step: &str, said: &str) {
-    let mut alone = Alone::new(plan);
+fn check(options: ClientOptions, path: &[&str], reply: &str, step: &str, said: &str) {
+    let mut alone = Alone::new(options);
     for &before in path {
         match before.split_once(' ') {
             Some(("send", recipients)) => drop(alone.send(recipients.parse().unwrap())),
@@ -132,32 +134,32 @@ fn check(plan: ClientOptions, path: &[&str], reply: &str, step: &str, said: &str
 
 #[test]
 fn greetings_and_hellos() {
-    let check = |path: &[&str], reply: &str, step: &str, said: &str| check(plan(), path, reply, step, said);
+    let check = |path: &[&str], reply: &str, step: &str, said: &str| check(options(), path, reply, step, said);
     let up = "220 x";
     check(&[], "220 x", "Wait", "EHLO me.example");
     check(&[], "220-x/220-y/220 z", "Wait", "EHLO me.example");
     check(&[], "220", "Wait", "EHLO me.example");
     check(&[], "259 odd", "Wait", "EHLO me.example");
-    check(&[], "354 x", "Refused the greeting 354", "QUIT");
-    check(&[], "459 x", "Refused the greeting 459", "QUIT");
-    check(&[], "554 x", "Refused the greeting 554", "QUIT");
-    check(&[], "421 x", "Refused the greeting 421", "");
+    check(&[], "354 x", "Rejected the greeting 354", "QUIT");
+    check(&[], "459 x", "Rejected the greeting 459", "QUIT");
+    check(&[], "554 x", "Rejected the greeting 554", "QUIT");
+    check(&[], "421 x", "Rejected the greeting 421", "");
     check(&[up], "250 x", "Ready", "");
     check(&[up], "259 x", "Ready", "");
     check(&[up], "250-x/250-PIPELINING/250 UNKNOWN thing", "Ready", "");
     check(&[up], "500 x", "Wait", "HELO me.example");
     check(&[up], "599 x", "Wait", "HELO me.example");
-    check(&[up], "451 x", "Refused EHLO 451", "QUIT");
-    check(&[up], "354 x", "Refused EHLO 354", "QUIT");
-    check(&[up], "421 x", "Refused EHLO 421", "");
+    check(&[up], "451 x", "Rejected EHLO 451", "QUIT");
+    check(&[up], "354 x", "Rejected EHLO 354", "QUIT");
+    check(&[up], "421 x", "Rejected EHLO 421", "");
     check(&[up, "502 x"], "250 x", "Ready", "");
-    check(&[up, "502 x"], "550 x", "Refused HELO 550", "QUIT");
-    check(&[up, "502 x"], "421 x", "Refused HELO 421", "");
+    check(&[up, "502 x"], "550 x", "Rejected HELO 550", "QUIT");
+    check(&[up, "502 x"], "421 x", "Rejected HELO 421", "");
     check(&[up, "502 x", "550 x"], "221 bye", "Closed", "");
     check(&[up, "502 x", "550 x"], "500 what?", "Closed", "");
     check(&[up, "250 x", "quit "], "221 bye", "Closed", "");
-    check(&[up, "250 x"], "421 shutting down", "Refused the session 421", "");
-    let nobody = "Broken(\"a reply came that nobody asked for\")";
+    check(&[up, "250 x"], "421 shutting down", "Rejected the session 421", "");
+    let nobody = "ProtocolViolation(\"a reply came that nobody asked for\")";
     check(&[up, "250 x"], "250 x", nobody, "");
     check(&[up, "250 x"], "550 x", nobody, "");
 }
@@ -167,17 +169,17 @@ fn starttls_comes_before_all_else_and_forgets_what_was_learned() {
     let starttls = || ClientOptions { starttls: StartTls::Required, ..with_credentials(false) };
     let offers = "250-x/250-STARTTLS/250-AUTH CRAM-MD5/250 ATRN";
     check(starttls(), &["220 x"], offers, "Wait", "STARTTLS");
-    check(starttls(), &["220 x"], "250-x/250-AUTH CRAM-MD5/250 ATRN", "Halt(NoStartTls)", "QUIT");
+    check(starttls(), &["220 x"], "250-x/250-AUTH CRAM-MD5/250 ATRN", "Abort(NoStartTls)", "QUIT");
     // Who has to have TLS does not fall back to HELO.
-    check(starttls(), &["220 x"], "500 x", "Refused EHLO 500", "QUIT");
+    check(starttls(), &["220 x"], "500 x", "Rejected EHLO 500", "QUIT");
     check(starttls(), &["220 x", offers], "220 go", "Wait", "EHLO me.example");
-    check(starttls(), &["220 x", offers], "454 x", "Refused STARTTLS 454", "QUIT");
-    check(starttls(), &["220 x", offers], "501 x", "Refused STARTTLS 501", "QUIT");
-    check(starttls(), &["220 x", offers], "421 x", "Refused STARTTLS 421", "");
+    check(starttls(), &["220 x", offers], "454 x", "Rejected STARTTLS 454", "QUIT");
+    check(starttls(), &["220 x", offers], "501 x", "Rejected STARTTLS 501", "QUIT");
+    check(starttls(), &["220 x", offers], "421 x", "Rejected STARTTLS 421", "");
     check(starttls(), &["220 x", offers, "220 go"], offers, "Wait", "AUTH CRAM-MD5");
     // What was offered in clear does not count.
-    check(starttls(), &["220 x", offers, "220 go"], "250 x", "Halt(NoAtrn)", "QUIT");
-    check(starttls(), &["220 x", offers, "220 go"], "250-x/250 ATRN", "Halt(NoMechanism)", "QUIT");
+    check(starttls(), &["220 x", offers, "220 go"], "250 x", "Abort(NoAtrn)", "QUIT");
+    check(starttls(), &["220 x", offers, "220 go"], "250-x/250 ATRN", "Abort(NoMechanism)", "QUIT");
 }
 
 #[test]
@@ -192,28 +194,28 @@ fn auth_and_atrn_as_the_client_hears_them() {
     check(&[], challenge, "Wait", "YWNtZSA2NzZkMGI4NmI4ZmVkZWI4OGFmZWMzOWM3NTg4NThjNQ==");
     check(&[], "334 not base64", "Wait", "*");
     check(&["334 not base64"], "501 cancelled", "Wait", &plain);
-    check(&["334 not base64"], "235 come in", "Halt(Unproven)", "QUIT");
+    check(&["334 not base64"], "235 come in", "Abort(Unproven)", "QUIT");
     // Success before the challenge proves nothing.
-    check(&[], "235 come in", "Halt(Unproven)", "QUIT");
+    check(&[], "235 come in", "Abort(Unproven)", "QUIT");
     check(&[], "504 x", "Wait", &plain);
     check(&[], "534 x", "Wait", &plain);
     check(&[], "538 x", "Wait", &plain);
-    check(&["504 x"], "504 x", "Refused AUTH 504", "QUIT");
-    check(&[], "535 x", "Refused AUTH 535", "QUIT");
-    check(&[], "454 x", "Refused AUTH 454", "QUIT");
-    check(&[], "421 x", "Refused AUTH 421", "");
+    check(&["504 x"], "504 x", "Rejected AUTH 504", "QUIT");
+    check(&[], "535 x", "Rejected AUTH 535", "QUIT");
+    check(&[], "454 x", "Rejected AUTH 454", "QUIT");
+    check(&[], "421 x", "Rejected AUTH 421", "");
     check(&[challenge], "235 2.7.0 x", "Ready", "");
     check(&[challenge], "299 x", "Ready", "");
     check(&[challenge], challenge, "Wait", "*");
-    check(&[challenge], "535 5.7.8 x", "Refused AUTH 535", "QUIT");
+    check(&[challenge], "535 5.7.8 x", "Rejected AUTH 535", "QUIT");
     check(&["504 x"], "235 x", "Ready", "");
     let inside = |rest: &[&'static str]| [&[challenge, "235 x"], rest].concat();
     check(&inside(&["atrn "]), "250 x", "Turned", "");
     check(&inside(&["atrn "]), "259 x", "Turned", "");
-    check(&inside(&["atrn "]), "450 x", "Refused ATRN 450", "");
-    check(&inside(&["atrn "]), "453 x", "Refused ATRN 453", "");
-    check(&inside(&["atrn "]), "530 x", "Refused ATRN 530", "");
-    check(&inside(&["atrn "]), "421 x", "Refused ATRN 421", "");
+    check(&inside(&["atrn "]), "450 x", "Rejected ATRN 450", "");
+    check(&inside(&["atrn "]), "453 x", "Rejected ATRN 453", "");
+    check(&inside(&["atrn "]), "530 x", "Rejected ATRN 530", "");
+    check(&inside(&["atrn "]), "421 x", "Rejected ATRN 421", "");
     // After a refusal one may ask again, or go.
     check(&inside(&["atrn ", "450 x", "atrn "]), "250 x", "Turned", "");
     check(&inside(&["atrn ", "450 x", "quit "]), "221 x", "Closed", "");
@@ -224,17 +226,17 @@ fn no_secret_goes_out_in_clear_or_to_one_who_is_no_provider() {
     let check = |tls, offers: &str, step: &str, said: &str| {
         check(with_credentials(tls), &["220 x"], offers, step, said);
     };
-    check(false, "250-x/250-AUTH PLAIN/250 ATRN", "Halt(NoMechanism)", "QUIT");
+    check(false, "250-x/250-AUTH PLAIN/250 ATRN", "Abort(NoMechanism)", "QUIT");
     check(false, "250-x/250-AUTH PLAIN CRAM-MD5/250 ATRN", "Wait", "AUTH CRAM-MD5");
-    check(true, "250-x/250 AUTH PLAIN CRAM-MD5", "Halt(NoAtrn)", "QUIT");
-    check(true, "250-x/250-AUTH LOGIN/250 ATRN", "Halt(NoMechanism)", "QUIT");
-    check(true, "500 x", "Refused EHLO 500", "QUIT");
+    check(true, "250-x/250 AUTH PLAIN CRAM-MD5", "Abort(NoAtrn)", "QUIT");
+    check(true, "250-x/250-AUTH LOGIN/250 ATRN", "Abort(NoMechanism)", "QUIT");
+    check(true, "500 x", "Rejected EHLO 500", "QUIT");
 }
 
 #[test]
 fn an_initial_response_that_is_too_long_waits_for_the_challenge() {
-    let plan = ClientOptions { credentials: Some(("acme".to_owned(), vec![b'x'; 600])), ..with_credentials(true) };
-    let mut alone = Alone::new(plan);
+    let options = ClientOptions { credentials: Some(("acme".to_owned(), vec![b'x'; 600])), ..with_credentials(true) };
+    let mut alone = Alone::new(options);
     assert_eq!(alone.hear("220 x").1, "EHLO me.example");
     assert_eq!(alone.hear("250-x/250-AUTH PLAIN/250 ATRN").1, "AUTH PLAIN");
     let response = alone.hear("334 ").1;
@@ -245,25 +247,25 @@ fn an_initial_response_that_is_too_long_waits_for_the_challenge() {
 fn one_command_at_a_time_without_pipelining() {
     let check = |path: &[&str], reply: &str, step: &str, said: &str| {
         let path = [&["220 x", "250 x", "send 2"], path].concat();
-        check(plan(), &path, reply, step, said);
+        check(options(), &path, reply, step, said);
     };
     check(&[], "250 x", "Wait", "RCPT TO:<r0@example.org>");
     check(&[], "259 x", "Wait", "RCPT TO:<r0@example.org>");
     check(&[], "250-x/250-y/250 z", "Wait", "RCPT TO:<r0@example.org>");
-    check(&[], "354 x", "Settled ~354 ~354", "");
-    check(&[], "459 x", "Settled ~459 ~459", "");
-    check(&[], "550 x", "Settled !550 !550", "");
-    check(&[], "599 x", "Settled !599 !599", "");
-    check(&[], "421 x", "Settled ~421 ~421", "");
+    check(&[], "354 x", "Done ~354 ~354", "");
+    check(&[], "459 x", "Done ~459 ~459", "");
+    check(&[], "550 x", "Done !550 !550", "");
+    check(&[], "599 x", "Done !599 !599", "");
+    check(&[], "421 x", "Done ~421 ~421", "");
     let mail = "250 x";
     check(&[mail], "250 x", "Wait", "RCPT TO:<r1@example.org>");
     check(&[mail], "550 x", "Wait", "RCPT TO:<r1@example.org>");
     check(&[mail, "550 x"], "251 x", "Wait", "DATA");
     check(&[mail, "251 x"], "550 x", "Wait", "DATA");
-    check(&[mail, "550 x"], "450 x", "Settled !550 ~450", "RSET");
-    check(&[mail, "552 x"], "552 x", "Settled ~552 ~552", "RSET");
-    check(&[mail, "354 x"], "599 x", "Settled ~354 !599", "RSET");
-    check(&[mail, "550 x"], "421 x", "Settled !550 ~421", "");
+    check(&[mail, "550 x"], "450 x", "Done !550 ~450", "RSET");
+    check(&[mail, "552 x"], "552 x", "Done ~552 ~552", "RSET");
+    check(&[mail, "354 x"], "599 x", "Done ~354 !599", "RSET");
+    check(&[mail, "550 x"], "421 x", "Done !550 ~421", "");
     check(&[mail, "550 x", "450 x"], "250 reset", "Wait", "");
     check(&[mail, "550 x", "450 x"], "500 what?", "Wait", "");
     check(&[mail, "550 x", "450 x", "250 reset", "send 1"], "250 x", "Wait", "RCPT TO:<r0@example.org>");
@@ -271,25 +273,25 @@ fn one_command_at_a_time_without_pipelining() {
     let at = |rest: &[&'static str]| [&data, rest].concat();
     check(&data, "354 x", "Content { chunk: false }", "");
     check(&data, "399 x", "Content { chunk: false }", "");
-    check(&data, "250 x", "Settled ~451 !550", "RSET");
-    check(&data, "451 x", "Settled ~451 !550", "RSET");
-    check(&data, "554 x", "Settled !554 !550", "RSET");
-    check(&data, "421 x", "Settled ~421 !550", "");
-    check(&at(&["354 x", "content "]), "250 x", "Settled =250 !550", "");
-    check(&at(&["354 x", "content "]), "259-x/259 y", "Settled =259 !550", "");
-    check(&at(&["354 x", "content "]), "354 x", "Settled ~354 !550", "");
-    check(&at(&["354 x", "content "]), "459 x", "Settled ~459 !550", "");
-    check(&at(&["354 x", "content "]), "552 x", "Settled !552 !550", "");
-    check(&at(&["354 x", "content "]), "421 x", "Settled ~421 !550", "");
+    check(&data, "250 x", "Done ~451 !550", "RSET");
+    check(&data, "451 x", "Done ~451 !550", "RSET");
+    check(&data, "554 x", "Done !554 !550", "RSET");
+    check(&data, "421 x", "Done ~421 !550", "");
+    check(&at(&["354 x", "content "]), "250 x", "Done =250 !550", "");
+    check(&at(&["354 x", "content "]), "259-x/259 y", "Done =259 !550", "");
+    check(&at(&["354 x", "content "]), "354 x", "Done ~354 !550", "");
+    check(&at(&["354 x", "content "]), "459 x", "Done ~459 !550", "");
+    check(&at(&["354 x", "content "]), "552 x", "Done !552 !550", "");
+    check(&at(&["354 x", "content "]), "421 x", "Done ~421 !550", "");
     // Nothing was asked for while content is on its way.
-    check(&at(&["354 x"]), "452 x", "Broken(\"a reply came that nobody asked for\")", "");
-    check(&at(&["354 x"]), "421 x", "Refused the session 421", "");
+    check(&at(&["354 x"]), "452 x", "ProtocolViolation(\"a reply came that nobody asked for\")", "");
+    check(&at(&["354 x"]), "421 x", "Rejected the session 421", "");
 }
 
 #[test]
 fn a_group_at_a_time_with_pipelining() {
     let offers = "250-x/250-PIPELINING/250-SIZE 100/250 8BITMIME";
-    let mut alone = Alone::new(plan());
+    let mut alone = Alone::new(options());
     alone.hear("220 x");
     alone.hear(offers);
     alone.said();
@@ -298,27 +300,27 @@ fn a_group_at_a_time_with_pipelining() {
     assert!(!alone.client.is_ready_for_message(), "DATA ends a group");
     let check = |path: &[&str], reply: &str, step: &str, said: &str| {
         let path = [&["220 x", offers, "send 2"], path].concat();
-        check(plan(), &path, reply, step, said);
+        check(options(), &path, reply, step, said);
     };
     let refused = ["250 x", "550 x", "450 x"];
     let after = |rest: &[&'static str]| [&refused, rest].concat();
     // RFC 2920 section 3.1: 354 though nobody was accepted, so an empty message.
     check(&refused, "354 x", "Wait", ".");
-    check(&after(&["354 x"]), "250 x", "Settled !550 ~450", "");
-    check(&after(&["354 x"]), "554 x", "Settled !550 ~450", "");
-    check(&after(&["354 x"]), "421 x", "Settled !550 ~450", "");
-    check(&refused, "554 x", "Settled !550 ~450", "RSET");
-    check(&refused, "421 x", "Settled !550 ~450", "");
+    check(&after(&["354 x"]), "250 x", "Done !550 ~450", "");
+    check(&after(&["354 x"]), "554 x", "Done !550 ~450", "");
+    check(&after(&["354 x"]), "421 x", "Done !550 ~450", "");
+    check(&refused, "554 x", "Done !550 ~450", "RSET");
+    check(&refused, "421 x", "Done !550 ~450", "");
     // MAIL refused: what RCPT says then is of no interest.
-    check(&["451 x", "503 x", "503 x"], "503 x", "Settled ~451 ~451", "RSET");
-    check(&["550 x", "503 x", "503 x"], "503 x", "Settled !550 !550", "RSET");
+    check(&["451 x", "503 x", "503 x"], "503 x", "Done ~451 ~451", "RSET");
+    check(&["550 x", "503 x", "503 x"], "503 x", "Done !550 !550", "RSET");
     check(&["451 x", "250 x", "250 x"], "354 x", "Wait", ".");
-    check(&["451 x", "250 x", "250 x", "354 x"], "250 x", "Settled ~451 ~451", "");
+    check(&["451 x", "250 x", "250 x", "354 x"], "250 x", "Done ~451 ~451", "");
 }
 
 #[test]
 fn the_next_group_goes_out_behind_the_final_dot() {
-    let mut alone = Alone::new(plan());
+    let mut alone = Alone::new(options());
     alone.hear("220 x");
     alone.hear("250-x/250 PIPELINING");
     alone.send(1);
@@ -331,31 +333,31 @@ fn the_next_group_goes_out_behind_the_final_dot() {
     alone.said();
     assert_eq!(alone.send(1), "MAIL FROM:<a@b.example>/RCPT TO:<r0@example.org>/DATA");
     assert!(!alone.client.is_ready_for_message(), "two are enough");
-    assert_eq!(alone.hear("250 x").0, "Settled =250");
+    assert_eq!(alone.hear("250 x").0, "Done =250");
     assert_eq!(alone.hear("250 x").0, "Wait");
     // QUIT waits until all is answered, and what is taken back of a message does not take it along.
-    let mut alone = Alone::new(plan());
+    let mut alone = Alone::new(options());
     alone.hear("220 x");
     alone.hear("250 x");
     alone.said();
     alone.send(1);
     alone.client.quit(&mut alone.out);
     assert_eq!(alone.said(), "");
-    assert_eq!(alone.hear("550 x"), ("Settled !550".to_owned(), "QUIT".to_owned()));
+    assert_eq!(alone.hear("550 x"), ("Done !550".to_owned(), "QUIT".to_owned()));
 }
 
 #[test]
 fn what_the_peer_cannot_take_is_not_said() {
     let unfit = |offers: &str, change: fn(&mut OutgoingMessage)| {
-        let mut alone = Alone::new(plan());
+        let mut alone = Alone::new(options());
         alone.hear("220 x");
         alone.hear(offers);
         alone.said();
         let mut message = message(2);
         change(&mut message);
-        let outcome = alone.client.send_message(message, &mut alone.out).err();
-        assert_eq!(outcome.is_some(), alone.out.is_empty());
-        (outcome.map(|outcome| fates(&outcome)).unwrap_or_default(), alone.said())
+        let result = alone.client.send_message(message, &mut alone.out).err();
+        assert_eq!(result.is_some(), alone.out.is_empty());
+        (result.map(|result| statuses(&result)).unwrap_or_default(), alone.said())
     };
     assert_eq!(unfit("250 x", |message| message.utf8 = true).0, "!553 !553");
     assert_eq!(
@@ -432,7 +434,7 @@ fn served(step: &Served) -> String {
 }
 
 /// Says lines and demands a step for each; as a driver does, it ends content and begins TLS.
-fn dialogue(profile: ServerOptions, tls: bool, lines: &[(&str, &str)]) {
+fn session(profile: ServerOptions, tls: bool, lines: &[(&str, &str)]) {
     let mut server = Server::new(profile, tls);
     for (number, (line, expected)) in lines.iter().enumerate() {
         let step = server.line(line.as_bytes(), &mut Answers::default());
@@ -453,7 +455,7 @@ const RCPT: (&str, &str) = ("RCPT TO:<r@example.org>", "250 2.1.5");
 #[test]
 fn commands_come_in_their_order() {
     for role in [ServerRole::Inbound, ServerRole::Customer] {
-        let check = |lines: &[(&str, &str)]| dialogue(profile(role), false, lines);
+        let check = |lines: &[(&str, &str)]| session(profile(role), false, lines);
         check(&[("NOOP", "250 2.0.0"), ("RSET", "250 2.0.0"), ("HELP", "214 2.0.0"), ("VRFY a", "252 2.0.0")]);
         check(&[("MAIL FROM:<>", "503 5.5.1"), ("RCPT TO:<a@b.c>", "503 5.5.1"), ("DATA", "503 5.5.1")]);
         check(&[EHLO, (RCPT.0, "503 5.5.1"), MAIL, (MAIL.0, "503 5.5.1")]);
@@ -473,7 +475,7 @@ fn commands_come_in_their_order() {
         ]);
         check(&[EHLO, MAIL, ("RCPT TO:<é@example.org>", "553 5.6.7"), RCPT]);
     }
-    let odmr = |lines: &[(&str, &str)]| dialogue(profile(ServerRole::Odmr), true, lines);
+    let odmr = |lines: &[(&str, &str)]| session(profile(ServerRole::Odmr), true, lines);
     odmr(&[EHLO, ("VRFY a", "502 5.5.1"), ("XYZZY", "502 5.5.1"), ("TURN", "502 5.5.1")]);
     // Mail is handed in behind AUTH only, and ATRN waits for its end.
     odmr(&[EHLO, ("MAIL FROM:<>", "530 5.7.0"), ("RCPT TO:<a@b.c>", "530 5.7.0"), ("DATA", "530 5.7.0")]);
@@ -485,7 +487,7 @@ fn commands_come_in_their_order() {
 
 #[test]
 fn chunks_are_read_away_whatever_is_wrong() {
-    let check = |lines: &[(&str, &str)]| dialogue(profile(ServerRole::Inbound), false, lines);
+    let check = |lines: &[(&str, &str)]| session(profile(ServerRole::Inbound), false, lines);
     check(&[("BDAT 3 LAST", "chunk 503 5.5.1")]);
     check(&[EHLO, MAIL, ("BDAT 3", "chunk 503 5.5.1"), (RCPT.0, "503 5.5.1")]);
     check(&[EHLO, MAIL, RCPT, ("BDAT 3", "chunk"), ("DATA", "503 5.5.1"), ("BDAT 0 LAST", "chunk"), MAIL]);
@@ -518,7 +520,7 @@ fn every_reply_to_auth() {
     let base64 = |octets: &[u8]| data_encoding::BASE64.encode(octets);
     let plain = |message: &[u8]| format!("AUTH PLAIN {}", base64(message));
     let right = plain(b"\0acme\0right");
-    let check = |tls, lines: &[(&str, &str)]| dialogue(profile(ServerRole::Odmr), tls, &[&[EHLO], lines].concat());
+    let check = |tls, lines: &[(&str, &str)]| session(profile(ServerRole::Odmr), tls, &[&[EHLO], lines].concat());
     check(
         true,
         &[(&right, "235 2.7.0"), (&right, "503 5.5.1"), ("ATRN a.example,b.example", "atrn a.example,b.example")],
@@ -542,12 +544,12 @@ fn every_reply_to_auth() {
     let wrong = plain(b"\0acme\0wrong");
     let failed = (wrong.as_str(), "535 5.7.8");
     check(true, &[failed, failed, failed, (&right, "close 421 4.7.0")]);
-    dialogue(profile(ServerRole::Odmr), true, &[(&right, "503 5.5.1"), ("HELO a", "250"), (&right, "503 5.5.1")]);
+    session(profile(ServerRole::Odmr), true, &[(&right, "503 5.5.1"), ("HELO a", "250"), (&right, "503 5.5.1")]);
     let required = ServerOptions { require_tls: true, starttls: true, ..profile(ServerRole::Odmr) };
     let secured = [EHLO, ("AUTH CRAM-MD5", "530 5.7.0"), ("ATRN", "530 5.7.0"), ("STARTTLS", "starttls")];
     let inside =
         [(right.as_str(), "503 5.5.1"), EHLO, ("STARTTLS", "503 5.5.1"), (&right, "235 2.7.0"), ("ATRN", "atrn ")];
-    dialogue(required, false, &[&secured[..], &inside].concat());
+    session(required, false, &[&secured[..], &inside].concat());
 
     let mut server = Server::new(profile(ServerRole::Odmr), true);
     server.line(b"EHLO a", &mut Answers::default());
@@ -560,7 +562,8 @@ fn every_reply_to_auth() {
 
 #[test]
 fn what_ehlo_offers() {
-    let offers = |profile: ServerOptions, tls| match Server::new(profile, tls).line(b"EHLO a", &mut Answers::default()) {
+    let offers = |profile: ServerOptions, tls| match Server::new(profile, tls).line(b"EHLO a", &mut Answers::default())
+    {
         Served::Reply(reply) => reply.lines().collect::<Vec<_>>().join("/"),
         other => panic!("{other:?}"),
     };
@@ -581,7 +584,8 @@ fn what_ehlo_offers() {
 
 #[test]
 fn bad_commands_and_recipients_have_an_end() {
-    let mut server = Server::new(ServerOptions { max_errors: 5, max_recipients: 2, ..profile(ServerRole::Inbound) }, false);
+    let mut server =
+        Server::new(ServerOptions { max_errors: 5, max_recipients: 2, ..profile(ServerRole::Inbound) }, false);
     let mut say = |line: &str| served(&server.line(line.as_bytes(), &mut Answers::default()));
     for line in ["EHLO a", "X", "X", "X", "NOOP", MAIL.0, RCPT.0, "RCPT TO:<s@example.org>"] {
         say(line);
@@ -596,7 +600,7 @@ fn received_says_how_it_came() {
     let received = |profile: ServerOptions, tls, lines: &[&str]| {
         let mut server = Server::new(profile, tls);
         lines.iter().for_each(|line| drop(server.line(line.as_bytes(), &mut Answers::default())));
-        server.received("[192.0.2.1]", tls.then_some("TLSv1.3"), "id1", Ids::fixed().now()).replace("\n\t", " ")
+        server.received("[192.0.2.1]", tls.then_some("TLSv1.3"), "id1", Ids::fixed().clock().now()).replace("\n\t", " ")
     };
     let inbound = || profile(ServerRole::Inbound);
     let date = "Fri, 02 Jan 2026 03:04:05 +0000\n";
@@ -727,7 +731,7 @@ proptest! {
         pipelining: bool,
         codes in proptest::collection::vec(proptest::sample::select(vec![250u16, 250, 250, 354, 354, 451, 550, 421, 552, 259]), 0..60),
     ) {
-        let mut client = Client::new(plan());
+        let mut client = Client::new(options());
         let (mut out, mut given, mut settled) = (Vec::new(), 0, 0);
         client.reply(Reply::bare(220, "x"), &mut out).unwrap();
         let ehlo = Reply::bare(250, "x");
@@ -739,8 +743,8 @@ proptest! {
             }
             match client.reply(Reply::bare(code, "x"), &mut out) {
                 Ok(ClientStep::Content { .. }) => client.content_sent(&mut out),
-                Ok(ClientStep::MessageDone(outcome)) => {
-                    prop_assert_eq!(outcome.recipients.len(), 1 + settled % 3);
+                Ok(ClientStep::MessageDone(result)) => {
+                    prop_assert_eq!(result.recipients.len(), 1 + settled % 3);
                     settled += 1;
                 }
                 Ok(_) => {}
@@ -752,8 +756,8 @@ proptest! {
                 break;
             }
         }
-        for outcome in client.abandon(&Reply::bare(441, "gone")) {
-            prop_assert_eq!(outcome.recipients.len(), 1 + settled % 3);
+        for result in client.abandon(&Reply::bare(441, "gone")) {
+            prop_assert_eq!(result.recipients.len(), 1 + settled % 3);
             settled += 1;
         }
         prop_assert_eq!(given, settled);
@@ -907,7 +911,7 @@ impl Peer {
 #[derive(Debug, Default)]
 struct Run {
     outcomes: Vec<DeliveryResult>,
-    halt: Option<Abort>,
+    abort: Option<Abort>,
     turned: bool,
     said_quit: bool,
     /// The most messages that were in flight.
@@ -942,12 +946,12 @@ fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<It
                     client.content_sent(&mut up);
                     run.sent += 1;
                 }
-                ClientStep::MessageDone(outcome) => run.outcomes.push(outcome),
+                ClientStep::MessageDone(result) => run.outcomes.push(result),
                 ClientStep::Turned => {
                     run.turned = true;
                     return run;
                 }
-                ClientStep::Abort(halt) => run.halt = Some(halt),
+                ClientStep::Abort(abort) => run.abort = Some(abort),
                 ClientStep::Closed => return run,
             }
             if gone {
@@ -960,7 +964,7 @@ fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<It
             moved = true;
             match messages.next() {
                 Some(message) => client.send_message(message, &mut up).unwrap(),
-                None if client.in_flight() == 0 && run.halt.is_none() && client.name() == "caller.example" => {
+                None if client.in_flight() == 0 && run.abort.is_none() && client.name() == "caller.example" => {
                     client.atrn(&[], &mut up);
                 }
                 None if client.in_flight() == 0 => client.quit(&mut up),
@@ -1001,12 +1005,12 @@ fn by_the_book(mix: &Mix) -> String {
         (None, true, 354, end) => class(end),
         (None, true, data, _) => class(data),
     };
-    let fate = |(number, code): (usize, &u16)| match *code {
+    let status = |(number, code): (usize, &u16)| match *code {
         _ if shutdown.is_some_and(|at| number > at) => "~441".to_owned(),
         250 => accepted.clone(),
         code => own(code),
     };
-    mix.recipients.iter().enumerate().map(fate).collect::<Vec<_>>().join(" ")
+    mix.recipients.iter().enumerate().map(status).collect::<Vec<_>>().join(" ")
 }
 
 #[test]
@@ -1033,15 +1037,15 @@ fn every_mix_of_replies_ends_as_the_rfcs_say() {
         for (pipelining, generous) in [(true, false), (true, true), (false, false)] {
             let mut peer = Peer::new(profile(ServerRole::Customer), true, [mix.clone(), Mix::good(1)]);
             (peer.pipelining, peer.generous) = (pipelining, generous);
-            let mut client = Client::new(plan());
+            let mut client = Client::new(options());
             let run = converse(&mut client, &mut peer, [message(mix.recipients.len()), message(1)]);
             let context = format!("{mix:?} pipelining {pipelining} generous {generous}");
-            assert_eq!(fates(&run.outcomes[0]), by_the_book(mix), "{context}");
+            assert_eq!(statuses(&run.outcomes[0]), by_the_book(mix), "{context}");
             let delivered: Vec<_> = peer.letters.iter().map(|(recipients, _)| recipients.len()).collect();
             let accepted = mix.recipients.iter().filter(|code| **code == 250).count();
-            let first = fates(&run.outcomes[0]).contains('=').then_some(accepted);
+            let first = statuses(&run.outcomes[0]).contains('=').then_some(accepted);
             // The next one goes well, unless the connection is gone: then it was not given, or it is lost.
-            let second = match run.outcomes.get(1).map(fates).as_deref() {
+            let second = match run.outcomes.get(1).map(statuses).as_deref() {
                 Some("=250") => Some(1),
                 None | Some("~441") => {
                     assert!(peer.closed && !run.said_quit, "{context}");
@@ -1062,27 +1066,30 @@ fn doubt_is_where_all_was_sent_and_no_reply_came() {
             let setup = |cut| {
                 let mut peer = Peer::new(profile(ServerRole::Customer), true, (0..4).map(|_| Mix::good(2)));
                 (peer.pipelining, peer.wordy, peer.cut) = (pipelining, wordy, cut);
-                let mut client = Client::new(plan());
+                let mut client = Client::new(options());
                 let run = converse(&mut client, &mut peer, (0..4).map(|_| message(2)));
                 assert_eq!(client.in_flight(), 0);
                 (run, peer)
             };
             let (whole, peer) = setup(None);
             assert_eq!(whole.outcomes.len(), 4);
-            assert!(whole.said_quit && whole.outcomes.iter().all(|outcome| fates(outcome) == "=250 =250"));
+            assert!(whole.said_quit && whole.outcomes.iter().all(|result| statuses(result) == "=250 =250"));
             assert_eq!(whole.deepest, if pipelining { 2 } else { 1 });
             // Greeting, EHLO, five a message, QUIT.
             assert_eq!(peer.replies, 2 + 4 * 5 + 1);
             for cut in 0..peer.replies {
                 let (run, peer) = setup(Some(cut));
-                let seen: Vec<_> = run.outcomes.iter().map(fates).collect();
+                let seen: Vec<_> = run.outcomes.iter().map(statuses).collect();
                 let settled = cut.saturating_sub(2) / 5;
                 let doubt = run.sent - settled.min(run.sent);
-                let delivered = seen.iter().filter(|fates| *fates == "=250 =250").count();
+                let delivered = seen.iter().filter(|statuses| *statuses == "=250 =250").count();
                 assert_eq!(delivered, settled, "cut {cut}: {seen:?}");
-                let in_doubt = seen.iter().filter(|fates| *fates == "? ?").count();
+                let in_doubt = seen.iter().filter(|statuses| *statuses == "? ?").count();
                 assert_eq!(in_doubt, doubt, "cut {cut}: {seen:?}");
-                assert!(seen[delivered + in_doubt..].iter().all(|fates| fates == "~441 ~441"), "cut {cut}: {seen:?}");
+                assert!(
+                    seen[delivered + in_doubt..].iter().all(|statuses| statuses == "~441 ~441"),
+                    "cut {cut}: {seen:?}"
+                );
                 // Whoever has it was told so, or there is doubt: nobody has what is called deferred.
                 assert_eq!(peer.letters.len(), delivered + in_doubt, "cut {cut}");
                 let at_end = (2..22).contains(&cut) && (cut - 2) % 5 == 4;
@@ -1097,7 +1104,7 @@ fn doubt_is_where_all_was_sent_and_no_reply_came() {
 fn a_cut_behind_a_refused_mail_judges_by_the_mail() {
     for (mail, expected) in [("451 x", "~451 ~451"), ("550 x", "!550 !550")] {
         for heard in 0..=2 {
-            let mut alone = Alone::new(plan());
+            let mut alone = Alone::new(options());
             for reply in ["220 x", "250-x/250 PIPELINING"] {
                 alone.hear(reply);
             }
@@ -1105,10 +1112,10 @@ fn a_cut_behind_a_refused_mail_judges_by_the_mail() {
             alone.hear(mail);
             (0..heard).for_each(|_| drop(alone.hear("503 x")));
             let outcomes = alone.client.abandon(&lost());
-            assert_eq!(outcomes.iter().map(fates).collect::<Vec<_>>(), [expected], "{mail} {heard}");
+            assert_eq!(outcomes.iter().map(statuses).collect::<Vec<_>>(), [expected], "{mail} {heard}");
         }
     }
-    let mut alone = Alone::new(plan());
+    let mut alone = Alone::new(options());
     for reply in ["220 x", "250-x/250 PIPELINING"] {
         alone.hear(reply);
     }
@@ -1117,7 +1124,7 @@ fn a_cut_behind_a_refused_mail_judges_by_the_mail() {
         alone.hear(reply);
     }
     let outcomes = alone.client.abandon(&lost());
-    assert_eq!(outcomes.iter().map(fates).collect::<Vec<_>>(), ["~552 !550 ~441"], "552 to RCPT: too many, for now");
+    assert_eq!(outcomes.iter().map(statuses).collect::<Vec<_>>(), ["~552 !550 ~441"], "552 to RCPT: too many, for now");
 }
 
 #[test]
@@ -1125,7 +1132,7 @@ fn a_server_without_ehlo_is_spoken_to_with_helo() {
     let mut peer = Peer::new(profile(ServerRole::Customer), false, (0..3).map(|_| Mix::good(1)));
     peer.knows_ehlo = false;
     peer.pipelining = false;
-    let mut client = Client::new(plan());
+    let mut client = Client::new(options());
     let run = converse(&mut client, &mut peer, (0..3).map(|_| message(1)));
     assert_eq!((run.outcomes.len(), run.deepest, peer.letters.len()), (3, 1, 3));
     assert!(!client.offered().pipelining && run.said_quit);
@@ -1134,7 +1141,7 @@ fn a_server_without_ehlo_is_spoken_to_with_helo() {
 /// The relay's way with hosts that nobody has vouched for: TLS where it is offered, and mail in any case.
 #[test]
 fn starttls_when_offered_is_no_condition() {
-    let offered = || ClientOptions { starttls: StartTls::Offered, ..plan() };
+    let offered = || ClientOptions { starttls: StartTls::Offered, ..options() };
     check(offered(), &["220 x"], "250-x/250 STARTTLS", "Wait", "STARTTLS");
     check(offered(), &["220 x", "250-x/250 STARTTLS"], "220 go", "Wait", "EHLO me.example");
     check(offered(), &["220 x", "250-x/250 STARTTLS"], "454 not now", "Ready", "");
@@ -1145,14 +1152,24 @@ fn starttls_when_offered_is_no_condition() {
 #[test]
 fn starttls_auth_and_atrn_from_end_to_end() {
     let run = |tls, starttls, secret: &str, mechanisms: &[Mechanism]| {
-        let profile =
-            ServerOptions { starttls, require_tls: starttls, mechanisms: mechanisms.to_vec(), ..profile(ServerRole::Odmr) };
+        let profile = ServerOptions {
+            starttls,
+            require_tls: starttls,
+            mechanisms: mechanisms.to_vec(),
+            ..profile(ServerRole::Odmr)
+        };
         let mut peer = Peer::new(profile, tls, []);
         let credentials = Some(("acme".to_owned(), secret.as_bytes().to_vec()));
         let starttls = if starttls { StartTls::Required } else { StartTls::Never };
-        let plan =
-            ClientOptions { name: "caller.example".to_owned(), starttls, tls, atrn: true, credentials, ..ClientOptions::default() };
-        let mut client = Client::new(plan);
+        let options = ClientOptions {
+            name: "caller.example".to_owned(),
+            starttls,
+            tls,
+            atrn: true,
+            credentials,
+            ..ClientOptions::default()
+        };
+        let mut client = Client::new(options);
         let run = converse(&mut client, &mut peer, []);
         assert_eq!(peer.server.account().is_some(), run.turned);
         (run, peer.server.account().map(str::to_owned))
@@ -1164,7 +1181,7 @@ fn starttls_auth_and_atrn_from_end_to_end() {
             assert_eq!(talk.turned, usable, "{mechanism:?} {tls} {starttls}");
             assert_eq!(account.as_deref(), usable.then_some("acme"));
             let (talk, _) = run(tls, starttls, "wrong", &[mechanism]);
-            match talk.halt {
+            match talk.abort {
                 Some(Abort::Rejected { what: "AUTH", reply }) => assert_eq!(reply.code(), 535),
                 Some(Abort::NoMechanism) => assert!(!usable),
                 other => panic!("{other:?}"),
@@ -1183,7 +1200,7 @@ fn a_provider_may_say_how_much_waits() {
         ("250 many messages", None),
         ("250 99999999999999999999999 messages", None),
     ] {
-        let mut alone = Alone::new(plan());
+        let mut alone = Alone::new(options());
         alone.hear("220 x");
         alone.hear("250 x");
         alone.client.atrn(&[], &mut alone.out);
@@ -1218,7 +1235,7 @@ impl Alone {
 }
 
 fn lmtp() -> ClientOptions {
-    ClientOptions { lmtp: true, ..plan() }
+    ClientOptions { lmtp: true, ..options() }
 }
 
 fn told(step: &str, said: &str) -> (String, String) {
@@ -1228,28 +1245,28 @@ fn told(step: &str, said: &str) -> (String, String) {
 #[test]
 fn recipients_are_asked_for_one_by_one() {
     for offered in ["250-x/250 PIPELINING", "250 x"] {
-        let mut alone = Alone::new(plan());
+        let mut alone = Alone::new(options());
         assert_eq!(alone.hear("220 x").1, "EHLO me.example");
         assert_eq!(alone.hear(offered).0, "Ready");
         assert_eq!(alone.ask_mail(), "MAIL FROM:<a@b.example>");
-        assert!(alone.hear("250 ok").0.starts_with("Answered"));
+        assert!(alone.hear("250 ok").0.starts_with("Replied"));
         for (local, reply) in [("a", "250 ok"), ("b", "550 no"), ("c", "250 ok"), ("d", "451 later")] {
             assert_eq!(alone.ask(local), format!("RCPT TO:<{local}@example.org>"));
             let (step, said) = alone.hear(reply);
-            assert!(step.starts_with("Answered") && step.contains(&reply[..3]) && said.is_empty(), "{step}");
+            assert!(step.starts_with("Replied") && step.contains(&reply[..3]) && said.is_empty(), "{step}");
         }
         assert_eq!(alone.proceed(3), told("Wait", "DATA"));
         assert_eq!(alone.hear("354 go on").0, "Content { chunk: false }");
         alone.content_sent();
         // Those that were refused have been told of already.
-        assert_eq!(alone.hear("250 ok").0, "Settled =250 =250");
+        assert_eq!(alone.hear("250 ok").0, "Done =250 =250");
         assert!(alone.client.is_ready_for_message());
     }
 }
 
 #[test]
 fn what_was_asked_for_may_be_withdrawn() {
-    let mut alone = Alone::new(plan());
+    let mut alone = Alone::new(options());
     alone.hear("220 x");
     alone.hear("250 x");
     alone.said();
@@ -1265,9 +1282,10 @@ fn what_was_asked_for_may_be_withdrawn() {
     assert_eq!(alone.said(), "");
     // A refused MAIL leaves nothing either.
     alone.ask_mail();
-    assert!(alone.hear("550 not you").0.starts_with("Answered"));
+    assert!(alone.hear("550 not you").0.starts_with("Replied"));
     assert!(
-        alone.client.is_ready_for_message() && alone.client.add_recipient(&message(1).recipients[0], &mut Vec::new()).is_err()
+        alone.client.is_ready_for_message()
+            && alone.client.add_recipient(&message(1).recipients[0], &mut Vec::new()).is_err()
     );
 }
 
@@ -1276,19 +1294,19 @@ fn lmtp_answers_for_each_recipient() {
     let check = |path: &[&str], reply: &str, step: &str, said: &str| check(lmtp(), path, reply, step, said);
     check(&[], "220 x", "Wait", "LHLO me.example");
     // There is no other way to begin (RFC 2033 section 4.1).
-    check(&["220 x"], "500 what", "Refused EHLO 500", "QUIT");
+    check(&["220 x"], "500 what", "Rejected EHLO 500", "QUIT");
     let ready = ["220 x", "250-x/250 PIPELINING", "send 3"];
     let sent = |replies: &[&'static str]| [&ready[..], replies, &["354 go on", "content sent"]].concat();
     let all = sent(&["250 m", "250 a", "250 b", "250 c"]);
     check(&all, "250 a", "Wait", "");
-    check(&[&all[..], &["250 a", "452 b"]].concat(), "550 c", "Settled =250 ~452 !550", "");
+    check(&[&all[..], &["250 a", "452 b"]].concat(), "550 c", "Done =250 ~452 !550", "");
     // One that shuts down has taken it for those it has answered for, and for nobody else.
-    check(&[&all[..], &["250 a"]].concat(), "421 bye", "Settled =250 ~421 ~421", "");
+    check(&[&all[..], &["250 a"]].concat(), "421 bye", "Done =250 ~421 ~421", "");
     // Those that were refused before get no reply now (section 4.2).
     let some = sent(&["250 m", "550 a", "250 b", "450 c"]);
-    check(&some, "250 b", "Settled !550 =250 ~450", "");
+    check(&some, "250 b", "Done !550 =250 ~450", "");
     // DATA for nobody: nothing is awaited behind the dot.
-    check(&[&ready[..], &["250 m", "550 a", "550 b", "550 c"]].concat(), "354 odd", "Settled !550 !550 !550", ".");
+    check(&[&ready[..], &["250 m", "550 a", "550 b", "550 c"]].concat(), "354 odd", "Done !550 !550 !550", ".");
 }
 
 #[test]
@@ -1303,14 +1321,14 @@ fn an_lmtp_server_that_dies_has_answered_for_some() {
     alone.content_sent();
     alone.hear("250 a");
     let left = alone.client.abandon(&Reply::new(451, "4.4.2", "gone"));
-    assert_eq!(left.iter().map(fates).collect::<Vec<_>>(), ["=250 ? ?"]);
+    assert_eq!(left.iter().map(statuses).collect::<Vec<_>>(), ["=250 ? ?"]);
 }
 
 #[test]
 fn the_origin_is_told_to_those_who_ask() {
     let origin = ClientInfo { address: "192.0.2.9".to_owned(), helo: Some("a+b =c".to_owned()), extended: true };
     let begin = |offered: &str| {
-        let mut alone = Alone::new(plan());
+        let mut alone = Alone::new(options());
         alone.hear("220 x");
         alone.hear(offered);
         alone.said();

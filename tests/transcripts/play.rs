@@ -1,8 +1,8 @@
 //! The runner: one transcript, one way of cutting it, against the real program in a folder of its own.
 
 use super::format::{Action, Becomes, File, Settings, Step, Transcript, matches, shown};
-use odmr::stamp::Ids;
-use odmr::wire::CancelToken;
+use odmr::ids::Ids;
+use odmr::net::connection::CancelToken;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use std::collections::HashMap;
@@ -775,7 +775,7 @@ struct Identity {
 fn identity() -> &'static Identity {
     static IDENTITY: OnceLock<Identity> = OnceLock::new();
     IDENTITY.get_or_init(|| {
-        let (certificate, key) = odmr::tls::self_signed(&["localhost", "127.0.0.1"]).expect("a certificate");
+        let (certificate, key) = odmr::net::tls::self_signed(&["localhost", "127.0.0.1"]).expect("a certificate");
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).expect("PEM")];
         let secret = PrivateKeyDer::from_pem_slice(key.as_bytes()).expect("PEM");

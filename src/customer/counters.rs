@@ -111,10 +111,15 @@ impl CallCounters {
     pub fn progress(&self) -> String {
         let (messages, expected) = (value_of(&self.messages), value_of(&self.expected));
         let of_all = if expected > 0 { format!(" of {}", expected.max(messages)) } else { String::new() };
-        let mut line = format!("{messages}{of_all} messages, {}", HumanSize(value_of(&self.octets) + value_of(&self.coming)));
+        let mut line =
+            format!("{messages}{of_all} messages, {}", HumanSize(value_of(&self.octets) + value_of(&self.coming)));
         let announced = value_of(&self.announced);
         if announced > 0 {
-            line.push_str(&format!(" (now {} of {})", HumanSize(value_of(&self.coming).min(announced)), HumanSize(announced)));
+            line.push_str(&format!(
+                " (now {} of {})",
+                HumanSize(value_of(&self.coming).min(announced)),
+                HumanSize(announced)
+            ));
         }
         if value_of(&self.sent) > 0 {
             line.push_str(&format!(", {} sent", value_of(&self.sent)));
@@ -187,30 +192,30 @@ mod tests {
 
     #[test]
     fn a_call_is_watched_and_summed_up() {
-        let tally = CallCounters::default();
-        assert_eq!(tally.progress(), "0 messages, 0 B");
-        tally.set_queued(3);
-        tally.begin_message(4096);
-        tally.add_octets(1024);
-        assert_eq!(tally.progress(), "0 of 3 messages, 1.0 KiB (now 1.0 KiB of 4.0 KiB)");
-        tally.add_octets(3072);
-        tally.message_done();
-        assert_eq!(tally.progress(), "1 of 3 messages, 4.0 KiB");
+        let counters = CallCounters::default();
+        assert_eq!(counters.progress(), "0 messages, 0 B");
+        counters.set_queued(3);
+        counters.begin_message(4096);
+        counters.add_octets(1024);
+        assert_eq!(counters.progress(), "0 of 3 messages, 1.0 KiB (now 1.0 KiB of 4.0 KiB)");
+        counters.add_octets(3072);
+        counters.message_done();
+        assert_eq!(counters.progress(), "1 of 3 messages, 4.0 KiB");
         // Refused: its octets are no part of what came.
-        tally.begin_message(0);
-        tally.add_octets(5);
-        tally.begin_message(0);
-        tally.add_octets(3 << 20);
-        tally.message_done();
-        tally.sent();
-        assert_eq!(tally.progress(), "2 of 3 messages, 3.0 MiB, 1 sent");
-        tally.refused("joe@example.org", "us", &Reply::new(550, "5.1.1", "No such mailbox here"));
-        let summary = tally.summary(1.25).to_string();
+        counters.begin_message(0);
+        counters.add_octets(5);
+        counters.begin_message(0);
+        counters.add_octets(3 << 20);
+        counters.message_done();
+        counters.sent();
+        assert_eq!(counters.progress(), "2 of 3 messages, 3.0 MiB, 1 sent");
+        counters.refused("joe@example.org", "us", &Reply::new(550, "5.1.1", "No such mailbox here"));
+        let summary = counters.summary(1.25).to_string();
         let refusal = "<joe@example.org> was refused by us: 550 5.1.1 No such mailbox here";
         assert_eq!(summary, format!("2 messages, 3149824 bytes, 1.2 seconds, 1 recipients refused, 1 sent\n{refusal}"));
         for _ in 0..60 {
-            tally.refused("x", "us", &Reply::new(550, "5.1.1", "No"));
+            counters.refused("x", "us", &Reply::new(550, "5.1.1", "No"));
         }
-        assert!(tally.summary(0.0).to_string().ends_with("\nand 11 more: the log has all of them"));
+        assert!(counters.summary(0.0).to_string().ends_with("\nand 11 more: the log has all of them"));
     }
 }

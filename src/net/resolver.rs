@@ -30,8 +30,8 @@ use domain::base::{Message, MessageBuilder, Name, ParsedName, ParsedRecord, Rtyp
 use domain::rdata::{A, Aaaa, Cname, Mx};
 use log::debug;
 
-use crate::smtp::address::Domain;
-use crate::stamp::Ids;
+use crate::ids::Ids;
+use crate::mail::address::Domain;
 
 const CONFIGURATION: &str = "/etc/resolv.conf";
 const PORT: u16 = 53;
@@ -60,7 +60,7 @@ pub struct Resolver {
     servers: Arc<[SocketAddr]>,
     timeout: Duration,
     attempts: u32,
-    stamps: Ids,
+    ids: Ids,
 }
 
 /// Where the mail of a domain goes.
@@ -99,17 +99,17 @@ impl std::error::Error for ResolveError {}
 
 impl Resolver {
     /// Asks the servers of /etc/resolv.conf as it is now, or the one on this machine when there are none.
-    pub fn system(stamps: &Ids) -> io::Result<Resolver> {
+    pub fn system(ids: &Ids) -> io::Result<Resolver> {
         let text = match fs::read(CONFIGURATION) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             other => other.map_err(|error| io::Error::new(error.kind(), format!("{CONFIGURATION}: {error}")))?,
         };
-        Ok(Resolver::configured(&text, stamps))
+        Ok(Resolver::configured(&text, ids))
     }
 
     /// Asks this server only.
-    pub fn at(server: SocketAddr, stamps: &Ids) -> Resolver {
-        Resolver::new(vec![server], TIMEOUT, ATTEMPTS, stamps)
+    pub fn at(server: SocketAddr, ids: &Ids) -> Resolver {
+        Resolver::new(vec![server], TIMEOUT, ATTEMPTS, ids)
     }
 
     /// Where the mail of `domain` goes.
@@ -148,7 +148,7 @@ impl Resolver {
         }
     }
 
-    fn configured(text: &[u8], stamps: &Ids) -> Resolver {
+    fn configured(text: &[u8], ids: &Ids) -> Resolver {
         // As other resolvers do: what cannot be read is passed over.
         let (configuration, errors) = resolv_conf::Config::parse_with_errors(text);
         for error in errors {
@@ -160,15 +160,15 @@ impl Resolver {
             (server.to_string().as_str(), PORT).to_socket_addrs().ok()?.next()
         });
         let servers = servers.take(SERVERS_LIMIT).collect();
-        Resolver::new(servers, configuration.timeout, configuration.attempts, stamps)
+        Resolver::new(servers, configuration.timeout, configuration.attempts, ids)
     }
 
-    fn new(servers: Vec<SocketAddr>, timeout: u32, attempts: u32, stamps: &Ids) -> Resolver {
+    fn new(servers: Vec<SocketAddr>, timeout: u32, attempts: u32, ids: &Ids) -> Resolver {
         Resolver {
             servers: servers.into(),
             timeout: Duration::from_secs(timeout.clamp(1, TIMEOUT_LIMIT).into()),
             attempts: attempts.clamp(1, ATTEMPTS_LIMIT),
-            stamps: stamps.clone(),
+            ids: ids.clone(),
         }
     }
 
@@ -182,7 +182,7 @@ impl Resolver {
             .filter_map(|(preference, name)| Some(MxHost { preference, host: Domain::parse(&name.to_string())? }))
             .collect();
         // RFC 5321 section 5.1: the lowest first, equals at random.
-        hops.sort_by_cached_key(|hop| (hop.preference, self.stamps.random_number()));
+        hops.sort_by_cached_key(|hop| (hop.preference, self.ids.random_number()));
         let mut seen = HashSet::new();
         hops.retain(|hop| seen.insert(hop.host.clone()));
         hops.truncate(RESULT_LIMIT);
@@ -311,7 +311,7 @@ impl Resolver {
     }
 
     fn octets(&self) -> [u8; 2] {
-        let [first, second, ..] = self.stamps.random_number().to_le_bytes();
+        let [first, second, ..] = self.ids.random_number().to_le_bytes();
         [first, second]
     }
 }
@@ -653,7 +653,10 @@ mod tests {
             let at = RECORDED.windows(from.len()).position(|window| window == from).unwrap();
             let message = [&RECORDED[..at], to, &RECORDED[at + from.len()..]].concat();
             let reply = read(&message, 0x1234, &question("example.org", Rtype::MX));
-            assert!(matches!(&reply, Some(DnsReply::Failure(text)) if text.starts_with("nonsense")), "{to:?}: {reply:?}");
+            assert!(
+                matches!(&reply, Some(DnsReply::Failure(text)) if text.starts_with("nonsense")),
+                "{to:?}: {reply:?}"
+            );
         };
         check(b"\0\x01\0\x02\0\0\0\x01", b"\0\x01\xff\xff\0\0\0\x01"); // more records than there are
         check(b"\x03mx2\xc0\x0c", b"\x03mx2\xc0\x2e"); // a pointer that points to itself
@@ -672,7 +675,10 @@ mod tests {
                 message[at] = kind_octet;
             }
             let reply = read(&message, 0x1234, &question("example.org", kind));
-            assert!(matches!(&reply, Some(DnsReply::Failure(text)) if text.starts_with("nonsense")), "{kind}: {reply:?}");
+            assert!(
+                matches!(&reply, Some(DnsReply::Failure(text)) if text.starts_with("nonsense")),
+                "{kind}: {reply:?}"
+            );
         }
     }
 
@@ -783,7 +789,7 @@ mod tests {
     #[test]
     fn equals_come_in_random_order() {
         let server = Fake::zone(&["e.example MX 5 a", "e.example MX 5 b", "e.example MX 5 c", "e.example MX 1 d"]);
-        let resolver = Resolver::at(server.address, &Ids::system(crate::tls::random));
+        let resolver = Resolver::at(server.address, &Ids::system(crate::net::tls::random));
         let mut orders = HashSet::new();
         for _ in 0..100 {
             let Ok(MxRoute::Hosts(hops)) = resolver.route(&host("e.example")) else { panic!("no hosts") };
@@ -963,7 +969,7 @@ mod tests {
     #[test]
     fn each_question_has_a_new_id_and_a_new_port() {
         let server = Fake::zone(&["i.example MX 1 a"]);
-        let resolver = Resolver::at(server.address, &Ids::system(crate::tls::random));
+        let resolver = Resolver::at(server.address, &Ids::system(crate::net::tls::random));
         for _ in 0..20 {
             resolver.route(&host("i.example")).unwrap();
         }
@@ -1090,7 +1096,7 @@ mod tests {
     struct Fake {
         address: SocketAddr,
         seen: Arc<Mutex<Vec<Asked>>>,
-        stop: Arc<AtomicBool>,
+        cancel: Arc<AtomicBool>,
         threads: Vec<JoinHandle<()>>,
     }
 
@@ -1123,7 +1129,7 @@ mod tests {
             let (udp, tcp) = Fake::sockets();
             let address = udp.local_addr().unwrap();
             let seen = Arc::new(Mutex::new(Vec::new()));
-            let stop = Arc::new(AtomicBool::new(false));
+            let cancel = Arc::new(AtomicBool::new(false));
             let replies = {
                 let seen = seen.clone();
                 Arc::new(move |asked: Asked| {
@@ -1132,12 +1138,12 @@ mod tests {
                 })
             };
             let over_udp = {
-                let (stop, replies) = (stop.clone(), replies.clone());
+                let (cancel, replies) = (cancel.clone(), replies.clone());
                 std::thread::spawn(move || {
                     let mut buffer = [0; 1500];
                     loop {
                         let (length, peer) = udp.recv_from(&mut buffer).unwrap();
-                        if stop.load(Ordering::Relaxed) {
+                        if cancel.load(Ordering::Relaxed) {
                             return;
                         }
                         for reply in replies(Asked { query: buffer[..length].to_vec(), tcp: false, peer }) {
@@ -1147,11 +1153,11 @@ mod tests {
                 })
             };
             let over_tcp = {
-                let stop = stop.clone();
+                let cancel = cancel.clone();
                 std::thread::spawn(move || {
                     loop {
                         let (mut stream, peer) = tcp.accept().unwrap();
-                        if stop.load(Ordering::Relaxed) {
+                        if cancel.load(Ordering::Relaxed) {
                             return;
                         }
                         let mut length = [0; 2];
@@ -1165,7 +1171,7 @@ mod tests {
                     }
                 })
             };
-            Fake { address, seen, stop, threads: vec![over_udp, over_tcp] }
+            Fake { address, seen, cancel, threads: vec![over_udp, over_tcp] }
         }
 
         /// Answers like a recursive server that knows these records. "CNAME!": the target is left to the client.
@@ -1211,7 +1217,7 @@ mod tests {
 
     impl Drop for Fake {
         fn drop(&mut self) {
-            self.stop.store(true, Ordering::Relaxed);
+            self.cancel.store(true, Ordering::Relaxed);
             let waker = UdpSocket::bind("127.0.0.1:0").unwrap();
             waker.send_to(b"wake up", self.address).unwrap();
             drop(TcpStream::connect(self.address));

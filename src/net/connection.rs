@@ -35,8 +35,8 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-pub use crate::tls::TlsInfo;
-use crate::tls::{ClientTls, ServerTls, TlsSession};
+pub use crate::net::tls::TlsInfo;
+use crate::net::tls::{ClientTls, ServerTls, TlsSession};
 
 /// Octets read from the system in one `fill`.
 const READ_SIZE: usize = 64 * 1024;
@@ -252,10 +252,10 @@ impl Connection {
     /// Waits until `fill` has something to say; meanwhile flushes. Take all lines before.
     ///
     /// A deadline that has passed counts more than octets that have come: a trickle cannot outrun it.
-    pub fn wait_input(&mut self, deadline: Instant, stop: &CancelToken) -> io::Result<WaitResult> {
+    pub fn wait_input(&mut self, deadline: Instant, cancel: &CancelToken) -> io::Result<WaitResult> {
         loop {
             let broken = self.flush().err();
-            if stop.is_cancelled() {
+            if cancel.is_cancelled() {
                 return Ok(WaitResult::Cancelled);
             }
             if self.has_input() {
@@ -268,8 +268,8 @@ impl Connection {
             // A peer that no longer listens may have said why (a 421): that comes before our own error.
             let until = if broken.is_some() { now } else { deadline };
             let wanted = self.interest() | PollFlags::IN;
-            let ready = self.poll(wanted, Some(stop), until)?;
-            match (ready.stop, ready.input, broken) {
+            let ready = self.poll(wanted, Some(cancel), until)?;
+            match (ready.cancel, ready.input, broken) {
                 (true, _, _) => return Ok(WaitResult::Cancelled),
                 (_, true, _) => return Ok(WaitResult::Ready),
                 (_, _, Some(error)) => return Err(error),
@@ -286,20 +286,20 @@ impl Connection {
     }
 
     /// The same; `Interrupted` when told to stop.
-    pub fn flush_or_stop(&mut self, deadline: Instant, stop: &CancelToken) -> io::Result<()> {
-        self.flush_until(deadline, Some(stop))
+    pub fn flush_or_stop(&mut self, deadline: Instant, cancel: &CancelToken) -> io::Result<()> {
+        self.flush_until(deadline, Some(cancel))
     }
 
-    fn flush_until(&mut self, deadline: Instant, stop: Option<&CancelToken>) -> io::Result<()> {
+    fn flush_until(&mut self, deadline: Instant, cancel: Option<&CancelToken>) -> io::Result<()> {
         while !self.flush()? {
-            if stop.is_some_and(CancelToken::is_cancelled) {
+            if cancel.is_some_and(CancelToken::is_cancelled) {
                 return Err(io::Error::new(io::ErrorKind::Interrupted, "told to stop"));
             }
             let mut wanted = PollFlags::OUT;
             if !self.ended && self.received().len() < READ_BUFFER_LIMIT {
                 wanted |= PollFlags::IN;
             }
-            let ready = self.poll_or_time_out(wanted, stop, deadline, "the peer takes no more")?;
+            let ready = self.poll_or_time_out(wanted, cancel, deadline, "the peer takes no more")?;
             if ready.input
                 && let Filled::Bytes(count) = self.read_available()?
             {
@@ -313,14 +313,14 @@ impl Connection {
     ///
     /// Errors: `InvalidData` when octets came behind STARTTLS (close then: RFC 3207 section 6) or the handshake
     /// fails, `TimedOut`, the system's. After an error the wire is good for `shutdown` only.
-    pub fn start_tls_server(&mut self, side: &ServerTls, deadline: Instant) -> io::Result<()> {
-        self.start_tls(deadline, "TLS", || TlsSession::server(side))
+    pub fn start_tls_server(&mut self, tls: &ServerTls, deadline: Instant) -> io::Result<()> {
+        self.start_tls(deadline, "TLS", || TlsSession::server(tls))
     }
 
     /// The same as the side that made the connection. `name`: what the peer's certificate must be for.
-    pub fn start_tls_client(&mut self, side: &ClientTls, name: &str, deadline: Instant) -> io::Result<()> {
+    pub fn start_tls_client(&mut self, tls: &ClientTls, name: &str, deadline: Instant) -> io::Result<()> {
         let with = format!("TLS with {name}");
-        self.start_tls(deadline, &with, || TlsSession::client(side, name))
+        self.start_tls(deadline, &with, || TlsSession::client(tls, name))
     }
 
     /// What TLS agreed on, or that there is none.
@@ -405,7 +405,7 @@ impl CancelToken {
 }
 
 /// Connects by TCP. `TimedOut` after the deadline, `Interrupted` when told to stop.
-pub fn connect(address: SocketAddr, deadline: Instant, stop: &CancelToken) -> io::Result<OwnedFd> {
+pub fn connect(address: SocketAddr, deadline: Instant, cancel: &CancelToken) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
@@ -415,7 +415,7 @@ pub fn connect(address: SocketAddr, deadline: Instant, stop: &CancelToken) -> io
         other => return other.map(|()| socket).map_err(io::Error::from),
     }
     loop {
-        if stop.is_cancelled() {
+        if cancel.is_cancelled() {
             return Err(io::Error::new(io::ErrorKind::Interrupted, "told to stop"));
         }
         let left = deadline.saturating_duration_since(Instant::now());
@@ -424,7 +424,7 @@ pub fn connect(address: SocketAddr, deadline: Instant, stop: &CancelToken) -> io
         }
         let mut descriptors = [
             PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::OUT),
-            PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(cancel.fd(), PollFlags::IN),
         ];
         match rustix::event::poll(&mut descriptors, Timespec::try_from(left).ok().as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
@@ -563,7 +563,7 @@ impl Write for Descriptor<'_> {
 /// What poll(2) found.
 struct PollResult {
     input: bool,
-    stop: bool,
+    cancel: bool,
 }
 
 impl Connection {
@@ -666,7 +666,7 @@ impl Connection {
         }
     }
 
-    fn poll(&self, wanted: PollFlags, stop: Option<&CancelToken>, until: Instant) -> io::Result<PollResult> {
+    fn poll(&self, wanted: PollFlags, cancel: Option<&CancelToken>, until: Instant) -> io::Result<PollResult> {
         let (input, output) = (wanted.contains(PollFlags::IN), wanted.contains(PollFlags::OUT));
         let mut descriptors = Vec::with_capacity(3);
         if input {
@@ -675,8 +675,8 @@ impl Connection {
         if output {
             descriptors.push(PollFd::from_borrowed_fd(self.output_fd(), PollFlags::OUT));
         }
-        if let Some(stop) = stop {
-            descriptors.push(PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN));
+        if let Some(cancel) = cancel {
+            descriptors.push(PollFd::from_borrowed_fd(cancel.fd(), PollFlags::IN));
         }
         let left = until.saturating_duration_since(Instant::now());
         // A time too long for the system is no limit.
@@ -685,28 +685,28 @@ impl Connection {
             Ok(_) => {}
             // As if nothing had happened: the caller looks at its deadline and comes back.
             Err(Errno::INTR) => {
-                return Ok(PollResult { input: false, stop: false });
+                return Ok(PollResult { input: false, cancel: false });
             }
             Err(error) => return Err(error.into()),
         }
         let happened = |found: &PollFd<'_>| !found.revents().is_empty();
         Ok(PollResult {
             input: input && descriptors.first().is_some_and(happened),
-            stop: stop.is_some() && descriptors.last().is_some_and(happened),
+            cancel: cancel.is_some() && descriptors.last().is_some_and(happened),
         })
     }
 
     fn poll_or_time_out(
         &self,
         wanted: PollFlags,
-        stop: Option<&CancelToken>,
+        cancel: Option<&CancelToken>,
         deadline: Instant,
         what: &str,
     ) -> io::Result<PollResult> {
         if Instant::now() >= deadline {
             return Err(io::Error::new(io::ErrorKind::TimedOut, what));
         }
-        self.poll(wanted, stop, deadline)
+        self.poll(wanted, cancel, deadline)
     }
 
     fn start_tls(
@@ -842,7 +842,7 @@ fn hung_up() -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tls::{self, Trust};
+    use crate::net::tls::{self, Trust};
     use std::io::Read;
     use std::net::{TcpListener, TcpStream};
     use std::os::unix::net::UnixStream;
@@ -856,7 +856,7 @@ mod tests {
         Trace { id, us: 'P', them: 'C' }
     }
 
-    fn wire(socket: impl Into<OwnedFd>) -> Connection {
+    fn connection(socket: impl Into<OwnedFd>) -> Connection {
         Connection::new(socket.into(), trace()).unwrap()
     }
 
@@ -887,7 +887,7 @@ mod tests {
     /// Both wires with TLS on: server, client.
     fn secured(server: impl Into<OwnedFd>, client: impl Into<OwnedFd>) -> (Connection, Connection) {
         let (accepting, connecting) = sides();
-        let (mut server, mut client) = (wire(server), wire(client));
+        let (mut server, mut client) = (connection(server), connection(client));
         thread::scope(|scope| {
             scope.spawn(|| server.start_tls_server(&accepting, soon()).unwrap());
             client.start_tls_client(&connecting, NAME, soon()).unwrap();
@@ -898,29 +898,29 @@ mod tests {
     /// A wire pair of each kind.
     fn each_kind() -> Vec<(Connection, Connection)> {
         let ((a, b), (c, d), (e, f)) = (unix(), tcp(), unix());
-        vec![(wire(a), wire(b)), secured(c, d), secured(e, f)]
+        vec![(connection(a), connection(b)), secured(c, d), secured(e, f)]
     }
 
-    fn next_line(wire: &mut Connection) -> Line {
-        let stop = CancelToken::new().unwrap();
+    fn next_line(connection: &mut Connection) -> Line {
+        let cancel = CancelToken::new().unwrap();
         loop {
-            match wire.take_line(1000) {
+            match connection.take_line(1000) {
                 Line::None => {}
                 line => return line,
             }
-            assert_eq!(wire.wait_input(soon(), &stop).unwrap(), WaitResult::Ready);
-            assert_ne!(wire.fill().unwrap(), Filled::End);
+            assert_eq!(connection.wait_input(soon(), &cancel).unwrap(), WaitResult::Ready);
+            assert_ne!(connection.fill().unwrap(), Filled::End);
         }
     }
 
     /// Reads until `count` octets came, as a polling thread would.
-    fn gather(wire: &mut Connection, count: usize) -> Vec<u8> {
-        let (mut heard, stop) = (Vec::new(), CancelToken::new().unwrap());
+    fn gather(connection: &mut Connection, count: usize) -> Vec<u8> {
+        let (mut heard, cancel) = (Vec::new(), CancelToken::new().unwrap());
         while heard.len() < count {
-            assert_eq!(wire.wait_input(soon(), &stop).unwrap(), WaitResult::Ready);
-            wire.fill().unwrap();
-            heard.extend_from_slice(wire.received());
-            wire.consume(usize::MAX);
+            assert_eq!(connection.wait_input(soon(), &cancel).unwrap(), WaitResult::Ready);
+            connection.fill().unwrap();
+            heard.extend_from_slice(connection.received());
+            connection.consume(usize::MAX);
         }
         heard
     }
@@ -937,7 +937,7 @@ mod tests {
     fn check_lines(input: &[u8], limit: usize, ends: LineEnd, expected: &[Line]) {
         for cut in 0..=input.len() {
             let (peer, ours) = unix();
-            let (mut peer, mut ours) = (wire(peer), wire(ours));
+            let (mut peer, mut ours) = (connection(peer), connection(ours));
             let mut lines = Vec::new();
             for part in [&input[..cut], &input[cut..]] {
                 peer.send(part);
@@ -980,7 +980,7 @@ mod tests {
     #[test]
     fn a_line_without_end_is_counted_and_not_kept() {
         let (peer, ours) = unix();
-        let (mut peer, mut ours) = (wire(peer), wire(ours));
+        let (mut peer, mut ours) = (connection(peer), connection(ours));
         for round in 0..40 {
             peer.send(&[b'x'; 50_000]);
             peer.flush().unwrap();
@@ -1059,10 +1059,10 @@ mod tests {
         // More than the sockets' own buffers take, and less than makes a reader pause.
         for (mut one, mut other) in each_kind() {
             let sent = text(READ_BUFFER_LIMIT);
-            let talk = |wire: &mut Connection| {
-                wire.send(&sent);
-                wire.flush_all(soon()).unwrap();
-                assert!(gather(wire, sent.len()) == sent);
+            let talk = |connection: &mut Connection| {
+                connection.send(&sent);
+                connection.flush_all(soon()).unwrap();
+                assert!(gather(connection, sent.len()) == sent);
             };
             thread::scope(|scope| {
                 scope.spawn(|| talk(&mut one));
@@ -1106,7 +1106,7 @@ mod tests {
     #[test]
     fn a_trickle_does_not_outrun_the_deadline() {
         let (peer, ours) = unix();
-        let stop = CancelToken::new().unwrap();
+        let cancel = CancelToken::new().unwrap();
         let trickle = thread::spawn(move || {
             for _ in 0..500 {
                 if (&peer).write_all(b"x").is_err() {
@@ -1115,9 +1115,9 @@ mod tests {
                 thread::sleep(Duration::from_millis(10));
             }
         });
-        let mut ours = wire(ours);
+        let mut ours = connection(ours);
         let (start, deadline) = (Instant::now(), in_millis(100));
-        while ours.wait_input(deadline, &stop).unwrap() == WaitResult::Ready {
+        while ours.wait_input(deadline, &cancel).unwrap() == WaitResult::Ready {
             assert_ne!(ours.fill().unwrap(), Filled::End);
             assert_eq!(ours.take_line(1000), Line::None);
         }
@@ -1128,22 +1128,22 @@ mod tests {
 
     #[test]
     fn stop_wakes_all_who_wait() {
-        let stop = CancelToken::new().unwrap();
+        let cancel = CancelToken::new().unwrap();
         let pairs = [unix(), unix()];
         thread::scope(|scope| {
             for (_, ours) in &pairs {
-                let stop = stop.clone();
+                let cancel = cancel.clone();
                 scope.spawn(move || {
-                    let mut ours = wire(ours.try_clone().unwrap());
-                    assert_eq!(ours.wait_input(soon(), &stop).unwrap(), WaitResult::Cancelled);
+                    let mut ours = connection(ours.try_clone().unwrap());
+                    assert_eq!(ours.wait_input(soon(), &cancel).unwrap(), WaitResult::Cancelled);
                 });
             }
             thread::sleep(Duration::from_millis(20));
-            assert!(!stop.is_cancelled());
-            stop.cancel();
-            stop.cancel();
+            assert!(!cancel.is_cancelled());
+            cancel.cancel();
+            cancel.cancel();
         });
-        let mut found = [PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN)];
+        let mut found = [PollFd::from_borrowed_fd(cancel.fd(), PollFlags::IN)];
         assert_eq!(rustix::event::poll(&mut found, None).unwrap(), 1);
         assert!(found[0].revents().contains(PollFlags::IN));
     }
@@ -1154,8 +1154,8 @@ mod tests {
             one.send(b"221 bye\r\n");
             one.shutdown();
             assert_eq!(next_line(&mut other), whole(b"221 bye"));
-            let stop = CancelToken::new().unwrap();
-            assert_eq!(other.wait_input(soon(), &stop).unwrap(), WaitResult::Ready);
+            let cancel = CancelToken::new().unwrap();
+            assert_eq!(other.wait_input(soon(), &cancel).unwrap(), WaitResult::Ready);
             for _ in 0..2 {
                 assert_eq!(other.fill().unwrap(), Filled::End);
             }
@@ -1197,7 +1197,7 @@ mod tests {
     #[test]
     fn last_words_survive_what_we_did_not_read() {
         let (a, b) = tcp();
-        let (mut one, mut other) = (wire(a), wire(b));
+        let (mut one, mut other) = (connection(a), connection(b));
         other.send(&text(100_000));
         other.flush().unwrap();
         thread::sleep(Duration::from_millis(20));
@@ -1211,7 +1211,7 @@ mod tests {
         let (peer, ours) = unix();
         (&peer).write_all(b"421 closing\r\n").unwrap();
         drop(peer);
-        let mut ours = wire(ours);
+        let mut ours = connection(ours);
         ours.send(b"NOOP\r\n");
         assert_eq!(next_line(&mut ours), whole(b"421 closing"));
         assert!(ours.flush().is_err());
@@ -1242,7 +1242,7 @@ mod tests {
         let (accepting, connecting) = sides();
         for said in [&b"STARTTLS\r\nEHLO evil\r\n"[..], b"STARTTLS\r\n\r\n"] {
             let (peer, ours) = unix();
-            let mut ours = wire(ours);
+            let mut ours = connection(ours);
             (&peer).write_all(said).unwrap();
             ours.fill().unwrap();
             assert_eq!(ours.take_line(1000), whole(b"STARTTLS"));
@@ -1258,7 +1258,7 @@ mod tests {
     fn octets_in_the_clear_that_come_later_spoil_the_handshake() {
         let (accepting, _) = sides();
         let (peer, ours) = unix();
-        let mut ours = wire(ours);
+        let mut ours = connection(ours);
         ours.send(b"220 go\r\n");
         (&peer).write_all(b"EHLO evil\r\n").unwrap();
         let error = ours.start_tls_server(&accepting, soon()).unwrap_err();
@@ -1272,7 +1272,7 @@ mod tests {
     fn what_comes_right_behind_the_handshake_is_not_lost() {
         let (accepting, connecting) = sides();
         let (a, b) = unix();
-        let (mut server, mut client) = (wire(a), wire(b));
+        let (mut server, mut client) = (connection(a), connection(b));
         thread::scope(|scope| {
             scope.spawn(|| {
                 client.start_tls_client(&connecting, NAME, soon()).unwrap();
@@ -1289,15 +1289,15 @@ mod tests {
     fn the_handshake_has_a_deadline_and_says_what_is_wrong() {
         let (accepting, connecting) = sides();
         let (_peer, ours) = unix();
-        let error = wire(ours).start_tls_server(&accepting, in_millis(50)).unwrap_err();
+        let error = connection(ours).start_tls_server(&accepting, in_millis(50)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         let (peer, ours) = unix();
         drop(peer);
-        let error = wire(ours).start_tls_client(&connecting, NAME, soon()).unwrap_err();
+        let error = connection(ours).start_tls_client(&connecting, NAME, soon()).unwrap_err();
         assert!(error.to_string().starts_with("TLS with relay.example.net: "), "{error}");
         let (peer, ours) = tcp();
         (&peer).write_all(b"220 plain\r\n").unwrap();
-        let error = wire(ours).start_tls_client(&connecting, NAME, soon()).unwrap_err();
+        let error = connection(ours).start_tls_client(&connecting, NAME, soon()).unwrap_err();
         assert!(error.to_string().contains("not TLS"), "{error}");
     }
 
@@ -1306,7 +1306,7 @@ mod tests {
         let (accepting, _) = sides();
         let (_, stranger) = sides();
         let (a, b) = tcp();
-        let (mut server, mut client) = (wire(a), wire(b));
+        let (mut server, mut client) = (connection(a), connection(b));
         thread::scope(|scope| {
             scope.spawn(|| {
                 let error = client.start_tls_client(&stranger, NAME, soon()).unwrap_err();
@@ -1325,7 +1325,7 @@ mod tests {
         let accepting = tls::server_from_pem(&certificate, &key).unwrap();
         let connecting = tls::client_tls12(&pin).unwrap();
         let (a, b) = tcp();
-        let (mut server, mut client) = (wire(a), wire(b));
+        let (mut server, mut client) = (connection(a), connection(b));
         thread::scope(|scope| {
             scope.spawn(|| server.start_tls_server(&accepting, soon()).unwrap());
             client.start_tls_client(&connecting, NAME, soon()).unwrap();
@@ -1363,9 +1363,9 @@ mod tests {
             client.send(b"QUIT\r\n");
             client.shutdown();
             assert_eq!(next_line(&mut server), whole(b"QUIT"));
-            let stop = CancelToken::new().unwrap();
+            let cancel = CancelToken::new().unwrap();
             while server.fill().unwrap() != Filled::End {
-                assert_eq!(server.wait_input(soon(), &stop).unwrap(), WaitResult::Ready);
+                assert_eq!(server.wait_input(soon(), &cancel).unwrap(), WaitResult::Ready);
             }
         });
     }

@@ -22,16 +22,16 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::StartError;
 use crate::config::{self, Timeouts, TlsPolicy};
-use crate::dialogue::{ClientSession, SessionFailure, Remote, connect};
-use crate::dns::{Resolver, MxRoute};
-use crate::outgoing::{Attempt, Reporter, Peer};
-use crate::queue::{QueuedMessage, QueueLock, LockError, QueueName, Queue};
-use crate::smtp::address::Domain;
-use crate::smtp::client::{Client, DecidedBy, RecipientStatus, Abort, DeliveryResult, ClientOptions, StartTls};
+use crate::ids::Ids;
+use crate::mail::address::Domain;
+use crate::net::connection::CancelToken;
+use crate::net::resolver::{MxRoute, Resolver};
+use crate::net::tls::{self, ClientTls, Trust};
+use crate::queue::{LockError, Queue, QueueLock, QueueName, QueuedMessage};
+use crate::report::{Attempt, Peer, Reporter};
+use crate::session::client::{ClientSession, Remote, SessionFailure, connect};
+use crate::smtp::client::{Abort, Client, ClientOptions, DecidedBy, DeliveryResult, RecipientStatus, StartTls};
 use crate::smtp::reply::{Reply, Severity};
-use crate::stamp::Ids;
-use crate::tls::{self, ClientTls, Trust};
-use crate::wire::CancelToken;
 
 /// Addresses tried for one destination in one attempt (RFC 5321 section 5.1 asks for two at least).
 const ADDRESS_LIMIT: usize = 8;
@@ -98,12 +98,12 @@ impl Relay {
     pub fn new(
         config: &config::ProviderConfig,
         queue: &Queue,
-        stamps: &Ids,
-        desk: Reporter,
+        ids: &Ids,
+        reporter: Reporter,
         (handle, events): (RelayHandle, RelayEvents),
-        stop: &CancelToken,
+        cancel: &CancelToken,
     ) -> Result<Relay, StartError> {
-        let side = |trust: &Trust| tls::client_config(trust).map_err(StartError::Config);
+        let tls = |trust: &Trust| tls::client_config(trust).map_err(StartError::Config);
         let relay = &config.relay;
         let smarthost = match &relay.smarthost {
             None => None,
@@ -115,14 +115,14 @@ impl Relay {
             config: relay.clone(),
             timeouts: config.timeouts.clone(),
             queue: queue.clone(),
-            stamps: stamps.clone(),
-            reporter: desk,
+            ids: ids.clone(),
+            reporter,
             smarthost,
-            unverified_tls: side(&Trust::Anyone)?,
-            verified_tls: if verifies { Some(side(&Trust::System)?) } else { None },
+            unverified_tls: tls(&Trust::Anyone)?,
+            verified_tls: if verifies { Some(tls(&Trust::System)?) } else { None },
             hosts: HostTable::default(),
             active_sessions: AtomicUsize::new(0),
-            stop: stop.clone(),
+            cancel: cancel.clone(),
         };
         Ok(Relay { worker: Arc::new(worker), handle, events: events.0 })
     }
@@ -140,7 +140,7 @@ impl Relay {
         calendar.read(&self.worker.queue);
         let mut read = Instant::now();
         let mut under_way = 0;
-        while !self.worker.stop.is_cancelled() {
+        while !self.worker.cancel.is_cancelled() {
             if read.elapsed() >= RESCAN_INTERVAL {
                 calendar.read(&self.worker.queue);
                 read = Instant::now();
@@ -269,7 +269,7 @@ struct Worker {
     config: config::RelayConfig,
     timeouts: Timeouts,
     queue: Queue,
-    stamps: Ids,
+    ids: Ids,
     reporter: Reporter,
     smarthost: Option<Remote>,
     unverified_tls: ClientTls,
@@ -277,7 +277,7 @@ struct Worker {
     hosts: HostTable,
     /// Sessions under way.
     active_sessions: AtomicUsize,
-    stop: CancelToken,
+    cancel: CancelToken,
 }
 
 /// Why no session came about: what it means for the mail that is due.
@@ -309,8 +309,8 @@ impl Worker {
     /// One attempt at all that is due for these destinations. `Some`: not before then.
     fn attempt(&self, domains: &[Domain]) -> Option<SystemTime> {
         let places: Vec<_> = domains.iter().cloned().map(QueueName::Destination).collect();
-        let mut hold = match self.queue.lock(&places) {
-            Ok(hold) => hold,
+        let mut lock = match self.queue.lock(&places) {
+            Ok(lock) => lock,
             Err(LockError::Busy(_)) => return Some(SystemTime::now() + BUSY_RETRY_DELAY),
             Err(LockError::Failed(error)) => {
                 log::error!("event=spool-failed error={:?}", error.to_string());
@@ -318,46 +318,51 @@ impl Worker {
             }
         };
         // Files that are nobody's mail are no reason to disturb a host.
-        if !hold.has_message() {
+        if !lock.has_message() {
             return Some(SystemTime::now() + self.config.retry.first);
         }
         let delivered = match &self.smarthost {
-            Some(smarthost) => self.by_smarthost(smarthost, &mut hold),
-            None => self.by_mx(&domains[0], &mut hold),
+            Some(smarthost) => self.by_smarthost(smarthost, &mut lock),
+            None => self.by_mx(&domains[0], &mut lock),
         };
         let settled = match delivered {
             Ok(settled) => settled,
             Err(RouteError::Stopped) => true,
             Err(RouteError::Busy) => return Some(SystemTime::now() + BUSY_RETRY_DELAY),
-            Err(RouteError::Later(reply)) => self.finish_all(&mut hold, &RecipientStatus::Deferred(reply)),
-            Err(RouteError::Never(reply)) => self.finish_all(&mut hold, &RecipientStatus::Rejected(reply)),
+            Err(RouteError::Later(reply)) => self.finish_all(&mut lock, &RecipientStatus::Deferred(reply)),
+            Err(RouteError::Never(reply)) => self.finish_all(&mut lock, &RecipientStatus::Rejected(reply)),
         };
         // What could not be kept on disk is due as it was before: not at once again.
         (!settled).then(|| SystemTime::now() + self.config.retry.first)
     }
 
     /// The same fate for all that is due; `false`: not all of it could be kept.
-    fn finish_all(&self, hold: &mut QueueLock, fate: &RecipientStatus) -> bool {
+    fn finish_all(&self, lock: &mut QueueLock, status: &RecipientStatus) -> bool {
         let mut settled = true;
-        while let Some(batch) = hold.next_message() {
-            let fates = vec![fate.clone(); batch.envelope.recipients.len()];
-            settled &= self.finish_attempt(batch, DeliveryResult { recipients: fates, decided_by: DecidedBy::Us }, Peer::default(), hold);
+        while let Some(message) = lock.next_message() {
+            let statuses = vec![status.clone(); message.envelope.recipients.len()];
+            settled &= self.finish_attempt(
+                message,
+                DeliveryResult { recipients: statuses, decided_by: DecidedBy::Us },
+                Peer::default(),
+                lock,
+            );
         }
         settled
     }
 
     /// All that the hold offers, in one session; `false`: not all outcomes could be kept. `address`: of a host
     /// that goes without a word on any message, and is as good as down then.
-    fn deliver(&self, mut dialogue: ClientSession, hold: &mut QueueLock, address: &str) -> Result<bool, RouteError> {
+    fn deliver(&self, mut session: ClientSession, lock: &mut QueueLock, address: &str) -> Result<bool, RouteError> {
         let _talk = ActiveSession::begin(&self.active_sessions);
         let (mut settled, mut answered) = (true, false);
-        let mut settle = |batch: QueuedMessage, outcome: DeliveryResult, client: &Client, hold: &mut QueueLock| {
+        let mut settle = |message: QueuedMessage, result: DeliveryResult, client: &Client, lock: &mut QueueLock| {
             let peer = Peer { name: client.peer_name(), dsn: client.offered().dsn };
-            answered |= outcome.decided_by != DecidedBy::ConnectionLoss;
-            settled &= self.finish_attempt(batch, outcome, peer, hold);
+            answered |= result.decided_by != DecidedBy::ConnectionLoss;
+            settled &= self.finish_attempt(message, result, peer, lock);
         };
-        match dialogue.send_queue(hold, &mut settle) {
-            Ok(()) => dialogue.quit(),
+        match session.send_queue(lock, &mut settle) {
+            Ok(()) => session.quit(),
             Err(SessionFailure::Cancelled) => {}
             Err(failure) => {
                 log::info!("event=relay-cut-short host={address} error={:?}", failure.to_string());
@@ -370,19 +375,25 @@ impl Worker {
         Ok(settled)
     }
 
-    fn finish_attempt(&self, batch: QueuedMessage, outcome: DeliveryResult, peer: Peer<'_>, hold: &mut QueueLock) -> bool {
+    fn finish_attempt(
+        &self,
+        message: QueuedMessage,
+        result: DeliveryResult,
+        peer: Peer<'_>,
+        lock: &mut QueueLock,
+    ) -> bool {
         let context = format!("host={}", peer.name.unwrap_or("-"));
         let attempt = Attempt { peer, retry: Some(&self.config.retry), done: "relayed", context: &context };
-        self.reporter.finish_attempt(batch, outcome, &attempt, hold).is_ok()
+        self.reporter.finish_attempt(message, result, &attempt, lock).is_ok()
     }
 
     /// All to one host.
-    fn by_smarthost(&self, smarthost: &Remote, hold: &mut QueueLock) -> Result<bool, RouteError> {
+    fn by_smarthost(&self, smarthost: &Remote, lock: &mut QueueLock) -> Result<bool, RouteError> {
         let address = smarthost.address();
         let guest = self.hosts.enter(address, self.config.connections_per_host)?;
-        match smarthost.connect(&self.hostname, &self.timeouts, &self.stop) {
-            Ok(dialogue) => {
-                let settled = self.deliver(dialogue, hold, address);
+        match smarthost.connect(&self.hostname, &self.timeouts, &self.cancel) {
+            Ok(session) => {
+                let settled = self.deliver(session, lock, address);
                 drop(guest);
                 settled
             }
@@ -396,11 +407,11 @@ impl Worker {
     }
 
     /// Finds a host that takes the mail of a domain (RFC 5321 section 5.1).
-    fn by_mx(&self, domain: &Domain, hold: &mut QueueLock) -> Result<bool, RouteError> {
+    fn by_mx(&self, domain: &Domain, lock: &mut QueueLock) -> Result<bool, RouteError> {
         let later = |text: String| RouteError::Later(Reply::new(451, "4.4.3", text));
         let resolver = match self.config.resolver {
-            Some(server) => Resolver::at(server, &self.stamps),
-            None => Resolver::system(&self.stamps).map_err(|error| later(format!("No name server: {error}")))?,
+            Some(server) => Resolver::at(server, &self.ids),
+            None => Resolver::system(&self.ids).map_err(|error| later(format!("No name server: {error}")))?,
         };
         let route = resolver.route(domain).map_err(|error| later(format!("{domain} cannot be looked up: {error}")))?;
         let policy = self.config.policy(domain);
@@ -420,7 +431,7 @@ impl Worker {
             };
             hopeless &= addresses.is_empty();
             for address in addresses {
-                if self.stop.is_cancelled() {
+                if self.cancel.is_cancelled() {
                     return Err(RouteError::Stopped);
                 }
                 if tried >= ADDRESS_LIMIT || Instant::now() >= patience {
@@ -428,9 +439,9 @@ impl Worker {
                 }
                 tried += 1;
                 let obstacle = match self.try_host(&host, address, policy) {
-                    Ok((dialogue, guest)) => {
+                    Ok((session, guest)) => {
                         let address = SocketAddr::new(address, self.config.port).to_string();
-                        let delivered = self.deliver(dialogue, hold, &address);
+                        let delivered = self.deliver(session, lock, &address);
                         drop(guest);
                         match delivered {
                             Ok(settled) => return Ok(settled),
@@ -450,29 +461,40 @@ impl Worker {
             }
         }
         if hopeless {
-            last = Some(RouteError::Never(Reply::new(550, "5.4.4", format!("No mail host of {domain} has an address"))));
+            last =
+                Some(RouteError::Never(Reply::new(550, "5.4.4", format!("No mail host of {domain} has an address"))));
         }
         Err(last.unwrap_or_else(|| later(format!("No mail host of {domain} could be reached"))))
     }
 
     /// One address; with opportunistic TLS a second time in clear when TLS fails.
-    fn try_host(&self, host: &Domain, address: IpAddr, policy: TlsPolicy) -> Result<(ClientSession, HostPermit<'_>), RouteError> {
+    fn try_host(
+        &self,
+        host: &Domain,
+        address: IpAddr,
+        policy: TlsPolicy,
+    ) -> Result<(ClientSession, HostPermit<'_>), RouteError> {
         let address = SocketAddr::new(address, self.config.port);
         let guest = self.hosts.enter(&address.to_string(), self.config.connections_per_host)?;
-        let side = match (policy, &self.verified_tls) {
-            (TlsPolicy::Verify, Some(side)) => side,
+        let tls = match (policy, &self.verified_tls) {
+            (TlsPolicy::Verify, Some(tls)) => tls,
             _ => &self.unverified_tls,
         };
-        let plan =
-            |starttls| ClientOptions { name: self.hostname.clone(), starttls, tls: false, chunking: true, ..ClientOptions::default() };
+        let options = |starttls| ClientOptions {
+            name: self.hostname.clone(),
+            starttls,
+            tls: false,
+            chunking: true,
+            ..ClientOptions::default()
+        };
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
-        let tls = Some((side, host.as_str()));
-        let mut result = connect(address, plan(required), tls, &self.timeouts, &self.stop, None);
+        let tls = Some((tls, host.as_str()));
+        let mut result = connect(address, options(required), tls, &self.timeouts, &self.cancel, None);
         if policy == TlsPolicy::May && matches!(result, Err(SessionFailure::Broken(_) | SessionFailure::NoTls(_))) {
-            result = connect(address, plan(StartTls::Never), None, &self.timeouts, &self.stop, None);
+            result = connect(address, options(StartTls::Never), None, &self.timeouts, &self.cancel, None);
         }
-        let dialogue = match result {
-            Ok(dialogue) => dialogue,
+        let session = match result {
+            Ok(session) => session,
             Err(SessionFailure::Cancelled) => return Err(RouteError::Stopped),
             Err(failure) => {
                 if matches!(failure, SessionFailure::Lost(_)) {
@@ -483,11 +505,11 @@ impl Worker {
             }
         };
         // A host that calls itself by our name is us: this mail would go in circles.
-        if dialogue.client().peer_name().is_some_and(|name| name.eq_ignore_ascii_case(&self.hostname)) {
-            dialogue.quit();
+        if session.client().peer_name().is_some_and(|name| name.eq_ignore_ascii_case(&self.hostname)) {
+            session.quit();
             return Err(RouteError::Never(Reply::new(554, "5.4.6", "Mail for that domain comes back to this host")));
         }
-        Ok((dialogue, guest))
+        Ok((session, guest))
     }
 }
 
@@ -599,7 +621,7 @@ impl Drop for HostPermit<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dns::MxHost;
+    use crate::net::resolver::MxHost;
 
     fn domain(name: &str) -> Domain {
         Domain::parse(name).unwrap()

@@ -13,14 +13,17 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::config::{self, Timeouts, TlsMode};
-use crate::queue::{QueuedMessage, QueueLock};
-use crate::smtp::address::Domain;
-use crate::smtp::client::{Awaiting, Client, DecidedBy, RecipientStatus, Abort, OutgoingMessage, ClientInfo, DeliveryResult, ClientOptions, StartTls, ClientStep};
+use crate::mail::address::Domain;
+use crate::net::connection::{self, CancelToken, Connection, Filled, Line, Trace, WaitResult};
+use crate::net::tls::{self, ClientTls, Trust};
+use crate::queue::{QueueLock, QueuedMessage};
+use crate::smtp::client::{
+    Abort, Awaiting, Client, ClientInfo, ClientOptions, ClientStep, DecidedBy, DeliveryResult, OutgoingMessage,
+    RecipientStatus, StartTls,
+};
 use crate::smtp::command::Recipient;
 use crate::smtp::content::{CrlfEncoder, Stuffer};
 use crate::smtp::reply::{Reply, ReplyReader};
-use crate::tls::{self, ClientTls, Trust};
-use crate::wire::{self, Filled, Line, CancelToken, Trace, Connection, WaitResult};
 
 /// A reply line may be longer than RFC 5321 section 4.5.3.1.5 says, but not endless.
 pub const REPLY_LINE_LIMIT: usize = 8 * 1024;
@@ -59,7 +62,9 @@ impl fmt::Display for SessionFailure {
                 f.write_str("no authentication was offered that can be used: CRAM-MD5, or PLAIN under TLS")
             }
             SessionFailure::Aborted(Abort::Unproven) => f.write_str("the peer did not prove that it knows the secret"),
-            SessionFailure::Broken(text) | SessionFailure::NoTls(text) | SessionFailure::Lost(text) => f.write_str(text),
+            SessionFailure::Broken(text) | SessionFailure::NoTls(text) | SessionFailure::Lost(text) => {
+                f.write_str(text)
+            }
             SessionFailure::Cancelled => f.write_str("stopped"),
         }
     }
@@ -86,13 +91,18 @@ pub struct ClientSession {
 }
 
 impl ClientSession {
-    pub fn new(wire: Connection, plan: ClientOptions, timeouts: &Timeouts, stop: &CancelToken) -> ClientSession {
+    pub fn new(
+        connection: Connection,
+        options: ClientOptions,
+        timeouts: &Timeouts,
+        cancel: &CancelToken,
+    ) -> ClientSession {
         ClientSession {
-            connection: wire,
-            client: Client::new(plan),
+            connection,
+            client: Client::new(options),
             replies: ReplyReader::default(),
             timeouts: timeouts.clone(),
-            cancel: stop.clone(),
+            cancel: cancel.clone(),
             limit: None,
             grace: None,
         }
@@ -114,9 +124,9 @@ impl ClientSession {
     }
 
     /// Begins TLS; `name`: what the peer's certificate must be for.
-    pub fn begin_tls(&mut self, side: &ClientTls, name: &str) -> Result<(), SessionFailure> {
+    pub fn begin_tls(&mut self, tls: &ClientTls, name: &str) -> Result<(), SessionFailure> {
         let deadline = self.deadline_within(self.timeouts.handshake);
-        self.connection.start_tls_client(side, name, deadline).map_err(|error| match error.kind() {
+        self.connection.start_tls_client(tls, name, deadline).map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => SessionFailure::Broken(error.to_string()),
             _ => SessionFailure::NoTls(format!("TLS did not come about: {error}")),
         })?;
@@ -130,10 +140,10 @@ impl ClientSession {
             match self.next_step()? {
                 ClientStep::Ready => return Ok(()),
                 ClientStep::StartTls => {
-                    let Some((side, name)) = tls else {
+                    let Some((tls, name)) = tls else {
                         return Err(SessionFailure::Broken("TLS is not configured".to_owned()));
                     };
-                    self.begin_tls(side, name)?;
+                    self.begin_tls(tls, name)?;
                     let mut said = Vec::new();
                     self.client.tls_started(&mut said);
                     self.send(&said);
@@ -144,13 +154,13 @@ impl ClientSession {
     }
 
     /// Sends all that the hold offers; every message is given to `settle`, whatever happens.
-    pub fn send_queue(&mut self, hold: &mut QueueLock, settle: &mut Settle<'_>) -> Result<(), SessionFailure> {
+    pub fn send_queue(&mut self, lock: &mut QueueLock, settle: &mut Settle<'_>) -> Result<(), SessionFailure> {
         let mut under_way = VecDeque::new();
-        let delivered = self.send_each(hold, &mut under_way, settle);
+        let delivered = self.send_each(lock, &mut under_way, settle);
         if let Err(failure) = &delivered {
             let why = Reply::new(451, "4.4.2", failure.to_string());
-            for (batch, outcome) in under_way.into_iter().zip(self.client.abandon(&why)) {
-                settle(batch, outcome, &self.client, hold);
+            for (message, result) in under_way.into_iter().zip(self.client.abandon(&why)) {
+                settle(message, result, &self.client, lock);
             }
         }
         delivered
@@ -158,29 +168,34 @@ impl ClientSession {
 
     fn send_each(
         &mut self,
-        hold: &mut QueueLock,
+        lock: &mut QueueLock,
         under_way: &mut VecDeque<QueuedMessage>,
         settle: &mut Settle<'_>,
     ) -> Result<(), SessionFailure> {
         let (mut more, mut refusals) = (true, 0);
         loop {
             while more && self.client.is_ready_for_message() && !self.cancel.is_cancelled() {
-                let Some(batch) = hold.next_message() else {
+                let Some(message) = lock.next_message() else {
                     more = false;
                     break;
                 };
                 if let Err(failure) = self.reject_unsolicited() {
-                    let fates = vec![
+                    let statuses = vec![
                         RecipientStatus::Deferred(Reply::new(451, "4.4.2", failure.to_string()));
-                        batch.envelope.recipients.len()
+                        message.envelope.recipients.len()
                     ];
-                    settle(batch, DeliveryResult { recipients: fates, decided_by: DecidedBy::ConnectionLoss }, &self.client, hold);
+                    settle(
+                        message,
+                        DeliveryResult { recipients: statuses, decided_by: DecidedBy::ConnectionLoss },
+                        &self.client,
+                        lock,
+                    );
                     return Err(failure);
                 }
                 let mut said = Vec::new();
-                match self.client.send_message(batch.outgoing_message(), &mut said) {
-                    Ok(()) => under_way.push_back(batch),
-                    Err(outcome) => settle(batch, outcome, &self.client, hold),
+                match self.client.send_message(message.outgoing_message(), &mut said) {
+                    Ok(()) => under_way.push_back(message),
+                    Err(result) => settle(message, result, &self.client, lock),
                 }
                 self.send(&said);
             }
@@ -194,22 +209,22 @@ impl ClientSession {
             }
             match self.next_step()? {
                 ClientStep::Content { chunk } => {
-                    if let Some(batch) = under_way.front_mut() {
-                        let size = batch.size;
-                        self.send_content(batch, size, chunk)?;
+                    if let Some(message) = under_way.front_mut() {
+                        let size = message.size;
+                        self.send_content(message, size, chunk)?;
                     }
                 }
-                ClientStep::MessageDone(outcome) => {
-                    if let Some(batch) = under_way.pop_front() {
+                ClientStep::MessageDone(result) => {
+                    if let Some(message) = under_way.pop_front() {
                         // Where MAIL is not taken at all, the rest need not be tried; but one sender that is not liked
                         // says nothing of the others.
-                        refusals = match mail_not_accepted_here(&outcome) {
+                        refusals = match mail_not_accepted_here(&result) {
                             Some(550) => refusals + 1,
                             Some(_) => MAIL_REJECTION_LIMIT,
                             None => 0,
                         };
                         more &= refusals < MAIL_REJECTION_LIMIT;
-                        settle(batch, outcome, &self.client, hold);
+                        settle(message, result, &self.client, lock);
                     }
                 }
                 _ => {}
@@ -278,8 +293,8 @@ impl ClientSession {
     pub fn send_message(&mut self, message: OutgoingMessage, content: &mut dyn Read) -> DeliveryResult {
         let (mut said, size) = (Vec::new(), message.size);
         let silence = self.reject_unsolicited();
-        if let Err(outcome) = self.client.send_message(message, &mut said) {
-            return outcome;
+        if let Err(result) = self.client.send_message(message, &mut said) {
+            return result;
         }
         if let Err(failure) = silence {
             return self.abandon(&failure);
@@ -291,7 +306,7 @@ impl ClientSession {
     fn finish_transaction(&mut self, mut step: ClientStep, content: &mut dyn Read, size: u64) -> DeliveryResult {
         loop {
             let gone_on = match step {
-                ClientStep::MessageDone(outcome) => return outcome,
+                ClientStep::MessageDone(result) => return result,
                 ClientStep::Content { chunk } => self.send_content(content, size, chunk),
                 _ => Ok(()),
             };
@@ -304,7 +319,10 @@ impl ClientSession {
 
     fn abandon(&mut self, failure: &SessionFailure) -> DeliveryResult {
         let why = Reply::new(451, "4.4.2", failure.to_string());
-        self.client.abandon(&why).pop().unwrap_or(DeliveryResult { recipients: Vec::new(), decided_by: DecidedBy::ConnectionLoss })
+        self.client
+            .abandon(&why)
+            .pop()
+            .unwrap_or(DeliveryResult { recipients: Vec::new(), decided_by: DecidedBy::ConnectionLoss })
     }
 
     /// The content of one message, `size` octets on the wire: by DATA with its dots and its end, or as one chunk.
@@ -368,7 +386,10 @@ impl ClientSession {
     pub fn close_after(self, failure: &SessionFailure) {
         match failure {
             SessionFailure::Aborted(_) => self.quit(),
-            SessionFailure::Broken(_) | SessionFailure::NoTls(_) | SessionFailure::Lost(_) | SessionFailure::Cancelled => self.connection.shutdown(),
+            SessionFailure::Broken(_)
+            | SessionFailure::NoTls(_)
+            | SessionFailure::Lost(_)
+            | SessionFailure::Cancelled => self.connection.shutdown(),
         }
     }
 
@@ -405,11 +426,13 @@ impl ClientSession {
         let reply = self.read_reply(self.deadline_within(self.timeouts.reply_timeout(self.client.awaiting())))?;
         let farewell = reply.code() == 421;
         let mut said = Vec::new();
-        let step =
-            self.client.reply(reply.clone(), &mut said).map_err(|broken| SessionFailure::Broken(broken.0.to_owned()))?;
+        let step = self
+            .client
+            .reply(reply.clone(), &mut said)
+            .map_err(|broken| SessionFailure::Broken(broken.0.to_owned()))?;
         self.send(&said);
         match step {
-            ClientStep::Abort(halt) => Err(SessionFailure::Aborted(halt)),
+            ClientStep::Abort(abort) => Err(SessionFailure::Aborted(abort)),
             ClientStep::Closed => Err(SessionFailure::Lost("the peer closed the session".to_owned())),
             // What was settled by this reply is settled; nothing more will come.
             ClientStep::MessageDone(_) => Ok(step),
@@ -424,8 +447,9 @@ impl ClientSession {
                 Line::Whole(line) => {
                     self.connection.trace.received(&line);
                     let reply = self.replies.line(&line);
-                    let reply = reply
-                        .map_err(|error| SessionFailure::Broken(format!("that is no SMTP server: it said {:?}", error.0)))?;
+                    let reply = reply.map_err(|error| {
+                        SessionFailure::Broken(format!("that is no SMTP server: it said {:?}", error.0))
+                    })?;
                     match reply {
                         Some(reply) => return Ok(reply),
                         None => continue,
@@ -434,11 +458,11 @@ impl ClientSession {
                 Line::TooLong => return Err(SessionFailure::Broken("a reply line without end".to_owned())),
                 Line::None => {}
             }
-            let (deadline, stop) = match &self.grace {
+            let (deadline, cancel) = match &self.grace {
                 Some((end, never)) => (deadline.min(*end), never),
                 None => (deadline, &self.cancel),
             };
-            match self.connection.wait_input(deadline, stop).map_err(lost)? {
+            match self.connection.wait_input(deadline, cancel).map_err(lost)? {
                 WaitResult::Ready => {}
                 WaitResult::Deadline => return Err(SessionFailure::Lost("the peer does not answer".to_owned())),
                 // The peer may have taken the message this very moment: to go now would bring it twice.
@@ -475,8 +499,8 @@ impl ClientSession {
 }
 
 /// The reply to MAIL, if it may say that this server takes no mail from us (RFC 2645 section 5.4).
-pub fn mail_not_accepted_here(outcome: &DeliveryResult) -> Option<u16> {
-    outcome.recipients.iter().filter(|_| outcome.decided_by == DecidedBy::PeerAtMail).find_map(|fate| match fate {
+pub fn mail_not_accepted_here(result: &DeliveryResult) -> Option<u16> {
+    result.recipients.iter().filter(|_| result.decided_by == DecidedBy::PeerAtMail).find_map(|status| match status {
         RecipientStatus::Rejected(reply) => Some(reply.code()).filter(|code| matches!(code, 502 | 503 | 530 | 550)),
         _ => None,
     })
@@ -485,13 +509,13 @@ pub fn mail_not_accepted_here(outcome: &DeliveryResult) -> Option<u16> {
 /// A host that takes all mail, and how to talk to it: the relay's smarthost, a customer's submission host.
 pub struct Remote {
     config: config::Smarthost,
-    side: Option<ClientTls>,
+    tls: Option<ClientTls>,
 }
 
 impl Remote {
     pub fn new(config: &config::Smarthost) -> Result<Remote, String> {
-        let side = client_tls(config.tls, config.pin, config.ca.as_deref())?;
-        Ok(Remote { config: config.clone(), side })
+        let tls = client_tls(config.tls, config.pin, config.ca.as_deref())?;
+        Ok(Remote { config: config.clone(), tls })
     }
 
     pub fn address(&self) -> &str {
@@ -499,7 +523,12 @@ impl Remote {
     }
 
     /// A session in which mail may be sent.
-    pub fn connect(&self, hostname: &str, timeouts: &Timeouts, stop: &CancelToken) -> Result<ClientSession, SessionFailure> {
+    pub fn connect(
+        &self,
+        hostname: &str,
+        timeouts: &Timeouts,
+        cancel: &CancelToken,
+    ) -> Result<ClientSession, SessionFailure> {
         let config = &self.config;
         let addresses = config
             .address
@@ -507,7 +536,7 @@ impl Remote {
             .map_err(|error| SessionFailure::Lost(format!("{} has no address: {error}", config.address)))?;
         let mut last = SessionFailure::Lost(format!("{} has no address", config.address));
         for address in addresses {
-            let plan = ClientOptions {
+            let options = ClientOptions {
                 name: hostname.to_owned(),
                 starttls: if config.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
                 tls: config.tls == TlsMode::Implicit,
@@ -515,9 +544,9 @@ impl Remote {
                 chunking: true,
                 ..ClientOptions::default()
             };
-            let side = self.side.as_ref().map(|side| (side, config.host.as_str()));
-            match connect(address, plan, side, timeouts, stop, None) {
-                Ok(dialogue) => return Ok(dialogue),
+            let tls = self.tls.as_ref().map(|tls| (tls, config.host.as_str()));
+            match connect(address, options, tls, timeouts, cancel, None) {
+                Ok(session) => return Ok(session),
                 Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
                 Err(failure) => last = failure,
             }
@@ -529,44 +558,45 @@ impl Remote {
 /// Connects by TCP and introduces itself, until `limit` at the latest.
 pub fn connect(
     address: SocketAddr,
-    plan: ClientOptions,
-    side: Option<(&ClientTls, &str)>,
+    options: ClientOptions,
+    tls: Option<(&ClientTls, &str)>,
     timeouts: &Timeouts,
-    stop: &CancelToken,
+    cancel: &CancelToken,
     limit: Option<Instant>,
 ) -> Result<ClientSession, SessionFailure> {
     let deadline = Instant::now() + timeouts.connect;
     let deadline = limit.map_or(deadline, |limit| limit.min(deadline));
-    let socket = wire::connect(address, deadline, stop).map_err(|error| match error.kind() {
+    let socket = connection::connect(address, deadline, cancel).map_err(|error| match error.kind() {
         io::ErrorKind::Interrupted => SessionFailure::Cancelled,
         _ => SessionFailure::Lost(format!("{address}: {error}")),
     })?;
-    connect_over(socket, &format!("relay-{address}"), plan, side, timeouts, stop, limit)
+    connect_over(socket, &format!("relay-{address}"), options, tls, timeouts, cancel, limit)
 }
 
 /// Introduces itself over a connection; `name`: what it is called in the log.
 pub fn connect_over(
     socket: OwnedFd,
     name: &str,
-    plan: ClientOptions,
-    side: Option<(&ClientTls, &str)>,
+    options: ClientOptions,
+    tls: Option<(&ClientTls, &str)>,
     timeouts: &Timeouts,
-    stop: &CancelToken,
+    cancel: &CancelToken,
     limit: Option<Instant>,
 ) -> Result<ClientSession, SessionFailure> {
     let trace = Trace { id: name.to_owned(), us: 'C', them: 'S' };
-    let implicit = plan.tls;
-    let wire = Connection::new(socket, trace).map_err(|error| SessionFailure::Lost(format!("{name}: {error}")))?;
-    let mut dialogue = ClientSession::new(wire, plan, timeouts, stop);
-    dialogue.limit(limit);
-    let begun = match side {
-        Some((side, name)) if implicit => dialogue.begin_tls(side, name),
+    let implicit = options.tls;
+    let connection =
+        Connection::new(socket, trace).map_err(|error| SessionFailure::Lost(format!("{name}: {error}")))?;
+    let mut session = ClientSession::new(connection, options, timeouts, cancel);
+    session.limit(limit);
+    let begun = match tls {
+        Some((tls, name)) if implicit => session.begin_tls(tls, name),
         _ => Ok(()),
     };
-    match begun.and_then(|()| dialogue.handshake(side)) {
-        Ok(()) => Ok(dialogue),
+    match begun.and_then(|()| session.handshake(tls)) {
+        Ok(()) => Ok(session),
         Err(failure) => {
-            dialogue.close_after(&failure);
+            session.close_after(&failure);
             Err(failure)
         }
     }

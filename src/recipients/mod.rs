@@ -30,7 +30,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::smtp::address::{Domain, ForwardPath, Mailbox, forward_path};
+use crate::mail::address::{Domain, ForwardPath, Mailbox, forward_path};
 use crate::smtp::reply::Reply;
 
 /// The name of a folder may have so many octets, with room for what mail readers put beside it.
@@ -446,7 +446,11 @@ impl RecipientRules {
                 match first {
                     _ if number > 0 => {}
                     // Its name was just said.
-                    MatchedRule::Alias { name: AddressPattern::Address(..) | AddressPattern::Bare(_), origin, detail: None } => {
+                    MatchedRule::Alias {
+                        name: AddressPattern::Address(..) | AddressPattern::Bare(_),
+                        origin,
+                        detail: None,
+                    } => {
                         let _ = write!(text, " alias ({origin})");
                     }
                     first => {
@@ -753,7 +757,9 @@ impl RecipientRules {
     /// A user, or a whole domain, that an alias takes everything from.
     fn check_accepted(&self, name: &AddressPattern, origin: &SourceLine) -> Result<(), RuleError> {
         let alias = match name {
-            AddressPattern::Address(local, _) if local.is_empty() || directory_name(local).len() > DIRECTORY_NAME_LIMIT => {
+            AddressPattern::Address(local, _)
+                if local.is_empty() || directory_name(local).len() > DIRECTORY_NAME_LIMIT =>
+            {
                 let text = format!("{name} can have no mailbox: its local part is empty, or too long for a folder");
                 return Err(rule_error(origin, text));
             }
@@ -1052,7 +1058,10 @@ mod tests {
         RecipientRules::new(RuleInput {
             root: "/var/mail".into(),
             home: home.clone(),
-            accept: vec![(AddressPattern::Domain(home), origin.clone()), (AddressPattern::Domain(other.clone()), origin.clone())],
+            accept: vec![
+                (AddressPattern::Domain(home), origin.clone()),
+                (AddressPattern::Domain(other.clone()), origin.clone()),
+            ],
             except: Vec::new(),
             aliases: Vec::new(),
             domain_aliases: Vec::new(),

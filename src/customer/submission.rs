@@ -8,16 +8,23 @@ use std::sync::Arc;
 
 use super::outbox::{Outbox, Submission, SubmissionWriter};
 use crate::config::CustomerConfig;
+use crate::mail::address::{ForwardPath, Mailbox};
+use crate::net::connection::{CancelToken, Connection};
 use crate::sasl::{CredentialStore, Unavailable};
-use crate::session::{SessionLimits, MessageSink, SessionHandler, ServerSession, storage_failure_reply};
-use crate::smtp::address::{ForwardPath, Mailbox};
+use crate::session::server::{MessageSink, ServerSession, SessionHandler, SessionLimits, storage_failure_reply};
 use crate::smtp::command::{MailFrom, Notify};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{ServerHandler, ServerOptions, ServerRole, Server};
-use crate::wire::{CancelToken, Connection};
+use crate::smtp::server::{Server, ServerHandler, ServerOptions, ServerRole};
 
 /// One session, up to its end; says how it ended. `peer`: who is there, for `Received`.
-pub fn serve(config: &CustomerConfig, outbox: &Arc<Outbox>, wire: Connection, peer: String, stop: &CancelToken, halt: &CancelToken) -> String {
+pub fn serve(
+    config: &CustomerConfig,
+    outbox: &Arc<Outbox>,
+    connection: Connection,
+    peer: String,
+    cancel: &CancelToken,
+    abort: &CancelToken,
+) -> String {
     let profile = ServerOptions {
         role: ServerRole::Submission,
         hostname: config.hostname.clone(),
@@ -29,10 +36,10 @@ pub fn serve(config: &CustomerConfig, outbox: &Arc<Outbox>, wire: Connection, pe
         require_tls: false,
         dsn: true,
         mechanisms: Vec::new(),
-        stamps: outbox.stamps().clone(),
+        ids: outbox.ids().clone(),
     };
-    let bounds = SessionLimits::new(&config.timeouts, &config.limits, stop, halt);
-    let mut session = ServerSession::new(wire, Server::new(profile, false), peer, None, bounds);
+    let limits = SessionLimits::new(&config.timeouts, &config.limits, cancel, abort);
+    let mut session = ServerSession::new(connection, Server::new(profile, false), peer, None, limits);
     session.greet();
     let end = session.run(&mut SubmissionHandler { outbox: outbox.clone() });
     session.close();
@@ -61,12 +68,17 @@ impl ServerHandler for SubmissionHandler {
 }
 
 impl SessionHandler for SubmissionHandler {
-    fn receive_message(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn MessageSink>, Reply> {
+    fn receive_message(
+        &mut self,
+        server: &Server,
+        peer: &str,
+        secure: Option<&str>,
+    ) -> Result<Box<dyn MessageSink>, Reply> {
         let Some(transaction) = server.transaction() else {
             return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
         };
-        let stamps = self.outbox.stamps();
-        let (id, arrived) = (stamps.queue_id(), stamps.now());
+        let ids = self.outbox.ids();
+        let (id, arrived) = (ids.queue_id(), ids.clock().now());
         let received = server.received(peer, secure, &id, arrived);
         let letter = Submission {
             mail: &transaction.mail,

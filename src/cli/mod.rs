@@ -1,5 +1,7 @@
 //! The command line: words, help, logging, signals, exit codes (sysexits.h).
 
+pub mod demo;
+
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -20,16 +22,17 @@ use signal_hook::iterator::Signals;
 
 use crate::config::{self, Config};
 use crate::customer::daemon::DaemonEvent;
-use crate::customer::send::{self, SendmailOptions, LoginUser};
-use crate::customer::tally::CallCounters;
+
+use crate::customer::counters::CallCounters;
+use crate::customer::pull;
+use crate::customer::sendmail::{self, LoginUser, SendmailOptions};
 use crate::customer::{CallError, Summary, daemon};
+use crate::ids::Ids;
+use crate::net::connection::CancelToken;
+use crate::net::tls;
+use crate::privileges;
 use crate::provider::{Listener, Provider, StartError};
-use crate::rules::RecipientRules;
-use crate::stamp::Ids;
-use crate::tls;
-use crate::user;
-use crate::wire::CancelToken;
-use crate::{customer::pull, demo};
+use crate::recipients::RecipientRules;
 
 const OK: u8 = 0;
 const USAGE: u8 = 64;
@@ -265,13 +268,13 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     };
     log_to(log_target(inetd.is_some()), verbosity(matches));
     let config = config::ProviderConfig::load(&config_path(matches)).map_err(|error| logged(error.into(), inetd))?;
-    let stamps = Ids::system(tls::random);
+    let ids = Ids::system(tls::random);
     raise_descriptor_limit();
     // Before any thread is there, so that none is hit in our place.
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     match inetd {
         None => {
-            let running = Provider::start(config, stamps)?;
+            let running = Provider::start(config, ids)?;
             if let Some(signal) = signals.forever().next() {
                 log::info!("event=stopping signal={signal}");
             }
@@ -280,10 +283,11 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
             Ok(())
         }
         Some(door) => {
-            let stop = CancelToken::new()?;
-            stop_at_signal(signals, stop.clone());
-            let (wire, peer) = supervised_connection()?;
-            Provider::serve_one(config, stamps, door, wire, peer, &stop).map_err(|error| logged(error.into(), inetd))
+            let cancel = CancelToken::new()?;
+            stop_at_signal(signals, cancel.clone());
+            let (connection, peer) = supervised_connection()?;
+            Provider::serve_one(config, ids, door, connection, peer, &cancel)
+                .map_err(|error| logged(error.into(), inetd))
         }
     }
 }
@@ -308,23 +312,23 @@ fn pull_mail(matches: &Matches) -> Result<(), ExitError> {
     let config = config::CustomerConfig::load(&path)?;
     let user = owner(&config)?;
     not_for_others(&config, &path)?;
-    let stamps = Ids::system(tls::random);
-    let stop = CancelToken::new()?;
+    let ids = Ids::system(tls::random);
+    let cancel = CancelToken::new()?;
     raise_descriptor_limit();
     if daemon {
-        return run_daemon(&path, &config, user, &stamps, &stop);
+        return run_daemon(&path, &config, user, &ids, &cancel);
     }
-    let caller = pull::Customer::new(&config, &stamps)?;
+    let customer = pull::Customer::new(&config, &ids)?;
     become_owner(&config, user)?;
     if let Some(process) = now.then(|| daemon::running(&config)).transpose()?.flatten() {
         return request_call(process, quiet);
     }
-    stop_at_signal(Signals::new([SIGTERM, SIGINT])?, stop.clone());
-    let (begun, tally) = (Instant::now(), Arc::<CallCounters>::default());
-    let progress = (watched && !quiet).then(|| ProgressLine::start(&tally)).transpose()?;
-    let pulled = caller.pull(&stop, &tally);
+    stop_at_signal(Signals::new([SIGTERM, SIGINT])?, cancel.clone());
+    let (begun, counters) = (Instant::now(), Arc::<CallCounters>::default());
+    let progress = (watched && !quiet).then(|| ProgressLine::start(&counters)).transpose()?;
+    let pulled = customer.pull(&cancel, &counters);
     drop(progress);
-    let summary = tally.summary(begun.elapsed().as_secs_f64());
+    let summary = counters.summary(begun.elapsed().as_secs_f64());
     // Also what came before a failure has come.
     let said = match quiet || pulled.is_err() && summary == (Summary { seconds: summary.seconds, ..Summary::default() })
     {
@@ -339,17 +343,17 @@ fn pull_mail(matches: &Matches) -> Result<(), ExitError> {
 fn run_daemon(
     path: &Path,
     config: &config::CustomerConfig,
-    user: Option<user::SystemUser>,
-    stamps: &Ids,
-    stop: &CancelToken,
+    user: Option<privileges::SystemUser>,
+    ids: &Ids,
+    cancel: &CancelToken,
 ) -> Result<(), ExitError> {
     // Ports below 1024 are bound before root's rights are gone.
-    let ready = daemon::BoundDaemon::new(config, stamps)?;
+    let ready = daemon::BoundDaemon::new(config, ids)?;
     let becomes_another = user.is_some();
     become_owner(config, user)?;
     let (bell, events) = daemon::event_channel();
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1])?;
-    let (ringer, stopper) = (bell.clone(), stop.clone());
+    let (ringer, stopper) = (bell.clone(), cancel.clone());
     std::thread::spawn(move || {
         for signal in signals.forever() {
             match signal {
@@ -368,13 +372,13 @@ fn run_daemon(
     if becomes_another && let Err(error) = load() {
         log::warn!("event=no-reload error={error:?} way-out=\"let `user` read it\"");
     }
-    daemon::run(ready, &load, stamps, stop, (bell, events))?;
+    daemon::run(ready, &load, ids, cancel, (bell, events))?;
     log::info!("event=stopped");
     Ok(())
 }
 
 /// Whom to become before mail is touched; `None`: who we are.
-fn owner(config: &config::CustomerConfig) -> Result<Option<user::SystemUser>, ExitError> {
+fn owner(config: &config::CustomerConfig) -> Result<Option<privileges::SystemUser>, ExitError> {
     let wanted = config.owner.as_ref().filter(|_| rustix::process::geteuid().is_root());
     Ok(wanted.map(find_owner).transpose()?)
 }
@@ -390,11 +394,11 @@ fn not_for_others(config: &config::CustomerConfig, path: &Path) -> Result<(), Ex
     Ok(())
 }
 
-fn find_owner(owner: &config::MailOwner) -> Result<user::SystemUser, config::ConfigError> {
-    user::SystemUser::find(&owner.user, owner.group.as_deref()).map_err(|text| owner.error(text))
+fn find_owner(owner: &config::MailOwner) -> Result<privileges::SystemUser, config::ConfigError> {
+    privileges::SystemUser::find(&owner.user, owner.group.as_deref()).map_err(|text| owner.error(text))
 }
 
-fn become_owner(config: &config::CustomerConfig, user: Option<user::SystemUser>) -> Result<(), ExitError> {
+fn become_owner(config: &config::CustomerConfig, user: Option<privileges::SystemUser>) -> Result<(), ExitError> {
     if let Some(user) = user {
         let queue = config.outgoing.as_ref().map(|outgoing| &outgoing.queue);
         for folder in [Some(&config.mailboxes.root), queue].into_iter().flatten() {
@@ -428,14 +432,14 @@ struct ProgressLine {
 }
 
 impl ProgressLine {
-    fn start(tally: &Arc<CallCounters>) -> io::Result<ProgressLine> {
+    fn start(counters: &Arc<CallCounters>) -> io::Result<ProgressLine> {
         let ended = CancelToken::new()?;
-        let (tally, end) = (tally.clone(), ended.clone());
+        let (counters, end) = (counters.clone(), ended.clone());
         let show = move || {
             let mut shown = false;
             let mut next = Instant::now() + Duration::from_secs(1);
             while !end.wait_until(Some(next)) {
-                let _ = write!(io::stderr(), "\r{}\x1b[K", tally.progress());
+                let _ = write!(io::stderr(), "\r{}\x1b[K", counters.progress());
                 shown = true;
                 next = Instant::now() + Duration::from_millis(200);
             }
@@ -530,17 +534,17 @@ fn send(arguments: &[String]) -> Result<(), ExitError> {
     }
     not_for_others(&config, &file)?;
     become_owner(&config, owner(&config)?)?;
-    let stamps = Ids::system(tls::random);
+    let ids = Ids::system(tls::random);
     let done = match mode.as_str() {
-        "p" => send::list(&config, &stamps, &mut io::stdout()),
+        "p" => sendmail::list(&config, &ids, &mut io::stdout()),
         "s" => {
-            let stop = CancelToken::new()?;
-            stop_at_signal(Signals::new([SIGTERM, SIGINT])?, stop.clone());
+            let cancel = CancelToken::new()?;
+            stop_at_signal(Signals::new([SIGTERM, SIGINT])?, cancel.clone());
             let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3).map_err(io::Error::from)?;
             let output = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3).map_err(io::Error::from)?;
-            send::serve(&config, &stamps, (input, output), &stop)
+            sendmail::serve(&config, &ids, (input, output), &cancel)
         }
-        _ => send::send(&config, &stamps, &order, &mut io::stdin().lock()),
+        _ => sendmail::send(&config, &ids, &order, &mut io::stdin().lock()),
     };
     done.map_err(|refused| ExitError::new(refused.exit as u8, refused.text))
 }
@@ -629,10 +633,10 @@ fn logged(failure: ExitError, inetd: Option<Listener>) -> ExitError {
     failure
 }
 
-fn stop_at_signal(mut signals: Signals, stop: CancelToken) {
+fn stop_at_signal(mut signals: Signals, cancel: CancelToken) {
     std::thread::spawn(move || {
         if signals.forever().next().is_some() {
-            stop.cancel();
+            cancel.cancel();
         }
     });
 }

@@ -21,14 +21,15 @@
 use std::iter::successors;
 use std::time::Duration;
 
+use crate::clock::{Day, Occurrence, Timestamp};
 use crate::config::{Schedule, Times, Timetable, When};
-use crate::stamp::{Timestamp_, Day, Occurrence, Ids};
+use crate::ids::Ids;
 
 /// One moment on both clocks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Clocks {
     /// The clock on the wall, which may be set back and forth.
-    pub date: Timestamp_,
+    pub date: Timestamp,
     /// A clock that only goes forward, since whatever moment. Where it goes on while the machine sleeps, a call that the
     /// sleep swallowed is made on waking; where it stands still, it is not made.
     pub ticks: Duration,
@@ -37,7 +38,7 @@ pub struct Clocks {
 /// The calls to one provider: what became of the last one, and when the next one is due.
 pub struct CallTimer {
     schedule: Schedule,
-    stamps: Ids,
+    ids: Ids,
     /// Counts first: the pause after a failure, or a call at once. In ticks.
     until: Option<Duration>,
     /// From where the schedule counts: with `every` the last call's begin, with `at` its end.
@@ -60,10 +61,10 @@ const SEARCH_DAYS: usize = 16;
 
 impl CallTimer {
     /// No call has been made yet.
-    pub fn new(schedule: &Schedule, stamps: &Ids, now: Clocks) -> CallTimer {
+    pub fn new(schedule: &Schedule, ids: &Ids, now: Clocks) -> CallTimer {
         let mut diary = CallTimer {
             schedule: schedule.clone(),
-            stamps: stamps.clone(),
+            ids: ids.clone(),
             until: matches!(schedule.when, When::Every(_)).then_some(now.ticks),
             since: now,
             jitter: Duration::ZERO,
@@ -89,7 +90,7 @@ impl CallTimer {
     }
 
     /// When the next call is, as far as can be said now; for the log.
-    pub fn next_call(&self, now: Clocks) -> Timestamp_ {
+    pub fn next_call(&self, now: Clocks) -> Timestamp {
         later(now.date, self.time_left(now))
     }
 
@@ -121,7 +122,7 @@ impl CallTimer {
     }
 
     /// Behind this moment the timetable goes on.
-    fn after(&self, now: Clocks) -> Timestamp_ {
+    fn after(&self, now: Clocks) -> Timestamp {
         let waited = now.ticks.saturating_sub(self.since.ticks);
         if now.date.seconds().abs_diff(later(self.since.date, waited).seconds()) <= CLOCK_TOLERANCE {
             // However late it is asked for: the caller had other things to do.
@@ -130,27 +131,27 @@ impl CallTimer {
         // The clock was set, or stood still for the ticks while the machine slept. What it shows now is what counts,
         // and what has not been due just now was missed.
         let back = waited.min(self.jitter + LATENESS_LIMIT);
-        Timestamp_::from_seconds(now.date.seconds().saturating_sub(seconds(back)))
+        Timestamp::from_seconds(now.date.seconds().saturating_sub(seconds(back)))
     }
 
     /// A time by chance, from zero to this, in milliseconds.
     fn up_to(&self, most: Duration) -> Duration {
         let most = u64::try_from(most.as_millis()).unwrap_or(u64::MAX);
-        Duration::from_millis(self.stamps.random_number() % most.saturating_add(1))
+        Duration::from_millis(self.ids.random_number() % most.saturating_add(1))
     }
 }
 
 /// The first moment of the timetable after this one; the end of the calendar if there is none before it.
-pub fn first_after(timetable: &Timetable, after: Timestamp_) -> Timestamp_ {
+pub fn first_after(timetable: &Timetable, after: Timestamp) -> Timestamp {
     let today = timetable.zone.day(after);
     let days = successors(Some(today.previous().unwrap_or(today)), |day| day.next()).take(SEARCH_DAYS);
     let firsts = days.map(|day| calls(timetable, day).into_iter().filter(|call| *call > after).min());
     // Where the clock is put back over midnight, the day after may have the earlier call.
-    firsts.skip_while(Option::is_none).take(2).flatten().min().unwrap_or(Timestamp_::from_seconds(i64::MAX))
+    firsts.skip_while(Option::is_none).take(2).flatten().min().unwrap_or(Timestamp::from_seconds(i64::MAX))
 }
 
 /// All calls of a day by the clock of the zone, in no order, some perhaps twice.
-fn calls(timetable: &Timetable, day: Day) -> Vec<Timestamp_> {
+fn calls(timetable: &Timetable, day: Day) -> Vec<Timestamp> {
     let mut calls = Vec::new();
     let showing = |minute: u16| timetable.zone.occurrence(day, minute);
     for rule in timetable.entries.iter().filter(|rule| rule.days[day.weekday()]) {
@@ -170,8 +171,8 @@ fn calls(timetable: &Timetable, day: Day) -> Vec<Timestamp_> {
 }
 
 /// Rounded up.
-fn later(date: Timestamp_, time: Duration) -> Timestamp_ {
-    Timestamp_::from_seconds(date.seconds().saturating_add(seconds(time)))
+fn later(date: Timestamp, time: Duration) -> Timestamp {
+    Timestamp::from_seconds(date.seconds().saturating_add(seconds(time)))
 }
 
 /// Rounded up.
@@ -179,7 +180,7 @@ fn seconds(time: Duration) -> i64 {
     i64::try_from(time.as_millis().div_ceil(1000)).unwrap_or(i64::MAX)
 }
 
-fn once(showing: Occurrence) -> Timestamp_ {
+fn once(showing: Occurrence) -> Timestamp {
     match showing {
         Occurrence::Once(moment) | Occurrence::Twice(moment, _) | Occurrence::Never(moment) => moment,
     }
@@ -188,7 +189,7 @@ fn once(showing: Occurrence) -> Timestamp_ {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stamp::Zone;
+    use crate::clock::Zone;
     use proptest::prelude::*;
     use std::cmp::Ordering;
     use std::path::Path;
@@ -207,7 +208,7 @@ mod tests {
 
     impl Machine {
         fn at(text: &str) -> Machine {
-            Machine(Clocks { date: Timestamp_::parse_rfc3339(text).unwrap(), ticks: 1000 * HOUR })
+            Machine(Clocks { date: Timestamp::parse_rfc3339(text).unwrap(), ticks: 1000 * HOUR })
         }
 
         fn passes(&mut self, time: Duration) -> Clocks {
@@ -218,7 +219,7 @@ mod tests {
 
         /// Or sleeps.
         fn set(&mut self, seconds: i64) -> Clocks {
-            self.0.date = Timestamp_::from_seconds(self.0.date.seconds() + seconds);
+            self.0.date = Timestamp::from_seconds(self.0.date.seconds() + seconds);
             self.0
         }
 
@@ -420,7 +421,7 @@ mod tests {
 
     #[test]
     fn at_the_end_of_the_calendar_there_is_no_call_and_no_panic() {
-        for date in [Timestamp_::from_seconds(i64::MIN), Timestamp_::from_seconds(i64::MAX)] {
+        for date in [Timestamp::from_seconds(i64::MIN), Timestamp::from_seconds(i64::MAX)] {
             let mut machine = Machine(Clocks { date, ticks: Duration::ZERO });
             let mut diary = diary("at = [\"* 02:30\", \"mon every 7h\"]\nzone = \"UTC\"", &machine);
             let _ = diary.next_call(machine.0);
@@ -434,8 +435,8 @@ mod tests {
         let check = |zone: &str, rules: &str, day: &str, wanted: &[&str]| {
             let schedule = schedule(&format!("at = {rules}\nzone = {zone:?}"));
             let When::At(timetable) = schedule.when else { panic!("a timetable") };
-            let noon = Timestamp_::parse_rfc3339(&format!("{day}T12:00:00Z")).unwrap();
-            let next = |after: &Timestamp_| Some(first_after(&timetable, *after));
+            let noon = Timestamp::parse_rfc3339(&format!("{day}T12:00:00Z")).unwrap();
+            let next = |after: &Timestamp| Some(first_after(&timetable, *after));
             let calls = successors(next(&noon), next).map(|call| timetable.zone.rfc3339(call));
             assert_eq!(calls.take(wanted.len()).collect::<Vec<_>>(), wanted);
         };
@@ -490,7 +491,7 @@ mod tests {
 
     /// What the clock shows in one minute.
     struct Shown {
-        moment: Timestamp_,
+        moment: Timestamp,
         text: String,
         weekday: usize,
         /// No minute before showed the same.
@@ -501,12 +502,12 @@ mod tests {
     fn minutes_shown(zone: usize, change: usize) -> &'static [Shown] {
         static SHOWN: [[OnceLock<Vec<Shown>>; 2]; 5] = [const { [const { OnceLock::new() }; 2] }; 5];
         SHOWN[zone][change].get_or_init(|| {
-            let year = Timestamp_::parse_rfc3339("2026-01-01T00:00:00Z").unwrap();
+            let year = Timestamp::parse_rfc3339("2026-01-01T00:00:00Z").unwrap();
             let from = year.seconds() + (CHANGES[zone][change] - 1) * 24 * 60 * 60;
             let zone = Zone::parse(ZONES[zone]).unwrap();
             let mut shown: Vec<Shown> = Vec::new();
             for minute in 0..10 * 24 * 60 {
-                let moment = Timestamp_::from_seconds(from + 60 * minute);
+                let moment = Timestamp::from_seconds(from + 60 * minute);
                 let text = zone.rfc3339(moment)[..16].to_owned();
                 let recent = &shown[shown.len().saturating_sub(120)..];
                 let first = recent.iter().all(|other| other.text != text);
@@ -580,7 +581,7 @@ mod tests {
             let Ok(schedule) = toml::from_str::<Schedule>(&table) else { return Ok(()) };
             let When::At(timetable) = schedule.when else { unreachable!() };
             let shown = minutes_shown(zone, change);
-            let after = Timestamp_::from_seconds(shown[12 * 60].moment.seconds() + second);
+            let after = Timestamp::from_seconds(shown[12 * 60].moment.seconds() + second);
             let wanted = (0..shown.len()).find(|&at| shown[at].moment > after && is_call(&timetable, shown, at));
             let found = first_after(&timetable, after);
             match wanted {

@@ -13,13 +13,13 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use crate::config::{Limits, Timeouts};
-use crate::smtp::address::Domain;
+use crate::mail::address::Domain;
+use crate::net::connection::{CancelToken, Connection, Filled, Line, WaitResult};
+use crate::net::tls::ServerTls;
 use crate::smtp::command::Verb;
 use crate::smtp::content::{BdatDecoder, ReceivedCounter, Unstuffer};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{ServerHandler, Server, ServerStep_, message_too_large};
-use crate::tls::ServerTls;
-use crate::wire::{Filled, Line, CancelToken, Connection, WaitResult};
+use crate::smtp::server::{Server, ServerHandler, ServerStep_, message_too_large};
 
 /// RFC 4954 section 4 asks for 12288 octets in an AUTH exchange, more than any other command needs.
 const COMMAND_LINE_LIMIT: usize = 12 * 1024 + 512;
@@ -42,7 +42,12 @@ pub trait SessionHandler: ServerHandler {
     }
 
     /// Begins to take the content of the server's transaction; `peer` and `secure` are for `Received`.
-    fn receive_message(&mut self, server: &Server, peer: &str, secure: Option<&str>) -> Result<Box<dyn MessageSink>, Reply>;
+    fn receive_message(
+        &mut self,
+        server: &Server,
+        peer: &str,
+        secure: Option<&str>,
+    ) -> Result<Box<dyn MessageSink>, Reply>;
 }
 
 /// Where one message's content goes. Dropped before its commit it leaves nothing.
@@ -70,14 +75,14 @@ pub struct SessionLimits {
 
 impl SessionLimits {
     /// As the configuration says, for a session before any turn.
-    pub fn new(timeouts: &Timeouts, limits: &Limits, stop: &CancelToken, halt: &CancelToken) -> SessionLimits {
+    pub fn new(timeouts: &Timeouts, limits: &Limits, cancel: &CancelToken, abort: &CancelToken) -> SessionLimits {
         SessionLimits {
             command: timeouts.command,
             handshake: timeouts.handshake,
             session: timeouts.session,
             hops: limits.received_hops,
-            cancel: stop.clone(),
-            abort: halt.clone(),
+            cancel: cancel.clone(),
+            abort: abort.clone(),
         }
     }
 }
@@ -128,9 +133,15 @@ impl From<io::Error> for ConnectionClosed {
 
 impl ServerSession {
     /// `tls`: for STARTTLS, where the server offers it.
-    pub fn new(wire: Connection, server: Server, peer: String, tls: Option<ServerTls>, bounds: SessionLimits) -> ServerSession {
-        let deadline = Instant::now() + bounds.session;
-        ServerSession { connection: wire, server, peer, limits: bounds, tls, deadline, chunks: None }
+    pub fn new(
+        connection: Connection,
+        server: Server,
+        peer: String,
+        tls: Option<ServerTls>,
+        limits: SessionLimits,
+    ) -> ServerSession {
+        let deadline = Instant::now() + limits.session;
+        ServerSession { connection, server, peer, limits, tls, deadline, chunks: None }
     }
 
     /// Says the greeting.
@@ -183,7 +194,11 @@ impl ServerSession {
                 }
                 ServerStep_::Close(reply) => {
                     self.reply(&reply);
-                    return Ok(if reply.is_positive() { SessionEnd::Quit } else { SessionEnd::Closed(reply.to_string()) });
+                    return Ok(if reply.is_positive() {
+                        SessionEnd::Quit
+                    } else {
+                        SessionEnd::Closed(reply.to_string())
+                    });
                 }
                 ServerStep_::StartTls(reply) => self.start_tls(&reply)?,
                 ServerStep_::Data(go_ahead) => self.data(&go_ahead, party)?,
@@ -222,18 +237,18 @@ impl ServerSession {
                 self.reply(&Reply::new(421, "4.7.0", "Too much without a line end"));
                 return Err(ConnectionClosed("too much without a line end".to_owned()));
             }
-            let stop = self.limits.cancel.clone();
-            self.wait_for_input(deadline, &stop)?;
+            let cancel = self.limits.cancel.clone();
+            self.wait_for_input(deadline, &cancel)?;
         }
     }
 
     /// Waits for octets, and says why no more will come.
-    fn wait_for_input(&mut self, deadline: Instant, stop: &CancelToken) -> Result<(), ConnectionClosed> {
+    fn wait_for_input(&mut self, deadline: Instant, cancel: &CancelToken) -> Result<(), ConnectionClosed> {
         // Who does not read his replies is not read either.
         if self.connection.unsent() > CONTENT_BLOCK {
             self.connection.flush_all(deadline)?;
         }
-        match self.connection.wait_input(deadline, stop)? {
+        match self.connection.wait_input(deadline, cancel)? {
             WaitResult::Ready => {}
             WaitResult::Deadline => {
                 // RFC 5321 section 3.8.
@@ -289,7 +304,7 @@ impl ServerSession {
 
     /// RFC 3207.
     fn start_tls(&mut self, go_ahead: &Reply) -> Result<(), ConnectionClosed> {
-        let Some(side) = self.tls.clone() else {
+        let Some(tls) = self.tls.clone() else {
             self.reply(&Reply::new(454, "4.7.0", "TLS is not available now"));
             return Ok(());
         };
@@ -299,15 +314,15 @@ impl ServerSession {
             return Err(ConnectionClosed("octets behind STARTTLS".to_owned()));
         }
         self.reply(go_ahead);
-        self.connection.start_tls_server(&side, Instant::now() + self.limits.handshake)?;
+        self.connection.start_tls_server(&tls, Instant::now() + self.limits.handshake)?;
         self.connection.trace.event("tls");
         self.server.tls_started();
         Ok(())
     }
 
     fn data(&mut self, go_ahead: &Reply, party: &mut dyn SessionHandler) -> Result<(), ConnectionClosed> {
-        let mut taking = match self.open_sink(party) {
-            Ok(taking) => taking,
+        let mut receiver = match self.open_sink(party) {
+            Ok(receiver) => receiver,
             Err(reply) => {
                 self.server.end_transaction();
                 self.log_reply(&reply);
@@ -323,7 +338,7 @@ impl ServerSession {
             octets.clear();
             let fed = content.feed(self.connection.received(), &mut octets);
             self.connection.consume(fed.used);
-            taking.write(&octets, content.size());
+            receiver.write(&octets, content.size());
             if fed.end {
                 break;
             }
@@ -331,20 +346,20 @@ impl ServerSession {
                 self.reply(&message_too_large(self.server.max_size()));
                 return Err(ConnectionClosed("far more content than permitted".to_owned()));
             }
-            let halt = self.limits.abort.clone();
-            self.wait_for_input(pace.after(fed.used), &halt)?;
+            let abort = self.limits.abort.clone();
+            self.wait_for_input(pace.after(fed.used), &abort)?;
         }
         self.flush_before(party);
-        self.finish_message(taking, content.bare());
+        self.finish_message(receiver, content.bare());
         Ok(())
     }
 
     /// One chunk (RFC 3030 section 2): exactly `size` octets.
     fn chunk(&mut self, size: u64, last: bool, party: &mut dyn SessionHandler) -> Result<(), ConnectionClosed> {
-        let (mut content, mut taking) = match self.chunks.take() {
+        let (mut content, mut receiver) = match self.chunks.take() {
             Some(begun) => begun,
             None => match self.open_sink(party) {
-                Ok(taking) => (BdatDecoder::new(), taking),
+                Ok(receiver) => (BdatDecoder::new(), receiver),
                 Err(reply) => {
                     self.server.chunk_rejected(last);
                     self.log_reply(&reply);
@@ -358,21 +373,21 @@ impl ServerSession {
         self.read_exact(size, |piece| {
             octets.clear();
             content.feed(piece, &mut octets);
-            taking.write(&octets, content.size());
+            receiver.write(&octets, content.size());
         })?;
         if last {
             octets.clear();
             content.finish(&mut octets);
-            taking.write(&octets, content.size());
+            receiver.write(&octets, content.size());
             self.flush_before(party);
-            self.finish_message(taking, content.bare());
-        } else if let Err(reply) = taking.sink {
+            self.finish_message(receiver, content.bare());
+        } else if let Err(reply) = receiver.sink {
             self.server.chunk_rejected(last);
             self.log_reply(&reply);
             self.reply(&reply);
         } else {
             self.reply(&Reply::new(250, "2.0.0", format!("{size} octets received")));
-            self.chunks = Some((content, taking));
+            self.chunks = Some((content, receiver));
         }
         Ok(())
     }
@@ -392,8 +407,8 @@ impl ServerSession {
             self.connection.consume(piece);
             left -= piece as u64;
             if left > 0 {
-                let halt = self.limits.abort.clone();
-                self.wait_for_input(pace.after(piece), &halt)?;
+                let abort = self.limits.abort.clone();
+                self.wait_for_input(pace.after(piece), &abort)?;
             }
         }
         Ok(())
@@ -407,8 +422,8 @@ impl ServerSession {
     }
 
     /// All content is there: take it or refuse it, in either case for good.
-    fn finish_message(&mut self, taking: ContentReceiver, bare: bool) {
-        let reply = taking.finish(bare, self.limits.hops);
+    fn finish_message(&mut self, receiver: ContentReceiver, bare: bool) {
+        let reply = receiver.finish(bare, self.limits.hops);
         if reply.is_positive() {
             let (session, peer) = (&self.connection.trace.id, &self.peer);
             log::info!("event=accepted session={session} peer={peer} reply={:?}", reply.to_string());
@@ -489,8 +504,8 @@ struct TransferDeadline {
 }
 
 impl TransferDeadline {
-    fn new(bounds: &SessionLimits, session: Instant) -> TransferDeadline {
-        TransferDeadline { block: bounds.command, session, deadline: Instant::now() + bounds.command, octets: 0 }
+    fn new(limits: &SessionLimits, session: Instant) -> TransferDeadline {
+        TransferDeadline { block: limits.command, session, deadline: Instant::now() + limits.command, octets: 0 }
     }
 
     /// The deadline after so many octets more.

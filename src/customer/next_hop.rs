@@ -22,17 +22,17 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::config::{self, Retry, Timeouts};
-use crate::dialogue::{ClientSession, SessionFailure, connect, connect_over};
 use crate::maildir::{Entry, for_each_block};
-use crate::outgoing::{Attempt, Reporter, Peer};
-use crate::queue::{QueuedMessage, Envelope, QueueLock, LockError, QueueName, Queue};
-use crate::rules::{self, NextHop};
-use crate::session::storage_failure_reply;
-use crate::smtp::client::{DecidedBy, RecipientStatus, OutgoingMessage, ClientInfo, DeliveryResult, ClientOptions};
+use crate::net::connection::CancelToken;
+use crate::queue::{Envelope, LockError, Queue, QueueLock, QueueName, QueuedMessage};
+use crate::recipients::{self, NextHop};
+use crate::report::{Attempt, Peer, Reporter};
+use crate::session::client::{ClientSession, SessionFailure, connect, connect_over};
+use crate::session::server::storage_failure_reply;
+use crate::smtp::client::{ClientInfo, ClientOptions, DecidedBy, DeliveryResult, OutgoingMessage, RecipientStatus};
 use crate::smtp::command::Recipient;
 use crate::smtp::content::WireSize;
 use crate::smtp::reply::Reply;
-use crate::wire::CancelToken;
 
 use super::mailboxes::Mailboxes;
 
@@ -89,7 +89,7 @@ struct HopSession {
 }
 
 impl NextHops {
-    pub fn new(hostname: &str, timeouts: &Timeouts, stop: &CancelToken) -> NextHops {
+    pub fn new(hostname: &str, timeouts: &Timeouts, cancel: &CancelToken) -> NextHops {
         let timeouts = Timeouts {
             greeting: timeouts.greeting.min(REPLY_TIMEOUT),
             mail: timeouts.mail.min(REPLY_TIMEOUT),
@@ -101,7 +101,7 @@ impl NextHops {
         NextHops {
             hostname: hostname.to_owned(),
             timeouts,
-            cancel: stop.clone(),
+            cancel: cancel.clone(),
             limit: None,
             sessions: HashMap::new(),
             closing: Vec::new(),
@@ -126,9 +126,16 @@ impl NextHops {
 
     /// Asks whether a next hop takes a recipient; `Err`: its reply, or that it is down. `message`: its sender, and
     /// what is known of its content.
-    pub fn check_recipient(&mut self, hop: &NextHop, message: &OutgoingMessage, recipient: &Recipient) -> Result<(), Reply> {
+    pub fn check_recipient(
+        &mut self,
+        hop: &NextHop,
+        message: &OutgoingMessage,
+        recipient: &Recipient,
+    ) -> Result<(), Reply> {
         let session = self.sessions.entry(hop.clone()).or_default();
-        if session.open && session.recipients.iter().any(|asked| rules::same_mailbox(&asked.mailbox, &recipient.mailbox)) {
+        if session.open
+            && session.recipients.iter().any(|asked| recipients::same_mailbox(&asked.mailbox, &recipient.mailbox))
+        {
             return Ok(());
         }
         // RFC 6531 section 3.4: a recipient who needs SMTPUTF8 needs it at MAIL; the content goes to all in another
@@ -141,7 +148,9 @@ impl NextHops {
         // That a session has ended in a pause between two messages says nothing of the next hop.
         let idle = session.session.is_some() && !session.open;
         let asked = match self.try_recipient(hop, message, recipient) {
-            Err(SessionFailure::Lost(_) | SessionFailure::Broken(_)) if idle => self.try_recipient(hop, message, recipient),
+            Err(SessionFailure::Lost(_) | SessionFailure::Broken(_)) if idle => {
+                self.try_recipient(hop, message, recipient)
+            }
             other => other,
         };
         let reply = asked.unwrap_or_else(|failure| unavailable_reply(hop, &failure));
@@ -154,7 +163,12 @@ impl NextHops {
         }
     }
 
-    fn try_recipient(&mut self, hop: &NextHop, message: &OutgoingMessage, recipient: &Recipient) -> Result<Reply, SessionFailure> {
+    fn try_recipient(
+        &mut self,
+        hop: &NextHop,
+        message: &OutgoingMessage,
+        recipient: &Recipient,
+    ) -> Result<Reply, SessionFailure> {
         let session = self.session(hop)?;
         let begun = Instant::now();
         let replied = session.add_recipient(message, recipient);
@@ -176,26 +190,27 @@ impl NextHops {
         let before = self.sessions.get(hop).is_some_and(|session| session.session.is_some());
         let mut delivered = self.try_delivery(hop, message, content, origin)?;
         // A session that was there before may have ended while the content came. Nobody has it yet.
-        let nobody = |outcome: &DeliveryResult| {
-            let lost = outcome.decided_by == DecidedBy::ConnectionLoss;
-            lost && outcome.recipients.iter().all(|fate| matches!(fate, RecipientStatus::Deferred(_)))
+        let nobody = |result: &DeliveryResult| {
+            let lost = result.decided_by == DecidedBy::ConnectionLoss;
+            lost && result.recipients.iter().all(|status| matches!(status, RecipientStatus::Deferred(_)))
         };
         if before && delivered.as_ref().is_ok_and(nobody) {
             delivered = self.try_delivery(hop, message, content, origin)?;
         }
-        let later = |failure| vec![RecipientStatus::Deferred(unavailable_reply(hop, &failure)); message.recipients.len()];
-        let fates = delivered.map_or_else(later, |outcome| outcome.recipients);
-        let fates = fates.into_iter().map(|fate| upstream_status(hop, fate)).collect();
-        let dialogue = self.sessions.get(hop).and_then(|session| session.session.as_ref());
-        let dsn = dialogue.is_some_and(|dialogue| dialogue.client().offered().dsn);
+        let later =
+            |failure| vec![RecipientStatus::Deferred(unavailable_reply(hop, &failure)); message.recipients.len()];
+        let statuses = delivered.map_or_else(later, |result| result.recipients);
+        let statuses = statuses.into_iter().map(|status| upstream_status(hop, status)).collect();
+        let session = self.sessions.get(hop).and_then(|session| session.session.as_ref());
+        let dsn = session.is_some_and(|session| session.client().offered().dsn);
         // The next message comes from somebody else.
-        if dialogue.is_some_and(|dialogue| dialogue.client().is_client_overridden())
+        if session.is_some_and(|session| session.client().is_client_overridden())
             && let Some(session) = self.sessions.get_mut(hop)
         {
             session.clear_transaction();
             self.closing.extend(session.session.take());
         }
-        Ok(HopDelivery { recipients: fates, dsn })
+        Ok(HopDelivery { recipients: statuses, dsn })
     }
 
     fn try_delivery(
@@ -218,15 +233,15 @@ impl NextHops {
                 return Err(SessionFailure::Lost("it was not reachable a moment ago".to_owned()));
             }
             match connect_hop(hop, &self.hostname, &self.timeouts, &self.cancel, self.limit) {
-                Ok(dialogue) => session.session = Some(dialogue),
+                Ok(connected) => session.session = Some(connected),
                 Err(failure) => {
                     session.mark_down(begun, DOWN_PAUSE);
                     return Err(failure);
                 }
             }
         }
-        if let Some(dialogue) = &mut session.session {
-            dialogue.limit(self.limit);
+        if let Some(session) = &mut session.session {
+            session.limit(self.limit);
         }
         Ok(session)
     }
@@ -241,15 +256,15 @@ impl Drop for NextHops {
 
 impl HopSession {
     fn add_recipient(&mut self, message: &OutgoingMessage, recipient: &Recipient) -> Result<Reply, SessionFailure> {
-        let Some(dialogue) = &mut self.session else { return Err(SessionFailure::Lost("no session".to_owned())) };
+        let Some(session) = &mut self.session else { return Err(SessionFailure::Lost("no session".to_owned())) };
         if !self.open {
-            let reply = dialogue.begin_transaction(message)?;
+            let reply = session.begin_transaction(message)?;
             if !reply.is_positive() {
                 return Ok(reply);
             }
             (self.open, self.utf8) = (true, message.utf8);
         }
-        let reply = dialogue.add_recipient(recipient)?;
+        let reply = session.add_recipient(recipient)?;
         if reply.is_positive() {
             self.recipients.push(recipient.clone());
         }
@@ -263,40 +278,47 @@ impl HopSession {
         self.down_until = Some(Instant::now() + rest);
     }
 
-    fn deliver(&mut self, message: &OutgoingMessage, content: &mut dyn Content, origin: Option<&ClientInfo>) -> DeliveryResult {
+    fn deliver(
+        &mut self,
+        message: &OutgoingMessage,
+        content: &mut dyn Content,
+        origin: Option<&ClientInfo>,
+    ) -> DeliveryResult {
         let begun = Instant::now();
         let by_loss = |reply: Reply| {
-            let fates = vec![RecipientStatus::Deferred(reply); message.recipients.len()];
-            DeliveryResult { recipients: fates, decided_by: DecidedBy::ConnectionLoss }
+            let statuses = vec![RecipientStatus::Deferred(reply); message.recipients.len()];
+            DeliveryResult { recipients: statuses, decided_by: DecidedBy::ConnectionLoss }
         };
         let lost = |text: &str| by_loss(Reply::new(451, "4.4.2", text.to_owned()));
-        let Some(dialogue) = &mut self.session else { return lost("no session with the next hop") };
-        let offered = dialogue.client().offered();
+        let Some(session) = &mut self.session else { return lost("no session with the next hop") };
+        let offered = session.client().offered();
         let origin = origin.filter(|_| !offered.xclient.is_empty() || !offered.xforward.is_empty());
         // What was asked is gone on with, if it is what is wanted and nothing must be said before.
         let fits = offered.eight_bit || !message.eight_bit;
-        let outcome = if self.open && self.recipients == message.recipients && origin.is_none() && fits {
-            dialogue.send_data(content, message.size)
+        let result = if self.open && self.recipients == message.recipients && origin.is_none() && fits {
+            session.send_data(content, message.size)
         } else {
-            dialogue.abort_transaction();
-            match origin.map_or(Ok(()), |origin| dialogue.send_client_info(origin)) {
-                Ok(()) => dialogue.send_message(message.clone(), content),
+            session.abort_transaction();
+            match origin.map_or(Ok(()), |origin| session.send_client_info(origin)) {
+                Ok(()) => session.send_message(message.clone(), content),
                 Err(failure) => lost(&failure.to_string()),
             }
         };
         self.clear_transaction();
-        if outcome.decided_by == DecidedBy::ConnectionLoss || self.session.as_ref().is_some_and(|it| it.client().closing()) {
+        if result.decided_by == DecidedBy::ConnectionLoss
+            || self.session.as_ref().is_some_and(|it| it.client().closing())
+        {
             self.end();
             self.mark_down(begun, Duration::ZERO);
         }
-        outcome
+        result
     }
 
     /// Lets the transaction go that is open.
     fn abort_transaction(&mut self) {
         self.clear_transaction();
-        if let Some(dialogue) = &mut self.session {
-            dialogue.abort_transaction();
+        if let Some(session) = &mut self.session {
+            session.abort_transaction();
         }
     }
 
@@ -315,11 +337,11 @@ fn connect_hop(
     hop: &NextHop,
     hostname: &str,
     timeouts: &Timeouts,
-    stop: &CancelToken,
+    cancel: &CancelToken,
     limit: Option<Instant>,
 ) -> Result<ClientSession, SessionFailure> {
     let lost = |error: io::Error| SessionFailure::Lost(format!("{hop}: {error}"));
-    let plan = |lmtp| ClientOptions { name: hostname.to_owned(), lmtp, chunking: true, ..ClientOptions::default() };
+    let options = |lmtp| ClientOptions { name: hostname.to_owned(), lmtp, chunking: true, ..ClientOptions::default() };
     let (address, lmtp) = match hop {
         NextHop::LmtpUnix(path) => {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
@@ -329,15 +351,15 @@ fn connect_hop(
             SocketAddrUnix::new(path)
                 .and_then(|address| rustix::net::connect(&socket, &address))
                 .map_err(|error| lost(error.into()))?;
-            return connect_over(socket, &hop.to_string(), plan(true), None, timeouts, stop, limit);
+            return connect_over(socket, &hop.to_string(), options(true), None, timeouts, cancel, limit);
         }
         NextHop::Lmtp { address, .. } => (address, true),
         NextHop::Smtp { address, .. } => (address, false),
     };
     let mut last = SessionFailure::Lost(format!("{address} has no address"));
     for address in address.to_socket_addrs().map_err(lost)? {
-        match connect(address, plan(lmtp), None, timeouts, stop, limit) {
-            Ok(dialogue) => return Ok(dialogue),
+        match connect(address, options(lmtp), None, timeouts, cancel, limit) {
+            Ok(session) => return Ok(session),
             Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
             Err(failure) => last = failure,
         }
@@ -365,10 +387,12 @@ fn upstream_reply(hop: &NextHop, reply: Reply) -> Reply {
 }
 
 /// A fate as the provider shall hear of it, or the retries.
-fn upstream_status(hop: &NextHop, fate: RecipientStatus) -> RecipientStatus {
-    match fate {
+fn upstream_status(hop: &NextHop, status: RecipientStatus) -> RecipientStatus {
+    match status {
         // Behind RCPT, where that one counts as "later" (RFC 5321 section 4.5.3.1.10): see `ask`.
-        RecipientStatus::Deferred(reply) if reply.code() == 552 => RecipientStatus::Rejected(reply.with_code(550).for_relaying()),
+        RecipientStatus::Deferred(reply) if reply.code() == 552 => {
+            RecipientStatus::Rejected(reply.with_code(550).for_relaying())
+        }
         // We have decided so, though the words are those of a refusal: a hop that has forgotten EHLO for a minute.
         RecipientStatus::Deferred(reply) if reply.code() >= 500 => {
             RecipientStatus::Deferred(Reply::new(451, "4.3.5", format!("Not now: {reply}")))
@@ -477,10 +501,10 @@ pub struct RetryQueue {
 
 impl RetryQueue {
     /// `desk`: tells senders what became of their mail, as far as anybody can be told.
-    pub fn new(config: &config::CustomerConfig, mailboxes: &Mailboxes, desk: Reporter) -> RetryQueue {
+    pub fn new(config: &config::CustomerConfig, mailboxes: &Mailboxes, reporter: Reporter) -> RetryQueue {
         RetryQueue {
             queue: mailboxes.queue().clone(),
-            reporter: desk,
+            reporter,
             retry: config.outgoing.as_ref().map(|outgoing| outgoing.retry.clone()).unwrap_or_default(),
             hostname: config.hostname.clone(),
             timeouts: config.timeouts.clone(),
@@ -494,42 +518,64 @@ impl RetryQueue {
 
     /// Stores what became neither delivered nor the provider's again, durably; then acts on the fates, one a recipient.
     /// `by`: who has decided on them.
-    pub fn store(&self, envelope: Envelope, fates: Vec<RecipientStatus>, content: &mut dyn Content, by: HopName<'_>) -> io::Result<()> {
+    pub fn store(
+        &self,
+        envelope: Envelope,
+        statuses: Vec<RecipientStatus>,
+        content: &mut dyn Content,
+        by: HopName<'_>,
+    ) -> io::Result<()> {
         content.rewind()?;
         let mut copies = self.queue.begin_message(&[(QueueName::Retry, envelope)], "")?;
         for_each_block(content, |piece| copies.write(piece))?;
         let entries = copies.commit()?;
         // It is safe: whatever fails now, it is tried again.
-        if let Err(error) = self.finish_stored(entries, fates, by) {
+        if let Err(error) = self.finish_stored(entries, statuses, by) {
             log::warn!("event=handover-unsettled error={error:?}");
         }
         Ok(())
     }
 
-    fn finish_stored(&self, entries: Vec<Entry>, fates: Vec<RecipientStatus>, by: HopName<'_>) -> Result<(), String> {
-        let mut hold = self.lock()?;
+    fn finish_stored(
+        &self,
+        entries: Vec<Entry>,
+        statuses: Vec<RecipientStatus>,
+        by: HopName<'_>,
+    ) -> Result<(), String> {
+        let mut lock = self.lock()?;
         for entry in entries {
-            let batch = hold.open_message(&QueueName::Retry, entry).map_err(|error| error.to_string())?;
-            if let Some(batch) = batch {
-                self.finish_attempt(batch, fates.clone(), by, &mut hold).map_err(|error| error.to_string())?;
+            let message = lock.open_message(&QueueName::Retry, entry).map_err(|error| error.to_string())?;
+            if let Some(message) = message {
+                self.finish_attempt(message, statuses.clone(), by, &mut lock).map_err(|error| error.to_string())?;
             }
         }
         Ok(())
     }
 
-    fn finish_attempt(&self, batch: QueuedMessage, mut fates: Vec<RecipientStatus>, by: HopName<'_>, hold: &mut QueueLock) -> io::Result<DeliveryResult> {
-        for fate in &mut fates {
+    fn finish_attempt(
+        &self,
+        message: QueuedMessage,
+        mut statuses: Vec<RecipientStatus>,
+        by: HopName<'_>,
+        lock: &mut QueueLock,
+    ) -> io::Result<DeliveryResult> {
+        for status in &mut statuses {
             // Here it is not "too many recipients" (RFC 5321 section 4.5.3.1.10), and so not for at once.
-            if let RecipientStatus::Deferred(reply) = fate
+            if let RecipientStatus::Deferred(reply) = status
                 && reply.code() == 452
             {
-                *fate = RecipientStatus::Deferred(reply.clone().with_code(451));
+                *status = RecipientStatus::Deferred(reply.clone().with_code(451));
             }
         }
         let context = format!("next-hop={:?}", by.name);
         let peer = Peer { name: None, dsn: by.dsn };
         let attempt = Attempt { peer, retry: Some(&self.retry), done: "handed-over", context: &context };
-        self.reporter.finish_attempt(batch, DeliveryResult { recipients: fates, decided_by: DecidedBy::Peer }, &attempt, hold)
+        self.reporter.finish_attempt(
+            message,
+            DeliveryResult { recipients: statuses, decided_by: DecidedBy::Peer },
+            &attempt,
+            lock,
+        )
     }
 
     fn lock(&self) -> Result<QueueLock, String> {
@@ -545,67 +591,78 @@ impl RetryQueue {
     }
 
     /// Tries what is due.
-    pub fn retry(&self, mailboxes: &Mailboxes, stop: &CancelToken) {
+    pub fn retry(&self, mailboxes: &Mailboxes, cancel: &CancelToken) {
         if self.due().is_none_or(|due| due > SystemTime::now()) {
             return;
         }
-        let mut hold = match self.lock() {
-            Ok(hold) => hold,
+        let mut lock = match self.lock() {
+            Ok(lock) => lock,
             Err(error) => return log::info!("event=handover-waits reason={error:?}"),
         };
-        let mut hops = NextHops::new(&self.hostname, &self.timeouts, stop);
-        while !stop.is_cancelled() {
-            hold.heartbeat();
-            let Some(mut batch) = hold.next_message() else { return };
-            let (fates, name, dsn) = self.attempt(mailboxes, &mut hops, &mut batch);
+        let mut hops = NextHops::new(&self.hostname, &self.timeouts, cancel);
+        while !cancel.is_cancelled() {
+            lock.heartbeat();
+            let Some(mut message) = lock.next_message() else { return };
+            let (statuses, name, dsn) = self.attempt(mailboxes, &mut hops, &mut message);
             // What is wrong with it stands in the log.
-            let _ = self.finish_attempt(batch, fates, HopName { name: &name, dsn }, &mut hold);
+            let _ = self.finish_attempt(message, statuses, HopName { name: &name, dsn }, &mut lock);
         }
     }
 
     /// One message, to wherever its recipients belong by the rules as they are now.
-    fn attempt(&self, mailboxes: &Mailboxes, hops: &mut NextHops, batch: &mut QueuedMessage) -> (Vec<RecipientStatus>, String, bool) {
-        let recipients = batch.envelope.recipients.clone();
-        let mut fates: Vec<Option<RecipientStatus>> = vec![None; recipients.len()];
+    fn attempt(
+        &self,
+        mailboxes: &Mailboxes,
+        hops: &mut NextHops,
+        message: &mut QueuedMessage,
+    ) -> (Vec<RecipientStatus>, String, bool) {
+        let recipients = message.envelope.recipients.clone();
+        let mut statuses: Vec<Option<RecipientStatus>> = vec![None; recipients.len()];
         // Of a delivery into a Maildir of ours nobody else tells; that one is as rare as a change of the rules.
         let (mut name, mut dsn) = ("-".to_owned(), false);
         for number in 0..recipients.len() {
-            if fates[number].is_some() {
+            if statuses[number].is_some() {
                 continue;
             }
             match mailboxes.destination(&recipients[number].mailbox) {
                 // It was taken by rules that are no more.
-                None => fates[number] = Some(RecipientStatus::Rejected(Reply::new(550, "5.1.1", "No such mailbox here any more"))),
-                Some(rules::Destination::Maildir { path, folders }) => {
-                    let from = batch.envelope.from.clone();
-                    let copied = mailboxes.copy(&from, &recipients[number].mailbox, (&path, &folders), batch);
-                    fates[number] = Some(copied);
+                None => {
+                    statuses[number] =
+                        Some(RecipientStatus::Rejected(Reply::new(550, "5.1.1", "No such mailbox here any more")))
                 }
-                Some(rules::Destination::NextHop(hop)) => {
-                    let same = |other: &usize| matches!(mailboxes.destination(&recipients[*other].mailbox), Some(rules::Destination::NextHop(its)) if its == hop);
+                Some(recipients::Destination::Maildir { path, folders }) => {
+                    let from = message.envelope.from.clone();
+                    let copied = mailboxes.copy(&from, &recipients[number].mailbox, (&path, &folders), message);
+                    statuses[number] = Some(copied);
+                }
+                Some(recipients::Destination::NextHop(hop)) => {
+                    let same = |other: &usize| matches!(mailboxes.destination(&recipients[*other].mailbox), Some(recipients::Destination::NextHop(its)) if its == hop);
                     let numbers: Vec<_> = (number..recipients.len()).filter(same).collect();
                     let wanted = numbers.iter().map(|number| recipients[*number].clone()).collect();
-                    let message = OutgoingMessage { recipients: wanted, ..batch.outgoing_message() };
+                    let outgoing = OutgoingMessage { recipients: wanted, ..message.outgoing_message() };
                     hops.limit = Some(Instant::now() + RETRY_DEADLINE);
-                    let found = hops.deliver(&hop, &message, batch, None).unwrap_or_else(|error| HopDelivery {
-                        recipients: vec![RecipientStatus::Deferred(storage_failure_reply(&error)); message.recipients.len()],
+                    let found = hops.deliver(&hop, &outgoing, message, None).unwrap_or_else(|error| HopDelivery {
+                        recipients: vec![
+                            RecipientStatus::Deferred(storage_failure_reply(&error));
+                            outgoing.recipients.len()
+                        ],
                         dsn: false,
                     });
                     (name, dsn) = (hop.to_string(), found.dsn);
-                    for (number, fate) in numbers.into_iter().zip(found.recipients) {
+                    for (number, status) in numbers.into_iter().zip(found.recipients) {
                         let mailbox = &recipients[number].mailbox;
-                        fates[number] = Some(match fate {
+                        statuses[number] = Some(match status {
                             RecipientStatus::Rejected(_) if mailboxes.must_accept(mailbox) => {
-                                mailboxes.deliver_fallback(&message.from, mailbox, batch)
+                                mailboxes.deliver_fallback(&outgoing.from, mailbox, message)
                             }
-                            fate => fate,
+                            status => status,
                         });
                     }
                 }
             }
         }
         let untried = || RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet"));
-        (fates.into_iter().map(|fate| fate.unwrap_or_else(untried)).collect(), name, dsn)
+        (statuses.into_iter().map(|status| status.unwrap_or_else(untried)).collect(), name, dsn)
     }
 }
 
@@ -617,8 +674,11 @@ mod tests {
     #[test]
     fn a_deferral_stays_one_and_a_refusal_for_its_size_becomes_one() {
         let hop = NextHop::LmtpUnix("/run/lmtp".into());
-        for (fate, wanted) in [
-            (RecipientStatus::Deferred(Reply::new(554, "5.6.3", "no 8BITMIME")), "later 451 4.3.5 Not now: 554 5.6.3 no 8BITMIME"),
+        for (status, wanted) in [
+            (
+                RecipientStatus::Deferred(Reply::new(554, "5.6.3", "no 8BITMIME")),
+                "later 451 4.3.5 Not now: 554 5.6.3 no 8BITMIME",
+            ),
             (RecipientStatus::Deferred(Reply::new(552, "5.2.2", "Over quota")), "never 550 5.2.2 Over quota"),
             (RecipientStatus::Deferred(Reply::new(452, "4.2.2", "Over quota")), "later 452 4.2.2 Over quota"),
             (RecipientStatus::Rejected(Reply::new(550, "5.1.1", "Gone")), "never 550 5.1.1 Gone"),
@@ -628,7 +688,7 @@ mod tests {
                 "later 451 4.3.5 The mail server behind this one does not take mail from here",
             ),
         ] {
-            let got = match upstream_status(&hop, fate) {
+            let got = match upstream_status(&hop, status) {
                 RecipientStatus::Deferred(reply) => format!("later {reply}"),
                 RecipientStatus::Rejected(reply) => format!("never {reply}"),
                 other => format!("{other:?}"),

@@ -32,15 +32,15 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use toml::Spanned;
 
-pub use self::customer::{CustomerConfig, OutgoingConfig, MailOwner, ProviderAccount};
+pub use self::customer::{CustomerConfig, MailOwner, OutgoingConfig, ProviderAccount};
 pub use self::mailboxes::{Accept, MailboxesConfig};
 pub use self::provider::{Account, Accounts, InboundConfig, OdmrConfig, ProviderConfig, TlsFiles};
 pub use self::relay::{LONGEST_PAUSE, RelayConfig, Retry, Smarthost, TlsPolicy};
-pub use self::schedule::{TimetableEntry, Schedule, Times, Timetable, When};
+pub use self::schedule::{Schedule, Times, Timetable, TimetableEntry, When};
 pub use self::value::Network;
 
 use self::value::{ATRN_FLOOR, Checked, Hostname, Pin, Secret, at_least, atrn, between, check_secret, duration};
-use crate::smtp::address::Domain;
+use crate::mail::address::Domain;
 use crate::smtp::client::Awaiting;
 
 /// What a file says, whichever side it is for.
@@ -699,7 +699,8 @@ accept = ["alice@example.org", "@example.com"]
 
     #[test]
     fn without_a_table_mail_goes_by_mx() {
-        let RelayConfig { smarthost, tls, tls_for, resolver, port, connections, connections_per_host, retry } = relay("");
+        let RelayConfig { smarthost, tls, tls_for, resolver, port, connections, connections_per_host, retry } =
+            relay("");
         assert_eq!((smarthost, tls, tls_for.len(), resolver), (None, TlsPolicy::May, 0, None));
         assert_eq!((port, connections, connections_per_host), (25, 20, 5));
         let times = Retry { first: 5 * MINUTE, max: 4 * HOUR, give_up: 5 * DAY, delay_notice: Some(4 * HOUR) };

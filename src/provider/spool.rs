@@ -7,15 +7,15 @@ use std::io;
 use std::sync::Arc;
 
 use super::Shared;
+use crate::ids::Ids;
+use crate::mail::address::{Domain, Mailbox};
+use crate::mail::header::{HeaderAdditions, HeaderCompleter};
 use crate::maildir::MessageWriter;
-use crate::outgoing::{DsnMessage, DsnSink};
 use crate::queue::{Envelope, QueueName};
-use crate::session::{MessageSink, storage_failure_reply};
-use crate::smtp::address::{Domain, Mailbox};
-use crate::smtp::header::{HeaderAdditions, HeaderCompleter};
+use crate::report::{DsnMessage, DsnSink};
+use crate::session::server::{MessageSink, storage_failure_reply};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::Server;
-use crate::stamp::Ids;
 
 /// Where mail for a mailbox is put.
 #[derive(Clone)]
@@ -58,7 +58,7 @@ pub fn store(
     let Some(transaction) = server.transaction() else {
         return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
     };
-    let (id, arrived) = (shared.stamps.queue_id(), shared.stamps.now());
+    let (id, arrived) = (shared.ids.queue_id(), shared.ids.clock().now());
     let mut copies: Vec<(QueueName, Envelope)> = Vec::new();
     for recipient in &transaction.recipients {
         let Some(place) = shared.router.queue_for(&recipient.mailbox) else { continue };
@@ -125,7 +125,7 @@ pub struct SpoolDsnSink {
     pub queue: crate::queue::Queue,
     pub router: RecipientRouter,
     pub relay: super::relay::RelayHandle,
-    pub stamps: Ids,
+    pub ids: Ids,
 }
 
 impl DsnSink for SpoolDsnSink {
@@ -134,7 +134,7 @@ impl DsnSink for SpoolDsnSink {
             log::warn!("event=notice-undeliverable to=<{}>", letter.to);
             return Ok(());
         };
-        let envelope = letter.envelope(&self.stamps);
+        let envelope = letter.envelope(&self.ids);
         let mut copies = self.queue.begin_message(&[(place.clone(), envelope)], "")?;
         copies.write(&letter.text)?;
         copies.commit()?;

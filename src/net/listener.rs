@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
+use crate::net::connection::CancelToken;
 use crate::smtp::reply::Reply;
-use crate::wire::CancelToken;
 
 /// How long nobody is accepted when the system has nothing left to accept with.
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
@@ -42,7 +42,7 @@ pub struct Acceptor {
     pub name: &'static str,
     /// The server speaks first, in clear: who is turned away can be told.
     pub greets: bool,
-    pub stop: CancelToken,
+    pub cancel: CancelToken,
     pub limiter: ConnectionLimiter,
 }
 
@@ -52,10 +52,10 @@ impl Acceptor {
         loop {
             let mut polls = [
                 PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(self.stop.fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.cancel.fd(), PollFlags::IN),
             ];
             let _ = rustix::event::poll(&mut polls, None);
-            if self.stop.is_cancelled() {
+            if self.cancel.is_cancelled() {
                 return;
             }
             match listener.accept() {
@@ -64,7 +64,7 @@ impl Acceptor {
                 Err(error) => {
                     log::warn!("event=accept-failed listener={} error={:?}", self.name, error.to_string());
                     // Out of descriptors: the connection stays in the backlog, and asking at once would spin.
-                    self.stop.wait_until(Some(Instant::now() + ACCEPT_RETRY_PAUSE));
+                    self.cancel.wait_until(Some(Instant::now() + ACCEPT_RETRY_PAUSE));
                 }
             }
         }
@@ -122,7 +122,12 @@ struct LimiterState {
 impl ConnectionLimiter {
     /// `limit`: connections of a listener; `limit_each`: of them from one address.
     pub fn new(limit: usize, limit_each: usize) -> ConnectionLimiter {
-        ConnectionLimiter(Arc::new(LimiterState { connections: Mutex::default(), released: Condvar::new(), limit, limit_each }))
+        ConnectionLimiter(Arc::new(LimiterState {
+            connections: Mutex::default(),
+            released: Condvar::new(),
+            limit,
+            limit_each,
+        }))
     }
 
     fn acquire(&self, listener: &'static str, peer: IpAddr) -> Option<ConnectionPermit> {

@@ -4,18 +4,21 @@
 //! A notice is durable before the mail it speaks of is removed: after a crash somebody may hear twice, never
 //! not at all. The null sender is never told anything; its refused mail stays in `.refused`.
 
+pub mod dsn;
+
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use crate::clock::Timestamp;
 use crate::config::Retry;
-use crate::dsn::{Action, Dsn, RecipientReport};
-use crate::queue::{QueuedMessage, Envelope, QueueLock};
-use crate::smtp::address::{Mailbox, ReversePath};
-use crate::smtp::client::{DecidedBy, RecipientStatus, DeliveryResult};
+use crate::ids::Ids;
+use crate::mail::address::{Mailbox, ReversePath};
+use crate::queue::{Envelope, QueueLock, QueuedMessage};
+use crate::report::dsn::{Action, Dsn, RecipientReport};
+use crate::smtp::client::{DecidedBy, DeliveryResult, RecipientStatus};
 use crate::smtp::command::{Body, Recipient, Return};
 use crate::smtp::reply::Reply;
-use crate::stamp::{Timestamp_, Ids};
 
 /// A message up to this size comes back whole when its sender asked for that (RFC 3461 section 4.3).
 const RETURN_FULL_LIMIT: u64 = 64 * 1024;
@@ -35,12 +38,12 @@ pub struct DsnMessage {
 
 impl DsnMessage {
     /// The envelope it goes in.
-    pub fn envelope(&self, stamps: &Ids) -> Envelope {
+    pub fn envelope(&self, ids: &Ids) -> Envelope {
         Envelope {
             from: ReversePath::Null,
             recipients: vec![Recipient::plain(self.to.clone())],
-            id: stamps.queue_id(),
-            arrived: stamps.now(),
+            id: ids.queue_id(),
+            arrived: ids.clock().now(),
             body: if self.utf8 { Body::EightBit } else { Body::SevenBit },
             utf8: self.utf8,
             ret: None,
@@ -77,31 +80,31 @@ pub struct Attempt<'a> {
 #[derive(Clone)]
 pub struct Reporter {
     hostname: String,
-    stamps: Ids,
+    ids: Ids,
     /// None: nobody can be told.
     sink: Option<Arc<dyn DsnSink>>,
 }
 
 impl Reporter {
-    pub fn new(hostname: &str, stamps: &Ids, post: Option<Arc<dyn DsnSink>>) -> Reporter {
-        Reporter { hostname: hostname.to_owned(), stamps: stamps.clone(), sink: post }
+    pub fn new(hostname: &str, ids: &Ids, post: Option<Arc<dyn DsnSink>>) -> Reporter {
+        Reporter { hostname: hostname.to_owned(), ids: ids.clone(), sink: post }
     }
 
     /// Tells who is to be told, then settles; logs either.
     pub fn finish_attempt(
         &self,
-        batch: QueuedMessage,
-        outcome: DeliveryResult,
+        message: QueuedMessage,
+        result: DeliveryResult,
         attempt: &Attempt<'_>,
-        hold: &mut QueueLock,
+        lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
-        let (id, size, recipients) = (batch.envelope.id.clone(), batch.size, batch.envelope.recipients.clone());
+        let (id, size, recipients) = (message.envelope.id.clone(), message.size, message.envelope.recipients.clone());
         let context = attempt.context;
-        let concluded = self.apply(batch, outcome, attempt.peer, attempt.retry, hold).inspect_err(|error| {
+        let concluded = self.apply(message, result, attempt.peer, attempt.retry, lock).inspect_err(|error| {
             log::error!("event=settle-failed {context} id={id} error={:?}", error.to_string());
         })?;
-        for (recipient, fate) in recipients.iter().zip(&concluded.recipients) {
-            let (word, reply) = match fate {
+        for (recipient, status) in recipients.iter().zip(&concluded.recipients) {
+            let (word, reply) = match status {
                 RecipientStatus::Sent(reply) => (attempt.done, reply.to_string()),
                 RecipientStatus::Deferred(reply) => ("deferred", reply.to_string()),
                 RecipientStatus::Rejected(reply) => ("refused", reply.to_string()),
@@ -114,68 +117,74 @@ impl Reporter {
 
     fn apply(
         &self,
-        mut batch: QueuedMessage,
-        mut outcome: DeliveryResult,
+        mut message: QueuedMessage,
+        mut result: DeliveryResult,
         peer: Peer<'_>,
         retry: Option<&Retry>,
-        hold: &mut QueueLock,
+        lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
-        let now = self.stamps.now();
+        let now = self.ids.clock().now();
         // What we have decided is no word of the peer's.
-        let peer = match outcome.decided_by {
+        let peer = match result.decided_by {
             DecidedBy::Us => Peer { name: None, ..peer },
             DecidedBy::Peer | DecidedBy::PeerAtMail | DecidedBy::ConnectionLoss => peer,
         };
-        let age = age(&batch, now);
+        let age = age(&message, now);
         let mut late = false;
         if let Some(retry) = retry {
             if age > retry.give_up {
-                outcome.recipients.iter_mut().for_each(|fate| expire(fate, retry.give_up));
+                result.recipients.iter_mut().for_each(|status| expire(status, retry.give_up));
             }
-            batch.next_attempt = Some(SystemTime::now() + retry_pause(retry, age, self.stamps.random_number()));
+            message.next_attempt = Some(SystemTime::now() + retry_pause(retry, age, self.ids.random_number()));
             // First of all, and it takes no room: whatever fails below, this is not sent again at once.
-            batch.record_next_attempt()?;
-            late = retry.delay_notice.is_some_and(|delay| age > delay) && !batch.is_delay_reported();
+            message.record_next_attempt()?;
+            late = retry.delay_notice.is_some_and(|delay| age > delay) && !message.is_delay_reported();
         }
-        let until = retry.map(|retry| Timestamp_::from_seconds(batch.envelope.arrived.seconds() + seconds(retry.give_up)));
-        batch.rejections_reported = match self.report(&mut batch, &outcome, peer, until.filter(|_| late), now) {
+        let until =
+            retry.map(|retry| Timestamp::from_seconds(message.envelope.arrived.seconds() + seconds(retry.give_up)));
+        message.rejections_reported = match self.report(&mut message, &result, peer, until.filter(|_| late), now) {
             Ok(told) => told,
             Err(error) => {
                 // Who has the mail must not get it again because somebody else cannot be told.
-                log::error!("event=notice-failed id={} error={:?}", batch.envelope.id, error.to_string());
+                log::error!("event=notice-failed id={} error={:?}", message.envelope.id, error.to_string());
                 late = false;
                 if retry.is_none_or(|retry| age <= retry.give_up) {
-                    outcome.recipients.iter_mut().for_each(defer_rejection);
+                    result.recipients.iter_mut().for_each(defer_rejection);
                 }
                 false
             }
         };
-        if late && outcome.recipients.iter().any(|fate| matches!(fate, RecipientStatus::Deferred(_) | RecipientStatus::InDoubt)) {
-            batch.mark_delay_reported()?;
+        if late
+            && result
+                .recipients
+                .iter()
+                .any(|status| matches!(status, RecipientStatus::Deferred(_) | RecipientStatus::InDoubt))
+        {
+            message.mark_delay_reported()?;
         }
-        batch.settle(&outcome, hold)?;
-        Ok(outcome)
+        message.settle(&result, lock)?;
+        Ok(result)
     }
 
     /// One notice for all recipients of whom something is to be told. `false`: the sender cannot be told.
     fn report(
         &self,
-        batch: &mut QueuedMessage,
-        outcome: &DeliveryResult,
+        message: &mut QueuedMessage,
+        result: &DeliveryResult,
         peer: Peer<'_>,
-        late_until: Option<Timestamp_>,
-        now: Timestamp_,
+        late_until: Option<Timestamp>,
+        now: Timestamp,
     ) -> io::Result<bool> {
-        let to = match &batch.envelope.from {
+        let to = match &message.envelope.from {
             ReversePath::Mailbox(to) if self.sink.is_some() => to.clone(),
             // RFC 5321 section 6.1: never a notice about a notice.
             ReversePath::Mailbox(_) | ReversePath::Null => return Ok(false),
         };
-        let recipients = batch.envelope.recipients.clone();
-        let texts: Vec<_> = outcome.recipients.iter().map(DiagnosticText::of).collect();
+        let recipients = message.envelope.recipients.clone();
+        let texts: Vec<_> = result.recipients.iter().map(DiagnosticText::of).collect();
         let mut reports = Vec::new();
-        for ((recipient, fate), words) in recipients.iter().zip(&outcome.recipients).zip(&texts) {
-            if let Some(action) = action(recipient, fate, peer, late_until.is_some()) {
+        for ((recipient, status), words) in recipients.iter().zip(&result.recipients).zip(&texts) {
+            if let Some(action) = action(recipient, status, peer, late_until.is_some()) {
                 let delayed = matches!(action, Action::Delayed);
                 reports.push(RecipientReport {
                     recipient: &recipient.mailbox,
@@ -190,17 +199,22 @@ impl Reporter {
             }
         }
         if !reports.is_empty() {
-            batch.rewind()?;
-            let envelope = batch.envelope.clone();
-            let size = (!batch.eight_bit || !to.is_ascii()).then_some(batch.size);
-            self.send(&envelope, size, batch, &to, &reports, now)?;
+            message.rewind()?;
+            let envelope = message.envelope.clone();
+            let size = (!message.eight_bit || !to.is_ascii()).then_some(message.size);
+            self.send(&envelope, size, message, &to, &reports, now)?;
         }
         Ok(true)
     }
 
     /// Final delivery has been made: those who asked are told (RFC 3461 section 5.2.3). `others`: recipients that
     /// somebody has who will not tell (sections 5.2.2 and 5.2.7.3). `header`: the message's.
-    pub fn report_delivered(&self, envelope: &Envelope, others: &[(Recipient, Action)], header: &[u8]) -> io::Result<()> {
+    pub fn report_delivered(
+        &self,
+        envelope: &Envelope,
+        others: &[(Recipient, Action)],
+        header: &[u8],
+    ) -> io::Result<()> {
         let ReversePath::Mailbox(to) = &envelope.from else { return Ok(()) };
         let here = envelope.recipients.iter().map(|recipient| (recipient, Action::Delivered));
         let reports: Vec<_> = here
@@ -219,7 +233,7 @@ impl Reporter {
             .collect();
         match reports.as_slice() {
             [] => Ok(()),
-            reports => self.send(envelope, None, &mut &header[..], to, reports, self.stamps.now()),
+            reports => self.send(envelope, None, &mut &header[..], to, reports, self.ids.clock().now()),
         }
     }
 
@@ -232,13 +246,13 @@ impl Reporter {
         content: &mut impl Read,
         to: &Mailbox,
         reports: &[RecipientReport<'_>],
-        now: Timestamp_,
+        now: Timestamp,
     ) -> io::Result<()> {
         let failures = reports.iter().any(|report| matches!(report.action, Action::Failed));
         let utf8 = !to.is_ascii();
         let short = size.is_some_and(|size| size <= RETURN_FULL_LIMIT);
         let full = failures && short && envelope.ret == Some(Return::Full);
-        let id = self.stamps.queue_id();
+        let id = self.ids.queue_id();
         let message_id = format!("<{id}@{}>", self.hostname);
         let boundary = format!("=_{id}");
         let notice = Dsn {
@@ -279,8 +293,8 @@ struct DiagnosticText {
 }
 
 impl DiagnosticText {
-    fn of(fate: &RecipientStatus) -> DiagnosticText {
-        let (reply, class) = match fate {
+    fn of(status: &RecipientStatus) -> DiagnosticText {
+        let (reply, class) = match status {
             RecipientStatus::Sent(reply) => (Some(reply), "2.0.0"),
             RecipientStatus::Deferred(reply) => (Some(reply), "4.0.0"),
             RecipientStatus::Rejected(reply) => (Some(reply), "5.0.0"),
@@ -295,9 +309,9 @@ impl DiagnosticText {
 }
 
 /// What is to be told of a recipient, if anything (RFC 3461 section 5.2).
-fn action(recipient: &Recipient, fate: &RecipientStatus, peer: Peer<'_>, late: bool) -> Option<Action> {
+fn action(recipient: &Recipient, status: &RecipientStatus, peer: Peer<'_>, late: bool) -> Option<Action> {
     let notify = &recipient.notify;
-    match fate {
+    match status {
         RecipientStatus::Rejected(_) => notify.failure().then_some(Action::Failed),
         RecipientStatus::Sent(_) => (notify.success() && !peer.dsn).then_some(Action::Relayed),
         RecipientStatus::Deferred(_) | RecipientStatus::InDoubt => (late && notify.delay()).then_some(Action::Delayed),
@@ -305,15 +319,16 @@ fn action(recipient: &Recipient, fate: &RecipientStatus, peer: Peer<'_>, late: b
 }
 
 /// A refusal of which its sender could not be told is tried again, and told of then.
-fn defer_rejection(fate: &mut RecipientStatus) {
-    if let RecipientStatus::Rejected(reply) = fate {
-        *fate = RecipientStatus::Deferred(Reply::new(451, "4.3.0", format!("A notice could not be stored about: {reply}")));
+fn defer_rejection(status: &mut RecipientStatus) {
+    if let RecipientStatus::Rejected(reply) = status {
+        *status =
+            RecipientStatus::Deferred(Reply::new(451, "4.3.0", format!("A notice could not be stored about: {reply}")));
     }
 }
 
 /// RFC 5321 section 4.5.4.1: after four or five days nobody tries any longer.
-fn expire(fate: &mut RecipientStatus, after: Duration) {
-    let last = match fate {
+fn expire(status: &mut RecipientStatus, after: Duration) {
+    let last = match status {
         RecipientStatus::Deferred(reply) => reply.to_string(),
         RecipientStatus::InDoubt => "no reply to the content".to_owned(),
         RecipientStatus::Sent(_) | RecipientStatus::Rejected(_) => return,
@@ -322,7 +337,7 @@ fn expire(fate: &mut RecipientStatus, after: Duration) {
         seconds if seconds < 7200 => format!("{seconds} seconds"),
         seconds => format!("{} hours", seconds / 3600),
     };
-    *fate = RecipientStatus::Rejected(Reply::new(554, "5.4.7", format!("Given up after {time}; at last: {last}")));
+    *status = RecipientStatus::Rejected(Reply::new(554, "5.4.7", format!("Given up after {time}; at last: {last}")));
 }
 
 /// The pause before the next attempt: half the message's age, within bounds, a fifth more or less by chance
@@ -333,8 +348,8 @@ fn retry_pause(retry: &Retry, age: Duration, chance: u64) -> Duration {
     (pause * permille / 1000).max(Duration::from_millis(1))
 }
 
-fn age(batch: &QueuedMessage, now: Timestamp_) -> Duration {
-    let seconds = now.seconds().saturating_sub(batch.envelope.arrived.seconds());
+fn age(message: &QueuedMessage, now: Timestamp) -> Duration {
+    let seconds = now.seconds().saturating_sub(message.envelope.arrived.seconds());
     // So old no letter is: it came before the clock was set, and its age is not known.
     let seconds = if seconds > PLAUSIBLE_AGE { 0 } else { seconds };
     Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
@@ -349,8 +364,8 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::queue::{QueueName, Queue};
-    use crate::smtp::address::{Domain, reverse_path};
+    use crate::mail::address::{Domain, reverse_path};
+    use crate::queue::{Queue, QueueName};
     use crate::smtp::command::Notify;
 
     const HOUR: i64 = 3600;
@@ -372,14 +387,14 @@ mod tests {
         folder: tempfile::TempDir,
         queue: Queue,
         place: QueueName,
-        desk: Reporter,
+        reporter: Reporter,
         posted: Arc<Letterbox>,
     }
 
     impl Case {
         fn new(from: &str, notify: &str, age: i64) -> Case {
-            let (folder, stamps, posted) = (tempfile::tempdir().unwrap(), Ids::fixed(), Arc::<Letterbox>::default());
-            let queue = Queue::new(folder.path(), "host", stamps.clone(), Duration::from_secs(60));
+            let (folder, ids, posted) = (tempfile::tempdir().unwrap(), Ids::fixed(), Arc::<Letterbox>::default());
+            let queue = Queue::new(folder.path(), "host", ids.clone(), Duration::from_secs(60));
             let place = QueueName::Destination(Domain::parse("example.net").unwrap());
             let notify = if notify.is_empty() { Notify::default() } else { Notify::parse(notify.as_bytes()).unwrap() };
             let mailbox = Mailbox::parse("to@example.net").unwrap();
@@ -387,7 +402,7 @@ mod tests {
                 from: reverse_path(from.as_bytes()).unwrap().0,
                 recipients: vec![Recipient { mailbox, notify, original: None }],
                 id: "id".to_owned(),
-                arrived: Timestamp_::from_seconds(stamps.now().seconds() - age),
+                arrived: Timestamp::from_seconds(ids.clock().now().seconds() - age),
                 body: Body::Unsaid,
                 utf8: false,
                 ret: None,
@@ -396,12 +411,12 @@ mod tests {
             let mut copies = queue.begin_message(&[(place.clone(), envelope)], "").unwrap();
             copies.write(b"Subject: the one\n\nbody\n").unwrap();
             copies.commit().unwrap();
-            let desk = Reporter::new("relay.example.net", &stamps, Some(posted.clone()));
-            Case { folder, queue, place, desk, posted }
+            let reporter = Reporter::new("relay.example.net", &ids, Some(posted.clone()));
+            Case { folder, queue, place, reporter, posted }
         }
 
         /// One attempt that ends so; what was posted by it.
-        fn attempt(&self, fate: RecipientStatus, dsn: bool) -> Vec<String> {
+        fn attempt(&self, status: RecipientStatus, dsn: bool) -> Vec<String> {
             let hours = |hours: u64| Duration::from_secs(3600 * hours);
             let retry = Retry {
                 first: Duration::from_secs(300),
@@ -414,12 +429,12 @@ mod tests {
             for entry in maildir.entries().unwrap() {
                 std::fs::File::open(maildir.file(&entry)).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
             }
-            let mut hold = self.queue.lock(std::slice::from_ref(&self.place)).unwrap();
-            let batch = hold.next_message().unwrap();
+            let mut lock = self.queue.lock(std::slice::from_ref(&self.place)).unwrap();
+            let message = lock.next_message().unwrap();
             let peer = Peer { name: Some("mx.example.net"), dsn };
             let attempt = Attempt { peer, retry: Some(&retry), done: "relayed", context: "" };
-            let outcome = DeliveryResult { recipients: vec![fate], decided_by: DecidedBy::Peer };
-            self.desk.finish_attempt(batch, outcome, &attempt, &mut hold).unwrap();
+            let result = DeliveryResult { recipients: vec![status], decided_by: DecidedBy::Peer };
+            self.reporter.finish_attempt(message, result, &attempt, &mut lock).unwrap();
             std::mem::take(&mut *self.posted.0.lock().unwrap())
         }
 
@@ -447,10 +462,10 @@ mod tests {
     /// and status of the one notice, and what is left.
     #[test]
     fn who_is_told_what() {
-        let check = |from, notify, age, fate: RecipientStatus, dsn, wanted: &str, left| {
+        let check = |from, notify, age, status: RecipientStatus, dsn, wanted: &str, left| {
             let case = Case::new(from, notify, age * HOUR);
-            let told = case.attempt(fate.clone(), dsn);
-            let row = format!("{from} {notify} {age} {fate:?} {dsn}");
+            let told = case.attempt(status.clone(), dsn);
+            let row = format!("{from} {notify} {age} {status:?} {dsn}");
             let seen: Vec<_> = told
                 .iter()
                 .map(|text| {

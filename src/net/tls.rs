@@ -2,7 +2,7 @@
 //!
 //! Contract: every rustls type of the program lives in this file. TLS 1.2 and 1.3 only (RFC 8996), no session
 //! resumption (each connection proves the peer again), no client certificates (RFC 8314 section 4.2). A
-//! [`Session`] has no socket: [`Wire`](crate::wire::Wire) feeds it what came and writes what it has sealed.
+//! [`Session`] has no socket: [`Wire`](crate::net::connection::Wire) feeds it what came and writes what it has sealed.
 //! Every error text names the cause and what to do about it.
 //!
 //! Who is believed, on the connecting side:
@@ -113,18 +113,18 @@ pub(crate) struct TlsSession {
 const SEALED_LIMIT: usize = 64 * 1024;
 
 impl TlsSession {
-    pub(crate) fn server(side: &ServerTls) -> io::Result<TlsSession> {
-        let connection = ServerConnection::new(side.0.clone()).map_err(failed)?;
+    pub(crate) fn server(tls: &ServerTls) -> io::Result<TlsSession> {
+        let connection = ServerConnection::new(tls.0.clone()).map_err(failed)?;
         Ok(TlsSession::new(connection.into()))
     }
 
     /// `name` is what the peer's certificate must be for: a domain name or an IP address.
-    pub(crate) fn client(side: &ClientTls, name: &str) -> io::Result<TlsSession> {
+    pub(crate) fn client(tls: &ClientTls, name: &str) -> io::Result<TlsSession> {
         let wanted = ServerName::try_from(name.to_owned()).map_err(|_| {
             let text = format!("`{name}` is no name a certificate can be for");
             io::Error::new(io::ErrorKind::InvalidInput, text)
         })?;
-        let connection = ClientConnection::new(side.0.clone(), wanted).map_err(failed)?;
+        let connection = ClientConnection::new(tls.0.clone(), wanted).map_err(failed)?;
         Ok(TlsSession::new(connection.into()))
     }
 
@@ -618,8 +618,8 @@ mod tests {
         params.not_after = rcgen::date_time_ymd(not_after, 1, 1);
         let key = rcgen::KeyPair::generate().unwrap();
         let certificate = params.self_signed(&key).unwrap().pem();
-        let side = server_from_pem(&certificate, &key.serialize_pem()).unwrap();
-        (side, certificate)
+        let tls = server_from_pem(&certificate, &key.serialize_pem()).unwrap();
+        (tls, certificate)
     }
 
     fn trusting(pem: &str) -> ClientTls {
@@ -664,8 +664,8 @@ mod tests {
 
     #[test]
     fn the_certificate_in_the_ca_file_is_believed() {
-        let (side, certificate) = server();
-        let (server, client) = shake(&side, &trusting(&certificate), NAME).unwrap();
+        let (tls, certificate) = server();
+        let (server, client) = shake(&tls, &trusting(&certificate), NAME).unwrap();
         assert_eq!(client.secure(), server.secure());
         assert_eq!(client.secure().unwrap().version, "TLSv1.3");
         assert!(client.secure().unwrap().cipher.starts_with("TLS_"));
@@ -673,21 +673,21 @@ mod tests {
 
     #[test]
     fn a_self_signed_certificate_that_says_ca_true_is_believed_when_identical() {
-        let (side, certificate) = self_signed_authority(4096);
-        shake(&side, &trusting(&certificate), NAME).unwrap();
+        let (tls, certificate) = self_signed_authority(4096);
+        shake(&tls, &trusting(&certificate), NAME).unwrap();
         let (_, other) = self_signed_authority(4096);
-        let (client, server) = shake(&side, &trusting(&other), NAME).err().unwrap();
+        let (client, server) = shake(&tls, &trusting(&other), NAME).err().unwrap();
         assert!(client.contains("set `ca`") && client.contains("`pin`"), "{client}");
         assert!(server.contains("refused this side's certificate"), "{server}");
     }
 
     #[test]
     fn an_identical_certificate_still_needs_its_name_and_dates() {
-        let (side, certificate) = self_signed_authority(4096);
-        let (client, _) = shake(&side, &trusting(&certificate), "other.example").err().unwrap();
+        let (tls, certificate) = self_signed_authority(4096);
+        let (client, _) = shake(&tls, &trusting(&certificate), "other.example").err().unwrap();
         assert!(client.contains("not for other.example"), "{client}");
-        let (side, certificate) = self_signed_authority(2001);
-        let (client, _) = shake(&side, &trusting(&certificate), NAME).err().unwrap();
+        let (tls, certificate) = self_signed_authority(2001);
+        let (client, _) = shake(&tls, &trusting(&certificate), NAME).err().unwrap();
         assert!(client.contains("expired"), "{client}");
     }
 
@@ -700,17 +700,17 @@ mod tests {
         let key = rcgen::KeyPair::generate().unwrap();
         let params = rcgen::CertificateParams::new(vec![NAME.to_string()]).unwrap();
         let certificate = params.signed_by(&key, &authority).unwrap().pem();
-        let side = server_from_pem(&certificate, &key.serialize_pem()).unwrap();
-        shake(&side, &trusting(&authority.pem()), NAME).unwrap();
-        let (client, _) = shake(&side, &trusting(&authority.pem()), "a.example").err().unwrap();
+        let tls = server_from_pem(&certificate, &key.serialize_pem()).unwrap();
+        shake(&tls, &trusting(&authority.pem()), NAME).unwrap();
+        let (client, _) = shake(&tls, &trusting(&authority.pem()), "a.example").err().unwrap();
         assert!(client.contains("for relay.example.net"), "{client}");
     }
 
     #[test]
     fn a_pin_is_one_certificate_under_any_name() {
-        let (side, certificate) = server();
+        let (tls, certificate) = server();
         let pin = fingerprint(&certificate).unwrap();
-        shake(&side, &pinning(pin), "192.0.2.1").unwrap();
+        shake(&tls, &pinning(pin), "192.0.2.1").unwrap();
         let (expired, certificate) = self_signed_authority(2001);
         shake(&expired, &pinning(fingerprint(&certificate).unwrap()), NAME).unwrap();
         let (client, _) = shake(&expired, &pinning(pin), NAME).err().unwrap();
@@ -733,17 +733,17 @@ mod tests {
             .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(thief)));
         let pin = Trust::Pin(fingerprint(&certificate).unwrap());
         for client in [client_config(&pin), client_tls12(&pin)] {
-            let side = ServerTls(Arc::new(config.clone()));
-            let (client, _) = shake(&side, &client.unwrap(), NAME).err().unwrap();
+            let tls = ServerTls(Arc::new(config.clone()));
+            let (client, _) = shake(&tls, &client.unwrap(), NAME).err().unwrap();
             assert!(client.contains("signature"), "{client}");
         }
     }
 
     #[test]
     fn tls_1_2_is_spoken_too() {
-        let (side, certificate) = server();
+        let (tls, certificate) = server();
         let pin = Trust::Pin(fingerprint(&certificate).unwrap());
-        let (mut server, mut client) = shake(&side, &client_tls12(&pin).unwrap(), NAME).unwrap();
+        let (mut server, mut client) = shake(&tls, &client_tls12(&pin).unwrap(), NAME).unwrap();
         let secure = server.secure().unwrap();
         assert_eq!(secure.version, "TLSv1.2");
         assert!(secure.cipher.starts_with("TLS_ECDHE_"), "{}", secure.cipher);
@@ -755,9 +755,9 @@ mod tests {
 
     #[test]
     fn keys_are_renewed_while_both_talk() {
-        let (side, certificate) = server();
+        let (tls, certificate) = server();
         let pin = Trust::Pin(fingerprint(&certificate).unwrap());
-        let (mut one, mut other) = shake(&side, &client_config(&pin).unwrap(), NAME).unwrap();
+        let (mut one, mut other) = shake(&tls, &client_config(&pin).unwrap(), NAME).unwrap();
         for round in 0..20 {
             for (from, to) in [(0, 1), (1, 0)] {
                 let (from, to) = match (from, to) {
@@ -776,9 +776,9 @@ mod tests {
 
     #[test]
     fn sealing_has_a_limit_and_counts() {
-        let (side, certificate) = server();
+        let (tls, certificate) = server();
         let pin = Trust::Pin(fingerprint(&certificate).unwrap());
-        let (mut server, _) = shake(&side, &client_config(&pin).unwrap(), NAME).unwrap();
+        let (mut server, _) = shake(&tls, &client_config(&pin).unwrap(), NAME).unwrap();
         assert_eq!(server.queued(), 0);
         assert_eq!(server.seal(&vec![b'x'; 1_000_000]).unwrap(), SEALED_LIMIT);
         assert!(server.queued() > SEALED_LIMIT);
@@ -790,9 +790,9 @@ mod tests {
 
     #[test]
     fn an_end_needs_a_close_notify() {
-        let (side, certificate) = server();
+        let (tls, certificate) = server();
         let pin = Trust::Pin(fingerprint(&certificate).unwrap());
-        let (mut server, mut client) = shake(&side, &client_config(&pin).unwrap(), NAME).unwrap();
+        let (mut server, mut client) = shake(&tls, &client_config(&pin).unwrap(), NAME).unwrap();
         assert!(!server.ended().unwrap());
         server.end_of_input().unwrap();
         let error = server.ended().unwrap_err();
@@ -804,8 +804,8 @@ mod tests {
 
     #[test]
     fn plain_text_is_told_from_tls() {
-        let (side, _) = server();
-        let mut server = TlsSession::server(&side).unwrap();
+        let (tls, _) = server();
+        let mut server = TlsSession::server(&tls).unwrap();
         let error = server.feed(b"EHLO example.org\r\n", &mut Vec::new()).unwrap_err();
         assert!(error.to_string().contains("not TLS"), "{error}");
         let mut client = TlsSession::client(&pinning([0; 32]), NAME).unwrap();

@@ -16,18 +16,19 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::local;
 use super::mailboxes::Mailboxes;
 use super::outbox::{Outbox, Submission};
+use super::submission;
+use crate::clock::Timestamp;
 use crate::config::CustomerConfig;
+use crate::ids::Ids;
+use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
+use crate::mail::header::{Header, parse_addresses};
 use crate::maildir::for_each_block;
-use crate::smtp::address::{Domain, ForwardPath, Mailbox, ReversePath};
+use crate::net::connection::{CancelToken, Connection, Trace};
 use crate::smtp::command::{Body, MailFrom, Notify, Recipient, Return, is_xtext};
 use crate::smtp::content::{ReceivedCounter, WireSize};
-use crate::smtp::header::{Header, parse_addresses};
 use crate::smtp::reply::Reply;
-use crate::stamp::{Timestamp_, Ids};
-use crate::wire::{CancelToken, Trace, Connection};
 
 /// Content is read and written in pieces of so many octets.
 const CONTENT_BLOCK: usize = 32 * 1024;
@@ -103,24 +104,35 @@ fn failed(otherwise: SendmailExit) -> impl Fn(io::Error) -> SendmailError {
     }
 }
 
-fn open(config: &CustomerConfig, stamps: &Ids) -> Result<Arc<Outbox>, SendmailError> {
-    let mailboxes = Arc::new(Mailboxes::new(config, stamps));
-    let outbox = Outbox::new(config, &mailboxes, stamps);
+fn open(config: &CustomerConfig, ids: &Ids) -> Result<Arc<Outbox>, SendmailError> {
+    let mailboxes = Arc::new(Mailboxes::new(config, ids));
+    let outbox = Outbox::new(config, &mailboxes, ids);
     let outbox = outbox.ok_or_else(|| {
-        sendmail_error(SendmailExit::Config, "this customer sends no mail: the configuration has no table [outgoing] with `queue`")
+        sendmail_error(
+            SendmailExit::Config,
+            "this customer sends no mail: the configuration has no table [outgoing] with `queue`",
+        )
     })?;
     Ok(Arc::new(outbox))
 }
 
 /// Queues the message that stands in `input`.
-pub fn send(config: &CustomerConfig, stamps: &Ids, order: &SendmailOptions, input: &mut impl Read) -> Result<(), SendmailError> {
-    let outbox = open(config, stamps)?;
+pub fn send(
+    config: &CustomerConfig,
+    ids: &Ids,
+    order: &SendmailOptions,
+    input: &mut impl Read,
+) -> Result<(), SendmailError> {
+    let outbox = open(config, ids)?;
     let home = &outbox.config().domain;
     let user = &order.user;
     let wishes = DsnOptions::of(order)?;
     let named = named_recipients(order, home)?;
     if named.is_empty() && !order.from_header {
-        return Err(sendmail_error(SendmailExit::Usage, "no recipient: name one, or say -t to take them from the header"));
+        return Err(sendmail_error(
+            SendmailExit::Usage,
+            "no recipient: name one, or say -t to take them from the header",
+        ));
     }
     let sender = sender(order, user, home)?;
     // A full disk is found out before anything is read, and a large message while it is.
@@ -133,7 +145,10 @@ pub fn send(config: &CustomerConfig, stamps: &Ids, order: &SendmailOptions, inpu
     let mut recipients = named;
     // Neither its recipients nor a Bcc in it could be relied on.
     if message.header_is_long() {
-        return Err(sendmail_error(SendmailExit::DataError, format!("the header is longer than {HEADER_LIMIT} octets")));
+        return Err(sendmail_error(
+            SendmailExit::DataError,
+            format!("the header is longer than {HEADER_LIMIT} octets"),
+        ));
     }
     if order.from_header {
         recipients.extend(header.recipients(home).map_err(|text| sendmail_error(SendmailExit::DataError, text))?);
@@ -155,7 +170,7 @@ pub fn send(config: &CustomerConfig, stamps: &Ids, order: &SendmailOptions, inpu
         ret: wishes.ret,
         envelope_id: wishes.envelope_id,
     };
-    let (id, arrived) = (stamps.queue_id(), stamps.now());
+    let (id, arrived) = (ids.queue_id(), ids.clock().now());
     let letter = Submission {
         mail: &mail,
         recipients: &recipients,
@@ -177,34 +192,34 @@ pub fn send(config: &CustomerConfig, stamps: &Ids, order: &SendmailOptions, inpu
 /// `-bs`: SMTP over two descriptors.
 pub fn serve(
     config: &CustomerConfig,
-    stamps: &Ids,
+    ids: &Ids,
     (input, output): (OwnedFd, OwnedFd),
-    stop: &CancelToken,
+    cancel: &CancelToken,
 ) -> Result<(), SendmailError> {
-    let outbox = open(config, stamps)?;
+    let outbox = open(config, ids)?;
     let trace = Trace { id: "send".to_owned(), us: 'S', them: 'C' };
-    let wire = Connection::pair(input, output, trace).map_err(failed(SendmailExit::InputOutput))?;
+    let connection = Connection::pair(input, output, trace).map_err(failed(SendmailExit::InputOutput))?;
     let peer = format!("uid {}", rustix::process::getuid().as_raw());
-    let why = local::serve(config, &outbox, wire, peer, stop, stop);
+    let why = submission::serve(config, &outbox, connection, peer, cancel, cancel);
     log::info!("event=closed listener=send reason={why:?}");
     Ok(())
 }
 
 /// `-bp`: what waits, as mailq(1) shows it.
-pub fn list(config: &CustomerConfig, stamps: &Ids, out: &mut impl Write) -> Result<(), SendmailError> {
-    let outbox = open(config, stamps)?;
+pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<(), SendmailError> {
+    let outbox = open(config, ids)?;
     let (mut text, mut messages, mut octets) = (String::new(), 0, 0);
     outbox
-        .each_waiting(|batch| {
-            let envelope = &batch.envelope;
+        .each_waiting(|message| {
+            let envelope = &message.envelope;
             let arrived = envelope.arrived.rfc3339();
-            text.push_str(&format!("{:<24} {:>10} {arrived} <{}>\n", envelope.id, batch.size, envelope.from));
-            let due = batch.due().map_or_else(String::new, next_try);
+            text.push_str(&format!("{:<24} {:>10} {arrived} <{}>\n", envelope.id, message.size, envelope.from));
+            let due = message.due().map_or_else(String::new, next_try);
             for recipient in &envelope.recipients {
                 text.push_str(&format!("{due:>56} {}\n", recipient.mailbox));
             }
             messages += 1;
-            octets += batch.size;
+            octets += message.size;
         })
         .map_err(failed(SendmailExit::InputOutput))?;
     let listing = match messages {
@@ -221,7 +236,7 @@ fn next_try(due: SystemTime) -> String {
     let now = SystemTime::now();
     match due.duration_since(SystemTime::UNIX_EPOCH) {
         Ok(since) if due > now => {
-            let date = Timestamp_::from_seconds(i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
+            let date = Timestamp::from_seconds(i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
             format!("next try {}", date.rfc3339())
         }
         _ => "with the next call".to_owned(),
@@ -252,7 +267,10 @@ impl DsnOptions {
         let notify = match &order.notify {
             None => Notify::default(),
             Some(text) => Notify::parse(text.as_bytes()).ok_or_else(|| {
-                sendmail_error(SendmailExit::Usage, format!("-N is never, or a list of success, failure and delay, not {text}"))
+                sendmail_error(
+                    SendmailExit::Usage,
+                    format!("-N is never, or a list of success, failure and delay, not {text}"),
+                )
             })?,
         };
         let ret = match order.ret.as_deref() {
@@ -263,7 +281,10 @@ impl DsnOptions {
         };
         let good = |text: &&String| text.len() <= 100 && is_xtext(text.as_bytes());
         if let Some(text) = order.envelope_id.as_ref().filter(|text| !good(text)) {
-            return Err(sendmail_error(SendmailExit::Usage, format!("-V takes xtext of 100 octets at most (RFC 3461), not {text}")));
+            return Err(sendmail_error(
+                SendmailExit::Usage,
+                format!("-V takes xtext of 100 octets at most (RFC 3461), not {text}"),
+            ));
         }
         Ok(DsnOptions { notify, ret, envelope_id: order.envelope_id.clone() })
     }
@@ -301,7 +322,10 @@ fn known_recipients(outbox: &Outbox, wanted: Vec<Mailbox>, notify: &Notify) -> R
 fn sender(order: &SendmailOptions, user: &LoginUser, home: &Domain) -> Result<ReversePath, SendmailError> {
     let Some(text) = &order.sender else {
         return user.mailbox(home).map(ReversePath::Mailbox).ok_or_else(|| {
-            sendmail_error(SendmailExit::DataError, format!("no address can be made of the login name {:?}: say -f", user.name))
+            sendmail_error(
+                SendmailExit::DataError,
+                format!("no address can be made of the login name {:?}: say -f", user.name),
+            )
         });
     };
     if matches!(text.trim(), "" | "<>") {
@@ -425,7 +449,8 @@ impl InputMessage {
                 break;
             }
         }
-        let mut content = content.into_inner().map_err(|error| failed(SendmailExit::InputOutput)(error.into_error()))?;
+        let mut content =
+            content.into_inner().map_err(|error| failed(SendmailExit::InputOutput)(error.into_error()))?;
         content.rewind().map_err(failed(SendmailExit::InputOutput))?;
         Ok(InputMessage { content, front, size: sizer.finish(), eight_bit, hops: headers.received() })
     }

@@ -15,12 +15,12 @@ use log::{LevelFilter, Log, Metadata, Record};
 
 use crate::config;
 use crate::customer;
-use crate::customer::send::{self, SendmailOptions};
+use crate::customer::sendmail::{self, SendmailOptions};
+use crate::ids::Ids;
 use crate::maildir::Maildir;
+use crate::net::connection::CancelToken;
+use crate::net::tls;
 use crate::provider::Provider;
-use crate::stamp::Ids;
-use crate::tls;
-use crate::wire::CancelToken;
 
 const INBOUND_MESSAGE: &str = "\
 From: Lester Tester <lester@dot.foo.bar>
@@ -50,9 +50,9 @@ fn play(folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
     if log::set_logger(&PRINTER).is_ok() {
         log::set_max_level(LevelFilter::Debug);
     }
-    let stamps = Ids::system(tls::random);
+    let ids = Ids::system(tls::random);
     title("A provider for example.org, with a certificate made just now")?;
-    let running = Provider::start(config::ProviderConfig::load(&provider_files(folder)?)?, stamps.clone())?;
+    let running = Provider::start(config::ProviderConfig::load(&provider_files(folder)?)?, ids.clone())?;
     let (Some(inbound), Some(odmr)) = (running.inbound().first(), running.odmr().first()) else {
         return Err("the provider has no listener".into());
     };
@@ -70,11 +70,11 @@ fn play(folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
     title("On the customer's side somebody has said: sendmail -t -f eva -F Eva; that letter waits too")?;
     let (sender, full_name) = (Some("eva".to_owned()), Some("Eva".to_owned()));
     let order = SendmailOptions { from_header: true, sender, full_name, ..SendmailOptions::default() };
-    send::send(&config, &stamps, &order, &mut OUTGOING_MESSAGE.as_bytes()).map_err(|refused| refused.text)?;
+    sendmail::send(&config, &ids, &order, &mut OUTGOING_MESSAGE.as_bytes()).map_err(|refused| refused.text)?;
     show(&Maildir::new(folder.join("outgoing")))?;
 
     title("The customer calls; C is the customer, P the provider; they keep their letters over the turn")?;
-    let summary = customer::pull(&config, &stamps, &CancelToken::new()?)?;
+    let summary = customer::pull(&config, &ids, &CancelToken::new()?)?;
     title("What came down stands in the customer's Maildir")?;
     show(&Maildir::new(folder.join("mail/example.org/eva")))?;
     title("What went up is held for example.edu; mail for the rest of the world would go to its MX")?;

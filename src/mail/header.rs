@@ -23,7 +23,7 @@ use core::net::IpAddr;
 use std::collections::HashSet;
 
 use super::address::{Domain, Host, Mailbox};
-use super::client::ClientInfo;
+use crate::smtp::client::ClientInfo;
 
 /// A header of more octets than this is passed on as it is by a [`Completer`].
 const HEADER_LIMIT: usize = 256 << 10;

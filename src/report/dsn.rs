@@ -24,9 +24,9 @@
 use std::fmt::Write;
 use std::io::{self, BufRead, BufReader, Read};
 
-use crate::smtp::address::Mailbox;
-use crate::smtp::header::{HeaderLine, HeaderState};
-use crate::stamp::Timestamp_;
+use crate::clock::Timestamp;
+use crate::mail::address::Mailbox;
+use crate::mail::header::{HeaderLine, HeaderState};
 
 /// A line of text is folded behind so many octets, where it can be (RFC 5322 section 2.1.1).
 const FOLD_WIDTH: usize = 76;
@@ -61,9 +61,9 @@ pub struct RecipientReport<'a> {
     pub remote: Option<&'a str>,
     /// The peer's reply on one line, `550 5.1.1 No such user`, or the reason without a peer.
     pub diagnostic: Option<&'a str>,
-    pub last_attempt: Option<Timestamp_>,
+    pub last_attempt: Option<Timestamp>,
     /// Said of delayed ones only.
-    pub retry_until: Option<Timestamp_>,
+    pub retry_until: Option<Timestamp>,
 }
 
 /// One notice: about one message, to its sender.
@@ -75,12 +75,12 @@ pub struct Dsn<'a> {
     pub to: &'a Mailbox,
     /// ENVID as it was given, xtext.
     pub envelope_id: Option<&'a str>,
-    pub arrived: Timestamp_,
+    pub arrived: Timestamp,
     /// The name the peer gave from which the message came; `name ([192.0.2.1])` may be said too.
     pub received_from: Option<&'a str>,
     /// Those for whom a notice is due, no others (RFC 3461 section 6.2).
     pub reports: &'a [RecipientReport<'a>],
-    pub now: Timestamp_,
+    pub now: Timestamp,
     pub message_id: &'a str,
     /// At most 70 letters and digits that are in no part.
     pub boundary: &'a str,
@@ -516,7 +516,7 @@ fn unescaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stamp::Ids;
+    use crate::ids::Ids;
     use proptest::prelude::*;
 
     fn mailbox(text: &str) -> Mailbox {
@@ -537,12 +537,12 @@ mod tests {
     }
 
     fn notice<'a>(to: &'a Mailbox, reports: &'a [RecipientReport<'a>]) -> Dsn<'a> {
-        let now = Ids::fixed().now();
+        let now = Ids::fixed().clock().now();
         Dsn {
             reporting: "relay.example.net",
             to,
             envelope_id: None,
-            arrived: Timestamp_::from_seconds(now.seconds() - 3600),
+            arrived: Timestamp::from_seconds(now.seconds() - 3600),
             received_from: None,
             reports,
             now,
@@ -575,7 +575,7 @@ mod tests {
             mailbox("\"bob b\"@nowhere.example"),
             mailbox("ann@example.net"),
         );
-        let now = Ids::fixed().now();
+        let now = Ids::fixed().clock().now();
         let reports = [
             RecipientReport {
                 original: Some("rfc822;joe+2Bold@example.com"),
@@ -604,7 +604,7 @@ mod tests {
             received_from: Some("laptop ([192.0.2.1])"),
             ..notice(&to, &reports)
         };
-        check(&notice, MESSAGE, include_str!("../testdata/notices/failed.eml"));
+        check(&notice, MESSAGE, include_str!("../../testdata/dsn/failed.eml"));
     }
 
     #[test]
@@ -612,21 +612,21 @@ mod tests {
         let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
         let reports = [report(&joe, Action::Failed, "nonsense")];
         let notice = Dsn { full: true, ..notice(&to, &reports) };
-        check(&notice, MESSAGE, include_str!("../testdata/notices/full.eml"));
+        check(&notice, MESSAGE, include_str!("../../testdata/dsn/full.eml"));
     }
 
     #[test]
     fn a_delay_asks_nothing_of_the_sender() {
         let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
-        let now = Ids::fixed().now();
+        let now = Ids::fixed().clock().now();
         let reports = [RecipientReport {
             remote: Some("mx.example.com"),
             diagnostic: Some("451 4.3.0 Try again later"),
             last_attempt: Some(now),
-            retry_until: Some(Timestamp_::from_seconds(now.seconds() + 4 * 86400)),
+            retry_until: Some(Timestamp::from_seconds(now.seconds() + 4 * 86400)),
             ..report(&joe, Action::Delayed, "4.3.0")
         }];
-        check(&notice(&to, &reports), MESSAGE, include_str!("../testdata/notices/delayed.eml"));
+        check(&notice(&to, &reports), MESSAGE, include_str!("../../testdata/dsn/delayed.eml"));
     }
 
     #[test]
@@ -643,7 +643,7 @@ mod tests {
             report(&all, Action::Expanded, "2.0.0"),
         ];
         let notice = Dsn { reporting: "localhost", ..notice(&to, &reports) };
-        check(&notice, MESSAGE, include_str!("../testdata/notices/success.eml"));
+        check(&notice, MESSAGE, include_str!("../../testdata/dsn/success.eml"));
     }
 
     /// Of the same message: what UTF-8 would say, and what ASCII can.
@@ -658,9 +658,9 @@ mod tests {
             ..report(&joe, Action::Failed, "5.6.7")
         }];
         let ascii = notice(&to, &reports);
-        check(&ascii, message, include_str!("../testdata/notices/ascii.eml"));
+        check(&ascii, message, include_str!("../../testdata/dsn/ascii.eml"));
         let utf8 = Dsn { utf8: true, ..ascii };
-        check(&utf8, message, include_str!("../testdata/notices/utf8.eml"));
+        check(&utf8, message, include_str!("../../testdata/dsn/utf8.eml"));
     }
 
     #[test]

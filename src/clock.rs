@@ -1,0 +1,241 @@
+//! Time: the clock of this machine, moments, days and time zones.
+//!
+//! Everything that depends on the wall clock asks [`Clock`], so that a test stops it with [`Clock::Fixed`] and a
+//! dialogue can be written down in advance. (Deadlines are `std::time::Instant`s, and belong to those who wait.)
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use jiff::civil::{DateTime, Time};
+use jiff::tz::{AmbiguousOffset, TimeZone};
+
+/// The wall clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// The clock of this machine.
+    System,
+    /// For tests: it always shows 2026-01-02T03:04:05Z.
+    Fixed,
+}
+
+impl Clock {
+    pub fn now(self) -> Timestamp {
+        Timestamp::from_seconds((self.microseconds() / 1_000_000).cast_signed())
+    }
+
+    /// Microseconds since 1970. A clock before 1970 counts as 1970.
+    pub fn microseconds(self) -> u64 {
+        match self {
+            Clock::System => {
+                let since = SystemTime::now().duration_since(UNIX_EPOCH);
+                since.map_or(0, |since| u64::try_from(since.as_micros()).unwrap_or(0))
+            }
+            Clock::Fixed => 1_767_323_045_000_000,
+        }
+    }
+}
+
+/// A moment, in whole seconds since 1970, UTC.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+pub struct Timestamp {
+    seconds: i64,
+}
+
+/// 0001-01-01T00:00:00Z
+const EARLIEST: i64 = -62_135_596_800;
+
+impl Timestamp {
+    /// A moment outside the years 1 to 9999 becomes the nearest one inside, so that what is printed stays readable.
+    pub fn from_seconds(seconds: i64) -> Timestamp {
+        Timestamp { seconds: seconds.clamp(EARLIEST, jiff::Timestamp::MAX.as_second()) }
+    }
+
+    /// Seconds since 1970; negative before.
+    pub fn seconds(self) -> i64 {
+        self.seconds
+    }
+
+    /// The form of header fields: `Fri, 02 Jan 2026 03:04:05 +0000` (RFC 5322 section 3.3).
+    pub fn rfc5322(self) -> String {
+        self.jiff().strftime("%a, %d %b %Y %H:%M:%S +0000").to_string()
+    }
+
+    /// The form of our own files and logs: `2026-01-02T03:04:05Z` (RFC 3339).
+    pub fn rfc3339(self) -> String {
+        self.jiff().to_string()
+    }
+
+    /// Reads what [`Timestamp::rfc3339`] writes, and other offsets; a fraction of a second is dropped.
+    pub fn parse_rfc3339(text: &str) -> Option<Timestamp> {
+        text.parse().ok().map(Timestamp::from_jiff)
+    }
+
+    fn from_jiff(moment: jiff::Timestamp) -> Timestamp {
+        Timestamp::from_seconds(moment.as_second())
+    }
+
+    fn jiff(self) -> jiff::Timestamp {
+        // In range since `from_seconds`, so the fallback is never taken.
+        jiff::Timestamp::from_second(self.seconds).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
+    }
+}
+
+/// A time zone: what the wall clock shows there.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Zone(TimeZone);
+
+impl Zone {
+    /// The zone of this machine, as `TZ` or `/etc/localtime` says now; UTC where neither can be used.
+    pub fn system() -> Zone {
+        Zone(TimeZone::system())
+    }
+
+    /// A name of the zones that this machine knows, such as `Europe/Berlin`; `UTC` it always knows. Or a rule as POSIX
+    /// writes it, such as `CET-1CEST,M3.5.0,M10.5.0/3`. A rule without changes must have its name in `<>`, as in
+    /// `<+03>-3`: in `UTC+3` the sign would mean the contrary of what it seems to.
+    pub fn parse(text: &str) -> Option<Zone> {
+        let rule = text.contains(',') || text.starts_with('<');
+        let zone = if rule { TimeZone::posix(text) } else { TimeZone::get(text) };
+        zone.ok().map(Zone)
+    }
+
+    /// The calendar day there at that moment.
+    pub fn day(&self, moment: Timestamp) -> Day {
+        Day(self.0.to_datetime(moment.jiff()).date())
+    }
+
+    /// When the clock shows this minute of that day, counted from midnight, up to 1439. None: outside the years that a
+    /// [`Timestamp`] can be in.
+    pub fn occurrence(&self, day: Day, minute: u16) -> Option<Occurrence> {
+        let (hour, minute) = (i8::try_from(minute / 60).ok()?, i8::try_from(minute % 60).ok()?);
+        let shown = DateTime::from_parts(day.0, Time::new(hour, minute, 0, 0).ok()?);
+        let found = self.0.to_ambiguous_timestamp(shown);
+        Some(match found.offset() {
+            AmbiguousOffset::Unambiguous { .. } => Occurrence::Once(Timestamp::from_jiff(found.unambiguous().ok()?)),
+            AmbiguousOffset::Fold { .. } => Occurrence::Twice(
+                Timestamp::from_jiff(found.earlier().ok()?),
+                Timestamp::from_jiff(found.later().ok()?),
+            ),
+            // With the offset that holds afterwards it is a moment before the clock is put forward.
+            AmbiguousOffset::Gap { .. } => {
+                let before = found.earlier().ok()?;
+                Occurrence::Never(Timestamp::from_jiff(self.0.following(before).next()?.timestamp()))
+            }
+        })
+    }
+
+    /// `2026-01-02T04:04:05+01:00` (RFC 3339).
+    pub fn rfc3339(&self, moment: Timestamp) -> String {
+        let moment = moment.jiff();
+        moment.display_with_offset(self.0.to_offset(moment)).to_string()
+    }
+}
+
+/// A day of the calendar, wherever.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Day(jiff::civil::Date);
+
+impl Day {
+    /// 0 is Monday, 6 is Sunday.
+    pub fn weekday(self) -> usize {
+        // In range by what it is, so the fallback is never taken.
+        usize::try_from(self.0.weekday().to_monday_zero_offset()).unwrap_or(0)
+    }
+
+    /// None: it is the last one of the calendar.
+    pub fn next(self) -> Option<Day> {
+        self.0.tomorrow().ok().map(Day)
+    }
+
+    /// None: it is the first one of the calendar.
+    pub fn previous(self) -> Option<Day> {
+        self.0.yesterday().ok().map(Day)
+    }
+}
+
+/// How often the clock shows one minute of one day, and when.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Occurrence {
+    Once(Timestamp),
+    /// The clock is put back, and the minute comes again.
+    Twice(Timestamp, Timestamp),
+    /// The clock is put forward over it, at this moment.
+    Never(Timestamp),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_written_as_the_rfcs_want() {
+        let check = |seconds, rfc5322: &str, rfc3339: &str| {
+            let date = Timestamp::from_seconds(seconds);
+            assert_eq!(date.rfc5322(), rfc5322);
+            assert_eq!(date.rfc3339(), rfc3339);
+            assert_eq!(Timestamp::parse_rfc3339(rfc3339), Some(date));
+        };
+        check(1_767_323_045, "Fri, 02 Jan 2026 03:04:05 +0000", "2026-01-02T03:04:05Z");
+        check(0, "Thu, 01 Jan 1970 00:00:00 +0000", "1970-01-01T00:00:00Z");
+        check(951_782_399, "Mon, 28 Feb 2000 23:59:59 +0000", "2000-02-28T23:59:59Z");
+        check(951_782_400, "Tue, 29 Feb 2000 00:00:00 +0000", "2000-02-29T00:00:00Z");
+    }
+
+    #[test]
+    fn dates_far_away_stay_readable() {
+        assert_eq!(Timestamp::from_seconds(i64::MIN).rfc3339(), "0001-01-01T00:00:00Z");
+        assert!(Timestamp::from_seconds(i64::MAX).rfc5322().contains(" Dec 9999 "));
+    }
+
+    #[test]
+    fn other_forms_of_a_date_are_read_or_refused() {
+        let read = |text: &str| Timestamp::parse_rfc3339(text).map(Timestamp::seconds);
+        assert_eq!(read("2026-01-02T04:04:05.999+01:00"), Some(1_767_323_045));
+        for text in ["", "yesterday", "2026-13-02T03:04:05Z", "2026-01-02", "2026-01-02T03:04:05"] {
+            assert_eq!(read(text), None, "{text}");
+        }
+    }
+
+    /// Central Europe's changes of the clock, without files of zones.
+    const BERLIN: &str = "CET-1CEST,M3.5.0,M10.5.0/3";
+
+    #[test]
+    fn a_minute_comes_once_twice_or_never() {
+        let zone = Zone::parse(BERLIN).unwrap();
+        let at = |text: &str| Timestamp::parse_rfc3339(text).unwrap();
+        let check = |noon: &str, minute: u16, wanted: Occurrence| {
+            assert_eq!(zone.occurrence(zone.day(at(noon)), minute), Some(wanted), "{noon} {minute}");
+        };
+        let (spring, autumn) = ("2026-03-29T12:00:00Z", "2026-10-25T12:00:00Z");
+        check(spring, 119, Occurrence::Once(at("2026-03-29T01:59:00+01:00")));
+        check(spring, 120, Occurrence::Never(at("2026-03-29T03:00:00+02:00")));
+        check(spring, 179, Occurrence::Never(at("2026-03-29T03:00:00+02:00")));
+        check(spring, 180, Occurrence::Once(at("2026-03-29T03:00:00+02:00")));
+        check(autumn, 119, Occurrence::Once(at("2026-10-25T01:59:00+02:00")));
+        check(autumn, 120, Occurrence::Twice(at("2026-10-25T02:00:00+02:00"), at("2026-10-25T02:00:00+01:00")));
+        check(autumn, 179, Occurrence::Twice(at("2026-10-25T02:59:00+02:00"), at("2026-10-25T02:59:00+01:00")));
+        check(autumn, 180, Occurrence::Once(at("2026-10-25T03:00:00+01:00")));
+        assert_eq!(zone.occurrence(zone.day(at(autumn)), 24 * 60), None);
+        assert_eq!(zone.rfc3339(at("2026-10-25T00:30:00Z")), "2026-10-25T02:30:00+02:00");
+        assert_eq!(zone.rfc3339(at("2026-10-25T01:30:00Z")), "2026-10-25T02:30:00+01:00");
+    }
+
+    #[test]
+    fn days_follow_each_other_until_the_calendar_ends() {
+        let zone = Zone::parse("<+03>-3").unwrap();
+        let sunday = zone.day(Timestamp::parse_rfc3339("2026-03-28T21:00:00Z").unwrap());
+        assert_eq!((sunday.weekday(), sunday.next().unwrap().weekday()), (6, 0));
+        assert_eq!(sunday.next().unwrap().previous(), Some(sunday));
+        assert_eq!(zone.day(Timestamp::from_seconds(i64::MAX)).next().and_then(Day::next), None);
+    }
+
+    #[test]
+    fn zones_are_names_or_whole_rules() {
+        for text in ["UTC", BERLIN, "<+03>-3", "EST5EDT,M3.2.0,M11.1.0"] {
+            assert!(Zone::parse(text).is_some(), "{text}");
+        }
+        for text in ["", "Nowhere/Atlantis", "UTC+3", "GMT-1", "<+03", "CET-1CEST,M13.5.0,M10.5.0", "../../etc/passwd"]
+        {
+            assert_eq!(Zone::parse(text), None, "{text}");
+        }
+    }
+}
