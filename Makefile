@@ -5,7 +5,7 @@ PREFIX  ?= /usr/local
 DESTDIR ?=
 ONLY    ?=
 
-.PHONY: help build test check demo interop install certs
+.PHONY: help build test check house demo interop install certs
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s  %s\n", $$1, $$2}' Makefile
@@ -19,6 +19,9 @@ test: ## every test that needs no network and no other program
 check: ## formatting and lints, as the automatic checks demand them
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --all-targets -- -D warnings
+
+house: ## the rooms of src/ in order, their sizes, the longest functions; and what tests/house.rs checks
+	@RUST_BACKTRACE=0 $(CARGO) test --quiet --test all house -- --nocapture --test-threads 1
 
 demo: ## one call: a letter goes up, the line turns, a letter comes down, with the dialogue
 	$(CARGO) run --release -- demo

@@ -1,6 +1,6 @@
 //! The one integration-test binary.
 
 mod check;
-mod floors;
+mod house;
 mod send;
 mod transcripts;
