@@ -1,28 +1,29 @@
-//! Time: the clock of this machine, moments, days and time zones.
+//! Time: the clock of this machine, timestamps, days and time zones.
 //!
-//! Everything that depends on the wall clock asks [`Clock`], so that a test stops it with [`Clock::Fixed`] and a
-//! dialogue can be written down in advance. (Deadlines are `std::time::Instant`s, and belong to those who wait.)
+//! Everything that depends on the time of day uses [`Clock`], so that a test stops it with [`Clock::Fixed`] and knows
+//! the dialogue in advance. Deadlines are not a matter of this file: they are `std::time::Instant`s.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use jiff::civil::{DateTime, Time};
 use jiff::tz::{AmbiguousOffset, TimeZone};
 
-/// The wall clock.
+/// The clock that tells the time of day.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
     /// The clock of this machine.
     System,
-    /// For tests: it always shows 2026-01-02T03:04:05Z.
+    /// For tests: it is always 2026-01-02T03:04:05Z.
     Fixed,
 }
 
 impl Clock {
+    /// The time now.
     pub fn now(self) -> Timestamp {
         Timestamp::from_seconds((self.microseconds() / 1_000_000).cast_signed())
     }
 
-    /// Microseconds since 1970. A clock before 1970 counts as 1970.
+    /// Microseconds since 1970; 0 if the clock is set to a time before.
     pub fn microseconds(self) -> u64 {
         match self {
             Clock::System => {
@@ -34,7 +35,7 @@ impl Clock {
     }
 }
 
-/// A moment, in whole seconds since 1970, UTC.
+/// A point in time, in whole seconds since 1970, UTC.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct Timestamp {
     seconds: i64,
@@ -44,7 +45,8 @@ pub struct Timestamp {
 const EARLIEST: i64 = -62_135_596_800;
 
 impl Timestamp {
-    /// A moment outside the years 1 to 9999 becomes the nearest one inside, so that what is printed stays readable.
+    /// The timestamp of this many seconds since 1970. If it is outside the years 1 to 9999, which the formats below can
+    /// express, it becomes the nearest inside.
     pub fn from_seconds(seconds: i64) -> Timestamp {
         Timestamp { seconds: seconds.clamp(EARLIEST, jiff::Timestamp::MAX.as_second()) }
     }
@@ -59,12 +61,12 @@ impl Timestamp {
         self.jiff().strftime("%a, %d %b %Y %H:%M:%S +0000").to_string()
     }
 
-    /// The form of our own files and logs: `2026-01-02T03:04:05Z` (RFC 3339).
+    /// The form of our own files and of the log: `2026-01-02T03:04:05Z` (RFC 3339).
     pub fn rfc3339(self) -> String {
         self.jiff().to_string()
     }
 
-    /// Reads what [`Timestamp::rfc3339`] writes, and other offsets; a fraction of a second is dropped.
+    /// Parses the form of [`Timestamp::rfc3339`], also with another offset; a fraction of a second is dropped.
     pub fn parse_rfc3339(text: &str) -> Option<Timestamp> {
         text.parse().ok().map(Timestamp::from_jiff)
     }
@@ -74,37 +76,37 @@ impl Timestamp {
     }
 
     fn jiff(self) -> jiff::Timestamp {
-        // In range since `from_seconds`, so the fallback is never taken.
+        // `from_seconds` keeps the seconds in range, so the default is never used.
         jiff::Timestamp::from_second(self.seconds).unwrap_or(jiff::Timestamp::UNIX_EPOCH)
     }
 }
 
-/// A time zone: what the wall clock shows there.
+/// A time zone.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Zone(TimeZone);
 
 impl Zone {
-    /// The zone of this machine, as `TZ` or `/etc/localtime` says now; UTC where neither can be used.
+    /// The time zone of this machine, from `TZ` or `/etc/localtime` as they are now; UTC if neither can be read.
     pub fn system() -> Zone {
         Zone(TimeZone::system())
     }
 
-    /// A name of the zones that this machine knows, such as `Europe/Berlin`; `UTC` it always knows. Or a rule as POSIX
-    /// writes it, such as `CET-1CEST,M3.5.0,M10.5.0/3`. A rule without changes must have its name in `<>`, as in
-    /// `<+03>-3`: in `UTC+3` the sign would mean the contrary of what it seems to.
+    /// The zone of a name that this machine knows, such as `Europe/Berlin` (`UTC` is always known), or of a POSIX rule,
+    /// such as `CET-1CEST,M3.5.0,M10.5.0/3`. A rule without daylight saving time must have its name in `<>`, as in
+    /// `<+03>-3`: `UTC+3` is not accepted, because POSIX means by it three hours west of UTC.
     pub fn parse(text: &str) -> Option<Zone> {
         let rule = text.contains(',') || text.starts_with('<');
         let zone = if rule { TimeZone::posix(text) } else { TimeZone::get(text) };
         zone.ok().map(Zone)
     }
 
-    /// The calendar day there at that moment.
+    /// The calendar day in this zone.
     pub fn day(&self, moment: Timestamp) -> Day {
         Day(self.0.to_datetime(moment.jiff()).date())
     }
 
-    /// When the clock shows this minute of that day, counted from midnight, up to 1439. None: outside the years that a
-    /// [`Timestamp`] can be in.
+    /// When the clock shows this minute of that day. `minute` is counted from midnight, 0 to 1439. `None`: the minute is
+    /// out of bounds, or the year is outside those of a [`Timestamp`].
     pub fn occurrence(&self, day: Day, minute: u16) -> Option<Occurrence> {
         let (hour, minute) = (i8::try_from(minute / 60).ok()?, i8::try_from(minute % 60).ok()?);
         let shown = DateTime::from_parts(day.0, Time::new(hour, minute, 0, 0).ok()?);
@@ -115,7 +117,7 @@ impl Zone {
                 Timestamp::from_jiff(found.earlier().ok()?),
                 Timestamp::from_jiff(found.later().ok()?),
             ),
-            // With the offset that holds afterwards it is a moment before the clock is put forward.
+            // With the offset after the change the minute is before the change, so the next change is the one.
             AmbiguousOffset::Gap { .. } => {
                 let before = found.earlier().ok()?;
                 Occurrence::Never(Timestamp::from_jiff(self.0.following(before).next()?.timestamp()))
@@ -123,30 +125,30 @@ impl Zone {
         })
     }
 
-    /// `2026-01-02T04:04:05+01:00` (RFC 3339).
+    /// The time in this zone, `2026-01-02T04:04:05+01:00` (RFC 3339).
     pub fn rfc3339(&self, moment: Timestamp) -> String {
         let moment = moment.jiff();
         moment.display_with_offset(self.0.to_offset(moment)).to_string()
     }
 }
 
-/// A day of the calendar, wherever.
+/// A day of the calendar.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Day(jiff::civil::Date);
 
 impl Day {
     /// 0 is Monday, 6 is Sunday.
     pub fn weekday(self) -> usize {
-        // In range by what it is, so the fallback is never taken.
+        // Always 0 to 6, so the default is never used.
         usize::try_from(self.0.weekday().to_monday_zero_offset()).unwrap_or(0)
     }
 
-    /// None: it is the last one of the calendar.
+    /// The day after. `None`: this is the last day of the calendar.
     pub fn next(self) -> Option<Day> {
         self.0.tomorrow().ok().map(Day)
     }
 
-    /// None: it is the first one of the calendar.
+    /// The day before. `None`: this is the first day of the calendar.
     pub fn previous(self) -> Option<Day> {
         self.0.yesterday().ok().map(Day)
     }
@@ -156,9 +158,9 @@ impl Day {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Occurrence {
     Once(Timestamp),
-    /// The clock is put back, and the minute comes again.
+    /// The clock is set back, and the minute comes again.
     Twice(Timestamp, Timestamp),
-    /// The clock is put forward over it, at this moment.
+    /// The clock is set forward over the minute, at this time.
     Never(Timestamp),
 }
 
@@ -187,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn other_forms_of_a_date_are_read_or_refused() {
+    fn other_forms_of_a_date_are_parsed_or_rejected() {
         let read = |text: &str| Timestamp::parse_rfc3339(text).map(Timestamp::seconds);
         assert_eq!(read("2026-01-02T04:04:05.999+01:00"), Some(1_767_323_045));
         for text in ["", "yesterday", "2026-13-02T03:04:05Z", "2026-01-02", "2026-01-02T03:04:05"] {
@@ -195,7 +197,7 @@ mod tests {
         }
     }
 
-    /// Central Europe's changes of the clock, without files of zones.
+    /// The rule of Central Europe, for machines without files of time zones.
     const BERLIN: &str = "CET-1CEST,M3.5.0,M10.5.0/3";
 
     #[test]

@@ -1,6 +1,6 @@
-//! What never repeats, and what nobody can guess: queue ids, file names, challenges, random numbers.
+//! Names that never repeat (queue ids, file names, challenges), and random numbers.
 //!
-//! Everything in the program that depends on randomness asks [`Ids`], so that a test replaces all of it at once with
+//! Everything in the program that depends on randomness uses [`Ids`], so that a test replaces all of it at once with
 //! [`Ids::fixed`].
 
 use std::sync::Arc;
@@ -13,60 +13,69 @@ use crate::clock::Clock;
 /// The source of names that never repeat, and of random numbers. A clone is the same source.
 #[derive(Clone)]
 pub struct Ids {
-    source: Arc<Source>,
+    source: Arc<IdSource>,
 }
 
 impl Ids {
-    /// The clock and the process id of this machine, and `random`, which must fill the whole slice with octets that
-    /// nobody can guess.
+    /// Ids made of the clock, the process id and `random`, which must fill the whole slice with octets that cannot be
+    /// guessed.
     pub fn system(random: fn(&mut [u8])) -> Ids {
-        Ids::from(Source::System { random, last: AtomicU64::new(0), files: AtomicU64::new(0) })
+        Ids::from(IdSource::System { random, last: AtomicU64::new(0), files: AtomicU64::new(0) })
     }
 
-    /// For tests: the clock is [`Clock::Fixed`]; ids, file names, challenges and numbers count 1, 2, 3…, each on its
-    /// own.
+    /// Ids for tests: the clock is [`Clock::Fixed`]; queue ids, file names, challenges and numbers are counted 1, 2, 3…,
+    /// each kind separately.
     pub fn fixed() -> Ids {
-        Ids::from(Source::Fixed {
+        Ids::from(IdSource::Fixed {
             ids: AtomicU64::new(0),
+            sessions: AtomicU64::new(0),
             files: AtomicU64::new(0),
             challenges: AtomicU64::new(0),
             numbers: AtomicU64::new(0),
         })
     }
 
-    /// The clock that these ids are made with.
+    /// The clock of these ids.
     pub fn clock(&self) -> Clock {
         match &*self.source {
-            Source::System { .. } => Clock::System,
-            Source::Fixed { .. } => Clock::Fixed,
+            IdSource::System { .. } => Clock::System,
+            IdSource::Fixed { .. } => Clock::Fixed,
         }
     }
 
-    /// A queue id: unique on this host, also among processes; 21 characters out of `0-9a-v`, so that it may
-    /// stand in a file name, a header line and a reply. Ids of one process sort by time.
-    /// [`Ids::fixed`]: `id1`, `id2`, …
+    /// A queue id, unique on this host, also among processes. It has 21 characters of `0-9a-v`, so it is valid in a file
+    /// name, a header field and a reply. The ids of one process sort by time. [`Ids::fixed`]: `id1`, `id2`, …
     pub fn queue_id(&self) -> String {
         match &*self.source {
-            Source::System { random, last, .. } => {
-                // The time tells the ids of one process apart, the process id those of one moment. The
-                // random part is for what neither sees: containers that share a spool, a clock set back.
+            IdSource::System { random, last, .. } => {
+                // The time makes the ids of one process differ, the process id those of one moment. The random part
+                // prevents equal ids in containers that share a spool, and after a clock was set back.
                 let mut id = base32(tick(last), 11);
                 id.push_str(&base32(u64::from(std::process::id()), 5));
                 id.push_str(&base32(u64::from_le_bytes(octets(*random)), 5));
                 id
             }
-            Source::Fixed { ids, .. } => format!("id{}", count(ids)),
+            IdSource::Fixed { ids, .. } => format!("id{}", count(ids)),
         }
     }
 
-    /// A name for a new file in a Maildir: `seconds.M…P…Q…R….host`, as maildir(5) wants it: the microseconds,
-    /// the process id, the process's count of deliveries and 32 random bits, so that one second, a clock that
-    /// is set back and a reused process id do no harm. `/` and `:` in the host name are written `\057` and
-    /// `\072`. [`Ids::fixed`]: `1767323045.1.host`, counting.
+    /// An id for a session in the log: unique on this host, also among processes; 16 characters.
+    /// [`Ids::fixed`]: `1`, `2`, …
+    pub fn session_id(&self) -> String {
+        match &*self.source {
+            IdSource::System { last, .. } => base32(tick(last), 11) + &base32(u64::from(std::process::id()), 5),
+            IdSource::Fixed { sessions, .. } => count(sessions).to_string(),
+        }
+    }
+
+    /// A name for a new file in a Maildir, `seconds.M…P…Q…R….host`, as maildir(5) defines it: microseconds, process id,
+    /// the number of files named by this process, and 32 random bits. So names differ also within one second, after the
+    /// clock was set back, and if a process id is used again. `/` and `:` in the host name become `\057` and `\072`.
+    /// [`Ids::fixed`]: `1767323045.1.host`, counted.
     pub fn file_name(&self, hostname: &str) -> String {
         let host = hostname.replace('/', "\\057").replace(':', "\\072");
         match &*self.source {
-            Source::System { random, last, files } => {
+            IdSource::System { random, last, files } => {
                 let time = tick(last);
                 let seconds = time / 1_000_000;
                 let microseconds = time % 1_000_000;
@@ -75,54 +84,55 @@ impl Ids {
                 let random = HEXLOWER.encode(&octets::<4>(*random));
                 format!("{seconds}.M{microseconds:06}P{process}Q{delivery}R{random}.{host}")
             }
-            Source::Fixed { files, .. } => format!("{}.{}.{host}", Clock::Fixed.now().seconds(), count(files)),
+            IdSource::Fixed { files, .. } => format!("{}.{}.{host}", Clock::Fixed.now().seconds(), count(files)),
         }
     }
 
-    /// A challenge for CRAM-MD5, `<random.timestamp@hostname>` (RFC 2195 section 2): 128 random bits written
-    /// in digits, so that none is ever seen twice. [`Ids::fixed`]: `<1.1767323045@hostname>`, counting.
+    /// A challenge for CRAM-MD5, `<random.timestamp@hostname>` (RFC 2195 section 2): 128 random bits, in digits, so that a
+    /// recorded response is never valid again. [`Ids::fixed`]: `<1.1767323045@hostname>`, counted.
     pub fn challenge(&self, hostname: &str) -> String {
         match &*self.source {
-            Source::System { random, .. } => {
+            IdSource::System { random, .. } => {
                 let random = u128::from_le_bytes(octets(*random));
                 format!("<{random}.{}@{hostname}>", self.clock().now().seconds())
             }
-            Source::Fixed { challenges, .. } => {
+            IdSource::Fixed { challenges, .. } => {
                 format!("<{}.{}@{hostname}>", count(challenges), Clock::Fixed.now().seconds())
             }
         }
     }
 
-    /// A number nobody can guess, for DNS (RFC 5452) and the order of equals; unlike the others it may repeat.
-    /// [`Ids::fixed`]: 1, 2, 3…
+    /// A random number that cannot be guessed: for DNS queries (RFC 5452), and for the order of MX hosts with equal
+    /// preference. It may repeat. [`Ids::fixed`]: 1, 2, 3…
     pub fn random_number(&self) -> u64 {
         match &*self.source {
-            Source::System { random, .. } => u64::from_le_bytes(octets(*random)),
-            Source::Fixed { numbers, .. } => count(numbers),
+            IdSource::System { random, .. } => u64::from_le_bytes(octets(*random)),
+            IdSource::Fixed { numbers, .. } => count(numbers),
         }
     }
 
-    fn from(source: Source) -> Ids {
+    fn from(source: IdSource) -> Ids {
         Ids { source: Arc::new(source) }
     }
 }
 
-enum Source {
+enum IdSource {
     System {
         random: fn(&mut [u8]),
-        /// The last tick that was given out.
+        /// The last result of `tick`.
         last: AtomicU64,
         files: AtomicU64,
     },
     Fixed {
         ids: AtomicU64,
+        sessions: AtomicU64,
         files: AtomicU64,
         challenges: AtomicU64,
         numbers: AtomicU64,
     },
 }
 
-/// The clock, but never the same value twice and never backwards within this process.
+/// Microseconds since 1970, but never the same value twice and never less than before, also if the clock is set back.
 fn tick(last: &AtomicU64) -> u64 {
     let now = Clock::System.microseconds();
     let next = |last: u64| now.max(last.saturating_add(1));
@@ -142,7 +152,7 @@ fn octets<const N: usize>(random: fn(&mut [u8])) -> [u8; N] {
     octets
 }
 
-/// The lowest `5 * width` bits of `number`, in digits that sort like the number.
+/// The lowest `5 * width` bits of `number`, in digits that sort in the order of the numbers.
 fn base32(number: u64, width: usize) -> String {
     const DIGITS: &[u8; 32] = b"0123456789abcdefghijklmnopqrstuv";
     (0..width).rev().map(|place| char::from(DIGITS[(number >> (5 * place) & 31) as usize])).collect()
@@ -153,34 +163,34 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    /// Always the same octets: what stays unique with it does not hang on luck.
+    /// Always the same octets: names made with it are unique without randomness.
     fn stuck(octets: &mut [u8]) {
         octets.fill(7);
     }
 
     #[test]
     fn fixed_ids_count() {
-        let ids_ = Ids::fixed();
-        let other = ids_.clone();
-        assert_eq!(ids_.clock().now().rfc3339(), "2026-01-02T03:04:05Z");
-        assert_eq!([ids_.queue_id(), other.queue_id()], ["id1", "id2"]);
-        assert_eq!(ids_.file_name("host"), "1767323045.1.host");
+        let source = Ids::fixed();
+        let other = source.clone();
+        assert_eq!(source.clock().now().rfc3339(), "2026-01-02T03:04:05Z");
+        assert_eq!([source.queue_id(), other.queue_id()], ["id1", "id2"]);
+        assert_eq!(source.file_name("host"), "1767323045.1.host");
         assert_eq!(other.file_name("a/b:c"), "1767323045.2.a\\057b\\072c");
-        assert_eq!(ids_.challenge("host"), "<1.1767323045@host>");
-        assert_eq!(ids_.challenge("host"), "<2.1767323045@host>");
-        assert_eq!([ids_.random_number(), other.random_number()], [1, 2]);
+        assert_eq!(source.challenge("host"), "<1.1767323045@host>");
+        assert_eq!(source.challenge("host"), "<2.1767323045@host>");
+        assert_eq!([source.random_number(), other.random_number()], [1, 2]);
         assert_eq!(Ids::fixed().queue_id(), "id1");
     }
 
     #[test]
     fn nothing_repeats_in_many_threads_even_without_randomness() {
-        let ids_ = Ids::system(stuck);
+        let source = Ids::system(stuck);
         let made: Vec<(Vec<String>, Vec<String>)> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4)
                 .map(|_| {
                     scope.spawn(|| {
-                        let ids = (0..25_000).map(|_| ids_.queue_id()).collect();
-                        let names = (0..25_000).map(|_| ids_.file_name("host")).collect();
+                        let ids = (0..25_000).map(|_| source.queue_id()).collect();
+                        let names = (0..25_000).map(|_| source.file_name("host")).collect();
                         (ids, names)
                     })
                 })
@@ -198,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_may_stand_in_a_file_name() {
+    fn an_id_is_valid_in_a_file_name() {
         let id = Ids::system(stuck).queue_id();
         assert_eq!(id.len(), 21, "{id}");
         assert!(id.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'v')));
@@ -218,14 +228,14 @@ mod tests {
 
     #[test]
     fn a_system_file_name_and_challenge_have_their_shape() {
-        let ids_ = Ids::system(stuck);
-        let name = ids_.file_name("mail.example.org");
+        let source = Ids::system(stuck);
+        let name = source.file_name("mail.example.org");
         let process = std::process::id();
         let rest = name.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix(".M").unwrap();
         let rest = rest.trim_start_matches(|c: char| c.is_ascii_digit());
         assert_eq!(rest, format!("P{process}Q1R07070707.mail.example.org"));
 
-        let challenge = ids_.challenge("mail.example.org");
+        let challenge = source.challenge("mail.example.org");
         let inner = challenge.strip_prefix('<').unwrap();
         let inner = inner.strip_suffix("@mail.example.org>").unwrap();
         let (random, time) = inner.split_once('.').unwrap();

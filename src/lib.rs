@@ -8,25 +8,32 @@
 //! below, or begin with [`turn`], which is what it is all about.
 #![forbid(unsafe_code)]
 
+// What comes from outside: time, randomness, the user.
 pub mod clock;
 pub mod ids;
 pub mod privileges;
 
-pub mod mail;
+// The protocol, pure.
 pub mod sasl;
+pub mod mail;
 pub mod smtp;
 
-pub mod maildir;
+// Sockets and files.
 pub mod net;
+pub mod maildir;
 pub mod queue;
-pub mod report;
+
+// Sessions of both roles, the turn between them, and what follows an attempt.
 pub mod session;
 pub mod turn;
+pub mod report;
 
-pub mod config;
-pub mod recipients;
+// What a configuration decides.
 pub mod schedule;
+pub mod recipients;
+pub mod config;
 
-pub mod cli;
-pub mod customer;
+// The parties, and the program.
 pub mod provider;
+pub mod customer;
+pub mod cli;

@@ -1,4 +1,4 @@
-//! The program; all of it stands in [`odmr::cli`].
+//! The program `odmr`; see [`odmr::cli`].
 
 fn main() -> std::process::ExitCode {
     odmr::cli::main()

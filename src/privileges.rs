@@ -1,4 +1,4 @@
-//! Who this process is: started as root, it becomes the user who owns the mail, before it touches any.
+//! The user of this process: if it was started as root, it becomes the owner of the mail before it touches mail.
 
 use std::ffi::CString;
 use std::fs::{self, DirBuilder};
@@ -8,7 +8,7 @@ use std::path::Path;
 
 use nix::unistd::{self, Gid, Uid};
 
-/// A user of this machine, and the group his files are to belong to.
+/// A user of this machine, and the group of the files that are made for them.
 #[derive(Debug)]
 pub struct SystemUser {
     name: CString,
@@ -17,7 +17,11 @@ pub struct SystemUser {
 }
 
 impl SystemUser {
-    /// Looks up a user, and a group other than his own.
+    /// Looks up a user; `group`: a group other than their primary one.
+    ///
+    /// # Errors
+    ///
+    /// A text for the log, if there is no such user or group, or the user is root.
     pub fn find(name: &str, group: Option<&str>) -> Result<SystemUser, String> {
         let user = unistd::User::from_name(name)
             .map_err(|error| format!("the user {name:?} cannot be looked up: {error}"))?
@@ -38,12 +42,12 @@ impl SystemUser {
         Ok(SystemUser { name, uid: user.uid, gid })
     }
 
-    /// Whether this process is that user already.
+    /// Whether this process has that user already.
     pub fn is_current(&self) -> bool {
         self.uid == Uid::effective()
     }
 
-    /// Whether this user may read a file, as far as its own mode says.
+    /// Whether the mode of a file lets this user read it. The directories above it are not checked.
     pub fn may_read(&self, path: &Path) -> io::Result<bool> {
         let found = fs::metadata(path)?;
         let groups = unistd::getgrouplist(&self.name, self.gid)?;
@@ -56,7 +60,8 @@ impl SystemUser {
         Ok(found.mode() & bit != 0)
     }
 
-    /// Makes a folder that is to be this user's, where there is none. Those above it stay root's.
+    /// Makes a directory that belongs to this user, unless it exists. Directories above it are made for the current
+    /// user.
     pub fn make_directory(&self, path: &Path) -> io::Result<()> {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent)?;
@@ -67,19 +72,61 @@ impl SystemUser {
         }
     }
 
-    /// Becomes this user, with all his groups, for good. Before there are threads: they would be somebody else.
+    /// Makes this process the user, with all their groups. Call it before there are threads, so that none stays root.
+    ///
+    /// # Errors
+    ///
+    /// A text for the log. The process may have given up some of its rights, so it must end.
     pub fn assume(&self) -> Result<(), String> {
         let failed =
             |what: &str, error: nix::Error| format!("{what} failed: {error}; start it as root, or as that user");
         unistd::initgroups(&self.name, self.gid).map_err(|error| failed("setting the groups", error))?;
         unistd::setgid(self.gid).map_err(|error| failed("setting the group", error))?;
         unistd::setuid(self.uid).map_err(|error| failed("setting the user", error))?;
-        // Whoever can go back has not gone.
+        // If the process can become root again, the saved user ID was not changed.
         match unistd::setuid(Uid::from_raw(0)) {
             Ok(()) => Err("the rights of root could be had back: the system does not let them go".to_owned()),
             Err(_) => Ok(()),
         }
     }
+}
+
+/// The user who runs this process, as sendmail(8) needs it.
+#[derive(Clone, Debug, Default)]
+pub struct LoginUser {
+    pub uid: u32,
+    /// The login name; it may be empty.
+    pub name: String,
+    /// The full name; empty if none is known.
+    pub full_name: String,
+}
+
+impl LoginUser {
+    /// The system's user with the real user id of this process. If the system has none, the name comes from the
+    /// environment: `LOGNAME`, else `USER`.
+    pub fn current() -> LoginUser {
+        let uid = Uid::current();
+        match unistd::User::from_uid(uid) {
+            Ok(Some(user)) if !user.name.is_empty() => {
+                let full_name = full_name(&user.gecos.to_string_lossy(), &user.name);
+                LoginUser { uid: uid.as_raw(), name: user.name, full_name }
+            }
+            _ => {
+                let name = ["LOGNAME", "USER"].iter().find_map(|variable| std::env::var(variable).ok());
+                LoginUser { uid: uid.as_raw(), name: name.unwrap_or_default(), full_name: String::new() }
+            }
+        }
+    }
+}
+
+/// The full name in a GECOS field: the part before the first comma, with `&` for the capitalised login name, as finger(1)
+/// shows it.
+fn full_name(gecos: &str, login: &str) -> String {
+    let mut capitalised = login.to_owned();
+    if let Some(first) = capitalised.get_mut(..1) {
+        first.make_ascii_uppercase();
+    }
+    gecos.split(',').next().unwrap_or_default().replace('&', &capitalised)
 }
 
 #[cfg(test)]
@@ -92,5 +139,12 @@ mod tests {
         assert!(find("no-such-user", None).contains("make one, or change `user`"));
         assert!(find("root", None).contains("name another in `user`"));
         assert!(find("nobody", Some("no-such-group")).contains("make one, or change `group`"));
+    }
+
+    #[test]
+    fn full_names_are_in_gecos_fields() {
+        assert_eq!(full_name("& Example,room 1,,", "eva"), "Eva Example");
+        assert_eq!(full_name("", "eva"), "");
+        assert_eq!(full_name("&", ""), "");
     }
 }

@@ -71,7 +71,7 @@ impl Turn {
         let ServerSession { connection, server, peer, .. } = self.session;
         let options = ClientOptions {
             name: server.hostname().to_owned(),
-            tls: connection.secure().is_some(),
+            tls: connection.tls_info().is_some(),
             ..ClientOptions::default()
         };
         drop(server);
@@ -103,6 +103,6 @@ pub fn take_over(connection: Connection, client: Client, profile: ServerOptions)
         ));
     }
     connection.trace.event("turn");
-    let tls = connection.secure().is_some();
+    let tls = connection.tls_info().is_some();
     Ok((connection, Server::new(profile, tls)))
 }

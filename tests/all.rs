@@ -1,6 +1,7 @@
 //! The one integration-test binary.
 
 mod check;
+mod command_line;
 mod house;
 mod send;
 mod transcripts;

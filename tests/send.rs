@@ -1,5 +1,5 @@
 //! `odmr send` and the listener of `odmr pull --daemon`, as programs use them: the real binary, its exit codes, and the
-//! files it leaves.
+//! files it creates.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -27,36 +27,37 @@ received-hops = 3
 
 const OUTGOING: &str = "[outgoing]\nqueue = \"outgoing\"\nmax-size = 70000\nlisten = [\"127.0.0.1:0\"]\n";
 
-struct House(tempfile::TempDir);
+/// A directory with the configuration, the queue and the mailboxes of one customer.
+struct TestCustomer(tempfile::TempDir);
 
-/// What a run of the program came to.
-struct Outcome {
+/// The result of one run of the program.
+struct RunResult {
     code: i32,
     out: String,
     error: String,
 }
 
-impl House {
-    fn new() -> House {
-        House::with(&format!("{CUSTOMER}{OUTGOING}"))
+impl TestCustomer {
+    fn new() -> TestCustomer {
+        TestCustomer::with(&format!("{CUSTOMER}{OUTGOING}"))
     }
 
-    fn with(config: &str) -> House {
-        let house = House(tempfile::tempdir().unwrap());
-        fs::write(house.config(), config).unwrap();
-        fs::set_permissions(house.config(), fs::Permissions::from_mode(0o600)).unwrap();
-        house
+    fn with(config: &str) -> TestCustomer {
+        let customer = TestCustomer(tempfile::tempdir().unwrap());
+        fs::write(customer.config(), config).unwrap();
+        fs::set_permissions(customer.config(), fs::Permissions::from_mode(0o600)).unwrap();
+        customer
     }
 
     fn config(&self) -> PathBuf {
         self.0.path().join("customer.toml")
     }
 
-    fn send(&self, words: &[&str], input: &str) -> Outcome {
+    fn send(&self, words: &[&str], input: &str) -> RunResult {
         self.run(Path::new(env!("CARGO_BIN_EXE_odmr")), &[&["send"], words].concat(), input)
     }
 
-    fn run(&self, program: &Path, words: &[&str], input: &str) -> Outcome {
+    fn run(&self, program: &Path, words: &[&str], input: &str) -> RunResult {
         let mut child = Command::new(program)
             .args(words)
             .env("ODMR_CONFIG", self.config())
@@ -66,14 +67,14 @@ impl House {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        // The program may be gone before it has read all.
+        // The program may exit before it has read all of its input.
         let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
         let output = child.wait_with_output().unwrap();
         let text = |octets: Vec<u8>| String::from_utf8(octets).unwrap();
-        Outcome { code: output.status.code().unwrap(), out: text(output.stdout), error: text(output.stderr) }
+        RunResult { code: output.status.code().unwrap(), out: text(output.stdout), error: text(output.stderr) }
     }
 
-    /// The messages that stand in a Maildir.
+    /// The messages in a Maildir.
     fn messages(&self, maildir: &str) -> Vec<String> {
         let Ok(files) = fs::read_dir(self.0.path().join(maildir).join("new")) else { return Vec::new() };
         let mut paths: Vec<_> = files.map(|file| file.unwrap().path()).collect();
@@ -81,51 +82,51 @@ impl House {
         paths.iter().map(|path| String::from_utf8_lossy(&fs::read(path).unwrap()).into_owned()).collect()
     }
 
-    fn waiting(&self) -> Vec<String> {
+    fn queued(&self) -> Vec<String> {
         self.messages("outgoing")
     }
 
-    /// The one message that waits.
-    fn only(&self) -> String {
-        let mut waiting = self.waiting();
-        assert_eq!(waiting.len(), 1, "{waiting:?}");
-        waiting.remove(0)
+    /// The only message in the outgoing queue.
+    fn only_queued(&self) -> String {
+        let mut queued = self.queued();
+        assert_eq!(queued.len(), 1, "{queued:?}");
+        queued.remove(0)
     }
 }
 
-fn has(text: &str, parts: &[&str]) {
+fn assert_contains(text: &str, parts: &[&str]) {
     for part in parts {
-        assert!(text.contains(part), "{part:?} does not stand in\n{text}");
+        assert!(text.contains(part), "{part:?} is not in\n{text}");
     }
 }
 
-/// One of our own mailboxes is full: its copy waits, and nobody else waits for it.
+/// If one of the customer's own mailboxes is full, only its copy waits.
 #[test]
-fn who_has_no_room_keeps_nobody_waiting() {
-    let house = House::new();
-    let alice = house.0.path().join("mailboxes/example.org/alice");
+fn a_full_mailbox_does_not_delay_other_recipients() {
+    let customer = TestCustomer::new();
+    let alice = customer.0.path().join("mailboxes/example.org/alice");
     ["tmp", "new", "cur"].iter().for_each(|name| fs::create_dir_all(alice.join(name)).unwrap());
     fs::write(alice.join("cur/1.x.host,S=5:2,S"), "12345").unwrap();
-    // It has room for a little, and not for this.
+    // The quota leaves room for four octets.
     fs::write(alice.join("maildirsize"), "9S\n5 1\n").unwrap();
     let words = ["-f", "bob@example.org", "alice@example.org", "bob@example.org", "eva@example.net"];
-    let sent = house.send(&words, "Subject: x\n\nx\n");
+    let sent = customer.send(&words, "Subject: x\n\nx\n");
     assert_eq!(sent.code, 0, "{}", sent.error);
-    assert_eq!(house.messages("mailboxes/example.org/bob").len(), 1);
-    assert!(house.messages("mailboxes/example.org/alice").is_empty());
-    assert_eq!(house.messages("outgoing").len(), 1);
-    let [waiting] = &house.messages("mailboxes/.handover")[..] else { panic!("not one message waits") };
-    assert!(waiting.contains("\nDelivered-To: alice@example.org\n") && !waiting.contains("bob@example.org\nX-O"));
+    assert_eq!(customer.messages("mailboxes/example.org/bob").len(), 1);
+    assert!(customer.messages("mailboxes/example.org/alice").is_empty());
+    assert_eq!(customer.messages("outgoing").len(), 1);
+    let [queued] = &customer.messages("mailboxes/.handover")[..] else { panic!("not one message waits") };
+    assert!(queued.contains("\nDelivered-To: alice@example.org\n") && !queued.contains("bob@example.org\nX-O"));
 }
 
 #[test]
-fn a_message_is_queued_whole_with_what_its_header_lacked() {
-    let house = House::new();
+fn missing_header_fields_are_added() {
+    let customer = TestCustomer::new();
     let sent =
-        house.send(&["-f", "eva", "-F", "Eva E.", "dave@example.net"], "Subject: hello\n\nHello.\n.\nnot this\n");
+        customer.send(&["-f", "eva", "-F", "Eva E.", "dave@example.net"], "Subject: hello\n\nHello.\n.\nnot this\n");
     assert_eq!((sent.code, sent.error.as_str()), (0, ""));
-    let message = house.only();
-    has(
+    let message = customer.only_queued();
+    assert_contains(
         &message,
         &[
             "Return-Path: <eva@example.org>\nDelivered-To: dave@example.net\nX-ODMR-Envelope: id=",
@@ -139,14 +140,14 @@ fn a_message_is_queued_whole_with_what_its_header_lacked() {
 }
 
 #[test]
-fn recipients_of_the_header_and_of_the_command_line_get_it_once_and_bcc_is_not_seen() {
-    let house = House::new();
+fn recipients_of_header_and_command_line_get_one_copy_without_bcc() {
+    let customer = TestCustomer::new();
     let header = "From: a@b.example\nDate: x\nMessage-ID: <1@x>\nTo: Dave <dave@example.net>,\n erin@example.net\n\
                   Bcc: frank@example.net\nCc: dave@example.net\n\n";
-    let sent = house.send(&["-ti", "-f", "<>", "grace@example.net"], &format!("{header}.\nHello.\n"));
+    let sent = customer.send(&["-ti", "-f", "<>", "grace@example.net"], &format!("{header}.\nHello.\n"));
     assert_eq!((sent.code, sent.error.as_str()), (0, ""));
-    let message = house.only();
-    has(
+    let message = customer.only_queued();
+    assert_contains(
         &message,
         &[
             "Return-Path: <>\n",
@@ -159,12 +160,12 @@ fn recipients_of_the_header_and_of_the_command_line_get_it_once_and_bcc_is_not_s
 }
 
 #[test]
-fn what_is_known_of_the_content_stands_in_the_envelope() {
-    let house = House::new();
+fn the_envelope_records_body_type_smtputf8_and_dsn_options() {
+    let customer = TestCustomer::new();
     let check = |words: &[&str], input: &str, parts: &[&str]| {
-        let sent = house.send(words, input);
+        let sent = customer.send(words, input);
         assert_eq!((sent.code, sent.error.as_str()), (0, ""), "{words:?}");
-        has(&house.waiting().concat(), parts);
+        assert_contains(&customer.queued().concat(), parts);
     };
     check(&["d@x.example"], "Subject: x\r\n\r\nGrüße\r\n", &["; body=8BITMIME\n", "\nSubject: x\n", "\n\nGrüße\n"]);
     check(&["d@x.example"], "Subject: Grüße\n\n1%\r2%\r\n", &["; body=8BITMIME; smtputf8\n", "\n\n1%\n2%\n"]);
@@ -178,24 +179,27 @@ fn what_is_known_of_the_content_stands_in_the_envelope() {
 }
 
 #[test]
-fn mail_for_our_own_domains_is_delivered_at_once() {
-    let house = House::new();
-    let sent = house.send(&["-f", "alice", "bob", "dave@example.net"], "Subject: hello\n\nHello.\n");
+fn mail_for_the_customers_own_domains_is_delivered_at_once() {
+    let customer = TestCustomer::new();
+    let sent = customer.send(&["-f", "alice", "bob", "dave@example.net"], "Subject: hello\n\nHello.\n");
     assert_eq!((sent.code, sent.error.as_str()), (0, ""));
-    has(&house.only(), &["Delivered-To: dave@example.net\n"]);
-    let local = house.messages("mailboxes/example.org/bob");
-    has(&local[0], &["Return-Path: <alice@example.org>\nDelivered-To: bob@example.org\nReceived: ", "\n\nHello.\n"]);
+    assert_contains(&customer.only_queued(), &["Delivered-To: dave@example.net\n"]);
+    let local = customer.messages("mailboxes/example.org/bob");
+    assert_contains(
+        &local[0],
+        &["Return-Path: <alice@example.org>\nDelivered-To: bob@example.org\nReceived: ", "\n\nHello.\n"],
+    );
 }
 
 #[test]
-fn what_is_wrong_has_its_exit_code_and_queues_nothing() {
-    let house = House::new();
+fn each_error_has_its_exit_code_and_one_line_and_queues_nothing() {
+    let customer = TestCustomer::new();
     let long = "x".repeat(70) + "\n";
     let check = |code: i32, words: &[&str], input: &str, part: &str| {
-        let sent = house.send(words, input);
+        let sent = customer.send(words, input);
         assert_eq!(sent.code, code, "{words:?}: {}", sent.error);
         assert_eq!(sent.error.lines().count(), 1, "{words:?}: {}", sent.error);
-        has(&sent.error, &["odmr: ", part]);
+        assert_contains(&sent.error, &["odmr: ", part]);
     };
     check(64, &[], "Subject: x\n\n", "no recipient");
     check(64, &["-Z"], "", "Z");
@@ -215,41 +219,42 @@ fn what_is_wrong_has_its_exit_code_and_queues_nothing() {
     check(69, &["d@x.example"], &long.repeat(1000), "70000");
     check(69, &["d@x.example"], &format!("{}\n", "Received: x\n".repeat(4)), "hops");
     check(78, &["-C", "/nowhere/customer.toml", "d@x.example"], "", "/nowhere/customer.toml");
-    assert!(house.waiting().is_empty());
-    assert!(house.messages("mailboxes/example.org/alice").is_empty());
-    assert!(fs::read_dir(house.0.path().join("outgoing/tmp")).unwrap().next().is_none(), "something is left in tmp");
+    assert!(customer.queued().is_empty());
+    assert!(customer.messages("mailboxes/example.org/alice").is_empty());
+    let tmp = fs::read_dir(customer.0.path().join("outgoing/tmp"));
+    assert!(tmp.into_iter().flatten().next().is_none(), "a file is left in tmp");
 
-    let silent = House::with(CUSTOMER);
-    let sent = silent.send(&["d@x.example"], "Subject: x\n\n");
+    let without_queue = TestCustomer::with(CUSTOMER);
+    let sent = without_queue.send(&["d@x.example"], "Subject: x\n\n");
     assert_eq!(sent.code, 78);
-    has(&sent.error, &["[outgoing]"]);
+    assert_contains(&sent.error, &["[outgoing]"]);
 
-    let blocked = House::new();
+    let blocked = TestCustomer::new();
     fs::write(blocked.0.path().join("outgoing"), "in the way").unwrap();
     assert_eq!(blocked.send(&["d@x.example"], "Subject: x\n\n").code, 73);
 }
 
 #[test]
-fn it_is_sendmail_by_that_name() {
-    let house = House::new();
-    let program = house.0.path().join("sendmail");
+fn it_also_runs_under_the_name_sendmail() {
+    let customer = TestCustomer::new();
+    let program = customer.0.path().join("sendmail");
     symlink(env!("CARGO_BIN_EXE_odmr"), &program).unwrap();
-    let sent = house.run(&program, &["-oi", "-t"], "To: dave@example.net\n\nHello.\n");
+    let sent = customer.run(&program, &["-oi", "-t"], "To: dave@example.net\n\nHello.\n");
     assert_eq!((sent.code, sent.error.as_str()), (0, ""));
-    house.only();
-    let wrong = house.run(&program, &[], "");
+    customer.only_queued();
+    let wrong = customer.run(&program, &[], "");
     assert_eq!(wrong.code, 64);
-    has(&wrong.error, &["sendmail: "]);
+    assert_contains(&wrong.error, &["sendmail: "]);
 }
 
 #[test]
-fn what_waits_is_listed() {
-    let house = House::new();
-    assert_eq!(house.send(&["-bp"], "").out, "Mail queue is empty\n");
-    house.send(&["-f", "eva", "dave@example.net", "erin@example.net"], "Subject: x\n\nHello.\n");
-    let listed = house.send(&["-bp"], "");
+fn the_queue_is_listed() {
+    let customer = TestCustomer::new();
+    assert_eq!(customer.send(&["-bp"], "").out, "Mail queue is empty\n");
+    customer.send(&["-f", "eva", "dave@example.net", "erin@example.net"], "Subject: x\n\nHello.\n");
+    let listed = customer.send(&["-bp"], "");
     assert_eq!((listed.code, listed.error.as_str()), (0, ""));
-    has(
+    assert_contains(
         &listed.out,
         &[" <eva@example.org>\n", " dave@example.net\n", " erin@example.net\n", "with the next call", "1 messages, "],
     );
@@ -257,20 +262,20 @@ fn what_waits_is_listed() {
 
 #[test]
 fn smtp_on_stdin_and_stdout() {
-    let house = House::new();
-    let said = house.send(
+    let customer = TestCustomer::new();
+    let session = customer.send(
         &["-bs"],
         "EHLO client\r\nVRFY alice\r\nAUTH PLAIN\r\nSTARTTLS\r\nATRN\r\nMAIL FROM:<eva@example.org> RET=HDRS\r\n\
          RCPT TO:<nobody@example.org>\r\nRCPT TO:<dave@localhost>\r\nRCPT TO:<dave@example.net> NOTIFY=NEVER\r\nDATA\r\n\
          Subject: hello\r\n\r\nHello.\r\n.\r\nMAIL FROM:<> SIZE=70001\r\nQUIT\r\n",
     );
-    assert_eq!((said.code, said.error.as_str()), (0, ""));
-    let lines: Vec<_> = said.out.split("\r\n").collect();
+    assert_eq!((session.code, session.error.as_str()), (0, ""));
+    let lines: Vec<_> = session.out.split("\r\n").collect();
     assert_eq!(lines[0], "220 mail.example.org ESMTP mail of this host's users");
-    let offered: Vec<_> = lines[1..8].iter().map(|line| &line[4..]).collect();
-    let offers =
+    let extensions: Vec<_> = lines[1..8].iter().map(|line| &line[4..]).collect();
+    let expected =
         ["mail.example.org", "PIPELINING", "SIZE 70000", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES", "CHUNKING"];
-    assert_eq!(offered, offers);
+    assert_eq!(extensions, expected);
     assert_eq!(lines[8], "250 DSN");
     let codes: Vec<_> = lines[9..].iter().filter_map(|line| line.get(..9)).collect();
     let expected = [
@@ -288,8 +293,8 @@ fn smtp_on_stdin_and_stdout() {
         "221 2.0.0",
     ];
     assert_eq!(codes, expected);
-    has(
-        &house.only(),
+    assert_contains(
+        &customer.only_queued(),
         &[
             "Delivered-To: dave@example.net\nX-ODMR-Recipient: NOTIFY=NEVER\n",
             "; ret=HDRS\nReceived: from client (uid ",
@@ -299,17 +304,17 @@ fn smtp_on_stdin_and_stdout() {
     );
 }
 
-/// A daemon whose provider does not answer; killed when the test is over.
+/// A daemon whose provider does not answer; it is killed when it is dropped.
 struct Daemon {
     child: Child,
     log: BufReader<std::process::ChildStderr>,
 }
 
 impl Daemon {
-    fn start(house: &House) -> Daemon {
+    fn start(customer: &TestCustomer) -> Daemon {
         let mut child = Command::new(env!("CARGO_BIN_EXE_odmr"))
             .args(["pull", "--daemon", "-c"])
-            .arg(house.config())
+            .arg(customer.config())
             .env_remove("RUST_LOG")
             .stderr(Stdio::piped())
             .spawn()
@@ -318,8 +323,8 @@ impl Daemon {
         Daemon { child, log }
     }
 
-    /// The log's next line with that word.
-    fn awaits(&mut self, word: &str) -> String {
+    /// Reads the log up to the next line that contains `word`.
+    fn wait_for(&mut self, word: &str) -> String {
         loop {
             let mut line = String::new();
             assert!(self.log.read_line(&mut line).unwrap() > 0, "the log ends before {word:?}");
@@ -344,19 +349,22 @@ impl Drop for Daemon {
 }
 
 #[test]
-fn the_daemon_takes_mail_calls_at_once_and_ends_at_sigterm() {
-    let house = House::new();
-    let mut daemon = Daemon::start(&house);
-    let address = daemon.awaits("listening local ").rsplit(' ').next().unwrap().to_owned();
-    daemon.awaits("event=call-failed");
+fn the_daemon_accepts_mail_calls_and_ends_at_sigterm() {
+    let customer = TestCustomer::new();
+    let mut daemon = Daemon::start(&customer);
+    let address = daemon.wait_for("listening local ").rsplit(' ').next().unwrap().to_owned();
+    daemon.wait_for("event=call-failed");
     let mut stream = daemon.connect(&address);
     let dialogue = "EHLO client\r\nMAIL FROM:<eva@example.org>\r\nRCPT TO:<dave@example.net>\r\nDATA\r\n\
                     Subject: hello\r\n.\r\nQUIT\r\n";
     stream.write_all(dialogue.as_bytes()).unwrap();
-    let mut said = String::new();
-    stream.read_to_string(&mut said).unwrap();
-    has(&said, &["220 mail.example.org ", "\r\n250 2.6.0 OK, id=", "\r\n221 2.0.0 "]);
-    has(&house.only(), &["Received: from client ([127.0.0.1])\n\tby mail.example.org with ESMTP\n"]);
+    let mut replies = String::new();
+    stream.read_to_string(&mut replies).unwrap();
+    assert_contains(&replies, &["220 mail.example.org ", "\r\n250 2.6.0 OK, id=", "\r\n221 2.0.0 "]);
+    assert_contains(
+        &customer.only_queued(),
+        &["Received: from client ([127.0.0.1])\n\tby mail.example.org with ESMTP\n"],
+    );
 
     let idle = daemon.connect(&address);
     let mut greeting = String::new();
@@ -364,8 +372,8 @@ fn the_daemon_takes_mail_calls_at_once_and_ends_at_sigterm() {
     idle.read_line(&mut greeting).unwrap();
     let process = rustix::process::Pid::from_raw(daemon.child.id().cast_signed()).unwrap();
     rustix::process::kill_process(process, rustix::process::Signal::TERM).unwrap();
-    let mut farewell = String::new();
-    idle.read_line(&mut farewell).unwrap();
-    assert!(farewell.starts_with("421 4.3.2"), "{farewell}");
+    let mut reply = String::new();
+    idle.read_line(&mut reply).unwrap();
+    assert!(reply.starts_with("421 4.3.2"), "{reply}");
     assert_eq!(daemon.child.wait().unwrap().code(), Some(0));
 }

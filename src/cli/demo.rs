@@ -1,8 +1,9 @@
-//! `odmr demo`: a provider and a customer on loopback, in a temporary directory, and what they say.
+//! `odmr demo`: a provider and a customer on loopback, in a temporary directory, and their dialogue.
 //!
-//! One letter waits for the customer, another at the customer's: one call takes the one up and, behind the turn, the
-//! other down. Nothing in it is made for the demonstration but the certificate and the letters: the listeners, the
-//! configuration files, the queues, the turn and the Maildirs are those of `serve`, `send` and `pull`.
+//! The provider holds one message for the customer, and another waits in the customer's outgoing queue. In one call the
+//! customer sends its message to the provider and, after the turn, receives the other. Only the certificate and the two
+//! messages are made for the demonstration; listeners, configuration files, queues, turn and Maildirs are those of
+//! `serve`, `send` and `pull`.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -18,73 +19,79 @@ use crate::customer;
 use crate::customer::sendmail::{self, SendmailOptions};
 use crate::ids::Ids;
 use crate::maildir::Maildir;
-use crate::net::connection::CancelToken;
+use crate::net::cancel::CancelToken;
 use crate::net::tls;
 use crate::provider::Provider;
 
+/// The message that the provider holds for the customer.
 const INBOUND_MESSAGE: &str = "\
 From: Lester Tester <lester@dot.foo.bar>
 To: Eva <eva@example.org>
 Subject: hello
 
-This letter was held for you.
+This message was held for you.
 .This line began with a dot, and still does.
 ";
 
-/// It goes to another customer of the same provider, so that nobody has to ask the DNS.
+/// The message that the customer sends. Its recipient is at another customer of the same provider, so that the
+/// demonstration needs no DNS.
 const OUTGOING_MESSAGE: &str = "\
 To: Carol <carol@example.edu>
 Subject: going up
 
-This letter waited for the call, and went up before the line was turned.
+This message waited for the call, and went up before the line was turned.
 ";
 
-/// Plays the demonstration; an error says what went wrong.
-pub fn run() -> Result<(), String> {
-    let folder = TemporaryDirectory::new().map_err(|error| error.to_string())?;
-    play(&folder.0).map_err(|error| error.to_string())
+/// Runs the demonstration and prints it.
+///
+/// # Errors
+///
+/// The text of the first error; the temporary directory is removed in any case.
+pub(super) fn run() -> Result<(), String> {
+    let directory = TemporaryDirectory::new().map_err(|error| error.to_string())?;
+    play(&directory.0).map_err(|error| error.to_string())
 }
 
-fn play(folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
+fn play(directory: &Path) -> Result<(), Box<dyn std::error::Error>> {
     static PRINTER: Printer = Printer;
     if log::set_logger(&PRINTER).is_ok() {
         log::set_max_level(LevelFilter::Debug);
     }
     let ids = Ids::system(tls::random);
     title("A provider for example.org, with a certificate made just now")?;
-    let running = Provider::start(config::ProviderConfig::load(&provider_files(folder)?)?, ids.clone())?;
+    let running = Provider::start(config::ProviderConfig::load(&provider_files(directory)?)?, ids.clone())?;
     let (Some(inbound), Some(odmr)) = (running.inbound().first(), running.odmr().first()) else {
         return Err("the provider has no listener".into());
     };
     println!("    inbound on {inbound}, on-demand mail relay on {odmr}");
 
-    title("The world delivers a letter; C is the sender's server, S the provider's")?;
+    title("The world delivers a message; C is the sender's server, S the provider's")?;
     deliver(*inbound)?;
-    let held = Maildir::new(folder.join("spool/domains/example.org"));
+    let held = Maildir::new(directory.join("spool/domains/example.org"));
     title("It is held, in a plain Maildir, until the customer calls")?;
     for entry in held.entries()? {
         println!("    example.org/new/{}", entry.name);
     }
 
-    let config = config::CustomerConfig::load(&customer_file(folder, *odmr)?)?;
-    title("On the customer's side somebody has said: sendmail -t -f eva -F Eva; that letter waits too")?;
+    let config = config::CustomerConfig::load(&customer_file(directory, *odmr)?)?;
+    title("On the customer's side somebody has typed: sendmail -t -f eva -F Eva; that message waits too")?;
     let (sender, full_name) = (Some("eva".to_owned()), Some("Eva".to_owned()));
-    let order = SendmailOptions { from_header: true, sender, full_name, ..SendmailOptions::default() };
-    sendmail::send(&config, &ids, &order, &mut OUTGOING_MESSAGE.as_bytes()).map_err(|refused| refused.text)?;
-    show(&Maildir::new(folder.join("outgoing")))?;
+    let options = SendmailOptions { recipients_from_header: true, sender, full_name, ..SendmailOptions::default() };
+    sendmail::send(&config, &ids, &options, &mut OUTGOING_MESSAGE.as_bytes()).map_err(|error| error.text)?;
+    show(&Maildir::new(directory.join("outgoing")))?;
 
-    title("The customer calls; C is the customer, P the provider; they keep their letters over the turn")?;
+    title("The customer calls; C is the customer, P the provider; they keep their names over the turn")?;
     let summary = customer::pull(&config, &ids, &CancelToken::new()?)?;
-    title("What came down stands in the customer's Maildir")?;
-    show(&Maildir::new(folder.join("mail/example.org/eva")))?;
+    title("What came down is in the customer's Maildir")?;
+    show(&Maildir::new(directory.join("mail/example.org/eva")))?;
     title("What went up is held for example.edu; mail for the rest of the world would go to its MX")?;
-    show(&Maildir::new(folder.join("spool/domains/example.edu")))?;
+    show(&Maildir::new(directory.join("spool/domains/example.edu")))?;
     title(&format!("{summary}; held for example.org now: {}", held.entries()?.len()))?;
     running.stop();
     Ok(())
 }
 
-/// Prints the letters of a Maildir.
+/// Prints the messages of a Maildir.
 fn show(maildir: &Maildir) -> io::Result<()> {
     for entry in maildir.entries()? {
         for line in fs::read_to_string(maildir.file(&entry))?.lines() {
@@ -98,17 +105,17 @@ fn title(text: &str) -> io::Result<()> {
     writeln!(io::stdout(), "\n# {text}")
 }
 
-fn provider_files(folder: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
+fn provider_files(directory: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
     let (certificate, key) = tls::self_signed(&["localhost"])?;
-    write(&folder.join("relay.pem"), &certificate)?;
-    write(&folder.join("relay.key"), &key)?;
-    fs::create_dir(folder.join("customers.d"))?;
+    write(&directory.join("relay.pem"), &certificate)?;
+    write(&directory.join("relay.key"), &key)?;
+    fs::create_dir(directory.join("customers.d"))?;
     write(
-        &folder.join("customers.d/acme.toml"),
+        &directory.join("customers.d/acme.toml"),
         "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\nrelay = true\n",
     )?;
-    write(&folder.join("customers.d/beta.toml"), "domains = [\"example.edu\"]\nsecret = \"another secret\"\n")?;
-    let file = folder.join("provider.toml");
+    write(&directory.join("customers.d/beta.toml"), "domains = [\"example.edu\"]\nsecret = \"another secret\"\n")?;
+    let file = directory.join("provider.toml");
     write(
         &file,
         "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n\
@@ -118,8 +125,8 @@ fn provider_files(folder: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> 
     Ok(file)
 }
 
-fn customer_file(folder: &Path, odmr: SocketAddr) -> io::Result<PathBuf> {
-    let file = folder.join("customer.toml");
+fn customer_file(directory: &Path, odmr: SocketAddr) -> io::Result<PathBuf> {
+    let file = directory.join("customer.toml");
     let text = format!(
         "hostname = \"mail.example.org\"\n[provider]\naddress = \"localhost:{}\"\nca = \"relay.pem\"\n\
          name = \"acme\"\nsecret = \"tanstaaftanstaaf\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n\
@@ -130,13 +137,13 @@ fn customer_file(folder: &Path, odmr: SocketAddr) -> io::Result<PathBuf> {
     Ok(file)
 }
 
-/// Secrets stand in these files, so nobody else may read them.
+/// Creates a file that only its owner may read: some of them contain secrets.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(text.as_bytes())
 }
 
-/// One letter by plain SMTP; the provider's log shows the dialogue.
+/// Sends the first message by plain SMTP; the provider's log has the dialogue.
 fn deliver(inbound: SocketAddr) -> io::Result<()> {
     let stream = TcpStream::connect(inbound)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -169,7 +176,7 @@ fn deliver(inbound: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
-/// Prints the dialogue as the provider logs it, without the session's number.
+/// A logger that prints the provider's side of each dialogue, without the session id.
 struct Printer;
 
 impl Log for Printer {
@@ -179,7 +186,7 @@ impl Log for Printer {
 
     fn log(&self, record: &Record<'_>) {
         let line = record.args().to_string();
-        // The customer logs the same lines; once is enough.
+        // The customer logs the same dialogue again, with the session id `pull`.
         if self.enabled(record.metadata())
             && let Some((session, line)) = line.split_once("] ")
             && session != "[pull"
@@ -191,16 +198,16 @@ impl Log for Printer {
     fn flush(&self) {}
 }
 
-/// A folder that goes with the demonstration.
+/// A directory that is removed when it is dropped.
 struct TemporaryDirectory(PathBuf);
 
 impl TemporaryDirectory {
     fn new() -> io::Result<TemporaryDirectory> {
         let mut name = [0; 8];
         tls::random(&mut name);
-        let folder = std::env::temp_dir().join(format!("odmr-demo-{:016x}", u64::from_be_bytes(name)));
-        fs::DirBuilder::new().create(&folder)?;
-        Ok(TemporaryDirectory(folder))
+        let directory = std::env::temp_dir().join(format!("odmr-demo-{:016x}", u64::from_be_bytes(name)));
+        fs::DirBuilder::new().create(&directory)?;
+        Ok(TemporaryDirectory(directory))
     }
 }
 

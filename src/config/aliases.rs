@@ -1,73 +1,69 @@
-//! The form of `/etc/aliases`, as aliases(5) has it, and the names and targets in it, which `aliases` of `[mailboxes]`
-//! shares.
+//! The format of `/etc/aliases`, as in aliases(5), and its names and targets, which are the same in `aliases` of
+//! `[mailboxes]`.
 //!
 //! ```text
 //! # a comment
 //! postmaster: root
 //! root:  alice, bob@example.com     # names without a domain: in every domain; targets: in the first
 //! "a b": alice,
-//!   \bob                            # a line that begins with a space goes on; \bob: the mailbox, not an alias
+//!   \bob                            # a line that begins with a space continues; \bob: the mailbox, not an alias
 //! info@example.org: alice
-//! @example.net: alice               # whoever has no rule of his own there
+//! @example.net: alice               # each recipient there without a rule of their own
 //! ```
 //!
-//! Programs, files and `:include:` are not for us: mail goes to mailboxes.
+//! Programs, files and `:include:` are rejected: mail is delivered to mailboxes only.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::ConfigError;
-use super::mailboxes::Accept;
-use super::value::Parse;
+use super::source::line_number;
+use super::value::{Accept, Parse, address_with_domain};
 use crate::mail::address::{Domain, Mailbox};
-use crate::recipients::{AddressPattern, Alias, AliasTarget, FORWARD_HINT, SourceLine, address};
+use crate::recipients::{AddressPattern, Alias, AliasTarget, FORWARD_HINT, RuleError, SourceLine, address};
 
-/// Reads a file of aliases; targets without a domain are at `home`.
-pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Vec<Alias>, ConfigError> {
-    let error = |line: usize, text: String| ConfigError { file: file.to_path_buf(), line: Some(line), text };
+/// Reads a file of aliases; targets without a domain are in `home`.
+pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Vec<Alias>, RuleError> {
     let text = str::from_utf8(octets).map_err(|cause| {
         let before = &octets[..cause.valid_up_to()];
-        error(super::line(before), "is not UTF-8: save it as UTF-8".to_owned())
+        SourceLine { file: file.clone(), line: line_number(before) }.error("is not UTF-8: save it as UTF-8")
     })?;
     let mut aliases: Vec<Alias> = Vec::new();
-    for (number, line) in text.lines().enumerate() {
-        let number = number + 1;
+    for (index, line) in text.lines().enumerate() {
+        let source = SourceLine { file: file.clone(), line: index + 1 };
         let line = strip_comment(line);
         if line.trim().is_empty() {
             continue;
         }
-        let origin = SourceLine { file: file.clone(), line: number };
-        let pieces = pieces(line).map_err(|text| error(number, text.to_owned()))?;
+        let pieces = pieces(line).map_err(|text| source.error(text))?;
         let targets = if line.starts_with(char::is_whitespace) {
             pieces.targets(None)
         } else {
-            end_of(aliases.last()).map_err(|(line, text)| error(line, text))?;
+            check_end(aliases.last())?;
             let written = pieces.name.ok_or_else(|| {
-                let text = format!("{:?} has no colon: write a name, a colon, and the targets", line.trim());
-                error(number, text)
+                source.error(format!("{:?} has no colon: write a name, a colon, and the targets", line.trim()))
             })?;
-            let name = name(written.trim()).map_err(|text| error(number, text))?;
-            aliases.push(Alias { name, targets: Vec::new(), origin: origin.clone() });
+            let name = name(written.trim()).map_err(|text| source.error(text))?;
+            aliases.push(Alias { name, targets: Vec::new(), source: source.clone() });
             pieces.targets(Some(written))
         };
         let Some(alias) = aliases.last_mut() else {
-            let text = "this line begins with a space, so it goes on with an alias, and there is none before it: take \
-                        the space out";
-            return Err(error(number, text.to_owned()));
+            return Err(source.error(
+                "this line begins with a space, so it goes on with an alias, and there is none before it: take the \
+                 space out",
+            ));
         };
         for written in targets {
-            let (mailbox, direct) = target(written, home).map_err(|text| error(number, text))?;
-            alias.targets.push(AliasTarget { mailbox, direct, origin: origin.clone() });
+            alias.targets.push(target(written, home, source.clone())?);
         }
     }
-    end_of(aliases.last()).map_err(|(line, text)| error(line, text))?;
+    check_end(aliases.last())?;
     Ok(aliases)
 }
 
-/// An alias is read to its end: it must have a target by now.
-fn end_of(alias: Option<&Alias>) -> Result<(), (usize, String)> {
+/// Rejects an alias that has no target when its last line has been read.
+fn check_end(alias: Option<&Alias>) -> Result<(), RuleError> {
     match alias {
-        Some(alias) if alias.targets.is_empty() => Err((alias.origin.line, without_target(&alias.name))),
+        Some(alias) if alias.targets.is_empty() => Err(alias.source.error(without_target(&alias.name))),
         _ => Ok(()),
     }
 }
@@ -76,17 +72,17 @@ pub(super) fn without_target(name: &AddressPattern) -> String {
     format!("the alias {name} leads nowhere: name one mailbox or more, or take it out")
 }
 
-/// What stands outside quotes, piece by piece.
+/// A line, and where its separators are; those in quotes do not count.
 struct Pieces<'a> {
-    /// Up to the first colon.
+    /// The text before the first colon.
     name: Option<&'a str>,
     line: &'a str,
-    /// Where commas are.
+    /// The offsets of the commas.
     commas: Vec<usize>,
 }
 
 impl<'a> Pieces<'a> {
-    /// What the commas separate, behind the name if one is read. Nothing between two commas is nothing.
+    /// The texts between commas, after the name if there is one. Empty ones are left out.
     fn targets(&self, name: Option<&str>) -> Vec<&'a str> {
         let begin = name.map_or(0, |name| name.len() + 1);
         let mut ends = self.commas.clone();
@@ -104,37 +100,25 @@ impl<'a> Pieces<'a> {
 
 fn pieces(line: &str) -> Result<Pieces<'_>, &'static str> {
     let mut pieces = Pieces { name: None, line, commas: Vec::new() };
-    for (at, character) in outside_quotes(line) {
-        match character {
-            ':' if pieces.name.is_none() => pieces.name = Some(&line[..at]),
-            ',' => pieces.commas.push(at),
+    let mut quotes = Quotes::default();
+    for (at, _) in line.char_indices().filter(|(_, character)| quotes.next(*character)) {
+        match line.as_bytes()[at] {
+            b':' if pieces.name.is_none() => pieces.name = Some(&line[..at]),
+            b',' => pieces.commas.push(at),
             _ => {}
         }
     }
-    // A name has no commas.
+    if quotes.open {
+        return Err("a quote is open at the end of the line: close it with another \"");
+    }
+    // A name has no commas: the colon is part of a target.
     if pieces.commas.first().is_some_and(|comma| pieces.name.is_some_and(|name| *comma < name.len())) {
         pieces.name = None;
-    }
-    if is_open(line) {
-        return Err("a quote is open at the end of the line: close it with another \"");
     }
     Ok(pieces)
 }
 
-/// The characters that are neither quotes nor stand between them; in quotes a backslash takes the next as it is.
-fn outside_quotes(line: &str) -> impl Iterator<Item = (usize, char)> {
-    let mut state = Quotes::default();
-    line.char_indices().filter(move |(_, character)| state.is_outside(*character))
-}
-
-fn is_open(line: &str) -> bool {
-    let mut state = Quotes::default();
-    line.chars().for_each(|character| {
-        state.is_outside(character);
-    });
-    state.open
-}
-
+/// Whether a character is in quotes. In quotes a backslash escapes the next character.
 #[derive(Default)]
 struct Quotes {
     open: bool,
@@ -142,7 +126,8 @@ struct Quotes {
 }
 
 impl Quotes {
-    fn is_outside(&mut self, character: char) -> bool {
+    /// Reads a character; returns whether it is outside quotes and not a quote itself.
+    fn next(&mut self, character: char) -> bool {
         let open = self.open;
         match character {
             _ if self.escaped => self.escaped = false,
@@ -154,10 +139,12 @@ impl Quotes {
     }
 }
 
-/// A `#` begins a comment where a word could begin.
+/// The line without its comment: a `#` begins one at the begin of a line or after a space.
 fn strip_comment(line: &str) -> &str {
-    let comment = outside_quotes(line)
-        .find(|(at, character)| *character == '#' && line[..*at].chars().next_back().is_none_or(char::is_whitespace));
+    let mut quotes = Quotes::default();
+    let comment = line.char_indices().find(|(at, character)| {
+        quotes.next(*character) && *character == '#' && line[..*at].chars().next_back().is_none_or(char::is_whitespace)
+    });
     comment.map_or(line, |(at, _)| &line[..at])
 }
 
@@ -179,9 +166,9 @@ pub(super) fn name(text: &str) -> Result<AddressPattern, String> {
     }
 }
 
-/// A target of an alias, and whether it is the mailbox itself.
-pub(super) fn target(text: &str, home: &Domain) -> Result<(Mailbox, bool), String> {
-    // Such a thing may be quoted as a whole; in an address the domain follows the quotes.
+/// One target of an alias.
+pub(super) fn target(text: &str, home: &Domain, source: SourceLine) -> Result<AliasTarget, RuleError> {
+    // A program or a file may be quoted as a whole; in an address the domain follows the quotes.
     let inside = match text.strip_prefix('"') {
         None => text,
         Some(quoted) => quoted.strip_suffix('"').unwrap_or_default(),
@@ -193,23 +180,23 @@ pub(super) fn target(text: &str, home: &Domain) -> Result<(Mailbox, bool), Strin
         _ => "",
     };
     if !what.is_empty() {
-        return Err(format!("{text:?} is {what}, and aliases lead to mailboxes here: {FORWARD_HINT}"));
+        return Err(source.error(format!("{text:?} is {what}, and aliases lead to mailboxes here: {FORWARD_HINT}")));
     }
     let (rest, direct) = text.strip_prefix('\\').map_or((text, false), |rest| (rest, true));
     let mailbox = match bare(rest) {
         Some(name) => address(name.local(), home),
-        None => Mailbox::parse(rest).filter(|mailbox| mailbox.domain().is_some()),
+        None => address_with_domain(rest),
     };
-    let wrong = || {
-        format!(
+    match mailbox {
+        Some(mailbox) => Ok(AliasTarget { mailbox, direct, source }),
+        None => Err(source.error(format!(
             "{text:?} is no address: write one such as \"alice@example.org\", or a name such as \"alice\" for the one \
              at {home}"
-        )
-    };
-    mailbox.map(|mailbox| (mailbox, direct)).ok_or_else(wrong)
+        ))),
+    }
 }
 
-/// A local part that stands alone.
+/// A local part without a domain, at the placeholder domain `x`.
 fn bare(text: &str) -> Option<Mailbox> {
     Mailbox::parse(&format!("{text}@x")).filter(|_| text != "\"\"")
 }
@@ -217,11 +204,12 @@ fn bare(text: &str) -> Option<Mailbox> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ConfigError;
     use proptest::prelude::*;
 
     fn read(text: &[u8]) -> Result<Vec<Alias>, String> {
         let file: Arc<Path> = Path::new("aliases").into();
-        parse(&file, text, &Domain::parse("example.org").unwrap()).map_err(|error| error.to_string())
+        parse(&file, text, &Domain::parse("example.org").unwrap()).map_err(|error| ConfigError::from(error).to_string())
     }
 
     #[test]
@@ -231,7 +219,7 @@ mod tests {
                 let target =
                     |target: &AliasTarget| format!("{}{}", if target.direct { "\\" } else { "" }, target.mailbox);
                 let targets: Vec<_> = alias.targets.iter().map(target).collect();
-                format!("{} {} = {}", alias.origin.line, alias.name, targets.join(" "))
+                format!("{} {} = {}", alias.source.line, alias.name, targets.join(" "))
             };
             let got: Vec<_> = read(text.as_bytes()).unwrap().into_iter().map(shown).collect();
             assert_eq!(got, expected, "{text:?}");

@@ -1,38 +1,41 @@
-//! A customer's file (RFC 2645 section 5.2): where it calls, for whom it takes mail, and how its own mail goes out.
+//! A customer's file (RFC 2645 section 5.2): which providers it calls, and how its users submit mail.
 
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
-use serde::de::{MapAccess, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use toml::Spanned;
 
+use super::limits::{RawLimits, RawTimeouts};
+use super::lists::{addresses, check_listeners, unique_domains};
 use super::mailboxes::{MailboxesConfig, RawMailboxes};
-use super::relay::{Retry, Smarthost, SmarthostAddress};
-use super::schedule::Schedule;
+use super::relay::RetryTimes;
+use super::remote::{OptionalRemoteTable, RemoteTable, secret};
+use super::schedule::ScheduleTable;
+use super::shape::{Many, OneOrMany, Shape, each};
+use super::source::{ConfigError, FileKind, Source};
 use super::value::{
     AccountName, Checked, DelayWarning, HostPort, Hostname, MAX_SIZE, Network, OctetCount, Pin, Secret, SystemName,
-};
-use super::{
-    ConfigError, FileKind, Limits, Source, Timeouts, TlsMode, addresses, each_once, hostname, listeners, secret, trust,
+    hostname,
 };
 use crate::mail::address::Domain;
+use crate::queue::retry::Retry;
+use crate::schedule::Schedule;
+use crate::session::{Limits, RemoteSettings, Timeouts, TlsMode};
 
-/// The side that fetches its mail.
+/// The configuration of the side that fetches its mail.
 #[derive(Clone, Debug)]
 pub struct CustomerConfig {
-    /// The name it greets with. ASCII; the case is as written.
+    /// The name in its greeting and EHLO. ASCII, in the case of the file.
     pub hostname: String,
-    /// Whom a process becomes that was started as root, before it touches mail; none: nobody.
+    /// The user that a process becomes before it touches mail, if it was started as root; `None`: it stays root.
     pub owner: Option<MailOwner>,
     /// At least one, in the order of the file; no two have the same address and name.
     pub providers: Vec<ProviderAccount>,
     pub mailboxes: MailboxesConfig,
-    /// None: this customer sends no mail.
+    /// `None`: this customer sends no mail.
     pub outgoing: Option<OutgoingConfig>,
     pub limits: Limits,
     pub timeouts: Timeouts,
@@ -53,10 +56,12 @@ impl CustomerConfig {
         }
     }
 
-    /// Reads a customer's file for a user who hands in mail: without the files that hold secrets, which that user
-    /// may not be able to read.
+    /// Reads a customer's file for a user who submits mail, but not the files with secrets, which that user may not be
+    /// able to read: those secrets are empty.
     pub fn load_to_send(path: &Path) -> Result<CustomerConfig, ConfigError> {
-        CustomerConfig::of(&Source { secrets: false, ..Source::read(path)? })
+        let mut source = Source::read(path)?;
+        source.reads_secrets = false;
+        CustomerConfig::of(&source)
     }
 
     pub(super) fn build(source: &Source) -> Result<CustomerConfig, ConfigError> {
@@ -66,8 +71,8 @@ impl CustomerConfig {
             let text = "[provider] is missing: the table with `address`, `name` and `secret`";
             source.error(None, text)
         })?;
-        let providers = ProviderAccount::build_all(source, provider, &raw.schedule)?;
-        // Who asks one provider for all that there is may get mail for any domain.
+        let providers = ProviderAccount::build_all(source, each(provider), &raw.schedule.0)?;
+        // A provider that is asked for all domains may have mail for any domain.
         let all = providers.iter().any(|provider| provider.domains.is_empty());
         let domains: Vec<_> = providers.iter().filter(|_| !all).flat_map(|provider| provider.domains.clone()).collect();
         let mailboxes = raw.mailboxes.ok_or_else(|| {
@@ -76,8 +81,8 @@ impl CustomerConfig {
             source.error(None, text)
         })?;
         let mailboxes = MailboxesConfig::build(source, mailboxes, &domains)?;
-        let takes_mail = providers.iter().find(|provider| provider.outgoing);
-        let outgoing = match (raw.outgoing, takes_mail) {
+        let sends_to = providers.iter().find(|provider| provider.outgoing);
+        let outgoing = match (raw.outgoing, sends_to) {
             (Some(raw), Some(provider)) => Some(OutgoingConfig::build(source, raw, provider, &mailboxes, &hostname)?),
             (Some(raw), None) => {
                 let text = "[outgoing] has nobody to take its mail, as every provider says `outgoing = false`: take that \
@@ -93,7 +98,6 @@ impl CustomerConfig {
                 return Err(source.error(group.span(), text));
             }
             (Some(user), group) => {
-                // Whoever looks them up says where they stand.
                 let place = source.error(user.span(), "");
                 let group = group.map(|group| group.into_inner().0.0);
                 Some(MailOwner { user: user.into_inner().0.0, group, place })
@@ -111,85 +115,72 @@ impl CustomerConfig {
     }
 }
 
-/// Who owns the mail.
+/// `user` and `group`: who owns the mail.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MailOwner {
     pub user: String,
-    /// The group of what is made for him. Default: his own.
+    /// The group of the files. Default: the primary group of the user.
     pub group: Option<String>,
-    /// The error to come back with, its text still to be filled in, when there is no such user.
+    /// The error if there is no such user, without its text.
     place: ConfigError,
 }
 
 impl MailOwner {
-    /// What is wrong with the user or the group.
+    /// The error about the user or the group.
     pub fn error(&self, text: String) -> ConfigError {
         ConfigError { text, ..self.place.clone() }
     }
 }
 
-/// `[provider]`, or each `[[provider]]`: where a customer calls, as whom, and when.
-#[derive(Clone)]
+/// `[provider]`, or each `[[provider]]`: which provider a customer calls, with which account, and when.
+#[derive(Clone, Debug)]
 pub struct ProviderAccount {
-    /// What to connect to: `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`.
-    pub address: String,
-    /// The host of it, without brackets: the name or address the certificate must carry.
-    pub host: String,
-    /// Default: STARTTLS.
-    pub tls: TlsMode,
-    /// A file with certificates, in PEM, that are believed instead of the system's. Absolute. Not with `pin`.
-    pub ca: Option<PathBuf>,
-    /// The SHA-256 of the one certificate that is believed. Not with `ca`.
-    pub pin: Option<[u8; 32]>,
-    /// The login name.
-    pub name: String,
-    /// Never empty.
-    pub secret: Vec<u8>,
-    /// The domains to ask for; none: all that the account has (RFC 2645 section 5.2.1).
+    /// It always has credentials. The default port is 366 (RFC 2645 section 4).
+    pub remote: RemoteSettings,
+    /// The domains to ask for; empty: all of the account (RFC 2645 section 5.2.1).
     pub domains: Vec<Domain>,
-    /// It is handed the outgoing mail; so is one provider, by default the first.
+    /// Whether outgoing mail is sent to it: true for one provider at most, by default the first.
     pub outgoing: bool,
-    /// Its own, or that of all.
+    /// Its own schedule, or that of `[schedule]`.
     pub schedule: Schedule,
-    /// The error to come back with, its text still to be filled in, when its certificates cannot be used.
+    /// The error if its certificates cannot be used, without its text.
     place: ConfigError,
 }
 
 impl ProviderAccount {
-    /// What is wrong with the certificates that are believed.
+    /// The error about the certificates that are trusted.
     pub fn error(&self, text: &str) -> ConfigError {
-        let way_out = match &self.ca {
+        let way_out = match &self.remote.ca {
             Some(_) => "put the certificates there, or name others in `ca`",
             None => "name the certificates to believe in `ca`, or the one in `pin`",
         };
         ConfigError { text: format!("{text}: {way_out}"), ..self.place.clone() }
     }
 
-    /// All providers of a file; `schedule`: for those that have none of their own.
+    /// All providers of a file; `schedule`: the schedule of those without their own.
     fn build_all(
         source: &Source,
-        raw: Spanned<OneOrMany>,
+        tables: Vec<Spanned<RawProviderAccount>>,
         schedule: &Schedule,
     ) -> Result<Vec<ProviderAccount>, ConfigError> {
-        let table = raw.span();
-        let tables = match raw.into_inner() {
-            OneOrMany::One(one) => vec![(table, *one)],
-            OneOrMany::Many(many) => many.into_iter().map(|one| (one.span(), one.into_inner())).collect(),
-        };
         let mut providers: Vec<ProviderAccount> = Vec::with_capacity(tables.len());
         let mut outgoing = None;
-        for (table, raw) in tables {
-            let takes_mail = raw.outgoing.as_ref().map(|flag| (*flag.get_ref(), flag.span()));
+        for raw in tables {
+            let (table, raw) = (raw.span(), raw.into_inner());
+            let flag = raw.outgoing.as_ref().map(|flag| (*flag.get_ref(), flag.span()));
             let provider = ProviderAccount::build(source, table.clone(), raw, schedule)?;
-            let same = |other: &&ProviderAccount| (&other.address, &other.name) == (&provider.address, &provider.name);
-            if providers.iter().find(same).is_some() {
+            let remote = &provider.remote;
+            let same =
+                |other: &RemoteSettings| (&other.address, other.login_name()) == (&remote.address, remote.login_name());
+            if providers.iter().any(|other| same(&other.remote)) {
                 let text = format!(
                     "{} stands here a second time as {}: one table a provider and account, with all `domains`",
-                    provider.address, provider.name
+                    remote.address,
+                    remote.login_name()
                 );
                 return Err(source.error(table, text));
             }
-            if let Some((true, span)) = takes_mail
+            if let Some((true, span)) = flag
                 && outgoing.replace(providers.len()).is_some()
             {
                 let text = "another provider takes the outgoing mail already: say `outgoing = true` in one table only";
@@ -207,7 +198,7 @@ impl ProviderAccount {
     fn build(
         source: &Source,
         table: Range<usize>,
-        raw: RawUpstream,
+        raw: RawProviderAccount,
         schedule: &Schedule,
     ) -> Result<ProviderAccount, ConfigError> {
         let missing = |text: &str| source.error(table.clone(), format!("[provider] needs {text}"));
@@ -215,63 +206,42 @@ impl ProviderAccount {
             missing("`address`, the provider's host and port, such as address = \"relay.example.net:366\"")
         })?;
         let name = raw.name.ok_or_else(|| missing("`name`, the login name the provider gave you"))?;
-        let tls = raw.tls.map_or(TlsMode::default(), |tls| tls.0);
         let place = source.error(raw.ca.as_ref().map_or_else(|| table.clone(), Spanned::span), "");
-        let (ca, pin) = trust(source, "tls", tls, raw.ca, raw.pin)?;
-        let HostPort { address, host } = address.0;
+        let remote = RemoteTable { tls_key: "tls", address: address.0, tls: raw.tls, ca: raw.ca, pin: raw.pin };
+        let remote = remote.build(source)?;
+        let secret = secret(source, raw.secret, raw.secret_file, Some(table))?;
         Ok(ProviderAccount {
-            address,
-            host,
-            tls,
-            ca,
-            pin,
+            remote: RemoteSettings { credentials: Some((name.0.0, secret)), ..remote },
             place,
-            name: name.0.0,
-            secret: secret(source, raw.secret, raw.secret_file, Some(table))?,
-            domains: each_once(source, raw.domains)?,
+            domains: unique_domains(source, raw.domains)?,
             outgoing: raw.outgoing.is_none_or(Spanned::into_inner),
-            schedule: raw.schedule.unwrap_or_else(|| schedule.clone()),
+            schedule: raw.schedule.map_or_else(|| schedule.clone(), |table| table.0),
         })
     }
 }
 
-impl fmt::Debug for ProviderAccount {
-    /// Without the secret.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Upstream")
-            .field("address", &self.address)
-            .field("tls", &self.tls)
-            .field("ca", &self.ca)
-            .field("pin", &self.pin)
-            .field("name", &self.name)
-            .field("domains", &self.domains)
-            .finish_non_exhaustive()
-    }
-}
-
-/// `[outgoing]`: how a customer takes mail from its own machines, and sends it.
+/// `[outgoing]`: how a customer accepts mail from its own users and machines, and sends it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct OutgoingConfig {
-    /// Under it stands the mail that waits. Absolute.
+    /// The directory of the queue. Absolute.
     pub queue: PathBuf,
-    /// Where `pull --daemon` takes mail. Default: nowhere.
+    /// The addresses that `pull --daemon` accepts mail at. Default: none.
     pub listen: Vec<SocketAddr>,
-    /// Who may hand in mail there, besides this machine. Default: nobody.
+    /// The networks whose machines may submit mail there, like this machine. Default: none.
     pub networks: Vec<Network>,
-    /// Makes bare names into addresses, and stands in a `From:` that is missing. Default: the first domain of
-    /// `accept`.
+    /// The domain of names without one, and of a `From:` that has to be added. Default: the first domain of `accept`.
     pub domain: Domain,
-    /// Takes the mail where the provider's port for ATRN does not. It is called with the provider's name and secret
-    /// where it has none of its own. Default: none.
-    pub submission: Option<Smarthost>,
-    /// `give-up` and `delay-notice`; the others as they are by default.
+    /// The host that mail is sent to if the provider does not accept it before ATRN, port 587 by default. Its default
+    /// credentials are those of the provider. Default: none.
+    pub submission: Option<RemoteSettings>,
+    /// `give-up` and `delay-notice`; the other times have their defaults.
     pub retry: Retry,
-    /// The largest letter taken, in octets as they are on the wire; default 50 MiB.
+    /// The maximal size of a message, in octets on the wire. Default 50 MiB.
     pub max_size: u64,
 }
 
 impl OutgoingConfig {
-    /// Whether this machine may hand in mail: this very machine, or one of `networks`.
+    /// Whether a client at this address may submit mail: it is this machine, or in one of `networks`.
     pub fn admits(&self, address: IpAddr) -> bool {
         address.to_canonical().is_loopback() || self.networks.iter().any(|network| network.contains(address))
     }
@@ -289,7 +259,7 @@ impl OutgoingConfig {
         let queue = raw.queue.ok_or_else(|| {
             missing("`queue`, the directory for the mail that waits, such as queue = \"/var/spool/odmr-out\"")
         })?;
-        listeners(source, [Some(raw.listen.as_slice())])?;
+        check_listeners(source, [Some(raw.listen.as_slice())])?;
         for listen in &raw.listen {
             if let Some(hop) = mailboxes.rules.next_hops().find(|hop| hop.is_at(&listen.get_ref().0, hostname)) {
                 let text =
@@ -300,7 +270,7 @@ impl OutgoingConfig {
         let domain = raw.domain.map(|domain| domain.0);
         let domain = domain.or_else(|| mailboxes.rules.domains().first().cloned());
         let domain = domain.ok_or_else(|| missing("`domain`, for bare names, such as domain = \"example.org\""))?;
-        let submission = SmarthostAddress {
+        let submission = OptionalRemoteTable {
             key: "submission",
             tls_key: "submission-tls",
             address: raw.submission,
@@ -311,19 +281,20 @@ impl OutgoingConfig {
             secret: raw.secret,
             secret_file: raw.secret_file,
         };
+        let retry = RetryTimes { give_up: raw.give_up, delay_notice: raw.delay_notice, ..RetryTimes::default() };
         Ok(OutgoingConfig {
-            queue: source.beside(&queue.0),
+            queue: source.absolute(&queue.0),
             listen: addresses(Some(raw.listen), 0),
             networks: raw.networks.into_iter().map(|network| network.0).collect(),
             domain,
-            submission: submission.build(source, Some((provider.name.clone(), provider.secret.clone())))?,
-            retry: Retry::build(source, None, None, raw.give_up, raw.delay_notice)?,
+            submission: submission.build(source, provider.remote.credentials.clone())?,
+            retry: retry.build(source)?,
             max_size: raw.max_size.map_or(MAX_SIZE, |size| size.0.0),
         })
     }
 }
 
-// The file as it is written. Whatever must be there is optional here, so that the error can say what it is for.
+// The file as it is written. Mandatory keys are optional here, so that the error can say what they are for.
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
@@ -331,53 +302,29 @@ struct RawCustomer {
     hostname: Option<Checked<Hostname>>,
     user: Option<Spanned<Checked<SystemName>>>,
     group: Option<Spanned<Checked<SystemName>>>,
-    provider: Option<Spanned<OneOrMany>>,
+    provider: Option<Spanned<OneOrMany<Vec<Spanned<RawProviderAccount>>>>>,
     mailboxes: Option<Spanned<RawMailboxes>>,
     outgoing: Option<Spanned<RawOutgoing>>,
     #[serde(default)]
-    schedule: Schedule,
-    #[serde(default)]
+    schedule: ScheduleTable,
+    #[serde(default, with = "RawLimits")]
     limits: Limits,
-    #[serde(default)]
+    #[serde(default, with = "RawTimeouts")]
     timeouts: Timeouts,
 }
 
-/// `[provider]`, or `[[provider]]` as often as there are providers.
-enum OneOrMany {
-    One(Box<RawUpstream>),
-    Many(Vec<Spanned<RawUpstream>>),
-}
-
-impl<'de> Deserialize<'de> for OneOrMany {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<OneOrMany, D::Error> {
-        struct Tables;
-
-        impl<'de> Visitor<'de> for Tables {
-            type Value = OneOrMany;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a table [provider], or several [[provider]]")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<OneOrMany, A::Error> {
-                RawUpstream::deserialize(MapAccessDeserializer::new(map)).map(|one| OneOrMany::One(Box::new(one)))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<OneOrMany, A::Error> {
-                Vec::deserialize(SeqAccessDeserializer::new(seq)).map(OneOrMany::Many)
-            }
-        }
-
-        deserializer.deserialize_any(Tables)
-    }
+impl Many for Vec<Spanned<RawProviderAccount>> {
+    type One = RawProviderAccount;
+    const EXPECTED: &'static str = "a table [provider], or several [[provider]]";
+    const ONE: Shape = Shape::Table;
+    const MANY: Shape = Shape::List;
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawUpstream {
-    // RFC 2645 section 4.
+struct RawProviderAccount {
     address: Option<Checked<HostPort<366>>>,
-    tls: Option<Checked<TlsMode>>,
+    tls: Option<Spanned<Checked<TlsMode>>>,
     ca: Option<Spanned<Checked<PathBuf>>>,
     pin: Option<Spanned<Checked<Pin>>>,
     name: Option<Checked<AccountName>>,
@@ -386,7 +333,7 @@ struct RawUpstream {
     #[serde(default)]
     domains: Vec<Spanned<Checked<Domain>>>,
     outgoing: Option<Spanned<bool>>,
-    schedule: Option<Schedule>,
+    schedule: Option<ScheduleTable>,
 }
 
 #[derive(Deserialize)]

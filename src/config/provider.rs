@@ -1,5 +1,6 @@
-//! A provider's file, and the folder with its customers (RFC 2645 section 5.1): who they are, what is held for them,
-//! and what they may do. A domain has one owner; lookups by name and by domain cost the same for any number of them.
+//! A provider's file, and the directory with a file for each customer (RFC 2645 section 5.1): the domains and the rights
+//! of the customer. A domain has one owner. Looking up a customer by name or by domain takes the same time for any number
+//! of customers.
 
 use std::collections::{HashMap, hash_map};
 use std::fmt;
@@ -10,18 +11,22 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::limits::{RawLimits, RawTimeouts};
+use super::lists::{addresses, check_listeners, duplicate};
 use super::relay::{RawRelay, RelayConfig};
-use super::value::{AccountName, Checked, Hostname, MAX_SIZE, OctetCount, Parse, Secret, at_least};
-use super::{ConfigError, FileKind, Limits, Source, Timeouts, addresses, hostname, listeners, private, secret, twice};
+use super::remote::secret;
+use super::source::{ConfigError, FileKind, Source, check_private};
+use super::value::{AccountName, Checked, Hostname, MAX_SIZE, OctetCount, Parse, Secret, at_least, hostname};
 use crate::mail::address::Domain;
-use crate::sasl::{CredentialStore, Unavailable};
+use crate::sasl::Unavailable;
+use crate::session::{Limits, Timeouts};
 
-/// The side that holds the mail.
+/// The configuration of the side that holds the mail.
 #[derive(Clone, Debug)]
 pub struct ProviderConfig {
-    /// The name it greets with. ASCII; the case is as written.
+    /// The name in its greeting. ASCII, in the case of the file.
     pub hostname: String,
-    /// Under it stands the mail that waits. Absolute.
+    /// The directory of the queues. Absolute.
     pub spool: PathBuf,
     pub accounts: Accounts,
     pub tls: Option<TlsFiles>,
@@ -68,11 +73,11 @@ impl ProviderConfig {
             odmr.and_then(|odmr| odmr.listen.as_deref()),
             odmr.map(|odmr| odmr.listen_tls.as_slice()),
         ];
-        listeners(source, lists)?;
+        check_listeners(source, lists)?;
         let odmr = OdmrConfig::build(source, raw.odmr, tls.is_some())?;
         Ok(ProviderConfig {
             hostname,
-            spool: source.beside(&spool.0),
+            spool: source.absolute(&spool.0),
             accounts: Accounts::build(source, &customers)?,
             tls,
             inbound: InboundConfig {
@@ -87,7 +92,7 @@ impl ProviderConfig {
     }
 }
 
-/// `[tls]`: what a server shows. Both files in PEM; absolute.
+/// `[tls]`: the certificate of a server, and its key. Both in PEM; absolute paths.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TlsFiles {
     pub certificate: PathBuf,
@@ -104,22 +109,22 @@ impl TlsFiles {
         let raw = raw.into_inner();
         let certificate = raw.certificate.ok_or_else(|| missing("certificate"))?;
         let key = raw.key.ok_or_else(|| missing("key"))?;
-        let path = source.beside(&key.as_ref().0);
-        // A key that cannot be read at all is reported by those who read it.
+        let path = source.absolute(&key.as_ref().0);
+        // If the key cannot be read at all, the TLS module reports it.
         if let Ok(metadata) = std::fs::metadata(&path) {
-            private(&metadata, &path).map_err(|text| source.error(key.span(), text))?;
+            check_private(&metadata, &path).map_err(|text| source.error(key.span(), text))?;
         }
-        Ok(TlsFiles { certificate: source.beside(&certificate.0), key: path })
+        Ok(TlsFiles { certificate: source.absolute(&certificate.0), key: path })
     }
 }
 
-/// `[inbound]`: the listener for the world.
+/// `[inbound]`: the listener for mail from the Internet.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct InboundConfig {
     /// Default: port 25 on all addresses. Empty: no listener, as when another mail server fills the Maildirs.
     pub listen: Vec<SocketAddr>,
-    /// The largest letter taken, in octets as they are on the wire, here and from customers; default 50 MiB.
-    /// RFC 5321 section 4.5.3.1.7 wants at least 64 KiB; smaller is for tests.
+    /// The maximal size of a message, in octets on the wire, from the Internet and from customers. Default 50 MiB.
+    /// RFC 5321 section 4.5.3.1.7 wants at least 64 KiB; less is for tests.
     pub max_size: u64,
 }
 
@@ -128,11 +133,11 @@ pub struct InboundConfig {
 pub struct OdmrConfig {
     /// Default: port 366 on all addresses.
     pub listen: Vec<SocketAddr>,
-    /// TLS from the first octet on, for customers that know no STARTTLS. Default: none.
+    /// Listeners with TLS from the first octet on, for customers without STARTTLS. Default: none.
     pub listen_tls: Vec<SocketAddr>,
-    /// AUTH under TLS only. Default: true.
+    /// Whether AUTH needs TLS. Default: true.
     pub require_tls: bool,
-    /// Offer CRAM-MD5. Default: true. RFC 2645 section 5.1.2 lets a site switch it off for something better.
+    /// Whether to offer CRAM-MD5. Default: true. RFC 2645 section 5.1.2 lets a site replace it by a better mechanism.
     pub cram_md5: bool,
 }
 
@@ -157,7 +162,7 @@ impl OdmrConfig {
         let place = raw.cram_md5.as_ref().map(Spanned::span);
         let cram_md5 = raw.cram_md5.is_none_or(Spanned::into_inner);
         if !cram_md5 && !tls {
-            // RFC 2645 section 5.1.1: EHLO must be answered with AUTH, so there must be something to offer.
+            // RFC 2645 section 5.1.1: the reply to EHLO must offer AUTH, so there must be a mechanism.
             let text = format!(
                 "without CRAM-MD5 customers authenticate with PLAIN, and that under TLS only: {add}, or say \
                  cram-md5 = true"
@@ -173,7 +178,7 @@ impl OdmrConfig {
     }
 }
 
-/// The provider's customers: the files `NAME.toml` of one folder.
+/// The provider's customers: the files `NAME.toml` of one directory.
 #[derive(Clone, Debug, Default)]
 pub struct Accounts {
     accounts: Vec<Account>,
@@ -182,28 +187,29 @@ pub struct Accounts {
 }
 
 impl Accounts {
+    /// The customer with this login name. Case counts.
     pub fn account(&self, name: &str) -> Option<&Account> {
         self.by_name.get(name).map(|&index| &self.accounts[index])
     }
 
-    /// The customer whose mail for this very domain is held here; a subdomain is another domain.
+    /// The customer that a domain belongs to; a subdomain is another domain.
     pub fn owner(&self, domain: &Domain) -> Option<&Account> {
         self.by_domain.get(domain).map(|&index| &self.accounts[index])
     }
 
-    /// All of them, by name.
+    /// All customers, ordered by name.
     pub fn iter(&self) -> impl Iterator<Item = &Account> {
         self.accounts.iter()
     }
 
-    fn build(source: &Source, folder: &Spanned<Checked<PathBuf>>) -> Result<Accounts, ConfigError> {
-        let path = source.directory().join(&folder.as_ref().0);
+    fn build(source: &Source, directory: &Spanned<Checked<PathBuf>>) -> Result<Accounts, ConfigError> {
+        let path = source.directory().join(&directory.as_ref().0);
         let files = customer_files(&path).map_err(|error| {
             let text = format!(
                 "the folder {} cannot be read: {error}; it holds one file a customer, and may be empty",
                 path.display()
             );
-            source.error(folder.span(), text)
+            source.error(directory.span(), text)
         })?;
         let mut accounts = Accounts::default();
         for file in files {
@@ -235,7 +241,7 @@ impl Accounts {
                             let other = other.display();
                             format!("{domain} stands in {other} too: a domain has one owner, take one of them out")
                         }
-                        None => twice(&domain),
+                        None => duplicate(&domain),
                     };
                     return Err(source.error(span, text));
                 }
@@ -262,8 +268,9 @@ impl Accounts {
     }
 }
 
-impl CredentialStore for Accounts {
-    fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+impl Accounts {
+    /// The secret of the account with this name.
+    pub fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
         Ok(self.account(name).map(|account| account.secret.clone()))
     }
 }
@@ -271,37 +278,30 @@ impl CredentialStore for Accounts {
 /// One customer, as its provider sees it.
 #[derive(Clone)]
 pub struct Account {
-    /// The login name, which is the file's name. Case counts.
+    /// The login name: the name of the file without `.toml`. Case counts.
     pub name: String,
-    /// At least one, none twice, each with a dot in it.
+    /// At least one, none twice, each with a dot.
     pub domains: Vec<Domain>,
     /// Never empty.
     pub secret: Vec<u8>,
-    /// May hand in mail, for domains held here and elsewhere. Default: true.
+    /// Whether it may submit mail, for any domain. Default: true.
     pub relay: bool,
-    /// May do so with senders outside its domains. Default: false.
+    /// Whether the senders of submitted mail may be in domains of others. Default: false.
     pub any_sender: bool,
-    /// The largest letter it may hand in, in octets as they are on the wire; none, the default: that of `[inbound]`.
+    /// The maximal size of a submitted message, in octets on the wire; `None`, the default: that of `[inbound]`.
     pub max_size: Option<u64>,
-    /// Letters it may hand in in an hour; 0, the default: as many as there are.
+    /// Messages that it may submit in an hour; 0, the default: no limit.
     pub rate: usize,
 }
 
 impl fmt::Debug for Account {
     /// Without the secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Account")
-            .field("name", &self.name)
-            .field("domains", &self.domains)
-            .field("relay", &self.relay)
-            .field("any_sender", &self.any_sender)
-            .field("max_size", &self.max_size)
-            .field("rate", &self.rate)
-            .finish_non_exhaustive()
+        f.debug_struct("Account").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
-// The file as it is written. Whatever must be there is optional here, so that the error can say what it is for.
+// The file as it is written. Mandatory keys are optional here, so that the error can say what they are for.
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
@@ -315,9 +315,9 @@ struct RawProvider {
     odmr: Option<Spanned<RawOdmr>>,
     #[serde(default)]
     relay: RawRelay,
-    #[serde(default)]
+    #[serde(default, with = "RawLimits")]
     limits: Limits,
-    #[serde(default)]
+    #[serde(default, with = "RawTimeouts")]
     timeouts: Timeouts,
 }
 
@@ -364,11 +364,11 @@ fn yes() -> bool {
     true
 }
 
-/// The `*.toml` of a folder, sorted, so that the same mistake gives the same error every time. What begins with a
-/// dot is an editor's.
-fn customer_files(folder: &Path) -> io::Result<Vec<PathBuf>> {
+/// The files `*.toml` of a directory, sorted, so that the same mistake gives the same error every time. Names that begin
+/// with a dot are temporary files of editors.
+fn customer_files(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder)? {
+    for entry in std::fs::read_dir(directory)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().as_encoded_bytes();
         if name.ends_with(b".toml") && !name.starts_with(b".") {

@@ -1,5 +1,4 @@
-//! `[schedule]`: when `pull --daemon` calls, as it is written. What moments that means is computed in
-//! [`crate::schedule`].
+//! `[schedule]`: reads when `pull --daemon` calls. [`crate::schedule`] computes the moments.
 //!
 //! ```text
 //! entry of `at`    DAYS TIMES | DAYS FROM-TO every STEP | DAYS every STEP
@@ -9,7 +8,7 @@
 //! STEP             5m | 1h                   whole minutes, shorter than the window
 //! ```
 //!
-//! What can be read in two ways, or means nothing, is refused.
+//! An entry that is ambiguous, or never applies, is rejected.
 
 use std::time::Duration;
 
@@ -18,78 +17,23 @@ use serde::{Deserialize, Deserializer};
 
 use super::value::{Checked, Parse};
 use crate::clock::Zone;
+use crate::schedule::{Schedule, Times, Timetable, TimetableEntry, When};
 
-/// `[schedule]`: when `pull --daemon` calls.
-#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+/// `[schedule]`, or a provider's own.
+#[derive(Deserialize, Default)]
 #[serde(try_from = "RawSchedule")]
-pub struct Schedule {
-    /// Default: every 15 min.
-    pub when: When,
-    /// Each call is made up to so much later, by chance. Shorter than `every`, and than each step of `at`; zero is
-    /// written "none". Default 30 s, but with `every` a tenth of it where that is less.
-    pub jitter: Duration,
-    /// From the end of a call that failed to the next one; doubled with each further failure. Default 1 min, or
-    /// `every` where that is less, or `retry_max` where that is less.
-    pub retry_first: Duration,
-    /// It is doubled up to this. Default 1 h, or `retry_first` where that is more. At least `retry_first`.
-    pub retry_max: Duration,
-}
+pub(super) struct ScheduleTable(pub(super) Schedule);
 
-/// `every` or `at`.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum When {
-    /// From the start of one call to the start of the next.
-    Every(Duration),
-    At(Timetable),
-}
-
-/// `at`, and the `zone` it is meant in.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Timetable {
-    /// Never empty. They add up: a minute named by two of them is one call.
-    pub entries: Vec<TimetableEntry>,
-    /// Default: that of this machine when the file was read.
-    pub zone: Zone,
-}
-
-/// One entry of `at`.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct TimetableEntry {
-    /// Whether it is for this day of the week, from Monday on. At least one.
-    pub days: [bool; 7],
-    pub times: Times,
-}
-
-/// Minutes of a day, counted from midnight by what the clock shows.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Times {
-    /// Once a day each. Up to 1439; never empty, none twice.
-    At(Vec<u16>),
-    /// `from`, `from + step`, … before `to`, whenever the clock shows it. `step` is 1 or more, and less than what lies
-    /// between `from` and `to`; `to` is up to 1440.
-    Every { from: u16, to: u16, step: u16 },
-}
-
-impl Default for Schedule {
-    fn default() -> Schedule {
-        let every = Duration::from_secs(15 * 60);
-        Schedule { when: When::Every(every), jitter: JITTER, retry_first: RETRY_FIRST, retry_max: RETRY_MAX }
-    }
-}
-
-const JITTER: Duration = Duration::from_secs(30);
-const RETRY_FIRST: Duration = Duration::from_secs(60);
-const RETRY_MAX: Duration = Duration::from_secs(60 * 60);
-
-/// Minutes.
+/// Minutes of a day.
 const DAY: u16 = 24 * 60;
 
 const DAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
 
-impl TryFrom<RawSchedule> for Schedule {
+impl TryFrom<RawSchedule> for ScheduleTable {
     type Error = String;
 
-    fn try_from(raw: RawSchedule) -> Result<Schedule, String> {
+    fn try_from(raw: RawSchedule) -> Result<ScheduleTable, String> {
+        let default = Schedule::default();
         let every = raw.every.map(|every| every.0);
         let when = match (every, raw.at) {
             (Some(_), Some(_)) => {
@@ -101,52 +45,30 @@ impl TryFrom<RawSchedule> for Schedule {
                 let zone = raw.zone.map_or_else(Zone::system, |zone| zone.0);
                 When::At(Timetable { entries: rules.0, zone })
             }
-            (every, None) if raw.zone.is_none() => every.map_or_else(|| Schedule::default().when, When::Every),
+            (every, None) if raw.zone.is_none() => every.map_or(default.when, When::Every),
             (_, None) => {
                 return Err("`zone` is for `at`, and there is none: add `at`, or take `zone` out".to_owned());
             }
         };
         let retry_max = raw.retry_max.map(|time| time.0);
         let retry_first = raw.retry_first.map_or_else(
-            || RETRY_FIRST.min(every.unwrap_or(RETRY_FIRST)).min(retry_max.unwrap_or(RETRY_FIRST)),
+            || [Some(default.retry_first), every, retry_max].into_iter().flatten().min().unwrap_or_default(),
             |time| time.0,
         );
-        let retry_max = retry_max.unwrap_or(RETRY_MAX.max(retry_first));
+        let retry_max = retry_max.unwrap_or(default.retry_max.max(retry_first));
         if retry_first > retry_max {
             return Err("`retry-first` must not be longer than `retry-max`: write less for the one, or more for the \
                         other"
                 .to_owned());
         }
         let step = when.shortest_step();
-        let jitter = raw.jitter.map_or_else(|| default_jitter(&when), |jitter| jitter.0.0);
+        let jitter = raw.jitter.map_or_else(|| when.default_jitter(), |jitter| jitter.0.0);
         if step.is_some_and(|step| jitter >= step) {
             return Err("`jitter` must be shorter than `every`, and than each step of `at`, or calls would fall on \
                         each other: write less, or \"none\""
                 .to_owned());
         }
-        Ok(Schedule { when, jitter, retry_first, retry_max })
-    }
-}
-
-fn default_jitter(when: &When) -> Duration {
-    match when {
-        When::Every(every) => JITTER.min(*every / 10),
-        When::At(_) => JITTER,
-    }
-}
-
-impl When {
-    fn shortest_step(&self) -> Option<Duration> {
-        match self {
-            When::Every(every) => Some(*every),
-            When::At(timetable) => {
-                let steps = timetable.entries.iter().filter_map(|rule| match rule.times {
-                    Times::Every { step, .. } => Some(Duration::from_secs(60 * u64::from(step))),
-                    Times::At(_) => None,
-                });
-                steps.min()
-            }
-        }
+        Ok(ScheduleTable(Schedule { when, jitter, retry_first, retry_max }))
     }
 }
 
@@ -191,7 +113,7 @@ fn parse_days(text: &str) -> Result<[bool; 7], String> {
     Ok(days)
 }
 
-/// 0 is Monday.
+/// The number of a day of the week; 0 is Monday.
 fn day(text: &str) -> Result<usize, String> {
     DAYS.iter().position(|day| day.eq_ignore_ascii_case(text)).ok_or_else(|| {
         format!(
@@ -247,14 +169,14 @@ fn window(text: &str, step: &str) -> Result<Times, String> {
     Ok(Times::Every { from, to, step })
 }
 
-/// In minutes, up to a day.
+/// A step in minutes, up to a day.
 fn parse_step(text: &str) -> Result<u16, String> {
     let step = Duration::parse(text)?.as_millis();
     let minutes = u16::try_from(step / 60_000).ok().filter(|minutes| *minutes <= DAY && step % 60_000 == 0);
     minutes.ok_or_else(|| format!("{text:?} is no step: write whole minutes from 1m to 24h, such as \"5m\" or \"1h\""))
 }
 
-/// A minute in which a call can begin.
+/// A minute of a day in which a call can begin, up to 1439.
 fn start(text: &str) -> Result<u16, String> {
     match minute(text)? {
         DAY => Err("24:00 is the end of a day, where nothing begins: write 00:00, and the day after".to_owned()),
@@ -262,6 +184,7 @@ fn start(text: &str) -> Result<u16, String> {
     }
 }
 
+/// A minute of a day, up to 1440.
 fn minute(text: &str) -> Result<u16, String> {
     let digits = |tens: u8, ones: u8| u16::from(tens - b'0') * 10 + u16::from(ones - b'0');
     let minute = match *text.as_bytes() {
@@ -329,6 +252,12 @@ impl<'de> Deserialize<'de> for Rules {
         }
         Ok(Rules(rules.into_iter().map(|rule| rule.0).collect()))
     }
+}
+
+/// Reads the keys of a `[schedule]`.
+#[cfg(test)]
+pub(crate) fn parse(text: &str) -> Result<Schedule, toml::de::Error> {
+    toml::from_str(text).map(|table: ScheduleTable| table.0)
 }
 
 #[cfg(test)]
@@ -409,7 +338,7 @@ mod tests {
     }
 
     fn read(text: &str) -> Result<Schedule, String> {
-        toml::from_str(text).map_err(|error| error.message().to_owned())
+        parse(text).map_err(|error| error.message().to_owned())
     }
 
     #[test]

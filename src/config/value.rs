@@ -1,6 +1,4 @@
-//! Single values of the configuration: what one string, or one number, means.
-//!
-//! Each is parsed while TOML is read, so that TOML adds the line to the error.
+//! Single values of the configuration: strings and numbers.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -9,20 +7,24 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use data_encoding::HEXLOWER_PERMISSIVE;
+use ipnet::IpNet;
 use serde::de::{Error as _, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::{Accept, TlsMode, TlsPolicy};
+use super::source::{ConfigError, Source};
 use crate::mail::address::{Domain, Mailbox};
+use crate::recipients::AddressPattern;
+use crate::session::TlsMode;
+use crate::session::settings::MIN_ATRN_TIMEOUT;
 
-/// A value that is written as a string and parsed where it stands, so that TOML adds the line to the error.
+/// A value that is written as a string. It is parsed while TOML is read, so that TOML adds the line to the error.
 pub(super) struct Checked<T>(pub(super) T);
 
 pub(super) trait Parse: Sized {
-    /// What it should be, for who wrote something that is no string.
+    /// What it should be, for the error about a value that is not a string.
     const EXPECTED: &'static str;
     fn parse(text: &str) -> Result<Self, String>;
-    /// Whether a plain number will do, too.
+    /// Whether it may be written as a number, too.
     const NUMBER: bool = false;
 }
 
@@ -49,7 +51,7 @@ impl<T: Parse> Visitor<'_> for CheckedVisitor<T> {
         if T::NUMBER {
             return self.visit_str(&number.to_string());
         }
-        // The number is not repeated: it may be a secret without its quotes.
+        // The error must not repeat the number: it may be a secret without quotes.
         Err(E::custom(format!("a number stands here, expected {}", T::EXPECTED)))
     }
 }
@@ -63,10 +65,20 @@ impl Parse for Hostname {
         let domain = Domain::parse(text).filter(|_| !looks_like_ipv4(text));
         let domain =
             domain.ok_or_else(|| format!("{text:?} is no host name: write one such as \"mail.example.org\""))?;
-        // The case is the owner's to choose; what is not ASCII cannot be said in SMTP.
+        // The owner chooses the case. A name that is not ASCII cannot be sent in SMTP, so it becomes its A-labels.
         let name = if text.is_ascii() { text } else { domain.as_str() };
         Ok(Hostname(name.to_owned()))
     }
+}
+
+/// The mandatory `hostname`.
+pub(super) fn hostname(source: &Source, hostname: Option<Checked<Hostname>>) -> Result<String, ConfigError> {
+    let hostname = hostname.ok_or_else(|| {
+        let text = "`hostname` is missing: the name of this machine in the DNS, such as \
+                    hostname = \"mail.example.org\"";
+        source.error(None, text)
+    })?;
+    Ok(hostname.0.0)
 }
 
 impl Parse for Domain {
@@ -75,7 +87,7 @@ impl Parse for Domain {
     fn parse(text: &str) -> Result<Domain, String> {
         let domain =
             Domain::parse(text).ok_or_else(|| format!("{text:?} is no domain: write one such as \"example.org\""))?;
-        // RFC 2645 section 5.2.1: ATRN can name no other.
+        // RFC 2645 section 5.2.1: ATRN cannot name a domain without a dot.
         if !domain.as_str().contains('.') {
             return Err(format!(
                 "{text:?} has no dot, and mail and ATRN need a domain in full: write one such as \"example.org\""
@@ -135,7 +147,7 @@ pub(super) fn check_secret(secret: &[u8]) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Addresses to listen on.
+/// An address to listen on.
 impl Parse for SocketAddr {
     const EXPECTED: &'static str = "an address and a port such as \"[::]:366\"";
 
@@ -161,7 +173,7 @@ impl Parse for SocketAddr {
     }
 }
 
-/// What to connect to; `PORT` is where no port is named.
+/// What to connect to; `PORT`: the default port.
 pub(super) struct HostPort<const PORT: u16> {
     pub(super) address: String,
     pub(super) host: String,
@@ -213,7 +225,7 @@ impl<const PORT: u16> Parse for HostPort<PORT> {
     }
 }
 
-/// A port to call.
+/// A port to connect to.
 pub(super) struct Port(pub(super) u16);
 
 impl Parse for Port {
@@ -232,7 +244,7 @@ impl Parse for ResolverAddress {
     const EXPECTED: &'static str = "an address and a port such as \"127.0.0.1:53\"";
 
     fn parse(text: &str) -> Result<ResolverAddress, String> {
-        // RFC 1035 section 4.2.
+        // RFC 1035 section 4.2: the port of DNS servers is 53.
         let plain = text.parse::<IpAddr>().map(|address| SocketAddr::from((address, 53)));
         let address = plain.or_else(|_| text.parse()).ok().filter(|address| address.port() != 0);
         address.map(ResolverAddress).ok_or_else(|| {
@@ -246,32 +258,22 @@ impl Parse for ResolverAddress {
 
 /// The machines of a network: `192.0.2.0/24`, `2001:db8::/32`, or one address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Network {
-    /// Its first address; never an IPv4 address that is mapped into IPv6.
-    address: IpAddr,
-    /// So many bits are the same in all of them.
-    prefix: u8,
-}
+pub struct Network(IpNet);
 
 impl Network {
-    /// Whether the machine is in it. An IPv4 address is the same when it comes mapped into IPv6 (RFC 4291 section
-    /// 2.5.5.2), as from a socket for both.
+    /// Whether a machine is in the network. An IPv4 address that is mapped into IPv6, as a socket for both has it,
+    /// counts as the IPv4 address (RFC 4291 section 2.5.5.2).
     pub fn contains(&self, address: IpAddr) -> bool {
-        match (self.address, address.to_canonical()) {
-            (IpAddr::V4(_), IpAddr::V4(_)) | (IpAddr::V6(_), IpAddr::V6(_)) => {
-                first_address(address.to_canonical(), self.prefix) == self.address
-            }
-            _ => false,
-        }
+        self.0.contains(&address.to_canonical())
     }
 }
 
 impl fmt::Display for Network {
     /// As it is written in the file.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.prefix == bits(self.address) {
-            true => write!(f, "{}", self.address),
-            false => write!(f, "{}/{}", self.address, self.prefix),
+        match self.0.prefix_len() == self.0.max_prefix_len() {
+            true => self.0.addr().fmt(f),
+            false => self.0.fmt(f),
         }
     }
 }
@@ -285,46 +287,25 @@ impl Parse for Network {
         };
         let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
         let address: IpAddr = address.parse().map_err(|_| wrong())?;
-        let prefix = match prefix {
-            None => bits(address),
-            Some(digits) if !digits.bytes().all(|digit| digit.is_ascii_digit()) => return Err(wrong()),
-            Some(digits) => digits.parse().map_err(|_| wrong())?,
+        let network = match prefix {
+            None => IpNet::from(address),
+            Some(digits) => {
+                let prefix = digits.parse().ok().filter(|_| digits.bytes().all(|digit| digit.is_ascii_digit()));
+                prefix.and_then(|prefix| IpNet::new(address, prefix).ok()).ok_or_else(wrong)?
+            }
         };
-        // Nobody would ever be in a network of mapped addresses.
-        if prefix > bits(address) || address.to_canonical() != address {
+        // A network of mapped addresses would contain no machine: `contains` sees IPv4 addresses in their place.
+        if address.to_canonical() != address {
             return Err(wrong());
         }
-        let first = first_address(address, prefix);
-        if first != address {
+        if network.network() != address {
+            let whole = network.trunc();
             return Err(format!(
-                "{text:?} is a machine and a network in one: write \"{first}/{prefix}\" for the network, or \
-                 \"{address}\" for the machine"
+                "{text:?} is a machine and a network in one: write \"{whole}\" for the network, or \"{address}\" for \
+                 the machine"
             ));
         }
-        Ok(Network { address, prefix })
-    }
-}
-
-fn bits(address: IpAddr) -> u8 {
-    match address {
-        IpAddr::V4(_) => 32,
-        IpAddr::V6(_) => 128,
-    }
-}
-
-/// The address with nothing after the prefix.
-fn first_address(address: IpAddr, prefix: u8) -> IpAddr {
-    let rest = u32::from(bits(address).saturating_sub(prefix));
-    // Shifting out everything is too far for the operators.
-    match address {
-        IpAddr::V4(address) => {
-            let mask = u32::MAX.checked_shl(rest).unwrap_or(0);
-            Ipv4Addr::from_bits(address.to_bits() & mask).into()
-        }
-        IpAddr::V6(address) => {
-            let mask = u128::MAX.checked_shl(rest).unwrap_or(0);
-            Ipv6Addr::from_bits(address.to_bits() & mask).into()
-        }
+        Ok(Network(network))
     }
 }
 
@@ -334,7 +315,7 @@ fn port_number(text: &str) -> Result<u16, String> {
     port.ok_or_else(|| format!("{text:?} is no port: write a number from 0 to 65535"))
 }
 
-/// Digits and dots are meant as an address, even where the letters of a name may be digits.
+/// Whether a text is meant as an IPv4 address: a domain of digits and dots is valid, but nobody means it.
 fn looks_like_ipv4(host: &str) -> bool {
     host.bytes().all(|octet| octet.is_ascii_digit() || octet == b'.')
 }
@@ -348,19 +329,6 @@ impl Parse for TlsMode {
             "implicit" => Ok(TlsMode::Implicit),
             "none" => Ok(TlsMode::None),
             _ => Err(format!("{text:?} is no way to use TLS: write {}", TlsMode::EXPECTED)),
-        }
-    }
-}
-
-impl Parse for TlsPolicy {
-    const EXPECTED: &'static str = "\"may\", \"must\" or \"verify\"";
-
-    fn parse(text: &str) -> Result<TlsPolicy, String> {
-        match text {
-            "may" => Ok(TlsPolicy::May),
-            "must" => Ok(TlsPolicy::Must),
-            "verify" => Ok(TlsPolicy::Verify),
-            _ => Err(format!("{text:?} says nothing about TLS: write {}", TlsPolicy::EXPECTED)),
         }
     }
 }
@@ -387,6 +355,42 @@ impl Parse for Pin {
     }
 }
 
+/// An address whose host is a domain, not an address literal.
+pub(super) fn address_with_domain(text: &str) -> Option<Mailbox> {
+    Mailbox::parse(text).filter(|mailbox| mailbox.domain().is_some())
+}
+
+/// An entry of `accept`.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) enum Accept {
+    /// `alice@example.org`; its host is a domain.
+    Address(Mailbox),
+    /// `@example.org`: each address in this domain.
+    Domain(Domain),
+}
+
+impl From<Accept> for AddressPattern {
+    fn from(accept: Accept) -> AddressPattern {
+        match accept {
+            Accept::Domain(domain) => AddressPattern::Domain(domain),
+            Accept::Address(mailbox) => match mailbox.domain() {
+                Some(domain) => AddressPattern::address(mailbox.local(), domain),
+                None => AddressPattern::bare(mailbox.local()),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Accept {
+    /// As it is written in the file.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Accept::Address(mailbox) => mailbox.fmt(f),
+            Accept::Domain(domain) => write!(f, "@{domain}"),
+        }
+    }
+}
+
 impl Parse for Accept {
     const EXPECTED: &'static str = "an address such as \"alice@example.org\", or \"@example.org\" for a whole domain";
 
@@ -394,19 +398,14 @@ impl Parse for Accept {
         if let Some(domain) = text.strip_prefix('@') {
             return <Domain as Parse>::parse(domain).map(Accept::Domain);
         }
-        match Mailbox::parse(text) {
-            Some(mailbox) if mailbox.domain().is_some() => Ok(Accept::Address(mailbox)),
-            _ => {
-                let expected = Accept::EXPECTED;
-                Err(format!("{text:?} is no address: write {expected}"))
-            }
-        }
+        let mailbox = address_with_domain(text);
+        mailbox.map(Accept::Address).ok_or_else(|| format!("{text:?} is no address: write {}", Accept::EXPECTED))
     }
 }
 
 pub(super) struct OctetCount(pub(super) u64);
 
-/// The largest letter where none is named.
+/// The default of the maximal size of a message, in octets.
 pub(super) const MAX_SIZE: u64 = 50 * 1024 * 1024;
 
 impl Parse for OctetCount {
@@ -425,7 +424,7 @@ impl Parse for OctetCount {
         };
         let number = number.ok_or_else(|| format!("{text:?} is no size: {write}"))?;
         match number.checked_mul(unit) {
-            // SMTP cannot count further than i64, nor can files.
+            // Offsets in files are `i64`.
             Some(size) if size > i64::MAX.cast_unsigned() => Err(format!("{text:?} is too large: {write}")),
             None => Err(format!("{text:?} is too large: {write}")),
             Some(0) => Err(format!("with a size of {text:?} no letter would pass: {write}")),
@@ -434,10 +433,7 @@ impl Parse for OctetCount {
     }
 }
 
-/// RFC 2645 section 5.2.1: the timeout for ATRN must be at least ten minutes, as the provider may need them.
-pub(super) const ATRN_FLOOR: Duration = Duration::from_secs(600);
-
-/// No deadline lies further away; it keeps sums of times in range.
+/// The longest time, so that a deadline is never out of the range of `Instant`.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 impl Parse for Duration {
@@ -484,13 +480,13 @@ impl Parse for DelayWarning {
     }
 }
 
-/// `50MiB` is 50 and `MiB`.
+/// Divides `50MiB` into 50 and `MiB`.
 fn number_and_unit(text: &str) -> (Option<u64>, &str) {
     let end = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(end);
     let number = match number {
         "" => None,
-        // What does not fit is as good as the largest: the caller refuses both.
+        // The caller rejects the largest number like those that are larger.
         number => Some(number.parse().unwrap_or(u64::MAX)),
     };
     (number, unit)
@@ -517,7 +513,7 @@ pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dur
 
 pub(super) fn atrn<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let time = duration(deserializer)?;
-    if time < ATRN_FLOOR {
+    if time < MIN_ATRN_TIMEOUT {
         let text = "RFC 2645 section 5.2.1 lets the provider take ten minutes for ATRN: write \"10m\" or more";
         return Err(D::Error::custom(text));
     }
@@ -534,7 +530,7 @@ pub(super) fn between<'de, const FLOOR: u32, const CEILING: u32, D: Deserializer
     WholeNumber::<FLOOR, CEILING>::deserialize(deserializer).map(|whole| whole.0)
 }
 
-/// A whole number within its bounds; `u32::MAX` is no bound.
+/// A whole number within its bounds; the ceiling `u32::MAX` means no upper bound.
 pub(super) struct WholeNumber<const FLOOR: u32, const CEILING: u32>(pub(super) usize);
 
 impl<'de, const FLOOR: u32, const CEILING: u32> Deserialize<'de> for WholeNumber<FLOOR, CEILING> {
@@ -563,228 +559,5 @@ impl<const FLOOR: u32, const CEILING: u32> Visitor<'_> for WholeVisitor<FLOOR, C
             return Err(E::custom(format!("{number} is too large: write {CEILING} or less")));
         }
         usize::try_from(number).map(WholeNumber).map_err(E::custom)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What a value is read as, or a phrase of what is said about it.
-    fn check<T: Parse, U: PartialEq + fmt::Debug>(text: &str, value: fn(T) -> U, expected: Result<U, &str>) {
-        match (T::parse(text).map(value), expected) {
-            (Ok(got), Ok(expected)) => assert_eq!(got, expected, "{text:?}"),
-            (Err(got), Err(phrase)) => {
-                assert!(got.contains(phrase), "{text:?}\nwanted: {phrase}\n   got: {got}");
-            }
-            (got, expected) => panic!("{text:?}\nwanted: {expected:?}\n   got: {got:?}"),
-        }
-    }
-
-    #[test]
-    fn sizes() {
-        let check = |text, expected| check(text, |size: OctetCount| size.0, expected);
-        check("1000000", Ok(1_000_000));
-        check("1", Ok(1));
-        check("10KiB", Ok(10_240));
-        check("50MiB", Ok(52_428_800));
-        check("1GiB", Ok(1_073_741_824));
-        check("0", Err("no letter would pass"));
-        check("0MiB", Err("no letter would pass"));
-        check("", Err("is no size"));
-        check("MiB", Err("is no size"));
-        check("50MB", Err("write a whole number of octets, or of KiB, MiB or GiB"));
-        check("50 MiB", Err("is no size"));
-        check("1.5GiB", Err("is no size"));
-        check("-1", Err("is no size"));
-        check("50mib", Err("is no size"));
-        check("9223372036854775807", Ok(9_223_372_036_854_775_807));
-        check("9223372036854775808", Err("is too large"));
-        check("99999999999999999999999", Err("is too large"));
-        check("99999999999GiB", Err("is too large"));
-    }
-
-    #[test]
-    fn times() {
-        let check = |text, expected: Result<u64, &str>| {
-            check(text, |time: Duration| time, expected.map(Duration::from_millis));
-        };
-        check("500ms", Ok(500));
-        check("30s", Ok(30_000));
-        check("5m", Ok(300_000));
-        check("2h", Ok(7_200_000));
-        check("1d", Ok(86_400_000));
-        check("365d", Ok(365 * 86_400_000));
-        check("366d", Err("longer than a year"));
-        check("99999999999999999999999999s", Err("longer than a year"));
-        check("0s", Err("would wait for nothing"));
-        check("0ms", Err("would wait for nothing"));
-        check("300", Err("has no unit: write a whole number of ms, s, m, h or d"));
-        check("", Err("is no time"));
-        check("m", Err("is no time"));
-        check("5 m", Err("is no time"));
-        check("5min", Err("is no time"));
-        check("1.5h", Err("is no time"));
-        check("-5m", Err("is no time"));
-        check("1h30m", Err("is no time"));
-    }
-
-    #[test]
-    fn addresses_to_listen_on() {
-        let check = |text, expected| check(text, |address: SocketAddr| address.to_string(), expected);
-        let ok = |text: &str| Ok(text.to_owned());
-        check("[::]:25", ok("[::]:25"));
-        check(":25", ok("[::]:25"));
-        check("0.0.0.0:366", ok("0.0.0.0:366"));
-        check("127.0.0.1:0", ok("127.0.0.1:0"));
-        check("[2001:db8::1]:366", ok("[2001:db8::1]:366"));
-        check("localhost:25", Err("is a name, and to listen takes an address"));
-        check("relay.example.net", Err("is a name, and to listen takes an address"));
-        check("127.0.0.1", Err("has no port"));
-        check("::1", Err("has no port"));
-        check("[::1]", Err("is no address with a port"));
-        check("127.0.0.1:65536", Err("is no address with a port"));
-        check("127.0.0.256:25", Err("is no address with a port"));
-        check("25", Err("is no address with a port"));
-        check("", Err("is no address with a port"));
-        check(":", Err("is no port"));
-        check(":smtp", Err("is no port: write a number from 0 to 65535"));
-        check(":+25", Err("is no port"));
-    }
-
-    #[test]
-    fn addresses_to_call() {
-        let check = |text, expected: Result<(&str, &str), &str>| {
-            let expected = expected.map(|(address, host)| (address.to_owned(), host.to_owned()));
-            check(text, |address: HostPort<366>| (address.address, address.host), expected);
-        };
-        check("relay.example.net:3660", Ok(("relay.example.net:3660", "relay.example.net")));
-        check("relay.example.net", Ok(("relay.example.net:366", "relay.example.net")));
-        check("Localhost", Ok(("localhost:366", "localhost")));
-        check("192.0.2.1:1", Ok(("192.0.2.1:1", "192.0.2.1")));
-        check("192.0.2.1", Ok(("192.0.2.1:366", "192.0.2.1")));
-        check("[2001:DB8::1]:3660", Ok(("[2001:db8::1]:3660", "2001:db8::1")));
-        check("[::1]", Ok(("[::1]:366", "::1")));
-        check("::1", Err("write \"[::1]:366\""));
-        check("[::1]366", Err("is no host with a port"));
-        check("[::1", Err("is no host with a port"));
-        check("[192.0.2.1]:366", Err("is no host with a port"));
-        check("192.0.2.256", Err("is no host with a port"));
-        check("", Err("is no host with a port"));
-        check(":366", Err("is no host with a port"));
-        check("a b:366", Err("is no host with a port"));
-        check("relay.example.net:", Err("is no port"));
-        check("relay.example.net:odmr", Err("is no port"));
-        check("relay.example.net:0", Err("nobody can be called at port 0"));
-        check("a:1:2", Err("is no port"));
-    }
-
-    #[test]
-    fn hosts_for_all_mail() {
-        let check = |text, expected: Result<&str, &str>| {
-            check(text, |address: HostPort<587>| address.address, expected.map(str::to_owned));
-        };
-        check("smtp.example.net", Ok("smtp.example.net:587"));
-        check("smtp.example.net:25", Ok("smtp.example.net:25"));
-        check("::1", Err("write \"[::1]:587\""));
-        check("smtp.example.net:0", Err("mostly 587"));
-        check("a b", Err("\"[2001:db8::1]:587\""));
-    }
-
-    #[test]
-    fn dns_servers() {
-        let check = |text, expected: Result<&str, &str>| {
-            check(text, |resolver: ResolverAddress| resolver.0.to_string(), expected.map(str::to_owned));
-        };
-        check("127.0.0.1:5353", Ok("127.0.0.1:5353"));
-        check("[::1]:5353", Ok("[::1]:5353"));
-        check("192.0.2.1", Ok("192.0.2.1:53"));
-        check("2001:db8::1", Ok("[2001:db8::1]:53"));
-        check("127.0.0.1:0", Err("is no address of a DNS server"));
-        check("localhost:53", Err("write an address and a port"));
-        check(":53", Err("is no address of a DNS server"));
-        check("", Err("is no address of a DNS server"));
-    }
-
-    #[test]
-    fn networks() {
-        let check = |text, expected: Result<&str, &str>| {
-            check(text, |network: Network| network.to_string(), expected.map(str::to_owned));
-        };
-        for same in ["192.168.1.0/24", "0.0.0.0/0", "::/0", "192.0.2.1", "fd00::/8", "2001:db8::1", "2001:db8::/127"] {
-            check(same, Ok(same));
-        }
-        check("192.0.2.1/32", Ok("192.0.2.1"));
-        check("192.168.1.5/24", Err("write \"192.168.1.0/24\" for the network, or \"192.168.1.5\" for the machine"));
-        check("2001:db8::1/32", Err("write \"2001:db8::/32\""));
-        for wrong in ["", "/", "/24", "192.0.2.0/", "192.0.2.0/33", "::/129", "::/256", "192.0.2.0/+4", "192.0.2/24"] {
-            check(wrong, Err("is no network: write one such as"));
-        }
-        check("localhost", Err("is no network"));
-        check("192.0.2.0/255.255.255.0", Err("is no network"));
-        check("::ffff:192.0.2.0/120", Err("is no network"));
-    }
-
-    #[test]
-    fn machines_in_networks() {
-        let contains = |network: &str, address: &str| {
-            <Network as Parse>::parse(network).unwrap().contains(address.parse().unwrap())
-        };
-        for (network, inside, outside) in [
-            ("192.168.1.0/24", "192.168.1.255", "192.168.2.0"),
-            ("192.168.1.0/24", "::ffff:192.168.1.1", "::ffff:192.168.0.255"),
-            ("192.168.1.128/25", "192.168.1.128", "192.168.1.127"),
-            ("192.0.2.1", "192.0.2.1", "192.0.2.0"),
-            ("0.0.0.0/0", "203.0.113.1", "2001:db8::1"),
-            ("::/0", "2001:db8::1", "203.0.113.1"),
-            ("::/0", "::1", "::ffff:203.0.113.1"),
-            ("fd00::/8", "fdff:ffff::1", "fe00::"),
-            ("2001:db8::1", "2001:db8::1", "2001:db8::2"),
-        ] {
-            assert!(contains(network, inside), "{inside} in {network}");
-            assert!(!contains(network, outside), "{outside} not in {network}");
-        }
-    }
-
-    #[test]
-    fn times_of_notices() {
-        let check = |text, expected| check(text, |notice: DelayWarning| notice.0, expected);
-        check("never", Ok(None));
-        check("4h", Ok(Some(Duration::from_secs(4 * 60 * 60))));
-        check("0s", Err("would wait for nothing"));
-        check("Never", Err("or \"never\""));
-    }
-
-    #[test]
-    fn fingerprints() {
-        let check = |text: &str, expected| check(text, |pin: Pin| pin.0, expected);
-        let plain = "0123456789abcdef".repeat(4);
-        let colons = ["01:23:45:67:89:AB:CD:EF"; 4].join(":");
-        let octets = [0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef].repeat(4);
-        let octets: [u8; 32] = octets.try_into().unwrap();
-        check(&format!("sha256:{plain}"), Ok(octets));
-        check(&format!("SHA256:{colons}"), Ok(octets));
-        check(&plain, Err("is no fingerprint: write \"sha256:\" and 64 hexadecimal digits"));
-        check(&colons, Err("is no fingerprint"));
-        check(&format!("sha1:{plain}"), Err("is no fingerprint"));
-        check(&format!("sha256:{plain}0"), Err("is no fingerprint"));
-        check(&format!("sha256:{plain}00"), Err("is no fingerprint"));
-        check(&format!("sha256:{}", &plain[2..]), Err("is no fingerprint"));
-        check("sha256:", Err("is no fingerprint"));
-    }
-
-    #[test]
-    fn names_of_machines() {
-        let check = |text, expected: Result<&str, &str>| {
-            check(text, |name: Hostname| name.0, expected.map(str::to_owned));
-        };
-        check("mail.example.org", Ok("mail.example.org"));
-        check("EXAMPLE.NET", Ok("EXAMPLE.NET"));
-        check("localhost", Ok("localhost"));
-        check("bücher.example", Ok("xn--bcher-kva.example"));
-        check("", Err("is no host name"));
-        check("192.0.2.1", Err("is no host name"));
-        check("mail_1.example.org", Err("is no host name"));
-        check("mail.example.org:25", Err("is no host name"));
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::smtp::reply::{Reply, Severity};
 
-/// So many refusals are kept in words; the others are counted.
+/// So many failures are kept in words; the others are counted.
 const LISTED_FAILURES: usize = 50;
 
 /// The counters of a call; those who see things happen share them.
@@ -20,11 +20,11 @@ pub struct CallCounters {
     announced: AtomicU64,
     /// How many messages wait at the provider, if it said so.
     expected: AtomicU64,
-    refused: AtomicU64,
+    rejected: AtomicU64,
     deferred: AtomicU64,
     failures: Mutex<Vec<FailedRecipient>>,
     sent: AtomicU64,
-    kept: AtomicU64,
+    waiting: AtomicU64,
 }
 
 /// One recipient that somebody refused, or put off.
@@ -38,7 +38,7 @@ pub struct FailedRecipient {
 
 impl fmt::Display for FailedRecipient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = if self.reply.severity() == Severity::Permanent { "refused" } else { "put off" };
+        let word = if self.reply.severity() == Severity::Permanent { "rejected" } else { "deferred" };
         write!(f, "<{}> was {word} by {}: {}", self.recipient, self.by, self.reply)
     }
 }
@@ -75,12 +75,12 @@ impl CallCounters {
     }
 
     /// A recipient was refused, or put off.
-    pub fn refused(&self, recipient: impl fmt::Display, by: impl fmt::Display, reply: &Reply) {
-        add(if reply.severity() == Severity::Permanent { &self.refused } else { &self.deferred }, 1);
-        let mut refusals = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        if refusals.len() < LISTED_FAILURES {
+    pub fn not_accepted(&self, recipient: impl fmt::Display, by: impl fmt::Display, reply: &Reply) {
+        add(if reply.severity() == Severity::Permanent { &self.rejected } else { &self.deferred }, 1);
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        if failures.len() < LISTED_FAILURES {
             let (recipient, by) = (recipient.to_string(), by.to_string());
-            refusals.push(FailedRecipient { recipient, by, reply: reply.clone() });
+            failures.push(FailedRecipient { recipient, by, reply: reply.clone() });
         }
     }
 
@@ -90,19 +90,19 @@ impl CallCounters {
     }
 
     /// So many outgoing messages wait for another call.
-    pub fn kept(&self, messages: u64) {
-        self.kept.store(messages, Ordering::Relaxed);
+    pub fn set_waiting(&self, messages: u64) {
+        self.waiting.store(messages, Ordering::Relaxed);
     }
 
     pub fn summary(&self, seconds: f64) -> Summary {
         Summary {
             messages: value_of(&self.messages),
             octets: value_of(&self.octets),
-            rejected: value_of(&self.refused),
+            rejected: value_of(&self.rejected),
             deferred: value_of(&self.deferred),
             failures: self.failures.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             sent: value_of(&self.sent),
-            waiting: value_of(&self.kept),
+            waiting: value_of(&self.waiting),
             seconds,
         }
     }
@@ -147,23 +147,23 @@ pub struct Summary {
 }
 
 impl fmt::Display for Summary {
-    /// One line, and one for each refusal.
+    /// One line, and one for each failure.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} messages, {} bytes, {:.1} seconds", self.messages, self.octets, self.seconds)?;
         if self.rejected > 0 {
-            write!(f, ", {} recipients refused", self.rejected)?;
+            write!(f, ", {} recipients rejected", self.rejected)?;
         }
         if self.deferred > 0 {
-            write!(f, ", {} put off", self.deferred)?;
+            write!(f, ", {} deferred", self.deferred)?;
         }
         if self.sent > 0 {
             write!(f, ", {} sent", self.sent)?;
         }
         if self.waiting > 0 {
-            write!(f, ", {} kept to be sent later", self.waiting)?;
+            write!(f, ", {} waiting to be sent", self.waiting)?;
         }
-        for refusal in &self.failures {
-            write!(f, "\n{refusal}")?;
+        for failure in &self.failures {
+            write!(f, "\n{failure}")?;
         }
         let more = (self.rejected + self.deferred).saturating_sub(self.failures.len() as u64);
         if more > 0 { write!(f, "\nand {more} more: the log has all of them") } else { Ok(()) }
@@ -209,12 +209,15 @@ mod tests {
         counters.message_done();
         counters.sent();
         assert_eq!(counters.progress(), "2 of 3 messages, 3.0 MiB, 1 sent");
-        counters.refused("joe@example.org", "us", &Reply::new(550, "5.1.1", "No such mailbox here"));
+        counters.not_accepted("joe@example.org", "us", &Reply::new(550, "5.1.1", "No such mailbox here"));
         let summary = counters.summary(1.25).to_string();
-        let refusal = "<joe@example.org> was refused by us: 550 5.1.1 No such mailbox here";
-        assert_eq!(summary, format!("2 messages, 3149824 bytes, 1.2 seconds, 1 recipients refused, 1 sent\n{refusal}"));
+        let failure = "<joe@example.org> was rejected by us: 550 5.1.1 No such mailbox here";
+        assert_eq!(
+            summary,
+            format!("2 messages, 3149824 bytes, 1.2 seconds, 1 recipients rejected, 1 sent\n{failure}")
+        );
         for _ in 0..60 {
-            counters.refused("x", "us", &Reply::new(550, "5.1.1", "No"));
+            counters.not_accepted("x", "us", &Reply::new(550, "5.1.1", "No"));
         }
         assert!(counters.summary(0.0).to_string().ends_with("\nand 11 more: the log has all of them"));
     }

@@ -17,14 +17,17 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::counters::CallCounters;
 use super::network;
-use super::pull::{CallError, Customer, state_file};
+use super::pull::{CallError, Customer};
+use super::store;
 use super::submission;
-use crate::config::{CustomerConfig, MailOwner, ProviderAccount, Schedule};
+use crate::config::{CustomerConfig, MailOwner, ProviderAccount};
 use crate::ids::Ids;
-use crate::net::connection::{CancelToken, Connection, Trace};
+use crate::mail::address::literal;
+use crate::net::cancel::CancelToken;
+use crate::net::connection::Connection;
 use crate::net::listener::{self, Acceptor, ConnectionLimiter};
-use crate::schedule::{CallTimer, Clocks};
-use crate::session::server::address_literal;
+use crate::net::trace::Trace;
+use crate::schedule::{CallTimer, Clocks, Schedule};
 use crate::smtp::reply::Reply;
 
 /// The name of the listener, in the log.
@@ -63,7 +66,7 @@ pub enum DaemonEvent {
 pub type AccountKey = (String, String);
 
 fn key(provider: &ProviderAccount) -> AccountKey {
-    (provider.address.clone(), provider.name.clone())
+    (provider.remote.address.clone(), provider.remote.login_name().to_owned())
 }
 
 /// What is needed before privileges are dropped: the configuration is good, the listeners are bound.
@@ -109,7 +112,8 @@ pub fn run(
     wake_by(&ready.customer, &bell);
     let current = Arc::new(RwLock::new(ready.customer.clone()));
     let listeners = Listeners::start(ready.listeners, &current, cancel)?;
-    network::watch(bell.clone(), cancel);
+    let watcher = bell.clone();
+    network::watch(move || watcher.send(DaemonEvent::Network), cancel);
     let mut daemon = Daemon {
         customer: ready.customer,
         providers: Vec::new(),
@@ -152,7 +156,7 @@ pub fn run(
 
 /// The file that the daemon of these mailboxes locks, and writes its process into.
 fn daemon_file(config: &CustomerConfig) -> Result<File, CallError> {
-    state_file(config, "daemon")
+    store::state_file(&config.mailboxes.root, "daemon").map_err(|error| CallError::System(error.to_string()))
 }
 
 /// One daemon for the same mailboxes.
@@ -233,7 +237,7 @@ impl Daemon {
             let mut line = known.unwrap_or_else(|| ProviderState {
                 key: key(provider),
                 schedule: provider.schedule.clone(),
-                timer: CallTimer::new(&provider.schedule, &self.ids, now),
+                timer: CallTimer::new(&provider.schedule, now, self.ids.random_number()),
                 calling: false,
                 at_once: false,
                 unreachable: false,
@@ -243,7 +247,7 @@ impl Daemon {
             });
             if line.schedule != provider.schedule {
                 line.schedule = provider.schedule.clone();
-                line.timer = CallTimer::new(&provider.schedule, &self.ids, now);
+                line.timer = CallTimer::new(&provider.schedule, now, self.ids.random_number());
             }
             self.providers.push(line);
         }
@@ -342,7 +346,7 @@ impl Daemon {
                 false
             }
         };
-        line.timer.call_ended(begun, now, good);
+        line.timer.call_ended(begun, now, good, self.ids.random_number());
         self.say_when(&self.providers[at]);
     }
 
@@ -498,7 +502,7 @@ struct SubmissionListener {
 impl SubmissionListener {
     fn serve(&self, stream: TcpStream, peer: IpAddr) {
         let trace = Trace { id: format!("{LISTENER_NAME}-{peer}"), us: 'S', them: 'C' };
-        let peer_name = address_literal(peer);
+        let peer_name = literal(peer);
         let connection = match Connection::new(OwnedFd::from(stream), trace) {
             Ok(connection) => connection,
             Err(error) => return log::warn!("event=no-session peer={peer_name} error={:?}", error.to_string()),

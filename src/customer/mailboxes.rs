@@ -1,38 +1,39 @@
-//! The mailboxes of a customer: Maildirs, and where the rules lead mail that is to be delivered here.
+//! The mailboxes of a customer: its Maildirs, and the destinations that the rules give to each recipient.
 
 use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::next_hop::Content;
-use crate::config;
+use super::store;
+use crate::config::CustomerConfig;
 use crate::ids::Ids;
 use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
+use crate::maildir::spooled::Content;
 use crate::maildir::{Maildir, MessageWriter, for_each_block, has_room};
-use crate::queue::{Envelope, Queue, QueueName};
-use crate::recipients::{self, Delivery, NextHop, RecipientRules};
-use crate::session::server::{disk_full_reply, storage_failure_reply};
-use crate::smtp::client::RecipientStatus;
+use crate::queue::{Queue, QueueName, QueuedEnvelope};
+use crate::recipients::{self, Delivery, Destination, NextHop, RecipientRules};
+use crate::session::{disk_full_reply, storage_failure_reply};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
+use crate::smtp::status::RecipientStatus;
 
-/// The rules, and the Maildirs they lead to.
+/// The rules, and the Maildirs that they lead to.
 pub struct Mailboxes {
     rules: RecipientRules,
     umask: u32,
-    /// Under the root mail waits for next hops.
+    /// Writes the queue of mail for next hops.
     queue: Queue,
     ids: Ids,
     root: PathBuf,
 }
 
 impl Mailboxes {
-    pub fn new(config: &config::CustomerConfig, ids: &Ids) -> Mailboxes {
+    pub fn new(config: &CustomerConfig, ids: &Ids) -> Mailboxes {
         let root = &config.mailboxes.root;
         Mailboxes {
             rules: config.mailboxes.rules.clone(),
             umask: config.mailboxes.umask,
-            queue: Queue::new(root, &config.hostname, ids.clone(), config.timeouts.takeover),
+            queue: Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover),
             ids: ids.clone(),
             root: root.clone(),
         }
@@ -42,12 +43,17 @@ impl Mailboxes {
         &self.ids
     }
 
-    /// Where mail waits for next hops.
+    /// Reads and writes the retry queue.
     pub fn queue(&self) -> &Queue {
         &self.queue
     }
 
-    /// Whether mail for a domain is ours.
+    /// The queue of mail for next hops.
+    pub fn retry_queue(&self) -> QueueName {
+        store::retry_queue(&self.root)
+    }
+
+    /// Whether the rules accept mail for a domain.
     pub fn accepts_domain(&self, domain: &Domain) -> bool {
         self.rules.serves(domain)
     }
@@ -57,12 +63,12 @@ impl Mailboxes {
         self.rules.has_next_hops()
     }
 
-    /// Where mail for a recipient goes.
+    /// The destinations of a recipient.
     pub fn resolve(&self, path: &ForwardPath) -> Result<Vec<Delivery>, Reply> {
         self.rules.resolve(path)
     }
 
-    /// The recipient as an envelope has it: `postmaster` alone is at home in our first domain (RFC 5321 section 4.5.1).
+    /// The recipient as an envelope has it: `postmaster` alone is in our first domain (RFC 5321 section 4.5.1).
     pub fn canonical_recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         let nobody = || Reply::new(550, "5.1.1", "No such mailbox here");
         match path {
@@ -74,71 +80,69 @@ impl Mailboxes {
         }
     }
 
-    /// Where a final address belongs, without any alias.
-    pub fn destination(&self, mailbox: &Mailbox) -> Option<recipients::Destination> {
+    /// The destination of a final address, without any alias.
+    pub fn destination(&self, mailbox: &Mailbox) -> Option<Destination> {
         self.rules.destination_of(mailbox)
     }
 
-    /// The Maildir of ours that an address has if no next hop takes it.
+    /// The Maildir of an address that no next hop accepts.
     pub fn fallback(&self, mailbox: &Mailbox) -> PathBuf {
         self.rules.maildir_of(mailbox)
     }
 
-    /// Whether it must be taken, if not by a next hop then by us (RFC 5321 section 4.5.1).
+    /// Whether mail for it must be accepted, by us if no next hop does (RFC 5321 section 4.5.1).
     pub fn must_accept(&self, mailbox: &Mailbox) -> bool {
         self.rules.is_fallback(mailbox)
     }
 
-    /// Begins a copy in a Maildir, or in the first of its folders that there is; one Return-Path at the top (RFC 5321
-    /// section 4.4), then what the content begins with, our `Received`. `original`: whom the sender meant.
-    pub fn begin(
-        &self,
-        copies: &mut MessageWriter,
-        from: &ReversePath,
-        (to, original): (&Mailbox, &Mailbox),
-        (path, folders): (&Path, &[String]),
-        head: &str,
-    ) -> io::Result<()> {
-        let maildir = self.maildir(path, folders);
+    /// Begins a copy in a Maildir, with one Return-Path at the top (RFC 5321 section 4.4); `head` is the beginning of the
+    /// content: our `Received`.
+    fn begin(&self, writer: &mut MessageWriter, copy: &Copy<'_>, head: &str) -> io::Result<()> {
+        let Copy { from, to, original, .. } = copy;
         let mut lines = format!("Return-Path: <{from}>\nDelivered-To: {to}\n");
         if to != original {
             lines.push_str(&format!("X-Original-To: {original}\n"));
         }
         lines.push_str(head);
-        copies.begin(&maildir, &self.queue.unique(), lines.as_bytes())
+        writer.begin(&self.maildir(copy.path, copy.folders), &self.queue.unique(), lines.as_bytes())
     }
 
-    /// A mailbox, or the first of its folders that there is.
+    /// A mailbox, or the first of these folders that it has.
     fn maildir(&self, path: &Path, folders: &[String]) -> Maildir {
-        let inbox = Maildir::masked(path, self.umask);
+        let inbox = Maildir::mailbox(path, self.umask);
         folders.iter().map(|name| inbox.folder(name)).find(Maildir::exists).unwrap_or(inbox)
     }
 
-    /// Whether a mailbox may have so many octets more.
-    pub fn admits(&self, (path, folders): (&Path, &[String]), octets: u64) -> io::Result<()> {
-        self.maildir(path, folders).admits(|| self.queue.unique(), octets)
+    /// Whether the quota of a mailbox has room for this many octets more; a next hop has its own.
+    pub fn admits(&self, destination: &Destination, octets: u64) -> io::Result<()> {
+        match destination {
+            Destination::Maildir { path, folders } => {
+                self.maildir(path, folders).check_quota(|| self.queue.unique(), octets)
+            }
+            Destination::NextHop(_) => Ok(()),
+        }
     }
 
-    /// Begins copies for all recipients of an envelope, who are ours; those that a next hop shall have wait for it, and
-    /// those whose mailboxes have no room for a message of so many `octets`.
+    /// Begins copies for all recipients of a message, which are ours. Recipients whose destination is a next hop, or a
+    /// mailbox without room for `octets`, get theirs in the retry queue.
     pub fn begin_all(
         &self,
-        copies: &mut MessageWriter,
-        envelope: &Envelope,
+        writer: &mut MessageWriter,
+        message: &QueuedEnvelope,
         octets: u64,
         head: &str,
     ) -> io::Result<(Routing, Vec<RejectedRecipient>)> {
-        let (mut known, mut refused, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
-        for recipient in &envelope.recipients {
+        let (mut known, mut rejected, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
+        for recipient in &message.envelope.recipients {
             match self.resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
-                Err(reply) => refused.push((recipient.clone(), reply)),
+                Err(reply) => rejected.push(RejectedRecipient { recipient: recipient.clone(), reply }),
                 Ok(mut deliveries) => {
-                    // Nobody else waits for such a one.
-                    let many = deliveries.len();
+                    // The other recipients do not wait for one whose mailbox is full.
+                    let count = deliveries.len();
                     deliveries.retain(|delivery| {
                         let room = self.has_room_now(&delivery.destination, octets);
                         if !room {
-                            waiting.push(relayed_recipient(recipient, &delivery.mailbox, many));
+                            waiting.push(relayed_recipient(recipient, &delivery.mailbox, count));
                         }
                         room
                     });
@@ -146,58 +150,57 @@ impl Mailboxes {
                 }
             }
         }
-        let begun = self.begin_known(copies, &envelope.from, &known, head)?;
-        waiting.extend(begun.hop_recipients.iter().flat_map(|(_, recipients)| recipients.clone()));
+        let routing = self.begin_known(writer, &message.envelope.from, &known, head)?;
+        waiting.extend(routing.hop_recipients.iter().flat_map(|(_, recipients)| recipients.clone()));
         if !waiting.is_empty() {
-            let envelope = Envelope { recipients: waiting, ..envelope.clone() };
-            self.queue.add_copy(copies, &QueueName::Retry, &envelope, head)?;
+            self.queue.add_copy(writer, &self.retry_queue(), &message.with_recipients(waiting), head)?;
         }
-        Ok((begun, refused))
+        Ok((routing, rejected))
     }
 
-    fn has_room_now(&self, place: &recipients::Destination, octets: u64) -> bool {
-        let recipients::Destination::Maildir { path, folders } = place else { return true };
+    fn has_room_now(&self, destination: &Destination, octets: u64) -> bool {
         let full = |error: &io::Error| error.kind() == io::ErrorKind::QuotaExceeded;
-        !self.admits((path, folders), octets).as_ref().is_err_and(full)
+        !self.admits(destination, octets).as_ref().is_err_and(full)
     }
 
-    /// Begins copies for recipients of whom it is known where they go; who is meant twice, by two aliases say, gets one.
+    /// Begins copies for recipients whose destinations are known. A mailbox that several recipients lead to, by two
+    /// aliases for instance, gets one copy.
     pub fn begin_known(
         &self,
-        copies: &mut MessageWriter,
+        writer: &mut MessageWriter,
         from: &ReversePath,
         recipients: &[(Recipient, Vec<Delivery>)],
         head: &str,
     ) -> io::Result<Routing> {
-        let (mut begun, mut seen) = (Routing::default(), HashSet::new());
+        let (mut routing, mut seen) = (Routing::default(), HashSet::new());
         for (recipient, deliveries) in recipients {
             let mut all_here = true;
             for delivery in deliveries {
-                let to = relayed_recipient(recipient, &delivery.mailbox, deliveries.len());
+                let relayed = relayed_recipient(recipient, &delivery.mailbox, deliveries.len());
                 match &delivery.destination {
-                    recipients::Destination::Maildir { path, folders } => {
+                    Destination::Maildir { path, folders } => {
                         if seen.insert(delivery.destination.clone()) {
-                            let names = (&delivery.mailbox, &recipient.mailbox);
-                            self.begin(copies, from, names, (path, folders), head)?;
-                            begun.maildir_recipients.push(to);
+                            let (to, original) = (&delivery.mailbox, &recipient.mailbox);
+                            self.begin(writer, &Copy { from, to, original, path, folders }, head)?;
+                            routing.maildir_recipients.push(relayed);
                         }
                     }
-                    recipients::Destination::NextHop(hop) => {
+                    Destination::NextHop(hop) => {
                         all_here = false;
-                        begun.add(hop, to);
+                        routing.add(hop, relayed);
                     }
                 }
             }
             match (all_here, deliveries.len()) {
-                // Of him who waits he hears later.
+                // All of its deliveries wait in the retry queue: the sender gets a DSN from there.
                 (_, 0) => {}
-                (true, _) => begun.delivered_here.push(recipient.clone()),
+                (true, _) => routing.delivered_here.push(recipient.clone()),
                 (false, 1) => {}
-                // Next hops do not know whom they were meant for, so we tell (RFC 3461 section 5.2.7.3).
-                (false, _) => begun.expanded.push(recipient.clone()),
+                // Next hops do not know the recipient that the sender meant, so we report it (RFC 3461 section 5.2.7.3).
+                (false, _) => routing.expanded.push(recipient.clone()),
             }
         }
-        Ok(begun)
+        Ok(routing)
     }
 
     /// Delivers one message into a Maildir, for one recipient.
@@ -205,15 +208,15 @@ impl Mailboxes {
         &self,
         from: &ReversePath,
         to: &Mailbox,
-        place: (&Path, &[String]),
+        (path, folders): (&Path, &[String]),
         content: &mut dyn Content,
     ) -> RecipientStatus {
         let mut copied = || {
-            let mut copies = MessageWriter::default();
-            self.begin(&mut copies, from, (to, to), place, "")?;
+            let mut writer = MessageWriter::default();
+            self.begin(&mut writer, &Copy { from, to, original: to, path, folders }, "")?;
             content.rewind()?;
-            for_each_block(content, |piece| copies.write(piece))?;
-            copies.commit()
+            for_each_block(content, |block| writer.write(block))?;
+            writer.commit()
         };
         match copied() {
             Ok(_) => RecipientStatus::Sent(Reply::new(250, "2.0.0", "Delivered here")),
@@ -221,30 +224,44 @@ impl Mailboxes {
         }
     }
 
-    /// Delivers to a Maildir of ours what no next hop takes and somebody must.
+    /// Delivers to our own Maildir what must be accepted and no next hop accepts.
     pub fn deliver_fallback(&self, from: &ReversePath, to: &Mailbox, content: &mut dyn Content) -> RecipientStatus {
         self.copy(from, to, (&self.fallback(to), &[]), content)
     }
 
-    /// Refuses mail that the disk would not hold.
+    /// Rejects mail that the disk would not hold.
     pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
         if has_room(&self.root, octets) { Ok(()) } else { Err(disk_full_reply()) }
     }
 }
 
-/// A recipient whom the rules do not know.
-pub type RejectedRecipient = (Recipient, Reply);
+/// A copy of a message in one Maildir.
+struct Copy<'a> {
+    from: &'a ReversePath,
+    to: &'a Mailbox,
+    /// The recipient that the sender meant.
+    original: &'a Mailbox,
+    path: &'a Path,
+    /// Maildir++ folders: the first that exists.
+    folders: &'a [String],
+}
+
+/// A recipient that the rules reject.
+pub struct RejectedRecipient {
+    pub recipient: Recipient,
+    pub reply: Reply,
+}
 
 /// Where the recipients of a message go.
 #[derive(Default)]
 pub struct Routing {
-    /// Who has it when the copies are committed.
+    /// Recipients that have the message when the copies are committed.
     pub delivered_here: Vec<Recipient>,
-    /// Who stands for several, next hops among them.
+    /// Recipients that stand for several, next hops among them.
     pub expanded: Vec<Recipient>,
-    /// Those whom the copies are for.
+    /// The recipients of the copies, one for each Maildir.
     pub maildir_recipients: Vec<Recipient>,
-    /// What each next hop shall have.
+    /// The recipients of each next hop.
     pub hop_recipients: Vec<(NextHop, Vec<Recipient>)>,
 }
 
@@ -261,8 +278,8 @@ impl Routing {
     }
 }
 
-/// A recipient as a next hop gets it, one of so many in whose place it was meant. What its sender wants to know goes
-/// with it, unless several would tell him (RFC 3461 section 5.2.7.3).
+/// A recipient as its destination gets it; `of`: how many destinations the recipient that the sender meant has. NOTIFY
+/// goes with it, unless several destinations would report success (RFC 3461 section 5.2.7.3).
 pub fn relayed_recipient(meant: &Recipient, to: &Mailbox, of: usize) -> Recipient {
     match of {
         1 => Recipient { mailbox: to.clone(), ..meant.clone() },

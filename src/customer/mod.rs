@@ -1,16 +1,19 @@
-//! The customer: it calls the provider, hands over its outgoing mail, is handed its own, and delivers that by its
-//! rules: into Maildirs, or to the mail server that is there already.
+//! The customer: it calls its provider, sends its outgoing mail, receives its own, and delivers that by its rules into
+//! Maildirs or to the mail server that is there already.
 
 pub mod counters;
-pub mod daemon;
+pub mod store;
 pub mod mailboxes;
-pub mod network;
+pub mod success_dsn;
 pub mod next_hop;
-pub mod outbox;
-pub mod pull;
+pub mod retry_queue;
 pub mod receiver;
-pub mod sendmail;
+pub mod outbox;
 pub mod submission;
+pub mod sendmail;
+pub mod pull;
+pub mod network;
+pub mod daemon;
 
 pub use counters::Summary;
 pub use pull::{CallError, pull};

@@ -1,25 +1,24 @@
-//! Tells when this machine has got an address or a route: a call that failed may go through now.
+//! Watches for a new address or route of this machine: a call that failed may succeed now.
 //!
-//! On Linux the kernel tells (rtnetlink(7)); elsewhere nobody does, and a call is tried again after its pause.
+//! On Linux the kernel reports them (rtnetlink(7)); elsewhere a call is tried again after its pause.
 
-use super::daemon::EventSender;
-use crate::net::connection::CancelToken;
+use crate::net::cancel::CancelToken;
 
-/// Rings with [`super::daemon::Event::Network`], until it is told to stop. That nothing can be watched is no error.
+/// Calls `notify` for each new address or route, until it is cancelled. If nothing can be watched, that is logged.
 #[cfg(target_os = "linux")]
-pub fn watch(bell: EventSender, cancel: &CancelToken) {
+pub fn watch(notify: impl Fn() + Send + 'static, cancel: &CancelToken) {
     let cancel = cancel.clone();
     let watched = linux::socket().and_then(|socket| {
-        let work = move || linux::listen(&socket, &bell, &cancel);
+        let work = move || linux::listen(&socket, &notify, &cancel);
         std::thread::Builder::new().name("network".to_owned()).spawn(work)
     });
     if let Err(error) = watched {
-        log::info!("event=network-not-watched error={:?}", error.to_string());
+        log::info!("event=network-not-watched error={}", crate::net::trace::quoted(error));
     }
 }
 
 #[cfg(not(target_os = "linux"))]
-pub fn watch(_: EventSender, _: &CancelToken) {}
+pub fn watch(_: impl Fn() + Send + 'static, _: &CancelToken) {}
 
 #[cfg(target_os = "linux")]
 mod linux {
@@ -30,13 +29,12 @@ mod linux {
     use rustix::net::netlink::SocketAddrNetlink;
     use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 
-    use crate::customer::daemon::{DaemonEvent, EventSender};
-    use crate::net::connection::CancelToken;
+    use crate::net::cancel::CancelToken;
 
     /// RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE.
     const GROUPS: u32 = 0x10 | 0x40 | 0x100 | 0x400;
 
-    /// What a message begins with says what it is (netlink(7)); RTM_NEWADDR, RTM_NEWROUTE.
+    /// RTM_NEWADDR and RTM_NEWROUTE, the types of netlink messages (netlink(7)).
     const NEW: [u16; 2] = [20, 24];
 
     pub fn socket() -> io::Result<OwnedFd> {
@@ -46,7 +44,7 @@ mod linux {
         Ok(socket)
     }
 
-    pub fn listen(socket: &OwnedFd, bell: &EventSender, cancel: &CancelToken) {
+    pub fn listen(socket: &OwnedFd, notify: &dyn Fn(), cancel: &CancelToken) {
         while !cancel.is_cancelled() {
             let mut polls = [
                 PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
@@ -64,7 +62,7 @@ mod linux {
                 }
             }
             if new {
-                bell.send(DaemonEvent::Network);
+                notify();
             }
         }
     }

@@ -1,95 +1,83 @@
-//! Hand-over: mail for a next hop, the mail server that is there already, by LMTP (RFC 2033) or SMTP.
+//! Next hops: the mail servers that are there already, by LMTP (RFC 2033) or SMTP.
 //!
-//! ```text
-//! provider ─ RCPT ──▶ asked through: RCPT to the next hop ──▶ its reply is ours
-//!          ─ content ▶ kept until all of it is there, then to every next hop ─┬─ all took it: 250
-//!                                                                             ├─ nobody took it: their reply
-//!                                                                             └─ some took it: 250, and the rest
-//!                                            ROOT/.handover, tried again ◀──────── is ours now (or is told of)
-//! ```
-//!
-//! The provider keeps what was not answered 250, so nothing of ours waits as long as nobody has taken it. Only a
-//! message that some have taken and others have not cannot go back: for those others it is stored, durably, before
-//! the 250. All next hops of a message share one deadline, since the provider waits no longer; who has not answered
-//! by then may have it, and gets it again.
+//! A recipient is checked with its next hop before we reply to RCPT ([`NextHops::check_recipient`]); the content goes to
+//! the next hop once all of it has arrived ([`NextHops::deliver`]). All next hops of a message share one deadline, as the
+//! provider waits no longer. A next hop that has not replied by then may have the message, and gets it again.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, BufWriter, Read, Seek, Write};
+use std::io;
 use std::net::ToSocketAddrs;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use crate::config::{self, Retry, Timeouts};
-use crate::maildir::{Entry, for_each_block};
-use crate::net::connection::CancelToken;
-use crate::queue::{Envelope, LockError, Queue, QueueLock, QueueName, QueuedMessage};
-use crate::recipients::{self, NextHop};
-use crate::report::{Attempt, Peer, Reporter};
-use crate::session::client::{ClientSession, SessionFailure, connect, connect_over};
-use crate::session::server::storage_failure_reply;
-use crate::smtp::client::{ClientInfo, ClientOptions, DecidedBy, DeliveryResult, OutgoingMessage, RecipientStatus};
+use crate::ids::Ids;
+use crate::mail::received::ClientInfo;
+use crate::maildir::spooled::Content;
+use crate::net::cancel::CancelToken;
+use crate::net::trace::quoted;
+use crate::recipients::{NextHop, same_mailbox};
+use crate::session::Timeouts;
+use crate::session::client::{ClientSession, Connect, SessionFailure};
+use crate::smtp::client::{ClientOptions, OutgoingMessage};
 use crate::smtp::command::Recipient;
-use crate::smtp::content::WireSize;
 use crate::smtp::reply::Reply;
+use crate::smtp::status::{self, DecidedBy, DeliveryResult, HopReply, RecipientStatus};
 
-use super::mailboxes::Mailboxes;
-
-/// A next hop answers a command within this time, or it is down: whoever asks through waits for five minutes only
-/// (RFC 5321 section 4.5.3.2).
+/// How long a next hop may take to reply to a command: the provider waits five minutes for RCPT (RFC 5321 section
+/// 4.5.3.2).
 const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// All next hops of one recipient have answered within this time, and all of one message have taken it: the provider
-/// waits for five and for ten minutes (section 4.5.3.2), and what is taken later it brings again.
+/// How long all next hops of one recipient may take, and all next hops of one message: the provider waits five and ten
+/// minutes (RFC 5321 section 4.5.3.2), and sends again what is accepted later.
 const RCPT_DEADLINE: Duration = Duration::from_secs(4 * 60);
 const CONTENT_DEADLINE: Duration = Duration::from_secs(9 * 60);
 
-/// Mail that nobody waits for may take longer, but not for ever.
+/// How long a next hop may take with a message that nobody waits for.
 const RETRY_DEADLINE: Duration = Duration::from_secs(60 * 60);
 
-/// One that could not be reached is left alone so long, and one that let us wait ten times as long as we have waited,
-/// up to five minutes: each of a thousand recipients would wait again.
+/// A next hop that could not be reached is left alone for this time. One that let us wait is left alone ten times as
+/// long, up to the second time: otherwise each of a thousand recipients would wait again.
 const DOWN_PAUSE: Duration = Duration::from_secs(5);
 const LONGEST_DOWN_PAUSE: Duration = Duration::from_secs(5 * 60);
 
-/// Content up to this size is kept in memory, larger in a file without a name.
-const MEMORY_LIMIT: usize = 256 * 1024;
-
-/// What a next hop has made of a message.
+/// What became of a message at a next hop.
 pub struct HopDelivery {
-    /// One a recipient.
+    /// The id of the session in the log.
+    pub session: String,
+    /// One for each recipient.
     pub recipients: Vec<RecipientStatus>,
-    /// It tells senders who asked (RFC 3461).
+    /// The next hop sends DSNs of success itself (RFC 3461).
     pub dsn: bool,
 }
 
-/// The sessions with next hops of one who delivers; they outlast a message.
+/// The sessions with next hops; they outlast a message.
 pub struct NextHops {
     hostname: String,
     timeouts: Timeouts,
     cancel: CancelToken,
-    /// Nothing takes longer.
+    ids: Ids,
+    /// No wait lasts longer.
     limit: Option<Instant>,
     sessions: HashMap<NextHop, HopSession>,
-    /// Sessions to be ended when nobody waits.
+    /// Sessions to be closed when nobody waits.
     closing: Vec<ClientSession>,
 }
 
 #[derive(Default)]
 struct HopSession {
     session: Option<ClientSession>,
-    /// The recipients of the transaction that is open there, by asking; all were accepted.
+    /// The recipients of the transaction that is open, all accepted.
     recipients: Vec<Recipient>,
     open: bool,
-    /// It was opened with SMTPUTF8.
+    /// The transaction was opened with SMTPUTF8.
     utf8: bool,
-    /// It is left alone until then.
+    /// The next hop is left alone until then.
     down_until: Option<Instant>,
 }
 
 impl NextHops {
-    pub fn new(hostname: &str, timeouts: &Timeouts, cancel: &CancelToken) -> NextHops {
+    pub fn new(hostname: &str, timeouts: &Timeouts, ids: &Ids, cancel: &CancelToken) -> NextHops {
         let timeouts = Timeouts {
             greeting: timeouts.greeting.min(REPLY_TIMEOUT),
             mail: timeouts.mail.min(REPLY_TIMEOUT),
@@ -102,6 +90,7 @@ impl NextHops {
             hostname: hostname.to_owned(),
             timeouts,
             cancel: cancel.clone(),
+            ids: ids.clone(),
             limit: None,
             sessions: HashMap::new(),
             closing: Vec::new(),
@@ -118,14 +107,21 @@ impl NextHops {
         self.limit = Some(Instant::now() + CONTENT_DEADLINE.min(self.timeouts.end));
     }
 
-    /// A new transaction: what was asked for the last one is forgotten.
+    /// What follows is about one message that nobody waits for.
+    pub fn set_retry_deadline(&mut self) {
+        self.limit = Some(Instant::now() + RETRY_DEADLINE);
+    }
+
+    /// Begins a new transaction: recipients checked for the last one are forgotten.
     pub fn begin(&mut self) {
         self.closing.drain(..).for_each(ClientSession::quit);
         self.sessions.values_mut().filter(|session| session.open).for_each(HopSession::abort_transaction);
     }
 
-    /// Asks whether a next hop takes a recipient; `Err`: its reply, or that it is down. `message`: its sender, and
-    /// what is known of its content.
+    /// Checks a recipient with its next hop. `message`: the envelope so far, and what is known of the content.
+    ///
+    /// # Errors
+    /// The next hop's reply as the provider must receive it, or 451 if the next hop is down.
     pub fn check_recipient(
         &mut self,
         hop: &NextHop,
@@ -133,33 +129,29 @@ impl NextHops {
         recipient: &Recipient,
     ) -> Result<(), Reply> {
         let session = self.sessions.entry(hop.clone()).or_default();
-        if session.open
-            && session.recipients.iter().any(|asked| recipients::same_mailbox(&asked.mailbox, &recipient.mailbox))
-        {
+        if session.open && session.recipients.iter().any(|known| same_mailbox(&known.mailbox, &recipient.mailbox)) {
             return Ok(());
         }
-        // RFC 6531 section 3.4: a recipient who needs SMTPUTF8 needs it at MAIL; the content goes to all in another
-        // transaction then.
-        let utf8 = message.utf8 || !recipient.mailbox.is_ascii();
+        // RFC 6531 section 3.4: a recipient that needs SMTPUTF8 needs it at MAIL; then the content goes to all recipients
+        // in another transaction.
+        let utf8 = message.envelope.utf8 || !recipient.mailbox.is_ascii();
         if session.open && utf8 && !session.utf8 {
             session.abort_transaction();
         }
-        let message = &OutgoingMessage { utf8, ..message.clone() };
-        // That a session has ended in a pause between two messages says nothing of the next hop.
+        let mut message = message.clone();
+        message.envelope.utf8 = utf8;
+        // A session that ended between two messages says nothing about the next hop.
         let idle = session.session.is_some() && !session.open;
-        let asked = match self.try_recipient(hop, message, recipient) {
+        let checked = match self.try_recipient(hop, &message, recipient) {
             Err(SessionFailure::Lost(_) | SessionFailure::Broken(_)) if idle => {
-                self.try_recipient(hop, message, recipient)
+                self.try_recipient(hop, &message, recipient)
             }
             other => other,
         };
-        let reply = asked.unwrap_or_else(|failure| unavailable_reply(hop, &failure));
-        match reply.code() {
-            200..=299 => Ok(()),
-            // Behind RCPT a 552 means too many recipients, and so "later" (RFC 5321 section 4.5.3.1.10); what a next hop
-            // means by it is its quota, or its SIZE.
-            552 => Err(reply.with_code(550).for_relaying()),
-            _ => Err(upstream_reply(hop, reply)),
+        match checked {
+            Ok(reply) if reply.is_positive() => Ok(()),
+            Ok(reply) => Err(upstream_reply(hop, status::rcpt_reply_of_hop(reply))),
+            Err(failure) => Err(unavailable_reply(hop, &failure)),
         }
     }
 
@@ -179,38 +171,42 @@ impl NextHops {
         replied
     }
 
-    /// Delivers a message to the recipients that a next hop has; a fate for each of them.
+    /// Delivers a message to its recipients at a next hop.
+    ///
+    /// # Errors
+    /// The content cannot be read.
     pub fn deliver(
         &mut self,
         hop: &NextHop,
         message: &OutgoingMessage,
         content: &mut dyn Content,
-        origin: Option<&ClientInfo>,
+        info: Option<&ClientInfo>,
     ) -> io::Result<HopDelivery> {
         let before = self.sessions.get(hop).is_some_and(|session| session.session.is_some());
-        let mut delivered = self.try_delivery(hop, message, content, origin)?;
-        // A session that was there before may have ended while the content came. Nobody has it yet.
-        let nobody = |result: &DeliveryResult| {
-            let lost = result.decided_by == DecidedBy::ConnectionLoss;
-            lost && result.recipients.iter().all(|status| matches!(status, RecipientStatus::Deferred(_)))
+        let mut delivered = self.try_delivery(hop, message, content, info)?;
+        // A session that was there before may have ended while the content arrived. No recipient has it yet.
+        let untouched = |result: &DeliveryResult| {
+            let deferred = |status: &RecipientStatus| matches!(status, RecipientStatus::Deferred(_));
+            result.decided_by == DecidedBy::ConnectionLoss && result.recipients.iter().all(deferred)
         };
-        if before && delivered.as_ref().is_ok_and(nobody) {
-            delivered = self.try_delivery(hop, message, content, origin)?;
+        if before && delivered.as_ref().is_ok_and(untouched) {
+            delivered = self.try_delivery(hop, message, content, info)?;
         }
-        let later =
-            |failure| vec![RecipientStatus::Deferred(unavailable_reply(hop, &failure)); message.recipients.len()];
+        let count = message.envelope.recipients.len();
+        let later = |failure| vec![RecipientStatus::Deferred(unavailable_reply(hop, &failure)); count];
         let statuses = delivered.map_or_else(later, |result| result.recipients);
-        let statuses = statuses.into_iter().map(|status| upstream_status(hop, status)).collect();
+        let recipients = statuses.into_iter().map(|status| upstream_status(hop, status)).collect();
         let session = self.sessions.get(hop).and_then(|session| session.session.as_ref());
-        let dsn = session.is_some_and(|session| session.client().offered().dsn);
-        // The next message comes from somebody else.
+        let dsn = session.is_some_and(|session| session.client().extensions().dsn);
+        let id = session.map_or_else(|| "-".to_owned(), |session| session.id().to_owned());
+        // XCLIENT holds for the rest of a session, and the next message comes from another client.
         if session.is_some_and(|session| session.client().is_client_overridden())
             && let Some(session) = self.sessions.get_mut(hop)
         {
             session.clear_transaction();
             self.closing.extend(session.session.take());
         }
-        Ok(HopDelivery { recipients: statuses, dsn })
+        Ok(HopDelivery { session: id, recipients, dsn })
     }
 
     fn try_delivery(
@@ -218,10 +214,10 @@ impl NextHops {
         hop: &NextHop,
         message: &OutgoingMessage,
         content: &mut dyn Content,
-        origin: Option<&ClientInfo>,
+        info: Option<&ClientInfo>,
     ) -> io::Result<Result<DeliveryResult, SessionFailure>> {
         content.rewind()?;
-        Ok(self.session(hop).map(|session| session.deliver(message, content, origin)))
+        Ok(self.session(hop).map(|session| session.deliver(message, content, info)))
     }
 
     /// The session with a next hop, connected.
@@ -230,9 +226,11 @@ impl NextHops {
         if session.session.is_none() {
             let begun = Instant::now();
             if session.down_until.is_some_and(|until| begun < until) {
-                return Err(SessionFailure::Lost("it was not reachable a moment ago".to_owned()));
+                return Err(SessionFailure::Unreachable("it was not reachable a moment ago".to_owned()));
             }
-            match connect_hop(hop, &self.hostname, &self.timeouts, &self.cancel, self.limit) {
+            let (id, timeouts, cancel) = (&self.ids.session_id(), &self.timeouts, &self.cancel);
+            let connect = Connect { id, peer: 'S', tls: None, timeouts, cancel, limit: self.limit };
+            match connect_hop(hop, &self.hostname, &connect) {
                 Ok(connected) => session.session = Some(connected),
                 Err(failure) => {
                     session.mark_down(begun, DOWN_PAUSE);
@@ -262,7 +260,7 @@ impl HopSession {
             if !reply.is_positive() {
                 return Ok(reply);
             }
-            (self.open, self.utf8) = (true, message.utf8);
+            (self.open, self.utf8) = (true, message.envelope.utf8);
         }
         let reply = session.add_recipient(recipient)?;
         if reply.is_positive() {
@@ -271,42 +269,41 @@ impl HopSession {
         Ok(reply)
     }
 
-    /// Leaves the next hop alone after something that began then and failed; `least`: at least so long.
+    /// Leaves the next hop alone after a failure of something that began at `begun`; for `least` at least.
     fn mark_down(&mut self, begun: Instant, least: Duration) {
         let waited = begun.elapsed();
-        let rest = if waited > DOWN_PAUSE { least.max((10 * waited).min(LONGEST_DOWN_PAUSE)) } else { least };
-        self.down_until = Some(Instant::now() + rest);
+        let slow = waited > DOWN_PAUSE;
+        let pause = if slow { least.max((10 * waited).min(LONGEST_DOWN_PAUSE)) } else { least };
+        self.down_until = Some(Instant::now() + pause);
     }
 
     fn deliver(
         &mut self,
         message: &OutgoingMessage,
         content: &mut dyn Content,
-        origin: Option<&ClientInfo>,
+        info: Option<&ClientInfo>,
     ) -> DeliveryResult {
         let begun = Instant::now();
-        let by_loss = |reply: Reply| {
-            let statuses = vec![RecipientStatus::Deferred(reply); message.recipients.len()];
-            DeliveryResult { recipients: statuses, decided_by: DecidedBy::ConnectionLoss }
+        let recipients = &message.envelope.recipients;
+        let Some(session) = &mut self.session else {
+            return DeliveryResult::lost("no session with the next hop", recipients.len());
         };
-        let lost = |text: &str| by_loss(Reply::new(451, "4.4.2", text.to_owned()));
-        let Some(session) = &mut self.session else { return lost("no session with the next hop") };
-        let offered = session.client().offered();
-        let origin = origin.filter(|_| !offered.xclient.is_empty() || !offered.xforward.is_empty());
-        // What was asked is gone on with, if it is what is wanted and nothing must be said before.
+        let offered = session.client().extensions();
+        let info = info.filter(|_| !offered.xclient.is_empty() || !offered.xforward.is_empty());
+        // The open transaction goes on if its recipients are the right ones and no other command must come first.
         let fits = offered.eight_bit || !message.eight_bit;
-        let result = if self.open && self.recipients == message.recipients && origin.is_none() && fits {
+        let result = if self.open && self.recipients == *recipients && info.is_none() && fits {
             session.send_data(content, message.size)
         } else {
             session.abort_transaction();
-            match origin.map_or(Ok(()), |origin| session.send_client_info(origin)) {
+            match info.map_or(Ok(()), |info| session.send_client_info(info)) {
                 Ok(()) => session.send_message(message.clone(), content),
-                Err(failure) => lost(&failure.to_string()),
+                Err(failure) => DeliveryResult::lost(failure.to_string(), recipients.len()),
             }
         };
         self.clear_transaction();
         if result.decided_by == DecidedBy::ConnectionLoss
-            || self.session.as_ref().is_some_and(|it| it.client().closing())
+            || self.session.as_ref().is_some_and(|session| session.client().closing())
         {
             self.end();
             self.mark_down(begun, Duration::ZERO);
@@ -314,7 +311,6 @@ impl HopSession {
         result
     }
 
-    /// Lets the transaction go that is open.
     fn abort_transaction(&mut self) {
         self.clear_transaction();
         if let Some(session) = &mut self.session {
@@ -333,32 +329,26 @@ impl HopSession {
     }
 }
 
-fn connect_hop(
-    hop: &NextHop,
-    hostname: &str,
-    timeouts: &Timeouts,
-    cancel: &CancelToken,
-    limit: Option<Instant>,
-) -> Result<ClientSession, SessionFailure> {
-    let lost = |error: io::Error| SessionFailure::Lost(format!("{hop}: {error}"));
+fn connect_hop(hop: &NextHop, hostname: &str, connect: &Connect<'_>) -> Result<ClientSession, SessionFailure> {
+    let unreachable = |error: io::Error| SessionFailure::Unreachable(format!("{hop}: {error}"));
     let options = |lmtp| ClientOptions { name: hostname.to_owned(), lmtp, chunking: true, ..ClientOptions::default() };
     let (address, lmtp) = match hop {
         NextHop::LmtpUnix(path) => {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
             let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
-            let socket = socket.map_err(|error| lost(error.into()))?;
-            // Without waiting: a listener that is there and takes nobody would hold us for ever.
+            let socket = socket.map_err(|error| unreachable(error.into()))?;
+            // Non-blocking: a listener that never accepts would block us for ever.
             SocketAddrUnix::new(path)
                 .and_then(|address| rustix::net::connect(&socket, &address))
-                .map_err(|error| lost(error.into()))?;
-            return connect_over(socket, &hop.to_string(), options(true), None, timeouts, cancel, limit);
+                .map_err(|error| unreachable(error.into()))?;
+            return connect.over(socket, options(true));
         }
         NextHop::Lmtp { address, .. } => (address, true),
         NextHop::Smtp { address, .. } => (address, false),
     };
-    let mut last = SessionFailure::Lost(format!("{address} has no address"));
-    for address in address.to_socket_addrs().map_err(lost)? {
-        match connect(address, options(lmtp), None, timeouts, cancel, limit) {
+    let mut last = SessionFailure::NoHost(format!("{address} has no address"));
+    for address in address.to_socket_addrs().map_err(unreachable)? {
+        match connect.to(address, options(lmtp)) {
             Ok(session) => return Ok(session),
             Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
             Err(failure) => last = failure,
@@ -367,302 +357,40 @@ fn connect_hop(
     Err(last)
 }
 
-/// What the provider hears of a next hop that is down: the mail stays there.
+/// The reply to the provider if the next hop is down: the mail stays there.
 fn unavailable_reply(hop: &NextHop, failure: &SessionFailure) -> Reply {
-    log::warn!("event=next-hop-failed next-hop={:?} error={:?}", hop.to_string(), failure.to_string());
+    log::warn!("event=next-hop-failed next-hop={} error={}", quoted(hop), quoted(failure));
     Reply::new(451, "4.4.1", "The mail server behind this one is not available now")
 }
 
-/// A next hop's reply as the provider shall hear it: as it is, unless it speaks of us and not of the mail.
-fn upstream_reply(hop: &NextHop, reply: Reply) -> Reply {
-    match reply.code() {
-        400..=420 | 422..=499 | 505..=529 | 531..=599 => reply.for_relaying(),
-        421 => Reply::new(451, "4.3.2", "The mail server behind this one is not available now"),
-        // It does not know a command, or wants authentication: nobody's mail may come back for that.
-        _ => {
-            log::error!("event=next-hop-unfit next-hop={:?} reply={:?}", hop.to_string(), reply.to_string());
+/// A next hop's negative reply as the provider must receive it.
+fn upstream_reply(hop: &NextHop, reply: HopReply) -> Reply {
+    match reply {
+        HopReply::AboutMail(reply) => reply,
+        HopReply::Unavailable => Reply::new(451, "4.3.2", "The mail server behind this one is not available now"),
+        HopReply::Unfit(reply) => {
+            log::error!("event=next-hop-unfit next-hop={} reply={}", quoted(hop), quoted(reply));
             Reply::new(451, "4.3.5", "The mail server behind this one does not take mail from here")
         }
     }
 }
 
-/// A fate as the provider shall hear of it, or the retries.
+/// A status as the provider must learn of it, or the retries.
 fn upstream_status(hop: &NextHop, status: RecipientStatus) -> RecipientStatus {
     match status {
-        // Behind RCPT, where that one counts as "later" (RFC 5321 section 4.5.3.1.10): see `ask`.
+        // The reply to RCPT, where 552 counts as "later" for us, not for the provider.
         RecipientStatus::Deferred(reply) if reply.code() == 552 => {
-            RecipientStatus::Rejected(reply.with_code(550).for_relaying())
+            RecipientStatus::Rejected(upstream_reply(hop, status::rcpt_reply_of_hop(reply)))
         }
-        // We have decided so, though the words are those of a refusal: a hop that has forgotten EHLO for a minute.
+        // We have deferred it, though the reply is a rejection: a next hop that does not know EHLO for a minute.
         RecipientStatus::Deferred(reply) if reply.code() >= 500 => {
             RecipientStatus::Deferred(Reply::new(451, "4.3.5", format!("Not now: {reply}")))
         }
-        RecipientStatus::Deferred(reply) => RecipientStatus::Deferred(upstream_reply(hop, reply)),
-        RecipientStatus::Rejected(reply) => match upstream_reply(hop, reply) {
-            reply if reply.code() < 500 => RecipientStatus::Deferred(reply),
-            reply => RecipientStatus::Rejected(reply),
-        },
+        RecipientStatus::Deferred(reply) => RecipientStatus::Deferred(upstream_reply(hop, status::reply_of_hop(reply))),
+        RecipientStatus::Rejected(reply) => {
+            RecipientStatus::after_negative(&upstream_reply(hop, status::reply_of_hop(reply)))
+        }
         other => other,
-    }
-}
-
-/// Content that can be sent again from its beginning.
-pub trait Content: Read {
-    fn rewind(&mut self) -> io::Result<()>;
-}
-
-impl Content for QueuedMessage {
-    fn rewind(&mut self) -> io::Result<()> {
-        self.rewind()
-    }
-}
-
-/// Content that is looked at as a whole, or sent more than once: a small one in memory, a large one in a file that is
-/// gone with us.
-#[derive(Default)]
-pub struct SpooledContent {
-    memory: Vec<u8>,
-    file: Option<BufWriter<File>>,
-    sizer: WireSize,
-    eight_bit: bool,
-    /// Where the next octet is read, as long as there is no file.
-    at: usize,
-}
-
-impl SpooledContent {
-    /// `file`: makes the file, when it is needed.
-    pub fn write(&mut self, octets: &[u8], file: impl FnOnce() -> io::Result<File>) -> io::Result<()> {
-        self.sizer.feed(octets);
-        self.eight_bit |= !octets.is_ascii();
-        if self.file.is_none() && self.memory.len() + octets.len() > MEMORY_LIMIT {
-            let mut begun = BufWriter::new(file()?);
-            begun.write_all(&self.memory)?;
-            self.file = Some(begun);
-        }
-        match &mut self.file {
-            Some(file) => file.write_all(octets),
-            None => {
-                self.memory.extend_from_slice(octets);
-                Ok(())
-            }
-        }
-    }
-
-    /// Octets on the wire.
-    pub fn size(&self) -> u64 {
-        self.sizer.finish()
-    }
-
-    pub fn eight_bit(&self) -> bool {
-        self.eight_bit
-    }
-
-    /// The first octets, where the header is.
-    pub fn first_octets(&self) -> &[u8] {
-        &self.memory
-    }
-}
-
-/// From where [`Content::restart`] has put it.
-impl Read for SpooledContent {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if let Some(file) = &mut self.file {
-            return file.get_mut().read(buffer);
-        }
-        let octets = (&self.memory[self.at..]).read(buffer)?;
-        self.at += octets;
-        Ok(octets)
-    }
-}
-
-impl Content for SpooledContent {
-    fn rewind(&mut self) -> io::Result<()> {
-        self.at = 0;
-        self.file.as_mut().map_or(Ok(()), Seek::rewind)
-    }
-}
-
-/// Who has decided on a message.
-#[derive(Clone, Copy)]
-pub struct HopName<'a> {
-    pub name: &'a str,
-    /// It tells senders who asked (RFC 3461).
-    pub dsn: bool,
-}
-
-/// Mail that a next hop shall have and nobody else keeps: it waits under ROOT and is tried again.
-pub struct RetryQueue {
-    queue: Queue,
-    reporter: Reporter,
-    retry: Retry,
-    hostname: String,
-    timeouts: Timeouts,
-}
-
-impl RetryQueue {
-    /// `desk`: tells senders what became of their mail, as far as anybody can be told.
-    pub fn new(config: &config::CustomerConfig, mailboxes: &Mailboxes, reporter: Reporter) -> RetryQueue {
-        RetryQueue {
-            queue: mailboxes.queue().clone(),
-            reporter,
-            retry: config.outgoing.as_ref().map(|outgoing| outgoing.retry.clone()).unwrap_or_default(),
-            hostname: config.hostname.clone(),
-            timeouts: config.timeouts.clone(),
-        }
-    }
-
-    /// Whether anything could be stored.
-    pub fn is_ready(&self) -> io::Result<()> {
-        self.queue.maildir(&QueueName::Retry).unnamed_file(&self.queue.unique()).map(drop)
-    }
-
-    /// Stores what became neither delivered nor the provider's again, durably; then acts on the fates, one a recipient.
-    /// `by`: who has decided on them.
-    pub fn store(
-        &self,
-        envelope: Envelope,
-        statuses: Vec<RecipientStatus>,
-        content: &mut dyn Content,
-        by: HopName<'_>,
-    ) -> io::Result<()> {
-        content.rewind()?;
-        let mut copies = self.queue.begin_message(&[(QueueName::Retry, envelope)], "")?;
-        for_each_block(content, |piece| copies.write(piece))?;
-        let entries = copies.commit()?;
-        // It is safe: whatever fails now, it is tried again.
-        if let Err(error) = self.finish_stored(entries, statuses, by) {
-            log::warn!("event=handover-unsettled error={error:?}");
-        }
-        Ok(())
-    }
-
-    fn finish_stored(
-        &self,
-        entries: Vec<Entry>,
-        statuses: Vec<RecipientStatus>,
-        by: HopName<'_>,
-    ) -> Result<(), String> {
-        let mut lock = self.lock()?;
-        for entry in entries {
-            let message = lock.open_message(&QueueName::Retry, entry).map_err(|error| error.to_string())?;
-            if let Some(message) = message {
-                self.finish_attempt(message, statuses.clone(), by, &mut lock).map_err(|error| error.to_string())?;
-            }
-        }
-        Ok(())
-    }
-
-    fn finish_attempt(
-        &self,
-        message: QueuedMessage,
-        mut statuses: Vec<RecipientStatus>,
-        by: HopName<'_>,
-        lock: &mut QueueLock,
-    ) -> io::Result<DeliveryResult> {
-        for status in &mut statuses {
-            // Here it is not "too many recipients" (RFC 5321 section 4.5.3.1.10), and so not for at once.
-            if let RecipientStatus::Deferred(reply) = status
-                && reply.code() == 452
-            {
-                *status = RecipientStatus::Deferred(reply.clone().with_code(451));
-            }
-        }
-        let context = format!("next-hop={:?}", by.name);
-        let peer = Peer { name: None, dsn: by.dsn };
-        let attempt = Attempt { peer, retry: Some(&self.retry), done: "handed-over", context: &context };
-        self.reporter.finish_attempt(
-            message,
-            DeliveryResult { recipients: statuses, decided_by: DecidedBy::Peer },
-            &attempt,
-            lock,
-        )
-    }
-
-    fn lock(&self) -> Result<QueueLock, String> {
-        self.queue.try_lock(&QueueName::Retry).map_err(|error| match error {
-            LockError::Busy(_) => "another process is at it".to_owned(),
-            LockError::Failed(error) => error.to_string(),
-        })
-    }
-
-    /// When the next attempt is due; `None`: nothing waits.
-    pub fn due(&self) -> Option<SystemTime> {
-        self.queue.next_due(&QueueName::Retry).unwrap_or(None)
-    }
-
-    /// Tries what is due.
-    pub fn retry(&self, mailboxes: &Mailboxes, cancel: &CancelToken) {
-        if self.due().is_none_or(|due| due > SystemTime::now()) {
-            return;
-        }
-        let mut lock = match self.lock() {
-            Ok(lock) => lock,
-            Err(error) => return log::info!("event=handover-waits reason={error:?}"),
-        };
-        let mut hops = NextHops::new(&self.hostname, &self.timeouts, cancel);
-        while !cancel.is_cancelled() {
-            lock.heartbeat();
-            let Some(mut message) = lock.next_message() else { return };
-            let (statuses, name, dsn) = self.attempt(mailboxes, &mut hops, &mut message);
-            // What is wrong with it stands in the log.
-            let _ = self.finish_attempt(message, statuses, HopName { name: &name, dsn }, &mut lock);
-        }
-    }
-
-    /// One message, to wherever its recipients belong by the rules as they are now.
-    fn attempt(
-        &self,
-        mailboxes: &Mailboxes,
-        hops: &mut NextHops,
-        message: &mut QueuedMessage,
-    ) -> (Vec<RecipientStatus>, String, bool) {
-        let recipients = message.envelope.recipients.clone();
-        let mut statuses: Vec<Option<RecipientStatus>> = vec![None; recipients.len()];
-        // Of a delivery into a Maildir of ours nobody else tells; that one is as rare as a change of the rules.
-        let (mut name, mut dsn) = ("-".to_owned(), false);
-        for number in 0..recipients.len() {
-            if statuses[number].is_some() {
-                continue;
-            }
-            match mailboxes.destination(&recipients[number].mailbox) {
-                // It was taken by rules that are no more.
-                None => {
-                    statuses[number] =
-                        Some(RecipientStatus::Rejected(Reply::new(550, "5.1.1", "No such mailbox here any more")))
-                }
-                Some(recipients::Destination::Maildir { path, folders }) => {
-                    let from = message.envelope.from.clone();
-                    let copied = mailboxes.copy(&from, &recipients[number].mailbox, (&path, &folders), message);
-                    statuses[number] = Some(copied);
-                }
-                Some(recipients::Destination::NextHop(hop)) => {
-                    let same = |other: &usize| matches!(mailboxes.destination(&recipients[*other].mailbox), Some(recipients::Destination::NextHop(its)) if its == hop);
-                    let numbers: Vec<_> = (number..recipients.len()).filter(same).collect();
-                    let wanted = numbers.iter().map(|number| recipients[*number].clone()).collect();
-                    let outgoing = OutgoingMessage { recipients: wanted, ..message.outgoing_message() };
-                    hops.limit = Some(Instant::now() + RETRY_DEADLINE);
-                    let found = hops.deliver(&hop, &outgoing, message, None).unwrap_or_else(|error| HopDelivery {
-                        recipients: vec![
-                            RecipientStatus::Deferred(storage_failure_reply(&error));
-                            outgoing.recipients.len()
-                        ],
-                        dsn: false,
-                    });
-                    (name, dsn) = (hop.to_string(), found.dsn);
-                    for (number, status) in numbers.into_iter().zip(found.recipients) {
-                        let mailbox = &recipients[number].mailbox;
-                        statuses[number] = Some(match status {
-                            RecipientStatus::Rejected(_) if mailboxes.must_accept(mailbox) => {
-                                mailboxes.deliver_fallback(&outgoing.from, mailbox, message)
-                            }
-                            status => status,
-                        });
-                    }
-                }
-            }
-        }
-        let untried = || RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet"));
-        (statuses.into_iter().map(|status| status.unwrap_or_else(untried)).collect(), name, dsn)
     }
 }
 
@@ -670,7 +398,7 @@ impl RetryQueue {
 mod tests {
     use super::*;
 
-    /// What was decided is passed up, whatever the code of its words.
+    /// The status is passed on, whatever the code of its reply.
     #[test]
     fn a_deferral_stays_one_and_a_refusal_for_its_size_becomes_one() {
         let hop = NextHop::LmtpUnix("/run/lmtp".into());
@@ -697,11 +425,11 @@ mod tests {
         }
     }
 
-    /// What a next hop says, and what the provider hears.
+    /// A next hop's reply, and what the provider receives.
     #[test]
     fn replies_about_the_mail_are_passed_on_and_others_are_not() {
         let hop = NextHop::LmtpUnix("/run/lmtp".into());
-        for (said, heard) in [
+        for (reply, wanted) in [
             (Reply::new(550, "5.1.1", "No such user"), "550 5.1.1 No such user"),
             (Reply::new(452, "4.2.2", "Over quota"), "452 4.2.2 Over quota"),
             (Reply::bare(550, "non\u{e9}"), "550 5.0.0 non?"),
@@ -710,29 +438,7 @@ mod tests {
             (Reply::bare(500, "what"), "451 4.3.5 The mail server behind this one does not take mail from here"),
             (Reply::bare(354, "odd"), "451 4.3.5 The mail server behind this one does not take mail from here"),
         ] {
-            assert_eq!(upstream_reply(&hop, said).to_string(), heard);
-        }
-    }
-
-    #[test]
-    fn content_is_read_again_from_memory_and_from_a_file() {
-        for (pieces, in_memory) in [(1, true), (MEMORY_LIMIT / 1000 + 2, false)] {
-            let piece = [b"x".repeat(998), b"\r\n".to_vec()].concat();
-            let (mut scratch, mut files) = (SpooledContent::default(), 0);
-            for _ in 0..pieces {
-                let made = scratch.write(&piece, || {
-                    files += 1;
-                    tempfile::tempfile()
-                });
-                made.unwrap();
-            }
-            assert_eq!((files == 0, scratch.size(), scratch.eight_bit()), (in_memory, 1000 * pieces as u64, false));
-            for _ in 0..2 {
-                let mut all = Vec::new();
-                scratch.rewind().unwrap();
-                scratch.read_to_end(&mut all).unwrap();
-                assert!(all == piece.repeat(pieces) && scratch.first_octets().starts_with(&piece));
-            }
+            assert_eq!(upstream_reply(&hop, status::reply_of_hop(reply)).to_string(), wanted);
         }
     }
 }

@@ -1,9 +1,8 @@
-//! The customer's outgoing mail: it waits in a Maildir until a call takes it to the provider.
+//! The customer's outgoing mail: it waits in a queue until a call sends it to the provider.
 //!
-//! Mail for the customer's own domains does not travel: it is delivered at once, or with the next call when the
-//! user who sends may not write into mailboxes. What the provider does not
-//! take at all (502, 503, 530 or 550 to MAIL: RFC 2645 section 5.4 lets it) goes to the submission host, if
-//! there is one, and otherwise waits, and that is said.
+//! Mail for the customer's own domains does not travel: it is delivered at once, or with the next call if the user who
+//! sends may not write into mailboxes. If the provider accepts no mail at all (502, 503, 530 or 550 to MAIL: RFC 2645
+//! section 5.4 permits that), it goes to the submission host, if one is configured; otherwise it waits, which is logged.
 
 use std::fs::File;
 use std::io;
@@ -12,42 +11,51 @@ use std::time::Duration;
 
 use super::counters::CallCounters;
 use super::mailboxes::{Mailboxes, RejectedRecipient, Routing};
-use super::next_hop::RetryQueue;
-use super::receiver::SuccessDsn;
-use crate::config;
+use super::retry_queue::RetryQueue;
+use super::store;
+use super::success_dsn::SuccessDsn;
+use crate::clock::Timestamp;
+use crate::config::{CustomerConfig, OutgoingConfig};
 use crate::ids::Ids;
-use crate::mail::address::{ForwardPath, Mailbox};
+use crate::mail::address::{Domain, ForwardPath, Mailbox};
 use crate::mail::header::{HeaderAdditions, HeaderCompleter};
-use crate::maildir::{MessageWriter, for_each_block};
-use crate::net::connection::CancelToken;
-use crate::queue::{Envelope, LockError, Queue, QueueLock, QueueName, QueuedMessage};
-use crate::report::{Attempt, DsnMessage, DsnSink, Peer, Reporter};
-use crate::session::client::{ClientSession, Remote, SessionFailure, mail_not_accepted_here};
-use crate::session::server::disk_full_reply;
-use crate::smtp::client::{Client, DecidedBy, DeliveryResult, RecipientStatus};
-use crate::smtp::command::{MailFrom, Recipient};
+use crate::maildir::{MessageWriter, for_each_block, has_room};
+use crate::net::cancel::CancelToken;
+use crate::net::trace::quoted;
+use crate::queue::{LockError, Queue, QueueLock, QueueName, QueuedEnvelope, QueuedMessage};
+use crate::report::{Attempt, DsnMessage, DsnSink, Reporter, Via};
+use crate::session::client::{ClientSession, Connect, SessionFailure};
+use crate::session::{Remote, Timeouts, disk_full_reply};
+use crate::smtp::client::{Client, ClientOptions};
+use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::reply::Reply;
+use crate::smtp::server::message_too_large;
+use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
 /// The outgoing queue and its ways out.
 pub struct Outbox {
-    config: config::OutgoingConfig,
+    config: OutgoingConfig,
     hostname: String,
-    timeouts: config::Timeouts,
-    store_: OutgoingStore,
+    timeouts: Timeouts,
+    store: OutgoingStore,
     reporter: Reporter,
     retry_queue: Arc<RetryQueue>,
     waker: OnceLock<Waker>,
 }
 
-/// Wakes who hands mail over to next hops.
+/// Wakes the thread that tries the retry queue.
 type Waker = Box<dyn Fn() + Send + Sync>;
 
 impl Outbox {
-    /// `None`: the customer sends nothing.
-    pub fn new(config: &config::CustomerConfig, mailboxes: &Arc<Mailboxes>, ids: &Ids) -> Option<Outbox> {
+    /// `None`: the customer sends no mail.
+    pub fn new(config: &CustomerConfig, mailboxes: &Arc<Mailboxes>, ids: &Ids) -> Option<Outbox> {
         let outgoing = config.outgoing.as_ref()?;
-        let queue = Queue::new(&outgoing.queue, &config.hostname, ids.clone(), config.timeouts.takeover);
-        let store = OutgoingStore { queue, mailboxes: mailboxes.clone(), ids: ids.clone() };
+        let store = OutgoingStore {
+            queue: Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover),
+            name: store::outgoing_queue(&outgoing.queue),
+            mailboxes: mailboxes.clone(),
+            ids: ids.clone(),
+        };
         let reporter = Reporter::new(&config.hostname, ids, Some(Arc::new(store.clone())));
         Some(Outbox {
             config: outgoing.clone(),
@@ -55,12 +63,12 @@ impl Outbox {
             timeouts: config.timeouts.clone(),
             retry_queue: Arc::new(RetryQueue::new(config, mailboxes, reporter.clone())),
             reporter,
-            store_: store,
+            store,
             waker: OnceLock::new(),
         })
     }
 
-    pub fn config(&self) -> &config::OutgoingConfig {
+    pub fn config(&self) -> &OutgoingConfig {
         &self.config
     }
 
@@ -69,35 +77,35 @@ impl Outbox {
     }
 
     pub fn ids(&self) -> &Ids {
-        &self.store_.ids
+        &self.store.ids
     }
 
     pub fn retry_queue(&self) -> &Arc<RetryQueue> {
         &self.retry_queue
     }
 
-    /// `wake` is called when mail has come for a next hop. Where nobody is woken it goes with the next call, or when a
-    /// daemon looks.
+    pub fn reporter(&self) -> &Reporter {
+        &self.reporter
+    }
+
+    /// `wake` is called when a message was put into the retry queue. Without it the message waits for the next call, or
+    /// until a daemon looks.
     pub fn on_retry_queued(&self, wake: Waker) {
         let _ = self.waker.set(wake);
     }
 
-    /// Mail was put for a next hop.
+    /// Reports a message that was put into the retry queue.
     pub fn wake_retries(&self) {
         if let Some(wake) = self.waker.get() {
             wake();
         }
     }
 
-    pub fn reporter(&self) -> &Reporter {
-        &self.reporter
-    }
-
-    /// The mailbox a path means: one of ours, which must exist, or one elsewhere.
+    /// The mailbox that a path means: one of ours, which must exist, or one elsewhere.
     pub fn recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         match path {
             ForwardPath::Mailbox(mailbox)
-                if !mailbox.domain().is_some_and(|domain| self.store_.accepts_domain(domain)) =>
+                if !mailbox.domain().is_some_and(|domain| self.store.accepts_domain(domain)) =>
             {
                 let qualified = mailbox.domain().is_some_and(|domain| domain.as_str().contains('.'));
                 // RFC 6409 section 4.2.
@@ -105,138 +113,139 @@ impl Outbox {
                 qualified.then(|| mailbox.clone()).ok_or_else(unqualified)
             }
             ours => {
-                self.store_.mailboxes.resolve(ours)?;
-                self.store_.mailboxes.canonical_recipient(ours)
+                self.store.mailboxes.resolve(ours)?;
+                self.store.mailboxes.canonical_recipient(ours)
             }
         }
     }
 
-    /// Whether so many octets more may come.
+    /// Rejects a message of this size if it is too large, or the disk would not hold it.
     pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
         self.check_size(octets)?;
-        if self.store_.queue.has_room(octets) { Ok(()) } else { Err(disk_full_reply()) }
+        if has_room(&self.store.name.path, octets) { Ok(()) } else { Err(disk_full_reply()) }
     }
 
-    /// Whether a message may have so many octets.
+    /// Rejects a message of this size if it is too large.
     pub fn check_size(&self, octets: u64) -> Result<(), Reply> {
-        if octets > self.config.max_size {
-            Err(crate::smtp::server::message_too_large(self.config.max_size))
-        } else {
-            Ok(())
-        }
+        if octets > self.config.max_size { Err(message_too_large(self.config.max_size)) } else { Ok(()) }
     }
 
-    /// Begins to store a message; `received` is our `Received`, `from` a `From` for a header without one.
-    pub fn store(&self, letter: &Submission<'_>, received: &str) -> io::Result<SubmissionWriter> {
+    /// Begins to store a message; `received` is our `Received`.
+    pub fn store(&self, submission: &Submission<'_>, received: &str) -> io::Result<SubmissionWriter> {
         let additions = HeaderAdditions {
-            date: letter.arrived.rfc5322(),
-            message_id: format!("<{}@{}>", letter.id, self.hostname),
-            from: letter.header_from.clone(),
-            drop_bcc: letter.drop_bcc,
+            date: submission.arrived.rfc5322(),
+            message_id: format!("<{}@{}>", submission.id, self.hostname),
+            from: submission.header_from.clone(),
+            drop_bcc: submission.drop_bcc,
         };
-        let envelope = Envelope::new(letter.mail, letter.recipients.to_vec(), letter.id, letter.arrived);
-        let (here, elsewhere) = self.store_.divide(envelope);
-        // Where nothing is known of its size, only who is full already has no room.
-        let octets = letter.mail.size.unwrap_or(1) + received.len() as u64;
-        let (copies, begun) = self.store_.begin(&here, &elsewhere, octets, received)?;
-        // What stays here is delivered with its commit; of the rest others will tell.
-        let told = begun.as_ref().and_then(|begun| SuccessDsn::new(&self.reporter, &here, begun, false));
-        let waits = begun.is_some_and(|begun| !begun.hop_recipients.is_empty());
-        Ok(SubmissionWriter {
-            copies,
-            completer: HeaderCompleter::new(additions),
-            buffer: Vec::new(),
-            success_dsn: told,
-            retry_queued: waits,
-        })
+        let message = QueuedEnvelope {
+            id: submission.id.to_owned(),
+            arrived: submission.arrived,
+            envelope: submission.envelope.clone(),
+        };
+        let (here, elsewhere) = self.store.divide(&message);
+        // Without an announced size only a mailbox that is full already has no room.
+        let octets = submission.size.unwrap_or(1) + received.len() as u64;
+        let (writer, routing) = self.store.begin(&here, &elsewhere, octets, received)?;
+        // Recipients here have the message with its commit; the hosts elsewhere report of the others.
+        let success_dsn = routing.as_ref().and_then(|routing| SuccessDsn::new(&self.reporter, &here, routing, false));
+        let retry_queued = routing.is_some_and(|routing| !routing.hop_recipients.is_empty());
+        let completer = HeaderCompleter::new(additions);
+        let (id, recipients) = (message.id, elsewhere.envelope.recipients);
+        Ok(SubmissionWriter { writer, completer, buffer: Vec::new(), success_dsn, retry_queued, id, recipients })
     }
 
-    /// Messages that wait.
+    /// How many messages wait.
     pub fn waiting(&self) -> u64 {
-        let entries = self.store_.queue.maildir(&QueueName::Outgoing).entries();
-        entries.map_or(0, |entries| entries.len() as u64)
+        self.store.queue.count(&self.store.name, usize::MAX).unwrap_or(0) as u64
     }
 
-    /// What waits, for a listing.
+    /// Shows each message that waits.
     pub fn each_waiting(&self, show: impl FnMut(&QueuedMessage)) -> io::Result<()> {
-        self.store_.queue.each(&QueueName::Outgoing, show)
+        self.store.queue.each(&self.store.name, show)
     }
 
-    /// Room for content that is looked at before it is stored; it goes with its last descriptor.
-    pub fn scratch(&self) -> io::Result<File> {
-        let name = self.store_.ids.file_name(&self.hostname);
-        self.store_.queue.maildir(&QueueName::Outgoing).unnamed_file(&name)
+    /// A file that is gone with its last descriptor, for content that is read before it is stored.
+    pub fn unnamed_file(&self) -> io::Result<File> {
+        self.store.queue.unnamed_file(&self.store.name)
     }
 
-    fn lock(&self) -> Result<QueueLock, String> {
-        self.store_.queue.lock(&[QueueName::Outgoing]).map_err(|error| match error {
-            LockError::Busy(_) => "another call is sending the outgoing mail".to_owned(),
-            LockError::Failed(error) => error.to_string(),
-        })
+    fn lock_if_any(&self) -> Option<QueueLock> {
+        if self.store.queue.count(&self.store.name, 1).unwrap_or(0) == 0 {
+            return None;
+        }
+        let lock = self.store.queue.lock(std::slice::from_ref(&self.store.name));
+        let failed = |error: &LockError| {
+            let reason = match error {
+                LockError::Busy(_) => "another call is sending the outgoing mail".to_owned(),
+                LockError::Failed(error) => error.to_string(),
+            };
+            log::warn!("event=outgoing-waits reason={}", quoted(reason));
+        };
+        lock.inspect_err(failed).ok()
     }
 
-    /// Delivers what users who may not write into mailboxes have queued for our own.
+    /// Delivers messages for our own mailboxes that users without access to them have queued.
     pub fn deliver_here(&self) {
         let Some(mut lock) = self.lock_if_any() else { return };
         while let Some(mut message) = lock.next_message() {
-            let (here, _) = self.store_.divide(message.envelope.clone());
-            if here.recipients.is_empty() {
+            let queued =
+                QueuedEnvelope { id: message.id.clone(), arrived: message.arrived, envelope: message.envelope.clone() };
+            let (here, _) = self.store.divide(&queued);
+            if here.envelope.recipients.is_empty() {
                 continue;
             }
-            let refused = match self.copy(&here, &mut message) {
-                Ok(refused) => refused,
+            let rejected = match self.copy(&here, &mut message) {
+                Ok(rejected) => rejected,
                 Err(error) => {
-                    log::error!("event=delivery-failed id={} error={:?}", here.id, error.to_string());
+                    log::error!("event=storage-failed id={} error={}", here.id, quoted(error));
                     continue;
                 }
             };
-            // What was queued when the rules were others may have no mailbox any more.
-            let status = |recipient: &Recipient| match refused.iter().find(|(other, _)| other == recipient) {
-                Some((_, reply)) => RecipientStatus::Rejected(reply.clone()),
-                None if here.recipients.contains(recipient) => {
+            // A recipient that was accepted by earlier rules may have no mailbox any more.
+            let status = |recipient: &Recipient| match rejected.iter().find(|rejected| rejected.recipient == *recipient)
+            {
+                Some(RejectedRecipient { reply, .. }) => RecipientStatus::Rejected(reply.clone()),
+                None if here.envelope.recipients.contains(recipient) => {
                     RecipientStatus::Sent(Reply::new(250, "2.0.0", "Delivered here"))
                 }
                 None => RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet")),
             };
-            let statuses = message.envelope.recipients.iter().map(status).collect();
-            // Of a delivery that was asked for its sender has been told.
-            let peer = Peer { name: None, dsn: true };
-            let attempt = Attempt { peer, retry: None, done: "delivered", context: "here=yes" };
-            let _ = self.reporter.finish_attempt(
-                message,
-                DeliveryResult { recipients: statuses, decided_by: DecidedBy::Us },
-                &attempt,
-                &mut lock,
-            );
+            let recipients = message.envelope.recipients.iter().map(status).collect();
+            // The DSN of success was sent with the copies.
+            let attempt = Attempt::in_maildir("-", "-");
+            let result = DeliveryResult { recipients, decided_by: DecidedBy::Us };
+            let _ = self.reporter.finish_attempt(message, result, &attempt, &mut lock);
         }
     }
 
-    /// A queued message, into our mailboxes; those who have none.
-    fn copy(&self, here: &Envelope, message: &mut QueuedMessage) -> io::Result<Vec<RejectedRecipient>> {
-        let mut copies = MessageWriter::default();
-        let (begun, refused) = self.store_.mailboxes.begin_all(&mut copies, here, message.size, "")?;
-        let mut told = SuccessDsn::new(&self.reporter, here, &begun, false);
-        for_each_block(message, |piece| {
-            if let Some(told) = &mut told {
-                told.observe(piece);
+    /// Copies a queued message into our mailboxes; returns the recipients that have none.
+    fn copy(&self, here: &QueuedEnvelope, message: &mut QueuedMessage) -> io::Result<Vec<RejectedRecipient>> {
+        let mut writer = MessageWriter::default();
+        let (routing, rejected) = self.store.mailboxes.begin_all(&mut writer, here, message.size, "")?;
+        let mut success_dsn = SuccessDsn::new(&self.reporter, here, &routing, false);
+        for_each_block(message, |block| {
+            if let Some(dsn) = &mut success_dsn {
+                dsn.observe(block);
             }
-            copies.write(piece)
+            writer.write(block)
         })?;
-        copies.commit()?;
-        if let Some(told) = told {
-            told.send();
+        writer.commit()?;
+        if let Some(dsn) = success_dsn {
+            dsn.send();
         }
-        Ok(refused)
+        Ok(rejected)
     }
 
     /// Sends what is due in a session with the provider, before ATRN.
     pub fn send(&self, session: &mut ClientSession, counters: &CallCounters) -> Result<(), SessionFailure> {
         let Some(mut lock) = self.lock_if_any() else { return Ok(()) };
-        let mut said = false;
+        let id = session.id().to_owned();
+        let mut logged = false;
         session.send_queue(&mut lock, &mut |message, mut result, client, lock| {
-            if mail_not_accepted_here(&result).is_some() {
-                if !std::mem::replace(&mut said, true) {
-                    log::warn!("event=outgoing-kept reason={:?}", reason(&result));
+            if let Some(reply) = result.no_mail_accepted().cloned() {
+                if !std::mem::replace(&mut logged, true) {
+                    log::warn!("event=outgoing-waits session={id} reason={}", quoted(&reply));
                 }
                 for status in &mut result.recipients {
                     if let RecipientStatus::Rejected(reply) = status {
@@ -245,11 +254,11 @@ impl Outbox {
                 }
                 if self.config.submission.is_some() {
                     // It stays due: the submission host is next, in this very call.
-                    let settled = message.settle(&result, lock);
-                    return settled.unwrap_or_else(|error| log::error!("event=settle-failed error={error:?}"));
+                    let settled = lock.settle(message, &result);
+                    return settled.unwrap_or_else(|error| log::error!("event=settle-failed error={}", quoted(error)));
                 }
             }
-            self.finish_attempt(message, result, client, lock, counters);
+            self.finish_attempt(message, result, (&id, Via::Provider, client), lock, counters);
         })
     }
 
@@ -257,157 +266,160 @@ impl Outbox {
     pub fn submit(&self, cancel: &CancelToken, counters: &CallCounters) {
         let Some(submission) = &self.config.submission else { return };
         let Some(mut lock) = self.lock_if_any() else { return };
-        let upstream = match Remote::new(submission) {
-            Ok(upstream) => upstream,
-            Err(error) => return log::error!("event=submission-failed error={error:?}"),
+        let remote = match Remote::new(submission) {
+            Ok(remote) => remote,
+            Err(error) => return log::error!("event=submission-failed error={}", quoted(error)),
         };
-        let sent = upstream.connect(&self.hostname, &self.timeouts, cancel).and_then(|mut session| {
+        let options = ClientOptions { name: self.hostname.clone(), chunking: true, ..ClientOptions::default() };
+        let id = self.ids().session_id();
+        let connect = Connect { id: &id, peer: 'S', tls: None, timeouts: &self.timeouts, cancel, limit: None };
+        let sent = remote.connect(&options, &connect).and_then(|(mut session, _)| {
             session.send_queue(&mut lock, &mut |message, result, client, lock| {
-                self.finish_attempt(message, result, client, lock, counters);
+                self.finish_attempt(message, result, (&id, Via::Submission, client), lock, counters);
             })?;
             session.quit();
             Ok(())
         });
         if let Err(failure) = sent {
-            log::warn!("event=submission-failed error={:?}", failure.to_string());
+            log::warn!("event=submission-failed session={id} error={}", quoted(&failure));
         }
-    }
-
-    fn lock_if_any(&self) -> Option<QueueLock> {
-        if self.store_.queue.maildir(&QueueName::Outgoing).is_empty().unwrap_or(true) {
-            return None;
-        }
-        self.lock().inspect_err(|error| log::warn!("event=outgoing-kept reason={error:?}")).ok()
     }
 
     fn finish_attempt(
         &self,
         message: QueuedMessage,
         result: DeliveryResult,
-        client: &Client,
+        (session, via, client): (&str, Via, &Client),
         lock: &mut QueueLock,
         counters: &CallCounters,
     ) {
-        let peer = Peer { name: client.peer_name(), dsn: client.offered().dsn };
         let mut retry = self.config.retry.clone();
         if result.decided_by == DecidedBy::ConnectionLoss {
-            // That the line dropped says nothing of the mail: the next call may take it, whenever that is.
+            // A lost connection says nothing about the message: the next call may send it, whenever that is.
             (retry.first, retry.max) = (Duration::ZERO, Duration::ZERO);
         }
-        let context = format!("host={}", peer.name.unwrap_or("-"));
-        let attempt = Attempt { peer, retry: Some(&retry), done: "sent", context: &context };
+        let peer = client.peer_name();
+        let attempt = Attempt {
+            session,
+            via,
+            relay: peer.unwrap_or("-"),
+            peer,
+            peer_sends_dsn: client.extensions().dsn,
+            retry: Some(&retry),
+        };
         let recipients = message.envelope.recipients.clone();
-        let Ok(concluded) = self.reporter.finish_attempt(message, result, &attempt, lock) else { return };
-        for (recipient, status) in recipients.iter().zip(&concluded.recipients) {
+        let Ok(settled) = self.reporter.finish_attempt(message, result, &attempt, lock) else { return };
+        for (recipient, status) in recipients.iter().zip(&settled.recipients) {
             if let RecipientStatus::Rejected(reply) = status {
-                counters.refused(&recipient.mailbox, peer.name.unwrap_or("the provider"), reply);
+                counters.not_accepted(&recipient.mailbox, peer.unwrap_or("the provider"), reply);
             }
         }
-        if concluded.recipients.iter().any(|status| matches!(status, RecipientStatus::Sent(_))) {
+        if settled.recipients.iter().any(RecipientStatus::is_sent) {
             counters.sent();
         }
     }
 }
 
-fn reason(result: &DeliveryResult) -> String {
-    result
-        .recipients
-        .iter()
-        .find_map(|status| if let RecipientStatus::Rejected(reply) = status { Some(reply.to_string()) } else { None })
-        .unwrap_or_default()
-}
-
-/// A message handed in by a user or a program.
+/// A message that a user or a program submits.
 pub struct Submission<'a> {
-    pub mail: &'a MailFrom,
-    pub recipients: &'a [Recipient],
+    pub envelope: &'a Envelope,
+    /// Octets on the wire, if they are known.
+    pub size: Option<u64>,
     pub id: &'a str,
-    pub arrived: crate::clock::Timestamp,
+    pub arrived: Timestamp,
+    /// A `From` for a header without one.
     pub header_from: Option<String>,
     pub drop_bcc: bool,
 }
 
-/// A message on its way into the queue, its header completed (RFC 6409 section 8).
+/// A submitted message on its way into the queue, its header completed (RFC 6409 section 8).
 pub struct SubmissionWriter {
-    copies: MessageWriter,
+    writer: MessageWriter,
     completer: HeaderCompleter,
     buffer: Vec<u8>,
     success_dsn: Option<SuccessDsn>,
     retry_queued: bool,
+    id: String,
+    /// Recipients elsewhere, which are queued.
+    recipients: Vec<Recipient>,
 }
 
 impl SubmissionWriter {
     pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         self.buffer.clear();
         self.completer.feed(octets, &mut self.buffer);
-        self.pass()
+        self.pass_on()
     }
 
-    /// `true`: something waits for a next hop, see [`Outbox::hand_over`].
+    /// Returns whether the retry queue has a part of the message: call [`Outbox::wake_retries`] then.
     pub fn commit(mut self) -> io::Result<bool> {
         self.buffer.clear();
         self.completer.finish(&mut self.buffer);
-        self.pass()?;
-        self.copies.commit()?;
-        if let Some(told) = &self.success_dsn {
-            told.send();
+        self.pass_on()?;
+        self.writer.commit()?;
+        for recipient in &self.recipients {
+            log::info!("event=queued id={} to=<{}>", self.id, recipient.mailbox);
+        }
+        if let Some(dsn) = &self.success_dsn {
+            dsn.send();
         }
         Ok(self.retry_queued)
     }
 
-    fn pass(&mut self) -> io::Result<()> {
-        if let Some(told) = &mut self.success_dsn {
-            told.observe(&self.buffer);
+    fn pass_on(&mut self) -> io::Result<()> {
+        if let Some(dsn) = &mut self.success_dsn {
+            dsn.observe(&self.buffer);
         }
-        self.copies.write(&self.buffer)
+        self.writer.write(&self.buffer)
     }
 }
 
-/// Where outgoing mail is put, and notices: our own mailboxes, or the queue.
+/// Where outgoing mail and DSNs are stored: our own mailboxes, or the outgoing queue.
 #[derive(Clone)]
 struct OutgoingStore {
     queue: Queue,
+    name: QueueName,
     mailboxes: Arc<Mailboxes>,
     ids: Ids,
 }
 
 impl OutgoingStore {
-    fn accepts_domain(&self, domain: &crate::mail::address::Domain) -> bool {
+    fn accepts_domain(&self, domain: &Domain) -> bool {
         self.mailboxes.accepts_domain(domain)
     }
 
     /// The same message for our own mailboxes, and for all recipients elsewhere.
-    fn divide(&self, mut envelope: Envelope) -> (Envelope, Envelope) {
+    fn divide(&self, message: &QueuedEnvelope) -> (QueuedEnvelope, QueuedEnvelope) {
         let ours = |recipient: &Recipient| recipient.mailbox.domain().is_some_and(|domain| self.accepts_domain(domain));
-        let (here, elsewhere) = envelope.recipients.drain(..).partition(ours);
-        (Envelope { recipients: here, ..envelope.clone() }, Envelope { recipients: elsewhere, ..envelope })
+        let (here, elsewhere) = message.envelope.recipients.iter().cloned().partition(ours);
+        (message.with_recipients(here), message.with_recipients(elsewhere))
     }
 
-    /// A copy for each of our own mailboxes, and one for all recipients elsewhere. `None`: the mailboxes are not ours to
-    /// write into, so all of it is queued, for whoever makes the next call.
+    /// Begins a copy for each of our own mailboxes, and one for all recipients elsewhere. `None`: this user may not write
+    /// into the mailboxes, so all of the message is queued for the next call.
     fn begin(
         &self,
-        here: &Envelope,
-        elsewhere: &Envelope,
+        here: &QueuedEnvelope,
+        elsewhere: &QueuedEnvelope,
         octets: u64,
         head: &str,
     ) -> io::Result<(MessageWriter, Option<Routing>)> {
-        let mut copies = MessageWriter::default();
-        match self.mailboxes.begin_all(&mut copies, here, octets, head) {
-            // Its recipients were looked up before, by the same rules.
-            Ok((_, refused)) if !refused.is_empty() => {
+        let mut writer = MessageWriter::default();
+        match self.mailboxes.begin_all(&mut writer, here, octets, head) {
+            // The same rules have accepted its recipients before.
+            Ok((_, rejected)) if !rejected.is_empty() => {
                 Err(io::Error::new(io::ErrorKind::NotFound, "a recipient has no mailbox here any more"))
             }
-            Ok((begun, _)) => {
-                if !elsewhere.recipients.is_empty() {
-                    self.queue.add_copy(&mut copies, &QueueName::Outgoing, elsewhere, head)?;
+            Ok((routing, _)) => {
+                if !elsewhere.envelope.recipients.is_empty() {
+                    self.queue.add_copy(&mut writer, &self.name, elsewhere, head)?;
                 }
-                Ok((copies, Some(begun)))
+                Ok((writer, Some(routing)))
             }
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                let recipients = [&here.recipients[..], &elsewhere.recipients[..]].concat();
-                let all = Envelope { recipients, ..here.clone() };
-                Ok((self.queue.begin_message(&[(QueueName::Outgoing, all)], head)?, None))
+                let recipients = [&here.envelope.recipients[..], &elsewhere.envelope.recipients[..]].concat();
+                let all = here.with_recipients(recipients);
+                Ok((self.queue.begin_message(&[(self.name.clone(), all)], head)?, None))
             }
             Err(error) => Err(error),
         }
@@ -415,16 +427,15 @@ impl OutgoingStore {
 }
 
 impl DsnSink for OutgoingStore {
-    fn store(&self, letter: &DsnMessage) -> io::Result<()> {
-        let local = letter.to.domain().is_some_and(|domain| self.accepts_domain(domain));
-        if local && self.mailboxes.resolve(&ForwardPath::Mailbox(letter.to.clone())).is_err() {
-            log::warn!("event=notice-undeliverable to=<{}>", letter.to);
+    fn store(&self, dsn: &DsnMessage) -> io::Result<()> {
+        let local = dsn.to.domain().is_some_and(|domain| self.accepts_domain(domain));
+        if local && self.mailboxes.resolve(&ForwardPath::Mailbox(dsn.to.clone())).is_err() {
+            log::warn!("event=dsn-undeliverable to=<{}>", dsn.to);
             return Ok(());
         }
-        let envelope = letter.envelope(&self.ids);
-        let (here, elsewhere) = self.divide(envelope);
-        let (mut copies, _) = self.begin(&here, &elsewhere, letter.text.len() as u64, "")?;
-        copies.write(&letter.text)?;
-        copies.commit().map(drop)
+        let (here, elsewhere) = self.divide(&dsn.envelope(&self.ids));
+        let (mut writer, _) = self.begin(&here, &elsewhere, dsn.text.len() as u64, "")?;
+        writer.write(&dsn.text)?;
+        writer.commit().map(drop)
     }
 }

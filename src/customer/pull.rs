@@ -1,37 +1,38 @@
-//! One call: dial, TLS, AUTH, ATRN, the turn, and mail until the provider says QUIT.
+//! One call: connect, TLS, AUTH, outgoing mail, ATRN, the turn, and incoming mail until the provider sends QUIT.
 //!
-//! 453 ("you have no mail") is a success. After the 250 to ATRN nothing but the greeting is said, and what
+//! 453 ("you have no mail") is a success. After the 250 to ATRN the customer sends nothing but its greeting, and what
 //! follows is an ordinary SMTP server session whose client is the provider (RFC 2645 section 5.3).
 
 use std::fmt;
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{File, TryLockError};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use super::counters::{CallCounters, Summary};
 use super::mailboxes::Mailboxes;
-use super::next_hop::{NextHops, RetryQueue};
+use super::next_hop::NextHops;
 use super::outbox::Outbox;
 use super::receiver::Receiver;
-use crate::config::{CustomerConfig, ProviderAccount, TlsMode};
+use super::retry_queue::RetryQueue;
+use super::store;
+use crate::config::{CustomerConfig, ProviderAccount};
 use crate::ids::Ids;
-use crate::mail::address::Domain;
-use crate::net::connection::{self, CancelToken, Connection, Trace};
-use crate::net::tls::ClientTls;
+use crate::mail::address::{self, Domain};
+use crate::net::cancel::CancelToken;
+use crate::net::connection::Connection;
+use crate::net::trace::quoted;
 use crate::recipients;
 use crate::report::Reporter;
-use crate::session::client::{ClientSession, SessionFailure, client_tls};
+use crate::session::Remote;
+use crate::session::client::{ClientSession, Connect, SessionFailure};
 use crate::session::server::{ServerSession, SessionEnd, SessionLimits};
-use crate::smtp::client::{Abort, Client, ClientOptions, StartTls};
+use crate::smtp::client::{Abort, Client, ClientOptions, Rejection, Stage};
+use crate::smtp::limits;
 use crate::smtp::reply::Severity;
-use crate::smtp::server::{ServerOptions, ServerRole};
+use crate::smtp::server::ServerRole;
+use crate::smtp::status::is_no_mail;
 use crate::turn;
-
-/// A command line may have 512 octets (RFC 5321 section 4.5.3.1.4): longer lists take several calls.
-const ATRN_LIST_LIMIT: usize = 512 - "ATRN \r\n".len();
 
 /// Why a call has failed. What came before is kept in any case.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,33 +76,33 @@ impl std::error::Error for CallError {}
 pub struct Customer {
     config: CustomerConfig,
     ids: Ids,
-    /// What each provider's certificate is checked against, in their order.
-    tls: Vec<Option<ClientTls>>,
+    /// The providers in the order of the configuration, ready to be connected to.
+    providers: Vec<Remote>,
     mailboxes: Arc<Mailboxes>,
     outbox: Option<Arc<Outbox>>,
     retry_queue: Arc<RetryQueue>,
 }
 
-/// One call to each provider; see [`Caller::pull`].
+/// One call to each provider; see [`Customer::pull`].
 pub fn pull(config: &CustomerConfig, ids: &Ids, cancel: &CancelToken) -> Result<Summary, CallError> {
     Customer::new(config, ids)?.pull(cancel, &Arc::default())
 }
 
 impl Customer {
-    /// Looks at what the configuration names: certificates, folders.
+    /// # Errors
+    /// [`CallError::Config`]: the certificates that the configuration names cannot be used.
     pub fn new(config: &CustomerConfig, ids: &Ids) -> Result<Customer, CallError> {
-        let tls = |provider: &ProviderAccount| {
-            client_tls(provider.tls, provider.pin, provider.ca.as_deref())
-                .map_err(|text| CallError::Config(provider.error(&text).to_string()))
+        let remote = |provider: &ProviderAccount| {
+            Remote::new(&provider.remote).map_err(|text| CallError::Config(provider.error(&text).to_string()))
         };
-        let tls = config.providers.iter().map(tls).collect::<Result<_, _>>()?;
+        let providers = config.providers.iter().map(remote).collect::<Result<_, _>>()?;
         let mailboxes = Arc::new(Mailboxes::new(config, ids));
         let outbox = Outbox::new(config, &mailboxes, ids).map(Arc::new);
         let retry_queue = match &outbox {
             Some(outbox) => outbox.retry_queue().clone(),
             None => Arc::new(RetryQueue::new(config, &mailboxes, Reporter::new(&config.hostname, ids, None))),
         };
-        Ok(Customer { config: config.clone(), ids: ids.clone(), tls, mailboxes, outbox, retry_queue })
+        Ok(Customer { config: config.clone(), ids: ids.clone(), providers, mailboxes, outbox, retry_queue })
     }
 
     pub fn config(&self) -> &CustomerConfig {
@@ -112,41 +113,51 @@ impl Customer {
         self.outbox.as_ref()
     }
 
-    /// When mail is due that waits for a next hop.
+    /// When the retry queue is due.
     pub fn retry_due(&self) -> Option<SystemTime> {
         self.retry_queue.due()
     }
 
-    /// Tries mail that waits for a next hop, as far as it is due.
+    /// Tries the messages of the retry queue that are due.
     pub fn retry_next_hops(&self, cancel: &CancelToken) {
         self.retry_queue.retry(&self.mailboxes, cancel);
     }
 
-    /// One call to each provider, in the order of the configuration; one that fails does not keep us from the next.
+    /// One call to each provider, in the order of the configuration; a call that fails does not prevent the next.
+    /// Returns the first failure; the others are logged.
     pub fn pull(&self, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<Summary, CallError> {
         let begun = Instant::now();
         let mut result = Ok(());
-        for number in 0..self.config.providers.len() {
-            result = result.and(self.call(number, cancel, counters));
+        for (number, provider) in self.config.providers.iter().enumerate() {
+            match (self.call(number, cancel, counters), &result) {
+                (Err(error), Ok(())) => result = Err(error),
+                (Err(error), Err(_)) => {
+                    let remote = &provider.remote;
+                    let (address, account) = (&remote.address, remote.login_name());
+                    log::error!("event=call-failed provider={address} account={account} error={}", quoted(error));
+                }
+                (Ok(()), _) => {}
+            }
         }
         result.map(|()| counters.summary(begun.elapsed().as_secs_f64()))
     }
 
-    /// Hands over outgoing mail, if this provider takes it, and fetches the mail of its domains, in as few calls as
-    /// their names take. What came before a failure is kept. `number`: of the provider, in the order of the
-    /// configuration; where there is none, there is no call.
+    /// Sends outgoing mail, if this provider accepts it, and fetches the mail of its domains, in as few connections as
+    /// their names need. What happened before a failure stays. `number`: of the provider, in the order of the
+    /// configuration; without one there is no call.
     pub fn call(&self, number: usize, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<(), CallError> {
-        let (Some(provider), Some(tls)) = (self.config.providers.get(number), self.tls.get(number)) else {
+        let (Some(provider), Some(remote)) = (self.config.providers.get(number), self.providers.get(number)) else {
             return Ok(());
         };
         let begun = Instant::now();
         let before = counters.summary(0.0);
-        let result = self.lock(provider).and_then(|_lock| self.call_alone(provider, tls.as_ref(), cancel, counters));
+        let result = self.lock(provider).and_then(|_lock| self.call_alone(provider, remote, cancel, counters));
         let after = counters.summary(begun.elapsed().as_secs_f64());
         log::info!(
-            "event=call provider={} account={} messages={} octets={} refused={} put-off={} sent={} kept={} seconds={:.3} outcome={:?}",
-            provider.address,
-            provider.name,
+            "event=call provider={} account={} received={} octets={} rejected={} deferred={} sent={} waiting={} \
+             duration={:.3} result={}",
+            provider.remote.address,
+            provider.remote.login_name(),
             after.messages - before.messages,
             after.octets - before.octets,
             after.rejected - before.rejected,
@@ -154,7 +165,7 @@ impl Customer {
             after.sent - before.sent,
             after.waiting,
             after.seconds,
-            result.as_ref().map_or_else(CallError::to_string, |()| "good".to_owned())
+            if result.is_ok() { "done" } else { "failed" },
         );
         result
     }
@@ -162,7 +173,7 @@ impl Customer {
     fn call_alone(
         &self,
         provider: &ProviderAccount,
-        tls: Option<&ClientTls>,
+        remote: &Remote,
         cancel: &CancelToken,
         counters: &Arc<CallCounters>,
     ) -> Result<(), CallError> {
@@ -171,53 +182,42 @@ impl Customer {
             outbox.deliver_here();
         }
         self.retry_next_hops(cancel);
+        let call = ProviderConnection { customer: self, remote, outbox, cancel, counters };
         let mut result = Ok(());
         for domains in domain_lists(&provider.domains) {
-            result = result
-                .and(ProviderConnection { customer: self, provider, tls, outbox, cancel, counters }.run(&domains));
+            result = result.and(call.run(&domains));
         }
-        // What the provider would not take goes to the submission host, after the mail that came.
+        // The submission host gets what the provider does not accept, after the incoming mail.
         if let Some(outbox) = outbox {
             outbox.submit(cancel, counters);
-            counters.kept(outbox.waiting());
+            counters.set_waiting(outbox.waiting());
         }
         result
     }
 
-    /// One call at a time to a provider's account, also of several processes; the kernel lets the lock go with us.
+    /// One call at a time to a provider's account, also among processes. The kernel releases the lock with this process.
     fn lock(&self, provider: &ProviderAccount) -> Result<File, CallError> {
-        let name = recipients::directory_name(&format!("{}@{}", provider.name, provider.address));
-        let file = state_file(&self.config, &format!("call-{name}"))?;
+        let (address, name) = (&provider.remote.address, provider.remote.login_name());
+        let lock = format!("call-{}", recipients::directory_name(&format!("{name}@{address}")));
+        let system = |error: std::io::Error| CallError::System(error.to_string());
+        let file = store::state_file(&self.config.mailboxes.root, &lock).map_err(system)?;
         match file.try_lock() {
             Ok(()) => Ok(file),
             Err(TryLockError::WouldBlock) => {
-                Err(CallError::Busy(format!("another call to {} as {} is under way", provider.address, provider.name)))
+                Err(CallError::Busy(format!("another call to {address} as {name} is under way")))
             }
-            Err(TryLockError::Error(error)) => Err(CallError::System(error.to_string())),
+            Err(TryLockError::Error(error)) => Err(system(error)),
         }
     }
 }
 
-/// A lock of a customer, in a folder beside its mailboxes, which no domain can be called like. Links are not followed:
-/// root may look at another user's folder.
-pub fn state_file(config: &CustomerConfig, name: &str) -> Result<File, CallError> {
-    let folder = config.mailboxes.root.join(".odmr");
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
-    made.map_err(|error| CallError::System(format!("{}: {error}; give its user the right to", folder.display())))?;
-    let path = folder.join(name);
-    let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
-    let mut options = OpenOptions::new();
-    options.create(true).truncate(false).read(true).write(true).mode(0o600).custom_flags(flags);
-    options.open(&path).map_err(|error| CallError::System(format!("{}: {error}", path.display())))
-}
-
-/// Divides the domains into lists that fit a line; no domains is one call for all.
+/// Divides the domains into lists that fit a command line; without domains there is one list, of all.
 fn domain_lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
     let mut lists = vec![Vec::new()];
     let mut length = 0;
     for domain in domains {
         let more = domain.as_str().len() + 1;
-        if length + more > ATRN_LIST_LIMIT + 1 {
+        if length + more > limits::ATRN_DOMAINS + 1 {
             lists.push(Vec::new());
             length = 0;
         }
@@ -232,148 +232,106 @@ fn domain_lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
 /// One connection to the provider, or two.
 struct ProviderConnection<'a> {
     customer: &'a Customer,
-    provider: &'a ProviderAccount,
-    tls: Option<&'a ClientTls>,
-    /// The outgoing mail, if it goes with this call.
+    remote: &'a Remote,
+    /// The outgoing mail, if this provider accepts it.
     outbox: Option<&'a Arc<Outbox>>,
     cancel: &'a CancelToken,
     counters: &'a Arc<CallCounters>,
 }
 
 impl ProviderConnection<'_> {
-    /// Outgoing mail up, the turn, incoming mail down; a failure of the first half costs the second nothing
-    /// but another connection.
+    /// Sends outgoing mail, turns, receives incoming mail. A failure of the first half costs the second nothing but
+    /// another connection.
     fn run(&self, domains: &[Domain]) -> Result<(), CallError> {
         let (mut session, mut peer) = self.connect()?;
         if let Some(outbox) = self.outbox
             && let Err(failure) = outbox.send(&mut session, self.counters)
         {
-            log::warn!("event=outgoing-cut-short error={:?}", failure.to_string());
+            log::warn!("event=session-lost session={} error={}", session.id(), quoted(&failure));
             session.close_after(&failure);
             (session, peer) = self.connect()?;
         }
         match session.atrn(domains) {
             Ok((connection, client)) => {
-                self.counters.set_queued(client.waiting().unwrap_or(0));
+                self.counters.set_queued(client.messages_waiting().unwrap_or(0));
                 self.receive(connection, client, peer)
             }
-            Err(failure) => call_error(failure).map_or(Ok(()), Err),
+            Err(failure) if is_success(&failure) => Ok(()),
+            Err(failure) => Err(call_error(failure)),
         }
     }
 
-    /// A connection that has come as far as AUTH.
+    /// A session that has come as far as AUTH.
     fn connect(&self) -> Result<(ClientSession, IpAddr), CallError> {
-        let config = self.provider;
-        let (stream, peer) = self.dial()?;
-        log::info!("event=connected provider={} peer={peer}", config.address);
-        let trace = Trace { id: "pull".to_owned(), us: 'C', them: 'P' };
-        let connection = Connection::new(stream, trace)
-            .map_err(|error| CallError::Temporary(format!("the connection was lost: {error}")))?;
-        let options = ClientOptions {
-            name: self.customer.config.hostname.clone(),
-            starttls: if config.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
-            tls: config.tls == TlsMode::Implicit,
-            credentials: Some((config.name.clone(), config.secret.clone())),
-            chunking: true,
-            atrn: true,
-            ..ClientOptions::default()
-        };
-        let mut session = ClientSession::new(connection, options, &self.customer.config.timeouts, self.cancel);
-        let tls = self.tls.map(|tls| (tls, config.host.as_str()));
-        let introduced = match (config.tls, tls) {
-            (TlsMode::Implicit, Some((tls, name))) => session.begin_tls(tls, name),
-            _ => Ok(()),
-        };
-        match introduced.and_then(|()| session.handshake(tls)) {
-            Ok(()) => Ok((session, peer.ip())),
-            Err(failure) => {
-                session.close_after(&failure);
-                Err(call_error(failure).unwrap_or_else(|| CallError::Protocol("453 came before ATRN".to_owned())))
-            }
-        }
-    }
-
-    /// Tries all addresses of the name, in the order the system gives.
-    fn dial(&self) -> Result<(OwnedFd, SocketAddr), CallError> {
-        let address = &self.provider.address;
-        let found = address.to_socket_addrs().map_err(|error| {
-            CallError::NoHost(format!("{address} has no address: {error}; check `address` and the name server"))
-        })?;
-        let mut last = "the name has no address".to_owned();
-        for socket in found {
-            if self.cancel.is_cancelled() {
-                return Err(CallError::Temporary("stopped".to_owned()));
-            }
-            let deadline = Instant::now() + self.customer.config.timeouts.connect;
-            match connection::connect(socket, deadline, self.cancel) {
-                Ok(stream) => return Ok((stream, socket)),
-                Err(error) => {
-                    last = format!("{socket}: {error}");
-                    log::info!("event=no-connection peer={socket} error={:?}", error.to_string());
-                }
-            }
-        }
-        Err(CallError::Unavailable(format!("no connection to {address}: {last}")))
+        let config = &self.customer.config;
+        let (id, timeouts, cancel) = (&self.customer.ids.session_id(), &config.timeouts, self.cancel);
+        let options =
+            ClientOptions { name: config.hostname.clone(), chunking: true, atrn: true, ..ClientOptions::default() };
+        let connect = Connect { id, peer: 'P', tls: None, timeouts, cancel, limit: None };
+        let (session, peer) = self.remote.connect(&options, &connect).map_err(call_error)?;
+        log::info!("event=connected session={id} provider={} peer={peer}", self.remote.address());
+        Ok((session, peer.ip()))
     }
 
     /// The customer's half of the turn, and mail until QUIT.
     fn receive(&self, connection: Connection, client: Client, peer: IpAddr) -> Result<(), CallError> {
-        let config = &self.customer.config;
-        let profile = ServerOptions {
-            role: ServerRole::Customer,
-            hostname: config.hostname.clone(),
-            max_size: config.mailboxes.max_size,
-            max_recipients: config.limits.recipients,
-            max_errors: config.limits.errors,
-            max_auth_failures: config.limits.auth_failures,
-            starttls: false,
-            require_tls: false,
-            // Whoever sends no mail cannot send notices.
-            dsn: self.customer.outbox.is_some(),
-            mechanisms: Vec::new(),
-            ids: self.customer.ids.clone(),
-        };
+        let customer = self.customer;
+        let config = &customer.config;
+        let mut options =
+            config.limits.server_options(ServerRole::Customer, &config.hostname, config.mailboxes.max_size);
+        // A customer that sends no mail cannot send DSNs.
+        options.dsn = customer.outbox.is_some();
         let (connection, server) =
-            turn::take_over(connection, client, profile).map_err(|error| CallError::Protocol(error.to_string()))?;
-        // A message half received stays with the provider: nothing is lost by stopping at once.
+            turn::take_over(connection, client, options).map_err(|error| CallError::Protocol(error.to_string()))?;
+        // A message received in part stays with the provider: to end at once loses nothing.
         let limits = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
         let limits = SessionLimits { session: config.timeouts.turn, ..limits };
-        let reporter = self.customer.outbox.as_ref().map(|outbox| outbox.reporter().clone());
-        let hops = NextHops::new(&config.hostname, &config.timeouts, self.cancel);
-        let (mailboxes, retry_queue) = (self.customer.mailboxes.clone(), self.customer.retry_queue.clone());
+        let reporter = customer.outbox.as_ref().map(|outbox| outbox.reporter().clone());
+        let hops = NextHops::new(&config.hostname, &config.timeouts, &customer.ids, self.cancel);
+        let (mailboxes, retry_queue) = (customer.mailboxes.clone(), customer.retry_queue.clone());
         let mut receiver = Receiver::new(mailboxes, retry_queue, reporter, self.counters.clone(), hops);
-        let mut session =
-            ServerSession::new(connection, server, crate::session::server::address_literal(peer), None, limits);
+        let mut session = ServerSession::new(connection, server, address::literal(peer), None, limits);
         session.greet();
         let end = session.run(&mut receiver);
         session.close();
         match end {
             SessionEnd::Quit => Ok(()),
-            SessionEnd::Closed(why) => Err(CallError::Temporary(format!("the call was cut short: {why}"))),
-            SessionEnd::Atrn(_) => Err(CallError::Protocol("the provider said ATRN".to_owned())),
+            SessionEnd::Closed(reason) => Err(CallError::Temporary(format!("the call was cut short: {reason}"))),
+            SessionEnd::Atrn(_) => Err(CallError::Protocol("the provider sent ATRN".to_owned())),
         }
     }
 }
 
-/// What a failure means for the caller; `None`: there is no mail, and that is none.
-fn call_error(failure: SessionFailure) -> Option<CallError> {
+/// The provider has no mail for us: the call is a success (RFC 2645 section 5.2.1).
+fn is_success(failure: &SessionFailure) -> bool {
+    matches!(
+        failure,
+        SessionFailure::Aborted(Abort::Rejected(Rejection { stage: Stage::Atrn, reply })) if is_no_mail(reply)
+    )
+}
+
+/// What a failed session means for the caller.
+fn call_error(failure: SessionFailure) -> CallError {
     match failure {
         SessionFailure::Aborted(abort) => abort_error(abort),
-        SessionFailure::Broken(text) => Some(CallError::Protocol(text)),
-        SessionFailure::NoTls(text) | SessionFailure::Lost(text) => Some(CallError::Temporary(text)),
-        SessionFailure::Cancelled => Some(CallError::Temporary("stopped".to_owned())),
+        SessionFailure::Broken(text) => CallError::Protocol(text),
+        SessionFailure::NoHost(text) => CallError::NoHost(format!("{text}; check `address` and the name server")),
+        SessionFailure::Unreachable(text) => CallError::Unavailable(text),
+        SessionFailure::NoTls(text) | SessionFailure::Lost(text) => CallError::Temporary(text),
+        SessionFailure::Cancelled => CallError::Temporary("stopped".to_owned()),
     }
 }
 
-/// What a refusal means for the caller; `None`: all is well (RFC 2645 section 5.2.1).
-fn abort_error(abort: Abort) -> Option<CallError> {
-    Some(match abort {
-        Abort::Rejected { what: "ATRN", reply } if reply.code() == 453 => return None,
-        Abort::Rejected { what, reply } => {
-            let text = format!("the provider refused {what}: {reply}");
-            match (what, reply.severity(), reply.code()) {
+/// What an abort means for the caller.
+fn abort_error(abort: Abort) -> CallError {
+    match abort {
+        Abort::Rejected(Rejection { stage, reply }) => {
+            let text = format!("the provider refused {stage}: {reply}");
+            match (stage, reply.severity(), reply.code()) {
                 (_, Severity::Transient, _) => CallError::Temporary(text),
-                ("AUTH", ..) | (_, _, 530 | 535) => CallError::Denied(format!("{text}; check `name` and `secret`")),
+                (Stage::Auth, ..) | (_, _, 530 | 535) => {
+                    CallError::Denied(format!("{text}; check `name` and `secret`"))
+                }
                 _ => CallError::Protocol(text),
             }
         }
@@ -391,7 +349,7 @@ fn abort_error(abort: Abort) -> Option<CallError> {
             "the provider offers no authentication that can be used: CRAM-MD5, or PLAIN under TLS".to_owned(),
         ),
         Abort::Unproven => CallError::Denied("the provider did not prove that it knows the secret".to_owned()),
-    })
+    }
 }
 
 #[cfg(test)]

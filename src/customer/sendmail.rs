@@ -1,17 +1,16 @@
-//! `odmr send`: what users and programs know as sendmail(8): a message on stdin, into the outgoing queue.
+//! `odmr send`: sendmail(8) of the customer. It puts a message from stdin into the outgoing queue.
 //!
-//! The message is taken whole or not at all: it is read and looked at first, into a file that has no name; it is
-//! queued only if its size, its header and every one of its recipients are good, and durable before the exit code says
-//! so. What is wrong is one line and an exit code of sysexits.h ([`Exit`]).
+//! All or nothing: the message is first written to a file without a name, and it is queued only if its size, its header
+//! and all recipients are good. It is on disk before the function returns. An error is one line and a
+//! [`SendmailErrorKind`], for which the command line has an exit code of sysexits.h.
 //!
-//! - Lines end in LF or CRLF. A bare CR ends a line too: output of programs is full of them, no mail may carry one
-//!   (RFC 5321 section 2.3.8), and to lose the message for it would help nobody.
-//! - Without `-i` a line of one dot ends the message. Dots in front of more are left alone.
-//! - `Bcc` is removed whoever the recipients are; `Date`, `Message-ID` and `From` are added where they are missing.
-//! - With `-t` the recipients of the header are added to those on the command line.
+//! - Lines end in LF or CRLF. A bare CR ends a line too: many programs write one, no message may contain one (RFC 5321
+//!   section 2.3.8), and rejecting the message would lose it.
+//! - Without `-i` a line with a single dot ends the message. Other lines that begin with a dot stay as they are.
+//! - `Bcc` is removed in any case; `Date`, `Message-ID` and `From` are added if they are missing.
+//! - With `-t` the recipients of the header are added to those of the command line.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Read, Seek, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -25,234 +24,268 @@ use crate::ids::Ids;
 use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::mail::header::{Header, parse_addresses};
 use crate::maildir::for_each_block;
-use crate::net::connection::{CancelToken, Connection, Trace};
-use crate::smtp::command::{Body, MailFrom, Notify, Recipient, Return, is_xtext};
-use crate::smtp::content::{ReceivedCounter, WireSize};
+use crate::maildir::spooled::{self, Content, SpooledContent};
+use crate::net::cancel::CancelToken;
+use crate::net::connection::Connection;
+use crate::net::trace::{Trace, quoted};
+use crate::privileges::LoginUser;
+use crate::queue::QueuedMessage;
+use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, is_xtext};
+use crate::smtp::content::HeaderScanner;
 use crate::smtp::reply::Reply;
 
-/// Content is read and written in pieces of so many octets.
-const CONTENT_BLOCK: usize = 32 * 1024;
+/// Content is read and written in blocks of this many octets.
+const INPUT_BLOCK: usize = 32 * 1024;
 
-/// A longer header is not read for recipients, nor completed.
-const HEADER_LIMIT: usize = 256 * 1024;
+/// The longest header, in octets, that is read for recipients and completed.
+const HEADER_LIMIT: usize = spooled::MEMORY_LIMIT;
 
-/// The users of this machine.
-const PASSWD: &str = "/etc/passwd";
+/// The longest envelope identifier, in characters (RFC 3461 section 4.4).
+const ENVELOPE_ID_LIMIT: usize = 100;
 
-/// What one command line asks for.
+/// Octets of text in one encoded word. With its frame and in base64 it has 72 characters, of at most 75 (RFC 2047
+/// section 2).
+const ENCODED_WORD_TEXT: usize = 45;
+
+/// The options of one command line.
 #[derive(Clone, Debug, Default)]
 pub struct SendmailOptions {
-    /// `-t`: recipients are in the header.
-    pub from_header: bool,
-    /// `-i`: a lone dot is content.
+    /// `-t`: add the recipients of the header.
+    pub recipients_from_header: bool,
+    /// `-i`: a line with a single dot is content.
     pub ignore_dots: bool,
-    /// `-f`, `-r`: nothing between the angle brackets is the null sender.
+    /// `-f`, `-r`; empty or `<>` is the null sender. Default: the user's mailbox.
     pub sender: Option<String>,
-    /// `-F`.
+    /// `-F`. Default: the user's full name.
     pub full_name: Option<String>,
-    /// `-N`, `-V`, `-R` (RFC 3461).
+    /// `-N` (RFC 3461 section 4.1).
     pub notify: Option<String>,
+    /// `-V` (RFC 3461 section 4.4).
     pub envelope_id: Option<String>,
+    /// `-R` (RFC 3461 section 4.3).
     pub ret: Option<String>,
+    /// Each argument may hold several addresses.
     pub recipients: Vec<String>,
-    /// Who asks for it.
+    /// The user who runs the program.
     pub user: LoginUser,
 }
 
-/// The exit codes, by their names in sysexits.h.
+/// What kind of failure it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SendmailExit {
+pub enum SendmailErrorKind {
     /// The command line is wrong.
-    Usage = 64,
+    Usage,
     /// An address or the header cannot be read.
-    DataError = 65,
-    /// No such mailbox of ours.
-    NoUser = 67,
-    /// Too large, or in a circle.
-    Unavailable = 69,
-    /// The queue's folder cannot be made or written to.
-    CannotCreate = 73,
-    /// Reading or writing failed on the way.
-    InputOutput = 74,
-    /// Not now: no room.
-    Temporary = 75,
-    NoPermission = 77,
-    /// Wrong configuration, or one that sends no mail.
-    Config = 78,
+    BadData,
+    /// A recipient in a domain of the customer has no mailbox.
+    UnknownMailbox,
+    /// The message is too large or in a loop.
+    Rejected,
+    /// There is no room; it may be submitted again later.
+    Deferred,
+    /// The directory of the queue cannot be created or written to.
+    CannotCreate,
+    /// Reading or writing failed.
+    InputOutput,
+    NoPermission,
+    /// The configuration has no `[outgoing]`.
+    Config,
 }
 
 /// Why nothing was queued.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SendmailError {
-    pub exit: SendmailExit,
+    pub kind: SendmailErrorKind,
+    /// One line for the user.
     pub text: String,
 }
 
-fn sendmail_error(exit: SendmailExit, text: impl Into<String>) -> SendmailError {
-    SendmailError { exit, text: text.into() }
-}
+impl SendmailError {
+    fn new(kind: SendmailErrorKind, text: impl Into<String>) -> SendmailError {
+        SendmailError { kind, text: text.into() }
+    }
 
-/// What a failure of the system means; `otherwise` for those that have no code of their own.
-fn failed(otherwise: SendmailExit) -> impl Fn(io::Error) -> SendmailError {
-    move |error| match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            sendmail_error(SendmailExit::Temporary, format!("no room, try again later: {error}"))
-        }
-        io::ErrorKind::PermissionDenied => sendmail_error(SendmailExit::NoPermission, error.to_string()),
-        io::ErrorKind::InvalidInput => sendmail_error(SendmailExit::DataError, error.to_string()),
-        _ => sendmail_error(otherwise, error.to_string()),
+    fn usage(text: impl Into<String>) -> SendmailError {
+        SendmailError::new(SendmailErrorKind::Usage, text)
+    }
+
+    fn bad_data(text: impl Into<String>) -> SendmailError {
+        SendmailError::new(SendmailErrorKind::BadData, text)
+    }
+
+    fn input_output(error: io::Error) -> SendmailError {
+        SendmailError::system(SendmailErrorKind::InputOutput, error)
+    }
+
+    fn cannot_create(error: io::Error) -> SendmailError {
+        SendmailError::system(SendmailErrorKind::CannotCreate, error)
+    }
+
+    /// A failed system call; `otherwise` is the kind if the error does not have one of its own.
+    fn system(otherwise: SendmailErrorKind, error: io::Error) -> SendmailError {
+        let kind = match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                let text = format!("no room, try again later: {error}");
+                return SendmailError::new(SendmailErrorKind::Deferred, text);
+            }
+            io::ErrorKind::PermissionDenied => SendmailErrorKind::NoPermission,
+            io::ErrorKind::InvalidInput => SendmailErrorKind::BadData,
+            _ => otherwise,
+        };
+        SendmailError::new(kind, error.to_string())
     }
 }
 
-fn open(config: &CustomerConfig, ids: &Ids) -> Result<Arc<Outbox>, SendmailError> {
+/// A negative SMTP reply: a transient one is deferred, a permanent one rejected.
+impl From<Reply> for SendmailError {
+    fn from(reply: Reply) -> SendmailError {
+        let kind = if reply.code() < 500 { SendmailErrorKind::Deferred } else { SendmailErrorKind::Rejected };
+        SendmailError::new(kind, reply_text(&reply))
+    }
+}
+
+fn reply_text(reply: &Reply) -> String {
+    reply.lines().collect::<Vec<_>>().join(" ")
+}
+
+fn open_outbox(config: &CustomerConfig, ids: &Ids) -> Result<Arc<Outbox>, SendmailError> {
     let mailboxes = Arc::new(Mailboxes::new(config, ids));
-    let outbox = Outbox::new(config, &mailboxes, ids);
-    let outbox = outbox.ok_or_else(|| {
-        sendmail_error(
-            SendmailExit::Config,
-            "this customer sends no mail: the configuration has no table [outgoing] with `queue`",
-        )
+    let outbox = Outbox::new(config, &mailboxes, ids).ok_or_else(|| {
+        let text = "this customer sends no mail: the configuration has no table [outgoing] with `queue`";
+        SendmailError::new(SendmailErrorKind::Config, text)
     })?;
     Ok(Arc::new(outbox))
 }
 
-/// Queues the message that stands in `input`.
+/// Queues the message from `input`.
+///
+/// # Errors
+///
+/// The options, an address, the header or the size is wrong, or the message could not be stored. Nothing was queued.
 pub fn send(
     config: &CustomerConfig,
     ids: &Ids,
-    order: &SendmailOptions,
+    options: &SendmailOptions,
     input: &mut impl Read,
 ) -> Result<(), SendmailError> {
-    let outbox = open(config, ids)?;
+    let outbox = open_outbox(config, ids)?;
     let home = &outbox.config().domain;
-    let user = &order.user;
-    let wishes = DsnOptions::of(order)?;
-    let named = named_recipients(order, home)?;
-    if named.is_empty() && !order.from_header {
-        return Err(sendmail_error(
-            SendmailExit::Usage,
-            "no recipient: name one, or say -t to take them from the header",
-        ));
+    let dsn = DsnOptions::parse(options)?;
+    let named = named_recipients(options, home)?;
+    if named.is_empty() && !options.recipients_from_header {
+        return Err(SendmailError::usage("no recipient: name one, or say -t to take them from the header"));
     }
-    let sender = sender(order, user, home)?;
-    // A full disk is found out before anything is read, and a large message while it is.
-    accepted(outbox.check_room(0))?;
-    let mut message = InputMessage::read(input, &outbox, !order.ignore_dots)?;
+    let sender = sender(options, home)?;
+    // Report a full disk before the message is read, and one that is too large while it is read.
+    outbox.check_room(0)?;
+    let message = InputMessage::read(input, &outbox, !options.ignore_dots)?;
     if message.hops > config.limits.received_hops {
-        return Err(sendmail_error(SendmailExit::Unavailable, "too many hops: this message goes in circles"));
+        return Err(SendmailError::new(SendmailErrorKind::Rejected, "too many hops: this message is in a mail loop"));
     }
-    let header = Header::parse(&message.front);
-    let mut recipients = named;
-    // Neither its recipients nor a Bcc in it could be relied on.
+    // Recipients and Bcc fields after the limit would not be found.
     if message.header_is_long() {
-        return Err(sendmail_error(
-            SendmailExit::DataError,
-            format!("the header is longer than {HEADER_LIMIT} octets"),
-        ));
+        return Err(SendmailError::bad_data(format!("the header is longer than {HEADER_LIMIT} octets")));
     }
-    if order.from_header {
-        recipients.extend(header.recipients(home).map_err(|text| sendmail_error(SendmailExit::DataError, text))?);
+    let mut recipients = named;
+    if options.recipients_from_header {
+        let header = Header::parse(message.content.first_octets());
+        recipients.extend(header.recipients(home).map_err(SendmailError::bad_data)?);
     }
-    let recipients = known_recipients(&outbox, recipients, &wishes.notify)?;
+    let recipients = known_recipients(&outbox, recipients, &dsn.notify)?;
     if recipients.is_empty() {
-        return Err(sendmail_error(SendmailExit::DataError, "the header names no recipient"));
+        return Err(SendmailError::bad_data("the header names no recipient"));
     }
-    accepted(outbox.check_room(message.size))?;
-    let header_octets = &message.front[..header.octets().min(message.front.len())];
-    // What is neither ASCII nor UTF-8 is some older 8-bit text, and no matter of RFC 6532.
-    let wide = !header_octets.is_ascii() && std::str::from_utf8(header_octets).is_ok();
-    let utf8 = wide || !sender.is_ascii() || recipients.iter().any(|recipient| !recipient.mailbox.is_ascii());
-    let mail = MailFrom {
-        path: sender.clone(),
-        size: Some(message.size),
-        body: if message.eight_bit { Body::EightBit } else { Body::SevenBit },
-        utf8,
-        ret: wishes.ret,
-        envelope_id: wishes.envelope_id,
-    };
-    let (id, arrived) = (ids.queue_id(), ids.clock().now());
-    let letter = Submission {
-        mail: &mail,
-        recipients: &recipients,
-        id: &id,
-        arrived,
-        header_from: Some(header_from(order, user, &sender, home)),
-        drop_bcc: true,
-    };
-    let uid = user.uid;
-    let host = outbox.hostname();
+    outbox.check_room(message.content.wire_size())?;
+    let envelope = message.envelope(sender, recipients, dsn);
+    store(&outbox, message, &envelope, options)
+}
+
+/// Copies the message into the queue and commits it.
+fn store(
+    outbox: &Outbox,
+    mut message: InputMessage,
+    envelope: &Envelope,
+    options: &SendmailOptions,
+) -> Result<(), SendmailError> {
+    let (id, arrived) = (outbox.ids().queue_id(), outbox.ids().clock().now());
+    let header_from = Some(header_from(options, &envelope.from, &outbox.config().domain));
+    let size = message.content.wire_size();
+    let submission = Submission { envelope, size: Some(size), id: &id, arrived, header_from, drop_bcc: true };
+    let (host, uid) = (outbox.hostname(), options.user.uid);
     let received = format!("Received: by {host} (odmr, from uid {uid})\n\tid {id};\n\t{}\n", arrived.rfc5322());
-    let mut stored = outbox.store(&letter, &received).map_err(failed(SendmailExit::CannotCreate))?;
-    for_each_block(&mut message.content, |piece| stored.write(piece)).map_err(failed(SendmailExit::InputOutput))?;
-    stored.commit().map_err(failed(SendmailExit::InputOutput))?;
-    log::info!("event=queued id={id} from=<{sender}> recipients={}", recipients.len());
+    let mut writer = outbox.store(&submission, &received).map_err(SendmailError::cannot_create)?;
+    message.content.rewind().map_err(SendmailError::input_output)?;
+    for_each_block(&mut message.content, |block| writer.write(block)).map_err(SendmailError::input_output)?;
+    writer.commit().map_err(SendmailError::input_output)?;
+    let message_id = message.message_id.unwrap_or_else(|| format!("<{id}@{host}>"));
+    log::info!(
+        "event=accepted id={id} from=<{}> nrcpt={} size={size} message-id={} uid={uid}",
+        envelope.from,
+        envelope.recipients.len(),
+        quoted(message_id)
+    );
     Ok(())
 }
 
-/// `-bs`: SMTP over two descriptors.
+/// `-bs`: runs one SMTP session over two descriptors, until it ends.
+///
+/// # Errors
+///
+/// There is no outgoing queue, or the descriptors cannot be used. The end of the session is not an error.
 pub fn serve(
     config: &CustomerConfig,
     ids: &Ids,
     (input, output): (OwnedFd, OwnedFd),
     cancel: &CancelToken,
 ) -> Result<(), SendmailError> {
-    let outbox = open(config, ids)?;
-    let trace = Trace { id: "send".to_owned(), us: 'S', them: 'C' };
-    let connection = Connection::pair(input, output, trace).map_err(failed(SendmailExit::InputOutput))?;
+    let outbox = open_outbox(config, ids)?;
+    let trace = Trace { id: ids.session_id(), us: 'S', them: 'C' };
+    let connection = Connection::pair(input, output, trace).map_err(SendmailError::input_output)?;
     let peer = format!("uid {}", rustix::process::getuid().as_raw());
-    let why = submission::serve(config, &outbox, connection, peer, cancel, cancel);
-    log::info!("event=closed listener=send reason={why:?}");
+    let reason = submission::serve(config, &outbox, connection, peer, cancel, cancel);
+    log::info!("event=closed listener=send reason={}", quoted(reason));
     Ok(())
 }
 
-/// `-bp`: what waits, as mailq(1) shows it.
+/// `-bp`: writes the messages of the outgoing queue to `out`, as mailq(1) shows them.
+///
+/// # Errors
+///
+/// There is no outgoing queue, or reading it or writing to `out` failed.
 pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<(), SendmailError> {
-    let outbox = open(config, ids)?;
-    let (mut text, mut messages, mut octets) = (String::new(), 0, 0);
-    outbox
-        .each_waiting(|message| {
-            let envelope = &message.envelope;
-            let arrived = envelope.arrived.rfc3339();
-            text.push_str(&format!("{:<24} {:>10} {arrived} <{}>\n", envelope.id, message.size, envelope.from));
-            let due = message.due().map_or_else(String::new, next_try);
-            for recipient in &envelope.recipients {
-                text.push_str(&format!("{due:>56} {}\n", recipient.mailbox));
-            }
-            messages += 1;
-            octets += message.size;
-        })
-        .map_err(failed(SendmailExit::InputOutput))?;
+    let outbox = open_outbox(config, ids)?;
+    let (mut entries, mut messages, mut octets) = (String::new(), 0, 0);
+    let show = |message: &QueuedMessage| {
+        let envelope = &message.envelope;
+        let arrived = message.arrived.rfc3339();
+        entries.push_str(&format!("{:<24} {:>10} {arrived} <{}>\n", message.id, message.size, envelope.from));
+        let next_try = message.due().map_or_else(String::new, next_try);
+        for recipient in &envelope.recipients {
+            entries.push_str(&format!("{next_try:>56} {}\n", recipient.mailbox));
+        }
+        messages += 1;
+        octets += message.size;
+    };
+    outbox.each_waiting(show).map_err(SendmailError::input_output)?;
     let listing = match messages {
         0 => "Mail queue is empty\n".to_owned(),
         _ => format!(
-            "{:<24} {:>10} {:<20} {}\n{text}{messages} messages, {octets} octets\n",
+            "{:<24} {:>10} {:<20} {}\n{entries}{messages} messages, {octets} octets\n",
             "id", "size", "arrived", "sender, next try, recipients"
         ),
     };
-    out.write_all(listing.as_bytes()).map_err(failed(SendmailExit::InputOutput))
+    out.write_all(listing.as_bytes()).map_err(SendmailError::input_output)
 }
 
+/// When a message that is due at `due` is sent.
 fn next_try(due: SystemTime) -> String {
-    let now = SystemTime::now();
     match due.duration_since(SystemTime::UNIX_EPOCH) {
-        Ok(since) if due > now => {
-            let date = Timestamp::from_seconds(i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
+        Ok(since_epoch) if due > SystemTime::now() => {
+            let date = Timestamp::from_seconds(i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX));
             format!("next try {}", date.rfc3339())
         }
         _ => "with the next call".to_owned(),
     }
-}
-
-/// A refusal in SMTP's words.
-fn accepted(answer: Result<(), Reply>) -> Result<(), SendmailError> {
-    answer.map_err(|reply| {
-        let exit = if reply.code() < 500 { SendmailExit::Temporary } else { SendmailExit::Unavailable };
-        sendmail_error(exit, words(&reply))
-    })
-}
-
-fn words(reply: &Reply) -> String {
-    reply.lines().collect::<Vec<_>>().join(" ")
 }
 
 /// The DSN parameters (RFC 3461 section 4).
@@ -263,260 +296,234 @@ struct DsnOptions {
 }
 
 impl DsnOptions {
-    fn of(order: &SendmailOptions) -> Result<DsnOptions, SendmailError> {
-        let notify = match &order.notify {
+    fn parse(options: &SendmailOptions) -> Result<DsnOptions, SendmailError> {
+        let notify = match &options.notify {
             None => Notify::default(),
             Some(text) => Notify::parse(text.as_bytes()).ok_or_else(|| {
-                sendmail_error(
-                    SendmailExit::Usage,
-                    format!("-N is never, or a list of success, failure and delay, not {text}"),
-                )
+                SendmailError::usage(format!("-N is never, or a list of success, failure and delay, not {text}"))
             })?,
         };
-        let ret = match order.ret.as_deref() {
+        let ret = match options.ret.as_deref() {
             None => None,
             Some(text) if text.eq_ignore_ascii_case("full") => Some(Return::Full),
             Some(text) if text.eq_ignore_ascii_case("hdrs") => Some(Return::Header),
-            Some(text) => return Err(sendmail_error(SendmailExit::Usage, format!("-R is full or hdrs, not {text}"))),
+            Some(text) => return Err(SendmailError::usage(format!("-R is full or hdrs, not {text}"))),
         };
-        let good = |text: &&String| text.len() <= 100 && is_xtext(text.as_bytes());
-        if let Some(text) = order.envelope_id.as_ref().filter(|text| !good(text)) {
-            return Err(sendmail_error(
-                SendmailExit::Usage,
-                format!("-V takes xtext of 100 octets at most (RFC 3461), not {text}"),
-            ));
+        let envelope_id = options.envelope_id.clone();
+        if let Some(text) = &envelope_id
+            && (text.len() > ENVELOPE_ID_LIMIT || !is_xtext(text.as_bytes()))
+        {
+            let text = format!("-V is xtext of at most {ENVELOPE_ID_LIMIT} octets (RFC 3461), not {text}");
+            return Err(SendmailError::usage(text));
         }
-        Ok(DsnOptions { notify, ret, envelope_id: order.envelope_id.clone() })
+        Ok(DsnOptions { notify, ret, envelope_id })
     }
 }
 
-/// The recipients on the command line; one argument may hold several.
-fn named_recipients(order: &SendmailOptions, home: &Domain) -> Result<Vec<Mailbox>, SendmailError> {
+/// The recipients of the command line; one argument may hold several.
+fn named_recipients(options: &SendmailOptions, home: &Domain) -> Result<Vec<Mailbox>, SendmailError> {
     let mut named = Vec::new();
-    for text in &order.recipients {
-        let found = parse_addresses(text, home).map_err(|text| sendmail_error(SendmailExit::DataError, text))?;
-        if found.is_empty() {
-            return Err(sendmail_error(SendmailExit::DataError, format!("{text:?} is no address")));
+    for text in &options.recipients {
+        let mailboxes = parse_addresses(text, home).map_err(SendmailError::bad_data)?;
+        if mailboxes.is_empty() {
+            return Err(SendmailError::bad_data(format!("{text:?} is not an address")));
         }
-        named.extend(found);
+        named.extend(mailboxes);
     }
     Ok(named)
 }
 
-/// Each recipient once, if all of them can have mail.
-fn known_recipients(outbox: &Outbox, wanted: Vec<Mailbox>, notify: &Notify) -> Result<Vec<Recipient>, SendmailError> {
+/// The recipients without duplicates, if the outbox accepts all of them.
+fn known_recipients(
+    outbox: &Outbox,
+    mailboxes: Vec<Mailbox>,
+    notify: &Notify,
+) -> Result<Vec<Recipient>, SendmailError> {
     let mut recipients: Vec<Recipient> = Vec::new();
-    for mailbox in wanted {
-        let found = outbox.recipient(&ForwardPath::Mailbox(mailbox.clone())).map_err(|reply| {
-            let nobody = reply.enhanced() == Some("5.1.1");
-            let exit = if nobody { SendmailExit::NoUser } else { SendmailExit::DataError };
-            sendmail_error(exit, format!("<{mailbox}>: {}", words(&reply)))
+    for named in mailboxes {
+        let mailbox = outbox.recipient(&ForwardPath::Mailbox(named.clone())).map_err(|reply| {
+            let unknown = reply.enhanced() == Some("5.1.1");
+            let kind = if unknown { SendmailErrorKind::UnknownMailbox } else { SendmailErrorKind::BadData };
+            SendmailError::new(kind, format!("<{named}>: {}", reply_text(&reply)))
         })?;
-        if !recipients.iter().any(|other| other.mailbox == found) {
-            recipients.push(Recipient { mailbox: found, notify: notify.clone(), original: None });
+        if !recipients.iter().any(|other| other.mailbox == mailbox) {
+            recipients.push(Recipient { mailbox, notify: notify.clone(), original: None });
         }
     }
     Ok(recipients)
 }
 
-fn sender(order: &SendmailOptions, user: &LoginUser, home: &Domain) -> Result<ReversePath, SendmailError> {
-    let Some(text) = &order.sender else {
-        return user.mailbox(home).map(ReversePath::Mailbox).ok_or_else(|| {
-            sendmail_error(
-                SendmailExit::DataError,
-                format!("no address can be made of the login name {:?}: say -f", user.name),
-            )
+/// The sender that `-f` names, or the user's mailbox.
+fn sender(options: &SendmailOptions, home: &Domain) -> Result<ReversePath, SendmailError> {
+    let Some(text) = &options.sender else {
+        return user_mailbox(&options.user, home).map(ReversePath::Mailbox).ok_or_else(|| {
+            let name = &options.user.name;
+            SendmailError::bad_data(format!("the login name {name:?} does not make an address: name the sender in -f"))
         });
     };
     if matches!(text.trim(), "" | "<>") {
         return Ok(ReversePath::Null);
     }
-    let found = parse_addresses(text, home).map_err(|text| sendmail_error(SendmailExit::DataError, text))?;
-    match <[Mailbox; 1]>::try_from(found) {
+    let mailboxes = parse_addresses(text, home).map_err(SendmailError::bad_data)?;
+    match <[Mailbox; 1]>::try_from(mailboxes) {
         Ok([mailbox]) => Ok(ReversePath::Mailbox(mailbox)),
-        Err(_) => Err(sendmail_error(SendmailExit::DataError, format!("the sender is one address, not {text:?}"))),
+        Err(_) => Err(SendmailError::bad_data(format!("the sender is one address, not {text:?}"))),
     }
 }
 
-/// What a header without `From` gets: the sender, with the full name of `-F` or of the user.
-fn header_from(order: &SendmailOptions, user: &LoginUser, sender: &ReversePath, home: &Domain) -> String {
+/// The login name at `home`; `None` if that is not an address.
+fn user_mailbox(user: &LoginUser, home: &Domain) -> Option<Mailbox> {
+    Mailbox::parse(&format!("{}@{home}", user.name))
+}
+
+/// The `From` for a header without one: the sender, with the full name of `-F` or of the user.
+fn header_from(options: &SendmailOptions, sender: &ReversePath, home: &Domain) -> String {
+    let user = &options.user;
     let address = match sender {
         ReversePath::Mailbox(mailbox) => mailbox.to_string(),
-        ReversePath::Null => user.mailbox(home).map_or_else(|| format!("postmaster@{home}"), |own| own.to_string()),
+        ReversePath::Null => {
+            user_mailbox(user, home).map_or_else(|| format!("postmaster@{home}"), |mailbox| mailbox.to_string())
+        }
     };
-    match order.full_name.as_deref().unwrap_or(&user.full_name).trim() {
+    match options.full_name.as_deref().unwrap_or(&user.full_name).trim() {
         "" => address,
         name => format!("{} <{address}>", phrase(name)),
     }
 }
 
-/// A name as a header writes it: as it is, quoted (RFC 5322 section 3.2.5), or encoded (RFC 2047).
+/// A display name for a header: unchanged, quoted (RFC 5322 section 3.2.4), or in encoded words (RFC 2047).
 fn phrase(name: &str) -> String {
-    let plain = |character: char| character.is_ascii_alphanumeric() || "!#$%&'*+-/=?^_`{|}~ ".contains(character);
-    if name.chars().all(plain) {
+    let is_atom = |character: char| character.is_ascii_alphanumeric() || "!#$%&'*+-/=?^_`{|}~ ".contains(character);
+    if name.chars().all(is_atom) {
         return name.to_owned();
     }
     if name.chars().all(|character| (' '..='~').contains(&character)) {
         return format!("\"{}\"", name.replace('\\', "\\\\").replace('"', "\\\""));
     }
-    // An encoded word has 75 characters at most, and whole characters.
+    // A character must not be divided between two encoded words (RFC 2047 section 5).
     let mut words = vec![String::new()];
     for character in name.chars() {
-        if words.last().is_some_and(|word| word.len() + character.len_utf8() > 45) {
+        if words.last().is_some_and(|word| word.len() + character.len_utf8() > ENCODED_WORD_TEXT) {
             words.push(String::new());
         }
-        words.iter_mut().rev().take(1).for_each(|word| word.push(character));
+        if let Some(word) = words.last_mut() {
+            word.push(character);
+        }
     }
     let encoded = words.iter().map(|word| format!("=?UTF-8?B?{}?=", data_encoding::BASE64.encode(word.as_bytes())));
     encoded.collect::<Vec<_>>().join(" ")
 }
 
-/// A user of this machine.
-#[derive(Clone, Debug, Default)]
-pub struct LoginUser {
-    uid: u32,
-    name: String,
-    full_name: String,
-}
-
-impl LoginUser {
-    /// Who runs this process, by the user id; where nobody has it, by the environment.
-    pub fn login() -> LoginUser {
-        let uid = rustix::process::getuid().as_raw();
-        let passwd = std::fs::read(PASSWD).unwrap_or_default();
-        LoginUser::of(&String::from_utf8_lossy(&passwd), uid).unwrap_or_else(|| {
-            let name = ["LOGNAME", "USER"].iter().find_map(|name| std::env::var(name).ok());
-            LoginUser { uid, name: name.unwrap_or_default(), full_name: String::new() }
-        })
-    }
-
-    /// From lines `name:password:uid:gid:gecos:home:shell`.
-    fn of(passwd: &str, uid: u32) -> Option<LoginUser> {
-        passwd.lines().find_map(|line| {
-            let fields: Vec<&str> = line.split(':').collect();
-            let [name, _, number, _, gecos, ..] = fields.as_slice() else { return None };
-            if name.is_empty() || number.parse() != Ok(uid) {
-                return None;
-            }
-            // The full name is what stands before the first comma; & is the login name with a capital.
-            let full_name = gecos.split(',').next().unwrap_or_default();
-            let mut capital = (*name).to_owned();
-            capital.get_mut(..1).map(str::make_ascii_uppercase);
-            Some(LoginUser { uid, name: (*name).to_owned(), full_name: full_name.replace('&', &capital) })
-        })
-    }
-
-    fn mailbox(&self, home: &Domain) -> Option<Mailbox> {
-        Mailbox::parse(&format!("{}@{home}", self.name))
-    }
-}
-
 /// A message that was read and is not yet queued.
 struct InputMessage {
-    content: File,
-    /// What it begins with, up to the limit of a header.
-    front: Vec<u8>,
-    /// Octets on the wire.
-    size: u64,
-    eight_bit: bool,
+    content: SpooledContent,
+    /// The number of its `Received` fields.
     hops: usize,
+    message_id: Option<String>,
 }
 
 impl InputMessage {
+    /// Reads up to the end of the input, or, with `dot_ends`, to a line with a single dot.
     fn read(input: &mut impl Read, outbox: &Outbox, dot_ends: bool) -> Result<InputMessage, SendmailError> {
-        let mut content = BufWriter::new(outbox.scratch().map_err(failed(SendmailExit::CannotCreate))?);
-        let (mut lines, mut sizer, mut headers) = (LineDecoder::new(dot_ends), WireSize::new(), ReceivedCounter::new());
-        let (mut front, mut eight_bit) = (Vec::new(), false);
-        let (mut piece, mut octets) = (vec![0; CONTENT_BLOCK], Vec::new());
+        let mut content = SpooledContent::default();
+        let (mut decoder, mut header) = (LineDecoder::new(dot_ends), HeaderScanner::new());
+        let (mut block, mut decoded) = (vec![0; INPUT_BLOCK], Vec::new());
         loop {
-            let read = match input.read(&mut piece) {
+            let octets = match input.read(&mut block) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                other => other.map_err(failed(SendmailExit::InputOutput))?,
+                result => result.map_err(SendmailError::input_output)?,
             };
-            octets.clear();
-            let ended = read == 0 || lines.feed(&piece[..read], &mut octets);
+            decoded.clear();
+            let ended = octets == 0 || decoder.feed(&block[..octets], &mut decoded);
             if ended {
-                lines.finish(&mut octets);
+                decoder.finish(&mut decoded);
             }
-            sizer.feed(&octets);
-            headers.feed(&octets);
-            eight_bit |= !octets.is_ascii();
-            let room = HEADER_LIMIT - front.len();
-            front.extend_from_slice(&octets[..octets.len().min(room)]);
-            accepted(outbox.check_size(sizer.finish()))?;
-            content.write_all(&octets).map_err(failed(SendmailExit::InputOutput))?;
+            header.feed(&decoded);
+            content.write(&decoded, || outbox.unnamed_file()).map_err(SendmailError::input_output)?;
+            outbox.check_size(content.wire_size())?;
             if ended {
-                break;
+                let message_id = header.message_id().map(str::to_owned);
+                return Ok(InputMessage { content, hops: header.received(), message_id });
             }
         }
-        let mut content =
-            content.into_inner().map_err(|error| failed(SendmailExit::InputOutput)(error.into_error()))?;
-        content.rewind().map_err(failed(SendmailExit::InputOutput))?;
-        Ok(InputMessage { content, front, size: sizer.finish(), eight_bit, hops: headers.received() })
     }
 
-    /// Its end was not seen.
+    /// Whether the header goes on after `HEADER_LIMIT` octets.
     fn header_is_long(&self) -> bool {
-        // The last line may be cut, so it tells nothing.
-        let whole = self.front.iter().rposition(|octet| *octet == b'\n').map_or(0, |at| at + 1);
-        self.front.len() == HEADER_LIMIT && Header::parse(&self.front[..whole]).octets() == whole
+        let first = self.content.first_octets();
+        // The last line may be incomplete, so only complete lines are parsed.
+        let complete = first.iter().rposition(|octet| *octet == b'\n').map_or(0, |at| at + 1);
+        first.len() == HEADER_LIMIT && Header::parse(&first[..complete]).octets() == complete
+    }
+
+    fn envelope(&self, from: ReversePath, recipients: Vec<Recipient>, dsn: DsnOptions) -> Envelope {
+        let first = self.content.first_octets();
+        let header = &first[..Header::parse(first).octets().min(first.len())];
+        // A header that is neither ASCII nor UTF-8 is in an older 8-bit encoding, which RFC 6532 does not cover.
+        let utf8_header = !header.is_ascii() && std::str::from_utf8(header).is_ok();
+        let body = if self.content.eight_bit() { Body::EightBit } else { Body::SevenBit };
+        let DsnOptions { ret, envelope_id, .. } = dsn;
+        let mut envelope = Envelope { from, recipients, body, utf8: false, ret, envelope_id };
+        envelope.utf8 = utf8_header || envelope.needs_utf8();
+        envelope
     }
 }
 
-/// Lines as programs write them become lines that end in LF; the result does not depend on how they were cut.
+/// Turns the line ends that programs write (LF, CRLF, CR) into LF, wherever the input is divided into blocks.
 struct LineDecoder {
     dot_ends: bool,
-    place: LineState,
-    /// The last octet was a CR, and has ended its line.
-    carriage_return: bool,
+    state: LineState,
+    /// The last octet was a CR; it has ended its line, and an LF after it belongs to it.
+    after_cr: bool,
     ended: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum LineState {
     Begin,
-    /// Behind a dot that may be the end, and is held back.
+    /// After a dot at the begin of a line, which is not yet in the output: it may be the end of the message.
     Dot,
     Within,
 }
 
 impl LineDecoder {
     fn new(dot_ends: bool) -> LineDecoder {
-        LineDecoder { dot_ends, place: LineState::Begin, carriage_return: false, ended: false }
+        LineDecoder { dot_ends, state: LineState::Begin, after_cr: false, ended: false }
     }
 
-    /// Appends to `out`. True: the lone dot came, and nothing after it counts.
+    /// Appends the decoded lines to `out`. Returns whether the line with the single dot has ended the message; what
+    /// follows it is ignored.
     fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) -> bool {
         for octet in input {
             if self.ended {
                 break;
             }
-            let behind_cr = std::mem::replace(&mut self.carriage_return, *octet == b'\r');
+            let after_cr = std::mem::replace(&mut self.after_cr, *octet == b'\r');
             match octet {
-                b'\n' if behind_cr => {}
-                b'\n' | b'\r' if self.place == LineState::Dot => self.ended = true,
+                b'\n' if after_cr => {}
+                b'\n' | b'\r' if self.state == LineState::Dot => self.ended = true,
                 b'\n' | b'\r' => {
                     out.push(b'\n');
-                    self.place = LineState::Begin;
+                    self.state = LineState::Begin;
                 }
-                b'.' if self.dot_ends && self.place == LineState::Begin => self.place = LineState::Dot,
+                b'.' if self.dot_ends && self.state == LineState::Begin => self.state = LineState::Dot,
                 other => {
-                    if self.place == LineState::Dot {
+                    if self.state == LineState::Dot {
                         out.push(b'.');
                     }
                     out.push(*other);
-                    self.place = LineState::Within;
+                    self.state = LineState::Within;
                 }
             }
         }
         self.ended
     }
 
-    /// The input is over: a last line without an end gets one.
+    /// Ends the last line if the input has not.
     fn finish(&mut self, out: &mut Vec<u8>) {
-        if self.place == LineState::Within {
+        if self.state == LineState::Within {
             out.push(b'\n');
-            self.place = LineState::Begin;
+            self.state = LineState::Begin;
         }
     }
 }
@@ -526,13 +533,13 @@ mod tests {
     use super::*;
 
     fn lines(input: &[u8], cut: usize, dot_ends: bool) -> String {
-        let (mut lines, mut out) = (LineDecoder::new(dot_ends), Vec::new());
-        for piece in input.chunks(cut) {
-            if lines.feed(piece, &mut out) {
+        let (mut decoder, mut out) = (LineDecoder::new(dot_ends), Vec::new());
+        for block in input.chunks(cut) {
+            if decoder.feed(block, &mut out) {
                 break;
             }
         }
-        lines.finish(&mut out);
+        decoder.finish(&mut out);
         String::from_utf8(out).unwrap()
     }
 
@@ -557,15 +564,6 @@ mod tests {
     }
 
     #[test]
-    fn users_are_found_by_their_number() {
-        let passwd =
-            "root:x:0:0:root:/root:/bin/sh\n# nonsense\neva:x:1000:1000:& Example,room 1,,:/home/eva:/bin/sh\n";
-        let user = LoginUser::of(passwd, 1000).unwrap();
-        assert_eq!((user.name.as_str(), user.full_name.as_str()), ("eva", "Eva Example"));
-        assert!(LoginUser::of(passwd, 1).is_none() && LoginUser::of("", 0).is_none());
-    }
-
-    #[test]
     fn full_names_become_phrases() {
         let check = |name: &str, expected: &str| assert_eq!(phrase(name), expected);
         check("Eva Example", "Eva Example");
@@ -576,20 +574,20 @@ mod tests {
     }
 
     #[test]
-    fn wishes_are_those_of_rfc_3461() {
-        let wishes = |notify: &str, ret: &str, id: &str| {
-            let order = SendmailOptions {
+    fn dsn_options_are_those_of_rfc_3461() {
+        let parse = |notify: &str, ret: &str, id: &str| {
+            let options = SendmailOptions {
                 notify: Some(notify.to_owned()),
                 ret: Some(ret.to_owned()),
                 envelope_id: Some(id.to_owned()),
                 ..SendmailOptions::default()
             };
-            DsnOptions::of(&order).map_err(|refused| refused.exit)
+            DsnOptions::parse(&options).map_err(|error| error.kind)
         };
-        assert!(wishes("never", "hdrs", "QQ314159").is_ok());
-        assert!(wishes("success,delay", "FULL", "a+2Bb").is_ok());
+        assert!(parse("never", "hdrs", "QQ314159").is_ok());
+        assert!(parse("success,delay", "FULL", "a+2Bb").is_ok());
         for (notify, ret, id) in [("never,delay", "full", "x"), ("failure", "all", "x"), ("failure", "full", "a b")] {
-            assert_eq!(wishes(notify, ret, id).err(), Some(SendmailExit::Usage), "{notify} {ret} {id}");
+            assert_eq!(parse(notify, ret, id).err(), Some(SendmailErrorKind::Usage), "{notify} {ret} {id}");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The customer's own users and programs hand in mail by SMTP: `odmr send -bs`, and the listener of `pull --daemon`.
+//! Submission by the customer's own users and programs over SMTP: `odmr send -bs`, and the listener of `pull --daemon`.
 //!
-//! Whoever may speak here may send from any address to any address; there is no AUTH and no TLS, so only this machine
-//! and the networks that the configuration names are let in. What comes goes into the [`Outbox`].
+//! A client here may send from any address to any address. There is no AUTH and no TLS, so only this machine and the
+//! networks that the configuration names are accepted. Messages go into the [`Outbox`].
 
 use std::io;
 use std::sync::Arc;
@@ -9,14 +9,15 @@ use std::sync::Arc;
 use super::outbox::{Outbox, Submission, SubmissionWriter};
 use crate::config::CustomerConfig;
 use crate::mail::address::{ForwardPath, Mailbox};
-use crate::net::connection::{CancelToken, Connection};
-use crate::sasl::{CredentialStore, Unavailable};
-use crate::session::server::{MessageSink, ServerSession, SessionHandler, SessionLimits, storage_failure_reply};
-use crate::smtp::command::{MailFrom, Notify};
+use crate::net::cancel::CancelToken;
+use crate::net::connection::Connection;
+use crate::session::server::{ServerSession, SessionLimits};
+use crate::session::storage_failure_reply;
+use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Server, ServerHandler, ServerOptions, ServerRole};
+use crate::smtp::server::{Incoming, MessageSink, Server, ServerRole, SessionHandler};
 
-/// One session, up to its end; says how it ended. `peer`: who is there, for `Received`.
+/// One session, up to its end; returns how it ended. `peer`: the client, for `Received`.
 pub fn serve(
     config: &CustomerConfig,
     outbox: &Arc<Outbox>,
@@ -25,21 +26,9 @@ pub fn serve(
     cancel: &CancelToken,
     abort: &CancelToken,
 ) -> String {
-    let profile = ServerOptions {
-        role: ServerRole::Submission,
-        hostname: config.hostname.clone(),
-        max_size: outbox.config().max_size,
-        max_recipients: config.limits.recipients,
-        max_errors: config.limits.errors,
-        max_auth_failures: config.limits.auth_failures,
-        starttls: false,
-        require_tls: false,
-        dsn: true,
-        mechanisms: Vec::new(),
-        ids: outbox.ids().clone(),
-    };
+    let options = config.limits.server_options(ServerRole::Submission, &config.hostname, outbox.config().max_size);
     let limits = SessionLimits::new(&config.timeouts, &config.limits, cancel, abort);
-    let mut session = ServerSession::new(connection, Server::new(profile, false), peer, None, limits);
+    let mut session = ServerSession::new(connection, Server::new(options, false), peer, None, limits);
     session.greet();
     let end = session.run(&mut SubmissionHandler { outbox: outbox.clone() });
     session.close();
@@ -50,14 +39,7 @@ struct SubmissionHandler {
     outbox: Arc<Outbox>,
 }
 
-impl CredentialStore for SubmissionHandler {
-    /// AUTH is not offered here.
-    fn secret(&self, _: &str) -> Result<Option<Vec<u8>>, Unavailable> {
-        Ok(None)
-    }
-}
-
-impl ServerHandler for SubmissionHandler {
+impl SessionHandler for SubmissionHandler {
     fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
         self.outbox.check_room(mail.size.unwrap_or(0))
     }
@@ -65,51 +47,47 @@ impl ServerHandler for SubmissionHandler {
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         self.outbox.recipient(path)
     }
-}
 
-impl SessionHandler for SubmissionHandler {
-    fn receive_message(
-        &mut self,
-        server: &Server,
-        peer: &str,
-        secure: Option<&str>,
-    ) -> Result<Box<dyn MessageSink>, Reply> {
-        let Some(transaction) = server.transaction() else {
-            return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
-        };
+    fn receive(&mut self, envelope: &Envelope, incoming: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {
         let ids = self.outbox.ids();
         let (id, arrived) = (ids.queue_id(), ids.clock().now());
-        let received = server.received(peer, secure, &id, arrived);
-        let letter = Submission {
-            mail: &transaction.mail,
-            recipients: &transaction.recipients,
+        let received = incoming.received.field(&id, &arrived.rfc5322());
+        let submission = Submission {
+            envelope,
+            size: incoming.size,
             id: &id,
             arrived,
-            // A program that speaks SMTP writes its own header (RFC 6409 section 8.1); `Bcc` is its affair too.
+            // A program that speaks SMTP writes its own header, `Bcc` included (RFC 6409 section 8.1).
             header_from: None,
             drop_bcc: false,
         };
-        let stored = self.outbox.store(&letter, &received).map_err(|error| storage_failure_reply(&error))?;
-        Ok(Box::new(SubmittedMessage { stored, outbox: self.outbox.clone(), id }))
+        let writer = self.outbox.store(&submission, &received).map_err(|error| storage_failure_reply(&error))?;
+        Ok(Box::new(SubmittedMessage { writer, outbox: self.outbox.clone(), id }))
     }
 }
 
 /// A message on its way into the outbox.
 struct SubmittedMessage {
-    stored: SubmissionWriter,
+    writer: SubmissionWriter,
     outbox: Arc<Outbox>,
     id: String,
 }
 
-impl MessageSink for SubmittedMessage {
-    fn write(&mut self, octets: &[u8]) -> io::Result<()> {
-        self.stored.write(octets)
-    }
-
-    fn commit(self: Box<Self>) -> io::Result<Reply> {
-        if self.stored.commit()? {
+impl SubmittedMessage {
+    fn finish(self) -> io::Result<String> {
+        if self.writer.commit()? {
             self.outbox.wake_retries();
         }
-        Ok(Reply::new(250, "2.6.0", format!("OK, id={}", self.id)))
+        Ok(self.id)
+    }
+}
+
+impl MessageSink for SubmittedMessage {
+    fn write(&mut self, octets: &[u8]) -> Result<(), Reply> {
+        self.writer.write(octets).map_err(|error| storage_failure_reply(&error))
+    }
+
+    fn commit(self: Box<Self>) -> Result<String, Reply> {
+        self.finish().map_err(|error| storage_failure_reply(&error))
     }
 }

@@ -14,16 +14,15 @@
 //! The body begins behind the blank line, or at the first line that can be no field.
 //! ```
 //!
-//! And a next hop may want to know where mail in transit came from: [`Header::origin`].
+//! And a next hop may want to know where mail in transit came from: [`Header::client_info`].
 //!
 //! What is read is read leniently, what stays is kept octet for octet. Lines end in LF; CRLF is
 //! understood and kept.
 
-use core::net::IpAddr;
 use std::collections::HashSet;
 
 use super::address::{Domain, Host, Mailbox};
-use crate::smtp::client::ClientInfo;
+use super::received::ClientInfo;
 
 /// A header of more octets than this is passed on as it is by a [`Completer`].
 const HEADER_LIMIT: usize = 256 << 10;
@@ -77,37 +76,10 @@ impl<'a> Header<'a> {
         header
     }
 
-    /// Who gave the message to `by`, the host it came to us from, by the topmost `Received` (RFC 5321 section 4.4):
-    /// `from <EHLO name> (<name> [<address>]) by <by> with ESMTP`. Others below it may have written anything.
-    pub fn origin(&self, by: &str) -> Option<ClientInfo> {
-        let field = self.fields.iter().find(|field| field.name.eq_ignore_ascii_case(b"received"))?;
-        let text = String::from_utf8_lossy(field.raw.splitn(2, |octet| *octet == b':').nth(1)?);
-        let words: Vec<_> = text.split_ascii_whitespace().collect();
-        let at = words.windows(2).position(|pair| pair[0] == "by" && pair[1].eq_ignore_ascii_case(by))?;
-        let (from, rest) = (words.get(..at)?, &words[at..]);
-        let name = *from.get(1).filter(|_| from[0] == "from")?;
-        // The client may call itself like an address, so the address is the one in the comment behind that name. Exim
-        // writes the name into the comment, where it differs: `from host ([192.0.2.1] helo=name)`, and the address in its
-        // place, where it has no other: `from [192.0.2.1] (helo=name)`.
-        let end = from.iter().skip(2).position(|word| word.ends_with(')'))?;
-        let comment = from.get(2..3 + end)?;
-        let named = |word: &&str| word.trim_start_matches('(').strip_prefix("helo=").map(str::to_owned);
-        let helo = comment.iter().find_map(named);
-        let literal = |word: &&str| Some(word.trim_end_matches(')').split_once('[')?.1.to_owned());
-        let written = comment.iter().filter(|word| named(word).is_none()).find_map(literal);
-        let literal = written.or_else(|| helo.is_some().then(|| literal(&name)).flatten())?;
-        let literal = literal.strip_suffix(']')?;
-        let address: IpAddr = literal.strip_prefix("IPv6:").unwrap_or(literal).parse().ok()?;
-        let name = helo.as_deref().map_or(name, |helo| helo.trim_end_matches(')'));
-        let protocol = rest.windows(2).find(|pair| pair[0] == "with").map_or("", |pair| pair[1]);
-        Some(ClientInfo {
-            address: match address.to_canonical() {
-                IpAddr::V4(address) => address.to_string(),
-                IpAddr::V6(address) => format!("IPV6:{address}"),
-            },
-            helo: (name != "unknown").then(|| name.to_owned()),
-            extended: protocol.trim_end_matches(';') != "SMTP",
-        })
+    /// The client that gave the message to `by`, the host that it came to us from, by the topmost `Received` field.
+    pub fn client_info(&self, by: &str) -> Option<ClientInfo> {
+        let field = self.fields.iter().find(|field| field.is("Received"))?;
+        ClientInfo::parse(&String::from_utf8_lossy(field.value()), by)
     }
 
     /// How many octets of the content were the header, its blank line included: the body is what follows.
@@ -342,14 +314,14 @@ pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String
     for Token { what, place } in tokens(text)? {
         match (element.stage, what) {
             // Between angle brackets commas and a colon belong to a source route.
-            (Stage::Before | Stage::After, What::Special(divider @ (',' | ';'))) => {
+            (ElementStage::Before | ElementStage::After, What::Special(divider @ (',' | ';'))) => {
                 found.extend(element.mailbox(text, home)?);
                 element = Element::default();
                 // Outside of a group a semicolon is what some programs write for a comma.
                 grouped &= divider == ',';
                 continue;
             }
-            (Stage::Before, What::Special(':')) => {
+            (ElementStage::Before, What::Special(':')) => {
                 if grouped || !element.is_phrase() {
                     return Err(unreadable(&text[..place.end], element.begin, "this cannot be the name of a group"));
                 }
@@ -357,11 +329,11 @@ pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String
                 grouped = true;
                 continue;
             }
-            (Stage::Before, What::Special('<')) => element.stage = Stage::Inside,
-            (Stage::Inside, What::Special('>')) => element.stage = Stage::After,
-            (Stage::Before, what) => element.before.push(what),
-            (Stage::Inside, what) => element.inside.push(what),
-            (Stage::After, _) => {
+            (ElementStage::Before, What::Special('<')) => element.stage = ElementStage::Inside,
+            (ElementStage::Inside, What::Special('>')) => element.stage = ElementStage::After,
+            (ElementStage::Before, what) => element.before.push(what),
+            (ElementStage::Inside, what) => element.inside.push(what),
+            (ElementStage::After, _) => {
                 let begin = element.begin.or(Some(place.start));
                 return Err(unreadable(&text[..place.end], begin, "something follows the >; is a comma missing?"));
             }
@@ -376,7 +348,7 @@ pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String
 /// What stands between two commas.
 #[derive(Debug, Default)]
 struct Element<'a> {
-    stage: Stage,
+    stage: ElementStage,
     /// A display name, or the address itself if no angle brackets follow.
     before: Vec<What<'a>>,
     inside: Vec<What<'a>>,
@@ -385,7 +357,7 @@ struct Element<'a> {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-enum Stage {
+enum ElementStage {
     #[default]
     Before,
     Inside,
@@ -400,10 +372,10 @@ impl Element<'_> {
     /// None: there is nothing between the commas (RFC 5322 section 4.4).
     fn mailbox(&self, text: &str, home: &Domain) -> Result<Option<Mailbox>, String> {
         let address = match self.stage {
-            Stage::Before if self.before.is_empty() => return Ok(None),
-            Stage::Before => address(&self.before, home),
-            Stage::Inside => Err("a > is missing"),
-            Stage::After => without_route(&self.inside).and_then(|inside| address(inside, home)),
+            ElementStage::Before if self.before.is_empty() => return Ok(None),
+            ElementStage::Before => address(&self.before, home),
+            ElementStage::Inside => Err("a > is missing"),
+            ElementStage::After => without_route(&self.inside).and_then(|inside| address(inside, home)),
         };
         address.map(Some).map_err(|reason| unreadable(&text[..self.end], self.begin, reason))
     }
@@ -574,342 +546,4 @@ fn unreadable(text: &str, begin: Option<usize>, reason: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_origin_stands_in_the_topmost_received() {
-        let check = |header: &str, wanted: Option<(&str, Option<&str>, bool)>| {
-            let header = header.replace(" | ", "\r\n\t");
-            let origin = Header::parse(header.as_bytes()).origin("Relay.example.net");
-            let found = origin.as_ref().map(|found| (found.address.as_str(), found.helo.as_deref(), found.extended));
-            assert_eq!(found, wanted, "{header}");
-        };
-        let ours = "Received: from mx.example ([192.0.2.1]) | by relay.example.net with ESMTPS (x) | id 1; | date\n";
-        check(ours, Some(("192.0.2.1", Some("mx.example"), true)));
-        check(&format!("Return-Path: <a@b.example>\n{ours}"), Some(("192.0.2.1", Some("mx.example"), true)));
-        let other = "Received: from helo (name.example [IPv6:2001:db8::1]) by relay.example.net with SMTP; date\n";
-        check(other, Some(("IPV6:2001:db8::1", Some("helo"), false)));
-        check(
-            "Received: from unknown ([192.0.2.1]) by relay.example.net with SMTP; date\n",
-            Some(("192.0.2.1", None, false)),
-        );
-        // Names that would like to be an address: of the client, for Exim, and in its certificate.
-        for field in [
-            "from [203.0.113.9] (x [192.0.2.1])",
-            "from [192.0.2.1] (helo=[203.0.113.9])",
-            "from x ([192.0.2.1] helo=[203.0.113.9])",
-            "from [203.0.113.9] (x [192.0.2.1]) (Client CN \"helo=z\")",
-            "from [203.0.113.9] (x [192.0.2.1]) (using TLSv1.3) (Client CN \"y [198.51.100.1] z\", Issuer \"i\")",
-        ] {
-            let field = format!("Received: {field} by relay.example.net with ESMTP; date\n");
-            check(&field, Some(("192.0.2.1", Some("[203.0.113.9]"), true)));
-        }
-        for none in [
-            "",
-            "Subject: x\n",
-            "Received:\n",
-            "Received: by relay.example.net; date\n",
-            "Received: from mx.example by relay.example.net; date\n",
-            "Received: from mx.example ([a.b]) by relay.example.net; date\n",
-            "Received: from mx.example ([192.0.2.1) by relay.example.net; date\n",
-            "Received: from mx.example ([192.0.2.1]) by elsewhere.example; date\n",
-            "Received: from a ([192.0.2.1]) by elsewhere; date\nReceived: from a ([192.0.2.1]) by relay.example.net; date\n",
-        ] {
-            check(none, None);
-        }
-    }
-
-    use proptest::prelude::*;
-
-    fn home() -> Domain {
-        Domain::parse("home.example").unwrap()
-    }
-
-    fn written(mailboxes: &[Mailbox]) -> String {
-        mailboxes.iter().map(Mailbox::to_string).collect::<Vec<_>>().join(" ")
-    }
-
-    fn additions() -> HeaderAdditions {
-        HeaderAdditions { date: "DATE".to_owned(), message_id: "<ID>".to_owned(), from: None, drop_bcc: true }
-    }
-
-    #[test]
-    fn addresses_are_read_as_people_write_them() {
-        fn check(input: &str, expected: &str) {
-            let seen = parse_addresses(input, &home()).map(|found| written(&found));
-            assert_eq!(seen.as_deref(), Ok(expected), "{input:?}");
-        }
-        // Addresses alone.
-        check("", "");
-        check(" \r\n\t", "");
-        check("joe@x.example", "joe@x.example");
-        check("Joe@X.EXAMPLE", "Joe@x.example");
-        check("joe@[192.0.2.1]", "joe@[192.0.2.1]");
-        check("joe@[ IPv6:2001:db8::1 ]", "joe@[IPv6:2001:db8::1]");
-        check("joe@bücher.example", "joe@xn--bcher-kva.example");
-        check("jürgen@x", "jürgen@x");
-        check("o'neill+tag=1@x", "o'neill+tag=1@x");
-        check("a!#$%&'*+-/=?^_`{|}~@x", "a!#$%&'*+-/=?^_`{|}~@x");
-        check("joe.doe@x.y", "joe.doe@x.y");
-        check("\"joe\"@x", "joe@x");
-        check("\"joe doe\"@x", "\"joe doe\"@x");
-        check("\"a@b,c\"@x", "\"a@b,c\"@x");
-        check(r#""a\"b\\c"@x"#, r#""a\"b\\c"@x"#);
-        check("<joe@x>", "joe@x");
-        check("< joe @ x >", "joe@x");
-        // Names without a host.
-        check("joe", "joe@home.example");
-        check("joe.doe", "joe.doe@home.example");
-        check("<joe>", "joe@home.example");
-        check("Joe <joe>", "joe@home.example");
-        check("\"joe doe\"", "\"joe doe\"@home.example");
-        check("Postmaster", "Postmaster@home.example");
-        // Display names.
-        check("Joe <joe@x>", "joe@x");
-        check("Joe Q. Public <joe@x>", "joe@x");
-        check("\"Public, Joe Q.\" <joe@x>", "joe@x");
-        check("\"Joe \\\"the boss\\\" <b@y>\" <joe@x>", "joe@x");
-        check("\"\" <joe@x>", "joe@x");
-        check("joe@x <joe@x>", "joe@x");
-        check("J\u{fffd}rgen <joe@x>", "joe@x");
-        check("Jürgen Öztürk<joe@x>", "joe@x");
-        check("[List] Joe <joe@x>", "joe@x");
-        check("O'Neill <joe@x>", "joe@x");
-        check("=?utf-8?Q?J=C3=BCrgen?= <joe@x>", "joe@x");
-        check("=?utf-8?Q?Doe,_J?= =?utf-8?B?w7w=?=\r\n =?us-ascii?q?.?= <joe@x>, eva", "joe@x eva@home.example");
-        check("=?utf-8?Q?a=40b?=<joe@x>", "joe@x");
-        check("=?= <joe@x>", "joe@x");
-        // Lists.
-        check("a@x,b@y", "a@x b@y");
-        check("a@x, b@y ,c", "a@x b@y c@home.example");
-        check(",, a@x,, b@y,", "a@x b@y");
-        check("a@x; b@y;", "a@x b@y");
-        check("Doe, Joe <joe@x>", "Doe@home.example joe@x");
-        check("a@x, a@x", "a@x a@x");
-        // Comments and folds.
-        check("joe@x (Joe)", "joe@x");
-        check("(Joe) joe@x", "joe@x");
-        check("joe(a)@(b)x(c).(d)y", "joe@x.y");
-        check("(a (b (c) \\) \\( ) d) joe@x", "joe@x");
-        check("(a, b <c@d>) Joe (;:) <(e)joe(f)@x(g)> (h)", "joe@x");
-        check("\"(not a comment)\" <joe@x>", "joe@x");
-        check("Joe\r\n <joe@x>,\r\n\tEva\n <eva@y>", "joe@x eva@y");
-        check("\"Joe\r\n Doe\" <joe@x>", "joe@x");
-        check("joe . doe @ x . y", "joe.doe@x.y");
-        // Groups.
-        check("undisclosed-recipients:;", "");
-        check("undisclosed recipients: ;", "");
-        check("undisclosed-recipients:", "");
-        check("friends: joe@x, Eva <eva@y>;", "joe@x eva@y");
-        check("friends: joe@x;, foes: eva@y; , bob@z", "joe@x eva@y bob@z");
-        check("friends: joe@x; bob@z", "joe@x bob@z");
-        check("\"my: friends\" (and): joe, ;", "joe@home.example");
-        check("friends:,,;", "");
-        // Obsolete forms.
-        check("<@a.example,@b.example:joe@x>", "joe@x");
-        check("Joe < @a , , @b : joe@x >", "joe@x");
-        check("\"joe\".doe@x", "joe.doe@x");
-        check("joe.\"d o\"@x", "\"joe.d o\"@x");
-    }
-
-    #[test]
-    fn what_cannot_be_read_is_named() {
-        fn check(input: &str, expected: &str) {
-            let seen = parse_addresses(input, &home()).map(|found| written(&found));
-            assert_eq!(seen, Err(format!("cannot read {expected}")), "{input:?}");
-        }
-        let local = "this is no name of a mailbox; a display name wants an <address> behind it";
-        let bracket = "something follows the >; is a comma missing?";
-        let host = "the host is no domain";
-        let group = "this cannot be the name of a group";
-        for (input, shown) in [
-            ("Joe Doe", "Joe Doe"),
-            ("a@x,  Joe\r\n Doe , b@y", "Joe Doe"),
-            ("Joe joe@x", "Joe joe@x"),
-            ("<>", "<>"),
-            ("Joe <>", "Joe <>"),
-            ("@x", "@x"),
-            ("j..oe@x", "j..oe@x"),
-            (".joe@x", ".joe@x"),
-            ("joe.@x", "joe.@x"),
-            ("j\\oe@x", "j\\oe@x"),
-            ("\"\"", "\"\""),
-            ("\"joe\"doe@x", "\"joe\"doe@x"),
-            ("=?utf-8?q?joe?=", "=?utf-8?q?joe?="),
-            ("joe)@x", "joe)@x"),
-            (">", ">"),
-            ("joe>", "joe>"),
-        ] {
-            check(input, &format!("{shown}: {local}"));
-        }
-        check("joe@", &format!("joe@: {host}"));
-        check("joe@a b", &format!("joe@a b: {host}"));
-        check("joe@x@y", &format!("joe@x@y: {host}"));
-        check("joe@a_b", &format!("joe@a_b: {host}"));
-        check("joe@x.", &format!("joe@x.: {host}"));
-        check("joe@\"x\"", &format!("joe@\"x\": {host}"));
-        check("joe@[x]", &format!("joe@[x]: {host}"));
-        check("joe@[192.0.2.1].x", &format!("joe@[192.0.2.1].x: {host}"));
-        check("joe <a@x> eva <b@x>", &format!("joe <a@x> eva: {bracket}"));
-        check("<a@x> b@x", &format!("<a@x> b: {bracket}"));
-        check("<<a@x>>", &format!("<<a@x>>: {bracket}"));
-        check("<a@x>:", &format!("<a@x>:: {bracket}"));
-        check("eva, Joe <joe@x, bob", "Joe <joe@x, bob: a > is missing");
-        check("<@a joe@x>", "<@a joe@x>: a source route ends in a colon");
-        check("Joe (the boss", "(the boss: a ) is missing");
-        check("Joe (a (b)", "(a (b): a ) is missing");
-        check("eva, \"Joe <joe@x>", "\"Joe <joe@x>: a \" is missing");
-        check("joe@[192.0.2.1", "[192.0.2.1: a ] is missing");
-        check("a: b: c@x;;", &format!("b:: {group}"));
-        check("joe@x: eva@y;", &format!("joe@x:: {group}"));
-        check(": joe@x;", &format!(":: {group}"));
-        check("j\u{fffd}@x", "j\u{fffd}@x: it is not in UTF-8");
-        check("j\u{1b}[2J\0@x", "[2J?@x: a ] is missing");
-        check("j\u{1b}@x", "j?@x: the name is too long, or holds control characters");
-        let long = "j".repeat(256);
-        check(&format!("{long}@x"), &format!("{}…: the name is too long, or holds control characters", &long[..100]));
-    }
-
-    #[test]
-    fn recipients_are_those_of_to_cc_and_bcc_or_of_the_last_resending() {
-        fn check(header: &str, expected: Result<&str, &str>) {
-            let seen = Header::parse(header.as_bytes()).recipients(&home()).map(|found| written(&found));
-            assert_eq!(seen, expected.map(str::to_owned).map_err(str::to_owned), "{header}");
-        }
-        check("", Ok(""));
-        check("Subject: x\n\nTo: a@x\n", Ok(""));
-        check("To: a@x\nSubject: x\nCC: b@x\nbcc : c@x\nTo: d@x\n", Ok("a@x b@x c@x d@x"));
-        check("To: a@x,\n b@x,\r\n\tc@x\r\n\r\n", Ok("a@x b@x c@x"));
-        check("To:a@x\n \n\tb@x", Err("To: cannot read a@x b@x: the host is no domain"));
-        check("To: a@x, A@x, a@X\nCc: a@x\n", Ok("a@x A@x"));
-        check("Tom: a@x\nReply-To: b@x\nTo:c@x", Ok("c@x"));
-        check("From eva Fri Jan  2 03:04:05 2026\nTo: a@x\n\n", Ok("a@x"));
-        check("To: undisclosed-recipients:;\nBcc: a@x\n", Ok("a@x"));
-        check(
-            "Bcc: Joe Doe\n",
-            Err("Bcc: cannot read Joe Doe: this is no name of a mailbox; \
-                                      a display name wants an <address> behind it"),
-        );
-        check("no header: here\nTo: a@x\n", Ok(""));
-        // The newest block stands first; a name that comes again begins an older one.
-        check("Resent-To: a@x\nResent-Cc: b@x\nTo: c@x\nBcc: d@x\n", Ok("a@x b@x"));
-        check("Received: x\nResent-From: e\nRESENT-BCC: a@x\nReceived: y\nResent-To: b@x\nTo: c@x\n", Ok("a@x"));
-        check("Resent-From: e\nResent-To: a@x\nResent-From: f\nResent-To: b@x\nTo: c@x\n", Ok("a@x"));
-        check("Resent-To: a@x\nResent-To: b@x\n", Ok("a@x"));
-        check("Resent-From: e\nTo: c@x\n", Ok(""));
-    }
-
-    #[test]
-    fn a_name_in_a_foreign_character_set_does_no_harm() {
-        let header = Header::parse(b"To: J\xfcrgen <a@x>\nCc: \"\xff\xfe\" <b@x>\n\n");
-        assert_eq!(header.recipients(&home()).map(|found| written(&found)).as_deref(), Ok("a@x b@x"));
-        let error = Header::parse(b"To: j\xfcrgen@x\n").recipients(&home());
-        assert_eq!(error, Err("To: cannot read j\u{fffd}rgen@x: it is not in UTF-8".to_owned()));
-    }
-
-    #[test]
-    fn a_header_is_completed_and_otherwise_kept() {
-        fn check(content: &[u8], additions: &HeaderAdditions, expected: &[u8], body: &[u8]) {
-            let header = Header::parse(content);
-            let seen = header.complete(additions);
-            assert_eq!(seen.escape_ascii().to_string(), expected.escape_ascii().to_string());
-            assert_eq!(content[header.octets()..].escape_ascii().to_string(), body.escape_ascii().to_string());
-        }
-        let add = additions();
-        check(b"", &add, b"Date: DATE\nMessage-ID: <ID>\n\n", b"");
-        check(b"\nbody\n", &add, b"Date: DATE\nMessage-ID: <ID>\n\n", b"body\n");
-        check(b"hello\nTo: a@x\n", &add, b"Date: DATE\nMessage-ID: <ID>\n\n", b"hello\nTo: a@x\n");
-        check(b" hello\n", &add, b"Date: DATE\nMessage-ID: <ID>\n\n", b" hello\n");
-        check(b"To: a@x", &add, b"To: a@x\nDate: DATE\nMessage-ID: <ID>\n\n", b"");
-        check(b"dAtE : never\nMESSAGE-ID:\n \n x\n\n", &add, b"dAtE : never\nMESSAGE-ID:\n \n x\n\n", b"");
-        check(b"Date: 1\nMessage-ID: 2\nX-\xff: y\n", &add, b"Date: 1\nMessage-ID: 2\n\n", b"X-\xff: y\n");
-        check(b"Date: 1\nMessage-Id: 2\nX:\t\xff\0\r \n\nb", &add, b"Date: 1\nMessage-Id: 2\nX:\t\xff\0\r \n\n", b"b");
-        check(
-            b"Date: 1\nMessage-ID: 2\nBCC: a,\n b\nX: y\nresent-bcc: c\n\n",
-            &add,
-            b"Date: 1\nMessage-ID: 2\nX: y\n\n",
-            b"",
-        );
-        check(b"From e  Fri\nDate: 1\nMessage-ID: 2\n\nb", &add, b"Date: 1\nMessage-ID: 2\n\n", b"b");
-        check(b"From e  Fri\n folded\n", &add, b"Date: DATE\nMessage-ID: <ID>\n\n", b" folded\n");
-        check(b"Date: 1\nFrom e  Fri\n", &add, b"Date: 1\nMessage-ID: <ID>\n\n", b"From e  Fri\n");
-        check(
-            b"From : e\r\nX: y\r\n\r\nb\r\n",
-            &add,
-            b"From : e\r\nX: y\r\nDate: DATE\r\nMessage-ID: <ID>\r\n\r\n",
-            b"b\r\n",
-        );
-        let add = HeaderAdditions { from: Some("E\n<e@x>".to_owned()), drop_bcc: false, ..additions() };
-        check(b"Bcc: a\n\n", &add, b"Bcc: a\nFrom: E <e@x>\nDate: DATE\nMessage-ID: <ID>\n\n", b"");
-        check(b"Date: 1\nFROM: f\nMessage-ID: 2\n\n", &add, b"Date: 1\nFROM: f\nMessage-ID: 2\n\n", b"");
-    }
-
-    /// Feeds a completer with pieces of so many octets, in turn.
-    fn completed(content: &[u8], cuts: &[usize]) -> Vec<u8> {
-        let (mut completer, mut out, mut rest) = (HeaderCompleter::new(additions()), Vec::new(), content);
-        for cut in cuts.iter().cycle() {
-            let (piece, after) = rest.split_at(rest.len().min(*cut));
-            completer.feed(piece, &mut out);
-            rest = after;
-            if rest.is_empty() {
-                break;
-            }
-        }
-        completer.finish(&mut out);
-        out
-    }
-
-    #[test]
-    fn a_header_beyond_the_limit_passes_as_it_is() {
-        for (length, touched) in [(HEADER_LIMIT, true), (HEADER_LIMIT + 1, false)] {
-            let mut content = b"Bcc: a\nX: ".to_vec();
-            content.resize(length - 2, b'y');
-            content.extend_from_slice(b"\n\n");
-            for body in [&b""[..], b"the body\n"] {
-                let content = [&content[..], body].concat();
-                for cuts in [&[content.len()][..], &[1 << 16], &[HEADER_LIMIT, 1], &[HEADER_LIMIT - 1, 1, 1]] {
-                    let seen = completed(&content, cuts);
-                    assert_eq!(seen == content, !touched, "{length} {cuts:?}");
-                    assert!(!touched || (seen.starts_with(b"X: y") && seen.ends_with(body)), "{length} {cuts:?}");
-                }
-            }
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn no_octets_make_it_panic(content: Vec<u8>, text: String) {
-            let header = Header::parse(&content);
-            let _ = (header.recipients(&home()), header.complete(&additions()));
-            prop_assert!(header.octets() <= content.len());
-            let _ = parse_addresses(&text, &home());
-        }
-
-        #[test]
-        fn no_punctuation_makes_it_panic(text in "[a@.,:;<>()\"\\\\\\[\\] =?\\r\\nü]{0,40}") {
-            for mailbox in parse_addresses(&text, &home()).unwrap_or_default() {
-                prop_assert_eq!(Mailbox::parse(&mailbox.to_string()), Some(mailbox));
-            }
-        }
-
-        #[test]
-        fn a_completer_gives_the_same_however_it_is_cut(
-            content in "(From a\r?\n)?((To|Bcc|Date|X y|): ?[a\0]{0,3}\r?\n|[ \t][a ]?\r?\n|\r?\n){0,6}[a\n:]{0,5}",
-            cuts in proptest::collection::vec(1_usize..20, 1..5),
-        ) {
-            let content = content.as_bytes();
-            let header = Header::parse(content);
-            let expected = [&header.complete(&additions())[..], &content[header.octets()..]].concat();
-            prop_assert_eq!(completed(content, &cuts), expected);
-        }
-
-        #[test]
-        fn a_complete_header_is_left_alone(
-            content in "((To|Date|Message-ID|X): ?[a ]{0,3}\n([ \t]a\n){0,2}){0,6}\n[a\n]{0,5}",
-        ) {
-            let once = completed(content.as_bytes(), &[content.len().max(1)]);
-            prop_assert_eq!(completed(&once, &[once.len()]), once);
-        }
-    }
-}
+mod tests;

@@ -2,4 +2,5 @@
 //! `Received` field, reading and writing.
 
 pub mod address;
+pub mod received;
 pub mod header;

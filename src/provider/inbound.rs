@@ -1,23 +1,23 @@
-//! Port 25: the world brings mail for the customers' domains (RFC 5321).
+//! Port 25: the world sends mail for the customers' domains (RFC 5321).
 //!
-//! Only held domains are served, and the provider's own postmaster; everything else is a relay, and refused
+//! Only held domains and the provider's own postmaster are served. Anything else would be relaying, and is rejected
 //! (550 5.7.1).
 
 use std::sync::Arc;
 
-use super::{Shared, spool};
+use super::accept::{self, HeaderPolicy};
+use super::shared::Shared;
 use crate::mail::address::{ForwardPath, Mailbox};
-use crate::sasl::{CredentialStore, Unavailable};
-use crate::session::server::{MessageSink, ServerSession, SessionHandler};
-use crate::smtp::command::{MailFrom, Notify};
+use crate::session::server::ServerSession;
+use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Server, ServerHandler};
+use crate::smtp::server::{Incoming, MessageSink, SessionHandler};
 
-/// One inbound session, up to its end.
+/// One session, up to its end; returns how it ended.
 pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
     session.greet();
-    let mut party = InboundHandler { shared: shared.clone() };
-    let end = session.run(&mut party);
+    let mut handler = InboundHandler { shared: shared.clone() };
+    let end = session.run(&mut handler);
     session.close();
     end.to_string()
 }
@@ -26,14 +26,7 @@ struct InboundHandler {
     shared: Arc<Shared>,
 }
 
-impl CredentialStore for InboundHandler {
-    /// AUTH is not offered here.
-    fn secret(&self, _: &str) -> Result<Option<Vec<u8>>, Unavailable> {
-        Ok(None)
-    }
-}
-
-impl ServerHandler for InboundHandler {
+impl SessionHandler for InboundHandler {
     fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
         self.shared.check_room(mail)
     }
@@ -45,15 +38,8 @@ impl ServerHandler for InboundHandler {
             None => Err(Reply::new(550, "5.7.1", "Relaying denied: no mail is held here for that domain")),
         }
     }
-}
 
-impl SessionHandler for InboundHandler {
-    fn receive_message(
-        &mut self,
-        server: &Server,
-        peer: &str,
-        secure: Option<&str>,
-    ) -> Result<Box<dyn MessageSink>, Reply> {
-        spool::store(&self.shared, server, peer, secure, false)
+    fn receive(&mut self, envelope: &Envelope, incoming: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {
+        accept::store(&self.shared, envelope, incoming, HeaderPolicy::Keep)
     }
 }

@@ -1,66 +1,53 @@
-//! The provider: it takes in mail for its customers' domains, holds it, and hands it over when they call.
+//! The provider: it accepts mail for its customers' domains, holds it, and delivers it when they call.
 //!
 //! ```text
-//! listeners ─▶ a worker thread each connection ─┬─ inbound: mail into the queue
-//!                                               └─ odmr: AUTH, mail into the queue, ATRN ─▶ the delivery thread
-//! relay: mail of customers, out to the world
+//! listeners ─▶ a worker thread each connection ─┬─ inbound: mail into the spool
+//!                                               └─ odmr: AUTH, mail into the spool, ATRN ─▶ the delivery thread
+//! relay: outgoing mail of customers, to the world
 //! ```
 
+pub mod spool;
+pub mod relay;
+pub mod turned_session;
 pub mod delivery;
+pub mod shared;
+pub mod accept;
 pub mod inbound;
 pub mod odmr;
-pub mod relay;
-pub mod spool;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::clock::Timestamp;
-use crate::config;
+use crate::config::ProviderConfig;
 use crate::ids::Ids;
-use crate::mail::address::{ForwardPath, Mailbox};
-use crate::net::connection::{CancelToken, Connection, Trace};
+use crate::mail::address::literal;
+use crate::net::cancel::CancelToken;
+use crate::net::connection::Connection;
 use crate::net::listener::{self, Acceptor, ConnectionLimiter};
-use crate::net::tls::{self, ServerTls};
-use crate::queue::Queue;
+use crate::net::tls::ServerTls;
+use crate::net::trace::{Trace, quoted};
 use crate::report::Reporter;
 use crate::sasl::Mechanism;
-use crate::session::server::{ServerSession, SessionLimits, address_literal, disk_full_reply};
-use crate::smtp::command::MailFrom;
-use crate::smtp::reply::Reply;
+use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
-use delivery::{DeliveryThread, TurnSender, TurnSettings};
+use accept::SpoolDsnSink;
+use delivery::DeliveryThread;
 use relay::Relay;
+use shared::{Shared, SubmissionRates};
+use spool::{RecipientRouter, Spool};
+use turned_session::TurnSettings;
 
-/// What all threads of a provider share.
-pub struct Shared {
-    pub config: config::ProviderConfig,
-    pub queue: Queue,
-    pub ids: Ids,
-    pub turns: TurnSender,
-    pub relay: relay::RelayHandle,
-    pub router: spool::RecipientRouter,
-    pub rates: SubmissionRates,
-    tls: Option<ServerTls>,
-    cancel: CancelToken,
-    abort: CancelToken,
-    limiter: ConnectionLimiter,
-    sessions: AtomicU64,
-}
-
-/// On which door a connection knocks.
+/// Where a connection was accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listener {
     Inbound,
     Odmr,
-    /// Port 366's protocol, TLS from the first octet.
+    /// The protocol of port 366, with TLS from the first octet.
     OdmrTls,
 }
 
@@ -98,17 +85,17 @@ pub struct Provider;
 
 impl Provider {
     /// Checks what the configuration names, binds every listener, and only then begins to work.
-    pub fn start(config: config::ProviderConfig, ids: Ids) -> Result<RunningProvider, StartError> {
+    pub fn start(config: ProviderConfig, ids: Ids) -> Result<RunningProvider, StartError> {
         let (shared, delivery, relay) = prepare(config, ids)?;
         let mut listeners = Vec::new();
         let config = &shared.config;
-        for (door, addresses) in [
+        for (kind, addresses) in [
             (Listener::Inbound, &config.inbound.listen),
             (Listener::Odmr, &config.odmr.listen),
             (Listener::OdmrTls, &config.odmr.listen_tls),
         ] {
             for address in addresses {
-                listeners.push((door, listener::bind(*address).map_err(StartError::System)?));
+                listeners.push((kind, listener::bind(*address).map_err(StartError::System)?));
             }
         }
         let mut running = RunningProvider {
@@ -120,43 +107,44 @@ impl Provider {
         };
         running.spawn("delivery", move || delivery.run())?;
         running.spawn("relay", move || relay.run())?;
-        for (door, listener) in listeners {
+        for (kind, listener) in listeners {
             let address = listener.local_addr().map_err(system)?;
-            log::info!("listening {} {address}", door.name());
-            match door {
+            // Tests and supervisors outside read this line.
+            log::info!("listening {} {address}", kind.name());
+            log::info!("event=listening listener={} address={address}", kind.name());
+            match kind {
                 Listener::Inbound => running.inbound.push(address),
                 Listener::Odmr => running.odmr.push(address),
                 Listener::OdmrTls => running.odmr_tls.push(address),
             }
             let shared = shared.clone();
-            running.spawn(door.name(), move || {
-                let gate = Acceptor {
-                    name: door.name(),
-                    greets: door != Listener::OdmrTls,
+            running.spawn(kind.name(), move || {
+                let acceptor = Acceptor {
+                    name: kind.name(),
+                    greets: kind != Listener::OdmrTls,
                     cancel: shared.cancel.clone(),
                     limiter: shared.limiter.clone(),
                 };
                 let serve = move |stream: TcpStream, peer| {
-                    let connection = Connection::new(stream.into(), shared.trace(door));
-                    shared.serve(door, connection, Some(peer));
+                    let connection = Connection::new(stream.into(), trace(&shared, kind));
+                    serve(&shared, kind, connection, Some(peer));
                 };
-                gate.accept(&listener, Arc::new(serve));
+                acceptor.accept(&listener, Arc::new(serve));
             })?;
         }
         Ok(running)
     }
 
-    /// Serves one connection that a supervisor has accepted (inetd, UCSPI), and what becomes of it after a
-    /// turn; returns when it is over.
+    /// Serves one connection that a supervisor has accepted (inetd, UCSPI), also after a turn; returns when it is over.
     pub fn serve_one(
-        config: config::ProviderConfig,
+        config: ProviderConfig,
         ids: Ids,
-        door: Listener,
+        listener: Listener,
         connection: (OwnedFd, Option<OwnedFd>),
         peer: Option<IpAddr>,
         cancel: &CancelToken,
     ) -> Result<(), StartError> {
-        // Outgoing mail is put into the queue; the `serve` that has no --inetd sends it.
+        // Outgoing mail waits in its queue: the `odmr serve` without --inetd sends it.
         let grace = config.timeouts.shutdown;
         let (shared, delivery, _relay) = prepare(config, ids)?;
         let (signal, session, at_once) = (cancel.clone(), shared.cancel.clone(), shared.abort.clone());
@@ -169,12 +157,12 @@ impl Provider {
         let worker = {
             let shared = shared.clone();
             std::thread::Builder::new().spawn(move || {
-                let trace = shared.trace(door);
+                let trace = trace(&shared, listener);
                 let connection = match connection {
                     (socket, None) => Connection::new(socket, trace),
                     (input, Some(output)) => Connection::pair(input, output, trace),
                 };
-                shared.serve(door, connection, peer);
+                serve(&shared, listener, connection, peer);
             })
         };
         let worker = worker.map_err(system)?;
@@ -232,145 +220,91 @@ impl RunningProvider {
     }
 }
 
-fn prepare(config: config::ProviderConfig, ids: Ids) -> Result<(Arc<Shared>, DeliveryThread, Relay), StartError> {
+fn prepare(config: ProviderConfig, ids: Ids) -> Result<(Arc<Shared>, DeliveryThread, Relay), StartError> {
     let tls = match &config.tls {
-        Some(files) => Some(tls::server_config(&files.certificate, &files.key).map_err(StartError::Config)?),
+        Some(files) => Some(ServerTls::load(&files.certificate, &files.key).map_err(StartError::Config)?),
         None => None,
     };
     let cancel = CancelToken::new().map_err(system)?;
     let abort = CancelToken::new().map_err(system)?;
-    let queue = Queue::new(&config.spool, &config.hostname, ids.clone(), config.timeouts.takeover);
-    let sorter = spool::RecipientRouter::new(&config);
-    let (relay, events) = relay::channel();
-    let notices =
-        spool::SpoolDsnSink { queue: queue.clone(), router: sorter.clone(), relay: relay.clone(), ids: ids.clone() };
-    let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(notices)));
-    let outgoing = Relay::new(&config, &queue, &ids, reporter.clone(), (relay.clone(), events), &cancel)?;
-    let rules = TurnSettings {
+    let spool = Spool::new(&config, &ids);
+    let router = RecipientRouter::new(&config);
+    let (handle, events) = relay::channel();
+    let sink = SpoolDsnSink { spool: spool.clone(), router: router.clone(), relay: handle.clone(), ids: ids.clone() };
+    let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)));
+    let relay = Relay::new(&config, &spool, &ids, reporter.clone(), (handle.clone(), events), &cancel);
+    let relay = relay.map_err(StartError::Config)?;
+    let settings = TurnSettings {
         timeouts: config.timeouts.clone(),
         messages: config.limits.messages_per_turn,
         reporter,
         cancel: cancel.clone(),
         abort: abort.clone(),
     };
-    let (turns, delivery) = delivery::channel(config.limits.turned_sessions, rules).map_err(system)?;
-    let shared = Shared {
-        queue,
-        ids,
-        turns,
-        relay,
-        router: sorter,
-        rates: SubmissionRates::default(),
-        tls,
-        cancel,
-        abort,
-        limiter: ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address),
-        sessions: AtomicU64::new(0),
-        config,
-    };
-    Ok((Arc::new(shared), delivery, outgoing))
+    let (turns, delivery) = delivery::channel(config.limits.turned_sessions, settings).map_err(system)?;
+    let limiter = ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address);
+    let rates = SubmissionRates::default();
+    let shared = Shared { spool, ids, turns, relay: handle, router, rates, tls, cancel, abort, limiter, config };
+    Ok((Arc::new(shared), delivery, relay))
 }
 
 fn system(error: io::Error) -> StartError {
     StartError::System(error.to_string())
 }
 
-impl Shared {
-    /// Refuses mail that the disk would not hold, before it is sent (RFC 1870 section 6.1).
-    fn check_room(&self, mail: &MailFrom) -> Result<(), Reply> {
-        if self.queue.has_room(mail.size.unwrap_or(0)) { Ok(()) } else { Err(disk_full_reply()) }
-    }
-
-    /// The mailbox a path means; a postmaster without a domain is our own (RFC 5321 section 4.5.1).
-    fn mailbox(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
-        match path {
-            ForwardPath::Mailbox(mailbox) => Ok(mailbox.clone()),
-            ForwardPath::Postmaster => Mailbox::parse(&format!("postmaster@{}", self.config.hostname))
-                .ok_or_else(|| Reply::new(550, "5.1.1", "There is no postmaster here")),
-        }
-    }
-
-    fn trace(&self, door: Listener) -> Trace {
-        let id = (self.sessions.fetch_add(1, Ordering::Relaxed) + 1).to_string();
-        // In a transcript P is the provider on port 366, S any plain SMTP server.
-        Trace { id, us: if door == Listener::Inbound { 'S' } else { 'P' }, them: 'C' }
-    }
-
-    /// One connection, up to its end or its turn.
-    fn serve(self: &Arc<Shared>, door: Listener, connection: io::Result<Connection>, peer: Option<IpAddr>) {
-        let begun = Instant::now();
-        let literal = peer.map_or_else(|| "[unknown]".to_owned(), address_literal);
-        let id = connection.as_ref().map_or_else(|_| String::new(), |connection| connection.trace.id.clone());
-        log::info!("event=connected session={id} listener={} peer={literal}", door.name());
-        let why = self.converse(door, connection, literal.clone()).unwrap_or_else(|error| error.to_string());
-        log::info!(
-            "event=closed session={id} listener={} peer={literal} seconds={:.3} reason={why:?}",
-            door.name(),
-            begun.elapsed().as_secs_f64()
-        );
-    }
-
-    fn converse(
-        self: &Arc<Shared>,
-        door: Listener,
-        connection: io::Result<Connection>,
-        peer: String,
-    ) -> io::Result<String> {
-        let mut connection = connection?;
-        let timeouts = &self.config.timeouts;
-        let mut tls = self.tls.clone();
-        if door == Listener::OdmrTls
-            && let Some(tls) = tls.take()
-        {
-            connection.start_tls_server(&tls, Instant::now() + timeouts.handshake)?;
-        }
-        let server = Server::new(self.profile(door), connection.secure().is_some());
-        let limits = SessionLimits::new(timeouts, &self.config.limits, &self.cancel, &self.abort);
-        let session = ServerSession::new(connection, server, peer, tls, limits);
-        Ok(match door {
-            Listener::Inbound => inbound::serve(self, session),
-            Listener::Odmr | Listener::OdmrTls => odmr::serve(self, session),
-        })
-    }
-
-    fn profile(&self, door: Listener) -> ServerOptions {
-        let config = &self.config;
-        let mechanisms = Mechanism::ALL.into_iter();
-        let mechanisms = mechanisms.filter(|mechanism| config.odmr.cram_md5 || *mechanism != Mechanism::CramMd5);
-        ServerOptions {
-            role: if door == Listener::Inbound { ServerRole::Inbound } else { ServerRole::Odmr },
-            hostname: config.hostname.clone(),
-            max_size: config.inbound.max_size,
-            max_recipients: config.limits.recipients,
-            max_errors: config.limits.errors,
-            max_auth_failures: config.limits.auth_failures,
-            starttls: self.tls.is_some(),
-            require_tls: config.odmr.require_tls,
-            dsn: true,
-            mechanisms: mechanisms.collect(),
-            ids: self.ids.clone(),
-        }
-    }
+fn trace(shared: &Shared, listener: Listener) -> Trace {
+    // In a transcript P is the provider on port 366, S any plain SMTP server.
+    Trace { id: shared.ids.session_id(), us: if listener == Listener::Inbound { 'S' } else { 'P' }, them: 'C' }
 }
 
-/// How many messages each account has handed in within the hour.
-#[derive(Default)]
-pub struct SubmissionRates {
-    hours: Mutex<HashMap<String, (Timestamp, usize)>>,
+/// One connection, up to its end or its turn.
+fn serve(shared: &Arc<Shared>, listener: Listener, connection: io::Result<Connection>, peer: Option<IpAddr>) {
+    let begun = Instant::now();
+    let peer = peer.map_or_else(|| "[unknown]".to_owned(), literal);
+    let id = connection.as_ref().map_or_else(|_| "-".to_owned(), |connection| connection.trace.id.clone());
+    log::info!("event=connected session={id} listener={} peer={peer}", listener.name());
+    let session = connection.and_then(|connection| begin_session(shared, listener, connection, peer.clone()));
+    let reason = match (session, listener) {
+        (Err(error), _) => error.to_string(),
+        (Ok(session), Listener::Inbound) => inbound::serve(shared, session),
+        (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(shared, session),
+    };
+    log::info!(
+        "event=closed session={id} listener={} peer={peer} duration={:.3} reason={}",
+        listener.name(),
+        begun.elapsed().as_secs_f64(),
+        quoted(reason)
+    );
 }
 
-impl SubmissionRates {
-    /// Counts one more; `limit` 0: no limit.
-    fn admit(&self, account: &str, limit: usize, now: Timestamp) -> bool {
-        if limit == 0 {
-            return true;
-        }
-        let mut hours = self.hours.lock().unwrap_or_else(PoisonError::into_inner);
-        let hour = hours.entry(account.to_owned()).or_insert((now, 0));
-        if now.seconds() - hour.0.seconds() >= 3600 {
-            *hour = (now, 0);
-        }
-        hour.1 += 1;
-        hour.1 <= limit
+fn begin_session(
+    shared: &Shared,
+    listener: Listener,
+    mut connection: Connection,
+    peer: String,
+) -> io::Result<ServerSession> {
+    let timeouts = &shared.config.timeouts;
+    let mut tls = shared.tls.clone();
+    if listener == Listener::OdmrTls
+        && let Some(tls) = tls.take()
+    {
+        connection.start_tls_server(&tls, Instant::now() + timeouts.handshake)?;
+    }
+    let server = Server::new(server_options(shared, listener), connection.tls_info().is_some());
+    let limits = SessionLimits::new(timeouts, &shared.config.limits, &shared.cancel, &shared.abort);
+    Ok(ServerSession::new(connection, server, peer, tls, limits))
+}
+
+fn server_options(shared: &Shared, listener: Listener) -> ServerOptions {
+    let config = &shared.config;
+    let mechanisms = Mechanism::ALL.into_iter();
+    let mechanisms = mechanisms.filter(|mechanism| config.odmr.cram_md5 || *mechanism != Mechanism::CramMd5);
+    let role = if listener == Listener::Inbound { ServerRole::Inbound } else { ServerRole::Odmr };
+    ServerOptions {
+        starttls: shared.tls.is_some(),
+        require_tls: config.odmr.require_tls,
+        dsn: true,
+        mechanisms: mechanisms.collect(),
+        ..config.limits.server_options(role, &config.hostname, config.inbound.max_size)
     }
 }

@@ -1,144 +1,112 @@
-//! Mail on its way into the provider's queue, whichever door it came through.
+//! The provider's spool: where its queues are, and which one a recipient's mail goes to.
 //!
-//! A message becomes a file for each held domain and each destination among its recipients, all of them
-//! durable before the one 250.
+//! ```text
+//! SPOOL/domains/<domain>/     mail of a customer's domain, until the customer calls
+//! SPOOL/outgoing/<domain>/    mail of customers for a domain elsewhere, until the relay has sent it
+//! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
+//! ```
 
+use std::fs;
 use std::io;
-use std::sync::Arc;
+use std::path::PathBuf;
 
-use super::Shared;
+use crate::config::{Accounts, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
-use crate::mail::header::{HeaderAdditions, HeaderCompleter};
-use crate::maildir::MessageWriter;
-use crate::queue::{Envelope, QueueName};
-use crate::report::{DsnMessage, DsnSink};
-use crate::session::server::{MessageSink, storage_failure_reply};
-use crate::smtp::reply::Reply;
-use crate::smtp::server::Server;
+use crate::maildir::{self, MessageWriter, with_path};
+use crate::queue::{Queue, QueueName, QueuedEnvelope};
 
-/// Where mail for a mailbox is put.
+/// The queues of the spool.
+#[derive(Clone)]
+pub struct Spool {
+    root: PathBuf,
+    queue: Queue,
+}
+
+/// A queue of the spool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SpoolQueue {
+    /// The mail of a customer's domain.
+    Held(Domain),
+    /// The provider's own postmaster.
+    Postmaster,
+    /// Mail of customers for a domain elsewhere.
+    Outgoing(Domain),
+}
+
+impl Spool {
+    pub fn new(config: &ProviderConfig, ids: &Ids) -> Spool {
+        let queue = Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover);
+        Spool { root: config.spool.clone(), queue }
+    }
+
+    /// Reads and writes the queues.
+    pub fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Where a queue is.
+    pub fn name(&self, queue: &SpoolQueue) -> QueueName {
+        let below = |directory: &str, domain: &Domain| self.root.join(directory).join(domain.as_str());
+        match queue {
+            SpoolQueue::Held(domain) => {
+                QueueName { path: below("domains", domain), domain: Some(domain.clone()), retries: false }
+            }
+            SpoolQueue::Postmaster => QueueName { path: self.root.join("postmaster"), domain: None, retries: false },
+            SpoolQueue::Outgoing(domain) => {
+                QueueName { path: below("outgoing", domain), domain: Some(domain.clone()), retries: true }
+            }
+        }
+    }
+
+    /// The domains elsewhere that have a queue.
+    pub fn destinations(&self) -> io::Result<Vec<Domain>> {
+        let directory = self.root.join("outgoing");
+        let files = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(|error| with_path(&directory, error))?,
+        };
+        let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
+        Ok(names.filter_map(|name| Domain::parse(&name)).collect())
+    }
+
+    /// Whether the disk has room for this many octets more.
+    pub fn has_room(&self, octets: u64) -> bool {
+        maildir::has_room(&self.root, octets)
+    }
+
+    /// Begins a message, a copy for each queue.
+    pub fn begin_message(&self, copies: &[(SpoolQueue, QueuedEnvelope)], head: &str) -> io::Result<MessageWriter> {
+        let copies: Vec<_> = copies.iter().map(|(queue, envelope)| (self.name(queue), envelope.clone())).collect();
+        self.queue.begin_message(&copies, head)
+    }
+}
+
+/// Which queue the mail for a mailbox goes to.
 #[derive(Clone)]
 pub struct RecipientRouter {
-    accounts: crate::config::Accounts,
+    accounts: Accounts,
     own: Option<Domain>,
 }
 
 impl RecipientRouter {
-    pub fn new(config: &crate::config::ProviderConfig) -> RecipientRouter {
+    pub fn new(config: &ProviderConfig) -> RecipientRouter {
         RecipientRouter { accounts: config.accounts.clone(), own: Domain::parse(&config.hostname) }
     }
 
-    /// `None`: only a relay would take it.
-    pub fn held_queue(&self, mailbox: &Mailbox) -> Option<QueueName> {
+    /// The queue of a domain that we hold mail for, or our postmaster's. `None`: only a relay would accept it.
+    pub fn held_queue(&self, mailbox: &Mailbox) -> Option<SpoolQueue> {
         let domain = mailbox.domain()?;
         if self.accounts.owner(domain).is_some() {
-            return Some(QueueName::Domain(domain.clone()));
+            return Some(SpoolQueue::Held(domain.clone()));
         }
-        // RFC 5321 section 4.5.1: there is a postmaster wherever there is a server.
+        // RFC 5321 section 4.5.1: every server has a postmaster.
         let own = self.own.as_ref() == Some(domain);
-        (own && mailbox.local().eq_ignore_ascii_case("postmaster")).then_some(QueueName::Postmaster)
+        (own && mailbox.local().eq_ignore_ascii_case("postmaster")).then_some(SpoolQueue::Postmaster)
     }
 
-    /// The same with the world as the last resort; only an address literal has no place at all.
-    pub fn queue_for(&self, mailbox: &Mailbox) -> Option<QueueName> {
-        self.held_queue(mailbox).or_else(|| mailbox.domain().map(|domain| QueueName::Destination(domain.clone())))
-    }
-}
-
-/// Begins to store the server's transaction. `complete`: it is a submission, and what its header lacks is
-/// added (RFC 6409 section 8).
-pub fn store(
-    shared: &Arc<Shared>,
-    server: &Server,
-    peer: &str,
-    secure: Option<&str>,
-    complete: bool,
-) -> Result<Box<dyn MessageSink>, Reply> {
-    let Some(transaction) = server.transaction() else {
-        return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
-    };
-    let (id, arrived) = (shared.ids.queue_id(), shared.ids.clock().now());
-    let mut copies: Vec<(QueueName, Envelope)> = Vec::new();
-    for recipient in &transaction.recipients {
-        let Some(place) = shared.router.queue_for(&recipient.mailbox) else { continue };
-        if let Some((_, envelope)) = copies.iter_mut().find(|(other, _)| *other == place) {
-            envelope.recipients.push(recipient.clone());
-            continue;
-        }
-        let mail = &transaction.mail;
-        let envelope = Envelope::new(mail, vec![recipient.clone()], &id, arrived);
-        copies.push((place, envelope));
-    }
-    let received = server.received(peer, secure, &id, arrived);
-    let drafts = shared.queue.begin_message(&copies, &received).map_err(|error| storage_failure_reply(&error))?;
-    let additions = HeaderAdditions {
-        date: arrived.rfc5322(),
-        message_id: format!("<{id}@{}>", shared.config.hostname),
-        from: None,
-        drop_bcc: false,
-    };
-    Ok(Box::new(QueueWriter {
-        shared: shared.clone(),
-        drafts,
-        places: copies.into_iter().map(|(place, _)| place).collect(),
-        id,
-        completer: complete.then(|| HeaderCompleter::new(additions)),
-        buffer: Vec::new(),
-    }))
-}
-
-/// A message on its way into the queue.
-struct QueueWriter {
-    shared: Arc<Shared>,
-    drafts: MessageWriter,
-    places: Vec<QueueName>,
-    id: String,
-    completer: Option<HeaderCompleter>,
-    buffer: Vec<u8>,
-}
-
-impl MessageSink for QueueWriter {
-    fn write(&mut self, octets: &[u8]) -> io::Result<()> {
-        let Some(completer) = &mut self.completer else {
-            return self.drafts.write(octets);
-        };
-        self.buffer.clear();
-        completer.feed(octets, &mut self.buffer);
-        self.drafts.write(&self.buffer)
-    }
-
-    fn commit(mut self: Box<Self>) -> io::Result<Reply> {
-        if let Some(completer) = &mut self.completer {
-            self.buffer.clear();
-            completer.finish(&mut self.buffer);
-            self.drafts.write(&self.buffer)?;
-        }
-        self.drafts.commit()?;
-        self.shared.relay.arrived(&self.places);
-        Ok(Reply::new(250, "2.6.0", format!("OK, id={}", self.id)))
-    }
-}
-
-/// The provider's notices: into a held domain's Maildir, or out through the relay.
-pub struct SpoolDsnSink {
-    pub queue: crate::queue::Queue,
-    pub router: RecipientRouter,
-    pub relay: super::relay::RelayHandle,
-    pub ids: Ids,
-}
-
-impl DsnSink for SpoolDsnSink {
-    fn store(&self, letter: &DsnMessage) -> io::Result<()> {
-        let Some(place) = self.router.queue_for(&letter.to) else {
-            log::warn!("event=notice-undeliverable to=<{}>", letter.to);
-            return Ok(());
-        };
-        let envelope = letter.envelope(&self.ids);
-        let mut copies = self.queue.begin_message(&[(place.clone(), envelope)], "")?;
-        copies.write(&letter.text)?;
-        copies.commit()?;
-        self.relay.arrived(&[place]);
-        Ok(())
+    /// The same, or else the queue of a domain elsewhere. Only an address literal has no queue at all.
+    pub fn queue_for(&self, mailbox: &Mailbox) -> Option<SpoolQueue> {
+        self.held_queue(mailbox).or_else(|| mailbox.domain().map(|domain| SpoolQueue::Outgoing(domain.clone())))
     }
 }

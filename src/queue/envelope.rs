@@ -14,45 +14,31 @@
 
 use crate::clock::Timestamp;
 use crate::mail::address::{Domain, Mailbox, ReversePath, reverse_path};
-use crate::smtp::command::{Body, MailFrom, Notify, Recipient, Return, original_recipient};
+use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, original_recipient};
 
 /// More than this is no envelope.
 pub const ENVELOPE_LIMIT: usize = 1 << 20;
 
-/// Sender, recipients and what else is known of a message.
+/// An envelope with what the queue adds to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Envelope {
-    pub from: ReversePath,
-    pub recipients: Vec<Recipient>,
+pub struct QueuedEnvelope {
     pub id: String,
+    /// When we accepted the message, or found it, if another agent wrote it.
     pub arrived: Timestamp,
-    pub body: Body,
-    /// It came with SMTPUTF8 (RFC 6531).
-    pub utf8: bool,
-    /// `RET=` and `ENVID=` (RFC 3461).
-    pub ret: Option<Return>,
-    pub envelope_id: Option<String>,
+    pub envelope: Envelope,
 }
 
-impl Envelope {
-    /// Of a message that came with this MAIL.
-    pub fn new(mail: &MailFrom, recipients: Vec<Recipient>, id: &str, arrived: Timestamp) -> Envelope {
-        Envelope {
-            from: mail.path.clone(),
-            recipients,
-            id: id.to_owned(),
-            arrived,
-            body: mail.body,
-            utf8: mail.utf8,
-            ret: mail.ret,
-            envelope_id: mail.envelope_id.clone(),
-        }
+impl QueuedEnvelope {
+    /// The same message for other recipients.
+    pub fn with_recipients(&self, recipients: Vec<Recipient>) -> QueuedEnvelope {
+        let envelope = self.envelope.with_recipients(recipients);
+        QueuedEnvelope { id: self.id.clone(), arrived: self.arrived, envelope }
     }
 
-    /// The lines as they stand in the file; `extra` lines are put behind our own.
+    /// The header lines in front of the content, with `extra` lines after our own.
     pub fn to_header(&self, extra: &str) -> String {
-        let mut text = format!("Return-Path: <{}>\n", self.from);
-        for recipient in &self.recipients {
+        let mut text = format!("Return-Path: <{}>\n", self.envelope.from);
+        for recipient in &self.envelope.recipients {
             text.push_str(&format!("Delivered-To: {}\n", recipient.mailbox));
             let notify = recipient.notify.as_given().map(|notify| format!(" NOTIFY={notify}"));
             let original = recipient.original.as_ref().map(|original| format!(" ORCPT={original}"));
@@ -62,21 +48,21 @@ impl Envelope {
             }
         }
         text.push_str(&format!("X-ODMR-Envelope: id={}; arrived={}", self.id, self.arrived.rfc3339()));
-        match self.body {
+        match self.envelope.body {
             Body::Unsaid => {}
             Body::SevenBit => text.push_str("; body=7BIT"),
             Body::EightBit => text.push_str("; body=8BITMIME"),
         }
-        if self.utf8 {
+        if self.envelope.utf8 {
             text.push_str("; smtputf8");
         }
-        match self.ret {
+        match self.envelope.ret {
             None => {}
             Some(Return::Full) => text.push_str("; ret=FULL"),
             Some(Return::Header) => text.push_str("; ret=HDRS"),
         }
         // The last: xtext may hold a semicolon, but no space.
-        if let Some(id) = &self.envelope_id {
+        if let Some(id) = &self.envelope.envelope_id {
             text.push_str(&format!("; envid={id}"));
         }
         text.push('\n');
@@ -88,18 +74,24 @@ impl Envelope {
 /// An envelope read from the front of a file.
 #[derive(Debug)]
 pub struct ParsedEnvelope {
-    pub envelope: Envelope,
-    /// Octets and lines of the envelope: behind them the content begins.
+    pub envelope: QueuedEnvelope,
+    /// Octets and lines of the envelope: the content begins after them.
     pub octets: usize,
     pub lines: usize,
-    /// The file is ours, so its name can be believed.
+    /// We have written the file, so the sizes in its name are right.
     pub ours: bool,
+}
+
+impl ParsedEnvelope {
+    pub fn recipients(&self) -> &[Recipient] {
+        &self.envelope.envelope.recipients
+    }
 }
 
 /// What the front of a file says.
 #[derive(Debug)]
 pub enum Parsed {
-    Head(ParsedEnvelope),
+    Envelope(ParsedEnvelope),
     /// The envelope does not end within these octets.
     More,
     /// There is nobody to send it to.
@@ -225,13 +217,12 @@ impl<'a> Fields<'a> {
             _ => ReversePath::Null,
         };
         let ours = self.ours.is_some();
-        let id = id.to_owned();
-        let (body, utf8, ret, envelope_id) = (Body::Unsaid, false, None, None);
-        let mut envelope = Envelope { from, recipients, id, arrived, body, utf8, ret, envelope_id };
+        let mut envelope = Envelope { recipients, ..Envelope::new(from) };
+        let (mut id, mut arrived) = (id.to_owned(), arrived);
         for word in self.ours.unwrap_or_default().split("; ").map(str::trim) {
             match word.split_once('=').unwrap_or((word, "")) {
-                ("id", id) => envelope.id = id.to_owned(),
-                ("arrived", date) => envelope.arrived = Timestamp::parse_rfc3339(date).unwrap_or(arrived),
+                ("id", ours) => id = ours.to_owned(),
+                ("arrived", date) => arrived = Timestamp::parse_rfc3339(date).unwrap_or(arrived),
                 ("body", "8BITMIME") => envelope.body = Body::EightBit,
                 ("body", "7BIT") => envelope.body = Body::SevenBit,
                 ("smtputf8", _) => envelope.utf8 = true,
@@ -241,7 +232,8 @@ impl<'a> Fields<'a> {
                 _ => {}
             }
         }
-        Parsed::Head(ParsedEnvelope { envelope, octets, lines, ours })
+        let envelope = QueuedEnvelope { id, arrived, envelope };
+        Parsed::Envelope(ParsedEnvelope { envelope, octets, lines, ours })
     }
 }
 
@@ -268,13 +260,13 @@ mod tests {
 
     fn head(text: &str) -> ParsedEnvelope {
         match parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp::from_seconds(0)) {
-            Parsed::Head(head) => head,
+            Parsed::Envelope(head) => head,
             other => panic!("{text}: {other:?}"),
         }
     }
 
     fn recipients(text: &str) -> Vec<String> {
-        head(text).envelope.recipients.iter().map(|recipient| recipient.mailbox.to_string()).collect()
+        head(text).recipients().iter().map(|recipient| recipient.mailbox.to_string()).collect()
     }
 
     #[test]
@@ -285,13 +277,13 @@ mod tests {
                 recipient(Mailbox::parse("x@example.org").unwrap(), b"NOTIFY=SUCCESS,DELAY ORCPT=rfc822;X+40y"),
                 Recipient::plain(Mailbox::parse("\"y z\"@example.org").unwrap()),
             ],
-            id: "abc".to_owned(),
-            arrived: Timestamp::from_seconds(1_767_323_045),
             body: Body::EightBit,
             utf8: true,
             ret: Some(Return::Header),
             envelope_id: Some("QQ;314159".to_owned()),
         };
+        let envelope =
+            QueuedEnvelope { id: "abc".to_owned(), arrived: Timestamp::from_seconds(1_767_323_045), envelope };
         let text = envelope.to_header("X-ODMR-Refused: <x@example.org> 550\n") + "Received: x\n\nbody\n";
         let head = head(&text);
         assert_eq!(head.envelope, envelope);
@@ -307,7 +299,7 @@ mod tests {
         let exim = "Return-path: <>\nEnvelope-to: eva@example.org, bob@example.org\nDelivery-date: now\n\tand then\n\
                     Received: by mx\n";
         assert_eq!(recipients(exim), ["eva@example.org", "bob@example.org"]);
-        assert_eq!(head(exim).envelope.from, ReversePath::Null);
+        assert_eq!(head(exim).envelope.envelope.from, ReversePath::Null);
         assert_eq!(recipients("Delivered-To: <eva@EXAMPLE.org>\r\nSubject: crlf\r\n"), ["eva@example.org"]);
         let other_domain = "Delivered-To: eva@example.net\nX-Original-To: eva@example.org\n\n";
         assert_eq!(recipients(other_domain), ["eva@example.org"]);

@@ -1,25 +1,23 @@
 //! What stands on disk before, between and after.
 
 use std::collections::HashMap;
+use std::io::Read;
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::mail::address::Mailbox;
-use crate::mail::address::reverse_path;
-use crate::smtp::client::DecidedBy;
-use crate::smtp::command::Body;
+use crate::clock::Timestamp;
+use crate::mail::address::{Domain, Mailbox, reverse_path};
+use crate::maildir::spooled::Content;
+use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::content::Stuffer;
 use crate::smtp::reply::Reply;
+use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
 const CONTENT: &str = "Received: x\nSubject: y\n\n.dot\nend\n";
 
 fn domain(name: &str) -> Domain {
     Domain::parse(name).unwrap()
-}
-
-fn org() -> Domain {
-    domain("example.org")
 }
 
 /// A spool of its own, and the Maildir of example.org in it.
@@ -31,8 +29,12 @@ struct Spool {
 impl Spool {
     fn new() -> Spool {
         let folder = tempfile::tempdir().unwrap();
-        let queue = Queue::new(folder.path(), "host", Ids::fixed(), Duration::from_secs(300));
+        let queue = Queue::new("host", Ids::fixed(), Duration::from_secs(300));
         Spool { folder, queue }
+    }
+
+    fn name(&self, name: &str) -> QueueName {
+        QueueName { path: self.folder.path().join("domains").join(name), domain: Some(domain(name)), retries: false }
     }
 
     fn put(&self, names: &[&str]) {
@@ -43,15 +45,14 @@ impl Spool {
         let from = reverse_path(b"<a@b.example>").unwrap().0;
         let arrived = Timestamp::from_seconds(1_767_323_045);
         let id = "id1".to_owned();
-        let envelope =
-            Envelope { from, recipients, id, arrived, body: Body::Unsaid, utf8: false, ret: None, envelope_id: None };
-        let mut copies = self.queue.begin_message(&[(QueueName::Domain(org()), envelope)], &CONTENT[..12]).unwrap();
+        let envelope = QueuedEnvelope { id, arrived, envelope: Envelope { recipients, ..Envelope::new(from) } };
+        let mut copies = self.queue.begin_message(&[(self.name("example.org"), envelope)], &CONTENT[..12]).unwrap();
         copies.write(&CONTENT.as_bytes()[12..]).unwrap();
         assert_eq!(copies.commit().unwrap().len(), 1);
     }
 
     fn lock(&self) -> QueueLock {
-        self.queue.lock(&[QueueName::Domain(org())]).unwrap()
+        self.queue.lock(&[self.name("example.org")]).unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -112,7 +113,7 @@ fn result(statuses: &str) -> DeliveryResult {
 fn settle(lock: &mut QueueLock, statuses: &str) {
     let message = lock.next_message().expect("a message");
     assert_eq!(message.envelope.recipients.len(), statuses.len());
-    message.settle(&result(statuses), lock).unwrap();
+    lock.settle(message, &result(statuses)).unwrap();
 }
 
 #[test]
@@ -124,10 +125,7 @@ fn what_is_put_is_offered_as_it_was() {
     assert_eq!(lock.domains().map(Domain::as_str).collect::<Vec<_>>(), ["example.org"]);
     let mut message = lock.next_message().unwrap();
     assert_eq!(message.envelope.from.to_string(), "a@b.example");
-    assert_eq!(
-        (local_parts(&message), message.envelope.id.as_str()),
-        (vec!["eva".to_owned(), "bob".to_owned()], "id1")
-    );
+    assert_eq!((local_parts(&message), message.id.as_str()), (vec!["eva".to_owned(), "bob".to_owned()], "id1"));
     assert_eq!(content(&mut message), CONTENT);
     message.rewind().unwrap();
     assert_eq!(content(&mut message), CONTENT);
@@ -196,7 +194,7 @@ fn one_recipient_too_many_goes_at_once_but_not_for_ever() {
     assert_eq!(spool.files("new").len(), 1);
     let message = lock.next_message().expect("the rest");
     assert_eq!(local_parts(&message), ["bob", "zoe"]);
-    message.settle(&result("++"), &mut lock).unwrap();
+    lock.settle(message, &result("++")).unwrap();
     assert!(lock.next_message().is_none(), "nobody was taken, so the disk is full or the peer jokes");
 }
 
@@ -223,7 +221,7 @@ fn the_oldest_comes_first_and_domains_take_turns() {
             fs::write(path.join(format!("{name}.{place}")), text).unwrap();
         }
     }
-    let mut lock = spool.queue.lock(&[QueueName::Domain(org()), QueueName::Domain(domain("example.com"))]).unwrap();
+    let mut lock = spool.queue.lock(&[spool.name("example.org"), spool.name("example.com")]).unwrap();
     let mut seen: HashMap<String, Vec<String>> = HashMap::new();
     while let Some(message) = lock.next_message() {
         let recipient = &message.envelope.recipients[0];
@@ -352,7 +350,7 @@ fn files_of_other_agents_and_other_things() {
         stuffer.finish(&mut connection);
         let dots = text.matches("\n.").count();
         assert_eq!(message.size as usize, connection.len() - 3 - dots, "measured, not read from a name");
-        message.settle(&result(&"=".repeat(recipients.len())), &mut lock).unwrap();
+        lock.settle(message, &result(&"=".repeat(recipients.len()))).unwrap();
     }
     assert!(lock.next_message().is_none(), "nothing else is mail");
     assert_eq!(spool.files("new").len(), 9, "and nothing else is touched");
@@ -372,18 +370,18 @@ fn one_session_at_a_time_has_a_domain() {
     spool.put(&["eva"]);
     let lock = spool.lock();
     // flock belongs to the open file, so a second handle here is what a second process is.
-    let other = Queue::new(spool.folder.path(), "host", Ids::fixed(), Duration::from_secs(300));
+    let other = Queue::new("host", Ids::fixed(), Duration::from_secs(300));
     for queue in [&spool.queue, &other] {
-        match queue.lock(&[QueueName::Domain(domain("example.com")), QueueName::Domain(org())]) {
-            Err(LockError::Busy(place)) => assert_eq!(place, QueueName::Domain(org())),
+        match queue.lock(&[spool.name("example.com"), spool.name("example.org")]) {
+            Err(LockError::Busy(place)) => assert_eq!(place, spool.name("example.org")),
             _ => panic!("two hold one domain"),
         }
     }
     assert!(!lock.takeover_requested(), "a holder at work is left alone");
     // All or none: example.com is free again.
-    drop(spool.queue.lock(&[QueueName::Domain(domain("example.com"))]).unwrap());
+    drop(spool.queue.lock(&[spool.name("example.com")]).unwrap());
     drop(lock);
-    assert_eq!(offered(&mut other.lock(&[QueueName::Domain(org())]).unwrap()), ["eva"]);
+    assert_eq!(offered(&mut other.lock(&[spool.name("example.org")]).unwrap()), ["eva"]);
 }
 
 fn lock_since(spool: &Spool, ago: Duration) {
@@ -397,13 +395,13 @@ fn a_holder_without_progress_gives_way() {
     spool.put(&["eva"]);
     let lock = spool.lock();
     lock_since(&spool, Duration::from_secs(299));
-    assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
+    assert!(matches!(spool.queue.lock(&[spool.name("example.org")]), Err(LockError::Busy(_))));
     lock_since(&spool, Duration::from_secs(301));
     lock.heartbeat();
-    assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
+    assert!(matches!(spool.queue.lock(&[spool.name("example.org")]), Err(LockError::Busy(_))));
     lock_since(&spool, Duration::from_secs(301));
     std::thread::scope(|scope| {
-        let taker = scope.spawn(|| spool.queue.lock(&[QueueName::Domain(org())]));
+        let taker = scope.spawn(|| spool.queue.lock(&[spool.name("example.org")]));
         while !lock.takeover_requested() {
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -412,7 +410,7 @@ fn a_holder_without_progress_gives_way() {
         assert!(!lock.takeover_requested());
         assert_eq!(offered(&mut lock), ["eva"]);
         // The new holder is at work.
-        assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
+        assert!(matches!(spool.queue.lock(&[spool.name("example.org")]), Err(LockError::Busy(_))));
     });
 }
 
@@ -422,7 +420,7 @@ fn a_holder_that_does_not_give_way_keeps_it() {
     let _hold = spool.lock();
     lock_since(&spool, Duration::from_secs(301));
     let begun = Instant::now();
-    assert!(matches!(spool.queue.lock(&[QueueName::Domain(org())]), Err(LockError::Busy(_))));
+    assert!(matches!(spool.queue.lock(&[spool.name("example.org")]), Err(LockError::Busy(_))));
     assert!(begun.elapsed() >= TAKEOVER_WAIT);
 }
 
@@ -430,7 +428,7 @@ fn a_holder_that_does_not_give_way_keeps_it() {
 fn what_cannot_be_locked_says_why() {
     let spool = Spool::new();
     fs::create_dir_all(spool.path("odmr.lock")).unwrap();
-    match spool.queue.lock(&[QueueName::Domain(org())]) {
+    match spool.queue.lock(&[spool.name("example.org")]) {
         Err(LockError::Failed(error)) => assert!(error.to_string().contains("odmr.lock"), "{error}"),
         _ => panic!("a folder was locked"),
     }
@@ -445,7 +443,7 @@ fn a_disk_that_refuses_loses_nothing() {
     spool.write(".refused", "a file where a folder should be");
     let mut lock = spool.lock();
     let message = lock.next_message().unwrap();
-    assert!(message.settle(&result("!="), &mut lock).is_err());
+    assert!(lock.settle(message, &result("!=")).is_err());
     assert_eq!(spool.files("new"), before);
     drop(lock);
     fs::remove_file(spool.path(".refused")).unwrap();
@@ -493,7 +491,7 @@ proptest! {
                         delivered.push(name);
                     }
                 }
-                message.settle(&result(&statuses), &mut lock).unwrap();
+                lock.settle(message, &result(&statuses)).unwrap();
             }
         }
         let refused = spool.files(".refused/new").into_iter().flat_map(|(_, text)| {
@@ -508,18 +506,11 @@ proptest! {
 }
 
 /// A queue with one message for `place`.
-fn outgoing(folder: &Path, place: &QueueName, to: &[&str]) -> Queue {
-    let queue = Queue::new(folder, "host", Ids::fixed(), Duration::from_secs(60));
-    let envelope = Envelope {
-        from: reverse_path(b"<>").unwrap().0,
-        recipients: to.iter().map(|to| Recipient::plain(Mailbox::parse(to).unwrap())).collect(),
-        id: "id".to_owned(),
-        arrived: Ids::fixed().clock().now(),
-        body: Body::Unsaid,
-        utf8: false,
-        ret: None,
-        envelope_id: None,
-    };
+fn outgoing(place: &QueueName, to: &[&str]) -> Queue {
+    let queue = Queue::new("host", Ids::fixed(), Duration::from_secs(60));
+    let recipients = to.iter().map(|to| Recipient::plain(Mailbox::parse(to).unwrap())).collect();
+    let envelope = Envelope { recipients, ..Envelope::new(reverse_path(b"<>").unwrap().0) };
+    let envelope = QueuedEnvelope { id: "id".to_owned(), arrived: Ids::fixed().clock().now(), envelope };
     let mut copies = queue.begin_message(&[(place.clone(), envelope)], "").unwrap();
     copies.write(b"Subject: x\n\n").unwrap();
     copies.commit().unwrap();
@@ -529,14 +520,14 @@ fn outgoing(folder: &Path, place: &QueueName, to: &[&str]) -> Queue {
 /// A full disk is no reason to try again at once: 452 means "too many" only where somebody was taken.
 #[test]
 fn a_452_for_all_waits_and_a_452_for_some_does_not() {
-    let place = QueueName::Destination(domain("example.net"));
     for (statuses, due_at_once) in [("++", false), ("=+", true)] {
         let folder = tempfile::tempdir().unwrap();
-        let queue = outgoing(folder.path(), &place, &["a@example.net", "b@example.net"]);
+        let place = QueueName { path: folder.path().into(), domain: Some(domain("example.net")), retries: true };
+        let queue = outgoing(&place, &["a@example.net", "b@example.net"]);
         let mut lock = queue.lock(std::slice::from_ref(&place)).unwrap();
         let mut message = lock.next_message().unwrap();
         message.next_attempt = Some(SystemTime::now() + Duration::from_secs(3600));
-        message.settle(&result(statuses), &mut lock).unwrap();
+        lock.settle(message, &result(statuses)).unwrap();
         assert_eq!(lock.next_message().is_some(), due_at_once);
         assert_eq!(queue.next_due(&place).unwrap().unwrap() <= SystemTime::now(), due_at_once);
     }
@@ -545,14 +536,14 @@ fn a_452_for_all_waits_and_a_452_for_some_does_not() {
 /// What was put off while the clock was a year ahead does not wait for that year.
 #[test]
 fn a_clock_that_was_wrong_puts_nothing_off_for_long() {
-    let place = QueueName::Outgoing;
     for (ahead, due) in [(Duration::from_secs(3600), false), (Duration::from_secs(365 * 24 * 3600), true)] {
         let folder = tempfile::tempdir().unwrap();
-        let queue = outgoing(folder.path(), &place, &["a@example.net"]);
+        let place = QueueName { path: folder.path().into(), domain: None, retries: true };
+        let queue = outgoing(&place, &["a@example.net"]);
         let mut lock = queue.lock(std::slice::from_ref(&place)).unwrap();
         let mut message = lock.next_message().unwrap();
         message.next_attempt = Some(SystemTime::now() + ahead);
-        message.settle(&result("+"), &mut lock).unwrap();
+        lock.settle(message, &result("+")).unwrap();
         drop(lock);
         assert_eq!(queue.next_due(&place).unwrap().unwrap() <= SystemTime::now(), due);
         assert_eq!(queue.lock(std::slice::from_ref(&place)).unwrap().next_message().is_some(), due);
@@ -563,11 +554,10 @@ fn a_clock_that_was_wrong_puts_nothing_off_for_long() {
 #[test]
 fn what_waits_can_be_looked_at_while_somebody_has_it() {
     let folder = tempfile::tempdir().unwrap();
-    let queue = outgoing(folder.path(), &QueueName::Outgoing, &["a@example.net"]);
-    let _hold = queue.lock(&[QueueName::Outgoing]).unwrap();
+    let name = QueueName { path: folder.path().into(), domain: None, retries: true };
+    let queue = outgoing(&name, &["a@example.net"]);
+    let _lock = queue.lock(std::slice::from_ref(&name)).unwrap();
     let mut seen = Vec::new();
-    queue
-        .each(&QueueName::Outgoing, |message| seen.push((message.envelope.id.clone(), message.due().is_some())))
-        .unwrap();
+    queue.each(&name, |message| seen.push((message.id.clone(), message.due().is_some()))).unwrap();
     assert_eq!(seen, [("id".to_owned(), true)]);
 }

@@ -22,7 +22,6 @@
 //! Lines end in LF and have at most 998 octets.
 
 use std::fmt::Write;
-use std::io::{self, BufRead, BufReader, Read};
 
 use crate::clock::Timestamp;
 use crate::mail::address::Mailbox;
@@ -122,22 +121,21 @@ impl Dsn<'_> {
     /// RFC 6522 section 4 would have quoted-printable for a header of more than 7 bits, which makes each
     /// `=` of a sound one unreadable to those who search a notice for its Message-ID. So a character that
     /// cannot stand there becomes a `?`.
-    pub fn returned_header(&self, content: &mut impl Read, limit: usize) -> io::Result<Vec<u8>> {
-        let mut content = BufReader::new(content.take(limit as u64));
-        let (mut out, mut line) = (String::new(), Vec::new());
-        let mut place = HeaderState::Beginning;
-        loop {
-            line.clear();
-            content.read_until(b'\n', &mut line)?;
+    pub fn returned_header(&self, content: &[u8], limit: usize) -> Vec<u8> {
+        let content = &content[..content.len().min(limit)];
+        let mut out = String::new();
+        let mut state = HeaderState::Beginning;
+        for line in content.split_inclusive(|octet| *octet == b'\n') {
             // The limit may have cut the last line.
-            let cut = !line.ends_with(b"\n") && content.get_ref().limit() == 0;
-            match HeaderLine::of(&line, place) {
-                HeaderLine::Field(_) | HeaderLine::Continuation if !cut => place = HeaderState::Field,
-                _ => return Ok(out.into_bytes()),
+            let cut = !line.ends_with(b"\n") && content.len() == limit;
+            match HeaderLine::of(line, state) {
+                HeaderLine::Field(_) | HeaderLine::Continuation if !cut => state = HeaderState::Field,
+                _ => break,
             }
-            let text = String::from_utf8_lossy(&line);
+            let text = String::from_utf8_lossy(line);
             push_within_limit(&mut out, &self.clean(text.trim_end_matches(['\r', '\n'])));
         }
+        out.into_bytes()
     }
 
     fn header(&self) -> String {
@@ -514,241 +512,4 @@ fn unescaped(text: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ids::Ids;
-    use proptest::prelude::*;
-
-    fn mailbox(text: &str) -> Mailbox {
-        Mailbox::parse(text).unwrap()
-    }
-
-    fn report<'a>(recipient: &'a Mailbox, action: Action, status: &str) -> RecipientReport<'a> {
-        RecipientReport {
-            recipient,
-            original: None,
-            action,
-            status: status.to_owned(),
-            remote: None,
-            diagnostic: None,
-            last_attempt: None,
-            retry_until: None,
-        }
-    }
-
-    fn notice<'a>(to: &'a Mailbox, reports: &'a [RecipientReport<'a>]) -> Dsn<'a> {
-        let now = Ids::fixed().clock().now();
-        Dsn {
-            reporting: "relay.example.net",
-            to,
-            envelope_id: None,
-            arrived: Timestamp::from_seconds(now.seconds() - 3600),
-            received_from: None,
-            reports,
-            now,
-            message_id: "<id1@relay.example.net>",
-            boundary: "Boundary1",
-            utf8: false,
-            full: false,
-        }
-    }
-
-    /// Compares a notice, with the returned part of `message`, to a file of `testdata/notices`.
-    fn check(notice: &Dsn, message: &[u8], expected: &str) {
-        let returned = match notice.full {
-            true => message.to_vec(),
-            false => notice.returned_header(&mut &message[..], 1 << 16).unwrap(),
-        };
-        let seen = notice.head() + str::from_utf8(&returned).unwrap() + &notice.tail();
-        assert!(seen == expected, "-- wanted --\n{expected}\n-- got --\n{seen}");
-        assert!(notice.utf8 || seen.is_ascii());
-    }
-
-    const MESSAGE: &[u8] = b"Received: from a\n\tby b\nFrom: eva@example.org\nTo: joe@example.com\nSubject: hello\n\
-                             Message-ID: <1@example.org>\n\nThe body.\n";
-
-    #[test]
-    fn a_failure_is_told_with_reason_and_advice() {
-        let (to, joe, bob, ann) = (
-            mailbox("eva@example.org"),
-            mailbox("joe@example.com"),
-            mailbox("\"bob b\"@nowhere.example"),
-            mailbox("ann@example.net"),
-        );
-        let now = Ids::fixed().clock().now();
-        let reports = [
-            RecipientReport {
-                original: Some("rfc822;joe+2Bold@example.com"),
-                remote: Some("mx.example.com"),
-                diagnostic: Some(
-                    "550 5.1.1 <joe@example.com>: Recipient address rejected: User unknown in virtual mailbox table; \
-                     see https://example.com/help",
-                ),
-                last_attempt: Some(now),
-                retry_until: Some(now),
-                ..report(&joe, Action::Failed, "5.1.1")
-            },
-            RecipientReport {
-                diagnostic: Some("the domain nowhere.example does not exist"),
-                ..report(&bob, Action::Failed, "5.1.2")
-            },
-            RecipientReport {
-                remote: Some("[192.0.2.7]"),
-                diagnostic: Some("no connection: Connection timed out"),
-                last_attempt: Some(now),
-                ..report(&ann, Action::Failed, "4.4.7")
-            },
-        ];
-        let notice = Dsn {
-            envelope_id: Some("QQ+2B1+0Ax"),
-            received_from: Some("laptop ([192.0.2.1])"),
-            ..notice(&to, &reports)
-        };
-        check(&notice, MESSAGE, include_str!("../../testdata/dsn/failed.eml"));
-    }
-
-    #[test]
-    fn a_whole_message_is_returned() {
-        let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
-        let reports = [report(&joe, Action::Failed, "nonsense")];
-        let notice = Dsn { full: true, ..notice(&to, &reports) };
-        check(&notice, MESSAGE, include_str!("../../testdata/dsn/full.eml"));
-    }
-
-    #[test]
-    fn a_delay_asks_nothing_of_the_sender() {
-        let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
-        let now = Ids::fixed().clock().now();
-        let reports = [RecipientReport {
-            remote: Some("mx.example.com"),
-            diagnostic: Some("451 4.3.0 Try again later"),
-            last_attempt: Some(now),
-            retry_until: Some(Timestamp::from_seconds(now.seconds() + 4 * 86400)),
-            ..report(&joe, Action::Delayed, "4.3.0")
-        }];
-        check(&notice(&to, &reports), MESSAGE, include_str!("../../testdata/dsn/delayed.eml"));
-    }
-
-    #[test]
-    fn success_is_told_as_delivered_relayed_or_expanded() {
-        let (to, joe, ann) = (mailbox("eva@example.org"), mailbox("joe@example.com"), mailbox("ann@example.com"));
-        let all = mailbox("all@example.com");
-        let reports = [
-            report(&joe, Action::Delivered, "2.1.5"),
-            RecipientReport {
-                remote: Some("mx.example.com"),
-                diagnostic: Some("250 2.0.0 Ok: queued as 4F1"),
-                ..report(&ann, Action::Relayed, "2.0.0")
-            },
-            report(&all, Action::Expanded, "2.0.0"),
-        ];
-        let notice = Dsn { reporting: "localhost", ..notice(&to, &reports) };
-        check(&notice, MESSAGE, include_str!("../../testdata/dsn/success.eml"));
-    }
-
-    /// Of the same message: what UTF-8 would say, and what ASCII can.
-    #[test]
-    fn a_notice_is_in_ascii_unless_it_may_be_in_utf8() {
-        let (to, joe) = (mailbox("jürgen@example.org"), mailbox("\"jo é\"@bücher.example"));
-        let message = "From: Jürgen <jürgen@example.org>\nSubject: Grüße\n\nText\n".as_bytes();
-        let reports = [RecipientReport {
-            original: Some("utf-8;jo\\x{20}\\x{E9}@b\\x{FC}cher.example"),
-            remote: Some("mx.example.com"),
-            diagnostic: Some("553 5.6.7 Ungültig"),
-            ..report(&joe, Action::Failed, "5.6.7")
-        }];
-        let ascii = notice(&to, &reports);
-        check(&ascii, message, include_str!("../../testdata/dsn/ascii.eml"));
-        let utf8 = Dsn { utf8: true, ..ascii };
-        check(&utf8, message, include_str!("../../testdata/dsn/utf8.eml"));
-    }
-
-    #[test]
-    fn a_returned_header_is_whole_lines_in_seven_bits() {
-        fn check(message: &[u8], limit: usize, expected: &str) {
-            let to = mailbox("a@x");
-            let seen = notice(&to, &[]).returned_header(&mut &message[..], limit).unwrap();
-            assert_eq!(String::from_utf8(seen).as_deref(), Ok(expected), "{}", message.escape_ascii());
-        }
-        check(b"", 100, "");
-        check(b"\nbody\n", 100, "");
-        check(b"body\n", 100, "");
-        check(b"A: b", 100, "A: b\n");
-        check(b"A: b\r\n c\r\n\r\nbody\r\n", 100, "A: b\n c\n");
-        check(b"A: b\nbody\nC: d\n", 100, "A: b\n");
-        check(b"A: b\nC: d\n\nbody\n", 10, "A: b\nC: d\n");
-        check(b"A: b\nC: d\n\nbody\n", 9, "A: b\n");
-        check(b"A: b\nC: d\n\nbody\n", 0, "");
-        check("A: é\r\x1b\0\nB: ".as_bytes(), 100, "A: ? ??\nB: \n");
-        check(b"A: \xff\xe9\n", 100, "A: ??\n");
-        check(&[b"A:", &[b'x'; 2000][..]].concat(), 4000, &{
-            format!("A:{}\n {}\n {}\n", "x".repeat(995), "x".repeat(997), "x".repeat(8))
-        });
-    }
-
-    #[test]
-    fn a_status_is_sound_or_general() {
-        let joe = mailbox("joe@x");
-        for (action, status, expected) in [
-            (Action::Failed, "5.1.1", "5.1.1"),
-            (Action::Failed, "4.4.7", "4.4.7"),
-            (Action::Failed, "5.7.999", "5.7.999"),
-            (Action::Failed, "2.0.0", "5.0.0"),
-            (Action::Failed, "", "5.0.0"),
-            (Action::Failed, "5.1", "5.0.0"),
-            (Action::Failed, "5.1.1.1", "5.0.0"),
-            (Action::Failed, "5.1.1000", "5.0.0"),
-            (Action::Failed, "5.1.x\n", "5.0.0"),
-            (Action::Delayed, "4.4.1", "4.4.1"),
-            (Action::Delayed, "5.1.1", "4.0.0"),
-            (Action::Relayed, "250", "2.0.0"),
-            (Action::Expanded, "4.0.0", "2.0.0"),
-            (Action::Delivered, "2.1.5", "2.1.5"),
-        ] {
-            assert_eq!(report(&joe, action, status).status(), expected, "{action:?} {status}");
-        }
-    }
-
-    #[test]
-    fn xtext_is_decoded_and_addresses_escaped() {
-        for (xtext, expected) in
-            [("a+2Bb", "a+b"), ("+3D+3d", "=="), ("a+", "a+"), ("+2", "+2"), ("+XY", "+XY"), ("++2B1", "++1")]
-        {
-            assert_eq!(decoded(xtext), expected);
-        }
-        for (plain, text) in [("jürgen@x", "j\\x{FC}rgen@x"), ("a+b=c d\\", "a\\x{2B}b\\x{3D}c\\x{20}d\\x{5C}")] {
-            assert_eq!(escaped(plain), text);
-            assert_eq!(unescaped(text), plain);
-        }
-        for text in ["\\x{", "\\x{}", "\\x{D800}", "\\x{110000}", "\\x{+41}", "\\x{00000041}", "\\x"] {
-            assert_eq!(unescaped(text), text);
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn nothing_breaks_out_of_its_line(text in "\\PC{0,30}[\r\n\t\0]\\PC{0,2000}", utf8: bool) {
-            let (to, joe) = (mailbox("a@x"), mailbox("b@x"));
-            let reports = [RecipientReport {
-                original: Some(&text),
-                remote: Some(&text),
-                diagnostic: Some(&text),
-                ..report(&joe, Action::Failed, &text)
-            }];
-            let envelope_id = Some(&*text);
-            let head = Dsn { envelope_id, received_from: envelope_id, utf8, ..notice(&to, &reports) }.head();
-            prop_assert!(utf8 || head.is_ascii());
-            prop_assert!(head.lines().all(|line| line.len() <= LINE_LIMIT));
-            prop_assert!(head.chars().all(|c| c == '\n' || c == '\t' || !c.is_control()));
-            let fields = head.lines().filter(|line| line.starts_with("Remote-MTA: ")).count();
-            prop_assert_eq!(fields, 1);
-        }
-
-        #[test]
-        fn any_content_is_survived(message: Vec<u8>, limit in 0_usize..200, utf8: bool) {
-            let to = mailbox("a@x");
-            let seen = Dsn { utf8, ..notice(&to, &[]) }.returned_header(&mut &message[..], limit).unwrap();
-            prop_assert!(utf8 || seen.is_ascii());
-        }
-    }
-}
+mod tests;

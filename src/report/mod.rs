@@ -1,34 +1,35 @@
-//! What becomes of a message after an attempt: retry times, expiry, and who is told (RFC 5321 sections 4.5.4
-//! and 6.1, RFC 3461 section 5).
+//! What follows an attempt: the next attempt or expiry, DSNs, and the settlement (RFC 5321 sections 4.5.4 and 6.1, RFC
+//! 3461 section 5).
 //!
-//! A notice is durable before the mail it speaks of is removed: after a crash somebody may hear twice, never
-//! not at all. The null sender is never told anything; its refused mail stays in `.refused`.
+//! A DSN is durable before the mail that it reports is removed: after a crash a sender may receive it twice, but never not
+//! at all. The null sender receives no DSN; its rejected mail stays in `.refused`.
 
 pub mod dsn;
 
+use std::fmt;
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::clock::Timestamp;
-use crate::config::Retry;
 use crate::ids::Ids;
 use crate::mail::address::{Mailbox, ReversePath};
-use crate::queue::{Envelope, QueueLock, QueuedMessage};
-use crate::report::dsn::{Action, Dsn, RecipientReport};
-use crate::smtp::client::{DecidedBy, DeliveryResult, RecipientStatus};
-use crate::smtp::command::{Body, Recipient, Return};
+use crate::maildir::spooled::Content;
+use crate::net::trace::quoted;
+use crate::queue::retry::{self, Retry};
+use crate::queue::{QueueLock, QueuedEnvelope, QueuedMessage};
+use crate::smtp::command::{Body, Envelope, Recipient, Return};
 use crate::smtp::reply::Reply;
+use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
+use dsn::{Action, Dsn, RecipientReport};
 
-/// A message up to this size comes back whole when its sender asked for that (RFC 3461 section 4.3).
+/// Octets of a message that its DSN returns whole, if the sender asked for that (RFC 3461 section 4.3).
 const RETURN_FULL_LIMIT: u64 = 64 * 1024;
 
-const PLAUSIBLE_AGE: i64 = 10 * 365 * 24 * 60 * 60;
-
-/// Of a longer header no more comes back.
+/// Octets of a header that a DSN returns; the rest is left out.
 const RETURNED_HEADER_LIMIT: usize = 64 * 1024;
 
-/// A notice, ready to be posted from the null sender.
+/// A DSN, ready to be stored for its recipient.
 pub struct DsnMessage {
     pub to: Mailbox,
     /// LF line ends.
@@ -37,60 +38,111 @@ pub struct DsnMessage {
 }
 
 impl DsnMessage {
-    /// The envelope it goes in.
-    pub fn envelope(&self, ids: &Ids) -> Envelope {
-        Envelope {
-            from: ReversePath::Null,
+    /// The envelope that it goes in, from the null sender (RFC 3461 section 6.1).
+    pub fn envelope(&self, ids: &Ids) -> QueuedEnvelope {
+        let envelope = Envelope {
             recipients: vec![Recipient::plain(self.to.clone())],
-            id: ids.queue_id(),
-            arrived: ids.clock().now(),
             body: if self.utf8 { Body::EightBit } else { Body::SevenBit },
             utf8: self.utf8,
-            ret: None,
-            envelope_id: None,
-        }
+            ..Envelope::new(ReversePath::Null)
+        };
+        QueuedEnvelope { id: ids.queue_id(), arrived: ids.clock().now(), envelope }
     }
 }
 
-/// Puts a notice where its addressee will find it, durably.
+/// Stores DSNs durably where their recipients will find them.
 pub trait DsnSink: Send + Sync {
-    fn store(&self, letter: &DsnMessage) -> io::Result<()>;
+    fn store(&self, dsn: &DsnMessage) -> io::Result<()>;
 }
 
-/// The peer an attempt was made with.
-#[derive(Clone, Copy, Default)]
-pub struct Peer<'a> {
-    pub name: Option<&'a str>,
-    /// It offers DSN, so the rest is its affair (RFC 3461 section 5.2.2).
-    pub dsn: bool,
+/// How a message is sent on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Via {
+    /// The provider to its customer, after the turn.
+    Atrn,
+    /// The relay, by MX.
+    Mx,
+    Smarthost,
+    /// The customer to its provider, before the turn.
+    Provider,
+    /// The customer to its submission host.
+    Submission,
+    /// The customer to a next hop.
+    Lmtp,
+    Smtp,
+    Maildir,
 }
 
-/// One attempt at a message.
+/// For the log.
+impl fmt::Display for Via {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Via::Atrn => "atrn",
+            Via::Mx => "mx",
+            Via::Smarthost => "smarthost",
+            Via::Provider => "provider",
+            Via::Submission => "submission",
+            Via::Lmtp => "lmtp",
+            Via::Smtp => "smtp",
+            Via::Maildir => "maildir",
+        })
+    }
+}
+
+/// One attempt at a message: with whom, and what follows if it fails.
 #[derive(Clone, Copy)]
 pub struct Attempt<'a> {
-    pub peer: Peer<'a>,
-    /// This is outgoing mail, tried again and given up.
+    /// The id of the session in the log.
+    pub session: &'a str,
+    pub via: Via,
+    /// The peer for the log: its name, or how it is configured.
+    pub relay: &'a str,
+    /// The peer's name for DSNs, if it gave one.
+    pub peer: Option<&'a str>,
+    /// The peer offers DSN, so it reports success itself (RFC 3461 section 5.2.2).
+    pub peer_sends_dsn: bool,
+    /// When deferred recipients are tried again, and when they expire; `None`: at the next call.
     pub retry: Option<&'a Retry>,
-    /// What a delivery is called in the log, and what stands there of the session.
-    pub done: &'a str,
-    pub context: &'a str,
 }
 
-/// Acts on outcomes.
+impl<'a> Attempt<'a> {
+    /// A copy in a Maildir of ours; `file`: its unique name.
+    pub fn in_maildir(session: &'a str, file: &'a str) -> Attempt<'a> {
+        Attempt { session, via: Via::Maildir, relay: file, peer: None, peer_sends_dsn: true, retry: None }
+    }
+
+    /// Logs what became of one recipient.
+    pub fn log(&self, message: &QueuedEnvelope, to: &Mailbox, status: &RecipientStatus, now: Timestamp) {
+        log::info!(
+            "event=delivery session={} id={} from=<{}> to=<{to}> status={} via={} relay={} dsn={} delay={} reply={}",
+            self.session,
+            message.id,
+            message.envelope.from,
+            status.word(),
+            self.via,
+            quoted(self.relay),
+            status.enhanced(),
+            retry::age(message.arrived, now).as_secs(),
+            quoted(status),
+        );
+    }
+}
+
+/// Acts on the results of attempts.
 #[derive(Clone)]
 pub struct Reporter {
     hostname: String,
     ids: Ids,
-    /// None: nobody can be told.
+    /// `None`: no DSN can be sent.
     sink: Option<Arc<dyn DsnSink>>,
 }
 
 impl Reporter {
-    pub fn new(hostname: &str, ids: &Ids, post: Option<Arc<dyn DsnSink>>) -> Reporter {
-        Reporter { hostname: hostname.to_owned(), ids: ids.clone(), sink: post }
+    pub fn new(hostname: &str, ids: &Ids, sink: Option<Arc<dyn DsnSink>>) -> Reporter {
+        Reporter { hostname: hostname.to_owned(), ids: ids.clone(), sink }
     }
 
-    /// Tells who is to be told, then settles; logs either.
+    /// Sends the DSNs that are due, then settles the message; logs each recipient. Returns the result that was settled.
     pub fn finish_attempt(
         &self,
         message: QueuedMessage,
@@ -98,125 +150,115 @@ impl Reporter {
         attempt: &Attempt<'_>,
         lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
-        let (id, size, recipients) = (message.envelope.id.clone(), message.size, message.envelope.recipients.clone());
-        let context = attempt.context;
-        let concluded = self.apply(message, result, attempt.peer, attempt.retry, lock).inspect_err(|error| {
-            log::error!("event=settle-failed {context} id={id} error={:?}", error.to_string());
+        let envelope =
+            QueuedEnvelope { id: message.id.clone(), arrived: message.arrived, envelope: message.envelope.clone() };
+        let settled = self.apply(message, result, attempt, lock).inspect_err(|error| {
+            let (session, id) = (attempt.session, &envelope.id);
+            log::error!("event=settle-failed session={session} id={id} error={}", quoted(error));
         })?;
-        for (recipient, status) in recipients.iter().zip(&concluded.recipients) {
-            let (word, reply) = match status {
-                RecipientStatus::Sent(reply) => (attempt.done, reply.to_string()),
-                RecipientStatus::Deferred(reply) => ("deferred", reply.to_string()),
-                RecipientStatus::Rejected(reply) => ("refused", reply.to_string()),
-                RecipientStatus::InDoubt => ("in-doubt", String::new()),
-            };
-            log::info!("event={word} {context} id={id} size={size} to=<{}> reply={reply:?}", recipient.mailbox);
+        let now = self.ids.clock().now();
+        for (recipient, status) in envelope.envelope.recipients.iter().zip(&settled.recipients) {
+            attempt.log(&envelope, &recipient.mailbox, status, now);
         }
-        Ok(concluded)
+        Ok(settled)
     }
 
     fn apply(
         &self,
         mut message: QueuedMessage,
         mut result: DeliveryResult,
-        peer: Peer<'_>,
-        retry: Option<&Retry>,
+        attempt: &Attempt<'_>,
         lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
         let now = self.ids.clock().now();
-        // What we have decided is no word of the peer's.
-        let peer = match result.decided_by {
-            DecidedBy::Us => Peer { name: None, ..peer },
-            DecidedBy::Peer | DecidedBy::PeerAtMail | DecidedBy::ConnectionLoss => peer,
-        };
-        let age = age(&message, now);
-        let mut late = false;
-        if let Some(retry) = retry {
+        let age = retry::age(message.arrived, now);
+        let mut late_until = None;
+        if let Some(retry) = attempt.retry {
             if age > retry.give_up {
                 result.recipients.iter_mut().for_each(|status| expire(status, retry.give_up));
             }
-            message.next_attempt = Some(SystemTime::now() + retry_pause(retry, age, self.ids.random_number()));
-            // First of all, and it takes no room: whatever fails below, this is not sent again at once.
+            message.next_attempt = Some(SystemTime::now() + retry.pause(age, self.ids.random_number()));
+            // First, as it needs no disk space: whatever fails below, the message is not sent again at once.
             message.record_next_attempt()?;
-            late = retry.delay_notice.is_some_and(|delay| age > delay) && !message.is_delay_reported();
+            let late = retry.delay_notice.is_some_and(|delay| age > delay) && !message.is_delay_reported();
+            let give_up = i64::try_from(retry.give_up.as_secs()).unwrap_or(i64::MAX / 4);
+            late_until = late.then(|| Timestamp::from_seconds(message.arrived.seconds() + give_up));
         }
-        let until =
-            retry.map(|retry| Timestamp::from_seconds(message.envelope.arrived.seconds() + seconds(retry.give_up)));
-        message.rejections_reported = match self.report(&mut message, &result, peer, until.filter(|_| late), now) {
-            Ok(told) => told,
+        match self.report(&mut message, &result, attempt, late_until, now) {
+            Ok(reported) => message.rejections_reported = reported,
             Err(error) => {
-                // Who has the mail must not get it again because somebody else cannot be told.
-                log::error!("event=notice-failed id={} error={:?}", message.envelope.id, error.to_string());
-                late = false;
-                if retry.is_none_or(|retry| age <= retry.give_up) {
+                // Recipients that have the message must not get it again because another's DSN cannot be stored.
+                log::error!("event=dsn-failed id={} error={}", message.id, quoted(error));
+                late_until = None;
+                if attempt.retry.is_none_or(|retry| age <= retry.give_up) {
                     result.recipients.iter_mut().for_each(defer_rejection);
                 }
-                false
             }
-        };
-        if late
-            && result
-                .recipients
-                .iter()
-                .any(|status| matches!(status, RecipientStatus::Deferred(_) | RecipientStatus::InDoubt))
-        {
+        }
+        if late_until.is_some() && result.recipients.iter().any(RecipientStatus::is_open) {
             message.mark_delay_reported()?;
         }
-        message.settle(&result, lock)?;
+        lock.settle(message, &result)?;
         Ok(result)
     }
 
-    /// One notice for all recipients of whom something is to be told. `false`: the sender cannot be told.
+    /// Sends one DSN for all recipients that need one. Returns whether the sender can be told at all.
     fn report(
         &self,
         message: &mut QueuedMessage,
         result: &DeliveryResult,
-        peer: Peer<'_>,
+        attempt: &Attempt<'_>,
         late_until: Option<Timestamp>,
         now: Timestamp,
     ) -> io::Result<bool> {
         let to = match &message.envelope.from {
             ReversePath::Mailbox(to) if self.sink.is_some() => to.clone(),
-            // RFC 5321 section 6.1: never a notice about a notice.
+            // RFC 5321 section 6.1: never a DSN about a DSN.
             ReversePath::Mailbox(_) | ReversePath::Null => return Ok(false),
         };
+        // What we have decided ourselves is not the peer's reply.
+        let remote = attempt.peer.filter(|_| result.decided_by != DecidedBy::Us);
         let recipients = message.envelope.recipients.clone();
-        let texts: Vec<_> = result.recipients.iter().map(DiagnosticText::of).collect();
+        let texts: Vec<_> = result.recipients.iter().map(|status| status.reply().map(Reply::to_string)).collect();
         let mut reports = Vec::new();
-        for ((recipient, status), words) in recipients.iter().zip(&result.recipients).zip(&texts) {
-            if let Some(action) = action(recipient, status, peer, late_until.is_some()) {
-                let delayed = matches!(action, Action::Delayed);
+        for ((recipient, status), diagnostic) in recipients.iter().zip(&result.recipients).zip(&texts) {
+            if let Some(action) = action(recipient, status, attempt.peer_sends_dsn, late_until.is_some()) {
                 reports.push(RecipientReport {
                     recipient: &recipient.mailbox,
                     original: recipient.original.as_deref(),
                     action,
-                    status: words.status.clone(),
-                    remote: peer.name,
-                    diagnostic: words.diagnostic.as_deref(),
+                    status: status.enhanced().to_owned(),
+                    remote,
+                    diagnostic: diagnostic.as_deref(),
                     last_attempt: Some(now),
-                    retry_until: late_until.filter(|_| delayed),
+                    retry_until: late_until.filter(|_| matches!(action, Action::Delayed)),
                 });
             }
         }
         if !reports.is_empty() {
             message.rewind()?;
-            let envelope = message.envelope.clone();
-            let size = (!message.eight_bit || !to.is_ascii()).then_some(message.size);
-            self.send(&envelope, size, message, &to, &reports, now)?;
+            let about = QueuedEnvelope {
+                id: message.id.clone(),
+                arrived: message.arrived,
+                envelope: message.envelope.with_recipients(Vec::new()),
+            };
+            // 8-bit content may not be part of a 7-bit DSN (RFC 2046 section 5.2.1).
+            let may_be_whole = (!message.eight_bit || !to.is_ascii()) && message.size <= RETURN_FULL_LIMIT;
+            self.send(&about, may_be_whole, message, &to, &reports)?;
         }
         Ok(true)
     }
 
-    /// Final delivery has been made: those who asked are told (RFC 3461 section 5.2.3). `others`: recipients that
-    /// somebody has who will not tell (sections 5.2.2 and 5.2.7.3). `header`: the message's.
+    /// Reports final delivery to senders who asked for it (RFC 3461 section 5.2.3). `others`: recipients whose next holder
+    /// sends no DSN (sections 5.2.2 and 5.2.7.3). `header`: the message's.
     pub fn report_delivered(
         &self,
-        envelope: &Envelope,
+        message: &QueuedEnvelope,
         others: &[(Recipient, Action)],
         header: &[u8],
     ) -> io::Result<()> {
-        let ReversePath::Mailbox(to) = &envelope.from else { return Ok(()) };
-        let here = envelope.recipients.iter().map(|recipient| (recipient, Action::Delivered));
+        let ReversePath::Mailbox(to) = &message.envelope.from else { return Ok(()) };
+        let here = message.envelope.recipients.iter().map(|recipient| (recipient, Action::Delivered));
         let reports: Vec<_> = here
             .chain(others.iter().map(|(recipient, action)| (recipient, *action)))
             .filter(|(recipient, _)| recipient.notify.success())
@@ -233,92 +275,63 @@ impl Reporter {
             .collect();
         match reports.as_slice() {
             [] => Ok(()),
-            reports => self.send(envelope, None, &mut &header[..], to, reports, self.ids.clock().now()),
+            reports => self.send(message, false, &mut &header[..], to, reports),
         }
     }
 
     fn send(
         &self,
-        envelope: &Envelope,
-        // Of the content, where it may be returned whole at all: 8-bit content may not be wrapped into a 7-bit
-        // notice (RFC 2046 section 5.2.1).
-        size: Option<u64>,
+        about: &QueuedEnvelope,
+        may_be_whole: bool,
         content: &mut impl Read,
         to: &Mailbox,
         reports: &[RecipientReport<'_>],
-        now: Timestamp,
     ) -> io::Result<()> {
+        let Some(sink) = &self.sink else { return Ok(()) };
         let failures = reports.iter().any(|report| matches!(report.action, Action::Failed));
+        let full = failures && may_be_whole && about.envelope.ret == Some(Return::Full);
         let utf8 = !to.is_ascii();
-        let short = size.is_some_and(|size| size <= RETURN_FULL_LIMIT);
-        let full = failures && short && envelope.ret == Some(Return::Full);
         let id = self.ids.queue_id();
-        let message_id = format!("<{id}@{}>", self.hostname);
-        let boundary = format!("=_{id}");
-        let notice = Dsn {
+        let dsn = Dsn {
             reporting: &self.hostname,
             to,
-            envelope_id: envelope.envelope_id.as_deref(),
-            arrived: envelope.arrived,
+            envelope_id: about.envelope.envelope_id.as_deref(),
+            arrived: about.arrived,
             received_from: None,
             reports,
-            now,
-            message_id: &message_id,
-            boundary: &boundary,
+            now: self.ids.clock().now(),
+            message_id: &format!("<{id}@{}>", self.hostname),
+            boundary: &format!("=_{id}"),
             utf8,
             full,
         };
-        let returned = match full {
-            true => {
-                let mut whole = Vec::new();
-                content.take(2 * RETURN_FULL_LIMIT).read_to_end(&mut whole)?;
-                whole
-            }
-            false => notice.returned_header(content, RETURNED_HEADER_LIMIT)?,
-        };
-        let mut text = notice.head().into_bytes();
+        let mut returned = Vec::new();
+        if full {
+            content.take(2 * RETURN_FULL_LIMIT).read_to_end(&mut returned)?;
+        } else {
+            content.take(RETURNED_HEADER_LIMIT as u64).read_to_end(&mut returned)?;
+            returned = dsn.returned_header(&returned, RETURNED_HEADER_LIMIT);
+        }
+        let mut text = dsn.head().into_bytes();
         text.extend_from_slice(&returned);
-        text.extend_from_slice(notice.tail().as_bytes());
-        let Some(post) = &self.sink else { return Ok(()) };
-        post.store(&DsnMessage { to: to.clone(), text, utf8 })?;
-        log::info!("event=notice id={id} about={} to=<{to}>", envelope.id);
+        text.extend_from_slice(dsn.tail().as_bytes());
+        sink.store(&DsnMessage { to: to.clone(), text, utf8 })?;
+        log::info!("event=dsn-sent id={id} about={} to=<{to}>", about.id);
         Ok(())
     }
 }
 
-/// Status and diagnosis of a fate, for a report.
-struct DiagnosticText {
-    status: String,
-    diagnostic: Option<String>,
-}
-
-impl DiagnosticText {
-    fn of(status: &RecipientStatus) -> DiagnosticText {
-        let (reply, class) = match status {
-            RecipientStatus::Sent(reply) => (Some(reply), "2.0.0"),
-            RecipientStatus::Deferred(reply) => (Some(reply), "4.0.0"),
-            RecipientStatus::Rejected(reply) => (Some(reply), "5.0.0"),
-            RecipientStatus::InDoubt => (None, "4.4.2"),
-        };
-        DiagnosticText {
-            // RFC 3464 section 2.3.4: where the peer gave no code, its class is all that is known.
-            status: reply.and_then(Reply::enhanced).unwrap_or(class).to_owned(),
-            diagnostic: reply.map(Reply::to_string),
-        }
-    }
-}
-
-/// What is to be told of a recipient, if anything (RFC 3461 section 5.2).
-fn action(recipient: &Recipient, status: &RecipientStatus, peer: Peer<'_>, late: bool) -> Option<Action> {
+/// What a DSN reports of a recipient, if anything (RFC 3461 section 5.2).
+fn action(recipient: &Recipient, status: &RecipientStatus, peer_sends_dsn: bool, late: bool) -> Option<Action> {
     let notify = &recipient.notify;
     match status {
         RecipientStatus::Rejected(_) => notify.failure().then_some(Action::Failed),
-        RecipientStatus::Sent(_) => (notify.success() && !peer.dsn).then_some(Action::Relayed),
+        RecipientStatus::Sent(_) => (notify.success() && !peer_sends_dsn).then_some(Action::Relayed),
         RecipientStatus::Deferred(_) | RecipientStatus::InDoubt => (late && notify.delay()).then_some(Action::Delayed),
     }
 }
 
-/// A refusal of which its sender could not be told is tried again, and told of then.
+/// A rejection whose DSN could not be stored is tried again, and reported then.
 fn defer_rejection(status: &mut RecipientStatus) {
     if let RecipientStatus::Rejected(reply) = status {
         *status =
@@ -326,37 +339,16 @@ fn defer_rejection(status: &mut RecipientStatus) {
     }
 }
 
-/// RFC 5321 section 4.5.4.1: after four or five days nobody tries any longer.
+/// RFC 5321 section 4.5.4.1: a message is given up after four or five days.
 fn expire(status: &mut RecipientStatus, after: Duration) {
-    let last = match status {
-        RecipientStatus::Deferred(reply) => reply.to_string(),
-        RecipientStatus::InDoubt => "no reply to the content".to_owned(),
-        RecipientStatus::Sent(_) | RecipientStatus::Rejected(_) => return,
-    };
-    let time = match after.as_secs() {
-        seconds if seconds < 7200 => format!("{seconds} seconds"),
-        seconds => format!("{} hours", seconds / 3600),
-    };
-    *status = RecipientStatus::Rejected(Reply::new(554, "5.4.7", format!("Given up after {time}; at last: {last}")));
-}
-
-/// The pause before the next attempt: half the message's age, within bounds, a fifth more or less by chance
-/// so that what failed together is not tried together. The age stands in the file, so no count is kept.
-fn retry_pause(retry: &Retry, age: Duration, chance: u64) -> Duration {
-    let pause = (age / 2).clamp(retry.first, retry.max);
-    let permille = 800 + u32::try_from(chance % 401).unwrap_or(0);
-    (pause * permille / 1000).max(Duration::from_millis(1))
-}
-
-fn age(message: &QueuedMessage, now: Timestamp) -> Duration {
-    let seconds = now.seconds().saturating_sub(message.envelope.arrived.seconds());
-    // So old no letter is: it came before the clock was set, and its age is not known.
-    let seconds = if seconds > PLAUSIBLE_AGE { 0 } else { seconds };
-    Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
-}
-
-fn seconds(duration: Duration) -> i64 {
-    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX / 4)
+    if status.is_open() {
+        let time = match after.as_secs() {
+            seconds if seconds < 7200 => format!("{seconds} seconds"),
+            seconds => format!("{} hours", seconds / 3600),
+        };
+        *status =
+            RecipientStatus::Rejected(Reply::new(554, "5.4.7", format!("Given up after {time}; at last: {status}")));
+    }
 }
 
 #[cfg(test)]
@@ -365,6 +357,7 @@ mod tests {
 
     use super::*;
     use crate::mail::address::{Domain, reverse_path};
+    use crate::maildir::Maildir;
     use crate::queue::{Queue, QueueName};
     use crate::smtp::command::Notify;
 
@@ -394,20 +387,17 @@ mod tests {
     impl Case {
         fn new(from: &str, notify: &str, age: i64) -> Case {
             let (folder, ids, posted) = (tempfile::tempdir().unwrap(), Ids::fixed(), Arc::<Letterbox>::default());
-            let queue = Queue::new(folder.path(), "host", ids.clone(), Duration::from_secs(60));
-            let place = QueueName::Destination(Domain::parse("example.net").unwrap());
+            let queue = Queue::new("host", ids.clone(), Duration::from_secs(60));
+            let domain = Domain::parse("example.net");
+            let place = QueueName { path: folder.path().join("outgoing/example.net"), domain, retries: true };
             let notify = if notify.is_empty() { Notify::default() } else { Notify::parse(notify.as_bytes()).unwrap() };
             let mailbox = Mailbox::parse("to@example.net").unwrap();
             let envelope = Envelope {
-                from: reverse_path(from.as_bytes()).unwrap().0,
                 recipients: vec![Recipient { mailbox, notify, original: None }],
-                id: "id".to_owned(),
-                arrived: Timestamp::from_seconds(ids.clock().now().seconds() - age),
-                body: Body::Unsaid,
-                utf8: false,
-                ret: None,
-                envelope_id: None,
+                ..Envelope::new(reverse_path(from.as_bytes()).unwrap().0)
             };
+            let arrived = Timestamp::from_seconds(ids.clock().now().seconds() - age);
+            let envelope = QueuedEnvelope { id: "id".to_owned(), arrived, envelope };
             let mut copies = queue.begin_message(&[(place.clone(), envelope)], "").unwrap();
             copies.write(b"Subject: the one\n\nbody\n").unwrap();
             copies.commit().unwrap();
@@ -425,14 +415,15 @@ mod tests {
                 delay_notice: Some(hours(4)),
             };
             // The next attempt is not waited for.
-            let maildir = self.queue.maildir(&self.place);
+            let maildir = Maildir::new(&self.place.path);
             for entry in maildir.entries().unwrap() {
                 std::fs::File::open(maildir.file(&entry)).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
             }
             let mut lock = self.queue.lock(std::slice::from_ref(&self.place)).unwrap();
             let message = lock.next_message().unwrap();
-            let peer = Peer { name: Some("mx.example.net"), dsn };
-            let attempt = Attempt { peer, retry: Some(&retry), done: "relayed", context: "" };
+            let (session, relay) = ("1", "mx.example.net");
+            let (peer, retry) = (Some(relay), Some(&retry));
+            let attempt = Attempt { session, via: Via::Mx, relay, peer, peer_sends_dsn: dsn, retry };
             let result = DeliveryResult { recipients: vec![status], decided_by: DecidedBy::Peer };
             self.reporter.finish_attempt(message, result, &attempt, &mut lock).unwrap();
             std::mem::take(&mut *self.posted.0.lock().unwrap())
@@ -440,8 +431,8 @@ mod tests {
 
         /// Messages that wait, and that were set aside.
         fn left(&self) -> (usize, usize) {
-            let maildir = self.queue.maildir(&self.place);
-            let refused = crate::maildir::Maildir::new(self.folder.path().join("outgoing/example.net/.refused"));
+            let maildir = Maildir::new(&self.place.path);
+            let refused = Maildir::new(self.folder.path().join("outgoing/example.net/.refused"));
             (maildir.entries().unwrap().len(), refused.entries().unwrap().len())
         }
     }
@@ -506,17 +497,5 @@ mod tests {
         assert_eq!(case.attempt(deferred(), false).len(), 0);
         assert_eq!(case.attempt(refused(), false).len(), 1);
         assert_eq!(case.left(), (0, 0));
-    }
-
-    #[test]
-    fn pauses_grow_with_age_and_have_bounds() {
-        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
-        let retry = Retry { first: minutes(5), max: minutes(240), give_up: minutes(7200), delay_notice: None };
-        for (age, least, most) in [(0, 4, 6), (10, 4, 6), (60, 24, 36), (480, 192, 288), (7000, 192, 288)] {
-            for chance in [0, 200, 400, u64::MAX] {
-                let pause = retry_pause(&retry, minutes(age), chance);
-                assert!((minutes(least)..=minutes(most)).contains(&pause), "{age}: {pause:?}");
-            }
-        }
     }
 }

@@ -1,25 +1,25 @@
-//! CRAM-MD5 (RFC 2195): the server sends a challenge, the client answers with its name and an HMAC-MD5 of it.
+//! CRAM-MD5 (RFC 2195): the server sends a challenge, the client responds with its name and an HMAC-MD5 of it.
 //!
-//! The secret never travels, but the server must know it as it is, and one who listens can try words at leisure:
-//! the secret should be long and random, and TLS should be around it all the same.
+//! The secret is not sent, but the server must store it in clear, and an eavesdropper can try secrets offline. So the
+//! secret should be long and random, and the connection should use TLS nevertheless.
 
 use data_encoding::HEXLOWER;
 use hmac::{Hmac, KeyInit, Mac};
 use md5::Md5;
 
-use super::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, same, verify};
+use super::exchange::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, same, verify};
 
-pub(super) struct Server {
+pub(super) struct CramMd5Server {
     challenge: String,
 }
 
-impl Server {
-    pub(super) fn new(challenge: String) -> Server {
-        Server { challenge }
+impl CramMd5Server {
+    pub(super) fn new(challenge: String) -> CramMd5Server {
+        CramMd5Server { challenge }
     }
 }
 
-impl ServerExchange for Server {
+impl ServerExchange for CramMd5Server {
     fn first(&mut self) -> Option<Vec<u8>> {
         Some(self.challenge.clone().into_bytes())
     }
@@ -32,25 +32,25 @@ impl ServerExchange for Server {
     }
 }
 
-pub(super) struct Client {
+pub(super) struct CramMd5Client {
     name: String,
     secret: Vec<u8>,
     answered: bool,
 }
 
-impl Client {
-    pub(super) fn new(name: &str, secret: &[u8]) -> Client {
-        Client { name: name.to_owned(), secret: secret.to_owned(), answered: false }
+impl CramMd5Client {
+    pub(super) fn new(name: &str, secret: &[u8]) -> CramMd5Client {
+        CramMd5Client { name: name.to_owned(), secret: secret.to_owned(), answered: false }
     }
 }
 
-impl ClientExchange for Client {
-    /// The server speaks first: RFC 4954 section 4 forbids an initial response.
+impl ClientExchange for CramMd5Client {
+    /// `None`: the server sends first, and RFC 4954 section 4 forbids an initial response.
     fn initial(&mut self) -> Option<Vec<u8>> {
         None
     }
 
-    /// The challenge is taken as it is: RFC 2645 section 6 shows one that has no `<>` and ends in a LF.
+    /// The challenge is used as it is: RFC 2645 section 6 shows one that has no `<>` and ends in LF.
     fn step(&mut self, challenge: &[u8]) -> Option<Vec<u8>> {
         if std::mem::replace(&mut self.answered, true) {
             return None;
@@ -64,8 +64,8 @@ impl ClientExchange for Client {
     }
 }
 
-/// `name SP digest`, the digest in lower-case hexadecimal (RFC 2195 section 2). The last space counts, as a name
-/// may hold spaces. A line end behind it is dropped: RFC 2645 section 6 shows one.
+/// Parses `name SP digest`, the digest in lower-case hexadecimal (RFC 2195 section 2). A name may contain spaces, so the
+/// last one separates. A line end after the digest is dropped: RFC 2645 section 6 shows one.
 fn parse(response: &[u8]) -> Option<(&str, [u8; 16])> {
     let response = response.strip_suffix(b"\n").unwrap_or(response);
     let response = response.strip_suffix(b"\r").unwrap_or(response);
@@ -85,20 +85,20 @@ fn hmac_md5(secret: &[u8], challenge: &[u8]) -> [u8; 16] {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::One;
     use super::*;
+    use crate::sasl::tests::One;
 
     const CHALLENGE: &str = "<1896.697170952@postoffice.reston.mci.net>";
     const TIM: One = One("tim", b"tanstaaftanstaaf");
     const RESPONSE: &[u8] = b"tim b913a602c7eda7a495b4e6e7334d3890";
 
     fn serve(response: &[u8], secrets: &One) -> ExchangeStep {
-        Server::new(CHALLENGE.into()).step(response, secrets)
+        CramMd5Server::new(CHALLENGE.into()).step(response, secrets)
     }
 
     #[test]
     fn the_example_of_rfc_2195_passes_on_both_sides() {
-        let mut client = Client::new("tim", b"tanstaaftanstaaf");
+        let mut client = CramMd5Client::new("tim", b"tanstaaftanstaaf");
         assert_eq!(client.initial(), None);
         assert!(!client.finished(), "success before the challenge is no success");
         let response = client.step(CHALLENGE.as_bytes());
@@ -115,12 +115,13 @@ mod tests {
             assert_eq!(serve(response, &TIM), expected, "{shown}");
         };
         let done = || ExchangeStep::Done("tim".into());
+        let failed = |name: &str| ExchangeStep::Failed(name.into());
         check(b"tim b913a602c7eda7a495b4e6e7334d3890\n", done());
         check(b"tim b913a602c7eda7a495b4e6e7334d3890\r\n", done());
-        check(b"tim b913a602c7eda7a495b4e6e7334d3891", ExchangeStep::Failed);
-        check(b"tom b913a602c7eda7a495b4e6e7334d3890", ExchangeStep::Failed);
-        check(b"Tim b913a602c7eda7a495b4e6e7334d3890", ExchangeStep::Failed);
-        check(b"tim  b913a602c7eda7a495b4e6e7334d3890", ExchangeStep::Failed);
+        check(b"tim b913a602c7eda7a495b4e6e7334d3891", failed("tim"));
+        check(b"tom b913a602c7eda7a495b4e6e7334d3890", failed("tom"));
+        check(b"Tim b913a602c7eda7a495b4e6e7334d3890", failed("Tim"));
+        check(b"tim  b913a602c7eda7a495b4e6e7334d3890", failed("tim "));
         check(b"broken b913a602c7eda7a495b4e6e7334d3890", ExchangeStep::Unavailable);
         for malformed in [
             &b""[..],
@@ -164,8 +165,8 @@ mod tests {
     /// The challenge of RFC 2645 section 6; the digest printed there is copied from RFC 2195 and does not fit.
     #[test]
     fn a_challenge_is_octets_and_no_more() {
-        let mut with = Client::new("foobar.net", b"tanstaaftanstaaf");
-        let mut without = Client::new("foobar.net", b"tanstaaftanstaaf");
+        let mut with = CramMd5Client::new("foobar.net", b"tanstaaftanstaaf");
+        let mut without = CramMd5Client::new("foobar.net", b"tanstaaftanstaaf");
         let with = with.step(b"1896.697170952@ISP.COM\n").unwrap();
         let without = without.step(b"1896.697170952@ISP.COM").unwrap();
         assert_ne!(with, without, "the LF is part of it");

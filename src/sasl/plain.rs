@@ -1,12 +1,12 @@
-//! PLAIN (RFC 4616): `[authzid] NUL authcid NUL passwd`, the secret itself. Only under TLS.
+//! PLAIN (RFC 4616): the client sends `[authzid] NUL authcid NUL passwd`, with the secret itself. Only under TLS.
 
 use sha2::{Digest, Sha256};
 
-use super::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, same, verify};
+use super::exchange::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, same, verify};
 
-pub(super) struct Server;
+pub(super) struct PlainServer;
 
-impl ServerExchange for Server {
+impl ServerExchange for PlainServer {
     fn first(&mut self) -> Option<Vec<u8>> {
         None
     }
@@ -15,28 +15,28 @@ impl ServerExchange for Server {
         let Some([wanted, name, password]) = parse(response) else {
             return ExchangeStep::Malformed;
         };
-        // RFC 4616 section 2: who wants to be somebody else must be allowed to. Here nobody is.
+        // RFC 4616 section 2: a client may act for another account only if it is allowed to. Here no account is.
         let allowed = wanted.is_empty() | (wanted == name);
         verify(name, secrets, |secret| {
-            // Digests have one length, so the comparison does not tell the secret's.
+            // Digests have one length, so the time of the comparison does not tell the length of the secret.
             let same = same(&Sha256::digest(secret), &Sha256::digest(password));
             same & allowed & !name.is_empty() & !password.is_empty()
         })
     }
 }
 
-pub(super) struct Client {
+pub(super) struct PlainClient {
     message: Vec<u8>,
     answered: bool,
 }
 
-impl Client {
-    pub(super) fn new(name: &str, secret: &[u8]) -> Client {
-        Client { message: [b"\0", name.as_bytes(), b"\0", secret].concat(), answered: false }
+impl PlainClient {
+    pub(super) fn new(name: &str, secret: &[u8]) -> PlainClient {
+        PlainClient { message: [b"\0", name.as_bytes(), b"\0", secret].concat(), answered: false }
     }
 }
 
-impl ClientExchange for Client {
+impl ClientExchange for PlainClient {
     fn initial(&mut self) -> Option<Vec<u8>> {
         Some(self.message.clone())
     }
@@ -48,14 +48,14 @@ impl ClientExchange for Client {
         Some(self.message.clone())
     }
 
-    /// The server proves nothing in this mechanism, so there is nothing to wait for.
+    /// The server proves nothing in this mechanism, so its success is accepted at any time.
     fn finished(&self) -> bool {
         true
     }
 }
 
-/// Three UTF-8 strings with a NUL between them, none inside (RFC 4616 section 2). Whether one is empty that must
-/// not be is asked later, where the work is the same for all.
+/// Parses three UTF-8 strings with NUL between them (RFC 4616 section 2). A string that must not be empty is rejected
+/// later: an attacker must not see the difference by the time it takes.
 fn parse(response: &[u8]) -> Option<[&str; 3]> {
     let mut parts = std::str::from_utf8(response).ok()?.split('\0');
     let three = [parts.next()?, parts.next()?, parts.next()?];
@@ -64,8 +64,8 @@ fn parse(response: &[u8]) -> Option<[&str; 3]> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::One;
     use super::*;
+    use crate::sasl::tests::One;
 
     const TIM: One = One("tim", b"tanstaaftanstaaf");
 
@@ -73,18 +73,19 @@ mod tests {
     fn responses_end_as_they_should() {
         let check = |response: &[u8], expected: ExchangeStep| {
             let shown = response.escape_ascii();
-            assert_eq!(Server.step(response, &TIM), expected, "{shown}");
+            assert_eq!(PlainServer.step(response, &TIM), expected, "{shown}");
         };
         let done = || ExchangeStep::Done("tim".into());
+        let failed = |name: &str| ExchangeStep::Failed(name.into());
         check(b"\0tim\0tanstaaftanstaaf", done());
         check(b"tim\0tim\0tanstaaftanstaaf", done());
-        check(b"Ursel\0tim\0tanstaaftanstaaf", ExchangeStep::Failed);
-        check(b"\0tim\0tanstaaftanstaa", ExchangeStep::Failed);
-        check(b"\0tim\0tanstaaftanstaaf\n", ExchangeStep::Failed);
-        check(b"\0tom\0tanstaaftanstaaf", ExchangeStep::Failed);
-        check(b"\0\0tanstaaftanstaaf", ExchangeStep::Failed);
-        check(b"\0tim\0", ExchangeStep::Failed);
-        check(b"\0\0", ExchangeStep::Failed);
+        check(b"Ursel\0tim\0tanstaaftanstaaf", failed("tim"));
+        check(b"\0tim\0tanstaaftanstaa", failed("tim"));
+        check(b"\0tim\0tanstaaftanstaaf\n", failed("tim"));
+        check(b"\0tom\0tanstaaftanstaaf", failed("tom"));
+        check(b"\0\0tanstaaftanstaaf", failed(""));
+        check(b"\0tim\0", failed("tim"));
+        check(b"\0\0", failed(""));
         check(b"\0broken\0x", ExchangeStep::Unavailable);
         check(b"", ExchangeStep::Malformed);
         check(b"tim", ExchangeStep::Malformed);
@@ -97,16 +98,16 @@ mod tests {
     fn long_and_non_ascii_strings_pass() {
         let secrets = One("grün", "Kennwort für grün".as_bytes());
         let response = "\0grün\0Kennwort für grün".as_bytes();
-        assert_eq!(Server.step(response, &secrets), ExchangeStep::Done("grün".into()));
+        assert_eq!(PlainServer.step(response, &secrets), ExchangeStep::Done("grün".into()));
 
         let long = [b"\0".as_slice(), &[b'n'; 255], b"\0", &[b'p'; 255]].concat();
-        assert_eq!(Server.step(&long, &TIM), ExchangeStep::Failed);
+        assert_eq!(PlainServer.step(&long, &TIM), ExchangeStep::Failed("n".repeat(255)));
     }
 
     #[test]
     fn the_client_says_it_with_auth_or_after_an_empty_challenge() {
         let message = Some(b"\0tim\0tanstaaftanstaaf".to_vec());
-        let mut client = Client::new("tim", b"tanstaaftanstaaf");
+        let mut client = PlainClient::new("tim", b"tanstaaftanstaaf");
         assert_eq!(client.initial(), message);
         assert_eq!(client.step(b""), message);
         assert_eq!(client.step(b""), None, "not again and again");

@@ -1,80 +1,78 @@
-//! When the next call to a provider begins: a pure function of what has happened and of two clocks that the caller
-//! reads, the one on the wall and one that nobody sets.
+//! When the next call to a provider begins: a pure function of the calls so far, of two clocks that the caller reads, and
+//! of random numbers that the caller draws.
 //!
 //! ```text
-//! new ──▶ left(now) ──▶ wait so long, a minute at most, and ask again until it is zero ──▶ the call
-//!             ▲                                                                              │
-//!             └──────────── called(begun, ended, success) ◀──────────────────────────────────┘
+//! CallTimer::new ──▶ time_left(now) ──▶ wait, for a minute at most, and ask again until it is zero ──▶ the call
+//!                        ▲                                                                               │
+//!                        └───────────── call_ended(begun, ended, success, chance) ◀──────────────────────┘
 //! ```
 //!
 //! After a call that failed there is a pause, whatever the schedule says. Otherwise:
 //!
-//! - `every`: the first call at once, each other so long after the last one began, or right behind it.
-//! - `at`: the first moment of the timetable after the end of the last call. Nothing is made up for: moments that went
-//!   by during a call, in the sleep of the machine or while the clock was set forward are gone.
+//! - `every`: the first call is due at once, each other one that time after the last one began, or as soon as it ended.
+//! - `at`: the call is due at the first moment of the timetable after the end of the last call. Moments that passed
+//!   during a call, while the machine slept or when the clock was set forward are skipped.
 //!
 //! On the days when the clock changes, a window (`every` within `at`) is all the moments at which the clock shows the
-//! right time: those of the hour that comes twice come twice, those of the hour left out are left out. A single time
-//! comes exactly once on each of its days: the first time in the hour that comes twice, and at the end of the hour
-//! that is left out.
+//! right time: those in the repeated hour come twice, those in the skipped hour do not come. A single time comes exactly
+//! once on each of its days: the first time in the repeated hour, and at the end of the skipped hour.
+
+mod timetable;
 
 use std::iter::successors;
 use std::time::Duration;
 
 use crate::clock::{Day, Occurrence, Timestamp};
-use crate::config::{Schedule, Times, Timetable, When};
-use crate::ids::Ids;
+
+pub use self::timetable::{Schedule, Times, Timetable, TimetableEntry, When};
 
 /// One moment on both clocks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Clocks {
-    /// The clock on the wall, which may be set back and forth.
+    /// The time of day, which may be set back and forth.
     pub date: Timestamp,
-    /// A clock that only goes forward, since whatever moment. Where it goes on while the machine sleeps, a call that the
-    /// sleep swallowed is made on waking; where it stands still, it is not made.
+    /// A monotonic clock. If it counts while the machine sleeps, a call that was due meanwhile is made on waking; if it
+    /// stops, that call is skipped.
     pub ticks: Duration,
 }
 
-/// The calls to one provider: what became of the last one, and when the next one is due.
+/// The calls to one provider: how the last one ended, and when the next one is due.
 pub struct CallTimer {
     schedule: Schedule,
-    ids: Ids,
-    /// Counts first: the pause after a failure, or a call at once. In ticks.
+    /// The end of the pause after a failure, or of no pause before a call at once, in ticks. It precedes the schedule.
     until: Option<Duration>,
-    /// From where the schedule counts: with `every` the last call's begin, with `at` its end.
+    /// Where the schedule counts from: with `every` the begin of the last call, with `at` its end.
     since: Clocks,
-    /// Drawn for the next call.
+    /// The next call is this late.
     jitter: Duration,
-    /// Calls that failed, one after the other.
+    /// Consecutive calls that failed.
     failures: u32,
 }
 
-/// Who asks at least so often misses no call. A minute would do; the rest is for a busy machine.
+/// A caller that asks at least this often misses no call. A minute would do; the rest is for a busy machine.
 const LATENESS_LIMIT: Duration = Duration::from_secs(120);
 
-/// As long as the clocks agree to so many seconds, the one on the wall has not been set.
+/// While the clocks agree to within this many seconds, the time of day has not been set.
 const CLOCK_TOLERANCE: u64 = 60;
 
-/// Days to look for a call in: yesterday, whose last hour may be coming again, today, and two weeks, as all of a weekly
-/// window may lie in an hour that is left out.
+/// Days to search for a call: yesterday, whose last hour may repeat, today, and two weeks, as all of a weekly window may
+/// be in a skipped hour.
 const SEARCH_DAYS: usize = 16;
 
 impl CallTimer {
-    /// No call has been made yet.
-    pub fn new(schedule: &Schedule, ids: &Ids, now: Clocks) -> CallTimer {
-        let mut diary = CallTimer {
+    /// Begins before the first call. `chance`: a random number.
+    pub fn new(schedule: &Schedule, now: Clocks, chance: u64) -> CallTimer {
+        CallTimer {
             schedule: schedule.clone(),
-            ids: ids.clone(),
             until: matches!(schedule.when, When::Every(_)).then_some(now.ticks),
             since: now,
-            jitter: Duration::ZERO,
+            jitter: up_to(schedule.jitter, chance),
             failures: 0,
-        };
-        diary.jitter = diary.up_to(schedule.jitter);
-        diary
+        }
     }
 
-    /// How long until the next call; zero: it is due. To be asked again once a minute, as the clock may be set.
+    /// The time until the next call; zero: it is due. The caller asks again at least once a minute, as the clock may be
+    /// set.
     pub fn time_left(&self, now: Clocks) -> Duration {
         if let Some(until) = self.until {
             return until.saturating_sub(now.ticks);
@@ -89,73 +87,73 @@ impl CallTimer {
         }
     }
 
-    /// When the next call is, as far as can be said now; for the log.
+    /// The time of day of the next call, unless the clock is set; for the log.
     pub fn next_call(&self, now: Clocks) -> Timestamp {
         later(now.date, self.time_left(now))
     }
 
-    /// A call has been made. That there was no mail is a success too (RFC 2645 section 5.2.1, 453).
-    pub fn call_ended(&mut self, begun: Clocks, ended: Clocks, success: bool) {
+    /// Records a call. A call without mail (453, RFC 2645 section 5.2.1) is a success too. `chance`: a random number.
+    pub fn call_ended(&mut self, begun: Clocks, ended: Clocks, success: bool, chance: u64) {
         if !success {
             let doubled = self.schedule.retry_first.saturating_mul(2_u32.saturating_pow(self.failures));
             let pause = doubled.min(self.schedule.retry_max);
             self.failures = self.failures.saturating_add(1);
-            self.until = Some(ended.ticks + pause + self.up_to(pause / 10));
+            self.until = Some(ended.ticks + pause + up_to(pause / 10, chance));
             return;
         }
         self.failures = 0;
         self.until = None;
-        self.jitter = self.up_to(self.schedule.jitter);
+        self.jitter = up_to(self.schedule.jitter, chance);
         self.since = match self.schedule.when {
             When::Every(_) => begun,
-            // Even if the clock was set back a little meanwhile, the same moment is not called at twice.
+            // If the clock was set back a little meanwhile, the moment of this call must not count again.
             When::At(_) => Clocks { date: begun.date.max(ended.date), ..ended },
         };
     }
 
-    /// A pause after failures is over. If the call fails all the same, the next pause is longer: only a success says
-    /// that all is well.
+    /// Ends a pause after failures. If the next call fails too, the next pause is longer all the same: only a success
+    /// resets it.
     pub fn network_is_back(&mut self, now: Clocks) {
         if self.failures > 0 {
             self.until = Some(now.ticks);
         }
     }
 
-    /// Behind this moment the timetable goes on.
+    /// The timetable continues after this moment.
     fn after(&self, now: Clocks) -> Timestamp {
         let waited = now.ticks.saturating_sub(self.since.ticks);
         if now.date.seconds().abs_diff(later(self.since.date, waited).seconds()) <= CLOCK_TOLERANCE {
-            // However late it is asked for: the caller had other things to do.
+            // The call is due however late the caller asks: it may have been busy.
             return self.since.date;
         }
-        // The clock was set, or stood still for the ticks while the machine slept. What it shows now is what counts,
-        // and what has not been due just now was missed.
+        // The clock was set, or the ticks stopped while the machine slept. Only a moment just before the time that the
+        // clock shows now is due; earlier ones are skipped.
         let back = waited.min(self.jitter + LATENESS_LIMIT);
         Timestamp::from_seconds(now.date.seconds().saturating_sub(seconds(back)))
     }
-
-    /// A time by chance, from zero to this, in milliseconds.
-    fn up_to(&self, most: Duration) -> Duration {
-        let most = u64::try_from(most.as_millis()).unwrap_or(u64::MAX);
-        Duration::from_millis(self.ids.random_number() % most.saturating_add(1))
-    }
 }
 
-/// The first moment of the timetable after this one; the end of the calendar if there is none before it.
+/// A random time from zero to `most`, in whole milliseconds.
+fn up_to(most: Duration, chance: u64) -> Duration {
+    let most = u64::try_from(most.as_millis()).unwrap_or(u64::MAX);
+    Duration::from_millis(chance % most.saturating_add(1))
+}
+
+/// The first moment of the timetable after `after`, or the end of the calendar.
 pub fn first_after(timetable: &Timetable, after: Timestamp) -> Timestamp {
     let today = timetable.zone.day(after);
     let days = successors(Some(today.previous().unwrap_or(today)), |day| day.next()).take(SEARCH_DAYS);
     let firsts = days.map(|day| calls(timetable, day).into_iter().filter(|call| *call > after).min());
-    // Where the clock is put back over midnight, the day after may have the earlier call.
+    // If the clock is put back over midnight, the day after may have the earlier call.
     firsts.skip_while(Option::is_none).take(2).flatten().min().unwrap_or(Timestamp::from_seconds(i64::MAX))
 }
 
-/// All calls of a day by the clock of the zone, in no order, some perhaps twice.
+/// All calls of a day in the zone, unsorted; one may come twice.
 fn calls(timetable: &Timetable, day: Day) -> Vec<Timestamp> {
     let mut calls = Vec::new();
     let showing = |minute: u16| timetable.zone.occurrence(day, minute);
-    for rule in timetable.entries.iter().filter(|rule| rule.days[day.weekday()]) {
-        match &rule.times {
+    for entry in timetable.entries.iter().filter(|entry| entry.days[day.weekday()]) {
+        match &entry.times {
             Times::At(minutes) => calls.extend(minutes.iter().filter_map(|minute| showing(*minute)).map(once)),
             Times::Every { from, to, step } => {
                 let minutes = (*from..*to).step_by(usize::from(*step));
@@ -170,16 +168,17 @@ fn calls(timetable: &Timetable, day: Day) -> Vec<Timestamp> {
     calls
 }
 
-/// Rounded up.
+/// A time of day after `date`, in whole seconds, rounded up.
 fn later(date: Timestamp, time: Duration) -> Timestamp {
     Timestamp::from_seconds(date.seconds().saturating_add(seconds(time)))
 }
 
-/// Rounded up.
+/// Whole seconds, rounded up.
 fn seconds(time: Duration) -> i64 {
     i64::try_from(time.as_millis().div_ceil(1000)).unwrap_or(i64::MAX)
 }
 
+/// The one moment at which a single time of a day counts.
 fn once(showing: Occurrence) -> Timestamp {
     match showing {
         Occurrence::Once(moment) | Occurrence::Twice(moment, _) | Occurrence::Never(moment) => moment,
@@ -187,407 +186,4 @@ fn once(showing: Occurrence) -> Timestamp {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::clock::Zone;
-    use proptest::prelude::*;
-    use std::cmp::Ordering;
-    use std::path::Path;
-    use std::sync::OnceLock;
-
-    const SECOND: Duration = Duration::from_secs(1);
-    const MINUTE: Duration = Duration::from_secs(60);
-    const HOUR: Duration = Duration::from_secs(60 * 60);
-
-    fn schedule(text: &str) -> Schedule {
-        toml::from_str(text).unwrap_or_else(|error| panic!("{text}\n{error}"))
-    }
-
-    /// Both clocks of a machine.
-    struct Machine(Clocks);
-
-    impl Machine {
-        fn at(text: &str) -> Machine {
-            Machine(Clocks { date: Timestamp::parse_rfc3339(text).unwrap(), ticks: 1000 * HOUR })
-        }
-
-        fn passes(&mut self, time: Duration) -> Clocks {
-            self.set(seconds(time));
-            self.0.ticks += time;
-            self.0
-        }
-
-        /// Or sleeps.
-        fn set(&mut self, seconds: i64) -> Clocks {
-            self.0.date = Timestamp::from_seconds(self.0.date.seconds() + seconds);
-            self.0
-        }
-
-        fn calls(&mut self, diary: &mut CallTimer, time: Duration, success: bool) {
-            let begun = self.0;
-            let ended = self.passes(time);
-            diary.call_ended(begun, ended, success);
-        }
-
-        /// Waits as the daemon does.
-        fn waits(&mut self, diary: &CallTimer) -> String {
-            loop {
-                match diary.time_left(self.0) {
-                    Duration::ZERO => return self.0.date.rfc3339(),
-                    left => self.passes(left.min(MINUTE)),
-                };
-            }
-        }
-    }
-
-    fn diary(text: &str, machine: &Machine) -> CallTimer {
-        CallTimer::new(&schedule(text), &Ids::fixed(), machine.0)
-    }
-
-    /// Each file of `testdata/schedule`: what is written in `[schedule]`, and every call of one day.
-    #[test]
-    fn whole_days_are_called_as_written_down() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/schedule");
-        let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-        files.sort();
-        assert_eq!(files.len(), 5);
-        for file in files {
-            let text = std::fs::read_to_string(&file).unwrap();
-            let lines = || text.lines().filter(|line| !line.starts_with('#'));
-            let value = |key: &str| lines().find_map(|line| line.strip_prefix(key)).unwrap();
-            let table: Vec<&str> = lines().take_while(|line| !line.is_empty()).collect();
-            let day = value("day = ").trim_matches('"');
-            let table = table.join("\n").replace(&format!("day = \"{day}\""), "jitter = \"none\"");
-            let wanted: Vec<&str> = lines().skip_while(|line| !line.is_empty()).skip(1).collect();
-            let zone = Zone::parse(value("zone = ").trim_matches('"')).unwrap();
-            assert_eq!(a_day_of_calls(&table, &zone, day), wanted, "{}", file.display());
-        }
-    }
-
-    /// The calls of a daemon that started the day before, as local time to the minute.
-    fn a_day_of_calls(table: &str, zone: &Zone, day: &str) -> Vec<String> {
-        let mut machine = Machine::at(&format!("{day}T00:00:00Z"));
-        machine.set(-24 * 60 * 60);
-        let mut diary = diary(table, &machine);
-        let mut calls = Vec::new();
-        loop {
-            machine.waits(&diary);
-            let shown = zone.rfc3339(machine.0.date);
-            machine.calls(&mut diary, 10 * SECOND, true);
-            assert_eq!(&shown[16..19], ":00", "a call begins with the minute");
-            match shown[..10].cmp(day) {
-                Ordering::Less => {}
-                Ordering::Equal => calls.push(format!("{}{}", &shown[..16], &shown[19..])),
-                Ordering::Greater => return calls,
-            }
-        }
-    }
-
-    #[test]
-    fn with_every_the_first_call_is_at_once_and_the_next_counts_from_its_start() {
-        let mut machine = Machine::at("2026-01-02T03:04:05Z");
-        let mut diary = diary("every = \"15m\"\njitter = \"none\"", &machine);
-        assert_eq!(diary.time_left(machine.0), Duration::ZERO);
-        machine.calls(&mut diary, MINUTE, true);
-        assert_eq!(diary.time_left(machine.0), 14 * MINUTE);
-        assert_eq!(diary.next_call(machine.0).rfc3339(), "2026-01-02T03:19:05Z");
-        // Setting the clock on the wall moves nothing.
-        assert_eq!(diary.time_left(machine.set(10_000)), 14 * MINUTE);
-        machine.passes(14 * MINUTE);
-        machine.calls(&mut diary, HOUR, true);
-        assert_eq!(diary.time_left(machine.0), Duration::ZERO, "right behind one that took longer");
-    }
-
-    #[test]
-    fn chance_is_drawn_once_a_call_and_stays_below_its_limit() {
-        let machine = Machine::at("2026-01-02T03:04:05Z");
-        // The numbers of fixed stamps are 1, 2, 3…, here milliseconds; one of three is drawn, 0 to 2.
-        let mut drawn = Vec::new();
-        let mut diary = diary("every = \"15m\"\njitter = \"2ms\"", &machine);
-        for _ in 0..4 {
-            diary.call_ended(machine.0, machine.0, true);
-            assert_eq!(diary.time_left(machine.0), diary.time_left(machine.0));
-            drawn.push((diary.time_left(machine.0) - 15 * MINUTE).as_millis());
-        }
-        assert_eq!(drawn, [2, 0, 1, 2]);
-    }
-
-    #[test]
-    fn with_at_a_call_is_late_by_its_chance_alone() {
-        let mut machine = Machine::at("2026-01-02T08:04:58Z");
-        let diary = diary("at = [\"* every 5m\"]\nzone = \"UTC\"", &machine);
-        let chance = Duration::from_millis(1);
-        assert_eq!(diary.time_left(machine.0), 2 * SECOND + chance);
-        assert_eq!(diary.time_left(machine.set(2)), chance);
-        assert_eq!(diary.time_left(machine.set(1)), Duration::ZERO);
-        assert_eq!(diary.next_call(machine.0), machine.0.date);
-    }
-
-    #[test]
-    fn with_at_nothing_is_made_up_for() {
-        let mut machine = Machine::at("2026-01-02T08:01:00Z");
-        let table = "at = [\"* every 5m\"]\nzone = \"UTC\"\njitter = \"none\"";
-        let mut diary = diary(table, &machine);
-        assert_eq!(machine.waits(&diary), "2026-01-02T08:05:00Z");
-        machine.calls(&mut diary, 7 * MINUTE, true);
-        assert_eq!(machine.waits(&diary), "2026-01-02T08:15:00Z", "08:10 went by during the call");
-        machine.calls(&mut diary, SECOND, true);
-        machine.passes(2 * MINUTE);
-        machine.set(5 * 60 * 60);
-        assert_eq!(machine.0.date.rfc3339(), "2026-01-02T13:17:01Z");
-        assert_eq!(machine.waits(&diary), "2026-01-02T13:20:00Z", "those of the night's sleep are gone");
-    }
-
-    #[test]
-    fn with_at_a_caller_who_was_busy_misses_nothing() {
-        let mut machine = Machine::at("2026-01-02T08:01:00Z");
-        let diary = diary("at = [\"sun 03:30\"]\nzone = \"UTC\"", &machine);
-        assert_eq!(diary.next_call(machine.0).rfc3339(), "2026-01-04T03:30:01Z");
-        machine.passes(48 * HOUR);
-        assert_eq!(diary.time_left(machine.0), Duration::ZERO);
-    }
-
-    #[test]
-    fn with_at_the_clock_on_the_wall_counts_when_it_is_set() {
-        let table = "at = [\"* 08:30,09:30,10:30\"]\nzone = \"UTC\"\njitter = \"none\"";
-        let check = |set: i64, next: &str| {
-            let mut machine = Machine::at("2026-01-02T08:20:00Z");
-            let mut diary = diary(table, &machine);
-            machine.waits(&diary);
-            machine.calls(&mut diary, SECOND, true);
-            machine.passes(5 * MINUTE);
-            machine.set(set);
-            assert_eq!(machine.waits(&diary), format!("2026-01-02T{next}:00Z"), "{set}");
-        };
-        check(0, "09:30");
-        check(30, "09:30");
-        check(-30 * 60, "08:30");
-        check(-2 * 60 * 60, "08:30");
-        check(30 * 60, "09:30");
-        check(60 * 60, "10:30");
-        // It may have been set a little while the call went on: that is no second call.
-        let mut machine = Machine::at("2026-01-02T08:30:00Z");
-        let mut diary = diary(table, &machine);
-        let begun = machine.0;
-        machine.set(-20);
-        diary.call_ended(begun, machine.0, true);
-        assert_eq!(machine.waits(&diary), "2026-01-02T09:30:00Z");
-    }
-
-    #[test]
-    fn a_call_just_missed_while_the_machine_woke_is_made() {
-        let mut machine = Machine::at("2026-01-02T08:00:00Z");
-        let diary = diary("at = [\"* 09:30\"]\nzone = \"UTC\"\njitter = \"none\"", &machine);
-        machine.passes(30 * MINUTE);
-        machine.set(60 * 60);
-        assert_eq!(diary.time_left(machine.passes(MINUTE)), Duration::ZERO, "09:31");
-        assert_eq!(diary.next_call(machine.passes(2 * MINUTE)).rfc3339(), "2026-01-03T09:30:00Z");
-    }
-
-    #[test]
-    fn failures_make_growing_pauses_whatever_the_schedule_says() {
-        for table in ["every = \"15m\"", "at = [\"sun 03:30\"]\nzone = \"UTC\""] {
-            let mut machine = Machine::at("2026-01-02T03:04:05Z");
-            let mut diary = diary(&format!("{table}\nretry-max = \"5m\""), &machine);
-            for minutes in [1, 2, 4, 5, 5] {
-                machine.calls(&mut diary, 10 * SECOND, false);
-                let pause = diary.time_left(machine.0);
-                assert!(pause >= minutes * MINUTE && pause <= minutes * MINUTE * 11 / 10, "{pause:?}");
-                machine.passes(pause);
-            }
-            machine.calls(&mut diary, Duration::ZERO, true);
-            assert!(diary.time_left(machine.0) >= 15 * MINUTE, "by the schedule again");
-            machine.calls(&mut diary, Duration::ZERO, false);
-            assert!(diary.time_left(machine.0) < 2 * MINUTE, "from the beginning again");
-        }
-    }
-
-    #[test]
-    fn when_the_network_is_back_a_pause_is_over() {
-        let mut machine = Machine::at("2026-01-02T03:04:05Z");
-        let mut diary = diary("every = \"15m\"", &machine);
-        machine.calls(&mut diary, SECOND, true);
-        let left = diary.time_left(machine.0);
-        diary.network_is_back(machine.0);
-        assert_eq!(diary.time_left(machine.0), left, "there was no pause");
-        machine.calls(&mut diary, SECOND, false);
-        machine.calls(&mut diary, SECOND, false);
-        assert!(diary.time_left(machine.0) >= 2 * MINUTE);
-        diary.network_is_back(machine.passes(SECOND));
-        assert_eq!(diary.time_left(machine.0), Duration::ZERO);
-        machine.calls(&mut diary, SECOND, false);
-        assert!(diary.time_left(machine.0) >= 4 * MINUTE, "routers announce themselves all the time");
-    }
-
-    #[test]
-    fn at_the_end_of_the_calendar_there_is_no_call_and_no_panic() {
-        for date in [Timestamp::from_seconds(i64::MIN), Timestamp::from_seconds(i64::MAX)] {
-            let mut machine = Machine(Clocks { date, ticks: Duration::ZERO });
-            let mut diary = diary("at = [\"* 02:30\", \"mon every 7h\"]\nzone = \"UTC\"", &machine);
-            let _ = diary.next_call(machine.0);
-            machine.calls(&mut diary, SECOND, true);
-            let _ = diary.next_call(machine.0);
-        }
-    }
-
-    #[test]
-    fn the_clock_may_change_over_midnight() {
-        let check = |zone: &str, rules: &str, day: &str, wanted: &[&str]| {
-            let schedule = schedule(&format!("at = {rules}\nzone = {zone:?}"));
-            let When::At(timetable) = schedule.when else { panic!("a timetable") };
-            let noon = Timestamp::parse_rfc3339(&format!("{day}T12:00:00Z")).unwrap();
-            let next = |after: &Timestamp| Some(first_after(&timetable, *after));
-            let calls = successors(next(&noon), next).map(|call| timetable.zone.rfc3339(call));
-            assert_eq!(calls.take(wanted.len()).collect::<Vec<_>>(), wanted);
-        };
-        // At 00:30 of Sunday it is 23:30 of Saturday again.
-        let rules = "[\"sat 23:00-24:00 every 20m\", \"sun 00:00-00:45 every 20m\", \"sat 23:45\", \"sun 00:10\"]";
-        check(
-            "AAA0BBB,M3.5.0/23:45,M10.5.0/0:30",
-            rules,
-            "2026-10-24",
-            &[
-                "2026-10-24T23:00:00+01:00",
-                "2026-10-24T23:20:00+01:00",
-                "2026-10-24T23:40:00+01:00",
-                "2026-10-24T23:45:00+01:00",
-                "2026-10-25T00:00:00+01:00",
-                "2026-10-25T00:10:00+01:00",
-                "2026-10-25T00:20:00+01:00",
-                "2026-10-24T23:40:00+00:00",
-                "2026-10-25T00:00:00+00:00",
-                "2026-10-25T00:20:00+00:00",
-                "2026-10-25T00:40:00+00:00",
-                "2026-10-31T23:00:00+00:00",
-            ],
-        );
-        // At 23:45 of Sunday it is 00:45 of Monday.
-        check(
-            "AAA0BBB,M3.5.0/23:45,M10.5.0/0:30",
-            "[\"sun 23:50\", \"mon 00:30,00:50\"]",
-            "2026-03-29",
-            &["2026-03-30T00:45:00+01:00", "2026-03-30T00:50:00+01:00", "2026-04-05T23:50:00+01:00"],
-        );
-        // All of a weekly window is left out: the next is a week later.
-        check(
-            "CET-1CEST,M3.5.0,M10.5.0/3",
-            "[\"sun 02:00-03:00 every 50m\"]",
-            "2026-03-22",
-            &["2026-04-05T02:00:00+02:00", "2026-04-05T02:50:00+02:00"],
-        );
-    }
-
-    /// Changes of the clock by an hour and by half of one, in the night, at midnight and over midnight.
-    const ZONES: [&str; 5] = [
-        "CET-1CEST,M3.5.0,M10.5.0/3",
-        "<-03>3<-02>,M10.3.0/0,M2.3.0/0",
-        "<+1030>-10:30<+11>-11,M10.1.0,M4.1.0",
-        "CST5CDT,M3.2.0/0,M11.1.0/1",
-        "AAA0BBB,M3.5.0/23:45,M10.5.0/0:30",
-    ];
-
-    /// Two changes of the clock in each of them, in days from 2026-01-01.
-    const CHANGES: [[i64; 2]; 5] = [[87, 297], [290, 45], [276, 94], [66, 304], [87, 297]];
-
-    /// What the clock shows in one minute.
-    struct Shown {
-        moment: Timestamp,
-        text: String,
-        weekday: usize,
-        /// No minute before showed the same.
-        first: bool,
-    }
-
-    /// Ten days of minutes, from the day before the change on.
-    fn minutes_shown(zone: usize, change: usize) -> &'static [Shown] {
-        static SHOWN: [[OnceLock<Vec<Shown>>; 2]; 5] = [const { [const { OnceLock::new() }; 2] }; 5];
-        SHOWN[zone][change].get_or_init(|| {
-            let year = Timestamp::parse_rfc3339("2026-01-01T00:00:00Z").unwrap();
-            let from = year.seconds() + (CHANGES[zone][change] - 1) * 24 * 60 * 60;
-            let zone = Zone::parse(ZONES[zone]).unwrap();
-            let mut shown: Vec<Shown> = Vec::new();
-            for minute in 0..10 * 24 * 60 {
-                let moment = Timestamp::from_seconds(from + 60 * minute);
-                let text = zone.rfc3339(moment)[..16].to_owned();
-                let recent = &shown[shown.len().saturating_sub(120)..];
-                let first = recent.iter().all(|other| other.text != text);
-                shown.push(Shown { moment, text, weekday: zone.day(moment).weekday(), first });
-            }
-            shown
-        })
-    }
-
-    /// What the module does, said the other way round: is this minute one to call in?
-    fn is_call(timetable: &Timetable, shown: &[Shown], at: usize) -> bool {
-        let Shown { text, weekday, first, .. } = &shown[at];
-        let minute = |text: &str| text[11..13].parse::<u16>().unwrap() * 60 + text[14..16].parse::<u16>().unwrap();
-        timetable.entries.iter().any(|rule| match &rule.times {
-            Times::Every { from, to, step } => {
-                let minute = minute(text);
-                rule.days[*weekday] && (*from..*to).contains(&minute) && (minute - from).is_multiple_of(*step)
-            }
-            Times::At(minutes) => {
-                let shown_now = rule.days[*weekday] && *first && minutes.contains(&minute(text));
-                let Some(Shown { text: before, weekday: day_before, .. }) =
-                    at.checked_sub(1).map(|before| &shown[before])
-                else {
-                    return shown_now;
-                };
-                // The minutes that were left out between the last one and this one.
-                let left_out = |minutes_of_day: &u16| match before[..10].cmp(&text[..10]) {
-                    _ if before >= text => false,
-                    Ordering::Equal => {
-                        rule.days[*weekday] && (minute(before) + 1..minute(text)).contains(minutes_of_day)
-                    }
-                    _ => {
-                        (rule.days[*day_before] && *minutes_of_day > minute(before))
-                            || (rule.days[*weekday] && *minutes_of_day < minute(text))
-                    }
-                };
-                shown_now || minutes.iter().any(left_out)
-            }
-        })
-    }
-
-    fn rule() -> impl Strategy<Value = String> {
-        let days = prop_oneof![Just("*"), Just("sun"), Just("sat-mon"), Just("fri,sun"), Just("tue-thu")];
-        // Near the changes.
-        let minute = prop_oneof![0..240_u16, 1380..1440_u16, 0..1440_u16];
-        let clock = |minute: u16| format!("{:02}:{:02}", minute / 60, minute % 60);
-        let times = prop_oneof![
-            prop::collection::btree_set(minute.clone(), 1..4).prop_map(move |set| set
-                .into_iter()
-                .map(clock)
-                .collect::<Vec<_>>()
-                .join(",")),
-            (minute, 2..600_u16, 1..120_u16).prop_map(move |(from, length, step)| {
-                let to = (from + length).min(1440).max(from + 1);
-                format!("{}-{} every {step}m", clock(from), clock(to))
-            }),
-            (1..1440_u16).prop_map(|step| format!("every {step}m")),
-        ];
-        (days, times).prop_map(|(days, times)| format!("{days} {times}"))
-    }
-
-    proptest! {
-        #[test]
-        fn the_next_call_is_the_first_that_a_scan_of_all_minutes_finds(
-            rules in prop::collection::vec(rule(), 1..4),
-            (zone, change) in (0..ZONES.len(), 0..2_usize),
-            second in 0..2 * 24 * 60 * 60_i64,
-        ) {
-            let table = format!("at = {rules:?}\nzone = {:?}\njitter = \"none\"", ZONES[zone]);
-            // A window that is not longer than its step is refused.
-            let Ok(schedule) = toml::from_str::<Schedule>(&table) else { return Ok(()) };
-            let When::At(timetable) = schedule.when else { unreachable!() };
-            let shown = minutes_shown(zone, change);
-            let after = Timestamp::from_seconds(shown[12 * 60].moment.seconds() + second);
-            let wanted = (0..shown.len()).find(|&at| shown[at].moment > after && is_call(&timetable, shown, at));
-            let found = first_after(&timetable, after);
-            match wanted {
-                Some(at) => prop_assert_eq!(timetable.zone.rfc3339(found), timetable.zone.rfc3339(shown[at].moment)),
-                None => prop_assert!(found > shown[shown.len() - 1].moment),
-            }
-        }
-    }
-}
+mod tests;

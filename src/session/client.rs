@@ -1,70 +1,70 @@
-//! One SMTP client session over one wire, for a thread that has nothing else to do.
+//! The driver of the SMTP client role where waiting is allowed: one session over one connection, for a thread that has
+//! nothing else to do. The customer before the turn, submission and the relay use it.
 //!
-//! The driver of [`Client`] where waiting is allowed: the customer before the turn, submission, the relay.
-//! (After the turn the provider's client is driven by `provider/delivery`, which never waits for one peer.)
-//! Replies are read while content is being written, so two peers that talk at once do not block each other.
+//! Replies are read while content is being written, so two peers that send at once do not block each other.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Read};
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::config::{self, Timeouts, TlsMode};
+use super::{ContentOutput, ReplyInput, Timeouts, send_commands};
 use crate::mail::address::Domain;
-use crate::net::connection::{self, CancelToken, Connection, Filled, Line, Trace, WaitResult};
-use crate::net::tls::{self, ClientTls, Trust};
+use crate::mail::received::ClientInfo;
+use crate::net::cancel::CancelToken;
+use crate::net::connection::{self, Connection, Filled, WaitResult};
+use crate::net::tls::ClientTls;
+use crate::net::trace::Trace;
 use crate::queue::{QueueLock, QueuedMessage};
-use crate::smtp::client::{
-    Abort, Awaiting, Client, ClientInfo, ClientOptions, ClientStep, DecidedBy, DeliveryResult, OutgoingMessage,
-    RecipientStatus, StartTls,
-};
+use crate::smtp::client::{Abort, Awaiting, Client, ClientOptions, ClientStep, OutgoingMessage, Rejection};
 use crate::smtp::command::Recipient;
-use crate::smtp::content::{CrlfEncoder, Stuffer};
-use crate::smtp::reply::{Reply, ReplyReader};
+use crate::smtp::reply::Reply;
+use crate::smtp::status::{DeliveryResult, connection_lost, ends_session};
 
-/// A reply line may be longer than RFC 5321 section 4.5.3.1.5 says, but not endless.
-pub const REPLY_LINE_LIMIT: usize = 8 * 1024;
-
-/// Content is read and sent in pieces of so many octets.
-const CONTENT_BLOCK: usize = 32 * 1024;
-
-/// So many messages refused at MAIL one after the other, and no more are tried.
+/// After this many messages in a row whose MAIL was rejected no more are tried.
 const MAIL_REJECTION_LIMIT: usize = 3;
 
-/// How long the reply to QUIT is waited for.
+/// How long the session waits for the reply to QUIT.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a session cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionFailure {
-    /// The peer refuses what we cannot do without.
+    /// The peer rejects or lacks something that the session needs.
     Aborted(Abort),
-    /// The peer, or its TLS, is not what it should be.
+    /// The peer breaks the protocol, or its certificate is not accepted.
     Broken(String),
-    /// The connection was lost, or too slow, in the handshake of TLS.
+    /// The connection was lost, or was too slow, in the TLS handshake.
     NoTls(String),
-    /// The connection is gone, or too slow.
+    /// The host name has no address.
+    NoHost(String),
+    /// No connection to the host.
+    Unreachable(String),
+    /// The connection was lost, or was too slow.
     Lost(String),
-    /// We were told to stop.
+    /// The session was cancelled.
     Cancelled,
 }
 
 impl fmt::Display for SessionFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            SessionFailure::Aborted(Abort::Rejected { what, reply }) => write!(f, "{what} was refused: {reply}"),
+            SessionFailure::Aborted(Abort::Rejected(Rejection { stage, reply })) => {
+                write!(f, "{stage} was rejected: {reply}")
+            }
             SessionFailure::Aborted(Abort::NoAtrn) => f.write_str("ATRN was not offered"),
             SessionFailure::Aborted(Abort::NoStartTls) => f.write_str("STARTTLS is required and was not offered"),
             SessionFailure::Aborted(Abort::NoMechanism) => {
                 f.write_str("no authentication was offered that can be used: CRAM-MD5, or PLAIN under TLS")
             }
             SessionFailure::Aborted(Abort::Unproven) => f.write_str("the peer did not prove that it knows the secret"),
-            SessionFailure::Broken(text) | SessionFailure::NoTls(text) | SessionFailure::Lost(text) => {
-                f.write_str(text)
-            }
+            SessionFailure::Broken(text)
+            | SessionFailure::NoTls(text)
+            | SessionFailure::NoHost(text)
+            | SessionFailure::Unreachable(text)
+            | SessionFailure::Lost(text) => f.write_str(text),
             SessionFailure::Cancelled => f.write_str("stopped"),
         }
     }
@@ -74,14 +74,14 @@ fn lost(error: io::Error) -> SessionFailure {
     SessionFailure::Lost(format!("the connection was lost: {error}"))
 }
 
-/// What becomes of a message is decided outside.
+/// Acts on the result of each message.
 pub type Settle<'a> = dyn FnMut(QueuedMessage, DeliveryResult, &Client, &mut QueueLock) + 'a;
 
 /// A session.
 pub struct ClientSession {
     connection: Connection,
     client: Client,
-    replies: ReplyReader,
+    replies: ReplyInput,
     timeouts: Timeouts,
     cancel: CancelToken,
     /// Whatever is waited for, not longer than this.
@@ -100,7 +100,7 @@ impl ClientSession {
         ClientSession {
             connection,
             client: Client::new(options),
-            replies: ReplyReader::default(),
+            replies: ReplyInput::default(),
             timeouts: timeouts.clone(),
             cancel: cancel.clone(),
             limit: None,
@@ -119,6 +119,11 @@ impl ClientSession {
         self.limit.map_or(end, |limit| limit.min(end))
     }
 
+    /// The id of the session in the log.
+    pub fn id(&self) -> &str {
+        &self.connection.trace.id
+    }
+
     pub fn client(&self) -> &Client {
         &self.client
     }
@@ -134,7 +139,7 @@ impl ClientSession {
         Ok(())
     }
 
-    /// Greeting, EHLO, TLS and AUTH: up to where mail or ATRN may be said.
+    /// Greeting, EHLO, TLS and AUTH: up to where mail or ATRN may follow.
     pub fn handshake(&mut self, tls: Option<(&ClientTls, &str)>) -> Result<(), SessionFailure> {
         loop {
             match self.next_step()? {
@@ -144,22 +149,22 @@ impl ClientSession {
                         return Err(SessionFailure::Broken("TLS is not configured".to_owned()));
                     };
                     self.begin_tls(tls, name)?;
-                    let mut said = Vec::new();
-                    self.client.tls_started(&mut said);
-                    self.send(&said);
+                    let mut commands = Vec::new();
+                    self.client.tls_started(&mut commands);
+                    self.send(&commands);
                 }
                 _ => {}
             }
         }
     }
 
-    /// Sends all that the hold offers; every message is given to `settle`, whatever happens.
+    /// Sends all messages that the lock offers. Each of them is given to `settle`, whatever happens.
     pub fn send_queue(&mut self, lock: &mut QueueLock, settle: &mut Settle<'_>) -> Result<(), SessionFailure> {
         let mut under_way = VecDeque::new();
         let delivered = self.send_each(lock, &mut under_way, settle);
         if let Err(failure) = &delivered {
-            let why = Reply::new(451, "4.4.2", failure.to_string());
-            for (message, result) in under_way.into_iter().zip(self.client.abandon(&why)) {
+            let reply = connection_lost(failure.to_string());
+            for (message, result) in under_way.into_iter().zip(self.client.abandon(&reply)) {
                 settle(message, result, &self.client, lock);
             }
         }
@@ -172,7 +177,7 @@ impl ClientSession {
         under_way: &mut VecDeque<QueuedMessage>,
         settle: &mut Settle<'_>,
     ) -> Result<(), SessionFailure> {
-        let (mut more, mut refusals) = (true, 0);
+        let (mut more, mut rejections) = (true, 0);
         loop {
             while more && self.client.is_ready_for_message() && !self.cancel.is_cancelled() {
                 let Some(message) = lock.next_message() else {
@@ -180,27 +185,19 @@ impl ClientSession {
                     break;
                 };
                 if let Err(failure) = self.reject_unsolicited() {
-                    let statuses = vec![
-                        RecipientStatus::Deferred(Reply::new(451, "4.4.2", failure.to_string()));
-                        message.envelope.recipients.len()
-                    ];
-                    settle(
-                        message,
-                        DeliveryResult { recipients: statuses, decided_by: DecidedBy::ConnectionLoss },
-                        &self.client,
-                        lock,
-                    );
+                    let result = DeliveryResult::lost(failure.to_string(), message.envelope.recipients.len());
+                    settle(message, result, &self.client, lock);
                     return Err(failure);
                 }
-                let mut said = Vec::new();
-                match self.client.send_message(message.outgoing_message(), &mut said) {
+                let mut commands = Vec::new();
+                match self.client.send_message(message.outgoing_message(), &mut commands) {
                     Ok(()) => under_way.push_back(message),
                     Err(result) => settle(message, result, &self.client, lock),
                 }
-                self.send(&said);
+                self.send(&commands);
             }
             if self.client.in_flight() == 0 {
-                // Behind a 421 nothing more is said.
+                // After a 421 nothing more is sent.
                 return match self.client.closing() {
                     true => Err(SessionFailure::Lost("the peer shuts down".to_owned())),
                     false if self.cancel.is_cancelled() => Err(SessionFailure::Cancelled),
@@ -216,14 +213,14 @@ impl ClientSession {
                 }
                 ClientStep::MessageDone(result) => {
                     if let Some(message) = under_way.pop_front() {
-                        // Where MAIL is not taken at all, the rest need not be tried; but one sender that is not liked
-                        // says nothing of the others.
-                        refusals = match mail_not_accepted_here(&result) {
-                            Some(550) => refusals + 1,
+                        // If the peer accepts no mail at all, the rest need not be tried; but a rejected sender says
+                        // nothing about the others.
+                        rejections = match result.no_mail_accepted().map(Reply::code) {
+                            Some(550) => rejections + 1,
                             Some(_) => MAIL_REJECTION_LIMIT,
                             None => 0,
                         };
-                        more &= refusals < MAIL_REJECTION_LIMIT;
+                        more &= rejections < MAIL_REJECTION_LIMIT;
                         settle(message, result, &self.client, lock);
                     }
                 }
@@ -232,27 +229,27 @@ impl ClientSession {
         }
     }
 
-    /// Opens a transaction by asking; the peer's reply to MAIL.
+    /// Opens a transaction whose recipients follow one by one; returns the peer's reply to MAIL.
     pub fn begin_transaction(&mut self, message: &OutgoingMessage) -> Result<Reply, SessionFailure> {
         self.reject_unsolicited()?;
-        let mut said = Vec::new();
-        let asked = self.client.begin_transaction(message, &mut said);
-        self.await_reply(asked, &said)
+        let mut commands = Vec::new();
+        let asked = self.client.begin_transaction(message, &mut commands);
+        self.await_reply(asked, &commands)
     }
 
-    /// The peer's reply to one recipient more.
+    /// Adds a recipient to that transaction; returns the peer's reply.
     pub fn add_recipient(&mut self, recipient: &Recipient) -> Result<Reply, SessionFailure> {
         self.reject_unsolicited()?;
-        let mut said = Vec::new();
-        let asked = self.client.add_recipient(recipient, &mut said);
-        self.await_reply(asked, &said)
+        let mut commands = Vec::new();
+        let asked = self.client.add_recipient(recipient, &mut commands);
+        self.await_reply(asked, &commands)
     }
 
-    fn await_reply(&mut self, asked: Result<(), Reply>, said: &[u8]) -> Result<Reply, SessionFailure> {
+    fn await_reply(&mut self, asked: Result<(), Reply>, commands: &[u8]) -> Result<Reply, SessionFailure> {
         if let Err(reply) = asked {
             return Ok(reply);
         }
-        self.send(said);
+        self.send(commands);
         loop {
             if let ClientStep::Replied(reply) = self.next_step()? {
                 return Ok(reply);
@@ -260,57 +257,57 @@ impl ClientSession {
         }
     }
 
-    /// Lets go of a transaction that was opened by asking.
+    /// Aborts the transaction that [`ClientSession::begin_transaction`] has opened.
     pub fn abort_transaction(&mut self) {
-        let mut said = Vec::new();
-        self.client.abort_transaction(&mut said);
-        self.send(&said);
+        let mut commands = Vec::new();
+        self.client.abort_transaction(&mut commands);
+        self.send(&commands);
     }
 
-    /// Tells the peer who gave the next message to the host that gave it to us, if it wants to know.
-    pub fn send_client_info(&mut self, origin: &ClientInfo) -> Result<(), SessionFailure> {
+    /// Tells the peer which client gave the next message to the host that gave it to us, if the peer wants to know.
+    pub fn send_client_info(&mut self, info: &ClientInfo) -> Result<(), SessionFailure> {
         self.reject_unsolicited()?;
-        let mut said = Vec::new();
-        let awaited = self.client.send_client_info(origin, &mut said);
-        self.send(&said);
+        let mut commands = Vec::new();
+        let awaited = self.client.send_client_info(info, &mut commands);
+        self.send(&commands);
         while awaited && !matches!(self.next_step()?, ClientStep::Ready) {}
         Ok(())
     }
 
-    /// The content of the transaction that was opened by asking, of `size` octets on the wire; a fate for each
-    /// recipient that was accepted. After a failure the session is over.
+    /// Sends the content of that transaction, `size` octets on the wire. Returns a status for each recipient that was
+    /// accepted. After a failure the session is over.
     pub fn send_data(&mut self, content: &mut dyn Read, size: u64) -> DeliveryResult {
         if let Err(failure) = self.reject_unsolicited() {
             return self.abandon(&failure);
         }
-        let mut said = Vec::new();
-        let step = self.client.send_data(size, &mut said);
-        self.send(&said);
+        let mut commands = Vec::new();
+        let step = self.client.send_data(size, &mut commands);
+        self.send(&commands);
         self.finish_transaction(step, content, size)
     }
 
-    /// One message from its MAIL on; a fate for each recipient. After a failure the session is over.
+    /// Sends one message from its MAIL on. Returns a status for each recipient. After a failure the session is over.
     pub fn send_message(&mut self, message: OutgoingMessage, content: &mut dyn Read) -> DeliveryResult {
-        let (mut said, size) = (Vec::new(), message.size);
-        let silence = self.reject_unsolicited();
-        if let Err(result) = self.client.send_message(message, &mut said) {
+        let (mut commands, size) = (Vec::new(), message.size);
+        let silent = self.reject_unsolicited();
+        if let Err(result) = self.client.send_message(message, &mut commands) {
             return result;
         }
-        if let Err(failure) = silence {
+        if let Err(failure) = silent {
             return self.abandon(&failure);
         }
-        self.send(&said);
+        self.send(&commands);
         self.finish_transaction(ClientStep::Wait, content, size)
     }
 
     fn finish_transaction(&mut self, mut step: ClientStep, content: &mut dyn Read, size: u64) -> DeliveryResult {
         loop {
-            let gone_on = match step {
+            let sent = match step {
                 ClientStep::MessageDone(result) => return result,
                 ClientStep::Content { chunk } => self.send_content(content, size, chunk),
                 _ => Ok(()),
             };
-            step = match gone_on.and_then(|()| self.next_step()) {
+            step = match sent.and_then(|()| self.next_step()) {
                 Ok(step) => step,
                 Err(failure) => return self.abandon(&failure),
             };
@@ -318,58 +315,32 @@ impl ClientSession {
     }
 
     fn abandon(&mut self, failure: &SessionFailure) -> DeliveryResult {
-        let why = Reply::new(451, "4.4.2", failure.to_string());
-        self.client
-            .abandon(&why)
-            .pop()
-            .unwrap_or(DeliveryResult { recipients: Vec::new(), decided_by: DecidedBy::ConnectionLoss })
+        let reply = connection_lost(failure.to_string());
+        self.client.abandon(&reply).pop().unwrap_or_else(|| DeliveryResult::lost("", 0))
     }
 
-    /// The content of one message, `size` octets on the wire: by DATA with its dots and its end, or as one chunk.
+    /// Sends the content of one message, `size` octets on the wire.
     fn send_content(&mut self, content: &mut dyn Read, size: u64, chunk: bool) -> Result<(), SessionFailure> {
-        let (mut stuffer, mut liner) = (Stuffer::new(), CrlfEncoder::new());
-        let mut piece = vec![0; CONTENT_BLOCK];
-        let mut sent = 0;
-        loop {
-            let octets = content.read(&mut piece).map_err(|error| SessionFailure::Lost(error.to_string()))?;
-            let out = self.connection.out();
-            let before = out.len();
-            match (chunk, octets) {
-                (true, 0) => liner.finish(out),
-                (true, _) => liner.feed(&piece[..octets], out),
-                (false, 0) => stuffer.finish(out),
-                (false, _) => stuffer.feed(&piece[..octets], out),
-            }
-            sent += (out.len() - before) as u64;
-            if chunk && sent > size {
-                // What is beyond the octets that BDAT has announced would be taken for commands.
-                out.truncate(before);
-                return Err(SessionFailure::Lost("the message is longer than it was".to_owned()));
-            }
-            if octets == 0 {
-                break;
-            }
+        let mut output = ContentOutput::new(chunk, size);
+        let failed = |error: io::Error| SessionFailure::Lost(error.to_string());
+        while !output.send_block(content, &mut self.connection).map_err(failed)? {
             let deadline = self.deadline_within(self.timeouts.block);
-            self.connection.flush_or_stop(deadline, &self.cancel).map_err(|error| match error.kind() {
+            self.connection.flush_all_or_cancel(deadline, &self.cancel).map_err(|error| match error.kind() {
                 io::ErrorKind::Interrupted => SessionFailure::Cancelled,
                 _ => lost(error),
             })?;
         }
-        // BDAT has announced the octets: with one more or less the peer would take content for commands.
-        if chunk && sent != size {
-            return Err(SessionFailure::Lost("the message is not as long as it was".to_owned()));
-        }
-        let mut said = Vec::new();
-        self.client.content_sent(&mut said);
-        self.send(&said);
+        let mut commands = Vec::new();
+        self.client.content_sent(&mut commands);
+        self.send(&commands);
         Ok(())
     }
 
-    /// ATRN; `Ok`: the connection turns (RFC 2645 section 5.2.1).
+    /// Sends ATRN. `Ok`: the connection turns (RFC 2645 section 5.2.1).
     pub fn atrn(mut self, domains: &[Domain]) -> Result<(Connection, Client), SessionFailure> {
-        let mut said = Vec::new();
-        self.client.atrn(domains, &mut said);
-        self.send(&said);
+        let mut commands = Vec::new();
+        self.client.atrn(domains, &mut commands);
+        self.send(&commands);
         loop {
             match self.next_step() {
                 Ok(ClientStep::Turned) => return Ok((self.connection, self.client)),
@@ -382,30 +353,27 @@ impl ClientSession {
         }
     }
 
-    /// Goes away after a failure: politely where the peer has only refused something, else without a word more.
+    /// Closes after a failure: with QUIT if the peer has only rejected something, otherwise without another command.
     pub fn close_after(self, failure: &SessionFailure) {
         match failure {
             SessionFailure::Aborted(_) => self.quit(),
-            SessionFailure::Broken(_)
-            | SessionFailure::NoTls(_)
-            | SessionFailure::Lost(_)
-            | SessionFailure::Cancelled => self.connection.shutdown(),
+            _ => self.connection.shutdown(),
         }
     }
 
-    /// QUIT, and its reply if the peer is so kind.
+    /// Sends QUIT and waits a little for its reply.
     pub fn quit(mut self) {
-        let mut said = Vec::new();
-        self.client.quit(&mut said);
-        self.send(&said);
+        let mut commands = Vec::new();
+        self.client.quit(&mut commands);
+        self.send(&commands);
         self.limit(Some(Instant::now() + QUIT_TIMEOUT));
-        // What was said before is answered first.
+        // The replies to earlier commands come first.
         while self.client.awaiting().is_some() && self.next_step().is_ok() {}
         self.connection.shutdown();
     }
 
-    /// With nothing outstanding nothing may have come: a reply that nobody has asked for would be taken for the answer
-    /// to what is said next, and a message for delivered that was refused.
+    /// Checks that nothing has arrived while no reply is pending: an unsolicited reply would be read as the answer to the
+    /// next command, and a rejected message would count as sent.
     fn reject_unsolicited(&mut self) -> Result<(), SessionFailure> {
         if self.client.awaiting().is_some() {
             return Ok(());
@@ -415,8 +383,8 @@ impl ClientSession {
         }
         match self.connection.received() {
             [] => Ok(()),
-            // RFC 5321 section 3.8: that one may come at any time.
-            said if said.starts_with(b"421") => Err(SessionFailure::Lost("the peer shuts down".to_owned())),
+            // RFC 5321 section 3.8: 421 may come at any time.
+            octets if octets.starts_with(b"421") => Err(SessionFailure::Lost("the peer shuts down".to_owned())),
             _ => Err(SessionFailure::Broken("a reply came that nobody asked for".to_owned())),
         }
     }
@@ -424,39 +392,27 @@ impl ClientSession {
     /// What the next reply leads to.
     fn next_step(&mut self) -> Result<ClientStep, SessionFailure> {
         let reply = self.read_reply(self.deadline_within(self.timeouts.reply_timeout(self.client.awaiting())))?;
-        let farewell = reply.code() == 421;
-        let mut said = Vec::new();
+        let last = ends_session(&reply);
+        let mut commands = Vec::new();
         let step = self
             .client
-            .reply(reply.clone(), &mut said)
+            .reply(reply.clone(), &mut commands)
             .map_err(|broken| SessionFailure::Broken(broken.0.to_owned()))?;
-        self.send(&said);
+        self.send(&commands);
         match step {
             ClientStep::Abort(abort) => Err(SessionFailure::Aborted(abort)),
             ClientStep::Closed => Err(SessionFailure::Lost("the peer closed the session".to_owned())),
-            // What was settled by this reply is settled; nothing more will come.
+            // This reply still decides on its message; no other will follow.
             ClientStep::MessageDone(_) => Ok(step),
-            _ if farewell => Err(SessionFailure::Lost(format!("the peer said {reply}"))),
+            _ if last => Err(SessionFailure::Lost(format!("the peer ended the session: {reply}"))),
             step => Ok(step),
         }
     }
 
     fn read_reply(&mut self, deadline: Instant) -> Result<Reply, SessionFailure> {
         loop {
-            match self.connection.take_reply_line(REPLY_LINE_LIMIT) {
-                Line::Whole(line) => {
-                    self.connection.trace.received(&line);
-                    let reply = self.replies.line(&line);
-                    let reply = reply.map_err(|error| {
-                        SessionFailure::Broken(format!("that is no SMTP server: it said {:?}", error.0))
-                    })?;
-                    match reply {
-                        Some(reply) => return Ok(reply),
-                        None => continue,
-                    }
-                }
-                Line::TooLong => return Err(SessionFailure::Broken("a reply line without end".to_owned())),
-                Line::None => {}
+            if let Some(reply) = self.replies.next(&mut self.connection).map_err(SessionFailure::Broken)? {
+                return Ok(reply);
             }
             let (deadline, cancel) = match &self.grace {
                 Some((end, never)) => (deadline.min(*end), never),
@@ -465,7 +421,7 @@ impl ClientSession {
             match self.connection.wait_input(deadline, cancel).map_err(lost)? {
                 WaitResult::Ready => {}
                 WaitResult::Deadline => return Err(SessionFailure::Lost("the peer does not answer".to_owned())),
-                // The peer may have taken the message this very moment: to go now would bring it twice.
+                // The peer may be accepting the message right now: without its reply the message would be sent twice.
                 WaitResult::Cancelled if self.client.awaiting() == Some(Awaiting::End) => {
                     let never = CancelToken::new().map_err(lost)?;
                     self.grace = Some((Instant::now() + self.timeouts.shutdown, never));
@@ -479,136 +435,56 @@ impl ClientSession {
         }
     }
 
-    /// Logs and lines up what the client says; secrets are blanked.
+    /// Queues what the client has to send.
     fn send(&mut self, octets: &[u8]) {
-        let lines = octets.split_inclusive(|octet| *octet == b'\n').filter(|_| self.connection.trace.enabled());
-        for line in lines {
-            let line = line.trim_ascii_end();
-            let end = if !self.client.in_auth() {
-                line.len()
-            } else if line.starts_with(b"AUTH ") {
-                line.iter().enumerate().filter(|(_, octet)| **octet == b' ').nth(1).map_or(line.len(), |(at, _)| at)
-            } else {
-                0
-            };
-            let blanked: &[u8] = if end < line.len() { b" ***" } else { b"" };
-            self.connection.trace.sent(&[&line[..end], blanked].concat());
-        }
-        self.connection.send(octets);
+        send_commands(&mut self.connection, &self.client, octets);
     }
 }
 
-/// The reply to MAIL, if it may say that this server takes no mail from us (RFC 2645 section 5.4).
-pub fn mail_not_accepted_here(result: &DeliveryResult) -> Option<u16> {
-    result.recipients.iter().filter(|_| result.decided_by == DecidedBy::PeerAtMail).find_map(|status| match status {
-        RecipientStatus::Rejected(reply) => Some(reply.code()).filter(|code| matches!(code, 502 | 503 | 530 | 550)),
-        _ => None,
-    })
+/// How a session is connected.
+#[derive(Clone, Copy)]
+pub struct Connect<'a> {
+    /// The id of the session in the log.
+    pub id: &'a str,
+    /// The letter of the peer in the dialogue: `P` is the provider, `S` any other server.
+    pub peer: char,
+    /// For TLS, if it is used: what to trust, and the name that the certificate must be for.
+    pub tls: Option<(&'a ClientTls, &'a str)>,
+    pub timeouts: &'a Timeouts,
+    pub cancel: &'a CancelToken,
+    /// No wait lasts longer.
+    pub limit: Option<Instant>,
 }
 
-/// A host that takes all mail, and how to talk to it: the relay's smarthost, a customer's submission host.
-pub struct Remote {
-    config: config::Smarthost,
-    tls: Option<ClientTls>,
-}
-
-impl Remote {
-    pub fn new(config: &config::Smarthost) -> Result<Remote, String> {
-        let tls = client_tls(config.tls, config.pin, config.ca.as_deref())?;
-        Ok(Remote { config: config.clone(), tls })
+impl Connect<'_> {
+    /// Connects by TCP, and goes as far as [`ClientSession::handshake`].
+    pub fn to(&self, address: SocketAddr, options: ClientOptions) -> Result<ClientSession, SessionFailure> {
+        let deadline = Instant::now() + self.timeouts.connect;
+        let deadline = self.limit.map_or(deadline, |limit| limit.min(deadline));
+        let socket = connection::connect(address, deadline, self.cancel).map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => SessionFailure::Cancelled,
+            _ => SessionFailure::Unreachable(format!("{address}: {error}")),
+        })?;
+        self.over(socket, options)
     }
 
-    pub fn address(&self) -> &str {
-        &self.config.address
-    }
-
-    /// A session in which mail may be sent.
-    pub fn connect(
-        &self,
-        hostname: &str,
-        timeouts: &Timeouts,
-        cancel: &CancelToken,
-    ) -> Result<ClientSession, SessionFailure> {
-        let config = &self.config;
-        let addresses = config
-            .address
-            .to_socket_addrs()
-            .map_err(|error| SessionFailure::Lost(format!("{} has no address: {error}", config.address)))?;
-        let mut last = SessionFailure::Lost(format!("{} has no address", config.address));
-        for address in addresses {
-            let options = ClientOptions {
-                name: hostname.to_owned(),
-                starttls: if config.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
-                tls: config.tls == TlsMode::Implicit,
-                credentials: config.credentials.clone(),
-                chunking: true,
-                ..ClientOptions::default()
-            };
-            let tls = self.tls.as_ref().map(|tls| (tls, config.host.as_str()));
-            match connect(address, options, tls, timeouts, cancel, None) {
-                Ok(session) => return Ok(session),
-                Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
-                Err(failure) => last = failure,
+    /// The same over a socket that is connected.
+    pub fn over(&self, socket: OwnedFd, options: ClientOptions) -> Result<ClientSession, SessionFailure> {
+        let trace = Trace { id: self.id.to_owned(), us: 'C', them: self.peer };
+        let connection = Connection::new(socket, trace).map_err(lost)?;
+        let implicit = options.tls;
+        let mut session = ClientSession::new(connection, options, self.timeouts, self.cancel);
+        session.limit(self.limit);
+        let begun = match self.tls {
+            Some((tls, name)) if implicit => session.begin_tls(tls, name),
+            _ => Ok(()),
+        };
+        match begun.and_then(|()| session.handshake(self.tls)) {
+            Ok(()) => Ok(session),
+            Err(failure) => {
+                session.close_after(&failure);
+                Err(failure)
             }
         }
-        Err(last)
     }
-}
-
-/// Connects by TCP and introduces itself, until `limit` at the latest.
-pub fn connect(
-    address: SocketAddr,
-    options: ClientOptions,
-    tls: Option<(&ClientTls, &str)>,
-    timeouts: &Timeouts,
-    cancel: &CancelToken,
-    limit: Option<Instant>,
-) -> Result<ClientSession, SessionFailure> {
-    let deadline = Instant::now() + timeouts.connect;
-    let deadline = limit.map_or(deadline, |limit| limit.min(deadline));
-    let socket = connection::connect(address, deadline, cancel).map_err(|error| match error.kind() {
-        io::ErrorKind::Interrupted => SessionFailure::Cancelled,
-        _ => SessionFailure::Lost(format!("{address}: {error}")),
-    })?;
-    connect_over(socket, &format!("relay-{address}"), options, tls, timeouts, cancel, limit)
-}
-
-/// Introduces itself over a connection; `name`: what it is called in the log.
-pub fn connect_over(
-    socket: OwnedFd,
-    name: &str,
-    options: ClientOptions,
-    tls: Option<(&ClientTls, &str)>,
-    timeouts: &Timeouts,
-    cancel: &CancelToken,
-    limit: Option<Instant>,
-) -> Result<ClientSession, SessionFailure> {
-    let trace = Trace { id: name.to_owned(), us: 'C', them: 'S' };
-    let implicit = options.tls;
-    let connection =
-        Connection::new(socket, trace).map_err(|error| SessionFailure::Lost(format!("{name}: {error}")))?;
-    let mut session = ClientSession::new(connection, options, timeouts, cancel);
-    session.limit(limit);
-    let begun = match tls {
-        Some((tls, name)) if implicit => session.begin_tls(tls, name),
-        _ => Ok(()),
-    };
-    match begun.and_then(|()| session.handshake(tls)) {
-        Ok(()) => Ok(session),
-        Err(failure) => {
-            session.close_after(&failure);
-            Err(failure)
-        }
-    }
-}
-
-/// What a peer's certificate is checked against; `None`: no TLS.
-pub fn client_tls(tls: TlsMode, pin: Option<[u8; 32]>, ca: Option<&Path>) -> Result<Option<ClientTls>, String> {
-    let trust = match (tls, pin, ca) {
-        (TlsMode::None, _, _) => return Ok(None),
-        (_, Some(pin), _) => Trust::Pin(pin),
-        (_, None, Some(file)) => Trust::Authorities(file.to_owned()),
-        (_, None, None) => Trust::System,
-    };
-    tls::client_config(&trust).map(Some)
 }

@@ -1,63 +1,32 @@
-//! One SMTP server session over one wire, up to its end or to ATRN.
+//! The driver of the SMTP server role: one session over one connection, up to its end or to ATRN.
 //!
-//! The driver of [`Server`]: it reads lines and content, says the replies, begins TLS. What to accept and
-//! where content goes is the party's affair: see [`Party`] and [`Intake`]. Content is answered 250 only
-//! after [`Intake::commit`], so nothing that was answered 250 can be lost.
+//! It reads lines and content for the machine in [`Server`], sends its replies and starts TLS. Which mail is accepted
+//! and where content goes is up to the [`SessionHandler`]. Content is answered 250 only after [`MessageSink::commit`],
+//! so nothing that was answered 250 can be lost.
 //!
-//! Replies are gathered as long as whole commands wait in the read buffer, and flushed before every wait
-//! (RFC 2920 section 3.2).
+//! Replies are gathered while whole commands wait in the read buffer, and flushed before every wait (RFC 2920 section
+//! 3.2).
 
 use std::fmt;
 use std::io;
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use crate::config::{Limits, Timeouts};
+use super::{CONTENT_BLOCK, Limits, Timeouts};
 use crate::mail::address::Domain;
-use crate::net::connection::{CancelToken, Connection, Filled, Line, WaitResult};
+use crate::net::cancel::CancelToken;
+use crate::net::connection::{Connection, Filled, Line, WaitResult};
 use crate::net::tls::ServerTls;
+use crate::net::trace::quoted;
 use crate::smtp::command::Verb;
-use crate::smtp::content::{BdatDecoder, ReceivedCounter, Unstuffer};
+use crate::smtp::content::{BdatDecoder, HeaderScanner, Unstuffer};
+use crate::smtp::limits;
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Server, ServerHandler, ServerStep_, message_too_large};
+use crate::smtp::server::{MessageSink, Server, ServerRole, ServerStep, SessionHandler, message_too_large};
 
-/// RFC 4954 section 4 asks for 12288 octets in an AUTH exchange, more than any other command needs.
-const COMMAND_LINE_LIMIT: usize = 12 * 1024 + 512;
-
-/// Octets without a line end before the connection is closed.
-const UNTERMINATED_LINE_LIMIT: usize = 1 << 20;
-
-/// Content must come at least this fast: so many octets within the time for one command.
-const CONTENT_BLOCK: usize = 64 * 1024;
-
-/// How long the last words may take.
+/// How long the last replies may take.
 const LAST_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What only the party behind the listener can do.
-pub trait SessionHandler: ServerHandler {
-    /// Whether it may have to wait for others before it answers: then what was said before goes out first, as somebody
-    /// waits for that.
-    fn may_wait(&self) -> bool {
-        false
-    }
-
-    /// Begins to take the content of the server's transaction; `peer` and `secure` are for `Received`.
-    fn receive_message(
-        &mut self,
-        server: &Server,
-        peer: &str,
-        secure: Option<&str>,
-    ) -> Result<Box<dyn MessageSink>, Reply>;
-}
-
-/// Where one message's content goes. Dropped before its commit it leaves nothing.
-pub trait MessageSink: Send {
-    fn write(&mut self, octets: &[u8]) -> io::Result<()>;
-    /// Makes the message durable; the reply says by which id it is known.
-    fn commit(self: Box<Self>) -> io::Result<Reply>;
-}
-
-/// How long a session may take, how far it may go, and how it is stopped.
+/// How long a session may take, how much it may send, and how it is cancelled.
 #[derive(Clone)]
 pub struct SessionLimits {
     /// For one command, and for 64 KiB of content.
@@ -65,7 +34,7 @@ pub struct SessionLimits {
     pub handshake: Duration,
     /// For the whole session.
     pub session: Duration,
-    /// `Received` fields before a message is taken for a loop (RFC 5321 section 6.3).
+    /// `Received` fields of a message that goes round in circles (RFC 5321 section 6.3).
     pub hops: usize,
     /// Ends the session between two commands.
     pub cancel: CancelToken,
@@ -74,7 +43,7 @@ pub struct SessionLimits {
 }
 
 impl SessionLimits {
-    /// As the configuration says, for a session before any turn.
+    /// The configured limits of a session before any turn.
     pub fn new(timeouts: &Timeouts, limits: &Limits, cancel: &CancelToken, abort: &CancelToken) -> SessionLimits {
         SessionLimits {
             command: timeouts.command,
@@ -87,7 +56,7 @@ impl SessionLimits {
     }
 }
 
-/// A session.
+/// A session whose client is the peer.
 pub struct ServerSession {
     pub connection: Connection,
     pub server: Server,
@@ -96,18 +65,18 @@ pub struct ServerSession {
     limits: SessionLimits,
     tls: Option<ServerTls>,
     deadline: Instant,
-    /// A message that comes in chunks (RFC 3030).
+    /// A message that arrives in chunks (RFC 3030).
     chunks: Option<(BdatDecoder, ContentReceiver)>,
 }
 
-/// Why [`Session::run`] has returned.
+/// Why [`ServerSession::run`] has returned.
 #[derive(Debug)]
 pub enum SessionEnd {
-    /// ATRN with these domains; none: all. Go on with `run` after any reply but 250.
+    /// ATRN with these domains; none: all. Call `run` again after any reply but 250.
     Atrn(Vec<Domain>),
-    /// The client said QUIT and was answered.
+    /// The client sent QUIT and got its reply.
     Quit,
-    /// It is over, for this reason.
+    /// The session is over, for this reason.
     Closed(String),
 }
 
@@ -117,12 +86,12 @@ impl fmt::Display for SessionEnd {
         match self {
             SessionEnd::Atrn(_) => f.write_str("ATRN"),
             SessionEnd::Quit => f.write_str("quit"),
-            SessionEnd::Closed(why) => f.write_str(why),
+            SessionEnd::Closed(reason) => f.write_str(reason),
         }
     }
 }
 
-/// The session cannot go on.
+/// The session cannot go on, for this reason.
 struct ConnectionClosed(String);
 
 impl From<io::Error> for ConnectionClosed {
@@ -132,7 +101,7 @@ impl From<io::Error> for ConnectionClosed {
 }
 
 impl ServerSession {
-    /// `tls`: for STARTTLS, where the server offers it.
+    /// `tls`: for STARTTLS, if the server offers it.
     pub fn new(
         connection: Connection,
         server: Server,
@@ -144,13 +113,13 @@ impl ServerSession {
         ServerSession { connection, server, peer, limits, tls, deadline, chunks: None }
     }
 
-    /// Says the greeting.
+    /// Sends the greeting.
     pub fn greet(&mut self) {
         let greeting = self.server.greeting();
         self.reply(&greeting);
     }
 
-    /// Lines up a reply.
+    /// Queues a reply; it is sent before the next wait.
     pub fn reply(&mut self, reply: &Reply) {
         let mut octets = Vec::new();
         reply.write_to(&mut octets);
@@ -161,26 +130,27 @@ impl ServerSession {
     }
 
     /// Serves until the end, or ATRN.
-    pub fn run(&mut self, party: &mut dyn SessionHandler) -> SessionEnd {
-        match self.serve(party) {
+    pub fn run(&mut self, handler: &mut dyn SessionHandler) -> SessionEnd {
+        match self.serve(handler) {
             Ok(end) => end,
-            Err(ConnectionClosed(why)) => SessionEnd::Closed(why),
+            Err(ConnectionClosed(reason)) => SessionEnd::Closed(reason),
         }
     }
 
-    /// Sends what is left to say, and closes.
+    /// Sends the replies that are queued, and closes.
     pub fn close(mut self) {
         let _ = self.connection.flush_all(Instant::now() + LAST_REPLY_TIMEOUT);
         self.connection.shutdown();
     }
 
-    fn serve(&mut self, party: &mut dyn SessionHandler) -> Result<SessionEnd, ConnectionClosed> {
+    fn serve(&mut self, handler: &mut dyn SessionHandler) -> Result<SessionEnd, ConnectionClosed> {
         loop {
-            let step = match self.read_line()? {
+            let line = self.read_line()?;
+            let step = match &line {
                 Some(line) => {
-                    self.trace_command(&line);
-                    self.flush_before(party);
-                    self.server.line(&line, party)
+                    self.trace_command(line);
+                    self.flush_before(handler);
+                    self.server.line(line, handler)
                 }
                 None => self.server.line_too_long(),
             };
@@ -188,33 +158,32 @@ impl ServerSession {
                 self.chunks = None;
             }
             match step {
-                ServerStep_::Reply(reply) => {
-                    self.log_reply(&reply);
+                ServerStep::Reply(reply) => {
+                    self.log_reply(&reply, line.as_deref());
                     self.reply(&reply);
                 }
-                ServerStep_::Close(reply) => {
+                ServerStep::Close(reply) => {
                     self.reply(&reply);
-                    return Ok(if reply.is_positive() {
-                        SessionEnd::Quit
-                    } else {
-                        SessionEnd::Closed(reply.to_string())
+                    return Ok(match reply.is_positive() {
+                        true => SessionEnd::Quit,
+                        false => SessionEnd::Closed(reply.to_string()),
                     });
                 }
-                ServerStep_::StartTls(reply) => self.start_tls(&reply)?,
-                ServerStep_::Data(go_ahead) => self.data(&go_ahead, party)?,
-                ServerStep_::Chunk { size, last: _, refused: Some(reply) } => {
-                    self.skip(size)?;
+                ServerStep::StartTls(reply) => self.start_tls(&reply)?,
+                ServerStep::Data(go_ahead) => self.data(&go_ahead, handler)?,
+                ServerStep::Chunk { size, last: _, rejected: Some(reply) } => {
+                    self.discard(size)?;
                     self.reply(&reply);
                 }
-                ServerStep_::Chunk { size, last, refused: None } => self.chunk(size, last, party)?,
-                ServerStep_::Atrn(domains) => return Ok(SessionEnd::Atrn(domains)),
+                ServerStep::Chunk { size, last, rejected: None } => self.chunk(size, last, handler)?,
+                ServerStep::Atrn(domains) => return Ok(SessionEnd::Atrn(domains)),
             }
         }
     }
 
-    fn flush_before(&mut self, party: &dyn SessionHandler) {
-        if party.may_wait() {
-            // What is wrong with the connection is found out when it is waited for.
+    fn flush_before(&mut self, handler: &dyn SessionHandler) {
+        if handler.may_wait() {
+            // An error of the connection appears at the next wait.
             let _ = self.connection.flush();
         }
     }
@@ -223,17 +192,17 @@ impl ServerSession {
     fn read_line(&mut self) -> Result<Option<Vec<u8>>, ConnectionClosed> {
         let deadline = self.deadline.min(Instant::now() + self.limits.command);
         loop {
-            // Before any line is looked for: a hello may have line ends in it.
-            if self.connection.secure().is_none() && self.connection.received().starts_with(&[0x16, 0x03]) {
+            // Before any line is looked for: the random octets of a TLS hello may hold line ends.
+            if self.connection.tls_info().is_none() && self.connection.received().starts_with(&[0x16, 0x03]) {
                 self.reply(&Reply::new(421, "4.7.0", "TLS begins with STARTTLS on this port"));
                 return Err(ConnectionClosed("a TLS hello on a clear port".to_owned()));
             }
-            match self.connection.take_line(COMMAND_LINE_LIMIT) {
+            match self.connection.take_line(limits::COMMAND_LINE) {
                 Line::Whole(line) => return Ok(Some(line)),
                 Line::TooLong => return Ok(None),
                 Line::None => {}
             }
-            if self.connection.swallowed() > UNTERMINATED_LINE_LIMIT {
+            if self.connection.discarded() > limits::UNTERMINATED_LINE {
                 self.reply(&Reply::new(421, "4.7.0", "Too much without a line end"));
                 return Err(ConnectionClosed("too much without a line end".to_owned()));
             }
@@ -242,9 +211,9 @@ impl ServerSession {
         }
     }
 
-    /// Waits for octets, and says why no more will come.
+    /// Waits for octets, and replies why no more will be read.
     fn wait_for_input(&mut self, deadline: Instant, cancel: &CancelToken) -> Result<(), ConnectionClosed> {
-        // Who does not read his replies is not read either.
+        // A client that does not read its replies would fill our memory with them.
         if self.connection.unsent() > CONTENT_BLOCK {
             self.connection.flush_all(deadline)?;
         }
@@ -266,12 +235,12 @@ impl ServerSession {
         }
     }
 
-    /// Logs a command; secrets are blanked.
+    /// Traces a command; secrets are blanked.
     fn trace_command(&self, line: &[u8]) {
         if !self.connection.trace.enabled() {
             return;
         }
-        // On port 366 a line that is no command may be a secret that came at the wrong time.
+        // On port 366 a line that is not a command may be a secret that was sent at the wrong time.
         let odmr = self.server.offers_auth();
         let mut words = line.split(|octet| octet.is_ascii_whitespace()).filter(|word| !word.is_empty());
         let (verb, next) = (words.next().unwrap_or_default(), words.next());
@@ -289,17 +258,52 @@ impl ServerSession {
         self.connection.trace.received(shown);
     }
 
-    /// What an administrator wants to see of the replies.
-    fn log_reply(&self, reply: &Reply) {
+    /// Logs the replies that an administrator looks for; `line`: the command, if it was read.
+    fn log_reply(&self, reply: &Reply, line: Option<&[u8]>) {
         let (session, peer) = (&self.connection.trace.id, &self.peer);
+        let attempt = self.server.auth_attempt();
+        let mechanism = attempt.map_or("-", |attempt| attempt.mechanism.name());
         match reply.code() {
-            235 => log::info!(
-                "event=authenticated session={session} peer={peer} account={}",
-                self.server.account().unwrap_or_default()
-            ),
-            421 | 450..=599 => log::info!("event=refused session={session} peer={peer} reply={:?}", reply.to_string()),
+            235 => {
+                let account = self.server.account().unwrap_or_default();
+                log::info!("event=authenticated session={session} peer={peer} account={account} mechanism={mechanism}");
+            }
+            535 => {
+                let account = attempt.and_then(|attempt| attempt.account.as_deref()).unwrap_or_default();
+                log::warn!(
+                    "event=auth-failed session={session} peer={peer} account={} mechanism={mechanism}",
+                    quoted(account)
+                );
+            }
+            421 | 450..=599 => self.log_command_rejected(reply, line),
             _ => {}
         }
+    }
+
+    /// Logs a negative reply that does not come from the machine.
+    pub fn log_rejection(&self, reply: &Reply) {
+        self.log_command_rejected(reply, None);
+    }
+
+    fn log_command_rejected(&self, reply: &Reply, line: Option<&[u8]>) {
+        let (session, peer) = (&self.connection.trace.id, &self.peer);
+        let verb = line.and_then(|line| Verb::of(line).ok()).map(|(verb, _)| verb);
+        // The path of a rejected MAIL or RCPT is in no transaction; it may be anything.
+        let path = line.map(String::from_utf8_lossy).unwrap_or_default();
+        let path = path.split_once('<').map_or("", |(_, rest)| rest.split('>').next().unwrap_or_default());
+        let from = match (self.server.transaction(), verb) {
+            (Some(transaction), _) => transaction.envelope.from.to_string(),
+            (None, Some(Verb::Mail)) => path.to_owned(),
+            (None, _) => String::new(),
+        };
+        let to = if verb == Some(Verb::Rcpt) { path } else { "" };
+        let account = self.server.account().unwrap_or_default();
+        log::info!(
+            "event=command-rejected session={session} peer={peer} account={account} from={} to={} reply={}",
+            quoted(from),
+            quoted(to),
+            quoted(reply)
+        );
     }
 
     /// RFC 3207.
@@ -308,10 +312,10 @@ impl ServerSession {
             self.reply(&Reply::new(454, "4.7.0", "TLS is not available now"));
             return Ok(());
         };
-        // What came behind the command came in clear, and whoever put it there was not the client we
-        // shall know by TLS (RFC 3207 section 6, CVE-2011-0411).
+        // Octets after the command came in clear: whoever sent them is not the client that TLS will prove (RFC 3207
+        // section 6, CVE-2011-0411).
         if !self.connection.received().is_empty() {
-            return Err(ConnectionClosed("octets behind STARTTLS".to_owned()));
+            return Err(ConnectionClosed("octets after STARTTLS".to_owned()));
         }
         self.reply(go_ahead);
         self.connection.start_tls_server(&tls, Instant::now() + self.limits.handshake)?;
@@ -320,12 +324,12 @@ impl ServerSession {
         Ok(())
     }
 
-    fn data(&mut self, go_ahead: &Reply, party: &mut dyn SessionHandler) -> Result<(), ConnectionClosed> {
-        let mut receiver = match self.open_sink(party) {
+    fn data(&mut self, go_ahead: &Reply, handler: &mut dyn SessionHandler) -> Result<(), ConnectionClosed> {
+        let mut receiver = match self.open_sink(handler) {
             Ok(receiver) => receiver,
             Err(reply) => {
+                self.log_rejection(&reply);
                 self.server.end_transaction();
-                self.log_reply(&reply);
                 self.reply(&reply);
                 return Ok(());
             }
@@ -333,7 +337,7 @@ impl ServerSession {
         self.reply(go_ahead);
         let mut content = Unstuffer::new();
         let mut octets = Vec::with_capacity(CONTENT_BLOCK);
-        let mut pace = TransferDeadline::new(&self.limits, self.deadline);
+        let mut transfer = TransferDeadline::new(&self.limits, self.deadline);
         loop {
             octets.clear();
             let fed = content.feed(self.connection.received(), &mut octets);
@@ -342,48 +346,48 @@ impl ServerSession {
             if fed.end {
                 break;
             }
-            if content.size() > self.server.max_size().saturating_mul(2).max(1 << 26) {
+            if content.size() > limits::discarded_content(self.server.max_size()) {
                 self.reply(&message_too_large(self.server.max_size()));
                 return Err(ConnectionClosed("far more content than permitted".to_owned()));
             }
             let abort = self.limits.abort.clone();
-            self.wait_for_input(pace.after(fed.used), &abort)?;
+            self.wait_for_input(transfer.after(fed.used), &abort)?;
         }
-        self.flush_before(party);
+        self.flush_before(handler);
         self.finish_message(receiver, content.bare());
         Ok(())
     }
 
     /// One chunk (RFC 3030 section 2): exactly `size` octets.
-    fn chunk(&mut self, size: u64, last: bool, party: &mut dyn SessionHandler) -> Result<(), ConnectionClosed> {
+    fn chunk(&mut self, size: u64, last: bool, handler: &mut dyn SessionHandler) -> Result<(), ConnectionClosed> {
         let (mut content, mut receiver) = match self.chunks.take() {
             Some(begun) => begun,
-            None => match self.open_sink(party) {
+            None => match self.open_sink(handler) {
                 Ok(receiver) => (BdatDecoder::new(), receiver),
                 Err(reply) => {
+                    self.log_rejection(&reply);
                     self.server.chunk_rejected(last);
-                    self.log_reply(&reply);
-                    self.skip(size)?;
+                    self.discard(size)?;
                     self.reply(&reply);
                     return Ok(());
                 }
             },
         };
         let mut octets = Vec::with_capacity(CONTENT_BLOCK);
-        self.read_exact(size, |piece| {
+        self.read_exact(size, |block| {
             octets.clear();
-            content.feed(piece, &mut octets);
+            content.feed(block, &mut octets);
             receiver.write(&octets, content.size());
         })?;
         if last {
             octets.clear();
             content.finish(&mut octets);
             receiver.write(&octets, content.size());
-            self.flush_before(party);
+            self.flush_before(handler);
             self.finish_message(receiver, content.bare());
         } else if let Err(reply) = receiver.sink {
+            self.log_rejection(&reply);
             self.server.chunk_rejected(last);
-            self.log_reply(&reply);
             self.reply(&reply);
         } else {
             self.reply(&Reply::new(250, "2.0.0", format!("{size} octets received")));
@@ -392,110 +396,115 @@ impl ServerSession {
         Ok(())
     }
 
-    fn skip(&mut self, size: u64) -> Result<(), ConnectionClosed> {
+    fn discard(&mut self, size: u64) -> Result<(), ConnectionClosed> {
         self.read_exact(size, |_| {})
     }
 
-    /// Reads exactly so many octets, piece by piece.
+    /// Reads exactly `size` octets, block by block.
     fn read_exact(&mut self, size: u64, mut each: impl FnMut(&[u8])) -> Result<(), ConnectionClosed> {
         let mut left = size;
-        let mut pace = TransferDeadline::new(&self.limits, self.deadline);
+        let mut transfer = TransferDeadline::new(&self.limits, self.deadline);
         while left > 0 {
             let received = self.connection.received();
-            let piece = received.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            each(&received[..piece]);
-            self.connection.consume(piece);
-            left -= piece as u64;
+            let block = received.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            each(&received[..block]);
+            self.connection.consume(block);
+            left -= block as u64;
             if left > 0 {
                 let abort = self.limits.abort.clone();
-                self.wait_for_input(pace.after(piece), &abort)?;
+                self.wait_for_input(transfer.after(block), &abort)?;
             }
         }
         Ok(())
     }
 
-    fn open_sink(&mut self, party: &mut dyn SessionHandler) -> Result<ContentReceiver, Reply> {
-        let secure = self.connection.secure().map(|secure| format!("{} {}", secure.version, secure.cipher));
-        let intake = party.receive_message(&self.server, &self.peer, secure.as_deref())?;
-        let limit = self.server.max_size();
-        Ok(ContentReceiver { sink: Ok(intake), headers: ReceivedCounter::new(), limit })
+    fn open_sink(&mut self, handler: &mut dyn SessionHandler) -> Result<ContentReceiver, Reply> {
+        let tls = self.connection.tls_info().map(ToString::to_string);
+        let Some((envelope, incoming)) = self.server.incoming(&self.connection.trace.id, &self.peer, tls.as_deref())
+        else {
+            return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
+        };
+        let sink = handler.receive(envelope, &incoming)?;
+        Ok(ContentReceiver { sink: Ok(sink), header: HeaderScanner::new(), limit: self.server.max_size(), size: 0 })
     }
 
-    /// All content is there: take it or refuse it, in either case for good.
+    /// All content has arrived: it is accepted or rejected, and the transaction is over.
     fn finish_message(&mut self, receiver: ContentReceiver, bare: bool) {
-        let reply = receiver.finish(bare, self.limits.hops);
-        if reply.is_positive() {
-            let (session, peer) = (&self.connection.trace.id, &self.peer);
-            log::info!("event=accepted session={session} peer={peer} reply={:?}", reply.to_string());
-        } else {
-            self.log_reply(&reply);
-        }
+        let size = receiver.size;
+        let message_id = receiver.header.message_id().unwrap_or_default().to_owned();
+        let received_id = receiver.header.received_id().unwrap_or_default().to_owned();
+        let reply = match receiver.commit(bare, self.limits.hops) {
+            Ok(id) => {
+                self.log_accepted(&id, size, &message_id, &received_id);
+                Reply::new(250, "2.6.0", format!("OK, id={id}"))
+            }
+            Err(reply) => {
+                self.log_rejection(&reply);
+                reply
+            }
+        };
         self.reply(&reply);
         self.server.end_transaction();
     }
+
+    /// `received_id`: the id in the topmost `Received` field, which is the provider's after a turn.
+    fn log_accepted(&self, id: &str, size: u64, message_id: &str, received_id: &str) {
+        let Some(transaction) = self.server.transaction() else { return };
+        let provider_id = match self.server.role() {
+            ServerRole::Customer => format!(" provider-id={}", quoted(received_id)),
+            _ => String::new(),
+        };
+        log::info!(
+            "event=accepted session={} id={id} from=<{}> nrcpt={} size={size} message-id={} helo={} peer={} tls={}{}",
+            self.connection.trace.id,
+            transaction.envelope.from,
+            transaction.envelope.recipients.len(),
+            quoted(message_id),
+            quoted(self.server.client_name().unwrap_or_default()),
+            self.peer,
+            self.connection.tls_info().map_or("none", |tls| tls.version),
+            provider_id,
+        );
+    }
 }
 
-/// Content on its way to the party; a refusal is kept until the client has said everything.
+/// Content on its way to its sink. A rejection is kept until the client has sent all of it.
 struct ContentReceiver {
     sink: Result<Box<dyn MessageSink>, Reply>,
-    headers: ReceivedCounter,
+    header: HeaderScanner,
     limit: u64,
+    /// Octets on the wire so far.
+    size: u64,
 }
 
 impl ContentReceiver {
     /// `size`: octets on the wire so far.
     fn write(&mut self, octets: &[u8], size: u64) {
-        let Ok(intake) = &mut self.sink else { return };
-        self.headers.feed(octets);
+        self.size = size;
+        let Ok(sink) = &mut self.sink else { return };
+        self.header.feed(octets);
         if size > self.limit {
             self.sink = Err(message_too_large(self.limit));
-        } else if let Err(error) = intake.write(octets) {
-            self.sink = Err(storage_failure_reply(&error));
+        } else if let Err(reply) = sink.write(octets) {
+            self.sink = Err(reply);
         }
     }
 
-    fn finish(self, bare: bool, hops: usize) -> Reply {
-        let intake = match self.sink {
-            Ok(intake) => intake,
-            Err(reply) => return reply,
-        };
+    /// `bare`: a CR or an LF stood alone. Returns the id of the message.
+    fn commit(self, bare: bool, hops: usize) -> Result<String, Reply> {
+        let sink = self.sink?;
         if bare {
-            // RFC 5321 section 2.3.8. What one server takes for a line end and another does not is how
-            // messages are smuggled.
-            return Reply::new(554, "5.6.0", "A CR without LF or an LF without CR stands in the message");
+            // RFC 5321 section 2.3.8: two servers that differ in what ends a line let a client smuggle messages.
+            return Err(Reply::new(554, "5.6.0", "A CR without LF or an LF without CR stands in the message"));
         }
-        if self.headers.received() > hops {
-            return Reply::new(554, "5.4.6", "Too many hops: this message goes in circles");
+        if self.header.received() > hops {
+            return Err(Reply::new(554, "5.4.6", "Too many hops: this message goes in circles"));
         }
-        intake.commit().unwrap_or_else(|error| storage_failure_reply(&error))
+        sink.commit()
     }
 }
 
-/// RFC 1870 section 6.1: refused before it is sent, where that can be foreseen.
-pub fn disk_full_reply() -> Reply {
-    Reply::new(452, "4.3.1", "The disk is full, try again later")
-}
-
-/// What a failure of the disk means for the client (RFC 1870 section 6.1, RFC 3463 section 3.4).
-pub fn storage_failure_reply(error: &io::Error) -> Reply {
-    log::error!("event=storage-failed error={:?}", error.to_string());
-    match error.kind() {
-        io::ErrorKind::StorageFull => disk_full_reply(),
-        io::ErrorKind::QuotaExceeded => Reply::new(452, "4.2.2", "The quota is used up, try again later"),
-        io::ErrorKind::InvalidInput => Reply::new(452, "4.5.3", "Too many recipients: send it in several transactions"),
-        _ => Reply::new(451, "4.3.0", "The message could not be stored, try again later"),
-    }
-}
-
-/// An address as SMTP writes it (RFC 5321 section 4.1.3).
-pub fn address_literal(address: IpAddr) -> String {
-    match address.to_canonical() {
-        IpAddr::V4(address) => format!("[{address}]"),
-        IpAddr::V6(address) => format!("[IPv6:{address}]"),
-    }
-}
-
-/// How fast content must come: a deadline for each block of it, so that a trickle does not last for ever.
+/// The deadline of a transfer: each block of it has the time of one command, so a trickle does not last for ever.
 struct TransferDeadline {
     block: Duration,
     session: Instant,
@@ -508,7 +517,7 @@ impl TransferDeadline {
         TransferDeadline { block: limits.command, session, deadline: Instant::now() + limits.command, octets: 0 }
     }
 
-    /// The deadline after so many octets more.
+    /// The deadline after `octets` more have arrived.
     fn after(&mut self, octets: usize) -> Instant {
         self.octets += octets;
         if self.octets >= CONTENT_BLOCK {

@@ -16,14 +16,17 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::fmt;
+use std::net::IpAddr;
 
-use super::command::{Body, Recipient, Return};
+use super::command::{Body, Envelope, Recipient, Return};
+use super::extensions::PeerExtensions;
+use super::limits;
 use super::reply::{Reply, Severity};
-use crate::mail::address::{Domain, ReversePath};
+use super::status::{DecidedBy, DeliveryResult, RecipientStatus, ends_session};
+use crate::mail::address::Domain;
+use crate::mail::received::ClientInfo;
 use crate::sasl::{ClientExchange, Mechanism};
-
-/// A client may not use an initial response that makes the line longer (RFC 4954 section 4).
-const AUTH_LINE_LIMIT: usize = 512 - 2;
 
 /// What is to happen before mail.
 #[derive(Clone, Default)]
@@ -55,69 +58,63 @@ pub enum StartTls {
     Required,
 }
 
-/// A message to be sent: its envelope. The content is the driver's.
+/// A message to be sent, without its content, which the driver has.
 #[derive(Clone, Debug)]
 pub struct OutgoingMessage {
-    pub from: ReversePath,
-    pub recipients: Vec<Recipient>,
+    pub envelope: Envelope,
     /// Octets on the wire (RFC 1870), without dots that are added.
     pub size: u64,
-    /// What its sender said of the content; `eight_bit`: what it is.
-    pub body: Body,
+    /// The content has octets above 127, whatever `BODY` its sender declared.
     pub eight_bit: bool,
-    /// It came with SMTPUTF8 (RFC 6531).
-    pub utf8: bool,
-    /// RFC 3461.
-    pub ret: Option<Return>,
-    pub envelope_id: Option<String>,
 }
 
-/// What became of one recipient.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RecipientStatus {
-    /// The peer has said 2yz behind the content: it is the peer's now.
-    Sent(Reply),
-    /// Not this time; the mail stays.
-    Deferred(Reply),
-    /// Never, by a 5yz.
-    Rejected(Reply),
-    /// All content was sent and no reply seen (RFC 1047): neither delivered nor failed.
-    InDoubt,
-}
-
-/// What became of a message, a fate for each of its recipients, in their order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeliveryResult {
-    pub recipients: Vec<RecipientStatus>,
-    pub decided_by: DecidedBy,
-}
-
-/// What the fates of a message go back to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DecidedBy {
-    /// The peer, recipient by recipient or for the content.
-    Peer,
-    /// The peer, with its refusal of MAIL: it may be no place for this mail at all.
-    PeerAtMail,
-    /// We, before a word was said of it.
-    Us,
-    /// The connection was lost, which says nothing of the mail.
-    ConnectionLoss,
-}
-
-/// Why a conversation goes no further. QUIT has been lined up where it can be said.
+/// Why a session goes no further. QUIT has been queued if it can be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Abort {
-    /// The peer refused something we cannot do without.
-    Rejected { what: &'static str, reply: Reply },
-    /// The peer offers no STARTTLS, and we must have it (RFC 3207 section 6).
+    /// The peer rejected something that the session needs.
+    Rejected(Rejection),
+    /// The peer offers no STARTTLS, and the options require it (RFC 3207 section 6).
     NoStartTls,
-    /// The peer offers no ATRN: it is no provider (RFC 2645 section 5.1.1).
+    /// The peer offers no ATRN: it is not a provider (RFC 2645 section 5.1.1).
     NoAtrn,
     /// The peer offers no mechanism that may be used here.
     NoMechanism,
-    /// The peer said 235 and did not prove that it knows the secret.
+    /// The peer replied 235 without proof that it knows the secret.
     Unproven,
+}
+
+/// A negative reply that ends what a session is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejection {
+    pub stage: Stage,
+    pub reply: Reply,
+}
+
+/// What a reply belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Greeting,
+    Ehlo,
+    Helo,
+    StartTls,
+    Auth,
+    Atrn,
+    /// A reply without a command: 421 may come at any time (RFC 5321 section 3.8).
+    Session,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Stage::Greeting => "the greeting",
+            Stage::Ehlo => "EHLO",
+            Stage::Helo => "HELO",
+            Stage::StartTls => "STARTTLS",
+            Stage::Auth => "AUTH",
+            Stage::Atrn => "ATRN",
+            Stage::Session => "the session",
+        })
+    }
 }
 
 /// The peer breaks the protocol; there is nothing to be said to it any more.
@@ -161,37 +158,6 @@ pub enum Awaiting {
     /// The reply to all content.
     End,
     Atrn,
-}
-
-/// What the peer offered with its last EHLO; nothing of it outlives TLS or the turn.
-#[derive(Clone, Debug, Default)]
-pub struct PeerExtensions {
-    pub pipelining: bool,
-    /// `Some(0)`: offered without a limit (RFC 1870 section 4).
-    pub size: Option<u64>,
-    pub eight_bit: bool,
-    pub utf8: bool,
-    pub chunking: bool,
-    pub dsn: bool,
-    pub starttls: bool,
-    pub atrn: bool,
-    pub auth: bool,
-    pub mechanisms: Vec<Mechanism>,
-    /// The attributes that XCLIENT or XFORWARD may carry.
-    pub xclient: Vec<String>,
-    pub xforward: Vec<String>,
-}
-
-/// Who gave a message to the host that gave it to us, for the filters of the next hop (XCLIENT and XFORWARD, as
-/// Postfix documents them).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClientInfo {
-    /// As the commands want it: `192.0.2.1`, `IPV6:2001:db8::1`.
-    pub address: String,
-    /// The name it gave with EHLO or HELO.
-    pub helo: Option<String>,
-    /// That was EHLO.
-    pub extended: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -260,23 +226,20 @@ struct ClientTransaction {
 }
 
 impl ClientTransaction {
-    /// A refusal of MAIL is for all, one of RCPT for that recipient; `accepted` is the fate of the others.
+    /// A rejection of MAIL is for all recipients, one of RCPT for that recipient; `accepted` is the status of the others.
     fn result(&self, accepted: &RecipientStatus) -> DeliveryResult {
-        let mut finals = self.content_replies.iter();
+        let mut content_replies = self.content_replies.iter();
         let status = |recipient: &Option<Reply>| match (&self.mail, recipient) {
-            (Some(mail), _) => status_of(mail),
-            // RFC 5321 section 4.5.3.1.10: 552 to RCPT means too many, for now.
-            (None, Some(reply)) if reply.code() == 552 => RecipientStatus::Deferred(reply.clone()),
-            (None, Some(reply)) if is_negative(reply) => status_of(reply),
-            (None, _) => finals.next().map_or_else(|| accepted.clone(), content_status),
+            (Some(mail), _) => RecipientStatus::after_negative(mail),
+            (None, Some(reply)) if !reply.is_positive() => RecipientStatus::after_rcpt(reply),
+            (None, _) => content_replies.next().map_or_else(|| accepted.clone(), RecipientStatus::after_content),
         };
-        let decided = if self.mail.is_some() { DecidedBy::PeerAtMail } else { DecidedBy::Peer };
-        DeliveryResult { recipients: self.recipients.iter().map(status).collect(), decided_by: decided }
+        let decided_by = if self.mail.is_some() { DecidedBy::PeerAtMail } else { DecidedBy::Peer };
+        DeliveryResult { recipients: self.recipients.iter().map(status).collect(), decided_by }
     }
 
     fn accepted(&self) -> usize {
-        let taken = |reply: &&Option<Reply>| reply.as_ref().is_some_and(|reply| !is_negative(reply));
-        self.recipients.iter().filter(taken).count()
+        self.recipients.iter().flatten().filter(|reply| reply.is_positive()).count()
     }
 }
 
@@ -338,7 +301,7 @@ impl Client {
     }
 
     /// What the peer offers.
-    pub fn offered(&self) -> &PeerExtensions {
+    pub fn extensions(&self) -> &PeerExtensions {
         &self.extensions
     }
 
@@ -352,7 +315,7 @@ impl Client {
     }
 
     /// How many messages the provider has for us, if its reply to ATRN says so.
-    pub fn waiting(&self) -> Option<u64> {
+    pub fn messages_waiting(&self) -> Option<u64> {
         self.messages_waiting
     }
 
@@ -401,19 +364,19 @@ impl Client {
             let status =
                 if self.extended { RecipientStatus::Rejected(reply) } else { RecipientStatus::Deferred(reply) };
             return Err(DeliveryResult {
-                recipients: vec![status; message.recipients.len()],
+                recipients: vec![status; message.envelope.recipients.len()],
                 decided_by: DecidedBy::Us,
             });
         }
         self.queue_command(PendingReply::Mail, self.mail_line(&message));
-        for (number, recipient) in message.recipients.iter().enumerate() {
+        for (number, recipient) in message.envelope.recipients.iter().enumerate() {
             self.queue_command(PendingReply::Rcpt(number), self.rcpt_line(recipient));
         }
         let chunk = (self.options.chunking && self.extensions.chunking).then_some(message.size);
         if chunk.is_none() {
             self.queue_command(PendingReply::Data, "DATA");
         }
-        let recipients = vec![None; message.recipients.len()];
+        let recipients = vec![None; message.envelope.recipients.len()];
         self.begin(recipients, chunk, false);
         self.flush_commands(out);
         Ok(())
@@ -488,7 +451,10 @@ impl Client {
     pub fn send_client_info(&mut self, origin: &ClientInfo, out: &mut Vec<u8>) -> bool {
         let attributes = |wanted: &[String]| -> String {
             let value = |name: &String| match name.as_str() {
-                "ADDR" => Some(origin.address.clone()),
+                "ADDR" => Some(match origin.address {
+                    IpAddr::V4(address) => address.to_string(),
+                    IpAddr::V6(address) => format!("IPV6:{address}"),
+                }),
                 // The name that DNS gives the address is not known here, and EHLO's may be a lie.
                 "NAME" => Some("[UNAVAILABLE]".to_owned()),
                 "HELO" => Some(origin.helo.as_deref().map_or("[UNAVAILABLE]".to_owned(), xtext)),
@@ -572,13 +538,13 @@ impl Client {
     pub fn reply(&mut self, reply: Reply, out: &mut Vec<u8>) -> Result<ClientStep, ProtocolViolation> {
         let Some(said) = self.pending.pop_front() else {
             // Also without a question a server that shuts down says 421 (RFC 5321 section 3.8).
-            if reply.code() == 421 {
+            if ends_session(&reply) {
                 self.closing = true;
-                return Ok(ClientStep::Abort(Abort::Rejected { what: "the session", reply }));
+                return Ok(ClientStep::Abort(Abort::Rejected(Rejection { stage: Stage::Session, reply })));
             }
             return Err(ProtocolViolation("a reply came that nobody asked for"));
         };
-        if reply.code() == 421 {
+        if ends_session(&reply) {
             self.closing = true;
             self.queued.clear();
         }
@@ -603,7 +569,7 @@ impl Client {
             }
             PendingReply::Atrn => {
                 self.ready = true;
-                ClientStep::Abort(Abort::Rejected { what: "ATRN", reply })
+                ClientStep::Abort(Abort::Rejected(Rejection { stage: Stage::Atrn, reply }))
             }
             PendingReply::Quit => ClientStep::Closed,
         };
@@ -636,7 +602,8 @@ impl Client {
         if let Some(initial) = exchange.initial() {
             // RFC 4954 section 4: "=" stands for a response of no length.
             let initial = if initial.is_empty() { "=".to_owned() } else { data_encoding::BASE64.encode(&initial) };
-            if line.len() + 1 + initial.len() <= AUTH_LINE_LIMIT {
+            // RFC 4954 section 4: no initial response that makes the line too long.
+            if line.len() + 1 + initial.len() + "\r\n".len() <= limits::SENT_COMMAND_LINE {
                 line = format!("{line} {initial}");
             } else {
                 exchange = mechanism.client(name, secret);
@@ -654,8 +621,8 @@ impl Client {
         ClientStep::Abort(abort)
     }
 
-    fn rejected(&mut self, what: &'static str, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        self.abort(Abort::Rejected { what, reply }, out)
+    fn rejected(&mut self, stage: Stage, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
+        self.abort(Abort::Rejected(Rejection { stage, reply }), out)
     }
 
     // A reply in a state: which state is next.
@@ -664,7 +631,7 @@ impl Client {
         self.peer_name = first_word(&reply);
         match reply.severity() {
             Severity::Positive => self.enter_ehlo(out),
-            _ => self.rejected("the greeting", reply, out),
+            _ => self.rejected(Stage::Greeting, reply, out),
         }
     }
 
@@ -673,7 +640,7 @@ impl Client {
             Severity::Positive => {
                 self.peer_name = first_word(&reply).or(self.peer_name.take());
                 self.extended = true;
-                self.extensions = PeerExtensions::read(&reply);
+                self.extensions = PeerExtensions::parse(&reply);
                 match self.options.starttls {
                     StartTls::Offered | StartTls::Required if !self.tls && self.extensions.starttls => {
                         self.queue_command(PendingReply::StartTls, "STARTTLS");
@@ -692,14 +659,14 @@ impl Client {
                 self.queue_command(PendingReply::Helo, format!("HELO {}", self.options.name));
                 ClientStep::Wait
             }
-            _ => self.rejected("EHLO", reply, out),
+            _ => self.rejected(Stage::Ehlo, reply, out),
         }
     }
 
     fn helo_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
         match reply.severity() {
             Severity::Positive => self.ehlo_done(out),
-            _ => self.rejected("HELO", reply, out),
+            _ => self.rejected(Stage::Helo, reply, out),
         }
     }
 
@@ -729,17 +696,17 @@ impl Client {
         match reply.severity() {
             Severity::Positive => ClientStep::StartTls,
             _ if self.options.starttls == StartTls::Offered => self.ehlo_done(out),
-            _ => self.rejected("STARTTLS", reply, out),
+            _ => self.rejected(Stage::StartTls, reply, out),
         }
     }
 
     fn auth_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
         let Some((_, exchange)) = &mut self.exchange else {
-            return self.rejected("AUTH", reply, out);
+            return self.rejected(Stage::Auth, reply, out);
         };
         match (reply.severity(), reply.code()) {
             // It goes on after our "*": then we do not.
-            (Severity::Intermediate, _) if self.cancelled => self.rejected("AUTH", reply, out),
+            (Severity::Intermediate, _) if self.cancelled => self.rejected(Stage::Auth, reply, out),
             (Severity::Intermediate, _) => {
                 let text = reply.lines().next().unwrap_or_default();
                 let response = data_encoding::BASE64
@@ -765,13 +732,15 @@ impl Client {
             (Severity::Permanent, 500..=504 | 534 | 538) => {
                 self.exchange = None;
                 match self.enter_auth(out) {
-                    ClientStep::Abort(Abort::NoMechanism) => ClientStep::Abort(Abort::Rejected { what: "AUTH", reply }),
+                    ClientStep::Abort(Abort::NoMechanism) => {
+                        ClientStep::Abort(Abort::Rejected(Rejection { stage: Stage::Auth, reply }))
+                    }
                     step => step,
                 }
             }
             _ => {
                 self.exchange = None;
-                self.rejected("AUTH", reply, out)
+                self.rejected(Stage::Auth, reply, out)
             }
         }
     }
@@ -802,10 +771,11 @@ impl Client {
             *slot = Some(reply.clone());
             if front.stepwise {
                 // One that was refused has no part in what follows.
-                front.recipients.truncate(if is_negative(&reply) { number } else { number + 1 });
+                front.recipients.truncate(if !reply.is_positive() { number } else { number + 1 });
                 return ClientStep::Replied(reply);
             }
-            let all_refused = front.recipients.iter().all(|reply| reply.as_ref().is_some_and(is_negative));
+            let all_refused =
+                front.recipients.iter().all(|reply| reply.as_ref().is_some_and(|reply| !reply.is_positive()));
             if all_refused && self.drop_queued() {
                 self.reset();
                 return self.finish_transaction(None);
@@ -834,7 +804,7 @@ impl Client {
         let Some(front) = self.transactions.front_mut() else {
             return ClientStep::Wait;
         };
-        let somebody = front.mail.is_none() && front.recipients.iter().flatten().any(|reply| !is_negative(reply));
+        let somebody = front.mail.is_none() && front.recipients.iter().flatten().any(|reply| reply.is_positive());
         match (reply.severity(), somebody) {
             // RFC 5321 section 3.3: content is sent behind 354 only.
             (Severity::Intermediate, true) => {
@@ -864,7 +834,7 @@ impl Client {
     fn content_replied(&mut self, reply: Reply) -> ClientStep {
         // Behind a 421 the other recipients get no reply, and no mail.
         if self.options.lmtp
-            && reply.code() != 421
+            && !ends_session(&reply)
             && let Some(front) = self.transactions.front_mut()
         {
             front.content_replies.push(reply);
@@ -883,8 +853,8 @@ impl Client {
             return ClientStep::Wait;
         };
         let accepted = match last {
-            Some(last) if transaction.content == ContentProgress::Sent => content_status(last),
-            Some(last) => status_of(last),
+            Some(last) if transaction.content == ContentProgress::Sent => RecipientStatus::after_content(last),
+            Some(last) => RecipientStatus::after_negative(last),
             None => RecipientStatus::Deferred(Reply::new(451, "4.5.0", "No reply decided on this recipient")),
         };
         ClientStep::MessageDone(transaction.result(&accepted))
@@ -907,7 +877,7 @@ impl Client {
     /// Why the peer cannot be given this message.
     fn incompatibility(&self, message: &OutgoingMessage) -> Option<Reply> {
         let offered = &self.extensions;
-        if needs_utf8(message) && !offered.utf8 {
+        if message.envelope.needs_utf8() && !offered.utf8 {
             // RFC 6531 section 3.2.
             return Some(no_utf8());
         }
@@ -925,26 +895,26 @@ impl Client {
 
     /// RFC 5321 section 4.1.1.3: parameters only of extensions that the peer offers.
     fn mail_line(&self, message: &OutgoingMessage) -> String {
-        let mut line = format!("MAIL FROM:<{}>", message.from);
+        let mut line = format!("MAIL FROM:<{}>", message.envelope.from);
         // RFC 1870 section 6: nothing where nothing is known.
         if self.extensions.size.is_some() && message.size > 0 {
             line.push_str(&format!(" SIZE={}", message.size));
         }
         // 7-bit content is 8BITMIME content too, so what nobody declared goes as that.
-        if self.extensions.eight_bit && message.body != Body::SevenBit {
+        if self.extensions.eight_bit && message.envelope.body != Body::SevenBit {
             line.push_str(" BODY=8BITMIME");
         }
-        if needs_utf8(message) {
+        if message.envelope.needs_utf8() {
             line.push_str(" SMTPUTF8");
         }
         // RFC 3461 section 5.2.1: passed on as they were given.
         if self.extensions.dsn {
-            match message.ret {
+            match message.envelope.ret {
                 Some(Return::Full) => line.push_str(" RET=FULL"),
                 Some(Return::Header) => line.push_str(" RET=HDRS"),
                 None => {}
             }
-            if let Some(id) = &message.envelope_id {
+            if let Some(id) = &message.envelope.envelope_id {
                 line.push_str(&format!(" ENVID={id}"));
             }
         }
@@ -990,36 +960,6 @@ impl Client {
     }
 }
 
-impl PeerExtensions {
-    /// Reads the lines of an EHLO reply; what is not known is passed over.
-    fn read(reply: &Reply) -> PeerExtensions {
-        let mut offered = PeerExtensions::default();
-        for line in reply.lines().skip(1) {
-            let mut words = line.split_ascii_whitespace();
-            match words.next().map(str::to_ascii_uppercase).as_deref() {
-                Some("PIPELINING") => offered.pipelining = true,
-                Some("SIZE") => {
-                    offered.size = Some(words.next().and_then(|number| number.parse().ok()).unwrap_or(0));
-                }
-                Some("8BITMIME") => offered.eight_bit = true,
-                Some("SMTPUTF8") => offered.utf8 = true,
-                Some("CHUNKING") => offered.chunking = true,
-                Some("DSN") => offered.dsn = true,
-                Some("STARTTLS") => offered.starttls = true,
-                Some("ATRN") => offered.atrn = true,
-                Some("XCLIENT") => offered.xclient = words.map(str::to_ascii_uppercase).collect(),
-                Some("XFORWARD") => offered.xforward = words.map(str::to_ascii_uppercase).collect(),
-                Some("AUTH") => {
-                    offered.auth = true;
-                    offered.mechanisms.extend(words.filter_map(|word| Mechanism::parse(word.as_bytes())));
-                }
-                _ => {}
-            }
-        }
-        offered
-    }
-}
-
 fn first_word(reply: &Reply) -> Option<String> {
     let word = reply.lines().next()?.split_ascii_whitespace().next()?;
     Some(word.to_owned())
@@ -1032,10 +972,6 @@ fn messages(reply: &Reply) -> Option<u64> {
     pair[0].parse().ok()
 }
 
-fn needs_utf8(message: &OutgoingMessage) -> bool {
-    message.utf8 || !message.from.is_ascii() || message.recipients.iter().any(|recipient| !recipient.mailbox.is_ascii())
-}
-
 fn no_utf8() -> Reply {
     Reply::new(553, "5.6.7", "The next hop does not offer SMTPUTF8")
 }
@@ -1045,20 +981,4 @@ fn xtext(text: &str) -> String {
     let plain = |octet: u8| octet.is_ascii_graphic() && !matches!(octet, b'+' | b'=');
     let word = |octet: u8| if plain(octet) { char::from(octet).to_string() } else { format!("+{octet:02X}") };
     text.bytes().map(word).collect()
-}
-
-/// What a reply to the content means.
-fn content_status(reply: &Reply) -> RecipientStatus {
-    if reply.is_positive() { RecipientStatus::Sent(reply.clone()) } else { status_of(reply) }
-}
-
-fn is_negative(reply: &Reply) -> bool {
-    !reply.is_positive()
-}
-
-fn status_of(refusal: &Reply) -> RecipientStatus {
-    match refusal.severity() {
-        Severity::Permanent => RecipientStatus::Rejected(refusal.clone()),
-        _ => RecipientStatus::Deferred(refusal.clone()),
-    }
 }

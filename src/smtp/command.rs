@@ -6,6 +6,8 @@
 
 use std::borrow::Cow;
 
+use super::extensions::ServerExtensions;
+use super::limits;
 use super::reply::Reply;
 use crate::mail::address::{Domain, ForwardPath, Mailbox, PathError, ReversePath, forward_path, reverse_path};
 
@@ -85,16 +87,6 @@ impl Verb {
     }
 }
 
-/// What the server role offers, and so what may stand behind MAIL.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ServerExtensions {
-    pub size: bool,
-    pub eight_bit: bool,
-    pub utf8: bool,
-    pub auth: bool,
-    pub dsn: bool,
-}
-
 /// `BODY=` (RFC 6152).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Body {
@@ -105,19 +97,46 @@ pub enum Body {
     EightBit,
 }
 
-/// A `MAIL FROM` with its parameters.
+/// The envelope of a message (RFC 5321 section 2.3.1): sender, recipients, and what the sender said with MAIL.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MailFrom {
-    pub path: ReversePath,
-    /// `SIZE=` (RFC 1870), saturated.
-    pub size: Option<u64>,
+pub struct Envelope {
+    pub from: ReversePath,
+    pub recipients: Vec<Recipient>,
     pub body: Body,
     /// `SMTPUTF8` (RFC 6531).
     pub utf8: bool,
     /// `RET=` (RFC 3461 section 4.3).
     pub ret: Option<Return>,
-    /// `ENVID=`, as it was given: xtext.
+    /// `ENVID=`, as it was given: xtext (RFC 3461 section 4.4).
     pub envelope_id: Option<String>,
+}
+
+impl Envelope {
+    /// An envelope without recipients and parameters.
+    pub fn new(from: ReversePath) -> Envelope {
+        Envelope { from, recipients: Vec::new(), body: Body::Unsaid, utf8: false, ret: None, envelope_id: None }
+    }
+
+    /// The same envelope for other recipients.
+    pub fn with_recipients(&self, recipients: Vec<Recipient>) -> Envelope {
+        let Envelope { from, body, utf8, ret, envelope_id, .. } = self;
+        let (from, envelope_id) = (from.clone(), envelope_id.clone());
+        Envelope { from, recipients, body: *body, utf8: *utf8, ret: *ret, envelope_id }
+    }
+
+    /// Whether a server without SMTPUTF8 cannot accept it (RFC 6531 section 3.2).
+    pub fn needs_utf8(&self) -> bool {
+        self.utf8 || !self.from.is_ascii() || self.recipients.iter().any(|recipient| !recipient.mailbox.is_ascii())
+    }
+}
+
+/// A `MAIL FROM` with its parameters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MailFrom {
+    /// Without recipients as yet.
+    pub envelope: Envelope,
+    /// `SIZE=` (RFC 1870), saturated.
+    pub size: Option<u64>,
 }
 
 /// How much of a message comes back with a notice of failure (RFC 3461 section 4.3).
@@ -197,7 +216,7 @@ pub fn original_recipient(value: &[u8]) -> Option<String> {
     let at = value.iter().position(|octet| *octet == b';')?;
     let (kind, text) = (&value[..at], &value[at + 1..]);
     let atom = |octet: &u8| octet.is_ascii_alphanumeric() || b"!#$%&'*+-/=?^_`{|}~.".contains(octet);
-    let good = value.len() <= 500 && !kind.is_empty() && kind.iter().all(atom) && is_xtext(text);
+    let good = value.len() <= limits::ORIGINAL_RECIPIENT && !kind.is_empty() && kind.iter().all(atom) && is_xtext(text);
     good.then(|| String::from_utf8_lossy(value).into_owned())
 }
 
@@ -330,7 +349,7 @@ pub fn announced_chunk_size(rest: &[u8]) -> Option<u64> {
 fn hello(argument: &[u8]) -> Result<String, Reply> {
     let printable = argument.iter().all(|octet| (b'!'..=b'~').contains(octet));
     match std::str::from_utf8(argument) {
-        Ok(name) if printable && (1..=255).contains(&name.len()) => Ok(name.to_owned()),
+        Ok(name) if printable && (1..=limits::HELLO_NAME).contains(&name.len()) => Ok(name.to_owned()),
         _ => Err(argument_error("Say your host name, or your address in square brackets")),
     }
 }
@@ -353,43 +372,43 @@ fn after_keyword<'a>(argument: &'a [u8], keyword: &'static str) -> Result<&'a [u
 fn mail(argument: &[u8], offers: ServerExtensions) -> Result<MailFrom, Reply> {
     let input = after_keyword(argument, "FROM:")?;
     let (path, used) = reverse_path(input).map_err(|error| path_error(error, "5.1.7"))?;
-    let mut mail = MailFrom { path, size: None, body: Body::Unsaid, utf8: false, ret: None, envelope_id: None };
+    let (mut envelope, mut size) = (Envelope::new(path), None);
     let mut auth = false;
     for parameter in parameters(&input[used..])? {
         let (name, value) = name_and_value(parameter);
         match name.to_ascii_uppercase().as_slice() {
             b"SIZE" if offers.size => {
-                once(mail.size.is_none())?;
-                mail.size = Some(value.and_then(number).ok_or_else(|| argument_error("Syntax: SIZE=octets"))?);
+                once(size.is_none())?;
+                size = Some(value.and_then(number).ok_or_else(|| argument_error("Syntax: SIZE=octets"))?);
             }
             b"BODY" if offers.eight_bit => {
-                once(mail.body == Body::Unsaid)?;
-                mail.body = match value.map(<[u8]>::to_ascii_uppercase).as_deref() {
+                once(envelope.body == Body::Unsaid)?;
+                envelope.body = match value.map(<[u8]>::to_ascii_uppercase).as_deref() {
                     Some(b"7BIT") => Body::SevenBit,
                     Some(b"8BITMIME") => Body::EightBit,
                     _ => return Err(argument_error("BODY is 7BIT or 8BITMIME")),
                 };
             }
             b"SMTPUTF8" if offers.utf8 => {
-                once(!mail.utf8)?;
+                once(!envelope.utf8)?;
                 if value.is_some() {
                     return Err(argument_error("SMTPUTF8 takes no value"));
                 }
-                mail.utf8 = true;
+                envelope.utf8 = true;
             }
             b"RET" if offers.dsn => {
-                once(mail.ret.is_none())?;
-                mail.ret = match value.map(<[u8]>::to_ascii_uppercase).as_deref() {
+                once(envelope.ret.is_none())?;
+                envelope.ret = match value.map(<[u8]>::to_ascii_uppercase).as_deref() {
                     Some(b"FULL") => Some(Return::Full),
                     Some(b"HDRS") => Some(Return::Header),
                     _ => return Err(argument_error("RET is FULL or HDRS")),
                 };
             }
             b"ENVID" if offers.dsn => {
-                once(mail.envelope_id.is_none())?;
-                let text = value.filter(|value| value.len() <= 100 && is_xtext(value));
+                once(envelope.envelope_id.is_none())?;
+                let text = value.filter(|value| value.len() <= limits::ENVELOPE_ID && is_xtext(value));
                 let text = text.ok_or_else(|| argument_error("ENVID is xtext of 100 octets at most"))?;
-                mail.envelope_id = Some(String::from_utf8_lossy(text).into_owned());
+                envelope.envelope_id = Some(String::from_utf8_lossy(text).into_owned());
             }
             // RFC 4954 section 5: whoever offers AUTH takes AUTH=, and treats it as <> from a peer it
             // does not trust.
@@ -404,10 +423,10 @@ fn mail(argument: &[u8], offers: ServerExtensions) -> Result<MailFrom, Reply> {
         }
     }
     // RFC 6531 section 3.5: a UTF-8 address needs the parameter.
-    if !mail.utf8 && !input[..used].is_ascii() {
+    if !envelope.utf8 && !input[..used].is_ascii() {
         return Err(Reply::new(550, "5.6.7", "A UTF-8 address needs the SMTPUTF8 parameter"));
     }
-    Ok(mail)
+    Ok(MailFrom { envelope, size })
 }
 
 fn rcpt(argument: &[u8], offers: ServerExtensions) -> Result<Command, Reply> {
@@ -540,10 +559,10 @@ mod tests {
             Ok(Command::Mail(mail)) => mail,
             other => panic!("{line}: {other:?}"),
         };
-        assert_eq!(mail("MAIL FROM:<>").path, ReversePath::Null);
-        assert_eq!(mail("mail from: <a@b.example>").path.to_string(), "a@b.example");
+        assert_eq!(mail("MAIL FROM:<>").envelope.from, ReversePath::Null);
+        assert_eq!(mail("mail from: <a@b.example>").envelope.from.to_string(), "a@b.example");
         let full = mail("MAIL FROM:<a@b.example> SIZE=99999999999999999999 BODY=8BitMIME SMTPUTF8 AUTH=e+3Dmc2@x");
-        assert_eq!((full.size, full.body, full.utf8), (Some(u64::MAX), Body::EightBit, true));
+        assert_eq!((full.size, full.envelope.body, full.envelope.utf8), (Some(u64::MAX), Body::EightBit, true));
         for (bad, wanted) in [
             ("MAIL", 501),
             ("MAIL FROM", 501),

@@ -8,7 +8,7 @@
 //! wire → disk    Unstuffer   Chunks      say whether a CR or an LF stood alone: such mail is refused
 //! disk → wire    Stuffer     Liner       never let a CR or an LF stand alone
 //!                Sizer                   the size of what they send
-//!                Headers                 the Received fields that went by
+//!                HeaderScanner           the Received fields and the Message-ID that go by
 //! ```
 //!
 //! All take the content in pieces, append to `out`, keep nothing but a few octets of state, and give
@@ -273,52 +273,90 @@ impl WireSize {
     }
 }
 
-/// Watches content at rest go by, up to the empty line that ends its header.
-#[derive(Debug)]
-pub struct ReceivedCounter {
-    /// How much of the name the line is so far; nothing when it is another field.
-    matched: Option<usize>,
+/// Reads the header of content at rest as it goes by, up to the empty line that ends it.
+#[derive(Debug, Default)]
+pub struct HeaderScanner {
+    /// The beginning of the line under way.
+    line: Vec<u8>,
     received: usize,
+    received_id: Option<String>,
+    message_id: Option<String>,
+    field: ScannedField,
     over: bool,
 }
 
-impl ReceivedCounter {
-    pub fn new() -> ReceivedCounter {
-        ReceivedCounter { matched: Some(0), received: 0, over: false }
+/// The field that a continuation line belongs to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum ScannedField {
+    #[default]
+    Other,
+    Received,
+    MessageId,
+}
+
+/// Octets of a header line that are looked at.
+const SCANNED_LINE: usize = 512;
+
+impl HeaderScanner {
+    pub fn new() -> HeaderScanner {
+        HeaderScanner::default()
     }
 
     pub fn feed(&mut self, input: &[u8]) {
-        const NAME: &[u8] = b"received:";
         for &octet in input {
-            if self.over {
-                return;
-            }
-            self.matched = match self.matched {
-                // A file that another program wrote with CRLF has an empty line, too.
-                matched if octet == b'\r' => matched,
-                matched if octet == b'\n' => {
-                    self.over = matched == Some(0);
-                    Some(0)
-                }
-                Some(octets) if octet.eq_ignore_ascii_case(&NAME[octets]) => Some(octets + 1),
-                _ => None,
-            };
-            if self.matched == Some(NAME.len()) {
-                self.received += 1;
-                self.matched = None;
+            match octet {
+                _ if self.over => return,
+                b'\n' => self.end_line(),
+                _ if self.line.len() < SCANNED_LINE => self.line.push(octet),
+                _ => {}
             }
         }
     }
 
-    /// The number of `Received:` fields so far: many of them are a loop (RFC 5321 section 6.3).
+    fn end_line(&mut self) {
+        let line = std::mem::take(&mut self.line);
+        let text = line.trim_ascii_end();
+        self.over = text.is_empty();
+        let mut value = text;
+        if !text.first().is_some_and(u8::is_ascii_whitespace) {
+            let after = |name: &[u8]| text.get(..name.len()).filter(|begin| begin.eq_ignore_ascii_case(name)).is_some();
+            self.field = ScannedField::Other;
+            for (name, field) in [("received:", ScannedField::Received), ("message-id:", ScannedField::MessageId)] {
+                if after(name.as_bytes()) {
+                    (self.field, value) = (field, &text[name.len()..]);
+                }
+            }
+            self.received += usize::from(self.field == ScannedField::Received);
+        }
+        match self.field {
+            ScannedField::Received if self.received == 1 && self.received_id.is_none() => {
+                let words = String::from_utf8_lossy(value);
+                let mut words = words.split_ascii_whitespace().skip_while(|word| *word != "id").skip(1);
+                self.received_id = words.next().map(|id| id.trim_end_matches(';').to_owned());
+            }
+            ScannedField::MessageId if self.message_id.is_none() && !value.trim_ascii().is_empty() => {
+                self.message_id = Some(String::from_utf8_lossy(value.trim_ascii()).into_owned());
+            }
+            _ => {}
+        }
+        self.line = line;
+        self.line.clear();
+    }
+
+    /// The number of `Received` fields so far: many of them mean that the message goes round in circles (RFC 5321
+    /// section 6.3).
     pub fn received(&self) -> usize {
         self.received
     }
-}
 
-impl Default for ReceivedCounter {
-    fn default() -> Self {
-        ReceivedCounter::new()
+    /// The id in the topmost `Received` field, by which the host before us knows the message (RFC 5321 section 4.4).
+    pub fn received_id(&self) -> Option<&str> {
+        self.received_id.as_deref()
+    }
+
+    /// The Message-ID with its angle brackets (RFC 5322 section 3.6.4).
+    pub fn message_id(&self) -> Option<&str> {
+        self.message_id.as_deref()
     }
 }
 
@@ -329,244 +367,4 @@ fn split_text(input: &[u8]) -> (&[u8], &[u8]) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::collection::vec;
-    use proptest::prelude::*;
-
-    /// The content of one DATA, whether it held a bare CR or LF, and what was left behind its end.
-    fn unstuff(pieces: &[Vec<u8>]) -> (Vec<u8>, bool, Option<Vec<u8>>) {
-        let (mut unstuffer, mut out) = (Unstuffer::new(), Vec::new());
-        for (n, piece) in pieces.iter().enumerate() {
-            let fed = unstuffer.feed(piece, &mut out);
-            if fed.end {
-                let behind = [&piece[fed.used..], &pieces[n + 1..].concat()].concat();
-                return (out, unstuffer.bare(), Some(behind));
-            }
-            assert_eq!(fed.used, piece.len());
-        }
-        (out, unstuffer.bare(), None)
-    }
-
-    fn unchunk(pieces: &[Vec<u8>]) -> (Vec<u8>, bool, u64) {
-        let (mut chunks, mut out) = (BdatDecoder::new(), Vec::new());
-        pieces.iter().for_each(|piece| chunks.feed(piece, &mut out));
-        chunks.finish(&mut out);
-        (out, chunks.bare(), chunks.size())
-    }
-
-    fn stuff(pieces: &[Vec<u8>]) -> Vec<u8> {
-        let (mut stuffer, mut out) = (Stuffer::new(), Vec::new());
-        pieces.iter().for_each(|piece| stuffer.feed(piece, &mut out));
-        stuffer.finish(&mut out);
-        out
-    }
-
-    fn lines(pieces: &[Vec<u8>]) -> Vec<u8> {
-        let (mut liner, mut out) = (CrlfEncoder::new(), Vec::new());
-        pieces.iter().for_each(|piece| liner.feed(piece, &mut out));
-        liner.finish(&mut out);
-        out
-    }
-
-    fn size(pieces: &[Vec<u8>]) -> u64 {
-        let mut sizer = WireSize::new();
-        pieces.iter().for_each(|piece| sizer.feed(piece));
-        sizer.finish()
-    }
-
-    fn received(pieces: &[Vec<u8>]) -> usize {
-        let mut headers = ReceivedCounter::new();
-        pieces.iter().for_each(|piece| headers.feed(piece));
-        headers.received()
-    }
-
-    fn whole(input: &str) -> [Vec<u8>; 1] {
-        [input.into()]
-    }
-
-    #[test]
-    fn data_ends_at_a_dot_alone() {
-        fn check(input: &str, content: &str, behind: Option<&str>) {
-            let expected = (content.into(), false, behind.map(Into::into));
-            assert_eq!(unstuff(&whole(input)), expected, "{input:?}");
-        }
-        check(".\r\n", "", Some(""));
-        check(".\r\nQUIT\r\n", "", Some("QUIT\r\n"));
-        check("a\r\n.\r\n", "a\n", Some(""));
-        check("a\r\n.\r\n.\r\n", "a\n", Some(".\r\n"));
-        check("\r\n.\r\n", "\n", Some(""));
-        check("a\r\n..\r\n.b\r\n...\r\n.\r\n", "a\n.\nb\n..\n", Some(""));
-        check("a.\r\n.\r\n", "a.\n", Some(""));
-        check("a\0\x01\x7f\r\n\0.\r\n.\r\n", "a\0\x01\x7f\n\0.\n", Some(""));
-        check("", "", None);
-        check(".", "", None);
-        check("a\r\n.\r", "a\n", None);
-        check("a", "a", None);
-    }
-
-    #[test]
-    fn nothing_is_used_behind_the_end() {
-        let (mut unstuffer, mut out) = (Unstuffer::new(), Vec::new());
-        assert_eq!(unstuffer.feed(b"a\r\n.\r\nb", &mut out), Fed { used: 6, end: true });
-        assert_eq!(unstuffer.feed(b"b\r\n", &mut out), Fed { used: 0, end: true });
-        assert_eq!(out, b"a\n");
-    }
-
-    #[test]
-    fn no_smuggling_vector_ends_the_data() {
-        fn check(vector: &str, bare: bool) {
-            let input = format!("a{vector}MAIL FROM:<b@example.org>\r\n.\r\nQUIT\r\n");
-            let (content, seen, behind) = unstuff(&whole(&input));
-            assert!(content.ends_with(b"MAIL FROM:<b@example.org>\n"), "{vector:?}");
-            assert_eq!((seen, behind), (bare, Some(b"QUIT\r\n".to_vec())), "{vector:?}");
-        }
-        check("\n.\n", true);
-        check("\r.\r", true);
-        check("\r.\n", true);
-        check("\n.\r", true);
-        check("\n.\r\n", true);
-        check("\r\n.\n", true);
-        check("\r.\r\n", true);
-        check("\r\n.\r", true);
-        check("\r\n.\r\r\n", true);
-        check("\r\n\0.\r\n", false);
-    }
-
-    #[test]
-    fn chunks_know_no_dots() {
-        fn check(chunks: &[&str], content: &str, bare: bool) {
-            let chunks: Vec<Vec<u8>> = chunks.iter().map(|&chunk| chunk.into()).collect();
-            let size = chunks.concat().len() as u64;
-            assert_eq!(unchunk(&chunks), (content.into(), bare, size), "{chunks:?}");
-        }
-        check(&[], "", false);
-        check(&["a\r\n.\r\n..b\r\n"], "a\n.\n..b\n", false);
-        check(&[".\r\n"], ".\n", false);
-        check(&["a\r", "\nb"], "a\nb", false);
-        check(&["a\r", "b\0"], "a\rb\0", true);
-        check(&["a\n"], "a\n", true);
-        check(&["a\r"], "a\r", true);
-        check(&["a\r\r\n"], "a\r\n", true);
-    }
-
-    #[test]
-    fn size_leaves_out_stuffed_dots_and_the_end() {
-        fn check(input: &str, size: u64, eight_bit: bool) {
-            let mut unstuffer = Unstuffer::new();
-            unstuffer.feed(input.as_bytes(), &mut Vec::new());
-            assert_eq!((unstuffer.size(), unstuffer.eight_bit()), (size, eight_bit), "{input:?}");
-        }
-        check(".\r\n", 0, false);
-        check("a\r\n.\r\n", 3, false);
-        check("..\r\nü\r\n.\r\n", 7, true);
-        check("a\rb\nc\r\n.\rd\r\n.\r\n", 11, false);
-    }
-
-    #[test]
-    fn content_goes_out_in_whole_lines() {
-        fn check(content: &str, expected: &str) {
-            assert_eq!(String::from_utf8_lossy(&stuff(&whole(content))), expected, "{content:?}");
-        }
-        check("", ".\r\n");
-        check("a\n", "a\r\n.\r\n");
-        check("a", "a\r\n.\r\n");
-        check("\n", "\r\n.\r\n");
-        check(".", "..\r\n.\r\n");
-        check("a\n.\n..b\nc.\n", "a\r\n..\r\n...b\r\nc.\r\n.\r\n");
-        check("a\r\nb\r\n", "a\r\nb\r\n.\r\n");
-        check("a\rb\n", "a b\r\n.\r\n");
-        check("a\r\r\n", "a \r\n.\r\n");
-        check("\r.\n", " .\r\n.\r\n");
-        check("a\r", "a \r\n.\r\n");
-        check("a\0b", "a\0b\r\n.\r\n");
-    }
-
-    #[test]
-    fn received_fields_count_in_the_header_alone() {
-        fn check(content: &str, expected: usize) {
-            assert_eq!(received(&whole(content)), expected, "{content:?}");
-        }
-        check("", 0);
-        check("Received: from a\n by b\nreceived:x\nRECEIVED:\n\nReceived: c\n", 3);
-        check("Received: a\r\n\r\nReceived: b\r\n", 1);
-        check("\nReceived: a\n", 0);
-        check("Received-SPF: a\nReceive: b\nX-Received: c\n Received: d\nReceivedReceived: e\n\n", 0);
-        check("Received", 0);
-    }
-
-    /// Few kinds of octets, so that every line end and dot meets every other.
-    fn octets() -> impl Strategy<Value = Vec<u8>> {
-        vec(proptest::sample::select(b"\n\n\n\r\r\r...a\0\xff".as_slice()), 0..8)
-    }
-
-    fn pieces() -> impl Strategy<Value = Vec<Vec<u8>>> {
-        vec(octets(), 0..6)
-    }
-
-    fn position(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-        haystack.windows(needle.len()).position(|window| window == needle)
-    }
-
-    proptest! {
-        #[test]
-        fn cuts_change_nothing(pieces in pieces()) {
-            let whole = [pieces.concat()];
-            let single: Vec<Vec<u8>> = whole[0].iter().map(|&octet| vec![octet]).collect();
-            for cut in [&pieces, &single] {
-                prop_assert_eq!(unstuff(cut), unstuff(&whole));
-                prop_assert_eq!(unchunk(cut), unchunk(&whole));
-                prop_assert_eq!(stuff(cut), stuff(&whole));
-                prop_assert_eq!(lines(cut), lines(&whole));
-                prop_assert_eq!(size(cut), size(&whole));
-            }
-        }
-
-        #[test]
-        fn cuts_hide_no_received_field(
-            text in "(Received: a\n|X: b\n|\n|\r\n|re){0,6}",
-            at in 0usize..70,
-        ) {
-            let (start, end) = text.split_at(at.min(text.len()));
-            prop_assert_eq!(received(&[start.into(), end.into()]), received(&whole(&text)));
-        }
-
-        #[test]
-        fn data_ends_where_the_standard_says(pieces in pieces()) {
-            // The CRLF of DATA itself comes first.
-            let connection = [&b"\r\n"[..], &pieces.concat()].concat();
-            let end = position(&connection, b"\r\n.\r\n");
-            let behind = end.map(|end| connection[end + 5..].to_vec());
-            let content = &connection[..end.map_or(connection.len(), |end| end + 2)];
-            let text = String::from_utf8_lossy(content).replace("\r\n", "");
-            let (_, bare, seen) = unstuff(&pieces);
-            prop_assert_eq!(&seen, &behind);
-            if seen.is_some() {
-                prop_assert_eq!(bare, text.contains(['\r', '\n']));
-            }
-        }
-
-        #[test]
-        fn what_is_sent_is_one_message_of_whole_lines(pieces in pieces()) {
-            let connection = stuff(&pieces);
-            let framed = [b"\r\n", &connection[..]].concat();
-            prop_assert_eq!(position(&framed, b"\r\n.\r\n"), Some(framed.len() - 5));
-            let text = String::from_utf8_lossy(&connection).replace("\r\n", "");
-            prop_assert!(!text.contains(['\r', '\n']));
-            prop_assert_eq!(size(&pieces), lines(&pieces).len() as u64);
-        }
-
-        #[test]
-        fn content_survives_the_wire(pieces in pieces()) {
-            let mut content = pieces.concat();
-            content.retain(|&octet| octet != b'\r');
-            if content.last().is_some_and(|&octet| octet != b'\n') {
-                content.push(b'\n');
-            }
-            let connection = stuff(&[content.clone()]);
-            prop_assert_eq!(unstuff(&[connection]), (content.clone(), false, Some(vec![])));
-            let size = size(&[content.clone()]);
-            prop_assert_eq!(unchunk(&[lines(&[content.clone()])]), (content, false, size));
-        }
-    }
-}
+mod tests;

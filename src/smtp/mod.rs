@@ -1,13 +1,16 @@
 //! The SMTP protocol without sockets, files, clocks or threads (RFC 5321, RFC 2645).
 //!
-//! Octets go in, octets and decisions come out. Two machines, [`server`] and [`client`], play the two
-//! roles; which of them speaks on a connection is decided outside, and changed by `turn.rs` alone.
+//! Octets go in, octets and decisions come out. Two machines, [`server`] and [`client`], play the two roles. `turn.rs`
+//! alone changes the role on a connection.
 
-pub mod client;
+pub mod limits;
+pub mod reply;
+pub mod extensions;
+pub mod status;
 pub mod command;
 pub mod content;
-pub mod reply;
 pub mod server;
+pub mod client;
 
 #[cfg(test)]
 mod tests;

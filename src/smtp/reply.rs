@@ -6,12 +6,7 @@
 use std::borrow::Cow;
 use std::fmt::{self, Write};
 
-/// A line of a reply may have 512 octets with its CRLF (RFC 5321 section 4.5.3.1.5).
-const TEXT_LIMIT: usize = 512 - "250-".len() - "5.5.555 ".len() - "\r\n".len();
-
-/// Of a peer's reply so many lines are kept, and so many octets of each; the rest is read and dropped.
-const LINE_COUNT_LIMIT: usize = 64;
-const LINE_LENGTH_LIMIT: usize = 512;
+use super::limits;
 
 /// In logs and marks so many characters of a reply are enough.
 const DISPLAY_LIMIT: usize = 300;
@@ -137,8 +132,8 @@ impl fmt::Display for Reply {
 /// Cuts a text into pieces that fit a reply line.
 fn pieces(mut text: &str) -> Vec<&str> {
     let mut pieces = Vec::new();
-    while text.len() > TEXT_LIMIT {
-        let cut = (1..=TEXT_LIMIT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+    while text.len() > limits::REPLY_TEXT {
+        let cut = (1..=limits::REPLY_TEXT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
         let (piece, rest) = text.split_at(cut);
         pieces.push(piece);
         text = rest;
@@ -174,7 +169,7 @@ impl ReplyReader {
             Some(b'-') => (false, &line[4..]),
             Some(_) => return Err(broken()),
         };
-        let text = String::from_utf8_lossy(&text[..text.len().min(LINE_LENGTH_LIMIT)]);
+        let text = String::from_utf8_lossy(&text[..text.len().min(limits::REPLY_LINE_KEPT)]);
         let mut reply = match self.begun.take() {
             None => Reply { code, enhanced: None, lines: Vec::new() },
             Some(reply) if reply.code == code => reply,
@@ -184,7 +179,7 @@ impl ReplyReader {
         if reply.lines.is_empty() {
             reply.enhanced = enhanced.map(|code| Cow::Owned(code.to_owned()));
         }
-        if reply.lines.len() < LINE_COUNT_LIMIT {
+        if reply.lines.len() < limits::REPLY_LINES_KEPT {
             reply.lines.push(Cow::Owned(text.to_owned()));
         }
         if last {

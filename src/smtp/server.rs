@@ -1,34 +1,32 @@
-//! The SMTP server role: a line comes in, a [`Step`] goes out (RFC 5321, RFC 2645 section 5).
+//! The SMTP server role: a line comes in, a [`ServerStep`] goes out (RFC 5321, RFC 2645 section 5).
 //!
-//! One machine serves all three listeners; a [`Profile`] says which commands each of them has. What only
-//! a party knows (accounts, mailboxes) it is asked through [`Host`]. The machine moves no octets: its
-//! driver says the replies, reads content, starts TLS.
+//! One machine serves all listeners; [`ServerOptions`] says which commands each of them has. What depends on accounts,
+//! mailboxes and queues it asks its [`SessionHandler`]. The machine moves no octets: its driver (`session/server`)
+//! sends the replies, reads content, starts TLS.
 //!
 //! ```text
 //!            EHLO                  AUTH                    ATRN
 //! greeted ─────────▶ introduced ─────────▶ authenticated ─────────▶ turned (turn.rs: another role)
-//!                     │  ▲  MAIL RCPT DATA/BDAT  (25, and the customer after the turn)
+//!                     │  ▲  MAIL RCPT DATA/BDAT  (port 25, and the customer after the turn)
 //!                     └──┘
 //! ```
 
-use super::command::{Command, MailFrom, Notify, Recipient, ServerExtensions, Verb, announced_chunk_size};
+use super::command::{Command, Envelope, MailFrom, Notify, Recipient, Verb, announced_chunk_size};
+use super::extensions::ServerExtensions;
+use super::limits;
 use super::reply::Reply;
-use crate::clock::Timestamp;
-use crate::ids::Ids;
-use crate::mail::address::{Domain, ForwardPath, Host as HostName, Mailbox};
-use crate::sasl::{CredentialStore, ExchangeStep, Mechanism, ServerExchange};
+use crate::mail::address::{Domain, ForwardPath, Mailbox};
+use crate::mail::received::Received;
+use crate::sasl::{CredentialStore, ExchangeStep, Mechanism, NoCredentials, ServerExchange};
 
-/// So many refused recipients weigh as much as one bad command.
-const REJECTIONS_PER_ERROR: usize = 20;
-
-/// On which door this server stands.
+/// Which listener the server serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServerRole {
-    /// Port 25 of the provider: the world brings mail for the customers.
+    /// Port 25 of the provider: the world sends mail for the customers.
     Inbound,
-    /// Port 366 of the provider, before the turn: ATRN, and submission (RFC 6409) where mail is taken.
+    /// Port 366 of the provider, before the turn: ATRN, and submission (RFC 6409).
     Odmr,
-    /// The customer's own users and programs hand in their mail.
+    /// The customer's own users and programs submit mail.
     Submission,
     /// The customer after the turn.
     Customer,
@@ -54,7 +52,6 @@ pub struct ServerOptions {
     /// Delivery status notifications can be made and sent (RFC 3461).
     pub dsn: bool,
     pub mechanisms: Vec<Mechanism>,
-    pub ids: Ids,
 }
 
 impl ServerOptions {
@@ -77,47 +74,96 @@ impl ServerOptions {
     }
 }
 
-/// What the party behind the listener is asked.
-pub trait ServerHandler: CredentialStore {
-    /// May mail of this sender and size come in now? `account`: who has authenticated.
+/// What a session asks the party that it serves for.
+pub trait SessionHandler {
+    /// The accounts that may authenticate. A listener without AUTH has none.
+    fn credentials(&self) -> &dyn CredentialStore {
+        &NoCredentials
+    }
+
+    /// Whether a message with this sender and size is accepted now. `account`: the client has authenticated as that.
+    ///
+    /// # Errors
+    /// The reply to MAIL.
     fn sender(&mut self, mail: &MailFrom, account: Option<&str>) -> Result<(), Reply>;
-    /// Which mailbox is meant, and may mail for it come in? `notify` and `original`: what its sender wants to know
-    /// (RFC 3461).
+
+    /// The mailbox that a path means, if mail for it is accepted. `notify` and `original`: NOTIFY and ORCPT (RFC 3461).
+    ///
+    /// # Errors
+    /// The reply to RCPT.
     fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply>;
-    /// Octets of one message, where it may be less than the listener says.
+
+    /// Octets of one message, if an account may send less than the listener accepts.
     fn size_limit(&self, _account: Option<&str>) -> u64 {
         u64::MAX
     }
+
+    /// Whether an answer may take long, as a next hop is asked first. Then the replies so far are sent before.
+    fn may_wait(&self) -> bool {
+        false
+    }
+
+    /// Begins to receive the content of a transaction.
+    ///
+    /// # Errors
+    /// The reply to DATA or BDAT.
+    fn receive(&mut self, envelope: &Envelope, received: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply>;
+}
+
+/// What is known of a message before its content.
+#[derive(Clone, Debug)]
+pub struct Incoming<'a> {
+    /// The id of the session in the log.
+    pub session: &'a str,
+    pub received: Received<'a>,
+    /// Octets that the client has announced with SIZE (RFC 1870).
+    pub size: Option<u64>,
+}
+
+/// Where the content of one message goes. Dropped before its commit it leaves nothing.
+pub trait MessageSink: Send {
+    /// Content with LF line ends.
+    ///
+    /// # Errors
+    /// The reply to the content; no more of it is written then.
+    fn write(&mut self, octets: &[u8]) -> Result<(), Reply>;
+
+    /// Makes the message durable, and returns its id: only then may it be answered with 250.
+    ///
+    /// # Errors
+    /// The reply to the content: the client keeps the message.
+    fn commit(self: Box<Self>) -> Result<String, Reply>;
 }
 
 /// What the driver does next.
 #[derive(Debug)]
-pub enum ServerStep_ {
-    /// Say it and read the next line.
+pub enum ServerStep {
+    /// Send it and read the next line.
     Reply(Reply),
-    /// Say it and close.
+    /// Send it and close.
     Close(Reply),
-    /// Say it, start TLS, then call [`Server::secured`].
+    /// Send it, start TLS, then call [`Server::tls_started`].
     StartTls(Reply),
-    /// Say it, read content up to its end, then call [`Server::done`].
+    /// Send it, read content up to its end, then call [`Server::end_transaction`].
     Data(Reply),
-    /// Read this many octets; refused ones are thrown away and the reply said. Otherwise they are content:
-    /// call [`Server::done`] behind the last chunk, [`Server::chunk_refused`] when one cannot be taken.
-    Chunk { size: u64, last: bool, refused: Option<Reply> },
-    /// ATRN, permitted by the protocol: the party looks at the domains.
+    /// Read `size` octets. Rejected ones are discarded, then the reply is sent. Otherwise they are content: call
+    /// [`Server::end_transaction`] after the last chunk, [`Server::chunk_rejected`] if one cannot be stored.
+    Chunk { size: u64, last: bool, rejected: Option<Reply> },
+    /// ATRN, in a state that permits it: the provider looks at the domains.
     Atrn(Vec<Domain>),
 }
 
 /// A mail transaction under way: the envelope so far.
 #[derive(Clone, Debug)]
 pub struct Transaction {
-    pub mail: MailFrom,
-    pub recipients: Vec<Recipient>,
-    /// Octets its content may have.
+    pub envelope: Envelope,
+    /// Octets that the client has announced with SIZE.
+    pub size: Option<u64>,
+    /// Octets that its content may have.
     limit: u64,
     /// BDAT has begun (RFC 3030 section 2): octets so far.
     chunked: Option<u64>,
-    /// A chunk was refused: only RSET helps.
+    /// A chunk was rejected: only RSET helps.
     failed: bool,
 }
 
@@ -132,6 +178,15 @@ pub struct Server {
     errors: usize,
     rejections: usize,
     auth_failures: usize,
+    auth_attempt: Option<AuthAttempt>,
+}
+
+/// An attempt to authenticate, for the log.
+#[derive(Clone, Debug)]
+pub struct AuthAttempt {
+    pub mechanism: Mechanism,
+    /// The name that the client claimed, once it has.
+    pub account: Option<String>,
 }
 
 struct Hello {
@@ -156,6 +211,7 @@ impl Server {
             errors: 0,
             rejections: 0,
             auth_failures: 0,
+            auth_attempt: None,
         }
     }
 
@@ -170,6 +226,10 @@ impl Server {
         Reply::bare(220, format!("{} {words}", self.options.hostname))
     }
 
+    pub fn role(&self) -> ServerRole {
+        self.options.role
+    }
+
     pub fn hostname(&self) -> &str {
         &self.options.hostname
     }
@@ -182,6 +242,11 @@ impl Server {
     /// The authenticated account.
     pub fn account(&self) -> Option<&str> {
         self.account.as_deref()
+    }
+
+    /// The last attempt to authenticate.
+    pub fn auth_attempt(&self) -> Option<&AuthAttempt> {
+        self.auth_attempt.as_ref()
     }
 
     /// The name the client gave with EHLO or HELO.
@@ -204,21 +269,21 @@ impl Server {
     }
 
     /// One line without its CRLF.
-    pub fn line(&mut self, line: &[u8], host: &mut dyn ServerHandler) -> ServerStep_ {
+    pub fn line(&mut self, line: &[u8], handler: &mut dyn SessionHandler) -> ServerStep {
         let step = match self.exchange.take() {
-            Some(exchange) => self.auth_response(exchange, line, host),
-            None => self.command(line, host).unwrap_or_else(ServerStep_::Reply),
+            Some(exchange) => self.auth_response(exchange, line, handler),
+            None => self.command(line, handler).unwrap_or_else(ServerStep::Reply),
         };
         self.count_errors(step)
     }
 
     /// A line longer than any command may be (RFC 5321 section 4.5.3.1.9, RFC 4954 section 4).
-    pub fn line_too_long(&mut self) -> ServerStep_ {
+    pub fn line_too_long(&mut self) -> ServerStep {
         let reply = match self.exchange.take() {
             Some(_) => Reply::new(500, "5.5.6", "Authentication exchange line is too long"),
             None => Reply::new(500, "5.5.2", "Line is too long"),
         };
-        self.count_errors(ServerStep_::Reply(reply))
+        self.count_errors(ServerStep::Reply(reply))
     }
 
     /// TLS has begun: everything said before is forgotten (RFC 3207 section 4.2).
@@ -240,42 +305,35 @@ impl Server {
         }
     }
 
-    /// The `Received` field for the transaction, LF line ends (RFC 5321 section 4.4, RFC 3848).
-    /// `peer`: the client's address as a literal; `secure`: TLS version and cipher.
-    pub fn received(&self, peer: &str, secure: Option<&str>, id: &str, date: Timestamp) -> String {
-        let utf8 = self.transaction.as_ref().is_some_and(|transaction| transaction.mail.utf8);
-        let (name, extended) = match &self.hello {
-            // A name that is no name would break the field's grammar.
-            Some(hello) if HostName::parse(&hello.name).is_some() => (hello.name.as_str(), hello.extended),
-            Some(hello) => ("unknown", hello.extended),
-            None => ("unknown", false),
+    /// What is known of the message whose content comes next; `None` without a transaction. `session`: its id in
+    /// the log; `peer`: the client's address as a literal; `tls`: TLS version and cipher.
+    pub fn incoming<'a>(
+        &'a self,
+        session: &'a str,
+        peer: &'a str,
+        tls: Option<&'a str>,
+    ) -> Option<(&'a Envelope, Incoming<'a>)> {
+        let Transaction { envelope, size, .. } = self.transaction.as_ref()?;
+        let received = Received {
+            helo: self.client_name(),
+            extended: self.hello.as_ref().is_some_and(|hello| hello.extended),
+            peer,
+            by: &self.options.hostname,
+            utf8: envelope.utf8,
+            tls,
+            authenticated: self.account.is_some(),
+            recipient: match envelope.recipients.as_slice() {
+                [one] => Some(&one.mailbox),
+                _ => None,
+            },
         };
-        let protocol = match (utf8, extended) {
-            (true, _) => "UTF8SMTP",
-            (false, true) => "ESMTP",
-            (false, false) => "SMTP",
-        };
-        // The letters are defined for ESMTP only; after a turn there is no A: the provider, who is the
-        // SMTP client then, has not authenticated (RFC 3848, RFC 4954 section 7).
-        let s = if self.tls && protocol != "SMTP" { "S" } else { "" };
-        let a = if self.account.is_some() && protocol != "SMTP" { "A" } else { "" };
-        let tls = secure.map_or(String::new(), |secure| format!(" ({secure})"));
-        // With more recipients than one their names are not for each other's eyes (section 7.6).
-        let recipient = match self.transaction.as_ref().map(|transaction| transaction.recipients.as_slice()) {
-            Some([one]) if one.mailbox.is_ascii() || utf8 => format!(" for <{}>", one.mailbox),
-            _ => String::new(),
-        };
-        format!(
-            "Received: from {name} ({peer})\n\tby {} with {protocol}{s}{a}{tls}\n\tid {id}{recipient};\n\t{}\n",
-            self.options.hostname,
-            date.rfc5322()
-        )
+        Some((envelope, Incoming { session, received, size: *size }))
     }
 
-    fn command(&mut self, line: &[u8], host: &mut dyn ServerHandler) -> Result<ServerStep_, Reply> {
+    fn command(&mut self, line: &[u8], handler: &mut dyn SessionHandler) -> Result<ServerStep, Reply> {
         let (verb, rest) = Verb::of(line)?;
         if verb == Verb::Http {
-            return Ok(ServerStep_::Close(Reply::new(421, "4.7.0", "This is SMTP, not HTTP")));
+            return Ok(ServerStep::Close(Reply::new(421, "4.7.0", "This is SMTP, not HTTP")));
         }
         if !self.options.implements(verb) {
             return Err(match verb {
@@ -291,26 +349,26 @@ impl Server {
         }
         self.permitted(verb)?;
         match Command::parse(verb, rest, self.options.offers())? {
-            Command::Ehlo(name) => Ok(ServerStep_::Reply(self.ehlo(name))),
-            Command::Helo(name) => Ok(ServerStep_::Reply(self.helo(name))),
-            Command::Mail(mail) => self.mail(mail, host),
-            Command::Rcpt { path, utf8, notify, original } => self.rcpt(&path, utf8, notify, original, host),
-            Command::Data => Ok(ServerStep_::Data(Reply::bare(354, "Go ahead, end with <CRLF>.<CRLF>"))),
+            Command::Ehlo(name) => Ok(ServerStep::Reply(self.ehlo(name))),
+            Command::Helo(name) => Ok(ServerStep::Reply(self.helo(name))),
+            Command::Mail(mail) => self.mail(mail, handler),
+            Command::Rcpt { path, utf8, notify, original } => self.rcpt(&path, utf8, notify, original, handler),
+            Command::Data => Ok(ServerStep::Data(Reply::bare(354, "Go ahead, end with <CRLF>.<CRLF>"))),
             Command::Rset => {
                 self.transaction = None;
-                Ok(ServerStep_::Reply(Reply::new(250, "2.0.0", "OK")))
+                Ok(ServerStep::Reply(Reply::new(250, "2.0.0", "OK")))
             }
-            Command::Noop => Ok(ServerStep_::Reply(Reply::new(250, "2.0.0", "OK"))),
-            Command::Help => Ok(ServerStep_::Reply(self.help())),
+            Command::Noop => Ok(ServerStep::Reply(Reply::new(250, "2.0.0", "OK"))),
+            Command::Help => Ok(ServerStep::Reply(self.help())),
             // RFC 5321 section 3.5.3: 250 only for what was verified.
-            Command::Vrfy => Ok(ServerStep_::Reply(Reply::new(252, "2.0.0", "Send the mail and see"))),
+            Command::Vrfy => Ok(ServerStep::Reply(Reply::new(252, "2.0.0", "Send the mail and see"))),
             Command::Quit => {
                 let text = format!("{} closing connection", self.options.hostname);
-                Ok(ServerStep_::Close(Reply::new(221, "2.0.0", text)))
+                Ok(ServerStep::Close(Reply::new(221, "2.0.0", text)))
             }
-            Command::StartTls => Ok(ServerStep_::StartTls(Reply::new(220, "2.0.0", "Go ahead"))),
-            Command::Auth { mechanism, initial } => self.auth(&mechanism, initial, host),
-            Command::Atrn(domains) => Ok(ServerStep_::Atrn(domains)),
+            Command::StartTls => Ok(ServerStep::StartTls(Reply::new(220, "2.0.0", "Go ahead"))),
+            Command::Auth { mechanism, initial } => self.auth(&mechanism, initial, handler),
+            Command::Atrn(domains) => Ok(ServerStep::Atrn(domains)),
             Command::Bdat { .. } | Command::Other => Err(Reply::new(502, "5.5.1", "Command not implemented here")),
         }
     }
@@ -352,7 +410,7 @@ impl Server {
                 Some(transaction) if transaction.failed || transaction.chunked.is_some() => {
                     Err(self::sequence("BDAT has begun: go on with it, or say RSET"))
                 }
-                Some(transaction) if verb == Verb::Data && transaction.recipients.is_empty() => {
+                Some(transaction) if verb == Verb::Data && transaction.envelope.recipients.is_empty() => {
                     Err(self::sequence("No recipient was accepted"))
                 }
                 Some(_) => Ok(()),
@@ -404,15 +462,16 @@ impl Server {
         self.options.mechanisms.iter().copied().filter(move |mechanism| offered && (tls || !mechanism.needs_tls()))
     }
 
-    fn mail(&mut self, mail: MailFrom, host: &mut dyn ServerHandler) -> Result<ServerStep_, Reply> {
+    fn mail(&mut self, mail: MailFrom, handler: &mut dyn SessionHandler) -> Result<ServerStep, Reply> {
         let account = self.account.as_deref();
-        let limit = self.options.max_size.min(host.size_limit(account));
+        let limit = self.options.max_size.min(handler.size_limit(account));
         if mail.size.is_some_and(|size| size > limit) {
             return Err(message_too_large(limit));
         }
-        host.sender(&mail, account)?;
-        self.transaction = Some(Transaction { mail, recipients: Vec::new(), limit, chunked: None, failed: false });
-        Ok(ServerStep_::Reply(Reply::new(250, "2.1.0", "OK")))
+        handler.sender(&mail, account)?;
+        let MailFrom { envelope, size } = mail;
+        self.transaction = Some(Transaction { envelope, size, limit, chunked: None, failed: false });
+        Ok(ServerStep::Reply(Reply::new(250, "2.1.0", "OK")))
     }
 
     fn rcpt(
@@ -421,27 +480,27 @@ impl Server {
         utf8: bool,
         notify: Notify,
         original: Option<String>,
-        host: &mut dyn ServerHandler,
-    ) -> Result<ServerStep_, Reply> {
+        handler: &mut dyn SessionHandler,
+    ) -> Result<ServerStep, Reply> {
         let limit = self.options.max_recipients;
         let Some(transaction) = &mut self.transaction else {
             return Err(sequence("Say MAIL first"));
         };
-        if transaction.recipients.len() >= limit {
+        if transaction.envelope.recipients.len() >= limit {
             return Err(Reply::new(452, "4.5.3", "Too many recipients: send the rest in another transaction"));
         }
-        if utf8 && !transaction.mail.utf8 {
+        if utf8 && !transaction.envelope.utf8 {
             return Err(Reply::new(553, "5.6.7", "A UTF-8 address needs the SMTPUTF8 parameter"));
         }
-        let mailbox = host.recipient(path, &notify, original.as_deref())?;
-        if !transaction.recipients.iter().any(|recipient| recipient.mailbox == mailbox) {
-            transaction.recipients.push(Recipient { mailbox, notify, original });
+        let mailbox = handler.recipient(path, &notify, original.as_deref())?;
+        if !transaction.envelope.recipients.iter().any(|recipient| recipient.mailbox == mailbox) {
+            transaction.envelope.recipients.push(Recipient { mailbox, notify, original });
         }
-        Ok(ServerStep_::Reply(Reply::new(250, "2.1.5", "OK, recipient accepted")))
+        Ok(ServerStep::Reply(Reply::new(250, "2.1.5", "OK, recipient accepted")))
     }
 
     /// BDAT: whatever is wrong, the octets it announces follow, and are read away (RFC 3030 section 2).
-    fn chunk(&mut self, rest: &[u8]) -> Result<ServerStep_, Reply> {
+    fn chunk(&mut self, rest: &[u8]) -> Result<ServerStep, Reply> {
         let (size, last) = match Command::parse(Verb::Bdat, rest, self.options.offers()) {
             Ok(Command::Bdat { size, last }) => (size, last),
             Ok(_) => return Err(sequence("Say BDAT")),
@@ -456,7 +515,9 @@ impl Server {
             _ if permitted.is_err() => permitted.err(),
             None => Some(sequence("Say MAIL first")),
             Some(transaction) if transaction.failed => Some(sequence("A chunk was refused: say RSET")),
-            Some(transaction) if transaction.recipients.is_empty() => Some(sequence("No recipient was accepted")),
+            Some(transaction) if transaction.envelope.recipients.is_empty() => {
+                Some(sequence("No recipient was accepted"))
+            }
             Some(transaction) => {
                 let octets = transaction.chunked.unwrap_or(0).saturating_add(size);
                 transaction.chunked = Some(octets);
@@ -464,35 +525,36 @@ impl Server {
             }
         };
         Ok(match refusal {
-            None => ServerStep_::Chunk { size, last, refused: None },
+            None => ServerStep::Chunk { size, last, rejected: None },
             Some(reply) => self.reject_chunk(size, last, reply),
         })
     }
 
-    fn reject_chunk(&mut self, size: u64, last: bool, reply: Reply) -> ServerStep_ {
+    fn reject_chunk(&mut self, size: u64, last: bool, reply: Reply) -> ServerStep {
         self.chunk_rejected(last);
-        // To read away what no message may be long is not asked of anybody.
-        if size > self.options.max_size.saturating_mul(2).max(1 << 26) {
-            return ServerStep_::Close(reply);
+        // Do not discard more than twice the message limit; close the connection instead.
+        if size > limits::discarded_content(self.options.max_size) {
+            return ServerStep::Close(reply);
         }
-        ServerStep_::Chunk { size, last, refused: Some(reply) }
+        ServerStep::Chunk { size, last, rejected: Some(reply) }
     }
 
     fn auth(
         &mut self,
         name: &[u8],
         initial: Option<Vec<u8>>,
-        host: &mut dyn ServerHandler,
-    ) -> Result<ServerStep_, Reply> {
+        handler: &mut dyn SessionHandler,
+    ) -> Result<ServerStep, Reply> {
         if self.auth_failures >= self.options.max_auth_failures {
-            return Ok(ServerStep_::Close(Reply::new(421, "4.7.0", "Too many failed authentications")));
+            return Ok(ServerStep::Close(Reply::new(421, "4.7.0", "Too many failed authentications")));
         }
         let wanted = Mechanism::parse(name);
         let Some(mechanism) = self.mechanisms().find(|mechanism| Some(*mechanism) == wanted) else {
             return Err(Reply::new(504, "5.5.4", "That authentication mechanism is not offered here"));
         };
-        let challenge = self.options.ids.challenge(&self.options.hostname);
+        let challenge = handler.credentials().challenge();
         let mut exchange = mechanism.server(challenge);
+        self.auth_attempt = Some(AuthAttempt { mechanism, account: None });
         match (exchange.first(), initial) {
             (Some(_), Some(_)) => {
                 // RFC 4954 section 4: the server speaks first in this mechanism.
@@ -501,8 +563,8 @@ impl Server {
             (Some(challenge), None) => Ok(self.challenge(exchange, &challenge)),
             (None, None) => Ok(self.challenge(exchange, b"")),
             // RFC 4954 section 4: "=" is a response of no length.
-            (None, Some(initial)) if initial == b"=" => Ok(self.auth_step(exchange, b"", host)),
-            (None, Some(initial)) => Ok(self.auth_response(exchange, &initial, host)),
+            (None, Some(initial)) if initial == b"=" => Ok(self.auth_step(exchange, b"", handler)),
+            (None, Some(initial)) => Ok(self.auth_response(exchange, &initial, handler)),
         }
     }
 
@@ -511,14 +573,14 @@ impl Server {
         &mut self,
         exchange: Box<dyn ServerExchange>,
         line: &[u8],
-        host: &mut dyn ServerHandler,
-    ) -> ServerStep_ {
+        handler: &mut dyn SessionHandler,
+    ) -> ServerStep {
         if line == b"*" {
-            return ServerStep_::Reply(Reply::new(501, "5.7.0", "Authentication cancelled"));
+            return ServerStep::Reply(Reply::new(501, "5.7.0", "Authentication cancelled"));
         }
         match data_encoding::BASE64.decode(line) {
-            Ok(response) => self.auth_step(exchange, &response, host),
-            Err(_) => ServerStep_::Reply(Reply::new(501, "5.5.2", "That is not base64")),
+            Ok(response) => self.auth_step(exchange, &response, handler),
+            Err(_) => ServerStep::Reply(Reply::new(501, "5.5.2", "That is not base64")),
         }
     }
 
@@ -526,17 +588,20 @@ impl Server {
         &mut self,
         mut exchange: Box<dyn ServerExchange>,
         response: &[u8],
-        host: &mut dyn ServerHandler,
-    ) -> ServerStep_ {
-        ServerStep_::Reply(match exchange.step(response, host) {
+        handler: &mut dyn SessionHandler,
+    ) -> ServerStep {
+        ServerStep::Reply(match exchange.step(response, handler.credentials()) {
             ExchangeStep::Challenge(challenge) => return self.challenge(exchange, &challenge),
             ExchangeStep::Done(account) => {
                 let reply = Reply::new(235, "2.7.0", format!("now authenticated as {account}"));
                 self.account = Some(account);
                 reply
             }
-            ExchangeStep::Failed => {
+            ExchangeStep::Failed(account) => {
                 self.auth_failures += 1;
+                if let Some(attempt) = &mut self.auth_attempt {
+                    attempt.account = Some(account);
+                }
                 Reply::new(535, "5.7.8", "Authentication credentials invalid")
             }
             ExchangeStep::Malformed => Reply::new(501, "5.5.2", "The response is not what this mechanism asks for"),
@@ -544,9 +609,9 @@ impl Server {
         })
     }
 
-    fn challenge(&mut self, exchange: Box<dyn ServerExchange>, challenge: &[u8]) -> ServerStep_ {
+    fn challenge(&mut self, exchange: Box<dyn ServerExchange>, challenge: &[u8]) -> ServerStep {
         self.exchange = Some(exchange);
-        ServerStep_::Reply(Reply::bare(334, data_encoding::BASE64.encode(challenge)))
+        ServerStep::Reply(Reply::bare(334, data_encoding::BASE64.encode(challenge)))
     }
 
     fn help(&self) -> Reply {
@@ -573,10 +638,10 @@ impl Server {
     }
 
     /// Bad commands are patiently answered, but not for ever.
-    fn count_errors(&mut self, step: ServerStep_) -> ServerStep_ {
+    fn count_errors(&mut self, step: ServerStep) -> ServerStep {
         let reply = match &step {
-            ServerStep_::Reply(reply) => reply,
-            ServerStep_::Chunk { refused: Some(reply), .. } => reply,
+            ServerStep::Reply(reply) => reply,
+            ServerStep::Chunk { rejected: Some(reply), .. } => reply,
             _ => return step,
         };
         match reply.code() {
@@ -587,8 +652,8 @@ impl Server {
             _ => return step,
         }
         let limit = self.options.max_errors;
-        if self.errors >= limit || self.rejections >= limit.saturating_mul(REJECTIONS_PER_ERROR) {
-            return ServerStep_::Close(Reply::new(421, "4.7.0", "Too many errors"));
+        if self.errors >= limit || self.rejections >= limit.saturating_mul(limits::REJECTIONS_PER_ERROR) {
+            return ServerStep::Close(Reply::new(421, "4.7.0", "Too many errors"));
         }
         step
     }

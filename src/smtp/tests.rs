@@ -4,15 +4,14 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
-use super::client::{
-    Abort, Client, ClientInfo, ClientOptions, ClientStep, DeliveryResult, OutgoingMessage, RecipientStatus, StartTls,
-};
-use super::command::{Body, MailFrom, Notify, Recipient};
+use super::client::{Abort, Client, ClientOptions, ClientStep, OutgoingMessage, Rejection, Stage, StartTls};
+use super::command::{Body, Envelope, MailFrom, Notify, Recipient};
 use super::content::{Stuffer, Unstuffer};
 use super::reply::{Reply, ReplyReader};
-use super::server::{Server, ServerHandler, ServerOptions, ServerRole, ServerStep_ as Served};
-use crate::ids::Ids;
+use super::server::{Incoming, MessageSink, Server, ServerOptions, ServerRole, ServerStep as Served, SessionHandler};
+use super::status::{DeliveryResult, RecipientStatus};
 use crate::mail::address::{Domain, ForwardPath, Mailbox, reverse_path};
+use crate::mail::received::ClientInfo;
 use crate::sasl::{CredentialStore, Mechanism, Unavailable};
 
 fn mailbox(text: &str) -> Mailbox {
@@ -23,16 +22,8 @@ fn message(recipients: usize) -> OutgoingMessage {
     let recipients =
         (0..recipients).map(|number| Recipient::plain(mailbox(&format!("r{number}@example.org")))).collect();
     let from = reverse_path(b"<a@b.example>").unwrap().0;
-    OutgoingMessage {
-        from,
-        recipients,
-        size: 3,
-        body: Body::Unsaid,
-        eight_bit: false,
-        utf8: false,
-        ret: None,
-        envelope_id: None,
-    }
+    let envelope = Envelope { recipients, ..Envelope::new(from) };
+    OutgoingMessage { envelope, size: 3, eight_bit: false }
 }
 
 fn profile(role: ServerRole) -> ServerOptions {
@@ -47,7 +38,6 @@ fn profile(role: ServerRole) -> ServerOptions {
         require_tls: false,
         dsn: false,
         mechanisms: Mechanism::ALL.to_vec(),
-        ids: Ids::fixed(),
     }
 }
 
@@ -87,7 +77,9 @@ impl Alone {
         };
         let step = match step {
             ClientStep::MessageDone(result) => format!("Done {}", statuses(&result)),
-            ClientStep::Abort(Abort::Rejected { what, reply }) => format!("Rejected {what} {}", reply.code()),
+            ClientStep::Abort(Abort::Rejected(Rejection { stage, reply })) => {
+                format!("Rejected {stage} {}", reply.code())
+            }
             other => format!("{other:?}"),
         };
         (step, self.said())
@@ -359,9 +351,9 @@ fn what_the_peer_cannot_take_is_not_said() {
         assert_eq!(result.is_some(), alone.out.is_empty());
         (result.map(|result| statuses(&result)).unwrap_or_default(), alone.said())
     };
-    assert_eq!(unfit("250 x", |message| message.utf8 = true).0, "!553 !553");
+    assert_eq!(unfit("250 x", |message| message.envelope.utf8 = true).0, "!553 !553");
     assert_eq!(
-        unfit("250 x", |message| message.recipients[1] = Recipient::plain(mailbox("é@example.org"))).0,
+        unfit("250 x", |message| message.envelope.recipients[1] = Recipient::plain(mailbox("é@example.org"))).0,
         "!553 !553"
     );
     assert_eq!(unfit("250 x", |message| message.eight_bit = true).0, "!554 !554");
@@ -369,9 +361,12 @@ fn what_the_peer_cannot_take_is_not_said() {
     assert_eq!(unfit("250-x/250 SIZE 3", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
     assert_eq!(unfit("250-x/250 SIZE", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
     assert_eq!(unfit("250-x/250 size 0", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
-    let utf8 = unfit("250-x/250-8BITMIME/250 SMTPUTF8", |message| message.utf8 = true);
+    let utf8 = unfit("250-x/250-8BITMIME/250 SMTPUTF8", |message| message.envelope.utf8 = true);
     assert_eq!(utf8.1, "MAIL FROM:<a@b.example> BODY=8BITMIME SMTPUTF8");
-    assert_eq!(unfit("250-x/250 8BITMIME", |message| message.body = Body::SevenBit).1, "MAIL FROM:<a@b.example>");
+    assert_eq!(
+        unfit("250-x/250 8BITMIME", |message| message.envelope.body = Body::SevenBit).1,
+        "MAIL FROM:<a@b.example>"
+    );
 }
 
 // ---- the server alone ----
@@ -392,9 +387,21 @@ impl CredentialStore for Answers {
             _ => Ok(None),
         }
     }
+
+    fn challenge(&self) -> String {
+        "<1.1767323045@relay.example.net>".to_owned()
+    }
 }
 
-impl ServerHandler for Answers {
+impl SessionHandler for Answers {
+    fn credentials(&self) -> &dyn CredentialStore {
+        self
+    }
+
+    fn receive(&mut self, _: &Envelope, _: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {
+        Err(Reply::new(451, "4.3.0", "nothing is stored here"))
+    }
+
     fn sender(&mut self, _: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
         self.now = self.mixes.pop_front();
         self.asked = 0;
@@ -427,8 +434,8 @@ fn served(step: &Served) -> String {
         Served::Close(said) => format!("close {}", reply(said)),
         Served::StartTls(_) => "starttls".to_owned(),
         Served::Data(_) => "data".to_owned(),
-        Served::Chunk { refused: None, .. } => "chunk".to_owned(),
-        Served::Chunk { refused: Some(said), .. } => format!("chunk {}", reply(said)),
+        Served::Chunk { rejected: None, .. } => "chunk".to_owned(),
+        Served::Chunk { rejected: Some(said), .. } => format!("chunk {}", reply(said)),
         Served::Atrn(domains) => format!("atrn {}", domains.iter().map(Domain::as_str).collect::<Vec<_>>().join(",")),
     }
 }
@@ -442,7 +449,7 @@ fn session(profile: ServerOptions, tls: bool, lines: &[(&str, &str)]) {
         match step {
             Served::StartTls(_) => server.tls_started(),
             Served::Data(_) => server.end_transaction(),
-            Served::Chunk { last: true, refused: None, .. } => server.end_transaction(),
+            Served::Chunk { last: true, rejected: None, .. } => server.end_transaction(),
             _ => {}
         }
     }
@@ -600,7 +607,8 @@ fn received_says_how_it_came() {
     let received = |profile: ServerOptions, tls, lines: &[&str]| {
         let mut server = Server::new(profile, tls);
         lines.iter().for_each(|line| drop(server.line(line.as_bytes(), &mut Answers::default())));
-        server.received("[192.0.2.1]", tls.then_some("TLSv1.3"), "id1", Ids::fixed().clock().now()).replace("\n\t", " ")
+        let (_, incoming) = server.incoming("1", "[192.0.2.1]", tls.then_some("TLSv1.3")).unwrap();
+        incoming.received.field("id1", "Fri, 02 Jan 2026 03:04:05 +0000").replace("\n\t", " ")
     };
     let inbound = || profile(ServerRole::Inbound);
     let date = "Fri, 02 Jan 2026 03:04:05 +0000\n";
@@ -615,11 +623,11 @@ fn received_says_how_it_came() {
         let line = received(profile, tls, lines);
         line.split(" with ").nth(1).unwrap().split(' ').next().unwrap().to_owned()
     };
-    assert_eq!(with(inbound(), false, &["HELO a"]), "SMTP");
-    assert_eq!(with(inbound(), true, &["HELO a"]), "SMTP");
-    assert_eq!(with(inbound(), false, &["EHLO a"]), "ESMTP");
+    assert_eq!(with(inbound(), false, &["HELO a", MAIL.0]), "SMTP");
+    assert_eq!(with(inbound(), true, &["HELO a", MAIL.0]), "SMTP");
+    assert_eq!(with(inbound(), false, &["EHLO a", MAIL.0]), "ESMTP");
     assert_eq!(with(inbound(), true, &["EHLO a", "MAIL FROM:<a@b.example> SMTPUTF8"]), "UTF8SMTPS");
-    assert!(received(inbound(), false, &["EHLO a(b"]).starts_with("Received: from unknown ("));
+    assert!(received(inbound(), false, &["EHLO a(b", MAIL.0]).starts_with("Received: from unknown ("));
     let two = received(inbound(), false, &["EHLO a", MAIL.0, RCPT.0, "RCPT TO:<s@example.org>"]);
     assert!(!two.contains("example.org"), "{two}");
 }
@@ -684,7 +692,7 @@ proptest! {
             let step = server.line(line, &mut host);
             let replies = match &step {
                 Served::Reply(reply) | Served::Close(reply) | Served::StartTls(reply) | Served::Data(reply) => vec![reply],
-                Served::Chunk { refused, .. } => refused.iter().collect(),
+                Served::Chunk { rejected, .. } => rejected.iter().collect(),
                 Served::Atrn(_) => vec![],
             };
             for reply in replies {
@@ -710,11 +718,11 @@ proptest! {
                     prop_assert!(server.client_name().is_none());
                 }
                 Served::Data(_) => {
-                    prop_assert!(!before && !server.transaction().unwrap().recipients.is_empty());
+                    prop_assert!(!before && !server.transaction().unwrap().envelope.recipients.is_empty());
                     server.end_transaction();
                 }
-                Served::Chunk { refused: None, last, .. } => {
-                    prop_assert!(!server.transaction().unwrap().recipients.is_empty());
+                Served::Chunk { rejected: None, last, .. } => {
+                    prop_assert!(!server.transaction().unwrap().envelope.recipients.is_empty());
                     if last { server.end_transaction() }
                 }
                 Served::Chunk { .. } => {}
@@ -864,7 +872,7 @@ impl Peer {
         }
         let code = self.host.now.as_ref().map_or(250, |mix| mix.end);
         if code == 250 {
-            let recipients = &self.server.transaction().unwrap().recipients;
+            let recipients = &self.server.transaction().unwrap().envelope.recipients;
             self.letters.push((recipients.iter().map(|recipient| recipient.mailbox.to_string()).collect(), octets));
         }
         self.server.end_transaction();
@@ -876,7 +884,7 @@ impl Peer {
         if !self.knows_ehlo && line.starts_with(b"EHLO") {
             return self.say(&Reply::bare(500, "EHLO?"), out);
         }
-        let nobody = self.server.transaction().is_none_or(|transaction| transaction.recipients.is_empty());
+        let nobody = self.server.transaction().is_none_or(|transaction| transaction.envelope.recipients.is_empty());
         if self.generous && line == b"DATA" && nobody {
             self.content = Some((Unstuffer::new(), Vec::new(), false));
             return self.say(&Reply::bare(354, "to nobody"), out);
@@ -1135,7 +1143,7 @@ fn a_server_without_ehlo_is_spoken_to_with_helo() {
     let mut client = Client::new(options());
     let run = converse(&mut client, &mut peer, (0..3).map(|_| message(1)));
     assert_eq!((run.outcomes.len(), run.deepest, peer.letters.len()), (3, 1, 3));
-    assert!(!client.offered().pipelining && run.said_quit);
+    assert!(!client.extensions().pipelining && run.said_quit);
 }
 
 /// The relay's way with hosts that nobody has vouched for: TLS where it is offered, and mail in any case.
@@ -1182,7 +1190,7 @@ fn starttls_auth_and_atrn_from_end_to_end() {
             assert_eq!(account.as_deref(), usable.then_some("acme"));
             let (talk, _) = run(tls, starttls, "wrong", &[mechanism]);
             match talk.abort {
-                Some(Abort::Rejected { what: "AUTH", reply }) => assert_eq!(reply.code(), 535),
+                Some(Abort::Rejected(Rejection { stage: Stage::Auth, reply })) => assert_eq!(reply.code(), 535),
                 Some(Abort::NoMechanism) => assert!(!usable),
                 other => panic!("{other:?}"),
             }
@@ -1205,7 +1213,7 @@ fn a_provider_may_say_how_much_waits() {
         alone.hear("250 x");
         alone.client.atrn(&[], &mut alone.out);
         assert_eq!(alone.hear(reply).0, "Turned");
-        assert_eq!(alone.client.waiting(), wanted, "{reply}");
+        assert_eq!(alone.client.messages_waiting(), wanted, "{reply}");
     }
 }
 
@@ -1285,7 +1293,7 @@ fn what_was_asked_for_may_be_withdrawn() {
     assert!(alone.hear("550 not you").0.starts_with("Replied"));
     assert!(
         alone.client.is_ready_for_message()
-            && alone.client.add_recipient(&message(1).recipients[0], &mut Vec::new()).is_err()
+            && alone.client.add_recipient(&message(1).envelope.recipients[0], &mut Vec::new()).is_err()
     );
 }
 
@@ -1326,7 +1334,7 @@ fn an_lmtp_server_that_dies_has_answered_for_some() {
 
 #[test]
 fn the_origin_is_told_to_those_who_ask() {
-    let origin = ClientInfo { address: "192.0.2.9".to_owned(), helo: Some("a+b =c".to_owned()), extended: true };
+    let origin = ClientInfo { address: "192.0.2.9".parse().unwrap(), helo: Some("a+b =c".to_owned()), extended: true };
     let begin = |offered: &str| {
         let mut alone = Alone::new(options());
         alone.hear("220 x");

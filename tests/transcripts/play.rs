@@ -2,7 +2,7 @@
 
 use super::format::{Action, Becomes, File, Settings, Step, Transcript, matches, shown};
 use odmr::ids::Ids;
-use odmr::net::connection::CancelToken;
+use odmr::net::cancel::CancelToken;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use std::collections::HashMap;

@@ -1,0 +1,94 @@
+//! `odmr check`: every error of a configuration that `serve` or `pull` would meet, without binding or connecting.
+
+use std::path::Path;
+
+use getopts::{Matches, Options};
+use rustix::fs::Access;
+
+use super::exit::{ExitError, Sysexit};
+use super::process::{check_not_root, config_path, find_owner, print};
+use crate::config::{Config, CustomerConfig, ProviderAccount, ProviderConfig};
+use crate::customer::pull::Customer;
+use crate::ids::Ids;
+use crate::net::tls::{self, ServerTls};
+use crate::recipients::RecipientRules;
+
+/// The options of `odmr check`.
+pub(super) fn options(options: &mut Options) {
+    let help = "says where mail for ADDR goes, and by which rule; may be given several times";
+    options.optmulti("", "address", help, "ADDR");
+}
+
+/// Checks the file that `-c` names, of either side; with `--address`, explains the rules of a customer.
+pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
+    let path = config_path(matches);
+    let addresses = matches.opt_strs("address");
+    match Config::load(&path).map_err(check_error)? {
+        Config::Provider(_) if !addresses.is_empty() => {
+            let text = "--address is for a customer's file: it says into which mailbox mail for an address goes";
+            Err(ExitError::usage(format!("{} is a provider's file, and {text}", path.display()), "odmr check -h"))
+        }
+        Config::Provider(config) => check_provider(&config, &path),
+        Config::Customer(config) if !addresses.is_empty() => explain(&config.mailboxes.rules, &addresses),
+        Config::Customer(config) => check_customer(&config, &path),
+    }
+}
+
+fn check_error(text: impl ToString) -> ExitError {
+    ExitError::new(Sysexit::CheckFailed, text)
+}
+
+fn check_provider(config: &ProviderConfig, path: &Path) -> Result<(), ExitError> {
+    if let Some(files) = &config.tls {
+        ServerTls::load(&files.certificate, &files.key)
+            .map_err(|error| check_error(format!("{}: {error}", path.display())))?;
+    }
+    check_directory(&config.spool)?;
+    let accounts = config.accounts.iter().count();
+    let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
+    print(&format!("{}: good: a provider with {accounts} customers, {domains} domains\n", path.display()))
+}
+
+fn check_customer(config: &CustomerConfig, path: &Path) -> Result<(), ExitError> {
+    if let Some(owner) = &config.owner {
+        let user = find_owner(owner).map_err(check_error)?;
+        if !user.may_read(path)? {
+            let name = &owner.user;
+            print(&format!("{}: {name} may not read it, so SIGHUP cannot: chgrp it\n", path.display()))?;
+        }
+    }
+    check_not_root(config, path).map_err(|error| check_error(error.text))?;
+    Customer::new(config, &Ids::system(tls::random)).map_err(check_error)?;
+    check_directory(&config.mailboxes.root)?;
+    if let Some(outgoing) = &config.outgoing {
+        check_directory(&outgoing.queue)?;
+    }
+    let account =
+        |provider: &ProviderAccount| format!("of {}, as {}", provider.remote.address, provider.remote.login_name());
+    let accounts: Vec<_> = config.providers.iter().map(account).collect();
+    print(&format!("{}: good: a customer {}\n", path.display(), accounts.join("; ")))
+}
+
+/// Prints where mail for each address goes, and by which rule. Fails if an address gets no mail here.
+fn explain(rules: &RecipientRules, addresses: &[String]) -> Result<(), ExitError> {
+    let mut rejected = 0;
+    for address in addresses {
+        let (Ok(text) | Err(text)) = rules.explain_typed(address).inspect_err(|_| rejected += 1);
+        print(&format!("{text}\n"))?;
+    }
+    match rejected {
+        0 => Ok(()),
+        _ => Err(check_error(format!("{rejected} of {} get no mail here", addresses.len()))),
+    }
+}
+
+/// Checks that a directory can be written to, or, if it does not exist, can be created.
+fn check_directory(path: &Path) -> Result<(), ExitError> {
+    let existing = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
+    let name = existing.display();
+    if !existing.is_dir() {
+        return Err(check_error(format!("{name} is not a directory: move it away")));
+    }
+    rustix::fs::access(existing, Access::WRITE_OK | Access::EXEC_OK)
+        .map_err(|error| check_error(format!("{name} is not writable: {error}; give write permission to its user")))
+}

@@ -1,0 +1,110 @@
+//! Exit codes: the one place where each failure of the program gets its code of sysexits.h.
+
+use std::io;
+
+use crate::config::ConfigError;
+use crate::customer::CallError;
+use crate::customer::sendmail::{SendmailError, SendmailErrorKind};
+use crate::provider::StartError;
+
+/// The exit codes, by their names in sysexits.h.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sysexit {
+    /// `odmr check` has found an error. This code is not in sysexits.h.
+    CheckFailed = 1,
+    /// The command line is wrong.
+    Usage = 64,
+    /// An address or a header cannot be read.
+    DataError = 65,
+    /// A recipient has no mailbox here.
+    NoUser = 67,
+    /// The name of the provider has no address.
+    NoHost = 68,
+    /// The provider does not answer, or the message is too large or in a loop.
+    Unavailable = 69,
+    /// A system call failed.
+    OsError = 71,
+    /// A directory or file cannot be created.
+    CannotCreate = 73,
+    /// Reading or writing failed.
+    InputOutput = 74,
+    /// Try again later.
+    Temporary = 75,
+    /// The peer, or its certificate, breaks the protocol.
+    Protocol = 76,
+    NoPermission = 77,
+    /// The configuration is wrong.
+    Config = 78,
+}
+
+/// Why the program fails: its exit code, and one line for the user.
+#[derive(Debug)]
+pub(super) struct ExitError {
+    pub code: Sysexit,
+    pub text: String,
+}
+
+impl ExitError {
+    pub fn new(code: Sysexit, text: impl ToString) -> ExitError {
+        ExitError { code, text: text.to_string() }
+    }
+
+    /// A wrong command line; `hint` is the command that shows the help.
+    pub fn usage(text: impl ToString, hint: &str) -> ExitError {
+        ExitError::new(Sysexit::Usage, format!("{}; try `{hint}`", text.to_string()))
+    }
+}
+
+impl From<ConfigError> for ExitError {
+    fn from(error: ConfigError) -> ExitError {
+        ExitError::new(Sysexit::Config, error)
+    }
+}
+
+impl From<StartError> for ExitError {
+    fn from(error: StartError) -> ExitError {
+        let code = match error {
+            StartError::Config(_) => Sysexit::Config,
+            StartError::System(_) => Sysexit::OsError,
+        };
+        ExitError::new(code, error)
+    }
+}
+
+impl From<CallError> for ExitError {
+    fn from(error: CallError) -> ExitError {
+        let code = match &error {
+            CallError::Config(_) => Sysexit::Config,
+            CallError::NoHost(_) => Sysexit::NoHost,
+            CallError::Unavailable(_) => Sysexit::Unavailable,
+            CallError::Temporary(_) | CallError::Busy(_) => Sysexit::Temporary,
+            CallError::Denied(_) => Sysexit::NoPermission,
+            CallError::Protocol(_) => Sysexit::Protocol,
+            CallError::System(_) => Sysexit::OsError,
+        };
+        ExitError::new(code, error)
+    }
+}
+
+impl From<SendmailError> for ExitError {
+    fn from(error: SendmailError) -> ExitError {
+        let code = match error.kind {
+            SendmailErrorKind::Usage => Sysexit::Usage,
+            SendmailErrorKind::BadData => Sysexit::DataError,
+            SendmailErrorKind::UnknownMailbox => Sysexit::NoUser,
+            SendmailErrorKind::Rejected => Sysexit::Unavailable,
+            SendmailErrorKind::Deferred => Sysexit::Temporary,
+            SendmailErrorKind::CannotCreate => Sysexit::CannotCreate,
+            SendmailErrorKind::InputOutput => Sysexit::InputOutput,
+            SendmailErrorKind::NoPermission => Sysexit::NoPermission,
+            SendmailErrorKind::Config => Sysexit::Config,
+        };
+        ExitError::new(code, error.text)
+    }
+}
+
+impl From<io::Error> for ExitError {
+    fn from(error: io::Error) -> ExitError {
+        ExitError::new(Sysexit::OsError, error)
+    }
+}

@@ -1,0 +1,166 @@
+//! `odmr send`, also under the name `sendmail`: the options of sendmail(8).
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use getopts::{Matches, Options};
+use log::LevelFilter;
+
+use super::exit::{ExitError, Sysexit};
+use super::logging::{self, LogTarget};
+use super::process::{become_owner, cancel_at_signal, check_not_root, find_owner, owner_to_become, print};
+use crate::config::CustomerConfig;
+use crate::customer::sendmail::{self, SendmailOptions};
+use crate::ids::Ids;
+use crate::net::cancel::CancelToken;
+use crate::net::tls;
+use crate::privileges::LoginUser;
+
+/// The help that goes with an error of the command line.
+const HINT: &str = "odmr send -h";
+
+/// The configuration if neither `-C` nor `$ODMR_CONFIG` names one.
+const DEFAULT_CONFIG: &str = "/etc/odmr/customer.toml";
+
+const HELP: &str = "\
+Usage: odmr send [options] [recipients]        (also under the name sendmail)
+
+Accepts a message on stdin, with LF or CRLF line ends, and puts it into the outgoing queue; a bare CR ends a line too.
+The next call sends it. If one recipient is bad, nothing is queued.
+
+    -t            adds the recipients of To, Cc and Bcc; Bcc is removed in any case
+    -i, -oi       a line with a single dot is content, and not the end
+    -f ADDR       the sender; default: the login name at `domain` of [outgoing]; -f '<>': the null sender
+    -r ADDR       the same
+    -F NAME       the full name in a From that is added
+    -N WHEN       which DSNs the sender gets: never, or a list of success, failure, delay
+    -R WHAT       what a failure DSN returns of the message: full or hdrs
+    -V ID         an envelope identifier, which DSNs repeat
+    -bm           accepts a message on stdin (default)
+    -bs           speaks SMTP on stdin and stdout
+    -bp           lists the outgoing queue
+    -C FILE       the configuration of the customer, with [outgoing]; default: $ODMR_CONFIG, or
+                  /etc/odmr/customer.toml
+    -v            logs more on stderr
+
+Other options of sendmail(8) that programs pass, such as -oem, -odb, -O, -B, -G and -U, change nothing.
+Exit codes are those of sysexits.h: 64 usage, 65 address or header, 67 no such mailbox here, 69 too large,
+73 and 74 files, 75 try again later, 77 permission, 78 configuration.
+";
+
+/// What `-b` asks for.
+#[derive(Clone, Copy)]
+enum Mode {
+    /// `-bm`, the default.
+    Message,
+    /// `-bs`.
+    Smtp,
+    /// `-bp`.
+    List,
+}
+
+/// Runs `odmr send` with these arguments.
+pub(super) fn run(arguments: &[String]) -> Result<(), ExitError> {
+    // As its only argument, `-h` asks for help. Otherwise it is a hop count, which our own Received fields replace.
+    if matches!(arguments, [word] if word == "-h" || word == "--help") {
+        return print(HELP);
+    }
+    let matches = options().parse(arguments).map_err(|error| ExitError::usage(error, HINT))?;
+    if matches.opt_present("q") {
+        // The next call sends the whole queue; it cannot be started from here.
+        return Ok(());
+    }
+    logging::start(LogTarget::Stderr, if matches.opt_present("v") { LevelFilter::Info } else { LevelFilter::Error });
+    let mode = match last(&matches, "b").as_deref() {
+        None | Some("m") => Mode::Message,
+        Some("s") => Mode::Smtp,
+        Some("p") => Mode::List,
+        Some(other) => {
+            return Err(ExitError::usage(format!("-b{other} is not supported: there are -bm, -bs and -bp"), HINT));
+        }
+    };
+    // Read the login name before this process becomes another user.
+    let options = sendmail_options(&matches, LoginUser::current());
+    let config = load_as_owner(&config_file(&matches))?;
+    let ids = Ids::system(tls::random);
+    match mode {
+        Mode::Message => sendmail::send(&config, &ids, &options, &mut io::stdin().lock())?,
+        Mode::List => sendmail::list(&config, &ids, &mut io::stdout())?,
+        Mode::Smtp => {
+            let cancel = CancelToken::new()?;
+            cancel_at_signal(&cancel)?;
+            let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3).map_err(io::Error::from)?;
+            let output = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3).map_err(io::Error::from)?;
+            sendmail::serve(&config, &ids, (input, output), &cancel)?;
+        }
+    }
+    Ok(())
+}
+
+fn options() -> Options {
+    let mut options = Options::new();
+    // Each may be given several times; the last one counts.
+    for name in ["h", "f", "r", "F", "N", "R", "V", "C", "b", "o"] {
+        options.optmulti(name, "", "", "");
+    }
+    options.optflagopt("q", "", "", "");
+    for name in ["t", "i", "v"] {
+        options.optflagmulti(name, "", "");
+    }
+    // Parsed and ignored: sendmail(8) has them, and programs pass them.
+    for name in ["O", "B", "A", "L", "X", "e", "p"] {
+        options.optmulti(name, "", "", "");
+    }
+    for name in ["G", "U", "n", "m", "I"] {
+        options.optflagmulti(name, "", "");
+    }
+    options
+}
+
+/// The last value of an option.
+fn last(matches: &Matches, name: &str) -> Option<String> {
+    matches.opt_strs(name).pop()
+}
+
+fn sendmail_options(matches: &Matches, user: LoginUser) -> SendmailOptions {
+    SendmailOptions {
+        recipients_from_header: matches.opt_present("t"),
+        ignore_dots: matches.opt_present("i") || matches.opt_strs("o").iter().any(|value| value == "i"),
+        sender: last(matches, "f").or_else(|| last(matches, "r")),
+        full_name: last(matches, "F"),
+        notify: last(matches, "N"),
+        envelope_id: last(matches, "V"),
+        ret: last(matches, "R"),
+        recipients: matches.free.clone(),
+        user,
+    }
+}
+
+fn config_file(matches: &Matches) -> PathBuf {
+    let named = last(matches, "C").map(PathBuf::from);
+    named.or_else(|| std::env::var_os("ODMR_CONFIG").map(PathBuf::from)).unwrap_or_else(|| DEFAULT_CONFIG.into())
+}
+
+/// Reads the configuration, and as root becomes the owner of the mail.
+fn load_as_owner(path: &Path) -> Result<CustomerConfig, ExitError> {
+    let denied = |text: String| ExitError::new(Sysexit::NoPermission, format!("{}: {text}", path.display()));
+    // A file that this user may not read is not a wrong configuration.
+    if let Err(error) = File::open(path)
+        && error.kind() == io::ErrorKind::PermissionDenied
+    {
+        return Err(denied(error.to_string()));
+    }
+    let config = CustomerConfig::load_to_send(path)?;
+    // The call runs as the owner, who could not read the messages of another user.
+    if let Some(owner) = &config.owner
+        && !rustix::process::geteuid().is_root()
+        && !find_owner(owner)?.is_current()
+    {
+        let user = &owner.user;
+        return Err(denied(format!("only {user} and root may send here: submit by SMTP where [outgoing] listens")));
+    }
+    check_not_root(&config, path)?;
+    become_owner(&config, owner_to_become(&config)?)?;
+    Ok(config)
+}

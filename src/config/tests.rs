@@ -1,0 +1,869 @@
+//! Whole files: what is read, the defaults, and what is said about mistakes.
+
+use super::*;
+use crate::mail::address::Domain;
+use crate::queue::retry::Retry;
+use crate::schedule::{Schedule, When};
+use crate::session::{Limits, RemoteSettings, Timeouts, TlsMode};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+const PROVIDER: &str = r#"hostname = "relay.example.net"
+spool = "spool"
+customers = "customers.d"
+[odmr]
+require-tls = false
+"#;
+
+const ACME: &str = r#"domains = ["example.org", "example.com"]
+secret = "open sesame"
+"#;
+
+const CUSTOMER: &str = r#"hostname = "mail.example.org"
+[provider]
+address = "relay.example.net"
+name = "acme"
+secret = "open sesame"
+[mailboxes]
+root = "mail"
+accept = ["alice@example.org", "@example.com"]
+"#;
+
+/// Files in a directory of their own, which others may not read.
+fn files(files: &[(&str, &str)]) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    fs::create_dir(folder.path().join("customers.d")).unwrap();
+    for (name, text) in files {
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        mode(&path, 0o640);
+    }
+    folder
+}
+
+fn mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// What is said about `odmr.toml` among these files, less the name of their directory.
+fn said_of(folder: &TempDir) -> String {
+    let error = match Config::load(&folder.path().join("odmr.toml")) {
+        Ok(_) => panic!("nothing was said"),
+        Err(error) => error,
+    };
+    let said = error.to_string();
+    assert!(!said.contains(char::is_control), "one error, one line:\n{said}");
+    said.replace(&format!("{}/", folder.path().display()), "")
+}
+
+fn assert_said(folder: &TempDir, place: &str, phrase: &str) {
+    let said = said_of(folder);
+    let right = said.starts_with(&format!("{place}: ")) && said.contains(phrase);
+    assert!(right, "\nwanted: {place}: … {phrase} …\n   got: {said}");
+}
+
+/// A provider's file with `old` replaced by `new` (at the end, if `old` is empty) is refused.
+fn provider(old: &str, new: &str, place: &str, phrase: &str) {
+    let text = changed(PROVIDER, old, new);
+    let folder = files(&[("odmr.toml", &text), ("customers.d/acme.toml", ACME)]);
+    assert_said(&folder, place, phrase);
+}
+
+fn customer(old: &str, new: &str, place: &str, phrase: &str) {
+    let folder = files(&[("odmr.toml", &changed(CUSTOMER, old, new))]);
+    assert_said(&folder, place, phrase);
+}
+
+/// A file of the folder of customers is refused.
+fn account(old: &str, new: &str, place: &str, phrase: &str) {
+    let text = changed(ACME, old, new);
+    let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &text)]);
+    assert_said(&folder, place, phrase);
+}
+
+fn changed(text: &str, old: &str, new: &str) -> String {
+    if old.is_empty() {
+        return format!("{text}{new}");
+    }
+    assert!(text.contains(old), "{old:?} is not in the file");
+    text.replacen(old, new, 1)
+}
+
+fn domain(text: &str) -> Domain {
+    Domain::parse(text).unwrap()
+}
+
+#[test]
+fn the_least_provider_has_the_documented_defaults() {
+    let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", ACME)]);
+    let Ok(Config::Provider(provider)) = Config::load(&folder.path().join("odmr.toml")) else {
+        panic!("not a provider's file");
+    };
+    assert_eq!(provider.hostname, "relay.example.net");
+    assert_eq!(provider.spool, folder.path().join("spool"));
+    assert_eq!(provider.tls, None);
+    assert_eq!(provider.inbound.listen, ["[::]:25".parse().unwrap()]);
+    assert_eq!(provider.inbound.max_size, 52_428_800);
+    assert_eq!(provider.odmr.listen, ["[::]:366".parse().unwrap()]);
+    assert_eq!(provider.odmr.listen_tls, []);
+    assert!(!provider.odmr.require_tls && provider.odmr.cram_md5);
+    assert_eq!(provider.relay, relay(""));
+    let acme = provider.accounts.account("acme").unwrap();
+    assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (true, false, None, 0));
+    assert_eq!(provider.limits, Limits::default());
+    assert_eq!(provider.timeouts, Timeouts::default());
+    assert_eq!(provider.timeouts.atrn, Duration::from_secs(600));
+    assert!(!format!("{provider:?}").contains("sesame"));
+}
+
+#[test]
+fn every_key_of_a_provider_is_read() {
+    let text = r#"
+        hostname = "EXAMPLE.NET"
+        spool = "/var/spool/odmr"
+        customers = "customers.d"
+        [tls]
+        certificate = "relay.pem"
+        key = "/etc/relay.key"
+        [inbound]
+        listen = [":2525", "127.0.0.1:0"]
+        max-size = 1000000
+        [odmr]
+        listen = []
+        listen-tls = ["127.0.0.1:0", "127.0.0.1:0"]
+        require-tls = true
+        cram-md5 = false
+    "#;
+    let folder = files(&[("odmr.toml", text)]);
+    let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    assert_eq!(provider.hostname, "EXAMPLE.NET");
+    assert_eq!(provider.spool, Path::new("/var/spool/odmr"));
+    assert_eq!(
+        provider.tls,
+        Some(TlsFiles { certificate: folder.path().join("relay.pem"), key: "/etc/relay.key".into() })
+    );
+    assert_eq!(provider.inbound.max_size, 1_000_000);
+    assert_eq!((provider.odmr.listen.len(), provider.odmr.listen_tls.len()), (0, 2));
+    assert!(provider.odmr.require_tls && !provider.odmr.cram_md5);
+    assert_eq!(provider.accounts.iter().count(), 0);
+}
+
+#[test]
+fn every_limit_and_timeout_is_read() {
+    let text = r#"
+        [limits]
+        connections = 1
+        connections-per-address = 2
+        recipients = 1000
+        errors = 3
+        auth-failures = 4
+        turned-sessions = 5
+        messages-per-turn = 6
+        received-hops = 7
+        [timeouts]
+        connect = "1ms"
+        greeting = "2ms"
+        mail = "3ms"
+        recipient = "4ms"
+        data = "5ms"
+        block = "6ms"
+        end = "7ms"
+        command = "8ms"
+        atrn = "11m"
+        handshake = "9ms"
+        session = "10ms"
+        turn = "11ms"
+        takeover = "12ms"
+        shutdown = "13ms"
+    "#;
+    let folder = files(&[("odmr.toml", &changed(PROVIDER, "", text))]);
+    let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let limits = Limits {
+        connections: 1,
+        connections_per_address: 2,
+        recipients: 1000,
+        errors: 3,
+        auth_failures: 4,
+        turned_sessions: 5,
+        messages_per_turn: 6,
+        received_hops: 7,
+    };
+    assert_eq!(provider.limits, limits);
+    let times = &provider.timeouts;
+    let short = [
+        times.connect,
+        times.greeting,
+        times.mail,
+        times.recipient,
+        times.data,
+        times.block,
+        times.end,
+        times.command,
+        times.handshake,
+        times.session,
+        times.turn,
+        times.takeover,
+        times.shutdown,
+    ];
+    assert_eq!(short.map(|time| time.as_millis()), std::array::from_fn(|at| at as u128 + 1));
+    assert_eq!(times.atrn, Duration::from_secs(660));
+}
+
+fn relay(text: &str) -> RelayConfig {
+    let text = format!("{PROVIDER}[relay]\n{text}\n");
+    let folder = files(&[("odmr.toml", &text), ("secret", "open sesame\n")]);
+    ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap().relay
+}
+
+fn outgoing(text: &str) -> OutgoingConfig {
+    let text = format!("{CUSTOMER}[outgoing]\nqueue = \"out\"\n{text}\n");
+    let folder = files(&[("odmr.toml", &text)]);
+    CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap().outgoing.unwrap()
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(60 * 60);
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+#[test]
+fn without_a_table_mail_goes_by_mx() {
+    let RelayConfig { smarthost, tls, tls_for, resolver, port, connections, connections_per_host, retry } = relay("");
+    assert_eq!((smarthost, tls, tls_for.len(), resolver), (None, TlsPolicy::May, 0, None));
+    assert_eq!((port, connections, connections_per_host), (25, 20, 5));
+    let times = Retry { first: 5 * MINUTE, max: 4 * HOUR, give_up: 5 * DAY, delay_notice: Some(4 * HOUR) };
+    assert_eq!(retry, times);
+}
+
+#[test]
+fn every_key_of_relay_is_read() {
+    let relay = relay(
+        r#"
+            smarthost = "smtp.example.net"
+            smarthost-tls = "implicit"
+            ca = "/etc/ca.pem"
+            name = "relay"
+            secret-file = "secret"
+            tls = "must"
+            tls-for = { "Example.COM" = "verify", localhost = "may" }
+            resolver = "127.0.0.1:5353"
+            port = 2525
+            connections = 1000
+            connections-per-host = 1
+            retry-first = "1s"
+            retry-max = "2s"
+            give-up = "3s"
+            delay-notice = "never"
+            "#,
+    );
+    assert!(!format!("{relay:?}").contains("sesame"));
+    let smarthost = RemoteSettings {
+        address: "smtp.example.net:587".to_owned(),
+        host: "smtp.example.net".to_owned(),
+        tls: TlsMode::Implicit,
+        ca: Some("/etc/ca.pem".into()),
+        pin: None,
+        credentials: Some(("relay".to_owned(), b"open sesame".to_vec())),
+    };
+    assert_eq!(relay.smarthost, Some(smarthost));
+    let policy = |name| relay.policy(&domain(name));
+    assert_eq!(policy("example.com"), TlsPolicy::Verify);
+    assert_eq!(policy("localhost"), TlsPolicy::May);
+    assert_eq!(policy("sub.example.com"), TlsPolicy::Must);
+    assert_eq!(relay.resolver, Some("127.0.0.1:5353".parse().unwrap()));
+    assert_eq!((relay.port, relay.connections, relay.connections_per_host), (2525, 1000, 1));
+    let seconds = Duration::from_secs;
+    let times = Retry { first: seconds(1), max: seconds(2), give_up: seconds(3), delay_notice: None };
+    assert_eq!(relay.retry, times);
+}
+
+#[test]
+fn times_that_are_not_written_give_way() {
+    let times = |text: &str| {
+        let retry = relay(text).retry;
+        (retry.first, retry.max, retry.give_up)
+    };
+    assert_eq!(times("give-up = \"1d\""), (5 * MINUTE, 4 * HOUR, DAY));
+    assert_eq!(times("give-up = \"4h\""), (5 * MINUTE, 2 * HOUR, 4 * HOUR));
+    assert_eq!(times("give-up = \"2m\""), (MINUTE, MINUTE, 2 * MINUTE));
+    assert_eq!(times("retry-max = \"1m\""), (MINUTE, MINUTE, 5 * DAY));
+    assert_eq!(times("retry-first = \"4h\""), (4 * HOUR, 4 * HOUR, 5 * DAY));
+}
+
+#[test]
+fn what_a_customer_may_hand_in_is_read() {
+    let text = changed(ACME, "", "relay = false\nany-sender = true\nmax-size = \"1MiB\"\nrate = 100\n");
+    let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &text)]);
+    let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let acme = provider.accounts.account("acme").unwrap();
+    assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (false, true, Some(1_048_576), 100));
+    assert!(!format!("{acme:?}").contains("sesame"));
+}
+
+#[test]
+fn the_least_outgoing_has_the_documented_defaults() {
+    let outgoing = outgoing("");
+    assert!(outgoing.queue.is_absolute() && outgoing.queue.ends_with("out"));
+    assert_eq!((outgoing.listen.len(), outgoing.networks.len()), (0, 0));
+    assert_eq!(outgoing.domain, domain("example.org"));
+    assert_eq!(outgoing.submission, None);
+    assert_eq!(outgoing.retry, Retry::default());
+    assert_eq!(outgoing.max_size, 52_428_800);
+}
+
+#[test]
+fn every_key_of_outgoing_and_schedule_is_read() {
+    let pin = format!("sha256:{}", "00".repeat(32));
+    let text = format!(
+        r#"
+            listen = ["127.0.0.1:25", "[::1]:25"]
+            networks = ["192.0.2.0/24", "2001:db8::1"]
+            domain = "example.com"
+            submission = "smtp.example.net:5870"
+            submission-tls = "starttls"
+            name = "sender"
+            secret = "mellon"
+            pin = "{pin}"
+            give-up = "2d"
+            delay-notice = "1h"
+            max-size = "1MiB"
+            [schedule]
+            every = "1m"
+            "#
+    );
+    let text = format!("{CUSTOMER}[outgoing]\nqueue = \"/var/out\"\n{text}");
+    let folder = files(&[("odmr.toml", &text)]);
+    let customer = CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    assert_eq!(customer.providers[0].schedule.when, When::Every(MINUTE));
+    assert!(!format!("{customer:?}").contains("mellon"));
+    let outgoing = customer.outgoing.unwrap();
+    assert_eq!(outgoing.queue, Path::new("/var/out"));
+    assert_eq!(outgoing.listen, ["127.0.0.1:25".parse().unwrap(), "[::1]:25".parse().unwrap()]);
+    assert_eq!(outgoing.networks.iter().map(Network::to_string).collect::<Vec<_>>(), ["192.0.2.0/24", "2001:db8::1"]);
+    assert_eq!(outgoing.domain, domain("example.com"));
+    let submission = outgoing.submission.unwrap();
+    assert_eq!(submission.address, "smtp.example.net:5870");
+    assert_eq!((submission.tls, submission.pin), (TlsMode::StartTls, Some([0; 32])));
+    assert_eq!(submission.credentials, Some(("sender".to_owned(), b"mellon".to_vec())));
+    let times = Retry { give_up: 2 * DAY, delay_notice: Some(HOUR), ..Retry::default() };
+    assert_eq!(outgoing.retry, times);
+    assert_eq!(outgoing.max_size, 1_048_576);
+}
+
+#[test]
+fn a_submission_host_is_called_as_the_provider_is() {
+    let submission = outgoing("submission = \"[::1]\"\nsubmission-tls = \"none\"").submission.unwrap();
+    assert_eq!((&*submission.address, submission.tls), ("[::1]:587", TlsMode::None));
+    assert_eq!(submission.credentials, Some(("acme".to_owned(), b"open sesame".to_vec())));
+    assert_eq!((submission.ca, submission.pin), (None, None));
+}
+
+#[test]
+fn this_machine_and_the_networks_are_admitted() {
+    let outgoing = outgoing("networks = [\"192.0.2.0/24\", \"fd00::/8\"]");
+    let admits = |address: &str| outgoing.admits(address.parse().unwrap());
+    for address in ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "192.0.2.9", "::ffff:192.0.2.9", "fdff::1"] {
+        assert!(admits(address), "{address}");
+    }
+    for address in ["192.0.3.1", "::ffff:192.0.3.1", "2001:db8::1", "::192.0.2.9", "0.0.0.0", "::"] {
+        assert!(!admits(address), "{address}");
+    }
+}
+
+#[test]
+#[rustfmt::skip]
+fn mistakes_in_relay_are_named() {
+    let relay = |text: &str, line: usize, phrase| {
+        provider("", &format!("[relay]\n{text}\n"), &format!("odmr.toml:{line}"), phrase)
+    };
+    let pin = format!("pin = \"sha256:{}\"", "00".repeat(32));
+    let host = "smarthost = \"smtp.example.net\"";
+    relay("smart-host = \"a\"", 7, "unknown key `smart-host`, expected one of `smarthost`");
+    relay("smarthost = \"smtp.example.net:smtp\"", 7, "\"smtp\" is no port");
+    relay("smarthost = \"smtp.example.net:0\"", 7, "mostly 587");
+    relay("smarthost = \"::1\"", 7, "write \"[::1]:587\"");
+    relay("smarthost = \"a b\"", 7, "is no host with a port: write \"relay.example.net:587\"");
+    relay("smarthost = 587", 7, "expected a host and a port such as \"smtp.example.net:587\"");
+    relay(&format!("{host}\nsmarthost-tls = \"may\""), 8, "write \"starttls\", \"implicit\" or \"none\"");
+    relay(&format!("{host}\n{pin}\nca = \"ca.pem\""), 9, "`ca` and `pin` exclude each other");
+    relay(&format!("{host}\nsmarthost-tls = \"none\"\n{pin}"), 9, "mean nothing with smarthost-tls = \"none\"");
+    relay(&format!("{host}\nname = \"relay\""), 8, "`secret` is missing");
+    relay(&format!("{host}\nsecret = \"s\""), 8, "no `name` to log in with");
+    relay(&format!("{host}\nsecret-file = \"s\""), 8, "no `name` to log in with");
+    relay(&format!("{host}\nname = \"relay\"\nsecret-file = \"no\""), 9, "no cannot be read");
+    relay(&format!("{host}\nname = \"relay\"\nsecret = \"s\"\nsecret-file = \"s\""), 10, "exclude each other");
+    relay("smarthost-tls = \"none\"", 7, "`smarthost-tls` is for `smarthost`, and there is none: add `smarthost`");
+    relay("ca = \"ca.pem\"", 7, "`ca` is for `smarthost`");
+    relay(&pin, 7, "`pin` is for `smarthost`");
+    relay("name = \"relay\"", 7, "`name` is for `smarthost`");
+    relay("secret = \"s\"", 7, "`secret` is for `smarthost`");
+    relay("secret-file = \"s\"", 7, "`secret-file` is for `smarthost`");
+    relay("tls = \"always\"", 7, "write \"may\", \"must\" or \"verify\"");
+    relay("tls = true", 7, "expected \"may\", \"must\" or \"verify\"");
+    relay("tls-for = { \"exa mple\" = \"must\" }", 7, "\"exa mple\" is no domain");
+    relay("tls-for = { \"a.example\" = \"no\" }", 7, "\"no\" says nothing about TLS");
+    relay("[relay.tls-for]\n\"A.example\" = \"may\"\n\"a.example\" = \"must\"", 9, "a.example stands here a second time");
+    relay("tls-for = [\"a.example\"]", 7, "expected a table, such as { \"example.org\" = \"must\" }");
+    relay("resolver = \"dns.example.net:53\"", 7, "is no address of a DNS server");
+    relay("resolver = \":53\"", 7, "is no address of a DNS server");
+    relay("port = 0", 7, "\"0\" is no port to call: write a number from 1 to 65535");
+    relay("port = 65536", 7, "is no port to call");
+    relay("port = -1", 7, "is no port to call");
+    relay("connections = 0", 7, "0 is too small: write 1 or more");
+    relay("connections = 1001", 7, "1001 is too large: write 1000 or less");
+    relay("connections = \"20\"", 7, "expected a whole number from 1 to 1000");
+    relay("connections-per-host = 0", 7, "0 is too small: write 1 or more");
+    relay("retry-first = 5", 7, "expected a time such as \"5m\"");
+    relay("retry-first = \"5h\"", 7, "`retry-first` must not be longer than `retry-max`");
+    relay("retry-max = \"2m\"\nretry-first = \"3m\"", 8, "`retry-first` must not be longer than `retry-max`");
+    relay("retry-max = \"31d\"\ngive-up = \"60d\"", 7, "must not be longer than \"30d\"");
+    relay("retry-max = \"5d\"", 7, "`retry-max` must be shorter than `give-up`");
+    relay("give-up = \"1h\"\nretry-max = \"1h\"", 8, "`retry-max` must be shorter than `give-up`");
+    relay("delay-notice = \"soon\"", 7, "\"soon\" is no time");
+    relay("delay-notice = \"soon\"", 7, "or \"never\"");
+    provider("", "relay = 5", "odmr.toml:6", "unknown key `relay`");
+    provider("[odmr]", "relay = 5\n[odmr]", "odmr.toml:4", "expected a table");
+}
+
+#[test]
+#[rustfmt::skip]
+fn mistakes_in_what_a_customer_may_hand_in_are_named() {
+    let at = "customers.d/acme.toml:3";
+    account("", "relay = \"yes\"", at, "expected true or false");
+    account("", "any-sender = 1", at, "expected true or false");
+    account("", "max-size = \"big\"", at, "\"big\" is no size");
+    account("", "max-size = 0", at, "no letter would pass");
+    account("", "rate = -1", at, "-1 is too small: write 0 or more");
+    account("", "rate = \"10/h\"", at, "expected a whole number, 0 or more");
+}
+
+#[test]
+#[rustfmt::skip]
+fn mistakes_in_outgoing_and_schedule_are_named() {
+    let outgoing = |text: &str, line: usize, phrase| {
+        let text = format!("[outgoing]\nqueue = \"out\"\n{text}\n");
+        customer("", &text, &format!("odmr.toml:{line}"), phrase)
+    };
+    customer("", "[outgoing]", "odmr.toml:9", "[outgoing] needs `queue`");
+    customer("hostname", "outgoing = true\nhostname", "odmr.toml:1", "expected a table");
+    outgoing("queu = \"out\"", 11, "unknown key `queu`");
+    outgoing("listen = [\"localhost:25\"]", 11, "to listen takes an address");
+    outgoing("listen = [\":25\",\n\":25\"]", 12, "[::]:25 stands here a second time");
+    outgoing("networks = [\"192.0.2.0/33\"]", 11, "is no network");
+    outgoing("networks = [\n\"192.0.2.1/24\"]", 12, "write \"192.0.2.0/24\" for the network");
+    outgoing("networks = \"192.0.2.0/24\"", 11, "expected a list, in [ ]");
+    outgoing("domain = \"localhost\"", 11, "has no dot");
+    outgoing("submission = \"::1\"", 11, "write \"[::1]:587\"");
+    outgoing("submission-tls = \"none\"", 11, "`submission-tls` is for `submission`, and there is none");
+    outgoing("name = \"sender\"", 11, "`name` is for `submission`");
+    outgoing("submission = \"a\"\nname = \"sender\"", 12, "`secret` is missing");
+    outgoing("submission = \"a\"\nsecret = \"s\"", 12, "no `name` to log in with");
+    outgoing("submission = \"a\"\nsubmission-tls = \"none\"\nca = \"c\"", 13, "mean nothing with submission-tls = \"none\"");
+    outgoing("retry-first = \"1m\"", 11, "unknown key `retry-first`");
+    outgoing("give-up = 5", 11, "expected a time");
+    outgoing("delay-notice = false", 11, "expected a time such as \"4h\", or \"never\"");
+    outgoing("max-size = 0", 11, "no letter would pass");
+    customer("", "[schedule]\nevery = \"0s\"", "odmr.toml:10", "would wait for nothing");
+    customer("", "[schedule]\nevery = 15", "odmr.toml:10", "expected a time");
+    customer("", "[schedule]\nevry = \"15m\"", "odmr.toml:10", "unknown key `evry`");
+    customer("", "[schedule]\nat = [\n\"* 08:00\",\n\"* 8:00\"]", "odmr.toml:12", "\"8:00\" is no time of day");
+    customer("", "[schedule]\nat = []", "odmr.toml:10", "`at` is empty");
+    customer("", "[schedule]\nat = \"* 08:00\"", "odmr.toml:10", "expected a list, in [ ]");
+    customer("", "[schedule]\nat = [\"* 08:00\"]\nzone = \"Berlin\"", "odmr.toml:11", "\"Berlin\" is no time zone");
+    customer("", "[schedule]\nat = [\"* 08:00\"]\nevery = \"5m\"", "odmr.toml:9", "`every` and `at` exclude each other");
+    customer("name = \"acme\"", "name = \"acme\"\nschedule = { zone = \"UTC\" }", "odmr.toml:5", "`zone` is for `at`");
+}
+
+#[test]
+fn the_folder_of_customers_becomes_accounts() {
+    let folder = files(&[
+        ("odmr.toml", PROVIDER),
+        ("customers.d/acme.toml", ACME),
+        ("customers.d/Bücher & Co.toml", "domains = [\"BÜCHER.example\"]\nsecret-file = \"co.secret\"\n"),
+        ("customers.d/co.secret", "mellon\r\n"),
+        ("customers.d/.draft.toml", "nonsense"),
+        ("customers.d/acme.toml~", "nonsense"),
+        ("customers.d/README", "nonsense"),
+    ]);
+    let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let accounts = &provider.accounts;
+    let names: Vec<_> = accounts.iter().map(|account| &account.name).collect();
+    assert_eq!(names, ["Bücher & Co", "acme"]);
+    let owner = |name| accounts.owner(&domain(name)).map(|account| &*account.name);
+    assert_eq!(owner("Example.ORG"), Some("acme"));
+    assert_eq!(owner("xn--bcher-kva.example"), Some("Bücher & Co"));
+    assert_eq!(owner("sub.example.org"), None);
+    let secret = |name| accounts.secret(name).unwrap();
+    assert_eq!(secret("acme").as_deref(), Some(&b"open sesame"[..]));
+    assert_eq!(secret("Bücher & Co").as_deref(), Some(&b"mellon"[..]));
+    assert_eq!(secret("Acme"), None);
+    assert!(accounts.account(".draft").is_none());
+}
+
+#[test]
+fn the_least_customer_has_the_documented_defaults() {
+    let folder = files(&[("odmr.toml", CUSTOMER)]);
+    let Ok(Config::Customer(customer)) = Config::load(&folder.path().join("odmr.toml")) else {
+        panic!("not a customer's file");
+    };
+    let upstream = &customer.providers[0].remote;
+    assert_eq!(customer.hostname, "mail.example.org");
+    assert_eq!(upstream.address, "relay.example.net:366");
+    assert_eq!(upstream.host, "relay.example.net");
+    assert_eq!(upstream.tls, TlsMode::StartTls);
+    assert_eq!((&upstream.ca, upstream.pin), (&None, None));
+    assert_eq!(upstream.credentials, Some(("acme".to_owned(), b"open sesame".to_vec())));
+    assert_eq!(customer.providers[0].domains, []);
+    assert_eq!(customer.mailboxes.root, folder.path().join("mail"));
+    assert_eq!(customer.mailboxes.max_size, 52_428_800);
+    assert_eq!(customer.mailboxes.rules.domains(), [domain("example.org"), domain("example.com")]);
+    assert_eq!(customer.mailboxes.umask, 0o077);
+    assert_eq!(customer.outgoing, None);
+    assert_eq!(customer.providers[0].schedule, Schedule::default());
+    assert_eq!(customer.timeouts, Timeouts::default());
+    assert!(!format!("{customer:?}").contains("sesame"));
+}
+
+#[test]
+fn every_key_of_a_customer_is_read() {
+    let text = r#"
+            hostname = "mail.example.org"
+            [provider]
+            address = "[2001:db8::1]:3660"
+            tls = "implicit"
+            ca = "ca.pem"
+            name = "acme"
+            secret-file = "secret"
+            domains = ["example.org", "Example.COM"]
+            [mailboxes]
+            root = "/var/mail/odmr"
+            accept = ["@example.com"]
+            max-size = "10KiB"
+            [limits]
+            recipients = 200
+            [timeouts]
+            connect = "2s"
+        "#;
+    let folder = files(&[("odmr.toml", text), ("secret", "open sesame")]);
+    let customer = CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let upstream = &customer.providers[0].remote;
+    assert_eq!(upstream.address, "[2001:db8::1]:3660");
+    assert_eq!(upstream.host, "2001:db8::1");
+    assert_eq!(upstream.tls, TlsMode::Implicit);
+    assert_eq!(upstream.ca, Some(folder.path().join("ca.pem")));
+    assert_eq!(upstream.credentials, Some(("acme".to_owned(), b"open sesame".to_vec())));
+    assert_eq!(customer.providers[0].domains, [domain("example.org"), domain("example.com")]);
+    assert_eq!(customer.mailboxes.root, Path::new("/var/mail/odmr"));
+    assert_eq!(customer.mailboxes.max_size, 10_240);
+    assert_eq!(customer.limits.recipients, 200);
+    assert_eq!(customer.timeouts.connect, Duration::from_secs(2));
+}
+
+#[test]
+fn several_providers_have_each_their_own() {
+    let text = r#"
+            hostname = "mail.example.org"
+            user = "vmail"
+            group = "mail"
+            [[provider]]
+            address = "a.example.net"
+            name = "acme"
+            secret = "one"
+            domains = ["example.org"]
+            schedule = { every = "5m" }
+            outgoing = false
+            [[provider]]
+            address = "b.example.net"
+            name = "acme"
+            secret = "two"
+            domains = ["example.com"]
+            [provider.schedule]
+            at = ["* 08:00"]
+            [[provider]]
+            address = "b.example.net"
+            name = "other"
+            secret = "three"
+            domains = ["example.edu"]
+            [schedule]
+            every = "2h"
+            [mailboxes]
+            root = "mail"
+            accept = ["@example.org", "@example.com", "@example.edu"]
+        "#;
+    let folder = files(&[("odmr.toml", text)]);
+    let customer = CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let owner = customer.owner.unwrap();
+    assert_eq!((owner.user.as_str(), owner.group.as_deref()), ("vmail", Some("mail")));
+    let said: Vec<_> = customer
+        .providers
+        .iter()
+        .map(|provider| {
+            let every = match &provider.schedule.when {
+                When::Every(every) => every.as_secs() / 60,
+                When::At(_) => 0,
+            };
+            (provider.remote.address.as_str(), provider.remote.login_name(), every, provider.outgoing)
+        })
+        .collect();
+    let wanted = [
+        ("a.example.net:366", "acme", 5, false),
+        // The first that does not say no.
+        ("b.example.net:366", "acme", 0, true),
+        ("b.example.net:366", "other", 120, false),
+    ];
+    assert_eq!(said, wanted);
+}
+
+#[test]
+fn mistakes_with_several_providers_are_named() {
+    const ONE: &str = "[[provider]]\naddress = \"a.example.net\"\nname = \"acme\"\nsecret = \"x\"\n";
+    let check = |more: &str, place: &str, phrase: &str| {
+        let text = format!(
+            "hostname = \"mail.example.org\"\n{ONE}{more}[mailboxes]\nroot = \"m\"\naccept = [\"@example.org\"]\n"
+        );
+        assert_said(&files(&[("odmr.toml", &text)]), place, phrase);
+    };
+    check(ONE, "odmr.toml:6", "a.example.net:366 stands here a second time as acme");
+    check("[[provider]]\nname = \"acme\"\n", "odmr.toml:6", "[provider] needs `address`");
+    let other = ONE.replace("acme", "b");
+    let both = format!("outgoing = true\n{other}outgoing = true\n");
+    check(&both, "odmr.toml:11", "another provider takes the outgoing mail already");
+    let text = "hostname = \"h.example.org\"\n[[provider]]\naddress = \"a.example.net\"\nname = \"a\"\nsecret = \"x\"\n\
+                outgoing = false\n[mailboxes]\nroot = \"m\"\naccept = [\"@example.org\"]\n[outgoing]\nqueue = \"q\"\n";
+    assert_said(&files(&[("odmr.toml", text)]), "odmr.toml:10", "[outgoing] has nobody to take its mail");
+    check("outgoing = 1\n", "odmr.toml:6", "expected true or false");
+    check("schedule = { evry = \"5m\" }\n", "odmr.toml:6", "unknown key `evry`");
+    customer("hostname", "group = \"mail\"\nhostname", "odmr.toml:1", "`group` means nothing without `user`");
+    customer("hostname", "user = \"a:b\"\nhostname", "odmr.toml:1", "is no name of a user or group");
+    customer("hostname", "user = 5\nhostname", "odmr.toml:1", "expected the name of a user or group");
+    let circle =
+        "[outgoing]\nqueue = \"q\"\nlisten = [\"127.0.0.1:2525\"]\n[mailboxes]\ndeliver = \"smtp:localhost:2525\"";
+    customer("[mailboxes]", circle, "odmr.toml:8", "so it would go in circles");
+}
+
+#[test]
+#[rustfmt::skip]
+fn mistakes_in_a_provider_s_file_are_named() {
+    provider("hostname = ", "hostnam = ", "odmr.toml:1", "unknown key `hostnam`, expected one of `hostname`");
+    provider("hostname = \"relay.example.net\"", "", "odmr.toml", "`hostname` is missing");
+    provider("relay.example.net", "relay_1", "odmr.toml:1", "\"relay_1\" is no host name");
+    provider("\"relay.example.net\"", "5", "odmr.toml:1", "expected a host name");
+    provider("\"relay.example.net\"", "relay", "odmr.toml:1", "must be quoted");
+    provider("spool = \"spool\"", "spool = \"spool", "odmr.toml:2", "invalid basic string");
+    provider("spool = \"spool\"", "", "odmr.toml", "`spool` is missing: the directory");
+    provider("\"spool\"", "\"\"", "odmr.toml:2", "is no path");
+    provider("customers = \"customers.d\"", "", "odmr.toml", "`customers` is missing: the folder");
+    provider("customers.d", "clients.d", "odmr.toml:3", "clients.d cannot be read: No such file");
+    provider("customers = ", "spool = ", "odmr.toml:3", "`spool` stands here a second time");
+    provider("", "[odmr]\n", "odmr.toml:6", "second time");
+    provider("", "[provider]\n", "odmr.toml:6", "make two files of this one");
+    provider("", "[inbund]\n", "odmr.toml:6", "unknown key `inbund`");
+    provider("[odmr]", "[odmr", "odmr.toml:4", "unclosed table");
+    provider("[odmr]", "inbound = 5\n[odmr]", "odmr.toml:4", "expected a table");
+    provider("", "listen = [\"localhost:366\"]", "odmr.toml:6", "is a name, and to listen takes an address");
+    provider("", "listen = [\n \":0\",\n \"::\"]", "odmr.toml:8", "\"::\" has no port");
+    provider("", "listen = \":366\"", "odmr.toml:6", "expected a list, in [ ]");
+    provider("", "listen = [\":25\"]\n[inbound]\nlisten = [\"[::]:25\"]", "odmr.toml:6", "[::]:25 stands here a second time");
+    provider("require-tls = false", "", "odmr.toml:4", "there is no [tls]: add [tls] with `certificate` and `key`");
+    provider("false", "true", "odmr.toml:5", "or say require-tls = false");
+    provider("[odmr]\nrequire-tls = false", "", "odmr.toml", "`require-tls` is true, which it is by default");
+    provider("false", "\"no\"", "odmr.toml:5", "expected true or false");
+    provider("", "listen-tls = [\":465\"]", "odmr.toml:6", "`listen-tls` needs a certificate: add [tls]");
+    provider("", "cram-md5 = false", "odmr.toml:6", "without CRAM-MD5");
+    provider("", "[tls]\nkey = \"k\"", "odmr.toml:6", "`certificate` is missing");
+    provider("", "[tls]\ncertificate = \"c\"", "odmr.toml:6", "`key` is missing");
+    provider("", "[tls]\ncert = \"c\"", "odmr.toml:7", "unknown key `cert`, expected `certificate` or `key`");
+    provider("", "[inbound]\nmax-size = \"50MB\"", "odmr.toml:7", "\"50MB\" is no size");
+    provider("", "[inbound]\nmax-size = 0", "odmr.toml:7", "no letter would pass");
+    provider("", "[inbound]\nmax-size = true", "odmr.toml:7", "expected a size such as \"50MiB\"");
+}
+
+#[test]
+#[rustfmt::skip]
+fn mistakes_in_limits_and_timeouts_are_named() {
+    let limit = |line: &str, phrase| {
+        provider("", &format!("[limits]\n{line}\n"), "odmr.toml:7", phrase)
+    };
+    limit("recipients = 99", "99 is too small: write 100 or more");
+    limit("auth-failures = 2", "2 is too small: write 3 or more");
+    limit("connections = 0", "0 is too small: write 1 or more");
+    limit("messages-per-turn = -1", "-1 is too small: write 0 or more");
+    limit("errors = \"20\"", "expected a whole number, 1 or more");
+    limit("received-hops = 1.5", "expected a whole number, 1 or more");
+    limit("recipient = 100", "unknown key `recipient`, expected one of `connections`");
+    let time = |line: &str, phrase| {
+        provider("", &format!("[timeouts]\n{line}\n"), "odmr.toml:7", phrase)
+    };
+    time("atrn = \"599s\"", "RFC 2645 section 5.2.1");
+    time("command = \"0s\"", "would wait for nothing");
+    time("command = \"5min\"", "\"5min\" is no time: write a whole number of ms, s, m, h or d");
+    time("command = 300", "expected a time such as \"5m\"");
+    time("rcpt = \"5m\"", "unknown key `rcpt`");
+    customer("", "[timeouts]\natrn = \"9m\"", "odmr.toml:10", "write \"10m\" or more");
+}
+
+#[test]
+#[rustfmt::skip]
+fn mistakes_in_the_folder_of_customers_are_named() {
+    let place = "customers.d/acme.toml";
+    let at = |line| format!("{place}:{line}");
+    account("[\"example.org\", \"example.com\"]", "[]", &at(1), "`domains` is missing or empty");
+    account("domains = [\"example.org\", \"example.com\"]", "", place, "`domains` is missing or empty");
+    account("example.com", "localhost", &at(1), "\"localhost\" has no dot");
+    account("example.com", "exa mple.com", &at(1), "\"exa mple.com\" is no domain");
+    account("example.com", "Example.ORG", &at(1), "example.org stands here a second time");
+    account("open sesame", "", &at(2), "the secret is empty");
+    account("open sesame", "a\\nb", &at(2), "more than one line");
+    account("secret = \"open sesame\"", "", place, "`secret` is missing");
+    account("", "secret-file = \"s\"", &at(3), "`secret` and `secret-file` exclude each other");
+    account("secret = \"open sesame\"", "secret-file = \"no\"", &at(2), "customers.d/no cannot be read");
+    account("secret = ", "password = ", &at(2), "unknown key `password`");
+    account("\"open sesame\"", "12345", &at(2), "a number stands here, expected a secret in quotes");
+}
+
+#[test]
+fn a_domain_in_two_files_names_both() {
+    let folder = files(&[
+        ("odmr.toml", PROVIDER),
+        ("customers.d/acme.toml", ACME),
+        ("customers.d/zenith.toml", "secret = \"s\"\ndomains = [\n\"example.net\",\n\"EXAMPLE.com\"]\n"),
+    ]);
+    let phrase = "example.com stands in customers.d/acme.toml too";
+    assert_said(&folder, "customers.d/zenith.toml:4", phrase);
+}
+
+#[test]
+#[rustfmt::skip]
+fn mistakes_in_a_customer_s_file_are_named() {
+    customer("[provider]", "[providers]", "odmr.toml", "says neither what a provider needs");
+    customer("hostname = \"mail.example.org\"", "", "odmr.toml", "`hostname` is missing");
+    customer("address = \"relay.example.net\"", "", "odmr.toml:2", "[provider] needs `address`");
+    customer("relay.example.net", "relay.example.net:odmr", "odmr.toml:3", "\"odmr\" is no port");
+    customer("relay.example.net", "2001:db8::1", "odmr.toml:3", "write \"[2001:db8::1]:366\"");
+    customer("name = \"acme\"", "", "odmr.toml:2", "[provider] needs `name`");
+    customer("acme", "", "odmr.toml:4", "the login name is empty");
+    customer("secret = \"open sesame\"", "", "odmr.toml:2", "`secret` is missing");
+    customer("secret = \"open sesame\"", "secret-file = \"no\"", "odmr.toml:5", "no cannot be read: No such file");
+    customer("name = \"acme\"", "tls = \"ssl\"\nname = \"acme\"", "odmr.toml:4", "\"ssl\" is no way to use TLS: write \"starttls\", \"implicit\" or \"none\"");
+    customer("name = \"acme\"", "tls = true\nname = \"acme\"", "odmr.toml:4", "expected \"starttls\", \"implicit\" or \"none\"");
+    customer("name = \"acme\"", "pin = \"00\"\nname = \"acme\"", "odmr.toml:4", "is no fingerprint");
+    let pin = format!("pin = \"sha256:{}\"", "00".repeat(32));
+    customer("name = \"acme\"", &format!("{pin}\nca = \"ca.pem\"\nname = \"acme\""), "odmr.toml:5", "`ca` and `pin` exclude each other");
+    customer("name = \"acme\"", &format!("tls = \"none\"\n{pin}\nname = \"acme\""), "odmr.toml:5", "mean nothing with tls = \"none\"");
+    customer("name = \"acme\"", "domains = [\"localhost\"]\nname = \"acme\"", "odmr.toml:4", "has no dot");
+    customer("name = \"acme\"", "domains = [\"a.example\",\n\"A.example\"]\nname = \"acme\"", "odmr.toml:5", "a.example stands here a second time");
+    customer("name = \"acme\"", "domains = [\"example.org\"]\nname = \"acme\"", "odmr.toml:9", "@example.com can get no mail");
+    customer("root = \"mail\"", "", "odmr.toml:6", "[mailboxes] needs `root`");
+    customer("accept = [\"alice@example.org\", \"@example.com\"]", "", "odmr.toml:6", "[mailboxes] needs `accept`");
+    customer("\"alice@example.org\", \"@example.com\"", "", "odmr.toml:6", "[mailboxes] needs `accept`");
+    customer("alice@example.org", "example.org", "odmr.toml:8", "\"example.org\" is no address: write an address such as");
+    customer("alice@example.org", "alice@[192.0.2.1]", "odmr.toml:8", "is no address");
+    customer("@example.com", "\\\"Alice\\\"@EXAMPLE.org", "odmr.toml:8", "Alice@example.org stands here a second time");
+    customer("\"@example.com\"", "\"@localhost\"", "odmr.toml:8", "has no dot");
+    customer("[mailboxes]", "[mailbox]", "odmr.toml:6", "unknown key `mailbox`, expected one of");
+    customer("[mailboxes]\nroot = \"mail\"\naccept = [\"alice@example.org\", \"@example.com\"]", "", "odmr.toml", "[mailboxes] is missing");
+    customer("", "max-size = \"big\"", "odmr.toml:9", "\"big\" is no size");
+}
+
+#[test]
+fn a_file_for_the_other_side_is_told_so() {
+    let folder = files(&[("p.toml", PROVIDER), ("c.toml", CUSTOMER), ("empty.toml", "")]);
+    let path = |name| folder.path().join(name);
+    let said = ProviderConfig::load(&path("c.toml")).unwrap_err().text;
+    assert!(said.contains("is a customer's file"), "{said}");
+    let said = CustomerConfig::load(&path("p.toml")).unwrap_err().text;
+    assert!(said.contains("is a provider's file"), "{said}");
+    let said = Config::load(&path("empty.toml")).unwrap_err().text;
+    assert!(said.contains("says neither"), "{said}");
+    let said = Config::load(&path("none.toml")).unwrap_err();
+    assert_eq!((said.line, &said.text[..14]), (None, "cannot be read"));
+}
+
+#[test]
+fn what_is_not_utf_8_is_named_with_its_line() {
+    let folder = files(&[]);
+    let path = folder.path().join("odmr.toml");
+    fs::write(&path, b"# one\n# \xe4\n").unwrap();
+    assert_said(&folder, "odmr.toml:2", "is not UTF-8");
+}
+
+#[test]
+fn secrets_that_every_user_may_read_or_change_are_refused() {
+    let by_file = ACME.replace("secret = \"open sesame\"", "secret-file = \"secret\"");
+    let key = changed(PROVIDER, "", "[tls]\ncertificate = \"c\"\nkey = \"key\"\n");
+    let check = |text: &str, acme: &str, open: &str, place: &str| {
+        let folder = files(&[
+            ("odmr.toml", text),
+            ("customers.d/acme.toml", acme),
+            ("customers.d/secret", "open sesame"),
+            ("key", "a key"),
+        ]);
+        assert!(Config::load(&folder.path().join("odmr.toml")).is_ok());
+        for (bits, what) in [(0o644, "may read it"), (0o642, "may change it"), (0o666, "may read and change it")] {
+            mode(&folder.path().join(open), bits);
+            assert_said(&folder, place, what);
+            assert_said(&folder, place, &format!("chmod 640 {open}"));
+        }
+    };
+    check(PROVIDER, ACME, "customers.d/acme.toml", "customers.d/acme.toml:2");
+    check(PROVIDER, &by_file, "customers.d/secret", "customers.d/acme.toml:2");
+    check(&key, ACME, "key", "odmr.toml:8");
+    check(CUSTOMER, ACME, "odmr.toml", "odmr.toml:5");
+    let login = "[relay]\nsmarthost = \"smtp.example.net\"\nname = \"relay\"\n";
+    let relay = changed(PROVIDER, "", &format!("{login}secret = \"s\"\n"));
+    check(&relay, ACME, "odmr.toml", "odmr.toml:9");
+    let relay = changed(PROVIDER, "", &format!("{login}secret-file = \"key\"\n"));
+    check(&relay, ACME, "key", "odmr.toml:9");
+}
+
+#[test]
+fn files_without_a_secret_may_be_read_by_all() {
+    let by_file = ACME.replace("secret = \"open sesame\"", "secret-file = \"secret\"");
+    let folder =
+        files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &by_file), ("customers.d/secret", "open sesame\n")]);
+    mode(&folder.path().join("odmr.toml"), 0o644);
+    mode(&folder.path().join("customers.d/acme.toml"), 0o644);
+    assert!(Config::load(&folder.path().join("odmr.toml")).is_ok());
+}
+
+#[test]
+fn a_secret_file_is_one_line() {
+    for (text, phrase) in [
+        ("", "customers.d/secret is empty"),
+        ("\n", "customers.d/secret is empty"),
+        ("one\ntwo\n", "customers.d/secret has more than one line"),
+    ] {
+        let folder = files(&[
+            ("odmr.toml", PROVIDER),
+            ("customers.d/secret", text),
+            ("customers.d/acme.toml", "domains = [\"a.example\"]\nsecret-file = \"secret\""),
+        ]);
+        assert_said(&folder, "customers.d/acme.toml:2", phrase);
+    }
+}
+
+#[test]
+fn an_error_stays_on_one_line_whatever_the_files_are_called() {
+    let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/a\nb.toml", ACME)]);
+    assert!(said_of(&folder).starts_with("customers.d/a?b.toml: the login name \"a\\nb\" has"));
+}
+
+#[test]
+fn ten_thousand_customers_load_at_once() {
+    let folder = files(&[("odmr.toml", PROVIDER)]);
+    for number in 0..10_000 {
+        let path = folder.path().join(format!("customers.d/c{number}.toml"));
+        let text = format!("domains = [\"d{number}.example\"]\nsecret = \"s{number}\"\n");
+        fs::write(&path, text).unwrap();
+        mode(&path, 0o640);
+    }
+    let start = Instant::now();
+    let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let took = start.elapsed();
+    assert_eq!(provider.accounts.iter().count(), 10_000);
+    let owner = provider.accounts.owner(&domain("d4711.example"));
+    assert_eq!(owner.unwrap().name, "c4711");
+    // It takes a tenth of this, unoptimised; the rest is for a busy machine.
+    assert!(took < Duration::from_secs(2), "{took:?}");
+}

@@ -1,0 +1,100 @@
+//! The `Received` field, written and read (RFC 5321 section 4.4, RFC 3848).
+//!
+//! ```text
+//! Received: from mx.example.net ([192.0.2.1])
+//!  by relay.example.net with ESMTPS (TLSv1.3 TLS_AES_256_GCM_SHA384)
+//!  id 1j14… for <alice@example.org>;
+//!  Fri, 02 Jan 2026 03:04:05 +0000
+//! ```
+
+use core::net::IpAddr;
+
+use super::address::{Host, Mailbox, parse_literal};
+
+/// What the server knows about the session in which a message arrives.
+#[derive(Clone, Debug)]
+pub struct Received<'a> {
+    /// The name that the client gave with EHLO or HELO, if it did.
+    pub helo: Option<&'a str>,
+    /// The client used EHLO.
+    pub extended: bool,
+    /// The client's address as a literal, or who it is on this machine.
+    pub peer: &'a str,
+    /// Our own name.
+    pub by: &'a str,
+    /// The client used SMTPUTF8 (RFC 6531).
+    pub utf8: bool,
+    /// TLS version and cipher, under TLS.
+    pub tls: Option<&'a str>,
+    pub authenticated: bool,
+    /// The only recipient. With more than one their names are not for each other's eyes (RFC 5321 section 7.2).
+    pub recipient: Option<&'a Mailbox>,
+}
+
+impl Received<'_> {
+    /// The field with LF line ends. `date` is in the form of RFC 5322 section 3.3.
+    pub fn field(&self, id: &str, date: &str) -> String {
+        // A name that is not a host name would break the field's grammar.
+        let name = self.helo.filter(|name| Host::parse(name).is_some()).unwrap_or("unknown");
+        let protocol = match (self.utf8, self.extended) {
+            (true, _) => "UTF8SMTP",
+            (false, true) => "ESMTP",
+            (false, false) => "SMTP",
+        };
+        // The letters are defined for ESMTP only. After a turn there is no A: the provider, which is the SMTP client
+        // then, has not authenticated (RFC 3848, RFC 4954 section 7).
+        let letter = |condition: bool, letter| if condition && protocol != "SMTP" { letter } else { "" };
+        let (s, a) = (letter(self.tls.is_some(), "S"), letter(self.authenticated, "A"));
+        let tls = self.tls.map_or(String::new(), |tls| format!(" ({tls})"));
+        let recipient = match self.recipient {
+            Some(mailbox) if mailbox.is_ascii() || self.utf8 => format!(" for <{mailbox}>"),
+            _ => String::new(),
+        };
+        let (peer, by) = (self.peer, self.by);
+        format!(
+            "Received: from {name} ({peer})\n\tby {by} with {protocol}{s}{a}{tls}\n\tid {id}{recipient};\n\t{date}\n"
+        )
+    }
+}
+
+/// The client that gave a message to the host that gave it to us, for the filters of a next hop (XCLIENT and XFORWARD,
+/// as Postfix documents them).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientInfo {
+    pub address: IpAddr,
+    /// The name that it gave with EHLO or HELO.
+    pub helo: Option<String>,
+    /// It used EHLO.
+    pub extended: bool,
+}
+
+impl ClientInfo {
+    /// Reads the topmost `Received` field, if `by`, the host that the message came from, has written it:
+    /// `from <EHLO name> (<name> [<address>]) by <by> with ESMTP`. Anybody may have written the fields below it.
+    /// `value` is the field's text after the colon.
+    pub fn parse(value: &str, by: &str) -> Option<ClientInfo> {
+        let words: Vec<_> = value.split_ascii_whitespace().collect();
+        let at = words.windows(2).position(|pair| pair[0] == "by" && pair[1].eq_ignore_ascii_case(by))?;
+        let (from, rest) = (words.get(..at)?, &words[at..]);
+        let name = *from.get(1).filter(|_| from[0] == "from")?;
+        // A client may give an address as its name, so only the one in the comment after the name counts. Exim writes
+        // the name into the comment if it differs: `from host ([192.0.2.1] helo=name)`, and the address in its place if
+        // it has no other: `from [192.0.2.1] (helo=name)`.
+        let end = from.iter().skip(2).position(|word| word.ends_with(')'))?;
+        let comment = from.get(2..3 + end)?;
+        let named = |word: &&str| word.trim_start_matches('(').strip_prefix("helo=").map(str::to_owned);
+        let helo = comment.iter().find_map(named);
+        let literal = |word: &&str| Some(word.trim_end_matches(')').split_once('[')?.1.to_owned());
+        let written = comment.iter().filter(|word| named(word).is_none()).find_map(literal);
+        let literal = written.or_else(|| helo.is_some().then(|| literal(&name)).flatten())?;
+        let literal = literal.strip_suffix(']')?;
+        let address = parse_literal(literal).or_else(|| literal.parse().ok())?;
+        let name = helo.as_deref().map_or(name, |helo| helo.trim_end_matches(')'));
+        let protocol = rest.windows(2).find(|pair| pair[0] == "with").map_or("", |pair| pair[1]);
+        Some(ClientInfo {
+            address: address.to_canonical(),
+            helo: (name != "unknown").then(|| name.to_owned()),
+            extended: protocol.trim_end_matches(';') != "SMTP",
+        })
+    }
+}

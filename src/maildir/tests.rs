@@ -1,0 +1,340 @@
+//! Tests of Maildirs: what is visible when, and what is left.
+
+use super::*;
+use crate::ids::Ids;
+use std::collections::HashSet;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+
+const EMPTY: [Vec<String>; 3] = [Vec::new(), Vec::new(), Vec::new()];
+
+fn maildir() -> (tempfile::TempDir, Maildir) {
+    let folder = tempfile::tempdir().unwrap();
+    let maildir = Maildir::new(folder.path().join("deep/down/box"));
+    (folder, maildir)
+}
+
+fn names(path: impl AsRef<Path>) -> Vec<String> {
+    let Ok(files) = fs::read_dir(path) else { return Vec::new() };
+    let mut names: Vec<_> = files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// The names in `tmp`, `new` and `cur`.
+fn inside(maildir: &Maildir) -> [Vec<String>; 3] {
+    ["tmp", "new", "cur"].map(|name| names(maildir.path().join(name)))
+}
+
+fn words(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+fn deliver(maildir: &Maildir, unique: &str, content: &[u8]) -> io::Result<Vec<Entry>> {
+    let mut writer = MessageWriter::default();
+    writer.begin(maildir, unique, b"head\n")?;
+    writer.write(content)?;
+    writer.commit()
+}
+
+fn entry(name: &str, seen: bool) -> Entry {
+    Entry { name: name.to_owned(), seen }
+}
+
+#[test]
+fn nothing_is_seen_before_the_commit_and_all_after_it() {
+    let (_folder, maildir) = maildir();
+    assert!(maildir.entries().unwrap().is_empty() && maildir.is_empty().unwrap());
+    let mut writer = MessageWriter::default();
+    writer.begin(&maildir, "1.M2.host", b"head\n").unwrap();
+    writer.write(&[b'x'; 100_000]).unwrap();
+    writer.write(b"\nend\n").unwrap();
+    assert_eq!(inside(&maildir), [words(&["1.M2.host"]), vec![], vec![]]);
+    assert!(maildir.is_empty().unwrap());
+    let entries = writer.commit().unwrap();
+    let name = "1.M2.host,S=100010,W=100013";
+    assert_eq!(entries, [entry(name, false)]);
+    assert_eq!(inside(&maildir), [vec![], words(&[name]), vec![]]);
+    assert_eq!((entries[0].unique(), entries[0].wire_size()), ("1.M2.host", Some(100_013)));
+    let content = fs::read(maildir.file(&entries[0])).unwrap();
+    assert!(content.starts_with(b"head\nxxx") && content.ends_with(b"xxx\nend\n"));
+    assert_eq!(content.len(), 100_010);
+    assert_eq!(maildir.entries().unwrap(), entries);
+}
+
+#[test]
+fn others_cannot_read_the_mail() {
+    use std::os::unix::fs::PermissionsExt;
+    let (_folder, maildir) = maildir();
+    let entries = deliver(&maildir, "1", b"").unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o077;
+    assert_eq!((mode(&maildir.file(&entries[0])), mode(maildir.path())), (0, 0));
+}
+
+#[test]
+fn others_read_what_the_mask_leaves() {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for mask in [0o077, 0o027, 0o007, 0o022, 0] {
+        let folder = tempfile::tempdir().unwrap();
+        // The umask of the test's own process applies, too.
+        let probe = folder.path().join("probe");
+        DirBuilder::new().mode(0o777).create(&probe).unwrap();
+        let umask = 0o777 & !mode(&probe);
+        let (file, dir) = (0o666 & !mask & !umask, 0o777 & !mask & !umask);
+        let maildir = Maildir::mailbox(folder.path().join("example.org/eva"), mask);
+        let entries = deliver(&maildir, "1", b"").unwrap();
+        assert_eq!(mode(&maildir.file(&entries[0])), file, "{mask:o}");
+        for path in ["example.org", "example.org/eva", "example.org/eva/new", "example.org/eva/tmp"] {
+            assert_eq!(mode(&folder.path().join(path)), dir, "{mask:o} {path}");
+        }
+        let lists = maildir.folder("lists");
+        ["", "cur", "new"].iter().for_each(|name| fs::create_dir(lists.path().join(name)).unwrap());
+        let entries = deliver(&lists, "2", b"").unwrap();
+        assert_eq!(mode(&lists.file(&entries[0])), file, "{mask:o}");
+    }
+}
+
+#[test]
+fn a_sub_folder_takes_mail_where_it_is_there_and_is_never_made() {
+    let (_folder, maildir) = maildir();
+    assert!(!maildir.exists());
+    maildir.create().unwrap();
+    assert!(maildir.exists());
+    let lists = maildir.folder("lists");
+    assert_eq!(lists.path(), maildir.path().join(".lists"));
+    assert!(!lists.exists());
+    assert_eq!(deliver(&lists, "1", b"").unwrap_err().kind(), io::ErrorKind::NotFound);
+    assert!(!lists.path().exists());
+    // `tmp` alone is made good.
+    for name in ["", "cur", "new"] {
+        assert!(!lists.exists());
+        fs::create_dir(lists.path().join(name)).unwrap();
+    }
+    assert!(lists.exists());
+    assert_eq!(deliver(&lists, "1", b"").unwrap(), [entry("1,S=5,W=6", false)]);
+    assert_eq!(inside(&lists), [vec![], words(&["1,S=5,W=6"]), vec![]]);
+    assert_eq!(inside(&maildir), EMPTY);
+}
+
+#[test]
+fn a_sub_folder_that_vanishes_loses_nothing() {
+    let (_folder, maildir) = maildir();
+    let lists = maildir.folder("lists");
+    Maildir::new(lists.path()).create().unwrap();
+    let mut writer = MessageWriter::default();
+    writer.begin(&maildir, "1", b"").unwrap();
+    writer.begin(&lists, "2", b"").unwrap();
+    fs::remove_dir_all(lists.path()).unwrap();
+    assert_eq!(writer.commit().unwrap_err().kind(), io::ErrorKind::NotFound);
+    assert!(!lists.path().exists());
+    assert_eq!(inside(&maildir), EMPTY);
+}
+
+#[test]
+fn the_name_of_a_sub_folder_never_leads_out_of_the_mailbox() {
+    let maildir = Maildir::new("box");
+    for (name, path) in [
+        ("lists", "box/.lists"),
+        ("lists.rust", "box/.lists.rust"),
+        ("", "box/.%"),
+        (".", "box/.%."),
+        ("./x", "box/.%.%2Fx"),
+        ("../../x", "box/.%..%2F..%2Fx"),
+        ("x/../../y", "box/.x%2F..%2F..%2Fy"),
+    ] {
+        assert_eq!(maildir.folder(name).path(), Path::new(path), "{name}");
+    }
+    assert!(!maildir.folder("\0").exists() && !maildir.folder(&"x".repeat(1000)).exists());
+}
+
+#[test]
+fn a_directory_that_gets_several_messages_is_fsynced_once() {
+    let (folder, maildir) = maildir();
+    let other = Maildir::new(folder.path().join("other"));
+    let mut writer = MessageWriter::default();
+    for (number, maildir) in [&maildir, &other, &maildir, &maildir].into_iter().enumerate() {
+        writer.begin(maildir, &number.to_string(), b"").unwrap();
+    }
+    let prepared = writer.prepare().unwrap();
+    assert_eq!(
+        prepared.directories().into_iter().collect::<Vec<_>>(),
+        [maildir.path().join("new"), other.path().join("new")]
+    );
+    assert_eq!(prepared.publish().unwrap().len(), 4);
+    assert_eq!(inside(&maildir).map(|names| names.len()), [0, 3, 0]);
+}
+
+#[test]
+fn what_is_prepared_is_not_seen_yet() {
+    let (_folder, maildir) = maildir();
+    let prepared = |unique| {
+        let mut writer = MessageWriter::default();
+        writer.begin(&maildir, unique, b"head\n").unwrap();
+        writer.prepare().unwrap()
+    };
+    let ready = prepared("1");
+    assert_eq!(inside(&maildir).map(|names| names.len()), [1, 0, 0]);
+    ready.publish().unwrap();
+    drop(prepared("2"));
+    assert_eq!(inside(&maildir).map(|names| names.len()), [0, 1, 0]);
+}
+
+#[test]
+fn a_dropped_draft_leaves_nothing() {
+    let (_folder, maildir) = maildir();
+    let mut writer = MessageWriter::default();
+    writer.begin(&maildir, "1", b"head").unwrap();
+    drop(writer);
+    assert_eq!(inside(&maildir), EMPTY);
+}
+
+#[test]
+fn nothing_is_ever_overwritten() {
+    let (_folder, maildir) = maildir();
+    let entries = deliver(&maildir, "1", b"first").unwrap();
+    // The same name again, of the same size: rename(2) would have replaced it.
+    let error = deliver(&maildir, "1", b"other").unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+    assert_eq!(fs::read(maildir.file(&entries[0])).unwrap(), b"head\nfirst");
+    assert_eq!(inside(&maildir), [vec![], words(&["1,S=10,W=11"]), vec![]]);
+    // Nor is another writer's draft.
+    fs::write(maildir.path().join("tmp/2"), "theirs").unwrap();
+    assert_eq!(deliver(&maildir, "2", b"").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+    assert_eq!(fs::read(maildir.path().join("tmp/2")).unwrap(), b"theirs");
+    maildir.discard("2").unwrap();
+    maildir.discard("2").unwrap();
+    assert_eq!(deliver(&maildir, "2", b"").unwrap().len(), 1);
+}
+
+#[test]
+fn several_maildirs_get_a_message_all_or_none() {
+    for broken in 0..3 {
+        let folder = tempfile::tempdir().unwrap();
+        let maildirs: Vec<_> = (0..3).map(|number| Maildir::new(folder.path().join(number.to_string()))).collect();
+        let deliver = || {
+            let mut writer = MessageWriter::default();
+            for (number, maildir) in maildirs.iter().enumerate() {
+                writer.begin(maildir, "1", format!("{number}\n").as_bytes()).unwrap();
+            }
+            writer.write(b"content\n").unwrap();
+            writer.commit()
+        };
+        let new = maildirs[broken].path().join("new");
+        maildirs[broken].create().unwrap();
+        fs::remove_dir(&new).unwrap();
+        fs::write(&new, "not a directory").unwrap();
+        let error = deliver().unwrap_err();
+        assert!(error.to_string().contains(&format!("/{broken}/")), "{error}");
+        for maildir in &maildirs {
+            assert_eq!(inside(maildir), EMPTY, "{broken}");
+        }
+        fs::remove_file(&new).unwrap();
+        fs::create_dir(&new).unwrap();
+        assert_eq!(deliver().unwrap().len(), 3);
+        for (number, maildir) in maildirs.iter().enumerate() {
+            let content = fs::read(maildir.path().join("new/1,S=10,W=12")).unwrap();
+            assert_eq!(content, format!("{number}\ncontent\n").as_bytes());
+        }
+    }
+}
+
+#[test]
+fn a_file_where_a_directory_should_be_is_an_error_that_says_where() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), "").unwrap();
+    let maildir = Maildir::new(folder.path().join("file/box"));
+    let error = maildir.create().unwrap_err();
+    assert!(error.to_string().contains("/file"), "{error}");
+    assert!(deliver(&maildir, "1", b"").is_err());
+}
+
+#[test]
+fn entries_come_by_name_and_hidden_ones_not_at_all() {
+    let (_folder, maildir) = maildir();
+    maildir.create().unwrap();
+    for name in ["new/3", "new/1,S=1,W=2", "cur/2:2,S", "new/.hidden", "cur/.4", "tmp/5"] {
+        fs::write(maildir.path().join(name), "").unwrap();
+    }
+    let expected = [entry("1,S=1,W=2", false), entry("2:2,S", true), entry("3", false)];
+    assert_eq!(maildir.entries().unwrap(), expected);
+    for entry in &expected {
+        assert!(!maildir.is_empty().unwrap());
+        maildir.remove(entry).unwrap();
+        // A message that is gone already is not an error.
+        maildir.remove(entry).unwrap();
+    }
+    assert!(maildir.is_empty().unwrap());
+}
+
+#[test]
+fn names_tell_what_they_tell() {
+    let check = |name: &str, unique: &str, wire_size| {
+        let entry = entry(name, false);
+        assert_eq!((entry.unique(), entry.wire_size()), (unique, wire_size), "{name}");
+    };
+    check("1.M2P3.host,S=10,W=12", "1.M2P3.host", Some(12));
+    check("1.M2P3.host,W=12,S=10:2,FS", "1.M2P3.host", Some(12));
+    check("1.M2P3.host:2,W=7", "1.M2P3.host", None);
+    check("1.M2P3.host,W=x", "1.M2P3.host", None);
+    check("1.M2P3.host", "1.M2P3.host", None);
+    check("", "", None);
+}
+
+#[test]
+fn in_doubt_is_a_flag_that_readers_show() {
+    let (_folder, maildir) = maildir();
+    let entries = deliver(&maildir, "1", b"").unwrap();
+    maildir.flag(&entries[0], IN_DOUBT).unwrap();
+    assert_eq!(inside(&maildir), [vec![], vec![], words(&["1,S=5,W=6:2,F"])]);
+    let marked = maildir.entries().unwrap();
+    assert_eq!((marked[0].seen, marked[0].unique()), (true, "1"));
+    maildir.flag(&marked[0], IN_DOUBT).unwrap();
+    assert_eq!(maildir.entries().unwrap(), marked);
+    // Nothing is overwritten here either.
+    deliver(&maildir, "1", b"").unwrap();
+    assert!(maildir.flag(&entries[0], IN_DOUBT).is_err());
+    assert_eq!(maildir.entries().unwrap().len(), 2);
+}
+
+#[test]
+fn litter_goes_after_36_hours() {
+    let (_folder, maildir) = maildir();
+    maildir.sweep().unwrap();
+    maildir.create().unwrap();
+    let hours = |hours: u64| SystemTime::now() - Duration::from_secs(hours * 60 * 60);
+    for (name, read, written) in
+        [("young", 35, 35), ("old", 37, 37), ("written", 37, 1), ("read", 1, 37), (".old", 37, 40)]
+    {
+        let file = File::create(maildir.path().join("tmp").join(name)).unwrap();
+        let times = fs::FileTimes::new().set_accessed(hours(read)).set_modified(hours(written));
+        file.set_times(times).unwrap();
+    }
+    let folder = maildir.path().join("tmp/a-folder");
+    fs::create_dir(&folder).unwrap();
+    let times = fs::FileTimes::new().set_accessed(hours(40)).set_modified(hours(40));
+    File::open(&folder).unwrap().set_times(times).unwrap();
+    maildir.sweep().unwrap();
+    assert_eq!(names(maildir.path().join("tmp")), ["a-folder", "read", "written", "young"]);
+}
+
+#[test]
+fn ten_thousand_drafts_at_once_get_ten_thousand_names() {
+    let (_folder, maildir) = maildir();
+    maildir.create().unwrap();
+    let ids = Ids::system(|octets| octets.fill(7));
+    let unique: Vec<HashSet<String>> = std::thread::scope(|scope| {
+        let deliver = || {
+            let deliver = |_| {
+                let mut draft = maildir.draft(&ids.file_name("host")).unwrap();
+                draft.publish().unwrap();
+                draft.unique.clone()
+            };
+            (0..1250).map(deliver).collect()
+        };
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(deliver)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(unique.iter().flatten().collect::<HashSet<_>>().len(), 10_000);
+    assert_eq!(inside(&maildir).map(|names| names.len()), [0, 10_000, 0]);
+}

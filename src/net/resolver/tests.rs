@@ -1,0 +1,665 @@
+//! Tests of the resolver, against name servers of their own on loopback.
+
+use super::*;
+use domain::base::iana::Rcode;
+use domain::base::message_builder::AnswerBuilder;
+use domain::base::{RecordData, Ttl, UnknownRecordData};
+use domain::rdata::{Ns, Soa};
+use proptest::prelude::*;
+use std::net::TcpListener;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+/// The answers to the question `example.org MX` and what they mean.
+#[test]
+fn answers_mean_what_the_rfcs_say() {
+    let mx = |names: &[(u16, &str)]| {
+        let records = names.iter().map(|(preference, host)| Record::Exchange(*preference, name(host)));
+        DnsReply::Resolved(Resolution::Answer(Answer::Records(records.collect())))
+    };
+    let nothing = || DnsReply::Resolved(Resolution::Answer(Answer::NoRecords));
+    let no_name = || DnsReply::Resolved(Resolution::Answer(Answer::NoName));
+    let alias = |target, left| DnsReply::Resolved(Resolution::Alias { name: name(target), left });
+    let circle = || DnsReply::Failure("more than 8 aliases, or a loop of them".to_owned());
+    let useless = || DnsReply::Failure("it has no answer and offers no recursion".to_owned());
+
+    let soa = "example.org SOA";
+    check_reply("ok", &["example.org MX 10 a.example"], &[], mx(&[(10, "a.example")]));
+    check_reply("ok", &["EXAMPLE.Org MX 1 A.example"], &[], mx(&[(1, "a.example")]));
+    check_reply("ok", &["example.org MX 9 b", "example.org MX 1 a"], &[], mx(&[(9, "b"), (1, "a")]));
+    check_reply("ok", &["example.org MX 0 ."], &[], mx(&[(0, ".")]));
+    // Records of another name, type or class are ignored.
+    check_reply("ok", &["example.com MX 10 a"], &[], nothing());
+    check_reply("ok", &["example.org A 192.0.2.1"], &[], nothing());
+    check_reply("ok", &["example.org CH-MX 10 a"], &[], nothing());
+    check_reply("ok", &["evil MX 1 evil", "example.org MX 2 a", "example.org TXT"], &[], mx(&[(2, "a")]));
+    // RFC 1034 section 3.6.2, in any order of records.
+    check_reply("ok", &["example.org CNAME a", "a CNAME b", "b MX 5 c"], &[], mx(&[(5, "c")]));
+    check_reply("ok", &["b MX 5 c", "a CNAME b", "example.org CNAME a"], &[], mx(&[(5, "c")]));
+    check_reply("ok", &["example.org CNAME a", "a CNAME b"], &[], alias("b", 6));
+    check_reply("ok", &["example.org CNAME a"], &["a SOA"], nothing());
+    check_reply("ok", &["example.org CNAME example.org"], &[], circle());
+    check_reply("ok", &["example.org CNAME a", "a CNAME b", "b CNAME a"], &[], circle());
+    let chain: Vec<String> = (0..9).map(|link| format!("n{link} CNAME n{}", link + 1)).collect();
+    let mut chain: Vec<&str> = chain.iter().map(String::as_str).collect();
+    chain[0] = "example.org CNAME n1";
+    check_reply("ok", &chain, &[], circle());
+    check_reply("ok", &chain[..8], &[], alias("n8", 0));
+    chain[8] = "n8 MX 1 a";
+    check_reply("ok", &chain, &[], mx(&[(1, "a")]));
+    // RFC 2308 section 2.2: no data, in three forms, and a referral.
+    check_reply("ok", &[], &[soa], nothing());
+    check_reply("ok", &[], &[soa, "example.org NS a"], nothing());
+    check_reply("ok", &[], &[], nothing());
+    check_reply("aa", &[], &[], nothing());
+    check_reply("ok", &[], &["org NS a"], useless());
+    check_reply("lame", &[], &[], useless());
+    check_reply("lame", &["example.org MX 10 a"], &[], mx(&[(10, "a")]));
+    check_reply("nxdomain", &[], &[soa], no_name());
+    check_reply("nxdomain", &["example.org CNAME a"], &[soa], no_name());
+    check_reply("servfail", &[], &[], DnsReply::Failure("SERVFAIL".to_owned()));
+    check_reply("refused", &[], &[], DnsReply::Failure("REFUSED".to_owned()));
+    check_reply("truncated", &["example.org MX 10 a"], &[], DnsReply::Truncated);
+    check_reply("formerr", &[], &[], DnsReply::NotUnderstood(OptRcode::FORMERR));
+    check_reply("notimp", &[], &[], DnsReply::NotUnderstood(OptRcode::NOTIMP));
+    check_reply("badvers", &[], &[], DnsReply::NotUnderstood(OptRcode::BADVERS));
+    check_reply("cookie", &[], &[], DnsReply::Failure("BADCOOKIE".to_owned()));
+}
+
+#[track_caller]
+fn check_reply(how: &str, answer: &[&str], authority: &[&str], expected: DnsReply) {
+    let question = question("example.org", Rtype::MX);
+    let message = reply(&question.message(7, true).unwrap(), how, answer, authority);
+    assert_eq!(parse_reply(&message, 7, &question), Some(expected), "{how} {answer:?} {authority:?}");
+}
+
+/// A reply as a name server sent it, with compressed names.
+const RECORDED: &[u8] = b"\x12\x34\x81\x80\0\x01\0\x02\0\0\0\x01\
+    \x07example\x03org\0\0\x0f\0\x01\
+    \xc0\x0c\0\x0f\0\x01\0\0\x0e\x10\0\x08\0\x14\x03mx2\xc0\x0c\
+    \xc0\x0c\0\x0f\0\x01\0\0\x0e\x10\0\x08\0\x0a\x03mx1\xc0\x0c\
+    \0\0\x29\x04\xd0\0\0\0\0\0\0";
+
+#[test]
+fn a_recorded_answer_is_read() {
+    let records = vec![Record::Exchange(20, name("mx2.example.org")), Record::Exchange(10, name("mx1.example.org"))];
+    let expected = DnsReply::Resolved(Resolution::Answer(Answer::Records(records)));
+    assert_eq!(parse_reply(RECORDED, 0x1234, &question("example.org", Rtype::MX)), Some(expected));
+}
+
+#[test]
+fn malformed_replies_are_errors() {
+    let check = |from: &[u8], to: &[u8]| {
+        let at = RECORDED.windows(from.len()).position(|window| window == from).unwrap();
+        let message = [&RECORDED[..at], to, &RECORDED[at + from.len()..]].concat();
+        let reply = parse_reply(&message, 0x1234, &question("example.org", Rtype::MX));
+        assert!(matches!(&reply, Some(DnsReply::Failure(text)) if text.starts_with("malformed")), "{to:?}: {reply:?}");
+    };
+    check(b"\0\x01\0\x02\0\0\0\x01", b"\0\x01\xff\xff\0\0\0\x01"); // more records than there are
+    check(b"\x03mx2\xc0\x0c", b"\x03mx2\xc0\x2e"); // a pointer that points to itself
+    check(b"\x03mx2\xc0\x0c", b"\x03mx2\xff\xff"); // … out of the message
+    check(b"\x03mx2\xc0\x0c", b"\x03mx2\xc0\x2a"); // … into its own name: for ever mx2.mx2.mx2
+    check(b"\x03mx2\xc0\x0c", b"\x80mx2\xc0\x0c"); // a label type that does not exist
+    check(b"\x03mx2\xc0\x0c", b"\x3fmx2\xc0\x0c"); // a label longer than its record
+    check(b"\0\x08\0\x14", b"\0\x01\0\x14"); // a record too short for its data
+    check(b"\0\x08\0\x14", b"\0\x09\0\x14"); // … too long
+    check(b"\0\x08\0\x14", b"\xff\xff\0\x14"); // … longer than the message
+    // Eight octets are an address of neither kind.
+    for kind in [Rtype::A, Rtype::AAAA] {
+        let [_, kind_octet] = kind.to_int().to_be_bytes();
+        let mut message = RECORDED.to_vec();
+        for at in [26, 32, 52] {
+            message[at] = kind_octet;
+        }
+        let reply = parse_reply(&message, 0x1234, &question("example.org", kind));
+        assert!(matches!(&reply, Some(DnsReply::Failure(text)) if text.starts_with("malformed")), "{kind}: {reply:?}");
+    }
+}
+
+#[test]
+fn a_reply_to_another_query_is_ignored() {
+    let asked = question("example.org", Rtype::MX);
+    let query = asked.message(0x1234, true).unwrap();
+    assert_eq!(parse_reply(&query, 0x1234, &asked), None, "the question itself");
+    assert_eq!(parse_reply(RECORDED, 0x1235, &asked), None, "another id");
+    assert_eq!(parse_reply(RECORDED, 0x1234, &question("example.com", Rtype::MX)), None, "another name");
+    assert_eq!(parse_reply(RECORDED, 0x1234, &question("example.org", Rtype::A)), None, "another type");
+    assert_eq!(
+        parse_reply(&replace(RECORDED, b"\0\x0f\0\x01\xc0", b"\0\x0f\0\x03\xc0"), 0x1234, &asked),
+        None,
+        "class"
+    );
+    assert_eq!(parse_reply(&replace(RECORDED, b"\x34\x81", b"\x34\xa9"), 0x1234, &asked), None, "another opcode");
+    assert_eq!(parse_reply(b"\x12\x34\x81\x80\0\0\0\0\0\0\0\0", 0x1234, &asked), None, "no question");
+    for length in 0..29 {
+        assert_eq!(parse_reply(&RECORDED[..length], 0x1234, &asked), None, "only {length} octets");
+    }
+    // Only a server that did not understand the query need not repeat the question.
+    let header = b"\x12\x34\x81\x81\0\0\0\0\0\0\0\0";
+    assert_eq!(parse_reply(header, 0x1234, &asked), Some(DnsReply::NotUnderstood(OptRcode::FORMERR)));
+}
+
+proptest! {
+    #[test]
+    fn no_octets_harm(message: Vec<u8>, id: u16) {
+        parse_reply(&message, id, &question("example.org", Rtype::MX));
+    }
+
+    #[test]
+    fn no_octets_after_the_question_harm(body: Vec<u8>, counts: [u8; 6], flags: u16) {
+        for kind in [Rtype::MX, Rtype::A, Rtype::AAAA] {
+            let asked = question("example.org", kind);
+            let mut message = asked.message(7, false).unwrap();
+            message[2..4].copy_from_slice(&(flags | 0x8000).to_be_bytes());
+            message[6..12].copy_from_slice(&counts.map(|octet| octet & 3));
+            message.extend_from_slice(&body);
+            parse_reply(&message, 7, &asked);
+        }
+    }
+
+    #[test]
+    fn no_change_to_an_answer_harms(changes: Vec<(prop::sample::Index, u8)>, length in 0..RECORDED.len()) {
+        let mut message = RECORDED.to_vec();
+        for (index, octet) in changes {
+            message[index.index(RECORDED.len())] = octet;
+        }
+        parse_reply(&message, 0x1234, &question("example.org", Rtype::MX));
+        parse_reply(&message[..length], 0x1234, &question("example.org", Rtype::MX));
+    }
+
+    #[test]
+    fn no_list_of_aliases_goes_on_for_ever(links: Vec<(u8, u8)>) {
+        let answer: Vec<String> = links.iter().map(|(from, to)| format!("n{} CNAME n{}", from % 16, to % 16)).collect();
+        let answer: Vec<&str> = answer.iter().map(String::as_str).collect();
+        let asked = question("n0", Rtype::MX);
+        let message = reply(&asked.message(7, true).unwrap(), "ok", &answer, &[]);
+        prop_assert!(parse_reply(&message, 7, &asked).is_some());
+    }
+}
+
+#[test]
+fn mail_goes_where_the_records_say() {
+    let server = Fake::zone(&[
+        "two.example MX 20 b.example",
+        "two.example MX 10 A.example",
+        "two.example MX 30 a.example",
+        "equal.example MX 5 z",
+        "equal.example MX 5 a",
+        "null.example MX 0 .",
+        "mixed.example MX 0 .",
+        "mixed.example MX 1 a",
+        "odd.example MX 1 under_score.example",
+        "odd.example MX 2 sp\\032ace",
+        "alias.example CNAME two.example",
+        "far.example CNAME! alias.example",
+        "circle.example CNAME! round.example",
+        "round.example CNAME! circle.example",
+        "v4.example A 192.0.2.1",
+        "v6.example AAAA 2001:db8::1",
+        "any.example A 0.0.0.0",
+        "text.example TXT",
+    ]);
+    let resolver = server.resolver();
+    let check = |name: &str, expected: MxRoute| assert_eq!(resolver.route(&host(name)), Ok(expected), "{name}");
+    let hosts = |hosts: &[(u16, &str)]| {
+        MxRoute::Hosts(
+            hosts.iter().map(|(preference, name)| MxHost { preference: *preference, host: host(name) }).collect(),
+        )
+    };
+    check("two.example", hosts(&[(10, "a.example"), (20, "b.example")]));
+    check("equal.example", hosts(&[(5, "z"), (5, "a")])); // the numbers of `Ids::fixed` count up: no change
+    check("null.example", MxRoute::Null);
+    check("mixed.example", hosts(&[(1, "a")]));
+    check("odd.example", hosts(&[]));
+    check("alias.example", hosts(&[(10, "a.example"), (20, "b.example")]));
+    check("far.example", hosts(&[(10, "a.example"), (20, "b.example")]));
+    check("v4.example", MxRoute::Implicit);
+    check("v6.example", MxRoute::Implicit);
+    check("any.example", MxRoute::NoDomain);
+    check("text.example", MxRoute::NoDomain);
+    check("absent.example", MxRoute::NoDomain);
+    let longest = [["a"; 63].concat(), ["b"; 63].concat(), ["c"; 63].concat(), ["d"; 63].concat()].join(".");
+    check(&longest, MxRoute::NoDomain);
+    let circle = resolver.route(&host("circle.example")).unwrap_err().0;
+    assert!(circle.contains("circle.example") && circle.contains("aliases"), "{circle}");
+}
+
+#[test]
+fn equals_come_in_random_order() {
+    let server = Fake::zone(&["e.example MX 5 a", "e.example MX 5 b", "e.example MX 5 c", "e.example MX 1 d"]);
+    let resolver = Resolver::at(server.address, &Ids::system(crate::net::tls::random));
+    let mut orders = HashSet::new();
+    for _ in 0..100 {
+        let Ok(MxRoute::Hosts(hosts)) = resolver.route(&host("e.example")) else { panic!("no hosts") };
+        orders.insert(hosts.iter().map(|host| host.host.to_string()).collect::<String>());
+    }
+    assert_eq!(orders.len(), 6, "{orders:?}");
+    assert!(orders.iter().all(|order| order.starts_with('d')));
+}
+
+#[test]
+fn addresses_of_both_kinds_are_found() {
+    let server = Fake::zone(&[
+        "both.example A 192.0.2.2",
+        "both.example A 192.0.2.1",
+        "both.example A 192.0.2.2",
+        "both.example AAAA 2001:db8::1",
+        "alias.example CNAME! both.example",
+        "strange.example A 0.0.0.0",
+        "strange.example A 224.0.0.1",
+        "strange.example A 255.255.255.255",
+        "strange.example AAAA ::",
+        "strange.example AAAA ff02::1",
+        "strange.example AAAA ::ffff:0.0.0.0",
+        "strange.example A 127.0.0.1",
+        "mail.example MX 1 a",
+        "wrong.example A 192.0.2.3", // AAAA: NXDOMAIN
+    ]);
+    let resolver = server.resolver();
+    let check = |name: &str, expected: &[&str]| {
+        let found = resolver.addresses(&host(name)).unwrap();
+        assert_eq!(found.iter().map(IpAddr::to_string).collect::<Vec<_>>(), expected, "{name}");
+    };
+    check("both.example", &["2001:db8::1", "192.0.2.2", "192.0.2.1"]);
+    check("alias.example", &["2001:db8::1", "192.0.2.2", "192.0.2.1"]);
+    check("strange.example", &["127.0.0.1"]);
+    check("mail.example", &[]);
+    check("wrong.example", &["192.0.2.3"]);
+    check("absent.example", &[]);
+}
+
+#[test]
+fn half_of_the_addresses_is_better_than_none() {
+    let server = Fake::start(|asked| {
+        let how = if asked.kind() == Rtype::AAAA { "servfail" } else { "ok" };
+        let answer = if asked.name() == "half.example" { &["half.example A 192.0.2.1"][..] } else { &[] };
+        vec![reply(&asked.query, how, answer, &[])]
+    });
+    let resolver = server.resolver();
+    assert_eq!(resolver.addresses(&host("half.example")).unwrap().len(), 1);
+    assert!(resolver.addresses(&host("other.example")).is_err(), "the other half may exist");
+    assert!(resolver.route(&host("other.example")).is_err());
+}
+
+#[test]
+fn a_truncated_reply_is_requested_again_over_tcp() {
+    let many: Vec<String> = (0..1000).map(|n| format!("big.example MX {n} host-{n}.mail.big.example")).collect();
+    let server = Fake::start(move |asked| {
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        let how = if asked.tcp { "ok" } else { "truncated" };
+        let mut replies = vec![reply(&asked.query, how, if asked.tcp { &many } else { &many[..3] }, &[])];
+        if asked.tcp {
+            // Wrong replies are ignored over TCP too.
+            replies.splice(0..0, [Vec::new(), vec![1, 2, 3], reply(b"\0\0\x01\0\0\0\0\0\0\0\0\0", "ok", &[], &[])]);
+        }
+        replies
+    });
+    let Ok(MxRoute::Hosts(hosts)) = server.resolver().route(&host("big.example")) else { panic!("no hosts") };
+    assert_eq!(hosts.len(), RESULT_LIMIT);
+    assert_eq!(hosts[99].host, host("host-99.mail.big.example"));
+    assert_eq!(server.transports(), [false, true]);
+}
+
+#[test]
+fn truncated_over_tcp_or_no_tcp_is_no_answer() {
+    let server = Fake::start(|asked| vec![reply(&asked.query, "truncated", &["t.example MX 1 a"], &[])]);
+    let error = server.resolver().route(&host("t.example")).unwrap_err();
+    assert!(error.0.contains("truncated over TCP"), "{error}");
+    assert_eq!(server.transports(), [false, true]);
+
+    let server = Fake::start(|asked| if asked.tcp { vec![] } else { vec![reply(&asked.query, "truncated", &[], &[])] });
+    let error = server.resolver().route(&host("t.example")).unwrap_err();
+    assert!(error.0.contains("closed the connection"), "{error}");
+    assert_eq!(server.transports(), [false, true, false, true]);
+}
+
+#[test]
+fn forged_replies_are_ignored() {
+    let stranger = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let server = Fake::start(move |asked| {
+        let true_answer = reply(&asked.query, "ok", &["f.example MX 1 good"], &[]);
+        let forged = reply(&asked.query, "ok", &["f.example MX 1 evil"], &[]);
+        stranger.send_to(&forged, asked.peer).unwrap();
+        let mut other_id = forged.clone();
+        other_id[0] ^= 1;
+        let other_name = replace(&forged, b"\x01f\x07example", b"\x01g\x07example");
+        vec![Vec::new(), asked.query.clone(), other_id, other_name, true_answer]
+    });
+    let expected = MxRoute::Hosts(vec![MxHost { preference: 1, host: host("good") }]);
+    assert_eq!(server.resolver().route(&host("f.example")), Ok(expected));
+}
+
+#[test]
+fn a_flood_of_wrong_answers_does_not_outrun_the_deadline() {
+    let server = Fake::start(|asked| {
+        let mut forged = asked.query.clone();
+        forged[0] ^= 1;
+        vec![forged; 5000]
+    });
+    let mut resolver = server.resolver();
+    resolver.timeout = Duration::from_millis(100);
+    let start = Instant::now();
+    let error = resolver.route(&host("flood.example")).unwrap_err();
+    assert!(error.0.ends_with("no answer in time"), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_trickle_over_tcp_does_not_outrun_the_deadline() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        while stream.write_all(b"\x10").is_ok() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let mut resolver = Resolver::at(address, &Ids::fixed());
+    resolver.timeout = Duration::from_millis(200);
+    let start = Instant::now();
+    assert!(matches!(resolver.over_tcp(address, b"query", |_| None), Err(QueryError::NoReply(_))));
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+#[test]
+fn the_next_server_is_queried_and_the_silent_one_again() {
+    let good = Fake::zone(&["n.example MX 1 a"]);
+    let bad = Fake::start(|asked| vec![reply(&asked.query, "servfail", &[], &[])]);
+    let silent = Fake::start(|_| vec![]);
+    let nobody = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut resolver = good.resolver();
+    resolver.timeout = Duration::from_millis(100);
+
+    resolver.servers = vec![nobody, bad.address, silent.address, good.address].into();
+    assert!(matches!(resolver.route(&host("n.example")), Ok(MxRoute::Hosts(_))));
+    assert_eq!([bad.transports().len(), silent.transports().len()], [1, 1]);
+
+    resolver.servers = vec![bad.address, silent.address].into();
+    let error = resolver.route(&host("n.example")).unwrap_err().0;
+    let expected = format!("{}: SERVFAIL; {}: no answer in time", bad.address, silent.address);
+    assert_eq!(error, format!("MX records of n.example: {expected}"));
+    assert_eq!([bad.transports().len(), silent.transports().len()], [2, 3]);
+
+    resolver.servers = vec![].into();
+    let error = resolver.route(&host("n.example")).unwrap_err().0;
+    assert_eq!(error, "MX records of n.example: no name server is known");
+}
+
+#[test]
+fn servers_that_do_not_know_edns_are_queried_without() {
+    for how in ["formerr", "notimp", "badvers", "silence"] {
+        let server = Fake::start(move |asked| match (asked.has_edns(), how) {
+            (true, "silence") => vec![],
+            (true, _) => vec![reply(&asked.query, how, &[], &[])],
+            (false, _) => vec![reply(&asked.query, "ok", &["old.example MX 1 a"], &[])],
+        });
+        let mut resolver = server.resolver();
+        resolver.timeout = Duration::from_millis(200);
+        assert!(matches!(resolver.route(&host("old.example")), Ok(MxRoute::Hosts(_))), "{how}");
+    }
+    let server = Fake::start(|asked| vec![reply(&asked.query, "notimp", &[], &[])]);
+    let error = server.resolver().route(&host("old.example")).unwrap_err();
+    assert!(error.0.ends_with("NOTIMP"), "{error}");
+    assert_eq!(server.transports().len(), 2);
+}
+
+#[test]
+fn each_question_has_a_new_id_and_a_new_port() {
+    let server = Fake::zone(&["i.example MX 1 a"]);
+    let resolver = Resolver::at(server.address, &Ids::system(crate::net::tls::random));
+    for _ in 0..20 {
+        resolver.route(&host("i.example")).unwrap();
+    }
+    let seen = server.seen.lock().unwrap();
+    let ids: HashSet<[u8; 2]> = seen.iter().map(|asked| [asked.query[0], asked.query[1]]).collect();
+    let ports: HashSet<u16> = seen.iter().map(|asked| asked.peer.port()).collect();
+    assert!(ids.len() > 15 && ports.len() > 15, "{} ids, {} ports", ids.len(), ports.len());
+    assert!(seen.iter().all(|asked| asked.query[2] & 1 == 1 && asked.has_edns()), "recursion and EDNS0 are wanted");
+}
+
+#[test]
+fn the_query_has_the_form_that_name_servers_expect() {
+    let expected = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\x01\x07example\x03org\0\0\x0f\0\x01\0\0\x29\x04\xd0\0\0\0\0\0\0";
+    assert_eq!(question("example.org", Rtype::MX).message(0x1234, true).unwrap(), expected);
+}
+
+#[test]
+fn the_configuration_is_read() {
+    let check = |text: &str, servers: &[&str], timeout: u64, attempts: u32| {
+        let resolver = Resolver::configured(text.as_bytes(), &Ids::fixed());
+        assert_eq!(resolver.servers.iter().map(SocketAddr::to_string).collect::<Vec<_>>(), servers, "{text}");
+        assert_eq!((resolver.timeout.as_secs(), resolver.attempts), (timeout, attempts), "{text}");
+    };
+    check("", &["127.0.0.1:53", "[::1]:53"], 5, 2);
+    check("nameserver 192.0.2.1\n", &["192.0.2.1:53"], 5, 2);
+    check("nameserver 2001:db8::1\nnameserver fe80::1%3", &["[2001:db8::1]:53", "[fe80::1%3]:53"], 5, 2);
+    check("# a\nnameserver 192.0.2.1\noptions timeout:2 attempts:3 edns0 trust-ad", &["192.0.2.1:53"], 2, 3);
+    check("nameserver 192.0.2.1\noptions timeout:0 attempts:0", &["192.0.2.1:53"], 1, 1);
+    check("nameserver 192.0.2.1\noptions timeout:99 attempts:99", &["192.0.2.1:53"], 30, 5);
+    // Unknown lines and options are ignored.
+    check("family inet6\nmalformed\nnameserver x\nnameserver 192.0.2.1\noptions new:1", &["192.0.2.1:53"], 5, 2);
+    let four = "nameserver 192.0.2.1\nnameserver 192.0.2.2\nnameserver 192.0.2.3\nnameserver 192.0.2.4";
+    check(four, &["192.0.2.1:53", "192.0.2.2:53", "192.0.2.3:53"], 5, 2);
+}
+
+fn name(text: &str) -> Name<Vec<u8>> {
+    Name::vec_from_str(text).unwrap()
+}
+
+fn host(text: &str) -> Domain {
+    Domain::parse(text).unwrap()
+}
+
+fn question(text: &str, kind: Rtype) -> Question {
+    Question { name: name(text), kind, aliases: ALIAS_LIMIT }
+}
+
+fn replace(octets: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+    let at = octets.windows(from.len()).position(|window| window == from).unwrap();
+    [&octets[..at], to, &octets[at + from.len()..]].concat()
+}
+
+/// The reply to a query. `how`: its code; or "aa" for an authoritative server, "lame" for one that is not and
+/// does not recurse. Records: "owner TYPE data", names without a final dot.
+fn reply(query: &[u8], how: &str, answer: &[&str], authority: &[&str]) -> Vec<u8> {
+    let query = Message::from_octets(query).unwrap();
+    let code = match how {
+        "servfail" => Rcode::SERVFAIL,
+        "nxdomain" => Rcode::NXDOMAIN,
+        "refused" => Rcode::REFUSED,
+        "formerr" => Rcode::FORMERR,
+        "notimp" => Rcode::NOTIMP,
+        _ => Rcode::NOERROR,
+    };
+    let mut message = MessageBuilder::new_vec().start_answer(&query, code).unwrap();
+    message.header_mut().set_ra(how != "lame" && how != "aa");
+    message.header_mut().set_aa(how == "aa");
+    message.header_mut().set_tc(how == "truncated");
+    for record in answer {
+        push(&mut message, record);
+    }
+    let mut message = message.authority();
+    for record in authority {
+        let (owner, kind) = record.split_once(' ').unwrap();
+        let name = name(owner);
+        match kind.split(' ').next().unwrap() {
+            "SOA" => {
+                let second = Ttl::from_secs(1);
+                let data = Soa::new(name.clone(), name.clone(), 1.into(), second, second, second, second);
+                message.push((name, second, data)).unwrap();
+            }
+            _ => message.push((name.clone(), Ttl::from_secs(1), Ns::new(name))).unwrap(),
+        }
+    }
+    let mut message = message.additional();
+    let extended = match how {
+        "badvers" => Some(OptRcode::BADVERS),
+        "cookie" => Some(OptRcode::BADCOOKIE),
+        _ => None,
+    };
+    if let Some(code) = extended {
+        let options = |options: &mut domain::base::message_builder::OptBuilder<Vec<u8>>| {
+            options.set_rcode(code);
+            Ok(())
+        };
+        message.opt(options).unwrap();
+    }
+    message.finish()
+}
+
+fn push(message: &mut AnswerBuilder<Vec<u8>>, record: &str) {
+    let words: Vec<&str> = record.split(' ').collect();
+    let owner = name(words[0]);
+    match words[1..] {
+        ["MX", preference, host] => add(message, owner, Mx::new(preference.parse().unwrap(), name(host))),
+        ["CNAME" | "CNAME!", target] => add(message, owner, Cname::new(name(target))),
+        ["A", address] => add(message, owner, A::new(address.parse().unwrap())),
+        ["AAAA", address] => add(message, owner, Aaaa::new(address.parse().unwrap())),
+        ["CH-MX", ..] => message.push((owner, Class::CH, Ttl::from_secs(1), Mx::new(1, name("a")))).unwrap(),
+        _ => add(message, owner, UnknownRecordData::from_octets(Rtype::TXT, b"\x01x".as_slice()).unwrap()),
+    }
+}
+
+fn add<D: RecordData + domain::base::rdata::ComposeRecordData>(
+    message: &mut AnswerBuilder<Vec<u8>>,
+    owner: impl ToName,
+    data: D,
+) {
+    message.push((owner, Ttl::from_secs(3600), data)).unwrap();
+}
+
+/// A name server on loopback, over UDP and TCP.
+struct Fake {
+    address: SocketAddr,
+    seen: Arc<Mutex<Vec<Asked>>>,
+    cancel: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Clone)]
+struct Asked {
+    query: Vec<u8>,
+    tcp: bool,
+    peer: SocketAddr,
+}
+
+impl Asked {
+    fn name(&self) -> String {
+        let message = Message::from_octets(self.query.as_slice()).unwrap();
+        message.sole_question().unwrap().qname().to_string()
+    }
+
+    fn kind(&self) -> Rtype {
+        Message::from_octets(self.query.as_slice()).unwrap().qtype().unwrap()
+    }
+
+    fn has_edns(&self) -> bool {
+        let message = Message::from_octets(self.query.as_slice()).unwrap();
+        message.opt().is_some_and(|options| options.udp_payload_size() == UDP_SIZE)
+    }
+}
+
+impl Fake {
+    /// Answers each query with these messages.
+    fn start(replies: impl Fn(&Asked) -> Vec<Vec<u8>> + Send + Sync + 'static) -> Fake {
+        let (udp, tcp) = Fake::sockets();
+        let address = udp.local_addr().unwrap();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let cancel = Arc::new(AtomicBool::new(false));
+        let replies = {
+            let seen = seen.clone();
+            Arc::new(move |asked: Asked| {
+                seen.lock().unwrap().push(asked.clone());
+                replies(&asked)
+            })
+        };
+        let over_udp = {
+            let (cancel, replies) = (cancel.clone(), replies.clone());
+            std::thread::spawn(move || {
+                let mut buffer = [0; 1500];
+                loop {
+                    let (length, peer) = udp.recv_from(&mut buffer).unwrap();
+                    if cancel.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    for reply in replies(Asked { query: buffer[..length].to_vec(), tcp: false, peer }) {
+                        let _ = udp.send_to(&reply, peer);
+                    }
+                }
+            })
+        };
+        let over_tcp = {
+            let cancel = cancel.clone();
+            std::thread::spawn(move || {
+                loop {
+                    let (mut stream, peer) = tcp.accept().unwrap();
+                    if cancel.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let mut length = [0; 2];
+                    stream.read_exact(&mut length).unwrap();
+                    let mut query = vec![0; u16::from_be_bytes(length).into()];
+                    stream.read_exact(&mut query).unwrap();
+                    for reply in replies(Asked { query, tcp: true, peer }) {
+                        let length = u16::try_from(reply.len()).unwrap().to_be_bytes();
+                        let _ = stream.write_all(&[&length, reply.as_slice()].concat());
+                    }
+                }
+            })
+        };
+        Fake { address, seen, cancel, threads: vec![over_udp, over_tcp] }
+    }
+
+    /// Answers like a recursive server that knows these records. "CNAME!": the target is left to the client.
+    fn zone(records: &'static [&'static str]) -> Fake {
+        Fake::start(move |asked| {
+            let of = |name: &str| -> Vec<&str> {
+                records.iter().copied().filter(|record| record.split(' ').next() == Some(name)).collect()
+            };
+            let mut answer = of(&asked.name());
+            let wrong = asked.name() == "wrong.example" && asked.kind() == Rtype::AAAA;
+            let how = if answer.is_empty() || wrong { "nxdomain" } else { "ok" };
+            let mut targets = Vec::new();
+            for record in &answer {
+                if let Some((_, target)) = record.split_once(" CNAME ") {
+                    targets.extend(of(target));
+                }
+            }
+            answer.extend(targets);
+            let kind = format!(" {} ", asked.kind());
+            answer.retain(|record| record.contains(&kind) || record.contains(" CNAME"));
+            vec![reply(&asked.query, how, &answer, &[])]
+        })
+    }
+
+    fn sockets() -> (UdpSocket, TcpListener) {
+        loop {
+            let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+            if let Ok(udp) = UdpSocket::bind(tcp.local_addr().unwrap()) {
+                return (udp, tcp);
+            }
+        }
+    }
+
+    fn resolver(&self) -> Resolver {
+        Resolver::at(self.address, &Ids::fixed())
+    }
+
+    /// For each query so far, whether it came over TCP.
+    fn transports(&self) -> Vec<bool> {
+        self.seen.lock().unwrap().iter().map(|asked| asked.tcp).collect()
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        self.cancel.store(true, Ordering::Relaxed);
+        let waker = UdpSocket::bind("127.0.0.1:0").unwrap();
+        waker.send_to(b"wake up", self.address).unwrap();
+        drop(TcpStream::connect(self.address));
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! What all threads of a provider share.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use super::delivery::TurnSender;
+use super::relay::RelayHandle;
+use super::spool::{RecipientRouter, Spool};
+use crate::clock::Timestamp;
+use crate::config::ProviderConfig;
+use crate::ids::Ids;
+use crate::mail::address::{ForwardPath, Mailbox};
+use crate::net::cancel::CancelToken;
+use crate::net::listener::ConnectionLimiter;
+use crate::net::tls::ServerTls;
+use crate::session::disk_full_reply;
+use crate::smtp::command::MailFrom;
+use crate::smtp::reply::Reply;
+
+pub struct Shared {
+    pub config: ProviderConfig,
+    pub spool: Spool,
+    pub ids: Ids,
+    pub turns: TurnSender,
+    pub relay: RelayHandle,
+    pub router: RecipientRouter,
+    pub rates: SubmissionRates,
+    pub tls: Option<ServerTls>,
+    /// Ends sessions at the next safe point.
+    pub cancel: CancelToken,
+    /// Ends them at once.
+    pub abort: CancelToken,
+    pub limiter: ConnectionLimiter,
+}
+
+impl Shared {
+    /// Rejects mail that the disk would not hold, before it is sent (RFC 1870 section 6.1).
+    pub fn check_room(&self, mail: &MailFrom) -> Result<(), Reply> {
+        if self.spool.has_room(mail.size.unwrap_or(0)) { Ok(()) } else { Err(disk_full_reply()) }
+    }
+
+    /// The mailbox that a path means; a postmaster without a domain is our own (RFC 5321 section 4.5.1).
+    pub fn mailbox(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
+        match path {
+            ForwardPath::Mailbox(mailbox) => Ok(mailbox.clone()),
+            ForwardPath::Postmaster => Mailbox::parse(&format!("postmaster@{}", self.config.hostname))
+                .ok_or_else(|| Reply::new(550, "5.1.1", "There is no postmaster here")),
+        }
+    }
+}
+
+/// How many messages each account has submitted within the hour.
+#[derive(Default)]
+pub struct SubmissionRates {
+    hours: Mutex<HashMap<String, Hour>>,
+}
+
+struct Hour {
+    begun: Timestamp,
+    messages: usize,
+}
+
+impl SubmissionRates {
+    /// Counts one more message. Returns whether the account may submit it; `limit` 0: no limit.
+    pub fn admit(&self, account: &str, limit: usize, now: Timestamp) -> bool {
+        if limit == 0 {
+            return true;
+        }
+        let mut hours = self.hours.lock().unwrap_or_else(PoisonError::into_inner);
+        let hour = hours.entry(account.to_owned()).or_insert(Hour { begun: now, messages: 0 });
+        if now.seconds() - hour.begun.seconds() >= 3600 {
+            *hour = Hour { begun: now, messages: 0 };
+        }
+        hour.messages += 1;
+        hour.messages <= limit
+    }
+}

@@ -1,0 +1,31 @@
+//! Where a queue is, and which of its recipients are meant.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use crate::mail::address::Domain;
+use crate::maildir::Maildir;
+
+/// One queue: its directory, and what its messages wait for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueueName {
+    /// The Maildir.
+    pub path: PathBuf,
+    /// Only recipients of this domain are sent to; `None`: all recipients of a message.
+    pub domain: Option<Domain>,
+    /// Each message waits for its next attempt; otherwise all of them wait for a call.
+    pub retries: bool,
+}
+
+impl QueueName {
+    pub(super) fn maildir(&self) -> Maildir {
+        Maildir::new(&self.path)
+    }
+}
+
+/// The domain, for replies and logs.
+impl fmt::Display for QueueName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.domain.as_ref().map_or("-", Domain::as_str))
+    }
+}

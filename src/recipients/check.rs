@@ -1,0 +1,341 @@
+//! Makes [`RecipientRules`] of what the configuration says, and rejects rules that contradict each other, can never
+//! apply, or lead nowhere. Each error names the line, and what to change.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+
+use super::input::{
+    AddressPattern, Alias, AliasTarget, DomainAlias, FORWARD_HINT, Route, RuleError, RuleInput, SourceLine, is,
+};
+use super::names::has_directory_name;
+use super::{DESTINATION_LIMIT, Expansion, Match, MatchedRule, NoMailbox, RecipientRules};
+use crate::mail::address::{Domain, Mailbox};
+
+/// Steps from alias to alias until the mailbox.
+const ALIAS_DEPTH_LIMIT: usize = 10;
+
+impl RecipientRules {
+    /// Makes rules of what the configuration says.
+    ///
+    /// # Errors
+    ///
+    /// The first rule that makes no sense. What is returned has no aliases in circles, and each alias leads to mailboxes
+    /// of this customer.
+    pub fn new(input: RuleInput) -> Result<RecipientRules, RuleError> {
+        let mut rules = RecipientRules {
+            route: Route::Maildir(input.root.clone()),
+            root: input.root,
+            domains: vec![input.home],
+            domain_aliases: HashMap::new(),
+            accept: input.accept.iter().map(|entry| entry.value.clone()).collect(),
+            except: HashSet::new(),
+            aliases: HashMap::new(),
+            separators: input.separators,
+            postmaster: None,
+            routes: HashMap::new(),
+        };
+        let patterns = input.accept.iter().map(|entry| &entry.value);
+        rules.add_domains(patterns.chain(input.aliases.iter().map(|alias| &alias.name)));
+        rules.add_domain_aliases(input.domain_aliases)?;
+        let order = rules.add_aliases(input.aliases)?;
+        rules.postmaster = input.postmaster.as_ref().map(|entry| rules.canonical(entry.value.clone()));
+        for entry in &input.accept {
+            rules.check_accepted(&entry.value, &entry.source)?;
+        }
+        for entry in input.except {
+            rules.check_exception(&entry.value, &entry.source)?;
+            rules.except.insert(entry.value);
+        }
+        for name in &order {
+            rules.check_targets(&rules.aliases[name])?;
+        }
+        if let (Some(mailbox), Some(entry)) = (&rules.postmaster, &input.postmaster) {
+            rules.check_postmaster(mailbox, &entry.source)?;
+        }
+        rules.check_depths(&order)?;
+        rules.check_destination_counts(&order)?;
+        for rule in input.routes {
+            match rule.pattern {
+                None => rules.route = rule.route,
+                Some(pattern) => {
+                    rules.check_routed(&pattern, &rule.source)?;
+                    if rules.routes.insert(pattern.clone(), rule.route).is_some() {
+                        return Err(rule.source.error(format!("{pattern} stands here twice: take one of the two out")));
+                    }
+                }
+            }
+        }
+        Ok(rules)
+    }
+
+    fn add_domains<'a>(&mut self, patterns: impl Iterator<Item = &'a AddressPattern>) {
+        let mut known: HashSet<_> = self.domains.iter().cloned().collect();
+        for domain in patterns.filter_map(AddressPattern::domain) {
+            if known.insert(domain.clone()) {
+                self.domains.push(domain.clone());
+            }
+        }
+    }
+
+    fn add_domain_aliases(&mut self, aliases: Vec<DomainAlias>) -> Result<(), RuleError> {
+        let known: HashSet<_> = self.domains.iter().cloned().collect();
+        for DomainAlias { name, domain, source } in &aliases {
+            if known.contains(name) {
+                return Err(source.error(format!(
+                    "{name} has rules of its own, in `accept` or in aliases, and cannot be another name of {domain}: \
+                     take those out, or this"
+                )));
+            }
+            if !known.contains(domain) {
+                return Err(source.error(match aliases.iter().any(|other| other.name == *domain) {
+                    true => format!("{domain} is itself another name only: write the domain that it stands for"),
+                    false => format!("{domain} has no rules here: add it to `accept`, such as \"@{domain}\""),
+                }));
+            }
+        }
+        for DomainAlias { name, domain, source } in aliases {
+            if self.domain_aliases.insert(name.clone(), domain).is_some() {
+                return Err(source.error(format!("{name} stands here twice: take one of the two out")));
+            }
+            self.domains.push(name);
+        }
+        Ok(())
+    }
+
+    /// Returns the names of the aliases, in the order of the file.
+    fn add_aliases(&mut self, aliases: Vec<Alias>) -> Result<Vec<AddressPattern>, RuleError> {
+        let mut order = Vec::with_capacity(aliases.len());
+        for mut alias in aliases {
+            if let Some(other) = self.aliases.get(&alias.name) {
+                return Err(alias.source.error(format!(
+                    "{} stands in {} too: put all targets into one of the two, and take the other out",
+                    alias.name, other.source
+                )));
+            }
+            for target in &mut alias.targets {
+                target.mailbox = self.canonical(target.mailbox.clone());
+            }
+            order.push(alias.name.clone());
+            self.aliases.insert(alias.name.clone(), alias);
+        }
+        Ok(order)
+    }
+
+    /// Rejects an accepted address or domain if an alias takes all its mail.
+    fn check_accepted(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), RuleError> {
+        let alias = match pattern {
+            AddressPattern::Address(local, _) if !has_directory_name(local) => {
+                let text = format!("{pattern} can have no mailbox: its local part is empty, or too long for a folder");
+                return Err(source.error(text));
+            }
+            AddressPattern::Address(local, domain) => self.alias_over(local, domain),
+            pattern => self.aliases.get(pattern),
+        };
+        let Some(alias) = alias else { return Ok(()) };
+        let both = match pattern {
+            AddressPattern::Address(..) => format!(", or, for both, add {pattern} to its targets"),
+            _ => String::new(),
+        };
+        Err(source.error(format!(
+            "{pattern} is in `accept` and an alias ({}) that keeps all mail from it: take one out{both}",
+            alias.source
+        )))
+    }
+
+    /// The alias that takes all mail of a mailbox; `local` is in lower case.
+    fn alias_over(&self, local: &str, domain: &Domain) -> Option<&Alias> {
+        match self.look_up(local, domain, true) {
+            Match::Alias(alias, None) => {
+                let left_out = !alias.targets.iter().any(|target| self.means(target, local, domain));
+                left_out.then_some(alias)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether a target is this mailbox, with a detail or without.
+    fn means(&self, target: &AliasTarget, local: &str, domain: &Domain) -> bool {
+        let (base, _) = self.split(target.mailbox.local());
+        is(&target.mailbox, local, domain) || (base.to_lowercase() == local && target.mailbox.domain() == Some(domain))
+    }
+
+    /// Rejects an exception from anything but a catch-all: it would have no effect.
+    fn check_exception(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), RuleError> {
+        let AddressPattern::Address(local, domain) = pattern else { return Ok(()) };
+        let text = match self.look_up(local, domain, true) {
+            Match::Mailbox { rule: MatchedRule::CatchAll { .. }, .. }
+            | Match::NoMailbox(NoMailbox::Exception | NoMailbox::Nameless) => return Ok(()),
+            Match::Mailbox { rule: MatchedRule::User { .. }, local, .. } => {
+                format!("{} is in `accept` too: take one of the two out", AddressPattern::address(&local, domain))
+            }
+            Match::Alias(alias, _) => format!("{pattern} is an alias too ({}): take one of the two out", alias.source),
+            Match::Postmaster(_) | Match::Mailbox { .. } => format!(
+                "{pattern} must be taken (RFC 5321 section 4.5.1, RFC 2142): take it out, and say with `postmaster` who \
+                 reads it"
+            ),
+            Match::NoMailbox(_) => format!(
+                "{pattern} is an exception of nothing: `except` is for the domains that `accept` takes whole, and \
+                 \"@{domain}\" is not among them"
+            ),
+        };
+        Err(source.error(text))
+    }
+
+    /// Rejects an alias with a target that is no mailbox of this customer.
+    fn check_targets(&self, alias: &Alias) -> Result<(), RuleError> {
+        for target in &alias.targets {
+            let Match::NoMailbox(reason) = self.follow(alias, target) else { continue };
+            let (name, to) = (&alias.name, &target.mailbox);
+            return Err(target.source.error(match reason {
+                NoMailbox::Foreign => {
+                    format!("the alias {name} leads to {to}, which is not in a domain of ours: {FORWARD_HINT}")
+                }
+                reason => format!(
+                    "the alias {name} leads to {to}, which nobody takes ({}): add it to `accept`, or make an alias of it",
+                    reason.text()
+                ),
+            }));
+        }
+        Ok(())
+    }
+
+    fn check_postmaster(&self, mailbox: &Mailbox, source: &SourceLine) -> Result<(), RuleError> {
+        match self.find(mailbox, true) {
+            Match::NoMailbox(reason) => Err(source.error(format!(
+                "nobody takes {mailbox} ({}), and `postmaster` must lead to a mailbox here: add it to `accept`",
+                reason.text()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_depths(&self, order: &[AddressPattern]) -> Result<(), RuleError> {
+        let mut depths = HashMap::new();
+        for name in order {
+            self.depth(Match::Alias(&self.aliases[name], None), &mut Vec::new(), &mut depths)?;
+        }
+        Ok(())
+    }
+
+    /// Rejects an alias with more than [`DESTINATION_LIMIT`] destinations: one message would become too many.
+    fn check_destination_counts(&self, order: &[AddressPattern]) -> Result<(), RuleError> {
+        for name in order {
+            let alias = &self.aliases[name];
+            let mut expansion = Expansion::new(self, Vec::new());
+            for target in &alias.targets {
+                // It cannot fail: every target was checked.
+                let _ = expansion.expand(&target.mailbox, self.follow(alias, target));
+                if expansion.deliveries.len() > DESTINATION_LIMIT {
+                    return Err(alias.source.error(format!(
+                        "the alias {name} leads to more than {DESTINATION_LIMIT} mailboxes: that is a mailing list, for \
+                         a program that keeps lists; {FORWARD_HINT}"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The number of steps to the farthest mailbox, [`ALIAS_DEPTH_LIMIT`] at most. `path`: the steps that led here;
+    /// `depths`: those already known.
+    ///
+    /// # Errors
+    ///
+    /// The steps are too many, or go in circles.
+    fn depth(
+        &self,
+        found: Match<'_>,
+        path: &mut Vec<Step>,
+        depths: &mut HashMap<Step, usize>,
+    ) -> Result<usize, RuleError> {
+        let step = match &found {
+            Match::Alias(alias, _) => Step::Alias(alias.name.clone()),
+            Match::Postmaster(mailbox) => Step::Postmaster(mailbox.clone()),
+            Match::Mailbox { .. } | Match::NoMailbox(_) => return Ok(0),
+        };
+        path.push(step.clone());
+        if let Some(from) = path.iter().position(|other| *other == step).filter(|from| from + 1 < path.len()) {
+            self.reject_steps(&path[from..], "these aliases go in circles: let one of them lead to a mailbox")?;
+        }
+        let known = depths.get(&step).copied();
+        if path.len() - 1 + known.unwrap_or(1) > ALIAS_DEPTH_LIMIT {
+            let text = format!("more than {ALIAS_DEPTH_LIMIT} steps from alias to alias: name the mailboxes earlier");
+            self.reject_steps(path, &text)?;
+        }
+        if let Some(known) = known {
+            path.pop();
+            return Ok(known);
+        }
+        let mut deepest = 0;
+        match found {
+            Match::Alias(alias, _) => {
+                for target in &alias.targets {
+                    deepest = deepest.max(self.depth(self.follow(alias, target), path, depths)?);
+                }
+            }
+            Match::Postmaster(mailbox) => deepest = self.depth(self.find(&mailbox, true), path, depths)?,
+            Match::Mailbox { .. } | Match::NoMailbox(_) => {}
+        }
+        path.pop();
+        depths.insert(step, deepest + 1);
+        Ok(deepest + 1)
+    }
+
+    /// Rejects these steps, if an alias is among them.
+    fn reject_steps(&self, steps: &[Step], text: &str) -> Result<(), RuleError> {
+        let shown: Vec<_> = steps.iter().map(Step::to_string).collect();
+        let first = steps.iter().find_map(|step| match step {
+            Step::Alias(name) => self.aliases.get(name),
+            Step::Postmaster(_) => None,
+        });
+        first.map_or(Ok(()), |alias| Err(alias.source.error(format!("{}: {text}", shown.join(" -> ")))))
+    }
+
+    /// Rejects a route for anything but a mailbox or a domain of this customer: no mail would ever take it.
+    fn check_routed(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), RuleError> {
+        let Some(domain) = pattern.domain() else { return Ok(()) };
+        let text = match (pattern, self.domain_aliases.get(domain)) {
+            (_, Some(own)) => format!("{domain} is another name of {own} only: write {own}"),
+            (AddressPattern::Address(local, _), None) if self.serves(domain) => {
+                match self.look_up(local, domain, false) {
+                    Match::Mailbox { local: base, .. } if base == *local => match self.alias_over(local, domain) {
+                        None => return Ok(()),
+                        Some(alias) => format!(
+                            "{pattern} gets no mail, as an alias ({}) sends it elsewhere: write where it leads, or take one \
+                         of the two out",
+                            alias.source
+                        ),
+                    },
+                    Match::Mailbox { local: base, .. } => format!(
+                        "{pattern} is a mailbox with a detail, which goes where the mailbox does: write {}",
+                        AddressPattern::address(&base, domain)
+                    ),
+                    Match::Postmaster(to) => format!("mail for {pattern} goes to {to}: write that"),
+                    Match::Alias(..) | Match::NoMailbox(_) => format!(
+                        "{pattern} is no mailbox of ours, and `deliver` is for mailboxes: add it to `accept`, or take this \
+                     out"
+                    ),
+                }
+            }
+            (_, None) if self.serves(domain) => return Ok(()),
+            (_, None) => format!("{domain} is no domain of ours: add it to `accept`, or take this out"),
+        };
+        Err(source.error(text))
+    }
+}
+
+/// A step on the way from an address to its mailboxes.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Step {
+    Alias(AddressPattern),
+    Postmaster(Mailbox),
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::Alias(name) => name.fmt(f),
+            Step::Postmaster(mailbox) => mailbox.fmt(f),
+        }
+    }
+}

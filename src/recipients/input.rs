@@ -1,0 +1,215 @@
+//! What a customer's configuration says about its recipients, before it is checked, and where it says so.
+
+use core::net::{IpAddr, SocketAddr};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::names::is_plain;
+use crate::mail::address::{Domain, Mailbox};
+
+/// The unchecked rules; [`RecipientRules::new`](super::RecipientRules::new) checks them.
+#[derive(Debug)]
+pub struct RuleInput {
+    /// The directory of the Maildirs, unless `routes` names another. Absolute.
+    pub root: PathBuf,
+    /// The domain of names without a domain.
+    pub home: Domain,
+    /// Addresses and domains, in the order of the file; none twice.
+    pub accept: Vec<Located<AddressPattern>>,
+    pub except: Vec<Located<AddressPattern>>,
+    pub aliases: Vec<Alias>,
+    pub domain_aliases: Vec<DomainAlias>,
+    /// Each of these characters begins a detail.
+    pub separators: String,
+    pub postmaster: Option<Located<Mailbox>>,
+    pub routes: Vec<RouteRule>,
+}
+
+/// A value, and the line that it comes from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Located<T> {
+    pub value: T,
+    pub source: SourceLine,
+}
+
+/// The recipients that a rule is about. Local parts are in lower case: [`AddressPattern::address`] and
+/// [`AddressPattern::bare`] see to it.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum AddressPattern {
+    /// `info@example.org`
+    Address(String, Domain),
+    /// `@example.org`: each address of the domain.
+    Domain(Domain),
+    /// `root`: the local part in each domain of this customer.
+    Bare(String),
+}
+
+impl AddressPattern {
+    /// The pattern of one address.
+    pub fn address(local: &str, domain: &Domain) -> AddressPattern {
+        AddressPattern::Address(local.to_lowercase(), domain.clone())
+    }
+
+    /// The pattern of one local part.
+    pub fn bare(local: &str) -> AddressPattern {
+        AddressPattern::Bare(local.to_lowercase())
+    }
+
+    /// The domain of the pattern; `None`: it is for all domains.
+    pub fn domain(&self) -> Option<&Domain> {
+        match self {
+            AddressPattern::Address(_, domain) | AddressPattern::Domain(domain) => Some(domain),
+            AddressPattern::Bare(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for AddressPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AddressPattern::Address(local, domain) => match address(local, domain) {
+                Some(mailbox) => mailbox.fmt(f),
+                None => write!(f, "{local:?}@{domain}"),
+            },
+            AddressPattern::Domain(domain) => write!(f, "@{domain}"),
+            AddressPattern::Bare(local) if local.chars().all(is_plain) => f.write_str(local),
+            AddressPattern::Bare(local) => write!(f, "{local:?}"),
+        }
+    }
+}
+
+/// Another name for mailboxes of this customer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Alias {
+    pub name: AddressPattern,
+    /// At least one.
+    pub targets: Vec<AliasTarget>,
+    pub source: SourceLine,
+}
+
+/// One mailbox that an alias leads to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AliasTarget {
+    pub mailbox: Mailbox,
+    /// `\alice`: the mailbox itself, even if an alias has that name.
+    pub direct: bool,
+    pub source: SourceLine,
+}
+
+/// Another name of a whole domain.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DomainAlias {
+    pub name: Domain,
+    /// The domain's own name.
+    pub domain: Domain,
+    pub source: SourceLine,
+}
+
+/// Where the mail of some recipients is delivered to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RouteRule {
+    /// An address or a domain; `None`: all recipients without a route of their own.
+    pub pattern: Option<AddressPattern>,
+    pub route: Route,
+    pub source: SourceLine,
+}
+
+/// What delivers mail.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Route {
+    /// For an address: its Maildir. For a domain: the directory of its Maildirs. Else: the directory of all domains.
+    /// Absolute.
+    Maildir(PathBuf),
+    NextHop(NextHop),
+}
+
+/// A local mail server that mail is sent to, in place of a Maildir.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum NextHop {
+    /// The path of a Unix socket. Absolute.
+    LmtpUnix(PathBuf),
+    /// `address`: `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`; `host`: the host of it, without brackets.
+    Lmtp {
+        address: String,
+        host: String,
+    },
+    Smtp {
+        address: String,
+        host: String,
+    },
+}
+
+impl NextHop {
+    /// Whether the address means this listener of the host called `hostname`, as far as it can be known without a DNS
+    /// query.
+    pub fn is_at(&self, listener: &SocketAddr, hostname: &str) -> bool {
+        let (NextHop::Lmtp { address, host } | NextHop::Smtp { address, host }) = self else { return false };
+        let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+        let here = match host.parse::<IpAddr>() {
+            Ok(ip) => ip == listener.ip() || listener.ip().is_unspecified() && ip.is_loopback(),
+            Err(_) => [hostname, "localhost"].iter().any(|ours| host.eq_ignore_ascii_case(ours)),
+        };
+        here && port == Some(listener.port()) && listener.port() != 0
+    }
+}
+
+impl fmt::Display for NextHop {
+    /// As the file has it, with the port: `lmtp:/run/dovecot/lmtp`, `smtp:127.0.0.1:25`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NextHop::LmtpUnix(path) => write!(f, "lmtp:{}", path.display()),
+            NextHop::Lmtp { address, .. } => write!(f, "lmtp:{address}"),
+            NextHop::Smtp { address, .. } => write!(f, "smtp:{address}"),
+        }
+    }
+}
+
+/// A line of a file, shown as `aliases:12`.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct SourceLine {
+    pub file: Arc<Path>,
+    /// From 1.
+    pub line: usize,
+}
+
+impl SourceLine {
+    /// The error about this line.
+    pub fn error(&self, text: impl Into<String>) -> RuleError {
+        RuleError { source: self.clone(), text: text.into() }
+    }
+}
+
+impl fmt::Display for SourceLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.file.file_name().unwrap_or(self.file.as_os_str());
+        write!(f, "{}:{}", name.display(), self.line)
+    }
+}
+
+/// What is wrong with a rule, and what to do about it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RuleError {
+    pub source: SourceLine,
+    pub text: String,
+}
+
+/// What to do about an alias for mail that is to leave this host, or to be given to a program.
+pub const FORWARD_HINT: &str = "take that alias out, accept the address itself, and hand it to the local mail server, \
+                                such as deliver = { \"info@example.org\" = \"smtp:127.0.0.1:25\" }";
+
+/// `local@domain`, quoted where necessary; `None`: there can be no such address.
+pub fn address(local: &str, domain: &Domain) -> Option<Mailbox> {
+    let escaped = local.replace('\\', r"\\").replace('"', "\\\"");
+    Mailbox::parse(&format!("\"{escaped}\"@{domain}"))
+}
+
+/// Whether two addresses are one mailbox: local parts compare without case.
+pub fn same_mailbox(one: &Mailbox, other: &Mailbox) -> bool {
+    one.host() == other.host() && one.local().to_lowercase() == other.local().to_lowercase()
+}
+
+/// Whether a mailbox is `local@domain`; `local` is in lower case.
+pub(super) fn is(mailbox: &Mailbox, local: &str, domain: &Domain) -> bool {
+    mailbox.domain() == Some(domain) && mailbox.local().to_lowercase() == local
+}

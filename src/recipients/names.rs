@@ -1,0 +1,52 @@
+//! Names of directories that are safe for any local part and any detail.
+//!
+//! A local part may hold anything (`../x`, slashes, spaces). Its directory has a translation of it as its name, which
+//! cannot lead out of the domain's directory: letters in lower case, digits and `._+=-` stay as they are; each octet of
+//! every other character, and of a dot in front, is `%HH`. The Maildir++ folder of a detail is named in the same way,
+//! but without any dot, since dots separate levels of folders.
+
+use std::fmt::Write;
+
+/// Octets in the name of a directory, so that there is room for what mail readers append to it.
+pub(super) const DIRECTORY_NAME_LIMIT: usize = 200;
+
+/// The name of a mailbox's directory: one component of a path, never hidden. It is empty for an empty local part, and
+/// may be too long for a file system.
+pub fn directory_name(local: &str) -> String {
+    translated(&local.to_lowercase(), true)
+}
+
+/// Whether a local part can have a directory: it is not empty, and the name is not too long.
+pub(super) fn has_directory_name(local: &str) -> bool {
+    !local.is_empty() && directory_name(local).len() <= DIRECTORY_NAME_LIMIT
+}
+
+/// The names of Maildir++ folders for a detail, the preferred one first; no name has a dot.
+pub(super) fn folder_names(detail: &str) -> Vec<String> {
+    let mut names = vec![translated(detail, false), translated(&detail.to_lowercase(), false)];
+    names.dedup();
+    // Mail readers empty Trash, and no quota counts it: a sender must not be able to choose it.
+    let trash = |name: &String| name.eq_ignore_ascii_case("Trash");
+    names.retain(|name| (1..=DIRECTORY_NAME_LIMIT).contains(&name.len()) && !trash(name));
+    names
+}
+
+fn translated(text: &str, dots: bool) -> String {
+    let mut name = String::with_capacity(text.len());
+    for character in text.chars() {
+        if is_plain(character) && (character != '.' || dots && !name.is_empty()) {
+            name.push(character);
+            continue;
+        }
+        let mut octets = [0; 4];
+        for octet in character.encode_utf8(&mut octets).bytes() {
+            let _ = write!(name, "%{octet:02X}");
+        }
+    }
+    name
+}
+
+/// Whether a character needs no translation.
+pub(super) fn is_plain(character: char) -> bool {
+    matches!(character, '.' | '_' | '+' | '=' | '-') || character.is_alphanumeric()
+}

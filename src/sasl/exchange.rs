@@ -1,0 +1,88 @@
+//! The two sides of an authentication, and the accounts that a server checks it against.
+
+use subtle::ConstantTimeEq;
+
+/// The accounts of a server.
+pub trait CredentialStore {
+    /// The secret of the account with this name; `None` if there is no such account.
+    fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable>;
+
+    /// A challenge that was never used before (RFC 2195 section 2).
+    fn challenge(&self) -> String;
+}
+
+/// The accounts of a server that offers no AUTH.
+pub struct NoCredentials;
+
+impl CredentialStore for NoCredentials {
+    fn secret(&self, _: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+        Ok(None)
+    }
+
+    fn challenge(&self) -> String {
+        String::new()
+    }
+}
+
+/// The secrets cannot be asked just now; the client may try later.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Unavailable;
+
+/// One authentication, on the server's side.
+pub trait ServerExchange: Send {
+    /// The first challenge; `None` for a client-first mechanism: then, if AUTH had no initial response, the server sends an
+    /// empty challenge (RFC 4954 section 4).
+    fn first(&mut self) -> Option<Vec<u8>>;
+
+    /// Processes a response, base64 already decoded.
+    fn step(&mut self, response: &[u8], secrets: &dyn CredentialStore) -> ExchangeStep;
+}
+
+/// The result of one response.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ExchangeStep {
+    /// Send this challenge and wait for the next response.
+    Challenge(Vec<u8>),
+    /// The client is authenticated as this account.
+    Done(String),
+    /// The client is not authenticated as the account of this name: unknown name, wrong secret, or it asked to act for
+    /// another account.
+    Failed(String),
+    /// The response is not in the form of the mechanism; no secret was compared.
+    Malformed,
+    /// The secret cannot be looked up at the moment.
+    Unavailable,
+}
+
+/// One authentication, on the client's side.
+pub trait ClientExchange: Send {
+    /// The initial response, for the AUTH command. If the line would be too long (RFC 4954 section 4) the caller drops it:
+    /// `step` returns it again for the empty challenge.
+    fn initial(&mut self) -> Option<Vec<u8>>;
+
+    /// The response to a challenge; `None`: the challenge is not acceptable, cancel the exchange.
+    fn step(&mut self, challenge: &[u8]) -> Option<Vec<u8>>;
+
+    /// Whether a success from the server is acceptable now. A server that reports success too early has not verified
+    /// anything.
+    fn finished(&self) -> bool;
+}
+
+/// Used instead of the secret of an unknown name, so that the work is the same. It authenticates no client.
+pub(super) const DUMMY_SECRET: &[u8] = b"there is no such account";
+
+/// Calls `check` with the secret of `name`. If there is none it calls `check` with another secret, and fails.
+pub(super) fn verify(name: &str, secrets: &dyn CredentialStore, check: impl FnOnce(&[u8]) -> bool) -> ExchangeStep {
+    let Ok(secret) = secrets.secret(name) else {
+        return ExchangeStep::Unavailable;
+    };
+    let right = check(secret.as_deref().unwrap_or(DUMMY_SECRET));
+    // An empty secret authenticates no client, even if the configuration has one.
+    let known = secret.is_some_and(|secret| !secret.is_empty());
+    if right & known { ExchangeStep::Done(name.to_owned()) } else { ExchangeStep::Failed(name.to_owned()) }
+}
+
+/// Compares two values of the same length; the time it takes does not tell where they differ.
+pub(super) fn same(left: &[u8], right: &[u8]) -> bool {
+    bool::from(left.ct_eq(right))
+}

@@ -1,0 +1,138 @@
+//! The numbers of a session: its limits and its timeouts, with their defaults.
+
+use std::time::Duration;
+
+use crate::smtp::client::Awaiting;
+use crate::smtp::server::{ServerOptions, ServerRole};
+
+/// `[limits]`: each number at which the program rejects.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Concurrent connections to each listener; excess connections get `421`. Default 500, at least 1.
+    pub connections: usize,
+    /// Concurrent connections to each listener from one address. Default 50, at least 1.
+    pub connections_per_address: usize,
+    /// Recipients of one message; excess recipients get `452`. Default 100, and never fewer (RFC 5321 section
+    /// 4.5.3.1.8); at most 1000.
+    pub recipients: usize,
+    /// Commands that may fail before the server ends a session with `421`. Default 20, at least 1.
+    pub errors: usize,
+    /// AUTH commands that may fail before the server ends a session with `421`. Default 3, and never fewer (RFC 4954
+    /// section 9).
+    pub auth_failures: usize,
+    /// Concurrent turned sessions; an excess ATRN gets `451`. Default 10 000, at least 1.
+    pub turned_sessions: usize,
+    /// Messages sent in one turned session before QUIT; 0, the default: no limit.
+    pub messages_per_turn: usize,
+    /// `Received:` fields from which on a message is in a mail loop (RFC 5321 section 6.3). Default 100, at least 1.
+    pub received_hops: usize,
+}
+
+impl Limits {
+    /// The server role with these limits. A listener adds what else it offers: TLS, mechanisms.
+    pub fn server_options(&self, role: ServerRole, hostname: &str, max_size: u64) -> ServerOptions {
+        ServerOptions {
+            role,
+            hostname: hostname.to_owned(),
+            max_size,
+            max_recipients: self.recipients,
+            max_errors: self.errors,
+            max_auth_failures: self.auth_failures,
+            starttls: false,
+            require_tls: false,
+            dsn: true,
+            mechanisms: Vec::new(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: 500,
+            connections_per_address: 50,
+            recipients: 100,
+            errors: 20,
+            auth_failures: 3,
+            turned_sessions: 10_000,
+            messages_per_turn: 0,
+            received_hops: 100,
+        }
+    }
+}
+
+/// `[timeouts]`: each time after which the program stops waiting, between 1 ms and 365 days. Those of a command are by
+/// default the minima of RFC 5321 section 4.5.3.2.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Timeouts {
+    /// Connecting to one address. Default 30 s.
+    pub connect: Duration,
+    /// The client waits for the `220`, also after a turn. Default 5 min.
+    pub greeting: Duration,
+    /// The client waits for the reply to MAIL. Default 5 min.
+    pub mail: Duration,
+    /// The client waits for the reply to RCPT. Default 5 min.
+    pub recipient: Duration,
+    /// The client waits for the `354` to DATA. Default 2 min.
+    pub data: Duration,
+    /// Sending or receiving one block of a message. Default 3 min.
+    pub block: Duration,
+    /// The client waits for the reply to the end of a message. Default 10 min.
+    pub end: Duration,
+    /// The server waits for a command; the client waits for the reply to each command that has no timeout of its own.
+    /// Default 5 min.
+    pub command: Duration,
+    /// The customer waits for the reply to ATRN. Default 10 min, and never less (RFC 2645 section 5.2.1).
+    pub atrn: Duration,
+    /// A TLS handshake. Default 1 min.
+    pub handshake: Duration,
+    /// A server's session, up to a turn or without one. Default 1 h.
+    pub session: Duration,
+    /// A session from the turn on. Default 12 h.
+    pub turn: Duration,
+    /// If the customer of a turned session has not answered for this long, another call for the same domain takes the
+    /// session's lock over. Default 1 min.
+    pub takeover: Duration,
+    /// Sessions may go on for this long after the program was told to stop. Default 10 s.
+    pub shutdown: Duration,
+}
+
+/// RFC 2645 section 5.2.1: the provider may need ten minutes before it can reply to ATRN.
+pub const MIN_ATRN_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+
+impl Timeouts {
+    /// How long the client waits for a reply (RFC 5321 section 4.5.3.2; RFC 2645 section 5.2.1).
+    pub fn reply_timeout(&self, awaiting: Option<Awaiting>) -> Duration {
+        match awaiting {
+            Some(Awaiting::Greeting) => self.greeting,
+            Some(Awaiting::Mail) => self.mail,
+            Some(Awaiting::Recipient) => self.recipient,
+            Some(Awaiting::Data) => self.data,
+            Some(Awaiting::End) => self.end,
+            Some(Awaiting::Atrn) => self.atrn,
+            Some(Awaiting::Command) | None => self.command,
+        }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Timeouts {
+        let seconds = Duration::from_secs;
+        Timeouts {
+            connect: seconds(30),
+            greeting: seconds(5 * 60),
+            mail: seconds(5 * 60),
+            recipient: seconds(5 * 60),
+            data: seconds(2 * 60),
+            block: seconds(3 * 60),
+            end: seconds(10 * 60),
+            command: seconds(5 * 60),
+            atrn: MIN_ATRN_TIMEOUT,
+            handshake: seconds(60),
+            session: seconds(60 * 60),
+            turn: seconds(12 * 60 * 60),
+            takeover: seconds(60),
+            shutdown: seconds(10),
+        }
+    }
+}

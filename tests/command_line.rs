@@ -1,0 +1,66 @@
+//! The command line of the real binary: help, errors, and what a supervisor's connection gets of them.
+
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Output, Stdio};
+
+fn odmr(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    command.args(arguments).env_remove("RUST_LOG").stdin(Stdio::null());
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    odmr(arguments).output().unwrap()
+}
+
+#[test]
+fn help_is_on_stdout() {
+    for arguments in [&["-h"][..], &["--version"], &["serve", "-h"], &["pull", "-h"], &["check", "-h"], &["send", "-h"]]
+    {
+        let result = run(arguments);
+        assert_eq!(result.status.code(), Some(0), "{arguments:?}");
+        assert!(String::from_utf8_lossy(&result.stdout).contains("odmr ") && result.stderr.is_empty(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn each_failure_is_one_line_on_stderr() {
+    let missing = ["-c", "/nonexistent/odmr.toml"];
+    let check = |code: i32, arguments: &[&str], part: &str| {
+        let result = run(arguments);
+        let error = String::from_utf8(result.stderr).unwrap();
+        assert_eq!(result.status.code(), Some(code), "{arguments:?}: {error}");
+        assert!(error.starts_with("odmr: ") && error.contains(part), "{arguments:?}: {error}");
+        assert!(error.lines().count() == 1 && result.stdout.is_empty(), "{arguments:?}: {error}");
+    };
+    check(64, &[], "a subcommand is missing");
+    check(64, &["sreve"], "no such subcommand: sreve");
+    check(64, &["serve"], "-c FILE is missing");
+    check(64, &["serve", "--nonsense"], "nonsense");
+    check(64, &["check", "-c", "x", "y"], "\"y\"");
+    check(64, &["pull", "-c", "x", "--daemon", "--now"], "exclude each other");
+    check(64, &["serve", "-c", "x", "--inetd", "smtp"], "not smtp");
+    check(78, &[&["serve"], &missing[..]].concat(), "/nonexistent/odmr.toml");
+    check(78, &[&["pull"], &missing[..]].concat(), "/nonexistent/odmr.toml");
+    check(1, &[&["check"], &missing[..]].concat(), "/nonexistent/odmr.toml");
+    // stderr is not the connection here, so the failure is shown there, and only once.
+    check(78, &[&["serve", "--inetd", "odmr"], &missing[..]].concat(), "/nonexistent/odmr.toml");
+}
+
+/// Under inetd the connection is on descriptor 2 too: the client must not get an error message as a reply.
+#[test]
+fn a_failure_does_not_go_into_the_connection() {
+    for arguments in [&["serve", "--inetd", "odmr", "-c", "/nonexistent/odmr.toml"][..], &["serve", "--inetd", "x"]] {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        let descriptor = || Stdio::from(OwnedFd::from(server.try_clone().unwrap()));
+        let mut command = odmr(arguments);
+        let status = command.stdin(descriptor()).stdout(descriptor()).stderr(descriptor()).status().unwrap();
+        drop((command, server));
+        assert!(!status.success(), "{arguments:?}");
+        let mut received = String::new();
+        client.read_to_string(&mut received).unwrap();
+        assert_eq!(received, "", "{arguments:?}");
+    }
+}
