@@ -13,7 +13,10 @@
 //! canonical form, local parts without quotes. Written out again they take the shortest form.
 
 use core::net::IpAddr;
+use std::borrow::Cow;
 use std::fmt;
+
+use idna::uts46::{AsciiDenyList, DnsLength, Hyphens, Uts46};
 
 /// RFC 1035 section 2.3.4.
 const LABEL_LIMIT: usize = 63;
@@ -34,11 +37,13 @@ pub struct Domain(String);
 impl Domain {
     /// Reads the `Domain` of RFC 5321 section 4.1.2, with the U-labels of RFC 6531.
     ///
-    /// What the tables of RFC 5892 disallow is not refused: it becomes a name nobody can register.
+    /// If the text is ASCII, the parser only puts it in lower case: an A-label stays as it is, even if
+    /// it does not decode. If the text holds other characters, UTS #46 maps it, and every way to write
+    /// a name gives the same domain. The parser refuses a name that UTS #46 does not allow.
     pub fn parse(text: &str) -> Option<Domain> {
-        let labels: Option<Vec<String>> = text.split('.').map(label).collect();
-        let name = labels?.join(".");
-        (name.len() <= DOMAIN_LIMIT).then_some(Domain(name))
+        let name = if text.is_ascii() { text.to_ascii_lowercase() } else { a_labels(text)? };
+        // RFC 5321 section 4.5.3.1.2: the limit is for the name that SMTP and DNS carry.
+        (name.len() <= DOMAIN_LIMIT && name.split('.').all(is_label)).then_some(Domain(name))
     }
 
     /// Reads the stricter `domain` of RFC 2645 section 5.2.1: ASCII, with at least one dot.
@@ -314,78 +319,29 @@ pub fn parse_literal(text: &str) -> Option<IpAddr> {
     }
 }
 
-/// One label of a domain in lower case, as an A-label if it holds more than ASCII.
-fn label(text: &str) -> Option<String> {
-    let allowed = |c: char| match c.is_ascii() {
-        true => c.is_ascii_alphanumeric() || c == '-',
-        false => !c.is_control() && !c.is_whitespace(),
-    };
-    if text.starts_with('-') || text.ends_with('-') || !text.chars().all(allowed) {
+/// Whether the text is a `sub-domain` of RFC 5321 section 4.1.2 of at most 63 octets.
+fn is_label(text: &str) -> bool {
+    let allowed = |octet: u8| octet.is_ascii_alphanumeric() || octet == b'-';
+    let hyphen_at_an_end = text.starts_with('-') || text.ends_with('-');
+    (1..=LABEL_LIMIT).contains(&text.len()) && !hyphen_at_an_end && text.bytes().all(allowed)
+}
+
+/// The domain in lower case with A-labels for U-labels (UTS #46, non-transitional processing).
+///
+/// RFC 5891 section 5.2 allows the mapping and requires NFC. Without it, a "ü" that a client writes as
+/// "u" and U+0308 would be another domain than the customer's, and the server would refuse the mail.
+/// The mapping needs the whole domain: U+3002 separates labels too, and if one label is written from
+/// right to left, RFC 5893 section 2 has rules for all of them.
+fn a_labels(text: &str) -> Option<String> {
+    // Punycode takes quadratic time: a long label would delay the session. No path holds a longer domain.
+    if text.len() > PATH_LIMIT {
         return None;
     }
-    // A U-label is in lower case by definition; a user's capitals are mapped to it (RFC 5895).
-    let lower = text.to_lowercase();
-    let label = if lower.is_ascii() { lower } else { a_label(&lower)? };
-    (1..=LABEL_LIMIT).contains(&label.len()).then_some(label)
-}
-
-/// Turns a U-label into its A-label by Punycode, RFC 3492 section 6.3, whose names are kept.
-fn a_label(label: &str) -> Option<String> {
-    let points: Vec<u32> = label.chars().take(LABEL_LIMIT + 1).map(u32::from).collect();
-    // Too long for any label; and with fewer points no sum below overflows.
-    if points.len() > LABEL_LIMIT {
-        return None;
-    }
-    let basic: String = label.chars().filter(char::is_ascii).collect();
-    let mut output = format!("xn--{basic}");
-    if !basic.is_empty() {
-        output.push('-');
-    }
-    let (mut n, mut delta, mut bias, mut handled) = (128, 0, 72, basic.len() as u32);
-    while let Some(next) = points.iter().copied().filter(|&point| point >= n).min() {
-        delta += (next - n) * (handled + 1);
-        n = next;
-        for &point in &points {
-            if point < n {
-                delta += 1;
-            } else if point == n {
-                push_integer(&mut output, delta, bias);
-                handled += 1;
-                bias = adapted_bias(delta, handled, handled == basic.len() as u32 + 1);
-                delta = 0;
-            }
-        }
-        delta += 1;
-        n += 1;
-    }
-    Some(output)
-}
-
-/// Appends `value` as a variable-length integer (RFC 3492 section 3.3).
-fn push_integer(output: &mut String, mut value: u32, bias: u32) {
-    const DIGITS: [u8; 36] = *b"abcdefghijklmnopqrstuvwxyz0123456789";
-    for k in (36..).step_by(36) {
-        let threshold = u32::saturating_sub(k, bias).clamp(1, 26);
-        if value < threshold {
-            break;
-        }
-        let digit = threshold + (value - threshold) % (36 - threshold);
-        output.push(char::from(DIGITS[digit as usize]));
-        value = (value - threshold) / (36 - threshold);
-    }
-    output.push(char::from(DIGITS[value as usize]));
-}
-
-/// RFC 3492 section 6.1, with the numbers of section 5.
-fn adapted_bias(delta: u32, points: u32, first: bool) -> u32 {
-    let mut delta = if first { delta / 700 } else { delta / 2 };
-    delta += delta / points;
-    let mut k = 0;
-    while delta > 455 {
-        delta /= 35;
-        k += 36;
-    }
-    k + 36 * delta / (delta + 38)
+    // RFC 5891 section 4.2.3.1: a U-label has no hyphen at either end. `Hyphens::Check` would also
+    // refuse "r3---sn.bücher.example" for its ASCII label. The caller checks the lengths.
+    let hyphens = Hyphens::CheckFirstLast;
+    let name = Uts46::new().to_ascii(text.as_bytes(), AsciiDenyList::STD3, hyphens, DnsLength::Ignore);
+    name.ok().map(Cow::into_owned)
 }
 
 #[cfg(test)]
