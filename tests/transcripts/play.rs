@@ -3,8 +3,11 @@
 use super::format::{Action, Becomes, File, Settings, Step, Transcript, matches, shown};
 use odmr::ids::Ids;
 use odmr::net::cancel::CancelToken;
+use rustls::SignatureScheme;
+use rustls::client::ResolvesClientCert;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::sign::CertifiedKey;
 use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Read, Write};
@@ -783,9 +786,24 @@ fn identity() -> &'static Identity {
         roots.add(chain[0].clone()).expect("a root");
         let client =
             rustls::ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
-        let client = client.expect("versions").with_root_certificates(roots).with_no_client_auth();
+        let client = client.expect("versions").with_root_certificates(roots);
+        let client = client.with_client_cert_resolver(Arc::new(NeverAsked));
         let server = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
         let server = server.expect("versions").with_no_client_auth().with_single_cert(chain, secret).expect("a key");
         Identity { certificate, key, client: Arc::new(client), server: Arc::new(server) }
     })
+}
+
+/// Fails the play if the program requests a client certificate: it may do so only if configured (RFC 8314 section 4.2).
+#[derive(Debug)]
+struct NeverAsked;
+
+impl ResolvesClientCert for NeverAsked {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        panic!("the program requests a client certificate");
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
 }
