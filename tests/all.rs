@@ -2,6 +2,7 @@
 
 mod check;
 mod command_line;
+mod conformance;
 mod house;
 mod send;
 mod transcripts;

@@ -3,7 +3,8 @@
 //! A transcript is written in order of time: files before, dialogue, files after.
 //!
 //! ```text
-//! # What it proves, RFC section, ID of the conformance matrix.
+//! # What it proves, RFC section.
+//! # Rules: ODMR-22, ODMR-26.              those of `testdata/conformance.md` that it proves
 //! == clear only ==                     settings, if any
 //! -- spool/domains/example.com/new/1 --
 //! Return-Path: <lester@dot.example>
@@ -96,6 +97,8 @@ fn transcripts_cover_every_code_and_every_verb_in_every_state() {
 }
 
 /// RFC 2034 section 4: each 2xx, 4xx and 5xx begins with a status code of its class, but for the greeting and HELO/EHLO.
+///
+/// Rules: ESC-01, ESC-02, ODMR-D17.
 #[test]
 fn transcripts_demand_enhanced_codes() {
     let wrong = coverage::without_enhanced_code(&all());
