@@ -5,7 +5,7 @@ PREFIX  ?= /usr/local
 DESTDIR ?=
 ONLY    ?=
 
-.PHONY: help build test check house demo interop install certs
+.PHONY: help build test rules check house demo interop install certs
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s  %s\n", $$1, $$2}' Makefile
@@ -16,6 +16,9 @@ build: ## the program, target/release/odmr
 test: ## every test that needs no network and no other program
 	$(CARGO) test --all
 
+rules: ## the rules of testdata/conformance.md, and the tests that prove each
+	@$(CARGO) test --quiet --test all -- --ignored --nocapture --exact conformance::print_the_rules | grep '^[A-Z0-9]*-'
+
 check: ## formatting and lints, as the automatic checks demand them
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --all-targets -- -D warnings
@@ -23,7 +26,7 @@ check: ## formatting and lints, as the automatic checks demand them
 house: ## the rooms of src/ in order, their sizes, the longest functions; and what tests/house.rs checks
 	@RUST_BACKTRACE=0 $(CARGO) test --quiet --test all house -- --nocapture --test-threads 1
 
-demo: ## one call: a letter goes up, the line turns, a letter comes down, with the dialogue
+demo: ## one call: a message goes up, the line turns, a message comes down, with the dialogue
 	$(CARGO) run --release -- demo
 
 interop: build ## odmr with fetchmail, Postfix, Dovecot, swaks, inetd (as root; .ci/run installs them); ONLY=NAME for one
