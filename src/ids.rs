@@ -168,6 +168,7 @@ mod tests {
         octets.fill(7);
     }
 
+    /// Rules: MD-02, CRAM-01.
     #[test]
     fn fixed_ids_count() {
         let source = Ids::fixed();
@@ -182,6 +183,7 @@ mod tests {
         assert_eq!(Ids::fixed().queue_id(), "id1");
     }
 
+    /// Rules: MD-03.
     #[test]
     fn nothing_repeats_in_many_threads_even_without_randomness() {
         let source = Ids::system(stuck);
@@ -226,6 +228,7 @@ mod tests {
         assert_eq!(tick(&last), u64::MAX / 2 + 2);
     }
 
+    /// Rules: CRAM-01.
     #[test]
     fn a_system_file_name_and_challenge_have_their_shape() {
         let source = Ids::system(stuck);

@@ -99,11 +99,7 @@ fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: boo
 }
 
 fn run_daemon(
-    path: &Path,
-    config: &CustomerConfig,
-    owner: Option<SystemUser>,
-    ids: &Ids,
-    cancel: &CancelToken,
+    path: &Path, config: &CustomerConfig, owner: Option<SystemUser>, ids: &Ids, cancel: &CancelToken,
 ) -> Result<(), ExitError> {
     // Ports below 1024 must be bound before the rights of root are given up.
     let bound = daemon::BoundDaemon::new(config, ids)?;

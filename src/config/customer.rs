@@ -159,9 +159,7 @@ impl ProviderAccount {
 
     /// All providers of a file; `schedule`: the schedule of those without their own.
     fn build_all(
-        source: &Source,
-        tables: Vec<Spanned<RawProviderAccount>>,
-        schedule: &Schedule,
+        source: &Source, tables: Vec<Spanned<RawProviderAccount>>, schedule: &Schedule,
     ) -> Result<Vec<ProviderAccount>, ConfigError> {
         let mut providers: Vec<ProviderAccount> = Vec::with_capacity(tables.len());
         let mut outgoing = None;
@@ -196,10 +194,7 @@ impl ProviderAccount {
     }
 
     fn build(
-        source: &Source,
-        table: Range<usize>,
-        raw: RawProviderAccount,
-        schedule: &Schedule,
+        source: &Source, table: Range<usize>, raw: RawProviderAccount, schedule: &Schedule,
     ) -> Result<ProviderAccount, ConfigError> {
         let missing = |text: &str| source.error(table.clone(), format!("[provider] needs {text}"));
         let address = raw.address.ok_or_else(|| {
@@ -247,10 +242,7 @@ impl OutgoingConfig {
     }
 
     fn build(
-        source: &Source,
-        raw: Spanned<RawOutgoing>,
-        provider: &ProviderAccount,
-        mailboxes: &MailboxesConfig,
+        source: &Source, raw: Spanned<RawOutgoing>, provider: &ProviderAccount, mailboxes: &MailboxesConfig,
         hostname: &str,
     ) -> Result<OutgoingConfig, ConfigError> {
         let table = raw.span();

@@ -21,8 +21,7 @@ pub(super) fn addresses(list: Option<Vec<Spanned<Checked<SocketAddr>>>>, port: u
 
 /// Rejects an address that comes twice: only one listener can have it. Port 0 is a different port each time.
 pub(super) fn check_listeners<'a>(
-    source: &Source,
-    lists: impl IntoIterator<Item = Option<&'a [Spanned<Checked<SocketAddr>>]>>,
+    source: &Source, lists: impl IntoIterator<Item = Option<&'a [Spanned<Checked<SocketAddr>>]>>,
 ) -> Result<(), ConfigError> {
     let entries = lists.into_iter().flatten().flatten();
     check_unique(source, entries.filter(|entry| entry.get_ref().0.port() != 0))
@@ -30,16 +29,14 @@ pub(super) fn check_listeners<'a>(
 
 /// The domains of a list, if none comes twice.
 pub(super) fn unique_domains(
-    source: &Source,
-    domains: Vec<Spanned<Checked<Domain>>>,
+    source: &Source, domains: Vec<Spanned<Checked<Domain>>>,
 ) -> Result<Vec<Domain>, ConfigError> {
     check_unique(source, &domains)?;
     Ok(domains.into_iter().map(|entry| entry.into_inner().0).collect())
 }
 
 fn check_unique<'a, T: Eq + Hash + fmt::Display + 'a>(
-    source: &Source,
-    entries: impl IntoIterator<Item = &'a Spanned<Checked<T>>>,
+    source: &Source, entries: impl IntoIterator<Item = &'a Spanned<Checked<T>>>,
 ) -> Result<(), ConfigError> {
     let mut seen = HashSet::new();
     let again = entries.into_iter().find(|entry| !seen.insert(&entry.get_ref().0));

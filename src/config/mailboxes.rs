@@ -35,9 +35,7 @@ pub struct MailboxesConfig {
 impl MailboxesConfig {
     /// `domains`: those that the customer asks its providers for; empty: all that they have.
     pub(super) fn build(
-        source: &Source,
-        raw: Spanned<RawMailboxes>,
-        domains: &[Domain],
+        source: &Source, raw: Spanned<RawMailboxes>, domains: &[Domain],
     ) -> Result<MailboxesConfig, ConfigError> {
         let table = raw.span();
         let missing = |text: &str| source.error(table.clone(), format!("[mailboxes] needs {text}"));
@@ -130,9 +128,7 @@ impl Reader<'_> {
     }
 
     fn aliases(
-        &self,
-        written: BTreeMap<Spanned<String>, Spanned<OneOrMany<Texts>>>,
-        home: &Domain,
+        &self, written: BTreeMap<Spanned<String>, Spanned<OneOrMany<Texts>>>, home: &Domain,
     ) -> Result<Vec<Alias>, ConfigError> {
         let mut read = Vec::with_capacity(written.len());
         for (key, targets) in written {
@@ -167,8 +163,7 @@ impl Reader<'_> {
     }
 
     fn domain_aliases(
-        &self,
-        written: BTreeMap<Spanned<String>, Checked<Domain>>,
+        &self, written: BTreeMap<Spanned<String>, Checked<Domain>>,
     ) -> Result<Vec<DomainAlias>, ConfigError> {
         let mut read = Vec::with_capacity(written.len());
         for (key, domain) in written {

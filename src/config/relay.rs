@@ -165,8 +165,7 @@ pub(super) struct RawRelay {
 }
 
 fn policies(
-    source: &Source,
-    written: BTreeMap<Spanned<String>, Checked<TlsPolicy>>,
+    source: &Source, written: BTreeMap<Spanned<String>, Checked<TlsPolicy>>,
 ) -> Result<HashMap<Domain, TlsPolicy>, ConfigError> {
     let mut policies = HashMap::with_capacity(written.len());
     for (key, policy) in written {

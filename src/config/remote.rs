@@ -59,9 +59,7 @@ pub(super) struct OptionalRemoteTable {
 impl OptionalRemoteTable {
     /// The host, if one is named; `login`: the credentials for a host without its own.
     pub(super) fn build(
-        self,
-        source: &Source,
-        login: Option<(String, Vec<u8>)>,
+        self, source: &Source, login: Option<(String, Vec<u8>)>,
     ) -> Result<Option<RemoteSettings>, ConfigError> {
         let Some(Checked(address)) = self.address else {
             return match self.first_key() {
@@ -95,9 +93,7 @@ impl OptionalRemoteTable {
 
 /// Name and secret, or neither.
 fn credentials(
-    source: &Source,
-    name: Option<Spanned<Checked<AccountName>>>,
-    inline: Option<Spanned<Checked<Secret>>>,
+    source: &Source, name: Option<Spanned<Checked<AccountName>>>, inline: Option<Spanned<Checked<Secret>>>,
     file: Option<Spanned<Checked<PathBuf>>>,
 ) -> Result<Option<(String, Vec<u8>)>, ConfigError> {
     let alone = inline.as_ref().map(Spanned::span).or_else(|| file.as_ref().map(Spanned::span));
@@ -116,9 +112,7 @@ fn credentials(
 
 /// The secret of an account, from either key; `table`: the place of the error when both are missing.
 pub(super) fn secret(
-    source: &Source,
-    inline: Option<Spanned<Checked<Secret>>>,
-    file: Option<Spanned<Checked<PathBuf>>>,
+    source: &Source, inline: Option<Spanned<Checked<Secret>>>, file: Option<Spanned<Checked<PathBuf>>>,
     table: Option<Range<usize>>,
 ) -> Result<Vec<u8>, ConfigError> {
     match (inline, file) {

@@ -95,6 +95,7 @@ fn domain(text: &str) -> Domain {
     Domain::parse(text).unwrap()
 }
 
+/// Rules: ODMR-01.
 #[test]
 fn the_least_provider_has_the_documented_defaults() {
     let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", ACME)]);
@@ -150,6 +151,7 @@ fn every_key_of_a_provider_is_read() {
     assert_eq!(provider.accounts.iter().count(), 0);
 }
 
+/// Rules: SMTP-60.
 #[test]
 fn every_limit_and_timeout_is_read() {
     let text = r#"
@@ -278,6 +280,7 @@ fn every_key_of_relay_is_read() {
     assert_eq!(relay.retry, times);
 }
 
+/// Rules: SMTP-65.
 #[test]
 fn times_that_are_not_written_give_way() {
     let times = |text: &str| {
@@ -679,6 +682,7 @@ fn mistakes_in_a_provider_s_file_are_named() {
     provider("", "[inbound]\nmax-size = true", "odmr.toml:7", "expected a size such as \"50MiB\"");
 }
 
+/// Rules: ODMR-20, AMB-12.
 #[test]
 #[rustfmt::skip]
 fn mistakes_in_limits_and_timeouts_are_named() {

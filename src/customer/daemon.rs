@@ -102,10 +102,7 @@ pub fn event_channel() -> (EventSender, Receiver<DaemonEvent>) {
 
 /// Runs until it is told to stop. `load` reads the configuration anew.
 pub fn run(
-    ready: BoundDaemon,
-    load: &dyn Fn() -> Result<CustomerConfig, String>,
-    ids: &Ids,
-    cancel: &CancelToken,
+    ready: BoundDaemon, load: &dyn Fn() -> Result<CustomerConfig, String>, ids: &Ids, cancel: &CancelToken,
     (bell, events): (EventSender, Receiver<DaemonEvent>),
 ) -> Result<(), CallError> {
     let _alone = lock_daemon(ready.customer.config())?;
@@ -461,9 +458,7 @@ struct Listeners {
 
 impl Listeners {
     fn start(
-        bound: Vec<TcpListener>,
-        current: &Arc<RwLock<Arc<Customer>>>,
-        cancel: &CancelToken,
+        bound: Vec<TcpListener>, current: &Arc<RwLock<Arc<Customer>>>, cancel: &CancelToken,
     ) -> Result<Listeners, CallError> {
         let system = |error: io::Error| CallError::System(error.to_string());
         let limits = current.read().unwrap_or_else(PoisonError::into_inner).config().limits.clone();

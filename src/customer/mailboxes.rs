@@ -126,11 +126,7 @@ impl Mailboxes {
     /// Begins copies for all recipients of a message, which are ours. Recipients whose destination is a next hop, or a
     /// mailbox without room for `octets`, get theirs in the retry queue.
     pub fn begin_all(
-        &self,
-        writer: &mut MessageWriter,
-        message: &QueuedEnvelope,
-        octets: u64,
-        head: &str,
+        &self, writer: &mut MessageWriter, message: &QueuedEnvelope, octets: u64, head: &str,
     ) -> io::Result<(Routing, Vec<RejectedRecipient>)> {
         let (mut known, mut rejected, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
         for recipient in &message.envelope.recipients {
@@ -166,11 +162,7 @@ impl Mailboxes {
     /// Begins copies for recipients whose destinations are known. A mailbox that several recipients lead to, by two
     /// aliases for instance, gets one copy.
     pub fn begin_known(
-        &self,
-        writer: &mut MessageWriter,
-        from: &ReversePath,
-        recipients: &[(Recipient, Vec<Delivery>)],
-        head: &str,
+        &self, writer: &mut MessageWriter, from: &ReversePath, recipients: &[(Recipient, Vec<Delivery>)], head: &str,
     ) -> io::Result<Routing> {
         let (mut routing, mut seen) = (Routing::default(), HashSet::new());
         for (recipient, deliveries) in recipients {
@@ -205,11 +197,7 @@ impl Mailboxes {
 
     /// Delivers one message into a Maildir, for one recipient.
     pub fn copy(
-        &self,
-        from: &ReversePath,
-        to: &Mailbox,
-        (path, folders): (&Path, &[String]),
-        content: &mut dyn Content,
+        &self, from: &ReversePath, to: &Mailbox, (path, folders): (&Path, &[String]), content: &mut dyn Content,
     ) -> RecipientStatus {
         let mut copied = || {
             let mut writer = MessageWriter::default();

@@ -123,10 +123,7 @@ impl NextHops {
     /// # Errors
     /// The next hop's reply as the provider must receive it, or 451 if the next hop is down.
     pub fn check_recipient(
-        &mut self,
-        hop: &NextHop,
-        message: &OutgoingMessage,
-        recipient: &Recipient,
+        &mut self, hop: &NextHop, message: &OutgoingMessage, recipient: &Recipient,
     ) -> Result<(), Reply> {
         let session = self.sessions.entry(hop.clone()).or_default();
         if session.open && session.recipients.iter().any(|known| same_mailbox(&known.mailbox, &recipient.mailbox)) {
@@ -156,10 +153,7 @@ impl NextHops {
     }
 
     fn try_recipient(
-        &mut self,
-        hop: &NextHop,
-        message: &OutgoingMessage,
-        recipient: &Recipient,
+        &mut self, hop: &NextHop, message: &OutgoingMessage, recipient: &Recipient,
     ) -> Result<Reply, SessionFailure> {
         let session = self.session(hop)?;
         let begun = Instant::now();
@@ -176,11 +170,7 @@ impl NextHops {
     /// # Errors
     /// The content cannot be read.
     pub fn deliver(
-        &mut self,
-        hop: &NextHop,
-        message: &OutgoingMessage,
-        content: &mut dyn Content,
-        info: Option<&ClientInfo>,
+        &mut self, hop: &NextHop, message: &OutgoingMessage, content: &mut dyn Content, info: Option<&ClientInfo>,
     ) -> io::Result<HopDelivery> {
         let before = self.sessions.get(hop).is_some_and(|session| session.session.is_some());
         let mut delivered = self.try_delivery(hop, message, content, info)?;
@@ -210,11 +200,7 @@ impl NextHops {
     }
 
     fn try_delivery(
-        &mut self,
-        hop: &NextHop,
-        message: &OutgoingMessage,
-        content: &mut dyn Content,
-        info: Option<&ClientInfo>,
+        &mut self, hop: &NextHop, message: &OutgoingMessage, content: &mut dyn Content, info: Option<&ClientInfo>,
     ) -> io::Result<Result<DeliveryResult, SessionFailure>> {
         content.rewind()?;
         Ok(self.session(hop).map(|session| session.deliver(message, content, info)))
@@ -278,10 +264,7 @@ impl HopSession {
     }
 
     fn deliver(
-        &mut self,
-        message: &OutgoingMessage,
-        content: &mut dyn Content,
-        info: Option<&ClientInfo>,
+        &mut self, message: &OutgoingMessage, content: &mut dyn Content, info: Option<&ClientInfo>,
     ) -> DeliveryResult {
         let begun = Instant::now();
         let recipients = &message.envelope.recipients;

@@ -286,12 +286,8 @@ impl Outbox {
     }
 
     fn finish_attempt(
-        &self,
-        message: QueuedMessage,
-        result: DeliveryResult,
-        (session, via, client): (&str, Via, &Client),
-        lock: &mut QueueLock,
-        counters: &CallCounters,
+        &self, message: QueuedMessage, result: DeliveryResult, (session, via, client): (&str, Via, &Client),
+        lock: &mut QueueLock, counters: &CallCounters,
     ) {
         let mut retry = self.config.retry.clone();
         if result.decided_by == DecidedBy::ConnectionLoss {
@@ -398,11 +394,7 @@ impl OutgoingStore {
     /// Begins a copy for each of our own mailboxes, and one for all recipients elsewhere. `None`: this user may not write
     /// into the mailboxes, so all of the message is queued for the next call.
     fn begin(
-        &self,
-        here: &QueuedEnvelope,
-        elsewhere: &QueuedEnvelope,
-        octets: u64,
-        head: &str,
+        &self, here: &QueuedEnvelope, elsewhere: &QueuedEnvelope, octets: u64, head: &str,
     ) -> io::Result<(MessageWriter, Option<Routing>)> {
         let mut writer = MessageWriter::default();
         match self.mailboxes.begin_all(&mut writer, here, octets, head) {

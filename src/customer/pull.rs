@@ -171,11 +171,7 @@ impl Customer {
     }
 
     fn call_alone(
-        &self,
-        provider: &ProviderAccount,
-        remote: &Remote,
-        cancel: &CancelToken,
-        counters: &Arc<CallCounters>,
+        &self, provider: &ProviderAccount, remote: &Remote, cancel: &CancelToken, counters: &Arc<CallCounters>,
     ) -> Result<(), CallError> {
         let outbox = self.outbox.as_ref().filter(|_| provider.outgoing);
         if let Some(outbox) = outbox {
@@ -356,6 +352,7 @@ fn abort_error(abort: Abort) -> CallError {
 mod tests {
     use super::*;
 
+    /// Rules: AMB-13.
     #[test]
     fn long_lists_take_several_calls() {
         assert_eq!(domain_lists(&[]), [Vec::new()]);

@@ -66,11 +66,8 @@ struct NotAccepted {
 
 impl Receiver {
     pub fn new(
-        mailboxes: Arc<Mailboxes>,
-        retry_queue: Arc<RetryQueue>,
-        reporter: Option<Reporter>,
-        counters: Arc<CallCounters>,
-        hops: NextHops,
+        mailboxes: Arc<Mailboxes>, retry_queue: Arc<RetryQueue>, reporter: Option<Reporter>,
+        counters: Arc<CallCounters>, hops: NextHops,
     ) -> Receiver {
         let hops = Arc::new(Mutex::new(hops));
         Receiver { mailboxes, retry_queue, reporter, counters, hops, message: None, accepted: Vec::new() }
@@ -82,9 +79,7 @@ impl Receiver {
 
     /// All destinations of a recipient must accept, or the recipient is rejected.
     fn check_destinations(
-        &self,
-        recipient: &Recipient,
-        mut deliveries: Vec<Delivery>,
+        &self, recipient: &Recipient, mut deliveries: Vec<Delivery>,
     ) -> Result<Vec<Delivery>, NotAccepted> {
         let Some(message) = &self.message else { return Ok(deliveries) };
         for delivery in &deliveries {

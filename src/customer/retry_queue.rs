@@ -80,11 +80,7 @@ impl RetryQueue {
     /// Stores a message for recipients that are neither sent nor the provider's any more, durably; then acts on their
     /// statuses.
     pub fn store(
-        &self,
-        message: &QueuedEnvelope,
-        statuses: Vec<RecipientStatus>,
-        content: &mut dyn Content,
-        by: HopName<'_>,
+        &self, message: &QueuedEnvelope, statuses: Vec<RecipientStatus>, content: &mut dyn Content, by: HopName<'_>,
     ) -> io::Result<()> {
         content.rewind()?;
         let mut writer = self.queue.begin_message(&[(self.name.clone(), message.clone())], "")?;
@@ -98,10 +94,7 @@ impl RetryQueue {
     }
 
     fn finish_stored(
-        &self,
-        entries: Vec<Entry>,
-        statuses: Vec<RecipientStatus>,
-        by: HopName<'_>,
+        &self, entries: Vec<Entry>, statuses: Vec<RecipientStatus>, by: HopName<'_>,
     ) -> Result<(), String> {
         let mut lock = self.lock()?;
         for entry in entries {
@@ -114,11 +107,7 @@ impl RetryQueue {
     }
 
     fn finish_attempt(
-        &self,
-        message: QueuedMessage,
-        statuses: Vec<RecipientStatus>,
-        by: HopName<'_>,
-        lock: &mut QueueLock,
+        &self, message: QueuedMessage, statuses: Vec<RecipientStatus>, by: HopName<'_>, lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
         let recipients = statuses.into_iter().map(not_one_too_many).collect();
         let attempt = Attempt {
@@ -230,11 +219,7 @@ impl Default for TriedMessage {
 
 /// Delivers a message to one next hop, or to our own Maildir a recipient that must be accepted.
 fn deliver(
-    mailboxes: &Mailboxes,
-    hops: &mut NextHops,
-    hop: &NextHop,
-    outgoing: &OutgoingMessage,
-    content: &mut QueuedMessage,
+    mailboxes: &Mailboxes, hops: &mut NextHops, hop: &NextHop, outgoing: &OutgoingMessage, content: &mut QueuedMessage,
 ) -> HopDelivery {
     hops.set_retry_deadline();
     let recipients = &outgoing.envelope.recipients;

@@ -163,10 +163,7 @@ fn open_outbox(config: &CustomerConfig, ids: &Ids) -> Result<Arc<Outbox>, Sendma
 ///
 /// The options, an address, the header or the size is wrong, or the message could not be stored. Nothing was queued.
 pub fn send(
-    config: &CustomerConfig,
-    ids: &Ids,
-    options: &SendmailOptions,
-    input: &mut impl Read,
+    config: &CustomerConfig, ids: &Ids, options: &SendmailOptions, input: &mut impl Read,
 ) -> Result<(), SendmailError> {
     let outbox = open_outbox(config, ids)?;
     let home = &outbox.config().domain;
@@ -202,10 +199,7 @@ pub fn send(
 
 /// Copies the message into the queue and commits it.
 fn store(
-    outbox: &Outbox,
-    mut message: InputMessage,
-    envelope: &Envelope,
-    options: &SendmailOptions,
+    outbox: &Outbox, mut message: InputMessage, envelope: &Envelope, options: &SendmailOptions,
 ) -> Result<(), SendmailError> {
     let (id, arrived) = (outbox.ids().queue_id(), outbox.ids().clock().now());
     let header_from = Some(header_from(options, &envelope.from, &outbox.config().domain));
@@ -233,10 +227,7 @@ fn store(
 ///
 /// There is no outgoing queue, or the descriptors cannot be used. The end of the session is not an error.
 pub fn serve(
-    config: &CustomerConfig,
-    ids: &Ids,
-    (input, output): (OwnedFd, OwnedFd),
-    cancel: &CancelToken,
+    config: &CustomerConfig, ids: &Ids, (input, output): (OwnedFd, OwnedFd), cancel: &CancelToken,
 ) -> Result<(), SendmailError> {
     let outbox = open_outbox(config, ids)?;
     let trace = Trace { id: ids.session_id(), us: 'S', them: 'C' };
@@ -335,9 +326,7 @@ fn named_recipients(options: &SendmailOptions, home: &Domain) -> Result<Vec<Mail
 
 /// The recipients without duplicates, if the outbox accepts all of them.
 fn known_recipients(
-    outbox: &Outbox,
-    mailboxes: Vec<Mailbox>,
-    notify: &Notify,
+    outbox: &Outbox, mailboxes: Vec<Mailbox>, notify: &Notify,
 ) -> Result<Vec<Recipient>, SendmailError> {
     let mut recipients: Vec<Recipient> = Vec::new();
     for named in mailboxes {

@@ -19,11 +19,7 @@ use crate::smtp::server::{Incoming, MessageSink, Server, ServerRole, SessionHand
 
 /// One session, up to its end; returns how it ended. `peer`: the client, for `Received`.
 pub fn serve(
-    config: &CustomerConfig,
-    outbox: &Arc<Outbox>,
-    connection: Connection,
-    peer: String,
-    cancel: &CancelToken,
+    config: &CustomerConfig, outbox: &Arc<Outbox>, connection: Connection, peer: String, cancel: &CancelToken,
     abort: &CancelToken,
 ) -> String {
     let options = config.limits.server_options(ServerRole::Submission, &config.hostname, outbox.config().max_size);

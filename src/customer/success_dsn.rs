@@ -22,10 +22,7 @@ pub struct SuccessDsn {
 impl SuccessDsn {
     /// `None`: the sender asked for none. `to_next_hop`: a recipient with NOTIFY=SUCCESS goes to a next hop.
     pub fn new(
-        reporter: &Reporter,
-        message: &QueuedEnvelope,
-        routing: &Routing,
-        to_next_hop: bool,
+        reporter: &Reporter, message: &QueuedEnvelope, routing: &Routing, to_next_hop: bool,
     ) -> Option<SuccessDsn> {
         let asked = to_next_hop
             || routing.delivered_here.iter().chain(&routing.expanded).any(|recipient| recipient.notify.success());

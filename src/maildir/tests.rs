@@ -41,6 +41,7 @@ fn entry(name: &str, seen: bool) -> Entry {
     Entry { name: name.to_owned(), seen }
 }
 
+/// Rules: MD-04.
 #[test]
 fn nothing_is_seen_before_the_commit_and_all_after_it() {
     let (_folder, maildir) = maildir();
@@ -148,6 +149,7 @@ fn the_name_of_a_sub_folder_never_leads_out_of_the_mailbox() {
     assert!(!maildir.folder("\0").exists() && !maildir.folder(&"x".repeat(1000)).exists());
 }
 
+/// Rules: MD-14.
 #[test]
 fn a_directory_that_gets_several_messages_is_fsynced_once() {
     let (folder, maildir) = maildir();
@@ -180,6 +182,7 @@ fn what_is_prepared_is_not_seen_yet() {
     assert_eq!(inside(&maildir).map(|names| names.len()), [0, 1, 0]);
 }
 
+/// Rules: MD-07.
 #[test]
 fn a_dropped_draft_leaves_nothing() {
     let (_folder, maildir) = maildir();
@@ -189,6 +192,7 @@ fn a_dropped_draft_leaves_nothing() {
     assert_eq!(inside(&maildir), EMPTY);
 }
 
+/// Rules: MD-09.
 #[test]
 fn nothing_is_ever_overwritten() {
     let (_folder, maildir) = maildir();
@@ -249,6 +253,7 @@ fn a_file_where_a_directory_should_be_is_an_error_that_says_where() {
     assert!(deliver(&maildir, "1", b"").is_err());
 }
 
+/// Rules: MD-12, MD-13.
 #[test]
 fn entries_come_by_name_and_hidden_ones_not_at_all() {
     let (_folder, maildir) = maildir();
@@ -297,6 +302,7 @@ fn in_doubt_is_a_flag_that_readers_show() {
     assert_eq!(maildir.entries().unwrap().len(), 2);
 }
 
+/// Rules: MD-08.
 #[test]
 fn litter_goes_after_36_hours() {
     let (_folder, maildir) = maildir();
@@ -318,6 +324,7 @@ fn litter_goes_after_36_hours() {
     assert_eq!(names(maildir.path().join("tmp")), ["a-folder", "read", "written", "young"]);
 }
 
+/// Rules: MD-03.
 #[test]
 fn ten_thousand_drafts_at_once_get_ten_thousand_names() {
     let (_folder, maildir) = maildir();

@@ -505,11 +505,7 @@ impl Connection {
     }
 
     fn poll_or_time_out(
-        &self,
-        interest: PollFlags,
-        cancel: Option<&CancelToken>,
-        deadline: Instant,
-        late: &str,
+        &self, interest: PollFlags, cancel: Option<&CancelToken>, deadline: Instant, late: &str,
     ) -> io::Result<PollResult> {
         if Instant::now() >= deadline {
             return Err(io::Error::new(io::ErrorKind::TimedOut, late));
@@ -566,10 +562,7 @@ impl Connection {
     }
 
     fn start_tls(
-        &mut self,
-        deadline: Instant,
-        what: &str,
-        session: impl FnOnce() -> io::Result<TlsSession>,
+        &mut self, deadline: Instant, what: &str, session: impl FnOnce() -> io::Result<TlsSession>,
     ) -> io::Result<()> {
         let invalid = |text| Err(io::Error::new(io::ErrorKind::InvalidData, text));
         if self.tls.is_some() {

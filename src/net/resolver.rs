@@ -256,10 +256,7 @@ impl Resolver {
     }
 
     fn over_udp(
-        &self,
-        server: SocketAddr,
-        query: &[u8],
-        parse: impl Fn(&[u8]) -> Option<DnsReply>,
+        &self, server: SocketAddr, query: &[u8], parse: impl Fn(&[u8]) -> Option<DnsReply>,
     ) -> Result<DnsReply, QueryError> {
         let deadline = Instant::now() + self.timeout;
         let socket = self.socket(server)?;
@@ -279,10 +276,7 @@ impl Resolver {
     }
 
     fn over_tcp(
-        &self,
-        server: SocketAddr,
-        query: &[u8],
-        parse: impl Fn(&[u8]) -> Option<DnsReply>,
+        &self, server: SocketAddr, query: &[u8], parse: impl Fn(&[u8]) -> Option<DnsReply>,
     ) -> Result<DnsReply, QueryError> {
         let deadline = Instant::now() + self.timeout;
         let mut stream = TcpStream::connect_timeout(&server, self.timeout)?;
@@ -501,10 +495,7 @@ fn resolve(message: &Message<&[u8]>, question: &Question) -> Result<Resolution, 
 
 /// What a reply without a record for `name` means, after `passed` aliases (RFC 2308 section 2.2).
 fn resolve_without_records(
-    message: &Message<&[u8]>,
-    name: Name<Vec<u8>>,
-    passed: usize,
-    question: &Question,
+    message: &Message<&[u8]>, name: Name<Vec<u8>>, passed: usize, question: &Question,
 ) -> Result<Resolution, UselessReply> {
     let mut referral = false;
     for record in message.authority()? {

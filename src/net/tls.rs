@@ -138,8 +138,7 @@ impl ClientTls {
     }
 
     fn with(
-        verification: Verification,
-        versions: &[&'static rustls::SupportedProtocolVersion],
+        verification: Verification, versions: &[&'static rustls::SupportedProtocolVersion],
     ) -> Result<ClientTls, String> {
         let mut config = ClientConfig::builder_with_provider(PROVIDER.clone())
             .with_protocol_versions(versions)
@@ -202,7 +201,7 @@ impl TlsSession {
     /// Decrypts octets from the socket and appends the result to `plain`: all of it, because poll(2) does not report
     /// octets that are already decrypted. Octets after a close_notify are dropped.
     pub(crate) fn feed(&mut self, octets: &[u8], plain: &mut Vec<u8>) -> io::Result<()> {
-        let mut source = Source(octets);
+        let mut source = SliceReader(octets);
         loop {
             match self.connection.read_tls(&mut source) {
                 Ok(0) => return Ok(()),
@@ -320,9 +319,9 @@ impl TlsSession {
 }
 
 /// A slice that ends in `WouldBlock` when it is read, as a socket does.
-struct Source<'a>(&'a [u8]);
+struct SliceReader<'a>(&'a [u8]);
 
-impl Read for Source<'_> {
+impl Read for SliceReader<'_> {
     fn read(&mut self, space: &mut [u8]) -> io::Result<usize> {
         match self.0.is_empty() {
             true => Err(io::ErrorKind::WouldBlock.into()),
@@ -413,12 +412,8 @@ impl Verification {
 
 impl ServerCertVerifier for Verification {
     fn verify_server_cert(
-        &self,
-        certificate: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
+        &self, certificate: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], name: &ServerName<'_>,
+        ocsp_response: &[u8], now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         match self {
             Verification::Pin(pin) => {
@@ -439,20 +434,14 @@ impl ServerCertVerifier for Verification {
     }
 
     fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
+        &self, message: &[u8], certificate: &CertificateDer<'_>, signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
         let known = &PROVIDER.signature_verification_algorithms;
         verify_tls12_signature(message, certificate, signature, known)
     }
 
     fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
+        &self, message: &[u8], certificate: &CertificateDer<'_>, signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
         let known = &PROVIDER.signature_verification_algorithms;
         verify_tls13_signature(message, certificate, signature, known)
@@ -467,9 +456,7 @@ impl ServerCertVerifier for Verification {
 /// `openssl req -x509` makes them. Its dates must be valid (webpki checks them first, so `error` is about them if they
 /// are not), and so must its name.
 fn accept_exact(
-    certificate: &CertificateDer<'_>,
-    name: &ServerName<'_>,
-    error: Error,
+    certificate: &CertificateDer<'_>, name: &ServerName<'_>, error: Error,
 ) -> Result<ServerCertVerified, Error> {
     use CertificateError::*;
     let dates = matches!(

@@ -33,10 +33,7 @@ pub enum HeaderPolicy {
 /// # Errors
 /// The reply to DATA or BDAT, if the spool cannot be written to.
 pub fn store(
-    shared: &Arc<Shared>,
-    envelope: &Envelope,
-    incoming: &Incoming<'_>,
-    policy: HeaderPolicy,
+    shared: &Arc<Shared>, envelope: &Envelope, incoming: &Incoming<'_>, policy: HeaderPolicy,
 ) -> Result<Box<dyn MessageSink>, Reply> {
     let (id, arrived) = (shared.ids.queue_id(), shared.ids.clock().now());
     let mut copies: Vec<(SpoolQueue, QueuedEnvelope)> = Vec::new();

@@ -137,12 +137,8 @@ impl Provider {
 
     /// Serves one connection that a supervisor has accepted (inetd, UCSPI), also after a turn; returns when it is over.
     pub fn serve_one(
-        config: ProviderConfig,
-        ids: Ids,
-        listener: Listener,
-        connection: (OwnedFd, Option<OwnedFd>),
-        peer: Option<IpAddr>,
-        cancel: &CancelToken,
+        config: ProviderConfig, ids: Ids, listener: Listener, connection: (OwnedFd, Option<OwnedFd>),
+        peer: Option<IpAddr>, cancel: &CancelToken,
     ) -> Result<(), StartError> {
         // Outgoing mail waits in its queue: the `odmr serve` without --inetd sends it.
         let grace = config.timeouts.shutdown;
@@ -278,10 +274,7 @@ fn serve(shared: &Arc<Shared>, listener: Listener, connection: io::Result<Connec
 }
 
 fn begin_session(
-    shared: &Shared,
-    listener: Listener,
-    mut connection: Connection,
-    peer: String,
+    shared: &Shared, listener: Listener, mut connection: Connection, peer: String,
 ) -> io::Result<ServerSession> {
     let timeouts = &shared.config.timeouts;
     let mut tls = shared.tls.clone();

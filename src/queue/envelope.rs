@@ -269,6 +269,7 @@ mod tests {
         head(text).recipients().iter().map(|recipient| recipient.mailbox.to_string()).collect()
     }
 
+    /// Rules: MD-15.
     #[test]
     fn what_is_written_is_read_again() {
         let envelope = Envelope {

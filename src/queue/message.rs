@@ -221,11 +221,7 @@ impl QueuedMessage {
 
     /// Writes the message again, durably, for these recipients only.
     fn rewrite(
-        &mut self,
-        maildir: &Maildir,
-        unique: &str,
-        recipients: Vec<Recipient>,
-        marks: &str,
+        &mut self, maildir: &Maildir, unique: &str, recipients: Vec<Recipient>, marks: &str,
     ) -> io::Result<Vec<Entry>> {
         let envelope = QueuedEnvelope {
             id: self.id.clone(),

@@ -73,11 +73,7 @@ impl Queue {
     /// # Errors
     /// `InvalidInput` if the envelope is too long to be read again.
     pub fn add_copy(
-        &self,
-        writer: &mut MessageWriter,
-        name: &QueueName,
-        envelope: &QueuedEnvelope,
-        head: &str,
+        &self, writer: &mut MessageWriter, name: &QueueName, envelope: &QueuedEnvelope, head: &str,
     ) -> io::Result<()> {
         let lines = envelope.to_header(head);
         if lines.len() >= envelope::ENVELOPE_LIMIT {
@@ -128,9 +124,7 @@ impl Queue {
     }
 
     fn lock_each(
-        &self,
-        names: &[QueueName],
-        lock: impl Fn(&Maildir, &QueueName) -> Result<File, LockError>,
+        &self, names: &[QueueName], lock: impl Fn(&Maildir, &QueueName) -> Result<File, LockError>,
     ) -> Result<QueueLock, LockError> {
         let mut queues = Vec::with_capacity(names.len());
         for name in names {

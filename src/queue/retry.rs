@@ -67,6 +67,7 @@ pub fn age(arrived: Timestamp, now: Timestamp) -> Duration {
 mod tests {
     use super::*;
 
+    /// Rules: SMTP-65.
     #[test]
     fn pauses_grow_with_age_and_have_bounds() {
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes);

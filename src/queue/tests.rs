@@ -364,6 +364,7 @@ fn a_name_of_another_agent_is_not_believed() {
     assert_eq!(spool.lock().next_message().unwrap().size, "Subject: x\r\n\r\nlonger\r\n".len() as u64);
 }
 
+/// Rules: MD-16.
 #[test]
 fn one_session_at_a_time_has_a_domain() {
     let spool = Spool::new();

@@ -243,10 +243,7 @@ impl RecipientRules {
     ///
     /// The steps are too many, or go in circles.
     fn depth(
-        &self,
-        found: Match<'_>,
-        path: &mut Vec<Step>,
-        depths: &mut HashMap<Step, usize>,
+        &self, found: Match<'_>, path: &mut Vec<Step>, depths: &mut HashMap<Step, usize>,
     ) -> Result<usize, RuleError> {
         let step = match &found {
             Match::Alias(alias, _) => Step::Alias(alias.name.clone()),

@@ -144,11 +144,7 @@ impl Reporter {
 
     /// Sends the DSNs that are due, then settles the message; logs each recipient. Returns the result that was settled.
     pub fn finish_attempt(
-        &self,
-        message: QueuedMessage,
-        result: DeliveryResult,
-        attempt: &Attempt<'_>,
-        lock: &mut QueueLock,
+        &self, message: QueuedMessage, result: DeliveryResult, attempt: &Attempt<'_>, lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
         let envelope =
             QueuedEnvelope { id: message.id.clone(), arrived: message.arrived, envelope: message.envelope.clone() };
@@ -164,11 +160,7 @@ impl Reporter {
     }
 
     fn apply(
-        &self,
-        mut message: QueuedMessage,
-        mut result: DeliveryResult,
-        attempt: &Attempt<'_>,
-        lock: &mut QueueLock,
+        &self, mut message: QueuedMessage, mut result: DeliveryResult, attempt: &Attempt<'_>, lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
         let now = self.ids.clock().now();
         let age = retry::age(message.arrived, now);
@@ -204,12 +196,8 @@ impl Reporter {
 
     /// Sends one DSN for all recipients that need one. Returns whether the sender can be told at all.
     fn report(
-        &self,
-        message: &mut QueuedMessage,
-        result: &DeliveryResult,
-        attempt: &Attempt<'_>,
-        late_until: Option<Timestamp>,
-        now: Timestamp,
+        &self, message: &mut QueuedMessage, result: &DeliveryResult, attempt: &Attempt<'_>,
+        late_until: Option<Timestamp>, now: Timestamp,
     ) -> io::Result<bool> {
         let to = match &message.envelope.from {
             ReversePath::Mailbox(to) if self.sink.is_some() => to.clone(),
@@ -252,10 +240,7 @@ impl Reporter {
     /// Reports final delivery to senders who asked for it (RFC 3461 section 5.2.3). `others`: recipients whose next holder
     /// sends no DSN (sections 5.2.2 and 5.2.7.3). `header`: the message's.
     pub fn report_delivered(
-        &self,
-        message: &QueuedEnvelope,
-        others: &[(Recipient, Action)],
-        header: &[u8],
+        &self, message: &QueuedEnvelope, others: &[(Recipient, Action)], header: &[u8],
     ) -> io::Result<()> {
         let ReversePath::Mailbox(to) = &message.envelope.from else { return Ok(()) };
         let here = message.envelope.recipients.iter().map(|recipient| (recipient, Action::Delivered));
@@ -280,11 +265,7 @@ impl Reporter {
     }
 
     fn send(
-        &self,
-        about: &QueuedEnvelope,
-        may_be_whole: bool,
-        content: &mut impl Read,
-        to: &Mailbox,
+        &self, about: &QueuedEnvelope, may_be_whole: bool, content: &mut impl Read, to: &Mailbox,
         reports: &[RecipientReport<'_>],
     ) -> io::Result<()> {
         let Some(sink) = &self.sink else { return Ok(()) };
@@ -451,6 +432,7 @@ mod tests {
 
     /// RFC 3461 section 5.2, a row each: sender, NOTIFY, age in hours, fate, whether the peer has DSN; the action
     /// and status of the one notice, and what is left.
+    /// Rules: SMTP-66, DSN-06, DSN-07, DSN-08.
     #[test]
     fn who_is_told_what() {
         let check = |from, notify, age, status: RecipientStatus, dsn, wanted: &str, left| {

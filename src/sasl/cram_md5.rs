@@ -96,6 +96,7 @@ mod tests {
         CramMd5Server::new(CHALLENGE.into()).step(response, secrets)
     }
 
+    /// Rules: CRAM-02.
     #[test]
     fn the_example_of_rfc_2195_passes_on_both_sides() {
         let mut client = CramMd5Client::new("tim", b"tanstaaftanstaaf");
@@ -148,6 +149,7 @@ mod tests {
     }
 
     /// RFC 2202 section 2: short, block-sized and longer keys (those are hashed first).
+    /// Rules: CRAM-03.
     #[test]
     fn keys_of_every_length_pass_the_vectors_of_rfc_2202() {
         let check = |key: &[u8], data: &[u8], digest: &str| {
@@ -163,6 +165,7 @@ mod tests {
     }
 
     /// The challenge of RFC 2645 section 6; the digest printed there is copied from RFC 2195 and does not fit.
+    /// Rules: CRAM-04.
     #[test]
     fn a_challenge_is_octets_and_no_more() {
         let mut with = CramMd5Client::new("foobar.net", b"tanstaaftanstaaf");

@@ -114,6 +114,7 @@ mod tests {
         }
     }
 
+    /// Rules: AUTH-01.
     #[test]
     fn names_are_read_in_any_case() {
         assert_eq!(Mechanism::parse(b"cram-md5"), Some(Mechanism::CramMd5));
@@ -181,6 +182,7 @@ mod tests {
         assert_eq!(server.step(&response, &secrets), ExchangeStep::Failed("acme".into()));
     }
 
+    /// Rules: CRAM-08.
     #[test]
     fn the_secret_used_for_an_unknown_name_authenticates_no_client() {
         for mechanism in Mechanism::ALL {

@@ -69,6 +69,7 @@ mod tests {
 
     const TIM: One = One("tim", b"tanstaaftanstaaf");
 
+    /// Rules: SASL-02, SASL-04.
     #[test]
     fn responses_end_as_they_should() {
         let check = |response: &[u8], expected: ExchangeStep| {
@@ -94,6 +95,7 @@ mod tests {
         check(b"\0tim\0\xff", ExchangeStep::Malformed);
     }
 
+    /// Rules: SASL-01.
     #[test]
     fn long_and_non_ascii_strings_pass() {
         let secrets = One("grün", "Kennwort für grün".as_bytes());

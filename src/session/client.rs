@@ -92,10 +92,7 @@ pub struct ClientSession {
 
 impl ClientSession {
     pub fn new(
-        connection: Connection,
-        options: ClientOptions,
-        timeouts: &Timeouts,
-        cancel: &CancelToken,
+        connection: Connection, options: ClientOptions, timeouts: &Timeouts, cancel: &CancelToken,
     ) -> ClientSession {
         ClientSession {
             connection,
@@ -172,10 +169,7 @@ impl ClientSession {
     }
 
     fn send_each(
-        &mut self,
-        lock: &mut QueueLock,
-        under_way: &mut VecDeque<QueuedMessage>,
-        settle: &mut Settle<'_>,
+        &mut self, lock: &mut QueueLock, under_way: &mut VecDeque<QueuedMessage>, settle: &mut Settle<'_>,
     ) -> Result<(), SessionFailure> {
         let (mut more, mut rejections) = (true, 0);
         loop {

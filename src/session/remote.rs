@@ -80,9 +80,7 @@ impl Remote {
     /// Tries all addresses of the name, in the order of the system's resolver. Returns a session in which mail or ATRN may
     /// follow, and the peer's address. `options` adds to what the settings say of TLS and credentials.
     pub fn connect(
-        &self,
-        options: &ClientOptions,
-        how: &Connect<'_>,
+        &self, options: &ClientOptions, how: &Connect<'_>,
     ) -> Result<(ClientSession, SocketAddr), SessionFailure> {
         let settings = &self.settings;
         let address = &settings.address;

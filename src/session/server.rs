@@ -103,11 +103,7 @@ impl From<io::Error> for ConnectionClosed {
 impl ServerSession {
     /// `tls`: for STARTTLS, if the server offers it.
     pub fn new(
-        connection: Connection,
-        server: Server,
-        peer: String,
-        tls: Option<ServerTls>,
-        limits: SessionLimits,
+        connection: Connection, server: Server, peer: String, tls: Option<ServerTls>, limits: SessionLimits,
     ) -> ServerSession {
         let deadline = Instant::now() + limits.session;
         ServerSession { connection, server, peer, limits, tls, deadline, chunks: None }

@@ -524,6 +524,7 @@ mod tests {
         parse(line).err().map_or(0, |reply| reply.code())
     }
 
+    /// Rules: ODMR-28, AMB-14.
     #[test]
     fn atrn_follows_the_grammar_of_rfc_2645() {
         let domains = |line: &str| match parse(line) {
@@ -553,6 +554,7 @@ mod tests {
         }
     }
 
+    /// Rules: SMTP-45.
     #[test]
     fn mail_and_its_parameters() {
         let mail = |line: &str| match parse(line) {
@@ -582,6 +584,7 @@ mod tests {
         }
     }
 
+    /// Rules: SMTP-19, SMTP-21, SMTP-23, SMTP-34, U8-05.
     #[test]
     fn the_other_commands() {
         for (line, wanted) in [

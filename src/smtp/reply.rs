@@ -229,6 +229,7 @@ mod tests {
         assert_eq!(written(&Reply::bare(334, "")), "334 \r\n");
     }
 
+    /// Rules: SMTP-10.
     #[test]
     fn no_line_is_longer_than_512_octets_and_none_is_forged() {
         let reply = Reply::new(554, "5.0.0", "é".repeat(1000));

@@ -308,10 +308,7 @@ impl Server {
     /// What is known of the message whose content comes next; `None` without a transaction. `session`: its id in
     /// the log; `peer`: the client's address as a literal; `tls`: TLS version and cipher.
     pub fn incoming<'a>(
-        &'a self,
-        session: &'a str,
-        peer: &'a str,
-        tls: Option<&'a str>,
+        &'a self, session: &'a str, peer: &'a str, tls: Option<&'a str>,
     ) -> Option<(&'a Envelope, Incoming<'a>)> {
         let Transaction { envelope, size, .. } = self.transaction.as_ref()?;
         let received = Received {
@@ -475,11 +472,7 @@ impl Server {
     }
 
     fn rcpt(
-        &mut self,
-        path: &ForwardPath,
-        utf8: bool,
-        notify: Notify,
-        original: Option<String>,
+        &mut self, path: &ForwardPath, utf8: bool, notify: Notify, original: Option<String>,
         handler: &mut dyn SessionHandler,
     ) -> Result<ServerStep, Reply> {
         let limit = self.options.max_recipients;
@@ -540,10 +533,7 @@ impl Server {
     }
 
     fn auth(
-        &mut self,
-        name: &[u8],
-        initial: Option<Vec<u8>>,
-        handler: &mut dyn SessionHandler,
+        &mut self, name: &[u8], initial: Option<Vec<u8>>, handler: &mut dyn SessionHandler,
     ) -> Result<ServerStep, Reply> {
         if self.auth_failures >= self.options.max_auth_failures {
             return Ok(ServerStep::Close(Reply::new(421, "4.7.0", "Too many failed authentications")));
@@ -570,10 +560,7 @@ impl Server {
 
     /// A client's line inside an exchange: base64, or `*` (RFC 4954 section 4).
     fn auth_response(
-        &mut self,
-        exchange: Box<dyn ServerExchange>,
-        line: &[u8],
-        handler: &mut dyn SessionHandler,
+        &mut self, exchange: Box<dyn ServerExchange>, line: &[u8], handler: &mut dyn SessionHandler,
     ) -> ServerStep {
         if line == b"*" {
             return ServerStep::Reply(Reply::new(501, "5.7.0", "Authentication cancelled"));
@@ -585,10 +572,7 @@ impl Server {
     }
 
     fn auth_step(
-        &mut self,
-        mut exchange: Box<dyn ServerExchange>,
-        response: &[u8],
-        handler: &mut dyn SessionHandler,
+        &mut self, mut exchange: Box<dyn ServerExchange>, response: &[u8], handler: &mut dyn SessionHandler,
     ) -> ServerStep {
         ServerStep::Reply(match exchange.step(response, handler.credentials()) {
             ExchangeStep::Challenge(challenge) => return self.challenge(exchange, &challenge),

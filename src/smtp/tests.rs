@@ -124,6 +124,7 @@ fn check(options: ClientOptions, path: &[&str], reply: &str, step: &str, said: &
     assert_eq!((got.0.as_str(), got.1.as_str()), (step, said), "{path:?} {reply}");
 }
 
+/// Rules: SMTP-33, SMTP-51, PIPE-04.
 #[test]
 fn greetings_and_hellos() {
     let check = |path: &[&str], reply: &str, step: &str, said: &str| check(options(), path, reply, step, said);
@@ -156,6 +157,7 @@ fn greetings_and_hellos() {
     check(&[up, "250 x"], "550 x", nobody, "");
 }
 
+/// Rules: TLS-02, TLS-03, TLS-14.
 #[test]
 fn starttls_comes_before_all_else_and_forgets_what_was_learned() {
     let starttls = || ClientOptions { starttls: StartTls::Required, ..with_credentials(false) };
@@ -213,6 +215,7 @@ fn auth_and_atrn_as_the_client_hears_them() {
     check(&inside(&["atrn ", "450 x", "quit "]), "221 x", "Closed", "");
 }
 
+/// Rules: AUTH-17, AUTH-19.
 #[test]
 fn no_secret_goes_out_in_clear_or_to_one_who_is_no_provider() {
     let check = |tls, offers: &str, step: &str, said: &str| {
@@ -225,6 +228,7 @@ fn no_secret_goes_out_in_clear_or_to_one_who_is_no_provider() {
     check(true, "500 x", "Rejected EHLO 500", "QUIT");
 }
 
+/// Rules: AUTH-11.
 #[test]
 fn an_initial_response_that_is_too_long_waits_for_the_challenge() {
     let options = ClientOptions { credentials: Some(("acme".to_owned(), vec![b'x'; 600])), ..with_credentials(true) };
@@ -235,6 +239,7 @@ fn an_initial_response_that_is_too_long_waits_for_the_challenge() {
     assert_eq!(data_encoding::BASE64.decode(response.as_bytes()).unwrap().len(), 606);
 }
 
+/// Rules: SMTP-15, SMTP-42.
 #[test]
 fn one_command_at_a_time_without_pipelining() {
     let check = |path: &[&str], reply: &str, step: &str, said: &str| {
@@ -338,6 +343,7 @@ fn the_next_group_goes_out_behind_the_final_dot() {
     assert_eq!(alone.hear("550 x"), ("Done !550".to_owned(), "QUIT".to_owned()));
 }
 
+/// Rules: SIZE-01.
 #[test]
 fn what_the_peer_cannot_take_is_not_said() {
     let unfit = |offers: &str, change: fn(&mut OutgoingMessage)| {
@@ -459,6 +465,7 @@ const EHLO: (&str, &str) = ("EHLO a.example", "250");
 const MAIL: (&str, &str) = ("MAIL FROM:<a@b.example>", "250 2.1.0");
 const RCPT: (&str, &str) = ("RCPT TO:<r@example.org>", "250 2.1.5");
 
+/// Rules: SMTP-41.
 #[test]
 fn commands_come_in_their_order() {
     for role in [ServerRole::Inbound, ServerRole::Customer] {
@@ -676,6 +683,7 @@ fn lines() -> impl Strategy<Value = Vec<Vec<u8>>> {
 proptest! {
     /// One reply a command (RFC 5321 section 4.2), classes that agree (RFC 2034 section 4), content only for
     /// somebody, and no way back from authenticated (ODMR-06).
+    /// Rules: SMTP-36, ESC-02.
     #[test]
     fn whatever_is_said_is_answered_once_and_in_order(
         lines in lines(),

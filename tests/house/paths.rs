@@ -78,10 +78,7 @@ pub fn names(source: &Source, modules: &BTreeSet<Vec<String>>) -> Names {
 
 /// The path from the root of the crate, or of a library; and whether it begins with an imported name.
 fn absolute(
-    segments: &[String],
-    module: &[String],
-    modules: &BTreeSet<Vec<String>>,
-    imported: &BTreeMap<String, Path>,
+    segments: &[String], module: &[String], modules: &BTreeSet<Vec<String>>, imported: &BTreeMap<String, Path>,
 ) -> (Vec<String>, bool) {
     let ours = |module: &[String], rest: &[String]| [&["crate".to_owned()], module, rest].concat();
     let (head, rest) = segments.split_first().expect("a path has a segment");

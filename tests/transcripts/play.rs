@@ -246,9 +246,7 @@ impl<'a> Play<'a> {
 
     /// Writes the configuration and the transcript's own files.
     fn write_files(
-        &self,
-        defaults: &[(&str, &str)],
-        addresses: Option<(SocketAddr, SocketAddr)>,
+        &self, defaults: &[(&str, &str)], addresses: Option<(SocketAddr, SocketAddr)>,
     ) -> Result<(), Failure> {
         let settings = &self.transcript.settings;
         let certificate = self.mode.tls || settings.certificate;

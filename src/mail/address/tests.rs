@@ -20,13 +20,13 @@ fn a_domain_is_labels_of_letters_digits_and_hyphens() {
     check(&long, Some(&long));
     check(&format!("{long}.a"), None);
     check(&format!("{label}a.org"), None);
-    for wrong in
-        ["", ".", "a..b", ".a", "a.", "-a.org", "a-.org", "a_b.org", "a b", "a/b", "*.org", "a\0", "[1.2.3.4]"]
+    for wrong in ["", ".", "a..b", ".a", "a.", "-a.org", "a-.org", "a_b.org", "a b", "a/b", "*.org", "a\0", "[1.2.3.4]"]
     {
         check(wrong, None);
     }
 }
 
+/// Rules: U8-07.
 #[test]
 fn a_u_label_becomes_its_a_label() {
     fn check(input: &str, expected: Option<&str>) {
@@ -196,6 +196,7 @@ fn a_host_is_a_domain_or_an_address_literal() {
     }
 }
 
+/// Rules: SMTP-20.
 #[test]
 fn a_mailbox_is_written_in_its_shortest_form() {
     fn check(input: &str, expected: Option<(&str, &str)>) {
@@ -315,6 +316,7 @@ fn a_forward_path_may_be_postmaster_alone() {
     check(b"<joe>", Err(PathError::Syntax));
 }
 
+/// Rules: SMTP-12.
 #[test]
 fn each_part_of_a_path_has_its_limit() {
     fn check(local: usize, route: usize, expected: Result<usize, PathError>) {

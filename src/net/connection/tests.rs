@@ -172,6 +172,7 @@ fn lines_pass_both_ways_in_every_kind() {
     }
 }
 
+/// Rules: PIPE-07.
 #[test]
 fn waiting_flushes_first() {
     for (mut one, mut other) in each_kind() {
@@ -187,6 +188,7 @@ fn waiting_flushes_first() {
     }
 }
 
+/// Rules: PIPE-05.
 #[test]
 fn a_peer_that_does_not_read_does_not_hold_us() {
     let sent = text(8_000_000);
@@ -323,6 +325,7 @@ fn a_shutdown_is_an_end_in_every_kind() {
     }
 }
 
+/// Rules: TLS-20.
 #[test]
 fn a_tls_connection_cut_short_is_an_error() {
     let (a, b) = unix();
@@ -396,6 +399,7 @@ fn two_pipes_make_a_connection() {
     assert_eq!(ours.flush().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
 }
 
+/// Rules: TLS-04, TLS-05.
 #[test]
 fn octets_after_starttls_are_rejected_on_both_sides() {
     let (accepting, connecting) = sides();

@@ -178,6 +178,7 @@ proptest! {
     }
 }
 
+/// Rules: SMTP-71.
 #[test]
 fn mail_goes_where_the_records_say() {
     let server = Fake::zone(&[
@@ -225,6 +226,7 @@ fn mail_goes_where_the_records_say() {
     assert!(circle.contains("circle.example") && circle.contains("aliases"), "{circle}");
 }
 
+/// Rules: SMTP-71.
 #[test]
 fn equals_come_in_random_order() {
     let server = Fake::zone(&["e.example MX 5 a", "e.example MX 5 b", "e.example MX 5 c", "e.example MX 1 d"]);
@@ -522,9 +524,7 @@ fn push(message: &mut AnswerBuilder<Vec<u8>>, record: &str) {
 }
 
 fn add<D: RecordData + domain::base::rdata::ComposeRecordData>(
-    message: &mut AnswerBuilder<Vec<u8>>,
-    owner: impl ToName,
-    data: D,
+    message: &mut AnswerBuilder<Vec<u8>>, owner: impl ToName, data: D,
 ) {
     message.push((owner, Ttl::from_secs(3600), data)).unwrap();
 }

@@ -80,6 +80,7 @@ fn a_self_signed_certificate_that_says_ca_true_is_trusted_when_identical() {
     assert!(server.contains("rejected this side's certificate"), "{server}");
 }
 
+/// Rules: TLS-19.
 #[test]
 fn an_identical_certificate_still_needs_its_name_and_dates() {
     let (tls, certificate) = self_signed_authority(4096);
@@ -187,6 +188,7 @@ fn sealing_has_a_limit_and_counts() {
     assert_eq!(server.unsent(), 0);
 }
 
+/// Rules: TLS-20.
 #[test]
 fn an_end_needs_a_close_notify() {
     let (tls, certificate) = server();

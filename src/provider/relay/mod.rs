@@ -44,12 +44,8 @@ impl Relay {
     /// # Errors
     /// The certificates or the smarthost that the configuration names cannot be used.
     pub fn new(
-        config: &ProviderConfig,
-        spool: &Spool,
-        ids: &Ids,
-        reporter: Reporter,
-        (handle, events): (RelayHandle, RelayEvents),
-        cancel: &CancelToken,
+        config: &ProviderConfig, spool: &Spool, ids: &Ids, reporter: Reporter,
+        (handle, events): (RelayHandle, RelayEvents), cancel: &CancelToken,
     ) -> Result<Relay, String> {
         let worker = Worker::new(config, spool, ids, reporter, cancel)?;
         Ok(Relay { worker: Arc::new(worker), handle, events })

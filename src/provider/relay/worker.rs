@@ -72,15 +72,11 @@ impl From<(HostUnavailable, &str)> for RouteError {
 }
 
 /// Whether every message of an attempt could be settled on disk.
-type Settled = bool;
+type AllSettled = bool;
 
 impl Worker {
     pub(super) fn new(
-        config: &ProviderConfig,
-        spool: &Spool,
-        ids: &Ids,
-        reporter: Reporter,
-        cancel: &CancelToken,
+        config: &ProviderConfig, spool: &Spool, ids: &Ids, reporter: Reporter, cancel: &CancelToken,
     ) -> Result<Worker, String> {
         let relay = &config.relay;
         let verifies = relay.tls == TlsPolicy::Verify || relay.tls_for.values().any(|tls| *tls == TlsPolicy::Verify);
@@ -176,7 +172,7 @@ impl Worker {
     }
 
     /// Gives all recipients that are due the same status.
-    fn finish_all(&self, lock: &mut QueueLock, status: &RecipientStatus) -> Settled {
+    fn finish_all(&self, lock: &mut QueueLock, status: &RecipientStatus) -> AllSettled {
         let mut settled = true;
         while let Some(message) = lock.next_message() {
             let result = DeliveryResult::all(status.clone(), message.envelope.recipients.len(), DecidedBy::Us);
@@ -194,7 +190,9 @@ impl Worker {
 
     /// Sends all that the lock offers in one session. `address`: of the host. If it hangs up without a reply about any
     /// message, it counts as down.
-    fn deliver(&self, mut session: ClientSession, lock: &mut QueueLock, address: &str) -> Result<Settled, RouteError> {
+    fn deliver(
+        &self, mut session: ClientSession, lock: &mut QueueLock, address: &str,
+    ) -> Result<AllSettled, RouteError> {
         let _active = ActiveSession::begin(&self.active_sessions);
         let (mut settled, mut answered) = (true, false);
         let id = session.id().to_owned();
@@ -218,7 +216,7 @@ impl Worker {
     }
 
     /// Sends all mail to one host.
-    fn by_smarthost(&self, smarthost: &Remote, lock: &mut QueueLock) -> Result<Settled, RouteError> {
+    fn by_smarthost(&self, smarthost: &Remote, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
         let address = smarthost.address();
         let _permit = self.acquire(address)?;
         let options = ClientOptions { name: self.hostname.clone(), chunking: true, ..ClientOptions::default() };
@@ -244,7 +242,7 @@ impl Worker {
     }
 
     /// Finds a host that accepts the mail of a domain (RFC 5321 section 5.1).
-    fn by_mx(&self, domain: &Domain, lock: &mut QueueLock) -> Result<Settled, RouteError> {
+    fn by_mx(&self, domain: &Domain, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
         let later = |text: String| RouteError::Later(Reply::new(451, "4.4.3", text));
         let resolver = match self.config.resolver {
             Some(server) => Resolver::at(server, &self.ids),
@@ -290,22 +288,15 @@ impl Worker {
     }
 
     fn by_host(
-        &self,
-        host: &Domain,
-        address: SocketAddr,
-        policy: TlsPolicy,
-        lock: &mut QueueLock,
-    ) -> Result<Settled, RouteError> {
+        &self, host: &Domain, address: SocketAddr, policy: TlsPolicy, lock: &mut QueueLock,
+    ) -> Result<AllSettled, RouteError> {
         let (session, _permit) = self.try_host(host, address, policy)?;
         self.deliver(session, lock, &address.to_string())
     }
 
     /// Connects to one address; with opportunistic TLS a second time in clear if TLS fails.
     fn try_host(
-        &self,
-        host: &Domain,
-        address: SocketAddr,
-        policy: TlsPolicy,
+        &self, host: &Domain, address: SocketAddr, policy: TlsPolicy,
     ) -> Result<(ClientSession, HostPermit<'_>), RouteError> {
         let permit = self.acquire(&address.to_string())?;
         let tls = match (policy, &self.verified_tls) {
@@ -418,6 +409,7 @@ mod tests {
     }
 
     /// RFC 5321 section 5.1 and RFC 7505, for mail to `example.org` on `relay.example.net`.
+    /// Rules: SMTP-71, SMTP-72.
     #[test]
     fn routes_become_hosts_or_a_refusal() {
         let check = |route, wanted: Result<&[&str], u16>| {

@@ -89,6 +89,7 @@ fn a_failure_is_told_with_reason_and_advice() {
     check(&notice, MESSAGE, include_str!("../../../testdata/dsn/failed.eml"));
 }
 
+/// Rules: DSNF-06.
 #[test]
 fn a_whole_message_is_returned() {
     let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
@@ -129,6 +130,7 @@ fn success_is_told_as_delivered_relayed_or_expanded() {
 }
 
 /// Of the same message: what UTF-8 would say, and what ASCII can.
+/// Rules: DSNF-07.
 #[test]
 fn a_notice_is_in_ascii_unless_it_may_be_in_utf8() {
     let (to, joe) = (mailbox("jürgen@example.org"), mailbox("\"jo é\"@bücher.example"));

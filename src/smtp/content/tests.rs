@@ -55,6 +55,7 @@ fn whole(input: &str) -> [Vec<u8>; 1] {
     [input.into()]
 }
 
+/// Rules: SMTP-07, SMUG-05.
 #[test]
 fn data_ends_at_a_dot_alone() {
     fn check(input: &str, content: &str, behind: Option<&str>) {
@@ -83,6 +84,7 @@ fn nothing_is_used_behind_the_end() {
     assert_eq!(out, b"a\n");
 }
 
+/// Rules: SMTP-03, SMUG-01.
 #[test]
 fn no_smuggling_vector_ends_the_data() {
     fn check(vector: &str, bare: bool) {
@@ -133,6 +135,7 @@ fn size_leaves_out_stuffed_dots_and_the_end() {
     check("a\rb\nc\r\n.\rd\r\n.\r\n", 11, false);
 }
 
+/// Rules: SMTP-02, SMTP-05, SMUG-03.
 #[test]
 fn content_goes_out_in_whole_lines() {
     fn check(content: &str, expected: &str) {
@@ -216,6 +219,7 @@ proptest! {
         }
     }
 
+    /// Rules: SMTP-02, SMUG-03.
     #[test]
     fn what_is_sent_is_one_message_of_whole_lines(pieces in pieces()) {
         let connection = stuff(&pieces);
@@ -226,6 +230,7 @@ proptest! {
         prop_assert_eq!(size(&pieces), lines(&pieces).len() as u64);
     }
 
+    /// Rules: MD-17.
     #[test]
     fn content_survives_the_wire(pieces in pieces()) {
         let mut content = pieces.concat();
