@@ -151,7 +151,7 @@ fn a_notice_is_in_ascii_unless_it_may_be_in_utf8() {
 fn a_returned_header_is_whole_lines_in_seven_bits() {
     fn check(message: &[u8], limit: usize, expected: &str) {
         let to = mailbox("a@x");
-        let seen = notice(&to, &[]).returned_header(&message[..], limit);
+        let seen = notice(&to, &[]).returned_header(message, limit);
         assert_eq!(String::from_utf8(seen).as_deref(), Ok(expected), "{}", message.escape_ascii());
     }
     check(b"", 100, "");
