@@ -1,11 +1,23 @@
 //! On-Demand Mail Relay (RFC 2645): both ends, in one small synchronous program.
 //!
-//! A provider holds mail for domains whose server has no fixed address; when that server, the customer,
-//! connects to port 366, authenticates and says ATRN, the connection turns: the provider becomes the SMTP
-//! client and delivers.
+//! A provider holds mail for domains whose server has no fixed address. When that server, the customer, connects to
+//! port 366, authenticates and sends `ATRN`, the connection turns: the provider becomes the SMTP client and delivers.
 //!
-//! The modules lie on floors; each uses lower floors only (`tests/floors.rs` checks it). Read them from
-//! below, or begin with [`turn`], which is what it is all about.
+//! **The core is nine files.** Read them in this order:
+//!
+//! 1. [`turn`]: both halves of the turn; after it the provider is the SMTP client, the customer the SMTP server.
+//! 2. [`smtp::command`]: the commands, as the SMTP server parses them.
+//! 3. [`smtp::server`]: the role of the SMTP server, without I/O: octets in, replies and events out.
+//! 4. [`smtp::client`]: the role of the SMTP client, without I/O, with its table of states.
+//! 5. [`provider::odmr`]: the provider's listener: AUTH, mail of the customer, `ATRN`, the locked queues.
+//! 6. [`provider::delivery`]: the one thread that delivers in all turned sessions.
+//! 7. [`queue`]: mail at rest: when a message is committed, what settles it, when it is removed.
+//! 8. [`customer::pull`]: the customer's call, from the connection to the summary.
+//! 9. [`customer::receiver`]: what the customer does with each recipient: RCPT, DATA, commit.
+//!
+//! The rest serves these. The modules below are in the order in which each uses earlier ones only, in a room and
+//! between rooms; `tests/house.rs` checks it, and that `sasl`, `mail`, `smtp`, `schedule`, `recipients` and
+//! `report::dsn` are pure: they name no socket, file, clock, random source or thread.
 #![forbid(unsafe_code)]
 
 // What comes from outside: time, randomness, the user.
@@ -33,7 +45,7 @@ pub mod schedule;
 pub mod recipients;
 pub mod config;
 
-// The parties, and the program.
+// The two parties, and the program.
 pub mod provider;
 pub mod customer;
 pub mod cli;

@@ -4,5 +4,6 @@ mod check;
 mod command_line;
 mod conformance;
 mod house;
+mod log;
 mod send;
 mod transcripts;

@@ -9,7 +9,7 @@
 mod items;
 mod order;
 mod paths;
-mod source;
+pub(crate) mod source;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
