@@ -1,4 +1,7 @@
-//! `odmr check`: every error of a configuration that `serve` or `pull` would meet, without binding or connecting.
+//! `odmr check`: finds the errors of a configuration that would stop `serve` or `pull`, without binding or connecting.
+//!
+//! Beside the file itself it checks the files that it names, the user, and that the directories can be written to. With
+//! `--address` it shows where mail for an address goes, and by which rule.
 
 use std::path::Path;
 
@@ -20,42 +23,47 @@ pub(super) fn options(options: &mut Options) {
 }
 
 /// Checks the file that `-c` names, of either side; with `--address`, explains the rules of a customer.
+///
+/// # Errors
+///
+/// The first mistake; `--address` with a provider's file; an address that gets no mail here.
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let path = config_path(matches);
     let addresses = matches.opt_strs("address");
-    match Config::load(&path).map_err(check_error)? {
+    let summary = match Config::load(&path).map_err(check_error)? {
         Config::Provider(_) if !addresses.is_empty() => {
             let text = "--address is for a customer's file: it says into which mailbox mail for an address goes";
-            Err(ExitError::usage(format!("{} is a provider's file, and {text}", path.display()), "odmr check -h"))
+            let text = format!("{} is a provider's file, and {text}", path.display());
+            return Err(ExitError::usage(text, "odmr check -h"));
         }
-        Config::Provider(config) => check_provider(&config, &path),
-        Config::Customer(config) if !addresses.is_empty() => explain(&config.mailboxes.rules, &addresses),
-        Config::Customer(config) => check_customer(&config, &path),
-    }
+        Config::Customer(config) if !addresses.is_empty() => return explain(&config.mailboxes.rules, &addresses),
+        Config::Provider(config) => check_provider(&config, &path)?,
+        Config::Customer(config) => check_customer(&config, &path)?,
+    };
+    print(&format!("{}: good: {summary}\n", path.display()))
 }
 
 fn check_error(text: impl ToString) -> ExitError {
     ExitError::new(Sysexit::CheckFailed, text)
 }
 
-fn check_provider(config: &ProviderConfig, path: &Path) -> Result<(), ExitError> {
+/// Returns the numbers of customers and domains, for the summary.
+fn check_provider(config: &ProviderConfig, path: &Path) -> Result<String, ExitError> {
     if let Some(files) = &config.tls {
         ServerTls::load(&files.certificate, &files.key)
             .map_err(|error| check_error(format!("{}: {error}", path.display())))?;
     }
     check_directory(&config.spool)?;
-    let accounts = config.accounts.iter().count();
     let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
-    print(&format!("{}: good: a provider with {accounts} customers, {domains} domains\n", path.display()))
+    Ok(format!("a provider with {} customers, {domains} domains", config.accounts.iter().count()))
 }
 
-fn check_customer(config: &CustomerConfig, path: &Path) -> Result<(), ExitError> {
-    if let Some(owner) = &config.owner {
-        let user = find_owner(owner).map_err(check_error)?;
-        if !user.may_read(path)? {
-            let name = &owner.user;
-            print(&format!("{}: {name} may not read it, so SIGHUP cannot: chgrp it\n", path.display()))?;
-        }
+/// Returns the customer's providers and its accounts there, for the summary.
+fn check_customer(config: &CustomerConfig, path: &Path) -> Result<String, ExitError> {
+    if let Some(owner) = &config.owner
+        && !find_owner(owner).map_err(check_error)?.may_read(path)?
+    {
+        print(&format!("{}: {} may not read it, so SIGHUP cannot: chgrp it\n", path.display(), owner.user))?;
     }
     check_not_root(config, path).map_err(|error| check_error(error.text))?;
     Customer::new(config, &Ids::system(tls::random)).map_err(check_error)?;
@@ -66,10 +74,14 @@ fn check_customer(config: &CustomerConfig, path: &Path) -> Result<(), ExitError>
     let account =
         |provider: &ProviderAccount| format!("of {}, as {}", provider.remote.address, provider.remote.login_name());
     let accounts: Vec<_> = config.providers.iter().map(account).collect();
-    print(&format!("{}: good: a customer {}\n", path.display(), accounts.join("; ")))
+    Ok(format!("a customer {}", accounts.join("; ")))
 }
 
-/// Prints where mail for each address goes, and by which rule. Fails if an address gets no mail here.
+/// Prints where mail for each address goes, and by which rule.
+///
+/// # Errors
+///
+/// An address gets no mail here.
 fn explain(rules: &RecipientRules, addresses: &[String]) -> Result<(), ExitError> {
     let mut rejected = 0;
     for address in addresses {

@@ -2,19 +2,22 @@
 //!
 //! The provider holds one message for the customer, and another waits in the customer's outgoing queue. In one call the
 //! customer sends its message to the provider and, after the turn, receives the other. Only the certificate and the two
-//! messages are made for the demonstration; listeners, configuration files, queues, turn and Maildirs are those of
-//! `serve`, `send` and `pull`.
+//! messages are made for the demonstration; the rest is what `serve`, `send` and `pull` do.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
-use log::{LevelFilter, Log, Metadata, Record};
+use env_logger::Target;
+use log::LevelFilter;
 
-use crate::config;
+use super::exit::{ExitError, Sysexit};
+use super::process::print;
+use crate::config::{CustomerConfig, ProviderConfig};
 use crate::customer;
 use crate::customer::sendmail::{self, SendmailOptions};
 use crate::ids::Ids;
@@ -37,104 +40,111 @@ This message was held for you.
 /// demonstration needs no DNS.
 const OUTGOING_MESSAGE: &str = "\
 To: Carol <carol@example.edu>
-Subject: going up
+Subject: going out
 
-This message waited for the call, and went up before the line was turned.
+This message waited for the call, and was sent before the connection turned.
 ";
 
-/// Runs the demonstration and prints it.
-///
-/// # Errors
-///
-/// The text of the first error; the temporary directory is removed in any case.
-pub(super) fn run() -> Result<(), String> {
-    let directory = TemporaryDirectory::new().map_err(|error| error.to_string())?;
-    play(&directory.0).map_err(|error| error.to_string())
+/// Runs the demonstration and prints it; removes the temporary directory also after an error.
+pub(super) fn run() -> Result<(), ExitError> {
+    let ids = Ids::system(tls::random);
+    let directory = std::env::temp_dir().join(format!("odmr-demo-{:016x}", ids.random_number()));
+    fs::create_dir(&directory)?;
+    let played = play(&directory, &ids);
+    let _ = fs::remove_dir_all(&directory);
+    played
 }
 
-fn play(directory: &Path) -> Result<(), Box<dyn std::error::Error>> {
-    static PRINTER: Printer = Printer;
-    if log::set_logger(&PRINTER).is_ok() {
-        log::set_max_level(LevelFilter::Debug);
-    }
-    let ids = Ids::system(tls::random);
+fn play(directory: &Path, ids: &Ids) -> Result<(), ExitError> {
+    print_dialogue();
     title("A provider for example.org, with a certificate made just now")?;
-    let running = Provider::start(config::ProviderConfig::load(&provider_files(directory)?)?, ids.clone())?;
-    let (Some(inbound), Some(odmr)) = (running.inbound().first(), running.odmr().first()) else {
-        return Err("the provider has no listener".into());
-    };
-    println!("    inbound on {inbound}, on-demand mail relay on {odmr}");
+    write_provider_files(directory)?;
+    let running = Provider::start(ProviderConfig::load(&directory.join("provider.toml"))?, ids.clone())?;
+    let (inbound, odmr) = (running.inbound()[0], running.odmr()[0]);
+    print(&format!("    inbound on {inbound}, on-demand mail relay on {odmr}\n"))?;
 
     title("The world delivers a message; C is the sender's server, S the provider's")?;
-    deliver(*inbound)?;
+    deliver(inbound)?;
     let held = Maildir::new(directory.join("spool/domains/example.org"));
     title("It is held, in a plain Maildir, until the customer calls")?;
     for entry in held.entries()? {
-        println!("    example.org/new/{}", entry.name);
+        print(&format!("    example.org/new/{}\n", entry.name))?;
     }
 
-    let config = config::CustomerConfig::load(&customer_file(directory, *odmr)?)?;
-    title("On the customer's side somebody has typed: sendmail -t -f eva -F Eva; that message waits too")?;
+    write_customer_file(directory, odmr)?;
+    let config = CustomerConfig::load(&directory.join("customer.toml"))?;
+    title("A user of the customer has typed: sendmail -t -f eva -F Eva; that message waits too")?;
     let (sender, full_name) = (Some("eva".to_owned()), Some("Eva".to_owned()));
     let options = SendmailOptions { recipients_from_header: true, sender, full_name, ..SendmailOptions::default() };
-    sendmail::send(&config, &ids, &options, &mut OUTGOING_MESSAGE.as_bytes()).map_err(|error| error.text)?;
-    show(&Maildir::new(directory.join("outgoing")))?;
+    sendmail::send(&config, ids, &options, &mut OUTGOING_MESSAGE.as_bytes())?;
+    show(&directory.join("outgoing"))?;
 
-    title("The customer calls; C is the customer, P the provider; they keep their names over the turn")?;
-    let summary = customer::pull(&config, &ids, &CancelToken::new()?)?;
-    title("What came down is in the customer's Maildir")?;
-    show(&Maildir::new(directory.join("mail/example.org/eva")))?;
-    title("What went up is held for example.edu; mail for the rest of the world would go to its MX")?;
-    show(&Maildir::new(directory.join("spool/domains/example.edu")))?;
+    title("The customer calls; C is the customer and P the provider, also after the turn")?;
+    let summary = customer::pull(&config, ids, &CancelToken::new()?)?;
+    title("The message that the customer has received is in its Maildir")?;
+    show(&directory.join("mail/example.org/eva"))?;
+    title("The message that it has sent is held for example.edu; mail for other domains would go to their MX")?;
+    show(&directory.join("spool/domains/example.edu"))?;
     title(&format!("{summary}; held for example.org now: {}", held.entries()?.len()))?;
     running.stop();
     Ok(())
 }
 
+/// Prints the provider's side of each dialogue on stdout, without the session id.
+fn print_dialogue() {
+    let customer = thread::current().id();
+    let mut log = env_logger::Builder::new();
+    log.filter_module("dialogue", LevelFilter::Debug).target(Target::Stdout).format(move |out, record| {
+        match record.args().to_string().split_once("] ") {
+            // This thread is the customer, which logs the same lines.
+            Some((_, line)) if thread::current().id() != customer => writeln!(out, "    {line}"),
+            _ => Ok(()),
+        }
+    });
+    // It fails only if this process has a logger already.
+    let _ = log.try_init();
+}
+
 /// Prints the messages of a Maildir.
-fn show(maildir: &Maildir) -> io::Result<()> {
+fn show(path: &Path) -> Result<(), ExitError> {
+    let maildir = Maildir::new(path);
     for entry in maildir.entries()? {
         for line in fs::read_to_string(maildir.file(&entry))?.lines() {
-            println!("    {line}");
+            print(&format!("    {line}\n"))?;
         }
     }
     Ok(())
 }
 
-fn title(text: &str) -> io::Result<()> {
-    writeln!(io::stdout(), "\n# {text}")
+fn title(text: &str) -> Result<(), ExitError> {
+    print(&format!("\n# {text}\n"))
 }
 
-fn provider_files(directory: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
-    let (certificate, key) = tls::self_signed(&["localhost"])?;
+/// Writes `provider.toml` and the files that it names.
+fn write_provider_files(directory: &Path) -> Result<(), ExitError> {
+    let made = tls::self_signed(&["localhost"]);
+    let (certificate, key) = made.map_err(|error| ExitError::new(Sysexit::OsError, error))?;
+    fs::create_dir(directory.join("customers.d"))?;
+    let acme = "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\nrelay = true\n";
+    let config = "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n\
+                  [tls]\ncertificate = \"relay.pem\"\nkey = \"relay.key\"\n\
+                  [inbound]\nlisten = [\"127.0.0.1:0\"]\n[odmr]\nlisten = [\"127.0.0.1:0\"]\n";
     write(&directory.join("relay.pem"), &certificate)?;
     write(&directory.join("relay.key"), &key)?;
-    fs::create_dir(directory.join("customers.d"))?;
-    write(
-        &directory.join("customers.d/acme.toml"),
-        "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\nrelay = true\n",
-    )?;
+    write(&directory.join("customers.d/acme.toml"), acme)?;
     write(&directory.join("customers.d/beta.toml"), "domains = [\"example.edu\"]\nsecret = \"another secret\"\n")?;
-    let file = directory.join("provider.toml");
-    write(
-        &file,
-        "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n\
-         [tls]\ncertificate = \"relay.pem\"\nkey = \"relay.key\"\n\
-         [inbound]\nlisten = [\"127.0.0.1:0\"]\n[odmr]\nlisten = [\"127.0.0.1:0\"]\n",
-    )?;
-    Ok(file)
+    Ok(write(&directory.join("provider.toml"), config)?)
 }
 
-fn customer_file(directory: &Path, odmr: SocketAddr) -> io::Result<PathBuf> {
-    let file = directory.join("customer.toml");
-    let text = format!(
+/// Writes `customer.toml`. `odmr`: the provider's listener.
+fn write_customer_file(directory: &Path, odmr: SocketAddr) -> io::Result<()> {
+    let config = format!(
         "hostname = \"mail.example.org\"\n[provider]\naddress = \"localhost:{}\"\nca = \"relay.pem\"\n\
          name = \"acme\"\nsecret = \"tanstaaftanstaaf\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n\
          [outgoing]\nqueue = \"outgoing\"\n",
         odmr.port()
     );
-    write(&file, &text)?;
-    Ok(file)
+    write(&directory.join("customer.toml"), &config)
 }
 
 /// Creates a file that only its owner may read: some of them contain secrets.
@@ -147,72 +157,20 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
 fn deliver(inbound: SocketAddr) -> io::Result<()> {
     let stream = TcpStream::connect(inbound)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    let mut replies = BufReader::new(stream.try_clone()?);
     let content = INBOUND_MESSAGE.replace("\n.", "\n..").replace('\n', "\r\n") + ".";
-    let lines = [
-        "",
-        "EHLO dot.foo.bar",
-        "MAIL FROM:<lester@dot.foo.bar>",
-        "RCPT TO:<eva@example.org>",
-        "DATA",
-        &content,
-        "QUIT",
-    ];
-    for line in lines {
-        if !line.is_empty() {
-            (&stream).write_all(format!("{line}\r\n").as_bytes())?;
-        }
-        let mut reply = String::new();
-        while reply.get(3..4) != Some(" ") {
-            reply.clear();
-            if replies.read_line(&mut reply)? == 0 {
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the provider closed the connection"));
-            }
-        }
+    let (mail, rcpt) = ("MAIL FROM:<lester@dot.foo.bar>", "RCPT TO:<eva@example.org>");
+    let mut lines = ["EHLO dot.foo.bar", mail, rcpt, "DATA", &content, "QUIT"].into_iter();
+    for reply in BufReader::new(&stream).lines() {
+        let reply = reply?;
         if reply.starts_with(['4', '5']) {
             return Err(io::Error::other(reply));
         }
-    }
-    Ok(())
-}
-
-/// A logger that prints the provider's side of each dialogue, without the session id.
-struct Printer;
-
-impl Log for Printer {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == "dialogue"
-    }
-
-    fn log(&self, record: &Record<'_>) {
-        let line = record.args().to_string();
-        // The customer logs the same dialogue again, with the session id `pull`.
-        if self.enabled(record.metadata())
-            && let Some((session, line)) = line.split_once("] ")
-            && session != "[pull"
+        // After a hyphen the reply goes on in the next line.
+        if reply.get(3..4) != Some("-")
+            && let Some(line) = lines.next()
         {
-            let _ = writeln!(io::stdout(), "    {line}");
+            (&stream).write_all(format!("{line}\r\n").as_bytes())?;
         }
     }
-
-    fn flush(&self) {}
-}
-
-/// A directory that is removed when it is dropped.
-struct TemporaryDirectory(PathBuf);
-
-impl TemporaryDirectory {
-    fn new() -> io::Result<TemporaryDirectory> {
-        let mut name = [0; 8];
-        tls::random(&mut name);
-        let directory = std::env::temp_dir().join(format!("odmr-demo-{:016x}", u64::from_be_bytes(name)));
-        fs::DirBuilder::new().create(&directory)?;
-        Ok(TemporaryDirectory(directory))
-    }
-}
-
-impl Drop for TemporaryDirectory {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+    lines.next().map_or(Ok(()), |_| Err(io::Error::other("the provider closed the connection")))
 }

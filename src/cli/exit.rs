@@ -1,4 +1,6 @@
 //! Exit codes: the one place where each failure of the program gets its code of sysexits.h.
+//!
+//! Callers of `odmr send` decide by it what to do with their message, and supervisors whether to try again.
 
 use std::io;
 

@@ -1,4 +1,7 @@
-//! Where log lines go (stderr or the system log), how many of them, and how they look.
+//! Where log lines go, which of them, and how they look.
+//!
+//! They go to stderr, or under inetd, where stderr is the connection, to the system log (RFC 3164). Each line is one event
+//! of `doc/log.md`, or at level `debug` one line of a dialogue.
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixDatagram;
@@ -6,36 +9,22 @@ use std::os::unix::net::UnixDatagram;
 use getopts::Matches;
 use log::{Level, LevelFilter};
 
+use crate::net::trace::quoted;
+
 /// The facility `mail` of RFC 3164 section 4.1.1.
 const MAIL_FACILITY: u8 = 2;
 
-/// Where log lines go.
-pub(super) enum LogTarget {
-    Stderr,
-    Syslog(UnixDatagram),
-}
-
-impl LogTarget {
-    /// stderr; under inetd, if stderr leads nowhere, the system log, as far as this system has one.
-    pub fn choose(inetd: bool) -> LogTarget {
-        let syslog = || -> io::Result<UnixDatagram> {
-            let socket = UnixDatagram::unbound()?;
-            socket.connect("/dev/log")?;
-            Ok(socket)
-        };
-        match (inetd && stderr_is_null()).then(syslog) {
-            Some(Ok(socket)) => LogTarget::Syslog(socket),
-            _ => LogTarget::Stderr,
-        }
+/// The system log under inetd, if stderr is `/dev/null`, as it is after [`keep_stderr_out_of_connection`]. `None`: log
+/// lines go to stderr, also if the system has no log.
+///
+/// [`keep_stderr_out_of_connection`]: super::inetd::keep_stderr_out_of_connection
+pub(super) fn syslog(inetd: bool) -> Option<UnixDatagram> {
+    let (stderr, null) = (rustix::fs::fstat(io::stderr()).ok()?, rustix::fs::stat("/dev/null").ok()?);
+    if !inetd || stderr.st_rdev != null.st_rdev {
+        return None;
     }
-}
-
-/// Whether stderr is `/dev/null`, as it is after it was taken out of the connection.
-fn stderr_is_null() -> bool {
-    match (rustix::fs::fstat(io::stderr()), rustix::fs::stat("/dev/null")) {
-        (Ok(stderr), Ok(null)) => stderr.st_rdev == null.st_rdev,
-        _ => false,
-    }
+    let socket = UnixDatagram::unbound().ok()?;
+    socket.connect("/dev/log").ok().map(|()| socket)
 }
 
 /// The level of the log lines that the options ask for.
@@ -43,39 +32,44 @@ pub(super) fn verbosity(matches: &Matches) -> LevelFilter {
     if matches.opt_present("verbose") { LevelFilter::Debug } else { LevelFilter::Info }
 }
 
-/// Shows a failure once: on stderr, or in the system log if stderr leads nowhere.
+/// Shows once why the program fails: on stderr, or in the system log.
 pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
-    match LogTarget::choose(inetd) {
-        LogTarget::Stderr => {
+    match syslog(inetd) {
+        None => {
             let _ = writeln!(io::stderr(), "{program}: {text}");
         }
-        syslog => {
-            // A wrong option ends the program before it has started its log.
-            start(syslog, LevelFilter::Info);
-            log::error!("{text}");
+        socket => {
+            // After a wrong option the log has not been started.
+            start(socket, LevelFilter::Info);
+            log::error!("event=failed error={}", quoted(text));
         }
     }
 }
 
-/// Starts the log, one line for each event. `RUST_LOG` overrides `level` (`debug` adds the dialogue).
-pub(super) fn start(target: LogTarget, level: LevelFilter) {
+/// Starts the log, one line for each event, in the system log or on stderr. `RUST_LOG` overrides `level`; `debug` adds the
+/// dialogue.
+pub(super) fn start(syslog: Option<UnixDatagram>, level: LevelFilter) {
     let mut builder = env_logger::Builder::new();
-    builder.filter_level(level);
-    // The log lines of rustls help only those who debug rustls.
-    builder.filter_module("rustls", LevelFilter::Warn);
-    builder.parse_default_env();
-    match target {
-        LogTarget::Stderr => {
+    // What rustls logs below `warn` is not about mail.
+    builder.filter_level(level).filter_module("rustls", LevelFilter::Warn).parse_default_env();
+    match syslog {
+        None => {
             builder.format(|out, record| match record.level() {
                 Level::Error => writeln!(out, "error: {}", record.args()),
                 Level::Warn => writeln!(out, "warning: {}", record.args()),
                 _ => writeln!(out, "{}", record.args()),
             });
         }
-        LogTarget::Syslog(socket) => {
+        Some(socket) => {
             builder.format(|out, record| {
-                let priority = MAIL_FACILITY * 8 + severity(record.level());
-                write!(out, "<{priority}>odmr[{}]: {}", std::process::id(), record.args())
+                // RFC 3164 section 4.1.1.
+                let severity = match record.level() {
+                    Level::Error => 3,
+                    Level::Warn => 4,
+                    Level::Info => 6,
+                    Level::Debug | Level::Trace => 7,
+                };
+                write!(out, "<{}>odmr[{}]: {}", MAIL_FACILITY * 8 + severity, std::process::id(), record.args())
             });
             builder.target(env_logger::Target::Pipe(Box::new(Syslog(socket))));
         }
@@ -83,17 +77,7 @@ pub(super) fn start(target: LogTarget, level: LevelFilter) {
     // It fails only if this process has a logger already; then that one stays.
     let _ = builder.try_init();
     // By default a panic is printed on stderr, which may be a connection.
-    std::panic::set_hook(Box::new(|panic| log::error!("event=panic {}", panic.to_string().replace('\n', " "))));
-}
-
-/// The severity of RFC 3164 section 4.1.1.
-fn severity(level: Level) -> u8 {
-    match level {
-        Level::Error => 3,
-        Level::Warn => 4,
-        Level::Info => 6,
-        Level::Debug | Level::Trace => 7,
-    }
+    std::panic::set_hook(Box::new(|panic| log::error!("event=panic error={}", quoted(panic))));
 }
 
 /// Writes each log line as one datagram (RFC 3164).
@@ -101,7 +85,7 @@ struct Syslog(UnixDatagram);
 
 impl Write for Syslog {
     fn write(&mut self, record: &[u8]) -> io::Result<usize> {
-        // A missing or slow log daemon must not stop a delivery.
+        // An absent or slow log daemon must not stop a delivery.
         let _ = self.0.send(record);
         Ok(record.len())
     }

@@ -1,4 +1,7 @@
 //! The command line: help, subcommands, and `odmr serve`.
+//!
+//! Each subcommand has its file, except `serve`. A failure is one line on stderr (under inetd, in the system log) and an exit
+//! code of sysexits.h.
 
 mod check;
 mod demo;
@@ -12,18 +15,14 @@ mod sendmail;
 use std::path::Path;
 use std::process::ExitCode;
 
-use getopts::{Matches, Options, ParsingStyle};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use getopts::{Matches, Options};
 
 use crate::config::ProviderConfig;
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::tls;
-use crate::provider::Provider;
+use crate::provider::{Listener, Provider};
 use exit::{ExitError, Sysexit};
-use inetd::SupervisedConnection;
-use logging::LogTarget;
 use process::print;
 
 const HELP: &str = "\
@@ -79,7 +78,7 @@ const SUBCOMMANDS: [Subcommand; 4] = [
         summary: "Shows two messages in one call over TLS: one to the provider, the turn, one into a Maildir.",
         has_config: false,
         options: |_| {},
-        run: |_| demo::run().map_err(|error| ExitError::new(Sysexit::OsError, error)),
+        run: |_| demo::run(),
     },
 ];
 
@@ -87,7 +86,7 @@ const SUBCOMMANDS: [Subcommand; 4] = [
 pub fn main() -> ExitCode {
     let arguments: Vec<String> =
         std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
-    // Before the options are parsed: also the error for a wrong option must not go into the connection.
+    // Before the options are parsed: the error about a wrong option must not go into the connection either.
     let inetd = arguments.iter().any(|argument| argument.starts_with("--inetd"));
     if inetd && inetd::keep_stderr_out_of_connection().is_err() {
         return ExitCode::from(Sysexit::OsError as u8);
@@ -106,30 +105,20 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Runs the subcommand that the first argument names, with the others.
 fn run(arguments: &[String]) -> Result<(), ExitError> {
-    const HINT: &str = "odmr -h";
-    let mut options = Options::new();
-    options.parsing_style(ParsingStyle::StopAtFirstFree);
-    options.optflag("h", "help", "").optflag("V", "version", "");
-    let matches = options.parse(arguments).map_err(|error| ExitError::usage(error, HINT))?;
-    if matches.opt_present("help") {
-        return print(HELP);
-    }
-    if matches.opt_present("version") {
-        return print(concat!("odmr ", env!("CARGO_PKG_VERSION"), "\n"));
-    }
-    let Some((word, rest)) = matches.free.split_first() else {
-        return Err(ExitError::usage("a subcommand is missing: serve, pull, send, check or demo", HINT));
+    let usage = |text: String| Err(ExitError::usage(text, "odmr -h"));
+    let Some((word, rest)) = arguments.split_first() else {
+        return usage("a subcommand is missing: serve, pull, send, check or demo".to_owned());
     };
-    if word == "send" {
-        return sendmail::run(rest);
-    }
-    match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
-        Some(subcommand) => subcommand.start(rest),
-        None => {
-            let text = format!("no such subcommand: {word}; there are serve, pull, send, check and demo");
-            Err(ExitError::usage(text, HINT))
-        }
+    match word.as_str() {
+        "-h" | "--help" => print(HELP),
+        "-V" | "--version" => print(concat!("odmr ", env!("CARGO_PKG_VERSION"), "\n")),
+        "send" => sendmail::run(rest),
+        _ => match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
+            Some(subcommand) => subcommand.start(rest),
+            None => usage(format!("no such subcommand: {word}; there are serve, pull, send, check and demo")),
+        },
     }
 }
 
@@ -160,23 +149,26 @@ impl Subcommand {
 
 /// `odmr serve`: the provider until SIGTERM or SIGINT, or the one connection of `--inetd`.
 fn serve(matches: &Matches) -> Result<(), ExitError> {
-    let listener = matches.opt_str("inetd").map(|name| inetd::listener(&name)).transpose()?;
-    logging::start(LogTarget::choose(listener.is_some()), logging::verbosity(matches));
+    let listener = match matches.opt_str("inetd").as_deref() {
+        None => None,
+        Some("odmr") => Some(Listener::Odmr),
+        Some("inbound") => Some(Listener::Inbound),
+        Some(other) => {
+            return Err(ExitError::usage(format!("--inetd is odmr or inbound, not {other}"), "odmr serve -h"));
+        }
+    };
+    logging::start(logging::syslog(listener.is_some()), logging::verbosity(matches));
     let config = ProviderConfig::load(&process::config_path(matches))?;
-    let ids = Ids::system(tls::random);
+    let (ids, cancel) = (Ids::system(tls::random), CancelToken::new()?);
     process::raise_descriptor_limit();
+    // Before the listeners are open: otherwise a signal could end this process and its first sessions at once.
+    process::cancel_at_signal(&cancel)?;
     if let Some(listener) = listener {
-        let cancel = CancelToken::new()?;
-        process::cancel_at_signal(&cancel)?;
-        let SupervisedConnection { input, output, peer } = SupervisedConnection::from_supervisor()?;
+        let inetd::SupervisedConnection { input, output, peer } = inetd::SupervisedConnection::from_supervisor()?;
         return Ok(Provider::serve_one(config, ids, listener, (input, output), peer, &cancel)?);
     }
-    // Before the listeners are open: a signal that came after that and before this would kill sessions.
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let running = Provider::start(config, ids)?;
-    if let Some(signal) = signals.forever().next() {
-        log::info!("event=stopping signal={signal}");
-    }
+    cancel.wait_until(None);
     running.stop();
     log::info!("event=stopped");
     Ok(())

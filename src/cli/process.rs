@@ -4,6 +4,7 @@ use std::fs::Metadata;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use getopts::Matches;
 use rustix::process::{Resource, Rlimit};
@@ -70,8 +71,7 @@ pub(super) fn become_owner(config: &CustomerConfig, owner: Option<SystemUser>) -
     if let Some(user) = owner {
         let queue = config.outgoing.as_ref().map(|outgoing| &outgoing.queue);
         for directory in [Some(&config.mailboxes.root), queue].into_iter().flatten() {
-            let made = user.make_directory(directory);
-            made.map_err(|error| os_error(format!("{}: {error}", directory.display())))?;
+            user.make_directory(directory).map_err(|error| os_error(format!("{}: {error}", directory.display())))?;
         }
         user.assume().map_err(os_error)?;
     }
@@ -80,20 +80,27 @@ pub(super) fn become_owner(config: &CustomerConfig, owner: Option<SystemUser>) -
     Ok(())
 }
 
-/// Cancels the token at SIGTERM or SIGINT.
+/// Logs SIGTERM or SIGINT and cancels the token.
 ///
 /// # Errors
 ///
-/// The signal handlers cannot be installed.
+/// The signal handlers cannot be installed, or the system has no thread left.
 pub(super) fn cancel_at_signal(cancel: &CancelToken) -> io::Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let cancel = cancel.clone();
-    std::thread::spawn(move || {
-        if signals.forever().next().is_some() {
-            cancel.cancel();
-        }
-    });
-    Ok(())
+    at_signals(&[SIGTERM, SIGINT], move |signal| {
+        log::info!("event=stopping signal={signal}");
+        cancel.cancel();
+    })
+}
+
+/// Calls `act` at each of these signals, in a thread of its own.
+///
+/// # Errors
+///
+/// The signal handlers cannot be installed, or the system has no thread left.
+pub(super) fn at_signals(signals: &[i32], act: impl FnMut(i32) + Send + 'static) -> io::Result<()> {
+    let mut signals = Signals::new(signals)?;
+    thread::Builder::new().name("signals".to_owned()).spawn(move || signals.forever().for_each(act)).map(drop)
 }
 
 /// Raises the soft limit of open descriptors to the hard one: each connection needs one, and there may be thousands.

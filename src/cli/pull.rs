@@ -1,21 +1,22 @@
-//! `odmr pull`: one call, with its progress on a terminal; or the daemon's start and its signals.
+//! `odmr pull`: one call to each provider, or the daemon.
+//!
+//! On a terminal a call shows how far it is, and at its end what it has sent and received. The daemon's signals are read
+//! here: SIGTERM and SIGINT end it, SIGHUP reloads the configuration, SIGUSR1 asks for a call.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use getopts::{Matches, Options};
 use log::LevelFilter;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::iterator::Signals;
 
 use super::exit::{ExitError, Sysexit};
-use super::logging::{self, LogTarget};
-use super::process::{
-    become_owner, cancel_at_signal, check_not_root, config_path, owner_to_become, print, raise_descriptor_limit,
-};
+use super::logging;
+use super::process::{self, become_owner, print};
 use crate::config::CustomerConfig;
 use crate::customer::Summary;
 use crate::customer::counters::CallCounters;
@@ -24,9 +25,10 @@ use crate::customer::pull::Customer;
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::tls;
+use crate::net::trace::quoted;
 use crate::privileges::SystemUser;
 
-/// The progress line appears after this time: most calls are over before.
+/// The progress line appears after this time; most calls end before.
 const PROGRESS_DELAY: Duration = Duration::from_secs(1);
 
 /// How often the progress line is written.
@@ -45,7 +47,11 @@ pub(super) fn options(options: &mut Options) {
     options.optflag("q", "quiet", "prints errors only: no summary, no progress");
 }
 
-/// Makes one call, runs the daemon, or makes the running daemon call.
+/// Makes one call to each provider, runs the daemon, or makes the running daemon call.
+///
+/// # Errors
+///
+/// The first failure of a call; what was sent and received before stays so.
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let (is_daemon, now) = (matches.opt_present("daemon"), matches.opt_present("now"));
     if is_daemon && now {
@@ -60,14 +66,14 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         (false, true) => LevelFilter::Warn,
         (false, false) => logging::verbosity(matches),
     };
-    logging::start(LogTarget::Stderr, level);
-    let path = config_path(matches);
+    logging::start(None, level);
+    let path = process::config_path(matches);
     let config = CustomerConfig::load(&path)?;
-    let owner = owner_to_become(&config)?;
-    check_not_root(&config, &path)?;
+    let owner = process::owner_to_become(&config)?;
+    process::check_not_root(&config, &path)?;
     let ids = Ids::system(tls::random);
     let cancel = CancelToken::new()?;
-    raise_descriptor_limit();
+    process::raise_descriptor_limit();
     if is_daemon {
         return run_daemon(&path, &config, owner, &ids, &cancel);
     }
@@ -76,28 +82,32 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     if now && let Some(process) = daemon::running(&config)? {
         return request_call(process, quiet);
     }
-    cancel_at_signal(&cancel)?;
+    process::cancel_at_signal(&cancel)?;
     call(&customer, &cancel, quiet, interactive)
 }
 
 /// Calls each provider once, and prints the summary.
 fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: bool) -> Result<(), ExitError> {
     let (begun, counters) = (Instant::now(), Arc::<CallCounters>::default());
-    let progress = (interactive && !quiet).then(|| ProgressLine::start(&counters)).transpose()?;
-    let called = customer.pull(cancel, &counters);
-    drop(progress);
+    let called = thread::scope(|scope| {
+        // The sender is dropped after the call, also by a panic; that ends the progress line.
+        let (_under_way, ended) = mpsc::channel();
+        if interactive && !quiet {
+            let counters = &counters;
+            thread::Builder::new().spawn_scoped(scope, move || show_progress(counters, &ended))?;
+        }
+        io::Result::Ok(customer.pull(cancel, &counters))
+    })?;
     let summary = counters.summary(begun.elapsed().as_secs_f64());
-    // Mail that came before a failure stays, so the summary is of interest also then.
+    // What was sent and received before a failure stays so: the summary is printed also then.
     let is_empty = summary == Summary { seconds: summary.seconds, ..Summary::default() };
-    let printed = match quiet || called.is_err() && is_empty {
-        true => Ok(()),
-        false => print(&format!("{summary}\n")),
-    };
-    // A failed call decides the exit code, not a summary that could not be printed.
+    let printed = if quiet || called.is_err() && is_empty { Ok(()) } else { print(&format!("{summary}\n")) };
+    // If both the call and the printing failed, the call decides the exit code.
     called?;
     printed
 }
 
+/// Runs the daemon until SIGTERM or SIGINT. `owner`: the user to become, as in [`process::become_owner`].
 fn run_daemon(
     path: &Path, config: &CustomerConfig, owner: Option<SystemUser>, ids: &Ids, cancel: &CancelToken,
 ) -> Result<(), ExitError> {
@@ -106,32 +116,28 @@ fn run_daemon(
     let becomes_owner = owner.is_some();
     become_owner(config, owner)?;
     let (events, receiver) = daemon::event_channel();
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR1])?;
     let (sender, stop) = (events.clone(), cancel.clone());
-    std::thread::spawn(move || {
-        for signal in signals.forever() {
-            match signal {
-                SIGHUP => sender.send(DaemonEvent::Reload),
-                SIGUSR1 => sender.send(DaemonEvent::CallNow),
-                _ => {
-                    log::info!("event=stopping signal={signal}");
-                    stop.cancel();
-                    sender.send(DaemonEvent::Stop);
-                }
-            }
+    process::at_signals(&[SIGTERM, SIGINT, SIGHUP, SIGUSR1], move |signal| match signal {
+        SIGHUP => sender.send(DaemonEvent::Reload),
+        SIGUSR1 => sender.send(DaemonEvent::CallNow),
+        _ => {
+            log::info!("event=stopping signal={signal}");
+            stop.cancel();
+            sender.send(DaemonEvent::Stop);
         }
-    });
+    })?;
     let load = || CustomerConfig::load(path).map_err(|error| error.to_string());
-    // The owner may not be able to read files that root could.
+    // The owner may not be able to read a file that root could.
     if becomes_owner && let Err(error) = load() {
-        log::warn!("event=no-reload error={error:?} way-out=\"let `user` read it\"");
+        let consequence = "SIGHUP cannot read the configuration again; let `user` read it";
+        log::warn!("event=reload-prevented error={} consequence={consequence:?}", quoted(error));
     }
     daemon::run(bound, &load, ids, cancel, (events, receiver))?;
     log::info!("event=stopped");
     Ok(())
 }
 
-/// Makes the daemon call at once. `process` is its process id.
+/// Asks the daemon to call at once. `process`: its process id.
 fn request_call(process: i32, quiet: bool) -> Result<(), ExitError> {
     let pid = rustix::process::Pid::from_raw(process)
         .ok_or_else(|| ExitError::new(Sysexit::OsError, format!("{process} is not a process id")))?;
@@ -142,38 +148,14 @@ fn request_call(process: i32, quiet: bool) -> Result<(), ExitError> {
     if quiet { Ok(()) } else { print(&format!("the daemon, process {process}, calls now\n")) }
 }
 
-/// Shows on a terminal how far a call is, until it is dropped.
-struct ProgressLine {
-    ended: CancelToken,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl ProgressLine {
-    fn start(counters: &Arc<CallCounters>) -> io::Result<ProgressLine> {
-        let ended = CancelToken::new()?;
-        let (counters, end) = (counters.clone(), ended.clone());
-        let show = move || {
-            let mut shown = false;
-            let mut next = Instant::now() + PROGRESS_DELAY;
-            while !end.wait_until(Some(next)) {
-                let _ = write!(io::stderr(), "\r{}\x1b[K", counters.progress());
-                shown = true;
-                next = Instant::now() + PROGRESS_INTERVAL;
-            }
-            if shown {
-                let _ = write!(io::stderr(), "\r\x1b[K");
-            }
-        };
-        let thread = std::thread::Builder::new().name("progress".to_owned()).spawn(show)?;
-        Ok(ProgressLine { ended, thread: Some(thread) })
+/// Shows on the terminal how far the call is, until the sender of `ended` is dropped.
+fn show_progress(counters: &CallCounters, ended: &Receiver<()>) {
+    let mut delay = PROGRESS_DELAY;
+    while ended.recv_timeout(delay) == Err(RecvTimeoutError::Timeout) {
+        let _ = write!(io::stderr(), "\r{}\x1b[K", counters.progress());
+        delay = PROGRESS_INTERVAL;
     }
-}
-
-impl Drop for ProgressLine {
-    fn drop(&mut self) {
-        self.ended.cancel();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+    if delay == PROGRESS_INTERVAL {
+        let _ = write!(io::stderr(), "\r\x1b[K");
     }
 }

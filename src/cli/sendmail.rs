@@ -1,14 +1,18 @@
 //! `odmr send`, also under the name `sendmail`: the options of sendmail(8).
+//!
+//! Programs that call sendmail(8) pass options that do not concern us; they are accepted and change nothing. An error is
+//! one line on stderr and an exit code of sysexits.h. [`crate::customer::sendmail`] does the work.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use getopts::{Matches, Options};
 use log::LevelFilter;
 
 use super::exit::{ExitError, Sysexit};
-use super::logging::{self, LogTarget};
+use super::logging;
 use super::process::{become_owner, cancel_at_signal, check_not_root, find_owner, owner_to_become, print};
 use crate::config::CustomerConfig;
 use crate::customer::sendmail::{self, SendmailOptions};
@@ -50,17 +54,13 @@ Exit codes are those of sysexits.h: 64 usage, 65 address or header, 67 no such m
 ";
 
 /// What `-b` asks for.
-#[derive(Clone, Copy)]
-enum Mode {
-    /// `-bm`, the default.
-    Message,
-    /// `-bs`.
-    Smtp,
-    /// `-bp`.
-    List,
-}
+type Mode = fn(&CustomerConfig, &Ids, &SendmailOptions) -> Result<(), ExitError>;
 
 /// Runs `odmr send` with these arguments.
+///
+/// # Errors
+///
+/// Nothing was queued.
 pub(super) fn run(arguments: &[String]) -> Result<(), ExitError> {
     // As its only argument, `-h` asks for help. Otherwise it is a hop count, which our own Received fields replace.
     if matches!(arguments, [word] if word == "-h" || word == "--help") {
@@ -71,50 +71,42 @@ pub(super) fn run(arguments: &[String]) -> Result<(), ExitError> {
         // The next call sends the whole queue; it cannot be started from here.
         return Ok(());
     }
-    logging::start(LogTarget::Stderr, if matches.opt_present("v") { LevelFilter::Info } else { LevelFilter::Error });
-    let mode = match last(&matches, "b").as_deref() {
-        None | Some("m") => Mode::Message,
-        Some("s") => Mode::Smtp,
-        Some("p") => Mode::List,
+    logging::start(None, if matches.opt_present("v") { LevelFilter::Info } else { LevelFilter::Error });
+    let mode: Mode = match last(&matches, "b").as_deref() {
+        None | Some("m") => |config, ids, options| Ok(sendmail::send(config, ids, options, &mut io::stdin().lock())?),
+        Some("s") => |config, ids, _| serve(config, ids),
+        Some("p") => |config, ids, _| Ok(sendmail::list(config, ids, &mut io::stdout())?),
         Some(other) => {
             return Err(ExitError::usage(format!("-b{other} is not supported: there are -bm, -bs and -bp"), HINT));
         }
     };
     // Read the login name before this process becomes another user.
     let options = sendmail_options(&matches, LoginUser::current());
-    let config = load_as_owner(&config_file(&matches))?;
-    let ids = Ids::system(tls::random);
-    match mode {
-        Mode::Message => sendmail::send(&config, &ids, &options, &mut io::stdin().lock())?,
-        Mode::List => sendmail::list(&config, &ids, &mut io::stdout())?,
-        Mode::Smtp => {
-            let cancel = CancelToken::new()?;
-            cancel_at_signal(&cancel)?;
-            let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3).map_err(io::Error::from)?;
-            let output = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3).map_err(io::Error::from)?;
-            sendmail::serve(&config, &ids, (input, output), &cancel)?;
-        }
-    }
-    Ok(())
+    let named = last(&matches, "C").map(OsString::from).or_else(|| std::env::var_os("ODMR_CONFIG"));
+    let config = load_as_owner(Path::new(&named.unwrap_or_else(|| DEFAULT_CONFIG.into())))?;
+    mode(&config, &Ids::system(tls::random), &options)
+}
+
+/// `-bs`: one SMTP session on stdin and stdout.
+fn serve(config: &CustomerConfig, ids: &Ids) -> Result<(), ExitError> {
+    let cancel = CancelToken::new()?;
+    cancel_at_signal(&cancel)?;
+    let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3).map_err(io::Error::from)?;
+    let output = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3).map_err(io::Error::from)?;
+    Ok(sendmail::serve(config, ids, (input, output), &cancel)?)
 }
 
 fn options() -> Options {
     let mut options = Options::new();
-    // Each may be given several times; the last one counts.
-    for name in ["h", "f", "r", "F", "N", "R", "V", "C", "b", "o"] {
+    // Each may be given several times; the last one counts. From `O` and from `G` on they change nothing: programs pass
+    // them, as sendmail(8) has them.
+    for name in ["h", "f", "r", "F", "N", "R", "V", "C", "b", "o", "O", "B", "A", "L", "X", "e", "p"] {
         options.optmulti(name, "", "", "");
+    }
+    for name in ["t", "i", "v", "G", "U", "n", "m", "I"] {
+        options.optflagmulti(name, "", "");
     }
     options.optflagopt("q", "", "", "");
-    for name in ["t", "i", "v"] {
-        options.optflagmulti(name, "", "");
-    }
-    // Parsed and ignored: sendmail(8) has them, and programs pass them.
-    for name in ["O", "B", "A", "L", "X", "e", "p"] {
-        options.optmulti(name, "", "", "");
-    }
-    for name in ["G", "U", "n", "m", "I"] {
-        options.optflagmulti(name, "", "");
-    }
     options
 }
 
@@ -135,11 +127,6 @@ fn sendmail_options(matches: &Matches, user: LoginUser) -> SendmailOptions {
         recipients: matches.free.clone(),
         user,
     }
-}
-
-fn config_file(matches: &Matches) -> PathBuf {
-    let named = last(matches, "C").map(PathBuf::from);
-    named.or_else(|| std::env::var_os("ODMR_CONFIG").map(PathBuf::from)).unwrap_or_else(|| DEFAULT_CONFIG.into())
 }
 
 /// Reads the configuration, and as root becomes the owner of the mail.

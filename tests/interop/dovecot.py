@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 
-from harness import LOOPBACK, Customer, Provider, Smtp, at_rest, check, field, free_port, scenario, wait_until
+from harness import LOOPBACK, Customer, Provider, Smtp, at_rest, check, events, field, free_port, scenario, wait_until
 from postfix import UID
 from turning import SENDER
 from world import House, Names
@@ -152,8 +152,9 @@ def dovecot_lmtp(box):
         # XCLIENT is offered at the port only.
         told = sum(f"([{ELSEWHERE}])" in field(text, "Received") for text in texts)
         check(told == (len(texts) if user == BOB else 0), f"{user}: {field(texts[0], 'Received')}")
-    refused = [line for line in provider.log().splitlines() if "event=refused" in line and f"<{NOBODY}>" in line]
-    check(len(refused) == len(LETTERS) and all("550 5.1.1" in line for line in refused), f"{refused}")
+    rejected = events(provider.log(), "delivery", via="atrn", status="rejected")
+    check({line["to"] for line in rejected} == {f"<{NOBODY}>"}, f"{rejected}")
+    check(len(rejected) == len(LETTERS) and all(line["reply"].startswith("550 5.1.1 ") for line in rejected), f"{rejected}")
     wait_until(lambda: len(house.letters) == len(LETTERS), "a notice for each letter to the unknown user")
     for notice in house.letters:
         check(notice.sender == "" and notice.recipients == [SENDER], f"{notice}")
@@ -200,8 +201,8 @@ def dovecot_maildir(box):
     check(len(texts) == 2 and all(any(behind_trace(text, one) for text in texts) for one in (fits, LETTERS[0])), f"{texts}")
     (left,) = provider.held()
     check(b"Subject: too large" in left.read_bytes(), "another letter than the one over the quota stayed")
-    deferred = [line for line in provider.log().splitlines() if "event=deferred" in line]
-    check(len(deferred) == 1 and f"<{BOB}>" in deferred[0] and "452 4.2.2" in deferred[0], f"{deferred}")
+    deferred = events(provider.log(), "delivery", via="atrn", status="deferred")
+    check(len(deferred) == 1 and deferred[0]["to"] == f"<{BOB}>" and deferred[0]["reply"].startswith("452 4.2.2 "), f"{deferred}")
 
     files = [file for file in customer.root.rglob("*") if file.parent.name in ("new", "cur") and file.is_file()]
     check(len(files) == 2 * len(LETTERS) + 2, f"{files}")

@@ -1,12 +1,13 @@
 """fetchmail as the customer: it logs in by CRAM-MD5, says ATRN, and becomes a pipe to the local mail server."""
 
+import collections
 import concurrent.futures
 import os
 import random
 import socket
 import time
 
-from harness import MIB, Certificates, Failed, Listener, Provider, Smtp, check, same_but_trace, scenario
+from harness import MIB, Certificates, Failed, Listener, Provider, Smtp, check, events, same_but_trace, scenario
 
 COUNT = 1000
 # What a Postfix behind fetchmail offers after the turn, STARTTLS too, which the provider must leave alone.
@@ -131,8 +132,10 @@ def exchange(box, provider, *, tls, keywords):
     check(not provider.held(), f"{len(provider.held())} messages are left in the spool")
     check(len(listener.letters) == len(wanted), f"{len(listener.letters)} messages came, wanted {len(wanted)}")
     # What the local server cannot take goes back to its sender, whose domain does not exist here.
-    told = provider.log().count("event=notice ")
-    check(told == COUNT - len(wanted), f"{told} notices, wanted {COUNT - len(wanted)}")
+    told = len(events(provider.log(), "dsn-sent"))
+    check(told == COUNT - len(wanted), f"{told} DSNs, wanted {COUNT - len(wanted)}")
+    statuses = collections.Counter(line["status"] for line in events(provider.log(), "delivery", via="atrn"))
+    check(statuses == +collections.Counter(sent=len(wanted), rejected=told), f"in the log: {dict(statuses)}")
     seen = set()
     for letter in listener.letters:
         number = int(letter.sender[1:].split("@")[0])

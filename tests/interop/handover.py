@@ -8,7 +8,7 @@ import re
 import threading
 
 from dovecot import ALICE, BOB, ELSEWHERE, LETTERS, NOBODY, Dovecot, behind_trace, homes
-from harness import LOOPBACK, Customer, Provider, Smtp, at_rest, check, field, free_port, scenario, wait_until
+from harness import LOOPBACK, Customer, Provider, Smtp, at_rest, check, events, field, free_port, scenario, wait_until
 from hop import Hop, start_hop
 from postfix import UID, Postfix
 from turning import SENDER, Turning
@@ -116,8 +116,9 @@ def postfix_handover(box):
         customer = Customer(box, provider.odmr, tls="none", file=name, more=f'deliver = "smtp:{LOOPBACK}:{port}"\n')
         check((result := customer.pull()) == 0, f"{name}: pull: exit {result}")
         check(not provider.held(), f"{name}: {len(provider.held())} files are left with the provider")
-        refused = re.findall(rf"event=refused .*to=<{NOBODY}> reply=\"(.*?) ", provider.log())
-        check(refused == ["550"] * len(LETTERS) * turn, f"{name}: {refused}")
+        rejected = events(provider.log(), "delivery", via="atrn", status="rejected")
+        replies = [(line["to"], line["reply"][:4]) for line in rejected]
+        check(replies == [(f"<{NOBODY}>", "550 ")] * len(LETTERS) * turn, f"{name}: {rejected}")
         log = lambda: box.log("postfix.log")
         wait_until(lambda: log().count("delivered to maildir") == 2 * turn * len(LETTERS), f"{name}: letters in Maildirs")
         for user in ("alice", "bob"):
@@ -259,8 +260,9 @@ def lmtp_mixed(box):
     receive(provider, [([ALICE, BERT, CAROL], LETTERS[1])])
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     check(not provider.held(), "the provider still holds it")
-    delivered = re.findall(r"event=delivered .*to=<(.*?)>", provider.log())
-    check(sorted(delivered) == [ALICE, BERT, CAROL], f"the provider saw {delivered}")
+    attempts = events(provider.log(), "delivery", via="atrn")
+    seen = sorted((attempt["to"], attempt["status"]) for attempt in attempts)
+    check(seen == [(f"<{one}>", "sent") for one in (ALICE, BERT, CAROL)], f"the provider saw {attempts}")
     check(hop.count(ALICE) == 1 and hop.count(BERT) == 0, f"{hop.letters}")
     check(len(left_behind(customer)) == 1, f"wait for the hop: {left_behind(customer)}")
     due(customer)
@@ -397,8 +399,9 @@ def hop_refuses(box):
     receive(provider, [([ALICE], LETTERS[6]), ([BERT], LETTERS[0]), ([ALICE], LETTERS[1])])
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     check(not provider.held(), f"{len(provider.held())} files are held")
-    refused = re.findall(r"event=refused .*to=<(.*?)> reply=\"(\d+ [\d.]+)", provider.log())
-    check(refused == [(ALICE, "550 5.3.4"), (BERT, "554 5.7.1")], f"the provider saw {refused}")
+    rejected = events(provider.log(), "delivery", via="atrn", status="rejected")
+    seen = [(line["to"], line["reply"][:10]) for line in rejected]
+    check(seen == [(f"<{ALICE}>", "550 5.3.4 "), (f"<{BERT}>", "554 5.7.1 ")], f"the provider saw {rejected}")
     check([(one, at_rest(content)[-20:]) for _, one, content in hop.letters] == [(ALICE, at_rest(LETTERS[1])[-20:])], f"{hop.letters}")
     for word in (ALICE, BERT, "5.3.4", "looks like spam"):
         check(word in customer.log(), f"the summary has no {word!r}: {customer.log()}")
@@ -436,8 +439,8 @@ def hop_down(box):
     down = customer.pull()
     check(down in (0, 75), f"pull while the hop is down: exit {down}")
     check(len(provider.held()) == len(LETTERS), f"{len(provider.held())} files are held")
-    replies = set(re.findall(r"event=deferred .*reply=\"(\d+ [\d.]+)", provider.log()))
-    check(replies == {"451 4.4.1"}, f"the provider saw {replies}")
+    replies = {line["reply"][:10] for line in events(provider.log(), "delivery", via="atrn", status="deferred")}
+    check(replies == {"451 4.4.1 "}, f"the provider saw {replies}")
     hop = Hop(path).start(box)
     check((result := customer.pull()) == 0, f"pull when the hop is there: exit {result}")
     check(not provider.held(), f"{len(provider.held())} files are held")

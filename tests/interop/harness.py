@@ -21,7 +21,8 @@ import time
 import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-ODMR = str(pathlib.Path(os.environ.get("ODMR", ROOT / "target/release/odmr")).absolute())
+TARGET = ROOT / os.environ.get("CARGO_TARGET_DIR", "target")
+ODMR = str(pathlib.Path(os.environ.get("ODMR", TARGET / "release/odmr")).absolute())
 LOOPBACK = "127.0.0.1"
 LIMIT = 150  # seconds a scenario may take
 MIB = 1024 * 1024
@@ -89,6 +90,20 @@ def play(one):
     finally:
         signal.alarm(0)
         box.close()
+
+
+EVENT = re.compile(r"(?m)^(?:\w+: |\[[^]]*\] )?event=(\S+)(?: (.*))?$")
+FIELD = re.compile(r'([\w-]+)=("(?:[^"\\]|\\.)*"|\S*)')
+
+
+def events(log, name, **wanted):
+    """The lines of one event in a log (doc/log.md), each a dict of its keys; only those with the values in `wanted`."""
+    found = [dict(FIELD.findall(fields)) for event, fields in EVENT.findall(log) if event == name]
+    for fields in found:
+        for key, value in fields.items():
+            if value.startswith('"'):
+                fields[key] = re.sub(r'\\(["\\])', r"\1", value[1:-1])
+    return [fields for fields in found if all(fields.get(key) == value for key, value in wanted.items())]
 
 
 def program_path(name):

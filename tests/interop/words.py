@@ -167,6 +167,9 @@ def demo(box):
     check(seconds < 5, f"{seconds:.1f} s")
     for part in ("C: ", "P: ", "ATRN", "turn"):
         check(part in text, f"no {part!r} in its output")
+    for line in ("C: ATRN", "== turn ==", "C: RCPT TO:<eva@example.org>", "P: RCPT TO:<eva@example.org>"):
+        times = text.splitlines().count(f"    {line}")
+        check(times == 1, f"{line!r} is {times} times in its output")
     left = [file.name for file in box.path.iterdir()]
     check(not left, f"left behind: {left}")
     return f"{seconds * 1000:.0f} ms, {len(text.splitlines())} lines"
