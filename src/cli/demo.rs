@@ -24,7 +24,7 @@ use crate::ids::Ids;
 use crate::maildir::Maildir;
 use crate::net::cancel::CancelToken;
 use crate::net::tls;
-use crate::provider::Provider;
+use crate::provider::{Listener, Provider};
 
 /// The message that the provider holds for the customer.
 const INBOUND_MESSAGE: &str = "\
@@ -60,7 +60,9 @@ fn play(directory: &Path, ids: &Ids) -> Result<(), ExitError> {
     title("A provider for example.org, with a certificate made just now")?;
     write_provider_files(directory)?;
     let running = Provider::start(ProviderConfig::load(&directory.join("provider.toml"))?, ids.clone())?;
-    let (inbound, odmr) = (running.inbound()[0], running.odmr()[0]);
+    let (Some(inbound), Some(odmr)) = (running.address(Listener::Inbound), running.address(Listener::Odmr)) else {
+        return Err(ExitError::new(Sysexit::OsError, "the provider has no listener"));
+    };
     print(&format!("    inbound on {inbound}, on-demand mail relay on {odmr}\n"))?;
 
     title("The world delivers a message; C is the sender's server, S the provider's")?;

@@ -2,18 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::net::SocketAddr;
 
-/// The connection that a supervisor passes.
-pub(super) struct SupervisedConnection {
-    /// Descriptor 0.
-    pub input: OwnedFd,
-    /// Descriptor 1, unless descriptor 0 is a socket and serves both ways.
-    pub output: Option<OwnedFd>,
-    /// The address of the client, if it is known.
-    pub peer: Option<IpAddr>,
-}
+use crate::provider::SupervisedConnection;
 
 impl SupervisedConnection {
     /// Duplicates the descriptors 0 and 1. The client's address is that of the socket; if the supervisor connects this
@@ -22,7 +13,7 @@ impl SupervisedConnection {
     /// # Errors
     ///
     /// Descriptor 0 or 1 is closed, or this process may not open more.
-    pub fn from_supervisor() -> io::Result<SupervisedConnection> {
+    pub(super) fn from_supervisor() -> io::Result<SupervisedConnection> {
         let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
         let is_socket = rustix::net::sockopt::socket_type(&input).is_ok();
         let output = (!is_socket).then(|| rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3)).transpose()?;

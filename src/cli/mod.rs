@@ -21,7 +21,7 @@ use crate::config::ProviderConfig;
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::tls;
-use crate::provider::{Listener, Provider};
+use crate::provider::{Listener, Provider, SupervisedConnection};
 use exit::{ExitError, Sysexit};
 use process::print;
 
@@ -164,8 +164,7 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     // Before the listeners are open: otherwise a signal could end this process and its first sessions at once.
     process::cancel_at_signal(&cancel)?;
     if let Some(listener) = listener {
-        let inetd::SupervisedConnection { input, output, peer } = inetd::SupervisedConnection::from_supervisor()?;
-        return Ok(Provider::serve_one(config, ids, listener, (input, output), peer, &cancel)?);
+        return Ok(Provider::serve_one(config, ids, listener, SupervisedConnection::from_supervisor()?, &cancel)?);
     }
     let running = Provider::start(config, ids)?;
     cancel.wait_until(None);

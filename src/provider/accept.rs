@@ -1,34 +1,34 @@
-//! Mail on its way into the spool, whichever listener it arrived at.
+//! Messages and DSNs on their way into the spool.
 //!
-//! A message becomes a file in each queue that its recipients belong to. All of them are durable before the one 250.
+//! A message becomes one file in each queue that its recipients belong to. The server replies 250 only after all these
+//! files are durable (RFC 5321 section 6.1).
 
 use std::io;
 use std::sync::Arc;
 
 use super::relay::RelayHandle;
 use super::shared::Shared;
-use super::spool::{RecipientRouter, Spool, SpoolQueue};
+use super::spool::{Spool, SpoolQueue};
 use crate::ids::Ids;
-use crate::mail::address::Mailbox;
 use crate::mail::header::{HeaderAdditions, HeaderCompleter};
 use crate::maildir::MessageWriter;
 use crate::queue::QueuedEnvelope;
 use crate::report::{DsnMessage, DsnSink};
 use crate::session::storage_failure_reply;
-use crate::smtp::command::Envelope;
+use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink};
 
-/// What is done to the header of a message that is accepted.
+/// What the provider does to the header of a message, besides adding `Received`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum HeaderPolicy {
-    /// Mail in transit stays as it is (RFC 5321 section 6.4).
+    /// Nothing: the message is in transit (RFC 5321 section 6.4).
     Keep,
-    /// The message is submitted: missing fields are added (RFC 6409 section 8).
+    /// It adds missing fields: the message is submitted (RFC 6409 section 8).
     Complete,
 }
 
-/// Begins to store a message.
+/// Begins to store a message. The sink that is returned receives its content.
 ///
 /// # Errors
 /// The reply to DATA or BDAT, if the spool cannot be written to.
@@ -38,7 +38,7 @@ pub fn store(
     let (id, arrived) = (shared.ids.queue_id(), shared.ids.clock().now());
     let mut copies: Vec<(SpoolQueue, QueuedEnvelope)> = Vec::new();
     for recipient in &envelope.recipients {
-        let Some(queue) = shared.router.queue_for(&recipient.mailbox) else { continue };
+        let Some(queue) = shared.spool.queue_for(&recipient.mailbox) else { continue };
         match copies.iter_mut().find(|(other, _)| *other == queue) {
             Some((_, copy)) => copy.envelope.recipients.push(recipient.clone()),
             None => {
@@ -47,67 +47,63 @@ pub fn store(
             }
         }
     }
-    let received = incoming.received.field(&id, &arrived.rfc5322());
+    let date = arrived.rfc5322();
+    let received = incoming.received.field(&id, &date);
     let writer = shared.spool.begin_message(&copies, &received).map_err(|error| storage_failure_reply(&error))?;
-    let additions = HeaderAdditions {
-        date: arrived.rfc5322(),
-        message_id: format!("<{id}@{}>", shared.config.hostname),
-        from: None,
-        drop_bcc: false,
-    };
+    let message_id = format!("<{id}@{}>", shared.config.hostname);
+    let additions = HeaderAdditions { date, message_id, from: None, drop_bcc: false };
     Ok(Box::new(QueueWriter {
         shared: shared.clone(),
         writer,
-        queues: copies.into_iter().map(|(queue, _)| queue).collect(),
-        recipients: envelope.recipients.iter().map(|recipient| recipient.mailbox.clone()).collect(),
+        copies,
         id,
         completer: (policy == HeaderPolicy::Complete).then(|| HeaderCompleter::new(additions)),
-        buffer: Vec::new(),
+        completed: Vec::new(),
     }))
 }
 
-/// A message on its way into the queues.
+/// Writes one message into its queues.
 struct QueueWriter {
     shared: Arc<Shared>,
     writer: MessageWriter,
-    queues: Vec<SpoolQueue>,
-    recipients: Vec<Mailbox>,
+    copies: Vec<(SpoolQueue, QueuedEnvelope)>,
     id: String,
     completer: Option<HeaderCompleter>,
-    buffer: Vec<u8>,
+    /// Content from the completer that is not written yet.
+    completed: Vec<u8>,
 }
 
 impl QueueWriter {
-    fn complete(&mut self, octets: &[u8]) -> io::Result<()> {
-        let Some(completer) = &mut self.completer else {
-            return self.writer.write(octets);
-        };
-        self.buffer.clear();
-        completer.feed(octets, &mut self.buffer);
-        self.writer.write(&self.buffer)
-    }
-
     fn finish(mut self) -> io::Result<String> {
         if let Some(completer) = &mut self.completer {
-            self.buffer.clear();
-            completer.finish(&mut self.buffer);
-            self.writer.write(&self.buffer)?;
+            self.completed.clear();
+            completer.finish(&mut self.completed);
+            self.writer.write(&self.completed)?;
         }
-        let QueueWriter { shared, writer, queues, recipients, id, .. } = self;
-        writer.commit()?;
-        for mailbox in &recipients {
-            let owner = mailbox.domain().and_then(|domain| shared.config.accounts.owner(domain));
-            let account = owner.map_or("-", |account| account.name.as_str());
-            log::info!("event=queued id={id} to=<{mailbox}> account={account}");
+        self.writer.commit()?;
+        for (queue, copy) in &self.copies {
+            for Recipient { mailbox, .. } in &copy.envelope.recipients {
+                let owner = mailbox.domain().and_then(|domain| self.shared.config.accounts.owner(domain));
+                let account = owner.map_or("-", |account| account.name.as_str());
+                log::info!("event=queued id={} to=<{mailbox}> account={account}", self.id);
+            }
+            self.shared.relay.arrived(queue);
         }
-        shared.relay.arrived(&queues);
-        Ok(id)
+        Ok(self.id)
     }
 }
 
 impl MessageSink for QueueWriter {
     fn write(&mut self, octets: &[u8]) -> Result<(), Reply> {
-        self.complete(octets).map_err(|error| storage_failure_reply(&error))
+        let octets = match &mut self.completer {
+            None => octets,
+            Some(completer) => {
+                self.completed.clear();
+                completer.feed(octets, &mut self.completed);
+                &self.completed
+            }
+        };
+        self.writer.write(octets).map_err(|error| storage_failure_reply(&error))
     }
 
     fn commit(self: Box<Self>) -> Result<String, Reply> {
@@ -115,24 +111,23 @@ impl MessageSink for QueueWriter {
     }
 }
 
-/// Stores the provider's DSNs: for a held domain in its queue, for any other in the relay's.
+/// Stores the provider's DSNs in the queue of their recipient, held or outgoing.
 pub struct SpoolDsnSink {
-    pub spool: Spool,
-    pub router: RecipientRouter,
+    pub spool: Arc<Spool>,
     pub relay: RelayHandle,
     pub ids: Ids,
 }
 
 impl DsnSink for SpoolDsnSink {
     fn store(&self, dsn: &DsnMessage) -> io::Result<()> {
-        let Some(queue) = self.router.queue_for(&dsn.to) else {
+        let Some(queue) = self.spool.queue_for(&dsn.to) else {
             log::warn!("event=dsn-undeliverable to=<{}>", dsn.to);
             return Ok(());
         };
         let mut writer = self.spool.begin_message(&[(queue.clone(), dsn.envelope(&self.ids))], "")?;
         writer.write(&dsn.text)?;
         writer.commit()?;
-        self.relay.arrived(&[queue]);
+        self.relay.arrived(&queue);
         Ok(())
     }
 }

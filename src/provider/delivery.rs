@@ -1,199 +1,201 @@
-//! The one delivery thread: every turned connection, multiplexed over poll(2).
+//! The delivery thread: one thread that sends held mail over all turned connections (RFC 2645 section 5.3).
 //!
-//! It never waits for one peer. A session without anything to read or write costs a socket and its TLS state; one that
-//! stalls meets its own deadline; one that panics is dropped, and its mail stays.
+//! A worker thread submits a [`Turn`]; from then on this thread has the connection and the lock on the mail. It waits
+//! with poll(2) for all connections at once, and then lets each session that can go on do a bounded piece of work, so it
+//! never waits for one customer. A customer that does not answer costs a socket and its TLS state until the deadline of
+//! its session. A panic ends one session; its mail stays in the queue.
 //!
 //! ```text
-//! TurnSender::submit ─▶ channel ─▶ DeliveryThread ─┬─ session: replies ─▶ Client ─▶ settle
-//!                  (and a wake-up)                 ├─ session: content ─▶ connection
-//!                                                  └─ …          a bounded piece of work each, one after the other
+//! worker: TurnSender::submit ─▶ channel ─▶ DeliveryThread ─┬─ TurnedSession: replies ─▶ Client ─▶ settle
+//!                        └────── pipe ───▶ (poll returns)  ├─ TurnedSession: content ─▶ connection
+//!                                                          └─ …
 //! ```
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::pipe::PipeFlags;
 
-use super::turned_session::{TurnEnd, TurnSettings, TurnedSession};
+use super::turned_session::{TurnSettings, TurnedSession};
 use crate::net::trace::quoted;
 use crate::turn::Turn;
 
-/// The way to the delivery thread.
+/// Submits turns to the delivery thread. The thread ends after the last session if no sender is left.
 pub struct TurnSender {
+    // The channel is closed before the pipe: the end of the pipe wakes the thread, which then finds no sender.
     sender: Sender<Box<Turn>>,
     waker: OwnedFd,
     sessions: Arc<SessionCount>,
     limit: usize,
 }
 
-/// How many turned sessions there are, on their way included.
+/// How many turned sessions there are, turns in the channel included.
 #[derive(Default)]
 struct SessionCount {
     count: Mutex<usize>,
-    none: Condvar,
+    session_ended: Condvar,
 }
 
 impl SessionCount {
-    fn enter(&self, limit: usize) -> bool {
-        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        let admitted = *count < limit;
-        *count += usize::from(admitted);
-        admitted
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn leave(&self) {
-        *self.count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        self.none.notify_all();
-    }
-
-    fn wait_until_none(&self, deadline: Instant) {
-        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = deadline.saturating_duration_since(Instant::now());
-        let _ = self.none.wait_timeout_while(count, left, |count| *count > 0);
+    fn remove_one(&self) {
+        *self.lock() -= 1;
+        self.session_ended.notify_all();
     }
 }
 
 impl TurnSender {
-    /// Passes a turn to the delivery thread; if that cannot accept it, the turn comes back.
+    /// Submits a turn, which the delivery thread will begin.
+    ///
+    /// # Errors
+    /// The turn, if there are as many turned sessions as permitted, or if the thread has ended.
     pub fn submit(&self, turn: Box<Turn>) -> Result<(), Box<Turn>> {
-        if !self.sessions.enter(self.limit) {
+        let mut count = self.sessions.lock();
+        if *count >= self.limit {
             return Err(turn);
         }
-        if let Err(rejected) = self.sender.try_send(turn) {
-            self.sessions.leave();
-            return Err(rejected.into_inner());
-        }
-        // A full pipe is as good a wake-up as one octet more.
+        self.sender.send(turn).map_err(|rejected| rejected.0)?;
+        *count += 1;
+        // If the pipe is full, the thread has enough octets to wake it.
         let _ = rustix::io::retry_on_intr(|| rustix::io::write(&self.waker, &[0]));
         Ok(())
     }
 
-    /// Waits until the last turned session has ended.
+    /// Waits until there is no turned session, or until the deadline.
     pub fn wait_until_done(&self, deadline: Instant) {
-        self.sessions.wait_until_none(deadline);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let _ = self.sessions.session_ended.wait_timeout_while(self.sessions.lock(), left, |count| *count > 0);
     }
 }
 
-/// What the delivery thread runs on.
+/// The delivery thread before it runs.
 pub struct DeliveryThread {
     turns: Receiver<Box<Turn>>,
+    /// Readable if turns were submitted since the last look into the channel.
     woken: OwnedFd,
     sessions: Arc<SessionCount>,
     settings: TurnSettings,
 }
 
-/// The two ends of the delivery thread; `limit`: how many turned sessions there may be.
-pub fn channel(limit: usize, settings: TurnSettings) -> std::io::Result<(TurnSender, DeliveryThread)> {
-    // `SessionCount` bounds it.
+/// Connects a sender of turns to a delivery thread; `limit`: the most turned sessions at a time.
+///
+/// # Errors
+/// The system has no descriptors left.
+pub fn channel(limit: usize, settings: TurnSettings) -> io::Result<(TurnSender, DeliveryThread)> {
+    // `limit` bounds the channel.
     let (sender, turns) = crossbeam_channel::unbounded();
-    let (woken, waker) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC | rustix::pipe::PipeFlags::NONBLOCK)?;
+    let (woken, waker) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
     let sessions = Arc::<SessionCount>::default();
     let turn_sender = TurnSender { sender, waker, sessions: sessions.clone(), limit };
     Ok((turn_sender, DeliveryThread { turns, woken, sessions, settings }))
 }
 
 impl DeliveryThread {
-    /// Runs until every [`TurnSender`] is gone and all sessions have ended, or it is aborted.
+    /// Runs until no [`TurnSender`] is left and all sessions have ended, or until it is aborted.
     pub fn run(self) {
         let mut sessions: Vec<TurnedSession> = Vec::new();
         let mut open = true;
         while (open || !sessions.is_empty()) && !self.settings.abort.is_cancelled() {
-            loop {
-                match self.turns.try_recv() {
-                    Ok(turn) => self.begin(turn, &mut sessions),
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => {
-                        open = false;
-                        break;
-                    }
-                }
-            }
-            if open || !sessions.is_empty() {
-                self.wait(&mut sessions, open);
-                let now = Instant::now();
-                sessions
-                    .extract_if(.., |session| session.take_wake_up(now) && !self.work(session, now))
-                    .for_each(TurnedSession::close);
-            }
+            self.wait(&mut sessions, open);
+            open = self.begin_sessions(&mut sessions);
+            let now = Instant::now();
+            let ended = sessions.extract_if(.., |session| session.may_work(now) && !self.work(session, now));
+            ended.for_each(TurnedSession::close);
         }
         for mut session in sessions {
-            session.end(&TurnEnd::Failed("the provider is shutting down".to_owned()));
+            session.end("the provider is shutting down");
             session.close();
         }
     }
 
-    fn begin(&self, turn: Box<Turn>, sessions: &mut Vec<TurnedSession>) {
-        match catch_unwind(AssertUnwindSafe(|| TurnedSession::new(turn.begin(), &self.settings))) {
-            Ok(session) => sessions.push(session),
-            Err(_) => self.sessions.leave(),
+    /// Begins a session for each turn in the channel. Returns whether more turns may come.
+    fn begin_sessions(&self, sessions: &mut Vec<TurnedSession>) -> bool {
+        loop {
+            let turn = match self.turns.try_recv() {
+                Ok(turn) => turn,
+                Err(error) => return error == TryRecvError::Empty,
+            };
+            match catch_unwind(AssertUnwindSafe(|| TurnedSession::new(turn.begin(), &self.settings))) {
+                Ok(session) => sessions.push(session),
+                Err(_) => {
+                    log::error!("event=panic session=-");
+                    self.sessions.remove_one();
+                }
+            }
         }
     }
 
-    /// Does one session's piece of work; `false`: it has ended.
+    /// Lets a session do a piece of work. Returns whether it goes on; otherwise it has ended, and is to be closed.
     fn work(&self, session: &mut TurnedSession, now: Instant) -> bool {
-        let worked = catch_unwind(AssertUnwindSafe(|| session.work(now)));
-        let panicked = match worked {
-            Ok(Ok(())) => return true,
-            Ok(Err(end)) => catch_unwind(AssertUnwindSafe(|| session.end(&end))).is_err(),
-            Err(_) => true,
-        };
-        if panicked {
-            log::error!("event=panic session={}", session.id());
+        let goes_on = catch_unwind(AssertUnwindSafe(|| {
+            match session.work(now) {
+                Ok(true) => return true,
+                Ok(false) => session.end("done"),
+                Err(error) => session.end(&error.to_string()),
+            }
+            false
+        }));
+        if goes_on.is_err() {
+            log::error!("event=panic session={}", session.connection.trace.id);
         }
-        self.sessions.leave();
-        false
+        let goes_on = goes_on.unwrap_or(false);
+        if !goes_on {
+            self.sessions.remove_one();
+        }
+        goes_on
     }
 
-    /// Waits until a session can go on, until the earliest deadline, for a new turn, or until it is cancelled.
+    /// Waits until a connection is ready, a session's wake-up time has come, a turn was submitted (if senders are
+    /// `open`), or the thread is cancelled or aborted. Tells the sessions what poll(2) has found.
     fn wait(&self, sessions: &mut [TurnedSession], open: bool) {
         let now = Instant::now();
-        let cancelled = self.settings.cancel.is_cancelled();
-        let mut until = now + Duration::from_secs(3600);
+        let until = sessions.iter_mut().map(|session| session.schedule_wake_up(now)).min();
+        let timeout = until.and_then(|until| Timespec::try_from(until.saturating_duration_since(now)).ok());
         let mut polls = vec![PollFd::from_borrowed_fd(self.settings.abort.fd(), PollFlags::IN)];
-        // Once the last sender is gone this pipe would report its hang-up, again and again.
+        // Without a sender the pipe has ended, which poll(2) would report at every call.
         if open {
             polls.push(PollFd::new(&self.woken, PollFlags::IN));
         }
-        if !cancelled {
+        // Once cancelled, the token stays readable.
+        if !self.settings.cancel.is_cancelled() {
             polls.push(PollFd::from_borrowed_fd(self.settings.cancel.fd(), PollFlags::IN));
         }
         let first = polls.len();
+        // The session that each poll after `first` is for.
         let mut owners = Vec::with_capacity(sessions.len());
-        for (number, session) in sessions.iter_mut().enumerate() {
-            until = until.min(session.schedule(now, cancelled));
-            let connection = session.connection();
-            let wanted = connection.interest();
+        for (number, session) in sessions.iter().enumerate() {
+            let connection = &session.connection;
+            let interest = connection.interest();
             for (descriptor, flags) in
-                [(connection.input_fd(), wanted & PollFlags::IN), (connection.output_fd(), wanted & PollFlags::OUT)]
+                [(connection.input_fd(), interest & PollFlags::IN), (connection.output_fd(), interest & PollFlags::OUT)]
             {
-                // Without a flag poll(2) would still report a hang-up, again and again.
+                // Without a flag poll(2) would still report a hang-up, at every call.
                 if !flags.is_empty() {
                     polls.push(PollFd::from_borrowed_fd(descriptor, flags));
                     owners.push(number);
                 }
             }
         }
-        // Rounded up, so that a deadline has passed when it wakes us.
-        let left = until.saturating_duration_since(now);
-        let millis = if left.is_zero() { 0 } else { left.as_millis() as i64 + 1 };
-        let timeout = Timespec { tv_sec: millis / 1000, tv_nsec: millis % 1000 * 1_000_000 };
-        match rustix::event::poll(&mut polls, Some(&timeout)) {
+        match rustix::event::poll(&mut polls, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => log::error!("event=poll-failed error={}", quoted(error)),
         }
-        let ready: Vec<PollFlags> = polls.iter().map(|poll| poll.revents()).collect();
+        let found: Vec<PollFlags> = polls.iter().map(PollFd::revents).collect();
         drop(polls);
-        if open && !ready[1].is_empty() {
+        if open && !found[1].is_empty() {
             let mut octets = [0; 512];
             while matches!(rustix::io::read(&self.woken, &mut octets), Ok(512)) {}
         }
-        for (owner, flags) in owners.into_iter().zip(&ready[first..]) {
-            if !flags.is_empty() {
-                sessions[owner].wake_up(flags.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR));
-            }
+        for (owner, flags) in owners.into_iter().zip(&found[first..]) {
+            sessions[owner].wake_up(*flags);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Port 25: the world sends mail for the customers' domains (RFC 5321).
 //!
-//! Only held domains and the provider's own postmaster are served. Anything else would be relaying, and is rejected
-//! (550 5.7.1).
+//! The provider accepts mail for held domains and for its own postmaster. Any other recipient gets 550 5.7.1: a server
+//! that relays for everybody would be abused for spam.
 
 use std::sync::Arc;
 
@@ -13,15 +13,15 @@ use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler};
 
-/// One session, up to its end; returns how it ended.
+/// Serves one session until it ends. Returns how it ended, for the log.
 pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
     session.greet();
-    let mut handler = InboundHandler { shared: shared.clone() };
-    let end = session.run(&mut handler);
+    let end = session.run(&mut InboundHandler { shared: shared.clone() });
     session.close();
     end.to_string()
 }
 
+/// Decides which mail from the world is accepted.
 struct InboundHandler {
     shared: Arc<Shared>,
 }
@@ -33,7 +33,7 @@ impl SessionHandler for InboundHandler {
 
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
-        match self.shared.router.held_queue(&mailbox) {
+        match self.shared.spool.held_queue(&mailbox) {
             Some(_) => Ok(mailbox),
             None => Err(Reply::new(550, "5.7.1", "Relaying denied: no mail is held here for that domain")),
         }

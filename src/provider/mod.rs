@@ -1,9 +1,10 @@
-//! The provider: it accepts mail for its customers' domains, holds it, and delivers it when they call.
+//! The provider: it accepts mail for its customers' domains, holds it, and sends it after a customer's ATRN (RFC 2645).
 //!
 //! ```text
-//! listeners ─▶ a worker thread each connection ─┬─ inbound: mail into the spool
-//!                                               └─ odmr: AUTH, mail into the spool, ATRN ─▶ the delivery thread
-//! relay: outgoing mail of customers, to the world
+//! listeners ─▶ a worker thread for each connection ─┬─ inbound: mail from the world into the spool
+//!                                                   └─ odmr: AUTH; mail from the customer into the spool;
+//!                                                            ATRN ─▶ the delivery thread: held mail to the customer
+//! relay: mail from customers to the world
 //! ```
 
 pub mod spool;
@@ -20,7 +21,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::config::ProviderConfig;
@@ -37,9 +38,9 @@ use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
 use accept::SpoolDsnSink;
 use delivery::DeliveryThread;
-use relay::Relay;
+use relay::{Relay, Worker};
 use shared::{Shared, SubmissionRates};
-use spool::{RecipientRouter, Spool};
+use spool::Spool;
 use turned_session::TurnSettings;
 
 /// Where a connection was accepted.
@@ -47,11 +48,12 @@ use turned_session::TurnSettings;
 pub enum Listener {
     Inbound,
     Odmr,
-    /// The protocol of port 366, with TLS from the first octet.
+    /// The protocol of port 366, with TLS from the first octet on.
     OdmrTls,
 }
 
 impl Listener {
+    /// The name in the log.
     pub fn name(self) -> &'static str {
         match self {
             Listener::Inbound => "inbound",
@@ -61,12 +63,22 @@ impl Listener {
     }
 }
 
+/// The connection that a supervisor (inetd, UCSPI) has accepted.
+pub struct SupervisedConnection {
+    /// Descriptor 0.
+    pub input: OwnedFd,
+    /// Descriptor 1, unless descriptor 0 is a socket and serves both ways.
+    pub output: Option<OwnedFd>,
+    /// The address of the client, if it is known.
+    pub peer: Option<IpAddr>,
+}
+
 /// Why a provider cannot start.
 #[derive(Debug)]
 pub enum StartError {
-    /// The configuration names something that cannot be used.
+    /// Something that the configuration names cannot be used.
     Config(String),
-    /// The system refuses.
+    /// The system gives no socket, descriptor or thread.
     System(String),
 }
 
@@ -80,13 +92,22 @@ impl fmt::Display for StartError {
 
 impl std::error::Error for StartError {}
 
-/// A provider.
+impl From<io::Error> for StartError {
+    fn from(error: io::Error) -> StartError {
+        StartError::System(error.to_string())
+    }
+}
+
+/// Starts providers.
 pub struct Provider;
 
 impl Provider {
-    /// Checks what the configuration names, binds every listener, and only then begins to work.
+    /// Starts a provider: checks what the configuration names, binds all listeners, and only then begins to work.
+    ///
+    /// # Errors
+    /// A certificate, an address or a resource of the system cannot be used.
     pub fn start(config: ProviderConfig, ids: Ids) -> Result<RunningProvider, StartError> {
-        let (shared, delivery, relay) = prepare(config, ids)?;
+        let (shared, delivery, relay) = prepare(config, ids, CancelToken::new()?)?;
         let mut listeners = Vec::new();
         let config = &shared.config;
         for (kind, addresses) in [
@@ -98,75 +119,58 @@ impl Provider {
                 listeners.push((kind, listener::bind(*address).map_err(StartError::System)?));
             }
         }
-        let mut running = RunningProvider {
-            shared: shared.clone(),
-            inbound: Vec::new(),
-            odmr: Vec::new(),
-            odmr_tls: Vec::new(),
-            threads: Vec::new(),
-        };
+        let mut running = RunningProvider { shared: shared.clone(), listening: Vec::new(), threads: Vec::new() };
         running.spawn("delivery", move || delivery.run())?;
         running.spawn("relay", move || relay.run())?;
         for (kind, listener) in listeners {
-            let address = listener.local_addr().map_err(system)?;
-            // Tests and supervisors outside read this line.
-            log::info!("listening {} {address}", kind.name());
-            log::info!("event=listening listener={} address={address}", kind.name());
-            match kind {
-                Listener::Inbound => running.inbound.push(address),
-                Listener::Odmr => running.odmr.push(address),
-                Listener::OdmrTls => running.odmr_tls.push(address),
-            }
+            let (name, address) = (kind.name(), listener.local_addr()?);
+            // Programs that start a provider read this line.
+            log::info!("listening {name} {address}");
+            log::info!("event=listening listener={name} address={address}");
+            running.listening.push((kind, address));
+            let acceptor = Acceptor {
+                name,
+                greets: kind != Listener::OdmrTls,
+                cancel: shared.cancel.clone(),
+                limiter: shared.limiter.clone(),
+            };
             let shared = shared.clone();
-            running.spawn(kind.name(), move || {
-                let acceptor = Acceptor {
-                    name: kind.name(),
-                    greets: kind != Listener::OdmrTls,
-                    cancel: shared.cancel.clone(),
-                    limiter: shared.limiter.clone(),
-                };
-                let serve = move |stream: TcpStream, peer| {
-                    let connection = Connection::new(stream.into(), trace(&shared, kind));
-                    serve(&shared, kind, connection, Some(peer));
-                };
-                acceptor.accept(&listener, Arc::new(serve));
-            })?;
+            let service = move |stream: TcpStream, peer| {
+                let connection = Connection::new(stream.into(), trace(&shared, kind));
+                serve(&shared, kind, connection, Some(peer));
+            };
+            running.spawn(name, move || acceptor.accept(&listener, Arc::new(service)))?;
         }
         Ok(running)
     }
 
-    /// Serves one connection that a supervisor has accepted (inetd, UCSPI), also after a turn; returns when it is over.
+    /// Serves one connection that a supervisor has accepted, also after a turn. Returns after its end. Mail that the
+    /// customer submits waits in the spool: the relay of `odmr serve` without `--inetd` sends it.
+    ///
+    /// # Errors
+    /// A certificate or a resource of the system cannot be used.
     pub fn serve_one(
-        config: ProviderConfig, ids: Ids, listener: Listener, connection: (OwnedFd, Option<OwnedFd>),
-        peer: Option<IpAddr>, cancel: &CancelToken,
+        config: ProviderConfig, ids: Ids, listener: Listener, connection: SupervisedConnection, cancel: &CancelToken,
     ) -> Result<(), StartError> {
-        // Outgoing mail waits in its queue: the `odmr serve` without --inetd sends it.
-        let grace = config.timeouts.shutdown;
-        let (shared, delivery, _relay) = prepare(config, ids)?;
-        let (signal, session, at_once) = (cancel.clone(), shared.cancel.clone(), shared.abort.clone());
-        std::thread::spawn(move || {
-            signal.wait_until(None);
-            session.cancel();
-            at_once.wait_until(Some(Instant::now() + grace));
-            at_once.cancel();
-        });
-        let worker = {
-            let shared = shared.clone();
-            std::thread::Builder::new().spawn(move || {
-                let trace = trace(&shared, listener);
-                let connection = match connection {
-                    (socket, None) => Connection::new(socket, trace),
-                    (input, Some(output)) => Connection::pair(input, output, trace),
-                };
-                serve(&shared, listener, connection, peer);
-            })
-        };
-        let worker = worker.map_err(system)?;
-        // With the worker's end gone no turn can come any more, and the delivery ends after its last.
-        let deliverer = std::thread::Builder::new().spawn(move || delivery.run()).map_err(system)?;
+        let (shared, delivery, _) = prepare(config, ids, cancel.clone())?;
+        let (cancel, abort, timeout) = (cancel.clone(), shared.abort.clone(), shared.config.timeouts.shutdown);
+        Builder::new().spawn(move || {
+            cancel.wait_until(None);
+            std::thread::sleep(timeout);
+            abort.cancel();
+        })?;
+        // The worker has the only `TurnSender`: after its end, the delivery thread ends with its last session.
+        let worker = Builder::new().spawn(move || {
+            let SupervisedConnection { input, output, peer } = connection;
+            let trace = trace(&shared, listener);
+            let connection = match output {
+                None => Connection::new(input, trace),
+                Some(output) => Connection::pair(input, output, trace),
+            };
+            serve(&shared, listener, connection, peer);
+        })?;
+        delivery.run();
         let _ = worker.join();
-        drop(shared);
-        let _ = deliverer.join();
         Ok(())
     }
 }
@@ -174,26 +178,18 @@ impl Provider {
 /// A provider at work.
 pub struct RunningProvider {
     shared: Arc<Shared>,
-    inbound: Vec<SocketAddr>,
-    odmr: Vec<SocketAddr>,
-    odmr_tls: Vec<SocketAddr>,
+    listening: Vec<(Listener, SocketAddr)>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl RunningProvider {
-    pub fn inbound(&self) -> &[SocketAddr] {
-        &self.inbound
+    /// The address that connections are accepted at; the first one, if the configuration has several.
+    pub fn address(&self, listener: Listener) -> Option<SocketAddr> {
+        self.listening.iter().find(|(other, _)| *other == listener).map(|(_, address)| *address)
     }
 
-    pub fn odmr(&self) -> &[SocketAddr] {
-        &self.odmr
-    }
-
-    pub fn odmr_tls(&self) -> &[SocketAddr] {
-        &self.odmr_tls
-    }
-
-    /// No new connections; sessions end at the next safe point, within the shutdown timeout.
+    /// Stops: accepts no more connections, lets sessions end after the command or message under way, and ends them at
+    /// once when the shutdown timeout is over.
     pub fn stop(self) {
         let RunningProvider { shared, threads, .. } = self;
         let deadline = Instant::now() + shared.config.timeouts.shutdown;
@@ -205,31 +201,29 @@ impl RunningProvider {
         for thread in threads {
             let _ = thread.join();
         }
-        // A word more for those who were cut off in the middle of content.
+        // Sessions that were ended in the middle of content send a last reply.
         shared.limiter.wait_until_idle(Instant::now() + Duration::from_secs(1));
     }
 
-    fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(system)?;
-        self.threads.push(thread);
+    fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        self.threads.push(Builder::new().name(name.to_owned()).spawn(work)?);
         Ok(())
     }
 }
 
-fn prepare(config: ProviderConfig, ids: Ids) -> Result<(Arc<Shared>, DeliveryThread, Relay), StartError> {
-    let tls = match &config.tls {
-        Some(files) => Some(ServerTls::load(&files.certificate, &files.key).map_err(StartError::Config)?),
-        None => None,
-    };
-    let cancel = CancelToken::new().map_err(system)?;
-    let abort = CancelToken::new().map_err(system)?;
-    let spool = Spool::new(&config, &ids);
-    let router = RecipientRouter::new(&config);
-    let (handle, events) = relay::channel();
-    let sink = SpoolDsnSink { spool: spool.clone(), router: router.clone(), relay: handle.clone(), ids: ids.clone() };
+/// Makes all that does not depend on listeners. The relay and the delivery thread do not run yet.
+fn prepare(
+    config: ProviderConfig, ids: Ids, cancel: CancelToken,
+) -> Result<(Arc<Shared>, DeliveryThread, Relay), StartError> {
+    let tls = config.tls.as_ref().map(|files| ServerTls::load(&files.certificate, &files.key));
+    let tls = tls.transpose().map_err(StartError::Config)?;
+    let abort = CancelToken::new()?;
+    let spool = Arc::new(Spool::new(&config, &ids));
+    let channel = relay::channel();
+    let handle = channel.handle.clone();
+    let sink = SpoolDsnSink { spool: spool.clone(), relay: handle.clone(), ids: ids.clone() };
     let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)));
-    let relay = Relay::new(&config, &spool, &ids, reporter.clone(), (handle.clone(), events), &cancel);
-    let relay = relay.map_err(StartError::Config)?;
+    let worker = Worker::new(&config, &spool, &ids, reporter.clone(), &cancel).map_err(StartError::Config)?;
     let settings = TurnSettings {
         timeouts: config.timeouts.clone(),
         messages: config.limits.messages_per_turn,
@@ -237,28 +231,25 @@ fn prepare(config: ProviderConfig, ids: Ids) -> Result<(Arc<Shared>, DeliveryThr
         cancel: cancel.clone(),
         abort: abort.clone(),
     };
-    let (turns, delivery) = delivery::channel(config.limits.turned_sessions, settings).map_err(system)?;
+    let (turns, delivery) = delivery::channel(config.limits.turned_sessions, settings)?;
     let limiter = ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address);
     let rates = SubmissionRates::default();
-    let shared = Shared { spool, ids, turns, relay: handle, router, rates, tls, cancel, abort, limiter, config };
-    Ok((Arc::new(shared), delivery, relay))
+    let shared = Shared { spool, ids, turns, relay: handle, rates, tls, cancel, abort, limiter, config };
+    Ok((Arc::new(shared), delivery, Relay { worker, channel }))
 }
 
-fn system(error: io::Error) -> StartError {
-    StartError::System(error.to_string())
-}
-
+/// The dialogue's letters: `P` is the provider on port 366, `S` any other server.
 fn trace(shared: &Shared, listener: Listener) -> Trace {
-    // In a transcript P is the provider on port 366, S any plain SMTP server.
     Trace { id: shared.ids.session_id(), us: if listener == Listener::Inbound { 'S' } else { 'P' }, them: 'C' }
 }
 
-/// One connection, up to its end or its turn.
+/// Serves one connection until it ends or has turned.
 fn serve(shared: &Arc<Shared>, listener: Listener, connection: io::Result<Connection>, peer: Option<IpAddr>) {
     let begun = Instant::now();
     let peer = peer.map_or_else(|| "[unknown]".to_owned(), literal);
     let id = connection.as_ref().map_or_else(|_| "-".to_owned(), |connection| connection.trace.id.clone());
-    log::info!("event=connected session={id} listener={} peer={peer}", listener.name());
+    let name = listener.name();
+    log::info!("event=connected session={id} listener={name} peer={peer}");
     let session = connection.and_then(|connection| begin_session(shared, listener, connection, peer.clone()));
     let reason = match (session, listener) {
         (Err(error), _) => error.to_string(),
@@ -266,8 +257,7 @@ fn serve(shared: &Arc<Shared>, listener: Listener, connection: io::Result<Connec
         (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(shared, session),
     };
     log::info!(
-        "event=closed session={id} listener={} peer={peer} duration={:.3} reason={}",
-        listener.name(),
+        "event=closed session={id} listener={name} peer={peer} duration={:.3} reason={}",
         begun.elapsed().as_secs_f64(),
         quoted(reason)
     );
@@ -276,28 +266,23 @@ fn serve(shared: &Arc<Shared>, listener: Listener, connection: io::Result<Connec
 fn begin_session(
     shared: &Shared, listener: Listener, mut connection: Connection, peer: String,
 ) -> io::Result<ServerSession> {
-    let timeouts = &shared.config.timeouts;
+    let config = &shared.config;
     let mut tls = shared.tls.clone();
     if listener == Listener::OdmrTls
         && let Some(tls) = tls.take()
     {
-        connection.start_tls_server(&tls, Instant::now() + timeouts.handshake)?;
+        connection.start_tls_server(&tls, Instant::now() + config.timeouts.handshake)?;
     }
-    let server = Server::new(server_options(shared, listener), connection.tls_info().is_some());
-    let limits = SessionLimits::new(timeouts, &shared.config.limits, &shared.cancel, &shared.abort);
-    Ok(ServerSession::new(connection, server, peer, tls, limits))
-}
-
-fn server_options(shared: &Shared, listener: Listener) -> ServerOptions {
-    let config = &shared.config;
+    let role = if listener == Listener::Inbound { ServerRole::Inbound } else { ServerRole::Odmr };
     let mechanisms = Mechanism::ALL.into_iter();
     let mechanisms = mechanisms.filter(|mechanism| config.odmr.cram_md5 || *mechanism != Mechanism::CramMd5);
-    let role = if listener == Listener::Inbound { ServerRole::Inbound } else { ServerRole::Odmr };
-    ServerOptions {
+    let options = ServerOptions {
         starttls: shared.tls.is_some(),
         require_tls: config.odmr.require_tls,
-        dsn: true,
         mechanisms: mechanisms.collect(),
         ..config.limits.server_options(role, &config.hostname, config.inbound.max_size)
-    }
+    };
+    let server = Server::new(options, connection.tls_info().is_some());
+    let limits = SessionLimits::new(&config.timeouts, &config.limits, &shared.cancel, &shared.abort);
+    Ok(ServerSession::new(connection, server, peer, tls, limits))
 }

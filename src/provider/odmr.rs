@@ -1,10 +1,18 @@
-//! Port 366 up to ATRN: which customer is this, which mail may it have, and what does it submit (RFC 2645 section 5)?
+//! Port 366 up to ATRN: a customer logs in, submits its outgoing mail, and asks for the mail that is held for it.
 //!
-//! A customer submits its outgoing mail before ATRN, as to any submission server (RFC 6409).
+//! Before ATRN the session is that of a submission server (RFC 6409) with AUTH (RFC 2645 section 5.1). At ATRN (section
+//! 5.2.1) the worker locks the queues of the domains and gives the connection, as a [`Turn`], to the delivery thread. The
+//! worker never becomes an SMTP client. If there is no turn, the session goes on, and the reply says why:
 //!
-//! The worker never becomes an SMTP client: it passes the connection to the delivery thread as a [`Turn`], or stays SMTP
-//! server and replies why not. The replies to ATRN come in this order: 530, 503, 501 (the protocol's, in `smtp/server`),
-//! then 450, 451, 453 (here), then 250 (the delivery thread's).
+//! ```text
+//! 530 503 501   not authenticated, in a transaction, not a valid domain       smtp/server
+//! 450           a domain is not the customer's, or another session has it     lock_mail
+//! 451           the spool cannot be read                                      lock_mail
+//! 453           no mail                                                       lock_mail
+//! 503           commands were sent after ATRN without waiting for its reply   Turn::offer
+//! 451           as many turned sessions as permitted                          turn
+//! 250           the connection turns                                          delivery thread
+//! ```
 
 use std::sync::Arc;
 
@@ -13,6 +21,7 @@ use super::shared::Shared;
 use super::spool::SpoolQueue;
 use crate::config::Account;
 use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
+use crate::net::trace::quoted;
 use crate::queue::{LockError, QueueLock};
 use crate::sasl::{CredentialStore, Unavailable};
 use crate::session::server::{ServerSession, SessionEnd};
@@ -21,68 +30,69 @@ use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler};
 use crate::turn::Turn;
 
-/// One session, up to its end or its turn; returns how it ended.
+/// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
 pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
     let mut handler = OdmrHandler { shared: shared.clone() };
     session.greet();
     loop {
-        let domains = match session.run(&mut handler) {
-            SessionEnd::Atrn(domains) => domains,
-            end => {
-                session.close();
-                return end.to_string();
-            }
-        };
-        let offered = match lock_mail(shared, session.server.account(), &domains) {
-            Ok(lock) => Turn::offer(session, lock),
-            Err(reply) => Err(Box::new((session, reply))),
-        };
-        let rejected = match offered {
-            Ok(turn) => match shared.turns.submit(turn) {
-                Ok(()) => return "turned".to_owned(),
-                Err(turn) => {
-                    Box::new((turn.withdraw(), Reply::new(451, "4.3.2", "Too many turned sessions, try again later")))
-                }
-            },
-            Err(rejected) => rejected,
+        let end = session.run(&mut handler);
+        let SessionEnd::Atrn(domains) = end else {
+            session.close();
+            return end.to_string();
         };
         let reply;
-        (session, reply) = *rejected;
+        (session, reply) = match turn(shared, session, &domains) {
+            Ok(()) => return "turned".to_owned(),
+            Err(rejected) => *rejected,
+        };
         session.log_rejection(&reply);
         session.reply(&reply);
     }
 }
 
-/// Locks all mail that was asked for, if there is any; otherwise returns why not (RFC 2645 section 5.2.1).
-fn lock_mail(shared: &Shared, account: Option<&str>, asked: &[Domain]) -> Result<QueueLock, Reply> {
+/// Gives the connection to the delivery thread, which sends the 250.
+///
+/// # Errors
+/// The session and the reply to ATRN: the connection does not turn, and nothing is locked.
+fn turn(shared: &Shared, session: ServerSession, domains: &[Domain]) -> Result<(), Box<(ServerSession, Reply)>> {
+    let lock = match lock_mail(shared, session.server.account(), domains) {
+        Ok(lock) => lock,
+        Err(reply) => return Err(Box::new((session, reply))),
+    };
+    let turn = Turn::offer(session, lock)?;
+    shared.turns.submit(turn).map_err(|turn| {
+        let reply = Reply::new(451, "4.3.2", "Too many turned sessions, try again later");
+        Box::new((turn.withdraw(), reply))
+    })
+}
+
+/// Locks the queues of the domains that the customer named, or of all its domains if it named none.
+///
+/// # Errors
+/// The reply to ATRN, if a domain is not the customer's, a queue is locked or unreadable, or there is no mail.
+fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result<QueueLock, Reply> {
     let account = account.and_then(|name| shared.config.accounts.account(name));
     let own = account.map(|account| account.domains.as_slice()).unwrap_or_default();
-    // One foreign domain, existing or not, and no mail is sent for any of them.
-    if own.is_empty() || asked.iter().any(|domain| !own.contains(domain)) {
+    // RFC 2645 section 5.2.1: one foreign domain, whether it exists or not, and the customer gets no mail at all.
+    if own.is_empty() || named.iter().any(|domain| !own.contains(domain)) {
         return Err(Reply::new(450, "4.7.1", "You have no access to all of these domains"));
     }
-    let domains = if asked.is_empty() { own } else { asked };
+    let domains = if named.is_empty() { own } else { named };
     let names: Vec<_> = domains.iter().map(|domain| shared.spool.name(&SpoolQueue::Held(domain.clone()))).collect();
-    let lock = match shared.spool.queue().lock(&names) {
-        Ok(lock) => lock,
-        Err(LockError::Busy(name)) => {
-            return Err(Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {name}")));
-        }
-        Err(LockError::Failed(error)) => return Err(unavailable(&error)),
+    let unavailable = |error: std::io::Error| {
+        log::error!("event=spool-failed error={}", quoted(error));
+        Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later")
     };
-    match lock.is_empty() {
-        Ok(false) => Ok(lock),
-        // RFC 2645 section 5.2.1; the enhanced code is the one registered for 453 (RFC 5248).
-        Ok(true) => Err(Reply::new(453, "4.3.2", "You have no mail")),
-        Err(error) => Err(unavailable(&error)),
-    }
+    let lock = shared.spool.queue().lock(&names).map_err(|error| match error {
+        LockError::Busy(name) => Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {name}")),
+        LockError::Failed(error) => unavailable(error),
+    })?;
+    // The enhanced status code is the one that is registered for 453 (RFC 5248).
+    let no_mail = || Reply::new(453, "4.3.2", "You have no mail");
+    if lock.is_empty().map_err(unavailable)? { Err(no_mail()) } else { Ok(lock) }
 }
 
-fn unavailable(error: &std::io::Error) -> Reply {
-    log::error!("event=spool-failed error={:?}", error.to_string());
-    Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later")
-}
-
+/// Decides which mail a customer may submit.
 struct OdmrHandler {
     shared: Arc<Shared>,
 }
@@ -109,14 +119,14 @@ impl SessionHandler for OdmrHandler {
         self
     }
 
-    /// Which senders an account may use (RFC 6409 section 6.1), and how many messages it may submit.
+    /// Checks that the customer may submit mail with this sender (RFC 6409 section 6.1), and now.
     fn sender(&mut self, mail: &MailFrom, account: Option<&str>) -> Result<(), Reply> {
         let account = self.account(account)?;
         if !account.relay {
             return Err(Reply::new(550, "5.7.1", "This account hands in no outgoing mail"));
         }
         let own = match &mail.envelope.from {
-            // RFC 6409 section 3.2: a DSN has no sender, and that is not a reason to reject it.
+            // A DSN has the null sender, and must not be rejected for it (RFC 6409 section 3.2).
             ReversePath::Null => true,
             ReversePath::Mailbox(sender) => sender.domain().is_some_and(|domain| account.domains.contains(domain)),
         };
@@ -130,16 +140,14 @@ impl SessionHandler for OdmrHandler {
         Ok(())
     }
 
+    /// Accepts recipients in held domains, and in all others that are fully qualified (RFC 6409 section 4.2).
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
-        // RFC 6409 section 4.2: all domains are fully qualified.
         let qualified = mailbox.domain().is_some_and(|domain| domain.as_str().contains('.'));
-        match self.shared.router.queue_for(&mailbox) {
-            Some(SpoolQueue::Outgoing(_)) | None if !qualified => {
-                Err(Reply::new(554, "5.1.2", "The domain is not fully qualified"))
-            }
-            _ => Ok(mailbox),
+        if qualified || self.shared.spool.held_queue(&mailbox).is_some() {
+            return Ok(mailbox);
         }
+        Err(Reply::new(554, "5.1.2", "The domain is not fully qualified"))
     }
 
     fn size_limit(&self, account: Option<&str>) -> u64 {

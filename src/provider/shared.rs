@@ -1,11 +1,11 @@
 //! What all threads of a provider share.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::delivery::TurnSender;
 use super::relay::RelayHandle;
-use super::spool::{RecipientRouter, Spool};
+use super::spool::Spool;
 use crate::clock::Timestamp;
 use crate::config::ProviderConfig;
 use crate::ids::Ids;
@@ -17,29 +17,36 @@ use crate::session::disk_full_reply;
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
 
+/// What all threads of a provider share.
 pub struct Shared {
     pub config: ProviderConfig,
-    pub spool: Spool,
+    pub spool: Arc<Spool>,
     pub ids: Ids,
     pub turns: TurnSender,
     pub relay: RelayHandle,
-    pub router: RecipientRouter,
     pub rates: SubmissionRates,
+    /// The provider's certificate; `None`: without TLS.
     pub tls: Option<ServerTls>,
-    /// Ends sessions at the next safe point.
+    /// Ends sessions after the command or message under way.
     pub cancel: CancelToken,
-    /// Ends them at once.
+    /// Ends sessions at once.
     pub abort: CancelToken,
     pub limiter: ConnectionLimiter,
 }
 
 impl Shared {
-    /// Rejects mail that the disk would not hold, before it is sent (RFC 1870 section 6.1).
+    /// Checks that the disk has room for a message of the size that MAIL announces (RFC 1870 section 6.1).
+    ///
+    /// # Errors
+    /// The reply to MAIL.
     pub fn check_room(&self, mail: &MailFrom) -> Result<(), Reply> {
         if self.spool.has_room(mail.size.unwrap_or(0)) { Ok(()) } else { Err(disk_full_reply()) }
     }
 
-    /// The mailbox that a path means; a postmaster without a domain is our own (RFC 5321 section 4.5.1).
+    /// The mailbox of a path; a postmaster without a domain is the provider's own (RFC 5321 section 4.5.1).
+    ///
+    /// # Errors
+    /// The reply to RCPT, if the provider's hostname is not a domain.
     pub fn mailbox(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         match path {
             ForwardPath::Mailbox(mailbox) => Ok(mailbox.clone()),
@@ -49,7 +56,7 @@ impl Shared {
     }
 }
 
-/// How many messages each account has submitted within the hour.
+/// Counts the messages that each account submits in an hour.
 #[derive(Default)]
 pub struct SubmissionRates {
     hours: Mutex<HashMap<String, Hour>>,
@@ -61,7 +68,7 @@ struct Hour {
 }
 
 impl SubmissionRates {
-    /// Counts one more message. Returns whether the account may submit it; `limit` 0: no limit.
+    /// Counts one more message. Returns whether the account may submit it; `limit`: messages in an hour, 0: no limit.
     pub fn admit(&self, account: &str, limit: usize, now: Timestamp) -> bool {
         if limit == 0 {
             return true;

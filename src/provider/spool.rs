@@ -1,8 +1,8 @@
-//! The provider's spool: where its queues are, and which one a recipient's mail goes to.
+//! The provider's spool: which queues there are, and which of them a recipient's mail goes to.
 //!
 //! ```text
-//! SPOOL/domains/<domain>/     mail of a customer's domain, until the customer calls
-//! SPOOL/outgoing/<domain>/    mail of customers for a domain elsewhere, until the relay has sent it
+//! SPOOL/domains/<domain>/     mail for a customer's domain, until the customer fetches it
+//! SPOOL/outgoing/<domain>/    mail from customers for a domain elsewhere, until the relay has sent it
 //! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
 //! ```
 
@@ -16,50 +16,56 @@ use crate::mail::address::{Domain, Mailbox};
 use crate::maildir::{self, MessageWriter, with_path};
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
 
-/// The queues of the spool.
-#[derive(Clone)]
+/// Finds, reads and writes the queues.
 pub struct Spool {
     root: PathBuf,
     queue: Queue,
+    accounts: Accounts,
+    /// The provider's own domain; `None`: its hostname is not a domain.
+    own: Option<Domain>,
 }
 
 /// A queue of the spool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SpoolQueue {
-    /// The mail of a customer's domain.
+    /// Mail for a customer's domain.
     Held(Domain),
-    /// The provider's own postmaster.
+    /// Mail for the provider's own postmaster.
     Postmaster,
-    /// Mail of customers for a domain elsewhere.
+    /// Mail from customers for a domain elsewhere.
     Outgoing(Domain),
 }
 
 impl Spool {
+    /// The spool that the configuration names. Queues are made when the first message is stored in them.
     pub fn new(config: &ProviderConfig, ids: &Ids) -> Spool {
-        let queue = Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover);
-        Spool { root: config.spool.clone(), queue }
+        Spool {
+            root: config.spool.clone(),
+            queue: Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover),
+            accounts: config.accounts.clone(),
+            own: Domain::parse(&config.hostname),
+        }
     }
 
-    /// Reads and writes the queues.
+    /// Locks and reads the queues, by their [`Spool::name`].
     pub fn queue(&self) -> &Queue {
         &self.queue
     }
 
-    /// Where a queue is.
+    /// The name of a queue: its directory, and whether its messages are tried again at times of their own.
     pub fn name(&self, queue: &SpoolQueue) -> QueueName {
-        let below = |directory: &str, domain: &Domain| self.root.join(directory).join(domain.as_str());
-        match queue {
-            SpoolQueue::Held(domain) => {
-                QueueName { path: below("domains", domain), domain: Some(domain.clone()), retries: false }
-            }
-            SpoolQueue::Postmaster => QueueName { path: self.root.join("postmaster"), domain: None, retries: false },
-            SpoolQueue::Outgoing(domain) => {
-                QueueName { path: below("outgoing", domain), domain: Some(domain.clone()), retries: true }
-            }
-        }
+        let (path, domain) = match queue {
+            SpoolQueue::Held(domain) => (self.root.join("domains").join(domain.as_str()), Some(domain)),
+            SpoolQueue::Postmaster => (self.root.join("postmaster"), None),
+            SpoolQueue::Outgoing(domain) => (self.root.join("outgoing").join(domain.as_str()), Some(domain)),
+        };
+        QueueName { path, domain: domain.cloned(), retries: matches!(queue, SpoolQueue::Outgoing(_)) }
     }
 
-    /// The domains elsewhere that have a queue.
+    /// The domains elsewhere that have a queue, in no order.
+    ///
+    /// # Errors
+    /// The directory of these queues exists and cannot be read.
     pub fn destinations(&self) -> io::Result<Vec<Domain>> {
         let directory = self.root.join("outgoing");
         let files = match fs::read_dir(&directory) {
@@ -70,42 +76,32 @@ impl Spool {
         Ok(names.filter_map(|name| Domain::parse(&name)).collect())
     }
 
-    /// Whether the disk has room for this many octets more.
+    /// Whether the disk has room for `octets` more.
     pub fn has_room(&self, octets: u64) -> bool {
         maildir::has_room(&self.root, octets)
     }
 
-    /// Begins a message, a copy for each queue.
+    /// Begins a message with a copy in each of these queues. `head`: the first lines of the content, or nothing.
+    ///
+    /// # Errors
+    /// A file cannot be made; `InvalidInput` if an envelope is too long.
     pub fn begin_message(&self, copies: &[(SpoolQueue, QueuedEnvelope)], head: &str) -> io::Result<MessageWriter> {
         let copies: Vec<_> = copies.iter().map(|(queue, envelope)| (self.name(queue), envelope.clone())).collect();
         self.queue.begin_message(&copies, head)
     }
-}
 
-/// Which queue the mail for a mailbox goes to.
-#[derive(Clone)]
-pub struct RecipientRouter {
-    accounts: Accounts,
-    own: Option<Domain>,
-}
-
-impl RecipientRouter {
-    pub fn new(config: &ProviderConfig) -> RecipientRouter {
-        RecipientRouter { accounts: config.accounts.clone(), own: Domain::parse(&config.hostname) }
-    }
-
-    /// The queue of a domain that we hold mail for, or our postmaster's. `None`: only a relay would accept it.
+    /// The queue of mail that is held here: for a customer's domain or for the provider's postmaster, whom every server
+    /// has (RFC 5321 section 4.5.1). `None`: mail for this mailbox would have to be relayed.
     pub fn held_queue(&self, mailbox: &Mailbox) -> Option<SpoolQueue> {
         let domain = mailbox.domain()?;
         if self.accounts.owner(domain).is_some() {
             return Some(SpoolQueue::Held(domain.clone()));
         }
-        // RFC 5321 section 4.5.1: every server has a postmaster.
-        let own = self.own.as_ref() == Some(domain);
-        (own && mailbox.local().eq_ignore_ascii_case("postmaster")).then_some(SpoolQueue::Postmaster)
+        let is_own = self.own.as_ref() == Some(domain);
+        (is_own && mailbox.local().eq_ignore_ascii_case("postmaster")).then_some(SpoolQueue::Postmaster)
     }
 
-    /// The same, or else the queue of a domain elsewhere. Only an address literal has no queue at all.
+    /// The queue of mail for this mailbox, held or outgoing. `None`: its domain is an address literal.
     pub fn queue_for(&self, mailbox: &Mailbox) -> Option<SpoolQueue> {
         self.held_queue(mailbox).or_else(|| mailbox.domain().map(|domain| SpoolQueue::Outgoing(domain.clone())))
     }

@@ -1,10 +1,13 @@
-//! One turned connection: the driver of the client role that never waits for its peer.
+//! One turned session: the provider is SMTP client and sends the mail that it holds (RFC 2645 section 5.3).
 //!
-//! [`TurnedSession::work`] does a bounded piece of work: it reads replies, sends commands and content, settles messages.
-//! The delivery thread calls it whenever there may be something to do.
+//! [`TurnedSession::work`] does a bounded piece of work without waiting for the customer: it reads replies, sends commands
+//! and content, and settles messages. The delivery thread calls it whenever there may be something to do.
 
 use std::collections::VecDeque;
+use std::io;
 use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
 
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled};
@@ -20,62 +23,31 @@ use crate::turn::Turned;
 /// While more octets than this are unsent, no more content is read.
 const HIGH_WATER: usize = 64 * 1024;
 
-/// Steps of work for one session before the next has its turn.
+/// Steps of work for one session before the next session may work.
 const STEPS_PER_ROUND: usize = 8;
 
 /// How long the session waits for the reply to QUIT.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often a stalled session looks whether another session wants its queues.
+/// How often a stalled session checks whether another session wants its queues.
 const TAKEOVER_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Times and limits of a turned session, and how it is cancelled.
+/// Times and limits of turned sessions, and how they are cancelled.
 #[derive(Clone)]
 pub struct TurnSettings {
     pub timeouts: Timeouts,
     /// Messages in one session; 0: no limit.
     pub messages: usize,
     pub reporter: Reporter,
-    /// Ends sessions after the message under way.
+    /// Ends sessions after the messages under way.
     pub cancel: CancelToken,
-    /// Ends them at once.
+    /// Ends sessions at once.
     pub abort: CancelToken,
 }
 
-/// How a session ends.
-#[derive(Debug)]
-pub enum TurnEnd {
-    /// The customer has replied to QUIT.
-    Done,
-    /// For this reason.
-    Failed(String),
-}
-
-impl TurnEnd {
-    fn failed(reason: &str) -> TurnEnd {
-        TurnEnd::Failed(reason.to_owned())
-    }
-}
-
-/// For the log.
-impl std::fmt::Display for TurnEnd {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            TurnEnd::Done => f.write_str("done"),
-            TurnEnd::Failed(reason) => f.write_str(reason),
-        }
-    }
-}
-
-impl From<std::io::Error> for TurnEnd {
-    fn from(error: std::io::Error) -> TurnEnd {
-        TurnEnd::Failed(error.to_string())
-    }
-}
-
-/// One turned connection.
+/// A turned session. It has the lock on the mail until it is closed.
 pub struct TurnedSession {
-    connection: Connection,
+    pub(super) connection: Connection,
     client: Client,
     lock: QueueLock,
     account: String,
@@ -84,20 +56,20 @@ pub struct TurnedSession {
     replies: ReplyInput,
     /// Messages given to the client, in order; its replies are about the first.
     messages: VecDeque<QueuedMessage>,
-    /// The lock offered nothing when last asked, and nothing was settled since.
+    /// The queues had no more messages when last read, and no message was settled since.
     queue_empty: bool,
-    /// The content of the first message is being sent.
+    /// The rest of the content of the first message, while it is being sent.
     content: Option<ContentOutput>,
+    /// The customer has replied to QUIT.
+    done: bool,
     /// There is more to do without waiting.
     busy: bool,
-    /// The poller has found input.
-    readable: bool,
-    /// The poller has found anything.
-    woken: bool,
-    /// When to look at the session if the poller finds nothing.
-    wake: Instant,
+    /// What poll(2) has found on the connection since the last piece of work.
+    found: PollFlags,
+    /// When there is work even if poll(2) finds nothing.
+    wake_up: Instant,
     begun: Instant,
-    /// When the peer must have done its next step.
+    /// When the customer must have done its next step.
     deadline: Instant,
     last_progress: Instant,
     last_heartbeat: Instant,
@@ -107,15 +79,19 @@ pub struct TurnedSession {
 /// What a session has done, for the log.
 #[derive(Default)]
 struct TurnCounters {
+    /// Messages given to the client.
     offered: usize,
+    /// Recipients.
     sent: usize,
     deferred: usize,
     rejected: usize,
     in_doubt: usize,
+    /// Octets of content that was accepted.
     octets: u64,
 }
 
 impl TurnedSession {
+    /// Begins the session: the client waits for the customer's greeting.
     pub fn new(turned: Turned, settings: &TurnSettings) -> TurnedSession {
         let Turned { connection, client, lock, peer, account } = turned;
         let now = Instant::now();
@@ -136,10 +112,10 @@ impl TurnedSession {
             messages: VecDeque::new(),
             queue_empty: false,
             content: None,
+            done: false,
             busy: true,
-            readable: false,
-            woken: false,
-            wake: now,
+            found: PollFlags::empty(),
+            wake_up: now,
             begun: now,
             deadline: now + settings.timeouts.greeting,
             last_progress: now,
@@ -148,63 +124,56 @@ impl TurnedSession {
         }
     }
 
-    pub fn connection(&self) -> &Connection {
-        &self.connection
+    /// Computes and returns when there will be work even if poll(2) finds nothing.
+    pub fn schedule_wake_up(&mut self, now: Instant) -> Instant {
+        let timeouts = &self.settings.timeouts;
+        let idle = self.client.is_ready_for_message() && self.client.in_flight() == 0;
+        self.wake_up = if self.busy || (idle && self.settings.cancel.is_cancelled()) {
+            now
+        } else {
+            let stalled = self.last_progress + timeouts.takeover;
+            let check = if stalled > now { stalled } else { now + TAKEOVER_CHECK_INTERVAL };
+            self.deadline.min(self.begun + timeouts.turn).min(check)
+        };
+        self.wake_up
     }
 
-    pub fn id(&self) -> &str {
-        &self.connection.trace.id
+    /// Reports what poll(2) has found on the connection.
+    pub fn wake_up(&mut self, found: PollFlags) {
+        self.found |= found;
     }
 
-    /// Computes when the session must be looked at even if its peer does nothing, and returns that.
-    pub fn schedule(&mut self, now: Instant, cancelled: bool) -> Instant {
-        self.wake = self.next_wake(now, cancelled);
-        self.wake
+    /// Whether [`TurnedSession::work`] may find something to do. Stalled sessions must cost nothing while others work.
+    pub fn may_work(&self, now: Instant) -> bool {
+        !self.found.is_empty() || self.busy || now >= self.wake_up
     }
 
-    fn next_wake(&self, now: Instant, cancelled: bool) -> Instant {
-        if self.busy || (cancelled && self.client.is_ready_for_message() && self.client.in_flight() == 0) {
-            return now;
-        }
-        let end = self.begun + self.settings.timeouts.turn;
-        let stalled = self.last_progress + self.settings.timeouts.takeover;
-        let check = if stalled > now { stalled } else { now + TAKEOVER_CHECK_INTERVAL };
-        self.deadline.min(end).min(check)
-    }
-
-    /// The poller has found something on the connection; `readable`: input, or its end.
-    pub fn wake_up(&mut self, readable: bool) {
-        self.woken = true;
-        self.readable |= readable;
-    }
-
-    /// Whether there may be work, and forgets that the poller said so. Stalled sessions must cost nothing while others
-    /// are served.
-    pub fn take_wake_up(&mut self, now: Instant) -> bool {
-        std::mem::take(&mut self.woken) || self.busy || now >= self.wake
-    }
-
-    /// Does a bounded piece of work.
+    /// Does a bounded piece of work. Returns whether the session goes on; if not, the customer has replied to QUIT.
     ///
     /// # Errors
-    /// How the session has ended.
-    pub fn work(&mut self, now: Instant) -> Result<(), TurnEnd> {
-        // The last replies may arrive together with an error. They are handled first: a 250 that was received is no doubt.
-        let filled = match std::mem::take(&mut self.readable) {
+    /// Why the session cannot go on.
+    pub fn work(&mut self, now: Instant) -> io::Result<bool> {
+        // The last replies may arrive together with an error of the connection. They are handled before it: a message
+        // that was answered 250 is not in doubt.
+        let found = std::mem::replace(&mut self.found, PollFlags::empty());
+        let filled = match found.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
             true => self.connection.fill().inspect(|_| self.connection.acknowledge()),
             false => Ok(Filled::Nothing),
         };
-        let before = self.connection.unsent();
+        let unsent_before = self.connection.unsent();
         self.busy = true;
         for _ in 0..STEPS_PER_ROUND {
-            let replied = self.take_replies(now)?;
-            let sent = self.send_content(now)? || self.next_message()?;
+            let replied = self.handle_replies(now)?;
+            let sent = !self.done && (self.send_content(now)? || self.next_message()?);
             if let Err(error) = self.connection.flush() {
                 let _ = self.connection.fill();
-                self.take_replies(now)?;
-                return Err(error.into());
+                self.handle_replies(now)?;
+                return if self.done { Ok(false) } else { Err(error) };
             }
-            // The flush may have made room for more content: the poller would not report that.
+            if self.done {
+                return Ok(false);
+            }
+            // The flush may have made room for more content, which poll(2) would not report.
             let room = self.content.is_some() && self.connection.unsent() <= HIGH_WATER;
             if !replied && !sent && !room {
                 self.busy = false;
@@ -212,32 +181,35 @@ impl TurnedSession {
             }
         }
         if filled? == Filled::End || self.connection.ended() {
-            return Err(TurnEnd::failed("the customer closed the connection"));
+            return Err(io::Error::other("the customer closed the connection"));
         }
-        // A slow peer is not a silent one: while it reads, it has more time.
+        // A customer that reads slowly is not silent: it gets more time.
         let sending = self.content.is_some() || self.client.awaiting() == Some(Awaiting::End);
-        if sending && self.connection.unsent() < before {
-            self.progress(now);
+        if sending && self.connection.unsent() < unsent_before {
+            self.record_progress(now);
             self.deadline = self.deadline.max(now + self.settings.timeouts.block);
         }
-        self.check_deadlines(now)
+        self.check_deadlines(now)?;
+        Ok(true)
     }
 
-    fn take_replies(&mut self, now: Instant) -> Result<bool, TurnEnd> {
+    /// Handles all replies that have arrived. Returns whether there were any.
+    fn handle_replies(&mut self, now: Instant) -> io::Result<bool> {
         let mut any = false;
-        while let Some(reply) = self.replies.next(&mut self.connection).map_err(TurnEnd::Failed)? {
+        while !self.done
+            && let Some(reply) = self.replies.next(&mut self.connection).map_err(io::Error::other)?
+        {
             any = true;
-            self.progress(now);
+            self.record_progress(now);
             self.handle_reply(reply, now)?;
         }
         Ok(any)
     }
 
-    fn handle_reply(&mut self, reply: Reply, now: Instant) -> Result<(), TurnEnd> {
-        let last = ends_session(&reply);
+    fn handle_reply(&mut self, reply: Reply, now: Instant) -> io::Result<()> {
         let mut commands = Vec::new();
         let step = self.client.reply(reply.clone(), &mut commands);
-        let step = step.map_err(|violation| TurnEnd::failed(violation.0))?;
+        let step = step.map_err(|violation| io::Error::other(violation.0))?;
         self.send(&commands);
         self.reset_deadline(now);
         match step {
@@ -247,23 +219,27 @@ impl TurnedSession {
                 self.content = Some(ContentOutput::new(chunk, size));
             }
             ClientStep::MessageDone(result) => self.finish_message(&result)?,
-            ClientStep::Closed => return Err(TurnEnd::Done),
-            ClientStep::Abort(Abort::Rejected(Rejection { stage, reply })) => {
-                log::warn!("event=turn-rejected session={} stage=\"{stage}\" reply={}", self.id(), quoted(reply));
+            ClientStep::Closed => {
+                self.done = true;
+                return Ok(());
             }
-            // The options of a turned client lead to none of them.
+            ClientStep::Abort(Abort::Rejected(Rejection { stage, reply })) => {
+                let session = &self.connection.trace.id;
+                log::warn!("event=turn-rejected session={session} stage=\"{stage}\" reply={}", quoted(reply));
+            }
+            // The options of a turned client lead to none of these.
             ClientStep::Abort(_) | ClientStep::StartTls | ClientStep::Replied(_) | ClientStep::Turned => {
-                return Err(TurnEnd::failed("a step that no turned session has"));
+                return Err(io::Error::other("a step that no turned session has"));
             }
         }
-        match last {
-            true => Err(TurnEnd::Failed(format!("the customer ended the session: {reply}"))),
+        match ends_session(&reply) {
+            true => Err(io::Error::other(format!("the customer ended the session: {reply}"))),
             false => Ok(()),
         }
     }
 
-    /// Sends a block of the content under way. Returns whether there was any.
-    fn send_content(&mut self, now: Instant) -> Result<bool, TurnEnd> {
+    /// Sends a block of the content under way. Returns whether there was one to send.
+    fn send_content(&mut self, now: Instant) -> io::Result<bool> {
         let (Some(content), Some(message)) = (&mut self.content, self.messages.front_mut()) else {
             return Ok(false);
         };
@@ -272,9 +248,9 @@ impl TurnedSession {
         }
         match content.send_block(message, &mut self.connection) {
             Err(error) => {
-                // Otherwise the message would end every session, and those after it would never be sent.
+                // Otherwise this message would be the first in every session, and end it before any other is sent.
                 message.move_to_end();
-                return Err(error.into());
+                return Err(error);
             }
             Ok(false) => self.deadline = now + self.settings.timeouts.block,
             Ok(true) => {
@@ -285,13 +261,14 @@ impl TurnedSession {
                 self.reset_deadline(now);
             }
         }
-        self.progress(now);
+        self.record_progress(now);
         Ok(true)
     }
 
-    /// Gives the client the next message, or QUIT if there is none. Returns whether there was anything to do.
-    fn next_message(&mut self) -> Result<bool, TurnEnd> {
-        // To ask the lock means to list a directory: not at every wake-up.
+    /// Gives the client the next message, or lets it send QUIT if there is none. Returns whether there was anything to
+    /// do.
+    fn next_message(&mut self) -> io::Result<bool> {
+        // `QueueLock::next_message` may list a directory: not at every wake-up.
         if !self.client.is_ready_for_message() || (self.queue_empty && self.client.in_flight() > 0) {
             return Ok(false);
         }
@@ -319,7 +296,8 @@ impl TurnedSession {
         Ok(true)
     }
 
-    fn finish_message(&mut self, result: &DeliveryResult) -> Result<(), TurnEnd> {
+    /// Acts on the result of the first of the messages given to the client.
+    fn finish_message(&mut self, result: &DeliveryResult) -> io::Result<()> {
         self.queue_empty = false;
         match self.messages.pop_front() {
             Some(message) => self.finish_attempt(message, result),
@@ -327,7 +305,7 @@ impl TurnedSession {
         }
     }
 
-    fn finish_attempt(&mut self, message: QueuedMessage, result: &DeliveryResult) -> Result<(), TurnEnd> {
+    fn finish_attempt(&mut self, message: QueuedMessage, result: &DeliveryResult) -> io::Result<()> {
         let size = message.size;
         let attempt = Attempt {
             session: &self.connection.trace.id,
@@ -337,10 +315,9 @@ impl TurnedSession {
             peer_sends_dsn: self.client.extensions().dsn,
             retry: None,
         };
-        if self.settings.reporter.finish_attempt(message, result.clone(), &attempt, &mut self.lock).is_err() {
-            // The disk does not record what was done: to go on would be to do it again and again.
-            return Err(TurnEnd::failed("the result could not be recorded"));
-        }
+        // A session that went on would send the same message again and again.
+        let settled = self.settings.reporter.finish_attempt(message, result.clone(), &attempt, &mut self.lock);
+        settled.map_err(|_| io::Error::other("the result could not be recorded"))?;
         for status in &result.recipients {
             *match status {
                 RecipientStatus::Sent(_) => &mut self.counters.sent,
@@ -355,31 +332,26 @@ impl TurnedSession {
         Ok(())
     }
 
-    /// Ends the session: messages under way go back to their queue, or are in doubt.
-    pub fn end(&mut self, reason: &TurnEnd) {
+    /// Ends the session for this reason: messages under way are deferred, or are in doubt.
+    pub fn end(&mut self, reason: &str) {
         for result in self.client.abandon(&connection_lost("The connection was lost")) {
-            // A failure was logged where it happened; the message stays as it is.
+            // `Reporter` has logged a failure; the message stays as it is.
             let _ = self.finish_message(&result);
         }
-        let counters = &self.counters;
+        let TurnCounters { sent, deferred, rejected, in_doubt, octets, .. } = self.counters;
         log::info!(
-            "event=turn-ended session={} peer={} account={} sent={} deferred={} rejected={} in-doubt={} octets={} \
-             duration={:.3} reason={}",
-            self.id(),
+            "event=turn-ended session={} peer={} account={} sent={sent} deferred={deferred} rejected={rejected} \
+             in-doubt={in_doubt} octets={octets} duration={:.3} reason={}",
+            self.connection.trace.id,
             self.peer,
             self.account,
-            counters.sent,
-            counters.deferred,
-            counters.rejected,
-            counters.in_doubt,
-            counters.octets,
             self.begun.elapsed().as_secs_f64(),
             quoted(reason)
         );
     }
 
-    /// Releases the queues, then closes: a customer that sees the end and calls again finds them unlocked. TLS ends with
-    /// close_notify (RFC 8314 section 3.4).
+    /// Releases the queues, then closes the connection: a customer that sees the end and calls again must find them
+    /// unlocked. TLS ends with close_notify (RFC 8446 section 6.1).
     pub fn close(self) {
         drop(self.lock);
         self.connection.shutdown();
@@ -389,7 +361,7 @@ impl TurnedSession {
         send_commands(&mut self.connection, &self.client, octets);
     }
 
-    /// The peer has done its step: the deadline of the next one begins (RFC 5321 section 4.5.3.2).
+    /// Begins the deadline of the customer's next step (RFC 5321 section 4.5.3.2).
     fn reset_deadline(&mut self, now: Instant) {
         let timeouts = &self.settings.timeouts;
         let timeout = match self.client.awaiting() {
@@ -400,7 +372,8 @@ impl TurnedSession {
         self.deadline = now + timeout;
     }
 
-    fn progress(&mut self, now: Instant) {
+    /// Records that the customer makes progress: no other session may take its queues over.
+    fn record_progress(&mut self, now: Instant) {
         self.last_progress = now;
         if now.duration_since(self.last_heartbeat) > self.settings.timeouts.takeover / 4 {
             self.last_heartbeat = now;
@@ -408,16 +381,17 @@ impl TurnedSession {
         }
     }
 
-    fn check_deadlines(&self, now: Instant) -> Result<(), TurnEnd> {
-        if now >= self.deadline {
-            return Err(TurnEnd::failed("the customer does not answer"));
-        }
-        if now >= self.begun + self.settings.timeouts.turn {
-            return Err(TurnEnd::failed("the session has taken too long"));
-        }
-        if now >= self.last_progress + self.settings.timeouts.takeover && self.lock.takeover_requested() {
-            return Err(TurnEnd::failed("taken over by another session of the customer"));
-        }
-        Ok(())
+    fn check_deadlines(&self, now: Instant) -> io::Result<()> {
+        let Timeouts { turn, takeover, .. } = self.settings.timeouts;
+        let reason = if now >= self.deadline {
+            "the customer does not answer"
+        } else if now >= self.begun + turn {
+            "the session has taken too long"
+        } else if now >= self.last_progress + takeover && self.lock.takeover_requested() {
+            "taken over by another session of the customer"
+        } else {
+            return Ok(());
+        };
+        Err(io::Error::other(reason))
     }
 }

@@ -145,8 +145,9 @@ struct Doors {
 
 impl Doors {
     fn of(running: &odmr::provider::RunningProvider) -> Doors {
-        let first = |addresses: &[SocketAddr]| addresses.first().copied();
-        Doors { inbound: first(running.inbound()), odmr: first(running.odmr()), odmr_tls: first(running.odmr_tls()) }
+        use odmr::provider::Listener::{Inbound, Odmr, OdmrTls};
+        let [inbound, odmr, odmr_tls] = [Inbound, Odmr, OdmrTls].map(|listener| running.address(listener));
+        Doors { inbound, odmr, odmr_tls }
     }
 }
 

@@ -1,13 +1,15 @@
-//! The hosts that the relay has connections to, and those that it leaves alone for a while.
+//! The hosts that the relay has connections to, and those that it does not connect to for a while.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What is known of each host, by its address.
+use crate::smtp::reply::Reply;
+
+/// What the relay knows of each host, by its address.
 #[derive(Default)]
 pub(super) struct HostTable {
-    state: Mutex<HashMap<String, HostState>>,
+    hosts: Mutex<HashMap<String, HostState>>,
 }
 
 #[derive(Default)]
@@ -16,53 +18,70 @@ struct HostState {
     down_until: Option<Instant>,
 }
 
-/// Why no connection to a host may be made now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum HostUnavailable {
-    /// It was not reachable a moment ago.
-    Down,
-    /// The relay has as many connections to it as it may have.
+impl HostState {
+    fn is_down(&self) -> bool {
+        self.down_until.is_some_and(|until| until > Instant::now())
+    }
+}
+
+/// Why no session has decided on the mail of an attempt.
+#[derive(Debug)]
+pub(super) enum RouteError {
+    /// All mail that is due is deferred with this reply.
+    Deferred(Reply),
+    /// All mail that is due is rejected with this reply.
+    Rejected(Reply),
+    /// The relay has all permitted connections to the host in use: the mail is tried again soon.
     Busy,
+    /// The relay was cancelled.
+    Cancelled,
 }
 
 impl HostTable {
-    /// Counts one more connection to a host; `limit`: how many it may have.
-    pub(super) fn acquire(&self, address: &str, limit: usize) -> Result<HostPermit<'_>, HostUnavailable> {
-        let mut state = self.lock();
-        let host = state.entry(address.to_owned()).or_default();
-        if host.down_until.is_some_and(|until| until > Instant::now()) {
-            return Err(HostUnavailable::Down);
+    /// Counts one more connection to a host; `limit`: how many the relay may have.
+    ///
+    /// # Errors
+    /// The host is down or busy.
+    pub(super) fn acquire(&self, address: &str, limit: usize) -> Result<HostPermit<'_>, RouteError> {
+        let mut hosts = self.lock();
+        let host = hosts.entry(address.to_owned()).or_default();
+        if host.is_down() {
+            return Err(RouteError::Deferred(Reply::new(451, "4.4.1", format!("{address} was not reachable lately"))));
         }
         if host.connections >= limit {
-            return Err(HostUnavailable::Busy);
+            return Err(RouteError::Busy);
         }
         host.connections += 1;
-        Ok(HostPermit { hosts: self, address: address.to_owned() })
+        Ok(HostPermit { table: self, address: address.to_owned() })
     }
 
-    /// Leaves a host alone for most of `pause`, so that it is tried again at the next attempt.
-    pub(super) fn mark_down(&self, address: &str, pause: Duration) {
-        let mut state = self.lock();
-        // The table must not grow with every host that was ever down.
-        state.retain(|_, host| host.connections > 0 || host.down_until.is_some_and(|until| until > Instant::now()));
-        state.entry(address.to_owned()).or_default().down_until = Some(Instant::now() + pause.mul_f32(0.8));
+    /// Permits no connection to a host for 0.8 of `retry_pause`, so that the next attempt at its mail finds it permitted.
+    pub(super) fn mark_down(&self, address: &str, retry_pause: Duration) {
+        let mut hosts = self.lock();
+        // Otherwise the table would grow with every host that was ever connected to.
+        hosts.retain(|_, host| host.connections > 0 || host.is_down());
+        hosts.entry(address.to_owned()).or_default().down_until = Some(Instant::now() + retry_pause.mul_f32(0.8));
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, HostState>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// One connection to a host; `Drop` releases it.
+/// One connection to a host, counted until this is dropped.
 pub(super) struct HostPermit<'a> {
-    hosts: &'a HostTable,
+    table: &'a HostTable,
     address: String,
 }
 
 impl Drop for HostPermit<'_> {
     fn drop(&mut self) {
-        if let Some(host) = self.hosts.lock().get_mut(&self.address) {
-            host.connections = host.connections.saturating_sub(1);
+        let mut hosts = self.table.lock();
+        if let Some(host) = hosts.get_mut(&self.address) {
+            host.connections -= 1;
+            if host.connections == 0 && !host.is_down() {
+                hosts.remove(&self.address);
+            }
         }
     }
 }
@@ -72,14 +91,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hosts_have_limits_and_are_left_alone_when_down() {
+    fn a_host_that_is_busy_or_down_gives_no_permit() {
         let hosts = HostTable::default();
         let address = "127.0.0.2:25";
         let permit = hosts.acquire(address, 1).ok().unwrap();
-        assert!(matches!(hosts.acquire(address, 1), Err(HostUnavailable::Busy)));
+        assert!(matches!(hosts.acquire(address, 1), Err(RouteError::Busy)));
         drop(permit);
         assert!(hosts.acquire(address, 1).is_ok());
         hosts.mark_down(address, Duration::from_secs(60));
-        assert!(matches!(hosts.acquire(address, 1), Err(HostUnavailable::Down)));
+        assert!(matches!(hosts.acquire(address, 1), Err(RouteError::Deferred(_))));
     }
 }

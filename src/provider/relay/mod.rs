@@ -1,101 +1,150 @@
-//! The relay: outgoing mail of customers, on its way to the world by MX (RFC 5321 section 5.1) or through a smarthost.
+//! The relay: it sends mail from customers to the world, by MX (RFC 5321 section 5.1) or through a smarthost.
 //!
 //! ```text
-//! arrived ──▶ scheduler: which destination is due? ──▶ channel ──▶ workers: one session a destination
-//!                 ▲                                                   │
-//!                 └───────────── done, next attempt at … ◀────────────┘
+//! arrived ─▶ scheduler: which destination is due? ─▶ channel ─▶ workers: one session for each destination
+//!                ▲                                                 │
+//!                └──────────── done, due again at … ◀──────────────┘
 //! ```
 //!
-//! `SPOOL/outgoing/<domain>/` is a queue like any other, locked and settled like a customer's mail. The scheduler keeps
-//! nothing that is not in the files: when a message is due is its time of modification. One connection carries all mail
-//! that is due for a destination, and a host that is down is left alone for a while, whichever destination needs it.
+//! A destination is a domain; `SPOOL/outgoing/<domain>/` is its queue. A smarthost gets the mail of all destinations that
+//! are due in one session. The keys below are those of `[relay]`.
+//!
+//! When the relay tries again (RFC 5321 section 4.5.4.1):
+//!
+//! - A message: new mail is sent after 200 ms, so that one session sends what arrives together. After each attempt that
+//!   leaves a recipient deferred or in doubt, the message waits for half of its age, but for at least `retry-first` (5
+//!   min) and at most `retry-max` (4 h), a fifth more or less by chance. The time of modification of the file is when the
+//!   next attempt is due, so a restart changes nothing.
+//! - A destination: it is due when the first of its messages is. All messages that are due then are sent in one attempt,
+//!   which tries the addresses of its hosts in the order of preference, at most 8 of them and for at most 10 min. If no
+//!   host gives a session, all these messages are deferred. If a message could not be recorded on disk, the destination
+//!   waits for `retry-first`. If its queue is locked, or all permitted connections to its hosts are in use, it is tried
+//!   again after 2 s, and nothing is deferred.
+//! - A host: if it cannot be connected to, or a session is lost before it has decided on any message, no destination
+//!   connects to it for 0.8 `retry-first`. Attempts meanwhile go on to the next host, or are deferred without a
+//!   connection.
+//! - Expiry: if an attempt at a message older than `give-up` (5 days) leaves a recipient deferred or in doubt, that
+//!   recipient expires, and the sender gets a DSN. The first such attempt at a message older than `delay-notice` (4 h)
+//!   sends a DSN that it is delayed.
+//!
+//! The spool is read again every 5 min, for mail that another process (inetd mode) has stored.
 
 mod destinations;
-mod events;
 mod hosts;
 mod worker;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::thread::Builder;
 use std::time::{Instant, SystemTime};
 
-use crossbeam_channel::RecvTimeoutError;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
-use crate::config::ProviderConfig;
-use crate::ids::Ids;
 use crate::mail::address::Domain;
-use crate::net::cancel::CancelToken;
 use crate::net::trace::quoted;
-use crate::provider::spool::Spool;
-use crate::report::Reporter;
+use crate::provider::spool::SpoolQueue;
 use destinations::{DestinationTable, RESCAN_INTERVAL};
-use events::RelayEvent;
-pub use events::{RelayEvents, RelayHandle, channel};
-use worker::Worker;
+use worker::NextDue;
+pub use worker::Worker;
 
-/// The scheduler.
+/// What wakes the scheduler.
+enum RelayEvent {
+    /// New mail for this destination.
+    Arrived(Domain),
+    /// A worker has finished its attempt at these destinations.
+    Done(Vec<NextDue>),
+    /// The relay may have been cancelled.
+    Wake,
+}
+
+/// Sends events to the scheduler. After the relay's end they are dropped.
+#[derive(Clone)]
+pub struct RelayHandle(Sender<RelayEvent>);
+
+impl RelayHandle {
+    /// Reports that mail was stored in this queue. In inetd mode no relay runs here, and the mail waits for that of
+    /// `odmr serve`.
+    pub fn arrived(&self, queue: &SpoolQueue) {
+        if let SpoolQueue::Outgoing(destination) = queue {
+            self.send(RelayEvent::Arrived(destination.clone()));
+        }
+    }
+
+    /// Wakes the scheduler, after its token was cancelled.
+    pub fn wake(&self) {
+        self.send(RelayEvent::Wake);
+    }
+
+    fn send(&self, event: RelayEvent) {
+        let _ = self.0.send(event);
+    }
+}
+
+/// The events of a relay, and the handle that sends them.
+pub struct RelayChannel {
+    pub handle: RelayHandle,
+    events: Receiver<RelayEvent>,
+}
+
+/// A channel for one relay.
+pub fn channel() -> RelayChannel {
+    let (sender, events) = crossbeam_channel::unbounded();
+    RelayChannel { handle: RelayHandle(sender), events }
+}
+
+/// The scheduler, and what its workers share.
 pub struct Relay {
-    worker: Arc<Worker>,
-    handle: RelayHandle,
-    events: RelayEvents,
+    pub worker: Worker,
+    pub channel: RelayChannel,
 }
 
 impl Relay {
-    /// # Errors
-    /// The certificates or the smarthost that the configuration names cannot be used.
-    pub fn new(
-        config: &ProviderConfig, spool: &Spool, ids: &Ids, reporter: Reporter,
-        (handle, events): (RelayHandle, RelayEvents), cancel: &CancelToken,
-    ) -> Result<Relay, String> {
-        let worker = Worker::new(config, spool, ids, reporter, cancel)?;
-        Ok(Relay { worker: Arc::new(worker), handle, events })
-    }
-
-    /// Runs until it is cancelled; then waits a while for sessions under way, which end after their message.
+    /// Runs until it is cancelled, and then until the sessions under way have ended, after their message, or the shutdown
+    /// timeout is over.
     pub fn run(self) {
-        let limit = self.worker.connection_limit();
+        let Relay { worker, channel: RelayChannel { handle, events } } = self;
+        let worker = Arc::new(worker);
+        // All sessions of a relay with a smarthost are with one host.
+        let per_host = worker.smarthost.as_ref().map_or(usize::MAX, |_| worker.config.connections_per_host);
+        let limit = worker.config.connections.min(per_host);
         let (jobs, waiting) = crossbeam_channel::unbounded::<Vec<Domain>>();
-        let mut workers = 0;
-        let mut table = DestinationTable::default();
-        table.read(self.worker.spool());
-        let mut read = Instant::now();
+        let mut threads = 0;
         let mut under_way = 0;
-        while !self.worker.is_cancelled() {
+        let mut table = DestinationTable::default();
+        table.read(&worker.spool);
+        let mut read = Instant::now();
+        while !worker.cancel.is_cancelled() {
             if read.elapsed() >= RESCAN_INTERVAL {
-                table.read(self.worker.spool());
+                table.read(&worker.spool);
                 read = Instant::now();
             }
             while under_way < limit
-                && let Some(job) = table.take_due(SystemTime::now(), self.worker.has_smarthost())
+                && let Some(job) = table.take_due(SystemTime::now(), worker.smarthost.is_some())
             {
                 under_way += 1;
-                if under_way > workers {
-                    let (worker, handle, waiting) = (self.worker.clone(), self.handle.clone(), waiting.clone());
-                    match std::thread::Builder::new().name("relay".to_owned()).spawn(move || {
-                        waiting.iter().for_each(|job| worker.work(job, &handle));
-                    }) {
-                        Ok(_) => workers += 1,
+                if under_way > threads {
+                    let (worker, handle, waiting) = (worker.clone(), handle.clone(), waiting.clone());
+                    let work = move || waiting.iter().for_each(|job| handle.send(RelayEvent::Done(worker.work(&job))));
+                    match Builder::new().name("relay".to_owned()).spawn(work) {
+                        Ok(_) => threads += 1,
                         Err(error) => log::error!("event=no-thread error={}", quoted(error)),
                     }
                 }
                 let _ = jobs.send(job);
             }
             let pause = if under_way < limit { table.pause(SystemTime::now()) } else { RESCAN_INTERVAL };
-            match self.events.0.recv_timeout(pause) {
-                Ok(RelayEvent::Arrived(domains)) => domains.into_iter().for_each(|domain| table.arrived(domain)),
+            match events.recv_timeout(pause) {
+                Ok(RelayEvent::Arrived(destination)) => table.arrived(destination),
                 Ok(RelayEvent::Done(destinations)) => {
                     under_way -= 1;
-                    destinations.into_iter().for_each(|(domain, due)| table.done(domain, due));
+                    destinations.into_iter().for_each(|next| table.done(next));
                 }
                 Ok(RelayEvent::Wake) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        // A worker that waits for a name server or a host that does not answer is not waited for: that loses nothing.
+        // Only sessions are waited for. A worker that waits for a name server or a host to answer has sent nothing.
         drop(jobs);
-        let deadline = Instant::now() + self.worker.shutdown_timeout();
-        while self.worker.active_sessions.load(Ordering::SeqCst) > 0
-            && !matches!(self.events.0.recv_deadline(deadline), Err(RecvTimeoutError::Timeout))
-        {}
+        let deadline = Instant::now() + worker.timeouts.shutdown;
+        while worker.has_sessions() && !matches!(events.recv_deadline(deadline), Err(RecvTimeoutError::Timeout)) {}
     }
 }

@@ -2,11 +2,10 @@
 
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::events::{RelayEvent, RelayHandle};
-use super::hosts::{HostPermit, HostTable, HostUnavailable};
+use super::hosts::{HostTable, RouteError};
 use crate::config::{ProviderConfig, RelayConfig, TlsPolicy};
 use crate::ids::Ids;
 use crate::mail::address::Domain;
@@ -15,7 +14,7 @@ use crate::net::resolver::{MxRoute, Resolver};
 use crate::net::tls::{ClientTls, Trust};
 use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
-use crate::queue::{LockError, QueueLock, QueuedMessage};
+use crate::queue::{LockError, QueueLock, QueueName, QueuedMessage};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::client::{ClientSession, Connect, SessionFailure};
 use crate::session::{Remote, Timeouts};
@@ -33,41 +32,60 @@ const ATTEMPT_DEADLINE: Duration = Duration::from_secs(600);
 const BUSY_RETRY_DELAY: Duration = Duration::from_secs(2);
 
 /// What all workers share.
-pub(super) struct Worker {
+pub struct Worker {
     hostname: String,
-    config: RelayConfig,
-    timeouts: Timeouts,
-    spool: Spool,
+    pub(super) config: RelayConfig,
+    pub(super) timeouts: Timeouts,
+    pub(super) spool: Arc<Spool>,
     ids: Ids,
     reporter: Reporter,
-    smarthost: Option<Remote>,
+    pub(super) smarthost: Option<Remote>,
     unverified_tls: ClientTls,
+    /// Loaded if the configuration asks for verified certificates.
     verified_tls: Option<ClientTls>,
     hosts: HostTable,
-    pub(super) active_sessions: AtomicUsize,
-    cancel: CancelToken,
+    /// Each session under way has a clone.
+    sessions: Arc<()>,
+    pub(super) cancel: CancelToken,
 }
 
-/// Why there was no session: what that means for the mail that is due.
-#[derive(Debug)]
-enum RouteError {
-    /// Not now, for this reason.
-    Later(Reply),
-    /// Never, for this reason.
-    Never(Reply),
-    /// The relay has all its connections to the host in use: soon.
-    Busy,
-    Cancelled,
+/// When a destination is due again; `None`: its queue is empty.
+pub(super) struct NextDue {
+    pub(super) destination: Domain,
+    pub(super) due: Option<SystemTime>,
 }
 
-impl From<(HostUnavailable, &str)> for RouteError {
-    fn from((unavailable, address): (HostUnavailable, &str)) -> RouteError {
-        match unavailable {
-            HostUnavailable::Busy => RouteError::Busy,
-            HostUnavailable::Down => {
-                RouteError::Later(Reply::new(451, "4.4.1", format!("{address} was not reachable lately")))
-            }
-        }
+/// Why one mail host has accepted no session, or has lost it before it decided on a message.
+struct HostFailure {
+    host: Domain,
+    /// IP address and port; `-`: the host could not be looked up.
+    address: String,
+    error: RouteError,
+}
+
+impl HostFailure {
+    /// Logs a failure that another host has made up for, or that another failure outweighs.
+    fn log(&self) {
+        let error = match &self.error {
+            RouteError::Deferred(reply) | RouteError::Rejected(reply) => reply.to_string(),
+            RouteError::Busy => "all connections are in use".to_owned(),
+            RouteError::Cancelled => return,
+        };
+        log::info!("event=host-failed host={} address={} error={}", self.host, self.address, quoted(error));
+    }
+
+    /// Which of two failures decides what becomes of the mail; the other one is logged. A host that is only busy will
+    /// accept it soon; and if one host is down and another one leads back to this one, the mail must wait for the first.
+    fn or(self, earlier: Option<HostFailure>) -> HostFailure {
+        let rank = |failure: &HostFailure| match failure.error {
+            RouteError::Rejected(_) => 0,
+            RouteError::Deferred(_) => 1,
+            RouteError::Busy | RouteError::Cancelled => 2,
+        };
+        let Some(earlier) = earlier else { return self };
+        let (decides, other) = if rank(&earlier) > rank(&self) { (earlier, self) } else { (self, earlier) };
+        other.log();
+        decides
     }
 }
 
@@ -75,8 +93,10 @@ impl From<(HostUnavailable, &str)> for RouteError {
 type AllSettled = bool;
 
 impl Worker {
-    pub(super) fn new(
-        config: &ProviderConfig, spool: &Spool, ids: &Ids, reporter: Reporter, cancel: &CancelToken,
+    /// # Errors
+    /// The certificates or the smarthost that the configuration names cannot be used.
+    pub fn new(
+        config: &ProviderConfig, spool: &Arc<Spool>, ids: &Ids, reporter: Reporter, cancel: &CancelToken,
     ) -> Result<Worker, String> {
         let relay = &config.relay;
         let verifies = relay.tls == TlsPolicy::Verify || relay.tls_for.values().any(|tls| *tls == TlsPolicy::Verify);
@@ -91,47 +111,32 @@ impl Worker {
             unverified_tls: ClientTls::new(&Trust::Anyone)?,
             verified_tls: if verifies { Some(ClientTls::new(&Trust::System)?) } else { None },
             hosts: HostTable::default(),
-            active_sessions: AtomicUsize::new(0),
+            sessions: Arc::default(),
             cancel: cancel.clone(),
         })
     }
 
-    /// Sessions that may be under way at once.
-    pub(super) fn connection_limit(&self) -> usize {
-        match &self.smarthost {
-            None => self.config.connections,
-            Some(_) => self.config.connections.min(self.config.connections_per_host),
-        }
+    /// Whether a session is under way.
+    pub(super) fn has_sessions(&self) -> bool {
+        Arc::strong_count(&self.sessions) > 1
     }
 
-    pub(super) fn has_smarthost(&self) -> bool {
-        self.smarthost.is_some()
-    }
-
-    pub(super) fn spool(&self) -> &Spool {
-        &self.spool
-    }
-
-    pub(super) fn is_cancelled(&self) -> bool {
-        self.cancel.is_cancelled()
-    }
-
-    pub(super) fn shutdown_timeout(&self) -> Duration {
-        self.timeouts.shutdown
-    }
-
-    pub(super) fn work(&self, job: Vec<Domain>, handle: &RelayHandle) {
-        let not_before = catch_unwind(AssertUnwindSafe(|| self.attempt(&job))).unwrap_or_else(|_| {
+    /// Makes one attempt at all mail that is due for these destinations. Returns when each is due again.
+    pub(super) fn work(&self, job: &[Domain]) -> Vec<NextDue> {
+        let not_before = catch_unwind(AssertUnwindSafe(|| self.attempt(job))).unwrap_or_else(|_| {
             log::error!("event=panic destination={}", job[0]);
             Some(self.first_retry())
         });
         let next = |domain: &Domain| {
-            let due = self.spool.queue().next_due(&self.spool.name(&SpoolQueue::Outgoing(domain.clone())));
+            let due = self.spool.queue().next_due(&self.queue_name(domain));
             let due = due.unwrap_or_else(|_| Some(self.first_retry()));
-            due.map(|due| not_before.map_or(due, |earliest| due.max(earliest)))
+            NextDue { destination: domain.clone(), due: due.map(|due| not_before.map_or(due, |time| due.max(time))) }
         };
-        let done = job.iter().map(|domain| (domain.clone(), next(domain))).collect();
-        handle.send(RelayEvent::Done(done));
+        job.iter().map(next).collect()
+    }
+
+    fn queue_name(&self, destination: &Domain) -> QueueName {
+        self.spool.name(&SpoolQueue::Outgoing(destination.clone()))
     }
 
     fn first_retry(&self) -> SystemTime {
@@ -139,9 +144,8 @@ impl Worker {
     }
 
     /// One attempt at all mail that is due for these destinations. `Some`: no other attempt before then.
-    fn attempt(&self, domains: &[Domain]) -> Option<SystemTime> {
-        let names: Vec<_> =
-            domains.iter().map(|domain| self.spool.name(&SpoolQueue::Outgoing(domain.clone()))).collect();
+    fn attempt(&self, destinations: &[Domain]) -> Option<SystemTime> {
+        let names: Vec<_> = destinations.iter().map(|domain| self.queue_name(domain)).collect();
         let busy = || Some(SystemTime::now() + BUSY_RETRY_DELAY);
         let mut lock = match self.spool.queue().lock(&names) {
             Ok(lock) => lock,
@@ -158,147 +162,157 @@ impl Worker {
         }
         let sent = match &self.smarthost {
             Some(smarthost) => self.by_smarthost(smarthost, &mut lock),
-            None => self.by_mx(&domains[0], &mut lock),
+            None => self.by_mx(&destinations[0], &mut lock),
         };
-        let settled = match sent {
-            Ok(settled) => settled,
+        let all_settled = match sent {
+            Ok(all_settled) => all_settled,
             Err(RouteError::Cancelled) => true,
             Err(RouteError::Busy) => return busy(),
-            Err(RouteError::Later(reply)) => self.finish_all(&mut lock, &RecipientStatus::Deferred(reply)),
-            Err(RouteError::Never(reply)) => self.finish_all(&mut lock, &RecipientStatus::Rejected(reply)),
+            Err(RouteError::Deferred(reply)) => {
+                for destination in destinations {
+                    log::warn!("event=deferred destination={destination} reply={}", quoted(&reply));
+                }
+                self.finish_all(&mut lock, &RecipientStatus::Deferred(reply))
+            }
+            Err(RouteError::Rejected(reply)) => {
+                for destination in destinations {
+                    log::warn!("event=rejected destination={destination} reply={}", quoted(&reply));
+                }
+                self.finish_all(&mut lock, &RecipientStatus::Rejected(reply))
+            }
         };
-        // A message that could not be settled is still due; it must not be tried again at once.
-        (!settled).then(|| self.first_retry())
+        // A message that could not be settled is still due. Without a pause it would be tried again and again.
+        (!all_settled).then(|| self.first_retry())
     }
 
     /// Gives all recipients that are due the same status.
     fn finish_all(&self, lock: &mut QueueLock, status: &RecipientStatus) -> AllSettled {
-        let mut settled = true;
+        let mut all_settled = true;
         while let Some(message) = lock.next_message() {
             let result = DeliveryResult::all(status.clone(), message.envelope.recipients.len(), DecidedBy::Us);
-            let attempt = self.attempt_with("-", None, false);
-            settled &= self.reporter.finish_attempt(message, result, &attempt, lock).is_ok();
+            all_settled &= self.reporter.finish_attempt(message, result, &self.attempt_with("-", None), lock).is_ok();
         }
-        settled
+        all_settled
     }
 
-    fn attempt_with<'a>(&'a self, session: &'a str, peer: Option<&'a str>, peer_sends_dsn: bool) -> Attempt<'a> {
-        let via = if self.has_smarthost() { Via::Smarthost } else { Via::Mx };
-        let relay = peer.unwrap_or("-");
-        Attempt { session, via, relay, peer, peer_sends_dsn, retry: Some(&self.config.retry) }
+    /// An attempt in a session with this client; `None`: without a session.
+    fn attempt_with<'a>(&'a self, session: &'a str, client: Option<&'a Client>) -> Attempt<'a> {
+        let peer = client.and_then(Client::peer_name);
+        Attempt {
+            session,
+            via: if self.smarthost.is_some() { Via::Smarthost } else { Via::Mx },
+            relay: peer.unwrap_or("-"),
+            peer,
+            peer_sends_dsn: client.is_some_and(|client| client.extensions().dsn),
+            retry: Some(&self.config.retry),
+        }
     }
 
-    /// Sends all that the lock offers in one session. `address`: of the host. If it hangs up without a reply about any
-    /// message, it counts as down.
+    /// Sends all messages that the lock offers in one session with the host at `address`.
+    ///
+    /// # Errors
+    /// The session was lost before it decided on any message. The host counts as down.
     fn deliver(
         &self, mut session: ClientSession, lock: &mut QueueLock, address: &str,
     ) -> Result<AllSettled, RouteError> {
-        let _active = ActiveSession::begin(&self.active_sessions);
-        let (mut settled, mut answered) = (true, false);
+        let _under_way = self.sessions.clone();
+        let (mut all_settled, mut decided) = (true, false);
         let id = session.id().to_owned();
         let mut settle = |message: QueuedMessage, result: DeliveryResult, client: &Client, lock: &mut QueueLock| {
-            answered |= result.decided_by != DecidedBy::ConnectionLoss;
-            let attempt = self.attempt_with(&id, client.peer_name(), client.extensions().dsn);
-            settled &= self.reporter.finish_attempt(message, result, &attempt, lock).is_ok();
+            decided |= result.decided_by != DecidedBy::ConnectionLoss;
+            let attempt = self.attempt_with(&id, Some(client));
+            all_settled &= self.reporter.finish_attempt(message, result, &attempt, lock).is_ok();
         };
         match session.send_queue(lock, &mut settle) {
             Ok(()) => session.quit(),
             Err(SessionFailure::Cancelled) => {}
+            Err(failure) if decided => {
+                log::info!("event=session-lost session={id} host={address} error={}", quoted(failure));
+            }
             Err(failure) => {
-                log::info!("event=session-lost session={id} host={address} error={}", quoted(&failure));
-                if !answered {
-                    self.hosts.mark_down(address, self.config.retry.first);
-                    return Err(RouteError::Later(unreachable_reply(&failure)));
-                }
+                self.hosts.mark_down(address, self.config.retry.first);
+                return Err(unreachable(&failure));
             }
         }
-        Ok(settled)
+        Ok(all_settled)
     }
 
-    /// Sends all mail to one host.
+    /// Sends the mail of all destinations to the smarthost.
     fn by_smarthost(&self, smarthost: &Remote, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
         let address = smarthost.address();
-        let _permit = self.acquire(address)?;
+        let _permit = self.hosts.acquire(address, self.config.connections_per_host)?;
         let options = ClientOptions { name: self.hostname.clone(), chunking: true, ..ClientOptions::default() };
         match smarthost.connect(&options, &self.connect(&self.ids.session_id())) {
             Ok((session, _)) => self.deliver(session, lock, address),
             Err(SessionFailure::Cancelled) => Err(RouteError::Cancelled),
             Err(failure) => {
                 self.hosts.mark_down(address, self.config.retry.first);
-                log::warn!("event=host-failed host={address} error={}", quoted(&failure));
-                Err(RouteError::Later(unreachable_reply(&failure)))
+                Err(unreachable(&failure))
             }
         }
     }
 
     fn connect<'a>(&'a self, id: &'a str) -> Connect<'a> {
-        let (timeouts, cancel) = (&self.timeouts, &self.cancel);
-        Connect { id, peer: 'S', tls: None, timeouts, cancel, limit: None }
+        Connect { id, peer: 'S', tls: None, timeouts: &self.timeouts, cancel: &self.cancel, limit: None }
     }
 
-    fn acquire<'a>(&'a self, address: &str) -> Result<HostPermit<'a>, RouteError> {
-        let permit = self.hosts.acquire(address, self.config.connections_per_host);
-        permit.map_err(|unavailable| RouteError::from((unavailable, address)))
-    }
-
-    /// Finds a host that accepts the mail of a domain (RFC 5321 section 5.1).
-    fn by_mx(&self, domain: &Domain, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
-        let later = |text: String| RouteError::Later(Reply::new(451, "4.4.3", text));
+    /// Sends the mail of one destination to the first of its hosts that accepts a session (RFC 5321 section 5.1).
+    fn by_mx(&self, destination: &Domain, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
+        let deferred = |text: String| RouteError::Deferred(Reply::new(451, "4.4.3", text));
+        let not_found = |name: &Domain, error| deferred(format!("{name} cannot be looked up: {error}"));
         let resolver = match self.config.resolver {
             Some(server) => Resolver::at(server, &self.ids),
-            None => Resolver::system(&self.ids).map_err(|error| later(format!("No name server: {error}")))?,
+            None => Resolver::system(&self.ids).map_err(|error| deferred(format!("No name server: {error}")))?,
         };
-        let route = resolver.route(domain).map_err(|error| later(format!("{domain} cannot be looked up: {error}")))?;
-        let mut last = None;
-        // Hosts without any address are an error of the domain's, and no time mends it (RFC 5321 section 5.1).
-        let mut hopeless = true;
+        let route = resolver.route(destination).map_err(|error| not_found(destination, error))?;
         let deadline = Instant::now() + ATTEMPT_DEADLINE;
         let mut tried = 0;
-        for host in hosts(route, domain, &self.hostname).map_err(RouteError::Never)? {
+        let mut failure: Option<HostFailure> = None;
+        for host in hosts(route, destination, &self.hostname).map_err(RouteError::Rejected)? {
             let addresses = match resolver.addresses(&host) {
                 Ok(addresses) => addresses,
                 Err(error) => {
-                    hopeless = false;
-                    last = Some(later(format!("{host} cannot be looked up: {error}")));
+                    let error = not_found(&host, error);
+                    failure = Some(HostFailure { host, address: "-".to_owned(), error }.or(failure));
                     continue;
                 }
             };
-            hopeless &= addresses.is_empty();
             for address in addresses {
-                if self.cancel.is_cancelled() {
-                    return Err(RouteError::Cancelled);
-                }
                 if tried >= ADDRESS_LIMIT || Instant::now() >= deadline {
-                    break;
+                    let unreached = || deferred(format!("No mail host of {destination} could be reached"));
+                    return Err(failure.map_or_else(unreached, |failure| failure.error));
                 }
                 tried += 1;
                 let address = SocketAddr::new(address, self.config.port);
-                match self.by_host(&host, address, self.config.policy(domain), lock) {
-                    Ok(settled) => return Ok(settled),
+                match self.by_host(&host, address, self.config.policy(destination), lock) {
+                    Ok(all_settled) => {
+                        failure.iter().for_each(HostFailure::log);
+                        return Ok(all_settled);
+                    }
                     Err(RouteError::Cancelled) => return Err(RouteError::Cancelled),
-                    Err(error) => last = Some(better(last, error)),
+                    Err(error) => {
+                        let failed = HostFailure { host: host.clone(), address: address.to_string(), error };
+                        failure = Some(failed.or(failure));
+                    }
                 }
             }
         }
-        if hopeless {
-            last =
-                Some(RouteError::Never(Reply::new(550, "5.4.4", format!("No mail host of {domain} has an address"))));
-        }
-        Err(last.unwrap_or_else(|| later(format!("No mail host of {domain} could be reached"))))
+        // Hosts without any address are a permanent error of the domain (RFC 5321 section 5.1).
+        let no_address =
+            || RouteError::Rejected(Reply::new(550, "5.4.4", format!("No mail host of {destination} has an address")));
+        Err(failure.map_or_else(no_address, |failure| failure.error))
     }
 
+    /// Sends all messages that the lock offers to one address of a mail host. If TLS is optional and fails, the relay
+    /// connects a second time, without TLS.
     fn by_host(
         &self, host: &Domain, address: SocketAddr, policy: TlsPolicy, lock: &mut QueueLock,
     ) -> Result<AllSettled, RouteError> {
-        let (session, _permit) = self.try_host(host, address, policy)?;
-        self.deliver(session, lock, &address.to_string())
-    }
-
-    /// Connects to one address; with opportunistic TLS a second time in clear if TLS fails.
-    fn try_host(
-        &self, host: &Domain, address: SocketAddr, policy: TlsPolicy,
-    ) -> Result<(ClientSession, HostPermit<'_>), RouteError> {
-        let permit = self.acquire(&address.to_string())?;
+        if self.cancel.is_cancelled() {
+            return Err(RouteError::Cancelled);
+        }
+        let name = address.to_string();
+        let _permit = self.hosts.acquire(&name, self.config.connections_per_host)?;
         let tls = match (policy, &self.verified_tls) {
             (TlsPolicy::Verify, Some(tls)) => tls,
             _ => &self.unverified_tls,
@@ -312,31 +326,39 @@ impl Worker {
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
         let id = self.ids.session_id();
         let connect = self.connect(&id);
-        let mut result = Connect { tls: Some((tls, host.as_str())), ..connect }.to(address, options(required));
-        if policy == TlsPolicy::May && matches!(result, Err(SessionFailure::Broken(_) | SessionFailure::NoTls(_))) {
-            result = connect.to(address, options(StartTls::Never));
+        let mut connected = Connect { tls: Some((tls, host.as_str())), ..connect }.to(address, options(required));
+        if policy == TlsPolicy::May && matches!(connected, Err(SessionFailure::Broken(_) | SessionFailure::NoTls(_))) {
+            connected = connect.to(address, options(StartTls::Never));
         }
-        let session = match result {
-            Ok(session) => session,
-            Err(SessionFailure::Cancelled) => return Err(RouteError::Cancelled),
-            Err(failure) => {
-                if matches!(failure, SessionFailure::Lost(_) | SessionFailure::Unreachable(_)) {
-                    self.hosts.mark_down(&address.to_string(), self.config.retry.first);
-                }
-                log::info!("event=host-failed host={host} address={address} error={}", quoted(&failure));
-                return Err(route_error(&failure));
+        let session = connected.map_err(|failure| match failure {
+            SessionFailure::Cancelled => RouteError::Cancelled,
+            // A greeting of 554 or 521 only says that this host accepts no mail. Another host may, so the mail waits.
+            // RFC 5321 section 4.5.4.1 permits that.
+            SessionFailure::Aborted(Abort::Rejected(Rejection { reply, .. }))
+                if reply.severity() == Severity::Transient =>
+            {
+                RouteError::Deferred(reply)
             }
-        };
-        // A host that calls itself by our name is us: this mail would go in circles.
+            failure => {
+                if matches!(failure, SessionFailure::Lost(_) | SessionFailure::Unreachable(_)) {
+                    self.hosts.mark_down(&name, self.config.retry.first);
+                }
+                unreachable(&failure)
+            }
+        })?;
+        // A host that calls itself by our name is this one: the mail would go in circles.
         if session.client().peer_name().is_some_and(|name| name.eq_ignore_ascii_case(&self.hostname)) {
             session.quit();
-            return Err(RouteError::Never(Reply::new(554, "5.4.6", "Mail for that domain comes back to this host")));
+            return Err(RouteError::Rejected(Reply::new(554, "5.4.6", "Mail for that domain comes back to this host")));
         }
-        Ok((session, permit))
+        self.deliver(session, lock, &name)
     }
 }
 
-/// The hosts to try, in order. `hostname`: ours.
+/// The hosts that the mail of a domain may go to, the preferred ones first; at least one. `hostname`: ours.
+///
+/// # Errors
+/// The reply that rejects the mail.
 fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<Domain>, Reply> {
     let hosts = match route {
         // RFC 7505 section 3.
@@ -345,7 +367,7 @@ fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<Domain>,
         MxRoute::Implicit => return Ok(vec![domain.clone()]),
         MxRoute::Hosts(hosts) => hosts,
     };
-    // RFC 5321 section 5.1: a host that is not preferred to ours would send the mail back to us.
+    // A host that is not preferred to ours would send the mail back to us (RFC 5321 section 5.1).
     let own = hosts.iter().find(|mx| mx.host.as_str().eq_ignore_ascii_case(hostname)).map(|mx| mx.preference);
     let before = |preference: u16| own.is_none_or(|own| preference < own);
     let hosts: Vec<_> = hosts.into_iter().filter(|mx| before(mx.preference)).map(|mx| mx.host).collect();
@@ -355,48 +377,9 @@ fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<Domain>,
     Ok(hosts)
 }
 
-/// Which of two errors decides. A host that is only busy is the best to wait for, and a host that is down may be the way
-/// that one which leads back to us is not.
-fn better(last: Option<RouteError>, error: RouteError) -> RouteError {
-    match (last, error) {
-        (Some(RouteError::Busy), _) | (_, RouteError::Busy) => RouteError::Busy,
-        (Some(RouteError::Later(reply)), RouteError::Never(_)) => RouteError::Later(reply),
-        (_, error) => error,
-    }
-}
-
-/// What a failed session means for the mail.
-fn route_error(failure: &SessionFailure) -> RouteError {
-    match failure {
-        // A greeting of 554 or 521 is the host's last word, but another host may accept; so the mail waits (RFC 5321
-        // section 4.5.4.1 leaves that open).
-        SessionFailure::Aborted(Abort::Rejected(Rejection { reply, .. }))
-            if reply.severity() == Severity::Transient =>
-        {
-            RouteError::Later(reply.clone())
-        }
-        failure => RouteError::Later(unreachable_reply(failure)),
-    }
-}
-
-fn unreachable_reply(failure: &SessionFailure) -> Reply {
-    Reply::new(451, "4.4.1", failure.to_string())
-}
-
-/// A session under way; `Drop` ends it.
-struct ActiveSession<'a>(&'a AtomicUsize);
-
-impl ActiveSession<'_> {
-    fn begin(count: &AtomicUsize) -> ActiveSession<'_> {
-        count.fetch_add(1, Ordering::SeqCst);
-        ActiveSession(count)
-    }
-}
-
-impl Drop for ActiveSession<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
+/// The session failed; another attempt may succeed.
+fn unreachable(failure: &SessionFailure) -> RouteError {
+    RouteError::Deferred(Reply::new(451, "4.4.1", failure.to_string()))
 }
 
 #[cfg(test)]
@@ -411,7 +394,7 @@ mod tests {
     /// RFC 5321 section 5.1 and RFC 7505, for mail to `example.org` on `relay.example.net`.
     /// Rules: SMTP-71, SMTP-72.
     #[test]
-    fn routes_become_hosts_or_a_refusal() {
+    fn routes_become_hosts_or_a_rejection() {
         let check = |route, wanted: Result<&[&str], u16>| {
             let found = hosts(route, &domain("example.org"), "Relay.example.net");
             let names = found.map(|hosts| hosts.iter().map(Domain::to_string).collect::<Vec<_>>());
@@ -428,7 +411,7 @@ mod tests {
         check(MxRoute::NoDomain, Err(550));
         check(mx(&[]), Err(554));
         check(mx(&[(10, "a.example"), (20, "b.example")]), Ok(&["a.example", "b.example"]));
-        // Our own name cuts the tail, and what is as preferred as we are goes with it.
+        // Our own name removes itself and all hosts that are not preferred to it.
         let own = (20, "relay.example.net");
         check(mx(&[(10, "a.example"), own, (20, "b.example"), (30, "c.example")]), Ok(&["a.example"]));
         check(mx(&[(20, "b.example"), own]), Err(554));
