@@ -1,24 +1,29 @@
-//! The turn: who was SMTP server becomes SMTP client, and the other way round (RFC 2645 section 5.3).
+//! The turn: the SMTP server becomes the SMTP client, and the SMTP client the SMTP server (RFC 2645 section 5.3).
 //!
 //! ```text
-//!            provider                                     customer
-//!        Session (SMTP server)                         Client (SMTP client)
-//!                 │  ◀──────────────── ATRN ─────────────── │
-//!          Turn::offer                                      │
-//!                 │  ── the channel ──▶ delivery thread     │
-//!          Turn::begin ─────────────── 250 ───────────────▶ │
-//!                 │                                   take_over
-//!        Client (SMTP client)                          Server (SMTP server)
-//!                 │  ◀──────────── 220 greeting ─────────── │
-//!                 │  ───────────────── EHLO ──────────────▶ │
+//!  provider                                                                 customer
+//!  SMTP server                                                              SMTP client
+//!      │ ◀──────────────────────── ATRN example.org ─────────────────────────── │
+//!  the worker locks the mail of example.org                                     │
+//!  Turn::offer: after ATRN more octets came? 503, and the session goes on       │
+//!  the worker submits the turn to the delivery thread                           │
+//!  Turn::begin ────────────── 250 OK now reversing the connection ────────────▶ │
+//!  SMTP client                         take_over: after the 250 more octets came? close
+//!      │                                                                    SMTP server
+//!      │ ◀────────────────────────── 220 greeting ───────────────────────────── │
+//!      │ ────────────────────────────── EHLO ─────────────────────────────────▶ │
+//!      │                  … the provider sends the mail …                       │
+//!      │ ────────────────────────────── QUIT ─────────────────────────────────▶ │
 //! ```
 //!
-//! The SMTP role turns; TCP, TLS and who is provider and who is customer stay as they are, and so no TLS
-//! begins or ends here. Both halves take the wire and the old role by value: nothing can be said in the old
-//! role afterwards, and no octet crosses the turn unnoticed. Of what SMTP learned before nothing is kept
-//! (a new greeting, a new EHLO). There is no way back: after the provider's QUIT both close.
-
-use std::io;
+//! Only the SMTP roles turn. TCP and TLS go on as they are, and the provider stays the provider. What a side has learned
+//! by SMTP before the turn is discarded: there is a new greeting and a new EHLO. There is no second turn: after QUIT both
+//! sides close.
+//!
+//! The invariant: no octet crosses the turn unnoticed. Both halves take the connection and the old role by value, so
+//! nothing can be sent in the old role afterwards. An octet that was read before the turn is never read in the new role:
+//! [`Turn::offer`] and [`take_over`] prevent the turn instead. After [`Turn::begin`] the provider expects the greeting,
+//! and ends the session if it receives anything else.
 
 use crate::net::connection::{Connection, Filled};
 use crate::queue::QueueLock;
@@ -27,82 +32,84 @@ use crate::smtp::client::{Client, ClientOptions};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Server, ServerOptions};
 
-/// The provider's half, on its way from the worker to the delivery thread. It carries the `250` that is
-/// not said yet, and the lock on the mail, which is let go by `Drop` on every way out.
+/// The provider's half, on its way from the worker to the delivery thread.
 pub struct Turn {
     session: ServerSession,
+    /// `Drop` releases it, however the turn ends.
     lock: QueueLock,
-    /// How many messages wait, unless they are too many to be counted now.
-    waiting: Option<usize>,
-    account: String,
+    /// The 250 that ATRN has not received yet.
+    reply: Reply,
 }
 
-/// So many messages are counted and no more: the reply to ATRN is waited for.
+/// Messages that are counted for the reply to ATRN: the customer waits for it.
 const COUNT_LIMIT: usize = 10_000;
 
 impl Turn {
-    /// Whether the connection may turn: it may not when octets stand behind ATRN, which must be the last
-    /// command of a group (RFC 2920 section 3.1). Then the session goes on, and the reply says why.
+    /// Prepares the turn of a session that has received ATRN; `lock` has the mail that was asked for.
+    ///
+    /// # Errors
+    /// Octets have arrived after ATRN, which must be the last command of a group (RFC 2920 section 3.1). Returns the
+    /// session, which goes on, and the reply to ATRN.
     pub fn offer(mut session: ServerSession, lock: QueueLock) -> Result<Box<Turn>, Box<(ServerSession, Reply)>> {
         let arrived = !matches!(session.connection.fill(), Ok(Filled::Nothing));
         if arrived || !session.connection.received().is_empty() {
             let reply = Reply::new(503, "5.5.1", "ATRN must be the last command: wait for its reply");
             return Err(Box::new((session, reply)));
         }
-        let account = session.server.account().unwrap_or_default().to_owned();
-        let waiting = lock.count(COUNT_LIMIT).ok().filter(|count| *count < COUNT_LIMIT);
-        Ok(Box::new(Turn { session, lock, waiting, account }))
+        let waiting = match lock.count(COUNT_LIMIT) {
+            Ok(1) => ", 1 message".to_owned(),
+            Ok(count) if count < COUNT_LIMIT => format!(", {count} messages"),
+            _ => String::new(),
+        };
+        // One line: fetchmail reads no more.
+        let reply = Reply::new(250, "2.0.0", format!("OK now reversing the connection{waiting}"));
+        Ok(Box::new(Turn { session, lock, reply }))
     }
 
-    /// Nobody can take the turn: the session goes on in its old role.
+    /// Returns the session, which goes on in its old role, because the delivery thread cannot accept the turn.
     pub fn withdraw(self) -> ServerSession {
         self.session
     }
 
-    /// Says the 250, in one line (some customers read no more), and becomes the SMTP client.
+    /// Queues the 250 on the connection, and becomes the SMTP client.
     pub fn begin(mut self) -> Turned {
-        let waiting = match self.waiting {
-            None => String::new(),
-            Some(1) => ", 1 message".to_owned(),
-            Some(count) => format!(", {count} messages"),
-        };
-        self.session.reply(&Reply::new(250, "2.0.0", format!("OK now reversing the connection{waiting}")));
-        self.session.connection.trace.event("turn");
+        self.session.reply(&self.reply);
         let ServerSession { connection, server, peer, .. } = self.session;
-        let options = ClientOptions {
-            name: server.hostname().to_owned(),
-            tls: connection.tls_info().is_some(),
-            ..ClientOptions::default()
-        };
-        drop(server);
-        Turned { connection, client: Client::new(options), lock: self.lock, peer, account: self.account }
+        connection.trace.event("turn");
+        let account = server.account().unwrap_or_default().to_owned();
+        let (name, tls) = (server.hostname().to_owned(), connection.tls_info().is_some());
+        let client = Client::new(ClientOptions { name, tls, ..ClientOptions::default() });
+        Turned { connection, client, lock: self.lock, peer, account }
     }
 }
 
 /// What the provider has after the turn.
 pub struct Turned {
     pub connection: Connection,
+    /// It expects the customer's greeting.
     pub client: Client,
     pub lock: QueueLock,
-    /// The customer's address as a literal.
+    /// The customer's address as a literal, `[192.0.2.1]`.
     pub peer: String,
-    /// The account that authenticated: outside SMTP it stays known.
+    /// The account that has authenticated before the turn.
     pub account: String,
 }
 
-/// The customer's half: ATRN was answered 250, and from now on it is the SMTP server.
+/// The customer's half: the provider has answered ATRN with 250, and the customer becomes the SMTP server. Returns the
+/// server, which has not sent its greeting yet.
 ///
-/// Octets behind the 250 are an error: the provider has to wait for our greeting (RFC 2645 section 5.3).
-pub fn take_over(connection: Connection, client: Client, profile: ServerOptions) -> io::Result<(Connection, Server)> {
+/// # Errors
+/// Octets have arrived after the 250: the provider must wait for the greeting (RFC 2645 section 5.3). The connection is
+/// closed.
+pub fn take_over(
+    connection: Connection, client: Client, options: ServerOptions,
+) -> Result<(Connection, Server), &'static str> {
     drop(client);
     if !connection.received().is_empty() {
         connection.shutdown();
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "the provider spoke behind its 250, before our greeting: this is not RFC 2645",
-        ));
+        return Err("the provider sent octets after its 250 and before our greeting (RFC 2645 section 5.3)");
     }
     connection.trace.event("turn");
     let tls = connection.tls_info().is_some();
-    Ok((connection, Server::new(profile, tls)))
+    Ok((connection, Server::new(options, tls)))
 }

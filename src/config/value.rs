@@ -15,7 +15,7 @@ use super::source::{ConfigError, Source};
 use crate::mail::address::{Domain, Mailbox};
 use crate::recipients::AddressPattern;
 use crate::session::TlsMode;
-use crate::session::settings::MIN_ATRN_TIMEOUT;
+use crate::smtp::limits;
 
 /// A value that is written as a string. It is parsed while TOML is read, so that TOML adds the line to the error.
 pub(super) struct Checked<T>(pub(super) T);
@@ -513,7 +513,7 @@ pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dur
 
 pub(super) fn atrn<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let time = duration(deserializer)?;
-    if time < MIN_ATRN_TIMEOUT {
+    if time < limits::SHORTEST_ATRN_TIMEOUT {
         let text = "RFC 2645 section 5.2.1 lets the provider take ten minutes for ATRN: write \"10m\" or more";
         return Err(D::Error::custom(text));
     }

@@ -45,8 +45,7 @@ pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
             Ok(()) => return "turned".to_owned(),
             Err(rejected) => *rejected,
         };
-        session.log_rejection(&reply);
-        session.reply(&reply);
+        session.reject(&reply);
     }
 }
 

@@ -11,7 +11,11 @@ use super::name::QueueName;
 use super::retry;
 use crate::mail::address::Domain;
 use crate::maildir::{Entry, IN_DOUBT, Maildir};
+use crate::net::trace::quoted;
 use crate::smtp::status::DeliveryResult;
+
+/// The file beside the lock that asks its holder to release it.
+pub(super) const TAKEOVER_FILE: &str = "odmr.wanted";
 
 /// The lock on some queues, for one session.
 pub struct QueueLock {
@@ -24,8 +28,8 @@ pub(super) struct LockedQueue {
     maildir: Maildir,
     lock: File,
     waiting: VecDeque<Entry>,
-    /// Messages that this session has offered and that are still there: each is offered once. By queue, as an agent may
-    /// give two files in two Maildirs the same name.
+    /// The unique names of messages that this session has offered and that are still there: each is offered once. The
+    /// set is for one queue, because other agents may give files in two Maildirs the same name.
     offered: HashSet<String>,
 }
 
@@ -42,6 +46,9 @@ impl QueueLock {
     }
 
     /// Whether there is no file at all in the queues.
+    ///
+    /// # Errors
+    /// A directory cannot be read.
     pub fn is_empty(&self) -> io::Result<bool> {
         for queue in &self.queues {
             if !queue.maildir.is_empty()? {
@@ -52,6 +59,9 @@ impl QueueLock {
     }
 
     /// How many files there are in the queues, up to `limit`.
+    ///
+    /// # Errors
+    /// A directory cannot be read.
     pub fn count(&self, limit: usize) -> io::Result<usize> {
         let mut count = 0;
         for queue in &self.queues {
@@ -60,8 +70,8 @@ impl QueueLock {
         Ok(count)
     }
 
-    /// The next message, the oldest of a queue first, also one that has arrived since the lock. `None`: this session has
-    /// been offered every message that is there.
+    /// The next message: the queues take turns, the oldest message of a queue comes first. Messages that arrive after the
+    /// lock are offered too. A file that cannot be read is logged and skipped. `None`: every message has been offered.
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
         let mut refilled = 0;
         while refilled <= self.queues.len() {
@@ -84,7 +94,10 @@ impl QueueLock {
         None
     }
 
-    /// One message of a queue, which is not offered again.
+    /// Opens one message of a queue, which is then not offered again. `None`: it is gone, or the queue is not locked.
+    ///
+    /// # Errors
+    /// The file cannot be read.
     pub fn open_message(&mut self, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name) else { return Ok(None) };
         queue.offered.insert(entry.unique().to_owned());
@@ -99,11 +112,14 @@ impl QueueLock {
         }
     }
 
-    /// Acts on what became of a message; see [`QueuedMessage::settle`].
+    /// Records what became of the recipients of a message, and removes the message if no recipient is left.
+    ///
+    /// # Errors
+    /// The disk fails. No recipient is lost, but some may receive the message twice.
     pub fn settle(&mut self, message: QueuedMessage, result: &DeliveryResult) -> io::Result<()> {
-        let (maildir, unique) = (message.maildir().clone(), message.unique().to_owned());
-        if message.settle(result)?.offer_again
-            && let Some(queue) = self.queue_of(&maildir)
+        let (queue, unique) = (self.queue_of(message.maildir()), message.unique().to_owned());
+        if message.settle(result)?
+            && let Some(queue) = queue
         {
             queue.offered.remove(&unique);
         }
@@ -114,7 +130,7 @@ impl QueueLock {
         self.queues.iter_mut().find(|queue| queue.maildir.path() == maildir.path())
     }
 
-    /// Shows sessions that wait for these locks that this one makes progress.
+    /// Shows sessions that wait for these locks that this session makes progress.
     pub fn heartbeat(&self) {
         for queue in &self.queues {
             let _ = queue.lock.set_modified(SystemTime::now());
@@ -123,7 +139,7 @@ impl QueueLock {
 
     /// Whether another session waits for one of these queues.
     pub fn takeover_requested(&self) -> bool {
-        self.queues.iter().any(|queue| queue.maildir.path().join("odmr.wanted").exists())
+        self.queues.iter().any(|queue| queue.name.path.join(TAKEOVER_FILE).exists())
     }
 }
 
@@ -132,13 +148,11 @@ impl LockedQueue {
         LockedQueue { name: name.clone(), maildir, lock, waiting: VecDeque::new(), offered: HashSet::new() }
     }
 
-    /// Lists what is due and was not offered yet.
+    /// Lists the messages that are due and that this session has not offered yet.
     fn refill(&mut self) -> io::Result<()> {
         let mut entries = self.maildir.entries()?;
-        let mut superseded = Vec::new();
-        for pair in entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique()) {
-            superseded.extend(self.superseded(&pair[0], &pair[1])?);
-        }
+        let pairs = entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique());
+        let superseded: Vec<Entry> = pairs.filter_map(|pair| self.superseded(&pair[0], &pair[1])).cloned().collect();
         for entry in superseded {
             log::warn!("event=half-settled file={}", entry.name);
             self.maildir.remove(&entry)?;
@@ -149,39 +163,30 @@ impl LockedQueue {
         let now = SystemTime::now();
         let is_due =
             |entry: &Entry| !self.name.retries || retry::due(&self.maildir.file(entry)).is_none_or(|due| due <= now);
-        let offered = &self.offered;
-        let fresh = entries.into_iter().filter(|entry| !offered.contains(entry.unique()) && is_due(entry));
-        self.waiting = fresh.collect();
+        entries.retain(|entry| !self.offered.contains(entry.unique()) && is_due(entry));
+        self.waiting = entries.into();
         Ok(())
     }
 
-    /// A crash in `settle` leaves a message twice, before and after: the file without the recipients that are settled
-    /// is right, and the other one is returned. `None`: neither is that of the other.
-    fn superseded(&self, one: &Entry, other: &Entry) -> io::Result<Option<Entry>> {
-        let (Some(some), Some(others)) = (self.parse(one)?, self.parse(other)?) else {
-            return Ok(None);
-        };
+    /// A crash in `settle` leaves a message twice, as it was before and after. Returns the file from before, which has
+    /// recipients that are settled; `None`: neither file is the rest of the other.
+    fn superseded<'a>(&self, one: &'a Entry, other: &'a Entry) -> Option<&'a Entry> {
+        let (first, second) = (self.parse(one)?, self.parse(other)?);
         // Only a file that we have written can be the rest of another.
-        let within = |few: &ParsedEnvelope, many: &ParsedEnvelope| {
+        let is_rest = |few: &ParsedEnvelope, many: &ParsedEnvelope| {
             let (some, all) = (few.recipients(), many.recipients());
             few.ours && some.len() < all.len() && some.iter().all(|recipient| all.contains(recipient))
         };
-        Ok(match (within(&some, &others), within(&others, &some)) {
-            (true, _) => Some(other.clone()),
-            (_, true) => Some(one.clone()),
-            _ => None,
-        })
+        if is_rest(&first, &second) { Some(other) } else { is_rest(&second, &first).then_some(one) }
     }
 
-    /// `None`: the file is not a message for a recipient of this queue.
-    fn parse(&self, entry: &Entry) -> io::Result<Option<ParsedEnvelope>> {
-        let Ok(Some(file)) = message::open_file(&self.maildir.file(entry)) else {
-            return Ok(None);
-        };
-        message::read_envelope(&file, entry, self.name.domain.as_ref())
+    /// The envelope of a file; `None`: it is not a message for a recipient of this queue, or it cannot be read.
+    fn parse(&self, entry: &Entry) -> Option<ParsedEnvelope> {
+        let file = message::open_file(&self.maildir.file(entry)).ok()??;
+        message::read_envelope(&file, entry, self.name.domain.as_ref()).ok()?
     }
 }
 
 pub(super) fn log_unreadable(name: &QueueName, error: &io::Error) {
-    log::error!("event=unreadable queue={name} error={:?}", error.to_string());
+    log::error!("event=unreadable queue={name} error={}", quoted(error));
 }

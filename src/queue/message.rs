@@ -1,4 +1,4 @@
-//! One message of a queue: reading it, and acting on what became of it.
+//! One message of a queue: reading it, and settling it after an attempt.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -13,13 +13,14 @@ use crate::clock::Timestamp;
 use crate::mail::address::Domain;
 use crate::maildir::spooled::Content;
 use crate::maildir::{DELAY_REPORTED, Entry, IN_DOUBT, Maildir, MessageWriter, for_each_block, with_path};
+use crate::net::trace::quoted;
 use crate::smtp::client::OutgoingMessage;
 use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::content::WireSize;
 use crate::smtp::status::{DeliveryResult, RecipientStatus};
 
-/// Names tried for a copy of the same message for rejected recipients: one for each recipient that it may have.
-const SET_ASIDE_NAMES: usize = 1000;
+/// Names tried for the copy of a message for rejected recipients: one for each recipient that it may have.
+const REJECTED_NAMES: usize = 1000;
 
 /// One message, and the recipients that it is offered for.
 pub struct QueuedMessage {
@@ -28,6 +29,7 @@ pub struct QueuedMessage {
     file: File,
     /// Where the content begins, in octets.
     content: u64,
+    /// The id of the message in the log and in its `Received` field.
     pub id: String,
     pub arrived: Timestamp,
     pub envelope: Envelope,
@@ -37,14 +39,8 @@ pub struct QueuedMessage {
     pub eight_bit: bool,
     /// When the next attempt at deferred recipients is due; only a queue with retries uses it.
     pub next_attempt: Option<SystemTime>,
-    /// The sender knows of the rejected recipients, or wants no DSN.
+    /// The sender has received a DSN about the rejected recipients, or wants none.
     pub rejections_reported: bool,
-}
-
-/// What a settlement means for the session.
-pub(super) struct Settled {
-    /// A message of this name may be offered again: it is there for other recipients, or it is a new one.
-    pub(super) offer_again: bool,
 }
 
 /// The content, from where the last call ended.
@@ -61,7 +57,10 @@ impl Content for QueuedMessage {
 }
 
 impl QueuedMessage {
-    /// `None`: the file is gone, or it is not a message for a recipient of this queue, which is logged.
+    /// Opens a message. `None`: the file is gone, or it is not a message for a recipient of this queue, which is logged.
+    ///
+    /// # Errors
+    /// The file cannot be read; the error names it.
     pub(super) fn open(maildir: &Maildir, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let path = maildir.file(&entry);
         let failed = |error| with_path(&path, error);
@@ -75,36 +74,57 @@ impl QueuedMessage {
             log::warn!("event=no-recipients queue={name} file={}", path.display());
             return Ok(None);
         };
-        let content = parsed.octets as u64;
-        // Only the sizes in names that we gave are right.
-        let (size, eight_bit) = match entry.wire_size().filter(|_| parsed.ours) {
-            Some(size) => {
-                // A last line without its end gets one on the wire.
-                let open = !ends_with_line(&file, content).map_err(failed)?;
-                let size = size.saturating_sub(content + parsed.lines as u64);
-                (if open { size + 2 } else { size }, entry.eight_bit())
-            }
-            None => measure(&file, content).map_err(failed)?,
-        };
         let QueuedEnvelope { id, arrived, envelope } = parsed.envelope;
+        let (content, wire_size) = (parsed.octets as u64, entry.wire_size().filter(|_| parsed.ours));
         let mut message = QueuedMessage {
             maildir: maildir.clone(),
+            eight_bit: entry.eight_bit(),
             entry,
             file,
             content,
             id,
             arrived,
             envelope,
-            size,
-            eight_bit,
+            size: 0,
             next_attempt: None,
             rejections_reported: false,
         };
         message.rewind().map_err(failed)?;
+        match wire_size {
+            // The name tells the size of the whole file, with a CR for each of its lines.
+            Some(size) => {
+                let size = size.saturating_sub(content + parsed.lines as u64);
+                message.size = if message.lacks_line_end().map_err(failed)? { size + 2 } else { size };
+            }
+            // Other agents write other sizes into their names, or none.
+            None => message.measure()?,
+        }
         Ok(Some(message))
     }
 
-    /// The name that stays the same whatever happens to the file.
+    /// Whether the last line of the content has no line end. It gets one on the wire.
+    fn lacks_line_end(&self) -> io::Result<bool> {
+        let length = self.file.metadata()?.len();
+        let mut last = [b'\n'];
+        if length > self.content {
+            self.file.read_exact_at(&mut last, length - 1)?;
+        }
+        Ok(last != [b'\n'])
+    }
+
+    /// Reads all content to find its size on the wire, and whether it has octets above 127.
+    fn measure(&mut self) -> io::Result<()> {
+        let (mut size, mut eight_bit) = (WireSize::new(), false);
+        for_each_block(self, |block| {
+            size.feed(block);
+            eight_bit |= !block.is_ascii();
+            Ok(())
+        })?;
+        (self.size, self.eight_bit) = (size.finish(), eight_bit);
+        self.rewind()
+    }
+
+    /// The name that stays the same when the file is moved or flagged.
     pub fn unique(&self) -> &str {
         self.entry.unique()
     }
@@ -117,60 +137,69 @@ impl QueuedMessage {
         self.entry
     }
 
+    /// The envelope of the message for these recipients.
+    pub fn with_recipients(&self, recipients: Vec<Recipient>) -> QueuedEnvelope {
+        let envelope = self.envelope.with_recipients(recipients);
+        QueuedEnvelope { id: self.id.clone(), arrived: self.arrived, envelope }
+    }
+
     /// The message as an SMTP client sends it.
     pub fn outgoing_message(&self) -> OutgoingMessage {
         OutgoingMessage { envelope: self.envelope.clone(), size: self.size, eight_bit: self.eight_bit }
     }
 
-    /// Offers the message last from now on, as it cannot be read: those after it must not wait for it.
+    /// Makes the message the last of its queue, because its content cannot be read: the others must not wait for it.
     pub fn move_to_end(&self) {
         if let Err(error) = self.maildir.flag(&self.entry, IN_DOUBT) {
-            log::error!("event=unreadable error={:?}", error.to_string());
+            log::error!("event=unreadable file={} error={}", self.entry.name, quoted(error));
         }
     }
 
-    /// Acts on what became of the message: the one place where mail is removed. `result` has a status for each recipient
-    /// in order; recipients without one were not tried.
-    pub(super) fn settle(mut self, result: &DeliveryResult) -> io::Result<Settled> {
+    /// Records what became of each recipient, in the order that the module doc of [`queue`](super) describes. This is
+    /// the only function that removes mail. `result` has a status for each recipient in order; recipients without one
+    /// were not tried. Returns whether this session may offer a message of this name again.
+    ///
+    /// # Errors
+    /// The disk fails. No recipient is lost, but some may receive the message twice.
+    pub(super) fn settle(mut self, result: &DeliveryResult) -> io::Result<bool> {
         let recipients = std::mem::take(&mut self.envelope.recipients);
-        let (mut left, mut rejected, mut marks) = (Vec::new(), Vec::new(), String::new());
+        let (mut open, mut rejected, mut marks) = (Vec::new(), Vec::new(), String::new());
         let (mut in_doubt, mut at_once) = (false, false);
         let all = recipients.len();
         for (number, recipient) in recipients.into_iter().enumerate() {
             match result.recipients.get(number) {
                 Some(RecipientStatus::Sent(_)) => {}
                 Some(RecipientStatus::Rejected(reply)) => {
-                    marks.push_str(&format!("X-ODMR-Refused: <{}> {reply}\n", recipient.mailbox));
+                    marks += &format!("X-ODMR-Refused: <{}> {reply}\n", recipient.mailbox);
                     rejected.push(recipient);
                 }
                 status => {
                     in_doubt |= matches!(status, Some(RecipientStatus::InDoubt));
                     at_once |= status.is_none_or(RecipientStatus::is_one_too_many);
-                    left.push(recipient);
+                    open.push(recipient);
                 }
             }
         }
-        if left.len() == all {
+        if open.len() == all {
             // If every recipient failed, 452 did not mean "too many recipients".
             self.record(&self.entry, in_doubt, false)?;
-            return Ok(Settled { offer_again: false });
+            return Ok(false);
         }
         if !rejected.is_empty() && !self.rejections_reported {
-            self.set_aside(&rejected, &marks)?;
+            self.keep_rejected(&rejected, &marks)?;
         }
-        let nobody_left = left.is_empty();
-        if !nobody_left {
-            let maildir = self.maildir.clone();
-            let unique = self.entry.unique().to_owned();
-            for mut entry in self.rewrite(&maildir, &unique, left, "")? {
-                if self.entry.has(DELAY_REPORTED) {
+        let all_settled = open.is_empty();
+        if !all_settled {
+            let (maildir, unique) = (self.maildir.clone(), self.unique().to_owned());
+            for mut entry in self.rewrite(&maildir, &unique, open, "")? {
+                if self.is_delay_reported() {
                     entry = maildir.flag(&entry, DELAY_REPORTED)?;
                 }
                 self.record(&entry, in_doubt, at_once)?;
             }
         }
         self.maildir.remove(&self.entry)?;
-        Ok(Settled { offer_again: at_once || nobody_left })
+        Ok(at_once || all_settled)
     }
 
     /// Records the next attempt and the doubt about a message that stays.
@@ -183,12 +212,15 @@ impl QueuedMessage {
         if in_doubt { self.maildir.flag(entry, IN_DOUBT).map(drop) } else { Ok(()) }
     }
 
-    /// Makes the next attempt at the file as it is due at `next_attempt`.
+    /// Records `next_attempt` in the file.
+    ///
+    /// # Errors
+    /// The file is gone, or the disk fails.
     pub fn record_next_attempt(&self) -> io::Result<()> {
         self.record(&self.entry, false, false)
     }
 
-    /// When the next attempt is due; only in a queue with retries.
+    /// When the next attempt is due; only in a queue with retries. `None`: the file is gone.
     pub fn due(&self) -> Option<SystemTime> {
         retry::due(&self.maildir.file(&self.entry))
     }
@@ -199,22 +231,25 @@ impl QueuedMessage {
     }
 
     /// Records that the sender has received a DSN about the delay.
+    ///
+    /// # Errors
+    /// The file is gone, or the disk fails.
     pub fn mark_delay_reported(&mut self) -> io::Result<()> {
         self.entry = self.maildir.flag(&self.entry, DELAY_REPORTED)?;
         Ok(())
     }
 
-    /// Keeps a copy for rejected recipients whose sender cannot be told. An earlier session may have kept one for others
-    /// under the same name; then the next name is taken. A crash may leave a copy twice, which is better than none.
-    fn set_aside(&mut self, rejected: &[Recipient], marks: &str) -> io::Result<()> {
+    /// Keeps a copy in `.refused` for rejected recipients whose sender can receive no DSN. An earlier session may have
+    /// kept a copy for other recipients under the same name; then the next name is used.
+    fn keep_rejected(&mut self, rejected: &[Recipient], marks: &str) -> io::Result<()> {
         let maildir = rejected_maildir(&self.maildir);
-        let mut unique = self.entry.unique().to_owned();
-        for number in 1..=SET_ASIDE_NAMES {
+        let mut unique = self.unique().to_owned();
+        for number in 1..=REJECTED_NAMES {
             match self.rewrite(&maildir, &unique, rejected.to_vec(), marks) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < SET_ASIDE_NAMES => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < REJECTED_NAMES => {}
                 other => return other.map(drop),
             }
-            unique = format!("{}.r{number}", self.entry.unique());
+            unique = format!("{}.r{number}", self.unique());
         }
         Ok(())
     }
@@ -223,15 +258,10 @@ impl QueuedMessage {
     fn rewrite(
         &mut self, maildir: &Maildir, unique: &str, recipients: Vec<Recipient>, marks: &str,
     ) -> io::Result<Vec<Entry>> {
-        let envelope = QueuedEnvelope {
-            id: self.id.clone(),
-            arrived: self.arrived,
-            envelope: self.envelope.with_recipients(recipients),
-        };
         // This session has the lock, so a file of that name was left by one that was killed here.
         maildir.discard(unique)?;
         let mut copy = MessageWriter::default();
-        copy.begin(maildir, unique, envelope.to_header(marks).as_bytes())?;
+        copy.begin(maildir, unique, self.with_recipients(recipients).to_header(marks).as_bytes())?;
         self.rewind()?;
         for_each_block(self, |block| copy.write(block))?;
         copy.commit()
@@ -246,54 +276,22 @@ pub(super) fn open_file(path: &Path) -> io::Result<Option<File>> {
     File::open(path).map(Some)
 }
 
-/// Reads the envelope at the front of a file. `None`: it has no recipient in `domain`.
+/// Reads the envelope at the front of a file that was opened just now. `None`: it has no recipient in `domain`.
 pub(super) fn read_envelope(file: &File, entry: &Entry, domain: Option<&Domain>) -> io::Result<Option<ParsedEnvelope>> {
     let arrived = file.metadata()?.modified()?.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let arrived = Timestamp::from_seconds(i64::try_from(arrived.as_secs()).unwrap_or(0));
-    let mut front = vec![0; 4096];
-    let mut filled = 0;
+    let mut front = Vec::with_capacity(4096);
     loop {
-        let octets = file.read_at(&mut front[filled..], filled as u64)?;
-        filled += octets;
-        match envelope::parse(&front[..filled], octets == 0, domain, entry.unique(), arrived) {
+        let octets = file.take(front.len().max(4096) as u64).read_to_end(&mut front)?;
+        match envelope::parse(&front, octets == 0, domain, entry.unique(), arrived) {
             Parsed::Envelope(parsed) => return Ok(Some(parsed)),
-            Parsed::NoRecipients => return Ok(None),
-            Parsed::More if filled >= ENVELOPE_LIMIT => return Ok(None),
-            Parsed::More if filled == front.len() => front.resize(filled * 2, 0),
-            Parsed::More => {}
+            Parsed::More if front.len() < ENVELOPE_LIMIT => {}
+            Parsed::More | Parsed::NoRecipients => return Ok(None),
         }
     }
 }
 
-/// Whether the content that begins at `from` is empty or ends with a line end.
-fn ends_with_line(file: &File, from: u64) -> io::Result<bool> {
-    let length = file.metadata()?.len();
-    let mut last = [b'\n'];
-    if length > from {
-        file.read_exact_at(&mut last, length - 1)?;
-    }
-    Ok(last == [b'\n'])
-}
-
-/// The size on the wire of the content that begins at `from`, and whether it has octets above 127.
-fn measure(file: &File, from: u64) -> io::Result<(u64, bool)> {
-    let mut size = WireSize::new();
-    let mut eight_bit = false;
-    let mut buffer = vec![0; 32 * 1024];
-    let mut offset = from;
-    loop {
-        match file.read_at(&mut buffer, offset)? {
-            0 => return Ok((size.finish(), eight_bit)),
-            octets => {
-                size.feed(&buffer[..octets]);
-                eight_bit |= !buffer[..octets].is_ascii();
-                offset += octets as u64;
-            }
-        }
-    }
-}
-
-/// Where copies for rejected recipients wait for somebody to look at them.
+/// Where copies for rejected recipients wait for the postmaster.
 pub(super) fn rejected_maildir(maildir: &Maildir) -> Maildir {
     Maildir::new(maildir.path().join(".refused"))
 }

@@ -1,20 +1,31 @@
-//! Mail that waits: a queue is one directory, a Maildir, with an envelope in front of each message.
+//! Mail that waits. A queue is one directory, a Maildir, with an envelope in front of each message.
+//!
+//! One session at a time has the [`QueueLock`] of a queue, across processes. It gets the messages one by one, tries to
+//! send each, and settles it: recipients that are sent or rejected are removed, the others are open and stay. Where a
+//! message is after a power cut, by the last step that was completed:
 //!
 //! ```text
-//! begin_message ─▶ DIRECTORY/new ─▶ lock ─▶ next_message ─▶ settle ─┬─ sent:      removed
-//!                                                                   ├─ deferred:  stays
-//!                                                                   ├─ in doubt:  stays, in cur, flagged
-//!                                                                   └─ rejected:  removed once its sender knows;
-//!                                                                                 otherwise to .refused
+//! last completed step                          the message is         afterwards
+//! begin_message, write                         nowhere, or in tmp     no 250 was sent: the client sends it again
+//! commit: file fsynced, moved to new           in tmp or new          the same; if in new, it is sent twice
+//! commit: new fsynced   THE COMMIT POINT       in new                 the client gets 250; the message waits
+//! next_message, attempt                        there as before        the next session sends it, perhaps twice
+//! settle, every recipient open: next attempt
+//!   recorded, moved to cur if in doubt         there, or in cur       the next session sends it
+//! settle, some rejected, and no DSN possible:
+//!   copy committed in .refused                 there, and the copy    all recipients are tried again; a second copy
+//! settle, some open: rest committed in new     there, and the rest    the next session removes it; the rest waits
+//! settle: removed       THE DELETION POINT     gone, or there again   nothing; if there again, it is sent twice or, if
+//!                                                                     there is a rest, removed
 //! ```
 //!
-//! Where the directories are is the parties' affair (`provider/spool`, `customer/store`). In a queue with retries each
-//! message waits for its next attempt; that time is the file's time of modification, so it outlives every restart and
-//! needs no other record.
+//! So a message may be sent twice, but after the commit point it is never lost. A file that is left in `tmp` is removed by
+//! the first session after 36 hours. The removal of a message is not fsynced: that would cost as much as a message, and it
+//! could still be sent twice.
+//! The DSN about a recipient is committed before `settle` begins (see `report`).
 //!
-//! Nothing that was committed is lost: only [`QueuedMessage::settle`] removes mail, and only what the next holder has
-//! accepted. One [`QueueLock`] at a time has a queue, across processes; `Drop` releases it. The queue knows nothing of
-//! connections.
+//! In a queue with retries each message waits for its next attempt; that time is the file's time of modification. Which
+//! directories there are is decided by `provider/spool` and `customer/store`. The queue does not know connections.
 
 pub mod retry;
 mod name;
@@ -25,7 +36,6 @@ mod lock;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 pub use envelope::QueuedEnvelope;
@@ -34,13 +44,14 @@ pub use message::QueuedMessage;
 pub use name::QueueName;
 
 use crate::ids::Ids;
-use crate::maildir::{Maildir, MessageWriter, with_path};
-use lock::{LockedQueue, log_unreadable};
+use crate::maildir::{MessageWriter, with_path};
+use crate::net::trace::quoted;
+use lock::{LockedQueue, TAKEOVER_FILE, log_unreadable};
 
 /// How long a session waits for the holder of a lock that was asked to release it.
 const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
 
-/// Reads and writes queues.
+/// Stores messages in queues, and locks queues.
 #[derive(Clone)]
 pub struct Queue {
     hostname: String,
@@ -56,7 +67,10 @@ impl Queue {
     }
 
     /// Begins a message, a copy for each queue; [`MessageWriter::commit`] makes it durable. `head` is the beginning of
-    /// the content: our `Received`.
+    /// the content: our `Received` field, with LF line ends.
+    ///
+    /// # Errors
+    /// `InvalidInput` if an envelope is too long to be read again; otherwise the disk fails.
     pub fn begin_message(&self, copies: &[(QueueName, QueuedEnvelope)], head: &str) -> io::Result<MessageWriter> {
         let mut writer = MessageWriter::default();
         copies.iter().try_for_each(|(name, envelope)| self.add_copy(&mut writer, name, envelope, head))?;
@@ -68,10 +82,10 @@ impl Queue {
         self.ids.file_name(&self.hostname)
     }
 
-    /// Adds a copy of a message.
+    /// Adds a copy to a message of which no content was written yet.
     ///
     /// # Errors
-    /// `InvalidInput` if the envelope is too long to be read again.
+    /// Those of [`Queue::begin_message`].
     pub fn add_copy(
         &self, writer: &mut MessageWriter, name: &QueueName, envelope: &QueuedEnvelope, head: &str,
     ) -> io::Result<()> {
@@ -82,25 +96,37 @@ impl Queue {
         writer.begin(&name.maildir(), &self.unique(), lines.as_bytes())
     }
 
-    /// A file in the queue's `tmp` that is gone with its last descriptor.
+    /// A file in the queue's `tmp` without a name: it is gone when it is closed.
+    ///
+    /// # Errors
+    /// The disk fails.
     pub fn unnamed_file(&self, name: &QueueName) -> io::Result<File> {
         name.maildir().unnamed_file(&self.unique())
     }
 
     /// How many messages a queue has, up to `limit`.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
     pub fn count(&self, name: &QueueName, limit: usize) -> io::Result<usize> {
         name.maildir().count(limit)
     }
 
     /// When the next attempt at a message of the queue is due; `None`: the queue is empty.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
     pub fn next_due(&self, name: &QueueName) -> io::Result<Option<SystemTime>> {
         let maildir = name.maildir();
         let entries = maildir.entries()?;
         Ok(entries.iter().filter_map(|entry| retry::due(&maildir.file(entry))).min())
     }
 
-    /// Shows each message of a queue, without its lock and without changing it. A message that goes meanwhile is
-    /// left out.
+    /// Shows each message of a queue, without its lock and without changing it. A message that is removed meanwhile is
+    /// left out; a file that cannot be read is logged.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
     pub fn each(&self, name: &QueueName, mut show: impl FnMut(&QueuedMessage)) -> io::Result<()> {
         let maildir = name.maildir();
         for entry in maildir.entries()? {
@@ -113,46 +139,52 @@ impl Queue {
         Ok(())
     }
 
-    /// Locks all these queues, or none of them.
+    /// Locks all these queues, or none of them. A holder that makes no progress is asked to release its lock, and gets 5
+    /// seconds for that.
+    ///
+    /// # Errors
+    /// See [`LockError`].
     pub fn lock(&self, names: &[QueueName]) -> Result<QueueLock, LockError> {
-        self.lock_each(names, |maildir, name| self.lock_or_take_over(maildir, name))
+        self.lock_all(names, true)
     }
 
-    /// Locks a queue whose holders never give way, without waiting.
+    /// Locks one queue without waiting.
+    ///
+    /// # Errors
+    /// See [`LockError`].
     pub fn try_lock(&self, name: &QueueName) -> Result<QueueLock, LockError> {
-        self.lock_each(std::slice::from_ref(name), lock_now)
+        self.lock_all(std::slice::from_ref(name), false)
     }
 
-    fn lock_each(
-        &self, names: &[QueueName], lock: impl Fn(&Maildir, &QueueName) -> Result<File, LockError>,
-    ) -> Result<QueueLock, LockError> {
+    fn lock_all(&self, names: &[QueueName], take_over: bool) -> Result<QueueLock, LockError> {
         let mut queues = Vec::with_capacity(names.len());
         for name in names {
             let maildir = name.maildir();
             maildir.create().map_err(LockError::Failed)?;
-            let lock = lock(&maildir, name)?;
+            let lock = self.lock_one(name, take_over)?;
             if let Err(error) = maildir.sweep().and_then(|()| message::rejected_maildir(&maildir).sweep()) {
-                log::warn!("event=sweep-failed queue={name} error={:?}", error.to_string());
+                log::warn!("event=sweep-failed queue={name} error={}", quoted(error));
             }
             queues.push(LockedQueue::new(name, maildir, lock));
         }
         Ok(QueueLock::new(queues))
     }
 
-    /// Locks a queue whose holder may be asked to release it.
-    fn lock_or_take_over(&self, maildir: &Maildir, name: &QueueName) -> Result<File, LockError> {
-        let lock = open_lock(maildir)?;
-        let wanted = maildir.path().join("odmr.wanted");
+    fn lock_one(&self, name: &QueueName, take_over: bool) -> Result<File, LockError> {
+        let (path, wanted) = (name.path.join("odmr.lock"), name.path.join(TAKEOVER_FILE));
+        let failed = |error| LockError::Failed(with_path(&path, error));
+        let mut options = OpenOptions::new();
+        let lock = options.create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(failed)?;
         let mut give_up: Option<Instant> = None;
         loop {
             match lock.try_lock() {
                 Ok(()) => break,
-                Err(TryLockError::Error(error)) => return Err(lock_failed(maildir, error)),
+                Err(TryLockError::Error(error)) => return Err(failed(error)),
                 Err(TryLockError::WouldBlock) => {}
             }
             match give_up {
                 // A holder that makes progress keeps its lock; one that has made none for long is asked to release it.
-                None if self.is_alive(&lock) => return Err(LockError::Busy(name.clone())),
+                None if !take_over || self.is_alive(&lock) => return Err(LockError::Busy(name.clone())),
                 None => {
                     log::info!("event=takeover queue={name}");
                     File::create(&wanted).map_err(|error| LockError::Failed(with_path(&wanted, error)))?;
@@ -183,30 +215,8 @@ impl Queue {
 pub enum LockError {
     /// Another session has this queue.
     Busy(QueueName),
+    /// The directory or its lock file cannot be made or locked.
     Failed(io::Error),
-}
-
-fn lock_now(maildir: &Maildir, name: &QueueName) -> Result<File, LockError> {
-    let lock = open_lock(maildir)?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => Err(LockError::Busy(name.clone())),
-        Err(TryLockError::Error(error)) => Err(lock_failed(maildir, error)),
-    }
-}
-
-fn open_lock(maildir: &Maildir) -> Result<File, LockError> {
-    let mut options = OpenOptions::new();
-    let opened = options.create(true).truncate(false).write(true).mode(0o600).open(lock_path(maildir));
-    opened.map_err(|error| lock_failed(maildir, error))
-}
-
-fn lock_failed(maildir: &Maildir, error: io::Error) -> LockError {
-    LockError::Failed(with_path(&lock_path(maildir), error))
-}
-
-fn lock_path(maildir: &Maildir) -> PathBuf {
-    maildir.path().join("odmr.lock")
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Where a queue is, and which of its recipients are meant.
+//! Which queue: its directory, and the domain of its recipients.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::mail::address::Domain;
 use crate::maildir::Maildir;
 
-/// One queue: its directory, and what its messages wait for.
+/// The name of one queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueueName {
     /// The Maildir.

@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::clock::Timestamp;
 
-/// The times between the attempts to send a message.
-/// RFC 5321 section 4.5.4.1 wants half an hour between attempts after the first two, and at least four to five days.
+/// The times between the attempts to send a message. RFC 5321 section 4.5.4.1 asks for at least half an hour between
+/// attempts after the first two, and for four to five days at least before a message expires.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Retry {
     /// From the first failure to the next attempt; the pause grows with each failure. Default 5 min.
@@ -21,24 +21,20 @@ pub struct Retry {
     pub delay_notice: Option<Duration>,
 }
 
-/// A message that is due later than this was deferred by a clock that was wrong, and is due now.
+/// The longest pause between attempts. A message that is due later was deferred while the clock was wrong.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 impl Default for Retry {
     fn default() -> Retry {
         let hours = |hours: u64| Duration::from_secs(hours * 60 * 60);
-        Retry {
-            first: Duration::from_secs(5 * 60),
-            max: hours(4),
-            give_up: hours(5 * 24),
-            delay_notice: Some(hours(4)),
-        }
+        let first = Duration::from_secs(5 * 60);
+        Retry { first, max: hours(4), give_up: hours(5 * 24), delay_notice: Some(hours(4)) }
     }
 }
 
 impl Retry {
-    /// The pause before the next attempt: half the message's age, within bounds, a fifth more or less by `chance`, so
-    /// that messages which failed together are not tried together. The age is in the file, so no count is kept.
+    /// The pause before the next attempt, 1 ms at least: half the message's `age`, between `first` and `max`, then a fifth
+    /// more or less by the random number `chance`, so that messages which failed together are not tried together.
     pub fn pause(&self, age: Duration, chance: u64) -> Duration {
         let pause = (age / 2).clamp(self.first, self.max);
         let permille = 800 + u32::try_from(chance % 401).unwrap_or(0);
@@ -46,14 +42,14 @@ impl Retry {
     }
 }
 
-/// When the next attempt at a message is due. No pause is as long as [`LONGEST_PAUSE`]: a later time comes from a clock that was
-/// wrong, and the attempt is due now.
+/// When the next attempt at the message in this file is due: long ago if the time is later than [`LONGEST_PAUSE`] from
+/// now. `None`: the file is gone.
 pub(super) fn due(path: &Path) -> Option<SystemTime> {
     let (due, now) = (fs::metadata(path).and_then(|metadata| metadata.modified()).ok()?, SystemTime::now());
     Some(if due > now + LONGEST_PAUSE { SystemTime::UNIX_EPOCH } else { due })
 }
 
-/// Seconds of the greatest age that a message can have: an older one arrived before the clock was set.
+/// Seconds of the greatest age that is believed: an older message arrived before the clock was set.
 const PLAUSIBLE_AGE: i64 = 10 * 365 * 24 * 60 * 60;
 
 /// The age of a message; zero if its time of arrival is impossible.

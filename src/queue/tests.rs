@@ -1,7 +1,8 @@
-//! What stands on disk before, between and after.
+//! What is on disk before, during and after settlements.
 
 use std::collections::HashMap;
 use std::io::Read;
+use std::path::PathBuf;
 
 use proptest::prelude::*;
 
@@ -22,19 +23,19 @@ fn domain(name: &str) -> Domain {
 
 /// A spool of its own, and the Maildir of example.org in it.
 struct Spool {
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
     queue: Queue,
 }
 
 impl Spool {
     fn new() -> Spool {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let queue = Queue::new("host", Ids::fixed(), Duration::from_secs(300));
-        Spool { folder, queue }
+        Spool { directory, queue }
     }
 
     fn name(&self, name: &str) -> QueueName {
-        QueueName { path: self.folder.path().join("domains").join(name), domain: Some(domain(name)), retries: false }
+        QueueName { path: self.directory.path().join("domains").join(name), domain: Some(domain(name)), retries: false }
     }
 
     fn put(&self, names: &[&str]) {
@@ -46,9 +47,9 @@ impl Spool {
         let arrived = Timestamp::from_seconds(1_767_323_045);
         let id = "id1".to_owned();
         let envelope = QueuedEnvelope { id, arrived, envelope: Envelope { recipients, ..Envelope::new(from) } };
-        let mut copies = self.queue.begin_message(&[(self.name("example.org"), envelope)], &CONTENT[..12]).unwrap();
-        copies.write(&CONTENT.as_bytes()[12..]).unwrap();
-        assert_eq!(copies.commit().unwrap().len(), 1);
+        let mut writer = self.queue.begin_message(&[(self.name("example.org"), envelope)], &CONTENT[..12]).unwrap();
+        writer.write(&CONTENT.as_bytes()[12..]).unwrap();
+        assert_eq!(writer.commit().unwrap().len(), 1);
     }
 
     fn lock(&self) -> QueueLock {
@@ -56,7 +57,7 @@ impl Spool {
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join("domains/example.org").join(name)
+        self.directory.path().join("domains/example.org").join(name)
     }
 
     fn write(&self, name: &str, text: &str) {
@@ -64,9 +65,9 @@ impl Spool {
         fs::write(self.path(name), text).unwrap();
     }
 
-    /// The files of a folder, in order: name and text.
-    fn files(&self, folder: &str) -> Vec<(String, String)> {
-        let Ok(files) = fs::read_dir(self.path(folder)) else { return Vec::new() };
+    /// The files of a directory, in order: name and text.
+    fn files(&self, directory: &str) -> Vec<(String, String)> {
+        let Ok(files) = fs::read_dir(self.path(directory)) else { return Vec::new() };
         let read = |file: io::Result<fs::DirEntry>| {
             let path = file.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap().to_owned();
@@ -97,9 +98,9 @@ fn content(message: &mut QueuedMessage) -> String {
     }
 }
 
-/// `=` delivered, `~` deferred, `!` refused, `?` in doubt, `+` one recipient too many.
+/// `=` sent, `~` deferred, `!` rejected, `?` in doubt, `+` one recipient too many.
 fn result(statuses: &str) -> DeliveryResult {
-    let status = |letter| match letter {
+    let status = |sign| match sign {
         '=' => RecipientStatus::Sent(Reply::new(250, "2.0.0", "OK")),
         '~' => RecipientStatus::Deferred(Reply::new(450, "4.2.1", "later")),
         '+' => RecipientStatus::Deferred(Reply::new(452, "4.5.3", "too many")),
@@ -117,7 +118,7 @@ fn settle(lock: &mut QueueLock, statuses: &str) {
 }
 
 #[test]
-fn what_is_put_is_offered_as_it_was() {
+fn a_message_is_offered_as_it_was_stored() {
     let spool = Spool::new();
     spool.put(&["eva", "bob"]);
     let mut lock = spool.lock();
@@ -133,16 +134,16 @@ fn what_is_put_is_offered_as_it_was() {
     assert!(lock.next_message().is_none(), "each once");
     drop(message);
     drop(lock);
-    assert_eq!(offered(&mut spool.lock()), ["eva", "bob"], "who settles nothing removes nothing");
+    assert_eq!(offered(&mut spool.lock()), ["eva", "bob"], "without a settlement nothing is removed");
 }
 
 #[test]
-fn every_mix_of_fates_leaves_on_disk_what_it_must() {
+fn every_mix_of_statuses_leaves_the_right_files() {
     let names = ["eva", "bob", "zoe"];
     for total in 1..=3u32 {
         for number in 0..4usize.pow(total) {
             let statuses: String =
-                (0..total).map(|place| ['=', '~', '!', '?'][number / 4usize.pow(place) % 4]).collect();
+                (0..total).map(|digit| ['=', '~', '!', '?'][number / 4usize.pow(digit) % 4]).collect();
             let spool = Spool::new();
             spool.put(&names[..total as usize]);
             let mut lock = spool.lock();
@@ -161,8 +162,8 @@ fn every_mix_of_fates_leaves_on_disk_what_it_must() {
                 let ours = "X-ODMR-Envelope: id=id1; arrived=2026-01-02T03:04:05Z\n";
                 format!("Return-Path: <a@b.example>\n{to}{ours}{marks}{CONTENT}")
             };
-            let (left, refused, doubt) = (with("~?"), with("!"), statuses.contains('?'));
-            let marks: String = refused
+            let (left, rejected, doubt) = (with("~?"), with("!"), statuses.contains('?'));
+            let marks: String = rejected
                 .iter()
                 .map(|name| format!("X-ODMR-Refused: <{name}@example.org> 550 5.1.1 unknown\n"))
                 .collect();
@@ -175,7 +176,7 @@ fn every_mix_of_fates_leaves_on_disk_what_it_must() {
             let (new, cur) = if doubt { (vec![], file(&left, "", ":2,F")) } else { (file(&left, "", ""), vec![]) };
             assert_eq!(spool.files("new"), new, "{statuses}");
             assert_eq!(spool.files("cur"), cur, "{statuses}");
-            assert_eq!(spool.files(".refused/new"), file(&refused, &marks, ""), "{statuses}");
+            assert_eq!(spool.files(".refused/new"), file(&rejected, &marks, ""), "{statuses}");
             assert!(spool.files("tmp").is_empty() && spool.files(".refused/tmp").is_empty(), "{statuses}");
             drop(lock);
             let mut lock = spool.lock();
@@ -186,7 +187,7 @@ fn every_mix_of_fates_leaves_on_disk_what_it_must() {
 }
 
 #[test]
-fn one_recipient_too_many_goes_at_once_but_not_for_ever() {
+fn one_recipient_too_many_is_offered_at_once_but_not_for_ever() {
     let spool = Spool::new();
     spool.put(&["eva", "bob", "zoe"]);
     let mut lock = spool.lock();
@@ -195,11 +196,11 @@ fn one_recipient_too_many_goes_at_once_but_not_for_ever() {
     let message = lock.next_message().expect("the rest");
     assert_eq!(local_parts(&message), ["bob", "zoe"]);
     lock.settle(message, &result("++")).unwrap();
-    assert!(lock.next_message().is_none(), "nobody was taken, so the disk is full or the peer jokes");
+    assert!(lock.next_message().is_none(), "every recipient failed, so 452 did not mean too many");
 }
 
 #[test]
-fn mail_that_arrives_meanwhile_is_offered_too() {
+fn mail_that_arrives_after_the_lock_is_offered_too() {
     let spool = Spool::new();
     let mut lock = spool.lock();
     assert!(lock.is_empty().unwrap() && lock.next_message().is_none());
@@ -214,11 +215,11 @@ fn mail_that_arrives_meanwhile_is_offered_too() {
 fn the_oldest_comes_first_and_domains_take_turns() {
     let spool = Spool::new();
     for name in ["300.a", "100.b", "200.c"] {
-        for place in ["example.org", "example.com"] {
-            let text = format!("Delivered-To: {}@{place}\n\n", &name[4..]);
-            let path = spool.folder.path().join("domains").join(place).join("new");
+        for domain in ["example.org", "example.com"] {
+            let text = format!("Delivered-To: {}@{domain}\n\n", &name[4..]);
+            let path = spool.directory.path().join("domains").join(domain).join("new");
             fs::create_dir_all(&path).unwrap();
-            fs::write(path.join(format!("{name}.{place}")), text).unwrap();
+            fs::write(path.join(format!("{name}.{domain}")), text).unwrap();
         }
     }
     let mut lock = spool.queue.lock(&[spool.name("example.org"), spool.name("example.com")]).unwrap();
@@ -234,7 +235,7 @@ fn the_oldest_comes_first_and_domains_take_turns() {
 }
 
 #[test]
-fn those_who_are_refused_one_after_the_other_are_all_kept() {
+fn recipients_rejected_one_after_the_other_are_all_kept() {
     let spool = Spool::new();
     spool.put(&["eva", "bob", "zoe"]);
     // Names and replies of one length, so file names of one size.
@@ -250,9 +251,9 @@ fn those_who_are_refused_one_after_the_other_are_all_kept() {
     }
 }
 
-/// Killed between the copy in `.refused` and the end: the refusal may come twice, but it comes to an end.
+/// Killed between the copy in `.refused` and the removal: there may be two copies, but the settlement ends.
 #[test]
-fn a_refusal_that_was_interrupted_is_finished() {
+fn a_rejection_that_was_interrupted_is_finished() {
     let spool = Spool::new();
     spool.put(&["eva", "bob"]);
     let before = spool.files("new");
@@ -264,14 +265,14 @@ fn a_refusal_that_was_interrupted_is_finished() {
     assert!(!spool.files(".refused/new").is_empty());
 }
 
-/// Killed while it wrote the rest: what it left in `tmp` is in nobody's way.
+/// Killed while it wrote the rest: the file left in `tmp` does not prevent a later settlement.
 #[test]
-fn a_rewrite_that_was_interrupted_hinders_no_later_one() {
+fn a_rewrite_that_was_interrupted_does_not_prevent_a_later_one() {
     let spool = Spool::new();
     spool.put(&["eva", "bob"]);
     fs::create_dir_all(spool.path(".refused/new")).unwrap();
-    for folder in ["tmp", ".refused/tmp"] {
-        spool.write(&format!("{folder}/1767323045.1.host"), "half a mess");
+    for directory in ["tmp", ".refused/tmp"] {
+        spool.write(&format!("{directory}/1767323045.1.host"), "half a mess");
     }
     settle(&mut spool.lock(), "!~");
     settle(&mut spool.lock(), "=");
@@ -281,7 +282,7 @@ fn a_rewrite_that_was_interrupted_hinders_no_later_one() {
 }
 
 #[test]
-fn the_double_after_a_crash_is_healed() {
+fn a_message_left_twice_by_a_crash_is_removed_once() {
     let foreign = "Return-Path: <a@b.example>\nDelivered-To: eva@example.org\nDelivered-To: bob@example.org\n\nx\n";
     let files = [
         (None, foreign),
@@ -297,11 +298,11 @@ fn the_double_after_a_crash_is_healed() {
                 Some(name) => spool.write(name, text),
                 None => spool.put(&["eva", "bob"]),
             }
-            let folder = name.map_or("new", |name| &name[..3]);
-            let before = spool.files(folder);
+            let directory = name.map_or("new", |name| &name[..3]);
+            let before = spool.files(directory);
             settle(&mut spool.lock(), statuses);
             // As if it had been killed before it removed the original.
-            spool.write(&format!("{folder}/{}", before[0].0), &before[0].1);
+            spool.write(&format!("{directory}/{}", before[0].0), &before[0].1);
             assert_eq!(spool.files("new").len() + spool.files("cur").len(), 2);
             let mut lock = spool.lock();
             assert_eq!(offered(&mut lock), ["bob"], "{name:?} {statuses}: eva has it already");
@@ -311,9 +312,9 @@ fn the_double_after_a_crash_is_healed() {
     }
 }
 
-/// Names alike are no proof: only what was certainly superseded is removed.
+/// Equal names prove nothing: only a file that was certainly superseded is removed.
 #[test]
-fn two_letters_of_one_name_are_both_kept() {
+fn two_messages_of_one_name_are_both_kept() {
     let spool = Spool::new();
     spool.write("new/100,A", "Delivered-To: eva@example.org\n\na\n");
     spool.write("new/100,B", "Delivered-To: bob@example.org\n\nb longer\n");
@@ -336,7 +337,7 @@ fn files_of_other_agents_and_other_things() {
     spool.write("new/6.empty", "");
     spool.write("new/.hidden", postfix);
     spool.write("elsewhere", postfix);
-    fs::create_dir(spool.path("new/7.folder")).unwrap();
+    fs::create_dir(spool.path("new/7.directory")).unwrap();
     std::os::unix::fs::symlink(spool.path("elsewhere"), spool.path("new/8.link")).unwrap();
     rustix::fs::mkfifoat(rustix::fs::CWD, spool.path("new/9.pipe"), rustix::fs::Mode::RUSR).unwrap();
     std::os::unix::fs::symlink("nowhere", spool.path("new/91.dangling")).unwrap();
@@ -358,7 +359,7 @@ fn files_of_other_agents_and_other_things() {
 }
 
 #[test]
-fn a_name_of_another_agent_is_not_believed() {
+fn the_size_in_a_name_of_another_agent_is_not_believed() {
     let spool = Spool::new();
     spool.write("new/1,S=3,W=3", "Delivered-To: eva@example.org\nSubject: x\n\nlonger\n");
     assert_eq!(spool.lock().next_message().unwrap().size, "Subject: x\r\n\r\nlonger\r\n".len() as u64);
@@ -366,7 +367,7 @@ fn a_name_of_another_agent_is_not_believed() {
 
 /// Rules: MD-16.
 #[test]
-fn one_session_at_a_time_has_a_domain() {
+fn one_session_at_a_time_has_a_queue() {
     let spool = Spool::new();
     spool.put(&["eva"]);
     let lock = spool.lock();
@@ -374,8 +375,8 @@ fn one_session_at_a_time_has_a_domain() {
     let other = Queue::new("host", Ids::fixed(), Duration::from_secs(300));
     for queue in [&spool.queue, &other] {
         match queue.lock(&[spool.name("example.com"), spool.name("example.org")]) {
-            Err(LockError::Busy(place)) => assert_eq!(place, spool.name("example.org")),
-            _ => panic!("two hold one domain"),
+            Err(LockError::Busy(name)) => assert_eq!(name, spool.name("example.org")),
+            _ => panic!("two sessions have one queue"),
         }
     }
     assert!(!lock.takeover_requested(), "a holder at work is left alone");
@@ -391,7 +392,7 @@ fn lock_since(spool: &Spool, ago: Duration) {
 }
 
 #[test]
-fn a_holder_without_progress_gives_way() {
+fn a_holder_without_progress_is_asked_to_release() {
     let spool = Spool::new();
     spool.put(&["eva"]);
     let lock = spool.lock();
@@ -416,9 +417,9 @@ fn a_holder_without_progress_gives_way() {
 }
 
 #[test]
-fn a_holder_that_does_not_give_way_keeps_it() {
+fn a_holder_that_does_not_release_its_lock_keeps_it() {
     let spool = Spool::new();
-    let _hold = spool.lock();
+    let _lock = spool.lock();
     lock_since(&spool, Duration::from_secs(301));
     let begun = Instant::now();
     assert!(matches!(spool.queue.lock(&[spool.name("example.org")]), Err(LockError::Busy(_))));
@@ -426,22 +427,22 @@ fn a_holder_that_does_not_give_way_keeps_it() {
 }
 
 #[test]
-fn what_cannot_be_locked_says_why() {
+fn a_queue_that_cannot_be_locked_says_why() {
     let spool = Spool::new();
     fs::create_dir_all(spool.path("odmr.lock")).unwrap();
     match spool.queue.lock(&[spool.name("example.org")]) {
         Err(LockError::Failed(error)) => assert!(error.to_string().contains("odmr.lock"), "{error}"),
-        _ => panic!("a folder was locked"),
+        _ => panic!("a directory was locked"),
     }
 }
 
-/// `new` is a file: nothing can be put, and nothing is lost of what cannot be settled.
+/// A settlement that fails loses nothing.
 #[test]
-fn a_disk_that_refuses_loses_nothing() {
+fn a_disk_that_fails_loses_nothing() {
     let spool = Spool::new();
     spool.put(&["eva", "bob"]);
     let before = spool.files("new");
-    spool.write(".refused", "a file where a folder should be");
+    spool.write(".refused", "a file where a directory should be");
     let mut lock = spool.lock();
     let message = lock.next_message().unwrap();
     assert!(lock.settle(message, &result("!=")).is_err());
@@ -456,7 +457,7 @@ fn a_disk_that_refuses_loses_nothing() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// Whatever becomes of it, in whatever order: each recipient is delivered once or refused once.
+    /// Whatever the statuses and their order: each recipient is sent once or rejected once.
     #[test]
     fn no_recipient_is_lost_or_doubled(
         messages in proptest::collection::vec(1usize..=3, 1..5),
@@ -475,7 +476,7 @@ proptest! {
             }
             expected.extend(names);
         }
-        let mut delivered = Vec::new();
+        let mut sent = Vec::new();
         for turn in 0.. {
             prop_assert!(turn < 200, "it comes to an end");
             let mut lock = spool.lock();
@@ -489,73 +490,73 @@ proptest! {
                     let status = dice.pop().map_or('=', |number| ['=', '~', '!', '?', '+', '~'][number]);
                     statuses.push(status);
                     if status == '=' {
-                        delivered.push(name);
+                        sent.push(name);
                     }
                 }
                 lock.settle(message, &result(&statuses)).unwrap();
             }
         }
-        let refused = spool.files(".refused/new").into_iter().flat_map(|(_, text)| {
+        let rejected = spool.files(".refused/new").into_iter().flat_map(|(_, text)| {
             let names = text.lines().filter_map(|line| line.strip_prefix("X-ODMR-Refused: <"));
             names.map(|rest| rest.split('@').next().unwrap().to_owned()).collect::<Vec<_>>()
         });
-        let mut all: Vec<_> = delivered.into_iter().chain(refused).collect();
+        let mut all: Vec<_> = sent.into_iter().chain(rejected).collect();
         all.sort();
         prop_assert_eq!(all, expected);
         prop_assert!(spool.files("tmp").is_empty() && spool.files(".refused/tmp").is_empty());
     }
 }
 
-/// A queue with one message for `place`.
-fn outgoing(place: &QueueName, to: &[&str]) -> Queue {
+/// A queue with one message for `name`.
+fn outgoing(name: &QueueName, to: &[&str]) -> Queue {
     let queue = Queue::new("host", Ids::fixed(), Duration::from_secs(60));
     let recipients = to.iter().map(|to| Recipient::plain(Mailbox::parse(to).unwrap())).collect();
     let envelope = Envelope { recipients, ..Envelope::new(reverse_path(b"<>").unwrap().0) };
     let envelope = QueuedEnvelope { id: "id".to_owned(), arrived: Ids::fixed().clock().now(), envelope };
-    let mut copies = queue.begin_message(&[(place.clone(), envelope)], "").unwrap();
-    copies.write(b"Subject: x\n\n").unwrap();
-    copies.commit().unwrap();
+    let mut writer = queue.begin_message(&[(name.clone(), envelope)], "").unwrap();
+    writer.write(b"Subject: x\n\n").unwrap();
+    writer.commit().unwrap();
     queue
 }
 
-/// A full disk is no reason to try again at once: 452 means "too many" only where somebody was taken.
+/// If every recipient failed, 452 did not mean "too many recipients", and the next attempt is not made at once.
 #[test]
-fn a_452_for_all_waits_and_a_452_for_some_does_not() {
+fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
     for (statuses, due_at_once) in [("++", false), ("=+", true)] {
-        let folder = tempfile::tempdir().unwrap();
-        let place = QueueName { path: folder.path().into(), domain: Some(domain("example.net")), retries: true };
-        let queue = outgoing(&place, &["a@example.net", "b@example.net"]);
-        let mut lock = queue.lock(std::slice::from_ref(&place)).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let name = QueueName { path: directory.path().into(), domain: Some(domain("example.net")), retries: true };
+        let queue = outgoing(&name, &["a@example.net", "b@example.net"]);
+        let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
         let mut message = lock.next_message().unwrap();
         message.next_attempt = Some(SystemTime::now() + Duration::from_secs(3600));
         lock.settle(message, &result(statuses)).unwrap();
         assert_eq!(lock.next_message().is_some(), due_at_once);
-        assert_eq!(queue.next_due(&place).unwrap().unwrap() <= SystemTime::now(), due_at_once);
+        assert_eq!(queue.next_due(&name).unwrap().unwrap() <= SystemTime::now(), due_at_once);
     }
 }
 
-/// What was put off while the clock was a year ahead does not wait for that year.
+/// A message that was deferred while the clock was a year ahead does not wait for a year.
 #[test]
-fn a_clock_that_was_wrong_puts_nothing_off_for_long() {
+fn a_clock_that_was_wrong_defers_nothing_for_long() {
     for (ahead, due) in [(Duration::from_secs(3600), false), (Duration::from_secs(365 * 24 * 3600), true)] {
-        let folder = tempfile::tempdir().unwrap();
-        let place = QueueName { path: folder.path().into(), domain: None, retries: true };
-        let queue = outgoing(&place, &["a@example.net"]);
-        let mut lock = queue.lock(std::slice::from_ref(&place)).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let name = QueueName { path: directory.path().into(), domain: None, retries: true };
+        let queue = outgoing(&name, &["a@example.net"]);
+        let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
         let mut message = lock.next_message().unwrap();
         message.next_attempt = Some(SystemTime::now() + ahead);
         lock.settle(message, &result("+")).unwrap();
         drop(lock);
-        assert_eq!(queue.next_due(&place).unwrap().unwrap() <= SystemTime::now(), due);
-        assert_eq!(queue.lock(std::slice::from_ref(&place)).unwrap().next_message().is_some(), due);
+        assert_eq!(queue.next_due(&name).unwrap().unwrap() <= SystemTime::now(), due);
+        assert_eq!(queue.lock(std::slice::from_ref(&name)).unwrap().next_message().is_some(), due);
     }
 }
 
-/// Looking at the queue takes no lock and moves nothing.
+/// Listing the queue needs no lock and moves nothing.
 #[test]
-fn what_waits_can_be_looked_at_while_somebody_has_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let name = QueueName { path: folder.path().into(), domain: None, retries: true };
+fn a_locked_queue_can_be_listed() {
+    let directory = tempfile::tempdir().unwrap();
+    let name = QueueName { path: directory.path().into(), domain: None, retries: true };
     let queue = outgoing(&name, &["a@example.net"]);
     let _lock = queue.lock(std::slice::from_ref(&name)).unwrap();
     let mut seen = Vec::new();

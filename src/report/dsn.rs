@@ -2,22 +2,22 @@
 //!
 //! ```text
 //! multipart/report; report-type=delivery-status
-//! ├── text/plain                  what happened to whom, and what the sender can do     ┐
-//! ├── message/delivery-status     the same for programs: once the message, then         │ head()
-//! │                               a group of fields for each recipient                  │
-//! └── text/rfc822-headers         what is returned of the message                       ┘
+//! ├── text/plain                  what happened to which recipient, what the sender can do   ┐
+//! ├── message/delivery-status     the same for programs: fields of the message, then         │ head()
+//! │                               fields of each recipient                                   │
+//! └── text/rfc822-headers         the returned part of the message                           ┘
 //!     │                             returned_header(), or all of it: message/rfc822
 //!     └── the closing boundary      tail()
 //! ```
 //!
-//! Nothing here decides whether a notice is due or sends it: it goes from `<>` to the sender in the
-//! envelope, with NOTIFY=NEVER at most and without RET (RFC 3461 section 6.1).
+//! This file does not decide whether a DSN is due, and does not send it. A DSN goes from `<>` to the sender in the envelope,
+//! with NOTIFY=NEVER at most and without RET (RFC 3461 section 6.1).
 //!
-//! A notice is in 7-bit ASCII, so that it passes everywhere, also if the message was in UTF-8: addresses
-//! then are escaped (RFC 6533 section 3), and other characters become `?`. With [`Notice::utf8`], for a
-//! sender whose way back takes SMTPUTF8, it is 8-bit UTF-8 in the `message/global` types. A message
-//! itself must not be recoded (RFC 6522 section 3, RFC 2046 section 5.2.1), so [`Notice::full`] is for
-//! those of 7-bit content, or for notices in UTF-8; of others the header is returned.
+//! A DSN is 7-bit ASCII, so that every server accepts it, also if the message was in UTF-8: addresses are escaped (RFC 6533
+//! section 3), and other characters become `?`. With [`Dsn::utf8`], for a sender whose address needs SMTPUTF8,
+//! it is 8-bit UTF-8 in the `message/global` types. A message must not be recoded (RFC 6522 section 3, RFC 2046 section
+//! 5.2.1), so [`Dsn::full`] is for messages of 7-bit content, or for DSNs in UTF-8; of other messages the header is
+//! returned.
 //!
 //! Lines end in LF and have at most 998 octets.
 
@@ -27,23 +27,23 @@ use crate::clock::Timestamp;
 use crate::mail::address::Mailbox;
 use crate::mail::header::{HeaderLine, HeaderState};
 
-/// A line of text is folded behind so many octets, where it can be (RFC 5322 section 2.1.1).
+/// Octets of a line after which text is folded between words (RFC 5322 section 2.1.1).
 const FOLD_WIDTH: usize = 76;
-/// No line has more octets, its end not counted (RFC 5322 section 2.1.1).
+/// Octets of a line at most, without its end (RFC 5322 section 2.1.1).
 const LINE_LIMIT: usize = 998;
 
-/// What was done for a recipient (RFC 3464 section 2.3.3).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// What was done for a recipient (RFC 3464 section 2.3.3). The most important comes first: a DSN has its subject.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Action {
-    /// Given up.
+    /// The recipient was rejected or has expired.
     Failed,
-    /// Not yet delivered, and tried on.
+    /// The message is still in the queue.
     Delayed,
-    /// It is in the mailbox.
+    /// The message is in the mailbox.
     Delivered,
-    /// A system that sends no notices has it now.
+    /// The message was sent to a server that sends no DSN about success.
     Relayed,
-    /// It stands for several, who have it now; of each of them no more is told (RFC 3461 section 5.2.7.3).
+    /// The message was sent to all members of an alias; the DSN says nothing about each (RFC 3461 section 5.2.7.3).
     Expanded,
 }
 
@@ -54,43 +54,41 @@ pub struct RecipientReport<'a> {
     /// ORCPT as it was given, `rfc822;xtext`.
     pub original: Option<&'a str>,
     pub action: Action,
-    /// An enhanced status code, `5.1.1`; what is none becomes the general one of its class.
+    /// An enhanced status code, `5.1.1`. One that is not valid for the action becomes the general code of its class.
     pub status: String,
-    /// The name of the peer that refused or took it, or its address literal.
+    /// The name or address literal of the peer that has replied.
     pub remote: Option<&'a str>,
     /// The peer's reply on one line, `550 5.1.1 No such user`, or the reason without a peer.
     pub diagnostic: Option<&'a str>,
     pub last_attempt: Option<Timestamp>,
-    /// Said of delayed ones only.
+    /// Used with [`Action::Delayed`] only.
     pub retry_until: Option<Timestamp>,
 }
 
-/// One notice: about one message, to its sender.
+/// One DSN: about one message, to its sender.
 #[derive(Clone, Debug)]
 pub struct Dsn<'a> {
-    /// Our name; also the domain of the postmaster it comes from.
+    /// Our host name; the DSN comes from the postmaster there.
     pub reporting: &'a str,
     /// The sender in the envelope of the message.
     pub to: &'a Mailbox,
-    /// ENVID as it was given, xtext.
+    /// ENVID as it was given: xtext.
     pub envelope_id: Option<&'a str>,
     pub arrived: Timestamp,
-    /// The name the peer gave from which the message came; `name ([192.0.2.1])` may be said too.
-    pub received_from: Option<&'a str>,
-    /// Those for whom a notice is due, no others (RFC 3461 section 6.2).
+    /// The recipients that the DSN is due for (RFC 3461 section 6.2).
     pub reports: &'a [RecipientReport<'a>],
     pub now: Timestamp,
     pub message_id: &'a str,
-    /// At most 70 letters and digits that are in no part.
+    /// At most 70 letters and digits that no part contains.
     pub boundary: &'a str,
-    /// It may be in UTF-8 (RFC 6533): the way back takes SMTPUTF8.
+    /// The DSN may be in UTF-8 (RFC 6533), because it is sent with SMTPUTF8.
     pub utf8: bool,
-    /// The whole message will be returned, not its header alone.
+    /// The whole message is returned, not its header alone.
     pub full: bool,
 }
 
 impl Dsn<'_> {
-    /// All up to the place where the returned content begins.
+    /// Everything before the returned content.
     pub fn head(&self) -> String {
         let mut out = self.header();
         let charset = if self.utf8 { "utf-8" } else { "us-ascii" };
@@ -110,23 +108,22 @@ impl Dsn<'_> {
         out
     }
 
-    /// What stands behind the returned content.
+    /// Everything after the returned content.
     pub fn tail(&self) -> String {
         format!("\n--{}--\n", self.boundary)
     }
 
-    /// The header of the message that `content` begins with, made fit to be returned in this notice:
-    /// whole lines out of its first `limit` octets, without the blank line.
+    /// The header at the front of `content` as the DSN returns it: the whole lines among its first `limit` octets, without
+    /// the blank line.
     ///
-    /// RFC 6522 section 4 would have quoted-printable for a header of more than 7 bits, which makes each
-    /// `=` of a sound one unreadable to those who search a notice for its Message-ID. So a character that
-    /// cannot stand there becomes a `?`.
+    /// RFC 6522 section 4 asks for quoted-printable if the header has octets above 127. But that changes each `=`, and a
+    /// program that looks for the Message-ID would not find it. So a character that is not permitted becomes a `?`.
     pub fn returned_header(&self, content: &[u8], limit: usize) -> Vec<u8> {
         let content = &content[..content.len().min(limit)];
         let mut out = String::new();
         let mut state = HeaderState::Beginning;
         for line in content.split_inclusive(|octet| *octet == b'\n') {
-            // The limit may have cut the last line.
+            // The limit may have cut off the last line.
             let cut = !line.ends_with(b"\n") && content.len() == limit;
             match HeaderLine::of(line, state) {
                 HeaderLine::Field(_) | HeaderLine::Continuation if !cut => state = HeaderState::Field,
@@ -143,11 +140,12 @@ impl Dsn<'_> {
         let host = self.clean(self.reporting);
         put(&mut out, "From", &format!("Mail Delivery System <postmaster@{host}>"));
         put(&mut out, "To", &self.addressee());
-        put(&mut out, "Subject", self.subject());
+        let action = self.reports.iter().map(|report| report.action).min().unwrap_or(Action::Expanded);
+        put(&mut out, "Subject", action.wording().subject);
         put(&mut out, "Date", &self.now.rfc5322());
         let id = self.clean(self.message_id);
         put(&mut out, "Message-ID", &format!("<{}>", id.trim_matches(['<', '>'])));
-        // RFC 3834 section 5: "auto-generated" must not be used on notices.
+        // RFC 3834 section 5: "auto-generated" must not be used on DSNs.
         put(&mut out, "Auto-Submitted", "auto-replied");
         put(&mut out, "MIME-Version", "1.0");
         out.push_str("Content-Type: multipart/report; report-type=delivery-status;\n");
@@ -169,7 +167,7 @@ impl Dsn<'_> {
         out.push('\n');
     }
 
-    /// The sender; or, where it cannot be written in ASCII, an empty group that names it (RFC 6857).
+    /// The sender; if the address cannot be written in ASCII, an empty group that names it (RFC 6857).
     fn addressee(&self) -> String {
         match self.utf8 || self.to.is_ascii() {
             true => format!("<{}>", self.to),
@@ -177,29 +175,13 @@ impl Dsn<'_> {
         }
     }
 
-    fn subject(&self) -> &'static str {
-        let has = |action| self.reports.iter().any(|report| report.action == action);
-        if has(Action::Failed) {
-            "Your message could not be delivered"
-        } else if has(Action::Delayed) {
-            "Your message is delayed"
-        } else if has(Action::Delivered) {
-            "Your message was delivered"
-        } else {
-            "Your message was passed on"
-        }
-    }
-
-    /// The fields of the message, and behind a blank line each those of the recipients (RFC 3464 section 2).
+    /// The fields of the message; then, after a blank line each, those of the recipients (RFC 3464 section 2).
     fn fields(&self) -> String {
         let mut out = String::new();
         if let Some(id) = self.envelope_id {
             put(&mut out, "Original-Envelope-Id", &self.clean(&decoded(id)));
         }
         put(&mut out, "Reporting-MTA", &self.mta(self.reporting));
-        if let Some(name) = self.received_from {
-            put(&mut out, "Received-From-MTA", &self.mta(name));
-        }
         put(&mut out, "Arrival-Date", &self.arrived.rfc5322());
         for report in self.reports {
             out.push('\n');
@@ -208,22 +190,22 @@ impl Dsn<'_> {
         out
     }
 
-    /// RFC 3464 section 2.3.
+    /// The fields of one recipient (RFC 3464 section 2.3).
     fn put_recipient(&self, out: &mut String, report: &RecipientReport) {
-        // There if and only if ORCPT was (RFC 3461 section 6.3).
+        // If and only if ORCPT was given (RFC 3461 section 6.3).
         if let Some(original) = report.original {
             put(out, "Original-Recipient", &self.original(original));
         }
         let kind = if report.recipient.is_ascii() { "rfc822" } else { "utf-8" };
         put(out, "Final-Recipient", &format!("{kind}; {}", self.address(report.recipient)));
-        put(out, "Action", report.action.name());
+        put(out, "Action", report.action.wording().name);
         put(out, "Status", report.status());
         if let Some(name) = report.remote {
             put(out, "Remote-MTA", &self.mta(name));
         }
         if let Some(text) = report.diagnostic {
             let kind = if is_reply(text) { "smtp" } else { "x-odmr" };
-            put_folded(out, "Diagnostic-Code", &format!("{kind}; {}", self.clean(text)));
+            fold(out, "Diagnostic-Code:", " ", &format!("{kind}; {}", self.clean(text)));
         }
         if let Some(date) = report.last_attempt {
             put(out, "Last-Attempt-Date", &date.rfc5322());
@@ -233,7 +215,7 @@ impl Dsn<'_> {
         }
     }
 
-    /// The text for people.
+    /// The text for the sender.
     fn explanation(&self) -> String {
         let mut out = String::new();
         let host = self.clean(self.reporting);
@@ -243,15 +225,16 @@ impl Dsn<'_> {
             if reports.is_empty() {
                 continue;
             }
-            let one = reports.len() == 1;
+            let Wording { happened, conclusion, .. } = action.wording();
+            let recipients = if reports.len() == 1 { "this recipient" } else { "these recipients" };
             let arrived = self.arrived.rfc5322();
             out.push('\n');
-            paragraph(&mut out, "", &action.introduction(&arrived, one));
+            paragraph(&mut out, "", &format!("Your message of {arrived} {happened} {recipients}:"));
             for report in &reports {
                 self.explain(&mut out, report);
             }
             out.push('\n');
-            paragraph(&mut out, "", action.conclusion());
+            paragraph(&mut out, "", conclusion);
         }
         out.push('\n');
         let rest = if self.full { "The message follows" } else { "The header of the message follows" };
@@ -263,14 +246,14 @@ impl Dsn<'_> {
         let _ = writeln!(out, "\n    <{}>", self.address(report.recipient));
         let peer = report.remote.map(|name| self.clean(name));
         let text = report.diagnostic.map(|text| self.clean(text));
-        let said = match (peer, text) {
+        let result = match (peer, text) {
             (Some(peer), Some(text)) if report.diagnostic.is_some_and(is_reply) => format!("{peer} answered: {text}"),
             (Some(peer), Some(text)) => format!("{peer}: {text}"),
             (None, Some(text)) => text,
             (Some(peer), None) => format!("by {peer}"),
             (None, None) => String::new(),
         };
-        paragraph(out, "        ", &said);
+        paragraph(out, "        ", &result);
         if let Some(date) = report.retry_until.filter(|_| report.action == Action::Delayed) {
             paragraph(out, "        ", &format!("It is tried until {}.", date.rfc5322()));
         }
@@ -279,7 +262,7 @@ impl Dsn<'_> {
         }
     }
 
-    /// `dns; name`, if it is a full name or an address literal (RFC 3464 section 2.2.2).
+    /// A name as a field value: `dns; name` if it is a full name or an address literal (RFC 3464 section 2.2.2).
     fn mta(&self, name: &str) -> String {
         let name = self.clean(name);
         let first = name.split_whitespace().next().unwrap_or_default();
@@ -294,7 +277,7 @@ impl Dsn<'_> {
         }
     }
 
-    /// ORCPT decoded: as the sender's own program wrote it (RFC 3461 section 4.2).
+    /// ORCPT, decoded (RFC 3461 section 4.2).
     fn original(&self, original: &str) -> String {
         let (kind, address) = original.split_once(';').unwrap_or(("rfc822", original));
         let address = decoded(address);
@@ -306,7 +289,7 @@ impl Dsn<'_> {
         format!("{}; {}", self.clean(kind), self.clean(&address))
     }
 
-    /// One line of characters that may stand in this notice.
+    /// The text on one line, with characters that the DSN may contain.
     fn clean(&self, text: &str) -> String {
         let fit = |c: char| match c {
             '\t' => c,
@@ -318,73 +301,77 @@ impl Dsn<'_> {
     }
 }
 
-impl Action {
-    fn name(self) -> &'static str {
-        match self {
-            Action::Failed => "failed",
-            Action::Delayed => "delayed",
-            Action::Delivered => "delivered",
-            Action::Relayed => "relayed",
-            Action::Expanded => "expanded",
-        }
-    }
-
-    fn introduction(self, arrived: &str, one: bool) -> String {
-        let whom = if one { "this recipient" } else { "these recipients" };
-        match self {
-            Action::Failed => format!("Your message of {arrived} could NOT be delivered to {whom}:"),
-            Action::Delayed => format!("Your message of {arrived} is delayed. It has NOT YET reached {whom}:"),
-            Action::Delivered => {
-                format!("Your message of {arrived} was delivered, as you asked to be told, to {whom}:")
-            }
-            Action::Relayed => format!("Your message of {arrived} was passed on, on its way to {whom}:"),
-            Action::Expanded => format!("Your message of {arrived} was passed on to all who stand behind {whom}:"),
-        }
-    }
-
+/// How a DSN describes an action.
+struct Wording {
+    /// The value of the field `Action`.
+    name: &'static str,
+    subject: &'static str,
+    /// Between "Your message of DATE" and "this recipient".
+    happened: &'static str,
     /// What the sender can do.
-    fn conclusion(self) -> &'static str {
+    conclusion: &'static str,
+}
+
+impl Action {
+    fn wording(self) -> Wording {
         match self {
-            Action::Failed => "It will not be tried again. To try once more, send the message anew.",
-            Action::Delayed => {
-                "You need do nothing, and need not send it again: it is still being tried. You will be told if it \
-                 has to be given up."
-            }
-            Action::Delivered => "You need do nothing. That it was delivered does not mean that it was read.",
-            Action::Relayed => {
-                "You need do nothing. The next mail system does not say whether it delivers, so this may be the \
-                 last you hear of it from us."
-            }
-            Action::Expanded => "You need do nothing. You will be told of those who cannot be reached.",
+            Action::Failed => Wording {
+                name: "failed",
+                subject: "Your message could not be delivered",
+                happened: "could NOT be delivered to",
+                conclusion: "It will not be tried again. To try once more, send the message anew.",
+            },
+            Action::Delayed => Wording {
+                name: "delayed",
+                subject: "Your message is delayed",
+                happened: "is delayed. It has NOT YET reached",
+                conclusion: "You need do nothing, and need not send it again: it is still being tried. You will be told \
+                             if it has to be given up.",
+            },
+            Action::Delivered => Wording {
+                name: "delivered",
+                subject: "Your message was delivered",
+                happened: "was delivered, as you asked to be told, to",
+                conclusion: "You need do nothing. That it was delivered does not mean that it was read.",
+            },
+            Action::Relayed => Wording {
+                name: "relayed",
+                subject: "Your message was passed on",
+                happened: "was passed on, on its way to",
+                conclusion: "You need do nothing. The next mail system does not say whether it delivers, so this may be \
+                             the last you hear of it from us.",
+            },
+            Action::Expanded => Wording {
+                name: "expanded",
+                subject: "Your message was passed on",
+                happened: "was passed on to all who stand behind",
+                conclusion: "You need do nothing. You will be told of those who cannot be reached.",
+            },
         }
     }
 }
 
 impl RecipientReport<'_> {
-    /// The status code, or that of its class which says no more (RFC 3464 section 2.3.4).
+    /// The status code; if it is not valid for the action, the general code of its class (RFC 3464 section 2.3.4).
     fn status(&self) -> &str {
-        let mut parts = self.status.split('.');
-        let number = |part: Option<&str>, most: usize| {
-            part.is_some_and(|part| {
-                (1..=most).contains(&part.len()) && part.bytes().all(|octet| octet.is_ascii_digit())
-            })
-        };
-        let (class, default) = match self.action {
+        let (classes, default) = match self.action {
             Action::Failed => ("45", "5.0.0"),
             Action::Delayed => ("4", "4.0.0"),
             Action::Delivered | Action::Relayed | Action::Expanded => ("2", "2.0.0"),
         };
-        let sound = parts.next().is_some_and(|part| part.len() == 1 && class.contains(part))
-            && number(parts.next(), 3)
-            && number(parts.next(), 3)
-            && parts.next().is_none();
-        if sound { &self.status } else { default }
+        let digits = |part: &str, most| part.len() <= most && part.bytes().all(|octet| octet.is_ascii_digit());
+        let valid = match self.status.split('.').collect::<Vec<_>>()[..] {
+            [class, subject, detail] if !subject.is_empty() && !detail.is_empty() => {
+                class.len() == 1 && classes.contains(class) && digits(subject, 3) && digits(detail, 3)
+            }
+            _ => false,
+        };
+        if valid { &self.status } else { default }
     }
 
     /// What the sender can do about a failure, by its status code (RFC 3463).
     fn advice(&self) -> &'static str {
-        let status = self.status();
-        let subject = status.split_once('.').map_or("", |(_, subject)| subject);
+        let subject = self.status().split_once('.').map_or("", |(_, subject)| subject);
         match subject {
             "1.1" | "1.0" | "1.3" | "1.6" => "Please check the address, above all what stands before the @.",
             "1.2" | "1.10" | "4.4" => "Please check the address, above all what stands behind the @.",
@@ -404,17 +391,12 @@ impl RecipientReport<'_> {
     }
 }
 
-/// A field as it is; its value must be short.
+/// Appends a field on one line; its value must be short.
 fn put(out: &mut String, name: &str, value: &str) {
     push_within_limit(out, &format!("{name}: {value}"));
 }
 
-/// A field folded between its words.
-fn put_folded(out: &mut String, name: &str, value: &str) {
-    fold(out, &format!("{name}:"), " ", value);
-}
-
-/// Text for people in lines of moderate length; nothing for nothing.
+/// Appends text in lines of moderate length; nothing if the text is empty.
 fn paragraph(out: &mut String, indent: &str, text: &str) {
     let mut words = text.split_whitespace();
     if let Some(first) = words.next() {
@@ -423,26 +405,25 @@ fn paragraph(out: &mut String, indent: &str, text: &str) {
     }
 }
 
-/// Appends `begin` and the words of `text`, further lines behind `indent`.
+/// Appends `begin` and the words of `text`; further lines begin with `indent`.
 fn fold(out: &mut String, begin: &str, indent: &str, text: &str) {
     let mut line = begin.to_owned();
     for word in text.split_whitespace() {
         if line.len() + 1 + word.len() > FOLD_WIDTH && line.trim() != "" {
             push_within_limit(out, &line);
             line = indent.to_owned();
-            line.push_str(word);
         } else {
             line.push(' ');
-            line.push_str(word);
         }
+        line.push_str(word);
     }
     push_within_limit(out, &line);
 }
 
-/// Appends a line; one that is too long is cut into continuations.
+/// Appends a line; a line that is too long is cut into continuation lines.
 fn push_within_limit(out: &mut String, line: &str) {
     let mut rest = line;
-    // A continuation has one octet more.
+    // A continuation line begins with one more octet, a space.
     while rest.len() >= LINE_LIMIT {
         let cut = (1..LINE_LIMIT).rev().find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
         out.push_str(&rest[..cut]);
@@ -453,13 +434,13 @@ fn push_within_limit(out: &mut String, line: &str) {
     out.push('\n');
 }
 
-/// Whether a text begins like a reply of SMTP.
+/// Whether a text begins like an SMTP reply.
 fn is_reply(text: &str) -> bool {
     let code = text.split_whitespace().next().unwrap_or_default();
     code.len() == 3 && code.bytes().all(|octet| octet.is_ascii_digit()) && code.starts_with(['2', '3', '4', '5'])
 }
 
-/// Decodes xtext (RFC 3461 section 4); what is none is left as it is.
+/// Decodes xtext (RFC 3461 section 4); other text is left as it is.
 fn decoded(xtext: &str) -> String {
     let mut octets = Vec::new();
     let mut rest = xtext.as_bytes();
@@ -479,13 +460,13 @@ fn escaped(address: &str) -> String {
     for character in address.chars() {
         match character {
             '!'..='~' if !matches!(character, '+' | '=' | '\\') => out.push(character),
-            _ => out.push_str(&format!("\\x{{{:02X}}}", u32::from(character))),
+            _ => out += &format!("\\x{{{:02X}}}", u32::from(character)),
         }
     }
     out
 }
 
-/// The address that `utf-8-addr-xtext` or `utf-8-addr-unitext` stands for.
+/// Decodes `utf-8-addr-xtext` or `utf-8-addr-unitext` (RFC 6533 section 3); other text is left as it is.
 fn unescaped(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
@@ -496,19 +477,13 @@ fn unescaped(text: &str) -> String {
             Some((char::from_u32(point)?, after))
         });
         out.push_str(before);
+        rest = point.map_or(after, |(_, after)| after);
         match point {
-            Some((character, after)) => {
-                out.push(character);
-                rest = after;
-            }
-            None => {
-                out.push_str("\\x{");
-                rest = after;
-            }
+            Some((character, _)) => out.push(character),
+            None => out.push_str("\\x{"),
         }
     }
-    out.push_str(rest);
-    out
+    out + rest
 }
 
 #[cfg(test)]

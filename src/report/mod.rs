@@ -1,5 +1,5 @@
-//! What follows an attempt: the next attempt or expiry, DSNs, and the settlement (RFC 5321 sections 4.5.4 and 6.1, RFC
-//! 3461 section 5).
+//! What follows an attempt to send a message: the next attempt or expiry, DSNs, and the settlement (RFC 5321 sections 4.5.4
+//! and 6.1, RFC 3461 section 5).
 //!
 //! A DSN is durable before the mail that it reports is removed: after a crash a sender may receive it twice, but never not
 //! at all. The null sender receives no DSN; its rejected mail stays in `.refused`.
@@ -23,7 +23,7 @@ use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 use dsn::{Action, Dsn, RecipientReport};
 
-/// Octets of a message that its DSN returns whole, if the sender asked for that (RFC 3461 section 4.3).
+/// Octets of a message that a DSN returns whole, if the sender has asked for that (RFC 3461 section 4.3).
 const RETURN_FULL_LIMIT: u64 = 64 * 1024;
 
 /// Octets of a header that a DSN returns; the rest is left out.
@@ -31,14 +31,16 @@ const RETURNED_HEADER_LIMIT: usize = 64 * 1024;
 
 /// A DSN, ready to be stored for its recipient.
 pub struct DsnMessage {
+    /// The sender of the message that the DSN is about.
     pub to: Mailbox,
-    /// LF line ends.
+    /// Header and body, with LF line ends.
     pub text: Vec<u8>,
+    /// The DSN needs SMTPUTF8.
     pub utf8: bool,
 }
 
 impl DsnMessage {
-    /// The envelope that it goes in, from the null sender (RFC 3461 section 6.1).
+    /// The envelope of the DSN, from the null sender (RFC 3461 section 6.1), with an id of its own.
     pub fn envelope(&self, ids: &Ids) -> QueuedEnvelope {
         let envelope = Envelope {
             recipients: vec![Recipient::plain(self.to.clone())],
@@ -50,26 +52,33 @@ impl DsnMessage {
     }
 }
 
-/// Stores DSNs durably where their recipients will find them.
+/// Stores DSNs for their recipients.
 pub trait DsnSink: Send + Sync {
+    /// Stores a DSN durably.
+    ///
+    /// # Errors
+    /// The disk fails; then no DSN is stored.
     fn store(&self, dsn: &DsnMessage) -> io::Result<()>;
 }
 
-/// How a message is sent on.
+/// How a message is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Via {
     /// The provider to its customer, after the turn.
     Atrn,
     /// The relay, by MX.
     Mx,
+    /// The relay, by its smarthost.
     Smarthost,
     /// The customer to its provider, before the turn.
     Provider,
     /// The customer to its submission host.
     Submission,
-    /// The customer to a next hop.
+    /// The customer to a next hop by LMTP.
     Lmtp,
+    /// The customer to a next hop by SMTP.
     Smtp,
+    /// The customer to a mailbox.
     Maildir,
 }
 
@@ -89,13 +98,13 @@ impl fmt::Display for Via {
     }
 }
 
-/// One attempt at a message: with whom, and what follows if it fails.
+/// One attempt at a message: the peer, and what follows for deferred recipients.
 #[derive(Clone, Copy)]
 pub struct Attempt<'a> {
     /// The id of the session in the log.
     pub session: &'a str,
     pub via: Via,
-    /// The peer for the log: its name, or how it is configured.
+    /// The peer for the log: its name, or as it is configured.
     pub relay: &'a str,
     /// The peer's name for DSNs, if it gave one.
     pub peer: Option<&'a str>,
@@ -106,12 +115,12 @@ pub struct Attempt<'a> {
 }
 
 impl<'a> Attempt<'a> {
-    /// A copy in a Maildir of ours; `file`: its unique name.
+    /// A copy in a mailbox here; `file`: its unique name.
     pub fn in_maildir(session: &'a str, file: &'a str) -> Attempt<'a> {
         Attempt { session, via: Via::Maildir, relay: file, peer: None, peer_sends_dsn: true, retry: None }
     }
 
-    /// Logs what became of one recipient.
+    /// Logs the status of one recipient.
     pub fn log(&self, message: &QueuedEnvelope, to: &Mailbox, status: &RecipientStatus, now: Timestamp) {
         log::info!(
             "event=delivery session={} id={} from=<{}> to=<{to}> status={} via={} relay={} dsn={} delay={} reply={}",
@@ -128,7 +137,7 @@ impl<'a> Attempt<'a> {
     }
 }
 
-/// Acts on the results of attempts.
+/// Sends DSNs, and settles messages after attempts.
 #[derive(Clone)]
 pub struct Reporter {
     hostname: String,
@@ -138,16 +147,20 @@ pub struct Reporter {
 }
 
 impl Reporter {
+    /// `hostname`: the name in DSNs. `sink`: where they are stored; `None`: no DSN can be sent.
     pub fn new(hostname: &str, ids: &Ids, sink: Option<Arc<dyn DsnSink>>) -> Reporter {
         Reporter { hostname: hostname.to_owned(), ids: ids.clone(), sink }
     }
 
-    /// Sends the DSNs that are due, then settles the message; logs each recipient. Returns the result that was settled.
+    /// Sends the DSN that is due, then settles the message, and logs each recipient. Returns the result that was settled:
+    /// recipients that have expired are rejected in it.
+    ///
+    /// # Errors
+    /// The disk fails, which is logged. No recipient is lost, but some may receive the message twice.
     pub fn finish_attempt(
         &self, message: QueuedMessage, result: DeliveryResult, attempt: &Attempt<'_>, lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
-        let envelope =
-            QueuedEnvelope { id: message.id.clone(), arrived: message.arrived, envelope: message.envelope.clone() };
+        let envelope = message.with_recipients(message.envelope.recipients.clone());
         let settled = self.apply(message, result, attempt, lock).inspect_err(|error| {
             let (session, id) = (attempt.session, &envelope.id);
             log::error!("event=settle-failed session={session} id={id} error={}", quoted(error));
@@ -170,7 +183,7 @@ impl Reporter {
                 result.recipients.iter_mut().for_each(|status| expire(status, retry.give_up));
             }
             message.next_attempt = Some(SystemTime::now() + retry.pause(age, self.ids.random_number()));
-            // First, as it needs no disk space: whatever fails below, the message is not sent again at once.
+            // First, because it needs no disk space: if the rest fails, the message is not sent again at once.
             message.record_next_attempt()?;
             let late = retry.delay_notice.is_some_and(|delay| age > delay) && !message.is_delay_reported();
             let give_up = i64::try_from(retry.give_up.as_secs()).unwrap_or(i64::MAX / 4);
@@ -179,7 +192,7 @@ impl Reporter {
         match self.report(&mut message, &result, attempt, late_until, now) {
             Ok(reported) => message.rejections_reported = reported,
             Err(error) => {
-                // Recipients that have the message must not get it again because another's DSN cannot be stored.
+                // Recipients that have the message must not get it again because a DSN about another cannot be stored.
                 log::error!("event=dsn-failed id={} error={}", message.id, quoted(error));
                 late_until = None;
                 if attempt.retry.is_none_or(|retry| age <= retry.give_up) {
@@ -194,17 +207,17 @@ impl Reporter {
         Ok(result)
     }
 
-    /// Sends one DSN for all recipients that need one. Returns whether the sender can be told at all.
+    /// Sends one DSN for all recipients that need one. Returns whether the sender can receive DSNs.
     fn report(
         &self, message: &mut QueuedMessage, result: &DeliveryResult, attempt: &Attempt<'_>,
         late_until: Option<Timestamp>, now: Timestamp,
     ) -> io::Result<bool> {
         let to = match &message.envelope.from {
             ReversePath::Mailbox(to) if self.sink.is_some() => to.clone(),
-            // RFC 5321 section 6.1: never a DSN about a DSN.
+            // Never a DSN about a DSN (RFC 5321 section 6.1).
             ReversePath::Mailbox(_) | ReversePath::Null => return Ok(false),
         };
-        // What we have decided ourselves is not the peer's reply.
+        // A reply of our own must not be reported as the peer's.
         let remote = attempt.peer.filter(|_| result.decided_by != DecidedBy::Us);
         let recipients = message.envelope.recipients.clone();
         let texts: Vec<_> = result.recipients.iter().map(|status| status.reply().map(Reply::to_string)).collect();
@@ -219,17 +232,13 @@ impl Reporter {
                     remote,
                     diagnostic: diagnostic.as_deref(),
                     last_attempt: Some(now),
-                    retry_until: late_until.filter(|_| matches!(action, Action::Delayed)),
+                    retry_until: late_until,
                 });
             }
         }
         if !reports.is_empty() {
             message.rewind()?;
-            let about = QueuedEnvelope {
-                id: message.id.clone(),
-                arrived: message.arrived,
-                envelope: message.envelope.with_recipients(Vec::new()),
-            };
+            let about = message.with_recipients(Vec::new());
             // 8-bit content may not be part of a 7-bit DSN (RFC 2046 section 5.2.1).
             let may_be_whole = (!message.eight_bit || !to.is_ascii()) && message.size <= RETURN_FULL_LIMIT;
             self.send(&about, may_be_whole, message, &to, &reports)?;
@@ -237,8 +246,12 @@ impl Reporter {
         Ok(true)
     }
 
-    /// Reports final delivery to senders who asked for it (RFC 3461 section 5.2.3). `others`: recipients whose next holder
-    /// sends no DSN (sections 5.2.2 and 5.2.7.3). `header`: the message's.
+    /// Sends a DSN about recipients whose mail is in a mailbox here, if the sender has asked for success (RFC 3461 section
+    /// 5.2.3). `others`: recipients whose next server sends no DSN (sections 5.2.2 and 5.2.7.3). `header`: the header of
+    /// the message.
+    ///
+    /// # Errors
+    /// The DSN cannot be stored.
     pub fn report_delivered(
         &self, message: &QueuedEnvelope, others: &[(Recipient, Action)], header: &[u8],
     ) -> io::Result<()> {
@@ -278,7 +291,6 @@ impl Reporter {
             to,
             envelope_id: about.envelope.envelope_id.as_deref(),
             arrived: about.arrived,
-            received_from: None,
             reports,
             now: self.ids.clock().now(),
             message_id: &format!("<{id}@{}>", self.hostname),
@@ -302,7 +314,7 @@ impl Reporter {
     }
 }
 
-/// What a DSN reports of a recipient, if anything (RFC 3461 section 5.2).
+/// What a DSN reports about a recipient; `None`: no DSN is due (RFC 3461 section 5.2).
 fn action(recipient: &Recipient, status: &RecipientStatus, peer_sends_dsn: bool, late: bool) -> Option<Action> {
     let notify = &recipient.notify;
     match status {
@@ -312,15 +324,15 @@ fn action(recipient: &Recipient, status: &RecipientStatus, peer_sends_dsn: bool,
     }
 }
 
-/// A rejection whose DSN could not be stored is tried again, and reported then.
+/// Defers a rejection whose DSN could not be stored: the next attempt reports it.
 fn defer_rejection(status: &mut RecipientStatus) {
     if let RecipientStatus::Rejected(reply) = status {
         *status =
-            RecipientStatus::Deferred(Reply::new(451, "4.3.0", format!("A notice could not be stored about: {reply}")));
+            RecipientStatus::Deferred(Reply::new(451, "4.3.0", format!("A DSN could not be stored about: {reply}")));
     }
 }
 
-/// RFC 5321 section 4.5.4.1: a message is given up after four or five days.
+/// Rejects a recipient that is still open when the message expires (RFC 5321 section 4.5.4.1).
 fn expire(status: &mut RecipientStatus, after: Duration) {
     if status.is_open() {
         let time = match after.as_secs() {
@@ -344,33 +356,33 @@ mod tests {
 
     const HOUR: i64 = 3600;
 
-    /// Keeps what is posted.
+    /// Keeps the DSNs that are stored.
     #[derive(Default)]
-    struct Letterbox(Mutex<Vec<String>>);
+    struct StoredDsns(Mutex<Vec<String>>);
 
-    impl DsnSink for Letterbox {
-        fn store(&self, letter: &DsnMessage) -> io::Result<()> {
-            let text = String::from_utf8_lossy(&letter.text).into_owned();
+    impl DsnSink for StoredDsns {
+        fn store(&self, dsn: &DsnMessage) -> io::Result<()> {
+            let text = String::from_utf8_lossy(&dsn.text).into_owned();
             self.0.lock().unwrap().push(text);
             Ok(())
         }
     }
 
-    /// One letter to `to@example.net`, as old as that, with its sender and NOTIFY; a desk; what it has posted.
+    /// One message to `to@example.net` with its age in seconds, sender and NOTIFY; a reporter and the DSNs that it stores.
     struct Case {
-        folder: tempfile::TempDir,
+        directory: tempfile::TempDir,
         queue: Queue,
-        place: QueueName,
+        name: QueueName,
         reporter: Reporter,
-        posted: Arc<Letterbox>,
+        stored: Arc<StoredDsns>,
     }
 
     impl Case {
         fn new(from: &str, notify: &str, age: i64) -> Case {
-            let (folder, ids, posted) = (tempfile::tempdir().unwrap(), Ids::fixed(), Arc::<Letterbox>::default());
+            let (directory, ids, stored) = (tempfile::tempdir().unwrap(), Ids::fixed(), Arc::<StoredDsns>::default());
             let queue = Queue::new("host", ids.clone(), Duration::from_secs(60));
             let domain = Domain::parse("example.net");
-            let place = QueueName { path: folder.path().join("outgoing/example.net"), domain, retries: true };
+            let name = QueueName { path: directory.path().join("outgoing/example.net"), domain, retries: true };
             let notify = if notify.is_empty() { Notify::default() } else { Notify::parse(notify.as_bytes()).unwrap() };
             let mailbox = Mailbox::parse("to@example.net").unwrap();
             let envelope = Envelope {
@@ -379,14 +391,14 @@ mod tests {
             };
             let arrived = Timestamp::from_seconds(ids.clock().now().seconds() - age);
             let envelope = QueuedEnvelope { id: "id".to_owned(), arrived, envelope };
-            let mut copies = queue.begin_message(&[(place.clone(), envelope)], "").unwrap();
-            copies.write(b"Subject: the one\n\nbody\n").unwrap();
-            copies.commit().unwrap();
-            let reporter = Reporter::new("relay.example.net", &ids, Some(posted.clone()));
-            Case { folder, queue, place, reporter, posted }
+            let mut writer = queue.begin_message(&[(name.clone(), envelope)], "").unwrap();
+            writer.write(b"Subject: the one\n\nbody\n").unwrap();
+            writer.commit().unwrap();
+            let reporter = Reporter::new("relay.example.net", &ids, Some(stored.clone()));
+            Case { directory, queue, name, reporter, stored }
         }
 
-        /// One attempt that ends so; what was posted by it.
+        /// Makes one attempt with this status. Returns the DSNs that were stored.
         fn attempt(&self, status: RecipientStatus, dsn: bool) -> Vec<String> {
             let hours = |hours: u64| Duration::from_secs(3600 * hours);
             let retry = Retry {
@@ -395,30 +407,30 @@ mod tests {
                 give_up: hours(120),
                 delay_notice: Some(hours(4)),
             };
-            // The next attempt is not waited for.
-            let maildir = Maildir::new(&self.place.path);
+            // The next attempt is due at once.
+            let maildir = Maildir::new(&self.name.path);
             for entry in maildir.entries().unwrap() {
                 std::fs::File::open(maildir.file(&entry)).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
             }
-            let mut lock = self.queue.lock(std::slice::from_ref(&self.place)).unwrap();
+            let mut lock = self.queue.lock(std::slice::from_ref(&self.name)).unwrap();
             let message = lock.next_message().unwrap();
             let (session, relay) = ("1", "mx.example.net");
             let (peer, retry) = (Some(relay), Some(&retry));
             let attempt = Attempt { session, via: Via::Mx, relay, peer, peer_sends_dsn: dsn, retry };
             let result = DeliveryResult { recipients: vec![status], decided_by: DecidedBy::Peer };
             self.reporter.finish_attempt(message, result, &attempt, &mut lock).unwrap();
-            std::mem::take(&mut *self.posted.0.lock().unwrap())
+            std::mem::take(&mut *self.stored.0.lock().unwrap())
         }
 
-        /// Messages that wait, and that were set aside.
+        /// How many messages are in the queue and in `.refused`.
         fn left(&self) -> (usize, usize) {
-            let maildir = Maildir::new(&self.place.path);
-            let refused = Maildir::new(self.folder.path().join("outgoing/example.net/.refused"));
-            (maildir.entries().unwrap().len(), refused.entries().unwrap().len())
+            let maildir = Maildir::new(&self.name.path);
+            let rejected = Maildir::new(self.directory.path().join("outgoing/example.net/.refused"));
+            (maildir.entries().unwrap().len(), rejected.entries().unwrap().len())
         }
     }
 
-    fn refused() -> RecipientStatus {
+    fn rejected() -> RecipientStatus {
         RecipientStatus::Rejected(Reply::new(550, "5.1.1", "unknown"))
     }
 
@@ -426,20 +438,20 @@ mod tests {
         RecipientStatus::Deferred(Reply::new(451, "4.4.1", "later"))
     }
 
-    fn delivered() -> RecipientStatus {
-        RecipientStatus::Sent(Reply::new(250, "2.0.0", "taken"))
+    fn sent() -> RecipientStatus {
+        RecipientStatus::Sent(Reply::new(250, "2.0.0", "accepted"))
     }
 
-    /// RFC 3461 section 5.2, a row each: sender, NOTIFY, age in hours, fate, whether the peer has DSN; the action
-    /// and status of the one notice, and what is left.
+    /// RFC 3461 section 5.2, one call each: sender, NOTIFY, age in hours, status, whether the peer offers DSN; the action
+    /// and status in the DSN, and how many messages are left.
     /// Rules: SMTP-66, DSN-06, DSN-07, DSN-08.
     #[test]
-    fn who_is_told_what() {
+    fn each_status_leads_to_its_dsn() {
         let check = |from, notify, age, status: RecipientStatus, dsn, wanted: &str, left| {
             let case = Case::new(from, notify, age * HOUR);
-            let told = case.attempt(status.clone(), dsn);
+            let dsns = case.attempt(status.clone(), dsn);
             let row = format!("{from} {notify} {age} {status:?} {dsn}");
-            let seen: Vec<_> = told
+            let seen: Vec<_> = dsns
                 .iter()
                 .map(|text| {
                     let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("-");
@@ -454,14 +466,14 @@ mod tests {
             assert_eq!(case.left(), left, "{row}");
         };
         let own = "<a@b.example>";
-        check(own, "", 0, refused(), false, "failed 5.1.1", (0, 0));
-        check(own, "SUCCESS", 0, refused(), false, "", (0, 0));
-        check(own, "NEVER", 0, refused(), false, "", (0, 0));
-        // Never about a notice (RFC 5321 section 6.1); it is set aside.
-        check("<>", "", 0, refused(), false, "", (0, 1));
-        check(own, "", 0, delivered(), false, "", (0, 0));
-        check(own, "SUCCESS", 0, delivered(), false, "relayed 2.0.0", (0, 0));
-        check(own, "SUCCESS", 0, delivered(), true, "", (0, 0));
+        check(own, "", 0, rejected(), false, "failed 5.1.1", (0, 0));
+        check(own, "SUCCESS", 0, rejected(), false, "", (0, 0));
+        check(own, "NEVER", 0, rejected(), false, "", (0, 0));
+        // Never a DSN about a DSN (RFC 5321 section 6.1): it is kept in `.refused`.
+        check("<>", "", 0, rejected(), false, "", (0, 1));
+        check(own, "", 0, sent(), false, "", (0, 0));
+        check(own, "SUCCESS", 0, sent(), false, "relayed 2.0.0", (0, 0));
+        check(own, "SUCCESS", 0, sent(), true, "", (0, 0));
         check(own, "", 3, deferred(), false, "", (1, 0));
         check(own, "", 5, deferred(), false, "delayed 4.4.1", (1, 0));
         check(own, "FAILURE", 5, deferred(), false, "", (1, 0));
@@ -469,15 +481,15 @@ mod tests {
         check(own, "", 5, RecipientStatus::InDoubt, false, "delayed 4.4.2", (1, 0));
         check(own, "", 121, deferred(), false, "failed 5.4.7", (0, 0));
         check(own, "", 121, RecipientStatus::InDoubt, false, "failed 5.4.7", (0, 0));
-        check(own, "", 121, delivered(), false, "", (0, 0));
+        check(own, "", 121, sent(), false, "", (0, 0));
     }
 
     #[test]
-    fn one_is_told_once_that_a_letter_is_late() {
+    fn the_sender_gets_one_dsn_about_a_delay() {
         let case = Case::new("<a@b.example>", "", 5 * HOUR);
         assert_eq!(case.attempt(deferred(), false).len(), 1);
         assert_eq!(case.attempt(deferred(), false).len(), 0);
-        assert_eq!(case.attempt(refused(), false).len(), 1);
+        assert_eq!(case.attempt(rejected(), false).len(), 1);
         assert_eq!(case.left(), (0, 0));
     }
 }

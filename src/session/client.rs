@@ -1,7 +1,7 @@
-//! The driver of the SMTP client role where waiting is allowed: one session over one connection, for a thread that has
-//! nothing else to do. The customer before the turn, submission and the relay use it.
+//! The driver of the SMTP client role: one session over one connection, for a thread that may wait for the peer. The
+//! customer uses it before the turn and for next hops, the provider for the relay.
 //!
-//! Replies are read while content is being written, so two peers that send at once do not block each other.
+//! It reads replies while it writes content, so two peers that send at the same time do not block each other.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -23,7 +23,7 @@ use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, connection_lost, ends_session};
 
-/// After this many messages in a row whose MAIL was rejected no more are tried.
+/// If MAIL is rejected for this many messages in a row, the session sends no more.
 const MAIL_REJECTION_LIMIT: usize = 3;
 
 /// How long the session waits for the reply to QUIT.
@@ -32,9 +32,9 @@ const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Why a session cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionFailure {
-    /// The peer rejects or lacks something that the session needs.
+    /// The peer rejects a command, or does not offer something that the session needs.
     Aborted(Abort),
-    /// The peer breaks the protocol, or its certificate is not accepted.
+    /// The peer violates the protocol, or its certificate is not trusted.
     Broken(String),
     /// The connection was lost, or was too slow, in the TLS handshake.
     NoTls(String),
@@ -74,45 +74,31 @@ fn lost(error: io::Error) -> SessionFailure {
     SessionFailure::Lost(format!("the connection was lost: {error}"))
 }
 
-/// Acts on the result of each message.
+/// Settles a message, given its result.
 pub type Settle<'a> = dyn FnMut(QueuedMessage, DeliveryResult, &Client, &mut QueueLock) + 'a;
 
-/// A session.
+/// A session whose server is the peer.
 pub struct ClientSession {
     connection: Connection,
     client: Client,
     replies: ReplyInput,
     timeouts: Timeouts,
     cancel: CancelToken,
-    /// Whatever is waited for, not longer than this.
+    /// No wait lasts longer.
     limit: Option<Instant>,
-    /// We were told to stop behind a message's content: so long its reply is waited for.
+    /// The session was cancelled after it sent the content of a message: it waits for the reply until then.
     grace: Option<(Instant, CancelToken)>,
 }
 
 impl ClientSession {
-    pub fn new(
-        connection: Connection, options: ClientOptions, timeouts: &Timeouts, cancel: &CancelToken,
-    ) -> ClientSession {
-        ClientSession {
-            connection,
-            client: Client::new(options),
-            replies: ReplyInput::default(),
-            timeouts: timeouts.clone(),
-            cancel: cancel.clone(),
-            limit: None,
-            grace: None,
-        }
-    }
-
-    /// From now on nothing is waited for beyond this moment.
+    /// Sets the time at which every wait ends; `None`: each wait ends by its own timeout only.
     pub fn limit(&mut self, limit: Option<Instant>) {
         self.limit = limit;
     }
 
-    /// The end of a wait that begins now.
-    fn deadline_within(&self, patience: Duration) -> Instant {
-        let end = Instant::now() + patience;
+    /// The end of a wait of at most `timeout` that begins now.
+    fn deadline_within(&self, timeout: Duration) -> Instant {
+        let end = Instant::now() + timeout;
         self.limit.map_or(end, |limit| limit.min(end))
     }
 
@@ -121,23 +107,24 @@ impl ClientSession {
         &self.connection.trace.id
     }
 
+    /// The client role: what the peer offers, and whether it has ended the session.
     pub fn client(&self) -> &Client {
         &self.client
     }
 
     /// Begins TLS; `name`: what the peer's certificate must be for.
-    pub fn begin_tls(&mut self, tls: &ClientTls, name: &str) -> Result<(), SessionFailure> {
+    fn begin_tls(&mut self, tls: &ClientTls, name: &str) -> Result<(), SessionFailure> {
         let deadline = self.deadline_within(self.timeouts.handshake);
         self.connection.start_tls_client(tls, name, deadline).map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => SessionFailure::Broken(error.to_string()),
-            _ => SessionFailure::NoTls(format!("TLS did not come about: {error}")),
+            _ => SessionFailure::NoTls(format!("no TLS: {error}")),
         })?;
         self.connection.trace.event("tls");
         Ok(())
     }
 
-    /// Greeting, EHLO, TLS and AUTH: up to where mail or ATRN may follow.
-    pub fn handshake(&mut self, tls: Option<(&ClientTls, &str)>) -> Result<(), SessionFailure> {
+    /// Greeting, EHLO, TLS and AUTH. Returns when mail or ATRN may follow.
+    fn handshake(&mut self, tls: Option<(&ClientTls, &str)>) -> Result<(), SessionFailure> {
         loop {
             match self.next_step()? {
                 ClientStep::Ready => return Ok(()),
@@ -146,26 +133,27 @@ impl ClientSession {
                         return Err(SessionFailure::Broken("TLS is not configured".to_owned()));
                     };
                     self.begin_tls(tls, name)?;
-                    let mut commands = Vec::new();
-                    self.client.tls_started(&mut commands);
-                    self.send(&commands);
+                    self.send(Client::tls_started);
                 }
                 _ => {}
             }
         }
     }
 
-    /// Sends all messages that the lock offers. Each of them is given to `settle`, whatever happens.
+    /// Sends all messages that the lock offers. Calls `settle` for each of them, also if the session fails.
+    ///
+    /// # Errors
+    /// The session has ended. The messages that were not offered stay in the queue.
     pub fn send_queue(&mut self, lock: &mut QueueLock, settle: &mut Settle<'_>) -> Result<(), SessionFailure> {
         let mut under_way = VecDeque::new();
-        let delivered = self.send_each(lock, &mut under_way, settle);
-        if let Err(failure) = &delivered {
+        let sent = self.send_each(lock, &mut under_way, settle);
+        if let Err(failure) = &sent {
             let reply = connection_lost(failure.to_string());
             for (message, result) in under_way.into_iter().zip(self.client.abandon(&reply)) {
                 settle(message, result, &self.client, lock);
             }
         }
-        delivered
+        sent
     }
 
     fn send_each(
@@ -183,15 +171,12 @@ impl ClientSession {
                     settle(message, result, &self.client, lock);
                     return Err(failure);
                 }
-                let mut commands = Vec::new();
-                match self.client.send_message(message.outgoing_message(), &mut commands) {
+                match self.send(|client, out| client.send_message(message.outgoing_message(), out)) {
                     Ok(()) => under_way.push_back(message),
                     Err(result) => settle(message, result, &self.client, lock),
                 }
-                self.send(&commands);
             }
             if self.client.in_flight() == 0 {
-                // After a 421 nothing more is sent.
                 return match self.client.closing() {
                     true => Err(SessionFailure::Lost("the peer shuts down".to_owned())),
                     false if self.cancel.is_cancelled() => Err(SessionFailure::Cancelled),
@@ -207,8 +192,8 @@ impl ClientSession {
                 }
                 ClientStep::MessageDone(result) => {
                     if let Some(message) = under_way.pop_front() {
-                        // If the peer accepts no mail at all, the rest need not be tried; but a rejected sender says
-                        // nothing about the others.
+                        // If the peer accepts no mail at all, the session sends no more. 550 may be about this sender
+                        // only.
                         rejections = match result.no_mail_accepted().map(Reply::code) {
                             Some(550) => rejections + 1,
                             Some(_) => MAIL_REJECTION_LIMIT,
@@ -223,27 +208,30 @@ impl ClientSession {
         }
     }
 
-    /// Opens a transaction whose recipients follow one by one; returns the peer's reply to MAIL.
+    /// Begins a transaction whose recipients follow one by one. Returns the peer's reply to MAIL, or the client's own if
+    /// the message cannot be sent to this peer.
+    ///
+    /// # Errors
+    /// The session is over.
     pub fn begin_transaction(&mut self, message: &OutgoingMessage) -> Result<Reply, SessionFailure> {
-        self.reject_unsolicited()?;
-        let mut commands = Vec::new();
-        let asked = self.client.begin_transaction(message, &mut commands);
-        self.await_reply(asked, &commands)
+        self.reply_to(|client, out| client.begin_transaction(message, out))
     }
 
-    /// Adds a recipient to that transaction; returns the peer's reply.
+    /// Adds a recipient to that transaction. Returns the peer's reply to RCPT, or the client's own.
+    ///
+    /// # Errors
+    /// The session is over.
     pub fn add_recipient(&mut self, recipient: &Recipient) -> Result<Reply, SessionFailure> {
-        self.reject_unsolicited()?;
-        let mut commands = Vec::new();
-        let asked = self.client.add_recipient(recipient, &mut commands);
-        self.await_reply(asked, &commands)
+        self.reply_to(|client, out| client.add_recipient(recipient, out))
     }
 
-    fn await_reply(&mut self, asked: Result<(), Reply>, commands: &[u8]) -> Result<Reply, SessionFailure> {
-        if let Err(reply) = asked {
+    fn reply_to(
+        &mut self, command: impl FnOnce(&mut Client, &mut Vec<u8>) -> Result<(), Reply>,
+    ) -> Result<Reply, SessionFailure> {
+        self.reject_unsolicited()?;
+        if let Err(reply) = self.send(command) {
             return Ok(reply);
         }
-        self.send(commands);
         loop {
             if let ClientStep::Replied(reply) = self.next_step()? {
                 return Ok(reply);
@@ -251,19 +239,18 @@ impl ClientSession {
         }
     }
 
-    /// Aborts the transaction that [`ClientSession::begin_transaction`] has opened.
+    /// Aborts the transaction that [`ClientSession::begin_transaction`] has begun.
     pub fn abort_transaction(&mut self) {
-        let mut commands = Vec::new();
-        self.client.abort_transaction(&mut commands);
-        self.send(&commands);
+        self.send(Client::abort_transaction);
     }
 
-    /// Tells the peer which client gave the next message to the host that gave it to us, if the peer wants to know.
+    /// Tells the peer which client has sent us the next message, if the peer offers XCLIENT or XFORWARD.
+    ///
+    /// # Errors
+    /// The session is over.
     pub fn send_client_info(&mut self, info: &ClientInfo) -> Result<(), SessionFailure> {
         self.reject_unsolicited()?;
-        let mut commands = Vec::new();
-        let awaited = self.client.send_client_info(info, &mut commands);
-        self.send(&commands);
+        let awaited = self.send(|client, out| client.send_client_info(info, out));
         while awaited && !matches!(self.next_step()?, ClientStep::Ready) {}
         Ok(())
     }
@@ -274,23 +261,21 @@ impl ClientSession {
         if let Err(failure) = self.reject_unsolicited() {
             return self.abandon(&failure);
         }
-        let mut commands = Vec::new();
-        let step = self.client.send_data(size, &mut commands);
-        self.send(&commands);
+        let step = self.send(|client, out| client.send_data(size, out));
         self.finish_transaction(step, content, size)
     }
 
     /// Sends one message from its MAIL on. Returns a status for each recipient. After a failure the session is over.
     pub fn send_message(&mut self, message: OutgoingMessage, content: &mut dyn Read) -> DeliveryResult {
         let (mut commands, size) = (Vec::new(), message.size);
-        let silent = self.reject_unsolicited();
+        let unsolicited = self.reject_unsolicited();
         if let Err(result) = self.client.send_message(message, &mut commands) {
             return result;
         }
-        if let Err(failure) = silent {
+        if let Err(failure) = unsolicited {
             return self.abandon(&failure);
         }
-        self.send(&commands);
+        send_commands(&mut self.connection, &self.client, &commands);
         self.finish_transaction(ClientStep::Wait, content, size)
     }
 
@@ -324,17 +309,17 @@ impl ClientSession {
                 _ => lost(error),
             })?;
         }
-        let mut commands = Vec::new();
-        self.client.content_sent(&mut commands);
-        self.send(&commands);
+        self.send(Client::content_sent);
         Ok(())
     }
 
-    /// Sends ATRN. `Ok`: the connection turns (RFC 2645 section 5.2.1).
+    /// Sends ATRN; without `domains`, for all mail of the account. Returns both halves for the turn after 250 (RFC 2645
+    /// section 5.2.1).
+    ///
+    /// # Errors
+    /// The peer has rejected ATRN, or the session has failed. The connection is closed.
     pub fn atrn(mut self, domains: &[Domain]) -> Result<(Connection, Client), SessionFailure> {
-        let mut commands = Vec::new();
-        self.client.atrn(domains, &mut commands);
-        self.send(&commands);
+        self.send(|client, out| client.atrn(domains, out));
         loop {
             match self.next_step() {
                 Ok(ClientStep::Turned) => return Ok((self.connection, self.client)),
@@ -347,7 +332,7 @@ impl ClientSession {
         }
     }
 
-    /// Closes after a failure: with QUIT if the peer has only rejected something, otherwise without another command.
+    /// Closes after a failure: with QUIT if the peer has only rejected or lacks something, otherwise without a command.
     pub fn close_after(self, failure: &SessionFailure) {
         match failure {
             SessionFailure::Aborted(_) => self.quit(),
@@ -355,48 +340,40 @@ impl ClientSession {
         }
     }
 
-    /// Sends QUIT and waits a little for its reply.
+    /// Sends QUIT, waits at most 5 seconds for its reply, and closes.
     pub fn quit(mut self) {
-        let mut commands = Vec::new();
-        self.client.quit(&mut commands);
-        self.send(&commands);
+        self.send(Client::quit);
         self.limit(Some(Instant::now() + QUIT_TIMEOUT));
         // The replies to earlier commands come first.
         while self.client.awaiting().is_some() && self.next_step().is_ok() {}
         self.connection.shutdown();
     }
 
-    /// Checks that nothing has arrived while no reply is pending: an unsolicited reply would be read as the answer to the
-    /// next command, and a rejected message would count as sent.
+    /// Checks that nothing has arrived while no reply is pending. Otherwise an unsolicited reply would be read as the reply
+    /// to the next command, and a rejected message would count as sent.
     fn reject_unsolicited(&mut self) -> Result<(), SessionFailure> {
         if self.client.awaiting().is_some() {
             return Ok(());
         }
-        if self.connection.fill().map_err(lost)? == Filled::End {
-            return Err(SessionFailure::Lost("the peer closed the connection".to_owned()));
-        }
+        self.fill()?;
         match self.connection.received() {
             [] => Ok(()),
             // RFC 5321 section 3.8: 421 may come at any time.
             octets if octets.starts_with(b"421") => Err(SessionFailure::Lost("the peer shuts down".to_owned())),
-            _ => Err(SessionFailure::Broken("a reply came that nobody asked for".to_owned())),
+            _ => Err(SessionFailure::Broken("the peer sent a reply without a command".to_owned())),
         }
     }
 
-    /// What the next reply leads to.
+    /// Waits for the next reply, and sends the commands that follow from it.
     fn next_step(&mut self) -> Result<ClientStep, SessionFailure> {
         let reply = self.read_reply(self.deadline_within(self.timeouts.reply_timeout(self.client.awaiting())))?;
         let last = ends_session(&reply);
-        let mut commands = Vec::new();
-        let step = self
-            .client
-            .reply(reply.clone(), &mut commands)
-            .map_err(|broken| SessionFailure::Broken(broken.0.to_owned()))?;
-        self.send(&commands);
+        let step = self.send(|client, out| client.reply(reply.clone(), out));
+        let step = step.map_err(|violation| SessionFailure::Broken(violation.0.to_owned()))?;
         match step {
             ClientStep::Abort(abort) => Err(SessionFailure::Aborted(abort)),
             ClientStep::Closed => Err(SessionFailure::Lost("the peer closed the session".to_owned())),
-            // This reply still decides on its message; no other will follow.
+            // A 421 to the content still decides on its message.
             ClientStep::MessageDone(_) => Ok(step),
             _ if last => Err(SessionFailure::Lost(format!("the peer ended the session: {reply}"))),
             step => Ok(step),
@@ -423,15 +400,23 @@ impl ClientSession {
                 }
                 WaitResult::Cancelled => return Err(SessionFailure::Cancelled),
             }
-            if self.connection.fill().map_err(lost)? == Filled::End {
-                return Err(SessionFailure::Lost("the peer closed the connection".to_owned()));
-            }
+            self.fill()?;
         }
     }
 
-    /// Queues what the client has to send.
-    fn send(&mut self, octets: &[u8]) {
-        send_commands(&mut self.connection, &self.client, octets);
+    fn fill(&mut self) -> Result<(), SessionFailure> {
+        match self.connection.fill().map_err(lost)? {
+            Filled::End => Err(SessionFailure::Lost("the peer closed the connection".to_owned())),
+            Filled::Bytes(_) | Filled::Nothing => Ok(()),
+        }
+    }
+
+    /// Queues the commands that the client writes; returns what it returns.
+    fn send<T>(&mut self, write: impl FnOnce(&mut Client, &mut Vec<u8>) -> T) -> T {
+        let mut commands = Vec::new();
+        let result = write(&mut self.client, &mut commands);
+        send_commands(&mut self.connection, &self.client, &commands);
+        result
     }
 }
 
@@ -442,7 +427,7 @@ pub struct Connect<'a> {
     pub id: &'a str,
     /// The letter of the peer in the dialogue: `P` is the provider, `S` any other server.
     pub peer: char,
-    /// For TLS, if it is used: what to trust, and the name that the certificate must be for.
+    /// If TLS is used: what to trust, and the name that the certificate must be for.
     pub tls: Option<(&'a ClientTls, &'a str)>,
     pub timeouts: &'a Timeouts,
     pub cancel: &'a CancelToken,
@@ -451,7 +436,11 @@ pub struct Connect<'a> {
 }
 
 impl Connect<'_> {
-    /// Connects by TCP, and goes as far as [`ClientSession::handshake`].
+    /// Connects by TCP, then sends EHLO, STARTTLS and AUTH as `options` say. Returns a session in which mail or ATRN may
+    /// follow.
+    ///
+    /// # Errors
+    /// There is no such session; the connection is closed.
     pub fn to(&self, address: SocketAddr, options: ClientOptions) -> Result<ClientSession, SessionFailure> {
         let deadline = Instant::now() + self.timeouts.connect;
         let deadline = self.limit.map_or(deadline, |limit| limit.min(deadline));
@@ -462,13 +451,23 @@ impl Connect<'_> {
         self.over(socket, options)
     }
 
-    /// The same over a socket that is connected.
+    /// Does the same over a socket that is connected.
+    ///
+    /// # Errors
+    /// There is no such session; the connection is closed.
     pub fn over(&self, socket: OwnedFd, options: ClientOptions) -> Result<ClientSession, SessionFailure> {
         let trace = Trace { id: self.id.to_owned(), us: 'C', them: self.peer };
         let connection = Connection::new(socket, trace).map_err(lost)?;
         let implicit = options.tls;
-        let mut session = ClientSession::new(connection, options, self.timeouts, self.cancel);
-        session.limit(self.limit);
+        let mut session = ClientSession {
+            connection,
+            client: Client::new(options),
+            replies: ReplyInput::default(),
+            timeouts: self.timeouts.clone(),
+            cancel: self.cancel.clone(),
+            limit: self.limit,
+            grace: None,
+        };
         let begun = match self.tls {
             Some((tls, name)) if implicit => session.begin_tls(tls, name),
             _ => Ok(()),

@@ -1,25 +1,27 @@
 //! Sessions: the drivers of the two SMTP roles over a connection.
 //!
-//! `server` drives the server role for a thread that has one connection, `client` the client role. After a turn the
-//! provider's client is driven by `provider/turned_session`, which never waits for one peer. Both drivers of the client
-//! role read replies, send commands and send content with what is here.
+//! `server` drives the server role for a thread that has one connection, and `client` the client role. After a turn
+//! `provider/turned_session` drives the provider's client role, and never waits for one peer. Both drivers of the client
+//! role use the functions here to read replies, send commands and send content.
 
 pub mod client;
 pub mod remote;
 pub mod server;
 pub mod settings;
 
+use std::borrow::Cow;
 use std::io::{self, Read};
 
 pub use self::remote::{Remote, RemoteSettings, TlsMode};
 pub use self::settings::{Limits, Timeouts};
 use crate::net::connection::{Connection, Line};
+use crate::net::trace::quoted;
 use crate::smtp::client::Client;
 use crate::smtp::content::{CrlfEncoder, Stuffer};
 use crate::smtp::limits;
 use crate::smtp::reply::{Reply, ReplyReader};
 
-/// Octets of content in one block: of a deadline, and of the buffers.
+/// Octets of content in one block: each block has its own deadline, and buffers have this size.
 pub const CONTENT_BLOCK: usize = 64 * 1024;
 
 /// Octets of content that are read and sent at a time.
@@ -32,10 +34,10 @@ pub struct ReplyInput {
 }
 
 impl ReplyInput {
-    /// The next reply that has arrived whole; `None`: not yet.
+    /// The next reply, if all its lines have arrived.
     ///
     /// # Errors
-    /// What the peer has sent instead of a reply.
+    /// The peer has sent something else; the text says what.
     pub fn next(&mut self, connection: &mut Connection) -> Result<Option<Reply>, String> {
         loop {
             let line = match connection.take_reply_line(limits::REPLY_LINE) {
@@ -53,59 +55,59 @@ impl ReplyInput {
     }
 }
 
-/// Traces and queues commands; secrets are blanked in the trace.
+/// Queues commands on the connection, and traces them without secrets.
 pub fn send_commands(connection: &mut Connection, client: &Client, octets: &[u8]) {
-    let lines = octets.split_inclusive(|octet| *octet == b'\n').filter(|_| connection.trace.enabled());
-    for line in lines {
+    for line in octets.split_inclusive(|octet| *octet == b'\n').filter(|_| connection.trace.enabled()) {
         let line = line.trim_ascii_end();
-        let end = match client.in_auth() {
-            false => line.len(),
-            // The mechanism is shown, the initial response is not.
-            true if line.starts_with(b"AUTH ") => {
-                line.iter().enumerate().filter(|(_, octet)| **octet == b' ').nth(1).map_or(line.len(), |(at, _)| at)
-            }
-            true => 0,
-        };
-        let blanked: &[u8] = if end < line.len() { b" ***" } else { b"" };
-        connection.trace.sent(&[&line[..end], blanked].concat());
+        connection.trace.sent(&without_secrets(line, client.in_auth() && !line.starts_with(b"AUTH ")));
     }
     connection.send(octets);
 }
 
-/// The content of one message on its way to the peer, block by block.
-pub struct ContentOutput(Encoder);
+/// A line as the trace shows it: of AUTH the mechanism without the initial response; `***` for a line that is `secret`.
+fn without_secrets(line: &[u8], secret: bool) -> Cow<'_, [u8]> {
+    let mut words = line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
+    match (words.next(), words.next(), words.next()) {
+        _ if secret => b"***".into(),
+        (Some(verb), Some(mechanism), Some(_)) if verb.eq_ignore_ascii_case(b"AUTH") => {
+            [b"AUTH ", mechanism, b" ***"].concat().into()
+        }
+        _ => line.into(),
+    }
+}
 
-enum Encoder {
+/// The content of one message on its way to the peer, block by block.
+pub enum ContentOutput {
     /// DATA: with dots and the end (RFC 5321 section 4.5.2).
     Data(Stuffer),
-    /// BDAT: this many octets were announced, and so many are sent (RFC 3030 section 2).
+    /// BDAT: of the `size` octets that were announced, `sent` are sent (RFC 3030 section 2).
     Chunk { encoder: CrlfEncoder, size: u64, sent: u64 },
 }
 
 impl ContentOutput {
-    /// `size`: octets on the wire; `chunk`: they are announced by BDAT.
+    /// The output of a message of `size` octets on the wire; `chunk`: the client has announced them by BDAT.
     pub fn new(chunk: bool, size: u64) -> ContentOutput {
-        ContentOutput(match chunk {
-            false => Encoder::Data(Stuffer::new()),
-            true => Encoder::Chunk { encoder: CrlfEncoder::new(), size, sent: 0 },
-        })
+        match chunk {
+            false => ContentOutput::Data(Stuffer::new()),
+            true => ContentOutput::Chunk { encoder: CrlfEncoder::new(), size, sent: 0 },
+        }
     }
 
     /// Reads a block of content and queues it on the connection. Returns whether that was the end.
     ///
     /// # Errors
-    /// The content cannot be read, or has not the size that BDAT has announced: the peer would read content as
-    /// commands, so nothing more may be sent.
+    /// The content cannot be read, or it has not the size that BDAT has announced. Close the connection: the peer would
+    /// read content as commands.
     pub fn send_block(&mut self, content: &mut dyn Read, connection: &mut Connection) -> io::Result<bool> {
         let mut buffer = [0; SEND_BLOCK];
         let octets = content.read(&mut buffer)?;
         let block = &buffer[..octets];
         let out = connection.out();
         let before = out.len();
-        match &mut self.0 {
-            Encoder::Data(stuffer) if octets == 0 => stuffer.finish(out),
-            Encoder::Data(stuffer) => stuffer.feed(block, out),
-            Encoder::Chunk { encoder, size, sent } => {
+        match self {
+            ContentOutput::Data(stuffer) if octets == 0 => stuffer.finish(out),
+            ContentOutput::Data(stuffer) => stuffer.feed(block, out),
+            ContentOutput::Chunk { encoder, size, sent } => {
                 if octets == 0 {
                     encoder.finish(out);
                 } else {
@@ -114,7 +116,7 @@ impl ContentOutput {
                 *sent += (out.len() - before) as u64;
                 if *sent > *size || octets == 0 && sent != size {
                     out.truncate(before);
-                    return Err(io::Error::other("the message is not as long as it was"));
+                    return Err(io::Error::other("the content has not the size that was announced"));
                 }
             }
         }
@@ -122,14 +124,14 @@ impl ContentOutput {
     }
 }
 
-/// The reply before content that the disk would not hold (RFC 1870 section 6.1).
+/// The reply to MAIL if the disk has no room for the message (RFC 1870 section 6.1).
 pub fn disk_full_reply() -> Reply {
     Reply::new(452, "4.3.1", "The disk is full, try again later")
 }
 
-/// The reply that a failure of the disk leads to (RFC 1870 section 6.1, RFC 3463 section 3.4); the failure is logged.
+/// Logs that a message could not be stored, and returns the reply to it (RFC 1870 section 6.1, RFC 3463 section 3.4).
 pub fn storage_failure_reply(error: &io::Error) -> Reply {
-    log::error!("event=storage-failed error={:?}", error.to_string());
+    log::error!("event=storage-failed error={}", quoted(error));
     match error.kind() {
         io::ErrorKind::StorageFull => disk_full_reply(),
         io::ErrorKind::QuotaExceeded => Reply::new(452, "4.2.2", "The quota is used up, try again later"),

@@ -1,4 +1,5 @@
-//! A remote host that is configured by name: one's own provider, a smarthost, a submission host.
+//! A host that the configuration names, with its TLS and credentials: the customer's provider, a smarthost, a submission
+//! host.
 
 use std::fmt;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -20,7 +21,7 @@ pub enum TlsMode {
     None,
 }
 
-/// Where a remote host is, how TLS begins and which certificate it must show, and the credentials to log in with.
+/// Where a host is, how TLS begins, which certificate the host must show, and the credentials for AUTH.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RemoteSettings {
     /// What to connect to: `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`.
@@ -59,8 +60,10 @@ pub struct Remote {
 }
 
 impl Remote {
+    /// Reads the certificates that are to be trusted.
+    ///
     /// # Errors
-    /// The certificates that are to be trusted cannot be used.
+    /// They cannot be read or used; the text says why.
     pub fn new(settings: &RemoteSettings) -> Result<Remote, String> {
         let trust = match (settings.tls, settings.pin, &settings.ca) {
             (TlsMode::None, _, _) => None,
@@ -77,13 +80,15 @@ impl Remote {
         &self.settings.address
     }
 
-    /// Tries all addresses of the name, in the order of the system's resolver. Returns a session in which mail or ATRN may
-    /// follow, and the peer's address. `options` adds to what the settings say of TLS and credentials.
+    /// Tries all addresses of the host, in the order of the system's resolver. Returns a session in which mail or ATRN may
+    /// follow, and the peer's address. TLS and credentials are those of the settings, all else is in `options`.
+    ///
+    /// # Errors
+    /// The failure at the last address that was tried, or [`SessionFailure::NoHost`].
     pub fn connect(
         &self, options: &ClientOptions, how: &Connect<'_>,
     ) -> Result<(ClientSession, SocketAddr), SessionFailure> {
-        let settings = &self.settings;
-        let address = &settings.address;
+        let (settings, address) = (&self.settings, &self.settings.address);
         let options = ClientOptions {
             starttls: if settings.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
             tls: settings.tls == TlsMode::Implicit,

@@ -1,8 +1,8 @@
 //! The driver of the SMTP server role: one session over one connection, up to its end or to ATRN.
 //!
-//! It reads lines and content for the machine in [`Server`], sends its replies and starts TLS. Which mail is accepted
-//! and where content goes is up to the [`SessionHandler`]. Content is answered 250 only after [`MessageSink::commit`],
-//! so nothing that was answered 250 can be lost.
+//! It reads lines and content for the [`Server`], sends its replies and starts TLS. The [`SessionHandler`] decides which
+//! mail is accepted and where its content goes. Content gets its 250 only after [`MessageSink::commit`], so a message
+//! that got its 250 cannot be lost.
 //!
 //! Replies are gathered while whole commands wait in the read buffer, and flushed before every wait (RFC 2920 section
 //! 3.2).
@@ -11,7 +11,7 @@ use std::fmt;
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::{CONTENT_BLOCK, Limits, Timeouts};
+use super::{CONTENT_BLOCK, Limits, Timeouts, without_secrets};
 use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled, Line, WaitResult};
@@ -31,14 +31,15 @@ const LAST_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct SessionLimits {
     /// For one command, and for 64 KiB of content.
     pub command: Duration,
+    /// For a TLS handshake.
     pub handshake: Duration,
     /// For the whole session.
     pub session: Duration,
-    /// `Received` fields of a message that goes round in circles (RFC 5321 section 6.3).
+    /// `Received` fields of a message at most: one with more is in a mail loop (RFC 5321 section 6.3).
     pub hops: usize,
     /// Ends the session between two commands.
     pub cancel: CancelToken,
-    /// Ends it at once.
+    /// Ends the session also within content.
     pub abort: CancelToken,
 }
 
@@ -59,20 +60,21 @@ impl SessionLimits {
 /// A session whose client is the peer.
 pub struct ServerSession {
     pub connection: Connection,
+    /// The server role: what the client has sent, and what it gets.
     pub server: Server,
     /// The client's address as a literal, `[192.0.2.1]`.
     pub peer: String,
     limits: SessionLimits,
     tls: Option<ServerTls>,
     deadline: Instant,
-    /// A message that arrives in chunks (RFC 3030).
+    /// A message of which some chunks have arrived (RFC 3030).
     chunks: Option<(BdatDecoder, ContentReceiver)>,
 }
 
 /// Why [`ServerSession::run`] has returned.
 #[derive(Debug)]
 pub enum SessionEnd {
-    /// ATRN with these domains; none: all. Call `run` again after any reply but 250.
+    /// The client sent ATRN with these domains; none: all. After any reply but 250, call `run` again.
     Atrn(Vec<Domain>),
     /// The client sent QUIT and got its reply.
     Quit,
@@ -91,17 +93,8 @@ impl fmt::Display for SessionEnd {
     }
 }
 
-/// The session cannot go on, for this reason.
-struct ConnectionClosed(String);
-
-impl From<io::Error> for ConnectionClosed {
-    fn from(error: io::Error) -> ConnectionClosed {
-        ConnectionClosed(error.to_string())
-    }
-}
-
 impl ServerSession {
-    /// `tls`: for STARTTLS, if the server offers it.
+    /// A session that begins now. `peer`: the client's address as a literal. `tls`: for STARTTLS, if the server offers it.
     pub fn new(
         connection: Connection, server: Server, peer: String, tls: Option<ServerTls>, limits: SessionLimits,
     ) -> ServerSession {
@@ -109,13 +102,13 @@ impl ServerSession {
         ServerSession { connection, server, peer, limits, tls, deadline, chunks: None }
     }
 
-    /// Sends the greeting.
+    /// Queues the greeting.
     pub fn greet(&mut self) {
         let greeting = self.server.greeting();
         self.reply(&greeting);
     }
 
-    /// Queues a reply; it is sent before the next wait.
+    /// Queues a reply, which is sent before the next wait.
     pub fn reply(&mut self, reply: &Reply) {
         let mut octets = Vec::new();
         reply.write_to(&mut octets);
@@ -125,21 +118,24 @@ impl ServerSession {
         self.connection.send(&octets);
     }
 
-    /// Serves until the end, or ATRN.
-    pub fn run(&mut self, handler: &mut dyn SessionHandler) -> SessionEnd {
-        match self.serve(handler) {
-            Ok(end) => end,
-            Err(ConnectionClosed(reason)) => SessionEnd::Closed(reason),
-        }
+    /// Logs and queues a negative reply that the [`Server`] has not made.
+    pub fn reject(&mut self, reply: &Reply) {
+        self.log_command_rejected(reply, None);
+        self.reply(reply);
     }
 
-    /// Sends the replies that are queued, and closes.
+    /// Serves the client until the session ends, or until ATRN. Returns why it has returned.
+    pub fn run(&mut self, handler: &mut dyn SessionHandler) -> SessionEnd {
+        self.serve(handler).unwrap_or_else(|error| SessionEnd::Closed(error.to_string()))
+    }
+
+    /// Sends the queued replies, which may take 5 seconds, and closes the connection.
     pub fn close(mut self) {
         let _ = self.connection.flush_all(Instant::now() + LAST_REPLY_TIMEOUT);
         self.connection.shutdown();
     }
 
-    fn serve(&mut self, handler: &mut dyn SessionHandler) -> Result<SessionEnd, ConnectionClosed> {
+    fn serve(&mut self, handler: &mut dyn SessionHandler) -> io::Result<SessionEnd> {
         loop {
             let line = self.read_line()?;
             let step = match &line {
@@ -168,7 +164,7 @@ impl ServerSession {
                 ServerStep::StartTls(reply) => self.start_tls(&reply)?,
                 ServerStep::Data(go_ahead) => self.data(&go_ahead, handler)?,
                 ServerStep::Chunk { size, last: _, rejected: Some(reply) } => {
-                    self.discard(size)?;
+                    self.read_exact(size, |_| {})?;
                     self.reply(&reply);
                 }
                 ServerStep::Chunk { size, last, rejected: None } => self.chunk(size, last, handler)?,
@@ -184,14 +180,13 @@ impl ServerSession {
         }
     }
 
-    /// The next line; `None`: it was too long.
-    fn read_line(&mut self) -> Result<Option<Vec<u8>>, ConnectionClosed> {
+    /// Reads the next line; `None`: it was too long.
+    fn read_line(&mut self) -> io::Result<Option<Vec<u8>>> {
         let deadline = self.deadline.min(Instant::now() + self.limits.command);
         loop {
-            // Before any line is looked for: the random octets of a TLS hello may hold line ends.
+            // Before a line end is looked for: the random octets of a TLS hello may contain one.
             if self.connection.tls_info().is_none() && self.connection.received().starts_with(&[0x16, 0x03]) {
-                self.reply(&Reply::new(421, "4.7.0", "TLS begins with STARTTLS on this port"));
-                return Err(ConnectionClosed("a TLS hello on a clear port".to_owned()));
+                return Err(self.end("4.7.0", "TLS begins with STARTTLS on this port", "a TLS hello on a clear port"));
             }
             match self.connection.take_line(limits::COMMAND_LINE) {
                 Line::Whole(line) => return Ok(Some(line)),
@@ -199,59 +194,48 @@ impl ServerSession {
                 Line::None => {}
             }
             if self.connection.discarded() > limits::UNTERMINATED_LINE {
-                self.reply(&Reply::new(421, "4.7.0", "Too much without a line end"));
-                return Err(ConnectionClosed("too much without a line end".to_owned()));
+                return Err(self.end("4.7.0", "Too much without a line end", "too much without a line end"));
             }
-            let cancel = self.limits.cancel.clone();
-            self.wait_for_input(deadline, &cancel)?;
+            self.wait_for_input(deadline, false)?;
         }
     }
 
-    /// Waits for octets, and replies why no more will be read.
-    fn wait_for_input(&mut self, deadline: Instant, cancel: &CancelToken) -> Result<(), ConnectionClosed> {
+    /// Waits for octets. `in_content`: only an abort ends the wait, not a cancellation.
+    fn wait_for_input(&mut self, deadline: Instant, in_content: bool) -> io::Result<()> {
         // A client that does not read its replies would fill our memory with them.
         if self.connection.unsent() > CONTENT_BLOCK {
             self.connection.flush_all(deadline)?;
         }
+        let cancel = if in_content { &self.limits.abort } else { &self.limits.cancel };
         match self.connection.wait_input(deadline, cancel)? {
             WaitResult::Ready => {}
-            WaitResult::Deadline => {
-                // RFC 5321 section 3.8.
-                self.reply(&Reply::new(421, "4.4.2", "Timeout, closing connection"));
-                return Err(ConnectionClosed("timeout".to_owned()));
-            }
+            // RFC 5321 section 3.8.
+            WaitResult::Deadline => return Err(self.end("4.4.2", "Timeout, closing connection", "timeout")),
             WaitResult::Cancelled => {
-                self.reply(&Reply::new(421, "4.3.2", "Service shutting down, try again later"));
-                return Err(ConnectionClosed("shutting down".to_owned()));
+                return Err(self.end("4.3.2", "Service shutting down, try again later", "shutting down"));
             }
         }
         match self.connection.fill()? {
             Filled::Bytes(_) | Filled::Nothing => Ok(()),
-            Filled::End => Err(ConnectionClosed("the client closed the connection".to_owned())),
+            Filled::End => Err(io::Error::other("the client closed the connection")),
         }
     }
 
-    /// Traces a command; secrets are blanked.
+    /// Queues 421, and returns the reason for the end of the session.
+    fn end(&mut self, enhanced: &'static str, text: &'static str, reason: &str) -> io::Error {
+        self.reply(&Reply::new(421, enhanced, text));
+        io::Error::other(reason)
+    }
+
+    /// Traces a line from the client without secrets.
     fn trace_command(&self, line: &[u8]) {
         if !self.connection.trace.enabled() {
             return;
         }
         // On port 366 a line that is not a command may be a secret that was sent at the wrong time.
-        let odmr = self.server.offers_auth();
-        let mut words = line.split(|octet| octet.is_ascii_whitespace()).filter(|word| !word.is_empty());
-        let (verb, next) = (words.next().unwrap_or_default(), words.next());
         let known = matches!(Verb::of(line), Ok((verb, _)) if verb != Verb::Unknown);
-        let blanked;
-        let shown: &[u8] = match (self.server.in_auth(), verb.eq_ignore_ascii_case(b"AUTH"), words.next()) {
-            (true, _, _) => b"***",
-            (false, true, Some(_)) => {
-                blanked = [b"AUTH ", next.unwrap_or_default(), b" ***"].concat();
-                &blanked
-            }
-            (false, false, _) if odmr && !known => b"***",
-            _ => line,
-        };
-        self.connection.trace.received(shown);
+        let secret = self.server.in_auth() || self.server.offers_auth() && !known;
+        self.connection.trace.received(&without_secrets(line, secret));
     }
 
     /// Logs the replies that an administrator looks for; `line`: the command, if it was read.
@@ -276,15 +260,10 @@ impl ServerSession {
         }
     }
 
-    /// Logs a negative reply that does not come from the machine.
-    pub fn log_rejection(&self, reply: &Reply) {
-        self.log_command_rejected(reply, None);
-    }
-
     fn log_command_rejected(&self, reply: &Reply, line: Option<&[u8]>) {
         let (session, peer) = (&self.connection.trace.id, &self.peer);
         let verb = line.and_then(|line| Verb::of(line).ok()).map(|(verb, _)| verb);
-        // The path of a rejected MAIL or RCPT is in no transaction; it may be anything.
+        // The path of a rejected MAIL or RCPT is not in the transaction; it may be anything.
         let path = line.map(String::from_utf8_lossy).unwrap_or_default();
         let path = path.split_once('<').map_or("", |(_, rest)| rest.split('>').next().unwrap_or_default());
         let from = match (self.server.transaction(), verb) {
@@ -293,7 +272,7 @@ impl ServerSession {
             (None, _) => String::new(),
         };
         let to = if verb == Some(Verb::Rcpt) { path } else { "" };
-        let account = self.server.account().unwrap_or_default();
+        let account = self.server.account().unwrap_or("-");
         log::info!(
             "event=command-rejected session={session} peer={peer} account={account} from={} to={} reply={}",
             quoted(from),
@@ -303,15 +282,15 @@ impl ServerSession {
     }
 
     /// RFC 3207.
-    fn start_tls(&mut self, go_ahead: &Reply) -> Result<(), ConnectionClosed> {
+    fn start_tls(&mut self, go_ahead: &Reply) -> io::Result<()> {
         let Some(tls) = self.tls.clone() else {
             self.reply(&Reply::new(454, "4.7.0", "TLS is not available now"));
             return Ok(());
         };
-        // Octets after the command came in clear: whoever sent them is not the client that TLS will prove (RFC 3207
-        // section 6, CVE-2011-0411).
+        // Octets after the command came in clear: an attacker may have added them to what the client will send under TLS
+        // (RFC 3207 section 6, CVE-2011-0411).
         if !self.connection.received().is_empty() {
-            return Err(ConnectionClosed("octets after STARTTLS".to_owned()));
+            return Err(io::Error::other("octets after STARTTLS"));
         }
         self.reply(go_ahead);
         self.connection.start_tls_server(&tls, Instant::now() + self.limits.handshake)?;
@@ -320,13 +299,12 @@ impl ServerSession {
         Ok(())
     }
 
-    fn data(&mut self, go_ahead: &Reply, handler: &mut dyn SessionHandler) -> Result<(), ConnectionClosed> {
+    fn data(&mut self, go_ahead: &Reply, handler: &mut dyn SessionHandler) -> io::Result<()> {
         let mut receiver = match self.open_sink(handler) {
             Ok(receiver) => receiver,
             Err(reply) => {
-                self.log_rejection(&reply);
+                self.reject(&reply);
                 self.server.end_transaction();
-                self.reply(&reply);
                 return Ok(());
             }
         };
@@ -344,10 +322,9 @@ impl ServerSession {
             }
             if content.size() > limits::discarded_content(self.server.max_size()) {
                 self.reply(&message_too_large(self.server.max_size()));
-                return Err(ConnectionClosed("far more content than permitted".to_owned()));
+                return Err(io::Error::other("far more content than permitted"));
             }
-            let abort = self.limits.abort.clone();
-            self.wait_for_input(transfer.after(fed.used), &abort)?;
+            self.wait_for_input(transfer.after(fed.used), true)?;
         }
         self.flush_before(handler);
         self.finish_message(receiver, content.bare());
@@ -355,16 +332,15 @@ impl ServerSession {
     }
 
     /// One chunk (RFC 3030 section 2): exactly `size` octets.
-    fn chunk(&mut self, size: u64, last: bool, handler: &mut dyn SessionHandler) -> Result<(), ConnectionClosed> {
+    fn chunk(&mut self, size: u64, last: bool, handler: &mut dyn SessionHandler) -> io::Result<()> {
         let (mut content, mut receiver) = match self.chunks.take() {
             Some(begun) => begun,
             None => match self.open_sink(handler) {
                 Ok(receiver) => (BdatDecoder::new(), receiver),
                 Err(reply) => {
-                    self.log_rejection(&reply);
+                    self.read_exact(size, |_| {})?;
+                    self.reject(&reply);
                     self.server.chunk_rejected(last);
-                    self.discard(size)?;
-                    self.reply(&reply);
                     return Ok(());
                 }
             },
@@ -382,9 +358,8 @@ impl ServerSession {
             self.flush_before(handler);
             self.finish_message(receiver, content.bare());
         } else if let Err(reply) = receiver.sink {
-            self.log_rejection(&reply);
+            self.reject(&reply);
             self.server.chunk_rejected(last);
-            self.reply(&reply);
         } else {
             self.reply(&Reply::new(250, "2.0.0", format!("{size} octets received")));
             self.chunks = Some((content, receiver));
@@ -392,12 +367,8 @@ impl ServerSession {
         Ok(())
     }
 
-    fn discard(&mut self, size: u64) -> Result<(), ConnectionClosed> {
-        self.read_exact(size, |_| {})
-    }
-
     /// Reads exactly `size` octets, block by block.
-    fn read_exact(&mut self, size: u64, mut each: impl FnMut(&[u8])) -> Result<(), ConnectionClosed> {
+    fn read_exact(&mut self, size: u64, mut each: impl FnMut(&[u8])) -> io::Result<()> {
         let mut left = size;
         let mut transfer = TransferDeadline::new(&self.limits, self.deadline);
         while left > 0 {
@@ -407,8 +378,7 @@ impl ServerSession {
             self.connection.consume(block);
             left -= block as u64;
             if left > 0 {
-                let abort = self.limits.abort.clone();
-                self.wait_for_input(transfer.after(block), &abort)?;
+                self.wait_for_input(transfer.after(block), true)?;
             }
         }
         Ok(())
@@ -424,22 +394,18 @@ impl ServerSession {
         Ok(ContentReceiver { sink: Ok(sink), header: HeaderScanner::new(), limit: self.server.max_size(), size: 0 })
     }
 
-    /// All content has arrived: it is accepted or rejected, and the transaction is over.
+    /// Accepts or rejects a message whose content has arrived, and ends the transaction.
     fn finish_message(&mut self, receiver: ContentReceiver, bare: bool) {
         let size = receiver.size;
         let message_id = receiver.header.message_id().unwrap_or_default().to_owned();
         let received_id = receiver.header.received_id().unwrap_or_default().to_owned();
-        let reply = match receiver.commit(bare, self.limits.hops) {
+        match receiver.commit(bare, self.limits.hops) {
             Ok(id) => {
                 self.log_accepted(&id, size, &message_id, &received_id);
-                Reply::new(250, "2.6.0", format!("OK, id={id}"))
+                self.reply(&Reply::new(250, "2.6.0", format!("OK, id={id}")));
             }
-            Err(reply) => {
-                self.log_rejection(&reply);
-                reply
-            }
-        };
-        self.reply(&reply);
+            Err(reply) => self.reject(&reply),
+        }
         self.server.end_transaction();
     }
 
@@ -486,11 +452,11 @@ impl ContentReceiver {
         }
     }
 
-    /// `bare`: a CR or an LF stood alone. Returns the id of the message.
+    /// Commits the message; returns its id. `bare`: the content has a CR without LF or an LF without CR.
     fn commit(self, bare: bool, hops: usize) -> Result<String, Reply> {
         let sink = self.sink?;
         if bare {
-            // RFC 5321 section 2.3.8: two servers that differ in what ends a line let a client smuggle messages.
+            // If two servers differ in what ends a line, a client can smuggle a message (RFC 5321 section 2.3.8).
             return Err(Reply::new(554, "5.6.0", "A CR without LF or an LF without CR stands in the message"));
         }
         if self.header.received() > hops {

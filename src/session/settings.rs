@@ -1,8 +1,10 @@
-//! The numbers of a session: its limits and its timeouts, with their defaults.
+//! The limits and timeouts of sessions, with their defaults. `config` reads them from `[limits]` and `[timeouts]`; what the
+//! RFCs demand is in [`smtp::limits`](limits).
 
 use std::time::Duration;
 
 use crate::smtp::client::Awaiting;
+use crate::smtp::limits;
 use crate::smtp::server::{ServerOptions, ServerRole};
 
 /// `[limits]`: each number at which the program rejects.
@@ -12,13 +14,12 @@ pub struct Limits {
     pub connections: usize,
     /// Concurrent connections to each listener from one address. Default 50, at least 1.
     pub connections_per_address: usize,
-    /// Recipients of one message; excess recipients get `452`. Default 100, and never fewer (RFC 5321 section
-    /// 4.5.3.1.8); at most 1000.
+    /// Recipients of one message; excess recipients get `452`. From [`limits::FEWEST_RECIPIENTS`], the default, to 1000.
     pub recipients: usize,
     /// Commands that may fail before the server ends a session with `421`. Default 20, at least 1.
     pub errors: usize,
-    /// AUTH commands that may fail before the server ends a session with `421`. Default 3, and never fewer (RFC 4954
-    /// section 9).
+    /// AUTH commands that may fail before the server ends a session with `421`. At least
+    /// [`limits::FEWEST_AUTH_FAILURES`], the default.
     pub auth_failures: usize,
     /// Concurrent turned sessions; an excess ATRN gets `451`. Default 10 000, at least 1.
     pub turned_sessions: usize,
@@ -29,7 +30,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The server role with these limits. A listener adds what else it offers: TLS, mechanisms.
+    /// The options of a server with these limits. `max_size`: octets of a message. The listener adds what else it offers:
+    /// TLS, mechanisms.
     pub fn server_options(&self, role: ServerRole, hostname: &str, max_size: u64) -> ServerOptions {
         ServerOptions {
             role,
@@ -51,9 +53,9 @@ impl Default for Limits {
         Limits {
             connections: 500,
             connections_per_address: 50,
-            recipients: 100,
+            recipients: limits::FEWEST_RECIPIENTS as usize,
             errors: 20,
-            auth_failures: 3,
+            auth_failures: limits::FEWEST_AUTH_FAILURES as usize,
             turned_sessions: 10_000,
             messages_per_turn: 0,
             received_hops: 100,
@@ -82,7 +84,7 @@ pub struct Timeouts {
     /// The server waits for a command; the client waits for the reply to each command that has no timeout of its own.
     /// Default 5 min.
     pub command: Duration,
-    /// The customer waits for the reply to ATRN. Default 10 min, and never less (RFC 2645 section 5.2.1).
+    /// The customer waits for the reply to ATRN. At least [`limits::SHORTEST_ATRN_TIMEOUT`], the default.
     pub atrn: Duration,
     /// A TLS handshake. Default 1 min.
     pub handshake: Duration,
@@ -93,12 +95,9 @@ pub struct Timeouts {
     /// If the customer of a turned session has not answered for this long, another call for the same domain takes the
     /// session's lock over. Default 1 min.
     pub takeover: Duration,
-    /// Sessions may go on for this long after the program was told to stop. Default 10 s.
+    /// Sessions may go on for this long after a signal to stop. Default 10 s.
     pub shutdown: Duration,
 }
-
-/// RFC 2645 section 5.2.1: the provider may need ten minutes before it can reply to ATRN.
-pub const MIN_ATRN_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 
 impl Timeouts {
     /// How long the client waits for a reply (RFC 5321 section 4.5.3.2; RFC 2645 section 5.2.1).
@@ -127,7 +126,7 @@ impl Default for Timeouts {
             block: seconds(3 * 60),
             end: seconds(10 * 60),
             command: seconds(5 * 60),
-            atrn: MIN_ATRN_TIMEOUT,
+            atrn: limits::SHORTEST_ATRN_TIMEOUT,
             handshake: seconds(60),
             session: seconds(60 * 60),
             turn: seconds(12 * 60 * 60),

@@ -21,14 +21,13 @@ fn report<'a>(recipient: &'a Mailbox, action: Action, status: &str) -> Recipient
     }
 }
 
-fn notice<'a>(to: &'a Mailbox, reports: &'a [RecipientReport<'a>]) -> Dsn<'a> {
+fn dsn<'a>(to: &'a Mailbox, reports: &'a [RecipientReport<'a>]) -> Dsn<'a> {
     let now = Ids::fixed().clock().now();
     Dsn {
         reporting: "relay.example.net",
         to,
         envelope_id: None,
         arrived: Timestamp::from_seconds(now.seconds() - 3600),
-        received_from: None,
         reports,
         now,
         message_id: "<id1@relay.example.net>",
@@ -38,22 +37,22 @@ fn notice<'a>(to: &'a Mailbox, reports: &'a [RecipientReport<'a>]) -> Dsn<'a> {
     }
 }
 
-/// Compares a notice, with the returned part of `message`, to a file of `testdata/notices`.
-fn check(notice: &Dsn, message: &[u8], expected: &str) {
-    let returned = match notice.full {
+/// Compares a DSN, with the returned part of `message`, to a file of `testdata/dsn`.
+fn check(dsn: &Dsn, message: &[u8], expected: &str) {
+    let returned = match dsn.full {
         true => message.to_vec(),
-        false => notice.returned_header(message, 1 << 16),
+        false => dsn.returned_header(message, 1 << 16),
     };
-    let seen = notice.head() + str::from_utf8(&returned).unwrap() + &notice.tail();
+    let seen = dsn.head() + str::from_utf8(&returned).unwrap() + &dsn.tail();
     assert!(seen == expected, "-- wanted --\n{expected}\n-- got --\n{seen}");
-    assert!(notice.utf8 || seen.is_ascii());
+    assert!(dsn.utf8 || seen.is_ascii());
 }
 
 const MESSAGE: &[u8] = b"Received: from a\n\tby b\nFrom: eva@example.org\nTo: joe@example.com\nSubject: hello\n\
                          Message-ID: <1@example.org>\n\nThe body.\n";
 
 #[test]
-fn a_failure_is_told_with_reason_and_advice() {
+fn a_failure_is_reported_with_reason_and_advice() {
     let (to, joe, bob, ann) = (
         mailbox("eva@example.org"),
         mailbox("joe@example.com"),
@@ -84,9 +83,8 @@ fn a_failure_is_told_with_reason_and_advice() {
             ..report(&ann, Action::Failed, "4.4.7")
         },
     ];
-    let notice =
-        Dsn { envelope_id: Some("QQ+2B1+0Ax"), received_from: Some("laptop ([192.0.2.1])"), ..notice(&to, &reports) };
-    check(&notice, MESSAGE, include_str!("../../../testdata/dsn/failed.eml"));
+    let dsn = Dsn { envelope_id: Some("QQ+2B1+0Ax"), ..dsn(&to, &reports) };
+    check(&dsn, MESSAGE, include_str!("../../../testdata/dsn/failed.eml"));
 }
 
 /// Rules: DSNF-06.
@@ -94,12 +92,12 @@ fn a_failure_is_told_with_reason_and_advice() {
 fn a_whole_message_is_returned() {
     let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
     let reports = [report(&joe, Action::Failed, "nonsense")];
-    let notice = Dsn { full: true, ..notice(&to, &reports) };
-    check(&notice, MESSAGE, include_str!("../../../testdata/dsn/full.eml"));
+    let dsn = Dsn { full: true, ..dsn(&to, &reports) };
+    check(&dsn, MESSAGE, include_str!("../../../testdata/dsn/full.eml"));
 }
 
 #[test]
-fn a_delay_asks_nothing_of_the_sender() {
+fn a_delay_asks_the_sender_for_nothing() {
     let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
     let now = Ids::fixed().clock().now();
     let reports = [RecipientReport {
@@ -109,11 +107,11 @@ fn a_delay_asks_nothing_of_the_sender() {
         retry_until: Some(Timestamp::from_seconds(now.seconds() + 4 * 86400)),
         ..report(&joe, Action::Delayed, "4.3.0")
     }];
-    check(&notice(&to, &reports), MESSAGE, include_str!("../../../testdata/dsn/delayed.eml"));
+    check(&dsn(&to, &reports), MESSAGE, include_str!("../../../testdata/dsn/delayed.eml"));
 }
 
 #[test]
-fn success_is_told_as_delivered_relayed_or_expanded() {
+fn success_is_reported_as_delivered_relayed_or_expanded() {
     let (to, joe, ann) = (mailbox("eva@example.org"), mailbox("joe@example.com"), mailbox("ann@example.com"));
     let all = mailbox("all@example.com");
     let reports = [
@@ -125,14 +123,14 @@ fn success_is_told_as_delivered_relayed_or_expanded() {
         },
         report(&all, Action::Expanded, "2.0.0"),
     ];
-    let notice = Dsn { reporting: "localhost", ..notice(&to, &reports) };
-    check(&notice, MESSAGE, include_str!("../../../testdata/dsn/success.eml"));
+    let dsn = Dsn { reporting: "localhost", ..dsn(&to, &reports) };
+    check(&dsn, MESSAGE, include_str!("../../../testdata/dsn/success.eml"));
 }
 
 /// Of the same message: what UTF-8 would say, and what ASCII can.
 /// Rules: DSNF-07.
 #[test]
-fn a_notice_is_in_ascii_unless_it_may_be_in_utf8() {
+fn a_dsn_is_in_ascii_unless_it_may_be_in_utf8() {
     let (to, joe) = (mailbox("jürgen@example.org"), mailbox("\"jo é\"@bücher.example"));
     let message = "From: Jürgen <jürgen@example.org>\nSubject: Grüße\n\nText\n".as_bytes();
     let reports = [RecipientReport {
@@ -141,7 +139,7 @@ fn a_notice_is_in_ascii_unless_it_may_be_in_utf8() {
         diagnostic: Some("553 5.6.7 Ungültig"),
         ..report(&joe, Action::Failed, "5.6.7")
     }];
-    let ascii = notice(&to, &reports);
+    let ascii = dsn(&to, &reports);
     check(&ascii, message, include_str!("../../../testdata/dsn/ascii.eml"));
     let utf8 = Dsn { utf8: true, ..ascii };
     check(&utf8, message, include_str!("../../../testdata/dsn/utf8.eml"));
@@ -151,7 +149,7 @@ fn a_notice_is_in_ascii_unless_it_may_be_in_utf8() {
 fn a_returned_header_is_whole_lines_in_seven_bits() {
     fn check(message: &[u8], limit: usize, expected: &str) {
         let to = mailbox("a@x");
-        let seen = notice(&to, &[]).returned_header(message, limit);
+        let seen = dsn(&to, &[]).returned_header(message, limit);
         assert_eq!(String::from_utf8(seen).as_deref(), Ok(expected), "{}", message.escape_ascii());
     }
     check(b"", 100, "");
@@ -171,7 +169,7 @@ fn a_returned_header_is_whole_lines_in_seven_bits() {
 }
 
 #[test]
-fn a_status_is_sound_or_general() {
+fn a_status_that_is_not_valid_becomes_general() {
     let joe = mailbox("joe@x");
     for (action, status, expected) in [
         (Action::Failed, "5.1.1", "5.1.1"),
@@ -220,7 +218,7 @@ proptest! {
             ..report(&joe, Action::Failed, &text)
         }];
         let envelope_id = Some(&*text);
-        let head = Dsn { envelope_id, received_from: envelope_id, utf8, ..notice(&to, &reports) }.head();
+        let head = Dsn { envelope_id, utf8, ..dsn(&to, &reports) }.head();
         prop_assert!(utf8 || head.is_ascii());
         prop_assert!(head.lines().all(|line| line.len() <= LINE_LIMIT));
         prop_assert!(head.chars().all(|c| c == '\n' || c == '\t' || !c.is_control()));
@@ -229,9 +227,9 @@ proptest! {
     }
 
     #[test]
-    fn any_content_is_survived(message: Vec<u8>, limit in 0_usize..200, utf8: bool) {
+    fn no_content_makes_it_panic(message: Vec<u8>, limit in 0_usize..200, utf8: bool) {
         let to = mailbox("a@x");
-        let seen = Dsn { utf8, ..notice(&to, &[]) }.returned_header(&message[..], limit);
+        let seen = Dsn { utf8, ..dsn(&to, &[]) }.returned_header(&message[..], limit);
         prop_assert!(utf8 || seen.is_ascii());
     }
 }
