@@ -1,14 +1,14 @@
 //! Time: the clock of this machine, timestamps, days and time zones.
 //!
 //! Everything that depends on the time of day uses [`Clock`], so that a test stops it with [`Clock::Fixed`] and knows
-//! the dialogue in advance. Deadlines are not a matter of this file: they are `std::time::Instant`s.
+//! the dialogue in advance. Deadlines are `std::time::Instant`s and do not use this file.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use jiff::civil::{DateTime, Time};
 use jiff::tz::{AmbiguousOffset, TimeZone};
 
-/// The clock that tells the time of day.
+/// A source of the time of day.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
     /// The clock of this machine.
@@ -18,12 +18,12 @@ pub enum Clock {
 }
 
 impl Clock {
-    /// The time now.
+    /// Returns the time now.
     pub fn now(self) -> Timestamp {
         Timestamp::from_seconds((self.microseconds() / 1_000_000).cast_signed())
     }
 
-    /// Microseconds since 1970; 0 if the clock is set to a time before.
+    /// Returns microseconds since 1970; 0 if the clock is set to a time before.
     pub fn microseconds(self) -> u64 {
         match self {
             Clock::System => {
@@ -45,23 +45,23 @@ pub struct Timestamp {
 const EARLIEST: i64 = -62_135_596_800;
 
 impl Timestamp {
-    /// The timestamp of this many seconds since 1970. If it is outside the years 1 to 9999, which the formats below can
-    /// express, it becomes the nearest inside.
+    /// Returns the timestamp of this many seconds since 1970. A time outside the years 1 to 9999, which the formats below
+    /// cannot express, becomes the nearest inside.
     pub fn from_seconds(seconds: i64) -> Timestamp {
         Timestamp { seconds: seconds.clamp(EARLIEST, jiff::Timestamp::MAX.as_second()) }
     }
 
-    /// Seconds since 1970; negative before.
+    /// Returns seconds since 1970; negative before.
     pub fn seconds(self) -> i64 {
         self.seconds
     }
 
-    /// The form of header fields: `Fri, 02 Jan 2026 03:04:05 +0000` (RFC 5322 section 3.3).
+    /// Returns the form of header fields: `Fri, 02 Jan 2026 03:04:05 +0000` (RFC 5322 section 3.3).
     pub fn rfc5322(self) -> String {
         self.jiff().strftime("%a, %d %b %Y %H:%M:%S +0000").to_string()
     }
 
-    /// The form of our own files and of the log: `2026-01-02T03:04:05Z` (RFC 3339).
+    /// Returns the form of our own files and of the log: `2026-01-02T03:04:05Z` (RFC 3339).
     pub fn rfc3339(self) -> String {
         self.jiff().to_string()
     }
@@ -86,12 +86,12 @@ impl Timestamp {
 pub struct Zone(TimeZone);
 
 impl Zone {
-    /// The time zone of this machine, from `TZ` or `/etc/localtime` as they are now; UTC if neither can be read.
+    /// Returns the time zone of this machine, from `TZ` or `/etc/localtime` as they are now; UTC if neither can be read.
     pub fn system() -> Zone {
         Zone(TimeZone::system())
     }
 
-    /// The zone of a name that this machine knows, such as `Europe/Berlin` (`UTC` is always known), or of a POSIX rule,
+    /// Returns the zone of a name that this machine knows, such as `Europe/Berlin` (`UTC` is always known), or of a POSIX rule,
     /// such as `CET-1CEST,M3.5.0,M10.5.0/3`. A rule without daylight saving time must have its name in `<>`, as in
     /// `<+03>-3`: `UTC+3` is not accepted, because POSIX means by it three hours west of UTC.
     pub fn parse(text: &str) -> Option<Zone> {
@@ -100,13 +100,13 @@ impl Zone {
         zone.ok().map(Zone)
     }
 
-    /// The calendar day in this zone.
+    /// Returns the calendar day in this zone.
     pub fn day(&self, moment: Timestamp) -> Day {
         Day(self.0.to_datetime(moment.jiff()).date())
     }
 
-    /// When the clock shows this minute of that day. `minute` is counted from midnight, 0 to 1439. `None`: the minute is
-    /// out of bounds, or the year is outside those of a [`Timestamp`].
+    /// Returns when the clock shows this minute of that day. `minute` is counted from midnight, 0 to 1439. `None`: the
+    /// minute is out of bounds, or the year is outside those of a [`Timestamp`].
     pub fn occurrence(&self, day: Day, minute: u16) -> Option<Occurrence> {
         let (hour, minute) = (i8::try_from(minute / 60).ok()?, i8::try_from(minute % 60).ok()?);
         let shown = DateTime::from_parts(day.0, Time::new(hour, minute, 0, 0).ok()?);
@@ -117,7 +117,7 @@ impl Zone {
                 Timestamp::from_jiff(found.earlier().ok()?),
                 Timestamp::from_jiff(found.later().ok()?),
             ),
-            // With the offset after the change the minute is before the change, so the next change is the one.
+            // `earlier` uses the offset after the change, so it is before the change, which is the next transition.
             AmbiguousOffset::Gap { .. } => {
                 let before = found.earlier().ok()?;
                 Occurrence::Never(Timestamp::from_jiff(self.0.following(before).next()?.timestamp()))
@@ -125,7 +125,7 @@ impl Zone {
         })
     }
 
-    /// The time in this zone, `2026-01-02T04:04:05+01:00` (RFC 3339).
+    /// Returns the time in this zone, `2026-01-02T04:04:05+01:00` (RFC 3339).
     pub fn rfc3339(&self, moment: Timestamp) -> String {
         let moment = moment.jiff();
         moment.display_with_offset(self.0.to_offset(moment)).to_string()
@@ -137,18 +137,18 @@ impl Zone {
 pub struct Day(jiff::civil::Date);
 
 impl Day {
-    /// 0 is Monday, 6 is Sunday.
+    /// Returns 0 for Monday to 6 for Sunday.
     pub fn weekday(self) -> usize {
         // Always 0 to 6, so the default is never used.
         usize::try_from(self.0.weekday().to_monday_zero_offset()).unwrap_or(0)
     }
 
-    /// The day after. `None`: this is the last day of the calendar.
+    /// Returns the day after. `None`: this is the last day of the calendar.
     pub fn next(self) -> Option<Day> {
         self.0.tomorrow().ok().map(Day)
     }
 
-    /// The day before. `None`: this is the first day of the calendar.
+    /// Returns the day before. `None`: this is the first day of the calendar.
     pub fn previous(self) -> Option<Day> {
         self.0.yesterday().ok().map(Day)
     }
@@ -157,8 +157,9 @@ impl Day {
 /// How often the clock shows one minute of one day, and when.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Occurrence {
+    /// At this time.
     Once(Timestamp),
-    /// The clock is set back, and the minute comes again.
+    /// The clock is set back, and shows the minute again.
     Twice(Timestamp, Timestamp),
     /// The clock is set forward over the minute, at this time.
     Never(Timestamp),
@@ -169,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_written_as_the_rfcs_want() {
+    fn timestamps_have_the_forms_of_the_rfcs() {
         let check = |seconds, rfc5322: &str, rfc3339: &str| {
             let date = Timestamp::from_seconds(seconds);
             assert_eq!(date.rfc5322(), rfc5322);
@@ -183,13 +184,13 @@ mod tests {
     }
 
     #[test]
-    fn dates_far_away_stay_readable() {
+    fn timestamps_outside_the_years_1_to_9999_become_the_nearest_inside() {
         assert_eq!(Timestamp::from_seconds(i64::MIN).rfc3339(), "0001-01-01T00:00:00Z");
         assert!(Timestamp::from_seconds(i64::MAX).rfc5322().contains(" Dec 9999 "));
     }
 
     #[test]
-    fn other_forms_of_a_date_are_parsed_or_rejected() {
+    fn other_forms_of_rfc_3339_are_parsed_or_rejected() {
         let read = |text: &str| Timestamp::parse_rfc3339(text).map(Timestamp::seconds);
         assert_eq!(read("2026-01-02T04:04:05.999+01:00"), Some(1_767_323_045));
         for text in ["", "yesterday", "2026-13-02T03:04:05Z", "2026-01-02", "2026-01-02T03:04:05"] {
@@ -197,11 +198,11 @@ mod tests {
         }
     }
 
-    /// The rule of Central Europe, for machines without files of time zones.
+    /// The rule of Central Europe, for machines without time zone files.
     const BERLIN: &str = "CET-1CEST,M3.5.0,M10.5.0/3";
 
     #[test]
-    fn a_minute_comes_once_twice_or_never() {
+    fn a_clock_shows_a_minute_once_twice_or_never() {
         let zone = Zone::parse(BERLIN).unwrap();
         let at = |text: &str| Timestamp::parse_rfc3339(text).unwrap();
         let check = |noon: &str, minute: u16, wanted: Occurrence| {
@@ -231,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn zones_are_names_or_whole_rules() {
+    fn zones_are_names_or_complete_rules() {
         for text in ["UTC", BERLIN, "<+03>-3", "EST5EDT,M3.2.0,M11.1.0"] {
             assert!(Zone::parse(text).is_some(), "{text}");
         }

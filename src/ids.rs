@@ -13,126 +13,102 @@ use crate::clock::Clock;
 /// The source of names that never repeat, and of random numbers. A clone is the same source.
 #[derive(Clone)]
 pub struct Ids {
-    source: Arc<IdSource>,
+    /// Fills a slice with random octets. `None`: everything is counted, for tests.
+    random: Option<fn(&mut [u8])>,
+    counters: Arc<Counters>,
+}
+
+#[derive(Default)]
+struct Counters {
+    /// The last result of `tick`.
+    last_tick: AtomicU64,
+    queue_ids: AtomicU64,
+    sessions: AtomicU64,
+    files: AtomicU64,
+    challenges: AtomicU64,
+    numbers: AtomicU64,
 }
 
 impl Ids {
-    /// Ids made of the clock, the process id and `random`, which must fill the whole slice with octets that cannot be
-    /// guessed.
+    /// Returns ids made of the clock, the process id and `random`, which must fill the whole slice with octets that
+    /// cannot be guessed.
     pub fn system(random: fn(&mut [u8])) -> Ids {
-        Ids::from(IdSource::System { random, last: AtomicU64::new(0), files: AtomicU64::new(0) })
+        Ids { random: Some(random), counters: Arc::default() }
     }
 
-    /// Ids for tests: the clock is [`Clock::Fixed`]; queue ids, file names, challenges and numbers are counted 1, 2, 3…,
-    /// each kind separately.
+    /// Returns ids for tests: the clock is [`Clock::Fixed`]; queue ids, session ids, file names, challenges and numbers
+    /// are counted 1, 2, 3…, each kind separately.
     pub fn fixed() -> Ids {
-        Ids::from(IdSource::Fixed {
-            ids: AtomicU64::new(0),
-            sessions: AtomicU64::new(0),
-            files: AtomicU64::new(0),
-            challenges: AtomicU64::new(0),
-            numbers: AtomicU64::new(0),
-        })
+        Ids { random: None, counters: Arc::default() }
     }
 
-    /// The clock of these ids.
+    /// Returns the clock of these ids.
     pub fn clock(&self) -> Clock {
-        match &*self.source {
-            IdSource::System { .. } => Clock::System,
-            IdSource::Fixed { .. } => Clock::Fixed,
-        }
+        if self.random.is_some() { Clock::System } else { Clock::Fixed }
     }
 
-    /// A queue id, unique on this host, also among processes. It has 21 characters of `0-9a-v`, so it is valid in a file
-    /// name, a header field and a reply. The ids of one process sort by time. [`Ids::fixed`]: `id1`, `id2`, …
+    /// Returns a new queue id, unique on this host, also among processes. It has 21 characters of `0-9a-v`, so it is
+    /// valid in a file name, a header field and a reply. The ids of one process sort by time. [`Ids::fixed`]: `id1`,
+    /// `id2`, …
     pub fn queue_id(&self) -> String {
-        match &*self.source {
-            IdSource::System { random, last, .. } => {
-                // The time makes the ids of one process differ, the process id those of one moment. The random part
-                // prevents equal ids in containers that share a spool, and after a clock was set back.
-                let mut id = base32(tick(last), 11);
-                id.push_str(&base32(u64::from(std::process::id()), 5));
-                id.push_str(&base32(u64::from_le_bytes(octets(*random)), 5));
-                id
-            }
-            IdSource::Fixed { ids, .. } => format!("id{}", count(ids)),
+        match self.random {
+            // The time makes the ids of one process differ, the process id those of one moment. The random part
+            // prevents equal ids in containers that share a spool, and after a clock was set back.
+            Some(random) => self.tick_and_process() + &base32(u64::from_le_bytes(octets(random)), 5),
+            None => format!("id{}", count(&self.counters.queue_ids)),
         }
     }
 
-    /// An id for a session in the log: unique on this host, also among processes; 16 characters.
+    /// Returns a new id for a session in the log: unique on this host, also among processes; 16 characters.
     /// [`Ids::fixed`]: `1`, `2`, …
     pub fn session_id(&self) -> String {
-        match &*self.source {
-            IdSource::System { last, .. } => base32(tick(last), 11) + &base32(u64::from(std::process::id()), 5),
-            IdSource::Fixed { sessions, .. } => count(sessions).to_string(),
+        match self.random {
+            Some(_) => self.tick_and_process(),
+            None => count(&self.counters.sessions).to_string(),
         }
     }
 
-    /// A name for a new file in a Maildir, `seconds.M…P…Q…R….host`, as maildir(5) defines it: microseconds, process id,
-    /// the number of files named by this process, and 32 random bits. So names differ also within one second, after the
-    /// clock was set back, and if a process id is used again. `/` and `:` in the host name become `\057` and `\072`.
-    /// [`Ids::fixed`]: `1767323045.1.host`, counted.
+    /// Returns a name for a new file in a Maildir, `seconds.M…P…Q…R….host`, as maildir(5) defines it: microseconds,
+    /// process id, the number of files named by this process, and 32 random bits. So names differ also within one
+    /// second, after the clock was set back, and if a process id is used again. `/` and `:` in the host name become
+    /// `\057` and `\072`. [`Ids::fixed`]: `1767323045.1.host`, counted.
     pub fn file_name(&self, hostname: &str) -> String {
         let host = hostname.replace('/', "\\057").replace(':', "\\072");
-        match &*self.source {
-            IdSource::System { random, last, files } => {
-                let time = tick(last);
-                let seconds = time / 1_000_000;
-                let microseconds = time % 1_000_000;
-                let process = std::process::id();
-                let delivery = count(files);
-                let random = HEXLOWER.encode(&octets::<4>(*random));
-                format!("{seconds}.M{microseconds:06}P{process}Q{delivery}R{random}.{host}")
-            }
-            IdSource::Fixed { files, .. } => format!("{}.{}.{host}", Clock::Fixed.now().seconds(), count(files)),
-        }
+        let number = count(&self.counters.files);
+        let Some(random) = self.random else {
+            return format!("{}.{number}.{host}", Clock::Fixed.now().seconds());
+        };
+        let time = tick(&self.counters.last_tick);
+        let (seconds, microseconds) = (time / 1_000_000, time % 1_000_000);
+        let (process, random) = (std::process::id(), HEXLOWER.encode(&octets::<4>(random)));
+        format!("{seconds}.M{microseconds:06}P{process}Q{number}R{random}.{host}")
     }
 
-    /// A challenge for CRAM-MD5, `<random.timestamp@hostname>` (RFC 2195 section 2): 128 random bits, in digits, so that a
-    /// recorded response is never valid again. [`Ids::fixed`]: `<1.1767323045@hostname>`, counted.
+    /// Returns a new challenge for CRAM-MD5, `<random.timestamp@hostname>` (RFC 2195 section 2): 128 random bits, in
+    /// digits, so that a recorded response is never valid again. [`Ids::fixed`]: `<1.1767323045@hostname>`, counted.
     pub fn challenge(&self, hostname: &str) -> String {
-        match &*self.source {
-            IdSource::System { random, .. } => {
-                let random = u128::from_le_bytes(octets(*random));
-                format!("<{random}.{}@{hostname}>", self.clock().now().seconds())
-            }
-            IdSource::Fixed { challenges, .. } => {
-                format!("<{}.{}@{hostname}>", count(challenges), Clock::Fixed.now().seconds())
-            }
-        }
+        let number = match self.random {
+            Some(random) => u128::from_le_bytes(octets(random)),
+            None => count(&self.counters.challenges).into(),
+        };
+        format!("<{number}.{}@{hostname}>", self.clock().now().seconds())
     }
 
-    /// A random number that cannot be guessed: for DNS queries (RFC 5452), and for the order of MX hosts with equal
-    /// preference. It may repeat. [`Ids::fixed`]: 1, 2, 3…
+    /// Returns a random number that cannot be guessed: for DNS queries (RFC 5452), and for the order of MX hosts with
+    /// equal preference. It may repeat. [`Ids::fixed`]: 1, 2, 3…
     pub fn random_number(&self) -> u64 {
-        match &*self.source {
-            IdSource::System { random, .. } => u64::from_le_bytes(octets(*random)),
-            IdSource::Fixed { numbers, .. } => count(numbers),
+        match self.random {
+            Some(random) => u64::from_le_bytes(octets(random)),
+            None => count(&self.counters.numbers),
         }
     }
 
-    fn from(source: IdSource) -> Ids {
-        Ids { source: Arc::new(source) }
+    fn tick_and_process(&self) -> String {
+        base32(tick(&self.counters.last_tick), 11) + &base32(u64::from(std::process::id()), 5)
     }
 }
 
-enum IdSource {
-    System {
-        random: fn(&mut [u8]),
-        /// The last result of `tick`.
-        last: AtomicU64,
-        files: AtomicU64,
-    },
-    Fixed {
-        ids: AtomicU64,
-        sessions: AtomicU64,
-        files: AtomicU64,
-        challenges: AtomicU64,
-        numbers: AtomicU64,
-    },
-}
-
-/// Microseconds since 1970, but never the same value twice and never less than before, also if the clock is set back.
+/// Microseconds since 1970. Each result is larger than the one before, also if the clock is set back.
 fn tick(last: &AtomicU64) -> u64 {
     let now = Clock::System.microseconds();
     let next = |last: u64| now.max(last.saturating_add(1));
@@ -141,7 +117,7 @@ fn tick(last: &AtomicU64) -> u64 {
     }
 }
 
-/// 1, 2, 3…
+/// Counts one more: 1, 2, 3…
 fn count(counter: &AtomicU64) -> u64 {
     counter.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
 }
@@ -163,14 +139,14 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    /// Always the same octets: names made with it are unique without randomness.
+    /// The octets are always the same, so names made with it are unique without randomness.
     fn stuck(octets: &mut [u8]) {
         octets.fill(7);
     }
 
     /// Rules: MD-02, CRAM-01.
     #[test]
-    fn fixed_ids_count() {
+    fn fixed_ids_are_counted() {
         let source = Ids::fixed();
         let other = source.clone();
         assert_eq!(source.clock().now().rfc3339(), "2026-01-02T03:04:05Z");
@@ -185,7 +161,7 @@ mod tests {
 
     /// Rules: MD-03.
     #[test]
-    fn nothing_repeats_in_many_threads_even_without_randomness() {
+    fn no_id_or_name_repeats_in_many_threads_even_without_randomness() {
         let source = Ids::system(stuck);
         let made: Vec<(Vec<String>, Vec<String>)> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4)
@@ -210,14 +186,14 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_valid_in_a_file_name() {
+    fn a_queue_id_is_valid_in_a_file_name() {
         let id = Ids::system(stuck).queue_id();
         assert_eq!(id.len(), 21, "{id}");
         assert!(id.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'v')));
     }
 
     #[test]
-    fn a_system_number_is_all_random_octets() {
+    fn a_random_number_is_eight_random_octets() {
         assert_eq!(Ids::system(stuck).random_number(), 0x0707_0707_0707_0707);
     }
 
@@ -230,7 +206,7 @@ mod tests {
 
     /// Rules: CRAM-01.
     #[test]
-    fn a_system_file_name_and_challenge_have_their_shape() {
+    fn file_names_and_challenges_have_the_form_of_their_standards() {
         let source = Ids::system(stuck);
         let name = source.file_name("mail.example.org");
         let process = std::process::id();

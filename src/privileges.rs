@@ -1,4 +1,6 @@
-//! The user of this process: if it was started as root, it becomes the owner of the mail before it touches mail.
+//! The user of this process, and the change from root to the owner of the mail.
+//!
+//! A process that was started as root becomes the owner of the mail before it reads or writes any mail.
 
 use std::ffi::CString;
 use std::fs::{self, DirBuilder};
@@ -21,7 +23,7 @@ impl SystemUser {
     ///
     /// # Errors
     ///
-    /// A text for the log, if there is no such user or group, or the user is root.
+    /// A text that says what to change, if there is no such user or group, or the user is root.
     pub fn find(name: &str, group: Option<&str>) -> Result<SystemUser, String> {
         let user = unistd::User::from_name(name)
             .map_err(|error| format!("the user {name:?} cannot be looked up: {error}"))?
@@ -38,16 +40,20 @@ impl SystemUser {
                     .gid
             }
         };
-        let name = CString::new(name).map_err(|_| format!("{name:?} is no name of a user"))?;
+        let name = CString::new(name).map_err(|_| format!("{name:?} is not a valid user name"))?;
         Ok(SystemUser { name, uid: user.uid, gid })
     }
 
-    /// Whether this process has that user already.
+    /// Returns whether this process already runs as this user.
     pub fn is_current(&self) -> bool {
         self.uid == Uid::effective()
     }
 
-    /// Whether the mode of a file lets this user read it. The directories above it are not checked.
+    /// Returns whether the mode of a file lets this user read it. The directories above it are not checked.
+    ///
+    /// # Errors
+    ///
+    /// The file or the groups of the user cannot be looked up.
     pub fn may_read(&self, path: &Path) -> io::Result<bool> {
         let found = fs::metadata(path)?;
         let groups = unistd::getgrouplist(&self.name, self.gid)?;
@@ -60,8 +66,11 @@ impl SystemUser {
         Ok(found.mode() & bit != 0)
     }
 
-    /// Makes a directory that belongs to this user, unless it exists. Directories above it are made for the current
-    /// user.
+    /// Makes a directory that belongs to this user, unless it exists. Directories above it belong to the current user.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
     pub fn make_directory(&self, path: &Path) -> io::Result<()> {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent)?;
@@ -72,11 +81,12 @@ impl SystemUser {
         }
     }
 
-    /// Makes this process the user, with all their groups. Call it before there are threads, so that none stays root.
+    /// Makes this process run as this user, with all their groups. Call it before there are threads, so that none stays
+    /// root.
     ///
     /// # Errors
     ///
-    /// A text for the log. The process may have given up some of its rights, so it must end.
+    /// A text that says what failed. The process may have given up some of its rights, so it must end.
     pub fn assume(&self) -> Result<(), String> {
         let failed =
             |what: &str, error: nix::Error| format!("{what} failed: {error}; start it as root, or as that user");
@@ -85,7 +95,7 @@ impl SystemUser {
         unistd::setuid(self.uid).map_err(|error| failed("setting the user", error))?;
         // If the process can become root again, the saved user ID was not changed.
         match unistd::setuid(Uid::from_raw(0)) {
-            Ok(()) => Err("the rights of root could be had back: the system does not let them go".to_owned()),
+            Ok(()) => Err("the process can become root again: its saved user id did not change".to_owned()),
             Err(_) => Ok(()),
         }
     }
@@ -94,6 +104,7 @@ impl SystemUser {
 /// The user who runs this process, as sendmail(8) needs it.
 #[derive(Clone, Debug, Default)]
 pub struct LoginUser {
+    /// The real user id of the process.
     pub uid: u32,
     /// The login name; it may be empty.
     pub name: String,
@@ -102,8 +113,8 @@ pub struct LoginUser {
 }
 
 impl LoginUser {
-    /// The system's user with the real user id of this process. If the system has none, the name comes from the
-    /// environment: `LOGNAME`, else `USER`.
+    /// Returns the system's user with the real user id of this process. If the system has none, the name is that in
+    /// the environment variable `LOGNAME`, else `USER`.
     pub fn current() -> LoginUser {
         let uid = Uid::current();
         match unistd::User::from_uid(uid) {
@@ -134,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_cannot_be_used_are_told() {
+    fn unusable_names_are_errors_that_say_what_to_change() {
         let find = |name: &str, group: Option<&str>| SystemUser::find(name, group).unwrap_err();
         assert!(find("no-such-user", None).contains("make one, or change `user`"));
         assert!(find("root", None).contains("name another in `user`"));
@@ -142,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn full_names_are_in_gecos_fields() {
+    fn the_full_name_is_the_first_part_of_the_gecos_field() {
         assert_eq!(full_name("& Example,room 1,,", "eva"), "Eva Example");
         assert_eq!(full_name("", "eva"), "");
         assert_eq!(full_name("&", ""), "");

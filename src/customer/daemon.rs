@@ -519,7 +519,7 @@ fn reject(mut connection: Connection) -> String {
     Reply::new(554, "5.7.1", "This server is for its own network only").write_to(&mut octets);
     connection.trace.sent(octets.trim_ascii_end());
     connection.send(&octets);
-    let _ = connection.flush_all(Instant::now() + REJECTION_TIMEOUT);
+    let _ = connection.flush_all(Instant::now() + REJECTION_TIMEOUT, None);
     connection.shutdown();
     "not one of our networks".to_owned()
 }

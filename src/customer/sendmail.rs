@@ -231,7 +231,7 @@ pub fn serve(
 ) -> Result<(), SendmailError> {
     let outbox = open_outbox(config, ids)?;
     let trace = Trace { id: ids.session_id(), us: 'S', them: 'C' };
-    let connection = Connection::pair(input, output, trace).map_err(SendmailError::input_output)?;
+    let connection = Connection::over(input, Some(output), trace).map_err(SendmailError::input_output)?;
     let peer = format!("uid {}", rustix::process::getuid().as_raw());
     let reason = submission::serve(config, &outbox, connection, peer, cancel, cancel);
     log::info!("event=closed listener=send reason={}", quoted(reason));

@@ -1,16 +1,16 @@
 //! Files and directories whose names survive a power cut, and errors that name the path.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, DirEntry, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
-/// The same error, its text beginning with the path.
+/// Puts the path before the text of an error.
 pub fn with_path(path: &Path, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// Makes a directory and those above it, each name durable.
+/// Makes a directory and those above it that are missing, each name durable.
 pub(super) fn make_directories(path: &Path, mode: u32) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
@@ -34,8 +34,7 @@ fn parent(path: &Path) -> Option<&Path> {
     path.parent().filter(|parent| !parent.as_os_str().is_empty())
 }
 
-/// Makes the names in a directory durable: without it a power cut may lose the name of a file whose content is on
-/// disk.
+/// Makes the names in a directory durable: a power cut may otherwise lose the name of a file whose content is on disk.
 pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path).and_then(|directory| directory.sync_all()).map_err(|error| with_path(path, error))
 }
@@ -64,11 +63,13 @@ pub(super) fn remove_if_there(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The files of a directory, read one by one; none if the directory is missing.
-pub(super) fn list(path: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>>> {
-    match fs::read_dir(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None.into_iter().flatten()),
-        Err(error) => Err(with_path(path, error)),
-        Ok(files) => Ok(Some(files).into_iter().flatten()),
-    }
+/// Lists a directory file by file; a directory that is missing has none.
+pub(super) fn list(path: &Path) -> impl Iterator<Item = io::Result<DirEntry>> + use<> {
+    let (files, failure) = match fs::read_dir(path) {
+        Ok(files) => (Some(files), None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => (None, None),
+        Err(error) => (None, Some(Err(error))),
+    };
+    let path = path.to_owned();
+    files.into_iter().flatten().chain(failure).map(move |file| file.map_err(|error| with_path(&path, error)))
 }

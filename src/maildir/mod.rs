@@ -1,15 +1,18 @@
-//! Files safely into and out of Maildirs (maildir(5)).
+//! Maildirs (maildir(5)): messages are written, listed, flagged and removed.
 //!
-//! [`MessageWriter::commit`] makes a message visible in one step: the message is written in `tmp`, its file is
-//! fsynced, the file is moved to `new` without ever overwriting another, and `new` is fsynced. Only then is the
-//! message stored. If a step fails before the move, no reader sees the message, and its file in `tmp` is removed.
+//! A message becomes visible in one step: it is written in `tmp`, its file is fsynced and moved to `new` without ever
+//! overwriting another, and `new` is fsynced ([`MessageWriter::commit`]). If a step fails before the move, no reader
+//! sees the message, and its file in `tmp` is removed.
 //!
-//! Functions that list messages skip names that begin with a dot, read `new` and `cur`, and accept that a file may
-//! be removed, or moved by a mail reader, after it was listed.
+//! Functions that list messages read `new` and `cur`, skip names that begin with a dot, and accept that a file may be
+//! removed, or moved by a mail reader, after it was listed.
 //!
 //! A Maildir is either a queue or a mailbox. Only a mailbox has sub-folders (`.name` within it) and a quota
-//! (`maildirsize`), as Maildir++ defines them; for a queue neither is looked for.
+//! (`maildirsize`), as Maildir++ defines them.
+//!
+//! Unless a function documents more, its errors are the system's, with the path.
 
+mod entry;
 mod files;
 mod quota;
 pub mod spooled;
@@ -21,26 +24,27 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+pub use entry::Entry;
 pub use files::with_path;
 use files::{list, make_directories, make_directory, move_file, remove_if_there, sync_directory};
 use quota::QuotaCheck;
 
-/// Files in `tmp` that were not used for 36 hours are removed (maildir(5)).
+use crate::net::trace::quoted;
+
+/// A file in `tmp` that was not used for this long is removed (maildir(5)).
 const STALE_AGE: Duration = Duration::from_secs(36 * 60 * 60);
 
-/// The flag of a message that may or may not have been delivered; mail readers show it as "flagged".
+/// The flag of a message that may or may not have been sent; mail readers show it as "flagged".
 pub const IN_DOUBT: char = 'F';
 /// The flag of a message for which a delay DSN was sent.
 pub const DELAY_REPORTED: char = 'R';
 
-/// Octets kept free on the disk: it is better to reject a message at MAIL (RFC 1870 section 6.1) than to fail in
-/// the middle of its content.
+/// Octets kept free on the disk, so that a message is rejected at MAIL (RFC 1870 section 6.1) and does not fail in the
+/// middle of its content.
 const RESERVED_SPACE: u64 = 4 << 20;
 
-const WRITE_BUFFER: usize = 32 * 1024;
-
-/// The mask of a queue: only its owner reads it.
-const QUEUE_MASK: u32 = 0o077;
+/// Octets of content that are read or written at once.
+const BLOCK_SIZE: usize = 32 * 1024;
 
 /// One Maildir: a directory with `tmp`, `new` and `cur`.
 #[derive(Clone, Debug)]
@@ -55,68 +59,36 @@ pub struct Maildir {
 enum Kind {
     Queue,
     Mailbox,
-    /// A sub-folder of a mailbox: if it is missing, its owner has removed it, and it is not made again.
+    /// A sub-folder of a mailbox. If it is missing its owner has removed it, so it is not made again.
     Folder,
 }
 
-/// A message found in a Maildir.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Entry {
-    /// `1767323045.M1P2Q3.host,S=120,W=128`; in `cur` with its info, `:2,` and flags.
-    pub name: String,
-    /// Whether it is in `cur`.
-    pub seen: bool,
-}
-
-impl Entry {
-    /// The part of the name before size and info. It stays the same when a mail reader moves or flags the file.
-    pub fn unique(&self) -> &str {
-        self.name.split([',', ':']).next().unwrap_or(&self.name)
-    }
-
-    /// Whether the message has this flag.
-    pub fn has(&self, flag: char) -> bool {
-        self.seen && self.name.split_once(":2,").is_some_and(|(_, info)| info.contains(flag))
-    }
-
-    /// Whether the name tells that the file has octets above 127 (`E=8`, which only [`MessageWriter`] writes).
-    pub fn eight_bit(&self) -> bool {
-        self.name.split([',', ':']).any(|field| field == "E=8")
-    }
-
-    /// The size of the whole file in octets with CRLF line ends (Maildir++ `W=`). `None`: the name does not tell.
-    pub fn wire_size(&self) -> Option<u64> {
-        let base = self.name.split(':').next()?;
-        base.split(',').find_map(|field| field.strip_prefix("W="))?.parse().ok()
-    }
-}
-
 impl Maildir {
-    /// A queue: files are 0600 and directories 0700; it has no quota.
+    /// Returns a queue: files are 0600 and directories 0700; it has no quota.
     pub fn new(path: impl Into<PathBuf>) -> Maildir {
-        Maildir { path: path.into(), mask: QUEUE_MASK, kind: Kind::Queue }
+        Maildir { path: path.into(), mask: 0o077, kind: Kind::Queue }
     }
 
-    /// A mailbox, which other programs read: it has a quota if it has a file `maildirsize`. Files and directories
-    /// get the permissions 0666 and 0777 without the bits in `mask` and in the umask of this process.
+    /// Returns a mailbox, which other programs read. It has a quota if it has a file `maildirsize`. Files and
+    /// directories get the permissions 0666 and 0777 without the bits in `mask` and in the umask of this process.
     pub fn mailbox(path: impl Into<PathBuf>, mask: u32) -> Maildir {
         Maildir { path: path.into(), mask, kind: Kind::Mailbox }
     }
 
-    /// The sub-folder `.name` of a mailbox (Maildir++). It is never made here: ask [`Maildir::exists`]. A name that
-    /// would lead out of the mailbox (`../x`) becomes the name of a folder that does not exist.
+    /// Returns the sub-folder `.name` of a mailbox (Maildir++). It is never made here: ask [`Maildir::exists`]. A name
+    /// that would lead out of the mailbox (`../x`) becomes the name of a folder that does not exist.
     pub fn folder(&self, name: &str) -> Maildir {
         let inside = name.replace('/', "%2F");
         let escape = if inside.is_empty() || inside.starts_with('.') { "%" } else { "" };
         Maildir { path: self.path.join(format!(".{escape}{inside}")), mask: self.mask, kind: Kind::Folder }
     }
 
-    /// Whether it is a directory with `cur` and `new`.
+    /// Returns whether it is a directory with `cur` and `new`.
     pub fn exists(&self) -> bool {
         ["cur", "new"].iter().all(|name| self.path.join(name).is_dir())
     }
 
-    /// The directory that holds `tmp`, `new` and `cur`.
+    /// Returns the directory that holds `tmp`, `new` and `cur`.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -125,19 +97,11 @@ impl Maildir {
     pub fn create(&self) -> io::Result<()> {
         let mode = 0o777 & !self.mask;
         make_directories(&self.path, mode)?;
-        // `tmp` last: if it exists, the others do, even if the process is killed here, and a draft needs no check.
+        // `tmp` last: if it exists, the others do, even if the process is killed here, and a writer need not check.
         for name in ["new", "cur", "tmp"] {
             make_directories(&self.path.join(name), mode)?;
         }
         Ok(())
-    }
-
-    /// Makes the directories that a draft found missing; of a sub-folder only `tmp`.
-    fn repair(&self) -> io::Result<()> {
-        match self.kind {
-            Kind::Folder => make_directory(&self.path.join("tmp"), 0o777 & !self.mask),
-            Kind::Queue | Kind::Mailbox => self.create(),
-        }
     }
 
     /// Checks that the quota, if there is one, has room for one more message of this many octets. `unique` makes a
@@ -150,29 +114,31 @@ impl Maildir {
         if self.has_quota() { QuotaCheck::default().admit(&self.path, unique, octets) } else { Ok(()) }
     }
 
-    /// Whether the file of a quota is looked for.
+    /// Returns whether it may have a quota.
     fn has_quota(&self) -> bool {
         self.kind != Kind::Queue
     }
 
-    /// Begins a message in `tmp` under a unique name. If directories are missing they are made, but for a
-    /// sub-folder that does not exist.
-    fn draft(&self, unique: &str) -> io::Result<Draft> {
+    /// Begins a message in `tmp` under a unique name. Makes directories that are missing; of a sub-folder only `tmp`.
+    fn begin_copy(&self, unique: &str) -> io::Result<MessageCopy> {
         let temporary = self.path.join("tmp").join(unique);
         let open = || OpenOptions::new().write(true).create_new(true).mode(0o666 & !self.mask).open(&temporary);
         let file = match open() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.repair()?;
+                match self.kind {
+                    Kind::Folder => make_directory(&self.path.join("tmp"), 0o777 & !self.mask)?,
+                    Kind::Queue | Kind::Mailbox => self.create()?,
+                }
                 open()
             }
             other => other,
         };
         let file = file.map_err(|error| with_path(&temporary, error))?;
-        Ok(Draft {
+        Ok(MessageCopy {
             maildir: self.clone(),
             unique: unique.to_owned(),
             temporary,
-            file: BufWriter::with_capacity(WRITE_BUFFER, file),
+            file: BufWriter::with_capacity(BLOCK_SIZE, file),
             octets: 0,
             lines: 0,
             eight_bit: false,
@@ -180,8 +146,8 @@ impl Maildir {
         })
     }
 
-    /// Opens a new file on the disk of this Maildir, for reading and writing. It has no name, so it is gone when
-    /// its last descriptor is closed, even if the process is killed. `unique` is its name for a moment.
+    /// Opens a new file on the disk of this Maildir, for reading and writing. It has no name, so the system removes it
+    /// when its last descriptor is closed, even if the process is killed. `unique` is its name for a moment.
     pub fn unnamed_file(&self, unique: &str) -> io::Result<File> {
         self.create()?;
         let path = self.path.join("tmp").join(unique);
@@ -191,35 +157,36 @@ impl Maildir {
         Ok(file)
     }
 
-    /// All messages, sorted by name: the oldest first.
+    /// Returns all messages, sorted by name: the oldest first.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
-        let mut entries = Vec::new();
-        self.each(|entry| {
-            entries.push(entry);
-            true
-        })?;
+        let mut entries = self.list().collect::<io::Result<Vec<Entry>>>()?;
         entries.sort_unstable();
         Ok(entries)
     }
 
-    /// Whether there is no message. Reads the directories only up to the first one.
+    /// Returns whether there is no message. Reads the directories only up to the first one.
     pub fn is_empty(&self) -> io::Result<bool> {
         Ok(self.count(1)? == 0)
     }
 
-    /// The number of messages, `limit` at most. Reads no further than it counts.
+    /// Counts the messages up to `limit`. Reads no further than it counts.
     pub fn count(&self, limit: usize) -> io::Result<usize> {
-        let mut count = 0;
-        if limit > 0 {
-            self.each(|_| {
-                count += 1;
-                count < limit
-            })?;
-        }
-        Ok(count)
+        self.list().take(limit).try_fold(0, |count, entry| entry.map(|_| count + 1))
     }
 
-    /// The path of a message.
+    /// Lists the messages in no order.
+    fn list(&self) -> impl Iterator<Item = io::Result<Entry>> {
+        [("new", false), ("cur", true)].into_iter().flat_map(|(directory, seen)| {
+            list(&self.path.join(directory)).filter_map(move |file| match file.map(|file| file.file_name()) {
+                Ok(name) => {
+                    name.into_string().ok().filter(|name| !name.starts_with('.')).map(|name| Ok(Entry { name, seen }))
+                }
+                Err(error) => Some(Err(error)),
+            })
+        })
+    }
+
+    /// Returns the path of a message.
     pub fn file(&self, entry: &Entry) -> PathBuf {
         self.path.join(if entry.seen { "cur" } else { "new" }).join(&entry.name)
     }
@@ -230,7 +197,7 @@ impl Maildir {
         remove_if_there(&self.file(entry))
     }
 
-    /// Removes from `tmp` what a writer that died has left under this name. Only for a caller that knows that no
+    /// Removes the file of this name that a writer that died has left in `tmp`. Only for a caller that knows that no
     /// other process uses the name.
     pub fn discard(&self, unique: &str) -> io::Result<()> {
         remove_if_there(&self.path.join("tmp").join(unique))
@@ -254,43 +221,29 @@ impl Maildir {
         Ok(flagged)
     }
 
-    /// Removes the files that writers that died have left in `tmp`.
+    /// Removes the files that writers that died have left in `tmp`: those not used for 36 hours.
     pub fn sweep(&self) -> io::Result<()> {
         let now = SystemTime::now();
-        for found in list(&self.path.join("tmp"))? {
+        for found in list(&self.path.join("tmp")) {
             let found = found?;
             let Ok(metadata) = found.metadata() else { continue };
             if metadata.is_dir() {
                 continue;
             }
-            // On a file system mounted noatime only the time of the last write tells (maildir(5)).
+            // On a file system mounted noatime only the time of the last write is known (maildir(5)).
             let used = metadata.accessed().ok().max(metadata.modified().ok());
             if used.and_then(|used| now.duration_since(used).ok()).is_some_and(|age| age > STALE_AGE) {
                 remove_if_there(&found.path())?;
-                log::info!("event=swept file={}", found.path().display());
-            }
-        }
-        Ok(())
-    }
-
-    /// Calls `found` for each message, in no order, until it returns `false`.
-    fn each(&self, mut found: impl FnMut(Entry) -> bool) -> io::Result<()> {
-        for (directory, seen) in [("new", false), ("cur", true)] {
-            for file in list(&self.path.join(directory))? {
-                let file = file.map_err(|error| with_path(&self.path, error))?;
-                let Ok(name) = file.file_name().into_string() else { continue };
-                if !name.starts_with('.') && !found(Entry { name, seen }) {
-                    return Ok(());
-                }
+                log::info!("event=swept file={}", quoted(found.path().display()));
             }
         }
         Ok(())
     }
 }
 
-/// A message being written into one Maildir. If it is dropped before it is published, its file is removed.
+/// One copy of a message, being written into one Maildir. Its file is removed if it is dropped before it is published.
 #[derive(Debug)]
-struct Draft {
+struct MessageCopy {
     maildir: Maildir,
     unique: String,
     temporary: PathBuf,
@@ -298,11 +251,11 @@ struct Draft {
     octets: u64,
     lines: u64,
     eight_bit: bool,
-    /// Where it is since it was moved out of `tmp`.
+    /// The message, once its file was moved out of `tmp`.
     moved: Option<Entry>,
 }
 
-impl Draft {
+impl MessageCopy {
     fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         self.octets += octets.len() as u64;
         self.lines += octets.iter().filter(|octet| **octet == b'\n').count() as u64;
@@ -315,8 +268,8 @@ impl Draft {
         synced.map_err(|error| with_path(&self.temporary, error))
     }
 
-    /// Moves the file to `new`, under a name that tells its size on disk and on the wire (Maildir++ `S=` and `W=`)
-    /// and whether it has octets above 127 (`E=8`).
+    /// Moves the file to `new`, under a name with its size on disk and on the wire (Maildir++ `S=` and `W=`)
+    /// and, if it has octets above 127, `E=8`.
     fn publish(&mut self) -> io::Result<()> {
         let bits = if self.eight_bit { ",E=8" } else { "" };
         let name = format!("{},S={},W={}{bits}", self.unique, self.octets, self.octets + self.lines);
@@ -327,7 +280,7 @@ impl Draft {
     }
 }
 
-impl Drop for Draft {
+impl Drop for MessageCopy {
     fn drop(&mut self) {
         if self.moved.is_none() {
             let _ = fs::remove_file(&self.temporary);
@@ -339,26 +292,26 @@ impl Drop for Draft {
 /// same content. Dropped before `commit` or `prepare`, it leaves nothing.
 #[derive(Debug, Default)]
 pub struct MessageWriter {
-    drafts: Vec<Draft>,
+    copies: Vec<MessageCopy>,
 }
 
 impl MessageWriter {
-    /// Whether no copy was begun.
+    /// Returns whether no copy was begun.
     pub fn is_empty(&self) -> bool {
-        self.drafts.is_empty()
+        self.copies.is_empty()
     }
 
     /// Begins one more copy with `head`. Begin all copies before content is written: a later one would lack it.
     pub fn begin(&mut self, maildir: &Maildir, unique: &str, head: &[u8]) -> io::Result<()> {
-        let mut draft = maildir.draft(unique)?;
-        draft.write(head)?;
-        self.drafts.push(draft);
+        let mut copy = maildir.begin_copy(unique)?;
+        copy.write(head)?;
+        self.copies.push(copy);
         Ok(())
     }
 
     /// Appends content, with LF line ends, to all copies.
     pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
-        self.drafts.iter_mut().try_for_each(|draft| draft.write(octets))
+        self.copies.iter_mut().try_for_each(|copy| copy.write(octets))
     }
 
     /// Stores all copies durably, or none: [`MessageWriter::prepare`], then [`PreparedMessage::publish`]. Returns an
@@ -367,55 +320,64 @@ impl MessageWriter {
         self.prepare()?.publish()
     }
 
-    /// The first half of `commit`, without anything that readers see: checks the quotas and fsyncs every file.
+    /// The first half of `commit`: checks the quotas and fsyncs every file. Readers see nothing yet.
     ///
     /// # Errors
     ///
-    /// `QuotaExceeded` if a mailbox has no room, else the system's; nothing is left then.
+    /// `QuotaExceeded` if a mailbox has no room, else the system's. All copies are removed then.
     pub fn prepare(mut self) -> io::Result<PreparedMessage> {
         let mut quotas = QuotaCheck::default();
         // Quotas first, so that the disk does not work for a message that is rejected.
-        for draft in self.drafts.iter().filter(|draft| draft.maildir.has_quota()) {
-            quotas.admit(&draft.maildir.path, || draft.unique.clone(), draft.octets)?;
+        for copy in self.copies.iter().filter(|copy| copy.maildir.has_quota()) {
+            quotas.admit(&copy.maildir.path, || copy.unique.clone(), copy.octets)?;
         }
-        self.drafts.iter_mut().try_for_each(Draft::sync)?;
-        Ok(PreparedMessage { drafts: self.drafts, quotas })
+        self.copies.iter_mut().try_for_each(MessageCopy::sync)?;
+        Ok(PreparedMessage { copies: self.copies, quotas })
     }
 }
 
 /// Copies of a message that are durable in `tmp` and not yet visible. Dropped before `publish`, it leaves nothing.
 pub struct PreparedMessage {
-    drafts: Vec<Draft>,
+    copies: Vec<MessageCopy>,
     quotas: QuotaCheck,
 }
 
 impl PreparedMessage {
-    /// The second half of `commit`: makes all copies visible. It can hardly fail, as it needs no space for content.
-    /// If one copy cannot be moved, those that were moved are removed again.
+    /// The second half of `commit`: makes all copies visible. It needs no disk space for content. Returns an entry for
+    /// each copy, in the order in which they were begun.
+    ///
+    /// # Errors
+    ///
+    /// The system's. If one copy cannot be moved, those that were moved are removed again.
     pub fn publish(mut self) -> io::Result<Vec<Entry>> {
-        let published = self.drafts.iter_mut().try_for_each(Draft::publish);
+        let published = self.copies.iter_mut().try_for_each(MessageCopy::publish);
         let durable = published.and_then(|()| self.directories().iter().try_for_each(|path| sync_directory(path)));
-        let moved = || self.drafts.iter().filter_map(|draft| draft.moved.clone().map(|entry| (draft, entry)));
         if let Err(error) = durable {
-            for (draft, entry) in moved() {
-                let _ = draft.maildir.remove(&entry);
+            for copy in &self.copies {
+                if let Some(entry) = &copy.moved {
+                    let _ = copy.maildir.remove(entry);
+                }
             }
             return Err(error);
         }
         self.quotas.record();
-        Ok(moved().map(|(_, entry)| entry).collect())
+        Ok(self.copies.iter().filter_map(|copy| copy.moved.clone()).collect())
     }
 
     /// The directories in which the copies appear, each once: each fsync costs as much as a message.
     fn directories(&self) -> BTreeSet<PathBuf> {
-        self.drafts.iter().map(|draft| draft.maildir.path.join("new")).collect()
+        self.copies.iter().map(|copy| copy.maildir.path.join("new")).collect()
     }
 }
 
-/// Calls `each` with what is left of a content, block by block. A block has 32 KiB at most and may end anywhere in
-/// a line.
+/// Reads a content to its end and calls `each` with every block. A block has 32 KiB at most and may end anywhere in a
+/// line.
+///
+/// # Errors
+///
+/// Those of `content` and of `each`.
 pub fn for_each_block(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
-    let mut block = vec![0; 32 * 1024];
+    let mut block = vec![0; BLOCK_SIZE];
     loop {
         match content.read(&mut block)? {
             0 => return Ok(()),
@@ -424,8 +386,8 @@ pub fn for_each_block(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io:
     }
 }
 
-/// Whether the disk of a directory has room for this many octets and a reserve of 4 MiB. True if the system does not
-/// tell: the first message makes a directory that is missing, and then the write reports the error.
+/// Returns whether the disk of a directory has room for this many octets and a reserve of 4 MiB. True if the system does
+/// not know: the first message makes a directory that is missing, and then the write reports the error.
 pub fn has_room(directory: &Path, octets: u64) -> bool {
     rustix::fs::statvfs(directory)
         .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(RESERVED_SPACE))

@@ -5,37 +5,41 @@
 //! ```text
 //! 10000000S,1000C        the limits, in octets and messages; 0 or missing: no limit
 //! 950000 812             octets and messages when they were last counted
-//! 4096 1                 one message of 4096 octets came
+//! 4096 1                 one message of 4096 octets was delivered
 //! -2048 -1               one message of 2048 octets was removed
 //! ```
 //!
 //! No program takes a lock: a line is appended in one write, and a new count replaces the file. So the sum may be a
-//! little wrong if several programs write at once. The mailbox is counted again if the sum says that it is full,
+//! little wrong if several programs write at once. The mailbox is counted again if it is full by that sum,
 //! and if the file has grown long. `.Trash` and messages marked as deleted do not count.
 
-use crate::maildir::files::{list, with_path};
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, btree_map};
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use crate::maildir::entry::Entry;
+use crate::maildir::files::{list, with_path};
+use crate::net::trace::quoted;
+
 const NAME: &str = "maildirsize";
 const TRASH: &str = ".Trash";
+/// The flag of a message that is marked as deleted.
+const DELETED: char = 'T';
 
 /// A file of this many octets is replaced by a new count (Maildir++).
-const LONG: u64 = 5120;
+const FILE_LIMIT: u64 = 5120;
 
-/// A count that says "full" is believed for this time (Maildir++); without that, each message for a full mailbox
-/// would count it again.
-const STALE: Duration = Duration::from_secs(15 * 60);
+/// For this long a count is believed even if it shows that the mailbox is full (Maildir++). Each message for a full
+/// mailbox would otherwise count it again.
+const COUNT_LIFETIME: Duration = Duration::from_secs(15 * 60);
 
-/// How often a mailbox is counted if messages come and go meanwhile.
-const ROUNDS: usize = 3;
+/// How often a mailbox is counted if it changes meanwhile.
+const COUNT_ATTEMPTS: usize = 3;
 
-/// The quotas that one message needs, and what it adds to them.
+/// The quotas of the mailboxes that one message is for, and what it adds to them.
 #[derive(Debug, Default)]
 pub struct QuotaCheck {
     /// Each mailbox that was looked at; `None`: it has no quota.
@@ -43,7 +47,7 @@ pub struct QuotaCheck {
 }
 
 impl QuotaCheck {
-    /// Reserves room for one more message of this many octets in a mailbox or sub-folder, besides those admitted before.
+    /// Reserves room for one more message of this many octets in a mailbox or sub-folder, beside those admitted before.
     /// `unique` makes a file name, which is needed for a new count.
     ///
     /// # Errors
@@ -52,24 +56,24 @@ impl QuotaCheck {
     pub fn admit(&mut self, maildir: &Path, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {
         let Some(mailbox) = mailbox_of(maildir) else { return Ok(()) };
         let quota = match self.mailboxes.entry(mailbox.to_owned()) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(unknown) => unknown.insert(Quota::open(mailbox)?),
+            btree_map::Entry::Occupied(known) => known.into_mut(),
+            btree_map::Entry::Vacant(unknown) => unknown.insert(Quota::open(mailbox)?),
         };
         quota.as_mut().map_or(Ok(()), |quota| quota.admit(unique, octets))
     }
 
-    /// Writes what was admitted into the files, once the message is visible. An error is logged only: the message
-    /// is delivered, and a failure reported now would make the sender send it again.
+    /// Writes the admitted messages into the files, once they are visible. An error is only logged: the message is
+    /// stored, and a failure reported now would make the sender send it again.
     pub fn record(&self) {
         for quota in self.mailboxes.values().flatten() {
             if let Err(error) = quota.record() {
-                log::warn!("event=quota-not-recorded error={:?}", error.to_string());
+                log::warn!("event=quota-not-recorded error={}", quoted(error));
             }
         }
     }
 }
 
-/// The mailbox in whose quota the messages of a Maildir count: itself, or the mailbox whose sub-folder it is, also
+/// The mailbox in whose quota the messages of a Maildir count: itself, or the mailbox whose sub-folder it is, even
 /// if a rule names the sub-folder by its path. `None` for the trash, which does not count.
 fn mailbox_of(maildir: &Path) -> Option<&Path> {
     let (Some(name), Some(parent)) = (maildir.file_name(), maildir.parent()) else { return Some(maildir) };
@@ -79,7 +83,7 @@ fn mailbox_of(maildir: &Path) -> Option<&Path> {
     (name != TRASH).then_some(parent)
 }
 
-/// Octets and messages: how many there are, or may be.
+/// Octets and messages: how many there are, or how many are allowed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Usage {
     octets: u64,
@@ -96,12 +100,12 @@ impl Usage {
 #[derive(Debug)]
 struct Quota {
     mailbox: PathBuf,
-    /// The first line of the file, kept as it is: it may have limits that this program does not know.
+    /// The first line of the file, never changed: it may have limits that this program does not know.
     definition: String,
     limits: Usage,
-    /// What the mailbox holds; `None`: the file does not tell.
+    /// What the mailbox holds; `None`: the file has no valid sum.
     used: Option<Usage>,
-    /// Whether `used` is a recent count, believed even if it says that the mailbox is full.
+    /// Whether `used` is a recent count, believed even if the mailbox is full by it.
     fresh: bool,
     admitted: Usage,
     /// The permissions of the file, for the one that replaces it.
@@ -121,15 +125,15 @@ impl Quota {
             return Err(with_path(&path, io::Error::other("not a plain file")));
         }
         let mut content = Vec::new();
-        file.take(LONG).read_to_end(&mut content).map_err(|error| with_path(&path, error))?;
+        file.take(FILE_LIMIT).read_to_end(&mut content).map_err(|error| with_path(&path, error))?;
         let Some(QuotaFile { definition, limits, sum, lines }) = parse(&content) else { return Ok(None) };
         let age = metadata.modified().ok().and_then(|written| written.elapsed().ok());
         Ok(Some(Quota {
             mailbox: mailbox.to_owned(),
             definition,
             limits,
-            used: sum.filter(|_| (content.len() as u64) < LONG),
-            fresh: lines == 1 && age.is_some_and(|age| age < STALE),
+            used: sum.filter(|_| (content.len() as u64) < FILE_LIMIT),
+            fresh: lines == 1 && age.is_some_and(|age| age < COUNT_LIFETIME),
             admitted: Usage::default(),
             permissions: metadata.permissions(),
         }))
@@ -150,32 +154,27 @@ impl Quota {
 
     /// The limit that would be exceeded, as the text of an error.
     fn exceeded(&self, used: Usage, admitted: Usage) -> Option<String> {
-        let sum = used.plus(admitted);
-        let text = |used, admitted, unit, limit| {
-            format!("quota exceeded: {used} {unit} stored, {admitted} to come, {limit} allowed")
-        };
-        if sum.octets > self.limits.octets {
-            Some(text(used.octets, admitted.octets, "octets", self.limits.octets))
-        } else if sum.messages > self.limits.messages {
-            Some(text(used.messages, admitted.messages, "messages", self.limits.messages))
-        } else {
-            None
-        }
+        let both = [
+            ("octets", used.octets, admitted.octets, self.limits.octets),
+            ("messages", used.messages, admitted.messages, self.limits.messages),
+        ];
+        let exceeded = |(_, used, admitted, limit): &(&str, u64, u64, u64)| used.saturating_add(*admitted) > *limit;
+        let (unit, used, admitted, limit) = both.into_iter().find(exceeded)?;
+        Some(format!("quota exceeded: {used} {unit} stored, {admitted} to come, {limit} allowed"))
     }
 
     /// Counts the mailbox and writes the result into the file.
     fn recount(&mut self, unique: &str) -> io::Result<Usage> {
-        let mut round = 1;
-        let used = loop {
+        let mut used = Usage::default();
+        for _ in 0..COUNT_ATTEMPTS {
             // The time of the last change is read before the directories are, so that no change is missed.
             let changed = last_change(&self.mailbox)?;
-            let used = count(&self.mailbox)?;
+            used = count(&self.mailbox)?;
             self.replace(unique, used)?;
-            if round == ROUNDS || last_change(&self.mailbox)? == changed {
-                break used;
+            if last_change(&self.mailbox)? == changed {
+                break;
             }
-            round += 1;
-        };
+        }
         (self.used, self.fresh) = (Some(used), true);
         Ok(used)
     }
@@ -260,7 +259,7 @@ fn limits(definition: &str) -> Option<Usage> {
             continue;
         }
         defined = true;
-        // A number above 64 bits is no limit either.
+        // A number above 64 bits means no limit too.
         let limit = number.parse().ok().filter(|limit| *limit != 0).unwrap_or(u64::MAX);
         match letter {
             'S' => limits.octets = limit,
@@ -285,19 +284,18 @@ fn sum(lines: &str) -> Option<Usage> {
     Some(Usage { octets: octets.try_into().ok()?, messages: messages.try_into().ok()? })
 }
 
-/// Counts the messages of a mailbox and its folders.
+/// Counts the messages of a mailbox and its sub-folders.
 fn count(mailbox: &Path) -> io::Result<Usage> {
     let mut sum = Usage::default();
     for directory in message_directories(mailbox)? {
-        for file in list(&directory)? {
-            let file = file.map_err(|error| with_path(&directory, error))?;
-            let name = file.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with('.') || deleted(&name) {
+        for file in list(&directory) {
+            let file = file?;
+            let entry = Entry { name: file.file_name().to_string_lossy().into_owned(), seen: true };
+            if entry.name.starts_with('.') || entry.has(DELETED) {
                 continue;
             }
             // A file that was removed since it was listed does not count.
-            let size = size(&name).or_else(|| fs::metadata(file.path()).ok().map(|metadata| metadata.len()));
+            let size = size(&entry).or_else(|| fs::metadata(file.path()).ok().map(|metadata| metadata.len()));
             if let Some(octets) = size {
                 sum = sum.plus(Usage { octets, messages: 1 });
             }
@@ -306,37 +304,30 @@ fn count(mailbox: &Path) -> io::Result<Usage> {
     Ok(sum)
 }
 
-/// When a message last came into the mailbox or its folders, or was removed.
+/// When a message was last added to the mailbox or its sub-folders, or removed.
 fn last_change(mailbox: &Path) -> io::Result<Option<SystemTime>> {
     let changed = |directory: PathBuf| fs::metadata(directory).and_then(|metadata| metadata.modified()).ok();
     Ok(message_directories(mailbox)?.into_iter().filter_map(changed).max())
 }
 
-/// The directories whose messages count: `new` and `cur` of the mailbox and of each folder but the trash.
+/// The directories whose messages count: `new` and `cur` of the mailbox and of each sub-folder but the trash.
 fn message_directories(mailbox: &Path) -> io::Result<Vec<PathBuf>> {
     let mut directories = vec![mailbox.join("new"), mailbox.join("cur")];
-    for found in list(mailbox)? {
-        let found = found.map_err(|error| with_path(mailbox, error))?;
+    for found in list(mailbox) {
+        let found = found?;
         let name = found.file_name();
         // A symbolic link leads to a shared folder of another user.
-        let folder = name.as_encoded_bytes().starts_with(b".") && found.file_type().is_ok_and(|kind| kind.is_dir());
-        if folder && name != TRASH {
+        let sub_folder = name.as_encoded_bytes().starts_with(b".") && found.file_type().is_ok_and(|kind| kind.is_dir());
+        if sub_folder && name != TRASH {
             directories.extend(["new", "cur"].map(|half| found.path().join(half)));
         }
     }
     Ok(directories)
 }
 
-/// The size in octets that the name of a message tells (`,S=`).
-fn size(name: &str) -> Option<u64> {
-    let base = name.split(':').next()?;
-    base.split(',').skip(1).find_map(|field| field.strip_prefix("S="))?.parse().ok()
-}
-
-/// Whether a message is marked as deleted: it has the flag `T`.
-fn deleted(name: &str) -> bool {
-    name.split_once(":2,")
-        .is_some_and(|(_, info)| info.bytes().take_while(u8::is_ascii_uppercase).any(|flag| flag == b'T'))
+/// The size in octets in the name of a message (Maildir++ `S=`).
+fn size(entry: &Entry) -> Option<u64> {
+    entry.field("S=")?.parse().ok()
 }
 
 #[cfg(test)]

@@ -1,33 +1,41 @@
-//! Content kept until its destination is known: the first 256 KiB in memory, the rest in a file without a name.
+//! Content that is stored until its destination is known: the first 256 KiB in memory, the rest in an unnamed file.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, Write};
 
 use crate::smtp::content::WireSize;
 
-/// This many octets are kept in memory, and can be looked at; octets after them are written into a file.
+/// Octets of a content that are stored in memory; the rest is written into a file.
 pub const MEMORY_LIMIT: usize = 256 * 1024;
 
 /// Content that can be read more than once.
 pub trait Content: Read {
     /// Goes back to the beginning.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
     fn rewind(&mut self) -> io::Result<()>;
 }
 
-/// Content that is examined before it is stored, or sent to several next hops. Write all of it, rewind, then read.
+/// Content that is examined before it is stored, or is sent to several next hops. Write all of it, rewind, then read.
 #[derive(Default)]
 pub struct SpooledContent {
     memory: Vec<u8>,
     file: Option<BufWriter<File>>,
     wire_size: WireSize,
     eight_bit: bool,
-    /// Octets of `memory` that were read since `rewind`.
+    /// How many octets of `memory` were read since `rewind`.
     read: usize,
 }
 
 impl SpooledContent {
-    /// Appends content. `file` makes the file, once, when the memory is full: an unnamed one, see
+    /// Appends content. `file` makes the file, once, after 256 KiB: see
     /// [`Maildir::unnamed_file`](super::Maildir::unnamed_file).
+    ///
+    /// # Errors
+    ///
+    /// Those of `file`, and the system's.
     pub fn write(&mut self, octets: &[u8], file: impl FnOnce() -> io::Result<File>) -> io::Result<()> {
         self.wire_size.feed(octets);
         self.eight_bit |= !octets.is_ascii();
@@ -43,17 +51,17 @@ impl SpooledContent {
         file.write_all(rest)
     }
 
-    /// The size in octets as sent in SMTP, with CRLF line ends.
+    /// Returns the size in octets as sent in SMTP, with CRLF line ends.
     pub fn wire_size(&self) -> u64 {
         self.wire_size.finish()
     }
 
-    /// Whether there are octets above 127.
+    /// Returns whether there are octets above 127.
     pub fn eight_bit(&self) -> bool {
         self.eight_bit
     }
 
-    /// The first 256 KiB, or all if it is shorter: the header, unless that is longer.
+    /// Returns the first 256 KiB, or all if it is shorter. The header is in it, unless that is longer.
     pub fn first_octets(&self) -> &[u8] {
         &self.memory
     }

@@ -1,4 +1,4 @@
-//! Tests of Maildirs: what is visible when, and what is left.
+//! Tests of Maildirs: when a message becomes visible, and which files remain after a failure.
 
 use super::*;
 use crate::ids::Ids;
@@ -9,9 +9,9 @@ use std::os::unix::fs::DirBuilderExt;
 const EMPTY: [Vec<String>; 3] = [Vec::new(), Vec::new(), Vec::new()];
 
 fn maildir() -> (tempfile::TempDir, Maildir) {
-    let folder = tempfile::tempdir().unwrap();
-    let maildir = Maildir::new(folder.path().join("deep/down/box"));
-    (folder, maildir)
+    let directory = tempfile::tempdir().unwrap();
+    let maildir = Maildir::new(directory.path().join("deep/down/box"));
+    (directory, maildir)
 }
 
 fn names(path: impl AsRef<Path>) -> Vec<String> {
@@ -43,8 +43,8 @@ fn entry(name: &str, seen: bool) -> Entry {
 
 /// Rules: MD-04.
 #[test]
-fn nothing_is_seen_before_the_commit_and_all_after_it() {
-    let (_folder, maildir) = maildir();
+fn a_message_is_visible_after_the_commit_and_not_before() {
+    let (_directory, maildir) = maildir();
     assert!(maildir.entries().unwrap().is_empty() && maildir.is_empty().unwrap());
     let mut writer = MessageWriter::default();
     writer.begin(&maildir, "1.M2.host", b"head\n").unwrap();
@@ -64,30 +64,30 @@ fn nothing_is_seen_before_the_commit_and_all_after_it() {
 }
 
 #[test]
-fn others_cannot_read_the_mail() {
+fn only_the_owner_can_read_a_queue() {
     use std::os::unix::fs::PermissionsExt;
-    let (_folder, maildir) = maildir();
+    let (_directory, maildir) = maildir();
     let entries = deliver(&maildir, "1", b"").unwrap();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o077;
     assert_eq!((mode(&maildir.file(&entries[0])), mode(maildir.path())), (0, 0));
 }
 
 #[test]
-fn others_read_what_the_mask_leaves() {
+fn a_mailbox_has_the_permissions_that_the_mask_leaves() {
     use std::os::unix::fs::PermissionsExt;
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     for mask in [0o077, 0o027, 0o007, 0o022, 0] {
-        let folder = tempfile::tempdir().unwrap();
-        // The umask of the test's own process applies, too.
-        let probe = folder.path().join("probe");
+        let directory = tempfile::tempdir().unwrap();
+        // The umask of the test's own process applies too.
+        let probe = directory.path().join("probe");
         DirBuilder::new().mode(0o777).create(&probe).unwrap();
         let umask = 0o777 & !mode(&probe);
         let (file, dir) = (0o666 & !mask & !umask, 0o777 & !mask & !umask);
-        let maildir = Maildir::mailbox(folder.path().join("example.org/eva"), mask);
+        let maildir = Maildir::mailbox(directory.path().join("example.org/eva"), mask);
         let entries = deliver(&maildir, "1", b"").unwrap();
         assert_eq!(mode(&maildir.file(&entries[0])), file, "{mask:o}");
         for path in ["example.org", "example.org/eva", "example.org/eva/new", "example.org/eva/tmp"] {
-            assert_eq!(mode(&folder.path().join(path)), dir, "{mask:o} {path}");
+            assert_eq!(mode(&directory.path().join(path)), dir, "{mask:o} {path}");
         }
         let lists = maildir.folder("lists");
         ["", "cur", "new"].iter().for_each(|name| fs::create_dir(lists.path().join(name)).unwrap());
@@ -97,8 +97,8 @@ fn others_read_what_the_mask_leaves() {
 }
 
 #[test]
-fn a_sub_folder_takes_mail_where_it_is_there_and_is_never_made() {
-    let (_folder, maildir) = maildir();
+fn a_sub_folder_gets_mail_if_it_exists_and_is_never_made() {
+    let (_directory, maildir) = maildir();
     assert!(!maildir.exists());
     maildir.create().unwrap();
     assert!(maildir.exists());
@@ -107,7 +107,7 @@ fn a_sub_folder_takes_mail_where_it_is_there_and_is_never_made() {
     assert!(!lists.exists());
     assert_eq!(deliver(&lists, "1", b"").unwrap_err().kind(), io::ErrorKind::NotFound);
     assert!(!lists.path().exists());
-    // `tmp` alone is made good.
+    // Of a missing sub-folder only `tmp` is made.
     for name in ["", "cur", "new"] {
         assert!(!lists.exists());
         fs::create_dir(lists.path().join(name)).unwrap();
@@ -119,8 +119,8 @@ fn a_sub_folder_takes_mail_where_it_is_there_and_is_never_made() {
 }
 
 #[test]
-fn a_sub_folder_that_vanishes_loses_nothing() {
-    let (_folder, maildir) = maildir();
+fn no_copy_is_stored_if_a_sub_folder_was_removed() {
+    let (_directory, maildir) = maildir();
     let lists = maildir.folder("lists");
     Maildir::new(lists.path()).create().unwrap();
     let mut writer = MessageWriter::default();
@@ -152,8 +152,8 @@ fn the_name_of_a_sub_folder_never_leads_out_of_the_mailbox() {
 /// Rules: MD-14.
 #[test]
 fn a_directory_that_gets_several_messages_is_fsynced_once() {
-    let (folder, maildir) = maildir();
-    let other = Maildir::new(folder.path().join("other"));
+    let (directory, maildir) = maildir();
+    let other = Maildir::new(directory.path().join("other"));
     let mut writer = MessageWriter::default();
     for (number, maildir) in [&maildir, &other, &maildir, &maildir].into_iter().enumerate() {
         writer.begin(maildir, &number.to_string(), b"").unwrap();
@@ -168,24 +168,24 @@ fn a_directory_that_gets_several_messages_is_fsynced_once() {
 }
 
 #[test]
-fn what_is_prepared_is_not_seen_yet() {
-    let (_folder, maildir) = maildir();
+fn a_prepared_message_is_not_visible() {
+    let (_directory, maildir) = maildir();
     let prepared = |unique| {
         let mut writer = MessageWriter::default();
         writer.begin(&maildir, unique, b"head\n").unwrap();
         writer.prepare().unwrap()
     };
-    let ready = prepared("1");
+    let first = prepared("1");
     assert_eq!(inside(&maildir).map(|names| names.len()), [1, 0, 0]);
-    ready.publish().unwrap();
+    first.publish().unwrap();
     drop(prepared("2"));
     assert_eq!(inside(&maildir).map(|names| names.len()), [0, 1, 0]);
 }
 
 /// Rules: MD-07.
 #[test]
-fn a_dropped_draft_leaves_nothing() {
-    let (_folder, maildir) = maildir();
+fn a_dropped_writer_leaves_no_file() {
+    let (_directory, maildir) = maildir();
     let mut writer = MessageWriter::default();
     writer.begin(&maildir, "1", b"head").unwrap();
     drop(writer);
@@ -194,15 +194,15 @@ fn a_dropped_draft_leaves_nothing() {
 
 /// Rules: MD-09.
 #[test]
-fn nothing_is_ever_overwritten() {
-    let (_folder, maildir) = maildir();
+fn no_file_is_ever_overwritten() {
+    let (_directory, maildir) = maildir();
     let entries = deliver(&maildir, "1", b"first").unwrap();
     // The same name again, of the same size: rename(2) would have replaced it.
     let error = deliver(&maildir, "1", b"other").unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
     assert_eq!(fs::read(maildir.file(&entries[0])).unwrap(), b"head\nfirst");
     assert_eq!(inside(&maildir), [vec![], words(&["1,S=10,W=11"]), vec![]]);
-    // Nor is another writer's draft.
+    // Nor is the file in `tmp` of another writer.
     fs::write(maildir.path().join("tmp/2"), "theirs").unwrap();
     assert_eq!(deliver(&maildir, "2", b"").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
     assert_eq!(fs::read(maildir.path().join("tmp/2")).unwrap(), b"theirs");
@@ -212,10 +212,10 @@ fn nothing_is_ever_overwritten() {
 }
 
 #[test]
-fn several_maildirs_get_a_message_all_or_none() {
+fn all_maildirs_get_a_message_or_none() {
     for broken in 0..3 {
-        let folder = tempfile::tempdir().unwrap();
-        let maildirs: Vec<_> = (0..3).map(|number| Maildir::new(folder.path().join(number.to_string()))).collect();
+        let directory = tempfile::tempdir().unwrap();
+        let maildirs: Vec<_> = (0..3).map(|number| Maildir::new(directory.path().join(number.to_string()))).collect();
         let deliver = || {
             let mut writer = MessageWriter::default();
             for (number, maildir) in maildirs.iter().enumerate() {
@@ -244,10 +244,10 @@ fn several_maildirs_get_a_message_all_or_none() {
 }
 
 #[test]
-fn a_file_where_a_directory_should_be_is_an_error_that_says_where() {
-    let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("file"), "").unwrap();
-    let maildir = Maildir::new(folder.path().join("file/box"));
+fn the_error_for_a_file_instead_of_a_directory_names_the_path() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("file"), "").unwrap();
+    let maildir = Maildir::new(directory.path().join("file/box"));
     let error = maildir.create().unwrap_err();
     assert!(error.to_string().contains("/file"), "{error}");
     assert!(deliver(&maildir, "1", b"").is_err());
@@ -255,8 +255,8 @@ fn a_file_where_a_directory_should_be_is_an_error_that_says_where() {
 
 /// Rules: MD-12, MD-13.
 #[test]
-fn entries_come_by_name_and_hidden_ones_not_at_all() {
-    let (_folder, maildir) = maildir();
+fn entries_are_sorted_by_name_without_hidden_files() {
+    let (_directory, maildir) = maildir();
     maildir.create().unwrap();
     for name in ["new/3", "new/1,S=1,W=2", "cur/2:2,S", "new/.hidden", "cur/.4", "tmp/5"] {
         fs::write(maildir.path().join(name), "").unwrap();
@@ -273,7 +273,7 @@ fn entries_come_by_name_and_hidden_ones_not_at_all() {
 }
 
 #[test]
-fn names_tell_what_they_tell() {
+fn file_names_give_the_unique_part_and_the_wire_size() {
     let check = |name: &str, unique: &str, wire_size| {
         let entry = entry(name, false);
         assert_eq!((entry.unique(), entry.wire_size()), (unique, wire_size), "{name}");
@@ -287,8 +287,8 @@ fn names_tell_what_they_tell() {
 }
 
 #[test]
-fn in_doubt_is_a_flag_that_readers_show() {
-    let (_folder, maildir) = maildir();
+fn a_message_in_doubt_is_flagged_in_cur() {
+    let (_directory, maildir) = maildir();
     let entries = deliver(&maildir, "1", b"").unwrap();
     maildir.flag(&entries[0], IN_DOUBT).unwrap();
     assert_eq!(inside(&maildir), [vec![], vec![], words(&["1,S=5,W=6:2,F"])]);
@@ -296,7 +296,7 @@ fn in_doubt_is_a_flag_that_readers_show() {
     assert_eq!((marked[0].seen, marked[0].unique()), (true, "1"));
     maildir.flag(&marked[0], IN_DOUBT).unwrap();
     assert_eq!(maildir.entries().unwrap(), marked);
-    // Nothing is overwritten here either.
+    // A flag does not overwrite a file either.
     deliver(&maildir, "1", b"").unwrap();
     assert!(maildir.flag(&entries[0], IN_DOUBT).is_err());
     assert_eq!(maildir.entries().unwrap().len(), 2);
@@ -304,8 +304,8 @@ fn in_doubt_is_a_flag_that_readers_show() {
 
 /// Rules: MD-08.
 #[test]
-fn litter_goes_after_36_hours() {
-    let (_folder, maildir) = maildir();
+fn old_files_in_tmp_are_removed_after_36_hours() {
+    let (_directory, maildir) = maildir();
     maildir.sweep().unwrap();
     maildir.create().unwrap();
     let hours = |hours: u64| SystemTime::now() - Duration::from_secs(hours * 60 * 60);
@@ -316,26 +316,26 @@ fn litter_goes_after_36_hours() {
         let times = fs::FileTimes::new().set_accessed(hours(read)).set_modified(hours(written));
         file.set_times(times).unwrap();
     }
-    let folder = maildir.path().join("tmp/a-folder");
-    fs::create_dir(&folder).unwrap();
+    let directory = maildir.path().join("tmp/a-directory");
+    fs::create_dir(&directory).unwrap();
     let times = fs::FileTimes::new().set_accessed(hours(40)).set_modified(hours(40));
-    File::open(&folder).unwrap().set_times(times).unwrap();
+    File::open(&directory).unwrap().set_times(times).unwrap();
     maildir.sweep().unwrap();
-    assert_eq!(names(maildir.path().join("tmp")), ["a-folder", "read", "written", "young"]);
+    assert_eq!(names(maildir.path().join("tmp")), ["a-directory", "read", "written", "young"]);
 }
 
 /// Rules: MD-03.
 #[test]
-fn ten_thousand_drafts_at_once_get_ten_thousand_names() {
-    let (_folder, maildir) = maildir();
+fn ten_thousand_messages_written_at_once_get_different_names() {
+    let (_directory, maildir) = maildir();
     maildir.create().unwrap();
     let ids = Ids::system(|octets| octets.fill(7));
     let unique: Vec<HashSet<String>> = std::thread::scope(|scope| {
         let deliver = || {
             let deliver = |_| {
-                let mut draft = maildir.draft(&ids.file_name("host")).unwrap();
-                draft.publish().unwrap();
-                draft.unique.clone()
+                let mut copy = maildir.begin_copy(&ids.file_name("host")).unwrap();
+                copy.publish().unwrap();
+                copy.unique.clone()
             };
             (0..1250).map(deliver).collect()
         };

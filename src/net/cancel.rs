@@ -1,4 +1,6 @@
-//! The cancellation token: one call of `cancel` ends every wait for it.
+//! The cancellation token, and the one wait for descriptors that it ends.
+//!
+//! Every thread that waits polls the token's descriptor beside its own: one call of [`CancelToken::cancel`] wakes all.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -7,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 
 /// Tells all threads that hold a clone to stop. It cannot be undone.
 #[derive(Clone, Debug)]
@@ -21,7 +24,11 @@ struct State {
 }
 
 impl CancelToken {
-    /// A token that is not cancelled. Fails if the system has no descriptors left.
+    /// Returns a token that is not cancelled.
+    ///
+    /// # Errors
+    ///
+    /// The system has no descriptors left.
     pub fn new() -> io::Result<CancelToken> {
         let (reader, writer) = rustix::pipe::pipe()?;
         for end in [&reader, &writer] {
@@ -38,31 +45,46 @@ impl CancelToken {
         }
     }
 
-    /// Whether `cancel` was called on this token or a clone.
+    /// Returns whether `cancel` was called on this token or a clone.
     pub fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::SeqCst)
     }
 
+    /// Checks that the token is not cancelled.
+    ///
+    /// # Errors
+    ///
+    /// `Interrupted` if it is cancelled.
+    pub fn check(&self) -> io::Result<()> {
+        if self.is_cancelled() { Err(io::Error::new(io::ErrorKind::Interrupted, "cancelled")) } else { Ok(()) }
+    }
+
     /// Waits until the token is cancelled, or until the deadline if there is one. Returns whether it is cancelled.
     pub fn wait_until(&self, deadline: Option<Instant>) -> bool {
-        while !self.is_cancelled() {
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            if left.is_some_and(|left| left.is_zero()) {
-                break;
-            }
-            // Rounded up: poll(2) must not return before the deadline, or this would loop through the last millisecond.
-            let timeout = left.map(|left| {
-                let millis = i64::try_from(left.as_millis()).unwrap_or(i64::MAX - 1) + 1;
-                Timespec { tv_sec: millis / 1000, tv_nsec: millis % 1000 * 1_000_000 }
-            });
-            let mut polls = [PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)];
-            let _ = rustix::event::poll(&mut polls, timeout.as_ref());
+        while !self.is_cancelled() && deadline.is_none_or(|deadline| Instant::now() < deadline) {
+            let _ = poll(&mut [PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)], deadline);
         }
         self.is_cancelled()
     }
 
-    /// A descriptor to poll for `IN`: readable for ever after `cancel`. Never read from it.
+    /// Returns a descriptor to poll for `IN`: readable for ever after `cancel`. Never read from it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.reader.as_fd()
+    }
+}
+
+/// One poll(2): waits until a descriptor is ready or the deadline has passed; without a deadline there is no limit. If
+/// a signal interrupts the wait no descriptor is ready: the caller checks its deadline and waits again.
+///
+/// # Errors
+///
+/// The system's errors.
+pub fn poll(descriptors: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<()> {
+    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    // A time too long for the system becomes no limit.
+    let left = left.and_then(|left| Timespec::try_from(left).ok());
+    match rustix::event::poll(descriptors, left.as_ref()) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }

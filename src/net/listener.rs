@@ -1,9 +1,8 @@
 //! Listeners: one thread for each connection, within limits.
 //!
-//! The connections of a listener are limited, and so are those from one address: one client cannot use up all threads.
-//! Excess connections get 421. A panic ends its connection and nothing else.
+//! The connections of a listener are limited, and so are those from one client, so that no client can use up all
+//! threads. Excess connections get 421 (RFC 5321 section 3.1). A panic ends its connection and nothing else.
 
-use std::collections::HashMap;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -13,23 +12,25 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
-use crate::net::cancel::CancelToken;
+use crate::net::cancel::{CancelToken, poll};
+use crate::net::trace::quoted;
 use crate::smtp::reply::Reply;
 
-/// How long nothing is accepted if the system has no descriptors left.
+/// The pause after accept(2) failed, usually because the system has no descriptors left.
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves one connection, in a thread of its own, from the address of the peer.
+/// Serves one connection in a thread of its own; the second argument is the peer's address.
 pub type Service = Arc<dyn Fn(TcpStream, IpAddr) + Send + Sync>;
 
-/// Opens a listening socket. The text of the error says what to do.
+/// Opens a listening socket for [`Acceptor::accept`].
+///
+/// # Errors
+///
+/// A text with the address, the cause and what to do.
 pub fn bind(address: SocketAddr) -> Result<TcpListener, String> {
-    let listener = TcpListener::bind(address).and_then(|listener| {
-        // If a connection is reset between poll(2) and accept(2), accept(2) must not wait for the next one.
-        listener.set_nonblocking(true)?;
-        Ok(listener)
-    });
-    listener.map_err(|error| {
+    let listener = TcpListener::bind(address);
+    // If a connection is reset between poll(2) and accept(2), accept(2) must not wait for the next one.
+    listener.and_then(|listener| listener.set_nonblocking(true).map(|()| listener)).map_err(|error| {
         let advice = match error.kind() {
             io::ErrorKind::PermissionDenied => ": ports below 1024 need root, or a supervisor that passes them on",
             io::ErrorKind::AddrInUse => ": another program listens there; stop it or choose another address",
@@ -41,24 +42,22 @@ pub fn bind(address: SocketAddr) -> Result<TcpListener, String> {
 
 /// Accepts the connections of one listener.
 pub struct Acceptor {
-    /// For the log; each name has limits of its own.
+    /// The listener's name in the log; each name has limits of its own.
     pub name: &'static str,
-    /// The protocol begins with a greeting in clear, so excess connections can get a reply.
+    /// Whether the protocol begins with a greeting in clear, so that excess connections can get a reply.
     pub greets: bool,
     /// Ends `accept`.
     pub cancel: CancelToken,
+    /// Counts the connections.
     pub limiter: ConnectionLimiter,
 }
 
 impl Acceptor {
-    /// Accepts connections and serves each in a new thread, until it is cancelled.
+    /// Accepts connections and serves each in a new thread, until `cancel` is cancelled. `listener`: from [`bind`].
     pub fn accept(&self, listener: &TcpListener, service: Service) {
         loop {
-            let mut polls = [
-                PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(self.cancel.fd(), PollFlags::IN),
-            ];
-            let _ = rustix::event::poll(&mut polls, None);
+            let descriptors = [listener.as_fd(), self.cancel.fd()];
+            let _ = poll(&mut descriptors.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), None);
             if self.cancel.is_cancelled() {
                 return;
             }
@@ -66,8 +65,8 @@ impl Acceptor {
                 Ok((stream, peer)) => self.admit(stream, peer.ip().to_canonical(), &service),
                 Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
                 Err(error) => {
-                    log::warn!("event=accept-failed listener={} error={:?}", self.name, error.to_string());
-                    // Out of descriptors: the connection stays in the backlog, so poll(2) would return at once.
+                    log::warn!("event=accept-failed listener={} error={}", self.name, quoted(error));
+                    // The connection stays in the backlog, so poll(2) would return at once.
                     self.cancel.wait_until(Some(Instant::now() + ACCEPT_RETRY_PAUSE));
                 }
             }
@@ -88,17 +87,16 @@ impl Acceptor {
             drop(permit);
         });
         if let Err(error) = worker {
-            log::error!("event=no-thread listener={name} error={:?}", error.to_string());
+            log::error!("event=no-thread listener={name} error={}", quoted(error));
         }
     }
 
     /// Sends 421, if that is possible without waiting.
-    fn reject(&self, stream: &TcpStream) {
-        if self.greets {
+    fn reject(&self, mut stream: &TcpStream) {
+        if self.greets && stream.set_nonblocking(true).is_ok() {
             let mut octets = Vec::new();
             Reply::new(421, "4.7.0", "Too many connections, try again later").write_to(&mut octets);
-            let _ = stream.set_nonblocking(true);
-            let _ = (&mut &*stream).write(&octets);
+            let _ = stream.write(&octets);
         }
     }
 }
@@ -108,77 +106,67 @@ impl Acceptor {
 pub struct ConnectionLimiter(Arc<LimiterState>);
 
 struct LimiterState {
-    connections: Mutex<ConnectionCounts>,
+    connections: Mutex<Vec<CountedAs>>,
     released: Condvar,
     limit: usize,
     limit_each: usize,
 }
 
-/// How many connections there are, by listener and network of the client.
-type ConnectionCounts = HashMap<(&'static str, IpAddr), usize>;
+/// What a connection counts as: its listener, and the network of its client.
+type CountedAs = (&'static str, IpAddr);
 
 impl ConnectionLimiter {
-    /// `limit`: connections of one listener; `limit_each`: connections of one listener from one client.
+    /// `limit`: the most connections of one listener; `limit_each`: the most of one listener from one client, which is
+    /// an IPv4 address or an IPv6 /64.
     pub fn new(limit: usize, limit_each: usize) -> ConnectionLimiter {
-        ConnectionLimiter(Arc::new(LimiterState {
-            connections: Mutex::default(),
-            released: Condvar::new(),
-            limit,
-            limit_each,
-        }))
+        let connections = Mutex::default();
+        ConnectionLimiter(Arc::new(LimiterState { connections, released: Condvar::new(), limit, limit_each }))
     }
 
     /// Counts one more connection; `None`: a limit is reached.
     fn acquire(&self, listener: &'static str, peer: IpAddr) -> Option<ConnectionPermit> {
-        let key = (listener, client_network(peer));
-        let mut connections = self.0.lock();
-        let all: usize = connections.iter().filter(|((name, _), _)| *name == listener).map(|(_, count)| count).sum();
-        let from_client = connections.get(&key).copied().unwrap_or(0);
+        let counted = (listener, client_network(peer));
+        let mut connections = self.lock();
+        let all = connections.iter().filter(|(name, _)| *name == listener).count();
+        let from_client = connections.iter().filter(|other| **other == counted).count();
         if all >= self.0.limit || from_client >= self.0.limit_each {
             return None;
         }
-        connections.insert(key, from_client + 1);
-        Some(ConnectionPermit { limiter: self.0.clone(), key })
+        connections.push(counted);
+        Some(ConnectionPermit { limiter: self.clone(), counted })
     }
 
     /// Waits until there is no connection, or until the deadline.
     pub fn wait_until_idle(&self, deadline: Instant) {
-        let connections = self.0.lock();
         let left = deadline.saturating_duration_since(Instant::now());
-        let busy = |connections: &mut ConnectionCounts| !connections.is_empty();
-        let _ = self.0.released.wait_timeout_while(connections, left, busy);
+        let _ = self.0.released.wait_timeout_while(self.lock(), left, |connections| !connections.is_empty());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<CountedAs>> {
+        self.0.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl LimiterState {
-    fn lock(&self) -> MutexGuard<'_, ConnectionCounts> {
-        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The addresses that count as one client: an IPv6 host has a whole /64 to itself.
+/// Returns the addresses that count as one client: an IPv6 host has a whole /64 to itself.
 fn client_network(address: IpAddr) -> IpAddr {
     match address {
-        IpAddr::V4(address) => IpAddr::V4(address),
-        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
+        IpAddr::V4(_) => address,
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
     }
 }
 
 /// One connection, counted until this is dropped.
 struct ConnectionPermit {
-    limiter: Arc<LimiterState>,
-    key: (&'static str, IpAddr),
+    limiter: ConnectionLimiter,
+    counted: CountedAs,
 }
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let mut connections = self.limiter.lock();
-        if let Some(count) = connections.get_mut(&self.key) {
-            *count -= 1;
-            if *count == 0 {
-                connections.remove(&self.key);
-            }
+        if let Some(at) = connections.iter().position(|other| *other == self.counted) {
+            connections.swap_remove(at);
         }
-        self.limiter.released.notify_all();
+        self.limiter.0.released.notify_all();
     }
 }

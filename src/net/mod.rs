@@ -1,4 +1,4 @@
-//! The network: connections with and without TLS, listeners within limits, name servers, cancellation.
+//! The network: the cancellation token, the trace, TLS, connections, listeners within limits, and name servers.
 
 pub mod cancel;
 pub mod trace;

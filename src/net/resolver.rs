@@ -1,7 +1,7 @@
 //! Where the mail of a domain goes: its MX records, and the addresses of a host (RFC 5321 section 5.1).
 //!
 //! The result is either definite (also if the domain does not exist) or a [`ResolveError`]: try again later. Every
-//! query ends at an absolute deadline, whatever octets come meanwhile. Nothing is cached: the name server does that.
+//! query ends at an absolute deadline, whatever octets arrive meanwhile. Nothing is cached: the name server does that.
 //!
 //! ```text
 //! route("example.org")                          each query, to each server in turn, then again:
@@ -27,7 +27,6 @@ use domain::base::message_builder::PushError;
 use domain::base::wire::ParseError;
 use domain::base::{Message, MessageBuilder, Name, ParsedName, ParsedRecord, Rtype, ToName};
 use domain::rdata::{A, Aaaa, Cname, Mx};
-use log::debug;
 
 use crate::ids::Ids;
 use crate::mail::address::Domain;
@@ -35,10 +34,10 @@ use crate::mail::address::Domain;
 const CONFIGURATION: &str = "/etc/resolv.conf";
 const PORT: u16 = 53;
 
-/// Seconds for one query, over UDP or over TCP. Default and bound are those of resolv.conf(5).
+/// Seconds for one query, over UDP or over TCP. This and the other defaults and bounds are those of resolv.conf(5).
 const TIMEOUT: u32 = 5;
 const TIMEOUT_LIMIT: u32 = 30;
-/// How often all servers are asked.
+/// How often all servers are queried.
 const ATTEMPTS: u32 = 2;
 const ATTEMPTS_LIMIT: u32 = 5;
 const SERVERS_LIMIT: usize = 3;
@@ -50,7 +49,7 @@ const MESSAGE_LIMIT: usize = u16::MAX as usize;
 
 /// CNAMEs followed for one name, within a reply and by new queries (RFC 1034 section 3.6.2).
 const ALIAS_LIMIT: usize = 8;
-/// No more hosts of a domain, or addresses of a host, are returned: the best, or the first.
+/// The most hosts of a domain, or addresses of a host, that are returned: the best, or the first.
 const RESULT_LIMIT: usize = 100;
 
 /// Queries name servers. A clone queries the same ones.
@@ -79,12 +78,13 @@ pub enum MxRoute {
 /// One MX record.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MxHost {
-    /// The lowest comes first.
+    /// The client tries the host with the lowest first.
     pub preference: u16,
+    /// Its name.
     pub host: Domain,
 }
 
-/// No server gave a usable reply: try again later. The text tells what each server did.
+/// No server gave a usable reply: try again later. The text has what each server did.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ResolveError(pub String);
 
@@ -97,7 +97,12 @@ impl fmt::Display for ResolveError {
 impl std::error::Error for ResolveError {}
 
 impl Resolver {
-    /// A resolver for the servers in /etc/resolv.conf as it is now; for one on this machine if the file names none.
+    /// Returns a resolver for the first three servers in /etc/resolv.conf as it is now; for one on this machine if the
+    /// file names none.
+    ///
+    /// # Errors
+    ///
+    /// The file exists and cannot be read.
     pub fn system(ids: &Ids) -> io::Result<Resolver> {
         let text = match fs::read(CONFIGURATION) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -106,26 +111,26 @@ impl Resolver {
         Ok(Resolver::configured(&text, ids))
     }
 
-    /// A resolver for this server only.
+    /// Returns a resolver for this server only.
     pub fn at(server: SocketAddr, ids: &Ids) -> Resolver {
         Resolver::new(vec![server], TIMEOUT, ATTEMPTS, ids)
     }
 
-    /// Where the mail of `domain` goes.
+    /// Finds where the mail of `domain` goes.
     ///
     /// # Errors
     ///
     /// [`ResolveError`] if no server gave a usable reply.
     pub fn route(&self, domain: &Domain) -> Result<MxRoute, ResolveError> {
         match self.look_up(domain, Rtype::MX)? {
-            Answer::Records(records) => Ok(self.mx_route(&records)),
+            Answer::Records(records) => Ok(self.mx_route(records)),
             Answer::NoName => Ok(MxRoute::NoDomain),
             Answer::NoRecords if self.addresses(domain)?.is_empty() => Ok(MxRoute::NoDomain),
             Answer::NoRecords => Ok(MxRoute::Implicit),
         }
     }
 
-    /// The addresses of `host`, IPv6 first, otherwise in the order of the reply (RFC 5321 section 5.1), 100 at most.
+    /// Finds the addresses of `host`, IPv6 first, otherwise in the order of the reply (RFC 5321 section 5.1), 100 at most.
     /// Empty: the host has no address.
     ///
     /// Addresses that cannot belong to one host (unspecified, multicast, broadcast) are left out. Loopback and private
@@ -139,7 +144,12 @@ impl Resolver {
         let mut failure = None;
         for kind in [Rtype::AAAA, Rtype::A] {
             match self.look_up(host, kind) {
-                Ok(Answer::Records(records)) => addresses.extend(records.iter().filter_map(Record::address)),
+                Ok(Answer::Records(records)) => {
+                    addresses.extend(records.into_iter().filter_map(|record| match record {
+                        Record::Address(address) => Some(address),
+                        Record::Exchange(..) => None,
+                    }));
+                }
                 // Some servers reply "no such name" for a name without AAAA (RFC 4074 section 4.2): always ask for both.
                 Ok(Answer::NoRecords | Answer::NoName) => {}
                 Err(error) => failure = Some(error),
@@ -157,10 +167,7 @@ impl Resolver {
 
     fn configured(text: &[u8], ids: &Ids) -> Resolver {
         // Lines that cannot be read are ignored, as in other resolvers.
-        let (configuration, errors) = resolv_conf::Config::parse_with_errors(text);
-        for error in errors {
-            debug!("{CONFIGURATION}: {error}");
-        }
+        let (configuration, _) = resolv_conf::Config::parse_with_errors(text);
         let servers = configuration.get_nameservers_or_local();
         let servers = servers.iter().filter_map(|server| {
             // This asks the system for the number of the interface in "fe80::1%eth0"; it looks up no name.
@@ -179,15 +186,17 @@ impl Resolver {
         }
     }
 
-    fn mx_route(&self, records: &[Record]) -> MxRoute {
-        let exchanges = || records.iter().filter_map(Record::exchange);
-        // RFC 7505 section 3: "." beside other records is not a null MX but a mistake, and not a host either.
-        if exchanges().all(|(_, name)| name.is_root()) {
+    fn mx_route(&self, records: Vec<Record>) -> MxRoute {
+        let (mut hosts, mut null) = (Vec::new(), true);
+        for record in records {
+            let Record::Exchange(preference, name) = record else { continue };
+            // RFC 7505 section 3: "." beside other records is not a null MX but a mistake, and not a host either.
+            null &= name.is_root();
+            hosts.extend(Domain::parse(&name.to_string()).map(|host| MxHost { preference, host }));
+        }
+        if null {
             return MxRoute::Null;
         }
-        let mut hosts: Vec<MxHost> = exchanges()
-            .filter_map(|(preference, name)| Some(MxHost { preference, host: Domain::parse(&name.to_string())? }))
-            .collect();
         // RFC 5321 section 5.1: the lowest preference first, equal ones in random order.
         hosts.sort_by_cached_key(|host| (host.preference, self.ids.random_number()));
         let mut seen = HashSet::new();
@@ -210,12 +219,12 @@ impl Resolver {
         }
     }
 
-    /// Queries all servers in turn, and those that did not reply again. The error tells what each server did.
+    /// Queries all servers in turn, and again those that did not reply. The error has what each server did.
     fn query(&self, question: &Question) -> Result<Resolution, String> {
         let mut failures: Vec<Option<QueryError>> = self.servers.iter().map(|_| None).collect();
         for attempt in 0..self.attempts {
             for (server, failure) in self.servers.iter().zip(&mut failures) {
-                if matches!(failure, Some(QueryError::Useless(_))) {
+                if !matches!(failure, None | Some(QueryError::NoReply(_))) {
                     continue;
                 }
                 // Some firewalls drop messages with EDNS0: the last query goes without it.
@@ -226,38 +235,30 @@ impl Resolver {
                 }
             }
         }
-        let failures = self.servers.iter().zip(failures).filter_map(|(server, failure)| match failure? {
-            QueryError::NoReply(error) => Some(format!("{server}: {error}")),
-            QueryError::Useless(text) => Some(format!("{server}: {text}")),
-        });
-        let failures: Vec<String> = failures.collect();
+        let failures = self.servers.iter().zip(failures);
+        let failures: Vec<String> =
+            failures.filter_map(|(server, failure)| Some(format!("{server}: {}", failure?))).collect();
         Err(if failures.is_empty() { "no name server is known".to_owned() } else { failures.join("; ") })
     }
 
     /// Queries one server; again over TCP if the reply is truncated, and without EDNS0 if it is not understood.
-    fn query_server(&self, server: SocketAddr, question: &Question, edns: bool) -> Result<Resolution, QueryError> {
-        let (mut tcp, mut edns) = (false, edns);
+    fn query_server(&self, server: SocketAddr, question: &Question, mut edns: bool) -> QueryResult {
+        let mut tcp = false;
         loop {
-            let id = u16::from_le_bytes(self.octets());
+            let id = self.ids.random_number() as u16;
             let query = question.message(id, edns)?;
             let parse = |message: &[u8]| parse_reply(message, id, question);
-            let reply = if tcp { self.over_tcp(server, &query, parse)? } else { self.over_udp(server, &query, parse)? };
-            match reply {
-                DnsReply::Resolved(resolution) => return Ok(resolution),
+            match if tcp { self.over_tcp(server, &query, parse) } else { self.over_udp(server, &query, parse) } {
                 // RFC 7766 section 5.
-                DnsReply::Truncated if !tcp => tcp = true,
-                DnsReply::Truncated => return Err(QueryError::Useless("truncated over TCP".to_owned())),
+                Err(QueryError::Truncated) if !tcp => tcp = true,
                 // RFC 6891 section 7.
-                DnsReply::NotUnderstood(_) if edns => edns = false,
-                DnsReply::NotUnderstood(code) => return Err(QueryError::Useless(code.to_string())),
-                DnsReply::Failure(text) => return Err(QueryError::Useless(text)),
+                Err(QueryError::NotUnderstood(_)) if edns => edns = false,
+                result => return result,
             }
         }
     }
 
-    fn over_udp(
-        &self, server: SocketAddr, query: &[u8], parse: impl Fn(&[u8]) -> Option<DnsReply>,
-    ) -> Result<DnsReply, QueryError> {
+    fn over_udp(&self, server: SocketAddr, query: &[u8], parse: impl Fn(&[u8]) -> Option<QueryResult>) -> QueryResult {
         let deadline = Instant::now() + self.timeout;
         let socket = self.socket(server)?;
         // From now on the system drops messages from other addresses, and reports a port without a server.
@@ -270,14 +271,12 @@ impl Resolver {
                 socket.recv(&mut buffer)
             })?;
             if let Some(reply) = buffer.get(..length).and_then(&parse) {
-                return Ok(reply);
+                return reply;
             }
         }
     }
 
-    fn over_tcp(
-        &self, server: SocketAddr, query: &[u8], parse: impl Fn(&[u8]) -> Option<DnsReply>,
-    ) -> Result<DnsReply, QueryError> {
+    fn over_tcp(&self, server: SocketAddr, query: &[u8], parse: impl Fn(&[u8]) -> Option<QueryResult>) -> QueryResult {
         let deadline = Instant::now() + self.timeout;
         let mut stream = TcpStream::connect_timeout(&server, self.timeout)?;
         // Length and message in one segment (RFC 7766 section 8). They fit into the empty buffer of the socket.
@@ -290,7 +289,7 @@ impl Resolver {
             let mut message = vec![0; u16::from_be_bytes(length).into()];
             read_exact_until(&mut stream, &mut message, deadline)?;
             if let Some(reply) = parse(&message) {
-                return Ok(reply);
+                return reply;
             }
         }
     }
@@ -299,26 +298,19 @@ impl Resolver {
     /// guesses the port can forge replies.
     fn socket(&self, server: SocketAddr) -> io::Result<UdpSocket> {
         const FIRST: u16 = 16 * 1024;
-        let any = match server {
-            SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-            SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        };
+        let (v4, v6) = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+        let any = if server.is_ipv4() { v4 } else { v6 };
         for _ in 0..4 {
-            let port = FIRST + u16::from_le_bytes(self.octets()) % (u16::MAX - FIRST);
+            let port = FIRST + self.ids.random_number() as u16 % (u16::MAX - FIRST);
             if let Ok(socket) = UdpSocket::bind((any, port)) {
                 return Ok(socket);
             }
         }
         UdpSocket::bind((any, 0))
     }
-
-    fn octets(&self) -> [u8; 2] {
-        let [first, second, ..] = self.ids.random_number().to_le_bytes();
-        [first, second]
-    }
 }
 
-/// What is queried.
+/// One question to a name server.
 struct Question {
     name: Name<Vec<u8>>,
     kind: Rtype,
@@ -372,44 +364,34 @@ enum Record {
     Address(IpAddr),
 }
 
-impl Record {
-    fn exchange(&self) -> Option<(u16, &Name<Vec<u8>>)> {
-        match self {
-            Record::Exchange(preference, name) => Some((*preference, name)),
-            Record::Address(_) => None,
-        }
-    }
+/// What a query, or one reply to it, leads to.
+type QueryResult = Result<Resolution, QueryError>;
 
-    fn address(&self) -> Option<IpAddr> {
-        match self {
-            Record::Address(address) => Some(*address),
-            Record::Exchange(..) => None,
-        }
-    }
-}
-
-/// A reply to our query.
+/// Why a server gave no resolution.
 #[derive(PartialEq, Debug)]
-enum DnsReply {
-    Resolved(Resolution),
+enum QueryError {
+    /// No reply came: query the server again.
+    NoReply(String),
     Truncated,
     /// The server does not know EDNS0.
     NotUnderstood(OptRcode),
-    /// It is of no use; the text tells why.
-    Failure(String),
+    /// The reply is of no use, and the next would be the same.
+    Useless(String),
 }
 
-/// Why a server gave no resolution.
-enum QueryError {
-    /// No reply came: query the server again.
-    NoReply(io::Error),
-    /// A reply that will be the same in a moment.
-    Useless(String),
+impl fmt::Display for QueryError {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            QueryError::NoReply(text) | QueryError::Useless(text) => f.write_str(text),
+            QueryError::Truncated => f.write_str("truncated over TCP"),
+            QueryError::NotUnderstood(code) => code.fmt(f),
+        }
+    }
 }
 
 impl From<io::Error> for QueryError {
     fn from(error: io::Error) -> QueryError {
-        QueryError::NoReply(error)
+        QueryError::NoReply(error.to_string())
     }
 }
 
@@ -419,8 +401,14 @@ impl From<PushError> for QueryError {
     }
 }
 
+impl From<ParseError> for QueryError {
+    fn from(error: ParseError) -> QueryError {
+        QueryError::Useless(format!("malformed: {error}"))
+    }
+}
+
 /// Parses a message. `None`: it is not the reply to this query (RFC 5452 section 9.1); wait for the real one.
-fn parse_reply(message: &[u8], id: u16, question: &Question) -> Option<DnsReply> {
+fn parse_reply(message: &[u8], id: u16, question: &Question) -> Option<QueryResult> {
     let message = Message::from_octets(message).ok()?;
     let header = message.header();
     if !header.qr() || header.id() != id || header.opcode() != Opcode::QUERY {
@@ -428,41 +416,26 @@ fn parse_reply(message: &[u8], id: u16, question: &Question) -> Option<DnsReply>
     }
     let code = message.opt_rcode();
     let not_understood = [OptRcode::FORMERR, OptRcode::NOTIMP, OptRcode::BADVERS].contains(&code);
+    let repeats_question = message.sole_question().is_ok_and(|asked| {
+        asked.qname().name_eq(&question.name) && asked.qtype() == question.kind && asked.qclass() == Class::IN
+    });
     // A server that did not understand the query cannot always repeat the question.
     let excused = not_understood && message.header_counts().qdcount() == 0;
-    if !excused && !repeats_question(&message, question) {
+    if !repeats_question && !excused {
         return None;
     }
     Some(match code {
-        _ if not_understood => DnsReply::NotUnderstood(code),
-        _ if header.tc() => DnsReply::Truncated,
-        OptRcode::NOERROR => match resolve(&message, question) {
-            Ok(resolution) => DnsReply::Resolved(resolution),
-            Err(UselessReply(text)) => DnsReply::Failure(text),
-        },
+        _ if not_understood => Err(QueryError::NotUnderstood(code)),
+        _ if header.tc() => Err(QueryError::Truncated),
+        OptRcode::NOERROR => resolve(&message, question),
         // If there are aliases this is about the last name (RFC 6604 section 3).
-        OptRcode::NXDOMAIN => DnsReply::Resolved(Resolution::Answer(Answer::NoName)),
-        other => DnsReply::Failure(other.to_string()),
+        OptRcode::NXDOMAIN => Ok(Resolution::Answer(Answer::NoName)),
+        other => Err(QueryError::Useless(other.to_string())),
     })
-}
-
-fn repeats_question(message: &Message<&[u8]>, question: &Question) -> bool {
-    message.sole_question().is_ok_and(|asked| {
-        asked.qname().name_eq(&question.name) && asked.qtype() == question.kind && asked.qclass() == Class::IN
-    })
-}
-
-/// Why the records of a reply give no resolution.
-struct UselessReply(String);
-
-impl From<ParseError> for UselessReply {
-    fn from(error: ParseError) -> UselessReply {
-        UselessReply(format!("malformed: {error}"))
-    }
 }
 
 /// Reads the records of a reply and follows the aliases among them.
-fn resolve(message: &Message<&[u8]>, question: &Question) -> Result<Resolution, UselessReply> {
+fn resolve(message: &Message<&[u8]>, question: &Question) -> QueryResult {
     let mut aliases = Vec::new();
     let mut records = Vec::new();
     for record in message.answer()? {
@@ -490,13 +463,13 @@ fn resolve(message: &Message<&[u8]>, question: &Question) -> Result<Resolution, 
             None => return resolve_without_records(message, name, passed, question),
         }
     }
-    Err(UselessReply(format!("more than {ALIAS_LIMIT} aliases, or a loop of them")))
+    Err(QueryError::Useless(format!("more than {ALIAS_LIMIT} aliases, or a loop of them")))
 }
 
 /// What a reply without a record for `name` means, after `passed` aliases (RFC 2308 section 2.2).
 fn resolve_without_records(
     message: &Message<&[u8]>, name: Name<Vec<u8>>, passed: usize, question: &Question,
-) -> Result<Resolution, UselessReply> {
+) -> QueryResult {
     let mut referral = false;
     for record in message.authority()? {
         match record?.rtype() {
@@ -509,7 +482,7 @@ fn resolve_without_records(
     if passed > 0 {
         Ok(Resolution::Alias { name, left: question.aliases - passed })
     } else if !header.aa() && (referral || !header.ra()) {
-        Err(UselessReply("it has no answer and offers no recursion".to_owned()))
+        Err(QueryError::Useless("it has no answer and offers no recursion".to_owned()))
     } else {
         Ok(Resolution::Answer(Answer::NoRecords))
     }
@@ -553,7 +526,7 @@ fn retry_until<T>(deadline: Instant, mut operation: impl FnMut(Duration) -> io::
     }
 }
 
-/// Fills `buffer`, or fails at the deadline, however slowly the octets come.
+/// Fills `buffer`, or fails at the deadline, however slowly the octets arrive.
 fn read_exact_until(stream: &mut TcpStream, mut buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
     while !buffer.is_empty() {
         let length = retry_until(deadline, |left| {

@@ -2,10 +2,10 @@
 //!
 //! Every rustls type of the program is in this file. TLS 1.2 and 1.3 only (RFC 8996). No session resumption: the peer
 //! proves its identity in each connection. No client certificates (RFC 8314 section 4.2). A `TlsSession` has no
-//! socket: [`Connection`](crate::net::connection::Connection) feeds it the octets that came and sends those that it has
-//! sealed. Every error text names the cause and what to do about it.
+//! socket: [`net::connection::Connection`](crate::net::connection::Connection) feeds it the octets that have arrived
+//! and sends those that it has sealed. Every error text names the cause and what to do about it.
 //!
-//! Whom the connecting side trusts:
+//! Which certificates the connecting side trusts:
 //!
 //! ```text
 //! Trust::System             the authorities of this machine; name and dates are checked
@@ -36,22 +36,24 @@ use rustls::{
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
+use crate::net::trace::quoted;
+
 /// What the side that accepts connections needs: a certificate chain and its key. Cheap to clone.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct ServerTls(Arc<ServerConfig>);
 
-/// What the side that makes connections needs: whom to trust. Cheap to clone.
-#[derive(Clone)]
+/// What the side that makes connections needs: which certificates it trusts. Cheap to clone.
+#[derive(Clone, Debug)]
 pub struct ClientTls(Arc<ClientConfig>);
 
-/// Whom the connecting side trusts.
+/// Which certificates the connecting side trusts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trust {
     /// The certificate authorities of this machine.
     System,
     /// The authorities, or the peer's own certificate, in a PEM file.
     Authorities(PathBuf),
-    /// The certificate with this SHA-256 of its DER form: see [`fingerprint`].
+    /// The certificate with this SHA-256 of its DER form, whatever its name and dates.
     Pin([u8; 32]),
     /// Every certificate: encryption without authentication is better than clear text (RFC 7435).
     Anyone,
@@ -73,9 +75,8 @@ impl fmt::Display for TlsInfo {
     }
 }
 
-/// Fills `octets` with random octets that are good enough for keys and nonces.
-///
-/// If the system has none yet, it waits: weak randomness would be worse than a late start.
+/// Fills `octets` with random octets that are good enough for keys and nonces. Waits until the system has them: weak
+/// randomness would be worse than a late start.
 pub fn random(octets: &mut [u8]) {
     while PROVIDER.secure_random.fill(octets).is_err() {
         log::error!("event=no-randomness");
@@ -90,29 +91,22 @@ impl ServerTls {
     ///
     /// A text with the file and what to do.
     pub fn load(certificate: &Path, key: &Path) -> Result<ServerTls, String> {
-        let (chain, secret) = (read(certificate)?, read(key)?);
-        ServerTls::new(&chain, &certificate.display().to_string(), &secret, &key.display().to_string())
+        ServerTls::new(&PemText::read(certificate)?, &PemText::read(key)?)
     }
 
-    /// [`ServerTls::load`] with the PEM texts themselves.
-    pub fn from_pem(certificate: &str, key: &str) -> Result<ServerTls, String> {
-        ServerTls::new(certificate.as_bytes(), "the certificate", key.as_bytes(), "the key")
-    }
-
-    fn new(certificate: &[u8], certificate_name: &str, key: &[u8], key_name: &str) -> Result<ServerTls, String> {
-        let chain = certificates(certificate, certificate_name)?;
-        let key = private_key(key, key_name)?;
+    fn new(certificate: &PemText, key: &PemText) -> Result<ServerTls, String> {
         let mut config = ServerConfig::builder_with_provider(PROVIDER.clone())
             .with_safe_default_protocol_versions()
             .map_err(|error| format!("TLS: {error}"))?
             .with_no_client_auth()
-            .with_single_cert(chain, key)
+            .with_single_cert(certificate.certificates()?, key.private_key()?)
             .map_err(|error| match error {
                 Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => format!(
-                    "{key_name} does not belong to the first certificate in {certificate_name}: \
-                     the server's own certificate must come first, its issuers after it"
+                    "{} does not belong to the first certificate in {}: \
+                     the server's own certificate must come first, its issuers after it",
+                    key.name, certificate.name
                 ),
-                error => format!("{certificate_name} and {key_name} cannot be used: {error}"),
+                error => format!("{} and {} cannot be used: {error}", certificate.name, key.name),
             })?;
         // Calls are minutes apart, and each proves the peer's identity again: tickets would cost memory and octets.
         config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -122,19 +116,13 @@ impl ServerTls {
 }
 
 impl ClientTls {
-    /// A client that trusts the peers `trust` names. Reads their certificates now.
+    /// Returns what a client needs that trusts these certificates. Reads the files now.
     ///
     /// # Errors
     ///
     /// A text with the file and what to do.
     pub fn new(trust: &Trust) -> Result<ClientTls, String> {
         ClientTls::with(Verification::new(trust)?, rustls::DEFAULT_VERSIONS)
-    }
-
-    /// TLS 1.2 alone, for tests.
-    #[cfg(test)]
-    pub(crate) fn tls12(trust: &Trust) -> Result<ClientTls, String> {
-        ClientTls::with(Verification::new(trust)?, &[&rustls::version::TLS12])
     }
 
     fn with(
@@ -152,17 +140,15 @@ impl ClientTls {
 }
 
 /// Makes a self-signed certificate for `names` (domain names or IP addresses). Returns it and its key, both as PEM.
+///
+/// # Errors
+///
+/// A name that a certificate cannot be for.
 pub fn self_signed(names: &[&str]) -> Result<(String, String), String> {
     let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
-    let made =
-        rcgen::generate_simple_self_signed(names).map_err(|error| format!("cannot make a certificate: {error}"))?;
+    let made = rcgen::generate_simple_self_signed(names);
+    let made = made.map_err(|error| format!("cannot make a certificate: {error}"))?;
     Ok((made.cert.pem(), made.signing_key.serialize_pem()))
-}
-
-/// The SHA-256 of the first certificate in a PEM text, for [`Trust::Pin`].
-pub fn fingerprint(certificate: &str) -> Result<[u8; 32], String> {
-    let certificates = certificates(certificate.as_bytes(), "the certificate")?;
-    Ok(digest(&certificates[0]))
 }
 
 /// One TLS connection without its socket.
@@ -177,8 +163,7 @@ const SEALED_LIMIT: usize = 64 * 1024;
 
 impl TlsSession {
     pub(crate) fn server(tls: &ServerTls) -> io::Result<TlsSession> {
-        let connection = ServerConnection::new(tls.0.clone()).map_err(failed)?;
-        Ok(TlsSession::new(connection.into()))
+        Ok(TlsSession::new(ServerConnection::new(tls.0.clone()).map_err(failed)?.into()))
     }
 
     /// `name`: the domain name or IP address that the peer's certificate must be for.
@@ -187,8 +172,7 @@ impl TlsSession {
             let text = format!("`{name}` is not a name that a certificate can be for");
             io::Error::new(io::ErrorKind::InvalidInput, text)
         })?;
-        let connection = ClientConnection::new(tls.0.clone(), wanted).map_err(failed)?;
-        Ok(TlsSession::new(connection.into()))
+        Ok(TlsSession::new(ClientConnection::new(tls.0.clone(), wanted).map_err(failed)?.into()))
     }
 
     fn new(mut connection: Connection) -> TlsSession {
@@ -211,7 +195,10 @@ impl TlsSession {
                 Err(error) => return Err(error),
             }
             let processed = self.connection.process_new_packets();
-            self.drain(plain)?;
+            match self.connection.reader().read_to_end(plain) {
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                _ => {}
+            }
             self.count();
             processed.map_err(failed)?;
         }
@@ -220,11 +207,10 @@ impl TlsSession {
     /// Reports that the socket is at its end.
     pub(crate) fn end_of_input(&mut self) -> io::Result<()> {
         self.connection.read_tls(&mut io::empty())?;
-        self.connection.process_new_packets().map_err(failed)?;
-        Ok(())
+        self.connection.process_new_packets().map_err(failed).map(drop)
     }
 
-    /// Whether the peer has sent close_notify.
+    /// Returns whether the peer has sent close_notify.
     ///
     /// # Errors
     ///
@@ -259,20 +245,19 @@ impl TlsSession {
         Ok(written)
     }
 
+    /// Returns whether there are sealed octets to write.
     pub(crate) fn wants_write(&self) -> bool {
         self.connection.wants_write()
     }
 
+    /// Returns whether the handshake is not yet complete.
     pub(crate) fn handshaking(&self) -> bool {
         self.connection.is_handshaking()
     }
 
-    /// Sealed octets not yet written to the socket.
+    /// Returns how many sealed octets were not yet written to the socket.
     pub(crate) fn unsent(&self) -> usize {
-        match self.connection.wants_write() {
-            true => self.unsent.max(1),
-            false => 0,
-        }
+        if self.wants_write() { self.unsent.max(1) } else { 0 }
     }
 
     /// Seals a close_notify.
@@ -281,7 +266,7 @@ impl TlsSession {
         self.count();
     }
 
-    /// What was negotiated; `None` in the handshake.
+    /// Returns what was negotiated; `None` in the handshake.
     pub(crate) fn info(&self) -> Option<TlsInfo> {
         let version = match self.connection.protocol_version()? {
             ProtocolVersion::TLSv1_2 => "TLSv1.2",
@@ -292,22 +277,6 @@ impl TlsSession {
         // rustls writes TLS13_AES_…, the registry TLS_AES_….
         let cipher = suite.replacen("TLS13_", "TLS_", 1);
         Some(TlsInfo { version, cipher })
-    }
-
-    fn drain(&mut self, plain: &mut Vec<u8>) -> io::Result<()> {
-        let mut reader = self.connection.reader();
-        loop {
-            match reader.fill_buf() {
-                Ok([]) => return Ok(()),
-                Ok(chunk) => {
-                    plain.extend_from_slice(chunk);
-                    let used = chunk.len();
-                    reader.consume(used);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error),
-            }
-        }
     }
 
     /// Asks rustls how many octets it has sealed; only this call returns that.
@@ -327,18 +296,6 @@ impl Read for SliceReader<'_> {
             true => Err(io::ErrorKind::WouldBlock.into()),
             false => self.0.read(space),
         }
-    }
-}
-
-impl fmt::Debug for ServerTls {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("ServerTls")
-    }
-}
-
-impl fmt::Debug for ClientTls {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("ClientTls")
     }
 }
 
@@ -370,7 +327,7 @@ impl Verification {
     fn new(trust: &Trust) -> Result<Verification, String> {
         match trust {
             Trust::System => Verification::system(),
-            Trust::Authorities(path) => Verification::from_pem(&read(path)?, &path.display().to_string()),
+            Trust::Authorities(path) => Verification::exact(&PemText::read(path)?),
             Trust::Pin(pin) => Ok(Verification::Pin(*pin)),
             Trust::Anyone => Ok(Verification::Anyone),
         }
@@ -379,7 +336,7 @@ impl Verification {
     fn system() -> Result<Verification, String> {
         let found = rustls_native_certs::load_native_certs();
         for error in &found.errors {
-            log::warn!("event=authority-unreadable error={:?}", error.to_string());
+            log::warn!("event=authority-unreadable error={}", quoted(error));
         }
         let mut roots = RootCertStore::empty();
         let (added, _) = roots.add_parsable_certificates(found.certs);
@@ -391,13 +348,13 @@ impl Verification {
         Verification::chain(roots, Vec::new())
     }
 
-    fn from_pem(pem: &[u8], name: &str) -> Result<Verification, String> {
-        let exact = certificates(pem, name)?;
+    /// Trusts the certificates in `file`, as authorities or as the peer's own.
+    fn exact(file: &PemText) -> Result<Verification, String> {
+        let exact = file.certificates()?;
         let mut roots = RootCertStore::empty();
-        for (index, certificate) in exact.iter().enumerate() {
-            roots
-                .add(certificate.clone())
-                .map_err(|error| format!("certificate {} in {name} cannot be used: {error}", index + 1))?;
+        for (certificate, number) in exact.iter().zip(1..) {
+            let added = roots.add(certificate.clone());
+            added.map_err(|error| format!("certificate {number} in {} cannot be used: {error}", file.name))?;
         }
         Verification::chain(roots, exact)
     }
@@ -416,17 +373,16 @@ impl ServerCertVerifier for Verification {
         ocsp_response: &[u8], now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         match self {
-            Verification::Pin(pin) => {
-                let seen = digest(certificate);
-                match bool::from(seen.ct_eq(pin)) {
-                    true => Ok(ServerCertVerified::assertion()),
-                    false => Err(untrusted(not_pinned(&seen))),
-                }
-            }
             Verification::Anyone => Ok(ServerCertVerified::assertion()),
+            Verification::Pin(pin) if digest(certificate).ct_eq(pin).into() => Ok(ServerCertVerified::assertion()),
+            Verification::Pin(_) => Err(untrusted(format!(
+                "the peer's certificate is not the one in `pin`: it is sha256:{}; \
+                 change `pin` only if the peer's operator confirms that this is the new one",
+                HEXLOWER.encode(&digest(certificate))
+            ))),
             Verification::Chain { authorities, exact } => authorities
                 .verify_server_cert(certificate, intermediates, name, ocsp_response, now)
-                .or_else(|error| match exact.iter().any(|known| known == certificate) {
+                .or_else(|error| match exact.contains(certificate) {
                     true => accept_exact(certificate, name, error),
                     false => Err(with_fingerprint(error, certificate)),
                 }),
@@ -436,15 +392,13 @@ impl ServerCertVerifier for Verification {
     fn verify_tls12_signature(
         &self, message: &[u8], certificate: &CertificateDer<'_>, signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let known = &PROVIDER.signature_verification_algorithms;
-        verify_tls12_signature(message, certificate, signature, known)
+        verify_tls12_signature(message, certificate, signature, &PROVIDER.signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
         &self, message: &[u8], certificate: &CertificateDer<'_>, signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let known = &PROVIDER.signature_verification_algorithms;
-        verify_tls13_signature(message, certificate, signature, known)
+        verify_tls13_signature(message, certificate, signature, &PROVIDER.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -459,11 +413,8 @@ fn accept_exact(
     certificate: &CertificateDer<'_>, name: &ServerName<'_>, error: Error,
 ) -> Result<ServerCertVerified, Error> {
     use CertificateError::*;
-    let dates = matches!(
-        error,
-        Error::InvalidCertificate(Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. })
-    );
-    if dates {
+    if let Error::InvalidCertificate(Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. }) = error
+    {
         return Err(error);
     }
     verify_server_name(&ParsedCertificate::try_from(certificate)?, name)?;
@@ -474,42 +425,17 @@ fn accept_exact(
 fn with_fingerprint(error: Error, certificate: &CertificateDer<'_>) -> Error {
     match error {
         // `Other` is, among rarer errors, a certificate with CA:TRUE.
-        Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_)) => {
-            untrusted(unknown(&digest(certificate)))
-        }
+        Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_)) => untrusted(format!(
+            "the peer's certificate is not signed by a trusted authority: set `ca` to a file with it or its authority, \
+             or set `pin` (it is sha256:{}; compare that with what the peer's operator tells you)",
+            HEXLOWER.encode(&digest(certificate))
+        )),
         other => other,
     }
 }
 
-fn unknown(seen: &[u8; 32]) -> String {
-    format!(
-        "the peer's certificate is not signed by a trusted authority: set `ca` to a file with it or its authority, \
-         or set `pin` (it is sha256:{}; compare that with what the peer's operator tells you)",
-        HEXLOWER.encode(seen)
-    )
-}
-
-fn not_pinned(seen: &[u8; 32]) -> String {
-    format!(
-        "the peer's certificate is not the one in `pin`: it is sha256:{}; \
-         change `pin` only if the peer's operator confirms that this is the new one",
-        HEXLOWER.encode(seen)
-    )
-}
-
-#[derive(Debug)]
-struct Untrusted(String);
-
-impl fmt::Display for Untrusted {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Untrusted {}
-
 fn untrusted(text: String) -> Error {
-    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(Untrusted(text)))))
+    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(io::Error::other(text)))))
 }
 
 fn failed(error: Error) -> io::Error {
@@ -524,47 +450,43 @@ fn explain(error: &Error) -> String {
         Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
             "what the peer sends is not TLS: does it use clear text or STARTTLS on this port? (see `tls`)".to_string()
         }
-        Error::PeerIncompatible(reason) => {
-            format!("no TLS version or cipher in common with the peer, which needs TLS 1.2 or 1.3 ({reason:?})")
-        }
+        Error::PeerIncompatible(reason) => nothing_in_common(reason),
         other => format!("TLS failed: {other}"),
     }
 }
 
-fn explain_certificate(reason: &CertificateError) -> String {
-    use CertificateError::*;
-    match reason {
-        Other(OtherError(inner)) => inner.to_string(),
-        Expired | ExpiredContext { .. } => {
-            "the peer's certificate has expired: its operator must renew it, unless this machine's clock is wrong"
-                .to_string()
-        }
-        NotValidYet | NotValidYetContext { .. } => {
-            "the peer's certificate is not valid yet: this machine's clock is wrong, or the peer's was".to_string()
-        }
-        NotValidForNameContext { expected, presented } => format!(
-            "the peer's certificate is not for {} but for {}: correct `address`, or set `pin`",
-            expected.to_str(),
-            listed(presented)
-        ),
-        BadSignature => {
-            "a signature does not match the peer's certificate: the peer does not have its key, or it was changed on the way"
-                .to_string()
-        }
-        other => format!(
-            "the peer's certificate cannot be used ({}): its operator must replace it",
-            Error::InvalidCertificate(other.clone())
-        ),
-    }
+fn nothing_in_common(reason: &dyn fmt::Debug) -> String {
+    format!("no TLS version or cipher in common with the peer, which needs TLS 1.2 or 1.3 ({reason:?})")
 }
 
-/// The names in what rustls presents, `DnsName("a.example")`, for an error text.
-fn listed(presented: &[String]) -> String {
-    if presented.is_empty() {
-        return "no name at all".to_string();
-    }
-    let bare = |name: &String| name.split('"').nth(1).unwrap_or(name).to_string();
-    presented.iter().map(bare).collect::<Vec<_>>().join(", ")
+fn explain_certificate(reason: &CertificateError) -> String {
+    use CertificateError::*;
+    let text = match reason {
+        Other(OtherError(inner)) => return inner.to_string(),
+        NotValidForNameContext { expected, presented } => {
+            // rustls presents `DnsName("a.example")`.
+            let names: Vec<&str> = presented.iter().map(|name| name.split('"').nth(1).unwrap_or(name)).collect();
+            let names = if names.is_empty() { "no name at all".to_string() } else { names.join(", ") };
+            let expected = expected.to_str();
+            return format!(
+                "the peer's certificate is not for {expected} but for {names}: correct `address`, or set `pin`"
+            );
+        }
+        Expired | ExpiredContext { .. } => {
+            "the peer's certificate has expired: its operator must renew it, unless this machine's clock is wrong"
+        }
+        NotValidYet | NotValidYetContext { .. } => {
+            "the peer's certificate is not valid yet: this machine's clock is wrong, or the peer's was"
+        }
+        BadSignature => {
+            "a signature does not match the peer's certificate: the peer does not have its key, or it was changed on the way"
+        }
+        other => {
+            let error = Error::InvalidCertificate(other.clone());
+            return format!("the peer's certificate cannot be used ({error}): its operator must replace it");
+        }
+    };
+    text.to_string()
 }
 
 fn explain_alert(alert: AlertDescription) -> String {
@@ -578,35 +500,46 @@ fn explain_alert(alert: AlertDescription) -> String {
         | CertificateRevoked => {
             format!("the peer rejected this side's certificate ({alert:?}): the peer must set `ca` or `pin`")
         }
-        HandshakeFailure | ProtocolVersion | InsufficientSecurity => {
-            format!("no TLS version or cipher in common with the peer, which needs TLS 1.2 or 1.3 ({alert:?})")
-        }
+        HandshakeFailure | ProtocolVersion | InsufficientSecurity => nothing_in_common(&alert),
         other => format!("the peer ended TLS with an alert ({other:?})"),
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, String> {
-    std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))
+/// A PEM text (RFC 7468).
+struct PemText {
+    octets: Vec<u8>,
+    /// The file, for errors.
+    name: String,
 }
 
-/// All certificates of a PEM text; at least one. `name`: the file, for errors.
-fn certificates(pem: &[u8], name: &str) -> Result<Vec<CertificateDer<'static>>, String> {
-    let found = rustls_pemfile::certs(&mut &pem[..])
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| format!("{name} is not well-formed PEM: {error}"))?;
-    match found.is_empty() {
-        true => Err(format!("{name} holds no certificate (a PEM block BEGIN CERTIFICATE)")),
-        false => Ok(found),
+impl PemText {
+    fn read(path: &Path) -> Result<PemText, String> {
+        let name = path.display().to_string();
+        let octets = std::fs::read(path).map_err(|error| format!("{name}: {error}"))?;
+        Ok(PemText { octets, name })
     }
-}
 
-fn private_key(pem: &[u8], name: &str) -> Result<PrivateKeyDer<'static>, String> {
-    rustls_pemfile::private_key(&mut &pem[..])
-        .map_err(|error| format!("{name} is not well-formed PEM: {error}"))?
-        .ok_or_else(|| match pem.windows(9).any(|part| part == b"ENCRYPTED") {
-            true => format!("{name} is encrypted: decrypt it with `openssl pkey`"),
-            false => format!("{name} holds no private key (a PEM block BEGIN PRIVATE KEY)"),
+    /// Returns all certificates; at least one.
+    fn certificates(&self) -> Result<Vec<CertificateDer<'static>>, String> {
+        let found = rustls_pemfile::certs(&mut &self.octets[..]).collect::<Result<Vec<_>, _>>();
+        let found = found.map_err(|error| self.malformed(error))?;
+        match found.is_empty() {
+            true => Err(format!("{} holds no certificate (a PEM block BEGIN CERTIFICATE)", self.name)),
+            false => Ok(found),
+        }
+    }
+
+    fn private_key(&self) -> Result<PrivateKeyDer<'static>, String> {
+        let found = rustls_pemfile::private_key(&mut &self.octets[..]).map_err(|error| self.malformed(error))?;
+        found.ok_or_else(|| match self.octets.windows(9).any(|part| part == b"ENCRYPTED") {
+            true => format!("{} is encrypted: decrypt it with `openssl pkey`", self.name),
+            false => format!("{} holds no private key (a PEM block BEGIN PRIVATE KEY)", self.name),
         })
+    }
+
+    fn malformed(&self, error: io::Error) -> String {
+        format!("{} is not well-formed PEM: {error}", self.name)
+    }
 }
 
 fn digest(certificate: &CertificateDer<'_>) -> [u8; 32] {

@@ -1,9 +1,13 @@
-//! The dialogue in the log: every line sent and received, at debug level.
+//! What the peer has sent, in the log: the dialogue line by line at debug level, and single values of events.
+//!
+//! Control characters are escaped, so that no peer can forge a log line or send commands to an operator's terminal.
 
-/// Writes the lines of one connection into the log, as `[id] C: line`. The caller replaces secrets before.
+use std::fmt::Display;
+
+/// Writes the lines of one connection into the log, as `[id] C: line`. The caller blanks secrets before.
 #[derive(Clone, Debug)]
 pub struct Trace {
-    /// Names the connection.
+    /// The id of the session.
     pub id: String,
     /// The letter of this side: `C` the side that opened the connection (the customer, or a client), `P` the provider
     /// on port 366, `S` any other server. Connections that turn keep their letters.
@@ -13,7 +17,7 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// Whether lines are logged. If not, a caller need not prepare them.
+    /// Returns whether lines are logged. If not, a caller need not prepare them.
     pub fn enabled(&self) -> bool {
         log::log_enabled!(target: "dialogue", log::Level::Debug)
     }
@@ -34,38 +38,37 @@ impl Trace {
     }
 
     fn write(&self, side: char, line: &[u8]) {
-        log::debug!(target: "dialogue", "[{}] {side}: {}", self.id, Printable(line));
+        if self.enabled() {
+            log::debug!(target: "dialogue", "[{}] {side}: {}", self.id, printable(line));
+        }
     }
 }
 
-/// A line as text: control characters of the peer must not reach the terminal of an operator.
-struct Printable<'a>(&'a [u8]);
+/// Returns a line without its line end as text; control characters and octets that are not UTF-8 are `\xNN`.
+fn printable(line: &[u8]) -> String {
+    let line = line.strip_suffix(b"\n").unwrap_or(line);
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    let mut shown = String::with_capacity(line.len());
+    for chunk in line.utf8_chunks() {
+        chunk.valid().chars().for_each(|character| push_printable(&mut shown, character));
+        chunk.invalid().iter().for_each(|octet| shown.push_str(&format!("\\x{octet:02x}")));
+    }
+    shown
+}
 
-impl std::fmt::Display for Printable<'_> {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        use std::fmt::Write;
-        let line = self.0.strip_suffix(b"\n").unwrap_or(self.0);
-        let line = line.strip_suffix(b"\r").unwrap_or(line);
-        for chunk in line.utf8_chunks() {
-            for character in chunk.valid().chars() {
-                match character.is_control() {
-                    true => write!(formatter, "{}", character.escape_default())?,
-                    false => formatter.write_char(character)?,
-                }
-            }
-            for octet in chunk.invalid() {
-                write!(formatter, "\\x{octet:02x}")?;
-            }
-        }
-        Ok(())
+fn push_printable(shown: &mut String, character: char) {
+    match character.is_control() {
+        true => shown.push_str(&format!("\\x{:02x}", u32::from(character))),
+        false => shown.push(character),
     }
 }
 
 /// Octets of a value that the log shows.
 const VALUE_LIMIT: usize = 256;
 
-/// A value from the wire as the log shows it: in quotes, control characters as `\\xNN`, at most 256 octets.
-pub fn quoted(value: impl std::fmt::Display) -> String {
+/// Returns a value from the wire as the log shows it: in quotes, control characters as `\xNN`, `"` and `\` after a `\`,
+/// at most 256 octets and then `…`.
+pub fn quoted(value: impl Display) -> String {
     let value = value.to_string();
     let mut shown = String::with_capacity(value.len().min(VALUE_LIMIT) + 2);
     shown.push('"');
@@ -74,11 +77,10 @@ pub fn quoted(value: impl std::fmt::Display) -> String {
             shown.push('…');
             break;
         }
-        match character {
-            '"' | '\\' => shown.extend(['\\', character]),
-            _ if character.is_control() => shown.push_str(&format!("\\x{:02x}", u32::from(character))),
-            _ => shown.push(character),
+        if matches!(character, '"' | '\\') {
+            shown.push('\\');
         }
+        push_printable(&mut shown, character);
     }
     shown.push('"');
     shown
@@ -90,7 +92,8 @@ mod tests {
 
     #[test]
     fn the_log_shows_no_control_characters() {
-        let shown = Printable(b"MAIL FROM:<\xc3\xa9@a>\x1b[2J\xff\r\n").to_string();
-        assert_eq!(shown, "MAIL FROM:<é@a>\\u{1b}[2J\\xff");
+        assert_eq!(printable(b"MAIL FROM:<\xc3\xa9@a>\x1b[2J\xff\r\n"), "MAIL FROM:<é@a>\\x1b[2J\\xff");
+        assert_eq!(quoted("a\"b\\c\nd"), "\"a\\\"b\\\\c\\x0ad\"");
+        assert_eq!(quoted("x".repeat(1000)), format!("\"{}…\"", "x".repeat(VALUE_LIMIT - 1)));
     }
 }

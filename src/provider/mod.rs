@@ -163,11 +163,7 @@ impl Provider {
         let worker = Builder::new().spawn(move || {
             let SupervisedConnection { input, output, peer } = connection;
             let trace = trace(&shared, listener);
-            let connection = match output {
-                None => Connection::new(input, trace),
-                Some(output) => Connection::pair(input, output, trace),
-            };
-            serve(&shared, listener, connection, peer);
+            serve(&shared, listener, Connection::over(input, output, trace), peer);
         })?;
         delivery.run();
         let _ = worker.join();

@@ -304,7 +304,7 @@ impl ClientSession {
         let failed = |error: io::Error| SessionFailure::Lost(error.to_string());
         while !output.send_block(content, &mut self.connection).map_err(failed)? {
             let deadline = self.deadline_within(self.timeouts.block);
-            self.connection.flush_all_or_cancel(deadline, &self.cancel).map_err(|error| match error.kind() {
+            self.connection.flush_all(deadline, Some(&self.cancel)).map_err(|error| match error.kind() {
                 io::ErrorKind::Interrupted => SessionFailure::Cancelled,
                 _ => lost(error),
             })?;

@@ -131,7 +131,7 @@ impl ServerSession {
 
     /// Sends the queued replies, which may take 5 seconds, and closes the connection.
     pub fn close(mut self) {
-        let _ = self.connection.flush_all(Instant::now() + LAST_REPLY_TIMEOUT);
+        let _ = self.connection.flush_all(Instant::now() + LAST_REPLY_TIMEOUT, None);
         self.connection.shutdown();
     }
 
@@ -204,7 +204,7 @@ impl ServerSession {
     fn wait_for_input(&mut self, deadline: Instant, in_content: bool) -> io::Result<()> {
         // A client that does not read its replies would fill our memory with them.
         if self.connection.unsent() > CONTENT_BLOCK {
-            self.connection.flush_all(deadline)?;
+            self.connection.flush_all(deadline, None)?;
         }
         let cancel = if in_content { &self.limits.abort } else { &self.limits.cancel };
         match self.connection.wait_input(deadline, cancel)? {
@@ -385,7 +385,7 @@ impl ServerSession {
     }
 
     fn open_sink(&mut self, handler: &mut dyn SessionHandler) -> Result<ContentReceiver, Reply> {
-        let tls = self.connection.tls_info().map(ToString::to_string);
+        let tls = self.connection.tls_info().map(|tls| tls.to_string());
         let Some((envelope, incoming)) = self.server.incoming(&self.connection.trace.id, &self.peer, tls.as_deref())
         else {
             return Err(Reply::new(503, "5.5.1", "Say MAIL first"));

@@ -1,19 +1,19 @@
-//! Tests of quotas: files, counting, and several writers.
+//! Tests of quotas: the file, counting, and several writers.
 
 use super::*;
 use crate::maildir::{Maildir, MessageWriter};
 use proptest::prelude::*;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
-const ANY: u64 = u64::MAX;
+const UNLIMITED: u64 = u64::MAX;
 
-/// A mailbox with a quota.
+/// A mailbox whose file `maildirsize` has this content.
 fn mailbox_with(content: &str) -> (tempfile::TempDir, Maildir) {
-    let folder = tempfile::tempdir().unwrap();
-    let maildir = Maildir::mailbox(folder.path().join("eva"), 0o077);
+    let directory = tempfile::tempdir().unwrap();
+    let maildir = Maildir::mailbox(directory.path().join("eva"), 0o077);
     maildir.create().unwrap();
     fs::write(maildir.path().join(NAME), content).unwrap();
-    (folder, maildir)
+    (directory, maildir)
 }
 
 fn maildirsize(maildir: &Maildir) -> String {
@@ -32,37 +32,37 @@ fn age(maildir: &Maildir, age: Duration) {
     file.set_modified(SystemTime::now() - age).unwrap();
 }
 
-fn full(delivered: io::Result<()>) -> String {
+fn quota_error(delivered: io::Result<()>) -> String {
     let error = delivered.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::QuotaExceeded, "{error}");
     error.to_string()
 }
 
 #[test]
-fn definitions_are_read() {
+fn limits_are_parsed() {
     let check = |definition: &str, expected: Option<(u64, u64)>| {
         let expected = expected.map(|(octets, messages)| Usage { octets, messages });
         assert_eq!(limits(definition), expected, "{definition:?}");
     };
     check("1000S,10C", Some((1000, 10)));
     check("10C,1000S", Some((1000, 10)));
-    check("1000S", Some((1000, ANY)));
-    check("10C", Some((ANY, 10)));
+    check("1000S", Some((1000, UNLIMITED)));
+    check("10C", Some((UNLIMITED, 10)));
     check(" 1000S , 10C \r", Some((1000, 10)));
-    check("0S,10C", Some((ANY, 10)));
-    check("0S", Some((ANY, ANY)));
-    // Letters without a meaning.
-    check("7X,1000S,3s", Some((1000, ANY)));
-    check("7X", Some((ANY, ANY)));
-    check("1000S,rubbish", Some((1000, ANY)));
-    check("99999999999999999999S,10C", Some((ANY, 10)));
-    for nothing in ["", " ", "S", "C,S", "1000", "-5S", "+5S", "1 000S", "ten C", "1000é", "1000 1"] {
-        check(nothing, None);
+    check("0S,10C", Some((UNLIMITED, 10)));
+    check("0S", Some((UNLIMITED, UNLIMITED)));
+    // Unknown letters.
+    check("7X,1000S,3s", Some((1000, UNLIMITED)));
+    check("7X", Some((UNLIMITED, UNLIMITED)));
+    check("1000S,rubbish", Some((1000, UNLIMITED)));
+    check("99999999999999999999S,10C", Some((UNLIMITED, 10)));
+    for undefined in ["", " ", "S", "C,S", "1000", "-5S", "+5S", "1 000S", "ten C", "1000é", "1000 1"] {
+        check(undefined, None);
     }
 }
 
 #[test]
-fn files_are_read() {
+fn the_quota_file_is_parsed() {
     let check = |content: &[u8], expected: Option<(u64, u64)>, lines: usize| {
         let read = parse(content).unwrap();
         let expected = expected.map(|(octets, messages)| Usage { octets, messages });
@@ -73,7 +73,7 @@ fn files_are_read() {
     // As Courier pads them.
     check(b"9S\n         100            2\n        -100           -1\n", Some((0, 1)), 2);
     check(b"9S\r\n100 2\r\n", Some((100, 2)), 1);
-    // A sum that is not there, or none at all.
+    // The sum is missing or not valid.
     check(b"9S", None, 0);
     check(b"9S\n", None, 0);
     check(b"9S\n100 2\n\n", None, 2);
@@ -83,18 +83,18 @@ fn files_are_read() {
     check(b"9S\n100 2\n-101 -1\n", None, 2);
     check(b"9S\n100 2\n-10 -3\n", None, 2);
     check(b"9S\n99999999999999999999 1\n", None, 1);
-    // Cut off, or hit by a power cut.
+    // The file was cut off.
     check(b"9S\n100 2\n50", None, 2);
     check(b"9S\n100 2\n\0\0\0\0\n", None, 2);
     check(b"9S\n\xff\xfe\n", None, 0);
-    for nothing in [&b""[..], b"\n", b"\n100 2\n", b"rubbish\n100 2\n", b"\xff9S\n100 2\n", b"\0\0\0"] {
-        assert_eq!(parse(nothing), None, "{}", nothing.escape_ascii());
+    for undefined in [&b""[..], b"\n", b"\n100 2\n", b"rubbish\n100 2\n", b"\xff9S\n100 2\n", b"\0\0\0"] {
+        assert_eq!(parse(undefined), None, "{}", undefined.escape_ascii());
     }
 }
 
 proptest! {
     #[test]
-    fn any_file_can_be_read(content: Vec<u8>, lines in "[0-9SC,]{0,9}\n[-+0-9 \n]{0,60}") {
+    fn any_file_can_be_parsed(content: Vec<u8>, lines in "[0-9SC,]{0,9}\n[-+0-9 \n]{0,60}") {
         parse(&content);
         parse(lines.as_bytes());
     }
@@ -115,15 +115,16 @@ proptest! {
 }
 
 #[test]
-fn names_tell_the_size_and_whether_a_message_counts() {
+fn file_names_give_the_size_and_whether_a_message_counts() {
     let check = |name: &str, expected: Option<u64>, gone: bool| {
-        assert_eq!((size(name), deleted(name)), (expected, gone), "{name}");
+        let entry = Entry { name: name.to_owned(), seen: true };
+        assert_eq!((size(&entry), entry.has(DELETED)), (expected, gone), "{name}");
     };
     check("1.M2P3.host,S=10", Some(10), false);
     check("1.M2P3.host,S=10,W=12:2,FS", Some(10), false);
     check("1.M2P3.host,W=12,S=10:2,ST", Some(10), true);
     check("1.M2P3.host:2,T", None, true);
-    // Small letters are keywords; what is no flag is none.
+    // Small letters are keywords; after another character there are no flags.
     check("1.M2P3.host,S=10:2,St", Some(10), false);
     check("1.M2P3.host,S=10:2,S,T", Some(10), false);
     check("1.M2P3.host,S=:1,T", None, false);
@@ -133,25 +134,25 @@ fn names_tell_the_size_and_whether_a_message_counts() {
 }
 
 #[test]
-fn what_fits_is_counted() {
-    let (_folder, maildir) = mailbox_with("100S,3C\n10 1\n");
+fn an_accepted_message_is_added_to_the_file() {
+    let (_directory, maildir) = mailbox_with("100S,3C\n10 1\n");
     deliver(&maildir, "1", 40).unwrap();
     assert_eq!(maildirsize(&maildir), "100S,3C\n10 1\n40 1\n");
-    // To the last octet.
+    // Up to the last octet.
     deliver(&maildir, "2", 50).unwrap();
     assert_eq!(maildirsize(&maildir), "100S,3C\n10 1\n40 1\n50 1\n");
 }
 
 #[test]
-fn what_does_not_fit_is_rejected_with_the_limit() {
+fn a_message_over_quota_is_rejected_with_the_limit() {
     for (content, expected) in [
         ("100S,5C\n90 1\n", "quota exceeded: 90 octets stored, 11 to come, 100 allowed"),
         ("100S,5C\n9 5\n", "quota exceeded: 5 messages stored, 1 to come, 5 allowed"),
         ("100S\n100 9\n", "quota exceeded: 100 octets stored, 11 to come, 100 allowed"),
         ("5C\n9000 5\n", "quota exceeded: 5 messages stored, 1 to come, 5 allowed"),
     ] {
-        let (_folder, maildir) = mailbox_with(content);
-        let error = full(deliver(&maildir, "1", 11));
+        let (_directory, maildir) = mailbox_with(content);
+        let error = quota_error(deliver(&maildir, "1", 11));
         assert_eq!(error, format!("{}: {expected}", maildir.path().display()));
         assert!(maildir.is_empty().unwrap());
         assert_eq!(fs::read_dir(maildir.path().join("tmp")).unwrap().count(), 0);
@@ -160,32 +161,32 @@ fn what_does_not_fit_is_rejected_with_the_limit() {
 }
 
 #[test]
-fn a_mailbox_without_quota_gets_none() {
-    let (_folder, maildir) = mailbox_with("");
+fn a_mailbox_without_quota_gets_no_file() {
+    let (_directory, maildir) = mailbox_with("");
     fs::remove_file(maildir.path().join(NAME)).unwrap();
     deliver(&maildir, "1", 10).unwrap();
     assert!(!maildir.path().join(NAME).exists());
     // A file that defines no quota is left alone.
     for content in ["", "\n", "hello\n1 1\n"] {
-        let (_folder, maildir) = mailbox_with(content);
+        let (_directory, maildir) = mailbox_with(content);
         deliver(&maildir, "1", 10).unwrap();
         assert_eq!(maildirsize(&maildir), content);
     }
-    // A quota without limits is kept up to date: it tells how much the mailbox holds.
-    let (_folder, maildir) = mailbox_with("0S\n70 7\n");
+    // A quota without limits is kept up to date: mail readers show how much the mailbox holds.
+    let (_directory, maildir) = mailbox_with("0S\n70 7\n");
     deliver(&maildir, "1", 10).unwrap();
     assert_eq!(maildirsize(&maildir), "0S\n70 7\n10 1\n");
 }
 
 #[test]
-fn several_mailboxes_have_room_or_none_gets_the_message() {
-    let (_folder, eva) = mailbox_with("100S\n0 0\n");
-    let (_folder, adam) = mailbox_with("100S\n95 1\n");
-    let (_folder, free) = mailbox_with("");
+fn all_mailboxes_have_room_or_none_gets_the_message() {
+    let (_directory, eva) = mailbox_with("100S\n0 0\n");
+    let (_directory, adam) = mailbox_with("100S\n95 1\n");
+    let (_directory, free) = mailbox_with("");
     for order in [[&eva, &adam, &free], [&adam, &free, &eva]] {
         let mut writer = MessageWriter::default();
         order.iter().for_each(|maildir| writer.begin(maildir, "1", b"0123456789").unwrap());
-        let error = full(writer.commit().map(|_| ()));
+        let error = quota_error(writer.commit().map(|_| ()));
         assert!(error.starts_with(&adam.path().display().to_string()), "{error}");
         order.iter().for_each(|maildir| assert!(maildir.is_empty().unwrap()));
     }
@@ -193,8 +194,8 @@ fn several_mailboxes_have_room_or_none_gets_the_message() {
 }
 
 #[test]
-fn two_copies_for_one_mailbox_count_together() {
-    let (_folder, maildir) = mailbox_with("100S\n70 1\n");
+fn two_copies_for_one_mailbox_are_added() {
+    let (_directory, maildir) = mailbox_with("100S\n70 1\n");
     let lists = maildir.folder("lists");
     Maildir::new(lists.path()).create().unwrap();
     let commit = |octets: &[u8]| {
@@ -203,19 +204,19 @@ fn two_copies_for_one_mailbox_count_together() {
         writer.begin(&lists, "2", octets).unwrap();
         writer.commit().map(|_| ())
     };
-    assert!(full(commit(&[b'x'; 16])).contains("70 octets stored, 32 to come"));
+    assert!(quota_error(commit(&[b'x'; 16])).contains("70 octets stored, 32 to come"));
     assert!(maildir.is_empty().unwrap() && lists.is_empty().unwrap());
     commit(&[b'x'; 15]).unwrap();
     assert_eq!(maildirsize(&maildir), "100S\n70 1\n30 2\n");
 }
 
 #[test]
-fn a_dropped_draft_is_not_counted() {
-    let (_folder, maildir) = mailbox_with("100S\n0 0\n");
+fn a_message_that_is_not_published_is_not_counted() {
+    let (_directory, maildir) = mailbox_with("100S\n0 0\n");
     let mut writer = MessageWriter::default();
     writer.begin(&maildir, "1", b"0123456789").unwrap();
     drop(writer);
-    // Nor is one that could not be published.
+    // Nor is one whose file could not be moved.
     fs::write(maildir.path().join("new/2,S=10,W=10"), "").unwrap();
     assert_eq!(deliver(&maildir, "2", 10).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
     assert_eq!(maildirsize(&maildir), "100S\n0 0\n");
@@ -223,16 +224,16 @@ fn a_dropped_draft_is_not_counted() {
 
 /// The mailbox holds one message of 20 octets.
 #[test]
-fn it_is_counted_anew_when_the_file_is_in_doubt() {
+fn a_mailbox_is_counted_again_if_the_file_may_be_wrong() {
     let young = Duration::from_secs(14 * 60);
     let long = format!("100S\n{}", "0 00\n".repeat(1023));
     for (content, written, recounted) in [
         // Enough room: the sum is believed, however old.
-        ("100S\n90 1\n", STALE, false),
-        ("100S\n50 1\n40 1\n", STALE, false),
+        ("100S\n90 1\n", COUNT_LIFETIME, false),
+        ("100S\n50 1\n40 1\n", COUNT_LIFETIME, false),
         // Full: a fresh count is believed.
         ("100S\n91 1\n", young, false),
-        ("100S\n91 1\n", STALE, true),
+        ("100S\n91 1\n", COUNT_LIFETIME, true),
         ("100S\n50 1\n41 1\n", young, true),
         ("1C\n50 1\n41 1\n-41 -1\n", young, true),
         // No sum.
@@ -244,7 +245,7 @@ fn it_is_counted_anew_when_the_file_is_in_doubt() {
         (&long, young, true),
         (&long[5..].replacen("0 00", "100S", 1), young, false),
     ] {
-        let (_folder, maildir) = mailbox_with(content);
+        let (_directory, maildir) = mailbox_with(content);
         fs::write(maildir.path().join("cur/0,S=20:2,S"), "").unwrap();
         age(&maildir, written);
         let fits = deliver(&maildir, "1", 10);
@@ -252,8 +253,8 @@ fn it_is_counted_anew_when_the_file_is_in_doubt() {
         let definition = content.lines().next().unwrap();
         let case = format!("{content:.40} {now:.40}");
         if recounted {
-            let came = if fits.is_ok() { "10 1\n" } else { "" };
-            assert_eq!(now, format!("{definition}\n20 1\n{came}"), "{case}");
+            let added = if fits.is_ok() { "10 1\n" } else { "" };
+            assert_eq!(now, format!("{definition}\n20 1\n{added}"), "{case}");
         } else {
             assert!(now.starts_with(content), "{case}");
         }
@@ -263,12 +264,12 @@ fn it_is_counted_anew_when_the_file_is_in_doubt() {
 }
 
 #[test]
-fn what_counts_is_counted() {
-    let (folder, maildir) = mailbox_with("7X,1000S\n");
+fn the_count_has_all_messages_but_deleted_ones_and_the_trash() {
+    let (directory, maildir) = mailbox_with("7X,1000S\n");
     for name in [".lists", ".lists.rust", TRASH, "other"] {
         Maildir::new(maildir.path().join(name)).create().unwrap();
     }
-    let other = Maildir::new(folder.path().join("adam"));
+    let other = Maildir::new(directory.path().join("adam"));
     other.create().unwrap();
     symlink(other.path(), maildir.path().join(".shared")).unwrap();
     for (name, octets) in [
@@ -277,7 +278,7 @@ fn what_counts_is_counted() {
         ("cur/3:2,", 4),
         (".lists/new/4,S=8", 500),
         (".lists.rust/cur/5:2,RS", 16),
-        // These do not.
+        // These do not count.
         ("cur/6,S=100:2,ST", 100),
         ("new/.hidden", 100),
         ("tmp/7,S=100", 100),
@@ -297,20 +298,20 @@ fn what_counts_is_counted() {
 
 #[test]
 fn a_message_in_a_sub_folder_counts_in_the_mailbox() {
-    let (_folder, maildir) = mailbox_with("30S\n0 0\n");
+    let (_directory, maildir) = mailbox_with("30S\n0 0\n");
     for name in ["lists", "Trash"] {
         Maildir::new(maildir.folder(name).path()).create().unwrap();
     }
     deliver(&maildir.folder("lists"), "1", 20).unwrap();
     assert_eq!(maildirsize(&maildir), "30S\n0 0\n20 1\n");
-    let error = full(deliver(&maildir.folder("lists"), "2", 11));
+    let error = quota_error(deliver(&maildir.folder("lists"), "2", 11));
     assert!(error.starts_with(&format!("{}: ", maildir.path().display())), "{error}");
     // The trash needs no room.
     deliver(&maildir.folder("Trash"), "3", 1000).unwrap();
     assert_eq!(maildirsize(&maildir), "30S\n20 1\n");
-    // A name alone makes no sub-folder.
-    let (folder, _) = mailbox_with("");
-    let hidden = folder.path().join(".maildir");
+    // A directory with a dot is a sub-folder only within a mailbox.
+    let (directory, _) = mailbox_with("");
+    let hidden = directory.path().join(".maildir");
     assert_eq!(mailbox_of(&hidden), Some(hidden.as_path()));
     for path in ["/", ".", "..", "", "eva"] {
         assert_eq!(mailbox_of(Path::new(path)), Some(Path::new(path)));
@@ -318,10 +319,10 @@ fn a_message_in_a_sub_folder_counts_in_the_mailbox() {
 }
 
 #[test]
-fn what_is_no_plain_file_is_neither_followed_nor_waited_for() {
-    let (folder, maildir) = mailbox_with("");
+fn a_link_directory_or_pipe_instead_of_the_file_is_an_error() {
+    let (directory, maildir) = mailbox_with("");
     let path = maildir.path().join(NAME);
-    let other = folder.path().join("other");
+    let other = directory.path().join("other");
     fs::write(&other, "100S\n").unwrap();
     let replace: [fn(&Path, &Path); 3] = [
         |path, other| symlink(other, path).unwrap(),
@@ -342,8 +343,8 @@ fn what_is_no_plain_file_is_neither_followed_nor_waited_for() {
 }
 
 #[test]
-fn what_was_delivered_stays_delivered_when_it_cannot_be_counted() {
-    let (_folder, maildir) = mailbox_with("100S\n0 0\n");
+fn a_failure_to_record_does_not_undo_the_delivery() {
+    let (_directory, maildir) = mailbox_with("100S\n0 0\n");
     let path = maildir.path().join(NAME);
     let mut quotas = QuotaCheck::default();
     quotas.admit(maildir.path(), || "1".to_owned(), 10).unwrap();
@@ -364,14 +365,14 @@ proptest! {
         limits in (100_u64..400, 2_u64..8),
         steps in proptest::collection::vec((0_usize..120, any::<bool>()), 1..20),
     ) {
-        let (_folder, maildir) = mailbox_with(&format!("{}S,{}C\n", limits.0, limits.1));
+        let (_directory, maildir) = mailbox_with(&format!("{}S,{}C\n", limits.0, limits.1));
         let mut there = Vec::new();
         for (number, (octets, removes)) in steps.into_iter().enumerate() {
             let sum: usize = there.iter().map(|(_, octets)| octets).sum();
             let fits = (sum + octets) as u64 <= limits.0 && (there.len() as u64) < limits.1;
             match deliver(&maildir, &number.to_string(), octets) {
                 Ok(()) => there.push((format!("new/{number},S={octets},W={octets}"), octets)),
-                rejected => _ = full(rejected),
+                rejected => _ = quota_error(rejected),
             }
             prop_assert_eq!(fits, there.last().is_some_and(|(name, _)| name.starts_with(&format!("new/{number},"))));
             if removes && !there.is_empty() {
@@ -389,7 +390,7 @@ fn race(maildir: &Maildir, each: usize) -> usize {
     let deliver = |thread: usize| {
         let accepted = (0..each).filter(|number| match deliver(maildir, &format!("{thread}-{number}"), 10) {
             Ok(()) => true,
-            rejected => full(rejected).is_empty(),
+            rejected => quota_error(rejected).is_empty(),
         });
         accepted.count()
     };
@@ -400,35 +401,35 @@ fn race(maildir: &Maildir, each: usize) -> usize {
 }
 
 #[test]
-fn two_writers_lose_no_line() {
-    let (_folder, maildir) = mailbox_with("10000S,1000C\n0 0\n");
+fn no_line_of_two_writers_is_lost() {
+    let (_directory, maildir) = mailbox_with("10000S,1000C\n0 0\n");
     assert_eq!(race(&maildir, 100), 200);
     let read = parse(maildirsize(&maildir).as_bytes()).unwrap();
     assert_eq!((read.sum, read.lines), (Some(Usage { octets: 2000, messages: 200 }), 201));
 }
 
-/// Each delivery into the full mailbox counts anew, while the other thread delivers.
+/// Each delivery into the full mailbox counts it again, while the other thread delivers.
 #[test]
-fn two_writers_that_count_anew_lose_no_message_and_leave_a_file_that_is_read() {
-    let (_folder, maildir) = mailbox_with("500S\n");
-    let taken = race(&maildir, 60);
-    assert_eq!(maildir.entries().unwrap().len(), taken);
-    assert!(taken >= 50, "{taken}");
+fn two_writers_that_count_again_leave_a_valid_file() {
+    let (_directory, maildir) = mailbox_with("500S\n");
+    let accepted = race(&maildir, 60);
+    assert_eq!(maildir.entries().unwrap().len(), accepted);
+    assert!(accepted >= 50, "{accepted}");
     let read = parse(maildirsize(&maildir).as_bytes()).unwrap();
     assert_eq!(read.definition, "500S");
     assert!(read.sum.is_some());
-    // Whatever the race did to the sum, the next count mends it.
-    age(&maildir, STALE);
-    full(deliver(&maildir, "last", 500));
-    let octets = 10 * taken;
-    assert_eq!(maildirsize(&maildir), format!("500S\n{octets} {taken}\n"));
+    // The race may have made the sum wrong; the next count corrects it.
+    age(&maildir, COUNT_LIFETIME);
+    quota_error(deliver(&maildir, "last", 500));
+    let octets = 10 * accepted;
+    assert_eq!(maildirsize(&maildir), format!("500S\n{octets} {accepted}\n"));
     assert_eq!(fs::read_dir(maildir.path().join("tmp")).unwrap().count(), 0);
 }
 
 #[test]
 fn a_queue_has_no_quota() {
-    let (_folder, maildir) = mailbox_with("100S\n100 1\n");
-    full(deliver(&maildir, "1", 10));
+    let (_directory, maildir) = mailbox_with("100S\n100 1\n");
+    quota_error(deliver(&maildir, "1", 10));
     deliver(&Maildir::new(maildir.path()), "2", 10).unwrap();
     assert_eq!(maildirsize(&maildir), "100S\n100 1\n");
 }

@@ -11,18 +11,20 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-/// The answers to the question `example.org MX` and what they mean.
+/// The replies to the question `example.org MX`, and what they lead to.
 #[test]
-fn answers_mean_what_the_rfcs_say() {
+fn replies_are_resolved_as_the_rfcs_require() {
     let mx = |names: &[(u16, &str)]| {
         let records = names.iter().map(|(preference, host)| Record::Exchange(*preference, name(host)));
-        DnsReply::Resolved(Resolution::Answer(Answer::Records(records.collect())))
+        Ok(Resolution::Answer(Answer::Records(records.collect())))
     };
-    let nothing = || DnsReply::Resolved(Resolution::Answer(Answer::NoRecords));
-    let no_name = || DnsReply::Resolved(Resolution::Answer(Answer::NoName));
-    let alias = |target, left| DnsReply::Resolved(Resolution::Alias { name: name(target), left });
-    let circle = || DnsReply::Failure("more than 8 aliases, or a loop of them".to_owned());
-    let useless = || DnsReply::Failure("it has no answer and offers no recursion".to_owned());
+    let nothing = || Ok(Resolution::Answer(Answer::NoRecords));
+    let no_name = || Ok(Resolution::Answer(Answer::NoName));
+    let alias = |target, left| Ok(Resolution::Alias { name: name(target), left });
+    let useless = |text: &str| Err(QueryError::Useless(text.to_owned()));
+    let not_understood = |code| Err(QueryError::NotUnderstood(code));
+    let endless = || useless("more than 8 aliases, or a loop of them");
+    let no_recursion = || useless("it has no answer and offers no recursion");
 
     let soa = "example.org SOA";
     check_reply("ok", &["example.org MX 10 a.example"], &[], mx(&[(10, "a.example")]));
@@ -39,12 +41,12 @@ fn answers_mean_what_the_rfcs_say() {
     check_reply("ok", &["b MX 5 c", "a CNAME b", "example.org CNAME a"], &[], mx(&[(5, "c")]));
     check_reply("ok", &["example.org CNAME a", "a CNAME b"], &[], alias("b", 6));
     check_reply("ok", &["example.org CNAME a"], &["a SOA"], nothing());
-    check_reply("ok", &["example.org CNAME example.org"], &[], circle());
-    check_reply("ok", &["example.org CNAME a", "a CNAME b", "b CNAME a"], &[], circle());
+    check_reply("ok", &["example.org CNAME example.org"], &[], endless());
+    check_reply("ok", &["example.org CNAME a", "a CNAME b", "b CNAME a"], &[], endless());
     let chain: Vec<String> = (0..9).map(|link| format!("n{link} CNAME n{}", link + 1)).collect();
     let mut chain: Vec<&str> = chain.iter().map(String::as_str).collect();
     chain[0] = "example.org CNAME n1";
-    check_reply("ok", &chain, &[], circle());
+    check_reply("ok", &chain, &[], endless());
     check_reply("ok", &chain[..8], &[], alias("n8", 0));
     chain[8] = "n8 MX 1 a";
     check_reply("ok", &chain, &[], mx(&[(1, "a")]));
@@ -53,22 +55,22 @@ fn answers_mean_what_the_rfcs_say() {
     check_reply("ok", &[], &[soa, "example.org NS a"], nothing());
     check_reply("ok", &[], &[], nothing());
     check_reply("aa", &[], &[], nothing());
-    check_reply("ok", &[], &["org NS a"], useless());
-    check_reply("lame", &[], &[], useless());
+    check_reply("ok", &[], &["org NS a"], no_recursion());
+    check_reply("lame", &[], &[], no_recursion());
     check_reply("lame", &["example.org MX 10 a"], &[], mx(&[(10, "a")]));
     check_reply("nxdomain", &[], &[soa], no_name());
     check_reply("nxdomain", &["example.org CNAME a"], &[soa], no_name());
-    check_reply("servfail", &[], &[], DnsReply::Failure("SERVFAIL".to_owned()));
-    check_reply("refused", &[], &[], DnsReply::Failure("REFUSED".to_owned()));
-    check_reply("truncated", &["example.org MX 10 a"], &[], DnsReply::Truncated);
-    check_reply("formerr", &[], &[], DnsReply::NotUnderstood(OptRcode::FORMERR));
-    check_reply("notimp", &[], &[], DnsReply::NotUnderstood(OptRcode::NOTIMP));
-    check_reply("badvers", &[], &[], DnsReply::NotUnderstood(OptRcode::BADVERS));
-    check_reply("cookie", &[], &[], DnsReply::Failure("BADCOOKIE".to_owned()));
+    check_reply("servfail", &[], &[], useless("SERVFAIL"));
+    check_reply("refused", &[], &[], useless("REFUSED"));
+    check_reply("truncated", &["example.org MX 10 a"], &[], Err(QueryError::Truncated));
+    check_reply("formerr", &[], &[], not_understood(OptRcode::FORMERR));
+    check_reply("notimp", &[], &[], not_understood(OptRcode::NOTIMP));
+    check_reply("badvers", &[], &[], not_understood(OptRcode::BADVERS));
+    check_reply("cookie", &[], &[], useless("BADCOOKIE"));
 }
 
 #[track_caller]
-fn check_reply(how: &str, answer: &[&str], authority: &[&str], expected: DnsReply) {
+fn check_reply(how: &str, answer: &[&str], authority: &[&str], expected: QueryResult) {
     let question = question("example.org", Rtype::MX);
     let message = reply(&question.message(7, true).unwrap(), how, answer, authority);
     assert_eq!(parse_reply(&message, 7, &question), Some(expected), "{how} {answer:?} {authority:?}");
@@ -82,9 +84,9 @@ const RECORDED: &[u8] = b"\x12\x34\x81\x80\0\x01\0\x02\0\0\0\x01\
     \0\0\x29\x04\xd0\0\0\0\0\0\0";
 
 #[test]
-fn a_recorded_answer_is_read() {
+fn a_recorded_reply_is_parsed() {
     let records = vec![Record::Exchange(20, name("mx2.example.org")), Record::Exchange(10, name("mx1.example.org"))];
-    let expected = DnsReply::Resolved(Resolution::Answer(Answer::Records(records)));
+    let expected = Ok(Resolution::Answer(Answer::Records(records)));
     assert_eq!(parse_reply(RECORDED, 0x1234, &question("example.org", Rtype::MX)), Some(expected));
 }
 
@@ -94,7 +96,10 @@ fn malformed_replies_are_errors() {
         let at = RECORDED.windows(from.len()).position(|window| window == from).unwrap();
         let message = [&RECORDED[..at], to, &RECORDED[at + from.len()..]].concat();
         let reply = parse_reply(&message, 0x1234, &question("example.org", Rtype::MX));
-        assert!(matches!(&reply, Some(DnsReply::Failure(text)) if text.starts_with("malformed")), "{to:?}: {reply:?}");
+        assert!(
+            matches!(&reply, Some(Err(QueryError::Useless(text))) if text.starts_with("malformed")),
+            "{to:?}: {reply:?}"
+        );
     };
     check(b"\0\x01\0\x02\0\0\0\x01", b"\0\x01\xff\xff\0\0\0\x01"); // more records than there are
     check(b"\x03mx2\xc0\x0c", b"\x03mx2\xc0\x2e"); // a pointer that points to itself
@@ -113,7 +118,10 @@ fn malformed_replies_are_errors() {
             message[at] = kind_octet;
         }
         let reply = parse_reply(&message, 0x1234, &question("example.org", kind));
-        assert!(matches!(&reply, Some(DnsReply::Failure(text)) if text.starts_with("malformed")), "{kind}: {reply:?}");
+        assert!(
+            matches!(&reply, Some(Err(QueryError::Useless(text))) if text.starts_with("malformed")),
+            "{kind}: {reply:?}"
+        );
     }
 }
 
@@ -121,7 +129,7 @@ fn malformed_replies_are_errors() {
 fn a_reply_to_another_query_is_ignored() {
     let asked = question("example.org", Rtype::MX);
     let query = asked.message(0x1234, true).unwrap();
-    assert_eq!(parse_reply(&query, 0x1234, &asked), None, "the question itself");
+    assert_eq!(parse_reply(&query, 0x1234, &asked), None, "the query itself");
     assert_eq!(parse_reply(RECORDED, 0x1235, &asked), None, "another id");
     assert_eq!(parse_reply(RECORDED, 0x1234, &question("example.com", Rtype::MX)), None, "another name");
     assert_eq!(parse_reply(RECORDED, 0x1234, &question("example.org", Rtype::A)), None, "another type");
@@ -137,17 +145,17 @@ fn a_reply_to_another_query_is_ignored() {
     }
     // Only a server that did not understand the query need not repeat the question.
     let header = b"\x12\x34\x81\x81\0\0\0\0\0\0\0\0";
-    assert_eq!(parse_reply(header, 0x1234, &asked), Some(DnsReply::NotUnderstood(OptRcode::FORMERR)));
+    assert_eq!(parse_reply(header, 0x1234, &asked), Some(Err(QueryError::NotUnderstood(OptRcode::FORMERR))));
 }
 
 proptest! {
     #[test]
-    fn no_octets_harm(message: Vec<u8>, id: u16) {
+    fn any_octets_can_be_parsed(message: Vec<u8>, id: u16) {
         parse_reply(&message, id, &question("example.org", Rtype::MX));
     }
 
     #[test]
-    fn no_octets_after_the_question_harm(body: Vec<u8>, counts: [u8; 6], flags: u16) {
+    fn any_octets_after_the_question_can_be_parsed(body: Vec<u8>, counts: [u8; 6], flags: u16) {
         for kind in [Rtype::MX, Rtype::A, Rtype::AAAA] {
             let asked = question("example.org", kind);
             let mut message = asked.message(7, false).unwrap();
@@ -159,7 +167,7 @@ proptest! {
     }
 
     #[test]
-    fn no_change_to_an_answer_harms(changes: Vec<(prop::sample::Index, u8)>, length in 0..RECORDED.len()) {
+    fn any_change_to_a_reply_can_be_parsed(changes: Vec<(prop::sample::Index, u8)>, length in 0..RECORDED.len()) {
         let mut message = RECORDED.to_vec();
         for (index, octet) in changes {
             message[index.index(RECORDED.len())] = octet;
@@ -169,7 +177,7 @@ proptest! {
     }
 
     #[test]
-    fn no_list_of_aliases_goes_on_for_ever(links: Vec<(u8, u8)>) {
+    fn any_list_of_aliases_ends(links: Vec<(u8, u8)>) {
         let answer: Vec<String> = links.iter().map(|(from, to)| format!("n{} CNAME n{}", from % 16, to % 16)).collect();
         let answer: Vec<&str> = answer.iter().map(String::as_str).collect();
         let asked = question("n0", Rtype::MX);
@@ -180,8 +188,8 @@ proptest! {
 
 /// Rules: SMTP-71.
 #[test]
-fn mail_goes_where_the_records_say() {
-    let server = Fake::zone(&[
+fn mail_is_routed_by_the_mx_records() {
+    let server = FakeServer::zone(&[
         "two.example MX 20 b.example",
         "two.example MX 10 A.example",
         "two.example MX 30 a.example",
@@ -222,14 +230,14 @@ fn mail_goes_where_the_records_say() {
     check("absent.example", MxRoute::NoDomain);
     let longest = [["a"; 63].concat(), ["b"; 63].concat(), ["c"; 63].concat(), ["d"; 63].concat()].join(".");
     check(&longest, MxRoute::NoDomain);
-    let circle = resolver.route(&host("circle.example")).unwrap_err().0;
-    assert!(circle.contains("circle.example") && circle.contains("aliases"), "{circle}");
+    let error = resolver.route(&host("circle.example")).unwrap_err().0;
+    assert!(error.contains("circle.example") && error.contains("aliases"), "{error}");
 }
 
 /// Rules: SMTP-71.
 #[test]
-fn equals_come_in_random_order() {
-    let server = Fake::zone(&["e.example MX 5 a", "e.example MX 5 b", "e.example MX 5 c", "e.example MX 1 d"]);
+fn hosts_of_equal_preference_are_in_random_order() {
+    let server = FakeServer::zone(&["e.example MX 5 a", "e.example MX 5 b", "e.example MX 5 c", "e.example MX 1 d"]);
     let resolver = Resolver::at(server.address, &Ids::system(crate::net::tls::random));
     let mut orders = HashSet::new();
     for _ in 0..100 {
@@ -242,7 +250,7 @@ fn equals_come_in_random_order() {
 
 #[test]
 fn addresses_of_both_kinds_are_found() {
-    let server = Fake::zone(&[
+    let server = FakeServer::zone(&[
         "both.example A 192.0.2.2",
         "both.example A 192.0.2.1",
         "both.example A 192.0.2.2",
@@ -272,8 +280,8 @@ fn addresses_of_both_kinds_are_found() {
 }
 
 #[test]
-fn half_of_the_addresses_is_better_than_none() {
-    let server = Fake::start(|asked| {
+fn addresses_of_one_kind_are_returned_if_the_other_query_fails() {
+    let server = FakeServer::start(|asked| {
         let how = if asked.kind() == Rtype::AAAA { "servfail" } else { "ok" };
         let answer = if asked.name() == "half.example" { &["half.example A 192.0.2.1"][..] } else { &[] };
         vec![reply(&asked.query, how, answer, &[])]
@@ -287,7 +295,7 @@ fn half_of_the_addresses_is_better_than_none() {
 #[test]
 fn a_truncated_reply_is_requested_again_over_tcp() {
     let many: Vec<String> = (0..1000).map(|n| format!("big.example MX {n} host-{n}.mail.big.example")).collect();
-    let server = Fake::start(move |asked| {
+    let server = FakeServer::start(move |asked| {
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
         let how = if asked.tcp { "ok" } else { "truncated" };
         let mut replies = vec![reply(&asked.query, how, if asked.tcp { &many } else { &many[..3] }, &[])];
@@ -304,13 +312,14 @@ fn a_truncated_reply_is_requested_again_over_tcp() {
 }
 
 #[test]
-fn truncated_over_tcp_or_no_tcp_is_no_answer() {
-    let server = Fake::start(|asked| vec![reply(&asked.query, "truncated", &["t.example MX 1 a"], &[])]);
+fn a_server_that_truncates_over_tcp_or_has_no_tcp_is_an_error() {
+    let server = FakeServer::start(|asked| vec![reply(&asked.query, "truncated", &["t.example MX 1 a"], &[])]);
     let error = server.resolver().route(&host("t.example")).unwrap_err();
     assert!(error.0.contains("truncated over TCP"), "{error}");
     assert_eq!(server.transports(), [false, true]);
 
-    let server = Fake::start(|asked| if asked.tcp { vec![] } else { vec![reply(&asked.query, "truncated", &[], &[])] });
+    let server =
+        FakeServer::start(|asked| if asked.tcp { vec![] } else { vec![reply(&asked.query, "truncated", &[], &[])] });
     let error = server.resolver().route(&host("t.example")).unwrap_err();
     assert!(error.0.contains("closed the connection"), "{error}");
     assert_eq!(server.transports(), [false, true, false, true]);
@@ -319,7 +328,7 @@ fn truncated_over_tcp_or_no_tcp_is_no_answer() {
 #[test]
 fn forged_replies_are_ignored() {
     let stranger = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let server = Fake::start(move |asked| {
+    let server = FakeServer::start(move |asked| {
         let true_answer = reply(&asked.query, "ok", &["f.example MX 1 good"], &[]);
         let forged = reply(&asked.query, "ok", &["f.example MX 1 evil"], &[]);
         stranger.send_to(&forged, asked.peer).unwrap();
@@ -333,8 +342,8 @@ fn forged_replies_are_ignored() {
 }
 
 #[test]
-fn a_flood_of_wrong_answers_does_not_outrun_the_deadline() {
-    let server = Fake::start(|asked| {
+fn many_wrong_replies_do_not_extend_the_deadline() {
+    let server = FakeServer::start(|asked| {
         let mut forged = asked.query.clone();
         forged[0] ^= 1;
         vec![forged; 5000]
@@ -348,7 +357,7 @@ fn a_flood_of_wrong_answers_does_not_outrun_the_deadline() {
 }
 
 #[test]
-fn a_trickle_over_tcp_does_not_outrun_the_deadline() {
+fn a_server_that_sends_slowly_over_tcp_does_not_extend_the_deadline() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
@@ -365,15 +374,15 @@ fn a_trickle_over_tcp_does_not_outrun_the_deadline() {
 }
 
 #[test]
-fn the_next_server_is_queried_and_the_silent_one_again() {
-    let good = Fake::zone(&["n.example MX 1 a"]);
-    let bad = Fake::start(|asked| vec![reply(&asked.query, "servfail", &[], &[])]);
-    let silent = Fake::start(|_| vec![]);
-    let nobody = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+fn the_next_server_is_queried_and_again_those_that_did_not_reply() {
+    let good = FakeServer::zone(&["n.example MX 1 a"]);
+    let bad = FakeServer::start(|asked| vec![reply(&asked.query, "servfail", &[], &[])]);
+    let silent = FakeServer::start(|_| vec![]);
+    let unused = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let mut resolver = good.resolver();
-    resolver.timeout = Duration::from_millis(100);
+    resolver.timeout = Duration::from_millis(300);
 
-    resolver.servers = vec![nobody, bad.address, silent.address, good.address].into();
+    resolver.servers = vec![unused, bad.address, silent.address, good.address].into();
     assert!(matches!(resolver.route(&host("n.example")), Ok(MxRoute::Hosts(_))));
     assert_eq!([bad.transports().len(), silent.transports().len()], [1, 1]);
 
@@ -389,9 +398,9 @@ fn the_next_server_is_queried_and_the_silent_one_again() {
 }
 
 #[test]
-fn servers_that_do_not_know_edns_are_queried_without() {
+fn servers_that_do_not_know_edns0_are_queried_without_it() {
     for how in ["formerr", "notimp", "badvers", "silence"] {
-        let server = Fake::start(move |asked| match (asked.has_edns(), how) {
+        let server = FakeServer::start(move |asked| match (asked.has_edns(), how) {
             (true, "silence") => vec![],
             (true, _) => vec![reply(&asked.query, how, &[], &[])],
             (false, _) => vec![reply(&asked.query, "ok", &["old.example MX 1 a"], &[])],
@@ -400,7 +409,7 @@ fn servers_that_do_not_know_edns_are_queried_without() {
         resolver.timeout = Duration::from_millis(200);
         assert!(matches!(resolver.route(&host("old.example")), Ok(MxRoute::Hosts(_))), "{how}");
     }
-    let server = Fake::start(|asked| vec![reply(&asked.query, "notimp", &[], &[])]);
+    let server = FakeServer::start(|asked| vec![reply(&asked.query, "notimp", &[], &[])]);
     let error = server.resolver().route(&host("old.example")).unwrap_err();
     assert!(error.0.ends_with("NOTIMP"), "{error}");
     assert_eq!(server.transports().len(), 2);
@@ -408,7 +417,7 @@ fn servers_that_do_not_know_edns_are_queried_without() {
 
 #[test]
 fn each_question_has_a_new_id_and_a_new_port() {
-    let server = Fake::zone(&["i.example MX 1 a"]);
+    let server = FakeServer::zone(&["i.example MX 1 a"]);
     let resolver = Resolver::at(server.address, &Ids::system(crate::net::tls::random));
     for _ in 0..20 {
         resolver.route(&host("i.example")).unwrap();
@@ -417,17 +426,17 @@ fn each_question_has_a_new_id_and_a_new_port() {
     let ids: HashSet<[u8; 2]> = seen.iter().map(|asked| [asked.query[0], asked.query[1]]).collect();
     let ports: HashSet<u16> = seen.iter().map(|asked| asked.peer.port()).collect();
     assert!(ids.len() > 15 && ports.len() > 15, "{} ids, {} ports", ids.len(), ports.len());
-    assert!(seen.iter().all(|asked| asked.query[2] & 1 == 1 && asked.has_edns()), "recursion and EDNS0 are wanted");
+    assert!(seen.iter().all(|asked| asked.query[2] & 1 == 1 && asked.has_edns()), "queries without recursion or EDNS0");
 }
 
 #[test]
-fn the_query_has_the_form_that_name_servers_expect() {
+fn the_octets_of_a_query() {
     let expected = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\x01\x07example\x03org\0\0\x0f\0\x01\0\0\x29\x04\xd0\0\0\0\0\0\0";
     assert_eq!(question("example.org", Rtype::MX).message(0x1234, true).unwrap(), expected);
 }
 
 #[test]
-fn the_configuration_is_read() {
+fn resolv_conf_is_read() {
     let check = |text: &str, servers: &[&str], timeout: u64, attempts: u32| {
         let resolver = Resolver::configured(text.as_bytes(), &Ids::fixed());
         assert_eq!(resolver.servers.iter().map(SocketAddr::to_string).collect::<Vec<_>>(), servers, "{text}");
@@ -530,7 +539,7 @@ fn add<D: RecordData + domain::base::rdata::ComposeRecordData>(
 }
 
 /// A name server on loopback, over UDP and TCP.
-struct Fake {
+struct FakeServer {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<Asked>>>,
     cancel: Arc<AtomicBool>,
@@ -560,10 +569,10 @@ impl Asked {
     }
 }
 
-impl Fake {
-    /// Answers each query with these messages.
-    fn start(replies: impl Fn(&Asked) -> Vec<Vec<u8>> + Send + Sync + 'static) -> Fake {
-        let (udp, tcp) = Fake::sockets();
+impl FakeServer {
+    /// Sends these messages after each query.
+    fn start(replies: impl Fn(&Asked) -> Vec<Vec<u8>> + Send + Sync + 'static) -> FakeServer {
+        let (udp, tcp) = FakeServer::sockets();
         let address = udp.local_addr().unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));
         let cancel = Arc::new(AtomicBool::new(false));
@@ -608,12 +617,12 @@ impl Fake {
                 }
             })
         };
-        Fake { address, seen, cancel, threads: vec![over_udp, over_tcp] }
+        FakeServer { address, seen, cancel, threads: vec![over_udp, over_tcp] }
     }
 
-    /// Answers like a recursive server that knows these records. "CNAME!": the target is left to the client.
-    fn zone(records: &'static [&'static str]) -> Fake {
-        Fake::start(move |asked| {
+    /// Replies as a recursive server that knows these records. "CNAME!": the client must query the target.
+    fn zone(records: &'static [&'static str]) -> FakeServer {
+        FakeServer::start(move |asked| {
             let of = |name: &str| -> Vec<&str> {
                 records.iter().copied().filter(|record| record.split(' ').next() == Some(name)).collect()
             };
@@ -652,7 +661,7 @@ impl Fake {
     }
 }
 
-impl Drop for Fake {
+impl Drop for FakeServer {
     fn drop(&mut self) {
         self.cancel.store(true, Ordering::Relaxed);
         let waker = UdpSocket::bind("127.0.0.1:0").unwrap();
