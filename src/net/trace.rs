@@ -67,9 +67,12 @@ fn push_printable(shown: &mut String, character: char) {
 const VALUE_LIMIT: usize = 256;
 
 /// Returns a value from the wire as the log shows it: in quotes, control characters as `\xNN`, `"` and `\` after a `\`,
-/// at most 256 octets and then `…`.
+/// at most 256 octets and then `…`; an empty value as `-`.
 pub fn quoted(value: impl Display) -> String {
     let value = value.to_string();
+    if value.is_empty() {
+        return "-".to_owned();
+    }
     let mut shown = String::with_capacity(value.len().min(VALUE_LIMIT) + 2);
     shown.push('"');
     for character in value.chars() {
@@ -94,6 +97,7 @@ mod tests {
     fn the_log_shows_no_control_characters() {
         assert_eq!(printable(b"MAIL FROM:<\xc3\xa9@a>\x1b[2J\xff\r\n"), "MAIL FROM:<é@a>\\x1b[2J\\xff");
         assert_eq!(quoted("a\"b\\c\nd"), "\"a\\\"b\\\\c\\x0ad\"");
+        assert_eq!(quoted(""), "-");
         assert_eq!(quoted("x".repeat(1000)), format!("\"{}…\"", "x".repeat(VALUE_LIMIT - 1)));
     }
 }

@@ -310,7 +310,7 @@ impl TurnedSession {
         let attempt = Attempt {
             session: &self.connection.trace.id,
             via: Via::Atrn,
-            relay: &self.peer,
+            relay: self.client.peer_name().unwrap_or(&self.peer),
             peer: self.client.peer_name(),
             peer_sends_dsn: self.client.extensions().dsn,
             retry: None,
