@@ -16,20 +16,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::source::line_number;
-use super::value::{Accept, Parse, address_with_domain};
+use super::source::decode;
+use super::value::{ACCEPTED, address_with_domain};
 use crate::mail::address::{Domain, Mailbox};
-use crate::recipients::{AddressPattern, Alias, AliasTarget, FORWARD_HINT, RuleError, SourceLine, address};
+use crate::recipients::{AddressPattern, Alias, AliasTarget, ConfigError, FORWARD_HINT, SourceLine, address};
 
 /// Reads a file of aliases; targets without a domain are in `home`.
-pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Vec<Alias>, RuleError> {
-    let text = str::from_utf8(octets).map_err(|cause| {
-        let before = &octets[..cause.valid_up_to()];
-        SourceLine { file: file.clone(), line: line_number(before) }.error("is not UTF-8: save it as UTF-8")
-    })?;
+pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Vec<Alias>, ConfigError> {
     let mut aliases: Vec<Alias> = Vec::new();
-    for (index, line) in text.lines().enumerate() {
-        let source = SourceLine { file: file.clone(), line: index + 1 };
+    for (index, line) in decode(file, octets)?.lines().enumerate() {
+        let source = SourceLine { file: file.clone(), line: Some(index + 1) };
         let line = strip_comment(line);
         if line.trim().is_empty() {
             continue;
@@ -38,7 +34,7 @@ pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Ve
         let targets = if line.starts_with(char::is_whitespace) {
             pieces.targets(None)
         } else {
-            check_end(aliases.last())?;
+            aliases.last().map_or(Ok(()), check_targets)?;
             let written = pieces.name.ok_or_else(|| {
                 source.error(format!("{:?} has no colon: write a name, a colon, and the targets", line.trim()))
             })?;
@@ -48,28 +44,26 @@ pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Ve
         };
         let Some(alias) = aliases.last_mut() else {
             return Err(source.error(
-                "this line begins with a space, so it goes on with an alias, and there is none before it: take the \
-                 space out",
+                "this line begins with a space, so it continues an alias, and there is none before it: remove the \
+                 space",
             ));
         };
         for written in targets {
             alias.targets.push(target(written, home, source.clone())?);
         }
     }
-    check_end(aliases.last())?;
+    aliases.last().map_or(Ok(()), check_targets)?;
     Ok(aliases)
 }
 
-/// Rejects an alias that has no target when its last line has been read.
-fn check_end(alias: Option<&Alias>) -> Result<(), RuleError> {
-    match alias {
-        Some(alias) if alias.targets.is_empty() => Err(alias.source.error(without_target(&alias.name))),
-        _ => Ok(()),
+/// Rejects an alias that has no target.
+pub(super) fn check_targets(alias: &Alias) -> Result<(), ConfigError> {
+    match alias.targets.is_empty() {
+        true => Err(alias
+            .source
+            .error(format!("the alias {} leads nowhere: name one mailbox or more, or remove it", alias.name))),
+        false => Ok(()),
     }
-}
-
-pub(super) fn without_target(name: &AddressPattern) -> String {
-    format!("the alias {name} leads nowhere: name one mailbox or more, or take it out")
 }
 
 /// A line, and where its separators are; those in quotes do not count.
@@ -152,22 +146,19 @@ fn strip_comment(line: &str) -> &str {
 pub(super) fn name(text: &str) -> Result<AddressPattern, String> {
     let wrong = || {
         format!(
-            "{text:?} is no name of an alias: write an address such as \"info@example.org\", \"@example.org\" for a \
+            "{text:?} is not a valid alias name: write an address such as \"info@example.org\", \"@example.org\" for a \
              whole domain, or a name such as \"root\" for every domain"
         )
     };
     if let Some(name) = bare(text) {
         return Ok(AddressPattern::bare(name.local()));
     }
-    match Accept::parse(text) {
-        Ok(accept) => Ok(accept.into()),
-        Err(error) if text.starts_with('@') => Err(error),
-        Err(_) => Err(wrong()),
-    }
+    let accepted = ACCEPTED.parse(text).map_err(|error| if text.starts_with('@') { error } else { wrong() })?;
+    Ok(accepted.pattern)
 }
 
 /// One target of an alias.
-pub(super) fn target(text: &str, home: &Domain, source: SourceLine) -> Result<AliasTarget, RuleError> {
+pub(super) fn target(text: &str, home: &Domain, source: SourceLine) -> Result<AliasTarget, ConfigError> {
     // A program or a file may be quoted as a whole; in an address the domain follows the quotes.
     let inside = match text.strip_prefix('"') {
         None => text,
@@ -190,8 +181,8 @@ pub(super) fn target(text: &str, home: &Domain, source: SourceLine) -> Result<Al
     match mailbox {
         Some(mailbox) => Ok(AliasTarget { mailbox, direct, source }),
         None => Err(source.error(format!(
-            "{text:?} is no address: write one such as \"alice@example.org\", or a name such as \"alice\" for the one \
-             at {home}"
+            "{text:?} is not a valid address: write one such as \"alice@example.org\", or a name such as \"alice\" \
+             for the one at {home}"
         ))),
     }
 }
@@ -204,12 +195,11 @@ fn bare(text: &str) -> Option<Mailbox> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::ConfigError;
     use proptest::prelude::*;
 
     fn read(text: &[u8]) -> Result<Vec<Alias>, String> {
         let file: Arc<Path> = Path::new("aliases").into();
-        parse(&file, text, &Domain::parse("example.org").unwrap()).map_err(|error| ConfigError::from(error).to_string())
+        parse(&file, text, &Domain::parse("example.org").unwrap()).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -219,7 +209,7 @@ mod tests {
                 let target =
                     |target: &AliasTarget| format!("{}{}", if target.direct { "\\" } else { "" }, target.mailbox);
                 let targets: Vec<_> = alias.targets.iter().map(target).collect();
-                format!("{} {} = {}", alias.source.line, alias.name, targets.join(" "))
+                format!("{} {} = {}", alias.source.line.unwrap(), alias.name, targets.join(" "))
             };
             let got: Vec<_> = read(text.as_bytes()).unwrap().into_iter().map(shown).collect();
             assert_eq!(got, expected, "{text:?}");
@@ -248,9 +238,9 @@ mod tests {
     #[test]
     fn mistakes_are_named_with_their_line() {
         fn check(text: &[u8], place: &str, phrase: &str) {
-            let said = read(text).unwrap_err();
-            let right = said.starts_with(&format!("aliases:{place}: ")) && said.contains(phrase);
-            assert!(right, "{text:?}\nwanted: aliases:{place}: … {phrase}\n   got: {said}");
+            let error = read(text).unwrap_err();
+            let right = error.starts_with(&format!("aliases:{place}: ")) && error.contains(phrase);
+            assert!(right, "{text:?}\nwanted: aliases:{place}: … {phrase}\n   got: {error}");
         }
         check(b"a: b\nc", "2", "\"c\" has no colon");
         check(b"a, b: c", "1", "has no colon");
@@ -258,18 +248,18 @@ mod tests {
         check(b"a:\nb: c", "1", "the alias a leads nowhere");
         check(b"b: c\na: ,", "2", "the alias a leads nowhere");
         check(b"a: \"b", "1", "a quote is open");
-        check(b"a: b c", "1", "\"b c\" is no address");
-        check(b"a: b\n  c@", "2", "\"c@\" is no address");
-        check(b"a: b@[192.0.2.1]", "1", "is no address");
-        check(b"a: Alice <alice@example.org>", "1", "is no address");
+        check(b"a: b c", "1", "\"b c\" is not a valid address");
+        check(b"a: b\n  c@", "2", "\"c@\" is not a valid address");
+        check(b"a: b@[192.0.2.1]", "1", "is not a valid address");
+        check(b"a: Alice <alice@example.org>", "1", "is not a valid address");
         check(b"a: |/bin/cat", "1", "is a program");
-        check(b"a: \"|/bin/cat -n, x\"", "1", "is a program, and aliases lead to mailboxes here: take");
+        check(b"a: \"|/bin/cat -n, x\"", "1", "is a program, and aliases lead to mailboxes here: remove");
         check(b"a: b,\n /var/mail/b", "2", "\"/var/mail/b\" is a file");
         check(b"a: :include:/etc/list", "1", "is a list in another file");
-        check(b"a b: c", "1", "\"a b\" is no name of an alias");
-        check(b": c", "1", "\"\" is no name of an alias");
-        check(b"\"\": c", "1", "is no name of an alias");
-        check(b"a@[192.0.2.1]: c", "1", "is no name of an alias");
+        check(b"a b: c", "1", "\"a b\" is not a valid alias name");
+        check(b": c", "1", "\"\" is not a valid alias name");
+        check(b"\"\": c", "1", "is not a valid alias name");
+        check(b"a@[192.0.2.1]: c", "1", "is not a valid alias name");
         check(b"@localhost: c", "1", "has no dot");
         check(b"a: b\n\xe4: c", "2", "is not UTF-8");
     }

@@ -1,31 +1,27 @@
-//! A customer's file (RFC 2645 section 5.2): which providers it calls, and how its users submit mail.
+//! A customer's file (RFC 2645 section 5.2): which providers the customer calls, and how its users submit mail.
 
 use std::net::{IpAddr, SocketAddr};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use serde::Deserialize;
-use toml::Spanned;
-
-use super::limits::{RawLimits, RawTimeouts};
-use super::lists::{addresses, check_listeners, unique_domains};
-use super::mailboxes::{MailboxesConfig, RawMailboxes};
-use super::relay::RetryTimes;
-use super::remote::{OptionalRemoteTable, RemoteTable, secret};
-use super::schedule::ScheduleTable;
-use super::shape::{Many, OneOrMany, Shape, each};
-use super::source::{ConfigError, FileKind, Source};
+use super::limits::{limits, timeouts};
+use super::mailboxes::{MAILBOXES_KEYS, MailboxesConfig};
+use super::provider::check_listeners;
+use super::relay::retry_times;
+use super::remote::{optional_remote, remote, secret};
+use super::schedule::{self, SCHEDULE_KEYS};
+use super::source::{FileKind, Source};
+use super::table::{Table, Value, check_unique, values};
 use super::value::{
-    AccountName, Checked, DelayWarning, HostPort, Hostname, MAX_SIZE, Network, OctetCount, Pin, Secret, SystemName,
-    hostname,
+    ACCOUNT_NAME, DOMAIN, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, NETWORK, Network, PATH, SIZE,
+    SYSTEM_NAME, host_port,
 };
 use crate::mail::address::Domain;
 use crate::queue::retry::Retry;
+use crate::recipients::{ConfigError, SourceLine};
 use crate::schedule::Schedule;
-use crate::session::{Limits, RemoteSettings, Timeouts, TlsMode};
+use crate::session::{Limits, RemoteSettings, Timeouts};
 
-/// The configuration of the side that fetches its mail.
+/// The configuration of a customer.
 #[derive(Clone, Debug)]
 pub struct CustomerConfig {
     /// The name in its greeting and EHLO. ASCII, in the case of the file.
@@ -42,93 +38,93 @@ pub struct CustomerConfig {
 }
 
 impl CustomerConfig {
+    /// Reads a customer's file.
+    ///
+    /// # Errors
+    ///
+    /// The first mistake, or that a file cannot be read or is a provider's.
     pub fn load(path: &Path) -> Result<CustomerConfig, ConfigError> {
         CustomerConfig::of(&Source::read(path)?)
+    }
+
+    /// Reads a customer's file for a user who submits mail, but not the files with secrets, which that user may not be
+    /// able to read: those secrets are empty.
+    ///
+    /// # Errors
+    ///
+    /// As those of [`CustomerConfig::load`].
+    pub fn load_to_send(path: &Path) -> Result<CustomerConfig, ConfigError> {
+        CustomerConfig::of(&Source::read(path)?.without_secrets())
     }
 
     fn of(source: &Source) -> Result<CustomerConfig, ConfigError> {
         match source.kind()? {
             Some(FileKind::Customer) | None => CustomerConfig::build(source),
-            Some(FileKind::Provider) => Err(source.error(
-                None,
+            Some(FileKind::Provider) => Err(source.whole().error(
                 "is a provider's file (it has `spool` or `customers`), for `odmr serve`; a customer's has [provider]",
             )),
         }
     }
 
-    /// Reads a customer's file for a user who submits mail, but not the files with secrets, which that user may not be
-    /// able to read: those secrets are empty.
-    pub fn load_to_send(path: &Path) -> Result<CustomerConfig, ConfigError> {
-        let mut source = Source::read(path)?;
-        source.reads_secrets = false;
-        CustomerConfig::of(&source)
-    }
-
     pub(super) fn build(source: &Source) -> Result<CustomerConfig, ConfigError> {
-        let raw: RawCustomer = source.parse()?;
-        let hostname = hostname(source, raw.hostname)?;
-        let provider = raw.provider.ok_or_else(|| {
-            let text = "[provider] is missing: the table with `address`, `name` and `secret`";
-            source.error(None, text)
-        })?;
-        let providers = ProviderAccount::build_all(source, each(provider), &raw.schedule.0)?;
+        let mut file = Table::root(source, &CUSTOMER_FILE_KEYS)?;
+        let hostname = file.required("hostname", HOSTNAME, HOSTNAME_MISSING)?;
+        let tables = file
+            .take("provider")
+            .ok_or_else(|| file.line.error("[provider] is missing: the table with `address`, `name` and `secret`"))?;
+        let schedule = schedule::read(file.table_or_empty("schedule", &SCHEDULE_KEYS)?)?;
+        let providers = ProviderAccount::build_all(tables, &schedule)?;
         // A provider that is asked for all domains may have mail for any domain.
         let all = providers.iter().any(|provider| provider.domains.is_empty());
         let domains: Vec<_> = providers.iter().filter(|_| !all).flat_map(|provider| provider.domains.clone()).collect();
-        let mailboxes = raw.mailboxes.ok_or_else(|| {
-            let text = "[mailboxes] is missing: the table with `root` and `accept`, where mail goes and for whom \
-                        it is taken";
-            source.error(None, text)
+        let mailboxes = file.table("mailboxes", &MAILBOXES_KEYS)?.ok_or_else(|| {
+            let text = "[mailboxes] is missing: the table with `root` and `accept`, where mail goes and for whom it is \
+                        taken";
+            file.line.error(text)
         })?;
-        let mailboxes = MailboxesConfig::build(source, mailboxes, &domains)?;
+        let mailboxes = MailboxesConfig::build(mailboxes, &domains)?;
         let sends_to = providers.iter().find(|provider| provider.outgoing);
-        let outgoing = match (raw.outgoing, sends_to) {
-            (Some(raw), Some(provider)) => Some(OutgoingConfig::build(source, raw, provider, &mailboxes, &hostname)?),
-            (Some(raw), None) => {
-                let text = "[outgoing] has nobody to take its mail, as every provider says `outgoing = false`: take that \
-                            out of one, or this table";
-                return Err(source.error(raw.span(), text));
+        let outgoing = match (file.table("outgoing", &OUTGOING_KEYS)?, sends_to) {
+            (Some(table), Some(provider)) => Some(OutgoingConfig::build(table, provider, &mailboxes, &hostname)?),
+            (Some(table), None) => {
+                let text = "[outgoing] has no provider to send its mail to, as every provider has `outgoing = false`: \
+                            remove that from one, or this table";
+                return Err(table.line.error(text));
             }
             (None, _) => None,
         };
-        let owner = match (raw.user, raw.group) {
+        let owner = match (file.located("user", SYSTEM_NAME)?, file.located("group", SYSTEM_NAME)?) {
             (None, None) => None,
             (None, Some(group)) => {
-                let text = "`group` means nothing without `user`: say user = \"…\" too, or take it out";
-                return Err(source.error(group.span(), text));
+                let text = "`group` has no effect without `user`: write user = \"…\" too, or remove it";
+                return Err(group.source.error(text));
             }
             (Some(user), group) => {
-                let place = source.error(user.span(), "");
-                let group = group.map(|group| group.into_inner().0.0);
-                Some(MailOwner { user: user.into_inner().0.0, group, place })
+                Some(MailOwner { user: user.value, group: group.map(|group| group.value), line: user.source })
             }
         };
-        Ok(CustomerConfig {
-            hostname,
-            owner,
-            providers,
-            mailboxes,
-            outgoing,
-            limits: raw.limits,
-            timeouts: raw.timeouts,
-        })
+        let (limits, timeouts) = (limits(&mut file)?, timeouts(&mut file)?);
+        Ok(CustomerConfig { hostname, owner, providers, mailboxes, outgoing, limits, timeouts })
     }
 }
 
-/// `user` and `group`: who owns the mail.
+const CUSTOMER_FILE_KEYS: [&str; 9] =
+    ["hostname", "user", "group", "provider", "mailboxes", "outgoing", "schedule", "limits", "timeouts"];
+
+/// `user` and `group`: the owner of the mail.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MailOwner {
     pub user: String,
     /// The group of the files. Default: the primary group of the user.
     pub group: Option<String>,
-    /// The error if there is no such user, without its text.
-    place: ConfigError,
+    /// The line of `user`.
+    line: SourceLine,
 }
 
 impl MailOwner {
-    /// The error about the user or the group.
+    /// The error about the user or the group, on the line of `user`.
     pub fn error(&self, text: String) -> ConfigError {
-        ConfigError { text, ..self.place.clone() }
+        self.line.error(text)
     }
 }
 
@@ -143,46 +139,43 @@ pub struct ProviderAccount {
     pub outgoing: bool,
     /// Its own schedule, or that of `[schedule]`.
     pub schedule: Schedule,
-    /// The error if its certificates cannot be used, without its text.
-    place: ConfigError,
+    /// The line of `ca`, or else of the table.
+    ca_line: SourceLine,
 }
 
 impl ProviderAccount {
-    /// The error about the certificates that are trusted.
+    /// The error about the certificates that are trusted, on the line of `ca` or of the table.
     pub fn error(&self, text: &str) -> ConfigError {
-        let way_out = match &self.remote.ca {
+        let remedy = match &self.remote.ca {
             Some(_) => "put the certificates there, or name others in `ca`",
-            None => "name the certificates to believe in `ca`, or the one in `pin`",
+            None => "name the certificates to trust in `ca`, or the one in `pin`",
         };
-        ConfigError { text: format!("{text}: {way_out}"), ..self.place.clone() }
+        self.ca_line.error(format!("{text}: {remedy}"))
     }
 
     /// All providers of a file; `schedule`: the schedule of those without their own.
-    fn build_all(
-        source: &Source, tables: Vec<Spanned<RawProviderAccount>>, schedule: &Schedule,
-    ) -> Result<Vec<ProviderAccount>, ConfigError> {
-        let mut providers: Vec<ProviderAccount> = Vec::with_capacity(tables.len());
+    fn build_all(tables: Value<'_>, schedule: &Schedule) -> Result<Vec<ProviderAccount>, ConfigError> {
+        let mut providers: Vec<ProviderAccount> = Vec::new();
         let mut outgoing = None;
-        for raw in tables {
-            let (table, raw) = (raw.span(), raw.into_inner());
-            let flag = raw.outgoing.as_ref().map(|flag| (*flag.get_ref(), flag.span()));
-            let provider = ProviderAccount::build(source, table.clone(), raw, schedule)?;
+        for table in tables.one_or_many() {
+            let mut table = table.table(&PROVIDER_KEYS, "a table [provider], or several [[provider]]")?;
+            let flag = table.located("outgoing", Flag)?;
+            let line = table.line.clone();
+            let provider = ProviderAccount::build(table, flag.as_ref().is_none_or(|flag| flag.value), schedule)?;
             let remote = &provider.remote;
-            let same =
-                |other: &RemoteSettings| (&other.address, other.login_name()) == (&remote.address, remote.login_name());
+            let login = remote.login_name();
+            let same = |other: &RemoteSettings| (&other.address, other.login_name()) == (&remote.address, login);
             if providers.iter().any(|other| same(&other.remote)) {
-                let text = format!(
-                    "{} stands here a second time as {}: one table a provider and account, with all `domains`",
-                    remote.address,
-                    remote.login_name()
-                );
-                return Err(source.error(table, text));
+                return Err(line.error(format!(
+                    "{} is here a second time as {login}: one table for each provider and account, with all `domains`",
+                    remote.address
+                )));
             }
-            if let Some((true, span)) = flag
+            if let Some(flag) = flag.filter(|flag| flag.value)
                 && outgoing.replace(providers.len()).is_some()
             {
-                let text = "another provider takes the outgoing mail already: say `outgoing = true` in one table only";
-                return Err(source.error(span, text));
+                let text = "another provider gets the outgoing mail already: write `outgoing = true` in one table only";
+                return Err(flag.source.error(text));
             }
             providers.push(provider);
         }
@@ -193,27 +186,29 @@ impl ProviderAccount {
         Ok(providers)
     }
 
-    fn build(
-        source: &Source, table: Range<usize>, raw: RawProviderAccount, schedule: &Schedule,
-    ) -> Result<ProviderAccount, ConfigError> {
-        let missing = |text: &str| source.error(table.clone(), format!("[provider] needs {text}"));
-        let address = raw.address.ok_or_else(|| {
-            missing("`address`, the provider's host and port, such as address = \"relay.example.net:366\"")
-        })?;
-        let name = raw.name.ok_or_else(|| missing("`name`, the login name the provider gave you"))?;
-        let place = source.error(raw.ca.as_ref().map_or_else(|| table.clone(), Spanned::span), "");
-        let remote = RemoteTable { tls_key: "tls", address: address.0, tls: raw.tls, ca: raw.ca, pin: raw.pin };
-        let remote = remote.build(source)?;
-        let secret = secret(source, raw.secret, raw.secret_file, Some(table))?;
-        Ok(ProviderAccount {
-            remote: RemoteSettings { credentials: Some((name.0.0, secret)), ..remote },
-            place,
-            domains: unique_domains(source, raw.domains)?,
-            outgoing: raw.outgoing.is_none_or(Spanned::into_inner),
-            schedule: raw.schedule.map_or_else(|| schedule.clone(), |table| table.0),
-        })
+    fn build(mut table: Table<'_>, outgoing: bool, schedule: &Schedule) -> Result<ProviderAccount, ConfigError> {
+        let missing = "[provider] needs `address`, the provider's host and port, such as \
+                       address = \"relay.example.net:366\"";
+        let address = table.required("address", host_port::<366>(), missing)?;
+        let missing = "[provider] needs `name`, the login name that the provider gave you";
+        let name = table.required("name", ACCOUNT_NAME, missing)?;
+        let ca_line = table.line_of("ca");
+        let remote = remote(&mut table, address, "tls")?;
+        let table_line = table.line.clone();
+        let secret = secret(&mut table, &table_line)?;
+        let domains = table.list("domains", DOMAIN)?.unwrap_or_default();
+        check_unique(&domains)?;
+        let schedule = match table.table("schedule", &SCHEDULE_KEYS)? {
+            Some(own) => schedule::read(own)?,
+            None => schedule.clone(),
+        };
+        let remote = RemoteSettings { credentials: Some((name, secret)), ..remote };
+        Ok(ProviderAccount { remote, domains: values(domains), outgoing, schedule, ca_line })
     }
 }
+
+const PROVIDER_KEYS: [&str; 10] =
+    ["address", "tls", "ca", "pin", "name", "secret", "secret-file", "domains", "outgoing", "schedule"];
 
 /// `[outgoing]`: how a customer accepts mail from its own users and machines, and sends it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -242,109 +237,35 @@ impl OutgoingConfig {
     }
 
     fn build(
-        source: &Source, raw: Spanned<RawOutgoing>, provider: &ProviderAccount, mailboxes: &MailboxesConfig,
-        hostname: &str,
+        mut table: Table<'_>, provider: &ProviderAccount, mailboxes: &MailboxesConfig, hostname: &str,
     ) -> Result<OutgoingConfig, ConfigError> {
-        let table = raw.span();
-        let missing = |text: &str| source.error(table.clone(), format!("[outgoing] needs {text}"));
-        let raw = raw.into_inner();
-        let queue = raw.queue.ok_or_else(|| {
-            missing("`queue`, the directory for the mail that waits, such as queue = \"/var/spool/odmr-out\"")
-        })?;
-        check_listeners(source, [Some(raw.listen.as_slice())])?;
-        for listen in &raw.listen {
-            if let Some(hop) = mailboxes.rules.next_hops().find(|hop| hop.is_at(&listen.get_ref().0, hostname)) {
-                let text =
-                    format!("{hop} is where `deliver` hands mail over, so it would go in circles: choose another");
-                return Err(source.error(listen.span(), text));
+        let missing = "[outgoing] needs `queue`, the directory for the mail that waits, such as \
+                       queue = \"/var/spool/odmr-out\"";
+        let queue = table.required("queue", PATH, missing)?;
+        let listen = table.list("listen", LISTENER)?.unwrap_or_default();
+        check_listeners(&listen)?;
+        for listener in &listen {
+            if let Some(hop) = mailboxes.rules.next_hops().find(|hop| hop.is_at(&listener.value, hostname)) {
+                return Err(listener.source.error(format!(
+                    "{hop} is where `deliver` sends mail to, so it would go in circles: choose another"
+                )));
             }
         }
-        let domain = raw.domain.map(|domain| domain.0);
-        let domain = domain.or_else(|| mailboxes.rules.domains().first().cloned());
-        let domain = domain.ok_or_else(|| missing("`domain`, for bare names, such as domain = \"example.org\""))?;
-        let submission = OptionalRemoteTable {
-            key: "submission",
-            tls_key: "submission-tls",
-            address: raw.submission,
-            tls: raw.submission_tls,
-            ca: raw.ca,
-            pin: raw.pin,
-            name: raw.name,
-            secret: raw.secret,
-            secret_file: raw.secret_file,
-        };
-        let retry = RetryTimes { give_up: raw.give_up, delay_notice: raw.delay_notice, ..RetryTimes::default() };
+        let login = provider.remote.credentials.clone();
         Ok(OutgoingConfig {
-            queue: source.absolute(&queue.0),
-            listen: addresses(Some(raw.listen), 0),
-            networks: raw.networks.into_iter().map(|network| network.0).collect(),
-            domain,
-            submission: submission.build(source, provider.remote.credentials.clone())?,
-            retry: retry.build(source)?,
-            max_size: raw.max_size.map_or(MAX_SIZE, |size| size.0.0),
+            queue: table.file.absolute(&queue),
+            listen: values(listen),
+            networks: values(table.list("networks", NETWORK)?.unwrap_or_default()),
+            domain: table.or("domain", DOMAIN, mailboxes.rules.home().clone())?,
+            submission: optional_remote(&mut table, "submission", "submission-tls", login)?,
+            retry: retry_times(&mut table)?,
+            max_size: table.or("max-size", SIZE, MAX_SIZE)?,
         })
     }
 }
 
-// The file as it is written. Mandatory keys are optional here, so that the error can say what they are for.
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawCustomer {
-    hostname: Option<Checked<Hostname>>,
-    user: Option<Spanned<Checked<SystemName>>>,
-    group: Option<Spanned<Checked<SystemName>>>,
-    provider: Option<Spanned<OneOrMany<Vec<Spanned<RawProviderAccount>>>>>,
-    mailboxes: Option<Spanned<RawMailboxes>>,
-    outgoing: Option<Spanned<RawOutgoing>>,
-    #[serde(default)]
-    schedule: ScheduleTable,
-    #[serde(default, with = "RawLimits")]
-    limits: Limits,
-    #[serde(default, with = "RawTimeouts")]
-    timeouts: Timeouts,
-}
-
-impl Many for Vec<Spanned<RawProviderAccount>> {
-    type One = RawProviderAccount;
-    const EXPECTED: &'static str = "a table [provider], or several [[provider]]";
-    const ONE: Shape = Shape::Table;
-    const MANY: Shape = Shape::List;
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawProviderAccount {
-    address: Option<Checked<HostPort<366>>>,
-    tls: Option<Spanned<Checked<TlsMode>>>,
-    ca: Option<Spanned<Checked<PathBuf>>>,
-    pin: Option<Spanned<Checked<Pin>>>,
-    name: Option<Checked<AccountName>>,
-    secret: Option<Spanned<Checked<Secret>>>,
-    secret_file: Option<Spanned<Checked<PathBuf>>>,
-    #[serde(default)]
-    domains: Vec<Spanned<Checked<Domain>>>,
-    outgoing: Option<Spanned<bool>>,
-    schedule: Option<ScheduleTable>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawOutgoing {
-    queue: Option<Checked<PathBuf>>,
-    #[serde(default)]
-    listen: Vec<Spanned<Checked<SocketAddr>>>,
-    #[serde(default)]
-    networks: Vec<Checked<Network>>,
-    domain: Option<Checked<Domain>>,
-    submission: Option<Checked<HostPort<587>>>,
-    submission_tls: Option<Spanned<Checked<TlsMode>>>,
-    ca: Option<Spanned<Checked<PathBuf>>>,
-    pin: Option<Spanned<Checked<Pin>>>,
-    name: Option<Spanned<Checked<AccountName>>>,
-    secret: Option<Spanned<Checked<Secret>>>,
-    secret_file: Option<Spanned<Checked<PathBuf>>>,
-    give_up: Option<Checked<Duration>>,
-    delay_notice: Option<Checked<DelayWarning>>,
-    max_size: Option<Checked<OctetCount>>,
-}
+#[rustfmt::skip]
+const OUTGOING_KEYS: [&str; 14] = [
+    "queue", "listen", "networks", "domain", "submission", "submission-tls", "ca", "pin", "name", "secret",
+    "secret-file", "give-up", "delay-notice", "max-size",
+];

@@ -3,73 +3,59 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
-
-use super::value::{at_least, atrn, between, duration};
+use super::table::Table;
+use super::value::DURATION;
+use crate::recipients::ConfigError;
 use crate::session::{Limits, Timeouts};
+use crate::smtp::limits::SHORTEST_ATRN_TIMEOUT;
 
-#[derive(Deserialize)]
-#[serde(
-    remote = "Limits",
-    default = "Limits::default",
-    deny_unknown_fields,
-    expecting = "a table",
-    rename_all = "kebab-case"
-)]
-pub(super) struct RawLimits {
-    #[serde(deserialize_with = "at_least::<1, _>")]
-    connections: usize,
-    #[serde(deserialize_with = "at_least::<1, _>")]
-    connections_per_address: usize,
-    #[serde(deserialize_with = "between::<100, 1000, _>")]
-    recipients: usize,
-    #[serde(deserialize_with = "at_least::<1, _>")]
-    errors: usize,
-    #[serde(deserialize_with = "at_least::<3, _>")]
-    auth_failures: usize,
-    #[serde(deserialize_with = "at_least::<1, _>")]
-    turned_sessions: usize,
-    #[serde(deserialize_with = "at_least::<0, _>")]
-    messages_per_turn: usize,
-    #[serde(deserialize_with = "at_least::<1, _>")]
-    received_hops: usize,
+/// The table `[limits]` of a file.
+pub(super) fn limits(file: &mut Table<'_>) -> Result<Limits, ConfigError> {
+    let mut limits = Limits::default();
+    let values: [(_, _, &mut usize); 8] = [
+        ("connections", 1..=u32::MAX, &mut limits.connections),
+        ("connections-per-address", 1..=u32::MAX, &mut limits.connections_per_address),
+        ("recipients", 100..=1000, &mut limits.recipients),
+        ("errors", 1..=u32::MAX, &mut limits.errors),
+        ("auth-failures", 3..=u32::MAX, &mut limits.auth_failures),
+        ("turned-sessions", 1..=u32::MAX, &mut limits.turned_sessions),
+        ("messages-per-turn", 0..=u32::MAX, &mut limits.messages_per_turn),
+        ("received-hops", 1..=u32::MAX, &mut limits.received_hops),
+    ];
+    let mut table = file.table_or_empty("limits", &values.each_ref().map(|(key, ..)| *key))?;
+    for (key, bounds, limit) in values {
+        *limit = table.or(key, bounds, *limit)?;
+    }
+    Ok(limits)
 }
 
-#[derive(Deserialize)]
-#[serde(
-    remote = "Timeouts",
-    default = "Timeouts::default",
-    deny_unknown_fields,
-    expecting = "a table",
-    rename_all = "kebab-case"
-)]
-pub(super) struct RawTimeouts {
-    #[serde(deserialize_with = "duration")]
-    connect: Duration,
-    #[serde(deserialize_with = "duration")]
-    greeting: Duration,
-    #[serde(deserialize_with = "duration")]
-    mail: Duration,
-    #[serde(deserialize_with = "duration")]
-    recipient: Duration,
-    #[serde(deserialize_with = "duration")]
-    data: Duration,
-    #[serde(deserialize_with = "duration")]
-    block: Duration,
-    #[serde(deserialize_with = "duration")]
-    end: Duration,
-    #[serde(deserialize_with = "duration")]
-    command: Duration,
-    #[serde(deserialize_with = "atrn")]
-    atrn: Duration,
-    #[serde(deserialize_with = "duration")]
-    handshake: Duration,
-    #[serde(deserialize_with = "duration")]
-    session: Duration,
-    #[serde(deserialize_with = "duration")]
-    turn: Duration,
-    #[serde(deserialize_with = "duration")]
-    takeover: Duration,
-    #[serde(deserialize_with = "duration")]
-    shutdown: Duration,
+/// The table `[timeouts]` of a file.
+pub(super) fn timeouts(file: &mut Table<'_>) -> Result<Timeouts, ConfigError> {
+    let mut timeouts = Timeouts::default();
+    let values: [(_, &mut Duration); 14] = [
+        ("connect", &mut timeouts.connect),
+        ("greeting", &mut timeouts.greeting),
+        ("mail", &mut timeouts.mail),
+        ("recipient", &mut timeouts.recipient),
+        ("data", &mut timeouts.data),
+        ("block", &mut timeouts.block),
+        ("end", &mut timeouts.end),
+        ("command", &mut timeouts.command),
+        ("atrn", &mut timeouts.atrn),
+        ("handshake", &mut timeouts.handshake),
+        ("session", &mut timeouts.session),
+        ("turn", &mut timeouts.turn),
+        ("takeover", &mut timeouts.takeover),
+        ("shutdown", &mut timeouts.shutdown),
+    ];
+    let mut table = file.table_or_empty("timeouts", &values.each_ref().map(|(key, _)| *key))?;
+    let atrn = table.line_of("atrn");
+    for (key, timeout) in values {
+        *timeout = table.or(key, DURATION, *timeout)?;
+    }
+    if timeouts.atrn < SHORTEST_ATRN_TIMEOUT {
+        let text = "RFC 2645 section 5.2.1 lets the provider take ten minutes for ATRN: write \"10m\" or more";
+        return Err(atrn.error(text));
+    }
+    Ok(timeouts)
 }

@@ -5,26 +5,21 @@
 //! [`ConfigError`]: one line of text with the file, the line number, what is allowed, and what to change. A relative
 //! path is relative to the directory of the file that names it.
 //!
-//! Each table is read in a file of its own; this file has what they share. Settings of other modules are defined there,
-//! such as [`crate::session::settings`]. Certificates, keys and directories are only named here: the modules that use
-//! them report what is wrong with them.
+//! `source` reads the files, `table` gives out their values by key, and `value` has the kinds of values. Each table is
+//! read in a file of its own. Settings of other modules are defined there, such as [`crate::session::settings`].
+//! Certificates, keys and directories are only named here: the modules that use them report what is wrong with them.
 
 mod aliases;
 mod customer;
 mod limits;
-mod lists;
 mod mailboxes;
-#[cfg(test)]
-mod mailboxes_tests;
 mod provider;
 mod relay;
 mod remote;
 mod schedule;
-mod shape;
 mod source;
+mod table;
 mod value;
-#[cfg(test)]
-mod value_tests;
 
 use std::path::Path;
 
@@ -34,12 +29,12 @@ pub use self::provider::{Account, Accounts, InboundConfig, OdmrConfig, ProviderC
 pub use self::relay::{RelayConfig, TlsPolicy};
 #[cfg(test)]
 pub(crate) use self::schedule::parse as parse_schedule;
-pub use self::source::ConfigError;
 pub use self::value::Network;
+pub use crate::recipients::ConfigError;
 
 use self::source::{FileKind, Source};
 
-/// The configuration of either side.
+/// The configuration of a provider or a customer.
 #[derive(Clone, Debug)]
 pub enum Config {
     Provider(Box<ProviderConfig>),
@@ -47,7 +42,7 @@ pub enum Config {
 }
 
 impl Config {
-    /// Reads a file of either kind.
+    /// Reads the file of a provider or a customer, whichever it is.
     ///
     /// # Errors
     ///
@@ -57,10 +52,9 @@ impl Config {
         match source.kind()? {
             Some(FileKind::Provider) => Ok(Config::Provider(Box::new(ProviderConfig::build(&source)?))),
             Some(FileKind::Customer) => Ok(Config::Customer(Box::new(CustomerConfig::build(&source)?))),
-            None => Err(source.error(
-                None,
-                "says neither what a provider needs (`spool` and `customers`) nor what a customer needs \
-                 (a table [provider]): add one of the two",
+            None => Err(source.whole().error(
+                "has neither what a provider needs (`spool` and `customers`) nor what a customer needs (a table \
+                 [provider]): add one of the two",
             )),
         }
     }

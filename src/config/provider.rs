@@ -1,27 +1,25 @@
-//! A provider's file, and the directory with a file for each customer (RFC 2645 section 5.1): the domains and the rights
-//! of the customer. A domain has one owner. Looking up a customer by name or by domain takes the same time for any number
-//! of customers.
+//! A provider's file, and the directory with a file for each customer (RFC 2645 section 5.1): the login name, the secret,
+//! the domains and the rights of that customer. A domain belongs to one customer.
 
 use std::collections::{HashMap, hash_map};
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-use toml::Spanned;
-
-use super::limits::{RawLimits, RawTimeouts};
-use super::lists::{addresses, check_listeners, duplicate};
-use super::relay::{RawRelay, RelayConfig};
+use super::limits::{limits, timeouts};
+use super::relay::RelayConfig;
 use super::remote::secret;
-use super::source::{ConfigError, FileKind, Source, check_private};
-use super::value::{AccountName, Checked, Hostname, MAX_SIZE, OctetCount, Parse, Secret, at_least, hostname};
+use super::source::{FileKind, Source, check_private};
+use super::table::{Table, check_unique, values};
+use super::value::{ACCOUNT_NAME, DOMAIN, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, PATH, SIZE};
 use crate::mail::address::Domain;
+use crate::recipients::{ConfigError, Located};
 use crate::sasl::Unavailable;
 use crate::session::{Limits, Timeouts};
 
-/// The configuration of the side that holds the mail.
+/// The configuration of a provider.
 #[derive(Clone, Debug)]
 pub struct ProviderConfig {
     /// The name in its greeting. ASCII, in the case of the file.
@@ -38,58 +36,69 @@ pub struct ProviderConfig {
 }
 
 impl ProviderConfig {
+    /// Reads a provider's file, and the files of its customers.
+    ///
+    /// # Errors
+    ///
+    /// The first mistake, or that a file cannot be read or is a customer's.
     pub fn load(path: &Path) -> Result<ProviderConfig, ConfigError> {
         let source = Source::read(path)?;
         match source.kind()? {
             Some(FileKind::Provider) | None => ProviderConfig::build(&source),
-            Some(FileKind::Customer) => Err(source.error(
-                None,
-                "is a customer's file (it has [provider]), for `odmr pull`; a provider's has `spool` and \
-                 `customers`",
+            Some(FileKind::Customer) => Err(source.whole().error(
+                "is a customer's file (it has [provider]), for `odmr pull`; a provider's has `spool` and `customers`",
             )),
         }
     }
 
     pub(super) fn build(source: &Source) -> Result<ProviderConfig, ConfigError> {
-        let raw: RawProvider = source.parse()?;
-        let hostname = hostname(source, raw.hostname)?;
-        let spool = raw.spool.ok_or_else(|| {
-            source.error(
-                None,
-                "`spool` is missing: the directory for the mail that waits, such as spool = \"/var/spool/odmr\"",
-            )
+        let mut file = Table::root(source, &PROVIDER_FILE_KEYS)?;
+        let hostname = file.required("hostname", HOSTNAME, HOSTNAME_MISSING)?;
+        let missing = "`spool` is missing: the directory for the mail that waits, such as spool = \"/var/spool/odmr\"";
+        let spool = file.required("spool", PATH, missing)?;
+        let customers = file.located("customers", PATH)?.ok_or_else(|| {
+            let text = "`customers` is missing: the directory with one file for each customer, such as customers = \
+                 \"customers.d\"";
+            file.line.error(text)
         })?;
-        let customers = raw.customers.ok_or_else(|| {
-            source.error(
-                None,
-                "`customers` is missing: the folder with one file a customer, such as \
-                 customers = \"customers.d\"",
-            )
-        })?;
-        let tls = raw.tls.map(|tls| TlsFiles::build(source, tls)).transpose()?;
-        let odmr = raw.odmr.as_ref().map(Spanned::as_ref);
-        let lists = [
-            raw.inbound.listen.as_deref(),
-            odmr.and_then(|odmr| odmr.listen.as_deref()),
-            odmr.map(|odmr| odmr.listen_tls.as_slice()),
-        ];
-        check_listeners(source, lists)?;
-        let odmr = OdmrConfig::build(source, raw.odmr, tls.is_some())?;
+        let tls = file.table("tls", &["certificate", "key"])?.map(TlsFiles::build).transpose()?;
+        let mut inbound = file.table_or_empty("inbound", &["listen", "max-size"])?;
+        let inbound_listen = inbound.list("listen", LISTENER)?;
+        let mut odmr = file.table_or_empty("odmr", &["listen", "listen-tls", "require-tls", "cram-md5"])?;
+        let odmr_listen = odmr.list("listen", LISTENER)?;
+        let listen_tls = odmr.list("listen-tls", LISTENER)?.unwrap_or_default();
+        check_listeners(inbound_listen.iter().chain(&odmr_listen).flatten().chain(&listen_tls))?;
+        let has_tls = tls.is_some();
         Ok(ProviderConfig {
             hostname,
-            spool: source.absolute(&spool.0),
+            spool: source.absolute(&spool),
             accounts: Accounts::build(source, &customers)?,
             tls,
             inbound: InboundConfig {
-                listen: addresses(raw.inbound.listen, 25),
-                max_size: raw.inbound.max_size.map_or(MAX_SIZE, |size| size.0.0),
+                listen: addresses(inbound_listen, 25),
+                max_size: inbound.or("max-size", SIZE, MAX_SIZE)?,
             },
-            odmr,
-            relay: RelayConfig::build(source, raw.relay)?,
-            limits: raw.limits,
-            timeouts: raw.timeouts,
+            odmr: OdmrConfig::build(odmr, addresses(odmr_listen, 366), listen_tls, has_tls)?,
+            relay: RelayConfig::build(&mut file)?,
+            limits: limits(&mut file)?,
+            timeouts: timeouts(&mut file)?,
         })
     }
+}
+
+const PROVIDER_FILE_KEYS: [&str; 9] =
+    ["hostname", "spool", "customers", "tls", "inbound", "odmr", "relay", "limits", "timeouts"];
+
+/// The addresses of a list; without a list: the default port on all addresses.
+fn addresses(list: Option<Vec<Located<SocketAddr>>>, port: u16) -> Vec<SocketAddr> {
+    list.map_or_else(|| vec![SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))], values)
+}
+
+/// Rejects an address that comes twice: only one listener can have it. Port 0 is a different port each time.
+pub(super) fn check_listeners<'a>(
+    listeners: impl IntoIterator<Item = &'a Located<SocketAddr>>,
+) -> Result<(), ConfigError> {
+    check_unique(listeners.into_iter().filter(|entry| entry.value.port() != 0))
 }
 
 /// `[tls]`: the certificate of a server, and its key. Both in PEM; absolute paths.
@@ -100,21 +109,16 @@ pub struct TlsFiles {
 }
 
 impl TlsFiles {
-    fn build(source: &Source, raw: Spanned<RawTls>) -> Result<TlsFiles, ConfigError> {
-        let table = raw.span();
-        let missing = |key: &str| {
-            let text = format!("[tls] needs `certificate` and `key`, two files in PEM: `{key}` is missing");
-            source.error(table.clone(), text)
-        };
-        let raw = raw.into_inner();
-        let certificate = raw.certificate.ok_or_else(|| missing("certificate"))?;
-        let key = raw.key.ok_or_else(|| missing("key"))?;
-        let path = source.absolute(&key.as_ref().0);
+    fn build(mut table: Table<'_>) -> Result<TlsFiles, ConfigError> {
+        let missing = |key: &str| format!("[tls] needs `certificate` and `key`, two files in PEM: `{key}` is missing");
+        let certificate = table.required("certificate", PATH, &missing("certificate"))?;
+        let line = table.line_of("key");
+        let key = table.file.absolute(&table.required("key", PATH, &missing("key"))?);
         // If the key cannot be read at all, the TLS module reports it.
-        if let Ok(metadata) = std::fs::metadata(&path) {
-            check_private(&metadata, &path).map_err(|text| source.error(key.span(), text))?;
+        if let Ok(metadata) = std::fs::metadata(&key) {
+            check_private(metadata.permissions().mode(), &key).map_err(|text| line.error(text))?;
         }
-        Ok(TlsFiles { certificate: source.absolute(&certificate.0), key: path })
+        Ok(TlsFiles { certificate: table.file.absolute(&certificate), key })
     }
 }
 
@@ -142,39 +146,34 @@ pub struct OdmrConfig {
 }
 
 impl OdmrConfig {
-    fn build(source: &Source, raw: Option<Spanned<RawOdmr>>, tls: bool) -> Result<OdmrConfig, ConfigError> {
-        let table = raw.as_ref().map(Spanned::span);
-        let raw = raw.map(Spanned::into_inner).unwrap_or_default();
-        let add = "add [tls] with `certificate` and `key`";
-        if let Some(first) = raw.listen_tls.first().filter(|_| !tls) {
-            let text = format!("`listen-tls` needs a certificate: {add}, or leave `listen-tls` empty");
-            return Err(source.error(first.span(), text));
-        }
-        let place = raw.require_tls.as_ref().map(Spanned::span).or(table);
-        let require_tls = raw.require_tls.is_none_or(Spanned::into_inner);
-        if require_tls && !tls {
-            let text = format!(
-                "`require-tls` is true, which it is by default, and there is no [tls]: {add}, or say \
-                 require-tls = false"
-            );
-            return Err(source.error(place, text));
-        }
-        let place = raw.cram_md5.as_ref().map(Spanned::span);
-        let cram_md5 = raw.cram_md5.is_none_or(Spanned::into_inner);
-        if !cram_md5 && !tls {
+    /// The rest of the table, without its lists; `tls`: whether there is a certificate.
+    fn build(
+        mut table: Table<'_>, listen: Vec<SocketAddr>, listen_tls: Vec<Located<SocketAddr>>, tls: bool,
+    ) -> Result<OdmrConfig, ConfigError> {
+        let (require_line, cram_line) = (table.line_of("require-tls"), table.line_of("cram-md5"));
+        let require_tls = table.or("require-tls", Flag, true)?;
+        let cram_md5 = table.or("cram-md5", Flag, true)?;
+        if !tls {
+            let add = "add [tls] with `certificate` and `key`";
+            if let Some(first) = listen_tls.first() {
+                let text = format!("`listen-tls` needs a certificate: {add}, or leave `listen-tls` empty");
+                return Err(first.source.error(text));
+            }
+            if require_tls {
+                return Err(require_line.error(format!(
+                    "`require-tls` is true, which it is by default, and there is no [tls]: {add}, or write \
+                     require-tls = false"
+                )));
+            }
             // RFC 2645 section 5.1.1: the reply to EHLO must offer AUTH, so there must be a mechanism.
-            let text = format!(
-                "without CRAM-MD5 customers authenticate with PLAIN, and that under TLS only: {add}, or say \
-                 cram-md5 = true"
-            );
-            return Err(source.error(place, text));
+            if !cram_md5 {
+                return Err(cram_line.error(format!(
+                    "without CRAM-MD5 customers authenticate with PLAIN, and that under TLS only: {add}, or write \
+                     cram-md5 = true"
+                )));
+            }
         }
-        Ok(OdmrConfig {
-            listen: addresses(raw.listen, 366),
-            listen_tls: addresses(Some(raw.listen_tls), 366),
-            require_tls,
-            cram_md5,
-        })
+        Ok(OdmrConfig { listen, listen_tls: values(listen_tls), require_tls, cram_md5 })
     }
 }
 
@@ -202,14 +201,14 @@ impl Accounts {
         self.accounts.iter()
     }
 
-    fn build(source: &Source, directory: &Spanned<Checked<PathBuf>>) -> Result<Accounts, ConfigError> {
-        let path = source.directory().join(&directory.as_ref().0);
+    fn build(source: &Source, directory: &Located<PathBuf>) -> Result<Accounts, ConfigError> {
+        let path = source.relative(&directory.value);
         let files = customer_files(&path).map_err(|error| {
+            let path = path.display();
             let text = format!(
-                "the folder {} cannot be read: {error}; it holds one file a customer, and may be empty",
-                path.display()
+                "the directory {path} cannot be read: {error}; it has one file for each customer, and may be empty"
             );
-            source.error(directory.span(), text)
+            directory.source.error(text)
         })?;
         let mut accounts = Accounts::default();
         for file in files {
@@ -219,57 +218,56 @@ impl Accounts {
     }
 
     fn add(&mut self, source: &Source) -> Result<(), ConfigError> {
-        let raw: RawAccount = source.parse()?;
+        let keys = ["domains", "secret", "secret-file", "relay", "any-sender", "max-size", "rate"];
+        let mut table = Table::root(source, &keys)?;
         let name = source.file.file_stem().and_then(|name| name.to_str());
         let name = name.ok_or_else(|| "the login name is not UTF-8: rename the file".to_owned());
-        let name = name.and_then(AccountName::parse).map_err(|text| {
-            let text = format!("{text}; here it is the file's name without .toml");
-            source.error(None, text)
-        })?;
-        let index = self.accounts.len();
-        let place = raw.domains.as_ref().map(Spanned::span);
+        let name = name
+            .and_then(|name| ACCOUNT_NAME.parse(name))
+            .map_err(|text| source.whole().error(format!("{text}; here it is the file's name without .toml")))?;
+        let list = table.line_of("domains");
         let mut domains = Vec::new();
-        for entry in raw.domains.map(Spanned::into_inner).unwrap_or_default() {
-            let span = entry.span();
-            let domain = entry.into_inner().0;
+        for Located { value: domain, source: line } in table.list("domains", DOMAIN)?.unwrap_or_default() {
             match self.by_domain.entry(domain.clone()) {
-                hash_map::Entry::Vacant(place) => place.insert(index),
-                hash_map::Entry::Occupied(place) => {
-                    let text = match self.accounts.get(*place.get()) {
+                hash_map::Entry::Vacant(owner) => owner.insert(self.accounts.len()),
+                hash_map::Entry::Occupied(owner) => {
+                    return Err(match self.accounts.get(*owner.get()) {
                         Some(other) => {
                             let other = source.file.with_file_name(format!("{}.toml", other.name));
                             let other = other.display();
-                            format!("{domain} stands in {other} too: a domain has one owner, take one of them out")
+                            line.error(format!(
+                                "{domain} is in {other} too: a domain has one owner, remove one of them"
+                            ))
                         }
-                        None => duplicate(&domain),
-                    };
-                    return Err(source.error(span, text));
+                        None => line.duplicate(domain),
+                    });
                 }
             };
             domains.push(domain);
         }
         if domains.is_empty() {
-            let text = "`domains` is missing or empty: name the customer's domains, such as \
-                        domains = [\"example.org\"]";
-            return Err(source.error(place, text));
+            return Err(list.error(
+                "`domains` is missing or empty: name the customer's domains, such as domains = [\"example.org\"]",
+            ));
         }
-        let secret = secret(source, raw.secret, raw.secret_file, None)?;
-        self.by_name.insert(name.0.clone(), index);
+        self.by_name.insert(name.clone(), self.accounts.len());
         self.accounts.push(Account {
-            name: name.0,
+            name,
             domains,
-            secret,
-            relay: raw.relay,
-            any_sender: raw.any_sender,
-            max_size: raw.max_size.map(|size| size.0.0),
-            rate: raw.rate,
+            secret: secret(&mut table, &source.whole())?,
+            relay: table.or("relay", Flag, true)?,
+            any_sender: table.or("any-sender", Flag, false)?,
+            max_size: table.get("max-size", SIZE)?,
+            rate: table.or("rate", 0..=u32::MAX, 0)?,
         });
         Ok(())
     }
-}
 
-impl Accounts {
-    /// The secret of the account with this name.
+    /// The secret of the customer with this login name; `None`: there is no such customer.
+    ///
+    /// # Errors
+    ///
+    /// Never: all secrets are in memory. The type is that of any store of credentials.
     pub fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
         Ok(self.account(name).map(|account| account.secret.clone()))
     }
@@ -286,7 +284,7 @@ pub struct Account {
     pub secret: Vec<u8>,
     /// Whether it may submit mail, for any domain. Default: true.
     pub relay: bool,
-    /// Whether the senders of submitted mail may be in domains of others. Default: false.
+    /// Whether the senders of submitted mail may be in domains of other customers and other hosts. Default: false.
     pub any_sender: bool,
     /// The maximal size of a submitted message, in octets on the wire; `None`, the default: that of `[inbound]`.
     pub max_size: Option<u64>,
@@ -299,69 +297,6 @@ impl fmt::Debug for Account {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Account").field("name", &self.name).finish_non_exhaustive()
     }
-}
-
-// The file as it is written. Mandatory keys are optional here, so that the error can say what they are for.
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawProvider {
-    hostname: Option<Checked<Hostname>>,
-    spool: Option<Checked<PathBuf>>,
-    customers: Option<Spanned<Checked<PathBuf>>>,
-    tls: Option<Spanned<RawTls>>,
-    #[serde(default)]
-    inbound: RawInbound,
-    odmr: Option<Spanned<RawOdmr>>,
-    #[serde(default)]
-    relay: RawRelay,
-    #[serde(default, with = "RawLimits")]
-    limits: Limits,
-    #[serde(default, with = "RawTimeouts")]
-    timeouts: Timeouts,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawTls {
-    certificate: Option<Checked<PathBuf>>,
-    key: Option<Spanned<Checked<PathBuf>>>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawInbound {
-    listen: Option<Vec<Spanned<Checked<SocketAddr>>>>,
-    max_size: Option<Checked<OctetCount>>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawOdmr {
-    listen: Option<Vec<Spanned<Checked<SocketAddr>>>>,
-    #[serde(default)]
-    listen_tls: Vec<Spanned<Checked<SocketAddr>>>,
-    require_tls: Option<Spanned<bool>>,
-    cram_md5: Option<Spanned<bool>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-struct RawAccount {
-    domains: Option<Spanned<Vec<Spanned<Checked<Domain>>>>>,
-    secret: Option<Spanned<Checked<Secret>>>,
-    secret_file: Option<Spanned<Checked<PathBuf>>>,
-    #[serde(default = "yes")]
-    relay: bool,
-    #[serde(default)]
-    any_sender: bool,
-    max_size: Option<Checked<OctetCount>>,
-    #[serde(default, deserialize_with = "at_least::<0, _>")]
-    rate: usize,
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// The files `*.toml` of a directory, sorted, so that the same mistake gives the same error every time. Names that begin

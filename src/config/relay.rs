@@ -1,23 +1,16 @@
 //! Outgoing mail: `[relay]` of a provider, and the times between attempts, which a customer's `[outgoing]` has too (RFC
 //! 5321 section 4.5.4.1).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::time::Duration;
 
-use serde::Deserialize;
-use toml::Spanned;
-
-use super::lists::duplicate;
-use super::remote::OptionalRemoteTable;
-use super::source::{ConfigError, Source};
-use super::value::{
-    AccountName, Checked, DelayWarning, HostPort, Parse, Pin, Port, ResolverAddress, Secret, WholeNumber,
-};
+use super::remote::optional_remote;
+use super::table::Table;
+use super::value::{DELAY_WARNING, DURATION, PORT_NUMBER, RESOLVER, Text};
 use crate::mail::address::Domain;
 use crate::queue::retry::{LONGEST_PAUSE, Retry};
-use crate::session::{RemoteSettings, TlsMode};
+use crate::recipients::ConfigError;
+use crate::session::RemoteSettings;
 
 /// `[relay]`: how a provider sends the mail that its customers submit.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,36 +39,27 @@ impl RelayConfig {
         self.tls_for.get(domain).copied().unwrap_or(self.tls)
     }
 
-    pub(super) fn build(source: &Source, raw: RawRelay) -> Result<RelayConfig, ConfigError> {
-        let smarthost = OptionalRemoteTable {
-            key: "smarthost",
-            tls_key: "smarthost-tls",
-            address: raw.smarthost,
-            tls: raw.smarthost_tls,
-            ca: raw.ca,
-            pin: raw.pin,
-            name: raw.name,
-            secret: raw.secret,
-            secret_file: raw.secret_file,
-        };
-        let retry = RetryTimes {
-            first: raw.retry_first,
-            max: raw.retry_max,
-            give_up: raw.give_up,
-            delay_notice: raw.delay_notice,
-        };
+    /// The table `[relay]` of a file.
+    pub(super) fn build(file: &mut Table<'_>) -> Result<RelayConfig, ConfigError> {
+        let mut table = file.table_or_empty("relay", &RELAY_KEYS)?;
         Ok(RelayConfig {
-            smarthost: smarthost.build(source, None)?,
-            tls: raw.tls.map_or(TlsPolicy::default(), |tls| tls.0),
-            tls_for: policies(source, raw.tls_for)?,
-            resolver: raw.resolver.map(|resolver| resolver.0.0),
-            port: raw.port.map_or(25, |port| port.0.0),
-            connections: raw.connections.map_or(20, |connections| connections.0),
-            connections_per_host: raw.connections_per_host.map_or(5, |connections| connections.0),
-            retry: retry.build(source)?,
+            smarthost: optional_remote(&mut table, "smarthost", "smarthost-tls", None)?,
+            tls: table.or("tls", TLS_POLICY, TlsPolicy::default())?,
+            tls_for: policies(&mut table)?,
+            resolver: table.get("resolver", RESOLVER)?,
+            port: table.or("port", PORT_NUMBER, 25)?,
+            connections: table.or("connections", 1..=1000, 20)?,
+            connections_per_host: table.or("connections-per-host", 1..=u32::MAX, 5)?,
+            retry: retry_times(&mut table)?,
         })
     }
 }
+
+#[rustfmt::skip]
+const RELAY_KEYS: [&str; 17] = [
+    "smarthost", "smarthost-tls", "ca", "pin", "name", "secret", "secret-file", "tls", "tls-for", "resolver", "port",
+    "connections", "connections-per-host", "retry-first", "retry-max", "give-up", "delay-notice",
+];
 
 /// Whether mail may be sent to an MX host without TLS, or without a valid certificate.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -90,94 +74,49 @@ pub enum TlsPolicy {
     Verify,
 }
 
-impl Parse for TlsPolicy {
-    const EXPECTED: &'static str = "\"may\", \"must\" or \"verify\"";
+const TLS_POLICIES: &str = "\"may\", \"must\" or \"verify\"";
 
-    fn parse(text: &str) -> Result<TlsPolicy, String> {
-        match text {
-            "may" => Ok(TlsPolicy::May),
-            "must" => Ok(TlsPolicy::Must),
-            "verify" => Ok(TlsPolicy::Verify),
-            _ => Err(format!("{text:?} says nothing about TLS: write {}", TlsPolicy::EXPECTED)),
-        }
+const TLS_POLICY: Text<TlsPolicy> = Text::new(TLS_POLICIES, |text| match text {
+    "may" => Ok(TlsPolicy::May),
+    "must" => Ok(TlsPolicy::Must),
+    "verify" => Ok(TlsPolicy::Verify),
+    _ => Err(format!("{text:?} is not a valid TLS policy: write {TLS_POLICIES}")),
+});
+
+/// The times between attempts, of a table that may have some of the keys. The default of a time adapts to the others.
+pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
+    let default = Retry::default();
+    let (first_line, max_line) = (table.line_of("retry-first"), table.line_of("retry-max"));
+    let give_up = table.or("give-up", DURATION, default.give_up)?;
+    let max = table.or("retry-max", DURATION, if default.max < give_up { default.max } else { give_up / 2 })?;
+    let first = table.or("retry-first", DURATION, default.first.min(max))?;
+    if max > LONGEST_PAUSE {
+        return Err(max_line.error("`retry-max` must not be longer than \"30d\": write less"));
     }
-}
-
-/// The times of a table. The default of one that is not written adapts to those that are.
-#[derive(Default)]
-pub(super) struct RetryTimes {
-    pub(super) first: Option<Spanned<Checked<Duration>>>,
-    pub(super) max: Option<Spanned<Checked<Duration>>>,
-    pub(super) give_up: Option<Checked<Duration>>,
-    pub(super) delay_notice: Option<Checked<DelayWarning>>,
-}
-
-impl RetryTimes {
-    pub(super) fn build(self, source: &Source) -> Result<Retry, ConfigError> {
-        let default = Retry::default();
-        let first_at = self.first.as_ref().map(Spanned::span);
-        let max_at = self.max.as_ref().map(Spanned::span);
-        let give_up = self.give_up.map_or(default.give_up, |time| time.0);
-        let default_max = if default.max < give_up { default.max } else { give_up / 2 };
-        let max = self.max.map_or(default_max, |time| time.into_inner().0);
-        let first = self.first.map_or_else(|| default.first.min(max), |time| time.into_inner().0);
-        if max > LONGEST_PAUSE {
-            let text = "`retry-max` must not be longer than \"30d\": write less";
-            return Err(source.error(max_at, text));
-        }
-        if max >= give_up {
-            let text = "`retry-max` must be shorter than `give-up`, which is \"5d\" by default: write less here, or \
-                        more there";
-            return Err(source.error(max_at, text));
-        }
-        if first > max {
-            let text = "`retry-first` must not be longer than `retry-max`, which is \"4h\" by default and less when \
-                        `give-up` is: write less here, or more there";
-            return Err(source.error(first_at, text));
-        }
-        let delay_notice = self.delay_notice.map_or(default.delay_notice, |notice| notice.0.0);
-        Ok(Retry { first, max, give_up, delay_notice })
+    if max >= give_up {
+        let text = "`retry-max` must be shorter than `give-up`, which is \"5d\" by default: write less here, or more \
+                    there";
+        return Err(max_line.error(text));
     }
+    if first > max {
+        let text = "`retry-first` must not be longer than `retry-max`, which is \"4h\" by default and less when \
+                    `give-up` is: write less here, or more there";
+        return Err(first_line.error(text));
+    }
+    Ok(Retry { first, max, give_up, delay_notice: table.or("delay-notice", DELAY_WARNING, default.delay_notice)? })
 }
 
-// The table as it is written.
-
-#[derive(Deserialize, Default)]
-#[serde(default, deny_unknown_fields, expecting = "a table", rename_all = "kebab-case")]
-pub(super) struct RawRelay {
-    smarthost: Option<Checked<HostPort<587>>>,
-    smarthost_tls: Option<Spanned<Checked<TlsMode>>>,
-    ca: Option<Spanned<Checked<PathBuf>>>,
-    pin: Option<Spanned<Checked<Pin>>>,
-    name: Option<Spanned<Checked<AccountName>>>,
-    secret: Option<Spanned<Checked<Secret>>>,
-    secret_file: Option<Spanned<Checked<PathBuf>>>,
-    tls: Option<Checked<TlsPolicy>>,
-    tls_for: BTreeMap<Spanned<String>, Checked<TlsPolicy>>,
-    resolver: Option<Checked<ResolverAddress>>,
-    port: Option<Checked<Port>>,
-    connections: Option<WholeNumber<1, 1000>>,
-    connections_per_host: Option<WholeNumber<1, { u32::MAX }>>,
-    retry_first: Option<Spanned<Checked<Duration>>>,
-    retry_max: Option<Spanned<Checked<Duration>>>,
-    give_up: Option<Checked<Duration>>,
-    delay_notice: Option<Checked<DelayWarning>>,
-}
-
-fn policies(
-    source: &Source, written: BTreeMap<Spanned<String>, Checked<TlsPolicy>>,
-) -> Result<HashMap<Domain, TlsPolicy>, ConfigError> {
-    let mut policies = HashMap::with_capacity(written.len());
-    for (key, policy) in written {
+/// The table `tls-for`.
+fn policies(table: &mut Table<'_>) -> Result<HashMap<Domain, TlsPolicy>, ConfigError> {
+    let mut policies = HashMap::new();
+    for (key, policy) in table.entries("tls-for")? {
         // Unlike a domain of ATRN, one that mail is sent to may have no dot.
-        let domain = Domain::parse(key.as_ref()).ok_or_else(|| {
-            let text = format!("{:?} is no domain: write one such as \"example.org\"", key.as_ref());
-            source.error(key.span(), text)
+        let domain = Domain::parse(&key.value).ok_or_else(|| {
+            key.source.error(format!("{:?} is not a valid domain: write one such as \"example.org\"", key.value))
         })?;
-        if policies.contains_key(&domain) {
-            return Err(source.error(key.span(), duplicate(&domain)));
+        if policies.insert(domain.clone(), policy.read(&TLS_POLICY)?.value).is_some() {
+            return Err(key.source.duplicate(domain));
         }
-        policies.insert(domain, policy.0);
     }
     Ok(policies)
 }

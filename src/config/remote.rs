@@ -1,147 +1,87 @@
-//! RemoteTable hosts and secrets, which several tables have: a provider, a smarthost, a submission host, a customer's account.
+//! Hosts and secrets, which several tables have: a provider, a smarthost, a submission host, a customer's account.
 
-use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use toml::Spanned;
-
-use super::source::{ConfigError, Source, check_private, read};
-use super::value::{AccountName, Checked, HostPort, Pin, Secret, check_secret};
+use super::source::{check_private, read};
+use super::table::Table;
+use super::value::{ACCOUNT_NAME, HostPort, PATH, PIN, SECRET, TLS_MODE, check_secret, host_port};
+use crate::recipients::{ConfigError, SourceLine};
 use crate::session::{RemoteSettings, TlsMode};
 
-/// What a table says about a host, without the login; `PORT`: the default port.
-pub(super) struct RemoteTable<const PORT: u16> {
-    /// The key of `tls`.
-    pub(super) tls_key: &'static str,
-    pub(super) address: HostPort<PORT>,
-    pub(super) tls: Option<Spanned<Checked<TlsMode>>>,
-    pub(super) ca: Option<Spanned<Checked<PathBuf>>>,
-    pub(super) pin: Option<Spanned<Checked<Pin>>>,
-}
-
-impl<const PORT: u16> RemoteTable<PORT> {
-    /// The host, without credentials.
-    pub(super) fn build(self, source: &Source) -> Result<RemoteSettings, ConfigError> {
-        let RemoteTable { tls_key, address: HostPort { address, host }, tls, ca, pin } = self;
-        let tls = tls.map_or(TlsMode::default(), |tls| tls.into_inner().0);
-        if let (Some(ca), Some(_)) = (&ca, &pin) {
-            let text = "`ca` and `pin` exclude each other: `pin` trusts one certificate, `ca` those that it signed; take \
-                        one of the two out";
-            return Err(source.error(ca.span(), text));
-        }
-        let at = ca.as_ref().map(Spanned::span).or_else(|| pin.as_ref().map(Spanned::span));
-        if tls == TlsMode::None && at.is_some() {
-            let text = format!(
-                "`ca` and `pin` mean nothing with {tls_key} = \"none\": say {tls_key} = \"starttls\", or take them out"
-            );
-            return Err(source.error(at, text));
-        }
-        let ca = ca.map(|ca| source.absolute(&ca.into_inner().0));
-        let pin = pin.map(|pin| pin.into_inner().0.0);
-        Ok(RemoteSettings { address, host, tls, ca, pin, credentials: None })
+/// The host at an address, without credentials. Reads `ca`, `pin`, and how to use TLS at the key `tls_key`.
+pub(super) fn remote(
+    table: &mut Table<'_>, HostPort { address, host }: HostPort, tls_key: &str,
+) -> Result<RemoteSettings, ConfigError> {
+    let tls = table.or(tls_key, TLS_MODE, TlsMode::default())?;
+    let ca = table.located("ca", PATH)?;
+    let pin = table.located("pin", PIN)?;
+    if let (Some(ca), Some(_)) = (&ca, &pin) {
+        let text = "`ca` and `pin` exclude each other: `pin` trusts one certificate, `ca` those that it signed; \
+                    remove one of the two";
+        return Err(ca.source.error(text));
     }
+    let unused = ca.as_ref().map(|ca| &ca.source).or(pin.as_ref().map(|pin| &pin.source));
+    if let (TlsMode::None, Some(line)) = (tls, unused) {
+        return Err(line.error(format!(
+            "`ca` and `pin` have no effect with {tls_key} = \"none\": write {tls_key} = \"starttls\", or remove them"
+        )));
+    }
+    let ca = ca.map(|ca| table.file.absolute(&ca.value));
+    Ok(RemoteSettings { address, host, tls, ca, pin: pin.map(|pin| pin.value), credentials: None })
 }
 
-/// What a table says about a host that it need not name, and by which keys.
-pub(super) struct OptionalRemoteTable {
-    /// The key of `address`.
-    pub(super) key: &'static str,
-    pub(super) tls_key: &'static str,
-    pub(super) address: Option<Checked<HostPort<587>>>,
-    pub(super) tls: Option<Spanned<Checked<TlsMode>>>,
-    pub(super) ca: Option<Spanned<Checked<PathBuf>>>,
-    pub(super) pin: Option<Spanned<Checked<Pin>>>,
-    pub(super) name: Option<Spanned<Checked<AccountName>>>,
-    pub(super) secret: Option<Spanned<Checked<Secret>>>,
-    pub(super) secret_file: Option<Spanned<Checked<PathBuf>>>,
-}
-
-impl OptionalRemoteTable {
-    /// The host, if one is named; `login`: the credentials for a host without its own.
-    pub(super) fn build(
-        self, source: &Source, login: Option<(String, Vec<u8>)>,
-    ) -> Result<Option<RemoteSettings>, ConfigError> {
-        let Some(Checked(address)) = self.address else {
-            return match self.first_key() {
-                None => Ok(None),
-                Some((key, at)) => {
-                    let host = self.key;
-                    let text = format!("`{key}` is for `{host}`, and there is none: add `{host}`, or take this out");
-                    Err(source.error(at, text))
-                }
-            };
+/// The host that a table need not name, port 587 by default; `key` and `tls_key`: the keys of its address and of how to
+/// use TLS; `login`: the credentials of a host without its own.
+pub(super) fn optional_remote(
+    table: &mut Table<'_>, key: &str, tls_key: &str, login: Option<(String, Vec<u8>)>,
+) -> Result<Option<RemoteSettings>, ConfigError> {
+    let Some(address) = table.get(key, host_port::<587>())? else {
+        let keys = [tls_key, "ca", "pin", "name", "secret", "secret-file"];
+        return match keys.into_iter().find_map(|unused| Some((unused, table.take(unused)?.line))) {
+            None => Ok(None),
+            Some((unused, line)) => {
+                Err(line.error(format!("`{unused}` is for `{key}`, and there is none: add `{key}`, or remove this")))
+            }
         };
-        let remote = RemoteTable { tls_key: self.tls_key, address, tls: self.tls, ca: self.ca, pin: self.pin };
-        let remote = remote.build(source)?;
-        let credentials = credentials(source, self.name, self.secret, self.secret_file)?.or(login);
-        Ok(Some(RemoteSettings { credentials, ..remote }))
-    }
-
-    /// The first key that is about the host, and its place.
-    fn first_key(&self) -> Option<(&'static str, Range<usize>)> {
-        let keys = [
-            (self.tls_key, self.tls.as_ref().map(Spanned::span)),
-            ("ca", self.ca.as_ref().map(Spanned::span)),
-            ("pin", self.pin.as_ref().map(Spanned::span)),
-            ("name", self.name.as_ref().map(Spanned::span)),
-            ("secret", self.secret.as_ref().map(Spanned::span)),
-            ("secret-file", self.secret_file.as_ref().map(Spanned::span)),
-        ];
-        keys.into_iter().find_map(|(key, at)| Some((key, at?)))
-    }
+    };
+    let host = remote(table, address, tls_key)?;
+    let credentials = match table.located("name", ACCOUNT_NAME)? {
+        Some(name) => Some((name.value, secret(table, &name.source)?)),
+        None => match table.take("secret").or_else(|| table.take("secret-file")) {
+            None => login,
+            Some(secret) => {
+                let text = "there is a secret, but no `name` to log in with: add `name`, or remove the secret";
+                return Err(secret.line.error(text));
+            }
+        },
+    };
+    Ok(Some(RemoteSettings { credentials, ..host }))
 }
 
-/// Name and secret, or neither.
-fn credentials(
-    source: &Source, name: Option<Spanned<Checked<AccountName>>>, inline: Option<Spanned<Checked<Secret>>>,
-    file: Option<Spanned<Checked<PathBuf>>>,
-) -> Result<Option<(String, Vec<u8>)>, ConfigError> {
-    let alone = inline.as_ref().map(Spanned::span).or_else(|| file.as_ref().map(Spanned::span));
-    match (name, alone) {
-        (None, None) => Ok(None),
-        (None, at) => {
-            let text = "there is a secret and no `name` to log in with: add `name`, or take the secret out";
-            Err(source.error(at, text))
-        }
-        (Some(name), _) => {
-            let secret = secret(source, inline, file, Some(name.span()))?;
-            Ok(Some((name.into_inner().0.0, secret)))
-        }
-    }
-}
-
-/// The secret of an account, from either key; `table`: the place of the error when both are missing.
-pub(super) fn secret(
-    source: &Source, inline: Option<Spanned<Checked<Secret>>>, file: Option<Spanned<Checked<PathBuf>>>,
-    table: Option<Range<usize>>,
-) -> Result<Vec<u8>, ConfigError> {
-    match (inline, file) {
-        (None, None) => {
-            let text = "`secret` is missing: say secret = \"…\", or secret-file = \"…\" for a file with nothing \
-                        else in it";
-            Err(source.error(table, text))
-        }
+/// The secret of an account, from either key; `missing`: the place of the error when both are missing.
+pub(super) fn secret(table: &mut Table<'_>, missing: &SourceLine) -> Result<Vec<u8>, ConfigError> {
+    let source = table.file;
+    match (table.located("secret", SECRET)?, table.located("secret-file", PATH)?) {
+        (None, None) => Err(missing.error(
+            "`secret` is missing: write secret = \"…\", or secret-file = \"…\" for a file with nothing but the secret",
+        )),
         (Some(_), Some(file)) => {
-            let text = "`secret` and `secret-file` exclude each other: take one of the two out";
-            Err(source.error(file.span(), text))
+            Err(file.source.error("`secret` and `secret-file` exclude each other: remove one of the two"))
         }
         (Some(secret), None) => {
-            check_private(&source.metadata, &source.file).map_err(|text| source.error(secret.span(), text))?;
-            Ok(secret.into_inner().0.0)
+            check_private(source.mode, &source.file).map_err(|text| secret.source.error(text))?;
+            Ok(secret.value)
         }
         (None, Some(_)) if !source.reads_secrets => Ok(Vec::new()),
-        (None, Some(file)) => {
-            let path = source.directory().join(&file.as_ref().0);
-            secret_file(&path).map_err(|text| source.error(file.span(), text))
-        }
+        (None, Some(file)) => secret_file(&source.relative(&file.value)).map_err(|text| file.source.error(text)),
     }
 }
 
 fn secret_file(path: &Path) -> Result<Vec<u8>, String> {
     let shown = path.display();
-    let (metadata, mut octets) = read(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
-    check_private(&metadata, path)?;
-    // The editor appended the line end; it is not part of the secret.
+    let (mode, mut octets) = read(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
+    check_private(mode, path)?;
+    // Editors append a line end, which is not part of the secret.
     if octets.pop_if(|last| *last == b'\n').is_some() {
         octets.pop_if(|last| *last == b'\r');
     }

@@ -1,171 +1,144 @@
-//! The files that are read: their text, their places, and what an error about them looks like.
+//! The files of a configuration: reads them, finds the line of a place in them, and checks who may read them.
 
-use std::fmt;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Deserialize;
-use serde::de::{DeserializeOwned, IgnoredAny};
-use toml::Spanned;
+use toml::de::DeTable;
 
-use crate::recipients::{RuleError, SourceLine};
+use crate::recipients::{ConfigError, SourceLine};
 
-/// A mistake in a configuration. Shown as `FILE:LINE: text`, one line.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ConfigError {
-    pub file: PathBuf,
-    /// From 1; `None`: the file as a whole, or something is missing.
-    pub line: Option<usize>,
-    /// What is wrong, what is allowed, and what to change.
-    pub text: String,
-}
-
-impl fmt::Display for ConfigError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let file = self.file.display();
-        let line = match self.line {
-            Some(line) => format!("{file}:{line}: {}", self.text),
-            None => format!("{file}: {}", self.text),
-        };
-        // The name of a file may have a line end in it.
-        f.write_str(&line.replace(char::is_control, "?"))
-    }
-}
-
-impl std::error::Error for ConfigError {}
-
-impl From<RuleError> for ConfigError {
-    fn from(RuleError { source, text }: RuleError) -> ConfigError {
-        ConfigError { file: source.file.to_path_buf(), line: Some(source.line), text }
-    }
-}
-
-/// The keys that tell the two kinds of files apart.
-#[derive(Deserialize)]
-struct Outline {
-    provider: Option<Spanned<IgnoredAny>>,
-    spool: Option<IgnoredAny>,
-    customers: Option<IgnoredAny>,
-}
-
+/// Which side a file is for.
 pub(super) enum FileKind {
     Provider,
     Customer,
 }
 
-/// One file, in memory while it is checked, so that an error can name the line.
+/// One TOML file, in memory while it is checked, so that an error can name the line.
 pub(super) struct Source {
     pub(super) file: Arc<Path>,
     text: String,
-    pub(super) metadata: Metadata,
+    /// The offset of each line end.
+    line_ends: Vec<usize>,
+    /// The permissions of the file.
+    pub(super) mode: u32,
     /// Whether to read files with secrets: a user who only submits mail needs none, and may not be able to read them.
     pub(super) reads_secrets: bool,
 }
 
 impl Source {
+    /// Reads a file.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read, or is not UTF-8.
     pub(super) fn read(path: &Path) -> Result<Source, ConfigError> {
-        let error = |text: String| ConfigError { file: path.to_owned(), line: None, text };
-        let (metadata, octets) = read(path).map_err(|cause| error(format!("cannot be read: {cause}")))?;
-        let text = String::from_utf8(octets).map_err(|cause| {
-            let before = &cause.as_bytes()[..cause.utf8_error().valid_up_to()];
-            ConfigError {
-                line: Some(line_number(before)),
-                ..error("is not UTF-8, as TOML must be: save it as UTF-8".to_owned())
+        let file = SourceLine { file: path.into(), line: None };
+        let (mode, octets) = read(path).map_err(|cause| file.error(format!("cannot be read: {cause}")))?;
+        Ok(Source::new(&file.file, decode(&file.file, &octets)?, mode))
+    }
+
+    /// The text of a file; `mode`: the permissions of the file.
+    pub(super) fn new(file: &Arc<Path>, text: &str, mode: u32) -> Source {
+        let line_ends = text.match_indices('\n').map(|(at, _)| at).collect();
+        Source { file: file.clone(), text: text.to_owned(), line_ends, mode, reads_secrets: true }
+    }
+
+    /// The file, for a reader who may not be able to read files with secrets.
+    pub(super) fn without_secrets(self) -> Source {
+        Source { reads_secrets: false, ..self }
+    }
+
+    /// The keys and values of the file.
+    pub(super) fn parse(&self) -> Result<DeTable<'_>, ConfigError> {
+        let parsed = DeTable::parse(&self.text).map_err(|error| {
+            let line = error.span().map_or_else(|| self.whole(), |at| self.line(at));
+            let text = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
+            match error.span().and_then(|at| self.text.get(at)) {
+                Some(key) if text == "duplicate key" => line.duplicate(format_args!("`{key}`")),
+                _ => line.error(text),
             }
         })?;
-        Ok(Source { file: path.into(), text, metadata, reads_secrets: true })
+        Ok(parsed.into_inner())
     }
 
-    pub(super) fn parse<T: DeserializeOwned>(&self) -> Result<T, ConfigError> {
-        toml::from_str(&self.text).map_err(|error| {
-            let at = error.span();
-            let mut text = one_line(error.message());
-            if let Some(key) = at.clone().and_then(|at| self.text.get(at)).filter(|_| text == "duplicate key") {
-                text = format!("`{key}` stands here a second time: take one of the two out");
-            }
-            self.error(at, text)
-        })
-    }
-
+    /// Which side the file is for; `None`: it has no key that tells.
     pub(super) fn kind(&self) -> Result<Option<FileKind>, ConfigError> {
-        let outline: Outline = self.parse()?;
-        let provider = outline.spool.is_some() || outline.customers.is_some();
-        match (provider, outline.provider) {
+        let document = self.parse()?;
+        let provider = document.contains_key("spool") || document.contains_key("customers");
+        match (provider, document.get("provider")) {
             (true, None) => Ok(Some(FileKind::Provider)),
             (false, Some(_)) => Ok(Some(FileKind::Customer)),
             (false, None) => Ok(None),
-            (true, Some(table)) => Err(self.error(
-                table.span(),
+            (true, Some(table)) => Err(self.line(table.span()).error(
                 "[provider] is for a customer's file, `spool` and `customers` are for a provider's: make two \
                  files of this one",
             )),
         }
     }
 
-    pub(super) fn error(&self, at: impl Into<Option<Range<usize>>>, text: impl Into<String>) -> ConfigError {
-        let line = at.into().map(|at| self.line(at).line);
-        ConfigError { file: self.file.to_path_buf(), line, text: text.into() }
+    /// The place of an error about the file as a whole.
+    pub(super) fn whole(&self) -> SourceLine {
+        SourceLine { file: self.file.clone(), line: None }
     }
 
     /// The line on which something begins.
     pub(super) fn line(&self, at: Range<usize>) -> SourceLine {
-        let before = self.text.as_bytes().get(..at.start).unwrap_or_default();
-        SourceLine { file: self.file.clone(), line: line_number(before) }
+        let before = self.line_ends.partition_point(|end| *end < at.start);
+        SourceLine { file: self.file.clone(), line: Some(before + 1) }
     }
 
-    /// The directory that relative paths begin in, as the user wrote it.
-    pub(super) fn directory(&self) -> &Path {
-        self.file.parent().unwrap_or(Path::new(""))
+    /// A path of this file, relative to the directory of the file as the user wrote it.
+    pub(super) fn relative(&self, path: &Path) -> PathBuf {
+        self.file.parent().unwrap_or(Path::new("")).join(path)
     }
 
-    /// Makes a path of this file absolute.
+    /// A path of this file, absolute.
     pub(super) fn absolute(&self, path: &Path) -> PathBuf {
-        let path = self.directory().join(path);
+        let path = self.relative(path);
         std::path::absolute(&path).unwrap_or(path)
     }
 }
 
-/// The number, from 1, of the line that `before` ends in.
-pub(super) fn line_number(before: &[u8]) -> usize {
-    1 + before.iter().filter(|&&octet| octet == b'\n').count()
-}
-
-/// The error text of the TOML parser in one line, in the words of this program.
-fn one_line(message: &str) -> String {
-    message
-        .split_whitespace()
-        .collect::<Vec<_>>()
-        .join(" ")
-        .replace("unknown field", "unknown key")
-        .replace("expected a sequence", "expected a list, in [ ]")
-        .replace("expected a map", "expected a table, such as { \"example.org\" = \"must\" }")
-        .replace("expected a boolean", "expected true or false")
+/// The text of a file.
+///
+/// # Errors
+///
+/// The line that is not UTF-8.
+pub(super) fn decode<'a>(file: &Arc<Path>, octets: &'a [u8]) -> Result<&'a str, ConfigError> {
+    str::from_utf8(octets).map_err(|cause| {
+        let before = octets[..cause.valid_up_to()].iter().filter(|octet| **octet == b'\n').count();
+        SourceLine { file: file.clone(), line: Some(before + 1) }.error("is not UTF-8: save it as UTF-8")
+    })
 }
 
 /// Octets of a file. A longer one is not a configuration, and would use up the memory.
 const FILE_SIZE_LIMIT: u64 = 16 << 20;
 
-pub(super) fn read(path: &Path) -> io::Result<(Metadata, Vec<u8>)> {
+/// The permissions and the octets of a file.
+///
+/// # Errors
+///
+/// The file cannot be read, is a pipe, or is longer than [`FILE_SIZE_LIMIT`].
+pub(super) fn read(path: &Path) -> io::Result<(u32, Vec<u8>)> {
     // Opening a pipe waits for a writer, perhaps forever.
     if fs::metadata(path)?.file_type().is_fifo() {
         return Err(io::Error::other("is a pipe, and must be a file"));
     }
     let file = File::open(path)?;
-    let metadata = file.metadata()?;
+    let mode = file.metadata()?.permissions().mode();
     let mut octets = Vec::new();
     if file.take(FILE_SIZE_LIMIT + 1).read_to_end(&mut octets)? as u64 > FILE_SIZE_LIMIT {
         return Err(io::Error::other("it has more than 16 MiB"));
     }
-    Ok((metadata, octets))
+    Ok((mode, octets))
 }
 
 /// Rejects a file with a secret if every user of this machine may read or change it.
-pub(super) fn check_private(metadata: &Metadata, path: &Path) -> Result<(), String> {
-    let mode = metadata.permissions().mode();
+pub(super) fn check_private(mode: u32, path: &Path) -> Result<(), String> {
     let what = match (mode & 0o004 != 0, mode & 0o002 != 0) {
         (false, false) => return Ok(()),
         (true, false) => "read",

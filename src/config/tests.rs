@@ -1,4 +1,4 @@
-//! Whole files: what is read, the defaults, and what is said about mistakes.
+//! Whole files: the values, the defaults, and the errors about mistakes.
 
 use super::*;
 use crate::mail::address::Domain;
@@ -33,54 +33,54 @@ accept = ["alice@example.org", "@example.com"]
 
 /// Files in a directory of their own, which others may not read.
 fn files(files: &[(&str, &str)]) -> TempDir {
-    let folder = TempDir::new().unwrap();
-    fs::create_dir(folder.path().join("customers.d")).unwrap();
+    let directory = TempDir::new().unwrap();
+    fs::create_dir(directory.path().join("customers.d")).unwrap();
     for (name, text) in files {
-        let path = folder.path().join(name);
+        let path = directory.path().join(name);
         fs::write(&path, text).unwrap();
         mode(&path, 0o640);
     }
-    folder
+    directory
 }
 
 fn mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// What is said about `odmr.toml` among these files, less the name of their directory.
-fn said_of(folder: &TempDir) -> String {
-    let error = match Config::load(&folder.path().join("odmr.toml")) {
-        Ok(_) => panic!("nothing was said"),
+/// The error about `odmr.toml` among these files, without the name of their directory.
+fn error_of(directory: &TempDir) -> String {
+    let error = match Config::load(&directory.path().join("odmr.toml")) {
+        Ok(_) => panic!("no error"),
         Err(error) => error,
     };
-    let said = error.to_string();
-    assert!(!said.contains(char::is_control), "one error, one line:\n{said}");
-    said.replace(&format!("{}/", folder.path().display()), "")
+    let error = error.to_string();
+    assert!(!error.contains(char::is_control), "one error, one line:\n{error}");
+    error.replace(&format!("{}/", directory.path().display()), "")
 }
 
-fn assert_said(folder: &TempDir, place: &str, phrase: &str) {
-    let said = said_of(folder);
-    let right = said.starts_with(&format!("{place}: ")) && said.contains(phrase);
-    assert!(right, "\nwanted: {place}: … {phrase} …\n   got: {said}");
+fn assert_error(directory: &TempDir, place: &str, phrase: &str) {
+    let error = error_of(directory);
+    let right = error.starts_with(&format!("{place}: ")) && error.contains(phrase);
+    assert!(right, "\nwanted: {place}: … {phrase} …\n   got: {error}");
 }
 
-/// A provider's file with `old` replaced by `new` (at the end, if `old` is empty) is refused.
+/// A provider's file with `old` replaced by `new` (at the end, if `old` is empty) is rejected.
 fn provider(old: &str, new: &str, place: &str, phrase: &str) {
     let text = changed(PROVIDER, old, new);
-    let folder = files(&[("odmr.toml", &text), ("customers.d/acme.toml", ACME)]);
-    assert_said(&folder, place, phrase);
+    let directory = files(&[("odmr.toml", &text), ("customers.d/acme.toml", ACME)]);
+    assert_error(&directory, place, phrase);
 }
 
 fn customer(old: &str, new: &str, place: &str, phrase: &str) {
-    let folder = files(&[("odmr.toml", &changed(CUSTOMER, old, new))]);
-    assert_said(&folder, place, phrase);
+    let directory = files(&[("odmr.toml", &changed(CUSTOMER, old, new))]);
+    assert_error(&directory, place, phrase);
 }
 
-/// A file of the folder of customers is refused.
+/// A customer of a provider with `old` replaced by `new` is rejected.
 fn account(old: &str, new: &str, place: &str, phrase: &str) {
     let text = changed(ACME, old, new);
-    let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &text)]);
-    assert_said(&folder, place, phrase);
+    let directory = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &text)]);
+    assert_error(&directory, place, phrase);
 }
 
 fn changed(text: &str, old: &str, new: &str) -> String {
@@ -98,12 +98,12 @@ fn domain(text: &str) -> Domain {
 /// Rules: ODMR-01.
 #[test]
 fn the_least_provider_has_the_documented_defaults() {
-    let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", ACME)]);
-    let Ok(Config::Provider(provider)) = Config::load(&folder.path().join("odmr.toml")) else {
+    let directory = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", ACME)]);
+    let Ok(Config::Provider(provider)) = Config::load(&directory.path().join("odmr.toml")) else {
         panic!("not a provider's file");
     };
     assert_eq!(provider.hostname, "relay.example.net");
-    assert_eq!(provider.spool, folder.path().join("spool"));
+    assert_eq!(provider.spool, directory.path().join("spool"));
     assert_eq!(provider.tls, None);
     assert_eq!(provider.inbound.listen, ["[::]:25".parse().unwrap()]);
     assert_eq!(provider.inbound.max_size, 52_428_800);
@@ -137,13 +137,13 @@ fn every_key_of_a_provider_is_read() {
         require-tls = true
         cram-md5 = false
     "#;
-    let folder = files(&[("odmr.toml", text)]);
-    let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let directory = files(&[("odmr.toml", text)]);
+    let provider = ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap();
     assert_eq!(provider.hostname, "EXAMPLE.NET");
     assert_eq!(provider.spool, Path::new("/var/spool/odmr"));
     assert_eq!(
         provider.tls,
-        Some(TlsFiles { certificate: folder.path().join("relay.pem"), key: "/etc/relay.key".into() })
+        Some(TlsFiles { certificate: directory.path().join("relay.pem"), key: "/etc/relay.key".into() })
     );
     assert_eq!(provider.inbound.max_size, 1_000_000);
     assert_eq!((provider.odmr.listen.len(), provider.odmr.listen_tls.len()), (0, 2));
@@ -180,8 +180,8 @@ fn every_limit_and_timeout_is_read() {
         takeover = "12ms"
         shutdown = "13ms"
     "#;
-    let folder = files(&[("odmr.toml", &changed(PROVIDER, "", text))]);
-    let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let directory = files(&[("odmr.toml", &changed(PROVIDER, "", text))]);
+    let provider = ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap();
     let limits = Limits {
         connections: 1,
         connections_per_address: 2,
@@ -215,14 +215,14 @@ fn every_limit_and_timeout_is_read() {
 
 fn relay(text: &str) -> RelayConfig {
     let text = format!("{PROVIDER}[relay]\n{text}\n");
-    let folder = files(&[("odmr.toml", &text), ("secret", "open sesame\n")]);
-    ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap().relay
+    let directory = files(&[("odmr.toml", &text), ("secret", "open sesame\n")]);
+    ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap().relay
 }
 
 fn outgoing(text: &str) -> OutgoingConfig {
     let text = format!("{CUSTOMER}[outgoing]\nqueue = \"out\"\n{text}\n");
-    let folder = files(&[("odmr.toml", &text)]);
-    CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap().outgoing.unwrap()
+    let directory = files(&[("odmr.toml", &text)]);
+    CustomerConfig::load(&directory.path().join("odmr.toml")).unwrap().outgoing.unwrap()
 }
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -282,7 +282,7 @@ fn every_key_of_relay_is_read() {
 
 /// Rules: SMTP-65.
 #[test]
-fn times_that_are_not_written_give_way() {
+fn times_that_are_not_written_adapt_to_the_others() {
     let times = |text: &str| {
         let retry = relay(text).retry;
         (retry.first, retry.max, retry.give_up)
@@ -295,10 +295,10 @@ fn times_that_are_not_written_give_way() {
 }
 
 #[test]
-fn what_a_customer_may_hand_in_is_read() {
+fn what_a_customer_may_submit_is_read() {
     let text = changed(ACME, "", "relay = false\nany-sender = true\nmax-size = \"1MiB\"\nrate = 100\n");
-    let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &text)]);
-    let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let directory = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &text)]);
+    let provider = ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap();
     let acme = provider.accounts.account("acme").unwrap();
     assert_eq!((acme.relay, acme.any_sender, acme.max_size, acme.rate), (false, true, Some(1_048_576), 100));
     assert!(!format!("{acme:?}").contains("sesame"));
@@ -336,8 +336,8 @@ fn every_key_of_outgoing_and_schedule_is_read() {
             "#
     );
     let text = format!("{CUSTOMER}[outgoing]\nqueue = \"/var/out\"\n{text}");
-    let folder = files(&[("odmr.toml", &text)]);
-    let customer = CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let directory = files(&[("odmr.toml", &text)]);
+    let customer = CustomerConfig::load(&directory.path().join("odmr.toml")).unwrap();
     assert_eq!(customer.providers[0].schedule.when, When::Every(MINUTE));
     assert!(!format!("{customer:?}").contains("mellon"));
     let outgoing = customer.outgoing.unwrap();
@@ -355,7 +355,7 @@ fn every_key_of_outgoing_and_schedule_is_read() {
 }
 
 #[test]
-fn a_submission_host_is_called_as_the_provider_is() {
+fn a_submission_host_has_the_credentials_of_the_provider() {
     let submission = outgoing("submission = \"[::1]\"\nsubmission-tls = \"none\"").submission.unwrap();
     assert_eq!((&*submission.address, submission.tls), ("[::1]:587", TlsMode::None));
     assert_eq!(submission.credentials, Some(("acme".to_owned(), b"open sesame".to_vec())));
@@ -363,7 +363,7 @@ fn a_submission_host_is_called_as_the_provider_is() {
 }
 
 #[test]
-fn this_machine_and_the_networks_are_admitted() {
+fn clients_on_this_machine_and_in_the_networks_may_submit() {
     let outgoing = outgoing("networks = [\"192.0.2.0/24\", \"fd00::/8\"]");
     let admits = |address: &str| outgoing.admits(address.parse().unwrap());
     for address in ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "192.0.2.9", "::ffff:192.0.2.9", "fdff::1"] {
@@ -383,14 +383,14 @@ fn mistakes_in_relay_are_named() {
     let pin = format!("pin = \"sha256:{}\"", "00".repeat(32));
     let host = "smarthost = \"smtp.example.net\"";
     relay("smart-host = \"a\"", 7, "unknown key `smart-host`, expected one of `smarthost`");
-    relay("smarthost = \"smtp.example.net:smtp\"", 7, "\"smtp\" is no port");
+    relay("smarthost = \"smtp.example.net:smtp\"", 7, "\"smtp\" is not a valid port");
     relay("smarthost = \"smtp.example.net:0\"", 7, "mostly 587");
     relay("smarthost = \"::1\"", 7, "write \"[::1]:587\"");
-    relay("smarthost = \"a b\"", 7, "is no host with a port: write \"relay.example.net:587\"");
+    relay("smarthost = \"a b\"", 7, "is not a valid host with a port: write \"relay.example.net:587\"");
     relay("smarthost = 587", 7, "expected a host and a port such as \"smtp.example.net:587\"");
     relay(&format!("{host}\nsmarthost-tls = \"may\""), 8, "write \"starttls\", \"implicit\" or \"none\"");
     relay(&format!("{host}\n{pin}\nca = \"ca.pem\""), 9, "`ca` and `pin` exclude each other");
-    relay(&format!("{host}\nsmarthost-tls = \"none\"\n{pin}"), 9, "mean nothing with smarthost-tls = \"none\"");
+    relay(&format!("{host}\nsmarthost-tls = \"none\"\n{pin}"), 9, "have no effect with smarthost-tls = \"none\"");
     relay(&format!("{host}\nname = \"relay\""), 8, "`secret` is missing");
     relay(&format!("{host}\nsecret = \"s\""), 8, "no `name` to log in with");
     relay(&format!("{host}\nsecret-file = \"s\""), 8, "no `name` to log in with");
@@ -404,15 +404,15 @@ fn mistakes_in_relay_are_named() {
     relay("secret-file = \"s\"", 7, "`secret-file` is for `smarthost`");
     relay("tls = \"always\"", 7, "write \"may\", \"must\" or \"verify\"");
     relay("tls = true", 7, "expected \"may\", \"must\" or \"verify\"");
-    relay("tls-for = { \"exa mple\" = \"must\" }", 7, "\"exa mple\" is no domain");
-    relay("tls-for = { \"a.example\" = \"no\" }", 7, "\"no\" says nothing about TLS");
-    relay("[relay.tls-for]\n\"A.example\" = \"may\"\n\"a.example\" = \"must\"", 9, "a.example stands here a second time");
+    relay("tls-for = { \"exa mple\" = \"must\" }", 7, "\"exa mple\" is not a valid domain");
+    relay("tls-for = { \"a.example\" = \"no\" }", 7, "\"no\" is not a valid TLS policy");
+    relay("[relay.tls-for]\n\"A.example\" = \"may\"\n\"a.example\" = \"must\"", 9, "a.example is here a second time");
     relay("tls-for = [\"a.example\"]", 7, "expected a table, such as { \"example.org\" = \"must\" }");
-    relay("resolver = \"dns.example.net:53\"", 7, "is no address of a DNS server");
-    relay("resolver = \":53\"", 7, "is no address of a DNS server");
-    relay("port = 0", 7, "\"0\" is no port to call: write a number from 1 to 65535");
-    relay("port = 65536", 7, "is no port to call");
-    relay("port = -1", 7, "is no port to call");
+    relay("resolver = \"dns.example.net:53\"", 7, "is not a valid address of a DNS server");
+    relay("resolver = \":53\"", 7, "is not a valid address of a DNS server");
+    relay("port = 0", 7, "\"0\" is not a valid port to connect to: write a number from 1 to 65535");
+    relay("port = 65536", 7, "is not a valid port to connect to");
+    relay("port = -1", 7, "is not a valid port to connect to");
     relay("connections = 0", 7, "0 is too small: write 1 or more");
     relay("connections = 1001", 7, "1001 is too large: write 1000 or less");
     relay("connections = \"20\"", 7, "expected a whole number from 1 to 1000");
@@ -423,7 +423,7 @@ fn mistakes_in_relay_are_named() {
     relay("retry-max = \"31d\"\ngive-up = \"60d\"", 7, "must not be longer than \"30d\"");
     relay("retry-max = \"5d\"", 7, "`retry-max` must be shorter than `give-up`");
     relay("give-up = \"1h\"\nretry-max = \"1h\"", 8, "`retry-max` must be shorter than `give-up`");
-    relay("delay-notice = \"soon\"", 7, "\"soon\" is no time");
+    relay("delay-notice = \"soon\"", 7, "\"soon\" is not a valid time");
     relay("delay-notice = \"soon\"", 7, "or \"never\"");
     provider("", "relay = 5", "odmr.toml:6", "unknown key `relay`");
     provider("[odmr]", "relay = 5\n[odmr]", "odmr.toml:4", "expected a table");
@@ -431,12 +431,12 @@ fn mistakes_in_relay_are_named() {
 
 #[test]
 #[rustfmt::skip]
-fn mistakes_in_what_a_customer_may_hand_in_are_named() {
+fn mistakes_in_what_a_customer_may_submit_are_named() {
     let at = "customers.d/acme.toml:3";
     account("", "relay = \"yes\"", at, "expected true or false");
     account("", "any-sender = 1", at, "expected true or false");
-    account("", "max-size = \"big\"", at, "\"big\" is no size");
-    account("", "max-size = 0", at, "no letter would pass");
+    account("", "max-size = \"big\"", at, "\"big\" is not a valid size");
+    account("", "max-size = 0", at, "no message would be accepted");
     account("", "rate = -1", at, "-1 is too small: write 0 or more");
     account("", "rate = \"10/h\"", at, "expected a whole number, 0 or more");
 }
@@ -451,9 +451,9 @@ fn mistakes_in_outgoing_and_schedule_are_named() {
     customer("", "[outgoing]", "odmr.toml:9", "[outgoing] needs `queue`");
     customer("hostname", "outgoing = true\nhostname", "odmr.toml:1", "expected a table");
     outgoing("queu = \"out\"", 11, "unknown key `queu`");
-    outgoing("listen = [\"localhost:25\"]", 11, "to listen takes an address");
-    outgoing("listen = [\":25\",\n\":25\"]", 12, "[::]:25 stands here a second time");
-    outgoing("networks = [\"192.0.2.0/33\"]", 11, "is no network");
+    outgoing("listen = [\"localhost:25\"]", 11, "a listener needs an address");
+    outgoing("listen = [\":25\",\n\":25\"]", 12, "[::]:25 is here a second time");
+    outgoing("networks = [\"192.0.2.0/33\"]", 11, "is not a valid network");
     outgoing("networks = [\n\"192.0.2.1/24\"]", 12, "write \"192.0.2.0/24\" for the network");
     outgoing("networks = \"192.0.2.0/24\"", 11, "expected a list, in [ ]");
     outgoing("domain = \"localhost\"", 11, "has no dot");
@@ -462,25 +462,25 @@ fn mistakes_in_outgoing_and_schedule_are_named() {
     outgoing("name = \"sender\"", 11, "`name` is for `submission`");
     outgoing("submission = \"a\"\nname = \"sender\"", 12, "`secret` is missing");
     outgoing("submission = \"a\"\nsecret = \"s\"", 12, "no `name` to log in with");
-    outgoing("submission = \"a\"\nsubmission-tls = \"none\"\nca = \"c\"", 13, "mean nothing with submission-tls = \"none\"");
+    outgoing("submission = \"a\"\nsubmission-tls = \"none\"\nca = \"c\"", 13, "have no effect with submission-tls = \"none\"");
     outgoing("retry-first = \"1m\"", 11, "unknown key `retry-first`");
     outgoing("give-up = 5", 11, "expected a time");
     outgoing("delay-notice = false", 11, "expected a time such as \"4h\", or \"never\"");
-    outgoing("max-size = 0", 11, "no letter would pass");
+    outgoing("max-size = 0", 11, "no message would be accepted");
     customer("", "[schedule]\nevery = \"0s\"", "odmr.toml:10", "would wait for nothing");
     customer("", "[schedule]\nevery = 15", "odmr.toml:10", "expected a time");
     customer("", "[schedule]\nevry = \"15m\"", "odmr.toml:10", "unknown key `evry`");
-    customer("", "[schedule]\nat = [\n\"* 08:00\",\n\"* 8:00\"]", "odmr.toml:12", "\"8:00\" is no time of day");
+    customer("", "[schedule]\nat = [\n\"* 08:00\",\n\"* 8:00\"]", "odmr.toml:12", "\"8:00\" is not a valid time of day");
     customer("", "[schedule]\nat = []", "odmr.toml:10", "`at` is empty");
     customer("", "[schedule]\nat = \"* 08:00\"", "odmr.toml:10", "expected a list, in [ ]");
-    customer("", "[schedule]\nat = [\"* 08:00\"]\nzone = \"Berlin\"", "odmr.toml:11", "\"Berlin\" is no time zone");
+    customer("", "[schedule]\nat = [\"* 08:00\"]\nzone = \"Berlin\"", "odmr.toml:11", "\"Berlin\" is not a time zone");
     customer("", "[schedule]\nat = [\"* 08:00\"]\nevery = \"5m\"", "odmr.toml:9", "`every` and `at` exclude each other");
     customer("name = \"acme\"", "name = \"acme\"\nschedule = { zone = \"UTC\" }", "odmr.toml:5", "`zone` is for `at`");
 }
 
 #[test]
-fn the_folder_of_customers_becomes_accounts() {
-    let folder = files(&[
+fn the_directory_of_customers_becomes_accounts() {
+    let directory = files(&[
         ("odmr.toml", PROVIDER),
         ("customers.d/acme.toml", ACME),
         ("customers.d/Bücher & Co.toml", "domains = [\"BÜCHER.example\"]\nsecret-file = \"co.secret\"\n"),
@@ -489,7 +489,7 @@ fn the_folder_of_customers_becomes_accounts() {
         ("customers.d/acme.toml~", "nonsense"),
         ("customers.d/README", "nonsense"),
     ]);
-    let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let provider = ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap();
     let accounts = &provider.accounts;
     let names: Vec<_> = accounts.iter().map(|account| &account.name).collect();
     assert_eq!(names, ["Bücher & Co", "acme"]);
@@ -506,8 +506,8 @@ fn the_folder_of_customers_becomes_accounts() {
 
 #[test]
 fn the_least_customer_has_the_documented_defaults() {
-    let folder = files(&[("odmr.toml", CUSTOMER)]);
-    let Ok(Config::Customer(customer)) = Config::load(&folder.path().join("odmr.toml")) else {
+    let directory = files(&[("odmr.toml", CUSTOMER)]);
+    let Ok(Config::Customer(customer)) = Config::load(&directory.path().join("odmr.toml")) else {
         panic!("not a customer's file");
     };
     let upstream = &customer.providers[0].remote;
@@ -518,7 +518,7 @@ fn the_least_customer_has_the_documented_defaults() {
     assert_eq!((&upstream.ca, upstream.pin), (&None, None));
     assert_eq!(upstream.credentials, Some(("acme".to_owned(), b"open sesame".to_vec())));
     assert_eq!(customer.providers[0].domains, []);
-    assert_eq!(customer.mailboxes.root, folder.path().join("mail"));
+    assert_eq!(customer.mailboxes.root, directory.path().join("mail"));
     assert_eq!(customer.mailboxes.max_size, 52_428_800);
     assert_eq!(customer.mailboxes.rules.domains(), [domain("example.org"), domain("example.com")]);
     assert_eq!(customer.mailboxes.umask, 0o077);
@@ -548,13 +548,13 @@ fn every_key_of_a_customer_is_read() {
             [timeouts]
             connect = "2s"
         "#;
-    let folder = files(&[("odmr.toml", text), ("secret", "open sesame")]);
-    let customer = CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let directory = files(&[("odmr.toml", text), ("secret", "open sesame")]);
+    let customer = CustomerConfig::load(&directory.path().join("odmr.toml")).unwrap();
     let upstream = &customer.providers[0].remote;
     assert_eq!(upstream.address, "[2001:db8::1]:3660");
     assert_eq!(upstream.host, "2001:db8::1");
     assert_eq!(upstream.tls, TlsMode::Implicit);
-    assert_eq!(upstream.ca, Some(folder.path().join("ca.pem")));
+    assert_eq!(upstream.ca, Some(directory.path().join("ca.pem")));
     assert_eq!(upstream.credentials, Some(("acme".to_owned(), b"open sesame".to_vec())));
     assert_eq!(customer.providers[0].domains, [domain("example.org"), domain("example.com")]);
     assert_eq!(customer.mailboxes.root, Path::new("/var/mail/odmr"));
@@ -594,11 +594,11 @@ fn several_providers_have_each_their_own() {
             root = "mail"
             accept = ["@example.org", "@example.com", "@example.edu"]
         "#;
-    let folder = files(&[("odmr.toml", text)]);
-    let customer = CustomerConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let directory = files(&[("odmr.toml", text)]);
+    let customer = CustomerConfig::load(&directory.path().join("odmr.toml")).unwrap();
     let owner = customer.owner.unwrap();
     assert_eq!((owner.user.as_str(), owner.group.as_deref()), ("vmail", Some("mail")));
-    let said: Vec<_> = customer
+    let error: Vec<_> = customer
         .providers
         .iter()
         .map(|provider| {
@@ -611,11 +611,11 @@ fn several_providers_have_each_their_own() {
         .collect();
     let wanted = [
         ("a.example.net:366", "acme", 5, false),
-        // The first that does not say no.
+        // The first without `outgoing = false`.
         ("b.example.net:366", "acme", 0, true),
         ("b.example.net:366", "other", 120, false),
     ];
-    assert_eq!(said, wanted);
+    assert_eq!(error, wanted);
 }
 
 #[test]
@@ -625,20 +625,20 @@ fn mistakes_with_several_providers_are_named() {
         let text = format!(
             "hostname = \"mail.example.org\"\n{ONE}{more}[mailboxes]\nroot = \"m\"\naccept = [\"@example.org\"]\n"
         );
-        assert_said(&files(&[("odmr.toml", &text)]), place, phrase);
+        assert_error(&files(&[("odmr.toml", &text)]), place, phrase);
     };
-    check(ONE, "odmr.toml:6", "a.example.net:366 stands here a second time as acme");
+    check(ONE, "odmr.toml:6", "a.example.net:366 is here a second time as acme");
     check("[[provider]]\nname = \"acme\"\n", "odmr.toml:6", "[provider] needs `address`");
     let other = ONE.replace("acme", "b");
     let both = format!("outgoing = true\n{other}outgoing = true\n");
-    check(&both, "odmr.toml:11", "another provider takes the outgoing mail already");
+    check(&both, "odmr.toml:11", "another provider gets the outgoing mail already");
     let text = "hostname = \"h.example.org\"\n[[provider]]\naddress = \"a.example.net\"\nname = \"a\"\nsecret = \"x\"\n\
                 outgoing = false\n[mailboxes]\nroot = \"m\"\naccept = [\"@example.org\"]\n[outgoing]\nqueue = \"q\"\n";
-    assert_said(&files(&[("odmr.toml", text)]), "odmr.toml:10", "[outgoing] has nobody to take its mail");
+    assert_error(&files(&[("odmr.toml", text)]), "odmr.toml:10", "[outgoing] has no provider to send its mail to");
     check("outgoing = 1\n", "odmr.toml:6", "expected true or false");
     check("schedule = { evry = \"5m\" }\n", "odmr.toml:6", "unknown key `evry`");
-    customer("hostname", "group = \"mail\"\nhostname", "odmr.toml:1", "`group` means nothing without `user`");
-    customer("hostname", "user = \"a:b\"\nhostname", "odmr.toml:1", "is no name of a user or group");
+    customer("hostname", "group = \"mail\"\nhostname", "odmr.toml:1", "`group` has no effect without `user`");
+    customer("hostname", "user = \"a:b\"\nhostname", "odmr.toml:1", "is not a valid name of a user or group");
     customer("hostname", "user = 5\nhostname", "odmr.toml:1", "expected the name of a user or group");
     let circle =
         "[outgoing]\nqueue = \"q\"\nlisten = [\"127.0.0.1:2525\"]\n[mailboxes]\ndeliver = \"smtp:localhost:2525\"";
@@ -650,26 +650,26 @@ fn mistakes_with_several_providers_are_named() {
 fn mistakes_in_a_provider_s_file_are_named() {
     provider("hostname = ", "hostnam = ", "odmr.toml:1", "unknown key `hostnam`, expected one of `hostname`");
     provider("hostname = \"relay.example.net\"", "", "odmr.toml", "`hostname` is missing");
-    provider("relay.example.net", "relay_1", "odmr.toml:1", "\"relay_1\" is no host name");
+    provider("relay.example.net", "relay_1", "odmr.toml:1", "\"relay_1\" is not a valid host name");
     provider("\"relay.example.net\"", "5", "odmr.toml:1", "expected a host name");
     provider("\"relay.example.net\"", "relay", "odmr.toml:1", "must be quoted");
     provider("spool = \"spool\"", "spool = \"spool", "odmr.toml:2", "invalid basic string");
     provider("spool = \"spool\"", "", "odmr.toml", "`spool` is missing: the directory");
-    provider("\"spool\"", "\"\"", "odmr.toml:2", "is no path");
-    provider("customers = \"customers.d\"", "", "odmr.toml", "`customers` is missing: the folder");
+    provider("\"spool\"", "\"\"", "odmr.toml:2", "is not a valid path");
+    provider("customers = \"customers.d\"", "", "odmr.toml", "`customers` is missing: the directory");
     provider("customers.d", "clients.d", "odmr.toml:3", "clients.d cannot be read: No such file");
-    provider("customers = ", "spool = ", "odmr.toml:3", "`spool` stands here a second time");
+    provider("customers = ", "spool = ", "odmr.toml:3", "`spool` is here a second time");
     provider("", "[odmr]\n", "odmr.toml:6", "second time");
     provider("", "[provider]\n", "odmr.toml:6", "make two files of this one");
     provider("", "[inbund]\n", "odmr.toml:6", "unknown key `inbund`");
     provider("[odmr]", "[odmr", "odmr.toml:4", "unclosed table");
     provider("[odmr]", "inbound = 5\n[odmr]", "odmr.toml:4", "expected a table");
-    provider("", "listen = [\"localhost:366\"]", "odmr.toml:6", "is a name, and to listen takes an address");
+    provider("", "listen = [\"localhost:366\"]", "odmr.toml:6", "is a name, and a listener needs an address");
     provider("", "listen = [\n \":0\",\n \"::\"]", "odmr.toml:8", "\"::\" has no port");
     provider("", "listen = \":366\"", "odmr.toml:6", "expected a list, in [ ]");
-    provider("", "listen = [\":25\"]\n[inbound]\nlisten = [\"[::]:25\"]", "odmr.toml:6", "[::]:25 stands here a second time");
+    provider("", "listen = [\":25\"]\n[inbound]\nlisten = [\"[::]:25\"]", "odmr.toml:6", "[::]:25 is here a second time");
     provider("require-tls = false", "", "odmr.toml:4", "there is no [tls]: add [tls] with `certificate` and `key`");
-    provider("false", "true", "odmr.toml:5", "or say require-tls = false");
+    provider("false", "true", "odmr.toml:5", "or write require-tls = false");
     provider("[odmr]\nrequire-tls = false", "", "odmr.toml", "`require-tls` is true, which it is by default");
     provider("false", "\"no\"", "odmr.toml:5", "expected true or false");
     provider("", "listen-tls = [\":465\"]", "odmr.toml:6", "`listen-tls` needs a certificate: add [tls]");
@@ -677,8 +677,8 @@ fn mistakes_in_a_provider_s_file_are_named() {
     provider("", "[tls]\nkey = \"k\"", "odmr.toml:6", "`certificate` is missing");
     provider("", "[tls]\ncertificate = \"c\"", "odmr.toml:6", "`key` is missing");
     provider("", "[tls]\ncert = \"c\"", "odmr.toml:7", "unknown key `cert`, expected `certificate` or `key`");
-    provider("", "[inbound]\nmax-size = \"50MB\"", "odmr.toml:7", "\"50MB\" is no size");
-    provider("", "[inbound]\nmax-size = 0", "odmr.toml:7", "no letter would pass");
+    provider("", "[inbound]\nmax-size = \"50MB\"", "odmr.toml:7", "\"50MB\" is not a valid size");
+    provider("", "[inbound]\nmax-size = 0", "odmr.toml:7", "no message would be accepted");
     provider("", "[inbound]\nmax-size = true", "odmr.toml:7", "expected a size such as \"50MiB\"");
 }
 
@@ -701,7 +701,7 @@ fn mistakes_in_limits_and_timeouts_are_named() {
     };
     time("atrn = \"599s\"", "RFC 2645 section 5.2.1");
     time("command = \"0s\"", "would wait for nothing");
-    time("command = \"5min\"", "\"5min\" is no time: write a whole number of ms, s, m, h or d");
+    time("command = \"5min\"", "\"5min\" is not a valid time: write a whole number of ms, s, m, h or d");
     time("command = 300", "expected a time such as \"5m\"");
     time("rcpt = \"5m\"", "unknown key `rcpt`");
     customer("", "[timeouts]\natrn = \"9m\"", "odmr.toml:10", "write \"10m\" or more");
@@ -709,105 +709,105 @@ fn mistakes_in_limits_and_timeouts_are_named() {
 
 #[test]
 #[rustfmt::skip]
-fn mistakes_in_the_folder_of_customers_are_named() {
+fn mistakes_in_the_directory_of_customers_are_named() {
     let place = "customers.d/acme.toml";
     let at = |line| format!("{place}:{line}");
     account("[\"example.org\", \"example.com\"]", "[]", &at(1), "`domains` is missing or empty");
     account("domains = [\"example.org\", \"example.com\"]", "", place, "`domains` is missing or empty");
     account("example.com", "localhost", &at(1), "\"localhost\" has no dot");
-    account("example.com", "exa mple.com", &at(1), "\"exa mple.com\" is no domain");
-    account("example.com", "Example.ORG", &at(1), "example.org stands here a second time");
+    account("example.com", "exa mple.com", &at(1), "\"exa mple.com\" is not a valid domain");
+    account("example.com", "Example.ORG", &at(1), "example.org is here a second time");
     account("open sesame", "", &at(2), "the secret is empty");
     account("open sesame", "a\\nb", &at(2), "more than one line");
     account("secret = \"open sesame\"", "", place, "`secret` is missing");
     account("", "secret-file = \"s\"", &at(3), "`secret` and `secret-file` exclude each other");
     account("secret = \"open sesame\"", "secret-file = \"no\"", &at(2), "customers.d/no cannot be read");
     account("secret = ", "password = ", &at(2), "unknown key `password`");
-    account("\"open sesame\"", "12345", &at(2), "a number stands here, expected a secret in quotes");
+    account("\"open sesame\"", "12345", &at(2), "this is a number, expected a secret in quotes");
 }
 
 #[test]
 fn a_domain_in_two_files_names_both() {
-    let folder = files(&[
+    let directory = files(&[
         ("odmr.toml", PROVIDER),
         ("customers.d/acme.toml", ACME),
         ("customers.d/zenith.toml", "secret = \"s\"\ndomains = [\n\"example.net\",\n\"EXAMPLE.com\"]\n"),
     ]);
-    let phrase = "example.com stands in customers.d/acme.toml too";
-    assert_said(&folder, "customers.d/zenith.toml:4", phrase);
+    let phrase = "example.com is in customers.d/acme.toml too";
+    assert_error(&directory, "customers.d/zenith.toml:4", phrase);
 }
 
 #[test]
 #[rustfmt::skip]
 fn mistakes_in_a_customer_s_file_are_named() {
-    customer("[provider]", "[providers]", "odmr.toml", "says neither what a provider needs");
+    customer("[provider]", "[providers]", "odmr.toml", "has neither what a provider needs");
     customer("hostname = \"mail.example.org\"", "", "odmr.toml", "`hostname` is missing");
     customer("address = \"relay.example.net\"", "", "odmr.toml:2", "[provider] needs `address`");
-    customer("relay.example.net", "relay.example.net:odmr", "odmr.toml:3", "\"odmr\" is no port");
+    customer("relay.example.net", "relay.example.net:odmr", "odmr.toml:3", "\"odmr\" is not a valid port");
     customer("relay.example.net", "2001:db8::1", "odmr.toml:3", "write \"[2001:db8::1]:366\"");
     customer("name = \"acme\"", "", "odmr.toml:2", "[provider] needs `name`");
     customer("acme", "", "odmr.toml:4", "the login name is empty");
     customer("secret = \"open sesame\"", "", "odmr.toml:2", "`secret` is missing");
     customer("secret = \"open sesame\"", "secret-file = \"no\"", "odmr.toml:5", "no cannot be read: No such file");
-    customer("name = \"acme\"", "tls = \"ssl\"\nname = \"acme\"", "odmr.toml:4", "\"ssl\" is no way to use TLS: write \"starttls\", \"implicit\" or \"none\"");
+    customer("name = \"acme\"", "tls = \"ssl\"\nname = \"acme\"", "odmr.toml:4", "\"ssl\" is not a valid TLS mode: write \"starttls\", \"implicit\" or \"none\"");
     customer("name = \"acme\"", "tls = true\nname = \"acme\"", "odmr.toml:4", "expected \"starttls\", \"implicit\" or \"none\"");
-    customer("name = \"acme\"", "pin = \"00\"\nname = \"acme\"", "odmr.toml:4", "is no fingerprint");
+    customer("name = \"acme\"", "pin = \"00\"\nname = \"acme\"", "odmr.toml:4", "is not a valid fingerprint");
     let pin = format!("pin = \"sha256:{}\"", "00".repeat(32));
     customer("name = \"acme\"", &format!("{pin}\nca = \"ca.pem\"\nname = \"acme\""), "odmr.toml:5", "`ca` and `pin` exclude each other");
-    customer("name = \"acme\"", &format!("tls = \"none\"\n{pin}\nname = \"acme\""), "odmr.toml:5", "mean nothing with tls = \"none\"");
+    customer("name = \"acme\"", &format!("tls = \"none\"\n{pin}\nname = \"acme\""), "odmr.toml:5", "have no effect with tls = \"none\"");
     customer("name = \"acme\"", "domains = [\"localhost\"]\nname = \"acme\"", "odmr.toml:4", "has no dot");
-    customer("name = \"acme\"", "domains = [\"a.example\",\n\"A.example\"]\nname = \"acme\"", "odmr.toml:5", "a.example stands here a second time");
+    customer("name = \"acme\"", "domains = [\"a.example\",\n\"A.example\"]\nname = \"acme\"", "odmr.toml:5", "a.example is here a second time");
     customer("name = \"acme\"", "domains = [\"example.org\"]\nname = \"acme\"", "odmr.toml:9", "@example.com can get no mail");
     customer("root = \"mail\"", "", "odmr.toml:6", "[mailboxes] needs `root`");
     customer("accept = [\"alice@example.org\", \"@example.com\"]", "", "odmr.toml:6", "[mailboxes] needs `accept`");
     customer("\"alice@example.org\", \"@example.com\"", "", "odmr.toml:6", "[mailboxes] needs `accept`");
-    customer("alice@example.org", "example.org", "odmr.toml:8", "\"example.org\" is no address: write an address such as");
-    customer("alice@example.org", "alice@[192.0.2.1]", "odmr.toml:8", "is no address");
-    customer("@example.com", "\\\"Alice\\\"@EXAMPLE.org", "odmr.toml:8", "Alice@example.org stands here a second time");
+    customer("alice@example.org", "example.org", "odmr.toml:8", "\"example.org\" is not a valid address: write an address such as");
+    customer("alice@example.org", "alice@[192.0.2.1]", "odmr.toml:8", "is not a valid address");
+    customer("@example.com", "\\\"Alice\\\"@EXAMPLE.org", "odmr.toml:8", "Alice@example.org is here a second time");
     customer("\"@example.com\"", "\"@localhost\"", "odmr.toml:8", "has no dot");
     customer("[mailboxes]", "[mailbox]", "odmr.toml:6", "unknown key `mailbox`, expected one of");
     customer("[mailboxes]\nroot = \"mail\"\naccept = [\"alice@example.org\", \"@example.com\"]", "", "odmr.toml", "[mailboxes] is missing");
-    customer("", "max-size = \"big\"", "odmr.toml:9", "\"big\" is no size");
+    customer("", "max-size = \"big\"", "odmr.toml:9", "\"big\" is not a valid size");
 }
 
 #[test]
-fn a_file_for_the_other_side_is_told_so() {
-    let folder = files(&[("p.toml", PROVIDER), ("c.toml", CUSTOMER), ("empty.toml", "")]);
-    let path = |name| folder.path().join(name);
-    let said = ProviderConfig::load(&path("c.toml")).unwrap_err().text;
-    assert!(said.contains("is a customer's file"), "{said}");
-    let said = CustomerConfig::load(&path("p.toml")).unwrap_err().text;
-    assert!(said.contains("is a provider's file"), "{said}");
-    let said = Config::load(&path("empty.toml")).unwrap_err().text;
-    assert!(said.contains("says neither"), "{said}");
-    let said = Config::load(&path("none.toml")).unwrap_err();
-    assert_eq!((said.line, &said.text[..14]), (None, "cannot be read"));
+fn a_file_for_the_other_side_is_rejected() {
+    let directory = files(&[("p.toml", PROVIDER), ("c.toml", CUSTOMER), ("empty.toml", "")]);
+    let path = |name| directory.path().join(name);
+    let error = ProviderConfig::load(&path("c.toml")).unwrap_err().text;
+    assert!(error.contains("is a customer's file"), "{error}");
+    let error = CustomerConfig::load(&path("p.toml")).unwrap_err().text;
+    assert!(error.contains("is a provider's file"), "{error}");
+    let error = Config::load(&path("empty.toml")).unwrap_err().text;
+    assert!(error.contains("has neither"), "{error}");
+    let error = Config::load(&path("none.toml")).unwrap_err();
+    assert_eq!((error.source.line, &error.text[..14]), (None, "cannot be read"));
 }
 
 #[test]
 fn what_is_not_utf_8_is_named_with_its_line() {
-    let folder = files(&[]);
-    let path = folder.path().join("odmr.toml");
+    let directory = files(&[]);
+    let path = directory.path().join("odmr.toml");
     fs::write(&path, b"# one\n# \xe4\n").unwrap();
-    assert_said(&folder, "odmr.toml:2", "is not UTF-8");
+    assert_error(&directory, "odmr.toml:2", "is not UTF-8");
 }
 
 #[test]
-fn secrets_that_every_user_may_read_or_change_are_refused() {
+fn secrets_that_every_user_may_read_or_change_are_rejected() {
     let by_file = ACME.replace("secret = \"open sesame\"", "secret-file = \"secret\"");
     let key = changed(PROVIDER, "", "[tls]\ncertificate = \"c\"\nkey = \"key\"\n");
     let check = |text: &str, acme: &str, open: &str, place: &str| {
-        let folder = files(&[
+        let directory = files(&[
             ("odmr.toml", text),
             ("customers.d/acme.toml", acme),
             ("customers.d/secret", "open sesame"),
             ("key", "a key"),
         ]);
-        assert!(Config::load(&folder.path().join("odmr.toml")).is_ok());
+        assert!(Config::load(&directory.path().join("odmr.toml")).is_ok());
         for (bits, what) in [(0o644, "may read it"), (0o642, "may change it"), (0o666, "may read and change it")] {
-            mode(&folder.path().join(open), bits);
-            assert_said(&folder, place, what);
-            assert_said(&folder, place, &format!("chmod 640 {open}"));
+            mode(&directory.path().join(open), bits);
+            assert_error(&directory, place, what);
+            assert_error(&directory, place, &format!("chmod 640 {open}"));
         }
     };
     check(PROVIDER, ACME, "customers.d/acme.toml", "customers.d/acme.toml:2");
@@ -824,11 +824,11 @@ fn secrets_that_every_user_may_read_or_change_are_refused() {
 #[test]
 fn files_without_a_secret_may_be_read_by_all() {
     let by_file = ACME.replace("secret = \"open sesame\"", "secret-file = \"secret\"");
-    let folder =
+    let directory =
         files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &by_file), ("customers.d/secret", "open sesame\n")]);
-    mode(&folder.path().join("odmr.toml"), 0o644);
-    mode(&folder.path().join("customers.d/acme.toml"), 0o644);
-    assert!(Config::load(&folder.path().join("odmr.toml")).is_ok());
+    mode(&directory.path().join("odmr.toml"), 0o644);
+    mode(&directory.path().join("customers.d/acme.toml"), 0o644);
+    assert!(Config::load(&directory.path().join("odmr.toml")).is_ok());
 }
 
 #[test]
@@ -838,32 +838,32 @@ fn a_secret_file_is_one_line() {
         ("\n", "customers.d/secret is empty"),
         ("one\ntwo\n", "customers.d/secret has more than one line"),
     ] {
-        let folder = files(&[
+        let directory = files(&[
             ("odmr.toml", PROVIDER),
             ("customers.d/secret", text),
             ("customers.d/acme.toml", "domains = [\"a.example\"]\nsecret-file = \"secret\""),
         ]);
-        assert_said(&folder, "customers.d/acme.toml:2", phrase);
+        assert_error(&directory, "customers.d/acme.toml:2", phrase);
     }
 }
 
 #[test]
-fn an_error_stays_on_one_line_whatever_the_files_are_called() {
-    let folder = files(&[("odmr.toml", PROVIDER), ("customers.d/a\nb.toml", ACME)]);
-    assert!(said_of(&folder).starts_with("customers.d/a?b.toml: the login name \"a\\nb\" has"));
+fn an_error_is_one_line_whatever_the_names_of_files() {
+    let directory = files(&[("odmr.toml", PROVIDER), ("customers.d/a\nb.toml", ACME)]);
+    assert!(error_of(&directory).starts_with("customers.d/a?b.toml: the login name \"a\\nb\" has"));
 }
 
 #[test]
 fn ten_thousand_customers_load_at_once() {
-    let folder = files(&[("odmr.toml", PROVIDER)]);
+    let directory = files(&[("odmr.toml", PROVIDER)]);
     for number in 0..10_000 {
-        let path = folder.path().join(format!("customers.d/c{number}.toml"));
+        let path = directory.path().join(format!("customers.d/c{number}.toml"));
         let text = format!("domains = [\"d{number}.example\"]\nsecret = \"s{number}\"\n");
         fs::write(&path, text).unwrap();
         mode(&path, 0o640);
     }
     let start = Instant::now();
-    let provider = ProviderConfig::load(&folder.path().join("odmr.toml")).unwrap();
+    let provider = ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap();
     let took = start.elapsed();
     assert_eq!(provider.accounts.iter().count(), 10_000);
     let owner = provider.accounts.owner(&domain("d4711.example"));

@@ -1,31 +1,32 @@
-//! Makes [`RecipientRules`] of what the configuration says, and rejects rules that contradict each other, can never
-//! apply, or lead nowhere. Each error names the line, and what to change.
+//! Makes [`RecipientRules`] of [`RuleInput`], and rejects rules that contradict each other, can never apply, or lead
+//! nowhere. Each error names the line, and what to change.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use super::input::{
-    AddressPattern, Alias, AliasTarget, DomainAlias, FORWARD_HINT, Route, RuleError, RuleInput, SourceLine, is,
+    AddressPattern, Alias, AliasTarget, ConfigError, DomainAlias, FORWARD_HINT, Route, RuleInput, SourceLine, is,
 };
 use super::names::has_directory_name;
 use super::{DESTINATION_LIMIT, Expansion, Match, MatchedRule, NoMailbox, RecipientRules};
 use crate::mail::address::{Domain, Mailbox};
 
-/// Steps from alias to alias until the mailbox.
+/// The most steps from alias to alias until the mailbox.
 const ALIAS_DEPTH_LIMIT: usize = 10;
 
 impl RecipientRules {
-    /// Makes rules of what the configuration says.
+    /// Makes rules of the input, and checks them.
     ///
     /// # Errors
     ///
-    /// The first rule that makes no sense. What is returned has no aliases in circles, and each alias leads to mailboxes
-    /// of this customer.
-    pub fn new(input: RuleInput) -> Result<RecipientRules, RuleError> {
+    /// The first rule that contradicts another, has no effect, or leads nowhere. The rules that are returned have no
+    /// aliases in circles, and each alias leads to mailboxes of this customer.
+    pub fn new(input: RuleInput) -> Result<RecipientRules, ConfigError> {
         let mut rules = RecipientRules {
             route: Route::Maildir(input.root.clone()),
             root: input.root,
-            domains: vec![input.home],
+            domains: vec![input.home.clone()],
+            home: input.home,
             domain_aliases: HashMap::new(),
             accept: input.accept.iter().map(|entry| entry.value.clone()).collect(),
             except: HashSet::new(),
@@ -60,7 +61,7 @@ impl RecipientRules {
                 Some(pattern) => {
                     rules.check_routed(&pattern, &rule.source)?;
                     if rules.routes.insert(pattern.clone(), rule.route).is_some() {
-                        return Err(rule.source.error(format!("{pattern} stands here twice: take one of the two out")));
+                        return Err(rule.source.duplicate(pattern));
                     }
                 }
             }
@@ -68,6 +69,7 @@ impl RecipientRules {
         Ok(rules)
     }
 
+    /// Adds the domains that have rules, each once.
     fn add_domains<'a>(&mut self, patterns: impl Iterator<Item = &'a AddressPattern>) {
         let mut known: HashSet<_> = self.domains.iter().cloned().collect();
         for domain in patterns.filter_map(AddressPattern::domain) {
@@ -77,25 +79,26 @@ impl RecipientRules {
         }
     }
 
-    fn add_domain_aliases(&mut self, aliases: Vec<DomainAlias>) -> Result<(), RuleError> {
+    /// Adds the other names of domains. A name must have no rules of its own, and its domain must have some.
+    fn add_domain_aliases(&mut self, aliases: Vec<DomainAlias>) -> Result<(), ConfigError> {
         let known: HashSet<_> = self.domains.iter().cloned().collect();
         for DomainAlias { name, domain, source } in &aliases {
             if known.contains(name) {
                 return Err(source.error(format!(
                     "{name} has rules of its own, in `accept` or in aliases, and cannot be another name of {domain}: \
-                     take those out, or this"
+                     remove those, or this"
                 )));
             }
             if !known.contains(domain) {
                 return Err(source.error(match aliases.iter().any(|other| other.name == *domain) {
-                    true => format!("{domain} is itself another name only: write the domain that it stands for"),
+                    true => format!("{domain} is itself another name only: write the domain that it is a name of"),
                     false => format!("{domain} has no rules here: add it to `accept`, such as \"@{domain}\""),
                 }));
             }
         }
         for DomainAlias { name, domain, source } in aliases {
             if self.domain_aliases.insert(name.clone(), domain).is_some() {
-                return Err(source.error(format!("{name} stands here twice: take one of the two out")));
+                return Err(source.duplicate(name));
             }
             self.domains.push(name);
         }
@@ -103,12 +106,12 @@ impl RecipientRules {
     }
 
     /// Returns the names of the aliases, in the order of the file.
-    fn add_aliases(&mut self, aliases: Vec<Alias>) -> Result<Vec<AddressPattern>, RuleError> {
+    fn add_aliases(&mut self, aliases: Vec<Alias>) -> Result<Vec<AddressPattern>, ConfigError> {
         let mut order = Vec::with_capacity(aliases.len());
         for mut alias in aliases {
             if let Some(other) = self.aliases.get(&alias.name) {
                 return Err(alias.source.error(format!(
-                    "{} stands in {} too: put all targets into one of the two, and take the other out",
+                    "{} is in {} too: put all targets into one of the two, and remove the other",
                     alias.name, other.source
                 )));
             }
@@ -121,11 +124,12 @@ impl RecipientRules {
         Ok(order)
     }
 
-    /// Rejects an accepted address or domain if an alias takes all its mail.
-    fn check_accepted(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), RuleError> {
+    /// Rejects an accepted address or domain if an alias gets all its mail.
+    fn check_accepted(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), ConfigError> {
         let alias = match pattern {
             AddressPattern::Address(local, _) if !has_directory_name(local) => {
-                let text = format!("{pattern} can have no mailbox: its local part is empty, or too long for a folder");
+                let text =
+                    format!("{pattern} can have no mailbox: its local part is empty, or too long for a directory");
                 return Err(source.error(text));
             }
             AddressPattern::Address(local, domain) => self.alias_over(local, domain),
@@ -137,12 +141,12 @@ impl RecipientRules {
             _ => String::new(),
         };
         Err(source.error(format!(
-            "{pattern} is in `accept` and an alias ({}) that keeps all mail from it: take one out{both}",
+            "{pattern} is in `accept` and an alias ({}) that keeps all mail from it: remove one{both}",
             alias.source
         )))
     }
 
-    /// The alias that takes all mail of a mailbox; `local` is in lower case.
+    /// The alias that gets all mail of a mailbox; `local` is in lower case.
     fn alias_over(&self, local: &str, domain: &Domain) -> Option<&Alias> {
         match self.look_up(local, domain, true) {
             Match::Alias(alias, None) => {
@@ -160,38 +164,39 @@ impl RecipientRules {
     }
 
     /// Rejects an exception from anything but a catch-all: it would have no effect.
-    fn check_exception(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), RuleError> {
+    fn check_exception(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), ConfigError> {
         let AddressPattern::Address(local, domain) = pattern else { return Ok(()) };
         let text = match self.look_up(local, domain, true) {
             Match::Mailbox { rule: MatchedRule::CatchAll { .. }, .. }
             | Match::NoMailbox(NoMailbox::Exception | NoMailbox::Nameless) => return Ok(()),
             Match::Mailbox { rule: MatchedRule::User { .. }, local, .. } => {
-                format!("{} is in `accept` too: take one of the two out", AddressPattern::address(&local, domain))
+                format!("{} is in `accept` too: remove one of the two", AddressPattern::address(&local, domain))
             }
-            Match::Alias(alias, _) => format!("{pattern} is an alias too ({}): take one of the two out", alias.source),
+            Match::Alias(alias, _) => format!("{pattern} is an alias too ({}): remove one of the two", alias.source),
             Match::Postmaster(_) | Match::Mailbox { .. } => format!(
-                "{pattern} must be taken (RFC 5321 section 4.5.1, RFC 2142): take it out, and say with `postmaster` who \
-                 reads it"
+                "{pattern} must be accepted (RFC 5321 section 4.5.1, RFC 2142): remove it, and name its reader in \
+                 `postmaster`"
             ),
             Match::NoMailbox(_) => format!(
-                "{pattern} is an exception of nothing: `except` is for the domains that `accept` takes whole, and \
-                 \"@{domain}\" is not among them"
+                "{pattern} is an exception without effect: `except` is for the domains that are in `accept` as a \
+                 whole, and \"@{domain}\" is not among them"
             ),
         };
         Err(source.error(text))
     }
 
-    /// Rejects an alias with a target that is no mailbox of this customer.
-    fn check_targets(&self, alias: &Alias) -> Result<(), RuleError> {
+    /// Rejects an alias with a target that is not a mailbox of this customer.
+    fn check_targets(&self, alias: &Alias) -> Result<(), ConfigError> {
         for target in &alias.targets {
             let Match::NoMailbox(reason) = self.follow(alias, target) else { continue };
             let (name, to) = (&alias.name, &target.mailbox);
             return Err(target.source.error(match reason {
                 NoMailbox::Foreign => {
-                    format!("the alias {name} leads to {to}, which is not in a domain of ours: {FORWARD_HINT}")
+                    format!("the alias {name} leads to {to}, which is not in one of our domains: {FORWARD_HINT}")
                 }
                 reason => format!(
-                    "the alias {name} leads to {to}, which nobody takes ({}): add it to `accept`, or make an alias of it",
+                    "the alias {name} leads to {to}, which has no mailbox here ({}): add it to `accept`, or make an \
+                     alias of it",
                     reason.text()
                 ),
             }));
@@ -199,17 +204,19 @@ impl RecipientRules {
         Ok(())
     }
 
-    fn check_postmaster(&self, mailbox: &Mailbox, source: &SourceLine) -> Result<(), RuleError> {
+    /// Rejects a `postmaster` that is not a mailbox of this customer.
+    fn check_postmaster(&self, mailbox: &Mailbox, source: &SourceLine) -> Result<(), ConfigError> {
         match self.find(mailbox, true) {
             Match::NoMailbox(reason) => Err(source.error(format!(
-                "nobody takes {mailbox} ({}), and `postmaster` must lead to a mailbox here: add it to `accept`",
+                "{mailbox} has no mailbox here ({}), and `postmaster` must lead to a mailbox here: add it to `accept`",
                 reason.text()
             ))),
             _ => Ok(()),
         }
     }
 
-    fn check_depths(&self, order: &[AddressPattern]) -> Result<(), RuleError> {
+    /// Rejects aliases that go in circles, or in too many steps.
+    fn check_depths(&self, order: &[AddressPattern]) -> Result<(), ConfigError> {
         let mut depths = HashMap::new();
         for name in order {
             self.depth(Match::Alias(&self.aliases[name], None), &mut Vec::new(), &mut depths)?;
@@ -218,7 +225,7 @@ impl RecipientRules {
     }
 
     /// Rejects an alias with more than [`DESTINATION_LIMIT`] destinations: one message would become too many.
-    fn check_destination_counts(&self, order: &[AddressPattern]) -> Result<(), RuleError> {
+    fn check_destination_counts(&self, order: &[AddressPattern]) -> Result<(), ConfigError> {
         for name in order {
             let alias = &self.aliases[name];
             let mut expansion = Expansion::new(self, Vec::new());
@@ -227,8 +234,8 @@ impl RecipientRules {
                 let _ = expansion.expand(&target.mailbox, self.follow(alias, target));
                 if expansion.deliveries.len() > DESTINATION_LIMIT {
                     return Err(alias.source.error(format!(
-                        "the alias {name} leads to more than {DESTINATION_LIMIT} mailboxes: that is a mailing list, for \
-                         a program that keeps lists; {FORWARD_HINT}"
+                        "the alias {name} leads to more than {DESTINATION_LIMIT} mailboxes: that is a mailing list, \
+                         for a program that keeps lists; {FORWARD_HINT}"
                     )));
                 }
             }
@@ -244,10 +251,16 @@ impl RecipientRules {
     /// The steps are too many, or go in circles.
     fn depth(
         &self, found: Match<'_>, path: &mut Vec<Step>, depths: &mut HashMap<Step, usize>,
-    ) -> Result<usize, RuleError> {
-        let step = match &found {
-            Match::Alias(alias, _) => Step::Alias(alias.name.clone()),
-            Match::Postmaster(mailbox) => Step::Postmaster(mailbox.clone()),
+    ) -> Result<usize, ConfigError> {
+        let (step, next) = match found {
+            Match::Alias(alias, _) => {
+                let targets = alias.targets.iter().map(|target| self.follow(alias, target));
+                (Step::Alias(alias.name.clone()), targets.collect())
+            }
+            Match::Postmaster(mailbox) => {
+                let next = vec![self.find(&mailbox, true)];
+                (Step::Postmaster(mailbox), next)
+            }
             Match::Mailbox { .. } | Match::NoMailbox(_) => return Ok(0),
         };
         path.push(step.clone());
@@ -264,14 +277,8 @@ impl RecipientRules {
             return Ok(known);
         }
         let mut deepest = 0;
-        match found {
-            Match::Alias(alias, _) => {
-                for target in &alias.targets {
-                    deepest = deepest.max(self.depth(self.follow(alias, target), path, depths)?);
-                }
-            }
-            Match::Postmaster(mailbox) => deepest = self.depth(self.find(&mailbox, true), path, depths)?,
-            Match::Mailbox { .. } | Match::NoMailbox(_) => {}
+        for found in next {
+            deepest = deepest.max(self.depth(found, path, depths)?);
         }
         path.pop();
         depths.insert(step, deepest + 1);
@@ -279,7 +286,7 @@ impl RecipientRules {
     }
 
     /// Rejects these steps, if an alias is among them.
-    fn reject_steps(&self, steps: &[Step], text: &str) -> Result<(), RuleError> {
+    fn reject_steps(&self, steps: &[Step], text: &str) -> Result<(), ConfigError> {
         let shown: Vec<_> = steps.iter().map(Step::to_string).collect();
         let first = steps.iter().find_map(|step| match step {
             Step::Alias(name) => self.aliases.get(name),
@@ -288,8 +295,8 @@ impl RecipientRules {
         first.map_or(Ok(()), |alias| Err(alias.source.error(format!("{}: {text}", shown.join(" -> ")))))
     }
 
-    /// Rejects a route for anything but a mailbox or a domain of this customer: no mail would ever take it.
-    fn check_routed(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), RuleError> {
+    /// Rejects a route for anything but a mailbox or a domain of this customer: it would have no effect.
+    fn check_routed(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), ConfigError> {
         let Some(domain) = pattern.domain() else { return Ok(()) };
         let text = match (pattern, self.domain_aliases.get(domain)) {
             (_, Some(own)) => format!("{domain} is another name of {own} only: write {own}"),
@@ -298,8 +305,8 @@ impl RecipientRules {
                     Match::Mailbox { local: base, .. } if base == *local => match self.alias_over(local, domain) {
                         None => return Ok(()),
                         Some(alias) => format!(
-                            "{pattern} gets no mail, as an alias ({}) sends it elsewhere: write where it leads, or take one \
-                         of the two out",
+                            "{pattern} gets no mail, as an alias ({}) sends it elsewhere: write where it leads, or \
+                             remove one of the two",
                             alias.source
                         ),
                     },
@@ -309,13 +316,13 @@ impl RecipientRules {
                     ),
                     Match::Postmaster(to) => format!("mail for {pattern} goes to {to}: write that"),
                     Match::Alias(..) | Match::NoMailbox(_) => format!(
-                        "{pattern} is no mailbox of ours, and `deliver` is for mailboxes: add it to `accept`, or take this \
-                     out"
+                        "{pattern} is not one of our mailboxes, and `deliver` is for mailboxes: add it to `accept`, \
+                         or remove this"
                     ),
                 }
             }
             (_, None) if self.serves(domain) => return Ok(()),
-            (_, None) => format!("{domain} is no domain of ours: add it to `accept`, or take this out"),
+            (_, None) => format!("{domain} is not one of our domains: add it to `accept`, or remove this"),
         };
         Err(source.error(text))
     }

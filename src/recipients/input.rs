@@ -1,4 +1,5 @@
-//! What a customer's configuration says about its recipients, before it is checked, and where it says so.
+//! A customer's rules for recipients as the configuration has them, not checked yet, each with its line in a file; and
+//! the error about a line.
 
 use core::net::{IpAddr, SocketAddr};
 use std::fmt;
@@ -8,7 +9,7 @@ use std::sync::Arc;
 use super::names::is_plain;
 use crate::mail::address::{Domain, Mailbox};
 
-/// The unchecked rules; [`RecipientRules::new`](super::RecipientRules::new) checks them.
+/// The rules that are not checked yet; [`RecipientRules::new`](super::RecipientRules::new) checks them.
 #[derive(Debug)]
 pub struct RuleInput {
     /// The directory of the Maildirs, unless `routes` names another. Absolute.
@@ -33,6 +34,13 @@ pub struct Located<T> {
     pub source: SourceLine,
 }
 
+impl<T> Located<T> {
+    /// Another value of the same line.
+    pub fn map<U>(self, change: impl FnOnce(T) -> U) -> Located<U> {
+        Located { value: change(self.value), source: self.source }
+    }
+}
+
 /// The recipients that a rule is about. Local parts are in lower case: [`AddressPattern::address`] and
 /// [`AddressPattern::bare`] see to it.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -49,6 +57,11 @@ impl AddressPattern {
     /// The pattern of one address.
     pub fn address(local: &str, domain: &Domain) -> AddressPattern {
         AddressPattern::Address(local.to_lowercase(), domain.clone())
+    }
+
+    /// The pattern of one mailbox; `None`: its host is an address literal.
+    pub fn of(mailbox: &Mailbox) -> Option<AddressPattern> {
+        mailbox.domain().map(|domain| AddressPattern::address(mailbox.local(), domain))
     }
 
     /// The pattern of one local part.
@@ -165,40 +178,57 @@ impl fmt::Display for NextHop {
     }
 }
 
-/// A line of a file, shown as `aliases:12`.
+/// A place in a file of the configuration. Shown without the directories: `aliases:12`.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct SourceLine {
     pub file: Arc<Path>,
-    /// From 1.
-    pub line: usize,
+    /// From 1; `None`: the file as a whole, or something is missing.
+    pub line: Option<usize>,
 }
 
 impl SourceLine {
-    /// The error about this line.
-    pub fn error(&self, text: impl Into<String>) -> RuleError {
-        RuleError { source: self.clone(), text: text.into() }
+    /// The error about this place.
+    pub fn error(&self, text: impl Into<String>) -> ConfigError {
+        ConfigError { source: self.clone(), text: text.into() }
+    }
+
+    /// The error about a name that comes twice; the second one is here.
+    pub fn duplicate(&self, name: impl fmt::Display) -> ConfigError {
+        self.error(format!("{name} is here a second time: remove one of the two"))
     }
 }
 
 impl fmt::Display for SourceLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.file.file_name().unwrap_or(self.file.as_os_str());
-        write!(f, "{}:{}", name.display(), self.line)
+        write!(f, "{}{}", name.display(), self.line.map_or_else(String::new, |line| format!(":{line}")))
     }
 }
 
-/// What is wrong with a rule, and what to do about it.
+/// A mistake in a configuration. Shown in one line, with the whole path: `/etc/odmr/odmr.toml:12: text`.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct RuleError {
+pub struct ConfigError {
     pub source: SourceLine,
+    /// What is wrong, what is allowed, and what to change.
     pub text: String,
 }
 
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let line = self.source.line.map_or_else(String::new, |line| format!(":{line}"));
+        let text = format!("{}{line}: {}", self.source.file.display(), self.text);
+        // The name of a file may have a line end in it.
+        f.write_str(&text.replace(char::is_control, "?"))
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
 /// What to do about an alias for mail that is to leave this host, or to be given to a program.
-pub const FORWARD_HINT: &str = "take that alias out, accept the address itself, and hand it to the local mail server, \
+pub const FORWARD_HINT: &str = "remove that alias, accept the address itself, and send it to the local mail server, \
                                 such as deliver = { \"info@example.org\" = \"smtp:127.0.0.1:25\" }";
 
-/// `local@domain`, quoted where necessary; `None`: there can be no such address.
+/// `local@domain`, quoted if necessary; `None`: it would not be a valid address.
 pub fn address(local: &str, domain: &Domain) -> Option<Mailbox> {
     let escaped = local.replace('\\', r"\\").replace('"', "\\\"");
     Mailbox::parse(&format!("\"{escaped}\"@{domain}"))

@@ -1,11 +1,11 @@
-//! The delivery rules of a customer: who a recipient is here, where their mail goes, and by which rule.
+//! The delivery rules of a customer: which recipients exist, where their mail goes, and by which rule.
 //!
-//! Pure: no files, no sockets, no clock. The configuration says what the rules are ([`RuleInput`]);
-//! [`RecipientRules::new`] checks them. The rules for an address, in this order:
+//! Pure: no files, no sockets, no clock. The configuration makes a [`RuleInput`]; [`RecipientRules::new`] checks it.
+//! The rules for an address, in this order:
 //!
 //! 0. *bare postmaster*: `Postmaster` alone is postmaster@ the first domain of `accept` (RFC 5321 section 4.5.1).
 //! 1. *domain alias*: another name of a domain is replaced by the domain's own name.
-//! 2. *foreign*: no rule is for that domain. Rejected, since a turned session must not relay.
+//! 2. *foreign*: no rule is for that domain. Rejected: a turned session must not relay to other hosts.
 //! 3. *alias* of the whole address, or of its local part in every domain.
 //! 4. *user*: the address is in `accept`.
 //! 5. *detail*: rules 3 and 4 again, without the first separator and what follows it (`alice+detail`). A user keeps the
@@ -29,7 +29,7 @@ use std::fmt::{self, Write};
 use std::path::PathBuf;
 
 pub use self::input::{
-    AddressPattern, Alias, AliasTarget, DomainAlias, FORWARD_HINT, Located, NextHop, Route, RouteRule, RuleError,
+    AddressPattern, Alias, AliasTarget, ConfigError, DomainAlias, FORWARD_HINT, Located, NextHop, Route, RouteRule,
     RuleInput, SourceLine, address, same_mailbox,
 };
 pub use self::names::directory_name;
@@ -39,20 +39,20 @@ use self::names::{folder_names, has_directory_name};
 use crate::mail::address::{Domain, ForwardPath, Mailbox, forward_path};
 use crate::smtp::reply::Reply;
 
-/// Destinations of one address.
+/// The most destinations of one address.
 const DESTINATION_LIMIT: usize = 100;
 
 /// One copy of a message, for one mailbox.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Delivery {
-    /// The final address: the domain's own name, and the local part with the detail and the case it came with.
+    /// The final address: the domain's own name, and the local part with its detail, in the case of the RCPT command.
     pub mailbox: Mailbox,
     pub destination: Destination,
     /// The rules that led to the mailbox, in their order.
     pub via: Vec<MatchedRule>,
     /// The rule that accepted it.
     pub rule: MatchedRule,
-    /// It must be accepted somewhere, even if a next hop does not know it (RFC 5321 section 4.5.1).
+    /// The message must be accepted even if the next hop rejects the recipient (RFC 5321 section 4.5.1).
     pub fallback: bool,
 }
 
@@ -124,7 +124,7 @@ impl fmt::Display for MatchedRule {
     }
 }
 
-/// Why an address has no mailbox here.
+/// Why a recipient is rejected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum NoMailbox {
     /// Rule 2.
@@ -159,6 +159,7 @@ impl NoMailbox {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RecipientRules {
     root: PathBuf,
+    home: Domain,
     /// The domains with rules, the home domain first, then the aliases of domains.
     domains: Vec<Domain>,
     domain_aliases: HashMap<Domain, Domain>,
@@ -174,7 +175,7 @@ pub struct RecipientRules {
     route: Route,
 }
 
-/// The rule that an address matches, and what it makes of the address.
+/// The rule that an address matches, and where it leads.
 enum Match<'a> {
     Alias(&'a Alias, Option<String>),
     /// Rule 6, which continues with this address.
@@ -194,7 +195,12 @@ impl RecipientRules {
         &self.domains
     }
 
-    /// Whether some mail for a domain is accepted.
+    /// The first domain of `accept`.
+    pub fn home(&self) -> &Domain {
+        &self.home
+    }
+
+    /// Whether at least one address of a domain is a recipient.
     pub fn serves(&self, domain: &Domain) -> bool {
         self.domains.contains(domain)
     }
@@ -208,21 +214,13 @@ impl RecipientRules {
         self.trace(path).1.map_err(NoMailbox::reply)
     }
 
-    /// The result of [`RecipientRules::resolve`] as text: one line, and for an alias another line for each delivery;
-    /// the last one has no line end.
-    pub fn explain(&self, path: &ForwardPath) -> String {
+    /// The result of [`RecipientRules::resolve`] as text: one line, and for an alias another line for each delivery. The
+    /// last line has no line end.
+    fn explain(&self, path: &ForwardPath) -> Result<String, String> {
+        let listed = |rules: &[MatchedRule]| rules.iter().map(|rule| format!(" {rule},")).collect::<String>();
         let (begin, result) = self.trace(path);
-        let mut text = format!("{path}:");
-        for rule in &begin {
-            let _ = write!(text, " {rule},");
-        }
-        let deliveries = match result {
-            Ok(deliveries) => deliveries,
-            Err(reason) => {
-                let _ = write!(text, " refused: {} ({})", reason.reply(), reason.text());
-                return text;
-            }
-        };
+        let mut text = format!("{path}:{}", listed(&begin));
+        let deliveries = result.map_err(|reason| format!("{text} refused: {} ({})", reason.reply(), reason.text()))?;
         for (number, Delivery { mailbox, destination, via, rule, .. }) in deliveries.iter().enumerate() {
             if let Some((first, rest)) = via.get(begin.len()..).and_then(<[MatchedRule]>::split_first) {
                 let bare_or_address = |name: &_| !matches!(name, AddressPattern::Domain(_));
@@ -234,17 +232,14 @@ impl RecipientRules {
                     }
                     first => write!(text, " {first}"),
                 };
-                let _ = write!(text, "\n  {mailbox}:");
-                for rule in rest {
-                    let _ = write!(text, " {rule},");
-                }
+                let _ = write!(text, "\n  {mailbox}:{}", listed(rest));
             }
             let _ = write!(text, " {rule} -> {destination}");
         }
-        text
+        Ok(text)
     }
 
-    /// Explains an address as a person types it, with or without angle brackets.
+    /// Where mail for an address goes, and by which rules, as text. The address may be in angle brackets.
     ///
     /// # Errors
     ///
@@ -253,10 +248,7 @@ impl RecipientRules {
         let typed = typed.trim();
         let bracketed = if typed.starts_with('<') { typed.to_owned() } else { format!("<{typed}>") };
         match forward_path(bracketed.as_bytes()) {
-            Ok((path, used)) if used == bracketed.len() => match self.resolve(&path) {
-                Ok(_) => Ok(self.explain(&path)),
-                Err(_) => Err(self.explain(&path)),
-            },
+            Ok((path, used)) if used == bracketed.len() => self.explain(&path),
             _ => Err(format!("{typed:?} is no address: write one such as alice@example.org, or postmaster")),
         }
     }
@@ -270,8 +262,8 @@ impl RecipientRules {
         self.root.join(mailbox.host().to_string()).join(directory_name(&local))
     }
 
-    /// Where mail for a final address goes, without regard to aliases: for mail that was accepted for it and waits in
-    /// the queue. `None`: the configuration has changed, and it is not a mailbox any more.
+    /// Where mail for a [`Delivery::mailbox`] goes, without aliases: its message was accepted before, and waits in the
+    /// queue. `None`: the configuration has changed, and it is not a mailbox any more.
     pub fn destination_of(&self, mailbox: &Mailbox) -> Option<Destination> {
         let domain = mailbox.domain().filter(|domain| self.serves(domain))?;
         match self.look_up(mailbox.local(), domain, false) {
@@ -285,7 +277,7 @@ impl RecipientRules {
         self.next_hops().next().is_some()
     }
 
-    /// All next hops; one may come several times.
+    /// The next hops of all routes; one may come several times.
     pub fn next_hops(&self) -> impl Iterator<Item = &NextHop> {
         [&self.route].into_iter().chain(self.routes.values()).filter_map(|route| match route {
             Route::NextHop(hop) => Some(hop),
@@ -307,7 +299,7 @@ impl RecipientRules {
         let mut via = Vec::new();
         let mut mailbox = match path {
             ForwardPath::Mailbox(mailbox) => mailbox.clone(),
-            ForwardPath::Postmaster => match self.domains.first().and_then(|home| address("postmaster", home)) {
+            ForwardPath::Postmaster => match address("postmaster", &self.home) {
                 Some(mailbox) => mailbox,
                 None => return (via, Err(NoMailbox::NoRule)),
             },

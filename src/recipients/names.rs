@@ -1,19 +1,19 @@
 //! Names of directories that are safe for any local part and any detail.
 //!
-//! A local part may hold anything (`../x`, slashes, spaces). Its directory has a translation of it as its name, which
-//! cannot lead out of the domain's directory: letters in lower case, digits and `._+=-` stay as they are; each octet of
+//! A local part may contain `../x`, slashes and spaces. The name of its directory is an encoding of it, which cannot lead
+//! out of the domain's directory: letters in lower case, digits and `._+=-` stay as they are; each octet of
 //! every other character, and of a dot in front, is `%HH`. The Maildir++ folder of a detail is named in the same way,
 //! but without any dot, since dots separate levels of folders.
 
 use std::fmt::Write;
 
-/// Octets in the name of a directory, so that there is room for what mail readers append to it.
+/// The most octets in the name of a directory: mail readers append to it, and file systems allow 255.
 pub(super) const DIRECTORY_NAME_LIMIT: usize = 200;
 
 /// The name of a mailbox's directory: one component of a path, never hidden. It is empty for an empty local part, and
 /// may be too long for a file system.
 pub fn directory_name(local: &str) -> String {
-    translated(&local.to_lowercase(), true)
+    encoded(&local.to_lowercase(), true)
 }
 
 /// Whether a local part can have a directory: it is not empty, and the name is not too long.
@@ -23,7 +23,7 @@ pub(super) fn has_directory_name(local: &str) -> bool {
 
 /// The names of Maildir++ folders for a detail, the preferred one first; no name has a dot.
 pub(super) fn folder_names(detail: &str) -> Vec<String> {
-    let mut names = vec![translated(detail, false), translated(&detail.to_lowercase(), false)];
+    let mut names = vec![encoded(detail, false), encoded(&detail.to_lowercase(), false)];
     names.dedup();
     // Mail readers empty Trash, and no quota counts it: a sender must not be able to choose it.
     let trash = |name: &String| name.eq_ignore_ascii_case("Trash");
@@ -31,7 +31,7 @@ pub(super) fn folder_names(detail: &str) -> Vec<String> {
     names
 }
 
-fn translated(text: &str, dots: bool) -> String {
+fn encoded(text: &str, dots: bool) -> String {
     let mut name = String::with_capacity(text.len());
     for character in text.chars() {
         if is_plain(character) && (character != '.' || dots && !name.is_empty()) {
@@ -46,7 +46,7 @@ fn translated(text: &str, dots: bool) -> String {
     name
 }
 
-/// Whether a character needs no translation.
+/// Whether a character is its own encoding.
 pub(super) fn is_plain(character: char) -> bool {
     matches!(character, '.' | '_' | '+' | '=' | '-') || character.is_alphanumeric()
 }

@@ -40,7 +40,7 @@ fn domain(text: &str) -> Domain {
 
 /// Two domains with a catch-all each, one of them with a route of its own.
 fn open() -> RecipientRules {
-    let source = SourceLine { file: Path::new("odmr.toml").into(), line: 1 };
+    let source = SourceLine { file: Path::new("odmr.toml").into(), line: Some(1) };
     let (home, other) = (domain("example.org"), AddressPattern::Domain(domain("example.com")));
     let accept = [AddressPattern::Domain(home.clone()), other.clone()];
     RecipientRules::new(RuleInput {
@@ -58,10 +58,10 @@ fn open() -> RecipientRules {
 }
 
 #[test]
-fn what_is_typed_is_an_address_or_not() {
+fn typed_addresses_are_checked() {
     fn check(typed: &str, expected: Option<&str>) {
-        let said = open().explain_typed(typed).ok();
-        let address = said.as_deref().and_then(|said| said.rsplit_once(": ")).map(|(address, _)| address);
+        let text = open().explain_typed(typed).ok();
+        let address = text.as_deref().and_then(|text| text.rsplit_once(": ")).map(|(address, _)| address);
         assert_eq!(address, expected, "{typed:?}");
     }
     check("alice@example.org", Some("alice@example.org"));
@@ -74,8 +74,8 @@ fn what_is_typed_is_an_address_or_not() {
     for wrong in ["", "<>", "alice", "alice@", "a b@example.org", "<alice@example.org", "alice@example.org>", "a\0@b"] {
         check(wrong, None);
     }
-    let said = open().explain_typed("a\0b@example.org").unwrap_err();
-    assert!(said.starts_with("\"a\\0b@example.org\" is no address"), "{said}");
+    let text = open().explain_typed("a\0b@example.org").unwrap_err();
+    assert!(text.starts_with("\"a\\0b@example.org\" is no address"), "{text}");
 }
 
 /// Whether a name is safe as one component of a path.
@@ -91,7 +91,7 @@ proptest! {
     }
 
     #[test]
-    fn two_local_parts_have_two_folders(one in "[ -~]{1,8}", other in "[ -~]{1,8}") {
+    fn two_local_parts_have_two_directories(one in "[ -~]{1,8}", other in "[ -~]{1,8}") {
         let same = one.eq_ignore_ascii_case(&other);
         prop_assert_eq!(directory_name(&one) == directory_name(&other), same);
     }

@@ -7,7 +7,7 @@
 //!                        └───────────── call_ended(begun, ended, success, chance) ◀──────────────────────┘
 //! ```
 //!
-//! After a call that failed there is a pause, whatever the schedule says. Otherwise:
+//! After a call that failed there is a pause, with any schedule. Otherwise:
 //!
 //! - `every`: the first call is due at once, each other one that time after the last one began, or as soon as it ended.
 //! - `at`: the call is due at the first moment of the timetable after the end of the last call. Moments that passed
@@ -49,7 +49,7 @@ pub struct CallTimer {
     failures: u32,
 }
 
-/// A caller that asks at least this often misses no call. A minute would do; the rest is for a busy machine.
+/// A caller that asks at least this often misses no call. Callers ask each minute; the rest is for a busy machine.
 const LATENESS_LIMIT: Duration = Duration::from_secs(120);
 
 /// While the clocks agree to within this many seconds, the time of day has not been set.

@@ -57,11 +57,11 @@ fn timer(text: &str, machine: &Machine) -> CallTimer {
     CallTimer::new(&schedule(text), machine.0, 1)
 }
 
-/// Each file of `testdata/schedule`: what is written in `[schedule]`, and every call of one day.
+/// Each file of `testdata/schedule` has the keys of `[schedule]`, and every call of one day.
 #[test]
-fn whole_days_are_called_as_written_down() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/schedule");
-    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+fn the_calls_of_whole_days_are_those_of_the_files() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/schedule");
+    let mut files: Vec<_> = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     assert_eq!(files.len(), 5);
     for file in files {
@@ -104,7 +104,7 @@ fn with_every_the_first_call_is_at_once_and_the_next_counts_from_its_start() {
     machine.calls(&mut timer, MINUTE, true);
     assert_eq!(timer.time_left(machine.0), 14 * MINUTE);
     assert_eq!(timer.next_call(machine.0).rfc3339(), "2026-01-02T03:19:05Z");
-    // Setting the clock on the wall moves nothing.
+    // Setting the time of day changes nothing.
     assert_eq!(timer.time_left(machine.set(10_000)), 14 * MINUTE);
     machine.passes(14 * MINUTE);
     machine.calls(&mut timer, HOUR, true);
@@ -137,7 +137,7 @@ fn with_at_a_call_is_late_by_its_jitter_alone() {
 }
 
 #[test]
-fn with_at_nothing_is_made_up_for() {
+fn with_at_missed_calls_are_skipped() {
     let mut machine = Machine::at("2026-01-02T08:01:00Z");
     let table = "at = [\"* every 5m\"]\nzone = \"UTC\"\njitter = \"none\"";
     let mut timer = timer(table, &machine);
@@ -152,7 +152,7 @@ fn with_at_nothing_is_made_up_for() {
 }
 
 #[test]
-fn with_at_a_caller_who_was_busy_misses_nothing() {
+fn with_at_a_busy_caller_misses_no_call() {
     let mut machine = Machine::at("2026-01-02T08:01:00Z");
     let timer = timer("at = [\"sun 03:30\"]\nzone = \"UTC\"", &machine);
     assert_eq!(timer.next_call(machine.0).rfc3339(), "2026-01-04T03:30:01Z");
@@ -161,7 +161,7 @@ fn with_at_a_caller_who_was_busy_misses_nothing() {
 }
 
 #[test]
-fn with_at_the_clock_on_the_wall_counts_when_it_is_set() {
+fn with_at_the_time_of_day_counts_if_the_clock_is_set() {
     let table = "at = [\"* 08:30,09:30,10:30\"]\nzone = \"UTC\"\njitter = \"none\"";
     let check = |set: i64, next: &str| {
         let mut machine = Machine::at("2026-01-02T08:20:00Z");
@@ -198,7 +198,7 @@ fn a_call_just_missed_while_the_machine_woke_is_made() {
 }
 
 #[test]
-fn failures_make_growing_pauses_whatever_the_schedule_says() {
+fn failures_make_growing_pauses_with_any_schedule() {
     for table in ["every = \"15m\"", "at = [\"sun 03:30\"]\nzone = \"UTC\""] {
         let mut machine = Machine::at("2026-01-02T03:04:05Z");
         let mut timer = timer(&format!("{table}\nretry-max = \"5m\""), &machine);
@@ -330,7 +330,7 @@ fn minutes_shown(zone: usize, change: usize) -> &'static [Shown] {
     })
 }
 
-/// What the module does, said the other way round: is this minute one to call in?
+/// The opposite approach to that of the module: whether a call is due in this minute.
 fn is_call(timetable: &Timetable, shown: &[Shown], at: usize) -> bool {
     let Shown { text, weekday, first, .. } = &shown[at];
     let minute = |text: &str| text[11..13].parse::<u16>().unwrap() * 60 + text[14..16].parse::<u16>().unwrap();
@@ -387,7 +387,7 @@ proptest! {
         second in 0..2 * 24 * 60 * 60_i64,
     ) {
         let table = format!("at = {rules:?}\nzone = {:?}\njitter = \"none\"", ZONES[zone]);
-        // A window that is not longer than its step is refused.
+        // A window that is not longer than its step is rejected.
         let Ok(schedule) = parse_schedule(&table) else { return Ok(()) };
         let When::At(timetable) = schedule.when else { unreachable!() };
         let shown = minutes_shown(zone, change);

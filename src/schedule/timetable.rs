@@ -1,4 +1,4 @@
-//! The settings of a schedule: when calls are wanted, as [`crate::schedule`] computes with it.
+//! The settings of a schedule: at which times a customer calls its provider.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ pub enum When {
     At(Timetable),
 }
 
-/// `at`, and the `zone` it is meant in.
+/// `at`, and the time zone of its times.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Timetable {
     /// Never empty. They add up: a minute that two entries name is one call.

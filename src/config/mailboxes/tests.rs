@@ -1,91 +1,92 @@
-//! `[mailboxes]` in whole files: what is read, and what is said about mistakes.
+//! `[mailboxes]` in whole files: the values, and the errors about mistakes.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use tempfile::TempDir;
 
-use super::{ConfigError, CustomerConfig, MailboxesConfig};
+use super::MailboxesConfig;
+use crate::config::{ConfigError, CustomerConfig};
 use crate::mail::address::Domain;
 
-/// So many lines stand before those of `[mailboxes]`.
+/// The lines before those of `[mailboxes]`.
 const HEAD: &str = "hostname = \"mail.example.org\"\n[provider]\naddress = \"relay.example.net\"\n\
                     name = \"acme\"\nsecret = \"s\"\n[mailboxes]\n";
 
-/// What a customer's file with this table says, and one called `aliases` beside it; less the name of their folder.
+/// Loads a customer's file with this table, beside a file called `aliases`. The error is without their directory.
 fn load(table: &str, aliases: &str) -> Result<MailboxesConfig, String> {
     load_below(HEAD, table, aliases)
 }
 
 fn load_below(head: &str, table: &str, aliases: &str) -> Result<MailboxesConfig, String> {
-    let folder = TempDir::new().unwrap();
-    let path = folder.path().join("odmr.toml");
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("odmr.toml");
     fs::write(&path, format!("{head}{table}")).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-    fs::write(folder.path().join("aliases"), aliases).unwrap();
-    let said = |error: ConfigError| error.to_string().replace(&format!("{}/", folder.path().display()), "");
-    CustomerConfig::load(&path).map(|customer| customer.mailboxes).map_err(said)
+    fs::write(directory.path().join("aliases"), aliases).unwrap();
+    let error = |error: ConfigError| error.to_string().replace(&format!("{}/", directory.path().display()), "");
+    CustomerConfig::load(&path).map(|customer| customer.mailboxes).map_err(error)
 }
 
-/// A table with these lines more is refused; line 1 is the first of them.
+/// A table with these additional lines is rejected; line 1 is the first of them.
 #[track_caller]
 fn check(lines: &str, aliases: &str, place: &str, phrase: &str) {
     let table = "root = \"mail\"\naccept = [\"alice@example.org\", \"bob@example.org\", \"@example.com\"]\n";
-    let Err(said) = load(&format!("{table}{lines}\n"), aliases) else { panic!("nothing was said of {lines}") };
+    let Err(error) = load(&format!("{table}{lines}\n"), aliases) else { panic!("no error of {lines}") };
     let place = match place.parse::<usize>() {
         Ok(line) => format!("odmr.toml:{}", HEAD.lines().count() + 2 + line),
         Err(_) => place.to_owned(),
     };
-    let right = said.starts_with(&format!("{place}: ")) && said.contains(phrase);
-    assert!(right, "{lines}\n{aliases}\nwanted: {place}: … {phrase} …\n   got: {said}");
+    let right = error.starts_with(&format!("{place}: ")) && error.contains(phrase);
+    assert!(right, "{lines}\n{aliases}\nwanted: {place}: … {phrase} …\n   got: {error}");
 }
 
 #[test]
 #[rustfmt::skip]
 fn mistakes_in_mailboxes_are_named() {
     let toml = |lines: &str, place: usize, phrase: &str| check(lines, "", &place.to_string(), phrase);
-    toml("except = [\"spam\"]", 1, "\"spam\" is no address: write one such as");
-    toml("except = [\"@example.com\"]", 1, "is no address");
-    toml("except = [\"spam@example.org\"]", 1, "spam@example.org is an exception of nothing");
+    toml("except = [\"spam\"]", 1, "\"spam\" is not a valid address: write one such as");
+    toml("except = [\"@example.com\"]", 1, "is not a valid address");
+    toml("except = [\"spam@example.org\"]", 1, "spam@example.org is an exception without effect");
     toml("except = [\n\"alice@example.org\"]", 2, "alice@example.org is in `accept` too");
-    toml("except = [\"x@example.com\"]\naliases = { \"X@example.com\" = \"alice\" }", 1, "x@example.com is an alias too (odmr.toml:10): take one");
+    toml("except = [\"x@example.com\"]\naliases = { \"X@example.com\" = \"alice\" }", 1, "x@example.com is an alias too (odmr.toml:10): remove one");
     toml("except = [\"x@example.com\"]\naliases = { X = \"alice\" }", 1, "x@example.com is an alias too");
-    toml("except = [\"Abuse@example.com\"]", 1, "abuse@example.com must be taken (RFC 5321 section 4.5.1");
+    toml("except = [\"Abuse@example.com\"]", 1, "abuse@example.com must be accepted (RFC 5321 section 4.5.1");
     toml("domain-aliases = { \"example.net\" = \"example.edu\" }", 1, "example.edu has no rules here: add it to `accept`");
     toml("domain-aliases = { \"example.com\" = \"example.org\" }", 1, "example.com has rules of its own");
     toml("domain-aliases = { \"a.example\" = \"example.org\", \"b.example\" = \"a.example\" }", 1, "a.example is itself another name only");
     toml("domain-aliases = { \"a.example\" = \"a.example\" }", 1, "a.example is itself another name only");
-    toml("[mailboxes.domain-aliases]\n\"A.example\" = \"example.org\"\n\"a.example\" = \"example.org\"", 3, "a.example stands here twice");
+    toml("[mailboxes.domain-aliases]\n\"A.example\" = \"example.org\"\n\"a.example\" = \"example.org\"", 3, "a.example is here a second time");
     toml("domain-aliases = { \"a.example\" = \"localhost\" }", 1, "has no dot");
     toml("domain-aliases = { localhost = \"example.org\" }", 1, "has no dot");
     toml("separator = \"a\"", 1, "'a' cannot separate a detail from a name");
     toml("separator = \"+@\"", 1, "'@' cannot separate");
     toml("separator = 1", 1, "expected a character such as \"+\"");
-    toml("postmaster = \"nobody@example.org\"", 1, "nobody takes nobody@example.org (no rule takes it), and `postmaster` must lead to");
-    toml("postmaster = \"alice@example.net\"", 1, "nobody takes alice@example.net (foreign");
-    toml("postmaster = \"alice\"", 1, "is no address");
+    toml("postmaster = \"nobody@example.org\"", 1, "nobody@example.org has no mailbox here (no rule takes it), and `postmaster` must lead to");
+    toml("postmaster = \"alice@example.net\"", 1, "alice@example.net has no mailbox here (foreign");
+    toml("postmaster = \"alice\"", 1, "is not a valid address");
     toml("umask = \"700\"", 1, "the owner of a mailbox could not use it");
     toml("umask = \"0177\"", 1, "the owner of a mailbox could not use it");
     toml("umask = \"000\"", 1, "every user could change mail");
-    toml("umask = \"078\"", 1, "\"078\" is no umask: write octal digits");
-    toml("umask = \"77\"", 1, "is no umask");
+    toml("umask = \"078\"", 1, "\"078\" is not a valid umask: write octal digits");
+    toml("umask = \"77\"", 1, "is not a valid umask");
     toml("umask = 77", 1, "expected octal digits in quotes");
-    toml("deliver = \"dovecot\"", 1, "\"dovecot\" is no way to deliver: write \"lmtp:/run/dovecot/lmtp\"");
-    toml("deliver = \"lmtp:\"", 1, "is no way to deliver");
-    toml("deliver = \"mbox:/var/mail\"", 1, "is no way to deliver");
+    toml("deliver = \"dovecot\"", 1, "\"dovecot\" is not a valid way to deliver: write \"lmtp:/run/dovecot/lmtp\"");
+    toml("deliver = \"lmtp:\"", 1, "is not a valid way to deliver");
+    toml("deliver = \"mbox:/var/mail\"", 1, "is not a valid way to deliver");
     toml("deliver = \"smtp:/run/smtp\"", 1, "has a path, and SMTP goes to a host");
-    toml("deliver = \"smtp:a:b\"", 1, "\"b\" is no port");
+    toml("deliver = \"smtp:a:b\"", 1, "\"b\" is not a valid port");
     toml("deliver = \"lmtp:::1\"", 1, "write \"[::1]:24\"");
     toml("deliver = [\"lmtp:a\"]", 1, "a way to deliver such as \"lmtp:/run/dovecot/lmtp\", or a table of them");
     toml("[mailboxes.deliver]\n\"x\" = \"lmtp:a\"", 2, "\"x\" has no dot");
     toml("[mailboxes.deliver]\n\"x\" = \"lmtp:a\"", 2, "or \"*\" for all that have no rule of their own");
-    toml("[mailboxes.deliver]\n\"*\" = \"lmtp:a\"\n\"example.net\" = \"lmtp:a\"", 3, "example.net is no domain of ours");
-    toml("[mailboxes.deliver]\n\"x@example.net\" = \"lmtp:a\"", 2, "example.net is no domain of ours");
-    toml("[mailboxes.deliver]\n\"x@example.org\" = \"lmtp:a\"", 2, "x@example.org is no mailbox of ours");
+    toml("[mailboxes.deliver]\n\"*\" = \"lmtp:a\"\n\"example.net\" = \"lmtp:a\"", 3, "example.net is not one of our domains");
+    toml("[mailboxes.deliver]\n\"x@example.net\" = \"lmtp:a\"", 2, "example.net is not one of our domains");
+    toml("[mailboxes.deliver]\n\"x@example.org\" = \"lmtp:a\"", 2, "x@example.org is not one of our mailboxes");
     toml("[mailboxes.deliver]\n\"alice+x@example.org\" = \"lmtp:a\"", 2, "is a mailbox with a detail, which goes where the mailbox does: write alice@example.org");
     toml("[mailboxes.deliver]\n\"abuse@example.org\" = \"lmtp:a\"", 2, "mail for abuse@example.org goes to postmaster@example.org");
-    toml("[mailboxes.deliver]\n\"a@b@c\" = \"lmtp:a\"", 2, "is no address");
-    toml("[mailboxes.deliver]\n\"Example.com\" = \"lmtp:a\"\n\"example.com\" = \"lmtp:b\"", 3, "@example.com stands here twice");
+    toml("[mailboxes.deliver]\n\"a@b@c\" = \"lmtp:a\"", 2, "is not a valid address");
+    toml("[mailboxes.deliver]\n\"Example.com\" = \"lmtp:a\"\n\"example.com\" = \"lmtp:b\"", 3, "@example.com is here a second time");
     toml("domain-aliases = { \"example.net\" = \"example.org\" }\ndeliver = { \"example.net\" = \"lmtp:a\" }", 2, "example.net is another name of example.org only");
     toml("aliases = { \"x@example.com\" = \"alice\" }\ndeliver = { \"x@example.com\" = \"lmtp:a\" }", 2, "x@example.com gets no mail, as an alias (odmr.toml:9) sends it elsewhere");
     toml("deliver = { \"alice@example.org\" = 5 }", 1, "invalid type: integer `5`, expected a string");
@@ -97,19 +98,19 @@ fn mistakes_in_aliases_are_named() {
     let toml = |lines: &str, place: isize, phrase: &str| {
         check(&format!("[mailboxes.aliases]\n{lines}"), "", &(1 + place).to_string(), phrase);
     };
-    toml("\"a b\" = \"alice\"", 1, "\"a b\" is no name of an alias");
+    toml("\"a b\" = \"alice\"", 1, "\"a b\" is not a valid alias name");
     toml("info = []", 1, "the alias info leads nowhere");
     toml("info = 5", 1, "expected a string, or a list");
-    toml("info = [\n\"alice\",\n\"carol\"]", 3, "the alias info leads to carol@example.org, which nobody takes (no rule takes it): add it to `accept`");
-    toml("info = \"dave@example.net\"", 1, "the alias info leads to dave@example.net, which is not in a domain of ours: take that alias out, accept the address itself, and hand it to the local mail server");
+    toml("info = [\n\"alice\",\n\"carol\"]", 3, "the alias info leads to carol@example.org, which has no mailbox here (no rule takes it): add it to `accept`");
+    toml("info = \"dave@example.net\"", 1, "the alias info leads to dave@example.net, which is not in one of our domains: remove that alias, accept the address itself, and send it to the local mail server");
     toml("info = \"|/bin/cat\"", 1, "\"|/bin/cat\" is a program");
     toml("info = \"/var/mail/info\"", 1, "is a file");
     toml("info = \":include:/etc/list\"", 1, "is a list in another file");
     toml("a = \"alice\"\nb = \"c\"\nc = \"d\"\nd = \"b\"", 2, "b -> c -> d -> b: these aliases go in circles");
     toml("postmaster = \"abuse\"", 1, "postmaster -> postmaster@example.org -> postmaster: these aliases go in circles");
     toml("bob = \"bob\"\npostmaster = [\"bob\", \"abuse\"]", 2, "postmaster -> postmaster@example.org -> postmaster: these aliases go in circles");
-    toml("\"info@example.org\" = [\"info@example.org\", \"bob\"]", 1, "the alias info@example.org leads to info@example.org, which nobody takes");
-    toml("\"Info@example.org\" = \"alice\"\n\"info@example.org\" = \"bob\"", 2, "info@example.org stands in odmr.toml:10 too");
+    toml("\"info@example.org\" = [\"info@example.org\", \"bob\"]", 1, "the alias info@example.org leads to info@example.org, which has no mailbox here");
+    toml("\"Info@example.org\" = \"alice\"\n\"info@example.org\" = \"bob\"", 2, "info@example.org is in odmr.toml:10 too");
     toml("\"@localhost\" = \"alice\"", 1, "has no dot");
     let steps = |count: usize| (1..count).fold("a0 = \"alice\"".to_owned(), |text, at| format!("{text}\na{at} = \"a{}\"", at - 1));
     assert!(load(&format!("root = \"mail\"\naccept = [\"alice@example.org\"]\n[mailboxes.aliases]\n{}", steps(10)), "").is_ok());
@@ -118,7 +119,7 @@ fn mistakes_in_aliases_are_named() {
     assert!(load(&format!("root = \"mail\"\naccept = [\"@example.com\"]\n[mailboxes.aliases]\n{}", list(100)), "").is_ok());
     toml(&list(101), 1, "the alias all leads to more than 100 mailboxes");
     for (alias, name) in [("alice@example.org", "alice@example.org"), ("alice", "alice@example.org"), ("@example.com", "@example.com")] {
-        let phrase = format!("{name} is in `accept` and an alias (odmr.toml:10) that keeps all mail from it: take one out");
+        let phrase = format!("{name} is in `accept` and an alias (odmr.toml:10) that keeps all mail from it: remove one");
         toml(&format!("\"{alias}\" = \"bob\""), -1, &phrase);
     }
 }
@@ -127,16 +128,16 @@ fn mistakes_in_aliases_are_named() {
 #[rustfmt::skip]
 fn mistakes_in_the_file_of_aliases_are_named() {
     let file = |aliases: &str, place: &str, phrase: &str| check("alias-file = \"aliases\"", aliases, place, phrase);
-    file("root: alice\n\nRoot: bob", "aliases:3", "root stands in aliases:1 too: put all targets into one of the two");
-    file("a: bob\nroot: alice,\n  carol", "aliases:3", "the alias root leads to carol@example.org, which nobody takes");
-    file("a: bob\nroot: alice,\n  carol@example.net", "aliases:3", "which is not in a domain of ours");
+    file("root: alice\n\nRoot: bob", "aliases:3", "root is in aliases:1 too: put all targets into one of the two");
+    file("a: bob\nroot: alice,\n  carol", "aliases:3", "the alias root leads to carol@example.org, which has no mailbox here");
+    file("a: bob\nroot: alice,\n  carol@example.net", "aliases:3", "which is not in one of our domains");
     file("a: \"|/bin/cat\"", "aliases:1", "is a program, and aliases lead to mailboxes here");
     file("a: b\nb: a", "aliases:1", "a -> b -> a: these aliases go in circles");
     file("alice: bob", "0", "alice@example.org is in `accept` and an alias (aliases:1)");
-    check("alias-file = \"aliases\"\naliases = { root = \"alice\" }", "root: bob", "aliases:1", "root stands in odmr.toml:10 too");
-    check("alias-file = [\"aliases\", \"aliases\"]", "root: bob", "aliases:1", "root stands in aliases:1 too");
+    check("alias-file = \"aliases\"\naliases = { root = \"alice\" }", "root: bob", "aliases:1", "root is in odmr.toml:10 too");
+    check("alias-file = [\"aliases\", \"aliases\"]", "root: bob", "aliases:1", "root is in aliases:1 too");
     check("alias-file = [\n\"aliases\",\n\"none\"]", "", "3", "the aliases in none cannot be read: No such file");
-    check("alias-file = \"\"", "", "1", "is no path");
+    check("alias-file = \"\"", "", "1", "is not a valid path");
     check("alias-file = 5", "", "1", "expected a string, or a list of them");
 }
 
@@ -145,8 +146,8 @@ fn names_in_domains_that_are_not_asked_for_get_no_mail() {
     fn check(lines: &str, aliases: &str, place: &str, phrase: &str) {
         let head = HEAD.replace("[mailboxes]", "domains = [\"example.org\"]\n[mailboxes]");
         let table = format!("root = \"mail\"\naccept = [\"alice@example.org\"]\n{lines}\n");
-        let said = load_below(&head, &table, aliases).unwrap_err();
-        assert!(said.starts_with(&format!("{place}: {phrase} can get no mail")), "{said}");
+        let error = load_below(&head, &table, aliases).unwrap_err();
+        assert!(error.starts_with(&format!("{place}: {phrase} can get no mail")), "{error}");
     }
     check("aliases = { \"info@example.com\" = \"alice\" }", "", "odmr.toml:10", "info@example.com");
     check("domain-aliases = { \"example.net\" = \"example.org\" }", "", "odmr.toml:10", "example.net");
@@ -164,7 +165,7 @@ fn every_key_of_mailboxes_is_read() {
     assert_eq!((mailboxes.umask, mailboxes.max_size), (0o027, 1024));
     let domains: Vec<_> = mailboxes.rules.domains().iter().map(Domain::as_str).collect();
     assert_eq!(domains, ["example.org", "example.com", "example.net"]);
-    let said = mailboxes.rules.explain_typed("a+b@example.net").unwrap();
+    let error = mailboxes.rules.explain_typed("a+b@example.net").unwrap();
     let expected = "a+b@example.net: domain alias of example.org, catch-all @example.org -> lmtp:/";
-    assert!(said.starts_with(expected) && said.ends_with("/run/lmtp"), "{said}");
+    assert!(error.starts_with(expected) && error.ends_with("/run/lmtp"), "{error}");
 }

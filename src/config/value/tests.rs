@@ -1,14 +1,13 @@
-//! What each single value is read as, and what is said about mistakes.
+//! Each kind of value: what texts are read as, and the errors about mistakes.
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::value::*;
+use super::*;
 
-/// What a value is read as, or a phrase of what is said about it.
-fn check<T: Parse, U: PartialEq + fmt::Debug>(text: &str, value: fn(T) -> U, expected: Result<U, &str>) {
-    match (T::parse(text).map(value), expected) {
+/// What a value is read as, or a phrase of the error about it.
+fn check<T, U: PartialEq + fmt::Debug>(kind: &Text<T>, text: &str, value: fn(T) -> U, expected: Result<U, &str>) {
+    match (kind.parse(text).map(value), expected) {
         (Ok(got), Ok(expected)) => assert_eq!(got, expected, "{text:?}"),
         (Err(got), Err(phrase)) => {
             assert!(got.contains(phrase), "{text:?}\nwanted: {phrase}\n   got: {got}");
@@ -19,21 +18,21 @@ fn check<T: Parse, U: PartialEq + fmt::Debug>(text: &str, value: fn(T) -> U, exp
 
 #[test]
 fn sizes() {
-    let check = |text, expected| check(text, |size: OctetCount| size.0, expected);
+    let check = |text, expected| check(&SIZE, text, |size| size, expected);
     check("1000000", Ok(1_000_000));
     check("1", Ok(1));
     check("10KiB", Ok(10_240));
     check("50MiB", Ok(52_428_800));
     check("1GiB", Ok(1_073_741_824));
-    check("0", Err("no letter would pass"));
-    check("0MiB", Err("no letter would pass"));
-    check("", Err("is no size"));
-    check("MiB", Err("is no size"));
+    check("0", Err("no message would be accepted"));
+    check("0MiB", Err("no message would be accepted"));
+    check("", Err("is not a valid size"));
+    check("MiB", Err("is not a valid size"));
     check("50MB", Err("write a whole number of octets, or of KiB, MiB or GiB"));
-    check("50 MiB", Err("is no size"));
-    check("1.5GiB", Err("is no size"));
-    check("-1", Err("is no size"));
-    check("50mib", Err("is no size"));
+    check("50 MiB", Err("is not a valid size"));
+    check("1.5GiB", Err("is not a valid size"));
+    check("-1", Err("is not a valid size"));
+    check("50mib", Err("is not a valid size"));
     check("9223372036854775807", Ok(9_223_372_036_854_775_807));
     check("9223372036854775808", Err("is too large"));
     check("99999999999999999999999", Err("is too large"));
@@ -43,7 +42,7 @@ fn sizes() {
 #[test]
 fn times() {
     let check = |text, expected: Result<u64, &str>| {
-        check(text, |time: Duration| time, expected.map(Duration::from_millis));
+        check(&DURATION, text, |time| time, expected.map(Duration::from_millis));
     };
     check("500ms", Ok(500));
     check("30s", Ok(30_000));
@@ -56,43 +55,43 @@ fn times() {
     check("0s", Err("would wait for nothing"));
     check("0ms", Err("would wait for nothing"));
     check("300", Err("has no unit: write a whole number of ms, s, m, h or d"));
-    check("", Err("is no time"));
-    check("m", Err("is no time"));
-    check("5 m", Err("is no time"));
-    check("5min", Err("is no time"));
-    check("1.5h", Err("is no time"));
-    check("-5m", Err("is no time"));
-    check("1h30m", Err("is no time"));
+    check("", Err("is not a valid time"));
+    check("m", Err("is not a valid time"));
+    check("5 m", Err("is not a valid time"));
+    check("5min", Err("is not a valid time"));
+    check("1.5h", Err("is not a valid time"));
+    check("-5m", Err("is not a valid time"));
+    check("1h30m", Err("is not a valid time"));
 }
 
 #[test]
 fn addresses_to_listen_on() {
-    let check = |text, expected| check(text, |address: SocketAddr| address.to_string(), expected);
+    let check = |text, expected| check(&LISTENER, text, |address| address.to_string(), expected);
     let ok = |text: &str| Ok(text.to_owned());
     check("[::]:25", ok("[::]:25"));
     check(":25", ok("[::]:25"));
     check("0.0.0.0:366", ok("0.0.0.0:366"));
     check("127.0.0.1:0", ok("127.0.0.1:0"));
     check("[2001:db8::1]:366", ok("[2001:db8::1]:366"));
-    check("localhost:25", Err("is a name, and to listen takes an address"));
-    check("relay.example.net", Err("is a name, and to listen takes an address"));
+    check("localhost:25", Err("is a name, and a listener needs an address"));
+    check("relay.example.net", Err("is a name, and a listener needs an address"));
     check("127.0.0.1", Err("has no port"));
     check("::1", Err("has no port"));
-    check("[::1]", Err("is no address with a port"));
-    check("127.0.0.1:65536", Err("is no address with a port"));
-    check("127.0.0.256:25", Err("is no address with a port"));
-    check("25", Err("is no address with a port"));
-    check("", Err("is no address with a port"));
-    check(":", Err("is no port"));
-    check(":smtp", Err("is no port: write a number from 0 to 65535"));
-    check(":+25", Err("is no port"));
+    check("[::1]", Err("is not a valid address with a port"));
+    check("127.0.0.1:65536", Err("is not a valid address with a port"));
+    check("127.0.0.256:25", Err("is not a valid address with a port"));
+    check("25", Err("is not a valid address with a port"));
+    check("", Err("is not a valid address with a port"));
+    check(":", Err("is not a valid port"));
+    check(":smtp", Err("is not a valid port: write a number from 0 to 65535"));
+    check(":+25", Err("is not a valid port"));
 }
 
 #[test]
 fn addresses_to_call() {
     let check = |text, expected: Result<(&str, &str), &str>| {
         let expected = expected.map(|(address, host)| (address.to_owned(), host.to_owned()));
-        check(text, |address: HostPort<366>| (address.address, address.host), expected);
+        check(&host_port::<366>(), text, |address| (address.address, address.host), expected);
     };
     check("relay.example.net:3660", Ok(("relay.example.net:3660", "relay.example.net")));
     check("relay.example.net", Ok(("relay.example.net:366", "relay.example.net")));
@@ -102,23 +101,23 @@ fn addresses_to_call() {
     check("[2001:DB8::1]:3660", Ok(("[2001:db8::1]:3660", "2001:db8::1")));
     check("[::1]", Ok(("[::1]:366", "::1")));
     check("::1", Err("write \"[::1]:366\""));
-    check("[::1]366", Err("is no host with a port"));
-    check("[::1", Err("is no host with a port"));
-    check("[192.0.2.1]:366", Err("is no host with a port"));
-    check("192.0.2.256", Err("is no host with a port"));
-    check("", Err("is no host with a port"));
-    check(":366", Err("is no host with a port"));
-    check("a b:366", Err("is no host with a port"));
-    check("relay.example.net:", Err("is no port"));
-    check("relay.example.net:odmr", Err("is no port"));
-    check("relay.example.net:0", Err("nobody can be called at port 0"));
-    check("a:1:2", Err("is no port"));
+    check("[::1]366", Err("is not a valid host with a port"));
+    check("[::1", Err("is not a valid host with a port"));
+    check("[192.0.2.1]:366", Err("is not a valid host with a port"));
+    check("192.0.2.256", Err("is not a valid host with a port"));
+    check("", Err("is not a valid host with a port"));
+    check(":366", Err("is not a valid host with a port"));
+    check("a b:366", Err("is not a valid host with a port"));
+    check("relay.example.net:", Err("is not a valid port"));
+    check("relay.example.net:odmr", Err("is not a valid port"));
+    check("relay.example.net:0", Err("no host listens on port 0"));
+    check("a:1:2", Err("is not a valid port"));
 }
 
 #[test]
 fn hosts_for_all_mail() {
     let check = |text, expected: Result<&str, &str>| {
-        check(text, |address: HostPort<587>| address.address, expected.map(str::to_owned));
+        check(&host_port::<587>(), text, |address| address.address, expected.map(str::to_owned));
     };
     check("smtp.example.net", Ok("smtp.example.net:587"));
     check("smtp.example.net:25", Ok("smtp.example.net:25"));
@@ -130,22 +129,22 @@ fn hosts_for_all_mail() {
 #[test]
 fn dns_servers() {
     let check = |text, expected: Result<&str, &str>| {
-        check(text, |resolver: ResolverAddress| resolver.0.to_string(), expected.map(str::to_owned));
+        check(&RESOLVER, text, |resolver| resolver.to_string(), expected.map(str::to_owned));
     };
     check("127.0.0.1:5353", Ok("127.0.0.1:5353"));
     check("[::1]:5353", Ok("[::1]:5353"));
     check("192.0.2.1", Ok("192.0.2.1:53"));
     check("2001:db8::1", Ok("[2001:db8::1]:53"));
-    check("127.0.0.1:0", Err("is no address of a DNS server"));
+    check("127.0.0.1:0", Err("is not a valid address of a DNS server"));
     check("localhost:53", Err("write an address and a port"));
-    check(":53", Err("is no address of a DNS server"));
-    check("", Err("is no address of a DNS server"));
+    check(":53", Err("is not a valid address of a DNS server"));
+    check("", Err("is not a valid address of a DNS server"));
 }
 
 #[test]
 fn networks() {
     let check = |text, expected: Result<&str, &str>| {
-        check(text, |network: Network| network.to_string(), expected.map(str::to_owned));
+        check(&NETWORK, text, |network| network.to_string(), expected.map(str::to_owned));
     };
     for same in ["192.168.1.0/24", "0.0.0.0/0", "::/0", "192.0.2.1", "fd00::/8", "2001:db8::1", "2001:db8::/127"] {
         check(same, Ok(same));
@@ -154,17 +153,16 @@ fn networks() {
     check("192.168.1.5/24", Err("write \"192.168.1.0/24\" for the network, or \"192.168.1.5\" for the machine"));
     check("2001:db8::1/32", Err("write \"2001:db8::/32\""));
     for wrong in ["", "/", "/24", "192.0.2.0/", "192.0.2.0/33", "::/129", "::/256", "192.0.2.0/+4", "192.0.2/24"] {
-        check(wrong, Err("is no network: write one such as"));
+        check(wrong, Err("is not a valid network: write one such as"));
     }
-    check("localhost", Err("is no network"));
-    check("192.0.2.0/255.255.255.0", Err("is no network"));
-    check("::ffff:192.0.2.0/120", Err("is no network"));
+    check("localhost", Err("is not a valid network"));
+    check("192.0.2.0/255.255.255.0", Err("is not a valid network"));
+    check("::ffff:192.0.2.0/120", Err("is not a valid network"));
 }
 
 #[test]
 fn machines_in_networks() {
-    let contains =
-        |network: &str, address: &str| <Network as Parse>::parse(network).unwrap().contains(address.parse().unwrap());
+    let contains = |network: &str, address: &str| NETWORK.parse(network).unwrap().contains(address.parse().unwrap());
     for (network, inside, outside) in [
         ("192.168.1.0/24", "192.168.1.255", "192.168.2.0"),
         ("192.168.1.0/24", "::ffff:192.168.1.1", "::ffff:192.168.0.255"),
@@ -182,8 +180,8 @@ fn machines_in_networks() {
 }
 
 #[test]
-fn times_of_notices() {
-    let check = |text, expected| check(text, |notice: DelayWarning| notice.0, expected);
+fn times_of_delay_warnings() {
+    let check = |text, expected| check(&DELAY_WARNING, text, |warning| warning, expected);
     check("never", Ok(None));
     check("4h", Ok(Some(Duration::from_secs(4 * 60 * 60))));
     check("0s", Err("would wait for nothing"));
@@ -192,33 +190,33 @@ fn times_of_notices() {
 
 #[test]
 fn fingerprints() {
-    let check = |text: &str, expected| check(text, |pin: Pin| pin.0, expected);
+    let check = |text: &str, expected| check(&PIN, text, |pin| pin, expected);
     let plain = "0123456789abcdef".repeat(4);
     let colons = ["01:23:45:67:89:AB:CD:EF"; 4].join(":");
     let octets = [0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef].repeat(4);
     let octets: [u8; 32] = octets.try_into().unwrap();
     check(&format!("sha256:{plain}"), Ok(octets));
     check(&format!("SHA256:{colons}"), Ok(octets));
-    check(&plain, Err("is no fingerprint: write \"sha256:\" and 64 hexadecimal digits"));
-    check(&colons, Err("is no fingerprint"));
-    check(&format!("sha1:{plain}"), Err("is no fingerprint"));
-    check(&format!("sha256:{plain}0"), Err("is no fingerprint"));
-    check(&format!("sha256:{plain}00"), Err("is no fingerprint"));
-    check(&format!("sha256:{}", &plain[2..]), Err("is no fingerprint"));
-    check("sha256:", Err("is no fingerprint"));
+    check(&plain, Err("is not a valid fingerprint: write \"sha256:\" and 64 hexadecimal digits"));
+    check(&colons, Err("is not a valid fingerprint"));
+    check(&format!("sha1:{plain}"), Err("is not a valid fingerprint"));
+    check(&format!("sha256:{plain}0"), Err("is not a valid fingerprint"));
+    check(&format!("sha256:{plain}00"), Err("is not a valid fingerprint"));
+    check(&format!("sha256:{}", &plain[2..]), Err("is not a valid fingerprint"));
+    check("sha256:", Err("is not a valid fingerprint"));
 }
 
 #[test]
 fn names_of_machines() {
     let check = |text, expected: Result<&str, &str>| {
-        check(text, |name: Hostname| name.0, expected.map(str::to_owned));
+        check(&HOSTNAME, text, |name| name, expected.map(str::to_owned));
     };
     check("mail.example.org", Ok("mail.example.org"));
     check("EXAMPLE.NET", Ok("EXAMPLE.NET"));
     check("localhost", Ok("localhost"));
     check("bücher.example", Ok("xn--bcher-kva.example"));
-    check("", Err("is no host name"));
-    check("192.0.2.1", Err("is no host name"));
-    check("mail_1.example.org", Err("is no host name"));
-    check("mail.example.org:25", Err("is no host name"));
+    check("", Err("is not a valid host name"));
+    check("192.0.2.1", Err("is not a valid host name"));
+    check("mail_1.example.org", Err("is not a valid host name"));
+    check("mail.example.org:25", Err("is not a valid host name"));
 }
