@@ -7,7 +7,7 @@ use super::table::Table;
 use super::value::DURATION;
 use crate::recipients::ConfigError;
 use crate::session::{Limits, Timeouts};
-use crate::smtp::limits::SHORTEST_ATRN_TIMEOUT;
+use crate::smtp::limits::{ATRN_TIMEOUT, FEWEST_AUTH_FAILURES, FEWEST_RECIPIENTS};
 
 /// The table `[limits]` of a file.
 pub(super) fn limits(file: &mut Table<'_>) -> Result<Limits, ConfigError> {
@@ -15,9 +15,9 @@ pub(super) fn limits(file: &mut Table<'_>) -> Result<Limits, ConfigError> {
     let values: [(_, _, &mut usize); 8] = [
         ("connections", 1..=u32::MAX, &mut limits.connections),
         ("connections-per-address", 1..=u32::MAX, &mut limits.connections_per_address),
-        ("recipients", 100..=1000, &mut limits.recipients),
+        ("recipients", FEWEST_RECIPIENTS..=1000, &mut limits.recipients),
         ("errors", 1..=u32::MAX, &mut limits.errors),
-        ("auth-failures", 3..=u32::MAX, &mut limits.auth_failures),
+        ("auth-failures", FEWEST_AUTH_FAILURES..=u32::MAX, &mut limits.auth_failures),
         ("turned-sessions", 1..=u32::MAX, &mut limits.turned_sessions),
         ("messages-per-turn", 0..=u32::MAX, &mut limits.messages_per_turn),
         ("received-hops", 1..=u32::MAX, &mut limits.received_hops),
@@ -53,7 +53,7 @@ pub(super) fn timeouts(file: &mut Table<'_>) -> Result<Timeouts, ConfigError> {
     for (key, timeout) in values {
         *timeout = table.or(key, DURATION, *timeout)?;
     }
-    if timeouts.atrn < SHORTEST_ATRN_TIMEOUT {
+    if timeouts.atrn < ATRN_TIMEOUT {
         let text = "RFC 2645 section 5.2.1 lets the provider take ten minutes for ATRN: write \"10m\" or more";
         return Err(atrn.error(text));
     }

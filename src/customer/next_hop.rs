@@ -185,7 +185,7 @@ impl NextHops {
         let count = message.envelope.recipients.len();
         let later = |failure| vec![RecipientStatus::Deferred(unavailable_reply(hop, &failure)); count];
         let statuses = delivered.map_or_else(later, |result| result.recipients);
-        let recipients = statuses.into_iter().map(|status| upstream_status(hop, status)).collect();
+        let recipients = statuses.into_iter().map(|status| status.of_hop(|reply| upstream_reply(hop, reply))).collect();
         let session = self.sessions.get(hop).and_then(|session| session.session.as_ref());
         let dsn = session.is_some_and(|session| session.client().extensions().dsn);
         let id = session.map_or_else(|| "-".to_owned(), |session| session.id().to_owned());
@@ -358,25 +358,6 @@ fn upstream_reply(hop: &NextHop, reply: HopReply) -> Reply {
     }
 }
 
-/// A status as the provider must learn of it, or the retries.
-fn upstream_status(hop: &NextHop, status: RecipientStatus) -> RecipientStatus {
-    match status {
-        // The reply to RCPT, where 552 counts as "later" for us, not for the provider.
-        RecipientStatus::Deferred(reply) if reply.code() == 552 => {
-            RecipientStatus::Rejected(upstream_reply(hop, status::rcpt_reply_of_hop(reply)))
-        }
-        // We have deferred it, though the reply is a rejection: a next hop that does not know EHLO for a minute.
-        RecipientStatus::Deferred(reply) if reply.code() >= 500 => {
-            RecipientStatus::Deferred(Reply::new(451, "4.3.5", format!("Not now: {reply}")))
-        }
-        RecipientStatus::Deferred(reply) => RecipientStatus::Deferred(upstream_reply(hop, status::reply_of_hop(reply))),
-        RecipientStatus::Rejected(reply) => {
-            RecipientStatus::after_negative(&upstream_reply(hop, status::reply_of_hop(reply)))
-        }
-        other => other,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -399,7 +380,7 @@ mod tests {
                 "later 451 4.3.5 The mail server behind this one does not take mail from here",
             ),
         ] {
-            let got = match upstream_status(&hop, status) {
+            let got = match status.of_hop(|reply| upstream_reply(&hop, reply)) {
                 RecipientStatus::Deferred(reply) => format!("later {reply}"),
                 RecipientStatus::Rejected(reply) => format!("never {reply}"),
                 other => format!("{other:?}"),

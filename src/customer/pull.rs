@@ -31,7 +31,7 @@ use crate::smtp::client::{Abort, Client, ClientOptions, Rejection, Stage};
 use crate::smtp::limits;
 use crate::smtp::reply::Severity;
 use crate::smtp::server::ServerRole;
-use crate::smtp::status::is_no_mail;
+use crate::smtp::status::{is_login_rejected, is_no_mail};
 use crate::turn;
 
 /// Why a call has failed. What came before is kept in any case.
@@ -323,9 +323,9 @@ fn abort_error(abort: Abort) -> CallError {
     match abort {
         Abort::Rejected(Rejection { stage, reply }) => {
             let text = format!("the provider refused {stage}: {reply}");
-            match (stage, reply.severity(), reply.code()) {
-                (_, Severity::Transient, _) => CallError::Temporary(text),
-                (Stage::Auth, ..) | (_, _, 530 | 535) => {
+            match reply.severity() {
+                Severity::Transient => CallError::Temporary(text),
+                _ if stage == Stage::Auth || is_login_rejected(&reply) => {
                     CallError::Denied(format!("{text}; check `name` and `secret`"))
                 }
                 _ => CallError::Protocol(text),

@@ -109,7 +109,8 @@ impl RetryQueue {
     fn finish_attempt(
         &self, message: QueuedMessage, statuses: Vec<RecipientStatus>, by: HopName<'_>, lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
-        let recipients = statuses.into_iter().map(not_one_too_many).collect();
+        // Here 452 means that a disk is full: the next attempt is not at once.
+        let recipients = statuses.into_iter().map(RecipientStatus::not_one_too_many).collect();
         let attempt = Attempt {
             session: by.session,
             via: by.via,
@@ -234,12 +235,4 @@ fn deliver(
         }
     }
     delivery
-}
-
-/// In this queue 452 does not mean "too many recipients" (RFC 5321 section 4.5.3.1.10): the next attempt is not at once.
-fn not_one_too_many(status: RecipientStatus) -> RecipientStatus {
-    match status {
-        RecipientStatus::Deferred(reply) if reply.code() == 452 => RecipientStatus::Deferred(reply.with_code(451)),
-        status => status,
-    }
 }

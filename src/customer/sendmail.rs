@@ -22,7 +22,8 @@ use crate::clock::Timestamp;
 use crate::config::CustomerConfig;
 use crate::ids::Ids;
 use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
-use crate::mail::header::{Header, parse_addresses};
+use crate::mail::address_list::parse_addresses;
+use crate::mail::header::Header;
 use crate::maildir::for_each_block;
 use crate::maildir::spooled::{self, Content, SpooledContent};
 use crate::net::cancel::CancelToken;
@@ -32,6 +33,7 @@ use crate::privileges::LoginUser;
 use crate::queue::QueuedMessage;
 use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, is_xtext};
 use crate::smtp::content::HeaderScanner;
+use crate::smtp::limits::ENVELOPE_ID;
 use crate::smtp::reply::Reply;
 
 /// Content is read and written in blocks of this many octets.
@@ -39,9 +41,6 @@ const INPUT_BLOCK: usize = 32 * 1024;
 
 /// The longest header, in octets, that is read for recipients and completed.
 const HEADER_LIMIT: usize = spooled::MEMORY_LIMIT;
-
-/// The longest envelope identifier, in characters (RFC 3461 section 4.4).
-const ENVELOPE_ID_LIMIT: usize = 100;
 
 /// Octets of text in one encoded word. With its frame and in base64 it has 72 characters, of at most 75 (RFC 2047
 /// section 2).
@@ -302,9 +301,9 @@ impl DsnOptions {
         };
         let envelope_id = options.envelope_id.clone();
         if let Some(text) = &envelope_id
-            && (text.len() > ENVELOPE_ID_LIMIT || !is_xtext(text.as_bytes()))
+            && (text.len() > ENVELOPE_ID || !is_xtext(text.as_bytes()))
         {
-            let text = format!("-V is xtext of at most {ENVELOPE_ID_LIMIT} octets (RFC 3461), not {text}");
+            let text = format!("-V is xtext of at most {ENVELOPE_ID} octets (RFC 3461), not {text}");
             return Err(SendmailError::usage(text));
         }
         Ok(DsnOptions { notify, ret, envelope_id })
@@ -415,7 +414,7 @@ impl InputMessage {
     /// Reads up to the end of the input, or, with `dot_ends`, to a line with a single dot.
     fn read(input: &mut impl Read, outbox: &Outbox, dot_ends: bool) -> Result<InputMessage, SendmailError> {
         let mut content = SpooledContent::default();
-        let (mut decoder, mut header) = (LineDecoder::new(dot_ends), HeaderScanner::new());
+        let (mut decoder, mut header) = (LineDecoder::new(dot_ends), HeaderScanner::default());
         let (mut block, mut decoded) = (vec![0; INPUT_BLOCK], Vec::new());
         loop {
             let octets = match input.read(&mut block) {

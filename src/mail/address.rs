@@ -1,16 +1,16 @@
 //! Domains, mailboxes and paths as SMTP writes them (RFC 5321 section 4.1.2, RFC 6531 section 3.3).
 //!
-//! A value of one of these types is a valid one: there is no other way to make it than to parse it.
+//! A value of one of these types is valid, because only the parsers here make it.
 //!
 //! ```text
 //! MAIL FROM:<@one.example,@two.example:"Joe Doe"@example.org> SIZE=1000
-//!            `-- source route: read, ---'`-local-' `- host -'
-//!                then forgotten         `------ mailbox ----'
+//!            `-- source route: parsed, -'`-local-' `- host -'
+//!                then dropped           `------ mailbox ----'
 //!           `------------------- path ----------------------'
 //! ```
 //!
-//! What means the same compares as equal: domains and address literals are kept in their one
-//! canonical form, local parts without quotes. Written out again they take the shortest form.
+//! Two ways to write one address compare as equal: domains and address literals are kept in their canonical form, local
+//! parts without quotes. `Display` writes the shortest form.
 
 use core::net::IpAddr;
 use std::borrow::Cow;
@@ -18,41 +18,42 @@ use std::fmt;
 
 use idna::uts46::{AsciiDenyList, DnsLength, Hyphens, Uts46};
 
-/// RFC 1035 section 2.3.4.
+/// Octets of a label (RFC 1035 section 2.3.4).
 const LABEL_LIMIT: usize = 63;
-/// RFC 5321 section 4.5.3.1.2.
-const DOMAIN_LIMIT: usize = 255;
-/// RFC 5321 section 4.5.3.1.1 asks for 64 and to accept more where possible.
+/// Octets of a domain (RFC 5321 section 4.5.3.1.2).
+pub const DOMAIN_LIMIT: usize = 255;
+/// Octets of a local part. RFC 5321 section 4.5.3.1.1 requires 64, and asks to accept more.
 const LOCAL_LIMIT: usize = 255;
-/// With its angle brackets. RFC 5321 section 4.5.3.1.3 asks for 256; routes and UTF-8 take more.
+/// Octets of a path with its angle brackets. RFC 5321 section 4.5.3.1.3 requires 256; source routes and UTF-8 need more.
 const PATH_LIMIT: usize = 1000;
 
-/// A domain name in lower case, U-labels turned into A-labels: always ASCII.
+/// A domain name in lower case with A-labels for U-labels: always ASCII.
 ///
-/// Letters, digits and hyphens in labels of 1 to 63 octets, 255 in all, no dot at either end. So it
-/// is safe as the name of a file.
+/// It has letters, digits and hyphens in labels of 1 to 63 octets, at most 255 octets in all, and no dot at either end. So
+/// it is safe as the name of a file.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Domain(String);
 
 impl Domain {
-    /// Reads the `Domain` of RFC 5321 section 4.1.2, with the U-labels of RFC 6531.
+    /// Parses the `Domain` of RFC 5321 section 4.1.2, with the U-labels of RFC 6531; `None`: it is not valid.
     ///
-    /// If the text is ASCII, the parser only puts it in lower case: an A-label stays as it is, even if
-    /// it does not decode. If the text holds other characters, UTS #46 maps it, and every way to write
-    /// a name gives the same domain. The parser refuses a name that UTS #46 does not allow.
+    /// If the text is ASCII, the parser only changes it to lower case: an A-label stays as it is, even if it does not
+    /// decode. If the text has other characters, UTS #46 maps it, so that every way to write a name gives the same domain,
+    /// and a name that UTS #46 does not allow is not valid.
     pub fn parse(text: &str) -> Option<Domain> {
         let name = if text.is_ascii() { text.to_ascii_lowercase() } else { a_labels(text)? };
         // RFC 5321 section 4.5.3.1.2: the limit is for the name that SMTP and DNS carry.
         (name.len() <= DOMAIN_LIMIT && name.split('.').all(is_label)).then_some(Domain(name))
     }
 
-    /// Reads the stricter `domain` of RFC 2645 section 5.2.1: ASCII, with at least one dot.
+    /// Parses the stricter `domain` of RFC 2645 section 5.2.1: ASCII, with at least one dot.
     pub fn parse_odmr(input: &[u8]) -> Option<Domain> {
         let text = str::from_utf8(input).ok()?;
         let strict = text.is_ascii() && text.contains('.');
         strict.then_some(text).and_then(Domain::parse)
     }
 
+    /// The name, always ASCII.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -64,7 +65,7 @@ impl fmt::Display for Domain {
     }
 }
 
-/// What stands behind the `@` of a mailbox, or behind EHLO.
+/// The part of a mailbox after the `@`, or the argument of EHLO.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Host {
     Name(Domain),
@@ -73,7 +74,7 @@ pub enum Host {
 }
 
 impl Host {
-    /// Reads a domain or an address literal (RFC 5321 section 4.1.3).
+    /// Parses a domain or an address literal (RFC 5321 section 4.1.3).
     pub fn parse(text: &str) -> Option<Host> {
         match text.strip_prefix('[') {
             Some(rest) => rest.strip_suffix(']').and_then(parse_literal).map(Host::Literal),
@@ -100,18 +101,19 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    /// Reads a mailbox that stands alone, without angle brackets.
+    /// Parses a mailbox without angle brackets.
     pub fn parse(text: &str) -> Option<Mailbox> {
         mailbox(text).ok()
     }
 
-    /// The local part without its quotes, case kept: up to 255 octets, no control characters.
+    /// The local part without its quotes, in its own case: at most 255 octets, no control characters.
     ///
-    /// It may be empty, `..`, or hold spaces, `/` and `@`: it is not safe as the name of a file.
+    /// It may be empty or `..`, or contain spaces, `/` and `@`: it is not safe as the name of a file.
     pub fn local(&self) -> &str {
         &self.local
     }
 
+    /// The domain or the address literal.
     pub fn host(&self) -> &Host {
         &self.host
     }
@@ -124,10 +126,8 @@ impl Mailbox {
         }
     }
 
-    /// Whether the next hop can take it without SMTPUTF8.
-    ///
-    /// That is a question about the local part: domains are kept as A-labels. Whether the peer was
-    /// allowed to write what it wrote, its own octets must tell.
+    /// Whether the mailbox can be sent to a server without SMTPUTF8 (RFC 6531 section 3.2). Only the local part matters,
+    /// because domains are kept as A-labels. A parser must look at the octets that the peer has sent instead.
     pub fn is_ascii(&self) -> bool {
         self.local.is_ascii()
     }
@@ -145,7 +145,7 @@ impl fmt::Display for Mailbox {
     }
 }
 
-/// Where notices about a message go. Written without its angle brackets, so the null path is empty.
+/// The address that DSNs about a message go to. `Display` omits the angle brackets, so the null path is empty.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum ReversePath {
     Null,
@@ -155,10 +155,7 @@ pub enum ReversePath {
 impl ReversePath {
     /// As [`Mailbox::is_ascii`].
     pub fn is_ascii(&self) -> bool {
-        match self {
-            ReversePath::Null => true,
-            ReversePath::Mailbox(mailbox) => mailbox.is_ascii(),
-        }
+        !matches!(self, ReversePath::Mailbox(mailbox) if !mailbox.is_ascii())
     }
 }
 
@@ -171,22 +168,12 @@ impl fmt::Display for ReversePath {
     }
 }
 
-/// Where a message goes. Written without its angle brackets.
+/// The address of a recipient. `Display` omits the angle brackets.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum ForwardPath {
-    /// `<Postmaster>` without a domain, which every server takes (RFC 5321 section 4.5.1).
+    /// `<Postmaster>` without a domain, which every server must accept (RFC 5321 section 4.5.1).
     Postmaster,
     Mailbox(Mailbox),
-}
-
-impl ForwardPath {
-    /// As [`Mailbox::is_ascii`].
-    pub fn is_ascii(&self) -> bool {
-        match self {
-            ForwardPath::Postmaster => true,
-            ForwardPath::Mailbox(mailbox) => mailbox.is_ascii(),
-        }
-    }
 }
 
 impl fmt::Display for ForwardPath {
@@ -198,7 +185,7 @@ impl fmt::Display for ForwardPath {
     }
 }
 
-/// Why something is no path.
+/// Why an argument is not a valid path.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PathError {
     /// No angle brackets, no `@`, a control character, or a local part that lacks its quotes.
@@ -210,28 +197,26 @@ pub enum PathError {
     NotUtf8,
 }
 
-/// Reads a reverse path from its `<` on; says how many octets it took, to the `>`.
+/// Parses a reverse path at the beginning of `input`. Returns the path and its octets with both angle brackets.
+///
+/// # Errors
+/// Why there is no valid path.
 pub fn reverse_path(input: &[u8]) -> Result<(ReversePath, usize), PathError> {
     let (path, used) = enclosed(input)?;
-    let path = match path {
-        "" => ReversePath::Null,
-        _ => ReversePath::Mailbox(mailbox(without_route(path)?)?),
-    };
-    Ok((path, used))
+    Ok((if path.is_empty() { ReversePath::Null } else { ReversePath::Mailbox(path_mailbox(path)?) }, used))
 }
 
-/// Reads a forward path from its `<` on; says how many octets it took, to the `>`.
+/// Parses a forward path at the beginning of `input`. Returns the path and its octets with both angle brackets.
+///
+/// # Errors
+/// Why there is no valid path.
 pub fn forward_path(input: &[u8]) -> Result<(ForwardPath, usize), PathError> {
     let (path, used) = enclosed(input)?;
-    let path = if path.eq_ignore_ascii_case("postmaster") {
-        ForwardPath::Postmaster
-    } else {
-        ForwardPath::Mailbox(mailbox(without_route(path)?)?)
-    };
-    Ok((path, used))
+    let postmaster = path.eq_ignore_ascii_case("postmaster");
+    Ok((if postmaster { ForwardPath::Postmaster } else { ForwardPath::Mailbox(path_mailbox(path)?) }, used))
 }
 
-/// What stands between `<` and `>`, and the octets of both with their brackets.
+/// The text between `<` and `>`, and its octets with both brackets.
 fn enclosed(input: &[u8]) -> Result<(&str, usize), PathError> {
     let inside = input.strip_prefix(b"<").ok_or(PathError::Syntax)?;
     let (mut quoted, mut escaped) = (false, false);
@@ -253,27 +238,27 @@ fn enclosed(input: &[u8]) -> Result<(&str, usize), PathError> {
     Ok((path, end + 2))
 }
 
-/// A source route must be understood and should be ignored (RFC 5321 section 4.1.1.3, appendix C).
-fn without_route(path: &str) -> Result<&str, PathError> {
+/// The mailbox of a path. A source route before it must be valid and is ignored (RFC 5321 section 4.1.1.3, appendix C).
+fn path_mailbox(path: &str) -> Result<Mailbox, PathError> {
     if !path.starts_with('@') {
-        return Ok(path);
+        return mailbox(path);
     }
-    let (route, mailbox) = path.split_once(':').ok_or(PathError::Syntax)?;
+    let (route, rest) = path.split_once(':').ok_or(PathError::Syntax)?;
     for hop in route.split(',') {
         let domain = hop.strip_prefix('@').ok_or(PathError::Syntax)?;
         Domain::parse(domain).ok_or(PathError::BadDomain)?;
     }
-    Ok(mailbox)
+    mailbox(rest)
 }
 
 fn mailbox(text: &str) -> Result<Mailbox, PathError> {
     let (local, host) = match text.strip_prefix('"') {
-        Some(quoted) => unquoted(quoted),
-        None => {
-            text.split_once('@').filter(|(local, _)| is_dot_string(local)).map(|(local, host)| (local.to_owned(), host))
-        }
-    }
-    .ok_or(PathError::Syntax)?;
+        Some(quoted) => unquoted(quoted).ok_or(PathError::Syntax)?,
+        None => match text.split_once('@') {
+            Some((local, host)) if is_dot_string(local) => (local.to_owned(), host),
+            _ => return Err(PathError::Syntax),
+        },
+    };
     if local.contains(char::is_control) {
         return Err(PathError::Syntax);
     }
@@ -284,7 +269,7 @@ fn mailbox(text: &str) -> Result<Mailbox, PathError> {
     Ok(Mailbox { local, host })
 }
 
-/// Reads a quoted local part from behind its first quote: its content, and what follows the `@`.
+/// The content of a quoted local part whose first quote is already removed, and the text after the `@`.
 fn unquoted(text: &str) -> Option<(String, &str)> {
     let mut content = String::new();
     let mut characters = text.chars();
@@ -310,8 +295,8 @@ pub fn literal(address: IpAddr) -> String {
     Host::Literal(address.to_canonical()).to_string()
 }
 
-/// The address in an address literal, from the text between the brackets. RFC 5321 section 4.1.3 leaves room for other
-/// tags; none is registered.
+/// The address in the text between the brackets of an address literal. RFC 5321 section 4.1.3 permits other tags than
+/// `IPv6`, but none is registered.
 pub fn parse_literal(text: &str) -> Option<IpAddr> {
     match text.split_at_checked("IPv6:".len()) {
         Some((tag, address)) if tag.eq_ignore_ascii_case("IPv6:") => address.parse().ok().map(IpAddr::V6),
@@ -328,17 +313,16 @@ fn is_label(text: &str) -> bool {
 
 /// The domain in lower case with A-labels for U-labels (UTS #46, non-transitional processing).
 ///
-/// RFC 5891 section 5.2 allows the mapping and requires NFC. Without it, a "ü" that a client writes as
-/// "u" and U+0308 would be another domain than the customer's, and the server would refuse the mail.
-/// The mapping needs the whole domain: U+3002 separates labels too, and if one label is written from
-/// right to left, RFC 5893 section 2 has rules for all of them.
+/// RFC 5891 section 5.2 permits the mapping and requires NFC. Without it, a "ü" that a client writes as "u" and U+0308
+/// would be another domain than the customer's, and the server would reject the mail. The mapping needs the whole domain:
+/// U+3002 separates labels too, and if one label is written from right to left, RFC 5893 section 2 has rules for all.
 fn a_labels(text: &str) -> Option<String> {
-    // Punycode takes quadratic time: a long label would delay the session. No path holds a longer domain.
+    // Punycode takes quadratic time, so a long label would delay the session. No path has a longer domain.
     if text.len() > PATH_LIMIT {
         return None;
     }
-    // RFC 5891 section 4.2.3.1: a U-label has no hyphen at either end. `Hyphens::Check` would also
-    // refuse "r3---sn.bücher.example" for its ASCII label. The caller checks the lengths.
+    // RFC 5891 section 4.2.3.1: a U-label has no hyphen at either end. `Hyphens::Check` would also reject
+    // "r3---sn.bücher.example" for its ASCII label. The caller checks the lengths.
     let hyphens = Hyphens::CheckFirstLast;
     let name = Uts46::new().to_ascii(text.as_bytes(), AsciiDenyList::STD3, hyphens, DnsLength::Ignore);
     name.ok().map(Cow::into_owned)

@@ -1,6 +1,7 @@
-//! Internet messages without sockets, files or clocks (RFC 5322): addresses, header fields, address lists, and the
-//! `Received` field, reading and writing.
+//! Internet messages without sockets, files or clocks (RFC 5322): addresses, address lists, the header, and the `Received`
+//! field, reading and writing.
 
 pub mod address;
+pub mod address_list;
 pub mod received;
 pub mod header;

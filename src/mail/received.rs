@@ -18,7 +18,7 @@ pub struct Received<'a> {
     pub helo: Option<&'a str>,
     /// The client used EHLO.
     pub extended: bool,
-    /// The client's address as a literal, or who it is on this machine.
+    /// The client's address as a literal, or the user on this machine that submits the message.
     pub peer: &'a str,
     /// Our own name.
     pub by: &'a str,
@@ -27,24 +27,23 @@ pub struct Received<'a> {
     /// TLS version and cipher, under TLS.
     pub tls: Option<&'a str>,
     pub authenticated: bool,
-    /// The only recipient. With more than one their names are not for each other's eyes (RFC 5321 section 7.2).
+    /// The only recipient; `None` if there are more, because the field would show each of them the others (RFC 5321 section
+    /// 7.2).
     pub recipient: Option<&'a Mailbox>,
 }
 
 impl Received<'_> {
-    /// The field with LF line ends. `date` is in the form of RFC 5322 section 3.3.
+    /// The field with LF line ends. `id`: the id of the message here; `date`: in the form of RFC 5322 section 3.3.
     pub fn field(&self, id: &str, date: &str) -> String {
-        // A name that is not a host name would break the field's grammar.
+        // A name that is neither a domain nor an address literal would break the field's grammar.
         let name = self.helo.filter(|name| Host::parse(name).is_some()).unwrap_or("unknown");
-        let protocol = match (self.utf8, self.extended) {
-            (true, _) => "UTF8SMTP",
-            (false, true) => "ESMTP",
-            (false, false) => "SMTP",
+        // S for TLS and A for AUTH are defined for ESMTP only. After a turn there is no A: the provider, which is the SMTP
+        // client then, has not authenticated (RFC 3848, RFC 4954 section 7, RFC 6531 section 4.3).
+        let (protocol, s, a) = match (self.utf8, self.extended) {
+            (false, false) => ("SMTP", false, false),
+            (utf8, _) => (if utf8 { "UTF8SMTP" } else { "ESMTP" }, self.tls.is_some(), self.authenticated),
         };
-        // The letters are defined for ESMTP only. After a turn there is no A: the provider, which is the SMTP client
-        // then, has not authenticated (RFC 3848, RFC 4954 section 7).
-        let letter = |condition: bool, letter| if condition && protocol != "SMTP" { letter } else { "" };
-        let (s, a) = (letter(self.tls.is_some(), "S"), letter(self.authenticated, "A"));
+        let (s, a) = (if s { "S" } else { "" }, if a { "A" } else { "" });
         let tls = self.tls.map_or(String::new(), |tls| format!(" ({tls})"));
         let recipient = match self.recipient {
             Some(mailbox) if mailbox.is_ascii() || self.utf8 => format!(" for <{mailbox}>"),
@@ -57,7 +56,7 @@ impl Received<'_> {
     }
 }
 
-/// The client that gave a message to the host that gave it to us, for the filters of a next hop (XCLIENT and XFORWARD,
+/// The client that sent a message to the host from which we have it, for the filters of a next hop (XCLIENT and XFORWARD,
 /// as Postfix documents them).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientInfo {
@@ -69,9 +68,10 @@ pub struct ClientInfo {
 }
 
 impl ClientInfo {
-    /// Reads the topmost `Received` field, if `by`, the host that the message came from, has written it:
-    /// `from <EHLO name> (<name> [<address>]) by <by> with ESMTP`. Anybody may have written the fields below it.
-    /// `value` is the field's text after the colon.
+    /// Reads the topmost `Received` field: `from <EHLO name> (<name> [<address>]) by <by> with ESMTP`. `value` is the
+    /// field's text after the colon, `by` the host from which we have the message.
+    ///
+    /// Returns `None` if `by` has not written the field: a sender can forge the fields of other hosts.
     pub fn parse(value: &str, by: &str) -> Option<ClientInfo> {
         let words: Vec<_> = value.split_ascii_whitespace().collect();
         let at = words.windows(2).position(|pair| pair[0] == "by" && pair[1].eq_ignore_ascii_case(by))?;

@@ -15,7 +15,7 @@ use crate::net::trace::quoted;
 use crate::queue::{QueueLock, QueuedMessage};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::{ContentOutput, ReplyInput, Timeouts, send_commands};
-use crate::smtp::client::{Abort, Awaiting, Client, ClientStep, Rejection};
+use crate::smtp::client::{Abort, Client, ClientStep, Rejection, Stage};
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, RecipientStatus, connection_lost, ends_session};
 use crate::turn::Turned;
@@ -184,7 +184,7 @@ impl TurnedSession {
             return Err(io::Error::other("the customer closed the connection"));
         }
         // A customer that reads slowly is not silent: it gets more time.
-        let sending = self.content.is_some() || self.client.awaiting() == Some(Awaiting::End);
+        let sending = self.content.is_some() || self.client.awaiting() == Some(Stage::Content);
         if sending && self.connection.unsent() < unsent_before {
             self.record_progress(now);
             self.deadline = self.deadline.max(now + self.settings.timeouts.block);

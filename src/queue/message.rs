@@ -114,7 +114,7 @@ impl QueuedMessage {
 
     /// Reads all content to find its size on the wire, and whether it has octets above 127.
     fn measure(&mut self) -> io::Result<()> {
-        let (mut size, mut eight_bit) = (WireSize::new(), false);
+        let (mut size, mut eight_bit) = (WireSize::default(), false);
         for_each_block(self, |block| {
             size.feed(block);
             eight_bit |= !block.is_ascii();

@@ -11,7 +11,7 @@ use crate::clock::Timestamp;
 use crate::mail::address::{Domain, Mailbox, reverse_path};
 use crate::maildir::spooled::Content;
 use crate::smtp::command::{Envelope, Recipient};
-use crate::smtp::content::Stuffer;
+use crate::smtp::content::ContentEncoder;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
@@ -346,9 +346,9 @@ fn files_of_other_agents_and_other_things() {
         let mut message = lock.next_message().unwrap();
         assert_eq!(local_parts(&message), recipients);
         assert_eq!(content(&mut message), text);
-        let (mut stuffer, mut connection) = (Stuffer::new(), Vec::new());
-        stuffer.feed(text.as_bytes(), &mut connection);
-        stuffer.finish(&mut connection);
+        let (mut encoder, mut connection) = (ContentEncoder::data(), Vec::new());
+        encoder.feed(text.as_bytes(), &mut connection);
+        encoder.finish(&mut connection);
         let dots = text.matches("\n.").count();
         assert_eq!(message.size as usize, connection.len() - 3 - dots, "measured, not read from a name");
         lock.settle(message, &result(&"=".repeat(recipients.len()))).unwrap();

@@ -26,11 +26,10 @@ use std::fmt::Write;
 use crate::clock::Timestamp;
 use crate::mail::address::Mailbox;
 use crate::mail::header::{HeaderLine, HeaderState};
+use crate::smtp::limits::CONTENT_LINE;
 
 /// Octets of a line after which text is folded between words (RFC 5322 section 2.1.1).
 const FOLD_WIDTH: usize = 76;
-/// Octets of a line at most, without its end (RFC 5322 section 2.1.1).
-const LINE_LIMIT: usize = 998;
 
 /// What was done for a recipient (RFC 3464 section 2.3.3). The most important comes first: a DSN has its subject.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -424,8 +423,8 @@ fn fold(out: &mut String, begin: &str, indent: &str, text: &str) {
 fn push_within_limit(out: &mut String, line: &str) {
     let mut rest = line;
     // A continuation line begins with one more octet, a space.
-    while rest.len() >= LINE_LIMIT {
-        let cut = (1..LINE_LIMIT).rev().find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
+    while rest.len() >= CONTENT_LINE {
+        let cut = (1..CONTENT_LINE).rev().find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
         out.push_str(&rest[..cut]);
         out.push_str("\n ");
         rest = &rest[cut..];

@@ -9,29 +9,23 @@ use md5::Md5;
 
 use super::exchange::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, same, verify};
 
-pub(super) struct CramMd5Server {
-    challenge: String,
-}
-
-impl CramMd5Server {
-    pub(super) fn new(challenge: String) -> CramMd5Server {
-        CramMd5Server { challenge }
-    }
-}
+/// The server's side, with the challenge that it sends.
+pub(super) struct CramMd5Server(pub(super) String);
 
 impl ServerExchange for CramMd5Server {
     fn first(&mut self) -> Option<Vec<u8>> {
-        Some(self.challenge.clone().into_bytes())
+        Some(self.0.clone().into_bytes())
     }
 
     fn step(&mut self, response: &[u8], secrets: &dyn CredentialStore) -> ExchangeStep {
         let Some((name, digest)) = parse(response) else {
             return ExchangeStep::Malformed;
         };
-        verify(name, secrets, |secret| same(&hmac_md5(secret, self.challenge.as_bytes()), &digest))
+        verify(name, secrets, |secret| same(&hmac_md5(secret, self.0.as_bytes()), &digest))
     }
 }
 
+/// The client's side.
 pub(super) struct CramMd5Client {
     name: String,
     secret: Vec<u8>,
@@ -93,7 +87,7 @@ mod tests {
     const RESPONSE: &[u8] = b"tim b913a602c7eda7a495b4e6e7334d3890";
 
     fn serve(response: &[u8], secrets: &One) -> ExchangeStep {
-        CramMd5Server::new(CHALLENGE.into()).step(response, secrets)
+        CramMd5Server(CHALLENGE.into()).step(response, secrets)
     }
 
     /// Rules: CRAM-02.
@@ -110,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn responses_end_as_they_should() {
+    fn a_response_is_accepted_rejected_or_malformed() {
         let check = |response: &[u8], expected: ExchangeStep| {
             let shown = response.escape_ascii();
             assert_eq!(serve(response, &TIM), expected, "{shown}");
@@ -142,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_may_hold_spaces() {
+    fn a_name_may_contain_spaces() {
         let secrets = One("tim the boy", b"tanstaaftanstaaf");
         let response = b"tim the boy b913a602c7eda7a495b4e6e7334d3890";
         assert_eq!(serve(response, &secrets), ExchangeStep::Done("tim the boy".into()));
@@ -167,7 +161,7 @@ mod tests {
     /// The challenge of RFC 2645 section 6; the digest printed there is copied from RFC 2195 and does not fit.
     /// Rules: CRAM-04.
     #[test]
-    fn a_challenge_is_octets_and_no_more() {
+    fn every_octet_of_a_challenge_counts() {
         let mut with = CramMd5Client::new("foobar.net", b"tanstaaftanstaaf");
         let mut without = CramMd5Client::new("foobar.net", b"tanstaaftanstaaf");
         let with = with.step(b"1896.697170952@ISP.COM\n").unwrap();

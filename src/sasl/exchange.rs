@@ -5,6 +5,9 @@ use subtle::ConstantTimeEq;
 /// The accounts of a server.
 pub trait CredentialStore {
     /// The secret of the account with this name; `None` if there is no such account.
+    ///
+    /// # Errors
+    /// The secrets cannot be read now.
     fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable>;
 
     /// A challenge that was never used before (RFC 2195 section 2).
@@ -24,7 +27,7 @@ impl CredentialStore for NoCredentials {
     }
 }
 
-/// The secrets cannot be asked just now; the client may try later.
+/// The secrets cannot be read now; the client may try later.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Unavailable;
 

@@ -45,7 +45,7 @@ impl Mechanism {
         }
     }
 
-    /// The mechanism of this name, in any case (RFC 4954 section 4).
+    /// The mechanism of this name, in any case (RFC 4954 section 4); `None`: this program does not know it.
     pub fn parse(name: &[u8]) -> Option<Mechanism> {
         let same = |mechanism: &Mechanism| mechanism.name().as_bytes().eq_ignore_ascii_case(name);
         Mechanism::ALL.into_iter().find(same)
@@ -54,22 +54,17 @@ impl Mechanism {
     /// Whether the mechanism sends the secret in clear, and so is neither offered nor used without TLS (RFC 4954 section
     /// 4).
     pub fn needs_tls(self) -> bool {
-        match self {
-            Mechanism::CramMd5 => false,
-            Mechanism::Plain => true,
-        }
+        matches!(self, Mechanism::Plain)
     }
 
     /// Whether the client sends first, so that AUTH may have an initial response. With another mechanism an initial
     /// response is an error (RFC 4954 section 4).
     pub fn client_first(self) -> bool {
-        match self {
-            Mechanism::CramMd5 => false,
-            Mechanism::Plain => true,
-        }
+        matches!(self, Mechanism::Plain)
     }
 
-    /// The mechanism that a client should use, of those that are offered. `tls`: whether the connection is encrypted.
+    /// The mechanism that a client should use, of those that are offered; `None`: it can use none of them. `tls`: the
+    /// connection is encrypted.
     pub fn strongest(offered: &[Mechanism], tls: bool) -> Option<Mechanism> {
         let usable = |mechanism: &Mechanism| offered.contains(mechanism) && (tls || !mechanism.needs_tls());
         Mechanism::ALL.into_iter().find(usable)
@@ -78,12 +73,12 @@ impl Mechanism {
     /// An exchange for the server. `challenge` must not have been used before: see [`CredentialStore::challenge`].
     pub fn server(self, challenge: String) -> Box<dyn ServerExchange> {
         match self {
-            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Server::new(challenge)),
+            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Server(challenge)),
             Mechanism::Plain => Box::new(plain::PlainServer),
         }
     }
 
-    /// An exchange for the client.
+    /// An exchange for the client, which authenticates as the account `name`.
     pub fn client(self, name: &str, secret: &[u8]) -> Box<dyn ClientExchange> {
         match self {
             Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Client::new(name, secret)),
@@ -150,14 +145,14 @@ mod tests {
                 ("", ExchangeStep::Failed("acme".into())),
             ] {
                 for initial in [true, false] {
-                    let got = converse(mechanism, secret, initial);
+                    let got = authenticate(mechanism, secret, initial);
                     assert_eq!(got, expected, "{mechanism:?} {secret:?} {initial}");
                 }
             }
         }
     }
 
-    fn converse(mechanism: Mechanism, secret: &str, use_initial: bool) -> ExchangeStep {
+    fn authenticate(mechanism: Mechanism, secret: &str, use_initial: bool) -> ExchangeStep {
         let secrets = One("acme", b"right");
         let mut server = mechanism.server("<1.2@relay.example.net>".into());
         let mut client = mechanism.client("acme", secret.as_bytes());

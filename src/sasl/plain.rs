@@ -4,6 +4,7 @@ use sha2::{Digest, Sha256};
 
 use super::exchange::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, same, verify};
 
+/// The server's side.
 pub(super) struct PlainServer;
 
 impl ServerExchange for PlainServer {
@@ -25,6 +26,7 @@ impl ServerExchange for PlainServer {
     }
 }
 
+/// The client's side.
 pub(super) struct PlainClient {
     message: Vec<u8>,
     answered: bool,
@@ -71,7 +73,7 @@ mod tests {
 
     /// Rules: SASL-02, SASL-04.
     #[test]
-    fn responses_end_as_they_should() {
+    fn a_response_is_accepted_rejected_or_malformed() {
         let check = |response: &[u8], expected: ExchangeStep| {
             let shown = response.escape_ascii();
             assert_eq!(PlainServer.step(response, &TIM), expected, "{shown}");
@@ -107,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn the_client_says_it_with_auth_or_after_an_empty_challenge() {
+    fn the_client_sends_its_message_with_auth_or_after_an_empty_challenge() {
         let message = Some(b"\0tim\0tanstaaftanstaaf".to_vec());
         let mut client = PlainClient::new("tim", b"tanstaaftanstaaf");
         assert_eq!(client.initial(), message);

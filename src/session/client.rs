@@ -18,10 +18,10 @@ use crate::net::connection::{self, Connection, Filled, WaitResult};
 use crate::net::tls::ClientTls;
 use crate::net::trace::Trace;
 use crate::queue::{QueueLock, QueuedMessage};
-use crate::smtp::client::{Abort, Awaiting, Client, ClientOptions, ClientStep, OutgoingMessage, Rejection};
+use crate::smtp::client::{Abort, Client, ClientOptions, ClientStep, OutgoingMessage, Rejection, Stage};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
-use crate::smtp::status::{DeliveryResult, connection_lost, ends_session};
+use crate::smtp::status::{DeliveryResult, connection_lost, ends_session, may_be_about_sender};
 
 /// If MAIL is rejected for this many messages in a row, the session sends no more.
 const MAIL_REJECTION_LIMIT: usize = 3;
@@ -194,8 +194,8 @@ impl ClientSession {
                     if let Some(message) = under_way.pop_front() {
                         // If the peer accepts no mail at all, the session sends no more. 550 may be about this sender
                         // only.
-                        rejections = match result.no_mail_accepted().map(Reply::code) {
-                            Some(550) => rejections + 1,
+                        rejections = match result.no_mail_accepted() {
+                            Some(reply) if may_be_about_sender(reply) => rejections + 1,
                             Some(_) => MAIL_REJECTION_LIMIT,
                             None => 0,
                         };
@@ -393,7 +393,7 @@ impl ClientSession {
                 WaitResult::Ready => {}
                 WaitResult::Deadline => return Err(SessionFailure::Lost("the peer does not answer".to_owned())),
                 // The peer may be accepting the message right now: without its reply the message would be sent twice.
-                WaitResult::Cancelled if self.client.awaiting() == Some(Awaiting::End) => {
+                WaitResult::Cancelled if self.client.awaiting() == Some(Stage::Content) => {
                     let never = CancelToken::new().map_err(lost)?;
                     self.grace = Some((Instant::now() + self.timeouts.shutdown, never));
                     continue;

@@ -17,7 +17,7 @@ pub use self::settings::{Limits, Timeouts};
 use crate::net::connection::{Connection, Line};
 use crate::net::trace::quoted;
 use crate::smtp::client::Client;
-use crate::smtp::content::{CrlfEncoder, Stuffer};
+use crate::smtp::content::ContentEncoder;
 use crate::smtp::limits;
 use crate::smtp::reply::{Reply, ReplyReader};
 
@@ -77,20 +77,18 @@ fn without_secrets(line: &[u8], secret: bool) -> Cow<'_, [u8]> {
 }
 
 /// The content of one message on its way to the peer, block by block.
-pub enum ContentOutput {
-    /// DATA: with dots and the end (RFC 5321 section 4.5.2).
-    Data(Stuffer),
-    /// BDAT: of the `size` octets that were announced, `sent` are sent (RFC 3030 section 2).
-    Chunk { encoder: CrlfEncoder, size: u64, sent: u64 },
+pub struct ContentOutput {
+    encoder: ContentEncoder,
+    /// Octets that BDAT has announced (RFC 3030 section 2).
+    announced: Option<u64>,
+    sent: u64,
 }
 
 impl ContentOutput {
     /// The output of a message of `size` octets on the wire; `chunk`: the client has announced them by BDAT.
     pub fn new(chunk: bool, size: u64) -> ContentOutput {
-        match chunk {
-            false => ContentOutput::Data(Stuffer::new()),
-            true => ContentOutput::Chunk { encoder: CrlfEncoder::new(), size, sent: 0 },
-        }
+        let encoder = if chunk { ContentEncoder::bdat() } else { ContentEncoder::data() };
+        ContentOutput { encoder, announced: chunk.then_some(size), sent: 0 }
     }
 
     /// Reads a block of content and queues it on the connection. Returns whether that was the end.
@@ -101,24 +99,16 @@ impl ContentOutput {
     pub fn send_block(&mut self, content: &mut dyn Read, connection: &mut Connection) -> io::Result<bool> {
         let mut buffer = [0; SEND_BLOCK];
         let octets = content.read(&mut buffer)?;
-        let block = &buffer[..octets];
         let out = connection.out();
         let before = out.len();
-        match self {
-            ContentOutput::Data(stuffer) if octets == 0 => stuffer.finish(out),
-            ContentOutput::Data(stuffer) => stuffer.feed(block, out),
-            ContentOutput::Chunk { encoder, size, sent } => {
-                if octets == 0 {
-                    encoder.finish(out);
-                } else {
-                    encoder.feed(block, out);
-                }
-                *sent += (out.len() - before) as u64;
-                if *sent > *size || octets == 0 && sent != size {
-                    out.truncate(before);
-                    return Err(io::Error::other("the content has not the size that was announced"));
-                }
-            }
+        match octets {
+            0 => self.encoder.finish(out),
+            _ => self.encoder.feed(&buffer[..octets], out),
+        }
+        self.sent += (out.len() - before) as u64;
+        if self.announced.is_some_and(|size| self.sent > size || octets == 0 && self.sent != size) {
+            out.truncate(before);
+            return Err(io::Error::other("the content has not the size that was announced"));
         }
         Ok(octets == 0)
     }

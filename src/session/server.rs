@@ -18,7 +18,7 @@ use crate::net::connection::{Connection, Filled, Line, WaitResult};
 use crate::net::tls::ServerTls;
 use crate::net::trace::quoted;
 use crate::smtp::command::Verb;
-use crate::smtp::content::{BdatDecoder, HeaderScanner, Unstuffer};
+use crate::smtp::content::{ContentDecoder, HeaderScanner};
 use crate::smtp::limits;
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{MessageSink, Server, ServerRole, ServerStep, SessionHandler, message_too_large};
@@ -68,7 +68,7 @@ pub struct ServerSession {
     tls: Option<ServerTls>,
     deadline: Instant,
     /// A message of which some chunks have arrived (RFC 3030).
-    chunks: Option<(BdatDecoder, ContentReceiver)>,
+    chunks: Option<(ContentDecoder, ContentReceiver)>,
 }
 
 /// Why [`ServerSession::run`] has returned.
@@ -309,7 +309,7 @@ impl ServerSession {
             }
         };
         self.reply(go_ahead);
-        let mut content = Unstuffer::new();
+        let mut content = ContentDecoder::data();
         let mut octets = Vec::with_capacity(CONTENT_BLOCK);
         let mut transfer = TransferDeadline::new(&self.limits, self.deadline);
         loop {
@@ -336,7 +336,7 @@ impl ServerSession {
         let (mut content, mut receiver) = match self.chunks.take() {
             Some(begun) => begun,
             None => match self.open_sink(handler) {
-                Ok(receiver) => (BdatDecoder::new(), receiver),
+                Ok(receiver) => (ContentDecoder::bdat(), receiver),
                 Err(reply) => {
                     self.read_exact(size, |_| {})?;
                     self.reject(&reply);
@@ -391,7 +391,7 @@ impl ServerSession {
             return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
         };
         let sink = handler.receive(envelope, &incoming)?;
-        Ok(ContentReceiver { sink: Ok(sink), header: HeaderScanner::new(), limit: self.server.max_size(), size: 0 })
+        Ok(ContentReceiver { sink: Ok(sink), header: HeaderScanner::default(), limit: self.server.max_size(), size: 0 })
     }
 
     /// Accepts or rejects a message whose content has arrived, and ends the transaction.

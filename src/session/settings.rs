@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::smtp::client::Awaiting;
+use crate::smtp::client::Stage;
 use crate::smtp::limits;
 use crate::smtp::server::{ServerOptions, ServerRole};
 
@@ -58,7 +58,7 @@ impl Default for Limits {
             auth_failures: limits::FEWEST_AUTH_FAILURES as usize,
             turned_sessions: 10_000,
             messages_per_turn: 0,
-            received_hops: 100,
+            received_hops: limits::LOOP_HOPS,
         }
     }
 }
@@ -84,7 +84,7 @@ pub struct Timeouts {
     /// The server waits for a command; the client waits for the reply to each command that has no timeout of its own.
     /// Default 5 min.
     pub command: Duration,
-    /// The customer waits for the reply to ATRN. At least [`limits::SHORTEST_ATRN_TIMEOUT`], the default.
+    /// The customer waits for the reply to ATRN. At least [`limits::ATRN_TIMEOUT`], the default.
     pub atrn: Duration,
     /// A TLS handshake. Default 1 min.
     pub handshake: Duration,
@@ -101,15 +101,15 @@ pub struct Timeouts {
 
 impl Timeouts {
     /// How long the client waits for a reply (RFC 5321 section 4.5.3.2; RFC 2645 section 5.2.1).
-    pub fn reply_timeout(&self, awaiting: Option<Awaiting>) -> Duration {
+    pub fn reply_timeout(&self, awaiting: Option<Stage>) -> Duration {
         match awaiting {
-            Some(Awaiting::Greeting) => self.greeting,
-            Some(Awaiting::Mail) => self.mail,
-            Some(Awaiting::Recipient) => self.recipient,
-            Some(Awaiting::Data) => self.data,
-            Some(Awaiting::End) => self.end,
-            Some(Awaiting::Atrn) => self.atrn,
-            Some(Awaiting::Command) | None => self.command,
+            Some(Stage::Greeting) => self.greeting,
+            Some(Stage::Mail) => self.mail,
+            Some(Stage::Rcpt(_)) => self.recipient,
+            Some(Stage::Data) => self.data,
+            Some(Stage::Content | Stage::LoneDot) => self.end,
+            Some(Stage::Atrn) => self.atrn,
+            _ => self.command,
         }
     }
 }
@@ -119,14 +119,14 @@ impl Default for Timeouts {
         let seconds = Duration::from_secs;
         Timeouts {
             connect: seconds(30),
-            greeting: seconds(5 * 60),
-            mail: seconds(5 * 60),
-            recipient: seconds(5 * 60),
-            data: seconds(2 * 60),
-            block: seconds(3 * 60),
-            end: seconds(10 * 60),
-            command: seconds(5 * 60),
-            atrn: limits::SHORTEST_ATRN_TIMEOUT,
+            greeting: limits::GREETING_TIMEOUT,
+            mail: limits::MAIL_TIMEOUT,
+            recipient: limits::RCPT_TIMEOUT,
+            data: limits::DATA_TIMEOUT,
+            block: limits::BLOCK_TIMEOUT,
+            end: limits::CONTENT_TIMEOUT,
+            command: limits::COMMAND_TIMEOUT,
+            atrn: limits::ATRN_TIMEOUT,
             handshake: seconds(60),
             session: seconds(60 * 60),
             turn: seconds(12 * 60 * 60),

@@ -1,19 +1,78 @@
-//! The SMTP client role: a reply comes in, what to say goes out (RFC 5321, RFC 2920, RFC 4954, RFC 2645).
+//! The SMTP client role, without sockets (RFC 5321; for LMTP RFC 2033).
 //!
-//! Commands are lined up and said as the peer permits: one at a time, or in groups when it offers
-//! PIPELINING. What was said and not yet answered stands in `outstanding`, in order; a reply belongs to
-//! its front, by position and never by its text (RFC 2920 section 3.1). So replies may be read while
-//! content is still being written, and the next transaction begins behind the content of the last.
+//! A driver (`session/client`, `provider/turned_session`) tells the client what to do, gives it each reply of the peer
+//! ([`Client::reply`]), sends the octets that the client appends to `out`, and acts on the returned [`ClientStep`].
 //!
-//! A transaction may also be opened recipient by recipient, each reply being somebody's question before it is
-//! an answer to ours: [`Client::ask_mail`]. And the peer may speak LMTP (RFC 2033), which differs in two things:
-//! LHLO, and one reply a recipient behind the content.
+//! # States
+//!
+//! `pending` has one [`Stage`] for each reply that the client waits for, in the order of the commands. A reply belongs to
+//! the first of them, by its position and never by its text (RFC 2920 section 3.1). That stage is the state:
 //!
 //! ```text
-//! greeting ─ EHLO ─┬─ STARTTLS ─ EHLO ─┬─ AUTH ─┬─ MAIL RCPT… DATA content ─┬─ QUIT
-//!                  └─ (HELO)           └────────┤        ▲        │         ├─ ATRN ─▶ turned
-//!                                               └────────┴────────┴─────────┘
+//! state     sent           waits for  on success         on 4yz, 5yz                         on loss     RFC
+//! Greeting  nothing        220        Ehlo               abort                               -           5321 3.1
+//! Ehlo      EHLO, or LHLO  250        StartTls, Auth     5yz: Helo, if that is enough;       -           5321 3.2,
+//!                                     or ready           otherwise abort                                 2033 4.1
+//! Helo      HELO           250        ready              abort                               -           5321 3.2
+//! StartTls  STARTTLS       220        TLS, then Ehlo     optional TLS: Auth or ready;        -           3207 4
+//!                                                        otherwise abort
+//! Auth      AUTH,          334, 235   334: Auth;         500-504, 534, 538: Auth with the    -           4954 4
+//!           a response                235: ready         next mechanism; otherwise abort
+//! Xclient   XCLIENT        220        Ehlo               ready                               -           (Postfix)
+//! Xforward  XFORWARD       250        ready              ready                               -           (Postfix)
+//! Atrn      ATRN           250        turned             abort without QUIT; ready           -           2645 5.2.1
+//! Mail      MAIL           250        Rcpt               message done                        deferred    5321 3.3
+//! Rcpt      RCPT           250        next Rcpt or Data  next Rcpt or Data; all recipients   deferred    5321 3.3
+//!                                                        failed: RSET, message done
+//! Data      DATA           354        send content       RSET, message done                  deferred    5321 3.3
+//! (none)    some content   nothing    Content            421: abort; other: a violation      deferred    5321 3.8
+//! Content   all content    250        message done       message done                        in doubt    5321 4.2.5
+//! LoneDot   a dot          any reply  message done       message done                        as decided  2920 3.1
+//! Rset      RSET           250        ready              ready                               -           5321 4.1.1.5
+//! Quit      QUIT           221        closed             closed                              -           5321 4.1.1.10
 //! ```
+//!
+//! - *Ready*: the driver may send a message, ATRN or QUIT. *Abort*: [`ClientStep::Abort`], and QUIT is sent. *Message done*:
+//!   [`ClientStep::MessageDone`]; with PIPELINING after the replies to the whole group. *On loss*: what the loss of the
+//!   connection means for the recipients of the message that have no negative reply yet.
+//! - Only the first digit of a reply decides, except for the codes in the table, 421, and 552 to RCPT. A 3yz where none is
+//!   expected counts as 4yz.
+//! - 421 is a 4yz in any state, and the client sends nothing more, not even QUIT (RFC 5321 section 3.8).
+//! - 235 before the client has proved that it knows the secret is an abort: such a server verifies nothing.
+//!
+//! # What becomes of the recipients of a message
+//!
+//! ```text
+//! sent      2yz to the content: the peer is responsible now (RFC 5321 section 4.2.5)
+//! rejected  5yz to MAIL, RCPT (but 552), DATA or the content; or the peer lacks an extension that the message needs
+//! deferred  4yz to one of these; 552 to RCPT (RFC 5321 section 4.5.3.1.10); or the connection was lost before all content
+//!           was sent
+//! in doubt  the connection was lost after all content was sent and before its reply arrived (RFC 1047): the peer may have
+//!           the message, and the next attempt may send it twice
+//! ```
+//!
+//! A negative reply to MAIL decides for all recipients, to RCPT for one. A reply to DATA or the content decides for the
+//! recipients that were accepted; with LMTP each of these gets its own reply to the content (RFC 2033 section 4.2). After
+//! the loss of the connection [`Client::abandon`] returns the results: replies that have arrived count.
+//!
+//! # Groups of commands (RFC 2920)
+//!
+//! Commands wait in `queued`. Without PIPELINING the client sends one and waits for its reply. With PIPELINING the next
+//! command follows MAIL, RCPT, RSET and content at once; every other command ends its group, and QUIT waits for all
+//! replies. So MAIL, RCPT and DATA of a message are one group. It may follow the content of the message before at once, and
+//! then two messages are in flight, never more. If all recipients failed and the peer replies 354 to DATA nevertheless, the
+//! content is a lone dot (section 3.1).
+//!
+//! # BDAT (RFC 3030)
+//!
+//! If the options permit chunks and the peer offers CHUNKING, one `BDAT size LAST` with all content replaces DATA. The client
+//! sends it after the last reply to RCPT, so that no content is sent if no recipient was accepted; its reply is Content.
+//!
+//! # One recipient at a time
+//!
+//! A server that asks a next hop about each recipient before it replies to its own client uses
+//! [`Client::begin_transaction`], [`Client::add_recipient`] and [`Client::send_data`]. Each of the first two leads to
+//! [`ClientStep::Replied`]. The result has the accepted recipients only.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -23,38 +82,38 @@ use super::command::{Body, Envelope, Recipient, Return};
 use super::extensions::PeerExtensions;
 use super::limits;
 use super::reply::{Reply, Severity};
-use super::status::{DecidedBy, DeliveryResult, RecipientStatus, ends_session};
+use super::status::{DecidedBy, DeliveryResult, RecipientStatus, ends_session, is_mechanism_rejected};
 use crate::mail::address::Domain;
 use crate::mail::received::ClientInfo;
 use crate::sasl::{ClientExchange, Mechanism};
 
-/// What is to happen before mail.
+/// What the client must do before mail, and how it sends mail.
 #[derive(Clone, Default)]
 pub struct ClientOptions {
     /// Our name for EHLO.
     pub name: String,
     pub starttls: StartTls,
-    /// TLS is there from the first octet, or from before the turn.
+    /// The connection has TLS already: from its first octet, or from before the turn.
     pub tls: bool,
-    /// The peer must offer ATRN, or it is told no secret (RFC 2645 section 5.1.1).
+    /// The peer must offer ATRN. If it does not, it is not a provider and gets no secret (RFC 2645 section 5.1.1).
     pub atrn: bool,
-    /// Account and secret, where the peer wants to know who we are.
+    /// Account and secret, if the client must authenticate.
     pub credentials: Option<(String, Vec<u8>)>,
     /// The peer speaks LMTP (RFC 2033).
     pub lmtp: bool,
-    /// Content may go as one BDAT chunk where the peer offers CHUNKING (RFC 3030). Not so after a turn:
-    /// some customers are pipes that look at lines.
+    /// Content may be sent as one BDAT chunk (RFC 3030). Not after a turn: some customers put a filter that reads lines
+    /// before their server.
     pub chunking: bool,
 }
 
-/// Whether TLS is begun with STARTTLS (RFC 3207).
+/// Whether the client sends STARTTLS (RFC 3207).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum StartTls {
     #[default]
     Never,
-    /// When the peer offers it; else in clear.
+    /// If the peer offers it; otherwise the session goes on in clear.
     Offered,
-    /// Without it nothing goes on.
+    /// Always. The session is aborted if the peer does not offer or accept it.
     Required,
 }
 
@@ -62,13 +121,13 @@ pub enum StartTls {
 #[derive(Clone, Debug)]
 pub struct OutgoingMessage {
     pub envelope: Envelope,
-    /// Octets on the wire (RFC 1870), without dots that are added.
+    /// Octets on the wire (RFC 1870); 0 if the size is not known yet.
     pub size: u64,
     /// The content has octets above 127, whatever `BODY` its sender declared.
     pub eight_bit: bool,
 }
 
-/// Why a session goes no further. QUIT has been queued if it can be sent.
+/// Why a session cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Abort {
     /// The peer rejected something that the session needs.
@@ -83,24 +142,45 @@ pub enum Abort {
     Unproven,
 }
 
-/// A negative reply that ends what a session is for.
+/// The reply that makes a session useless, and what it answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {
     pub stage: Stage,
     pub reply: Reply,
 }
 
-/// What a reply belongs to.
+/// What a reply answers. The module documentation has the table of all stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
+    /// Nothing: the peer sends first.
     Greeting,
     Ehlo,
     Helo,
     StartTls,
+    /// AUTH, or a response to a challenge.
     Auth,
+    Xclient,
+    Xforward,
     Atrn,
-    /// A reply without a command: 421 may come at any time (RFC 5321 section 3.8).
+    Mail,
+    /// RCPT; the number of the recipient in its message.
+    Rcpt(usize),
+    Data,
+    /// All content of a message.
+    Content,
+    /// The end of a message that no recipient gets.
+    LoneDot,
+    Rset,
+    Quit,
+    /// No command: 421 may arrive at any time (RFC 5321 section 3.8).
     Session,
+}
+
+impl Stage {
+    /// Whether the next command must wait for this reply, even with PIPELINING (RFC 2920 section 3.1).
+    fn ends_group(self) -> bool {
+        !matches!(self, Stage::Rset | Stage::Mail | Stage::Rcpt(_) | Stage::Content | Stage::LoneDot)
+    }
 }
 
 impl fmt::Display for Stage {
@@ -111,781 +191,604 @@ impl fmt::Display for Stage {
             Stage::Helo => "HELO",
             Stage::StartTls => "STARTTLS",
             Stage::Auth => "AUTH",
+            Stage::Xclient => "XCLIENT",
+            Stage::Xforward => "XFORWARD",
             Stage::Atrn => "ATRN",
+            Stage::Mail => "MAIL",
+            Stage::Rcpt(_) => "RCPT",
+            Stage::Data => "DATA",
+            Stage::Content | Stage::LoneDot => "the content",
+            Stage::Rset => "RSET",
+            Stage::Quit => "QUIT",
             Stage::Session => "the session",
         })
     }
 }
 
-/// The peer breaks the protocol; there is nothing to be said to it any more.
+/// The peer breaks the protocol: close the connection without another command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProtocolViolation(pub &'static str);
 
-/// What a reply led to.
+/// What the driver does after a reply.
 #[derive(Debug)]
 pub enum ClientStep {
-    /// Send what was lined up, wait for the next reply.
+    /// Wait for the next reply.
     Wait,
-    /// Start TLS as TLS client, then call [`Client::secured`].
+    /// Start TLS as TLS client, then call [`Client::tls_started`].
     StartTls,
-    /// Nothing stands in the way of mail, ATRN or QUIT.
+    /// Send a message, ATRN or QUIT.
     Ready,
-    /// The reply to what was asked with [`Client::ask_mail`] or [`Client::ask_recipient`].
+    /// This is the reply to [`Client::begin_transaction`] or [`Client::add_recipient`].
     Replied(Reply),
-    /// Send the content of the message in front, then call [`Client::content_sent`]; `chunk`: as it is,
-    /// without dots and end, exactly as many octets as the message's size (RFC 3030).
-    Content {
-        chunk: bool,
-    },
-    /// The message in front is done with.
+    /// Send the content of the oldest message in flight, then call [`Client::content_sent`]. `chunk`: without added dots
+    /// and end, exactly as many octets as the message's size (RFC 3030).
+    Content { chunk: bool },
+    /// The oldest message in flight has this result.
     MessageDone(DeliveryResult),
-    /// ATRN was answered 250: from here on turn.rs.
+    /// The connection turns: ATRN was accepted.
     Turned,
+    /// The session cannot go on.
     Abort(Abort),
-    /// QUIT was answered.
+    /// QUIT was answered: close.
     Closed,
 }
 
-/// What is awaited, and so how long (RFC 5321 section 4.5.3.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Awaiting {
-    Greeting,
-    /// EHLO, STARTTLS, AUTH, RSET, QUIT and the like.
-    Command,
-    Mail,
-    Recipient,
-    Data,
-    /// The reply to all content.
-    End,
-    Atrn,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum PendingReply {
-    Greeting,
-    Ehlo,
-    Helo,
-    StartTls,
-    Auth,
-    Xclient,
-    Xforward,
-    Mail,
-    Rcpt(usize),
-    Data,
-    Content,
-    /// The end of a message to nobody (RFC 2920 section 3.1).
-    LoneDot,
-    Rset,
-    Atrn,
-    Quit,
-}
-
-impl PendingReply {
-    /// RFC 2920 section 3.1: RSET, MAIL and RCPT may stand anywhere in a group, content too; everything
-    /// else only at its end.
-    fn ends_group(&self) -> bool {
-        !matches!(
-            self,
-            PendingReply::Rset
-                | PendingReply::Mail
-                | PendingReply::Rcpt(_)
-                | PendingReply::Content
-                | PendingReply::LoneDot
-        )
-    }
-
-    fn awaiting(&self) -> Awaiting {
-        match self {
-            PendingReply::Greeting => Awaiting::Greeting,
-            PendingReply::Mail => Awaiting::Mail,
-            PendingReply::Rcpt(_) => Awaiting::Recipient,
-            PendingReply::Data => Awaiting::Data,
-            PendingReply::Content | PendingReply::LoneDot => Awaiting::End,
-            PendingReply::Atrn => Awaiting::Atrn,
-            PendingReply::Ehlo | PendingReply::Helo | PendingReply::StartTls | PendingReply::Auth => Awaiting::Command,
-            PendingReply::Xclient | PendingReply::Xforward | PendingReply::Rset | PendingReply::Quit => {
-                Awaiting::Command
-            }
-        }
-    }
-}
-
-/// One message under way.
+/// A message in flight.
+#[derive(Default)]
 struct ClientTransaction {
-    /// The reply to MAIL, if it was a refusal.
+    /// The reply to MAIL, if it was negative.
     mail: Option<Reply>,
     /// The replies to RCPT.
     recipients: Vec<Option<Reply>>,
-    /// The replies to the content, by recipient that was accepted; SMTP has one for all.
+    /// With LMTP: the replies to the content, one for each accepted recipient.
     content_replies: Vec<Reply>,
-    /// Its recipients are asked for one by one.
+    /// The driver adds the recipients one at a time.
     stepwise: bool,
-    content: ContentProgress,
-    /// The content goes as one chunk of so many octets.
+    /// The octets of the content, if it is sent by BDAT.
     chunk: Option<u64>,
+    /// All content was sent.
+    content_sent: bool,
 }
 
 impl ClientTransaction {
-    /// A rejection of MAIL is for all recipients, one of RCPT for that recipient; `accepted` is the status of the others.
-    fn result(&self, accepted: &RecipientStatus) -> DeliveryResult {
+    fn accepted(&self) -> usize {
+        self.recipients.iter().flatten().filter(|reply| reply.is_positive()).count()
+    }
+
+    /// The result, if accepted recipients without a reply to the content of their own have the status `accepted`.
+    fn result(&self, accepted: &RecipientStatus, decided_by: DecidedBy) -> DeliveryResult {
         let mut content_replies = self.content_replies.iter();
         let status = |recipient: &Option<Reply>| match (&self.mail, recipient) {
             (Some(mail), _) => RecipientStatus::after_negative(mail),
             (None, Some(reply)) if !reply.is_positive() => RecipientStatus::after_rcpt(reply),
             (None, _) => content_replies.next().map_or_else(|| accepted.clone(), RecipientStatus::after_content),
         };
-        let decided_by = if self.mail.is_some() { DecidedBy::PeerAtMail } else { DecidedBy::Peer };
         DeliveryResult { recipients: self.recipients.iter().map(status).collect(), decided_by }
     }
-
-    fn accepted(&self) -> usize {
-        self.recipients.iter().flatten().filter(|reply| reply.is_positive()).count()
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum ContentProgress {
-    NotYet,
-    Sending,
-    Sent,
 }
 
 /// The client role on one connection.
 pub struct Client {
+    /// `tls` becomes true after STARTTLS.
     options: ClientOptions,
     extensions: PeerExtensions,
-    tls: bool,
-    exchange: Option<(Mechanism, Box<dyn ClientExchange>)>,
-    tried: Vec<Mechanism>,
-    authenticated: bool,
-    /// "*" was said.
-    cancelled: bool,
-    /// The name in the peer's greeting or EHLO reply.
-    peer_name: Option<String>,
-    queued: VecDeque<(PendingReply, Vec<u8>)>,
-    pending: VecDeque<PendingReply>,
-    transactions: VecDeque<ClientTransaction>,
-    ready: bool,
-    /// EHLO was answered, not HELO.
+    /// The peer has accepted EHLO, not only HELO.
     extended: bool,
-    /// How many messages wait for us, by the reply to ATRN.
-    messages_waiting: Option<u64>,
-    /// XCLIENT was said: the peer takes us for somebody else, for the rest of the session.
-    client_overridden: bool,
-    /// No mail is sent any more: QUIT was lined up, or the peer said 421.
+    peer_name: Option<String>,
+    exchange: Option<Box<dyn ClientExchange>>,
+    tried_mechanisms: Vec<Mechanism>,
+    /// The client has sent `*`, which cancels AUTH (RFC 4954 section 4).
+    auth_cancelled: bool,
+    authenticated: bool,
+    /// Commands that wait for replies to others.
+    queued: VecDeque<(Stage, Vec<u8>)>,
+    /// The replies that the client waits for.
+    pending: VecDeque<Stage>,
+    /// The messages in flight, the oldest first.
+    transactions: VecDeque<ClientTransaction>,
+    /// The greeting, EHLO, TLS and AUTH are done, and the client waits for no reply to XCLIENT, XFORWARD or ATRN.
+    ready: bool,
+    /// As [`Client::closing`].
     closing: bool,
+    client_overridden: bool,
+    messages_waiting: Option<u64>,
 }
 
 impl Client {
-    /// A client that waits for the greeting (RFC 5321 section 4.3.1).
+    /// A client that waits for the greeting.
     pub fn new(options: ClientOptions) -> Client {
-        let tls = options.tls;
         Client {
             options,
             extensions: PeerExtensions::default(),
-            tls,
-            exchange: None,
-            tried: Vec::new(),
-            authenticated: false,
-            cancelled: false,
+            extended: false,
             peer_name: None,
+            exchange: None,
+            tried_mechanisms: Vec::new(),
+            auth_cancelled: false,
+            authenticated: false,
             queued: VecDeque::new(),
-            pending: VecDeque::from([PendingReply::Greeting]),
+            pending: VecDeque::from([Stage::Greeting]),
             transactions: VecDeque::new(),
             ready: false,
-            extended: false,
-            messages_waiting: None,
-            client_overridden: false,
             closing: false,
+            client_overridden: false,
+            messages_waiting: None,
         }
     }
 
-    /// What the peer offers.
+    /// The extensions that the peer offers.
     pub fn extensions(&self) -> &PeerExtensions {
         &self.extensions
     }
 
-    /// Our own name, as EHLO says it.
-    pub fn name(&self) -> &str {
-        &self.options.name
-    }
-
+    /// The peer's name in its greeting or its reply to EHLO.
     pub fn peer_name(&self) -> Option<&str> {
         self.peer_name.as_deref()
     }
 
-    /// How many messages the provider has for us, if its reply to ATRN says so.
+    /// The number of messages that the provider holds for us, if its reply to ATRN has it.
     pub fn messages_waiting(&self) -> Option<u64> {
         self.messages_waiting
     }
 
-    /// Whether the peer takes us for the origin of a message, and so of all that follow.
+    /// Whether the peer has accepted XCLIENT: it takes us for another client for the rest of the session.
     pub fn is_client_overridden(&self) -> bool {
         self.client_overridden
     }
 
-    /// What the next reply is the answer to; `None`: nothing is outstanding.
-    pub fn awaiting(&self) -> Option<Awaiting> {
-        self.pending.front().map(PendingReply::awaiting)
+    /// What the next reply answers, and so how long to wait for it (RFC 5321 section 4.5.3.2); `None`: the client waits for
+    /// no reply.
+    pub fn awaiting(&self) -> Option<Stage> {
+        self.pending.front().copied()
     }
 
-    /// Whether what is being said now is a secret, and not for any log.
+    /// Whether the commands sent now are part of an AUTH exchange, and must not be logged.
     pub fn in_auth(&self) -> bool {
         self.exchange.is_some()
     }
 
-    /// QUIT was said, or the peer said 421: only the end is awaited.
+    /// Whether no more mail is sent: QUIT was queued, or the peer sent 421.
     pub fn closing(&self) -> bool {
         self.closing
     }
 
-    /// Messages given and not yet settled.
+    /// The number of messages that were begun and have no result yet: 0 to 2.
     pub fn in_flight(&self) -> usize {
         self.transactions.len()
     }
 
-    /// Whether [`Client::send`] may be called: nothing is under way, or all that is awaited of the
-    /// message before is the reply to its content.
+    /// Whether [`Client::send_message`] may be called: no message is in flight; or, with PIPELINING, one whose content
+    /// was sent.
     pub fn is_ready_for_message(&self) -> bool {
-        self.ready
-            && !self.closing
-            && match self.transactions.front() {
-                None => true,
-                Some(front) => {
-                    self.extensions.pipelining && front.content == ContentProgress::Sent && self.transactions.len() == 1
-                }
-            }
+        let before = self.transactions.back();
+        let may_follow = before.is_none_or(|before| before.content_sent && self.extensions.pipelining);
+        self.ready && !self.closing && may_follow && self.transactions.len() < 2
     }
 
-    /// Takes the next message. `Err`: it cannot go to this peer at all, and nothing was said of it.
+    /// Sends a message: MAIL, a RCPT for each recipient, DATA.
+    ///
+    /// # Errors
+    /// The result, if the peer lacks an extension that the message needs. Nothing was sent then.
     pub fn send_message(&mut self, message: OutgoingMessage, out: &mut Vec<u8>) -> Result<(), DeliveryResult> {
+        let recipients = &message.envelope.recipients;
         if let Some(reply) = self.incompatibility(&message) {
-            // Who does not even know EHLO today may know it tomorrow.
-            let status =
-                if self.extended { RecipientStatus::Rejected(reply) } else { RecipientStatus::Deferred(reply) };
-            return Err(DeliveryResult {
-                recipients: vec![status; message.envelope.recipients.len()],
-                decided_by: DecidedBy::Us,
-            });
+            let status = match self.extended {
+                true => RecipientStatus::Rejected(reply),
+                false => RecipientStatus::Deferred(reply),
+            };
+            return Err(DeliveryResult::all(status, recipients.len(), DecidedBy::Us));
         }
-        self.queue_command(PendingReply::Mail, self.mail_line(&message));
-        for (number, recipient) in message.envelope.recipients.iter().enumerate() {
-            self.queue_command(PendingReply::Rcpt(number), self.rcpt_line(recipient));
+        self.queue_command(Stage::Mail, self.mail_line(&message));
+        for (number, recipient) in recipients.iter().enumerate() {
+            self.queue_command(Stage::Rcpt(number), self.rcpt_line(recipient));
         }
-        let chunk = (self.options.chunking && self.extensions.chunking).then_some(message.size);
-        if chunk.is_none() {
-            self.queue_command(PendingReply::Data, "DATA");
-        }
-        let recipients = vec![None; message.envelope.recipients.len()];
-        self.begin(recipients, chunk, false);
+        let recipients = vec![None; recipients.len()];
+        self.transactions.push_back(ClientTransaction { recipients, ..ClientTransaction::default() });
+        self.queue_data(message.size);
         self.flush_commands(out);
         Ok(())
     }
 
-    fn begin(&mut self, recipients: Vec<Option<Reply>>, chunk: Option<u64>, asking: bool) {
-        let content = ContentProgress::NotYet;
-        self.transactions.push_back(ClientTransaction {
-            mail: None,
-            recipients,
-            content_replies: Vec::new(),
-            stepwise: asking,
-            content,
-            chunk,
-        });
-    }
-
-    /// Opens a transaction whose recipients are not known yet, and whose content is not: nothing else is under way.
+    /// Sends MAIL for a message whose recipients are added one at a time. No message may be in flight.
+    ///
+    /// # Errors
+    /// The reply, if the peer lacks an extension that the message needs. Nothing was sent then.
     pub fn begin_transaction(&mut self, message: &OutgoingMessage, out: &mut Vec<u8>) -> Result<(), Reply> {
         if let Some(reply) = self.incompatibility(message) {
-            // Who does not even know EHLO today may know it tomorrow.
             let later = || Reply::new(451, "4.3.5", "The next hop offers no extensions now");
             return Err(if self.extended { reply } else { later() });
         }
-        self.queue_command(PendingReply::Mail, self.mail_line(message));
-        self.begin(Vec::new(), None, true);
+        self.queue_command(Stage::Mail, self.mail_line(message));
+        self.transactions.push_back(ClientTransaction { stepwise: true, ..ClientTransaction::default() });
         self.flush_commands(out);
         Ok(())
     }
 
-    /// One recipient more of the transaction that [`Client::ask_mail`] has opened.
+    /// Sends RCPT for one recipient more of that message.
+    ///
+    /// # Errors
+    /// The reply, if no transaction is open or the peer lacks SMTPUTF8. Nothing was sent then.
     pub fn add_recipient(&mut self, recipient: &Recipient, out: &mut Vec<u8>) -> Result<(), Reply> {
-        let line = self.rcpt_line(recipient);
-        let Some(asked) = self.transactions.front_mut().filter(|front| front.stepwise) else {
+        let Some(transaction) = self.transactions.front().filter(|transaction| transaction.stepwise) else {
             return Err(Reply::new(451, "4.5.0", "No transaction is open"));
         };
         if !recipient.mailbox.is_ascii() && !self.extensions.utf8 {
-            // RFC 6531 section 3.2.
             return Err(no_utf8());
         }
-        let number = asked.recipients.len();
-        asked.recipients.push(None);
-        self.queue_command(PendingReply::Rcpt(number), line);
+        self.queue_command(Stage::Rcpt(transaction.recipients.len()), self.rcpt_line(recipient));
         self.flush_commands(out);
         Ok(())
     }
 
-    /// All recipients have been asked for: on with the content, of so many octets.
+    /// Goes on with the content of that message, `size` octets on the wire.
     pub fn send_data(&mut self, size: u64, out: &mut Vec<u8>) -> ClientStep {
-        let chunk = (self.options.chunking && self.extensions.chunking).then_some(size);
-        if let Some(asked) = self.transactions.front_mut() {
-            (asked.stepwise, asked.chunk) = (false, chunk);
-        }
-        if chunk.is_none() {
-            self.queue_command(PendingReply::Data, "DATA");
-            self.flush_commands(out);
-        }
+        self.queue_data(size);
+        self.flush_commands(out);
         self.chunk_or_wait(out)
     }
 
-    /// Lets the transaction go that [`Client::ask_mail`] has opened.
+    /// Ends the transaction of that message with RSET.
     pub fn abort_transaction(&mut self, out: &mut Vec<u8>) {
-        if self.transactions.front().is_some_and(|front| front.stepwise) {
+        if self.transactions.front().is_some_and(|transaction| transaction.stepwise) {
             self.transactions.pop_front();
-            self.reset();
+            self.queue_reset();
             self.flush_commands(out);
         }
     }
 
-    /// Says who gave the next message to the host that gave it to us, where the peer wants to know. `true`: wait for
-    /// [`Step::Ready`].
-    pub fn send_client_info(&mut self, origin: &ClientInfo, out: &mut Vec<u8>) -> bool {
-        let attributes = |wanted: &[String]| -> String {
-            let value = |name: &String| match name.as_str() {
-                "ADDR" => Some(match origin.address {
-                    IpAddr::V4(address) => address.to_string(),
-                    IpAddr::V6(address) => format!("IPV6:{address}"),
-                }),
-                // The name that DNS gives the address is not known here, and EHLO's may be a lie.
-                "NAME" => Some("[UNAVAILABLE]".to_owned()),
-                "HELO" => Some(origin.helo.as_deref().map_or("[UNAVAILABLE]".to_owned(), xtext)),
-                "PROTO" => Some(if origin.extended { "ESMTP" } else { "SMTP" }.to_owned()),
-                "SOURCE" => Some("REMOTE".to_owned()),
-                _ => None,
-            };
-            wanted.iter().filter_map(|name| Some(format!(" {name}={}", value(name)?))).collect()
+    /// Tells the peer, if it offers XCLIENT or XFORWARD, which client sent the next message. Returns whether to wait for
+    /// [`ClientStep::Ready`].
+    pub fn send_client_info(&mut self, info: &ClientInfo, out: &mut Vec<u8>) -> bool {
+        let (stage, verb, offered) = match &self.extensions {
+            PeerExtensions { xclient, .. } if !xclient.is_empty() => (Stage::Xclient, "XCLIENT", xclient),
+            PeerExtensions { xforward, .. } => (Stage::Xforward, "XFORWARD", xforward),
         };
-        let (said, line) = if !self.extensions.xclient.is_empty() {
-            (PendingReply::Xclient, format!("XCLIENT{}", attributes(&self.extensions.xclient)))
-        } else if !self.extensions.xforward.is_empty() {
-            (PendingReply::Xforward, format!("XFORWARD{}", attributes(&self.extensions.xforward)))
-        } else {
-            return false;
-        };
-        if !line.contains(" ADDR=") {
+        if !offered.iter().any(|name| name == "ADDR") {
             return false;
         }
+        let attributes: String = offered.iter().filter_map(|name| client_attribute(info, name)).collect();
         self.ready = false;
-        self.queue_command(said, line);
+        self.queue_command(stage, format!("{verb}{attributes}"));
         self.flush_commands(out);
         true
     }
 
-    /// The content of the message in front went into the write buffer, with its end.
+    /// All content of the oldest message was sent, with its end.
     pub fn content_sent(&mut self, out: &mut Vec<u8>) {
         let mut replies = 1;
-        if let Some(front) = self.transactions.front_mut() {
-            front.content = ContentProgress::Sent;
+        if let Some(transaction) = self.transactions.front_mut() {
+            transaction.content_sent = true;
             if self.options.lmtp {
-                // RFC 2033 section 4.2: one for each recipient that was accepted.
-                replies = front.accepted();
+                // RFC 2033 section 4.2.
+                replies = transaction.accepted();
             }
         }
-        self.pending.extend(std::iter::repeat_n(PendingReply::Content, replies));
+        self.pending.extend(std::iter::repeat_n(Stage::Content, replies));
         self.flush_commands(out);
     }
 
-    /// ATRN (RFC 2645 section 5.2.1); without domains: all that the account has.
+    /// Sends ATRN; without domains: for all domains of the account (RFC 2645 section 5.2.1).
     pub fn atrn(&mut self, domains: &[Domain], out: &mut Vec<u8>) {
         self.ready = false;
         let names: Vec<_> = domains.iter().map(Domain::as_str).collect();
-        let line = if names.is_empty() { "ATRN".to_owned() } else { format!("ATRN {}", names.join(",")) };
-        self.queue_command(PendingReply::Atrn, line);
+        self.queue_command(Stage::Atrn, format!("ATRN {}", names.join(",")).trim_end());
         self.flush_commands(out);
     }
 
-    /// QUIT, once all is answered (RFC 5321 section 4.1.1.10).
+    /// Sends QUIT when all replies have arrived (RFC 5321 section 4.1.1.10).
     pub fn quit(&mut self, out: &mut Vec<u8>) {
-        if !self.closing {
-            self.closing = true;
-            self.queue_command(PendingReply::Quit, "QUIT");
-            self.flush_commands(out);
-        }
+        self.queue_quit();
+        self.flush_commands(out);
     }
 
-    /// TLS has begun: what was learned before is forgotten, EHLO is said again (RFC 3207 section 4.2).
+    /// TLS has started: the client forgets what the peer offered in clear and sends EHLO again (RFC 3207 section 4.2).
     pub fn tls_started(&mut self, out: &mut Vec<u8>) -> ClientStep {
-        self.tls = true;
+        self.options.tls = true;
         self.extensions = PeerExtensions::default();
-        self.enter_ehlo(out)
+        let step = self.send_ehlo();
+        self.flush_commands(out);
+        step
     }
 
-    /// The connection is gone: the outcomes of all messages under way, in order.
-    pub fn abandon(&mut self, why: &Reply) -> Vec<DeliveryResult> {
+    /// The connection was lost: returns the results of the messages in flight, the oldest first. `reason`: the reply that
+    /// defers their recipients.
+    pub fn abandon(&mut self, reason: &Reply) -> Vec<DeliveryResult> {
         self.closing = true;
         self.queued.clear();
         self.pending.clear();
         let result = |transaction: ClientTransaction| {
-            let open = match transaction.content {
-                ContentProgress::Sent => RecipientStatus::InDoubt,
-                ContentProgress::NotYet | ContentProgress::Sending => RecipientStatus::Deferred(why.clone()),
+            let accepted = match transaction.content_sent {
+                true => RecipientStatus::InDoubt,
+                false => RecipientStatus::Deferred(reason.clone()),
             };
-            DeliveryResult { decided_by: DecidedBy::ConnectionLoss, ..transaction.result(&open) }
+            transaction.result(&accepted, DecidedBy::ConnectionLoss)
         };
         self.transactions.drain(..).map(result).collect()
     }
 
-    /// One reply of the peer.
+    /// One reply of the peer: the transitions between the states.
+    ///
+    /// # Errors
+    /// The client waits for no reply.
     pub fn reply(&mut self, reply: Reply, out: &mut Vec<u8>) -> Result<ClientStep, ProtocolViolation> {
-        let Some(said) = self.pending.pop_front() else {
-            // Also without a question a server that shuts down says 421 (RFC 5321 section 3.8).
-            if ends_session(&reply) {
-                self.closing = true;
-                return Ok(ClientStep::Abort(Abort::Rejected(Rejection { stage: Stage::Session, reply })));
-            }
-            return Err(ProtocolViolation("a reply came that nobody asked for"));
+        let last = ends_session(&reply);
+        let stage = match self.pending.pop_front() {
+            Some(stage) => stage,
+            None if last => Stage::Session,
+            None => return Err(ProtocolViolation("a reply came that nobody asked for")),
         };
-        if ends_session(&reply) {
+        if last {
             self.closing = true;
             self.queued.clear();
         }
-        let step = match said {
-            PendingReply::Greeting => self.greeting_replied(reply, out),
-            PendingReply::Ehlo => self.ehlo_replied(reply, out),
-            PendingReply::Helo => self.helo_replied(reply, out),
-            PendingReply::StartTls => self.starttls_replied(reply, out),
-            PendingReply::Auth => self.auth_replied(reply, out),
-            PendingReply::Mail => self.mail_replied(reply),
-            PendingReply::Rcpt(number) => self.rcpt_replied(number, reply, out),
-            PendingReply::Data => self.data_replied(reply, out),
-            PendingReply::Content => self.content_replied(reply),
-            PendingReply::LoneDot => self.finish_transaction(None),
-            PendingReply::Rset => ClientStep::Wait,
-            PendingReply::Xclient => self.xclient_replied(reply, out),
-            // Whatever it is: that the peer does not want to know is no reason to keep the mail.
-            PendingReply::Xforward => self.ehlo_done(out),
-            PendingReply::Atrn if reply.is_positive() => {
-                self.messages_waiting = messages(&reply);
+        let step = match (stage, reply.severity()) {
+            (Stage::Greeting, Severity::Positive) => {
+                self.peer_name = first_word(&reply);
+                self.send_ehlo()
+            }
+            (Stage::Ehlo, Severity::Positive) => {
+                self.extended = true;
+                self.peer_name = first_word(&reply).or(self.peer_name.take());
+                self.extensions = PeerExtensions::parse(&reply);
+                self.starttls_or_proceed()
+            }
+            (Stage::Ehlo, Severity::Permanent) if self.is_helo_enough() => {
+                self.queue_command(Stage::Helo, format!("HELO {}", self.options.name));
+                ClientStep::Wait
+            }
+            (Stage::StartTls, Severity::Positive) => ClientStep::StartTls,
+            (Stage::StartTls, _) if self.options.starttls == StartTls::Offered => self.proceed(),
+            (Stage::Auth, _) => self.auth_replied(reply),
+            (Stage::Xclient, Severity::Positive) => {
+                self.client_overridden = true;
+                self.send_ehlo()
+            }
+            // A peer that rejects the information accepts the mail nevertheless.
+            (Stage::Xclient | Stage::Xforward, _) | (Stage::Helo, Severity::Positive) => self.proceed(),
+            (Stage::Atrn, Severity::Positive) => {
+                self.messages_waiting = messages_waiting(&reply);
                 ClientStep::Turned
             }
-            PendingReply::Atrn => {
+            (Stage::Atrn, _) => {
                 self.ready = true;
-                ClientStep::Abort(Abort::Rejected(Rejection { stage: Stage::Atrn, reply }))
+                ClientStep::Abort(Abort::Rejected(Rejection { stage, reply }))
             }
-            PendingReply::Quit => ClientStep::Closed,
+            (Stage::Mail, _) => self.mail_replied(reply),
+            (Stage::Rcpt(number), _) => self.rcpt_replied(number, reply, out),
+            (Stage::Data, _) => self.data_replied(reply, out),
+            (Stage::Content, _) => self.content_replied(reply),
+            (Stage::LoneDot, _) => self.finish_transaction(None),
+            (Stage::Rset, _) => ClientStep::Wait,
+            (Stage::Quit, _) => ClientStep::Closed,
+            (Stage::Greeting | Stage::Ehlo | Stage::Helo | Stage::StartTls | Stage::Session, _) => {
+                self.abort(Abort::Rejected(Rejection { stage, reply }))
+            }
         };
         self.flush_commands(out);
         Ok(step)
     }
 
-    // Entering a state: what is said there.
+    // From the greeting to ready.
 
-    fn enter_ehlo(&mut self, out: &mut Vec<u8>) -> ClientStep {
-        // RFC 2033 section 4.1.
+    fn send_ehlo(&mut self) -> ClientStep {
         let verb = if self.options.lmtp { "LHLO" } else { "EHLO" };
-        self.queue_command(PendingReply::Ehlo, format!("{verb} {}", self.options.name));
-        self.flush_commands(out);
+        self.queue_command(Stage::Ehlo, format!("{verb} {}", self.options.name));
         ClientStep::Wait
     }
 
-    fn enter_auth(&mut self, out: &mut Vec<u8>) -> ClientStep {
-        let Some((name, secret)) = &self.options.credentials else {
-            return ClientStep::Ready;
-        };
-        let untried: Vec<_> =
-            self.extensions.mechanisms.iter().copied().filter(|mechanism| !self.tried.contains(mechanism)).collect();
-        let Some(mechanism) = Mechanism::strongest(&untried, self.tls) else {
-            return self.abort(Abort::NoMechanism, out);
-        };
-        self.tried.push(mechanism);
+    /// Whether the session makes sense with a server that has no extensions.
+    fn is_helo_enough(&self) -> bool {
+        self.options.starttls != StartTls::Required && self.options.credentials.is_none() && !self.options.lmtp
+    }
+
+    fn starttls_or_proceed(&mut self) -> ClientStep {
+        match self.options.starttls {
+            StartTls::Never => self.proceed(),
+            _ if self.options.tls => self.proceed(),
+            _ if self.extensions.starttls => {
+                self.queue_command(Stage::StartTls, "STARTTLS");
+                ClientStep::Wait
+            }
+            StartTls::Offered => self.proceed(),
+            StartTls::Required => self.abort(Abort::NoStartTls),
+        }
+    }
+
+    /// What follows EHLO and TLS.
+    fn proceed(&mut self) -> ClientStep {
+        if self.options.atrn && !self.extensions.atrn {
+            return self.abort(Abort::NoAtrn);
+        }
+        if self.options.credentials.is_some() && !self.authenticated {
+            return if self.send_auth() { ClientStep::Wait } else { self.abort(Abort::NoMechanism) };
+        }
+        self.ready = true;
+        ClientStep::Ready
+    }
+
+    /// Sends AUTH with the strongest mechanism that was not tried yet. Returns whether there is one.
+    fn send_auth(&mut self) -> bool {
+        let Some((name, secret)) = &self.options.credentials else { return false };
+        let offered = self.extensions.mechanisms.iter().copied();
+        let untried: Vec<_> = offered.filter(|mechanism| !self.tried_mechanisms.contains(mechanism)).collect();
+        let Some(mechanism) = Mechanism::strongest(&untried, self.options.tls) else { return false };
         let mut exchange = mechanism.client(name, secret);
         let mut line = format!("AUTH {}", mechanism.name());
         if let Some(initial) = exchange.initial() {
-            // RFC 4954 section 4: "=" stands for a response of no length.
+            // RFC 4954 section 4: "=" is an empty response, and no initial response may make the line too long.
             let initial = if initial.is_empty() { "=".to_owned() } else { data_encoding::BASE64.encode(&initial) };
-            // RFC 4954 section 4: no initial response that makes the line too long.
             if line.len() + 1 + initial.len() + "\r\n".len() <= limits::SENT_COMMAND_LINE {
                 line = format!("{line} {initial}");
             } else {
                 exchange = mechanism.client(name, secret);
             }
         }
-        self.cancelled = false;
-        self.exchange = Some((mechanism, exchange));
-        self.queue_command(PendingReply::Auth, line);
-        self.flush_commands(out);
-        ClientStep::Wait
+        self.tried_mechanisms.push(mechanism);
+        self.auth_cancelled = false;
+        self.exchange = Some(exchange);
+        self.queue_command(Stage::Auth, line);
+        true
     }
 
-    fn abort(&mut self, abort: Abort, out: &mut Vec<u8>) -> ClientStep {
-        self.quit(out);
+    fn auth_replied(&mut self, reply: Reply) -> ClientStep {
+        let mut exchange = self.exchange.take();
+        match (reply.severity(), &mut exchange) {
+            (Severity::Intermediate, Some(running)) if !self.auth_cancelled => {
+                let text = reply.lines().next().unwrap_or_default();
+                let challenge = data_encoding::BASE64.decode(text.trim().as_bytes()).ok();
+                let response = challenge.and_then(|challenge| running.step(&challenge));
+                self.auth_cancelled = response.is_none();
+                let line = response.map_or("*".to_owned(), |response| data_encoding::BASE64.encode(&response));
+                self.exchange = exchange;
+                self.queue_command(Stage::Auth, line);
+                ClientStep::Wait
+            }
+            (Severity::Positive, Some(done)) if done.finished() => {
+                self.authenticated = true;
+                self.proceed()
+            }
+            (Severity::Positive, _) => self.abort(Abort::Unproven),
+            _ if is_mechanism_rejected(&reply) && self.send_auth() => ClientStep::Wait,
+            _ => self.abort(Abort::Rejected(Rejection { stage: Stage::Auth, reply })),
+        }
+    }
+
+    fn abort(&mut self, abort: Abort) -> ClientStep {
+        self.queue_quit();
         ClientStep::Abort(abort)
     }
 
-    fn rejected(&mut self, stage: Stage, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        self.abort(Abort::Rejected(Rejection { stage, reply }), out)
-    }
-
-    // A reply in a state: which state is next.
-
-    fn greeting_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        self.peer_name = first_word(&reply);
-        match reply.severity() {
-            Severity::Positive => self.enter_ehlo(out),
-            _ => self.rejected(Stage::Greeting, reply, out),
-        }
-    }
-
-    fn ehlo_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        match reply.severity() {
-            Severity::Positive => {
-                self.peer_name = first_word(&reply).or(self.peer_name.take());
-                self.extended = true;
-                self.extensions = PeerExtensions::parse(&reply);
-                match self.options.starttls {
-                    StartTls::Offered | StartTls::Required if !self.tls && self.extensions.starttls => {
-                        self.queue_command(PendingReply::StartTls, "STARTTLS");
-                        ClientStep::Wait
-                    }
-                    StartTls::Required if !self.tls => self.abort(Abort::NoStartTls, out),
-                    _ => self.ehlo_done(out),
-                }
-            }
-            // RFC 5321 section 3.2. Who needs TLS or AUTH has no use for a server without extensions.
-            Severity::Permanent
-                if self.options.starttls != StartTls::Required
-                    && self.options.credentials.is_none()
-                    && !self.options.lmtp =>
-            {
-                self.queue_command(PendingReply::Helo, format!("HELO {}", self.options.name));
-                ClientStep::Wait
-            }
-            _ => self.rejected(Stage::Ehlo, reply, out),
-        }
-    }
-
-    fn helo_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        match reply.severity() {
-            Severity::Positive => self.ehlo_done(out),
-            _ => self.rejected(Stage::Helo, reply, out),
-        }
-    }
-
-    fn ehlo_done(&mut self, out: &mut Vec<u8>) -> ClientStep {
-        if self.options.atrn && !self.extensions.atrn {
-            return self.abort(Abort::NoAtrn, out);
-        }
-        if self.options.credentials.is_some() && !self.authenticated {
-            return self.enter_auth(out);
-        }
-        self.ready = true;
-        ClientStep::Ready
-    }
-
-    /// After XCLIENT the session begins anew, with a greeting and EHLO.
-    fn xclient_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        match reply.severity() {
-            Severity::Positive => {
-                self.client_overridden = true;
-                self.enter_ehlo(out)
-            }
-            _ => self.ehlo_done(out),
-        }
-    }
-
-    fn starttls_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        match reply.severity() {
-            Severity::Positive => ClientStep::StartTls,
-            _ if self.options.starttls == StartTls::Offered => self.ehlo_done(out),
-            _ => self.rejected(Stage::StartTls, reply, out),
-        }
-    }
-
-    fn auth_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        let Some((_, exchange)) = &mut self.exchange else {
-            return self.rejected(Stage::Auth, reply, out);
-        };
-        match (reply.severity(), reply.code()) {
-            // It goes on after our "*": then we do not.
-            (Severity::Intermediate, _) if self.cancelled => self.rejected(Stage::Auth, reply, out),
-            (Severity::Intermediate, _) => {
-                let text = reply.lines().next().unwrap_or_default();
-                let response = data_encoding::BASE64
-                    .decode(text.trim().as_bytes())
-                    .ok()
-                    .and_then(|challenge| exchange.step(&challenge))
-                    .map(|response| data_encoding::BASE64.encode(&response));
-                // RFC 4954 section 4: "*" cancels.
-                self.cancelled = response.is_none();
-                self.queue_command(PendingReply::Auth, response.unwrap_or_else(|| "*".to_owned()));
-                ClientStep::Wait
-            }
-            (Severity::Positive, _) => {
-                let proven = exchange.finished();
-                self.exchange = None;
-                if !proven {
-                    return self.abort(Abort::Unproven, out);
-                }
-                self.authenticated = true;
-                self.ehlo_done(out)
-            }
-            // RFC 4954 sections 4 and 6: not this mechanism, maybe another.
-            (Severity::Permanent, 500..=504 | 534 | 538) => {
-                self.exchange = None;
-                match self.enter_auth(out) {
-                    ClientStep::Abort(Abort::NoMechanism) => {
-                        ClientStep::Abort(Abort::Rejected(Rejection { stage: Stage::Auth, reply }))
-                    }
-                    step => step,
-                }
-            }
-            _ => {
-                self.exchange = None;
-                self.rejected(Stage::Auth, reply, out)
-            }
-        }
-    }
+    // One message.
 
     fn mail_replied(&mut self, reply: Reply) -> ClientStep {
-        if self.transactions.front().is_some_and(|front| front.stepwise) {
-            if !reply.is_positive() {
-                self.transactions.clear();
+        match self.transactions.front_mut() {
+            Some(transaction) if transaction.stepwise => {
+                if !reply.is_positive() {
+                    self.transactions.clear();
+                }
+                ClientStep::Replied(reply)
             }
-            return ClientStep::Replied(reply);
+            Some(transaction) if !reply.is_positive() => {
+                transaction.mail = Some(reply);
+                if self.drop_queued() { self.finish_transaction(None) } else { ClientStep::Wait }
+            }
+            _ => ClientStep::Wait,
         }
-        if reply.is_positive() {
-            return ClientStep::Wait;
-        }
-        if let Some(front) = self.transactions.front_mut() {
-            front.mail = Some(reply);
-        }
-        if self.drop_queued() {
-            return self.finish_transaction(None);
-        }
-        ClientStep::Wait
     }
 
     fn rcpt_replied(&mut self, number: usize, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        if let Some(front) = self.transactions.front_mut()
-            && let Some(slot) = front.recipients.get_mut(number)
-        {
-            *slot = Some(reply.clone());
-            if front.stepwise {
-                // One that was refused has no part in what follows.
-                front.recipients.truncate(if !reply.is_positive() { number } else { number + 1 });
-                return ClientStep::Replied(reply);
+        let Some(transaction) = self.transactions.front_mut() else {
+            return ClientStep::Wait;
+        };
+        if transaction.stepwise {
+            if reply.is_positive() {
+                transaction.recipients.push(Some(reply.clone()));
             }
-            let all_refused =
-                front.recipients.iter().all(|reply| reply.as_ref().is_some_and(|reply| !reply.is_positive()));
-            if all_refused && self.drop_queued() {
-                self.reset();
-                return self.finish_transaction(None);
-            }
+            return ClientStep::Replied(reply);
+        }
+        if let Some(recipient) = transaction.recipients.get_mut(number) {
+            *recipient = Some(reply);
+        }
+        let failed = |reply: &Option<Reply>| reply.as_ref().is_some_and(|reply| !reply.is_positive());
+        if transaction.recipients.iter().all(failed) && self.drop_queued() {
+            self.queue_reset();
+            return self.finish_transaction(None);
         }
         self.chunk_or_wait(out)
     }
 
-    /// With CHUNKING nothing answers DATA: the last reply to RCPT decides.
-    fn chunk_or_wait(&mut self, out: &mut Vec<u8>) -> ClientStep {
-        let Some(front) = self.transactions.front_mut() else {
-            return ClientStep::Wait;
-        };
-        let Some(octets) = front.chunk.filter(|_| self.pending.is_empty() && self.queued.is_empty()) else {
-            return ClientStep::Wait;
-        };
-        if front.mail.is_some() {
-            return self.finish_transaction(None);
+    /// Queues DATA, unless the content is sent by BDAT.
+    fn queue_data(&mut self, size: u64) {
+        let chunking = self.options.chunking && self.extensions.chunking;
+        if let Some(transaction) = self.transactions.back_mut() {
+            transaction.stepwise = false;
+            transaction.chunk = chunking.then_some(size);
         }
-        front.content = ContentProgress::Sending;
-        out.extend_from_slice(format!("BDAT {octets} LAST\r\n").as_bytes());
-        ClientStep::Content { chunk: true }
+        if !chunking {
+            self.queue_command(Stage::Data, "DATA");
+        }
+    }
+
+    /// Sends BDAT after the last reply to RCPT.
+    fn chunk_or_wait(&mut self, out: &mut Vec<u8>) -> ClientStep {
+        match self.transactions.front() {
+            Some(ClientTransaction { chunk: Some(octets), mail, .. })
+                if self.pending.is_empty() && self.queued.is_empty() =>
+            {
+                if mail.is_some() {
+                    return self.finish_transaction(None);
+                }
+                out.extend_from_slice(format!("BDAT {octets} LAST\r\n").as_bytes());
+                ClientStep::Content { chunk: true }
+            }
+            _ => ClientStep::Wait,
+        }
     }
 
     fn data_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        let Some(front) = self.transactions.front_mut() else {
-            return ClientStep::Wait;
-        };
-        let somebody = front.mail.is_none() && front.recipients.iter().flatten().any(|reply| reply.is_positive());
-        match (reply.severity(), somebody) {
-            // RFC 5321 section 3.3: content is sent behind 354 only.
-            (Severity::Intermediate, true) => {
-                front.content = ContentProgress::Sending;
-                ClientStep::Content { chunk: false }
-            }
-            // RFC 2920 section 3.1: the message goes to nobody, so it is empty.
+        let accepted = self.transactions.front().is_some_and(|front| front.mail.is_none() && front.accepted() > 0);
+        match (reply.severity(), accepted) {
+            (Severity::Intermediate, true) => ClientStep::Content { chunk: false },
             (Severity::Intermediate, false) => {
                 out.extend_from_slice(b".\r\n");
                 if self.options.lmtp {
-                    // RFC 2033 section 4.2: as many replies as recipients, so none.
+                    // RFC 2033 section 4.2: without accepted recipients there is no reply.
                     return self.finish_transaction(None);
                 }
-                self.pending.push_back(PendingReply::LoneDot);
+                self.pending.push_back(Stage::LoneDot);
                 ClientStep::Wait
             }
-            (_, somebody) => {
-                self.reset();
-                // 2yz is no answer to DATA.
-                let odd = reply.is_positive();
-                let reply = if odd { Reply::new(451, "4.5.0", "DATA was not answered with 354") } else { reply };
-                self.finish_transaction(somebody.then_some(&reply))
+            (severity, accepted) => {
+                self.queue_reset();
+                let reply = match severity {
+                    Severity::Positive => Reply::new(451, "4.5.0", "DATA was not answered with 354"),
+                    _ => reply,
+                };
+                self.finish_transaction(accepted.then_some(&reply))
             }
         }
     }
 
     fn content_replied(&mut self, reply: Reply) -> ClientStep {
-        // Behind a 421 the other recipients get no reply, and no mail.
+        // After 421 the other recipients get no reply, and were not sent.
         if self.options.lmtp
             && !ends_session(&reply)
-            && let Some(front) = self.transactions.front_mut()
+            && let Some(transaction) = self.transactions.front_mut()
         {
-            front.content_replies.push(reply);
-            return if front.content_replies.len() < front.accepted() {
-                ClientStep::Wait
-            } else {
-                self.finish_transaction(None)
-            };
+            transaction.content_replies.push(reply);
+            if transaction.content_replies.len() < transaction.accepted() {
+                return ClientStep::Wait;
+            }
+            return self.finish_transaction(None);
         }
         self.finish_transaction(Some(&reply))
     }
 
-    /// The message in front is done; `last` is the reply to its content, or to DATA.
+    /// Ends the oldest message; `last`: the reply that decides on its accepted recipients.
     fn finish_transaction(&mut self, last: Option<&Reply>) -> ClientStep {
         let Some(transaction) = self.transactions.pop_front() else {
             return ClientStep::Wait;
         };
         let accepted = match last {
-            Some(last) if transaction.content == ContentProgress::Sent => RecipientStatus::after_content(last),
+            Some(last) if transaction.content_sent => RecipientStatus::after_content(last),
             Some(last) => RecipientStatus::after_negative(last),
             None => RecipientStatus::Deferred(Reply::new(451, "4.5.0", "No reply decided on this recipient")),
         };
-        ClientStep::MessageDone(transaction.result(&accepted))
+        let decided_by = if transaction.mail.is_some() { DecidedBy::PeerAtMail } else { DecidedBy::Peer };
+        ClientStep::MessageDone(transaction.result(&accepted, decided_by))
     }
 
-    /// Nothing of the message in front may stay with the peer; who goes anyway need not say so.
-    fn reset(&mut self) {
-        if !self.closing {
-            self.queue_command(PendingReply::Rset, "RSET");
-        }
-    }
-
-    /// Takes back what was lined up for the message in front and not said. `true`: nothing of it is
-    /// outstanding any more either.
-    fn drop_queued(&mut self) -> bool {
-        self.queued.retain(|(said, _)| *said == PendingReply::Quit);
-        self.pending.is_empty()
-    }
-
-    /// Why the peer cannot be given this message.
+    /// The reply that rejects a message, if the peer lacks an extension that the message needs. If the peer does not even
+    /// know EHLO, that may be so for now only, and the message is deferred.
     fn incompatibility(&self, message: &OutgoingMessage) -> Option<Reply> {
         let offered = &self.extensions;
-        if message.envelope.needs_utf8() && !offered.utf8 {
-            // RFC 6531 section 3.2.
-            return Some(no_utf8());
-        }
-        if message.eight_bit && !offered.eight_bit {
-            // RFC 6152 section 3: whatever was declared.
-            return Some(Reply::new(554, "5.6.3", "The next hop does not offer 8BITMIME"));
-        }
         match offered.size {
+            // RFC 6531 section 3.2.
+            _ if message.envelope.needs_utf8() && !offered.utf8 => Some(no_utf8()),
+            // RFC 6152 section 3.
+            _ if message.eight_bit && !offered.eight_bit => {
+                Some(Reply::new(554, "5.6.3", "The next hop does not offer 8BITMIME"))
+            }
             Some(limit) if limit > 0 && message.size > limit => {
                 Some(Reply::new(552, "5.3.4", format!("The next hop takes no more than {limit} octets")))
             }
@@ -893,33 +796,34 @@ impl Client {
         }
     }
 
-    /// RFC 5321 section 4.1.1.3: parameters only of extensions that the peer offers.
+    // Command lines.
+
+    /// MAIL, with parameters only of extensions that the peer offers (RFC 5321 section 4.1.1.11).
     fn mail_line(&self, message: &OutgoingMessage) -> String {
-        let mut line = format!("MAIL FROM:<{}>", message.envelope.from);
-        // RFC 1870 section 6: nothing where nothing is known.
-        if self.extensions.size.is_some() && message.size > 0 {
+        let (envelope, offered) = (&message.envelope, &self.extensions);
+        let mut line = format!("MAIL FROM:<{}>", envelope.from);
+        // RFC 1870 section 6: no SIZE if the size is not known.
+        if offered.size.is_some() && message.size > 0 {
             line.push_str(&format!(" SIZE={}", message.size));
         }
-        // 7-bit content is 8BITMIME content too, so what nobody declared goes as that.
-        if self.extensions.eight_bit && message.envelope.body != Body::SevenBit {
+        // 7-bit content is 8BITMIME content too, so content without a declaration is sent as that.
+        if offered.eight_bit && envelope.body != Body::SevenBit {
             line.push_str(" BODY=8BITMIME");
         }
-        if message.envelope.needs_utf8() {
+        if envelope.needs_utf8() {
             line.push_str(" SMTPUTF8");
         }
-        // RFC 3461 section 5.2.1: passed on as they were given.
-        if self.extensions.dsn {
-            match message.envelope.ret {
+        // RFC 3461 section 5.2.1: the parameters are relayed unchanged.
+        if offered.dsn {
+            match envelope.ret {
                 Some(Return::Full) => line.push_str(" RET=FULL"),
                 Some(Return::Header) => line.push_str(" RET=HDRS"),
                 None => {}
             }
-            if let Some(id) = &message.envelope.envelope_id {
-                line.push_str(&format!(" ENVID={id}"));
-            }
+            line.extend(envelope.envelope_id.iter().map(|id| format!(" ENVID={id}")));
         }
-        // RFC 4954 section 5: what we pass on comes from somebody the peer cannot ask.
-        if self.authenticated && self.extensions.auth {
+        // RFC 4954 section 5: the peer cannot verify the sender of a message that we relay.
+        if self.authenticated && offered.auth {
             line.push_str(" AUTH=<>");
         }
         line
@@ -928,34 +832,48 @@ impl Client {
     fn rcpt_line(&self, recipient: &Recipient) -> String {
         let mut line = format!("RCPT TO:<{}>", recipient.mailbox);
         if self.extensions.dsn {
-            if let Some(notify) = recipient.notify.as_given() {
-                line.push_str(&format!(" NOTIFY={notify}"));
-            }
-            if let Some(original) = &recipient.original {
-                line.push_str(&format!(" ORCPT={original}"));
-            }
+            line.extend(recipient.notify.as_given().map(|notify| format!(" NOTIFY={notify}")));
+            line.extend(recipient.original.iter().map(|original| format!(" ORCPT={original}")));
         }
         line
     }
 
-    fn queue_command(&mut self, said: PendingReply, line: impl Into<Vec<u8>>) {
-        self.queued.push_back((said, line.into()));
+    fn queue_quit(&mut self) {
+        if !self.closing {
+            self.closing = true;
+            self.queue_command(Stage::Quit, "QUIT");
+        }
     }
 
-    /// Says as much of what is lined up as the peer permits now.
+    /// RSET, so that the peer drops the transaction; QUIT does that too.
+    fn queue_reset(&mut self) {
+        if !self.closing {
+            self.queue_command(Stage::Rset, "RSET");
+        }
+    }
+
+    fn queue_command(&mut self, stage: Stage, line: impl Into<Vec<u8>>) {
+        self.queued.push_back((stage, line.into()));
+    }
+
+    /// Drops the queued commands of the oldest message. Returns whether the client waits for no reply to the others.
+    fn drop_queued(&mut self) -> bool {
+        self.queued.retain(|(stage, _)| *stage == Stage::Quit);
+        self.pending.is_empty()
+    }
+
+    /// Sends the queued commands that may be sent now (RFC 2920 section 3.1).
     fn flush_commands(&mut self, out: &mut Vec<u8>) {
-        while let Some((next, line)) = self.queued.pop_front() {
-            let may = match self.pending.back() {
-                None => true,
-                Some(last) => self.extensions.pipelining && !last.ends_group() && next != PendingReply::Quit,
-            };
-            if !may {
-                self.queued.push_front((next, line));
+        let pipelining = self.extensions.pipelining;
+        let may_follow = |last: &Stage, next: Stage| pipelining && !last.ends_group() && next != Stage::Quit;
+        while let Some((stage, line)) = self.queued.pop_front() {
+            if self.pending.back().is_some_and(|last| !may_follow(last, stage)) {
+                self.queued.push_front((stage, line));
                 return;
             }
             out.extend_from_slice(&line);
             out.extend_from_slice(b"\r\n");
-            self.pending.push_back(next);
+            self.pending.push_back(stage);
         }
     }
 }
@@ -965,18 +883,35 @@ fn first_word(reply: &Reply) -> Option<String> {
     Some(word.to_owned())
 }
 
-/// `12 messages`, somewhere in the text. Nothing depends on it: it is for who watches.
-fn messages(reply: &Reply) -> Option<u64> {
+/// The number before the word `messages` in a reply. Only the progress display uses it.
+fn messages_waiting(reply: &Reply) -> Option<u64> {
     let words: Vec<_> = reply.lines().flat_map(str::split_ascii_whitespace).collect();
-    let pair = words.windows(2).find(|pair| pair[1].starts_with("message") && pair[0].parse::<u64>().is_ok())?;
-    pair[0].parse().ok()
+    let mut pairs = words.windows(2).filter(|pair| pair[1].starts_with("message"));
+    pairs.find_map(|pair| pair[0].parse().ok())
 }
 
 fn no_utf8() -> Reply {
     Reply::new(553, "5.6.7", "The next hop does not offer SMTPUTF8")
 }
 
-/// RFC 3461 section 4: what would end a word, or looks like an escape, is `+HH`.
+/// ` NAME=value` for XCLIENT and XFORWARD; `None`: the peer offers an attribute that is not known here.
+fn client_attribute(info: &ClientInfo, name: &str) -> Option<String> {
+    let value = match name {
+        "ADDR" => match info.address {
+            IpAddr::V4(address) => address.to_string(),
+            IpAddr::V6(address) => format!("IPV6:{address}"),
+        },
+        // The DNS name of the address is not known here, and the client may have lied in EHLO.
+        "NAME" => "[UNAVAILABLE]".to_owned(),
+        "HELO" => info.helo.as_deref().map_or("[UNAVAILABLE]".to_owned(), xtext),
+        "PROTO" => if info.extended { "ESMTP" } else { "SMTP" }.to_owned(),
+        "SOURCE" => "REMOTE".to_owned(),
+        _ => return None,
+    };
+    Some(format!(" {name}={value}"))
+}
+
+/// The text as xtext (RFC 3461 section 4): an octet that ends a word or begins an escape becomes `+HH`.
 fn xtext(text: &str) -> String {
     let plain = |octet: u8| octet.is_ascii_graphic() && !matches!(octet, b'+' | b'=');
     let word = |octet: u8| if plain(octet) { char::from(octet).to_string() } else { format!("+{octet:02X}") };

@@ -1,8 +1,9 @@
-//! Command lines, parsed (RFC 5321 section 4.1, RFC 2645 section 5.2.1).
+//! The commands of a client: verbs, parameters, and the envelope that MAIL and RCPT build (RFC 5321 section 4.1.1, RFC 2645
+//! section 5.2.1).
 //!
-//! In two steps, because the order of errors matters: first [`Verb::of`] says which command it is, the
-//! server checks whether it may be said now (530, 503), and only then [`Command::parse`] looks at the
-//! argument (501). An error *is* the reply to send.
+//! A line is parsed in two steps, because the order of errors matters. [`Verb::of`] finds the verb; the server checks that
+//! the command is permitted in its state (530, 503); only then [`Command::parse`] checks the argument (501). A parse error
+//! is the reply to send.
 
 use std::borrow::Cow;
 
@@ -11,69 +12,61 @@ use super::limits;
 use super::reply::Reply;
 use crate::mail::address::{Domain, ForwardPath, Mailbox, PathError, ReversePath, forward_path, reverse_path};
 
-/// The commands this program knows by name, also those that no listener of it implements.
+/// The first word of a command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verb {
-    Atrn,
-    Auth,
-    Bdat,
-    Data,
     Ehlo,
-    Etrn,
-    Expn,
     Helo,
-    Help,
-    Mail,
-    Noop,
-    Quit,
-    Rcpt,
-    Rset,
     StartTls,
-    Turn,
+    Auth,
+    Atrn,
+    Mail,
+    Rcpt,
+    Data,
+    Bdat,
+    Rset,
+    Noop,
     Vrfy,
-    /// A word of letters that is no command of SMTP.
-    Unknown,
-    /// The first word of an HTTP request: a browser was sent here.
+    Help,
+    Quit,
+    /// A command of SMTP that no listener here implements.
+    Unimplemented,
+    /// A method of HTTP: a browser has connected to this port.
     Http,
+    /// Any other word of letters.
+    Unknown,
 }
 
-const VERBS: [(&str, Verb); 29] = [
-    ("ATRN", Verb::Atrn),
-    ("AUTH", Verb::Auth),
-    ("BDAT", Verb::Bdat),
-    ("DATA", Verb::Data),
+/// The commands that a listener may implement, in the order of the reply to HELP.
+pub(super) const VERBS: [(&str, Verb); 14] = [
     ("EHLO", Verb::Ehlo),
-    ("ETRN", Verb::Etrn),
-    ("EXPN", Verb::Expn),
     ("HELO", Verb::Helo),
-    ("HELP", Verb::Help),
-    ("MAIL", Verb::Mail),
-    ("NOOP", Verb::Noop),
-    ("QUIT", Verb::Quit),
-    ("RCPT", Verb::Rcpt),
-    ("RSET", Verb::Rset),
     ("STARTTLS", Verb::StartTls),
-    ("TURN", Verb::Turn),
+    ("AUTH", Verb::Auth),
+    ("ATRN", Verb::Atrn),
+    ("MAIL", Verb::Mail),
+    ("RCPT", Verb::Rcpt),
+    ("DATA", Verb::Data),
+    ("BDAT", Verb::Bdat),
+    ("RSET", Verb::Rset),
+    ("NOOP", Verb::Noop),
     ("VRFY", Verb::Vrfy),
-    ("SEND", Verb::Turn),
-    ("SOML", Verb::Turn),
-    ("SAML", Verb::Turn),
-    ("GET", Verb::Http),
-    ("POST", Verb::Http),
-    ("PUT", Verb::Http),
-    ("HEAD", Verb::Http),
-    ("DELETE", Verb::Http),
-    ("OPTIONS", Verb::Http),
-    ("PATCH", Verb::Http),
-    ("CONNECT", Verb::Http),
-    ("TRACE", Verb::Http),
+    ("HELP", Verb::Help),
+    ("QUIT", Verb::Quit),
 ];
 
+const UNIMPLEMENTED: [&str; 6] = ["ETRN", "EXPN", "TURN", "SEND", "SOML", "SAML"];
+
+/// The methods of HTTP (RFC 9110 section 9, RFC 5789).
+const HTTP_METHODS: [&str; 9] = ["GET", "POST", "PUT", "HEAD", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"];
+
 impl Verb {
-    /// The verb of a line and what follows it, beginning with its space.
+    /// The verb of a line without its CRLF, and the rest of the line, which is empty or begins with a space.
+    ///
+    /// # Errors
+    /// The reply to a line that has no verb.
     pub fn of(line: &[u8]) -> Result<(Verb, &[u8]), Reply> {
-        // A bare CR or LF, or a NUL, in a command is an attack or a defect: nothing of it is executed
-        // (RFC 5321 section 2.3.8).
+        // If servers differ in what ends a line, a client can smuggle commands past one of them (RFC 5321 section 2.3.8).
         if line.iter().any(|octet| matches!(octet, b'\r' | b'\n' | 0)) {
             return Err(Reply::new(500, "5.5.2", "A command line ends in CRLF and holds no other CR, LF or NUL"));
         }
@@ -82,22 +75,28 @@ impl Verb {
         if word.is_empty() || !word.iter().all(u8::is_ascii_alphabetic) {
             return Err(Reply::new(500, "5.5.2", "This is no SMTP command"));
         }
-        let verb = VERBS.iter().find(|(name, _)| word.eq_ignore_ascii_case(name.as_bytes()));
-        Ok((verb.map_or(Verb::Unknown, |(_, verb)| *verb), rest))
+        let is_word = |name: &str| word.eq_ignore_ascii_case(name.as_bytes());
+        let verb = match VERBS.iter().find(|(name, _)| is_word(name)) {
+            Some((_, verb)) => *verb,
+            None if UNIMPLEMENTED.into_iter().any(is_word) => Verb::Unimplemented,
+            None if HTTP_METHODS.into_iter().any(is_word) => Verb::Http,
+            None => Verb::Unknown,
+        };
+        Ok((verb, rest))
     }
 }
 
-/// `BODY=` (RFC 6152).
+/// The parameter `BODY` of MAIL (RFC 6152).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Body {
-    /// Nothing was said of it.
+    /// The client did not declare it.
     #[default]
     Unsaid,
     SevenBit,
     EightBit,
 }
 
-/// The envelope of a message (RFC 5321 section 2.3.1): sender, recipients, and what the sender said with MAIL.
+/// The envelope of a message (RFC 5321 section 2.3.1): its sender, its recipients, and the parameters of MAIL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Envelope {
     pub from: ReversePath,
@@ -105,9 +104,9 @@ pub struct Envelope {
     pub body: Body,
     /// `SMTPUTF8` (RFC 6531).
     pub utf8: bool,
-    /// `RET=` (RFC 3461 section 4.3).
+    /// `RET` (RFC 3461 section 4.3).
     pub ret: Option<Return>,
-    /// `ENVID=`, as it was given: xtext (RFC 3461 section 4.4).
+    /// `ENVID`, unchanged: xtext (RFC 3461 section 4.4).
     pub envelope_id: Option<String>,
 }
 
@@ -117,42 +116,53 @@ impl Envelope {
         Envelope { from, recipients: Vec::new(), body: Body::Unsaid, utf8: false, ret: None, envelope_id: None }
     }
 
-    /// The same envelope for other recipients.
+    /// The same envelope with other recipients.
     pub fn with_recipients(&self, recipients: Vec<Recipient>) -> Envelope {
         let Envelope { from, body, utf8, ret, envelope_id, .. } = self;
         let (from, envelope_id) = (from.clone(), envelope_id.clone());
         Envelope { from, recipients, body: *body, utf8: *utf8, ret: *ret, envelope_id }
     }
 
-    /// Whether a server without SMTPUTF8 cannot accept it (RFC 6531 section 3.2).
+    /// Whether only a server with SMTPUTF8 can accept it (RFC 6531 section 3.2).
     pub fn needs_utf8(&self) -> bool {
         self.utf8 || !self.from.is_ascii() || self.recipients.iter().any(|recipient| !recipient.mailbox.is_ascii())
     }
 }
 
-/// A `MAIL FROM` with its parameters.
+/// A MAIL command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MailFrom {
-    /// Without recipients as yet.
+    /// The sender and the parameters; there are no recipients yet.
     pub envelope: Envelope,
-    /// `SIZE=` (RFC 1870), saturated.
+    /// `SIZE` in octets (RFC 1870); a larger number than fits is `u64::MAX`.
     pub size: Option<u64>,
 }
 
-/// How much of a message comes back with a notice of failure (RFC 3461 section 4.3).
+/// A RCPT command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RcptTo {
+    pub path: ForwardPath,
+    /// The client wrote the path with octets above 127.
+    pub utf8: bool,
+    pub notify: Notify,
+    /// As [`Recipient::original`].
+    pub original: Option<String>,
+}
+
+/// How much of a message a DSN about its failure returns (RFC 3461 section 4.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Return {
     Full,
     Header,
 }
 
-/// `NOTIFY=`: what the sender wants to be told (RFC 3461 section 4.1). Kept as it was given, to be passed on
-/// octet by octet.
+/// The parameter `NOTIFY` of RCPT: when the sender wants a DSN (RFC 3461 section 4.1). Its text is kept and relayed
+/// unchanged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Notify(Option<String>);
 
 impl Notify {
-    /// `NEVER` alone, or a list of `SUCCESS`, `FAILURE` and `DELAY`, each at most once.
+    /// Parses `NEVER`, or a list of `SUCCESS`, `FAILURE` and `DELAY`, each at most once; `None`: it is not valid.
     pub fn parse(value: &[u8]) -> Option<Notify> {
         let text = std::str::from_utf8(value).ok()?;
         let mut words: Vec<String> = text.split(',').map(str::to_ascii_uppercase).collect();
@@ -164,54 +174,56 @@ impl Notify {
         (never || known && words.len() == count).then(|| Notify(Some(text.to_owned())))
     }
 
-    /// As it was given, if it was.
+    /// The text of the parameter; `None`: RCPT did not have it.
     pub fn as_given(&self) -> Option<&str> {
         self.0.as_deref()
     }
 
+    /// Whether the sender wants a DSN after a delivery.
     pub fn success(&self) -> bool {
         self.has("SUCCESS")
     }
 
-    /// Unasked too (RFC 3461 section 5.2.6).
+    /// Whether the sender wants a DSN after a failure; so it is without the parameter (RFC 3461 section 5.2.6).
     pub fn failure(&self) -> bool {
         self.0.is_none() || self.has("FAILURE")
     }
 
-    /// Unasked too (RFC 3461 section 5.2.5).
+    /// Whether the sender wants a DSN about a delay; so it is without the parameter (RFC 3461 section 5.2.5).
     pub fn delay(&self) -> bool {
         self.0.is_none() || self.has("DELAY")
     }
 
-    /// The same without the wish to hear of success.
+    /// The same without `SUCCESS`; `NEVER` if nothing else was in it.
     pub fn without_success(&self) -> Notify {
-        let Some(said) = &self.0 else { return Notify(None) };
-        let words: Vec<_> = said.split(',').filter(|word| !word.eq_ignore_ascii_case("SUCCESS")).collect();
+        let Some(text) = &self.0 else { return Notify(None) };
+        let words: Vec<_> = text.split(',').filter(|word| !word.eq_ignore_ascii_case("SUCCESS")).collect();
         Notify(Some(if words.is_empty() { "NEVER".to_owned() } else { words.join(",") }))
     }
 
     fn has(&self, wanted: &str) -> bool {
-        self.0.as_ref().is_some_and(|said| said.split(',').any(|word| word.eq_ignore_ascii_case(wanted)))
+        self.0.as_ref().is_some_and(|text| text.split(',').any(|word| word.eq_ignore_ascii_case(wanted)))
     }
 }
 
-/// One recipient and what the sender wants to know of it.
+/// A recipient in an envelope, with the parameters of its RCPT.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recipient {
     pub mailbox: Mailbox,
     pub notify: Notify,
-    /// `ORCPT=`, as it was given: `type;xtext` (RFC 3461 section 4.2).
+    /// `ORCPT`, unchanged: `type;xtext` (RFC 3461 section 4.2).
     pub original: Option<String>,
 }
 
 impl Recipient {
-    /// A recipient of whom nothing special is to be told.
+    /// A recipient without parameters.
     pub fn plain(mailbox: Mailbox) -> Recipient {
         Recipient { mailbox, notify: Notify::default(), original: None }
     }
 }
 
-/// `ORCPT=`: a type of address, and xtext, 500 octets at most (RFC 3461 section 4.2).
+/// Parses the value of `ORCPT`: a type of address, `;`, and xtext, at most 500 octets (RFC 3461 section 4.2); `None`: it
+/// is not valid.
 pub fn original_recipient(value: &[u8]) -> Option<String> {
     let at = value.iter().position(|octet| *octet == b';')?;
     let (kind, text) = (&value[..at], &value[at + 1..]);
@@ -220,18 +232,20 @@ pub fn original_recipient(value: &[u8]) -> Option<String> {
     good.then(|| String::from_utf8_lossy(value).into_owned())
 }
 
-/// One command, with an argument that is known to be good.
+/// A command with a valid argument.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// The domains, none for "all I may have" (RFC 2645 section 5.2.1).
+    /// The domains that the customer wants mail for; none: all domains of its account (RFC 2645 section 5.2.1).
     Atrn(Vec<Domain>),
     Auth {
         mechanism: Vec<u8>,
+        /// The initial response, not decoded.
         initial: Option<Vec<u8>>,
     },
+    /// `size` octets follow, also if `last` is an error because the rest of the line is not valid (RFC 3030 section 2).
     Bdat {
         size: u64,
-        last: bool,
+        last: Result<bool, Reply>,
     },
     Data,
     Ehlo(String),
@@ -240,53 +254,52 @@ pub enum Command {
     Mail(MailFrom),
     Noop,
     Quit,
-    /// `utf8`: written with octets above 127.
-    Rcpt {
-        path: ForwardPath,
-        utf8: bool,
-        notify: Notify,
-        original: Option<String>,
-    },
+    Rcpt(RcptTo),
     Rset,
     StartTls,
     Vrfy,
-    /// Known by name, spoken by nobody here.
-    Other,
 }
 
 impl Command {
-    /// Parses what follows the verb.
+    /// Parses `rest`, the line after its verb. `offers`: the extensions whose parameters are accepted.
+    ///
+    /// # Errors
+    /// The reply to a command whose argument is not valid.
     pub fn parse(verb: Verb, rest: &[u8], offers: ServerExtensions) -> Result<Command, Reply> {
-        // RFC 5321 section 4.1.1: white space before the CRLF is tolerated. Not so behind ATRN, whose
-        // grammar is RFC 2645's own.
-        let argument = rest.strip_prefix(b" ").unwrap_or(rest);
-        let trimmed = argument.trim_ascii_end();
+        // RFC 5321 section 4.1.1: white space before the CRLF is tolerated. It is not after ATRN, which has the grammar of
+        // RFC 2645.
+        let argument = rest.strip_prefix(b" ").unwrap_or(rest).trim_ascii_end();
         match verb {
             Verb::Atrn => atrn(rest),
-            Verb::Auth => auth(trimmed),
-            Verb::Bdat => bdat(trimmed),
-            Verb::Ehlo => hello(trimmed).map(Command::Ehlo),
-            Verb::Helo => hello(trimmed).map(Command::Helo),
-            Verb::Mail => mail(trimmed, offers).map(Command::Mail),
-            Verb::Rcpt => rcpt(trimmed, offers),
-            Verb::Data => alone(trimmed, Command::Data),
-            Verb::Quit => alone(trimmed, Command::Quit),
-            Verb::Rset => alone(trimmed, Command::Rset),
-            Verb::StartTls => alone(trimmed, Command::StartTls),
-            Verb::Vrfy if trimmed.is_empty() => Err(argument_error("VRFY needs an address")),
+            Verb::Auth => auth(argument),
+            Verb::Bdat => bdat(argument),
+            Verb::Ehlo => hello(argument).map(Command::Ehlo),
+            Verb::Helo => hello(argument).map(Command::Helo),
+            Verb::Mail => mail(argument, offers).map(Command::Mail),
+            Verb::Rcpt => rcpt(argument, offers).map(Command::Rcpt),
+            Verb::Data => alone(argument, Command::Data),
+            Verb::Quit => alone(argument, Command::Quit),
+            Verb::Rset => alone(argument, Command::Rset),
+            Verb::StartTls => alone(argument, Command::StartTls),
+            Verb::Vrfy if argument.is_empty() => Err(argument_error("VRFY needs an address")),
             Verb::Vrfy => Ok(Command::Vrfy),
             Verb::Help => Ok(Command::Help),
             Verb::Noop => Ok(Command::Noop),
-            Verb::Etrn | Verb::Expn | Verb::Turn | Verb::Unknown | Verb::Http => Ok(Command::Other),
+            Verb::Unimplemented | Verb::Unknown | Verb::Http => Err(not_implemented()),
         }
     }
+}
+
+/// The reply to a command that the listener does not implement (RFC 5321 section 4.2.4).
+pub(super) fn not_implemented() -> Reply {
+    Reply::new(502, "5.5.1", "Command not implemented here")
 }
 
 fn argument_error(text: impl Into<Cow<'static, str>>) -> Reply {
     Reply::new(501, "5.5.4", text)
 }
 
-/// RFC 5321 section 4.3.2: a command that takes no argument and has one is answered 501.
+/// RFC 5321 section 4.3.2: a command that takes no argument and has one gets 501.
 fn alone(argument: &[u8], command: Command) -> Result<Command, Reply> {
     match argument {
         [] => Ok(command),
@@ -294,7 +307,7 @@ fn alone(argument: &[u8], command: Command) -> Result<Command, Reply> {
     }
 }
 
-/// `"ATRN" [SP domain *("," domain)]`, to the letter (RFC 2645 section 5.2.1).
+/// `"ATRN" [SP domain *("," domain)]` and nothing else (RFC 2645 section 5.2.1).
 fn atrn(rest: &[u8]) -> Result<Command, Reply> {
     let Some(list) = rest.strip_prefix(b" ") else {
         return Ok(Command::Atrn(Vec::new()));
@@ -312,40 +325,30 @@ fn atrn(rest: &[u8]) -> Result<Command, Reply> {
 
 /// `AUTH SP mechanism [SP initial-response]` (RFC 4954 section 4).
 fn auth(argument: &[u8]) -> Result<Command, Reply> {
-    let mut words = argument.split(|octet| *octet == b' ');
+    let mut words = argument.split(|octet| *octet == b' ').map(<[u8]>::to_vec);
     let mechanism = words.next().filter(|word| !word.is_empty());
-    let initial = words.next();
-    match (mechanism, words.next()) {
-        (Some(mechanism), None) => {
-            Ok(Command::Auth { mechanism: mechanism.to_vec(), initial: initial.map(<[u8]>::to_vec) })
-        }
+    match (mechanism, words.next(), words.next()) {
+        (Some(mechanism), initial, None) => Ok(Command::Auth { mechanism, initial }),
         _ => Err(argument_error("Syntax: AUTH mechanism [initial-response]")),
     }
 }
 
-/// `BDAT SP chunk-size [SP LAST]` (RFC 3030 section 2).
+/// `BDAT SP chunk-size [SP LAST]` (RFC 3030 section 2). Without the size it is unknown where the next command begins.
 fn bdat(argument: &[u8]) -> Result<Command, Reply> {
-    let mut words = argument.split(|octet| *octet == b' ');
-    let size = words.next().and_then(number);
+    let error = || argument_error("Syntax: BDAT chunk-size [LAST]");
+    let mut words = argument.trim_ascii_start().split(|octet| *octet == b' ');
+    let size = words.next().and_then(number).ok_or_else(error)?;
     let last = match (words.next(), words.next()) {
-        (None, None) => Some(false),
-        (Some(word), None) if word.eq_ignore_ascii_case(b"LAST") => Some(true),
-        _ => None,
+        _ if argument.trim_ascii_start() != argument => Err(error()),
+        (None, None) => Ok(false),
+        (Some(word), None) if word.eq_ignore_ascii_case(b"LAST") => Ok(true),
+        _ => Err(error()),
     };
-    match (size, last) {
-        (Some(size), Some(last)) => Ok(Command::Bdat { size, last }),
-        _ => Err(argument_error("Syntax: BDAT chunk-size [LAST]")),
-    }
+    Ok(Command::Bdat { size, last })
 }
 
-/// The octets a BDAT line announces even where the rest of it is wrong: they follow in any case and
-/// must be read away (RFC 3030 section 2). `None`: nobody knows where the next command begins.
-pub fn announced_chunk_size(rest: &[u8]) -> Option<u64> {
-    rest.trim_ascii().split(|octet| *octet == b' ').next().and_then(number)
-}
-
-/// RFC 5321 section 4.1.4: mail is not refused for the name in EHLO, so any printable word will do;
-/// U-labels may not stand there (RFC 6531 section 3.3).
+/// RFC 5321 section 4.1.4: the server must not reject mail because of the name in EHLO, so any printable word is accepted.
+/// U-labels are not permitted (RFC 6531 section 3.3).
 fn hello(argument: &[u8]) -> Result<String, Reply> {
     let printable = argument.iter().all(|octet| (b'!'..=b'~').contains(octet));
     match std::str::from_utf8(argument) {
@@ -354,50 +357,35 @@ fn hello(argument: &[u8]) -> Result<String, Reply> {
     }
 }
 
-/// Takes the word before a path (`FROM:`, `TO:`) off, with the space that RFC 2645's own example has
-/// behind the colon (and that we never send: RFC 5321 section 3.3).
+/// The argument without `keyword` (`FROM:`, `TO:`) and the spaces after it, which the example in RFC 2645 section 6 has and
+/// RFC 5321 section 3.3 forbids.
 fn after_keyword<'a>(argument: &'a [u8], keyword: &'static str) -> Result<&'a [u8], Reply> {
-    let syntax = || argument_error(format!("Syntax: {keyword}<address> [parameters]"));
-    let (word, rest) = argument.split_at_checked(keyword.len()).ok_or_else(syntax)?;
-    if !word.eq_ignore_ascii_case(keyword.as_bytes()) {
-        return Err(syntax());
+    let path = argument.split_at_checked(keyword.len()).map(|(word, rest)| (word, rest.trim_ascii_start()));
+    match path {
+        Some((word, path)) if word.eq_ignore_ascii_case(keyword.as_bytes()) && path.starts_with(b"<") => Ok(path),
+        _ => Err(argument_error(format!("Syntax: {keyword}<address> [parameters]"))),
     }
-    let path = rest.trim_ascii_start();
-    if path.first() != Some(&b'<') {
-        return Err(syntax());
-    }
-    Ok(path)
 }
 
 fn mail(argument: &[u8], offers: ServerExtensions) -> Result<MailFrom, Reply> {
     let input = after_keyword(argument, "FROM:")?;
     let (path, used) = reverse_path(input).map_err(|error| path_error(error, "5.1.7"))?;
     let (mut envelope, mut size) = (Envelope::new(path), None);
-    let mut auth = false;
-    for parameter in parameters(&input[used..])? {
-        let (name, value) = name_and_value(parameter);
-        match name.to_ascii_uppercase().as_slice() {
+    each_parameter(&input[used..], |name, value| {
+        match name {
             b"SIZE" if offers.size => {
-                once(size.is_none())?;
                 size = Some(value.and_then(number).ok_or_else(|| argument_error("Syntax: SIZE=octets"))?);
             }
             b"BODY" if offers.eight_bit => {
-                once(envelope.body == Body::Unsaid)?;
                 envelope.body = match value.map(<[u8]>::to_ascii_uppercase).as_deref() {
                     Some(b"7BIT") => Body::SevenBit,
                     Some(b"8BITMIME") => Body::EightBit,
                     _ => return Err(argument_error("BODY is 7BIT or 8BITMIME")),
                 };
             }
-            b"SMTPUTF8" if offers.utf8 => {
-                once(!envelope.utf8)?;
-                if value.is_some() {
-                    return Err(argument_error("SMTPUTF8 takes no value"));
-                }
-                envelope.utf8 = true;
-            }
+            b"SMTPUTF8" if offers.utf8 && value.is_some() => return Err(argument_error("SMTPUTF8 takes no value")),
+            b"SMTPUTF8" if offers.utf8 => envelope.utf8 = true,
             b"RET" if offers.dsn => {
-                once(envelope.ret.is_none())?;
                 envelope.ret = match value.map(<[u8]>::to_ascii_uppercase).as_deref() {
                     Some(b"FULL") => Some(Return::Full),
                     Some(b"HDRS") => Some(Return::Header),
@@ -405,86 +393,79 @@ fn mail(argument: &[u8], offers: ServerExtensions) -> Result<MailFrom, Reply> {
                 };
             }
             b"ENVID" if offers.dsn => {
-                once(envelope.envelope_id.is_none())?;
                 let text = value.filter(|value| value.len() <= limits::ENVELOPE_ID && is_xtext(value));
                 let text = text.ok_or_else(|| argument_error("ENVID is xtext of 100 octets at most"))?;
                 envelope.envelope_id = Some(String::from_utf8_lossy(text).into_owned());
             }
-            // RFC 4954 section 5: whoever offers AUTH takes AUTH=, and treats it as <> from a peer it
-            // does not trust.
+            // RFC 4954 section 5: a server that offers AUTH accepts AUTH=. It treats the value as <> if it does not trust
+            // the client; here it trusts none.
             b"AUTH" if offers.auth => {
-                once(!auth)?;
-                auth = true;
                 if !value.is_some_and(|value| value == b"<>" || is_xtext(value)) {
                     return Err(argument_error("Syntax: AUTH=<> or AUTH=xtext"));
                 }
             }
             _ => return Err(Reply::new(555, "5.5.4", "MAIL parameter not recognised")),
         }
-    }
-    // RFC 6531 section 3.5: a UTF-8 address needs the parameter.
+        Ok(())
+    })?;
+    // RFC 6531 section 3.5.
     if !envelope.utf8 && !input[..used].is_ascii() {
         return Err(Reply::new(550, "5.6.7", "A UTF-8 address needs the SMTPUTF8 parameter"));
     }
     Ok(MailFrom { envelope, size })
 }
 
-fn rcpt(argument: &[u8], offers: ServerExtensions) -> Result<Command, Reply> {
+fn rcpt(argument: &[u8], offers: ServerExtensions) -> Result<RcptTo, Reply> {
     let input = after_keyword(argument, "TO:")?;
     let (path, used) = forward_path(input).map_err(|error| path_error(error, "5.1.3"))?;
-    let mut notify: Option<Notify> = None;
-    let mut original = None;
-    for parameter in parameters(&input[used..])? {
-        let (name, value) = name_and_value(parameter);
-        match name.to_ascii_uppercase().as_slice() {
+    let (mut notify, mut original) = (Notify::default(), None);
+    each_parameter(&input[used..], |name, value| {
+        match name {
             b"NOTIFY" if offers.dsn => {
-                once(notify.is_none())?;
-                let said = value.and_then(Notify::parse);
-                notify = Some(
-                    said.ok_or_else(|| argument_error("NOTIFY is NEVER, or a list of SUCCESS, FAILURE and DELAY"))?,
-                );
+                let error = || argument_error("NOTIFY is NEVER, or a list of SUCCESS, FAILURE and DELAY");
+                notify = value.and_then(Notify::parse).ok_or_else(error)?;
             }
             b"ORCPT" if offers.dsn => {
-                once(original.is_none())?;
-                let said = value.and_then(original_recipient);
-                original = Some(said.ok_or_else(|| argument_error("Syntax: ORCPT=type;xtext"))?);
+                let error = || argument_error("Syntax: ORCPT=type;xtext");
+                original = Some(value.and_then(original_recipient).ok_or_else(error)?);
             }
             _ => return Err(Reply::new(555, "5.5.4", "RCPT parameter not recognised")),
         }
-    }
-    let utf8 = !input[..used].is_ascii();
-    Ok(Command::Rcpt { path, utf8, notify: notify.unwrap_or_default(), original })
+        Ok(())
+    })?;
+    Ok(RcptTo { path, utf8: !input[..used].is_ascii(), notify, original })
 }
 
-fn name_and_value(parameter: &[u8]) -> (&[u8], Option<&[u8]>) {
-    match parameter.iter().position(|octet| *octet == b'=') {
-        Some(at) => (&parameter[..at], Some(&parameter[at + 1..])),
-        None => (parameter, None),
-    }
-}
-
-fn once(free: bool) -> Result<(), Reply> {
-    if free { Ok(()) } else { Err(argument_error("A parameter stands there twice")) }
-}
-
-/// The words behind a path; at least one space must stand before each.
-fn parameters(rest: &[u8]) -> Result<impl Iterator<Item = &[u8]>, Reply> {
+/// Calls `accept` with the keyword, in upper case, and the value of each parameter after a path, up to the first error.
+/// Each must have a space before it (RFC 5321 section 4.1.2).
+fn each_parameter(rest: &[u8], mut accept: impl FnMut(&[u8], Option<&[u8]>) -> Result<(), Reply>) -> Result<(), Reply> {
     if !rest.is_empty() && rest[0] != b' ' {
         return Err(argument_error("A space must follow the address"));
     }
-    Ok(rest.split(|octet| *octet == b' ').filter(|word| !word.is_empty()))
+    let mut names = Vec::new();
+    for parameter in rest.split(|octet| *octet == b' ').filter(|word| !word.is_empty()) {
+        let mut parts = parameter.splitn(2, |octet| *octet == b'=');
+        let name = parts.next().unwrap_or_default().to_ascii_uppercase();
+        if names.contains(&name) {
+            return Err(argument_error("A parameter stands there twice"));
+        }
+        accept(&name, parts.next())?;
+        names.push(name);
+    }
+    Ok(())
 }
 
 fn path_error(error: PathError, enhanced: &'static str) -> Reply {
-    match error {
-        PathError::Syntax => Reply::new(501, enhanced, "The address is not written as RFC 5321 section 4.1.2 says"),
-        PathError::TooLong => Reply::new(501, enhanced, "The address is too long"),
-        PathError::BadDomain => Reply::new(501, enhanced, "The domain is made of letters, digits and hyphens only"),
-        PathError::NotUtf8 => Reply::new(501, enhanced, "The address is neither ASCII nor UTF-8"),
-    }
+    let text = match error {
+        PathError::Syntax => "The address is not written as RFC 5321 section 4.1.2 says",
+        PathError::TooLong => "The address is too long",
+        PathError::BadDomain => "The domain is made of letters, digits and hyphens only",
+        PathError::NotUtf8 => "The address is neither ASCII nor UTF-8",
+    };
+    Reply::new(501, enhanced, text)
 }
 
-/// 1 to 20 digits; more than fits is as much as fits (RFC 1870 section 6).
+/// The value of 1 to 20 digits (RFC 1870 section 3); a larger number than fits is `u64::MAX`.
 fn number(digits: &[u8]) -> Option<u64> {
     if !(1..=20).contains(&digits.len()) || !digits.iter().all(u8::is_ascii_digit) {
         return None;
@@ -492,21 +473,14 @@ fn number(digits: &[u8]) -> Option<u64> {
     Some(digits.iter().fold(0u64, |sum, digit| sum.saturating_mul(10).saturating_add(u64::from(digit - b'0'))))
 }
 
-/// RFC 3461 section 4: printable ASCII without `+` and `=`, or `+HH` in upper case; or `<>`.
+/// Whether `value` is xtext of at least one octet (RFC 3461 section 4): printable ASCII without `+` and `=`, which are
+/// written `+HH` in upper case.
 pub fn is_xtext(value: &[u8]) -> bool {
-    let mut octets = value.iter();
-    while let Some(octet) = octets.next() {
-        let hex = |octet: Option<&u8>| octet.is_some_and(|octet| matches!(octet, b'0'..=b'9' | b'A'..=b'F'));
-        let good = match octet {
-            b'+' => hex(octets.next()) && hex(octets.next()),
-            b'=' => false,
-            other => (b'!'..=b'~').contains(other),
-        };
-        if !good {
-            return false;
-        }
-    }
-    !value.is_empty()
+    let plain = |text: &[u8]| text.iter().all(|octet| (b'!'..=b'~').contains(octet) && *octet != b'=');
+    let hex = |octet: &u8| matches!(octet, b'0'..=b'9' | b'A'..=b'F');
+    let escaped = |part: &[u8]| matches!(part, [high, low, text @ ..] if hex(high) && hex(low) && plain(text));
+    let mut parts = value.split(|octet| *octet == b'+');
+    !value.is_empty() && parts.next().is_some_and(plain) && parts.all(escaped)
 }
 
 #[cfg(test)]
@@ -521,7 +495,11 @@ mod tests {
     }
 
     fn code(line: &str) -> u16 {
-        parse(line).err().map_or(0, |reply| reply.code())
+        let command = match parse(line) {
+            Ok(Command::Bdat { last: Err(reply), .. }) => Err(reply),
+            other => other,
+        };
+        command.err().map_or(0, |reply| reply.code())
     }
 
     /// Rules: ODMR-28, AMB-14.
@@ -586,7 +564,7 @@ mod tests {
 
     /// Rules: SMTP-19, SMTP-21, SMTP-23, SMTP-34, U8-05.
     #[test]
-    fn the_other_commands() {
+    fn other_commands_and_their_arguments() {
         for (line, wanted) in [
             ("DATA", 0),
             ("DATA ", 0),
@@ -609,6 +587,7 @@ mod tests {
             ("BDAT x", 501),
             ("BDAT 5 LAST x", 501),
             ("BDAT 5 FIRST", 501),
+            ("BDAT  5", 501),
             ("AUTH", 501),
             ("AUTH PLAIN", 0),
             ("AUTH PLAIN =", 0),
@@ -626,7 +605,7 @@ mod tests {
             assert_eq!(code(line), wanted, "{line:?}");
         }
         assert!(Verb::of(b"RCPT TO:<a@b.c>\nDATA").is_err());
-        assert_eq!(Verb::of(b"sAmL x").map(|found| found.0), Ok(Verb::Turn));
+        assert_eq!(Verb::of(b"sAmL x").map(|found| found.0), Ok(Verb::Unimplemented));
     }
 
     proptest::proptest! {

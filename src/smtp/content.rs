@@ -1,64 +1,68 @@
-//! Message content between the disk and the wire.
+//! Message content between its form at rest and its form on the wire.
 //!
-//! At rest lines end in LF, on the wire in CRLF (RFC 5321 section 2.3.8). DATA doubles the dots that
-//! begin a line and ends with a dot alone (section 4.5.2); BDAT counts octets instead (RFC 3030).
+//! At rest lines end in LF, on the wire in CRLF (RFC 5321 section 2.3.8). DATA adds a dot to each line that begins with
+//! one and ends with a line that is a dot (section 4.5.2); BDAT announces a number of octets instead (RFC 3030).
 //!
 //! ```text
-//!                DATA        BDAT
-//! wire → disk    Unstuffer   Chunks      say whether a CR or an LF stood alone: such mail is refused
-//! disk → wire    Stuffer     Liner       never let a CR or an LF stand alone
-//!                Sizer                   the size of what they send
-//!                HeaderScanner           the Received fields and the Message-ID that go by
+//! wire → rest    ContentDecoder    reports a CR or an LF that is not part of a CRLF: such mail is rejected
+//! rest → wire    ContentEncoder    never sends a CR or an LF that is not part of a CRLF
+//!                WireSize          counts the octets that it will send
+//!                HeaderScanner     counts Received fields and finds the Message-ID
 //! ```
 //!
-//! All take the content in pieces, append to `out`, keep nothing but a few octets of state, and give
-//! the same however it was cut. NUL is an octet like any other.
+//! All receive the content in pieces and keep a few octets of state. The result does not depend on how the content was cut
+//! into pieces. NUL is an octet like any other.
 
-/// Takes content off the wire after DATA, up to and with the line that is a dot alone.
+/// Decodes content from the wire.
 ///
-/// Only `<CRLF>.<CRLF>` ends it, whose first CRLF may be that of DATA itself (RFC 5321 section
-/// 4.1.1.4). Anything nearly like it is content, and [`bare`](Self::bare) tells: if it were an end
-/// for some servers and not for others, a letter could smuggle commands past the first of them.
-#[derive(Debug, Default)]
-pub struct Unstuffer {
+/// After DATA only `<CRLF>.<CRLF>` is the end; its first CRLF may be that of the DATA line itself (RFC 5321 section
+/// 4.1.1.4). Sequences such as `<LF>.<LF>` are content, and [`bare`](Self::bare) reports them: if some servers read them
+/// as the end and others do not, a message can smuggle commands past the first server.
+#[derive(Debug)]
+pub struct ContentDecoder {
     state: DotState,
-    /// Where a CRLF leads to: the one difference between DATA and BDAT.
+    /// The state after a CRLF: the only difference between DATA and BDAT.
     line_start: DotState,
     size: u64,
     bare: bool,
-    eight_bit: bool,
 }
 
-/// What [`Unstuffer::feed`] made of its input.
+/// What [`ContentDecoder::feed`] has read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fed {
-    /// Octets of the input that were content or its end. Less than all only at the end.
+    /// Octets of the input that were content or its end: less than all only at the end.
     pub used: usize,
-    /// The content is over.
+    /// The content has ended. BDAT has no end in the content.
     pub end: bool,
 }
 
-/// What the octets so far mean for the next one.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+/// What the octets before mean for the next one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum DotState {
-    #[default]
     LineStart,
-    /// Behind a dot at the line's start, which is not content.
+    /// After the dot that begins a line, which is not content.
     Dot,
-    /// Behind that and a CR: an LF would be the end.
+    /// After that dot and a CR: an LF is the end.
     DotCr,
     Text,
-    /// Behind a CR, which counts only when we know what follows.
+    /// After a CR that is content or part of a line end.
     Cr,
     End,
 }
 
-impl Unstuffer {
-    pub fn new() -> Unstuffer {
-        Unstuffer::default()
+impl ContentDecoder {
+    /// A decoder for the content of one DATA command.
+    pub fn data() -> ContentDecoder {
+        ContentDecoder { state: DotState::LineStart, line_start: DotState::LineStart, size: 0, bare: false }
     }
 
-    /// Appends the content in `input` to `out`. Of what follows the end nothing is used.
+    /// A decoder for the chunks of all BDAT commands of a message, in which a dot means nothing. A chunk may end inside a
+    /// CRLF.
+    pub fn bdat() -> ContentDecoder {
+        ContentDecoder { state: DotState::Text, line_start: DotState::Text, ..ContentDecoder::data() }
+    }
+
+    /// Appends the content in `input` to `out`, up to the end of the content.
     pub fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) -> Fed {
         let mut rest = input;
         while self.state != DotState::End
@@ -74,7 +78,7 @@ impl Unstuffer {
                     self.line_start
                 }
                 (DotState::Cr | DotState::DotCr, _) => {
-                    self.alone(b'\r', out);
+                    self.push_bare(b'\r', out);
                     rest = here;
                     DotState::Text
                 }
@@ -82,13 +86,12 @@ impl Unstuffer {
                 (DotState::Dot, b'\r') => DotState::DotCr,
                 (_, b'\r') => DotState::Cr,
                 (_, b'\n') => {
-                    self.alone(b'\n', out);
+                    self.push_bare(b'\n', out);
                     DotState::Text
                 }
                 _ => {
                     let (text, after) = split_text(here);
                     self.size += text.len() as u64;
-                    self.eight_bit |= !text.is_ascii();
                     out.extend_from_slice(text);
                     rest = after;
                     DotState::Text
@@ -98,124 +101,55 @@ impl Unstuffer {
         Fed { used: input.len() - rest.len(), end: self.state == DotState::End }
     }
 
-    /// Whether a CR without LF or an LF without CR was seen (RFC 5321 section 2.3.8 forbids both).
+    /// Appends a CR that ends the last chunk; after DATA there is none.
+    pub fn finish(&mut self, out: &mut Vec<u8>) {
+        if self.state == DotState::Cr {
+            self.state = DotState::Text;
+            self.push_bare(b'\r', out);
+        }
+    }
+
+    /// Whether there was a CR without LF or an LF without CR (RFC 5321 section 2.3.8 forbids both).
     pub fn bare(&self) -> bool {
         self.bare
     }
 
-    /// Whether an octet above 127 was seen.
-    pub fn eight_bit(&self) -> bool {
-        self.eight_bit
-    }
-
-    /// Octets on the wire as RFC 1870 section 5 counts them: every CRLF, no stuffed dots, no end.
+    /// Octets on the wire as RFC 1870 section 5 counts them: with every CRLF, without added dots and the end.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    fn alone(&mut self, octet: u8, out: &mut Vec<u8>) {
+    fn push_bare(&mut self, octet: u8, out: &mut Vec<u8>) {
         self.bare = true;
         self.size += 1;
         out.push(octet);
     }
 }
 
-/// Takes content off the wire in the chunks of BDAT, whose borders may lie even inside a CRLF.
-#[derive(Debug)]
-pub struct BdatDecoder(Unstuffer);
-
-impl BdatDecoder {
-    pub fn new() -> BdatDecoder {
-        // Without line starts there are no dots to see, and no end.
-        BdatDecoder(Unstuffer { state: DotState::Text, line_start: DotState::Text, ..Unstuffer::default() })
-    }
-
-    /// Appends the content in `input` to `out`.
-    pub fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) {
-        self.0.feed(input, out);
-    }
-
-    /// After the last chunk: what was held back.
-    pub fn finish(&mut self, out: &mut Vec<u8>) {
-        if self.0.state == DotState::Cr {
-            self.0.state = DotState::Text;
-            self.0.alone(b'\r', out);
-        }
-    }
-
-    /// As [`Unstuffer::bare`].
-    pub fn bare(&self) -> bool {
-        self.0.bare
-    }
-
-    /// As [`Unstuffer::eight_bit`].
-    pub fn eight_bit(&self) -> bool {
-        self.0.eight_bit
-    }
-
-    /// As [`Unstuffer::size`]: the sum of the chunks, once finished.
-    pub fn size(&self) -> u64 {
-        self.0.size
-    }
-}
-
-impl Default for BdatDecoder {
-    fn default() -> Self {
-        BdatDecoder::new()
-    }
-}
-
-/// Puts content on the wire after DATA.
+/// Encodes content for the wire.
 ///
-/// An LF at rest, or a CRLF that somebody left there, becomes CRLF. Any other CR becomes a space: the
-/// file may come from another program, and nobody must read what we send as two messages.
-#[derive(Debug, Default)]
-pub struct Stuffer(CrlfEncoder);
-
-impl Stuffer {
-    pub fn new() -> Stuffer {
-        Stuffer::default()
-    }
-
-    pub fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) {
-        // RFC 5321 section 4.5.2: a dot that begins a line gets another before it.
-        self.0.lines(input, b".", out);
-    }
-
-    /// Appends the end mark, before it a CRLF only if the last line lacks one (section 4.1.1.4).
-    pub fn finish(&mut self, out: &mut Vec<u8>) {
-        self.0.finish(out);
-        out.extend_from_slice(b".\r\n");
-    }
-}
-
-/// Puts content on the wire for BDAT: as [`Stuffer`], without the dots and the end.
-#[derive(Debug, Default)]
-pub struct CrlfEncoder {
+/// An LF or a CRLF at rest becomes CRLF. Any other CR becomes a space: the file may come from another program, and the peer
+/// must not read one message as two.
+#[derive(Debug)]
+pub struct ContentEncoder {
     state: DotState,
+    /// For DATA: with added dots and the end.
+    dots: bool,
 }
 
-impl CrlfEncoder {
-    pub fn new() -> CrlfEncoder {
-        CrlfEncoder::default()
+impl ContentEncoder {
+    /// An encoder for the content of one DATA command.
+    pub fn data() -> ContentEncoder {
+        ContentEncoder { state: DotState::LineStart, dots: true }
     }
 
-    pub fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) {
-        self.lines(input, b"", out);
+    /// An encoder for the content of one `BDAT … LAST` command, as many octets as [`WireSize`] counts.
+    pub fn bdat() -> ContentEncoder {
+        ContentEncoder { dots: false, ..ContentEncoder::data() }
     }
 
-    /// Ends the last line if it is open.
-    pub fn finish(&mut self, out: &mut Vec<u8>) {
-        if self.state == DotState::Cr {
-            out.push(b' ');
-        }
-        if self.state != DotState::LineStart {
-            out.extend_from_slice(b"\r\n");
-        }
-        self.state = DotState::LineStart;
-    }
-
-    fn lines(&mut self, mut input: &[u8], before_dot: &[u8], out: &mut Vec<u8>) {
+    /// Appends `input` in its form on the wire to `out`.
+    pub fn feed(&mut self, mut input: &[u8], out: &mut Vec<u8>) {
         while let Some((&octet, after)) = input.split_first() {
             let here = input;
             input = after;
@@ -230,9 +164,10 @@ impl CrlfEncoder {
                     DotState::Text
                 }
                 (_, b'\r') => DotState::Cr,
-                (place, _) => {
-                    if place == DotState::LineStart && octet == b'.' {
-                        out.extend_from_slice(before_dot);
+                (state, _) => {
+                    // RFC 5321 section 4.5.2.
+                    if self.dots && state == DotState::LineStart && octet == b'.' {
+                        out.push(b'.');
                     }
                     let (text, after) = split_text(here);
                     out.extend_from_slice(text);
@@ -242,9 +177,23 @@ impl CrlfEncoder {
             };
         }
     }
+
+    /// Ends the last line if it has no line end, and DATA with its dot (RFC 5321 section 4.1.1.4).
+    pub fn finish(&mut self, out: &mut Vec<u8>) {
+        if self.state == DotState::Cr {
+            out.push(b' ');
+        }
+        if self.state != DotState::LineStart {
+            out.extend_from_slice(b"\r\n");
+        }
+        if self.dots {
+            out.extend_from_slice(b".\r\n");
+        }
+        self.state = DotState::LineStart;
+    }
 }
 
-/// Counts the octets that [`Stuffer`] or [`Liner`] will send, as RFC 1870 section 5 counts them.
+/// Counts the octets that a [`ContentEncoder`] will send, as RFC 1870 section 5 counts them: without added dots and the end.
 #[derive(Debug, Default)]
 pub struct WireSize {
     size: u64,
@@ -252,10 +201,7 @@ pub struct WireSize {
 }
 
 impl WireSize {
-    pub fn new() -> WireSize {
-        WireSize::default()
-    }
-
+    /// Counts a piece of the content at rest.
     pub fn feed(&mut self, input: &[u8]) {
         for &octet in input {
             let without_cr = octet == b'\n' && self.last != Some(b'\r');
@@ -264,28 +210,25 @@ impl WireSize {
         }
     }
 
-    /// The size, with the end of a last line that is open.
+    /// The octets of the content, with the CRLF that a last line without a line end gets.
     pub fn finish(&self) -> u64 {
-        match self.last {
-            None | Some(b'\n') => self.size,
-            Some(_) => self.size + 2,
-        }
+        self.size + if matches!(self.last, None | Some(b'\n')) { 0 } else { 2 }
     }
 }
 
-/// Reads the header of content at rest as it goes by, up to the empty line that ends it.
+/// Reads the header of content at rest, up to the empty line that ends it. Of each line it reads the first 512 octets.
 #[derive(Debug, Default)]
 pub struct HeaderScanner {
-    /// The beginning of the line under way.
+    /// The beginning of the current line.
     line: Vec<u8>,
+    /// The field that the current line belongs to.
+    field: ScannedField,
     received: usize,
     received_id: Option<String>,
     message_id: Option<String>,
-    field: ScannedField,
     over: bool,
 }
 
-/// The field that a continuation line belongs to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum ScannedField {
     #[default]
@@ -294,14 +237,11 @@ enum ScannedField {
     MessageId,
 }
 
-/// Octets of a header line that are looked at.
+/// Octets of a header line that are read.
 const SCANNED_LINE: usize = 512;
 
 impl HeaderScanner {
-    pub fn new() -> HeaderScanner {
-        HeaderScanner::default()
-    }
-
+    /// Reads a piece of the content; the body is ignored.
     pub fn feed(&mut self, input: &[u8]) {
         for &octet in input {
             match octet {
@@ -319,37 +259,35 @@ impl HeaderScanner {
         self.over = text.is_empty();
         let mut value = text;
         if !text.first().is_some_and(u8::is_ascii_whitespace) {
-            let after = |name: &[u8]| text.get(..name.len()).filter(|begin| begin.eq_ignore_ascii_case(name)).is_some();
-            self.field = ScannedField::Other;
-            for (name, field) in [("received:", ScannedField::Received), ("message-id:", ScannedField::MessageId)] {
-                if after(name.as_bytes()) {
-                    (self.field, value) = (field, &text[name.len()..]);
-                }
-            }
+            let colon = text.iter().position(|octet| *octet == b':');
+            let (name, rest) = text.split_at(colon.map_or(0, |at| at + 1));
+            self.field = match name.to_ascii_lowercase().as_slice() {
+                b"received:" => ScannedField::Received,
+                b"message-id:" => ScannedField::MessageId,
+                _ => ScannedField::Other,
+            };
             self.received += usize::from(self.field == ScannedField::Received);
+            value = rest;
         }
+        let value = String::from_utf8_lossy(value.trim_ascii());
         match self.field {
             ScannedField::Received if self.received == 1 && self.received_id.is_none() => {
-                let words = String::from_utf8_lossy(value);
-                let mut words = words.split_ascii_whitespace().skip_while(|word| *word != "id").skip(1);
+                let mut words = value.split_ascii_whitespace().skip_while(|word| *word != "id").skip(1);
                 self.received_id = words.next().map(|id| id.trim_end_matches(';').to_owned());
             }
-            ScannedField::MessageId if self.message_id.is_none() && !value.trim_ascii().is_empty() => {
-                self.message_id = Some(String::from_utf8_lossy(value.trim_ascii()).into_owned());
+            ScannedField::MessageId if self.message_id.is_none() && !value.is_empty() => {
+                self.message_id = Some(value.into_owned());
             }
             _ => {}
         }
-        self.line = line;
-        self.line.clear();
     }
 
-    /// The number of `Received` fields so far: many of them mean that the message goes round in circles (RFC 5321
-    /// section 6.3).
+    /// The number of `Received` fields so far: many of them mean that the message is in a mail loop (RFC 5321 section 6.3).
     pub fn received(&self) -> usize {
         self.received
     }
 
-    /// The id in the topmost `Received` field, by which the host before us knows the message (RFC 5321 section 4.4).
+    /// The id in the topmost `Received` field, by which the host that wrote it knows the message (RFC 5321 section 4.4).
     pub fn received_id(&self) -> Option<&str> {
         self.received_id.as_deref()
     }

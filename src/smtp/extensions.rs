@@ -1,9 +1,10 @@
-//! Service extensions: what a server offers with EHLO, and what a client reads of it (RFC 5321 section 4.1.1.1).
+//! Service extensions: those that our server offers in its reply to EHLO, and those that a peer offers (RFC 5321 section
+//! 4.1.1.1).
 
 use super::reply::Reply;
 use crate::sasl::Mechanism;
 
-/// The extensions that decide which parameters our server accepts with MAIL and RCPT.
+/// The extensions whose parameters our server accepts with MAIL and RCPT.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ServerExtensions {
     pub size: bool,
@@ -13,11 +14,11 @@ pub struct ServerExtensions {
     pub dsn: bool,
 }
 
-/// What the peer offered with its last EHLO. Neither TLS nor the turn keeps any of it.
+/// The extensions in the peer's reply to the last EHLO. They do not outlive STARTTLS or the turn.
 #[derive(Clone, Debug, Default)]
 pub struct PeerExtensions {
     pub pipelining: bool,
-    /// `Some(0)`: offered without a limit (RFC 1870 section 4).
+    /// The octets of the largest message; `Some(0)`: SIZE is offered without a limit (RFC 1870 section 3).
     pub size: Option<u64>,
     pub eight_bit: bool,
     pub utf8: bool,
@@ -26,14 +27,15 @@ pub struct PeerExtensions {
     pub starttls: bool,
     pub atrn: bool,
     pub auth: bool,
+    /// The mechanisms that this program knows.
     pub mechanisms: Vec<Mechanism>,
-    /// The attributes that XCLIENT or XFORWARD may carry, as Postfix documents them.
+    /// The attributes of XCLIENT and of XFORWARD, as Postfix documents them; empty: the command is not offered.
     pub xclient: Vec<String>,
     pub xforward: Vec<String>,
 }
 
 impl PeerExtensions {
-    /// Reads the lines of an EHLO reply; unknown keywords are ignored.
+    /// Parses the reply to EHLO; unknown keywords are ignored.
     pub fn parse(reply: &Reply) -> PeerExtensions {
         let mut offered = PeerExtensions::default();
         for line in reply.lines().skip(1) {

@@ -1,53 +1,82 @@
-//! Every number of the protocol, with the section that gives it. What an operator may change is in the configuration.
+//! Every number of the protocol, with the section that it comes from. The limits of addresses are with their parsers in
+//! `mail/address`. Numbers that an operator may change have their least value or their default here.
 
 use std::time::Duration;
 
-/// Octets of a command line that the server accepts, its CRLF included. RFC 4954 section 4 asks for 12,288 in a line
-/// of base64; with an initial response the AUTH command comes before it, and that is at most 512 octets long (RFC 5321
+use crate::mail::address::DOMAIN_LIMIT;
+
+/// Octets of a command line that the server accepts, its CRLF included. RFC 4954 section 4 requires 12,288 for a line of
+/// base64, which may be an initial response after `AUTH mechanism`; without it a command has at most 512 octets (RFC 5321
 /// section 4.5.3.1.4).
 pub const COMMAND_LINE: usize = 12 * 1024 + 512;
 
 /// Octets of a command line that the client sends, its CRLF included (RFC 5321 section 4.5.3.1.4).
 pub const SENT_COMMAND_LINE: usize = 512;
 
-/// Octets of a list of domains in ATRN: a longer list takes several calls.
+/// Octets of the list of domains in one ATRN; a customer with more domains sends ATRN in several calls.
 pub const ATRN_DOMAINS: usize = SENT_COMMAND_LINE - "ATRN \r\n".len();
 
-/// Octets that a client may send without a line end before the connection is closed.
+/// Octets that a client may send without a line end before the server closes the connection.
 pub const UNTERMINATED_LINE: usize = 1 << 20;
 
-/// Octets of a reply line that the server sends (RFC 5321 section 4.5.3.1.5), less the code, the enhanced status code
-/// and the CRLF.
+/// Octets of the text in a reply line that the server sends: 512 (RFC 5321 section 4.5.3.1.5) without the code, the
+/// enhanced status code and the CRLF.
 pub const REPLY_TEXT: usize = 512 - "250-".len() - "5.5.555 ".len() - "\r\n".len();
 
-/// Octets of a reply line that the client accepts: more than RFC 5321 section 4.5.3.1.5 permits, but not endless.
+/// Octets of a reply line that the client accepts: more than RFC 5321 section 4.5.3.1.5 permits, because some servers send
+/// more.
 pub const REPLY_LINE: usize = 8 * 1024;
 
-/// Lines of a peer's reply that are kept, and octets of each; the rest is read and discarded.
+/// Lines of a peer's reply that are kept, and octets of each. The client reads the rest and drops it.
 pub const REPLY_LINES_KEPT: usize = 64;
 pub const REPLY_LINE_KEPT: usize = 512;
 
-/// Rejected recipients that count as one bad command.
-pub const REJECTIONS_PER_ERROR: usize = 20;
+/// Octets of a line of content without its line end (RFC 5321 section 4.5.3.1.6, RFC 5322 section 2.1.1).
+pub const CONTENT_LINE: usize = 998;
 
-/// Octets of content after which a client that sends more than the server accepts is disconnected: twice the message
-/// limit, and 64 MiB at least. Up to there the rest is read, so that the client receives its 552.
+/// Octets of content after which the server closes the connection of a client that sends more than it accepts: twice
+/// `max_size`, the limit of a message, and at least 64 MiB. Up to there it reads the content, so that the client gets 552.
 pub fn discarded_content(max_size: u64) -> u64 {
     max_size.saturating_mul(2).max(1 << 26)
 }
 
-/// Octets of ENVID (RFC 3461 section 4.4) and of ORCPT (section 4.2).
+/// Octets of ENVID (RFC 3461 section 4.4).
 pub const ENVELOPE_ID: usize = 100;
+
+/// Octets of ORCPT (RFC 3461 section 4.2).
 pub const ORIGINAL_RECIPIENT: usize = 500;
 
-/// Octets of the name in EHLO: those of a domain (section 4.5.3.1.2).
-pub const HELLO_NAME: usize = 255;
+/// Octets of the name in EHLO, which is a domain (RFC 5321 section 4.5.3.1.2).
+pub const HELLO_NAME: usize = DOMAIN_LIMIT;
 
 /// Fewest recipients of a transaction that a server must accept (RFC 5321 section 4.5.3.1.8).
 pub const FEWEST_RECIPIENTS: u32 = 100;
 
-/// Fewest failed AUTH commands before a connection may be closed (RFC 4954 section 9).
+/// Fewest `Received` fields that may mean a mail loop (RFC 5321 section 6.3).
+pub const LOOP_HOPS: usize = 100;
+
+/// Fewest failed AUTH commands before a server may close the connection (RFC 4954 section 9).
 pub const FEWEST_AUTH_FAILURES: u32 = 3;
 
-/// The shortest time that a customer may wait for the reply to ATRN (RFC 2645 section 5.2.1).
-pub const SHORTEST_ATRN_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+/// Rejected recipients that count as one failed command, so that a client cannot try many addresses (RFC 5321 section 7.3).
+pub const REJECTIONS_PER_ERROR: usize = 20;
+
+/// The shortest times that a client should wait: for the greeting, and for the replies to MAIL, RCPT and DATA (RFC 5321
+/// sections 4.5.3.2.1 to 4.5.3.2.4).
+pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+pub const MAIL_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+pub const RCPT_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+pub const DATA_TIMEOUT: Duration = Duration::from_secs(2 * 60);
+
+/// The shortest time for one block of content (RFC 5321 section 4.5.3.2.5).
+pub const BLOCK_TIMEOUT: Duration = Duration::from_secs(3 * 60);
+
+/// The shortest time that a client should wait for the reply to the content (RFC 5321 section 4.5.3.2.6): if it gives up
+/// earlier, the message is in doubt and is sent twice.
+pub const CONTENT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+
+/// The shortest time that a server should wait for a command (RFC 5321 section 4.5.3.2.7).
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+
+/// The shortest time that a customer must wait for the reply to ATRN (RFC 2645 section 5.2.1).
+pub const ATRN_TIMEOUT: Duration = Duration::from_secs(10 * 60);

@@ -1,7 +1,7 @@
 //! The SMTP protocol without sockets, files, clocks or threads (RFC 5321, RFC 2645).
 //!
-//! Octets go in, octets and decisions come out. Two machines, [`server`] and [`client`], play the two roles. `turn.rs`
-//! alone changes the role on a connection.
+//! [`server`] and [`client`] are the two roles: a driver gives them lines and replies, and they return what to do next.
+//! [`command`] and [`reply`] parse and write what the roles exchange. Only `turn.rs` changes the role on a connection.
 
 pub mod limits;
 pub mod reply;

@@ -1,30 +1,31 @@
-//! Replies: three digits, an enhanced status code, lines of text (RFC 5321 section 4.2, RFC 2034).
+//! Replies: three digits, an enhanced status code, and lines of text (RFC 5321 section 4.2, RFC 2034).
 //!
-//! Read leniently (a bare `250`, odd texts, unknown codes), written strictly (CRLF, at most 512 octets
-//! a line, the enhanced code on every line). Decisions are made by the code alone, never by the text.
+//! A peer's replies are read leniently: a code without text, odd texts and unknown codes are accepted. Our replies are
+//! written strictly: CRLF, at most 512 octets a line, the enhanced status code on every line. What a reply means depends
+//! on its code only, never on its text: see `status.rs`.
 
 use std::borrow::Cow;
 use std::fmt::{self, Write};
 
 use super::limits;
 
-/// In logs and marks so many characters of a reply are enough.
+/// Characters of a reply's text that `Display` writes.
 const DISPLAY_LIMIT: usize = 300;
 
-/// What the first digit of a reply says (RFC 5321 section 4.2.1).
+/// The first digit of a reply (RFC 5321 section 4.2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
-    /// 2yz: done.
+    /// 2yz: the command was executed.
     Positive,
-    /// 3yz: go on.
+    /// 3yz: the server waits for more.
     Intermediate,
-    /// 4yz: not now.
+    /// 4yz: the command failed, and may succeed later.
     Transient,
-    /// 5yz: not at all.
+    /// 5yz: the command failed, and will fail again.
     Permanent,
 }
 
-/// One reply to one command, ours or a peer's.
+/// A reply, ours or a peer's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     code: u16,
@@ -34,25 +35,25 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// A reply with an enhanced status code, whose class must be the code's first digit.
+    /// A reply with an enhanced status code, whose class must be the first digit of `code`.
     pub fn new(code: u16, enhanced: &'static str, text: impl Into<Cow<'static, str>>) -> Reply {
         debug_assert_eq!(enhanced.as_bytes().first(), Some(&(b'0' + (code / 100) as u8)));
         Reply { code, enhanced: Some(Cow::Borrowed(enhanced)), lines: vec![text.into()] }
     }
 
-    /// A reply without an enhanced status code: a greeting, EHLO's answer, 3yz.
+    /// A reply without an enhanced status code: a greeting, the reply to EHLO, 3yz.
     pub fn bare(code: u16, text: impl Into<Cow<'static, str>>) -> Reply {
         Reply { code, enhanced: None, lines: vec![text.into()] }
     }
 
-    /// One more line.
+    /// The reply with one line more.
     pub fn with_line(mut self, text: impl Into<Cow<'static, str>>) -> Reply {
         self.lines.push(text.into());
         self
     }
 
-    /// Fit to be passed on to somebody else: in ASCII (RFC 5321 section 4.2), and with an enhanced status code (RFC 2034
-    /// section 4): where there is none, that of its class.
+    /// A peer's reply as we may send it to another peer: in ASCII (RFC 5321 section 4.2), and with an enhanced status code
+    /// (RFC 2034 section 4). If it has none, it gets the one that says no more than its class.
     pub fn for_relaying(self) -> Reply {
         let class = match self.code / 100 {
             2 => "2.0.0",
@@ -64,16 +65,18 @@ impl Reply {
         Reply { enhanced: self.enhanced.or(Some(Cow::Borrowed(class))), lines, ..self }
     }
 
-    /// The same words under another code of the same class.
+    /// The reply with another code of the same class.
     pub fn with_code(self, code: u16) -> Reply {
         debug_assert_eq!(code / 100, self.code / 100);
         Reply { code, ..self }
     }
 
+    /// The three digits, 200 to 599.
     pub fn code(&self) -> u16 {
         self.code
     }
 
+    /// The meaning of the first digit.
     pub fn severity(&self) -> Severity {
         match self.code / 100 {
             2 => Severity::Positive,
@@ -83,21 +86,22 @@ impl Reply {
         }
     }
 
+    /// Whether the reply is a 2yz.
     pub fn is_positive(&self) -> bool {
         self.severity() == Severity::Positive
     }
 
-    /// The enhanced status code, where there is one.
+    /// The enhanced status code, `class.subject.detail`, if the reply has one.
     pub fn enhanced(&self) -> Option<&str> {
         self.enhanced.as_deref()
     }
 
-    /// The lines of text, without code and enhanced code.
+    /// The lines of text, without code and enhanced status code.
     pub fn lines(&self) -> impl Iterator<Item = &str> {
         self.lines.iter().map(|line| &**line)
     }
 
-    /// Appends the reply as it goes over the wire.
+    /// Appends the reply in its form on the wire; long lines are cut into several.
     pub fn write_to(&self, out: &mut Vec<u8>) {
         let pieces: Vec<&str> = self.lines.iter().flat_map(|line| pieces(line)).collect();
         for (number, piece) in pieces.iter().enumerate() {
@@ -107,14 +111,14 @@ impl Reply {
                 out.extend_from_slice(enhanced.as_bytes());
                 out.push(b' ');
             }
-            // What a peer sent may come back in a text: never as a line of its own.
+            // A text may contain octets from a peer. A line end in them must not begin another reply.
             out.extend(piece.bytes().map(|octet| if octet < b' ' || octet == 127 { b'?' } else { octet }));
             out.extend_from_slice(b"\r\n");
         }
     }
 }
 
-/// One line, for logs and for the marks of refused mail.
+/// The reply on one line, for the log and the records of deferred mail.
 impl fmt::Display for Reply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.code)?;
@@ -129,7 +133,7 @@ impl fmt::Display for Reply {
     }
 }
 
-/// Cuts a text into pieces that fit a reply line.
+/// Cuts a text into pieces that fit into a reply line.
 fn pieces(mut text: &str) -> Vec<&str> {
     let mut pieces = Vec::new();
     while text.len() > limits::REPLY_TEXT {
@@ -142,18 +146,21 @@ fn pieces(mut text: &str) -> Vec<&str> {
     pieces
 }
 
-/// A line that no SMTP server sends.
+/// A line that is not part of a valid reply: its first 80 octets.
 #[derive(Debug, PartialEq, Eq)]
 pub struct NotAReply(pub String);
 
-/// Puts a peer's reply together from its lines.
+/// Assembles a peer's reply from its lines.
 #[derive(Debug, Default)]
 pub struct ReplyReader {
     begun: Option<Reply>,
 }
 
 impl ReplyReader {
-    /// Takes one line without its line end; a whole reply comes out with its last line.
+    /// Reads one line without its line end. Returns the reply after its last line.
+    ///
+    /// # Errors
+    /// The line is not part of a valid reply, or has another code than the lines before it.
     pub fn line(&mut self, line: &[u8]) -> Result<Option<Reply>, NotAReply> {
         let broken = || NotAReply(String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned());
         let code = match line {
@@ -162,7 +169,7 @@ impl ReplyReader {
             }
             _ => return Err(broken()),
         };
-        // RFC 5321 section 4.2: a code without text must be understood.
+        // RFC 5321 section 4.2.1: a client must accept a code without text.
         let (last, text) = match line.get(3) {
             None => (true, &line[3..]),
             Some(b' ') => (true, &line[4..]),
@@ -190,7 +197,7 @@ impl ReplyReader {
     }
 }
 
-/// Takes `5.1.1 ` off the front of a text if its class fits the code (RFC 2034 section 4).
+/// Splits a text into `5.1.1`, if its class is that of the code (RFC 2034 section 4), and the rest.
 fn split_enhanced(code: u16, text: &str) -> (Option<&str>, &str) {
     let (word, rest) = text.split_once(' ').unwrap_or((text, ""));
     let mut fields = word.split('.');
@@ -250,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_reply_is_said_to_be_none() {
+    fn a_line_that_is_not_part_of_a_reply_is_an_error() {
         for lines in [&["hello"][..], &["99 x"], &["1234"], &["150 x"], &["600 x"], &[""], &["250-a", "251 b"]] {
             assert!(read(lines).is_err(), "{lines:?}");
         }
@@ -258,7 +265,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn any_line_is_survived(line: Vec<u8>) {
+        fn no_line_makes_it_panic(line: Vec<u8>) {
             let _ = ReplyReader::default().line(&line);
         }
 

@@ -1,17 +1,33 @@
-//! The SMTP server role: a line comes in, a [`ServerStep`] goes out (RFC 5321, RFC 2645 section 5).
+//! The SMTP server role, without sockets (RFC 5321; on port 366 RFC 2645 section 5).
 //!
-//! One machine serves all listeners; [`ServerOptions`] says which commands each of them has. What depends on accounts,
-//! mailboxes and queues it asks its [`SessionHandler`]. The machine moves no octets: its driver (`session/server`)
-//! sends the replies, reads content, starts TLS.
+//! A driver (`session/server`) gives the server each line of the client ([`Server::line`]) and acts on the returned
+//! [`ServerStep`]: it sends the reply, reads content, starts TLS or closes. The server asks its [`SessionHandler`] about
+//! everything that depends on accounts, mailboxes and queues.
+//!
+//! # Commands
+//!
+//! `x`: the listener implements the command (RFC 2645 section 5.4 permits port 366 to have few commands). A command out of
+//! its order gets 503, or 530 if TLS or authentication is missing.
 //!
 //! ```text
-//!            EHLO                  AUTH                    ATRN
-//! greeted ─────────▶ introduced ─────────▶ authenticated ─────────▶ turned (turn.rs: another role)
-//!                     │  ▲  MAIL RCPT DATA/BDAT  (port 25, and the customer after the turn)
-//!                     └──┘
+//! command              inbound  odmr  submission  customer  when                                    RFC
+//! EHLO, HELO              x      x        x          x      always; resets the transaction          5321 4.1.4
+//! STARTTLS                x      x                          after EHLO; before TLS and AUTH         3207 4
+//! AUTH                           x                          after EHLO; once                        4954 4
+//! ATRN                           x                          after AUTH, outside a transaction       2645 5.2.1
+//! MAIL                    x      x        x          x      after EHLO or HELO, odmr: after AUTH;   5321 4.1.4
+//!                                                           outside a transaction
+//! RCPT                    x      x        x          x      after MAIL, before BDAT                 5321 3.3
+//! DATA                    x      x        x          x      after an accepted RCPT, before BDAT     5321 3.3
+//! BDAT                    x      x        x          x      after an accepted RCPT                  3030 2
+//! VRFY                    x               x          x      always; 252                             5321 3.5.3
+//! RSET, NOOP, HELP, QUIT  x      x        x          x      always                                  5321 4.1.4
 //! ```
+//!
+//! STARTTLS forgets everything that the client has sent before (RFC 3207 section 4.2). After ATRN the connection turns, and
+//! `turn.rs` makes a client of the server.
 
-use super::command::{Command, Envelope, MailFrom, Notify, Recipient, Verb, announced_chunk_size};
+use super::command::{Command, Envelope, MailFrom, Notify, RcptTo, Recipient, VERBS, Verb, not_implemented};
 use super::extensions::ServerExtensions;
 use super::limits;
 use super::reply::Reply;
@@ -19,43 +35,43 @@ use crate::mail::address::{Domain, ForwardPath, Mailbox};
 use crate::mail::received::Received;
 use crate::sasl::{CredentialStore, ExchangeStep, Mechanism, NoCredentials, ServerExchange};
 
-/// Which listener the server serves.
+/// The listener that a server belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServerRole {
-    /// Port 25 of the provider: the world sends mail for the customers.
+    /// Port 25 of the provider, for mail to the customers.
     Inbound,
-    /// Port 366 of the provider, before the turn: ATRN, and submission (RFC 6409).
+    /// Port 366 of the provider, before the turn: ATRN, and submission by the customers (RFC 6409).
     Odmr,
-    /// The customer's own users and programs submit mail.
+    /// A listener of the customer, for the mail of its users.
     Submission,
     /// The customer after the turn.
     Customer,
 }
 
-/// What one listener offers, and how far it lets a client go.
+/// What a listener offers, and its limits.
 #[derive(Clone)]
 pub struct ServerOptions {
     pub role: ServerRole,
     pub hostname: String,
-    /// Octets of one message, as SIZE counts them (RFC 1870).
+    /// Octets of one message on the wire (RFC 1870).
     pub max_size: u64,
-    /// Recipients of one transaction; 100 at least (RFC 5321 section 4.5.3.1.8).
+    /// Recipients of one transaction, at least [`limits::FEWEST_RECIPIENTS`].
     pub max_recipients: usize,
-    /// Bad commands before the connection is closed with 421.
+    /// Failed commands before the server closes the connection with 421.
     pub max_errors: usize,
-    /// Failed AUTH commands before the connection is closed; 3 at least (RFC 4954 section 9).
+    /// Failed AUTH commands before the server closes the connection with 421, at least [`limits::FEWEST_AUTH_FAILURES`].
     pub max_auth_failures: usize,
-    /// A certificate is there, so STARTTLS is offered.
+    /// STARTTLS is offered: there is a certificate.
     pub starttls: bool,
-    /// AUTH is offered under TLS only.
+    /// AUTH and all that follows it require TLS.
     pub require_tls: bool,
-    /// Delivery status notifications can be made and sent (RFC 3461).
+    /// The extension DSN is offered (RFC 3461).
     pub dsn: bool,
     pub mechanisms: Vec<Mechanism>,
 }
 
 impl ServerOptions {
-    /// The command table of each listener (RFC 2645 section 5.4: port 366 need not have more).
+    /// Whether the listener implements a command: the table above.
     fn implements(&self, verb: Verb) -> bool {
         use Verb::*;
         match verb {
@@ -64,7 +80,7 @@ impl ServerOptions {
             Vrfy => self.role != ServerRole::Odmr,
             StartTls => self.starttls && matches!(self.role, ServerRole::Inbound | ServerRole::Odmr),
             Auth | Atrn => self.role == ServerRole::Odmr,
-            Etrn | Expn | Turn | Unknown | Http => false,
+            Unimplemented | Http | Unknown => false,
         }
     }
 
@@ -74,137 +90,140 @@ impl ServerOptions {
     }
 }
 
-/// What a session asks the party that it serves for.
+/// The provider or the customer, whose mail a server accepts.
 pub trait SessionHandler {
-    /// The accounts that may authenticate. A listener without AUTH has none.
+    /// The accounts that may authenticate; none on a listener without AUTH.
     fn credentials(&self) -> &dyn CredentialStore {
         &NoCredentials
     }
 
-    /// Whether a message with this sender and size is accepted now. `account`: the client has authenticated as that.
+    /// Accepts a message with this sender and size. `account`: the account of the client, if it has authenticated.
     ///
     /// # Errors
-    /// The reply to MAIL.
+    /// The reply to MAIL that rejects it.
     fn sender(&mut self, mail: &MailFrom, account: Option<&str>) -> Result<(), Reply>;
 
-    /// The mailbox that a path means, if mail for it is accepted. `notify` and `original`: NOTIFY and ORCPT (RFC 3461).
+    /// Accepts a recipient, and returns its mailbox. `notify` and `original`: NOTIFY and ORCPT (RFC 3461).
     ///
     /// # Errors
-    /// The reply to RCPT.
+    /// The reply to RCPT that rejects it.
     fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply>;
 
-    /// Octets of one message, if an account may send less than the listener accepts.
+    /// Octets of one message from this account, if it may send less than the listener accepts.
     fn size_limit(&self, _account: Option<&str>) -> u64 {
         u64::MAX
     }
 
-    /// Whether an answer may take long, as a next hop is asked first. Then the replies so far are sent before.
+    /// Whether the handler may wait for another host before it returns. Then the driver sends the earlier replies first.
     fn may_wait(&self) -> bool {
         false
     }
 
-    /// Begins to receive the content of a transaction.
+    /// Begins to receive the content of a message.
     ///
     /// # Errors
-    /// The reply to DATA or BDAT.
+    /// The reply to DATA or BDAT that rejects it.
     fn receive(&mut self, envelope: &Envelope, received: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply>;
 }
 
-/// What is known of a message before its content.
+/// What is known of a message before its content arrives.
 #[derive(Clone, Debug)]
 pub struct Incoming<'a> {
     /// The id of the session in the log.
     pub session: &'a str,
+    /// For the `Received` field.
     pub received: Received<'a>,
     /// Octets that the client has announced with SIZE (RFC 1870).
     pub size: Option<u64>,
 }
 
-/// Where the content of one message goes. Dropped before its commit it leaves nothing.
+/// The destination of the content of one message. If it is dropped before its commit, nothing is stored.
 pub trait MessageSink: Send {
-    /// Content with LF line ends.
+    /// Writes a piece of the content, with LF line ends.
     ///
     /// # Errors
-    /// The reply to the content; no more of it is written then.
+    /// The reply to the content. No more of it is written then.
     fn write(&mut self, octets: &[u8]) -> Result<(), Reply>;
 
-    /// Makes the message durable, and returns its id: only then may it be answered with 250.
+    /// Makes the message durable, and returns its id. Only then may the content be answered with 250.
     ///
     /// # Errors
-    /// The reply to the content: the client keeps the message.
+    /// The reply to the content: the client stays responsible for the message.
     fn commit(self: Box<Self>) -> Result<String, Reply>;
 }
 
-/// What the driver does next.
+/// What the driver does after a line.
 #[derive(Debug)]
 pub enum ServerStep {
-    /// Send it and read the next line.
+    /// Send the reply.
     Reply(Reply),
-    /// Send it and close.
+    /// Send the reply and close.
     Close(Reply),
-    /// Send it, start TLS, then call [`Server::tls_started`].
+    /// Send the reply, start TLS, then call [`Server::tls_started`].
     StartTls(Reply),
-    /// Send it, read content up to its end, then call [`Server::end_transaction`].
+    /// Send the reply, read the content up to its end, then call [`Server::end_transaction`].
     Data(Reply),
-    /// Read `size` octets. Rejected ones are discarded, then the reply is sent. Otherwise they are content: call
+    /// Read `size` octets. If the chunk is rejected, discard them and send the reply. Otherwise they are content: call
     /// [`Server::end_transaction`] after the last chunk, [`Server::chunk_rejected`] if one cannot be stored.
     Chunk { size: u64, last: bool, rejected: Option<Reply> },
-    /// ATRN, in a state that permits it: the provider looks at the domains.
+    /// ATRN is permitted: check the domains and turn the connection, or reject ATRN.
     Atrn(Vec<Domain>),
 }
 
-/// A mail transaction under way: the envelope so far.
+/// An open mail transaction (RFC 5321 section 3.3).
 #[derive(Clone, Debug)]
 pub struct Transaction {
+    /// With the recipients that were accepted.
     pub envelope: Envelope,
     /// Octets that the client has announced with SIZE.
     pub size: Option<u64>,
     /// Octets that its content may have.
     limit: u64,
-    /// BDAT has begun (RFC 3030 section 2): octets so far.
+    /// Octets of the chunks that have arrived; `None`: there was no BDAT.
     chunked: Option<u64>,
-    /// A chunk was rejected: only RSET helps.
+    /// A chunk was rejected: every command but RSET gets 503 (RFC 3030 section 2).
     failed: bool,
 }
 
 /// The server role on one connection.
 pub struct Server {
     options: ServerOptions,
-    hello: Option<Hello>,
     tls: bool,
+    hello: Option<Hello>,
     account: Option<String>,
+    /// AUTH has begun, and the next line is a response.
     exchange: Option<Box<dyn ServerExchange>>,
     transaction: Option<Transaction>,
+    /// Failed commands since the last message.
     errors: usize,
+    /// Rejected recipients in the whole session.
     rejections: usize,
     auth_failures: usize,
     auth_attempt: Option<AuthAttempt>,
 }
 
-/// An attempt to authenticate, for the log.
+/// An AUTH command, for the log.
 #[derive(Clone, Debug)]
 pub struct AuthAttempt {
     pub mechanism: Mechanism,
-    /// The name that the client claimed, once it has.
+    /// The account that the client has named, once the attempt has failed.
     pub account: Option<String>,
 }
 
+/// EHLO or HELO.
 struct Hello {
     name: String,
+    /// It was EHLO.
     extended: bool,
 }
 
-fn sequence(text: &'static str) -> Reply {
-    Reply::new(503, "5.5.1", text)
-}
-
 impl Server {
-    /// `tls`: the connection began with TLS, or keeps it over the turn.
-    pub fn new(profile: ServerOptions, tls: bool) -> Server {
+    /// A server that has sent no greeting yet. `tls`: the connection has TLS from its first octet, or from before the turn.
+    pub fn new(options: ServerOptions, tls: bool) -> Server {
         Server {
-            options: profile,
-            hello: None,
+            options,
             tls,
+            hello: None,
             account: None,
             exchange: None,
             transaction: None,
@@ -215,60 +234,63 @@ impl Server {
         }
     }
 
-    /// The first line of all (RFC 5321 section 4.3.1; the words are those of RFC 2645 section 6).
+    /// The greeting (RFC 5321 section 4.3.1), with the texts of RFC 2645 section 6.
     pub fn greeting(&self) -> Reply {
-        let words = match self.options.role {
+        let text = match self.options.role {
             ServerRole::Inbound => "ESMTP mail for the domains held here",
             ServerRole::Odmr => "on-demand mail relay server ready",
             ServerRole::Customer => "ready to receive email",
             ServerRole::Submission => "ESMTP mail of this host's users",
         };
-        Reply::bare(220, format!("{} {words}", self.options.hostname))
+        Reply::bare(220, format!("{} {text}", self.options.hostname))
     }
 
+    /// The listener of this server.
     pub fn role(&self) -> ServerRole {
         self.options.role
     }
 
+    /// Our own name.
     pub fn hostname(&self) -> &str {
         &self.options.hostname
     }
 
-    /// Octets that the message under way may have.
+    /// Octets that the content of the open transaction may have.
     pub fn max_size(&self) -> u64 {
         self.transaction.as_ref().map_or(self.options.max_size, |transaction| transaction.limit)
     }
 
-    /// The authenticated account.
+    /// The account of the client, if it has authenticated.
     pub fn account(&self) -> Option<&str> {
         self.account.as_deref()
     }
 
-    /// The last attempt to authenticate.
+    /// The last AUTH command that was permitted.
     pub fn auth_attempt(&self) -> Option<&AuthAttempt> {
         self.auth_attempt.as_ref()
     }
 
-    /// The name the client gave with EHLO or HELO.
+    /// The client's name in EHLO or HELO.
     pub fn client_name(&self) -> Option<&str> {
         self.hello.as_ref().map(|hello| hello.name.as_str())
     }
 
+    /// The open transaction.
     pub fn transaction(&self) -> Option<&Transaction> {
         self.transaction.as_ref()
     }
 
-    /// Whether clients authenticate here.
+    /// Whether the listener implements AUTH.
     pub fn offers_auth(&self) -> bool {
         self.options.implements(Verb::Auth)
     }
 
-    /// Whether the next line is part of an AUTH exchange, and not for any log.
+    /// Whether the next line is part of an AUTH exchange, and must not be logged.
     pub fn in_auth(&self) -> bool {
         self.exchange.is_some()
     }
 
-    /// One line without its CRLF.
+    /// Executes one line of the client, without its CRLF.
     pub fn line(&mut self, line: &[u8], handler: &mut dyn SessionHandler) -> ServerStep {
         let step = match self.exchange.take() {
             Some(exchange) => self.auth_response(exchange, line, handler),
@@ -277,7 +299,7 @@ impl Server {
         self.count_errors(step)
     }
 
-    /// A line longer than any command may be (RFC 5321 section 4.5.3.1.9, RFC 4954 section 4).
+    /// Rejects a line longer than [`limits::COMMAND_LINE`] (RFC 5321 section 4.5.3.1.9, RFC 4954 section 4).
     pub fn line_too_long(&mut self) -> ServerStep {
         let reply = match self.exchange.take() {
             Some(_) => Reply::new(500, "5.5.6", "Authentication exchange line is too long"),
@@ -286,18 +308,18 @@ impl Server {
         self.count_errors(ServerStep::Reply(reply))
     }
 
-    /// TLS has begun: everything said before is forgotten (RFC 3207 section 4.2).
+    /// TLS has started: the server forgets everything that the client has sent in clear (RFC 3207 section 4.2).
     pub fn tls_started(&mut self) {
         *self = Server::new(self.options.clone(), true);
     }
 
-    /// The content has been dealt with, taken or refused: the transaction is over.
+    /// Ends the transaction after the reply to its content.
     pub fn end_transaction(&mut self) {
         self.transaction = None;
         self.errors = 0;
     }
 
-    /// A chunk could not be taken: nothing but RSET helps this transaction (RFC 3030 section 2).
+    /// Rejects a chunk: the transaction ends if it was the last, and otherwise waits for RSET (RFC 3030 section 2).
     pub fn chunk_rejected(&mut self, last: bool) {
         match &mut self.transaction {
             Some(transaction) if !last => transaction.failed = true,
@@ -305,8 +327,8 @@ impl Server {
         }
     }
 
-    /// What is known of the message whose content comes next; `None` without a transaction. `session`: its id in
-    /// the log; `peer`: the client's address as a literal; `tls`: TLS version and cipher.
+    /// What is known of the message whose content arrives next; `None`: there is no transaction. `session`: the id of the
+    /// session in the log; `peer`: the client's address as a literal; `tls`: TLS version and cipher.
     pub fn incoming<'a>(
         &'a self, session: &'a str, peer: &'a str, tls: Option<&'a str>,
     ) -> Option<(&'a Envelope, Incoming<'a>)> {
@@ -334,22 +356,21 @@ impl Server {
         }
         if !self.options.implements(verb) {
             return Err(match verb {
-                // RFC 2645 section 5.4: on port 366 everything else is 502.
+                // RFC 2645 section 5.4: on port 366 every other command gets 502.
                 Verb::Unknown if self.options.role != ServerRole::Odmr => {
                     Reply::new(500, "5.5.1", "Command not recognised")
                 }
-                _ => Reply::new(502, "5.5.1", "Command not implemented here"),
+                _ => not_implemented(),
             });
         }
-        if verb == Verb::Bdat {
-            return self.chunk(rest);
+        if verb != Verb::Bdat {
+            self.permitted(verb)?;
         }
-        self.permitted(verb)?;
         match Command::parse(verb, rest, self.options.offers())? {
             Command::Ehlo(name) => Ok(ServerStep::Reply(self.ehlo(name))),
             Command::Helo(name) => Ok(ServerStep::Reply(self.helo(name))),
             Command::Mail(mail) => self.mail(mail, handler),
-            Command::Rcpt { path, utf8, notify, original } => self.rcpt(&path, utf8, notify, original, handler),
+            Command::Rcpt(rcpt) => self.rcpt(rcpt, handler),
             Command::Data => Ok(ServerStep::Data(Reply::bare(354, "Go ahead, end with <CRLF>.<CRLF>"))),
             Command::Rset => {
                 self.transaction = None;
@@ -357,7 +378,7 @@ impl Server {
             }
             Command::Noop => Ok(ServerStep::Reply(Reply::new(250, "2.0.0", "OK"))),
             Command::Help => Ok(ServerStep::Reply(self.help())),
-            // RFC 5321 section 3.5.3: 250 only for what was verified.
+            // RFC 5321 section 3.5.3: 250 would mean that the address was verified.
             Command::Vrfy => Ok(ServerStep::Reply(Reply::new(252, "2.0.0", "Send the mail and see"))),
             Command::Quit => {
                 let text = format!("{} closing connection", self.options.hostname);
@@ -366,81 +387,71 @@ impl Server {
             Command::StartTls => Ok(ServerStep::StartTls(Reply::new(220, "2.0.0", "Go ahead"))),
             Command::Auth { mechanism, initial } => self.auth(&mechanism, initial, handler),
             Command::Atrn(domains) => Ok(ServerStep::Atrn(domains)),
-            Command::Bdat { .. } | Command::Other => Err(Reply::new(502, "5.5.1", "Command not implemented here")),
+            Command::Bdat { size, last } => Ok(self.chunk(size, last)),
         }
     }
 
-    /// Whether the command may be said now: before its argument is looked at.
+    /// Whether the command is permitted in this state. The order of the lines is the order of the errors.
     fn permitted(&self, verb: Verb) -> Result<(), Reply> {
-        let extended = self.hello.as_ref().is_some_and(|hello| hello.extended);
-        let no_tls = self.options.require_tls && !self.tls;
-        let sequence = |good: bool, text| if good { Ok(()) } else { Err(sequence(text)) };
+        use Verb::*;
         let odmr = self.options.role == ServerRole::Odmr;
-        match verb {
-            // RFC 3207 section 4: TLS is required for all that follows.
-            Verb::Auth | Verb::Atrn | Verb::Mail | Verb::Rcpt | Verb::Data | Verb::Bdat if odmr && no_tls => {
-                Err(Reply::new(530, "5.7.0", "TLS is required here: say STARTTLS first"))
+        let extended = self.hello.as_ref().is_some_and(|hello| hello.extended);
+        let authenticated = self.account.is_some();
+        let transaction = self.transaction.as_ref();
+        let chunk_rejected = transaction.is_some_and(|transaction| transaction.failed);
+        let chunks = chunk_rejected || transaction.is_some_and(|transaction| transaction.chunked.is_some());
+        let no_recipient = transaction.is_some_and(|transaction| transaction.envelope.recipients.is_empty());
+        let text = match verb {
+            // RFC 3207 section 4.
+            Auth | Atrn | Mail | Rcpt | Data | Bdat if odmr && self.options.require_tls && !self.tls => {
+                return Err(Reply::new(530, "5.7.0", "TLS is required here: say STARTTLS first"));
             }
-            // RFC 2645 section 5.2.1; RFC 6409 section 4.3.
-            Verb::Atrn | Verb::Mail | Verb::Rcpt | Verb::Data | Verb::Bdat if odmr && self.account.is_none() => {
-                Err(Reply::new(530, "5.7.0", "Authentication required"))
+            // RFC 2645 section 5.2.1, RFC 6409 section 4.3.
+            Atrn | Mail | Rcpt | Data | Bdat if odmr && !authenticated => {
+                return Err(Reply::new(530, "5.7.0", "Authentication required"));
             }
-            Verb::Auth => {
-                sequence(extended, "Say EHLO first")?;
-                sequence(self.account.is_none(), "You are authenticated already")
-            }
-            Verb::Atrn => {
-                sequence(extended, "Say EHLO first")?;
-                sequence(self.transaction.is_none(), "A mail transaction is open: end it first")
-            }
-            Verb::StartTls => {
-                sequence(!self.tls, "TLS is active already")?;
-                sequence(self.account.is_none(), "Too late: you are authenticated")?;
-                sequence(extended, "Say EHLO first")
-            }
-            Verb::Mail => {
-                sequence(self.hello.is_some(), "Say EHLO first")?;
-                sequence(self.transaction.is_none(), "A mail transaction is open: RSET ends it")
-            }
-            Verb::Rcpt | Verb::Data => match &self.transaction {
-                None => Err(self::sequence("Say MAIL first")),
-                Some(transaction) if transaction.failed || transaction.chunked.is_some() => {
-                    Err(self::sequence("BDAT has begun: go on with it, or say RSET"))
-                }
-                Some(transaction) if verb == Verb::Data && transaction.envelope.recipients.is_empty() => {
-                    Err(self::sequence("No recipient was accepted"))
-                }
-                Some(_) => Ok(()),
-            },
-            _ => Ok(()),
-        }
+            Auth | Atrn if !extended => "Say EHLO first",
+            Auth if authenticated => "You are authenticated already",
+            Atrn if transaction.is_some() => "A mail transaction is open: end it first",
+            StartTls if self.tls => "TLS is active already",
+            StartTls if authenticated => "Too late: you are authenticated",
+            StartTls if !extended => "Say EHLO first",
+            Mail if self.hello.is_none() => "Say EHLO first",
+            Mail if transaction.is_some() => "A mail transaction is open: RSET ends it",
+            Rcpt | Data | Bdat if transaction.is_none() => "Say MAIL first",
+            // RFC 3030 section 2.
+            Bdat if chunk_rejected => "A chunk was refused: say RSET",
+            Rcpt | Data if chunks => "BDAT has begun: go on with it, or say RSET",
+            Data | Bdat if no_recipient => "No recipient was accepted",
+            _ => return Ok(()),
+        };
+        Err(Reply::new(503, "5.5.1", text))
     }
 
+    /// EHLO resets the transaction (RFC 5321 section 4.1.4); authentication and TLS stay.
     fn ehlo(&mut self, name: String) -> Reply {
         self.hello = Some(Hello { name, extended: true });
-        // RFC 5321 section 4.1.4: EHLO resets as RSET does; authentication and TLS stay.
         self.transaction = None;
-        let profile = &self.options;
-        let mut reply = Reply::bare(250, profile.hostname.clone());
+        let options = &self.options;
         let mechanisms: Vec<_> = self.mechanisms().map(|mechanism| mechanism.name()).collect();
-        reply = reply
+        let mut reply = Reply::bare(250, options.hostname.clone())
             .with_line("PIPELINING")
-            .with_line(format!("SIZE {}", profile.max_size))
+            .with_line(format!("SIZE {}", options.max_size))
             .with_line("8BITMIME")
             .with_line("SMTPUTF8")
             .with_line("ENHANCEDSTATUSCODES")
             .with_line("CHUNKING");
-        if profile.dsn {
+        if options.dsn {
             reply = reply.with_line("DSN");
         }
         if !mechanisms.is_empty() {
             reply = reply.with_line(format!("AUTH {}", mechanisms.join(" ")));
         }
-        // RFC 3207 section 4.2: never under TLS.
-        if profile.implements(Verb::StartTls) && !self.tls {
+        // RFC 3207 section 4.2: not under TLS.
+        if options.implements(Verb::StartTls) && !self.tls {
             reply = reply.with_line("STARTTLS");
         }
-        if profile.role == ServerRole::Odmr {
+        if options.role == ServerRole::Odmr {
             reply = reply.with_line("ATRN");
         }
         reply
@@ -452,7 +463,7 @@ impl Server {
         Reply::bare(250, self.options.hostname.clone())
     }
 
-    /// The mechanisms that may be used now (RFC 4954 section 4: plain text under TLS only).
+    /// The mechanisms that may be used now: PLAIN under TLS only (RFC 4954 section 4).
     fn mechanisms(&self) -> impl Iterator<Item = Mechanism> {
         let offered = self.options.role == ServerRole::Odmr && (self.tls || !self.options.require_tls);
         let tls = self.tls;
@@ -471,59 +482,43 @@ impl Server {
         Ok(ServerStep::Reply(Reply::new(250, "2.1.0", "OK")))
     }
 
-    fn rcpt(
-        &mut self, path: &ForwardPath, utf8: bool, notify: Notify, original: Option<String>,
-        handler: &mut dyn SessionHandler,
-    ) -> Result<ServerStep, Reply> {
+    fn rcpt(&mut self, rcpt: RcptTo, handler: &mut dyn SessionHandler) -> Result<ServerStep, Reply> {
         let limit = self.options.max_recipients;
-        let Some(transaction) = &mut self.transaction else {
-            return Err(sequence("Say MAIL first"));
+        let Some(Transaction { envelope, .. }) = &mut self.transaction else {
+            return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
         };
-        if transaction.envelope.recipients.len() >= limit {
+        if envelope.recipients.len() >= limit {
             return Err(Reply::new(452, "4.5.3", "Too many recipients: send the rest in another transaction"));
         }
-        if utf8 && !transaction.envelope.utf8 {
+        if rcpt.utf8 && !envelope.utf8 {
             return Err(Reply::new(553, "5.6.7", "A UTF-8 address needs the SMTPUTF8 parameter"));
         }
-        let mailbox = handler.recipient(path, &notify, original.as_deref())?;
-        if !transaction.envelope.recipients.iter().any(|recipient| recipient.mailbox == mailbox) {
-            transaction.envelope.recipients.push(Recipient { mailbox, notify, original });
+        let RcptTo { path, notify, original, .. } = rcpt;
+        let mailbox = handler.recipient(&path, &notify, original.as_deref())?;
+        if !envelope.recipients.iter().any(|recipient| recipient.mailbox == mailbox) {
+            envelope.recipients.push(Recipient { mailbox, notify, original });
         }
         Ok(ServerStep::Reply(Reply::new(250, "2.1.5", "OK, recipient accepted")))
     }
 
-    /// BDAT: whatever is wrong, the octets it announces follow, and are read away (RFC 3030 section 2).
-    fn chunk(&mut self, rest: &[u8]) -> Result<ServerStep, Reply> {
-        let (size, last) = match Command::parse(Verb::Bdat, rest, self.options.offers()) {
-            Ok(Command::Bdat { size, last }) => (size, last),
-            Ok(_) => return Err(sequence("Say BDAT")),
-            Err(reply) => match announced_chunk_size(rest) {
-                Some(size) => return Ok(self.reject_chunk(size, false, reply)),
-                None => return Err(reply),
-            },
-        };
+    /// BDAT. Its octets follow even if it is rejected, and must be read, or they would be taken for commands (RFC 3030
+    /// section 2).
+    fn chunk(&mut self, size: u64, last: Result<bool, Reply>) -> ServerStep {
         let limit = self.max_size();
-        let permitted = self.permitted(Verb::Bdat);
-        let refusal = match &mut self.transaction {
-            _ if permitted.is_err() => permitted.err(),
-            None => Some(sequence("Say MAIL first")),
-            Some(transaction) if transaction.failed => Some(sequence("A chunk was refused: say RSET")),
-            Some(transaction) if transaction.envelope.recipients.is_empty() => {
-                Some(sequence("No recipient was accepted"))
+        let mut accepted = last.clone().and_then(|_| self.permitted(Verb::Bdat));
+        if accepted.is_ok()
+            && let Some(transaction) = &mut self.transaction
+        {
+            let octets = transaction.chunked.unwrap_or(0).saturating_add(size);
+            transaction.chunked = Some(octets);
+            if octets > limit {
+                accepted = Err(message_too_large(limit));
             }
-            Some(transaction) => {
-                let octets = transaction.chunked.unwrap_or(0).saturating_add(size);
-                transaction.chunked = Some(octets);
-                (octets > limit).then(|| message_too_large(limit))
-            }
+        }
+        let last = last.unwrap_or(false);
+        let Err(reply) = accepted else {
+            return ServerStep::Chunk { size, last, rejected: None };
         };
-        Ok(match refusal {
-            None => ServerStep::Chunk { size, last, rejected: None },
-            Some(reply) => self.reject_chunk(size, last, reply),
-        })
-    }
-
-    fn reject_chunk(&mut self, size: u64, last: bool, reply: Reply) -> ServerStep {
         self.chunk_rejected(last);
         // Do not discard more than twice the message limit; close the connection instead.
         if size > limits::discarded_content(self.options.max_size) {
@@ -547,18 +542,18 @@ impl Server {
         self.auth_attempt = Some(AuthAttempt { mechanism, account: None });
         match (exchange.first(), initial) {
             (Some(_), Some(_)) => {
-                // RFC 4954 section 4: the server speaks first in this mechanism.
+                // RFC 4954 section 4: in this mechanism the server sends first.
                 Err(Reply::new(501, "5.7.0", "This mechanism takes no initial response"))
             }
             (Some(challenge), None) => Ok(self.challenge(exchange, &challenge)),
             (None, None) => Ok(self.challenge(exchange, b"")),
-            // RFC 4954 section 4: "=" is a response of no length.
+            // RFC 4954 section 4: "=" is an empty response.
             (None, Some(initial)) if initial == b"=" => Ok(self.auth_step(exchange, b"", handler)),
             (None, Some(initial)) => Ok(self.auth_response(exchange, &initial, handler)),
         }
     }
 
-    /// A client's line inside an exchange: base64, or `*` (RFC 4954 section 4).
+    /// A line of the client in an AUTH exchange: base64, or `*` to cancel (RFC 4954 section 4).
     fn auth_response(
         &mut self, exchange: Box<dyn ServerExchange>, line: &[u8], handler: &mut dyn SessionHandler,
     ) -> ServerStep {
@@ -599,29 +594,12 @@ impl Server {
     }
 
     fn help(&self) -> Reply {
-        use Verb::*;
-        let all = [
-            (Ehlo, "EHLO"),
-            (Helo, "HELO"),
-            (StartTls, "STARTTLS"),
-            (Auth, "AUTH"),
-            (Atrn, "ATRN"),
-            (Mail, "MAIL"),
-            (Rcpt, "RCPT"),
-            (Data, "DATA"),
-            (Bdat, "BDAT"),
-            (Rset, "RSET"),
-            (Noop, "NOOP"),
-            (Vrfy, "VRFY"),
-            (Help, "HELP"),
-            (Quit, "QUIT"),
-        ];
         let words: Vec<_> =
-            all.iter().filter(|(verb, _)| self.options.implements(*verb)).map(|(_, word)| *word).collect();
+            VERBS.iter().filter(|(_, verb)| self.options.implements(*verb)).map(|(word, _)| *word).collect();
         Reply::new(214, "2.0.0", format!("Commands: {}", words.join(" "))).with_line("See RFC 5321 and RFC 2645")
     }
 
-    /// Bad commands are patiently answered, but not for ever.
+    /// Counts negative replies, and closes the connection of a client that gets too many.
     fn count_errors(&mut self, step: ServerStep) -> ServerStep {
         let reply = match &step {
             ServerStep::Reply(reply) => reply,
@@ -630,8 +608,8 @@ impl Server {
         };
         match reply.code() {
             500..=502 | 504 | 555 => self.errors += 1,
-            // Recipients that are not here may be honest mistakes, and behind a MAIL that was refused the rest of
-            // its group gets 503; thousands of them are not.
+            // A few rejected recipients are honest mistakes, and after a rejected MAIL the rest of its group gets 503; many
+            // are an attempt to find addresses (RFC 5321 section 7.3).
             503 | 550 | 551 | 553 => self.rejections += 1,
             _ => return step,
         }
@@ -643,7 +621,7 @@ impl Server {
     }
 }
 
-/// RFC 1870 section 6.2.
+/// The reply to a message of more than `limit` octets (RFC 1870 sections 6.1 and 6.3).
 pub fn message_too_large(limit: u64) -> Reply {
     Reply::new(552, "5.3.4", format!("The message is larger than {limit} octets"))
 }

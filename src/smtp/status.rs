@@ -1,14 +1,20 @@
-//! What a reply means: the one place that says what becomes of a recipient, a session or a next attempt.
+//! What a reply means: the one place that says what becomes of a recipient, a session or the next attempt.
 //!
 //! ```text
-//! stage             2yz      4yz        5yz         exceptions
-//! greeting … AUTH   go on    try later  give up     453 to ATRN: no mail, a success (RFC 2645 section 5.2.1)
-//! MAIL              go on    deferred   rejected    502, 503, 530, 550: perhaps no mail at all is accepted here
-//! RCPT              go on    deferred   rejected    452, 552: too many recipients, the rest at once in another
-//!                                                   transaction (RFC 5321 section 4.5.3.1.10)
-//! content           sent     deferred   rejected    no reply: in doubt (RFC 1047)
-//! any               421: the peer ends the session (RFC 5321 section 3.8)
+//! reply to     2yz      4yz       5yz       exceptions
+//! AUTH         go on    later     abort     500-504, 534, 538: another mechanism (RFC 4954 sections 4, 6)
+//!                                           535, 530 to any command: check name and secret
+//! ATRN         turned   later     abort     453: no mail, a success (RFC 2645 section 5.2.1)
+//! MAIL         go on    deferred  rejected  502, 503, 530: this server accepts no mail from us (RFC 2645 section 5.4);
+//!                                           550: perhaps so, perhaps it rejects this sender only
+//! RCPT         go on    deferred  rejected  452, 552: too many recipients for this transaction; deferred, and sent at once
+//!                                           in another (RFC 5321 section 4.5.3.1.10)
+//! DATA (354)   -        deferred  rejected
+//! the content  sent     deferred  rejected  no reply: in doubt (RFC 1047)
+//! anything                                  421: deferred, and the peer ends the session (RFC 5321 section 3.8)
 //! ```
+//!
+//! A 3yz where none is expected counts as 4yz.
 
 use std::fmt;
 
@@ -17,13 +23,13 @@ use super::reply::{Reply, Severity};
 /// What became of one recipient.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RecipientStatus {
-    /// The peer has answered the content with 2yz: it is responsible now.
+    /// 2yz to the content: the peer is responsible now (RFC 5321 section 4.2.5).
     Sent(Reply),
-    /// Not this time; the message stays.
+    /// The recipient stays in the queue for another attempt.
     Deferred(Reply),
-    /// Never, by a 5yz.
+    /// No attempt can succeed; the sender gets a DSN.
     Rejected(Reply),
-    /// All content was sent and no reply received (RFC 1047): neither sent nor failed.
+    /// All content was sent and no reply arrived (RFC 1047): the peer may have the message. It stays in the queue.
     InDoubt,
 }
 
@@ -53,26 +59,54 @@ impl RecipientStatus {
         }
     }
 
+    /// Whether the peer is responsible now.
     pub fn is_sent(&self) -> bool {
         matches!(self, RecipientStatus::Sent(_))
     }
 
+    /// Whether no attempt can succeed.
     pub fn is_rejected(&self) -> bool {
         matches!(self, RecipientStatus::Rejected(_))
     }
 
-    /// Neither sent nor rejected: the recipient stays in the queue.
+    /// Whether the recipient stays in the queue: it is deferred or in doubt.
     pub fn is_open(&self) -> bool {
         matches!(self, RecipientStatus::Deferred(_) | RecipientStatus::InDoubt)
     }
 
-    /// The peer wants this recipient in another transaction, at once (RFC 5321 section 4.5.3.1.10). If every recipient
-    /// of a message failed, 452 did not mean "too many recipients".
+    /// Whether the next transaction should have this recipient at once (RFC 5321 section 4.5.3.1.10). If every recipient of
+    /// a message failed, 452 did not mean "too many recipients".
     pub fn is_one_too_many(&self) -> bool {
         matches!(self, RecipientStatus::Deferred(reply) if matches!(reply.code(), 452 | 552))
     }
 
-    /// The word for it in logs.
+    /// The same status, but if its reply is 452, with 451: for a queue in which 452 does not mean "too many recipients", so
+    /// that the next attempt is not at once.
+    pub fn not_one_too_many(self) -> RecipientStatus {
+        match self {
+            RecipientStatus::Deferred(reply) if reply.code() == 452 => RecipientStatus::Deferred(reply.with_code(451)),
+            status => status,
+        }
+    }
+
+    /// The status at a next hop as the host before us must learn it. `upstream` makes the reply for that host.
+    pub fn of_hop(self, upstream: impl Fn(HopReply) -> Reply) -> RecipientStatus {
+        match self {
+            // A reply to RCPT, where 552 defers for us, but not for the host before us.
+            RecipientStatus::Deferred(reply) if reply.code() == 552 => {
+                RecipientStatus::Rejected(upstream(rcpt_reply_of_hop(reply)))
+            }
+            // The client has deferred the message although its reply is a rejection: the hop does not know EHLO now.
+            RecipientStatus::Deferred(reply) if reply.severity() == Severity::Permanent => {
+                RecipientStatus::Deferred(Reply::new(451, "4.3.5", format!("Not now: {reply}")))
+            }
+            RecipientStatus::Deferred(reply) => RecipientStatus::Deferred(upstream(reply_of_hop(reply))),
+            RecipientStatus::Rejected(reply) => RecipientStatus::after_negative(&upstream(reply_of_hop(reply))),
+            status => status,
+        }
+    }
+
+    /// The `status` in the log: `sent`, `deferred`, `rejected` or `in-doubt`.
     pub fn word(&self) -> &'static str {
         match self {
             RecipientStatus::Sent(_) => "sent",
@@ -82,7 +116,7 @@ impl RecipientStatus {
         }
     }
 
-    /// The reply that decided; none was received for a recipient in doubt.
+    /// The reply that decided; `None` for a recipient in doubt.
     pub fn reply(&self) -> Option<&Reply> {
         match self {
             RecipientStatus::Sent(reply) | RecipientStatus::Deferred(reply) | RecipientStatus::Rejected(reply) => {
@@ -92,8 +126,8 @@ impl RecipientStatus {
         }
     }
 
-    /// The enhanced status code for a DSN and the log. If the peer gave none, the class is all that is known (RFC 3464
-    /// section 2.3.4).
+    /// The enhanced status code for a DSN and the log: that of the reply, or the one that says no more than its class (RFC
+    /// 3464 section 2.3.4).
     pub fn enhanced(&self) -> &str {
         let class = match self {
             RecipientStatus::Sent(_) => "2.0.0",
@@ -105,7 +139,7 @@ impl RecipientStatus {
     }
 }
 
-/// The reply that decided, on one line.
+/// The reply that decided, on one line. It is not quoted.
 impl fmt::Display for RecipientStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.reply() {
@@ -115,9 +149,10 @@ impl fmt::Display for RecipientStatus {
     }
 }
 
-/// What became of a message: a status for each of its recipients, in their order.
+/// The result of an attempt to send a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeliveryResult {
+    /// One status for each recipient, in the order of the envelope.
     pub recipients: Vec<RecipientStatus>,
     pub decided_by: DecidedBy,
 }
@@ -128,13 +163,14 @@ impl DeliveryResult {
         DeliveryResult { recipients: vec![status; count], decided_by }
     }
 
-    /// The connection was lost before the peer decided on any of `count` recipients.
+    /// The connection was lost before the peer decided on any of `count` recipients. `text`: what happened.
     pub fn lost(text: impl Into<String>, count: usize) -> DeliveryResult {
         let reply = connection_lost(text);
         DeliveryResult::all(RecipientStatus::Deferred(reply), count, DecidedBy::ConnectionLoss)
     }
 
-    /// The reply to MAIL, if it may mean that this server accepts no mail from us at all (RFC 2645 section 5.4).
+    /// The reply to MAIL, if it may mean that this server accepts no mail from us at all (RFC 2645 section 5.4). See
+    /// [`may_be_about_sender`].
     pub fn no_mail_accepted(&self) -> Option<&Reply> {
         if self.decided_by != DecidedBy::PeerAtMail {
             return None;
@@ -147,33 +183,48 @@ impl DeliveryResult {
 /// Who decided on the recipients of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecidedBy {
-    /// The peer, recipient by recipient or for the content.
+    /// The peer, with replies to RCPT, DATA and the content.
     Peer,
     /// The peer, with a negative reply to MAIL.
     PeerAtMail,
-    /// We, before anything of the message was sent.
+    /// This client, before it sent anything of the message.
     Us,
-    /// Nobody: the connection was lost, which says nothing about the message.
+    /// The loss of the connection, which says nothing about the message.
     ConnectionLoss,
 }
 
-/// The peer ends the session with this reply (RFC 5321 section 3.8).
+/// Whether a negative reply to MAIL may reject this sender only, and not all mail from us.
+pub fn may_be_about_sender(reply: &Reply) -> bool {
+    reply.code() == 550
+}
+
+/// Whether the peer ends the session with this reply (RFC 5321 section 3.8).
 pub fn ends_session(reply: &Reply) -> bool {
     reply.code() == 421
 }
 
-/// The provider has no mail for the customer: a success (RFC 2645 section 5.2.1).
+/// Whether the reply to AUTH rejects the mechanism, so that the client may try another (RFC 4954 sections 4 and 6).
+pub fn is_mechanism_rejected(reply: &Reply) -> bool {
+    matches!(reply.code(), 500..=504 | 534 | 538)
+}
+
+/// Whether a rejected command means that the account or its secret is wrong (RFC 4954 section 6).
+pub fn is_login_rejected(reply: &Reply) -> bool {
+    matches!(reply.code(), 530 | 535)
+}
+
+/// Whether the reply to ATRN means that there is no mail for the customer, which is a success (RFC 2645 section 5.2.1).
 pub fn is_no_mail(reply: &Reply) -> bool {
     reply.code() == 453
 }
 
-/// The reply to whoever waits while a connection that decides was lost.
+/// The reply that defers a recipient because a connection was lost; `text`: what happened.
 pub fn connection_lost(text: impl Into<String>) -> Reply {
     Reply::new(451, "4.4.2", text.into())
 }
 
-/// A next hop's negative reply to RCPT as the provider must receive it. Our 552 would mean "too many recipients" to the
-/// provider (RFC 5321 section 4.5.3.1.10); a next hop means its quota by it, or its SIZE.
+/// What a next hop's negative reply to RCPT is about. A next hop uses 552 for its quota or its SIZE; the host before us
+/// would take it for "too many recipients" (RFC 5321 section 4.5.3.1.10), so it gets 550.
 pub fn rcpt_reply_of_hop(reply: Reply) -> HopReply {
     match reply.code() {
         552 => HopReply::AboutMail(reply.with_code(550).for_relaying()),
@@ -184,15 +235,16 @@ pub fn rcpt_reply_of_hop(reply: Reply) -> HopReply {
 /// What a next hop's negative reply is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HopReply {
-    /// The recipient or the content: passed on as it is.
+    /// The recipient or the content: it is relayed to the host before us.
     AboutMail(Reply),
-    /// The hop itself: it shuts down.
+    /// The hop, which shuts down.
     Unavailable,
-    /// Us: it does not know a command, or requires authentication. No sender may get their mail back for that.
+    /// This host: the hop does not know a command, or requires authentication. A sender must not get their mail back for
+    /// that.
     Unfit(Reply),
 }
 
-/// Divides a next hop's negative replies.
+/// What a next hop's negative reply to MAIL, DATA or the content is about.
 pub fn reply_of_hop(reply: Reply) -> HopReply {
     match reply.code() {
         421 => HopReply::Unavailable,

@@ -1,4 +1,4 @@
-//! Both machines, first alone and in tables, then joined by a fake wire of two byte vectors.
+//! Both roles: each with a scripted peer, then joined by two vectors of octets.
 
 use std::collections::VecDeque;
 
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::client::{Abort, Client, ClientOptions, ClientStep, OutgoingMessage, Rejection, Stage, StartTls};
 use super::command::{Body, Envelope, MailFrom, Notify, Recipient};
-use super::content::{Stuffer, Unstuffer};
+use super::content::{ContentDecoder, ContentEncoder};
 use super::reply::{Reply, ReplyReader};
 use super::server::{Incoming, MessageSink, Server, ServerOptions, ServerRole, ServerStep as Served, SessionHandler};
 use super::status::{DeliveryResult, RecipientStatus};
@@ -26,7 +26,7 @@ fn message(recipients: usize) -> OutgoingMessage {
     OutgoingMessage { envelope, size: 3, eight_bit: false }
 }
 
-fn profile(role: ServerRole) -> ServerOptions {
+fn server_options(role: ServerRole) -> ServerOptions {
     ServerOptions {
         role,
         hostname: "relay.example.net".to_owned(),
@@ -49,22 +49,22 @@ fn with_credentials(tls: bool) -> ClientOptions {
     ClientOptions { tls, atrn: true, credentials: Some(("acme".to_owned(), b"right".to_vec())), ..options() }
 }
 
-// ---- the client alone ----
+// ---- the client with a scripted peer ----
 
-/// A client whose peer is a script.
-struct Alone {
+/// A client with a scripted peer.
+struct Scripted {
     client: Client,
     reader: ReplyReader,
     out: Vec<u8>,
 }
 
-impl Alone {
-    fn new(options: ClientOptions) -> Alone {
-        Alone { client: Client::new(options), reader: ReplyReader::default(), out: Vec::new() }
+impl Scripted {
+    fn new(options: ClientOptions) -> Scripted {
+        Scripted { client: Client::new(options), reader: ReplyReader::default(), out: Vec::new() }
     }
 
-    /// A reply, its lines separated by `/`: what it led to, and what was said.
-    fn hear(&mut self, reply: &str) -> (String, String) {
+    /// The step after a reply, whose lines are separated by `/`, and the commands that were sent.
+    fn receive(&mut self, reply: &str) -> (String, String) {
         let mut whole = None;
         for line in reply.split('/') {
             assert!(whole.is_none(), "{reply}");
@@ -82,21 +82,21 @@ impl Alone {
             }
             other => format!("{other:?}"),
         };
-        (step, self.said())
+        (step, self.sent())
     }
 
-    fn said(&mut self) -> String {
+    fn sent(&mut self) -> String {
         let text = String::from_utf8(std::mem::take(&mut self.out)).unwrap();
         text.replace("\r\n", "/").trim_end_matches('/').to_owned()
     }
 
     fn send(&mut self, recipients: usize) -> String {
         self.client.send_message(message(recipients), &mut self.out).unwrap();
-        self.said()
+        self.sent()
     }
 }
 
-/// `=250` delivered, `~451` deferred, `!550` refused, `?` in doubt.
+/// `=250` sent, `~451` deferred, `!550` rejected, `?` in doubt.
 fn statuses(result: &DeliveryResult) -> String {
     let word = |status: &RecipientStatus| match status {
         RecipientStatus::Sent(reply) => format!("={}", reply.code()),
@@ -107,27 +107,27 @@ fn statuses(result: &DeliveryResult) -> String {
     result.recipients.iter().map(word).collect::<Vec<_>>().join(" ")
 }
 
-/// Hears replies to get there, then one more: the step and what is said.
-fn check(options: ClientOptions, path: &[&str], reply: &str, step: &str, said: &str) {
-    let mut alone = Alone::new(options);
+/// After the replies in `path`, `reply` leads to `step`, and `sent` is sent.
+fn check(options: ClientOptions, path: &[&str], reply: &str, step: &str, sent: &str) {
+    let mut scripted = Scripted::new(options);
     for &before in path {
         match before.split_once(' ') {
-            Some(("send", recipients)) => drop(alone.send(recipients.parse().unwrap())),
-            Some(("content", _)) => alone.client.content_sent(&mut alone.out),
-            Some(("atrn", _)) => alone.client.atrn(&[Domain::parse("example.org").unwrap()], &mut alone.out),
-            Some(("quit", _)) => alone.client.quit(&mut alone.out),
-            _ => drop(alone.hear(before)),
+            Some(("send", recipients)) => drop(scripted.send(recipients.parse().unwrap())),
+            Some(("content", _)) => scripted.client.content_sent(&mut scripted.out),
+            Some(("atrn", _)) => scripted.client.atrn(&[Domain::parse("example.org").unwrap()], &mut scripted.out),
+            Some(("quit", _)) => scripted.client.quit(&mut scripted.out),
+            _ => drop(scripted.receive(before)),
         }
-        alone.said();
+        scripted.sent();
     }
-    let got = alone.hear(reply);
-    assert_eq!((got.0.as_str(), got.1.as_str()), (step, said), "{path:?} {reply}");
+    let got = scripted.receive(reply);
+    assert_eq!((got.0.as_str(), got.1.as_str()), (step, sent), "{path:?} {reply}");
 }
 
 /// Rules: SMTP-33, SMTP-51, PIPE-04.
 #[test]
-fn greetings_and_hellos() {
-    let check = |path: &[&str], reply: &str, step: &str, said: &str| check(options(), path, reply, step, said);
+fn every_reply_to_the_greeting_ehlo_and_helo() {
+    let check = |path: &[&str], reply: &str, step: &str, sent: &str| check(options(), path, reply, step, sent);
     let up = "220 x";
     check(&[], "220 x", "Wait", "EHLO me.example");
     check(&[], "220-x/220-y/220 z", "Wait", "EHLO me.example");
@@ -152,19 +152,19 @@ fn greetings_and_hellos() {
     check(&[up, "502 x", "550 x"], "500 what?", "Closed", "");
     check(&[up, "250 x", "quit "], "221 bye", "Closed", "");
     check(&[up, "250 x"], "421 shutting down", "Rejected the session 421", "");
-    let nobody = "ProtocolViolation(\"a reply came that nobody asked for\")";
-    check(&[up, "250 x"], "250 x", nobody, "");
-    check(&[up, "250 x"], "550 x", nobody, "");
+    let unsolicited = "ProtocolViolation(\"a reply came that nobody asked for\")";
+    check(&[up, "250 x"], "250 x", unsolicited, "");
+    check(&[up, "250 x"], "550 x", unsolicited, "");
 }
 
 /// Rules: TLS-02, TLS-03, TLS-14.
 #[test]
-fn starttls_comes_before_all_else_and_forgets_what_was_learned() {
+fn starttls_comes_first_and_forgets_what_was_offered_in_clear() {
     let starttls = || ClientOptions { starttls: StartTls::Required, ..with_credentials(false) };
     let offers = "250-x/250-STARTTLS/250-AUTH CRAM-MD5/250 ATRN";
     check(starttls(), &["220 x"], offers, "Wait", "STARTTLS");
     check(starttls(), &["220 x"], "250-x/250-AUTH CRAM-MD5/250 ATRN", "Abort(NoStartTls)", "QUIT");
-    // Who has to have TLS does not fall back to HELO.
+    // HELO cannot lead to the TLS that is required.
     check(starttls(), &["220 x"], "500 x", "Rejected EHLO 500", "QUIT");
     check(starttls(), &["220 x", offers], "220 go", "Wait", "EHLO me.example");
     check(starttls(), &["220 x", offers], "454 x", "Rejected STARTTLS 454", "QUIT");
@@ -177,11 +177,11 @@ fn starttls_comes_before_all_else_and_forgets_what_was_learned() {
 }
 
 #[test]
-fn auth_and_atrn_as_the_client_hears_them() {
+fn every_reply_to_auth_and_atrn() {
     let offers = "250-x/250-AUTH CRAM-MD5 PLAIN/250 ATRN";
-    let check = |path: &[&str], reply: &str, step: &str, said: &str| {
+    let check = |path: &[&str], reply: &str, step: &str, sent: &str| {
         let path = [&["220 x", offers], path].concat();
-        check(with_credentials(true), &path, reply, step, said);
+        check(with_credentials(true), &path, reply, step, sent);
     };
     let plain = format!("AUTH PLAIN {}", data_encoding::BASE64.encode(b"\0acme\0right"));
     let challenge = "334 PDEuMkBoPg==";
@@ -210,16 +210,16 @@ fn auth_and_atrn_as_the_client_hears_them() {
     check(&inside(&["atrn "]), "453 x", "Rejected ATRN 453", "");
     check(&inside(&["atrn "]), "530 x", "Rejected ATRN 530", "");
     check(&inside(&["atrn "]), "421 x", "Rejected ATRN 421", "");
-    // After a refusal one may ask again, or go.
+    // After a rejection the client may send ATRN again, or QUIT.
     check(&inside(&["atrn ", "450 x", "atrn "]), "250 x", "Turned", "");
     check(&inside(&["atrn ", "450 x", "quit "]), "221 x", "Closed", "");
 }
 
 /// Rules: AUTH-17, AUTH-19.
 #[test]
-fn no_secret_goes_out_in_clear_or_to_one_who_is_no_provider() {
-    let check = |tls, offers: &str, step: &str, said: &str| {
-        check(with_credentials(tls), &["220 x"], offers, step, said);
+fn no_secret_is_sent_in_clear_or_to_a_server_without_atrn() {
+    let check = |tls, offers: &str, step: &str, sent: &str| {
+        check(with_credentials(tls), &["220 x"], offers, step, sent);
     };
     check(false, "250-x/250-AUTH PLAIN/250 ATRN", "Abort(NoMechanism)", "QUIT");
     check(false, "250-x/250-AUTH PLAIN CRAM-MD5/250 ATRN", "Wait", "AUTH CRAM-MD5");
@@ -232,19 +232,19 @@ fn no_secret_goes_out_in_clear_or_to_one_who_is_no_provider() {
 #[test]
 fn an_initial_response_that_is_too_long_waits_for_the_challenge() {
     let options = ClientOptions { credentials: Some(("acme".to_owned(), vec![b'x'; 600])), ..with_credentials(true) };
-    let mut alone = Alone::new(options);
-    assert_eq!(alone.hear("220 x").1, "EHLO me.example");
-    assert_eq!(alone.hear("250-x/250-AUTH PLAIN/250 ATRN").1, "AUTH PLAIN");
-    let response = alone.hear("334 ").1;
+    let mut scripted = Scripted::new(options);
+    assert_eq!(scripted.receive("220 x").1, "EHLO me.example");
+    assert_eq!(scripted.receive("250-x/250-AUTH PLAIN/250 ATRN").1, "AUTH PLAIN");
+    let response = scripted.receive("334 ").1;
     assert_eq!(data_encoding::BASE64.decode(response.as_bytes()).unwrap().len(), 606);
 }
 
 /// Rules: SMTP-15, SMTP-42.
 #[test]
 fn one_command_at_a_time_without_pipelining() {
-    let check = |path: &[&str], reply: &str, step: &str, said: &str| {
+    let check = |path: &[&str], reply: &str, step: &str, sent: &str| {
         let path = [&["220 x", "250 x", "send 2"], path].concat();
-        check(options(), &path, reply, step, said);
+        check(options(), &path, reply, step, sent);
     };
     check(&[], "250 x", "Wait", "RCPT TO:<r0@example.org>");
     check(&[], "259 x", "Wait", "RCPT TO:<r0@example.org>");
@@ -280,7 +280,7 @@ fn one_command_at_a_time_without_pipelining() {
     check(&at(&["354 x", "content "]), "459 x", "Done ~459 !550", "");
     check(&at(&["354 x", "content "]), "552 x", "Done !552 !550", "");
     check(&at(&["354 x", "content "]), "421 x", "Done ~421 !550", "");
-    // Nothing was asked for while content is on its way.
+    // No reply is pending while content is being sent.
     check(&at(&["354 x"]), "452 x", "ProtocolViolation(\"a reply came that nobody asked for\")", "");
     check(&at(&["354 x"]), "421 x", "Rejected the session 421", "");
 }
@@ -288,27 +288,27 @@ fn one_command_at_a_time_without_pipelining() {
 #[test]
 fn a_group_at_a_time_with_pipelining() {
     let offers = "250-x/250-PIPELINING/250-SIZE 100/250 8BITMIME";
-    let mut alone = Alone::new(options());
-    alone.hear("220 x");
-    alone.hear(offers);
-    alone.said();
+    let mut scripted = Scripted::new(options());
+    scripted.receive("220 x");
+    scripted.receive(offers);
+    scripted.sent();
     let group = "MAIL FROM:<a@b.example> SIZE=3 BODY=8BITMIME/RCPT TO:<r0@example.org>/RCPT TO:<r1@example.org>/DATA";
-    assert_eq!(alone.send(2), group);
-    assert!(!alone.client.is_ready_for_message(), "DATA ends a group");
-    let check = |path: &[&str], reply: &str, step: &str, said: &str| {
+    assert_eq!(scripted.send(2), group);
+    assert!(!scripted.client.is_ready_for_message(), "DATA ends a group");
+    let check = |path: &[&str], reply: &str, step: &str, sent: &str| {
         let path = [&["220 x", offers, "send 2"], path].concat();
-        check(options(), &path, reply, step, said);
+        check(options(), &path, reply, step, sent);
     };
-    let refused = ["250 x", "550 x", "450 x"];
-    let after = |rest: &[&'static str]| [&refused, rest].concat();
-    // RFC 2920 section 3.1: 354 though nobody was accepted, so an empty message.
-    check(&refused, "354 x", "Wait", ".");
+    let rejected = ["250 x", "550 x", "450 x"];
+    let after = |rest: &[&'static str]| [&rejected, rest].concat();
+    // RFC 2920 section 3.1: 354 although no recipient was accepted, so the content is a lone dot.
+    check(&rejected, "354 x", "Wait", ".");
     check(&after(&["354 x"]), "250 x", "Done !550 ~450", "");
     check(&after(&["354 x"]), "554 x", "Done !550 ~450", "");
     check(&after(&["354 x"]), "421 x", "Done !550 ~450", "");
-    check(&refused, "554 x", "Done !550 ~450", "RSET");
-    check(&refused, "421 x", "Done !550 ~450", "");
-    // MAIL refused: what RCPT says then is of no interest.
+    check(&rejected, "554 x", "Done !550 ~450", "RSET");
+    check(&rejected, "421 x", "Done !550 ~450", "");
+    // After a rejected MAIL the replies to RCPT do not count.
     check(&["451 x", "503 x", "503 x"], "503 x", "Done ~451 ~451", "RSET");
     check(&["550 x", "503 x", "503 x"], "503 x", "Done !550 !550", "RSET");
     check(&["451 x", "250 x", "250 x"], "354 x", "Wait", ".");
@@ -316,46 +316,46 @@ fn a_group_at_a_time_with_pipelining() {
 }
 
 #[test]
-fn the_next_group_goes_out_behind_the_final_dot() {
-    let mut alone = Alone::new(options());
-    alone.hear("220 x");
-    alone.hear("250-x/250 PIPELINING");
-    alone.send(1);
+fn the_next_group_is_sent_after_the_final_dot() {
+    let mut scripted = Scripted::new(options());
+    scripted.receive("220 x");
+    scripted.receive("250-x/250 PIPELINING");
+    scripted.send(1);
     for reply in ["250 x", "250 x", "354 x"] {
-        alone.hear(reply);
-        assert!(!alone.client.is_ready_for_message());
+        scripted.receive(reply);
+        assert!(!scripted.client.is_ready_for_message());
     }
-    alone.client.content_sent(&mut alone.out);
-    assert!(alone.client.is_ready_for_message());
-    alone.said();
-    assert_eq!(alone.send(1), "MAIL FROM:<a@b.example>/RCPT TO:<r0@example.org>/DATA");
-    assert!(!alone.client.is_ready_for_message(), "two are enough");
-    assert_eq!(alone.hear("250 x").0, "Done =250");
-    assert_eq!(alone.hear("250 x").0, "Wait");
-    // QUIT waits until all is answered, and what is taken back of a message does not take it along.
-    let mut alone = Alone::new(options());
-    alone.hear("220 x");
-    alone.hear("250 x");
-    alone.said();
-    alone.send(1);
-    alone.client.quit(&mut alone.out);
-    assert_eq!(alone.said(), "");
-    assert_eq!(alone.hear("550 x"), ("Done !550".to_owned(), "QUIT".to_owned()));
+    scripted.client.content_sent(&mut scripted.out);
+    assert!(scripted.client.is_ready_for_message());
+    scripted.sent();
+    assert_eq!(scripted.send(1), "MAIL FROM:<a@b.example>/RCPT TO:<r0@example.org>/DATA");
+    assert!(!scripted.client.is_ready_for_message(), "two are enough");
+    assert_eq!(scripted.receive("250 x").0, "Done =250");
+    assert_eq!(scripted.receive("250 x").0, "Wait");
+    // QUIT waits for all replies, and stays queued if the commands of a message are dropped.
+    let mut scripted = Scripted::new(options());
+    scripted.receive("220 x");
+    scripted.receive("250 x");
+    scripted.sent();
+    scripted.send(1);
+    scripted.client.quit(&mut scripted.out);
+    assert_eq!(scripted.sent(), "");
+    assert_eq!(scripted.receive("550 x"), ("Done !550".to_owned(), "QUIT".to_owned()));
 }
 
 /// Rules: SIZE-01.
 #[test]
-fn what_the_peer_cannot_take_is_not_said() {
+fn a_message_that_needs_a_missing_extension_is_not_sent() {
     let unfit = |offers: &str, change: fn(&mut OutgoingMessage)| {
-        let mut alone = Alone::new(options());
-        alone.hear("220 x");
-        alone.hear(offers);
-        alone.said();
+        let mut scripted = Scripted::new(options());
+        scripted.receive("220 x");
+        scripted.receive(offers);
+        scripted.sent();
         let mut message = message(2);
         change(&mut message);
-        let result = alone.client.send_message(message, &mut alone.out).err();
-        assert_eq!(result.is_some(), alone.out.is_empty());
-        (result.map(|result| statuses(&result)).unwrap_or_default(), alone.said())
+        let result = scripted.client.send_message(message, &mut scripted.out).err();
+        assert_eq!(result.is_some(), scripted.out.is_empty());
+        (result.map(|result| statuses(&result)).unwrap_or_default(), scripted.sent())
     };
     assert_eq!(unfit("250 x", |message| message.envelope.utf8 = true).0, "!553 !553");
     assert_eq!(
@@ -375,17 +375,17 @@ fn what_the_peer_cannot_take_is_not_said() {
     );
 }
 
-// ---- the server alone ----
+// ---- the server with a scripted client ----
 
-/// A host that says what it is told to, and knows one account.
+/// A handler with scripted replies and one account.
 #[derive(Default)]
-struct Answers {
+struct ScriptedHandler {
     mixes: VecDeque<Mix>,
     now: Option<Mix>,
-    asked: usize,
+    recipients: usize,
 }
 
-impl CredentialStore for Answers {
+impl CredentialStore for ScriptedHandler {
     fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
         match name {
             "broken" => Err(Unavailable),
@@ -399,7 +399,7 @@ impl CredentialStore for Answers {
     }
 }
 
-impl SessionHandler for Answers {
+impl SessionHandler for ScriptedHandler {
     fn credentials(&self) -> &dyn CredentialStore {
         self
     }
@@ -410,14 +410,14 @@ impl SessionHandler for Answers {
 
     fn sender(&mut self, _: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
         self.now = self.mixes.pop_front();
-        self.asked = 0;
-        self.now.as_ref().map_or(Ok(()), |mix| answer(mix.mail))
+        self.recipients = 0;
+        self.now.as_ref().map_or(Ok(()), |mix| scripted_reply(mix.mail))
     }
 
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
-        let code = self.now.as_ref().and_then(|mix| mix.recipients.get(self.asked)).copied();
-        self.asked += 1;
-        answer(code.unwrap_or(250))?;
+        let code = self.now.as_ref().and_then(|mix| mix.recipients.get(self.recipients)).copied();
+        self.recipients += 1;
+        scripted_reply(code.unwrap_or(250))?;
         match path {
             ForwardPath::Mailbox(mailbox) => Ok(mailbox.clone()),
             ForwardPath::Postmaster => Ok(mailbox("postmaster@example.org")),
@@ -425,7 +425,7 @@ impl SessionHandler for Answers {
     }
 }
 
-fn answer(code: u16) -> Result<(), Reply> {
+fn scripted_reply(code: u16) -> Result<(), Reply> {
     match code {
         200..400 => Ok(()),
         code => Err(Reply::bare(code, "scripted")),
@@ -436,21 +436,21 @@ fn answer(code: u16) -> Result<(), Reply> {
 fn served(step: &Served) -> String {
     let reply = |reply: &Reply| format!("{} {}", reply.code(), reply.enhanced().unwrap_or_default()).trim().to_owned();
     match step {
-        Served::Reply(said) => reply(said),
-        Served::Close(said) => format!("close {}", reply(said)),
+        Served::Reply(sent) => reply(sent),
+        Served::Close(sent) => format!("close {}", reply(sent)),
         Served::StartTls(_) => "starttls".to_owned(),
         Served::Data(_) => "data".to_owned(),
         Served::Chunk { rejected: None, .. } => "chunk".to_owned(),
-        Served::Chunk { rejected: Some(said), .. } => format!("chunk {}", reply(said)),
+        Served::Chunk { rejected: Some(sent), .. } => format!("chunk {}", reply(sent)),
         Served::Atrn(domains) => format!("atrn {}", domains.iter().map(Domain::as_str).collect::<Vec<_>>().join(",")),
     }
 }
 
-/// Says lines and demands a step for each; as a driver does, it ends content and begins TLS.
-fn session(profile: ServerOptions, tls: bool, lines: &[(&str, &str)]) {
-    let mut server = Server::new(profile, tls);
+/// Each line leads to its step. As a driver does, this ends content and starts TLS.
+fn session(server_options: ServerOptions, tls: bool, lines: &[(&str, &str)]) {
+    let mut server = Server::new(server_options, tls);
     for (number, (line, expected)) in lines.iter().enumerate() {
-        let step = server.line(line.as_bytes(), &mut Answers::default());
+        let step = server.line(line.as_bytes(), &mut ScriptedHandler::default());
         assert_eq!(served(&step), *expected, "line {number}, {line:?} of {lines:?}");
         match step {
             Served::StartTls(_) => server.tls_started(),
@@ -469,7 +469,7 @@ const RCPT: (&str, &str) = ("RCPT TO:<r@example.org>", "250 2.1.5");
 #[test]
 fn commands_come_in_their_order() {
     for role in [ServerRole::Inbound, ServerRole::Customer] {
-        let check = |lines: &[(&str, &str)]| session(profile(role), false, lines);
+        let check = |lines: &[(&str, &str)]| session(server_options(role), false, lines);
         check(&[("NOOP", "250 2.0.0"), ("RSET", "250 2.0.0"), ("HELP", "214 2.0.0"), ("VRFY a", "252 2.0.0")]);
         check(&[("MAIL FROM:<>", "503 5.5.1"), ("RCPT TO:<a@b.c>", "503 5.5.1"), ("DATA", "503 5.5.1")]);
         check(&[EHLO, (RCPT.0, "503 5.5.1"), MAIL, (MAIL.0, "503 5.5.1")]);
@@ -489,9 +489,9 @@ fn commands_come_in_their_order() {
         ]);
         check(&[EHLO, MAIL, ("RCPT TO:<é@example.org>", "553 5.6.7"), RCPT]);
     }
-    let odmr = |lines: &[(&str, &str)]| session(profile(ServerRole::Odmr), true, lines);
+    let odmr = |lines: &[(&str, &str)]| session(server_options(ServerRole::Odmr), true, lines);
     odmr(&[EHLO, ("VRFY a", "502 5.5.1"), ("XYZZY", "502 5.5.1"), ("TURN", "502 5.5.1")]);
-    // Mail is handed in behind AUTH only, and ATRN waits for its end.
+    // Mail is accepted after AUTH only, and ATRN not inside a transaction.
     odmr(&[EHLO, ("MAIL FROM:<>", "530 5.7.0"), ("RCPT TO:<a@b.c>", "530 5.7.0"), ("DATA", "530 5.7.0")]);
     odmr(&[EHLO, ("BDAT 3", "chunk 530 5.7.0")]);
     let auth = ("AUTH PLAIN AGFjbWUAcmlnaHQ=", "235 2.7.0");
@@ -500,8 +500,8 @@ fn commands_come_in_their_order() {
 }
 
 #[test]
-fn chunks_are_read_away_whatever_is_wrong() {
-    let check = |lines: &[(&str, &str)]| session(profile(ServerRole::Inbound), false, lines);
+fn the_octets_of_a_rejected_chunk_are_read() {
+    let check = |lines: &[(&str, &str)]| session(server_options(ServerRole::Inbound), false, lines);
     check(&[("BDAT 3 LAST", "chunk 503 5.5.1")]);
     check(&[EHLO, MAIL, ("BDAT 3", "chunk 503 5.5.1"), (RCPT.0, "503 5.5.1")]);
     check(&[EHLO, MAIL, RCPT, ("BDAT 3", "chunk"), ("DATA", "503 5.5.1"), ("BDAT 0 LAST", "chunk"), MAIL]);
@@ -534,7 +534,8 @@ fn every_reply_to_auth() {
     let base64 = |octets: &[u8]| data_encoding::BASE64.encode(octets);
     let plain = |message: &[u8]| format!("AUTH PLAIN {}", base64(message));
     let right = plain(b"\0acme\0right");
-    let check = |tls, lines: &[(&str, &str)]| session(profile(ServerRole::Odmr), tls, &[&[EHLO], lines].concat());
+    let check =
+        |tls, lines: &[(&str, &str)]| session(server_options(ServerRole::Odmr), tls, &[&[EHLO], lines].concat());
     check(
         true,
         &[(&right, "235 2.7.0"), (&right, "503 5.5.1"), ("ATRN a.example,b.example", "atrn a.example,b.example")],
@@ -552,22 +553,22 @@ fn every_reply_to_auth() {
     check(true, &[("AUTH PLAIN", "334"), ("", "501 5.5.2"), ("NOOP", "250 2.0.0")]);
     check(true, &[("AUTH CRAM-MD5 PDE+", "501 5.7.0"), ("AUTH LOGIN", "504 5.5.4"), ("AUTH", "501 5.5.4")]);
     check(true, &[("AUTH CRAM-MD5", "334"), ("*", "501 5.7.0"), ("AUTH cram-md5", "334"), ("eA==", "501 5.5.2")]);
-    // Plain text is not there in clear (RFC 4954 section 4).
+    // PLAIN is not offered in clear (RFC 4954 section 4).
     check(false, &[("AUTH PLAIN", "504 5.5.4"), (&right, "504 5.5.4"), ("AUTH CRAM-MD5", "334"), ("*", "501 5.7.0")]);
-    // Patience ends.
+    // RFC 4954 section 9.
     let wrong = plain(b"\0acme\0wrong");
     let failed = (wrong.as_str(), "535 5.7.8");
     check(true, &[failed, failed, failed, (&right, "close 421 4.7.0")]);
-    session(profile(ServerRole::Odmr), true, &[(&right, "503 5.5.1"), ("HELO a", "250"), (&right, "503 5.5.1")]);
-    let required = ServerOptions { require_tls: true, starttls: true, ..profile(ServerRole::Odmr) };
+    session(server_options(ServerRole::Odmr), true, &[(&right, "503 5.5.1"), ("HELO a", "250"), (&right, "503 5.5.1")]);
+    let required = ServerOptions { require_tls: true, starttls: true, ..server_options(ServerRole::Odmr) };
     let secured = [EHLO, ("AUTH CRAM-MD5", "530 5.7.0"), ("ATRN", "530 5.7.0"), ("STARTTLS", "starttls")];
     let inside =
         [(right.as_str(), "503 5.5.1"), EHLO, ("STARTTLS", "503 5.5.1"), (&right, "235 2.7.0"), ("ATRN", "atrn ")];
     session(required, false, &[&secured[..], &inside].concat());
 
-    let mut server = Server::new(profile(ServerRole::Odmr), true);
-    server.line(b"EHLO a", &mut Answers::default());
-    server.line(b"AUTH PLAIN", &mut Answers::default());
+    let mut server = Server::new(server_options(ServerRole::Odmr), true);
+    server.line(b"EHLO a", &mut ScriptedHandler::default());
+    server.line(b"AUTH PLAIN", &mut ScriptedHandler::default());
     assert!(server.in_auth());
     assert_eq!(served(&server.line_too_long()), "500 5.5.6");
     assert!(!server.in_auth());
@@ -576,48 +577,52 @@ fn every_reply_to_auth() {
 
 #[test]
 fn what_ehlo_offers() {
-    let offers = |profile: ServerOptions, tls| match Server::new(profile, tls).line(b"EHLO a", &mut Answers::default())
+    let offers = |server_options: ServerOptions, tls| match Server::new(server_options, tls)
+        .line(b"EHLO a", &mut ScriptedHandler::default())
     {
         Served::Reply(reply) => reply.lines().collect::<Vec<_>>().join("/"),
         other => panic!("{other:?}"),
     };
     let mail = "relay.example.net/PIPELINING/SIZE 1000/8BITMIME/SMTPUTF8/ENHANCEDSTATUSCODES/CHUNKING";
-    assert_eq!(offers(profile(ServerRole::Inbound), false), mail);
-    assert_eq!(offers(profile(ServerRole::Customer), true), mail);
-    let starttls = |role| ServerOptions { starttls: true, ..profile(role) };
+    assert_eq!(offers(server_options(ServerRole::Inbound), false), mail);
+    assert_eq!(offers(server_options(ServerRole::Customer), true), mail);
+    let starttls = |role| ServerOptions { starttls: true, ..server_options(role) };
     assert_eq!(offers(starttls(ServerRole::Inbound), false), format!("{mail}/STARTTLS"));
     assert_eq!(offers(starttls(ServerRole::Inbound), true), mail);
     assert_eq!(offers(starttls(ServerRole::Customer), false), mail);
-    assert_eq!(offers(ServerOptions { dsn: true, ..profile(ServerRole::Submission) }, false), format!("{mail}/DSN"));
+    assert_eq!(
+        offers(ServerOptions { dsn: true, ..server_options(ServerRole::Submission) }, false),
+        format!("{mail}/DSN")
+    );
     let odmr = |mechanisms| format!("{mail}{mechanisms}/ATRN");
-    assert_eq!(offers(profile(ServerRole::Odmr), true), odmr("/AUTH CRAM-MD5 PLAIN"));
-    assert_eq!(offers(profile(ServerRole::Odmr), false), odmr("/AUTH CRAM-MD5"));
+    assert_eq!(offers(server_options(ServerRole::Odmr), true), odmr("/AUTH CRAM-MD5 PLAIN"));
+    assert_eq!(offers(server_options(ServerRole::Odmr), false), odmr("/AUTH CRAM-MD5"));
     let required = ServerOptions { require_tls: true, ..starttls(ServerRole::Odmr) };
     assert_eq!(offers(required, false), odmr("/STARTTLS"));
 }
 
 #[test]
-fn bad_commands_and_recipients_have_an_end() {
+fn too_many_failed_commands_or_recipients_close_the_session() {
     let mut server =
-        Server::new(ServerOptions { max_errors: 5, max_recipients: 2, ..profile(ServerRole::Inbound) }, false);
-    let mut say = |line: &str| served(&server.line(line.as_bytes(), &mut Answers::default()));
+        Server::new(ServerOptions { max_errors: 5, max_recipients: 2, ..server_options(ServerRole::Inbound) }, false);
+    let mut send_reply = |line: &str| served(&server.line(line.as_bytes(), &mut ScriptedHandler::default()));
     for line in ["EHLO a", "X", "X", "X", "NOOP", MAIL.0, RCPT.0, "RCPT TO:<s@example.org>"] {
-        say(line);
+        send_reply(line);
     }
-    assert_eq!(say("RCPT TO:<t@example.org>"), "452 4.5.3");
-    assert_eq!(say("X"), "500 5.5.1");
-    assert_eq!(say("X"), "close 421 4.7.0");
+    assert_eq!(send_reply("RCPT TO:<t@example.org>"), "452 4.5.3");
+    assert_eq!(send_reply("X"), "500 5.5.1");
+    assert_eq!(send_reply("X"), "close 421 4.7.0");
 }
 
 #[test]
-fn received_says_how_it_came() {
-    let received = |profile: ServerOptions, tls, lines: &[&str]| {
-        let mut server = Server::new(profile, tls);
-        lines.iter().for_each(|line| drop(server.line(line.as_bytes(), &mut Answers::default())));
+fn received_has_the_protocol_and_the_client() {
+    let received = |server_options: ServerOptions, tls, lines: &[&str]| {
+        let mut server = Server::new(server_options, tls);
+        lines.iter().for_each(|line| drop(server.line(line.as_bytes(), &mut ScriptedHandler::default())));
         let (_, incoming) = server.incoming("1", "[192.0.2.1]", tls.then_some("TLSv1.3")).unwrap();
         incoming.received.field("id1", "Fri, 02 Jan 2026 03:04:05 +0000").replace("\n\t", " ")
     };
-    let inbound = || profile(ServerRole::Inbound);
+    let inbound = || server_options(ServerRole::Inbound);
     let date = "Fri, 02 Jan 2026 03:04:05 +0000\n";
     assert_eq!(
         received(inbound(), true, &["EHLO a.example", MAIL.0, RCPT.0]),
@@ -626,8 +631,8 @@ fn received_says_how_it_came() {
              id id1 for <r@example.org>; {date}"
         )
     );
-    let with = |profile, tls, lines: &[&str]| {
-        let line = received(profile, tls, lines);
+    let with = |server_options, tls, lines: &[&str]| {
+        let line = received(server_options, tls, lines);
         line.split(" with ").nth(1).unwrap().split(' ').next().unwrap().to_owned()
     };
     assert_eq!(with(inbound(), false, &["HELO a", MAIL.0]), "SMTP");
@@ -639,7 +644,7 @@ fn received_says_how_it_came() {
     assert!(!two.contains("example.org"), "{two}");
 }
 
-/// Any of many lines, good and bad.
+/// Lines of a client, valid and not.
 fn lines() -> impl Strategy<Value = Vec<Vec<u8>>> {
     let known = proptest::sample::select(vec![
         "EHLO a.example",
@@ -681,23 +686,23 @@ fn lines() -> impl Strategy<Value = Vec<Vec<u8>>> {
 }
 
 proptest! {
-    /// One reply a command (RFC 5321 section 4.2), classes that agree (RFC 2034 section 4), content only for
-    /// somebody, and no way back from authenticated (ODMR-06).
+    /// Each command has one reply (RFC 5321 section 4.2) with an enhanced code of its class (RFC 2034 section 4), content is
+    /// read only for an accepted recipient, and authentication stays (ODMR-06).
     /// Rules: SMTP-36, ESC-02.
     #[test]
-    fn whatever_is_said_is_answered_once_and_in_order(
+    fn each_line_has_one_reply_and_a_permitted_step(
         lines in lines(),
         role in proptest::sample::select(vec![ServerRole::Inbound, ServerRole::Odmr, ServerRole::Customer]),
         (tls, starttls, require_tls) in any::<(bool, bool, bool)>(),
-        refusals in proptest::collection::vec(proptest::sample::select(vec![250u16, 250, 450, 550]), 0..10),
+        codes in proptest::collection::vec(proptest::sample::select(vec![250u16, 250, 450, 550]), 0..10),
     ) {
-        let mut server = Server::new(ServerOptions { starttls, require_tls, ..profile(role) }, tls);
-        let mut host = Answers::default();
-        host.mixes.extend(refusals.iter().map(|code| Mix { mail: *code, recipients: refusals.clone(), data: 354, end: 250 }));
+        let mut server = Server::new(ServerOptions { starttls, require_tls, ..server_options(role) }, tls);
+        let mut handler = ScriptedHandler::default();
+        handler.mixes.extend(codes.iter().map(|code| Mix { mail: *code, recipients: codes.clone(), data: 354, end: 250 }));
         let mut account: Option<String> = None;
         for line in &lines {
             let before = server.in_auth();
-            let step = server.line(line, &mut host);
+            let step = server.line(line, &mut handler);
             let replies = match &step {
                 Served::Reply(reply) | Served::Close(reply) | Served::StartTls(reply) | Served::Data(reply) => vec![reply],
                 Served::Chunk { rejected, .. } => rejected.iter().collect(),
@@ -741,9 +746,9 @@ proptest! {
         }
     }
 
-    /// A client survives any replies, and gives each message exactly one outcome with a fate a recipient.
+    /// Whatever the peer replies, each message has one result with a status for each recipient.
     #[test]
-    fn whatever_is_replied_each_message_has_one_outcome(
+    fn each_message_has_one_result_whatever_the_peer_replies(
         pipelining: bool,
         codes in proptest::collection::vec(proptest::sample::select(vec![250u16, 250, 250, 354, 354, 451, 550, 421, 552, 259]), 0..60),
     ) {
@@ -781,9 +786,9 @@ proptest! {
     }
 }
 
-// ---- both, joined ----
+// ---- both roles, joined ----
 
-/// What a server answers in one transaction; 0 as `end`: nothing, it hangs up.
+/// The replies of a server in one transaction. 0 as `end`: it closes without a reply.
 #[derive(Clone, Debug)]
 struct Mix {
     mail: u16,
@@ -798,42 +803,42 @@ impl Mix {
     }
 }
 
-/// The server's end of the fake wire.
+/// The server, and its end of the connection.
 struct Peer {
     server: Server,
-    host: Answers,
-    content: Option<(Unstuffer, Vec<u8>, bool)>,
-    letters: Vec<(Vec<String>, Vec<u8>)>,
+    handler: ScriptedHandler,
+    content: Option<(ContentDecoder, Vec<u8>, bool)>,
+    messages: Vec<(Vec<String>, Vec<u8>)>,
     replies: usize,
     /// The connection is cut instead of this reply.
     cut: Option<usize>,
     closed: bool,
     pipelining: bool,
     knows_ehlo: bool,
-    /// Says 354 though no recipient was accepted (RFC 2920 section 3.1 permits it).
-    generous: bool,
-    /// Says every reply in three lines.
-    wordy: bool,
+    /// Replies 354 although no recipient was accepted (RFC 2920 section 3.1 permits it).
+    always_354: bool,
+    /// Each reply has three lines.
+    multiline: bool,
 }
 
 impl Peer {
-    fn new(profile: ServerOptions, tls: bool, mixes: impl IntoIterator<Item = Mix>) -> Peer {
+    fn new(server_options: ServerOptions, tls: bool, mixes: impl IntoIterator<Item = Mix>) -> Peer {
         Peer {
-            server: Server::new(profile, tls),
-            host: Answers { mixes: mixes.into_iter().collect(), ..Answers::default() },
+            server: Server::new(server_options, tls),
+            handler: ScriptedHandler { mixes: mixes.into_iter().collect(), ..ScriptedHandler::default() },
             content: None,
-            letters: Vec::new(),
+            messages: Vec::new(),
             replies: 0,
             cut: None,
             closed: false,
             pipelining: true,
             knows_ehlo: true,
-            generous: false,
-            wordy: false,
+            always_354: false,
+            multiline: false,
         }
     }
 
-    fn say(&mut self, reply: &Reply, out: &mut Vec<u8>) {
+    fn send_reply(&mut self, reply: &Reply, out: &mut Vec<u8>) {
         self.closed |= self.cut == Some(self.replies);
         if self.closed {
             return;
@@ -843,14 +848,14 @@ impl Peer {
         reply.write_to(&mut octets);
         let text = String::from_utf8(octets).unwrap();
         let text = if self.pipelining { text } else { text.replace("250-PIPELINING\r\n", "") };
-        if self.wordy && !text.starts_with("334") {
+        if self.multiline && !text.starts_with("334") {
             out.extend_from_slice(format!("{}-first\r\n{0}-\r\n", reply.code()).as_bytes());
         }
         out.extend_from_slice(text.as_bytes());
         self.closed |= reply.code() == 421;
     }
 
-    /// Takes what has come, in pieces of one octet, and answers.
+    /// Reads the input, content octet by octet, and replies.
     fn feed(&mut self, input: &mut Vec<u8>, out: &mut Vec<u8>) {
         while !self.closed && !input.is_empty() {
             if self.content.is_some() {
@@ -860,14 +865,14 @@ impl Peer {
             let Some(end) = input.windows(2).position(|two| two == b"\r\n") else { return };
             let line: Vec<u8> = input.drain(..end + 2).take(end).collect();
             let groups = self.pipelining && [&b"MAIL"[..], b"RCPT", b"RSET"].iter().any(|verb| line.starts_with(verb));
-            assert!(groups || input.is_empty(), "{:?} behind {:?}", input.escape_ascii(), line.escape_ascii());
+            assert!(groups || input.is_empty(), "{:?} after {:?}", input.escape_ascii(), line.escape_ascii());
             self.command(&line, out);
         }
     }
 
     fn read_content(&mut self, input: &mut Vec<u8>, out: &mut Vec<u8>) {
-        let (unstuffer, octets, _) = self.content.as_mut().unwrap();
-        let fed = unstuffer.feed(&input[..1], octets);
+        let (decoder, octets, _) = self.content.as_mut().unwrap();
+        let fed = decoder.feed(&input[..1], octets);
         input.drain(..fed.used);
         if !fed.end {
             return;
@@ -876,93 +881,94 @@ impl Peer {
         if !real {
             assert!(octets.is_empty(), "a lone dot");
             self.server.end_transaction();
-            return self.say(&Reply::bare(554, "to nobody"), out);
+            return self.send_reply(&Reply::bare(554, "no recipients"), out);
         }
-        let code = self.host.now.as_ref().map_or(250, |mix| mix.end);
+        let code = self.handler.now.as_ref().map_or(250, |mix| mix.end);
         if code == 250 {
             let recipients = &self.server.transaction().unwrap().envelope.recipients;
-            self.letters.push((recipients.iter().map(|recipient| recipient.mailbox.to_string()).collect(), octets));
+            self.messages.push((recipients.iter().map(|recipient| recipient.mailbox.to_string()).collect(), octets));
         }
         self.server.end_transaction();
         self.closed |= code == 0;
-        self.say(&Reply::bare(code.max(200), "end"), out);
+        self.send_reply(&Reply::bare(code.max(200), "end"), out);
     }
 
     fn command(&mut self, line: &[u8], out: &mut Vec<u8>) {
         if !self.knows_ehlo && line.starts_with(b"EHLO") {
-            return self.say(&Reply::bare(500, "EHLO?"), out);
+            return self.send_reply(&Reply::bare(500, "EHLO?"), out);
         }
-        let nobody = self.server.transaction().is_none_or(|transaction| transaction.envelope.recipients.is_empty());
-        if self.generous && line == b"DATA" && nobody {
-            self.content = Some((Unstuffer::new(), Vec::new(), false));
-            return self.say(&Reply::bare(354, "to nobody"), out);
+        let no_recipient =
+            self.server.transaction().is_none_or(|transaction| transaction.envelope.recipients.is_empty());
+        if self.always_354 && line == b"DATA" && no_recipient {
+            self.content = Some((ContentDecoder::data(), Vec::new(), false));
+            return self.send_reply(&Reply::bare(354, "no recipients"), out);
         }
-        match self.server.line(line, &mut self.host) {
-            Served::Reply(reply) => self.say(&reply, out),
+        match self.server.line(line, &mut self.handler) {
+            Served::Reply(reply) => self.send_reply(&reply, out),
             Served::Close(reply) => {
-                self.say(&reply, out);
+                self.send_reply(&reply, out);
                 self.closed = true;
             }
             Served::StartTls(reply) => {
-                self.say(&reply, out);
+                self.send_reply(&reply, out);
                 self.server.tls_started();
             }
-            Served::Data(reply) => match self.host.now.as_ref().map_or(354, |mix| mix.data) {
+            Served::Data(reply) => match self.handler.now.as_ref().map_or(354, |mix| mix.data) {
                 354 => {
-                    self.content = Some((Unstuffer::new(), Vec::new(), true));
-                    self.say(&reply, out);
+                    self.content = Some((ContentDecoder::data(), Vec::new(), true));
+                    self.send_reply(&reply, out);
                 }
                 code => {
                     self.server.end_transaction();
-                    self.say(&Reply::bare(code, "scripted"), out);
+                    self.send_reply(&Reply::bare(code, "scripted"), out);
                 }
             },
-            Served::Atrn(_) => self.say(&Reply::new(250, "2.0.0", "OK now reversing the connection"), out),
+            Served::Atrn(_) => self.send_reply(&Reply::new(250, "2.0.0", "OK now reversing the connection"), out),
             Served::Chunk { .. } => panic!("the client says no BDAT"),
         }
     }
 }
 
-/// How a conversation went.
+/// How a session went.
 #[derive(Debug, Default)]
 struct Run {
-    outcomes: Vec<DeliveryResult>,
+    results: Vec<DeliveryResult>,
     abort: Option<Abort>,
     turned: bool,
-    said_quit: bool,
+    sent_quit: bool,
     /// The most messages that were in flight.
     deepest: usize,
-    /// Messages whose content went out whole.
+    /// Messages whose content was sent.
     sent: usize,
 }
 
 const CONTENT: &[u8] = b"a\n.b\n..\n";
 
-/// Client and server, each as far as it can go, in turn, to the end.
-fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<Item = OutgoingMessage>) -> Run {
+/// Runs client and server in turn, up to the end of the session.
+fn run_session(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<Item = OutgoingMessage>) -> Run {
     let mut messages = messages.into_iter();
     let (mut up, mut down, mut run) = (Vec::new(), Vec::new(), Run::default());
     let mut reader = ReplyReader::default();
     let greeting = peer.server.greeting();
-    peer.say(&greeting, &mut down);
+    peer.send_reply(&greeting, &mut down);
     loop {
         let mut moved = false;
         while let Some(end) = down.windows(2).position(|two| two == b"\r\n") {
             moved = true;
             let line: Vec<u8> = down.drain(..end + 2).take(end).collect();
             let Some(reply) = reader.line(&line).unwrap() else { continue };
-            let (gone, said) = (reply.code() == 421, up.len());
+            let (gone, sent) = (reply.code() == 421, up.len());
             match client.reply(reply, &mut up).unwrap() {
                 ClientStep::Wait | ClientStep::Ready | ClientStep::Replied(_) => {}
                 ClientStep::StartTls => drop(client.tls_started(&mut up)),
                 ClientStep::Content { .. } => {
-                    let mut stuffer = Stuffer::new();
-                    stuffer.feed(CONTENT, &mut up);
-                    stuffer.finish(&mut up);
+                    let mut encoder = ContentEncoder::data();
+                    encoder.feed(CONTENT, &mut up);
+                    encoder.finish(&mut up);
                     client.content_sent(&mut up);
                     run.sent += 1;
                 }
-                ClientStep::MessageDone(result) => run.outcomes.push(result),
+                ClientStep::MessageDone(result) => run.results.push(result),
                 ClientStep::Turned => {
                     run.turned = true;
                     return run;
@@ -971,8 +977,8 @@ fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<It
                 ClientStep::Closed => return run,
             }
             if gone {
-                run.outcomes.extend(client.abandon(&lost()));
-                assert_eq!((down.len(), up.len()), (0, said), "nothing is said behind 421");
+                run.results.extend(client.abandon(&lost()));
+                assert_eq!((down.len(), up.len()), (0, sent), "nothing is sent after 421");
                 return run;
             }
         }
@@ -980,7 +986,7 @@ fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<It
             moved = true;
             match messages.next() {
                 Some(message) => client.send_message(message, &mut up).unwrap(),
-                None if client.in_flight() == 0 && run.abort.is_none() && client.name() == "caller.example" => {
+                None if client.in_flight() == 0 && run.abort.is_none() && client.extensions().atrn => {
                     client.atrn(&[], &mut up);
                 }
                 None if client.in_flight() == 0 => client.quit(&mut up),
@@ -988,14 +994,14 @@ fn converse(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<It
             }
             run.deepest = run.deepest.max(client.in_flight());
         }
-        run.said_quit |= up.ends_with(b"QUIT\r\n");
+        run.sent_quit |= up.ends_with(b"QUIT\r\n");
         moved |= !up.is_empty();
         peer.feed(&mut up, &mut down);
         if peer.closed && down.is_empty() {
-            run.outcomes.extend(client.abandon(&lost()));
+            run.results.extend(client.abandon(&lost()));
             return run;
         }
-        assert!(moved || !down.is_empty(), "both wait");
+        assert!(moved || !down.is_empty(), "neither side can go on");
     }
 }
 
@@ -1003,7 +1009,7 @@ fn lost() -> Reply {
     Reply::bare(441, "the connection was lost")
 }
 
-/// What RFC 5321 (sections 3.3, 4.2.1, 4.5.3.1.10), RFC 2920 and RFC 1047 make of a mix.
+/// The statuses that follow from a mix by RFC 5321 (sections 3.3, 4.2.1, 4.5.3.1.10), RFC 2920 and RFC 1047.
 fn by_the_book(mix: &Mix) -> String {
     let class = |code: u16| if code >= 500 { format!("!{code}") } else { format!("~{code}") };
     let total = mix.recipients.len();
@@ -1012,8 +1018,8 @@ fn by_the_book(mix: &Mix) -> String {
     }
     let shutdown = mix.recipients.iter().position(|code| *code == 421);
     let own = |code: u16| if code == 552 { "~552".to_owned() } else { class(code) };
-    let somebody = mix.recipients.contains(&250);
-    let accepted = match (shutdown, somebody, mix.data, mix.end) {
+    let accepted_any = mix.recipients.contains(&250);
+    let accepted = match (shutdown, accepted_any, mix.data, mix.end) {
         (Some(_), ..) => "~441".to_owned(),
         (None, false, ..) => String::new(),
         (None, true, 354, 0) => "?".to_owned(),
@@ -1050,52 +1056,52 @@ fn every_mix_of_replies_ends_as_the_rfcs_say() {
     }
     assert!(mixes.len() > 1500);
     for mix in &mixes {
-        for (pipelining, generous) in [(true, false), (true, true), (false, false)] {
-            let mut peer = Peer::new(profile(ServerRole::Customer), true, [mix.clone(), Mix::good(1)]);
-            (peer.pipelining, peer.generous) = (pipelining, generous);
+        for (pipelining, always_354) in [(true, false), (true, true), (false, false)] {
+            let mut peer = Peer::new(server_options(ServerRole::Customer), true, [mix.clone(), Mix::good(1)]);
+            (peer.pipelining, peer.always_354) = (pipelining, always_354);
             let mut client = Client::new(options());
-            let run = converse(&mut client, &mut peer, [message(mix.recipients.len()), message(1)]);
-            let context = format!("{mix:?} pipelining {pipelining} generous {generous}");
-            assert_eq!(statuses(&run.outcomes[0]), by_the_book(mix), "{context}");
-            let delivered: Vec<_> = peer.letters.iter().map(|(recipients, _)| recipients.len()).collect();
+            let run = run_session(&mut client, &mut peer, [message(mix.recipients.len()), message(1)]);
+            let context = format!("{mix:?} pipelining {pipelining} always_354 {always_354}");
+            assert_eq!(statuses(&run.results[0]), by_the_book(mix), "{context}");
+            let delivered: Vec<_> = peer.messages.iter().map(|(recipients, _)| recipients.len()).collect();
             let accepted = mix.recipients.iter().filter(|code| **code == 250).count();
-            let first = statuses(&run.outcomes[0]).contains('=').then_some(accepted);
-            // The next one goes well, unless the connection is gone: then it was not given, or it is lost.
-            let second = match run.outcomes.get(1).map(statuses).as_deref() {
+            let first = statuses(&run.results[0]).contains('=').then_some(accepted);
+            // The next message is sent, unless the connection was lost before or during it.
+            let second = match run.results.get(1).map(statuses).as_deref() {
                 Some("=250") => Some(1),
                 None | Some("~441") => {
-                    assert!(peer.closed && !run.said_quit, "{context}");
+                    assert!(peer.closed && !run.sent_quit, "{context}");
                     None
                 }
                 other => panic!("{other:?} {context}"),
             };
             assert_eq!(delivered, first.into_iter().chain(second).collect::<Vec<_>>(), "{context}");
-            assert!(peer.letters.iter().all(|(_, octets)| octets == CONTENT), "{context}");
+            assert!(peer.messages.iter().all(|(_, octets)| octets == CONTENT), "{context}");
         }
     }
 }
 
 #[test]
-fn doubt_is_where_all_was_sent_and_no_reply_came() {
+fn a_message_is_in_doubt_if_all_content_was_sent_and_no_reply_arrived() {
     for pipelining in [true, false] {
-        for wordy in [true, false] {
+        for multiline in [true, false] {
             let setup = |cut| {
-                let mut peer = Peer::new(profile(ServerRole::Customer), true, (0..4).map(|_| Mix::good(2)));
-                (peer.pipelining, peer.wordy, peer.cut) = (pipelining, wordy, cut);
+                let mut peer = Peer::new(server_options(ServerRole::Customer), true, (0..4).map(|_| Mix::good(2)));
+                (peer.pipelining, peer.multiline, peer.cut) = (pipelining, multiline, cut);
                 let mut client = Client::new(options());
-                let run = converse(&mut client, &mut peer, (0..4).map(|_| message(2)));
+                let run = run_session(&mut client, &mut peer, (0..4).map(|_| message(2)));
                 assert_eq!(client.in_flight(), 0);
                 (run, peer)
             };
             let (whole, peer) = setup(None);
-            assert_eq!(whole.outcomes.len(), 4);
-            assert!(whole.said_quit && whole.outcomes.iter().all(|result| statuses(result) == "=250 =250"));
+            assert_eq!(whole.results.len(), 4);
+            assert!(whole.sent_quit && whole.results.iter().all(|result| statuses(result) == "=250 =250"));
             assert_eq!(whole.deepest, if pipelining { 2 } else { 1 });
-            // Greeting, EHLO, five a message, QUIT.
+            // The greeting, EHLO, five for each message, QUIT.
             assert_eq!(peer.replies, 2 + 4 * 5 + 1);
             for cut in 0..peer.replies {
                 let (run, peer) = setup(Some(cut));
-                let seen: Vec<_> = run.outcomes.iter().map(statuses).collect();
+                let seen: Vec<_> = run.results.iter().map(statuses).collect();
                 let settled = cut.saturating_sub(2) / 5;
                 let doubt = run.sent - settled.min(run.sent);
                 let delivered = seen.iter().filter(|statuses| *statuses == "=250 =250").count();
@@ -1106,8 +1112,8 @@ fn doubt_is_where_all_was_sent_and_no_reply_came() {
                     seen[delivered + in_doubt..].iter().all(|statuses| statuses == "~441 ~441"),
                     "cut {cut}: {seen:?}"
                 );
-                // Whoever has it was told so, or there is doubt: nobody has what is called deferred.
-                assert_eq!(peer.letters.len(), delivered + in_doubt, "cut {cut}");
+                // A message that the peer has is sent or in doubt, never deferred.
+                assert_eq!(peer.messages.len(), delivered + in_doubt, "cut {cut}");
                 let at_end = (2..22).contains(&cut) && (cut - 2) % 5 == 4;
                 assert_eq!(in_doubt == 1, at_end, "cut {cut}");
             }
@@ -1115,48 +1121,48 @@ fn doubt_is_where_all_was_sent_and_no_reply_came() {
     }
 }
 
-/// A cut while MAIL has been put off: `503` to RCPT, which follows from that, refuses nobody.
+/// If MAIL was deferred, the 503 to RCPT that follows from that rejects no recipient.
 #[test]
-fn a_cut_behind_a_refused_mail_judges_by_the_mail() {
+fn after_a_negative_reply_to_mail_it_decides_for_all_recipients() {
     for (mail, expected) in [("451 x", "~451 ~451"), ("550 x", "!550 !550")] {
-        for heard in 0..=2 {
-            let mut alone = Alone::new(options());
+        for received_replies in 0..=2 {
+            let mut scripted = Scripted::new(options());
             for reply in ["220 x", "250-x/250 PIPELINING"] {
-                alone.hear(reply);
+                scripted.receive(reply);
             }
-            alone.send(2);
-            alone.hear(mail);
-            (0..heard).for_each(|_| drop(alone.hear("503 x")));
-            let outcomes = alone.client.abandon(&lost());
-            assert_eq!(outcomes.iter().map(statuses).collect::<Vec<_>>(), [expected], "{mail} {heard}");
+            scripted.send(2);
+            scripted.receive(mail);
+            (0..received_replies).for_each(|_| drop(scripted.receive("503 x")));
+            let results = scripted.client.abandon(&lost());
+            assert_eq!(results.iter().map(statuses).collect::<Vec<_>>(), [expected], "{mail} {received_replies}");
         }
     }
-    let mut alone = Alone::new(options());
+    let mut scripted = Scripted::new(options());
     for reply in ["220 x", "250-x/250 PIPELINING"] {
-        alone.hear(reply);
+        scripted.receive(reply);
     }
-    alone.send(3);
+    scripted.send(3);
     for reply in ["250 x", "552 x", "550 x"] {
-        alone.hear(reply);
+        scripted.receive(reply);
     }
-    let outcomes = alone.client.abandon(&lost());
-    assert_eq!(outcomes.iter().map(statuses).collect::<Vec<_>>(), ["~552 !550 ~441"], "552 to RCPT: too many, for now");
+    let results = scripted.client.abandon(&lost());
+    assert_eq!(results.iter().map(statuses).collect::<Vec<_>>(), ["~552 !550 ~441"], "552 to RCPT: too many, for now");
 }
 
 #[test]
-fn a_server_without_ehlo_is_spoken_to_with_helo() {
-    let mut peer = Peer::new(profile(ServerRole::Customer), false, (0..3).map(|_| Mix::good(1)));
+fn a_server_without_ehlo_gets_helo() {
+    let mut peer = Peer::new(server_options(ServerRole::Customer), false, (0..3).map(|_| Mix::good(1)));
     peer.knows_ehlo = false;
     peer.pipelining = false;
     let mut client = Client::new(options());
-    let run = converse(&mut client, &mut peer, (0..3).map(|_| message(1)));
-    assert_eq!((run.outcomes.len(), run.deepest, peer.letters.len()), (3, 1, 3));
-    assert!(!client.extensions().pipelining && run.said_quit);
+    let run = run_session(&mut client, &mut peer, (0..3).map(|_| message(1)));
+    assert_eq!((run.results.len(), run.deepest, peer.messages.len()), (3, 1, 3));
+    assert!(!client.extensions().pipelining && run.sent_quit);
 }
 
-/// The relay's way with hosts that nobody has vouched for: TLS where it is offered, and mail in any case.
+/// The relay sends mail to any host: with TLS if the host offers it, otherwise in clear.
 #[test]
-fn starttls_when_offered_is_no_condition() {
+fn optional_starttls_may_fail() {
     let offered = || ClientOptions { starttls: StartTls::Offered, ..options() };
     check(offered(), &["220 x"], "250-x/250 STARTTLS", "Wait", "STARTTLS");
     check(offered(), &["220 x", "250-x/250 STARTTLS"], "220 go", "Wait", "EHLO me.example");
@@ -1167,14 +1173,14 @@ fn starttls_when_offered_is_no_condition() {
 
 #[test]
 fn starttls_auth_and_atrn_from_end_to_end() {
-    let run = |tls, starttls, secret: &str, mechanisms: &[Mechanism]| {
-        let profile = ServerOptions {
+    let authenticate = |tls, starttls, secret: &str, mechanisms: &[Mechanism]| {
+        let server_options = ServerOptions {
             starttls,
             require_tls: starttls,
             mechanisms: mechanisms.to_vec(),
-            ..profile(ServerRole::Odmr)
+            ..server_options(ServerRole::Odmr)
         };
-        let mut peer = Peer::new(profile, tls, []);
+        let mut peer = Peer::new(server_options, tls, []);
         let credentials = Some(("acme".to_owned(), secret.as_bytes().to_vec()));
         let starttls = if starttls { StartTls::Required } else { StartTls::Never };
         let options = ClientOptions {
@@ -1186,29 +1192,29 @@ fn starttls_auth_and_atrn_from_end_to_end() {
             ..ClientOptions::default()
         };
         let mut client = Client::new(options);
-        let run = converse(&mut client, &mut peer, []);
+        let run = run_session(&mut client, &mut peer, []);
         assert_eq!(peer.server.account().is_some(), run.turned);
         (run, peer.server.account().map(str::to_owned))
     };
     for mechanism in Mechanism::ALL {
         for (tls, starttls) in [(true, false), (false, true), (false, false)] {
             let usable = tls || starttls || !mechanism.needs_tls();
-            let (talk, account) = run(tls, starttls, "right", &[mechanism]);
-            assert_eq!(talk.turned, usable, "{mechanism:?} {tls} {starttls}");
+            let (run, account) = authenticate(tls, starttls, "right", &[mechanism]);
+            assert_eq!(run.turned, usable, "{mechanism:?} {tls} {starttls}");
             assert_eq!(account.as_deref(), usable.then_some("acme"));
-            let (talk, _) = run(tls, starttls, "wrong", &[mechanism]);
-            match talk.abort {
+            let (run, _) = authenticate(tls, starttls, "wrong", &[mechanism]);
+            match run.abort {
                 Some(Abort::Rejected(Rejection { stage: Stage::Auth, reply })) => assert_eq!(reply.code(), 535),
                 Some(Abort::NoMechanism) => assert!(!usable),
                 other => panic!("{other:?}"),
             }
-            assert!(talk.said_quit && !talk.turned);
+            assert!(run.sent_quit && !run.turned);
         }
     }
 }
 
 #[test]
-fn a_provider_may_say_how_much_waits() {
+fn the_reply_to_atrn_may_have_the_number_of_messages() {
     for (reply, wanted) in [
         ("250 2.0.0 OK now reversing the connection, 12 messages", Some(12)),
         ("250 1 message for you", Some(1)),
@@ -1216,37 +1222,37 @@ fn a_provider_may_say_how_much_waits() {
         ("250 many messages", None),
         ("250 99999999999999999999999 messages", None),
     ] {
-        let mut alone = Alone::new(options());
-        alone.hear("220 x");
-        alone.hear("250 x");
-        alone.client.atrn(&[], &mut alone.out);
-        assert_eq!(alone.hear(reply).0, "Turned");
-        assert_eq!(alone.client.messages_waiting(), wanted, "{reply}");
+        let mut scripted = Scripted::new(options());
+        scripted.receive("220 x");
+        scripted.receive("250 x");
+        scripted.client.atrn(&[], &mut scripted.out);
+        assert_eq!(scripted.receive(reply).0, "Turned");
+        assert_eq!(scripted.client.messages_waiting(), wanted, "{reply}");
     }
 }
 
-// ---- a next hop that is asked, and one that speaks LMTP ----
+// ---- recipients one at a time, and LMTP ----
 
-impl Alone {
-    fn ask_mail(&mut self) -> String {
+impl Scripted {
+    fn begin_transaction(&mut self) -> String {
         self.client.begin_transaction(&message(0), &mut self.out).unwrap();
-        self.said()
+        self.sent()
     }
 
-    fn ask(&mut self, local: &str) -> String {
+    fn add_recipient(&mut self, local: &str) -> String {
         let recipient = Recipient::plain(mailbox(&format!("{local}@example.org")));
         self.client.add_recipient(&recipient, &mut self.out).unwrap();
-        self.said()
+        self.sent()
     }
 
-    fn proceed(&mut self, size: u64) -> (String, String) {
+    fn send_data(&mut self, size: u64) -> (String, String) {
         let step = self.client.send_data(size, &mut self.out);
-        (format!("{step:?}"), self.said())
+        (format!("{step:?}"), self.sent())
     }
 
     fn content_sent(&mut self) -> String {
         self.client.content_sent(&mut self.out);
-        self.said()
+        self.sent()
     }
 }
 
@@ -1254,121 +1260,121 @@ fn lmtp() -> ClientOptions {
     ClientOptions { lmtp: true, ..options() }
 }
 
-fn told(step: &str, said: &str) -> (String, String) {
-    (step.to_owned(), said.to_owned())
+fn step_and_sent(step: &str, sent: &str) -> (String, String) {
+    (step.to_owned(), sent.to_owned())
 }
 
 #[test]
-fn recipients_are_asked_for_one_by_one() {
+fn recipients_are_added_one_at_a_time() {
     for offered in ["250-x/250 PIPELINING", "250 x"] {
-        let mut alone = Alone::new(options());
-        assert_eq!(alone.hear("220 x").1, "EHLO me.example");
-        assert_eq!(alone.hear(offered).0, "Ready");
-        assert_eq!(alone.ask_mail(), "MAIL FROM:<a@b.example>");
-        assert!(alone.hear("250 ok").0.starts_with("Replied"));
+        let mut scripted = Scripted::new(options());
+        assert_eq!(scripted.receive("220 x").1, "EHLO me.example");
+        assert_eq!(scripted.receive(offered).0, "Ready");
+        assert_eq!(scripted.begin_transaction(), "MAIL FROM:<a@b.example>");
+        assert!(scripted.receive("250 ok").0.starts_with("Replied"));
         for (local, reply) in [("a", "250 ok"), ("b", "550 no"), ("c", "250 ok"), ("d", "451 later")] {
-            assert_eq!(alone.ask(local), format!("RCPT TO:<{local}@example.org>"));
-            let (step, said) = alone.hear(reply);
-            assert!(step.starts_with("Replied") && step.contains(&reply[..3]) && said.is_empty(), "{step}");
+            assert_eq!(scripted.add_recipient(local), format!("RCPT TO:<{local}@example.org>"));
+            let (step, sent) = scripted.receive(reply);
+            assert!(step.starts_with("Replied") && step.contains(&reply[..3]) && sent.is_empty(), "{step}");
         }
-        assert_eq!(alone.proceed(3), told("Wait", "DATA"));
-        assert_eq!(alone.hear("354 go on").0, "Content { chunk: false }");
-        alone.content_sent();
-        // Those that were refused have been told of already.
-        assert_eq!(alone.hear("250 ok").0, "Done =250 =250");
-        assert!(alone.client.is_ready_for_message());
+        assert_eq!(scripted.send_data(3), step_and_sent("Wait", "DATA"));
+        assert_eq!(scripted.receive("354 go on").0, "Content { chunk: false }");
+        scripted.content_sent();
+        // Rejected recipients are not part of the result.
+        assert_eq!(scripted.receive("250 ok").0, "Done =250 =250");
+        assert!(scripted.client.is_ready_for_message());
     }
 }
 
 #[test]
-fn what_was_asked_for_may_be_withdrawn() {
-    let mut alone = Alone::new(options());
-    alone.hear("220 x");
-    alone.hear("250 x");
-    alone.said();
-    alone.ask_mail();
-    alone.hear("250 ok");
-    alone.ask("a");
-    alone.hear("250 ok");
-    alone.client.abort_transaction(&mut alone.out);
-    assert_eq!(alone.said(), "RSET");
-    assert_eq!(alone.hear("250 ok"), told("Wait", ""));
+fn a_transaction_is_aborted_with_rset() {
+    let mut scripted = Scripted::new(options());
+    scripted.receive("220 x");
+    scripted.receive("250 x");
+    scripted.sent();
+    scripted.begin_transaction();
+    scripted.receive("250 ok");
+    scripted.add_recipient("a");
+    scripted.receive("250 ok");
+    scripted.client.abort_transaction(&mut scripted.out);
+    assert_eq!(scripted.sent(), "RSET");
+    assert_eq!(scripted.receive("250 ok"), step_and_sent("Wait", ""));
     // Without a transaction there is nothing to reset.
-    alone.client.abort_transaction(&mut alone.out);
-    assert_eq!(alone.said(), "");
-    // A refused MAIL leaves nothing either.
-    alone.ask_mail();
-    assert!(alone.hear("550 not you").0.starts_with("Replied"));
+    scripted.client.abort_transaction(&mut scripted.out);
+    assert_eq!(scripted.sent(), "");
+    // A rejected MAIL leaves no transaction either.
+    scripted.begin_transaction();
+    assert!(scripted.receive("550 not you").0.starts_with("Replied"));
     assert!(
-        alone.client.is_ready_for_message()
-            && alone.client.add_recipient(&message(1).envelope.recipients[0], &mut Vec::new()).is_err()
+        scripted.client.is_ready_for_message()
+            && scripted.client.add_recipient(&message(1).envelope.recipients[0], &mut Vec::new()).is_err()
     );
 }
 
 #[test]
-fn lmtp_answers_for_each_recipient() {
-    let check = |path: &[&str], reply: &str, step: &str, said: &str| check(lmtp(), path, reply, step, said);
+fn lmtp_replies_for_each_recipient() {
+    let check = |path: &[&str], reply: &str, step: &str, sent: &str| check(lmtp(), path, reply, step, sent);
     check(&[], "220 x", "Wait", "LHLO me.example");
-    // There is no other way to begin (RFC 2033 section 4.1).
+    // LMTP has no HELO (RFC 2033 section 4.1).
     check(&["220 x"], "500 what", "Rejected EHLO 500", "QUIT");
     let ready = ["220 x", "250-x/250 PIPELINING", "send 3"];
     let sent = |replies: &[&'static str]| [&ready[..], replies, &["354 go on", "content sent"]].concat();
     let all = sent(&["250 m", "250 a", "250 b", "250 c"]);
     check(&all, "250 a", "Wait", "");
     check(&[&all[..], &["250 a", "452 b"]].concat(), "550 c", "Done =250 ~452 !550", "");
-    // One that shuts down has taken it for those it has answered for, and for nobody else.
+    // After 421 only the recipients that have their reply are sent.
     check(&[&all[..], &["250 a"]].concat(), "421 bye", "Done =250 ~421 ~421", "");
-    // Those that were refused before get no reply now (section 4.2).
+    // Recipients that were not accepted get no reply to the content (section 4.2).
     let some = sent(&["250 m", "550 a", "250 b", "450 c"]);
     check(&some, "250 b", "Done !550 =250 ~450", "");
-    // DATA for nobody: nothing is awaited behind the dot.
+    // Without accepted recipients the dot gets no reply.
     check(&[&ready[..], &["250 m", "550 a", "550 b", "550 c"]].concat(), "354 odd", "Done !550 !550 !550", ".");
 }
 
 #[test]
-fn an_lmtp_server_that_dies_has_answered_for_some() {
-    let mut alone = Alone::new(lmtp());
-    alone.hear("220 x");
-    alone.hear("250-x/250 PIPELINING");
-    alone.send(3);
+fn a_lost_lmtp_session_leaves_only_the_other_recipients_in_doubt() {
+    let mut scripted = Scripted::new(lmtp());
+    scripted.receive("220 x");
+    scripted.receive("250-x/250 PIPELINING");
+    scripted.send(3);
     for reply in ["250 m", "250 a", "250 b", "250 c", "354 go on"] {
-        alone.hear(reply);
+        scripted.receive(reply);
     }
-    alone.content_sent();
-    alone.hear("250 a");
-    let left = alone.client.abandon(&Reply::new(451, "4.4.2", "gone"));
+    scripted.content_sent();
+    scripted.receive("250 a");
+    let left = scripted.client.abandon(&Reply::new(451, "4.4.2", "gone"));
     assert_eq!(left.iter().map(statuses).collect::<Vec<_>>(), ["=250 ? ?"]);
 }
 
 #[test]
-fn the_origin_is_told_to_those_who_ask() {
+fn the_peer_gets_the_client_info_that_it_offers_to_read() {
     let origin = ClientInfo { address: "192.0.2.9".parse().unwrap(), helo: Some("a+b =c".to_owned()), extended: true };
     let begin = |offered: &str| {
-        let mut alone = Alone::new(options());
-        alone.hear("220 x");
-        alone.hear(offered);
-        alone.said();
-        let awaited = alone.client.send_client_info(&origin, &mut alone.out);
-        (alone, awaited)
+        let mut scripted = Scripted::new(options());
+        scripted.receive("220 x");
+        scripted.receive(offered);
+        scripted.sent();
+        let awaited = scripted.client.send_client_info(&origin, &mut scripted.out);
+        (scripted, awaited)
     };
-    let (mut alone, awaited) =
+    let (mut scripted, awaited) =
         begin("250-x/250-XFORWARD NAME ADDR PROTO HELO SOURCE PORT/250 XCLIENT NAME ADDR PROTO HELO");
-    assert!(awaited && !alone.client.is_ready_for_message());
-    assert_eq!(alone.said(), "XCLIENT NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc");
-    // The session begins anew, and stays somebody else's.
-    assert_eq!(alone.hear("220 x"), told("Wait", "EHLO me.example"));
-    assert_eq!(alone.hear("250 x").0, "Ready");
-    assert!(alone.client.is_client_overridden());
-    let (mut alone, awaited) = begin("250-x/250 XFORWARD NAME ADDR PROTO HELO SOURCE PORT");
-    let said = "XFORWARD NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc SOURCE=REMOTE";
-    assert_eq!((alone.said().as_str(), awaited), (said, true));
-    assert_eq!(alone.hear("501 no"), told("Ready", ""));
-    let (mut alone, awaited) = begin("250-x/250 XCLIENT ADDR");
+    assert!(awaited && !scripted.client.is_ready_for_message());
+    assert_eq!(scripted.sent(), "XCLIENT NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc");
+    // The session begins anew, and stays accepted_any else's.
+    assert_eq!(scripted.receive("220 x"), step_and_sent("Wait", "EHLO me.example"));
+    assert_eq!(scripted.receive("250 x").0, "Ready");
+    assert!(scripted.client.is_client_overridden());
+    let (mut scripted, awaited) = begin("250-x/250 XFORWARD NAME ADDR PROTO HELO SOURCE PORT");
+    let sent = "XFORWARD NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc SOURCE=REMOTE";
+    assert_eq!((scripted.sent().as_str(), awaited), (sent, true));
+    assert_eq!(scripted.receive("501 no"), step_and_sent("Ready", ""));
+    let (mut scripted, awaited) = begin("250-x/250 XCLIENT ADDR");
     assert!(awaited);
-    alone.said();
-    assert_eq!(alone.hear("550 not you"), told("Ready", ""));
+    scripted.sent();
+    assert_eq!(scripted.receive("550 not you"), step_and_sent("Ready", ""));
     for silent in ["250 x", "250-x/250 XCLIENT NAME", "250-x/250 XFORWARD"] {
-        let (mut alone, awaited) = begin(silent);
-        assert!(!awaited && alone.said().is_empty() && alone.client.is_ready_for_message());
+        let (mut scripted, awaited) = begin(silent);
+        assert!(!awaited && scripted.sent().is_empty() && scripted.client.is_ready_for_message());
     }
 }

@@ -1,7 +1,8 @@
-//! Addresses as they are written, and as they are not.
+//! Valid addresses, and those that are not.
+
+use proptest::prelude::*;
 
 use super::*;
-use proptest::prelude::*;
 
 #[test]
 fn a_domain_is_labels_of_letters_digits_and_hyphens() {
@@ -261,7 +262,7 @@ fn a_mailbox_needs_smtputf8_only_for_its_local_part() {
 }
 
 #[test]
-fn a_reverse_path_stands_in_angle_brackets() {
+fn a_reverse_path_has_angle_brackets() {
     fn check(input: &[u8], expected: Result<(&str, usize), PathError>) {
         let seen = reverse_path(input).map(|(path, used)| (path.to_string(), used));
         assert_eq!(
@@ -298,7 +299,7 @@ fn a_reverse_path_stands_in_angle_brackets() {
 }
 
 #[test]
-fn a_forward_path_may_be_postmaster_alone() {
+fn a_forward_path_may_be_postmaster_without_a_domain() {
     fn check(input: &[u8], expected: Result<(&str, usize), PathError>) {
         let seen = forward_path(input).map(|(path, used)| (path.to_string(), used));
         assert_eq!(
@@ -364,7 +365,7 @@ proptest! {
     }
 
     #[test]
-    fn an_ascii_domain_is_only_put_in_lower_case(
+    fn an_ascii_domain_only_changes_to_lower_case(
         text in r"[a-zA-Z0-9-]{0,9}(([._]?|\.XN--)[a-zA-Z0-9-]{1,62}){0,6}",
     ) {
         let is_label = |label: &str| {

@@ -1,9 +1,11 @@
 //! Headers as programs and people write them.
 
+use proptest::prelude::*;
+
 use super::*;
 
 #[test]
-fn the_origin_stands_in_the_topmost_received() {
+fn the_topmost_received_field_names_the_client() {
     let check = |header: &str, wanted: Option<(&str, Option<&str>, bool)>| {
         let header = header.replace(" | ", "\r\n\t");
         let info = Header::parse(header.as_bytes()).client_info("Relay.example.net");
@@ -46,8 +48,6 @@ fn the_origin_stands_in_the_topmost_received() {
     }
 }
 
-use proptest::prelude::*;
-
 fn home() -> Domain {
     Domain::parse("home.example").unwrap()
 }
@@ -61,144 +61,7 @@ fn additions() -> HeaderAdditions {
 }
 
 #[test]
-fn addresses_are_read_as_people_write_them() {
-    fn check(input: &str, expected: &str) {
-        let seen = parse_addresses(input, &home()).map(|found| written(&found));
-        assert_eq!(seen.as_deref(), Ok(expected), "{input:?}");
-    }
-    // Addresses alone.
-    check("", "");
-    check(" \r\n\t", "");
-    check("joe@x.example", "joe@x.example");
-    check("Joe@X.EXAMPLE", "Joe@x.example");
-    check("joe@[192.0.2.1]", "joe@[192.0.2.1]");
-    check("joe@[ IPv6:2001:db8::1 ]", "joe@[IPv6:2001:db8::1]");
-    check("joe@bücher.example", "joe@xn--bcher-kva.example");
-    check("jürgen@x", "jürgen@x");
-    check("o'neill+tag=1@x", "o'neill+tag=1@x");
-    check("a!#$%&'*+-/=?^_`{|}~@x", "a!#$%&'*+-/=?^_`{|}~@x");
-    check("joe.doe@x.y", "joe.doe@x.y");
-    check("\"joe\"@x", "joe@x");
-    check("\"joe doe\"@x", "\"joe doe\"@x");
-    check("\"a@b,c\"@x", "\"a@b,c\"@x");
-    check(r#""a\"b\\c"@x"#, r#""a\"b\\c"@x"#);
-    check("<joe@x>", "joe@x");
-    check("< joe @ x >", "joe@x");
-    // Names without a host.
-    check("joe", "joe@home.example");
-    check("joe.doe", "joe.doe@home.example");
-    check("<joe>", "joe@home.example");
-    check("Joe <joe>", "joe@home.example");
-    check("\"joe doe\"", "\"joe doe\"@home.example");
-    check("Postmaster", "Postmaster@home.example");
-    // Display names.
-    check("Joe <joe@x>", "joe@x");
-    check("Joe Q. Public <joe@x>", "joe@x");
-    check("\"Public, Joe Q.\" <joe@x>", "joe@x");
-    check("\"Joe \\\"the boss\\\" <b@y>\" <joe@x>", "joe@x");
-    check("\"\" <joe@x>", "joe@x");
-    check("joe@x <joe@x>", "joe@x");
-    check("J\u{fffd}rgen <joe@x>", "joe@x");
-    check("Jürgen Öztürk<joe@x>", "joe@x");
-    check("[List] Joe <joe@x>", "joe@x");
-    check("O'Neill <joe@x>", "joe@x");
-    check("=?utf-8?Q?J=C3=BCrgen?= <joe@x>", "joe@x");
-    check("=?utf-8?Q?Doe,_J?= =?utf-8?B?w7w=?=\r\n =?us-ascii?q?.?= <joe@x>, eva", "joe@x eva@home.example");
-    check("=?utf-8?Q?a=40b?=<joe@x>", "joe@x");
-    check("=?= <joe@x>", "joe@x");
-    // Lists.
-    check("a@x,b@y", "a@x b@y");
-    check("a@x, b@y ,c", "a@x b@y c@home.example");
-    check(",, a@x,, b@y,", "a@x b@y");
-    check("a@x; b@y;", "a@x b@y");
-    check("Doe, Joe <joe@x>", "Doe@home.example joe@x");
-    check("a@x, a@x", "a@x a@x");
-    // Comments and folds.
-    check("joe@x (Joe)", "joe@x");
-    check("(Joe) joe@x", "joe@x");
-    check("joe(a)@(b)x(c).(d)y", "joe@x.y");
-    check("(a (b (c) \\) \\( ) d) joe@x", "joe@x");
-    check("(a, b <c@d>) Joe (;:) <(e)joe(f)@x(g)> (h)", "joe@x");
-    check("\"(not a comment)\" <joe@x>", "joe@x");
-    check("Joe\r\n <joe@x>,\r\n\tEva\n <eva@y>", "joe@x eva@y");
-    check("\"Joe\r\n Doe\" <joe@x>", "joe@x");
-    check("joe . doe @ x . y", "joe.doe@x.y");
-    // Groups.
-    check("undisclosed-recipients:;", "");
-    check("undisclosed recipients: ;", "");
-    check("undisclosed-recipients:", "");
-    check("friends: joe@x, Eva <eva@y>;", "joe@x eva@y");
-    check("friends: joe@x;, foes: eva@y; , bob@z", "joe@x eva@y bob@z");
-    check("friends: joe@x; bob@z", "joe@x bob@z");
-    check("\"my: friends\" (and): joe, ;", "joe@home.example");
-    check("friends:,,;", "");
-    // Obsolete forms.
-    check("<@a.example,@b.example:joe@x>", "joe@x");
-    check("Joe < @a , , @b : joe@x >", "joe@x");
-    check("\"joe\".doe@x", "joe.doe@x");
-    check("joe.\"d o\"@x", "\"joe.d o\"@x");
-}
-
-#[test]
-fn what_cannot_be_read_is_named() {
-    fn check(input: &str, expected: &str) {
-        let seen = parse_addresses(input, &home()).map(|found| written(&found));
-        assert_eq!(seen, Err(format!("cannot read {expected}")), "{input:?}");
-    }
-    let local = "this is no name of a mailbox; a display name wants an <address> behind it";
-    let bracket = "something follows the >; is a comma missing?";
-    let host = "the host is no domain";
-    let group = "this cannot be the name of a group";
-    for (input, shown) in [
-        ("Joe Doe", "Joe Doe"),
-        ("a@x,  Joe\r\n Doe , b@y", "Joe Doe"),
-        ("Joe joe@x", "Joe joe@x"),
-        ("<>", "<>"),
-        ("Joe <>", "Joe <>"),
-        ("@x", "@x"),
-        ("j..oe@x", "j..oe@x"),
-        (".joe@x", ".joe@x"),
-        ("joe.@x", "joe.@x"),
-        ("j\\oe@x", "j\\oe@x"),
-        ("\"\"", "\"\""),
-        ("\"joe\"doe@x", "\"joe\"doe@x"),
-        ("=?utf-8?q?joe?=", "=?utf-8?q?joe?="),
-        ("joe)@x", "joe)@x"),
-        (">", ">"),
-        ("joe>", "joe>"),
-    ] {
-        check(input, &format!("{shown}: {local}"));
-    }
-    check("joe@", &format!("joe@: {host}"));
-    check("joe@a b", &format!("joe@a b: {host}"));
-    check("joe@x@y", &format!("joe@x@y: {host}"));
-    check("joe@a_b", &format!("joe@a_b: {host}"));
-    check("joe@x.", &format!("joe@x.: {host}"));
-    check("joe@\"x\"", &format!("joe@\"x\": {host}"));
-    check("joe@[x]", &format!("joe@[x]: {host}"));
-    check("joe@[192.0.2.1].x", &format!("joe@[192.0.2.1].x: {host}"));
-    check("joe <a@x> eva <b@x>", &format!("joe <a@x> eva: {bracket}"));
-    check("<a@x> b@x", &format!("<a@x> b: {bracket}"));
-    check("<<a@x>>", &format!("<<a@x>>: {bracket}"));
-    check("<a@x>:", &format!("<a@x>:: {bracket}"));
-    check("eva, Joe <joe@x, bob", "Joe <joe@x, bob: a > is missing");
-    check("<@a joe@x>", "<@a joe@x>: a source route ends in a colon");
-    check("Joe (the boss", "(the boss: a ) is missing");
-    check("Joe (a (b)", "(a (b): a ) is missing");
-    check("eva, \"Joe <joe@x>", "\"Joe <joe@x>: a \" is missing");
-    check("joe@[192.0.2.1", "[192.0.2.1: a ] is missing");
-    check("a: b: c@x;;", &format!("b:: {group}"));
-    check("joe@x: eva@y;", &format!("joe@x:: {group}"));
-    check(": joe@x;", &format!(":: {group}"));
-    check("j\u{fffd}@x", "j\u{fffd}@x: it is not in UTF-8");
-    check("j\u{1b}[2J\0@x", "[2J?@x: a ] is missing");
-    check("j\u{1b}@x", "j?@x: the name is too long, or holds control characters");
-    let long = "j".repeat(256);
-    check(&format!("{long}@x"), &format!("{}…: the name is too long, or holds control characters", &long[..100]));
-}
-
-#[test]
-fn recipients_are_those_of_to_cc_and_bcc_or_of_the_last_resending() {
+fn recipients_come_from_to_cc_and_bcc_or_from_the_newest_resent_block() {
     fn check(header: &str, expected: Result<&str, &str>) {
         let seen = Header::parse(header.as_bytes()).recipients(&home()).map(|found| written(&found));
         assert_eq!(seen, expected.map(str::to_owned).map_err(str::to_owned), "{header}");
@@ -218,7 +81,7 @@ fn recipients_are_those_of_to_cc_and_bcc_or_of_the_last_resending() {
                                   a display name wants an <address> behind it"),
     );
     check("no header: here\nTo: a@x\n", Ok(""));
-    // The newest block stands first; a name that comes again begins an older one.
+    // The newest block comes first; a name that comes again begins an older one.
     check("Resent-To: a@x\nResent-Cc: b@x\nTo: c@x\nBcc: d@x\n", Ok("a@x b@x"));
     check("Received: x\nResent-From: e\nRESENT-BCC: a@x\nReceived: y\nResent-To: b@x\nTo: c@x\n", Ok("a@x"));
     check("Resent-From: e\nResent-To: a@x\nResent-From: f\nResent-To: b@x\nTo: c@x\n", Ok("a@x"));
@@ -227,7 +90,7 @@ fn recipients_are_those_of_to_cc_and_bcc_or_of_the_last_resending() {
 }
 
 #[test]
-fn a_name_in_a_foreign_character_set_does_no_harm() {
+fn a_display_name_may_be_in_any_character_set() {
     let header = Header::parse(b"To: J\xfcrgen <a@x>\nCc: \"\xff\xfe\" <b@x>\n\n");
     assert_eq!(header.recipients(&home()).map(|found| written(&found)).as_deref(), Ok("a@x b@x"));
     let error = Header::parse(b"To: j\xfcrgen@x\n").recipients(&home());
@@ -235,7 +98,7 @@ fn a_name_in_a_foreign_character_set_does_no_harm() {
 }
 
 #[test]
-fn a_header_is_completed_and_otherwise_kept() {
+fn only_missing_fields_are_added_and_only_bcc_is_removed() {
     fn check(content: &[u8], additions: &HeaderAdditions, expected: &[u8], body: &[u8]) {
         let header = Header::parse(content);
         let seen = header.complete(additions);
@@ -287,7 +150,7 @@ fn completed(content: &[u8], cuts: &[usize]) -> Vec<u8> {
 }
 
 #[test]
-fn a_header_beyond_the_limit_passes_as_it_is() {
+fn a_header_over_the_limit_is_not_changed() {
     for (length, touched) in [(HEADER_LIMIT, true), (HEADER_LIMIT + 1, false)] {
         let mut content = b"Bcc: a\nX: ".to_vec();
         content.resize(length - 2, b'y');
@@ -305,18 +168,10 @@ fn a_header_beyond_the_limit_passes_as_it_is() {
 
 proptest! {
     #[test]
-    fn no_octets_make_it_panic(content: Vec<u8>, text: String) {
+    fn no_octets_make_it_panic(content: Vec<u8>) {
         let header = Header::parse(&content);
         let _ = (header.recipients(&home()), header.complete(&additions()));
         prop_assert!(header.octets() <= content.len());
-        let _ = parse_addresses(&text, &home());
-    }
-
-    #[test]
-    fn no_punctuation_makes_it_panic(text in "[a@.,:;<>()\"\\\\\\[\\] =?\\r\\nü]{0,40}") {
-        for mailbox in parse_addresses(&text, &home()).unwrap_or_default() {
-            prop_assert_eq!(Mailbox::parse(&mailbox.to_string()), Some(mailbox));
-        }
     }
 
     #[test]
@@ -331,7 +186,7 @@ proptest! {
     }
 
     #[test]
-    fn a_complete_header_is_left_alone(
+    fn a_complete_header_is_not_changed(
         content in "((To|Date|Message-ID|X): ?[a ]{0,3}\n([ \t]a\n){0,2}){0,6}\n[a\n]{0,5}",
     ) {
         let once = completed(content.as_bytes(), &[content.len().max(1)]);

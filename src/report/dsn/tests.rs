@@ -220,7 +220,7 @@ proptest! {
         let envelope_id = Some(&*text);
         let head = Dsn { envelope_id, utf8, ..dsn(&to, &reports) }.head();
         prop_assert!(utf8 || head.is_ascii());
-        prop_assert!(head.lines().all(|line| line.len() <= LINE_LIMIT));
+        prop_assert!(head.lines().all(|line| line.len() <= CONTENT_LINE));
         prop_assert!(head.chars().all(|c| c == '\n' || c == '\t' || !c.is_control()));
         let fields = head.lines().filter(|line| line.starts_with("Remote-MTA: ")).count();
         prop_assert_eq!(fields, 1);

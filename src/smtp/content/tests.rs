@@ -1,52 +1,55 @@
-//! Content on the wire and at rest, however it is cut.
+//! Content on the wire and at rest, in one piece and in many.
 
-use super::*;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-/// The content of one DATA, whether it held a bare CR or LF, and what was left behind its end.
+use super::*;
+
+/// The content of one DATA, whether it held a bare CR or LF, and the octets after its end.
 fn unstuff(pieces: &[Vec<u8>]) -> (Vec<u8>, bool, Option<Vec<u8>>) {
-    let (mut unstuffer, mut out) = (Unstuffer::new(), Vec::new());
+    let (mut decoder, mut out) = (ContentDecoder::data(), Vec::new());
     for (n, piece) in pieces.iter().enumerate() {
-        let fed = unstuffer.feed(piece, &mut out);
+        let fed = decoder.feed(piece, &mut out);
         if fed.end {
-            let behind = [&piece[fed.used..], &pieces[n + 1..].concat()].concat();
-            return (out, unstuffer.bare(), Some(behind));
+            let rest = [&piece[fed.used..], &pieces[n + 1..].concat()].concat();
+            return (out, decoder.bare(), Some(rest));
         }
         assert_eq!(fed.used, piece.len());
     }
-    (out, unstuffer.bare(), None)
+    (out, decoder.bare(), None)
 }
 
 fn unchunk(pieces: &[Vec<u8>]) -> (Vec<u8>, bool, u64) {
-    let (mut chunks, mut out) = (BdatDecoder::new(), Vec::new());
-    pieces.iter().for_each(|piece| chunks.feed(piece, &mut out));
-    chunks.finish(&mut out);
-    (out, chunks.bare(), chunks.size())
+    let (mut decoder, mut out) = (ContentDecoder::bdat(), Vec::new());
+    for piece in pieces {
+        decoder.feed(piece, &mut out);
+    }
+    decoder.finish(&mut out);
+    (out, decoder.bare(), decoder.size())
 }
 
 fn stuff(pieces: &[Vec<u8>]) -> Vec<u8> {
-    let (mut stuffer, mut out) = (Stuffer::new(), Vec::new());
-    pieces.iter().for_each(|piece| stuffer.feed(piece, &mut out));
-    stuffer.finish(&mut out);
+    let (mut encoder, mut out) = (ContentEncoder::data(), Vec::new());
+    pieces.iter().for_each(|piece| encoder.feed(piece, &mut out));
+    encoder.finish(&mut out);
     out
 }
 
 fn lines(pieces: &[Vec<u8>]) -> Vec<u8> {
-    let (mut liner, mut out) = (CrlfEncoder::new(), Vec::new());
-    pieces.iter().for_each(|piece| liner.feed(piece, &mut out));
-    liner.finish(&mut out);
+    let (mut encoder, mut out) = (ContentEncoder::bdat(), Vec::new());
+    pieces.iter().for_each(|piece| encoder.feed(piece, &mut out));
+    encoder.finish(&mut out);
     out
 }
 
 fn size(pieces: &[Vec<u8>]) -> u64 {
-    let mut sizer = WireSize::new();
-    pieces.iter().for_each(|piece| sizer.feed(piece));
-    sizer.finish()
+    let mut size = WireSize::default();
+    pieces.iter().for_each(|piece| size.feed(piece));
+    size.finish()
 }
 
 fn received(pieces: &[Vec<u8>]) -> usize {
-    let mut headers = HeaderScanner::new();
+    let mut headers = HeaderScanner::default();
     pieces.iter().for_each(|piece| headers.feed(piece));
     headers.received()
 }
@@ -57,9 +60,9 @@ fn whole(input: &str) -> [Vec<u8>; 1] {
 
 /// Rules: SMTP-07, SMUG-05.
 #[test]
-fn data_ends_at_a_dot_alone() {
-    fn check(input: &str, content: &str, behind: Option<&str>) {
-        let expected = (content.into(), false, behind.map(Into::into));
+fn data_ends_with_a_line_that_is_a_dot() {
+    fn check(input: &str, content: &str, rest: Option<&str>) {
+        let expected = (content.into(), false, rest.map(Into::into));
         assert_eq!(unstuff(&whole(input)), expected, "{input:?}");
     }
     check(".\r\n", "", Some(""));
@@ -77,10 +80,10 @@ fn data_ends_at_a_dot_alone() {
 }
 
 #[test]
-fn nothing_is_used_behind_the_end() {
-    let (mut unstuffer, mut out) = (Unstuffer::new(), Vec::new());
-    assert_eq!(unstuffer.feed(b"a\r\n.\r\nb", &mut out), Fed { used: 6, end: true });
-    assert_eq!(unstuffer.feed(b"b\r\n", &mut out), Fed { used: 0, end: true });
+fn nothing_is_used_after_the_end() {
+    let (mut decoder, mut out) = (ContentDecoder::data(), Vec::new());
+    assert_eq!(decoder.feed(b"a\r\n.\r\nb", &mut out), Fed { used: 6, end: true });
+    assert_eq!(decoder.feed(b"b\r\n", &mut out), Fed { used: 0, end: true });
     assert_eq!(out, b"a\n");
 }
 
@@ -89,9 +92,9 @@ fn nothing_is_used_behind_the_end() {
 fn no_smuggling_vector_ends_the_data() {
     fn check(vector: &str, bare: bool) {
         let input = format!("a{vector}MAIL FROM:<b@example.org>\r\n.\r\nQUIT\r\n");
-        let (content, seen, behind) = unstuff(&whole(&input));
+        let (content, seen, rest) = unstuff(&whole(&input));
         assert!(content.ends_with(b"MAIL FROM:<b@example.org>\n"), "{vector:?}");
-        assert_eq!((seen, behind), (bare, Some(b"QUIT\r\n".to_vec())), "{vector:?}");
+        assert_eq!((seen, rest), (bare, Some(b"QUIT\r\n".to_vec())), "{vector:?}");
     }
     check("\n.\n", true);
     check("\r.\r", true);
@@ -106,7 +109,7 @@ fn no_smuggling_vector_ends_the_data() {
 }
 
 #[test]
-fn chunks_know_no_dots() {
+fn a_dot_means_nothing_in_a_chunk() {
     fn check(chunks: &[&str], content: &str, bare: bool) {
         let chunks: Vec<Vec<u8>> = chunks.iter().map(|&chunk| chunk.into()).collect();
         let size = chunks.concat().len() as u64;
@@ -124,20 +127,20 @@ fn chunks_know_no_dots() {
 
 #[test]
 fn size_leaves_out_stuffed_dots_and_the_end() {
-    fn check(input: &str, size: u64, eight_bit: bool) {
-        let mut unstuffer = Unstuffer::new();
-        unstuffer.feed(input.as_bytes(), &mut Vec::new());
-        assert_eq!((unstuffer.size(), unstuffer.eight_bit()), (size, eight_bit), "{input:?}");
+    fn check(input: &str, size: u64) {
+        let mut decoder = ContentDecoder::data();
+        decoder.feed(input.as_bytes(), &mut Vec::new());
+        assert_eq!(decoder.size(), size, "{input:?}");
     }
-    check(".\r\n", 0, false);
-    check("a\r\n.\r\n", 3, false);
-    check("..\r\nü\r\n.\r\n", 7, true);
-    check("a\rb\nc\r\n.\rd\r\n.\r\n", 11, false);
+    check(".\r\n", 0);
+    check("a\r\n.\r\n", 3);
+    check("..\r\nü\r\n.\r\n", 7);
+    check("a\rb\nc\r\n.\rd\r\n.\r\n", 11);
 }
 
 /// Rules: SMTP-02, SMTP-05, SMUG-03.
 #[test]
-fn content_goes_out_in_whole_lines() {
+fn content_is_sent_in_whole_lines() {
     fn check(content: &str, expected: &str) {
         assert_eq!(String::from_utf8_lossy(&stuff(&whole(content))), expected, "{content:?}");
     }
@@ -156,7 +159,7 @@ fn content_goes_out_in_whole_lines() {
 }
 
 #[test]
-fn received_fields_count_in_the_header_alone() {
+fn received_fields_are_counted_in_the_header_only() {
     fn check(content: &str, expected: usize) {
         assert_eq!(received(&whole(content)), expected, "{content:?}");
     }
@@ -168,7 +171,7 @@ fn received_fields_count_in_the_header_alone() {
     check("Received", 0);
 }
 
-/// Few kinds of octets, so that every line end and dot meets every other.
+/// Few kinds of octets, so that every combination of line ends and dots occurs.
 fn octets() -> impl Strategy<Value = Vec<u8>> {
     vec(proptest::sample::select(b"\n\n\n\r\r\r...a\0\xff".as_slice()), 0..8)
 }
@@ -183,7 +186,7 @@ fn position(haystack: &[u8], needle: &[u8]) -> Option<usize> {
 
 proptest! {
     #[test]
-    fn cuts_change_nothing(pieces in pieces()) {
+    fn the_result_does_not_depend_on_the_cuts(pieces in pieces()) {
         let whole = [pieces.concat()];
         let single: Vec<Vec<u8>> = whole[0].iter().map(|&octet| vec![octet]).collect();
         for cut in [&pieces, &single] {
@@ -196,7 +199,7 @@ proptest! {
     }
 
     #[test]
-    fn cuts_hide_no_received_field(
+    fn a_received_field_is_found_in_two_pieces(
         text in "(Received: a\n|X: b\n|\n|\r\n|re){0,6}",
         at in 0usize..70,
     ) {
@@ -205,15 +208,15 @@ proptest! {
     }
 
     #[test]
-    fn data_ends_where_the_standard_says(pieces in pieces()) {
+    fn data_ends_at_the_first_crlf_dot_crlf(pieces in pieces()) {
         // The CRLF of DATA itself comes first.
         let connection = [&b"\r\n"[..], &pieces.concat()].concat();
         let end = position(&connection, b"\r\n.\r\n");
-        let behind = end.map(|end| connection[end + 5..].to_vec());
+        let rest = end.map(|end| connection[end + 5..].to_vec());
         let content = &connection[..end.map_or(connection.len(), |end| end + 2)];
         let text = String::from_utf8_lossy(content).replace("\r\n", "");
         let (_, bare, seen) = unstuff(&pieces);
-        prop_assert_eq!(&seen, &behind);
+        prop_assert_eq!(&seen, &rest);
         if seen.is_some() {
             prop_assert_eq!(bare, text.contains(['\r', '\n']));
         }

@@ -1,0 +1,265 @@
+//! Lists of addresses, as header fields have them and a command line may (RFC 5322 sections 3.4 and 4.4).
+//!
+//! Mail programs and people write more than the grammar permits, so the reader is lenient: it accepts additional commas,
+//! `;` for `,`, a group without its end, an address as its own display name, and any character in a display name. What
+//! it cannot read is an error that shows the place, because a guess could send the message to another person.
+//!
+//! ```text
+//! Joe Doe <joe@example.net>, (a comment) friends: eva, "Bob B."@example.org;
+//! `-----------------------'              `--------------------------------'
+//!     display name, address                           group
+//! ```
+
+use std::ops::Range;
+
+use super::address::{Domain, Host, Mailbox};
+
+/// Characters of a bad address that an error repeats.
+const ERROR_EXCERPT: usize = 100;
+
+/// Returns the mailboxes of a list in their order, also those that the list has twice.
+///
+/// Display names, quoted strings, nested comments, groups, source routes and folded lines are understood. A local part
+/// without a host gets the host `home`. The result is empty if the list is, or has empty groups only.
+///
+/// # Errors
+/// A sentence that shows the first address that cannot be read, with the reason.
+pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String> {
+    let mut found = Vec::new();
+    let mut grouped = false;
+    let mut element = Element::default();
+    for (token, range) in tokens(text)? {
+        if matches!(token, Token::Special(',' | ';')) && element.stage != ElementStage::Inside {
+            found.extend(element.mailbox(text, home)?);
+            element = Element::default();
+            // Outside of a group a semicolon is what some programs write for a comma.
+            grouped &= token.is(',');
+            continue;
+        }
+        element.extend(range);
+        match (element.stage, token) {
+            (ElementStage::Before, Token::Special(':')) => {
+                if grouped || !element.is_phrase() {
+                    return Err(unreadable(&text[element.range], "this cannot be the name of a group"));
+                }
+                element = Element::default();
+                grouped = true;
+            }
+            (ElementStage::Before, Token::Special('<')) => element.stage = ElementStage::Inside,
+            (ElementStage::Inside, Token::Special('>')) => element.stage = ElementStage::After,
+            (ElementStage::Before, token) => element.before.push(token),
+            (ElementStage::Inside, token) => element.inside.push(token),
+            (ElementStage::After, _) => {
+                return Err(unreadable(&text[element.range], "something follows the >; is a comma missing?"));
+            }
+        }
+    }
+    found.extend(element.mailbox(text, home)?);
+    Ok(found)
+}
+
+/// The tokens between two commas.
+#[derive(Debug, Default)]
+struct Element<'a> {
+    stage: ElementStage,
+    /// A display name, or the address itself if no angle brackets follow.
+    before: Vec<Token<'a>>,
+    /// The tokens between the angle brackets, where commas and a colon belong to a source route.
+    inside: Vec<Token<'a>>,
+    /// Its octets in the text.
+    range: Range<usize>,
+}
+
+/// The angle brackets of an element: not yet opened, open, closed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum ElementStage {
+    #[default]
+    Before,
+    Inside,
+    After,
+}
+
+impl Element<'_> {
+    fn extend(&mut self, token: Range<usize>) {
+        let start = if self.range.is_empty() { token.start } else { self.range.start };
+        self.range = start..token.end;
+    }
+
+    fn is_phrase(&self) -> bool {
+        !self.before.is_empty() && self.before.iter().all(|token| !token.is('@') && !token.is('>'))
+    }
+
+    /// The mailbox of the element; `None`: there is nothing between the commas (RFC 5322 section 4.4).
+    fn mailbox(&self, text: &str, home: &Domain) -> Result<Option<Mailbox>, String> {
+        let mailbox = match self.stage {
+            ElementStage::Before if self.before.is_empty() => return Ok(None),
+            ElementStage::Before => mailbox(&self.before, home),
+            ElementStage::Inside => Err("a > is missing"),
+            ElementStage::After => without_route(&self.inside).and_then(|inside| mailbox(inside, home)),
+        };
+        mailbox.map(Some).map_err(|reason| unreadable(&text[self.range.clone()], reason))
+    }
+}
+
+/// Drops the source route `@one.example,@two.example:` before an address (RFC 5322 section 4.4).
+fn without_route<'a, 'b>(inside: &'a [Token<'b>]) -> Result<&'a [Token<'b>], &'static str> {
+    if !inside.first().is_some_and(|first| first.is('@')) {
+        return Ok(inside);
+    }
+    let colon = inside.iter().position(|token| token.is(':')).ok_or("a source route ends in a colon")?;
+    Ok(&inside[colon + 1..])
+}
+
+fn mailbox(tokens: &[Token], home: &Domain) -> Result<Mailbox, &'static str> {
+    const LOCAL: &str = "this is no name of a mailbox; a display name wants an <address> behind it";
+    let (local, host) = match tokens.iter().position(|token| token.is('@')) {
+        Some(at) => (&tokens[..at], host(&tokens[at + 1..]).ok_or("the host is no domain")?),
+        None if matches!(tokens, [Token::Quoted(content)] if content.is_empty()) => return Err(LOCAL),
+        None => (tokens, Host::Name(home.clone())),
+    };
+    let local = dotted(local).ok_or(LOCAL)?;
+    if local.contains(char::REPLACEMENT_CHARACTER) {
+        return Err("it is not in UTF-8");
+    }
+    let escaped = local.replace('\\', r"\\").replace('"', "\\\"");
+    Mailbox::parse(&format!("\"{escaped}\"@{host}")).ok_or("the name is too long, or holds control characters")
+}
+
+fn host(tokens: &[Token]) -> Option<Host> {
+    match tokens {
+        [Token::Literal(literal)] => Host::parse(&format!("[{literal}]")),
+        _ if tokens.iter().any(|token| matches!(token, Token::Quoted(_))) => None,
+        _ => Host::parse(&dotted(tokens)?),
+    }
+}
+
+/// The text of words with single dots between them (RFC 5322 section 4.4, `obs-local-part`).
+fn dotted(tokens: &[Token]) -> Option<String> {
+    let mut content = String::new();
+    for (number, token) in tokens.iter().enumerate() {
+        match token {
+            Token::Special('.') if number % 2 == 1 => content.push('.'),
+            Token::Quoted(text) if number % 2 == 0 => content.push_str(text),
+            Token::Atom(text) if number % 2 == 0 && !text.contains(['(', ')', '[', ']', '\\']) => {
+                content.push_str(text)
+            }
+            _ => return None,
+        }
+    }
+    (tokens.len() % 2 == 1).then_some(content)
+}
+
+/// A token of a structured field. White space and comments are not tokens.
+#[derive(PartialEq, Eq, Debug)]
+enum Token<'a> {
+    /// An atom, or other text without special characters: in a display name any character is accepted.
+    Atom(&'a str),
+    /// `=?charset?q?text?=` (RFC 2047): part of a display name, never of an address. Some programs leave a comma in it,
+    /// which does not divide.
+    Encoded,
+    /// The content of a quoted string.
+    Quoted(String),
+    /// The content of square brackets.
+    Literal(String),
+    Special(char),
+}
+
+impl Token<'_> {
+    fn is(&self, special: char) -> bool {
+        *self == Token::Special(special)
+    }
+}
+
+/// The tokens of a text, each with its octets there.
+fn tokens(text: &str) -> Result<Vec<(Token<'_>, Range<usize>)>, String> {
+    let mut found = Vec::new();
+    let mut at = 0;
+    while let Some(first) = text[at..].chars().next() {
+        let rest = &text[at..];
+        let missing = |reason| unreadable(rest, reason);
+        let (token, length) = match first {
+            first if first.is_whitespace() => (None, first.len_utf8()),
+            '(' => (None, comment(rest).ok_or_else(|| missing("a ) is missing"))?),
+            '"' => {
+                let (content, length) = enclosed(rest, '"').ok_or_else(|| missing("a \" is missing"))?;
+                (Some(Token::Quoted(content)), length)
+            }
+            '[' => {
+                let (content, length) = enclosed(rest, ']').ok_or_else(|| missing("a ] is missing"))?;
+                (Some(Token::Literal(content.replace(char::is_whitespace, ""))), length)
+            }
+            '<' | '>' | '@' | ',' | ';' | ':' | '.' => (Some(Token::Special(first)), 1),
+            _ => match encoded_word(rest) {
+                Some(length) => (Some(Token::Encoded), length),
+                None => {
+                    let ends = |c: char| c.is_whitespace() || "<>@,;:.\"([".contains(c);
+                    let length = rest.find(ends).unwrap_or(rest.len());
+                    (Some(Token::Atom(&rest[..length])), length)
+                }
+            },
+        };
+        found.extend(token.map(|token| (token, at..at + length)));
+        at += length;
+    }
+    Ok(found)
+}
+
+/// The octets of the comment that begins the text, with the comments inside it; `None`: it does not end.
+fn comment(text: &str) -> Option<usize> {
+    let (mut depth, mut escaped) = (0_usize, false);
+    for (at, octet) in text.bytes().enumerate() {
+        match octet {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            b'(' => depth += 1,
+            b')' => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 {
+            return Some(at + 1);
+        }
+    }
+    None
+}
+
+/// The content of the quoted string or domain literal that begins the text, and its octets; `None`: it does not end.
+/// Line ends in it are those of folded lines and are dropped (RFC 5322 section 2.2.3).
+fn enclosed(text: &str, end: char) -> Option<(String, usize)> {
+    let (mut content, mut escaped) = (String::new(), false);
+    for (at, character) in text.char_indices().skip(1) {
+        match character {
+            '\r' | '\n' => {}
+            _ if std::mem::take(&mut escaped) => content.push(character),
+            '\\' => escaped = true,
+            _ if character == end => return Some((content, at + 1)),
+            _ => content.push(character),
+        }
+    }
+    None
+}
+
+/// The octets of the encoded word that begins the text (RFC 2047 section 2); `None`: there is none. Programs write longer
+/// ones than that section permits, up to the longest line (RFC 5322 section 2.1.1).
+fn encoded_word(text: &str) -> Option<usize> {
+    const LIMIT: usize = 998;
+    let length = text.bytes().take(LIMIT).take_while(u8::is_ascii_graphic).count();
+    let mut parts = text[..length].strip_prefix("=?")?.splitn(3, '?');
+    let (charset, encoding, rest) = (parts.next()?, parts.next()?, parts.next()?);
+    let (content, after) = rest.split_once('?')?;
+    let ends = encoding.len() == 1 && after.starts_with('=');
+    ends.then_some("=?".len() + charset.len() + "?q?".len() + content.len() + "?=".len())
+}
+
+/// An error about a part of the text, on one line.
+fn unreadable(part: &str, reason: &str) -> String {
+    let words: Vec<&str> = part.split_whitespace().collect();
+    let mut shown = words.join(" ").replace(char::is_control, "?");
+    if let Some((cut, _)) = shown.char_indices().nth(ERROR_EXCERPT) {
+        shown.truncate(cut);
+        shown.push('…');
+    }
+    format!("cannot read {shown}: {reason}")
+}
+
+#[cfg(test)]
+mod tests;
