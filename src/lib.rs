@@ -12,7 +12,7 @@
 //! 5. [`provider::odmr`]: the provider's listener: AUTH, mail of the customer, `ATRN`, the locked queues.
 //! 6. [`provider::delivery`]: the one thread that delivers in all turned sessions.
 //! 7. [`queue`]: mail at rest: when a message is committed, what settles it, when it is removed.
-//! 8. [`customer::pull`]: the customer's call, from the connection to the summary.
+//! 8. [`mod@customer::pull`]: the customer's call, from the connection to the summary.
 //! 9. [`customer::receiver`]: what the customer does with each recipient: RCPT, DATA, commit.
 //!
 //! The rest serves these. The modules below are in the order in which each uses earlier ones only, in a room and

@@ -115,8 +115,7 @@ fn run_daemon(
     let bound = daemon::BoundDaemon::new(config, ids)?;
     let becomes_owner = owner.is_some();
     become_owner(config, owner)?;
-    let (events, receiver) = daemon::event_channel();
-    let (sender, stop) = (events.clone(), cancel.clone());
+    let (sender, stop) = (bound.events.clone(), cancel.clone());
     process::at_signals(&[SIGTERM, SIGINT, SIGHUP, SIGUSR1], move |signal| match signal {
         SIGHUP => sender.send(DaemonEvent::Reload),
         SIGUSR1 => sender.send(DaemonEvent::CallNow),
@@ -132,7 +131,7 @@ fn run_daemon(
         let consequence = "SIGHUP cannot read the configuration again; let `user` read it";
         log::warn!("event=reload-prevented error={} consequence={consequence:?}", quoted(error));
     }
-    daemon::run(bound, &load, ids, cancel, (events, receiver))?;
+    daemon::run(bound, &load, cancel)?;
     log::info!("event=stopped");
     Ok(())
 }

@@ -1,176 +1,143 @@
-//! What came and went: counted while a call is under way, summed up at its end.
+//! Counts what one call receives and sends, for the progress line during the call and the summary after it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::smtp::reply::{Reply, Severity};
 
-/// So many failures are kept in words; the others are counted.
+/// How many failed recipients a summary lists; the others are only counted.
 const LISTED_FAILURES: usize = 50;
 
-/// The counters of a call; those who see things happen share them.
+/// The counters of one call, shared by all threads that work for it.
 #[derive(Debug, Default)]
-pub struct CallCounters {
-    /// Messages that were taken, and the octets of their content.
-    messages: AtomicU64,
-    octets: AtomicU64,
-    /// Octets of the message that is coming now, and how many there will be, if that was said.
-    coming: AtomicU64,
-    announced: AtomicU64,
-    /// How many messages wait at the provider, if it said so.
-    expected: AtomicU64,
-    rejected: AtomicU64,
-    deferred: AtomicU64,
-    failures: Mutex<Vec<FailedRecipient>>,
-    sent: AtomicU64,
-    waiting: AtomicU64,
-}
+pub struct CallCounters(Mutex<Counts>);
 
-/// One recipient that somebody refused, or put off.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FailedRecipient {
-    pub recipient: String,
-    /// Who said no: us, the next hop, the provider.
-    pub by: String,
-    pub reply: Reply,
-}
-
-impl fmt::Display for FailedRecipient {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = if self.reply.severity() == Severity::Permanent { "rejected" } else { "deferred" };
-        write!(f, "<{}> was {word} by {}: {}", self.recipient, self.by, self.reply)
-    }
-}
-
-fn add(counter: &AtomicU64, number: u64) {
-    counter.fetch_add(number, Ordering::Relaxed);
-}
-
-fn value_of(counter: &AtomicU64) -> u64 {
-    counter.load(Ordering::Relaxed)
+#[derive(Debug, Default)]
+struct Counts {
+    /// What is complete.
+    total: Summary,
+    /// Octets of the message that is arriving.
+    arriving: u64,
+    /// Octets of that message as MAIL announced them; 0: unknown.
+    announced: u64,
+    /// Messages that were waiting at the provider; 0: unknown.
+    queued: u64,
 }
 
 impl CallCounters {
-    /// The provider says how many messages wait.
-    pub fn set_queued(&self, messages: u64) {
-        add(&self.expected, messages);
+    fn lock(&self) -> MutexGuard<'_, Counts> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A message begins; `octets`: as many as its MAIL announces, or 0.
+    /// Adds the number of messages that the provider reports as waiting; 0 if it reports none.
+    pub fn add_queued(&self, messages: u64) {
+        self.lock().queued += messages;
+    }
+
+    /// A message begins. `octets`: its size as MAIL announced it, or 0.
     pub fn begin_message(&self, octets: u64) {
-        self.announced.store(octets, Ordering::Relaxed);
-        self.coming.store(0, Ordering::Relaxed);
+        let mut counts = self.lock();
+        (counts.announced, counts.arriving) = (octets, 0);
     }
 
+    /// Adds octets of the content of the message that is arriving.
     pub fn add_octets(&self, octets: usize) {
-        add(&self.coming, octets as u64);
+        self.lock().arriving += octets as u64;
     }
 
-    /// The message was taken.
+    /// The message was accepted.
     pub fn message_done(&self) {
-        add(&self.messages, 1);
-        add(&self.octets, self.coming.swap(0, Ordering::Relaxed));
-        self.announced.store(0, Ordering::Relaxed);
+        let mut counts = self.lock();
+        counts.total.messages += 1;
+        counts.total.octets += counts.arriving;
+        (counts.announced, counts.arriving) = (0, 0);
     }
 
-    /// A recipient was refused, or put off.
+    /// A recipient was rejected, if the reply is permanent, or deferred. `by`: who decided that, for the summary.
     pub fn not_accepted(&self, recipient: impl fmt::Display, by: impl fmt::Display, reply: &Reply) {
-        add(if reply.severity() == Severity::Permanent { &self.rejected } else { &self.deferred }, 1);
-        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        if failures.len() < LISTED_FAILURES {
-            let (recipient, by) = (recipient.to_string(), by.to_string());
-            failures.push(FailedRecipient { recipient, by, reply: reply.clone() });
+        let total = &mut self.lock().total;
+        let (count, word) = match reply.severity() {
+            Severity::Permanent => (&mut total.rejected, "rejected"),
+            _ => (&mut total.deferred, "deferred"),
+        };
+        *count += 1;
+        if total.failures.len() < LISTED_FAILURES {
+            total.failures.push(format!("<{recipient}> was {word} by {by}: {reply}"));
         }
     }
 
-    /// An outgoing message was taken.
+    /// An outgoing message was sent to at least one recipient.
     pub fn sent(&self) {
-        add(&self.sent, 1);
+        self.lock().total.sent += 1;
     }
 
-    /// So many outgoing messages wait for another call.
+    /// Sets how many outgoing messages wait for another call.
     pub fn set_waiting(&self, messages: u64) {
-        self.waiting.store(messages, Ordering::Relaxed);
+        self.lock().total.waiting = messages;
     }
 
+    /// What was counted up to now. `seconds`: the duration of the call.
     pub fn summary(&self, seconds: f64) -> Summary {
-        Summary {
-            messages: value_of(&self.messages),
-            octets: value_of(&self.octets),
-            rejected: value_of(&self.rejected),
-            deferred: value_of(&self.deferred),
-            failures: self.failures.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-            sent: value_of(&self.sent),
-            waiting: value_of(&self.waiting),
-            seconds,
-        }
+        Summary { seconds, ..self.lock().total.clone() }
     }
 
-    /// How far the call is, in one line.
+    /// The progress of the call, in one line without its end.
     pub fn progress(&self) -> String {
-        let (messages, expected) = (value_of(&self.messages), value_of(&self.expected));
-        let of_all = if expected > 0 { format!(" of {}", expected.max(messages)) } else { String::new() };
-        let mut line =
-            format!("{messages}{of_all} messages, {}", HumanSize(value_of(&self.octets) + value_of(&self.coming)));
-        let announced = value_of(&self.announced);
-        if announced > 0 {
-            line.push_str(&format!(
-                " (now {} of {})",
-                HumanSize(value_of(&self.coming).min(announced)),
-                HumanSize(announced)
-            ));
+        let Counts { total: Summary { messages, octets, sent, .. }, arriving, announced, queued } = &*self.lock();
+        let of_all = if *queued > 0 { format!(" of {}", queued.max(messages)) } else { String::new() };
+        let mut line = format!("{messages}{of_all} messages, {}", HumanSize(octets + arriving));
+        if *announced > 0 {
+            line += &format!(" (now {} of {})", HumanSize(*arriving.min(announced)), HumanSize(*announced));
         }
-        if value_of(&self.sent) > 0 {
-            line.push_str(&format!(", {} sent", value_of(&self.sent)));
+        if *sent > 0 {
+            line += &format!(", {sent} sent");
         }
         line
     }
 }
 
-/// What a call has brought.
+/// The result of a call.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Summary {
+    /// Messages that were received and accepted.
     pub messages: u64,
-    /// Octets of content.
+    /// Octets of their content.
     pub octets: u64,
-    /// Recipients that somebody refused, of incoming and of outgoing mail, and those that stay with the provider for
-    /// now; some of them in words.
+    /// Recipients that were rejected, of incoming and outgoing mail.
     pub rejected: u64,
+    /// Recipients that were deferred: their mail stays with the provider.
     pub deferred: u64,
-    pub failures: Vec<FailedRecipient>,
-    /// Outgoing messages that somebody took.
+    /// The first of the rejected and deferred recipients, a line for each.
+    pub failures: Vec<String>,
+    /// Outgoing messages that were sent.
     pub sent: u64,
     /// Outgoing messages that wait for another call.
     pub waiting: u64,
+    /// The duration of the call.
     pub seconds: f64,
 }
 
 impl fmt::Display for Summary {
-    /// One line, and one for each failure.
+    /// One line, and one for each listed failure.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} messages, {} bytes, {:.1} seconds", self.messages, self.octets, self.seconds)?;
-        if self.rejected > 0 {
-            write!(f, ", {} recipients rejected", self.rejected)?;
+        for (count, text) in [
+            (self.rejected, "recipients rejected"),
+            (self.deferred, "deferred"),
+            (self.sent, "sent"),
+            (self.waiting, "waiting to be sent"),
+        ] {
+            if count > 0 {
+                write!(f, ", {count} {text}")?;
+            }
         }
-        if self.deferred > 0 {
-            write!(f, ", {} deferred", self.deferred)?;
-        }
-        if self.sent > 0 {
-            write!(f, ", {} sent", self.sent)?;
-        }
-        if self.waiting > 0 {
-            write!(f, ", {} waiting to be sent", self.waiting)?;
-        }
-        for failure in &self.failures {
-            write!(f, "\n{failure}")?;
-        }
+        self.failures.iter().try_for_each(|failure| write!(f, "\n{failure}"))?;
         let more = (self.rejected + self.deferred).saturating_sub(self.failures.len() as u64);
         if more > 0 { write!(f, "\nand {more} more: the log has all of them") } else { Ok(()) }
     }
 }
 
-/// Octets as a person reads them.
+/// A number of octets in a unit that is easy to read: `B`, `KiB`, `MiB` or `GiB`.
 struct HumanSize(u64);
 
 impl fmt::Display for HumanSize {
@@ -191,17 +158,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_call_is_watched_and_summed_up() {
+    fn progress_and_summary_of_a_call() {
         let counters = CallCounters::default();
         assert_eq!(counters.progress(), "0 messages, 0 B");
-        counters.set_queued(3);
+        counters.add_queued(3);
         counters.begin_message(4096);
         counters.add_octets(1024);
         assert_eq!(counters.progress(), "0 of 3 messages, 1.0 KiB (now 1.0 KiB of 4.0 KiB)");
         counters.add_octets(3072);
         counters.message_done();
         assert_eq!(counters.progress(), "1 of 3 messages, 4.0 KiB");
-        // Refused: its octets are no part of what came.
+        // A message that is rejected: its octets do not count.
         counters.begin_message(0);
         counters.add_octets(5);
         counters.begin_message(0);

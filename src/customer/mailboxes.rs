@@ -1,13 +1,14 @@
-//! The mailboxes of a customer: its Maildirs, and the destinations that the rules give to each recipient.
+//! The mailboxes of a customer: copies of messages into the Maildirs that the rules in [`crate::recipients`] name. Each
+//! copy has one `Return-Path` at its top (RFC 5321 section 4.4).
 
 use std::collections::HashSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::store;
 use crate::config::CustomerConfig;
 use crate::ids::Ids;
-use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
+use crate::mail::address::{ForwardPath, Mailbox, ReversePath};
 use crate::maildir::spooled::Content;
 use crate::maildir::{Maildir, MessageWriter, for_each_block, has_room};
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
@@ -17,132 +18,83 @@ use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::RecipientStatus;
 
-/// The rules, and the Maildirs that they lead to.
+/// The Maildirs of a customer, and what everything that delivers into them shares.
 pub struct Mailboxes {
-    rules: RecipientRules,
-    umask: u32,
-    /// Writes the queue of mail for next hops.
-    queue: Queue,
-    ids: Ids,
-    root: PathBuf,
+    pub config: CustomerConfig,
+    pub ids: Ids,
+    /// Reads and writes the retry queue and the outgoing queue.
+    pub queue: Queue,
 }
 
 impl Mailboxes {
+    /// Touches no file.
     pub fn new(config: &CustomerConfig, ids: &Ids) -> Mailboxes {
-        let root = &config.mailboxes.root;
-        Mailboxes {
-            rules: config.mailboxes.rules.clone(),
-            umask: config.mailboxes.umask,
-            queue: Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover),
-            ids: ids.clone(),
-            root: root.clone(),
-        }
+        let queue = Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover);
+        Mailboxes { config: config.clone(), ids: ids.clone(), queue }
     }
 
-    pub fn ids(&self) -> &Ids {
-        &self.ids
-    }
-
-    /// Reads and writes the retry queue.
-    pub fn queue(&self) -> &Queue {
-        &self.queue
+    /// The rules that say which recipients are ours, and where their mail goes.
+    pub fn rules(&self) -> &RecipientRules {
+        &self.config.mailboxes.rules
     }
 
     /// The queue of mail for next hops.
     pub fn retry_queue(&self) -> QueueName {
-        store::retry_queue(&self.root)
-    }
-
-    /// Whether the rules accept mail for a domain.
-    pub fn accepts_domain(&self, domain: &Domain) -> bool {
-        self.rules.serves(domain)
-    }
-
-    /// Whether some mail goes to next hops.
-    pub fn has_next_hops(&self) -> bool {
-        self.rules.has_next_hops()
-    }
-
-    /// The destinations of a recipient.
-    pub fn resolve(&self, path: &ForwardPath) -> Result<Vec<Delivery>, Reply> {
-        self.rules.resolve(path)
+        store::retry_queue(&self.config.mailboxes.root)
     }
 
     /// The recipient as an envelope has it: `postmaster` alone is in our first domain (RFC 5321 section 4.5.1).
+    ///
+    /// # Errors
+    /// The reply to RCPT: there is no such postmaster.
     pub fn canonical_recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
-        let nobody = || Reply::new(550, "5.1.1", "No such mailbox here");
-        match path {
-            ForwardPath::Mailbox(mailbox) => Ok(mailbox.clone()),
+        let mailbox = match path {
+            ForwardPath::Mailbox(mailbox) => Some(mailbox.clone()),
             ForwardPath::Postmaster => {
-                let home = self.rules.domains().first().ok_or_else(nobody)?;
-                Mailbox::parse(&format!("postmaster@{home}")).ok_or_else(nobody)
+                self.rules().domains().first().and_then(|home| recipients::address("postmaster", home))
             }
-        }
+        };
+        mailbox.ok_or_else(|| Reply::new(550, "5.1.1", "No such mailbox here"))
     }
 
-    /// The destination of a final address, without any alias.
-    pub fn destination(&self, mailbox: &Mailbox) -> Option<Destination> {
-        self.rules.destination_of(mailbox)
-    }
-
-    /// The Maildir of an address that no next hop accepts.
-    pub fn fallback(&self, mailbox: &Mailbox) -> PathBuf {
-        self.rules.maildir_of(mailbox)
-    }
-
-    /// Whether mail for it must be accepted, by us if no next hop does (RFC 5321 section 4.5.1).
-    pub fn must_accept(&self, mailbox: &Mailbox) -> bool {
-        self.rules.is_fallback(mailbox)
-    }
-
-    /// Begins a copy in a Maildir, with one Return-Path at the top (RFC 5321 section 4.4); `head` is the beginning of the
-    /// content: our `Received`.
-    fn begin(&self, writer: &mut MessageWriter, copy: &Copy<'_>, head: &str) -> io::Result<()> {
-        let Copy { from, to, original, .. } = copy;
-        let mut lines = format!("Return-Path: <{from}>\nDelivered-To: {to}\n");
-        if to != original {
-            lines.push_str(&format!("X-Original-To: {original}\n"));
-        }
-        lines.push_str(head);
-        writer.begin(&self.maildir(copy.path, copy.folders), &self.queue.unique(), lines.as_bytes())
-    }
-
-    /// A mailbox, or the first of these folders that it has.
+    /// The mailbox at `path`, or the first of the Maildir++ `folders` that it has.
     fn maildir(&self, path: &Path, folders: &[String]) -> Maildir {
-        let inbox = Maildir::mailbox(path, self.umask);
+        let inbox = Maildir::mailbox(path, self.config.mailboxes.umask);
         folders.iter().map(|name| inbox.folder(name)).find(Maildir::exists).unwrap_or(inbox)
     }
 
-    /// Whether the quota of a mailbox has room for this many octets more; a next hop has its own.
-    pub fn admits(&self, destination: &Destination, octets: u64) -> io::Result<()> {
-        match destination {
-            Destination::Maildir { path, folders } => {
-                self.maildir(path, folders).check_quota(|| self.queue.unique(), octets)
-            }
-            Destination::NextHop(_) => Ok(()),
+    /// Checks that the quota of a mailbox has room for this many octets more. A next hop checks its own quota.
+    ///
+    /// # Errors
+    /// `QuotaExceeded` only: any other failure appears again when the copy is begun.
+    pub fn check_quota(&self, destination: &Destination, octets: u64) -> io::Result<()> {
+        let Destination::Maildir { path, folders } = destination else { return Ok(()) };
+        match self.maildir(path, folders).check_quota(|| self.queue.unique(), octets) {
+            Err(error) if error.kind() == io::ErrorKind::QuotaExceeded => Err(error),
+            _ => Ok(()),
         }
     }
 
-    /// Begins copies for all recipients of a message, which are ours. Recipients whose destination is a next hop, or a
-    /// mailbox without room for `octets`, get theirs in the retry queue.
+    /// Begins copies for the recipients of a message that is not received in a turned session; all of them are ours.
+    /// Recipients whose destination is a next hop, or a mailbox without room for `octets`, get theirs in the retry queue.
+    /// `head`: the beginning of the content, our `Received`.
+    ///
+    /// # Errors
+    /// A copy cannot be created.
     pub fn begin_all(
         &self, writer: &mut MessageWriter, message: &QueuedEnvelope, octets: u64, head: &str,
-    ) -> io::Result<(Routing, Vec<RejectedRecipient>)> {
+    ) -> io::Result<Routing> {
         let (mut known, mut rejected, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
         for recipient in &message.envelope.recipients {
-            match self.resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
-                Err(reply) => rejected.push(RejectedRecipient { recipient: recipient.clone(), reply }),
-                Ok(mut deliveries) => {
-                    // The other recipients do not wait for one whose mailbox is full.
+            match self.rules().resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
+                Err(reply) => rejected.push((recipient.clone(), reply)),
+                Ok(deliveries) => {
                     let count = deliveries.len();
-                    deliveries.retain(|delivery| {
-                        let room = self.has_room_now(&delivery.destination, octets);
-                        if !room {
-                            waiting.push(relayed_recipient(recipient, &delivery.mailbox, count));
-                        }
-                        room
-                    });
-                    known.push((recipient.clone(), deliveries));
+                    // The other recipients do not wait for one whose mailbox is full.
+                    let has_room = |delivery: &Delivery| self.check_quota(&delivery.destination, octets).is_ok();
+                    let (now, later): (Vec<_>, Vec<_>) = deliveries.into_iter().partition(has_room);
+                    waiting.extend(later.iter().map(|delivery| relayed_recipient(recipient, &delivery.mailbox, count)));
+                    known.push((recipient.clone(), now));
                 }
             }
         }
@@ -151,32 +103,29 @@ impl Mailboxes {
         if !waiting.is_empty() {
             self.queue.add_copy(writer, &self.retry_queue(), &message.with_recipients(waiting), head)?;
         }
-        Ok((routing, rejected))
+        Ok(Routing { rejected, ..routing })
     }
 
-    fn has_room_now(&self, destination: &Destination, octets: u64) -> bool {
-        let full = |error: &io::Error| error.kind() == io::ErrorKind::QuotaExceeded;
-        !self.admits(destination, octets).as_ref().is_err_and(full)
-    }
-
-    /// Begins copies for recipients whose destinations are known. A mailbox that several recipients lead to, by two
-    /// aliases for instance, gets one copy.
+    /// Begins copies for recipients whose destinations are known. If several recipients lead to one mailbox, for instance
+    /// by two aliases, it gets one copy. `head`: the beginning of the content, our `Received`.
+    ///
+    /// # Errors
+    /// A copy cannot be created.
     pub fn begin_known(
         &self, writer: &mut MessageWriter, from: &ReversePath, recipients: &[(Recipient, Vec<Delivery>)], head: &str,
     ) -> io::Result<Routing> {
         let (mut routing, mut seen) = (Routing::default(), HashSet::new());
         for (recipient, deliveries) in recipients {
             let mut all_here = true;
-            for delivery in deliveries {
-                let relayed = relayed_recipient(recipient, &delivery.mailbox, deliveries.len());
-                match &delivery.destination {
-                    Destination::Maildir { path, folders } => {
-                        if seen.insert(delivery.destination.clone()) {
-                            let (to, original) = (&delivery.mailbox, &recipient.mailbox);
-                            self.begin(writer, &Copy { from, to, original, path, folders }, head)?;
-                            routing.maildir_recipients.push(relayed);
-                        }
+            for Delivery { mailbox, destination, .. } in deliveries {
+                let relayed = relayed_recipient(recipient, mailbox, deliveries.len());
+                match destination {
+                    Destination::Maildir { path, folders } if seen.insert(destination) => {
+                        let lines = first_lines(from, mailbox, &recipient.mailbox) + head;
+                        writer.begin(&self.maildir(path, folders), &self.queue.unique(), lines.as_bytes())?;
+                        routing.maildir_recipients.push(relayed);
                     }
+                    Destination::Maildir { .. } => {}
                     Destination::NextHop(hop) => {
                         all_here = false;
                         routing.add(hop, relayed);
@@ -195,49 +144,53 @@ impl Mailboxes {
         Ok(routing)
     }
 
-    /// Delivers one message into a Maildir, for one recipient.
+    /// Delivers a message into the Maildir at `path`, or the first of `folders` that it has, for one recipient.
     pub fn copy(
         &self, from: &ReversePath, to: &Mailbox, (path, folders): (&Path, &[String]), content: &mut dyn Content,
     ) -> RecipientStatus {
-        let mut copied = || {
-            let mut writer = MessageWriter::default();
-            self.begin(&mut writer, &Copy { from, to, original: to, path, folders }, "")?;
+        let mut writer = MessageWriter::default();
+        let mut begun = || {
+            let lines = first_lines(from, to, to);
+            writer.begin(&self.maildir(path, folders), &self.queue.unique(), lines.as_bytes())?;
             content.rewind()?;
-            for_each_block(content, |block| writer.write(block))?;
-            writer.commit()
+            for_each_block(content, |block| writer.write(block))
         };
-        match copied() {
-            Ok(_) => RecipientStatus::Sent(Reply::new(250, "2.0.0", "Delivered here")),
+        match begun().and_then(|()| writer.commit()) {
+            Ok(_) => delivered_here(),
             Err(error) => RecipientStatus::Deferred(storage_failure_reply(&error)),
         }
     }
 
-    /// Delivers to our own Maildir what must be accepted and no next hop accepts.
-    pub fn deliver_fallback(&self, from: &ReversePath, to: &Mailbox, content: &mut dyn Content) -> RecipientStatus {
-        self.copy(from, to, (&self.fallback(to), &[]), content)
+    /// Delivers to our own Maildir for each recipient that a next hop has rejected and that must be accepted: postmaster
+    /// and abuse (RFC 5321 section 4.5.1, RFC 2142). Replaces their statuses.
+    pub fn deliver_fallbacks(
+        &self, from: &ReversePath, recipients: &mut [(Recipient, RecipientStatus)], content: &mut dyn Content,
+    ) {
+        for (Recipient { mailbox, .. }, status) in recipients {
+            if status.is_rejected() && self.rules().is_fallback(mailbox) {
+                *status = self.copy(from, mailbox, (&self.rules().maildir_of(mailbox), &[]), content);
+            }
+        }
     }
 
-    /// Rejects mail that the disk would not hold.
+    /// Checks that the disk has room for a message of this many octets (RFC 1870 section 6.1).
+    ///
+    /// # Errors
+    /// The reply to MAIL.
     pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
-        if has_room(&self.root, octets) { Ok(()) } else { Err(disk_full_reply()) }
+        if has_room(&self.config.mailboxes.root, octets) { Ok(()) } else { Err(disk_full_reply()) }
     }
 }
 
-/// A copy of a message in one Maildir.
-struct Copy<'a> {
-    from: &'a ReversePath,
-    to: &'a Mailbox,
-    /// The recipient that the sender meant.
-    original: &'a Mailbox,
-    path: &'a Path,
-    /// Maildir++ folders: the first that exists.
-    folders: &'a [String],
+/// The lines of a copy before its content. `original`: the recipient that the sender meant.
+fn first_lines(from: &ReversePath, to: &Mailbox, original: &Mailbox) -> String {
+    let meant = if to == original { String::new() } else { format!("X-Original-To: {original}\n") };
+    format!("Return-Path: <{from}>\nDelivered-To: {to}\n{meant}")
 }
 
-/// A recipient that the rules reject.
-pub struct RejectedRecipient {
-    pub recipient: Recipient,
-    pub reply: Reply,
+/// The status of a recipient whose copy is in a Maildir of ours.
+pub fn delivered_here() -> RecipientStatus {
+    RecipientStatus::Sent(Reply::new(250, "2.0.0", "Delivered here"))
 }
 
 /// Where the recipients of a message go.
@@ -245,12 +198,14 @@ pub struct RejectedRecipient {
 pub struct Routing {
     /// Recipients that have the message when the copies are committed.
     pub delivered_here: Vec<Recipient>,
-    /// Recipients that stand for several, next hops among them.
+    /// Recipients with several destinations, next hops among them.
     pub expanded: Vec<Recipient>,
-    /// The recipients of the copies, one for each Maildir.
+    /// The recipients of the copies, one for each Maildir, in the order of the copies.
     pub maildir_recipients: Vec<Recipient>,
     /// The recipients of each next hop.
     pub hop_recipients: Vec<(NextHop, Vec<Recipient>)>,
+    /// Recipients that the rules reject, with the reply.
+    pub rejected: Vec<(Recipient, Reply)>,
 }
 
 impl Routing {
@@ -266,8 +221,8 @@ impl Routing {
     }
 }
 
-/// A recipient as its destination gets it; `of`: how many destinations the recipient that the sender meant has. NOTIFY
-/// goes with it, unless several destinations would report success (RFC 3461 section 5.2.7.3).
+/// A recipient as one of its destinations gets it. `to`: its address there; `of`: how many destinations it has. NOTIFY
+/// stays as it is, unless several destinations would report success (RFC 3461 section 5.2.7.3).
 pub fn relayed_recipient(meant: &Recipient, to: &Mailbox, of: usize) -> Recipient {
     match of {
         1 => Recipient { mailbox: to.clone(), ..meant.clone() },

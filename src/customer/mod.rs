@@ -1,5 +1,5 @@
-//! The customer: it calls its provider, sends its outgoing mail, receives its own, and delivers that by its rules into
-//! Maildirs or to the mail server that is there already.
+//! The customer: it calls its provider, sends outgoing mail, receives the mail of its domains, and delivers it by its rules
+//! into Maildirs or to other mail servers, its next hops.
 
 pub mod counters;
 pub mod store;

@@ -1,10 +1,10 @@
-//! Watches for a new address or route of this machine: a call that failed may succeed now.
+//! Watches for a new address or route of this machine: after it, a call that has failed may succeed.
 //!
-//! On Linux the kernel reports them (rtnetlink(7)); elsewhere a call is tried again after its pause.
+//! On Linux the kernel reports them (rtnetlink(7)). On other systems a call is tried again after its pause only.
 
 use crate::net::cancel::CancelToken;
 
-/// Calls `notify` for each new address or route, until it is cancelled. If nothing can be watched, that is logged.
+/// Calls `notify` after new addresses or routes, until it is cancelled. If the kernel does not report them, that is logged.
 #[cfg(target_os = "linux")]
 pub fn watch(notify: impl Fn() + Send + 'static, cancel: &CancelToken) {
     let cancel = cancel.clone();
@@ -17,6 +17,7 @@ pub fn watch(notify: impl Fn() + Send + 'static, cancel: &CancelToken) {
     }
 }
 
+/// Never calls: this system does not report new addresses.
 #[cfg(not(target_os = "linux"))]
 pub fn watch(_: impl Fn() + Send + 'static, _: &CancelToken) {}
 
@@ -37,6 +38,7 @@ mod linux {
     /// RTM_NEWADDR and RTM_NEWROUTE, the types of netlink messages (netlink(7)).
     const NEW: [u16; 2] = [20, 24];
 
+    /// A socket that receives a message for each change.
     pub fn socket() -> io::Result<OwnedFd> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
@@ -44,6 +46,7 @@ mod linux {
         Ok(socket)
     }
 
+    /// Receives until it is cancelled.
     pub fn listen(socket: &OwnedFd, notify: &dyn Fn(), cancel: &CancelToken) {
         while !cancel.is_cancelled() {
             let mut polls = [
@@ -55,7 +58,7 @@ mod linux {
             loop {
                 match rustix::net::recv(socket, &mut message[..], RecvFlags::empty()) {
                     Ok((octets, _)) => new |= is_new(&message[..octets]),
-                    // More has happened than the kernel could keep for us.
+                    // Messages were lost, as the buffer was full: a new address may be among them.
                     Err(rustix::io::Errno::NOBUFS) => new = true,
                     Err(rustix::io::Errno::INTR) => {}
                     Err(_) => break,
@@ -76,10 +79,10 @@ mod linux {
         use super::*;
 
         #[test]
-        fn only_what_has_come_is_news() {
+        fn only_new_addresses_and_routes_count() {
             let message = |kind: u16| [&16_u32.to_ne_bytes()[..], &kind.to_ne_bytes(), &[0; 10]].concat();
-            for (kind, news) in [(20, true), (24, true), (21, false), (25, false), (3, false)] {
-                assert_eq!(is_new(&message(kind)), news, "{kind}");
+            for (kind, new) in [(20, true), (24, true), (21, false), (25, false), (3, false)] {
+                assert_eq!(is_new(&message(kind)), new, "{kind}");
             }
             assert!(!is_new(&[]) && !is_new(&[0; 5]));
         }

@@ -1,13 +1,14 @@
 //! One call: connect, TLS, AUTH, outgoing mail, ATRN, the turn, and incoming mail until the provider sends QUIT.
 //!
-//! 453 ("you have no mail") is a success. After the 250 to ATRN the customer sends nothing but its greeting, and what
-//! follows is an ordinary SMTP server session whose client is the provider (RFC 2645 section 5.3).
+//! 453 ("you have no mail") is a success. After the 250 to ATRN the customer sends nothing but its greeting; what follows
+//! is an ordinary SMTP session in which the customer is the server and the provider the client (RFC 2645 section 5.3).
 
 use std::fmt;
-use std::fs::{File, TryLockError};
+use std::fs::File;
+use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use super::counters::{CallCounters, Summary};
 use super::mailboxes::Mailboxes;
@@ -34,24 +35,24 @@ use crate::smtp::server::ServerRole;
 use crate::smtp::status::{is_login_rejected, is_no_mail};
 use crate::turn;
 
-/// Why a call has failed. What came before is kept in any case.
+/// Why a call has failed. Messages that were sent or received before the failure stay so.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CallError {
     /// The configuration names something that cannot be used.
     Config(String),
     /// The name of the provider has no address.
     NoHost(String),
-    /// Nobody answers there.
+    /// There is no connection to the provider.
     Unavailable(String),
-    /// Not now: try again later.
+    /// The provider defers the call, or the connection was lost: a later call may succeed.
     Temporary(String),
-    /// Another call to this provider is under way.
+    /// Another process calls this provider.
     Busy(String),
-    /// The provider does not let us in.
+    /// The provider rejects our name or secret, or does not prove that it knows the secret.
     Denied(String),
-    /// The other end, or its certificate, is not what it should be.
+    /// The peer is no provider, breaks the protocol, or its certificate is not accepted.
     Protocol(String),
-    /// The system refuses: a port, a thread.
+    /// A system call failed.
     System(String),
 }
 
@@ -72,81 +73,83 @@ impl fmt::Display for CallError {
 
 impl std::error::Error for CallError {}
 
-/// A customer, ready to call.
-pub struct Customer {
-    config: CustomerConfig,
-    ids: Ids,
-    /// The providers in the order of the configuration, ready to be connected to.
-    providers: Vec<Remote>,
-    mailboxes: Arc<Mailboxes>,
-    outbox: Option<Arc<Outbox>>,
-    retry_queue: Arc<RetryQueue>,
+impl From<io::Error> for CallError {
+    fn from(error: io::Error) -> CallError {
+        CallError::System(error.to_string())
+    }
 }
 
-/// One call to each provider; see [`Customer::pull`].
+/// A customer, ready to call.
+pub struct Customer {
+    pub mailboxes: Arc<Mailboxes>,
+    /// `None`: the customer sends no mail.
+    pub outbox: Option<Arc<Outbox>>,
+    pub retry_queue: Arc<RetryQueue>,
+    /// The providers in the order of the configuration, ready to be connected to.
+    remotes: Vec<Remote>,
+}
+
+/// Calls each provider once, as [`Customer::pull`] does. Returns what was sent and received.
+///
+/// # Errors
+/// Those of [`Customer::new`] and [`Customer::pull`].
 pub fn pull(config: &CustomerConfig, ids: &Ids, cancel: &CancelToken) -> Result<Summary, CallError> {
-    Customer::new(config, ids)?.pull(cancel, &Arc::default())
+    let (begun, counters) = (Instant::now(), Arc::default());
+    Customer::new(config, ids)?.pull(cancel, &counters)?;
+    Ok(counters.summary(begun.elapsed().as_secs_f64()))
 }
 
 impl Customer {
+    /// Connects to no provider yet.
+    ///
     /// # Errors
     /// [`CallError::Config`]: the certificates that the configuration names cannot be used.
     pub fn new(config: &CustomerConfig, ids: &Ids) -> Result<Customer, CallError> {
         let remote = |provider: &ProviderAccount| {
             Remote::new(&provider.remote).map_err(|text| CallError::Config(provider.error(&text).to_string()))
         };
-        let providers = config.providers.iter().map(remote).collect::<Result<_, _>>()?;
+        let remotes = config.providers.iter().map(remote).collect::<Result<_, _>>()?;
         let mailboxes = Arc::new(Mailboxes::new(config, ids));
-        let outbox = Outbox::new(config, &mailboxes, ids).map(Arc::new);
+        let outbox = Outbox::new(&mailboxes).map(Arc::new);
         let retry_queue = match &outbox {
-            Some(outbox) => outbox.retry_queue().clone(),
-            None => Arc::new(RetryQueue::new(config, &mailboxes, Reporter::new(&config.hostname, ids, None))),
+            Some(outbox) => outbox.retry_queue.clone(),
+            None => Arc::new(RetryQueue::new(&mailboxes, Reporter::new(&config.hostname, ids, None))),
         };
-        Ok(Customer { config: config.clone(), ids: ids.clone(), providers, mailboxes, outbox, retry_queue })
+        Ok(Customer { mailboxes, outbox, retry_queue, remotes })
     }
 
+    /// The configuration that it was made from.
     pub fn config(&self) -> &CustomerConfig {
-        &self.config
+        &self.mailboxes.config
     }
 
-    pub fn outbox(&self) -> Option<&Arc<Outbox>> {
-        self.outbox.as_ref()
-    }
-
-    /// When the retry queue is due.
-    pub fn retry_due(&self) -> Option<SystemTime> {
-        self.retry_queue.due()
-    }
-
-    /// Tries the messages of the retry queue that are due.
-    pub fn retry_next_hops(&self, cancel: &CancelToken) {
-        self.retry_queue.retry(&self.mailboxes, cancel);
-    }
-
-    /// One call to each provider, in the order of the configuration; a call that fails does not prevent the next.
-    /// Returns the first failure; the others are logged.
-    pub fn pull(&self, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<Summary, CallError> {
-        let begun = Instant::now();
+    /// Calls each provider once, in the order of the configuration; a call that fails does not prevent the next.
+    ///
+    /// # Errors
+    /// The first failure; the others are logged.
+    pub fn pull(&self, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<(), CallError> {
         let mut result = Ok(());
-        for (number, provider) in self.config.providers.iter().enumerate() {
+        for (number, provider) in self.config().providers.iter().enumerate() {
             match (self.call(number, cancel, counters), &result) {
                 (Err(error), Ok(())) => result = Err(error),
                 (Err(error), Err(_)) => {
-                    let remote = &provider.remote;
-                    let (address, account) = (&remote.address, remote.login_name());
+                    let (address, account) = (&provider.remote.address, provider.remote.login_name());
                     log::error!("event=call-failed provider={address} account={account} error={}", quoted(error));
                 }
                 (Ok(()), _) => {}
             }
         }
-        result.map(|()| counters.summary(begun.elapsed().as_secs_f64()))
+        result
     }
 
-    /// Sends outgoing mail, if this provider accepts it, and fetches the mail of its domains, in as few connections as
-    /// their names need. What happened before a failure stays. `number`: of the provider, in the order of the
-    /// configuration; without one there is no call.
+    /// Calls one provider: sends outgoing mail, if this provider accepts it, and fetches the mail of its domains, in as few
+    /// connections as their names need. `number`: of the provider, in the order of the configuration, from 0; if there is
+    /// no such provider, nothing happens.
+    ///
+    /// # Errors
+    /// The first failure. What happened before it stays.
     pub fn call(&self, number: usize, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<(), CallError> {
-        let (Some(provider), Some(remote)) = (self.config.providers.get(number), self.providers.get(number)) else {
+        let (Some(provider), Some(remote)) = (self.config().providers.get(number), self.remotes.get(number)) else {
             return Ok(());
         };
         let begun = Instant::now();
@@ -177,7 +180,7 @@ impl Customer {
         if let Some(outbox) = outbox {
             outbox.deliver_here();
         }
-        self.retry_next_hops(cancel);
+        self.retry_queue.retry(cancel);
         let call = ProviderConnection { customer: self, remote, outbox, cancel, counters };
         let mut result = Ok(());
         for domains in domain_lists(&provider.domains) {
@@ -191,23 +194,18 @@ impl Customer {
         result
     }
 
-    /// One call at a time to a provider's account, also among processes. The kernel releases the lock with this process.
+    /// Locks a provider's account, so that one call at a time is made to it, also among processes. The kernel releases the
+    /// lock with this process.
     fn lock(&self, provider: &ProviderAccount) -> Result<File, CallError> {
         let (address, name) = (&provider.remote.address, provider.remote.login_name());
-        let lock = format!("call-{}", recipients::directory_name(&format!("{name}@{address}")));
-        let system = |error: std::io::Error| CallError::System(error.to_string());
-        let file = store::state_file(&self.config.mailboxes.root, &lock).map_err(system)?;
-        match file.try_lock() {
-            Ok(()) => Ok(file),
-            Err(TryLockError::WouldBlock) => {
-                Err(CallError::Busy(format!("another call to {address} as {name} is under way")))
-            }
-            Err(TryLockError::Error(error)) => Err(system(error)),
-        }
+        let file = format!("call-{}", recipients::directory_name(&format!("{name}@{address}")));
+        let busy = || CallError::Busy(format!("another call to {address} as {name} is under way"));
+        store::lock_state_file(&self.config().mailboxes.root, &file)?.ok_or_else(busy)
     }
 }
 
-/// Divides the domains into lists that fit a command line; without domains there is one list, of all.
+/// Divides the domains into lists that fit a command line (RFC 5321 section 4.5.3.1.4). If there are no domains, the one
+/// list is empty, which asks for all of the account.
 fn domain_lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
     let mut lists = vec![Vec::new()];
     let mut length = 0;
@@ -225,7 +223,7 @@ fn domain_lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
     lists
 }
 
-/// One connection to the provider, or two.
+/// One connection to the provider; another one if the first is lost while mail is sent.
 struct ProviderConnection<'a> {
     customer: &'a Customer,
     remote: &'a Remote,
@@ -236,8 +234,7 @@ struct ProviderConnection<'a> {
 }
 
 impl ProviderConnection<'_> {
-    /// Sends outgoing mail, turns, receives incoming mail. A failure of the first half costs the second nothing but
-    /// another connection.
+    /// Sends outgoing mail, turns, receives incoming mail. If sending fails, mail is received over another connection.
     fn run(&self, domains: &[Domain]) -> Result<(), CallError> {
         let (mut session, mut peer) = self.connect()?;
         if let Some(outbox) = self.outbox
@@ -249,7 +246,7 @@ impl ProviderConnection<'_> {
         }
         match session.atrn(domains) {
             Ok((connection, client)) => {
-                self.counters.set_queued(client.messages_waiting().unwrap_or(0));
+                self.counters.add_queued(client.messages_waiting().unwrap_or(0));
                 self.receive(connection, client, peer)
             }
             Err(failure) if is_success(&failure) => Ok(()),
@@ -257,35 +254,34 @@ impl ProviderConnection<'_> {
         }
     }
 
-    /// A session that has come as far as AUTH.
+    /// Returns a session after AUTH, and the provider's address.
     fn connect(&self) -> Result<(ClientSession, IpAddr), CallError> {
-        let config = &self.customer.config;
-        let (id, timeouts, cancel) = (&self.customer.ids.session_id(), &config.timeouts, self.cancel);
+        let Mailboxes { config, ids, .. } = &*self.customer.mailboxes;
+        let (id, timeouts, cancel) = (&ids.session_id(), &config.timeouts, self.cancel);
         let options =
             ClientOptions { name: config.hostname.clone(), chunking: true, atrn: true, ..ClientOptions::default() };
         let connect = Connect { id, peer: 'P', tls: None, timeouts, cancel, limit: None };
         let (session, peer) = self.remote.connect(&options, &connect).map_err(call_error)?;
-        log::info!("event=connected session={id} provider={} peer={peer}", self.remote.address());
+        let (provider, address) = (self.remote.address(), address::literal(peer.ip()));
+        log::info!("event=connected session={id} provider={provider} peer={address}");
         Ok((session, peer.ip()))
     }
 
     /// The customer's half of the turn, and mail until QUIT.
     fn receive(&self, connection: Connection, client: Client, peer: IpAddr) -> Result<(), CallError> {
-        let customer = self.customer;
-        let config = &customer.config;
+        let Customer { mailboxes, outbox, retry_queue, .. } = self.customer;
+        let config = &mailboxes.config;
         let mut options =
             config.limits.server_options(ServerRole::Customer, &config.hostname, config.mailboxes.max_size);
         // A customer that sends no mail cannot send DSNs.
-        options.dsn = customer.outbox.is_some();
+        options.dsn = outbox.is_some();
         let (connection, server) =
             turn::take_over(connection, client, options).map_err(|error| CallError::Protocol(error.to_string()))?;
-        // A message received in part stays with the provider: to end at once loses nothing.
+        // A message of which a part has arrived stays with the provider, so `cancel` may end the session at once.
         let limits = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
         let limits = SessionLimits { session: config.timeouts.turn, ..limits };
-        let reporter = customer.outbox.as_ref().map(|outbox| outbox.reporter().clone());
-        let hops = NextHops::new(&config.hostname, &config.timeouts, &customer.ids, self.cancel);
-        let (mailboxes, retry_queue) = (customer.mailboxes.clone(), customer.retry_queue.clone());
-        let mut receiver = Receiver::new(mailboxes, retry_queue, reporter, self.counters.clone(), hops);
+        let hops = NextHops::new(mailboxes, self.cancel);
+        let mut receiver = Receiver::new(retry_queue.clone(), self.counters.clone(), hops);
         let mut session = ServerSession::new(connection, server, address::literal(peer), None, limits);
         session.greet();
         let end = session.run(&mut receiver);
@@ -298,7 +294,7 @@ impl ProviderConnection<'_> {
     }
 }
 
-/// The provider has no mail for us: the call is a success (RFC 2645 section 5.2.1).
+/// Whether the provider has no mail for us: then the call is a success (RFC 2645 section 5.2.1).
 fn is_success(failure: &SessionFailure) -> bool {
     matches!(
         failure,
@@ -306,7 +302,7 @@ fn is_success(failure: &SessionFailure) -> bool {
     )
 }
 
-/// What a failed session means for the caller.
+/// The error of a call whose session has failed.
 fn call_error(failure: SessionFailure) -> CallError {
     match failure {
         SessionFailure::Aborted(abort) => abort_error(abort),
@@ -318,11 +314,11 @@ fn call_error(failure: SessionFailure) -> CallError {
     }
 }
 
-/// What an abort means for the caller.
+/// The error of a call whose session was aborted.
 fn abort_error(abort: Abort) -> CallError {
     match abort {
         Abort::Rejected(Rejection { stage, reply }) => {
-            let text = format!("the provider refused {stage}: {reply}");
+            let text = format!("the provider rejected {stage}: {reply}");
             match reply.severity() {
                 Severity::Transient => CallError::Temporary(text),
                 _ if stage == Stage::Auth || is_login_rejected(&reply) => {
@@ -332,12 +328,12 @@ fn abort_error(abort: Abort) -> CallError {
             }
         }
         Abort::NoStartTls => CallError::Protocol(
-            "the provider offers no STARTTLS, so neither secret nor mail was entrusted to it; \
+            "the provider offers no STARTTLS, so neither the secret nor mail was sent to it; \
              use `tls = \"implicit\"` if it has a port for that"
                 .to_owned(),
         ),
         Abort::NoAtrn => CallError::Protocol(
-            "the server does not offer ATRN, so it is no provider of on-demand mail, and was not told the secret; \
+            "the server does not offer ATRN, so it is not a provider of on-demand mail, and the secret was not sent to it; \
              check host and port in `address`"
                 .to_owned(),
         ),
@@ -354,7 +350,7 @@ mod tests {
 
     /// Rules: AMB-13.
     #[test]
-    fn long_lists_take_several_calls() {
+    fn a_long_list_of_domains_takes_several_connections() {
         assert_eq!(domain_lists(&[]), [Vec::new()]);
         let domains: Vec<_> =
             (0..100).map(|number| Domain::parse(&format!("customer-{number}.example.org")).unwrap()).collect();

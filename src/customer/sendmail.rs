@@ -1,8 +1,8 @@
 //! `odmr send`: sendmail(8) of the customer. It puts a message from stdin into the outgoing queue.
 //!
-//! All or nothing: the message is first written to a file without a name, and it is queued only if its size, its header
-//! and all recipients are good. It is on disk before the function returns. An error is one line and a
-//! [`SendmailErrorKind`], for which the command line has an exit code of sysexits.h.
+//! The message is first kept in memory and a file without a name. It is queued only if its size, its header and all
+//! recipients are accepted, and it is durable before [`send`] returns. An error is one line and a [`SendmailErrorKind`], for
+//! which the command line has an exit code of sysexits.h.
 //!
 //! - Lines end in LF or CRLF. A bare CR ends a line too: many programs write one, no message may contain one (RFC 5321
 //!   section 2.3.8), and rejecting the message would lose it.
@@ -13,7 +13,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use super::mailboxes::Mailboxes;
 use super::outbox::{Outbox, Submission};
@@ -69,7 +69,7 @@ pub struct SendmailOptions {
     pub user: LoginUser,
 }
 
-/// What kind of failure it was.
+/// The kind of a failure; each has an exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SendmailErrorKind {
     /// The command line is wrong.
@@ -80,7 +80,7 @@ pub enum SendmailErrorKind {
     UnknownMailbox,
     /// The message is too large or in a loop.
     Rejected,
-    /// There is no room; it may be submitted again later.
+    /// The disk or a quota is full; the user may submit the message again later.
     Deferred,
     /// The directory of the queue cannot be created or written to.
     CannotCreate,
@@ -112,16 +112,8 @@ impl SendmailError {
         SendmailError::new(SendmailErrorKind::BadData, text)
     }
 
-    fn input_output(error: io::Error) -> SendmailError {
-        SendmailError::system(SendmailErrorKind::InputOutput, error)
-    }
-
-    fn cannot_create(error: io::Error) -> SendmailError {
-        SendmailError::system(SendmailErrorKind::CannotCreate, error)
-    }
-
     /// A failed system call; `otherwise` is the kind if the error does not have one of its own.
-    fn system(otherwise: SendmailErrorKind, error: io::Error) -> SendmailError {
+    fn system(otherwise: SendmailErrorKind, error: &io::Error) -> SendmailError {
         let kind = match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 let text = format!("no room, try again later: {error}");
@@ -132,6 +124,12 @@ impl SendmailError {
             _ => otherwise,
         };
         SendmailError::new(kind, error.to_string())
+    }
+}
+
+impl From<io::Error> for SendmailError {
+    fn from(error: io::Error) -> SendmailError {
+        SendmailError::system(SendmailErrorKind::InputOutput, &error)
     }
 }
 
@@ -148,41 +146,38 @@ fn reply_text(reply: &Reply) -> String {
 }
 
 fn open_outbox(config: &CustomerConfig, ids: &Ids) -> Result<Arc<Outbox>, SendmailError> {
-    let mailboxes = Arc::new(Mailboxes::new(config, ids));
-    let outbox = Outbox::new(config, &mailboxes, ids).ok_or_else(|| {
+    let outbox = Outbox::new(&Arc::new(Mailboxes::new(config, ids)));
+    outbox.map(Arc::new).ok_or_else(|| {
         let text = "this customer sends no mail: the configuration has no table [outgoing] with `queue`";
         SendmailError::new(SendmailErrorKind::Config, text)
-    })?;
-    Ok(Arc::new(outbox))
+    })
 }
 
 /// Queues the message from `input`.
 ///
 /// # Errors
-///
 /// The options, an address, the header or the size is wrong, or the message could not be stored. Nothing was queued.
 pub fn send(
     config: &CustomerConfig, ids: &Ids, options: &SendmailOptions, input: &mut impl Read,
 ) -> Result<(), SendmailError> {
     let outbox = open_outbox(config, ids)?;
-    let home = &outbox.config().domain;
+    let home = &outbox.config.domain;
     let dsn = DsnOptions::parse(options)?;
-    let named = named_recipients(options, home)?;
-    if named.is_empty() && !options.recipients_from_header {
-        return Err(SendmailError::usage("no recipient: name one, or say -t to take them from the header"));
+    let mut recipients = named_recipients(options, home)?;
+    if recipients.is_empty() && !options.recipients_from_header {
+        return Err(SendmailError::usage("no recipient: name one, or use -t for those of the header"));
     }
     let sender = sender(options, home)?;
     // Report a full disk before the message is read, and one that is too large while it is read.
     outbox.check_room(0)?;
     let message = InputMessage::read(input, &outbox, !options.ignore_dots)?;
-    if message.hops > config.limits.received_hops {
+    if message.header.received() > config.limits.received_hops {
         return Err(SendmailError::new(SendmailErrorKind::Rejected, "too many hops: this message is in a mail loop"));
     }
     // Recipients and Bcc fields after the limit would not be found.
     if message.header_is_long() {
         return Err(SendmailError::bad_data(format!("the header is longer than {HEADER_LIMIT} octets")));
     }
-    let mut recipients = named;
     if options.recipients_from_header {
         let header = Header::parse(message.content.first_octets());
         recipients.extend(header.recipients(home).map_err(SendmailError::bad_data)?);
@@ -200,17 +195,17 @@ pub fn send(
 fn store(
     outbox: &Outbox, mut message: InputMessage, envelope: &Envelope, options: &SendmailOptions,
 ) -> Result<(), SendmailError> {
-    let (id, arrived) = (outbox.ids().queue_id(), outbox.ids().clock().now());
-    let header_from = Some(header_from(options, &envelope.from, &outbox.config().domain));
-    let size = message.content.wire_size();
-    let submission = Submission { envelope, size: Some(size), id: &id, arrived, header_from, drop_bcc: true };
-    let (host, uid) = (outbox.hostname(), options.user.uid);
+    let (ids, host, uid) = (&outbox.mailboxes.ids, &outbox.mailboxes.config.hostname, options.user.uid);
+    let (id, arrived, size) = (ids.queue_id(), ids.clock().now(), message.content.wire_size());
+    let header_from = Some(header_from(options, &envelope.from, &outbox.config.domain));
+    let submission = Submission { envelope, size: Some(size), id: id.clone(), arrived, header_from, drop_bcc: true };
     let received = format!("Received: by {host} (odmr, from uid {uid})\n\tid {id};\n\t{}\n", arrived.rfc5322());
-    let mut writer = outbox.store(&submission, &received).map_err(SendmailError::cannot_create)?;
-    message.content.rewind().map_err(SendmailError::input_output)?;
-    for_each_block(&mut message.content, |block| writer.write(block)).map_err(SendmailError::input_output)?;
-    writer.commit().map_err(SendmailError::input_output)?;
-    let message_id = message.message_id.unwrap_or_else(|| format!("<{id}@{host}>"));
+    let cannot_create = |error| SendmailError::system(SendmailErrorKind::CannotCreate, &error);
+    let mut writer = outbox.store(submission, &received).map_err(cannot_create)?;
+    message.content.rewind()?;
+    for_each_block(&mut message.content, |block| writer.write(block))?;
+    writer.commit()?;
+    let message_id = message.header.message_id().map_or_else(|| format!("<{id}@{host}>"), str::to_owned);
     log::info!(
         "event=accepted id={id} from=<{}> nrcpt={} size={size} message-id={} uid={uid}",
         envelope.from,
@@ -220,27 +215,26 @@ fn store(
     Ok(())
 }
 
-/// `-bs`: runs one SMTP session over two descriptors, until it ends.
+/// `-bs`: serves one SMTP session over two descriptors, until it ends.
 ///
 /// # Errors
-///
 /// There is no outgoing queue, or the descriptors cannot be used. The end of the session is not an error.
 pub fn serve(
     config: &CustomerConfig, ids: &Ids, (input, output): (OwnedFd, OwnedFd), cancel: &CancelToken,
 ) -> Result<(), SendmailError> {
     let outbox = open_outbox(config, ids)?;
-    let trace = Trace { id: ids.session_id(), us: 'S', them: 'C' };
-    let connection = Connection::over(input, Some(output), trace).map_err(SendmailError::input_output)?;
+    let (begun, id) = (Instant::now(), ids.session_id());
+    let connection = Connection::over(input, Some(output), Trace { id: id.clone(), us: 'S', them: 'C' })?;
     let peer = format!("uid {}", rustix::process::getuid().as_raw());
-    let reason = submission::serve(config, &outbox, connection, peer, cancel, cancel);
-    log::info!("event=closed listener=send reason={}", quoted(reason));
+    let reason = submission::serve(&outbox, connection, peer, cancel, cancel);
+    let duration = begun.elapsed().as_secs_f64();
+    log::info!("event=closed session={id} listener=sendmail duration={duration:.3} reason={}", quoted(reason));
     Ok(())
 }
 
 /// `-bp`: writes the messages of the outgoing queue to `out`, as mailq(1) shows them.
 ///
 /// # Errors
-///
 /// There is no outgoing queue, or reading it or writing to `out` failed.
 pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<(), SendmailError> {
     let outbox = open_outbox(config, ids)?;
@@ -256,7 +250,7 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
         messages += 1;
         octets += message.size;
     };
-    outbox.each_waiting(show).map_err(SendmailError::input_output)?;
+    outbox.each_waiting(show)?;
     let listing = match messages {
         0 => "Mail queue is empty\n".to_owned(),
         _ => format!(
@@ -264,7 +258,7 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
             "id", "size", "arrived", "sender, next try, recipients"
         ),
     };
-    out.write_all(listing.as_bytes()).map_err(SendmailError::input_output)
+    Ok(out.write_all(listing.as_bytes())?)
 }
 
 /// When a message that is due at `due` is sent.
@@ -405,35 +399,30 @@ fn phrase(name: &str) -> String {
 /// A message that was read and is not yet queued.
 struct InputMessage {
     content: SpooledContent,
-    /// The number of its `Received` fields.
-    hops: usize,
-    message_id: Option<String>,
+    header: HeaderScanner,
 }
 
 impl InputMessage {
     /// Reads up to the end of the input, or, with `dot_ends`, to a line with a single dot.
     fn read(input: &mut impl Read, outbox: &Outbox, dot_ends: bool) -> Result<InputMessage, SendmailError> {
-        let mut content = SpooledContent::default();
-        let (mut decoder, mut header) = (LineDecoder::new(dot_ends), HeaderScanner::default());
+        let mut message = InputMessage { content: SpooledContent::default(), header: HeaderScanner::default() };
+        let (mut decoder, mut ended) = (LineDecoder::new(dot_ends), false);
         let (mut block, mut decoded) = (vec![0; INPUT_BLOCK], Vec::new());
-        loop {
+        while !ended {
             let octets = match input.read(&mut block) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                result => result.map_err(SendmailError::input_output)?,
+                result => result?,
             };
             decoded.clear();
-            let ended = octets == 0 || decoder.feed(&block[..octets], &mut decoded);
+            ended = octets == 0 || decoder.feed(&block[..octets], &mut decoded);
             if ended {
                 decoder.finish(&mut decoded);
             }
-            header.feed(&decoded);
-            content.write(&decoded, || outbox.unnamed_file()).map_err(SendmailError::input_output)?;
-            outbox.check_size(content.wire_size())?;
-            if ended {
-                let message_id = header.message_id().map(str::to_owned);
-                return Ok(InputMessage { content, hops: header.received(), message_id });
-            }
+            message.header.feed(&decoded);
+            message.content.write(&decoded, || outbox.unnamed_file())?;
+            outbox.check_size(message.content.wire_size())?;
         }
+        Ok(message)
     }
 
     /// Whether the header goes on after `HEADER_LIMIT` octets.

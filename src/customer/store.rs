@@ -1,15 +1,15 @@
-//! Where a customer's files are.
+//! The paths of a customer's files.
 //!
 //! ```text
 //! ROOT/<domain>/<local part>/    Maildirs of the mailboxes (the rules in `recipients` say which)
-//! ROOT/.handover/                mail that a next hop is to get and nobody else keeps: the retry queue
-//! ROOT/.odmr/                    locks: one daemon, one call to a provider's account
-//! QUEUE/                         outgoing mail, until a call has sent it
+//! ROOT/.handover/                the retry queue: mail for next hops that no other host keeps
+//! ROOT/.odmr/                    the locks of the daemon and of each provider account
+//! QUEUE/                         the outgoing queue
 //! ```
 //!
 //! No domain begins with a dot, so no mailbox has the name of another directory.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
@@ -17,7 +17,7 @@ use std::path::Path;
 use crate::maildir::with_path;
 use crate::queue::QueueName;
 
-/// The queue of mail for next hops, below the root of the mailboxes.
+/// The retry queue, below the root of the mailboxes.
 pub fn retry_queue(root: &Path) -> QueueName {
     QueueName { path: root.join(".handover"), domain: None, retries: true }
 }
@@ -27,8 +27,12 @@ pub fn outgoing_queue(path: &Path) -> QueueName {
     QueueName { path: path.to_owned(), domain: None, retries: true }
 }
 
-/// Opens a lock file. Symbolic links are not followed: root may look at another user's directory.
-pub fn state_file(root: &Path, name: &str) -> io::Result<File> {
+/// Opens the file `ROOT/.odmr/NAME` for reading and writing, and creates it if it does not exist. A symbolic link is not
+/// followed: root may work in another user's directory.
+///
+/// # Errors
+/// The directory or the file cannot be created or opened; the text has its path.
+pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
     let directory = root.join(".odmr");
     DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(|error| {
         io::Error::new(error.kind(), format!("{}: {error}; give its user the right to", directory.display()))
@@ -38,4 +42,17 @@ pub fn state_file(root: &Path, name: &str) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.create(true).truncate(false).read(true).write(true).mode(0o600).custom_flags(flags);
     options.open(&path).map_err(|error| with_path(&path, error))
+}
+
+/// Opens and locks that file; the lock lasts as long as the file is open. `None`: another process has the lock.
+///
+/// # Errors
+/// Those of [`open_state_file`], and the system's.
+pub fn lock_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
+    let file = open_state_file(root, name)?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
 }

@@ -1,28 +1,133 @@
-//! Submission by the customer's own users and programs over SMTP: `odmr send -bs`, and the listener of `pull --daemon`.
+//! Submission by the customer's own users and programs over SMTP (RFC 6409): `odmr send -bs`, and the listener of
+//! `odmr pull --daemon`.
 //!
 //! A client here may send from any address to any address. There is no AUTH and no TLS, so only this machine and the
 //! networks that the configuration names are accepted. Messages go into the [`Outbox`].
 
 use std::io;
-use std::sync::Arc;
+use std::net::{IpAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use super::outbox::{Outbox, Submission, SubmissionWriter};
-use crate::config::CustomerConfig;
-use crate::mail::address::{ForwardPath, Mailbox};
+use super::mailboxes::Mailboxes;
+use super::outbox::{Outbox, Submission};
+use crate::ids::Ids;
+use crate::mail::address::{ForwardPath, Mailbox, literal};
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
+use crate::net::listener::{Acceptor, ConnectionLimiter};
+use crate::net::trace::{Trace, quoted};
 use crate::session::server::{ServerSession, SessionLimits};
 use crate::session::storage_failure_reply;
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, Server, ServerRole, SessionHandler};
 
-/// One session, up to its end; returns how it ended. `peer`: the client, for `Received`.
+/// The name of the listeners in the log.
+const LISTENER_NAME: &str = "submission";
+
+/// Their name in the line `listening NAME ADDRESS`, which tests and supervisors outside read.
+const PLAIN_NAME: &str = "local";
+
+/// How long a rejected client may take to read the reply.
+const REJECTION_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The listeners of `[outgoing]`, with a thread each.
+pub struct SubmissionListeners {
+    service: Arc<SubmissionService>,
+    limiter: ConnectionLimiter,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl SubmissionListeners {
+    /// Begins to accept connections, which are rejected until [`SubmissionListeners::set_outbox`]. `cancel` ends it.
+    ///
+    /// # Errors
+    /// The system has no descriptors or threads.
+    pub fn start(
+        listeners: Vec<TcpListener>, mailboxes: &Mailboxes, cancel: &CancelToken,
+    ) -> io::Result<SubmissionListeners> {
+        let (limits, ids) = (&mailboxes.config.limits, mailboxes.ids.clone());
+        let limiter = ConnectionLimiter::new(limits.connections, limits.connections_per_address);
+        let (outbox, cancel, abort) = (RwLock::default(), cancel.clone(), CancelToken::new()?);
+        let service = Arc::new(SubmissionService { outbox, ids, cancel, abort });
+        let mut threads = Vec::new();
+        for listener in listeners {
+            let address = listener.local_addr()?;
+            log::info!("listening {PLAIN_NAME} {address}");
+            log::info!("event=listening listener={LISTENER_NAME} address={address}");
+            let (cancel, limiter) = (service.cancel.clone(), limiter.clone());
+            let acceptor = Acceptor { name: LISTENER_NAME, greets: true, cancel, limiter };
+            let service = service.clone();
+            let work = move || acceptor.accept(&listener, Arc::new(move |stream, peer| service.serve(stream, peer)));
+            threads.push(std::thread::Builder::new().name(LISTENER_NAME.to_owned()).spawn(work)?);
+        }
+        Ok(SubmissionListeners { service, limiter, threads })
+    }
+
+    /// Sets where messages of the sessions go that begin from now on.
+    pub fn set_outbox(&self, outbox: Option<Arc<Outbox>>) {
+        *self.service.outbox.write().unwrap_or_else(PoisonError::into_inner) = outbox;
+    }
+
+    /// Waits for the end of the sessions, which were cancelled, until the deadline; then ends them at once.
+    pub fn close(self, deadline: Instant) {
+        for thread in self.threads {
+            let _ = thread.join();
+        }
+        self.limiter.wait_until_idle(deadline);
+        self.service.abort.cancel();
+        self.limiter.wait_until_idle(Instant::now() + Duration::from_secs(1));
+    }
+}
+
+/// Serves the connections of all listeners.
+struct SubmissionService {
+    outbox: RwLock<Option<Arc<Outbox>>>,
+    ids: Ids,
+    cancel: CancelToken,
+    abort: CancelToken,
+}
+
+impl SubmissionService {
+    fn serve(&self, stream: TcpStream, peer: IpAddr) {
+        let (begun, id, address) = (Instant::now(), self.ids.session_id(), literal(peer));
+        log::info!("event=connected session={id} listener={LISTENER_NAME} peer={address}");
+        let outbox = self.outbox.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let connection = Connection::new(OwnedFd::from(stream), Trace { id: id.clone(), us: 'S', them: 'C' });
+        let reason = match (connection, outbox.filter(|outbox| outbox.config.admits(peer))) {
+            (Err(error), _) => error.to_string(),
+            (Ok(connection), None) => reject(connection),
+            (Ok(connection), Some(outbox)) => serve(&outbox, connection, address.clone(), &self.cancel, &self.abort),
+        };
+        log::info!(
+            "event=closed session={id} listener={LISTENER_NAME} peer={address} duration={:.3} reason={}",
+            begun.elapsed().as_secs_f64(),
+            quoted(reason)
+        );
+    }
+}
+
+/// Rejects a connection with 554 instead of a greeting (RFC 5321 section 3.1); returns the reason for the log.
+fn reject(mut connection: Connection) -> String {
+    let mut octets = Vec::new();
+    Reply::new(554, "5.7.1", "This server is for its own network only").write_to(&mut octets);
+    connection.trace.sent(octets.trim_ascii_end());
+    connection.send(&octets);
+    let _ = connection.flush_all(Instant::now() + REJECTION_TIMEOUT, None);
+    connection.shutdown();
+    "not one of our networks".to_owned()
+}
+
+/// Serves one session up to its end; returns the reason of the end. `peer`: the client, for `Received`. `cancel` ends the
+/// session between two commands, `abort` at once.
 pub fn serve(
-    config: &CustomerConfig, outbox: &Arc<Outbox>, connection: Connection, peer: String, cancel: &CancelToken,
-    abort: &CancelToken,
+    outbox: &Arc<Outbox>, connection: Connection, peer: String, cancel: &CancelToken, abort: &CancelToken,
 ) -> String {
-    let options = config.limits.server_options(ServerRole::Submission, &config.hostname, outbox.config().max_size);
+    let config = &outbox.mailboxes.config;
+    let options = config.limits.server_options(ServerRole::Submission, &config.hostname, outbox.config.max_size);
     let limits = SessionLimits::new(&config.timeouts, &config.limits, cancel, abort);
     let mut session = ServerSession::new(connection, Server::new(options, false), peer, None, limits);
     session.greet();
@@ -45,45 +150,14 @@ impl SessionHandler for SubmissionHandler {
     }
 
     fn receive(&mut self, envelope: &Envelope, incoming: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {
-        let ids = self.outbox.ids();
+        let ids = &self.outbox.mailboxes.ids;
         let (id, arrived) = (ids.queue_id(), ids.clock().now());
         let received = incoming.received.field(&id, &arrived.rfc5322());
-        let submission = Submission {
-            envelope,
-            size: incoming.size,
-            id: &id,
-            arrived,
-            // A program that speaks SMTP writes its own header, `Bcc` included (RFC 6409 section 8.1).
-            header_from: None,
-            drop_bcc: false,
-        };
-        let writer = self.outbox.store(&submission, &received).map_err(|error| storage_failure_reply(&error))?;
-        Ok(Box::new(SubmittedMessage { writer, outbox: self.outbox.clone(), id }))
-    }
-}
-
-/// A message on its way into the outbox.
-struct SubmittedMessage {
-    writer: SubmissionWriter,
-    outbox: Arc<Outbox>,
-    id: String,
-}
-
-impl SubmittedMessage {
-    fn finish(self) -> io::Result<String> {
-        if self.writer.commit()? {
-            self.outbox.wake_retries();
+        // A program that speaks SMTP writes its own header, `Bcc` included (RFC 6409 section 8.1).
+        let submission = Submission { envelope, size: incoming.size, id, arrived, header_from: None, drop_bcc: false };
+        match self.outbox.store(submission, &received) {
+            Ok(writer) => Ok(Box::new(writer)),
+            Err(error) => Err(storage_failure_reply(&error)),
         }
-        Ok(self.id)
-    }
-}
-
-impl MessageSink for SubmittedMessage {
-    fn write(&mut self, octets: &[u8]) -> Result<(), Reply> {
-        self.writer.write(octets).map_err(|error| storage_failure_reply(&error))
-    }
-
-    fn commit(self: Box<Self>) -> Result<String, Reply> {
-        self.finish().map_err(|error| storage_failure_reply(&error))
     }
 }

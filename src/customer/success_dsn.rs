@@ -1,4 +1,4 @@
-//! The DSN of success that a sender asked for, for recipients of ours.
+//! The DSN of success for recipients whose mail a customer delivers itself (RFC 3461 section 5.2.3).
 
 use super::mailboxes::Routing;
 use crate::net::trace::quoted;
@@ -7,42 +7,43 @@ use crate::report::Reporter;
 use crate::report::dsn::Action;
 use crate::smtp::command::Recipient;
 
-/// Octets of a header that are kept for the DSN.
+/// How many octets of a header are kept for the DSN.
 const HEADER_LIMIT: usize = 64 * 1024;
 
-/// Collects what a DSN of success needs while the message arrives.
+/// Collects what the DSN needs while the message arrives. If no sender asked for it, it does nothing.
 pub struct SuccessDsn {
     reporter: Reporter,
+    /// The message for the recipients that have it here.
     message: QueuedEnvelope,
     /// Recipients whose next holder sends no DSN.
     others: Vec<(Recipient, Action)>,
+    requested: bool,
     header: Vec<u8>,
 }
 
 impl SuccessDsn {
-    /// `None`: the sender asked for none. `to_next_hop`: a recipient with NOTIFY=SUCCESS goes to a next hop.
-    pub fn new(
-        reporter: &Reporter, message: &QueuedEnvelope, routing: &Routing, to_next_hop: bool,
-    ) -> Option<SuccessDsn> {
-        let asked = to_next_hop
-            || routing.delivered_here.iter().chain(&routing.expanded).any(|recipient| recipient.notify.success());
-        asked.then(|| SuccessDsn {
+    /// Begins with the recipients of `message`, which go where `routing` says.
+    pub fn new(reporter: &Reporter, message: &QueuedEnvelope, routing: &Routing) -> SuccessDsn {
+        SuccessDsn {
             reporter: reporter.clone(),
             message: message.with_recipients(routing.delivered_here.clone()),
             others: routing.expanded.iter().map(|recipient| (recipient.clone(), Action::Expanded)).collect(),
+            requested: message.envelope.recipients.iter().any(|recipient| recipient.notify.success()),
             header: Vec::new(),
-        })
+        }
     }
 
-    /// Reads the content as it goes by.
+    /// Passes the next octets of the content, which begins with the header.
     pub fn observe(&mut self, octets: &[u8]) {
-        let room = HEADER_LIMIT.saturating_sub(self.header.len());
-        self.header.extend_from_slice(&octets[..octets.len().min(room)]);
+        if self.requested {
+            let room = HEADER_LIMIT.saturating_sub(self.header.len());
+            self.header.extend_from_slice(&octets[..octets.len().min(room)]);
+        }
     }
 
-    /// Adds recipients that a next hop has accepted and reports nothing of.
-    pub fn add_relayed(&mut self, recipients: impl Iterator<Item = Recipient>) {
-        self.others.extend(recipients.map(|recipient| (recipient, Action::Relayed)));
+    /// Adds a recipient that was sent to a next hop which sends no DSN.
+    pub fn add_relayed(&mut self, recipient: &Recipient) {
+        self.others.push((recipient.clone(), Action::Relayed));
     }
 
     /// Sends the DSN. The message is delivered, so a failure is logged and does not reject it.
