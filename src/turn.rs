@@ -8,7 +8,7 @@
 //!  Turn::offer: after ATRN more octets came? 503, and the session goes on       │
 //!  the worker submits the turn to the delivery thread                           │
 //!  Turn::begin ────────────── 250 OK now reversing the connection ────────────▶ │
-//!  SMTP client                         take_over: after the 250 more octets came? close
+//!  SMTP client                         turn::accept: after the 250 more octets came? close
 //!      │                                                                    SMTP server
 //!      │ ◀────────────────────────── 220 greeting ───────────────────────────── │
 //!      │ ────────────────────────────── EHLO ─────────────────────────────────▶ │
@@ -21,9 +21,9 @@
 //! sides close.
 //!
 //! The invariant: no octet crosses the turn unnoticed. Both halves take the connection and the old role by value, so
-//! nothing can be sent in the old role afterwards. An octet that was read before the turn is never read in the new role:
-//! [`Turn::offer`] and [`take_over`] prevent the turn instead. After [`Turn::begin`] the provider expects the greeting,
-//! and ends the session if it receives anything else.
+//! nothing can be sent in the old role afterwards. An octet that has arrived before the turn is never parsed in the new
+//! role: [`Turn::offer`] and [`accept`] prevent the turn instead. After [`Turn::begin`] the provider expects the greeting
+//! of an SMTP server; anything else ends the session.
 
 use crate::net::connection::{Connection, Filled};
 use crate::queue::QueueLock;
@@ -77,7 +77,7 @@ impl Turn {
         let ServerSession { connection, server, peer, .. } = self.session;
         connection.trace.event("turn");
         let account = server.account().unwrap_or_default().to_owned();
-        let (name, tls) = (server.hostname().to_owned(), connection.tls_info().is_some());
+        let (name, tls) = (server.hostname().to_owned(), connection.is_tls());
         let client = Client::new(ClientOptions { name, tls, ..ClientOptions::default() });
         Turned { connection, client, lock: self.lock, peer, account }
     }
@@ -101,7 +101,7 @@ pub struct Turned {
 /// # Errors
 /// Octets have arrived after the 250: the provider must wait for the greeting (RFC 2645 section 5.3). The connection is
 /// closed.
-pub fn take_over(
+pub fn accept(
     connection: Connection, client: Client, options: ServerOptions,
 ) -> Result<(Connection, Server), &'static str> {
     drop(client);
@@ -110,6 +110,6 @@ pub fn take_over(
         return Err("the provider sent octets after its 250 and before our greeting (RFC 2645 section 5.3)");
     }
     connection.trace.event("turn");
-    let tls = connection.tls_info().is_some();
+    let tls = connection.is_tls();
     Ok((connection, Server::new(options, tls)))
 }

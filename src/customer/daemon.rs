@@ -101,7 +101,7 @@ pub fn run(
 ) -> Result<(), CallError> {
     let BoundDaemon { events, receiver, customer, listeners } = bound;
     let _lock = lock(customer.config())?;
-    let listeners = SubmissionListeners::start(listeners, &customer.mailboxes, cancel)?;
+    let listeners = SubmissionListeners::start(listeners, &customer.mailboxes, customer.outbox.clone(), cancel)?;
     let watcher = events.clone();
     network::watch(move || watcher.send(DaemonEvent::Network), cancel);
     let customer = Arc::new(customer);

@@ -276,7 +276,7 @@ impl ProviderConnection<'_> {
         // A customer that sends no mail cannot send DSNs.
         options.dsn = outbox.is_some();
         let (connection, server) =
-            turn::take_over(connection, client, options).map_err(|error| CallError::Protocol(error.to_string()))?;
+            turn::accept(connection, client, options).map_err(|error| CallError::Protocol(error.to_string()))?;
         // A message of which a part has arrived stays with the provider, so `cancel` may end the session at once.
         let limits = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
         let limits = SessionLimits { session: config.timeouts.turn, ..limits };

@@ -13,15 +13,16 @@
 //!         2. each next hop gets the content ─┬─ none accepts, and one defers ────▶ 4yz, nothing is kept
 //!                                            ├─ all reject, and there is no draft ▶ 5yz, nothing is kept
 //!                                            └─ else: recipients without it to the retry queue, durably
-//!         3. drafts are published (visible) ─┬─ failure, and no next hop has it ─▶ 4yz, nothing is kept
+//!         3. drafts are published (visible) ─┬─ failure, and no next hop has it ─▶ 4yz, no recipient has it
 //!                                            └─ failure: their recipients to the retry queue, durably
 //!         4. ────────────────────────────────────────────────────────────────────▶ 250
 //! ```
 //!
 //! The invariant: when we reply 250, each recipient of the message has it durably, in a Maildir, at its next hop or in the
-//! retry queue, which also reports rejections to the sender. When we reply 4yz or 5yz, none of them has it. There are two
-//! exceptions, where a recipient may get the message twice, but never lose it: a next hop has not replied (RFC 1047), or
-//! the retry queue, which is checked before step 1, cannot be written to in step 2 or 3.
+//! retry queue, which also reports rejections to the sender. When we reply 4yz or 5yz, none of them has it. There are three
+//! exceptions, where a recipient may get the message twice, or the sender a DSN, but no recipient loses it: a next hop has
+//! not replied (RFC 1047); the retry queue, which is checked before step 1, cannot be written to in step 2 or 3; or step 3
+//! fails after step 2 has reported rejections.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -225,10 +226,15 @@ impl IncomingMessage {
         // As long as no recipient has the message, it can stay with the provider, which also reports a rejection.
         let negative = !sent && (any(RecipientStatus::is_open) || !has_drafts && any(RecipientStatus::is_rejected));
         let result = if negative { Err(negative_reply(&deliveries)) } else { Ok(()) };
-        for HopDelivery { relay, recipients, .. } in &deliveries {
-            for (recipient, status) in recipients {
+        let now = self.context.mailboxes().ids.clock().now();
+        for delivery in &deliveries {
+            for (recipient, status) in &delivery.recipients {
                 if let (Err(reply), _) | (Ok(()), RecipientStatus::Rejected(reply)) = (&result, status) {
-                    self.context.counters.not_accepted(&recipient.mailbox, relay, reply);
+                    self.context.counters.not_accepted(&recipient.mailbox, &delivery.relay, reply);
+                }
+                // The retry queue logs the others.
+                if result.is_err() || status.is_sent() {
+                    delivery.attempt().log(&self.message, &recipient.mailbox, status, now);
                 }
             }
         }
@@ -261,12 +267,6 @@ impl IncomingMessage {
                 self.success_dsn.add_relayed(recipient);
             }
             deliveries.push(delivery);
-        }
-        let now = context.mailboxes().ids.clock().now();
-        for delivery in &deliveries {
-            for (recipient, status) in &delivery.recipients {
-                delivery.attempt().log(&self.message, &recipient.mailbox, status, now);
-            }
         }
         deliveries
     }

@@ -19,7 +19,6 @@ use crate::queue::{LockError, QueueLock, QueuedEnvelope, QueuedMessage};
 use crate::recipients::{Destination, NextHop};
 use crate::report::{Attempt, Reporter, Via};
 use crate::smtp::client::OutgoingMessage;
-use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
@@ -90,21 +89,22 @@ impl RetryQueue {
         let mut lock = self.lock()?;
         for entry in entries {
             if let Some(message) = lock.open_message(&self.mailboxes.retry_queue(), entry)? {
-                self.finish_attempt(message, statuses.iter().cloned(), attempt, &mut lock)?;
+                self.finish_attempt(message, statuses.to_vec(), attempt, &mut lock);
             }
         }
         Ok(())
     }
 
+    /// `statuses`: one for each recipient, in order.
     fn finish_attempt(
-        &self, message: QueuedMessage, statuses: impl Iterator<Item = RecipientStatus>, attempt: &Attempt<'_>,
-        lock: &mut QueueLock,
-    ) -> io::Result<()> {
+        &self, message: QueuedMessage, statuses: Vec<RecipientStatus>, attempt: &Attempt<'_>, lock: &mut QueueLock,
+    ) {
         // Here 452 means that a disk is full: the next attempt is not at once.
-        let recipients = statuses.map(RecipientStatus::not_one_too_many).collect();
+        let recipients = statuses.into_iter().map(RecipientStatus::not_one_too_many).collect();
         let attempt = Attempt { retry: Some(&self.retry), ..*attempt };
         let result = DeliveryResult { recipients, decided_by: DecidedBy::Peer };
-        self.reporter.finish_attempt(message, result, &attempt, lock).map(drop)
+        // The reporter logs a failure.
+        let _ = self.reporter.finish_attempt(message, result, &attempt, lock);
     }
 
     fn lock(&self) -> io::Result<QueueLock> {
@@ -132,26 +132,24 @@ impl RetryQueue {
         while !cancel.is_cancelled() {
             lock.heartbeat();
             let Some(mut message) = lock.next_message() else { return };
-            let tried = self.attempt(&mut hops, &mut message);
-            let statuses = tried.recipients.iter().map(|(_, status)| status.clone());
-            // The reporter has logged a failure.
-            let _ = self.finish_attempt(message, statuses, &tried.attempt(), &mut lock);
+            let (tried, statuses) = self.attempt(&mut hops, &mut message);
+            self.finish_attempt(message, statuses, &tried.attempt(), &mut lock);
         }
     }
 
-    /// Tries one message: each recipient at its destination by the rules as they are now. The result names the last next
-    /// hop. A Maildir of ours, which it names if there was no next hop, sends no DSN.
-    fn attempt(&self, hops: &mut NextHops, message: &mut QueuedMessage) -> HopDelivery {
+    /// Tries one message: each recipient at its destination by the rules as they are now. Returns the last next hop, and
+    /// the status of each recipient in order. A Maildir of ours, which stands for a next hop if there was none, sends no DSN.
+    fn attempt(&self, hops: &mut NextHops, message: &mut QueuedMessage) -> (HopDelivery, Vec<RecipientStatus>) {
         let (session, relay) = ("-".to_owned(), "-".to_owned());
         let mut tried = HopDelivery { session, via: Via::Maildir, relay, sends_dsn: false, recipients: Vec::new() };
-        let mut by_hop: Vec<(NextHop, Vec<Recipient>)> = Vec::new();
+        let (mut by_hop, mut statuses): (Vec<(NextHop, Vec<usize>)>, _) = (Vec::new(), Vec::new());
         let envelope = message.envelope.clone();
-        for recipient in &envelope.recipients {
+        for (number, recipient) in envelope.recipients.iter().enumerate() {
             let status = match self.mailboxes.rules().destination_of(&recipient.mailbox) {
                 Some(Destination::NextHop(hop)) => {
                     match by_hop.iter_mut().find(|(other, _)| *other == hop) {
-                        Some((_, recipients)) => recipients.push(recipient.clone()),
-                        None => by_hop.push((hop, vec![recipient.clone()])),
+                        Some((_, numbers)) => numbers.push(number),
+                        None => by_hop.push((hop, vec![number])),
                     }
                     continue;
                 }
@@ -161,19 +159,18 @@ impl RetryQueue {
                 // The rules that accepted it have changed since.
                 None => RecipientStatus::Rejected(Reply::new(550, "5.1.1", "No such mailbox here any more")),
             };
-            tried.recipients.push((recipient.clone(), status));
+            statuses.push((number, status));
         }
-        for (hop, recipients) in by_hop {
+        for (hop, numbers) in by_hop {
+            let recipients = numbers.iter().map(|number| envelope.recipients[*number].clone()).collect();
             let outgoing =
                 OutgoingMessage { envelope: envelope.with_recipients(recipients), ..message.outgoing_message() };
             hops.set_retry_deadline();
-            let mut delivery = hops.deliver(&hop, &outgoing, message, None);
-            self.mailboxes.deliver_fallbacks(&envelope.from, &mut delivery.recipients, message);
-            delivery.recipients.append(&mut tried.recipients);
-            tried = delivery;
+            tried = hops.deliver(&hop, &outgoing, message, None);
+            self.mailboxes.deliver_fallbacks(&envelope.from, &mut tried.recipients, message);
+            statuses.extend(numbers.into_iter().zip(tried.recipients.drain(..).map(|(_, status)| status)));
         }
-        let place = |known: &Recipient| envelope.recipients.iter().position(|recipient| recipient == known);
-        tried.recipients.sort_by_key(|(recipient, _)| place(recipient));
-        tried
+        statuses.sort_by_key(|(number, _)| *number);
+        (tried, statuses.into_iter().map(|(_, status)| status).collect())
     }
 }

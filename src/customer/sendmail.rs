@@ -419,7 +419,10 @@ impl InputMessage {
                 decoder.finish(&mut decoded);
             }
             message.header.feed(&decoded);
-            message.content.write(&decoded, || outbox.unnamed_file())?;
+            let mut kind = SendmailErrorKind::InputOutput;
+            let create = || outbox.unnamed_file().inspect_err(|_| kind = SendmailErrorKind::CannotCreate);
+            let written = message.content.write(&decoded, create);
+            written.map_err(|error| SendmailError::system(kind, &error))?;
             outbox.check_size(message.content.wire_size())?;
         }
         Ok(message)

@@ -42,16 +42,16 @@ pub struct SubmissionListeners {
 }
 
 impl SubmissionListeners {
-    /// Begins to accept connections, which are rejected until [`SubmissionListeners::set_outbox`]. `cancel` ends it.
+    /// Begins to accept connections, whose messages go to `outbox`; `None`: connections are rejected. `cancel` ends it.
     ///
     /// # Errors
     /// The system has no descriptors or threads.
     pub fn start(
-        listeners: Vec<TcpListener>, mailboxes: &Mailboxes, cancel: &CancelToken,
+        listeners: Vec<TcpListener>, mailboxes: &Mailboxes, outbox: Option<Arc<Outbox>>, cancel: &CancelToken,
     ) -> io::Result<SubmissionListeners> {
         let (limits, ids) = (&mailboxes.config.limits, mailboxes.ids.clone());
         let limiter = ConnectionLimiter::new(limits.connections, limits.connections_per_address);
-        let (outbox, cancel, abort) = (RwLock::default(), cancel.clone(), CancelToken::new()?);
+        let (outbox, cancel, abort) = (RwLock::new(outbox), cancel.clone(), CancelToken::new()?);
         let service = Arc::new(SubmissionService { outbox, ids, cancel, abort });
         let mut threads = Vec::new();
         for listener in listeners {
@@ -159,5 +159,41 @@ impl SessionHandler for SubmissionHandler {
             Ok(writer) => Ok(Box::new(writer)),
             Err(error) => Err(storage_failure_reply(&error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Read;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::config::CustomerConfig;
+    use crate::net::listener;
+
+    const CUSTOMER: &str = "hostname = \"mail.example.org\"\n[provider]\naddress = \"127.0.0.1:1\"\ntls = \"none\"\n\
+        name = \"acme\"\nsecret = \"tanstaaf\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n\
+        [outgoing]\nqueue = \"outgoing\"\n";
+
+    /// A daemon binds its listeners before it changes its user, so a client may have connected before it accepts.
+    #[test]
+    fn a_client_that_connected_before_the_start_is_served() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("customer.toml");
+        fs::write(&file, CUSTOMER).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        let mailboxes = Arc::new(Mailboxes::new(&CustomerConfig::load(&file).unwrap(), &Ids::fixed()));
+        let outbox = Outbox::new(&mailboxes).map(Arc::new);
+        let listener = listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let cancel = CancelToken::new().unwrap();
+        let listeners = SubmissionListeners::start(vec![listener], &mailboxes, outbox, &cancel).unwrap();
+        let mut greeting = [0; 4];
+        client.read_exact(&mut greeting).unwrap();
+        assert_eq!(&greeting, b"220 ");
+        cancel.cancel();
+        listeners.close(Instant::now() + Duration::from_secs(10));
     }
 }

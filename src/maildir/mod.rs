@@ -203,18 +203,19 @@ impl Maildir {
         remove_if_there(&self.path.join("tmp").join(unique))
     }
 
-    /// Sets a flag: moves the message to `cur`, with the flags in alphabetical order (maildir(5)). Returns the new
-    /// entry.
+    /// Sets a flag: moves the message to `cur`, with the flags in alphabetical order (maildir(5)). What other programs have
+    /// put after the capital letters stays there. Returns the new entry.
     ///
     /// # Errors
     ///
     /// `AlreadyExists` if another file has that name; `NotFound` if the message is gone.
     pub fn flag(&self, entry: &Entry, flag: char) -> io::Result<Entry> {
         let (base, info) = entry.name.split_once(":2,").unwrap_or((&entry.name, ""));
-        let mut flags: Vec<char> = info.chars().chain([flag]).collect();
+        let others = info.trim_start_matches(|letter: char| letter.is_ascii_uppercase());
+        let mut flags: Vec<char> = info[..info.len() - others.len()].chars().chain([flag]).collect();
         flags.sort_unstable();
         flags.dedup();
-        let flagged = Entry { name: format!("{base}:2,{}", String::from_iter(flags)), seen: true };
+        let flagged = Entry { name: format!("{base}:2,{}{others}", String::from_iter(flags)), seen: true };
         if *entry != flagged {
             move_file(&self.file(entry), &self.file(&flagged))?;
         }

@@ -302,6 +302,17 @@ fn a_message_in_doubt_is_flagged_in_cur() {
     assert_eq!(maildir.entries().unwrap().len(), 2);
 }
 
+#[test]
+fn a_flag_is_found_beside_what_other_programs_write() {
+    let (_directory, maildir) = maildir();
+    deliver(&maildir, "1", b"").unwrap();
+    let [entry] = maildir.entries().unwrap().try_into().unwrap();
+    fs::rename(maildir.file(&entry), maildir.path().join("cur/1:2,Sb,x")).unwrap();
+    let [entry] = maildir.entries().unwrap().try_into().unwrap();
+    let flagged = maildir.flag(&entry, 'R').unwrap();
+    assert_eq!((flagged.name.as_str(), flagged.has('R')), ("1:2,RSb,x", true));
+}
+
 /// Rules: MD-08.
 #[test]
 fn old_files_in_tmp_are_removed_after_36_hours() {

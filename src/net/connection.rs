@@ -141,6 +141,11 @@ impl Connection {
         self.tls.as_ref()?.info()
     }
 
+    /// Returns whether TLS has begun.
+    pub fn is_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// Returns the descriptor to poll for `IN`.
     pub fn input_fd(&self) -> BorrowedFd<'_> {
         self.input.as_fd()

@@ -57,9 +57,13 @@ fn printable(line: &[u8]) -> String {
 }
 
 fn push_printable(shown: &mut String, character: char) {
-    match character.is_control() {
-        true => shown.push_str(&format!("\\x{:02x}", u32::from(character))),
-        false => shown.push(character),
+    match character {
+        _ if character.is_control() => shown.push_str(&format!("\\x{:02x}", u32::from(character))),
+        // They reorder or break a line on a terminal, or are not seen.
+        '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' => {
+            shown.push_str(&character.escape_unicode().to_string());
+        }
+        _ => shown.push(character),
     }
 }
 
@@ -97,6 +101,7 @@ mod tests {
     fn the_log_shows_no_control_characters() {
         assert_eq!(printable(b"MAIL FROM:<\xc3\xa9@a>\x1b[2J\xff\r\n"), "MAIL FROM:<é@a>\\x1b[2J\\xff");
         assert_eq!(quoted("a\"b\\c\nd"), "\"a\\\"b\\\\c\\x0ad\"");
+        assert_eq!(quoted("a\u{202e}b\u{2028}"), "\"a\\u{202e}b\\u{2028}\"");
         assert_eq!(quoted(""), "-");
         assert_eq!(quoted("x".repeat(1000)), format!("\"{}…\"", "x".repeat(VALUE_LIMIT - 1)));
     }

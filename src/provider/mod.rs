@@ -38,7 +38,7 @@ use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
 use accept::SpoolDsnSink;
 use delivery::DeliveryThread;
-use relay::{Relay, Worker};
+use relay::{Relay, WorkerContext};
 use shared::{Shared, SubmissionRates};
 use spool::Spool;
 use turned_session::TurnSettings;
@@ -219,7 +219,7 @@ fn prepare(
     let handle = channel.handle.clone();
     let sink = SpoolDsnSink { spool: spool.clone(), relay: handle.clone(), ids: ids.clone() };
     let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)));
-    let worker = Worker::new(&config, &spool, &ids, reporter.clone(), &cancel).map_err(StartError::Config)?;
+    let worker = WorkerContext::new(&config, &spool, &ids, reporter.clone(), &cancel).map_err(StartError::Config)?;
     let settings = TurnSettings {
         timeouts: config.timeouts.clone(),
         messages: config.limits.messages_per_turn,
@@ -278,7 +278,7 @@ fn begin_session(
         mechanisms: mechanisms.collect(),
         ..config.limits.server_options(role, &config.hostname, config.inbound.max_size)
     };
-    let server = Server::new(options, connection.tls_info().is_some());
+    let server = Server::new(options, connection.is_tls());
     let limits = SessionLimits::new(&config.timeouts, &config.limits, &shared.cancel, &shared.abort);
     Ok(ServerSession::new(connection, server, peer, tls, limits))
 }

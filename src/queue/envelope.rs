@@ -148,7 +148,7 @@ impl<'a> Fields<'a> {
         match name.as_slice() {
             b"return-path" => self.return_path = self.return_path.or(Some(value)),
             b"delivered-to" => self.delivered_to.push(named(value)),
-            // Exim writes all recipients into one line.
+            // Exim separates recipients by commas.
             b"x-original-to" | b"envelope-to" => {
                 self.original_to.extend(value.split(|octet| *octet == b',').map(named));
             }

@@ -151,13 +151,23 @@ impl LockedQueue {
     /// Lists the messages that are due and that this session has not offered yet.
     fn refill(&mut self) -> io::Result<()> {
         let mut entries = self.maildir.entries()?;
-        let pairs = entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique());
-        let superseded: Vec<Entry> = pairs.filter_map(|pair| self.superseded(&pair[0], &pair[1])).cloned().collect();
-        for entry in superseded {
-            log::warn!("event=half-settled file={}", entry.name);
-            self.maildir.remove(&entry)?;
-            entries.retain(|other| *other != entry);
+        let mut left_out = Vec::new();
+        for pair in entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique()) {
+            match self.superseded(&pair[0], &pair[1]) {
+                Ok(None) => {}
+                Ok(Some(entry)) => {
+                    log::warn!("event=half-settled file={}", quoted(&entry.name));
+                    self.maildir.remove(entry)?;
+                    left_out.push(entry.clone());
+                }
+                // If these may be the two files of one message, either would be sent to recipients that have it already.
+                Err(error) => {
+                    log_unreadable(&self.name, &error);
+                    left_out.extend_from_slice(pair);
+                }
+            }
         }
+        entries.retain(|entry| !left_out.contains(entry));
         // A message that ended a session is offered last: it may end this one too, and the others must not wait for it.
         entries.sort_by_key(|entry| entry.has(IN_DOUBT));
         let now = SystemTime::now();
@@ -170,20 +180,23 @@ impl LockedQueue {
 
     /// A crash in `settle` leaves a message twice, as it was before and after. Returns the file from before, which has
     /// recipients that are settled; `None`: neither file is the rest of the other.
-    fn superseded<'a>(&self, one: &'a Entry, other: &'a Entry) -> Option<&'a Entry> {
-        let (first, second) = (self.parse(one)?, self.parse(other)?);
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    fn superseded<'a>(&self, one: &'a Entry, other: &'a Entry) -> io::Result<Option<&'a Entry>> {
+        let (Some(first), Some(second)) = (self.parse(one)?, self.parse(other)?) else { return Ok(None) };
         // Only a file that we have written can be the rest of another.
         let is_rest = |few: &ParsedEnvelope, many: &ParsedEnvelope| {
             let (some, all) = (few.recipients(), many.recipients());
             few.ours && some.len() < all.len() && some.iter().all(|recipient| all.contains(recipient))
         };
-        if is_rest(&first, &second) { Some(other) } else { is_rest(&second, &first).then_some(one) }
+        Ok(if is_rest(&first, &second) { Some(other) } else { is_rest(&second, &first).then_some(one) })
     }
 
-    /// The envelope of a file; `None`: it is not a message for a recipient of this queue, or it cannot be read.
-    fn parse(&self, entry: &Entry) -> Option<ParsedEnvelope> {
-        let file = message::open_file(&self.maildir.file(entry)).ok()??;
-        message::read_envelope(&file, entry, self.name.domain.as_ref()).ok()?
+    /// The envelope of a file; `None`: it is not a message for a recipient of this queue, or it cannot be opened.
+    fn parse(&self, entry: &Entry) -> io::Result<Option<ParsedEnvelope>> {
+        let Ok(Some(file)) = message::open_file(&self.maildir.file(entry)) else { return Ok(None) };
+        message::read_envelope(&file, entry, self.name.domain.as_ref())
     }
 }
 

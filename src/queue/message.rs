@@ -71,7 +71,7 @@ impl QueuedMessage {
             Err(error) => return Err(failed(error)),
         };
         let Some(parsed) = read_envelope(&file, &entry, name.domain.as_ref()).map_err(failed)? else {
-            log::warn!("event=no-recipients queue={name} file={}", path.display());
+            log::warn!("event=no-recipients queue={name} file={}", quoted(path.display()));
             return Ok(None);
         };
         let QueuedEnvelope { id, arrived, envelope } = parsed.envelope;
@@ -151,12 +151,12 @@ impl QueuedMessage {
     /// Makes the message the last of its queue, because its content cannot be read: the others must not wait for it.
     pub fn move_to_end(&self) {
         if let Err(error) = self.maildir.flag(&self.entry, IN_DOUBT) {
-            log::error!("event=unreadable file={} error={}", self.entry.name, quoted(error));
+            log::error!("event=unreadable file={} error={}", quoted(&self.entry.name), quoted(error));
         }
     }
 
     /// Records what became of each recipient, in the order that the module doc of [`queue`](super) describes. This is
-    /// the only function that removes mail. `result` has a status for each recipient in order; recipients without one
+    /// the only function that removes mail, but for the second file of a message that a crash here has left twice. `result` has a status for each recipient in order; recipients without one
     /// were not tried. Returns whether this session may offer a message of this name again.
     ///
     /// # Errors
@@ -164,7 +164,7 @@ impl QueuedMessage {
     pub(super) fn settle(mut self, result: &DeliveryResult) -> io::Result<bool> {
         let recipients = std::mem::take(&mut self.envelope.recipients);
         let (mut open, mut rejected, mut marks) = (Vec::new(), Vec::new(), String::new());
-        let (mut in_doubt, mut at_once) = (false, false);
+        let (mut in_doubt, mut offer_again) = (false, false);
         let all = recipients.len();
         for (number, recipient) in recipients.into_iter().enumerate() {
             match result.recipients.get(number) {
@@ -175,7 +175,7 @@ impl QueuedMessage {
                 }
                 status => {
                     in_doubt |= matches!(status, Some(RecipientStatus::InDoubt));
-                    at_once |= status.is_none_or(RecipientStatus::is_one_too_many);
+                    offer_again |= status.is_none_or(RecipientStatus::is_one_too_many);
                     open.push(recipient);
                 }
             }
@@ -195,16 +195,16 @@ impl QueuedMessage {
                 if self.is_delay_reported() {
                     entry = maildir.flag(&entry, DELAY_REPORTED)?;
                 }
-                self.record(&entry, in_doubt, at_once)?;
+                self.record(&entry, in_doubt, offer_again)?;
             }
         }
         self.maildir.remove(&self.entry)?;
-        Ok(at_once || all_settled)
+        Ok(offer_again || all_settled)
     }
 
     /// Records the next attempt and the doubt about a message that stays.
-    fn record(&self, entry: &Entry, in_doubt: bool, at_once: bool) -> io::Result<()> {
-        if let Some(next_attempt) = self.next_attempt.filter(|_| !at_once) {
+    fn record(&self, entry: &Entry, in_doubt: bool, offer_again: bool) -> io::Result<()> {
+        if let Some(next_attempt) = self.next_attempt.filter(|_| !offer_again) {
             let path = self.maildir.file(entry);
             let file = File::open(&path).and_then(|file| file.set_modified(next_attempt));
             file.map_err(|error| with_path(&path, error))?;

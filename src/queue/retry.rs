@@ -7,7 +7,8 @@ use std::time::{Duration, SystemTime};
 use crate::clock::Timestamp;
 
 /// The times between the attempts to send a message. RFC 5321 section 4.5.4.1 asks for at least half an hour between
-/// attempts after the first two, and for four to five days at least before a message expires.
+/// attempts, but for two in the first hour, and for four to five days at least before a message expires. By default the
+/// pauses are about 5, 5, 5, 7, 11, 17 and 25 min, and so on up to 4 h: more attempts while the failure is young.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Retry {
     /// From the first failure to the next attempt; the pause grows with each failure. Default 5 min.

@@ -6,7 +6,9 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 
 use super::client::{ClientSession, Connect, SessionFailure};
+use crate::mail::address::literal;
 use crate::net::tls::{ClientTls, Trust};
+use crate::net::trace::quoted;
 use crate::smtp::client::{ClientOptions, StartTls};
 
 /// How TLS begins on a connection to a configured host.
@@ -84,7 +86,7 @@ impl Remote {
     /// follow, and the peer's address. TLS and credentials are those of the settings, all else is in `options`.
     ///
     /// # Errors
-    /// The failure at the last address that was tried, or [`SessionFailure::NoHost`].
+    /// The failure at the last address that was tried, or [`SessionFailure::NoHost`]; those before it are logged.
     pub fn connect(
         &self, options: &ClientOptions, how: &Connect<'_>,
     ) -> Result<(ClientSession, SocketAddr), SessionFailure> {
@@ -97,8 +99,12 @@ impl Remote {
         };
         let how = Connect { tls: self.tls.as_ref().map(|tls| (tls, settings.host.as_str())), ..*how };
         let no_host = |reason: String| SessionFailure::NoHost(format!("{address} has no address: {reason}"));
-        let mut last = no_host("the name is known, without an address".to_owned());
+        let mut failed: Option<(SocketAddr, SessionFailure)> = None;
         for socket in address.to_socket_addrs().map_err(|error| no_host(error.to_string()))? {
+            if let Some((tried, failure)) = failed.take() {
+                let (host, tried) = (&settings.host, literal(tried.ip()));
+                log::info!("event=host-failed host={host} address={tried} error={}", quoted(failure));
+            }
             match how.to(socket, options.clone()) {
                 Ok(session) => return Ok((session, socket)),
                 Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
@@ -106,14 +112,15 @@ impl Remote {
                 Err(failure) if options.atrn && !matches!(failure, SessionFailure::Unreachable(_)) => {
                     return Err(failure);
                 }
-                Err(failure) => last = failure,
+                Err(failure) => failed = Some((socket, failure)),
             }
         }
-        Err(match last {
-            SessionFailure::Unreachable(text) => {
+        Err(match failed {
+            Some((_, SessionFailure::Unreachable(text))) => {
                 SessionFailure::Unreachable(format!("no connection to {address}: {text}"))
             }
-            last => last,
+            Some((_, failure)) => failure,
+            None => no_host("the name is known, without an address".to_owned()),
         })
     }
 }

@@ -185,7 +185,7 @@ impl ServerSession {
         let deadline = self.deadline.min(Instant::now() + self.limits.command);
         loop {
             // Before a line end is looked for: the random octets of a TLS hello may contain one.
-            if self.connection.tls_info().is_none() && self.connection.received().starts_with(&[0x16, 0x03]) {
+            if !self.connection.is_tls() && self.connection.received().starts_with(&[0x16, 0x03]) {
                 return Err(self.end("4.7.0", "TLS begins with STARTTLS on this port", "a TLS hello on a clear port"));
             }
             match self.connection.take_line(limits::COMMAND_LINE) {

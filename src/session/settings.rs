@@ -25,7 +25,7 @@ pub struct Limits {
     pub turned_sessions: usize,
     /// Messages sent in one turned session before QUIT; 0, the default: no limit.
     pub messages_per_turn: usize,
-    /// `Received:` fields from which on a message is in a mail loop (RFC 5321 section 6.3). Default 100, at least 1.
+    /// A message with more `Received:` fields than this is in a mail loop (RFC 5321 section 6.3). Default 100, at least 1.
     pub received_hops: usize,
 }
 

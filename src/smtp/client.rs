@@ -20,7 +20,7 @@
 //!           a response                235: ready         next mechanism; otherwise abort
 //! Xclient   XCLIENT        220        Ehlo               ready                               -           (Postfix)
 //! Xforward  XFORWARD       250        ready              ready                               -           (Postfix)
-//! Atrn      ATRN           250        turned             abort without QUIT; ready           -           2645 5.2.1
+//! Atrn      ATRN           250        turned             abort, and ready for QUIT           -           2645 5.2.1
 //! Mail      MAIL           250        Rcpt               message done                        deferred    5321 3.3
 //! Rcpt      RCPT           250        next Rcpt or Data  next Rcpt or Data; all recipients   deferred    5321 3.3
 //!                                                        failed: RSET, message done

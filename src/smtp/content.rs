@@ -256,7 +256,7 @@ impl HeaderScanner {
     fn end_line(&mut self) {
         let line = std::mem::take(&mut self.line);
         let text = line.trim_ascii_end();
-        self.over = text.is_empty();
+        self.over = line.iter().all(|octet| *octet == b'\r');
         let mut value = text;
         if !text.first().is_some_and(u8::is_ascii_whitespace) {
             let colon = text.iter().position(|octet| *octet == b':');

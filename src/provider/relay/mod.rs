@@ -14,14 +14,14 @@
 //! - A message: new mail is sent after 200 ms, so that one session sends what arrives together. After each attempt that
 //!   leaves a recipient deferred or in doubt, the message waits for half of its age, but for at least `retry-first` (5
 //!   min) and at most `retry-max` (4 h), a fifth more or less by chance. The time of modification of the file is when the
-//!   next attempt is due, so a restart changes nothing.
+//!   next attempt is due, so it stays after a restart; what is known of hosts does not.
 //! - A destination: it is due when the first of its messages is. All messages that are due then are sent in one attempt,
-//!   which tries the addresses of its hosts in the order of preference, at most 8 of them and for at most 10 min. If no
-//!   host gives a session, all these messages are deferred. If a message could not be recorded on disk, the destination
+//!   which tries the addresses of its hosts in the order of preference, at most 8 of them; it begins no other after 10
+//!   min. If no host gives a session, all these messages are deferred. If a message could not be recorded on disk, the destination
 //!   waits for `retry-first`. If its queue is locked, or all permitted connections to its hosts are in use, it is tried
 //!   again after 2 s, and nothing is deferred.
 //! - A host: if it cannot be connected to, or a session is lost before it has decided on any message, no destination
-//!   connects to it for 0.8 `retry-first`. Attempts meanwhile go on to the next host, or are deferred without a
+//!   connects to it for 0.8 `retry-first`; to a smarthost after any failure before mail. Attempts meanwhile go on to the next host, or are deferred without a
 //!   connection.
 //! - Expiry: if an attempt at a message older than `give-up` (5 days) leaves a recipient deferred or in doubt, that
 //!   recipient expires, and the sender gets a DSN. The first such attempt at a message older than `delay-notice` (4 h)
@@ -44,7 +44,7 @@ use crate::net::trace::quoted;
 use crate::provider::spool::SpoolQueue;
 use destinations::{DestinationTable, RESCAN_INTERVAL};
 use worker::NextDue;
-pub use worker::Worker;
+pub use worker::WorkerContext;
 
 /// What wakes the scheduler.
 enum RelayEvent {
@@ -93,7 +93,7 @@ pub fn channel() -> RelayChannel {
 
 /// The scheduler, and what its workers share.
 pub struct Relay {
-    pub worker: Worker,
+    pub worker: WorkerContext,
     pub channel: RelayChannel,
 }
 

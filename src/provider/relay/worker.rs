@@ -32,7 +32,7 @@ const ATTEMPT_DEADLINE: Duration = Duration::from_secs(600);
 const BUSY_RETRY_DELAY: Duration = Duration::from_secs(2);
 
 /// What all workers share.
-pub struct Worker {
+pub struct WorkerContext {
     hostname: String,
     pub(super) config: RelayConfig,
     pub(super) timeouts: Timeouts,
@@ -92,15 +92,15 @@ impl HostFailure {
 /// Whether every message of an attempt could be settled on disk.
 type AllSettled = bool;
 
-impl Worker {
+impl WorkerContext {
     /// # Errors
     /// The certificates or the smarthost that the configuration names cannot be used.
     pub fn new(
         config: &ProviderConfig, spool: &Arc<Spool>, ids: &Ids, reporter: Reporter, cancel: &CancelToken,
-    ) -> Result<Worker, String> {
+    ) -> Result<WorkerContext, String> {
         let relay = &config.relay;
         let verifies = relay.tls == TlsPolicy::Verify || relay.tls_for.values().any(|tls| *tls == TlsPolicy::Verify);
-        Ok(Worker {
+        Ok(WorkerContext {
             hostname: config.hostname.clone(),
             config: relay.clone(),
             timeouts: config.timeouts.clone(),

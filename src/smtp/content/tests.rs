@@ -167,6 +167,8 @@ fn received_fields_are_counted_in_the_header_only() {
     check("Received: from a\n by b\nreceived:x\nRECEIVED:\n\nReceived: c\n", 3);
     check("Received: a\r\n\r\nReceived: b\r\n", 1);
     check("\nReceived: a\n", 0);
+    // A line of white space is a continuation, not the end of the header (RFC 5322 section 2.2.3).
+    check("To: a\n \t\nReceived: b\r\n\r\nReceived: c\n", 1);
     check("Received-SPF: a\nReceive: b\nX-Received: c\n Received: d\nReceivedReceived: e\n\n", 0);
     check("Received", 0);
 }
