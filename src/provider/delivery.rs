@@ -103,8 +103,11 @@ impl DeliveryThread {
     pub fn run(self) {
         let mut sessions: Vec<TurnedSession> = Vec::new();
         let mut open = true;
-        while (open || !sessions.is_empty()) && !self.settings.abort.is_cancelled() {
+        while open || !sessions.is_empty() {
             self.wait(&mut sessions, open);
+            if self.settings.abort.is_cancelled() {
+                break;
+            }
             open = self.begin_sessions(&mut sessions);
             let now = Instant::now();
             let ended = sessions.extract_if(.., |session| session.may_work(now) && !self.work(session, now));
@@ -157,7 +160,8 @@ impl DeliveryThread {
     /// `open`), or the thread is cancelled or aborted. Tells the sessions what poll(2) has found.
     fn wait(&self, sessions: &mut [TurnedSession], open: bool) {
         let now = Instant::now();
-        let until = sessions.iter_mut().map(|session| session.schedule_wake_up(now)).min();
+        let cancelled = self.settings.cancel.is_cancelled();
+        let until = sessions.iter_mut().map(|session| session.schedule_wake_up(now, cancelled)).min();
         let timeout = until.and_then(|until| Timespec::try_from(until.saturating_duration_since(now)).ok());
         let mut polls = vec![PollFd::from_borrowed_fd(self.settings.abort.fd(), PollFlags::IN)];
         // Without a sender the pipe has ended, which poll(2) would report at every call.
@@ -165,7 +169,7 @@ impl DeliveryThread {
             polls.push(PollFd::new(&self.woken, PollFlags::IN));
         }
         // Once cancelled, the token stays readable.
-        if !self.settings.cancel.is_cancelled() {
+        if !cancelled {
             polls.push(PollFd::from_borrowed_fd(self.settings.cancel.fd(), PollFlags::IN));
         }
         let first = polls.len();

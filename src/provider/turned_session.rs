@@ -124,11 +124,11 @@ impl TurnedSession {
         }
     }
 
-    /// Computes and returns when there will be work even if poll(2) finds nothing.
-    pub fn schedule_wake_up(&mut self, now: Instant) -> Instant {
+    /// Computes and returns when there will be work even if poll(2) finds nothing. `cancelled`: no message is begun.
+    pub fn schedule_wake_up(&mut self, now: Instant, cancelled: bool) -> Instant {
         let timeouts = &self.settings.timeouts;
         let idle = self.client.is_ready_for_message() && self.client.in_flight() == 0;
-        self.wake_up = if self.busy || (idle && self.settings.cancel.is_cancelled()) {
+        self.wake_up = if self.busy || (idle && cancelled) {
             now
         } else {
             let stalled = self.last_progress + timeouts.takeover;

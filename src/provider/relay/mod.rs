@@ -17,12 +17,12 @@
 //!   next attempt is due, so it stays after a restart; what is known of hosts does not.
 //! - A destination: it is due when the first of its messages is. All messages that are due then are sent in one attempt,
 //!   which tries the addresses of its hosts in the order of preference, at most 8 of them; it begins no other after 10
-//!   min. If no host gives a session, all these messages are deferred. If a message could not be recorded on disk, the destination
-//!   waits for `retry-first`. If its queue is locked, or all permitted connections to its hosts are in use, it is tried
-//!   again after 2 s, and nothing is deferred.
+//!   min. If no host gives a session, all these messages are deferred. If a message could not be recorded on disk, the
+//!   destination waits for `retry-first`. If its queue is locked, or all permitted connections to its hosts are in use,
+//!   it is tried again after 2 s, and the messages not tried yet are not deferred.
 //! - A host: if it cannot be connected to, or a session is lost before it has decided on any message, no destination
-//!   connects to it for 0.8 `retry-first`; to a smarthost after any failure before mail. Attempts meanwhile go on to the next host, or are deferred without a
-//!   connection.
+//!   connects to it for 0.8 `retry-first`; to a smarthost after any failure before mail. Attempts meanwhile go on to the
+//!   next host, or are deferred without a connection.
 //! - Expiry: if an attempt at a message older than `give-up` (5 days) leaves a recipient deferred or in doubt, that
 //!   recipient expires, and the sender gets a DSN. The first such attempt at a message older than `delay-notice` (4 h)
 //!   sends a DSN that it is delayed.
