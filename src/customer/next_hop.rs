@@ -24,7 +24,7 @@ use crate::session::{Timeouts, storage_failure_reply};
 use crate::smtp::client::{ClientOptions, OutgoingMessage};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
-use crate::smtp::status::{self, DecidedBy, DeliveryResult, HopReply, RecipientStatus};
+use crate::smtp::status::{self, DecidedBy, DeliveryResult, HopReply, HopStage, RecipientStatus};
 
 /// How long a next hop may take to reply to a command: the provider waits five minutes for RCPT (RFC 5321 section
 /// 4.5.3.2).
@@ -165,7 +165,7 @@ impl NextHops {
         }
         match checked {
             Ok(reply) if reply.is_positive() => Ok(()),
-            Ok(reply) => Err(upstream_reply(hop, status::rcpt_reply_of_hop(reply))),
+            Ok(reply) => Err(upstream_reply(hop, status::reply_of_hop(reply, HopStage::Recipient))),
             Err(failure) => Err(unavailable_reply(hop, &failure)),
         }
     }
@@ -191,7 +191,12 @@ impl NextHops {
             result = self.try_delivery(hop, message, content, info);
         }
         let untried = || RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet"));
-        let statuses = result.recipients.into_iter().map(|status| status.of_hop(|reply| upstream_reply(hop, reply)));
+        let stage = match result.decided_by {
+            DecidedBy::PeerAtContent => HopStage::Content,
+            _ => HopStage::Message,
+        };
+        let upstream = |reply| upstream_reply(hop, reply);
+        let statuses = result.recipients.into_iter().map(|status| status.of_hop(stage, upstream));
         let statuses = statuses.chain(std::iter::repeat_with(untried));
         let mut delivery = HopDelivery {
             session: "-".to_owned(),
@@ -374,6 +379,8 @@ fn upstream_reply(hop: &NextHop, reply: HopReply) -> Reply {
 mod tests {
     use super::*;
 
+    const UNFIT: &str = "451 4.3.5 The mail server behind this one does not take mail from here";
+
     /// The status of a recipient at a next hop, and what the provider or the retry queue gets.
     #[test]
     fn statuses_are_translated() {
@@ -387,12 +394,10 @@ mod tests {
             (RecipientStatus::Deferred(Reply::new(452, "4.2.2", "Over quota")), "deferred 452 4.2.2 Over quota"),
             (RecipientStatus::Rejected(Reply::new(550, "5.1.1", "Gone")), "rejected 550 5.1.1 Gone"),
             (RecipientStatus::Rejected(Reply::new(552, "5.3.4", "Too large")), "rejected 552 5.3.4 Too large"),
-            (
-                RecipientStatus::Rejected(Reply::bare(503, "What")),
-                "deferred 451 4.3.5 The mail server behind this one does not take mail from here",
-            ),
+            (RecipientStatus::Rejected(Reply::new(501, "5.1.3", "Syntax")), "rejected 554 5.1.3 Syntax"),
+            (RecipientStatus::Rejected(Reply::bare(503, "What")), &format!("deferred {UNFIT}")),
         ] {
-            let translated = match status.of_hop(|reply| upstream_reply(&hop, reply)) {
+            let translated = match status.of_hop(HopStage::Message, |reply| upstream_reply(&hop, reply)) {
                 RecipientStatus::Deferred(reply) => format!("deferred {reply}"),
                 RecipientStatus::Rejected(reply) => format!("rejected {reply}"),
                 other => format!("{other:?}"),
@@ -401,20 +406,34 @@ mod tests {
         }
     }
 
-    /// A next hop's reply, and what the provider receives.
+    /// A next hop's reply to RCPT and to the content, and what the provider receives at the same stage.
     #[test]
     fn replies_about_the_mail_are_relayed_and_others_are_not() {
         let hop = NextHop::LmtpUnix("/run/lmtp".into());
-        for (reply, expected) in [
-            (Reply::new(550, "5.1.1", "No such user"), "550 5.1.1 No such user"),
-            (Reply::new(452, "4.2.2", "Over quota"), "452 4.2.2 Over quota"),
-            (Reply::bare(550, "non\u{e9}"), "550 5.0.0 non?"),
-            (Reply::bare(421, "bye"), "451 4.3.2 The mail server behind this one is not available now"),
-            (Reply::bare(530, "who are you"), "451 4.3.5 The mail server behind this one does not take mail from here"),
-            (Reply::bare(500, "what"), "451 4.3.5 The mail server behind this one does not take mail from here"),
-            (Reply::bare(354, "odd"), "451 4.3.5 The mail server behind this one does not take mail from here"),
+        let down = "451 4.3.2 The mail server behind this one is not available now";
+        for (reply, to_rcpt, to_content) in [
+            (Reply::new(550, "5.1.1", "No such user"), "550 5.1.1 No such user", "550 5.1.1 No such user"),
+            (Reply::new(452, "4.2.2", "Over quota"), "452 4.2.2 Over quota", "452 4.2.2 Over quota"),
+            (Reply::new(552, "5.2.2", "Over quota"), "550 5.2.2 Over quota", "552 5.2.2 Over quota"),
+            (Reply::bare(550, "non\u{e9}"), "550 5.0.0 non?", "550 5.0.0 non?"),
+            (Reply::bare(421, "bye"), down, down),
+            (Reply::bare(354, "odd"), UNFIT, UNFIT),
+            (Reply::new(501, "5.1.3", "syntax"), "550 5.1.3 syntax", "554 5.1.3 syntax"),
+            (Reply::bare(504, "not qualified"), "550 5.0.0 not qualified", "554 5.0.0 not qualified"),
+            (Reply::bare(500, "too long"), "550 5.0.0 too long", "554 5.0.0 too long"),
+            (Reply::new(500, "5.5.1", "what"), UNFIT, "554 5.5.1 what"),
+            (Reply::bare(502, "what"), UNFIT, "554 5.0.0 what"),
+            (Reply::new(503, "5.7.1", "policy"), "550 5.7.1 policy", "554 5.7.1 policy"),
+            (Reply::bare(530, "who are you"), UNFIT, "554 5.0.0 who are you"),
+            (Reply::new(530, "5.7.0", "who"), UNFIT, "554 5.7.0 who"),
+            (Reply::new(530, "5.7.1", "policy"), "550 5.7.1 policy", "554 5.7.1 policy"),
+            (Reply::new(535, "5.7.8", "who"), UNFIT, "554 5.7.8 who"),
+            (Reply::new(538, "5.7.11", "who"), UNFIT, "554 5.7.11 who"),
+            (Reply::new(538, "5.1.8", "sender"), "550 5.1.8 sender", "554 5.1.8 sender"),
         ] {
-            assert_eq!(upstream_reply(&hop, status::reply_of_hop(reply)).to_string(), expected);
+            let relayed = |stage| upstream_reply(&hop, status::reply_of_hop(reply.clone(), stage)).to_string();
+            assert_eq!(relayed(HopStage::Recipient), to_rcpt);
+            assert_eq!(relayed(HopStage::Content), to_content);
         }
     }
 }

@@ -774,7 +774,11 @@ impl Client {
             Some(last) => RecipientStatus::after_negative(last),
             None => RecipientStatus::Deferred(Reply::new(451, "4.5.0", "No reply decided on this recipient")),
         };
-        let decided_by = if transaction.mail.is_some() { DecidedBy::PeerAtMail } else { DecidedBy::Peer };
+        let decided_by = match (&transaction.mail, transaction.content_sent && transaction.chunk.is_none()) {
+            (Some(_), _) => DecidedBy::PeerAtMail,
+            (None, true) => DecidedBy::PeerAtContent,
+            (None, false) => DecidedBy::Peer,
+        };
         ClientStep::MessageDone(transaction.result(&accepted, decided_by))
     }
 

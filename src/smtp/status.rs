@@ -5,8 +5,8 @@
 //! AUTH         go on    later     abort     500-504, 534, 538: another mechanism (RFC 4954 sections 4, 6)
 //!                                           535, 530 to any command: check name and secret
 //! ATRN         turned   later     abort     453: no mail, a success (RFC 2645 section 5.2.1)
-//! MAIL         go on    deferred  rejected  502, 503, 530: this server accepts no mail from us (RFC 2645 section 5.4);
-//!                                           550: perhaps so, perhaps it rejects this sender only
+//! MAIL         go on    deferred  rejected  about us (below): this server accepts no mail from us (RFC 2645 section 5.4);
+//!                                           550, 530 5.7.z: perhaps so, perhaps it rejects this sender only
 //! RCPT         go on    deferred  rejected  452, 552: too many recipients for this transaction; deferred, and sent at once
 //!                                           in another (RFC 5321 section 4.5.3.1.10)
 //! DATA (354)   -        deferred  rejected
@@ -15,6 +15,22 @@
 //! ```
 //!
 //! A 3yz where none is expected counts as 4yz.
+//!
+//! A 5yz before the content is *about us* ([`is_about_us`]) if no message of ours could have another reply: the server does
+//! not know a command, or requires authentication. A next hop's rejection about us is a deferral for the host before us; one
+//! about the sender, the recipient or the content is passed on. After the content each 5yz is about the message, because the
+//! server has accepted the transaction:
+//!
+//! ```text
+//!                        before the content    after it
+//! 502, 503, 530          about us (*)          about the mail
+//! 530 5.7.0, 535, 538    about us              about the mail
+//! 500 5.5.1              about us              about the mail
+//! any other 5yz          about the mail        about the mail
+//! (*) but x.1.z, x.2.z, x.6.z, x.7.z (RFC 3463 section 3) are about address, mailbox, content and policy: about the mail
+//! ```
+//!
+//! BDAT is a command as well as content, so the reply to it is judged as before the content.
 
 use std::fmt;
 
@@ -89,19 +105,20 @@ impl RecipientStatus {
         }
     }
 
-    /// The status at a next hop as the host before us must learn it. `upstream` makes the reply for that host.
-    pub fn of_hop(self, upstream: impl Fn(HopReply) -> Reply) -> RecipientStatus {
+    /// The status at a next hop as the host before us must learn it; `stage`: what the next hop's reply answers. `upstream`
+    /// makes the reply for that host.
+    pub fn of_hop(self, stage: HopStage, upstream: impl Fn(HopReply) -> Reply) -> RecipientStatus {
         match self {
             // A reply to RCPT, where 552 defers for us, but not for the host before us.
             RecipientStatus::Deferred(reply) if reply.code() == 552 => {
-                RecipientStatus::Rejected(upstream(rcpt_reply_of_hop(reply)))
+                RecipientStatus::Rejected(upstream(reply_of_hop(reply, HopStage::Recipient)))
             }
             // The client has deferred the message although its reply is a rejection: the hop does not know EHLO now.
             RecipientStatus::Deferred(reply) if reply.severity() == Severity::Permanent => {
                 RecipientStatus::Deferred(Reply::new(451, "4.3.5", format!("Not now: {reply}")))
             }
-            RecipientStatus::Deferred(reply) => RecipientStatus::Deferred(upstream(reply_of_hop(reply))),
-            RecipientStatus::Rejected(reply) => RecipientStatus::after_negative(&upstream(reply_of_hop(reply))),
+            RecipientStatus::Deferred(reply) => RecipientStatus::Deferred(upstream(reply_of_hop(reply, stage))),
+            RecipientStatus::Rejected(reply) => RecipientStatus::after_negative(&upstream(reply_of_hop(reply, stage))),
             status => status,
         }
     }
@@ -176,26 +193,46 @@ impl DeliveryResult {
             return None;
         }
         let replies = self.recipients.iter().filter(|status| status.is_rejected()).filter_map(RecipientStatus::reply);
-        replies.into_iter().find(|reply| matches!(reply.code(), 502 | 503 | 530 | 550))
+        replies.into_iter().find(|reply| is_about_us(reply) || may_be_about_sender(reply))
     }
 }
 
 /// Who decided on the recipients of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecidedBy {
-    /// The peer, with replies to RCPT, DATA and the content.
+    /// The peer, with replies to RCPT, DATA or BDAT.
     Peer,
     /// The peer, with a negative reply to MAIL.
     PeerAtMail,
+    /// The peer, with a reply to content that followed DATA. (Some recipients may have been rejected at RCPT.)
+    PeerAtContent,
     /// This client, before it sent anything of the message.
     Us,
     /// The loss of the connection, which says nothing about the message.
     ConnectionLoss,
 }
 
-/// Whether a negative reply to MAIL may reject this sender only, and not all mail from us.
+/// Whether a 5yz to a command is about this host and not about the mail: the server does not know the command, or requires
+/// authentication (RFC 4954 section 6). See the table of this module.
+pub fn is_about_us(reply: &Reply) -> bool {
+    match (reply.code(), enhanced_subject(reply)) {
+        (500, _) => reply.enhanced() == Some("5.5.1"),
+        (530, _) if reply.enhanced() == Some("5.7.0") => true,
+        // RFC 4954 section 6: 535 5.7.8, 538 5.7.11.
+        (535 | 538, subject) => !matches!(subject, Some(1 | 2 | 6)),
+        (502 | 503 | 530, subject) => !matches!(subject, Some(1 | 2 | 6 | 7)),
+        _ => false,
+    }
+}
+
+/// Whether a negative reply to MAIL may reject either this sender only or all mail from us.
 pub fn may_be_about_sender(reply: &Reply) -> bool {
-    reply.code() == 550
+    matches!(reply.code(), 530 | 550) && !is_about_us(reply) && !matches!(enhanced_subject(reply), Some(1 | 2 | 6))
+}
+
+/// The second number of the enhanced status code: what the reply is about (RFC 3463 section 3).
+fn enhanced_subject(reply: &Reply) -> Option<u16> {
+    reply.enhanced()?.split('.').nth(1)?.parse().ok()
 }
 
 /// Whether the peer ends the session with this reply (RFC 5321 section 3.8).
@@ -223,13 +260,15 @@ pub fn connection_lost(text: impl Into<String>) -> Reply {
     Reply::new(451, "4.4.2", text.into())
 }
 
-/// What a next hop's negative reply to RCPT is about. A next hop uses 552 for its quota or its SIZE; the host before us
-/// would take it for "too many recipients" (RFC 5321 section 4.5.3.1.10), so it gets 550.
-pub fn rcpt_reply_of_hop(reply: Reply) -> HopReply {
-    match reply.code() {
-        552 => HopReply::AboutMail(reply.with_code(550).for_relaying()),
-        _ => reply_of_hop(reply),
-    }
+/// What a next hop's negative reply answers, and what we reply to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HopStage {
+    /// MAIL or RCPT, and we reply to RCPT.
+    Recipient,
+    /// MAIL, RCPT, DATA or BDAT, and we reply to the content.
+    Message,
+    /// The content, and so do we.
+    Content,
 }
 
 /// What a next hop's negative reply is about.
@@ -244,11 +283,17 @@ pub enum HopReply {
     Unfit(Reply),
 }
 
-/// What a next hop's negative reply to MAIL, DATA or the content is about.
-pub fn reply_of_hop(reply: Reply) -> HopReply {
-    match reply.code() {
-        421 => HopReply::Unavailable,
-        400..=499 | 505..=529 | 531..=599 => HopReply::AboutMail(reply.for_relaying()),
-        _ => HopReply::Unfit(reply),
-    }
+/// What a next hop's negative reply is about. The host before us gets a code that can only be about the mail at its own stage
+/// (RFC 5321 section 4.3.2): it would take 501 or 530 for a reply about itself, and 552 to RCPT, which a next hop uses for
+/// its quota or its SIZE, for "too many recipients" (section 4.5.3.1.10).
+pub fn reply_of_hop(reply: Reply, stage: HopStage) -> HopReply {
+    let code = match (reply.code(), stage) {
+        (421, _) => return HopReply::Unavailable,
+        (..400, _) => return HopReply::Unfit(reply),
+        (_, HopStage::Recipient | HopStage::Message) if is_about_us(&reply) => return HopReply::Unfit(reply),
+        (500..=504 | 530..=538 | 552, HopStage::Recipient) => 550,
+        (500..=504 | 530..=538, HopStage::Message | HopStage::Content) => 554,
+        (code, _) => code,
+    };
+    HopReply::AboutMail(reply.with_code(code).for_relaying())
 }
