@@ -175,7 +175,11 @@ impl NextHops {
     ) -> Result<Reply, SessionFailure> {
         let session = self.session(hop)?;
         let begun = Instant::now();
-        session.add_recipient(message, recipient).inspect_err(|_| session.end(begun))
+        let reply = session.add_recipient(message, recipient);
+        if reply.is_err() || session.session.as_ref().is_some_and(ClientSession::is_over) {
+            session.end(begun);
+        }
+        reply
     }
 
     /// Delivers a message to its recipients at a next hop. `info`: the client that gave it to the provider, for XCLIENT or
@@ -300,7 +304,7 @@ impl HopSession {
                 }
             }
         };
-        if result.decided_by == DecidedBy::ConnectionLoss || session.client().closing() {
+        if result.decided_by == DecidedBy::ConnectionLoss || session.is_over() {
             self.end(begun);
         }
         result

@@ -168,6 +168,7 @@ impl TurnedSession {
             if let Err(error) = self.connection.flush() {
                 let _ = self.connection.fill();
                 self.handle_replies(now)?;
+                self.handle_last_reply(now)?;
                 return if self.done { Ok(false) } else { Err(error) };
             }
             if self.done {
@@ -180,7 +181,12 @@ impl TurnedSession {
                 break;
             }
         }
-        if filled? == Filled::End || self.connection.ended() {
+        if !matches!(filled, Ok(Filled::Bytes(_) | Filled::Nothing)) || self.connection.ended() {
+            self.handle_last_reply(now)?;
+            filled?;
+            if self.done {
+                return Ok(false);
+            }
             return Err(io::Error::other("the customer closed the connection"));
         }
         // A customer that reads slowly is not silent: it gets more time.
@@ -204,6 +210,14 @@ impl TurnedSession {
             self.handle_reply(reply, now)?;
         }
         Ok(any)
+    }
+
+    /// Handles a reply that the customer has not ended before it closed the connection.
+    fn handle_last_reply(&mut self, now: Instant) -> io::Result<()> {
+        match self.replies.next_at_end(&mut self.connection) {
+            Some(reply) if !self.done => self.handle_reply(reply, now),
+            _ => Ok(()),
+        }
     }
 
     fn handle_reply(&mut self, reply: Reply, now: Instant) -> io::Result<()> {

@@ -112,6 +112,11 @@ impl ClientSession {
         &self.client
     }
 
+    /// Whether the peer accepts no more commands: it has closed the connection, or has said 421.
+    pub fn is_over(&self) -> bool {
+        self.connection.ended() || self.client.closing()
+    }
+
     /// Begins TLS; `name`: what the peer's certificate must be for.
     fn begin_tls(&mut self, tls: &ClientTls, name: &str) -> Result<(), SessionFailure> {
         let deadline = self.deadline_within(self.timeouts.handshake);
@@ -389,7 +394,15 @@ impl ClientSession {
                 Some((end, never)) => (deadline.min(*end), never),
                 None => (deadline, &self.cancel),
             };
-            match self.connection.wait_input(deadline, cancel).map_err(lost)? {
+            let waited = match self.connection.wait_input(deadline, cancel) {
+                Ok(waited) => waited,
+                // The peer has closed, and may have replied before.
+                Err(error) => {
+                    let _ = self.connection.fill();
+                    return self.replies.next_at_end(&mut self.connection).ok_or_else(|| lost(error));
+                }
+            };
+            match waited {
                 WaitResult::Ready => {}
                 WaitResult::Deadline => return Err(SessionFailure::Lost("the peer does not answer".to_owned())),
                 // The peer may be accepting the message right now: without its reply the message would be sent twice.
@@ -400,7 +413,9 @@ impl ClientSession {
                 }
                 WaitResult::Cancelled => return Err(SessionFailure::Cancelled),
             }
-            self.fill()?;
+            if let Err(failure) = self.fill() {
+                return self.replies.next_at_end(&mut self.connection).ok_or(failure);
+            }
         }
     }
 

@@ -53,6 +53,21 @@ impl ReplyInput {
             }
         }
     }
+
+    /// The next reply after the end of the peer's input. Some servers close after a rejection without a line end: the line
+    /// ends where the input does, if it is a 4yz or 5yz.
+    pub fn next_at_end(&mut self, connection: &mut Connection) -> Option<Reply> {
+        if let Ok(Some(reply)) = self.next(connection) {
+            return Some(reply);
+        }
+        let rest = connection.received().to_vec();
+        connection.consume(rest.len());
+        let rest = rest.strip_suffix(b"\r").unwrap_or(&rest);
+        if !rest.is_empty() {
+            connection.trace.received(rest);
+        }
+        self.reader.end(rest)
+    }
 }
 
 /// Queues commands on the connection, and traces them without secrets.

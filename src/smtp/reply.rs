@@ -195,6 +195,15 @@ impl ReplyReader {
         self.begun = Some(reply);
         Ok(None)
     }
+
+    /// Reads what the peer has sent after its last line end before it closed the connection. Returns the reply if its code is
+    /// complete and is 4yz or 5yz: no text that is missing could change what it means. A 2yz or 3yz that was cut off may be
+    /// one that the peer took back, and does not count.
+    pub fn end(&mut self, rest: &[u8]) -> Option<Reply> {
+        let begun = self.begun.clone();
+        let last = if rest.is_empty() { None } else { self.line(rest).ok().flatten() };
+        last.or(self.begun.take()).or(begun).filter(|reply| reply.code() >= 400)
+    }
 }
 
 /// Splits a text into `5.1.1`, if its class is that of the code (RFC 2034 section 4), and the rest.
@@ -254,6 +263,29 @@ mod tests {
         let odd = read(&["459 5.1.1 class does not fit"]).unwrap().unwrap();
         assert_eq!((odd.severity(), odd.enhanced()), (Severity::Transient, None));
         assert_eq!(read(&["250-a"]), Ok(None));
+    }
+
+    /// What a peer has sent before it closed without a line end. RFC 5321 section 4.2.
+    #[test]
+    fn a_rejection_that_is_cut_off_counts_and_an_acceptance_does_not() {
+        for (lines, rest, code) in [
+            (&[][..], "550 5.1.1 No such user", Some(550)),
+            (&[], "421", Some(421)),
+            (&[], "550-5.1.1 No such", Some(550)),
+            (&["550-5.1.1 No such user"], "", Some(550)),
+            (&["550-5.1.1 No such user"], "55", Some(550)),
+            (&["550-5.1.1 No such user"], "550 5.1.1 Ask", Some(550)),
+            (&[], "", None),
+            (&[], "55", None),
+            (&[], "hello", None),
+            (&[], "250 2.0.0 OK", None),
+            (&["250-2.0.0 OK"], "250 2.0", None),
+            (&[], "354 go on", None),
+        ] {
+            let mut reader = ReplyReader::default();
+            lines.iter().for_each(|line| assert_eq!(reader.line(line.as_bytes()), Ok(None)));
+            assert_eq!(reader.end(rest.as_bytes()).map(|reply| reply.code()), code, "{lines:?} {rest}");
+        }
     }
 
     #[test]

@@ -10,10 +10,10 @@ from world import RELAYS, House, Names, outgoing_table, self_signed, sendmail
 MX = "127.0.0.3"
 
 
-def world(box, house, *, mx, hosts, more="", aliases=None):
+def world(box, house, *, mx, hosts, more="", aliases=None, retry="1s"):
     """Provider and customer with names of their own."""
     names = Names(box, mx=mx, hosts=hosts, aliases=aliases)
-    relay = f'[relay]\nresolver = "{names.resolver}"\nport = {house.port}\nretry-first = "1s"\n{more}'
+    relay = f'[relay]\nresolver = "{names.resolver}"\nport = {house.port}\nretry-first = "{retry}"\n{more}'
     provider = Provider(box, require_tls=False, accounts=RELAYS, more=relay).start()
     return provider, Customer(box, provider.odmr, tls="none", more=outgoing_table(box))
 
@@ -116,6 +116,38 @@ def relay_tls(box):
         check(any(line["reply"].startswith("451 4.4.1 ") for line in deferred), f"{name}: not deferred: {deferred}")
     check(1 <= full.connections <= 4, f"{full.connections} connections to a host whose disk is full")
     return f"{full.connections} connections to a full host"
+
+
+class HangsUp(House):
+    """Hangs up on each recipient called poison."""
+
+    def refusal(self, verb, line):
+        if verb == "RCPT" and b"<poison" in line:
+            raise OSError("hangs up")
+        return super().refusal(verb, line)
+
+
+@scenario("relay-hang-up", needs=["dnsmasq"])
+def relay_hang_up(box):
+    """A host hangs up on one message: the others, of the same domain and of another, have it at once all the same"""
+    house = HangsUp(box, address=MX)
+    domains = ("one.example", "two.example")
+    provider, customer = world(
+        box,
+        house,
+        mx={domain: [(1, "mx.dest.example")] for domain in domains},
+        hosts={"mx.dest.example": MX},
+        retry="1h",
+    )
+    for recipient in ("poison@one.example", "good@one.example", "good@two.example"):
+        send(box, customer, recipient)
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    recipients = lambda: sorted(one for letter in house.letters for one in letter.recipients)
+    wait_until(lambda: len(recipients()) == 2, f"both good messages; {recipients()}")
+    check(recipients() == ["good@one.example", "good@two.example"], f"{recipients()}")
+    deferred = events(provider.log(), "delivery", to="<poison@one.example>", status="deferred")
+    check(len(deferred) == 1, f"the other: {deferred}")
+    return f"{house.connections} connections"
 
 
 @scenario("notices", needs=["dnsmasq"])

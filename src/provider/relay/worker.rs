@@ -28,6 +28,9 @@ const ADDRESS_LIMIT: usize = 8;
 /// How long the hosts of one destination are tried in one attempt: slow ones must not keep a worker for hours.
 const ATTEMPT_DEADLINE: Duration = Duration::from_secs(600);
 
+/// Sessions in a row that a host may end without a decision on any message before it counts as down.
+const HANG_UP_LIMIT: usize = 3;
+
 /// How soon a destination is tried again if its queue or its host is busy.
 const BUSY_RETRY_DELAY: Duration = Duration::from_secs(2);
 
@@ -208,13 +211,34 @@ impl WorkerContext {
         }
     }
 
-    /// Sends all messages that the lock offers in one session with the host at `address`.
+    /// Sends all messages that the lock offers to the host at `address`. A host that ends the session on one message may accept
+    /// the others: they are sent in another session.
     ///
     /// # Errors
-    /// The session was lost before it decided on any message. The host counts as down.
+    /// No session, or the host ended [`HANG_UP_LIMIT`] of them without a decision on any message; then it counts as down.
+    fn deliver_to(
+        &self, address: &str, lock: &mut QueueLock, connect: impl Fn() -> Result<ClientSession, RouteError>,
+    ) -> Result<AllSettled, RouteError> {
+        let mut hang_ups = 0;
+        loop {
+            let (all_settled, lost) = self.deliver(connect()?, lock, address);
+            let Some(failure) = lost.filter(|_| all_settled) else { return Ok(all_settled) };
+            match lock.next_message() {
+                Some(message) => lock.put_back(message),
+                None => return Ok(all_settled),
+            }
+            hang_ups += 1;
+            if hang_ups == HANG_UP_LIMIT {
+                self.hosts.mark_down(address, self.config.retry.first);
+                return Err(unreachable(&failure));
+            }
+        }
+    }
+
+    /// Sends all messages that the lock offers in one session. Returns also how it was lost, if it decided on no message.
     fn deliver(
         &self, mut session: ClientSession, lock: &mut QueueLock, address: &str,
-    ) -> Result<AllSettled, RouteError> {
+    ) -> (AllSettled, Option<SessionFailure>) {
         let _under_way = self.sessions.clone();
         let (mut all_settled, mut decided) = (true, false);
         let id = session.id().to_owned();
@@ -226,15 +250,12 @@ impl WorkerContext {
         match session.send_queue(lock, &mut settle) {
             Ok(()) => session.quit(),
             Err(SessionFailure::Cancelled) => {}
-            Err(failure) if decided => {
-                log::info!("event=session-lost session={id} host={address} error={}", quoted(failure));
-            }
             Err(failure) => {
-                self.hosts.mark_down(address, self.config.retry.first);
-                return Err(unreachable(&failure));
+                log::info!("event=session-lost session={id} host={address} error={}", quoted(&failure));
+                return (all_settled, Some(failure).filter(|_| !decided));
             }
         }
-        Ok(all_settled)
+        (all_settled, None)
     }
 
     /// Sends the mail of all destinations to the smarthost.
@@ -242,14 +263,14 @@ impl WorkerContext {
         let address = smarthost.address();
         let _permit = self.hosts.acquire(address, self.config.connections_per_host)?;
         let options = ClientOptions { name: self.hostname.clone(), chunking: true, ..ClientOptions::default() };
-        match smarthost.connect(&options, &self.connect(&self.ids.session_id())) {
-            Ok((session, _)) => self.deliver(session, lock, address),
+        self.deliver_to(address, lock, || match smarthost.connect(&options, &self.connect(&self.ids.session_id())) {
+            Ok((session, _)) => Ok(session),
             Err(SessionFailure::Cancelled) => Err(RouteError::Cancelled),
             Err(failure) => {
                 self.hosts.mark_down(address, self.config.retry.first);
                 Err(unreachable(&failure))
             }
-        }
+        })
     }
 
     fn connect<'a>(&'a self, id: &'a str) -> Connect<'a> {
@@ -303,16 +324,20 @@ impl WorkerContext {
         Err(failure.map_or_else(no_address, |failure| failure.error))
     }
 
-    /// Sends all messages that the lock offers to one address of a mail host. If TLS is optional and fails, the relay
-    /// connects a second time, without TLS.
+    /// Sends all messages that the lock offers to one address of a mail host.
     fn by_host(
         &self, host: &Domain, address: SocketAddr, policy: TlsPolicy, lock: &mut QueueLock,
     ) -> Result<AllSettled, RouteError> {
+        let name = address.to_string();
+        let _permit = self.hosts.acquire(&name, self.config.connections_per_host)?;
+        self.deliver_to(&name, lock, || self.session_with(host, address, policy))
+    }
+
+    /// A session with one address of a mail host. If TLS is optional and fails, the relay connects a second time, without TLS.
+    fn session_with(&self, host: &Domain, address: SocketAddr, policy: TlsPolicy) -> Result<ClientSession, RouteError> {
         if self.cancel.is_cancelled() {
             return Err(RouteError::Cancelled);
         }
-        let name = address.to_string();
-        let _permit = self.hosts.acquire(&name, self.config.connections_per_host)?;
         let tls = match (policy, &self.verified_tls) {
             (TlsPolicy::Verify, Some(tls)) => tls,
             _ => &self.unverified_tls,
@@ -341,7 +366,7 @@ impl WorkerContext {
             }
             failure => {
                 if matches!(failure, SessionFailure::Lost(_) | SessionFailure::Unreachable(_)) {
-                    self.hosts.mark_down(&name, self.config.retry.first);
+                    self.hosts.mark_down(&address.to_string(), self.config.retry.first);
                 }
                 unreachable(&failure)
             }
@@ -351,7 +376,7 @@ impl WorkerContext {
             session.quit();
             return Err(RouteError::Rejected(Reply::new(554, "5.4.6", "Mail for that domain comes back to this host")));
         }
-        self.deliver(session, lock, &name)
+        Ok(session)
     }
 }
 
