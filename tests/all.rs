@@ -6,4 +6,5 @@ mod conformance;
 mod house;
 mod log;
 mod send;
+mod signals;
 mod transcripts;

@@ -23,7 +23,7 @@ use crate::net::cancel::CancelToken;
 use crate::net::tls;
 use crate::provider::{Listener, Provider, SupervisedConnection};
 use exit::{ExitError, Sysexit};
-use process::print;
+use process::{DaemonSignals, print};
 
 const HELP: &str = "\
 odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
@@ -91,6 +91,8 @@ pub fn main() -> ExitCode {
     if inetd && inetd::keep_stderr_out_of_connection().is_err() {
         return ExitCode::from(Sysexit::OsError as u8);
     }
+    // It cannot fail: SIGXFSZ may be caught. Without it, a write beyond the limit ends the process.
+    let _ = process::catch_file_size_signal();
     let called = std::env::args_os().next().unwrap_or_default();
     let (program, result) = match Path::new(&called).file_name() {
         Some(name) if name == "sendmail" => ("sendmail", sendmail::run(&arguments)),
@@ -147,7 +149,7 @@ impl Subcommand {
     }
 }
 
-/// `odmr serve`: the provider until SIGTERM or SIGINT, or the one connection of `--inetd`.
+/// `odmr serve`: the provider until SIGTERM or SIGINT, or the one connection of `--inetd`. Other signals are ignored.
 fn serve(matches: &Matches) -> Result<(), ExitError> {
     let listener = match matches.opt_str("inetd").as_deref() {
         None => None,
@@ -158,11 +160,11 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
         }
     };
     logging::start(logging::syslog(listener.is_some()), logging::verbosity(matches));
+    let signals = DaemonSignals::catch()?;
     let config = ProviderConfig::load(&process::config_path(matches))?;
     let (ids, cancel) = (Ids::system(tls::random), CancelToken::new()?);
     process::raise_descriptor_limit();
-    // Before the listeners are open: otherwise a signal could end this process and its first sessions at once.
-    process::cancel_at_signal(&cancel)?;
+    signals.handle(&cancel, |_| false)?;
     if let Some(listener) = listener {
         return Ok(Provider::serve_one(config, ids, listener, SupervisedConnection::from_supervisor()?, &cancel)?);
     }

@@ -1,7 +1,8 @@
 //! `odmr pull`: one call to each provider, or the daemon.
 //!
 //! On a terminal a call shows how far it is, and at its end what it has sent and received. The daemon's signals are read
-//! here: SIGTERM and SIGINT end it, SIGHUP reloads the configuration, SIGUSR1 asks for a call.
+//! here: SIGTERM and SIGINT end it, SIGHUP reloads the configuration, SIGUSR1 asks for a call; the others are ignored. One
+//! call ends at SIGHUP too.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -16,7 +17,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
 use super::exit::{ExitError, Sysexit};
 use super::logging;
-use super::process::{self, become_owner, print};
+use super::process::{self, DaemonSignals, become_owner, print};
 use crate::config::CustomerConfig;
 use crate::customer::Summary;
 use crate::customer::counters::CallCounters;
@@ -67,16 +68,17 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         (false, false) => logging::verbosity(matches),
     };
     logging::start(None, level);
+    let signals = is_daemon.then(DaemonSignals::catch).transpose()?;
     let path = process::config_path(matches);
     let config = CustomerConfig::load(&path)?;
     let owner = process::owner_to_become(&config)?;
     process::check_not_root(&config, &path)?;
     let ids = Ids::system(tls::random);
-    let cancel = CancelToken::new()?;
     process::raise_descriptor_limit();
-    if is_daemon {
-        return run_daemon(&path, &config, owner, &ids, &cancel);
+    if let Some(signals) = signals {
+        return run_daemon(&path, &config, owner, &ids, signals);
     }
+    let cancel = CancelToken::new()?;
     let customer = Customer::new(&config, &ids)?;
     become_owner(&config, owner)?;
     if now && let Some(process) = daemon::running(&config)? {
@@ -109,21 +111,22 @@ fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: boo
 
 /// Runs the daemon until SIGTERM or SIGINT. `owner`: the user to become, as in [`process::become_owner`].
 fn run_daemon(
-    path: &Path, config: &CustomerConfig, owner: Option<SystemUser>, ids: &Ids, cancel: &CancelToken,
+    path: &Path, config: &CustomerConfig, owner: Option<SystemUser>, ids: &Ids, signals: DaemonSignals,
 ) -> Result<(), ExitError> {
     // Ports below 1024 must be bound before the rights of root are given up.
     let bound = daemon::BoundDaemon::new(config, ids)?;
     let becomes_owner = owner.is_some();
     become_owner(config, owner)?;
-    let (sender, stop) = (bound.events.clone(), cancel.clone());
-    process::at_signals(&[SIGTERM, SIGINT, SIGHUP, SIGUSR1], move |signal| match signal {
-        SIGHUP => sender.send(DaemonEvent::Reload),
-        SIGUSR1 => sender.send(DaemonEvent::CallNow),
-        _ => {
-            log::info!("event=stopping signal={signal}");
-            stop.cancel();
-            sender.send(DaemonEvent::Stop);
-        }
+    let (sender, cancel) = (bound.events.clone(), CancelToken::new()?);
+    signals.handle(&cancel, move |signal| {
+        let event = match signal {
+            SIGHUP => DaemonEvent::Reload,
+            SIGUSR1 => DaemonEvent::CallNow,
+            SIGTERM | SIGINT => DaemonEvent::Stop,
+            _ => return false,
+        };
+        sender.send(event);
+        true
     })?;
     let load = || CustomerConfig::load(path).map_err(|error| error.to_string());
     // The owner may not be able to read a file that root could.
@@ -131,7 +134,7 @@ fn run_daemon(
         let consequence = "SIGHUP cannot read the configuration again; let `user` read it";
         log::warn!("event=reload-prevented error={} consequence={consequence:?}", quoted(error));
     }
-    daemon::run(bound, &load, cancel)?;
+    daemon::run(bound, &load, &cancel)?;
     log::info!("event=stopped");
     Ok(())
 }

@@ -115,7 +115,7 @@ impl SendmailError {
     /// A failed system call; `otherwise` is the kind if the error does not have one of its own.
     fn system(otherwise: SendmailErrorKind, error: &io::Error) -> SendmailError {
         let kind = match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
                 let text = format!("no room, try again later: {error}");
                 return SendmailError::new(SendmailErrorKind::Deferred, text);
             }

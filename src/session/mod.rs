@@ -138,7 +138,8 @@ pub fn disk_full_reply() -> Reply {
 pub fn storage_failure_reply(error: &io::Error) -> Reply {
     log::error!("event=storage-failed error={}", quoted(error));
     match error.kind() {
-        io::ErrorKind::StorageFull => disk_full_reply(),
+        // `FileTooLarge`: RLIMIT_FSIZE, or the limit of the file system.
+        io::ErrorKind::StorageFull | io::ErrorKind::FileTooLarge => disk_full_reply(),
         io::ErrorKind::QuotaExceeded => Reply::new(452, "4.2.2", "The quota is used up, try again later"),
         io::ErrorKind::InvalidInput => Reply::new(452, "4.5.3", "Too many recipients: send it in several transactions"),
         _ => Reply::new(451, "4.3.0", "The message could not be stored, try again later"),
