@@ -41,8 +41,23 @@ pub struct Timestamp {
     seconds: i64,
 }
 
+/// 2025-01-01T00:00:00Z: this program did not exist before. A clock without a battery starts in 1970, in 2000 or in the
+/// year in which its system was built.
+const EARLIEST_POSSIBLE: i64 = 1_735_689_600;
+
+/// Seconds by which the clocks of machines that share a directory may differ.
+const CLOCK_SKEW: i64 = 60 * 60;
+
 /// 0001-01-01T00:00:00Z
 const EARLIEST: i64 = -62_135_596_800;
+
+/// Of a file. A time before 1970 becomes 1970.
+impl From<SystemTime> for Timestamp {
+    fn from(time: SystemTime) -> Timestamp {
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Timestamp::from_seconds(i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+    }
+}
 
 impl Timestamp {
     /// Returns the timestamp of this many seconds since 1970. A time outside the years 1 to 9999, which the formats below
@@ -54,6 +69,12 @@ impl Timestamp {
     /// Returns seconds since 1970; negative before.
     pub fn seconds(self) -> i64 {
         self.seconds
+    }
+
+    /// Returns whether something here can have happened at this time: it is not before 2025, and not more than an hour after
+    /// `now`. Otherwise a clock was wrong.
+    pub fn is_possible(self, now: Timestamp) -> bool {
+        self.seconds >= EARLIEST_POSSIBLE && self.seconds <= now.seconds.saturating_add(CLOCK_SKEW)
     }
 
     /// Returns the form of header fields: `Fri, 02 Jan 2026 03:04:05 +0000` (RFC 5322 section 3.3).
@@ -187,6 +208,24 @@ mod tests {
     fn timestamps_outside_the_years_1_to_9999_become_the_nearest_inside() {
         assert_eq!(Timestamp::from_seconds(i64::MIN).rfc3339(), "0001-01-01T00:00:00Z");
         assert!(Timestamp::from_seconds(i64::MAX).rfc5322().contains(" Dec 9999 "));
+    }
+
+    #[test]
+    fn a_time_before_2025_or_in_the_future_is_impossible() {
+        let now = Clock::Fixed.now();
+        for (seconds, possible) in [
+            (0, false),
+            (1_735_689_599, false),
+            (1_735_689_600, true),
+            (now.seconds(), true),
+            (now.seconds() + 3600, true),
+            (now.seconds() + 3601, false),
+            (i64::MAX, false),
+        ] {
+            assert_eq!(Timestamp::from_seconds(seconds).is_possible(now), possible, "{seconds}");
+        }
+        // Without a clock, nothing is certain.
+        assert!(!Timestamp::from_seconds(0).is_possible(Timestamp::from_seconds(0)));
     }
 
     #[test]

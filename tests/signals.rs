@@ -153,7 +153,10 @@ impl Client {
         assert!(self.command(&format!("MAIL FROM:<{from}>")).starts_with("250 "));
         assert!(self.command(&format!("RCPT TO:<{to}>")).starts_with("250 "));
         assert!(self.command("DATA").starts_with("354 "));
-        self.command(&format!("Subject: x\r\n\r\n{}.", (String::from_utf8(vec![b'x'; 78]).unwrap() + "\r\n").repeat(lines)))
+        self.command(&format!(
+            "Subject: x\r\n\r\n{}.",
+            (String::from_utf8(vec![b'x'; 78]).unwrap() + "\r\n").repeat(lines)
+        ))
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs::{self, DirBuilder, DirEntry, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::time::SystemTime;
 
 /// Puts the path before the text of an error.
 pub fn with_path(path: &Path, error: io::Error) -> io::Error {
@@ -60,6 +61,18 @@ pub(super) fn remove_if_there(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(with_path(path, error)),
         _ => Ok(()),
+    }
+}
+
+/// Sets the times of last use of a file, whatever its type; a file that is already gone is not an error.
+pub(super) fn set_times(path: &Path, time: SystemTime) -> io::Result<()> {
+    use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let time = Timespec { tv_sec: since.as_secs().cast_signed(), tv_nsec: 0 };
+    let times = Timestamps { last_access: time, last_modification: time };
+    match utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
+        Err(error) => Err(with_path(path, error.into())),
     }
 }
 

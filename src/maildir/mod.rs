@@ -26,9 +26,10 @@ use std::time::{Duration, SystemTime};
 
 pub use entry::Entry;
 pub use files::with_path;
-use files::{list, make_directories, make_directory, move_file, remove_if_there, sync_directory};
+use files::{list, make_directories, make_directory, move_file, remove_if_there, set_times, sync_directory};
 use quota::QuotaCheck;
 
+use crate::clock::Timestamp;
 use crate::net::trace::quoted;
 
 /// A file in `tmp` that was not used for this long is removed (maildir(5)).
@@ -222,7 +223,21 @@ impl Maildir {
         Ok(flagged)
     }
 
+    /// Records in the name of a message that it was first seen at this time. Returns the new entry.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if the message is gone.
+    pub fn record_first_seen(&self, entry: &Entry, time: Timestamp) -> io::Result<Entry> {
+        let named = entry.with_first_seen(time);
+        move_file(&self.file(entry), &self.file(&named))?;
+        Ok(named)
+    }
+
     /// Removes the files that writers that died have left in `tmp`: those not used for 36 hours.
+    ///
+    /// A file that was last used before 2025 or in the future may be in use: its writer began before the clock was set. Its 36
+    /// hours begin now.
     pub fn sweep(&self) -> io::Result<()> {
         let now = SystemTime::now();
         for found in list(&self.path.join("tmp")) {
@@ -233,7 +248,9 @@ impl Maildir {
             }
             // On a file system mounted noatime only the time of the last write is known (maildir(5)).
             let used = metadata.accessed().ok().max(metadata.modified().ok());
-            if used.and_then(|used| now.duration_since(used).ok()).is_some_and(|age| age > STALE_AGE) {
+            if used.is_some_and(|used| !Timestamp::from(used).is_possible(now.into())) {
+                set_times(&found.path(), now)?;
+            } else if used.and_then(|used| now.duration_since(used).ok()).is_some_and(|age| age > STALE_AGE) {
                 remove_if_there(&found.path())?;
                 log::info!("event=swept file={}", quoted(found.path().display()));
             }

@@ -335,6 +335,30 @@ fn old_files_in_tmp_are_removed_after_36_hours() {
     assert_eq!(names(maildir.path().join("tmp")), ["a-directory", "read", "written", "young"]);
 }
 
+/// A clock that was set while a message is being written does not make its file old.
+#[test]
+fn a_file_in_tmp_with_an_impossible_time_is_removed_36_hours_after_it_was_seen() {
+    let (_directory, maildir) = maildir();
+    maildir.create().unwrap();
+    let (now, year) = (SystemTime::now(), Duration::from_secs(365 * 24 * 60 * 60));
+    for (name, time) in [("1970", SystemTime::UNIX_EPOCH), ("future", now + year)] {
+        let path = maildir.path().join("tmp").join(name);
+        let set = |time| {
+            let times = fs::FileTimes::new().set_accessed(time).set_modified(time);
+            File::options().append(true).create(true).open(&path).unwrap().set_times(times).unwrap();
+        };
+        set(time);
+        maildir.sweep().unwrap();
+        let metadata = path.metadata().unwrap();
+        for seen in [metadata.modified().unwrap(), metadata.accessed().unwrap()] {
+            assert!(seen + Duration::from_secs(1) > now && seen < now + Duration::from_secs(60), "{name}");
+        }
+        set(now - Duration::from_secs(37 * 60 * 60));
+        maildir.sweep().unwrap();
+        assert!(!path.exists(), "{name}");
+    }
+}
+
 /// Rules: MD-03.
 #[test]
 fn ten_thousand_messages_written_at_once_get_different_names() {

@@ -9,6 +9,7 @@ use super::envelope::ParsedEnvelope;
 use super::message::{self, QueuedMessage};
 use super::name::QueueName;
 use super::retry;
+use crate::clock::Clock;
 use crate::mail::address::Domain;
 use crate::maildir::{Entry, IN_DOUBT, Maildir};
 use crate::net::trace::quoted;
@@ -21,6 +22,7 @@ pub(super) const TAKEOVER_FILE: &str = "odmr.wanted";
 pub struct QueueLock {
     queues: Vec<LockedQueue>,
     current: usize,
+    clock: Clock,
 }
 
 pub(super) struct LockedQueue {
@@ -34,10 +36,10 @@ pub(super) struct LockedQueue {
 }
 
 impl QueueLock {
-    pub(super) fn new(queues: Vec<LockedQueue>) -> QueueLock {
+    pub(super) fn new(queues: Vec<LockedQueue>, clock: Clock) -> QueueLock {
         // The queue after the last is the first one that was asked for.
         let current = queues.len().saturating_sub(1);
-        QueueLock { queues, current }
+        QueueLock { queues, current, clock }
     }
 
     /// The domains whose queues are locked.
@@ -78,7 +80,7 @@ impl QueueLock {
             let queue = self.queues.get_mut(self.current)?;
             while let Some(entry) = queue.waiting.pop_front() {
                 queue.offered.insert(entry.unique().to_owned());
-                match QueuedMessage::open(&queue.maildir, &queue.name, entry) {
+                match queue.open(entry, self.clock) {
                     Ok(Some(message)) => return Some(message),
                     Ok(None) => {}
                     Err(error) => log_unreadable(&queue.name, &error),
@@ -101,7 +103,7 @@ impl QueueLock {
     pub fn open_message(&mut self, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name) else { return Ok(None) };
         queue.offered.insert(entry.unique().to_owned());
-        QueuedMessage::open(&queue.maildir, name, entry)
+        queue.open(entry, self.clock)
     }
 
     /// Offers a message again that [`QueueLock::next_message`] has offered, before all others.
@@ -146,6 +148,13 @@ impl QueueLock {
 impl LockedQueue {
     pub(super) fn new(name: &QueueName, maildir: Maildir, lock: File) -> LockedQueue {
         LockedQueue { name: name.clone(), maildir, lock, waiting: VecDeque::new(), offered: HashSet::new() }
+    }
+
+    /// Opens a message. If its time of arrival is impossible, records that it was first seen now.
+    fn open(&self, entry: Entry, clock: Clock) -> io::Result<Option<QueuedMessage>> {
+        let mut message = QueuedMessage::open(&self.maildir, &self.name, entry, clock.now())?;
+        message.iter_mut().for_each(QueuedMessage::ensure_arrival);
+        Ok(message)
     }
 
     /// Lists the messages that are due and that this session has not offered yet.
@@ -196,7 +205,7 @@ impl LockedQueue {
     /// The envelope of a file; `None`: it is not a message for a recipient of this queue, or it cannot be opened.
     fn parse(&self, entry: &Entry) -> io::Result<Option<ParsedEnvelope>> {
         let Ok(Some(file)) = message::open_file(&self.maildir.file(entry)) else { return Ok(None) };
-        message::read_envelope(&file, entry, self.name.domain.as_ref())
+        message::read_envelope(&file, entry, &self.name)
     }
 }
 

@@ -10,7 +10,6 @@ use super::envelope::{self, ENVELOPE_LIMIT, Parsed, ParsedEnvelope, QueuedEnvelo
 use super::name::QueueName;
 use super::retry;
 use crate::clock::Timestamp;
-use crate::mail::address::Domain;
 use crate::maildir::spooled::Content;
 use crate::maildir::{DELAY_REPORTED, Entry, IN_DOUBT, Maildir, MessageWriter, for_each_block, with_path};
 use crate::net::trace::quoted;
@@ -31,7 +30,10 @@ pub struct QueuedMessage {
     content: u64,
     /// The id of the message in the log and in its `Received` field.
     pub id: String,
+    /// When it has arrived, or if that time is impossible when it was first seen.
     pub arrived: Timestamp,
+    /// Its time of arrival is impossible, and it was not seen before.
+    unseen: bool,
     pub envelope: Envelope,
     /// Octets of the content on the wire.
     pub size: u64,
@@ -57,11 +59,13 @@ impl Content for QueuedMessage {
 }
 
 impl QueuedMessage {
-    /// Opens a message. `None`: the file is gone, or it is not a message for a recipient of this queue, which is logged.
+    /// Opens a message. `now`: the time, by which its time of arrival may be impossible. `None`: the file is gone, or it is not a message for a recipient of this queue, which is logged.
     ///
     /// # Errors
     /// The file cannot be read; the error names it.
-    pub(super) fn open(maildir: &Maildir, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
+    pub(super) fn open(
+        maildir: &Maildir, name: &QueueName, entry: Entry, now: Timestamp,
+    ) -> io::Result<Option<QueuedMessage>> {
         let path = maildir.file(&entry);
         let failed = |error| with_path(&path, error);
         let file = match open_file(&path) {
@@ -70,11 +74,15 @@ impl QueuedMessage {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed(error)),
         };
-        let Some(parsed) = read_envelope(&file, &entry, name.domain.as_ref()).map_err(failed)? else {
+        let Some(parsed) = read_envelope(&file, &entry, name).map_err(failed)? else {
             log::warn!("event=no-recipients queue={name} file={}", quoted(path.display()));
             return Ok(None);
         };
-        let QueuedEnvelope { id, arrived, envelope } = parsed.envelope;
+        let QueuedEnvelope { id, arrived: stated, envelope } = parsed.envelope;
+        let arrived = retry::arrival(stated, entry.first_seen(), now);
+        // While the clock itself is wrong, what the file states must not be lost.
+        let unseen = arrived.is_none() && now.is_possible(now);
+        let arrived = arrived.unwrap_or(if unseen { now } else { stated });
         let (content, wire_size) = (parsed.octets as u64, entry.wire_size().filter(|_| parsed.ours));
         let mut message = QueuedMessage {
             maildir: maildir.clone(),
@@ -84,6 +92,7 @@ impl QueuedMessage {
             content,
             id,
             arrived,
+            unseen,
             envelope,
             size: 0,
             next_attempt: None,
@@ -146,6 +155,18 @@ impl QueuedMessage {
     /// The message as an SMTP client sends it.
     pub fn outgoing_message(&self) -> OutgoingMessage {
         OutgoingMessage { envelope: self.envelope.clone(), size: self.size, eight_bit: self.eight_bit }
+    }
+
+    /// If the time of arrival is impossible, records in the file's name when the message was first seen. A failure is
+    /// logged: the message is offered all the same, and the next session tries again.
+    pub(super) fn ensure_arrival(&mut self) {
+        if !self.unseen {
+            return;
+        }
+        match self.maildir.record_first_seen(&self.entry, self.arrived) {
+            Ok(entry) => (self.entry, self.unseen) = (entry, false),
+            Err(error) => log::warn!("event=arrival-not-recorded id={} error={}", self.id, quoted(error)),
+        }
     }
 
     /// Makes the message the last of its queue, because its content cannot be read: the others must not wait for it.
@@ -276,14 +297,17 @@ pub(super) fn open_file(path: &Path) -> io::Result<Option<File>> {
     File::open(path).map(Some)
 }
 
-/// Reads the envelope at the front of a file that was opened just now. `None`: it has no recipient in `domain`.
-pub(super) fn read_envelope(file: &File, entry: &Entry, domain: Option<&Domain>) -> io::Result<Option<ParsedEnvelope>> {
-    let arrived = file.metadata()?.modified()?.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let arrived = Timestamp::from_seconds(i64::try_from(arrived.as_secs()).unwrap_or(0));
+/// Reads the envelope at the front of a file that was opened just now. `None`: it has no recipient in the queue's domain.
+pub(super) fn read_envelope(file: &File, entry: &Entry, name: &QueueName) -> io::Result<Option<ParsedEnvelope>> {
+    // In a queue with retries the time of modification is that of the next attempt.
+    let arrived = match name.retries {
+        true => entry.named().unwrap_or(Timestamp::from_seconds(0)),
+        false => file.metadata()?.modified()?.into(),
+    };
     let mut front = Vec::with_capacity(4096);
     loop {
         let octets = file.take(front.len().max(4096) as u64).read_to_end(&mut front)?;
-        match envelope::parse(&front, octets == 0, domain, entry.unique(), arrived) {
+        match envelope::parse(&front, octets == 0, name.domain.as_ref(), entry.unique(), arrived) {
             Parsed::Envelope(parsed) => return Ok(Some(parsed)),
             Parsed::More if front.len() < ENVELOPE_LIMIT => {}
             Parsed::More | Parsed::NoRecipients => return Ok(None),

@@ -24,6 +24,10 @@
 //! could still be sent twice.
 //! The DSN about a recipient is committed before `settle` begins (see `report`).
 //!
+//! The age of a message counts from the time of arrival in its envelope; of a file of another agent, from its time of
+//! modification or, in a queue with retries, from the time in its name (maildir(5)). If a clock was wrong then, so that the
+//! time is impossible, the first session that opens the message adds the time to the file's name, and the age counts from it.
+//!
 //! In a queue with retries each message waits for its next attempt; that time is the file's time of modification. Which
 //! directories there are is decided by `provider/spool` and `customer/store`. The queue does not know connections.
 
@@ -130,7 +134,7 @@ impl Queue {
     pub fn each(&self, name: &QueueName, mut show: impl FnMut(&QueuedMessage)) -> io::Result<()> {
         let maildir = name.maildir();
         for entry in maildir.entries()? {
-            match QueuedMessage::open(&maildir, name, entry) {
+            match QueuedMessage::open(&maildir, name, entry, self.ids.clock().now()) {
                 Ok(Some(message)) => show(&message),
                 Ok(None) => {}
                 Err(error) => log_unreadable(name, &error),
@@ -167,7 +171,7 @@ impl Queue {
             }
             queues.push(LockedQueue::new(name, maildir, lock));
         }
-        Ok(QueueLock::new(queues))
+        Ok(QueueLock::new(queues, self.ids.clock()))
     }
 
     fn lock_one(&self, name: &QueueName, take_over: bool) -> Result<File, LockError> {

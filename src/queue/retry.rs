@@ -50,14 +50,16 @@ pub(super) fn due(path: &Path) -> Option<SystemTime> {
     Some(if due > now + LONGEST_PAUSE { SystemTime::UNIX_EPOCH } else { due })
 }
 
-/// Seconds of the greatest age that is believed: an older message arrived before the clock was set.
-const PLAUSIBLE_AGE: i64 = 10 * 365 * 24 * 60 * 60;
-
-/// The age of a message; zero if its time of arrival is impossible.
+/// The age of a message; zero if it arrives in the future.
 pub fn age(arrived: Timestamp, now: Timestamp) -> Duration {
     let seconds = now.seconds().saturating_sub(arrived.seconds());
-    let seconds = if seconds > PLAUSIBLE_AGE { 0 } else { seconds };
     Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
+/// When a message has arrived: at `stated`, or if that is impossible when it was first seen. If both are possible the later
+/// one counts: a clock that was behind must not make the message older than it is. `None`: it has not been seen yet.
+pub(super) fn arrival(stated: Timestamp, first_seen: Option<Timestamp>, now: Timestamp) -> Option<Timestamp> {
+    [Some(stated), first_seen].into_iter().flatten().filter(|time| time.is_possible(now)).max()
 }
 
 #[cfg(test)]

@@ -509,10 +509,14 @@ proptest! {
 
 /// A queue with one message for `name`.
 fn outgoing(name: &QueueName, to: &[&str]) -> Queue {
+    outgoing_since(name, to, Ids::fixed().clock().now())
+}
+
+fn outgoing_since(name: &QueueName, to: &[&str], arrived: Timestamp) -> Queue {
     let queue = Queue::new("host", Ids::fixed(), Duration::from_secs(60));
     let recipients = to.iter().map(|to| Recipient::plain(Mailbox::parse(to).unwrap())).collect();
     let envelope = Envelope { recipients, ..Envelope::new(reverse_path(b"<>").unwrap().0) };
-    let envelope = QueuedEnvelope { id: "id".to_owned(), arrived: Ids::fixed().clock().now(), envelope };
+    let envelope = QueuedEnvelope { id: "id".to_owned(), arrived, envelope };
     let mut writer = queue.begin_message(&[(name.clone(), envelope)], "").unwrap();
     writer.write(b"Subject: x\n\n").unwrap();
     writer.commit().unwrap();
@@ -549,6 +553,94 @@ fn a_clock_that_was_wrong_defers_nothing_for_long() {
         drop(lock);
         assert_eq!(queue.next_due(&name).unwrap().unwrap() <= SystemTime::now(), due);
         assert_eq!(queue.lock(std::slice::from_ref(&name)).unwrap().next_message().is_some(), due);
+    }
+}
+
+/// The names in `new` and the time of arrival of the one message of a queue, after a session that offers it.
+fn arrival(queue: &Queue, name: &QueueName) -> (String, i64) {
+    let arrived = queue.lock(std::slice::from_ref(name)).unwrap().next_message().unwrap().arrived.seconds();
+    let names: Vec<_> = name.maildir().entries().unwrap().into_iter().map(|entry| entry.name).collect();
+    (names.join(" "), arrived)
+}
+
+/// In both kinds of queue: if the time of arrival is impossible, the age counts from the first session, and not from a
+/// later one; if the time is possible, the file keeps its name.
+#[test]
+fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() {
+    let now = Ids::fixed().clock().now().seconds();
+    let (year, hour) = (365 * 24 * 3600, 3600);
+    for retries in [true, false] {
+        for (arrived, possible) in [
+            (0, false),
+            (946_684_800, false),
+            (now + year, false),
+            (now - 120 * hour, true),
+            (now, true),
+            (now + 60, true),
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            let name = QueueName { path: directory.path().into(), domain: None, retries };
+            let queue = outgoing_since(&name, &["a@example.net"], Timestamp::from_seconds(arrived));
+            queue
+                .each(&name, |message| assert_eq!(message.arrived.seconds(), if possible { arrived } else { now }))
+                .unwrap();
+            let (unchanged, mark) = (name.maildir().entries().unwrap().remove(0).name, format!(",T={now}"));
+            let marked = if possible { unchanged } else { unchanged + &mark };
+            let effective = if possible { arrived } else { now };
+            assert_eq!(arrival(&queue, &name), (marked.clone(), effective), "{retries} {arrived}");
+            assert_eq!(arrival(&queue, &name), (marked.clone(), effective), "{retries} {arrived}: the second session");
+            if !possible {
+                // As if the first session had been a day ago.
+                let maildir = name.maildir();
+                let earlier = marked.replace(&mark, &format!(",T={}", now - 24 * hour));
+                let file = |name: &str| maildir.path().join("new").join(name);
+                fs::rename(file(&marked), file(&earlier)).unwrap();
+                assert_eq!(arrival(&queue, &name), (earlier, now - 24 * hour), "{retries} {arrived}: a day later");
+            }
+        }
+    }
+}
+
+/// The record moves into the envelope when the rest of a message is written again.
+#[test]
+fn the_rest_of_a_message_keeps_the_time_of_the_first_session() {
+    let (directory, now) = (tempfile::tempdir().unwrap(), Ids::fixed().clock().now());
+    let name = QueueName { path: directory.path().into(), domain: None, retries: false };
+    let queue = outgoing_since(&name, &["a@example.net", "b@example.net"], Timestamp::from_seconds(0));
+    settle(&mut queue.lock(std::slice::from_ref(&name)).unwrap(), "=~");
+    let (file, arrived) = arrival(&queue, &name);
+    assert_eq!((file.contains(",T="), arrived), (false, now.seconds()));
+}
+
+/// Files of other agents have no time in their envelope.
+#[test]
+fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
+    let now = Ids::fixed().clock().now().seconds();
+    let [day_ago, hour_ago] = [now - 24 * 3600, now - 3600];
+    // Whether the queue has retries, the time in the name, the time of modification, and the time of arrival.
+    for (retries, named, modified, arrived, marked) in [
+        (false, "7", hour_ago, hour_ago, false),
+        (false, "7", 0, now, true),
+        (false, "x", now + 7200, now, true),
+        (true, &day_ago.to_string(), now + 7200, day_ago, false),
+        (true, &day_ago.to_string(), 0, day_ago, false),
+        (true, "7", hour_ago, now, true),
+        (true, "msg", hour_ago, now, true),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let name = QueueName { path: directory.path().into(), domain: None, retries };
+        name.maildir().create().unwrap();
+        let path = directory.path().join(format!("new/{named}.x.host"));
+        fs::write(&path, "Delivered-To: a@example.net\n\nx\n").unwrap();
+        let set = SystemTime::UNIX_EPOCH + Duration::from_secs(modified.cast_unsigned());
+        fs::File::options().write(true).open(&path).unwrap().set_modified(set).unwrap();
+        let queue = Queue::new("host", Ids::fixed(), Duration::from_secs(60));
+        let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
+        let entry = name.maildir().entries().unwrap().remove(0);
+        let message = lock.open_message(&name, entry).unwrap().unwrap();
+        assert_eq!(message.arrived.seconds(), arrived, "{retries} {named} {modified}");
+        let entry = name.maildir().entries().unwrap().remove(0);
+        assert_eq!(entry.first_seen().is_some(), marked, "{retries} {named} {modified}");
     }
 }
 

@@ -1,0 +1,162 @@
+//! Tests of what follows an attempt: DSNs, delays, expiry.
+
+use std::sync::Mutex;
+
+use super::*;
+use crate::mail::address::{Domain, reverse_path};
+use crate::maildir::Maildir;
+use crate::queue::{Queue, QueueName};
+use crate::smtp::command::Notify;
+
+const HOUR: i64 = 3600;
+
+/// Keeps the DSNs that are stored.
+#[derive(Default)]
+struct StoredDsns(Mutex<Vec<String>>);
+
+impl DsnSink for StoredDsns {
+    fn store(&self, dsn: &DsnMessage) -> io::Result<()> {
+        let text = String::from_utf8_lossy(&dsn.text).into_owned();
+        self.0.lock().unwrap().push(text);
+        Ok(())
+    }
+}
+
+/// One message to `to@example.net` with its age in seconds, sender and NOTIFY; a reporter and the DSNs that it stores.
+struct Case {
+    directory: tempfile::TempDir,
+    queue: Queue,
+    name: QueueName,
+    reporter: Reporter,
+    stored: Arc<StoredDsns>,
+}
+
+impl Case {
+    fn new(from: &str, notify: &str, age: i64) -> Case {
+        let (directory, ids, stored) = (tempfile::tempdir().unwrap(), Ids::fixed(), Arc::<StoredDsns>::default());
+        let queue = Queue::new("host", ids.clone(), Duration::from_secs(60));
+        let domain = Domain::parse("example.net");
+        let name = QueueName { path: directory.path().join("outgoing/example.net"), domain, retries: true };
+        let notify = if notify.is_empty() { Notify::default() } else { Notify::parse(notify.as_bytes()).unwrap() };
+        let mailbox = Mailbox::parse("to@example.net").unwrap();
+        let envelope = Envelope {
+            recipients: vec![Recipient { mailbox, notify, original: None }],
+            ..Envelope::new(reverse_path(from.as_bytes()).unwrap().0)
+        };
+        let arrived = Timestamp::from_seconds(ids.clock().now().seconds() - age);
+        let envelope = QueuedEnvelope { id: "id".to_owned(), arrived, envelope };
+        let mut writer = queue.begin_message(&[(name.clone(), envelope)], "").unwrap();
+        writer.write(b"Subject: the one\n\nbody\n").unwrap();
+        writer.commit().unwrap();
+        let reporter = Reporter::new("relay.example.net", &ids, Some(stored.clone()));
+        Case { directory, queue, name, reporter, stored }
+    }
+
+    /// Makes one attempt with this status. Returns the DSNs that were stored.
+    fn attempt(&self, status: RecipientStatus, dsn: bool) -> Vec<String> {
+        let hours = |hours: u64| Duration::from_secs(3600 * hours);
+        let retry =
+            Retry { first: Duration::from_secs(300), max: hours(4), give_up: hours(120), delay_notice: Some(hours(4)) };
+        // The next attempt is due at once.
+        let maildir = Maildir::new(&self.name.path);
+        for entry in maildir.entries().unwrap() {
+            std::fs::File::open(maildir.file(&entry)).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        }
+        let mut lock = self.queue.lock(std::slice::from_ref(&self.name)).unwrap();
+        let message = lock.next_message().unwrap();
+        let (session, relay) = ("1", "mx.example.net");
+        let (peer, retry) = (Some(relay), Some(&retry));
+        let attempt = Attempt { session, via: Via::Mx, relay, peer, peer_sends_dsn: dsn, retry };
+        let result = DeliveryResult { recipients: vec![status], decided_by: DecidedBy::Peer };
+        self.reporter.finish_attempt(message, result, &attempt, &mut lock).unwrap();
+        std::mem::take(&mut *self.stored.0.lock().unwrap())
+    }
+
+    /// How many messages are in the queue and in `.refused`.
+    fn left(&self) -> (usize, usize) {
+        let maildir = Maildir::new(&self.name.path);
+        let rejected = Maildir::new(self.directory.path().join("outgoing/example.net/.refused"));
+        (maildir.entries().unwrap().len(), rejected.entries().unwrap().len())
+    }
+}
+
+fn rejected() -> RecipientStatus {
+    RecipientStatus::Rejected(Reply::new(550, "5.1.1", "unknown"))
+}
+
+fn deferred() -> RecipientStatus {
+    RecipientStatus::Deferred(Reply::new(451, "4.4.1", "later"))
+}
+
+fn sent() -> RecipientStatus {
+    RecipientStatus::Sent(Reply::new(250, "2.0.0", "accepted"))
+}
+
+/// RFC 3461 section 5.2, one call each: sender, NOTIFY, age in hours, status, whether the peer offers DSN; the action
+/// and status in the DSN, and how many messages are left.
+/// Rules: SMTP-66, DSN-06, DSN-07, DSN-08.
+#[test]
+fn each_status_leads_to_its_dsn() {
+    let check = |from, notify, age, status: RecipientStatus, dsn, wanted: &str, left| {
+        let case = Case::new(from, notify, age * HOUR);
+        let dsns = case.attempt(status.clone(), dsn);
+        let row = format!("{from} {notify} {age} {status:?} {dsn}");
+        let seen: Vec<_> = dsns
+            .iter()
+            .map(|text| {
+                let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("-");
+                assert!(text.contains("Auto-Submitted: auto-replied") && text.contains("Subject: the one"), "{row}");
+                format!("{} {}", field("Action: "), field("Status: "))
+            })
+            .collect();
+        assert_eq!(seen.join(", "), wanted, "{row}");
+        assert_eq!(case.left(), left, "{row}");
+    };
+    let own = "<a@b.example>";
+    check(own, "", 0, rejected(), false, "failed 5.1.1", (0, 0));
+    check(own, "SUCCESS", 0, rejected(), false, "", (0, 0));
+    check(own, "NEVER", 0, rejected(), false, "", (0, 0));
+    // Never a DSN about a DSN (RFC 5321 section 6.1): it is kept in `.refused`.
+    check("<>", "", 0, rejected(), false, "", (0, 1));
+    check(own, "", 0, sent(), false, "", (0, 0));
+    check(own, "SUCCESS", 0, sent(), false, "relayed 2.0.0", (0, 0));
+    check(own, "SUCCESS", 0, sent(), true, "", (0, 0));
+    check(own, "", 3, deferred(), false, "", (1, 0));
+    check(own, "", 5, deferred(), false, "delayed 4.4.1", (1, 0));
+    check(own, "FAILURE", 5, deferred(), false, "", (1, 0));
+    check("<>", "", 5, deferred(), false, "", (1, 0));
+    check(own, "", 5, RecipientStatus::InDoubt, false, "delayed 4.4.2", (1, 0));
+    check(own, "", 121, deferred(), false, "failed 5.4.7", (0, 0));
+    check(own, "", 121, RecipientStatus::InDoubt, false, "failed 5.4.7", (0, 0));
+    check(own, "", 121, sent(), false, "", (0, 0));
+}
+
+/// A message of 1970 or of next year is not late and does not expire by that: five days after it was first seen, it does.
+#[test]
+fn an_impossible_time_of_arrival_makes_no_message_late() {
+    let now = Ids::fixed().clock().now().seconds();
+    for age in [now, -365 * 24 * HOUR] {
+        let case = Case::new("<a@b.example>", "", age);
+        for since in [0, 3, 5, 121] {
+            let maildir = Maildir::new(&case.name.path);
+            if let Some(entry) = maildir.entries().unwrap().into_iter().find(|entry| entry.first_seen().is_some()) {
+                let seen = Timestamp::from_seconds(now - since * HOUR);
+                maildir.record_first_seen(&entry, seen).unwrap();
+            }
+            let dsns = case.attempt(deferred(), false).concat();
+            let action = dsns.lines().find_map(|line| line.strip_prefix("Action: "));
+            let wanted = [(5, "delayed"), (121, "failed")].iter().find(|(hours, _)| *hours == since);
+            assert_eq!(action, wanted.map(|(_, action)| *action), "{age} {since}");
+        }
+        assert_eq!(case.left(), (0, 0));
+    }
+}
+
+#[test]
+fn the_sender_gets_one_dsn_about_a_delay() {
+    let case = Case::new("<a@b.example>", "", 5 * HOUR);
+    assert_eq!(case.attempt(deferred(), false).len(), 1);
+    assert_eq!(case.attempt(deferred(), false).len(), 0);
+    assert_eq!(case.attempt(rejected(), false).len(), 1);
+    assert_eq!(case.left(), (0, 0));
+}
