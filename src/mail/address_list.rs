@@ -25,12 +25,29 @@ const ERROR_EXCERPT: usize = 100;
 /// # Errors
 /// A sentence that shows the first address that cannot be read, with the reason.
 pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String> {
+    divide(text, Some(home)).into_iter().map(|address| address.mailbox).collect()
+}
+
+/// One address of a list.
+#[derive(Debug)]
+pub struct ListedAddress<'a> {
+    /// Its part of the list, without the commas.
+    pub text: &'a str,
+    /// The mailbox, or a sentence that shows the part, with the reason why it cannot be read.
+    pub mailbox: Result<Mailbox, String>,
+}
+
+/// Divides a list into its addresses, as [`parse_addresses`] does, but goes on after one that cannot be read. A quote, a
+/// comment or an angle bracket without its end extends to the end of the list. Without `home`, a local part without a
+/// host cannot be read.
+pub fn divide<'a>(text: &'a str, home: Option<&Domain>) -> Vec<ListedAddress<'a>> {
     let mut found = Vec::new();
     let mut grouped = false;
     let mut element = Element::default();
-    for (token, range) in tokens(text)? {
+    let (tokens, unfinished) = tokens(text);
+    for (token, range) in tokens {
         if matches!(token, Token::Special(',' | ';')) && element.stage != ElementStage::Inside {
-            found.extend(element.mailbox(text, home)?);
+            found.extend(element.address(text, home));
             element = Element::default();
             // Outside of a group a semicolon is what some programs write for a comma.
             grouped &= token.is(',');
@@ -38,10 +55,10 @@ pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String
         }
         element.extend(range);
         match (element.stage, token) {
+            (ElementStage::Before, Token::Special(':')) if grouped || !element.is_phrase() => {
+                element.fail("this cannot be the name of a group");
+            }
             (ElementStage::Before, Token::Special(':')) => {
-                if grouped || !element.is_phrase() {
-                    return Err(unreadable(&text[element.range], "this cannot be the name of a group"));
-                }
                 element = Element::default();
                 grouped = true;
             }
@@ -50,12 +67,16 @@ pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String
             (ElementStage::Before, token) => element.before.push(token),
             (ElementStage::Inside, token) => element.inside.push(token),
             (ElementStage::After, _) => {
-                return Err(unreadable(&text[element.range], "something follows the >; is a comma missing?"));
+                element.fail("something follows the >; is a comma missing?");
             }
         }
     }
-    found.extend(element.mailbox(text, home)?);
-    Ok(found)
+    if let Some((at, reason)) = unfinished {
+        element.error = element.error.or(Some((at..text.len(), reason)));
+        element.extend(at..text.trim_end().len());
+    }
+    found.extend(element.address(text, home));
+    found
 }
 
 /// The tokens between two commas.
@@ -68,6 +89,8 @@ struct Element<'a> {
     inside: Vec<Token<'a>>,
     /// Its octets in the text.
     range: Range<usize>,
+    /// The octets that show why it cannot be read, and the reason.
+    error: Option<(Range<usize>, &'static str)>,
 }
 
 /// The angle brackets of an element: not yet opened, open, closed.
@@ -85,19 +108,31 @@ impl Element<'_> {
         self.range = start..token.end;
     }
 
+    /// The element cannot be read, for this reason, unless there is an earlier one.
+    fn fail(&mut self, reason: &'static str) {
+        self.error.get_or_insert((self.range.clone(), reason));
+    }
+
     fn is_phrase(&self) -> bool {
         !self.before.is_empty() && self.before.iter().all(|token| !token.is('@') && !token.is('>'))
     }
 
-    /// The mailbox of the element; `None`: there is nothing between the commas (RFC 5322 section 4.4).
-    fn mailbox(&self, text: &str, home: &Domain) -> Result<Option<Mailbox>, String> {
-        let mailbox = match self.stage {
-            ElementStage::Before if self.before.is_empty() => return Ok(None),
+    /// The address of the element; `None`: there is nothing between the commas (RFC 5322 section 4.4).
+    fn address<'t>(&self, text: &'t str, home: Option<&Domain>) -> Option<ListedAddress<'t>> {
+        let mailbox = match (&self.error, self.stage) {
+            (Some((range, reason)), _) => Err(unreadable(&text[range.clone()], reason)),
+            (None, ElementStage::Before) if self.before.is_empty() => return None,
+            (None, _) => self.mailbox(home).map_err(|reason| unreadable(&text[self.range.clone()], reason)),
+        };
+        Some(ListedAddress { text: &text[self.range.clone()], mailbox })
+    }
+
+    fn mailbox(&self, home: Option<&Domain>) -> Result<Mailbox, &'static str> {
+        match self.stage {
             ElementStage::Before => mailbox(&self.before, home),
             ElementStage::Inside => Err("a > is missing"),
             ElementStage::After => without_route(&self.inside).and_then(|inside| mailbox(inside, home)),
-        };
-        mailbox.map(Some).map_err(|reason| unreadable(&text[self.range.clone()], reason))
+        }
     }
 }
 
@@ -110,12 +145,12 @@ fn without_route<'a, 'b>(inside: &'a [Token<'b>]) -> Result<&'a [Token<'b>], &'s
     Ok(&inside[colon + 1..])
 }
 
-fn mailbox(tokens: &[Token], home: &Domain) -> Result<Mailbox, &'static str> {
+fn mailbox(tokens: &[Token], home: Option<&Domain>) -> Result<Mailbox, &'static str> {
     const LOCAL: &str = "this is no name of a mailbox; a display name wants an <address> behind it";
     let (local, host) = match tokens.iter().position(|token| token.is('@')) {
         Some(at) => (&tokens[..at], host(&tokens[at + 1..]).ok_or("the host is no domain")?),
         None if matches!(tokens, [Token::Quoted(content)] if content.is_empty()) => return Err(LOCAL),
-        None => (tokens, Host::Name(home.clone())),
+        None => (tokens, Host::Name(home.ok_or("it has no @ and domain")?.clone())),
     };
     let local = dotted(local).ok_or(LOCAL)?;
     if local.contains(char::REPLACEMENT_CHARACTER) {
@@ -170,38 +205,44 @@ impl Token<'_> {
     }
 }
 
-/// The tokens of a text, each with its octets there.
-fn tokens(text: &str) -> Result<Vec<(Token<'_>, Range<usize>)>, String> {
+/// Tokens, each with its octets in the text.
+type Tokens<'a> = Vec<(Token<'a>, Range<usize>)>;
+
+/// The tokens of a text. If a token has no end, it and what follows are left out, and the
+/// second result is where it begins, and why.
+fn tokens(text: &str) -> (Tokens<'_>, Option<(usize, &'static str)>) {
     let mut found = Vec::new();
     let mut at = 0;
     while let Some(first) = text[at..].chars().next() {
         let rest = &text[at..];
-        let missing = |reason| unreadable(rest, reason);
-        let (token, length) = match first {
-            first if first.is_whitespace() => (None, first.len_utf8()),
-            '(' => (None, comment(rest).ok_or_else(|| missing("a ) is missing"))?),
-            '"' => {
-                let (content, length) = enclosed(rest, '"').ok_or_else(|| missing("a \" is missing"))?;
-                (Some(Token::Quoted(content)), length)
-            }
-            '[' => {
-                let (content, length) = enclosed(rest, ']').ok_or_else(|| missing("a ] is missing"))?;
-                (Some(Token::Literal(content.replace(char::is_whitespace, ""))), length)
-            }
-            '<' | '>' | '@' | ',' | ';' | ':' | '.' => (Some(Token::Special(first)), 1),
+        let token = match first {
+            first if first.is_whitespace() => Ok((None, first.len_utf8())),
+            '(' => comment(rest).map(|length| (None, length)).ok_or("a ) is missing"),
+            '"' => enclosed(rest, '"')
+                .map(|(content, length)| (Some(Token::Quoted(content)), length))
+                .ok_or("a \" is missing"),
+            '[' => enclosed(rest, ']')
+                .map(|(content, length)| (Some(Token::Literal(content.replace(char::is_whitespace, ""))), length))
+                .ok_or("a ] is missing"),
+            '<' | '>' | '@' | ',' | ';' | ':' | '.' => Ok((Some(Token::Special(first)), 1)),
             _ => match encoded_word(rest) {
-                Some(length) => (Some(Token::Encoded), length),
+                Some(length) => Ok((Some(Token::Encoded), length)),
                 None => {
                     let ends = |c: char| c.is_whitespace() || "<>@,;:.\"([".contains(c);
                     let length = rest.find(ends).unwrap_or(rest.len());
-                    (Some(Token::Atom(&rest[..length])), length)
+                    Ok((Some(Token::Atom(&rest[..length])), length))
                 }
             },
         };
-        found.extend(token.map(|token| (token, at..at + length)));
-        at += length;
+        match token {
+            Ok((token, length)) => {
+                found.extend(token.map(|token| (token, at..at + length)));
+                at += length;
+            }
+            Err(reason) => return (found, Some((at, reason))),
+        }
     }
-    Ok(found)
+    (found, None)
 }
 
 /// The octets of the comment that begins the text, with the comments inside it; `None`: it does not end.
