@@ -8,11 +8,19 @@
 //! Received: from …                        here the content begins
 //! ```
 //!
-//! Delivery agents write such lines, so any of them may fill the queue. The envelope ends at the first other line. A
-//! `Return-Path` that a sender has forged comes after our `Received`, so it is never read as part of the envelope.
+//! Delivery agents write such lines, so any of them may fill the queue: folded (RFC 5322 section 2.2.3), with several
+//! recipients in one field, after the `From ` line of an mbox. The envelope ends at the first other line. A `Return-Path`
+//! that a sender has forged comes after our `Received`, so it is never read as part of the envelope; if the agent writes no
+//! `Received`, it is the second one, which ends the envelope too.
+//!
+//! A recipient that cannot be read must not be lost, so it keeps the file (see [`ParsedEnvelope::unread`]). If the
+//! `Return-Path` cannot be read, nothing is sent: with `<>` instead, the sender would get no DSN.
+
+use std::borrow::Cow;
 
 use crate::clock::Timestamp;
 use crate::mail::address::{Domain, Mailbox, ReversePath, reverse_path};
+use crate::mail::address_list::{ListedAddress, divide};
 use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, original_recipient};
 
 /// Octets of an envelope at most.
@@ -76,12 +84,30 @@ pub struct ParsedEnvelope {
     pub lines: usize,
     /// We have written the file, so the sizes in its name are right.
     pub ours: bool,
+    /// The recipients that cannot be sent to from this queue.
+    pub unread: Vec<UnreadRecipient>,
 }
 
 impl ParsedEnvelope {
-    /// The recipients in the queue's domain; at least one.
+    /// The recipients in the queue's domain; none if all of them are `unread`.
     pub fn recipients(&self) -> &[Recipient] {
         &self.envelope.envelope.recipients
+    }
+}
+
+/// A recipient that cannot be read, or is not in the queue's domain. It stays in the file when the others are settled.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UnreadRecipient {
+    /// As the file has it, on one line.
+    pub text: Vec<u8>,
+    /// A sentence with the address.
+    pub reason: String,
+}
+
+impl UnreadRecipient {
+    /// The field for it in a file that is written again.
+    pub fn to_field(&self) -> Vec<u8> {
+        [b"Delivered-To: ", self.text.as_slice(), b"\n"].concat()
     }
 }
 
@@ -93,6 +119,8 @@ pub enum Parsed {
     More,
     /// The file has no recipient in the domain.
     NoRecipients,
+    /// The `Return-Path` cannot be read, for this reason.
+    NoReversePath(String),
 }
 
 /// Reads the envelope from the octets at the front of a file. `end`: these octets are the whole file. `domain`: recipients
@@ -102,93 +130,163 @@ pub fn parse(front: &[u8], end: bool, domain: Option<&Domain>, id: &str, arrived
     let (mut octets, mut lines) = (0, 0);
     loop {
         let rest = &front[octets..];
-        let Some(length) = rest.iter().position(|octet| *octet == b'\n').map(|at| at + 1) else {
-            if end {
-                break;
-            }
-            return Parsed::More;
-        };
-        let continuation = octets > 0 && matches!(rest[0], b' ' | b'\t');
-        if !continuation && !fields.add(&rest[..length]) {
+        let Some(line) = line_length(rest, end) else { return Parsed::More };
+        let name = field_name(&rest[..line]);
+        // RFC 4155: the line that begins a message in an mbox. Agents that write for an mbox too put it here.
+        let separator = octets == 0 && (rest.starts_with(b"From ") || rest.starts_with(b">From "));
+        if !separator && !fields.includes(&name) {
             break;
         }
+        let Some(length) = field_length(rest, end) else { return Parsed::More };
+        fields.add(&name, &rest[..length]);
         octets += length;
-        lines += 1;
+        lines += rest[..length].split_inclusive(|octet| *octet == b'\n').count();
     }
-    let recipients = fields.recipients(domain);
-    if recipients.is_empty() {
+    let (recipients, unread) = fields.recipients(domain);
+    if recipients.is_empty() && unread.is_empty() {
         return Parsed::NoRecipients;
     }
-    let envelope = fields.envelope(recipients, id, arrived);
-    Parsed::Envelope(ParsedEnvelope { envelope, octets, lines, ours: fields.ours.is_some() })
+    match fields.reverse_path() {
+        Err(reason) => Parsed::NoReversePath(reason),
+        Ok(from) => {
+            let envelope = fields.envelope(from, recipients, id, arrived);
+            Parsed::Envelope(ParsedEnvelope { envelope, octets, lines, ours: fields.ours.is_some(), unread })
+        }
+    }
 }
 
-/// A recipient as the file names it.
-struct NamedRecipient<'a> {
-    address: &'a [u8],
+/// The octets of the line that begins the text, with its LF; the last line of a file may lack it. `None`: it does not end
+/// here.
+fn line_length(text: &[u8], end: bool) -> Option<usize> {
+    text.iter().position(|octet| *octet == b'\n').map(|at| at + 1).or(end.then_some(text.len()))
+}
+
+/// The octets of the field that begins the text, with its continuation lines (RFC 5322 section 2.2.3); `None`: it does not
+/// end here.
+fn field_length(text: &[u8], end: bool) -> Option<usize> {
+    let mut length = line_length(text, end)?;
+    loop {
+        match text.get(length) {
+            Some(b' ' | b'\t') => length += line_length(&text[length..], end)?,
+            None if !end => return None,
+            _ => return Some(length),
+        }
+    }
+}
+
+/// The name of the field that the line begins, in lower case; empty: it begins none.
+fn field_name(line: &[u8]) -> Vec<u8> {
+    let colon = line.iter().position(|octet| *octet == b':').unwrap_or(0);
+    line[..colon].trim_ascii_end().to_ascii_lowercase()
+}
+
+/// The value of a field, without the line ends of a folded one (RFC 5322 section 2.2.3).
+fn unfolded(field: &[u8]) -> Cow<'_, [u8]> {
+    let colon = field.iter().position(|octet| *octet == b':').map_or(0, |at| at + 1);
+    let value = field[colon..].trim_ascii();
+    if !value.contains(&b'\n') {
+        return Cow::Borrowed(value);
+    }
+    let lines = value.split(|octet| *octet == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+    Cow::Owned(lines.collect::<Vec<_>>().concat())
+}
+
+/// A field that names recipients.
+struct RecipientField<'a> {
+    value: Cow<'a, [u8]>,
     /// The value of `X-ODMR-Recipient`; empty: none.
-    parameters: &'a [u8],
+    parameters: Cow<'a, [u8]>,
 }
 
 /// The fields of an envelope.
 #[derive(Default)]
 struct Fields<'a> {
-    return_path: Option<&'a [u8]>,
-    delivered_to: Vec<NamedRecipient<'a>>,
-    original_to: Vec<NamedRecipient<'a>>,
-    ours: Option<&'a str>,
+    return_path: Option<Cow<'a, [u8]>>,
+    delivered_to: Vec<RecipientField<'a>>,
+    original_to: Vec<RecipientField<'a>>,
+    ours: Option<String>,
 }
 
 impl<'a> Fields<'a> {
-    /// Adds a field. Returns whether it belongs to the envelope.
-    fn add(&mut self, line: &'a [u8]) -> bool {
-        let Some(colon) = line.iter().position(|octet| *octet == b':') else { return false };
-        let (name, value) = (line[..colon].trim_ascii().to_ascii_lowercase(), line[colon + 1..].trim_ascii());
-        let named = |address| NamedRecipient { address, parameters: b"" };
-        match name.as_slice() {
-            b"return-path" => self.return_path = self.return_path.or(Some(value)),
-            b"delivered-to" => self.delivered_to.push(named(value)),
-            // Exim separates recipients by commas.
+    /// Whether a field of this name belongs to the envelope after the fields so far.
+    fn includes(&self, name: &[u8]) -> bool {
+        match name {
+            b"return-path" => self.return_path.is_none(),
+            b"delivered-to" | b"x-original-to" | b"envelope-to" | b"x-odmr-envelope" | b"x-odmr-recipient" => true,
+            // Other lines of delivery agents, and of our copies in `.refused`.
+            b"delivery-date" | b"x-envelope-from" | b"x-odmr-refused" => true,
+            _ => false,
+        }
+    }
+
+    /// Adds a field with its continuation lines.
+    fn add(&mut self, name: &[u8], field: &'a [u8]) {
+        let value = unfolded(field);
+        match name {
+            b"return-path" => self.return_path = Some(value),
+            b"delivered-to" => self.delivered_to.push(RecipientField { value, parameters: Cow::default() }),
             b"x-original-to" | b"envelope-to" => {
-                self.original_to.extend(value.split(|octet| *octet == b',').map(named));
+                self.original_to.push(RecipientField { value, parameters: Cow::default() });
             }
-            b"x-odmr-envelope" => self.ours = std::str::from_utf8(value).ok(),
+            b"x-odmr-envelope" => self.ours = String::from_utf8(value.into_owned()).ok(),
             b"x-odmr-recipient" => {
                 if let Some(recipient) = self.delivered_to.last_mut() {
                     recipient.parameters = value;
                 }
             }
-            // Other lines of delivery agents, and of our copies in `.refused`.
-            b"delivery-date" | b"x-envelope-from" | b"x-odmr-refused" => {}
-            _ => return false,
+            _ => {}
         }
-        true
     }
 
-    /// The recipients in `domain`, each once: those of `Delivered-To`, or if there are none, the original ones.
-    fn recipients(&self, domain: Option<&Domain>) -> Vec<Recipient> {
-        let mut recipients: Vec<Recipient> = Vec::new();
-        for list in [&self.delivered_to, &self.original_to] {
-            for found in list.iter().filter_map(|named| recipient(named, domain)) {
-                if !recipients.iter().any(|other| other.mailbox == found.mailbox) {
-                    recipients.push(found);
+    /// The recipients in `domain`, each once, and those that cannot be read or are in another domain: those of
+    /// `Delivered-To`, or if none of them is in `domain`, the original ones. If there is none at all in `domain`, the
+    /// second list is that of both.
+    fn recipients(&self, domain: Option<&Domain>) -> (Vec<Recipient>, Vec<UnreadRecipient>) {
+        let mut all_unread = Vec::new();
+        for fields in [&self.delivered_to, &self.original_to] {
+            let (mut recipients, mut unread) = (Vec::<Recipient>::new(), Vec::new());
+            for field in fields {
+                for (text, mailbox) in addresses(&field.value) {
+                    match mailbox.and_then(|mailbox| in_domain(mailbox, domain)) {
+                        Ok(mailbox) if recipients.iter().any(|other| other.mailbox == mailbox) => {}
+                        Ok(mailbox) => recipients.push(with_parameters(mailbox, &field.parameters)),
+                        Err(reason) => unread.push(UnreadRecipient { text, reason }),
+                    }
                 }
             }
             if !recipients.is_empty() {
-                break;
+                return (recipients, unread);
             }
+            all_unread.append(&mut unread);
         }
-        recipients
+        (Vec::new(), all_unread)
     }
 
-    fn envelope(&self, recipients: Vec<Recipient>, id: &str, arrived: Timestamp) -> QueuedEnvelope {
-        // A DSN to a wrong address would be worse than none.
-        let from =
-            self.return_path.and_then(|path| reverse_path(path).ok()).map_or(ReversePath::Null, |(path, _)| path);
+    /// The reverse path; `<>` if the agent wrote none.
+    fn reverse_path(&self) -> Result<ReversePath, String> {
+        let Some(value) = &self.return_path else { return Ok(ReversePath::Null) };
+        if let Ok((path, _)) = reverse_path(value) {
+            return Ok(path);
+        }
+        let failed = |reason| format!("Return-Path: {reason}");
+        let text = std::str::from_utf8(value).map_err(|_| failed("it is not in UTF-8".to_owned()))?;
+        let compact: String = text.split([' ', '\t']).collect();
+        // Postfix writes <MAILER-DAEMON> for <>: `null_sender` in pipe(8).
+        if ["", "<>", "<MAILER-DAEMON>"].iter().any(|null| compact.eq_ignore_ascii_case(null)) {
+            return Ok(ReversePath::Null);
+        }
+        let mut addresses = divide(text, None).into_iter();
+        match (addresses.next(), addresses.next()) {
+            (Some(ListedAddress { mailbox, .. }), None) => mailbox.map(ReversePath::Mailbox).map_err(failed),
+            _ => Err(failed(format!("cannot read {text}: it is not one address"))),
+        }
+    }
+
+    fn envelope(&self, from: ReversePath, recipients: Vec<Recipient>, id: &str, arrived: Timestamp) -> QueuedEnvelope {
         let envelope = Envelope { recipients, ..Envelope::new(from) };
         let mut queued = QueuedEnvelope { id: id.to_owned(), arrived, envelope };
         let envelope = &mut queued.envelope;
-        for word in self.ours.unwrap_or_default().split("; ").map(str::trim) {
+        for word in self.ours.as_deref().unwrap_or_default().split("; ").map(str::trim) {
             match word.split_once('=').unwrap_or((word, "")) {
                 ("id", id) => queued.id = id.to_owned(),
                 ("arrived", date) => queued.arrived = Timestamp::parse_rfc3339(date).unwrap_or(arrived),
@@ -205,94 +303,69 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// The recipient with its parameters; `None`: it is not a valid address in `domain`.
-fn recipient(named: &NamedRecipient<'_>, domain: Option<&Domain>) -> Option<Recipient> {
+/// The addresses of a list, each as the list has it, and as a mailbox or the reason why it cannot be read.
+fn addresses(value: &[u8]) -> Vec<(Vec<u8>, Result<Mailbox, String>)> {
+    let Ok(text) = std::str::from_utf8(value) else { return addresses_in_octets(value) };
+    if let Some(mailbox) = address(text) {
+        return vec![(value.to_owned(), Ok(mailbox))];
+    }
+    let read = |listed: ListedAddress<'_>| {
+        let mailbox = address(listed.text).map_or(listed.mailbox, Ok);
+        (listed.text.as_bytes().to_owned(), mailbox)
+    };
+    divide(text, None).into_iter().map(read).collect()
+}
+
+/// The addresses of a list that is not in UTF-8; those of them that are can be read. Each octet above 127 stands in for a
+/// character without a meaning, so that the list can be divided.
+fn addresses_in_octets(value: &[u8]) -> Vec<(Vec<u8>, Result<Mailbox, String>)> {
+    const PRIVATE_USE: u32 = 0xE000;
+    let character = |octet: &u8| match octet {
+        0..=127 => Some(char::from(*octet)),
+        128.. => char::from_u32(PRIVATE_USE + u32::from(*octet)),
+    };
+    let text: String = value.iter().filter_map(character).collect();
+    let mut found = Vec::new();
+    for listed in divide(&text, None) {
+        let octet = |character| u8::try_from(u32::from(character) & 0xFF).unwrap_or_default();
+        let part: Vec<u8> = listed.text.chars().map(octet).collect();
+        match std::str::from_utf8(&part) {
+            Ok(_) => found.append(&mut addresses(&part)),
+            Err(_) => {
+                let reason = format!("cannot read {}: it is not in UTF-8", String::from_utf8_lossy(&part));
+                found.push((part, Err(reason)));
+            }
+        }
+    }
+    found
+}
+
+/// The mailbox of an address as SMTP writes it, with angle brackets or without.
+fn address(text: &str) -> Option<Mailbox> {
     // Not `trim`: a local part may begin or end with white space of Unicode.
-    let text = std::str::from_utf8(named.address).ok()?.trim_matches([' ', '\t']);
-    let text = text.strip_prefix('<').and_then(|text| text.strip_suffix('>')).unwrap_or(text);
-    let mailbox = Mailbox::parse(text).filter(|mailbox| domain.is_none() || mailbox.domain() == domain)?;
+    let text = text.trim_matches([' ', '\t']);
+    Mailbox::parse(text.strip_prefix('<').and_then(|text| text.strip_suffix('>')).unwrap_or(text))
+}
+
+fn in_domain(mailbox: Mailbox, domain: Option<&Domain>) -> Result<Mailbox, String> {
+    match domain {
+        Some(domain) if mailbox.domain() != Some(domain) => Err(format!("{mailbox} is not in {domain}")),
+        _ => Ok(mailbox),
+    }
+}
+
+/// The recipient with the parameters of its `X-ODMR-Recipient`.
+fn with_parameters(mailbox: Mailbox, parameters: &[u8]) -> Recipient {
     let mut recipient = Recipient::plain(mailbox);
-    for parameter in named.parameters.split(|octet| *octet == b' ') {
+    for parameter in parameters.split(|octet| *octet == b' ') {
         if let Some(value) = parameter.strip_prefix(b"NOTIFY=") {
             recipient.notify = Notify::parse(value).unwrap_or_default();
         } else if let Some(value) = parameter.strip_prefix(b"ORCPT=") {
             recipient.original = original_recipient(value);
         }
     }
-    Some(recipient)
+    recipient
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn domain() -> Option<Domain> {
-        Domain::parse("example.org")
-    }
-
-    fn parsed(text: &str) -> ParsedEnvelope {
-        match parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp::from_seconds(0)) {
-            Parsed::Envelope(parsed) => parsed,
-            other => panic!("{text}: {other:?}"),
-        }
-    }
-
-    fn recipients(text: &str) -> Vec<String> {
-        parsed(text).recipients().iter().map(|recipient| recipient.mailbox.to_string()).collect()
-    }
-
-    /// Rules: MD-15.
-    #[test]
-    fn what_is_written_is_read_again() {
-        let parameters = b"NOTIFY=SUCCESS,DELAY ORCPT=rfc822;X+40y";
-        let envelope = Envelope {
-            from: reverse_path(b"<a@b.example>").unwrap().0,
-            recipients: vec![
-                recipient(&NamedRecipient { address: b"x@example.org", parameters }, None).unwrap(),
-                Recipient::plain(Mailbox::parse("\"y z\"@example.org").unwrap()),
-            ],
-            body: Body::EightBit,
-            utf8: true,
-            ret: Some(Return::Header),
-            envelope_id: Some("QQ;314159".to_owned()),
-        };
-        let envelope =
-            QueuedEnvelope { id: "abc".to_owned(), arrived: Timestamp::from_seconds(1_767_323_045), envelope };
-        let text = envelope.to_header("X-ODMR-Refused: <x@example.org> 550\n") + "Received: x\n\nbody\n";
-        let parsed = parsed(&text);
-        assert_eq!(parsed.envelope, envelope);
-        assert!(parsed.ours && text[parsed.octets..].starts_with("Received: x") && parsed.lines == 6);
-    }
-
-    #[test]
-    fn files_of_other_agents() {
-        let postfix = "Return-Path: <a@b.example>\nX-Original-To: list@example.org\nDelivered-To: eva@example.org\n\
-                       Received: by mx\n\nDelivered-To: mallory@example.org\n";
-        assert_eq!(recipients(postfix), ["eva@example.org"]);
-        assert!(!parsed(postfix).ours);
-        let exim = "Return-path: <>\nEnvelope-to: eva@example.org, bob@example.org\nDelivery-date: now\n\tand then\n\
-                    Received: by mx\n";
-        assert_eq!(recipients(exim), ["eva@example.org", "bob@example.org"]);
-        assert_eq!(parsed(exim).envelope.envelope.from, ReversePath::Null);
-        assert_eq!(recipients("Delivered-To: <eva@EXAMPLE.org>\r\nSubject: crlf\r\n"), ["eva@example.org"]);
-        let other_domain = "Delivered-To: eva@example.net\nX-Original-To: eva@example.org\n\n";
-        assert_eq!(recipients(other_domain), ["eva@example.org"]);
-    }
-
-    #[test]
-    fn a_file_without_a_recipient_in_the_domain_is_not_a_message() {
-        for text in ["", "\n", "Subject: hello\n\n", "Delivered-To: eva@example.net\n\n", "Return-Path: <a@b.c>\n"] {
-            let parsed = parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp::from_seconds(0));
-            assert!(matches!(parsed, Parsed::NoRecipients), "{text:?}");
-        }
-        let unfinished = parse(b"Delivered-To: eva@exam", false, domain().as_ref(), "id", Timestamp::from_seconds(0));
-        assert!(matches!(unfinished, Parsed::More));
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn no_file_makes_it_panic(front: Vec<u8>, end: bool) {
-            let _ = parse(&front, end, domain().as_ref(), "id", Timestamp::from_seconds(0));
-        }
-    }
-}
+mod tests;

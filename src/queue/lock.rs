@@ -197,7 +197,10 @@ impl LockedQueue {
         // Only a file that we have written can be the rest of another.
         let is_rest = |few: &ParsedEnvelope, many: &ParsedEnvelope| {
             let (some, all) = (few.recipients(), many.recipients());
-            few.ours && some.len() < all.len() && some.iter().all(|recipient| all.contains(recipient))
+            few.ours
+                && few.unread == many.unread
+                && some.len() < all.len()
+                && some.iter().all(|recipient| all.contains(recipient))
         };
         Ok(if is_rest(&first, &second) { Some(other) } else { is_rest(&second, &first).then_some(one) })
     }

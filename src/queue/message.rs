@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::SystemTime;
 
-use super::envelope::{self, ENVELOPE_LIMIT, Parsed, ParsedEnvelope, QueuedEnvelope};
+use super::envelope::{self, ENVELOPE_LIMIT, Parsed, ParsedEnvelope, QueuedEnvelope, UnreadRecipient};
 use super::name::QueueName;
 use super::retry;
 use crate::clock::Timestamp;
@@ -35,6 +35,8 @@ pub struct QueuedMessage {
     /// Its time of arrival is impossible, and it was not seen before.
     unseen: bool,
     pub envelope: Envelope,
+    /// The fields of the recipients for which the file stays; see [`ParsedEnvelope::unread`].
+    unread: Vec<u8>,
     /// Octets of the content on the wire.
     pub size: u64,
     /// The content has octets above 127.
@@ -74,10 +76,9 @@ impl QueuedMessage {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed(error)),
         };
-        let Some(parsed) = read_envelope(&file, &entry, name).map_err(failed)? else {
-            log::warn!("event=no-recipients queue={name} file={}", quoted(path.display()));
-            return Ok(None);
-        };
+        let parsed = read_envelope(&file, &entry, name).map_err(failed)?;
+        log_unread(name, &path, parsed.as_ref());
+        let Some(parsed) = parsed.filter(|parsed| !parsed.recipients().is_empty()) else { return Ok(None) };
         let QueuedEnvelope { id, arrived: stated, envelope } = parsed.envelope;
         let arrived = retry::arrival(stated, entry.first_seen(), now);
         // While the clock itself is wrong, what the file states must not be lost.
@@ -94,6 +95,7 @@ impl QueuedMessage {
             arrived,
             unseen,
             envelope,
+            unread: parsed.unread.iter().flat_map(UnreadRecipient::to_field).collect(),
             size: 0,
             next_attempt: None,
             rejections_reported: false,
@@ -209,10 +211,11 @@ impl QueuedMessage {
         if !rejected.is_empty() && !self.rejections_reported {
             self.keep_rejected(&rejected, &marks)?;
         }
-        let all_settled = open.is_empty();
+        let all_settled = open.is_empty() && self.unread.is_empty();
         if !all_settled {
             let (maildir, unique) = (self.maildir.clone(), self.unique().to_owned());
-            for mut entry in self.rewrite(&maildir, &unique, open, "")? {
+            let unread = std::mem::take(&mut self.unread);
+            for mut entry in self.rewrite(&maildir, &unique, open, &unread)? {
                 if self.is_delay_reported() {
                     entry = maildir.flag(&entry, DELAY_REPORTED)?;
                 }
@@ -266,7 +269,7 @@ impl QueuedMessage {
         let maildir = rejected_maildir(&self.maildir);
         let mut unique = self.unique().to_owned();
         for number in 1..=REJECTED_NAMES {
-            match self.rewrite(&maildir, &unique, rejected.to_vec(), marks) {
+            match self.rewrite(&maildir, &unique, rejected.to_vec(), marks.as_bytes()) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < REJECTED_NAMES => {}
                 other => return other.map(drop),
             }
@@ -275,14 +278,15 @@ impl QueuedMessage {
         Ok(())
     }
 
-    /// Writes the message again, durably, for these recipients only.
+    /// Writes the message again, durably, for these recipients only; the envelope ends with the lines `extra`.
     fn rewrite(
-        &mut self, maildir: &Maildir, unique: &str, recipients: Vec<Recipient>, marks: &str,
+        &mut self, maildir: &Maildir, unique: &str, recipients: Vec<Recipient>, extra: &[u8],
     ) -> io::Result<Vec<Entry>> {
         // This session has the lock, so a file of that name was left by one that was killed here.
         maildir.discard(unique)?;
         let mut copy = MessageWriter::default();
-        copy.begin(maildir, unique, self.with_recipients(recipients).to_header(marks).as_bytes())?;
+        let header = [self.with_recipients(recipients).to_header("").as_bytes(), extra].concat();
+        copy.begin(maildir, unique, &header)?;
         self.rewind()?;
         for_each_block(self, |block| copy.write(block))?;
         copy.commit()
@@ -298,20 +302,38 @@ pub(super) fn open_file(path: &Path) -> io::Result<Option<File>> {
 }
 
 /// Reads the envelope at the front of a file that was opened just now. `None`: it has no recipient in the queue's domain.
+///
+/// # Errors
+/// The file cannot be read; `InvalidData` if its `Return-Path` cannot, or its envelope is too long.
 pub(super) fn read_envelope(file: &File, entry: &Entry, name: &QueueName) -> io::Result<Option<ParsedEnvelope>> {
     // In a queue with retries the time of modification is that of the next attempt.
     let arrived = match name.retries {
         true => entry.named().unwrap_or(Timestamp::from_seconds(0)),
         false => file.metadata()?.modified()?.into(),
     };
+    let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
     let mut front = Vec::with_capacity(4096);
     loop {
         let octets = file.take(front.len().max(4096) as u64).read_to_end(&mut front)?;
         match envelope::parse(&front, octets == 0, name.domain.as_ref(), entry.unique(), arrived) {
             Parsed::Envelope(parsed) => return Ok(Some(parsed)),
             Parsed::More if front.len() < ENVELOPE_LIMIT => {}
-            Parsed::More | Parsed::NoRecipients => return Ok(None),
+            Parsed::More => return Err(invalid("the envelope is too long".to_owned())),
+            Parsed::NoReversePath(reason) => return Err(invalid(reason)),
+            Parsed::NoRecipients => return Ok(None),
         }
+    }
+}
+
+/// Logs that a file has recipients for which it stays, or none at all.
+fn log_unread(name: &QueueName, path: &Path, parsed: Option<&ParsedEnvelope>) {
+    let reasons: Vec<&str> =
+        parsed.iter().flat_map(|parsed| &parsed.unread).map(|unread| unread.reason.as_str()).collect();
+    let (file, error) = (quoted(path.display()), quoted(reasons.join("; ")));
+    if parsed.is_none_or(|parsed| parsed.recipients().is_empty()) {
+        log::warn!("event=no-recipients queue={name} file={file} error={error}");
+    } else if !reasons.is_empty() {
+        log::warn!("event=recipients-left queue={name} file={file} error={error}");
     }
 }
 

@@ -19,6 +19,9 @@
 //!                                                                     there is a rest, removed
 //! ```
 //!
+//! A recipient that cannot be read, in a file of another delivery agent, is always open: the file stays for it, and is not
+//! offered again when the others are settled.
+//!
 //! So a message may be sent twice, but after the commit point it is never lost. A file that is left in `tmp` is removed by
 //! the first session after 36 hours. The removal of a message is not fsynced: that would cost as much as a message, and it
 //! could still be sent twice.

@@ -358,6 +358,71 @@ fn files_of_other_agents_and_other_things() {
     assert!(spool.files("cur").is_empty());
 }
 
+const EXIM: &str = "Return-path: <a@b.example>\nEnvelope-to: eva@example.org,\n b b@example.org,\n bob@example.org,\n\
+                    \u{20}ann@example.net\nDelivery-date: now\nReceived: by mx\n\nx\n";
+
+/// The fields of a file that was written again.
+fn rest(names: &[&str]) -> String {
+    let to: String = names.iter().map(|name| format!("Delivered-To: {name}@example.org\n")).collect();
+    let ours = "X-ODMR-Envelope: id=100.mx; arrived=1970-01-01T00:01:40Z\n";
+    let unread = "Delivered-To: b b@example.org\nDelivered-To: ann@example.net\n";
+    format!("Return-Path: <a@b.example>\n{to}{ours}{unread}Received: by mx\n\nx\n")
+}
+
+/// The readable recipients are settled; the file stays for the others, and nobody gets the message twice.
+#[test]
+fn a_file_stays_for_the_recipients_that_cannot_be_read() {
+    for (statuses, left) in [("==", &[][..]), ("=~", &["bob"]), ("=?", &["bob"]), ("!=", &[]), ("!!", &[])] {
+        for crash in [false, true] {
+            let spool = Spool::new();
+            spool.write("new/100.mx", EXIM);
+            let arrived = SystemTime::UNIX_EPOCH + Duration::from_secs(100);
+            let file = File::options().write(true).open(spool.path("new/100.mx")).unwrap();
+            file.set_modified(arrived).unwrap();
+            let mut lock = spool.lock();
+            let message = lock.next_message().unwrap();
+            assert_eq!(local_parts(&message), ["eva", "bob"]);
+            lock.settle(message, &result(statuses)).unwrap();
+            assert!(lock.next_message().is_none(), "{statuses}: not again in this session");
+            drop(lock);
+            if crash {
+                // As if it had been killed before it removed the original.
+                spool.write("new/100.mx", EXIM);
+            }
+            let mut lock = spool.lock();
+            assert_eq!(offered(&mut lock), left, "{statuses} {crash}: the next session");
+            assert!(lock.next_message().is_none());
+            let files: Vec<_> = spool.files("new").into_iter().chain(spool.files("cur")).collect();
+            assert_eq!(files.into_iter().map(|(_, text)| text).collect::<Vec<_>>(), [rest(left)], "{statuses} {crash}");
+            drop(lock);
+            if !left.is_empty() {
+                settle(&mut spool.lock(), "=");
+                assert!(spool.lock().next_message().is_none());
+                let files: Vec<_> = spool.files("new").into_iter().chain(spool.files("cur")).collect();
+                assert_eq!(files.into_iter().map(|(_, text)| text).collect::<Vec<_>>(), [rest(&[])]);
+            }
+        }
+    }
+}
+
+/// Without the reverse path nobody would get the DSN.
+#[test]
+fn a_file_whose_return_path_cannot_be_read_stays() {
+    let spool = Spool::new();
+    let text = "Return-Path: <a b@b.example>\nDelivered-To: eva@example.org\n\nx\n";
+    spool.write("new/1.mx", text);
+    spool.write("new/2.mx", "Return-Path:\n <a@b.example>\nDelivered-To: bob@example.org\n\nx\n");
+    let mut lock = spool.lock();
+    let message = lock.next_message().unwrap();
+    assert_eq!(
+        (local_parts(&message), message.envelope.from.to_string()),
+        (vec!["bob".to_owned()], "a@b.example".to_owned())
+    );
+    lock.settle(message, &result("=")).unwrap();
+    assert!(lock.next_message().is_none());
+    assert_eq!(spool.files("new"), [("1.mx".to_owned(), text.to_owned())]);
+}
+
 #[test]
 fn the_size_in_a_name_of_another_agent_is_not_believed() {
     let spool = Spool::new();

@@ -1,0 +1,199 @@
+//! Envelopes of ours and of other delivery agents.
+
+use super::*;
+
+fn domain() -> Option<Domain> {
+    Domain::parse("example.org")
+}
+
+fn parsed(text: &str) -> ParsedEnvelope {
+    match parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp::from_seconds(0)) {
+        Parsed::Envelope(parsed) => parsed,
+        other => panic!("{text}: {other:?}"),
+    }
+}
+
+fn recipients(text: &str) -> Vec<String> {
+    parsed(text).recipients().iter().map(|recipient| recipient.mailbox.to_string()).collect()
+}
+
+/// Rules: MD-15.
+#[test]
+fn what_is_written_is_read_again() {
+    let parameters = b"NOTIFY=SUCCESS,DELAY ORCPT=rfc822;X+40y";
+    let envelope = Envelope {
+        from: reverse_path(b"<a@b.example>").unwrap().0,
+        recipients: vec![
+            with_parameters(Mailbox::parse("x@example.org").unwrap(), parameters),
+            Recipient::plain(Mailbox::parse("\"y z\"@example.org").unwrap()),
+        ],
+        body: Body::EightBit,
+        utf8: true,
+        ret: Some(Return::Header),
+        envelope_id: Some("QQ;314159".to_owned()),
+    };
+    let envelope = QueuedEnvelope { id: "abc".to_owned(), arrived: Timestamp::from_seconds(1_767_323_045), envelope };
+    let text = envelope.to_header("X-ODMR-Refused: <x@example.org> 550\n") + "Received: x\n\nbody\n";
+    let parsed = parsed(&text);
+    assert_eq!(parsed.envelope, envelope);
+    assert!(parsed.ours && text[parsed.octets..].starts_with("Received: x") && parsed.lines == 6);
+}
+
+#[test]
+fn files_of_other_agents() {
+    let postfix = "Return-Path: <a@b.example>\nX-Original-To: list@example.org\nDelivered-To: eva@example.org\n\
+                   Received: by mx\n\nDelivered-To: mallory@example.org\n";
+    assert_eq!(recipients(postfix), ["eva@example.org"]);
+    assert!(!parsed(postfix).ours);
+    let exim = "Return-path: <>\nEnvelope-to: eva@example.org, bob@example.org\nDelivery-date: now\n\tand then\n\
+                Received: by mx\n";
+    assert_eq!(recipients(exim), ["eva@example.org", "bob@example.org"]);
+    assert_eq!(parsed(exim).envelope.envelope.from, ReversePath::Null);
+    assert_eq!(recipients("Delivered-To: <eva@EXAMPLE.org>\r\nSubject: crlf\r\n"), ["eva@example.org"]);
+    let other_domain = "Delivered-To: eva@example.net\nX-Original-To: eva@example.org\n\n";
+    assert_eq!(recipients(other_domain), ["eva@example.org"]);
+}
+
+#[test]
+fn a_file_without_a_recipient_in_the_domain_is_not_a_message() {
+    for text in ["", "\n", "Subject: hello\n\n", "Return-Path: <a@b.c>\n"] {
+        let parsed = parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp::from_seconds(0));
+        assert!(matches!(parsed, Parsed::NoRecipients), "{text:?}");
+    }
+    let unfinished = parse(b"Delivered-To: eva@exam", false, domain().as_ref(), "id", Timestamp::from_seconds(0));
+    assert!(matches!(unfinished, Parsed::More));
+}
+
+/// The recipients to send to, the others, and the reverse path or why it cannot be read.
+fn summary(text: &[u8]) -> (String, Vec<String>, String) {
+    match parse(text, true, domain().as_ref(), "id", Timestamp::from_seconds(0)) {
+        Parsed::Envelope(parsed) => {
+            let recipients: Vec<_> =
+                parsed.recipients().iter().map(|recipient| recipient.mailbox.to_string()).collect();
+            let unread = parsed.unread.iter().map(|unread| String::from_utf8_lossy(&unread.text).into_owned());
+            (recipients.join(" "), unread.collect(), parsed.envelope.envelope.from.to_string())
+        }
+        Parsed::NoReversePath(reason) => (String::new(), vec![], reason),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Exim writes one recipient a line; others quote, comment or add a display name.
+#[test]
+fn a_field_is_unfolded_and_divided_as_a_list() {
+    for (field, expected) in [
+        ("Envelope-to: eva@example.org,\n bob@example.org,\n\tzoe@example.org\n", "eva bob zoe"),
+        ("Envelope-to:\r\n eva@example.org,\r\n bob@example.org\r\n", "eva bob"),
+        ("Delivered-To:\n eva@example.org\n", "eva"),
+        ("Delivered-To: eva@example.org,\n bob@example.org\nDelivered-To: <zoe@example.org>\n", "eva bob zoe"),
+        ("Envelope-to: \"eva, b\"@example.org, bob@example.org\n", "\"eva, b\" bob"),
+        ("Envelope-to: eva@example.org (a, b), Bob B <bob@example.org>,,\n", "eva bob"),
+        ("Envelope-to: eva@example.org, Eva@EXAMPLE.org, eva@example.org\n", "eva Eva"),
+        ("Delivered-To: \u{a0}zo\u{eb}@example.org\n", "\u{a0}zo\u{eb}"),
+        ("Envelope-to: zo\u{eb}@example.org,\n eva@ex\n ample.org, bob@example.org\n", "zo\u{eb} bob"),
+    ] {
+        let expected: Vec<_> = expected
+            .replace("a, b", "a,_b")
+            .replace("eva, ", "eva,_")
+            .split(' ')
+            .map(|name| format!("{name}@example.org").replace('_', " "))
+            .collect();
+        let (recipients, ..) = summary(format!("Return-Path: <>\n{field}\nx\n").as_bytes());
+        assert_eq!(recipients, expected.join(" "), "{field:?}");
+    }
+}
+
+#[test]
+fn a_recipient_that_cannot_be_read_is_not_lost() {
+    for (fields, recipients, unread) in [
+        (
+            &b"Envelope-to: eva@example.org, b b@example.org, <zoe@example.org> x\n"[..],
+            "eva@example.org",
+            &["b b@example.org", "<zoe@example.org> x"][..],
+        ),
+        (
+            b"Envelope-to: eva@example.org,\n \"bob@example.org,\n zoe@example.org\n",
+            "eva@example.org",
+            &["\"bob@example.org, zoe@example.org"],
+        ),
+        (b"Delivered-To: eva@example.org\nDelivered-To: bob\n", "eva@example.org", &["bob"]),
+        (b"Delivered-To: eva@example.org\nDelivered-To: bob@example.net\n", "eva@example.org", &["bob@example.net"]),
+        (
+            b"Envelope-to: eva@example.org, b\xe4r@example.org, zo\xc3\xab@example.org\n",
+            "eva@example.org zo\u{eb}@example.org",
+            &["b\u{fffd}r@example.org"],
+        ),
+        // The last line has no line end.
+        (b"Delivered-To: eva@example.org\nDelivered-To: bob@example.org", "eva@example.org bob@example.org", &[]),
+        // If no `Delivered-To` can be used, the other fields name the same recipients.
+        (b"Delivered-To: list\nX-Original-To: eva@example.org\n", "eva@example.org", &[]),
+        (b"X-Original-To: list\nDelivered-To: eva@example.org\n", "eva@example.org", &[]),
+        (b"Delivered-To: list\nX-Original-To: b b@example.org\n", "", &["list", "b b@example.org"]),
+    ] {
+        let (read, left, _) = summary(fields);
+        assert_eq!((read.as_str(), left), (recipients, unread.iter().map(ToString::to_string).collect()), "{fields:?}");
+    }
+}
+
+#[test]
+fn a_reverse_path_that_cannot_be_read_is_not_the_null_path() {
+    for (path, expected) in [
+        ("\n <a@b.example>", "a@b.example"),
+        (" <a\n @b.example>", "a@b.example"),
+        (" <\"a b\"@b.example>", "\"a b\"@b.example"),
+        (" <a@b.example> (a comment)", "a@b.example"),
+        (" (a comment) <a@b.example>", "a@b.example"),
+        (" a@b.example", "a@b.example"),
+        (" <@c.example:a@b.example>", "a@b.example"),
+        (" <>", ""),
+        ("\n <>", ""),
+        ("", ""),
+        (" <MAILER-DAEMON>", ""),
+        (" a@b.example, c@b.example", "Return-Path: cannot read a@b.example, c@b.example: it is not one address"),
+        (
+            " <a b@b.example>",
+            "Return-Path: cannot read <a b@b.example>: this is no name of a mailbox; a display name wants an <address> behind it",
+        ),
+        (" <a@b.example", "Return-Path: cannot read <a@b.example: a > is missing"),
+        (" <unknown>", "Return-Path: cannot read <unknown>: it has no @ and domain"),
+    ] {
+        let (.., from) = summary(format!("Return-Path:{path}\nDelivered-To: eva@example.org\n\nx\n").as_bytes());
+        assert_eq!(from, expected, "{path:?}");
+    }
+    let latin1 = b"Return-Path: <\xe4@b.example>\nDelivered-To: eva@example.org\n\n";
+    assert_eq!(summary(latin1).2, "Return-Path: it is not in UTF-8");
+}
+
+/// An agent without a `Received` of its own: what the sender has forged begins with a second `Return-Path`.
+#[test]
+fn a_second_return_path_ends_the_envelope() {
+    let text = "Return-Path: <a@b.example>\nDelivered-To: eva@example.org\nReturn-Path: <forged@b.example>\n\
+                Delivered-To: mallory@example.org\nSubject: x\n\n";
+    assert_eq!(recipients(text), ["eva@example.org"]);
+    assert!(text[parsed(text).octets..].starts_with("Return-Path: <forged@b.example>\n"));
+}
+
+/// The line is not a field, and it is not sent; further down it is content.
+#[test]
+fn the_first_line_of_an_mbox_is_skipped() {
+    for line in ["From a@b.example  Fri Jan  2 03:04:05 2026\n", ">From a@b.example Fri Jan  2 03:04:05 2026\n"] {
+        let text = format!("{line}Return-Path: <a@b.example>\nDelivered-To: eva@example.org\n{line}\nx\n");
+        assert_eq!(recipients(&text), ["eva@example.org"]);
+        assert_eq!((parsed(&text).lines, &text[parsed(&text).octets..]), (3, &*format!("{line}\nx\n")));
+    }
+}
+
+/// Lines of content that begin with white space are no reason to read on.
+#[test]
+fn the_envelope_ends_before_content_without_end() {
+    let text = format!("Delivered-To: eva@example.org\nx\n{}", " y\n".repeat(100));
+    let parsed = parse(text.as_bytes(), false, None, "id", Timestamp::from_seconds(0));
+    assert!(matches!(parsed, Parsed::Envelope(parsed) if parsed.octets == 30));
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_file_makes_it_panic(front: Vec<u8>, end: bool) {
+        let _ = parse(&front, end, domain().as_ref(), "id", Timestamp::from_seconds(0));
+    }
+}
