@@ -364,7 +364,7 @@ const EXIM: &str = "Return-path: <a@b.example>\nEnvelope-to: eva@example.org,\n 
 /// The fields of a file that was written again.
 fn rest(names: &[&str]) -> String {
     let to: String = names.iter().map(|name| format!("Delivered-To: {name}@example.org\n")).collect();
-    let ours = "X-ODMR-Envelope: id=100.mx; arrived=1970-01-01T00:01:40Z\n";
+    let ours = "X-ODMR-Envelope: id=100.mx; arrived=2026-01-02T02:04:05Z\n";
     let unread = "Delivered-To: b b@example.org\nDelivered-To: ann@example.net\n";
     format!("Return-Path: <a@b.example>\n{to}{ours}{unread}Received: by mx\n\nx\n")
 }
@@ -376,7 +376,7 @@ fn a_file_stays_for_the_recipients_that_cannot_be_read() {
         for crash in [false, true] {
             let spool = Spool::new();
             spool.write("new/100.mx", EXIM);
-            let arrived = SystemTime::UNIX_EPOCH + Duration::from_secs(100);
+            let arrived = SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_319_445);
             let file = File::options().write(true).open(spool.path("new/100.mx")).unwrap();
             file.set_modified(arrived).unwrap();
             let mut lock = spool.lock();
