@@ -428,11 +428,11 @@ mod tests {
             (Reply::new(500, "5.5.1", "what"), UNFIT, "554 5.5.1 what"),
             (Reply::bare(502, "what"), UNFIT, "554 5.0.0 what"),
             (Reply::new(503, "5.7.1", "policy"), "550 5.7.1 policy", "554 5.7.1 policy"),
-            (Reply::bare(530, "who are you"), UNFIT, "554 5.0.0 who are you"),
-            (Reply::new(530, "5.7.0", "who"), UNFIT, "554 5.7.0 who"),
+            (Reply::bare(530, "who are you"), UNFIT, UNFIT),
+            (Reply::new(530, "5.7.0", "who"), UNFIT, UNFIT),
             (Reply::new(530, "5.7.1", "policy"), "550 5.7.1 policy", "554 5.7.1 policy"),
-            (Reply::new(535, "5.7.8", "who"), UNFIT, "554 5.7.8 who"),
-            (Reply::new(538, "5.7.11", "who"), UNFIT, "554 5.7.11 who"),
+            (Reply::new(535, "5.7.8", "who"), UNFIT, UNFIT),
+            (Reply::new(538, "5.7.11", "who"), UNFIT, UNFIT),
             (Reply::new(538, "5.1.8", "sender"), "550 5.1.8 sender", "554 5.1.8 sender"),
         ] {
             let relayed = |stage| upstream_reply(&hop, status::reply_of_hop(reply.clone(), stage)).to_string();

@@ -18,16 +18,17 @@
 //!
 //! A 5yz before the content is *about us* ([`is_about_us`]) if no message of ours could have another reply: the server does
 //! not know a command, or requires authentication. A next hop's rejection about us is a deferral for the host before us; one
-//! about the sender, the recipient or the content is passed on. After the content each 5yz is about the message, because the
-//! server has accepted the transaction:
+//! about the sender, the recipient or the content is passed on. After the content a 5yz is about the message, because the
+//! server has accepted the transaction, unless it requires authentication even then:
 //!
 //! ```text
 //!                        before the content    after it
-//! 502, 503, 530          about us (*)          about the mail
-//! 530 5.7.0, 535, 538    about us              about the mail
+//! 530, 535, 538          about us (*)          about us (*)
+//! 502, 503               about us (*)          about the mail
 //! 500 5.5.1              about us              about the mail
 //! any other 5yz          about the mail        about the mail
-//! (*) but x.1.z, x.2.z, x.6.z, x.7.z (RFC 3463 section 3) are about address, mailbox, content and policy: about the mail
+//! (*) but x.1.z, x.2.z, x.6.z (RFC 3463 section 3) are about address, mailbox and content: about the mail; and so is x.7.z,
+//!     policy, except 530 5.7.0, 535 and 538 (RFC 4954 section 6)
 //! ```
 //!
 //! BDAT is a command as well as content, so the reply to it is judged as before the content.
@@ -217,10 +218,17 @@ pub enum DecidedBy {
 pub fn is_about_us(reply: &Reply) -> bool {
     match (reply.code(), enhanced_subject(reply)) {
         (500, _) => reply.enhanced() == Some("5.5.1"),
-        (530, _) if reply.enhanced() == Some("5.7.0") => true,
-        // RFC 4954 section 6: 535 5.7.8, 538 5.7.11.
+        (502 | 503, subject) => !matches!(subject, Some(1 | 2 | 6 | 7)),
+        _ => requires_authentication(reply),
+    }
+}
+
+/// Whether a reply means that the server accepts nothing without authentication, or rejects ours (RFC 4954 section 6: 530
+/// 5.7.0, 535 5.7.8, 538 5.7.11).
+fn requires_authentication(reply: &Reply) -> bool {
+    match (reply.code(), enhanced_subject(reply)) {
+        (530, subject) => !matches!(subject, Some(1 | 2 | 6 | 7)) || reply.enhanced() == Some("5.7.0"),
         (535 | 538, subject) => !matches!(subject, Some(1 | 2 | 6)),
-        (502 | 503 | 530, subject) => !matches!(subject, Some(1 | 2 | 6 | 7)),
         _ => false,
     }
 }
@@ -291,6 +299,7 @@ pub fn reply_of_hop(reply: Reply, stage: HopStage) -> HopReply {
         (421, _) => return HopReply::Unavailable,
         (..400, _) => return HopReply::Unfit(reply),
         (_, HopStage::Recipient | HopStage::Message) if is_about_us(&reply) => return HopReply::Unfit(reply),
+        (_, HopStage::Content) if requires_authentication(&reply) => return HopReply::Unfit(reply),
         (500..=504 | 530..=538 | 552, HopStage::Recipient) => 550,
         (500..=504 | 530..=538, HopStage::Message | HopStage::Content) => 554,
         (code, _) => code,
