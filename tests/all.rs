@@ -5,6 +5,7 @@ mod command_line;
 mod conformance;
 mod house;
 mod log;
+mod running;
 mod send;
 mod signals;
 mod transcripts;

@@ -6,8 +6,12 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::running::Running;
 
 const CUSTOMER: &str = r#"hostname = "mail.example.org"
 
@@ -304,57 +308,21 @@ fn smtp_on_stdin_and_stdout() {
     );
 }
 
-/// A daemon whose provider does not answer; it is killed when it is dropped.
-struct Daemon {
-    child: Child,
-    log: BufReader<std::process::ChildStderr>,
+fn connect(address: &str) -> TcpStream {
+    let stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream
 }
 
-impl Daemon {
-    fn start(customer: &TestCustomer) -> Daemon {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_odmr"))
-            .args(["pull", "--daemon", "-c"])
-            .arg(customer.config())
-            .env_remove("RUST_LOG")
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
-        Daemon { child, log }
-    }
-
-    /// Reads the log up to the next line that contains `word`.
-    fn wait_for(&mut self, word: &str) -> String {
-        loop {
-            let mut line = String::new();
-            assert!(self.log.read_line(&mut line).unwrap() > 0, "the log ends before {word:?}");
-            if line.contains(word) {
-                return line.trim_end().to_owned();
-            }
-        }
-    }
-
-    fn connect(&self, address: &str) -> TcpStream {
-        let stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        stream
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
+/// The provider does not answer.
 #[test]
 fn the_daemon_accepts_mail_calls_and_ends_at_sigterm() {
     let customer = TestCustomer::new();
-    let mut daemon = Daemon::start(&customer);
-    let address = daemon.wait_for("listening local ").rsplit(' ').next().unwrap().to_owned();
+    let mut program = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let mut daemon = Running::start(program.args(["pull", "--daemon", "-c"]).arg(customer.config()));
+    let address = daemon.listening("local");
     daemon.wait_for("event=call-failed");
-    let mut stream = daemon.connect(&address);
+    let mut stream = connect(&address);
     let dialogue = "EHLO client\r\nMAIL FROM:<eva@example.org>\r\nRCPT TO:<dave@example.net>\r\nDATA\r\n\
                     Subject: hello\r\n.\r\nQUIT\r\n";
     stream.write_all(dialogue.as_bytes()).unwrap();
@@ -366,14 +334,13 @@ fn the_daemon_accepts_mail_calls_and_ends_at_sigterm() {
         &["Received: from client ([127.0.0.1])\n\tby mail.example.org with ESMTP\n"],
     );
 
-    let idle = daemon.connect(&address);
+    let idle = connect(&address);
     let mut greeting = String::new();
     let mut idle = BufReader::new(idle);
     idle.read_line(&mut greeting).unwrap();
-    let process = rustix::process::Pid::from_raw(daemon.child.id().cast_signed()).unwrap();
-    rustix::process::kill_process(process, rustix::process::Signal::TERM).unwrap();
+    daemon.signal(Signal::TERM);
     let mut reply = String::new();
     idle.read_line(&mut reply).unwrap();
     assert!(reply.starts_with("421 4.3.2"), "{reply}");
-    assert_eq!(daemon.child.wait().unwrap().code(), Some(0));
+    assert_eq!(daemon.exit_code(), Some(0));
 }

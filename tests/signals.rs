@@ -5,10 +5,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
+
+use crate::running::Running;
 
 /// Signals that end a process by default, but no daemon of ours.
 const IGNORED: [Signal; 11] = [
@@ -73,49 +75,7 @@ impl Place {
         let mut shell = Command::new("sh");
         let script = format!("{setup} exec \"$0\" {words} -c \"$1\"");
         let child = shell.arg("-c").arg(script).arg(env!("CARGO_BIN_EXE_odmr")).arg(self.config());
-        let child = child.env_remove("RUST_LOG").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = child.spawn().unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
-        Running { child, log }
-    }
-}
-
-/// The program at work; it is killed when it is dropped.
-struct Running {
-    child: Child,
-    log: BufReader<ChildStderr>,
-}
-
-impl Running {
-    /// Reads the log up to the next line that contains `word`.
-    fn wait_for(&mut self, word: &str) -> String {
-        loop {
-            let mut line = String::new();
-            assert!(self.log.read_line(&mut line).unwrap() > 0, "the log ends before {word:?}");
-            if line.contains(word) {
-                return line.trim_end().to_owned();
-            }
-        }
-    }
-
-    fn listening(&mut self, listener: &str) -> String {
-        self.wait_for(&format!("listening {listener} ")).rsplit(' ').next().unwrap().to_owned()
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_raw(self.child.id().cast_signed()).unwrap(), signal).unwrap();
-    }
-
-    /// Waits for its end; `None`: a signal has killed it.
-    fn exit_code(&mut self) -> Option<i32> {
-        self.child.wait().unwrap().code()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        Running::start(child.stdin(Stdio::piped()).stdout(Stdio::piped()))
     }
 }
 

@@ -106,12 +106,14 @@ impl QueueLock {
         queue.open(entry, self.clock)
     }
 
-    /// Offers a message again that [`QueueLock::next_message`] has offered, before all others.
-    pub fn put_back(&mut self, message: QueuedMessage) {
+    /// Whether [`QueueLock::next_message`] will offer a message.
+    pub fn has_next(&mut self) -> bool {
+        let Some(message) = self.next_message() else { return false };
         if let Some(queue) = self.queue_of(message.maildir()) {
             queue.offered.remove(message.unique());
             queue.waiting.push_front(message.into_entry());
         }
+        true
     }
 
     /// Records what became of the recipients of a message, and removes the message if no recipient is left.

@@ -61,7 +61,8 @@ impl Content for QueuedMessage {
 }
 
 impl QueuedMessage {
-    /// Opens a message. `now`: the time, by which its time of arrival may be impossible. `None`: the file is gone, or it is not a message for a recipient of this queue, which is logged.
+    /// Opens a message. `now`: the time, by which its time of arrival may be impossible. `None`: the file is gone, or it is
+    /// not a message for a recipient of this queue, which is logged.
     ///
     /// # Errors
     /// The file cannot be read; the error names it.
@@ -179,8 +180,8 @@ impl QueuedMessage {
     }
 
     /// Records what became of each recipient, in the order that the module doc of [`queue`](super) describes. This is
-    /// the only function that removes mail, but for the second file of a message that a crash here has left twice. `result` has a status for each recipient in order; recipients without one
-    /// were not tried. Returns whether this session may offer a message of this name again.
+    /// the only function that removes mail, but for the second file of a message that a crash here has left twice.
+    /// `result` has a status for each recipient in order; recipients without one were not tried. Returns whether this session may offer a message of this name again.
     ///
     /// # Errors
     /// The disk fails. No recipient is lost, but some may receive the message twice.

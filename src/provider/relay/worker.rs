@@ -159,9 +159,8 @@ impl WorkerContext {
             }
         };
         // Without a message a host would be connected to for nothing.
-        match lock.next_message() {
-            Some(message) => lock.put_back(message),
-            None => return Some(self.first_retry()),
+        if !lock.has_next() {
+            return Some(self.first_retry());
         }
         let sent = match &self.smarthost {
             Some(smarthost) => self.by_smarthost(smarthost, &mut lock),
@@ -222,11 +221,7 @@ impl WorkerContext {
         let mut hang_ups = 0;
         loop {
             let (all_settled, lost) = self.deliver(connect()?, lock, address);
-            let Some(failure) = lost.filter(|_| all_settled) else { return Ok(all_settled) };
-            match lock.next_message() {
-                Some(message) => lock.put_back(message),
-                None => return Ok(all_settled),
-            }
+            let Some(failure) = lost.filter(|_| all_settled && lock.has_next()) else { return Ok(all_settled) };
             hang_ups += 1;
             if hang_ups == HANG_UP_LIMIT {
                 self.hosts.mark_down(address, self.config.retry.first);
