@@ -70,7 +70,7 @@ fn play(directory: &Path, ids: &Ids) -> Result<(), ExitError> {
     let held = Maildir::new(directory.join("spool/domains/example.org"));
     title("It is held, in a plain Maildir, until the customer calls")?;
     for entry in held.entries()? {
-        print(&format!("    example.org/new/{}\n", entry.name))?;
+        print(&format!("    example.org/new/{}\n", entry.name.display()))?;
     }
 
     write_customer_file(directory, odmr)?;

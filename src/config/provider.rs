@@ -7,13 +7,16 @@ use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::limits::{limits, timeouts};
 use super::relay::RelayConfig;
 use super::remote::secret;
 use super::source::{FileKind, Source, check_private};
 use super::table::{Table, check_unique, values};
-use super::value::{ACCOUNT_NAME, DOMAIN, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, PATH, SIZE};
+use super::value::{
+    ACCOUNT_NAME, DOMAIN, DURATION, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, PATH, SIZE, Text,
+};
 use crate::mail::address::Domain;
 use crate::recipients::{ConfigError, Located};
 use crate::sasl::Unavailable;
@@ -64,7 +67,7 @@ impl ProviderConfig {
         let tls = file.table("tls", &["certificate", "key"])?.map(TlsFiles::build).transpose()?;
         let mut inbound = file.table_or_empty("inbound", &["listen", "max-size"])?;
         let inbound_listen = inbound.list("listen", LISTENER)?;
-        let mut odmr = file.table_or_empty("odmr", &["listen", "listen-tls", "require-tls", "cram-md5"])?;
+        let mut odmr = file.table_or_empty("odmr", &["listen", "listen-tls", "require-tls", "cram-md5", "give-up"])?;
         let odmr_listen = odmr.list("listen", LISTENER)?;
         let listen_tls = odmr.list("listen-tls", LISTENER)?.unwrap_or_default();
         check_listeners(inbound_listen.iter().chain(&odmr_listen).flatten().chain(&listen_tls))?;
@@ -143,7 +146,13 @@ pub struct OdmrConfig {
     pub require_tls: bool,
     /// Whether to offer CRAM-MD5. Default: true. RFC 2645 section 5.1.2 lets a site replace it by a better mechanism.
     pub cram_md5: bool,
+    /// Held mail that was offered and deferred for so long is given up, with a DSN; the time counts from the first offer.
+    /// Default: 14 days.
+    pub give_up: Duration,
 }
+
+/// The default of `give-up`.
+const GIVE_UP: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 
 impl OdmrConfig {
     /// The rest of the table, without its lists; `tls`: whether there is a certificate.
@@ -153,6 +162,7 @@ impl OdmrConfig {
         let (require_line, cram_line) = (table.line_of("require-tls"), table.line_of("cram-md5"));
         let require_tls = table.or("require-tls", Flag, true)?;
         let cram_md5 = table.or("cram-md5", Flag, true)?;
+        let give_up = table.or("give-up", DURATION, GIVE_UP)?;
         if !tls {
             let add = "add [tls] with `certificate` and `key`";
             if let Some(first) = listen_tls.first() {
@@ -173,7 +183,7 @@ impl OdmrConfig {
                 )));
             }
         }
-        Ok(OdmrConfig { listen, listen_tls: values(listen_tls), require_tls, cram_md5 })
+        Ok(OdmrConfig { listen, listen_tls: values(listen_tls), require_tls, cram_md5, give_up })
     }
 }
 
@@ -218,7 +228,8 @@ impl Accounts {
     }
 
     fn add(&mut self, source: &Source) -> Result<(), ConfigError> {
-        let keys = ["domains", "secret", "secret-file", "relay", "any-sender", "max-size", "rate"];
+        let keys =
+            ["domains", "secret", "secret-file", "relay", "any-sender", "max-size", "rate", "delivered-to-prefix"];
         let mut table = Table::root(source, &keys)?;
         let name = source.file.file_stem().and_then(|name| name.to_str());
         let name = name.ok_or_else(|| "the login name is not UTF-8: rename the file".to_owned());
@@ -259,6 +270,7 @@ impl Accounts {
             any_sender: table.or("any-sender", Flag, false)?,
             max_size: table.get("max-size", SIZE)?,
             rate: table.or("rate", 0..=u32::MAX, 0)?,
+            delivered_to_prefix: table.get("delivered-to-prefix", PREFIX)?,
         });
         Ok(())
     }
@@ -290,7 +302,19 @@ pub struct Account {
     pub max_size: Option<u64>,
     /// Messages that it may submit in an hour; 0, the default: no limit.
     pub rate: usize,
+    /// What another agent puts in front of the local part in the `Delivered-To` of files that it writes for this customer:
+    /// `acme-` with qmail, if its virtualdomains gives the domains to `acme`. `None`, the default: nothing.
+    pub delivered_to_prefix: Option<String>,
 }
+
+/// The value of `delivered-to-prefix`.
+const PREFIX: Text<String> = Text::new("a prefix such as \"acme-\"", |text| {
+    let plain =
+        !text.is_empty() && text.bytes().all(|octet| octet.is_ascii_graphic() && !b"@<>\"(),:;\\[]".contains(&octet));
+    plain
+        .then(|| text.to_owned())
+        .ok_or_else(|| "write what stands before the local part in Delivered-To, such as \"acme-\"".to_owned())
+});
 
 impl fmt::Debug for Account {
     /// Without the secret.

@@ -63,7 +63,7 @@ impl HopDelivery {
     /// The attempt, for the log and for DSNs. It has no retry times.
     pub fn attempt(&self) -> Attempt<'_> {
         let HopDelivery { session, via, relay, sends_dsn, .. } = self;
-        Attempt { session, via: *via, relay, peer: None, peer_sends_dsn: *sends_dsn, retry: None }
+        Attempt { session, via: *via, relay, peer: None, peer_sends_dsn: *sends_dsn, retry: None, give_up: None }
     }
 }
 
@@ -191,7 +191,7 @@ impl NextHops {
         let mut result = self.try_delivery(hop, message, content, info);
         // The session may have been lost while the content arrived. If no recipient has the message, connect again.
         let deferred = |status: &RecipientStatus| matches!(status, RecipientStatus::Deferred(_));
-        if connected && result.decided_by == DecidedBy::ConnectionLoss && result.recipients.iter().all(deferred) {
+        if connected && result.decided_by.is_connection_loss() && result.recipients.iter().all(deferred) {
             result = self.try_delivery(hop, message, content, info);
         }
         let untried = || RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet"));
@@ -304,7 +304,7 @@ impl HopSession {
                 }
             }
         };
-        if result.decided_by == DecidedBy::ConnectionLoss || session.is_over() {
+        if result.decided_by.is_connection_loss() || session.is_over() {
             self.end(begun);
         }
         result

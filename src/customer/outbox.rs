@@ -254,7 +254,7 @@ impl Outbox {
         lock: &mut QueueLock, counters: &CallCounters,
     ) {
         let mut retry = self.config.retry.clone();
-        if result.decided_by == DecidedBy::ConnectionLoss {
+        if result.decided_by.is_connection_loss() {
             // After a lost connection the next call may send the message, whenever that is.
             (retry.first, retry.max) = (Duration::ZERO, Duration::ZERO);
         }
@@ -266,6 +266,7 @@ impl Outbox {
             peer,
             peer_sends_dsn: client.extensions().dsn,
             retry: Some(&retry),
+            give_up: None,
         };
         let recipients = message.envelope.recipients.clone();
         let Ok(settled) = self.retry_queue.reporter.finish_attempt(message, result, &attempt, lock) else { return };

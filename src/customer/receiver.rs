@@ -296,7 +296,8 @@ impl IncomingMessage {
             Ok(entries) => {
                 let now = self.context.mailboxes().ids.clock().now();
                 for (recipient, entry) in self.routing.maildir_recipients.iter().zip(&entries) {
-                    let attempt = Attempt::in_maildir(&self.session, entry.unique());
+                    let file = entry.unique().to_string_lossy();
+                    let attempt = Attempt::in_maildir(&self.session, &file);
                     attempt.log(&self.message, &recipient.mailbox, &delivered_here(), now);
                 }
                 Ok(())

@@ -19,12 +19,12 @@ use crate::queue::QueueName;
 
 /// The retry queue, below the root of the mailboxes.
 pub fn retry_queue(root: &Path) -> QueueName {
-    QueueName { path: root.join(".handover"), domain: None, retries: true }
+    QueueName { path: root.join(".handover"), domain: None, prefix: None, retries: true }
 }
 
 /// The queue of outgoing mail.
 pub fn outgoing_queue(path: &Path) -> QueueName {
-    QueueName { path: path.to_owned(), domain: None, retries: true }
+    QueueName { path: path.to_owned(), domain: None, prefix: None, retries: true }
 }
 
 /// Opens the file `ROOT/.odmr/NAME` for reading and writing, and creates it if it does not exist. A symbolic link is not

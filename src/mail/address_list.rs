@@ -33,6 +33,8 @@ pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String
 pub struct ListedAddress<'a> {
     /// Its part of the list, without the commas.
     pub text: &'a str,
+    /// Where that part begins in the list, in octets.
+    pub at: usize,
     /// The mailbox, or a sentence that shows the part, with the reason why it cannot be read.
     pub mailbox: Result<Mailbox, String>,
 }
@@ -124,7 +126,7 @@ impl Element<'_> {
             (None, ElementStage::Before) if self.before.is_empty() => return None,
             (None, _) => self.mailbox(home).map_err(|reason| unreadable(&text[self.range.clone()], reason)),
         };
-        Some(ListedAddress { text: &text[self.range.clone()], mailbox })
+        Some(ListedAddress { text: &text[self.range.clone()], at: self.range.start, mailbox })
     }
 
     fn mailbox(&self, home: Option<&Domain>) -> Result<Mailbox, &'static str> {

@@ -1,29 +1,95 @@
-//! The name of a message in a Maildir (maildir(5), Maildir++): `unique,S=size,W=wire-size,T=first-seen:2,flags`.
+//! The name of a message in a Maildir (maildir(5), Maildir++): `unique,S=size,W=wire-size:2,flags`. File names are octets.
+//!
+//! In a queue the fields after the unique part also record what became of a message that stays ([`AttemptRecord`]): a
+//! rename is atomic, and needs no disk space.
+//!
+//! ```text
+//! T=1795689600                   when it was first seen, if its time of arrival is impossible
+//! O=1795689600                   when it was first offered
+//! A=3                            the attempts
+//! P=3-1-1795689600               the sessions that it has ended, the calls that skip it, when it ended the last one
+//! L=450_4.2.1_mailbox_is_full    the last reply
+//! ```
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use crate::clock::Timestamp;
 
-/// The key of the field for when a message was first seen.
-const FIRST_SEEN: &str = "T=";
+/// The keys of the fields of [`AttemptRecord`].
+const RECORD_KEYS: [&[u8]; 5] = [b"T=", b"O=", b"A=", b"P=", b"L="];
+
+/// Octets of a file name at most (`NAME_MAX`), without room for the flags that a mail reader may add.
+const NAME_LIMIT: usize = 255 - 12;
+
+/// Octets of a reply that are recorded.
+const LAST_REPLY_LIMIT: usize = 60;
 
 /// A message found in a Maildir.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Entry {
     /// `1767323045.M1P2Q3.host,S=120,W=128`; in `cur` with its info, `:2,` and flags.
-    pub name: String,
+    pub name: OsString,
     /// Whether it is in `cur`.
     pub seen: bool,
 }
 
+/// What the name of a message records about the attempts to send it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AttemptRecord {
+    /// When the message was first seen. Only a message whose time of arrival is impossible has it.
+    pub first_seen: Option<Timestamp>,
+    /// When the message was first offered, and stayed.
+    pub first_offered: Option<Timestamp>,
+    /// How often it was offered, and stayed.
+    pub attempts: u32,
+    pub ended: Option<EndedSessions>,
+    /// The last reply to a recipient that stays, with `_` for what is no letter, digit, `.`, `-`, `+` or `@`.
+    pub last_reply: Option<String>,
+}
+
+/// The sessions that a message has ended, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndedSessions {
+    pub sessions: u32,
+    /// How many calls skip the message.
+    pub skip: u32,
+    /// When it ended the last session.
+    pub at: Timestamp,
+}
+
 impl Entry {
+    /// Returns the name before the info.
+    fn base(&self) -> &[u8] {
+        self.name.as_bytes().split(|octet| *octet == b':').next().unwrap_or_default()
+    }
+
     /// Returns the part of the name before size and info. It stays the same when a mail reader moves or flags the file.
-    pub fn unique(&self) -> &str {
-        self.name.split([',', ':']).next().unwrap_or(&self.name)
+    pub fn unique(&self) -> &OsStr {
+        OsStr::from_bytes(self.base().split(|octet| *octet == b',').next().unwrap_or_default())
+    }
+
+    /// Returns the flags, and what other programs have put after them; empty if there are none.
+    fn info(&self) -> (&[u8], &[u8]) {
+        let info = &self.name.as_bytes()[self.base().len()..];
+        let info = info.strip_prefix(b":2,").unwrap_or_default();
+        info.split_at(info.iter().take_while(|octet| octet.is_ascii_uppercase()).count())
     }
 
     /// Returns whether the message has this flag, a capital letter.
     pub fn has(&self, flag: char) -> bool {
-        let flags = self.name.split_once(":2,").map_or("", |(_, info)| info);
-        self.seen && flags.chars().take_while(char::is_ascii_uppercase).any(|other| other == flag)
+        self.seen && self.info().0.iter().any(|other| char::from(*other) == flag)
+    }
+
+    /// Returns the entry with a flag more: in `cur`, with the flags in alphabetical order (maildir(5)). What other programs
+    /// have put after the capital letters stays there.
+    pub(super) fn flagged(&self, flag: char) -> Entry {
+        let (flags, others) = self.info();
+        let mut flags: Vec<u8> = flags.iter().copied().chain(u8::try_from(flag)).collect();
+        flags.sort_unstable();
+        flags.dedup();
+        let name = [self.base(), b":2,", &flags, others].concat();
+        Entry { name: OsString::from_vec(name), seen: true }
     }
 
     /// Returns whether the file has octets above 127, according to its name (`E=8`, which only
@@ -40,48 +106,135 @@ impl Entry {
 
     /// Returns when the file was named, according to its name (maildir(5)).
     pub fn named(&self) -> Option<Timestamp> {
-        self.unique().split('.').next()?.parse().ok().map(Timestamp::from_seconds)
+        seconds(self.unique().to_str()?.split('.').next()?)
     }
 
-    /// Returns when the message was first seen, according to its name (`T=`, seconds since 1970). Only a message whose time
-    /// of arrival is impossible has it.
-    pub fn first_seen(&self) -> Option<Timestamp> {
-        self.field(FIRST_SEEN)?.parse().ok().map(Timestamp::from_seconds)
+    /// Returns what the name records about attempts.
+    pub fn record(&self) -> AttemptRecord {
+        let ended = || {
+            let mut numbers = self.field("P=")?.splitn(3, '-');
+            let (sessions, skip) = (numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?);
+            Some(EndedSessions { sessions, skip, at: seconds(numbers.next()?)? })
+        };
+        AttemptRecord {
+            first_seen: self.field("T=").and_then(seconds),
+            first_offered: self.field("O=").and_then(seconds),
+            attempts: self.field("A=").and_then(|attempts| attempts.parse().ok()).unwrap_or(0),
+            ended: ended(),
+            last_reply: self.field("L=").map(str::to_owned),
+        }
     }
 
-    /// Returns the entry with this time as the one when it was first seen.
-    pub(super) fn with_first_seen(&self, time: Timestamp) -> Entry {
-        let (base, info) = self.name.split_once(':').map_or((&*self.name, None), |(base, info)| (base, Some(info)));
-        let mut fields: Vec<_> = base.split(',').filter(|field| !field.starts_with(FIRST_SEEN)).collect();
-        let field = format!("{FIRST_SEEN}{}", time.seconds());
-        fields.push(&field);
-        let info = info.map(|info| format!(":{info}")).unwrap_or_default();
-        Entry { name: fields.join(",") + &info, seen: self.seen }
+    /// Returns the entry with this record instead of the one that it has.
+    pub(super) fn with_record(&self, record: &AttemptRecord) -> Entry {
+        let is_record = |field: &[u8]| RECORD_KEYS.iter().any(|key| field.starts_with(key));
+        let mut fields = self.base().split(|octet| *octet == b',');
+        let mut name = fields.next().unwrap_or_default().to_vec();
+        for field in fields.filter(|field| !is_record(field)) {
+            name.push(b',');
+            name.extend_from_slice(field);
+        }
+        let time = |key: &str, time: Option<Timestamp>| time.map(|time| format!(",{key}={}", time.seconds()));
+        let ended =
+            record.ended.map(|EndedSessions { sessions, skip, at }| format!(",P={sessions}-{skip}-{}", at.seconds()));
+        let attempts = Some(format!(",A={}", record.attempts)).filter(|_| record.attempts > 0);
+        let fields = [time("T", record.first_seen), time("O", record.first_offered), attempts, ended];
+        fields.into_iter().flatten().for_each(|field| name.extend_from_slice(field.as_bytes()));
+        let info = &self.name.as_bytes()[self.base().len()..];
+        if let Some(reply) = &record.last_reply {
+            let room = NAME_LIMIT.saturating_sub(name.len() + info.len() + ",L=".len()).min(LAST_REPLY_LIMIT);
+            let plain =
+                |octet: u8| if octet.is_ascii_alphanumeric() || b".-+@".contains(&octet) { octet } else { b'_' };
+            if room > 0 {
+                name.extend_from_slice(b",L=");
+                name.extend(reply.bytes().take(room).map(plain));
+            }
+        }
+        name.extend_from_slice(info);
+        Entry { name: OsString::from_vec(name), seen: self.seen }
     }
 
     /// Returns the value of a field after the unique part.
     pub(super) fn field(&self, key: &str) -> Option<&str> {
-        self.name.split(':').next()?.split(',').skip(1).find_map(|field| field.strip_prefix(key))
+        let mut fields = self.base().split(|octet| *octet == b',').skip(1);
+        std::str::from_utf8(fields.find_map(|field| field.strip_prefix(key.as_bytes()))?).ok()
     }
+}
+
+fn seconds(text: &str) -> Option<Timestamp> {
+    text.parse().ok().map(Timestamp::from_seconds)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn entry(name: &[u8]) -> Entry {
+        Entry { name: OsString::from_vec(name.to_vec()), seen: true }
+    }
+
     #[test]
-    fn a_name_records_when_the_message_was_first_seen() {
-        let mark = |name: &str, seconds| {
-            let entry = Entry { name: name.to_owned(), seen: true };
-            let marked = entry.with_first_seen(Timestamp::from_seconds(seconds));
-            assert_eq!(marked.first_seen().map(Timestamp::seconds), Some(seconds));
-            assert_eq!((marked.unique(), marked.has('S')), (entry.unique(), entry.has('S')));
-            assert_eq!((marked.wire_size(), marked.seen), (entry.wire_size(), true));
-            marked.name
+    fn a_name_records_attempts() {
+        let time = Timestamp::from_seconds;
+        let record = AttemptRecord {
+            first_seen: Some(time(5)),
+            first_offered: Some(time(6)),
+            attempts: 7,
+            ended: Some(EndedSessions { sessions: 4, skip: 2, at: time(8) }),
+            last_reply: Some("450 4.2.1 <a@b>: full, wait/2".to_owned()),
         };
-        assert_eq!(mark("7.x.host", 5), "7.x.host,T=5");
-        assert_eq!(mark("7.x.host,S=1,W=2:2,FS", 5), "7.x.host,S=1,W=2,T=5:2,FS");
-        // The clock was wrong when it was recorded.
-        assert_eq!(mark("7.x.host,T=9999999999,W=2:2,S", 5), "7.x.host,W=2,T=5:2,S");
+        let fields = ",T=5,O=6,A=7,P=4-2-8,L=450_4.2.1__a@b___full__wait_2";
+        for (name, base, info) in [
+            ("7.x.host", "7.x.host", ""),
+            ("7.x.host,S=1,W=2:2,FS", "7.x.host,S=1,W=2", ":2,FS"),
+            ("7.x.host,T=9999999999,W=2,A=1,L=x:2,S", "7.x.host,W=2", ":2,S"),
+            ("7 x", "7 x", ""),
+        ] {
+            let named = entry(name.as_bytes()).with_record(&record);
+            assert_eq!(named.name.to_str(), Some(format!("{base}{fields}{info}").as_str()));
+            assert_eq!(named.unique(), entry(name.as_bytes()).unique());
+            let read = named.record();
+            let last_reply = Some("450_4.2.1__a@b___full__wait_2".to_owned());
+            assert_eq!(read, AttemptRecord { last_reply, ..record.clone() });
+            assert_eq!(
+                named.with_record(&AttemptRecord::default()).name.to_str(),
+                Some(format!("{base}{info}").as_str())
+            );
+        }
+        assert_eq!(entry(b"7.x,P=1-2,A=x,T=,O=-").record(), AttemptRecord::default());
+    }
+
+    #[test]
+    fn a_name_is_octets_and_has_a_limit() {
+        let latin = entry(b"2.M1.\xe4rger.host,S=3:2,S");
+        assert_eq!(
+            (latin.unique().as_bytes(), latin.field("S="), latin.has('S')),
+            (&b"2.M1.\xe4rger.host"[..], Some("3"), true)
+        );
+        let reply = |length| AttemptRecord { last_reply: Some("x".repeat(length)), ..AttemptRecord::default() };
+        assert_eq!(
+            latin.with_record(&reply(1000)).record().last_reply.map(|reply| reply.len()),
+            Some(LAST_REPLY_LIMIT)
+        );
+        let long = entry(&[&b"l".repeat(200)[..], b":2,S"].concat());
+        assert_eq!(long.with_record(&reply(1000)).name.len(), NAME_LIMIT);
+        assert_eq!(entry(&b"l".repeat(250)).with_record(&reply(3)).record().last_reply, None);
+    }
+
+    #[test]
+    fn flags_of_names_that_other_programs_made() {
+        for (name, flags, flagged) in [
+            ("1", "", "1:2,F"),
+            ("1:2,", "", "1:2,F"),
+            ("1:2,RS", "RS", "1:2,FRS"),
+            ("1:2,FSa,x", "FS", "1:2,FSa,x"),
+            // Experimental semantics (maildir(5)), and two infos.
+            ("1:1,x", "", "1:2,F"),
+            ("1,U=3:2:2,RS", "", "1,U=3:2,F"),
+        ] {
+            let entry = entry(name.as_bytes());
+            assert!(flags.chars().all(|flag| entry.has(flag)), "{name}");
+            assert_eq!(entry.flagged('F').name.to_str(), Some(flagged));
+        }
     }
 }

@@ -1,9 +1,11 @@
 //! Files and directories whose names survive a power cut, and errors that name the path.
 
-use std::fs::{self, DirBuilder, DirEntry, File};
+use std::collections::HashSet;
+use std::fs::{self, DirBuilder, DirEntry, File, Metadata};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 /// Puts the path before the text of an error.
@@ -11,7 +13,30 @@ pub fn with_path(path: &Path, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// Makes a directory and those above it that are missing, each name durable.
+/// Which file it is, whatever its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// Returns the id of an open file.
+    pub fn of_file(file: &File) -> io::Result<FileId> {
+        file.metadata().map(|metadata| FileId::of(&metadata))
+    }
+
+    /// Returns the id of the file, link or directory that has this name.
+    pub fn of_path(path: &Path) -> io::Result<FileId> {
+        fs::symlink_metadata(path).map(|metadata| FileId::of(&metadata))
+    }
+
+    fn of(metadata: &Metadata) -> FileId {
+        FileId { device: metadata.dev(), inode: metadata.ino() }
+    }
+}
+
+/// Makes a directory and those above it that are missing.
 pub(super) fn make_directories(path: &Path, mode: u32) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
@@ -22,17 +47,56 @@ pub(super) fn make_directories(path: &Path, mode: u32) -> io::Result<()> {
     make_directory(path, mode)
 }
 
-/// Makes one directory, its name durable also if another thread or an earlier crash has made it.
+/// Makes one directory, unless another thread has just made it.
 pub(super) fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
     match DirBuilder::new().mode(mode).create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
-        other => other.map_err(|error| with_path(path, error))?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        other => other.map_err(|error| with_path(path, error)),
     }
-    sync_directory(parent(path).unwrap_or(Path::new(".")))
+}
+
+/// The directories whose names this process has made durable.
+static DURABLE: Mutex<Option<HashSet<FileId>>> = Mutex::new(None);
+
+/// Ids that are remembered; then all are forgotten, and the directories fsynced once more.
+const DURABLE_LIMIT: usize = 100_000;
+
+/// Makes the name of a directory and of all above it durable. Another thread may have made them just now, or a process that
+/// was killed before it could make them durable: then a power cut would take what was answered 250 in them. Each is fsynced
+/// once by this process. A directory that this user may not read is not ours to fsync.
+pub(super) fn sync_names(path: &Path) -> io::Result<()> {
+    let known = |id: FileId, add: bool| {
+        let mut durable = DURABLE.lock().unwrap_or_else(PoisonError::into_inner);
+        let durable = durable.get_or_insert_default();
+        if add && durable.len() >= DURABLE_LIMIT {
+            durable.clear();
+        }
+        if add { !durable.insert(id) } else { durable.contains(&id) }
+    };
+    let mut names = Vec::new();
+    let mut at = path;
+    while let Some(above) = parent(at) {
+        let id = FileId::of_path(at).map_err(|error| with_path(at, error))?;
+        if known(id, false) {
+            break;
+        }
+        names.push((id, above));
+        at = above;
+    }
+    for (id, above) in names {
+        match sync_directory(above) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            other => other?,
+        }
+        known(id, true);
+    }
+    Ok(())
 }
 
 fn parent(path: &Path) -> Option<&Path> {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty())
+    path.parent()
+        .map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
+        .filter(|parent| *parent != path)
 }
 
 /// Makes the names in a directory durable: a power cut may otherwise lose the name of a file whose content is on disk.
@@ -52,8 +116,18 @@ pub(super) fn move_file(from: &Path, to: &Path) -> io::Result<()> {
             other => return other.map_err(|error| with_path(to, error.into())),
         }
     }
-    fs::hard_link(from, to).map_err(|error| with_path(to, error))?;
-    fs::remove_file(from).map_err(|error| with_path(from, error))
+    match fs::hard_link(from, to) {
+        // The link was made, and the reply to an earlier attempt was lost: a network file system repeats it.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && same_file(from, to) => {}
+        other => other.map_err(|error| with_path(to, error))?,
+    }
+    // It has its new name. With the old one too it is still one message, which its readers know by the file.
+    let _ = fs::remove_file(from);
+    Ok(())
+}
+
+fn same_file(one: &Path, other: &Path) -> bool {
+    matches!((FileId::of_path(one), FileId::of_path(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 /// Removes a file; a file that is already gone is not an error.

@@ -1,11 +1,12 @@
 //! Maildirs (maildir(5)): messages are written, listed, flagged and removed.
 //!
 //! A message becomes visible in one step: it is written in `tmp`, its file is fsynced and moved to `new` without ever
-//! overwriting another, and `new` is fsynced ([`MessageWriter::commit`]). If a step fails before the move, no reader
-//! sees the message, and its file in `tmp` is removed.
+//! overwriting another, and `new` is fsynced, with the directories above it that this process has not fsynced yet
+//! ([`MessageWriter::commit`]). If a step fails before the move, no reader sees the message, and its file in `tmp` is
+//! removed.
 //!
 //! Functions that list messages read `new` and `cur`, skip names that begin with a dot, and accept that a file may be
-//! removed, or moved by a mail reader, after it was listed.
+//! removed, or moved by a mail reader, after it was listed: [`Maildir::find`] finds it again.
 //!
 //! A Maildir is either a queue or a mailbox. Only a mailbox has sub-folders (`.name` within it) and a quota
 //! (`maildirsize`), as Maildir++ defines them.
@@ -18,15 +19,18 @@ mod quota;
 pub mod spooled;
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-pub use entry::Entry;
-pub use files::with_path;
-use files::{list, make_directories, make_directory, move_file, remove_if_there, set_times, sync_directory};
+pub use entry::{AttemptRecord, EndedSessions, Entry};
+pub use files::{FileId, with_path};
+use files::{
+    list, make_directories, make_directory, move_file, remove_if_there, set_times, sync_directory, sync_names,
+};
 use quota::QuotaCheck;
 
 use crate::clock::Timestamp;
@@ -43,6 +47,12 @@ pub const DELAY_REPORTED: char = 'R';
 /// Octets kept free on the disk, so that a message is rejected at MAIL (RFC 1870 section 6.1) and does not fail in the
 /// middle of its content.
 const RESERVED_SPACE: u64 = 4 << 20;
+
+/// Octets of content after which the free space is checked again: its size may not have been announced.
+const ROOM_CHECK_INTERVAL: u64 = 1 << 20;
+
+/// How often the directories are read for a message that a mail reader has moved.
+const FIND_ATTEMPTS: usize = 3;
 
 /// Octets of content that are read or written at once.
 const BLOCK_SIZE: usize = 32 * 1024;
@@ -94,7 +104,7 @@ impl Maildir {
         &self.path
     }
 
-    /// Makes the directories that are missing, and their names durable.
+    /// Makes the directories that are missing. Their names are durable with the first message ([`MessageWriter::commit`]).
     pub fn create(&self) -> io::Result<()> {
         let mode = 0o777 & !self.mask;
         make_directories(&self.path, mode)?;
@@ -158,11 +168,30 @@ impl Maildir {
         Ok(file)
     }
 
-    /// Returns all messages, sorted by name: the oldest first.
+    /// Returns all messages, sorted by the unique part of their names: the oldest first.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = self.list().collect::<io::Result<Vec<Entry>>>()?;
-        entries.sort_unstable();
+        entries.sort_unstable_by(|one, other| one.unique().cmp(other.unique()).then_with(|| one.cmp(other)));
         Ok(entries)
+    }
+
+    /// Finds a message again after a mail reader has moved or flagged it: another name with the same unique part, of this
+    /// `file` if it is known. `None`: it is gone.
+    pub fn find(&self, entry: &Entry, file: Option<FileId>) -> io::Result<Option<Entry>> {
+        let is_it = |other: &Entry| {
+            let id = || FileId::of_path(&self.file(other));
+            other.unique() == entry.unique() && file.is_none_or(|file| id().is_ok_and(|id| id == file))
+        };
+        // A file that is moved while the directories are read may be seen in neither.
+        for _ in 0..FIND_ATTEMPTS {
+            for other in self.list() {
+                let other = other?;
+                if is_it(&other) {
+                    return Ok(Some(other));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Returns whether there is no message. Reads the directories only up to the first one.
@@ -172,16 +201,20 @@ impl Maildir {
 
     /// Counts the messages up to `limit`. Reads no further than it counts.
     pub fn count(&self, limit: usize) -> io::Result<usize> {
-        self.list().take(limit).try_fold(0, |count, entry| entry.map(|_| count + 1))
+        self.count_if(limit, |_| true)
+    }
+
+    /// Counts the messages for which `counts` is true, up to `limit`. Reads no further than it counts.
+    pub fn count_if(&self, limit: usize, counts: impl Fn(&Entry) -> bool) -> io::Result<usize> {
+        let counted = self.list().filter(|entry| entry.as_ref().map_or(true, &counts));
+        counted.take(limit).try_fold(0, |count, entry| entry.map(|_| count + 1))
     }
 
     /// Lists the messages in no order.
     fn list(&self) -> impl Iterator<Item = io::Result<Entry>> {
         [("new", false), ("cur", true)].into_iter().flat_map(|(directory, seen)| {
             list(&self.path.join(directory)).filter_map(move |file| match file.map(|file| file.file_name()) {
-                Ok(name) => {
-                    name.into_string().ok().filter(|name| !name.starts_with('.')).map(|name| Ok(Entry { name, seen }))
-                }
+                Ok(name) => (!name.as_encoded_bytes().starts_with(b".")).then_some(Ok(Entry { name, seen })),
                 Err(error) => Some(Err(error)),
             })
         })
@@ -192,46 +225,67 @@ impl Maildir {
         self.path.join(if entry.seen { "cur" } else { "new" }).join(&entry.name)
     }
 
-    /// Removes a message. A message that is already gone is not an error. The directory is not fsynced: a crash may
-    /// bring the message back, which duplicates it but does not lose it.
+    /// Removes a message. The directory is not fsynced: a crash may bring the message back, which duplicates it but does not
+    /// lose it.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if there is no file of that name.
     pub fn remove(&self, entry: &Entry) -> io::Result<()> {
-        remove_if_there(&self.file(entry))
+        let path = self.file(entry);
+        fs::remove_file(&path).map_err(|error| with_path(&path, error))
     }
 
-    /// Removes the file of this name that a writer that died has left in `tmp`. Only for a caller that knows that no
-    /// other process uses the name.
-    pub fn discard(&self, unique: &str) -> io::Result<()> {
-        remove_if_there(&self.path.join("tmp").join(unique))
-    }
-
-    /// Sets a flag: moves the message to `cur`, with the flags in alphabetical order (maildir(5)). What other programs have
-    /// put after the capital letters stays there. Returns the new entry.
+    /// Renames a message: adds a flag, if there is one, and records what became of the attempts. Returns the new entry.
     ///
     /// # Errors
     ///
-    /// `AlreadyExists` if another file has that name; `NotFound` if the message is gone.
-    pub fn flag(&self, entry: &Entry, flag: char) -> io::Result<Entry> {
-        let (base, info) = entry.name.split_once(":2,").unwrap_or((&entry.name, ""));
-        let others = info.trim_start_matches(|letter: char| letter.is_ascii_uppercase());
-        let mut flags: Vec<char> = info[..info.len() - others.len()].chars().chain([flag]).collect();
-        flags.sort_unstable();
-        flags.dedup();
-        let flagged = Entry { name: format!("{base}:2,{}{others}", String::from_iter(flags)), seen: true };
-        if *entry != flagged {
-            move_file(&self.file(entry), &self.file(&flagged))?;
+    /// `AlreadyExists` if another file has that name; `NotFound` if there is no file of the old name.
+    pub fn rename(&self, entry: &Entry, flag: Option<char>, record: &AttemptRecord) -> io::Result<Entry> {
+        let recorded = entry.with_record(record);
+        let renamed = flag.map_or(recorded.clone(), |flag| recorded.flagged(flag));
+        if renamed != *entry {
+            move_file(&self.file(entry), &self.file(&renamed))?;
         }
-        Ok(flagged)
+        Ok(renamed)
     }
 
-    /// Records in the name of a message that it was first seen at this time. Returns the new entry.
+    /// Moves a message to `new` of another Maildir on the same disk, which is made if it is missing. `name`: its name there.
     ///
     /// # Errors
     ///
-    /// `NotFound` if the message is gone.
-    pub fn record_first_seen(&self, entry: &Entry, time: Timestamp) -> io::Result<Entry> {
-        let named = entry.with_first_seen(time);
-        move_file(&self.file(entry), &self.file(&named))?;
-        Ok(named)
+    /// `AlreadyExists` if another file has that name; `NotFound` if there is no file of the old name.
+    pub fn move_to(&self, entry: &Entry, other: &Maildir, name: OsString) -> io::Result<()> {
+        other.create()?;
+        let moved = Entry { name, seen: false };
+        sync_names(&other.path.join("new"))?;
+        move_file(&self.file(entry), &other.file(&moved))
+    }
+
+    /// Replaces the file of a message by a copy that belongs to this process, durable before it has the name. Returns the
+    /// copy.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if a mail reader has moved the original meanwhile; the system's.
+    pub fn replace_by_copy(&self, entry: &Entry, original: &File, unique: &str) -> io::Result<File> {
+        let (path, temporary) = (self.file(entry), self.path.join("tmp").join(unique));
+        let copy = || {
+            let mut copy = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary)?;
+            let mut original = original;
+            original.rewind()?;
+            io::copy(&mut original, &mut copy)?;
+            copy.set_modified(original.metadata()?.modified()?)?;
+            copy.sync_all()?;
+            if FileId::of_path(&path)? != FileId::of_file(original)? {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            fs::rename(&temporary, &path)?;
+            sync_directory(path.parent().unwrap_or(&self.path))?;
+            Ok(copy)
+        };
+        let copied = copy().map_err(|error: io::Error| with_path(&path, error));
+        copied.inspect_err(|_| drop(fs::remove_file(&temporary)))
     }
 
     /// Removes the files that writers that died have left in `tmp`: those not used for 36 hours.
@@ -291,7 +345,7 @@ impl MessageCopy {
     fn publish(&mut self) -> io::Result<()> {
         let bits = if self.eight_bit { ",E=8" } else { "" };
         let name = format!("{},S={},W={}{bits}", self.unique, self.octets, self.octets + self.lines);
-        let entry = Entry { name, seen: false };
+        let entry = Entry { name: name.into(), seen: false };
         move_file(&self.temporary, &self.maildir.file(&entry))?;
         self.moved = Some(entry);
         Ok(())
@@ -311,6 +365,8 @@ impl Drop for MessageCopy {
 #[derive(Debug, Default)]
 pub struct MessageWriter {
     copies: Vec<MessageCopy>,
+    /// Octets of content since the free space was checked.
+    unchecked: u64,
 }
 
 impl MessageWriter {
@@ -327,8 +383,26 @@ impl MessageWriter {
         Ok(())
     }
 
-    /// Appends content, with LF line ends, to all copies.
+    /// Checks that the disks of all copies have room for this many octets in each copy, and the reserve (see [`has_room`]).
+    ///
+    /// # Errors
+    ///
+    /// `StorageFull` if one of them has not.
+    pub fn check_room(&self, octets: u64) -> io::Result<()> {
+        let all = octets.saturating_mul(self.copies.len() as u64);
+        match self.copies.iter().find(|copy| !has_room(&copy.maildir.path, all)) {
+            Some(copy) => Err(with_path(&copy.maildir.path, io::ErrorKind::StorageFull.into())),
+            None => Ok(()),
+        }
+    }
+
+    /// Appends content, with LF line ends, to all copies. It leaves the reserve free, whatever size was announced.
     pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
+        self.unchecked += octets.len() as u64;
+        if self.unchecked >= ROOM_CHECK_INTERVAL {
+            self.unchecked = 0;
+            self.check_room(ROOM_CHECK_INTERVAL)?;
+        }
         self.copies.iter_mut().try_for_each(|copy| copy.write(octets))
     }
 
@@ -369,7 +443,8 @@ impl PreparedMessage {
     /// The system's. If one copy cannot be moved, those that were moved are removed again.
     pub fn publish(mut self) -> io::Result<Vec<Entry>> {
         let published = self.copies.iter_mut().try_for_each(MessageCopy::publish);
-        let durable = published.and_then(|()| self.directories().iter().try_for_each(|path| sync_directory(path)));
+        let sync = |path: &PathBuf| sync_directory(path).and_then(|()| sync_names(path));
+        let durable = published.and_then(|()| self.directories().iter().try_for_each(sync));
         if let Err(error) = durable {
             for copy in &self.copies {
                 if let Some(entry) = &copy.moved {

@@ -290,8 +290,8 @@ fn count(mailbox: &Path) -> io::Result<Usage> {
     for directory in message_directories(mailbox)? {
         for file in list(&directory) {
             let file = file?;
-            let entry = Entry { name: file.file_name().to_string_lossy().into_owned(), seen: true };
-            if entry.name.starts_with('.') || entry.has(DELETED) {
+            let entry = Entry { name: file.file_name(), seen: true };
+            if entry.name.as_encoded_bytes().starts_with(b".") || entry.has(DELETED) {
                 continue;
             }
             // A file that was removed since it was listed does not count.

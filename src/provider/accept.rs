@@ -49,7 +49,11 @@ pub fn store(
     }
     let date = arrived.rfc5322();
     let received = incoming.received.field(&id, &date);
-    let writer = shared.spool.begin_message(&copies, &received).map_err(|error| storage_failure_reply(&error))?;
+    let writer = shared.spool.begin_message(&copies, &received).and_then(|writer| {
+        // At MAIL it was not known how many copies there are.
+        writer.check_room(incoming.size.unwrap_or(0)).map(|()| writer)
+    });
+    let writer = writer.map_err(|error| storage_failure_reply(&error))?;
     let message_id = format!("<{id}@{}>", shared.config.hostname);
     let additions = HeaderAdditions { date, message_id, from: None, drop_bcc: false };
     Ok(Box::new(QueueWriter {

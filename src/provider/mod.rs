@@ -223,6 +223,7 @@ fn prepare(
     let settings = TurnSettings {
         timeouts: config.timeouts.clone(),
         messages: config.limits.messages_per_turn,
+        give_up: config.odmr.give_up,
         reporter,
         cancel: cancel.clone(),
         abort: abort.clone(),

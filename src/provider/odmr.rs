@@ -82,13 +82,15 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
         log::error!("event=spool-failed error={}", quoted(error));
         Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later")
     };
-    let lock = shared.spool.queue().lock(&names).map_err(|error| match error {
+    let mut lock = shared.spool.queue().lock(&names).map_err(|error| match error {
         LockError::Busy(name) => Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {name}")),
         LockError::Failed(error) => unavailable(error),
     })?;
     // The enhanced status code is the one that is registered for 453 (RFC 5248).
     let no_mail = || Reply::new(453, "4.3.2", "You have no mail");
-    if lock.is_empty().map_err(unavailable)? { Err(no_mail()) } else { Ok(lock) }
+    lock.count_call();
+    // Files that are no mail, and messages that this call skips, would make a turn for nothing.
+    if lock.is_empty().map_err(unavailable)? || !lock.has_next() { Err(no_mail()) } else { Ok(lock) }
 }
 
 /// Decides which mail a customer may submit.

@@ -59,7 +59,9 @@ impl Spool {
             SpoolQueue::Postmaster => (self.root.join("postmaster"), None),
             SpoolQueue::Outgoing(domain) => (self.root.join("outgoing").join(domain.as_str()), Some(domain)),
         };
-        QueueName { path, domain: domain.cloned(), retries: matches!(queue, SpoolQueue::Outgoing(_)) }
+        let owner = domain.and_then(|domain| self.accounts.owner(domain));
+        let prefix = owner.and_then(|owner| owner.delivered_to_prefix.clone());
+        QueueName { path, domain: domain.cloned(), prefix, retries: matches!(queue, SpoolQueue::Outgoing(_)) }
     }
 
     /// The domains elsewhere that have a queue, in no order.

@@ -38,6 +38,8 @@ pub struct TurnSettings {
     pub timeouts: Timeouts,
     /// Messages in one session; 0: no limit.
     pub messages: usize,
+    /// Messages that were deferred for so long since their first offer are given up.
+    pub give_up: Duration,
     pub reporter: Reporter,
     /// Ends sessions after the messages under way.
     pub cancel: CancelToken,
@@ -86,6 +88,8 @@ struct TurnCounters {
     deferred: usize,
     rejected: usize,
     in_doubt: usize,
+    /// Messages of which the disk did not permit to record what became of them.
+    unsettled: usize,
     /// Octets of content that was accepted.
     octets: u64,
 }
@@ -232,7 +236,7 @@ impl TurnedSession {
                 let size = self.messages.front().map_or(0, |message| message.size);
                 self.content = Some(ContentOutput::new(chunk, size));
             }
-            ClientStep::MessageDone(result) => self.finish_message(&result)?,
+            ClientStep::MessageDone(result) => self.finish_message(&result),
             ClientStep::Closed => {
                 self.done = true;
                 return Ok(());
@@ -260,14 +264,9 @@ impl TurnedSession {
         if self.connection.unsent() > HIGH_WATER {
             return Ok(false);
         }
-        match content.send_block(message, &mut self.connection) {
-            Err(error) => {
-                // Otherwise this message would be the first in every session, and end it before any other is sent.
-                message.move_to_end();
-                return Err(error);
-            }
-            Ok(false) => self.deadline = now + self.settings.timeouts.block,
-            Ok(true) => {
+        match content.send_block(message, &mut self.connection)? {
+            false => self.deadline = now + self.settings.timeouts.block,
+            true => {
                 self.content = None;
                 let mut commands = Vec::new();
                 self.client.content_sent(&mut commands);
@@ -294,7 +293,7 @@ impl TurnedSession {
                 self.counters.offered += 1;
                 match self.client.send_message(message.outgoing_message(), &mut commands) {
                     Ok(()) => self.messages.push_back(message),
-                    Err(result) => self.finish_attempt(message, &result)?,
+                    Err(result) => self.finish_attempt(message, &result),
                 }
             }
             None if self.client.in_flight() == 0 => self.client.quit(&mut commands),
@@ -311,15 +310,16 @@ impl TurnedSession {
     }
 
     /// Acts on the result of the first of the messages given to the client.
-    fn finish_message(&mut self, result: &DeliveryResult) -> io::Result<()> {
+    fn finish_message(&mut self, result: &DeliveryResult) {
         self.queue_empty = false;
-        match self.messages.pop_front() {
-            Some(message) => self.finish_attempt(message, result),
-            None => Ok(()),
+        if let Some(message) = self.messages.pop_front() {
+            self.finish_attempt(message, result);
         }
     }
 
-    fn finish_attempt(&mut self, message: QueuedMessage, result: &DeliveryResult) -> io::Result<()> {
+    /// Settles a message. If that fails, which is logged, this session does not offer the message again, and goes on: the
+    /// others make room on a full disk.
+    fn finish_attempt(&mut self, message: QueuedMessage, result: &DeliveryResult) {
         let size = message.size;
         let attempt = Attempt {
             session: &self.connection.trace.id,
@@ -328,10 +328,13 @@ impl TurnedSession {
             peer: self.client.peer_name(),
             peer_sends_dsn: self.client.extensions().dsn,
             retry: None,
+            give_up: Some(self.settings.give_up),
         };
-        // A session that went on would send the same message again and again.
         let settled = self.settings.reporter.finish_attempt(message, result.clone(), &attempt, &mut self.lock);
-        settled.map_err(|_| io::Error::other("the result could not be recorded"))?;
+        let Ok(result) = settled else {
+            self.counters.unsettled += 1;
+            return;
+        };
         for status in &result.recipients {
             *match status {
                 RecipientStatus::Sent(_) => &mut self.counters.sent,
@@ -343,19 +346,19 @@ impl TurnedSession {
         if result.recipients.iter().any(RecipientStatus::is_sent) {
             self.counters.octets += size;
         }
-        Ok(())
     }
 
     /// Ends the session for this reason: messages under way are deferred, or are in doubt.
     pub fn end(&mut self, reason: &str) {
         for result in self.client.abandon(&connection_lost("The connection was lost")) {
-            // `Reporter` has logged a failure; the message stays as it is.
-            let _ = self.finish_message(&result);
+            self.finish_message(&result);
         }
-        let TurnCounters { sent, deferred, rejected, in_doubt, octets, .. } = self.counters;
+        let TurnCounters { sent, deferred, rejected, in_doubt, unsettled, octets, .. } = self.counters;
+        let (skipped, not_mail) = (self.lock.skipped(), self.lock.not_mail());
         log::info!(
             "event=turn-ended session={} peer={} account={} sent={sent} deferred={deferred} rejected={rejected} \
-             in-doubt={in_doubt} octets={octets} duration={:.3} reason={}",
+             in-doubt={in_doubt} unsettled={unsettled} skipped={skipped} not-mail={not_mail} octets={octets} \
+             duration={:.3} reason={}",
             self.connection.trace.id,
             self.peer,
             self.account,

@@ -15,6 +15,9 @@
 //!
 //! A recipient that cannot be read must not be lost, so it keeps the file (see [`ParsedEnvelope::unread`]). If the
 //! `Return-Path` cannot be read, nothing is sent: with `<>` instead, the sender would get no DSN.
+//!
+//! A recipient that is settled while others are open is marked: one octet of its address, the `@`, is overwritten by a
+//! [`Mark`]. That needs no disk space, and a write of one octet is either done or not. No address has such an octet there.
 
 use std::borrow::Cow;
 
@@ -84,6 +87,10 @@ pub struct ParsedEnvelope {
     pub lines: usize,
     /// We have written the file, so the sizes in its name are right.
     pub ours: bool,
+    /// For each recipient, where its mark goes: the octets in the file that [`Mark`] overwrites.
+    pub marks: Vec<Vec<u64>>,
+    /// The marks of the recipients that are settled.
+    pub settled: Vec<Mark>,
     /// The recipients that cannot be sent to from this queue.
     pub unread: Vec<UnreadRecipient>,
 }
@@ -92,6 +99,24 @@ impl ParsedEnvelope {
     /// The recipients in the queue's domain; none if all of them are `unread`.
     pub fn recipients(&self) -> &[Recipient] {
         &self.envelope.envelope.recipients
+    }
+}
+
+/// What overwrites one octet of the address of a recipient that is settled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mark {
+    /// Sent, or rejected and its sender has a DSN: ACK.
+    Done,
+    /// Rejected, and there is no sender to be told: NAK. The file goes to `.refused` in the end.
+    Rejected,
+}
+
+impl Mark {
+    pub fn octet(self) -> u8 {
+        match self {
+            Mark::Done => 0x06,
+            Mark::Rejected => 0x15,
+        }
     }
 }
 
@@ -104,17 +129,10 @@ pub struct UnreadRecipient {
     pub reason: String,
 }
 
-impl UnreadRecipient {
-    /// The field for it in a file that is written again.
-    pub fn to_field(&self) -> Vec<u8> {
-        [b"Delivered-To: ", self.text.as_slice(), b"\n"].concat()
-    }
-}
-
 /// The result of [`parse`].
 #[derive(Debug)]
 pub enum Parsed {
-    Envelope(ParsedEnvelope),
+    Envelope(Box<ParsedEnvelope>),
     /// The envelope does not end within these octets.
     More,
     /// The file has no recipient in the domain.
@@ -123,9 +141,20 @@ pub enum Parsed {
     NoReversePath(String),
 }
 
-/// Reads the envelope from the octets at the front of a file. `end`: these octets are the whole file. `domain`: recipients
-/// in other domains are ignored. `id` and `arrived` are used for files that have none.
-pub fn parse(front: &[u8], end: bool, domain: Option<&Domain>, id: &str, arrived: Timestamp) -> Parsed {
+/// What [`parse`] needs to know besides the file.
+#[derive(Clone, Copy)]
+pub struct ParseOptions<'a> {
+    /// Recipients in other domains are not read.
+    pub domain: Option<&'a Domain>,
+    /// See [`QueueName::prefix`](super::QueueName::prefix).
+    pub prefix: Option<&'a str>,
+    /// The id and the time of arrival of a file that has none.
+    pub id: &'a str,
+    pub arrived: Timestamp,
+}
+
+/// Reads the envelope from the octets at the front of a file. `end`: these octets are the whole file.
+pub fn parse(front: &[u8], end: bool, options: ParseOptions<'_>) -> Parsed {
     let mut fields = Fields::default();
     let (mut octets, mut lines) = (0, 0);
     loop {
@@ -138,19 +167,20 @@ pub fn parse(front: &[u8], end: bool, domain: Option<&Domain>, id: &str, arrived
             break;
         }
         let Some(length) = field_length(rest, end) else { return Parsed::More };
-        fields.add(&name, &rest[..length]);
+        fields.add(&name, &rest[..length], octets);
         octets += length;
         lines += rest[..length].split_inclusive(|octet| *octet == b'\n').count();
     }
-    let (recipients, unread) = fields.recipients(domain);
-    if recipients.is_empty() && unread.is_empty() {
+    let Recipients { open, marks, settled, unread } = fields.recipients(options);
+    if open.is_empty() && settled.is_empty() && unread.is_empty() {
         return Parsed::NoRecipients;
     }
     match fields.reverse_path() {
         Err(reason) => Parsed::NoReversePath(reason),
         Ok(from) => {
-            let envelope = fields.envelope(from, recipients, id, arrived);
-            Parsed::Envelope(ParsedEnvelope { envelope, octets, lines, ours: fields.ours.is_some(), unread })
+            let envelope = fields.envelope(from, open, options);
+            let ours = fields.ours.is_some();
+            Parsed::Envelope(Box::new(ParsedEnvelope { envelope, octets, lines, ours, marks, settled, unread }))
         }
     }
 }
@@ -181,21 +211,81 @@ fn field_name(line: &[u8]) -> Vec<u8> {
 }
 
 /// The value of a field, without the line ends of a folded one (RFC 5322 section 2.2.3).
-fn unfolded(field: &[u8]) -> Cow<'_, [u8]> {
-    let colon = field.iter().position(|octet| *octet == b':').map_or(0, |at| at + 1);
-    let value = field[colon..].trim_ascii();
-    if !value.contains(&b'\n') {
-        return Cow::Borrowed(value);
+struct FieldValue<'a> {
+    octets: Cow<'a, [u8]>,
+    /// Where the first of the octets is in the file.
+    start: usize,
+    /// Where each of the octets is after the first; empty: one after the other.
+    places: Vec<usize>,
+}
+
+impl FieldValue<'_> {
+    /// The value of a field that begins at `start` in the file.
+    fn unfolded(field: &[u8], start: usize) -> FieldValue<'_> {
+        let colon = field.iter().position(|octet| *octet == b':').map_or(0, |at| at + 1);
+        let value = field[colon..].trim_ascii_start();
+        let start = start + field.len() - value.len();
+        let value = value.trim_ascii_end();
+        if !value.contains(&b'\n') {
+            return FieldValue { octets: Cow::Borrowed(value), start, places: Vec::new() };
+        }
+        let is_line_end = |at: usize| value[at] == b'\n' || value[at] == b'\r' && value.get(at + 1) == Some(&b'\n');
+        let places: Vec<usize> = (0..value.len()).filter(|at| !is_line_end(*at)).collect();
+        let octets = Cow::Owned(places.iter().map(|at| value[*at]).collect());
+        FieldValue { octets, start, places }
     }
-    let lines = value.split(|octet| *octet == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
-    Cow::Owned(lines.collect::<Vec<_>>().concat())
+
+    /// Where an octet of the value is in the file.
+    fn place(&self, at: usize) -> u64 {
+        (self.start + self.places.get(at).copied().unwrap_or(at)) as u64
+    }
 }
 
 /// A field that names recipients.
 struct RecipientField<'a> {
-    value: Cow<'a, [u8]>,
+    value: FieldValue<'a>,
     /// The value of `X-ODMR-Recipient`; empty: none.
     parameters: Cow<'a, [u8]>,
+}
+
+/// The recipients of a file in the queue's domain, each once.
+#[derive(Default)]
+struct Recipients {
+    open: Vec<Recipient>,
+    /// For each open recipient, where its mark goes.
+    marks: Vec<Vec<u64>>,
+    settled: Vec<Mark>,
+    /// Those that cannot be read or are in another domain.
+    unread: Vec<UnreadRecipient>,
+}
+
+impl Recipients {
+    /// Adds the recipients of a field; `prefix`: as in [`ParseOptions`].
+    fn add(&mut self, field: &RecipientField<'_>, domain: Option<&Domain>, prefix: Option<&str>) {
+        for (at, text, address) in addresses(&field.value.octets) {
+            let mailbox = match address {
+                Ok(Address::Settled(mark)) => {
+                    self.settled.push(mark);
+                    continue;
+                }
+                Ok(Address::Open(mailbox)) => in_domain(without_prefix(mailbox, prefix), domain),
+                Err(reason) => Err(reason),
+            };
+            match mailbox {
+                Ok(mailbox) => {
+                    let place = field.value.place(at + mark_place(&text));
+                    match self.open.iter().position(|other| other.mailbox == mailbox) {
+                        Some(number) => self.marks[number].push(place),
+                        None => {
+                            self.open.push(with_parameters(mailbox, &field.parameters));
+                            self.marks.push(vec![place]);
+                        }
+                    }
+                }
+                Err(reason) => self.unread.push(UnreadRecipient { text, reason }),
+            }
+        }
+    }
 }
 
 /// The fields of an envelope.
@@ -213,53 +303,45 @@ impl<'a> Fields<'a> {
         match name {
             b"return-path" => self.return_path.is_none(),
             b"delivered-to" | b"x-original-to" | b"envelope-to" | b"x-odmr-envelope" | b"x-odmr-recipient" => true,
-            // Other lines of delivery agents, and of our copies in `.refused`.
+            // Other lines of delivery agents, and of copies in `.refused` that an earlier version made.
             b"delivery-date" | b"x-envelope-from" | b"x-odmr-refused" => true,
             _ => false,
         }
     }
 
-    /// Adds a field with its continuation lines.
-    fn add(&mut self, name: &[u8], field: &'a [u8]) {
-        let value = unfolded(field);
+    /// Adds a field with its continuation lines, which begins at `start` in the file.
+    fn add(&mut self, name: &[u8], field: &'a [u8], start: usize) {
+        let value = FieldValue::unfolded(field, start);
         match name {
-            b"return-path" => self.return_path = Some(value),
+            b"return-path" => self.return_path = Some(value.octets),
             b"delivered-to" => self.delivered_to.push(RecipientField { value, parameters: Cow::default() }),
             b"x-original-to" | b"envelope-to" => {
                 self.original_to.push(RecipientField { value, parameters: Cow::default() });
             }
-            b"x-odmr-envelope" => self.ours = String::from_utf8(value.into_owned()).ok(),
+            b"x-odmr-envelope" => self.ours = String::from_utf8(value.octets.into_owned()).ok(),
             b"x-odmr-recipient" => {
                 if let Some(recipient) = self.delivered_to.last_mut() {
-                    recipient.parameters = value;
+                    recipient.parameters = value.octets;
                 }
             }
             _ => {}
         }
     }
 
-    /// The recipients in `domain`, each once, and those that cannot be read or are in another domain: those of
-    /// `Delivered-To`, or if none of them is in `domain`, the original ones. If there is none at all in `domain`, the
-    /// second list is that of both.
-    fn recipients(&self, domain: Option<&Domain>) -> (Vec<Recipient>, Vec<UnreadRecipient>) {
+    /// The recipients of `Delivered-To`, or if none of them is in the domain, the original ones. If there is none at all in
+    /// the domain, `unread` is that of both.
+    fn recipients(&self, options: ParseOptions<'_>) -> Recipients {
+        let prefix = options.prefix.filter(|_| self.ours.is_none());
         let mut all_unread = Vec::new();
-        for fields in [&self.delivered_to, &self.original_to] {
-            let (mut recipients, mut unread) = (Vec::<Recipient>::new(), Vec::new());
-            for field in fields {
-                for (text, mailbox) in addresses(&field.value) {
-                    match mailbox.and_then(|mailbox| in_domain(mailbox, domain)) {
-                        Ok(mailbox) if recipients.iter().any(|other| other.mailbox == mailbox) => {}
-                        Ok(mailbox) => recipients.push(with_parameters(mailbox, &field.parameters)),
-                        Err(reason) => unread.push(UnreadRecipient { text, reason }),
-                    }
-                }
+        for (fields, prefix) in [(&self.delivered_to, prefix), (&self.original_to, None)] {
+            let mut recipients = Recipients::default();
+            fields.iter().for_each(|field| recipients.add(field, options.domain, prefix));
+            if !recipients.open.is_empty() || !recipients.settled.is_empty() {
+                return recipients;
             }
-            if !recipients.is_empty() {
-                return (recipients, unread);
-            }
-            all_unread.append(&mut unread);
+            all_unread.append(&mut recipients.unread);
         }
-        (Vec::new(), all_unread)
+        Recipients { unread: all_unread, ..Recipients::default() }
     }
 
     /// The reverse path; `<>` if the agent wrote none.
@@ -282,9 +364,9 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn envelope(&self, from: ReversePath, recipients: Vec<Recipient>, id: &str, arrived: Timestamp) -> QueuedEnvelope {
-        let envelope = Envelope { recipients, ..Envelope::new(from) };
-        let mut queued = QueuedEnvelope { id: id.to_owned(), arrived, envelope };
+    fn envelope(&self, from: ReversePath, recipients: Vec<Recipient>, options: ParseOptions<'_>) -> QueuedEnvelope {
+        let (id, arrived) = (options.id.to_owned(), options.arrived);
+        let mut queued = QueuedEnvelope { id, arrived, envelope: Envelope { recipients, ..Envelope::new(from) } };
         let envelope = &mut queued.envelope;
         for word in self.ours.as_deref().unwrap_or_default().split("; ").map(str::trim) {
             match word.split_once('=').unwrap_or((word, "")) {
@@ -303,22 +385,31 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// The addresses of a list, each as the list has it, and as a mailbox or the reason why it cannot be read.
-fn addresses(value: &[u8]) -> Vec<(Vec<u8>, Result<Mailbox, String>)> {
+/// An address of a list.
+enum Address {
+    Open(Mailbox),
+    Settled(Mark),
+}
+
+/// The addresses of a list, each with the octet where it begins, as the list has it, and read, or the reason why it cannot
+/// be read.
+fn addresses(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, String>)> {
     let Ok(text) = std::str::from_utf8(value) else { return addresses_in_octets(value) };
     if let Some(mailbox) = address(text) {
-        return vec![(value.to_owned(), Ok(mailbox))];
+        return vec![(0, value.to_owned(), Ok(Address::Open(mailbox)))];
     }
     let read = |listed: ListedAddress<'_>| {
         let mailbox = address(listed.text).map_or(listed.mailbox, Ok);
-        (listed.text.as_bytes().to_owned(), mailbox)
+        let address =
+            mailbox.map(Address::Open).or_else(|reason| settled(listed.text).map(Address::Settled).ok_or(reason));
+        (listed.at, listed.text.as_bytes().to_owned(), address)
     };
     divide(text, None).into_iter().map(read).collect()
 }
 
 /// The addresses of a list that is not in UTF-8; those of them that are can be read. Each octet above 127 stands in for a
 /// character without a meaning, so that the list can be divided.
-fn addresses_in_octets(value: &[u8]) -> Vec<(Vec<u8>, Result<Mailbox, String>)> {
+fn addresses_in_octets(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, String>)> {
     const PRIVATE_USE: u32 = 0xE000;
     let character = |octet: &u8| match octet {
         0..=127 => Some(char::from(*octet)),
@@ -329,15 +420,42 @@ fn addresses_in_octets(value: &[u8]) -> Vec<(Vec<u8>, Result<Mailbox, String>)> 
     for listed in divide(&text, None) {
         let octet = |character| u8::try_from(u32::from(character) & 0xFF).unwrap_or_default();
         let part: Vec<u8> = listed.text.chars().map(octet).collect();
+        let start = text[..listed.at].chars().count();
         match std::str::from_utf8(&part) {
-            Ok(_) => found.append(&mut addresses(&part)),
+            Ok(_) => found.extend(addresses(&part).into_iter().map(|(at, text, address)| (start + at, text, address))),
             Err(_) => {
                 let reason = format!("cannot read {}: it is not in UTF-8", String::from_utf8_lossy(&part));
-                found.push((part, Err(reason)));
+                found.push((start, part, Err(reason)));
             }
         }
     }
     found
+}
+
+/// Where the mark of an address goes: its last `@`, but not one in a comment, without which the address could still be read.
+fn mark_place(address: &[u8]) -> usize {
+    let is_place = |at: &usize| {
+        let mut marked = address.to_vec();
+        marked[*at] = Mark::Done.octet();
+        !address.contains(&b'(') || std::str::from_utf8(&marked).is_ok_and(|text| one_address(text).is_none())
+    };
+    (0..address.len()).rev().filter(|at| address[*at] == b'@').find(is_place).unwrap_or(0)
+}
+
+/// The mark of an address, which cannot be read with it, but can be read without it.
+fn settled(text: &str) -> Option<Mark> {
+    [Mark::Done, Mark::Rejected].into_iter().find(|mark| {
+        let sign = char::from(mark.octet());
+        let without = |(at, _)| one_address(&[&text[..at], "@", &text[at + 1..]].concat()).is_some();
+        text.match_indices(sign).any(without)
+    })
+}
+
+/// The mailbox of a list of one address.
+fn one_address(text: &str) -> Option<Mailbox> {
+    let mut listed = divide(text, None).into_iter();
+    let first = listed.next().filter(|_| listed.next().is_none())?;
+    address(text).or_else(|| first.mailbox.ok())
 }
 
 /// The mailbox of an address as SMTP writes it, with angle brackets or without.
@@ -352,6 +470,13 @@ fn in_domain(mailbox: Mailbox, domain: Option<&Domain>) -> Result<Mailbox, Strin
         Some(domain) if mailbox.domain() != Some(domain) => Err(format!("{mailbox} is not in {domain}")),
         _ => Ok(mailbox),
     }
+}
+
+/// The mailbox without the prefix that another agent has put in front of its local part.
+fn without_prefix(mailbox: Mailbox, prefix: Option<&str>) -> Mailbox {
+    let rest = prefix.and_then(|prefix| mailbox.local().strip_prefix(prefix)).filter(|rest| !rest.is_empty());
+    let original = rest.zip(mailbox.domain()).and_then(|(rest, domain)| Mailbox::parse(&format!("{rest}@{domain}")));
+    original.unwrap_or(mailbox)
 }
 
 /// The recipient with the parameters of its `X-ODMR-Recipient`.

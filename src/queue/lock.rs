@@ -1,45 +1,125 @@
 //! The lock on some queues, and the messages that it offers.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use super::envelope::ParsedEnvelope;
-use super::message::{self, QueuedMessage};
+use super::message::{self, Opened, QueuedMessage};
 use super::name::QueueName;
 use super::retry;
-use crate::clock::Clock;
+use crate::ids::Ids;
 use crate::mail::address::Domain;
-use crate::maildir::{Entry, IN_DOUBT, Maildir};
+use crate::maildir::{Entry, FileId, IN_DOUBT, Maildir};
 use crate::net::trace::quoted;
 use crate::smtp::status::DeliveryResult;
 
 /// The file beside the lock that asks its holder to release it.
 pub(super) const TAKEOVER_FILE: &str = "odmr.wanted";
 
+/// How often a message is looked for that a mail reader moves again and again.
+const OPEN_ATTEMPTS: usize = 5;
+
 /// The lock on some queues, for one session.
 pub struct QueueLock {
     queues: Vec<LockedQueue>,
     current: usize,
-    clock: Clock,
 }
 
 pub(super) struct LockedQueue {
-    name: QueueName,
-    maildir: Maildir,
-    lock: File,
+    pub(super) name: QueueName,
+    pub(super) maildir: Maildir,
+    pub(super) lock: File,
+    pub(super) ids: Ids,
+    pub(super) notes: Arc<Notes>,
+    pub(super) listed: Listed,
+}
+
+/// What a session has listed of a queue.
+#[derive(Default)]
+pub(super) struct Listed {
     waiting: VecDeque<Entry>,
+    /// Messages that may end this session too: they are offered last, so that the others need not wait for them.
+    last: VecDeque<Entry>,
     /// The unique names of messages that this session has offered and that are still there: each is offered once. The
     /// set is for one queue, because other agents may give files in two Maildirs the same name.
-    offered: HashSet<String>,
+    offered: HashSet<OsString>,
+    /// The session is a call: it counts for messages that calls skip.
+    is_call: bool,
+    /// How many messages this session skips.
+    skipped: usize,
+    /// How many files have no recipient that can be sent to.
+    not_mail: usize,
+}
+
+/// Files that were named in the log: each is named once by a process, and counted apart if it is no mail.
+#[derive(Default)]
+pub(super) struct Notes(Mutex<HashMap<PathBuf, Note>>);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Note {
+    /// No recipient can be sent to.
+    NotMail,
+    /// Some recipients cannot be read.
+    RecipientsLeft,
+}
+
+/// Files that are remembered; then all are forgotten, and named once more.
+const NOTES_LIMIT: usize = 10_000;
+
+impl Notes {
+    fn lock(&self) -> MutexGuard<'_, HashMap<PathBuf, Note>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns whether that is new.
+    fn add(&self, maildir: &Maildir, entry: &Entry, note: Note) -> bool {
+        let mut notes = self.lock();
+        if notes.len() >= NOTES_LIMIT {
+            notes.clear();
+        }
+        notes.insert(maildir.path().join(entry.unique()), note) != Some(note)
+    }
+
+    /// The file is a message by now.
+    fn remove(&self, maildir: &Maildir, entry: &Entry) {
+        let mut notes = self.lock();
+        if !notes.is_empty() {
+            notes.remove(&maildir.path().join(entry.unique()));
+        }
+    }
+
+    pub(super) fn is_mail(&self, maildir: &Maildir, entry: &Entry) -> bool {
+        let notes = self.lock();
+        notes.is_empty() || notes.get(&maildir.path().join(entry.unique())) != Some(&Note::NotMail)
+    }
 }
 
 impl QueueLock {
-    pub(super) fn new(queues: Vec<LockedQueue>, clock: Clock) -> QueueLock {
+    pub(super) fn new(queues: Vec<LockedQueue>) -> QueueLock {
         // The queue after the last is the first one that was asked for.
         let current = queues.len().saturating_sub(1);
-        QueueLock { queues, current, clock }
+        QueueLock { queues, current }
+    }
+
+    /// This session is a call of the customer: it counts for messages that the next calls skip. To be called before any
+    /// message is asked for.
+    pub fn count_call(&mut self) {
+        self.queues.iter_mut().for_each(|queue| queue.listed.is_call = true);
+    }
+
+    /// How many messages this session skips because they have ended sessions.
+    pub fn skipped(&self) -> usize {
+        self.queues.iter().map(|queue| queue.listed.skipped).sum()
+    }
+
+    /// How many files this session has found that are no mail, or of which no recipient can be read.
+    pub fn not_mail(&self) -> usize {
+        self.queues.iter().map(|queue| queue.listed.not_mail).sum()
     }
 
     /// The domains whose queues are locked.
@@ -47,40 +127,41 @@ impl QueueLock {
         self.queues.iter().filter_map(|queue| queue.name.domain.as_ref())
     }
 
-    /// Whether there is no file at all in the queues.
+    /// Whether there is no file at all in the queues, but for those that are known to be no mail.
     ///
     /// # Errors
     /// A directory cannot be read.
     pub fn is_empty(&self) -> io::Result<bool> {
-        for queue in &self.queues {
-            if !queue.maildir.is_empty()? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        Ok(self.count(1)? == 0)
     }
 
-    /// How many files there are in the queues, up to `limit`.
+    /// How many files there are in the queues, up to `limit`, without those that are known to be no mail.
     ///
     /// # Errors
     /// A directory cannot be read.
     pub fn count(&self, limit: usize) -> io::Result<usize> {
         let mut count = 0;
-        for queue in &self.queues {
-            count += queue.maildir.count(limit - count)?;
+        for LockedQueue { maildir, notes, .. } in &self.queues {
+            count += maildir.count_if(limit - count, |entry| notes.is_mail(maildir, entry))?;
         }
         Ok(count)
     }
 
-    /// The next message: the queues take turns, the oldest message of a queue comes first. Messages that arrive after the
-    /// lock are offered too. A file that cannot be read is logged and skipped. `None`: every message has been offered.
+    /// The next message: the queues take turns, the oldest message of a queue comes first, those that have ended sessions or
+    /// are in doubt come last. Messages that arrive after the lock are offered too. A file that cannot be read is logged and
+    /// left out. `None`: every message has been offered.
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
+        self.next_of(|listed| &mut listed.waiting).or_else(|| self.next_of(|listed| &mut listed.last))
+    }
+
+    /// The next message of these lists.
+    fn next_of(&mut self, list: impl Fn(&mut Listed) -> &mut VecDeque<Entry>) -> Option<QueuedMessage> {
         let mut refilled = 0;
         while refilled <= self.queues.len() {
             let queue = self.queues.get_mut(self.current)?;
-            while let Some(entry) = queue.waiting.pop_front() {
-                queue.offered.insert(entry.unique().to_owned());
-                match queue.open(entry, self.clock) {
+            while let Some(entry) = list(&mut queue.listed).pop_front() {
+                queue.listed.offered.insert(entry.unique().to_owned());
+                match queue.open(entry) {
                     Ok(Some(message)) => return Some(message),
                     Ok(None) => {}
                     Err(error) => log_unreadable(&queue.name, &error),
@@ -102,16 +183,16 @@ impl QueueLock {
     /// The file cannot be read.
     pub fn open_message(&mut self, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name) else { return Ok(None) };
-        queue.offered.insert(entry.unique().to_owned());
-        queue.open(entry, self.clock)
+        queue.listed.offered.insert(entry.unique().to_owned());
+        queue.open(entry)
     }
 
     /// Whether [`QueueLock::next_message`] will offer a message.
     pub fn has_next(&mut self) -> bool {
         let Some(message) = self.next_message() else { return false };
         if let Some(queue) = self.queue_of(message.maildir()) {
-            queue.offered.remove(message.unique());
-            queue.waiting.push_front(message.into_entry());
+            queue.listed.offered.remove(message.unique());
+            queue.listed.waiting.push_front(message.into_entry());
         }
         true
     }
@@ -119,13 +200,17 @@ impl QueueLock {
     /// Records what became of the recipients of a message, and removes the message if no recipient is left.
     ///
     /// # Errors
-    /// The disk fails. No recipient is lost, but some may receive the message twice.
-    pub fn settle(&mut self, message: QueuedMessage, result: &DeliveryResult) -> io::Result<()> {
-        let (queue, unique) = (self.queue_of(message.maildir()), message.unique().to_owned());
-        if message.settle(result)?
-            && let Some(queue) = queue
-        {
-            queue.offered.remove(&unique);
+    /// The disk fails. No recipient is lost, but some may receive the message twice. This session does not offer it again.
+    pub fn settle(&mut self, mut message: QueuedMessage, result: &DeliveryResult) -> io::Result<()> {
+        let Some(queue) = self.queue_of(message.maildir()) else { return Ok(()) };
+        let now = queue.ids.clock().now();
+        let offer_again = message.settle(result, now).inspect_err(|_| message.record_failure(now))?;
+        if offer_again {
+            queue.listed.offered.remove(message.unique());
+        }
+        if let Some(ended) = message.entry().record().ended.filter(|_| result.ended_session()) {
+            let (id, sessions, skip) = (&message.id, ended.sessions, ended.skip);
+            log::warn!("event=session-ended-by-message queue={} id={id} sessions={sessions} skip={skip}", queue.name);
         }
         Ok(())
     }
@@ -148,49 +233,135 @@ impl QueueLock {
 }
 
 impl LockedQueue {
-    pub(super) fn new(name: &QueueName, maildir: Maildir, lock: File) -> LockedQueue {
-        LockedQueue { name: name.clone(), maildir, lock, waiting: VecDeque::new(), offered: HashSet::new() }
-    }
-
-    /// Opens a message. If its time of arrival is impossible, records that it was first seen now.
-    fn open(&self, entry: Entry, clock: Clock) -> io::Result<Option<QueuedMessage>> {
-        let mut message = QueuedMessage::open(&self.maildir, &self.name, entry, clock.now())?;
-        message.iter_mut().for_each(QueuedMessage::ensure_arrival);
-        Ok(message)
-    }
-
-    /// Lists the messages that are due and that this session has not offered yet.
-    fn refill(&mut self) -> io::Result<()> {
-        let mut entries = self.maildir.entries()?;
-        let mut left_out = Vec::new();
-        for pair in entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique()) {
-            match self.superseded(&pair[0], &pair[1]) {
-                Ok(None) => {}
-                Ok(Some(entry)) => {
-                    log::warn!("event=half-settled file={}", quoted(&entry.name));
-                    self.maildir.remove(entry)?;
-                    left_out.push(entry.clone());
+    /// Opens a message. If its time of arrival is impossible, records that it was first seen now. If a crash came between the
+    /// settlement of its last recipient and its removal, removes it.
+    fn open(&mut self, mut entry: Entry) -> io::Result<Option<QueuedMessage>> {
+        for _ in 0..OPEN_ATTEMPTS {
+            match QueuedMessage::open(&self.maildir, &self.name, entry.clone(), self.ids.clock().now())? {
+                Opened::Gone => match self.maildir.find(&entry, None)? {
+                    Some(moved) => entry = moved,
+                    None => return Ok(None),
+                },
+                Opened::NotMail(reason) => {
+                    self.note(&entry, Note::NotMail, &reason);
+                    return Ok(None);
                 }
-                // If these may be the two files of one message, either would be sent to recipients that have it already.
-                Err(error) => {
-                    log_unreadable(&self.name, &error);
-                    left_out.extend_from_slice(pair);
-                }
+                Opened::Message(message) => return self.check(*message),
             }
         }
+        Ok(None)
+    }
+
+    fn check(&mut self, mut message: QueuedMessage) -> io::Result<Option<QueuedMessage>> {
+        let (no_recipients, unread) = (message.envelope.recipients.is_empty(), message.unread());
+        if !unread.is_empty() {
+            let note = if no_recipients { Note::NotMail } else { Note::RecipientsLeft };
+            self.note(message.entry(), note, &unread);
+        } else {
+            self.notes.remove(&self.maildir, message.entry());
+        }
+        if no_recipients {
+            if unread.is_empty() {
+                log::warn!("event=half-settled file={}", quoted(message.entry().name.display()));
+                message.finish()?;
+            }
+            return Ok(None);
+        }
+        message.ensure_markable(&self.ids.file_name("copy"))?;
+        message.ensure_arrival();
+        Ok(Some(message))
+    }
+
+    /// Names a file in the log, once, and counts it if it is no mail.
+    fn note(&mut self, entry: &Entry, note: Note, reason: &str) {
+        self.listed.not_mail += usize::from(note == Note::NotMail);
+        if self.notes.add(&self.maildir, entry, note) {
+            let (queue, file) = (&self.name, self.maildir.file(entry));
+            let (file, reason) = (quoted(file.display()), quoted(reason));
+            match note {
+                Note::NotMail => log::warn!("event=not-mail queue={queue} file={file} reason={reason}"),
+                Note::RecipientsLeft => log::warn!("event=recipients-left queue={queue} file={file} error={reason}"),
+            }
+        }
+    }
+
+    /// Lists the messages that are due and that this session has not offered yet, if all that were listed are offered.
+    fn refill(&mut self) -> io::Result<()> {
+        if !self.listed.waiting.is_empty() || !self.listed.last.is_empty() {
+            return Ok(());
+        }
+        let mut entries = self.maildir.entries()?;
+        let left_out = self.left_out(&entries)?;
         entries.retain(|entry| !left_out.contains(entry));
-        // A message that ended a session is offered last: it may end this one too, and the others must not wait for it.
-        entries.sort_by_key(|entry| entry.has(IN_DOUBT));
-        let now = SystemTime::now();
-        let is_due =
-            |entry: &Entry| !self.name.retries || retry::due(&self.maildir.file(entry)).is_none_or(|due| due <= now);
-        entries.retain(|entry| !self.offered.contains(entry.unique()) && is_due(entry));
-        self.waiting = entries.into();
+        let (now, time) = (self.ids.clock().now(), SystemTime::now());
+        let mut last = Vec::new();
+        for entry in entries {
+            let is_due = || !self.name.retries || retry::due(&self.maildir.file(&entry)).is_none_or(|due| due <= time);
+            if self.listed.offered.contains(entry.unique()) || !is_due() {
+                continue;
+            }
+            let record = entry.record();
+            if message::is_skipped(&record, now) {
+                self.skip(&entry);
+            } else if record.ended.is_some() || entry.has(IN_DOUBT) {
+                last.push((record.ended.map_or(0, |ended| ended.sessions), entry));
+            } else {
+                self.listed.waiting.push_back(entry);
+            }
+        }
+        last.sort_by_key(|(sessions, _)| *sessions);
+        self.listed.last.extend(last.into_iter().map(|(_, entry)| entry));
         Ok(())
     }
 
-    /// A crash in `settle` leaves a message twice, as it was before and after. Returns the file from before, which has
-    /// recipients that are settled; `None`: neither file is the rest of the other.
+    /// Leaves a message out of this session because it has ended others, and records that, if the session is a call.
+    fn skip(&mut self, entry: &Entry) {
+        self.listed.offered.insert(entry.unique().to_owned());
+        self.listed.skipped += 1;
+        let mut record = entry.record();
+        let Some(ended) = &mut record.ended else { return };
+        let (queue, file, sessions, calls) = (&self.name, quoted(entry.name.display()), ended.sessions, ended.skip - 1);
+        log::info!("event=skipped queue={queue} file={file} sessions={sessions} skip={calls}");
+        ended.skip = calls;
+        if self.listed.is_call
+            && let Err(error) = self.maildir.rename(entry, None, &record)
+        {
+            // The time since it ended the last session bounds the calls too.
+            log::warn!("event=skip-not-recorded queue={queue} error={}", quoted(error));
+        }
+    }
+
+    /// The entries among these that are not offered, because another entry is the same message.
+    fn left_out(&self, entries: &[Entry]) -> io::Result<Vec<Entry>> {
+        let mut left_out = Vec::new();
+        for pair in entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique()) {
+            let id = |entry: &Entry| FileId::of_path(&self.maildir.file(entry)).ok();
+            match (id(&pair[0]), id(&pair[1])) {
+                // A mail reader has moved it while the directories were read.
+                (None, _) => left_out.push(pair[0].clone()),
+                (_, None) => left_out.push(pair[1].clone()),
+                // It is moving it, or was killed between link and unlink.
+                (Some(one), Some(other)) if one == other => left_out.push(pair[0].clone()),
+                _ => match self.superseded(&pair[0], &pair[1]) {
+                    Ok(None) => {}
+                    Ok(Some(entry)) => {
+                        log::warn!("event=half-settled file={}", quoted(entry.name.display()));
+                        self.maildir.remove(entry)?;
+                        left_out.push(entry.clone());
+                    }
+                    // If these may be the two files of one message, either would be sent to recipients that have it already.
+                    Err(error) => {
+                        log_unreadable(&self.name, &error);
+                        left_out.extend_from_slice(pair);
+                    }
+                },
+            }
+        }
+        Ok(left_out)
+    }
+
+    /// A crash of an earlier version in `settle` has left a message twice, as it was before and after. Returns the file from
+    /// before, which has recipients that are settled; `None`: neither file is the rest of the other.
     ///
     /// # Errors
     /// A file cannot be read.
@@ -209,8 +380,8 @@ impl LockedQueue {
 
     /// The envelope of a file; `None`: it is not a message for a recipient of this queue, or it cannot be opened.
     fn parse(&self, entry: &Entry) -> io::Result<Option<ParsedEnvelope>> {
-        let Ok(Some(file)) = message::open_file(&self.maildir.file(entry)) else { return Ok(None) };
-        message::read_envelope(&file, entry, &self.name)
+        let Ok(Ok(file)) = message::open_file(&self.maildir.file(entry)) else { return Ok(None) };
+        message::read_envelope(&file, entry, &self.name).map(Result::ok)
     }
 }
 

@@ -1,30 +1,47 @@
 //! One message of a queue: reading it, and settling it after an attempt.
 
-use std::fs::{self, File};
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use super::envelope::{self, ENVELOPE_LIMIT, Parsed, ParsedEnvelope, QueuedEnvelope, UnreadRecipient};
+use rustix::fs::OFlags;
+
+use super::envelope::{
+    self, ENVELOPE_LIMIT, Mark, ParseOptions, Parsed, ParsedEnvelope, QueuedEnvelope, UnreadRecipient,
+};
 use super::name::QueueName;
 use super::retry;
 use crate::clock::Timestamp;
 use crate::maildir::spooled::Content;
-use crate::maildir::{DELAY_REPORTED, Entry, IN_DOUBT, Maildir, MessageWriter, for_each_block, with_path};
+use crate::maildir::{
+    AttemptRecord, DELAY_REPORTED, EndedSessions, Entry, FileId, IN_DOUBT, Maildir, for_each_block, with_path,
+};
 use crate::net::trace::quoted;
 use crate::smtp::client::OutgoingMessage;
 use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::content::WireSize;
 use crate::smtp::status::{DeliveryResult, RecipientStatus};
 
-/// Names tried for the copy of a message for rejected recipients: one for each recipient that it may have.
+/// Names tried for a message in `.refused`: an earlier version may have kept copies there for other recipients.
 const REJECTED_NAMES: usize = 1000;
+
+/// A message is offered after this many ended sessions in a row as before, but last; then calls skip it.
+const SESSIONS_WITHOUT_SKIP: u32 = 2;
+
+/// How many calls skip a message at most, after one more ended session each: 1, 2, 4, 8, 8 and so on.
+const SKIPPED_CALLS_LIMIT: u32 = 8;
+
+/// No call skips a message when this time has passed since it ended a session.
+const SKIP_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// One message, and the recipients that it is offered for.
 pub struct QueuedMessage {
     maildir: Maildir,
     entry: Entry,
+    /// Open for reading, and for writing if the system permits that.
     file: File,
     /// Where the content begins, in octets.
     content: u64,
@@ -35,8 +52,12 @@ pub struct QueuedMessage {
     /// Its time of arrival is impossible, and it was not seen before.
     unseen: bool,
     pub envelope: Envelope,
-    /// The fields of the recipients for which the file stays; see [`ParsedEnvelope::unread`].
-    unread: Vec<u8>,
+    /// For each recipient, where its mark goes; see [`Mark`].
+    marks: Vec<Vec<u64>>,
+    /// The marks of recipients that are settled.
+    settled: Vec<Mark>,
+    /// Recipients that cannot be read, for which the file stays: see [`ParsedEnvelope::unread`].
+    unread: Vec<UnreadRecipient>,
     /// Octets of the content on the wire.
     pub size: u64,
     /// The content has octets above 127.
@@ -45,6 +66,15 @@ pub struct QueuedMessage {
     pub next_attempt: Option<SystemTime>,
     /// The sender has received a DSN about the rejected recipients, or wants none.
     pub rejections_reported: bool,
+}
+
+/// What is found under a name in a queue.
+pub(super) enum Opened {
+    Message(Box<QueuedMessage>),
+    /// No message that could be sent from this queue, for this reason.
+    NotMail(String),
+    /// There is no such file.
+    Gone,
 }
 
 /// The content, from where the last call ended.
@@ -61,27 +91,26 @@ impl Content for QueuedMessage {
 }
 
 impl QueuedMessage {
-    /// Opens a message. `now`: the time, by which its time of arrival may be impossible. `None`: the file is gone, or it is
-    /// not a message for a recipient of this queue, which is logged.
+    /// Opens a message. `now`: the time, by which its time of arrival may be impossible. It has no recipients if all of them
+    /// are settled, or if those that are open cannot be read.
     ///
     /// # Errors
     /// The file cannot be read; the error names it.
-    pub(super) fn open(
-        maildir: &Maildir, name: &QueueName, entry: Entry, now: Timestamp,
-    ) -> io::Result<Option<QueuedMessage>> {
+    pub(super) fn open(maildir: &Maildir, name: &QueueName, entry: Entry, now: Timestamp) -> io::Result<Opened> {
         let path = maildir.file(&entry);
         let failed = |error| with_path(&path, error);
         let file = match open_file(&path) {
-            Ok(Some(file)) => file,
-            Ok(None) => return Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Ok(Ok(file)) => file,
+            Ok(Err(kind)) => return Ok(Opened::NotMail(kind.to_owned())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Opened::Gone),
             Err(error) => return Err(failed(error)),
         };
-        let parsed = read_envelope(&file, &entry, name).map_err(failed)?;
-        log_unread(name, &path, parsed.as_ref());
-        let Some(parsed) = parsed.filter(|parsed| !parsed.recipients().is_empty()) else { return Ok(None) };
+        let parsed = match read_envelope(&file, &entry, name).map_err(failed)? {
+            Ok(parsed) => parsed,
+            Err(reason) => return Ok(Opened::NotMail(reason)),
+        };
         let QueuedEnvelope { id, arrived: stated, envelope } = parsed.envelope;
-        let arrived = retry::arrival(stated, entry.first_seen(), now);
+        let arrived = retry::arrival(stated, entry.record().first_seen, now);
         // While the clock itself is wrong, what the file states must not be lost.
         let unseen = arrived.is_none() && now.is_possible(now);
         let arrived = arrived.unwrap_or(if unseen { now } else { stated });
@@ -96,7 +125,9 @@ impl QueuedMessage {
             arrived,
             unseen,
             envelope,
-            unread: parsed.unread.iter().flat_map(UnreadRecipient::to_field).collect(),
+            marks: parsed.marks,
+            settled: parsed.settled,
+            unread: parsed.unread,
             size: 0,
             next_attempt: None,
             rejections_reported: false,
@@ -111,7 +142,27 @@ impl QueuedMessage {
             // Other agents write other sizes into their names, or none.
             None => message.measure()?,
         }
-        Ok(Some(message))
+        Ok(Opened::Message(Box::new(message)))
+    }
+
+    /// Why the file has recipients that cannot be read; empty: it has none.
+    pub(super) fn unread(&self) -> String {
+        let reasons: Vec<_> = self.unread.iter().map(|unread| unread.reason.as_str()).collect();
+        reasons.join("; ")
+    }
+
+    /// Makes sure that a message with several recipients can be marked. If another agent has written a file that this user
+    /// may not write, a copy takes its place. `unique`: a name for it.
+    ///
+    /// # Errors
+    /// The copy cannot be made.
+    pub(super) fn ensure_markable(&mut self, unique: &str) -> io::Result<()> {
+        let writable = || rustix::fs::fcntl_getfl(&self.file).is_ok_and(|flags| flags.contains(OFlags::RDWR));
+        if self.envelope.recipients.len() + self.unread.len() > 1 && !writable() {
+            self.file = self.maildir.replace_by_copy(&self.entry, &self.file, unique)?;
+            self.rewind()?;
+        }
+        Ok(())
     }
 
     /// Whether the last line of the content has no line end. It gets one on the wire.
@@ -136,9 +187,20 @@ impl QueuedMessage {
         self.rewind()
     }
 
+    /// Reads and writes the message by another descriptor of its file.
+    #[cfg(test)]
+    pub(super) fn use_file(&mut self, file: File) {
+        self.file = file;
+    }
+
     /// The name that stays the same when the file is moved or flagged.
-    pub fn unique(&self) -> &str {
+    pub fn unique(&self) -> &OsStr {
         self.entry.unique()
+    }
+
+    /// The file's name now.
+    pub(super) fn entry(&self) -> &Entry {
+        &self.entry
     }
 
     pub(super) fn maildir(&self) -> &Maildir {
@@ -166,83 +228,178 @@ impl QueuedMessage {
         if !self.unseen {
             return;
         }
-        match self.maildir.record_first_seen(&self.entry, self.arrived) {
-            Ok(entry) => (self.entry, self.unseen) = (entry, false),
+        let first_seen = self.arrived;
+        match self.rename(None, |record| record.first_seen = Some(first_seen)) {
+            Ok(()) => self.unseen = false,
             Err(error) => log::warn!("event=arrival-not-recorded id={} error={}", self.id, quoted(error)),
         }
     }
 
-    /// Makes the message the last of its queue, because its content cannot be read: the others must not wait for it.
-    pub fn move_to_end(&self) {
-        if let Err(error) = self.maildir.flag(&self.entry, IN_DOUBT) {
-            log::error!("event=unreadable file={} error={}", quoted(&self.entry.name), quoted(error));
-        }
+    /// When the message was first offered, and stayed. `None`: it has not been offered yet, or the clock was wrong then.
+    pub fn first_offered(&self, now: Timestamp) -> Option<Timestamp> {
+        self.entry.record().first_offered.filter(|time| time.is_possible(now))
     }
 
-    /// Records what became of each recipient, in the order that the module doc of [`queue`](super) describes. This is
-    /// the only function that removes mail, but for the second file of a message that a crash here has left twice.
-    /// `result` has a status for each recipient in order; recipients without one were not tried. Returns whether this session may offer a message of this name again.
+    /// Records what became of each recipient, in the order that the module doc of [`queue`](super) describes. This is the
+    /// only function that removes mail. `result` has a status for each recipient in order; recipients without one were not
+    /// tried. Returns whether this session may offer a message of this name again.
     ///
     /// # Errors
     /// The disk fails. No recipient is lost, but some may receive the message twice.
-    pub(super) fn settle(mut self, result: &DeliveryResult) -> io::Result<bool> {
-        let recipients = std::mem::take(&mut self.envelope.recipients);
-        let (mut open, mut rejected, mut marks) = (Vec::new(), Vec::new(), String::new());
-        let (mut in_doubt, mut offer_again) = (false, false);
-        let all = recipients.len();
-        for (number, recipient) in recipients.into_iter().enumerate() {
-            match result.recipients.get(number) {
-                Some(RecipientStatus::Sent(_)) => {}
-                Some(RecipientStatus::Rejected(reply)) => {
-                    marks += &format!("X-ODMR-Refused: <{}> {reply}\n", recipient.mailbox);
-                    rejected.push(recipient);
-                }
+    pub(super) fn settle(&mut self, result: &DeliveryResult, now: Timestamp) -> io::Result<bool> {
+        let (mut marks, mut open) = (Vec::new(), Vec::new());
+        for (number, places) in self.marks.iter().enumerate() {
+            let mark = match result.recipients.get(number) {
+                Some(RecipientStatus::Sent(_)) => Mark::Done,
+                Some(RecipientStatus::Rejected(_)) if self.rejections_reported => Mark::Done,
+                Some(RecipientStatus::Rejected(_)) => Mark::Rejected,
                 status => {
-                    in_doubt |= matches!(status, Some(RecipientStatus::InDoubt));
-                    offer_again |= status.is_none_or(RecipientStatus::is_one_too_many);
-                    open.push(recipient);
+                    open.push(status);
+                    continue;
                 }
-            }
+            };
+            marks.extend(places.iter().map(|place| (*place, mark)));
         }
-        if open.len() == all {
-            // If every recipient failed, 452 did not mean "too many recipients".
-            self.record(&self.entry, in_doubt, false)?;
-            return Ok(false);
-        }
-        if !rejected.is_empty() && !self.rejections_reported {
-            self.keep_rejected(&rejected, &marks)?;
-        }
+        let offer_again = open.iter().any(|status| status.is_none_or(RecipientStatus::is_one_too_many));
+        // If every recipient failed, 452 did not mean "too many recipients".
+        let offer_again = offer_again && !marks.is_empty();
+        let in_doubt = open.contains(&Some(&RecipientStatus::InDoubt));
+        self.settled.extend(marks.iter().map(|(_, mark)| *mark));
         let all_settled = open.is_empty() && self.unread.is_empty();
-        if !all_settled {
-            let (maildir, unique) = (self.maildir.clone(), self.unique().to_owned());
-            let unread = std::mem::take(&mut self.unread);
-            for mut entry in self.rewrite(&maildir, &unique, open, &unread)? {
-                if self.is_delay_reported() {
-                    entry = maildir.flag(&entry, DELAY_REPORTED)?;
-                }
-                self.record(&entry, in_doubt, offer_again)?;
-            }
+        if all_settled && !self.settled.contains(&Mark::Rejected) {
+            self.finish()?;
+            return Ok(true);
         }
-        self.maildir.remove(&self.entry)?;
-        Ok(offer_again || all_settled)
+        if self.marks.len() > 1 || !all_settled {
+            self.write_marks(&marks)?;
+        }
+        if all_settled {
+            self.record_reply(result, now)?;
+            self.finish()?;
+            return Ok(true);
+        }
+        if let Some(next_attempt) = self.next_attempt {
+            self.file.set_modified(if offer_again { SystemTime::now() } else { next_attempt })?;
+        }
+        self.record_attempt(result, in_doubt, now)?;
+        Ok(offer_again)
     }
 
-    /// Records the next attempt and the doubt about a message that stays.
-    fn record(&self, entry: &Entry, in_doubt: bool, offer_again: bool) -> io::Result<()> {
-        if let Some(next_attempt) = self.next_attempt.filter(|_| !offer_again) {
-            let path = self.maildir.file(entry);
-            let file = File::open(&path).and_then(|file| file.set_modified(next_attempt));
-            file.map_err(|error| with_path(&path, error))?;
+    /// Marks recipients as settled. The file keeps its time of modification: it is the time of arrival, or that of the next
+    /// attempt.
+    fn write_marks(&self, marks: &[(u64, Mark)]) -> io::Result<()> {
+        if marks.is_empty() {
+            return Ok(());
         }
-        if in_doubt { self.maildir.flag(entry, IN_DOUBT).map(drop) } else { Ok(()) }
+        let write = || {
+            let modified = self.file.metadata()?.modified()?;
+            marks.iter().try_for_each(|(place, mark)| self.file.write_all_at(&[mark.octet()], *place))?;
+            self.file.set_modified(modified)?;
+            self.file.sync_data()
+        };
+        write().map_err(|error| with_path(&self.maildir.file(&self.entry), error))
+    }
+
+    /// Removes the file, whose recipients are all settled. If one was rejected and its sender cannot be told, the file goes to
+    /// `.refused`.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        if self.settled.contains(&Mark::Rejected) {
+            return self.keep_rejected();
+        }
+        match self.with_entry(|message| message.maildir.remove(&message.entry)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        // One file with two names is one message: a mail reader that moves it by link and unlink was killed between.
+        let id = FileId::of_file(&self.file)?;
+        while self.file.metadata()?.nlink() > 0
+            && let Some(other) = self.maildir.find(&self.entry, Some(id))?
+        {
+            self.maildir.remove(&other)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the message to `.refused`.
+    fn keep_rejected(&mut self) -> io::Result<()> {
+        let maildir = rejected_maildir(&self.maildir);
+        for number in 0..REJECTED_NAMES {
+            let moved = self.with_entry(|message| {
+                let mut name = message.entry.name.clone();
+                if number > 0 {
+                    name.push(format!(".r{number}"));
+                }
+                message.maildir.move_to(&message.entry, &maildir, name)
+            });
+            match moved {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                other => return other,
+            }
+        }
+        Err(io::Error::other(format!("{}: too many messages of one name", maildir.path().display())))
+    }
+
+    /// Records an attempt after which recipients stay open.
+    fn record_attempt(&mut self, result: &DeliveryResult, in_doubt: bool, now: Timestamp) -> io::Result<()> {
+        let last_reply = result.recipients.iter().rev().find(|status| status.is_open()).map(ToString::to_string);
+        // It waits for its next attempt anyway.
+        let waits = self.next_attempt.is_some_and(|next| next > SystemTime::now());
+        self.rename(in_doubt.then_some(IN_DOUBT), |record| {
+            count_attempt(record, now);
+            record.last_reply = last_reply.or(record.last_reply.take());
+            record.ended = result.ended_session().then(|| ended_once_more(record.ended, waits, now));
+        })
+    }
+
+    /// Records the reply of a message that goes to `.refused`.
+    fn record_reply(&mut self, result: &DeliveryResult, now: Timestamp) -> io::Result<()> {
+        let reply = result.recipients.iter().find(|status| status.is_rejected()).map(ToString::to_string);
+        self.rename(None, |record| {
+            count_attempt(record, now);
+            record.last_reply = reply.or(record.last_reply.take());
+        })
+    }
+
+    /// Records that what became of the message cannot be recorded, as if it had ended the session. A failure is not reported:
+    /// the reason for this is.
+    pub(super) fn record_failure(&mut self, now: Timestamp) {
+        let _ = self.rename(None, |record| record.ended = Some(ended_once_more(record.ended, false, now)));
+    }
+
+    /// Gives the file a flag, if there is one, and a record that `change` has changed.
+    fn rename(&mut self, flag: Option<char>, change: impl FnOnce(&mut AttemptRecord)) -> io::Result<()> {
+        let mut record = self.entry.record();
+        change(&mut record);
+        self.entry = self.with_entry(|message| message.maildir.rename(&message.entry, flag, &record))?;
+        Ok(())
+    }
+
+    /// Does something with the file by its name, and does it again by the new one if a mail reader has moved or flagged the
+    /// file meanwhile. A message that is gone is an error.
+    fn with_entry<T>(&mut self, act: impl Fn(&QueuedMessage) -> io::Result<T>) -> io::Result<T> {
+        for _ in 0..FIND_ATTEMPTS {
+            match act(self) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    match self.maildir.find(&self.entry, Some(FileId::of_file(&self.file)?))? {
+                        Some(entry) => self.entry = entry,
+                        None => return Err(error),
+                    }
+                }
+                other => return other,
+            }
+        }
+        act(self)
     }
 
     /// Records `next_attempt` in the file.
     ///
     /// # Errors
-    /// The file is gone, or the disk fails.
+    /// The disk fails.
     pub fn record_next_attempt(&self) -> io::Result<()> {
-        self.record(&self.entry, false, false)
+        self.next_attempt.map_or(Ok(()), |next_attempt| self.file.set_modified(next_attempt))
     }
 
     /// When the next attempt is due; only in a queue with retries. `None`: the file is gone.
@@ -260,85 +417,87 @@ impl QueuedMessage {
     /// # Errors
     /// The file is gone, or the disk fails.
     pub fn mark_delay_reported(&mut self) -> io::Result<()> {
-        self.entry = self.maildir.flag(&self.entry, DELAY_REPORTED)?;
-        Ok(())
-    }
-
-    /// Keeps a copy in `.refused` for rejected recipients whose sender can receive no DSN. An earlier session may have
-    /// kept a copy for other recipients under the same name; then the next name is used.
-    fn keep_rejected(&mut self, rejected: &[Recipient], marks: &str) -> io::Result<()> {
-        let maildir = rejected_maildir(&self.maildir);
-        let mut unique = self.unique().to_owned();
-        for number in 1..=REJECTED_NAMES {
-            match self.rewrite(&maildir, &unique, rejected.to_vec(), marks.as_bytes()) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < REJECTED_NAMES => {}
-                other => return other.map(drop),
-            }
-            unique = format!("{}.r{number}", self.unique());
-        }
-        Ok(())
-    }
-
-    /// Writes the message again, durably, for these recipients only; the envelope ends with the lines `extra`.
-    fn rewrite(
-        &mut self, maildir: &Maildir, unique: &str, recipients: Vec<Recipient>, extra: &[u8],
-    ) -> io::Result<Vec<Entry>> {
-        // This session has the lock, so a file of that name was left by one that was killed here.
-        maildir.discard(unique)?;
-        let mut copy = MessageWriter::default();
-        let header = [self.with_recipients(recipients).to_header("").as_bytes(), extra].concat();
-        copy.begin(maildir, unique, &header)?;
-        self.rewind()?;
-        for_each_block(self, |block| copy.write(block))?;
-        copy.commit()
+        self.rename(Some(DELAY_REPORTED), |_| {})
     }
 }
 
-/// Opens a plain file; `None` for anything else. A pipe in a Maildir would block for ever.
-pub(super) fn open_file(path: &Path) -> io::Result<Option<File>> {
-    if !fs::symlink_metadata(path)?.is_file() {
-        return Ok(None);
-    }
-    File::open(path).map(Some)
+/// How often a name is looked for that a mail reader changes again and again.
+const FIND_ATTEMPTS: usize = 5;
+
+/// Counts an attempt. A first one at an impossible time is forgotten: the clock was wrong then.
+fn count_attempt(record: &mut AttemptRecord, now: Timestamp) {
+    record.first_offered = record.first_offered.filter(|time| time.is_possible(now)).or(Some(now));
+    record.attempts = record.attempts.saturating_add(1);
 }
 
-/// Reads the envelope at the front of a file that was opened just now. `None`: it has no recipient in the queue's domain.
+/// One session more that a message has ended. `waits`: the message waits for its next attempt, so no call skips it besides.
+fn ended_once_more(before: Option<EndedSessions>, waits: bool, now: Timestamp) -> EndedSessions {
+    let sessions = before.map_or(0, |before| before.sessions).saturating_add(1);
+    let skip = match sessions.checked_sub(SESSIONS_WITHOUT_SKIP + 1) {
+        Some(more) if !waits => 2u32.saturating_pow(more).min(SKIPPED_CALLS_LIMIT),
+        _ => 0,
+    };
+    EndedSessions { sessions, skip, at: now }
+}
+
+/// Whether this call skips a message, because it has ended sessions.
+pub(super) fn is_skipped(record: &AttemptRecord, now: Timestamp) -> bool {
+    record.ended.is_some_and(|ended| ended.skip > 0 && retry::age(ended.at, now) < SKIP_LIMIT && ended.at <= now)
+}
+
+/// Opens a plain file, also for writing if the system permits that. The inner error is what it is instead: a link, which may
+/// lead anywhere, or a pipe, which would block for ever.
 ///
 /// # Errors
-/// The file cannot be read; `InvalidData` if its `Return-Path` cannot, or its envelope is too long.
-pub(super) fn read_envelope(file: &File, entry: &Entry, name: &QueueName) -> io::Result<Option<ParsedEnvelope>> {
+/// The system's.
+pub(super) fn open_file(path: &Path) -> io::Result<Result<File, &'static str>> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags.bits().cast_signed()).open(path);
+    let opened = open(true).or_else(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => open(false),
+        _ => Err(error),
+    });
+    let file_type = match &opened {
+        Ok(file) => file.metadata()?.file_type(),
+        Err(_) => fs::symlink_metadata(path)?.file_type(),
+    };
+    match opened {
+        Ok(file) if file_type.is_file() => Ok(Ok(file)),
+        Err(error) if file_type.is_file() => Err(error),
+        _ if file_type.is_symlink() => Ok(Err("it is a symbolic link")),
+        _ if file_type.is_dir() => Ok(Err("it is a directory")),
+        _ => Ok(Err("it is no plain file")),
+    }
+}
+
+/// Reads the envelope at the front of a file that was opened just now. The inner error is why it is no message.
+///
+/// # Errors
+/// The file cannot be read.
+pub(super) fn read_envelope(
+    file: &File, entry: &Entry, name: &QueueName,
+) -> io::Result<Result<ParsedEnvelope, String>> {
     // In a queue with retries the time of modification is that of the next attempt.
     let arrived = match name.retries {
         true => entry.named().unwrap_or(Timestamp::from_seconds(0)),
         false => file.metadata()?.modified()?.into(),
     };
-    let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
+    let id = entry.unique().to_string_lossy();
     let mut front = Vec::with_capacity(4096);
     loop {
         let octets = file.take(front.len().max(4096) as u64).read_to_end(&mut front)?;
-        match envelope::parse(&front, octets == 0, name.domain.as_ref(), entry.unique(), arrived) {
-            Parsed::Envelope(parsed) => return Ok(Some(parsed)),
+        let options = ParseOptions { domain: name.domain.as_ref(), prefix: name.prefix.as_deref(), id: &id, arrived };
+        match envelope::parse(&front, octets == 0, options) {
+            Parsed::Envelope(parsed) => return Ok(Ok(*parsed)),
             Parsed::More if front.len() < ENVELOPE_LIMIT => {}
-            Parsed::More => return Err(invalid("the envelope is too long".to_owned())),
-            Parsed::NoReversePath(reason) => return Err(invalid(reason)),
-            Parsed::NoRecipients => return Ok(None),
+            Parsed::More => return Ok(Err("its envelope is too long".to_owned())),
+            Parsed::NoReversePath(reason) => return Ok(Err(reason)),
+            Parsed::NoRecipients => return Ok(Err("it names no recipient".to_owned())),
         }
     }
 }
 
-/// Logs that a file has recipients for which it stays, or none at all.
-fn log_unread(name: &QueueName, path: &Path, parsed: Option<&ParsedEnvelope>) {
-    let reasons: Vec<&str> =
-        parsed.iter().flat_map(|parsed| &parsed.unread).map(|unread| unread.reason.as_str()).collect();
-    let (file, error) = (quoted(path.display()), quoted(reasons.join("; ")));
-    if parsed.is_none_or(|parsed| parsed.recipients().is_empty()) {
-        log::warn!("event=no-recipients queue={name} file={file} error={error}");
-    } else if !reasons.is_empty() {
-        log::warn!("event=recipients-left queue={name} file={file} error={error}");
-    }
-}
-
-/// Where copies for rejected recipients wait for the postmaster.
+/// Where messages whose rejection nobody can be told wait for the postmaster.
 pub(super) fn rejected_maildir(maildir: &Maildir) -> Maildir {
     Maildir::new(maildir.path().join(".refused"))
 }

@@ -1,8 +1,8 @@
 //! Mail that waits. A queue is one directory, a Maildir, with an envelope in front of each message.
 //!
 //! One session at a time has the [`QueueLock`] of a queue, across processes. It gets the messages one by one, tries to
-//! send each, and settles it: recipients that are sent or rejected are removed, the others are open and stay. Where a
-//! message is after a power cut, by the last step that was completed:
+//! send each, and settles it: recipients that are sent or rejected are settled, the others are open. Where a message is
+//! after a power cut, by the last step that was completed:
 //!
 //! ```text
 //! last completed step                          the message is         afterwards
@@ -10,22 +10,31 @@
 //! commit: file fsynced, moved to new           in tmp or new          the same; if in new, it is sent twice
 //! commit: new fsynced   THE COMMIT POINT       in new                 the client gets 250; the message waits
 //! next_message, attempt                        there as before        the next session sends it, perhaps twice
-//! settle, every recipient open: next attempt
-//!   recorded, moved to cur if in doubt         there, or in cur       the next session sends it
-//! settle, some rejected, and no DSN possible:
-//!   copy committed in .refused                 there, and the copy    all recipients are tried again; a second copy
-//! settle, some open: rest committed in new     there, and the rest    the next session removes it; the rest waits
-//! settle: removed       THE DELETION POINT     gone, or there again   nothing; if there again, it is sent twice or, if
-//!                                                                     there is a rest, removed
+//! settle, all open: attempt recorded           there, or renamed      the next session sends it
+//! settle, some open: the others marked,
+//!   file fsynced        THE SETTLEMENT         there, with marks      the next session sends it to those without a mark
+//! settle, none open: removed, or moved to
+//!   .refused            THE DELETION POINT     gone, or there again   nothing; if there again, it is sent twice or, if
+//!                                                                     every recipient has a mark, removed or moved
 //! ```
 //!
-//! A recipient that cannot be read, in a file of another delivery agent, is always open: the file stays for it, and is not
-//! offered again when the others are settled.
+//! Nothing that is recorded needs disk space: a mark overwrites one octet of the file ([`envelope::Mark`]), attempts are in
+//! its name ([`AttemptRecord`](crate::maildir::AttemptRecord)), the next one is its time of modification, and `.refused`,
+//! for rejections of which no sender can be told, gets the file itself. If the disk fails all the same, the message stays as
+//! it was, and the session goes on with the next one.
+//!
+//! A file is known by the unique part of its name and by its inode: mail readers may move and flag it at any time.
+//!
+//! A message that ends its session (the connection is lost while it is under way, or 421 is the reply to it) is offered last
+//! in the next ones. After three such sessions in a row the next call skips it, after four the next 2, then 4, then 8 calls,
+//! but no call for more than a day.
+//!
+//! A recipient that cannot be read, in a file of another delivery agent, is always open: the file stays for it. A file
+//! without any other recipient, and what is no plain file, is named in the log once, and does not count as waiting.
 //!
 //! So a message may be sent twice, but after the commit point it is never lost. A file that is left in `tmp` is removed by
 //! the first session after 36 hours. The removal of a message is not fsynced: that would cost as much as a message, and it
-//! could still be sent twice.
-//! The DSN about a recipient is committed before `settle` begins (see `report`).
+//! could still be sent twice. The DSN about a recipient is committed before `settle` begins (see `report`).
 //!
 //! The age of a message counts from the time of arrival in its envelope; of a file of another agent, from its time of
 //! modification or, in a queue with retries, from the time in its name (maildir(5)). If a clock was wrong then, so that the
@@ -43,6 +52,7 @@ mod lock;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 pub use envelope::QueuedEnvelope;
@@ -53,7 +63,8 @@ pub use name::QueueName;
 use crate::ids::Ids;
 use crate::maildir::{MessageWriter, with_path};
 use crate::net::trace::quoted;
-use lock::{LockedQueue, TAKEOVER_FILE, log_unreadable};
+use lock::{Listed, LockedQueue, Notes, TAKEOVER_FILE, log_unreadable};
+use message::Opened;
 
 /// How long a session waits for the holder of a lock that was asked to release it.
 const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
@@ -65,12 +76,13 @@ pub struct Queue {
     ids: Ids,
     /// A holder without progress for this time releases its lock to a session that asks.
     takeover: Duration,
+    notes: Arc<Notes>,
 }
 
 impl Queue {
     /// `hostname` is part of the names of new files.
     pub fn new(hostname: &str, ids: Ids, takeover: Duration) -> Queue {
-        Queue { hostname: hostname.to_owned(), ids, takeover }
+        Queue { hostname: hostname.to_owned(), ids, takeover, notes: Arc::default() }
     }
 
     /// Begins a message, a copy for each queue; [`MessageWriter::commit`] makes it durable. `head` is the beginning of
@@ -138,8 +150,8 @@ impl Queue {
         let maildir = name.maildir();
         for entry in maildir.entries()? {
             match QueuedMessage::open(&maildir, name, entry, self.ids.clock().now()) {
-                Ok(Some(message)) => show(&message),
-                Ok(None) => {}
+                Ok(Opened::Message(message)) if !message.envelope.recipients.is_empty() => show(&message),
+                Ok(_) => {}
                 Err(error) => log_unreadable(name, &error),
             }
         }
@@ -172,9 +184,10 @@ impl Queue {
             if let Err(error) = maildir.sweep().and_then(|()| message::rejected_maildir(&maildir).sweep()) {
                 log::warn!("event=sweep-failed queue={name} error={}", quoted(error));
             }
-            queues.push(LockedQueue::new(name, maildir, lock));
+            let (ids, notes) = (self.ids.clone(), self.notes.clone());
+            queues.push(LockedQueue { name: name.clone(), maildir, lock, ids, notes, listed: Listed::default() });
         }
-        Ok(QueueLock::new(queues, self.ids.clock()))
+        Ok(QueueLock::new(queues))
     }
 
     fn lock_one(&self, name: &QueueName, take_over: bool) -> Result<File, LockError> {

@@ -13,6 +13,9 @@ pub struct QueueName {
     pub path: PathBuf,
     /// Only recipients of this domain are sent to; `None`: all recipients of a message.
     pub domain: Option<Domain>,
+    /// What another agent puts in front of the local part in `Delivered-To`: qmail writes `acme-eva@example.org` for a
+    /// domain that its virtualdomains gives to `acme`.
+    pub prefix: Option<String>,
     /// Each message waits for its next attempt; otherwise all of them wait for a call.
     pub retries: bool,
 }

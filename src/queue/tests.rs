@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 
+use super::envelope::Mark;
 use super::*;
 use crate::clock::Timestamp;
 use crate::mail::address::{Domain, Mailbox, reverse_path};
+use crate::maildir::FileId;
 use crate::maildir::spooled::Content;
 use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::content::ContentEncoder;
@@ -35,7 +37,12 @@ impl Spool {
     }
 
     fn name(&self, name: &str) -> QueueName {
-        QueueName { path: self.directory.path().join("domains").join(name), domain: Some(domain(name)), retries: false }
+        QueueName {
+            path: self.directory.path().join("domains").join(name),
+            domain: Some(domain(name)),
+            prefix: None,
+            retries: false,
+        }
     }
 
     fn put(&self, names: &[&str]) {
@@ -157,26 +164,39 @@ fn every_mix_of_statuses_leaves_the_right_files() {
                     .map(|(_, name)| name)
                     .collect()
             };
-            let text = |names: &[&str], marks: &str| {
-                let to: String = names.iter().map(|name| format!("Delivered-To: {name}@example.org\n")).collect();
-                let ours = "X-ODMR-Envelope: id=id1; arrived=2026-01-02T03:04:05Z\n";
-                format!("Return-Path: <a@b.example>\n{to}{ours}{marks}{CONTENT}")
-            };
             let (left, rejected, doubt) = (with("~?"), with("!"), statuses.contains('?'));
-            let marks: String = rejected
-                .iter()
-                .map(|name| format!("X-ODMR-Refused: <{name}@example.org> 550 5.1.1 unknown\n"))
-                .collect();
-            let file = |names: &[&str], marks: &str, info: &str| {
-                let text = text(names, marks);
-                let connection = text.len() + text.matches('\n').count();
-                let name = format!("1767323045.1.host,S={},W={connection}{info}", text.len());
-                if names.is_empty() { vec![] } else { vec![(name, text)] }
+            // Of several recipients those that are settled are marked.
+            let marks = |status: char| match status {
+                '=' if total > 1 => '\u{6}',
+                '!' if total > 1 => '\u{15}',
+                _ => '@',
             };
-            let (new, cur) = if doubt { (vec![], file(&left, "", ":2,F")) } else { (file(&left, "", ""), vec![]) };
+            let to: String = statuses
+                .chars()
+                .zip(names)
+                .map(|(status, name)| format!("Delivered-To: {name}{}example.org\n", marks(status)))
+                .collect();
+            let ours = "X-ODMR-Envelope: id=id1; arrived=2026-01-02T03:04:05Z\n";
+            let text = format!("Return-Path: <a@b.example>\n{to}{ours}{CONTENT}");
+            let reply = match statuses.chars().rfind(|status| "~?".contains(*status)) {
+                Some('?') => "no_reply_to_the_content",
+                Some(_) => "450_4.2.1_later",
+                None => "550_5.1.1_unknown",
+            };
+            let (size, wire_size) = (text.len(), text.len() + text.matches('\n').count());
+            let now = Ids::fixed().clock().now().seconds();
+            let info = if doubt { ":2,F" } else { "" };
+            let name = format!("1767323045.1.host,S={size},W={wire_size},O={now},A=1,L={reply}{info}");
+            let file = vec![(name, text)];
+            let (new, cur, kept) = match (left.is_empty(), doubt, rejected.is_empty()) {
+                (false, false, _) => (file, vec![], vec![]),
+                (false, true, _) => (vec![], file, vec![]),
+                (true, _, false) => (vec![], vec![], file),
+                (true, _, true) => (vec![], vec![], vec![]),
+            };
             assert_eq!(spool.files("new"), new, "{statuses}");
             assert_eq!(spool.files("cur"), cur, "{statuses}");
-            assert_eq!(spool.files(".refused/new"), file(&rejected, &marks, ""), "{statuses}");
+            assert_eq!(spool.files(".refused/new"), kept, "{statuses}");
             assert!(spool.files("tmp").is_empty() && spool.files(".refused/tmp").is_empty(), "{statuses}");
             drop(lock);
             let mut lock = spool.lock();
@@ -238,74 +258,115 @@ fn the_oldest_comes_first_and_domains_take_turns() {
 fn recipients_rejected_one_after_the_other_are_all_kept() {
     let spool = Spool::new();
     spool.put(&["eva", "bob", "zoe"]);
-    // Names and replies of one length, so file names of one size.
-    for statuses in ["!~~", "!~", "!"] {
-        settle(&mut spool.lock(), statuses);
-    }
-    assert!(spool.lock().is_empty().unwrap());
-    let kept: Vec<_> = spool.files(".refused/new").into_iter().map(|(_, text)| text).collect();
-    assert_eq!(kept.len(), 3);
-    for name in ["eva", "bob", "zoe"] {
-        let mark = format!("X-ODMR-Refused: <{name}@example.org> 550");
-        assert_eq!(kept.iter().filter(|text| text.contains(&mark)).count(), 1, "{name}");
-    }
-}
-
-/// Killed between the copy in `.refused` and the removal: there may be two copies, but the settlement ends.
-#[test]
-fn a_rejection_that_was_interrupted_is_finished() {
-    let spool = Spool::new();
-    spool.put(&["eva", "bob"]);
-    let before = spool.files("new");
-    settle(&mut spool.lock(), "!~");
-    fs::remove_file(spool.path("new").join(&spool.files("new")[0].0)).unwrap();
-    spool.write(&format!("new/{}", before[0].0), &before[0].1);
+    settle(&mut spool.lock(), "!~~");
+    assert!(spool.files(".refused/new").is_empty(), "the message is still sent to the others");
     settle(&mut spool.lock(), "!=");
     assert!(spool.lock().is_empty().unwrap());
-    assert!(!spool.files(".refused/new").is_empty());
-}
-
-/// Killed while it wrote the rest: the file left in `tmp` does not prevent a later settlement.
-#[test]
-fn a_rewrite_that_was_interrupted_does_not_prevent_a_later_one() {
-    let spool = Spool::new();
-    spool.put(&["eva", "bob"]);
-    fs::create_dir_all(spool.path(".refused/new")).unwrap();
-    for directory in ["tmp", ".refused/tmp"] {
-        spool.write(&format!("{directory}/1767323045.1.host"), "half a mess");
+    let [(name, text)] = spool.files(".refused/new").try_into().unwrap();
+    assert!(name.ends_with(",A=2,L=550_5.1.1_unknown"), "{name}");
+    for to in ["eva\u{15}", "bob\u{15}", "zoe\u{6}"] {
+        assert!(text.contains(&format!("Delivered-To: {to}example.org\n")), "{text:?}");
     }
-    settle(&mut spool.lock(), "!~");
-    settle(&mut spool.lock(), "=");
-    assert!(spool.lock().is_empty().unwrap());
-    assert_eq!(spool.files(".refused/new").len(), 1);
-    assert!(spool.files("tmp").is_empty());
 }
 
+/// An earlier version has kept copies under the same name.
 #[test]
-fn a_message_left_twice_by_a_crash_is_removed_once() {
-    let foreign = "Return-Path: <a@b.example>\nDelivered-To: eva@example.org\nDelivered-To: bob@example.org\n\nx\n";
-    let files = [
-        (None, foreign),
-        // Written by another agent: without sizes, with sizes, seen.
-        (Some("new/100.M1.mx"), foreign),
-        (Some("new/100.M1.mx,S=96,W=101"), foreign),
-        (Some("cur/100.M1.mx,S=96:2,S"), foreign),
-    ];
-    for (name, text) in files {
-        for statuses in ["=~", "=?"] {
+fn a_message_in_refused_overwrites_no_other() {
+    let spool = Spool::new();
+    let text = "Delivered-To: eva@example.org\n\nx\n";
+    spool.write("new/100.mx", text);
+    let record = format!("O={},A=1,L=550_5.1.1_unknown", Ids::fixed().clock().now().seconds());
+    for name in ["100.mx", &format!("100.mx,{record}"), &format!("100.mx,{record}.r1")] {
+        spool.write(&format!(".refused/new/{name}"), "another");
+    }
+    settle(&mut spool.lock(), "!");
+    assert!(spool.lock().is_empty().unwrap());
+    assert_eq!(spool.files(".refused/new").iter().filter(|(_, kept)| kept == text).count(), 1);
+    assert_eq!(spool.files(".refused/new").len(), 4);
+}
+
+/// Killed after the settlement of the last recipient and before the removal.
+#[test]
+fn a_settlement_that_was_interrupted_is_finished() {
+    for (mark, kept) in [('\u{6}', 0), ('\u{15}', 1)] {
+        let spool = Spool::new();
+        spool.write(
+            "new/100.mx",
+            &format!("Delivered-To: eva\u{6}example.org\nDelivered-To: bob{mark}example.org\n\nx\n"),
+        );
+        assert!(!spool.lock().is_empty().unwrap());
+        assert!(spool.lock().next_message().is_none(), "nobody gets it again");
+        assert!(spool.lock().is_empty().unwrap());
+        assert_eq!(spool.files(".refused/new").len(), kept);
+    }
+}
+
+/// The size, the inode and the time of modification stay: only one octet for each recipient is written.
+#[test]
+fn a_settlement_writes_one_octet_into_the_same_file() {
+    let exim = "Return-path: <a@b.example>\nEnvelope-to: eva@example.org,\n bob@example.org\n\nx\n";
+    let spool = Spool::new();
+    spool.write("new/100.mx", exim);
+    let modified = SystemTime::now() - Duration::from_secs(3600);
+    let file = File::options().read(true).write(true).open(spool.path("new/100.mx")).unwrap();
+    file.set_modified(modified).unwrap();
+    settle(&mut spool.lock(), "=~");
+    let [(_, text)] = spool.files("new").try_into().unwrap();
+    let octets = |text: &str| text.as_bytes().to_vec();
+    let changed: Vec<_> = octets(exim).into_iter().zip(octets(&text)).filter(|(old, new)| old != new).collect();
+    assert_eq!((text.len(), changed), (exim.len(), vec![(b'@', Mark::Done.octet())]));
+    let mut same = String::new();
+    (&file).read_to_string(&mut same).unwrap();
+    assert_eq!((same, file.metadata().unwrap().modified().unwrap()), (text, modified));
+}
+
+/// Another agent's file that this user may read but not write: a copy of it takes its place before it is offered.
+#[test]
+fn a_file_that_cannot_be_written_is_replaced_if_it_must_be_marked() {
+    for (to, copied) in [("Delivered-To: eva@example.org\n", false), (TWO_RECIPIENTS, true)] {
+        let spool = Spool::new();
+        spool.write("new/100.mx", &format!("{to}\nx\n"));
+        let path = spool.path("new/100.mx");
+        let before = FileId::of_path(&path).unwrap();
+        spool.name("example.org").maildir().create().unwrap();
+        let mut message = match QueuedMessage::open(
+            &spool.name("example.org").maildir(),
+            &spool.name("example.org"),
+            spool.name("example.org").maildir().entries().unwrap().remove(0),
+            Ids::fixed().clock().now(),
+        ) {
+            Ok(Opened::Message(message)) => message,
+            _ => panic!("no message"),
+        };
+        message.use_file(File::open(&path).unwrap());
+        message.rewind().unwrap();
+        message.ensure_markable("copy").unwrap();
+        assert_eq!((FileId::of_path(&path).unwrap() != before, spool.files("tmp")), (copied, vec![]));
+        assert_eq!(content(&mut message), "\nx\n");
+        message.settle(&result(if copied { "=~" } else { "=" }), Ids::fixed().clock().now()).unwrap();
+        assert_eq!(offered(&mut spool.lock()), if copied { vec!["bob"] } else { vec![] });
+    }
+}
+
+const TWO_RECIPIENTS: &str = "Delivered-To: eva@example.org\nDelivered-To: bob@example.org\n";
+
+/// An earlier version wrote the rest of a message as a second file, and then removed the first.
+#[test]
+fn a_message_left_twice_by_an_earlier_version_is_removed_once() {
+    let fields = "Return-Path: <a@b.example>\nDelivered-To: eva@example.org\nDelivered-To: bob@example.org\n";
+    let rest = "Return-Path: <a@b.example>\nDelivered-To: bob@example.org\nX-ODMR-Envelope: id=x; arrived=2026-01-02T03:04:05Z\n";
+    for ours in ["", "X-ODMR-Envelope: id=x; arrived=2026-01-02T03:04:05Z\n"] {
+        for (before, after) in [
+            ("new/100.M1.mx", "new/100.M1.mx,S=96,W=101"),
+            ("new/100.M1.mx,S=196,W=201", "new/100.M1.mx,S=96,W=101"),
+            ("cur/100.M1.mx,S=196:2,S", "new/100.M1.mx,S=96,W=101"),
+            ("new/100.M1.mx", "cur/100.M1.mx,S=96,W=101:2,F"),
+        ] {
             let spool = Spool::new();
-            match name {
-                Some(name) => spool.write(name, text),
-                None => spool.put(&["eva", "bob"]),
-            }
-            let directory = name.map_or("new", |name| &name[..3]);
-            let before = spool.files(directory);
-            settle(&mut spool.lock(), statuses);
-            // As if it had been killed before it removed the original.
-            spool.write(&format!("{directory}/{}", before[0].0), &before[0].1);
-            assert_eq!(spool.files("new").len() + spool.files("cur").len(), 2);
+            spool.write(before, &format!("{fields}{ours}\nx\n"));
+            spool.write(after, &format!("{rest}\nx\n"));
             let mut lock = spool.lock();
-            assert_eq!(offered(&mut lock), ["bob"], "{name:?} {statuses}: eva has it already");
+            assert_eq!(offered(&mut lock), ["bob"], "{before} {after}: eva has it already");
             assert!(lock.next_message().is_none());
             assert_eq!(spool.files("new").len() + spool.files("cur").len(), 1);
         }
@@ -356,52 +417,41 @@ fn files_of_other_agents_and_other_things() {
     assert!(lock.next_message().is_none(), "nothing else is mail");
     assert_eq!(spool.files("new").len(), 9, "and nothing else is touched");
     assert!(spool.files("cur").is_empty());
+    assert_eq!((lock.not_mail(), lock.is_empty().unwrap()), (8, true), "counted apart");
 }
 
 const EXIM: &str = "Return-path: <a@b.example>\nEnvelope-to: eva@example.org,\n b b@example.org,\n bob@example.org,\n\
                     \u{20}ann@example.net\nDelivery-date: now\nReceived: by mx\n\nx\n";
 
-/// The fields of a file that was written again.
-fn rest(names: &[&str]) -> String {
-    let to: String = names.iter().map(|name| format!("Delivered-To: {name}@example.org\n")).collect();
-    let ours = "X-ODMR-Envelope: id=100.mx; arrived=2026-01-02T02:04:05Z\n";
-    let unread = "Delivered-To: b b@example.org\nDelivered-To: ann@example.net\n";
-    format!("Return-Path: <a@b.example>\n{to}{ours}{unread}Received: by mx\n\nx\n")
-}
-
 /// The readable recipients are settled; the file stays for the others, and nobody gets the message twice.
 #[test]
 fn a_file_stays_for_the_recipients_that_cannot_be_read() {
     for (statuses, left) in [("==", &[][..]), ("=~", &["bob"]), ("=?", &["bob"]), ("!=", &[]), ("!!", &[])] {
-        for crash in [false, true] {
-            let spool = Spool::new();
-            spool.write("new/100.mx", EXIM);
-            let arrived = SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_319_445);
-            let file = File::options().write(true).open(spool.path("new/100.mx")).unwrap();
-            file.set_modified(arrived).unwrap();
-            let mut lock = spool.lock();
-            let message = lock.next_message().unwrap();
-            assert_eq!(local_parts(&message), ["eva", "bob"]);
-            lock.settle(message, &result(statuses)).unwrap();
-            assert!(lock.next_message().is_none(), "{statuses}: not again in this session");
-            drop(lock);
-            if crash {
-                // As if it had been killed before it removed the original.
-                spool.write("new/100.mx", EXIM);
-            }
-            let mut lock = spool.lock();
-            assert_eq!(offered(&mut lock), left, "{statuses} {crash}: the next session");
-            assert!(lock.next_message().is_none());
-            let files: Vec<_> = spool.files("new").into_iter().chain(spool.files("cur")).collect();
-            assert_eq!(files.into_iter().map(|(_, text)| text).collect::<Vec<_>>(), [rest(left)], "{statuses} {crash}");
-            drop(lock);
-            if !left.is_empty() {
-                settle(&mut spool.lock(), "=");
-                assert!(spool.lock().next_message().is_none());
-                let files: Vec<_> = spool.files("new").into_iter().chain(spool.files("cur")).collect();
-                assert_eq!(files.into_iter().map(|(_, text)| text).collect::<Vec<_>>(), [rest(&[])]);
-            }
+        let spool = Spool::new();
+        spool.write("new/100.mx", EXIM);
+        let mut lock = spool.lock();
+        let message = lock.next_message().unwrap();
+        assert_eq!(local_parts(&message), ["eva", "bob"]);
+        lock.settle(message, &result(statuses)).unwrap();
+        assert!(lock.next_message().is_none(), "{statuses}: not again in this session");
+        drop(lock);
+        let mut lock = spool.lock();
+        assert_eq!(offered(&mut lock), left, "{statuses}: the next session");
+        assert!(lock.next_message().is_none());
+        drop(lock);
+        if !left.is_empty() {
+            settle(&mut spool.lock(), "=");
         }
+        let mut lock = spool.lock();
+        assert!(lock.next_message().is_none());
+        assert_eq!((lock.not_mail(), lock.is_empty().unwrap()), (1, true), "counted apart");
+        let [(_, text)] = [spool.files("new"), spool.files("cur")].concat().try_into().unwrap();
+        assert!(
+            text.ends_with(
+                " b b@example.org,\n bob\u{6}example.org,\n ann@example.net\nDelivery-date: now\nReceived: by mx\n\nx\n"
+            ) || statuses == "!!",
+            "{text:?}"
+        );
     }
 }
 
@@ -501,22 +551,180 @@ fn a_queue_that_cannot_be_locked_says_why() {
     }
 }
 
-/// A settlement that fails loses nothing.
+/// A settlement that fails loses nothing, and the session goes on.
 #[test]
 fn a_disk_that_fails_loses_nothing() {
     let spool = Spool::new();
-    spool.put(&["eva", "bob"]);
-    let before = spool.files("new");
+    spool.put(&["eva"]);
+    spool.put(&["bob"]);
     spool.write(".refused", "a file where a directory should be");
     let mut lock = spool.lock();
     let message = lock.next_message().unwrap();
-    assert!(lock.settle(message, &result("!=")).is_err());
-    assert_eq!(spool.files("new"), before);
+    assert!(lock.settle(message, &result("!")).is_err());
+    settle(&mut lock, "=");
+    assert!(lock.next_message().is_none(), "not again in this session");
     drop(lock);
     fs::remove_file(spool.path(".refused")).unwrap();
-    settle(&mut spool.lock(), "!=");
+    settle(&mut spool.lock(), "!");
     assert!(spool.lock().is_empty().unwrap());
     assert_eq!(spool.files(".refused/new").len(), 1);
+}
+
+/// What a mail reader does between the offer and the settlement.
+#[test]
+fn a_message_that_a_mail_reader_moves_is_the_same_message() {
+    let move_file = |what: &str, from: &Path, to: &Path| {
+        match what {
+            "linked" => fs::hard_link(from, to),
+            _ => fs::rename(from, to),
+        }
+        .unwrap();
+        if what == "moved and linked" {
+            fs::hard_link(to, to.with_file_name("100.mx,A=1:2,RS")).unwrap();
+        }
+    };
+    for what in ["moved", "linked", "moved and linked"] {
+        for statuses in ["==", "=~", "~~", "!!", "??"] {
+            let spool = Spool::new();
+            spool.write("new/100.mx", &format!("{TWO_RECIPIENTS}\nx\n"));
+            fs::create_dir_all(spool.path("cur")).unwrap();
+            let mut lock = spool.lock();
+            let message = lock.next_message().unwrap();
+            let name = &spool.files("new")[0].0;
+            move_file(what, &spool.path("new").join(name), &spool.path("cur").join(format!("{name}:2,S")));
+            lock.settle(message, &result(statuses)).unwrap();
+            drop(lock);
+            let mut lock = spool.lock();
+            let left: Vec<_> =
+                ["eva", "bob"].into_iter().zip(statuses.chars()).filter(|(_, status)| "~?".contains(*status)).collect();
+            let left: Vec<_> = left.into_iter().map(|(name, _)| name).collect();
+            assert_eq!(offered(&mut lock), left, "{what} {statuses}");
+            assert!(lock.next_message().is_none(), "{what} {statuses}: once");
+            drop(lock);
+            if !left.is_empty() {
+                settle(&mut spool.lock(), &"=".repeat(left.len()));
+            }
+            assert!(
+                spool.lock().is_empty().unwrap(),
+                "{what} {statuses}: {:?} {:?}",
+                spool.files("new"),
+                spool.files("cur")
+            );
+        }
+    }
+}
+
+/// It is moved after it was listed and before it is opened.
+#[test]
+fn a_message_that_is_moved_after_it_was_listed_is_offered() {
+    let spool = Spool::new();
+    spool.write("new/100.mx", "Delivered-To: eva@example.org\n\nx\n");
+    spool.write("new/200.mx", "Delivered-To: bob@example.org\n\nx\n");
+    fs::create_dir_all(spool.path("cur")).unwrap();
+    let mut lock = spool.lock();
+    assert_eq!(offered(&mut lock), ["eva"]);
+    fs::rename(spool.path("new/200.mx"), spool.path("cur/200.mx:2,FS")).unwrap();
+    assert_eq!(offered(&mut lock), ["bob"]);
+    assert!(lock.next_message().is_none());
+}
+
+/// The order of the offers in sessions that the messages of `ends` end, one call after the other.
+fn calls(spool: &Spool, calls: usize, ends: &[&str]) -> Vec<String> {
+    let call = |_| {
+        let mut lock = spool.lock();
+        lock.count_call();
+        let mut order = Vec::new();
+        while let Some(message) = lock.next_message() {
+            let name = local_parts(&message).remove(0);
+            let lost = ends.contains(&name.as_str());
+            order.push(name);
+            if lost {
+                lock.settle(message, &DeliveryResult::lost("gone", 1)).unwrap();
+                break;
+            }
+        }
+        order.join(" ")
+    };
+    (0..calls).map(call).collect()
+}
+
+#[test]
+fn a_message_that_ends_sessions_is_offered_last_and_then_skipped() {
+    let spool = Spool::new();
+    for name in ["bad", "one", "two"] {
+        spool.put(&[name]);
+    }
+    let (last, skipped) = ("one two bad", "one two");
+    let expected = [
+        &["bad", last, last, skipped, last, skipped, skipped, last][..],
+        &[&[skipped; 4][..], &[last], &[skipped; 8], &[last], &[skipped; 8], &[last]].concat(),
+    ]
+    .concat();
+    assert_eq!(calls(&spool, expected.len(), &["bad"]), expected);
+    let [(name, _)] =
+        spool.files("new").into_iter().filter(|(name, _)| name.contains(",P=")).collect::<Vec<_>>().try_into().unwrap();
+    assert!(name.contains(",A=8,P=8-8-"), "{name}");
+    // A session that is no call counts nothing.
+    assert_eq!(offered(&mut spool.lock()), ["one"]);
+    assert!(spool.files("new").iter().any(|(name, _)| name.contains(",P=8-8-")));
+    // After a day it is offered again, and an answer ends the count.
+    let day_ago = Ids::fixed().clock().now().seconds() - 24 * 3600;
+    let other = format!("{},P=8-8-{day_ago}", name.split(",P=").next().unwrap());
+    fs::rename(spool.path("new").join(&name), spool.path("new").join(other)).unwrap();
+    assert_eq!(calls(&spool, 2, &[]), ["one two bad"; 2]);
+    let mut lock = spool.lock();
+    while let Some(message) = lock.next_message() {
+        lock.settle(message, &result("~")).unwrap();
+    }
+    assert!(spool.files("new").iter().all(|(name, _)| !name.contains(",P=")));
+}
+
+/// Not even if it is in the first of several queues.
+#[test]
+fn a_message_that_ended_a_session_is_not_offered_before_those_of_other_queues() {
+    let spool = Spool::new();
+    spool.put(&["bad"]);
+    let other = spool.directory.path().join("domains/example.com/new");
+    fs::create_dir_all(&other).unwrap();
+    fs::write(other.join("300.x"), "Delivered-To: zoe@example.com\n\n").unwrap();
+    let lock = || spool.queue.lock(&[spool.name("example.org"), spool.name("example.com")]).unwrap();
+    let mut first = lock();
+    let message = first.next_message().unwrap();
+    assert_eq!(local_parts(&message), ["bad"]);
+    first.settle(message, &DeliveryResult::lost("gone", 1)).unwrap();
+    drop(first);
+    let mut second = lock();
+    assert!(second.has_next());
+    assert_eq!([offered(&mut second), offered(&mut second)], [["zoe"], ["bad"]]);
+}
+
+#[test]
+fn file_names_are_octets() {
+    use std::os::unix::ffi::OsStrExt;
+    let spool = Spool::new();
+    let names: [&[u8]; 8] = [
+        b"cur/1.2_1.host,U=103:2:2,RS",
+        b"new/2.M1.\xe4rger.host",
+        b"new/3 with a space",
+        b"cur/4.host:1,x",
+        b"cur/5.host",
+        b"new/6.host:2,",
+        b"new/7.host,S=1,W=1",
+        b"cur/8.host;2,S",
+    ];
+    for name in names {
+        let path = spool.path("").join(std::ffi::OsStr::from_bytes(name));
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, format!("{TWO_RECIPIENTS}\nx\n")).unwrap();
+    }
+    for statuses in ["=~", "~", "="] {
+        let mut lock = spool.lock();
+        for _ in 0..names.len() {
+            settle(&mut lock, statuses);
+        }
+        assert!(lock.next_message().is_none());
+    }
+    assert!(spool.lock().is_empty().unwrap());
 }
 
 proptest! {
@@ -541,7 +749,7 @@ proptest! {
             }
             expected.extend(names);
         }
-        let mut sent = Vec::new();
+        let (mut sent, mut with_rejected) = (Vec::new(), std::collections::HashSet::new());
         for turn in 0.. {
             prop_assert!(turn < 200, "it comes to an end");
             let mut lock = spool.lock();
@@ -554,20 +762,19 @@ proptest! {
                 for name in names {
                     let status = dice.pop().map_or('=', |number| ['=', '~', '!', '?', '+', '~'][number]);
                     statuses.push(status);
-                    if status == '=' {
+                    if status == '!' {
+                        with_rejected.insert(name[..2].to_owned());
+                    }
+                    if "=!".contains(status) {
                         sent.push(name);
                     }
                 }
                 lock.settle(message, &result(&statuses)).unwrap();
             }
         }
-        let rejected = spool.files(".refused/new").into_iter().flat_map(|(_, text)| {
-            let names = text.lines().filter_map(|line| line.strip_prefix("X-ODMR-Refused: <"));
-            names.map(|rest| rest.split('@').next().unwrap().to_owned()).collect::<Vec<_>>()
-        });
-        let mut all: Vec<_> = sent.into_iter().chain(rejected).collect();
-        all.sort();
-        prop_assert_eq!(all, expected);
+        sent.sort();
+        prop_assert_eq!(sent, expected);
+        prop_assert_eq!(spool.files(".refused/new").len(), with_rejected.len());
         prop_assert!(spool.files("tmp").is_empty() && spool.files(".refused/tmp").is_empty());
     }
 }
@@ -593,7 +800,12 @@ fn outgoing_since(name: &QueueName, to: &[&str], arrived: Timestamp) -> Queue {
 fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
     for (statuses, due_at_once) in [("++", false), ("=+", true)] {
         let directory = tempfile::tempdir().unwrap();
-        let name = QueueName { path: directory.path().into(), domain: Some(domain("example.net")), retries: true };
+        let name = QueueName {
+            path: directory.path().into(),
+            domain: Some(domain("example.net")),
+            prefix: None,
+            retries: true,
+        };
         let queue = outgoing(&name, &["a@example.net", "b@example.net"]);
         let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
         let mut message = lock.next_message().unwrap();
@@ -609,7 +821,7 @@ fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
 fn a_clock_that_was_wrong_defers_nothing_for_long() {
     for (ahead, due) in [(Duration::from_secs(3600), false), (Duration::from_secs(365 * 24 * 3600), true)] {
         let directory = tempfile::tempdir().unwrap();
-        let name = QueueName { path: directory.path().into(), domain: None, retries: true };
+        let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries: true };
         let queue = outgoing(&name, &["a@example.net"]);
         let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
         let mut message = lock.next_message().unwrap();
@@ -624,7 +836,8 @@ fn a_clock_that_was_wrong_defers_nothing_for_long() {
 /// The names in `new` and the time of arrival of the one message of a queue, after a session that offers it.
 fn arrival(queue: &Queue, name: &QueueName) -> (String, i64) {
     let arrived = queue.lock(std::slice::from_ref(name)).unwrap().next_message().unwrap().arrived.seconds();
-    let names: Vec<_> = name.maildir().entries().unwrap().into_iter().map(|entry| entry.name).collect();
+    let names: Vec<_> =
+        name.maildir().entries().unwrap().into_iter().map(|entry| entry.name.into_string().unwrap()).collect();
     (names.join(" "), arrived)
 }
 
@@ -644,12 +857,13 @@ fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() 
             (now + 60, true),
         ] {
             let directory = tempfile::tempdir().unwrap();
-            let name = QueueName { path: directory.path().into(), domain: None, retries };
+            let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries };
             let queue = outgoing_since(&name, &["a@example.net"], Timestamp::from_seconds(arrived));
             queue
                 .each(&name, |message| assert_eq!(message.arrived.seconds(), if possible { arrived } else { now }))
                 .unwrap();
-            let (unchanged, mark) = (name.maildir().entries().unwrap().remove(0).name, format!(",T={now}"));
+            let (unchanged, mark) =
+                (name.maildir().entries().unwrap().remove(0).name.into_string().unwrap(), format!(",T={now}"));
             let marked = if possible { unchanged } else { unchanged + &mark };
             let effective = if possible { arrived } else { now };
             assert_eq!(arrival(&queue, &name), (marked.clone(), effective), "{retries} {arrived}");
@@ -666,15 +880,15 @@ fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() 
     }
 }
 
-/// The record moves into the envelope when the rest of a message is written again.
+/// The record of the first session stays when the message is settled for some recipients.
 #[test]
 fn the_rest_of_a_message_keeps_the_time_of_the_first_session() {
     let (directory, now) = (tempfile::tempdir().unwrap(), Ids::fixed().clock().now());
-    let name = QueueName { path: directory.path().into(), domain: None, retries: false };
+    let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries: false };
     let queue = outgoing_since(&name, &["a@example.net", "b@example.net"], Timestamp::from_seconds(0));
     settle(&mut queue.lock(std::slice::from_ref(&name)).unwrap(), "=~");
     let (file, arrived) = arrival(&queue, &name);
-    assert_eq!((file.contains(",T="), arrived), (false, now.seconds()));
+    assert_eq!((file.contains(",T="), arrived), (true, now.seconds()));
 }
 
 /// Files of other agents have no time in their envelope.
@@ -693,7 +907,7 @@ fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
         (true, "msg", hour_ago, now, true),
     ] {
         let directory = tempfile::tempdir().unwrap();
-        let name = QueueName { path: directory.path().into(), domain: None, retries };
+        let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries };
         name.maildir().create().unwrap();
         let path = directory.path().join(format!("new/{named}.x.host"));
         fs::write(&path, "Delivered-To: a@example.net\n\nx\n").unwrap();
@@ -705,7 +919,7 @@ fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
         let message = lock.open_message(&name, entry).unwrap().unwrap();
         assert_eq!(message.arrived.seconds(), arrived, "{retries} {named} {modified}");
         let entry = name.maildir().entries().unwrap().remove(0);
-        assert_eq!(entry.first_seen().is_some(), marked, "{retries} {named} {modified}");
+        assert_eq!(entry.record().first_seen.is_some(), marked, "{retries} {named} {modified}");
     }
 }
 
@@ -713,7 +927,7 @@ fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
 #[test]
 fn a_locked_queue_can_be_listed() {
     let directory = tempfile::tempdir().unwrap();
-    let name = QueueName { path: directory.path().into(), domain: None, retries: true };
+    let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries: true };
     let queue = outgoing(&name, &["a@example.net"]);
     let _lock = queue.lock(std::slice::from_ref(&name)).unwrap();
     let mut seen = Vec::new();

@@ -112,12 +112,23 @@ pub struct Attempt<'a> {
     pub peer_sends_dsn: bool,
     /// When deferred recipients are tried again, and when they expire; `None`: at the next call.
     pub retry: Option<&'a Retry>,
+    /// If they are tried again at the next call: recipients that have been deferred for so long expire. The time counts from
+    /// the first offer, because before that nobody has called for them.
+    pub give_up: Option<Duration>,
 }
 
 impl<'a> Attempt<'a> {
     /// A copy in a mailbox here; `file`: its unique name.
     pub fn in_maildir(session: &'a str, file: &'a str) -> Attempt<'a> {
-        Attempt { session, via: Via::Maildir, relay: file, peer: None, peer_sends_dsn: true, retry: None }
+        Attempt {
+            session,
+            via: Via::Maildir,
+            relay: file,
+            peer: None,
+            peer_sends_dsn: true,
+            retry: None,
+            give_up: None,
+        }
     }
 
     /// Logs the status of one recipient.
@@ -178,10 +189,17 @@ impl Reporter {
         let now = self.ids.clock().now();
         let age = retry::age(message.arrived, now);
         let mut late_until = None;
+        let expired = match attempt.retry {
+            Some(retry) => Some(retry.give_up).filter(|give_up| age > *give_up),
+            None => attempt
+                .give_up
+                .zip(message.first_offered(now))
+                .and_then(|(give_up, first)| (retry::age(first, now) > give_up).then_some(give_up)),
+        };
+        if let Some(give_up) = expired {
+            result.recipients.iter_mut().for_each(|status| expire(status, give_up));
+        }
         if let Some(retry) = attempt.retry {
-            if age > retry.give_up {
-                result.recipients.iter_mut().for_each(|status| expire(status, retry.give_up));
-            }
             message.next_attempt = Some(SystemTime::now() + retry.pause(age, self.ids.random_number()));
             // First, because it needs no disk space: if the rest fails, the message is not sent again at once.
             message.record_next_attempt()?;
@@ -195,7 +213,7 @@ impl Reporter {
                 // Recipients that have the message must not get it again because a DSN about another cannot be stored.
                 log::error!("event=dsn-failed id={} error={}", message.id, quoted(error));
                 late_until = None;
-                if attempt.retry.is_none_or(|retry| age <= retry.give_up) {
+                if expired.is_none() {
                     result.recipients.iter_mut().for_each(defer_rejection);
                 }
             }

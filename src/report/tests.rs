@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::mail::address::{Domain, reverse_path};
-use crate::maildir::Maildir;
+use crate::maildir::{AttemptRecord, Maildir};
 use crate::queue::{Queue, QueueName};
 use crate::smtp::command::Notify;
 
@@ -36,7 +36,8 @@ impl Case {
         let (directory, ids, stored) = (tempfile::tempdir().unwrap(), Ids::fixed(), Arc::<StoredDsns>::default());
         let queue = Queue::new("host", ids.clone(), Duration::from_secs(60));
         let domain = Domain::parse("example.net");
-        let name = QueueName { path: directory.path().join("outgoing/example.net"), domain, retries: true };
+        let name =
+            QueueName { path: directory.path().join("outgoing/example.net"), domain, prefix: None, retries: true };
         let notify = if notify.is_empty() { Notify::default() } else { Notify::parse(notify.as_bytes()).unwrap() };
         let mailbox = Mailbox::parse("to@example.net").unwrap();
         let envelope = Envelope {
@@ -66,7 +67,7 @@ impl Case {
         let message = lock.next_message().unwrap();
         let (session, relay) = ("1", "mx.example.net");
         let (peer, retry) = (Some(relay), Some(&retry));
-        let attempt = Attempt { session, via: Via::Mx, relay, peer, peer_sends_dsn: dsn, retry };
+        let attempt = Attempt { session, via: Via::Mx, relay, peer, peer_sends_dsn: dsn, retry, give_up: None };
         let result = DeliveryResult { recipients: vec![status], decided_by: DecidedBy::Peer };
         self.reporter.finish_attempt(message, result, &attempt, &mut lock).unwrap();
         std::mem::take(&mut *self.stored.0.lock().unwrap())
@@ -139,9 +140,11 @@ fn an_impossible_time_of_arrival_makes_no_message_late() {
         let case = Case::new("<a@b.example>", "", age);
         for since in [0, 3, 5, 121] {
             let maildir = Maildir::new(&case.name.path);
-            if let Some(entry) = maildir.entries().unwrap().into_iter().find(|entry| entry.first_seen().is_some()) {
-                let seen = Timestamp::from_seconds(now - since * HOUR);
-                maildir.record_first_seen(&entry, seen).unwrap();
+            if let Some(entry) =
+                maildir.entries().unwrap().into_iter().find(|entry| entry.record().first_seen.is_some())
+            {
+                let first_seen = Some(Timestamp::from_seconds(now - since * HOUR));
+                maildir.rename(&entry, None, &AttemptRecord { first_seen, ..entry.record() }).unwrap();
             }
             let dsns = case.attempt(deferred(), false).concat();
             let action = dsns.lines().find_map(|line| line.strip_prefix("Action: "));

@@ -496,14 +496,16 @@ impl Client {
         self.closing = true;
         self.queued.clear();
         self.pending.clear();
-        let result = |transaction: ClientTransaction| {
+        let result = |(number, transaction): (usize, ClientTransaction)| {
             let accepted = match transaction.content_sent {
                 true => RecipientStatus::InDoubt,
                 false => RecipientStatus::Deferred(reason.clone()),
             };
-            transaction.result(&accepted, DecidedBy::ConnectionLoss)
+            let first = number == 0;
+            let decided_by = if first { DecidedBy::ConnectionLoss } else { DecidedBy::EarlierConnectionLoss };
+            transaction.result(&accepted, decided_by)
         };
-        self.transactions.drain(..).map(result).collect()
+        self.transactions.drain(..).enumerate().map(result).collect()
     }
 
     /// One reply of the peer: the transitions between the states.

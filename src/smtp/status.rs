@@ -187,6 +187,12 @@ impl DeliveryResult {
         DeliveryResult::all(RecipientStatus::Deferred(reply), count, DecidedBy::ConnectionLoss)
     }
 
+    /// Whether the session ended with this message: by a reply to it, or because the connection was lost.
+    pub fn ended_session(&self) -> bool {
+        let replies = self.recipients.iter().filter_map(RecipientStatus::reply);
+        self.decided_by == DecidedBy::ConnectionLoss || replies.into_iter().any(ends_session)
+    }
+
     /// The reply to MAIL, if it may mean that this server accepts no mail from us at all (RFC 2645 section 5.4). See
     /// [`may_be_about_sender`].
     pub fn no_mail_accepted(&self) -> Option<&Reply> {
@@ -211,6 +217,15 @@ pub enum DecidedBy {
     Us,
     /// The loss of the connection, which says nothing about the message.
     ConnectionLoss,
+    /// The loss of the connection, while a message before this one was under way.
+    EarlierConnectionLoss,
+}
+
+impl DecidedBy {
+    /// Whether nobody decided: the connection was lost.
+    pub fn is_connection_loss(self) -> bool {
+        matches!(self, DecidedBy::ConnectionLoss | DecidedBy::EarlierConnectionLoss)
+    }
 }
 
 /// Whether a 5yz to a command is about this host and not about the mail: the server does not know the command, or requires

@@ -117,7 +117,7 @@ proptest! {
 #[test]
 fn file_names_give_the_size_and_whether_a_message_counts() {
     let check = |name: &str, expected: Option<u64>, gone: bool| {
-        let entry = Entry { name: name.to_owned(), seen: true };
+        let entry = Entry { name: name.into(), seen: true };
         assert_eq!((size(&entry), entry.has(DELETED)), (expected, gone), "{name}");
     };
     check("1.M2P3.host,S=10", Some(10), false);

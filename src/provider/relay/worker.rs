@@ -207,6 +207,7 @@ impl WorkerContext {
             peer,
             peer_sends_dsn: client.is_some_and(|client| client.extensions().dsn),
             retry: Some(&self.config.retry),
+            give_up: None,
         }
     }
 
@@ -238,7 +239,7 @@ impl WorkerContext {
         let (mut all_settled, mut decided) = (true, false);
         let id = session.id().to_owned();
         let mut settle = |message: QueuedMessage, result: DeliveryResult, client: &Client, lock: &mut QueueLock| {
-            decided |= result.decided_by != DecidedBy::ConnectionLoss;
+            decided |= !result.decided_by.is_connection_loss();
             let attempt = self.attempt_with(&id, Some(client));
             all_settled &= self.reporter.finish_attempt(message, result, &attempt, lock).is_ok();
         };

@@ -6,9 +6,13 @@ fn domain() -> Option<Domain> {
     Domain::parse("example.org")
 }
 
+fn options(domain: &Option<Domain>) -> ParseOptions<'_> {
+    ParseOptions { domain: domain.as_ref(), prefix: None, id: "id", arrived: Timestamp::from_seconds(0) }
+}
+
 fn parsed(text: &str) -> ParsedEnvelope {
-    match parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp::from_seconds(0)) {
-        Parsed::Envelope(parsed) => parsed,
+    match parse(text.as_bytes(), true, options(&domain())) {
+        Parsed::Envelope(parsed) => *parsed,
         other => panic!("{text}: {other:?}"),
     }
 }
@@ -57,16 +61,16 @@ fn files_of_other_agents() {
 #[test]
 fn a_file_without_a_recipient_in_the_domain_is_not_a_message() {
     for text in ["", "\n", "Subject: hello\n\n", "Return-Path: <a@b.c>\n"] {
-        let parsed = parse(text.as_bytes(), true, domain().as_ref(), "id", Timestamp::from_seconds(0));
+        let parsed = parse(text.as_bytes(), true, options(&domain()));
         assert!(matches!(parsed, Parsed::NoRecipients), "{text:?}");
     }
-    let unfinished = parse(b"Delivered-To: eva@exam", false, domain().as_ref(), "id", Timestamp::from_seconds(0));
+    let unfinished = parse(b"Delivered-To: eva@exam", false, options(&domain()));
     assert!(matches!(unfinished, Parsed::More));
 }
 
 /// The recipients to send to, the others, and the reverse path or why it cannot be read.
 fn summary(text: &[u8]) -> (String, Vec<String>, String) {
-    match parse(text, true, domain().as_ref(), "id", Timestamp::from_seconds(0)) {
+    match parse(text, true, options(&domain())) {
         Parsed::Envelope(parsed) => {
             let recipients: Vec<_> =
                 parsed.recipients().iter().map(|recipient| recipient.mailbox.to_string()).collect();
@@ -183,17 +187,93 @@ fn the_first_line_of_an_mbox_is_skipped() {
     }
 }
 
+/// The file with the marks of some recipients, as `settle` writes them.
+fn marked(text: &[u8], numbers: &[usize], mark: Mark) -> Vec<u8> {
+    let Parsed::Envelope(parsed) = parse(text, true, options(&domain())) else { panic!("{text:?}") };
+    let mut marked = text.to_vec();
+    for place in numbers.iter().flat_map(|number| &parsed.marks[*number]) {
+        let octet = &mut marked[usize::try_from(*place).unwrap()];
+        assert_eq!(*octet, b'@');
+        *octet = mark.octet();
+    }
+    marked
+}
+
+/// However the agent has written the address.
+#[test]
+fn a_marked_recipient_is_settled_and_the_others_are_open() {
+    for fields in [
+        &b"Delivered-To: eva@example.org\nDelivered-To: bob@example.org\nDelivered-To: zoe@example.org\n"[..],
+        b"Envelope-to: eva@example.org,bob@example.org, zoe@example.org\r\n",
+        b"Envelope-to: eva@example.org,\n bob@example.org,\n\tzoe@example.org\n",
+        b"Envelope-to:\r\n <eva@\r\n example.org>,\r\n bob@\r\n example.org, zoe\r\n @example.org\r\n",
+        b"Envelope-to: eva@example.org (at @ home), \"Bob@B\" <bob@example.org> (@), (@) zoe@example.org\n",
+        b"Envelope-to: <@a.example,@b.example:eva@example.org>, bob@example.org, zoe@example.org\n",
+        b"Envelope-to: eva@example.org, bob@example.org, b\xe4r@example.org, zoe@example.org\n",
+        b"Envelope-to: \xc3\xab <eva@example.org>, \xe4 <x@example.org>, bob@example.org, \xc3\xab <zoe@example.org>\n",
+        b"Delivered-To: eva@example.org\nDelivered-To: bob@example.org, eva@example.org\nDelivered-To: zoe@example.org\n",
+    ] {
+        let names = ["eva", "bob", "zoe"];
+        let left = |text: &[u8]| {
+            let Parsed::Envelope(parsed) = parse(text, true, options(&domain())) else { panic!("{text:?}") };
+            let local = |recipient: &Recipient| recipient.mailbox.local().to_owned();
+            let unread: Vec<_> = parsed.unread.iter().map(|unread| unread.text.clone()).collect();
+            (parsed.recipients().iter().map(local).collect::<Vec<_>>(), parsed.settled, unread)
+        };
+        // If `Delivered-To` names somebody, settled or not, other fields do not count.
+        let other = if fields.starts_with(b"Delivered-To") { "X-Original-To: list@example.org\n" } else { "" };
+        let text = [fields, other.as_bytes(), b"Received: x\n\nx\n"].concat();
+        let unread = left(&text).2;
+        for mark in [Mark::Done, Mark::Rejected] {
+            for some in 0..8 {
+                let is_marked = |number: &usize| some & (1 << number) != 0;
+                let numbers: Vec<usize> = (0..3).filter(is_marked).collect();
+                let (open, settled, others) = left(&marked(&text, &numbers, mark));
+                let expected: Vec<_> = (0..3).filter(|number| !is_marked(number)).map(|number| names[number]).collect();
+                assert_eq!(open, expected, "{some} {fields:?}");
+                assert_eq!(others, unread, "{some} {fields:?}");
+                assert!(settled.len() >= numbers.len() && settled.iter().all(|other| *other == mark), "{fields:?}");
+            }
+        }
+    }
+}
+
+/// Only what could be read before was marked.
+#[test]
+fn an_address_with_a_control_character_is_not_settled() {
+    for text in ["eva\u{6}", "\u{6}", "b b\u{6}example.org", "eva@example\u{6}org"] {
+        let (recipients, unread, _) =
+            summary(format!("Delivered-To: bob@example.org\nDelivered-To: {text}\n\n").as_bytes());
+        assert_eq!((recipients.as_str(), unread.len()), ("bob@example.org", 1), "{text:?}");
+    }
+}
+
+/// qmail's virtualdomains: the prefix is taken off, but not from lines of ours or from a local part that is nothing else.
+#[test]
+fn a_prefix_of_another_agent_is_taken_off() {
+    let read = |text: &str| {
+        let domain = domain();
+        let options = ParseOptions { prefix: Some("acme-"), ..options(&domain) };
+        let Parsed::Envelope(parsed) = parse(text.as_bytes(), true, options) else { panic!("{text:?}") };
+        parsed.recipients().iter().map(|recipient| recipient.mailbox.to_string()).collect::<Vec<_>>().join(" ")
+    };
+    let fields = "Delivered-To: acme-eva@example.org\nDelivered-To: bob@example.org\nDelivered-To: acme-@example.org\n";
+    assert_eq!(read(&format!("{fields}\n")), "eva@example.org bob@example.org acme-@example.org");
+    assert!(read(&format!("{fields}X-ODMR-Envelope: id=x\n\n")).starts_with("acme-eva@example.org "));
+    assert_eq!(read("X-Original-To: acme-eva@example.org\n\n"), "acme-eva@example.org");
+}
+
 /// Lines of content that begin with white space are no reason to read on.
 #[test]
 fn the_envelope_ends_before_content_without_end() {
     let text = format!("Delivered-To: eva@example.org\nx\n{}", " y\n".repeat(100));
-    let parsed = parse(text.as_bytes(), false, None, "id", Timestamp::from_seconds(0));
+    let parsed = parse(text.as_bytes(), false, options(&None));
     assert!(matches!(parsed, Parsed::Envelope(parsed) if parsed.octets == 30));
 }
 
 proptest::proptest! {
     #[test]
     fn no_file_makes_it_panic(front: Vec<u8>, end: bool) {
-        let _ = parse(&front, end, domain().as_ref(), "id", Timestamp::from_seconds(0));
+        let _ = parse(&front, end, options(&domain()));
     }
 }
