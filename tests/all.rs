@@ -1,5 +1,6 @@
 //! The one integration-test binary.
 
+mod calls;
 mod check;
 mod command_line;
 mod conformance;

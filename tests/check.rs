@@ -70,3 +70,36 @@ fn a_missing_certificate_is_reported_with_its_line() {
         assert!(error.contains("customer.toml:4: ") && error.contains("or name others in `ca`"), "{error}");
     }
 }
+
+/// Mail that programs of root submit comes from root: without a mailbox its DSNs have nobody to go to but postmaster.
+#[test]
+fn a_sender_without_a_mailbox_is_reported() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("customer.toml");
+    let check = |mailboxes: &str, outgoing: &str| {
+        fs::write(&file, format!("{HEAD}root = \"mail\"\n{mailboxes}\n{outgoing}")).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        let done = Command::new(env!("CARGO_BIN_EXE_odmr")).arg("check").arg("-c").arg(&file).output().unwrap();
+        assert_eq!(done.status.code(), Some(0), "{}", String::from_utf8_lossy(&done.stderr));
+        let output = String::from_utf8(done.stdout).unwrap();
+        assert!(output.ends_with("good: a customer of relay.example.net:366, as acme\n"), "{output}");
+        output.lines().find(|line| line.contains("mail of root has nobody")).map(str::to_owned)
+    };
+    let (users, outgoing) = ("accept = [\"alice@example.org\"]", "[outgoing]\nqueue = \"out\"\n");
+    let warning = check(users, outgoing).unwrap();
+    assert!(warning.contains("customer.toml:6: ") && warning.contains("root@example.org has no mailbox"), "{warning}");
+    assert!(
+        warning.contains(" goes to postmaster@example.org; ") && warning.contains("aliases = { \"root\" = "),
+        "{warning}"
+    );
+    let other = format!("{users}\naliases = {{ info = \"alice@example.org\" }}");
+    assert!(check(&other, outgoing).unwrap().contains("customer.toml:9: "));
+    // It gets mail: by the alias that the warning names, or a catch-all. Or nothing is sent, or from elsewhere.
+    let alias = format!("{users}\naliases = {{ \"root\" = \"alice@example.org\" }}");
+    let elsewhere = format!("{outgoing}domain = \"example.net\"\n");
+    for (mailboxes, outgoing) in
+        [(&*alias, outgoing), ("accept = [\"@example.org\"]", outgoing), (users, ""), (users, &elsewhere)]
+    {
+        assert_eq!(check(mailboxes, outgoing), None, "{mailboxes} {outgoing}");
+    }
+}

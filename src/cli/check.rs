@@ -1,7 +1,8 @@
 //! `odmr check`: finds the errors of a configuration that would stop `serve` or `pull`, without binding or connecting.
 //!
 //! Beside the file itself it checks the files that it names, the user, and that the directories can be written to. With
-//! `--address` it shows where mail for an address goes, and by which rule.
+//! `--address` it shows where mail for an address goes, and by which rule. A warning says whose mail has nobody to come
+//! back to.
 
 use std::path::Path;
 
@@ -10,10 +11,13 @@ use rustix::fs::Access;
 
 use super::exit::{ExitError, Sysexit};
 use super::process::{check_not_root, config_path, find_owner, print};
-use crate::config::{Config, CustomerConfig, ProviderAccount, ProviderConfig};
+use crate::config::{Config, CustomerConfig, MailboxesConfig, ProviderAccount, ProviderConfig};
 use crate::customer::pull::Customer;
+use crate::customer::sendmail::user_mailbox;
 use crate::ids::Ids;
+use crate::mail::address::{Domain, ForwardPath};
 use crate::net::tls::{self, ServerTls};
+use crate::privileges::LoginUser;
 use crate::recipients::RecipientRules;
 
 /// The options of `odmr check`.
@@ -70,11 +74,31 @@ fn check_customer(config: &CustomerConfig, path: &Path) -> Result<String, ExitEr
     check_directory(&config.mailboxes.root)?;
     if let Some(outgoing) = &config.outgoing {
         check_directory(&outgoing.queue)?;
+        warn_of_senders(&config.mailboxes, &outgoing.domain)?;
     }
     let account =
         |provider: &ProviderAccount| format!("of {}, as {}", provider.remote.address, provider.remote.login_name());
     let accounts: Vec<_> = config.providers.iter().map(account).collect();
     Ok(format!("a customer {}", accounts.join("; ")))
+}
+
+/// Prints a warning for each user whose mail has nobody to come back to: root, for whom cron sends, and the user of this
+/// process. `domain`: that of their addresses.
+fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain) -> Result<(), ExitError> {
+    let user = LoginUser::current().name;
+    for name in ["root", &user].iter().take(if user == "root" { 1 } else { 2 }) {
+        // Mail for a domain elsewhere is the matter of its host.
+        let Some(sender) = user_mailbox(name, domain).filter(|_| mailboxes.rules.serves(domain)) else { continue };
+        if mailboxes.rules.resolve(&ForwardPath::Mailbox(sender.clone())).is_err() {
+            let home = mailboxes.rules.home();
+            let text = format!(
+                "mail of {name} has nobody to come back to: its sender {sender} has no mailbox, so a DSN about it goes to \
+                 postmaster@{domain}; write an alias, such as aliases = {{ \"{name}\" = \"alice@{home}\" }}"
+            );
+            print(&format!("{}\n", mailboxes.missing_alias(text)))?;
+        }
+    }
+    Ok(())
 }
 
 /// Prints where mail for each address goes, and by which rule.

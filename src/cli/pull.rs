@@ -45,14 +45,14 @@ pub(super) fn options(options: &mut Options) {
          SIGHUP: read the configuration again",
     );
     options.optflag("", "now", "makes the running daemon call at once; if no daemon runs, calls");
-    options.optflag("q", "quiet", "prints errors only: no summary, no progress");
+    options.optflag("q", "quiet", "prints errors, and recipients that were not accepted: no summary, no progress");
 }
 
 /// Makes one call to each provider, runs the daemon, or makes the running daemon call.
 ///
 /// # Errors
 ///
-/// The first failure of a call; what was sent and received before stays so.
+/// The first failure of a call, or that recipients were deferred here; what was sent and received before stays so.
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let (is_daemon, now) = (matches.opt_present("daemon"), matches.opt_present("now"));
     if is_daemon && now {
@@ -88,7 +88,11 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     call(&customer, &cancel, quiet, interactive)
 }
 
-/// Calls each provider once, and prints the summary.
+/// Calls each provider once, and prints the summary; if `quiet`, only the recipients that were not accepted.
+///
+/// # Errors
+///
+/// The first failure of a call; [`Sysexit::Temporary`] if recipients were deferred here.
 fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: bool) -> Result<(), ExitError> {
     let (begun, counters) = (Instant::now(), Arc::<CallCounters>::default());
     let called = thread::scope(|scope| {
@@ -103,10 +107,25 @@ fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: boo
     let summary = counters.summary(begun.elapsed().as_secs_f64());
     // What was sent and received before a failure stays so: the summary is printed also then.
     let is_empty = summary == Summary { seconds: summary.seconds, ..Summary::default() };
-    let printed = if quiet || called.is_err() && is_empty { Ok(()) } else { print(&format!("{summary}\n")) };
+    let text = match quiet {
+        true => summary.failure_lines().join("\n"),
+        false if called.is_err() && is_empty => String::new(),
+        false => summary.to_string(),
+    };
+    let printed = if text.is_empty() { Ok(()) } else { print(&format!("{text}\n")) };
     // If both the call and the printing failed, the call decides the exit code.
     called?;
-    printed
+    printed?;
+    match summary.deferred {
+        0 => Ok(()),
+        deferred => {
+            let text = format!(
+                "{deferred} recipients were deferred here, and their mail waits where it is: remove the cause that their \
+                 replies name, and call again"
+            );
+            Err(ExitError::new(Sysexit::Temporary, text))
+        }
+    }
 }
 
 /// Runs the daemon until SIGTERM or SIGINT. `owner`: the user to become, as in [`process::become_owner`].

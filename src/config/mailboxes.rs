@@ -28,9 +28,16 @@ pub struct MailboxesConfig {
     pub umask: u32,
     /// The maximal size of a message, in octets on the wire. Default 50 MiB.
     pub max_size: u64,
+    /// The line of `aliases`, or else of the table.
+    aliases_line: SourceLine,
 }
 
 impl MailboxesConfig {
+    /// The warning that an alias is missing, on the line where it belongs.
+    pub fn missing_alias(&self, text: String) -> ConfigError {
+        self.aliases_line.error(text)
+    }
+
     /// Reads the table. `domains`: those that the customer asks its providers for; empty: all that they have.
     pub(super) fn build(mut table: Table<'_>, domains: &[Domain]) -> Result<MailboxesConfig, ConfigError> {
         let missing = "[mailboxes] needs `root`, the directory of the Maildirs, such as root = \"/var/mail/odmr\"";
@@ -42,6 +49,7 @@ impl MailboxesConfig {
                         accept = [\"alice@example.org\"], or [\"@example.org\"] for a whole domain";
             table.line.error(text)
         })?;
+        let aliases_line = table.line_of("aliases");
         let mut aliases = Vec::new();
         for (name, targets) in table.entries("aliases")? {
             aliases.push(reader.alias(name, targets, &home)?);
@@ -62,7 +70,7 @@ impl MailboxesConfig {
             routes: table.take("deliver").map_or_else(|| Ok(Vec::new()), |written| reader.routes(written))?,
         };
         let (umask, max_size) = (table.or("umask", UMASK, 0o077)?, table.or("max-size", SIZE, MAX_SIZE)?);
-        Ok(MailboxesConfig { root, rules: RecipientRules::new(input)?, umask, max_size })
+        Ok(MailboxesConfig { root, rules: RecipientRules::new(input)?, umask, max_size, aliases_line })
     }
 }
 

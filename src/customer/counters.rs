@@ -1,6 +1,12 @@
 //! Counts what one call receives and sends, for the progress line during the call and the summary after it.
+//!
+//! A recipient that we defer may be accepted later in the same call, for instance if there were too many for one
+//! transaction. So deferred recipients are kept, and not only counted: who is left at the end of the call stays with the
+//! provider.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::smtp::reply::{Reply, Severity};
@@ -14,8 +20,14 @@ pub struct CallCounters(Mutex<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
-    /// What is complete.
+    /// What is complete, without the deferred recipients and the failures.
     total: Summary,
+    /// How often each recipient is deferred: messages of one size, from one sender to one recipient, have one key. A full
+    /// disk may defer all that the provider has, so the keys are hashes.
+    deferred: HashMap<u64, u64>,
+    hasher: RandomState,
+    /// The first failures, each with the key of a recipient that is deferred.
+    failures: Vec<(Option<u64>, String)>,
     /// Octets of the message that is arriving.
     arriving: u64,
     /// Octets of that message as MAIL announced them; 0: unknown.
@@ -54,16 +66,34 @@ impl CallCounters {
     }
 
     /// A recipient was rejected, if the reply is permanent, or deferred. `by`: who decided that, for the summary.
-    pub fn not_accepted(&self, recipient: impl fmt::Display, by: impl fmt::Display, reply: &Reply) {
-        let total = &mut self.lock().total;
-        let (count, word) = match reply.severity() {
-            Severity::Permanent => (&mut total.rejected, "rejected"),
-            _ => (&mut total.deferred, "deferred"),
-        };
-        *count += 1;
-        if total.failures.len() < LISTED_FAILURES {
-            total.failures.push(format!("<{recipient}> was {word} by {by}: {reply}"));
+    pub fn not_accepted(&self, recipient: &MessageRecipient<'_>, by: impl fmt::Display, reply: &Reply) {
+        let mut counts = self.lock();
+        // "Too many recipients" asks for this message again, as often as it has so many: that is no other message.
+        let is_permanent = reply.severity() == Severity::Permanent;
+        if is_permanent || reply.enhanced() == Some("4.5.3") {
+            counts.release(recipient);
         }
+        let (key, word) = match is_permanent {
+            true => {
+                counts.total.rejected += 1;
+                (None, "rejected")
+            }
+            false => {
+                let key = counts.key(recipient);
+                *counts.deferred.entry(key).or_default() += 1;
+                (Some(key), "deferred")
+            }
+        };
+        if counts.failures.len() < LISTED_FAILURES {
+            let MessageRecipient { from, to, .. } = recipient;
+            let to = if to.is_empty() { "-".to_owned() } else { format!("<{to}>") };
+            counts.failures.push((key, format!("from <{from}> to {to}: {word} by {by}: {reply}")));
+        }
+    }
+
+    /// A recipient was accepted, or for a recipient without a name: MAIL was. If it was deferred, it is not any more.
+    pub fn accepted(&self, recipient: &MessageRecipient<'_>) {
+        self.lock().release(recipient);
     }
 
     /// An outgoing message was sent to at least one recipient.
@@ -78,12 +108,15 @@ impl CallCounters {
 
     /// What was counted up to now. `seconds`: the duration of the call.
     pub fn summary(&self, seconds: f64) -> Summary {
-        Summary { seconds, ..self.lock().total.clone() }
+        let counts = self.lock();
+        let deferred = counts.deferred.values().sum();
+        let failures = counts.failures.iter().map(|(_, failure)| failure.clone()).collect();
+        Summary { seconds, deferred, failures, ..counts.total.clone() }
     }
 
     /// The progress of the call, in one line without its end.
     pub fn progress(&self) -> String {
-        let Counts { total: Summary { messages, octets, sent, .. }, arriving, announced, queued } = &*self.lock();
+        let Counts { total: Summary { messages, octets, sent, .. }, arriving, announced, queued, .. } = &*self.lock();
         let of_all = if *queued > 0 { format!(" of {}", queued.max(messages)) } else { String::new() };
         let mut line = format!("{messages}{of_all} messages, {}", HumanSize(octets + arriving));
         if *announced > 0 {
@@ -96,6 +129,40 @@ impl CallCounters {
     }
 }
 
+impl Counts {
+    fn key(&self, recipient: &MessageRecipient<'_>) -> u64 {
+        let MessageRecipient { from, to, size, envelope_id } = recipient;
+        // Local parts compare without case.
+        self.hasher.hash_one((from.to_lowercase(), to.to_lowercase(), size, envelope_id))
+    }
+
+    /// Removes a recipient from the deferred ones, if it is among them: the message that was deferred first.
+    fn release(&mut self, recipient: &MessageRecipient<'_>) {
+        let key = self.key(recipient);
+        let Some(count) = self.deferred.get_mut(&key) else { return };
+        *count -= 1;
+        if *count == 0 {
+            self.deferred.remove(&key);
+        }
+        if let Some(listed) = self.failures.iter().position(|(deferred, _)| *deferred == Some(key)) {
+            self.failures.remove(listed);
+        }
+    }
+}
+
+/// A recipient of a message, told from the recipients of other messages by what MAIL says of it.
+#[derive(Clone, Copy, Debug)]
+pub struct MessageRecipient<'a> {
+    /// The reverse path; empty: the null sender.
+    pub from: &'a str,
+    /// The forward path; empty: the message was not accepted before any recipient was named.
+    pub to: &'a str,
+    /// `SIZE`; 0: it was not announced.
+    pub size: u64,
+    /// `ENVID`.
+    pub envelope_id: Option<&'a str>,
+}
+
 /// The result of a call.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Summary {
@@ -105,7 +172,7 @@ pub struct Summary {
     pub octets: u64,
     /// Recipients that were rejected, of incoming and outgoing mail.
     pub rejected: u64,
-    /// Recipients that were deferred: their mail stays with the provider.
+    /// Recipients of incoming mail that we deferred, and did not accept later: their mail stays with the provider.
     pub deferred: u64,
     /// The first of the rejected and deferred recipients, a line for each.
     pub failures: Vec<String>,
@@ -131,9 +198,16 @@ impl fmt::Display for Summary {
                 write!(f, ", {count} {text}")?;
             }
         }
-        self.failures.iter().try_for_each(|failure| write!(f, "\n{failure}"))?;
+        self.failure_lines().iter().try_for_each(|failure| write!(f, "\n{failure}"))
+    }
+}
+
+impl Summary {
+    /// The rejected and deferred recipients: a line for each that is listed, and one that says how many are not.
+    pub fn failure_lines(&self) -> Vec<String> {
         let more = (self.rejected + self.deferred).saturating_sub(self.failures.len() as u64);
-        if more > 0 { write!(f, "\nand {more} more: the log has all of them") } else { Ok(()) }
+        let more = (more > 0).then(|| format!("and {more} more: the log has all of them"));
+        self.failures.iter().cloned().chain(more).collect()
     }
 }
 
@@ -176,16 +250,79 @@ mod tests {
         counters.message_done();
         counters.sent();
         assert_eq!(counters.progress(), "2 of 3 messages, 3.0 MiB, 1 sent");
-        counters.not_accepted("joe@example.org", "us", &Reply::new(550, "5.1.1", "No such mailbox here"));
+        counters.not_accepted(&to("joe@example.org"), "us", &Reply::new(550, "5.1.1", "No such mailbox here"));
         let summary = counters.summary(1.25).to_string();
-        let failure = "<joe@example.org> was rejected by us: 550 5.1.1 No such mailbox here";
+        let failure = "from <eva@example.net> to <joe@example.org>: rejected by us: 550 5.1.1 No such mailbox here";
         assert_eq!(
             summary,
             format!("2 messages, 3149824 bytes, 1.2 seconds, 1 recipients rejected, 1 sent\n{failure}")
         );
         for _ in 0..60 {
-            counters.not_accepted("x", "us", &Reply::new(550, "5.1.1", "No"));
+            counters.not_accepted(&to("x"), "us", &Reply::new(550, "5.1.1", "No"));
         }
         assert!(counters.summary(0.0).to_string().ends_with("\nand 11 more: the log has all of them"));
+    }
+
+    fn to(to: &str) -> MessageRecipient<'_> {
+        MessageRecipient { from: "eva@example.net", to, size: 100, envelope_id: None }
+    }
+
+    fn full() -> Reply {
+        Reply::new(452, "4.3.1", "The disk is full")
+    }
+
+    #[test]
+    fn a_deferred_recipient_counts_until_it_is_accepted() {
+        let counters = CallCounters::default();
+        for name in ["joe@example.org", "", "ann@example.org"] {
+            counters.not_accepted(&to(name), "us", &full());
+        }
+        let summary = counters.summary(0.0);
+        assert_eq!((summary.deferred, summary.rejected), (3, 0));
+        let failure = |to: &str| format!("from <eva@example.net> to {to}: deferred by us: 452 4.3.1 The disk is full");
+        assert_eq!(summary.failures, [failure("<joe@example.org>"), failure("-"), failure("<ann@example.org>")]);
+        // Another message, which its size or ENVID tells from the first.
+        counters.accepted(&MessageRecipient { size: 101, ..to("ann@example.org") });
+        counters.accepted(&MessageRecipient { envelope_id: Some("1"), ..to("ann@example.org") });
+        counters.accepted(&MessageRecipient { from: "", ..to("ann@example.org") });
+        assert_eq!(counters.summary(0.0), summary);
+        counters.accepted(&to(""));
+        counters.accepted(&to("Ann@example.org"));
+        assert_eq!(counters.summary(0.0).failures, [failure("<joe@example.org>")]);
+        // A rejection after a deferral replaces it.
+        counters.not_accepted(&to("joe@example.org"), "us", &Reply::new(550, "5.1.1", "No"));
+        let summary = counters.summary(0.0);
+        assert_eq!((summary.deferred, summary.rejected, summary.failures.len()), (0, 1, 1));
+    }
+
+    /// With 250 recipients the last 50 are one too many twice.
+    #[test]
+    fn one_too_many_is_the_same_message_and_a_full_disk_may_defer_two_alike() {
+        let counters = CallCounters::default();
+        let deferred = || (counters.summary(0.0).deferred, counters.summary(0.0).failures.len());
+        for _ in 0..2 {
+            counters.not_accepted(&to("joe@example.org"), "us", &Reply::new(452, "4.5.3", "Too many recipients"));
+        }
+        assert_eq!(deferred(), (1, 1));
+        counters.accepted(&to("joe@example.org"));
+        assert_eq!(deferred(), (0, 0));
+        for _ in 0..2 {
+            counters.not_accepted(&to("joe@example.org"), "us", &full());
+        }
+        assert_eq!(deferred(), (2, 2));
+        counters.accepted(&to("joe@example.org"));
+        assert_eq!(deferred(), (1, 1));
+    }
+
+    #[test]
+    fn deferred_recipients_that_are_not_listed_are_counted_and_released() {
+        let counters = CallCounters::default();
+        let names: Vec<_> = (0..LISTED_FAILURES + 10).map(|number| format!("{number}@example.org")).collect();
+        names.iter().for_each(|name| counters.not_accepted(&to(name), "us", &full()));
+        assert!(counters.summary(0.0).to_string().ends_with("\nand 10 more: the log has all of them"));
+        names.iter().rev().take(10).for_each(|name| counters.accepted(&to(name)));
+        assert!(counters.summary(0.0).failure_lines().iter().all(|line| line.contains(" deferred by us: ")));
+        names.iter().for_each(|name| counters.accepted(&to(name)));
+        assert_eq!(counters.summary(0.0), Summary::default());
     }
 }

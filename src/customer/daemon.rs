@@ -22,7 +22,7 @@ use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::listener;
 use crate::net::trace::quoted;
-use crate::schedule::{CallTimer, Clocks, Schedule};
+use crate::schedule::{CallOutcome, CallTimer, Clocks, Schedule};
 
 /// The clock is read at least this often, because it may be set.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
@@ -49,8 +49,8 @@ pub enum DaemonEvent {
     RetryQueued,
     /// The attempts at the messages of the retry queue have ended.
     RetryEnded,
-    /// A call has ended.
-    CallEnded { key: AccountKey, begun: Clocks, result: Result<(), CallError> },
+    /// A call has ended, with so many recipients deferred here.
+    CallEnded { key: AccountKey, begun: Clocks, result: Result<u64, CallError> },
 }
 
 /// The address of a provider, and our login name there.
@@ -308,14 +308,14 @@ impl Daemon<'_> {
         }
     }
 
-    fn call_ended(&mut self, key: &AccountKey, begun: Clocks, result: &Result<(), CallError>) {
+    fn call_ended(&mut self, key: &AccountKey, begun: Clocks, result: &Result<u64, CallError>) {
         let (now, chance) = (self.now(), self.customer.mailboxes.ids.random_number());
         self.calls = self.calls.saturating_sub(1);
         let Some(state) = self.providers.iter_mut().find(|state| state.key == *key) else { return };
         (state.calling, state.unreachable) = (false, false);
         let (provider, account) = key;
         match result {
-            Ok(()) => state.network_calls = 0,
+            Ok(_) => state.network_calls = 0,
             Err(CallError::Busy(reason)) => {
                 log::info!("event=call-skipped provider={provider} account={account} reason={}", quoted(reason));
             }
@@ -331,8 +331,12 @@ impl Daemon<'_> {
             }
         }
         // The call of another process is as good as ours.
-        let success = matches!(result, Ok(()) | Err(CallError::Busy(_)));
-        state.timer.call_ended(begun, now, success, chance);
+        let outcome = match result {
+            Ok(0) | Err(CallError::Busy(_)) => CallOutcome::Success,
+            Ok(_) => CallOutcome::Deferred,
+            Err(_) => CallOutcome::Failure,
+        };
+        state.timer.call_ended(begun, now, outcome, chance);
         state.log_next_call(now);
     }
 

@@ -10,7 +10,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::counters::CallCounters;
+use super::counters::{CallCounters, MessageRecipient};
 use super::mailboxes::{Mailboxes, Routing, delivered_here};
 use super::retry_queue::RetryQueue;
 use super::store;
@@ -23,9 +23,10 @@ use crate::maildir::{MessageWriter, for_each_block, has_room};
 use crate::net::cancel::CancelToken;
 use crate::net::trace::quoted;
 use crate::queue::{LockError, QueueLock, QueueName, QueuedEnvelope, QueuedMessage};
+use crate::recipients;
 use crate::report::{Attempt, DsnMessage, DsnSink, Reporter, Via};
 use crate::session::client::{ClientSession, Connect, SessionFailure};
-use crate::session::{Remote, disk_full_reply, storage_failure_reply};
+use crate::session::{Remote, disk_full_reply, storage_failure_reply, storage_reply};
 use crate::smtp::client::{Client, ClientOptions};
 use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::reply::Reply;
@@ -151,8 +152,9 @@ impl Outbox {
         self.mailboxes.queue.lock(std::slice::from_ref(&self.store.name)).inspect_err(failed).ok()
     }
 
-    /// Delivers messages for our own mailboxes that users without access to them have queued.
-    pub fn deliver_here(&self) {
+    /// Delivers messages for our own mailboxes that users without access to them have queued. What cannot be stored is
+    /// counted as deferred, and waits.
+    pub fn deliver_here(&self, counters: &CallCounters) {
         let Some(mut lock) = self.lock_if_any() else { return };
         while let Some(mut message) = lock.next_message() {
             let queued =
@@ -164,7 +166,13 @@ impl Outbox {
             let rejected = match self.copy(&here, &mut message) {
                 Ok(rejected) => rejected,
                 Err(error) => {
-                    log::error!("event=storage-failed id={} error={}", here.id, quoted(error));
+                    log::error!("event=storage-failed id={} error={}", here.id, quoted(&error));
+                    let from = &message.envelope.from.to_string();
+                    for recipient in &here.envelope.recipients {
+                        let to = &recipient.mailbox.to_string();
+                        let recipient = MessageRecipient { from, to, size: message.size, envelope_id: Some(&here.id) };
+                        counters.not_accepted(&recipient, "us", &storage_reply(&error));
+                    }
                     continue;
                 }
             };
@@ -268,11 +276,14 @@ impl Outbox {
             retry: Some(&retry),
             give_up: None,
         };
-        let recipients = message.envelope.recipients.clone();
+        let (recipients, from, size) =
+            (message.envelope.recipients.clone(), message.envelope.from.to_string(), message.size);
         let Ok(settled) = self.retry_queue.reporter.finish_attempt(message, result, &attempt, lock) else { return };
         for (recipient, status) in recipients.iter().zip(&settled.recipients) {
             if let RecipientStatus::Rejected(reply) = status {
-                counters.not_accepted(&recipient.mailbox, peer.unwrap_or("the provider"), reply);
+                let to = &recipient.mailbox.to_string();
+                let recipient = MessageRecipient { from: &from, to, size, envelope_id: None };
+                counters.not_accepted(&recipient, peer.unwrap_or("the provider"), reply);
             }
         }
         if settled.recipients.iter().any(RecipientStatus::is_sent) {
@@ -401,12 +412,18 @@ impl OutgoingStore {
 
 impl DsnSink for OutgoingStore {
     fn store(&self, dsn: &DsnMessage) -> io::Result<()> {
+        let mut envelope = dsn.envelope(&self.mailboxes.ids);
         let path = ForwardPath::Mailbox(dsn.to.clone());
         if self.is_local(&dsn.to) && self.mailboxes.rules().resolve(&path).is_err() {
-            log::warn!("event=dsn-undeliverable to=<{}>", dsn.to);
-            return Ok(());
+            // Such as root, for whom cron sends. Each domain has a postmaster (RFC 5321 section 4.5.1).
+            let postmaster = dsn.to.domain().and_then(|domain| recipients::address("postmaster", domain));
+            let postmaster =
+                postmaster.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no postmaster"))?;
+            let consequence = format!("<{postmaster}> gets it");
+            log::warn!("event=dsn-undeliverable to=<{}> consequence={}", dsn.to, quoted(consequence));
+            envelope = envelope.with_recipients(vec![Recipient::plain(postmaster)]);
         }
-        let (here, elsewhere) = self.divide(&dsn.envelope(&self.mailboxes.ids));
+        let (here, elsewhere) = self.divide(&envelope);
         let (mut writer, _) = self.begin(&here, &elsewhere, dsn.text.len() as u64, "")?;
         writer.write(&dsn.text)?;
         writer.commit().map(drop)

@@ -44,7 +44,7 @@ pub enum CallError {
     NoHost(String),
     /// There is no connection to the provider.
     Unavailable(String),
-    /// The provider defers the call, or the connection was lost: a later call may succeed.
+    /// The provider defers the call, the connection was lost, or a disk is full: a later call may succeed.
     Temporary(String),
     /// Another process calls this provider.
     Busy(String),
@@ -75,7 +75,10 @@ impl std::error::Error for CallError {}
 
 impl From<io::Error> for CallError {
     fn from(error: io::Error) -> CallError {
-        CallError::System(error.to_string())
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CallError::Temporary(error.to_string()),
+            _ => CallError::System(error.to_string()),
+        }
     }
 }
 
@@ -136,7 +139,7 @@ impl Customer {
                     let (address, account) = (&provider.remote.address, provider.remote.login_name());
                     log::error!("event=call-failed provider={address} account={account} error={}", quoted(error));
                 }
-                (Ok(()), _) => {}
+                (Ok(_), _) => {}
             }
         }
         result
@@ -144,18 +147,21 @@ impl Customer {
 
     /// Calls one provider: sends outgoing mail, if this provider accepts it, and fetches the mail of its domains, in as few
     /// connections as their names need. `number`: of the provider, in the order of the configuration, from 0; if there is
-    /// no such provider, nothing happens.
+    /// no such provider, nothing happens. Returns how many recipients were deferred here, and not accepted later: their
+    /// mail stays with the provider.
     ///
     /// # Errors
     /// The first failure. What happened before it stays.
-    pub fn call(&self, number: usize, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<(), CallError> {
+    pub fn call(&self, number: usize, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<u64, CallError> {
         let (Some(provider), Some(remote)) = (self.config().providers.get(number), self.remotes.get(number)) else {
-            return Ok(());
+            return Ok(0);
         };
         let begun = Instant::now();
         let before = counters.summary(0.0);
         let result = self.lock(provider).and_then(|_lock| self.call_alone(provider, remote, cancel, counters));
         let after = counters.summary(begun.elapsed().as_secs_f64());
+        // An earlier call to another provider may have deferred what this one brought again.
+        let deferred = after.deferred.saturating_sub(before.deferred);
         log::info!(
             "event=call provider={} account={} received={} octets={} rejected={} deferred={} sent={} waiting={} \
              duration={:.3} result={}",
@@ -164,13 +170,17 @@ impl Customer {
             after.messages - before.messages,
             after.octets - before.octets,
             after.rejected - before.rejected,
-            after.deferred - before.deferred,
+            deferred,
             after.sent - before.sent,
             after.waiting,
             after.seconds,
-            if result.is_ok() { "done" } else { "failed" },
+            match &result {
+                Ok(()) if deferred > 0 => "deferred",
+                Ok(()) => "done",
+                Err(_) => "failed",
+            },
         );
-        result
+        result.map(|()| deferred)
     }
 
     fn call_alone(
@@ -178,7 +188,7 @@ impl Customer {
     ) -> Result<(), CallError> {
         let outbox = self.outbox.as_ref().filter(|_| provider.outgoing);
         if let Some(outbox) = outbox {
-            outbox.deliver_here();
+            outbox.deliver_here(counters);
         }
         self.retry_queue.retry(cancel);
         let call = ProviderConnection { customer: self, remote, outbox, cancel, counters };

@@ -27,15 +27,16 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::counters::CallCounters;
+use super::counters::{CallCounters, MessageRecipient};
 use super::mailboxes::{Mailboxes, Routing, delivered_here, relayed_recipient};
 use super::next_hop::{HopDelivery, NextHops};
 use super::retry_queue::RetryQueue;
 use super::success_dsn::SuccessDsn;
-use crate::mail::address::{ForwardPath, Mailbox};
+use crate::mail::address::{ForwardPath, Mailbox, forward_path, reverse_path};
 use crate::mail::header::Header;
 use crate::maildir::spooled::SpooledContent;
 use crate::maildir::{MessageWriter, PreparedMessage};
+use crate::net::trace::quoted;
 use crate::queue::QueuedEnvelope;
 use crate::recipients::{Delivery, Destination};
 use crate::report::Attempt;
@@ -43,7 +44,7 @@ use crate::session::storage_failure_reply;
 use crate::smtp::client::OutgoingMessage;
 use crate::smtp::command::{Envelope, MailFrom, Notify, Recipient};
 use crate::smtp::reply::{Reply, Severity};
-use crate::smtp::server::{Incoming, MessageSink, SessionHandler};
+use crate::smtp::server::{Incoming, MessageSink, SessionHandler, Unaccepted};
 use crate::smtp::status::{RecipientStatus, connection_lost};
 
 /// How many destinations one message may have. One alias alone may have a hundred.
@@ -63,6 +64,8 @@ struct CallContext {
     retry_queue: Arc<RetryQueue>,
     counters: Arc<CallCounters>,
     hops: Mutex<NextHops>,
+    /// The next hop that has decided on the next negative reply; `None`: we do.
+    decided_by: Mutex<Option<String>>,
 }
 
 impl CallContext {
@@ -73,25 +76,28 @@ impl CallContext {
     fn hops(&self) -> MutexGuard<'_, NextHops> {
         self.hops.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn decided_by(&self) -> MutexGuard<'_, Option<String>> {
+        self.decided_by.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Receiver {
     /// Delivers into the mailboxes of `retry_queue`, and by `hops`.
     pub fn new(retry_queue: Arc<RetryQueue>, counters: Arc<CallCounters>, hops: NextHops) -> Receiver {
-        let context = Arc::new(CallContext { retry_queue, counters, hops: Mutex::new(hops) });
+        let context =
+            Arc::new(CallContext { retry_queue, counters, hops: Mutex::new(hops), decided_by: Mutex::default() });
         Receiver { context, message: None, accepted: Vec::new() }
     }
 
     /// All destinations of a recipient must accept, or the recipient is rejected.
-    fn check_destinations(
-        &self, path: &ForwardPath, recipient: &Recipient, mut deliveries: Vec<Delivery>,
-    ) -> Result<Vec<Delivery>, Reply> {
+    fn check_destinations(&self, recipient: &Recipient, mut deliveries: Vec<Delivery>) -> Result<Vec<Delivery>, Reply> {
         let Some(message) = &self.message else { return Ok(deliveries) };
         let mailboxes = self.context.mailboxes();
         for delivery in &deliveries {
             // Only this recipient waits for room. (If the content is larger than MAIL has announced, all wait.)
             if let Err(error) = mailboxes.check_quota(&delivery.destination, message.size) {
-                return Err(self.count(path, "its quota", storage_failure_reply(&error)));
+                return Err(storage_failure_reply(&error));
             }
         }
         let count = deliveries.len();
@@ -111,19 +117,52 @@ impl Receiver {
                 }
                 // A deferral by one destination counts for more than a rejection by another.
                 Severity::Permanent => drop(rejection.get_or_insert((hop.to_string(), reply))),
-                _ => return Err(self.count(path, &hop.to_string(), reply)),
+                _ => return Err(self.of_hop(hop.to_string(), reply)),
             }
         }
         match rejection {
             None => Ok(deliveries),
-            Some((hop, reply)) => Err(self.count(path, &hop, reply)),
+            Some((hop, reply)) => Err(self.of_hop(hop, reply)),
         }
     }
 
-    /// Counts a recipient that is not accepted, and returns the reply.
-    fn count(&self, path: &ForwardPath, by: &str, reply: Reply) -> Reply {
-        self.context.counters.not_accepted(path, by, &reply);
+    /// Records that a next hop has decided, for the summary, and returns the reply.
+    fn of_hop(&self, hop: String, reply: Reply) -> Reply {
+        *self.context.decided_by() = Some(hop);
         reply
+    }
+
+    /// The message of the open transaction; `None`: there was no MAIL yet.
+    fn mail(&self) -> Option<MessageIdentity> {
+        self.message.as_ref().map(|message| MessageIdentity::new(&message.envelope, message.size))
+    }
+
+    /// A forward path that the client has sent, as an accepted recipient is named, if it is valid.
+    fn typed_recipient(&self, path: &[u8]) -> String {
+        let parsed =
+            forward_path(path).ok().map(|(path, _)| match self.context.mailboxes().canonical_recipient(&path) {
+                Ok(mailbox) => mailbox.to_string(),
+                Err(_) => path.to_string(),
+            });
+        parsed.unwrap_or_else(|| quoted(String::from_utf8_lossy(path)))
+    }
+}
+
+/// A message as the counters know it (see [`MessageRecipient`]).
+#[derive(Clone, Default)]
+struct MessageIdentity {
+    from: String,
+    size: u64,
+    envelope_id: Option<String>,
+}
+
+impl MessageIdentity {
+    fn new(envelope: &Envelope, size: u64) -> MessageIdentity {
+        MessageIdentity { from: envelope.from.to_string(), size, envelope_id: envelope.envelope_id.clone() }
+    }
+
+    fn to<'a>(&'a self, to: &'a str) -> MessageRecipient<'a> {
+        MessageRecipient { from: &self.from, to, size: self.size, envelope_id: self.envelope_id.as_deref() }
     }
 }
 
@@ -133,12 +172,15 @@ impl SessionHandler for Receiver {
         self.accepted.clear();
         let size = mail.size.unwrap_or(0);
         self.message = Some(OutgoingMessage { envelope: mail.envelope.clone(), size, eight_bit: false });
-        self.context.mailboxes().check_room(size)
+        self.context.mailboxes().check_room(size)?;
+        // If this message was deferred at MAIL before, its recipients count from now on.
+        self.context.counters.accepted(&MessageIdentity::new(&mail.envelope, size).to(""));
+        Ok(())
     }
 
     fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply> {
         let mailboxes = self.context.mailboxes();
-        let deliveries = mailboxes.rules().resolve(path).map_err(|reply| self.count(path, "us", reply))?;
+        let deliveries = mailboxes.rules().resolve(path)?;
         let mailbox = mailboxes.canonical_recipient(path)?;
         // Each destination is an open file, or a line of an envelope.
         let before: usize = self.accepted.iter().map(|(_, deliveries)| deliveries.len()).sum();
@@ -147,7 +189,7 @@ impl SessionHandler for Receiver {
         }
         let original = original.map(str::to_owned);
         let recipient = Recipient { mailbox: mailbox.clone(), notify: notify.clone(), original };
-        let deliveries = self.check_destinations(path, &recipient, deliveries)?;
+        let deliveries = self.check_destinations(&recipient, deliveries)?;
         // A recipient that comes twice counts once.
         if !self.accepted.iter().any(|(known, _)| known.mailbox == mailbox) {
             self.accepted.push((recipient, deliveries));
@@ -157,6 +199,27 @@ impl SessionHandler for Receiver {
 
     fn may_wait(&self) -> bool {
         self.context.mailboxes().rules().has_next_hops()
+    }
+
+    fn not_accepted(&mut self, what: Unaccepted<'_>, reply: &Reply) {
+        let (by, mail) = (self.context.decided_by().take(), self.mail().unwrap_or_default());
+        let by = by.as_deref().unwrap_or("us");
+        let count = |mail: &MessageIdentity, to: &str| self.context.counters.not_accepted(&mail.to(to), by, reply);
+        match what {
+            // We defer a message after `sender` has noted it. What is rejected before that has no other key than its path.
+            Unaccepted::Sender(_) if reply.severity() == Severity::Transient => count(&mail, ""),
+            Unaccepted::Sender(path) => {
+                let parsed = reverse_path(path).ok().map(|(path, _)| path.to_string());
+                let from = parsed.unwrap_or_else(|| quoted(String::from_utf8_lossy(path)));
+                count(&MessageIdentity { from, ..MessageIdentity::default() }, "");
+            }
+            Unaccepted::Recipient(path) => count(&mail, &self.typed_recipient(path)),
+            Unaccepted::Content => {
+                let recipients = self.accepted.iter().map(|(recipient, _)| recipient.mailbox.to_string());
+                recipients.for_each(|to| count(&mail, &to));
+            }
+            Unaccepted::Line => count(&mail, ""),
+        }
     }
 
     fn receive(&mut self, envelope: &Envelope, incoming: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {
@@ -173,6 +236,7 @@ impl SessionHandler for Receiver {
             writer,
             spooled: SpooledContent::default(),
             session: incoming.session.to_owned(),
+            identity: self.mail().unwrap_or_default(),
             provider: incoming.received.helo.unwrap_or_default().to_owned(),
             received_octets: received.len(),
             success_dsn: SuccessDsn::new(&context.retry_queue.reporter, &message, &routing),
@@ -193,6 +257,7 @@ struct IncomingMessage {
     spooled: SpooledContent,
     /// The id of our session in the log.
     session: String,
+    identity: MessageIdentity,
     /// The name of the client.
     provider: String,
     /// Octets of our own `Received`.
@@ -225,12 +290,14 @@ impl IncomingMessage {
         let sent = any(RecipientStatus::is_sent);
         // As long as no recipient has the message, it can stay with the provider, which also reports a rejection.
         let negative = !sent && (any(RecipientStatus::is_open) || !has_drafts && any(RecipientStatus::is_rejected));
-        let result = if negative { Err(negative_reply(&deliveries)) } else { Ok(()) };
+        let result = if negative { Err(self.negative_reply(&deliveries)) } else { Ok(()) };
         let now = self.context.mailboxes().ids.clock().now();
+        let mut rejected = Vec::new();
         for delivery in &deliveries {
             for (recipient, status) in &delivery.recipients {
-                if let (Err(reply), _) | (Ok(()), RecipientStatus::Rejected(reply)) = (&result, status) {
-                    self.context.counters.not_accepted(&recipient.mailbox, &delivery.relay, reply);
+                // Rejections of a part: the sender gets a DSN. The session counts those of the whole message.
+                if let (Ok(()), RecipientStatus::Rejected(reply)) = (&result, status) {
+                    rejected.push((recipient.mailbox.to_string(), delivery.relay.clone(), reply.clone()));
                 }
                 // The retry queue logs the others.
                 if result.is_err() || status.is_sent() {
@@ -243,9 +310,31 @@ impl IncomingMessage {
         }
         deliveries.into_iter().try_for_each(|delivery| self.store_rest(delivery))?;
         self.publish(prepared, sent)?;
-        self.context.counters.message_done();
+        let counters = &self.context.counters;
+        counters.message_done();
+        for recipient in &self.message.envelope.recipients {
+            counters.accepted(&self.identity.to(&recipient.mailbox.to_string()));
+        }
+        for (recipient, hop, reply) in &rejected {
+            counters.not_accepted(&self.identity.to(recipient), hop, reply);
+        }
         self.success_dsn.send();
         Ok(result)
+    }
+
+    /// The reply to content that no recipient has: a deferral, if any destination defers. Records which one has decided.
+    fn negative_reply(&self, deliveries: &[HopDelivery]) -> Reply {
+        let of_one = |delivery: &HopDelivery| {
+            delivery.recipients.iter().map(|(_, status)| (delivery.relay.clone(), status.clone())).collect::<Vec<_>>()
+        };
+        let statuses: Vec<_> = deliveries.iter().flat_map(of_one).collect();
+        let open = statuses.iter().find(|(_, status)| status.is_open());
+        let Some((hop, status)) = open.or_else(|| statuses.iter().find(|(_, status)| status.is_rejected())) else {
+            return Reply::new(451, "4.3.0", "Nobody has taken the message");
+        };
+        *self.context.decided_by() = Some(hop.clone());
+        let in_doubt = || connection_lost("The mail server behind this one has not answered");
+        status.reply().cloned().unwrap_or_else(in_doubt)
     }
 
     /// Step 2: gives the content to each next hop.
@@ -304,18 +393,6 @@ impl IncomingMessage {
             }
         }
     }
-}
-
-/// The reply to content that no recipient has: a deferral, if any destination defers.
-fn negative_reply(deliveries: &[HopDelivery]) -> Reply {
-    let statuses = || deliveries.iter().flat_map(|delivery| &delivery.recipients).map(|(_, status)| status);
-    let deferred = statuses().find_map(|status| match status {
-        RecipientStatus::Deferred(reply) => Some(reply.clone()),
-        RecipientStatus::InDoubt => Some(connection_lost("The mail server behind this one has not answered")),
-        RecipientStatus::Sent(_) | RecipientStatus::Rejected(_) => None,
-    });
-    let rejected = || statuses().find(|status| status.is_rejected()).and_then(RecipientStatus::reply).cloned();
-    deferred.or_else(rejected).unwrap_or_else(|| Reply::new(451, "4.3.0", "Nobody has taken the message"))
 }
 
 impl MessageSink for IncomingMessage {

@@ -4,21 +4,24 @@
 //! destinations have accepted a message and others have not, the provider cannot keep it for the others. For them it is
 //! stored here, durably, before the 250.
 
-use std::io;
+use std::io::{self, Read};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use super::mailboxes::Mailboxes;
 use super::next_hop::{HopDelivery, NextHops};
+use crate::mail::address::{ForwardPath, Mailbox, ReversePath};
 use crate::maildir::spooled::Content;
-use crate::maildir::{Entry, for_each_block};
+use crate::maildir::{Entry, MessageWriter, for_each_block};
 use crate::net::cancel::CancelToken;
 use crate::net::trace::quoted;
 use crate::queue::retry::Retry;
 use crate::queue::{LockError, QueueLock, QueuedEnvelope, QueuedMessage};
-use crate::recipients::{Destination, NextHop};
+use crate::recipients::{Destination, NextHop, address, same_mailbox};
 use crate::report::{Attempt, Reporter, Via};
+use crate::session::storage_failure_reply;
 use crate::smtp::client::OutgoingMessage;
+use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
@@ -132,7 +135,8 @@ impl RetryQueue {
         while !cancel.is_cancelled() {
             lock.heartbeat();
             let Some(mut message) = lock.next_message() else { return };
-            let (tried, statuses) = self.attempt(&mut hops, &mut message);
+            let (tried, mut statuses) = self.attempt(&mut hops, &mut message);
+            self.redirect_dsn(&mut message, &mut statuses);
             self.finish_attempt(message, statuses, &tried.attempt(), &mut lock);
         }
     }
@@ -172,5 +176,48 @@ impl RetryQueue {
         }
         statuses.sort_by_key(|(number, _)| *number);
         (tried, statuses.into_iter().map(|(_, status)| status).collect())
+    }
+
+    /// Gives a DSN of ours to postmaster for each recipient that is rejected, such as root if the next hop does not know it.
+    fn redirect_dsn(&self, message: &mut QueuedMessage, statuses: &mut [RecipientStatus]) {
+        if message.envelope.from != ReversePath::Null || !statuses.iter().any(RecipientStatus::is_rejected) {
+            return;
+        }
+        // Every other message in this queue begins with the `Received` of this host.
+        let mut first = [0; b"Received:".len()];
+        if message.rewind().and_then(|()| message.read_exact(&mut first)).is_err() || first == *b"Received:" {
+            return;
+        }
+        for (recipient, status) in message.envelope.recipients.clone().iter().zip(statuses) {
+            if status.is_rejected()
+                && let Some(postmaster) = recipient.mailbox.domain().and_then(|domain| address("postmaster", domain))
+            {
+                let consequence = format!("<{postmaster}> gets it");
+                log::warn!("event=dsn-undeliverable to=<{}> consequence={}", recipient.mailbox, quoted(consequence));
+                *status = self.give_to_postmaster(message, &postmaster, &recipient.mailbox);
+            }
+        }
+    }
+
+    /// Gives a message to a postmaster; to a Maildir of ours if that leads to the recipient that has been rejected.
+    fn give_to_postmaster(
+        &self, message: &mut QueuedMessage, postmaster: &Mailbox, rejected: &Mailbox,
+    ) -> RecipientStatus {
+        let rules = self.mailboxes.rules();
+        let deliveries = rules.resolve(&ForwardPath::Mailbox(postmaster.clone())).unwrap_or_default();
+        if deliveries.iter().any(|delivery| same_mailbox(&delivery.mailbox, rejected)) {
+            return self.mailboxes.copy(&ReversePath::Null, postmaster, (&rules.maildir_of(postmaster), &[]), message);
+        }
+        let envelope = message.with_recipients(vec![Recipient::plain(postmaster.clone())]);
+        let mut writer = MessageWriter::default();
+        let stored = self.mailboxes.begin_all(&mut writer, &envelope, message.size, "").and_then(|_| {
+            message.rewind()?;
+            for_each_block(message, |block| writer.write(block))?;
+            writer.commit()
+        });
+        match stored {
+            Ok(_) => RecipientStatus::Sent(Reply::new(250, "2.0.0", "Postmaster gets it")),
+            Err(error) => RecipientStatus::Deferred(storage_failure_reply(&error)),
+        }
     }
 }

@@ -338,7 +338,7 @@ fn known_recipients(
 /// The sender that `-f` names, or the user's mailbox.
 fn sender(options: &SendmailOptions, home: &Domain) -> Result<ReversePath, SendmailError> {
     let Some(text) = &options.sender else {
-        return user_mailbox(&options.user, home).map(ReversePath::Mailbox).ok_or_else(|| {
+        return user_mailbox(&options.user.name, home).map(ReversePath::Mailbox).ok_or_else(|| {
             let name = &options.user.name;
             SendmailError::bad_data(format!("the login name {name:?} does not make an address: name the sender in -f"))
         });
@@ -353,9 +353,9 @@ fn sender(options: &SendmailOptions, home: &Domain) -> Result<ReversePath, Sendm
     }
 }
 
-/// The login name at `home`; `None` if that is not an address.
-fn user_mailbox(user: &LoginUser, home: &Domain) -> Option<Mailbox> {
-    Mailbox::parse(&format!("{}@{home}", user.name))
+/// A login name at `home`, the sender of that user's mail; `None` if that is not an address.
+pub fn user_mailbox(name: &str, home: &Domain) -> Option<Mailbox> {
+    Mailbox::parse(&format!("{name}@{home}"))
 }
 
 /// The `From` for a header without one: the sender, with the full name of `-F` or of the user.
@@ -364,7 +364,7 @@ fn header_from(options: &SendmailOptions, sender: &ReversePath, home: &Domain) -
     let address = match sender {
         ReversePath::Mailbox(mailbox) => mailbox.to_string(),
         ReversePath::Null => {
-            user_mailbox(user, home).map_or_else(|| format!("postmaster@{home}"), |mailbox| mailbox.to_string())
+            user_mailbox(&user.name, home).map_or_else(|| format!("postmaster@{home}"), |mailbox| mailbox.to_string())
         }
     };
     match options.full_name.as_deref().unwrap_or(&user.full_name).trim() {

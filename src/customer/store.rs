@@ -35,7 +35,8 @@ pub fn outgoing_queue(path: &Path) -> QueueName {
 pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
     let directory = root.join(".odmr");
     DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(|error| {
-        io::Error::new(error.kind(), format!("{}: {error}; give its user the right to", directory.display()))
+        let remedy = if error.kind() == io::ErrorKind::PermissionDenied { "; give its user the right to" } else { "" };
+        io::Error::new(error.kind(), format!("{}: {error}{remedy}", directory.display()))
     })?;
     let path = directory.join(name);
     let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();

@@ -115,7 +115,8 @@ impl MessageSink for QueueWriter {
     }
 }
 
-/// Stores the provider's DSNs in the queue of their recipient, held or outgoing.
+/// Stores the provider's DSNs in the queue of their recipient, held or outgoing; those for which there is none go to the
+/// provider's postmaster.
 pub struct SpoolDsnSink {
     pub spool: Arc<Spool>,
     pub relay: RelayHandle,
@@ -124,11 +125,16 @@ pub struct SpoolDsnSink {
 
 impl DsnSink for SpoolDsnSink {
     fn store(&self, dsn: &DsnMessage) -> io::Result<()> {
-        let Some(queue) = self.spool.queue_for(&dsn.to) else {
-            log::warn!("event=dsn-undeliverable to=<{}>", dsn.to);
-            return Ok(());
-        };
-        let mut writer = self.spool.begin_message(&[(queue.clone(), dsn.envelope(&self.ids))], "")?;
+        let mut envelope = dsn.envelope(&self.ids);
+        let queue = self.spool.queue_for(&dsn.to).unwrap_or_else(|| {
+            // An address literal, to which the relay does not send.
+            log::warn!("event=dsn-undeliverable to=<{}> consequence=\"postmaster gets it\"", dsn.to);
+            if let Some(postmaster) = self.spool.postmaster() {
+                envelope.envelope.recipients = vec![Recipient::plain(postmaster)];
+            }
+            SpoolQueue::Postmaster
+        });
+        let mut writer = self.spool.begin_message(&[(queue.clone(), envelope)], "")?;
         writer.write(&dsn.text)?;
         writer.commit()?;
         self.relay.arrived(&queue);

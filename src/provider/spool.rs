@@ -103,6 +103,11 @@ impl Spool {
         (is_own && mailbox.local().eq_ignore_ascii_case("postmaster")).then_some(SpoolQueue::Postmaster)
     }
 
+    /// The address of the provider's postmaster; `None`: its hostname is not a domain.
+    pub fn postmaster(&self) -> Option<Mailbox> {
+        self.own.as_ref().and_then(|own| Mailbox::parse(&format!("postmaster@{own}")))
+    }
+
     /// The queue of mail for this mailbox, held or outgoing. `None`: its domain is an address literal.
     pub fn queue_for(&self, mailbox: &Mailbox) -> Option<SpoolQueue> {
         self.held_queue(mailbox).or_else(|| mailbox.domain().map(|domain| SpoolQueue::Outgoing(domain.clone())))

@@ -4,10 +4,12 @@
 //! ```text
 //! CallTimer::new ──▶ time_left(now) ──▶ wait, for a minute at most, and ask again until it is zero ──▶ the call
 //!                        ▲                                                                               │
-//!                        └───────────── call_ended(begun, ended, success, chance) ◀──────────────────────┘
+//!                        └───────────── call_ended(begun, ended, outcome, chance) ◀──────────────────────┘
 //! ```
 //!
-//! After a call that failed there is a pause, with any schedule. Otherwise:
+//! After a call that failed there is a pause, with any schedule. After a call in which mail was deferred here, for instance
+//! because a disk is full, the next call is due after such a pause, or by the schedule if that is earlier: one full mailbox
+//! must not delay the mail of the others. The pauses grow, so neither is a storm of calls. Otherwise:
 //!
 //! - `every`: the first call is due at once, each other one that time after the last one began, or as soon as it ended.
 //! - `at`: the call is due at the first moment of the timetable after the end of the last call. Moments that passed
@@ -36,16 +38,28 @@ pub struct Clocks {
     pub ticks: Duration,
 }
 
+/// How a call has ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CallOutcome {
+    /// A call without mail (453, RFC 2645 section 5.2.1) is a success too.
+    Success,
+    /// The call was a success, but some mail was deferred here and stays with the provider.
+    Deferred,
+    Failure,
+}
+
 /// The calls to one provider: how the last one ended, and when the next one is due.
 pub struct CallTimer {
     schedule: Schedule,
     /// The end of the pause after a failure, or of no pause before a call at once, in ticks. It precedes the schedule.
     until: Option<Duration>,
+    /// The end of the pause after a call in which mail was deferred here, in ticks. It adds a call to the schedule.
+    extra: Option<Duration>,
     /// Where the schedule counts from: with `every` the begin of the last call, with `at` its end.
     since: Clocks,
     /// The next call is this late.
     jitter: Duration,
-    /// Consecutive calls that failed.
+    /// Consecutive calls that were no success.
     failures: u32,
 }
 
@@ -65,6 +79,7 @@ impl CallTimer {
         CallTimer {
             schedule: schedule.clone(),
             until: matches!(schedule.when, When::Every(_)).then_some(now.ticks),
+            extra: None,
             since: now,
             jitter: up_to(schedule.jitter, chance),
             failures: 0,
@@ -77,6 +92,12 @@ impl CallTimer {
         if let Some(until) = self.until {
             return until.saturating_sub(now.ticks);
         }
+        let scheduled = self.scheduled(now);
+        self.extra.map_or(scheduled, |extra| scheduled.min(extra.saturating_sub(now.ticks)))
+    }
+
+    /// The time until the next call by the schedule alone.
+    fn scheduled(&self, now: Clocks) -> Duration {
         match &self.schedule.when {
             When::Every(every) => (self.since.ticks + *every + self.jitter).saturating_sub(now.ticks),
             When::At(timetable) => {
@@ -92,17 +113,17 @@ impl CallTimer {
         later(now.date, self.time_left(now))
     }
 
-    /// Records a call. A call without mail (453, RFC 2645 section 5.2.1) is a success too. `chance`: a random number.
-    pub fn call_ended(&mut self, begun: Clocks, ended: Clocks, success: bool, chance: u64) {
-        if !success {
-            let doubled = self.schedule.retry_first.saturating_mul(2_u32.saturating_pow(self.failures));
-            let pause = doubled.min(self.schedule.retry_max);
-            self.failures = self.failures.saturating_add(1);
-            self.until = Some(ended.ticks + pause + up_to(pause / 10, chance));
+    /// Records a call. `chance`: a random number.
+    pub fn call_ended(&mut self, begun: Clocks, ended: Clocks, outcome: CallOutcome, chance: u64) {
+        let doubled = self.schedule.retry_first.saturating_mul(2_u32.saturating_pow(self.failures));
+        let pause = doubled.min(self.schedule.retry_max);
+        let pause_end = ended.ticks + pause + up_to(pause / 10, chance);
+        self.failures = if outcome == CallOutcome::Success { 0 } else { self.failures.saturating_add(1) };
+        self.until = (outcome == CallOutcome::Failure).then_some(pause_end);
+        self.extra = (outcome == CallOutcome::Deferred).then_some(pause_end);
+        if outcome == CallOutcome::Failure {
             return;
         }
-        self.failures = 0;
-        self.until = None;
         self.jitter = up_to(self.schedule.jitter, chance);
         self.since = match self.schedule.when {
             When::Every(_) => begun,
@@ -114,7 +135,7 @@ impl CallTimer {
     /// Ends a pause after failures. If the next call fails too, the next pause is longer all the same: only a success
     /// resets it.
     pub fn network_is_back(&mut self, now: Clocks) {
-        if self.failures > 0 {
+        if self.until.is_some() {
             self.until = Some(now.ticks);
         }
     }

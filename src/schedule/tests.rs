@@ -37,9 +37,13 @@ impl Machine {
     }
 
     fn calls(&mut self, timer: &mut CallTimer, time: Duration, success: bool) {
+        self.ends(timer, time, if success { CallOutcome::Success } else { CallOutcome::Failure });
+    }
+
+    fn ends(&mut self, timer: &mut CallTimer, time: Duration, outcome: CallOutcome) {
         let begun = self.0;
         let ended = self.passes(time);
-        timer.call_ended(begun, ended, success, 1);
+        timer.call_ended(begun, ended, outcome, 1);
     }
 
     /// Waits as the daemon does.
@@ -111,6 +115,44 @@ fn with_every_the_first_call_is_at_once_and_the_next_counts_from_its_start() {
     assert_eq!(timer.time_left(machine.0), Duration::ZERO, "at once after one that took longer");
 }
 
+/// The schedule goes on, and growing pauses add calls to it: neither a storm, nor a delay for the mail of others.
+#[test]
+fn after_mail_was_deferred_here_the_next_call_is_after_a_pause_or_by_the_schedule() {
+    let mut machine = Machine::at("2026-01-02T00:00:00Z");
+    let mut timer = timer("every = \"15m\"\njitter = \"none\"\nretry-first = \"1m\"\nretry-max = \"1h\"", &machine);
+    let mut calls = Vec::new();
+    for _ in 0..7 {
+        calls.push(machine.waits(&timer)[14..16].to_owned());
+        machine.ends(&mut timer, SECOND, CallOutcome::Deferred);
+    }
+    assert_eq!(calls, ["00", "01", "03", "07", "15", "30", "45"]);
+    // A failure now pauses as after so many failures, whatever the schedule says; a success ends all of it.
+    machine.waits(&timer);
+    machine.ends(&mut timer, SECOND, CallOutcome::Failure);
+    assert!(timer.time_left(machine.0) >= HOUR);
+    machine.waits(&timer);
+    machine.ends(&mut timer, SECOND, CallOutcome::Success);
+    assert_eq!(timer.time_left(machine.0), 15 * MINUTE - SECOND);
+    machine.waits(&timer);
+    machine.ends(&mut timer, SECOND, CallOutcome::Deferred);
+    assert_eq!(timer.time_left(machine.0).as_secs(), 60);
+}
+
+#[test]
+fn with_at_mail_that_was_deferred_here_adds_a_call_between_the_windows() {
+    let mut machine = Machine::at("2026-01-02T08:00:00Z");
+    let mut timer = timer("at = [\"* 09:30\"]\nzone = \"UTC\"\njitter = \"none\"\nretry-first = \"20m\"", &machine);
+    machine.waits(&timer);
+    let mut calls = Vec::new();
+    for _ in 0..3 {
+        machine.ends(&mut timer, SECOND, CallOutcome::Deferred);
+        calls.push(machine.waits(&timer)[11..16].to_owned());
+    }
+    assert_eq!(calls, ["09:50", "10:30", "11:30"]);
+    machine.ends(&mut timer, SECOND, CallOutcome::Success);
+    assert_eq!(machine.waits(&timer), "2026-01-03T09:30:00Z");
+}
+
 #[test]
 fn the_jitter_is_chosen_once_a_call_and_stays_within_its_limit() {
     let machine = Machine::at("2026-01-02T03:04:05Z");
@@ -118,7 +160,7 @@ fn the_jitter_is_chosen_once_a_call_and_stays_within_its_limit() {
     let mut drawn = Vec::new();
     let mut timer = timer("every = \"15m\"\njitter = \"2ms\"", &machine);
     for chance in 2..6 {
-        timer.call_ended(machine.0, machine.0, true, chance);
+        timer.call_ended(machine.0, machine.0, CallOutcome::Success, chance);
         assert_eq!(timer.time_left(machine.0), timer.time_left(machine.0));
         drawn.push((timer.time_left(machine.0) - 15 * MINUTE).as_millis());
     }
@@ -183,7 +225,7 @@ fn with_at_the_time_of_day_counts_if_the_clock_is_set() {
     let mut timer = timer(table, &machine);
     let begun = machine.0;
     machine.set(-20);
-    timer.call_ended(begun, machine.0, true, 1);
+    timer.call_ended(begun, machine.0, CallOutcome::Success, 1);
     assert_eq!(machine.waits(&timer), "2026-01-02T09:30:00Z");
 }
 

@@ -137,6 +137,11 @@ pub fn disk_full_reply() -> Reply {
 /// Logs that a message could not be stored, and returns the reply to it (RFC 1870 section 6.1, RFC 3463 section 3.4).
 pub fn storage_failure_reply(error: &io::Error) -> Reply {
     log::error!("event=storage-failed error={}", quoted(error));
+    storage_reply(error)
+}
+
+/// The reply to a message that could not be stored, without a log line.
+pub fn storage_reply(error: &io::Error) -> Reply {
     match error.kind() {
         // `FileTooLarge`: RLIMIT_FSIZE, or the limit of the file system.
         io::ErrorKind::StorageFull | io::ErrorKind::FileTooLarge => disk_full_reply(),

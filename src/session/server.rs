@@ -21,7 +21,7 @@ use crate::smtp::command::Verb;
 use crate::smtp::content::{ContentDecoder, HeaderScanner};
 use crate::smtp::limits;
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{MessageSink, Server, ServerRole, ServerStep, SessionHandler, message_too_large};
+use crate::smtp::server::{MessageSink, Server, ServerRole, ServerStep, SessionHandler, Unaccepted, message_too_large};
 
 /// How long the last replies may take.
 const LAST_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -152,9 +152,11 @@ impl ServerSession {
             match step {
                 ServerStep::Reply(reply) => {
                     self.log_reply(&reply, line.as_deref());
+                    self.observe(&reply, line.as_deref(), handler);
                     self.reply(&reply);
                 }
                 ServerStep::Close(reply) => {
+                    self.observe(&reply, line.as_deref(), handler);
                     self.reply(&reply);
                     return Ok(match reply.is_positive() {
                         true => SessionEnd::Quit,
@@ -165,12 +167,31 @@ impl ServerSession {
                 ServerStep::Data(go_ahead) => self.data(&go_ahead, handler)?,
                 ServerStep::Chunk { size, last: _, rejected: Some(reply) } => {
                     self.read_exact(size, |_| {})?;
+                    self.log_command_rejected(&reply, None);
+                    self.observe(&reply, line.as_deref(), handler);
                     self.reply(&reply);
                 }
                 ServerStep::Chunk { size, last, rejected: None } => self.chunk(size, last, handler)?,
                 ServerStep::Atrn(domains) => return Ok(SessionEnd::Atrn(domains)),
             }
         }
+    }
+
+    /// Reports a negative reply to a command about mail to the handler.
+    fn observe(&self, reply: &Reply, line: Option<&[u8]>, handler: &mut dyn SessionHandler) {
+        // 421 is about the session, which ends.
+        if reply.code() >= 400
+            && reply.code() != 421
+            && let Some(what) = Unaccepted::at_command(line, reply)
+        {
+            handler.not_accepted(what, reply);
+        }
+    }
+
+    /// Rejects or defers the content, for all recipients.
+    fn reject_content(&mut self, reply: &Reply, handler: &mut dyn SessionHandler) {
+        handler.not_accepted(Unaccepted::Content, reply);
+        self.reject(reply);
     }
 
     fn flush_before(&mut self, handler: &dyn SessionHandler) {
@@ -303,7 +324,7 @@ impl ServerSession {
         let mut receiver = match self.open_sink(handler) {
             Ok(receiver) => receiver,
             Err(reply) => {
-                self.reject(&reply);
+                self.reject_content(&reply, handler);
                 self.server.end_transaction();
                 return Ok(());
             }
@@ -321,13 +342,13 @@ impl ServerSession {
                 break;
             }
             if content.size() > limits::discarded_content(self.server.max_size()) {
-                self.reply(&message_too_large(self.server.max_size()));
+                self.reject_content(&message_too_large(self.server.max_size()), handler);
                 return Err(io::Error::other("far more content than permitted"));
             }
             self.wait_for_input(transfer.after(fed.used), true)?;
         }
         self.flush_before(handler);
-        self.finish_message(receiver, content.bare());
+        self.finish_message(receiver, content.bare(), handler);
         Ok(())
     }
 
@@ -339,7 +360,7 @@ impl ServerSession {
                 Ok(receiver) => (ContentDecoder::bdat(), receiver),
                 Err(reply) => {
                     self.read_exact(size, |_| {})?;
-                    self.reject(&reply);
+                    self.reject_content(&reply, handler);
                     self.server.chunk_rejected(last);
                     return Ok(());
                 }
@@ -356,9 +377,9 @@ impl ServerSession {
             content.finish(&mut octets);
             receiver.write(&octets, content.size());
             self.flush_before(handler);
-            self.finish_message(receiver, content.bare());
+            self.finish_message(receiver, content.bare(), handler);
         } else if let Err(reply) = receiver.sink {
-            self.reject(&reply);
+            self.reject_content(&reply, handler);
             self.server.chunk_rejected(last);
         } else {
             self.reply(&Reply::new(250, "2.0.0", format!("{size} octets received")));
@@ -395,7 +416,7 @@ impl ServerSession {
     }
 
     /// Accepts or rejects a message whose content has arrived, and ends the transaction.
-    fn finish_message(&mut self, receiver: ContentReceiver, bare: bool) {
+    fn finish_message(&mut self, receiver: ContentReceiver, bare: bool, handler: &mut dyn SessionHandler) {
         let size = receiver.size;
         let message_id = receiver.header.message_id().unwrap_or_default().to_owned();
         let received_id = receiver.header.received_id().unwrap_or_default().to_owned();
@@ -404,7 +425,7 @@ impl ServerSession {
                 self.log_accepted(&id, size, &message_id, &received_id);
                 self.reply(&Reply::new(250, "2.6.0", format!("OK, id={id}")));
             }
-            Err(reply) => self.reject(&reply),
+            Err(reply) => self.reject_content(&reply, handler),
         }
         self.server.end_transaction();
     }

@@ -119,11 +119,44 @@ pub trait SessionHandler {
         false
     }
 
+    /// Observes a 4yz or 5yz to the client about its mail, whether the server, this handler or a [`MessageSink`] has made it.
+    fn not_accepted(&mut self, _what: Unaccepted<'_>, _reply: &Reply) {}
+
     /// Begins to receive the content of a message.
     ///
     /// # Errors
     /// The reply to DATA or BDAT that rejects it.
     fn receive(&mut self, envelope: &Envelope, received: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply>;
+}
+
+/// What a negative reply is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unaccepted<'a> {
+    /// A message, at MAIL with this path, in angle brackets, as the client sent it.
+    Sender(&'a [u8]),
+    /// A recipient of the open transaction, at RCPT with this path.
+    Recipient(&'a [u8]),
+    /// The content, for all recipients of the transaction.
+    Content,
+    /// A line that is too long to be read.
+    Line,
+}
+
+impl<'a> Unaccepted<'a> {
+    /// What a negative reply to a command is about; `line`: the command, `None` if it was too long. Returns `None` if the
+    /// command is not part of a transaction, or 503 answers it: then the client has got another reply before, or has made
+    /// an error that is not about this mail.
+    pub fn at_command(line: Option<&'a [u8]>, reply: &Reply) -> Option<Unaccepted<'a>> {
+        let Some(line) = line else { return Some(Unaccepted::Line) };
+        let path = &line[line.iter().position(|octet| *octet == b'<').unwrap_or(line.len())..];
+        match Verb::of(line) {
+            _ if reply.code() == 503 => None,
+            Ok((Verb::Mail, _)) => Some(Unaccepted::Sender(path)),
+            Ok((Verb::Rcpt, _)) => Some(Unaccepted::Recipient(path)),
+            Ok((Verb::Data | Verb::Bdat, _)) => Some(Unaccepted::Content),
+            _ => None,
+        }
+    }
 }
 
 /// What is known of a message before its content arrives.

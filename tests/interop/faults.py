@@ -7,8 +7,9 @@ import collections
 import pathlib
 import re
 import signal
+import subprocess
 
-from harness import Customer, Provider, Smtp, check, end, field, scenario, stuffed, wait_until
+from harness import ODMR, Customer, Provider, Smtp, check, end, field, scenario, stuffed, wait_until
 
 SMALL = b"x" * 70 + b"\r\n"
 LARGE = SMALL * 3000  # many writes
@@ -132,3 +133,37 @@ def faults(box):
     check(names(customer.files()) == expected, f"pulled: {names(customer.files())}")
     check(not provider.held(), "held after the pull")
     return f"{len(FAULTS)} faults"
+
+
+@scenario("customer-full-disk", root=True)
+def customer_full_disk(box):
+    """no room at the customer: exit 75, sender and recipient are named, also with -q; the mail comes when there is room"""
+    provider = Provider(box, require_tls=False).start()
+    customer = Customer(box, provider.odmr, tls="none")
+    customer.root.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(customer.root)], capture_output=True)
+    if mounted.returncode:
+        return "cannot mount, skipped"
+    box.at_end(lambda: subprocess.run(["umount", "-l", str(customer.root)], capture_output=True))
+    with Smtp(provider.inbound) as line:
+        line.hello()
+        for number in range(2):
+            reply = line.send("a@sender.example", ["eva@example.org"], f"Subject: {number}\r\n\r\n".encode() + LARGE)
+            check(reply.startswith("250"), reply)
+    ballast = customer.root / "ballast"
+    # No octet is left, so not even a lock can be made; then the 4 MiB that the program keeps free, and room for one message.
+    for octets, held in ((8 << 20, 2), ((4 << 20) - 100_000, 2), ((4 << 20) - 400_000, 1)):
+        subprocess.run(["sh", "-c", f"head -c {octets} /dev/zero > {ballast}"], capture_output=True)
+        for quiet in ([], ["-q"]):
+            done = subprocess.run([ODMR, "pull", "-c", customer.config, *quiet], capture_output=True, text=True)
+            check(done.returncode == 75, f"{octets}: exit {done.returncode}: {done.stdout}{done.stderr}")
+            lines = [line for line in done.stdout.splitlines() if line.startswith("from <a@sender.example> to ")]
+            full = "odmr: " in done.stderr and "No space left" in done.stderr
+            check(full or len(lines) == len(provider.held()), f"{octets}: {done.stdout}{done.stderr}")
+            check(all(": deferred by us: 452 4.3.1 " in line for line in lines), f"{octets}: {done.stdout}")
+        check(len(provider.held()) == held, f"{octets}: {len(provider.held())} are held")
+        # The lock can be made from now on.
+        ballast.unlink()
+        (customer.root / ".odmr").mkdir(exist_ok=True)
+    check((result := customer.pull()) == 0, f"pull with room: exit {result}: {customer.log()}")
+    check(not provider.held() and len(customer.files()) == 2, f"{customer.files()}")

@@ -1,0 +1,271 @@
+//! What `odmr pull` reports of a call, by its output and exit code: which recipients this side did not accept, and why. The
+//! provider is a script.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::running::Running;
+
+/// What the provider sends after the turn. A group in one line is pipelined; `.` ends content.
+type Script<'a> = &'a [&'a str];
+
+/// A directory with the configuration and the mailboxes of one customer.
+struct Place(tempfile::TempDir);
+
+struct PullResult {
+    code: i32,
+    out: String,
+    error: String,
+    /// The provider's view: the replies after the turn.
+    replies: Vec<String>,
+}
+
+impl Place {
+    /// `mailboxes`: more lines of `[mailboxes]`, and tables after it.
+    fn new(mailboxes: &str) -> Place {
+        let place = Place(tempfile::tempdir().unwrap());
+        fs::write(place.0.path().join("rest"), mailboxes).unwrap();
+        place
+    }
+
+    /// Writes the configuration of a customer of the provider at `listener`, and returns its path.
+    fn configure(&self, listener: &TcpListener) -> PathBuf {
+        let rest = fs::read_to_string(self.0.path().join("rest")).unwrap();
+        let config = self.0.path().join("customer.toml");
+        let address = listener.local_addr().unwrap();
+        let text = format!(
+            "hostname = \"mail.example.org\"\n[provider]\naddress = \"{address}\"\ntls = \"none\"\nname = \"acme\"\n\
+             secret = \"tanstaaftanstaaf\"\n[mailboxes]\nroot = \"mailboxes\"\n{rest}"
+        );
+        fs::write(&config, text).unwrap();
+        fs::set_permissions(&config, fs::Permissions::from_mode(0o600)).unwrap();
+        config
+    }
+
+    /// Calls a provider that plays this script. `limit`: a command of the shell that starts the program.
+    fn pull(&self, words: &[&str], limit: &str, script: Script<'_>) -> PullResult {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let config = self.configure(&listener);
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(format!("{limit} exec \"$0\" pull \"$@\"")).arg(env!("CARGO_BIN_EXE_odmr"));
+        shell.args(["-c"]).arg(&config).args(words).env_remove("RUST_LOG");
+        std::thread::scope(|scope| {
+            let provider = scope.spawn(|| provide(&listener.accept().unwrap().0, script));
+            let done = shell.output().unwrap();
+            let text = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
+            let replies = provider.join().unwrap();
+            PullResult {
+                code: done.status.code().unwrap(),
+                out: text(&done.stdout),
+                error: text(&done.stderr),
+                replies,
+            }
+        })
+    }
+}
+
+/// Plays the provider in one call. Returns the replies to the script, one for each line that gets one.
+fn provide(mut stream: &TcpStream, script: Script<'_>) -> Vec<String> {
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut reader = BufReader::new(stream);
+    let mut line = move || {
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    };
+    let mut send = |text: &str| stream.write_all(text.as_bytes()).unwrap();
+    let handshake = [
+        ("220 relay.example.net\r\n", "EHLO "),
+        ("250-relay.example.net\r\n250-AUTH CRAM-MD5\r\n250 ATRN\r\n", "AUTH "),
+        ("334 PDE4OTYuNjk3MTcwOTUyQHBvc3RvZmZpY2UucmVzdG9uLm1jaS5uZXQ+\r\n", ""),
+        ("235 2.7.0 OK\r\n", "ATRN"),
+        ("250 2.0.0 OK now reversing the connection\r\n", "220 "),
+    ];
+    for (reply, next) in handshake {
+        send(reply);
+        assert!(line().starts_with(next));
+    }
+    let mut replies = Vec::new();
+    for text in ["EHLO relay.example.net"].iter().chain(script).chain(&["QUIT"]) {
+        // Content is sent in the same piece as its end.
+        let expected = if text.ends_with("\r\n.") { 1 } else { text.lines().count() };
+        send(&format!("{text}\r\n"));
+        for _ in 0..expected {
+            let mut reply = line();
+            while reply.as_bytes().get(3) == Some(&b'-') {
+                reply = line();
+            }
+            replies.push(reply);
+        }
+    }
+    replies.pop();
+    replies.remove(0);
+    replies
+}
+
+const ALICE: &str = "accept = [\"alice@example.org\", \"bob@example.org\"]\n";
+
+/// A message in four commands.
+fn message<'a>(from: &'a str, to: &'a str) -> [String; 4] {
+    let content = "Subject: x\r\n\r\nHello.\r\n.".to_owned();
+    [format!("MAIL FROM:<{from}>"), format!("RCPT TO:<{to}>"), "DATA".to_owned(), content]
+}
+
+fn words(script: &[String]) -> Vec<&str> {
+    script.iter().map(String::as_str).collect()
+}
+
+/// A mailbox over its quota: the recipient is deferred, the call brings the others, and the exit code is 75.
+#[test]
+fn what_was_deferred_here_is_reported_also_if_quiet() {
+    let place = Place::new(ALICE);
+    let mailbox = place.0.path().join("mailboxes/example.org/alice");
+    for directory in ["new", "cur", "tmp"] {
+        fs::create_dir_all(mailbox.join(directory)).unwrap();
+    }
+    fs::write(mailbox.join("new/1700000000.M1P1.host"), "Subject: x\n\n").unwrap();
+    fs::write(mailbox.join("maildirsize"), "10S\n12 1\n").unwrap();
+    let line = "from <eva@example.net> to <alice@example.org>: deferred by us: 452 4.2.2 ";
+    let script = [message("eva@example.net", "alice@example.org"), message("eva@example.net", "bob@example.org")];
+    let mut script = script.concat();
+    // No recipient is left, so there is no content.
+    script.drain(2..4);
+    script.insert(2, "RSET".to_owned());
+    let call = place.pull(&[], "", &words(&script));
+    assert_eq!(call.code, 75, "{}", call.error);
+    assert!(
+        call.replies[1].starts_with("452 4.2.2 ") && call.replies[6].starts_with("250 2.6.0 "),
+        "{:?}",
+        call.replies
+    );
+    let (first, rest) = call.out.split_once('\n').unwrap();
+    assert!(first.starts_with("1 messages, ") && first.ends_with(", 1 deferred"), "{first}");
+    assert!(rest.starts_with(line) && rest.lines().count() == 1, "{rest}");
+    assert!(call.error.contains("odmr: 1 recipients were deferred here"), "{}", call.error);
+    assert!(call.error.contains("deferred=1 ") && call.error.contains(" result=deferred\n"), "{}", call.error);
+    let quiet = place.pull(&["-q"], "", &words(&script));
+    assert_eq!(quiet.code, 75, "{}", quiet.error);
+    assert!(quiet.out.starts_with(line) && quiet.out.lines().count() == 1, "{}", quiet.out);
+}
+
+/// A full disk, for which a limit of file sizes stands, at the content.
+#[test]
+fn a_full_disk_is_reported_for_each_recipient() {
+    let place = Place::new(ALICE);
+    let body = format!("Subject: x\r\n\r\n{}.", "0123456789\r\n".repeat(2000));
+    let script = ["MAIL FROM:<>", "RCPT TO:<alice@example.org>\r\nRCPT TO:<BOB@example.org>", "DATA", &body];
+    let call = place.pull(&["-q"], "ulimit -f 16;", &script);
+    assert_eq!(call.code, 75, "{}", call.error);
+    let lines: Vec<_> = call.out.lines().collect();
+    let deferred = |to: &str| format!("from <> to <{to}>: deferred by us: 452 4.3.1 The disk is full, try again later");
+    assert_eq!(lines, [deferred("alice@example.org"), deferred("BOB@example.org")]);
+}
+
+/// Before a recipient is named, by the size that MAIL announces. The rest of the group is no other failure.
+#[test]
+fn a_full_disk_is_reported_for_the_sender() {
+    let place = Place::new(&format!("{ALICE}max-size = \"1000000GiB\"\n"));
+    let group = "MAIL FROM:<eva@example.net> SIZE=1000000000000000\r\nRCPT TO:<alice@example.org>\r\nDATA";
+    let call = place.pull(&["-q"], "", &[group]);
+    assert_eq!(call.code, 75, "{}", call.error);
+    assert_eq!(call.out, "from <eva@example.net> to -: deferred by us: 452 4.3.1 The disk is full, try again later\n");
+}
+
+#[test]
+fn what_was_rejected_here_is_reported_and_is_no_failure() {
+    let place = Place::new(&format!("{ALICE}max-size = 70000\n"));
+    let bare = "Subject: x\r\n\r\nsmug\ngled\r\n.";
+    let long = "x".repeat(13_000);
+    let script = [
+        "MAIL FROM:<big@example.net> SIZE=70001",
+        "MAIL FROM:<eva@example.net> SIZE=100",
+        "RCPT TO:<nobody@example.org>\r\nRCPT TO:<x@elsewhere.example>\r\nRCPT TO:<no\x1baddress>",
+        // No recipient was accepted, which is not told a second time.
+        "DATA",
+        "RCPT TO:<alice@example.org>",
+        &long,
+        "DATA",
+        bare,
+    ];
+    for options in [&["-q"][..], &[]] {
+        let call = place.pull(options, "", &script);
+        assert_eq!(call.code, 0, "{}", call.error);
+        let expected = [
+            "from <big@example.net> to -: rejected by us: 552 5.3.4 ",
+            "from <eva@example.net> to <nobody@example.org>: rejected by us: 550 5.1.1 ",
+            "from <eva@example.net> to <x@elsewhere.example>: rejected by us: 550 5.7.1 ",
+            "from <eva@example.net> to <\"<no\\x1baddress>\">: rejected by us: 501 5.1.3 ",
+            "from <eva@example.net> to -: rejected by us: 500 5.5.2 ",
+            "from <eva@example.net> to <alice@example.org>: rejected by us: 554 5.6.0 ",
+        ];
+        let lines: Vec<_> = call.out.lines().skip(usize::from(options.is_empty())).collect();
+        assert_eq!(lines.len(), expected.len(), "{:?}\n{:?}", call.out, call.replies);
+        for (line, expected) in lines.iter().zip(expected) {
+            assert!(line.starts_with(expected), "{line}");
+        }
+    }
+}
+
+/// The provider sends the 101st recipient in another transaction.
+#[test]
+fn a_recipient_that_was_one_too_many_at_first_is_not_reported() {
+    let place = Place::new("accept = [\"@example.org\"]\n");
+    let mut script = vec!["MAIL FROM:<eva@example.net> SIZE=20".to_owned()];
+    script.extend((0..=100).map(|number| format!("RCPT TO:<a{number}@example.org>")));
+    script.extend(["DATA".to_owned(), "Subject: x\r\n\r\nHello.\r\n.".to_owned()]);
+    let whole = place.pull(&["-q"], "", &words(&script));
+    assert!(whole.replies[101].starts_with("452 4.5.3 "), "{:?}", whole.replies);
+    assert_eq!(whole.code, 75, "{}", whole.error);
+    let mut rest = message("eva@example.net", "A100@example.org").to_vec();
+    rest[0] += " SIZE=20";
+    script.extend(rest);
+    let call = place.pull(&["-q"], "", &words(&script));
+    assert_eq!((call.code, call.out.as_str()), (0, ""), "{}", call.error);
+}
+
+#[test]
+fn a_next_hop_that_is_down_is_named() {
+    let place = Place::new(&format!("{ALICE}deliver = {{ \"alice@example.org\" = \"lmtp:127.0.0.1:1\" }}\n"));
+    let script = message("eva@example.net", "alice@example.org");
+    let call = place.pull(&["-q"], "", &[&script[0], &script[1]]);
+    assert_eq!(call.code, 75, "{}", call.error);
+    let line = "from <eva@example.net> to <alice@example.org>: deferred by lmtp:127.0.0.1:1: 451 4.4.1 ";
+    assert!(call.out.starts_with(line), "{}", call.out);
+}
+
+/// The schedule alone would call an hour later.
+#[test]
+fn the_daemon_calls_again_after_a_pause_if_mail_was_deferred_here() {
+    let schedule = "[schedule]\nevery = \"1h\"\nretry-first = \"1s\"\njitter = \"none\"\n";
+    let place = Place::new(&format!("{ALICE}max-size = \"1000000GiB\"\n{schedule}"));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut program = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let config = place.configure(&listener);
+    let mut daemon = Running::start(program.args(["pull", "--daemon", "-c"]).arg(config));
+    for (size, result, next) in [("1000000000000000", "deferred", true), ("10", "done", false)] {
+        let script = [format!("MAIL FROM:<eva@example.net> SIZE={size}"), "RSET".to_owned()];
+        provide(&listener.accept().unwrap().0, &words(&script));
+        let call = daemon.wait_for("event=call ");
+        assert!(call.ends_with(&format!(" result={result}")), "{call}");
+        daemon.wait_for("event=next-call ");
+        listener.set_nonblocking(true).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(listener.accept().is_err(), "at once again");
+        listener.set_nonblocking(!next).unwrap();
+    }
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.exit_code(), Some(0));
+}
+
+#[test]
+fn a_call_without_mail_is_a_success_and_silent() {
+    let call = Place::new(ALICE).pull(&["-q"], "", &[]);
+    assert_eq!((call.code, call.out.as_str(), call.error.as_str()), (0, "", ""));
+}
