@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::ToSocketAddrs;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use super::mailboxes::Mailboxes;
 use crate::mail::received::ClientInfo;
 use crate::maildir::spooled::Content;
 use crate::net::cancel::CancelToken;
+use crate::net::resolver::system_addresses;
 use crate::net::trace::quoted;
 use crate::recipients::{NextHop, same_mailbox};
 use crate::report::{Attempt, Via};
@@ -350,9 +351,21 @@ fn connect_hop(hop: &NextHop, hostname: &str, connect: &Connect<'_>) -> Result<C
         NextHop::Lmtp { address, .. } => (address, true),
         NextHop::Smtp { address, .. } => (address, false),
     };
-    let mut last = SessionFailure::NoHost(format!("{address} has no address"));
-    for address in address.to_socket_addrs().map_err(unreachable)? {
-        match connect.to(address, options(lmtp)) {
+    connect_to_any(&system_addresses(address).map_err(unreachable)?, &options(lmtp), connect)
+}
+
+fn connect_to_any(
+    addresses: &[SocketAddr], options: &ClientOptions, connect: &Connect<'_>,
+) -> Result<ClientSession, SessionFailure> {
+    let mut last = SessionFailure::NoHost("no address".to_owned());
+    for (at, socket) in addresses.iter().enumerate() {
+        // Each address has its share of the time that is left: the first one must not use it up, now and at each call.
+        let share = |limit: Instant| {
+            let (now, left) = (Instant::now(), u32::try_from(addresses.len() - at).unwrap_or(u32::MAX));
+            now + limit.saturating_duration_since(now) / left
+        };
+        let connect = Connect { limit: connect.limit.map(share), ..*connect };
+        match connect.to(*socket, options.clone()) {
             Ok(session) => return Ok(session),
             Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
             Err(failure) => last = failure,
@@ -381,7 +394,36 @@ fn upstream_reply(hop: &NextHop, reply: HopReply) -> Reply {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::thread;
+
     use super::*;
+
+    /// The provider waits for all of them together, and the next call begins with the first again.
+    #[test]
+    fn addresses_that_say_nothing_leave_time_for_the_one_that_does() {
+        let silent: Vec<_> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let good = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addresses: Vec<_> = silent.iter().chain([&good]).map(|host| host.local_addr().unwrap()).collect();
+        let host = thread::spawn(move || {
+            let (mut socket, _) = good.accept().unwrap();
+            socket.write_all(b"220 x\r\n").unwrap();
+            let _ = socket.read(&mut [0; 100]);
+            socket.write_all(b"250 x\r\n").unwrap();
+        });
+        let (timeouts, cancel) = (Timeouts::default(), CancelToken::new().unwrap());
+        let limit = Some(Instant::now() + Duration::from_millis(2000));
+        let connect = Connect { id: "1", peer: 'S', tls: None, timeouts: &timeouts, cancel: &cancel, limit };
+        let options = ClientOptions { name: "mail.example.org".to_owned(), ..ClientOptions::default() };
+        assert!(connect_to_any(&addresses, &options, &connect).is_ok());
+        host.join().unwrap();
+        // One address may use all the time.
+        let begun = Instant::now();
+        let connect = Connect { limit: Some(begun + Duration::from_millis(300)), ..connect };
+        assert!(connect_to_any(&addresses[..1], &options, &connect).is_err());
+        assert!(begun.elapsed() >= Duration::from_millis(300));
+    }
 
     const UNFIT: &str = "451 4.3.5 The mail server behind this one does not take mail from here";
 

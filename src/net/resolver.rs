@@ -130,8 +130,8 @@ impl Resolver {
         }
     }
 
-    /// Finds the addresses of `host`, IPv6 first, otherwise in the order of the reply (RFC 5321 section 5.1), 100 at most.
-    /// Empty: the host has no address.
+    /// Finds the addresses of `host`, 100 at most: IPv6 and IPv4 in turn, each in the order of the reply (RFC 5321 section
+    /// 5.1). Empty: the host has no address.
     ///
     /// Addresses that cannot belong to one host (unspecified, multicast, broadcast) are left out. Loopback and private
     /// addresses are not: the caller decides whether to connect to them.
@@ -157,6 +157,7 @@ impl Resolver {
         }
         let mut seen = HashSet::new();
         addresses.retain(|address| is_unicast(*address) && seen.insert(*address));
+        let mut addresses = alternate_families(addresses, IpAddr::is_ipv6);
         addresses.truncate(RESULT_LIMIT);
         match failure {
             Some(error) if addresses.is_empty() => Err(error),
@@ -307,6 +308,29 @@ impl Resolver {
             }
         }
         UdpSocket::bind((any, 0))
+    }
+}
+
+/// Orders addresses so that the families take turns, that of the first address first; each family keeps its order. If one
+/// family does not work here, the other has its turn before any limit cuts the list.
+fn alternate_families<T>(addresses: Vec<T>, is_ipv6: impl Fn(&T) -> bool) -> Vec<T> {
+    let first_family = addresses.first().is_some_and(&is_ipv6);
+    let (first, second): (Vec<T>, Vec<T>) = addresses.into_iter().partition(|address| is_ipv6(address) == first_family);
+    let mut second = second.into_iter();
+    let mut ordered: Vec<T> = first.into_iter().flat_map(|address| [Some(address), second.next()]).flatten().collect();
+    ordered.extend(second);
+    ordered
+}
+
+/// The addresses of a configured host (`host:port`) by the system's resolver; its families take turns. Never empty.
+///
+/// # Errors
+/// The host has no address, or cannot be looked up.
+pub fn system_addresses(address: &str) -> io::Result<Vec<SocketAddr>> {
+    let addresses = alternate_families(address.to_socket_addrs()?.collect(), SocketAddr::is_ipv6);
+    match addresses.is_empty() {
+        true => Err(io::Error::new(io::ErrorKind::NotFound, "the name is known, without an address")),
+        false => Ok(addresses),
     }
 }
 

@@ -48,6 +48,8 @@ pub(super) struct Listed {
     /// The unique names of messages that this session has offered and that are still there: each is offered once. The
     /// set is for one queue, because other agents may give files in two Maildirs the same name.
     offered: HashSet<OsString>,
+    /// The queue was listed once.
+    once: bool,
     /// The session is a call: it counts for messages that calls skip.
     is_call: bool,
     /// How many messages this session skips.
@@ -177,6 +179,12 @@ impl QueueLock {
         None
     }
 
+    /// How many messages wait, as far as is known: of a queue that was not listed yet, one.
+    pub fn waiting(&self) -> usize {
+        let waiting = |Listed { waiting, last, once, .. }: &Listed| if *once { waiting.len() + last.len() } else { 1 };
+        self.queues.iter().map(|queue| waiting(&queue.listed)).sum()
+    }
+
     /// Opens one message of a queue, which is then not offered again. `None`: it is gone, or the queue is not locked.
     ///
     /// # Errors
@@ -291,6 +299,7 @@ impl LockedQueue {
             return Ok(());
         }
         let mut entries = self.maildir.entries()?;
+        self.listed.once = true;
         let left_out = self.left_out(&entries)?;
         entries.retain(|entry| !left_out.contains(entry));
         let (now, time) = (self.ids.clock().now(), SystemTime::now());

@@ -74,8 +74,20 @@ fn lost(error: io::Error) -> SessionFailure {
     SessionFailure::Lost(format!("the connection was lost: {error}"))
 }
 
+/// Where a session gets its messages from.
+pub trait MessageSource {
+    /// The next message. `None`: the session sends no more.
+    fn next_message(&mut self) -> Option<QueuedMessage>;
+}
+
+impl MessageSource for QueueLock {
+    fn next_message(&mut self) -> Option<QueuedMessage> {
+        QueueLock::next_message(self)
+    }
+}
+
 /// Settles a message, given its result.
-pub type Settle<'a> = dyn FnMut(QueuedMessage, DeliveryResult, &Client, &mut QueueLock) + 'a;
+pub type Settle<'a, S> = dyn FnMut(QueuedMessage, DeliveryResult, &Client, &mut S) + 'a;
 
 /// A session whose server is the peer.
 pub struct ClientSession {
@@ -145,40 +157,42 @@ impl ClientSession {
         }
     }
 
-    /// Sends all messages that the lock offers. Calls `settle` for each of them, also if the session fails.
+    /// Sends all messages that `source` offers. Calls `settle` for each of them, also if the session fails.
     ///
     /// # Errors
     /// The session has ended. The messages that were not offered stay in the queue.
-    pub fn send_queue(&mut self, lock: &mut QueueLock, settle: &mut Settle<'_>) -> Result<(), SessionFailure> {
+    pub fn send_queue<S: MessageSource>(
+        &mut self, source: &mut S, settle: &mut Settle<'_, S>,
+    ) -> Result<(), SessionFailure> {
         let mut under_way = VecDeque::new();
-        let sent = self.send_each(lock, &mut under_way, settle);
+        let sent = self.send_each(source, &mut under_way, settle);
         if let Err(failure) = &sent {
             let reply = connection_lost(failure.to_string());
             for (message, result) in under_way.into_iter().zip(self.client.abandon(&reply)) {
-                settle(message, result, &self.client, lock);
+                settle(message, result, &self.client, source);
             }
         }
         sent
     }
 
-    fn send_each(
-        &mut self, lock: &mut QueueLock, under_way: &mut VecDeque<QueuedMessage>, settle: &mut Settle<'_>,
+    fn send_each<S: MessageSource>(
+        &mut self, source: &mut S, under_way: &mut VecDeque<QueuedMessage>, settle: &mut Settle<'_, S>,
     ) -> Result<(), SessionFailure> {
         let (mut more, mut rejections) = (true, 0);
         loop {
             while more && self.client.is_ready_for_message() && !self.cancel.is_cancelled() {
-                let Some(message) = lock.next_message() else {
+                let Some(message) = source.next_message() else {
                     more = false;
                     break;
                 };
                 if let Err(failure) = self.reject_unsolicited() {
                     let result = DeliveryResult::lost(failure.to_string(), message.envelope.recipients.len());
-                    settle(message, result, &self.client, lock);
+                    settle(message, result, &self.client, source);
                     return Err(failure);
                 }
                 match self.send(|client, out| client.send_message(message.outgoing_message(), out)) {
                     Ok(()) => under_way.push_back(message),
-                    Err(result) => settle(message, result, &self.client, lock),
+                    Err(result) => settle(message, result, &self.client, source),
                 }
             }
             if self.client.in_flight() == 0 {
@@ -205,7 +219,7 @@ impl ClientSession {
                             None => 0,
                         };
                         more &= rejections < MAIL_REJECTION_LIMIT;
-                        settle(message, result, &self.client, lock);
+                        settle(message, result, &self.client, source);
                     }
                 }
                 _ => {}

@@ -2,14 +2,15 @@
 //! host.
 
 use std::fmt;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::client::{ClientSession, Connect, SessionFailure};
 use crate::mail::address::literal;
+use crate::net::resolver::system_addresses;
 use crate::net::tls::{ClientTls, Trust};
 use crate::net::trace::quoted;
-use crate::smtp::client::{ClientOptions, StartTls};
+use crate::smtp::client::{Abort, ClientOptions, Stage, StartTls};
 
 /// How TLS begins on a connection to a configured host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -82,15 +83,30 @@ impl Remote {
         &self.settings.address
     }
 
-    /// Tries all addresses of the host, in the order of the system's resolver. Returns a session in which mail or ATRN may
-    /// follow, and the peer's address. TLS and credentials are those of the settings, all else is in `options`.
+    /// The name that the certificate must carry, or the IP address.
+    pub fn host(&self) -> &str {
+        &self.settings.host
+    }
+
+    /// The addresses of the host, in the order of the system's resolver, but IPv6 and IPv4 in turn.
     ///
     /// # Errors
-    /// The failure at the last address that was tried, or [`SessionFailure::NoHost`]; those before it are logged.
-    pub fn connect(
-        &self, options: &ClientOptions, how: &Connect<'_>,
-    ) -> Result<(ClientSession, SocketAddr), SessionFailure> {
-        let (settings, address) = (&self.settings, &self.settings.address);
+    /// [`SessionFailure::NoHost`].
+    pub fn addresses(&self) -> Result<Vec<SocketAddr>, SessionFailure> {
+        let address = self.address();
+        let no_host = |error| SessionFailure::NoHost(format!("{address} has no address: {error}"));
+        system_addresses(address).map_err(no_host)
+    }
+
+    /// Connects to one of the addresses. Returns a session in which mail or ATRN may follow. TLS and credentials are those
+    /// of the settings, all else is in `options`.
+    ///
+    /// # Errors
+    /// There is no such session.
+    pub fn connect_to(
+        &self, address: SocketAddr, options: &ClientOptions, how: &Connect<'_>,
+    ) -> Result<ClientSession, SessionFailure> {
+        let settings = &self.settings;
         let options = ClientOptions {
             starttls: if settings.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
             tls: settings.tls == TlsMode::Implicit,
@@ -98,29 +114,137 @@ impl Remote {
             ..options.clone()
         };
         let how = Connect { tls: self.tls.as_ref().map(|tls| (tls, settings.host.as_str())), ..*how };
-        let no_host = |reason: String| SessionFailure::NoHost(format!("{address} has no address: {reason}"));
-        let mut failed: Option<(SocketAddr, SessionFailure)> = None;
-        for socket in address.to_socket_addrs().map_err(|error| no_host(error.to_string()))? {
-            if let Some((tried, failure)) = failed.take() {
-                let (host, tried) = (&settings.host, literal(tried.ip()));
-                log::info!("event=host-failed host={host} address={tried} error={}", quoted(failure));
+        how.to(address, options).map_err(|failure| match failure {
+            SessionFailure::Unreachable(text) => {
+                SessionFailure::Unreachable(format!("no connection to {}: {text}", settings.address))
             }
-            match how.to(socket, options.clone()) {
-                Ok(session) => return Ok((session, socket)),
-                Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
-                // A login that is rejected at one address of the provider must not count as several.
-                Err(failure) if options.atrn && !matches!(failure, SessionFailure::Unreachable(_)) => {
-                    return Err(failure);
-                }
-                Err(failure) => failed = Some((socket, failure)),
-            }
-        }
-        Err(match failed {
-            Some((_, SessionFailure::Unreachable(text))) => {
-                SessionFailure::Unreachable(format!("no connection to {address}: {text}"))
-            }
-            Some((_, failure)) => failure,
-            None => no_host("the name is known, without an address".to_owned()),
+            failure => failure,
         })
+    }
+
+    /// Tries all addresses of the host. Returns a session as [`Remote::connect_to`] does, and the peer's address.
+    ///
+    /// # Errors
+    /// The first failure at an address that could be connected to, otherwise the last; the others are logged.
+    pub fn connect(
+        &self, options: &ClientOptions, how: &Connect<'_>,
+    ) -> Result<(ClientSession, SocketAddr), SessionFailure> {
+        self.connect_to_any(&self.addresses()?, options, how)
+    }
+
+    fn connect_to_any(
+        &self, addresses: &[SocketAddr], options: &ClientOptions, how: &Connect<'_>,
+    ) -> Result<(ClientSession, SocketAddr), SessionFailure> {
+        let mut failed: Option<(SocketAddr, SessionFailure)> = None;
+        for socket in addresses.iter().copied() {
+            let failure = match self.connect_to(socket, options, how) {
+                Ok(session) => {
+                    failed.iter().for_each(|(address, failure)| self.log_failed(*address, failure));
+                    return Ok((session, socket));
+                }
+                Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
+                Err(failure) => failure,
+            };
+            // A login that is rejected at one address of the provider must not count as several.
+            let decided = options.atrn && is_login_failure(&failure);
+            let telling = |failure: &SessionFailure| !matches!(failure, SessionFailure::Unreachable(_));
+            let (tells, other) = match failed.take() {
+                Some((address, earlier)) if telling(&earlier) && !decided => {
+                    ((address, earlier), Some((socket, failure)))
+                }
+                earlier => ((socket, failure), earlier),
+            };
+            other.iter().for_each(|(address, failure)| self.log_failed(*address, failure));
+            if decided {
+                return Err(tells.1);
+            }
+            failed = Some(tells);
+        }
+        Err(failed.map_or_else(|| SessionFailure::NoHost(format!("{} has no address", self.address())), |(_, it)| it))
+    }
+
+    fn log_failed(&self, address: SocketAddr, failure: &SessionFailure) {
+        let (host, address) = (&self.settings.host, literal(address.ip()));
+        log::info!("event=host-failed host={host} address={address} error={}", quoted(failure));
+    }
+}
+
+/// Whether credentials were sent, and the peer did not accept them.
+fn is_login_failure(failure: &SessionFailure) -> bool {
+    match failure {
+        SessionFailure::Aborted(Abort::Rejected(rejection)) => rejection.stage == Stage::Auth,
+        SessionFailure::Aborted(abort) => *abort == Abort::Unproven,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::TcpListener;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::net::cancel::CancelToken;
+    use crate::session::Timeouts;
+
+    /// A host that sends these replies, the first one as its greeting, and closes.
+    fn host(replies: &'static [&'static str]) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            let (mut socket, _) = listener.accept().unwrap();
+            let mut commands = BufReader::new(socket.try_clone().unwrap());
+            for reply in replies {
+                socket.write_all(reply.as_bytes()).unwrap();
+                let _ = commands.read_line(&mut String::new());
+            }
+        });
+        address
+    }
+
+    fn connect(addresses: &[SocketAddr], silence: Duration) -> Result<SocketAddr, SessionFailure> {
+        let settings = RemoteSettings {
+            address: "relay.example.net:366".to_owned(),
+            host: "relay.example.net".to_owned(),
+            tls: TlsMode::None,
+            ca: None,
+            pin: None,
+            credentials: Some(("acme".to_owned(), b"secret".to_vec())),
+        };
+        let timeouts = Timeouts { greeting: silence, ..Timeouts::default() };
+        let cancel = CancelToken::new().unwrap();
+        let how = Connect { id: "1", peer: 'P', tls: None, timeouts: &timeouts, cancel: &cancel, limit: None };
+        let options = ClientOptions { name: "mail.example.org".to_owned(), atrn: true, ..ClientOptions::default() };
+        Remote::new(&settings).unwrap().connect_to_any(addresses, &options, &how).map(|(_, address)| address)
+    }
+
+    const EHLO: &str = "250-relay.example.net\r\n250-AUTH CRAM-MD5\r\n250 ATRN\r\n";
+    const GOOD: &[&str] = &["220 relay.example.net\r\n", EHLO, "334 PDEuMkByZWxheT4=\r\n", "235 2.7.0 ok\r\n"];
+    const DENIED: &[&str] = &["220 relay.example.net\r\n", EHLO, "334 PDEuMkByZWxheT4=\r\n", "535 5.7.8 no\r\n"];
+
+    /// A name of a provider may have addresses of which the first accept connections and no more.
+    #[test]
+    fn the_next_address_has_its_turn_unless_a_login_was_rejected() {
+        let silence = Duration::from_secs(20);
+        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        for first in
+            [&["554 no\r\n"][..], &["421 later\r\n"], &["220 x\r\n", "250 no ATRN\r\n"], &["220 x\r\n"], &["no\r\n"]]
+        {
+            let good = host(GOOD);
+            assert_eq!(connect(&[closed, host(first), good], silence), Ok(good), "{first:?}");
+        }
+        // A host that says nothing.
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let good = host(GOOD);
+        assert_eq!(connect(&[silent.local_addr().unwrap(), good], Duration::from_millis(50)), Ok(good));
+        // One rejected login, not two; and an address without a listener does not hide it.
+        let failure = connect(&[closed, host(DENIED), host(GOOD)], silence).unwrap_err();
+        assert_eq!(failure.to_string(), "AUTH was rejected: 535 5.7.8 no");
+        let failure = connect(&[host(&["554 no\r\n"]), closed], silence).unwrap_err();
+        assert_eq!(failure.to_string(), "the greeting was rejected: 554 no");
+        let failure = connect(&[closed], silence).unwrap_err();
+        assert!(failure.to_string().starts_with("no connection to relay.example.net:366: 127.0.0.1:"), "{failure}");
     }
 }

@@ -16,16 +16,17 @@ Attempt = collections.namedtuple("Attempt", "time verb line reply")
 
 
 class Names:
-    """A dnsmasq that knows these names and no others. `mx`: domain -> [(preference, host)]; `hosts`: name -> address;
-    `null`: domains with a null MX (RFC 7505); `aliases`: name -> canonical name."""
+    """A dnsmasq that knows these names and no others. `mx`: domain -> [(preference, host)]; `hosts`: name -> address,
+    or addresses in order; `null`: domains with a null MX (RFC 7505); `aliases`: name -> canonical name."""
 
     def __init__(self, box, *, mx=None, hosts=None, null=(), aliases=None):
         self.port = free_port()
         lines = ["no-resolv", "no-hosts", "no-daemon", "bind-interfaces", f"listen-address={LOOPBACK}"]
-        lines += [f"port={self.port}", "local=/example/", "local=/invalid/", "log-queries", "log-facility=-", "user=root", "cache-size=0"]
+        lines += [f"port={self.port}", "local=/example/", "local=/invalid/", "log-queries", "no-round-robin", "log-facility=-", "user=root", "cache-size=0"]
         for domain, hops in (mx or {}).items():
             lines += [f"mx-host={domain},{host},{preference}" for preference, host in hops]
-        lines += [f"host-record={name},{address}" for name, address in (hosts or {}).items()]
+        for name, found in (hosts or {}).items():
+            lines += [f"host-record={name},{address}" for address in ([found] if isinstance(found, str) else found)]
         lines += [f"cname={alias},{name}" for alias, name in (aliases or {}).items()]
         lines += [f"dns-rr={domain},15,000000" for domain in null]
         box.write("dnsmasq.conf", "\n".join(lines) + "\n")

@@ -279,6 +279,23 @@ fn addresses_of_both_kinds_are_found() {
     check("absent.example", &[]);
 }
 
+/// Rules: SMTP-71.
+#[test]
+fn families_take_turns_and_the_limit_cuts_off_neither() {
+    let ipv6 = (1..=120).map(|n| &*format!("many.example AAAA 2001:db8::{n:x}").leak());
+    let records: Vec<&str> = ipv6.chain(["many.example A 192.0.2.1", "many.example A 192.0.2.2"]).collect();
+    let server = FakeServer::zone(records.leak());
+    let found = server.resolver().addresses(&host("many.example")).unwrap();
+    let found: Vec<_> = found.iter().map(IpAddr::to_string).collect();
+    assert_eq!(found[..5], ["2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2", "2001:db8::3"]);
+    assert_eq!(found.len(), RESULT_LIMIT);
+    // A list of the system keeps the family that the system prefers in front.
+    let order = |list: &[&str]| alternate_families(list.to_vec(), |address| address.contains(':')).concat();
+    assert_eq!(order(&["1", "2", ":3", ":4", ":5"]), "1:32:4:5");
+    assert_eq!(order(&["1", "2"]), "12");
+    assert_eq!(order(&[]), "");
+}
+
 #[test]
 fn addresses_of_one_kind_are_returned_if_the_other_query_fails() {
     let server = FakeServer::start(|asked| {

@@ -63,6 +63,11 @@ impl DestinationTable {
         self.due.iter().filter(|(domain, _)| !self.busy.contains(*domain)).map(|(domain, due)| (domain, *due))
     }
 
+    /// Whether a destination is due that no worker has.
+    pub(super) fn is_due(&self, now: SystemTime) -> bool {
+        self.waiting().any(|(_, due)| due <= now)
+    }
+
     /// Takes the destination that has been due for longest, or all that are due if one session sends the mail of all of
     /// them (`together`). They are busy until [`DestinationTable::done`].
     pub(super) fn take_due(&mut self, now: SystemTime, together: bool) -> Option<Vec<Domain>> {

@@ -1,26 +1,56 @@
 //! The hosts that the relay has connections to, and those that it does not connect to for a while.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::smtp::reply::Reply;
 
-/// What the relay knows of each host, by its address.
-#[derive(Default)]
+/// How long no session is opened beside others with a host after a worker has found all its connections in use: until
+/// that worker has tried again.
+const YIELD_PAUSE: Duration = Duration::from_secs(5);
+
+/// What the relay knows of each host, and how many connections it has.
 pub(super) struct HostTable {
-    hosts: Mutex<HashMap<String, HostState>>,
+    /// The most connections in all.
+    limit: usize,
+    /// The most connections to one host.
+    limit_each: usize,
+    state: Mutex<TableState>,
+}
+
+#[derive(Default)]
+struct TableState {
+    /// By IP address and port; a smarthost by its name.
+    hosts: HashMap<String, HostState>,
+    /// Workers with an attempt under way.
+    attempts: usize,
+    /// Sessions that an attempt has beside its first one.
+    beside: usize,
+    /// An attempt is due, and all connections are in use.
+    attempt_waits: bool,
+    /// For each destination whose last attempt left addresses untried: the hosts and addresses that it, and those before
+    /// it, have tried.
+    passed: HashMap<String, HashSet<String>>,
 }
 
 #[derive(Default)]
 struct HostState {
     connections: usize,
+    /// How many of them are of sessions beside the first one of an attempt.
+    beside: usize,
     down_until: Option<Instant>,
+    /// A worker that found all connections in use tries again before then.
+    wanted_until: Option<Instant>,
 }
 
 impl HostState {
     fn is_down(&self) -> bool {
         self.down_until.is_some_and(|until| until > Instant::now())
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.wanted_until.is_some_and(|until| until > Instant::now())
     }
 }
 
@@ -38,49 +68,130 @@ pub(super) enum RouteError {
 }
 
 impl HostTable {
-    /// Counts one more connection to a host; `limit`: how many the relay may have.
+    /// `limit`: the most connections in all; `limit_each`: to one host.
+    pub(super) fn new(limit: usize, limit_each: usize) -> HostTable {
+        HostTable { limit, limit_each, state: Mutex::default() }
+    }
+
+    /// Counts one more attempt, each of which has one connection at a time; `false`: all connections are in use.
+    pub(super) fn begin_attempt(&self) -> bool {
+        let mut state = self.lock();
+        let free = state.attempts + state.beside < self.limit;
+        state.attempts += usize::from(free);
+        free
+    }
+
+    /// An attempt has ended.
+    pub(super) fn end_attempt(&self) {
+        self.lock().attempts -= 1;
+    }
+
+    /// Whether an attempt waits for a connection from now on. Returns whether one will be free soon, because a session
+    /// beside another one ends for it.
+    pub(super) fn set_attempt_waits(&self, waits: bool) -> bool {
+        let mut state = self.lock();
+        state.attempt_waits = waits;
+        waits && state.beside > 0
+    }
+
+    /// Counts one more connection to a host.
     ///
     /// # Errors
-    /// The host is down or busy.
-    pub(super) fn acquire(&self, address: &str, limit: usize) -> Result<HostPermit<'_>, RouteError> {
-        let mut hosts = self.lock();
-        let host = hosts.entry(address.to_owned()).or_default();
-        if host.is_down() {
-            return Err(RouteError::Deferred(Reply::new(451, "4.4.1", format!("{address} was not reachable lately"))));
-        }
-        if host.connections >= limit {
+    /// The host is busy.
+    pub(super) fn acquire(&self, host: &str) -> Result<HostPermit<'_>, RouteError> {
+        let mut state = self.lock();
+        let entry = state.hosts.entry(host.to_owned()).or_default();
+        if entry.connections >= self.limit_each {
+            entry.wanted_until = Some(Instant::now() + YIELD_PAUSE);
             return Err(RouteError::Busy);
         }
-        host.connections += 1;
-        Ok(HostPermit { table: self, address: address.to_owned() })
+        entry.connections += 1;
+        entry.wanted_until = None;
+        Ok(HostPermit { table: self, host: host.to_owned(), beside: false })
     }
 
-    /// Permits no connection to a host for 0.8 of `retry_pause`, so that the next attempt at its mail finds it permitted.
-    pub(super) fn mark_down(&self, address: &str, retry_pause: Duration) {
-        let mut hosts = self.lock();
+    /// Counts one more connection to a host that has one; `None`: the limits, or attempts that wait, do not permit it.
+    pub(super) fn acquire_beside(&self, host: &str) -> Option<HostPermit<'_>> {
+        let mut state = self.lock();
+        if state.attempt_waits || state.attempts + state.beside >= self.limit {
+            return None;
+        }
+        let entry = state.hosts.get_mut(host)?;
+        if entry.connections >= self.limit_each || entry.is_wanted() {
+            return None;
+        }
+        entry.connections += 1;
+        entry.beside += 1;
+        state.beside += 1;
+        Some(HostPermit { table: self, host: host.to_owned(), beside: true })
+    }
+
+    /// Whether a session beside another one must end, because an attempt waits for its connection.
+    pub(super) fn must_yield(&self, host: &str) -> bool {
+        let state = self.lock();
+        state.attempt_waits || state.hosts.get(host).is_some_and(HostState::is_wanted)
+    }
+
+    /// Whether a host that is busy will have a connection for another attempt soon, because a session ends for it.
+    pub(super) fn yields(&self, host: &str) -> bool {
+        self.lock().hosts.get(host).is_some_and(|host| host.beside > 0)
+    }
+
+    /// Whether a host is not connected to now.
+    pub(super) fn is_down(&self, host: &str) -> bool {
+        self.lock().hosts.get(host).is_some_and(HostState::is_down)
+    }
+
+    /// Permits no connection to a host for `pause`.
+    pub(super) fn mark_down(&self, host: &str, pause: Duration) {
+        let mut state = self.lock();
         // Otherwise the table would grow with every host that was ever connected to.
-        hosts.retain(|_, host| host.connections > 0 || host.is_down());
-        hosts.entry(address.to_owned()).or_default().down_until = Some(Instant::now() + retry_pause.mul_f32(0.8));
+        state.hosts.retain(|_, host| host.connections > 0 || host.is_down());
+        state.hosts.entry(host.to_owned()).or_default().down_until = Some(Instant::now() + pause);
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, HostState>> {
-        self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What earlier attempts at a destination have tried, if they left addresses untried.
+    pub(super) fn passed(&self, destination: &str) -> HashSet<String> {
+        self.lock().passed.get(destination).cloned().unwrap_or_default()
+    }
+
+    /// Records what the next attempt at a destination leaves out; empty: nothing.
+    pub(super) fn set_passed(&self, destination: &str, passed: HashSet<String>) {
+        let mut state = self.lock();
+        match passed.is_empty() {
+            true => state.passed.remove(destination),
+            false => state.passed.insert(destination.to_owned(), passed),
+        };
+    }
+
+    fn lock(&self) -> MutexGuard<'_, TableState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// One connection to a host, counted until this is dropped.
 pub(super) struct HostPermit<'a> {
     table: &'a HostTable,
-    address: String,
+    host: String,
+    beside: bool,
+}
+
+impl HostPermit<'_> {
+    /// The name for which the connection is counted.
+    pub(super) fn host(&self) -> &str {
+        &self.host
+    }
 }
 
 impl Drop for HostPermit<'_> {
     fn drop(&mut self) {
-        let mut hosts = self.table.lock();
-        if let Some(host) = hosts.get_mut(&self.address) {
+        let mut state = self.table.lock();
+        state.beside -= usize::from(self.beside);
+        if let Some(host) = state.hosts.get_mut(&self.host) {
             host.connections -= 1;
+            host.beside -= usize::from(self.beside);
             if host.connections == 0 && !host.is_down() {
-                hosts.remove(&self.address);
+                state.hosts.remove(&self.host);
             }
         }
     }
@@ -90,15 +201,46 @@ impl Drop for HostPermit<'_> {
 mod tests {
     use super::*;
 
+    const ADDRESS: &str = "127.0.0.2:25";
+
     #[test]
-    fn a_host_that_is_busy_or_down_gives_no_permit() {
-        let hosts = HostTable::default();
-        let address = "127.0.0.2:25";
-        let permit = hosts.acquire(address, 1).ok().unwrap();
-        assert!(matches!(hosts.acquire(address, 1), Err(RouteError::Busy)));
+    fn a_host_that_is_busy_gives_no_permit_and_one_that_is_down_is_known() {
+        let hosts = HostTable::new(20, 1);
+        let permit = hosts.acquire(ADDRESS).ok().unwrap();
+        assert!(matches!(hosts.acquire(ADDRESS), Err(RouteError::Busy)));
         drop(permit);
-        assert!(hosts.acquire(address, 1).is_ok());
-        hosts.mark_down(address, Duration::from_secs(60));
-        assert!(matches!(hosts.acquire(address, 1), Err(RouteError::Deferred(_))));
+        assert!(hosts.acquire(ADDRESS).is_ok());
+        assert!(!hosts.is_down(ADDRESS));
+        hosts.mark_down(ADDRESS, Duration::from_secs(60));
+        assert!(hosts.is_down(ADDRESS));
+        hosts.mark_down(ADDRESS, Duration::ZERO);
+        assert!(!hosts.is_down(ADDRESS));
+    }
+
+    #[test]
+    fn sessions_beside_the_first_take_what_no_attempt_waits_for() {
+        let hosts = HostTable::new(4, 3);
+        assert!(hosts.begin_attempt());
+        assert!(hosts.acquire_beside(ADDRESS).is_none(), "beside nothing");
+        let first = hosts.acquire(ADDRESS).ok().unwrap();
+        let second = hosts.acquire_beside(ADDRESS).unwrap();
+        let _third = hosts.acquire_beside(ADDRESS).unwrap();
+        assert!(hosts.acquire_beside(ADDRESS).is_none(), "the limit of the host");
+        // Another destination at the same host: a session ends for it.
+        assert!(hosts.begin_attempt());
+        assert!(!hosts.must_yield(ADDRESS));
+        assert!(matches!(hosts.acquire(ADDRESS), Err(RouteError::Busy)));
+        assert!(hosts.must_yield(ADDRESS) && hosts.yields(ADDRESS));
+        drop(second);
+        assert!(hosts.acquire_beside(ADDRESS).is_none(), "it is for the attempt");
+        let _other = hosts.acquire(ADDRESS).ok().unwrap();
+        assert!(!hosts.must_yield(ADDRESS));
+        // Two attempts, one session beside them; then all connections are in use, and one more attempt is due.
+        assert!(hosts.begin_attempt() && !hosts.begin_attempt());
+        assert!(hosts.set_attempt_waits(true) && hosts.must_yield(ADDRESS));
+        drop(first);
+        assert!(hosts.acquire_beside(ADDRESS).is_none());
+        hosts.end_attempt();
+        assert!(hosts.begin_attempt() && !hosts.set_attempt_waits(false));
     }
 }

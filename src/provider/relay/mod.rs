@@ -1,13 +1,17 @@
 //! The relay: it sends mail from customers to the world, by MX (RFC 5321 section 5.1) or through a smarthost.
 //!
 //! ```text
-//! arrived ─▶ scheduler: which destination is due? ─▶ channel ─▶ workers: one session for each destination
+//! arrived ─▶ scheduler: which destination is due? ─▶ channel ─▶ workers: one destination each
 //!                ▲                                                 │
 //!                └──────────── done, due again at … ◀──────────────┘
 //! ```
 //!
 //! A destination is a domain; `SPOOL/outgoing/<domain>/` is its queue. A smarthost gets the mail of all destinations that
-//! are due in one session. The keys below are those of `[relay]`.
+//! are due in one attempt. The keys below are those of `[relay]`.
+//!
+//! An attempt has one session, and more with the same host if more than 20 messages wait for each of them. There are at
+//! most `connections-per-host` connections to one address (or to a smarthost) and `connections` in all; an attempt that
+//! waits for a connection gets one from an attempt that has several.
 //!
 //! When the relay tries again (RFC 5321 section 4.5.4.1):
 //!
@@ -15,14 +19,17 @@
 //!   leaves a recipient deferred or in doubt, the message waits for half of its age, but for at least `retry-first` (5
 //!   min) and at most `retry-max` (4 h), a fifth more or less by chance. The time of modification of the file is when the
 //!   next attempt is due, so it stays after a restart; what is known of hosts does not.
-//! - A destination: it is due when the first of its messages is. All messages that are due then are sent in one attempt,
-//!   which tries the addresses of its hosts in the order of preference, at most 8 of them; it begins no other after 10
-//!   min. If no host gives a session, all these messages are deferred. If a message could not be recorded on disk, the
-//!   destination waits for `retry-first`. If its queue is locked, or all permitted connections to its hosts are in use,
-//!   it is tried again after 2 s, and the messages not tried yet are not deferred.
-//! - A host: if it cannot be connected to, or a session is lost before it has decided on any message, no destination
-//!   connects to it for 0.8 `retry-first`; to a smarthost after any failure before mail. Attempts meanwhile go on to the
-//!   next host, or are deferred without a connection.
+//! - A destination: it is due when the first of its messages is. All messages that are due then are sent in one attempt.
+//!   It tries the hosts in the order of preference, at most 8 addresses of each host, IPv6 and IPv4 in turn, and begins no
+//!   other address after 10 min. If one of these limits leaves addresses untried, the next attempt begins after those that
+//!   were tried, and so on to the end of the list. If no host gives a session, all these messages are deferred. If a
+//!   message could not be recorded on disk, the destination waits for `retry-first`. If its queue is locked, or all
+//!   permitted connections to its hosts are in use, it is tried again after 2 s, and the messages not tried yet are not
+//!   deferred.
+//! - A host, by its address: if it cannot be connected to, or three sessions are lost before they have decided on any
+//!   message, no destination connects to it for 0.8 `retry-first`; or for four times as long as it took to fail, at most
+//!   `retry-max`, if that is more. A smarthost likewise after any failure before mail. Attempts meanwhile go on to the next
+//!   address, which is not counted, or are deferred without a connection.
 //! - Expiry: if an attempt at a message older than `give-up` (5 days) leaves a recipient deferred or in doubt, that
 //!   recipient expires, and the sender gets a DSN. The first such attempt at a message older than `delay-notice` (4 h)
 //!   sends a DSN that it is delayed.
@@ -31,11 +38,13 @@
 
 mod destinations;
 mod hosts;
+mod order;
+mod sessions;
 mod worker;
 
 use std::sync::Arc;
 use std::thread::Builder;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
@@ -45,6 +54,9 @@ use crate::provider::spool::SpoolQueue;
 use destinations::{DestinationTable, RESCAN_INTERVAL};
 use worker::NextDue;
 pub use worker::WorkerContext;
+
+/// How soon the scheduler looks again for a connection that a session gives up for an attempt that is due.
+const YIELD_POLL: Duration = Duration::from_millis(100);
 
 /// What wakes the scheduler.
 enum RelayEvent {
@@ -103,9 +115,6 @@ impl Relay {
     pub fn run(self) {
         let Relay { worker, channel: RelayChannel { handle, events } } = self;
         let worker = Arc::new(worker);
-        // All sessions of a relay with a smarthost are with one host.
-        let per_host = worker.smarthost.as_ref().map_or(usize::MAX, |_| worker.config.connections_per_host);
-        let limit = worker.config.connections.min(per_host);
         let (jobs, waiting) = crossbeam_channel::unbounded::<Vec<Domain>>();
         let mut threads = 0;
         let mut under_way = 0;
@@ -117,9 +126,8 @@ impl Relay {
                 table.read(&worker.spool);
                 read = Instant::now();
             }
-            while under_way < limit
-                && let Some(job) = table.take_due(SystemTime::now(), worker.smarthost.is_some())
-            {
+            let mut waits = false;
+            while let Some(job) = next_job(&mut table, &worker, &mut waits) {
                 under_way += 1;
                 if under_way > threads {
                     let (worker, handle, waiting) = (worker.clone(), handle.clone(), waiting.clone());
@@ -131,11 +139,16 @@ impl Relay {
                 }
                 let _ = jobs.send(job);
             }
-            let pause = if under_way < limit { table.pause(SystemTime::now()) } else { RESCAN_INTERVAL };
+            let pause = match (waits, worker.hosts.set_attempt_waits(waits)) {
+                (_, true) => YIELD_POLL,
+                (true, false) => RESCAN_INTERVAL,
+                (false, false) => table.pause(SystemTime::now()),
+            };
             match events.recv_timeout(pause) {
                 Ok(RelayEvent::Arrived(destination)) => table.arrived(destination),
                 Ok(RelayEvent::Done(destinations)) => {
                     under_way -= 1;
+                    worker.hosts.end_attempt();
                     destinations.into_iter().for_each(|next| table.done(next));
                 }
                 Ok(RelayEvent::Wake) | Err(RecvTimeoutError::Timeout) => {}
@@ -147,4 +160,17 @@ impl Relay {
         let deadline = Instant::now() + worker.timeouts.shutdown;
         while worker.has_sessions() && !matches!(events.recv_deadline(deadline), Err(RecvTimeoutError::Timeout)) {}
     }
+}
+
+/// The next job for a worker, whose attempt has begun. `waits` becomes true if one is due, and all connections are in use.
+fn next_job(table: &mut DestinationTable, worker: &WorkerContext, waits: &mut bool) -> Option<Vec<Domain>> {
+    let now = SystemTime::now();
+    if !table.is_due(now) {
+        return None;
+    }
+    if !worker.hosts.begin_attempt() {
+        *waits = true;
+        return None;
+    }
+    table.take_due(now, worker.smarthost.is_some())
 }

@@ -1,20 +1,22 @@
 //! The relay's workers: one attempt at the mail that is due for a destination.
 
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::hosts::{HostTable, RouteError};
+use super::order::{AddressOrder, HostAddress};
 use crate::config::{ProviderConfig, RelayConfig, TlsPolicy};
 use crate::ids::Ids;
 use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
-use crate::net::resolver::{MxRoute, Resolver};
+use crate::net::resolver::{MxHost, MxRoute, Resolver};
 use crate::net::tls::{ClientTls, Trust};
 use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
-use crate::queue::{LockError, QueueLock, QueueName, QueuedMessage};
+use crate::queue::{LockError, QueueLock, QueueName};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::client::{ClientSession, Connect, SessionFailure};
 use crate::session::{Remote, Timeouts};
@@ -22,14 +24,11 @@ use crate::smtp::client::{Abort, Client, ClientOptions, Rejection, StartTls};
 use crate::smtp::reply::{Reply, Severity};
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
-/// Addresses tried for one destination in one attempt (RFC 5321 section 5.1 requires at least two).
+/// Addresses of one host tried in one attempt (RFC 5321 section 5.1 requires at least two).
 const ADDRESS_LIMIT: usize = 8;
 
 /// How long the hosts of one destination are tried in one attempt: slow ones must not keep a worker for hours.
 const ATTEMPT_DEADLINE: Duration = Duration::from_secs(600);
-
-/// Sessions in a row that a host may end without a decision on any message before it counts as down.
-const HANG_UP_LIMIT: usize = 3;
 
 /// How soon a destination is tried again if its queue or its host is busy.
 const BUSY_RETRY_DELAY: Duration = Duration::from_secs(2);
@@ -41,14 +40,14 @@ pub struct WorkerContext {
     pub(super) timeouts: Timeouts,
     pub(super) spool: Arc<Spool>,
     ids: Ids,
-    reporter: Reporter,
+    pub(super) reporter: Reporter,
     pub(super) smarthost: Option<Remote>,
     unverified_tls: ClientTls,
     /// Loaded if the configuration asks for verified certificates.
     verified_tls: Option<ClientTls>,
-    hosts: HostTable,
+    pub(super) hosts: HostTable,
     /// Each session under way has a clone.
-    sessions: Arc<()>,
+    pub(super) sessions: Arc<()>,
     pub(super) cancel: CancelToken,
 }
 
@@ -58,17 +57,34 @@ pub(super) struct NextDue {
     pub(super) due: Option<SystemTime>,
 }
 
+/// How the mail of an attempt can go.
+pub(super) struct AttemptRoute<'a> {
+    /// The destination, or the smarthost.
+    name: &'a str,
+    /// The name for which connections are counted; `None`: each address is counted for itself.
+    counted_as: Option<&'a str>,
+    look_up: &'a (dyn Fn(&Domain) -> Result<Vec<SocketAddr>, RouteError> + Sync),
+    pub(super) connect: &'a (dyn Fn(&HostAddress) -> Result<ClientSession, ConnectFailure> + Sync),
+}
+
+/// Why there is no session with an address.
+pub(super) struct ConnectFailure {
+    pub(super) error: RouteError,
+    /// The host counts as down.
+    pub(super) down: bool,
+}
+
 /// Why one mail host has accepted no session, or has lost it before it decided on a message.
-struct HostFailure {
-    host: Domain,
+pub(super) struct HostFailure {
+    pub(super) host: String,
     /// IP address and port; `-`: the host could not be looked up.
-    address: String,
-    error: RouteError,
+    pub(super) address: String,
+    pub(super) error: RouteError,
 }
 
 impl HostFailure {
     /// Logs a failure that another host has made up for, or that another failure outweighs.
-    fn log(&self) {
+    pub(super) fn log(&self) {
         let error = match &self.error {
             RouteError::Deferred(reply) | RouteError::Rejected(reply) => reply.to_string(),
             RouteError::Busy => "all connections are in use".to_owned(),
@@ -92,8 +108,42 @@ impl HostFailure {
     }
 }
 
+/// How far an attempt has come in the order of its addresses.
+#[derive(Default)]
+struct Progress {
+    failure: Option<HostFailure>,
+    /// For each host how many of its addresses were tried.
+    tried: HashMap<String, usize>,
+    /// The addresses that were tried, and the hosts that could not be looked up.
+    reached: HashSet<String>,
+    /// A limit has left addresses untried.
+    cut: bool,
+}
+
+impl Progress {
+    fn failed(&mut self, host: &str, address: String, error: RouteError) {
+        self.failure = Some(HostFailure { host: host.to_owned(), address, error }.or(self.failure.take()));
+    }
+
+    /// A host or an address is left out. A failure that was seen tells more than that, but a host that leads back to this
+    /// one must not decide on the mail in its place.
+    fn left_out(&mut self, host: &str, address: &str) {
+        if self.failure.as_ref().is_none_or(|failure| matches!(failure.error, RouteError::Rejected(_))) {
+            let reply = Reply::new(451, "4.4.1", format!("{host} ({address}) was not reachable lately"));
+            self.failed(host, address.to_owned(), RouteError::Deferred(reply));
+        }
+    }
+}
+
 /// Whether every message of an attempt could be settled on disk.
-type AllSettled = bool;
+pub(super) type AllSettled = bool;
+
+impl AttemptRoute<'_> {
+    /// The name for which connections to this address are counted.
+    pub(super) fn counted_as(&self, to: &HostAddress) -> String {
+        self.counted_as.map_or_else(|| to.address.to_string(), str::to_owned)
+    }
+}
 
 impl WorkerContext {
     /// # Errors
@@ -103,6 +153,9 @@ impl WorkerContext {
     ) -> Result<WorkerContext, String> {
         let relay = &config.relay;
         let verifies = relay.tls == TlsPolicy::Verify || relay.tls_for.values().any(|tls| *tls == TlsPolicy::Verify);
+        // All sessions of a relay with a smarthost are with one host.
+        let per_host = relay.smarthost.as_ref().map_or(usize::MAX, |_| relay.connections_per_host);
+        let limit = relay.connections.min(per_host);
         Ok(WorkerContext {
             hostname: config.hostname.clone(),
             config: relay.clone(),
@@ -113,7 +166,7 @@ impl WorkerContext {
             smarthost: relay.smarthost.as_ref().map(Remote::new).transpose()?,
             unverified_tls: ClientTls::new(&Trust::Anyone)?,
             verified_tls: if verifies { Some(ClientTls::new(&Trust::System)?) } else { None },
-            hosts: HostTable::default(),
+            hosts: HostTable::new(limit, relay.connections_per_host),
             sessions: Arc::default(),
             cancel: cancel.clone(),
         })
@@ -132,6 +185,9 @@ impl WorkerContext {
         });
         let next = |domain: &Domain| {
             let due = self.spool.queue().next_due(&self.queue_name(domain));
+            if matches!(due, Ok(None)) {
+                self.hosts.set_passed(domain.as_str(), HashSet::new());
+            }
             let due = due.unwrap_or_else(|_| Some(self.first_retry()));
             NextDue { destination: domain.clone(), due: due.map(|due| not_before.map_or(due, |time| due.max(time))) }
         };
@@ -198,7 +254,7 @@ impl WorkerContext {
     }
 
     /// An attempt in a session with this client; `None`: without a session.
-    fn attempt_with<'a>(&'a self, session: &'a str, client: Option<&'a Client>) -> Attempt<'a> {
+    pub(super) fn attempt_with<'a>(&'a self, session: &'a str, client: Option<&'a Client>) -> Attempt<'a> {
         let peer = client.and_then(Client::peer_name);
         Attempt {
             session,
@@ -211,62 +267,20 @@ impl WorkerContext {
         }
     }
 
-    /// Sends all messages that the lock offers to the host at `address`. A host that ends the session on one message may accept
-    /// the others: they are sent in another session.
-    ///
-    /// # Errors
-    /// No session, or the host ended [`HANG_UP_LIMIT`] of them without a decision on any message; then it counts as down.
-    fn deliver_to(
-        &self, address: &str, lock: &mut QueueLock, connect: impl Fn() -> Result<ClientSession, RouteError>,
-    ) -> Result<AllSettled, RouteError> {
-        let mut hang_ups = 0;
-        loop {
-            let (all_settled, lost) = self.deliver(connect()?, lock, address);
-            let Some(failure) = lost.filter(|_| all_settled && lock.has_next()) else { return Ok(all_settled) };
-            hang_ups += 1;
-            if hang_ups == HANG_UP_LIMIT {
-                self.hosts.mark_down(address, self.config.retry.first);
-                return Err(unreachable(&failure));
-            }
-        }
-    }
-
-    /// Sends all messages that the lock offers in one session. Returns also how it was lost, if it decided on no message.
-    fn deliver(
-        &self, mut session: ClientSession, lock: &mut QueueLock, address: &str,
-    ) -> (AllSettled, Option<SessionFailure>) {
-        let _under_way = self.sessions.clone();
-        let (mut all_settled, mut decided) = (true, false);
-        let id = session.id().to_owned();
-        let mut settle = |message: QueuedMessage, result: DeliveryResult, client: &Client, lock: &mut QueueLock| {
-            decided |= !result.decided_by.is_connection_loss();
-            let attempt = self.attempt_with(&id, Some(client));
-            all_settled &= self.reporter.finish_attempt(message, result, &attempt, lock).is_ok();
-        };
-        match session.send_queue(lock, &mut settle) {
-            Ok(()) => session.quit(),
-            Err(SessionFailure::Cancelled) => {}
-            Err(failure) => {
-                log::info!("event=session-lost session={id} host={address} error={}", quoted(&failure));
-                return (all_settled, Some(failure).filter(|_| !decided));
-            }
-        }
-        (all_settled, None)
-    }
-
     /// Sends the mail of all destinations to the smarthost.
     fn by_smarthost(&self, smarthost: &Remote, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
-        let address = smarthost.address();
-        let _permit = self.hosts.acquire(address, self.config.connections_per_host)?;
         let options = ClientOptions { name: self.hostname.clone(), chunking: true, ..ClientOptions::default() };
-        self.deliver_to(address, lock, || match smarthost.connect(&options, &self.connect(&self.ids.session_id())) {
-            Ok((session, _)) => Ok(session),
-            Err(SessionFailure::Cancelled) => Err(RouteError::Cancelled),
-            Err(failure) => {
-                self.hosts.mark_down(address, self.config.retry.first);
-                Err(unreachable(&failure))
-            }
-        })
+        let addresses = smarthost.addresses().map_err(|failure| unreachable(&failure))?;
+        let connect = |to: &HostAddress| {
+            let connected = smarthost.connect_to(to.address, &options, &self.connect(&self.ids.session_id()));
+            connected.map_err(|failure| match failure {
+                SessionFailure::Cancelled => ConnectFailure { error: RouteError::Cancelled, down: false },
+                failure => ConnectFailure { error: unreachable(&failure), down: true },
+            })
+        };
+        let name = smarthost.address();
+        let route = AttemptRoute { name, counted_as: Some(name), look_up: &|_| Ok(Vec::new()), connect: &connect };
+        self.by_route(&route, &AddressOrder::of_addresses(smarthost.host(), addresses), lock)
     }
 
     fn connect<'a>(&'a self, id: &'a str) -> Connect<'a> {
@@ -282,57 +296,107 @@ impl WorkerContext {
             None => Resolver::system(&self.ids).map_err(|error| deferred(format!("No name server: {error}")))?,
         };
         let route = resolver.route(destination).map_err(|error| not_found(destination, error))?;
-        let deadline = Instant::now() + ATTEMPT_DEADLINE;
-        let mut tried = 0;
-        let mut failure: Option<HostFailure> = None;
-        for host in hosts(route, destination, &self.hostname).map_err(RouteError::Rejected)? {
-            let addresses = match resolver.addresses(&host) {
-                Ok(addresses) => addresses,
-                Err(error) => {
-                    let error = not_found(&host, error);
-                    failure = Some(HostFailure { host, address: "-".to_owned(), error }.or(failure));
-                    continue;
-                }
-            };
-            for address in addresses {
-                if tried >= ADDRESS_LIMIT || Instant::now() >= deadline {
-                    let unreached = || deferred(format!("No mail host of {destination} could be reached"));
-                    return Err(failure.map_or_else(unreached, |failure| failure.error));
-                }
-                tried += 1;
-                let address = SocketAddr::new(address, self.config.port);
-                match self.by_host(&host, address, self.config.policy(destination), lock) {
-                    Ok(all_settled) => {
-                        failure.iter().for_each(HostFailure::log);
-                        return Ok(all_settled);
-                    }
-                    Err(RouteError::Cancelled) => return Err(RouteError::Cancelled),
-                    Err(error) => {
-                        let failed = HostFailure { host: host.clone(), address: address.to_string(), error };
-                        failure = Some(failed.or(failure));
-                    }
-                }
-            }
-        }
-        // Hosts without any address are a permanent error of the domain (RFC 5321 section 5.1).
-        let no_address =
-            || RouteError::Rejected(Reply::new(550, "5.4.4", format!("No mail host of {destination} has an address")));
-        Err(failure.map_or_else(no_address, |failure| failure.error))
+        let hosts = hosts(route, destination, &self.hostname).map_err(RouteError::Rejected)?;
+        let look_up = |host: &Domain| {
+            let found = resolver.addresses(host).map_err(|error| not_found(host, error))?;
+            Ok(found.into_iter().map(|address| SocketAddr::new(address, self.config.port)).collect())
+        };
+        let policy = self.config.policy(destination);
+        let connect = |to: &HostAddress| self.session_with(to, policy);
+        let route = AttemptRoute { name: destination.as_str(), counted_as: None, look_up: &look_up, connect: &connect };
+        self.by_route(&route, &AddressOrder::of_hosts(hosts), lock)
     }
 
-    /// Sends all messages that the lock offers to one address of a mail host.
-    fn by_host(
-        &self, host: &Domain, address: SocketAddr, policy: TlsPolicy, lock: &mut QueueLock,
+    /// Sends all messages that the lock offers to the first address that accepts a session, except those that the last
+    /// attempts have tried, if a limit has cut them off: the end of a long list has its turn, too.
+    fn by_route(
+        &self, route: &AttemptRoute<'_>, order: &AddressOrder, lock: &mut QueueLock,
     ) -> Result<AllSettled, RouteError> {
-        let name = address.to_string();
-        let _permit = self.hosts.acquire(&name, self.config.connections_per_host)?;
-        self.deliver_to(&name, lock, || self.session_with(host, address, policy))
+        let mut passed = self.hosts.passed(route.name);
+        let mut progress = Progress::default();
+        let mut sent = self.by_addresses(route, order.clone(), &passed, &mut progress, lock);
+        if sent.is_none() && progress.reached.is_empty() && !progress.cut && !passed.is_empty() {
+            passed.clear();
+            progress = Progress::default();
+            sent = self.by_addresses(route, order.clone(), &passed, &mut progress, lock);
+        }
+        let cut = progress.cut;
+        match sent {
+            None if cut => {
+                passed.extend(progress.reached);
+                self.hosts.set_passed(route.name, passed);
+            }
+            None | Some(Ok(_)) => self.hosts.set_passed(route.name, HashSet::new()),
+            Some(Err(_)) => {}
+        }
+        if let Some(sent) = sent {
+            progress.failure.iter().for_each(HostFailure::log);
+            return sent;
+        }
+        let name = route.name;
+        Err(match progress.failure {
+            Some(HostFailure { error: RouteError::Rejected(_), .. }) | None if cut => {
+                RouteError::Deferred(Reply::new(451, "4.4.3", format!("No mail host of {name} could be reached")))
+            }
+            Some(failure) => failure.error,
+            // Hosts without any address are a permanent error of the domain (RFC 5321 section 5.1).
+            None => RouteError::Rejected(Reply::new(550, "5.4.4", format!("No mail host of {name} has an address"))),
+        })
+    }
+
+    /// Tries one address after the other, except those in `passed`. `None`: none of them has served the whole queue.
+    fn by_addresses(
+        &self, route: &AttemptRoute<'_>, mut order: AddressOrder, passed: &HashSet<String>, progress: &mut Progress,
+        lock: &mut QueueLock,
+    ) -> Option<Result<AllSettled, RouteError>> {
+        let deadline = Instant::now() + ATTEMPT_DEADLINE;
+        let look_up = |host: &Domain, progress: &mut Progress| {
+            if Instant::now() >= deadline {
+                progress.cut = true;
+                return Vec::new();
+            }
+            if passed.contains(host.as_str()) {
+                progress.left_out(host.as_str(), "-");
+                return Vec::new();
+            }
+            (route.look_up)(host).unwrap_or_else(|error| {
+                progress.reached.insert(host.to_string());
+                progress.failed(host.as_str(), "-".to_owned(), error);
+                Vec::new()
+            })
+        };
+        while let Some(to) = order.next(&mut |host| look_up(host, progress)) {
+            let address = to.address.to_string();
+            // RFC 5321 section 5.1: an attempt begins with the most preferred host. One that is down is no attempt.
+            if passed.contains(&address) || self.hosts.is_down(&address) {
+                progress.left_out(&to.host, &address);
+                continue;
+            }
+            let tried = progress.tried.entry(to.host.clone()).or_default();
+            if *tried >= ADDRESS_LIMIT || Instant::now() >= deadline {
+                progress.cut = true;
+                continue;
+            }
+            let sent = self.hosts.acquire(&route.counted_as(&to)).and_then(|_permit| {
+                *tried += 1;
+                progress.reached.insert(address.clone());
+                self.deliver_to(route, &to, lock)
+            });
+            match sent {
+                Ok(_) | Err(RouteError::Cancelled) => return Some(sent),
+                // A less preferred host must not get the mail because a long queue has all connections to this one.
+                Err(RouteError::Busy) if self.hosts.yields(&route.counted_as(&to)) => return Some(sent),
+                Err(error) => progress.failed(&to.host, address, error),
+            }
+        }
+        None
     }
 
     /// A session with one address of a mail host. If TLS is optional and fails, the relay connects a second time, without TLS.
-    fn session_with(&self, host: &Domain, address: SocketAddr, policy: TlsPolicy) -> Result<ClientSession, RouteError> {
+    fn session_with(&self, to: &HostAddress, policy: TlsPolicy) -> Result<ClientSession, ConnectFailure> {
+        let failed = |error| ConnectFailure { error, down: false };
         if self.cancel.is_cancelled() {
-            return Err(RouteError::Cancelled);
+            return Err(failed(RouteError::Cancelled));
         }
         let tls = match (policy, &self.verified_tls) {
             (TlsPolicy::Verify, Some(tls)) => tls,
@@ -347,30 +411,29 @@ impl WorkerContext {
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
         let id = self.ids.session_id();
         let connect = self.connect(&id);
-        let mut connected = Connect { tls: Some((tls, host.as_str())), ..connect }.to(address, options(required));
+        let mut connected = Connect { tls: Some((tls, to.host.as_str())), ..connect }.to(to.address, options(required));
         if policy == TlsPolicy::May && matches!(connected, Err(SessionFailure::Broken(_) | SessionFailure::NoTls(_))) {
-            connected = connect.to(address, options(StartTls::Never));
+            connected = connect.to(to.address, options(StartTls::Never));
         }
         let session = connected.map_err(|failure| match failure {
-            SessionFailure::Cancelled => RouteError::Cancelled,
+            SessionFailure::Cancelled => failed(RouteError::Cancelled),
             // A greeting of 554 or 521 only says that this host accepts no mail. Another host may, so the mail waits.
             // RFC 5321 section 4.5.4.1 permits that.
             SessionFailure::Aborted(Abort::Rejected(Rejection { reply, .. }))
                 if reply.severity() == Severity::Transient =>
             {
-                RouteError::Deferred(reply)
+                failed(RouteError::Deferred(reply))
             }
             failure => {
-                if matches!(failure, SessionFailure::Lost(_) | SessionFailure::Unreachable(_)) {
-                    self.hosts.mark_down(&address.to_string(), self.config.retry.first);
-                }
-                unreachable(&failure)
+                let down = matches!(failure, SessionFailure::Lost(_) | SessionFailure::Unreachable(_));
+                ConnectFailure { error: unreachable(&failure), down }
             }
         })?;
         // A host that calls itself by our name is this one: the mail would go in circles.
         if session.client().peer_name().is_some_and(|name| name.eq_ignore_ascii_case(&self.hostname)) {
             session.quit();
-            return Err(RouteError::Rejected(Reply::new(554, "5.4.6", "Mail for that domain comes back to this host")));
+            let reply = Reply::new(554, "5.4.6", "Mail for that domain comes back to this host");
+            return Err(failed(RouteError::Rejected(reply)));
         }
         Ok(session)
     }
@@ -380,18 +443,18 @@ impl WorkerContext {
 ///
 /// # Errors
 /// The reply that rejects the mail.
-fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<Domain>, Reply> {
+fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<MxHost>, Reply> {
     let hosts = match route {
         // RFC 7505 section 3.
         MxRoute::Null => return Err(Reply::new(556, "5.1.10", format!("{domain} takes no mail (null MX)"))),
         MxRoute::NoDomain => return Err(Reply::new(550, "5.1.2", format!("There is no domain {domain}"))),
-        MxRoute::Implicit => return Ok(vec![domain.clone()]),
+        MxRoute::Implicit => return Ok(vec![MxHost { preference: 0, host: domain.clone() }]),
         MxRoute::Hosts(hosts) => hosts,
     };
     // A host that is not preferred to ours would send the mail back to us (RFC 5321 section 5.1).
     let own = hosts.iter().find(|mx| mx.host.as_str().eq_ignore_ascii_case(hostname)).map(|mx| mx.preference);
     let before = |preference: u16| own.is_none_or(|own| preference < own);
-    let hosts: Vec<_> = hosts.into_iter().filter(|mx| before(mx.preference)).map(|mx| mx.host).collect();
+    let hosts: Vec<_> = hosts.into_iter().filter(|mx| before(mx.preference)).collect();
     if hosts.is_empty() {
         return Err(Reply::new(554, "5.4.6", format!("This host is the mail host of {domain} and does not hold it")));
     }
@@ -399,14 +462,13 @@ fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<Domain>,
 }
 
 /// The session failed; another attempt may succeed.
-fn unreachable(failure: &SessionFailure) -> RouteError {
+pub(super) fn unreachable(failure: &SessionFailure) -> RouteError {
     RouteError::Deferred(Reply::new(451, "4.4.1", failure.to_string()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::resolver::MxHost;
 
     fn domain(name: &str) -> Domain {
         Domain::parse(name).unwrap()
@@ -418,7 +480,7 @@ mod tests {
     fn routes_become_hosts_or_a_rejection() {
         let check = |route, wanted: Result<&[&str], u16>| {
             let found = hosts(route, &domain("example.org"), "Relay.example.net");
-            let names = found.map(|hosts| hosts.iter().map(Domain::to_string).collect::<Vec<_>>());
+            let names = found.map(|hosts| hosts.iter().map(|mx| mx.host.to_string()).collect::<Vec<_>>());
             let wanted = wanted.map(|names| names.iter().map(|name| (*name).to_owned()).collect());
             assert_eq!(names.map_err(|reply| reply.code()), wanted);
         };

@@ -1,0 +1,198 @@
+//! The sessions of one attempt with one host. They share the queue's lock: each takes the next message, sends it and
+//! settles it, so that no message is in two sessions.
+//!
+//! If a long queue waits, sessions are opened beside the first one, as `connections-per-host` and `connections` permit.
+//! If one of those fails, the messages that it had are deferred or in doubt, the others go on, and no more are opened: the
+//! host may not bear as many. They end when another attempt waits for a connection.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Builder};
+use std::time::{Duration, Instant};
+
+use super::hosts::{HostPermit, HostTable, RouteError};
+use super::order::HostAddress;
+use super::worker::{AllSettled, AttemptRoute, ConnectFailure, HostFailure, WorkerContext, unreachable};
+use crate::net::trace::quoted;
+use crate::queue::{QueueLock, QueuedMessage};
+use crate::session::client::{ClientSession, MessageSource, SessionFailure};
+use crate::smtp::client::Client;
+use crate::smtp::status::DeliveryResult;
+
+/// If more messages than this wait for each session, another one is opened.
+const MESSAGES_PER_SESSION: usize = 20;
+
+/// Sessions in a row that a host may end without a decision on any message before it counts as down.
+const HANG_UP_LIMIT: usize = 3;
+
+/// A host that was connected to in vain is not connected to again for this many times the time that took: a slow one must
+/// not keep the workers.
+const DOWN_FACTOR: u32 = 4;
+
+/// What the sessions of one attempt with one host share.
+struct SharedQueue<'a> {
+    lock: Mutex<&'a mut QueueLock>,
+    /// Sessions that are open.
+    sessions: AtomicUsize,
+    /// A session has failed: no other is opened beside those that are open.
+    session_failed: AtomicBool,
+    /// A message could not be settled on disk.
+    unsettled: AtomicBool,
+}
+
+impl<'a> SharedQueue<'a> {
+    fn new(lock: &'a mut QueueLock) -> SharedQueue<'a> {
+        SharedQueue {
+            lock: Mutex::new(lock),
+            sessions: AtomicUsize::new(1),
+            session_failed: AtomicBool::default(),
+            unsettled: AtomicBool::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, &'a mut QueueLock> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn all_settled(&self) -> AllSettled {
+        !self.unsettled.load(Ordering::Relaxed)
+    }
+
+    /// Whether the queue is long enough for one more session.
+    fn needs_session(&self) -> bool {
+        let enough = MESSAGES_PER_SESSION * self.sessions.load(Ordering::Relaxed);
+        !self.session_failed.load(Ordering::Relaxed) && self.lock().waiting() > enough
+    }
+}
+
+/// The queue as one session sees it.
+struct SessionQueue<'a, 'lock> {
+    shared: &'a SharedQueue<'lock>,
+    role: Role<'a>,
+}
+
+enum Role<'a> {
+    /// The first session. It calls this to open another one.
+    First(&'a dyn Fn()),
+    /// A session beside it. It sends no more if its connection to this host is needed elsewhere.
+    Beside(&'a HostTable, &'a str),
+}
+
+impl MessageSource for SessionQueue<'_, '_> {
+    fn next_message(&mut self) -> Option<QueuedMessage> {
+        if matches!(self.role, Role::Beside(hosts, host) if hosts.must_yield(host)) {
+            return None;
+        }
+        let message = self.shared.lock().next_message();
+        if let Role::First(open) = self.role
+            && message.is_some()
+            && self.shared.needs_session()
+        {
+            open();
+        }
+        message
+    }
+}
+
+impl WorkerContext {
+    /// Sends all messages that the lock offers to one address. A host that ends the session on one message may accept the
+    /// others: they are sent in another session.
+    ///
+    /// # Errors
+    /// No session, or the host ended [`HANG_UP_LIMIT`] of them without a decision on any message; then it counts as down.
+    pub(super) fn deliver_to(
+        &self, route: &AttemptRoute<'_>, to: &HostAddress, lock: &mut QueueLock,
+    ) -> Result<AllSettled, RouteError> {
+        let shared = &SharedQueue::new(lock);
+        let sent = thread::scope(|scope| {
+            let open = || {
+                let Some(permit) = self.hosts.acquire_beside(&route.counted_as(to)) else { return };
+                shared.sessions.fetch_add(1, Ordering::Relaxed);
+                let session = move || self.send_beside(route, to, shared, permit);
+                if let Err(error) = Builder::new().name("relay".to_owned()).spawn_scoped(scope, session) {
+                    log::error!("event=no-thread error={}", quoted(error));
+                    shared.session_failed.store(true, Ordering::Relaxed);
+                }
+            };
+            self.send_first(route, to, shared, &open)
+        });
+        sent.map(|()| shared.all_settled())
+    }
+
+    /// The first session, and those that follow if the host ends it.
+    fn send_first(
+        &self, route: &AttemptRoute<'_>, to: &HostAddress, shared: &SharedQueue<'_>, open: &dyn Fn(),
+    ) -> Result<(), RouteError> {
+        let mut hang_ups = 0;
+        loop {
+            let begun = Instant::now();
+            let session = (route.connect)(to).map_err(|ConnectFailure { error, down }| {
+                if down {
+                    self.mark_down(to, begun.elapsed());
+                }
+                error
+            })?;
+            let lost = self.deliver(session, to, SessionQueue { shared, role: Role::First(open) });
+            let Some(failure) = lost.filter(|_| shared.all_settled() && shared.lock().has_next()) else {
+                return Ok(());
+            };
+            hang_ups += 1;
+            if hang_ups == HANG_UP_LIMIT {
+                self.mark_down(to, Duration::ZERO);
+                return Err(unreachable(&failure));
+            }
+        }
+    }
+
+    /// A session beside the first one. If there is none, the host is not down: it may have enough connections.
+    fn send_beside(
+        &self, route: &AttemptRoute<'_>, to: &HostAddress, shared: &SharedQueue<'_>, permit: HostPermit<'_>,
+    ) {
+        match (route.connect)(to) {
+            Ok(session) => {
+                let role = Role::Beside(&self.hosts, permit.host());
+                self.deliver(session, to, SessionQueue { shared, role });
+            }
+            Err(ConnectFailure { error, .. }) => {
+                shared.session_failed.store(true, Ordering::Relaxed);
+                HostFailure { host: to.host.clone(), address: to.address.to_string(), error }.log();
+            }
+        }
+        shared.sessions.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// No destination connects to a host for 0.8 of the first pause of a message, so that its next attempt finds it
+    /// permitted, or longer if it took long to fail.
+    fn mark_down(&self, to: &HostAddress, took: Duration) {
+        let retry = &self.config.retry;
+        let pause = retry.first.mul_f32(0.8).max((took * DOWN_FACTOR).min(retry.max));
+        self.hosts.mark_down(&to.address.to_string(), pause);
+    }
+
+    /// Sends messages in one session. Returns how it was lost, if it decided on no message.
+    fn deliver(
+        &self, mut session: ClientSession, to: &HostAddress, mut queue: SessionQueue<'_, '_>,
+    ) -> Option<SessionFailure> {
+        let _under_way = self.sessions.clone();
+        let mut decided = false;
+        let id = session.id().to_owned();
+        let mut settle = |message, result: DeliveryResult, client: &Client, queue: &mut SessionQueue<'_, '_>| {
+            decided |= !result.decided_by.is_connection_loss();
+            let attempt = self.attempt_with(&id, Some(client));
+            let shared = queue.shared;
+            if self.reporter.finish_attempt(message, result, &attempt, &mut shared.lock()).is_err() {
+                shared.unsettled.store(true, Ordering::Relaxed);
+            }
+        };
+        match session.send_queue(&mut queue, &mut settle) {
+            Ok(()) => session.quit(),
+            Err(SessionFailure::Cancelled) => {}
+            Err(failure) => {
+                queue.shared.session_failed.store(true, Ordering::Relaxed);
+                log::info!("event=session-lost session={id} host={} error={}", to.address, quoted(&failure));
+                return Some(failure).filter(|_| !decided);
+            }
+        }
+        None
+    }
+}

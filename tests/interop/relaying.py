@@ -1,0 +1,150 @@
+"""The relay with hosts of many addresses, and with long queues."""
+
+import threading
+import time
+
+from harness import check, events, scenario, wait_until
+from routes import MX, send, world
+from world import House
+
+
+def dead(first, count):
+    """Addresses of loopback where nothing listens."""
+    return [f"127.0.9.{number}" for number in range(first, first + count)]
+
+
+def received(*houses):
+    return sorted(one for house in houses for letter in house.letters for one in letter.recipients)
+
+
+@scenario("relay-addresses", needs=["dnsmasq"])
+def relay_addresses(box):
+    """Many dead addresses before the one that works: other family, less preferred host, behind the limit of an attempt"""
+    house = House(box, address=MX)
+    mapped = [f"::ffff:{address}" for address in dead(1, 20)]
+    provider, customer = world(
+        box,
+        house,
+        mx={
+            "family.example": [(10, "mx-family.example")],
+            "families.example": [(10, "mx-v6.example"), (10, "mx-v4.example")],
+            "backup.example": [(10, "mx-dead.example"), (20, "mx-good.example")],
+            "many.example": [(number, f"mx{number}.many.example") for number in range(30)],
+            "long.example": [(10, "mx-long.example")],
+        },
+        hosts={
+            "mx-family.example": [*mapped, MX],
+            "mx-v6.example": mapped,
+            "mx-v4.example": MX,
+            "mx-dead.example": dead(50, 9),
+            "mx-good.example": MX,
+            **{f"mx{number}.many.example": dead(100 + number, 1) for number in range(29)},
+            "mx29.many.example": MX,
+            "mx-long.example": [*dead(150, 20), MX],
+        },
+    )
+    at_once = ["family", "families", "backup", "many"]
+    for name in [*at_once, "long"]:
+        send(box, customer, f"u@{name}.example")
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    wanted = sorted(f"u@{name}.example" for name in [*at_once, "long"])
+    wait_until(lambda: received(house) == wanted, f"{wanted}; {received(house)}", seconds=20)
+    for name in at_once:
+        deferred = events(provider.log(), "delivery", to=f"<u@{name}.example>", status="deferred")
+        check(not deferred, f"{name}: not in the first attempt: {deferred}")
+    deferred = events(provider.log(), "delivery", to="<u@long.example>", status="deferred")
+    check(len(deferred) == 2, f"21 addresses, 8 an attempt: {deferred}")
+    return f"{len(at_once)} in the first attempt, one in the third"
+
+
+class Slow(House):
+    """Takes its time for each message. `cuts`: the connections, by number, that end after some messages."""
+
+    def __init__(self, box, *, pause=0.03, cuts=(), **more):
+        self.pause, self.cuts, self.mails, self.threads = pause, cuts, {}, []
+        super().__init__(box, **more)
+
+    def refusal(self, verb, line):
+        if verb == "MAIL":
+            time.sleep(self.pause)
+            with self.lock:
+                me = threading.get_ident()
+                if me not in self.threads:
+                    self.threads.append(me)
+                self.mails[me] = self.mails.get(me, 0) + 1
+                cut = self.threads.index(me) in self.cuts and self.mails[me] > 5
+            if cut:
+                raise OSError("hangs up")
+        return super().refusal(verb, line)
+
+
+def hand_in(box, customer, domain, count):
+    for number in range(count):
+        send(box, customer, f"u{number}@{domain}")
+    return sorted(f"u{number}@{domain}" for number in range(count))
+
+
+@scenario("relay-connections", needs=["dnsmasq"])
+def relay_connections(box):
+    """A long queue goes over several connections; one of them is lost in the middle: nothing is sent twice or lost"""
+    houses = {"whole": Slow(box, address="127.0.0.3")}
+    port = houses["whole"].port
+    houses["first"] = Slow(box, address="127.0.0.4", port=port, cuts=(0,))
+    houses["second"] = Slow(box, address="127.0.0.5", port=port, cuts=(1,))
+    provider, customer = world(
+        box,
+        houses["whole"],
+        mx={f"{name}.example": [(1, f"mx-{name}.example")] for name in houses},
+        hosts={f"mx-{name}.example": f"127.0.0.{last}" for last, name in enumerate(houses, 3)},
+        more="connections-per-host = 3\n",
+    )
+    wanted = {name: hand_in(box, customer, f"{name}.example", 100) for name in houses}
+    begin = time.monotonic()
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    for name, house in houses.items():
+        wait_until(lambda: len(received(house)) >= 100, f"{name}: {len(received(house))} of 100", seconds=30)
+    seconds = time.monotonic() - begin
+    time.sleep(1.5)
+    for name, house in houses.items():
+        check(received(house) == wanted[name], f"{name}: not each of them once: {received(house)}")
+        check(2 <= house.most <= 3, f"{name}: {house.most} connections at once")
+        left = [file for part in ("new", "cur") for file in provider.spool.glob(f"outgoing/{name}.example/{part}/*")]
+        check(not left, f"{name}: left: {left}")
+    check(not houses["whole"].errors and all(houses[name].errors for name in ("first", "second")), "who has hung up")
+    return f"{[house.most for house in houses.values()]} connections at once, {seconds:.1f} s"
+
+
+def fair(box, more):
+    """A long queue has both connections when mail for another destination, which may use only these, arrives."""
+    house = Slow(box, address=MX, pause=0.05)
+    other = House(box, address="127.0.0.4", port=house.port)
+    same = [(1, "mx.example"), (2, "mx2.example")]
+    mx = {"dest.example": [(1, "mx.example")], "same.example": same, "else.example": [(1, "mx2.example")]}
+    _, customer = world(box, house, mx=mx, hosts={"mx.example": MX, "mx2.example": "127.0.0.4"}, more=more)
+    count = len(hand_in(box, customer, "dest.example", 200))
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    wait_until(lambda: house.most == 2, "two connections")
+    before = len(received(house))
+    send(box, customer, "u@same.example")
+    send(box, customer, "u@else.example")
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    found = lambda: {"u@same.example", "u@else.example"} <= set(received(house, other))
+    wait_until(found, "mail for other destinations", seconds=20)
+    check("u@same.example" in received(house), "a busy host is no reason to go to a less preferred one")
+    after = len(received(house))
+    check(after < count, "it has waited for the end of the long queue")
+    wait_until(lambda: len(received(house)) == count + 1, "the long queue", seconds=30)
+    check(house.most == 2, f"{house.most} connections")
+    return f"between number {before} and {after} of {count}"
+
+
+@scenario("relay-fair-host", needs=["dnsmasq"])
+def relay_fair_host(box):
+    """A long queue has all connections to a host: another destination there does not wait for its end"""
+    return fair(box, "connections-per-host = 2\n")
+
+
+@scenario("relay-fair", needs=["dnsmasq"])
+def relay_fair(box):
+    """A long queue has all connections there are: another destination does not wait for its end"""
+    return fair(box, "connections = 2\n")
