@@ -105,6 +105,7 @@ impl Outbox {
         // If the size was not announced, only a mailbox that is full already has no room.
         let octets = size.unwrap_or(1) + received.len() as u64;
         let (writer, routing) = self.store.begin(&here, &elsewhere, octets, received)?;
+        writer.check_room(octets)?;
         Ok(SubmissionWriter {
             writer,
             completer: HeaderCompleter::new(additions),
