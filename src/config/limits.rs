@@ -32,7 +32,7 @@ pub(super) fn limits(file: &mut Table<'_>) -> Result<Limits, ConfigError> {
 /// The table `[timeouts]` of a file.
 pub(super) fn timeouts(file: &mut Table<'_>) -> Result<Timeouts, ConfigError> {
     let mut timeouts = Timeouts::default();
-    let values: [(_, &mut Duration); 14] = [
+    let values: [(_, &mut Duration); 15] = [
         ("connect", &mut timeouts.connect),
         ("greeting", &mut timeouts.greeting),
         ("mail", &mut timeouts.mail),
@@ -42,6 +42,7 @@ pub(super) fn timeouts(file: &mut Table<'_>) -> Result<Timeouts, ConfigError> {
         ("end", &mut timeouts.end),
         ("command", &mut timeouts.command),
         ("atrn", &mut timeouts.atrn),
+        ("outgoing", &mut timeouts.outgoing),
         ("handshake", &mut timeouts.handshake),
         ("session", &mut timeouts.session),
         ("turn", &mut timeouts.turn),

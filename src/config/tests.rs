@@ -174,6 +174,7 @@ fn every_limit_and_timeout_is_read() {
         end = "7ms"
         command = "8ms"
         atrn = "11m"
+        outgoing = "14ms"
         handshake = "9ms"
         session = "10ms"
         turn = "11ms"
@@ -208,6 +209,7 @@ fn every_limit_and_timeout_is_read() {
         times.turn,
         times.takeover,
         times.shutdown,
+        times.outgoing,
     ];
     assert_eq!(short.map(|time| time.as_millis()), std::array::from_fn(|at| at as u128 + 1));
     assert_eq!(times.atrn, Duration::from_secs(660));

@@ -139,8 +139,18 @@ impl Outbox {
         self.mailboxes.queue.unnamed_file(&self.store.name)
     }
 
+    /// Whether no message waits.
+    pub fn is_empty(&self) -> bool {
+        self.mailboxes.queue.count(&self.store.name, 1).unwrap_or(0) == 0
+    }
+
+    /// Whether messages may wait for the submission host.
+    pub fn has_submissions(&self) -> bool {
+        self.config.submission.is_some() && !self.is_empty()
+    }
+
     fn lock_if_any(&self) -> Option<QueueLock> {
-        if self.mailboxes.queue.count(&self.store.name, 1).unwrap_or(0) == 0 {
+        if self.is_empty() {
             return None;
         }
         let failed = |error: &LockError| {

@@ -1,5 +1,8 @@
 //! One call: connect, TLS, AUTH, outgoing mail, ATRN, the turn, and incoming mail until the provider sends QUIT.
 //!
+//! A long upload does not delay incoming mail for ever: after `[timeouts] outgoing` the call fetches incoming mail over
+//! another connection, and again each time that the same time has passed, while the upload goes on.
+//!
 //! 453 ("you have no mail") is a success. After the 250 to ATRN the customer sends nothing but its greeting; what follows
 //! is an ordinary SMTP session in which the customer is the server and the provider the client (RFC 2645 section 5.3).
 
@@ -8,13 +11,15 @@ use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SendError};
+use std::thread::{self, Scope};
 use std::time::Instant;
 
 use super::counters::{CallCounters, Summary};
 use super::mailboxes::Mailboxes;
 use super::next_hop::NextHops;
 use super::outbox::Outbox;
-use super::receiver::Receiver;
+use super::receiver;
 use super::retry_queue::RetryQueue;
 use super::store;
 use crate::config::{CustomerConfig, ProviderAccount};
@@ -191,14 +196,10 @@ impl Customer {
             outbox.deliver_here(counters);
         }
         self.retry_queue.retry(cancel);
-        let call = ProviderConnection { customer: self, remote, outbox, cancel, counters };
-        let mut result = Ok(());
-        for domains in domain_lists(&provider.domains) {
-            result = result.and(call.run(&domains));
-        }
-        // The submission host gets what the provider does not accept, after the incoming mail.
+        let lists = domain_lists(&provider.domains);
+        let call = ProviderConnection { customer: self, remote, outbox, cancel, counters, lists };
+        let result = thread::scope(|scope| call.run(scope));
         if let Some(outbox) = outbox {
-            outbox.submit(cancel, counters);
             counters.set_waiting(outbox.waiting());
         }
         result
@@ -233,7 +234,7 @@ fn domain_lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
     lists
 }
 
-/// One connection to the provider; another one if the first is lost while mail is sent.
+/// The connections of one call: one for each list of domains; others if the first is lost or occupied while mail is sent.
 struct ProviderConnection<'a> {
     customer: &'a Customer,
     remote: &'a Remote,
@@ -241,23 +242,98 @@ struct ProviderConnection<'a> {
     outbox: Option<&'a Arc<Outbox>>,
     cancel: &'a CancelToken,
     counters: &'a Arc<CallCounters>,
+    /// The domains to ask for.
+    lists: Vec<Vec<Domain>>,
 }
 
 impl ProviderConnection<'_> {
-    /// Sends outgoing mail, turns, receives incoming mail. If sending fails, mail is received over another connection.
-    fn run(&self, domains: &[Domain]) -> Result<(), CallError> {
-        let (mut session, mut peer) = self.connect()?;
-        if let Some(outbox) = self.outbox
-            && let Err(failure) = outbox.send(&mut session, self.counters)
-        {
-            log::warn!("event=session-lost session={} error={}", session.id(), quoted(&failure));
-            session.close_after(&failure);
-            (session, peer) = self.connect()?;
+    /// Sends outgoing mail, and receives incoming mail for each list of domains; the first failure is the result. If
+    /// outgoing mail takes longer, the mail is fetched again meanwhile, and the last fetch is the result.
+    fn run<'s>(&'s self, scope: &'s Scope<'s, '_>) -> Result<(), CallError> {
+        let (mut result, mut upload) = (Ok(()), None);
+        for domains in &self.lists {
+            result = result.and(self.send_and_receive(scope, domains, &mut upload));
         }
+        if let Some(upload) = upload {
+            self.receive_during(&upload, &mut result);
+        }
+        // The submission host gets what the provider does not accept, after the incoming mail.
+        if let Some(outbox) = self.outbox.filter(|outbox| outbox.has_submissions()) {
+            let submit = || outbox.submit(self.cancel, self.counters);
+            if let Some(upload) = spawn(scope, submit) {
+                self.receive_during(&upload, &mut result);
+            }
+        }
+        result
+    }
+
+    /// Sends outgoing mail, turns, receives incoming mail. If sending fails or takes too long, mail is received over another
+    /// connection. `upload`: outgoing mail that is being sent over a connection of its own.
+    fn send_and_receive<'s>(
+        &'s self, scope: &'s Scope<'s, '_>, domains: &[Domain], upload: &mut Option<Upload>,
+    ) -> Result<(), CallError> {
+        let (session, peer) = self.connect()?;
+        match self.outbox.filter(|outbox| upload.is_none() && !outbox.is_empty()) {
+            None => self.receive(session, peer, domains),
+            Some(outbox) => match self.send(scope, outbox, session, upload) {
+                Some(session) => self.receive(session, peer, domains),
+                None => self.connect_and_receive(domains),
+            },
+        }
+    }
+
+    /// Sends outgoing mail. Returns the session, in which ATRN may follow; `None`: it was lost, or it still sends mail after
+    /// `[timeouts] outgoing` and is an `upload` from now on. A message is never cut: it would begin from zero in each call.
+    fn send<'s>(
+        &'s self, scope: &'s Scope<'s, '_>, outbox: &'s Outbox, mut session: ClientSession, upload: &mut Option<Upload>,
+    ) -> Option<ClientSession> {
+        let id = session.id().to_owned();
+        // Without a buffer: the session is received, or comes back.
+        let (sender, sent) = mpsc::sync_channel(0);
+        let ended = spawn(scope, move || match outbox.send(&mut session, self.counters) {
+            Ok(()) => {
+                if let Err(SendError(session)) = sender.send(session) {
+                    ClientSession::quit(session);
+                }
+            }
+            Err(failure) => {
+                log::warn!("event=session-lost session={} error={}", session.id(), quoted(&failure));
+                session.close_after(&failure);
+            }
+        })?;
+        match sent.recv_timeout(self.customer.config().timeouts.outgoing) {
+            Ok(session) => return Some(session),
+            Err(RecvTimeoutError::Disconnected) => {}
+            Err(RecvTimeoutError::Timeout) => {
+                log::info!("event=upload-continues session={id}");
+                *upload = Some(ended);
+            }
+        }
+        None
+    }
+
+    /// Fetches incoming mail at intervals of `[timeouts] outgoing` until an upload has ended. `result`: of the last fetch.
+    fn receive_during(&self, upload: &Upload, result: &mut Result<(), CallError>) {
+        let interval = self.customer.config().timeouts.outgoing;
+        while upload.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+            if !self.cancel.is_cancelled() {
+                let fetched = self.lists.iter().map(|domains| self.connect_and_receive(domains));
+                *result = fetched.fold(Ok(()), Result::and);
+            }
+        }
+    }
+
+    fn connect_and_receive(&self, domains: &[Domain]) -> Result<(), CallError> {
+        let (session, peer) = self.connect()?;
+        self.receive(session, peer, domains)
+    }
+
+    /// Sends ATRN, turns, and receives mail.
+    fn receive(&self, session: ClientSession, peer: IpAddr, domains: &[Domain]) -> Result<(), CallError> {
         match session.atrn(domains) {
             Ok((connection, client)) => {
                 self.counters.add_queued(client.messages_waiting().unwrap_or(0));
-                self.receive(connection, client, peer)
+                self.serve_provider(connection, client, peer)
             }
             Err(failure) if is_success(&failure) => Ok(()),
             Err(failure) => Err(call_error(failure)),
@@ -278,7 +354,7 @@ impl ProviderConnection<'_> {
     }
 
     /// The customer's half of the turn, and mail until QUIT.
-    fn receive(&self, connection: Connection, client: Client, peer: IpAddr) -> Result<(), CallError> {
+    fn serve_provider(&self, connection: Connection, client: Client, peer: IpAddr) -> Result<(), CallError> {
         let Customer { mailboxes, outbox, retry_queue, .. } = self.customer;
         let config = &mailboxes.config;
         let mut options =
@@ -291,7 +367,7 @@ impl ProviderConnection<'_> {
         let limits = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
         let limits = SessionLimits { session: config.timeouts.turn, ..limits };
         let hops = NextHops::new(mailboxes, self.cancel);
-        let mut receiver = Receiver::new(retry_queue.clone(), self.counters.clone(), hops);
+        let mut receiver = receiver::Receiver::new(retry_queue.clone(), self.counters.clone(), hops);
         let mut session = ServerSession::new(connection, server, address::literal(peer), None, limits);
         session.greet();
         let end = session.run(&mut receiver);
@@ -300,6 +376,25 @@ impl ProviderConnection<'_> {
             SessionEnd::Quit => Ok(()),
             SessionEnd::Closed(reason) => Err(CallError::Temporary(format!("the call was cut short: {reason}"))),
             SessionEnd::Atrn(_) => Err(CallError::Protocol("the provider sent ATRN".to_owned())),
+        }
+    }
+}
+
+/// Work in a thread of its own. It receives nothing, and is disconnected when the work has ended.
+type Upload = Receiver<()>;
+
+/// Begins work in a thread of its own; `None`: the system has no thread, which is logged.
+fn spawn<'s>(scope: &'s Scope<'s, '_>, work: impl FnOnce() + Send + 's) -> Option<Upload> {
+    let (running, ended) = mpsc::channel();
+    let work = move || {
+        work();
+        drop(running);
+    };
+    match thread::Builder::new().name("upload".to_owned()).spawn_scoped(scope, work) {
+        Ok(_) => Some(ended),
+        Err(error) => {
+            log::error!("event=no-thread error={}", quoted(error));
+            None
         }
     }
 }

@@ -426,13 +426,25 @@ impl Connection {
     ///
     /// `TimedOut` after the deadline; `Interrupted` if `cancel` is cancelled; the errors of `flush` and `fill`.
     pub fn flush_all(&mut self, deadline: Instant, cancel: Option<&CancelToken>) -> io::Result<()> {
-        while !self.flush()? {
-            cancel.map_or(Ok(()), CancelToken::check)?;
-            if self.poll_or_time_out(self.interest(), cancel, deadline, "the peer does not read")? {
-                self.read_early()?;
-            }
-        }
+        while !self.flush_or_wait(deadline, cancel)? {}
         Ok(())
+    }
+
+    /// One step of [`Connection::flush_all`]: flushes, and waits once if something is left. Returns whether everything was
+    /// given to the system.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Connection::flush_all`].
+    pub fn flush_or_wait(&mut self, deadline: Instant, cancel: Option<&CancelToken>) -> io::Result<bool> {
+        if self.flush()? {
+            return Ok(true);
+        }
+        cancel.map_or(Ok(()), CancelToken::check)?;
+        if self.poll_or_time_out(self.interest(), cancel, deadline, "the peer does not read")? {
+            self.read_early()?;
+        }
+        Ok(false)
     }
 
     /// Reads octets that the next `fill` reports.

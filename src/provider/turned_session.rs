@@ -14,8 +14,10 @@ use crate::net::connection::{Connection, Filled};
 use crate::net::trace::quoted;
 use crate::queue::{QueueLock, QueuedMessage};
 use crate::report::{Attempt, Reporter, Via};
+use crate::session::pace::PaceClock;
 use crate::session::{ContentOutput, ReplyInput, Timeouts, send_commands};
 use crate::smtp::client::{Abort, Client, ClientStep, Rejection, Stage};
+use crate::smtp::limits;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, RecipientStatus, connection_lost, ends_session};
 use crate::turn::Turned;
@@ -73,6 +75,10 @@ pub struct TurnedSession {
     begun: Instant,
     /// When the customer must have done its next step.
     deadline: Instant,
+    /// When the session must be over; content earns time.
+    turn_deadline: Instant,
+    /// What the content of the first message earns.
+    pace: PaceClock,
     last_progress: Instant,
     last_heartbeat: Instant,
     counters: TurnCounters,
@@ -122,6 +128,8 @@ impl TurnedSession {
             wake_up: now,
             begun: now,
             deadline: now + settings.timeouts.greeting,
+            turn_deadline: now + settings.timeouts.turn,
+            pace: PaceClock::new(limits::KNOWN_PEER_PACE, 0, now),
             last_progress: now,
             last_heartbeat: now,
             counters: TurnCounters::default(),
@@ -137,7 +145,7 @@ impl TurnedSession {
         } else {
             let stalled = self.last_progress + timeouts.takeover;
             let check = if stalled > now { stalled } else { now + TAKEOVER_CHECK_INTERVAL };
-            self.deadline.min(self.begun + timeouts.turn).min(check)
+            self.deadline.min(self.turn_deadline).min(check)
         };
         self.wake_up
     }
@@ -164,11 +172,12 @@ impl TurnedSession {
             true => self.connection.fill().inspect(|_| self.connection.acknowledge()),
             false => Ok(Filled::Nothing),
         };
-        let unsent_before = self.connection.unsent();
+        let (unsent_before, mut flushed) = (self.connection.unsent(), 0);
         self.busy = true;
         for _ in 0..STEPS_PER_ROUND {
             let replied = self.handle_replies(now)?;
             let sent = !self.done && (self.send_content(now)? || self.next_message()?);
+            let unsent = self.connection.unsent();
             if let Err(error) = self.connection.flush() {
                 let _ = self.connection.fill();
                 self.handle_replies(now)?;
@@ -178,6 +187,7 @@ impl TurnedSession {
             if self.done {
                 return Ok(false);
             }
+            flushed += unsent.saturating_sub(self.connection.unsent());
             // The flush may have made room for more content, which poll(2) would not report.
             let room = self.content.is_some() && self.connection.unsent() <= HIGH_WATER;
             if !replied && !sent && !room {
@@ -195,9 +205,11 @@ impl TurnedSession {
         }
         // A customer that reads slowly is not silent: it gets more time.
         let sending = self.content.is_some() || self.client.awaiting() == Some(Stage::Content);
+        let earned = if sending { self.pace.earn(flushed, now) } else { Duration::ZERO };
+        self.turn_deadline += earned;
         if sending && self.connection.unsent() < unsent_before {
             self.record_progress(now);
-            self.deadline = self.deadline.max(now + self.settings.timeouts.block);
+            self.deadline = self.deadline.max(now + self.settings.timeouts.block + earned);
         }
         self.check_deadlines(now)?;
         Ok(true)
@@ -235,8 +247,12 @@ impl TurnedSession {
             ClientStep::Content { chunk } => {
                 let size = self.messages.front().map_or(0, |message| message.size);
                 self.content = Some(ContentOutput::new(chunk, size));
+                self.pace = PaceClock::new(limits::KNOWN_PEER_PACE, size, now);
             }
-            ClientStep::MessageDone(result) => self.finish_message(&result),
+            ClientStep::MessageDone(result) => {
+                self.turn_deadline -= self.pace.stop(now);
+                self.finish_message(&result);
+            }
             ClientStep::Closed => {
                 self.done = true;
                 return Ok(());
@@ -399,10 +415,10 @@ impl TurnedSession {
     }
 
     fn check_deadlines(&self, now: Instant) -> io::Result<()> {
-        let Timeouts { turn, takeover, .. } = self.settings.timeouts;
+        let takeover = self.settings.timeouts.takeover;
         let reason = if now >= self.deadline {
             "the customer does not answer"
-        } else if now >= self.begun + turn {
+        } else if now >= self.turn_deadline {
             "the session has taken too long"
         } else if now >= self.last_progress + takeover && self.lock.takeover_requested() {
             "taken over by another session of the customer"

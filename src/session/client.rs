@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use super::pace::PaceClock;
 use super::{ContentOutput, ReplyInput, Timeouts, send_commands};
 use crate::mail::address::Domain;
 use crate::mail::received::ClientInfo;
@@ -20,6 +21,7 @@ use crate::net::trace::Trace;
 use crate::queue::{QueueLock, QueuedMessage};
 use crate::smtp::client::{Abort, Client, ClientOptions, ClientStep, OutgoingMessage, Rejection, Stage};
 use crate::smtp::command::Recipient;
+use crate::smtp::limits;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, connection_lost, ends_session, may_be_about_sender};
 
@@ -320,16 +322,30 @@ impl ClientSession {
     /// Sends the content of one message, `size` octets on the wire.
     fn send_content(&mut self, content: &mut dyn Read, size: u64, chunk: bool) -> Result<(), SessionFailure> {
         let mut output = ContentOutput::new(chunk, size);
+        let mut pace = PaceClock::new(limits::KNOWN_PEER_PACE, size, Instant::now());
         let failed = |error: io::Error| SessionFailure::Lost(error.to_string());
         while !output.send_block(content, &mut self.connection).map_err(failed)? {
-            let deadline = self.deadline_within(self.timeouts.block);
-            self.connection.flush_all(deadline, Some(&self.cancel)).map_err(|error| match error.kind() {
+            self.flush_content(&mut pace).map_err(|error| match error.kind() {
                 io::ErrorKind::Interrupted => SessionFailure::Cancelled,
                 _ => lost(error),
             })?;
         }
         self.send(Client::content_sent);
         Ok(())
+    }
+
+    /// Waits until a block of content was given to the system. Its time does not run while the peer reads at the required
+    /// pace. The limit of the session holds: the caller must reply to its own client in time.
+    fn flush_content(&mut self, pace: &mut PaceClock) -> io::Result<()> {
+        let mut deadline = Instant::now() + self.timeouts.block;
+        loop {
+            let before = self.connection.unsent();
+            let until = self.limit.map_or(deadline, |limit| limit.min(deadline));
+            if self.connection.flush_or_wait(until, Some(&self.cancel))? {
+                return Ok(());
+            }
+            deadline += pace.earn(before.saturating_sub(self.connection.unsent()), Instant::now());
+        }
     }
 
     /// Sends ATRN; without `domains`, for all mail of the account. Returns both halves for the turn after 250 (RFC 2645
@@ -508,5 +524,59 @@ impl Connect<'_> {
                 Err(failure)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    use super::*;
+    use crate::mail::address::{Mailbox, ReversePath};
+    use crate::smtp::command::Envelope;
+
+    /// Replies to a session up to the content, of which it reads 4 KiB in 80 ms. Returns the octets of content.
+    fn slow_server(socket: UnixStream) -> usize {
+        let mut writer = socket.try_clone().unwrap();
+        let mut lines = BufReader::with_capacity(4096, socket);
+        for reply in ["220 hello", "250 hello", "250 sender", "250 recipient"] {
+            writer.write_all(format!("{reply}\r\n").as_bytes()).unwrap();
+            lines.read_line(&mut String::new()).unwrap();
+        }
+        writer.write_all(b"354 go ahead\r\n").unwrap();
+        let mut content = Vec::new();
+        while !content.ends_with(b"\r\n.\r\n") {
+            thread::sleep(Duration::from_millis(80));
+            let block = lines.fill_buf().unwrap();
+            assert!(!block.is_empty(), "the client closed after {} octets", content.len());
+            content.extend_from_slice(block);
+            let count = block.len();
+            lines.consume(count);
+        }
+        writer.write_all(b"250 kept\r\n").unwrap();
+        content.len()
+    }
+
+    /// Rules: SMTP-60.
+    #[test]
+    fn a_peer_that_reads_slowly_but_steadily_gets_the_whole_message() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        // So that the system takes a small part of the content only.
+        rustix::net::sockopt::set_socket_send_buffer_size(&ours, 4096).unwrap();
+        let server = thread::spawn(move || slow_server(theirs));
+        let timeouts = Timeouts { block: Duration::from_millis(200), ..Timeouts::default() };
+        let cancel = CancelToken::new().unwrap();
+        let connect = Connect { id: "1", peer: 'S', tls: None, timeouts: &timeouts, cancel: &cancel, limit: None };
+        let mut session = connect.over(ours.into(), ClientOptions::default()).unwrap();
+        let content = b"0123456789abcde\n".repeat(4096);
+        let recipients = vec![Recipient::plain(Mailbox::parse("a@example.org").unwrap())];
+        let envelope = Envelope { recipients, ..Envelope::new(ReversePath::Null) };
+        let message = OutgoingMessage { envelope, size: 17 * 4096, eight_bit: false };
+        let result = session.send_message(message, &mut &content[..]);
+        assert!(result.recipients[0].is_sent(), "{result:?}");
+        drop(session);
+        assert_eq!(server.join().unwrap(), 17 * 4096 + 3);
     }
 }

@@ -5,6 +5,7 @@
 //! role use the functions here to read replies, send commands and send content.
 
 pub mod client;
+pub mod pace;
 pub mod remote;
 pub mod server;
 pub mod settings;

@@ -11,6 +11,7 @@ use std::fmt;
 use std::io;
 use std::time::{Duration, Instant};
 
+use super::pace::PaceClock;
 use super::{CONTENT_BLOCK, Limits, Timeouts, without_secrets};
 use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
@@ -29,11 +30,11 @@ const LAST_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a session may take, how much it may send, and how it is cancelled.
 #[derive(Clone)]
 pub struct SessionLimits {
-    /// For one command, and for 64 KiB of content.
+    /// For one command, and for 64 KiB of content: there without the time that the content earns.
     pub command: Duration,
     /// For a TLS handshake.
     pub handshake: Duration,
-    /// For the whole session.
+    /// For the whole session, without the time that content earns (see [`PaceClock`]).
     pub session: Duration,
     /// `Received` fields of a message at most: one with more is in a mail loop (RFC 5321 section 6.3).
     pub hops: usize,
@@ -67,6 +68,8 @@ pub struct ServerSession {
     limits: SessionLimits,
     tls: Option<ServerTls>,
     deadline: Instant,
+    /// What the content of the current message earns.
+    pace: PaceClock,
     /// A message of which some chunks have arrived (RFC 3030).
     chunks: Option<(ContentDecoder, ContentReceiver)>,
 }
@@ -98,8 +101,9 @@ impl ServerSession {
     pub fn new(
         connection: Connection, server: Server, peer: String, tls: Option<ServerTls>, limits: SessionLimits,
     ) -> ServerSession {
-        let deadline = Instant::now() + limits.session;
-        ServerSession { connection, server, peer, limits, tls, deadline, chunks: None }
+        let now = Instant::now();
+        let (deadline, pace) = (now + limits.session, PaceClock::new(limits::UNKNOWN_CLIENT_PACE, 0, now));
+        ServerSession { connection, server, peer, limits, tls, deadline, pace, chunks: None }
     }
 
     /// Queues the greeting.
@@ -166,6 +170,7 @@ impl ServerSession {
                 ServerStep::StartTls(reply) => self.start_tls(&reply)?,
                 ServerStep::Data(go_ahead) => self.data(&go_ahead, handler)?,
                 ServerStep::Chunk { size, last: _, rejected: Some(reply) } => {
+                    self.begin_pace(size.min(self.server.max_size()));
                     self.read_exact(size, |_| {})?;
                     self.log_command_rejected(&reply, None);
                     self.observe(&reply, line.as_deref(), handler);
@@ -332,7 +337,7 @@ impl ServerSession {
         self.reply(go_ahead);
         let mut content = ContentDecoder::data();
         let mut octets = Vec::with_capacity(CONTENT_BLOCK);
-        let mut transfer = TransferDeadline::new(&self.limits, self.deadline);
+        let mut block = BlockDeadline::new(&self.limits);
         loop {
             octets.clear();
             let fed = content.feed(self.connection.received(), &mut octets);
@@ -345,7 +350,8 @@ impl ServerSession {
                 self.reject_content(&message_too_large(self.server.max_size()), handler);
                 return Err(io::Error::other("far more content than permitted"));
             }
-            self.wait_for_input(transfer.after(fed.used), true)?;
+            let deadline = self.count_content(&mut block, fed.used);
+            self.wait_for_input(deadline, true)?;
         }
         self.flush_before(handler);
         self.finish_message(receiver, content.bare(), handler);
@@ -359,6 +365,7 @@ impl ServerSession {
             None => match self.open_sink(handler) {
                 Ok(receiver) => (ContentDecoder::bdat(), receiver),
                 Err(reply) => {
+                    self.begin_pace(size.min(self.server.max_size()));
                     self.read_exact(size, |_| {})?;
                     self.reject_content(&reply, handler);
                     self.server.chunk_rejected(last);
@@ -391,18 +398,43 @@ impl ServerSession {
     /// Reads exactly `size` octets, block by block.
     fn read_exact(&mut self, size: u64, mut each: impl FnMut(&[u8])) -> io::Result<()> {
         let mut left = size;
-        let mut transfer = TransferDeadline::new(&self.limits, self.deadline);
+        let mut block_deadline = BlockDeadline::new(&self.limits);
         while left > 0 {
             let received = self.connection.received();
             let block = received.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             each(&received[..block]);
             self.connection.consume(block);
             left -= block as u64;
+            let deadline = self.count_content(&mut block_deadline, block);
             if left > 0 {
-                self.wait_for_input(transfer.after(block), true)?;
+                self.wait_for_input(deadline, true)?;
             }
         }
         Ok(())
+    }
+
+    /// A message of this size at most begins: its content earns time.
+    fn begin_pace(&mut self, size: u64) {
+        let pace = match self.server.role() {
+            ServerRole::Inbound => limits::UNKNOWN_CLIENT_PACE,
+            // Mail is accepted here only from accounts that have authenticated, from our own networks, and from our provider.
+            ServerRole::Odmr | ServerRole::Submission | ServerRole::Customer => limits::KNOWN_PEER_PACE,
+        };
+        self.stop_pace();
+        self.pace = PaceClock::new(pace, size, Instant::now());
+    }
+
+    /// The content of the message has arrived. Between two chunks the message goes on: the next one may be on the line.
+    fn stop_pace(&mut self) {
+        self.deadline -= self.pace.stop(Instant::now());
+    }
+
+    /// Counts octets of content that have arrived. Returns the deadline for the next ones.
+    fn count_content(&mut self, block: &mut BlockDeadline, octets: usize) -> Instant {
+        let now = Instant::now();
+        let earned = self.pace.earn(octets, now);
+        self.deadline += earned;
+        block.after(octets, earned, now).min(self.deadline)
     }
 
     fn open_sink(&mut self, handler: &mut dyn SessionHandler) -> Result<ContentReceiver, Reply> {
@@ -411,12 +443,15 @@ impl ServerSession {
         else {
             return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
         };
+        let size = incoming.size.unwrap_or(u64::MAX).min(self.server.max_size());
         let sink = handler.receive(envelope, &incoming)?;
+        self.begin_pace(size);
         Ok(ContentReceiver { sink: Ok(sink), header: HeaderScanner::default(), limit: self.server.max_size(), size: 0 })
     }
 
     /// Accepts or rejects a message whose content has arrived, and ends the transaction.
     fn finish_message(&mut self, receiver: ContentReceiver, bare: bool, handler: &mut dyn SessionHandler) {
+        self.stop_pace();
         let size = receiver.size;
         let message_id = receiver.header.message_id().unwrap_or_default().to_owned();
         let received_id = receiver.header.received_id().unwrap_or_default().to_owned();
@@ -487,26 +522,26 @@ impl ContentReceiver {
     }
 }
 
-/// The deadline of a transfer: each block of it has the time of one command, so a trickle does not last for ever.
-struct TransferDeadline {
+/// The deadline of a block of content, which has the time of one command: a trickle does not last for ever.
+struct BlockDeadline {
     block: Duration,
-    session: Instant,
     deadline: Instant,
     octets: usize,
 }
 
-impl TransferDeadline {
-    fn new(limits: &SessionLimits, session: Instant) -> TransferDeadline {
-        TransferDeadline { block: limits.command, session, deadline: Instant::now() + limits.command, octets: 0 }
+impl BlockDeadline {
+    fn new(limits: &SessionLimits) -> BlockDeadline {
+        BlockDeadline { block: limits.command, deadline: Instant::now() + limits.command, octets: 0 }
     }
 
-    /// The deadline after `octets` more have arrived.
-    fn after(&mut self, octets: usize) -> Instant {
+    /// The deadline after `octets` more have arrived, which have `earned` time.
+    fn after(&mut self, octets: usize, earned: Duration, now: Instant) -> Instant {
         self.octets += octets;
+        self.deadline += earned;
         if self.octets >= CONTENT_BLOCK {
             self.octets = 0;
-            self.deadline = Instant::now() + self.block;
+            self.deadline = now + self.block;
         }
-        self.deadline.min(self.session)
+        self.deadline
     }
 }

@@ -86,11 +86,15 @@ pub struct Timeouts {
     pub command: Duration,
     /// The customer waits for the reply to ATRN. At least [`limits::ATRN_TIMEOUT`], the default.
     pub atrn: Duration,
+    /// The customer sends outgoing mail before ATRN for this long; then it fetches incoming mail over another connection, and
+    /// again at this interval until the outgoing mail is sent. Default 10 min.
+    pub outgoing: Duration,
     /// A TLS handshake. Default 1 min.
     pub handshake: Duration,
-    /// A server's session, up to a turn or without one. Default 1 h.
+    /// A server's session, up to a turn or without one, without the time that content earns (see
+    /// [`PaceClock`](super::pace::PaceClock)). Default 1 h.
     pub session: Duration,
-    /// A session from the turn on. Default 12 h.
+    /// A session from the turn on, without the time that content earns. Default 12 h.
     pub turn: Duration,
     /// If the customer of a turned session has not answered for this long, another call for the same domain takes the
     /// session's lock over. Default 1 min.
@@ -127,6 +131,7 @@ impl Default for Timeouts {
             end: limits::CONTENT_TIMEOUT,
             command: limits::COMMAND_TIMEOUT,
             atrn: limits::ATRN_TIMEOUT,
+            outgoing: seconds(10 * 60),
             handshake: seconds(60),
             session: seconds(60 * 60),
             turn: seconds(12 * 60 * 60),

@@ -80,3 +80,10 @@ pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 /// The shortest time that a customer must wait for the reply to ATRN (RFC 2645 section 5.2.1).
 pub const ATRN_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+
+/// Octets of content in a second, averaged over [`PACE_WINDOW`], while which the clock of a session does not run: of a
+/// client that has not authenticated (port 25), and of any other peer. RFC 5321 section 4.5.3.2 limits the time of each
+/// block only: a whole message may take as long as its line needs.
+pub const UNKNOWN_CLIENT_PACE: u64 = 1024;
+pub const KNOWN_PEER_PACE: u64 = 100;
+pub const PACE_WINDOW: Duration = Duration::from_secs(2 * 60);

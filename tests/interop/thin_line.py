@@ -1,0 +1,92 @@
+"""A thin line: messages take longer than a session may, in both directions, and lose nothing by it."""
+
+import pathlib
+import re
+import socket
+import threading
+import time
+
+from harness import LOOPBACK, MIB, ODMR, Certificates, Customer, Provider, Smtp, check, events, hang_up, scenario, serve_each
+
+RATE = 3 * MIB  # of each connection, octets a second in each direction
+LARGE = 18 * MIB
+INCOMING = LARGE // 2
+SMALL = 3
+
+
+def thin_line(box, target):
+    """A proxy that reads at RATE only, so that the sender is held back. Gives its port."""
+
+    def carry(source, sink):
+        try:
+            while data := source.recv(16384):
+                sink.sendall(data)
+                time.sleep(len(data) / RATE)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            hang_up(source)
+            hang_up(sink)
+
+    def serve(near):
+        far = socket.socket()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        far.connect((LOOPBACK, target))
+        down = threading.Thread(target=carry, args=(far, near), daemon=True)
+        down.start()
+        carry(near, far)
+        down.join()
+        near.close()
+        far.close()
+
+    listener, port = serve_each(box, serve)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+    return port
+
+
+def letter(name, size):
+    return f"Subject: {name}\r\n\r\n".encode() + (b"x" * 76 + b"\r\n") * (size // 78)
+
+
+def names(files):
+    found = (re.search(rb"(?m)^Subject: (\S+)", file.read_bytes()[:2000]) for file in files)
+    return sorted(name.group(1).decode() for name in found)
+
+
+@scenario("thin-line")
+def run(box):
+    """Messages that take longer than `session` and `turn` get through; incoming mail does not wait for a long upload"""
+    certificates = Certificates(box)
+    times = '[timeouts]\nsession = "2s"\nturn = "2s"\n'
+    provider = Provider(box, certificates=certificates, more=times, accounts={"acme": "relay = true"}).start()
+    queue = box.path / "outgoing"
+    customer = Customer(
+        box,
+        thin_line(box, provider.odmr),
+        authority=certificates.authority,
+        more=f'[outgoing]\nqueue = "{queue}"\n[timeouts]\nturn = "2s"\noutgoing = "1s"\n',
+    )
+    wanted = sorted(["large", *(f"small-{number}" for number in range(SMALL))])
+    for name in wanted:
+        large = name == "large"
+        with Smtp(provider.inbound) as sender:
+            sender.hello()
+            reply = sender.send("a@sender.example", ["eva@example.org"], letter(name, INCOMING if large else 1000))
+            check(reply.startswith("250"), reply)
+        content = letter(name, LARGE if large else 1000)
+        sent = box.run(ODMR, "send", "-C", customer.config, "-i", "-f", "eva@example.org", "x@dest.example", input=content.decode())
+        check(sent.returncode == 0, sent.stderr)
+    begin = time.monotonic()
+    code = customer.pull(60)
+    seconds = time.monotonic() - begin
+    check(code == 0, f"pull: {code}")
+    check(seconds > 4, f"the line was not thin: {seconds:.1f} s")
+    received = names(customer.files())
+    check(received == wanted, f"the customer has {received}")
+    outgoing = names(file for part in ("new", "cur") for file in pathlib.Path(provider.spool).glob(f"outgoing/*/{part}/*"))
+    check(outgoing == wanted, f"the provider has {outgoing}")
+    check(not provider.held(), "mail is still held")
+    log = customer.log()
+    accepted, uploads = list(events(log, "accepted")), list(events(log, "delivery", via="provider"))
+    check(len(accepted) == SMALL + 1 and len(uploads) == SMALL + 1, log)
+    check(log.index("event=accepted") < log.rindex("via=provider"), "incoming mail waited for the upload")
+    return f"{LARGE // MIB} MiB up and {INCOMING // MIB} MiB down in {seconds:.1f} s, sessions of 2 s"
