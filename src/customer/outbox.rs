@@ -139,9 +139,9 @@ impl Outbox {
         self.mailboxes.queue.unnamed_file(&self.store.name)
     }
 
-    /// Whether no message waits.
+    /// Whether no message waits. If the directory cannot be read, one may.
     pub fn is_empty(&self) -> bool {
-        self.mailboxes.queue.count(&self.store.name, 1).unwrap_or(0) == 0
+        self.mailboxes.queue.count(&self.store.name, 1).unwrap_or(1) == 0
     }
 
     /// Whether messages may wait for the submission host.
@@ -150,9 +150,12 @@ impl Outbox {
     }
 
     fn lock_if_any(&self) -> Option<QueueLock> {
-        if self.is_empty() {
-            return None;
-        }
+        let queue = &self.mailboxes.queue;
+        let locked = match queue.count(&self.store.name, 1) {
+            Ok(0) => return None,
+            Ok(_) => queue.lock(std::slice::from_ref(&self.store.name)),
+            Err(error) => Err(LockError::Failed(error)),
+        };
         let failed = |error: &LockError| {
             let reason = match error {
                 LockError::Busy(_) => "another call is sending the outgoing mail".to_owned(),
@@ -160,7 +163,7 @@ impl Outbox {
             };
             log::warn!("event=outgoing-waits reason={}", quoted(reason));
         };
-        self.mailboxes.queue.lock(std::slice::from_ref(&self.store.name)).inspect_err(failed).ok()
+        locked.inspect_err(failed).ok()
     }
 
     /// Delivers messages for our own mailboxes that users without access to them have queued. What cannot be stored is

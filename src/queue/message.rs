@@ -454,8 +454,9 @@ pub(super) fn open_file(path: &Path) -> io::Result<Result<File, &'static str>> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags.bits().cast_signed()).open(path);
     let opened = open(true).or_else(|error| match error.kind() {
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => open(false),
-        _ => Err(error),
+        io::ErrorKind::NotFound => Err(error),
+        // The user may not write it, or the disk takes nothing now: it can be sent all the same.
+        _ => open(false),
     });
     let file_type = match &opened {
         Ok(file) => file.metadata()?.file_type(),

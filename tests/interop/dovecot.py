@@ -2,6 +2,7 @@
 
 import grp
 import os
+import pathlib
 import pwd
 import re
 import signal
@@ -36,7 +37,7 @@ class Dovecot:
     """
 
     def __init__(self, box, users, *, location="maildir:~/Maildir", owner=(UID, UID)):
-        self.box = box
+        self.box, self.users = box, users
         self.directory = box.path / "dovecot"
         self.config = self.directory / "dovecot.conf"
         self.socket = self.directory / "run/lmtp"
@@ -91,10 +92,18 @@ service lmtp {{
         return self
 
     def kill(self):
-        """All of its processes, with no time to end well."""
+        """All of its processes, with no time to end well.
+
+        Dovecot waits two minutes for the dotlock of a process that was killed before it wrote its process id there, and
+        for one whose process id is in use: as nothing of this instance runs any more, its dotlocks are removed.
+        """
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.box.children.remove(self.process)
+        wait_until(lambda: not alive(self.process.pid), "all processes of Dovecot to end")
+        for home in self.users.values():
+            for lock in home.rglob("dovecot*.lock"):
+                lock.unlink()
 
     def log(self):
         return self.box.log("dovecot.log")
@@ -112,6 +121,19 @@ service lmtp {{
         heads = [rb"%s:[ \n](.*)" % re.escape(name.encode()) for name in fields]
         form = re.compile(rb"\n".join(heads), re.DOTALL)
         return [list(form.fullmatch(one).groups()[1:]) for one in done.stdout.split(b"\f\n") if one]
+
+
+def alive(group):
+    """The processes of a process group that run; a zombie, which nothing may ever reap in a container, does not."""
+    found = []
+    for status in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _parent, its_group = status.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it ended meanwhile
+        if int(its_group) == group and state not in "ZX":
+            found.append(int(status.parent.name))
+    return found
 
 
 def behind_trace(got, content):

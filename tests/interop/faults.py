@@ -4,16 +4,15 @@ What must hold: the sender is told 451 or 452, nothing of the message is seen or
 """
 
 import collections
-import pathlib
 import re
 import signal
 import subprocess
 
 from harness import ODMR, Customer, Provider, Smtp, check, end, field, scenario, stuffed, wait_until
+from moments import Tracer, calls
 
 SMALL = b"x" * 70 + b"\r\n"
 LARGE = SMALL * 3000  # many writes
-CALLS = ("openat", "write", "fsync", "renameat2")
 
 # Which of a message's calls fails (counted among those of its kind on that folder of the spool; -1: the last one), how,
 # and what the sender is told. Two domains, so the second of a kind fails when the first copy is done already.
@@ -33,45 +32,14 @@ FAULTS = [
 ]
 
 
-class Tracer:
-    """strace on a running provider, until closed."""
-
-    def __init__(self, provider, inject=None):
-        self.box, self.provider = provider.box, provider.process.pid
-        self.output = self.box.path / "strace.output"
-        words = ["strace", "-f", "-y", "-s", "0", "-o", self.output, "-e", f"trace={','.join(CALLS)}"]
-        words += ["-e", f"inject={inject}"] if inject else []
-        self.process = self.box.start("strace.log", *words, "-p", self.provider)
-        wait_until(lambda: self.tracers() == {self.process.pid}, "strace to attach")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        end(self.process, signal.SIGINT)
-        self.process.wait(10)
-        self.box.children.remove(self.process)
-
-    def tracers(self):
-        check(self.process.poll() is None, f"strace ended: {self.box.log('strace.log')[-500:]}")
-        return {
-            int(re.search(r"TracerPid:\t(\d+)", task.read_text()).group(1))
-            for task in pathlib.Path(f"/proc/{self.provider}/task").glob("*/status")
-        }
-
-    def numbers(self, spool):
-        """For each call and folder: its numbers among the calls of that name in its thread, as strace counts them."""
-        counts, found = collections.Counter(), collections.defaultdict(list)
-        for line in self.output.read_text().splitlines():
-            match = re.match(r"(\d+) +(\w+)\((.*)", line)
-            if not match:
-                continue
-            thread, call, rest = match.groups()
-            counts[thread, call] += 1
-            folder = re.search(re.escape(str(spool)) + r"/domains/[^/\"]+/(tmp|new)\b", rest)
-            if folder:
-                found[call, folder.group(1)].append(counts[thread, call])
-        return found
+def numbers(output, spool):
+    """For each call and directory: its numbers among the calls of that name in its thread, as strace counts them."""
+    found = collections.defaultdict(list)
+    for call, number, rest in calls(output):
+        directory = re.search(re.escape(str(spool)) + r"/domains/[^/\"]+/(tmp|new)\b", rest)
+        if directory:
+            found[call, directory.group(1)].append(number)
+    return found
 
 
 class Sender(Smtp):
@@ -106,18 +74,18 @@ def faults(box):
     provider = Provider(box, require_tls=False).start()
     with Sender(provider) as sender:
         check(sender.letter("first", SMALL).startswith("250"), "a letter before any fault")
-    numbers = {}
+    places = {}
     for size in (SMALL, LARGE):
-        with Tracer(provider) as tracer, Sender(provider) as sender:
+        with Tracer(box, provider.process.pid) as tracer, Sender(provider) as sender:
             check(sender.letter("rehearsal", size).startswith("250"), "the rehearsal")
-        numbers[len(size)] = tracer.numbers(provider.spool)
+        places[len(size)] = numbers(tracer.output, provider.spool)
     expected = collections.Counter({"first": 2, "rehearsal": 4})
     for count, (call, folder, which, error, code) in enumerate(FAULTS):
         content = LARGE if call == "write" else SMALL
         name = f"{call} {which} on {folder}: {error}"
-        found = numbers[len(content)][call, folder]
+        found = places[len(content)][call, folder]
         check(len(found) >= 2, f"{name}: the rehearsal had {len(found)} such calls")
-        with Tracer(provider, f"{call}:error={error}:when={found[which]}") as tracer, Sender(provider) as sender:
+        with Tracer(box, provider.process.pid, f"{call}:error={error}:when={found[which]}") as tracer, Sender(provider) as sender:
             reply = sender.letter("refused", content)
             check("(INJECTED)" in tracer.output.read_text(), f"{name}: no fault came to be; the reply was {reply!r}")
             check(reply.startswith(code), f"{name}: wanted {code}, got {reply!r}")

@@ -73,6 +73,8 @@ class Hop:
     """`path`: of a unix socket; without it a port of loopback. `at_recipient` and `after_content`: recipient -> its next
     replies, the last being None or missing: taken. `letters`: (sender, recipient, content), one for each recipient."""
 
+    speaks = Session
+
     def __init__(self, path=None, *, port=0, lmtp=True, at_recipient=None, after_content=None, size=100_000_000):
         self.lmtp, self.path = lmtp, path
         self.keywords = ("PIPELINING", "8BITMIME", "ENHANCEDSTATUSCODES", f"SIZE {size}")
@@ -127,7 +129,7 @@ class Hop:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with sock:
             try:
-                Session(sock, self).serve()
+                self.speaks(sock, self).serve()
             except (OSError, Failed, AssertionError) as error:
                 self.errors.append(str(error))
 

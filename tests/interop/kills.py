@@ -10,10 +10,12 @@ import re
 import threading
 import time
 
-from harness import Certificates, Customer, Failed, Provider, Smtp, check, context, free_port, scenario, wait_until
+from handover import MoodyHop, due, left_behind
+from harness import Certificates, Customer, Failed, Provider, Smtp, at_rest, check, context, free_port, scenario, wait_until
 
 KILLS = 50
 SENDERS = 3
+MOODY = "moody@example.org"  # behind a next hop that defers this recipient now and then, and the others are settled early
 
 
 class Sender(threading.Thread):
@@ -44,8 +46,8 @@ class Sender(threading.Thread):
         content = f"Subject: {name}\r\n\r\n".encode() + b"z" * 70 * 1 + b"\r\n"
         content += (b".%s\r\n" % (b"z" * 70)) * (size // 73) + b"end of %s\r\n" % name.encode()
         recipients = [self.dice.choice(("eva@example.org", "adam@example.com"))]
-        if self.dice.random() < 0.2:
-            recipients = ["eva@example.org", "adam@example.com"]
+        if self.dice.random() < 0.4:
+            recipients = self.dice.choice((["eva@example.org", "adam@example.com"], ["eva@example.org", "bert@example.org", MOODY]))
         reply = line.send("a@sender.example", recipients, content)
         if reply.startswith("250"):
             self.counted.update((name, recipient) for recipient in recipients)
@@ -73,13 +75,15 @@ class Puller(threading.Thread):
 
 @scenario("kills")
 def kills(box):
-    """SIGKILL at 50 random moments of provider and customer: every message that got its 250 is there"""
+    """SIGKILL at 50 random moments of provider and customer, some recipients settled early: what got its 250 is there"""
     seed = int(os.environ.get("SEED", random.SystemRandom().randrange(1_000_000)))
     print(f"   kills: seed {seed} (SEED={seed} repeats the dice)", flush=True)
     dice = random.Random(seed)
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates, ports=(free_port(), free_port(), free_port())).start()
-    customer = Customer(box, provider.odmr, authority=certificates.authority)
+    hop = MoodyHop(random.Random(seed + SENDERS), at_rcpt=0.5, after=0).start(box)
+    more = f'[mailboxes.deliver]\n"{MOODY}" = "{hop.address}"\n'
+    customer = Customer(box, provider.odmr, authority=certificates.authority, more=more)
     stop_sending, stop_pulling = threading.Event(), threading.Event()
     trusting = context(certificates.authority)
     senders = [
@@ -107,17 +111,21 @@ def kills(box):
     puller.join(20)
     check(not puller.is_alive(), "a pull hangs")
 
+    hop.moody = False
+
     def dust_settled():
-        return customer.pull() == 0 and not provider.held()
+        due(customer)
+        return customer.pull() == 0 and not provider.held() and not left_behind(customer)
 
     wait_until(dust_settled, "all held mail to be fetched", seconds=40, pause=0.1)
     counted = set().union(*(sender.counted for sender in senders))
     arrived = collections.Counter()
-    for path in customer.files():
-        file = path.read_bytes()
+    came = [(f"{path.parent.parent.name}@{path.parent.parent.parent.name}", path.read_bytes()) for path in customer.files()]
+    came += [(recipient, at_rest(content)) for _, recipient, content in hop.letters]
+    for recipient, file in came:
         name = re.search(rb"(?m)^Subject: (\S+)$", file).group(1).decode()
         check(file.endswith(b"end of %s\n" % name.encode()), f"{name} came cut: {file[-100:]!r}")
-        arrived[name, f"{path.parent.parent.name}@{path.parent.parent.parent.name}"] += 1
+        arrived[name, recipient] += 1
     lost = sorted(counted - set(arrived))
     twice = sum(count - 1 for count in arrived.values())
     more = len(set(arrived) - counted)

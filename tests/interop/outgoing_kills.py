@@ -23,6 +23,12 @@ FEEDERS = 4
 SINK = "127.0.0.3"
 
 
+def recipients(number):
+    """Of that letter: some are for several in one domain, of whom the sink defers one now and then, and in two domains."""
+    home, next_door = f"d{number % DOMAINS}.example", f"d{(number + 1) % DOMAINS}.example"
+    return [f"u@{home}", f"v@{home}", f"w@{home}", f"u@{next_door}"][: (1, 1, 3, 4)[number % 4]]
+
+
 class Feeder(threading.Thread):
     """Types letters into sendmail; some of them are killed over it. A letter counts when the exit code was 0."""
 
@@ -41,7 +47,7 @@ class Feeder(threading.Thread):
                 return
             text = f"Subject: {number}\n\n" + (".%s\n" % ("z" * 70)) * self.dice.choice((0, 1, 10, 100, 1500))
             text += f"end of {number}\n"
-            command = [ODMR, "send", "-i", "-f", "adam@example.org", f"u@d{number % DOMAINS}.example"]
+            command = [ODMR, "send", "-i", "-f", "adam@example.org", *recipients(number)]
             child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
             if self.dice.random() < 0.05:
                 threading.Timer(self.dice.uniform(0, 0.01), child.kill).start()
@@ -51,7 +57,7 @@ class Feeder(threading.Thread):
                 child.wait()
             self.codes[child.returncode] += 1
             if child.returncode == 0:
-                self.counted.add(number)
+                self.counted.update((number, one) for one in recipients(number))
             time.sleep(self.dice.uniform(0, 0.1))
 
 
@@ -64,7 +70,7 @@ class MoodySink(House):
 
     def refusal(self, verb, _line):
         with self.lock:
-            return "450 4.2.0 not now" if verb == "RCPT" and self.dice.random() < 0.03 else None
+            return "450 4.2.0 not now" if verb == "RCPT" and self.dice.random() < 0.05 else None
 
     def take(self, session, sender, recipients, content):
         super().take(session, sender, recipients, content)
@@ -136,19 +142,19 @@ def outgoing_kills(box):
     for letter in list(sink.letters):
         number = int(re.search(rb"(?m)^Subject: (\d+)\r$", letter.content).group(1))
         check(letter.content.endswith(b"\r\nend of %d\r\n" % number), f"{number} came cut: {letter.content[-100:]!r}")
-        check(letter.recipients == [f"u@d{number % DOMAINS}.example"], f"{number} for {letter.recipients}")
-        arrived[number] += 1
+        check(set(letter.recipients) <= set(recipients(number)), f"{number} for {letter.recipients}")
+        arrived.update((number, one) for one in letter.recipients)
     lost = sorted(counted - set(arrived))
     twice = sum(count - 1 for count in arrived.values())
     refused = [path for path in provider.spool.glob("*/*/.refused/*/*")]
     facts = (
         f"seed {seed}: {killed['provider']} provider, {killed['customer']} customer, {codes[-9]} sendmail kills in"
-        f" {under_fire:.0f} s; {len(counted)} counted, {len(lost)} lost, {twice} duplicates,"
+        f" {under_fire:.0f} s; {len(counted)} recipients counted, {len(lost)} lost, {twice} duplicates,"
         f" {len(set(arrived) - counted)} of killed sendmails; {delayed} waited at the customer in the end"
     )
     check(not lost, f"{facts}; lost: {lost[:10]}")
     check(not refused, f"{facts}; refused: {refused[:3]}")
-    check(len(counted) >= 0.9 * LETTERS, f"hardly any mail: {facts}")
+    check(len({number for number, _ in counted}) >= 0.9 * LETTERS, f"hardly any mail: {facts}")
     return facts
 
 
