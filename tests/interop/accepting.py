@@ -13,7 +13,6 @@ from harness import ODMR, Customer, Provider, check, events, scenario
 from faults import SMALL, Sender, files, names
 from moments import ERRORS, Tracer, moments, strace
 from settling import OURS, Provides, numbered
-from turning import SENDER
 from world import outgoing_table, queued
 
 TEMPORARY = 75  # EX_TEMPFAIL

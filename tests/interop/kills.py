@@ -47,7 +47,8 @@ class Sender(threading.Thread):
         content += (b".%s\r\n" % (b"z" * 70)) * (size // 73) + b"end of %s\r\n" % name.encode()
         recipients = [self.dice.choice(("eva@example.org", "adam@example.com"))]
         if self.dice.random() < 0.4:
-            recipients = self.dice.choice((["eva@example.org", "adam@example.com"], ["eva@example.org", "bert@example.org", MOODY]))
+            several = (["eva@example.org", "adam@example.com"], ["eva@example.org", "bert@example.org", MOODY])
+            recipients = self.dice.choice(several)
         reply = line.send("a@sender.example", recipients, content)
         if reply.startswith("250"):
             self.counted.update((name, recipient) for recipient in recipients)

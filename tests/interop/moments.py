@@ -69,17 +69,27 @@ def calls(output):
             yield Moment(call, counts[thread, call], rest)
 
 
+def changes(moment, directories):
+    """Whether that call is to change something below those directories; locks and what knows no mail do not count."""
+    paths = re.findall(r'["<](/[^">]*)', moment.rest)
+    below = [path for path in paths if any(path.startswith(f"{directory}/") for directory in directories)]
+    if not below or any(re.search(r"/odmr\.|/\.odmr(/|$)", path) for path in below):
+        return False
+    return moment.call != "openat" or bool(re.search(r"O_CREAT|O_WRONLY|O_RDWR", moment.rest))
+
+
 def moments(output, *directories):
-    """The calls that change something below those directories, but for locks; each call and number once.
+    """The calls that change something below those directories; each call and number once.
 
     One that failed in the rehearsal, as mkdir(2) of what is there, changes nothing.
     """
     found = {}
     for moment in calls(output):
-        paths = re.findall(r'["<](/[^">]*)', moment.rest)
-        below = [path for path in paths if any(path.startswith(f"{directory}/") for directory in directories)]
-        if not below or " = -1 E" in moment.rest or any(re.search(r"/odmr\.|/\.odmr(/|$)", path) for path in below):
-            continue
-        if moment.call != "openat" or re.search(r"O_CREAT|O_WRONLY|O_RDWR", moment.rest):
+        if changes(moment, directories) and " = -1 E" not in moment.rest:
             found.setdefault(moment[:2], moment)
     return list(found.values())
+
+
+def injected(output):
+    """The calls that were made to fail: the one of that number in each thread."""
+    return [moment for moment in calls(output) if "(INJECTED)" in moment.rest]
