@@ -118,7 +118,7 @@ def kills(box):
         due(customer)
         return customer.pull() == 0 and not provider.held() and not left_behind(customer)
 
-    wait_until(dust_settled, "all held mail to be fetched", seconds=40, pause=0.1)
+    wait_until(dust_settled, "all held mail to be fetched", seconds=80, pause=0.1)
     counted = set().union(*(sender.counted for sender in senders))
     arrived = collections.Counter()
     came = [(f"{path.parent.parent.name}@{path.parent.parent.parent.name}", path.read_bytes()) for path in customer.files()]
