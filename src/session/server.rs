@@ -70,6 +70,9 @@ pub struct ServerSession {
     deadline: Instant,
     /// What the content of the current message earns.
     pace: PaceClock,
+    /// Octets of content that may earn time before a message is accepted: a client whose messages are all rejected or given
+    /// up does not keep the session for ever.
+    pace_left: u64,
     /// A message of which some chunks have arrived (RFC 3030).
     chunks: Option<(ContentDecoder, ContentReceiver)>,
 }
@@ -103,7 +106,8 @@ impl ServerSession {
     ) -> ServerSession {
         let now = Instant::now();
         let (deadline, pace) = (now + limits.session, PaceClock::new(limits::UNKNOWN_CLIENT_PACE, 0, now));
-        ServerSession { connection, server, peer, limits, tls, deadline, pace, chunks: None }
+        let pace_left = server.max_size();
+        ServerSession { connection, server, peer, limits, tls, deadline, pace, pace_left, chunks: None }
     }
 
     /// Queues the greeting.
@@ -421,7 +425,7 @@ impl ServerSession {
             ServerRole::Odmr | ServerRole::Submission | ServerRole::Customer => limits::KNOWN_PEER_PACE,
         };
         self.stop_pace();
-        self.pace = PaceClock::new(pace, size, Instant::now());
+        self.pace = PaceClock::new(pace, size.min(self.pace_left), Instant::now());
     }
 
     /// The content of the message has arrived. Between two chunks the message goes on: the next one may be on the line.
@@ -433,6 +437,7 @@ impl ServerSession {
     fn count_content(&mut self, block: &mut BlockDeadline, octets: usize) -> Instant {
         let now = Instant::now();
         let earned = self.pace.earn(octets, now);
+        self.pace_left = self.pace_left.saturating_sub(octets as u64);
         self.deadline += earned;
         block.after(octets, earned, now).min(self.deadline)
     }
@@ -457,6 +462,7 @@ impl ServerSession {
         let received_id = receiver.header.received_id().unwrap_or_default().to_owned();
         match receiver.commit(bare, self.limits.hops) {
             Ok(id) => {
+                self.pace_left = self.server.max_size();
                 self.log_accepted(&id, size, &message_id, &received_id);
                 self.reply(&Reply::new(250, "2.6.0", format!("OK, id={id}")));
             }
@@ -543,5 +549,101 @@ impl BlockDeadline {
             self.deadline = now + self.block;
         }
         self.deadline
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    use super::*;
+    use crate::mail::address::{ForwardPath, Mailbox};
+    use crate::net::trace::Trace;
+    use crate::smtp::command::{Envelope, MailFrom, Notify};
+    use crate::smtp::server::Incoming;
+
+    /// Accepts all mail, and keeps none.
+    struct Sink;
+
+    impl SessionHandler for Sink {
+        fn sender(&mut self, _: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
+            Ok(())
+        }
+
+        fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
+            match path {
+                ForwardPath::Mailbox(mailbox) => Ok(mailbox.clone()),
+                ForwardPath::Postmaster => Err(Reply::new(550, "5.1.1", "No")),
+            }
+        }
+
+        fn receive(&mut self, _: &Envelope, _: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {
+            Ok(Box::new(Sink))
+        }
+    }
+
+    impl MessageSink for Sink {
+        fn write(&mut self, _: &[u8]) -> Result<(), Reply> {
+            Ok(())
+        }
+
+        fn commit(self: Box<Self>) -> Result<String, Reply> {
+            Ok("1".to_owned())
+        }
+    }
+
+    const SESSION: Duration = Duration::from_millis(300);
+
+    /// Sends messages in chunks of 100 octets at twice the required pace for 2 s. Returns how long the session has lasted. `end`:
+    /// the command after the chunks of each message.
+    fn lasts(end: &str) -> Duration {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let cancel = CancelToken::new().unwrap();
+        let limits = SessionLimits {
+            session: SESSION,
+            ..SessionLimits::new(&Timeouts::default(), &Limits::default(), &cancel, &cancel)
+        };
+        let server =
+            Server::new(Limits::default().server_options(ServerRole::Inbound, "relay.example.net", 300), false);
+        let connection = Connection::new(ours.into(), Trace { id: "1".to_owned(), us: 'P', them: 'C' }).unwrap();
+        let begun = Instant::now();
+        let thread = thread::spawn(move || {
+            let mut session = ServerSession::new(connection, server, "[192.0.2.1]".to_owned(), None, limits);
+            session.greet();
+            session.run(&mut Sink);
+            session.close();
+            begun.elapsed()
+        });
+        let mut replies = BufReader::new(theirs.try_clone().unwrap()).lines();
+        let mut writer = theirs;
+        let mut say = move |text: &str| {
+            let replied = writer.write_all(format!("{text}\r\n").as_bytes()).is_ok();
+            replied && replies.next().is_some_and(|reply| reply.is_ok_and(|reply| !reply.starts_with("421")))
+        };
+        let chunk = format!("BDAT 100\r\n{}", "x".repeat(98));
+        // The greeting is the reply to the first line, and each reply is read one line later.
+        assert!(say("HELO a.example"));
+        let mut message = || {
+            say("MAIL FROM:<>")
+                && say("RCPT TO:<a@example.org>")
+                && (0..2).all(|_| {
+                    let sent = say(&chunk);
+                    thread::sleep(Duration::from_millis(50));
+                    sent
+                })
+                && say(end)
+        };
+        while begun.elapsed() < Duration::from_secs(2) && message() {}
+        drop(say);
+        thread.join().unwrap()
+    }
+
+    /// Content that is given up or rejected earns the time for one message in all.
+    #[test]
+    fn only_a_client_whose_mail_is_accepted_keeps_its_session() {
+        assert!(lasts("BDAT 0 LAST") >= Duration::from_secs(2));
+        assert!(lasts("RSET") < Duration::from_secs(1));
     }
 }
