@@ -366,8 +366,9 @@ impl TurnedSession {
 
     /// Ends the session for this reason: messages under way are deferred, or are in doubt.
     pub fn end(&mut self, reason: &str) {
+        let aborted = self.settings.abort.is_cancelled();
         for result in self.client.abandon(&connection_lost("The connection was lost")) {
-            self.finish_message(&result);
+            self.finish_message(&if aborted { result.stopped() } else { result });
         }
         let TurnCounters { sent, deferred, rejected, in_doubt, unsettled, octets, .. } = self.counters;
         let (skipped, not_mail) = (self.lock.skipped(), self.lock.not_mail());

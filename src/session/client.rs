@@ -170,7 +170,9 @@ impl ClientSession {
         let sent = self.send_each(source, &mut under_way, settle);
         if let Err(failure) = &sent {
             let reply = connection_lost(failure.to_string());
+            let stopped = *failure == SessionFailure::Cancelled;
             for (message, result) in under_way.into_iter().zip(self.client.abandon(&reply)) {
+                let result = if stopped { result.stopped() } else { result };
                 settle(message, result, &self.client, source);
             }
         }

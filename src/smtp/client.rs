@@ -502,7 +502,7 @@ impl Client {
                 false => RecipientStatus::Deferred(reason.clone()),
             };
             let first = number == 0;
-            let decided_by = if first { DecidedBy::ConnectionLoss } else { DecidedBy::EarlierConnectionLoss };
+            let decided_by = if first { DecidedBy::ConnectionLoss } else { DecidedBy::UnrelatedConnectionLoss };
             transaction.result(&accepted, decided_by)
         };
         self.transactions.drain(..).enumerate().map(result).collect()

@@ -187,6 +187,14 @@ impl DeliveryResult {
         DeliveryResult::all(RecipientStatus::Deferred(reply), count, DecidedBy::ConnectionLoss)
     }
 
+    /// The same result of a session that was stopped by this side.
+    pub fn stopped(mut self) -> DeliveryResult {
+        if self.decided_by == DecidedBy::ConnectionLoss {
+            self.decided_by = DecidedBy::UnrelatedConnectionLoss;
+        }
+        self
+    }
+
     /// Whether the session ended with this message: by a reply to it, or because the connection was lost.
     pub fn ended_session(&self) -> bool {
         let replies = self.recipients.iter().filter_map(RecipientStatus::reply);
@@ -217,14 +225,15 @@ pub enum DecidedBy {
     Us,
     /// The loss of the connection, which says nothing about the message.
     ConnectionLoss,
-    /// The loss of the connection, while a message before this one was under way.
-    EarlierConnectionLoss,
+    /// The loss of the connection for a reason that is not this message: a message before it was under way, or this side was
+    /// stopped.
+    UnrelatedConnectionLoss,
 }
 
 impl DecidedBy {
     /// Whether nobody decided: the connection was lost.
     pub fn is_connection_loss(self) -> bool {
-        matches!(self, DecidedBy::ConnectionLoss | DecidedBy::EarlierConnectionLoss)
+        matches!(self, DecidedBy::ConnectionLoss | DecidedBy::UnrelatedConnectionLoss)
     }
 }
 
