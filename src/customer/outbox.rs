@@ -224,6 +224,7 @@ impl Outbox {
     /// The session has failed, and is over.
     pub fn send(&self, session: &mut ClientSession, counters: &CallCounters) -> Result<(), SessionFailure> {
         let Some(mut lock) = self.lock_if_any() else { return Ok(()) };
+        lock.count_call();
         let id = session.id().to_owned();
         let mut logged = false;
         session.send_queue(&mut lock, &mut |message, mut result, client, lock| {

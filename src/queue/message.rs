@@ -345,8 +345,9 @@ impl QueuedMessage {
     /// Records an attempt after which recipients stay open.
     fn record_attempt(&mut self, result: &DeliveryResult, in_doubt: bool, now: Timestamp) -> io::Result<()> {
         let last_reply = result.recipients.iter().rev().find(|status| status.is_open()).map(ToString::to_string);
-        // It waits for its next attempt anyway.
-        let waits = self.next_attempt.is_some_and(|next| next > SystemTime::now());
+        // It waits for its next attempt anyway, if that is not due at once.
+        let soon = SystemTime::now() + Duration::from_secs(1);
+        let waits = self.next_attempt.is_some_and(|next| next > soon);
         self.rename(in_doubt.then_some(IN_DOUBT), |record| {
             count_attempt(record, now);
             record.last_reply = last_reply.or(record.last_reply.take());

@@ -679,6 +679,31 @@ fn a_message_that_ends_sessions_is_offered_last_and_then_skipped() {
     assert!(spool.files("new").iter().all(|(name, _)| !name.contains(",P=")));
 }
 
+/// The name of the only message after as many sessions that it has ended. `pause`: to its next attempt.
+fn name_after(sessions: usize, pause: Duration, lost: &DeliveryResult) -> String {
+    let spool = Spool::new();
+    spool.put(&["bad"]);
+    for _ in 0..sessions {
+        let mut lock = spool.lock();
+        let mut message = lock.next_message().unwrap();
+        message.next_attempt = Some(SystemTime::now() + pause);
+        lock.settle(message, lost).unwrap();
+    }
+    spool.files("new").remove(0).0
+}
+
+/// A customer's message is tried again by the next call, whenever that is: the pause is a moment, which may be over or not
+/// when the end of the session is recorded.
+#[test]
+fn calls_skip_a_message_unless_it_waits_and_only_if_it_was_the_message() {
+    let (moment, pause) = (Duration::from_millis(200), Duration::from_secs(300));
+    let lost = DeliveryResult::lost("gone", 1);
+    assert!(name_after(3, moment, &lost).contains(",P=3-1-"));
+    assert!(name_after(3, pause, &lost).contains(",P=3-0-"));
+    let stopped = name_after(3, moment, &lost.stopped());
+    assert!(stopped.contains(",A=3") && !stopped.contains(",P="), "{stopped}");
+}
+
 /// Not even if it is in the first of several queues.
 #[test]
 fn a_message_that_ended_a_session_is_not_offered_before_those_of_other_queues() {
