@@ -256,6 +256,10 @@ impl ProviderConnection<'_> {
         }
         if let Some(upload) = upload {
             self.receive_during(&upload, &mut result);
+            // The upload may have had the only connection that the provider permits.
+            if matches!(result, Err(CallError::Temporary(_))) {
+                result = self.receive_all();
+            }
         }
         // The submission host gets what the provider does not accept, after the incoming mail.
         if let Some(outbox) = self.outbox.filter(|outbox| outbox.has_submissions()) {
@@ -264,7 +268,8 @@ impl ProviderConnection<'_> {
                 self.receive_during(&upload, &mut result);
             }
         }
-        result
+        // Outgoing mail may have been cut.
+        if self.cancel.is_cancelled() { result.and(Err(stopped())) } else { result }
     }
 
     /// Sends outgoing mail, turns, receives incoming mail. If sending fails or takes too long, mail is received over another
@@ -317,10 +322,13 @@ impl ProviderConnection<'_> {
         let interval = self.customer.config().timeouts.outgoing;
         while upload.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
             if !self.cancel.is_cancelled() {
-                let fetched = self.lists.iter().map(|domains| self.connect_and_receive(domains));
-                *result = fetched.fold(Ok(()), Result::and);
+                *result = self.receive_all();
             }
         }
+    }
+
+    fn receive_all(&self) -> Result<(), CallError> {
+        self.lists.iter().map(|domains| self.connect_and_receive(domains)).fold(Ok(()), Result::and)
     }
 
     fn connect_and_receive(&self, domains: &[Domain]) -> Result<(), CallError> {
@@ -415,8 +423,12 @@ fn call_error(failure: SessionFailure) -> CallError {
         SessionFailure::NoHost(text) => CallError::NoHost(format!("{text}; check `address` and the name server")),
         SessionFailure::Unreachable(text) => CallError::Unavailable(text),
         SessionFailure::NoTls(text) | SessionFailure::Lost(text) => CallError::Temporary(text),
-        SessionFailure::Cancelled => CallError::Temporary("stopped".to_owned()),
+        SessionFailure::Cancelled => stopped(),
     }
+}
+
+fn stopped() -> CallError {
+    CallError::Temporary("stopped".to_owned())
 }
 
 /// The error of a call whose session was aborted.

@@ -2,11 +2,12 @@
 
 import pathlib
 import re
+import signal
 import socket
 import threading
 import time
 
-from harness import LOOPBACK, MIB, ODMR, Certificates, Customer, Provider, Smtp, check, events, hang_up, scenario, serve_each
+from harness import LOOPBACK, MIB, ODMR, Certificates, Customer, Provider, Smtp, check, events, hang_up, scenario, serve_each, wait_until
 
 RATE = 3 * MIB  # of each connection, octets a second in each direction
 LARGE = 18 * MIB
@@ -90,3 +91,28 @@ def run(box):
     check(len(accepted) == SMALL + 1 and len(uploads) == SMALL + 1, log)
     check(log.index("event=accepted") < log.rindex("via=provider"), "incoming mail waited for the upload")
     return f"{LARGE // MIB} MiB up and {INCOMING // MIB} MiB down in {seconds:.1f} s, sessions of 2 s"
+
+
+@scenario("thin-line-one-connection")
+def one_connection(box):
+    """The provider permits one connection: incoming mail comes after a long upload; a stopped upload is no success"""
+    limits = "[limits]\nconnections-per-address = 1\n"
+    provider = Provider(box, require_tls=False, more=limits, accounts={"acme": "relay = true"}).start()
+    with Smtp(provider.inbound) as sender:
+        sender.hello()
+        reply = sender.send("a@sender.example", ["eva@example.org"], letter("in", 1000))
+        check(reply.startswith("250"), reply)
+    queue = box.path / "outgoing"
+    more = f'[outgoing]\nqueue = "{queue}"\n[timeouts]\noutgoing = "1s"\n'
+    customer = Customer(box, thin_line(box, provider.odmr), tls="none", more=more)
+    send = ["send", "-C", customer.config, "-i", "-f", "eva@example.org", "x@dest.example"]
+    sent = box.run(ODMR, *send, input=letter("out", LARGE).decode())
+    check(sent.returncode == 0, sent.stderr)
+    stopped = customer.start()
+    wait_until(lambda: "event=upload-continues" in customer.log(), "an upload that goes on")
+    stopped.send_signal(signal.SIGTERM)
+    check((code := stopped.wait(20)) == 75, f"stopped: exit {code}")
+    check(not events(customer.log(), "session-ended-by-message"), "the message has not ended its session")
+    wait_until(lambda: not customer.files() and customer.pull() == 0, "a call", seconds=30)
+    check(names(customer.files()) == ["in"] and not provider.held(), f"received: {names(customer.files())}")
+    return "received after the upload"
