@@ -10,6 +10,10 @@ use crate::smtp::reply::Reply;
 /// that worker has tried again.
 const YIELD_PAUSE: Duration = Duration::from_secs(5);
 
+/// Hosts and addresses that are remembered for one destination. After more of them, which only an attacker's list has, the
+/// next attempt begins with the first address again.
+const PASSED_LIMIT: usize = 1000;
+
 /// What the relay knows of each host, and how many connections it has.
 pub(super) struct HostTable {
     /// The most connections in all.
@@ -158,7 +162,7 @@ impl HostTable {
     /// Records what the next attempt at a destination leaves out; empty: nothing.
     pub(super) fn set_passed(&self, destination: &str, passed: HashSet<String>) {
         let mut state = self.lock();
-        match passed.is_empty() {
+        match passed.is_empty() || passed.len() > PASSED_LIMIT {
             true => state.passed.remove(destination),
             false => state.passed.insert(destination.to_owned(), passed),
         };
