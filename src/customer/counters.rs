@@ -14,6 +14,9 @@ use crate::smtp::reply::{Reply, Severity};
 /// How many failed recipients a summary lists; the others are only counted.
 const LISTED_FAILURES: usize = 50;
 
+/// Deferred recipients: how often each key is deferred.
+pub type Deferred = HashMap<u64, u64>;
+
 /// The counters of one call, shared by all threads that work for it.
 #[derive(Debug, Default)]
 pub struct CallCounters(Mutex<Counts>);
@@ -24,7 +27,7 @@ struct Counts {
     total: Summary,
     /// How often each recipient is deferred: messages of one size, from one sender to one recipient, have one key. A full
     /// disk may defer all that the provider has, so the keys are hashes.
-    deferred: HashMap<u64, u64>,
+    deferred: Deferred,
     hasher: RandomState,
     /// The first failures, each with the key of a recipient that is deferred.
     failures: Vec<(Option<u64>, String)>,
@@ -94,6 +97,19 @@ impl CallCounters {
     /// A recipient was accepted, or for a recipient without a name: MAIL was. If it was deferred, it is not any more.
     pub fn accepted(&self, recipient: &MessageRecipient<'_>) {
         self.lock().release(recipient);
+    }
+
+    /// The recipients that are deferred now, for [`CallCounters::offered_again`].
+    pub fn deferred(&self) -> Deferred {
+        self.lock().deferred.clone()
+    }
+
+    /// The provider offers again all that it has. The recipients that were deferred besides those `before` count no more:
+    /// they would count twice, or although they are accepted now.
+    pub fn offered_again(&self, before: &Deferred) {
+        let mut counts = self.lock();
+        counts.deferred.clone_from(before);
+        counts.failures.retain(|(key, _)| key.is_none_or(|key| before.contains_key(&key)));
     }
 
     /// An outgoing message was sent to at least one recipient.
@@ -293,6 +309,25 @@ mod tests {
         counters.not_accepted(&to("joe@example.org"), "us", &Reply::new(550, "5.1.1", "No"));
         let summary = counters.summary(0.0);
         assert_eq!((summary.deferred, summary.rejected, summary.failures.len()), (0, 1, 1));
+    }
+
+    /// During a long upload the provider offers its mail several times.
+    #[test]
+    fn what_is_deferred_in_each_of_several_fetches_counts_once() {
+        let counters = CallCounters::default();
+        counters.not_accepted(&to("joe@example.org"), "us", &full());
+        let before = counters.deferred();
+        for _ in 0..3 {
+            counters.offered_again(&before);
+            counters.not_accepted(&to("ann@example.org"), "us", &full());
+        }
+        counters.not_accepted(&to("bad@example.org"), "us", &Reply::new(550, "5.1.1", "No"));
+        let summary = counters.summary(0.0);
+        assert_eq!((summary.deferred, summary.rejected, summary.failures.len()), (2, 1, 3));
+        counters.offered_again(&before);
+        counters.accepted(&to("ann@example.org"));
+        let summary = counters.summary(0.0);
+        assert_eq!((summary.deferred, summary.rejected, summary.failures.len()), (1, 1, 2));
     }
 
     /// With 250 recipients the last 50 are one too many twice.

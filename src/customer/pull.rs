@@ -15,7 +15,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SendError};
 use std::thread::{self, Scope};
 use std::time::Instant;
 
-use super::counters::{CallCounters, Summary};
+use super::counters::{CallCounters, Deferred, Summary};
 use super::mailboxes::Mailboxes;
 use super::next_hop::NextHops;
 use super::outbox::Outbox;
@@ -197,7 +197,8 @@ impl Customer {
         }
         self.retry_queue.retry(cancel);
         let lists = domain_lists(&provider.domains);
-        let call = ProviderConnection { customer: self, remote, outbox, cancel, counters, lists };
+        let deferred = counters.deferred();
+        let call = ProviderConnection { customer: self, remote, outbox, cancel, counters, deferred, lists };
         let result = thread::scope(|scope| call.run(scope));
         if let Some(outbox) = outbox {
             counters.set_waiting(outbox.waiting());
@@ -242,6 +243,8 @@ struct ProviderConnection<'a> {
     outbox: Option<&'a Arc<Outbox>>,
     cancel: &'a CancelToken,
     counters: &'a Arc<CallCounters>,
+    /// The recipients that were deferred before the first connection.
+    deferred: Deferred,
     /// The domains to ask for.
     lists: Vec<Vec<Domain>>,
 }
@@ -327,7 +330,9 @@ impl ProviderConnection<'_> {
         }
     }
 
+    /// Fetches incoming mail again.
     fn receive_all(&self) -> Result<(), CallError> {
+        self.counters.offered_again(&self.deferred);
         self.lists.iter().map(|domains| self.connect_and_receive(domains)).fold(Ok(()), Result::and)
     }
 
