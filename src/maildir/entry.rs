@@ -12,6 +12,7 @@
 //! ```
 
 use std::ffi::{OsStr, OsString};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use crate::clock::Timestamp;
@@ -22,11 +23,14 @@ const RECORD_KEYS: [&[u8]; 5] = [b"T=", b"O=", b"A=", b"P=", b"L="];
 /// Octets of a file name at most (`NAME_MAX`), without room for the flags that a mail reader may add.
 const NAME_LIMIT: usize = 255 - 12;
 
+/// Octets that are left of the unique part if the name would be too long.
+const SHORT_UNIQUE: usize = 100;
+
 /// Octets of a reply that are recorded.
 const LAST_REPLY_LIMIT: usize = 60;
 
 /// A message found in a Maildir.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Entry {
     /// `1767323045.M1P2Q3.host,S=120,W=128`; in `cur` with its info, `:2,` and flags.
     pub name: OsString,
@@ -125,7 +129,8 @@ impl Entry {
         }
     }
 
-    /// Returns the entry with this record instead of the one that it has.
+    /// Returns the entry with this record instead of the one that it has. Only if the name would be too long for the system, it
+    /// gets another unique part, and loses its other fields.
     pub(super) fn with_record(&self, record: &AttemptRecord) -> Entry {
         let is_record = |field: &[u8]| RECORD_KEYS.iter().any(|key| field.starts_with(key));
         let mut fields = self.base().split(|octet| *octet == b',');
@@ -139,8 +144,13 @@ impl Entry {
             record.ended.map(|EndedSessions { sessions, skip, at }| format!(",P={sessions}-{skip}-{}", at.seconds()));
         let attempts = Some(format!(",A={}", record.attempts)).filter(|_| record.attempts > 0);
         let fields = [time("T", record.first_seen), time("O", record.first_offered), attempts, ended];
-        fields.into_iter().flatten().for_each(|field| name.extend_from_slice(field.as_bytes()));
-        let info = &self.name.as_bytes()[self.base().len()..];
+        let fields: String = fields.into_iter().flatten().collect();
+        let mut info = self.name.as_bytes()[self.base().len()..].to_vec();
+        if name.len() + fields.len() + info.len() > NAME_LIMIT {
+            name = self.short_unique();
+            info = if info.is_empty() { info } else { [b":2,", self.info().0].concat() };
+        }
+        name.extend_from_slice(fields.as_bytes());
         if let Some(reply) = &record.last_reply {
             let room = NAME_LIMIT.saturating_sub(name.len() + info.len() + ",L=".len()).min(LAST_REPLY_LIMIT);
             let plain =
@@ -150,8 +160,17 @@ impl Entry {
                 name.extend(reply.bytes().take(room).map(plain));
             }
         }
-        name.extend_from_slice(info);
+        name.extend_from_slice(&info);
         Entry { name: OsString::from_vec(name), seen: self.seen }
+    }
+
+    /// Returns a shorter unique part, which is still unique.
+    fn short_unique(&self) -> Vec<u8> {
+        let mut hasher = DefaultHasher::new();
+        self.name.hash(&mut hasher);
+        let unique = self.unique().as_bytes();
+        let start = &unique[..unique.len().min(SHORT_UNIQUE)];
+        [start, format!(".{:016x}", hasher.finish()).as_bytes()].concat()
     }
 
     /// Returns the value of a field after the unique part.
@@ -218,7 +237,11 @@ mod tests {
         );
         let long = entry(&[&b"l".repeat(200)[..], b":2,S"].concat());
         assert_eq!(long.with_record(&reply(1000)).name.len(), NAME_LIMIT);
-        assert_eq!(entry(&b"l".repeat(250)).with_record(&reply(3)).record().last_reply, None);
+        // A name that is too long for the fields gets another unique part.
+        let [one, other] = [b'1', b'2'].map(|end| entry(&[&b"l".repeat(249)[..], &[end], b":2,S"].concat()));
+        let [one, other] = [&one, &other].map(|entry| entry.with_record(&reply(3)));
+        assert_eq!((one.record().last_reply.as_deref(), one.has('S')), (Some("xxx"), true));
+        assert!(one.unique() != other.unique() && one.name.len() < NAME_LIMIT);
     }
 
     #[test]

@@ -50,20 +50,34 @@ pub(super) fn make_directories(path: &Path, mode: u32) -> io::Result<()> {
 /// Makes one directory, unless another thread has just made it.
 pub(super) fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
     match DirBuilder::new().mode(mode).create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-        other => other.map_err(|error| with_path(path, error)),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => return Ok(()),
+        other => other.map_err(|error| with_path(path, error))?,
     }
+    // The system may give it the number of one that was removed.
+    if let Ok(id) = FileId::of_path(path) {
+        DURABLE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().remove(&id);
+    }
+    Ok(())
 }
 
 /// The directories whose names this process has made durable.
 static DURABLE: Mutex<Option<HashSet<FileId>>> = Mutex::new(None);
+
+/// The errors of fsync(2) that say nothing about the disk.
+const NOT_SYNCED: [io::ErrorKind; 4] = [
+    io::ErrorKind::PermissionDenied,
+    io::ErrorKind::InvalidInput,
+    io::ErrorKind::ReadOnlyFilesystem,
+    io::ErrorKind::Unsupported,
+];
 
 /// Ids that are remembered; then all are forgotten, and the directories fsynced once more.
 const DURABLE_LIMIT: usize = 100_000;
 
 /// Makes the name of a directory and of all above it durable. Another thread may have made them just now, or a process that
 /// was killed before it could make them durable: then a power cut would take what was answered 250 in them. Each is fsynced
-/// once by this process. A directory that this user may not read is not ours to fsync.
+/// once by this process. A directory that this user may not read is not ours to fsync, and some cannot be fsynced at all, such
+/// as those of autofs and of file systems that cannot be written.
 pub(super) fn sync_names(path: &Path) -> io::Result<()> {
     let known = |id: FileId, add: bool| {
         let mut durable = DURABLE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -85,7 +99,7 @@ pub(super) fn sync_names(path: &Path) -> io::Result<()> {
     }
     for (id, above) in names {
         match sync_directory(above) {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            Err(error) if NOT_SYNCED.contains(&error.kind()) => {}
             other => other?,
         }
         known(id, true);

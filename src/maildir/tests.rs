@@ -384,3 +384,13 @@ fn ten_thousand_messages_written_at_once_get_different_names() {
     assert_eq!(unique.iter().flatten().collect::<HashSet<_>>().len(), 10_000);
     assert_eq!(inside(&maildir).map(|names| names.len()), [0, 10_000, 0]);
 }
+
+/// A spool may be below directories that cannot be fsynced at all: those of autofs, or a root on squashfs.
+#[test]
+fn directories_that_cannot_be_fsynced_are_left_out() {
+    let process = Path::new("/proc/self/fd");
+    if process.is_dir() {
+        assert!(sync_directory(process).is_err(), "as an example");
+        sync_names(process).unwrap();
+    }
+}

@@ -1,7 +1,7 @@
 //! The lock on some queues, and the messages that it offers.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -48,6 +48,8 @@ pub(super) struct Listed {
     /// The unique names of messages that this session has offered and that are still there: each is offered once. The
     /// set is for one queue, because other agents may give files in two Maildirs the same name.
     offered: HashSet<OsString>,
+    /// The message that was last not found where it was listed.
+    missed: Option<OsString>,
     /// The queue was listed once.
     once: bool,
     /// The session is a call: it counts for messages that calls skip.
@@ -153,7 +155,10 @@ impl QueueLock {
     /// are in doubt come last. Messages that arrive after the lock are offered too. A file that cannot be read is logged and
     /// left out. `None`: every message has been offered.
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
-        self.next_of(|listed| &mut listed.waiting).or_else(|| self.next_of(|listed| &mut listed.last))
+        let found = self.next_of(|listed| &mut listed.waiting).or_else(|| self.next_of(|listed| &mut listed.last));
+        // Others may have arrived when the last ones were looked for.
+        let arrived = found.is_none() && self.queues.iter().any(|queue| !queue.listed.waiting.is_empty());
+        if arrived { self.next_of(|listed| &mut listed.waiting) } else { found }
     }
 
     /// The next message of these lists.
@@ -163,7 +168,7 @@ impl QueueLock {
             let queue = self.queues.get_mut(self.current)?;
             while let Some(entry) = list(&mut queue.listed).pop_front() {
                 queue.listed.offered.insert(entry.unique().to_owned());
-                match queue.open(entry) {
+                match queue.open_listed(entry) {
                     Ok(Some(message)) => return Some(message),
                     Ok(None) => {}
                     Err(error) => log_unreadable(&queue.name, &error),
@@ -212,10 +217,12 @@ impl QueueLock {
     pub fn settle(&mut self, mut message: QueuedMessage, result: &DeliveryResult) -> io::Result<()> {
         let Some(queue) = self.queue_of(message.maildir()) else { return Ok(()) };
         let now = queue.ids.clock().now();
-        let offer_again = message.settle(result, now).inspect_err(|_| message.record_failure(now))?;
-        if offer_again {
-            queue.listed.offered.remove(message.unique());
+        let settled = message.settle(result, now).inspect_err(|_| message.record_failure(now));
+        match settled {
+            Ok(true) => drop(queue.listed.offered.remove(message.unique())),
+            _ => queue.listed.add_offered(message.unique()),
         }
+        settled?;
         if let Some(ended) = message.entry().record().ended.filter(|_| result.ended_session()) {
             let (id, sessions, skip) = (&message.id, ended.sessions, ended.skip);
             log::warn!("event=session-ended-by-message queue={} id={id} sessions={sessions} skip={skip}", queue.name);
@@ -240,26 +247,60 @@ impl QueueLock {
     }
 }
 
+impl Listed {
+    /// Records that this session has offered the message: a name that was too long may have changed.
+    fn add_offered(&mut self, unique: &OsStr) {
+        if !self.offered.contains(unique) {
+            self.offered.insert(unique.to_owned());
+        }
+    }
+}
+
 impl LockedQueue {
-    /// Opens a message. If its time of arrival is impossible, records that it was first seen now. If a crash came between the
-    /// settlement of its last recipient and its removal, removes it.
+    /// Opens a message that was listed just now.
     fn open(&mut self, mut entry: Entry) -> io::Result<Option<QueuedMessage>> {
         for _ in 0..OPEN_ATTEMPTS {
-            match QueuedMessage::open(&self.maildir, &self.name, entry.clone(), self.ids.clock().now())? {
+            match self.open_file(&entry)? {
                 Opened::Gone => match self.maildir.find(&entry, None)? {
                     Some(moved) => entry = moved,
                     None => return Ok(None),
                 },
-                Opened::NotMail(reason) => {
-                    self.note(&entry, Note::NotMail, &reason);
-                    return Ok(None);
-                }
-                Opened::Message(message) => return self.check(*message),
+                opened => return self.use_opened(&entry, opened),
             }
         }
         Ok(None)
     }
 
+    /// Opens the next message of the list. If a mail reader has moved it, it may have moved all of them: the directories are
+    /// listed once more.
+    fn open_listed(&mut self, entry: Entry) -> io::Result<Option<QueuedMessage>> {
+        let opened = self.open_file(&entry)?;
+        if matches!(opened, Opened::Gone) && self.listed.missed.as_deref() != Some(entry.unique()) {
+            self.listed.offered.remove(entry.unique());
+            self.listed.missed = Some(entry.unique().to_owned());
+            (self.listed.waiting, self.listed.last) = (VecDeque::new(), VecDeque::new());
+            self.refill()?;
+        }
+        self.use_opened(&entry, opened)
+    }
+
+    fn open_file(&self, entry: &Entry) -> io::Result<Opened> {
+        QueuedMessage::open(&self.maildir, &self.name, entry.clone(), self.ids.clock().now())
+    }
+
+    fn use_opened(&mut self, entry: &Entry, opened: Opened) -> io::Result<Option<QueuedMessage>> {
+        match opened {
+            Opened::Gone => Ok(None),
+            Opened::NotMail(reason) => {
+                self.note(entry, Note::NotMail, &reason);
+                Ok(None)
+            }
+            Opened::Message(message) => self.check(*message),
+        }
+    }
+
+    /// If the message's time of arrival is impossible, records that it was first seen now. If a crash came between the
+    /// settlement of its last recipient and its removal, removes it.
     fn check(&mut self, mut message: QueuedMessage) -> io::Result<Option<QueuedMessage>> {
         let (no_recipients, unread) = (message.envelope.recipients.is_empty(), message.unread());
         if !unread.is_empty() {
@@ -277,6 +318,7 @@ impl LockedQueue {
         }
         message.ensure_markable(&self.ids.file_name("copy"))?;
         message.ensure_arrival();
+        self.listed.add_offered(message.unique());
         Ok(Some(message))
     }
 
@@ -300,7 +342,7 @@ impl LockedQueue {
         }
         let mut entries = self.maildir.entries()?;
         self.listed.once = true;
-        let left_out = self.left_out(&entries)?;
+        let left_out = self.left_out(&entries);
         entries.retain(|entry| !left_out.contains(entry));
         let (now, time) = (self.ids.clock().now(), SystemTime::now());
         let mut last = Vec::new();
@@ -332,49 +374,46 @@ impl LockedQueue {
         let (queue, file, sessions, calls) = (&self.name, quoted(entry.name.display()), ended.sessions, ended.skip - 1);
         log::info!("event=skipped queue={queue} file={file} sessions={sessions} skip={calls}");
         ended.skip = calls;
-        if self.listed.is_call
-            && let Err(error) = self.maildir.rename(entry, None, &record)
-        {
+        if !self.listed.is_call {
+            return;
+        }
+        match self.maildir.rename(entry, None, &record) {
+            Ok(renamed) => self.listed.add_offered(renamed.unique()),
             // The time since it ended the last session bounds the calls too.
-            log::warn!("event=skip-not-recorded queue={queue} error={}", quoted(error));
+            Err(error) => log::warn!("event=skip-not-recorded queue={queue} error={}", quoted(error)),
         }
     }
 
     /// The entries among these that are not offered, because another entry is the same message.
-    fn left_out(&self, entries: &[Entry]) -> io::Result<Vec<Entry>> {
-        let mut left_out = Vec::new();
+    fn left_out(&self, entries: &[Entry]) -> HashSet<Entry> {
+        let mut left_out = HashSet::new();
         for pair in entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique()) {
             let id = |entry: &Entry| FileId::of_path(&self.maildir.file(entry)).ok();
             match (id(&pair[0]), id(&pair[1])) {
                 // A mail reader has moved it while the directories were read.
-                (None, _) => left_out.push(pair[0].clone()),
-                (_, None) => left_out.push(pair[1].clone()),
+                (None, _) => drop(left_out.insert(pair[0].clone())),
+                (_, None) => drop(left_out.insert(pair[1].clone())),
                 // It is moving it, or was killed between link and unlink.
-                (Some(one), Some(other)) if one == other => left_out.push(pair[0].clone()),
-                _ => match self.superseded(&pair[0], &pair[1]) {
-                    Ok(None) => {}
-                    Ok(Some(entry)) => {
-                        log::warn!("event=half-settled file={}", quoted(entry.name.display()));
-                        self.maildir.remove(entry)?;
-                        left_out.push(entry.clone());
-                    }
+                (Some(one), Some(other)) if one == other => drop(left_out.insert(pair[0].clone())),
+                _ => match self.remove_superseded(&pair[0], &pair[1]) {
+                    Ok(removed) => left_out.extend(removed.cloned()),
                     // If these may be the two files of one message, either would be sent to recipients that have it already.
                     Err(error) => {
                         log_unreadable(&self.name, &error);
-                        left_out.extend_from_slice(pair);
+                        left_out.extend(pair.iter().cloned());
                     }
                 },
             }
         }
-        Ok(left_out)
+        left_out
     }
 
-    /// A crash of an earlier version in `settle` has left a message twice, as it was before and after. Returns the file from
-    /// before, which has recipients that are settled; `None`: neither file is the rest of the other.
+    /// A crash of an earlier version in `settle` has left a message twice, as it was before and after. Removes and returns the
+    /// file from before, which has recipients that are settled; `None`: neither file is the rest of the other.
     ///
     /// # Errors
-    /// A file cannot be read.
-    fn superseded<'a>(&self, one: &'a Entry, other: &'a Entry) -> io::Result<Option<&'a Entry>> {
+    /// A file cannot be read or removed.
+    fn remove_superseded<'a>(&self, one: &'a Entry, other: &'a Entry) -> io::Result<Option<&'a Entry>> {
         let (Some(first), Some(second)) = (self.parse(one)?, self.parse(other)?) else { return Ok(None) };
         // Only a file that we have written can be the rest of another.
         let is_rest = |few: &ParsedEnvelope, many: &ParsedEnvelope| {
@@ -384,7 +423,12 @@ impl LockedQueue {
                 && some.len() < all.len()
                 && some.iter().all(|recipient| all.contains(recipient))
         };
-        Ok(if is_rest(&first, &second) { Some(other) } else { is_rest(&second, &first).then_some(one) })
+        let before = if is_rest(&first, &second) { Some(other) } else { is_rest(&second, &first).then_some(one) };
+        if let Some(before) = before {
+            log::warn!("event=half-settled file={}", quoted(before.name.display()));
+            self.maildir.remove(before)?;
+        }
+        Ok(before)
     }
 
     /// The envelope of a file; `None`: it is not a message for a recipient of this queue, or it cannot be opened.

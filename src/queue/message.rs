@@ -23,7 +23,7 @@ use crate::net::trace::quoted;
 use crate::smtp::client::OutgoingMessage;
 use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::content::WireSize;
-use crate::smtp::status::{DeliveryResult, RecipientStatus};
+use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
 /// Names tried for a message in `.refused`: an earlier version may have kept copies there for other recipients.
 const REJECTED_NAMES: usize = 1000;
@@ -159,7 +159,9 @@ impl QueuedMessage {
     pub(super) fn ensure_markable(&mut self, unique: &str) -> io::Result<()> {
         let writable = || rustix::fs::fcntl_getfl(&self.file).is_ok_and(|flags| flags.contains(OFlags::RDWR));
         if self.envelope.recipients.len() + self.unread.len() > 1 && !writable() {
-            self.file = self.maildir.replace_by_copy(&self.entry, &self.file, unique)?;
+            let copy = self.maildir.replace_by_copy(&self.entry, &self.file, unique)?;
+            self.remove_other_names()?;
+            self.file = copy;
             self.rewind()?;
         }
         Ok(())
@@ -267,11 +269,18 @@ impl QueuedMessage {
         self.settled.extend(marks.iter().map(|(_, mark)| *mark));
         let all_settled = open.is_empty() && self.unread.is_empty();
         if all_settled && !self.settled.contains(&Mark::Rejected) {
-            self.finish()?;
-            return Ok(true);
+            let finished = self.finish();
+            // If it cannot be removed, or has another name, the marks keep the next session from sending it again. No fsync:
+            // the removal of a message has none either.
+            let named = finished.is_err() || self.file.metadata().is_ok_and(|file| file.nlink() > 0);
+            if named && self.write_marks(&marks).is_err() && finished.is_ok() {
+                self.remove_other_names()?;
+            }
+            return finished.map(|()| true);
         }
-        if self.marks.len() > 1 || !all_settled {
+        if !marks.is_empty() && (self.marks.len() > 1 || !all_settled) {
             self.write_marks(&marks)?;
+            self.file.sync_data().map_err(|error| with_path(&self.maildir.file(&self.entry), error))?;
         }
         if all_settled {
             self.record_reply(result, now)?;
@@ -281,21 +290,24 @@ impl QueuedMessage {
         if let Some(next_attempt) = self.next_attempt {
             self.file.set_modified(if offer_again { SystemTime::now() } else { next_attempt })?;
         }
-        self.record_attempt(result, in_doubt, now)?;
+        match result.decided_by {
+            // The connection was lost with the message before it, or by this side: that says nothing about this one.
+            DecidedBy::UnrelatedConnectionLoss if in_doubt => self.rename(Some(IN_DOUBT), |_| {})?,
+            DecidedBy::UnrelatedConnectionLoss => {}
+            _ => self.record_attempt(result, in_doubt, now)?,
+        }
         Ok(offer_again)
     }
 
     /// Marks recipients as settled. The file keeps its time of modification: it is the time of arrival, or that of the next
     /// attempt.
     fn write_marks(&self, marks: &[(u64, Mark)]) -> io::Result<()> {
-        if marks.is_empty() {
-            return Ok(());
-        }
         let write = || {
             let modified = self.file.metadata()?.modified()?;
             marks.iter().try_for_each(|(place, mark)| self.file.write_all_at(&[mark.octet()], *place))?;
-            self.file.set_modified(modified)?;
-            self.file.sync_data()
+            // The system may permit only the owner to do that.
+            let _ = self.file.set_modified(modified);
+            Ok(())
         };
         write().map_err(|error| with_path(&self.maildir.file(&self.entry), error))
     }
@@ -313,12 +325,22 @@ impl QueuedMessage {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        // One file with two names is one message: a mail reader that moves it by link and unlink was killed between.
+        Ok(())
+    }
+
+    /// Removes the other names that the file has in this queue. One file with two names is one message: a mail reader that
+    /// moves it by link and unlink may have been killed between.
+    fn remove_other_names(&self) -> io::Result<()> {
         let id = FileId::of_file(&self.file)?;
-        while self.file.metadata()?.nlink() > 0
-            && let Some(other) = self.maildir.find(&self.entry, Some(id))?
-        {
-            self.maildir.remove(&other)?;
+        for _ in 0..FIND_ATTEMPTS {
+            if self.file.metadata()?.nlink() == 0 {
+                break;
+            }
+            let Some(other) = self.maildir.find(&self.entry, Some(id))? else { break };
+            match self.maildir.remove(&other) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
         Ok(())
     }
@@ -345,9 +367,7 @@ impl QueuedMessage {
     /// Records an attempt after which recipients stay open.
     fn record_attempt(&mut self, result: &DeliveryResult, in_doubt: bool, now: Timestamp) -> io::Result<()> {
         let last_reply = result.recipients.iter().rev().find(|status| status.is_open()).map(ToString::to_string);
-        // It waits for its next attempt anyway, if that is not due at once.
-        let soon = SystemTime::now() + Duration::from_secs(1);
-        let waits = self.next_attempt.is_some_and(|next| next > soon);
+        let waits = self.waits();
         self.rename(in_doubt.then_some(IN_DOUBT), |record| {
             count_attempt(record, now);
             record.last_reply = last_reply.or(record.last_reply.take());
@@ -367,7 +387,13 @@ impl QueuedMessage {
     /// Records that what became of the message cannot be recorded, as if it had ended the session. A failure is not reported:
     /// the reason for this is.
     pub(super) fn record_failure(&mut self, now: Timestamp) {
-        let _ = self.rename(None, |record| record.ended = Some(ended_once_more(record.ended, false, now)));
+        let waits = self.waits();
+        let _ = self.rename(None, |record| record.ended = Some(ended_once_more(record.ended, waits, now)));
+    }
+
+    /// Whether it waits for its next attempt, so that no call need skip it besides.
+    fn waits(&self) -> bool {
+        self.next_attempt.is_some_and(|next| next > SystemTime::now() + Duration::from_secs(1))
     }
 
     /// Gives the file a flag, if there is one, and a record that `change` has changed.
@@ -431,7 +457,7 @@ fn count_attempt(record: &mut AttemptRecord, now: Timestamp) {
     record.attempts = record.attempts.saturating_add(1);
 }
 
-/// One session more that a message has ended. `waits`: the message waits for its next attempt, so no call skips it besides.
+/// One session more that a message has ended. `waits`: see [`QueuedMessage::waits`].
 fn ended_once_more(before: Option<EndedSessions>, waits: bool, now: Timestamp) -> EndedSessions {
     let sessions = before.map_or(0, |before| before.sessions).saturating_add(1);
     let skip = match sessions.checked_sub(SESSIONS_WITHOUT_SKIP + 1) {

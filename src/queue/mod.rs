@@ -23,7 +23,10 @@
 //! for rejections of which no sender can be told, gets the file itself. If the disk fails all the same, the message stays as
 //! it was, and the session goes on with the next one.
 //!
-//! A file is known by the unique part of its name and by its inode: mail readers may move and flag it at any time.
+//! A file is known by the unique part of its name and by its inode: mail readers may move and flag it at any time. If a file
+//! that is removed has another name, because a mail reader was moving it by link and unlink, or in another directory, the
+//! marks of its recipients tell under that name too that they are settled. Only a name that would be too long for the record
+//! gets another unique part.
 //!
 //! A message that ends its session (the connection is lost while it is under way, or 421 is the reply to it) is offered last
 //! in the next ones. After three such sessions in a row the next call skips it, after four the next 2, then 4, then 8 calls,

@@ -604,8 +604,10 @@ fn a_message_that_a_mail_reader_moves_is_the_same_message() {
             if !left.is_empty() {
                 settle(&mut spool.lock(), &"=".repeat(left.len()));
             }
+            // What it was linked to is removed by the next session that sees it.
+            let mut lock = spool.lock();
             assert!(
-                spool.lock().is_empty().unwrap(),
+                lock.next_message().is_none() && lock.is_empty().unwrap(),
                 "{what} {statuses}: {:?} {:?}",
                 spool.files("new"),
                 spool.files("cur")
@@ -626,6 +628,136 @@ fn a_message_that_is_moved_after_it_was_listed_is_offered() {
     fs::rename(spool.path("new/200.mx"), spool.path("cur/200.mx:2,FS")).unwrap();
     assert_eq!(offered(&mut lock), ["bob"]);
     assert!(lock.next_message().is_none());
+}
+
+/// A mail reader opens the mailbox, and somebody removes half of it: that costs a few readings of the directory, and not one
+/// for each message.
+#[test]
+fn a_queue_of_which_all_is_moved_or_removed_is_listed_once_more() {
+    let spool = Spool::new();
+    let count: usize = 2000;
+    for number in 0..count {
+        spool.write(&format!("new/{number:05}.mx"), "Delivered-To: eva@example.org\n\nx\n");
+    }
+    fs::create_dir_all(spool.path("cur")).unwrap();
+    let mut lock = spool.lock();
+    let mut offered = usize::from(lock.next_message().is_some());
+    for number in 1..count {
+        let (from, to) = (spool.path(&format!("new/{number:05}.mx")), spool.path(&format!("cur/{number:05}.mx:2,S")));
+        if number.is_multiple_of(2) { fs::remove_file(from).unwrap() } else { fs::rename(from, to).unwrap() }
+    }
+    let begun = Instant::now();
+    while lock.next_message().is_some() {
+        offered += 1;
+    }
+    assert_eq!(offered, 1 + count / 2);
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+}
+
+/// The files of a queue may have names elsewhere, such as in a backup. That is no reason to look for them here.
+#[test]
+fn messages_with_links_elsewhere_are_removed_without_a_search() {
+    let spool = Spool::new();
+    let count: usize = 2000;
+    fs::create_dir_all(spool.path("backup")).unwrap();
+    for number in 0..count {
+        spool.write(&format!("new/{number:05}.mx"), "Delivered-To: eva@example.org\n\nx\n");
+        fs::hard_link(spool.path(&format!("new/{number:05}.mx")), spool.path(&format!("backup/{number:05}"))).unwrap();
+    }
+    let mut lock = spool.lock();
+    assert!(lock.has_next());
+    let begun = Instant::now();
+    for _ in 0..count {
+        settle(&mut lock, "=");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(lock.is_empty().unwrap());
+    assert_eq!(spool.files("backup").len(), count);
+}
+
+/// A mail reader was killed between link and unlink, and the file must be copied to be marked.
+#[test]
+fn a_copy_takes_the_place_of_both_names() {
+    let spool = Spool::new();
+    spool.write("new/100.mx", &format!("{TWO_RECIPIENTS}\nx\n"));
+    fs::create_dir_all(spool.path("cur")).unwrap();
+    fs::hard_link(spool.path("new/100.mx"), spool.path("cur/100.mx:2,S")).unwrap();
+    let name = spool.name("example.org");
+    name.maildir().create().unwrap();
+    let entry = name.maildir().entries().unwrap().remove(1);
+    let Ok(Opened::Message(mut message)) =
+        QueuedMessage::open(&name.maildir(), &name, entry, Ids::fixed().clock().now())
+    else {
+        panic!("no message")
+    };
+    message.use_file(File::open(spool.path("new/100.mx")).unwrap());
+    message.ensure_markable("copy").unwrap();
+    assert_eq!(spool.files("new").len() + spool.files("cur").len(), 1);
+}
+
+/// A mail reader moves and flags messages all the time, some by rename and some by link and unlink.
+#[test]
+fn a_mail_reader_at_work_loses_and_doubles_nothing() {
+    let (spool, count) = (Spool::new(), 150);
+    for number in 0..count {
+        spool.put(&[&format!("a{number}"), &format!("b{number}")]);
+    }
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let at_work = || {
+        for turn in (0usize..).take_while(|_| !done.load(std::sync::atomic::Ordering::Relaxed)) {
+            for entry in spool.name("example.org").maildir().entries().unwrap_or_default() {
+                let name = entry.name.to_str().unwrap();
+                let base = name.split(':').next().unwrap();
+                let to = spool.path("cur").join(format!("{base}:2,{}", ["S", "RS", "FS"][turn % 3]));
+                let from = spool.path(if entry.seen { "cur" } else { "new" }).join(name);
+                let _ = if turn.is_multiple_of(2) {
+                    fs::rename(&from, &to)
+                } else {
+                    fs::hard_link(&from, &to).and_then(|()| fs::remove_file(&from))
+                };
+                std::thread::sleep(Duration::from_micros(5));
+            }
+        }
+    };
+    let mut sent = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(at_work);
+        for _ in 0..60 {
+            let mut lock = spool.lock();
+            while let Some(message) = lock.next_message() {
+                let names = local_parts(&message);
+                let statuses = if names.len() > 1 && names[0].len().is_multiple_of(2) { "=~" } else { "==" };
+                let statuses = &statuses[..names.len()];
+                sent.extend(
+                    names.into_iter().zip(statuses.chars()).filter(|(_, status)| *status == '=').map(|(name, _)| name),
+                );
+                let _ = lock.settle(message, &result(statuses));
+            }
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    sent.sort();
+    let unique: std::collections::BTreeSet<_> = sent.iter().collect();
+    assert_eq!((sent.len(), unique.len()), (2 * count, 2 * count));
+    assert!(spool.lock().is_empty().unwrap(), "{:?} {:?}", spool.files("new"), spool.files("cur"));
+}
+
+/// The message is sent, and its file cannot be removed: the mark keeps the next session from sending it again.
+#[test]
+fn a_message_that_cannot_be_removed_is_not_sent_again() {
+    let spool = Spool::new();
+    spool.put(&["eva"]);
+    let mut lock = spool.lock();
+    let message = lock.next_message().unwrap();
+    let (path, kept) = (spool.path("new").join(&spool.files("new")[0].0), spool.path("kept"));
+    fs::rename(&path, &kept).unwrap();
+    fs::create_dir(&path).unwrap();
+    assert!(lock.settle(message, &result("=")).is_err());
+    drop(lock);
+    fs::remove_dir(spool.path("new").join(&spool.files("new")[0].0)).unwrap();
+    fs::rename(&kept, &path).unwrap();
+    assert!(spool.lock().next_message().is_none());
+    assert!(spool.lock().is_empty().unwrap(), "removed at last");
 }
 
 /// The order of the offers in sessions that the messages of `ends` end, one call after the other.
@@ -701,7 +833,42 @@ fn calls_skip_a_message_unless_it_waits_and_only_if_it_was_the_message() {
     assert!(name_after(3, moment, &lost).contains(",P=3-1-"));
     assert!(name_after(3, pause, &lost).contains(",P=3-0-"));
     let stopped = name_after(3, moment, &lost.stopped());
-    assert!(stopped.contains(",A=3") && !stopped.contains(",P="), "{stopped}");
+    assert!(!stopped.contains(",A=") && !stopped.contains(",P="), "{stopped}");
+}
+
+/// The connection may be lost while a message follows another one: that one was not tried.
+#[test]
+fn a_message_behind_one_that_ends_its_session_has_no_share_in_that() {
+    let spool = Spool::new();
+    for name in ["bad", "worse", "one"] {
+        spool.put(&[name]);
+    }
+    let earlier = || DeliveryResult { decided_by: DecidedBy::UnrelatedConnectionLoss, ..result("~") };
+    let mut last_before_one = Vec::new();
+    for _ in 0..4 {
+        let mut lock = spool.lock();
+        while let Some(message) = lock.next_message() {
+            let name = local_parts(&message).remove(0);
+            if name == "one" {
+                lock.settle(message, &result("~")).unwrap();
+                continue;
+            }
+            let follower = lock.next_message();
+            lock.settle(message, &DeliveryResult::lost("gone", 1)).unwrap();
+            if let Some(follower) = follower {
+                last_before_one.push(local_parts(&follower).remove(0));
+                lock.settle(follower, &earlier()).unwrap();
+            }
+            break;
+        }
+    }
+    assert_eq!(last_before_one, ["worse", "one", "worse", "bad"], "the order of the offers");
+    let count = |name: &str| {
+        let file = spool.files("new").into_iter().find(|(_, text)| text.contains(&format!("{name}@"))).unwrap().0;
+        let entry = crate::maildir::Entry { name: file.into(), seen: false };
+        (entry.record().attempts, entry.record().ended.map(|ended| ended.sessions))
+    };
+    assert_eq!([count("bad"), count("worse")], [(2, Some(2)), (2, Some(2))]);
 }
 
 /// Not even if it is in the first of several queues.
@@ -721,6 +888,38 @@ fn a_message_that_ended_a_session_is_not_offered_before_those_of_other_queues() 
     let mut second = lock();
     assert!(second.has_next());
     assert_eq!([offered(&mut second), offered(&mut second)], [["zoe"], ["bad"]]);
+}
+
+/// The record has room in every name that the system permits, and the message stays the same one.
+#[test]
+fn a_long_file_name_records_attempts() {
+    let ended = DeliveryResult::lost("gone", 2);
+    for length in [200, 215, 230, 243, 250, 255] {
+        for info in ["", ":2,RS"] {
+            let spool = Spool::new();
+            let names: Vec<_> =
+                ["a", "b"].map(|end| format!("1767323045.{}{end}", "l".repeat(length - 12 - info.len()))).into();
+            let directory = if info.is_empty() { "new" } else { "cur" };
+            for name in &names {
+                spool.write(&format!("{directory}/{name}{info}"), &format!("{TWO_RECIPIENTS}\nx\n"));
+            }
+            for result in [&ended, &ended, &ended, &ended, &result("=~"), &result("?")] {
+                for _ in 0..2 {
+                    let mut lock = spool.lock();
+                    (0..4).for_each(|_| lock.count_call());
+                    let Some(message) = lock.next_message() else { continue };
+                    lock.settle(message, result).unwrap();
+                }
+            }
+            let mut lock = spool.lock();
+            while let Some(message) = lock.next_message() {
+                assert!(message.first_offered(Ids::fixed().clock().now()).is_some(), "{length}");
+                lock.settle(message, &result("=")).unwrap();
+            }
+            let left = [spool.files("new"), spool.files("cur")].concat();
+            assert!(left.iter().all(|(name, _)| name.contains(",P=")), "{length} {left:?}");
+        }
+    }
 }
 
 #[test]

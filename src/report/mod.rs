@@ -191,6 +191,8 @@ impl Reporter {
         let mut late_until = None;
         let expired = match attempt.retry {
             Some(retry) => Some(retry.give_up).filter(|give_up| age > *give_up),
+            // A message that was not tried in this call waits for the next one.
+            None if result.decided_by == DecidedBy::UnrelatedConnectionLoss => None,
             None => attempt
                 .give_up
                 .zip(message.first_offered(now))
@@ -201,8 +203,9 @@ impl Reporter {
         }
         if let Some(retry) = attempt.retry {
             message.next_attempt = Some(SystemTime::now() + retry.pause(age, self.ids.random_number()));
-            // First, because it needs no disk space: if the rest fails, the message is not sent again at once.
-            message.record_next_attempt()?;
+            // First, because it needs no disk space: if the rest fails, the message is not sent again at once. `settle`
+            // reports a failure, when it has recorded more important things.
+            let _ = message.record_next_attempt();
             let late = retry.delay_notice.is_some_and(|delay| age > delay) && !message.is_delay_reported();
             let give_up = i64::try_from(retry.give_up.as_secs()).unwrap_or(i64::MAX / 4);
             late_until = late.then(|| Timestamp::from_seconds(message.arrived.seconds() + give_up));
@@ -219,7 +222,10 @@ impl Reporter {
             }
         }
         if late_until.is_some() && result.recipients.iter().any(RecipientStatus::is_open) {
-            message.mark_delay_reported()?;
+            // If that fails, the sender gets another DSN; but what follows must be recorded all the same.
+            if let Err(error) = message.mark_delay_reported() {
+                log::warn!("event=delay-not-recorded id={} error={}", message.id, quoted(error));
+            }
         }
         lock.settle(message, &result)?;
         Ok(result)

@@ -163,3 +163,57 @@ fn the_sender_gets_one_dsn_about_a_delay() {
     assert_eq!(case.attempt(rejected(), false).len(), 1);
     assert_eq!(case.left(), (0, 0));
 }
+
+/// A call ends with the connection behind another message, two weeks after the first offer: this one was not tried, so it
+/// does not return to its sender.
+#[test]
+fn a_message_that_was_not_tried_is_not_given_up() {
+    let now = Ids::fixed().clock().now().seconds();
+    for (decided_by, given_up) in [(DecidedBy::UnrelatedConnectionLoss, 0), (DecidedBy::ConnectionLoss, 1)] {
+        let case = Case::new("<a@b.example>", "", 0);
+        let maildir = Maildir::new(&case.name.path);
+        let entry = maildir.entries().unwrap().remove(0);
+        let first_offered = Some(Timestamp::from_seconds(now - 15 * 24 * HOUR));
+        maildir.rename(&entry, None, &AttemptRecord { first_offered, attempts: 1, ..entry.record() }).unwrap();
+        let mut lock = case.queue.lock(std::slice::from_ref(&case.name)).unwrap();
+        let message = lock.next_message().unwrap();
+        let attempt = Attempt {
+            via: Via::Atrn,
+            give_up: Some(Duration::from_secs(14 * 24 * 3600)),
+            ..Attempt::in_maildir("1", "-")
+        };
+        let result = DeliveryResult { recipients: vec![deferred()], decided_by };
+        case.reporter.finish_attempt(message, result, &attempt, &mut lock).unwrap();
+        assert_eq!((case.stored.0.lock().unwrap().len(), case.left()), (given_up, (1 - given_up, 0)));
+    }
+}
+
+/// What cannot be recorded about the delay is no reason to send the message again to a recipient that has it.
+#[test]
+fn a_delay_that_cannot_be_recorded_repeats_no_recipient() {
+    let case = Case::new("<a@b.example>", "", 5 * HOUR);
+    let maildir = Maildir::new(&case.name.path);
+    let entry = maildir.entries().unwrap().remove(0);
+    let text = std::fs::read_to_string(maildir.file(&entry)).unwrap();
+    let more = text.replacen("Delivered-To: ", "Delivered-To: eva@example.net\nDelivered-To: ", 1);
+    std::fs::write(maildir.file(&entry), more).unwrap();
+    std::fs::File::open(maildir.file(&entry)).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    let mut lock = case.queue.lock(std::slice::from_ref(&case.name)).unwrap();
+    let message = lock.next_message().unwrap();
+    // The flag would move it to `cur`.
+    std::fs::remove_dir(maildir.path().join("cur")).unwrap();
+    std::fs::write(maildir.path().join("cur"), "a file where a directory should be").unwrap();
+    let retry = Retry::default();
+    let attempt = Attempt { retry: Some(&retry), ..Attempt::in_maildir("1", "-") };
+    let result = DeliveryResult { recipients: vec![sent(), deferred()], decided_by: DecidedBy::Peer };
+    let _ = case.reporter.finish_attempt(message, result, &attempt, &mut lock);
+    std::fs::remove_file(maildir.path().join("cur")).unwrap();
+    let mut open = Vec::new();
+    drop(lock);
+    case.queue
+        .each(&case.name, |message| {
+            open.extend(message.envelope.recipients.iter().map(|recipient| recipient.mailbox.to_string()));
+        })
+        .unwrap();
+    assert_eq!(open, ["to@example.net"]);
+}

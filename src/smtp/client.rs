@@ -290,6 +290,8 @@ pub struct Client {
     ready: bool,
     /// As [`Client::closing`].
     closing: bool,
+    /// The peer ended the session with its reply to a message, which has its result.
+    ended_by_message: bool,
     client_overridden: bool,
     messages_waiting: Option<u64>,
 }
@@ -311,6 +313,7 @@ impl Client {
             transactions: VecDeque::new(),
             ready: false,
             closing: false,
+            ended_by_message: false,
             client_overridden: false,
             messages_waiting: None,
         }
@@ -501,7 +504,7 @@ impl Client {
                 true => RecipientStatus::InDoubt,
                 false => RecipientStatus::Deferred(reason.clone()),
             };
-            let first = number == 0;
+            let first = number == 0 && !self.ended_by_message;
             let decided_by = if first { DecidedBy::ConnectionLoss } else { DecidedBy::UnrelatedConnectionLoss };
             transaction.result(&accepted, decided_by)
         };
@@ -566,6 +569,7 @@ impl Client {
                 self.abort(Abort::Rejected(Rejection { stage, reply }))
             }
         };
+        self.ended_by_message |= last && matches!(step, ClientStep::MessageDone(_));
         self.flush_commands(out);
         Ok(step)
     }

@@ -9,7 +9,7 @@ use super::command::{Body, Envelope, MailFrom, Notify, Recipient};
 use super::content::{ContentDecoder, ContentEncoder};
 use super::reply::{Reply, ReplyReader};
 use super::server::{Incoming, MessageSink, Server, ServerOptions, ServerRole, ServerStep as Served, SessionHandler};
-use super::status::{DeliveryResult, RecipientStatus};
+use super::status::{DecidedBy, DeliveryResult, RecipientStatus};
 use crate::mail::address::{Domain, ForwardPath, Mailbox, reverse_path};
 use crate::mail::received::ClientInfo;
 use crate::sasl::{CredentialStore, Mechanism, Unavailable};
@@ -1147,6 +1147,32 @@ fn after_a_negative_reply_to_mail_it_decides_for_all_recipients() {
     }
     let results = scripted.client.abandon(&lost());
     assert_eq!(results.iter().map(statuses).collect::<Vec<_>>(), ["~552 !550 ~441"], "552 to RCPT: too many, for now");
+}
+
+/// 421 to the content ends the session with the message before: the one behind it has no share in that.
+#[test]
+fn the_message_that_the_peer_ended_the_session_with_is_the_only_one() {
+    for (last, expected) in [
+        ("421 x", vec![DecidedBy::UnrelatedConnectionLoss]),
+        ("250 x", vec![DecidedBy::ConnectionLoss]),
+        ("", vec![DecidedBy::ConnectionLoss, DecidedBy::UnrelatedConnectionLoss]),
+    ] {
+        let mut scripted = Scripted::new(options());
+        for reply in ["220 x", "250-x/250 PIPELINING"] {
+            scripted.receive(reply);
+        }
+        scripted.send(1);
+        for reply in ["250 x", "250 x", "354 x"] {
+            scripted.receive(reply);
+        }
+        scripted.client.content_sent(&mut scripted.out);
+        scripted.send(1);
+        if !last.is_empty() {
+            assert!(scripted.receive(last).0.starts_with("Done"));
+        }
+        let results = scripted.client.abandon(&lost());
+        assert_eq!(results.iter().map(|result| result.decided_by).collect::<Vec<_>>(), expected, "{last}");
+    }
 }
 
 #[test]

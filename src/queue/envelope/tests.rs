@@ -276,4 +276,113 @@ proptest::proptest! {
     fn no_file_makes_it_panic(front: Vec<u8>, end: bool) {
         let _ = parse(&front, end, options(&domain()));
     }
+
+    /// Whatever of its recipients are settled, in whatever order: the others stay open, and the rest of the file is the same.
+    #[test]
+    fn every_set_of_marks_is_read_again(envelope in foreign_envelope(), order: u64, some: u64) {
+        let read = |text: &[u8]| match parse(text, true, options(&None)) {
+            Parsed::Envelope(parsed) => {
+                let recipients: Vec<_> = parsed.recipients().iter().map(|recipient| recipient.mailbox.to_string()).collect();
+                Some((recipients, parsed.unread, parsed.octets, parsed.marks))
+            }
+            _ => None,
+        };
+        if let Some((mut open, unread, octets, mut marks)) = read(&envelope) {
+            let mut text = envelope.clone();
+            let (mut order, mut some) = (order, some);
+            while !open.is_empty() && some & 1 == 0 {
+                let number = usize::try_from(order % open.len() as u64).unwrap();
+                (order, some) = (order.rotate_right(3), some >> 1);
+                open.remove(number);
+                for place in marks.remove(number) {
+                    let octet = &mut text[usize::try_from(place).unwrap()];
+                    proptest::prop_assert_eq!(*octet, b'@');
+                    *octet = [Mark::Done, Mark::Rejected][number % 2].octet();
+                }
+                let again = read(&text);
+                let expected = Some((open.clone(), unread.clone(), octets, marks.clone()));
+                proptest::prop_assert_eq!(again, expected, "{}", String::from_utf8_lossy(&text));
+            }
+        }
+    }
+}
+
+/// Parts of lists of recipients.
+const PIECES: &[&[u8]] = &[
+    b"eva@example.org",
+    b"bob@example.org",
+    b"\"q@q\"@example.org",
+    b"\"a(b\"@example.org",
+    b"\"x\\\"@\"@example.org",
+    b"<zoe@example.org>",
+    b"\"E, va\" <eva@example.org>",
+    b"\"at@home\" <e2@example.org>",
+    b"(c@d.example) k@example.org",
+    b"l@example.org (at @ home)",
+    b"m@(x)example.org",
+    b"n(@)@example.org",
+    b"@a.example,@b.example:r@example.org",
+    b"<@a.example,@b.example:r2@example.org>",
+    b"g: g1@example.org, g2@example.org;",
+    b"p@[192.0.2.1]",
+    b"b\xe4r@example.org",
+    b"\xc3\xab@example.org",
+    b"\xc3\xab <u@example.org>",
+    b"root",
+    b"@",
+    b"a@b@example.org",
+    b"\"open@example.org",
+    b"(open",
+    b"<half@example.org",
+    b"x\x06example.org",
+    b"\"y\x15\"@example.org",
+    b"Z <z@example.org> (@)",
+    b"\"\"@example.org",
+    b"",
+    b" ",
+    b"s @ example.org",
+    b"t.@example.org",
+    b"eva@EXAMPLE.org",
+    b"((@)@) v@example.org",
+    b"w@example.org(",
+    b"\\@@example.org",
+];
+
+/// Envelopes as other agents write them, and worse.
+fn foreign_envelope() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
+    use proptest::prelude::*;
+    let glue: Vec<&'static [u8]> = vec![b",", b", ", b",\n ", b",\r\n\t", b" ", b"\n ", b"; ", b",,", b"\n\t,\n "];
+    let names: Vec<&'static [u8]> = vec![
+        b"Delivered-To: ",
+        b"Envelope-to:",
+        b"X-Original-To: ",
+        b"delivered-to:\n ",
+        b"Return-Path: <>\nDelivered-To: ",
+    ];
+    let piece =
+        (proptest::sample::select(PIECES), proptest::sample::select(glue), any::<proptest::sample::Index>(), 0..8u8);
+    let end: Vec<&'static [u8]> = vec![b"\n", b"\r\n", b" \n"];
+    let field =
+        (proptest::sample::select(names), proptest::collection::vec(piece, 1..5), proptest::sample::select(end));
+    proptest::collection::vec(field, 1..4).prop_map(|fields| {
+        let mut text = Vec::new();
+        for (name, pieces, end) in fields {
+            text.extend_from_slice(name);
+            for (number, (piece, glue, fold, dice)) in pieces.into_iter().enumerate() {
+                if number > 0 {
+                    text.extend_from_slice(glue);
+                }
+                // Folded anywhere, now and then.
+                let at = if dice == 0 { fold.index(piece.len() + 1) } else { piece.len() };
+                text.extend_from_slice(&piece[..at]);
+                if dice == 0 {
+                    text.extend_from_slice(b"\r\n ");
+                }
+                text.extend_from_slice(&piece[at..]);
+            }
+            text.extend_from_slice(end);
+        }
+        text.extend_from_slice(b"Received: x\n\nx\n");
+        text
+    })
 }
