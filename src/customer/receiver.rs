@@ -35,7 +35,7 @@ use super::success_dsn::SuccessDsn;
 use crate::mail::address::{ForwardPath, Mailbox, forward_path, reverse_path};
 use crate::mail::header::Header;
 use crate::maildir::spooled::SpooledContent;
-use crate::maildir::{MessageWriter, PreparedMessage};
+use crate::maildir::{MessageWriter, PreparedMessage, continues_field};
 use crate::net::trace::quoted;
 use crate::queue::QueuedEnvelope;
 use crate::recipients::{Delivery, Destination};
@@ -237,6 +237,7 @@ impl SessionHandler for Receiver {
             context: context.clone(),
             writer,
             spooled: SpooledContent::default(),
+            begun: false,
             session: incoming.session.to_owned(),
             identity: self.mail().unwrap_or_default(),
             provider: incoming.received.helo.unwrap_or_default().to_owned(),
@@ -257,6 +258,8 @@ struct IncomingMessage {
     routing: Routing,
     writer: MessageWriter,
     spooled: SpooledContent,
+    /// Content has arrived.
+    begun: bool,
     /// The id of our session in the log.
     session: String,
     identity: MessageIdentity,
@@ -401,7 +404,10 @@ impl MessageSink for IncomingMessage {
     fn write(&mut self, octets: &[u8]) -> Result<(), Reply> {
         self.context.counters.add_octets(octets.len());
         self.success_dsn.observe(octets);
-        let written = self.spool(octets).and_then(|()| self.writer.write(octets));
+        // The spooled content begins with our `Received` field; the copies in mailboxes do the same by themselves.
+        let separated = !octets.is_empty() && !std::mem::replace(&mut self.begun, true) && continues_field(octets);
+        let spooled = if separated { self.spool(b"\n") } else { Ok(()) };
+        let written = spooled.and_then(|()| self.spool(octets)).and_then(|()| self.writer.write(octets));
         written.map_err(|error| storage_failure_reply(&error))
     }
 

@@ -34,6 +34,34 @@ pub struct Header<'a> {
     line_end: &'static str,
 }
 
+/// Ids of earlier messages that are kept: the last ones.
+const REFERENCES_LIMIT: usize = 20;
+
+/// Octets of a Message-ID at most; a longer one is left out.
+const MESSAGE_ID_LIMIT: usize = 250;
+
+/// Where a message stands in its thread.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Thread {
+    /// With its angle brackets.
+    pub message_id: Option<String>,
+    /// The oldest first.
+    pub references: Vec<String>,
+}
+
+/// The ids in the value of a field: each from `<` to `>`, in printable ASCII.
+fn message_ids(value: &[u8]) -> Vec<String> {
+    let mut ids = Vec::new();
+    for part in value.split(|octet| *octet == b'<').skip(1) {
+        let Some(end) = part.iter().position(|octet| *octet == b'>') else { continue };
+        let id = &part[..end];
+        if (1..=MESSAGE_ID_LIMIT).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic) {
+            ids.push(format!("<{}>", String::from_utf8_lossy(id)));
+        }
+    }
+    ids
+}
+
 /// A field. `raw` has its name, its continuation lines, and its line end unless the content ends with it.
 #[derive(Clone, Copy, Debug)]
 struct Field<'a> {
@@ -73,6 +101,18 @@ impl<'a> Header<'a> {
     pub fn client_info(&self, by: &str) -> Option<ClientInfo> {
         let field = self.fields.iter().find(|field| field.is("Received"))?;
         ClientInfo::parse(&String::from_utf8_lossy(field.value()), by)
+    }
+
+    /// The Message-ID, and those of the messages before it (RFC 5322 section 3.6.4).
+    pub fn thread(&self) -> Thread {
+        let field = |name: &str| self.fields.iter().find(|field| field.is(name));
+        let ids = |name: &str| field(name).map(|field| message_ids(field.value())).unwrap_or_default();
+        let (replied_to, mut references) = (ids("In-Reply-To"), ids("References"));
+        if references.is_empty() && replied_to.len() == 1 {
+            references = replied_to;
+        }
+        references.drain(..references.len().saturating_sub(REFERENCES_LIMIT));
+        Thread { message_id: ids("Message-ID").into_iter().next(), references }
     }
 
     /// Octets of the header, its blank line included: the body begins there.

@@ -367,6 +367,8 @@ pub struct MessageWriter {
     copies: Vec<MessageCopy>,
     /// Octets of content since the free space was checked.
     unchecked: u64,
+    /// Content was written.
+    begun: bool,
 }
 
 impl MessageWriter {
@@ -397,7 +399,13 @@ impl MessageWriter {
     }
 
     /// Appends content, with LF line ends, to all copies. It leaves the reserve free, whatever size was announced.
+    ///
+    /// Content that begins with white space is no header: a blank line comes before it, so that it does not continue the last
+    /// field of the head (RFC 5322 section 2.2.3).
     pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
+        if !octets.is_empty() && !std::mem::replace(&mut self.begun, true) && continues_field(octets) {
+            self.copies.iter_mut().try_for_each(|copy| copy.write(b"\n"))?;
+        }
         self.unchecked += octets.len() as u64;
         if self.unchecked >= ROOM_CHECK_INTERVAL {
             self.unchecked = 0;
@@ -461,6 +469,11 @@ impl PreparedMessage {
     fn directories(&self) -> BTreeSet<PathBuf> {
         self.copies.iter().map(|copy| copy.maildir.path.join("new")).collect()
     }
+}
+
+/// Whether content would continue a field before it.
+pub fn continues_field(content: &[u8]) -> bool {
+    content.starts_with(b" ") || content.starts_with(b"\t")
 }
 
 /// Reads a content to its end and calls `each` with every block. A block has 32 KiB at most and may end anywhere in a

@@ -25,7 +25,7 @@ use std::fmt::Write;
 
 use crate::clock::Timestamp;
 use crate::mail::address::Mailbox;
-use crate::mail::header::{HeaderLine, HeaderState};
+use crate::mail::header::{HeaderLine, HeaderState, Thread};
 use crate::smtp::limits::CONTENT_LINE;
 
 /// Octets of a line after which text is folded between words (RFC 5322 section 2.1.1).
@@ -55,10 +55,12 @@ pub struct RecipientReport<'a> {
     pub action: Action,
     /// An enhanced status code, `5.1.1`. One that is not valid for the action becomes the general code of its class.
     pub status: String,
-    /// The name or address literal of the peer that has replied.
+    /// The name or address literal of the peer that has sent `reply`.
     pub remote: Option<&'a str>,
-    /// The peer's reply on one line, `550 5.1.1 No such user`, or the reason without a peer.
-    pub diagnostic: Option<&'a str>,
+    /// The peer's last reply as it was, on one line: `550 5.1.1 No such user`.
+    pub reply: Option<&'a str>,
+    /// What we have decided ourselves, and why.
+    pub verdict: Option<&'a str>,
     pub last_attempt: Option<Timestamp>,
     /// Used with [`Action::Delayed`] only.
     pub retry_until: Option<Timestamp>,
@@ -84,6 +86,8 @@ pub struct Dsn<'a> {
     pub utf8: bool,
     /// The whole message is returned, not its header alone.
     pub full: bool,
+    /// The Message-ID of the message, and those of the messages before it in its thread.
+    pub thread: Thread,
 }
 
 impl Dsn<'_> {
@@ -144,6 +148,12 @@ impl Dsn<'_> {
         put(&mut out, "Date", &self.now.rfc5322());
         let id = self.clean(self.message_id);
         put(&mut out, "Message-ID", &format!("<{}>", id.trim_matches(['<', '>'])));
+        // RFC 5322 section 3.6.4. Mail readers and ticket systems find the message by it.
+        if let Some(id) = &self.thread.message_id {
+            put(&mut out, "In-Reply-To", id);
+            let references: Vec<_> = self.thread.references.iter().chain([id]).map(String::as_str).collect();
+            fold(&mut out, "References:", " ", &references.join(" "));
+        }
         // RFC 3834 section 5: "auto-generated" must not be used on DSNs.
         put(&mut out, "Auto-Submitted", "auto-replied");
         put(&mut out, "MIME-Version", "1.0");
@@ -199,12 +209,16 @@ impl Dsn<'_> {
         put(out, "Final-Recipient", &format!("{kind}; {}", self.address(report.recipient)));
         put(out, "Action", report.action.wording().name);
         put(out, "Status", report.status());
-        if let Some(name) = report.remote {
+        if let Some(name) = report.remote.filter(|_| report.reply.is_some()) {
             put(out, "Remote-MTA", &self.mta(name));
         }
-        if let Some(text) = report.diagnostic {
-            let kind = if is_reply(text) { "smtp" } else { "x-odmr" };
-            fold(out, "Diagnostic-Code:", " ", &format!("{kind}; {}", self.clean(text)));
+        // RFC 3464 section 2.3.6: what the peer has said, and nothing else. There is one such field.
+        if let Some(text) = report.reply {
+            put_folded(out, "Diagnostic-Code", &format!("smtp; {}", self.clean(text)));
+        }
+        if let Some(text) = report.verdict {
+            let name = if report.reply.is_some() { "X-ODMR-Diagnostic-Code" } else { "Diagnostic-Code" };
+            put_folded(out, name, &format!("x-odmr; {}", self.clean(text)));
         }
         if let Some(date) = report.last_attempt {
             put(out, "Last-Attempt-Date", &date.rfc5322());
@@ -243,16 +257,13 @@ impl Dsn<'_> {
 
     fn explain(&self, out: &mut String, report: &RecipientReport) {
         let _ = writeln!(out, "\n    <{}>", self.address(report.recipient));
-        let peer = report.remote.map(|name| self.clean(name));
-        let text = report.diagnostic.map(|text| self.clean(text));
-        let result = match (peer, text) {
-            (Some(peer), Some(text)) if report.diagnostic.is_some_and(is_reply) => format!("{peer} answered: {text}"),
-            (Some(peer), Some(text)) => format!("{peer}: {text}"),
-            (None, Some(text)) => text,
-            (Some(peer), None) => format!("by {peer}"),
-            (None, None) => String::new(),
-        };
-        paragraph(out, "        ", &result);
+        if let Some(reply) = report.reply {
+            let peer = report.remote.map(|name| format!("{} answered: ", self.clean(name))).unwrap_or_default();
+            paragraph(out, "        ", &(peer + &self.clean(reply)));
+        }
+        if let Some(verdict) = report.verdict {
+            paragraph(out, "        ", &self.clean(verdict));
+        }
         if let Some(date) = report.retry_until.filter(|_| report.action == Action::Delayed) {
             paragraph(out, "        ", &format!("It is tried until {}.", date.rfc5322()));
         }
@@ -395,6 +406,27 @@ fn put(out: &mut String, name: &str, value: &str) {
     push_within_limit(out, &format!("{name}: {value}"));
 }
 
+/// Appends a field whose lines are folded before white space, which stays as it is (RFC 5322 section 2.2.3).
+fn put_folded(out: &mut String, name: &str, value: &str) {
+    let (mut line, mut word) = (format!("{name}: "), String::new());
+    let mut put_word = |line: &mut String, word: &mut String| {
+        if line.len() + word.len() > FOLD_WIDTH && word.starts_with([' ', '\t']) && word.trim() != "" {
+            push_within_limit(out, line);
+            line.clear();
+        }
+        line.push_str(word);
+        word.clear();
+    };
+    for character in value.chars() {
+        if matches!(character, ' ' | '\t') && word.trim() != "" {
+            put_word(&mut line, &mut word);
+        }
+        word.push(character);
+    }
+    put_word(&mut line, &mut word);
+    push_within_limit(out, line.trim_end());
+}
+
 /// Appends text in lines of moderate length; nothing if the text is empty.
 fn paragraph(out: &mut String, indent: &str, text: &str) {
     let mut words = text.split_whitespace();
@@ -431,12 +463,6 @@ fn push_within_limit(out: &mut String, line: &str) {
     }
     out.push_str(rest);
     out.push('\n');
-}
-
-/// Whether a text begins like an SMTP reply.
-fn is_reply(text: &str) -> bool {
-    let code = text.split_whitespace().next().unwrap_or_default();
-    code.len() == 3 && code.bytes().all(|octet| octet.is_ascii_digit()) && code.starts_with(['2', '3', '4', '5'])
 }
 
 /// Decodes xtext (RFC 3461 section 4); other text is left as it is.

@@ -14,13 +14,15 @@ use std::time::{Duration, SystemTime};
 use crate::clock::Timestamp;
 use crate::ids::Ids;
 use crate::mail::address::{Mailbox, ReversePath};
+use crate::mail::header::Header;
 use crate::maildir::spooled::Content;
 use crate::net::trace::quoted;
 use crate::queue::retry::{self, Retry};
 use crate::queue::{QueueLock, QueuedEnvelope, QueuedMessage};
 use crate::smtp::command::{Body, Envelope, Recipient, Return};
+use crate::smtp::limits::CONTENT_LINE;
 use crate::smtp::reply::Reply;
-use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
+use crate::smtp::status::{DeliveryResult, RecipientStatus};
 use dsn::{Action, Dsn, RecipientReport};
 
 /// Octets of a message that a DSN returns whole, if the sender has asked for that (RFC 3461 section 4.3).
@@ -198,6 +200,7 @@ impl Reporter {
                 .zip(message.first_offered(now))
                 .and_then(|(give_up, first)| (retry::age(first, now) > give_up).then_some(give_up)),
         };
+        let before = result.clone();
         if let Some(give_up) = expired {
             result.recipients.iter_mut().for_each(|status| expire(status, give_up));
         }
@@ -210,7 +213,7 @@ impl Reporter {
             let give_up = i64::try_from(retry.give_up.as_secs()).unwrap_or(i64::MAX / 4);
             late_until = late.then(|| Timestamp::from_seconds(message.arrived.seconds() + give_up));
         }
-        match self.report(&mut message, &result, attempt, late_until, now) {
+        match self.report(&mut message, (&before, &result), attempt, late_until, now) {
             Ok(reported) => message.rejections_reported = reported,
             Err(error) => {
                 // Recipients that have the message must not get it again because a DSN about another cannot be stored.
@@ -231,30 +234,31 @@ impl Reporter {
         Ok(result)
     }
 
-    /// Sends one DSN for all recipients that need one. Returns whether the sender can receive DSNs.
+    /// Sends one DSN for all recipients that need one. `before`: the result of the attempt, in which no recipient has expired.
+    /// Returns whether the sender can receive DSNs.
     fn report(
-        &self, message: &mut QueuedMessage, result: &DeliveryResult, attempt: &Attempt<'_>,
-        late_until: Option<Timestamp>, now: Timestamp,
+        &self, message: &mut QueuedMessage, (before, result): (&DeliveryResult, &DeliveryResult),
+        attempt: &Attempt<'_>, late_until: Option<Timestamp>, now: Timestamp,
     ) -> io::Result<bool> {
         let to = match &message.envelope.from {
             ReversePath::Mailbox(to) if self.sink.is_some() => to.clone(),
             // Never a DSN about a DSN (RFC 5321 section 6.1).
             ReversePath::Mailbox(_) | ReversePath::Null => return Ok(false),
         };
-        // A reply of our own must not be reported as the peer's.
-        let remote = attempt.peer.filter(|_| result.decided_by != DecidedBy::Us);
         let recipients = message.envelope.recipients.clone();
-        let texts: Vec<_> = result.recipients.iter().map(|status| status.reply().map(Reply::to_string)).collect();
         let mut reports = Vec::new();
-        for ((recipient, status), diagnostic) in recipients.iter().zip(&result.recipients).zip(&texts) {
+        let statuses = before.recipients.iter().zip(&result.recipients);
+        let texts: Vec<_> = statuses.clone().map(|(before, status)| diagnostics(before, status)).collect();
+        for ((recipient, (_, status)), (reply, verdict)) in recipients.iter().zip(statuses).zip(&texts) {
             if let Some(action) = action(recipient, status, attempt.peer_sends_dsn, late_until.is_some()) {
                 reports.push(RecipientReport {
                     recipient: &recipient.mailbox,
                     original: recipient.original.as_deref(),
                     action,
                     status: status.enhanced().to_owned(),
-                    remote,
-                    diagnostic: diagnostic.as_deref(),
+                    remote: attempt.peer,
+                    reply: reply.as_deref(),
+                    verdict: verdict.as_deref(),
                     last_attempt: Some(now),
                     retry_until: late_until,
                 });
@@ -290,7 +294,8 @@ impl Reporter {
                 action,
                 status: "2.0.0".to_owned(),
                 remote: None,
-                diagnostic: None,
+                reply: None,
+                verdict: None,
                 last_attempt: None,
                 retry_until: None,
             })
@@ -308,6 +313,12 @@ impl Reporter {
         let Some(sink) = &self.sink else { return Ok(()) };
         let failures = reports.iter().any(|report| matches!(report.action, Action::Failed));
         let full = failures && may_be_whole && about.envelope.ret == Some(Return::Full);
+        let mut returned = Vec::new();
+        content
+            .take(if full { 2 * RETURN_FULL_LIMIT } else { RETURNED_HEADER_LIMIT as u64 })
+            .read_to_end(&mut returned)?;
+        // A part of a DSN has no NUL and no line over 998 octets (RFC 2045 section 2.7), and must not be recoded.
+        let full = full && is_plain(&returned);
         let utf8 = !to.is_ascii();
         let id = self.ids.queue_id();
         let dsn = Dsn {
@@ -321,12 +332,9 @@ impl Reporter {
             boundary: &format!("=_{id}"),
             utf8,
             full,
+            thread: Header::parse(&returned).thread(),
         };
-        let mut returned = Vec::new();
-        if full {
-            content.take(2 * RETURN_FULL_LIMIT).read_to_end(&mut returned)?;
-        } else {
-            content.take(RETURNED_HEADER_LIMIT as u64).read_to_end(&mut returned)?;
+        if !full {
             returned = dsn.returned_header(&returned, RETURNED_HEADER_LIMIT);
         }
         let mut text = dsn.head().into_bytes();
@@ -335,6 +343,25 @@ impl Reporter {
         sink.store(&DsnMessage { to: to.clone(), text, utf8 })?;
         log::info!("event=dsn-sent id={id} about={} to=<{to}>", about.id);
         Ok(())
+    }
+}
+
+/// Whether content may be a part of a message that has the given transfer encoding 7bit or 8bit.
+fn is_plain(content: &[u8]) -> bool {
+    !content.contains(&0) && content.split(|octet| *octet == b'\n').all(|line| line.len() <= CONTENT_LINE)
+}
+
+/// What [`expire`] puts before the last status.
+const AT_LAST: &str = "; at last: ";
+
+/// What a DSN says of a recipient: the last reply of the peer, if it has said anything, and what we have decided ourselves.
+fn diagnostics(before: &RecipientStatus, status: &RecipientStatus) -> (Option<String>, Option<String>) {
+    let text = status.to_string();
+    match before.reply() {
+        Some(reply) if !reply.is_from_peer() => (None, Some(text)),
+        None => (None, Some(text)),
+        Some(reply) if before == status => (Some(reply.to_string()), None),
+        Some(reply) => (Some(reply.to_string()), text.split(AT_LAST).next().map(str::to_owned)),
     }
 }
 
@@ -363,8 +390,8 @@ fn expire(status: &mut RecipientStatus, after: Duration) {
             seconds if seconds < 7200 => format!("{seconds} seconds"),
             seconds => format!("{} hours", seconds / 3600),
         };
-        *status =
-            RecipientStatus::Rejected(Reply::new(554, "5.4.7", format!("Given up after {time}; at last: {status}")));
+        let text = format!("Given up after {time}{AT_LAST}{status}");
+        *status = RecipientStatus::Rejected(Reply::new(554, "5.4.7", text));
     }
 }
 

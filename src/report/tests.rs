@@ -7,6 +7,8 @@ use crate::mail::address::{Domain, reverse_path};
 use crate::maildir::{AttemptRecord, Maildir};
 use crate::queue::{Queue, QueueName};
 use crate::smtp::command::Notify;
+use crate::smtp::reply::ReplyReader;
+use crate::smtp::status::DecidedBy;
 
 const HOUR: i64 = 3600;
 
@@ -216,4 +218,38 @@ fn a_delay_that_cannot_be_recorded_repeats_no_recipient() {
         })
         .unwrap();
     assert_eq!(open, ["to@example.net"]);
+}
+
+/// Rules: DSNF-06.
+#[test]
+fn content_that_a_dsn_may_not_contain_is_not_returned_whole() {
+    for (content, plain) in
+        [(&b"Subject: x\n\nx\n"[..], true), (&[b'x'; 998], true), (&[b'x'; 999], false), (b"a\0b\n", false)]
+    {
+        assert_eq!(is_plain(content), plain);
+    }
+}
+
+/// Who has said what: the peer its last reply, we the verdict.
+#[test]
+fn a_dsn_divides_the_reply_of_the_peer_from_our_verdict() {
+    let reply = |text: &str| ReplyReader::default().line(text.as_bytes()).unwrap().unwrap();
+    let later = RecipientStatus::Deferred(reply("450 4.2.1 full,\tcome  back"));
+    let lost = RecipientStatus::Deferred(Reply::new(451, "4.4.2", "The connection was lost"));
+    let unknown = RecipientStatus::Rejected(reply("550 nobody"));
+    let given_up = |status: &RecipientStatus| {
+        let mut expired = status.clone();
+        expire(&mut expired, Duration::from_secs(86400));
+        expired
+    };
+    let verdict = "554 5.4.7 Given up after 24 hours";
+    for (before, status, wanted) in [
+        (&later, later.clone(), (Some("450 4.2.1 full,\tcome  back"), None)),
+        (&later, given_up(&later), (Some("450 4.2.1 full,\tcome  back"), Some(verdict.to_owned()))),
+        (&unknown, given_up(&unknown), (Some("550 nobody"), None)),
+        (&lost, lost.clone(), (None, Some(lost.to_string()))),
+        (&lost, given_up(&lost), (None, Some(format!("{verdict}; at last: {lost}")))),
+    ] {
+        assert_eq!(diagnostics(before, &status), (wanted.0.map(str::to_owned), wanted.1));
+    }
 }

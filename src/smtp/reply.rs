@@ -26,24 +26,33 @@ pub enum Severity {
 }
 
 /// A reply, ours or a peer's.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Eq)]
 pub struct Reply {
+    /// It is as a peer has sent it.
+    from_peer: bool,
     code: u16,
     /// `class.subject.detail`; `None` for greetings, EHLO and 3yz (RFC 2034 section 4).
     enhanced: Option<Cow<'static, str>>,
     lines: Vec<Cow<'static, str>>,
 }
 
+/// Replies are equal if they say the same, whoever says it.
+impl PartialEq for Reply {
+    fn eq(&self, other: &Reply) -> bool {
+        (self.code, &self.enhanced, &self.lines) == (other.code, &other.enhanced, &other.lines)
+    }
+}
+
 impl Reply {
     /// A reply with an enhanced status code, whose class must be the first digit of `code`.
     pub fn new(code: u16, enhanced: &'static str, text: impl Into<Cow<'static, str>>) -> Reply {
         debug_assert_eq!(enhanced.as_bytes().first(), Some(&(b'0' + (code / 100) as u8)));
-        Reply { code, enhanced: Some(Cow::Borrowed(enhanced)), lines: vec![text.into()] }
+        Reply { from_peer: false, code, enhanced: Some(Cow::Borrowed(enhanced)), lines: vec![text.into()] }
     }
 
     /// A reply without an enhanced status code: a greeting, the reply to EHLO, 3yz.
     pub fn bare(code: u16, text: impl Into<Cow<'static, str>>) -> Reply {
-        Reply { code, enhanced: None, lines: vec![text.into()] }
+        Reply { from_peer: false, code, enhanced: None, lines: vec![text.into()] }
     }
 
     /// The reply with one line more.
@@ -69,6 +78,11 @@ impl Reply {
     pub fn with_code(self, code: u16) -> Reply {
         debug_assert_eq!(code / 100, self.code / 100);
         Reply { code, ..self }
+    }
+
+    /// Whether a peer has said it; otherwise it is our own.
+    pub fn is_from_peer(&self) -> bool {
+        self.from_peer
     }
 
     /// The three digits, 200 to 599.
@@ -112,7 +126,9 @@ impl Reply {
                 out.push(b' ');
             }
             // A text may contain octets from a peer. A line end in them must not begin another reply.
-            out.extend(piece.bytes().map(|octet| if octet < b' ' || octet == 127 { b'?' } else { octet }));
+            // RFC 5321 section 4.2: a textstring may contain tabs.
+            let plain = |octet: u8| octet == b'\t' || octet >= b' ' && octet != 127;
+            out.extend(piece.bytes().map(|octet| if plain(octet) { octet } else { b'?' }));
             out.extend_from_slice(b"\r\n");
         }
     }
@@ -127,7 +143,7 @@ impl fmt::Display for Reply {
         }
         let lines = self.lines.iter().filter(|line| !line.is_empty());
         for character in lines.flat_map(|line| " ".chars().chain(line.chars())).take(DISPLAY_LIMIT) {
-            f.write_char(if character.is_control() { '?' } else { character })?;
+            f.write_char(if character.is_control() && character != '\t' { '?' } else { character })?;
         }
         Ok(())
     }
@@ -178,7 +194,7 @@ impl ReplyReader {
         };
         let text = String::from_utf8_lossy(&text[..text.len().min(limits::REPLY_LINE_KEPT)]);
         let mut reply = match self.begun.take() {
-            None => Reply { code, enhanced: None, lines: Vec::new() },
+            None => Reply { from_peer: true, code, enhanced: None, lines: Vec::new() },
             Some(reply) if reply.code == code => reply,
             Some(_) => return Err(broken()),
         };

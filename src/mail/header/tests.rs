@@ -193,3 +193,20 @@ proptest! {
         prop_assert_eq!(completed(&once, &[once.len()]), once);
     }
 }
+
+/// RFC 5322 section 3.6.4.
+#[test]
+fn a_thread_is_read_from_the_ids() {
+    let thread = |text: &str| {
+        let Thread { message_id, references } = Header::parse(text.as_bytes()).thread();
+        (message_id.unwrap_or_default(), references.join(" "))
+    };
+    let pair = |one: &str, other: &str| (one.to_owned(), other.to_owned());
+    assert_eq!(thread("Message-ID: <3@x>\nReferences: <1@x>\n <2@x>\n\n"), pair("<3@x>", "<1@x> <2@x>"));
+    assert_eq!(thread("Message-ID: <3@x>\nIn-Reply-To: <2@x>\n\n"), pair("<3@x>", "<2@x>"));
+    assert_eq!(thread("In-Reply-To: <1@x> <2@x>\n\n"), pair("", ""), "two parents are no thread");
+    assert_eq!(thread("Message-ID: <a b@x>\nReferences: <\u{e4}@x> <> x <1@x\n\n"), pair("", ""));
+    let many: String = (0..30).map(|number| format!(" <{number}@x>")).collect();
+    assert!(thread(&format!("Message-ID: <x>\nReferences:{many}\n\n")).1.starts_with("<10@x> <11@x>"));
+    assert_eq!(thread(&format!("Message-ID: <{}@x>\n\n", "l".repeat(300))), pair("", ""));
+}

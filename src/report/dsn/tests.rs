@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::ids::Ids;
+use crate::mail::header::Header;
 use proptest::prelude::*;
 
 fn mailbox(text: &str) -> Mailbox {
@@ -15,7 +16,8 @@ fn report<'a>(recipient: &'a Mailbox, action: Action, status: &str) -> Recipient
         action,
         status: status.to_owned(),
         remote: None,
-        diagnostic: None,
+        reply: None,
+        verdict: None,
         last_attempt: None,
         retry_until: None,
     }
@@ -34,6 +36,7 @@ fn dsn<'a>(to: &'a Mailbox, reports: &'a [RecipientReport<'a>]) -> Dsn<'a> {
         boundary: "Boundary1",
         utf8: false,
         full: false,
+        thread: Header::parse(MESSAGE).thread(),
     }
 }
 
@@ -64,7 +67,7 @@ fn a_failure_is_reported_with_reason_and_advice() {
         RecipientReport {
             original: Some("rfc822;joe+2Bold@example.com"),
             remote: Some("mx.example.com"),
-            diagnostic: Some(
+            reply: Some(
                 "550 5.1.1 <joe@example.com>: Recipient address rejected: User unknown in virtual mailbox table; \
                  see https://example.com/help",
             ),
@@ -73,12 +76,13 @@ fn a_failure_is_reported_with_reason_and_advice() {
             ..report(&joe, Action::Failed, "5.1.1")
         },
         RecipientReport {
-            diagnostic: Some("the domain nowhere.example does not exist"),
+            verdict: Some("550 5.1.2 There is no domain nowhere.example"),
             ..report(&bob, Action::Failed, "5.1.2")
         },
         RecipientReport {
             remote: Some("[192.0.2.7]"),
-            diagnostic: Some("no connection: Connection timed out"),
+            reply: Some("450 4.2.0\tnot  now; a very long reason that must be folded, with  its spaces,\tand tabs"),
+            verdict: Some("554 5.4.7 Given up after 120 hours"),
             last_attempt: Some(now),
             ..report(&ann, Action::Failed, "4.4.7")
         },
@@ -102,7 +106,7 @@ fn a_delay_asks_the_sender_for_nothing() {
     let now = Ids::fixed().clock().now();
     let reports = [RecipientReport {
         remote: Some("mx.example.com"),
-        diagnostic: Some("451 4.3.0 Try again later"),
+        reply: Some("451 4.3.0 Try again later"),
         last_attempt: Some(now),
         retry_until: Some(Timestamp::from_seconds(now.seconds() + 4 * 86400)),
         ..report(&joe, Action::Delayed, "4.3.0")
@@ -118,7 +122,7 @@ fn success_is_reported_as_delivered_relayed_or_expanded() {
         report(&joe, Action::Delivered, "2.1.5"),
         RecipientReport {
             remote: Some("mx.example.com"),
-            diagnostic: Some("250 2.0.0 Ok: queued as 4F1"),
+            reply: Some("250 2.0.0 Ok: queued as 4F1"),
             ..report(&ann, Action::Relayed, "2.0.0")
         },
         report(&all, Action::Expanded, "2.0.0"),
@@ -136,7 +140,7 @@ fn a_dsn_is_in_ascii_unless_it_may_be_in_utf8() {
     let reports = [RecipientReport {
         original: Some("utf-8;jo\\x{20}\\x{E9}@b\\x{FC}cher.example"),
         remote: Some("mx.example.com"),
-        diagnostic: Some("553 5.6.7 Ungültig"),
+        reply: Some("553 5.6.7 Ungültig"),
         ..report(&joe, Action::Failed, "5.6.7")
     }];
     let ascii = dsn(&to, &reports);
@@ -214,7 +218,7 @@ proptest! {
         let reports = [RecipientReport {
             original: Some(&text),
             remote: Some(&text),
-            diagnostic: Some(&text),
+            reply: Some(&text),
             ..report(&joe, Action::Failed, &text)
         }];
         let envelope_id = Some(&*text);
