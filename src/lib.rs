@@ -20,10 +20,11 @@
 //! `report::dsn` are pure: they name no socket, file, clock, random source or thread.
 #![forbid(unsafe_code)]
 
-// What comes from outside: time, randomness, the user.
+// What comes from outside: time, randomness, the user, the files of an administrator.
 pub mod clock;
 pub mod ids;
 pub mod privileges;
+pub mod text_file;
 
 // The protocol, pure.
 pub mod sasl;

@@ -1,15 +1,13 @@
 //! The files of a configuration: reads them, finds the line of a place in them, and checks who may read them.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
 use std::ops::Range;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use toml::de::DeTable;
 
 use crate::recipients::{ConfigError, SourceLine};
+pub(super) use crate::text_file::read;
 
 /// Which side a file is for.
 pub(super) enum FileKind {
@@ -113,28 +111,6 @@ pub(super) fn decode<'a>(file: &Arc<Path>, octets: &'a [u8]) -> Result<&'a str, 
         let before = octets[..cause.valid_up_to()].iter().filter(|octet| **octet == b'\n').count();
         SourceLine { file: file.clone(), line: Some(before + 1) }.error("is not UTF-8: save it as UTF-8")
     })
-}
-
-/// Octets of a file. A longer one is not a configuration, and would use up the memory.
-const FILE_SIZE_LIMIT: u64 = 16 << 20;
-
-/// The permissions and the octets of a file.
-///
-/// # Errors
-///
-/// The file cannot be read, is a pipe, or is longer than [`FILE_SIZE_LIMIT`].
-pub(super) fn read(path: &Path) -> io::Result<(u32, Vec<u8>)> {
-    // Opening a pipe waits for a writer, perhaps forever.
-    if fs::metadata(path)?.file_type().is_fifo() {
-        return Err(io::Error::other("is a pipe, and must be a file"));
-    }
-    let file = File::open(path)?;
-    let mode = file.metadata()?.permissions().mode();
-    let mut octets = Vec::new();
-    if file.take(FILE_SIZE_LIMIT + 1).read_to_end(&mut octets)? as u64 > FILE_SIZE_LIMIT {
-        return Err(io::Error::other("it has more than 16 MiB"));
-    }
-    Ok((mode, octets))
 }
 
 /// Rejects a file with a secret if every user of this machine may read or change it.

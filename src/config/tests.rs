@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::mail::address::Domain;
+use crate::net::tls::Pin;
 use crate::queue::retry::Retry;
 use crate::schedule::{Schedule, When};
 use crate::session::{Limits, RemoteSettings, Timeouts, TlsMode};
@@ -349,7 +350,7 @@ fn every_key_of_outgoing_and_schedule_is_read() {
     assert_eq!(outgoing.domain, domain("example.com"));
     let submission = outgoing.submission.unwrap();
     assert_eq!(submission.address, "smtp.example.net:5870");
-    assert_eq!((submission.tls, submission.pin), (TlsMode::StartTls, Some([0; 32])));
+    assert_eq!((submission.tls, submission.pin), (TlsMode::StartTls, Some(Pin::Certificate([0; 32]))));
     assert_eq!(submission.credentials, Some(("sender".to_owned(), b"mellon".to_vec())));
     let times = Retry { give_up: 2 * DAY, delay_notice: Some(HOUR), ..Retry::default() };
     assert_eq!(outgoing.retry, times);
@@ -872,4 +873,36 @@ fn ten_thousand_customers_load_at_once() {
     assert_eq!(owner.unwrap().name, "c4711");
     // It takes a tenth of this, unoptimised; the rest is for a busy machine.
     assert!(took < Duration::from_secs(2), "{took:?}");
+}
+
+/// Each text file of an administrator is read by one reader, whatever the editor has written around the text.
+#[test]
+fn byte_order_marks_and_line_ends_do_not_matter_and_utf_16_is_named() {
+    let crlf = |text: &str| format!("\u{feff}{}", text.trim_end().replace('\n', "\r\n"));
+    let acme = ACME.replace("secret = \"open sesame\"", "secret-file = \"acme.secret\"");
+    let customer = changed(CUSTOMER, "secret = \"open sesame\"", "secret-file = \"secret\"");
+    let customer = changed(&customer, "", "alias-file = \"aliases\"\n");
+    let provider = |acme: &str, secret: &str| {
+        files(&[("odmr.toml", &crlf(PROVIDER)), ("customers.d/acme.toml", acme), ("customers.d/acme.secret", secret)])
+    };
+    let customer = |secret: &str, aliases: &str| {
+        files(&[("odmr.toml", &crlf(&customer)), ("secret", secret), ("aliases", aliases)])
+    };
+    let load = |directory: TempDir| Config::load(&directory.path().join("odmr.toml")).unwrap();
+    for secret in ["open sesame", "\u{feff}open sesame", "\u{feff}open sesame\r\n", "open sesame\n"] {
+        let Config::Provider(read) = load(provider(&crlf(&acme), secret)) else { panic!("not a provider's file") };
+        assert_eq!(read.accounts.account("acme").unwrap().secret, b"open sesame");
+        let Config::Customer(read) = load(customer(secret, "\u{feff}root: alice\r\npostmaster: root")) else {
+            panic!("not a customer's file")
+        };
+        assert_eq!(read.providers[0].remote.credentials.as_ref().unwrap().1, b"open sesame");
+    }
+    // As Windows' "Unicode" is: each octet of ASCII and a zero.
+    let wide = |text: &str| text.chars().flat_map(|character| [character, '\0']).collect::<String>();
+    let save = "it is UTF-16 or UTF-32: save it as UTF-8";
+    assert_error(&files(&[("odmr.toml", &wide(PROVIDER))]), "odmr.toml", save);
+    assert_error(&provider(&wide(&acme), "open sesame"), "customers.d/acme.toml", save);
+    assert_error(&provider(&acme, &wide("open sesame")), "customers.d/acme.toml:2", save);
+    assert_error(&customer(&wide("open sesame"), "root: alice"), "odmr.toml:5", save);
+    assert_error(&customer("open sesame", &wide("root: alice")), "odmr.toml:9", save);
 }

@@ -25,14 +25,16 @@
 //!
 //! TLS begins only if the read buffer is empty, so that no octet sent in clear counts as sent under TLS (RFC 3207
 //! section 6). An end of the connection without close_notify is an error (RFC 8314 section 3.4). `shutdown` sends
-//! close_notify only if everything before it was sent.
+//! close_notify only if everything before it was sent. After an error of TLS the peer gets the alert that tells why (RFC
+//! 8446 section 6.2): `start_tls_…` and `close` wait a little for the peer to read it, `shutdown` does not.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem::{self, MaybeUninit};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
@@ -52,6 +54,9 @@ const FLUSH_LIMIT: usize = 256 * 1024;
 /// An empty buffer larger than this is freed: thousands of idle connections must not keep what one burst needed.
 const IDLE_CAPACITY: usize = 4 * 1024;
 
+/// After an error of TLS: how long to wait for the peer to read our alert and to close.
+const ALERT_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// One connection.
 pub struct Connection {
     /// The log of the dialogue. It travels with the connection; nothing here writes to it.
@@ -60,6 +65,8 @@ pub struct Connection {
     /// `None`: the same descriptor as `input`.
     output: Option<File>,
     tls: Option<Box<TlsSession>>,
+    /// TLS has ended with an error, and the peer has not been given time to read our alert.
+    tls_failed: bool,
     read: Buffer,
     /// The rest of a line that was too long is being discarded: how many of its octets so far.
     discarding: Option<usize>,
@@ -127,6 +134,7 @@ impl Connection {
             input: input.into(),
             output: output.map(File::from),
             tls: None,
+            tls_failed: false,
             read: Buffer::default(),
             discarding: None,
             early_octets: 0,
@@ -154,6 +162,47 @@ impl Connection {
     /// Returns the descriptor to poll for `OUT`: the same as `input_fd`, unless there are two.
     pub fn output_fd(&self) -> BorrowedFd<'_> {
         self.output.as_ref().unwrap_or(&self.input).as_fd()
+    }
+
+    /// Closes the connection in good order. After an error of TLS it waits for the peer to read our alert, for 2 seconds
+    /// at most; otherwise it does not wait.
+    pub fn close(mut self) {
+        self.deliver_alert(Instant::now() + ALERT_TIMEOUT);
+        self.shutdown();
+    }
+
+    /// [`Connection::close`] for a thread that must not wait: after an error of TLS another thread waits.
+    pub fn close_without_waiting(mut self) {
+        if !self.tls_failed {
+            return self.shutdown();
+        }
+        // If there is no thread, the alert is sent at least.
+        let _ = self.flush();
+        let _ = thread::Builder::new().spawn(move || self.close());
+    }
+
+    /// After an error of TLS: sends our alert and no more, and reads up to the peer's end of the connection or the deadline.
+    /// If a socket is closed while octets of the peer are unread or still come, the system resets the connection, and the
+    /// peer may lose the alert.
+    fn deliver_alert(&mut self, deadline: Instant) {
+        if !mem::take(&mut self.tls_failed) {
+            return;
+        }
+        while let Ok(false) = self.flush() {
+            match self.poll_or_time_out(PollFlags::OUT, None, deadline, "") {
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
+        let _ = rustix::net::shutdown(self.output_fd(), rustix::net::Shutdown::Write);
+        let mut space = [MaybeUninit::uninit(); 4096];
+        while self.poll_or_time_out(PollFlags::IN, None, deadline, "").is_ok() {
+            match rustix::io::read(&self.input, &mut space[..]) {
+                Ok(([], _)) => return,
+                Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(_) => return,
+            }
+        }
     }
 
     /// Closes the connection in good order, as far as that is possible without waiting.
@@ -207,7 +256,12 @@ impl Connection {
             None if octets.is_empty() => self.ended = true,
             None => read.extend_from_slice(octets),
             Some(session) if octets.is_empty() => session.end_of_input()?,
-            Some(session) => session.feed(octets, read)?,
+            Some(session) => {
+                let fed = session.feed(octets, read);
+                // An alert of the peer needs no answer.
+                self.tls_failed |= fed.is_err() && session.wants_write();
+                fed?
+            }
         }
         match self.read.octets.len() - before {
             0 if self.at_end()? => Ok(Filled::End),
@@ -532,7 +586,7 @@ impl Connection {
                 Ok(Filled::Bytes(_) | Filled::Nothing) => {}
                 Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
                     // Our alert tells the peer why the handshake failed.
-                    let _ = self.flush();
+                    self.deliver_alert(deadline.min(Instant::now() + ALERT_TIMEOUT));
                     return Err(error);
                 }
                 Ok(Filled::End) | Err(_) => {

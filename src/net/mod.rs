@@ -2,6 +2,7 @@
 
 pub mod cancel;
 pub mod trace;
+mod x509;
 pub mod tls;
 pub mod connection;
 pub mod listener;

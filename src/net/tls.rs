@@ -10,14 +10,17 @@
 //! ```text
 //! Trust::System             the authorities of this machine; name and dates are checked
 //! Trust::Authorities(file)  the authorities in the file, or the peer's own certificate in it; name and dates are checked
-//! Trust::Pin(sha256)        exactly this certificate; its name and dates do not matter
+//! Trust::Pin(pin)           exactly this certificate, or each with this key; name and dates do not matter
 //! Trust::Anyone             every certificate
 //! ```
 //!
-//! In all four the peer proves, by its handshake signature, that it has the certificate's key.
+//! In all four the peer proves, by its handshake signature, that it has the certificate's key. webpki reads certificates
+//! of X.509 version 3 only. One that it does not read is trusted if it is pinned, is in the file octet for octet, or need
+//! not be trusted: all that is needed is its key, which `x509` reads. Such a certificate has no names.
 
 use std::fmt;
 use std::io::{self, BufRead, Read, Write};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
@@ -25,8 +28,10 @@ use std::time::Duration;
 use data_encoding::HEXLOWER;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_name};
-use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::crypto::{
+    CryptoProvider, verify_tls12_signature, verify_tls13_signature, verify_tls13_signature_with_raw_key,
+};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, SubjectPublicKeyInfoDer, UnixTime, alg_id};
 use rustls::server::{NoServerSessionStorage, ParsedCertificate};
 use rustls::{
     AlertDescription, CertificateError, ClientConfig, ClientConnection, Connection, DigitallySignedStruct, Error,
@@ -37,6 +42,8 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use crate::net::trace::quoted;
+use crate::net::x509;
+use crate::text_file;
 
 /// What the side that accepts connections needs: a certificate chain and its key. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -44,7 +51,11 @@ pub struct ServerTls(Arc<ServerConfig>);
 
 /// What the side that makes connections needs: which certificates it trusts. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct ClientTls(Arc<ClientConfig>);
+pub struct ClientTls {
+    config: Arc<ClientConfig>,
+    /// Whether the peer's certificate must be for the name of the peer.
+    checks_name: bool,
+}
 
 /// Which certificates the connecting side trusts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,10 +64,28 @@ pub enum Trust {
     System,
     /// The authorities, or the peer's own certificate, in a PEM file.
     Authorities(PathBuf),
-    /// The certificate with this SHA-256 of its DER form, whatever its name and dates.
-    Pin([u8; 32]),
+    /// One certificate or one key, whatever the name and the dates.
+    Pin(Pin),
     /// Every certificate: encryption without authentication is better than clear text (RFC 7435).
     Anyone,
+}
+
+/// The SHA-256 of what the peer must show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pin {
+    /// `sha256:`, of the DER form of the certificate.
+    Certificate([u8; 32]),
+    /// `spki-sha256:`, of the DER form of its SubjectPublicKeyInfo, which stays the same if the certificate is renewed.
+    Key([u8; 32]),
+}
+
+impl Pin {
+    fn fits(&self, certificate: &CertificateDer<'_>) -> bool {
+        match self {
+            Pin::Certificate(pin) => digest(certificate).ct_eq(pin).into(),
+            Pin::Key(pin) => key_digest(certificate).is_some_and(|found| found.ct_eq(pin).into()),
+        }
+    }
 }
 
 /// What a TLS connection has negotiated.
@@ -95,12 +124,16 @@ impl ServerTls {
     }
 
     fn new(certificate: &PemText, key: &PemText) -> Result<ServerTls, String> {
+        let chain = certificate.certificates()?;
+        certificate.check_version(&chain[0], key)?;
         let mut config = ServerConfig::builder_with_provider(PROVIDER.clone())
             .with_safe_default_protocol_versions()
             .map_err(|error| format!("TLS: {error}"))?
             .with_no_client_auth()
-            .with_single_cert(certificate.certificates()?, key.private_key()?)
+            .with_single_cert(chain, key.private_key()?)
             .map_err(|error| match error {
+                // The key was not read, and rustls tells only this.
+                Error::General(_) => key.unusable_key(),
                 Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => format!(
                     "{} does not belong to the first certificate in {}: \
                      the server's own certificate must come first, its issuers after it",
@@ -128,6 +161,7 @@ impl ClientTls {
     fn with(
         verification: Verification, versions: &[&'static rustls::SupportedProtocolVersion],
     ) -> Result<ClientTls, String> {
+        let checks_name = matches!(verification, Verification::Chain { .. });
         let mut config = ClientConfig::builder_with_provider(PROVIDER.clone())
             .with_protocol_versions(versions)
             .map_err(|error| format!("TLS: {error}"))?
@@ -135,7 +169,7 @@ impl ClientTls {
             .with_custom_certificate_verifier(Arc::new(verification))
             .with_no_client_auth();
         config.resumption = Resumption::disabled();
-        Ok(ClientTls(Arc::new(config)))
+        Ok(ClientTls { config: Arc::new(config), checks_name })
     }
 }
 
@@ -166,13 +200,19 @@ impl TlsSession {
         Ok(TlsSession::new(ServerConnection::new(tls.0.clone()).map_err(failed)?.into()))
     }
 
-    /// `name`: the domain name or IP address that the peer's certificate must be for.
+    /// `name`: the domain name or IP address that the peer's certificate must be for. Domain names go into the server
+    /// name indication, IP addresses do not (RFC 6066 section 3).
     pub(crate) fn client(tls: &ClientTls, name: &str) -> io::Result<TlsSession> {
-        let wanted = ServerName::try_from(name.to_owned()).map_err(|_| {
-            let text = format!("`{name}` is not a name that a certificate can be for");
-            io::Error::new(io::ErrorKind::InvalidInput, text)
-        })?;
-        Ok(TlsSession::new(ClientConnection::new(tls.0.clone(), wanted).map_err(failed)?.into()))
+        let wanted = match ServerName::try_from(name.to_owned()) {
+            Ok(name) => name,
+            // The name of a mail host may be anything. If it is not verified, TLS works without it.
+            Err(_) if !tls.checks_name => ServerName::from(Ipv4Addr::UNSPECIFIED),
+            Err(_) => {
+                let text = format!("`{name}` is not a name that a certificate can be for");
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+            }
+        };
+        Ok(TlsSession::new(ClientConnection::new(tls.config.clone(), wanted).map_err(failed)?.into()))
     }
 
     fn new(mut connection: Connection) -> TlsSession {
@@ -319,7 +359,7 @@ enum Verification {
         /// Certificates that are trusted if the peer presents exactly one of them.
         exact: Vec<CertificateDer<'static>>,
     },
-    Pin([u8; 32]),
+    Pin(Pin),
     Anyone,
 }
 
@@ -353,10 +393,28 @@ impl Verification {
         let exact = file.certificates()?;
         let mut roots = RootCertStore::empty();
         for (certificate, number) in exact.iter().zip(1..) {
-            let added = roots.add(certificate.clone());
-            added.map_err(|error| format!("certificate {number} in {} cannot be used: {error}", file.name))?;
+            // One that cannot be an authority may be the peer's own.
+            if let Err(error) = roots.add(certificate.clone())
+                && key_digest(certificate).is_none()
+            {
+                return Err(format!("certificate {number} in {} cannot be used: {error}", file.name));
+            }
         }
         Verification::chain(roots, exact)
+    }
+
+    /// The key to verify a signature with if the rest of the certificate does not count; `None`: webpki reads it. A pinned
+    /// key is that which was compared with the pin, and not what another reader finds in the certificate.
+    fn lone_key<'a>(&self, certificate: &'a CertificateDer<'_>) -> Result<Option<&'a [u8]>, Error> {
+        match (ParsedCertificate::try_from(certificate), self) {
+            (Ok(_), Verification::Chain { .. } | Verification::Pin(Pin::Certificate(_)) | Verification::Anyone) => {
+                Ok(None)
+            }
+            (Ok(_), Verification::Pin(Pin::Key(_))) | (Err(_), _) => match key_of(certificate) {
+                Some(key) => Ok(Some(key)),
+                None => Err(CertificateError::BadEncoding.into()),
+            },
+        }
     }
 
     fn chain(roots: RootCertStore, exact: Vec<CertificateDer<'static>>) -> Result<Verification, String> {
@@ -374,12 +432,8 @@ impl ServerCertVerifier for Verification {
     ) -> Result<ServerCertVerified, Error> {
         match self {
             Verification::Anyone => Ok(ServerCertVerified::assertion()),
-            Verification::Pin(pin) if digest(certificate).ct_eq(pin).into() => Ok(ServerCertVerified::assertion()),
-            Verification::Pin(_) => Err(untrusted(format!(
-                "the peer's certificate is not the one in `pin`: it is sha256:{}; \
-                 change `pin` only if the peer's operator confirms that this is the new one",
-                HEXLOWER.encode(&digest(certificate))
-            ))),
+            Verification::Pin(pin) if pin.fits(certificate) => Ok(ServerCertVerified::assertion()),
+            Verification::Pin(pin) => Err(untrusted(wrong_pin(pin, certificate))),
             Verification::Chain { authorities, exact } => authorities
                 .verify_server_cert(certificate, intermediates, name, ocsp_response, now)
                 .or_else(|error| match exact.contains(certificate) {
@@ -392,13 +446,26 @@ impl ServerCertVerifier for Verification {
     fn verify_tls12_signature(
         &self, message: &[u8], certificate: &CertificateDer<'_>, signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, certificate, signature, &PROVIDER.signature_verification_algorithms)
+        let verified = match self.lone_key(certificate)? {
+            None => {
+                verify_tls12_signature(message, certificate, signature, &PROVIDER.signature_verification_algorithms)
+            }
+            Some(key) => verify_tls12_with_key(message, key, signature),
+        };
+        verified.map_err(|error| with_key_kind(error, certificate))
     }
 
     fn verify_tls13_signature(
         &self, message: &[u8], certificate: &CertificateDer<'_>, signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &PROVIDER.signature_verification_algorithms)
+        let algorithms = &PROVIDER.signature_verification_algorithms;
+        let verified = match self.lone_key(certificate)? {
+            None => verify_tls13_signature(message, certificate, signature, algorithms),
+            Some(key) => {
+                verify_tls13_signature_with_raw_key(message, &SubjectPublicKeyInfoDer::from(key), signature, algorithms)
+            }
+        };
+        verified.map_err(|error| with_key_kind(error, certificate))
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -406,32 +473,92 @@ impl ServerCertVerifier for Verification {
     }
 }
 
+/// Verifies a signature of TLS 1.2 with a key alone, as rustls does it with a certificate: rustls has this for TLS 1.3 only.
+fn verify_tls12_with_key(
+    message: &[u8], key: &[u8], signature: &DigitallySignedStruct,
+) -> Result<HandshakeSignatureValid, Error> {
+    let mapping = PROVIDER.signature_verification_algorithms.mapping;
+    let scheme = mapping.iter().find(|(scheme, _)| *scheme == signature.scheme);
+    let key = x509::PublicKey::read(key).ok_or(CertificateError::BadEncoding)?;
+    // A scheme of TLS 1.2 names no curve: the key does.
+    let algorithms = scheme.map_or(&[][..], |(_, algorithms)| algorithms).iter();
+    let mut fitting = algorithms.filter(|algorithm| algorithm.public_key_alg_id().as_ref() == key.algorithm);
+    match fitting.any(|algorithm| algorithm.verify_signature(key.key, message, signature.signature()).is_ok()) {
+        true => Ok(HandshakeSignatureValid::assertion()),
+        false => Err(CertificateError::BadSignature.into()),
+    }
+}
+
 /// Accepts a peer's own certificate that is in the `ca` file. webpki rejects such a certificate if it has CA:TRUE, as
 /// `openssl req -x509` makes them. Its dates must be valid (webpki checks them first, so `error` is about them if they
-/// are not), and so must its name.
+/// are not), and so must its name. One of version 1 has no names that count (RFC 9525 section 2): its key is enough.
 fn accept_exact(
     certificate: &CertificateDer<'_>, name: &ServerName<'_>, error: Error,
 ) -> Result<ServerCertVerified, Error> {
     use CertificateError::*;
+    let Ok(parsed) = ParsedCertificate::try_from(certificate) else {
+        return Ok(ServerCertVerified::assertion());
+    };
     if let Error::InvalidCertificate(Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. }) = error
     {
         return Err(error);
     }
-    verify_server_name(&ParsedCertificate::try_from(certificate)?, name)?;
+    verify_server_name(&parsed, name)?;
     Ok(ServerCertVerified::assertion())
 }
 
-/// Puts the fingerprint into the error for an unknown certificate: only the verifier knows it.
+/// Puts both pins into the error for an unknown certificate: only the verifier knows them.
 fn with_fingerprint(error: Error, certificate: &CertificateDer<'_>) -> Error {
+    use CertificateError::*;
     match error {
-        // `Other` is, among rarer errors, a certificate with CA:TRUE.
-        Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_)) => untrusted(format!(
+        // `BadSignature` and `Unsupported…`: an authority of the issuer's name has another key; so has a self-signed
+        // certificate that was made anew. `Other` is, among rarer errors, a certificate with CA:TRUE, or of version 1.
+        Error::InvalidCertificate(
+            UnknownIssuer
+            | BadSignature
+            | UnsupportedSignatureAlgorithmContext { .. }
+            | UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
+            | Other(_),
+        ) => untrusted(format!(
             "the peer's certificate is not signed by a trusted authority: set `ca` to a file with it or its authority, \
-             or set `pin` (it is sha256:{}; compare that with what the peer's operator tells you)",
-            HEXLOWER.encode(&digest(certificate))
+             or set `pin` (it is sha256:{}, and its key is spki-sha256:{}; compare that with what the peer's operator \
+             tells you)",
+            HEXLOWER.encode(&digest(certificate)),
+            key_shown(certificate)
         )),
         other => other,
     }
+}
+
+fn wrong_pin(pin: &Pin, certificate: &CertificateDer<'_>) -> String {
+    let confirm = "change `pin` only if the peer's operator confirms that this is the new one";
+    let key = key_shown(certificate);
+    match pin {
+        Pin::Certificate(_) => format!(
+            "the peer's certificate is not the one in `pin`: it is sha256:{}; {confirm} \
+             (a pin of the key, spki-sha256:{key}, survives renewals)",
+            HEXLOWER.encode(&digest(certificate)),
+        ),
+        Pin::Key(_) => format!("the peer's key is not the one in `pin`: it is spki-sha256:{key}; {confirm}"),
+    }
+}
+
+/// Replaces the error about a signature if no signature of this key can be verified.
+fn with_key_kind(error: Error, certificate: &CertificateDer<'_>) -> Error {
+    match key_of(certificate).and_then(x509::PublicKey::read) {
+        Some(key) if !is_usable(&key) => untrusted(format!(
+            "the peer's certificate has a key that cannot be used here: its operator must make one of another kind \
+             ({KEY_KINDS})"
+        )),
+        _ => error,
+    }
+}
+
+fn is_usable(key: &x509::PublicKey<'_>) -> bool {
+    // The DER form of an RSA key: shorter than its modulus if that has fewer than 2048 bits.
+    let short = key.algorithm == alg_id::RSA_ENCRYPTION.as_ref() && key.key.len() < 2048 / 8;
+    let mut algorithms = PROVIDER.signature_verification_algorithms.all.iter();
+    !short && algorithms.any(|algorithm| algorithm.public_key_alg_id().as_ref() == key.algorithm)
 }
 
 fn untrusted(text: String) -> Error {
@@ -456,7 +583,10 @@ fn explain(error: &Error) -> String {
 }
 
 fn nothing_in_common(reason: &dyn fmt::Debug) -> String {
-    format!("no TLS version or cipher in common with the peer, which needs TLS 1.2 or 1.3 ({reason:?})")
+    format!(
+        "no TLS version, cipher or kind of key in common with the peer, which needs TLS 1.2 or 1.3 and {KEY_KINDS} \
+         ({reason:?})"
+    )
 }
 
 fn explain_certificate(reason: &CertificateError) -> String {
@@ -464,8 +594,7 @@ fn explain_certificate(reason: &CertificateError) -> String {
     let text = match reason {
         Other(OtherError(inner)) => return inner.to_string(),
         NotValidForNameContext { expected, presented } => {
-            // rustls presents `DnsName("a.example")`.
-            let names: Vec<&str> = presented.iter().map(|name| name.split('"').nth(1).unwrap_or(name)).collect();
+            let names: Vec<&str> = presented.iter().map(|name| bare_name(name)).collect();
             let names = if names.is_empty() { "no name at all".to_string() } else { names.join(", ") };
             let expected = expected.to_str();
             return format!(
@@ -487,6 +616,12 @@ fn explain_certificate(reason: &CertificateError) -> String {
         }
     };
     text.to_string()
+}
+
+/// A name of a certificate, which rustls presents as `DnsName("a.example")` or `IpAddress(192.0.2.1)`.
+fn bare_name(presented: &str) -> &str {
+    let inside = presented.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
+    inside.unwrap_or(presented).trim_matches('"')
 }
 
 fn explain_alert(alert: AlertDescription) -> String {
@@ -515,7 +650,7 @@ struct PemText {
 impl PemText {
     fn read(path: &Path) -> Result<PemText, String> {
         let name = path.display().to_string();
-        let octets = std::fs::read(path).map_err(|error| format!("{name}: {error}"))?;
+        let (_, octets) = text_file::read(path).map_err(|error| format!("{name}: {error}"))?;
         Ok(PemText { octets, name })
     }
 
@@ -531,10 +666,32 @@ impl PemText {
 
     fn private_key(&self) -> Result<PrivateKeyDer<'static>, String> {
         let found = rustls_pemfile::private_key(&mut &self.octets[..]).map_err(|error| self.malformed(error))?;
-        found.ok_or_else(|| match self.octets.windows(9).any(|part| part == b"ENCRYPTED") {
-            true => format!("{} is encrypted: decrypt it with `openssl pkey`", self.name),
-            false => format!("{} holds no private key (a PEM block BEGIN PRIVATE KEY)", self.name),
+        let holds = |text: &[u8]| self.octets.windows(text.len()).any(|part| part == text);
+        found.ok_or_else(|| match () {
+            () if holds(b"ENCRYPTED") => format!("{} is encrypted: decrypt it with `openssl pkey`", self.name),
+            // Of DSA or OpenSSH.
+            () if holds(b" PRIVATE KEY-----") => self.unusable_key(),
+            () => format!("{} holds no private key (a PEM block BEGIN PRIVATE KEY)", self.name),
         })
+    }
+
+    fn unusable_key(&self) -> String {
+        format!("{} holds a key that cannot be used here: make one of another kind ({KEY_KINDS})", self.name)
+    }
+
+    /// Rejects a certificate of our own that is not of version 3: clients would not accept it.
+    fn check_version(&self, certificate: &CertificateDer<'_>, key: &PemText) -> Result<(), String> {
+        match x509::Certificate::read(certificate) {
+            Some(x509::Certificate { version: version @ ..3, .. }) => Err(format!(
+                "{name} holds a certificate of X.509 version {version}, which names no host, and must hold one of \
+                 version 3: make it with `openssl req -x509 -key {key} -days 365 -subj /CN=HOST -addext \
+                 subjectAltName=DNS:HOST -out NEW.pem`, or with `openssl x509 -req … -extfile FILE` if an authority \
+                 signs it, and set `certificate` to NEW.pem",
+                name = self.name,
+                key = key.name
+            )),
+            _ => Ok(()),
+        }
     }
 
     fn malformed(&self, error: io::Error) -> String {
@@ -542,8 +699,27 @@ impl PemText {
     }
 }
 
+/// The keys that both TLS roles can use.
+#[cfg(not(feature = "aws-lc-rs"))]
+const KEY_KINDS: &str = "RSA of 2048 to 4096 bits, EC on P-256 or P-384, or Ed25519";
+#[cfg(feature = "aws-lc-rs")]
+const KEY_KINDS: &str = "RSA of 2048 to 4096 bits, EC on P-256, P-384 or P-521, or Ed25519";
+
 fn digest(certificate: &CertificateDer<'_>) -> [u8; 32] {
     Sha256::digest(certificate.as_ref()).into()
+}
+
+/// The SubjectPublicKeyInfo of a certificate; `None`: it is not a certificate.
+fn key_of<'a>(certificate: &'a CertificateDer<'_>) -> Option<&'a [u8]> {
+    x509::Certificate::read(certificate).map(|certificate| certificate.public_key)
+}
+
+fn key_digest(certificate: &CertificateDer<'_>) -> Option<[u8; 32]> {
+    key_of(certificate).map(|key| Sha256::digest(key).into())
+}
+
+fn key_shown(certificate: &CertificateDer<'_>) -> String {
+    key_digest(certificate).map_or_else(|| "?".to_owned(), |digest| HEXLOWER.encode(&digest))
 }
 
 #[cfg(test)]

@@ -388,7 +388,7 @@ impl TurnedSession {
     /// unlocked. TLS ends with close_notify (RFC 8446 section 6.1).
     pub fn close(self) {
         drop(self.lock);
-        self.connection.shutdown();
+        self.connection.close_without_waiting();
     }
 
     fn send(&mut self, octets: &[u8]) {

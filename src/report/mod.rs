@@ -22,7 +22,7 @@ use crate::queue::{QueueLock, QueuedEnvelope, QueuedMessage};
 use crate::smtp::command::{Body, Envelope, Recipient, Return};
 use crate::smtp::limits::CONTENT_LINE;
 use crate::smtp::reply::Reply;
-use crate::smtp::status::{DeliveryResult, RecipientStatus};
+use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 use dsn::{Action, Dsn, RecipientReport};
 
 /// Octets of a message that a DSN returns whole, if the sender has asked for that (RFC 3461 section 4.3).

@@ -8,7 +8,6 @@ use crate::maildir::{AttemptRecord, Maildir};
 use crate::queue::{Queue, QueueName};
 use crate::smtp::command::Notify;
 use crate::smtp::reply::ReplyReader;
-use crate::smtp::status::DecidedBy;
 
 const HOUR: i64 = 3600;
 
@@ -220,7 +219,6 @@ fn a_delay_that_cannot_be_recorded_repeats_no_recipient() {
     assert_eq!(open, ["to@example.net"]);
 }
 
-/// Rules: DSNF-06.
 #[test]
 fn content_that_a_dsn_may_not_contain_is_not_returned_whole() {
     for (content, plain) in

@@ -126,6 +126,11 @@ impl ClientSession {
         &self.client
     }
 
+    /// Whether the session is under TLS.
+    pub fn is_tls(&self) -> bool {
+        self.connection.is_tls()
+    }
+
     /// Whether the peer accepts no more commands: it has closed the connection, or has said 421.
     pub fn is_over(&self) -> bool {
         self.connection.ended() || self.client.closing()
@@ -373,7 +378,7 @@ impl ClientSession {
     pub fn close_after(self, failure: &SessionFailure) {
         match failure {
             SessionFailure::Aborted(_) => self.quit(),
-            _ => self.connection.shutdown(),
+            _ => self.connection.close(),
         }
     }
 
@@ -383,7 +388,7 @@ impl ClientSession {
         self.limit(Some(Instant::now() + QUIT_TIMEOUT));
         // The replies to earlier commands come first.
         while self.client.awaiting().is_some() && self.next_step().is_ok() {}
-        self.connection.shutdown();
+        self.connection.close();
     }
 
     /// Checks that nothing has arrived while no reply is pending. Otherwise an unsolicited reply would be read as the reply

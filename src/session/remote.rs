@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use super::client::{ClientSession, Connect, SessionFailure};
 use crate::mail::address::literal;
 use crate::net::resolver::system_addresses;
-use crate::net::tls::{ClientTls, Trust};
+use crate::net::tls::{ClientTls, Pin, Trust};
 use crate::net::trace::quoted;
 use crate::smtp::client::{Abort, ClientOptions, Stage, StartTls};
 
@@ -35,8 +35,8 @@ pub struct RemoteSettings {
     pub tls: TlsMode,
     /// A PEM file with certificates that are trusted instead of the system's. Absolute. Not with `pin`.
     pub ca: Option<PathBuf>,
-    /// The SHA-256 of the one certificate that is trusted. Not with `ca`.
-    pub pin: Option<[u8; 32]>,
+    /// The one certificate, or the one key, that is trusted. Not with `ca`.
+    pub pin: Option<Pin>,
     /// The login name and the secret, both never empty; `None`: without AUTH.
     pub credentials: Option<(String, Vec<u8>)>,
 }

@@ -140,7 +140,7 @@ impl ServerSession {
     /// Sends the queued replies, which may take 5 seconds, and closes the connection.
     pub fn close(mut self) {
         let _ = self.connection.flush_all(Instant::now() + LAST_REPLY_TIMEOUT, None);
-        self.connection.shutdown();
+        self.connection.close();
     }
 
     fn serve(&mut self, handler: &mut dyn SessionHandler) -> io::Result<SessionEnd> {

@@ -1,8 +1,11 @@
-"""openssl s_client on every listener: TLS 1.2 and 1.3 work, 1.1 is refused."""
+"""openssl s_client on every listener, openssl s_server as the peer of a call: versions, kinds of keys, pins, alerts."""
 
+import hashlib
 import re
+import ssl
+import subprocess
 
-from harness import LOOPBACK, Certificates, Provider, check, scenario
+from harness import LOOPBACK, Certificates, Customer, Provider, check, free_port, scenario, wait_until
 
 
 @scenario("openssl", needs=["openssl"])
@@ -47,3 +50,92 @@ def openssl(box):
             check(alert, f"{name} {version}: refused without an alert: {text[-600:]}")
             alerts.add(alert.group(1))
     return f"3 listeners x 4 versions; {' '.join(sorted(ciphers))}; 1.1 is refused by alert {', '.join(sorted(alerts))}"
+
+
+# Clients put into the server name indication what they were told to connect to (RFC 6066 section 3 allows names alone).
+NAMES = ["127.0.0.1", "2001:db8::1", "relay_1.example.net", "relay.example.net."]
+
+CURVE = ["-algorithm", "EC", "-pkeyopt"]
+KEYS = {
+    "rsa": ["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"],
+    "p256": [*CURVE, "ec_paramgen_curve:P-256"],
+    "p384": [*CURVE, "ec_paramgen_curve:P-384"],
+    "ed25519": ["-algorithm", "ED25519"],
+    "p521": [*CURVE, "ec_paramgen_curve:P-521"],
+    "rsa-1024": ["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024"],
+}
+
+
+def made(box, kind, version):
+    """A self-signed certificate of X.509 version 1 or 3, and its key."""
+    key, request, certificate = (box.path / f"{kind}-{version}.{end}" for end in ("key", "csr", "pem"))
+    signing = ["x509", "-req", "-in", request, "-signkey", key, "-days", "2", "-out", certificate]
+    if version == 3:
+        signing += ["-extfile", box.write("names.ext", f"subjectAltName=IP:{LOOPBACK}\n")]
+    for command in (
+        ["genpkey", *KEYS[kind], "-out", key],
+        ["req", "-new", "-key", key, "-subj", f"/CN={LOOPBACK}", "-out", request],
+        signing,
+    ):
+        done = box.run("openssl", *command)
+        check(done.returncode == 0, f"openssl: {done.stderr}")
+    return certificate, key
+
+
+def pins(box, certificate):
+    """The two values of `pin`, computed as the error about a wrong one says."""
+    octets = ssl.PEM_cert_to_DER_cert(certificate.read_text())
+    command = f"openssl x509 -in {certificate} -noout -pubkey | openssl pkey -pubin -outform der | openssl sha256"
+    spki = box.run("sh", "-c", command)
+    return f"sha256:{hashlib.sha256(octets).hexdigest()}", f"spki-sha256:{spki.stdout.split()[-1]}"
+
+
+def call(box, label, files, trust, version):
+    """A call to an s_server with a certificate, which only greets with 421. Gives what both have written."""
+    certificate, key = files
+    port, log = free_port(), f"s_server-{label}.log"
+    command = ["openssl", "s_server", "-accept", f"{LOOPBACK}:{port}", "-cert", certificate, "-key", key, version]
+    server = box.start(log, *command, "-cipher", "DEFAULT:@SECLEVEL=0", stdin=subprocess.PIPE)
+    wait_until(lambda: "ACCEPT" in box.log(log), "s_server listens")
+    server.stdin.write(b"421 not now\n")
+    server.stdin.flush()
+    customer = Customer(box, port, tls="implicit", file=f"pull-{label}")
+    customer.config.write_text(customer.config.read_text().replace("\nname = ", f"\n{trust}\nname = ", 1))
+    customer.pull()
+    wait_until(lambda: re.search("DONE|ERROR|shut down SSL", box.log(log)), "s_server has noticed the end")
+    server.kill()
+    return customer.log(), box.log(log)
+
+
+@scenario("openssl-keys", needs=["openssl"])
+def openssl_keys(box):
+    """openssl s_server with each kind of key, of X.509 version 1 and 3, by TLS 1.2 and 1.3; a wrong pin ends by an alert"""
+    calls = 0
+    for kind in KEYS:
+        for x509 in (1, 3):
+            files = made(box, kind, x509)
+            certificate, key_only = pins(box, files[0])
+            for version in ("-tls1_2", "-tls1_3"):
+                for number, trust in enumerate((f'pin = "{certificate}"', f'pin = "{key_only}"', f'ca = "{files[0]}"')):
+                    label = f"{kind}-{x509}{version}-{number}"
+                    said, server = call(box, label, files, trust, version)
+                    calls += 1
+                    if kind in ("p521", "rsa-1024"):
+                        check("EC on P-256 or P-384" in said, f"{label}: the error names no kind of key: {said}")
+                    else:
+                        check("421 not now" in said, f"{label}: {said}")
+            if kind == "rsa":
+                said, server = call(box, f"wrong-{x509}", files, f'pin = "{certificate[:-8]}00000000"', "-tls1_3")
+                check(certificate in said and key_only in said, f"both pins are told: {said}")
+                check("alert certificate unknown" in server, f"no alert at the peer: {server[-600:]}")
+    provider = Provider(box, certificates=Certificates(box)).start()
+    for name in NAMES:
+        for version in ("-tls1_2", "-tls1_3"):
+            done = box.run(
+                *["openssl", "s_client", "-connect", f"{LOOPBACK}:{provider.odmr_tls}", "-servername", name, version],
+                *["-crlf", "-ign_eof"],
+                input="quit\n",
+                seconds=20,
+            )
+            check("\n221 " in done.stdout, f"{name} {version}: {(done.stdout + done.stderr)[-600:]}")
+    return f"{calls} calls with {len(KEYS)} kinds of keys; {len(NAMES)} names"

@@ -195,8 +195,11 @@ fn fingerprints() {
     let colons = ["01:23:45:67:89:AB:CD:EF"; 4].join(":");
     let octets = [0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef].repeat(4);
     let octets: [u8; 32] = octets.try_into().unwrap();
-    check(&format!("sha256:{plain}"), Ok(octets));
-    check(&format!("SHA256:{colons}"), Ok(octets));
+    check(&format!("sha256:{plain}"), Ok(Pin::Certificate(octets)));
+    check(&format!("SHA256:{colons}"), Ok(Pin::Certificate(octets)));
+    check(&format!("spki-sha256:{plain}"), Ok(Pin::Key(octets)));
+    check(&format!("SPKI-SHA256:{colons}"), Ok(Pin::Key(octets)));
+    check(&format!("spki-sha256:{}", &plain[2..]), Err("or \"spki-sha256:\" and the digits of the key"));
     check(&plain, Err("is not a valid fingerprint: write \"sha256:\" and 64 hexadecimal digits"));
     check(&colons, Err("is not a valid fingerprint"));
     check(&format!("sha1:{plain}"), Err("is not a valid fingerprint"));

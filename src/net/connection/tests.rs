@@ -5,7 +5,6 @@ use crate::net::tls::{self, Trust};
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::thread;
 use std::time::Duration;
 
 const NAME: &str = "relay.example.net";
@@ -529,4 +528,85 @@ fn tls_works_octet_by_octet() {
             assert_eq!(server.wait_input(soon(), &cancel).unwrap(), WaitResult::Ready);
         }
     });
+}
+
+/// Sends garbage, goes on sending, and reads what comes; the other side closes meanwhile. Returns what has come.
+fn babble(mut peer: TcpStream) -> io::Result<Vec<u8>> {
+    let mut received = vec![0; 10_000];
+    for _ in 0..40 {
+        peer.write_all(&[b'x'; 10_000])?;
+        thread::sleep(Duration::from_millis(5));
+    }
+    peer.shutdown(std::net::Shutdown::Write)?;
+    peer.read_to_end(&mut received).map(|_| received.split_off(10_000))
+}
+
+/// A fatal alert at the end of what a peer has received (RFC 8446 section 6).
+fn ends_with_alert(octets: &[u8]) -> bool {
+    matches!(octets, [.., 0x15, 0x03, _, 0, 2, 2, _])
+}
+
+#[test]
+fn the_alert_about_a_failed_handshake_arrives_although_the_peer_still_sends() {
+    let (accepting, connecting) = sides();
+    for accepts in [true, false] {
+        let (peer, ours) = tcp();
+        let peer = thread::spawn(move || babble(peer));
+        let mut ours = connection(ours);
+        let error = match accepts {
+            true => ours.start_tls_server(&accepting, soon()),
+            false => ours.start_tls_client(&connecting, NAME, soon()),
+        };
+        assert!(error.unwrap_err().to_string().contains("not TLS"));
+        drop(ours);
+        let received = peer.join().unwrap().unwrap();
+        assert!(ends_with_alert(&received), "{received:x?}");
+    }
+}
+
+#[test]
+fn the_alert_about_a_broken_record_arrives_although_the_peer_still_sends() {
+    for (accepts, close) in [
+        (true, Connection::close as fn(Connection)),
+        (false, Connection::close),
+        (true, Connection::close_without_waiting),
+    ] {
+        let (a, b) = tcp();
+        let raw = if accepts { b.try_clone() } else { a.try_clone() }.unwrap();
+        let (server, client) = secured(a, b);
+        let (mut ours, mut theirs) = if accepts { (server, client) } else { (client, server) };
+        let peer = thread::spawn(move || {
+            let mut raw = raw;
+            rustix::io::ioctl_fionbio(&raw, false).unwrap();
+            for _ in 0..40 {
+                raw.write_all(b"\x17\x03\x03\x00\x20 a record that nobody has sealed..").unwrap();
+                thread::sleep(Duration::from_millis(5));
+            }
+            raw.shutdown(std::net::Shutdown::Write).unwrap();
+            rustix::io::ioctl_fionbio(&raw, true).unwrap();
+            let cancel = CancelToken::new().unwrap();
+            assert_eq!(theirs.wait_input(soon(), &cancel).unwrap(), WaitResult::Ready);
+            theirs.fill().unwrap_err().to_string()
+        });
+        assert_eq!(ours.wait_input(soon(), &CancelToken::new().unwrap()).unwrap(), WaitResult::Ready);
+        assert_eq!(ours.fill().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        close(ours);
+        let error = peer.join().unwrap();
+        assert!(error.contains("alert (BadRecordMac)"), "{error}");
+    }
+}
+
+#[test]
+fn a_peer_that_does_not_close_after_an_alert_is_not_waited_for_long() {
+    let (accepting, _) = sides();
+    let (peer, ours) = tcp();
+    (&peer).write_all(b"EHLO example.org\r\n").unwrap();
+    let begun = Instant::now();
+    assert!(connection(ours).start_tls_server(&accepting, in_millis(100)).is_err());
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    let (peer, ours) = tcp();
+    (&peer).write_all(b"EHLO example.org\r\n").unwrap();
+    let begun = Instant::now();
+    assert!(connection(ours).start_tls_server(&accepting, soon()).is_err());
+    assert!(begun.elapsed() < ALERT_TIMEOUT * 3, "{:?}", begun.elapsed());
 }

@@ -27,7 +27,7 @@ impl ClientTls {
 impl Trust {
     /// Trusts the first certificate in a PEM text.
     pub(crate) fn pin(certificate: &str) -> Trust {
-        Trust::Pin(fingerprint(certificate))
+        Trust::Pin(Pin::Certificate(fingerprint(certificate)))
     }
 }
 
@@ -57,7 +57,7 @@ fn trusting(pem: &str) -> ClientTls {
 }
 
 fn pinning(pin: [u8; 32]) -> ClientTls {
-    ClientTls::new(&Trust::Pin(pin)).unwrap()
+    ClientTls::new(&Trust::Pin(Pin::Certificate(pin))).unwrap()
 }
 
 /// Feeds what one session has sealed to the other, in pieces of `step` octets.
@@ -149,25 +149,217 @@ fn a_pin_trusts_one_certificate_whatever_its_name_and_dates() {
     assert!(client.contains("`pin`") && client.contains(&seen), "{client}");
 }
 
-#[test]
-fn a_peer_without_the_key_of_the_pinned_certificate_is_rejected() {
-    let (_, certificate) = server();
-    let (_, key) = self_signed(&[NAME]).unwrap();
-    let chain = PemText::new(&certificate, "").certificates().unwrap();
-    let key = PemText::new(&key, "").private_key().unwrap();
+/// A file of `testdata/certificates`: a certificate and its key.
+fn fixture(name: &str) -> String {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/certificates");
+    std::fs::read_to_string(directory.join(format!("{name}.pem"))).unwrap()
+}
+
+/// A server that shows `certificate` and signs with `key`, whatever they are.
+fn server_with(certificate: &str, key: &str) -> ServerTls {
+    let chain = PemText::new(certificate, "").certificates().unwrap();
+    let key = PemText::new(key, "").private_key().unwrap();
     let key = PROVIDER.key_provider.load_private_key(key).unwrap();
-    let impostor = rustls::sign::CertifiedKey::new(chain, key);
     let config = ServerConfig::builder_with_provider(PROVIDER.clone())
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
-        .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(impostor)));
-    let pin = Trust::pin(&certificate);
-    for client in [ClientTls::new(&pin).unwrap(), ClientTls::tls12(&pin)] {
-        let tls = ServerTls(Arc::new(config.clone()));
-        let (client, _) = handshake(&tls, &client, NAME).err().unwrap();
-        assert!(client.contains("signature"), "{client}");
+        .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(rustls::sign::CertifiedKey::new(
+            chain, key,
+        ))));
+    ServerTls(Arc::new(config))
+}
+
+fn key_pin(certificate: &str) -> Pin {
+    Pin::Key(key_digest(&PemText::new(certificate, "").certificates().unwrap()[0]).unwrap())
+}
+
+/// Clients of TLS 1.2 and of TLS 1.3.
+fn both_versions(verification: impl Fn() -> Verification) -> [ClientTls; 2] {
+    [&rustls::version::TLS12, &rustls::version::TLS13]
+        .map(|version| ClientTls::with(verification(), &[version]).unwrap())
+}
+
+/// What trusts a certificate, given its PEM text.
+const TRUSTING: [fn(&str) -> Verification; 4] = [
+    |certificate| Verification::Pin(Pin::Certificate(fingerprint(certificate))),
+    |certificate| Verification::Pin(key_pin(certificate)),
+    |certificate| Verification::exact(&PemText::new(certificate, "ca.pem")).unwrap(),
+    |_| Verification::Anyone,
+];
+
+/// `openssl x509 -req -signkey` makes certificates of version 1, which webpki does not read.
+#[test]
+fn certificates_of_each_kind_of_key_and_of_version_1_are_trusted_where_their_key_is_enough() {
+    for name in ["rsa", "p384", "ed25519", "rsa-v1", "p256-v1", "p384-v1", "ed25519-v1"] {
+        let pem = fixture(name);
+        let tls = server_with(&pem, &pem);
+        for verification in TRUSTING {
+            for client in both_versions(|| verification(&pem)) {
+                let shaken = handshake(&tls, &client, NAME);
+                assert!(shaken.is_ok(), "{name}: {:?}", shaken.err());
+            }
+        }
+        // Another certificate of the same kind is not enough.
+        let other = fixture(if name == "rsa-v1" { "p256-v1" } else { "rsa-v1" });
+        for verification in &TRUSTING[..3] {
+            for client in both_versions(|| verification(&other)) {
+                let (error, _) = handshake(&tls, &client, NAME).err().unwrap();
+                assert!(error.contains("`pin`") && error.contains("spki-sha256:"), "{name}: {error}");
+            }
+        }
     }
+}
+
+#[test]
+fn the_kinds_of_keys_are_those_of_our_own_certificates_too() {
+    for name in ["rsa", "p384", "ed25519"] {
+        let pem = fixture(name);
+        for client in both_versions(|| Verification::exact(&PemText::new(&pem, "ca.pem")).unwrap()) {
+            handshake(&ServerTls::from_pem(&pem, &pem), &client, NAME).unwrap();
+            let (error, _) = handshake(&ServerTls::from_pem(&pem, &pem), &client, "a.example").err().unwrap();
+            assert!(error.contains("not for a.example but for relay.example.net, 192.0.2.1: correct"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_certificate_that_webpki_does_not_read_needs_trust_of_its_own() {
+    let pem = fixture("p256-v1");
+    let tls = server_with(&pem, &pem);
+    // As of an authority of the system, or of `ca`: nobody signs certificates of version 1.
+    let (client, _) = handshake(&tls, &trusting(&server().1), NAME).err().unwrap();
+    assert!(client.contains("set `ca` to a file with it") && client.contains("spki-sha256:"), "{client}");
+}
+
+#[test]
+fn a_pin_of_the_key_survives_a_renewal() {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let renewed = || {
+        let params = rcgen::CertificateParams::new(vec![NAME.to_string()]).unwrap();
+        params.self_signed(&key).unwrap().pem()
+    };
+    let (old, new) = (renewed(), renewed());
+    assert_ne!(fingerprint(&old), fingerprint(&new));
+    let tls = ServerTls::from_pem(&new, &key.serialize_pem());
+    handshake(&tls, &ClientTls::new(&Trust::Pin(key_pin(&old))).unwrap(), "192.0.2.1").unwrap();
+    let (client, _) = handshake(&tls, &ClientTls::new(&Trust::pin(&old)).unwrap(), NAME).err().unwrap();
+    let (Pin::Key(pin) | Pin::Certificate(pin)) = key_pin(&old);
+    assert!(
+        client.contains(&format!("(a pin of the key, spki-sha256:{}, survives", HEXLOWER.encode(&pin))),
+        "{client}"
+    );
+}
+
+#[test]
+fn a_peer_without_the_key_of_its_certificate_is_rejected() {
+    let (own, own_key) = self_signed(&[NAME]).unwrap();
+    for (certificate, key) in [
+        (own, self_signed(&[NAME]).unwrap().1),
+        (fixture("p256-v1"), own_key),
+        (fixture("rsa-v1"), fixture("rsa")),
+        (fixture("ed25519-v1"), fixture("ed25519")),
+    ] {
+        let tls = server_with(&certificate, &key);
+        for verification in TRUSTING {
+            for client in both_versions(|| verification(&certificate)) {
+                let (error, _) = handshake(&tls, &client, NAME).err().unwrap();
+                assert!(error.contains("a signature does not match"), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn keys_that_cannot_be_used_are_told_with_the_kinds_that_can() {
+    for name in ["rsa", "p384", "rsa-v1", "ed25519-v1"] {
+        assert!(is_usable(&x509::PublicKey::read(key_of(&certificate_of(name)).unwrap()).unwrap()), "{name}");
+    }
+    let unusable = if cfg!(feature = "aws-lc-rs") { &["rsa-1024"][..] } else { &["rsa-1024", "p521"] };
+    for name in unusable {
+        let pem = PemText::new(&fixture(name), "relay.pem");
+        let error = ServerTls::new(&pem, &pem).unwrap_err();
+        assert!(
+            error.starts_with("relay.pem holds a key that cannot be used here") && error.contains("P-384"),
+            "{error}"
+        );
+        let error = with_key_kind(CertificateError::BadSignature.into(), &certificate_of(name));
+        assert!(explain(&error).contains(KEY_KINDS), "{error}");
+    }
+}
+
+fn certificate_of(name: &str) -> CertificateDer<'static> {
+    PemText::new(&fixture(name), name).certificates().unwrap().remove(0)
+}
+
+#[test]
+fn our_own_certificate_must_be_of_version_3() {
+    for name in ["rsa-v1", "p256-v1", "ed25519-v1"] {
+        let pem = PemText::new(&fixture(name), "relay.pem");
+        let error = ServerTls::new(&pem, &pem).unwrap_err();
+        assert!(error.contains("X.509 version 1") && error.contains("`openssl req -x509 -key relay.pem"), "{error}");
+    }
+    // The certificate and its key may be in one file: the command must not overwrite it.
+    let pem = PemText::new(&fixture("rsa-v1"), "relay.pem");
+    assert!(!ServerTls::new(&pem, &pem).unwrap_err().contains("-out relay.pem"));
+    // Only that of the server itself: an issuer may be of version 1.
+    let own = fixture("p384");
+    let chain = format!("{own}{}", fixture("rsa-v1"));
+    ServerTls::new(&PemText::new(&chain, ""), &PemText::new(&own, "")).unwrap();
+}
+
+#[test]
+fn no_octets_are_read_as_a_certificate_by_mistake() {
+    let whole = certificate_of("rsa-v1");
+    let read = x509::Certificate::read(&whole).unwrap();
+    assert_eq!(read.version, 1);
+    assert_eq!(x509::Certificate::read(&certificate_of("rsa")).unwrap().version, 3);
+    for end in 0..whole.len() {
+        assert_eq!(x509::Certificate::read(&whole[..end]), None, "{end}");
+    }
+    for at in 0..whole.len() {
+        let mut changed = whole.to_vec();
+        changed[at] ^= 0x81;
+        let _ = x509::Certificate::read(&changed).map(|certificate| x509::PublicKey::read(certificate.public_key));
+    }
+    for end in 0..read.public_key.len() {
+        assert_eq!(x509::PublicKey::read(&read.public_key[..end]), None, "{end}");
+    }
+}
+
+/// Clients put what they were told to connect to into the server name indication. RFC 6066 section 3 allows only domain
+/// names there; no certificate is chosen by it here.
+#[test]
+fn a_server_name_that_is_an_address_does_not_end_the_session() {
+    let (tls, _) = server();
+    for (name, allowed) in [
+        ("127.0.0.1", "a.example"),
+        ("2001:db8::1", "abc.example"),
+        ("relay.example.net.", "relay.example.netx"),
+        ("relay_1.example.net", "relay-1.example.net"),
+    ] {
+        for client in both_versions(|| Verification::Anyone) {
+            let mut client = TlsSession::client(&client, allowed).unwrap();
+            let mut hello = Vec::new();
+            client.write_to(&mut hello).unwrap();
+            let at = hello.windows(allowed.len()).position(|part| part == allowed.as_bytes()).unwrap();
+            hello[at..at + name.len()].copy_from_slice(name.as_bytes());
+            let mut server = TlsSession::server(&tls).unwrap();
+            server.feed(&hello, &mut Vec::new()).unwrap();
+            assert!(server.wants_write(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_name_that_is_not_verified_may_be_anything() {
+    let (tls, certificate) = server();
+    for name in ["no name", "", "-mx.example", "mx..example", "192.0.2.1", "2001:db8::1"] {
+        handshake(&tls, &ClientTls::new(&Trust::Anyone).unwrap(), name).unwrap();
+        handshake(&tls, &ClientTls::new(&Trust::pin(&certificate)).unwrap(), name).unwrap();
+        assert!(handshake(&tls, &trusting(&certificate), "192.0.2.1").is_err());
+    }
+    assert!(TlsSession::client(&trusting(&certificate), "no name").is_err());
 }
 
 #[test]
@@ -243,7 +435,6 @@ fn clear_text_is_reported_as_not_tls() {
     let mut client = TlsSession::client(&pinning([0; 32]), NAME).unwrap();
     let error = client.feed(b"220 relay.example.net\r\n", &mut Vec::new()).unwrap_err();
     assert!(error.to_string().contains("not TLS"), "{error}");
-    assert!(TlsSession::client(&pinning([0; 32]), "no name").is_err());
 }
 
 #[test]
@@ -251,11 +442,13 @@ fn errors_in_pem_files_name_the_file() {
     let (certificate, key) = self_signed(&[NAME]).unwrap();
     let (_, other) = self_signed(&[NAME]).unwrap();
     let locked = "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n";
+    let foreign = "-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n";
     let table: &[(&str, &str, &str)] = &[
         ("", &key, "relay.pem holds no certificate"),
         (&certificate, "", "relay.key holds no private key"),
         (&certificate, &certificate, "relay.key holds no private key"),
         (&certificate, locked, "relay.key is encrypted"),
+        (&certificate, foreign, "relay.key holds a key that cannot be used here"),
         (&certificate, &other, "relay.key does not belong to"),
         ("-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n", &key, "relay.pem is not well-formed"),
     ];
@@ -269,10 +462,18 @@ fn errors_in_pem_files_name_the_file() {
         let fault = ServerTls::load(&first, &second).unwrap_err();
         assert!(fault.contains(expected), "wanted {expected}\ngot    {fault}");
     }
-    std::fs::write(&first, &certificate).unwrap();
-    std::fs::write(&second, &key).unwrap();
-    ServerTls::load(&first, &second).unwrap();
-    ClientTls::new(&Trust::Authorities(first)).unwrap();
+    // Editors add a byte order mark, and write CRLF; the last line may have no end.
+    let with_mark = |text: &str| format!("\u{feff}{}", text.replace('\n', "\r\n"));
+    for change in [str::to_owned, with_mark, |text| text.trim().to_owned()] as [fn(&str) -> String; 3] {
+        std::fs::write(&first, change(&certificate)).unwrap();
+        std::fs::write(&second, change(&key)).unwrap();
+        ServerTls::load(&first, &second).unwrap();
+        ClientTls::new(&Trust::Authorities(first.clone())).unwrap();
+    }
+    let wide: Vec<u8> = certificate.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    std::fs::write(&first, wide).unwrap();
+    let fault = ServerTls::load(&first, &second).unwrap_err();
+    assert!(fault.ends_with("relay.pem: it is UTF-16 or UTF-32: save it as UTF-8"), "{fault}");
     let fault = ClientTls::new(&Trust::Authorities(second)).unwrap_err();
     assert!(fault.contains("holds no certificate"), "{fault}");
 }

@@ -10,7 +10,7 @@ use super::hosts::{HostTable, RouteError};
 use super::order::{AddressOrder, HostAddress};
 use crate::config::{ProviderConfig, RelayConfig, TlsPolicy};
 use crate::ids::Ids;
-use crate::mail::address::Domain;
+use crate::mail::address::{Domain, literal};
 use crate::net::cancel::CancelToken;
 use crate::net::resolver::{MxHost, MxRoute, Resolver};
 use crate::net::tls::{ClientTls, Trust};
@@ -412,7 +412,11 @@ impl WorkerContext {
         let id = self.ids.session_id();
         let connect = self.connect(&id);
         let mut connected = Connect { tls: Some((tls, to.host.as_str())), ..connect }.to(to.address, options(required));
-        if policy == TlsPolicy::May && matches!(connected, Err(SessionFailure::Broken(_) | SessionFailure::NoTls(_))) {
+        let mut tls_error = None;
+        if policy == TlsPolicy::May
+            && let Err(failure @ (SessionFailure::Broken(_) | SessionFailure::NoTls(_))) = &connected
+        {
+            tls_error = Some(failure.to_string());
             connected = connect.to(to.address, options(StartTls::Never));
         }
         let session = connected.map_err(|failure| match failure {
@@ -429,6 +433,11 @@ impl WorkerContext {
                 ConnectFailure { error: unreachable(&failure), down }
             }
         })?;
+        if !session.is_tls() && session.client().extensions().starttls {
+            let error = tls_error.unwrap_or_else(|| "STARTTLS was rejected".to_owned());
+            let (host, address) = (&to.host, literal(to.address.ip()));
+            log::info!("event=tls-failed session={id} host={host} address={address} error={}", quoted(error));
+        }
         // A host that calls itself by our name is this one: the mail would go in circles.
         if session.client().peer_name().is_some_and(|name| name.eq_ignore_ascii_case(&self.hostname)) {
             session.quit();

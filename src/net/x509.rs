@@ -1,0 +1,91 @@
+//! The version and the public key of a certificate (RFC 5280 section 4.1), read from its DER (ITU-T X.690).
+//!
+//! webpki reads certificates of version 3 only. If a certificate is trusted by itself, and not because of what is
+//! written in it, its key is all that the handshake needs, so its version does not matter.
+
+/// What is read of a certificate.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Certificate<'a> {
+    /// 1 to 3.
+    pub(super) version: u8,
+    /// The SubjectPublicKeyInfo, whole: the octets whose SHA-256 a pin of the key has.
+    pub(super) public_key: &'a [u8],
+}
+
+/// The parts of a SubjectPublicKeyInfo.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct PublicKey<'a> {
+    /// The AlgorithmIdentifier without its outer SEQUENCE.
+    pub(super) algorithm: &'a [u8],
+    /// The content of the BIT STRING.
+    pub(super) key: &'a [u8],
+}
+
+const INTEGER: u8 = 0x02;
+const BIT_STRING: u8 = 0x03;
+const SEQUENCE: u8 = 0x30;
+/// `[0] EXPLICIT`.
+const VERSION: u8 = 0xa0;
+
+impl Certificate<'_> {
+    /// Reads a certificate up to its key; `None`: it is not one.
+    pub(super) fn read(der: &[u8]) -> Option<Certificate<'_>> {
+        let certificate = Elements(der).next(SEQUENCE)?.content;
+        let mut fields = Elements(Elements(certificate).next(SEQUENCE)?.content);
+        let version = match fields.next(VERSION) {
+            // Version 1 is the default, which DER leaves out.
+            None => 1,
+            Some(version) => match Elements(version.content).next(INTEGER)?.content {
+                [number @ 0..=2] => number + 1,
+                _ => return None,
+            },
+        };
+        fields.next(INTEGER)?; // serialNumber
+        for _signature_issuer_validity_subject in 0..4 {
+            fields.next(SEQUENCE)?;
+        }
+        Some(Certificate { version, public_key: fields.next(SEQUENCE)?.whole })
+    }
+}
+
+impl PublicKey<'_> {
+    /// Reads a SubjectPublicKeyInfo; `None`: it is not one.
+    pub(super) fn read(der: &[u8]) -> Option<PublicKey<'_>> {
+        let mut parts = Elements(Elements(der).next(SEQUENCE)?.content);
+        let algorithm = parts.next(SEQUENCE)?.content;
+        match parts.next(BIT_STRING)?.content {
+            // All bits of the last octet are used.
+            [0, key @ ..] => Some(PublicKey { algorithm, key }),
+            _ => None,
+        }
+    }
+}
+
+/// DER elements, one after the other.
+struct Elements<'a>(&'a [u8]);
+
+struct Element<'a> {
+    /// With its tag and length.
+    whole: &'a [u8],
+    content: &'a [u8],
+}
+
+impl<'a> Elements<'a> {
+    /// Takes the next element if it has this tag.
+    fn next(&mut self, tag: u8) -> Option<Element<'a>> {
+        let [first, length, rest @ ..] = self.0 else { return None };
+        let (header, length) = match *length {
+            length @ ..=0x7f => (2, usize::from(length)),
+            // More than 64 KiB do not come: rustls rejects them.
+            count @ 0x81..=0x82 => {
+                let count = usize::from(count & 0x7f);
+                let octets = rest.get(..count)?;
+                (2 + count, octets.iter().fold(0, |length, octet| length << 8 | usize::from(*octet)))
+            }
+            _ => return None,
+        };
+        let whole = self.0.get(..header + length).filter(|_| *first == tag)?;
+        self.0 = &self.0[whole.len()..];
+        Some(Element { whole, content: &whole[header..] })
+    }
+}

@@ -1,0 +1,90 @@
+//! The one reader of the text files that an administrator writes: TOML, aliases, secrets, certificates and keys.
+//!
+//! Editors differ in what they write around a text. A byte order mark in front is not part of the text; lines may end in
+//! CRLF, and the last line may have no end, which every parser of these texts accepts.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
+
+/// Octets of a file. A longer one is not a configuration, and would use up the memory.
+const FILE_SIZE_LIMIT: u64 = 16 << 20;
+
+/// U+FEFF in UTF-8: some editors begin a file with it.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// The permissions of a file, and its octets without a byte order mark.
+///
+/// # Errors
+///
+/// The file cannot be read, is a pipe, is longer than [`FILE_SIZE_LIMIT`], or is UTF-16 or UTF-32.
+pub fn read(path: &Path) -> io::Result<(u32, Vec<u8>)> {
+    // Opening a pipe waits for a writer, perhaps forever.
+    if fs::metadata(path)?.file_type().is_fifo() {
+        return Err(io::Error::other("is a pipe, and must be a file"));
+    }
+    let file = File::open(path)?;
+    let mode = file.metadata()?.permissions().mode();
+    let mut octets = Vec::new();
+    if file.take(FILE_SIZE_LIMIT + 1).read_to_end(&mut octets)? as u64 > FILE_SIZE_LIMIT {
+        return Err(io::Error::other("it has more than 16 MiB"));
+    }
+    if is_wide(&octets) {
+        return Err(io::Error::other("it is UTF-16 or UTF-32: save it as UTF-8"));
+    }
+    if octets.starts_with(BYTE_ORDER_MARK) {
+        octets.drain(..BYTE_ORDER_MARK.len());
+    }
+    Ok((mode, octets))
+}
+
+/// Whether a text has two or four octets for each character. Its byte order mark tells; without one, the zeros in its
+/// first characters, which no text in UTF-8 has.
+fn is_wide(octets: &[u8]) -> bool {
+    octets.starts_with(b"\xff\xfe") || octets.starts_with(b"\xfe\xff") || octets.iter().take(4).any(|octet| *octet == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write_and_read(octets: &[u8]) -> Result<Vec<u8>, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), octets).unwrap();
+        read(file.path()).map(|(_, octets)| octets).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_skipped() {
+        for text in ["", "a", "a = 1\r\nb = 2", "ä\n", "\u{feff}"] {
+            assert_eq!(write_and_read(text.as_bytes()).unwrap(), text.trim_start_matches('\u{feff}').as_bytes());
+            assert_eq!(write_and_read(format!("\u{feff}{text}").as_bytes()).unwrap(), text.as_bytes(), "{text:?}");
+        }
+        // Of another encoding, or binary: the parsers decide.
+        for octets in [&b"\xe4 = 1\n"[..], b"\xef\xbb", b"\xff", b"abcd\0"] {
+            assert_eq!(write_and_read(octets).unwrap(), octets);
+        }
+    }
+
+    #[test]
+    fn utf_16_is_named() {
+        let little = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
+        let big = |text: &str| text.encode_utf16().flat_map(u16::to_be_bytes).collect::<Vec<u8>>();
+        for text in ["\u{feff}hostname = 1\n", "hostname = 1\n", "ä", "\u{feff}", "\u{feff}\0a\0"] {
+            for octets in [little(text), big(text)] {
+                assert!(write_and_read(&octets).unwrap_err().contains("save it as UTF-8"), "{octets:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_pipe_and_a_long_file_are_rejected() {
+        assert!(write_and_read(&vec![b'#'; (16 << 20) + 1]).unwrap_err().contains("16 MiB"));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR).unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("pipe"));
+        assert!(read(directory.path()).is_err());
+    }
+}
