@@ -179,6 +179,22 @@ fn the_envelope_records_body_type_smtputf8_and_dsn_options() {
         "Subject: x\n\n",
         &["X-ODMR-Recipient: NOTIFY=success,delay\n", "; ret=HDRS; envid=QQ+2B1\n"],
     );
+    // Addresses elsewhere are carried as they came.
+    check(
+        &["-f", "Cron@My_Host.example", "taro..y@Phone.example", "\"joe\"@b\u{fc}cher.example"],
+        "Subject: x\n\n",
+        &[
+            "Return-Path: <Cron@My_Host.example>\nDelivered-To: taro..y@Phone.example\n\
+             Delivered-To: \"joe\"@b\u{fc}cher.example\n",
+            "; body=7BIT\n",
+        ],
+    );
+    // A header without SMTPUTF8 has A-labels, and quotes where RFC 5322 needs them.
+    check(
+        &["-f", "eva..e@b\u{fc}cher.example", "d@x.example"],
+        "Subject: x\n\n",
+        &["Return-Path: <eva..e@b\u{fc}cher.example>\n", "; body=7BIT\n", "<\"eva..e\"@xn--bcher-kva.example>\n"],
+    );
     check(&["-oi", "-oem", "-odb", "-O", "x=y", "-B8BITMIME", "d@x.example"], "Subject: v\n\n", &["\nSubject: v\n"])
 }
 
@@ -218,6 +234,8 @@ fn each_error_has_its_exit_code_and_one_line_and_queues_nothing() {
     check(65, &["-t"], "Subject: x\n\nTo: d@x.example\n", "no recipient");
     check(65, &["-t"], "To: d@x.example, <broken\n\n", "To");
     check(65, &["dave@[192.0.2.1]"], "", "192.0.2.1");
+    check(65, &["dave@b\u{fc}\u{200c}cher.example"], "", "IDNA");
+    check(65, &["-t"], "To: dave@b\u{fffd}cher.example\n\n", "not in UTF-8");
     check(65, &["dave@localhost"], "", "localhost");
     check(67, &["d@x.example", "nobody@example.org"], "", "nobody@example.org");
     check(69, &["d@x.example"], &long.repeat(1000), "70000");

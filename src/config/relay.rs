@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use super::remote::optional_remote;
 use super::table::Table;
-use super::value::{DELAY_WARNING, DURATION, PORT_NUMBER, RESOLVER, Text};
+use super::value::{DELAY_WARNING, DURATION, PORT_NUMBER, RESOLVER, Text, domain_elsewhere};
 use crate::mail::address::Domain;
 use crate::queue::retry::{LONGEST_PAUSE, Retry};
 use crate::recipients::ConfigError;
@@ -111,7 +111,7 @@ fn policies(table: &mut Table<'_>) -> Result<HashMap<Domain, TlsPolicy>, ConfigE
     let mut policies = HashMap::new();
     for (key, policy) in table.entries("tls-for")? {
         // Unlike a domain of ATRN, one that mail is sent to may have no dot.
-        let domain = Domain::parse(&key.value).ok_or_else(|| {
+        let domain = domain_elsewhere(&key.value).ok_or_else(|| {
             key.source.error(format!("{:?} is not a valid domain: write one such as \"example.org\"", key.value))
         })?;
         if policies.insert(domain.clone(), policy.read(&TLS_POLICY)?.value).is_some() {

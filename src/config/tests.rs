@@ -251,7 +251,7 @@ fn every_key_of_relay_is_read() {
             name = "relay"
             secret-file = "secret"
             tls = "must"
-            tls-for = { "Example.COM" = "verify", localhost = "may" }
+            tls-for = { "Example.COM" = "verify", localhost = "may", "my_host.example" = "must" }
             resolver = "127.0.0.1:5353"
             port = 2525
             connections = 1000

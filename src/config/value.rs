@@ -127,6 +127,15 @@ pub(super) const DOMAIN: Text<Domain> = Text::new("a domain such as \"example.or
     Ok(domain)
 });
 
+/// A name that somebody else uses. Unlike the domains that are held here, it may have `_`, as names in DNS have.
+pub(super) fn domain_elsewhere(text: &str) -> Option<Domain> {
+    let is_label = |label: &str| {
+        !label.is_empty() && label.bytes().all(|octet| octet.is_ascii_alphanumeric() || matches!(octet, b'-' | b'_'))
+    };
+    Domain::parse(text)
+        .or_else(|| Domain::parse_any(text).ok().filter(|domain| domain.as_str().split('.').all(is_label)))
+}
+
 /// A path as it is written: absolute, or relative to the directory of the file.
 pub(super) const PATH: Text<PathBuf> = Text::new("a path in quotes", |text| {
     if text.is_empty() || text.contains('\0') {
@@ -222,7 +231,7 @@ pub(super) const fn host_port<const PORT: u16>() -> Text<HostPort> {
                 if looks_like_ipv4(host) && host.parse::<Ipv4Addr>().is_err() {
                     return Err(wrong());
                 }
-                (Domain::parse(host).ok_or_else(wrong)?.as_str().to_owned(), port)
+                (domain_elsewhere(host).ok_or_else(wrong)?.as_str().to_owned(), port)
             }
         };
         let port = port.map_or(Ok(PORT), port_number)?;
@@ -347,7 +356,7 @@ pub(super) const PIN: Text<Pin> = Text::new("a fingerprint such as \"sha256:0123
 
 /// An address whose host is a domain, not an address literal.
 pub(super) fn address_with_domain(text: &str) -> Option<Mailbox> {
-    Mailbox::parse(text).filter(|mailbox| mailbox.domain().is_some())
+    Mailbox::parse(text).filter(|mailbox| mailbox.domain().is_some()).map(|mailbox| mailbox.canonical())
 }
 
 /// An entry of `accept`: an address, or each address of a domain.
@@ -364,8 +373,9 @@ pub(super) const ACCEPTED: Text<Accepted> = Text::new(ACCEPTED_EXPECTED, |text| 
         let pattern = AddressPattern::Domain(DOMAIN.parse(domain)?);
         return Ok(Accepted { shown: pattern.to_string(), pattern });
     }
-    let accepted = Mailbox::parse(text)
-        .and_then(|mailbox| Some(Accepted { pattern: AddressPattern::of(&mailbox)?, shown: mailbox.to_string() }));
+    let accepted = Mailbox::parse(text).and_then(|mailbox| {
+        Some(Accepted { pattern: AddressPattern::of(&mailbox)?, shown: mailbox.canonical().to_string() })
+    });
     accepted.ok_or_else(|| format!("{text:?} is not a valid address: write {ACCEPTED_EXPECTED}"))
 });
 

@@ -49,7 +49,7 @@ impl Mailboxes {
     /// The reply to RCPT: there is no such postmaster.
     pub fn canonical_recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         let mailbox = match path {
-            ForwardPath::Mailbox(mailbox) => Some(mailbox.clone()),
+            ForwardPath::Mailbox(mailbox) => Some(mailbox.canonical()),
             ForwardPath::Postmaster => {
                 self.rules().domains().first().and_then(|home| recipients::address("postmaster", home))
             }

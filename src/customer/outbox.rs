@@ -30,7 +30,7 @@ use crate::session::{Remote, disk_full_reply, storage_failure_reply, storage_rep
 use crate::smtp::client::{Client, ClientOptions};
 use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{MessageSink, message_too_large};
+use crate::smtp::server::{MessageSink, check_qualified, message_too_large};
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
 /// The outgoing queue, and how its messages are sent.
@@ -59,10 +59,7 @@ impl Outbox {
     pub fn recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         match path {
             ForwardPath::Mailbox(mailbox) if !self.store.is_local(mailbox) => {
-                let qualified = mailbox.domain().is_some_and(|domain| domain.as_str().contains('.'));
-                // RFC 6409 section 4.2.
-                let unqualified = || Reply::new(554, "5.1.2", "The domain is not fully qualified");
-                qualified.then(|| mailbox.clone()).ok_or_else(unqualified)
+                check_qualified(mailbox).map(|()| mailbox.clone())
             }
             ours => {
                 self.mailboxes.rules().resolve(ours)?;

@@ -44,7 +44,7 @@ use crate::session::storage_failure_reply;
 use crate::smtp::client::OutgoingMessage;
 use crate::smtp::command::{Envelope, MailFrom, Notify, Recipient};
 use crate::smtp::reply::{Reply, Severity};
-use crate::smtp::server::{Incoming, MessageSink, SessionHandler, Unaccepted};
+use crate::smtp::server::{Incoming, MessageSink, SessionHandler, Unaccepted, check_held_domain};
 use crate::smtp::status::{RecipientStatus, connection_lost};
 
 /// How many destinations one message may have. One alias alone may have a hundred.
@@ -180,8 +180,11 @@ impl SessionHandler for Receiver {
 
     fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply> {
         let mailboxes = self.context.mailboxes();
-        let deliveries = mailboxes.rules().resolve(path)?;
         let mailbox = mailboxes.canonical_recipient(path)?;
+        let deliveries = mailboxes.rules().resolve(path).map_err(|reply| {
+            // Of two reasons the one that is nearer to the mistake.
+            check_held_domain(&mailbox).err().unwrap_or(reply)
+        })?;
         // Each destination is an open file, or a line of an envelope.
         let before: usize = self.accepted.iter().map(|(_, deliveries)| deliveries.len()).sum();
         if before > 0 && before + deliveries.len() > MESSAGE_DESTINATIONS {

@@ -355,17 +355,18 @@ fn sender(options: &SendmailOptions, home: &Domain) -> Result<ReversePath, Sendm
 
 /// A login name at `home`, the sender of that user's mail; `None` if that is not an address.
 pub fn user_mailbox(name: &str, home: &Domain) -> Option<Mailbox> {
-    Mailbox::parse(&format!("{name}@{home}"))
+    Mailbox::parse_any(&format!("{name}@{home}")).ok()
 }
 
 /// The `From` for a header without one: the sender, with the full name of `-F` or of the user.
 fn header_from(options: &SendmailOptions, sender: &ReversePath, home: &Domain) -> String {
     let user = &options.user;
     let address = match sender {
-        ReversePath::Mailbox(mailbox) => mailbox.to_string(),
-        ReversePath::Null => {
-            user_mailbox(&user.name, home).map_or_else(|| format!("postmaster@{home}"), |mailbox| mailbox.to_string())
-        }
+        ReversePath::Mailbox(mailbox) => mailbox.header_form().into_owned(),
+        ReversePath::Null => match user_mailbox(&user.name, home) {
+            Some(mailbox) => mailbox.header_form().into_owned(),
+            None => format!("postmaster@{home}"),
+        },
     };
     match options.full_name.as_deref().unwrap_or(&user.full_name).trim() {
         "" => address,

@@ -9,12 +9,19 @@
 //!           `------------------- path ----------------------'
 //! ```
 //!
-//! Two ways to write one address compare as equal: domains and address literals are kept in their canonical form, local
-//! parts without quotes. `Display` writes the shortest form.
+//! There are two readings. The strict one (`parse`) is the grammar of the RFC, for what is configured: domains that are held
+//! here, whose names become names of directories. The other one (`parse_any`, and that of paths) is for addresses elsewhere,
+//! which are carried as they came: with `_` in a domain, or dots wherever they are in a local part. They have no control
+//! character, and no space and no bracket outside of quotes, so that they cannot end a path, a line or a field early.
+//!
+//! Two ways to write one address compare as equal: domains and address literals compare in their canonical form, local
+//! parts without quotes. `Display` writes the address as it came.
 
 use core::net::IpAddr;
 use std::borrow::Cow;
-use std::fmt;
+use std::cmp::Ordering;
+use std::fmt::{self, Write};
+use std::hash::{Hash, Hasher};
 
 use idna::uts46::{AsciiDenyList, DnsLength, Hyphens, Uts46};
 
@@ -26,24 +33,54 @@ pub const DOMAIN_LIMIT: usize = 255;
 const LOCAL_LIMIT: usize = 255;
 /// Octets of a path with its angle brackets. RFC 5321 section 4.5.3.1.3 requires 256; source routes and UTF-8 need more.
 const PATH_LIMIT: usize = 1000;
+/// Octets of the name of a file (NAME_MAX).
+const FILE_NAME_LIMIT: usize = 255;
 
-/// A domain name in lower case with A-labels for U-labels: always ASCII.
-///
-/// It has letters, digits and hyphens in labels of 1 to 63 octets, at most 255 octets in all, and no dot at either end. So
-/// it is safe as the name of a file.
+/// A domain name in its canonical form, in which names are compared: in lower case, with A-labels for U-labels, without the
+/// dot of the root at its end. Always printable ASCII without spaces.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Domain(String);
 
 impl Domain {
     /// Parses the `Domain` of RFC 5321 section 4.1.2, with the U-labels of RFC 6531; `None`: it is not valid.
     ///
+    /// It has letters, digits and hyphens in labels of 1 to 63 octets, at most 255 octets in all, and no dot at either end.
+    ///
     /// If the text is ASCII, the parser only changes it to lower case: an A-label stays as it is, even if it does not
     /// decode. If the text has other characters, UTS #46 maps it, so that every way to write a name gives the same domain,
     /// and a name that UTS #46 does not allow is not valid.
     pub fn parse(text: &str) -> Option<Domain> {
-        let name = if text.is_ascii() { text.to_ascii_lowercase() } else { a_labels(text)? };
+        let ascii = || text.to_ascii_lowercase();
+        let name = if text.is_ascii() { ascii() } else { a_labels(text, AsciiDenyList::STD3)? };
         // RFC 5321 section 4.5.3.1.2: the limit is for the name that SMTP and DNS carry.
-        (name.len() <= DOMAIN_LIMIT && name.split('.').all(is_label)).then_some(Domain(name))
+        let domain = Domain(name);
+        (domain.0.len() <= DOMAIN_LIMIT && domain.is_strict()).then_some(domain)
+    }
+
+    /// Parses a domain elsewhere. DNS has names that RFC 5321 does not know (RFC 2181 section 11), so it may have any
+    /// printable ASCII but spaces and the characters with a meaning in addresses (RFC 5322 section 3.2.3, `specials`).
+    ///
+    /// # Errors
+    /// Why it is no domain.
+    pub fn parse_any(text: &str) -> Result<Domain, PathError> {
+        let name = match text.is_ascii() {
+            true => text.to_ascii_lowercase(),
+            false => a_labels(text, AsciiDenyList::EMPTY).ok_or(PathError::NotIdna)?,
+        };
+        // RFC 5890 section 2.3.1: an A-label is an LDH label, whatever the labels beside it are.
+        if !text.is_ascii() && name.split('.').any(|label| label.starts_with("xn--") && !is_label(label)) {
+            return Err(PathError::NotIdna);
+        }
+        // A dot at the end is that of the root: in DNS it is the same name (RFC 1034 section 3.1).
+        let name = name.strip_suffix('.').filter(|rest| !rest.ends_with('.')).unwrap_or(&name);
+        let allowed = |octet: u8| octet.is_ascii_graphic() && !b"()<>[]:;@\\,\"".contains(&octet);
+        if name.trim_matches('.').is_empty() || !name.bytes().all(allowed) {
+            return Err(PathError::BadDomain);
+        }
+        let domain = Domain(name.to_owned());
+        // RFC 5321 section 4.5.3.1.2; and mail for it must find a directory.
+        let fits = domain.0.len() <= DOMAIN_LIMIT && domain.file_name().len() <= FILE_NAME_LIMIT;
+        if fits { Ok(domain) } else { Err(PathError::TooLong) }
     }
 
     /// Parses the stricter `domain` of RFC 2645 section 5.2.1: ASCII, with at least one dot.
@@ -53,9 +90,55 @@ impl Domain {
         strict.then_some(text).and_then(Domain::parse)
     }
 
+    /// The host of an MX record, in the presentation format of RFC 1035 section 5.1: it may be any name, or an address that
+    /// somebody has written in its place. `None`: it is the root.
+    pub fn of_dns(text: &str) -> Option<Domain> {
+        // A space is written "\\ ", but no name in a log may have one: "\\032" is the same.
+        let name = text.replace(' ', "032").to_ascii_lowercase();
+        (!matches!(&*name, "" | ".") && name.bytes().all(|octet| octet.is_ascii_graphic())).then_some(Domain(name))
+    }
+
     /// The name, always ASCII.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Whether [`Domain::parse`] accepts it. No other domain can be held here.
+    pub fn is_strict(&self) -> bool {
+        self.0.split('.').all(is_label)
+    }
+
+    /// The name of the directory for this domain: one component of a path, never hidden, different for different domains.
+    ///
+    /// A domain that [`Domain::parse`] accepts has its own name. In others each octet but letters, digits, `.`, `_` and `-`,
+    /// and a dot in front, is `%HH`.
+    pub fn file_name(&self) -> Cow<'_, str> {
+        if self.is_strict() {
+            return Cow::Borrowed(&self.0);
+        }
+        let mut name = String::with_capacity(self.0.len() + 8);
+        for octet in self.0.bytes() {
+            match octet {
+                b'.' if name.is_empty() => name.push_str("%2E"),
+                b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-' => name.push(char::from(octet)),
+                _ => {
+                    let _ = write!(name, "%{octet:02X}");
+                }
+            }
+        }
+        Cow::Owned(name)
+    }
+
+    /// The domain whose [`Domain::file_name`] this is; `None`: no domain has it.
+    pub fn of_file_name(name: &str) -> Option<Domain> {
+        let mut parts = name.split('%');
+        let mut text = parts.next()?.to_owned();
+        for part in parts {
+            let (code, rest) = part.split_at_checked(2)?;
+            text.push(char::from(u8::from_str_radix(code, 16).ok()?));
+            text.push_str(rest);
+        }
+        Domain::parse_any(&text).ok().filter(|domain| domain.file_name() == name)
     }
 }
 
@@ -71,6 +154,8 @@ pub enum Host {
     Name(Domain),
     /// An address literal, written `[192.0.2.1]` or `[IPv6:2001:db8::1]`.
     Literal(IpAddr),
+    /// Another text in square brackets, in lower case: nothing can be sent to it.
+    OtherLiteral(String),
 }
 
 impl Host {
@@ -81,6 +166,23 @@ impl Host {
             None => Domain::parse(text).map(Host::Name),
         }
     }
+
+    /// Parses a host elsewhere: see [`Domain::parse_any`].
+    ///
+    /// # Errors
+    /// Why it is no host.
+    pub fn parse_any(text: &str) -> Result<Host, PathError> {
+        let Some(rest) = text.strip_prefix('[') else { return Domain::parse_any(text).map(Host::Name) };
+        let inside = rest.strip_suffix(']').ok_or(PathError::BadDomain)?;
+        // RFC 5321 section 4.1.3: `dcontent`, without what ends a path or an address.
+        let allowed = |octet: u8| octet.is_ascii_graphic() && !b"[]\\\"<>(),;@".contains(&octet);
+        match parse_literal(inside) {
+            Some(address) => Ok(Host::Literal(address)),
+            None if inside.is_empty() || !inside.bytes().all(allowed) => Err(PathError::BadDomain),
+            None if inside.len() > DOMAIN_LIMIT => Err(PathError::TooLong),
+            None => Ok(Host::OtherLiteral(inside.to_ascii_lowercase())),
+        }
+    }
 }
 
 impl fmt::Display for Host {
@@ -89,21 +191,46 @@ impl fmt::Display for Host {
             Host::Name(domain) => domain.fmt(f),
             Host::Literal(IpAddr::V4(address)) => write!(f, "[{address}]"),
             Host::Literal(IpAddr::V6(address)) => write!(f, "[IPv6:{address}]"),
+            Host::OtherLiteral(text) => write!(f, "[{text}]"),
         }
     }
 }
 
-/// `local@host`. `"joe"@a.example` and `joe@a.example` are the same (RFC 5321 section 4.1.2).
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+/// `local@host`. `"joe"@a.example` and `joe@A.example` are the same (RFC 5321 section 4.1.2), and each is written as it came.
+#[derive(Clone, Debug)]
 pub struct Mailbox {
+    /// As it came.
+    text: String,
+    /// Where the `@` before the host is in the text.
+    at: usize,
     local: String,
     host: Host,
 }
 
 impl Mailbox {
-    /// Parses a mailbox without angle brackets.
+    /// Parses a mailbox without angle brackets, by the grammar of RFC 5321 section 4.1.2.
     pub fn parse(text: &str) -> Option<Mailbox> {
-        mailbox(text).ok()
+        let mailbox = Mailbox::parse_any(text).ok()?;
+        let local = mailbox.spelled_local();
+        let strict = is_dot_string(local) || is_quoted_string(local);
+        (strict && Host::parse(&text[mailbox.at + 1..]).is_some()).then_some(mailbox)
+    }
+
+    /// Parses a mailbox elsewhere, without angle brackets.
+    ///
+    /// # Errors
+    /// Why it is no mailbox.
+    pub fn parse_any(text: &str) -> Result<Mailbox, PathError> {
+        if text.contains(char::is_control) {
+            return Err(PathError::Syntax);
+        }
+        let at = local_end(text).ok_or(PathError::Syntax)?;
+        let local = unquoted(&text[..at]).ok_or(PathError::Syntax)?;
+        if local.len() > LOCAL_LIMIT {
+            return Err(PathError::TooLong);
+        }
+        let host = Host::parse_any(&text[at + 1..])?;
+        Ok(Mailbox { text: text.to_owned(), at, local, host })
     }
 
     /// The local part without its quotes, in its own case: at most 255 octets, no control characters.
@@ -122,26 +249,92 @@ impl Mailbox {
     pub fn domain(&self) -> Option<&Domain> {
         match &self.host {
             Host::Name(domain) => Some(domain),
-            Host::Literal(_) => None,
+            Host::Literal(_) | Host::OtherLiteral(_) => None,
         }
     }
 
     /// Whether the mailbox can be sent to a server without SMTPUTF8 (RFC 6531 section 3.2). Only the local part matters,
-    /// because domains are kept as A-labels. A parser must look at the octets that the peer has sent instead.
+    /// because [`Mailbox::with_a_labels`] writes the domain. A parser must look at the octets that the peer has sent instead.
     pub fn is_ascii(&self) -> bool {
         self.local.is_ascii()
     }
+
+    /// The address as it came, but with A-labels for U-labels: for a server without SMTPUTF8 (RFC 6531 section 3.2).
+    pub fn with_a_labels(&self) -> Cow<'_, str> {
+        match self.text[self.at..].is_ascii() {
+            true => Cow::Borrowed(&self.text),
+            false => Cow::Owned(format!("{}@{}", self.spelled_local(), self.host)),
+        }
+    }
+
+    /// The same mailbox in another domain.
+    pub fn with_domain(&self, domain: &Domain) -> Mailbox {
+        let host = Host::Name(domain.clone());
+        Mailbox { text: format!("{}@{domain}", self.spelled_local()), host, ..self.clone() }
+    }
+
+    /// The mailbox as a domain that is held here has it: the domain in its canonical form, and quotes only where they are
+    /// needed (RFC 5321 section 4.1.2). Dots without quotes stay as they are.
+    pub fn canonical(&self) -> Mailbox {
+        let local = match self.spelled_local() {
+            spelled if !spelled.contains('"') => Cow::Borrowed(spelled),
+            _ => shortest(&self.local),
+        };
+        Mailbox { text: format!("{local}@{}", self.host), at: local.len(), ..self.clone() }
+    }
+
+    /// The address as a header field has it (RFC 5322 section 3.4.1): quoted if it must be, with A-labels for U-labels.
+    pub fn header_form(&self) -> Cow<'_, str> {
+        let spelled = self.spelled_local();
+        match is_dot_string(spelled) || is_quoted_string(spelled) {
+            true => self.with_a_labels(),
+            false if self.text[self.at..].is_ascii() => {
+                Cow::Owned(format!("{}{}", shortest(&self.local), &self.text[self.at..]))
+            }
+            false => Cow::Owned(format!("{}@{}", shortest(&self.local), self.host)),
+        }
+    }
+
+    fn spelled_local(&self) -> &str {
+        &self.text[..self.at]
+    }
+
+    /// What is compared.
+    fn key(&self) -> (&str, &Host) {
+        (&self.local, &self.host)
+    }
 }
 
-/// Writes the shortest form: quotes only where they are needed (RFC 5321 section 4.1.2).
+/// Writes the address as it came.
 impl fmt::Display for Mailbox {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        if is_dot_string(&self.local) {
-            write!(f, "{}@{}", self.local, self.host)
-        } else {
-            let escaped = self.local.replace('\\', r"\\").replace('"', "\\\"");
-            write!(f, "\"{escaped}\"@{}", self.host)
-        }
+        f.write_str(&self.text)
+    }
+}
+
+impl PartialEq for Mailbox {
+    fn eq(&self, other: &Mailbox) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for Mailbox {}
+
+impl Hash for Mailbox {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.key().hash(state);
+    }
+}
+
+impl PartialOrd for Mailbox {
+    fn partial_cmp(&self, other: &Mailbox) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Mailbox {
+    fn cmp(&self, other: &Mailbox) -> Ordering {
+        self.key().cmp(&other.key())
     }
 }
 
@@ -188,12 +381,14 @@ impl fmt::Display for ForwardPath {
 /// Why an argument is not a valid path.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PathError {
-    /// No angle brackets, no `@`, a control character, or a local part that lacks its quotes.
+    /// No angle brackets, no `@`, a control character, or a space or a bracket outside of quotes.
     Syntax,
     /// A path of more than 1000 octets, or a local part of more than 255.
     TooLong,
     /// The host, or a host of the source route, is neither a domain nor an address literal.
     BadDomain,
+    /// IDNA does not allow the domain (RFC 5891, UTS #46).
+    NotIdna,
     NotUtf8,
 }
 
@@ -241,47 +436,75 @@ fn enclosed(input: &[u8]) -> Result<(&str, usize), PathError> {
 /// The mailbox of a path. A source route before it must be valid and is ignored (RFC 5321 section 4.1.1.3, appendix C).
 fn path_mailbox(path: &str) -> Result<Mailbox, PathError> {
     if !path.starts_with('@') {
-        return mailbox(path);
+        return Mailbox::parse_any(path);
     }
     let (route, rest) = path.split_once(':').ok_or(PathError::Syntax)?;
     for hop in route.split(',') {
         let domain = hop.strip_prefix('@').ok_or(PathError::Syntax)?;
-        Domain::parse(domain).ok_or(PathError::BadDomain)?;
+        Domain::parse_any(domain)?;
     }
-    mailbox(rest)
+    Mailbox::parse_any(rest)
 }
 
-fn mailbox(text: &str) -> Result<Mailbox, PathError> {
-    let (local, host) = match text.strip_prefix('"') {
-        Some(quoted) => unquoted(quoted).ok_or(PathError::Syntax)?,
-        None => match text.split_once('@') {
-            Some((local, host)) if is_dot_string(local) => (local.to_owned(), host),
-            _ => return Err(PathError::Syntax),
-        },
-    };
-    if local.contains(char::is_control) {
-        return Err(PathError::Syntax);
-    }
-    if local.len() > LOCAL_LIMIT {
-        return Err(PathError::TooLong);
-    }
-    let host = Host::parse(host).ok_or(PathError::BadDomain)?;
-    Ok(Mailbox { local, host })
-}
-
-/// The content of a quoted local part whose first quote is already removed, and the text after the `@`.
-fn unquoted(text: &str) -> Option<(String, &str)> {
-    let mut content = String::new();
-    let mut characters = text.chars();
-    loop {
-        match characters.next()? {
-            '"' => break,
-            '\\' => content.push(characters.next().filter(char::is_ascii)?),
-            character => content.push(character),
+/// Where the local part of a mailbox ends: at the last `@` outside of quotes.
+fn local_end(text: &str) -> Option<usize> {
+    let (mut quoted, mut escaped, mut end) = (false, false, None);
+    for (at, octet) in text.bytes().enumerate() {
+        match octet {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = quoted,
+            b'"' => quoted = !quoted,
+            b'@' if !quoted => end = Some(at),
+            _ => {}
         }
     }
-    let host = characters.as_str().strip_prefix('@')?;
-    Some((content, host))
+    end
+}
+
+/// A local part without its quotes; `None`: it has what cannot be carried.
+fn unquoted(spelled: &str) -> Option<String> {
+    // With an `@` in front the path would be a source route.
+    if spelled.is_empty() || spelled.starts_with('@') {
+        return None;
+    }
+    let mut content = String::with_capacity(spelled.len());
+    let (mut quoted, mut characters) = (false, spelled.chars());
+    while let Some(character) = characters.next() {
+        match character {
+            '"' => quoted = !quoted,
+            // RFC 6531 section 3.3: `quoted-pairSMTP` is ASCII.
+            '\\' if quoted => content.push(characters.next().filter(char::is_ascii)?),
+            // A server that takes a backslash outside of quotes for an escape would find other quotes than we do, and the
+            // end of the path elsewhere.
+            '\\' if spelled.contains('"') => return None,
+            ' ' | '<' | '>' | '(' | ')' | '[' | ']' if !quoted => return None,
+            _ => content.push(character),
+        }
+    }
+    (!quoted).then_some(content)
+}
+
+/// A local part with quotes only where they are needed (RFC 5321 section 4.1.2).
+fn shortest(local: &str) -> Cow<'_, str> {
+    match is_dot_string(local) {
+        true => Cow::Borrowed(local),
+        false => Cow::Owned(format!("\"{}\"", local.replace('\\', r"\\").replace('"', "\\\""))),
+    }
+}
+
+/// Whether a local part is one quoted string: its first quote ends with its last character.
+fn is_quoted_string(spelled: &str) -> bool {
+    let Some(inside) = spelled.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) else { return false };
+    let mut escaped = false;
+    for octet in inside.bytes() {
+        match octet {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            b'"' => return false,
+            _ => {}
+        }
+    }
+    !escaped
 }
 
 /// Whether a local part needs no quotes: atoms with single dots between them.
@@ -316,7 +539,7 @@ fn is_label(text: &str) -> bool {
 /// RFC 5891 section 5.2 permits the mapping and requires NFC. Without it, a "ü" that a client writes as "u" and U+0308
 /// would be another domain than the customer's, and the server would reject the mail. The mapping needs the whole domain:
 /// U+3002 separates labels too, and if one label is written from right to left, RFC 5893 section 2 has rules for all.
-fn a_labels(text: &str) -> Option<String> {
+fn a_labels(text: &str, deny: AsciiDenyList) -> Option<String> {
     // Punycode takes quadratic time, so a long label would delay the session. No path has a longer domain.
     if text.len() > PATH_LIMIT {
         return None;
@@ -324,7 +547,7 @@ fn a_labels(text: &str) -> Option<String> {
     // RFC 5891 section 4.2.3.1: a U-label has no hyphen at either end. `Hyphens::Check` would also reject
     // "r3---sn.bücher.example" for its ASCII label. The caller checks the lengths.
     let hyphens = Hyphens::CheckFirstLast;
-    let name = Uts46::new().to_ascii(text.as_bytes(), AsciiDenyList::STD3, hyphens, DnsLength::Ignore);
+    let name = Uts46::new().to_ascii(text.as_bytes(), deny, hyphens, DnsLength::Ignore);
     name.ok().map(Cow::into_owned)
 }
 

@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 
-use super::address::{Domain, Host, Mailbox};
+use super::address::{Domain, Mailbox, PathError};
 
 /// Characters of a bad address that an error repeats.
 const ERROR_EXCERPT: usize = 100;
@@ -149,41 +149,47 @@ fn without_route<'a, 'b>(inside: &'a [Token<'b>]) -> Result<&'a [Token<'b>], &'s
 
 fn mailbox(tokens: &[Token], home: Option<&Domain>) -> Result<Mailbox, &'static str> {
     const LOCAL: &str = "this is no name of a mailbox; a display name wants an <address> behind it";
+    const HOST: &str = "the host is no domain";
     let (local, host) = match tokens.iter().position(|token| token.is('@')) {
-        Some(at) => (&tokens[..at], host(&tokens[at + 1..]).ok_or("the host is no domain")?),
+        Some(at) => (&tokens[..at], host(&tokens[at + 1..]).ok_or(HOST)?),
         None if matches!(tokens, [Token::Quoted(content)] if content.is_empty()) => return Err(LOCAL),
-        None => (tokens, Host::Name(home.ok_or("it has no @ and domain")?.clone())),
+        None => (tokens, home.ok_or("it has no @ and domain")?.to_string()),
     };
     let local = dotted(local).ok_or(LOCAL)?;
-    if local.contains(char::REPLACEMENT_CHARACTER) {
+    // It stands for octets that are not UTF-8. No address may have it.
+    if local.contains(char::REPLACEMENT_CHARACTER) || host.contains(char::REPLACEMENT_CHARACTER) {
         return Err("it is not in UTF-8");
     }
-    let escaped = local.replace('\\', r"\\").replace('"', "\\\"");
-    Mailbox::parse(&format!("\"{escaped}\"@{host}")).ok_or("the name is too long, or holds control characters")
+    Mailbox::parse_any(&format!("{local}@{host}")).map_err(|error| match error {
+        PathError::BadDomain => HOST,
+        PathError::NotIdna => "IDNA does not allow the domain (RFC 5891)",
+        _ => "the name is too long, or holds control characters",
+    })
 }
 
-fn host(tokens: &[Token]) -> Option<Host> {
+fn host(tokens: &[Token]) -> Option<String> {
     match tokens {
-        [Token::Literal(literal)] => Host::parse(&format!("[{literal}]")),
+        [Token::Literal(literal)] => Some(format!("[{literal}]")),
         _ if tokens.iter().any(|token| matches!(token, Token::Quoted(_))) => None,
-        _ => Host::parse(&dotted(tokens)?),
+        _ => dotted(tokens),
     }
 }
 
-/// The text of words with single dots between them (RFC 5322 section 4.4, `obs-local-part`).
+/// The text of words with dots between them, as it is written (RFC 5322 section 4.4, `obs-local-part`). Mobile networks have
+/// given out addresses with several dots in a row, or with one at an end.
 fn dotted(tokens: &[Token]) -> Option<String> {
-    let mut content = String::new();
-    for (number, token) in tokens.iter().enumerate() {
+    let (mut content, mut after_word, mut words) = (String::new(), false, 0);
+    for token in tokens {
         match token {
-            Token::Special('.') if number % 2 == 1 => content.push('.'),
-            Token::Quoted(text) if number % 2 == 0 => content.push_str(text),
-            Token::Atom(text) if number % 2 == 0 && !text.contains(['(', ')', '[', ']', '\\']) => {
-                content.push_str(text)
-            }
+            Token::Special('.') => content.push('.'),
+            Token::Quoted(text) if !after_word => content.push_str(&format!("\"{text}\"")),
+            Token::Atom(text) if !after_word && !text.contains(['(', ')', '[', ']']) => content.push_str(text),
             _ => return None,
         }
+        after_word = !token.is('.');
+        words += usize::from(after_word);
     }
-    (tokens.len() % 2 == 1).then_some(content)
+    (words > 0).then_some(content)
 }
 
 /// A token of a structured field. White space and comments are not tokens.
@@ -194,7 +200,7 @@ enum Token<'a> {
     /// `=?charset?q?text?=` (RFC 2047): part of a display name, never of an address. Some programs leave a comma in it,
     /// which does not divide.
     Encoded,
-    /// The content of a quoted string.
+    /// The content of a quoted string, with its backslashes.
     Quoted(String),
     /// The content of square brackets.
     Literal(String),
@@ -265,17 +271,19 @@ fn comment(text: &str) -> Option<usize> {
     None
 }
 
-/// The content of the quoted string or domain literal that begins the text, and its octets; `None`: it does not end.
+/// The content of the quoted string or domain literal that begins the text, with its backslashes, and its octets; `None`: it
+/// does not end.
 /// Line ends in it are those of folded lines and are dropped (RFC 5322 section 2.2.3).
 fn enclosed(text: &str, end: char) -> Option<(String, usize)> {
     let (mut content, mut escaped) = (String::new(), false);
     for (at, character) in text.char_indices().skip(1) {
         match character {
             '\r' | '\n' => {}
-            _ if std::mem::take(&mut escaped) => content.push(character),
-            '\\' => escaped = true,
-            _ if character == end => return Some((content, at + 1)),
-            _ => content.push(character),
+            _ if character == end && !escaped => return Some((content, at + 1)),
+            _ => {
+                escaped = character == '\\' && !escaped;
+                content.push(character);
+            }
         }
     }
     None

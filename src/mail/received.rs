@@ -46,7 +46,7 @@ impl Received<'_> {
         let (s, a) = (if s { "S" } else { "" }, if a { "A" } else { "" });
         let tls = self.tls.map_or(String::new(), |tls| format!(" ({tls})"));
         let recipient = match self.recipient {
-            Some(mailbox) if mailbox.is_ascii() || self.utf8 => format!(" for <{mailbox}>"),
+            Some(mailbox) if self.utf8 || mailbox.is_ascii() => format!(" for <{}>", mailbox.header_form()),
             _ => String::new(),
         };
         let (peer, by) = (self.peer, self.by);

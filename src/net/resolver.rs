@@ -8,13 +8,13 @@
 //!   MX? ── records ──▶ Hosts, or Null             UDP with EDNS0, new id and new port
 //!    │ └── no such name ──▶ NoDomain               ├─ not the reply to this query: wait on
 //!    └ none: AAAA? A? ── some ──▶ Implicit         ├─ truncated: TCP    not understood: without EDNS0
-//!                    └── none ──▶ NoDomain         └─ SERVFAIL, REFUSED, malformed, no reply: next server
+//!                    └── none ──▶ NoHost           └─ SERVFAIL, REFUSED, malformed, no reply: next server
 //! ```
 //!
 //! This is a stub resolver (RFC 1034 section 5.3.1): it needs a name server that recurses, and trusts it. Names are
 //! absolute; neither `search` nor /etc/hosts is used.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs;
 use std::io::{self, Read, Write};
@@ -29,7 +29,7 @@ use domain::base::{Message, MessageBuilder, Name, ParsedName, ParsedRecord, Rtyp
 use domain::rdata::{A, Aaaa, Cname, Mx};
 
 use crate::ids::Ids;
-use crate::mail::address::Domain;
+use crate::mail::address::{Domain, parse_literal};
 
 const CONFIGURATION: &str = "/etc/resolv.conf";
 const PORT: u16 = 53;
@@ -47,7 +47,7 @@ const UDP_SIZE: u16 = 1232;
 /// The largest DNS message (RFC 1035 section 4.2.2).
 const MESSAGE_LIMIT: usize = u16::MAX as usize;
 
-/// CNAMEs followed for one name, within a reply and by new queries (RFC 1034 section 3.6.2).
+/// How often a CNAME leads to another query (RFC 1034 section 3.6.2). Those within a reply cost nothing, and all are followed.
 const ALIAS_LIMIT: usize = 8;
 /// The most hosts of a domain, or addresses of a host, that are returned: the best, or the first.
 const RESULT_LIMIT: usize = 100;
@@ -65,14 +65,20 @@ pub struct Resolver {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum MxRoute {
     /// The hosts of its MX records, best first, those of equal preference in random order, none twice, 100 at most.
-    /// Empty if there are MX records, but none with a valid name: undeliverable, not "implicit" (RFC 5321 section 5.1).
+    /// Any name that DNS has may be a host, also one with `_`. Empty if there are MX records, but none with a name:
+    /// undeliverable, not "implicit" (RFC 5321 section 5.1).
     Hosts(Vec<MxHost>),
     /// The domain accepts no mail: it has a null MX (RFC 7505).
     Null,
     /// The domain has no MX record but addresses: it is its own host (RFC 5321 section 5.1).
     Implicit,
-    /// The domain does not exist, or has neither MX records nor addresses.
+    /// The domain does not exist.
     NoDomain,
+    /// The domain exists, and has neither MX records nor addresses.
+    NoHost,
+    /// DNS cannot have this name: a label is empty or longer than 63 octets, or the name is longer than 253 (RFC 1035
+    /// section 2.3.4).
+    NotDnsName,
 }
 
 /// One MX record.
@@ -122,16 +128,21 @@ impl Resolver {
     ///
     /// [`ResolveError`] if no server gave a usable reply.
     pub fn route(&self, domain: &Domain) -> Result<MxRoute, ResolveError> {
+        if dns_name(domain).is_none() {
+            return Ok(MxRoute::NotDnsName);
+        }
         match self.look_up(domain, Rtype::MX)? {
             Answer::Records(records) => Ok(self.mx_route(records)),
             Answer::NoName => Ok(MxRoute::NoDomain),
-            Answer::NoRecords if self.addresses(domain)?.is_empty() => Ok(MxRoute::NoDomain),
+            Answer::NoRecords if self.addresses(domain)?.is_empty() => Ok(MxRoute::NoHost),
             Answer::NoRecords => Ok(MxRoute::Implicit),
         }
     }
 
     /// Finds the addresses of `host`, 100 at most: IPv6 and IPv4 in turn, each in the order of the reply (RFC 5321 section
     /// 5.1). Empty: the host has no address.
+    ///
+    /// A host that is an address in place of a name has this one (see [`address_for_name`]).
     ///
     /// Addresses that cannot belong to one host (unspecified, multicast, broadcast) are left out. Loopback and private
     /// addresses are not: the caller decides whether to connect to them.
@@ -140,6 +151,9 @@ impl Resolver {
     ///
     /// [`ResolveError`] if no address was found and a query has failed.
     pub fn addresses(&self, host: &Domain) -> Result<Vec<IpAddr>, ResolveError> {
+        if let Some(address) = address_for_name(host) {
+            return Ok(Some(address).filter(|address| is_unicast(*address)).into_iter().collect());
+        }
         let mut addresses = Vec::new();
         let mut failure = None;
         for kind in [Rtype::AAAA, Rtype::A] {
@@ -193,7 +207,7 @@ impl Resolver {
             let Record::Exchange(preference, name) = record else { continue };
             // RFC 7505 section 3: "." beside other records is not a null MX but a mistake, and not a host either.
             null &= name.is_root();
-            hosts.extend(Domain::parse(&name.to_string()).map(|host| MxHost { preference, host }));
+            hosts.extend(Domain::of_dns(&name.to_string()).map(|host| MxHost { preference, host }));
         }
         if null {
             return MxRoute::Null;
@@ -208,13 +222,18 @@ impl Resolver {
 
     /// Queries the records of a name, and follows aliases from reply to reply.
     fn look_up(&self, domain: &Domain, kind: Rtype) -> Result<Answer, ResolveError> {
-        // SMTP allows a name two octets longer than DNS.
-        let Ok(name) = Name::vec_from_str(domain.as_str()) else { return Ok(Answer::NoName) };
+        let Some(name) = dns_name(domain) else { return Ok(Answer::NoName) };
         let mut question = Question { name, kind, aliases: ALIAS_LIMIT };
         loop {
             match self.query(&question) {
                 Ok(Resolution::Answer(answer)) => return Ok(answer),
-                Ok(Resolution::Alias { name, left }) => question = Question { name, kind, aliases: left },
+                Ok(Resolution::Alias(name)) if question.aliases > 0 => {
+                    question = Question { name, kind, aliases: question.aliases - 1 };
+                }
+                Ok(Resolution::Alias(_)) => {
+                    let text = format!("{kind} records of {domain}: aliases lead from one to another without end");
+                    return Err(ResolveError(text));
+                }
                 Err(text) => return Err(ResolveError(format!("{kind} records of {domain}: {text}"))),
             }
         }
@@ -338,7 +357,7 @@ pub fn system_addresses(address: &str) -> io::Result<Vec<SocketAddr>> {
 struct Question {
     name: Name<Vec<u8>>,
     kind: Rtype,
-    /// How many more aliases may be followed.
+    /// How many more times an alias may lead to another query.
     aliases: usize,
 }
 
@@ -375,11 +394,8 @@ enum Answer {
 #[derive(PartialEq, Debug)]
 enum Resolution {
     Answer(Answer),
-    /// The server has not looked up the target of an alias: query it. `left` more aliases may be followed.
-    Alias {
-        name: Name<Vec<u8>>,
-        left: usize,
-    },
+    /// The server has not looked up the target of an alias: query it.
+    Alias(Name<Vec<u8>>),
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -460,7 +476,7 @@ fn parse_reply(message: &[u8], id: u16, question: &Question) -> Option<QueryResu
 
 /// Reads the records of a reply and follows the aliases among them.
 fn resolve(message: &Message<&[u8]>, question: &Question) -> QueryResult {
-    let mut aliases = Vec::new();
+    let mut aliases = HashMap::new();
     let mut records = Vec::new();
     for record in message.answer()? {
         let record = record?;
@@ -468,7 +484,7 @@ fn resolve(message: &Message<&[u8]>, question: &Question) -> QueryResult {
             continue;
         }
         if let Some(alias) = record.to_record::<Cname<ParsedName<&[u8]>>>()? {
-            aliases.push((record.owner(), alias.into_data().into_cname()));
+            aliases.entry(record.owner().to_name::<Vec<u8>>()).or_insert(alias.into_data().into_cname());
         } else if record.rtype() == question.kind
             && let Some(data) = record_data(&record)?
         {
@@ -476,24 +492,23 @@ fn resolve(message: &Message<&[u8]>, question: &Question) -> QueryResult {
         }
     }
     let mut name = question.name.to_name::<Vec<u8>>();
-    for passed in 0..=question.aliases {
+    // After as many steps as there are aliases, one of them has come twice.
+    for passed in 0..=aliases.len() {
         let found = records.iter().filter(|(owner, _)| owner.name_eq(&name));
         let found: Vec<Record> = found.map(|(_, record)| record.clone()).collect();
         if !found.is_empty() {
             return Ok(Resolution::Answer(Answer::Records(found)));
         }
-        match aliases.iter().find(|(owner, _)| owner.name_eq(&name)) {
-            Some((_, target)) => name = target.to_name(),
-            None => return resolve_without_records(message, name, passed, question),
+        match aliases.get(&name) {
+            Some(target) => name = target.to_name(),
+            None => return resolve_without_records(message, name, passed),
         }
     }
-    Err(QueryError::Useless(format!("more than {ALIAS_LIMIT} aliases, or a loop of them")))
+    Err(QueryError::Useless("a loop of aliases".to_owned()))
 }
 
 /// What a reply without a record for `name` means, after `passed` aliases (RFC 2308 section 2.2).
-fn resolve_without_records(
-    message: &Message<&[u8]>, name: Name<Vec<u8>>, passed: usize, question: &Question,
-) -> QueryResult {
+fn resolve_without_records(message: &Message<&[u8]>, name: Name<Vec<u8>>, passed: usize) -> QueryResult {
     let mut referral = false;
     for record in message.authority()? {
         match record?.rtype() {
@@ -504,7 +519,7 @@ fn resolve_without_records(
     }
     let header = message.header();
     if passed > 0 {
-        Ok(Resolution::Alias { name, left: question.aliases - passed })
+        Ok(Resolution::Alias(name))
     } else if !header.aa() && (referral || !header.ra()) {
         Err(QueryError::Useless("it has no answer and offers no recursion".to_owned()))
     } else {
@@ -524,6 +539,19 @@ fn record_data(record: &ParsedRecord<&[u8]>) -> Result<Option<Record>, ParseErro
         _ => None,
     };
     Ok(record)
+}
+
+/// The name of a domain as DNS has it; `None`: it cannot have such a name (RFC 1035 section 2.3.4).
+fn dns_name(domain: &Domain) -> Option<Name<Vec<u8>>> {
+    Name::vec_from_str(domain.as_str()).ok()
+}
+
+/// The address that somebody has written into an MX record in place of a host name: `192.0.2.1`, with or without brackets.
+/// RFC 5321 section 5.1 does not permit that, and other mail servers send to it.
+pub fn address_for_name(host: &Domain) -> Option<IpAddr> {
+    let text = host.as_str();
+    let inside = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    inside.parse().ok().or_else(|| parse_literal(inside))
 }
 
 /// Whether an address can belong to one host (RFC 1122 section 3.2.1.3, RFC 4291 section 2). A connection to 0.0.0.0

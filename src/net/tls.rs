@@ -200,8 +200,7 @@ impl TlsSession {
         Ok(TlsSession::new(ServerConnection::new(tls.0.clone()).map_err(failed)?.into()))
     }
 
-    /// `name`: the domain name or IP address that the peer's certificate must be for. Domain names go into the server
-    /// name indication, IP addresses do not (RFC 6066 section 3).
+    /// `name`: the domain name or IP address that the peer's certificate must be for (see [`is_certificate_name`]).
     pub(crate) fn client(tls: &ClientTls, name: &str) -> io::Result<TlsSession> {
         let wanted = match ServerName::try_from(name.to_owned()) {
             Ok(name) => name,
@@ -423,6 +422,11 @@ impl Verification {
             .map_err(|error| format!("the certificate authorities cannot be used: {error}"))?;
         Ok(Verification::Chain { authorities, exact })
     }
+}
+
+/// Whether a certificate can be for this name.
+pub fn is_certificate_name(name: &str) -> bool {
+    ServerName::try_from(name).is_ok()
 }
 
 impl ServerCertVerifier for Verification {

@@ -11,7 +11,7 @@ use crate::mail::address::{ForwardPath, Mailbox};
 use crate::session::server::ServerSession;
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Incoming, MessageSink, SessionHandler};
+use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_held_domain};
 
 /// Serves one session until it ends. Returns how it ended, for the log.
 pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
@@ -34,8 +34,12 @@ impl SessionHandler for InboundHandler {
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
         match self.shared.spool.held_queue(&mailbox) {
-            Some(_) => Ok(mailbox),
-            None => Err(Reply::new(550, "5.7.1", "Relaying denied: no mail is held here for that domain")),
+            Some(_) => Ok(mailbox.canonical()),
+            None => check_held_domain(&mailbox).and(Err(Reply::new(
+                550,
+                "5.7.1",
+                "Relaying denied: no mail is held here for that domain",
+            ))),
         }
     }
 

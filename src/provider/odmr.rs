@@ -27,7 +27,7 @@ use crate::sasl::{CredentialStore, Unavailable};
 use crate::session::server::{ServerSession, SessionEnd};
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{Incoming, MessageSink, SessionHandler};
+use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_qualified};
 use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
@@ -144,11 +144,10 @@ impl SessionHandler for OdmrHandler {
     /// Accepts recipients in held domains, and in all others that are fully qualified (RFC 6409 section 4.2).
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
-        let qualified = mailbox.domain().is_some_and(|domain| domain.as_str().contains('.'));
-        if qualified || self.shared.spool.held_queue(&mailbox).is_some() {
-            return Ok(mailbox);
+        if self.shared.spool.held_queue(&mailbox).is_some() {
+            return Ok(mailbox.canonical());
         }
-        Err(Reply::new(554, "5.1.2", "The domain is not fully qualified"))
+        check_qualified(&mailbox).map(|()| mailbox)
     }
 
     fn size_limit(&self, account: Option<&str>) -> u64 {

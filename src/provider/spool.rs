@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! SPOOL/domains/<domain>/     mail for a customer's domain, until the customer fetches it
-//! SPOOL/outgoing/<domain>/    mail from customers for a domain elsewhere, until the relay has sent it
+//! SPOOL/outgoing/<domain>/    mail from customers for a domain elsewhere, until the relay has sent it; a domain that is
+//!                             not made of letters, digits and hyphens has its `Domain::file_name`
 //! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
 //! ```
 
@@ -55,9 +56,9 @@ impl Spool {
     /// The name of a queue: its directory, and whether its messages are tried again at times of their own.
     pub fn name(&self, queue: &SpoolQueue) -> QueueName {
         let (path, domain) = match queue {
-            SpoolQueue::Held(domain) => (self.root.join("domains").join(domain.as_str()), Some(domain)),
+            SpoolQueue::Held(domain) => (self.root.join("domains").join(&*domain.file_name()), Some(domain)),
             SpoolQueue::Postmaster => (self.root.join("postmaster"), None),
-            SpoolQueue::Outgoing(domain) => (self.root.join("outgoing").join(domain.as_str()), Some(domain)),
+            SpoolQueue::Outgoing(domain) => (self.root.join("outgoing").join(&*domain.file_name()), Some(domain)),
         };
         let owner = domain.and_then(|domain| self.accounts.owner(domain));
         let prefix = owner.and_then(|owner| owner.delivered_to_prefix.clone());
@@ -75,7 +76,7 @@ impl Spool {
             other => other.map_err(|error| with_path(&directory, error))?,
         };
         let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
-        Ok(names.filter_map(|name| Domain::parse(&name)).collect())
+        Ok(names.filter_map(|name| Domain::of_file_name(&name)).collect())
     }
 
     /// Whether the disk has room for `octets` more.

@@ -8,6 +8,8 @@
 //! Received: from …                        here the content begins
 //! ```
 //!
+//! An address of ours that would be read as a list is in angle brackets: `<joe,doe@example.org>`.
+//!
 //! Delivery agents write such lines, so any of them may fill the queue: folded (RFC 5322 section 2.2.3), with several
 //! recipients in one field, after the `From ` line of an mbox. The envelope ends at the first other line. A `Return-Path`
 //! that a sender has forged comes after our `Received`, so it is never read as part of the envelope; if the agent writes no
@@ -50,7 +52,7 @@ impl QueuedEnvelope {
     pub fn to_header(&self, extra: &str) -> String {
         let mut text = format!("Return-Path: <{}>\n", self.envelope.from);
         for recipient in &self.envelope.recipients {
-            text += &format!("Delivered-To: {}\n", recipient.mailbox);
+            text += &format!("Delivered-To: {}\n", field_value(&recipient.mailbox));
             let notify = recipient.notify.as_given().map(|notify| format!(" NOTIFY={notify}")).unwrap_or_default();
             let original = recipient.original.as_ref().map(|original| format!(" ORCPT={original}")).unwrap_or_default();
             if !notify.is_empty() || !original.is_empty() {
@@ -87,6 +89,8 @@ pub struct ParsedEnvelope {
     pub lines: usize,
     /// We have written the file, so the sizes in its name are right.
     pub ours: bool,
+    /// The envelope has octets above 127, which the name of the file counts among those of the content.
+    pub eight_bit: bool,
     /// For each recipient, where its mark goes: the octets in the file that [`Mark`] overwrites.
     pub marks: Vec<Vec<u64>>,
     /// The marks of the recipients that are settled.
@@ -179,8 +183,9 @@ pub fn parse(front: &[u8], end: bool, options: ParseOptions<'_>) -> Parsed {
         Err(reason) => Parsed::NoReversePath(reason),
         Ok(from) => {
             let envelope = fields.envelope(from, open, options);
-            let ours = fields.ours.is_some();
-            Parsed::Envelope(Box::new(ParsedEnvelope { envelope, octets, lines, ours, marks, settled, unread }))
+            let (ours, eight_bit) = (fields.ours.is_some(), !front[..octets].is_ascii());
+            let parsed = ParsedEnvelope { envelope, octets, lines, ours, eight_bit, marks, settled, unread };
+            Parsed::Envelope(Box::new(parsed))
         }
     }
 }
@@ -260,15 +265,17 @@ struct Recipients {
 }
 
 impl Recipients {
-    /// Adds the recipients of a field; `prefix`: as in [`ParseOptions`].
-    fn add(&mut self, field: &RecipientField<'_>, domain: Option<&Domain>, prefix: Option<&str>) {
+    /// Adds the recipients of a field; `prefix`: as in [`ParseOptions`]; `ours`: we have written the file.
+    fn add(&mut self, field: &RecipientField<'_>, domain: Option<&Domain>, prefix: Option<&str>, ours: bool) {
         for (at, text, address) in addresses(&field.value.octets) {
             let mailbox = match address {
                 Ok(Address::Settled(mark)) => {
                     self.settled.push(mark);
                     continue;
                 }
-                Ok(Address::Open(mailbox)) => in_domain(without_prefix(mailbox, prefix), domain),
+                Ok(Address::Open(mailbox)) if ours => in_domain(mailbox, domain),
+                // Another agent delivers to domains that are held here only.
+                Ok(Address::Open(mailbox)) => in_domain(without_prefix(mailbox.canonical(), prefix), domain),
                 Err(reason) => Err(reason),
             };
             match mailbox {
@@ -331,11 +338,11 @@ impl<'a> Fields<'a> {
     /// The recipients of `Delivered-To`, or if none of them is in the domain, the original ones. If there is none at all in
     /// the domain, `unread` is that of both.
     fn recipients(&self, options: ParseOptions<'_>) -> Recipients {
-        let prefix = options.prefix.filter(|_| self.ours.is_none());
+        let ours = self.ours.is_some();
         let mut all_unread = Vec::new();
-        for (fields, prefix) in [(&self.delivered_to, prefix), (&self.original_to, None)] {
+        for (fields, prefix) in [(&self.delivered_to, options.prefix), (&self.original_to, None)] {
             let mut recipients = Recipients::default();
-            fields.iter().for_each(|field| recipients.add(field, options.domain, prefix));
+            fields.iter().for_each(|field| recipients.add(field, options.domain, prefix, ours));
             if !recipients.open.is_empty() || !recipients.settled.is_empty() {
                 return recipients;
             }
@@ -458,11 +465,26 @@ fn one_address(text: &str) -> Option<Mailbox> {
     address(text).or_else(|| first.mailbox.ok())
 }
 
-/// The mailbox of an address as SMTP writes it, with angle brackets or without.
+/// The mailbox of an address as SMTP writes it, with angle brackets or without. Without them it has the grammar of RFC 5321,
+/// because a comma may divide a list.
 fn address(text: &str) -> Option<Mailbox> {
     // Not `trim`: a local part may begin or end with white space of Unicode.
     let text = text.trim_matches([' ', '\t']);
-    Mailbox::parse(text.strip_prefix('<').and_then(|text| text.strip_suffix('>')).unwrap_or(text))
+    match text.strip_prefix('<').and_then(|text| text.strip_suffix('>')) {
+        Some(inside) => Mailbox::parse_any(inside).ok(),
+        None => Mailbox::parse(text),
+    }
+}
+
+/// A recipient in `Delivered-To`: in angle brackets, if [`addresses`] would not read it without them.
+fn field_value(mailbox: &Mailbox) -> String {
+    let text = mailbox.to_string();
+    let plain = |octet: u8| octet.is_ascii_alphanumeric() || b"!#$%&'*+-/=?^_`{|}~.@".contains(&octet);
+    let is_plain = text.bytes().all(plain) && text.matches('@').count() == 1 && !text.contains("=?");
+    let is_plain = is_plain && !text.trim_start_matches('.').starts_with('@');
+    // With its mark it is read as a list, which has no white space of Unicode at an end.
+    let has_space = text.contains(|character: char| character.is_whitespace() && !character.is_ascii());
+    if is_plain || !has_space && Mailbox::parse(&text).is_some() { text } else { format!("<{text}>") }
 }
 
 fn in_domain(mailbox: Mailbox, domain: Option<&Domain>) -> Result<Mailbox, String> {
@@ -475,7 +497,8 @@ fn in_domain(mailbox: Mailbox, domain: Option<&Domain>) -> Result<Mailbox, Strin
 /// The mailbox without the prefix that another agent has put in front of its local part.
 fn without_prefix(mailbox: Mailbox, prefix: Option<&str>) -> Mailbox {
     let rest = prefix.and_then(|prefix| mailbox.local().strip_prefix(prefix)).filter(|rest| !rest.is_empty());
-    let original = rest.zip(mailbox.domain()).and_then(|(rest, domain)| Mailbox::parse(&format!("{rest}@{domain}")));
+    let original =
+        rest.zip(mailbox.domain()).and_then(|(rest, domain)| Mailbox::parse_any(&format!("{rest}@{domain}")).ok());
     original.unwrap_or(mailbox)
 }
 

@@ -115,6 +115,8 @@ impl QueuedMessage {
         let unseen = arrived.is_none() && now.is_possible(now);
         let arrived = arrived.unwrap_or(if unseen { now } else { stated });
         let (content, wire_size) = (parsed.octets as u64, entry.wire_size().filter(|_| parsed.ours));
+        // An address in UTF-8 is no reason to require 8BITMIME for content that is not.
+        let wire_size = wire_size.filter(|_| !(entry.eight_bit() && parsed.eight_bit));
         let mut message = QueuedMessage {
             maildir: maildir.clone(),
             eight_bit: entry.eight_bit(),

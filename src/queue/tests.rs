@@ -46,16 +46,20 @@ impl Spool {
     }
 
     fn put(&self, names: &[&str]) {
+        self.put_from("a@b.example", names, CONTENT);
+    }
+
+    fn put_from(&self, from: &str, names: &[&str], content: &str) {
         let recipients = names
             .iter()
             .map(|name| Recipient::plain(Mailbox::parse(&format!("{name}@example.org")).unwrap()))
             .collect();
-        let from = reverse_path(b"<a@b.example>").unwrap().0;
+        let from = reverse_path(format!("<{from}>").as_bytes()).unwrap().0;
         let arrived = Timestamp::from_seconds(1_767_323_045);
         let id = "id1".to_owned();
         let envelope = QueuedEnvelope { id, arrived, envelope: Envelope { recipients, ..Envelope::new(from) } };
-        let mut writer = self.queue.begin_message(&[(self.name("example.org"), envelope)], &CONTENT[..12]).unwrap();
-        writer.write(&CONTENT.as_bytes()[12..]).unwrap();
+        let mut writer = self.queue.begin_message(&[(self.name("example.org"), envelope)], &content[..12]).unwrap();
+        writer.write(&content.as_bytes()[12..]).unwrap();
         assert_eq!(writer.commit().unwrap().len(), 1);
     }
 
@@ -142,6 +146,24 @@ fn a_message_is_offered_as_it_was_stored() {
     drop(message);
     drop(lock);
     assert_eq!(offered(&mut spool.lock()), ["eva", "bob"], "without a settlement nothing is removed");
+}
+
+/// RFC 6152 section 3: without 8BITMIME a message could not be sent. A domain in an envelope is sent with A-labels.
+#[test]
+fn a_domain_in_utf_8_does_not_make_the_content_8_bit() {
+    for (from, content, eight_bit) in [
+        ("a@b.example", CONTENT, false),
+        ("a@bücher.example", CONTENT, false),
+        ("a@bücher.example", "Received: x\nSubject: y\n\né\n", true),
+        ("a@b.example", "Received: x\nSubject: y\n\né\n", true),
+    ] {
+        let spool = Spool::new();
+        spool.put_from(from, &["alice"], content);
+        let message = spool.lock().next_message().unwrap();
+        let size = content.len() + content.lines().count();
+        assert_eq!((message.eight_bit, message.size), (eight_bit, size as u64), "{from} {content}");
+        assert_eq!(message.envelope.from.to_string(), from);
+    }
 }
 
 #[test]

@@ -231,7 +231,7 @@ pub const FORWARD_HINT: &str = "remove that alias, accept the address itself, an
 /// `local@domain`, quoted if necessary; `None`: it would not be a valid address.
 pub fn address(local: &str, domain: &Domain) -> Option<Mailbox> {
     let escaped = local.replace('\\', r"\\").replace('"', "\\\"");
-    Mailbox::parse(&format!("\"{escaped}\"@{domain}"))
+    Mailbox::parse(&format!("\"{escaped}\"@{domain}")).map(|mailbox| mailbox.canonical())
 }
 
 /// Whether two addresses are one mailbox: local parts compare without case.

@@ -248,6 +248,9 @@ impl RecipientRules {
         let typed = typed.trim();
         let bracketed = if typed.starts_with('<') { typed.to_owned() } else { format!("<{typed}>") };
         match forward_path(bracketed.as_bytes()) {
+            Ok((ForwardPath::Mailbox(mailbox), used)) if used == bracketed.len() => {
+                self.explain(&ForwardPath::Mailbox(mailbox.canonical()))
+            }
             Ok((path, used)) if used == bracketed.len() => self.explain(&path),
             _ => Err(format!("{typed:?} is no address: write one such as alice@example.org, or postmaster")),
         }
@@ -259,7 +262,7 @@ impl RecipientRules {
             Some(Match::Mailbox { local, .. }) => local,
             _ => mailbox.local().to_owned(),
         };
-        self.root.join(mailbox.host().to_string()).join(directory_name(&local))
+        self.root.join(directory_name(&mailbox.host().to_string())).join(directory_name(&local))
     }
 
     /// Where mail for a [`Delivery::mailbox`] goes, without aliases: its message was accepted before, and waits in the
@@ -298,7 +301,7 @@ impl RecipientRules {
     fn trace(&self, path: &ForwardPath) -> (Vec<MatchedRule>, Result<Vec<Delivery>, NoMailbox>) {
         let mut via = Vec::new();
         let mut mailbox = match path {
-            ForwardPath::Mailbox(mailbox) => mailbox.clone(),
+            ForwardPath::Mailbox(mailbox) => mailbox.canonical(),
             ForwardPath::Postmaster => match address("postmaster", &self.home) {
                 Some(mailbox) => mailbox,
                 None => return (via, Err(NoMailbox::NoRule)),
@@ -319,7 +322,7 @@ impl RecipientRules {
     /// Rule 1: the address with the domain's own name.
     fn canonical(&self, mailbox: Mailbox) -> Mailbox {
         let domain = mailbox.domain().and_then(|domain| self.domain_aliases.get(domain));
-        domain.and_then(|domain| address(mailbox.local(), domain)).unwrap_or(mailbox)
+        domain.map(|domain| mailbox.with_domain(domain)).unwrap_or(mailbox)
     }
 
     /// Rules 2 to 10. `aliases`: whether aliases count.

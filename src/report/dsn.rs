@@ -282,8 +282,8 @@ impl Dsn<'_> {
 
     fn address(&self, mailbox: &Mailbox) -> String {
         match self.utf8 || mailbox.is_ascii() {
-            true => mailbox.to_string(),
-            false => escaped(&mailbox.to_string()),
+            true => mailbox.header_form().into_owned(),
+            false => escaped(&mailbox.header_form()),
         }
     }
 

@@ -74,6 +74,7 @@
 //! [`Client::begin_transaction`], [`Client::add_recipient`] and [`Client::send_data`]. Each of the first two leads to
 //! [`ClientStep::Replied`]. The result has the accepted recipients only.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::fmt;
 use std::net::IpAddr;
@@ -83,7 +84,7 @@ use super::extensions::PeerExtensions;
 use super::limits;
 use super::reply::{Reply, Severity};
 use super::status::{DecidedBy, DeliveryResult, RecipientStatus, ends_session, is_mechanism_rejected};
-use crate::mail::address::Domain;
+use crate::mail::address::{Domain, Mailbox, ReversePath};
 use crate::mail::received::ClientInfo;
 use crate::sasl::{ClientExchange, Mechanism};
 
@@ -244,6 +245,8 @@ struct ClientTransaction {
     content_replies: Vec<Reply>,
     /// The driver adds the recipients one at a time.
     stepwise: bool,
+    /// MAIL had SMTPUTF8.
+    utf8: bool,
     /// The octets of the content, if it is sent by BDAT.
     chunk: Option<u64>,
     /// All content was sent.
@@ -373,7 +376,7 @@ impl Client {
     /// # Errors
     /// The result, if the peer lacks an extension that the message needs. Nothing was sent then.
     pub fn send_message(&mut self, message: OutgoingMessage, out: &mut Vec<u8>) -> Result<(), DeliveryResult> {
-        let recipients = &message.envelope.recipients;
+        let (recipients, utf8) = (&message.envelope.recipients, message.envelope.needs_utf8());
         if let Some(reply) = self.incompatibility(&message) {
             let status = match self.extended {
                 true => RecipientStatus::Rejected(reply),
@@ -383,10 +386,10 @@ impl Client {
         }
         self.queue_command(Stage::Mail, self.mail_line(&message));
         for (number, recipient) in recipients.iter().enumerate() {
-            self.queue_command(Stage::Rcpt(number), self.rcpt_line(recipient));
+            self.queue_command(Stage::Rcpt(number), self.rcpt_line(recipient, utf8));
         }
         let recipients = vec![None; recipients.len()];
-        self.transactions.push_back(ClientTransaction { recipients, ..ClientTransaction::default() });
+        self.transactions.push_back(ClientTransaction { recipients, utf8, ..ClientTransaction::default() });
         self.queue_data(message.size);
         self.flush_commands(out);
         Ok(())
@@ -402,7 +405,8 @@ impl Client {
             return Err(if self.extended { reply } else { later() });
         }
         self.queue_command(Stage::Mail, self.mail_line(message));
-        self.transactions.push_back(ClientTransaction { stepwise: true, ..ClientTransaction::default() });
+        let utf8 = message.envelope.needs_utf8();
+        self.transactions.push_back(ClientTransaction { stepwise: true, utf8, ..ClientTransaction::default() });
         self.flush_commands(out);
         Ok(())
     }
@@ -418,7 +422,8 @@ impl Client {
         if !recipient.mailbox.is_ascii() && !self.extensions.utf8 {
             return Err(no_utf8());
         }
-        self.queue_command(Stage::Rcpt(transaction.recipients.len()), self.rcpt_line(recipient));
+        let line = self.rcpt_line(recipient, transaction.utf8);
+        self.queue_command(Stage::Rcpt(transaction.recipients.len()), line);
         self.flush_commands(out);
         Ok(())
     }
@@ -811,7 +816,10 @@ impl Client {
     /// MAIL, with parameters only of extensions that the peer offers (RFC 5321 section 4.1.1.11).
     fn mail_line(&self, message: &OutgoingMessage) -> String {
         let (envelope, offered) = (&message.envelope, &self.extensions);
-        let mut line = format!("MAIL FROM:<{}>", envelope.from);
+        let mut line = match &envelope.from {
+            ReversePath::Null => "MAIL FROM:<>".to_owned(),
+            ReversePath::Mailbox(mailbox) => format!("MAIL FROM:<{}>", spelled(mailbox, envelope.needs_utf8())),
+        };
         // RFC 1870 section 6: no SIZE if the size is not known.
         if offered.size.is_some() && message.size > 0 {
             line.push_str(&format!(" SIZE={}", message.size));
@@ -839,8 +847,9 @@ impl Client {
         line
     }
 
-    fn rcpt_line(&self, recipient: &Recipient) -> String {
-        let mut line = format!("RCPT TO:<{}>", recipient.mailbox);
+    /// `utf8`: MAIL had SMTPUTF8.
+    fn rcpt_line(&self, recipient: &Recipient, utf8: bool) -> String {
+        let mut line = format!("RCPT TO:<{}>", spelled(&recipient.mailbox, utf8));
         if self.extensions.dsn {
             line.extend(recipient.notify.as_given().map(|notify| format!(" NOTIFY={notify}")));
             line.extend(recipient.original.iter().map(|original| format!(" ORCPT={original}")));
@@ -898,6 +907,11 @@ fn messages_waiting(reply: &Reply) -> Option<u64> {
     let words: Vec<_> = reply.lines().flat_map(str::split_ascii_whitespace).collect();
     let mut pairs = words.windows(2).filter(|pair| pair[1].starts_with("message"));
     pairs.find_map(|pair| pair[0].parse().ok())
+}
+
+/// An address as it came; without SMTPUTF8 its domain has A-labels (RFC 6531 section 3.2).
+fn spelled(mailbox: &Mailbox, utf8: bool) -> Cow<'_, str> {
+    if utf8 { Cow::Owned(mailbox.to_string()) } else { mailbox.with_a_labels() }
 }
 
 fn no_utf8() -> Reply {

@@ -459,7 +459,8 @@ fn path_error(error: PathError, enhanced: &'static str) -> Reply {
     let text = match error {
         PathError::Syntax => "The address is not written as RFC 5321 section 4.1.2 says",
         PathError::TooLong => "The address is too long",
-        PathError::BadDomain => "The domain is made of letters, digits and hyphens only",
+        PathError::BadDomain => "The domain is empty, or has a character that no domain has",
+        PathError::NotIdna => "The domain has a label that IDNA does not allow (RFC 5891)",
         PathError::NotUtf8 => "The address is neither ASCII nor UTF-8",
     };
     Reply::new(501, enhanced, text)
@@ -599,7 +600,9 @@ mod tests {
             ("", 500),
             (" QUIT", 500),
             ("QU1T", 500),
-            ("RCPT TO:<a@b_c.example>", 501),
+            ("RCPT TO:<a@b_c.example>", 0),
+            ("RCPT TO:<a@b[c>", 501),
+            ("RCPT TO:<a b@c.example>", 501),
             ("RCPT TO:<@x.example,@y.example:a@b.example>", 0),
         ] {
             assert_eq!(code(line), wanted, "{line:?}");

@@ -654,6 +654,33 @@ impl Server {
     }
 }
 
+/// Checks that a domain could be held here: it has the grammar of RFC 5321 section 4.1.2.
+///
+/// # Errors
+/// The reply to RCPT.
+pub fn check_held_domain(mailbox: &Mailbox) -> Result<(), Reply> {
+    match mailbox.domain() {
+        Some(domain) if !domain.is_strict() => {
+            Err(Reply::new(501, "5.1.3", "The domains here are made of letters, digits and hyphens only"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Checks that mail can be relayed to a mailbox elsewhere (RFC 6409 section 4.2).
+///
+/// # Errors
+/// The reply to RCPT.
+pub fn check_qualified(mailbox: &Mailbox) -> Result<(), Reply> {
+    match mailbox.domain() {
+        None => Err(Reply::new(554, "5.1.2", "Mail for an address literal is not relayed")),
+        Some(domain) if !domain.as_str().contains('.') => {
+            Err(Reply::new(554, "5.1.2", "The domain is not fully qualified"))
+        }
+        Some(_) => Ok(()),
+    }
+}
+
 /// The reply to a message of more than `limit` octets (RFC 1870 sections 6.1 and 6.3).
 pub fn message_too_large(limit: u64) -> Reply {
     Reply::new(552, "5.3.4", format!("The message is larger than {limit} octets"))

@@ -10,12 +10,12 @@ use super::content::{ContentDecoder, ContentEncoder};
 use super::reply::{Reply, ReplyReader};
 use super::server::{Incoming, MessageSink, Server, ServerOptions, ServerRole, ServerStep as Served, SessionHandler};
 use super::status::{DecidedBy, DeliveryResult, RecipientStatus};
-use crate::mail::address::{Domain, ForwardPath, Mailbox, reverse_path};
+use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath, reverse_path};
 use crate::mail::received::ClientInfo;
 use crate::sasl::{CredentialStore, Mechanism, Unavailable};
 
 fn mailbox(text: &str) -> Mailbox {
-    Mailbox::parse(text).unwrap()
+    Mailbox::parse_any(text).unwrap()
 }
 
 fn message(recipients: usize) -> OutgoingMessage {
@@ -367,6 +367,18 @@ fn a_message_that_needs_a_missing_extension_is_not_sent() {
     assert_eq!(unfit("250-x/250 SIZE 3", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
     assert_eq!(unfit("250-x/250 SIZE", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
     assert_eq!(unfit("250-x/250 size 0", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
+    // RFC 6531 section 3.2: a domain needs no extension, as its A-labels are the same name.
+    let labels = |message: &mut OutgoingMessage| {
+        message.envelope.from = ReversePath::Mailbox(mailbox("A..b@x"));
+        message.envelope.recipients.truncate(1);
+        message.envelope.recipients[0] = Recipient::plain(mailbox("Eva@B\u{dc}CHER.example"));
+    };
+    assert_eq!(unfit("250-x/250 PIPELINING", labels).1, "MAIL FROM:<A..b@x>/RCPT TO:<Eva@xn--bcher-kva.example>/DATA");
+    let sent = unfit("250-x/250-PIPELINING/250 SMTPUTF8", |message| {
+        message.envelope.recipients.truncate(1);
+        message.envelope.recipients[0] = Recipient::plain(mailbox("\u{e9}@B\u{dc}CHER.example"));
+    });
+    assert_eq!(sent.1, "MAIL FROM:<a@b.example> SMTPUTF8/RCPT TO:<\u{e9}@B\u{dc}CHER.example>/DATA");
     let utf8 = unfit("250-x/250-8BITMIME/250 SMTPUTF8", |message| message.envelope.utf8 = true);
     assert_eq!(utf8.1, "MAIL FROM:<a@b.example> BODY=8BITMIME SMTPUTF8");
     assert_eq!(

@@ -95,6 +95,9 @@ fn addresses_to_call() {
     };
     check("relay.example.net:3660", Ok(("relay.example.net:3660", "relay.example.net")));
     check("relay.example.net", Ok(("relay.example.net:366", "relay.example.net")));
+    check("my_relay:25", Ok(("my_relay:25", "my_relay")));
+    check("relay/x", Err("is not a valid host with a port"));
+    check("relay..x", Err("is not a valid host with a port"));
     check("Localhost", Ok(("localhost:366", "localhost")));
     check("192.0.2.1:1", Ok(("192.0.2.1:1", "192.0.2.1")));
     check("192.0.2.1", Ok(("192.0.2.1:366", "192.0.2.1")));

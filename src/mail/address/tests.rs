@@ -199,10 +199,11 @@ fn a_host_is_a_domain_or_an_address_literal() {
 
 /// Rules: SMTP-20.
 #[test]
-fn a_mailbox_is_written_in_its_shortest_form() {
+fn a_mailbox_that_is_held_here_is_written_in_its_shortest_form() {
     fn check(input: &str, expected: Option<(&str, &str)>) {
         let mailbox = Mailbox::parse(input);
-        let seen = mailbox.as_ref().map(|mailbox| (mailbox.local(), mailbox.to_string()));
+        assert!(mailbox.as_ref().is_none_or(|mailbox| mailbox.to_string() == input));
+        let seen = mailbox.as_ref().map(|mailbox| (mailbox.local(), mailbox.canonical().to_string()));
         assert_eq!(seen, expected.map(|(local, text)| (local, text.to_owned())), "{input:?}");
     }
     check("Joe@Example.ORG", Some(("Joe", "Joe@example.org")));
@@ -251,6 +252,143 @@ fn a_mailbox_is_written_in_its_shortest_form() {
     }
 }
 
+/// RFC 2181 section 11: DNS has such names. Mobile networks have given out such local parts.
+#[test]
+fn an_address_elsewhere_is_carried_as_it_came() {
+    fn check(input: &str, local: &str, domain: &str) {
+        let mailbox = Mailbox::parse_any(input).unwrap_or_else(|error| panic!("{input:?}: {error:?}"));
+        assert_eq!((mailbox.to_string(), mailbox.local()), (input.to_owned(), local), "{input:?}");
+        assert_eq!(mailbox.host().to_string(), domain, "{input:?}");
+        assert_eq!(reverse_path(format!("<{input}>").as_bytes()).unwrap().0.to_string(), input);
+    }
+    check("Joe@Example.ORG", "Joe", "example.org");
+    check("taro..y@phone.example", "taro..y", "phone.example");
+    check(".hanako.@phone.example", ".hanako.", "phone.example");
+    check("joe@mx_1.example", "joe", "mx_1.example");
+    check("joe@-x.example.", "joe", "-x.example");
+    check("joe@a..b", "joe", "a..b");
+    check("joe@a/../b", "joe", "a/../b");
+    check("joe@BÜCHER.example", "joe", "xn--bcher-kva.example");
+    check("joe@my_host.bücher.example", "joe", "my_host.xn--bcher-kva.example");
+    check("\"joe\"@x", "joe", "x");
+    check("\"j\\oe\"@x", "joe", "x");
+    check("\"a b\".c@x", "a b.c", "x");
+    check("john,doe@x", "john,doe", "x");
+    check("joe@x@y", "joe@x", "y");
+    check("DOMAIN\\joe@x", "DOMAIN\\joe", "x");
+    check("joe@[X25:1234]", "joe", "[x25:1234]");
+    check("joe@[::1]", "joe", "[::1]");
+    for wrong in [
+        "",
+        "@",
+        "joe",
+        "joe@",
+        "@x",
+        "@x@y",
+        "joe@.",
+        "joe@..",
+        "joe doe@x",
+        "j<oe@x",
+        "joe>@x",
+        "jo(e)@x",
+        "[joe]@x",
+        " joe@x",
+        "joe@x ",
+        "joe\0@x",
+        "jo\te@x",
+        "\"j\roe\"@x",
+        "joe\n@x",
+        "joe\u{85}@x",
+        "\"joe@x",
+        "\"joe\\\"@x",
+        "\"joe\"",
+        "jo\\\"e\"@x",
+        "joe@x,y",
+        "joe@x;",
+        "joe@\"x\"",
+        "joe@x\\y",
+        "joe@[]",
+        "joe@[a b]",
+        "joe@[x]]",
+        "joe@[a@b]",
+        "joe@[a>b]",
+        "joe@[\"]",
+    ] {
+        assert!(Mailbox::parse_any(wrong).is_err(), "{wrong:?}");
+    }
+}
+
+#[test]
+fn a_label_that_idna_does_not_allow_is_no_label_of_a_domain_elsewhere_either() {
+    let long = "ü".repeat(60);
+    for domain in ["ü_", "-ü", "ü-", "a\u{200d}b", "a\u{e000}", "a\u{202e}b", "m\u{fffd}ller", "1מייל", long.as_str()]
+    {
+        let domain = format!("{domain}.example");
+        assert_eq!(Domain::parse_any(&domain), Err(PathError::NotIdna), "{}", domain.escape_unicode());
+    }
+}
+
+#[test]
+fn spellings_of_one_address_are_equal() {
+    let read = |text: &str| Mailbox::parse_any(text).unwrap();
+    for (one, other) in [
+        ("joe@x.example", "joe@X.Example"),
+        ("joe@x.example", "\"joe\"@x.example."),
+        ("joe@bücher.example", "joe@XN--bcher-kva.example"),
+        ("taro..y@x", "\"taro..y\"@x"),
+    ] {
+        assert_eq!(read(one), read(other));
+        assert_eq!(read(one).host(), read(other).canonical().host());
+    }
+    assert_ne!(read("joe@x"), read("Joe@x"));
+    assert_ne!(read("joe@x_y"), read("joe@x-y"));
+}
+
+#[test]
+fn an_address_has_a_form_for_each_place() {
+    fn check(input: &str, with_a_labels: &str, canonical: &str, header: &str) {
+        let mailbox = Mailbox::parse_any(input).unwrap();
+        let forms = (mailbox.with_a_labels(), mailbox.canonical().to_string(), mailbox.header_form());
+        assert_eq!(forms, (with_a_labels.into(), canonical.to_owned(), header.into()), "{input:?}");
+        assert_eq!(mailbox.canonical(), mailbox);
+        for form in [with_a_labels, canonical, header] {
+            assert_eq!(Mailbox::parse_any(form).as_ref(), Ok(&mailbox), "{form:?}");
+        }
+    }
+    check("Joe@X.example", "Joe@X.example", "Joe@x.example", "Joe@X.example");
+    check("\"joe\"@X", "\"joe\"@X", "joe@x", "\"joe\"@X");
+    check("jo..e@X", "jo..e@X", "jo..e@x", "\"jo..e\"@X");
+    check("\"jo..e\"@X", "\"jo..e\"@X", "\"jo..e\"@x", "\"jo..e\"@X");
+    check(
+        "a,b@Bücher.example",
+        "a,b@xn--bcher-kva.example",
+        "a,b@xn--bcher-kva.example",
+        "\"a,b\"@xn--bcher-kva.example",
+    );
+    check("\"a\".b@x", "\"a\".b@x", "a.b@x", "a.b@x");
+}
+
+#[test]
+fn a_domain_has_a_safe_name_of_a_file() {
+    fn check(input: &str, expected: &str) {
+        let domain = Domain::parse_any(input).unwrap();
+        assert_eq!(domain.file_name(), expected, "{input:?}");
+        assert_eq!(Domain::of_file_name(expected), Some(domain), "{input:?}");
+    }
+    check("Example.ORG", "example.org");
+    check("my_host.example", "my_host.example");
+    check("a..", "a..");
+    check("../x", "%2E.%2Fx");
+    check("a/b%c", "a%2Fb%25c");
+    check("-x.example", "-x.example");
+    for wrong in ["", ".", "..", "Example.org", "a%2fb", "a%2Eb", "%2", "%GG", "%+1", "a%00b", "%FF", "a b", "%E4%BD"] {
+        assert_eq!(Domain::of_file_name(wrong), None, "{wrong:?}");
+    }
+    // The name of the file must fit.
+    assert!(Domain::parse_any(&"/".repeat(85)).is_ok());
+    assert_eq!(Domain::parse_any(&"/".repeat(86)), Err(PathError::TooLong));
+}
+
 #[test]
 fn a_mailbox_needs_smtputf8_only_for_its_local_part() {
     fn check(input: &str, expected: bool) {
@@ -287,11 +425,14 @@ fn a_reverse_path_has_angle_brackets() {
     check(b"<postmaster>", Err(PathError::Syntax));
     check(b"<\"joe@x>", Err(PathError::Syntax));
     check(b"<<joe@x>>", Err(PathError::Syntax));
-    check(b"<joe@a_b>", Err(PathError::BadDomain));
+    check(b"<joe@a_b>", Ok(("joe@a_b", 9)));
+    check("<joe@\u{fc}_\u{200c}>".as_bytes(), Err(PathError::NotIdna));
+    check(b"<joe@a,b>", Err(PathError::BadDomain));
     check(b"<joe@x >", Err(PathError::BadDomain));
     check(b"<@a>", Err(PathError::Syntax));
     check(b"<@a,b:joe@x>", Err(PathError::Syntax));
-    check(b"<@a_b:joe@x>", Err(PathError::BadDomain));
+    check(b"<@a_b:joe@x>", Ok(("joe@x", 12)));
+    check(b"<@a(b:joe@x>", Err(PathError::BadDomain));
     check(b"<@:joe@x>", Err(PathError::BadDomain));
     check(b"<@a:>", Err(PathError::Syntax));
     check(b"<j\xe9@x>", Err(PathError::NotUtf8));
@@ -311,7 +452,7 @@ fn a_forward_path_may_be_postmaster_without_a_domain() {
     }
     check(b"<Postmaster>", Ok(("Postmaster", 12)));
     check(b"<POSTmaster> NOTIFY=NEVER", Ok(("Postmaster", 12)));
-    check(b"<postmaster@Example.org>", Ok(("postmaster@example.org", 24)));
+    check(b"<postmaster@Example.org>", Ok(("postmaster@Example.org", 24)));
     check(b"<@a,@b:joe@x>", Ok(("joe@x", 13)));
     check(b"<>", Err(PathError::Syntax));
     check(b"<joe>", Err(PathError::Syntax));
@@ -376,10 +517,42 @@ proptest! {
     }
 
     #[test]
+    fn a_file_name_belongs_to_one_domain_and_is_no_path(text in r"[a-z._/%~!\-]{1,90}", octets in r"[!-~]{1,40}") {
+        for text in [text, octets] {
+            let Ok(domain) = Domain::parse_any(&text) else { continue };
+            let name = domain.file_name();
+            prop_assert!(!name.starts_with('.') && !name.contains(['/', '\0']) && name.len() <= 255);
+            prop_assert_eq!(Domain::of_file_name(&name), Some(domain.clone()));
+        }
+    }
+
+    #[test]
+    fn any_address_that_is_carried_has_no_octet_with_a_meaning(
+        text in r#"[a@.,:;<>()"\\\[\] ü_%\x00-\x1f]{0,12}@[a.,_\-/"<>()\[\]:;@ü ]{0,8}"#,
+    ) {
+        if let Ok(mailbox) = Mailbox::parse_any(&text) {
+            prop_assert_eq!(mailbox.to_string(), text.clone());
+            prop_assert!(!text.contains(char::is_control));
+            let framed = format!("<{text}> SIZE=1");
+            let expected = (ReversePath::Mailbox(mailbox.clone()), text.len() + 2);
+            prop_assert_eq!(reverse_path(framed.as_bytes()), Ok(expected));
+            let canonical = mailbox.canonical().to_string();
+            for form in [canonical.into(), mailbox.with_a_labels(), mailbox.header_form()] {
+                prop_assert_eq!(Mailbox::parse_any(&form), Ok(mailbox.clone()));
+            }
+            let header = Mailbox::parse_any(&mailbox.header_form()).unwrap();
+            prop_assert!(is_dot_string(header.spelled_local()) || is_quoted_string(header.spelled_local()));
+        }
+    }
+
+    #[test]
     fn any_local_part_without_controls_reads_back_as_itself(local in r"\PC{0,60}") {
         let host = Host::Name(Domain("example.org".to_owned()));
-        let mailbox = Mailbox { local, host };
-        prop_assert_eq!(Mailbox::parse(&mailbox.to_string()), Some(mailbox.clone()));
+        let text = format!("{}@{host}", shortest(&local));
+        let mailbox = Mailbox { at: shortest(&local).len(), text: text.clone(), local, host };
+        let read = Mailbox::parse(&text);
+        prop_assert_eq!(read.as_ref(), Some(&mailbox));
+        prop_assert_eq!(read.map(|read| read.to_string()), Some(text));
         let path = format!("<{mailbox}>");
         let expected = (ReversePath::Mailbox(mailbox), path.len());
         prop_assert_eq!(reverse_path(path.as_bytes()), Ok(expected));

@@ -23,15 +23,19 @@ fn an_address_is_read_with_and_without_its_host() {
     check("", "");
     check(" \r\n\t", "");
     check("joe@x.example", "joe@x.example");
-    check("Joe@X.EXAMPLE", "Joe@x.example");
+    check("Joe@X.EXAMPLE", "Joe@X.EXAMPLE");
     check("joe@[192.0.2.1]", "joe@[192.0.2.1]");
     check("joe@[ IPv6:2001:db8::1 ]", "joe@[IPv6:2001:db8::1]");
-    check("joe@bücher.example", "joe@xn--bcher-kva.example");
+    check("joe@bücher.example", "joe@bücher.example");
     check("jürgen@x", "jürgen@x");
     check("o'neill+tag=1@x", "o'neill+tag=1@x");
     check("a!#$%&'*+-/=?^_`{|}~@x", "a!#$%&'*+-/=?^_`{|}~@x");
     check("joe.doe@x.y", "joe.doe@x.y");
-    check("\"joe\"@x", "joe@x");
+    // Addresses elsewhere are carried as they came.
+    for text in ["j..oe@x", ".joe@x", "joe.@x", "j\\oe@x", "joe@a_b", "joe@x.", "joe@[x]", "joe.\"doe\"@x"] {
+        check(text, text);
+    }
+    check("\"joe\"@x", "\"joe\"@x");
     check("\"joe doe\"@x", "\"joe doe\"@x");
     check("\"a@b,c\"@x", "\"a@b,c\"@x");
     check(r#""a\"b\\c"@x"#, r#""a\"b\\c"@x"#);
@@ -47,8 +51,8 @@ fn an_address_is_read_with_and_without_its_host() {
     // Obsolete forms.
     check("<@a.example,@b.example:joe@x>", "joe@x");
     check("Joe < @a , , @b : joe@x >", "joe@x");
-    check("\"joe\".doe@x", "joe.doe@x");
-    check("joe.\"d o\"@x", "\"joe.d o\"@x");
+    check("\"joe\".doe@x", "\"joe\".doe@x");
+    check("joe.\"d o\"@x", "joe.\"d o\"@x");
 }
 
 #[test]
@@ -115,10 +119,7 @@ fn what_cannot_be_read_is_named() {
         ("<>", "<>"),
         ("Joe <>", "Joe <>"),
         ("@x", "@x"),
-        ("j..oe@x", "j..oe@x"),
-        (".joe@x", ".joe@x"),
-        ("joe.@x", "joe.@x"),
-        ("j\\oe@x", "j\\oe@x"),
+        ("...@x", "...@x"),
         ("\"\"", "\"\""),
         ("\"joe\"doe@x", "\"joe\"doe@x"),
         ("=?utf-8?q?joe?=", "=?utf-8?q?joe?="),
@@ -131,10 +132,12 @@ fn what_cannot_be_read_is_named() {
     check("joe@", &format!("joe@: {host}"));
     check("joe@a b", &format!("joe@a b: {host}"));
     check("joe@x@y", &format!("joe@x@y: {host}"));
-    check("joe@a_b", &format!("joe@a_b: {host}"));
-    check("joe@x.", &format!("joe@x.: {host}"));
     check("joe@\"x\"", &format!("joe@\"x\": {host}"));
-    check("joe@[x]", &format!("joe@[x]: {host}"));
+    check("joe@[x y\\]]", &format!("joe@[x y\\]]: {host}"));
+    // RFC 5891: no label has these.
+    for domain in ["ü\u{200c}", "a\u{e000}", "-ü"] {
+        check(&format!("joe@{domain}"), &format!("joe@{domain}: IDNA does not allow the domain (RFC 5891)"));
+    }
     check("joe@[192.0.2.1].x", &format!("joe@[192.0.2.1].x: {host}"));
     check("joe <a@x> eva <b@x>", &format!("joe <a@x> eva: {bracket}"));
     check("<a@x> b@x", &format!("<a@x> b: {bracket}"));
@@ -151,6 +154,7 @@ fn what_cannot_be_read_is_named() {
     check(": joe@x;", &format!(":: {group}"));
     check("joe@x, : eva;", &format!(":: {group}"));
     check("j\u{fffd}@x", "j\u{fffd}@x: it is not in UTF-8");
+    check("joe@m\u{fffd}ller.example", "joe@m\u{fffd}ller.example: it is not in UTF-8");
     check("j\u{1b}[2J\0@x", "[2J?@x: a ] is missing");
     check("j\u{1b}@x", "j?@x: the name is too long, or holds control characters");
     let long = "j".repeat(256);
@@ -166,7 +170,7 @@ proptest! {
     #[test]
     fn no_punctuation_makes_it_panic(text in "[a@.,:;<>()\"\\\\\\[\\] =?\\r\\nü]{0,40}") {
         for mailbox in parse_addresses(&text, &home()).unwrap_or_default() {
-            prop_assert_eq!(Mailbox::parse(&mailbox.to_string()), Some(mailbox));
+            prop_assert_eq!(Mailbox::parse_any(&mailbox.to_string()), Ok(mailbox));
         }
     }
 }

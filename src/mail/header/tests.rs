@@ -95,6 +95,8 @@ fn a_display_name_may_be_in_any_character_set() {
     assert_eq!(header.recipients(&home()).map(|found| written(&found)).as_deref(), Ok("a@x b@x"));
     let error = Header::parse(b"To: j\xfcrgen@x\n").recipients(&home());
     assert_eq!(error, Err("To: cannot read j\u{fffd}rgen@x: it is not in UTF-8".to_owned()));
+    let error = Header::parse(b"To: a@x, <joe@m\xfcller.example>\n").recipients(&home());
+    assert_eq!(error, Err("To: cannot read <joe@m\u{fffd}ller.example>: it is not in UTF-8".to_owned()));
 }
 
 #[test]

@@ -12,8 +12,8 @@ use crate::config::{ProviderConfig, RelayConfig, TlsPolicy};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, literal};
 use crate::net::cancel::CancelToken;
-use crate::net::resolver::{MxHost, MxRoute, Resolver};
-use crate::net::tls::{ClientTls, Trust};
+use crate::net::resolver::{MxHost, MxRoute, Resolver, address_for_name};
+use crate::net::tls::{ClientTls, Trust, is_certificate_name};
 use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
 use crate::queue::{LockError, QueueLock, QueueName};
@@ -298,6 +298,9 @@ impl WorkerContext {
         let route = resolver.route(destination).map_err(|error| not_found(destination, error))?;
         let hosts = hosts(route, destination, &self.hostname).map_err(RouteError::Rejected)?;
         let look_up = |host: &Domain| {
+            if let Some(address) = address_for_name(host) {
+                log::info!("event=mx-is-address destination={destination} host={host} address={address}");
+            }
             let found = resolver.addresses(host).map_err(|error| not_found(host, error))?;
             Ok(found.into_iter().map(|address| SocketAddr::new(address, self.config.port)).collect())
         };
@@ -340,7 +343,9 @@ impl WorkerContext {
             }
             Some(failure) => failure.error,
             // Hosts without any address are a permanent error of the domain (RFC 5321 section 5.1).
-            None => RouteError::Rejected(Reply::new(550, "5.4.4", format!("No mail host of {name} has an address"))),
+            None => {
+                RouteError::Rejected(Reply::new(550, "5.4.4", format!("No mail host of {name} has a usable address")))
+            }
         })
     }
 
@@ -411,7 +416,10 @@ impl WorkerContext {
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
         let id = self.ids.session_id();
         let connect = self.connect(&id);
-        let mut connected = Connect { tls: Some((tls, to.host.as_str())), ..connect }.to(to.address, options(required));
+        // An MX record may have a name that no certificate has, such as an address in brackets.
+        let address = to.address.ip().to_string();
+        let name = if is_certificate_name(&to.host) { to.host.as_str() } else { &address };
+        let mut connected = Connect { tls: Some((tls, name)), ..connect }.to(to.address, options(required));
         let mut tls_error = None;
         if policy == TlsPolicy::May
             && let Err(failure @ (SessionFailure::Broken(_) | SessionFailure::NoTls(_))) = &connected
@@ -457,9 +465,18 @@ fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<MxHost>,
         // RFC 7505 section 3.
         MxRoute::Null => return Err(Reply::new(556, "5.1.10", format!("{domain} takes no mail (null MX)"))),
         MxRoute::NoDomain => return Err(Reply::new(550, "5.1.2", format!("There is no domain {domain}"))),
+        MxRoute::NoHost => {
+            return Err(Reply::new(550, "5.1.2", format!("{domain} has neither a mail host nor a usable address")));
+        }
+        MxRoute::NotDnsName => {
+            return Err(Reply::new(550, "5.1.2", format!("{domain} cannot be looked up: DNS has no such names")));
+        }
         MxRoute::Implicit => return Ok(vec![MxHost { preference: 0, host: domain.clone() }]),
         MxRoute::Hosts(hosts) => hosts,
     };
+    if hosts.is_empty() {
+        return Err(Reply::new(554, "5.4.4", format!("The MX records of {domain} name no host")));
+    }
     // A host that is not preferred to ours would send the mail back to us (RFC 5321 section 5.1).
     let own = hosts.iter().find(|mx| mx.host.as_str().eq_ignore_ascii_case(hostname)).map(|mx| mx.preference);
     let before = |preference: u16| own.is_none_or(|own| preference < own);
@@ -501,11 +518,16 @@ mod tests {
         check(MxRoute::Implicit, Ok(&["example.org"]));
         check(MxRoute::Null, Err(556));
         check(MxRoute::NoDomain, Err(550));
+        check(MxRoute::NoHost, Err(550));
+        check(MxRoute::NotDnsName, Err(550));
         check(mx(&[]), Err(554));
         check(mx(&[(10, "a.example"), (20, "b.example")]), Ok(&["a.example", "b.example"]));
         // Our own name removes itself and all hosts that are not preferred to it.
         let own = (20, "relay.example.net");
         check(mx(&[(10, "a.example"), own, (20, "b.example"), (30, "c.example")]), Ok(&["a.example"]));
         check(mx(&[(20, "b.example"), own]), Err(554));
+        // The reason is true: that there is no host is not that this one is.
+        let text = hosts(mx(&[]), &domain("example.org"), "relay.example.net").unwrap_err().to_string();
+        assert_eq!(text, "554 5.4.4 The MX records of example.org name no host");
     }
 }

@@ -271,6 +271,83 @@ fn the_envelope_ends_before_content_without_end() {
     assert!(matches!(parsed, Parsed::Envelope(parsed) if parsed.octets == 30));
 }
 
+/// How an envelope of ours has an address, which mail readers and other agents may read.
+#[test]
+fn an_address_is_in_angle_brackets_if_it_would_be_read_as_a_list() {
+    for (address, expected) in [
+        ("eva@example.org", "eva@example.org"),
+        ("Eva@Example.NET", "Eva@Example.NET"),
+        ("\"a, b\"@example.net", "\"a, b\"@example.net"),
+        ("taro..y@phone.example", "taro..y@phone.example"),
+        ("joe@my_host.example.", "joe@my_host.example."),
+        ("a,b@example.net", "<a,b@example.net>"),
+        ("..@example.net", "<..@example.net>"),
+        ("\u{a0}@example.net", "<\u{a0}@example.net>"),
+        ("joe@x@example.net", "<joe@x@example.net>"),
+        ("\"a\".b@example.net", "<\"a\".b@example.net>"),
+        ("=?a?q?b?=@example.net", "=?a?q?b?=@example.net"),
+        ("..=?a?q?b?=@example.net", "<..=?a?q?b?=@example.net>"),
+    ] {
+        assert_eq!(field_value(&Mailbox::parse_any(address).unwrap()), expected);
+    }
+}
+
+/// Recipients elsewhere have the spelling that they came with, in one queue.
+#[test]
+fn a_recipient_elsewhere_keeps_its_spelling() {
+    let text = "Return-Path: <A@B.Example>\nDelivered-To: Eva@EXAMPLE.org\nDelivered-To: \"bob\"@example.org.\n";
+    let ours = format!("{text}X-ODMR-Envelope: id=x\n\n");
+    assert_eq!(recipients(&ours), ["Eva@EXAMPLE.org", "\"bob\"@example.org."]);
+    assert_eq!(parsed(&ours).envelope.envelope.from.to_string(), "A@B.Example");
+    // Other agents deliver to domains that are held here.
+    assert_eq!(recipients(&format!("{text}\n")), ["Eva@example.org", "bob@example.org"]);
+}
+
+/// Writes a message for these addresses, reads it, and marks each of its recipients alone.
+fn check_round_trip(from: &str, to: &[String]) {
+    let mut mailboxes: Vec<Mailbox> = Vec::new();
+    for mailbox in to.iter().filter_map(|text| Mailbox::parse_any(text).ok()) {
+        if !mailboxes.contains(&mailbox) {
+            mailboxes.push(mailbox);
+        }
+    }
+    let from = reverse_path(format!("<{from}>").as_bytes()).map_or(ReversePath::Null, |(path, _)| path);
+    let recipients: Vec<_> = mailboxes.iter().cloned().map(Recipient::plain).collect();
+    let envelope = Envelope { recipients, ..Envelope::new(from) };
+    let queued = QueuedEnvelope { id: "abc".to_owned(), arrived: Timestamp::from_seconds(1_767_323_045), envelope };
+    let text = queued.to_header("") + "Received: x\n\nbody\n";
+    let read = |text: &[u8]| match parse(text, true, options(&None)) {
+        Parsed::Envelope(parsed) => Some(*parsed),
+        Parsed::NoRecipients if mailboxes.is_empty() => None,
+        other => panic!("{other:?}: {text:?}"),
+    };
+    let Some(parsed) = read(text.as_bytes()) else { return };
+    assert_eq!(parsed.envelope, queued, "{text:?}");
+    assert!(parsed.unread.is_empty() && text[parsed.octets..].starts_with("Received: x"), "{text:?}");
+    // Equal addresses may be spelled differently.
+    let spelled = |parsed: &ParsedEnvelope| -> Vec<String> {
+        parsed.recipients().iter().map(|recipient| recipient.mailbox.to_string()).collect()
+    };
+    let expected: Vec<_> = mailboxes.iter().map(Mailbox::to_string).collect();
+    assert_eq!(spelled(&parsed), expected);
+    assert_eq!(parsed.envelope.envelope.from.to_string(), queued.envelope.from.to_string());
+    for number in 0..mailboxes.len() {
+        for mark in [Mark::Done, Mark::Rejected] {
+            let mut marked = text.clone().into_bytes();
+            for place in &parsed.marks[number] {
+                let octet = &mut marked[usize::try_from(*place).unwrap()];
+                assert_eq!(*octet, b'@', "{text:?}");
+                *octet = mark.octet();
+            }
+            let marked = read(&marked).unwrap();
+            let mut left = expected.clone();
+            left.remove(number);
+            assert_eq!((spelled(&marked), &marked.settled[..]), (left, &[mark][..]), "{text:?}");
+            assert!(marked.unread.is_empty(), "{text:?}");
+        }
+    }
+}
+
 proptest::proptest! {
     #[test]
     fn no_file_makes_it_panic(front: Vec<u8>, end: bool) {
@@ -304,6 +381,22 @@ proptest::proptest! {
                 proptest::prop_assert_eq!(again, expected, "{}", String::from_utf8_lossy(&text));
             }
         }
+    }
+
+    /// Whatever address the server accepts.
+    #[test]
+    fn every_address_that_is_accepted_is_read_as_it_was_written(
+        from in r#"[a@.,:;()"\\\[\] \u{a0}ü_%=?/]{0,12}@([a.,_\-/ü]{1,8}|\[[a:.]{1,6}\])"#,
+        to in proptest::collection::vec(
+            r#"[a@.,:;"\\\u{a0}ü_%=?/ ]{1,12}@([a.,_\-/ü]{1,8}|\[[a:.]{1,6}\])"#, 0..4,
+        ),
+        quoted in proptest::collection::vec(
+            r#""([a@.,:;()<>\[\] \u{a0}ü=?]|\\["\\]){0,8}"@([a._\-%]{1,8}\.?|\[192\.0\.2\.1\])"#, 0..3,
+        ),
+        encoded in r"[.,]{0,1}=\?a\?q\?[a@>,]{0,3}\?=[.,]{0,1}@[a_.]{1,4}",
+    ) {
+        let to: Vec<String> = to.into_iter().chain(quoted).chain([encoded]).collect();
+        check_round_trip(&from, &to);
     }
 }
 
