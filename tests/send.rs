@@ -143,6 +143,72 @@ fn missing_header_fields_are_added() {
     assert!(!message.contains("not this"));
 }
 
+/// As cron, a wrapper of a web language, and a program that reads an mbox write them.
+#[test]
+fn a_submitted_header_is_completed() {
+    let customer = TestCustomer::new();
+    let input = ">From eva Fri Jan  2 03:04:05 2026\nFrom eva Fri Jan  2 03:04:05 2026\nReturn-Path: <old@x.example>\n\
+                 X-ODMR-Envelope: id=forged\nContent-Length: 7\nFrom: root (Cron Dämon)\nTo: ops@example.net, root\n\
+                 Subject: Prüfung\nX-Note: root\n\nFrom here\nReturn-Path: body\n";
+    for input in [input.to_owned(), input.replace('\n', "\r\n"), input.replace('\n', "\r\r\n")] {
+        let customer = TestCustomer::new();
+        let sent = customer.send(&["-i", "-f", "<>", "ops@example.net"], &input);
+        assert_eq!((sent.code, sent.error.as_str()), (0, ""));
+        let message = customer.only_queued();
+        assert_contains(
+            &message,
+            &[
+                "+0000\nFrom: root@example.org (Cron =?UTF-8?B?RMOkbW9u?=)\nTo: ops@example.net, root@example.org\n\
+                 Subject: =?UTF-8?B?UHLDvGZ1bmc=?=\nX-Note: root\nDate: ",
+                "\n\nFrom here\nReturn-Path: body\n",
+            ],
+        );
+        assert!(!message.contains("forged") && !message.contains("old@x") && !message.contains("Content-Length"));
+    }
+    // What is signed stays, and loses the records only.
+    let sent = customer.send(&["-i", "ops@example.net"], &input.replace("X-Note: root", "DKIM-Signature: v=1"));
+    assert_eq!((sent.code, sent.error.as_str()), (0, ""));
+    let message = customer.only_queued();
+    let kept = "+0000\nContent-Length: 7\nFrom: root (Cron Dämon)\nTo: ops@example.net, root\nSubject: Prüfung\nDKIM-";
+    assert_contains(&message, &[kept, "; body=8BITMIME\n"]);
+}
+
+/// Rules: SUB-07.
+#[test]
+fn a_header_submitted_by_smtp_is_completed() {
+    let customer = TestCustomer::new();
+    let dialogue = [
+        "EHLO client",
+        "MAIL FROM:<eva@example.org> SMTPUTF8",
+        "RCPT TO:<dave@example.net>",
+        "DATA",
+        "Return-Path: <old@x.example>",
+        "From: \"Eva Ö.\" <eva>",
+        "Bcc: joe",
+        "Content-Length: 7",
+        "",
+        "Hello.",
+        ".",
+        "MAIL FROM:<eva@example.org>",
+        "RCPT TO:<alice@example.org>",
+        "DATA",
+        "Subject: a CR too many\r",
+        "",
+        "Hello.",
+        ".",
+        "QUIT",
+        "",
+    ];
+    let session = customer.send(&["-bs"], &dialogue.join("\r\n"));
+    assert_eq!((session.code, session.error.as_str()), (0, ""));
+    let message = customer.only_queued();
+    assert_contains(&message, &["+0000\nFrom: =?UTF-8?B?RXZhIMOWLg==?= <eva@example.org>\nBcc: joe@example.org\n"]);
+    assert_contains(&message, &["Date: ", "Message-ID: <", "@mail.example.org>\n\nHello.\n"]);
+    // RFC 5321 section 2.3.8: in SMTP a CR alone is an error, also before a CRLF.
+    assert_contains(&session.out, &["\r\n554 5.6.0"]);
+    assert!(customer.messages("mailboxes/example.org/alice").is_empty());
+}
+
 #[test]
 fn recipients_of_header_and_command_line_get_one_copy_without_bcc() {
     let customer = TestCustomer::new();
@@ -172,7 +238,13 @@ fn the_envelope_records_body_type_smtputf8_and_dsn_options() {
         assert_contains(&customer.queued().concat(), parts);
     };
     check(&["d@x.example"], "Subject: x\r\n\r\nGrüße\r\n", &["; body=8BITMIME\n", "\nSubject: x\n", "\n\nGrüße\n"]);
-    check(&["d@x.example"], "Subject: Grüße\n\n1%\r2%\r\n", &["; body=8BITMIME; smtputf8\n", "\n\n1%\n2%\n"]);
+    // A Subject beyond ASCII is encoded, and needs nothing; an address does.
+    check(&["e@x.example"], "Subject: Grüße\n\n1%\r2%\r\n", &[": e@x.example\n", "; body=7BIT\n", "\n\n1%\n2%\n"]);
+    check(
+        &["f@x.example"],
+        "From: <jürgen@x.example>\n\nx\n",
+        &["; body=8BITMIME; smtputf8\n", "\nFrom: <jürgen@x.ex"],
+    );
     check(&["zoë@x.example"], "Subject: x\n\n", &["Delivered-To: zoë@x.example\n", "; body=7BIT; smtputf8\n"]);
     check(
         &["-N", "success,delay", "-R", "hdrs", "-V", "QQ+2B1", "d@x.example"],

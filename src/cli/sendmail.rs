@@ -31,7 +31,8 @@ const HELP: &str = "\
 Usage: odmr send [options] [recipients]        (also under the name sendmail)
 
 Accepts a message on stdin, with LF or CRLF line ends, and puts it into the outgoing queue; a bare CR ends a line too.
-The next call sends it. If one recipient is bad, nothing is queued.
+The next call sends it. If one recipient is bad, nothing is queued. In a message without a signature addresses without
+a domain get `domain` of [outgoing], and text beyond ASCII in the header is encoded (RFC 2047).
 
     -t            adds the recipients of To, Cc and Bcc; Bcc is removed in any case
     -i, -oi       a line with a single dot is content, and not the end

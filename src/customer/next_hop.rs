@@ -148,15 +148,16 @@ impl NextHops {
     ) -> Result<(), Reply> {
         let session = self.sessions.entry(hop.clone()).or_default();
         // RFC 6531 section 3.4: a recipient that needs SMTPUTF8 needs it at MAIL; then the content goes to all recipients
-        // in another transaction.
-        let utf8 = message.envelope.utf8 || !recipient.mailbox.is_ascii();
+        // in another transaction. So it does if the header, which is not known yet, needs it.
+        let mut message = message.clone();
+        message.envelope.drop_needless_utf8(false);
+        let utf8 = message.envelope.needs_utf8() || !recipient.mailbox.is_ascii();
         let known = |known: &Recipient| same_mailbox(&known.mailbox, &recipient.mailbox);
         match &session.transaction {
             Some(transaction) if transaction.recipients.iter().any(known) => return Ok(()),
             Some(transaction) if utf8 && !transaction.utf8 => session.abort_transaction(),
             _ => {}
         }
-        let mut message = message.clone();
         message.envelope.utf8 = utf8;
         // If a session was lost between two messages, the next hop is not down: connect again.
         let idle = session.session.is_some() && session.transaction.is_none();
@@ -295,8 +296,11 @@ impl HopSession {
         let info = info.filter(|_| !offered.xclient.is_empty() || !offered.xforward.is_empty());
         // The open transaction goes on if its recipients are the right ones and no other command must come first.
         let fits = (offered.eight_bit || !message.eight_bit) && info.is_none();
+        let needs_utf8 = message.envelope.needs_utf8();
         let result = match self.transaction.take() {
-            Some(open) if fits && open.recipients == *recipients => session.send_data(content, message.size),
+            Some(open) if fits && (open.utf8 || !needs_utf8) && open.recipients == *recipients => {
+                session.send_data(content, message.size)
+            }
             _ => {
                 session.abort_transaction();
                 match info.map_or(Ok(()), |info| session.send_client_info(info)) {

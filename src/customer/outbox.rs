@@ -92,6 +92,7 @@ impl Outbox {
     pub fn store(&self, submission: Submission<'_>, received: &str) -> io::Result<SubmissionWriter> {
         let Submission { envelope, size, id, arrived, header_from, drop_bcc } = submission;
         let additions = HeaderAdditions {
+            home: self.config.domain.clone(),
             date: arrived.rfc5322(),
             message_id: format!("<{id}@{}>", self.mailboxes.config.hostname),
             from: header_from,

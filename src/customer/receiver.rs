@@ -171,7 +171,8 @@ impl SessionHandler for Receiver {
         self.context.hops().begin();
         self.accepted.clear();
         let size = mail.size.unwrap_or(0);
-        self.message = Some(OutgoingMessage { envelope: mail.envelope.clone(), size, eight_bit: false });
+        let envelope = mail.envelope.clone();
+        self.message = Some(OutgoingMessage { envelope, size, eight_bit: false, utf8_header: false });
         self.context.mailboxes().check_room(size)?;
         // If this message was deferred at MAIL before, its recipients count from now on.
         self.context.counters.accepted(&MessageIdentity::new(&mail.envelope, size).to(""));
@@ -349,14 +350,17 @@ impl IncomingMessage {
     fn deliver_to_hops(&mut self) -> Vec<HopDelivery> {
         let context = &self.context;
         let first_octets = self.spooled.first_octets().get(self.received_octets..).unwrap_or_default();
-        let info = Header::parse(first_octets).client_info(&self.provider);
+        let header = Header::parse(first_octets);
+        let info = header.client_info(&self.provider);
         let (size, eight_bit) = (self.spooled.wire_size(), self.spooled.eight_bit());
+        let utf8_header = eight_bit && header.needs_utf8();
         let mut hops = context.hops();
         hops.set_content_deadline();
         let mut deliveries = Vec::new();
         for (hop, recipients) in std::mem::take(&mut self.routing.hop_recipients) {
-            let envelope = self.message.envelope.with_recipients(recipients);
-            let outgoing = OutgoingMessage { envelope, size, eight_bit };
+            let mut envelope = self.message.envelope.with_recipients(recipients);
+            envelope.drop_needless_utf8(utf8_header);
+            let outgoing = OutgoingMessage { envelope, size, eight_bit, utf8_header };
             let mut delivery = hops.deliver(&hop, &outgoing, &mut self.spooled, info.as_ref());
             let (from, recipients) = (&outgoing.envelope.from, &mut delivery.recipients);
             context.mailboxes().deliver_fallbacks(from, recipients, &mut self.spooled);

@@ -20,7 +20,6 @@ use crate::queue::{LockError, QueueLock, QueuedEnvelope, QueuedMessage};
 use crate::recipients::{Destination, NextHop, address, same_mailbox};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::storage_failure_reply;
-use crate::smtp::client::OutgoingMessage;
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
@@ -167,8 +166,8 @@ impl RetryQueue {
         }
         for (hop, numbers) in by_hop {
             let recipients = numbers.iter().map(|number| envelope.recipients[*number].clone()).collect();
-            let outgoing =
-                OutgoingMessage { envelope: envelope.with_recipients(recipients), ..message.outgoing_message() };
+            let mut outgoing = message.outgoing_message();
+            outgoing.envelope.recipients = recipients;
             hops.set_retry_deadline();
             tried = hops.deliver(&hop, &outgoing, message, None);
             self.mailboxes.deliver_fallbacks(&envelope.from, &mut tried.recipients, message);

@@ -4,10 +4,12 @@
 //! recipients are accepted, and it is durable before [`send`] returns. An error is one line and a [`SendmailErrorKind`], for
 //! which the command line has an exit code of sysexits.h.
 //!
-//! - Lines end in LF or CRLF. A bare CR ends a line too: many programs write one, no message may contain one (RFC 5321
-//!   section 2.3.8), and rejecting the message would lose it.
+//! - Lines end in LF or CRLF. Several CRs before an LF are part of one line end: a program wrote CRLF, and another made CRLF
+//!   of its LF. A bare CR ends a line too: many programs write one, no message may contain one (RFC 5321 section 2.3.8), and
+//!   rejecting the message would lose it.
 //! - Without `-i` a line with a single dot ends the message. Other lines that begin with a dot stay as they are.
-//! - `Bcc` is removed in any case; `Date`, `Message-ID` and `From` are added if they are missing.
+//! - `From ` and `>From ` lines in front of the header and `Bcc` are removed in any case; `Date`, `Message-ID` and `From` are
+//!   added if they are missing; [`Header::complete`] does the rest.
 //! - With `-t` the recipients of the header are added to those of the command line.
 
 use std::io::{self, Read, Write};
@@ -23,7 +25,8 @@ use crate::config::CustomerConfig;
 use crate::ids::Ids;
 use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::mail::address_list::parse_addresses;
-use crate::mail::header::Header;
+use crate::mail::encoded_word;
+use crate::mail::header::{Header, HeaderAdditions};
 use crate::maildir::for_each_block;
 use crate::maildir::spooled::{self, Content, SpooledContent};
 use crate::net::cancel::CancelToken;
@@ -41,10 +44,6 @@ const INPUT_BLOCK: usize = 32 * 1024;
 
 /// The longest header, in octets, that is read for recipients and completed.
 const HEADER_LIMIT: usize = spooled::MEMORY_LIMIT;
-
-/// Octets of text in one encoded word. With its frame and in base64 it has 72 characters, of at most 75 (RFC 2047
-/// section 2).
-const ENCODED_WORD_TEXT: usize = 45;
 
 /// The options of one command line.
 #[derive(Clone, Debug, Default)]
@@ -187,7 +186,7 @@ pub fn send(
         return Err(SendmailError::bad_data("the header names no recipient"));
     }
     outbox.check_room(message.content.wire_size())?;
-    let envelope = message.envelope(sender, recipients, dsn);
+    let envelope = message.envelope(sender, recipients, dsn, home);
     store(&outbox, message, &envelope, options)
 }
 
@@ -383,30 +382,22 @@ fn phrase(name: &str) -> String {
     if name.chars().all(|character| (' '..='~').contains(&character)) {
         return format!("\"{}\"", name.replace('\\', "\\\\").replace('"', "\\\""));
     }
-    // A character must not be divided between two encoded words (RFC 2047 section 5).
-    let mut words = vec![String::new()];
-    for character in name.chars() {
-        if words.last().is_some_and(|word| word.len() + character.len_utf8() > ENCODED_WORD_TEXT) {
-            words.push(String::new());
-        }
-        if let Some(word) = words.last_mut() {
-            word.push(character);
-        }
-    }
-    let encoded = words.iter().map(|word| format!("=?UTF-8?B?{}?=", data_encoding::BASE64.encode(word.as_bytes())));
-    encoded.collect::<Vec<_>>().join(" ")
+    encoded_word::encode(name.as_bytes(), encoded_word::UTF_8)
 }
 
 /// A message that was read and is not yet queued.
 struct InputMessage {
     content: SpooledContent,
     header: HeaderScanner,
+    /// How many octets of the content are above 127.
+    beyond_ascii: usize,
 }
 
 impl InputMessage {
     /// Reads up to the end of the input, or, with `dot_ends`, to a line with a single dot.
     fn read(input: &mut impl Read, outbox: &Outbox, dot_ends: bool) -> Result<InputMessage, SendmailError> {
-        let mut message = InputMessage { content: SpooledContent::default(), header: HeaderScanner::default() };
+        let mut message =
+            InputMessage { content: SpooledContent::default(), header: HeaderScanner::default(), beyond_ascii: 0 };
         let (mut decoder, mut ended) = (LineDecoder::new(dot_ends), false);
         let (mut block, mut decoded) = (vec![0; INPUT_BLOCK], Vec::new());
         while !ended {
@@ -420,6 +411,7 @@ impl InputMessage {
                 decoder.finish(&mut decoded);
             }
             message.header.feed(&decoded);
+            message.beyond_ascii += beyond_ascii(&decoded);
             let mut kind = SendmailErrorKind::InputOutput;
             let create = || outbox.unnamed_file().inspect_err(|_| kind = SendmailErrorKind::CannotCreate);
             let written = message.content.write(&decoded, create);
@@ -437,12 +429,21 @@ impl InputMessage {
         first.len() == HEADER_LIMIT && Header::parse(&first[..complete]).octets() == complete
     }
 
-    fn envelope(&self, from: ReversePath, recipients: Vec<Recipient>, dsn: DsnOptions) -> Envelope {
+    fn envelope(&self, from: ReversePath, recipients: Vec<Recipient>, dsn: DsnOptions, home: &Domain) -> Envelope {
         let first = self.content.first_octets();
-        let header = &first[..Header::parse(first).octets().min(first.len())];
-        // A header that is neither ASCII nor UTF-8 is in an older 8-bit encoding, which RFC 6532 does not cover.
-        let utf8_header = !header.is_ascii() && std::str::from_utf8(header).is_ok();
-        let body = if self.content.eight_bit() { Body::EightBit } else { Body::SevenBit };
+        let header = Header::parse(first);
+        // The values that are added do not matter here.
+        let additions = HeaderAdditions {
+            home: home.clone(),
+            date: String::new(),
+            message_id: String::new(),
+            from: None,
+            drop_bcc: true,
+        };
+        let completed = header.complete(&additions);
+        let utf8_header = Header::parse(&completed).needs_utf8();
+        let body_is_ascii = self.beyond_ascii == beyond_ascii(&first[..header.octets()]);
+        let body = if body_is_ascii && completed.is_ascii() { Body::SevenBit } else { Body::EightBit };
         let DsnOptions { ret, envelope_id, .. } = dsn;
         let mut envelope = Envelope { from, recipients, body, utf8: false, ret, envelope_id };
         envelope.utf8 = utf8_header || envelope.needs_utf8();
@@ -450,12 +451,16 @@ impl InputMessage {
     }
 }
 
-/// Turns the line ends that programs write (LF, CRLF, CR) into LF, wherever the input is divided into blocks.
+fn beyond_ascii(octets: &[u8]) -> usize {
+    octets.iter().filter(|octet| !octet.is_ascii()).count()
+}
+
+/// Turns the line ends that programs write (LF, CRLF, CR CR LF, CR) into LF, wherever the input is divided into blocks.
 struct LineDecoder {
     dot_ends: bool,
     state: LineState,
-    /// The last octet was a CR; it has ended its line, and an LF after it belongs to it.
-    after_cr: bool,
+    /// How many CRs have come last. With an LF after them they are one line end, otherwise each of them ends a line.
+    crs: usize,
     ended: bool,
 }
 
@@ -469,39 +474,65 @@ enum LineState {
 
 impl LineDecoder {
     fn new(dot_ends: bool) -> LineDecoder {
-        LineDecoder { dot_ends, state: LineState::Begin, after_cr: false, ended: false }
+        LineDecoder { dot_ends, state: LineState::Begin, crs: 0, ended: false }
     }
 
     /// Appends the decoded lines to `out`. Returns whether the line with the single dot has ended the message; what
     /// follows it is ignored.
     fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) -> bool {
         for octet in input {
+            match octet {
+                b'\r' => self.crs += 1,
+                b'\n' => {
+                    self.crs = 0;
+                    self.end_line(out);
+                }
+                octet => {
+                    self.end_bare_lines(out);
+                    self.push(*octet, out);
+                }
+            }
             if self.ended {
                 break;
-            }
-            let after_cr = std::mem::replace(&mut self.after_cr, *octet == b'\r');
-            match octet {
-                b'\n' if after_cr => {}
-                b'\n' | b'\r' if self.state == LineState::Dot => self.ended = true,
-                b'\n' | b'\r' => {
-                    out.push(b'\n');
-                    self.state = LineState::Begin;
-                }
-                b'.' if self.dot_ends && self.state == LineState::Begin => self.state = LineState::Dot,
-                other => {
-                    if self.state == LineState::Dot {
-                        out.push(b'.');
-                    }
-                    out.push(*other);
-                    self.state = LineState::Within;
-                }
             }
         }
         self.ended
     }
 
+    fn push(&mut self, octet: u8, out: &mut Vec<u8>) {
+        if self.ended {
+            return;
+        }
+        if octet == b'.' && self.dot_ends && self.state == LineState::Begin {
+            self.state = LineState::Dot;
+            return;
+        }
+        if self.state == LineState::Dot {
+            out.push(b'.');
+        }
+        out.push(octet);
+        self.state = LineState::Within;
+    }
+
+    fn end_line(&mut self, out: &mut Vec<u8>) {
+        match self.state {
+            LineState::Dot => self.ended = true,
+            _ if !self.ended => out.push(b'\n'),
+            _ => {}
+        }
+        self.state = LineState::Begin;
+    }
+
+    /// Ends the lines of CRs that no LF has followed.
+    fn end_bare_lines(&mut self, out: &mut Vec<u8>) {
+        for _ in 0..std::mem::take(&mut self.crs) {
+            self.end_line(out);
+        }
+    }
+
     /// Ends the last line if the input has not.
     fn finish(&mut self, out: &mut Vec<u8>) {
+        self.end_bare_lines(out);
         if self.state == LineState::Within {
             out.push(b'\n');
             self.state = LineState::Begin;
@@ -535,7 +566,10 @@ mod tests {
         check("a\nb", "a\nb\n");
         check("a\r\nb\r\n", "a\nb\n");
         check("10%\r50%\r100%\n", "10%\n50%\n100%\n");
-        check("a\r\r\nb\n", "a\n\nb\n");
+        check("a\r\r\nb\n", "a\nb\n");
+        check("a\r\r\r\n\r\r\nb\r\r\n", "a\n\nb\n");
+        check("a\r\rb\r\r", "a\n\nb\n\n");
+        check("a\r\r\n.\r\r\nb\n", "a\n");
         check("a\n.\nb\n", "a\n");
         check("a\r\n.\r\nb\r\n", "a\n");
         check("a\n..\n.b\n. \nc.", "a\n..\n.b\n. \nc.\n");
@@ -551,7 +585,7 @@ mod tests {
         check("Eva E. \"X\"", "\"Eva E. \\\"X\\\"\"");
         check("Jürgen", "=?UTF-8?B?SsO8cmdlbg==?=");
         let long = phrase(&"ü".repeat(60));
-        assert!(long.split(' ').all(|word| word.len() <= 75) && long.split(' ').count() == 3, "{long}");
+        assert!(long.split(' ').all(|word| word.len() <= 75) && long.split(' ').count() == 4, "{long}");
     }
 
     #[test]

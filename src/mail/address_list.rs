@@ -37,48 +37,90 @@ pub struct ListedAddress<'a> {
     pub at: usize,
     /// The mailbox, or a sentence that shows the part, with the reason why it cannot be read.
     pub mailbox: Result<Mailbox, String>,
+    /// Where the address itself is in the list, without its display name and angle brackets. Empty: it cannot be read.
+    pub address: Range<usize>,
+    /// The address has an `@` and a host.
+    pub qualified: bool,
+}
+
+/// What a list consists of.
+#[derive(Debug, Default)]
+pub struct AddressList<'a> {
+    pub addresses: Vec<ListedAddress<'a>>,
+    /// The words of each display name and of each name of a group: atoms, quoted strings, encoded words and special
+    /// characters, as places in the list.
+    pub phrases: Vec<Vec<Range<usize>>>,
+    /// The comments with their parentheses, as places in the list. A comment inside another is part of it.
+    pub comments: Vec<Range<usize>>,
+    /// Where the commas are that divide the list.
+    pub commas: Vec<usize>,
 }
 
 /// Divides a list into its addresses, as [`parse_addresses`] does, but goes on after one that cannot be read. A quote, a
 /// comment or an angle bracket without its end extends to the end of the list. Without `home`, a local part without a
 /// host cannot be read.
 pub fn divide<'a>(text: &'a str, home: Option<&Domain>) -> Vec<ListedAddress<'a>> {
-    let mut found = Vec::new();
-    let mut grouped = false;
-    let mut element = Element::default();
-    let (tokens, unfinished) = tokens(text);
-    for (token, range) in tokens {
-        if matches!(token, Token::Special(',' | ';')) && element.stage != ElementStage::Inside {
-            found.extend(element.address(text, home));
-            element = Element::default();
-            // Outside of a group a semicolon is what some programs write for a comma.
-            grouped &= token.is(',');
-            continue;
-        }
-        element.extend(range);
-        match (element.stage, token) {
-            (ElementStage::Before, Token::Special(':')) if grouped || !element.is_phrase() => {
-                element.fail("this cannot be the name of a group");
-            }
-            (ElementStage::Before, Token::Special(':')) => {
+    AddressList::parse(text, home).addresses
+}
+
+impl<'a> AddressList<'a> {
+    /// Reads a list as [`divide`] does.
+    pub fn parse(text: &'a str, home: Option<&Domain>) -> AddressList<'a> {
+        let mut list = AddressList::default();
+        let mut grouped = false;
+        let mut element = Element::default();
+        let Tokens { found, comments, unfinished } = tokens(text);
+        list.comments = comments;
+        for (token, range) in found {
+            if matches!(token, Token::Special(',' | ';')) && element.stage != ElementStage::Inside {
+                list.add(&element, text, home);
                 element = Element::default();
-                grouped = true;
+                list.commas.extend(token.is(',').then_some(range.start));
+                // Outside of a group a semicolon is what some programs write for a comma.
+                grouped &= token.is(',');
+                continue;
             }
-            (ElementStage::Before, Token::Special('<')) => element.stage = ElementStage::Inside,
-            (ElementStage::Inside, Token::Special('>')) => element.stage = ElementStage::After,
-            (ElementStage::Before, token) => element.before.push(token),
-            (ElementStage::Inside, token) => element.inside.push(token),
-            (ElementStage::After, _) => {
-                element.fail("something follows the >; is a comma missing?");
+            element.extend(range.clone());
+            match (element.stage, token) {
+                (ElementStage::Before, Token::Special(':')) if grouped || !element.is_phrase() => {
+                    element.fail("this cannot be the name of a group");
+                }
+                (ElementStage::Before, Token::Special(':')) => {
+                    list.phrases.push(element.before_ranges);
+                    element = Element::default();
+                    grouped = true;
+                }
+                (ElementStage::Before, Token::Special('<')) => element.stage = ElementStage::Inside,
+                (ElementStage::Inside, Token::Special('>')) => element.stage = ElementStage::After,
+                (ElementStage::Before, token) => {
+                    element.before.push(token);
+                    element.before_ranges.push(range);
+                }
+                (ElementStage::Inside, token) => {
+                    element.inside.push(token);
+                    element.inside_ranges.push(range);
+                }
+                (ElementStage::After, _) => {
+                    element.fail("something follows the >; is a comma missing?");
+                }
             }
         }
+        if let Some((at, reason)) = unfinished {
+            element.error = element.error.or(Some((at..text.len(), reason)));
+            element.extend(at..text.trim_end().len());
+        }
+        list.add(&element, text, home);
+        list
     }
-    if let Some((at, reason)) = unfinished {
-        element.error = element.error.or(Some((at..text.len(), reason)));
-        element.extend(at..text.trim_end().len());
+
+    fn add(&mut self, element: &Element<'a>, text: &'a str, home: Option<&Domain>) {
+        let Some(address) = element.address(text, home) else { return };
+        // What has no angle brackets and is not an address may still be the name of somebody.
+        if element.stage != ElementStage::Before || address.mailbox.is_err() && element.is_phrase() {
+            self.phrases.push(element.before_ranges.clone());
+        }
+        self.addresses.push(address);
     }
-    found.extend(element.address(text, home));
-    found
 }
 
 /// The tokens between two commas.
@@ -87,8 +129,10 @@ struct Element<'a> {
     stage: ElementStage,
     /// A display name, or the address itself if no angle brackets follow.
     before: Vec<Token<'a>>,
+    before_ranges: Vec<Range<usize>>,
     /// The tokens between the angle brackets, where commas and a colon belong to a source route.
     inside: Vec<Token<'a>>,
+    inside_ranges: Vec<Range<usize>>,
     /// Its octets in the text.
     range: Range<usize>,
     /// The octets that show why it cannot be read, and the reason.
@@ -126,7 +170,22 @@ impl Element<'_> {
             (None, ElementStage::Before) if self.before.is_empty() => return None,
             (None, _) => self.mailbox(home).map_err(|reason| unreadable(&text[self.range.clone()], reason)),
         };
-        Some(ListedAddress { text: &text[self.range.clone()], at: self.range.start, mailbox })
+        let (address, qualified) = match &mailbox {
+            Ok(_) => self.address_place(),
+            Err(_) => (0..0, false),
+        };
+        Some(ListedAddress { text: &text[self.range.clone()], at: self.range.start, mailbox, address, qualified })
+    }
+
+    /// Where the address is that can be read, and whether it has a host.
+    fn address_place(&self) -> (Range<usize>, bool) {
+        let (tokens, ranges) = match self.stage {
+            ElementStage::Before => (&self.before[..], &self.before_ranges),
+            _ => (without_route(&self.inside).unwrap_or_default(), &self.inside_ranges),
+        };
+        let ranges = &ranges[ranges.len() - tokens.len()..];
+        let place = ranges.first().zip(ranges.last()).map_or(0..0, |(first, last)| first.start..last.end);
+        (place, tokens.iter().any(|token| token.is('@')))
     }
 
     fn mailbox(&self, home: Option<&Domain>) -> Result<Mailbox, &'static str> {
@@ -213,19 +272,26 @@ impl Token<'_> {
     }
 }
 
-/// Tokens, each with its octets in the text.
-type Tokens<'a> = Vec<(Token<'a>, Range<usize>)>;
+/// The tokens of a text.
+struct Tokens<'a> {
+    /// Each with its octets in the text.
+    found: Vec<(Token<'a>, Range<usize>)>,
+    comments: Vec<Range<usize>>,
+    /// If a token has no end, it and what follows are left out; where it begins, and why.
+    unfinished: Option<(usize, &'static str)>,
+}
 
-/// The tokens of a text. If a token has no end, it and what follows are left out, and the
-/// second result is where it begins, and why.
-fn tokens(text: &str) -> (Tokens<'_>, Option<(usize, &'static str)>) {
-    let mut found = Vec::new();
+fn tokens(text: &str) -> Tokens<'_> {
+    let mut tokens = Tokens { found: Vec::new(), comments: Vec::new(), unfinished: None };
     let mut at = 0;
     while let Some(first) = text[at..].chars().next() {
         let rest = &text[at..];
         let token = match first {
             first if first.is_whitespace() => Ok((None, first.len_utf8())),
-            '(' => comment(rest).map(|length| (None, length)).ok_or("a ) is missing"),
+            '(' => comment(rest)
+                .inspect(|length| tokens.comments.push(at..at + length))
+                .map(|length| (None, length))
+                .ok_or("a ) is missing"),
             '"' => enclosed(rest, '"')
                 .map(|(content, length)| (Some(Token::Quoted(content)), length))
                 .ok_or("a \" is missing"),
@@ -244,13 +310,16 @@ fn tokens(text: &str) -> (Tokens<'_>, Option<(usize, &'static str)>) {
         };
         match token {
             Ok((token, length)) => {
-                found.extend(token.map(|token| (token, at..at + length)));
+                tokens.found.extend(token.map(|token| (token, at..at + length)));
                 at += length;
             }
-            Err(reason) => return (found, Some((at, reason))),
+            Err(reason) => {
+                tokens.unfinished = Some((at, reason));
+                break;
+            }
         }
     }
-    (found, None)
+    tokens
 }
 
 /// The octets of the comment that begins the text, with the comments inside it; `None`: it does not end.

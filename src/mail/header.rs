@@ -1,12 +1,13 @@
 //! The header of a message: what it says about recipients and the client, and how a submitted one is completed (RFC 5322,
 //! RFC 6409 section 8).
 //!
-//! The header of mail in transit is never changed (RFC 5321 section 6.4). A message that enters the mail system here is
-//! another matter: `sendmail -t` reads the recipients from the header, `Bcc` is removed, and `Date` and `Message-ID` are
-//! added if they are missing.
+//! Of mail in transit the header is never changed (RFC 5321 section 6.4), except that a trace of an earlier delivery is
+//! removed, and what looks like our own record. A message that enters the mail system here is another matter: `sendmail -t`
+//! reads the recipients from the header, `Bcc` is removed, `Date` and `Message-ID` are added if they are missing, and
+//! [`submitted_field`] completes each field. What is signed stays as it is.
 //!
 //! ```text
-//! From eva Fri Jan  2 03:04:05 2026       the separator of an mbox: dropped
+//! From eva Fri Jan  2 03:04:05 2026       separators of an mbox: dropped if the message is submitted
 //! Subject: hello                          a field
 //!  again                                  its continuation
 //! To: Joe <joe@example.net>, eva
@@ -16,11 +17,13 @@
 //!
 //! Fields are read leniently and kept octet for octet. Lines end in LF; CRLF is understood and kept.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 
 use super::address::{Domain, Mailbox};
 use super::address_list::parse_addresses;
 use super::received::ClientInfo;
+use super::submitted_field;
 
 /// Octets of the longest header that a [`HeaderCompleter`] changes: it holds the header in memory.
 const HEADER_LIMIT: usize = 256 << 10;
@@ -28,7 +31,11 @@ const HEADER_LIMIT: usize = 256 << 10;
 /// A header and its fields.
 #[derive(Debug)]
 pub struct Header<'a> {
+    /// The separators of an mbox.
+    separators: &'a [u8],
     fields: Vec<Field<'a>>,
+    /// The blank line; empty if there is none.
+    blank: &'a [u8],
     /// As [`Header::octets`].
     octets: usize,
     line_end: &'static str,
@@ -74,11 +81,11 @@ impl<'a> Header<'a> {
     pub fn parse(content: &'a [u8]) -> Header<'a> {
         let first = content.split_inclusive(|octet| *octet == b'\n').next().unwrap_or_default();
         let line_end = if first.ends_with(b"\r\n") { "\r\n" } else { "\n" };
-        let mut header = Header { fields: Vec::new(), octets: 0, line_end };
+        let mut header = Header { separators: &[], fields: Vec::new(), blank: &[], octets: 0, line_end };
         for line in content.split_inclusive(|octet| *octet == b'\n') {
             let end = header.octets + line.len();
             match HeaderLine::of(line, HeaderState::after(header.octets, !header.fields.is_empty())) {
-                HeaderLine::Separator => {}
+                HeaderLine::Separator => header.separators = &content[..end],
                 HeaderLine::Field(name) => header.fields.push(Field { name, raw: line }),
                 HeaderLine::Continuation => {
                     if let Some(field) = header.fields.last_mut() {
@@ -86,6 +93,7 @@ impl<'a> Header<'a> {
                     }
                 }
                 HeaderLine::Blank => {
+                    header.blank = line;
                     header.octets = end;
                     break;
                 }
@@ -148,18 +156,57 @@ impl<'a> Header<'a> {
         Ok(found)
     }
 
-    /// The completed header with its blank line: missing fields are added at its end, `Bcc` and the separator of an mbox
-    /// are removed, and nothing else is changed (RFC 6409 section 8).
+    /// Whether an address in the header needs SMTPUTF8 (RFC 6531 section 3.2). Other text beyond ASCII does not.
+    pub fn needs_utf8(&self) -> bool {
+        self.fields.iter().any(|field| submitted_field::needs_utf8(field.name, field.raw))
+    }
+
+    /// Whether a change to a field could break a signature: of the header (RFC 6376), or of the content by a program that
+    /// may have signed a copy of the header too (RFC 1847).
+    fn is_signed(&self) -> bool {
+        const SIGNATURES: [&str; 3] = ["DKIM-Signature", "DomainKey-Signature", "ARC-Message-Signature"];
+        self.fields.iter().any(|field| {
+            let begin = field.value().trim_ascii_start();
+            let begin = begin.get(..b"multipart/signed".len()).unwrap_or_default();
+            SIGNATURES.into_iter().any(|name| field.is(name))
+                || field.is("Content-Type") && begin.eq_ignore_ascii_case(b"multipart/signed")
+        })
+    }
+
+    /// The header of a message in transit, octet for octet as it came, with its blank line (RFC 5321 section 6.4); without
+    /// `Return-Path`, which only the final delivery writes (section 4.4), and without the fields of our own records.
+    pub fn relayed(&self) -> Vec<u8> {
+        let fields = self.fields.iter().filter(|field| !field.is_record()).map(|field| field.raw);
+        [&[self.separators], &fields.collect::<Vec<_>>()[..], &[self.blank]].concat().concat()
+    }
+
+    /// The completed header of a submitted message with its blank line (RFC 6409 section 8): missing fields are added at
+    /// its end, records of a delivery and the separators of an mbox are removed, and [`submitted_field::complete`] is
+    /// applied to each field.
+    ///
+    /// Of a signed message no field is changed, and only `Return-Path` and the fields of our own records are removed, and
+    /// with `drop_bcc` the `Bcc`: to show blind recipients would be worse than a broken signature, and RFC 6376 section
+    /// 5.4.1 advises against signing that field.
     pub fn complete(&self, additions: &HeaderAdditions) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.octets + 256);
+        let signed = self.is_signed();
         for field in &self.fields {
-            if additions.drop_bcc && (field.is("Bcc") || field.is("Resent-Bcc")) {
+            let is_bcc = additions.drop_bcc && (field.is("Bcc") || field.is("Resent-Bcc"));
+            // Content-Length counts the octets of a body in an mbox, and is wrong elsewhere.
+            if is_bcc || field.is_record() || field.is("Content-Length") && !signed {
                 continue;
             }
-            out.extend_from_slice(field.raw);
+            let mut raw = Cow::Borrowed(field.raw);
             // The last line of the content may have no line end.
-            if !field.raw.ends_with(b"\n") {
-                out.extend_from_slice(self.line_end.as_bytes());
+            if !raw.ends_with(b"\n") {
+                raw.to_mut().extend_from_slice(self.line_end.as_bytes());
+            }
+            match signed {
+                true => out.extend_from_slice(&raw),
+                false => {
+                    let home = &additions.home;
+                    out.extend_from_slice(&submitted_field::complete(field.name, &raw, home, self.line_end));
+                }
             }
         }
         let from = additions.from.as_deref();
@@ -193,8 +240,17 @@ impl Field<'_> {
     }
 
     fn is_resent(&self) -> bool {
-        let prefix = self.name.get(..b"Resent-".len());
-        prefix.is_some_and(|prefix| prefix.eq_ignore_ascii_case(b"Resent-"))
+        self.begins("Resent-")
+    }
+
+    /// Whether the field records a delivery that has ended, or is in the form of our own records.
+    fn is_record(&self) -> bool {
+        self.is("Return-Path") || self.begins("X-ODMR-")
+    }
+
+    fn begins(&self, prefix: &str) -> bool {
+        let begin = self.name.get(..prefix.len());
+        begin.is_some_and(|begin| begin.eq_ignore_ascii_case(prefix.as_bytes()))
     }
 
     /// The text after the colon, with the line ends of folded lines.
@@ -205,8 +261,10 @@ impl Field<'_> {
 }
 
 /// What a submitted header is completed with. A field that the header has is not added.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct HeaderAdditions {
+    /// Our domain, for addresses without one.
+    pub home: Domain,
     /// The value of a `Date` field.
     pub date: String,
     /// The value of a `Message-ID` field, with its angle brackets.
@@ -220,7 +278,7 @@ pub struct HeaderAdditions {
 /// What a line of a header is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum HeaderLine<'a> {
-    /// The `From ` line that begins a message in an mbox.
+    /// A `From ` line, such as begins a message in an mbox, or one that was quoted with `>`.
     Separator,
     /// A field with this name begins.
     Field(&'a [u8]),
@@ -237,7 +295,7 @@ pub(crate) enum HeaderLine<'a> {
 pub(crate) enum HeaderState {
     /// There is no line yet.
     Beginning,
-    /// The separator only: there is no field to continue.
+    /// Separators only: there is no field to continue.
     Separator,
     /// There is a field.
     Field,
@@ -268,7 +326,7 @@ impl HeaderLine<'_> {
         let (name, rest) = line.split_at(length);
         if !name.is_empty() && rest.trim_ascii_start().starts_with(b":") {
             HeaderLine::Field(name)
-        } else if state == HeaderState::Beginning && line.starts_with(b"From ") {
+        } else if state != HeaderState::Field && is_separator(line) {
             HeaderLine::Separator
         } else {
             HeaderLine::Body
@@ -276,14 +334,20 @@ impl HeaderLine<'_> {
     }
 }
 
-/// Completes the header of a message that arrives in pieces; the body passes through.
+/// Whether a line before the header separates messages in an mbox: `From `, or `>From ` after programs that quote it.
+fn is_separator(line: &[u8]) -> bool {
+    let quotes = line.iter().take_while(|octet| **octet == b'>').count();
+    line[quotes..].starts_with(b"From ")
+}
+
+/// Changes the header of a message that arrives in pieces; the body passes through.
 ///
 /// The header is held until its end has arrived. If it has more than 256 KiB, the message passes unchanged. The result
 /// does not depend on how the content was cut into pieces.
 #[derive(Debug)]
 pub struct HeaderCompleter {
     /// `None`: the header is finished.
-    additions: Option<HeaderAdditions>,
+    change: Option<HeaderChange>,
     held: Vec<u8>,
     /// Octets of `held` in lines that were examined.
     examined: usize,
@@ -291,23 +355,38 @@ pub struct HeaderCompleter {
     field: bool,
 }
 
+#[derive(Debug)]
+enum HeaderChange {
+    Relay,
+    Complete(HeaderAdditions),
+}
+
 impl HeaderCompleter {
-    /// A completer for one message.
+    /// A completer for one message that is submitted: see [`Header::complete`].
     pub fn new(additions: HeaderAdditions) -> HeaderCompleter {
-        HeaderCompleter { additions: Some(additions), held: Vec::new(), examined: 0, field: false }
+        HeaderCompleter::of(HeaderChange::Complete(additions))
+    }
+
+    /// The same for one message in transit: see [`Header::relayed`].
+    pub fn relay() -> HeaderCompleter {
+        HeaderCompleter::of(HeaderChange::Relay)
+    }
+
+    fn of(change: HeaderChange) -> HeaderCompleter {
+        HeaderCompleter { change: Some(change), held: Vec::new(), examined: 0, field: false }
     }
 
     /// Receives a piece of the content, and appends to `out` what is complete.
     pub fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) {
         let mut rest = input;
-        if self.additions.is_some() {
+        if self.change.is_some() {
             let (taken, left) = rest.split_at(rest.len().min(HEADER_LIMIT - self.held.len()));
             self.held.extend_from_slice(taken);
             rest = left;
             if self.header_ended() {
                 self.finish(out);
             } else if !rest.is_empty() {
-                self.additions = None;
+                self.change = None;
                 out.append(&mut self.held);
             }
         }
@@ -316,10 +395,13 @@ impl HeaderCompleter {
 
     /// Ends the content: octets that are still held are a header, perhaps without its blank line.
     pub fn finish(&mut self, out: &mut Vec<u8>) {
-        if let Some(additions) = self.additions.take() {
+        if let Some(change) = self.change.take() {
             let held = std::mem::take(&mut self.held);
             let header = Header::parse(&held);
-            out.extend_from_slice(&header.complete(&additions));
+            out.extend_from_slice(&match change {
+                HeaderChange::Relay => header.relayed(),
+                HeaderChange::Complete(additions) => header.complete(&additions),
+            });
             out.extend_from_slice(&held[header.octets()..]);
         }
     }

@@ -3,5 +3,7 @@
 
 pub mod address;
 pub mod address_list;
+pub mod encoded_word;
+pub mod submitted_field;
 pub mod received;
 pub mod header;

@@ -10,7 +10,7 @@ use super::relay::RelayHandle;
 use super::shared::Shared;
 use super::spool::{Spool, SpoolQueue};
 use crate::ids::Ids;
-use crate::mail::header::{HeaderAdditions, HeaderCompleter};
+use crate::mail::header::HeaderCompleter;
 use crate::maildir::MessageWriter;
 use crate::queue::QueuedEnvelope;
 use crate::report::{DsnMessage, DsnSink};
@@ -22,10 +22,11 @@ use crate::smtp::server::{Incoming, MessageSink};
 /// What the provider does to the header of a message, besides adding `Received`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum HeaderPolicy {
-    /// Nothing: the message is in transit (RFC 5321 section 6.4).
+    /// Nothing: the message comes from the world.
     Keep,
-    /// It adds missing fields: the message is submitted (RFC 6409 section 8).
-    Complete,
+    /// It removes what only the final delivery writes, and the fields of our own records: a mail server of a customer
+    /// relays through us (RFC 5321 sections 4.4 and 6.4).
+    Relay,
 }
 
 /// Begins to store a message. The sink that is returned receives its content.
@@ -47,21 +48,18 @@ pub fn store(
             }
         }
     }
-    let date = arrived.rfc5322();
-    let received = incoming.received.field(&id, &date);
+    let received = incoming.received.field(&id, &arrived.rfc5322());
     let writer = shared.spool.begin_message(&copies, &received).and_then(|writer| {
         // At MAIL it was not known how many copies there are.
         writer.check_room(incoming.size.unwrap_or(0)).map(|()| writer)
     });
     let writer = writer.map_err(|error| storage_failure_reply(&error))?;
-    let message_id = format!("<{id}@{}>", shared.config.hostname);
-    let additions = HeaderAdditions { date, message_id, from: None, drop_bcc: false };
     Ok(Box::new(QueueWriter {
         shared: shared.clone(),
         writer,
         copies,
         id,
-        completer: (policy == HeaderPolicy::Complete).then(|| HeaderCompleter::new(additions)),
+        completer: (policy == HeaderPolicy::Relay).then(HeaderCompleter::relay),
         completed: Vec::new(),
     }))
 }

@@ -155,6 +155,6 @@ impl SessionHandler for OdmrHandler {
     }
 
     fn receive(&mut self, envelope: &Envelope, incoming: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {
-        accept::store(&self.shared, envelope, incoming, HeaderPolicy::Complete)
+        accept::store(&self.shared, envelope, incoming, HeaderPolicy::Relay)
     }
 }

@@ -15,6 +15,7 @@ use super::envelope::{
 use super::name::QueueName;
 use super::retry;
 use crate::clock::Timestamp;
+use crate::mail::header::Header;
 use crate::maildir::spooled::Content;
 use crate::maildir::{
     AttemptRecord, DELAY_REPORTED, EndedSessions, Entry, FileId, IN_DOUBT, Maildir, for_each_block, with_path,
@@ -27,6 +28,13 @@ use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
 /// Names tried for a message in `.refused`: an earlier version may have kept copies there for other recipients.
 const REJECTED_NAMES: usize = 1000;
+
+/// Octets of a header that are read for what it needs at most: one thread does it for all turned sessions, and a
+/// longer list of addresses would delay the others.
+const HEADER_LIMIT: usize = 64 << 10;
+
+/// Octets of a header that are read at a time.
+const HEADER_BLOCK: usize = 16 << 10;
 
 /// A message is offered after this many ended sessions in a row as before, but last; then calls skip it.
 const SESSIONS_WITHOUT_SKIP: u32 = 2;
@@ -223,7 +231,33 @@ impl QueuedMessage {
 
     /// The message as an SMTP client sends it.
     pub fn outgoing_message(&self) -> OutgoingMessage {
-        OutgoingMessage { envelope: self.envelope.clone(), size: self.size, eight_bit: self.eight_bit }
+        let mut envelope = self.envelope.clone();
+        // If the header cannot be read, the sender's declaration holds.
+        let utf8_header = self.eight_bit && self.header_needs_utf8().unwrap_or(envelope.utf8);
+        envelope.drop_needless_utf8(utf8_header);
+        OutgoingMessage { envelope, size: self.size, eight_bit: self.eight_bit, utf8_header }
+    }
+
+    /// Whether an address in the header needs SMTPUTF8. If the header is longer than [`HEADER_LIMIT`], the sender's
+    /// declaration holds too.
+    fn header_needs_utf8(&self) -> io::Result<bool> {
+        let mut octets = Vec::new();
+        loop {
+            let before = octets.len();
+            octets.resize(before + HEADER_BLOCK, 0);
+            let read = self.file.read_at(&mut octets[before..], self.content + before as u64)?;
+            octets.truncate(before + read);
+            // Half a line could be taken for the begin of the body.
+            let lines = octets.iter().rposition(|octet| *octet == b'\n').map_or(0, |at| at + 1);
+            let lines = if read == 0 { octets.len() } else { lines };
+            let header = Header::parse(&octets[..lines]);
+            if read == 0 || header.octets() < lines {
+                return Ok(header.needs_utf8());
+            }
+            if octets.len() >= HEADER_LIMIT {
+                return Ok(self.envelope.utf8 || header.needs_utf8());
+            }
+        }
     }
 
     /// If the time of arrival is impossible, records in the file's name when the message was first seen. A failure is

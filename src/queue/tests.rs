@@ -12,7 +12,7 @@ use crate::clock::Timestamp;
 use crate::mail::address::{Domain, Mailbox, reverse_path};
 use crate::maildir::FileId;
 use crate::maildir::spooled::Content;
-use crate::smtp::command::{Envelope, Recipient};
+use crate::smtp::command::{Body, Envelope, Recipient};
 use crate::smtp::content::ContentEncoder;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
@@ -500,6 +500,41 @@ fn the_size_in_a_name_of_another_agent_is_not_believed() {
     let spool = Spool::new();
     spool.write("new/1,S=3,W=3", "Delivered-To: eva@example.org\nSubject: x\n\nlonger\n");
     assert_eq!(spool.lock().next_message().unwrap().size, "Subject: x\r\n\r\nlonger\r\n".len() as u64);
+}
+
+#[test]
+fn the_header_tells_whether_smtputf8_is_needed() {
+    let check = |fields: &str, declared: bool, needed: bool, in_header: bool| {
+        let spool = Spool::new();
+        let envelope = format!(
+            "Return-Path: <a@b.example>\nDelivered-To: c@example.org\nX-ODMR-Envelope: id=1; \
+             arrived=2026-01-02T03:04:05Z; body=7BIT{}\n",
+            if declared { "; smtputf8" } else { "" }
+        );
+        spool.write("new/1", &format!("{envelope}{fields}\nFrom: <jürgen@x.example>\n"));
+        let message = spool.lock().next_message().unwrap().outgoing_message();
+        let seen = (message.envelope.utf8, message.utf8_header);
+        assert_eq!(seen, (needed, in_header), "{} octets", fields.len());
+        let kept = if declared && !needed { Body::Unsaid } else { Body::SevenBit };
+        assert_eq!(message.envelope.body, kept);
+    };
+    let text = "Subject: Prüfung\nFrom: Jürgen <j@x.example>\n";
+    let address = "Cc: <jürgen@x.example>\n";
+    for declared in [false, true] {
+        check("", declared, false, false);
+        check(text, declared, false, false);
+        check(address, declared, declared, true);
+    }
+    // The header is read in blocks, which end anywhere in it.
+    for length in (16 << 10) - 40..(16 << 10) + 10 {
+        let field = format!("X: {}\n", "x".repeat(length - 4));
+        check(&format!("{field}{address}"), true, true, true);
+        check(&format!("{field}{text}"), true, false, false);
+    }
+    // Beyond its limit the declaration holds.
+    let long = "X: y\n".repeat(20_000);
+    check(&format!("{long}{text}"), true, true, true);
+    check(&format!("{long}{text}"), false, false, false);
 }
 
 /// Rules: MD-16.

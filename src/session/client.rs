@@ -580,7 +580,7 @@ mod tests {
         let content = b"0123456789abcde\n".repeat(4096);
         let recipients = vec![Recipient::plain(Mailbox::parse("a@example.org").unwrap())];
         let envelope = Envelope { recipients, ..Envelope::new(ReversePath::Null) };
-        let message = OutgoingMessage { envelope, size: 17 * 4096, eight_bit: false };
+        let message = OutgoingMessage { envelope, size: 17 * 4096, eight_bit: false, utf8_header: false };
         let result = session.send_message(message, &mut &content[..]);
         assert!(result.recipients[0].is_sent(), "{result:?}");
         drop(session);

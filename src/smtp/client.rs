@@ -126,6 +126,8 @@ pub struct OutgoingMessage {
     pub size: u64,
     /// The content has octets above 127, whatever `BODY` its sender declared.
     pub eight_bit: bool,
+    /// An address in the header is not ASCII. If the peer offers SMTPUTF8 it is used, even if the sender has not declared it.
+    pub utf8_header: bool,
 }
 
 /// Why a session cannot go on.
@@ -828,7 +830,8 @@ impl Client {
         if offered.eight_bit && envelope.body != Body::SevenBit {
             line.push_str(" BODY=8BITMIME");
         }
-        if envelope.needs_utf8() {
+        // A client of ours may have left out the SMTPUTF8 that its header needs.
+        if envelope.needs_utf8() || offered.utf8 && message.utf8_header {
             line.push_str(" SMTPUTF8");
         }
         // RFC 3461 section 5.2.1: the parameters are relayed unchanged.

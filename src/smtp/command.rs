@@ -123,6 +123,18 @@ impl Envelope {
         Envelope { from, recipients, body: *body, utf8: *utf8, ret: *ret, envelope_id }
     }
 
+    /// Drops the SMTPUTF8 that the client has declared, if no address in the header needs it either. Many clients declare it
+    /// because the server offers it, and a server without it would reject a message that it can accept.
+    pub fn drop_needless_utf8(&mut self, header_needs_it: bool) {
+        if self.utf8 && !header_needs_it {
+            self.utf8 = false;
+            // Without SMTPUTF8 other text beyond ASCII in the header makes the content 8-bit (RFC 6152 section 2).
+            if self.body == Body::SevenBit {
+                self.body = Body::Unsaid;
+            }
+        }
+    }
+
     /// Whether only a server with SMTPUTF8 can accept it (RFC 6531 section 3.2).
     pub fn needs_utf8(&self) -> bool {
         self.utf8 || !self.from.is_ascii() || self.recipients.iter().any(|recipient| !recipient.mailbox.is_ascii())

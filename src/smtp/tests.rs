@@ -23,7 +23,7 @@ fn message(recipients: usize) -> OutgoingMessage {
         (0..recipients).map(|number| Recipient::plain(mailbox(&format!("r{number}@example.org")))).collect();
     let from = reverse_path(b"<a@b.example>").unwrap().0;
     let envelope = Envelope { recipients, ..Envelope::new(from) };
-    OutgoingMessage { envelope, size: 3, eight_bit: false }
+    OutgoingMessage { envelope, size: 3, eight_bit: false, utf8_header: false }
 }
 
 fn server_options(role: ServerRole) -> ServerOptions {

@@ -57,7 +57,7 @@ fn written(mailboxes: &[Mailbox]) -> String {
 }
 
 fn additions() -> HeaderAdditions {
-    HeaderAdditions { date: "DATE".to_owned(), message_id: "<ID>".to_owned(), from: None, drop_bcc: true }
+    HeaderAdditions { home: home(), date: "DATE".to_owned(), message_id: "<ID>".to_owned(), from: None, drop_bcc: true }
 }
 
 #[test]
@@ -115,30 +115,108 @@ fn only_missing_fields_are_added_and_only_bcc_is_removed() {
     check(b"To: a@x", &add, b"To: a@x\nDate: DATE\nMessage-ID: <ID>\n\n", b"");
     check(b"dAtE : never\nMESSAGE-ID:\n \n x\n\n", &add, b"dAtE : never\nMESSAGE-ID:\n \n x\n\n", b"");
     check(b"Date: 1\nMessage-ID: 2\nX-\xff: y\n", &add, b"Date: 1\nMessage-ID: 2\n\n", b"X-\xff: y\n");
-    check(b"Date: 1\nMessage-Id: 2\nX:\t\xff\0\r \n\nb", &add, b"Date: 1\nMessage-Id: 2\nX:\t\xff\0\r \n\n", b"b");
+    check(b"Date: 1\nMessage-Id: 2\nX:\t\0\r \n\nb", &add, b"Date: 1\nMessage-Id: 2\nX:\t\0\r \n\n", b"b");
     check(
         b"Date: 1\nMessage-ID: 2\nBCC: a,\n b\nX: y\nresent-bcc: c\n\n",
         &add,
         b"Date: 1\nMessage-ID: 2\nX: y\n\n",
         b"",
     );
+    // Records of a delivery, and fields in the form of our own.
+    check(
+        b"Return-Path: <a@x>\nDate: 1\nX-ODMR-Envelope: id=1;\n  more\nContent-Length: 3\nMessage-ID: 2\nx-odmr-y: z\n\n",
+        &add,
+        b"Date: 1\nMessage-ID: 2\n\n",
+        b"",
+    );
     check(b"From e  Fri\nDate: 1\nMessage-ID: 2\n\nb", &add, b"Date: 1\nMessage-ID: 2\n\n", b"b");
     check(b"From e  Fri\n folded\n", &add, b"Date: DATE\nMessage-ID: <ID>\n\n", b" folded\n");
+    check(b">From e\nFrom f\n>>From g h\nDate: 1\nMessage-ID: 2\n\nb", &add, b"Date: 1\nMessage-ID: 2\n\n", b"b");
     check(b"Date: 1\nFrom e  Fri\n", &add, b"Date: 1\nMessage-ID: <ID>\n\n", b"From e  Fri\n");
     check(
-        b"From : e\r\nX: y\r\n\r\nb\r\n",
+        b"From : e@x\r\nX: y\r\n\r\nb\r\n",
         &add,
-        b"From : e\r\nX: y\r\nDate: DATE\r\nMessage-ID: <ID>\r\n\r\n",
+        b"From : e@x\r\nX: y\r\nDate: DATE\r\nMessage-ID: <ID>\r\n\r\n",
         b"b\r\n",
     );
     let add = HeaderAdditions { from: Some("E\n<e@x>".to_owned()), drop_bcc: false, ..additions() };
-    check(b"Bcc: a\n\n", &add, b"Bcc: a\nFrom: E <e@x>\nDate: DATE\nMessage-ID: <ID>\n\n", b"");
-    check(b"Date: 1\nFROM: f\nMessage-ID: 2\n\n", &add, b"Date: 1\nFROM: f\nMessage-ID: 2\n\n", b"");
+    check(b"Bcc: a@x\n\n", &add, b"Bcc: a@x\nFrom: E <e@x>\nDate: DATE\nMessage-ID: <ID>\n\n", b"");
+    check(b"Date: 1\nFROM: f@x\nMessage-ID: 2\n\n", &add, b"Date: 1\nFROM: f@x\nMessage-ID: 2\n\n", b"");
+}
+
+#[test]
+fn of_a_signed_header_nothing_changes_but_records_go() {
+    let fields = "From: r\u{fc}t <root>\nSubject: \u{fc}\nContent-Length: 3\nDate: 1\nMessage-ID: 2\n";
+    for signature in
+        ["DKIM-Signature: v=1\n", "ARC-Message-Signature: i=1\n", "Content-Type:\n Multipart/Signed; boundary=x\n"]
+    {
+        let content = format!("Return-Path: <>\nX-ODMR-A: b\n{fields}{signature}\n");
+        let seen = Header::parse(content.as_bytes()).complete(&additions());
+        assert_eq!(String::from_utf8(seen).unwrap(), format!("{fields}{signature}\n"));
+    }
+    // The same is complete where nothing is signed.
+    let content = format!("{fields}Content-Type: multipart/mixed\n\n");
+    let seen = Header::parse(content.as_bytes()).complete(&additions());
+    let expected = "From: =?UTF-8?B?csO8dA==?= <root@home.example>\nSubject: =?UTF-8?B?w7w=?=\nDate: 1\nMessage-ID: 2\n\
+        Content-Type: multipart/mixed\n\n";
+    assert_eq!(String::from_utf8(seen).unwrap(), expected);
+}
+
+/// Headers of mutt, git send-email, a web shop, a list server and a program of 1990.
+const SAMPLES: [&str; 5] = [
+    "Date: Fri, 2 Jan 2026 03:04:05 +0000\nFrom: Joe Q. Public <joe@x.example>\nTo: \"Doe, Eva\" <eva@y.example>,\n\
+     \tfriends: bob@z.example (Bob), \"x y\"@z.example;\nSubject: Re: a , b ;  c\nMessage-ID: <aXy@x.example>\n\
+     MIME-Version: 1.0\nContent-Type: text/plain; charset=us-ascii\nIn-Reply-To: <1@y.example>\nUser-Agent: Mutt/2.2\n",
+    "From: =?UTF-8?q?J=C3=BCrgen=20M=C3=BCller?= <j@x.example>\nTo: git@x.example\nCc: =?UTF-8?q?a=2C=20b?= <a@x.example>\n\
+     Subject: [PATCH v2 1/2] =?UTF-8?q?t=C3=A9st?=\nDate: Fri,  2 Jan 2026 03:04:05 +0000\n\
+     Message-ID: <20260102030405.1-2-j@x.example>\nX-Mailer: git-send-email 2.47\n",
+    "To: undisclosed-recipients:;\nSubject:\nFROM: <shop@x.example>\nReply-to: no-reply@[192.0.2.1]\ndate: now\n\
+     Message-Id: <shop>\nX-PHP-Originating-Script: 33:a.php\nMIME-Version: 1.0\n\
+     Content-Type: multipart/alternative;\n  boundary=\"=_a;b\"\nList-Unsubscribe: <mailto:x@x.example>,\n <https://x.example>\n",
+    "Received: from a ([192.0.2.1])\n\tby b; Fri, 2 Jan 2026 03:04:05 +0000\nReceived: by c; Fri, 2 Jan 2026 03:04:04 +0000\n\
+     Sender: list-bounces@x.example\nResent-From: <@r.example:eva@y.example>\nFrom: Eva\n (at home)\n <eva@y.example>\n\
+     Date: x\nMessage-ID: y\nPrecedence: list\nList-Id: A list <l.x.example>\nErrors-To: list-bounces@x.example\n",
+    "DATE: 2 Jan 90 03:04 GMT\nfrom: joe@x.example , <eva@y.example>;\nmessage-id : <1@x>\nSubject : \t tabs\t\nTo: x!y@z\n\
+     Keywords: \n a,\n\t\n b\nStatus: RO\n",
+];
+
+#[test]
+fn a_header_that_is_complete_passes_octet_for_octet() {
+    for sample in SAMPLES {
+        for line_end in ["\n", "\r\n"] {
+            let content = format!("{sample}\nbody \u{fc}\n.\n\n\n From x\nlast").replace('\n', line_end);
+            for completer in [HeaderCompleter::new(additions()), HeaderCompleter::relay()] {
+                let seen = String::from_utf8(fed(completer, content.as_bytes(), &[7, 1, 30])).unwrap();
+                assert_eq!(seen, content);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_header_in_transit_loses_records_only() {
+    let check = |content: &[u8], expected: &[u8]| {
+        let header = Header::parse(content);
+        let seen = [&header.relayed()[..], &content[header.octets()..]].concat();
+        assert_eq!(seen.escape_ascii().to_string(), expected.escape_ascii().to_string());
+        assert_eq!(Header::parse(expected).relayed().len(), Header::parse(expected).octets());
+    };
+    check(
+        b"From e\n>From f\nReturn-Path: <a@x>,\n b\nFrom: root\nX-ODMR-Recipient: c\nBcc: \xfc\r\nContent-Length: 3\n\r\nReturn-Path: d\n",
+        b"From e\n>From f\nFrom: root\nBcc: \xfc\r\nContent-Length: 3\n\r\nReturn-Path: d\n",
+    );
+    check(b"", b"");
+    check(b" body", b" body");
+    check(b"X: y", b"X: y");
 }
 
 /// Feeds a completer with pieces of so many octets, in turn.
 fn completed(content: &[u8], cuts: &[usize]) -> Vec<u8> {
-    let (mut completer, mut out, mut rest) = (HeaderCompleter::new(additions()), Vec::new(), content);
+    fed(HeaderCompleter::new(additions()), content, cuts)
+}
+
+fn fed(mut completer: HeaderCompleter, content: &[u8], cuts: &[usize]) -> Vec<u8> {
+    let (mut out, mut rest) = (Vec::new(), content);
     for cut in cuts.iter().cycle() {
         let (piece, after) = rest.split_at(rest.len().min(*cut));
         completer.feed(piece, &mut out);
@@ -172,24 +250,43 @@ proptest! {
     #[test]
     fn no_octets_make_it_panic(content: Vec<u8>) {
         let header = Header::parse(&content);
-        let _ = (header.recipients(&home()), header.complete(&additions()));
+        let _ = (header.recipients(&home()), header.complete(&additions()), header.relayed(), header.needs_utf8());
         prop_assert!(header.octets() <= content.len());
     }
 
     #[test]
     fn a_completer_gives_the_same_however_it_is_cut(
-        content in "(From a\r?\n)?((To|Bcc|Date|X y|): ?[a\0]{0,3}\r?\n|[ \t][a ]?\r?\n|\r?\n){0,6}[a\n:]{0,5}",
+        content in "(>?From a\r?\n){0,2}((To|Bcc|Date|Return-Path|Subject|X y|): ?[aü,\0]{0,3}\r?\n|[ \t][a ]?\r?\n|\r?\n){0,6}[a\n:]{0,5}",
         cuts in proptest::collection::vec(1_usize..20, 1..5),
     ) {
         let content = content.as_bytes();
         let header = Header::parse(content);
         let expected = [&header.complete(&additions())[..], &content[header.octets()..]].concat();
         prop_assert_eq!(completed(content, &cuts), expected);
+        let expected = [&header.relayed()[..], &content[header.octets()..]].concat();
+        prop_assert_eq!(fed(HeaderCompleter::relay(), content, &cuts), expected);
+    }
+
+    #[test]
+    fn a_body_passes_octet_for_octet(body: Vec<u8>, header in "(To: a\n|Subject: ü\n|DKIM-Signature: x\n){0,3}", cut in 1_usize..40) {
+        let content = [header.as_bytes(), b"\n", &body].concat();
+        for completer in [HeaderCompleter::new(additions()), HeaderCompleter::relay()] {
+            let seen = fed(completer, &content, &[cut]);
+            prop_assert!(seen.ends_with(&[b"\n", &body[..]].concat()));
+        }
+    }
+
+    #[test]
+    fn mail_in_transit_passes_octet_for_octet(mut content: Vec<u8>, cut in 1_usize..40) {
+        prop_assume!(!content.to_ascii_lowercase().windows(2).any(|pair| matches!(pair, b"x-" | b"re")));
+        prop_assert_eq!(&fed(HeaderCompleter::relay(), &content, &[cut]), &content);
+        content.splice(..0, *b"From: root\nSubject: \xfc\n");
+        prop_assert_eq!(&fed(HeaderCompleter::relay(), &content, &[cut]), &content);
     }
 
     #[test]
     fn a_complete_header_is_not_changed(
-        content in "((To|Date|Message-ID|X): ?[a ]{0,3}\n([ \t]a\n){0,2}){0,6}\n[a\n]{0,5}",
+        content in "((To|Date|Message-ID|X|Subject): ?[aü ]{0,3}\n([ \t]a\n){0,2}){0,6}\n[a\n]{0,5}",
     ) {
         let once = completed(content.as_bytes(), &[content.len().max(1)]);
         prop_assert_eq!(completed(&once, &[once.len()]), once);
