@@ -28,7 +28,7 @@
 use crate::net::connection::{Connection, Filled};
 use crate::queue::QueueLock;
 use crate::session::server::ServerSession;
-use crate::smtp::client::{Client, ClientOptions};
+use crate::smtp::client::{Client, ClientOptions, Without8BitMime};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Server, ServerOptions};
 
@@ -72,13 +72,13 @@ impl Turn {
     }
 
     /// Queues the 250 on the connection, and becomes the SMTP client.
-    pub fn begin(mut self) -> Turned {
+    pub fn begin(mut self, without_8bitmime: Without8BitMime) -> Turned {
         self.session.reply(&self.reply);
         let ServerSession { connection, server, peer, .. } = self.session;
         connection.trace.event("turn");
         let account = server.account().unwrap_or_default().to_owned();
         let (name, tls) = (server.hostname().to_owned(), connection.is_tls());
-        let client = Client::new(ClientOptions { name, tls, ..ClientOptions::default() });
+        let client = Client::new(ClientOptions { name, tls, without_8bitmime, ..ClientOptions::default() });
         Turned { connection, client, lock: self.lock, peer, account }
     }
 }

@@ -33,7 +33,9 @@ fn each_address_goes_where_the_rules_say() {
         let output = String::from_utf8(result.stdout).unwrap().replace(&format!("{}/", directory.path().display()), "");
         let error = String::from_utf8_lossy(&result.stderr).into_owned();
         assert_eq!(output.lines().collect::<Vec<_>>(), expected_lines, "{}: {error}", path.display());
-        let rejected = expected_lines.iter().any(|line| line.contains("refused: ") || line.contains("is no address"));
+        let rejected = expected_lines
+            .iter()
+            .any(|line| ["refused: ", "deferred: 4", "is no address"].iter().any(|word| line.contains(word)));
         assert_eq!(result.status.code(), Some(i32::from(rejected)), "{}: {error}", path.display());
         addresses += expected.lines().filter(|line| line.starts_with("> ")).count();
     }
@@ -69,6 +71,29 @@ fn a_missing_certificate_is_reported_with_its_line() {
         assert_eq!(done.status.code(), Some(code), "{error}");
         assert!(error.contains("customer.toml:4: ") && error.contains("or name others in `ca`"), "{error}");
     }
+}
+
+/// A line of /etc/aliases that is for another mail server stops nothing.
+#[test]
+fn aliases_that_are_not_served_are_reported() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("customer.toml");
+    let table = "root = \"mail\"\naccept = [\"alice@example.org\"]\nalias-file = \"aliases\"\n";
+    fs::write(&file, format!("{HEAD}{table}")).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(
+        directory.path().join("aliases"),
+        "a: alice\nlist: \"|/usr/bin/prog -x\"\ninfo: bob@w.example\nno: /dev/null\n",
+    )
+    .unwrap();
+    let done = Command::new(env!("CARGO_BIN_EXE_odmr")).arg("check").arg("-c").arg(&file).output().unwrap();
+    assert_eq!(done.status.code(), Some(0), "{}", String::from_utf8_lossy(&done.stderr));
+    let output = String::from_utf8(done.stdout).unwrap();
+    let [program, elsewhere, good] = &output.lines().collect::<Vec<_>>()[..] else { panic!("{output}") };
+    assert!(program.contains("aliases:2: ") && program.contains("mail for list is deferred with 451"), "{program}");
+    assert!(program.contains("remove that alias"), "{program}");
+    assert!(elsewhere.contains("aliases:3: the alias info leads to bob@w.example"), "{elsewhere}");
+    assert!(good.ends_with("good: a customer of relay.example.net:366, as acme"), "{good}");
 }
 
 /// Mail that programs of root submit comes from root: without a mailbox its DSNs have nobody to go to but postmaster.

@@ -123,6 +123,42 @@ fn a_full_mailbox_does_not_delay_other_recipients() {
     assert!(queued.contains("\nDelivered-To: alice@example.org\n") && !queued.contains("bob@example.org\nX-O"));
 }
 
+/// What is submitted here for an alias: discarded, deferred, or in the outgoing queue, each recipient once.
+#[test]
+fn aliases_lead_to_dev_null_and_elsewhere() {
+    let config = CUSTOMER.replace("[limits]", "alias-file = \"aliases\"\n[limits]");
+    let customer = TestCustomer::with(&format!("{config}{OUTGOING}"));
+    let aliases = "noreply: /dev/null\nlist: alice, \"|/bin/prog\"\nboth: alice, Eva@w.example\nfar: Eva@w.example\n";
+    fs::write(customer.0.path().join("aliases"), aliases).unwrap();
+    let send = |to: &[&str]| {
+        let sent = customer.send(&[&["-f", "bob@example.org"], to].concat(), "Subject: x\n\nx\n");
+        (sent.code, sent.error)
+    };
+    assert_eq!(send(&["noreply"]), (0, String::new()));
+    assert!(customer.queued().is_empty() && !customer.0.path().join("mailboxes/example.org").exists());
+    // Nothing is queued for some recipients only.
+    let (code, error) = send(&["alice", "list", "far"]);
+    assert_eq!(code, 75, "{error}");
+    assert_contains(&error, &["<list@example.org>: The alias for that address has a target that is not served"]);
+    assert!(customer.queued().is_empty() && customer.messages("mailboxes/example.org/alice").is_empty());
+    assert_eq!(send(&["both", "far", "noreply", "Eva@w.example", "eva@w.example"]), (0, String::new()));
+    assert_eq!(customer.messages("mailboxes/example.org/alice").len(), 1);
+    assert_contains(
+        &customer.only_queued(),
+        &[
+            "Return-Path: <bob@example.org>\nDelivered-To: Eva@w.example\nDelivered-To: eva@w.example\nX-ODMR-Envelope: ",
+        ],
+    );
+    let session = customer.send(
+        &["-bs"],
+        "EHLO c\r\nMAIL FROM:<bob@example.org>\r\nRCPT TO:<list@example.org>\r\nRCPT TO:<far@example.org>\r\n\
+         RCPT TO:<noreply@example.org>\r\nDATA\r\nSubject: y\r\n.\r\nQUIT\r\n",
+    );
+    assert_contains(&session.out, &["\r\n451 4.3.5 ", "\r\n250 2.1.5 ", "\r\n250 2.6.0 "]);
+    assert_eq!(customer.queued().len(), 2);
+    assert!(customer.messages("mailboxes/.handover").is_empty());
+}
+
 #[test]
 fn missing_header_fields_are_added() {
     let customer = TestCustomer::new();

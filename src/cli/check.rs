@@ -19,6 +19,7 @@ use crate::mail::address::{Domain, ForwardPath};
 use crate::net::tls::{self, ServerTls};
 use crate::privileges::LoginUser;
 use crate::recipients::RecipientRules;
+use crate::smtp::reply::Severity;
 
 /// The options of `odmr check`.
 pub(super) fn options(options: &mut Options) {
@@ -72,6 +73,7 @@ fn check_customer(config: &CustomerConfig, path: &Path) -> Result<String, ExitEr
     check_not_root(config, path).map_err(|error| check_error(error.text))?;
     Customer::new(config, &Ids::system(tls::random)).map_err(check_error)?;
     check_directory(&config.mailboxes.root)?;
+    config.mailboxes.rules.warnings().iter().try_for_each(|warning| print(&format!("{warning}\n")))?;
     if let Some(outgoing) = &config.outgoing {
         check_directory(&outgoing.queue)?;
         warn_of_senders(&config.mailboxes, &outgoing.domain)?;
@@ -89,7 +91,9 @@ fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain) -> Result<(), E
     for name in ["root", &user].iter().take(if user == "root" { 1 } else { 2 }) {
         // Mail for a domain elsewhere is the matter of its host.
         let Some(sender) = user_mailbox(name, domain).filter(|_| mailboxes.rules.serves(domain)) else { continue };
-        if mailboxes.rules.resolve(&ForwardPath::Mailbox(sender.clone())).is_err() {
+        let resolved = mailboxes.rules.resolve(&ForwardPath::Mailbox(sender.clone()));
+        // An alias that is not served has a warning of its own.
+        if resolved.is_err_and(|reply| reply.severity() == Severity::Permanent) {
             let home = mailboxes.rules.home();
             let text = format!(
                 "mail of {name} has nobody to come back to: its sender {sender} has no mailbox, so a DSN about it goes to \

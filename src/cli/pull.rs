@@ -85,6 +85,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         return request_call(process, quiet);
     }
     process::cancel_at_signal(&cancel)?;
+    customer.mailboxes.log_warnings();
     call(&customer, &cancel, quiet, interactive)
 }
 

@@ -11,7 +11,8 @@
 //! @example.net: alice               # each recipient there without a rule of their own
 //! ```
 //!
-//! Programs, files and `:include:` are rejected: mail is delivered to mailboxes only.
+//! `/dev/null` discards. A program, another file, `:include:` and the like are for other mail servers that read the same
+//! file: mail for that alias is deferred, and all other aliases count.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use std::sync::Arc;
 use super::source::decode;
 use super::value::{ACCEPTED, address_with_domain};
 use crate::mail::address::{Domain, Mailbox};
-use crate::recipients::{AddressPattern, Alias, AliasTarget, ConfigError, FORWARD_HINT, SourceLine, address};
+use crate::recipients::{AddressPattern, Alias, AliasTarget, ConfigError, SourceLine, TargetKind, address};
 
 /// Reads a file of aliases; targets without a domain are in `home`.
 pub(super) fn parse(file: &Arc<Path>, octets: &[u8], home: &Domain) -> Result<Vec<Alias>, ConfigError> {
@@ -165,13 +166,17 @@ pub(super) fn target(text: &str, home: &Domain, source: SourceLine) -> Result<Al
         Some(quoted) => quoted.strip_suffix('"').unwrap_or_default(),
     };
     let what = match inside {
+        // `:blackhole:` is Exim's.
+        "/dev/null" | ":blackhole:" => return Ok(AliasTarget { kind: TargetKind::Discard, source }),
         _ if inside.starts_with('|') => "a program",
         _ if inside.starts_with('/') => "a file",
         _ if inside.starts_with(":include:") => "a list in another file",
+        _ if inside.starts_with(':') => "an order to another mail server",
         _ => "",
     };
+    let unserved = |written: &str, what: &str| TargetKind::Unserved(format!("{written:?} is {what}"));
     if !what.is_empty() {
-        return Err(source.error(format!("{text:?} is {what}, and aliases lead to mailboxes here: {FORWARD_HINT}")));
+        return Ok(AliasTarget { kind: unserved(inside, what), source });
     }
     let (rest, direct) = text.strip_prefix('\\').map_or((text, false), |rest| (rest, true));
     let mailbox = match bare(rest) {
@@ -179,7 +184,11 @@ pub(super) fn target(text: &str, home: &Domain, source: SourceLine) -> Result<Al
         None => address_with_domain(rest),
     };
     match mailbox {
-        Some(mailbox) => Ok(AliasTarget { mailbox, direct, source }),
+        // Such as root@localhost, as the local mail server means it. It is never in a domain of ours.
+        Some(mailbox) if !mailbox.domain().is_some_and(|domain| domain.as_str().contains('.')) => {
+            Ok(AliasTarget { kind: unserved(text, "an address at a host without a domain"), source })
+        }
+        Some(mailbox) => Ok(AliasTarget { kind: TargetKind::Mailbox { mailbox, direct }, source }),
         None => Err(source.error(format!(
             "{text:?} is not a valid address: write one such as \"alice@example.org\", or a name such as \"alice\" \
              for the one at {home}"
@@ -206,8 +215,11 @@ mod tests {
     fn each_form_of_an_alias_is_read() {
         fn check(text: &str, expected: &[&str]) {
             let shown = |alias: Alias| {
-                let target =
-                    |target: &AliasTarget| format!("{}{}", if target.direct { "\\" } else { "" }, target.mailbox);
+                let target = |target: &AliasTarget| match &target.kind {
+                    TargetKind::Mailbox { mailbox, direct } => format!("{}{mailbox}", if *direct { "\\" } else { "" }),
+                    TargetKind::Discard => "DISCARD".to_owned(),
+                    TargetKind::Unserved(what) => format!("({what})"),
+                };
                 let targets: Vec<_> = alias.targets.iter().map(target).collect();
                 format!("{} {} = {}", alias.source.line.unwrap(), alias.name, targets.join(" "))
             };
@@ -232,6 +244,16 @@ mod tests {
         check("\"a \\\" b\"@example.org: c", &["1 \"a \\\" b\"@example.org = c@example.org"]);
         check("Info@Example.ORG: Alice", &["1 info@example.org = Alice@example.org"]);
         check("@example.net: alice", &["1 @example.net = alice@example.org"]);
+        check("a: /dev/null", &["1 a = DISCARD"]);
+        check("a: \"/dev/null\", b", &["1 a = DISCARD b@example.org"]);
+        check("a: :blackhole:", &["1 a = DISCARD"]);
+        check("a: |/bin/cat", &["1 a = (\"|/bin/cat\" is a program)"]);
+        check("a: \"|/bin/cat -n, x\"", &["1 a = (\"|/bin/cat -n, x\" is a program)"]);
+        check("a: b,\n /var/mail/b", &["1 a = b@example.org (\"/var/mail/b\" is a file)"]);
+        check("a: /dev/null/x", &["1 a = (\"/dev/null/x\" is a file)"]);
+        check("a: :include:/etc/list", &["1 a = (\":include:/etc/list\" is a list in another file)"]);
+        check("a: :fail: gone", &["1 a = (\":fail: gone\" is an order to another mail server)"]);
+        check("a: b@localhost", &["1 a = (\"b@localhost\" is an address at a host without a domain)"]);
         check("jürgen: Jürgen@bücher.example", &["1 jürgen = Jürgen@xn--bcher-kva.example"]);
     }
 
@@ -252,10 +274,6 @@ mod tests {
         check(b"a: b\n  c@", "2", "\"c@\" is not a valid address");
         check(b"a: b@[192.0.2.1]", "1", "is not a valid address");
         check(b"a: Alice <alice@example.org>", "1", "is not a valid address");
-        check(b"a: |/bin/cat", "1", "is a program");
-        check(b"a: \"|/bin/cat -n, x\"", "1", "is a program, and aliases lead to mailboxes here: remove");
-        check(b"a: b,\n /var/mail/b", "2", "\"/var/mail/b\" is a file");
-        check(b"a: :include:/etc/list", "1", "is a list in another file");
         check(b"a b: c", "1", "\"a b\" is not a valid alias name");
         check(b": c", "1", "\"\" is not a valid alias name");
         check(b"\"\": c", "1", "is not a valid alias name");
@@ -296,8 +314,9 @@ mod tests {
             prop_assert_eq!(read.len(), aliases.len());
             for (alias, (name, targets)) in read.iter().zip(&aliases) {
                 prop_assert_eq!(&alias.name, &AddressPattern::bare(name));
-                let got: Vec<_> = alias.targets.iter().map(|target| target.mailbox.clone()).collect();
-                prop_assert_eq!(got, targets.iter().map(mailbox).collect::<Vec<_>>());
+                let got: Vec<_> = alias.targets.iter().map(|target| target.kind.clone()).collect();
+                let plain = |local| TargetKind::Mailbox { mailbox: mailbox(local), direct: false };
+                prop_assert_eq!(got, targets.iter().map(plain).collect::<Vec<_>>());
             }
         }
     }

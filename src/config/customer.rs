@@ -13,13 +13,14 @@ use super::source::{FileKind, Source};
 use super::table::{Table, Value, check_unique, values};
 use super::value::{
     ACCOUNT_NAME, DOMAIN, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, NETWORK, Network, PATH, SIZE,
-    SYSTEM_NAME, host_port,
+    SYSTEM_NAME, WITHOUT_8BITMIME, host_port,
 };
 use crate::mail::address::Domain;
 use crate::queue::retry::Retry;
 use crate::recipients::{ConfigError, SourceLine};
 use crate::schedule::Schedule;
 use crate::session::{Limits, RemoteSettings, Timeouts};
+use crate::smtp::client::Without8BitMime;
 
 /// The configuration of a customer.
 #[derive(Clone, Debug)]
@@ -228,6 +229,8 @@ pub struct OutgoingConfig {
     pub retry: Retry,
     /// The maximal size of a message, in octets on the wire. Default 50 MiB.
     pub max_size: u64,
+    /// What becomes of 8-bit content if the provider or the submission host does not offer 8BITMIME. Default: it is sent.
+    pub without_8bitmime: Without8BitMime,
 }
 
 impl OutgoingConfig {
@@ -260,12 +263,13 @@ impl OutgoingConfig {
             submission: optional_remote(&mut table, "submission", "submission-tls", login)?,
             retry: retry_times(&mut table)?,
             max_size: table.or("max-size", SIZE, MAX_SIZE)?,
+            without_8bitmime: table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default())?,
         })
     }
 }
 
 #[rustfmt::skip]
-const OUTGOING_KEYS: [&str; 14] = [
+const OUTGOING_KEYS: [&str; 15] = [
     "queue", "listen", "networks", "domain", "submission", "submission-tls", "ca", "pin", "name", "secret",
-    "secret-file", "give-up", "delay-notice", "max-size",
+    "secret-file", "give-up", "delay-notice", "max-size", "without-8bitmime",
 ];

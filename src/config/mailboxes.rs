@@ -9,12 +9,15 @@ use toml::de::DeValue;
 use super::aliases;
 use super::source::{Source, read};
 use super::table::{Table, Value};
-use super::value::{ACCEPTED, Accepted, DOMAIN, HostPort, MAX_SIZE, PATH, SIZE, Text, address_with_domain, host_port};
+use super::value::{
+    ACCEPTED, Accepted, DOMAIN, HostPort, MAX_SIZE, PATH, SIZE, Text, WITHOUT_8BITMIME, address_with_domain, host_port,
+};
 use crate::mail::address::{Domain, Mailbox};
 use crate::recipients::{
-    AddressPattern, Alias, ConfigError, DomainAlias, Located, NextHop, RecipientRules, Route, RouteRule, RuleInput,
-    SourceLine,
+    AddressPattern, Alias, ConfigError, DomainAlias, FORWARD_HINT, Located, NextHop, RecipientRules, Route, RouteRule,
+    RuleInput, SourceLine, TargetKind,
 };
+use crate::smtp::client::Without8BitMime;
 
 /// `[mailboxes]`: the recipients of a customer, and where their mail goes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -28,6 +31,8 @@ pub struct MailboxesConfig {
     pub umask: u32,
     /// The maximal size of a message, in octets on the wire. Default 50 MiB.
     pub max_size: u64,
+    /// What becomes of 8-bit content for a next hop that does not offer 8BITMIME. Default: it is sent.
+    pub without_8bitmime: Without8BitMime,
     /// The line of `aliases`, or else of the table.
     aliases_line: SourceLine,
 }
@@ -70,14 +75,16 @@ impl MailboxesConfig {
             routes: table.take("deliver").map_or_else(|| Ok(Vec::new()), |written| reader.routes(written))?,
         };
         let (umask, max_size) = (table.or("umask", UMASK, 0o077)?, table.or("max-size", SIZE, MAX_SIZE)?);
-        Ok(MailboxesConfig { root, rules: RecipientRules::new(input)?, umask, max_size, aliases_line })
+        let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default())?;
+        let rules = RecipientRules::new(input)?;
+        Ok(MailboxesConfig { root, rules, umask, max_size, without_8bitmime, aliases_line })
     }
 }
 
 #[rustfmt::skip]
-pub(super) const MAILBOXES_KEYS: [&str; 11] = [
+pub(super) const MAILBOXES_KEYS: [&str; 12] = [
     "root", "accept", "except", "aliases", "alias-file", "domain-aliases", "separator", "postmaster", "umask",
-    "max-size", "deliver",
+    "max-size", "deliver", "without-8bitmime",
 ];
 
 const TEXTS: &str = "a string, or a list of them";
@@ -120,7 +127,13 @@ impl Reader<'_> {
         let mut alias = Alias { name, targets: Vec::new(), source };
         for target in targets.one_or_many() {
             let target = target.string(TEXTS)?;
-            alias.targets.push(aliases::target(&target.value, home, target.source)?);
+            let target = aliases::target(&target.value, home, target.source)?;
+            // This file is ours alone: unlike a line of /etc/aliases, it is not for another mail server.
+            if let TargetKind::Unserved(what) = &target.kind {
+                let text = format!("{what}, and aliases lead to mailboxes here: {FORWARD_HINT}");
+                return Err(target.source.error(text));
+            }
+            alias.targets.push(target);
         }
         aliases::check_targets(&alias)?;
         Ok(alias)

@@ -16,11 +16,13 @@ use super::source::{FileKind, Source, check_private};
 use super::table::{Table, check_unique, values};
 use super::value::{
     ACCOUNT_NAME, DOMAIN, DURATION, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, PATH, SIZE, Text,
+    WITHOUT_8BITMIME,
 };
 use crate::mail::address::Domain;
 use crate::recipients::{ConfigError, Located};
 use crate::sasl::Unavailable;
 use crate::session::{Limits, Timeouts};
+use crate::smtp::client::Without8BitMime;
 
 /// The configuration of a provider.
 #[derive(Clone, Debug)]
@@ -67,7 +69,7 @@ impl ProviderConfig {
         let tls = file.table("tls", &["certificate", "key"])?.map(TlsFiles::build).transpose()?;
         let mut inbound = file.table_or_empty("inbound", &["listen", "max-size"])?;
         let inbound_listen = inbound.list("listen", LISTENER)?;
-        let mut odmr = file.table_or_empty("odmr", &["listen", "listen-tls", "require-tls", "cram-md5", "give-up"])?;
+        let mut odmr = file.table_or_empty("odmr", &ODMR_KEYS)?;
         let odmr_listen = odmr.list("listen", LISTENER)?;
         let listen_tls = odmr.list("listen-tls", LISTENER)?.unwrap_or_default();
         check_listeners(inbound_listen.iter().chain(&odmr_listen).flatten().chain(&listen_tls))?;
@@ -91,6 +93,8 @@ impl ProviderConfig {
 
 const PROVIDER_FILE_KEYS: [&str; 9] =
     ["hostname", "spool", "customers", "tls", "inbound", "odmr", "relay", "limits", "timeouts"];
+
+const ODMR_KEYS: [&str; 6] = ["listen", "listen-tls", "require-tls", "cram-md5", "give-up", "without-8bitmime"];
 
 /// The addresses of a list; without a list: the default port on all addresses.
 fn addresses(list: Option<Vec<Located<SocketAddr>>>, port: u16) -> Vec<SocketAddr> {
@@ -149,6 +153,8 @@ pub struct OdmrConfig {
     /// Held mail that was offered and deferred for so long is given up, with a DSN; the time counts from the first offer.
     /// Default: 14 days.
     pub give_up: Duration,
+    /// What becomes of 8-bit content for a customer whose server does not offer 8BITMIME. Default: it is sent.
+    pub without_8bitmime: Without8BitMime,
 }
 
 /// The default of `give-up`.
@@ -163,6 +169,7 @@ impl OdmrConfig {
         let require_tls = table.or("require-tls", Flag, true)?;
         let cram_md5 = table.or("cram-md5", Flag, true)?;
         let give_up = table.or("give-up", DURATION, GIVE_UP)?;
+        let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default())?;
         if !tls {
             let add = "add [tls] with `certificate` and `key`";
             if let Some(first) = listen_tls.first() {
@@ -183,7 +190,8 @@ impl OdmrConfig {
                 )));
             }
         }
-        Ok(OdmrConfig { listen, listen_tls: values(listen_tls), require_tls, cram_md5, give_up })
+        let listen_tls = values(listen_tls);
+        Ok(OdmrConfig { listen, listen_tls, require_tls, cram_md5, give_up, without_8bitmime })
     }
 }
 

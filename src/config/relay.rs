@@ -6,11 +6,12 @@ use std::net::SocketAddr;
 
 use super::remote::optional_remote;
 use super::table::Table;
-use super::value::{DELAY_WARNING, DURATION, PORT_NUMBER, RESOLVER, Text, domain_elsewhere};
+use super::value::{DELAY_WARNING, DURATION, PORT_NUMBER, RESOLVER, Text, WITHOUT_8BITMIME, domain_elsewhere};
 use crate::mail::address::Domain;
 use crate::queue::retry::{LONGEST_PAUSE, Retry};
 use crate::recipients::ConfigError;
 use crate::session::RemoteSettings;
+use crate::smtp::client::Without8BitMime;
 
 /// `[relay]`: how a provider sends the mail that its customers submit.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,6 +31,8 @@ pub struct RelayConfig {
     pub connections: usize,
     /// Concurrent connections to one host. Default 5, at least 1.
     pub connections_per_host: usize,
+    /// What becomes of 8-bit content for a host that does not offer 8BITMIME. Default: it is sent.
+    pub without_8bitmime: Without8BitMime,
     pub retry: Retry,
 }
 
@@ -50,15 +53,16 @@ impl RelayConfig {
             port: table.or("port", PORT_NUMBER, 25)?,
             connections: table.or("connections", 1..=1000, 20)?,
             connections_per_host: table.or("connections-per-host", 1..=u32::MAX, 5)?,
+            without_8bitmime: table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default())?,
             retry: retry_times(&mut table)?,
         })
     }
 }
 
 #[rustfmt::skip]
-const RELAY_KEYS: [&str; 17] = [
+const RELAY_KEYS: [&str; 18] = [
     "smarthost", "smarthost-tls", "ca", "pin", "name", "secret", "secret-file", "tls", "tls-for", "resolver", "port",
-    "connections", "connections-per-host", "retry-first", "retry-max", "give-up", "delay-notice",
+    "connections", "connections-per-host", "without-8bitmime", "retry-first", "retry-max", "give-up", "delay-notice",
 ];
 
 /// Whether mail may be sent to an MX host without TLS, or without a valid certificate.

@@ -6,6 +6,7 @@ use crate::net::tls::Pin;
 use crate::queue::retry::Retry;
 use crate::schedule::{Schedule, When};
 use crate::session::{Limits, RemoteSettings, Timeouts, TlsMode};
+use crate::smtp::client::Without8BitMime;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
@@ -234,11 +235,11 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 #[test]
 fn without_a_table_mail_goes_by_mx() {
-    let RelayConfig { smarthost, tls, tls_for, resolver, port, connections, connections_per_host, retry } = relay("");
-    assert_eq!((smarthost, tls, tls_for.len(), resolver), (None, TlsPolicy::May, 0, None));
-    assert_eq!((port, connections, connections_per_host), (25, 20, 5));
+    let relay = relay("");
+    assert_eq!((&relay.smarthost, relay.tls, relay.tls_for.len(), relay.resolver), (&None, TlsPolicy::May, 0, None));
+    assert_eq!((relay.port, relay.connections, relay.connections_per_host), (25, 20, 5));
     let times = Retry { first: 5 * MINUTE, max: 4 * HOUR, give_up: 5 * DAY, delay_notice: Some(4 * HOUR) };
-    assert_eq!(retry, times);
+    assert_eq!(relay.retry, times);
 }
 
 #[test]
@@ -281,6 +282,35 @@ fn every_key_of_relay_is_read() {
     let seconds = Duration::from_secs;
     let times = Retry { first: seconds(1), max: seconds(2), give_up: seconds(3), delay_notice: None };
     assert_eq!(relay.retry, times);
+}
+
+/// Each table of a client has the key, and nearly all servers accept 8-bit content: the default is to send it.
+#[test]
+fn eight_bit_content_is_sent_or_bounced() {
+    let of_provider = |table: &str, line: &str| {
+        let text = changed(&format!("{PROVIDER}[relay]\n"), table, &format!("{table}\n{line}"));
+        let directory = files(&[("odmr.toml", &text)]);
+        let provider = ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap();
+        (provider.odmr.without_8bitmime, provider.relay.without_8bitmime)
+    };
+    let of_customer = |table: &str, line: &str| {
+        let text = format!("{CUSTOMER}[outgoing]\nqueue = \"out\"\n");
+        let directory = files(&[("odmr.toml", &changed(&text, table, &format!("{table}\n{line}")))]);
+        let customer = CustomerConfig::load(&directory.path().join("odmr.toml")).unwrap();
+        (customer.outgoing.unwrap().without_8bitmime, customer.mailboxes.without_8bitmime)
+    };
+    let (send, bounce) = (Without8BitMime::Send, Without8BitMime::Bounce);
+    assert_eq!((of_provider("[odmr]", ""), of_customer("[outgoing]", "")), ((send, send), (send, send)));
+    let (sends, line) = ("without-8bitmime = \"send\"", "without-8bitmime = \"bounce\"");
+    assert_eq!(of_provider("[odmr]", sends), (send, send));
+    assert_eq!((of_provider("[odmr]", line), of_provider("[relay]", line)), ((bounce, send), (send, bounce)));
+    assert_eq!((of_customer("[outgoing]", line), of_customer("[mailboxes]", line)), ((bounce, send), (send, bounce)));
+    let phrase = "\"7bit\" is not a way to treat 8-bit content: write \"send\" or \"bounce\"";
+    provider("[odmr]", "[odmr]\nwithout-8bitmime = \"7bit\"", "odmr.toml:5", phrase);
+    provider("", "[relay]\nwithout-8bitmime = \"7bit\"", "odmr.toml:7", phrase);
+    customer("[mailboxes]", "[mailboxes]\nwithout-8bitmime = \"7bit\"", "odmr.toml:7", phrase);
+    customer("", "[outgoing]\nqueue = \"out\"\nwithout-8bitmime = \"7bit\"", "odmr.toml:11", phrase);
+    provider("", "[relay]\nwithout-8bitmime = true", "odmr.toml:7", "expected \"send\" or \"bounce\"");
 }
 
 /// Rules: SMTP-65.

@@ -14,6 +14,7 @@ use crate::mail::address::{Domain, Mailbox};
 use crate::net::tls::Pin;
 use crate::recipients::AddressPattern;
 use crate::session::TlsMode;
+use crate::smtp::client::Without8BitMime;
 
 /// What a value must be.
 pub(super) trait ValueKind<T> {
@@ -358,6 +359,15 @@ pub(super) const PIN: Text<Pin> = Text::new("a fingerprint such as \"sha256:0123
 pub(super) fn address_with_domain(text: &str) -> Option<Mailbox> {
     Mailbox::parse(text).filter(|mailbox| mailbox.domain().is_some()).map(|mailbox| mailbox.canonical())
 }
+
+const WITHOUT_8BITMIME_EXPECTED: &str = "\"send\" or \"bounce\"";
+
+/// What becomes of 8-bit content for a peer that does not offer 8BITMIME.
+pub(super) const WITHOUT_8BITMIME: Text<Without8BitMime> = Text::new(WITHOUT_8BITMIME_EXPECTED, |text| match text {
+    "send" => Ok(Without8BitMime::Send),
+    "bounce" => Ok(Without8BitMime::Bounce),
+    _ => Err(format!("{text:?} is not a way to treat 8-bit content: write {WITHOUT_8BITMIME_EXPECTED}")),
+});
 
 /// An entry of `accept`: an address, or each address of a domain.
 pub(super) struct Accepted {

@@ -236,6 +236,7 @@ impl Daemon<'_> {
     fn adopt(&mut self, customer: Arc<Customer>) {
         let events = self.events.clone();
         customer.retry_queue.set_waker(Box::new(move || events.send(DaemonEvent::RetryQueued)));
+        customer.mailboxes.log_warnings();
         self.listeners.set_outbox(customer.outbox.clone());
         self.customer = customer;
     }

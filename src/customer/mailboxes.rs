@@ -6,13 +6,16 @@ use std::io;
 use std::path::Path;
 
 use super::store;
+use crate::clock::Timestamp;
 use crate::config::CustomerConfig;
 use crate::ids::Ids;
 use crate::mail::address::{ForwardPath, Mailbox, ReversePath};
 use crate::maildir::spooled::Content;
 use crate::maildir::{Maildir, MessageWriter, for_each_block, has_room};
+use crate::net::trace::quoted;
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
 use crate::recipients::{self, Delivery, Destination, NextHop, RecipientRules};
+use crate::report::Attempt;
 use crate::session::{disk_full_reply, storage_failure_reply};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
@@ -36,6 +39,13 @@ impl Mailboxes {
     /// The rules that say which recipients are ours, and where their mail goes.
     pub fn rules(&self) -> &RecipientRules {
         &self.config.mailboxes.rules
+    }
+
+    /// Logs the aliases whose mail is deferred.
+    pub fn log_warnings(&self) {
+        for warning in self.rules().warnings() {
+            log::warn!("event=alias-not-served error={}", quoted(warning));
+        }
     }
 
     /// The queue of mail for next hops.
@@ -77,12 +87,13 @@ impl Mailboxes {
 
     /// Begins copies for the recipients of a message that is not received in a turned session; all of them are ours.
     /// Recipients whose destination is a next hop, or a mailbox without room for `octets`, get theirs in the retry queue.
-    /// `head`: the beginning of the content, our `Received`.
+    /// The recipients `elsewhere`, and those that aliases lead to, get theirs in the outgoing queue. `head`: the beginning
+    /// of the content, our `Received`.
     ///
     /// # Errors
-    /// A copy cannot be created.
+    /// A copy cannot be created, or there is no outgoing queue for it.
     pub fn begin_all(
-        &self, writer: &mut MessageWriter, message: &QueuedEnvelope, octets: u64, head: &str,
+        &self, writer: &mut MessageWriter, message: &QueuedEnvelope, elsewhere: Vec<Recipient>, octets: u64, head: &str,
     ) -> io::Result<Routing> {
         let (mut known, mut rejected, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
         for recipient in &message.envelope.recipients {
@@ -98,10 +109,19 @@ impl Mailboxes {
                 }
             }
         }
-        let routing = self.begin_known(writer, &message.envelope.from, &known, head)?;
+        let mut routing = self.begin_known(writer, &message.envelope.from, &known, head)?;
         waiting.extend(routing.hop_recipients.iter().flat_map(|(_, recipients)| recipients.clone()));
         if !waiting.is_empty() {
             self.queue.add_copy(writer, &self.retry_queue(), &message.with_recipients(waiting), head)?;
+        }
+        let by_aliases = std::mem::replace(&mut routing.elsewhere, elsewhere);
+        by_aliases.into_iter().for_each(|recipient| routing.add_elsewhere(recipient));
+        if !routing.elsewhere.is_empty() {
+            let outgoing = self.config.outgoing.as_ref().ok_or_else(|| {
+                io::Error::new(io::ErrorKind::NotFound, "an alias leads elsewhere, and there is no table [outgoing]")
+            })?;
+            let queue = store::outgoing_queue(&outgoing.queue);
+            self.queue.add_copy(writer, &queue, &message.with_recipients(routing.elsewhere.clone()), head)?;
         }
         Ok(Routing { rejected, ..routing })
     }
@@ -126,9 +146,14 @@ impl Mailboxes {
                         routing.maildir_recipients.push(relayed);
                     }
                     Destination::Maildir { .. } => {}
+                    Destination::Discard => routing.discarded.push(relayed),
                     Destination::NextHop(hop) => {
                         all_here = false;
                         routing.add(hop, relayed);
+                    }
+                    Destination::Elsewhere => {
+                        all_here = false;
+                        routing.add_elsewhere(relayed);
                     }
                 }
             }
@@ -204,7 +229,11 @@ pub struct Routing {
     pub maildir_recipients: Vec<Recipient>,
     /// The recipients of each next hop.
     pub hop_recipients: Vec<(NextHop, Vec<Recipient>)>,
-    /// Recipients that the rules reject, with the reply.
+    /// Recipients in none of our domains. A turned session has none.
+    pub elsewhere: Vec<Recipient>,
+    /// Recipients whose mail is accepted and discarded.
+    pub discarded: Vec<Recipient>,
+    /// Recipients that the rules reject or defer, with the reply.
     pub rejected: Vec<(Recipient, Reply)>,
 }
 
@@ -218,6 +247,20 @@ impl Routing {
                 }
             }
         }
+    }
+
+    fn add_elsewhere(&mut self, to: Recipient) {
+        if !self.elsewhere.iter().any(|other| other.mailbox == to.mailbox) {
+            self.elsewhere.push(to);
+        }
+    }
+}
+
+/// Logs that a message was accepted for these recipients and discarded.
+pub fn log_discarded(session: &str, message: &QueuedEnvelope, recipients: &[Recipient], now: Timestamp) {
+    let status = RecipientStatus::Sent(Reply::new(250, "2.0.0", "Discarded here"));
+    for recipient in recipients {
+        Attempt::discarded(session).log(message, &recipient.mailbox, &status, now);
     }
 }
 

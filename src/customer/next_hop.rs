@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::mailboxes::Mailboxes;
+use crate::config::CustomerConfig;
 use crate::mail::received::ClientInfo;
 use crate::maildir::spooled::Content;
 use crate::net::cancel::CancelToken;
@@ -249,7 +250,7 @@ impl NextHops {
             }
             let (id, timeouts, cancel) = (&self.mailboxes.ids.session_id(), &self.timeouts, &self.cancel);
             let connect = Connect { id, peer: 'S', tls: None, timeouts, cancel, limit: self.limit };
-            let connected = connect_hop(hop, &self.mailboxes.config.hostname, &connect);
+            let connected = connect_hop(hop, &self.mailboxes.config, &connect);
             session.session = Some(connected.inspect_err(|_| session.mark_down(begun, DOWN_PAUSE))?);
         }
         if let Some(session) = &mut session.session {
@@ -292,10 +293,10 @@ impl HopSession {
         let Some(session) = &mut self.session else {
             return DeliveryResult::lost("no session with the next hop", recipients.len());
         };
-        let offered = session.client().extensions();
+        let (client, offered) = (session.client(), session.client().extensions());
         let info = info.filter(|_| !offered.xclient.is_empty() || !offered.xforward.is_empty());
         // The open transaction goes on if its recipients are the right ones and no other command must come first.
-        let fits = (offered.eight_bit || !message.eight_bit) && info.is_none();
+        let fits = client.may_send_content(message) && info.is_none();
         let needs_utf8 = message.envelope.needs_utf8();
         let result = match self.transaction.take() {
             Some(open) if fits && (open.utf8 || !needs_utf8) && open.recipients == *recipients => {
@@ -338,9 +339,11 @@ impl HopSession {
 }
 
 /// Connects to a next hop, up to where mail may follow.
-fn connect_hop(hop: &NextHop, hostname: &str, connect: &Connect<'_>) -> Result<ClientSession, SessionFailure> {
+fn connect_hop(hop: &NextHop, config: &CustomerConfig, connect: &Connect<'_>) -> Result<ClientSession, SessionFailure> {
     let unreachable = |error: io::Error| SessionFailure::Unreachable(format!("{hop}: {error}"));
-    let options = |lmtp| ClientOptions { name: hostname.to_owned(), lmtp, chunking: true, ..ClientOptions::default() };
+    let (name, without_8bitmime) = (&config.hostname, config.mailboxes.without_8bitmime);
+    let options =
+        |lmtp| ClientOptions { name: name.clone(), lmtp, chunking: true, without_8bitmime, ..ClientOptions::default() };
     let (address, lmtp) = match hop {
         NextHop::LmtpUnix(path) => {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;

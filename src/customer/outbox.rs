@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::counters::{CallCounters, MessageRecipient};
-use super::mailboxes::{Mailboxes, Routing, delivered_here};
+use super::mailboxes::{Mailboxes, Routing, delivered_here, log_discarded};
 use super::retry_queue::RetryQueue;
 use super::store;
 use super::success_dsn::SuccessDsn;
@@ -102,7 +102,7 @@ impl Outbox {
         let (here, elsewhere) = self.store.divide(&message);
         // If the size was not announced, only a mailbox that is full already has no room.
         let octets = size.unwrap_or(1) + received.len() as u64;
-        let (writer, routing) = self.store.begin(&here, &elsewhere, octets, received)?;
+        let (writer, routing) = self.store.begin(&here, elsewhere.envelope.recipients, octets, received)?;
         writer.check_room(octets)?;
         Ok(SubmissionWriter {
             writer,
@@ -111,8 +111,9 @@ impl Outbox {
             // Recipients here have the message with its commit; the hosts elsewhere report of the others.
             success_dsn: SuccessDsn::new(&self.retry_queue.reporter, &here, &routing),
             retry_queue: (!routing.hop_recipients.is_empty()).then(|| self.retry_queue.clone()),
-            id: message.id,
-            recipients: elsewhere.envelope.recipients,
+            message,
+            queued: routing.elsewhere,
+            discarded: routing.discarded,
         })
     }
 
@@ -190,7 +191,7 @@ impl Outbox {
             };
             // A recipient that was accepted by earlier rules may have no mailbox any more.
             let status = |recipient: &Recipient| match rejected.iter().find(|(rejected, _)| rejected == recipient) {
-                Some((_, reply)) => RecipientStatus::Rejected(reply.clone()),
+                Some((_, reply)) => RecipientStatus::after_negative(reply),
                 None if self.store.is_local(&recipient.mailbox) => delivered_here(),
                 None => RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet")),
             };
@@ -205,7 +206,7 @@ impl Outbox {
     /// Copies a queued message into our mailboxes; returns the recipients that have none.
     fn copy(&self, here: &QueuedEnvelope, message: &mut QueuedMessage) -> io::Result<Vec<(Recipient, Reply)>> {
         let mut writer = MessageWriter::default();
-        let routing = self.mailboxes.begin_all(&mut writer, here, message.size, "")?;
+        let routing = self.mailboxes.begin_all(&mut writer, here, Vec::new(), message.size, "")?;
         let mut success_dsn = SuccessDsn::new(&self.retry_queue.reporter, here, &routing);
         for_each_block(message, |block| {
             success_dsn.observe(block);
@@ -256,7 +257,12 @@ impl Outbox {
             Err(error) => return log::error!("event=submission-failed error={}", quoted(error)),
         };
         let (config, id) = (&self.mailboxes.config, self.mailboxes.ids.session_id());
-        let options = ClientOptions { name: config.hostname.clone(), chunking: true, ..ClientOptions::default() };
+        let options = ClientOptions {
+            name: config.hostname.clone(),
+            chunking: true,
+            without_8bitmime: self.config.without_8bitmime,
+            ..ClientOptions::default()
+        };
         let connect = Connect { id: &id, peer: 'S', tls: None, timeouts: &config.timeouts, cancel, limit: None };
         let sent = remote.connect(&options, &connect).and_then(|(mut session, _)| {
             session.send_queue(&mut lock, &mut |message, result, client, lock| {
@@ -326,9 +332,10 @@ pub struct SubmissionWriter {
     success_dsn: SuccessDsn,
     /// The retry queue, if it gets a part of the message.
     retry_queue: Option<Arc<RetryQueue>>,
-    id: String,
-    /// Recipients elsewhere, which are queued.
-    recipients: Vec<Recipient>,
+    message: QueuedEnvelope,
+    /// Recipients elsewhere, in the outgoing queue.
+    queued: Vec<Recipient>,
+    discarded: Vec<Recipient>,
 }
 
 impl SubmissionWriter {
@@ -351,9 +358,10 @@ impl SubmissionWriter {
         self.completer.finish(&mut self.buffer);
         self.write_buffer()?;
         self.writer.commit()?;
-        for recipient in &self.recipients {
-            log::info!("event=queued id={} to=<{}>", self.id, recipient.mailbox);
+        for recipient in &self.queued {
+            log::info!("event=queued id={} to=<{}>", self.message.id, recipient.mailbox);
         }
+        log_discarded("-", &self.message, &self.discarded, self.message.arrived);
         self.success_dsn.send();
         self.retry_queue.inspect(|retry_queue| retry_queue.wake());
         Ok(())
@@ -371,7 +379,7 @@ impl MessageSink for SubmissionWriter {
     }
 
     fn commit(self: Box<Self>) -> Result<String, Reply> {
-        let id = self.id.clone();
+        let id = self.message.id.clone();
         (*self).commit().map_err(|error| storage_failure_reply(&error))?;
         Ok(id)
     }
@@ -396,27 +404,23 @@ impl OutgoingStore {
         (message.with_recipients(here), message.with_recipients(elsewhere))
     }
 
-    /// Begins a copy for each of our own mailboxes, and one for all recipients elsewhere. If this user may not write into
-    /// the mailboxes, all of the message is queued for the next call, and the routing is empty.
+    /// Begins a copy for each of our own mailboxes, and one for all recipients elsewhere, those of aliases included. If
+    /// this user may not write into the mailboxes, all of the message is queued for the next call, and the routing has
+    /// only `elsewhere`.
     fn begin(
-        &self, here: &QueuedEnvelope, elsewhere: &QueuedEnvelope, octets: u64, head: &str,
+        &self, here: &QueuedEnvelope, elsewhere: Vec<Recipient>, octets: u64, head: &str,
     ) -> io::Result<(MessageWriter, Routing)> {
-        let (mut writer, queue) = (MessageWriter::default(), &self.mailboxes.queue);
-        match self.mailboxes.begin_all(&mut writer, here, octets, head) {
+        let mut writer = MessageWriter::default();
+        match self.mailboxes.begin_all(&mut writer, here, elsewhere.clone(), octets, head) {
             // The same rules have accepted its recipients before.
             Ok(routing) if !routing.rejected.is_empty() => {
                 Err(io::Error::new(io::ErrorKind::NotFound, "a recipient has no mailbox here any more"))
             }
-            Ok(routing) => {
-                if !elsewhere.envelope.recipients.is_empty() {
-                    queue.add_copy(&mut writer, &self.name, elsewhere, head)?;
-                }
-                Ok((writer, routing))
-            }
+            Ok(routing) => Ok((writer, routing)),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                let recipients = [&here.envelope.recipients[..], &elsewhere.envelope.recipients[..]].concat();
-                let all = here.with_recipients(recipients);
-                Ok((queue.begin_message(&[(self.name.clone(), all)], head)?, Routing::default()))
+                let all = here.with_recipients([&here.envelope.recipients[..], &elsewhere[..]].concat());
+                let writer = self.mailboxes.queue.begin_message(&[(self.name.clone(), all)], head)?;
+                Ok((writer, Routing { elsewhere, ..Routing::default() }))
             }
             Err(error) => Err(error),
         }
@@ -437,8 +441,11 @@ impl DsnSink for OutgoingStore {
             envelope = envelope.with_recipients(vec![Recipient::plain(postmaster)]);
         }
         let (here, elsewhere) = self.divide(&envelope);
-        let (mut writer, _) = self.begin(&here, &elsewhere, dsn.text.len() as u64, "")?;
+        let octets = dsn.text.len() as u64;
+        let (mut writer, routing) = self.begin(&here, elsewhere.envelope.recipients, octets, "")?;
         writer.write(&dsn.text)?;
-        writer.commit().map(drop)
+        writer.commit()?;
+        log_discarded("-", &envelope, &routing.discarded, envelope.arrived);
+        Ok(())
     }
 }

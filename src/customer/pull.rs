@@ -357,8 +357,14 @@ impl ProviderConnection<'_> {
     fn connect(&self) -> Result<(ClientSession, IpAddr), CallError> {
         let Mailboxes { config, ids, .. } = &*self.customer.mailboxes;
         let (id, timeouts, cancel) = (&ids.session_id(), &config.timeouts, self.cancel);
-        let options =
-            ClientOptions { name: config.hostname.clone(), chunking: true, atrn: true, ..ClientOptions::default() };
+        let outgoing = config.outgoing.as_ref();
+        let options = ClientOptions {
+            name: config.hostname.clone(),
+            chunking: true,
+            atrn: true,
+            without_8bitmime: outgoing.map(|outgoing| outgoing.without_8bitmime).unwrap_or_default(),
+            ..ClientOptions::default()
+        };
         let connect = Connect { id, peer: 'P', tls: None, timeouts, cancel, limit: None };
         let (session, peer) = self.remote.connect(&options, &connect).map_err(call_error)?;
         let (provider, address) = (self.remote.address(), address::literal(peer.ip()));

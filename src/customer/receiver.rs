@@ -28,7 +28,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::counters::{CallCounters, MessageRecipient};
-use super::mailboxes::{Mailboxes, Routing, delivered_here, relayed_recipient};
+use super::mailboxes::{Mailboxes, Routing, delivered_here, log_discarded, relayed_recipient};
 use super::next_hop::{HopDelivery, NextHops};
 use super::retry_queue::RetryQueue;
 use super::success_dsn::SuccessDsn;
@@ -182,7 +182,7 @@ impl SessionHandler for Receiver {
     fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply> {
         let mailboxes = self.context.mailboxes();
         let mailbox = mailboxes.canonical_recipient(path)?;
-        let deliveries = mailboxes.rules().resolve(path).map_err(|reply| {
+        let deliveries = mailboxes.rules().resolve_from_provider(path).map_err(|reply| {
             // Of two reasons the one that is nearer to the mistake.
             check_held_domain(&mailbox).err().unwrap_or(reply)
         })?;
@@ -319,6 +319,7 @@ impl IncomingMessage {
         }
         deliveries.into_iter().try_for_each(|delivery| self.store_rest(delivery))?;
         self.publish(prepared, sent)?;
+        log_discarded(&self.session, &self.message, &self.routing.discarded, now);
         let counters = &self.context.counters;
         counters.message_done();
         for recipient in &self.message.envelope.recipients {

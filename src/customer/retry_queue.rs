@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
-use super::mailboxes::Mailboxes;
+use super::mailboxes::{Mailboxes, Routing};
 use super::next_hop::{HopDelivery, NextHops};
 use crate::mail::address::{ForwardPath, Mailbox, ReversePath};
 use crate::maildir::spooled::Content;
@@ -160,7 +160,9 @@ impl RetryQueue {
                     self.mailboxes.copy(&envelope.from, &recipient.mailbox, (&path, &folders), message)
                 }
                 // The rules that accepted it have changed since.
-                None => RecipientStatus::Rejected(Reply::new(550, "5.1.1", "No such mailbox here any more")),
+                Some(Destination::Discard | Destination::Elsewhere) | None => {
+                    RecipientStatus::Rejected(Reply::new(550, "5.1.1", "No such mailbox here any more"))
+                }
             };
             statuses.push((number, status));
         }
@@ -209,12 +211,15 @@ impl RetryQueue {
         }
         let envelope = message.with_recipients(vec![Recipient::plain(postmaster.clone())]);
         let mut writer = MessageWriter::default();
-        let stored = self.mailboxes.begin_all(&mut writer, &envelope, message.size, "").and_then(|_| {
+        let stored = self.mailboxes.begin_all(&mut writer, &envelope, Vec::new(), message.size, "");
+        let stored = stored.and_then(|routing| {
             message.rewind()?;
             for_each_block(message, |block| writer.write(block))?;
-            writer.commit()
+            writer.commit().map(|_| routing)
         });
         match stored {
+            // Such as an alias to a program.
+            Ok(Routing { rejected, .. }) if !rejected.is_empty() => RecipientStatus::Deferred(rejected[0].1.clone()),
             Ok(_) => RecipientStatus::Sent(Reply::new(250, "2.0.0", "Postmaster gets it")),
             Err(error) => RecipientStatus::Deferred(storage_failure_reply(&error)),
         }

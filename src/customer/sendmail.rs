@@ -37,7 +37,7 @@ use crate::queue::QueuedMessage;
 use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, is_xtext};
 use crate::smtp::content::HeaderScanner;
 use crate::smtp::limits::ENVELOPE_ID;
-use crate::smtp::reply::Reply;
+use crate::smtp::reply::{Reply, Severity};
 
 /// Content is read and written in blocks of this many octets.
 const INPUT_BLOCK: usize = 32 * 1024;
@@ -323,8 +323,11 @@ fn known_recipients(
     let mut recipients: Vec<Recipient> = Vec::new();
     for named in mailboxes {
         let mailbox = outbox.recipient(&ForwardPath::Mailbox(named.clone())).map_err(|reply| {
-            let unknown = reply.enhanced() == Some("5.1.1");
-            let kind = if unknown { SendmailErrorKind::UnknownMailbox } else { SendmailErrorKind::BadData };
+            let kind = match reply.enhanced() {
+                Some("5.1.1") => SendmailErrorKind::UnknownMailbox,
+                _ if reply.severity() == Severity::Transient => SendmailErrorKind::Deferred,
+                _ => SendmailErrorKind::BadData,
+            };
             SendmailError::new(kind, format!("<{named}>: {}", reply_text(&reply)))
         })?;
         if !recipients.iter().any(|other| other.mailbox == mailbox) {

@@ -126,7 +126,9 @@ impl DeliveryThread {
                 Ok(turn) => turn,
                 Err(error) => return error == TryRecvError::Empty,
             };
-            match catch_unwind(AssertUnwindSafe(|| TurnedSession::new(turn.begin(), &self.settings))) {
+            match catch_unwind(AssertUnwindSafe(|| {
+                TurnedSession::new(turn.begin(self.settings.without_8bitmime), &self.settings)
+            })) {
                 Ok(session) => sessions.push(session),
                 Err(_) => {
                     log::error!("event=panic session=-");

@@ -224,6 +224,7 @@ fn prepare(
         timeouts: config.timeouts.clone(),
         messages: config.limits.messages_per_turn,
         give_up: config.odmr.give_up,
+        without_8bitmime: config.odmr.without_8bitmime,
         reporter,
         cancel: cancel.clone(),
         abort: abort.clone(),

@@ -16,7 +16,7 @@ use crate::queue::{QueueLock, QueuedMessage};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::pace::PaceClock;
 use crate::session::{ContentOutput, ReplyInput, Timeouts, send_commands};
-use crate::smtp::client::{Abort, Client, ClientStep, Rejection, Stage};
+use crate::smtp::client::{Abort, Client, ClientStep, Rejection, Stage, Without8BitMime};
 use crate::smtp::limits;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, RecipientStatus, connection_lost, ends_session};
@@ -42,6 +42,7 @@ pub struct TurnSettings {
     pub messages: usize,
     /// Messages that were deferred for so long since their first offer are given up.
     pub give_up: Duration,
+    pub without_8bitmime: Without8BitMime,
     pub reporter: Reporter,
     /// Ends sessions after the messages under way.
     pub cancel: CancelToken,

@@ -5,7 +5,8 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use super::input::{
-    AddressPattern, Alias, AliasTarget, ConfigError, DomainAlias, FORWARD_HINT, Route, RuleInput, SourceLine, is,
+    AddressPattern, Alias, AliasTarget, ConfigError, DomainAlias, FORWARD_HINT, Route, RuleInput, SourceLine,
+    TargetKind, is,
 };
 use super::names::has_directory_name;
 use super::{DESTINATION_LIMIT, Expansion, Match, MatchedRule, NoMailbox, RecipientRules};
@@ -20,7 +21,7 @@ impl RecipientRules {
     /// # Errors
     ///
     /// The first rule that contradicts another, has no effect, or leads nowhere. The rules that are returned have no
-    /// aliases in circles, and each alias leads to mailboxes of this customer.
+    /// aliases in circles. [`RecipientRules::warnings`] has the aliases that do not lead to mailboxes of this customer.
     pub fn new(input: RuleInput) -> Result<RecipientRules, ConfigError> {
         let mut rules = RecipientRules {
             route: Route::Maildir(input.root.clone()),
@@ -34,6 +35,7 @@ impl RecipientRules {
             separators: input.separators,
             postmaster: None,
             routes: HashMap::new(),
+            warnings: Vec::new(),
         };
         let patterns = input.accept.iter().map(|entry| &entry.value);
         rules.add_domains(patterns.chain(input.aliases.iter().map(|alias| &alias.name)));
@@ -66,7 +68,25 @@ impl RecipientRules {
                 }
             }
         }
+        rules.warnings = order.iter().flat_map(|name| rules.alias_warnings(&rules.aliases[name])).collect();
         Ok(rules)
+    }
+
+    /// What is to be known about an alias that does not lead to mailboxes here only.
+    fn alias_warnings(&self, alias: &Alias) -> Vec<ConfigError> {
+        let name = &alias.name;
+        let warning = |target: &AliasTarget| match (self.follow(alias, target), &target.kind) {
+            (_, TargetKind::Unserved(what)) => Some(target.source.error(format!(
+                "{what}, and aliases lead to mailboxes here: mail for {name} is deferred with 451; {FORWARD_HINT}; or \
+                 write an alias {name} in `aliases`, which counts in place of this one"
+            ))),
+            (Match::Elsewhere(to), _) => Some(target.source.error(format!(
+                "the alias {name} leads to {to}, which is not in one of our domains: mail from the provider for it is \
+                 deferred with 451, and only mail that is submitted here is sent there; for both, {FORWARD_HINT}"
+            ))),
+            _ => None,
+        };
+        alias.targets.iter().filter_map(warning).collect()
     }
 
     /// Adds the domains that have rules, each once.
@@ -109,16 +129,23 @@ impl RecipientRules {
     fn add_aliases(&mut self, aliases: Vec<Alias>) -> Result<Vec<AddressPattern>, ConfigError> {
         let mut order = Vec::with_capacity(aliases.len());
         for mut alias in aliases {
-            if let Some(other) = self.aliases.get(&alias.name) {
-                return Err(alias.source.error(format!(
-                    "{} is in {} too: put all targets into one of the two, and remove the other",
-                    alias.name, other.source
-                )));
+            match self.aliases.get(&alias.name) {
+                // A line for another mail server does not count beside one for us.
+                Some(_) if alias.is_unserved() => continue,
+                Some(other) if other.is_unserved() => {}
+                Some(other) => {
+                    return Err(alias.source.error(format!(
+                        "{} is in {} too: put all targets into one of the two, and remove the other",
+                        alias.name, other.source
+                    )));
+                }
+                None => order.push(alias.name.clone()),
             }
             for target in &mut alias.targets {
-                target.mailbox = self.canonical(target.mailbox.clone());
+                if let TargetKind::Mailbox { mailbox, .. } = &mut target.kind {
+                    *mailbox = self.canonical(mailbox.clone());
+                }
             }
-            order.push(alias.name.clone());
             self.aliases.insert(alias.name.clone(), alias);
         }
         Ok(order)
@@ -135,7 +162,7 @@ impl RecipientRules {
             AddressPattern::Address(local, domain) => self.alias_over(local, domain),
             pattern => self.aliases.get(pattern),
         };
-        let Some(alias) = alias else { return Ok(()) };
+        let Some(alias) = alias.filter(|alias| !alias.is_unserved()) else { return Ok(()) };
         let both = match pattern {
             AddressPattern::Address(..) => format!(", or, for both, add {pattern} to its targets"),
             _ => String::new(),
@@ -146,12 +173,12 @@ impl RecipientRules {
         )))
     }
 
-    /// The alias that gets all mail of a mailbox; `local` is in lower case.
+    /// The alias that gets all mail of a mailbox, unless it is for another mail server; `local` is in lower case.
     fn alias_over(&self, local: &str, domain: &Domain) -> Option<&Alias> {
         match self.look_up(local, domain, true) {
             Match::Alias(alias, None) => {
                 let left_out = !alias.targets.iter().any(|target| self.means(target, local, domain));
-                left_out.then_some(alias)
+                (left_out && !alias.is_unserved()).then_some(alias)
             }
             _ => None,
         }
@@ -159,8 +186,9 @@ impl RecipientRules {
 
     /// Whether a target is this mailbox, with a detail or without.
     fn means(&self, target: &AliasTarget, local: &str, domain: &Domain) -> bool {
-        let (base, _) = self.split(target.mailbox.local());
-        is(&target.mailbox, local, domain) || (base.to_lowercase() == local && target.mailbox.domain() == Some(domain))
+        let TargetKind::Mailbox { mailbox, .. } = &target.kind else { return false };
+        let (base, _) = self.split(mailbox.local());
+        is(mailbox, local, domain) || (base.to_lowercase() == local && mailbox.domain() == Some(domain))
     }
 
     /// Rejects an exception from anything but a catch-all: it would have no effect.
@@ -172,12 +200,13 @@ impl RecipientRules {
             Match::Mailbox { rule: MatchedRule::User { .. }, local, .. } => {
                 format!("{} is in `accept` too: remove one of the two", AddressPattern::address(&local, domain))
             }
+            Match::Alias(alias, _) if alias.is_unserved() => return Ok(()),
             Match::Alias(alias, _) => format!("{pattern} is an alias too ({}): remove one of the two", alias.source),
             Match::Postmaster(_) | Match::Mailbox { .. } => format!(
                 "{pattern} must be accepted (RFC 5321 section 4.5.1, RFC 2142): remove it, and name its reader in \
                  `postmaster`"
             ),
-            Match::NoMailbox(_) => format!(
+            Match::NoMailbox(_) | Match::Discard | Match::Elsewhere(_) => format!(
                 "{pattern} is an exception without effect: `except` is for the domains that are in `accept` as a \
                  whole, and \"@{domain}\" is not among them"
             ),
@@ -185,21 +214,17 @@ impl RecipientRules {
         Err(source.error(text))
     }
 
-    /// Rejects an alias with a target that is not a mailbox of this customer.
+    /// Rejects an alias with a target in one of our domains that is not a mailbox.
     fn check_targets(&self, alias: &Alias) -> Result<(), ConfigError> {
         for target in &alias.targets {
+            let TargetKind::Mailbox { mailbox, .. } = &target.kind else { continue };
             let Match::NoMailbox(reason) = self.follow(alias, target) else { continue };
-            let (name, to) = (&alias.name, &target.mailbox);
-            return Err(target.source.error(match reason {
-                NoMailbox::Foreign => {
-                    format!("the alias {name} leads to {to}, which is not in one of our domains: {FORWARD_HINT}")
-                }
-                reason => format!(
-                    "the alias {name} leads to {to}, which has no mailbox here ({}): add it to `accept`, or make an \
-                     alias of it",
-                    reason.text()
-                ),
-            }));
+            return Err(target.source.error(format!(
+                "the alias {} leads to {mailbox}, which has no mailbox here ({}): add it to `accept`, or make an alias \
+                 of it",
+                alias.name,
+                reason.text()
+            )));
         }
         Ok(())
     }
@@ -230,8 +255,9 @@ impl RecipientRules {
             let alias = &self.aliases[name];
             let mut expansion = Expansion::new(self, Vec::new());
             for target in &alias.targets {
-                // It cannot fail: every target was checked.
-                let _ = expansion.expand(&target.mailbox, self.follow(alias, target));
+                let TargetKind::Mailbox { mailbox, .. } = &target.kind else { continue };
+                // It fails only for an alias that is not served, whose mail goes nowhere.
+                let _ = expansion.expand(mailbox, self.follow(alias, target));
                 if expansion.deliveries.len() > DESTINATION_LIMIT {
                     return Err(alias.source.error(format!(
                         "the alias {name} leads to more than {DESTINATION_LIMIT} mailboxes: that is a mailing list, \
@@ -261,7 +287,7 @@ impl RecipientRules {
                 let next = vec![self.find(&mailbox, true)];
                 (Step::Postmaster(mailbox), next)
             }
-            Match::Mailbox { .. } | Match::NoMailbox(_) => return Ok(0),
+            Match::Mailbox { .. } | Match::NoMailbox(_) | Match::Discard | Match::Elsewhere(_) => return Ok(0),
         };
         path.push(step.clone());
         if let Some(from) = path.iter().position(|other| *other == step).filter(|from| from + 1 < path.len()) {
@@ -315,7 +341,7 @@ impl RecipientRules {
                         AddressPattern::address(&base, domain)
                     ),
                     Match::Postmaster(to) => format!("mail for {pattern} goes to {to}: write that"),
-                    Match::Alias(..) | Match::NoMailbox(_) => format!(
+                    Match::Alias(..) | Match::NoMailbox(_) | Match::Discard | Match::Elsewhere(_) => format!(
                         "{pattern} is not one of our mailboxes, and `deliver` is for mailboxes: add it to `accept`, \
                          or remove this"
                     ),

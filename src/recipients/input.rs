@@ -92,7 +92,7 @@ impl fmt::Display for AddressPattern {
     }
 }
 
-/// Another name for mailboxes of this customer.
+/// Another name for mailboxes of this customer, or for addresses elsewhere.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Alias {
     pub name: AddressPattern,
@@ -101,13 +101,29 @@ pub struct Alias {
     pub source: SourceLine,
 }
 
-/// One mailbox that an alias leads to.
+impl Alias {
+    /// Whether it has a target that this program does not serve: its mail is deferred.
+    pub fn is_unserved(&self) -> bool {
+        self.targets.iter().any(|target| matches!(target.kind, TargetKind::Unserved(_)))
+    }
+}
+
+/// One target of an alias.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct AliasTarget {
-    pub mailbox: Mailbox,
-    /// `\alice`: the mailbox itself, even if an alias has that name.
-    pub direct: bool,
+    pub kind: TargetKind,
     pub source: SourceLine,
+}
+
+/// Where a target of an alias leads.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TargetKind {
+    /// A mailbox here or elsewhere. `direct`: `\alice`, the mailbox itself, even if an alias has that name.
+    Mailbox { mailbox: Mailbox, direct: bool },
+    /// `/dev/null`: accepted and discarded.
+    Discard,
+    /// A program, a file or a list, which other mail servers serve: what it is, with the text in the file.
+    Unserved(String),
 }
 
 /// Another name of a whole domain.

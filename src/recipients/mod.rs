@@ -17,6 +17,10 @@
 //! 9. *catch-all*: the mailbox of the local part without its detail.
 //! 10. *no rule*: rejected.
 //!
+//! A target of an alias may also be `/dev/null`, which discards, and an address elsewhere, for mail that is submitted here.
+//! Mail from the provider is deferred if any target is elsewhere: it would otherwise be relayed, or lost for that target.
+//! All mail is deferred if any target is not served, such as a program: a part of it would be lost.
+//!
 //! Local parts compare without case, domains as [`Domain`] does. An alias that names itself means the mailbox of that
 //! name, and so does a target with a backslash in front: rules 3, 5 and 7 then ignore aliases.
 
@@ -30,7 +34,7 @@ use std::path::PathBuf;
 
 pub use self::input::{
     AddressPattern, Alias, AliasTarget, ConfigError, DomainAlias, FORWARD_HINT, Located, NextHop, Route, RouteRule,
-    RuleInput, SourceLine, address, same_mailbox,
+    RuleInput, SourceLine, TargetKind, address, same_mailbox,
 };
 pub use self::names::directory_name;
 
@@ -65,12 +69,24 @@ pub enum Destination {
         folders: Vec<String>,
     },
     NextHop(NextHop),
+    /// `/dev/null`: the message is accepted and discarded.
+    Discard,
+    /// In none of our domains: the outgoing queue, for mail that is submitted here.
+    Elsewhere,
 }
 
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (path, folders) = match self {
             Destination::NextHop(hop) => return hop.fmt(f),
+            Destination::Discard => return f.write_str("/dev/null"),
+            Destination::Elsewhere => {
+                return write!(
+                    f,
+                    "outgoing mail, if submitted here; from the provider deferred: {}",
+                    elsewhere_reply()
+                );
+            }
             Destination::Maildir { path, folders } => (path.display(), folders),
         };
         write!(f, "maildir:{path}")?;
@@ -102,6 +118,10 @@ pub enum MatchedRule {
     PostmasterByDefault { detail: Option<String> },
     /// Rule 9.
     CatchAll { domain: Domain, detail: Option<String> },
+    /// The target of an alias, accepted and discarded.
+    Discard,
+    /// The target of an alias, in none of our domains.
+    Elsewhere,
 }
 
 impl fmt::Display for MatchedRule {
@@ -114,6 +134,8 @@ impl fmt::Display for MatchedRule {
             MatchedRule::Postmaster => ("postmaster".to_owned(), &None),
             MatchedRule::PostmasterByDefault { detail } => ("postmaster by default".to_owned(), detail),
             MatchedRule::CatchAll { domain, detail } => (format!("catch-all @{domain}"), detail),
+            MatchedRule::Discard => ("discard".to_owned(), &None),
+            MatchedRule::Elsewhere => ("elsewhere".to_owned(), &None),
         };
         f.write_str(&rule)?;
         match (self, detail) {
@@ -124,7 +146,7 @@ impl fmt::Display for MatchedRule {
     }
 }
 
-/// Why a recipient is rejected.
+/// Why a recipient is rejected, or deferred.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum NoMailbox {
     /// Rule 2.
@@ -135,12 +157,17 @@ enum NoMailbox {
     NoRule,
     /// No directory could have its name.
     Nameless,
+    /// An alias with a target that is not served. It is deferred: the administrator may change that.
+    Unserved,
 }
 
 impl NoMailbox {
     fn reply(self) -> Reply {
         match self {
             NoMailbox::Foreign => Reply::new(550, "5.7.1", "Relaying denied: that domain has no mailboxes here"),
+            NoMailbox::Unserved => {
+                Reply::new(451, "4.3.5", "The alias for that address has a target that is not served")
+            }
             _ => Reply::new(550, "5.1.1", "No such mailbox here"),
         }
     }
@@ -151,9 +178,18 @@ impl NoMailbox {
             NoMailbox::Exception => "exception",
             NoMailbox::NoRule => "no rule takes it",
             NoMailbox::Nameless => "a local part that is empty, or too long for a folder",
+            NoMailbox::Unserved => "odmr check says what to write",
         }
     }
 }
+
+/// The reply to the provider about a recipient whose alias leads elsewhere.
+fn elsewhere_reply() -> Reply {
+    Reply::new(451, "4.3.5", "The alias for that address leads to another host, and this is no relay")
+}
+
+/// Where an address leads; if nowhere: why, and the rules up to there.
+type TraceResult = Result<Vec<Delivery>, (NoMailbox, Vec<MatchedRule>)>;
 
 /// The delivery rules of a customer.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -173,6 +209,8 @@ pub struct RecipientRules {
     routes: HashMap<AddressPattern, Route>,
     /// For all other recipients.
     route: Route,
+    /// As [`RecipientRules::warnings`].
+    warnings: Vec<ConfigError>,
 }
 
 /// The rule that an address matches, and where it leads.
@@ -187,6 +225,10 @@ enum Match<'a> {
         rule: MatchedRule,
     },
     NoMailbox(NoMailbox),
+    /// The target of an alias: `/dev/null`.
+    Discard,
+    /// The target of an alias, in none of our domains.
+    Elsewhere(Mailbox),
 }
 
 impl RecipientRules {
@@ -205,13 +247,33 @@ impl RecipientRules {
         self.domains.contains(domain)
     }
 
+    /// The aliases whose mail is deferred, all of it or that from the provider: why, and what to write.
+    pub fn warnings(&self) -> &[ConfigError] {
+        &self.warnings
+    }
+
+    /// Where mail from the provider goes: as [`RecipientRules::resolve`], but no delivery is elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`RecipientRules::resolve`], and `451` with 4.3.5 if an alias leads elsewhere. Then no target gets the
+    /// message: the provider keeps it for the recipient as a whole, and would send it again to those that have it.
+    pub fn resolve_from_provider(&self, path: &ForwardPath) -> Result<Vec<Delivery>, Reply> {
+        let deliveries = self.resolve(path)?;
+        match deliveries.iter().any(|delivery| delivery.destination == Destination::Elsewhere) {
+            true => Err(elsewhere_reply()),
+            false => Ok(deliveries),
+        }
+    }
+
     /// Where mail for a recipient goes: at least one delivery, and no destination twice.
     ///
     /// # Errors
     ///
-    /// The reply that rejects the recipient: `550` with 5.1.1, or with 5.7.1 for a foreign domain.
+    /// The reply that rejects the recipient: `550` with 5.1.1, or with 5.7.1 for a foreign domain; or that defers it: `451`
+    /// with 4.3.5 if an alias has a target that is not served.
     pub fn resolve(&self, path: &ForwardPath) -> Result<Vec<Delivery>, Reply> {
-        self.trace(path).1.map_err(NoMailbox::reply)
+        self.trace(path).1.map_err(|(reason, _)| reason.reply())
     }
 
     /// The result of [`RecipientRules::resolve`] as text: one line, and for an alias another line for each delivery. The
@@ -220,7 +282,12 @@ impl RecipientRules {
         let listed = |rules: &[MatchedRule]| rules.iter().map(|rule| format!(" {rule},")).collect::<String>();
         let (begin, result) = self.trace(path);
         let mut text = format!("{path}:{}", listed(&begin));
-        let deliveries = result.map_err(|reason| format!("{text} refused: {} ({})", reason.reply(), reason.text()))?;
+        let deliveries = result.map_err(|(reason, via)| match self.unserved_target(&via) {
+            Some(what) if reason == NoMailbox::Unserved => {
+                format!("{path}:{} deferred: {} ({what}; {})", listed(&via), reason.reply(), reason.text())
+            }
+            _ => format!("{text} refused: {} ({})", reason.reply(), reason.text()),
+        })?;
         for (number, Delivery { mailbox, destination, via, rule, .. }) in deliveries.iter().enumerate() {
             if let Some((first, rest)) = via.get(begin.len()..).and_then(<[MatchedRule]>::split_first) {
                 let bare_or_address = |name: &_| !matches!(name, AddressPattern::Domain(_));
@@ -297,14 +364,23 @@ impl RecipientRules {
         matches!(found, Some(Match::Mailbox { rule: MatchedRule::PostmasterByDefault { .. }, .. }))
     }
 
+    /// What the last of these rules, an alias, leads to and is not served.
+    fn unserved_target(&self, via: &[MatchedRule]) -> Option<&str> {
+        let Some(MatchedRule::Alias { name, .. }) = via.last() else { return None };
+        self.aliases.get(name)?.targets.iter().find_map(|target| match &target.kind {
+            TargetKind::Unserved(what) => Some(what.as_str()),
+            _ => None,
+        })
+    }
+
     /// The rules 0 and 1 that were applied, and the result of all rules.
-    fn trace(&self, path: &ForwardPath) -> (Vec<MatchedRule>, Result<Vec<Delivery>, NoMailbox>) {
+    fn trace(&self, path: &ForwardPath) -> (Vec<MatchedRule>, TraceResult) {
         let mut via = Vec::new();
         let mut mailbox = match path {
             ForwardPath::Mailbox(mailbox) => mailbox.canonical(),
             ForwardPath::Postmaster => match address("postmaster", &self.home) {
                 Some(mailbox) => mailbox,
-                None => return (via, Err(NoMailbox::NoRule)),
+                None => return (via, Err((NoMailbox::NoRule, Vec::new()))),
             },
         };
         if let (ForwardPath::Postmaster, Some(home)) = (path, mailbox.domain()) {
@@ -316,7 +392,10 @@ impl RecipientRules {
         let begin = via.clone();
         let mut expansion = Expansion::new(self, via);
         let result = expansion.expand(&mailbox, self.find(&mailbox, true));
-        (begin, result.map(|()| expansion.deliveries))
+        match result {
+            Ok(()) => (begin, Ok(expansion.deliveries)),
+            Err(reason) => (begin, Err((reason, expansion.via))),
+        }
     }
 
     /// Rule 1: the address with the domain's own name.
@@ -388,8 +467,14 @@ impl RecipientRules {
 
     /// Where a target of an alias leads; if that is the alias itself: to the mailbox of that name.
     fn follow(&self, alias: &Alias, target: &AliasTarget) -> Match<'_> {
-        match self.find(&target.mailbox, !target.direct) {
-            Match::Alias(same, _) if same.name == alias.name => self.find(&target.mailbox, false),
+        let (mailbox, direct) = match &target.kind {
+            TargetKind::Mailbox { mailbox, direct } => (mailbox, *direct),
+            TargetKind::Discard => return Match::Discard,
+            TargetKind::Unserved(_) => return Match::NoMailbox(NoMailbox::Unserved),
+        };
+        match self.find(mailbox, !direct) {
+            Match::Alias(same, _) if same.name == alias.name => self.find(mailbox, false),
+            Match::NoMailbox(NoMailbox::Foreign) => Match::Elsewhere(mailbox.clone()),
             other => other,
         }
     }
@@ -437,6 +522,8 @@ impl<'a> Expansion<'a> {
         match found {
             Match::NoMailbox(reason) => return Err(reason),
             Match::Mailbox { local, detail, rule } => self.deliver(mailbox, &local, detail.as_deref(), rule),
+            Match::Discard => self.add(mailbox, Destination::Discard, MatchedRule::Discard),
+            Match::Elsewhere(mailbox) => self.add(&mailbox, Destination::Elsewhere, MatchedRule::Elsewhere),
             Match::Postmaster(mailbox) => {
                 self.via.push(MatchedRule::Postmaster);
                 self.expand(&mailbox, self.rules.find(&mailbox, true))?;
@@ -448,7 +535,11 @@ impl<'a> Expansion<'a> {
                 }
                 self.via.push(MatchedRule::Alias { name: alias.name.clone(), source: alias.source.clone(), detail });
                 for target in &alias.targets {
-                    self.expand(&target.mailbox, self.rules.follow(alias, target))?;
+                    let to = match &target.kind {
+                        TargetKind::Mailbox { mailbox, .. } => mailbox,
+                        TargetKind::Discard | TargetKind::Unserved(_) => mailbox,
+                    };
+                    self.expand(to, self.rules.follow(alias, target))?;
                 }
                 self.via.pop();
             }
@@ -457,13 +548,20 @@ impl<'a> Expansion<'a> {
     }
 
     fn deliver(&mut self, mailbox: &Mailbox, local: &str, detail: Option<&str>, rule: MatchedRule) {
-        let Some(domain) = mailbox.domain() else { return };
-        let destination = self.rules.destination(local, domain, detail);
-        let same = |other: &Delivery| {
-            other.destination == destination
-                && (matches!(destination, Destination::Maildir { .. })
-                    || is(&other.mailbox, &mailbox.local().to_lowercase(), domain))
+        if let Some(domain) = mailbox.domain() {
+            self.add(mailbox, self.rules.destination(local, domain, detail), rule);
+        }
+    }
+
+    /// Adds a delivery, unless the mailbox gets the message already.
+    fn add(&mut self, mailbox: &Mailbox, destination: Destination, rule: MatchedRule) {
+        let same_place = |other: &Delivery| match destination {
+            Destination::Maildir { .. } | Destination::Discard => true,
+            Destination::NextHop(_) => same_mailbox(&other.mailbox, mailbox),
+            // Only its own host knows whether case counts.
+            Destination::Elsewhere => other.mailbox == *mailbox,
         };
+        let same = |other: &Delivery| other.destination == destination && same_place(other);
         // The check of the limit needs to see one delivery beyond it, and no more.
         if self.deliveries.len() <= DESTINATION_LIMIT && !self.deliveries.iter().any(same) {
             let fallback = matches!(rule, MatchedRule::PostmasterByDefault { .. });

@@ -82,6 +82,8 @@ pub enum Via {
     Smtp,
     /// The customer to a mailbox.
     Maildir,
+    /// The customer to `/dev/null`.
+    Discard,
 }
 
 /// For the log.
@@ -96,6 +98,7 @@ impl fmt::Display for Via {
             Via::Lmtp => "lmtp",
             Via::Smtp => "smtp",
             Via::Maildir => "maildir",
+            Via::Discard => "discard",
         })
     }
 }
@@ -131,6 +134,11 @@ impl<'a> Attempt<'a> {
             retry: None,
             give_up: None,
         }
+    }
+
+    /// An alias to `/dev/null`.
+    pub fn discarded(session: &'a str) -> Attempt<'a> {
+        Attempt { via: Via::Discard, ..Attempt::in_maildir(session, "/dev/null") }
     }
 
     /// Logs the status of one recipient.

@@ -105,6 +105,17 @@ pub struct ClientOptions {
     /// Content may be sent as one BDAT chunk (RFC 3030). Not after a turn: some customers put a filter that reads lines
     /// before their server.
     pub chunking: bool,
+    pub without_8bitmime: Without8BitMime,
+}
+
+/// What becomes of 8-bit content if the peer does not offer 8BITMIME.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Without8BitMime {
+    /// It is sent unchanged, as qmail and Exim do: nearly all servers accept it. RFC 6152 section 3 forbids it.
+    #[default]
+    Send,
+    /// It is rejected with 5.6.3 (RFC 6152 section 3).
+    Bounce,
 }
 
 /// Whether the client sends STARTTLS (RFC 3207).
@@ -795,6 +806,13 @@ impl Client {
         ClientStep::MessageDone(transaction.result(&accepted, decided_by))
     }
 
+    /// Whether the peer may get the content: it has 7 bits, or the peer offers 8BITMIME, or the options permit 8-bit
+    /// content without it (RFC 6152 section 3). They never do for a message that needs SMTPUTF8 (RFC 6531 section 3.1).
+    pub fn may_send_content(&self, message: &OutgoingMessage) -> bool {
+        let undeclared = self.options.without_8bitmime == Without8BitMime::Send && !message.envelope.needs_utf8();
+        !message.eight_bit || self.extensions.eight_bit || undeclared
+    }
+
     /// The reply that rejects a message, if the peer lacks an extension that the message needs. If the peer does not even
     /// know EHLO, that may be so for now only, and the message is deferred.
     fn incompatibility(&self, message: &OutgoingMessage) -> Option<Reply> {
@@ -802,8 +820,7 @@ impl Client {
         match offered.size {
             // RFC 6531 section 3.2.
             _ if message.envelope.needs_utf8() && !offered.utf8 => Some(no_utf8()),
-            // RFC 6152 section 3.
-            _ if message.eight_bit && !offered.eight_bit => {
+            _ if !self.may_send_content(message) => {
                 Some(Reply::new(554, "5.6.3", "The next hop does not offer 8BITMIME"))
             }
             Some(limit) if limit > 0 && message.size > limit => {

@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
-use super::client::{Abort, Client, ClientOptions, ClientStep, OutgoingMessage, Rejection, Stage, StartTls};
+use super::client::{
+    Abort, Client, ClientOptions, ClientStep, OutgoingMessage, Rejection, Stage, StartTls, Without8BitMime,
+};
 use super::command::{Body, Envelope, MailFrom, Notify, Recipient};
 use super::content::{ContentDecoder, ContentEncoder};
 use super::reply::{Reply, ReplyReader};
@@ -347,7 +349,8 @@ fn the_next_group_is_sent_after_the_final_dot() {
 #[test]
 fn a_message_that_needs_a_missing_extension_is_not_sent() {
     let unfit = |offers: &str, change: fn(&mut OutgoingMessage)| {
-        let mut scripted = Scripted::new(options());
+        let without_8bitmime = Without8BitMime::Bounce;
+        let mut scripted = Scripted::new(ClientOptions { without_8bitmime, ..options() });
         scripted.receive("220 x");
         scripted.receive(offers);
         scripted.sent();
@@ -385,6 +388,27 @@ fn a_message_that_needs_a_missing_extension_is_not_sent() {
         unfit("250-x/250 8BITMIME", |message| message.envelope.body = Body::SevenBit).1,
         "MAIL FROM:<a@b.example>"
     );
+}
+
+/// Only SMTPUTF8 has no way without 8BITMIME (RFC 6531 section 3.1).
+#[test]
+fn eight_bit_content_is_sent_without_8bitmime_by_default() {
+    let send = |ehlo: &[&str], utf8: bool| {
+        let mut scripted = Scripted::new(options());
+        scripted.receive("220 x");
+        ehlo.iter().for_each(|reply| drop(scripted.receive(reply)));
+        scripted.sent();
+        let mut message = message(1);
+        message.eight_bit = true;
+        (message.envelope.body, message.envelope.utf8) = (Body::EightBit, utf8);
+        let result = scripted.client.send_message(message, &mut scripted.out).err();
+        result.map_or_else(|| scripted.sent(), |result| statuses(&result))
+    };
+    assert_eq!(send(&["250-x/250 PIPELINING"], false), "MAIL FROM:<a@b.example>/RCPT TO:<r0@example.org>/DATA");
+    assert_eq!(send(&["500 what", "250 x"], false), "MAIL FROM:<a@b.example>");
+    assert_eq!(send(&["250-x/250 8BITMIME"], false), "MAIL FROM:<a@b.example> BODY=8BITMIME");
+    assert_eq!(send(&["250-x/250 SMTPUTF8"], true), "!554");
+    assert_eq!(send(&["250 x"], true), "!553");
 }
 
 // ---- the server with a scripted client ----

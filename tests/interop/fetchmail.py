@@ -116,10 +116,10 @@ def fetch(box, provider, listener, *, tls, seconds=100):
     return child.wait(seconds)
 
 
-def exchange(box, provider, *, tls, keywords):
-    """Fill, fetch, compare, fetch again. Without 8BITMIME in `keywords` letters of 8 bits must not come."""
+def exchange(box, provider, *, tls, keywords, bounces=False):
+    """Fill, fetch, compare, fetch again. Letters of 8 bits come also without 8BITMIME, unless the provider bounces them."""
     letters = contents()
-    wanted = {number for number, letter in enumerate(letters) if "8BITMIME" in keywords or letter.isascii()}
+    wanted = {number for number, letter in enumerate(letters) if not bounces or letter.isascii()}
     filled = fill(provider.inbound, letters)
     check(len(provider.held()) == COUNT, f"{len(provider.held())} held, wanted {COUNT}")
     listener = Listener(box, keywords=keywords)
@@ -152,7 +152,7 @@ def exchange(box, provider, *, tls, keywords):
     again = fetch(box, provider, listener, tls=tls, seconds=20)
     check(again == 0, f"fetchmail again, no mail (453): exit {again}, wanted 0")
     check("453" in box.log("fetchmail.log"), "fetchmail never saw a 453")
-    check(seen == wanted, f"8-bit letters came without 8BITMIME: {sorted(seen - wanted)[:5]}")
+    check(seen == wanted, f"8-bit letters came that were to bounce: {sorted(seen - wanted)[:5]}")
     check(len(listener.letters) == len(wanted), "the second call brought mail")
     size = sum(map(len, letters)) / MIB
     times = f"in {filled:.1f} s, fetched in {fetched:.1f} s"
@@ -176,10 +176,17 @@ def fetchmail_tls(box):
 
 @scenario("fetchmail-plain-server", needs=["fetchmail"])
 def fetchmail_plain_server(box):
-    """fetchmail --ssl before a local server without 8BITMIME: 7-bit letters come, 8-bit ones are kept as refused"""
+    """fetchmail --ssl before a local server without 8BITMIME: all letters come, identical"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     return exchange(box, provider, tls=certificates, keywords=("SIZE",))
+
+
+@scenario("fetchmail-bounce", needs=["fetchmail"])
+def fetchmail_bounce(box):
+    """fetchmail before a local server without 8BITMIME, and without-8bitmime = "bounce": of 8-bit letters senders are told"""
+    provider = Provider(box, require_tls=False, more='[odmr]\nwithout-8bitmime = "bounce"\n').start()
+    return exchange(box, provider, tls=None, keywords=("SIZE",), bounces=True)
 
 
 @scenario("fetchmail-refused", needs=["fetchmail"])

@@ -4,7 +4,7 @@ import threading
 import time
 
 from harness import check, events, scenario, wait_until
-from routes import MX, send, world
+from routes import MX, all_reports, send, world
 from world import House
 
 
@@ -55,6 +55,34 @@ def relay_addresses(box):
     deferred = events(provider.log(), "delivery", to="<u@long.example>", status="deferred")
     check(len(deferred) == 2, f"21 addresses, 8 an attempt: {deferred}")
     return f"{len(at_once)} in the first attempt, one in the third"
+
+
+def eight_bit(box, more):
+    """A customer, and a host without 8BITMIME to which it has sent 8-bit content."""
+    house = House(box, address=MX, keywords=("PIPELINING", "SIZE"))
+    hosts = {"mx.eight.example": MX}
+    provider, customer = world(box, house, mx={"eight.example": [(10, "mx.eight.example")]}, hosts=hosts, more=more)
+    send(box, customer, "u@eight.example", text="Subject: x\n\nGr\u00fc\u00dfe\n")
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    return house, customer
+
+
+@scenario("relay-eight-bit", needs=["dnsmasq"])
+def relay_eight_bit(box):
+    """8-bit content and a host without 8BITMIME: it is sent as it is"""
+    house, _ = eight_bit(box, "")
+    wait_until(lambda: received(house) == ["u@eight.example"], "the message", seconds=10)
+    check(house.letters[0].content.endswith("\r\n\r\nGr\u00fc\u00dfe\r\n".encode()), f"{house.letters[0].content!r}")
+    return "sent"
+
+
+@scenario("relay-eight-bit-bounce", needs=["dnsmasq"])
+def relay_eight_bit_bounce(box):
+    """8-bit content, a host without 8BITMIME, and without-8bitmime = "bounce": the sender is told"""
+    house, customer = eight_bit(box, 'without-8bitmime = "bounce"\n')
+    status = all_reports(customer, ["u@eight.example"])["u@eight.example"]["Status"]
+    check(status == "5.6.3" and not house.letters, f"{status}, {house.letters}")
+    return f"status {status}"
 
 
 class Slow(House):

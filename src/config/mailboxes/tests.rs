@@ -19,7 +19,10 @@ fn load(table: &str, aliases: &str) -> Result<MailboxesConfig, String> {
 }
 
 fn load_below(head: &str, table: &str, aliases: &str) -> Result<MailboxesConfig, String> {
-    let directory = TempDir::new().unwrap();
+    load_in(&TempDir::new().unwrap(), head, table, aliases)
+}
+
+fn load_in(directory: &TempDir, head: &str, table: &str, aliases: &str) -> Result<MailboxesConfig, String> {
     let path = directory.path().join("odmr.toml");
     fs::write(&path, format!("{head}{table}")).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
@@ -102,8 +105,8 @@ fn mistakes_in_aliases_are_named() {
     toml("info = []", 1, "the alias info leads nowhere");
     toml("info = 5", 1, "expected a string, or a list");
     toml("info = [\n\"alice\",\n\"carol\"]", 3, "the alias info leads to carol@example.org, which has no mailbox here (no rule takes it): add it to `accept`");
-    toml("info = \"dave@example.net\"", 1, "the alias info leads to dave@example.net, which is not in one of our domains: remove that alias, accept the address itself, and send it to the local mail server");
-    toml("info = \"|/bin/cat\"", 1, "\"|/bin/cat\" is a program");
+    toml("info = \"|/bin/cat\"", 1, "\"|/bin/cat\" is a program, and aliases lead to mailboxes here: remove that alias, accept the address itself, and send it to the local mail server");
+    toml("info = [\"alice\",\n\"dave@localhost\"]", 2, "is an address at a host without a domain");
     toml("info = \"/var/mail/info\"", 1, "is a file");
     toml("info = \":include:/etc/list\"", 1, "is a list in another file");
     toml("a = \"alice\"\nb = \"c\"\nc = \"d\"\nd = \"b\"", 2, "b -> c -> d -> b: these aliases go in circles");
@@ -130,8 +133,6 @@ fn mistakes_in_the_file_of_aliases_are_named() {
     let file = |aliases: &str, place: &str, phrase: &str| check("alias-file = \"aliases\"", aliases, place, phrase);
     file("root: alice\n\nRoot: bob", "aliases:3", "root is in aliases:1 too: put all targets into one of the two");
     file("a: bob\nroot: alice,\n  carol", "aliases:3", "the alias root leads to carol@example.org, which has no mailbox here");
-    file("a: bob\nroot: alice,\n  carol@example.net", "aliases:3", "which is not in one of our domains");
-    file("a: \"|/bin/cat\"", "aliases:1", "is a program, and aliases lead to mailboxes here");
     file("a: b\nb: a", "aliases:1", "a -> b -> a: these aliases go in circles");
     file("alice: bob", "0", "alice@example.org is in `accept` and an alias (aliases:1)");
     check("alias-file = \"aliases\"\naliases = { root = \"alice\" }", "root: bob", "aliases:1", "root is in odmr.toml:10 too");
@@ -139,6 +140,59 @@ fn mistakes_in_the_file_of_aliases_are_named() {
     check("alias-file = [\n\"aliases\",\n\"none\"]", "", "3", "the aliases in none cannot be read: No such file");
     check("alias-file = \"\"", "", "1", "is not a valid path");
     check("alias-file = 5", "", "1", "expected a string, or a list of them");
+}
+
+/// What one line is for must not take the mail of all others with it.
+#[test]
+fn aliases_that_are_not_served_are_warnings() {
+    let check = |lines: &str, aliases: &str, expected: &[(&str, &str)]| {
+        let directory = TempDir::new().unwrap();
+        let table = format!(
+            "root = \"mail\"\naccept = [\"alice@example.org\", \"bob@example.org\", \"@example.com\"]\n{lines}\n\
+             alias-file = \"aliases\"\n"
+        );
+        let mailboxes = load_in(&directory, HEAD, &table, aliases).unwrap();
+        let warnings: Vec<_> = mailboxes.rules.warnings().iter().map(ConfigError::to_string).collect();
+        assert_eq!(warnings.len(), expected.len(), "{warnings:?}");
+        for (warning, (place, phrase)) in warnings.iter().zip(expected) {
+            let warning = warning.replace(&format!("{}/", directory.path().display()), "");
+            assert!(warning.starts_with(&format!("{place}: ")) && warning.contains(phrase), "{phrase}\n{warning}");
+        }
+        assert!(mailboxes.rules.explain_typed("root@example.org").unwrap().ends_with("/mail/example.org/alice"));
+    };
+    let root = "\nroot: alice\n";
+    check("", &format!("noreply: /dev/null{root}"), &[]);
+    let program = "is a program, and aliases lead to mailboxes here: mail for list is deferred with 451; remove that alias, \
+                   accept the address itself, ";
+    check("", &format!("list: \"|/bin/cat -n, x\"{root}"), &[("aliases:1", program)]);
+    check(
+        "",
+        &format!("x: bob,\n  /var/mail/x, :include:/etc/x{root}"),
+        &[("aliases:2", "is a file"), ("aliases:2", "is a list")],
+    );
+    check(
+        "",
+        &format!("list: :fail: gone{root}"),
+        &[("aliases:1", "write an alias list in `aliases`, which counts in place")],
+    );
+    let elsewhere = "the alias x leads to dave@example.net, which is not in one of our domains: mail from the provider for it is \
+                     deferred with 451, and only mail that is submitted here is sent there; for both, remove that alias";
+    check("", &format!("x: bob,\n  dave@example.net{root}"), &[("aliases:2", elsewhere)]);
+    check("aliases = { x = \"dave@example.net\" }", root, &[("odmr.toml:9", elsewhere)]);
+    // Such a line contradicts nothing that we serve, wherever it is.
+    let served =
+        "aliases = { list = \"bob\" }\nexcept = [\"x@example.com\"]\ndeliver = { \"bob@example.org\" = \"lmtp:/x\" }";
+    check(
+        served,
+        &format!("list: |/bin/cat{root}bob: |/bin/cat\nx@example.com: |/bin/cat"),
+        &[("aliases:3", "mail for bob is deferred"), ("aliases:4", "mail for x@example.com is deferred")],
+    );
+    check("", &format!("list: |/bin/cat{root}List: bob"), &[]);
+    check(
+        "",
+        &format!("@example.com: |/bin/cat{root}LIST: list2\nlist2: :include:/x"),
+        &[("aliases:1", "mail for @example.com is deferred"), ("aliases:4", "mail for list2 is deferred")],
+    );
 }
 
 #[test]

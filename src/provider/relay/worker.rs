@@ -269,7 +269,7 @@ impl WorkerContext {
 
     /// Sends the mail of all destinations to the smarthost.
     fn by_smarthost(&self, smarthost: &Remote, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
-        let options = ClientOptions { name: self.hostname.clone(), chunking: true, ..ClientOptions::default() };
+        let options = self.client_options(StartTls::Never);
         let addresses = smarthost.addresses().map_err(|failure| unreachable(&failure))?;
         let connect = |to: &HostAddress| {
             let connected = smarthost.connect_to(to.address, &options, &self.connect(&self.ids.session_id()));
@@ -281,6 +281,17 @@ impl WorkerContext {
         let name = smarthost.address();
         let route = AttemptRoute { name, counted_as: Some(name), look_up: &|_| Ok(Vec::new()), connect: &connect };
         self.by_route(&route, &AddressOrder::of_addresses(smarthost.host(), addresses), lock)
+    }
+
+    /// What all sessions with hosts have in common. A smarthost has its own settings of TLS.
+    fn client_options(&self, starttls: StartTls) -> ClientOptions {
+        ClientOptions {
+            name: self.hostname.clone(),
+            starttls,
+            chunking: true,
+            without_8bitmime: self.config.without_8bitmime,
+            ..ClientOptions::default()
+        }
     }
 
     fn connect<'a>(&'a self, id: &'a str) -> Connect<'a> {
@@ -407,25 +418,19 @@ impl WorkerContext {
             (TlsPolicy::Verify, Some(tls)) => tls,
             _ => &self.unverified_tls,
         };
-        let options = |starttls| ClientOptions {
-            name: self.hostname.clone(),
-            starttls,
-            chunking: true,
-            ..ClientOptions::default()
-        };
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
         let id = self.ids.session_id();
         let connect = self.connect(&id);
         // An MX record may have a name that no certificate has, such as an address in brackets.
         let address = to.address.ip().to_string();
         let name = if is_certificate_name(&to.host) { to.host.as_str() } else { &address };
-        let mut connected = Connect { tls: Some((tls, name)), ..connect }.to(to.address, options(required));
+        let mut connected = Connect { tls: Some((tls, name)), ..connect }.to(to.address, self.client_options(required));
         let mut tls_error = None;
         if policy == TlsPolicy::May
             && let Err(failure @ (SessionFailure::Broken(_) | SessionFailure::NoTls(_))) = &connected
         {
             tls_error = Some(failure.to_string());
-            connected = connect.to(to.address, options(StartTls::Never));
+            connected = connect.to(to.address, self.client_options(StartTls::Never));
         }
         let session = connected.map_err(|failure| match failure {
             SessionFailure::Cancelled => failed(RouteError::Cancelled),
