@@ -4,6 +4,7 @@ CARGO   ?= cargo
 PREFIX  ?= /usr/local
 DESTDIR ?=
 ONLY    ?=
+LINKS   ?= sbin/sendmail bin/mailq bin/newaliases
 
 .PHONY: help build test rules check house demo interop install certs
 
@@ -32,9 +33,15 @@ demo: ## one call: a message goes up, the line turns, a message comes down, with
 interop: build ## odmr with fetchmail, Postfix, Dovecot, swaks, inetd (as root; .ci/run installs them); ONLY=NAME for one
 	tests/interop/run $(ONLY)
 
-install: build ## the program into DESTDIR and PREFIX (/usr/local), bin/odmr
-	install -d $(DESTDIR)$(PREFIX)/bin
-	install -m 755 target/release/odmr $(DESTDIR)$(PREFIX)/bin/odmr
+install: build ## the program into DESTDIR and PREFIX (/usr/local), bin/odmr, and LINKS to it (sbin/sendmail, bin/mailq, bin/newaliases)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin
+	install -m 755 $${CARGO_TARGET_DIR:-target}/release/odmr $(DESTDIR)$(PREFIX)/bin/odmr
+	@for link in $(LINKS); do \
+	    at=$(DESTDIR)$(PREFIX)/$$link; to=../bin/odmr; case $$link in bin/*) to=odmr;; esac; \
+	    if test -L $$at && test "$$(readlink $$at)" = $$to; then :; \
+	    elif test -e $$at || test -L $$at; then echo "$$at belongs to another program, and stays"; \
+	    else ln -s $$to $$at && echo "$$at -> $$to"; fi; \
+	done
 
 certs: ## a self-signed certificate and key for HOST (this host's name) into ./certs, to try things with
 	@install -d certs

@@ -20,7 +20,8 @@
 //! `report::dsn` are pure: they name no socket, file, clock, random source or thread.
 #![forbid(unsafe_code)]
 
-// What comes from outside: time, randomness, the user, the files of an administrator.
+// What comes from outside: the system, time, randomness, the user, the files of an administrator.
+pub mod platform;
 pub mod clock;
 pub mod ids;
 pub mod privileges;

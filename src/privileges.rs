@@ -10,6 +10,8 @@ use std::path::Path;
 
 use nix::unistd::{self, Gid, Uid};
 
+use crate::platform;
+
 /// A user of this machine, and the group of the files that are made for them.
 #[derive(Debug)]
 pub struct SystemUser {
@@ -56,7 +58,7 @@ impl SystemUser {
     /// The file or the groups of the user cannot be looked up.
     pub fn may_read(&self, path: &Path) -> io::Result<bool> {
         let found = fs::metadata(path)?;
-        let groups = unistd::getgrouplist(&self.name, self.gid)?;
+        let groups = platform::groups_of(&self.name, self.gid)?;
         let in_group = groups.contains(&Gid::from_raw(found.gid()));
         let bit = match (found.uid() == self.uid.as_raw(), in_group) {
             (true, _) => 0o400,
@@ -89,10 +91,10 @@ impl SystemUser {
     /// A text that says what failed. The process may have given up some of its rights, so it must end.
     pub fn assume(&self) -> Result<(), String> {
         let failed =
-            |what: &str, error: nix::Error| format!("{what} failed: {error}; start it as root, or as that user");
-        unistd::initgroups(&self.name, self.gid).map_err(|error| failed("setting the groups", error))?;
-        unistd::setgid(self.gid).map_err(|error| failed("setting the group", error))?;
-        unistd::setuid(self.uid).map_err(|error| failed("setting the user", error))?;
+            |what: &str, error: io::Error| format!("{what} failed: {error}; start it as root, or as that user");
+        platform::set_groups(&self.name, self.gid).map_err(|error| failed("setting the groups", error))?;
+        unistd::setgid(self.gid).map_err(|error| failed("setting the group", error.into()))?;
+        unistd::setuid(self.uid).map_err(|error| failed("setting the user", error.into()))?;
         // If the process can become root again, the saved user ID was not changed.
         match unistd::setuid(Uid::from_raw(0)) {
             Ok(()) => Err("the process can become root again: its saved user id did not change".to_owned()),

@@ -4,6 +4,7 @@ mod calls;
 mod check;
 mod command_line;
 mod conformance;
+mod descriptors;
 mod house;
 mod log;
 mod running;

@@ -391,6 +391,60 @@ fn the_queue_is_listed() {
 }
 
 #[test]
+fn mail_for_next_hops_is_listed_too() {
+    let deliver = "[mailboxes]\ndeliver = { \"bob@example.org\" = \"smtp:127.0.0.1:1\" }\n";
+    for (outgoing, listed) in [(OUTGOING, 2), ("", 1)] {
+        let customer = TestCustomer::with(&format!("{}{OUTGOING}", CUSTOMER.replace("[mailboxes]\n", deliver)));
+        let sent = customer.send(&["-f", "eva", "dave@example.net", "bob"], "Subject: x\n\nHello.\n");
+        assert_eq!((sent.code, sent.error.as_str()), (0, ""));
+        let config = format!("{}{outgoing}", CUSTOMER.replace("[mailboxes]\n", deliver));
+        fs::write(customer.config(), config).unwrap();
+        let list = customer.send(&["-bp"], "");
+        assert_eq!((list.code, list.error.as_str()), (0, ""));
+        assert_contains(
+            &list.out,
+            &[" bob@example.org (next hop smtp:127.0.0.1:1)\n", &format!("{listed} messages, ")],
+        );
+        assert_eq!(list.out.contains(" dave@example.net\n"), !outgoing.is_empty());
+    }
+}
+
+#[test]
+fn it_has_the_names_of_sendmail() {
+    let customer = TestCustomer::with(&CUSTOMER.replace(
+        "[mailboxes]\n",
+        "[mailboxes]\nalias-file = \"aliases\"\naliases = { \"info@example.org\" = \"alice@example.org\" }\n",
+    ));
+    let named = |name: &str, words: &[&str]| {
+        let program = customer.0.path().join(name);
+        let _ = symlink(env!("CARGO_BIN_EXE_odmr"), &program);
+        customer.run(&program, words, "")
+    };
+    let aliases = customer.0.path().join("aliases");
+    fs::write(&aliases, "postmaster: root\nroot: alice, bob\n").unwrap();
+    for (name, words, output) in [
+        ("mailq", &[][..], "Mail queue is empty\n"),
+        ("mailq", &["-v"], "Mail queue is empty\n"),
+        ("sendmail", &["-bp"], "Mail queue is empty\n"),
+        ("newaliases", &[], "3 aliases, "),
+        ("newaliases", &["-oA/etc/aliases"], "3 aliases, "),
+        ("sendmail", &["-bi"], "3 aliases, "),
+        // No daemon runs.
+        ("sendmail", &["-q"], ""),
+        ("sendmail", &["-q30m"], ""),
+    ] {
+        let result = named(name, words);
+        assert_eq!((result.code, result.error.as_str()), (0, ""), "{name} {words:?}");
+        assert!(result.out.starts_with(output) && result.out.is_empty() == output.is_empty(), "{name}: {}", result.out);
+    }
+    assert!(!customer.0.path().join("mailboxes").exists(), "they create nothing");
+    fs::write(&aliases, "postmaster: root\nroot: alice, no body\n").unwrap();
+    let wrong = named("newaliases", &[]);
+    assert_eq!((wrong.code, wrong.error.lines().count()), (78, 1));
+    assert_contains(&wrong.error, &["newaliases: ", "aliases:2"]);
+}
+
+#[test]
 fn smtp_on_stdin_and_stdout() {
     let customer = TestCustomer::new();
     let session = customer.send(
@@ -447,6 +501,9 @@ fn the_daemon_accepts_mail_calls_and_ends_at_sigterm() {
     let mut program = Command::new(env!("CARGO_BIN_EXE_odmr"));
     let mut daemon = Running::start(program.args(["pull", "--daemon", "-c"]).arg(customer.config()));
     let address = daemon.listening("local");
+    daemon.wait_for("event=call-failed");
+    // `-q` wakes it.
+    assert_eq!((customer.send(&["-q"], "").code, customer.send(&["-q"], "").error.as_str()), (0, ""));
     daemon.wait_for("event=call-failed");
     let mut stream = connect(&address);
     let dialogue = "EHLO client\r\nMAIL FROM:<eva@example.org>\r\nRCPT TO:<dave@example.net>\r\nDATA\r\n\

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixDatagram;
 use getopts::Matches;
 use log::{Level, LevelFilter};
 
+use crate::net::descriptor::Waiting;
 use crate::net::trace::quoted;
 
 /// The facility `mail` of RFC 3164 section 4.1.1.
@@ -36,7 +37,7 @@ pub(super) fn verbosity(matches: &Matches) -> LevelFilter {
 pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
     match syslog(inetd) {
         None => {
-            let _ = writeln!(io::stderr(), "{program}: {text}");
+            let _ = Waiting(io::stderr()).write_all(format!("{program}: {text}\n").as_bytes());
         }
         socket => {
             // After a wrong option the log has not been started.
@@ -59,6 +60,8 @@ pub(super) fn start(syslog: Option<UnixDatagram>, level: LevelFilter) {
                 Level::Warn => writeln!(out, "warning: {}", record.args()),
                 _ => writeln!(out, "{}", record.args()),
             });
+            // env_logger's own writer loses lines if the caller has made stderr non-blocking.
+            builder.target(env_logger::Target::Pipe(Box::new(Waiting(io::stderr()))));
         }
         Some(socket) => {
             builder.format(|out, record| {

@@ -12,6 +12,7 @@ mod process;
 mod pull;
 mod sendmail;
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -94,9 +95,10 @@ pub fn main() -> ExitCode {
     // It cannot fail: SIGXFSZ may be caught. Without it, a write beyond the limit ends the process.
     let _ = process::catch_file_size_signal();
     let called = std::env::args_os().next().unwrap_or_default();
-    let (program, result) = match Path::new(&called).file_name() {
-        Some(name) if name == "sendmail" => ("sendmail", sendmail::run(&arguments)),
-        _ => ("odmr", run(&arguments)),
+    let name = Path::new(&called).file_name();
+    let (program, result) = match sendmail::NAMES.into_iter().find(|(program, _)| name == Some(OsStr::new(program))) {
+        Some((program, mode)) => (program, sendmail::run(mode, &arguments)),
+        None => ("odmr", run(&arguments)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -116,7 +118,7 @@ fn run(arguments: &[String]) -> Result<(), ExitError> {
     match word.as_str() {
         "-h" | "--help" => print(HELP),
         "-V" | "--version" => print(concat!("odmr ", env!("CARGO_PKG_VERSION"), "\n")),
-        "send" => sendmail::run(rest),
+        "send" => sendmail::run(None, rest),
         _ => match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
             Some(subcommand) => subcommand.start(rest),
             None => usage(format!("no such subcommand: {word}; there are serve, pull, send, check and demo")),

@@ -17,6 +17,8 @@ use signal_hook::iterator::Signals;
 use super::exit::{ExitError, Sysexit};
 use crate::config::{ConfigError, CustomerConfig, MailOwner};
 use crate::net::cancel::CancelToken;
+use crate::net::descriptor::Waiting;
+use crate::platform;
 use crate::privileges::SystemUser;
 
 /// The file that `-c` names.
@@ -26,7 +28,7 @@ pub(super) fn config_path(matches: &Matches) -> PathBuf {
 
 /// Writes to standard output.
 pub(super) fn print(text: &str) -> Result<(), ExitError> {
-    Ok(io::stdout().write_all(text.as_bytes())?)
+    Ok(Waiting(io::stdout()).write_all(text.as_bytes())?)
 }
 
 /// The user that this process must become before it touches mail; `None` if it stays what it is.
@@ -79,7 +81,7 @@ pub(super) fn become_owner(config: &CustomerConfig, owner: Option<SystemUser>) -
         user.assume().map_err(os_error)?;
     }
     // The umask is for mailboxes; queues and locks set a stricter mode of their own.
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(config.mailboxes.umask));
+    platform::set_umask(config.mailboxes.umask);
     Ok(())
 }
 

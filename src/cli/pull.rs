@@ -25,6 +25,7 @@ use crate::customer::daemon::{self, DaemonEvent};
 use crate::customer::pull::Customer;
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
+use crate::net::descriptor::Waiting;
 use crate::net::tls;
 use crate::net::trace::quoted;
 use crate::privileges::SystemUser;
@@ -160,7 +161,7 @@ fn run_daemon(
 }
 
 /// Asks the daemon to call at once. `process`: its process id.
-fn request_call(process: i32, quiet: bool) -> Result<(), ExitError> {
+pub(super) fn request_call(process: i32, quiet: bool) -> Result<(), ExitError> {
     let pid = rustix::process::Pid::from_raw(process)
         .ok_or_else(|| ExitError::new(Sysexit::OsError, format!("{process} is not a process id")))?;
     rustix::process::kill_process(pid, rustix::process::Signal::USR1).map_err(|error| {
@@ -174,10 +175,10 @@ fn request_call(process: i32, quiet: bool) -> Result<(), ExitError> {
 fn show_progress(counters: &CallCounters, ended: &Receiver<()>) {
     let mut delay = PROGRESS_DELAY;
     while ended.recv_timeout(delay) == Err(RecvTimeoutError::Timeout) {
-        let _ = write!(io::stderr(), "\r{}\x1b[K", counters.progress());
+        let _ = Waiting(io::stderr()).write_all(format!("\r{}\x1b[K", counters.progress()).as_bytes());
         delay = PROGRESS_INTERVAL;
     }
     if delay == PROGRESS_INTERVAL {
-        let _ = write!(io::stderr(), "\r\x1b[K");
+        let _ = Waiting(io::stderr()).write_all(b"\r\x1b[K");
     }
 }

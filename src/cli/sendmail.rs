@@ -1,4 +1,4 @@
-//! `odmr send`, also under the name `sendmail`: the options of sendmail(8).
+//! `odmr send`, also under the names `sendmail`, `mailq` and `newaliases`: the options of sendmail(8).
 //!
 //! Programs that call sendmail(8) pass options that do not concern us; they are accepted and change nothing. An error is
 //! one line on stderr and an exit code of sysexits.h. [`crate::customer::sendmail`] does the work.
@@ -6,18 +6,20 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use getopts::{Matches, Options};
 use log::LevelFilter;
 
 use super::exit::{ExitError, Sysexit};
-use super::logging;
 use super::process::{become_owner, cancel_at_signal, check_not_root, find_owner, owner_to_become, print};
+use super::{logging, pull};
 use crate::config::CustomerConfig;
+use crate::customer::daemon;
 use crate::customer::sendmail::{self, SendmailOptions};
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
+use crate::net::descriptor::Waiting;
 use crate::net::tls;
 use crate::privileges::LoginUser;
 
@@ -28,7 +30,7 @@ const HINT: &str = "odmr send -h";
 const DEFAULT_CONFIG: &str = "/etc/odmr/customer.toml";
 
 const HELP: &str = "\
-Usage: odmr send [options] [recipients]        (also under the name sendmail)
+Usage: odmr send [options] [recipients]        (also under the name sendmail; mailq: -bp; newaliases: -bi)
 
 Accepts a message on stdin, with LF or CRLF line ends, and puts it into the outgoing queue; a bare CR ends a line too.
 The next call sends it. If one recipient is bad, nothing is queued. In a message without a signature addresses without
@@ -44,7 +46,9 @@ a domain get `domain` of [outgoing], and text beyond ASCII in the header is enco
     -V ID         an envelope identifier, which DSNs repeat
     -bm           accepts a message on stdin (default)
     -bs           speaks SMTP on stdin and stdout
-    -bp           lists the outgoing queue
+    -bp           lists the mail that waits: the outgoing queue, and what is for next hops
+    -bi           checks the aliases and prints how many there are; a daemon that runs reads them at SIGHUP
+    -q            makes the running daemon call at once, as odmr pull --now; without a daemon it does nothing
     -C FILE       the configuration of the customer, with [outgoing]; default: $ODMR_CONFIG, or
                   /etc/odmr/customer.toml
     -v            logs more on stderr
@@ -54,38 +58,55 @@ Exit codes are those of sysexits.h: 64 usage, 65 address or header, 67 no such m
 73 and 74 files, 75 try again later, 77 permission, 78 configuration.
 ";
 
+/// The names that programs call sendmail(8) by (LSB; Debian policy 11.6), and the `-b` that each stands for.
+pub(super) const NAMES: [(&str, Option<&str>); 3] =
+    [("sendmail", None), ("mailq", Some("-bp")), ("newaliases", Some("-bi"))];
+
 /// What `-b` asks for.
 type Mode = fn(&CustomerConfig, &Ids, &SendmailOptions) -> Result<(), ExitError>;
 
-/// Runs `odmr send` with these arguments.
+/// Runs `odmr send` with these arguments, after the one that the name stands for.
 ///
 /// # Errors
 ///
 /// Nothing was queued.
-pub(super) fn run(arguments: &[String]) -> Result<(), ExitError> {
+pub(super) fn run(mode: Option<&str>, arguments: &[String]) -> Result<(), ExitError> {
     // As its only argument, `-h` asks for help. Otherwise it is a hop count, which our own Received fields replace.
     if matches!(arguments, [word] if word == "-h" || word == "--help") {
         return print(HELP);
     }
+    let arguments = mode.into_iter().chain(arguments.iter().map(String::as_str));
     let matches = options().parse(arguments).map_err(|error| ExitError::usage(error, HINT))?;
-    if matches.opt_present("q") {
-        // The next call sends the whole queue; it cannot be started from here.
-        return Ok(());
-    }
+    let named = last(&matches, "C").map(OsString::from).or_else(|| std::env::var_os("ODMR_CONFIG"));
+    let path = PathBuf::from(named.unwrap_or_else(|| DEFAULT_CONFIG.into()));
     logging::start(None, if matches.opt_present("v") { LevelFilter::Info } else { LevelFilter::Error });
+    if matches.opt_present("q") {
+        return call_now(&load(&path)?);
+    }
     let mode: Mode = match last(&matches, "b").as_deref() {
-        None | Some("m") => |config, ids, options| Ok(sendmail::send(config, ids, options, &mut io::stdin().lock())?),
+        Some("i") => return count_aliases(&load(&path)?),
+        None | Some("m") => |config, ids, options| Ok(sendmail::send(config, ids, options, &mut Waiting(io::stdin()))?),
         Some("s") => |config, ids, _| serve(config, ids),
-        Some("p") => |config, ids, _| Ok(sendmail::list(config, ids, &mut io::stdout())?),
+        Some("p") => |config, ids, _| Ok(sendmail::list(config, ids, &mut Waiting(io::stdout()))?),
         Some(other) => {
-            return Err(ExitError::usage(format!("-b{other} is not supported: there are -bm, -bs and -bp"), HINT));
+            return Err(ExitError::usage(format!("-b{other} is not supported: there are -bm, -bs, -bp and -bi"), HINT));
         }
     };
     // Read the login name before this process becomes another user.
     let options = sendmail_options(&matches, LoginUser::current());
-    let named = last(&matches, "C").map(OsString::from).or_else(|| std::env::var_os("ODMR_CONFIG"));
-    let config = load_as_owner(Path::new(&named.unwrap_or_else(|| DEFAULT_CONFIG.into())))?;
+    let config = load_as_owner(&path)?;
     mode(&config, &Ids::system(tls::random), &options)
+}
+
+/// `-q`: makes the daemon call at once. Without one, the next call sends what waits.
+fn call_now(config: &CustomerConfig) -> Result<(), ExitError> {
+    daemon::running(config)?.map_or(Ok(()), |process| pull::request_call(process, true))
+}
+
+/// `-bi`: there is no database to make of the aliases, which were checked with the configuration.
+fn count_aliases(config: &CustomerConfig) -> Result<(), ExitError> {
+    let count = config.mailboxes.rules.alias_count();
+    print(&format!("{count} aliases, all valid; a daemon that runs reads them again at SIGHUP\n"))
 }
 
 /// `-bs`: one SMTP session on stdin and stdout.
@@ -130,23 +151,32 @@ fn sendmail_options(matches: &Matches, user: LoginUser) -> SendmailOptions {
     }
 }
 
-/// Reads the configuration, and as root becomes the owner of the mail.
-fn load_as_owner(path: &Path) -> Result<CustomerConfig, ExitError> {
-    let denied = |text: String| ExitError::new(Sysexit::NoPermission, format!("{}: {text}", path.display()));
+fn denied(path: &Path, text: &str) -> ExitError {
+    ExitError::new(Sysexit::NoPermission, format!("{}: {text}", path.display()))
+}
+
+/// Reads the configuration.
+fn load(path: &Path) -> Result<CustomerConfig, ExitError> {
     // A file that this user may not read is not a wrong configuration.
     if let Err(error) = File::open(path)
         && error.kind() == io::ErrorKind::PermissionDenied
     {
-        return Err(denied(error.to_string()));
+        return Err(denied(path, &error.to_string()));
     }
-    let config = CustomerConfig::load_to_send(path)?;
+    Ok(CustomerConfig::load_to_send(path)?)
+}
+
+/// Reads the configuration, and as root becomes the owner of the mail.
+fn load_as_owner(path: &Path) -> Result<CustomerConfig, ExitError> {
+    let config = load(path)?;
     // The call runs as the owner, who could not read the messages of another user.
     if let Some(owner) = &config.owner
         && !rustix::process::geteuid().is_root()
         && !find_owner(owner)?.is_current()
     {
         let user = &owner.user;
-        return Err(denied(format!("only {user} and root may send here: submit by SMTP where [outgoing] listens")));
+        let text = format!("only {user} and root may send here: submit by SMTP where [outgoing] listens");
+        return Err(denied(path, &text));
     }
     check_not_root(&config, path)?;
     become_owner(&config, owner_to_become(&config)?)?;

@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use super::network;
 use super::pull::{CallError, Customer};
 use super::store;
-use super::submission::SubmissionListeners;
+use super::submission::{self, SubmissionListeners};
 use crate::config::{CustomerConfig, ProviderAccount};
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
@@ -84,11 +84,10 @@ impl BoundDaemon {
     /// Those of [`Customer::new`]; [`CallError::System`] if a listener cannot be bound.
     pub fn new(config: &CustomerConfig, ids: &Ids) -> Result<BoundDaemon, CallError> {
         let customer = Customer::new(config, ids)?;
-        let addresses = config.outgoing.iter().flat_map(|outgoing| &outgoing.listen);
-        let listeners = addresses.map(|address| listener::bind(*address)).collect::<Result<_, _>>();
+        let addresses = config.outgoing.as_ref().map(|outgoing| &outgoing.listen[..]).unwrap_or_default();
+        let listeners = listener::bind(submission::LISTENER_NAME, addresses).map_err(CallError::System)?;
         let (sender, receiver) = unbounded();
-        let events = EventSender(sender);
-        Ok(BoundDaemon { events, receiver, customer, listeners: listeners.map_err(CallError::System)? })
+        Ok(BoundDaemon { events: EventSender(sender), receiver, customer, listeners })
     }
 }
 
@@ -147,16 +146,17 @@ fn lock(config: &CustomerConfig) -> Result<File, CallError> {
     Ok(file)
 }
 
-/// The process id of the daemon that runs for these mailboxes; `None`: there is none.
+/// The process id of the daemon that runs for these mailboxes; `None`: there is none. Nothing is created.
 ///
 /// # Errors
-/// [`CallError::Busy`]: the daemon is just starting; [`CallError::System`].
+/// [`CallError::Denied`]: another user's daemon; [`CallError::Busy`]: the daemon is just starting; [`CallError::System`].
 pub fn running(config: &CustomerConfig) -> Result<Option<i32>, CallError> {
-    let root = &config.mailboxes.root;
-    if store::lock_state_file(root, LOCK_FILE)?.is_some() {
-        return Ok(None);
-    }
-    match io::read_to_string(store::open_state_file(root, LOCK_FILE)?)?.trim().parse() {
+    let file = store::locked_state_file(&config.mailboxes.root, LOCK_FILE).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => CallError::Denied(format!("{error}; be the user of the daemon, or root")),
+        _ => error.into(),
+    })?;
+    let Some(file) = file else { return Ok(None) };
+    match io::read_to_string(file)?.trim().parse() {
         Ok(process) if process > 1 => Ok(Some(process)),
         _ => Err(CallError::Busy("a daemon is just starting, and will call".to_owned())),
     }

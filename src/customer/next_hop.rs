@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 
 use super::mailboxes::Mailboxes;
 use crate::config::CustomerConfig;
@@ -19,6 +19,7 @@ use crate::maildir::spooled::Content;
 use crate::net::cancel::CancelToken;
 use crate::net::resolver::system_addresses;
 use crate::net::trace::quoted;
+use crate::platform;
 use crate::recipients::{NextHop, same_mailbox};
 use crate::report::{Attempt, Via};
 use crate::session::client::{ClientSession, Connect, SessionFailure};
@@ -346,9 +347,7 @@ fn connect_hop(hop: &NextHop, config: &CustomerConfig, connect: &Connect<'_>) ->
         |lmtp| ClientOptions { name: name.clone(), lmtp, chunking: true, without_8bitmime, ..ClientOptions::default() };
     let (address, lmtp) = match hop {
         NextHop::LmtpUnix(path) => {
-            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
-            let socket = socket.map_err(|error| unreachable(error.into()))?;
+            let socket = platform::socket(AddressFamily::UNIX, SocketType::STREAM).map_err(unreachable)?;
             // Non-blocking: otherwise a listener that never accepts would block us for ever.
             SocketAddrUnix::new(path)
                 .and_then(|address| rustix::net::connect(&socket, &address))

@@ -122,14 +122,6 @@ impl Outbox {
         self.mailboxes.queue.count(&self.store.name, usize::MAX).unwrap_or(0) as u64
     }
 
-    /// Shows each message that waits.
-    ///
-    /// # Errors
-    /// The directory cannot be read.
-    pub fn each_waiting(&self, show: impl FnMut(&QueuedMessage)) -> io::Result<()> {
-        self.mailboxes.queue.each(&self.store.name, show)
-    }
-
     /// A file that is gone with its last descriptor, for content that is read before it is stored.
     ///
     /// # Errors

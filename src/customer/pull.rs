@@ -53,7 +53,8 @@ pub enum CallError {
     Temporary(String),
     /// Another process calls this provider.
     Busy(String),
-    /// The provider rejects our name or secret, or does not prove that it knows the secret.
+    /// The provider rejects our name or secret, or does not prove that it knows the secret; or this user may not see the
+    /// daemon's state.
     Denied(String),
     /// The peer is no provider, breaks the protocol, or its certificate is not accepted.
     Protocol(String),

@@ -19,7 +19,7 @@ use std::time::{Instant, SystemTime};
 
 use super::mailboxes::Mailboxes;
 use super::outbox::{Outbox, Submission};
-use super::submission;
+use super::{store, submission};
 use crate::clock::Timestamp;
 use crate::config::CustomerConfig;
 use crate::ids::Ids;
@@ -34,6 +34,7 @@ use crate::net::connection::Connection;
 use crate::net::trace::{Trace, quoted};
 use crate::privileges::LoginUser;
 use crate::queue::QueuedMessage;
+use crate::recipients::Destination;
 use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, is_xtext};
 use crate::smtp::content::HeaderScanner;
 use crate::smtp::limits::ENVELOPE_ID;
@@ -217,13 +218,13 @@ fn store(
 /// `-bs`: serves one SMTP session over two descriptors, until it ends.
 ///
 /// # Errors
-/// There is no outgoing queue, or the descriptors cannot be used. The end of the session is not an error.
+/// There is no outgoing queue. The end of the session is not an error.
 pub fn serve(
     config: &CustomerConfig, ids: &Ids, (input, output): (OwnedFd, OwnedFd), cancel: &CancelToken,
 ) -> Result<(), SendmailError> {
     let outbox = open_outbox(config, ids)?;
     let (begun, id) = (Instant::now(), ids.session_id());
-    let connection = Connection::over(input, Some(output), Trace { id: id.clone(), us: 'S', them: 'C' })?;
+    let connection = Connection::over(input, Some(output), Trace { id: id.clone(), us: 'S', them: 'C' });
     let peer = format!("uid {}", rustix::process::getuid().as_raw());
     let reason = submission::serve(&outbox, connection, peer, cancel, cancel);
     let duration = begun.elapsed().as_secs_f64();
@@ -231,29 +232,43 @@ pub fn serve(
     Ok(())
 }
 
-/// `-bp`: writes the messages of the outgoing queue to `out`, as mailq(1) shows them.
+/// `-bp`: writes the messages that wait to `out`, as mailq(1) shows them: those of the outgoing queue, and those for next
+/// hops and full mailboxes here.
 ///
 /// # Errors
-/// There is no outgoing queue, or reading it or writing to `out` failed.
+/// Reading a queue or writing to `out` failed. If this user may not read the mail for next hops, the listing says so.
 pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<(), SendmailError> {
-    let outbox = open_outbox(config, ids)?;
+    let mailboxes = Mailboxes::new(config, ids);
     let (mut entries, mut messages, mut octets) = (String::new(), 0, 0);
-    let show = |message: &QueuedMessage| {
+    let mut show = |message: &QueuedMessage, route: &dyn Fn(&Mailbox) -> String| {
         let envelope = &message.envelope;
         let arrived = message.arrived.rfc3339();
         entries.push_str(&format!("{:<24} {:>10} {arrived} <{}>\n", message.id, message.size, envelope.from));
         let next_try = message.due().map_or_else(String::new, next_try);
         for recipient in &envelope.recipients {
-            entries.push_str(&format!("{next_try:>56} {}\n", recipient.mailbox));
+            entries.push_str(&format!("{next_try:>56} {}{}\n", recipient.mailbox, route(&recipient.mailbox)));
         }
         messages += 1;
         octets += message.size;
     };
-    outbox.each_waiting(show)?;
+    if let Some(outgoing) = &config.outgoing {
+        let queue = store::outgoing_queue(&outgoing.queue);
+        mailboxes.queue.each(&queue, |message| show(message, &|_| String::new()))?;
+    }
+    let route = |mailbox: &Mailbox| match mailboxes.rules().destination_of(mailbox) {
+        Some(Destination::NextHop(hop)) => format!(" (next hop {hop})"),
+        _ => " (a mailbox here)".to_owned(),
+    };
+    let hidden = match mailboxes.queue.each(&mailboxes.retry_queue(), |message| show(message, &route)) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            format!("mail for next hops is not listed: {error}; be the owner of the mailboxes, or root\n")
+        }
+        shown => shown.map(|()| String::new())?,
+    };
     let listing = match messages {
-        0 => "Mail queue is empty\n".to_owned(),
+        0 if hidden.is_empty() => "Mail queue is empty\n".to_owned(),
         _ => format!(
-            "{:<24} {:>10} {:<20} {}\n{entries}{messages} messages, {octets} octets\n",
+            "{:<24} {:>10} {:<20} {}\n{entries}{hidden}{messages} messages, {octets} octets\n",
             "id", "size", "arrived", "sender, next try, recipients"
         ),
     };

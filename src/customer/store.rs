@@ -39,10 +39,30 @@ pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
         io::Error::new(error.kind(), format!("{}: {error}{remedy}", directory.display()))
     })?;
     let path = directory.join(name);
-    let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+    options().create(true).truncate(false).mode(0o600).open(&path).map_err(|error| with_path(&path, error))
+}
+
+fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
-    options.create(true).truncate(false).read(true).write(true).mode(0o600).custom_flags(flags);
-    options.open(&path).map_err(|error| with_path(&path, error))
+    options.read(true).write(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+    options
+}
+
+/// Opens that file if another process has its lock; `None`: no process has, or there is no such file.
+///
+/// # Errors
+/// The file cannot be opened; the text has its path. The system's.
+pub fn locked_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
+    let path = root.join(".odmr").join(name);
+    let file = match options().open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(|error| with_path(&path, error))?,
+    };
+    match file.try_lock() {
+        Ok(()) => Ok(None),
+        Err(TryLockError::WouldBlock) => Ok(Some(file)),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
 }
 
 /// Opens and locks that file; the lock lasts as long as the file is open. `None`: another process has the lock.

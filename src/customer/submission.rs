@@ -26,7 +26,7 @@ use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, Server, ServerRole, SessionHandler};
 
 /// The name of the listeners in the log.
-const LISTENER_NAME: &str = "submission";
+pub const LISTENER_NAME: &str = "submission";
 
 /// Their name in the line `listening NAME ADDRESS`, which tests and supervisors outside read.
 const PLAIN_NAME: &str = "local";
@@ -185,7 +185,8 @@ mod tests {
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
         let mailboxes = Arc::new(Mailboxes::new(&CustomerConfig::load(&file).unwrap(), &Ids::fixed()));
         let outbox = Outbox::new(&mailboxes).map(Arc::new);
-        let listener = listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let mut listeners = listener::bind(LISTENER_NAME, &["127.0.0.1:0".parse().unwrap()]).unwrap();
+        let listener = listeners.remove(0);
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let cancel = CancelToken::new().unwrap();

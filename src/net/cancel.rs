@@ -11,6 +11,8 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use crate::platform;
+
 /// Tells all threads that hold a clone to stop. It cannot be undone.
 #[derive(Clone, Debug)]
 pub struct CancelToken(Arc<State>);
@@ -30,10 +32,7 @@ impl CancelToken {
     ///
     /// The system has no descriptors left.
     pub fn new() -> io::Result<CancelToken> {
-        let (reader, writer) = rustix::pipe::pipe()?;
-        for end in [&reader, &writer] {
-            rustix::io::fcntl_setfd(end, rustix::io::FdFlags::CLOEXEC)?;
-        }
+        let (reader, writer) = platform::pipe()?;
         Ok(CancelToken(Arc::new(State { cancelled: AtomicBool::new(false), reader, writer })))
     }
 

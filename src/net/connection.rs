@@ -2,7 +2,7 @@
 //!
 //! The contract:
 //!
-//! - Descriptors are non-blocking. [`Connection::fill`] and [`Connection::flush`] never wait, and one call does a
+//! - No call on a descriptor waits (see [`Descriptor`]). [`Connection::fill`] and [`Connection::flush`] never wait, and one call does a
 //!   bounded amount of work: no peer can keep a thread busy.
 //! - Deadlines are absolute: a peer that sends one octet a minute does not extend them.
 //! - [`Connection::send`] only collects octets; [`Connection::flush`] gives them to the system.
@@ -28,8 +28,7 @@
 //! close_notify only if everything before it was sent. After an error of TLS the peer gets the alert that tells why (RFC
 //! 8446 section 6.2): `start_tls_…` and `close` wait a little for the peer to read it, `shutdown` does not.
 
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::mem::{self, MaybeUninit};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -37,13 +36,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketType};
 
 use crate::net::cancel::{self, CancelToken};
+use crate::net::descriptor::Descriptor;
 use crate::net::tls::{ClientTls, ServerTls, TlsInfo, TlsSession};
 use crate::net::trace::Trace;
+use crate::platform;
 
 /// Octets read from the system in one `fill`.
 const READ_SIZE: usize = 64 * 1024;
@@ -61,9 +61,9 @@ const ALERT_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Connection {
     /// The log of the dialogue. It travels with the connection; nothing here writes to it.
     pub trace: Trace,
-    input: File,
+    input: Descriptor,
     /// `None`: the same descriptor as `input`.
-    output: Option<File>,
+    output: Option<Descriptor>,
     tls: Option<Box<TlsSession>>,
     /// TLS has ended with an error, and the peer has not been given time to read our alert.
     tls_failed: bool,
@@ -111,28 +111,30 @@ pub enum WaitResult {
 }
 
 impl Connection {
-    /// Returns a connection over a connected socket.
+    /// Returns a connection over a connected socket that only this process has.
     ///
     /// # Errors
     ///
     /// The system's errors from making the descriptor non-blocking.
     pub fn new(socket: OwnedFd, trace: Trace) -> io::Result<Connection> {
-        Connection::over(socket, None, trace)
+        Ok(Connection::with(Descriptor::own(socket)?, None, trace))
     }
 
-    /// [`Connection::new`] over two descriptors, as UCSPI and inetd-style supervisors pass them; over one if `output` is
-    /// `None`.
-    pub fn over(input: OwnedFd, output: Option<OwnedFd>, trace: Trace) -> io::Result<Connection> {
+    /// Returns a connection over two descriptors of the caller, as UCSPI and inetd-style supervisors pass them; over one if
+    /// `output` is `None`. Their flags stay as they are.
+    pub fn over(input: OwnedFd, output: Option<OwnedFd>, trace: Trace) -> Connection {
+        Connection::with(Descriptor::shared(input), output.map(Descriptor::shared), trace)
+    }
+
+    fn with(input: Descriptor, output: Option<Descriptor>, trace: Trace) -> Connection {
         for descriptor in [Some(&input), output.as_ref()].into_iter().flatten() {
-            let flags = rustix::fs::fcntl_getfl(descriptor)?;
-            rustix::fs::fcntl_setfl(descriptor, flags | OFlags::NONBLOCK)?;
             // Writes are already collected here; Nagle's algorithm would delay each by 40 ms. A pipe has no such option.
             let _ = rustix::net::sockopt::set_tcp_nodelay(descriptor, true);
         }
-        Ok(Connection {
+        Connection {
             trace,
-            input: input.into(),
-            output: output.map(File::from),
+            input,
+            output,
             tls: None,
             tls_failed: false,
             read: Buffer::default(),
@@ -141,7 +143,7 @@ impl Connection {
             ended: false,
             out: Buffer::default(),
             write_error: None,
-        })
+        }
     }
 
     /// Returns what TLS has negotiated; `None`: the connection is in clear.
@@ -217,7 +219,14 @@ impl Connection {
         let _ = rustix::net::shutdown(self.output_fd(), rustix::net::Shutdown::Write);
         // If a socket is closed with octets unread, the system resets the connection, and the peer may lose our last
         // reply.
-        let _ = io::copy(&mut self.input.take(READ_BUFFER_LIMIT as u64), &mut io::sink());
+        let mut space = [MaybeUninit::uninit(); READ_SIZE];
+        let mut left = READ_BUFFER_LIMIT;
+        while left > 0
+            && let Ok(octets) = self.input.read(&mut space)
+            && !octets.is_empty()
+        {
+            left = left.saturating_sub(octets.len());
+        }
     }
 }
 
@@ -244,11 +253,13 @@ impl Connection {
             return Ok(Filled::Nothing);
         }
         let mut space = [MaybeUninit::uninit(); READ_SIZE];
-        let octets: &[u8] = match rustix::io::read(&self.input, &mut space[..]) {
-            Ok((octets, _)) => octets,
+        let octets = match self.input.read(&mut space) {
+            Ok(octets) => octets,
             // After an interrupted read poll(2) reports the octets again.
-            Err(Errno::AGAIN | Errno::INTR) => return Ok(Filled::Nothing),
-            Err(error) => return Err(error.into()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                return Ok(Filled::Nothing);
+            }
+            Err(error) => return Err(error),
         };
         let read = self.read.end();
         let before = read.len();
@@ -606,8 +617,7 @@ impl Connection {
 /// `TimedOut` after the deadline, `Interrupted` if `cancel` is cancelled, the system's.
 pub fn connect(address: SocketAddr, deadline: Instant, cancel: &CancelToken) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    let socket = platform::socket(family, SocketType::STREAM)?;
     match rustix::net::connect(&socket, &address) {
         // After a signal the system goes on connecting.
         Err(Errno::INPROGRESS | Errno::INTR) => {}

@@ -4,16 +4,19 @@
 //! threads. Excess connections get 421 (RFC 5321 section 3.1). A panic ends its connection and nothing else.
 
 use std::io::{self, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, sockopt};
 
 use crate::net::cancel::{CancelToken, poll};
 use crate::net::trace::quoted;
+use crate::platform;
 use crate::smtp::reply::Reply;
 
 /// The pause after accept(2) failed, usually because the system has no descriptors left.
@@ -22,22 +25,91 @@ const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Serves one connection in a thread of its own; the second argument is the peer's address.
 pub type Service = Arc<dyn Fn(TcpStream, IpAddr) + Send + Sync>;
 
-/// Opens a listening socket for [`Acceptor::accept`].
+/// Connections that may wait for accept(2): as many as the system permits, which takes its own limit (somaxconn) instead
+/// of a greater number. With less, a burst of clients waits for its SYN to be sent again, 1, 3, 7 and 15 s later.
+const BACKLOG: i32 = i32::MAX;
+
+/// Opens the listening sockets for these addresses, for [`Acceptor::accept`]. `name`: the listener's in the log.
+///
+/// `[::]` means IPv6 and IPv4, on every system; IPv6 alone if `addresses` has IPv4 addresses of the same port too. If the
+/// kernel has no IPv6, it means IPv4, other IPv6 addresses are left out, and both are logged.
 ///
 /// # Errors
 ///
 /// A text with the address, the cause and what to do.
-pub fn bind(address: SocketAddr) -> Result<TcpListener, String> {
-    let listener = TcpListener::bind(address);
-    // If a connection is reset between poll(2) and accept(2), accept(2) must not wait for the next one.
-    listener.and_then(|listener| listener.set_nonblocking(true).map(|()| listener)).map_err(|error| {
-        let advice = match error.kind() {
-            io::ErrorKind::PermissionDenied => ": ports below 1024 need root, or a supervisor that passes them on",
-            io::ErrorKind::AddrInUse => ": another program listens there; stop it or choose another address",
-            _ => "",
-        };
-        format!("cannot listen on {address}: {error}{advice}")
-    })
+pub fn bind(name: &str, addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, String> {
+    let (mut listeners, mut without_ipv6) = (Vec::new(), None);
+    for address in addresses {
+        let (port, is_any) = (address.port(), address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+        let of_ipv4 = |other: &SocketAddr| other.is_ipv4() && port != 0 && other.port() == port;
+        let both = is_any && !addresses.iter().any(of_ipv4);
+        let wrong = |error: io::Error| bind_error(*address, &error);
+        match open(*address, both) {
+            Ok(opened) => listeners.extend(opened),
+            Err(error) if address.is_ipv6() && is_without_ipv6(&error, is_any) => {
+                let consequence = if both { "IPv4 only" } else { "not listening there" };
+                log::warn!("event=no-ipv6 listener={name} address={address} consequence={consequence:?}");
+                without_ipv6.get_or_insert_with(|| wrong(error));
+                if both {
+                    listeners.extend(open(any_ipv4(port), false).map_err(wrong)?);
+                }
+            }
+            Err(error) => return Err(wrong(error)),
+        }
+    }
+    match without_ipv6 {
+        Some(text) if listeners.is_empty() => {
+            Err(format!("{text}: this kernel has no IPv6; add an IPv4 address, such as \"0.0.0.0:25\""))
+        }
+        _ => Ok(listeners),
+    }
+}
+
+fn bind_error(address: SocketAddr, error: &io::Error) -> String {
+    let advice = match error.kind() {
+        io::ErrorKind::PermissionDenied => ": ports below 1024 need root, or a supervisor that passes them on",
+        io::ErrorKind::AddrInUse => ": another program listens there; stop it or choose another address",
+        _ => "",
+    };
+    format!("cannot listen on {address}: {error}{advice}")
+}
+
+fn any_ipv4(port: u16) -> SocketAddr {
+    (Ipv4Addr::UNSPECIFIED, port).into()
+}
+
+/// Whether this error of [`open`] means that the kernel has no IPv6. A single address may just not exist here.
+fn is_without_ipv6(error: &io::Error, is_any: bool) -> bool {
+    match Errno::from_io_error(error) {
+        Some(Errno::AFNOSUPPORT | Errno::PROTONOSUPPORT) => true,
+        Some(Errno::ADDRNOTAVAIL) => is_any,
+        _ => false,
+    }
+}
+
+/// Opens the socket for an address. With `both` it accepts IPv4 connections too, or there is a second socket for them.
+fn open(address: SocketAddr, both: bool) -> io::Result<Vec<TcpListener>> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    // Non-blocking: if a connection is reset between poll(2) and accept(2), accept(2) must not wait for the next one.
+    let socket = platform::socket(family, SocketType::STREAM)?;
+    // Otherwise a restart fails for as long as connections of the old process are in TIME-WAIT.
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    let mut second = false;
+    if address.is_ipv6() {
+        // The default is the system's: Linux has a sysctl, FreeBSD and NetBSD say IPv6 only. OpenBSD permits nothing else.
+        second = both && sockopt::set_ipv6_v6only(&socket, false).is_err();
+        if !both {
+            sockopt::set_ipv6_v6only(&socket, true)?;
+        }
+    }
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    let mut listeners = vec![TcpListener::from(socket)];
+    if second {
+        let port = listeners[0].local_addr()?.port();
+        listeners.extend(open(any_ipv4(port), false)?);
+    }
+    Ok(listeners)
 }
 
 /// Accepts the connections of one listener.
@@ -53,7 +125,7 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts connections and serves each in a new thread, until `cancel` is cancelled. `listener`: from [`bind`].
+    /// Accepts connections and serves each in a new thread, until `cancel` is cancelled. `listener`: one of [`bind`].
     pub fn accept(&self, listener: &TcpListener, service: Service) {
         loop {
             let descriptors = [listener.as_fd(), self.cancel.fd()];
@@ -61,16 +133,24 @@ impl Acceptor {
             if self.cancel.is_cancelled() {
                 return;
             }
-            match listener.accept() {
-                Ok((stream, peer)) => self.admit(stream, peer.ip().to_canonical(), &service),
-                Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-                Err(error) => {
-                    log::warn!("event=accept-failed listener={} error={}", self.name, quoted(error));
-                    // The connection stays in the backlog, so poll(2) would return at once.
-                    self.cancel.wait_until(Some(Instant::now() + ACCEPT_RETRY_PAUSE));
-                }
+            while !self.cancel.is_cancelled() && self.accept_one(listener, &service) {}
+        }
+    }
+
+    /// Returns whether another connection may wait.
+    fn accept_one(&self, listener: &TcpListener, service: &Service) -> bool {
+        match listener.accept() {
+            Ok((stream, peer)) => self.admit(stream, peer.ip().to_canonical(), service),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+            // The client has gone before it was accepted.
+            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+            Err(error) => {
+                log::warn!("event=accept-failed listener={} error={}", self.name, quoted(error));
+                // The connection stays in the backlog, so poll(2) would return at once.
+                self.cancel.wait_until(Some(Instant::now() + ACCEPT_RETRY_PAUSE));
             }
         }
+        true
     }
 
     fn admit(&self, stream: TcpStream, peer: IpAddr, service: &Service) {
@@ -168,5 +248,55 @@ impl Drop for ConnectionPermit {
             connections.swap_remove(at);
         }
         self.limiter.0.released.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv6Addr;
+
+    fn addresses(texts: &[&str]) -> Vec<SocketAddr> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    fn connects(address: IpAddr, port: u16) -> bool {
+        TcpStream::connect((address, port)).is_ok()
+    }
+
+    #[test]
+    fn any_address_means_both_families() {
+        let listeners = bind("test", &addresses(&["[::]:0"])).unwrap();
+        let port = listeners[0].local_addr().unwrap().port();
+        assert!(connects(Ipv4Addr::LOCALHOST.into(), port));
+        // A container may have no IPv6.
+        if TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok() {
+            assert!(connects(Ipv6Addr::LOCALHOST.into(), port));
+        }
+    }
+
+    /// On Linux two sockets for the same IPv4 address and port would be one too many.
+    #[test]
+    fn beside_ipv4_addresses_any_address_is_for_ipv6() {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        for ipv4 in ["0.0.0.0", "127.0.0.1"] {
+            let both = [format!("[::]:{port}"), format!("{ipv4}:{port}")];
+            for order in [[0, 1], [1, 0]] {
+                let addresses = addresses(&order.map(|at| both[at].as_str()));
+                let listeners = bind("test", &addresses).unwrap();
+                assert!(listeners.len() == 2 || TcpListener::bind("[::]:0").is_err(), "{addresses:?}");
+                assert!(connects(Ipv4Addr::LOCALHOST.into(), port), "{addresses:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_ipv6_there_is_ipv4() {
+        let error = |errno: Errno| io::Error::from(errno);
+        for is_any in [true, false] {
+            assert!(is_without_ipv6(&error(Errno::AFNOSUPPORT), is_any));
+            assert_eq!(is_without_ipv6(&error(Errno::ADDRNOTAVAIL), is_any), is_any);
+            assert!(!is_without_ipv6(&error(Errno::ADDRINUSE), is_any));
+        }
     }
 }

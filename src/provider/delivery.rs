@@ -19,10 +19,10 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::pipe::PipeFlags;
 
 use super::turned_session::{TurnSettings, TurnedSession};
 use crate::net::trace::quoted;
+use crate::platform;
 use crate::turn::Turn;
 
 /// Submits turns to the delivery thread. The thread ends after the last session if no sender is left.
@@ -92,7 +92,7 @@ pub struct DeliveryThread {
 pub fn channel(limit: usize, settings: TurnSettings) -> io::Result<(TurnSender, DeliveryThread)> {
     // `limit` bounds the channel.
     let (sender, turns) = crossbeam_channel::unbounded();
-    let (woken, waker) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    let (woken, waker) = platform::pipe()?;
     let sessions = Arc::<SessionCount>::default();
     let turn_sender = TurnSender { sender, waker, sessions: sessions.clone(), limit };
     Ok((turn_sender, DeliveryThread { turns, woken, sessions, settings }))

@@ -115,9 +115,8 @@ impl Provider {
             (Listener::Odmr, &config.odmr.listen),
             (Listener::OdmrTls, &config.odmr.listen_tls),
         ] {
-            for address in addresses {
-                listeners.push((kind, listener::bind(*address).map_err(StartError::System)?));
-            }
+            let opened = listener::bind(kind.name(), addresses).map_err(StartError::System)?;
+            listeners.extend(opened.into_iter().map(|listener| (kind, listener)));
         }
         let mut running = RunningProvider { shared: shared.clone(), listening: Vec::new(), threads: Vec::new() };
         running.spawn("delivery", move || delivery.run())?;
@@ -163,7 +162,7 @@ impl Provider {
         let worker = Builder::new().spawn(move || {
             let SupervisedConnection { input, output, peer } = connection;
             let trace = trace(&shared, listener);
-            serve(&shared, listener, Connection::over(input, output, trace), peer);
+            serve(&shared, listener, Ok(Connection::over(input, output, trace)), peer);
         })?;
         delivery.run();
         let _ = worker.join();

@@ -422,7 +422,7 @@ fn files_of_other_agents_and_other_things() {
     spool.write("elsewhere", postfix);
     fs::create_dir(spool.path("new/7.directory")).unwrap();
     std::os::unix::fs::symlink(spool.path("elsewhere"), spool.path("new/8.link")).unwrap();
-    rustix::fs::mkfifoat(rustix::fs::CWD, spool.path("new/9.pipe"), rustix::fs::Mode::RUSR).unwrap();
+    crate::platform::make_fifo(&spool.path("new/9.pipe"));
     std::os::unix::fs::symlink("nowhere", spool.path("new/91.dangling")).unwrap();
     let mut lock = spool.lock();
     for (recipients, text) in [(vec!["eva"], "Received: by mx\n\nx"), (vec!["eva", "bob"], "\n.y\r\n")] {

@@ -276,6 +276,11 @@ impl RecipientRules {
         self.trace(path).1.map_err(|(reason, _)| reason.reply())
     }
 
+    /// How many aliases there are, those of domains among them.
+    pub fn alias_count(&self) -> usize {
+        self.aliases.len() + self.domain_aliases.len()
+    }
+
     /// The result of [`RecipientRules::resolve`] as text: one line, and for an alias another line for each delivery. The
     /// last line has no line end.
     fn explain(&self, path: &ForwardPath) -> Result<String, String> {

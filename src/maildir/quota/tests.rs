@@ -327,9 +327,7 @@ fn a_link_directory_or_pipe_instead_of_the_file_is_an_error() {
     let replace: [fn(&Path, &Path); 3] = [
         |path, other| symlink(other, path).unwrap(),
         |path, _| fs::create_dir(path).unwrap(),
-        |path, _| {
-            rustix::fs::mkfifoat(rustix::fs::CWD, path, rustix::fs::Mode::RUSR).unwrap();
-        },
+        |path, _| crate::platform::make_fifo(path),
     ];
     fs::remove_file(&path).unwrap();
     for replace in replace {

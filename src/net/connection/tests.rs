@@ -382,7 +382,7 @@ fn a_421_is_read_before_a_write_error_is_returned() {
 fn two_pipes_are_a_connection() {
     let (theirs, output) = rustix::pipe::pipe().unwrap();
     let (input, peer) = rustix::pipe::pipe().unwrap();
-    let mut ours = Connection::over(input, Some(output), trace()).unwrap();
+    let mut ours = Connection::over(input, Some(output), trace());
     rustix::io::write(&peer, b"NOOP\r\n").unwrap();
     ours.send(b"250 ok\r\n");
     assert_eq!(next_line(&mut ours), whole(b"NOOP"));

@@ -1,0 +1,226 @@
+//! Reading and writing, with or without waiting, whoever a descriptor belongs to.
+//!
+//! `O_NONBLOCK` belongs to the open file, which processes share: if it were set on a descriptor of the caller (stdin and
+//! stdout, or what a supervisor passes), the shell and every other program on that terminal or pipe would get EAGAIN, also
+//! after the end of this process. If the caller has set it, EAGAIN means "not yet" here and is not an error. So the flags
+//! of the caller's descriptors stay as they are:
+//!
+//! | descriptor | how a call is prevented from waiting |
+//! |---|---|
+//! | made by this process | `O_NONBLOCK` |
+//! | the caller's socket | `MSG_DONTWAIT` |
+//! | any other of the caller's | poll(2) first; then it reads what there is, or writes `PIPE_BUF` octets at most |
+//!
+//! [`Waiting`] is for threads that have nothing else to do.
+
+use std::io::{self, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+use rustix::pipe::PIPE_BUF;
+
+use crate::net::cancel::poll;
+
+/// A descriptor whose reads and writes never wait: they fail with `WouldBlock` instead.
+#[derive(Debug)]
+pub struct Descriptor {
+    fd: OwnedFd,
+    kind: DescriptorKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DescriptorKind {
+    /// It is non-blocking.
+    Own,
+    /// Another process may have it too.
+    SharedSocket,
+    /// Another process may have it too: a pipe, a terminal, a file.
+    SharedFile,
+}
+
+impl Descriptor {
+    /// A socket that only this process has.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be made non-blocking.
+    pub fn own(fd: OwnedFd) -> io::Result<Descriptor> {
+        rustix::fs::fcntl_setfl(&fd, rustix::fs::fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+        Ok(Descriptor { fd, kind: DescriptorKind::Own })
+    }
+
+    /// A duplicate of a descriptor of the caller, whose flags stay as they are.
+    pub fn shared(fd: OwnedFd) -> Descriptor {
+        let is_socket = rustix::net::sockopt::socket_type(&fd).is_ok();
+        let kind = if is_socket { DescriptorKind::SharedSocket } else { DescriptorKind::SharedFile };
+        Descriptor { fd, kind }
+    }
+
+    /// Reads into `space` once. Returns what was read; nothing: the input has ended.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` if there is nothing to read yet; the system's.
+    pub fn read<'a>(&self, space: &'a mut [MaybeUninit<u8>]) -> io::Result<&'a [u8]> {
+        let (read, _) = match self.kind {
+            DescriptorKind::Own => rustix::io::read(&self.fd, space)?,
+            DescriptorKind::SharedSocket => rustix::net::recv(&self.fd, space, RecvFlags::DONTWAIT)?.0,
+            DescriptorKind::SharedFile => {
+                self.check_ready(PollFlags::IN)?;
+                rustix::io::read(&self.fd, space)?
+            }
+        };
+        Ok(read)
+    }
+
+    /// `WouldBlock` unless a call would not wait. A hang-up and an error count as ready: the call reports them.
+    fn check_ready(&self, flag: PollFlags) -> io::Result<()> {
+        let mut polls = [PollFd::new(&self.fd, flag)];
+        poll(&mut polls, Some(Instant::now()))?;
+        if polls[0].revents().is_empty() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+    }
+}
+
+impl AsFd for Descriptor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Write for &Descriptor {
+    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        let written = match self.kind {
+            DescriptorKind::Own => rustix::io::write(&self.fd, octets)?,
+            DescriptorKind::SharedSocket => rustix::net::send(&self.fd, octets, SendFlags::DONTWAIT)?,
+            DescriptorKind::SharedFile => {
+                self.check_ready(PollFlags::OUT)?;
+                // After POLLOUT a pipe has room for this many, so that write(2) does not wait.
+                rustix::io::write(&self.fd, &octets[..octets.len().min(PIPE_BUF)])?
+            }
+        };
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Stdin, stdout or stderr: reads and writes wait, also if the caller has made the descriptor non-blocking. Nothing is
+/// buffered.
+#[derive(Debug)]
+pub struct Waiting<T>(pub T);
+
+impl<T: AsFd> Waiting<T> {
+    /// Repeats a call until it does not fail with EAGAIN.
+    fn retry<R>(&self, flag: PollFlags, mut call: impl FnMut(BorrowedFd<'_>) -> Result<R, Errno>) -> io::Result<R> {
+        loop {
+            match call(self.0.as_fd()) {
+                Err(Errno::AGAIN) => poll(&mut [PollFd::new(&self.0, flag)], None)?,
+                result => return Ok(result?),
+            }
+        }
+    }
+}
+
+impl<T: AsFd> Read for Waiting<T> {
+    fn read(&mut self, space: &mut [u8]) -> io::Result<usize> {
+        self.retry(PollFlags::IN, |fd| rustix::io::read(fd, &mut *space))
+    }
+}
+
+impl<T: AsFd> Write for Waiting<T> {
+    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        self.retry(PollFlags::OUT, |fd| rustix::io::write(fd, octets))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::Duration;
+
+    fn flags(fd: impl AsFd) -> OFlags {
+        rustix::fs::fcntl_getfl(fd).unwrap()
+    }
+
+    fn would_block<T: std::fmt::Debug>(result: io::Result<T>) {
+        assert_eq!(result.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    fn pipe() -> (OwnedFd, OwnedFd) {
+        rustix::pipe::pipe().unwrap()
+    }
+
+    fn sockets() -> (OwnedFd, OwnedFd) {
+        let (one, other) = UnixStream::pair().unwrap();
+        (one.into(), other.into())
+    }
+
+    #[test]
+    fn the_callers_descriptors_do_not_wait_and_keep_their_flags() {
+        for (reader, writer) in [pipe(), sockets()] {
+            for nonblocking in [OFlags::empty(), OFlags::NONBLOCK] {
+                for end in [&reader, &writer] {
+                    rustix::fs::fcntl_setfl(end, (flags(end) - OFlags::NONBLOCK) | nonblocking).unwrap();
+                }
+                let before = (flags(&reader), flags(&writer));
+                let input = Descriptor::shared(reader.try_clone().unwrap());
+                let output = Descriptor::shared(writer.try_clone().unwrap());
+                let mut space = [MaybeUninit::uninit(); 512];
+                would_block(input.read(&mut space));
+                let mut written = 0;
+                let full = loop {
+                    match (&output).write(&[b'x'; 100_000]) {
+                        Ok(count) => written += count,
+                        Err(error) => break error,
+                    }
+                };
+                assert!(written >= PIPE_BUF, "{written}");
+                assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+                while written > 0 {
+                    written -= input.read(&mut space).unwrap().len();
+                }
+                would_block(input.read(&mut space));
+                assert_eq!(before, (flags(&reader), flags(&writer)));
+            }
+            drop(writer);
+            assert!(Descriptor::shared(reader).read(&mut [MaybeUninit::uninit(); 8]).unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn what_is_not_ready_yet_is_awaited() {
+        for (reader, writer) in [pipe(), sockets()] {
+            for end in [&reader, &writer] {
+                rustix::fs::fcntl_setfl(end, flags(end) | OFlags::NONBLOCK).unwrap();
+            }
+            let before = (flags(&reader), flags(&writer));
+            // More than a pipe or a socket holds, read late.
+            let content: Vec<u8> = (0..3_000_000).map(|index| (index % 251) as u8).collect();
+            let (content, mut received) = (&content, Vec::new());
+            thread::scope(|scope| {
+                let output = writer.try_clone().unwrap();
+                scope.spawn(move || {
+                    thread::sleep(Duration::from_millis(20));
+                    Waiting(output).write_all(content).unwrap();
+                });
+                let mut input = Waiting(&reader).take(content.len() as u64);
+                input.read_to_end(&mut received).unwrap();
+            });
+            assert!(received == *content);
+            assert_eq!(before, (flags(&reader), flags(&writer)));
+        }
+    }
+}
