@@ -8,7 +8,7 @@
 //!  Turn::offer: after ATRN more octets came? 503, and the session goes on       │
 //!  the worker submits the turn to the delivery thread                           │
 //!  Turn::begin ────────────── 250 OK now reversing the connection ────────────▶ │
-//!  SMTP client                         turn::accept: after the 250 more octets came? close
+//!  SMTP client                         turn::accept: after the 250 more than QUIT came? close
 //!      │                                                                    SMTP server
 //!      │ ◀────────────────────────── 220 greeting ───────────────────────────── │
 //!      │ ────────────────────────────── EHLO ─────────────────────────────────▶ │
@@ -22,10 +22,15 @@
 //!
 //! The invariant: no octet crosses the turn unnoticed. Both halves take the connection and the old role by value, so
 //! nothing can be sent in the old role afterwards. An octet that has arrived before the turn is never parsed in the new
-//! role: [`Turn::offer`] and [`accept`] prevent the turn instead. After [`Turn::begin`] the provider expects the greeting
-//! of an SMTP server; anything else ends the session.
+//! role: [`Turn::offer`] and [`accept`] prevent the turn instead. The one exception is the QUIT of a provider that has no
+//! mail and does not wait for the greeting. After [`Turn::begin`] the provider expects the greeting of an SMTP server;
+//! anything else ends the session.
 
-use crate::net::connection::{Connection, Filled};
+use std::io;
+use std::time::{Duration, Instant};
+
+use crate::net::cancel::CancelToken;
+use crate::net::connection::{Connection, Filled, WaitResult};
 use crate::queue::QueueLock;
 use crate::session::server::ServerSession;
 use crate::smtp::client::{Client, ClientOptions, Without8BitMime};
@@ -98,18 +103,38 @@ pub struct Turned {
 /// The customer's half: the provider has answered ATRN with 250, and the customer becomes the SMTP server. Returns the
 /// server, which has not sent its greeting yet.
 ///
+/// Exim does not wait for the greeting if it has nothing to send: QUIT comes with its 250. Exactly that is left to the
+/// server.
+///
 /// # Errors
-/// Octets have arrived after the 250: the provider must wait for the greeting (RFC 2645 section 5.3). The connection is
+/// Other octets have arrived after the 250: the provider must wait for the greeting (RFC 2645 section 5.3). The connection is
 /// closed.
 pub fn accept(
-    connection: Connection, client: Client, options: ServerOptions,
+    mut connection: Connection, client: Client, options: ServerOptions, cancel: &CancelToken,
 ) -> Result<(Connection, Server), &'static str> {
     drop(client);
-    if !connection.received().is_empty() {
+    if !matches!(has_nothing_but_quit(&mut connection, cancel), Ok(true)) {
         connection.shutdown();
         return Err("the provider sent octets after its 250 and before our greeting (RFC 2645 section 5.3)");
     }
     connection.trace.event("turn");
     let tls = connection.is_tls();
     Ok((connection, Server::new(options, tls)))
+}
+
+/// How long the customer waits for the rest of a QUIT that came without its end.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Whether nothing has arrived, or only QUIT.
+fn has_nothing_but_quit(connection: &mut Connection, cancel: &CancelToken) -> io::Result<bool> {
+    let (quit, deadline) = (b"QUIT\r\n", Instant::now() + QUIT_TIMEOUT);
+    loop {
+        let received = connection.received();
+        if received.is_empty() || received == quit || !quit.starts_with(received) {
+            return Ok(received.is_empty() || received == quit);
+        }
+        if connection.wait_input(deadline, cancel)? != WaitResult::Ready || connection.fill()? == Filled::End {
+            return Ok(false);
+        }
+    }
 }

@@ -71,8 +71,18 @@ impl Place {
     }
 }
 
-/// Plays the provider in one call. Returns the replies to the script, one for each line that gets one.
-fn provide(mut stream: &TcpStream, script: Script<'_>) -> Vec<String> {
+/// Plays the provider in one call, which announces as many messages as the script has. Returns the replies to the script, one
+/// for each line that gets one.
+fn provide(stream: &TcpStream, script: Script<'_>) -> Vec<String> {
+    // A second transaction with the same line has other recipients of the same message.
+    let mails = script.iter().flat_map(|text| text.lines()).filter(|line| line.starts_with("MAIL "));
+    let messages = mails.collect::<std::collections::HashSet<_>>().len();
+    let replies = say(stream, &format!("250 2.0.0 OK now reversing the connection, {messages} messages\r\n"), script);
+    replies.expect("the call turns")
+}
+
+/// Plays the provider in one call, whose reply to ATRN is `atrn`. `None`: the customer does not turn.
+fn say(mut stream: &TcpStream, atrn: &str, script: Script<'_>) -> Option<Vec<String>> {
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let mut reader = BufReader::new(stream);
     let mut line = move || {
@@ -86,11 +96,14 @@ fn provide(mut stream: &TcpStream, script: Script<'_>) -> Vec<String> {
         ("250-relay.example.net\r\n250-AUTH CRAM-MD5\r\n250 ATRN\r\n", "AUTH "),
         ("334 PDE4OTYuNjk3MTcwOTUyQHBvc3RvZmZpY2UucmVzdG9uLm1jaS5uZXQ+\r\n", ""),
         ("235 2.7.0 OK\r\n", "ATRN"),
-        ("250 2.0.0 OK now reversing the connection\r\n", "220 "),
     ];
     for (reply, next) in handshake {
         send(reply);
         assert!(line().starts_with(next));
+    }
+    send(atrn);
+    if !line().starts_with("220 ") {
+        return None;
     }
     let mut replies = Vec::new();
     for text in ["EHLO relay.example.net"].iter().chain(script).chain(&["QUIT"]) {
@@ -107,7 +120,7 @@ fn provide(mut stream: &TcpStream, script: Script<'_>) -> Vec<String> {
     }
     replies.pop();
     replies.remove(0);
-    replies
+    Some(replies)
 }
 
 const ALICE: &str = "accept = [\"alice@example.org\", \"bob@example.org\"]\n";
@@ -268,4 +281,126 @@ fn the_daemon_calls_again_after_a_pause_if_mail_was_deferred_here() {
 fn a_call_without_mail_is_a_success_and_silent() {
     let call = Place::new(ALICE).pull(&["-q"], "", &[]);
     assert_eq!((call.code, call.out.as_str(), call.error.as_str()), (0, "", ""));
+}
+
+const NO_COUNT: &str = "250 2.0.0 OK now reversing the connection\r\n";
+
+/// Calls a provider that plays these calls one after the other, and says 453 to the next, if there is one. Returns also how many
+/// calls there were.
+fn pull_in_calls(place: &Place, calls: &[(&str, Vec<String>)]) -> (std::process::Output, usize) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut odmr = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    odmr.args(["pull", "-c"]).arg(place.configure(&listener)).env_remove("RUST_LOG");
+    let mut child = odmr.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let mut count = 0;
+    while child.try_wait().unwrap().is_none() {
+        let Ok((stream, _)) = listener.accept() else {
+            std::thread::sleep(Duration::from_millis(2));
+            continue;
+        };
+        stream.set_nonblocking(false).unwrap();
+        match calls.get(count) {
+            Some((atrn, script)) => say(&stream, atrn, &words(script)),
+            None => say(&stream, "453 You have no mail\r\n", &[]),
+        };
+        count += 1;
+    }
+    (child.wait_with_output().unwrap(), count)
+}
+
+/// Exim under TLS gives one message a call.
+#[test]
+fn a_call_that_has_brought_mail_is_followed_by_the_next_at_once() {
+    let one = |number: usize| (NO_COUNT, message(&format!("m{number}@example.net"), "alice@example.org").to_vec());
+    for (messages, expected) in [(3, 4), (99, 100), (120, 100)] {
+        let place = Place::new(ALICE);
+        let calls: Vec<_> = (0..messages).map(one).collect();
+        let (done, count) = pull_in_calls(&place, &calls);
+        let (out, error) = (String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap());
+        assert_eq!((done.status.code(), count), (Some(0), expected), "{error}");
+        assert!(out.starts_with(&format!("{} messages, ", messages.min(100))), "{out}");
+        let new = place.0.path().join("mailboxes/example.org/alice/new");
+        assert_eq!(fs::read_dir(new).unwrap().count(), messages.min(100));
+        assert_eq!(error.contains("event=not-called-again "), messages > 100, "{error}");
+        assert!(error.contains(&format!(" received={} ", messages.min(100))), "{error}");
+    }
+}
+
+/// What the provider sends in the second call, and whether there is a third.
+#[test]
+fn the_next_calls_end_when_they_bring_nothing_new() {
+    let message = |name: &str| message(&format!("{name}@example.net"), "alice@example.org").to_vec();
+    let again = "it sends again what was accepted: it does not read our replies";
+    for (second, messages, calls, reason) in [
+        ((NO_COUNT, message("one")), 2, 2, again),
+        ((NO_COUNT, [message("one"), message("two")].concat()), 3, 3, ""),
+        ((NO_COUNT, Vec::new()), 1, 2, ""),
+        (("250 turning, 1 message\r\n", message("two")), 2, 2, ""),
+        (("250 turning, 2 messages\r\n", message("two")), 2, 3, ""),
+        (("450 4.7.1 Not so fast\r\n", Vec::new()), 1, 2, "ATRN was rejected: 450 4.7.1 Not so fast"),
+        (("451 4.3.0 Not now\r\n", Vec::new()), 1, 2, "ATRN was rejected: 451 4.3.0 Not now"),
+    ] {
+        let place = Place::new(ALICE);
+        let (done, count) = pull_in_calls(&place, &[(NO_COUNT, message("one")), second]);
+        let (out, error) = (String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap());
+        assert_eq!((done.status.code(), count), (Some(0), calls), "{error}");
+        assert!(out.starts_with(&format!("{messages} messages, ")), "{out}");
+        assert_eq!(error.contains("event=not-called-again "), !reason.is_empty(), "{error}");
+        assert!(error.contains(reason), "{error}");
+    }
+}
+
+/// The exit codes and texts of the dialogues in `testdata/customer/exim`.
+#[test]
+fn a_turn_that_brings_no_mail_has_a_reason() {
+    let cure = "odmr: the provider sent a TLS record in place of a message, that is TLS inside TLS; if it is Exim, its \
+                transport needs `hosts_nopass_tls = *`\n";
+    let hung_up = "odmr: the provider turned the line and hung up without a command: its mail may not be due yet\n";
+    let early = "odmr: the provider sent octets after its 250 and before our greeting (RFC 2645 section 5.3)\n";
+    for (octets, code, text) in [
+        (&b"250 turning\r\nQUIT\r\n"[..], 0, ""),
+        (b"250 turning\r\nQUIT\r\nNOOP\r\n", 76, early),
+        (b"250 turning\r\nEHLO x\r\n", 76, early),
+        (b"250 turning\r\n", 75, hung_up),
+        (b"250 turning\r\n\x17\x03\x03\0\x20xx\r\n", 76, cure),
+    ] {
+        let place = Place::new(ALICE);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut odmr = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        odmr.args(["pull", "-q", "-c"]).arg(place.configure(&listener)).env_remove("RUST_LOG");
+        let done = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let (turning, rest) = octets.split_at(b"250 turning\r\n".len());
+                // A record comes after the greeting.
+                let early = if rest.starts_with(b"\x17") { turning } else { octets };
+                let _ = std::str::from_utf8(early).map(|early| say_no_more(&stream, early));
+                let _ = stream.write_all(&octets[early.len()..]);
+                let _ = stream.shutdown(std::net::Shutdown::Write);
+                let _ = std::io::copy(&mut stream, &mut std::io::sink());
+            });
+            odmr.output().unwrap()
+        });
+        let error = String::from_utf8(done.stderr).unwrap();
+        assert_eq!((done.status.code(), error.as_str()), (Some(code), text), "{octets:?}");
+    }
+}
+
+/// Plays the provider up to its reply to ATRN, and awaits the greeting if nothing comes with that reply.
+fn say_no_more(mut stream: &TcpStream, atrn: &str) {
+    let mut reader = BufReader::new(stream);
+    let mut line = || reader.read_line(&mut String::new());
+    for reply in [
+        "220 relay.example.net\r\n",
+        "250-relay.example.net\r\n250-AUTH CRAM-MD5\r\n250 ATRN\r\n",
+        "334 PDE4OTYuNjk3MTcwOTUyQHBvc3RvZmZpY2UucmVzdG9uLm1jaS5uZXQ+\r\n",
+        "235 2.7.0 OK\r\n",
+        atrn,
+    ] {
+        stream.write_all(reply.as_bytes()).unwrap();
+        if reply.lines().count() == 1 || reply != atrn {
+            let _ = line();
+        }
+    }
 }

@@ -456,12 +456,20 @@ fn smtp_on_stdin_and_stdout() {
     assert_eq!((session.code, session.error.as_str()), (0, ""));
     let lines: Vec<_> = session.out.split("\r\n").collect();
     assert_eq!(lines[0], "220 mail.example.org ESMTP mail of this host's users");
-    let extensions: Vec<_> = lines[1..8].iter().map(|line| &line[4..]).collect();
-    let expected =
-        ["mail.example.org", "PIPELINING", "SIZE 70000", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES", "CHUNKING"];
+    let extensions: Vec<_> = lines[1..9].iter().map(|line| &line[4..]).collect();
+    let expected = [
+        "mail.example.org",
+        "PIPELINING",
+        "SIZE 70000",
+        "8BITMIME",
+        "SMTPUTF8",
+        "ENHANCEDSTATUSCODES",
+        "LIMITS RCPTMAX=100",
+        "CHUNKING",
+    ];
     assert_eq!(extensions, expected);
-    assert_eq!(lines[8], "250 DSN");
-    let codes: Vec<_> = lines[9..].iter().filter_map(|line| line.get(..9)).collect();
+    assert_eq!(lines[9], "250 DSN");
+    let codes: Vec<_> = lines[10..].iter().filter_map(|line| line.get(..9)).collect();
     let expected = [
         "252 2.0.0",
         "502 5.5.1",

@@ -32,10 +32,11 @@
 //!
 //! - `== clear only ==`, `== tls only ==`, `== whole only ==`; `== tls ==` in the dialogue implies `clear only`;
 //! - `== certificate ==`: the provider has a certificate in clear plays too (`== tls ==` and `odmr-tls` imply it);
-//! - `== require tls ==`: `require-tls = true`.
+//! - `== require tls ==`: `require-tls = true`;
+//! - `== only these calls ==`: a customer that calls again, after the dialogue, has failed. Otherwise it hears 453 then.
 //!
 //! Events: `== connect inbound|odmr|odmr-tls [as NAME] ==` opens a connection (for `customer/`: awaits the customer's
-//! call), `== connect hop [as NAME] ==` awaits the customer at its next hop, in clear, `== NAME ==` goes on with an earlier one; `== tls ==` shakes hands now; `== turn ==` marks the turn, and the
+//! call), `== connect hop [as NAME] ==` awaits the customer at its next hop, in clear, `== NAME ==` goes on with an earlier one; `== tls ==` shakes hands now; `== in clear ==`: the runner goes on outside TLS; `== turn ==` marks the turn, and the
 //! parser checks that each party speaks as its role demands; `== wait 300ms ==`: for so long nothing may be heard;
 //! `== fault PATH is a file|is a folder|is gone ==`; `== stop ==` tells the program to end; `== pull ok|failed ==`: how the
 //! customer's call ended.

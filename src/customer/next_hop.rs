@@ -177,6 +177,11 @@ impl NextHops {
     fn try_recipient(
         &mut self, hop: &NextHop, message: &OutgoingMessage, recipient: &Recipient,
     ) -> Result<Reply, SessionFailure> {
+        if let Some(session) = self.sessions.get_mut(hop)
+            && session.transaction.is_none()
+        {
+            self.closing.extend(session.take_used_up(std::slice::from_ref(recipient)));
+        }
         let session = self.session(hop)?;
         let begun = Instant::now();
         let reply = session.add_recipient(message, recipient);
@@ -291,30 +296,38 @@ impl HopSession {
     ) -> DeliveryResult {
         let begun = Instant::now();
         let recipients = &message.envelope.recipients;
-        let Some(session) = &mut self.session else {
-            return DeliveryResult::lost("no session with the next hop", recipients.len());
-        };
+        let no_session = || DeliveryResult::lost("no session with the next hop", recipients.len());
+        let Some(session) = &self.session else { return no_session() };
         let (client, offered) = (session.client(), session.client().extensions());
         let info = info.filter(|_| !offered.xclient.is_empty() || !offered.xforward.is_empty());
         // The open transaction goes on if its recipients are the right ones and no other command must come first.
         let fits = client.may_send_content(message) && info.is_none();
         let needs_utf8 = message.envelope.needs_utf8();
+        let is_right = |open: &HopTransaction| fits && (open.utf8 || !needs_utf8) && open.recipients == *recipients;
+        if !self.transaction.as_ref().is_some_and(is_right) {
+            self.abort_transaction();
+            if let Some(session) = self.take_used_up(recipients) {
+                session.quit();
+                return DeliveryResult::lost("the next hop permits no more in this session", recipients.len());
+            }
+        }
+        let Some(session) = &mut self.session else { return no_session() };
         let result = match self.transaction.take() {
-            Some(open) if fits && (open.utf8 || !needs_utf8) && open.recipients == *recipients => {
-                session.send_data(content, message.size)
-            }
-            _ => {
-                session.abort_transaction();
-                match info.map_or(Ok(()), |info| session.send_client_info(info)) {
-                    Ok(()) => session.send_message(message.clone(), content),
-                    Err(failure) => DeliveryResult::lost(failure.to_string(), recipients.len()),
-                }
-            }
+            Some(_) => session.send_data(content, message.size),
+            None => match info.map_or(Ok(()), |info| session.send_client_info(info)) {
+                Ok(()) => session.send_message(message.clone(), content),
+                Err(failure) => DeliveryResult::lost(failure.to_string(), recipients.len()),
+            },
         };
         if result.decided_by.is_connection_loss() || session.is_over() {
             self.end(begun);
         }
         result
+    }
+
+    /// The session, if the next hop's limits permit no message to any of these recipients in it (RFC 9422).
+    fn take_used_up(&mut self, recipients: &[Recipient]) -> Option<ClientSession> {
+        self.session.take_if(|session| !session.client().permits(recipients))
     }
 
     fn abort_transaction(&mut self) {

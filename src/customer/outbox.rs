@@ -209,18 +209,47 @@ impl Outbox {
         Ok(routing.rejected)
     }
 
-    /// Sends the messages that are due in a session with the provider, before ATRN.
-    ///
-    /// # Errors
-    /// The session has failed, and is over.
-    pub fn send(&self, session: &mut ClientSession, counters: &CallCounters) -> Result<(), SessionFailure> {
-        let Some(mut lock) = self.lock_if_any() else { return Ok(()) };
+    /// Sends the messages that are due in a session with the provider, before ATRN. If the provider's limits end the session
+    /// (RFC 9422), `connect` opens the next one. Returns the last one; `None`: it has failed, which is logged.
+    pub fn send(
+        &self, session: ClientSession, connect: &dyn Fn() -> Result<ClientSession, SessionFailure>,
+        counters: &CallCounters,
+    ) -> Option<ClientSession> {
+        let Some(mut lock) = self.lock_if_any() else { return Some(session) };
+        let last = self.send_in_sessions(session, connect, &mut lock, counters);
         lock.count_call();
-        let id = session.id().to_owned();
+        last
+    }
+
+    fn send_in_sessions(
+        &self, mut session: ClientSession, connect: &dyn Fn() -> Result<ClientSession, SessionFailure>,
+        lock: &mut QueueLock, counters: &CallCounters,
+    ) -> Option<ClientSession> {
         let mut logged = false;
-        session.send_queue(&mut lock, &mut |message, mut result, client, lock| {
+        loop {
+            let id = session.id().to_owned();
+            let lost =
+                |failure: &SessionFailure| log::warn!("event=session-lost session={id} error={}", quoted(failure));
+            if let Err(failure) = self.send_in_session(&mut session, lock, &mut logged, counters) {
+                lost(&failure);
+                session.close_after(&failure);
+                return None;
+            }
+            if !session.is_used_up() || !lock.has_next() {
+                return Some(session);
+            }
+            session.quit();
+            session = connect().inspect_err(lost).ok()?;
+        }
+    }
+
+    fn send_in_session(
+        &self, session: &mut ClientSession, lock: &mut QueueLock, logged: &mut bool, counters: &CallCounters,
+    ) -> Result<(), SessionFailure> {
+        let id = session.id().to_owned();
+        session.send_queue(lock, &mut |message, mut result, client, lock| {
             if let Some(reply) = result.no_mail_accepted().cloned() {
-                if !std::mem::replace(&mut logged, true) {
+                if !std::mem::replace(logged, true) {
                     log::warn!("event=outgoing-waits session={id} reason={}", quoted(&reply));
                 }
                 for status in &mut result.recipients {
@@ -248,6 +277,13 @@ impl Outbox {
             Ok(remote) => remote,
             Err(error) => return log::error!("event=submission-failed error={}", quoted(error)),
         };
+        while self.submit_in_session(&remote, &mut lock, cancel, counters) && lock.has_next() {}
+    }
+
+    /// Returns whether the host's limits have ended the session: it accepts more in another one.
+    fn submit_in_session(
+        &self, remote: &Remote, lock: &mut QueueLock, cancel: &CancelToken, counters: &CallCounters,
+    ) -> bool {
         let (config, id) = (&self.mailboxes.config, self.mailboxes.ids.session_id());
         let options = ClientOptions {
             name: config.hostname.clone(),
@@ -257,15 +293,17 @@ impl Outbox {
         };
         let connect = Connect { id: &id, peer: 'S', tls: None, timeouts: &config.timeouts, cancel, limit: None };
         let sent = remote.connect(&options, &connect).and_then(|(mut session, _)| {
-            session.send_queue(&mut lock, &mut |message, result, client, lock| {
+            session.send_queue(lock, &mut |message, result, client, lock| {
                 self.finish_attempt(message, result, (&id, Via::Submission, client), lock, counters);
             })?;
+            let used_up = session.is_used_up();
             session.quit();
-            Ok(())
+            Ok(used_up)
         });
-        if let Err(failure) = sent {
+        sent.unwrap_or_else(|failure| {
             log::warn!("event=submission-failed session={id} error={}", quoted(&failure));
-        }
+            false
+        })
     }
 
     fn finish_attempt(

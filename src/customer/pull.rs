@@ -1,17 +1,21 @@
 //! One call: connect, TLS, AUTH, outgoing mail, ATRN, the turn, and incoming mail until the provider sends QUIT.
 //!
+//! Some providers send a part of the mail in a call: Exim under TLS one message. So a call that has brought mail is followed
+//! by the next at once, until the provider has no more.
+//!
 //! A long upload does not delay incoming mail for ever: after `[timeouts] outgoing` the call fetches incoming mail over
 //! another connection, and again each time that the same time has passed, while the upload goes on.
 //!
 //! 453 ("you have no mail") is a success. After the 250 to ATRN the customer sends nothing but its greeting; what follows
 //! is an ordinary SMTP session in which the customer is the server and the provider the client (RFC 2645 section 5.3).
 
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SendError};
+use std::sync::mpsc::{self, RecvTimeoutError, SendError};
 use std::thread::{self, Scope};
 use std::time::Instant;
 
@@ -19,7 +23,7 @@ use super::counters::{CallCounters, Deferred, Summary};
 use super::mailboxes::Mailboxes;
 use super::next_hop::NextHops;
 use super::outbox::Outbox;
-use super::receiver;
+use super::receiver::{IncomingMail, Receiver};
 use super::retry_queue::RetryQueue;
 use super::store;
 use crate::config::{CustomerConfig, ProviderAccount};
@@ -39,6 +43,9 @@ use crate::smtp::reply::Severity;
 use crate::smtp::server::ServerRole;
 use crate::smtp::status::{is_login_rejected, is_no_mail};
 use crate::turn;
+
+/// How many calls in a row fetch the mail of a provider that sends a part of it in each.
+const CALL_LIMIT: u32 = 100;
 
 /// Why a call has failed. Messages that were sent or received before the failure stay so.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -294,20 +301,17 @@ impl ProviderConnection<'_> {
     /// Sends outgoing mail. Returns the session, in which ATRN may follow; `None`: it was lost, or it still sends mail after
     /// `[timeouts] outgoing` and is an `upload` from now on. A message is never cut: it would begin from zero in each call.
     fn send<'s>(
-        &'s self, scope: &'s Scope<'s, '_>, outbox: &'s Outbox, mut session: ClientSession, upload: &mut Option<Upload>,
+        &'s self, scope: &'s Scope<'s, '_>, outbox: &'s Outbox, session: ClientSession, upload: &mut Option<Upload>,
     ) -> Option<ClientSession> {
         let id = session.id().to_owned();
+        let connect = || self.try_connect().map(|(session, _)| session);
         // Without a buffer: the session is received, or comes back.
         let (sender, sent) = mpsc::sync_channel(0);
-        let ended = spawn(scope, move || match outbox.send(&mut session, self.counters) {
-            Ok(()) => {
-                if let Err(SendError(session)) = sender.send(session) {
-                    ClientSession::quit(session);
-                }
-            }
-            Err(failure) => {
-                log::warn!("event=session-lost session={} error={}", session.id(), quoted(&failure));
-                session.close_after(&failure);
+        let ended = spawn(scope, move || {
+            if let Some(session) = outbox.send(session, &connect, self.counters)
+                && let Err(SendError(session)) = sender.send(session)
+            {
+                ClientSession::quit(session);
             }
         })?;
         match sent.recv_timeout(self.customer.config().timeouts.outgoing) {
@@ -342,20 +346,71 @@ impl ProviderConnection<'_> {
         self.receive(session, peer, domains)
     }
 
-    /// Sends ATRN, turns, and receives mail.
+    /// Sends ATRN, turns, and receives mail, in as many calls as the provider needs.
     fn receive(&self, session: ClientSession, peer: IpAddr, domains: &[Domain]) -> Result<(), CallError> {
-        match session.atrn(domains) {
-            Ok((connection, client)) => {
-                self.counters.add_queued(client.messages_waiting().unwrap_or(0));
-                self.serve_provider(connection, client, peer)
-            }
-            Err(failure) if is_success(&failure) => Ok(()),
-            Err(failure) => Err(call_error(failure)),
+        let Some((connection, client)) = atrn(session, domains).map_err(call_error)? else { return Ok(()) };
+        self.counters.add_queued(client.messages_waiting().unwrap_or(0));
+        let first = self.serve_provider(connection, client, peer)?;
+        match first.no_command {
+            Some(error) => Err(CallError::Temporary(no_command(&error))),
+            None => self.receive_rest(first, domains),
         }
     }
 
-    /// Returns a session after AUTH, and the provider's address.
+    /// Calls again until the provider has no more mail. `last`: what the call before has brought. A call that fails before it
+    /// brings anything is no failure: the provider may want a pause.
+    ///
+    /// # Errors
+    /// Mail was cut short, or the provider breaks the protocol.
+    fn receive_rest(&self, mut last: TurnResult, domains: &[Domain]) -> Result<(), CallError> {
+        let (mut calls, provider) = (0, self.remote.address());
+        let reason = loop {
+            if last.is_all() || self.cancel.is_cancelled() {
+                return Ok(());
+            }
+            if calls + 1 == CALL_LIMIT {
+                break "it may have more mail, for the next call".to_owned();
+            }
+            calls += 1;
+            match self.call_again(&last, domains) {
+                Ok(next) => last = next,
+                Err(CallEnd::NoMail) => return Ok(()),
+                Err(CallEnd::NotNow(reason)) => break reason,
+                Err(CallEnd::Failed(error)) => return Err(error),
+            }
+        };
+        log::info!("event=not-called-again provider={provider} calls={calls} reason={}", quoted(reason));
+        Ok(())
+    }
+
+    /// One more call.
+    ///
+    /// # Errors
+    /// Why no other call follows at once.
+    fn call_again(&self, last: &TurnResult, domains: &[Domain]) -> Result<TurnResult, CallEnd> {
+        let called = self.try_connect().and_then(|(session, peer)| Ok((atrn(session, domains)?, peer)));
+        let (connection, client, peer) = match called {
+            Ok((Some((connection, client)), peer)) => (connection, client, peer),
+            Ok((None, _)) | Err(SessionFailure::Cancelled) => return Err(CallEnd::NoMail),
+            Err(failure) => return Err(CallEnd::NotNow(failure.to_string())),
+        };
+        let next = self.serve_provider(connection, client, peer).map_err(CallEnd::Failed)?;
+        if let Some(error) = next.no_command {
+            return Err(CallEnd::NotNow(no_command(&error)));
+        }
+        if !next.mail.is_empty() && next.mail.is_subset(&last.mail) {
+            let reason = "it sends again what was accepted: it does not read our replies";
+            return Err(CallEnd::NotNow(reason.to_owned()));
+        }
+        Ok(next)
+    }
+
     fn connect(&self) -> Result<(ClientSession, IpAddr), CallError> {
+        self.try_connect().map_err(call_error)
+    }
+
+    /// Returns a session after AUTH, and the provider's address.
+    fn try_connect(&self) -> Result<(ClientSession, IpAddr), SessionFailure> {
         let Mailboxes { config, ids, .. } = &*self.customer.mailboxes;
         let (id, timeouts, cancel) = (&ids.session_id(), &config.timeouts, self.cancel);
         let outgoing = config.outgoing.as_ref();
@@ -367,41 +422,101 @@ impl ProviderConnection<'_> {
             ..ClientOptions::default()
         };
         let connect = Connect { id, peer: 'P', tls: None, timeouts, cancel, limit: None };
-        let (session, peer) = self.remote.connect(&options, &connect).map_err(call_error)?;
+        let (session, peer) = self.remote.connect(&options, &connect)?;
         let (provider, address) = (self.remote.address(), address::literal(peer.ip()));
         log::info!("event=connected session={id} provider={provider} peer={address}");
         Ok((session, peer.ip()))
     }
 
-    /// The customer's half of the turn, and mail until QUIT.
-    fn serve_provider(&self, connection: Connection, client: Client, peer: IpAddr) -> Result<(), CallError> {
+    /// The customer's half of the turn, and mail until QUIT, or until the provider hangs up without a command.
+    fn serve_provider(&self, connection: Connection, client: Client, peer: IpAddr) -> Result<TurnResult, CallError> {
+        let announced = client.messages_waiting();
         let Customer { mailboxes, outbox, retry_queue, .. } = self.customer;
         let config = &mailboxes.config;
         let mut options =
             config.limits.server_options(ServerRole::Customer, &config.hostname, config.mailboxes.max_size);
         // A customer that sends no mail cannot send DSNs.
         options.dsn = outbox.is_some();
-        let (connection, server) =
-            turn::accept(connection, client, options).map_err(|error| CallError::Protocol(error.to_string()))?;
+        let (connection, server) = turn::accept(connection, client, options, self.cancel)
+            .map_err(|error| CallError::Protocol(error.to_string()))?;
         // A message of which a part has arrived stays with the provider, so `cancel` may end the session at once.
         let limits = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
         let limits = SessionLimits { session: config.timeouts.turn, ..limits };
         let hops = NextHops::new(mailboxes, self.cancel);
-        let mut receiver = receiver::Receiver::new(retry_queue.clone(), self.counters.clone(), hops);
+        let mut receiver = Receiver::new(retry_queue.clone(), self.counters.clone(), hops);
         let mut session = ServerSession::new(connection, server, address::literal(peer), None, limits);
         session.greet();
         let end = session.run(&mut receiver);
         session.close();
+        let IncomingMail { messages, settled } = receiver.into_mail();
+        let result = |no_command| TurnResult { announced, messages, mail: settled, no_command };
         match end {
-            SessionEnd::Quit => Ok(()),
+            SessionEnd::Quit => Ok(result(None)),
+            SessionEnd::NoCommand(error) => Ok(result(Some(error))),
             SessionEnd::Closed(reason) => Err(CallError::Temporary(format!("the call was cut short: {reason}"))),
+            SessionEnd::TlsRecord => Err(CallError::Protocol(
+                "the provider sent a TLS record in place of a message, that is TLS inside TLS; if it is Exim, its transport \
+                 needs `hosts_nopass_tls = *`"
+                    .to_owned(),
+            )),
             SessionEnd::Atrn(_) => Err(CallError::Protocol("the provider sent ATRN".to_owned())),
         }
     }
 }
 
+/// Sends ATRN. Returns both halves for the turn; `None`: there is no mail.
+///
+/// # Errors
+/// The provider has rejected ATRN, or the session has failed.
+fn atrn(session: ClientSession, domains: &[Domain]) -> Result<Option<(Connection, Client)>, SessionFailure> {
+    match session.atrn(domains) {
+        Ok(turned) => Ok(Some(turned)),
+        Err(failure) if is_success(&failure) => Ok(None),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// What the provider has sent after one turn.
+struct TurnResult {
+    /// The messages that were waiting, if the provider has said how many.
+    announced: Option<u64>,
+    /// The messages that it has offered.
+    messages: u64,
+    /// The messages that were accepted or rejected, by their fingerprints.
+    mail: HashSet<u64>,
+    /// Why the session was over before the provider sent any command.
+    no_command: Option<io::Error>,
+}
+
+impl TurnResult {
+    /// Whether another call would bring nothing: this one has brought nothing, or all that was announced.
+    fn is_all(&self) -> bool {
+        self.mail.is_empty() || self.announced.is_some_and(|announced| self.messages >= announced)
+    }
+}
+
+/// Why a call that follows another at once is the last one.
+enum CallEnd {
+    NoMail,
+    /// It has brought nothing new.
+    NotNow(String),
+    Failed(CallError),
+}
+
+/// Why a turn without any command is no success.
+fn no_command(error: &io::Error) -> String {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    match error.kind() {
+        // Exim does that if none of its mail is due yet.
+        BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof => {
+            "the provider turned the line and hung up without a command: its mail may not be due yet".to_owned()
+        }
+        _ => format!("the call was cut short: {error}"),
+    }
+}
+
 /// Work in a thread of its own. It receives nothing, and is disconnected when the work has ended.
-type Upload = Receiver<()>;
+type Upload = mpsc::Receiver<()>;
 
 /// Begins work in a thread of its own; `None`: the system has no thread, which is logged.
 fn spawn<'s>(scope: &'s Scope<'s, '_>, work: impl FnOnce() + Send + 's) -> Option<Upload> {

@@ -24,6 +24,8 @@
 //! not replied (RFC 1047); the retry queue, which is checked before step 1, cannot be written to in step 2 or 3; or step 3
 //! fails after step 2 has reported rejections.
 
+use std::collections::HashSet;
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash, Hasher};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -66,6 +68,16 @@ struct CallContext {
     hops: Mutex<NextHops>,
     /// The next hop that has decided on the next negative reply; `None`: we do.
     decided_by: Mutex<Option<String>>,
+    mail: Mutex<IncomingMail>,
+}
+
+/// The messages that the provider offers in one session.
+#[derive(Default)]
+pub struct IncomingMail {
+    pub messages: u64,
+    /// Fingerprints of those that stay with the provider no longer: of sender, size and content of a message that was
+    /// accepted; of a recipient that was rejected, its own and that of sender and size.
+    pub settled: HashSet<u64>,
 }
 
 impl CallContext {
@@ -77,6 +89,10 @@ impl CallContext {
         self.hops.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn mail(&self) -> MutexGuard<'_, IncomingMail> {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn decided_by(&self) -> MutexGuard<'_, Option<String>> {
         self.decided_by.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -85,9 +101,14 @@ impl CallContext {
 impl Receiver {
     /// Delivers into the mailboxes of `retry_queue`, and by `hops`.
     pub fn new(retry_queue: Arc<RetryQueue>, counters: Arc<CallCounters>, hops: NextHops) -> Receiver {
-        let context =
-            Arc::new(CallContext { retry_queue, counters, hops: Mutex::new(hops), decided_by: Mutex::default() });
+        let (hops, decided_by, mail) = (Mutex::new(hops), Mutex::default(), Mutex::default());
+        let context = Arc::new(CallContext { retry_queue, counters, hops, decided_by, mail });
         Receiver { context, message: None, accepted: Vec::new() }
+    }
+
+    /// What the provider has offered.
+    pub fn into_mail(self) -> IncomingMail {
+        std::mem::take(&mut self.context.mail())
     }
 
     /// All destinations of a recipient must accept, or the recipient is rejected.
@@ -148,6 +169,10 @@ impl Receiver {
     }
 }
 
+fn fingerprint(value: &impl Hash) -> u64 {
+    BuildHasherDefault::<DefaultHasher>::default().hash_one(value)
+}
+
 /// A message as the counters know it (see [`MessageRecipient`]).
 #[derive(Clone, Default)]
 struct MessageIdentity {
@@ -172,10 +197,11 @@ impl SessionHandler for Receiver {
         self.accepted.clear();
         let size = mail.size.unwrap_or(0);
         let envelope = mail.envelope.clone();
-        self.message = Some(OutgoingMessage { envelope, size, eight_bit: false, utf8_header: false });
+        self.message = Some(OutgoingMessage { envelope, size, eight_bit: false, utf8_header: false, attempts: 0 });
         self.context.mailboxes().check_room(size)?;
         // If this message was deferred at MAIL before, its recipients count from now on.
         self.context.counters.accepted(&MessageIdentity::new(&mail.envelope, size).to(""));
+        self.context.mail().messages += 1;
         Ok(())
     }
 
@@ -208,7 +234,13 @@ impl SessionHandler for Receiver {
     fn not_accepted(&mut self, what: Unaccepted<'_>, reply: &Reply) {
         let (by, mail) = (self.context.decided_by().take(), self.mail().unwrap_or_default());
         let by = by.as_deref().unwrap_or("us");
-        let count = |mail: &MessageIdentity, to: &str| self.context.counters.not_accepted(&mail.to(to), by, reply);
+        let count = |mail: &MessageIdentity, to: &str| {
+            self.context.counters.not_accepted(&mail.to(to), by, reply);
+            if reply.severity() == Severity::Permanent {
+                self.context.mail().settled.insert(fingerprint(&(&mail.from, mail.size, to)));
+            }
+        };
+        self.context.mail().messages += u64::from(matches!(what, Unaccepted::Sender(_)));
         match what {
             // We defer a message after `sender` has noted it. What is rejected before that has no other key than its path.
             Unaccepted::Sender(_) if reply.severity() == Severity::Transient => count(&mail, ""),
@@ -244,6 +276,8 @@ impl SessionHandler for Receiver {
             begun: false,
             session: incoming.session.to_owned(),
             identity: self.mail().unwrap_or_default(),
+            size: 0,
+            hasher: DefaultHasher::new(),
             provider: incoming.received.helo.unwrap_or_default().to_owned(),
             received_octets: received.len(),
             success_dsn: SuccessDsn::new(&context.retry_queue.reporter, &message, &routing),
@@ -267,6 +301,9 @@ struct IncomingMessage {
     /// The id of our session in the log.
     session: String,
     identity: MessageIdentity,
+    /// Octets of the content so far, and their hash.
+    size: usize,
+    hasher: DefaultHasher,
     /// The name of the client.
     provider: String,
     /// Octets of our own `Received`.
@@ -320,6 +357,7 @@ impl IncomingMessage {
         deliveries.into_iter().try_for_each(|delivery| self.store_rest(delivery))?;
         self.publish(prepared, sent)?;
         log_discarded(&self.session, &self.message, &self.routing.discarded, now);
+        self.note_accepted();
         let counters = &self.context.counters;
         counters.message_done();
         for recipient in &self.message.envelope.recipients {
@@ -330,6 +368,15 @@ impl IncomingMessage {
         }
         self.success_dsn.send();
         Ok(result)
+    }
+
+    /// Notes the message for the next call. Another transaction with more of its recipients brings no other message.
+    fn note_accepted(&self) {
+        let fingerprint = fingerprint(&(&self.identity.from, self.size, self.hasher.finish()));
+        let mut mail = self.context.mail();
+        if !mail.settled.insert(fingerprint) {
+            mail.messages = mail.messages.saturating_sub(1);
+        }
     }
 
     /// The reply to content that no recipient has: a deferral, if any destination defers. Records which one has decided.
@@ -361,7 +408,7 @@ impl IncomingMessage {
         for (hop, recipients) in std::mem::take(&mut self.routing.hop_recipients) {
             let mut envelope = self.message.envelope.with_recipients(recipients);
             envelope.drop_needless_utf8(utf8_header);
-            let outgoing = OutgoingMessage { envelope, size, eight_bit, utf8_header };
+            let outgoing = OutgoingMessage { envelope, size, eight_bit, utf8_header, attempts: 0 };
             let mut delivery = hops.deliver(&hop, &outgoing, &mut self.spooled, info.as_ref());
             let (from, recipients) = (&outgoing.envelope.from, &mut delivery.recipients);
             context.mailboxes().deliver_fallbacks(from, recipients, &mut self.spooled);
@@ -411,6 +458,8 @@ impl IncomingMessage {
 impl MessageSink for IncomingMessage {
     fn write(&mut self, octets: &[u8]) -> Result<(), Reply> {
         self.context.counters.add_octets(octets.len());
+        self.size += octets.len();
+        self.hasher.write(octets);
         self.success_dsn.observe(octets);
         // The spooled content begins with our `Received` field; the copies in mailboxes do the same by themselves.
         let separated = !octets.is_empty() && !std::mem::replace(&mut self.begun, true) && continues_field(octets);

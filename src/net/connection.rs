@@ -72,7 +72,10 @@ pub struct Connection {
     discarding: Option<usize>,
     /// Octets read during `flush_all` or the handshake; the next `fill` reports them.
     early_octets: usize,
+    /// No octets come after those in `read`.
     ended: bool,
+    /// Why there are no more, if the peer has not closed in good order.
+    read_error: Option<io::Error>,
     out: Buffer,
     write_error: Option<io::Error>,
 }
@@ -141,6 +144,7 @@ impl Connection {
             discarding: None,
             early_octets: 0,
             ended: false,
+            read_error: None,
             out: Buffer::default(),
             write_error: None,
         }
@@ -236,7 +240,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// The system's; under TLS `InvalidData`, and `UnexpectedEof` for an end without close_notify.
+    /// The system's; under TLS `InvalidData`, and `UnexpectedEof` for an end without close_notify. What came before it is
+    /// reported first.
     pub fn fill(&mut self) -> io::Result<Filled> {
         match mem::take(&mut self.early_octets) {
             0 => self.read_available(),
@@ -263,15 +268,25 @@ impl Connection {
         };
         let read = self.read.end();
         let before = read.len();
-        match &mut self.tls {
-            None if octets.is_empty() => self.ended = true,
-            None => read.extend_from_slice(octets),
-            Some(session) if octets.is_empty() => session.end_of_input()?,
+        let decrypted = match &mut self.tls {
+            None => {
+                self.ended = octets.is_empty();
+                read.extend_from_slice(octets);
+                Ok(())
+            }
+            Some(session) if octets.is_empty() => session.end_of_input(),
             Some(session) => {
                 let fed = session.feed(octets, read);
                 // An alert of the peer needs no answer.
                 self.tls_failed |= fed.is_err() && session.wants_write();
-                fed?
+                fed
+            }
+        };
+        if let Err(error) = decrypted {
+            // Nothing can be decrypted after that.
+            (self.ended, self.read_error) = (true, Some(copy(&error)));
+            if self.read.octets.len() == before {
+                return Err(error);
             }
         }
         match self.read.octets.len() - before {
@@ -286,6 +301,9 @@ impl Connection {
     }
 
     fn at_end(&mut self) -> io::Result<bool> {
+        if let Some(error) = &self.read_error {
+            return Err(copy(error));
+        }
         if let Some(session) = &mut self.tls {
             self.ended |= session.ended()?;
         }
@@ -388,7 +406,7 @@ impl Connection {
     /// still be read.
     pub fn flush(&mut self) -> io::Result<bool> {
         let result = self.write_error.take().map_or_else(|| self.write_pending(), Err);
-        result.inspect_err(|error| self.write_error = Some(io::Error::new(error.kind(), error.to_string())))
+        result.inspect_err(|error| self.write_error = Some(copy(error)))
     }
 
     /// Returns how many octets were not yet given to the system. Under TLS some are counted in their encrypted form.
@@ -638,6 +656,11 @@ pub fn connect(address: SocketAddr, deadline: Instant, cancel: &CancelToken) -> 
             return Ok(socket);
         }
     }
+}
+
+/// The same error, for another caller.
+fn copy(error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), error.to_string())
 }
 
 /// What ends a line.

@@ -185,6 +185,12 @@ pub fn self_signed(names: &[&str]) -> Result<(String, String), String> {
     Ok((made.cert.pem(), made.signing_key.serialize_pem()))
 }
 
+/// Returns whether the octets begin with the header of a TLS record (RFC 8446 section 5.1): no command and no message begins
+/// so. Exim sends records inside TLS if its transport gives a TLS connection to another process.
+pub fn begins_as_record(octets: &[u8]) -> bool {
+    matches!(octets, [0x14..=0x17, 0x03, 0x00..=0x04, ..])
+}
+
 /// One TLS connection without its socket.
 pub(crate) struct TlsSession {
     connection: Connection,
@@ -233,13 +239,20 @@ impl TlsSession {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error),
             }
+            let handshaking = self.connection.is_handshaking();
             let processed = self.connection.process_new_packets();
             match self.connection.reader().read_to_end(plain) {
                 Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
                 _ => {}
             }
             self.count();
-            processed.map_err(failed)?;
+            processed.map_err(|error| match error {
+                // Exim sends a last QUIT so. In the handshake it means that `tls` is wrong.
+                Error::InvalidMessage(InvalidMessage::InvalidContentType) if !handshaking => {
+                    io::Error::new(io::ErrorKind::InvalidData, "the peer spoke outside TLS")
+                }
+                error => failed(error),
+            })?;
         }
     }
 

@@ -88,9 +88,12 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
     })?;
     // The enhanced status code is the one that is registered for 453 (RFC 5248).
     let no_mail = || Reply::new(453, "4.3.2", "You have no mail");
-    lock.count_call();
     // Files that are no mail, and messages that this call skips, would make a turn for nothing.
-    if lock.is_empty().map_err(unavailable)? || !lock.has_next() { Err(no_mail()) } else { Ok(lock) }
+    if lock.is_empty().map_err(unavailable)? || !lock.has_next() {
+        lock.count_call();
+        return Err(no_mail());
+    }
+    Ok(lock)
 }
 
 /// Decides which mail a customer may submit.

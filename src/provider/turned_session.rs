@@ -202,6 +202,8 @@ impl TurnedSession {
             if self.done {
                 return Ok(false);
             }
+            // The reason, if the end was reported together with octets.
+            self.connection.fill()?;
             return Err(io::Error::other("the customer closed the connection"));
         }
         // A customer that reads slowly is not silent: it gets more time.
@@ -299,13 +301,15 @@ impl TurnedSession {
     /// do.
     fn next_message(&mut self) -> io::Result<bool> {
         // `QueueLock::next_message` may list a directory: not at every wake-up.
-        if !self.client.is_ready_for_message() || (self.queue_empty && self.client.in_flight() > 0) {
+        let full = self.is_full() && self.client.in_flight() == 0 && !self.client.closing();
+        if !(full || self.client.is_ready_for_message()) || (self.queue_empty && self.client.in_flight() > 0) {
             return Ok(false);
         }
-        let limit = self.settings.messages;
-        let enough = self.settings.cancel.is_cancelled() || (limit > 0 && self.counters.offered >= limit);
+        let enough = self.settings.cancel.is_cancelled() || self.is_full();
         let mut commands = Vec::new();
         match if enough { None } else { self.lock.next_message() } {
+            // RFC 9422 section 4.3: this session has other domains.
+            Some(message) if !self.client.permits(&message.envelope.recipients) => return Ok(true),
             Some(message) => {
                 self.counters.offered += 1;
                 match self.client.send_message(message.outgoing_message(), &mut commands) {
@@ -324,6 +328,12 @@ impl TurnedSession {
             self.reset_deadline(Instant::now());
         }
         Ok(true)
+    }
+
+    /// Whether a limit permits no more messages in this session.
+    fn is_full(&self) -> bool {
+        let limit = self.settings.messages;
+        self.client.is_used_up() || limit > 0 && self.counters.offered >= limit
     }
 
     /// Acts on the result of the first of the messages given to the client.
@@ -370,6 +380,9 @@ impl TurnedSession {
         let aborted = self.settings.abort.is_cancelled();
         for result in self.client.abandon(&connection_lost("The connection was lost")) {
             self.finish_message(&if aborted { result.stopped() } else { result });
+        }
+        if !(self.is_full() && self.lock.has_next()) {
+            self.lock.count_call();
         }
         let TurnCounters { sent, deferred, rejected, in_doubt, unsettled, octets, .. } = self.counters;
         let (skipped, not_mail) = (self.lock.skipped(), self.lock.not_mail());

@@ -52,10 +52,10 @@ pub(super) struct Listed {
     missed: Option<OsString>,
     /// The queue was listed once.
     once: bool,
-    /// The session is a call: it counts for messages that calls skip.
-    is_call: bool,
     /// How many messages this session skips.
     skipped: usize,
+    /// Those for which it was not counted yet.
+    uncounted: Vec<Entry>,
     /// How many files have no recipient that can be sent to.
     not_mail: usize,
 }
@@ -110,10 +110,10 @@ impl QueueLock {
         QueueLock { queues, current }
     }
 
-    /// This session is a call of the customer: it counts for messages that the next calls skip. To be called before any
-    /// message is asked for.
+    /// The session ends, and was a call of the customer: it counts for the messages that it has skipped. A session that only
+    /// a limit has ended does not count, as the customer calls again at once.
     pub fn count_call(&mut self) {
-        self.queues.iter_mut().for_each(|queue| queue.listed.is_call = true);
+        self.queues.iter_mut().for_each(LockedQueue::count_call);
     }
 
     /// How many messages this session skips because they have ended sessions.
@@ -136,17 +136,23 @@ impl QueueLock {
     /// # Errors
     /// A directory cannot be read.
     pub fn is_empty(&self) -> io::Result<bool> {
-        Ok(self.count(1)? == 0)
+        Ok(self.count_if(1, |_| true)? == 0)
     }
 
-    /// How many files there are in the queues, up to `limit`, without those that are known to be no mail.
+    /// How many files there are in the queues, up to `limit`, without those that are known to be no mail or are skipped by
+    /// this session.
     ///
     /// # Errors
     /// A directory cannot be read.
     pub fn count(&self, limit: usize) -> io::Result<usize> {
+        let now = self.queues.first().map(|queue| queue.ids.clock().now());
+        self.count_if(limit, |entry| now.is_none_or(|now| !message::is_skipped(&entry.record(), now)))
+    }
+
+    fn count_if(&self, limit: usize, counts: impl Fn(&Entry) -> bool) -> io::Result<usize> {
         let mut count = 0;
         for LockedQueue { maildir, notes, .. } in &self.queues {
-            count += maildir.count_if(limit - count, |entry| notes.is_mail(maildir, entry))?;
+            count += maildir.count_if(limit - count, |entry| notes.is_mail(maildir, entry) && counts(entry))?;
         }
         Ok(count)
     }
@@ -203,11 +209,16 @@ impl QueueLock {
     /// Whether [`QueueLock::next_message`] will offer a message.
     pub fn has_next(&mut self) -> bool {
         let Some(message) = self.next_message() else { return false };
+        self.put_back(message);
+        true
+    }
+
+    /// Takes back a message that was offered, to be offered next.
+    pub fn put_back(&mut self, message: QueuedMessage) {
         if let Some(queue) = self.queue_of(message.maildir()) {
             queue.listed.offered.remove(message.unique());
             queue.listed.waiting.push_front(message.into_entry());
         }
-        true
     }
 
     /// Records what became of the recipients of a message, and removes the message if no recipient is left.
@@ -353,7 +364,7 @@ impl LockedQueue {
             }
             let record = entry.record();
             if message::is_skipped(&record, now) {
-                self.skip(&entry);
+                self.skip(entry);
             } else if record.ended.is_some() || entry.has(IN_DOUBT) {
                 last.push((record.ended.map_or(0, |ended| ended.sessions), entry));
             } else {
@@ -365,22 +376,28 @@ impl LockedQueue {
         Ok(())
     }
 
-    /// Leaves a message out of this session because it has ended others, and records that, if the session is a call.
-    fn skip(&mut self, entry: &Entry) {
+    /// Leaves a message out of this session because it has ended others.
+    fn skip(&mut self, entry: Entry) {
         self.listed.offered.insert(entry.unique().to_owned());
         self.listed.skipped += 1;
-        let mut record = entry.record();
-        let Some(ended) = &mut record.ended else { return };
-        let (queue, file, sessions, calls) = (&self.name, quoted(entry.name.display()), ended.sessions, ended.skip - 1);
-        log::info!("event=skipped queue={queue} file={file} sessions={sessions} skip={calls}");
-        ended.skip = calls;
-        if !self.listed.is_call {
-            return;
+        if let Some(ended) = entry.record().ended {
+            let (queue, file, sessions) = (&self.name, quoted(entry.name.display()), ended.sessions);
+            log::info!("event=skipped queue={queue} file={file} sessions={sessions} skip={}", ended.skip - 1);
+            self.listed.uncounted.push(entry);
         }
-        match self.maildir.rename(entry, None, &record) {
-            Ok(renamed) => self.listed.add_offered(renamed.unique()),
-            // The time since it ended the last session bounds the calls too.
-            Err(error) => log::warn!("event=skip-not-recorded queue={queue} error={}", quoted(error)),
+    }
+
+    fn count_call(&mut self) {
+        for entry in std::mem::take(&mut self.listed.uncounted) {
+            let mut record = entry.record();
+            if let Some(ended) = &mut record.ended {
+                ended.skip = ended.skip.saturating_sub(1);
+            }
+            match self.maildir.rename(&entry, None, &record) {
+                Ok(renamed) => self.listed.add_offered(renamed.unique()),
+                // The time since it ended the last session bounds the calls too.
+                Err(error) => log::warn!("event=skip-not-recorded queue={} error={}", self.name, quoted(error)),
+            }
         }
     }
 

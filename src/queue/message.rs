@@ -235,7 +235,8 @@ impl QueuedMessage {
         // If the header cannot be read, the sender's declaration holds.
         let utf8_header = self.eight_bit && self.header_needs_utf8().unwrap_or(envelope.utf8);
         envelope.drop_needless_utf8(utf8_header);
-        OutgoingMessage { envelope, size: self.size, eight_bit: self.eight_bit, utf8_header }
+        let attempts = usize::try_from(self.entry.record().attempts).unwrap_or(0);
+        OutgoingMessage { envelope, size: self.size, eight_bit: self.eight_bit, utf8_header, attempts }
     }
 
     /// Whether an address in the header needs SMTPUTF8. If the header is longer than [`HEADER_LIMIT`], the sender's

@@ -30,7 +30,8 @@
 //!
 //! A message that ends its session (the connection is lost while it is under way, or 421 is the reply to it) is offered last
 //! in the next ones. After three such sessions in a row the next call skips it, after four the next 2, then 4, then 8 calls,
-//! but no call for more than a day.
+//! but no call for more than a day. If a limit of messages ends a session, the customer calls again at once: only the last of
+//! these sessions counts as a call.
 //!
 //! A recipient that cannot be read, in a file of another delivery agent, is always open: the file stays for it. A file
 //! without any other recipient, and what is no plain file, is named in the log once, and does not count as waiting.

@@ -821,7 +821,6 @@ fn a_message_that_cannot_be_removed_is_not_sent_again() {
 fn calls(spool: &Spool, calls: usize, ends: &[&str]) -> Vec<String> {
     let call = |_| {
         let mut lock = spool.lock();
-        lock.count_call();
         let mut order = Vec::new();
         while let Some(message) = lock.next_message() {
             let name = local_parts(&message).remove(0);
@@ -832,6 +831,7 @@ fn calls(spool: &Spool, calls: usize, ends: &[&str]) -> Vec<String> {
                 break;
             }
         }
+        lock.count_call();
         order.join(" ")
     };
     (0..calls).map(call).collect()

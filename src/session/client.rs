@@ -80,11 +80,18 @@ fn lost(error: io::Error) -> SessionFailure {
 pub trait MessageSource {
     /// The next message. `None`: the session sends no more.
     fn next_message(&mut self) -> Option<QueuedMessage>;
+
+    /// Takes back a message that this session cannot send, for another session.
+    fn put_back(&mut self, message: QueuedMessage);
 }
 
 impl MessageSource for QueueLock {
     fn next_message(&mut self) -> Option<QueuedMessage> {
         QueueLock::next_message(self)
+    }
+
+    fn put_back(&mut self, message: QueuedMessage) {
+        QueueLock::put_back(self, message);
     }
 }
 
@@ -102,6 +109,8 @@ pub struct ClientSession {
     limit: Option<Instant>,
     /// The session was cancelled after it sent the content of a message: it waits for the reply until then.
     grace: Option<(Instant, CancelToken)>,
+    /// The peer's limits have ended the last [`ClientSession::send_queue`]: the rest needs another session.
+    used_up: bool,
 }
 
 impl ClientSession {
@@ -134,6 +143,12 @@ impl ClientSession {
     /// Whether the peer accepts no more commands: it has closed the connection, or has said 421.
     pub fn is_over(&self) -> bool {
         self.connection.ended() || self.client.closing()
+    }
+
+    /// Whether the peer's limits (RFC 9422) have ended [`ClientSession::send_queue`]: what its source still has needs another
+    /// session.
+    pub fn is_used_up(&self) -> bool {
+        self.used_up
     }
 
     /// Begins TLS; `name`: what the peer's certificate must be for.
@@ -194,6 +209,11 @@ impl ClientSession {
                     more = false;
                     break;
                 };
+                if !self.client.permits(&message.envelope.recipients) {
+                    source.put_back(message);
+                    (self.used_up, more) = (true, false);
+                    break;
+                }
                 if let Err(failure) = self.reject_unsolicited() {
                     let result = DeliveryResult::lost(failure.to_string(), message.envelope.recipients.len());
                     settle(message, result, &self.client, source);
@@ -205,6 +225,7 @@ impl ClientSession {
                 }
             }
             if self.client.in_flight() == 0 {
+                self.used_up |= more && self.client.is_used_up();
                 return match self.client.closing() {
                     true => Err(SessionFailure::Lost("the peer shuts down".to_owned())),
                     false if self.cancel.is_cancelled() => Err(SessionFailure::Cancelled),
@@ -519,6 +540,7 @@ impl Connect<'_> {
             cancel: self.cancel.clone(),
             limit: self.limit,
             grace: None,
+            used_up: false,
         };
         let begun = match self.tls {
             Some((tls, name)) if implicit => session.begin_tls(tls, name),
@@ -580,7 +602,7 @@ mod tests {
         let content = b"0123456789abcde\n".repeat(4096);
         let recipients = vec![Recipient::plain(Mailbox::parse("a@example.org").unwrap())];
         let envelope = Envelope { recipients, ..Envelope::new(ReversePath::Null) };
-        let message = OutgoingMessage { envelope, size: 17 * 4096, eight_bit: false, utf8_header: false };
+        let message = OutgoingMessage { envelope, size: 17 * 4096, eight_bit: false, utf8_header: false, attempts: 0 };
         let result = session.send_message(message, &mut &content[..]);
         assert!(result.recipients[0].is_sent(), "{result:?}");
         drop(session);

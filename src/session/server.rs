@@ -16,13 +16,16 @@ use super::{CONTENT_BLOCK, Limits, Timeouts, without_secrets};
 use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled, Line, WaitResult};
-use crate::net::tls::ServerTls;
+use crate::net::tls::{ServerTls, begins_as_record};
 use crate::net::trace::quoted;
 use crate::smtp::command::Verb;
 use crate::smtp::content::{ContentDecoder, HeaderScanner};
 use crate::smtp::limits;
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{MessageSink, Server, ServerRole, ServerStep, SessionHandler, Unaccepted, message_too_large};
+
+/// Octets by which a TLS record is recognised. The shortest content after DATA is as long.
+const RECORD_HEADER: u64 = 3;
 
 /// How long the last replies may take.
 const LAST_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -75,6 +78,10 @@ pub struct ServerSession {
     pace_left: u64,
     /// A message of which some chunks have arrived (RFC 3030).
     chunks: Option<(ContentDecoder, ContentReceiver)>,
+    /// The client has sent a command, or the beginning of one.
+    has_commands: bool,
+    /// The client has sent a TLS record in place of a command or of a message.
+    found_record: bool,
 }
 
 /// Why [`ServerSession::run`] has returned.
@@ -84,6 +91,11 @@ pub enum SessionEnd {
     Atrn(Vec<Domain>),
     /// The client sent QUIT and got its reply.
     Quit,
+    /// The client sent a TLS record in place of a command or of a message. It gets no reply: a client that reads a rejection
+    /// returns the message to its sender.
+    TlsRecord,
+    /// The session is over, and the client has sent nothing.
+    NoCommand(io::Error),
     /// The session is over, for this reason.
     Closed(String),
 }
@@ -94,6 +106,8 @@ impl fmt::Display for SessionEnd {
         match self {
             SessionEnd::Atrn(_) => f.write_str("ATRN"),
             SessionEnd::Quit => f.write_str("quit"),
+            SessionEnd::TlsRecord => f.write_str("a TLS record in place of a command or of a message"),
+            SessionEnd::NoCommand(error) => error.fmt(f),
             SessionEnd::Closed(reason) => f.write_str(reason),
         }
     }
@@ -107,7 +121,20 @@ impl ServerSession {
         let now = Instant::now();
         let (deadline, pace) = (now + limits.session, PaceClock::new(limits::UNKNOWN_CLIENT_PACE, 0, now));
         let pace_left = server.max_size();
-        ServerSession { connection, server, peer, limits, tls, deadline, pace, pace_left, chunks: None }
+        let (has_commands, found_record) = (false, false);
+        ServerSession {
+            connection,
+            server,
+            peer,
+            limits,
+            tls,
+            deadline,
+            pace,
+            pace_left,
+            chunks: None,
+            has_commands,
+            found_record,
+        }
     }
 
     /// Queues the greeting.
@@ -134,7 +161,13 @@ impl ServerSession {
 
     /// Serves the client until the session ends, or until ATRN. Returns why it has returned.
     pub fn run(&mut self, handler: &mut dyn SessionHandler) -> SessionEnd {
-        self.serve(handler).unwrap_or_else(|error| SessionEnd::Closed(error.to_string()))
+        self.serve(handler).unwrap_or_else(|error| match self.found_record {
+            true => SessionEnd::TlsRecord,
+            false if self.has_commands || !self.connection.received().is_empty() => {
+                SessionEnd::Closed(error.to_string())
+            }
+            false => SessionEnd::NoCommand(error),
+        })
     }
 
     /// Sends the queued replies, which may take 5 seconds, and closes the connection.
@@ -146,6 +179,7 @@ impl ServerSession {
     fn serve(&mut self, handler: &mut dyn SessionHandler) -> io::Result<SessionEnd> {
         loop {
             let line = self.read_line()?;
+            self.has_commands = true;
             let step = match &line {
                 Some(line) => {
                     self.trace_command(line);
@@ -175,6 +209,7 @@ impl ServerSession {
                 ServerStep::Data(go_ahead) => self.data(&go_ahead, handler)?,
                 ServerStep::Chunk { size, last: _, rejected: Some(reply) } => {
                     self.begin_pace(size.min(self.server.max_size()));
+                    self.reject_record_in_content(size)?;
                     self.read_exact(size, |_| {})?;
                     self.log_command_rejected(&reply, None);
                     self.observe(&reply, line.as_deref(), handler);
@@ -218,6 +253,7 @@ impl ServerSession {
             if !self.connection.is_tls() && self.connection.received().starts_with(&[0x16, 0x03]) {
                 return Err(self.end("4.7.0", "TLS begins with STARTTLS on this port", "a TLS hello on a clear port"));
             }
+            self.reject_record()?;
             match self.connection.take_line(limits::COMMAND_LINE) {
                 Line::Whole(line) => return Ok(Some(line)),
                 Line::TooLong => return Ok(None),
@@ -228,6 +264,21 @@ impl ServerSession {
             }
             self.wait_for_input(deadline, false)?;
         }
+    }
+
+    /// Ends the session if the next octets are a TLS record.
+    fn reject_record(&mut self) -> io::Result<()> {
+        self.found_record = begins_as_record(self.connection.received());
+        if self.found_record { Err(io::Error::other("a TLS record")) } else { Ok(()) }
+    }
+
+    /// Waits for the first octets of a message of which `size` octets arrive, and ends the session if they are a TLS record.
+    fn reject_record_in_content(&mut self, size: u64) -> io::Result<()> {
+        let deadline = BlockDeadline::new(&self.limits).deadline.min(self.deadline);
+        while (self.connection.received().len() as u64) < size.min(RECORD_HEADER) {
+            self.wait_for_input(deadline, true)?;
+        }
+        self.reject_record()
     }
 
     /// Waits for octets. `in_content`: only an abort ends the wait, not a cancellation.
@@ -247,7 +298,7 @@ impl ServerSession {
         }
         match self.connection.fill()? {
             Filled::Bytes(_) | Filled::Nothing => Ok(()),
-            Filled::End => Err(io::Error::other("the client closed the connection")),
+            Filled::End => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the client closed the connection")),
         }
     }
 
@@ -339,6 +390,7 @@ impl ServerSession {
             }
         };
         self.reply(go_ahead);
+        self.reject_record_in_content(RECORD_HEADER)?;
         let mut content = ContentDecoder::data();
         let mut octets = Vec::with_capacity(CONTENT_BLOCK);
         let mut block = BlockDeadline::new(&self.limits);
@@ -367,9 +419,13 @@ impl ServerSession {
         let (mut content, mut receiver) = match self.chunks.take() {
             Some(begun) => begun,
             None => match self.open_sink(handler) {
-                Ok(receiver) => (ContentDecoder::bdat(), receiver),
+                Ok(receiver) => {
+                    self.reject_record_in_content(size)?;
+                    (ContentDecoder::bdat(), receiver)
+                }
                 Err(reply) => {
                     self.begin_pace(size.min(self.server.max_size()));
+                    self.reject_record_in_content(size)?;
                     self.read_exact(size, |_| {})?;
                     self.reject_content(&reply, handler);
                     self.server.chunk_rejected(last);

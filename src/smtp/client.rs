@@ -68,6 +68,12 @@
 //! If the options permit chunks and the peer offers CHUNKING, one `BDAT size LAST` with all content replaces DATA. The client
 //! sends it after the last reply to RCPT, so that no content is sent if no recipient was accepted; its reply is Content.
 //!
+//! # LIMITS (RFC 9422)
+//!
+//! If the peer announces RCPTMAX or RCPTDOMAINMAX, a transaction has no more recipients, and the others are deferred with 452:
+//! another transaction follows at once, as if the peer had sent that. If no other MAIL is permitted (MAILMAX), or no recipient
+//! of a message, the message needs another session ([`Client::permits`]).
+//!
 //! # One recipient at a time
 //!
 //! A server that asks a next hop about each recipient before it replies to its own client uses
@@ -75,7 +81,7 @@
 //! [`ClientStep::Replied`]. The result has the accepted recipients only.
 
 use std::borrow::Cow;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -139,6 +145,8 @@ pub struct OutgoingMessage {
     pub eight_bit: bool,
     /// An address in the header is not ASCII. If the peer offers SMTPUTF8 it is used, even if the sender has not declared it.
     pub utf8_header: bool,
+    /// Earlier attempts: if a transaction cannot have all recipients, it begins with others in each.
+    pub attempts: usize,
 }
 
 /// Why a session cannot go on.
@@ -260,6 +268,8 @@ struct ClientTransaction {
     stepwise: bool,
     /// MAIL had SMTPUTF8.
     utf8: bool,
+    /// RCPT commands.
+    rcpts: usize,
     /// The octets of the content, if it is sent by BDAT.
     chunk: Option<u64>,
     /// All content was sent.
@@ -310,6 +320,10 @@ pub struct Client {
     ended_by_message: bool,
     client_overridden: bool,
     messages_waiting: Option<u64>,
+    /// MAIL commands.
+    mails: usize,
+    /// The domains of the recipients, if the peer limits them.
+    domains: HashSet<String>,
 }
 
 impl Client {
@@ -332,6 +346,8 @@ impl Client {
             ended_by_message: false,
             client_overridden: false,
             messages_waiting: None,
+            mails: 0,
+            domains: HashSet::new(),
         }
     }
 
@@ -381,7 +397,50 @@ impl Client {
     pub fn is_ready_for_message(&self) -> bool {
         let before = self.transactions.back();
         let may_follow = before.is_none_or(|before| before.content_sent && self.extensions.pipelining);
-        self.ready && !self.closing && may_follow && self.transactions.len() < 2
+        self.ready && !self.closing && may_follow && self.transactions.len() < 2 && !self.is_used_up()
+    }
+
+    /// Whether the peer permits no other MAIL in this session (RFC 9422 section 4.1).
+    pub fn is_used_up(&self) -> bool {
+        self.extensions.limits.mails.is_some_and(|limit| self.mails >= limit)
+    }
+
+    /// Whether the peer permits a message with at least one of these recipients in this session. A session that has sent no
+    /// message permits any.
+    pub fn permits(&self, recipients: &[Recipient]) -> bool {
+        !self.is_used_up() && recipients.iter().any(|recipient| self.permits_domain(&domain_of(recipient)))
+    }
+
+    /// RFC 9422 section 4.3.
+    fn permits_domain(&self, domain: &str) -> bool {
+        let limit = self.extensions.limits.domains;
+        limit.is_none_or(|limit| self.domains.len() < limit || self.domains.contains(domain))
+    }
+
+    /// Counts the domain of a recipient. Returns whether the peer permits it.
+    fn admit_domain(&mut self, recipient: &Recipient) -> bool {
+        let domain = domain_of(recipient);
+        let permitted = self.permits_domain(&domain);
+        if permitted && self.extensions.limits.domains.is_some() {
+            self.domains.insert(domain);
+        }
+        permitted
+    }
+
+    /// The numbers of the recipients that the peer permits in one transaction, in order.
+    fn permitted_recipients(&mut self, message: &OutgoingMessage) -> Vec<usize> {
+        let recipients = &message.envelope.recipients;
+        let count = recipients.len();
+        let most = self.extensions.limits.recipients.unwrap_or(count);
+        let first = if count > most { message.attempts.wrapping_mul(most) % count } else { 0 };
+        let mut permitted = Vec::with_capacity(most.min(count));
+        for number in (first..count).chain(0..first) {
+            if permitted.len() < most && self.admit_domain(&recipients[number]) {
+                permitted.push(number);
+            }
+        }
+        permitted.sort_unstable();
+        permitted
     }
 
     /// Sends a message: MAIL, a RCPT for each recipient, DATA.
@@ -397,11 +456,19 @@ impl Client {
             };
             return Err(DeliveryResult::all(status, recipients.len(), DecidedBy::Us));
         }
-        self.queue_command(Stage::Mail, self.mail_line(&message));
-        for (number, recipient) in recipients.iter().enumerate() {
-            self.queue_command(Stage::Rcpt(number), self.rcpt_line(recipient, utf8));
+        let permitted = self.permitted_recipients(&message);
+        let mut replies = vec![Some(one_too_many()); recipients.len()];
+        if permitted.is_empty() || self.is_used_up() {
+            let status =
+                RecipientStatus::Deferred(Reply::new(451, "4.5.3", "The peer permits no more in this session"));
+            return Err(DeliveryResult::all(status, recipients.len(), DecidedBy::Us));
         }
-        let recipients = vec![None; recipients.len()];
+        self.queue_mail(&message);
+        for number in permitted {
+            replies[number] = None;
+            self.queue_command(Stage::Rcpt(number), self.rcpt_line(&recipients[number], utf8));
+        }
+        let recipients = replies;
         self.transactions.push_back(ClientTransaction { recipients, utf8, ..ClientTransaction::default() });
         self.queue_data(message.size);
         self.flush_commands(out);
@@ -417,7 +484,7 @@ impl Client {
             let later = || Reply::new(451, "4.3.5", "The next hop offers no extensions now");
             return Err(if self.extended { reply } else { later() });
         }
-        self.queue_command(Stage::Mail, self.mail_line(message));
+        self.queue_mail(message);
         let utf8 = message.envelope.needs_utf8();
         self.transactions.push_back(ClientTransaction { stepwise: true, utf8, ..ClientTransaction::default() });
         self.flush_commands(out);
@@ -435,8 +502,15 @@ impl Client {
         if !recipient.mailbox.is_ascii() && !self.extensions.utf8 {
             return Err(no_utf8());
         }
-        let line = self.rcpt_line(recipient, transaction.utf8);
-        self.queue_command(Stage::Rcpt(transaction.recipients.len()), line);
+        let (number, most, utf8) = (transaction.recipients.len(), self.extensions.limits.recipients, transaction.utf8);
+        // RFC 9422 section 4.2: also RCPT commands that have failed count.
+        if most.is_some_and(|most| transaction.rcpts >= most) || !self.admit_domain(recipient) {
+            return Err(one_too_many());
+        }
+        if let Some(transaction) = self.transactions.front_mut() {
+            transaction.rcpts += 1;
+        }
+        self.queue_command(Stage::Rcpt(number), self.rcpt_line(recipient, utf8));
         self.flush_commands(out);
         Ok(())
     }
@@ -877,6 +951,11 @@ impl Client {
         line
     }
 
+    fn queue_mail(&mut self, message: &OutgoingMessage) {
+        self.mails += 1;
+        self.queue_command(Stage::Mail, self.mail_line(message));
+    }
+
     fn queue_quit(&mut self) {
         if !self.closing {
             self.closing = true;
@@ -932,6 +1011,17 @@ fn messages_waiting(reply: &Reply) -> Option<u64> {
 /// An address as it came; without SMTPUTF8 its domain has A-labels (RFC 6531 section 3.2).
 fn spelled(mailbox: &Mailbox, utf8: bool) -> Cow<'_, str> {
     if utf8 { Cow::Owned(mailbox.to_string()) } else { mailbox.with_a_labels() }
+}
+
+/// The domain of a recipient, to compare it with others; empty: it has none.
+fn domain_of(recipient: &Recipient) -> String {
+    let address = recipient.mailbox.to_string();
+    address.rsplit_once('@').map_or("", |(_, domain)| domain).to_ascii_lowercase()
+}
+
+/// The reply for a recipient that the peer does not permit in this transaction.
+fn one_too_many() -> Reply {
+    Reply::new(452, "4.5.3", "The peer permits no more recipients in one transaction")
 }
 
 fn no_utf8() -> Reply {

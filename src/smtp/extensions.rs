@@ -32,6 +32,36 @@ pub struct PeerExtensions {
     /// The attributes of XCLIENT and of XFORWARD, as Postfix documents them; empty: the command is not offered.
     pub xclient: Vec<String>,
     pub xforward: Vec<String>,
+    pub limits: PeerLimits,
+}
+
+/// What the peer permits at most (RFC 9422 section 4); `None`: it does not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeerLimits {
+    /// MAILMAX: MAIL commands in a session.
+    pub mails: Option<usize>,
+    /// RCPTMAX: RCPT commands in a transaction.
+    pub recipients: Option<usize>,
+    /// RCPTDOMAINMAX: different domains of recipients in a session.
+    pub domains: Option<usize>,
+}
+
+impl PeerLimits {
+    fn parse<'a>(words: impl Iterator<Item = &'a str>) -> PeerLimits {
+        let mut limits = PeerLimits::default();
+        for (name, value) in words.filter_map(|word| word.split_once('=')) {
+            let limit = match name.to_ascii_uppercase().as_str() {
+                "MAILMAX" => &mut limits.mails,
+                "RCPTMAX" => &mut limits.recipients,
+                "RCPTDOMAINMAX" => &mut limits.domains,
+                _ => continue,
+            };
+            // RFC 9422 section 3: one to six digits, the first of them not 0; other values are ignored.
+            let digits = value.bytes().all(|octet| octet.is_ascii_digit()) && !value.starts_with('0');
+            *limit = value.parse().ok().filter(|_| digits && value.len() <= 6);
+        }
+        limits
+    }
 }
 
 impl PeerExtensions {
@@ -51,6 +81,7 @@ impl PeerExtensions {
                 Some("DSN") => offered.dsn = true,
                 Some("STARTTLS") => offered.starttls = true,
                 Some("ATRN") => offered.atrn = true,
+                Some("LIMITS") => offered.limits = PeerLimits::parse(words),
                 Some("XCLIENT") => offered.xclient = words.map(str::to_ascii_uppercase).collect(),
                 Some("XFORWARD") => offered.xforward = words.map(str::to_ascii_uppercase).collect(),
                 Some("AUTH") => {

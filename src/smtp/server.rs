@@ -473,6 +473,8 @@ impl Server {
             .with_line("8BITMIME")
             .with_line("SMTPUTF8")
             .with_line("ENHANCEDSTATUSCODES")
+            // RFC 9422 section 4.2.
+            .with_line(format!("LIMITS RCPTMAX={}", options.max_recipients))
             .with_line("CHUNKING");
         if options.dsn {
             reply = reply.with_line("DSN");

@@ -25,7 +25,7 @@ fn message(recipients: usize) -> OutgoingMessage {
         (0..recipients).map(|number| Recipient::plain(mailbox(&format!("r{number}@example.org")))).collect();
     let from = reverse_path(b"<a@b.example>").unwrap().0;
     let envelope = Envelope { recipients, ..Envelope::new(from) };
-    OutgoingMessage { envelope, size: 3, eight_bit: false, utf8_header: false }
+    OutgoingMessage { envelope, size: 3, eight_bit: false, utf8_header: false, attempts: 0 }
 }
 
 fn server_options(role: ServerRole) -> ServerOptions {
@@ -619,7 +619,8 @@ fn what_ehlo_offers() {
         Served::Reply(reply) => reply.lines().collect::<Vec<_>>().join("/"),
         other => panic!("{other:?}"),
     };
-    let mail = "relay.example.net/PIPELINING/SIZE 1000/8BITMIME/SMTPUTF8/ENHANCEDSTATUSCODES/CHUNKING";
+    let mail =
+        "relay.example.net/PIPELINING/SIZE 1000/8BITMIME/SMTPUTF8/ENHANCEDSTATUSCODES/LIMITS RCPTMAX=100/CHUNKING";
     assert_eq!(offers(server_options(ServerRole::Inbound), false), mail);
     assert_eq!(offers(server_options(ServerRole::Customer), true), mail);
     let starttls = |role| ServerOptions { starttls: true, ..server_options(role) };
@@ -1346,6 +1347,79 @@ fn recipients_are_added_one_at_a_time() {
         assert_eq!(scripted.receive("250 ok").0, "Done =250 =250");
         assert!(scripted.client.is_ready_for_message());
     }
+}
+
+/// RFC 9422 section 4: what the peer permits at most, and which recipients a transaction has then.
+///
+/// Rules: LIM-01, LIM-02, LIM-03, LIM-04.
+#[test]
+fn the_limits_of_the_peer_are_obeyed() {
+    let ready = |limits: &str| {
+        let mut scripted = Scripted::new(options());
+        scripted.receive("220 x");
+        scripted.receive(&format!("250-x/250-PIPELINING/250 LIMITS {limits}"));
+        scripted.sent();
+        scripted
+    };
+    let rcpts = |sent: &str| sent.split('/').filter_map(|line| line.strip_prefix("RCPT TO:<r")).count();
+    for (limits, mails, recipients) in [
+        ("MAILMAX=2 RCPTMAX=3", 2, 3),
+        ("x=1 mailmax=1 RCPTMAX= RCPTDOMAINMAX=1", 1, 5),
+        ("MAILMAX RCPTMAX=03 MAILMAX=0", 4, 5),
+        ("RCPTMAX=1000000 MAILMAX=-1", 4, 5),
+    ] {
+        let mut scripted = ready(limits);
+        for _ in 0..mails {
+            assert!(scripted.client.permits(&message(5).envelope.recipients), "{limits}");
+            let sent = scripted.send(5);
+            assert_eq!(rcpts(&sent), recipients, "{limits}: {sent}");
+            (0..recipients).for_each(|_| drop(scripted.receive("250 x")));
+            // One reply to MAIL, then that to DATA.
+            scripted.receive("250 x");
+            assert_eq!(scripted.receive("354 x").0, "Content { chunk: false }");
+            scripted.client.content_sent(&mut scripted.out);
+            let untried = " ~452".repeat(5 - recipients);
+            let expected = format!("Done {}{untried}", vec!["=250"; recipients].join(" "));
+            assert_eq!(scripted.receive("250 x").0, expected);
+            scripted.sent();
+        }
+        assert_eq!(scripted.client.is_used_up(), mails < 4, "{limits}");
+        assert_eq!(scripted.client.is_ready_for_message(), mails == 4, "{limits}");
+        scripted.client.quit(&mut scripted.out);
+        assert_eq!(scripted.sent(), "QUIT");
+    }
+    // Another attempt begins with other recipients.
+    for (attempts, first) in [(0, "0 r1"), (1, "2 r3"), (2, "0 r4"), (3, "1 r2")] {
+        let mut scripted = ready("RCPTMAX=2");
+        let message = OutgoingMessage { attempts, ..message(5) };
+        scripted.client.send_message(message, &mut scripted.out).unwrap();
+        let sent = scripted.sent();
+        let numbers: Vec<_> = sent.split("<r").skip(1).map(|rest| rest.split('@').next().unwrap()).collect();
+        assert_eq!(numbers.join(" r"), first, "{attempts}");
+    }
+    // One domain in a session: the others need another one.
+    let mut scripted = ready("RCPTDOMAINMAX=1");
+    scripted.send(1);
+    let other = [Recipient::plain(mailbox("r@EXAMPLE.org")), Recipient::plain(mailbox("r@example.com"))];
+    assert!(scripted.client.permits(&other) && !scripted.client.permits(&other[1..]));
+    // The next EHLO replaces the limits.
+    let mut scripted = Scripted::new(ClientOptions { starttls: StartTls::Required, ..options() });
+    for reply in ["220 x", "250-x/250-STARTTLS/250 LIMITS MAILMAX=1", "220 go", "250 x"] {
+        scripted.receive(reply);
+    }
+    scripted.sent();
+    scripted.send(1);
+    assert!(!scripted.client.is_used_up());
+    // One recipient after the other: also RCPT commands that have failed count.
+    let mut scripted = ready("RCPTMAX=2");
+    scripted.begin_transaction();
+    scripted.receive("250 ok");
+    for (local, reply) in [("a", "550 no"), ("b", "250 ok")] {
+        scripted.add_recipient(local);
+        scripted.receive(reply);
+    }
+    let third = scripted.client.add_recipient(&other[0], &mut scripted.out).unwrap_err();
+    assert_eq!((third.code(), third.enhanced()), (452, Some("4.5.3")));
 }
 
 #[test]

@@ -298,7 +298,7 @@ class NoMail:
                 if not self.letters:
                     server.say("453 4.3.2 you have no mail")
                     continue
-                server.say("250 2.0.0 turning")
+                server.say("250 2.0.0 turning, 1 message")
                 return self.turned(server)
             elif verb == b"QUIT":
                 return server.say("221 2.0.0 bye")

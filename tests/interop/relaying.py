@@ -112,6 +112,28 @@ def hand_in(box, customer, domain, count):
     return sorted(f"u{number}@{domain}" for number in range(count))
 
 
+@scenario("relay-limits", needs=["dnsmasq"])
+def relay_limits(box):
+    """A host announces LIMITS MAILMAX=7 (RFC 9422): a queue of 40 goes in six sessions of one attempt, each message once"""
+    keywords = ("PIPELINING", "8BITMIME", "SMTPUTF8", "LIMITS MAILMAX=7 RCPTMAX=1000")
+    house = House(box, address="127.0.0.3", keywords=keywords)
+    provider, customer = world(
+        box,
+        house,
+        mx={"whole.example": [(1, "mx-whole.example")]},
+        hosts={"mx-whole.example": "127.0.0.3"},
+        more="connections-per-host = 1\n",
+    )
+    wanted = hand_in(box, customer, "whole.example", 40)
+    check((result := customer.pull()) == 0, f"pull: exit {result}")
+    wait_until(lambda: len(received(house)) >= 40, f"{len(received(house))} of 40", seconds=20)
+    check(received(house) == wanted, f"not each of them once: {received(house)}")
+    sessions = house.connections
+    check(6 <= sessions <= 8, f"{sessions} sessions")
+    check(not events(provider.log(), "session-lost"), "a session was lost")
+    return f"{sessions} sessions"
+
+
 @scenario("relay-connections", needs=["dnsmasq"])
 def relay_connections(box):
     """A long queue goes over several connections; one of them is lost in the middle: nothing is sent twice or lost"""

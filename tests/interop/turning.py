@@ -38,7 +38,7 @@ class Turning:
                 pass
             elif verb == b"ATRN":
                 self.done += 1
-                server.say("250 2.0.0 turning" if self.mail else "453 4.3.2 you have no mail")
+                server.say("250 2.0.0 turning, 1 message" if self.mail else "453 4.3.2 you have no mail")
                 if self.mail:
                     self.lines.put(Line(self.box.keep(sock), server.received))
                     return True

@@ -19,6 +19,8 @@ pub struct Settings {
     pub whole_only: bool,
     pub certificate: bool,
     pub require_tls: bool,
+    /// For `customer/`: a call that the dialogue does not have is a failure. Otherwise it gets 453.
+    pub only_these_calls: bool,
     /// The dialogue itself begins TLS.
     pub starttls: bool,
 }
@@ -54,6 +56,8 @@ pub enum Action {
     },
     Use(String),
     Tls,
+    /// What the runner says from now on goes out beside TLS.
+    InClear,
     Turn,
     Silence(Duration),
     Fault {
@@ -254,6 +258,7 @@ impl Parser<'_> {
             "whole only" => settings.whole_only = true,
             "certificate" => settings.certificate = true,
             "require tls" => settings.require_tls = true,
+            "only these calls" => settings.only_these_calls = true,
             "after" => self.place = Place::After,
             _ => {
                 if matches!(self.place, Place::After) {
@@ -290,6 +295,7 @@ impl Parser<'_> {
                 settings.starttls = true;
                 Action::Tls
             }
+            ["in", "clear"] => Action::InClear,
             ["turn"] => Action::Turn,
             ["wait", time] => {
                 let time = time.strip_suffix("ms").and_then(|time| time.parse().ok()).ok_or("a time in ms")?;

@@ -221,16 +221,17 @@ impl<'a> Play<'a> {
         let played = transcript.steps.iter().try_for_each(|step| match &step.action {
             Action::Connect { name, listener: which } if which == "hop" => self.called(step.line, &hop, false, name),
             Action::Connect { name, .. } => self.called(step.line, &listener, self.mode.tls, name),
-            Action::Pull { succeeds } => self.ended(step.line, &mut pull, *succeeds),
+            Action::Pull { succeeds } => self.ended(step.line, &listener, &mut pull, *succeeds),
             Action::Stop => self.flush(step.line).map(|()| stop.cancel()),
             _ => self.step(step),
         });
         let last = transcript.steps.last().map_or(1, |step| step.line);
-        let played = played.and_then(|()| self.flush(last));
+        let mut played = played.and_then(|()| self.flush(last));
         self.connections.clear();
         // A customer that still waits is told to stop; one that does not obey is left behind, its play has failed.
         let begun = Instant::now();
         while !customer.is_finished() && begun.elapsed() < PATIENCE {
+            played = played.and_then(|()| self.answer_other_call(last, &listener));
             if begun.elapsed() > PATIENCE / 5 {
                 stop.cancel();
             }
@@ -456,16 +457,35 @@ impl<'a> Play<'a> {
         self.current = name.to_owned();
     }
 
-    fn ended(&mut self, line: usize, pull: &mut Receiver<Result<(), String>>, succeeds: bool) -> Result<(), Failure> {
+    fn ended(
+        &mut self, line: usize, listener: &TcpListener, pull: &mut Receiver<Result<(), String>>, succeeds: bool,
+    ) -> Result<(), Failure> {
         self.flush(line)?;
         let wanted = if succeeds { "the call ends well" } else { "the call fails" };
-        let got = match pull.recv_timeout(PATIENCE) {
-            Ok(result) if result.is_ok() == succeeds => return Ok(()),
-            Ok(Ok(())) => "it ended well".to_owned(),
-            Ok(Err(error)) => error,
-            Err(_) => format!("no end within {PATIENCE:?}; heard\n{}", self.heard()),
+        let deadline = Instant::now() + PATIENCE;
+        let got = loop {
+            match pull.recv_timeout(Duration::from_millis(1)) {
+                Ok(result) if result.is_ok() == succeeds => return Ok(()),
+                Ok(Ok(())) => break "it ended well".to_owned(),
+                Ok(Err(error)) => break error,
+                Err(_) if Instant::now() < deadline => self.answer_other_call(line, listener)?,
+                Err(_) => break format!("no end within {PATIENCE:?}; heard\n{}", self.heard()),
+            }
         };
         Err(Failure::new(line, wanted, got))
+    }
+
+    /// A customer that has got mail calls again, to hear that there is no more.
+    fn answer_other_call(&self, line: usize, listener: &TcpListener) -> Result<(), Failure> {
+        let failed = |error: io::Error| Failure::new(line, "453 for a call after the dialogue", error.to_string());
+        listener.set_nonblocking(true).map_err(failed)?;
+        let Ok((socket, _)) = listener.accept() else { return Ok(()) };
+        if self.transcript.settings.only_these_calls {
+            return Err(Failure::new(line, "no other call", "one more"));
+        }
+        // A customer that was told to stop hangs up.
+        let _ = socket.set_nonblocking(false).and_then(|()| Connection::new(socket)?.no_mail(self.mode.tls));
+        Ok(())
     }
 
     fn heard(&mut self) -> String {
@@ -487,6 +507,7 @@ impl<'a> Play<'a> {
                 let shaken = if customer { connection.tls_server() } else { connection.tls_client() };
                 shaken.map_err(|error| Failure::new(line, "a TLS handshake", error.to_string()))?;
             }
+            Action::InClear => self.connection(line)?.in_clear = true,
             Action::Silence(time) => {
                 let got = self.connection(line)?.listen(*time);
                 if !got.is_empty() {
@@ -570,6 +591,7 @@ struct Connection {
     tls: Option<rustls::Connection>,
     received: Vec<u8>,
     unsaid: Vec<u8>,
+    in_clear: bool,
 }
 
 enum Heard {
@@ -583,7 +605,31 @@ impl Connection {
     fn new(socket: TcpStream) -> io::Result<Connection> {
         socket.set_nodelay(true)?;
         socket.set_write_timeout(Some(PATIENCE))?;
-        Ok(Connection { socket, tls: None, received: Vec::new(), unsaid: Vec::new() })
+        Ok(Connection { socket, tls: None, received: Vec::new(), unsaid: Vec::new(), in_clear: false })
+    }
+
+    /// Plays a provider without mail.
+    fn no_mail(mut self, tls: bool) -> io::Result<()> {
+        if tls {
+            self.tls_server()?;
+        }
+        self.send(b"220 relay.example.net\r\n")?;
+        loop {
+            let line = self.line().map_err(io::Error::other)?;
+            let reply = match line.split(' ').next().unwrap_or_default() {
+                "EHLO" if self.tls.is_some() => "250-relay.example.net\r\n250-AUTH CRAM-MD5 PLAIN\r\n250 ATRN\r\n",
+                "EHLO" => "250-relay.example.net\r\n250-AUTH CRAM-MD5 PLAIN\r\n250-STARTTLS\r\n250 ATRN\r\n",
+                "STARTTLS" => "220 go ahead\r\n",
+                "AUTH" if line == "AUTH CRAM-MD5" => "334 PDEuMkByZWxheS5leGFtcGxlLm5ldD4=\r\n",
+                "ATRN" => "453 no mail\r\n",
+                "QUIT" => return self.send(b"221 bye\r\n"),
+                _ => "235 2.7.0 authenticated\r\n",
+            };
+            self.send(reply.as_bytes())?;
+            if line == "STARTTLS" {
+                self.tls_server()?;
+            }
+        }
     }
 
     fn tls_client(&mut self) -> io::Result<()> {
@@ -634,7 +680,7 @@ impl Connection {
     }
 
     fn send(&mut self, octets: &[u8]) -> io::Result<()> {
-        let Some(tls) = &mut self.tls else { return self.socket.write_all(octets) };
+        let Some(tls) = self.tls.as_mut().filter(|_| !self.in_clear) else { return self.socket.write_all(octets) };
         // rustls buffers 64 KiB of plaintext at most.
         for piece in octets.chunks(16 * 1024) {
             tls.writer().write_all(piece)?;

@@ -610,3 +610,26 @@ fn a_peer_that_does_not_close_after_an_alert_is_not_waited_for_long() {
     assert!(connection(ours).start_tls_server(&accepting, soon()).is_err());
     assert!(begun.elapsed() < ALERT_TIMEOUT * 3, "{:?}", begun.elapsed());
 }
+
+/// Exim sends QUIT so, in one piece with its last record.
+#[test]
+fn what_was_decrypted_before_clear_text_is_reported_first() {
+    let (theirs, ours) = unix();
+    let mut clear = theirs.try_clone().unwrap();
+    let (mut server, mut client) = secured(theirs, ours);
+    server.send(b"250 ok\r\n");
+    assert!(server.flush().unwrap());
+    clear.write_all(b"QUIT\r\n").unwrap();
+    let cancel = CancelToken::new().unwrap();
+    assert_eq!(client.wait_input(soon(), &cancel).unwrap(), WaitResult::Ready);
+    assert_eq!(next_line(&mut client), whole(b"250 ok"));
+    for _ in 0..2 {
+        assert_eq!(client.wait_input(soon(), &cancel).unwrap(), WaitResult::Ready);
+        let error = client.fill().unwrap_err();
+        assert_eq!(
+            (error.kind(), error.to_string().as_str()),
+            (io::ErrorKind::InvalidData, "the peer spoke outside TLS")
+        );
+    }
+    assert!(client.ended() && client.received().is_empty());
+}

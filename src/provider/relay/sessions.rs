@@ -92,6 +92,19 @@ impl MessageSource for SessionQueue<'_, '_> {
         }
         message
     }
+
+    fn put_back(&mut self, message: QueuedMessage) {
+        self.shared.lock().put_back(message);
+    }
+}
+
+/// How a session with a host has ended.
+enum Ended {
+    Done,
+    /// By the host's limits (RFC 9422): it accepts more in another session.
+    UsedUp,
+    /// It was lost before it decided on any message.
+    Lost(SessionFailure),
 }
 
 impl WorkerContext {
@@ -132,10 +145,11 @@ impl WorkerContext {
                 }
                 error
             })?;
-            let lost = self.deliver(session, to, SessionQueue { shared, role: Role::First(open) });
-            let Some(failure) = lost.filter(|_| shared.all_settled() && shared.lock().has_next()) else {
+            let ended = self.deliver(session, to, SessionQueue { shared, role: Role::First(open) });
+            if matches!(ended, Ended::Done) || !shared.all_settled() || !shared.lock().has_next() {
                 return Ok(());
-            };
+            }
+            let Ended::Lost(failure) = ended else { continue };
             hang_ups += 1;
             if hang_ups == HANG_UP_LIMIT {
                 self.mark_down(to, Duration::ZERO);
@@ -169,10 +183,8 @@ impl WorkerContext {
         self.hosts.mark_down(&to.address.to_string(), pause);
     }
 
-    /// Sends messages in one session. Returns how it was lost, if it decided on no message.
-    fn deliver(
-        &self, mut session: ClientSession, to: &HostAddress, mut queue: SessionQueue<'_, '_>,
-    ) -> Option<SessionFailure> {
+    /// Sends messages in one session.
+    fn deliver(&self, mut session: ClientSession, to: &HostAddress, mut queue: SessionQueue<'_, '_>) -> Ended {
         let _under_way = self.sessions.clone();
         let mut decided = false;
         let id = session.id().to_owned();
@@ -185,14 +197,17 @@ impl WorkerContext {
             }
         };
         match session.send_queue(&mut queue, &mut settle) {
-            Ok(()) => session.quit(),
-            Err(SessionFailure::Cancelled) => {}
+            Ok(()) => {
+                let ended = if session.is_used_up() { Ended::UsedUp } else { Ended::Done };
+                session.quit();
+                ended
+            }
+            Err(SessionFailure::Cancelled) => Ended::Done,
             Err(failure) => {
                 queue.shared.session_failed.store(true, Ordering::Relaxed);
                 log::info!("event=session-lost session={id} host={} error={}", to.address, quoted(&failure));
-                return Some(failure).filter(|_| !decided);
+                if decided { Ended::Done } else { Ended::Lost(failure) }
             }
         }
-        None
     }
 }
