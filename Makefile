@@ -30,7 +30,7 @@ house: ## the rooms of src/ in order, their sizes, the longest functions; and wh
 demo: ## one call: a message goes up, the line turns, a message comes down, with the dialogue
 	$(CARGO) run --release -- demo
 
-interop: build ## odmr with fetchmail, Postfix, Dovecot, swaks, inetd (as root; .ci/run installs them); ONLY=NAME for one
+interop: build ## odmr with fetchmail, Postfix, Exim, Dovecot, mutt, cron … (as root; .ci/run installs them); ONLY=NAME for one
 	tests/interop/run $(ONLY)
 
 install: build ## the program into DESTDIR and PREFIX (/usr/local), bin/odmr, and LINKS to it (sbin/sendmail, bin/mailq, bin/newaliases)

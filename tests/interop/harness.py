@@ -396,7 +396,7 @@ def field(file_content, name):
 class Smtp:
     """A client that says exactly what it is told to."""
 
-    def __init__(self, port, *, source=None, seconds=30, tls=None, receive_buffer=None):
+    def __init__(self, port, *, host=LOOPBACK, source=None, seconds=30, tls=None, receive_buffer=None):
         self.socket = socket.socket()
         self.socket.settimeout(seconds)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -404,7 +404,7 @@ class Smtp:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         if source:
             self.socket.bind((source, 0))
-        self.socket.connect((LOOPBACK, port))
+        self.socket.connect((host, port))
         if tls:
             self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
         self.received = bytearray()

@@ -1,15 +1,15 @@
 """Exim at the other end, as doc/peers.md has it: a provider that speaks as Exim 4.99 does, and Debian's Exim as host."""
 
 import os
-import pathlib
 import pwd
 import socket
 import ssl
 import threading
 import time
 
-from harness import LOOPBACK, Certificates, Customer, Provider, Server, Smtp, check, connections, free_port
-from harness import lets_in, program_path, scenario, wait_until
+from exim import Exim
+from harness import LOOPBACK, Certificates, Customer, Provider, Server, Smtp, check, connections
+from harness import lets_in, scenario, wait_until
 
 COUNT = 100
 
@@ -80,67 +80,6 @@ def exim_one_a_call(box):
     check(provider.calls == COUNT, f"{provider.calls} calls, wanted {COUNT}: {provider.replies[:2]}")
     check(customer.pull() == 0 and provider.calls == COUNT + 1, f"then {provider.calls} calls")
     return f"{COUNT} messages in {COUNT} calls, {took:.1f} s"
-
-
-class Exim:
-    """Debian's Exim with a configuration of its own. The package conflicts with Postfix, so it is only unpacked.
-
-    `main`: lines of the main section; `rest`: routers, transports, retry rules.
-    """
-
-    def __init__(self, box, main, rest):
-        self.box, self.directory, self.port = box, box.path / "exim", free_port()
-        (self.directory / "spool").mkdir(parents=True)
-        owner = pwd.getpwnam("mail")
-        os.chown(self.directory / "spool", owner.pw_uid, owner.pw_gid)
-        self.command = [os.environ.get("EXIM") or program_path("exim4") or self.unpacked()]
-        try:
-            pwd.getpwnam("Debian-exim")
-        except KeyError:
-            # It does not start without this user, and the machine is to stay as it is.
-            for name, line in (("passwd", "Debian-exim:x:8:8::/:/bin/false\n"), ("group", "Debian-exim:x:8:\n")):
-                box.write(f"exim/{name}", pathlib.Path("/etc", name).read_text() + line, mode=0o644)
-            mount = 'mount --bind "$0/passwd" /etc/passwd && mount --bind "$0/group" /etc/group && exec "$@"'
-            self.command = ["unshare", "--mount", "sh", "-c", mount, self.directory, *self.command]
-        self.config = box.write(
-            "exim/exim.conf",
-            f"""exim_user = {owner.pw_uid}
-exim_group = {owner.pw_gid}
-exim_path = {self.command[-1]}
-spool_directory = {self.directory}/spool
-log_file_path = {box.path}/exim-%s.log
-pid_file_path = {self.directory}/exim.pid
-primary_hostname = mx.sender.example
-local_interfaces = {LOOPBACK}
-daemon_smtp_ports = {self.port}
-keep_environment =
-trusted_users = root
-{main}
-begin acl
-take:
-  accept
-{rest}""",
-            mode=0o644,
-        )
-        self.log_file = box.path / "exim-main.log"
-        for name in ("main", "panic", "reject"):
-            log = box.write(f"exim-{name}.log", "")
-            os.chown(log, owner.pw_uid, owner.pw_gid)
-
-    def unpacked(self):
-        for command in (["apt-get", "download", "exim4-daemon-light"], ["sh", "-c", "dpkg -x exim4-daemon-light_*.deb ."]):
-            done = self.box.run(*command, cwd=self.directory)
-            check(done.returncode == 0, f"{command}: {done.stderr}")
-        return str(self.directory / "usr/sbin/exim4")
-
-    def start(self):
-        self.box.start("exim-daemon.log", *self.command, "-C", self.config, "-bdf", "-q2s")
-        wait_until(lambda: "daemon started" in self.log_file.read_text(), "Exim to start")
-        return self
-
-    def send(self, sender, recipients, content):
-        done = self.box.run(*self.command, "-C", self.config, "-odq", "-i", "-f", sender, *recipients, input=content)
-        check(done.returncode == 0, f"exim: {done.stdout}{done.stderr}")
 
 
 @scenario("exim-sends", root=True)
