@@ -105,8 +105,12 @@ fn call_now(config: &CustomerConfig) -> Result<(), ExitError> {
 
 /// `-bi`: there is no database to make of the aliases, which were checked with the configuration.
 fn count_aliases(config: &CustomerConfig) -> Result<(), ExitError> {
-    let count = config.mailboxes.rules.alias_count();
-    print(&format!("{count} aliases, all valid; a daemon that runs reads them again at SIGHUP\n"))
+    let rules = &config.mailboxes.rules;
+    let warnings = match rules.warnings().len() {
+        0 => "all valid".to_owned(),
+        count => format!("{count} warnings: see odmr check"),
+    };
+    print(&format!("{} aliases, {warnings}; a daemon that runs reads them again at SIGHUP\n", rules.alias_count()))
 }
 
 /// `-bs`: one SMTP session on stdin and stdout.

@@ -24,7 +24,7 @@ use crate::recipients::{NextHop, same_mailbox};
 use crate::report::{Attempt, Via};
 use crate::session::client::{ClientSession, Connect, SessionFailure};
 use crate::session::{Timeouts, storage_failure_reply};
-use crate::smtp::client::{ClientOptions, OutgoingMessage};
+use crate::smtp::client::{ClientOptions, OutgoingMessage, one_too_many};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{self, DecidedBy, DeliveryResult, HopReply, HopStage, RecipientStatus};
@@ -141,12 +141,13 @@ impl NextHops {
         self.sessions.values_mut().filter(|hop| hop.transaction.is_some()).for_each(HopSession::abort_transaction);
     }
 
-    /// Checks a recipient with its next hop. `message`: the envelope so far, and what is known of the content.
+    /// Checks a recipient with its next hop. `message`: the envelope so far, and what is known of the content. `first`: no
+    /// recipient of the message is accepted yet.
     ///
     /// # Errors
     /// The next hop's reply as the provider must receive it, or 451 if the next hop is down.
     pub fn check_recipient(
-        &mut self, hop: &NextHop, message: &OutgoingMessage, recipient: &Recipient,
+        &mut self, hop: &NextHop, message: &OutgoingMessage, recipient: &Recipient, first: bool,
     ) -> Result<(), Reply> {
         let session = self.sessions.entry(hop.clone()).or_default();
         // RFC 6531 section 3.4: a recipient that needs SMTPUTF8 needs it at MAIL; then the content goes to all recipients
@@ -155,8 +156,11 @@ impl NextHops {
         message.envelope.drop_needless_utf8(false);
         let utf8 = message.envelope.needs_utf8() || !recipient.mailbox.is_ascii();
         let known = |known: &Recipient| same_mailbox(&known.mailbox, &recipient.mailbox);
+        let is_full = session.session.as_ref().is_some_and(|session| !session.client().permits_recipient(recipient));
         match &session.transaction {
             Some(transaction) if transaction.recipients.iter().any(known) => return Ok(()),
+            // If every recipient failed with 452, it would not mean "too many recipients": ask in another transaction.
+            Some(transaction) if is_full && (first || transaction.recipients.is_empty()) => session.abort_transaction(),
             Some(transaction) if utf8 && !transaction.utf8 => session.abort_transaction(),
             _ => {}
         }
@@ -191,9 +195,31 @@ impl NextHops {
         reply
     }
 
-    /// Delivers a message to its recipients at a next hop. `info`: the client that gave it to the provider, for XCLIENT or
-    /// XFORWARD. If there is no session, or the content cannot be read, all recipients are deferred.
+    /// Delivers a message to its recipients at a next hop, in as many transactions as its limits need (RFC 9422). `info`: the
+    /// client that gave it to the provider, for XCLIENT or XFORWARD. If there is no session, or the content cannot be read,
+    /// all recipients are deferred.
     pub fn deliver(
+        &mut self, hop: &NextHop, message: &OutgoingMessage, content: &mut dyn Content, info: Option<&ClientInfo>,
+    ) -> HopDelivery {
+        let mut delivery = self.deliver_permitted(hop, message, content, info);
+        let (too_many, mut before) = (RecipientStatus::Deferred(one_too_many()), delivery.recipients.len());
+        loop {
+            let is_rest = |number: &usize| delivery.recipients[*number].1 == too_many;
+            let rest: Vec<_> = (0..delivery.recipients.len()).filter(is_rest).collect();
+            if rest.is_empty() || rest.len() == before {
+                return delivery;
+            }
+            before = rest.len();
+            let recipients = rest.iter().map(|number| delivery.recipients[*number].0.clone()).collect();
+            let message = OutgoingMessage { envelope: message.envelope.with_recipients(recipients), ..message.clone() };
+            let other = self.deliver_permitted(hop, &message, content, info);
+            for (number, recipient) in rest.into_iter().zip(other.recipients) {
+                delivery.recipients[number] = recipient;
+            }
+        }
+    }
+
+    fn deliver_permitted(
         &mut self, hop: &NextHop, message: &OutgoingMessage, content: &mut dyn Content, info: Option<&ClientInfo>,
     ) -> HopDelivery {
         let connected = self.sessions.get(hop).is_some_and(|session| session.session.is_some());

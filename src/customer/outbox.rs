@@ -25,7 +25,7 @@ use crate::net::trace::quoted;
 use crate::queue::{LockError, QueueLock, QueueName, QueuedEnvelope, QueuedMessage};
 use crate::recipients;
 use crate::report::{Attempt, DsnMessage, DsnSink, Reporter, Via};
-use crate::session::client::{ClientSession, Connect, SessionFailure};
+use crate::session::client::{ClientSession, Connect, MessageSource, SessionFailure};
 use crate::session::{Remote, disk_full_reply, storage_failure_reply, storage_reply};
 use crate::smtp::client::{Client, ClientOptions};
 use crate::smtp::command::{Envelope, Recipient};
@@ -189,7 +189,8 @@ impl Outbox {
             };
             let recipients = message.envelope.recipients.iter().map(status).collect();
             // The DSN of success was sent with the copies.
-            let attempt = Attempt::in_maildir("-", "-");
+            let give_up = Some(self.config.retry.give_up);
+            let attempt = Attempt { give_up, ..Attempt::in_maildir("-", "-") };
             let result = DeliveryResult { recipients, decided_by: DecidedBy::Us };
             let _ = self.retry_queue.reporter.finish_attempt(message, result, &attempt, &mut lock);
         }
@@ -217,7 +218,10 @@ impl Outbox {
     ) -> Option<ClientSession> {
         let Some(mut lock) = self.lock_if_any() else { return Some(session) };
         let last = self.send_in_sessions(session, connect, &mut lock, counters);
-        lock.count_call();
+        // With a submission host the call ends there: a message that is skipped here must not be offered there.
+        if self.config.submission.is_none() {
+            lock.count_call();
+        }
         last
     }
 
@@ -247,7 +251,8 @@ impl Outbox {
         &self, session: &mut ClientSession, lock: &mut QueueLock, logged: &mut bool, counters: &CallCounters,
     ) -> Result<(), SessionFailure> {
         let id = session.id().to_owned();
-        session.send_queue(lock, &mut |message, mut result, client, lock| {
+        session.send_queue(&mut self.mail_elsewhere(lock), &mut |message, mut result, client, mail| {
+            let lock = &mut *mail.lock;
             if let Some(reply) = result.no_mail_accepted().cloned() {
                 if !std::mem::replace(logged, true) {
                     log::warn!("event=outgoing-waits session={id} reason={}", quoted(&reply));
@@ -277,7 +282,9 @@ impl Outbox {
             Ok(remote) => remote,
             Err(error) => return log::error!("event=submission-failed error={}", quoted(error)),
         };
-        while self.submit_in_session(&remote, &mut lock, cancel, counters) && lock.has_next() {}
+        // No session for messages that are not due, or that this call skips.
+        while lock.has_next() && self.submit_in_session(&remote, &mut lock, cancel, counters) {}
+        lock.count_call();
     }
 
     /// Returns whether the host's limits have ended the session: it accepts more in another one.
@@ -293,8 +300,8 @@ impl Outbox {
         };
         let connect = Connect { id: &id, peer: 'S', tls: None, timeouts: &config.timeouts, cancel, limit: None };
         let sent = remote.connect(&options, &connect).and_then(|(mut session, _)| {
-            session.send_queue(lock, &mut |message, result, client, lock| {
-                self.finish_attempt(message, result, (&id, Via::Submission, client), lock, counters);
+            session.send_queue(&mut self.mail_elsewhere(lock), &mut |message, result, client, mail| {
+                self.finish_attempt(message, result, (&id, Via::Submission, client), mail.lock, counters);
             })?;
             let used_up = session.is_used_up();
             session.quit();
@@ -304,6 +311,10 @@ impl Outbox {
             log::warn!("event=submission-failed session={id} error={}", quoted(&failure));
             false
         })
+    }
+
+    fn mail_elsewhere<'a>(&'a self, lock: &'a mut QueueLock) -> MailElsewhere<'a> {
+        MailElsewhere { lock, store: &self.store }
     }
 
     fn finish_attempt(
@@ -338,6 +349,28 @@ impl Outbox {
         if settled.recipients.iter().any(RecipientStatus::is_sent) {
             counters.sent();
         }
+    }
+}
+
+/// The outgoing queue without the recipients that are ours: those wait for [`Outbox::deliver_here`].
+struct MailElsewhere<'a> {
+    lock: &'a mut QueueLock,
+    store: &'a OutgoingStore,
+}
+
+impl MessageSource for MailElsewhere<'_> {
+    fn next_message(&mut self) -> Option<QueuedMessage> {
+        loop {
+            let mut message = self.lock.next_message()?;
+            message.leave_out(|recipient| self.store.is_local(&recipient.mailbox));
+            if !message.envelope.recipients.is_empty() {
+                return Some(message);
+            }
+        }
+    }
+
+    fn put_back(&mut self, message: QueuedMessage) {
+        self.lock.put_back(message);
     }
 }
 

@@ -364,6 +364,7 @@ impl ProviderConnection<'_> {
     /// Mail was cut short, or the provider breaks the protocol.
     fn receive_rest(&self, mut last: TurnResult, domains: &[Domain]) -> Result<(), CallError> {
         let (mut calls, provider) = (0, self.remote.address());
+        let mut known = last.mail.clone();
         let reason = loop {
             if last.is_all() || self.cancel.is_cancelled() {
                 return Ok(());
@@ -372,7 +373,7 @@ impl ProviderConnection<'_> {
                 break "it may have more mail, for the next call".to_owned();
             }
             calls += 1;
-            match self.call_again(&last, domains) {
+            match self.call_again(&mut known, domains) {
                 Ok(next) => last = next,
                 Err(CallEnd::NoMail) => return Ok(()),
                 Err(CallEnd::NotNow(reason)) => break reason,
@@ -383,11 +384,11 @@ impl ProviderConnection<'_> {
         Ok(())
     }
 
-    /// One more call.
+    /// One more call. `known`: what the calls before have brought; what this one brings is added.
     ///
     /// # Errors
     /// Why no other call follows at once.
-    fn call_again(&self, last: &TurnResult, domains: &[Domain]) -> Result<TurnResult, CallEnd> {
+    fn call_again(&self, known: &mut HashSet<u64>, domains: &[Domain]) -> Result<TurnResult, CallEnd> {
         let called = self.try_connect().and_then(|(session, peer)| Ok((atrn(session, domains)?, peer)));
         let (connection, client, peer) = match called {
             Ok((Some((connection, client)), peer)) => (connection, client, peer),
@@ -398,10 +399,11 @@ impl ProviderConnection<'_> {
         if let Some(error) = next.no_command {
             return Err(CallEnd::NotNow(no_command(&error)));
         }
-        if !next.mail.is_empty() && next.mail.is_subset(&last.mail) {
+        if !next.mail.is_empty() && next.mail.is_subset(known) {
             let reason = "it sends again what was accepted: it does not read our replies";
             return Err(CallEnd::NotNow(reason.to_owned()));
         }
+        known.extend(&next.mail);
         Ok(next)
     }
 

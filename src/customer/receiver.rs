@@ -11,7 +11,7 @@
 //! content ─▶ a draft in each Maildir, and spooled for next hops
 //! end     1. drafts are made durable (prepare), not yet visible ── failure ──────▶ 4yz, nothing is kept
 //!         2. each next hop gets the content ─┬─ none accepts, and one defers ────▶ 4yz, nothing is kept
-//!                                            ├─ all reject, and there is no draft ▶ 5yz, nothing is kept
+//!                                            ├─ all reject: there is no other one ▶ 5yz, nothing is kept
 //!                                            └─ else: recipients without it to the retry queue, durably
 //!         3. drafts are published (visible) ─┬─ failure, and no next hop has it ─▶ 4yz, no recipient has it
 //!                                            └─ failure: their recipients to the retry queue, durably
@@ -129,7 +129,7 @@ impl Receiver {
         for delivery in &mut deliveries {
             let Destination::NextHop(hop) = &delivery.destination else { continue };
             let relayed = relayed_recipient(recipient, &delivery.mailbox, count);
-            let Err(reply) = hops.check_recipient(hop, message, &relayed) else { continue };
+            let Err(reply) = hops.check_recipient(hop, message, &relayed, self.accepted.is_empty()) else { continue };
             match reply.severity() {
                 // RFC 5321 section 4.5.1: if no next hop accepts mail for postmaster, we do.
                 Severity::Permanent if must_accept || delivery.fallback => {
@@ -323,10 +323,11 @@ impl IncomingMessage {
 
     /// Steps 1 to 4 of the diagram above. `Ok(Err(reply))`: no recipient has the message.
     fn deliver(&mut self) -> io::Result<Result<(), Reply>> {
-        let has_drafts = !self.writer.is_empty();
+        // A rejection would tell their sender that these have no message, too.
+        let has_others = !self.writer.is_empty() || !self.routing.discarded.is_empty();
         // If some destinations may accept and others not, the retry queue needs the message for the others.
         let at_hops: usize = self.routing.hop_recipients.iter().map(|(_, recipients)| recipients.len()).sum();
-        if at_hops > 1 || has_drafts && at_hops > 0 {
+        if at_hops > 1 || has_others && at_hops > 0 {
             self.context.retry_queue.check_writable()?;
         }
         // Before any next hop accepts: a failure after that could not be a rejection of the message.
@@ -335,7 +336,7 @@ impl IncomingMessage {
         let any = |is: fn(&RecipientStatus) -> bool| deliveries.iter().any(|d| d.recipients.iter().any(|(_, s)| is(s)));
         let sent = any(RecipientStatus::is_sent);
         // As long as no recipient has the message, it can stay with the provider, which also reports a rejection.
-        let negative = !sent && (any(RecipientStatus::is_open) || !has_drafts && any(RecipientStatus::is_rejected));
+        let negative = !sent && (any(RecipientStatus::is_open) || !has_others && any(RecipientStatus::is_rejected));
         let result = if negative { Err(self.negative_reply(&deliveries)) } else { Ok(()) };
         let now = self.context.mailboxes().ids.clock().now();
         let mut rejected = Vec::new();

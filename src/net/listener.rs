@@ -39,7 +39,8 @@ const BACKLOG: i32 = i32::MAX;
 /// A text with the address, the cause and what to do.
 pub fn bind(name: &str, addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, String> {
     let (mut listeners, mut without_ipv6) = (Vec::new(), None);
-    for address in addresses {
+    let addresses: Vec<_> = addresses.iter().map(|address| unmapped(*address)).collect();
+    for address in &addresses {
         let (port, is_any) = (address.port(), address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         let of_ipv4 = |other: &SocketAddr| other.is_ipv4() && port != 0 && other.port() == port;
         let both = is_any && !addresses.iter().any(of_ipv4);
@@ -72,6 +73,15 @@ fn bind_error(address: SocketAddr, error: &io::Error) -> String {
         _ => "",
     };
     format!("cannot listen on {address}: {error}{advice}")
+}
+
+/// An IPv4 address that is written as IPv6 (RFC 4291 section 2.5.5.2) is one: a socket for IPv6 alone cannot have it.
+fn unmapped(address: SocketAddr) -> SocketAddr {
+    match address.ip().to_canonical() {
+        ip @ IpAddr::V4(_) => (ip, address.port()).into(),
+        // The scope of a link-local address stays.
+        IpAddr::V6(_) => address,
+    }
 }
 
 fn any_ipv4(port: u16) -> SocketAddr {
@@ -272,6 +282,14 @@ mod tests {
         // A container may have no IPv6.
         if TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok() {
             assert!(connects(Ipv6Addr::LOCALHOST.into(), port));
+        }
+    }
+
+    #[test]
+    fn an_ipv4_address_may_be_written_as_ipv6() {
+        for text in ["[::ffff:127.0.0.1]:0", "[::ffff:0.0.0.0]:0"] {
+            let listeners = bind("test", &addresses(&[text])).unwrap();
+            assert!(connects(Ipv4Addr::LOCALHOST.into(), listeners[0].local_addr().unwrap().port()), "{text}");
         }
     }
 

@@ -66,6 +66,8 @@ pub struct QueuedMessage {
     settled: Vec<Mark>,
     /// Recipients that cannot be read, for which the file stays: see [`ParsedEnvelope::unread`].
     unread: Vec<UnreadRecipient>,
+    /// As [`QueuedMessage::leave_out`].
+    left_out: bool,
     /// Octets of the content on the wire.
     pub size: u64,
     /// The content has octets above 127.
@@ -138,6 +140,7 @@ impl QueuedMessage {
             marks: parsed.marks,
             settled: parsed.settled,
             unread: parsed.unread,
+            left_out: false,
             size: 0,
             next_attempt: None,
             rejections_reported: false,
@@ -229,6 +232,15 @@ impl QueuedMessage {
         QueuedEnvelope { id: self.id.clone(), arrived: self.arrived, envelope }
     }
 
+    /// Leaves out recipients that this session must not send to. They stay in the file.
+    pub fn leave_out(&mut self, is_left_out: impl Fn(&Recipient) -> bool) {
+        let keep: Vec<_> = self.envelope.recipients.iter().map(|recipient| !is_left_out(recipient)).collect();
+        self.left_out |= keep.contains(&false);
+        let (mut recipients, mut marks) = (keep.iter(), keep.iter());
+        self.envelope.recipients.retain(|_| recipients.next() == Some(&true));
+        self.marks.retain(|_| marks.next() == Some(&true));
+    }
+
     /// The message as an SMTP client sends it.
     pub fn outgoing_message(&self) -> OutgoingMessage {
         let mut envelope = self.envelope.clone();
@@ -304,7 +316,7 @@ impl QueuedMessage {
         let offer_again = offer_again && !marks.is_empty();
         let in_doubt = open.contains(&Some(&RecipientStatus::InDoubt));
         self.settled.extend(marks.iter().map(|(_, mark)| *mark));
-        let all_settled = open.is_empty() && self.unread.is_empty();
+        let all_settled = open.is_empty() && self.unread.is_empty() && !self.left_out;
         if all_settled && !self.settled.contains(&Mark::Rejected) {
             let finished = self.finish();
             // If it cannot be removed, or has another name, the marks keep the next session from sending it again. No fsync:

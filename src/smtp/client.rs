@@ -411,6 +411,14 @@ impl Client {
         !self.is_used_up() && recipients.iter().any(|recipient| self.permits_domain(&domain_of(recipient)))
     }
 
+    /// Whether the peer permits RCPT for this recipient in the open transaction. RFC 9422 section 4.2: also RCPT commands that
+    /// have failed count.
+    pub fn permits_recipient(&self, recipient: &Recipient) -> bool {
+        let rcpts = self.transactions.front().map_or(0, |transaction| transaction.rcpts);
+        let one_more = self.extensions.limits.recipients.is_none_or(|most| rcpts < most);
+        one_more && self.permits_domain(&domain_of(recipient))
+    }
+
     /// RFC 9422 section 4.3.
     fn permits_domain(&self, domain: &str) -> bool {
         let limit = self.extensions.limits.domains;
@@ -432,7 +440,9 @@ impl Client {
         let recipients = &message.envelope.recipients;
         let count = recipients.len();
         let most = self.extensions.limits.recipients.unwrap_or(count);
-        let first = if count > most { message.attempts.wrapping_mul(most) % count } else { 0 };
+        // How many the attempt before has tried, at least: one that is deferred in each must not keep the others waiting.
+        let step = if self.extensions.limits.domains.is_some() { 1 } else { most };
+        let first = message.attempts.wrapping_mul(step) % count.max(1);
         let mut permitted = Vec::with_capacity(most.min(count));
         for number in (first..count).chain(0..first) {
             if permitted.len() < most && self.admit_domain(&recipients[number]) {
@@ -502,11 +512,11 @@ impl Client {
         if !recipient.mailbox.is_ascii() && !self.extensions.utf8 {
             return Err(no_utf8());
         }
-        let (number, most, utf8) = (transaction.recipients.len(), self.extensions.limits.recipients, transaction.utf8);
-        // RFC 9422 section 4.2: also RCPT commands that have failed count.
-        if most.is_some_and(|most| transaction.rcpts >= most) || !self.admit_domain(recipient) {
+        let (number, utf8) = (transaction.recipients.len(), transaction.utf8);
+        if !self.permits_recipient(recipient) {
             return Err(one_too_many());
         }
+        self.admit_domain(recipient);
         if let Some(transaction) = self.transactions.front_mut() {
             transaction.rcpts += 1;
         }
@@ -1001,7 +1011,7 @@ fn first_word(reply: &Reply) -> Option<String> {
     Some(word.to_owned())
 }
 
-/// The number before the word `messages` in a reply. Only the progress display uses it.
+/// The number before the word `messages` in a reply.
 fn messages_waiting(reply: &Reply) -> Option<u64> {
     let words: Vec<_> = reply.lines().flat_map(str::split_ascii_whitespace).collect();
     let mut pairs = words.windows(2).filter(|pair| pair[1].starts_with("message"));
@@ -1020,7 +1030,7 @@ fn domain_of(recipient: &Recipient) -> String {
 }
 
 /// The reply for a recipient that the peer does not permit in this transaction.
-fn one_too_many() -> Reply {
+pub fn one_too_many() -> Reply {
     Reply::new(452, "4.5.3", "The peer permits no more recipients in one transaction")
 }
 

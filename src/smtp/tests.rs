@@ -1349,18 +1349,37 @@ fn recipients_are_added_one_at_a_time() {
     }
 }
 
+/// A client whose peer has announced limits.
+fn offering(limits: &str) -> Scripted {
+    let mut scripted = Scripted::new(options());
+    scripted.receive("220 x");
+    scripted.receive(&format!("250-x/250-PIPELINING/250 LIMITS {limits}"));
+    scripted.sent();
+    scripted
+}
+
+/// RFC 9422 section 4.3: a recipient that is deferred in each attempt does not keep those of other domains waiting.
+#[test]
+fn each_attempt_begins_with_another_domain() {
+    for (attempts, first) in [(0, "r0@one.example"), (1, "r1@two.example"), (2, "r0@one.example")] {
+        let mut scripted = offering("RCPTDOMAINMAX=1");
+        let mut message = OutgoingMessage { attempts, ..message(2) };
+        let recipients = ["r0@one.example", "r1@two.example"].map(|address| Recipient::plain(mailbox(address)));
+        message.envelope.recipients = recipients.to_vec();
+        scripted.client.send_message(message, &mut scripted.out).unwrap();
+        let sent = scripted.sent();
+        assert!(
+            sent.contains(&format!("RCPT TO:<{first}>")) && sent.matches("RCPT").count() == 1,
+            "{attempts}: {sent}"
+        );
+    }
+}
+
 /// RFC 9422 section 4: what the peer permits at most, and which recipients a transaction has then.
 ///
 /// Rules: LIM-01, LIM-02, LIM-03, LIM-04.
 #[test]
 fn the_limits_of_the_peer_are_obeyed() {
-    let ready = |limits: &str| {
-        let mut scripted = Scripted::new(options());
-        scripted.receive("220 x");
-        scripted.receive(&format!("250-x/250-PIPELINING/250 LIMITS {limits}"));
-        scripted.sent();
-        scripted
-    };
     let rcpts = |sent: &str| sent.split('/').filter_map(|line| line.strip_prefix("RCPT TO:<r")).count();
     for (limits, mails, recipients) in [
         ("MAILMAX=2 RCPTMAX=3", 2, 3),
@@ -1368,7 +1387,7 @@ fn the_limits_of_the_peer_are_obeyed() {
         ("MAILMAX RCPTMAX=03 MAILMAX=0", 4, 5),
         ("RCPTMAX=1000000 MAILMAX=-1", 4, 5),
     ] {
-        let mut scripted = ready(limits);
+        let mut scripted = offering(limits);
         for _ in 0..mails {
             assert!(scripted.client.permits(&message(5).envelope.recipients), "{limits}");
             let sent = scripted.send(5);
@@ -1390,7 +1409,7 @@ fn the_limits_of_the_peer_are_obeyed() {
     }
     // Another attempt begins with other recipients.
     for (attempts, first) in [(0, "0 r1"), (1, "2 r3"), (2, "0 r4"), (3, "1 r2")] {
-        let mut scripted = ready("RCPTMAX=2");
+        let mut scripted = offering("RCPTMAX=2");
         let message = OutgoingMessage { attempts, ..message(5) };
         scripted.client.send_message(message, &mut scripted.out).unwrap();
         let sent = scripted.sent();
@@ -1398,7 +1417,7 @@ fn the_limits_of_the_peer_are_obeyed() {
         assert_eq!(numbers.join(" r"), first, "{attempts}");
     }
     // One domain in a session: the others need another one.
-    let mut scripted = ready("RCPTDOMAINMAX=1");
+    let mut scripted = offering("RCPTDOMAINMAX=1");
     scripted.send(1);
     let other = [Recipient::plain(mailbox("r@EXAMPLE.org")), Recipient::plain(mailbox("r@example.com"))];
     assert!(scripted.client.permits(&other) && !scripted.client.permits(&other[1..]));
@@ -1411,7 +1430,7 @@ fn the_limits_of_the_peer_are_obeyed() {
     scripted.send(1);
     assert!(!scripted.client.is_used_up());
     // One recipient after the other: also RCPT commands that have failed count.
-    let mut scripted = ready("RCPTMAX=2");
+    let mut scripted = offering("RCPTMAX=2");
     scripted.begin_transaction();
     scripted.receive("250 ok");
     for (local, reply) in [("a", "550 no"), ("b", "250 ok")] {
