@@ -39,6 +39,16 @@ pub fn read(path: &Path) -> io::Result<(u32, Vec<u8>)> {
     Ok((mode, octets))
 }
 
+/// The text without byte order marks at the begin of its lines: somebody has joined files that begin with one. It is for texts
+/// in which no line can begin with one by right.
+pub fn without_inner_marks(octets: Vec<u8>) -> Vec<u8> {
+    if !octets.windows(BYTE_ORDER_MARK.len()).any(|part| part == BYTE_ORDER_MARK) {
+        return octets;
+    }
+    let lines = octets.split_inclusive(|octet| *octet == b'\n');
+    lines.flat_map(|line| line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line)).copied().collect()
+}
+
 /// Whether a text has two or four octets for each character. Its byte order mark tells; without one, the zeros in its
 /// first characters, which no text in UTF-8 has.
 fn is_wide(octets: &[u8]) -> bool {

@@ -295,6 +295,7 @@ impl Outbox {
         let options = ClientOptions {
             name: config.hostname.clone(),
             chunking: true,
+            submits: true,
             without_8bitmime: self.config.without_8bitmime,
             ..ClientOptions::default()
         };

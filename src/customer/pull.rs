@@ -419,6 +419,7 @@ impl ProviderConnection<'_> {
         let options = ClientOptions {
             name: config.hostname.clone(),
             chunking: true,
+            submits: true,
             atrn: true,
             without_8bitmime: outgoing.map(|outgoing| outgoing.without_8bitmime).unwrap_or_default(),
             ..ClientOptions::default()

@@ -67,8 +67,12 @@ impl Domain {
             true => text.to_ascii_lowercase(),
             false => a_labels(text, AsciiDenyList::EMPTY).ok_or(PathError::NotIdna)?,
         };
-        // RFC 5890 section 2.3.1: an A-label is an LDH label, whatever the labels beside it are.
-        if !text.is_ascii() && name.split('.').any(|label| label.starts_with("xn--") && !is_label(label)) {
+        // RFC 5890 section 2.3.1: an A-label is an LDH label, whatever the labels beside it are; and no other character of
+        // ASCII than theirs comes from a mapping, such as the "/" of U+2100.
+        let is_ldh = |octet: u8| octet.is_ascii_alphanumeric() || b"-.".contains(&octet);
+        let mapped = |octet: u8| !is_ldh(octet) && !text.as_bytes().contains(&octet);
+        let bad_label = |label: &str| label.starts_with("xn--") && !is_label(label);
+        if !text.is_ascii() && (name.bytes().any(mapped) || name.split('.').any(bad_label)) {
             return Err(PathError::NotIdna);
         }
         // A dot at the end is that of the root: in DNS it is the same name (RFC 1034 section 3.1).

@@ -214,12 +214,17 @@ fn mailbox(tokens: &[Token], home: Option<&Domain>) -> Result<Mailbox, &'static 
         None if matches!(tokens, [Token::Quoted(content)] if content.is_empty()) => return Err(LOCAL),
         None => (tokens, home.ok_or("it has no @ and domain")?.to_string()),
     };
+    // Quoted strings with dots between them are an obsolete form of headers, which SMTP does not have: there it is one quoted
+    // string (RFC 5322 section 4.4, RFC 5321 section 4.1.2).
+    let obsolete = local.len() > 1 && local.iter().any(|token| matches!(token, Token::Quoted(_)));
     let local = dotted(local).ok_or(LOCAL)?;
     // It stands for octets that are not UTF-8. No address may have it.
     if local.contains(char::REPLACEMENT_CHARACTER) || host.contains(char::REPLACEMENT_CHARACTER) {
         return Err("it is not in UTF-8");
     }
-    Mailbox::parse_any(&format!("{local}@{host}")).map_err(|error| match error {
+    let mailbox = Mailbox::parse_any(&format!("{local}@{host}"));
+    let mailbox = if obsolete { mailbox.and_then(|it| Mailbox::parse_any(&it.header_form())) } else { mailbox };
+    mailbox.map_err(|error| match error {
         PathError::BadDomain => HOST,
         PathError::NotIdna => "IDNA does not allow the domain (RFC 5891)",
         _ => "the name is too long, or holds control characters",

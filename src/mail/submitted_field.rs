@@ -129,7 +129,7 @@ type Edit = (Range<usize>, Vec<u8>);
 
 /// What changes in a list of addresses.
 fn edits(value: &[u8], home: &Domain) -> Vec<Edit> {
-    let (text, charset) = (masked(value), charset(value));
+    let text = masked(value);
     let list = AddressList::parse(&text, Some(home));
     let mut edits = Vec::new();
     for address in &list.addresses {
@@ -140,10 +140,10 @@ fn edits(value: &[u8], home: &Domain) -> Vec<Edit> {
         }
     }
     for words in &list.phrases {
-        edit_phrase(value, words, charset, &mut edits);
+        edit_phrase(value, words, &mut edits);
     }
     for comment in list.comments.iter().filter(|comment| !value[(*comment).clone()].is_ascii()) {
-        edits.push((comment.clone(), encode_comment(&value[comment.clone()], charset)));
+        edits.push((comment.clone(), encode_comment(&value[comment.clone()])));
     }
     edits.sort_by_key(|(place, _)| place.start);
     edits
@@ -161,7 +161,7 @@ fn apply(value: &[u8], edits: Vec<Edit>) -> Vec<u8> {
 }
 
 /// Encodes the words of a display name, or of the name of a group, between its comments and its own encoded words.
-fn edit_phrase(value: &[u8], words: &[Range<usize>], charset: &str, edits: &mut Vec<Edit>) {
+fn edit_phrase(value: &[u8], words: &[Range<usize>], edits: &mut Vec<Edit>) {
     let is_encoded = |word: &Range<usize>| is_encoded_word(&value[word.clone()]);
     let apart = |before: &Range<usize>, after: &Range<usize>| {
         is_encoded(before) || is_encoded(after) || !value[before.end..after.start].iter().all(is_space)
@@ -193,12 +193,13 @@ fn edit_phrase(value: &[u8], words: &[Range<usize>], charset: &str, edits: &mut 
         let pad = |octet: Option<&u8>| if octet.is_none_or(is_space) { "" } else { " " };
         let before = pad(value[..place.start].last());
         let after = pad(value.get(place.end));
-        edits.push((place, format!("{before}{}{after}", encode(&text, charset)).into_bytes()));
+        edits.push((place, format!("{before}{}{after}", encode(&text, charset(&text))).into_bytes()));
     }
 }
 
 /// A comment with its parentheses and those inside it, in which the words beyond ASCII are encoded.
-fn encode_comment(comment: &[u8], charset: &str) -> Vec<u8> {
+fn encode_comment(comment: &[u8]) -> Vec<u8> {
+    let charset = charset(comment);
     let (mut out, mut begin, mut quoted) = (Vec::new(), 0, false);
     for (at, octet) in comment.iter().enumerate() {
         match octet {

@@ -134,6 +134,8 @@ impl Resolver {
         match self.look_up(domain, Rtype::MX)? {
             Answer::Records(records) => Ok(self.mx_route(records)),
             Answer::NoName => Ok(MxRoute::NoDomain),
+            // Nobody holds a domain such as 192.0.2.1: without this check any sender could choose the host to connect to.
+            Answer::NoRecords if address_for_name(domain).is_some() => Ok(MxRoute::NoHost),
             Answer::NoRecords if self.addresses(domain)?.is_empty() => Ok(MxRoute::NoHost),
             Answer::NoRecords => Ok(MxRoute::Implicit),
         }

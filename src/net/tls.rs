@@ -668,7 +668,7 @@ impl PemText {
     fn read(path: &Path) -> Result<PemText, String> {
         let name = path.display().to_string();
         let (_, octets) = text_file::read(path).map_err(|error| format!("{name}: {error}"))?;
-        Ok(PemText { octets, name })
+        Ok(PemText { octets: text_file::without_inner_marks(octets), name })
     }
 
     /// Returns all certificates; at least one.

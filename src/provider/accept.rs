@@ -132,6 +132,10 @@ impl DsnSink for SpoolDsnSink {
             }
             SpoolQueue::Postmaster
         });
+        if matches!(queue, SpoolQueue::Held(_)) {
+            // As all mail that is held: the customer need not know `Alice@EXAMPLE.org.`.
+            envelope.envelope.recipients = vec![Recipient::plain(dsn.to.canonical())];
+        }
         let mut writer = self.spool.begin_message(&[(queue.clone(), envelope)], "")?;
         writer.write(&dsn.text)?;
         writer.commit()?;

@@ -179,7 +179,7 @@ impl Dsn<'_> {
     /// The sender; if the address cannot be written in ASCII, an empty group that names it (RFC 6857).
     fn addressee(&self) -> String {
         match self.utf8 || self.to.is_ascii() {
-            true => format!("<{}>", self.to),
+            true => format!("<{}>", self.address(self.to)),
             false => format!("\"{}\":;", self.address(self.to).replace('\\', r"\\").replace('"', "\\\"")),
         }
     }

@@ -112,6 +112,10 @@ pub struct ClientOptions {
     /// before their server.
     pub chunking: bool,
     pub without_8bitmime: Without8BitMime,
+    /// The messages were submitted on this side: an address in the header has SMTPUTF8 even if the program that submitted it
+    /// has not declared that. A message in transit is sent as it was declared: with SMTPUTF8, the hosts after the next one
+    /// might reject what they accept without.
+    pub submits: bool,
 }
 
 /// What becomes of 8-bit content if the peer does not offer 8BITMIME.
@@ -143,7 +147,7 @@ pub struct OutgoingMessage {
     pub size: u64,
     /// The content has octets above 127, whatever `BODY` its sender declared.
     pub eight_bit: bool,
-    /// An address in the header is not ASCII. If the peer offers SMTPUTF8 it is used, even if the sender has not declared it.
+    /// An address in the header is not ASCII: see [`ClientOptions::submits`].
     pub utf8_header: bool,
     /// Earlier attempts: if a transaction cannot have all recipients, it begins with others in each.
     pub attempts: usize,
@@ -931,8 +935,7 @@ impl Client {
         if offered.eight_bit && envelope.body != Body::SevenBit {
             line.push_str(" BODY=8BITMIME");
         }
-        // A client of ours may have left out the SMTPUTF8 that its header needs.
-        if envelope.needs_utf8() || offered.utf8 && message.utf8_header {
+        if envelope.needs_utf8() || offered.utf8 && message.utf8_header && self.options.submits {
             line.push_str(" SMTPUTF8");
         }
         // RFC 3461 section 5.2.1: the parameters are relayed unchanged.

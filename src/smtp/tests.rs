@@ -345,6 +345,24 @@ fn the_next_group_is_sent_after_the_final_dot() {
     assert_eq!(scripted.receive("550 x"), ("Done !550".to_owned(), "QUIT".to_owned()));
 }
 
+/// A host after the next one may be without SMTPUTF8, and would reject what it has always accepted.
+#[test]
+fn only_submitted_mail_has_an_smtputf8_that_was_not_declared() {
+    for submits in [false, true] {
+        let mut peer = Scripted::new(ClientOptions { submits, ..options() });
+        peer.receive("220 x");
+        peer.receive("250-x/250-8BITMIME/250 SMTPUTF8");
+        let message = OutgoingMessage { eight_bit: true, utf8_header: true, ..message(1) };
+        let mut out = Vec::new();
+        peer.client.send_message(message, &mut out).unwrap();
+        let expected: &[u8] = match submits {
+            true => b"MAIL FROM:<a@b.example> BODY=8BITMIME SMTPUTF8\r\n",
+            false => b"MAIL FROM:<a@b.example> BODY=8BITMIME\r\n",
+        };
+        assert_eq!(out, expected);
+    }
+}
+
 /// Rules: SIZE-01.
 #[test]
 fn a_message_that_needs_a_missing_extension_is_not_sent() {

@@ -326,6 +326,11 @@ fn a_label_that_idna_does_not_allow_is_no_label_of_a_domain_elsewhere_either() {
         let domain = format!("{domain}.example");
         assert_eq!(Domain::parse_any(&domain), Err(PathError::NotIdna), "{}", domain.escape_unicode());
     }
+    // UTS #46 maps these to "a/c", "%" and "_", which are no characters of IDNA.
+    for text in ["\u{2100}.example", "a\u{ff05}b.example", "\u{e4}.a\u{ff3f}b.example"] {
+        assert_eq!(Domain::parse_any(text), Err(PathError::NotIdna), "{text}");
+    }
+    assert!(Domain::parse_any("a_b.\u{e4}.example").is_ok());
 }
 
 #[test]

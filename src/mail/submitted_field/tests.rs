@@ -75,6 +75,11 @@ fn text_beyond_ascii_is_encoded_where_rfc_2047_permits() {
     for field in [&b"From: j\xfcrgen\n"[..], b"Content-Type: text/plain; name=\"\xfc\"\n", b"List-Help: \xfc\n"] {
         assert_eq!(completed(field), field);
     }
+    // Each name has its own charset: a list is put together from many sources.
+    check(
+        b"To: \xc3\x9c <a@x>, \xdc <b@x> (\xc3\x9c)\n",
+        "To: =?UTF-8?B?w5w=?= <a@x>, =?unknown-8bit?B?3A==?= <b@x> (=?UTF-8?B?w5w=?=)\n",
+    );
 }
 
 #[test]
@@ -175,5 +180,29 @@ proptest! {
     ) {
         let field = format!("Cc: {value}\n");
         prop_assert_eq!(completed(field.as_bytes()), field.as_bytes());
+    }
+
+    /// Whatever is completed: it stays one field with the same addresses, and no line of it is blank.
+    #[test]
+    fn no_address_is_lost_or_added(
+        value in "([aüb@.,:;<>()\"\\\\\\[\\] =?]|\n |\n\t|\"ü, b\" <a@b>|=\\?utf-8\\?q\\?a,b\\?=|Ü ö|joe|\\(ü\\)|<joe>|[a-z]{40} [ü]{40}){0,30}x",
+        long: bool,
+    ) {
+        let pad = if long { "Eva <eva@example.org>, ".repeat(50) } else { String::new() };
+        let field = format!("To: {pad}{value}\n");
+        let seen = completed(field.as_bytes());
+        let seen = String::from_utf8(seen).unwrap();
+        // `None`: one of them cannot be read.
+        let addresses = |field: &str| -> Option<Vec<String>> {
+            let listed = AddressList::parse(&field["To:".len()..], Some(&home())).addresses;
+            listed.into_iter().map(|address| Some(address.mailbox.ok()?.to_string())).collect()
+        };
+        if let Some(expected) = addresses(&field) {
+            prop_assert_eq!(addresses(&seen), Some(expected), "{:?} -> {:?}", field, seen);
+        }
+        let blank = |line: &str| line.trim().is_empty();
+        let lines: Vec<&str> = seen.trim_end_matches('\n').split('\n').collect();
+        prop_assert!(lines[1..].iter().all(|line| line.starts_with([' ', '\t'])), "{:?}", seen);
+        prop_assert!(lines.iter().filter(|line| blank(line)).count() <= field.trim_end_matches('\n').split('\n').filter(|line| blank(line)).count(), "{:?} -> {:?}", field, seen);
     }
 }

@@ -216,6 +216,7 @@ fn mail_is_routed_by_the_mx_records() {
         "v6.example AAAA 2001:db8::1",
         "any.example A 0.0.0.0",
         "text.example TXT",
+        "192.0.2.1 TXT",
     ]);
     let resolver = server.resolver();
     let check = |name: &str, expected: MxRoute| assert_eq!(resolver.route(&host(name)), Ok(expected), "{name}");
@@ -240,6 +241,8 @@ fn mail_is_routed_by_the_mx_records() {
     check("v6.example", MxRoute::Implicit);
     check("any.example", MxRoute::NoHost);
     check("text.example", MxRoute::NoHost);
+    // Only an MX record may have an address in place of a name: whoever writes one has chosen the host, a sender has not.
+    check("192.0.2.1", MxRoute::NoHost);
     check("absent.example", MxRoute::NoDomain);
     let longest = [["a"; 63].concat(), ["b"; 63].concat(), ["c"; 63].concat(), ["d"; 63].concat()].join(".");
     for name in [&longest, "a..example", ".example"] {

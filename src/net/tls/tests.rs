@@ -478,6 +478,15 @@ fn errors_in_pem_files_name_the_file() {
     assert!(fault.contains("holds no certificate"), "{fault}");
 }
 
+/// A chain is made by joining files, each of which may begin with a byte order mark.
+#[test]
+fn no_certificate_of_joined_files_is_lost() {
+    let pems = [fixture("p384"), fixture("rsa-v1")];
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), pems.map(|pem| format!("\u{feff}{pem}")).concat()).unwrap();
+    assert_eq!(PemText::read(file.path()).unwrap().certificates().unwrap().len(), 2);
+}
+
 #[test]
 fn two_random_values_differ() {
     let (mut one, mut other) = ([0; 32], [0; 32]);

@@ -237,3 +237,20 @@ proptest! {
         prop_assert!(utf8 || seen.is_ascii());
     }
 }
+
+/// The sender's address in the field `To` is what a header may have, whatever way it came.
+#[test]
+fn the_addressee_is_written_as_a_header_has_it() {
+    let joe = mailbox("joe@example.com");
+    let reports = [report(&joe, Action::Failed, "5.1.1")];
+    for (from, expected) in [
+        ("Eva@Example.ORG", "To: <Eva@Example.ORG>\n"),
+        ("eva@b\u{fc}cher.example", "To: <eva@xn--bcher-kva.example>\n"),
+        ("taro..y@phone.example", "To: <\"taro..y\"@phone.example>\n"),
+        ("a,b@example.org", "To: <\"a,b\"@example.org>\n"),
+    ] {
+        let to = Mailbox::parse_any(from).unwrap();
+        let head = dsn(&to, &reports).head();
+        assert!(head.contains(expected) && head.is_ascii(), "{head}");
+    }
+}
