@@ -440,8 +440,9 @@ impl ProviderConnection<'_> {
             config.limits.server_options(ServerRole::Customer, &config.hostname, config.mailboxes.max_size);
         // A customer that sends no mail cannot send DSNs.
         options.dsn = outbox.is_some();
-        let (connection, server) = turn::accept(connection, client, options, self.cancel)
-            .map_err(|error| CallError::Protocol(error.to_string()))?;
+        let (connection, server) = turn::accept(connection, client, options, self.cancel).map_err(|error| {
+            if self.cancel.is_cancelled() { stopped() } else { CallError::Protocol(error.to_string()) }
+        })?;
         // A message of which a part has arrived stays with the provider, so `cancel` may end the session at once.
         let limits = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
         let limits = SessionLimits { session: config.timeouts.turn, ..limits };
