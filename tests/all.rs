@@ -7,6 +7,7 @@ mod conformance;
 mod descriptors;
 mod house;
 mod log;
+mod reload;
 mod running;
 mod send;
 mod signals;

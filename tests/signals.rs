@@ -139,7 +139,7 @@ fn serve_is_ended_by_sigterm_and_sigint_only() {
         let place = Place::provider();
         let mut serve = place.start("", "serve");
         let mut client = Client::connect(&serve.listening("inbound"));
-        send_all_ignored(&mut serve, &[]);
+        send_all_ignored(&mut serve, &[(Signal::HUP, "event=reloaded")]);
         assert!(client.send("a@b.example", "alice@example.org", 1).starts_with("250 "));
         serve.signal(end);
         assert_eq!(serve.exit_code(), Some(0));

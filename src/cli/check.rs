@@ -59,6 +59,10 @@ fn check_provider(config: &ProviderConfig, path: &Path) -> Result<String, ExitEr
             .map_err(|error| check_error(format!("{}: {error}", path.display())))?;
     }
     check_directory(&config.spool)?;
+    let skipped: Vec<_> = config.accounts.skipped().iter().map(|skipped| skipped.error.to_string()).collect();
+    if !skipped.is_empty() {
+        return Err(check_error(skipped.join("\n")));
+    }
     let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
     Ok(format!("a provider with {} customers, {domains} domains", config.accounts.iter().count()))
 }

@@ -17,6 +17,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use getopts::{Matches, Options};
+use signal_hook::consts::SIGHUP;
 
 use crate::config::ProviderConfig;
 use crate::ids::Ids;
@@ -166,11 +167,19 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     let config = ProviderConfig::load(&process::config_path(matches))?;
     let (ids, cancel) = (Ids::system(tls::random), CancelToken::new()?);
     process::raise_descriptor_limit();
-    signals.handle(&cancel, |_| false)?;
     if let Some(listener) = listener {
+        signals.handle(&cancel, |_| false)?;
         return Ok(Provider::serve_one(config, ids, listener, SupervisedConnection::from_supervisor()?, &cancel)?);
     }
     let running = Provider::start(config, ids)?;
+    let (reloader, file) = (running.reloader().clone(), process::config_path(matches));
+    // Signals that came before wait for this.
+    signals.handle(&cancel, move |signal| {
+        if signal == SIGHUP {
+            reloader.reload(&file);
+        }
+        signal == SIGHUP
+    })?;
     cancel.wait_until(None);
     running.stop();
     log::info!("event=stopped");

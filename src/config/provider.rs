@@ -1,7 +1,7 @@
 //! A provider's file, and the directory with a file for each customer (RFC 2645 section 5.1): the login name, the secret,
 //! the domains and the rights of that customer. A domain belongs to one customer.
 
-use std::collections::{HashMap, hash_map};
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -201,9 +201,45 @@ pub struct Accounts {
     accounts: Vec<Account>,
     by_name: HashMap<String, usize>,
     by_domain: HashMap<Domain, usize>,
+    skipped: Vec<SkippedFile>,
+}
+
+/// A customer's file with a mistake. It stops no other customer.
+#[derive(Clone, Debug)]
+pub struct SkippedFile {
+    /// The login name that the file is for.
+    pub name: String,
+    pub error: ConfigError,
 }
 
 impl Accounts {
+    /// The files with mistakes. Their customers have no account, or the one of the last reading that was good.
+    pub fn skipped(&self) -> &[SkippedFile] {
+        &self.skipped
+    }
+
+    /// Whether this domain may belong to a customer whose file is skipped: no other has it.
+    pub fn may_be_skipped(&self, domain: &Domain) -> bool {
+        !self.skipped.is_empty() && self.owner(domain).is_none()
+    }
+
+    /// Keeps the accounts of an earlier reading whose files are skipped now, but no domain that another customer has by now.
+    pub fn keep_skipped(&mut self, earlier: &Accounts) {
+        let names: Vec<_> = self.skipped.iter().map(|skipped| skipped.name.clone()).collect();
+        for account in names.iter().filter_map(|name| earlier.account(name)) {
+            let mut kept = account.clone();
+            kept.domains.retain(|domain| !self.by_domain.contains_key(domain));
+            self.insert(kept);
+        }
+    }
+
+    fn insert(&mut self, account: Account) {
+        let index = self.accounts.len();
+        self.by_domain.extend(account.domains.iter().map(|domain| (domain.clone(), index)));
+        self.by_name.insert(account.name.clone(), index);
+        self.accounts.push(account);
+    }
+
     /// The customer with this login name. Case counts.
     pub fn account(&self, name: &str) -> Option<&Account> {
         self.by_name.get(name).map(|&index| &self.accounts[index])
@@ -230,12 +266,19 @@ impl Accounts {
         })?;
         let mut accounts = Accounts::default();
         for file in files {
-            accounts.add(&Source::read(&file)?)?;
+            match Source::read(&file).and_then(|source| accounts.read(&source)) {
+                Ok(account) => accounts.insert(account),
+                Err(error) => {
+                    let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                    accounts.skipped.push(SkippedFile { name, error });
+                }
+            }
         }
         Ok(accounts)
     }
 
-    fn add(&mut self, source: &Source) -> Result<(), ConfigError> {
+    /// Reads the file of one customer, who may have no domain of those before.
+    fn read(&self, source: &Source) -> Result<Account, ConfigError> {
         let keys =
             ["domains", "secret", "secret-file", "relay", "any-sender", "max-size", "rate", "delivered-to-prefix"];
         let mut table = Table::root(source, &keys)?;
@@ -247,21 +290,16 @@ impl Accounts {
         let list = table.line_of("domains");
         let mut domains = Vec::new();
         for Located { value: domain, source: line } in table.list("domains", DOMAIN)?.unwrap_or_default() {
-            match self.by_domain.entry(domain.clone()) {
-                hash_map::Entry::Vacant(owner) => owner.insert(self.accounts.len()),
-                hash_map::Entry::Occupied(owner) => {
-                    return Err(match self.accounts.get(*owner.get()) {
-                        Some(other) => {
-                            let other = source.file.with_file_name(format!("{}.toml", other.name));
-                            let other = other.display();
-                            line.error(format!(
-                                "{domain} is in {other} too: a domain has one owner, remove one of them"
-                            ))
-                        }
-                        None => line.duplicate(domain),
-                    });
-                }
-            };
+            if let Some(other) = self.owner(&domain) {
+                let other = source.file.with_file_name(format!("{}.toml", other.name));
+                let other = other.display();
+                return Err(
+                    line.error(format!("{domain} is in {other} too: a domain has one owner, remove one of them"))
+                );
+            }
+            if domains.contains(&domain) {
+                return Err(line.duplicate(domain));
+            }
             domains.push(domain);
         }
         if domains.is_empty() {
@@ -269,8 +307,7 @@ impl Accounts {
                 "`domains` is missing or empty: name the customer's domains, such as domains = [\"example.org\"]",
             ));
         }
-        self.by_name.insert(name.clone(), self.accounts.len());
-        self.accounts.push(Account {
+        Ok(Account {
             name,
             domains,
             secret: secret(&mut table, &source.whole())?,
@@ -279,17 +316,19 @@ impl Accounts {
             max_size: table.get("max-size", SIZE)?,
             rate: table.or("rate", 0..=u32::MAX, 0)?,
             delivered_to_prefix: table.get("delivered-to-prefix", PREFIX)?,
-        });
-        Ok(())
+        })
     }
 
     /// The secret of the customer with this login name; `None`: there is no such customer.
     ///
     /// # Errors
     ///
-    /// Never: all secrets are in memory. The type is that of any store of credentials.
+    /// The customer's file has a mistake, and was not read before.
     pub fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
-        Ok(self.account(name).map(|account| account.secret.clone()))
+        match self.account(name) {
+            None if self.skipped.iter().any(|skipped| skipped.name == name) => Err(Unavailable),
+            account => Ok(account.map(|account| account.secret.clone())),
+        }
     }
 }
 

@@ -198,8 +198,7 @@ pub struct ConnectionLimiter(Arc<LimiterState>);
 struct LimiterState {
     connections: Mutex<Vec<CountedAs>>,
     released: Condvar,
-    limit: usize,
-    limit_each: usize,
+    limits: Mutex<(usize, usize)>,
 }
 
 /// What a connection counts as: its listener, and the network of its client.
@@ -209,17 +208,23 @@ impl ConnectionLimiter {
     /// `limit`: the most connections of one listener; `limit_each`: the most of one listener from one client, which is
     /// an IPv4 address or an IPv6 /64.
     pub fn new(limit: usize, limit_each: usize) -> ConnectionLimiter {
-        let connections = Mutex::default();
-        ConnectionLimiter(Arc::new(LimiterState { connections, released: Condvar::new(), limit, limit_each }))
+        let (connections, limits) = (Mutex::default(), Mutex::new((limit, limit_each)));
+        ConnectionLimiter(Arc::new(LimiterState { connections, released: Condvar::new(), limits }))
+    }
+
+    /// Sets other limits; connections that there are stay.
+    pub fn set_limits(&self, limit: usize, limit_each: usize) {
+        *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner) = (limit, limit_each);
     }
 
     /// Counts one more connection; `None`: a limit is reached.
     fn acquire(&self, listener: &'static str, peer: IpAddr) -> Option<ConnectionPermit> {
         let counted = (listener, client_network(peer));
+        let (limit, limit_each) = *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner);
         let mut connections = self.lock();
         let all = connections.iter().filter(|(name, _)| *name == listener).count();
         let from_client = connections.iter().filter(|other| **other == counted).count();
-        if all >= self.0.limit || from_client >= self.0.limit_each {
+        if all >= limit || from_client >= limit_each {
             return None;
         }
         connections.push(counted);

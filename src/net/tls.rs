@@ -41,13 +41,18 @@ use rustls::{
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
+use crate::clock::Timestamp;
 use crate::net::trace::quoted;
 use crate::net::x509;
 use crate::text_file;
 
 /// What the side that accepts connections needs: a certificate chain and its key. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct ServerTls(Arc<ServerConfig>);
+pub struct ServerTls {
+    config: Arc<ServerConfig>,
+    /// See [`ServerTls::until`].
+    until: Option<Timestamp>,
+}
 
 /// What the side that makes connections needs: which certificates it trusts. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -123,9 +128,16 @@ impl ServerTls {
         ServerTls::new(&PemText::read(certificate)?, &PemText::read(key)?)
     }
 
+    /// The end of the certificate's validity; `None`: it has no valid time there.
+    pub fn until(&self) -> Option<Timestamp> {
+        self.until
+    }
+
     fn new(certificate: &PemText, key: &PemText) -> Result<ServerTls, String> {
         let chain = certificate.certificates()?;
         certificate.check_version(&chain[0], key)?;
+        let until = x509::Certificate::read(&chain[0]).and_then(|certificate| certificate.until());
+        let until = until.and_then(|until| Timestamp::parse_rfc3339(&until));
         let mut config = ServerConfig::builder_with_provider(PROVIDER.clone())
             .with_safe_default_protocol_versions()
             .map_err(|error| format!("TLS: {error}"))?
@@ -144,7 +156,7 @@ impl ServerTls {
         // Calls are minutes apart, and each proves the peer's identity again: tickets would cost memory and octets.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(ServerTls(Arc::new(config)))
+        Ok(ServerTls { config: Arc::new(config), until })
     }
 }
 
@@ -203,7 +215,7 @@ const SEALED_LIMIT: usize = 64 * 1024;
 
 impl TlsSession {
     pub(crate) fn server(tls: &ServerTls) -> io::Result<TlsSession> {
-        Ok(TlsSession::new(ServerConnection::new(tls.0.clone()).map_err(failed)?.into()))
+        Ok(TlsSession::new(ServerConnection::new(tls.config.clone()).map_err(failed)?.into()))
     }
 
     /// `name`: the domain name or IP address that the peer's certificate must be for (see [`is_certificate_name`]).

@@ -8,6 +8,8 @@
 pub(super) struct Certificate<'a> {
     /// 1 to 3.
     pub(super) version: u8,
+    /// The end of its validity: `YYMMDDHHMMSSZ`, or from 2050 on `YYYYMMDDHHMMSSZ` (RFC 5280 section 4.1.2.5).
+    pub(super) not_after: &'a [u8],
     /// The SubjectPublicKeyInfo, whole: the octets whose SHA-256 a pin of the key has.
     pub(super) public_key: &'a [u8],
 }
@@ -24,6 +26,8 @@ pub(super) struct PublicKey<'a> {
 const INTEGER: u8 = 0x02;
 const BIT_STRING: u8 = 0x03;
 const SEQUENCE: u8 = 0x30;
+const UTC_TIME: u8 = 0x17;
+const GENERALIZED_TIME: u8 = 0x18;
 /// `[0] EXPLICIT`.
 const VERSION: u8 = 0xa0;
 
@@ -41,10 +45,28 @@ impl Certificate<'_> {
             },
         };
         fields.next(INTEGER)?; // serialNumber
-        for _signature_issuer_validity_subject in 0..4 {
-            fields.next(SEQUENCE)?;
-        }
-        Some(Certificate { version, public_key: fields.next(SEQUENCE)?.whole })
+        fields.next(SEQUENCE)?; // signature
+        fields.next(SEQUENCE)?; // issuer
+        let mut validity = Elements(fields.next(SEQUENCE)?.content);
+        let mut time = || validity.next(UTC_TIME).or_else(|| validity.next(GENERALIZED_TIME));
+        time()?; // notBefore
+        let not_after = time()?.content;
+        fields.next(SEQUENCE)?; // subject
+        Some(Certificate { version, not_after, public_key: fields.next(SEQUENCE)?.whole })
+    }
+
+    /// The end of its validity as RFC 3339 writes it; `None`: it is not a valid time.
+    pub(super) fn until(&self) -> Option<String> {
+        let text = std::str::from_utf8(self.not_after).ok()?;
+        let text = match text.len() {
+            // RFC 5280 section 4.1.2.5.1.
+            13 if text.is_ascii() => format!("{}{text}", if &text[..2] < "50" { "20" } else { "19" }),
+            15 if text.is_ascii() => text.to_owned(),
+            _ => return None,
+        };
+        let part = |from: usize, length: usize| &text[from..from + length];
+        let (date, time) = ((part(0, 4), part(4, 2), part(6, 2)), (part(8, 2), part(10, 2), part(12, 3)));
+        Some(format!("{}-{}-{}T{}:{}:{}", date.0, date.1, date.2, time.0, time.1, time.2))
     }
 }
 

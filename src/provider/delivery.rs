@@ -14,6 +14,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -21,6 +22,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::turned_session::{TurnSettings, TurnedSession};
+use crate::net::cancel::CancelToken;
 use crate::net::trace::quoted;
 use crate::platform;
 use crate::turn::Turn;
@@ -28,10 +30,10 @@ use crate::turn::Turn;
 /// Submits turns to the delivery thread. The thread ends after the last session if no sender is left.
 pub struct TurnSender {
     // The channel is closed before the pipe: the end of the pipe wakes the thread, which then finds no sender.
-    sender: Sender<Box<Turn>>,
+    sender: Sender<(Box<Turn>, TurnSettings)>,
     waker: OwnedFd,
     sessions: Arc<SessionCount>,
-    limit: usize,
+    limit: AtomicUsize,
 }
 
 /// How many turned sessions there are, turns in the channel included.
@@ -53,16 +55,21 @@ impl SessionCount {
 }
 
 impl TurnSender {
-    /// Submits a turn, which the delivery thread will begin.
+    /// Sets the most turned sessions at a time.
+    pub fn set_limit(&self, limit: usize) {
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// Submits a turn, which the delivery thread will begin with these settings.
     ///
     /// # Errors
     /// The turn, if there are as many turned sessions as permitted, or if the thread has ended.
-    pub fn submit(&self, turn: Box<Turn>) -> Result<(), Box<Turn>> {
+    pub fn submit(&self, turn: Box<Turn>, settings: &TurnSettings) -> Result<(), Box<Turn>> {
         let mut count = self.sessions.lock();
-        if *count >= self.limit {
+        if *count >= self.limit.load(Ordering::Relaxed) {
             return Err(turn);
         }
-        self.sender.send(turn).map_err(|rejected| rejected.0)?;
+        self.sender.send((turn, settings.clone())).map_err(|rejected| rejected.0.0)?;
         *count += 1;
         // If the pipe is full, the thread has enough octets to wake it.
         let _ = rustix::io::retry_on_intr(|| rustix::io::write(&self.waker, &[0]));
@@ -78,24 +85,28 @@ impl TurnSender {
 
 /// The delivery thread before it runs.
 pub struct DeliveryThread {
-    turns: Receiver<Box<Turn>>,
+    turns: Receiver<(Box<Turn>, TurnSettings)>,
     /// Readable if turns were submitted since the last look into the channel.
     woken: OwnedFd,
     sessions: Arc<SessionCount>,
-    settings: TurnSettings,
+    /// Ends sessions after the messages under way.
+    cancel: CancelToken,
+    /// Ends sessions at once.
+    abort: CancelToken,
 }
 
 /// Connects a sender of turns to a delivery thread; `limit`: the most turned sessions at a time.
 ///
 /// # Errors
 /// The system has no descriptors left.
-pub fn channel(limit: usize, settings: TurnSettings) -> io::Result<(TurnSender, DeliveryThread)> {
+pub fn channel(limit: usize, cancel: &CancelToken, abort: &CancelToken) -> io::Result<(TurnSender, DeliveryThread)> {
     // `limit` bounds the channel.
     let (sender, turns) = crossbeam_channel::unbounded();
     let (woken, waker) = platform::pipe()?;
     let sessions = Arc::<SessionCount>::default();
-    let turn_sender = TurnSender { sender, waker, sessions: sessions.clone(), limit };
-    Ok((turn_sender, DeliveryThread { turns, woken, sessions, settings }))
+    let turn_sender = TurnSender { sender, waker, sessions: sessions.clone(), limit: AtomicUsize::new(limit) };
+    let (cancel, abort) = (cancel.clone(), abort.clone());
+    Ok((turn_sender, DeliveryThread { turns, woken, sessions, cancel, abort }))
 }
 
 impl DeliveryThread {
@@ -105,7 +116,7 @@ impl DeliveryThread {
         let mut open = true;
         while open || !sessions.is_empty() {
             self.wait(&mut sessions, open);
-            if self.settings.abort.is_cancelled() {
+            if self.abort.is_cancelled() {
                 break;
             }
             open = self.begin_sessions(&mut sessions);
@@ -122,13 +133,12 @@ impl DeliveryThread {
     /// Begins a session for each turn in the channel. Returns whether more turns may come.
     fn begin_sessions(&self, sessions: &mut Vec<TurnedSession>) -> bool {
         loop {
-            let turn = match self.turns.try_recv() {
-                Ok(turn) => turn,
+            let (turn, settings) = match self.turns.try_recv() {
+                Ok(submitted) => submitted,
                 Err(error) => return error == TryRecvError::Empty,
             };
-            match catch_unwind(AssertUnwindSafe(|| {
-                TurnedSession::new(turn.begin(self.settings.without_8bitmime), &self.settings)
-            })) {
+            let begin = || TurnedSession::new(turn.begin(settings.without_8bitmime), settings);
+            match catch_unwind(AssertUnwindSafe(begin)) {
                 Ok(session) => sessions.push(session),
                 Err(_) => {
                     log::error!("event=panic session=-");
@@ -162,17 +172,17 @@ impl DeliveryThread {
     /// `open`), or the thread is cancelled or aborted. Tells the sessions what poll(2) has found.
     fn wait(&self, sessions: &mut [TurnedSession], open: bool) {
         let now = Instant::now();
-        let cancelled = self.settings.cancel.is_cancelled();
+        let cancelled = self.cancel.is_cancelled();
         let until = sessions.iter_mut().map(|session| session.schedule_wake_up(now, cancelled)).min();
         let timeout = until.and_then(|until| Timespec::try_from(until.saturating_duration_since(now)).ok());
-        let mut polls = vec![PollFd::from_borrowed_fd(self.settings.abort.fd(), PollFlags::IN)];
+        let mut polls = vec![PollFd::from_borrowed_fd(self.abort.fd(), PollFlags::IN)];
         // Without a sender the pipe has ended, which poll(2) would report at every call.
         if open {
             polls.push(PollFd::new(&self.woken, PollFlags::IN));
         }
         // Once cancelled, the token stays readable.
         if !cancelled {
-            polls.push(PollFd::from_borrowed_fd(self.settings.cancel.fd(), PollFlags::IN));
+            polls.push(PollFd::from_borrowed_fd(self.cancel.fd(), PollFlags::IN));
         }
         let first = polls.len();
         // The session that each poll after `first` is for.

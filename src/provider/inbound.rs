@@ -33,14 +33,12 @@ impl SessionHandler for InboundHandler {
 
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
-        match self.shared.spool.held_queue(&mailbox) {
-            Some(_) => Ok(mailbox.canonical()),
-            None => check_held_domain(&mailbox).and(Err(Reply::new(
-                550,
-                "5.7.1",
-                "Relaying denied: no mail is held here for that domain",
-            ))),
+        if self.shared.spool.held_queue(&mailbox).is_some() {
+            return Ok(mailbox.canonical());
         }
+        mailbox.domain().map_or(Ok(()), |domain| self.shared.check_skipped(domain))?;
+        check_held_domain(&mailbox)?;
+        Err(Reply::new(550, "5.7.1", "Relaying denied: no mail is held here for that domain"))
     }
 
     fn receive(&mut self, envelope: &Envelope, incoming: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {

@@ -15,6 +15,7 @@ pub mod shared;
 pub mod accept;
 pub mod inbound;
 pub mod odmr;
+pub mod reload;
 
 use std::fmt;
 use std::io;
@@ -30,18 +31,14 @@ use crate::mail::address::literal;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
 use crate::net::listener::{self, Acceptor, ConnectionLimiter};
-use crate::net::tls::ServerTls;
 use crate::net::trace::{Trace, quoted};
-use crate::report::Reporter;
 use crate::sasl::Mechanism;
 use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
-use accept::SpoolDsnSink;
 use delivery::DeliveryThread;
-use relay::{Relay, WorkerContext};
-use shared::{Shared, SubmissionRates};
-use spool::Spool;
-use turned_session::TurnSettings;
+use relay::Relay;
+use reload::{Lasting, Reloader, configure, log_skipped};
+use shared::Shared;
 
 /// Where a connection was accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,9 +115,13 @@ impl Provider {
             let opened = listener::bind(kind.name(), addresses).map_err(StartError::System)?;
             listeners.extend(opened.into_iter().map(|listener| (kind, listener)));
         }
-        let mut running = RunningProvider { shared: shared.clone(), listening: Vec::new(), threads: Vec::new() };
+        log_skipped(config);
+        let reloader = Reloader::new(shared.clone());
+        let mut running = RunningProvider { reloader: reloader.clone(), listening: Vec::new(), threads: Vec::new() };
         running.spawn("delivery", move || delivery.run())?;
         running.spawn("relay", move || relay.run())?;
+        let (watched, cancel) = (reloader.clone(), shared.cancel.clone());
+        running.spawn("certificate", move || watched.watch_certificate(&cancel))?;
         for (kind, listener) in listeners {
             let (name, address) = (kind.name(), listener.local_addr()?);
             // Programs that start a provider read this line.
@@ -133,8 +134,9 @@ impl Provider {
                 cancel: shared.cancel.clone(),
                 limiter: shared.limiter.clone(),
             };
-            let shared = shared.clone();
+            let reloader = reloader.clone();
             let service = move |stream: TcpStream, peer| {
+                let shared = reloader.current();
                 let connection = Connection::new(stream.into(), trace(&shared, kind));
                 serve(&shared, kind, connection, Some(peer));
             };
@@ -152,6 +154,7 @@ impl Provider {
         config: ProviderConfig, ids: Ids, listener: Listener, connection: SupervisedConnection, cancel: &CancelToken,
     ) -> Result<(), StartError> {
         let (shared, delivery, _) = prepare(config, ids, cancel.clone())?;
+        log_skipped(&shared.config);
         let (cancel, abort, timeout) = (cancel.clone(), shared.abort.clone(), shared.config.timeouts.shutdown);
         Builder::new().spawn(move || {
             cancel.wait_until(None);
@@ -172,7 +175,7 @@ impl Provider {
 
 /// A provider at work.
 pub struct RunningProvider {
-    shared: Arc<Shared>,
+    reloader: Reloader,
     listening: Vec<(Listener, SocketAddr)>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -186,7 +189,8 @@ impl RunningProvider {
     /// Stops: accepts no more connections, lets sessions end after the command or message under way, and ends them at
     /// once when the shutdown timeout is over.
     pub fn stop(self) {
-        let RunningProvider { shared, threads, .. } = self;
+        let RunningProvider { reloader, threads, .. } = self;
+        let shared = reloader.current();
         let deadline = Instant::now() + shared.config.timeouts.shutdown;
         shared.cancel.cancel();
         shared.relay.wake();
@@ -200,6 +204,11 @@ impl RunningProvider {
         shared.limiter.wait_until_idle(Instant::now() + Duration::from_secs(1));
     }
 
+    /// What reads the configuration anew.
+    pub fn reloader(&self) -> &Reloader {
+        &self.reloader
+    }
+
     fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
         self.threads.push(Builder::new().name(name.to_owned()).spawn(work)?);
         Ok(())
@@ -210,29 +219,23 @@ impl RunningProvider {
 fn prepare(
     config: ProviderConfig, ids: Ids, cancel: CancelToken,
 ) -> Result<(Arc<Shared>, DeliveryThread, Relay), StartError> {
-    let tls = config.tls.as_ref().map(|files| ServerTls::load(&files.certificate, &files.key));
-    let tls = tls.transpose().map_err(StartError::Config)?;
     let abort = CancelToken::new()?;
-    let spool = Arc::new(Spool::new(&config, &ids));
     let channel = relay::channel();
-    let handle = channel.handle.clone();
-    let sink = SpoolDsnSink { spool: spool.clone(), relay: handle.clone(), ids: ids.clone() };
-    let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)));
-    let worker = WorkerContext::new(&config, &spool, &ids, reporter.clone(), &cancel).map_err(StartError::Config)?;
-    let settings = TurnSettings {
-        timeouts: config.timeouts.clone(),
-        messages: config.limits.messages_per_turn,
-        give_up: config.odmr.give_up,
-        without_8bitmime: config.odmr.without_8bitmime,
-        reporter,
-        cancel: cancel.clone(),
-        abort: abort.clone(),
-    };
-    let (turns, delivery) = delivery::channel(config.limits.turned_sessions, settings)?;
+    let (turns, delivery) = delivery::channel(config.limits.turned_sessions, &cancel, &abort)?;
     let limiter = ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address);
-    let rates = SubmissionRates::default();
-    let shared = Shared { spool, ids, turns, relay: handle, rates, tls, cancel, abort, limiter, config };
-    Ok((Arc::new(shared), delivery, Relay { worker, channel }))
+    let lasting = Lasting {
+        ids,
+        turns: Arc::new(turns),
+        relay: channel.handle.clone(),
+        rates: Arc::default(),
+        removed: Arc::default(),
+        cancel,
+        abort,
+        limiter,
+    };
+    let shared = configure(config, lasting, None).map_err(StartError::Config)?;
+    let relay = Relay { worker: shared.worker.clone(), channel };
+    Ok((Arc::new(shared), delivery, relay))
 }
 
 /// The dialogue's letters: `P` is the provider on port 366, `S` any other server.

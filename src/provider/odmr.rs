@@ -59,7 +59,7 @@ fn turn(shared: &Shared, session: ServerSession, domains: &[Domain]) -> Result<(
         Err(reply) => return Err(Box::new((session, reply))),
     };
     let turn = Turn::offer(session, lock)?;
-    shared.turns.submit(turn).map_err(|turn| {
+    shared.turns.submit(turn, &shared.turn_settings).map_err(|turn| {
         let reply = Reply::new(451, "4.3.2", "Too many turned sessions, try again later");
         Box::new((turn.withdraw(), reply))
     })
@@ -73,6 +73,9 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
     let account = account.and_then(|name| shared.config.accounts.account(name));
     let own = account.map(|account| account.domains.as_slice()).unwrap_or_default();
     // RFC 2645 section 5.2.1: one foreign domain, whether it exists or not, and the customer gets no mail at all.
+    if let Some(foreign) = named.iter().find(|domain| !own.contains(domain)) {
+        shared.check_skipped(foreign)?;
+    }
     if own.is_empty() || named.iter().any(|domain| !own.contains(domain)) {
         return Err(Reply::new(450, "4.7.1", "You have no access to all of these domains"));
     }

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::delivery::TurnSender;
-use super::relay::RelayHandle;
+use super::relay::{RelayHandle, WorkerContext};
 use super::spool::Spool;
+use super::turned_session::TurnSettings;
 use crate::clock::Timestamp;
 use crate::config::ProviderConfig;
 use crate::ids::Ids;
-use crate::mail::address::{ForwardPath, Mailbox};
+use crate::mail::address::{Domain, ForwardPath, Mailbox};
 use crate::net::cancel::CancelToken;
 use crate::net::listener::ConnectionLimiter;
 use crate::net::tls::ServerTls;
@@ -17,14 +18,17 @@ use crate::session::disk_full_reply;
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
 
-/// What all threads of a provider share.
+/// What all threads of a provider share. A reload makes another one; sessions go on with the one that they began with.
+#[derive(Clone)]
 pub struct Shared {
     pub config: ProviderConfig,
     pub spool: Arc<Spool>,
     pub ids: Ids,
-    pub turns: TurnSender,
+    pub turns: Arc<TurnSender>,
+    pub turn_settings: TurnSettings,
     pub relay: RelayHandle,
-    pub rates: SubmissionRates,
+    pub worker: Arc<WorkerContext>,
+    pub rates: Arc<SubmissionRates>,
     /// The provider's certificate; `None`: without TLS.
     pub tls: Option<ServerTls>,
     /// Ends sessions after the command or message under way.
@@ -41,6 +45,20 @@ impl Shared {
     /// The reply to MAIL.
     pub fn check_room(&self, mail: &MailFrom) -> Result<(), Reply> {
         if self.spool.has_room(mail.size.unwrap_or(0)) { Ok(()) } else { Err(disk_full_reply()) }
+    }
+
+    /// The reply to a recipient or to ATRN if the domain may belong to a customer whose file has a mistake: a mistake in typing
+    /// bounces nothing.
+    ///
+    /// # Errors
+    /// The reply.
+    pub fn check_skipped(&self, domain: &Domain) -> Result<(), Reply> {
+        match self.config.accounts.may_be_skipped(domain) {
+            true => {
+                Err(Reply::new(451, "4.3.5", "The configuration for that domain cannot be read now, try again later"))
+            }
+            false => Ok(()),
+        }
     }
 
     /// The mailbox of a path; a postmaster without a domain is the provider's own (RFC 5321 section 4.5.1).

@@ -3,12 +3,14 @@
 //! [`TurnedSession::work`] does a bounded piece of work without waiting for the customer: it reads replies, sends commands
 //! and content, and settles messages. The delivery thread calls it whenever there may be something to do.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
+use crate::config::Accounts;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled};
 use crate::net::trace::quoted;
@@ -44,10 +46,30 @@ pub struct TurnSettings {
     pub give_up: Duration,
     pub without_8bitmime: Without8BitMime,
     pub reporter: Reporter,
+    /// Accounts whose sessions end after the messages under way, because they are removed.
+    pub removed: Arc<RemovedAccounts>,
     /// Ends sessions after the messages under way.
     pub cancel: CancelToken,
     /// Ends sessions at once.
     pub abort: CancelToken,
+}
+
+/// The accounts that reloads have removed.
+#[derive(Default)]
+pub struct RemovedAccounts(Mutex<HashSet<String>>);
+
+impl RemovedAccounts {
+    /// Adds the accounts that there were before a reload and are no more; those that there are again are not removed.
+    pub fn update(&self, before: &Accounts, after: &Accounts) {
+        let mut removed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        removed.extend(before.iter().map(|account| account.name.clone()));
+        removed.retain(|name| after.account(name).is_none());
+    }
+
+    /// Whether the account is removed.
+    pub fn contains(&self, account: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(account)
+    }
 }
 
 /// A turned session. It has the lock on the mail until it is closed.
@@ -103,7 +125,7 @@ struct TurnCounters {
 
 impl TurnedSession {
     /// Begins the session: the client waits for the customer's greeting.
-    pub fn new(turned: Turned, settings: &TurnSettings) -> TurnedSession {
+    pub fn new(turned: Turned, settings: TurnSettings) -> TurnedSession {
         let Turned { connection, client, lock, peer, account } = turned;
         let now = Instant::now();
         let domains: Vec<_> = lock.domains().map(|domain| domain.as_str()).collect();
@@ -118,7 +140,6 @@ impl TurnedSession {
             lock,
             account,
             peer,
-            settings: settings.clone(),
             replies: ReplyInput::default(),
             messages: VecDeque::new(),
             queue_empty: false,
@@ -134,6 +155,7 @@ impl TurnedSession {
             last_progress: now,
             last_heartbeat: now,
             counters: TurnCounters::default(),
+            settings,
         }
     }
 
@@ -305,7 +327,8 @@ impl TurnedSession {
         if !(full || self.client.is_ready_for_message()) || (self.queue_empty && self.client.in_flight() > 0) {
             return Ok(false);
         }
-        let enough = self.settings.cancel.is_cancelled() || self.is_full();
+        let enough =
+            self.settings.cancel.is_cancelled() || self.settings.removed.contains(&self.account) || self.is_full();
         let mut commands = Vec::new();
         match if enough { None } else { self.lock.next_message() } {
             // RFC 9422 section 4.3: this session has other domains.

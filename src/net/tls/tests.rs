@@ -167,7 +167,7 @@ fn server_with(certificate: &str, key: &str) -> ServerTls {
         .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(rustls::sign::CertifiedKey::new(
             chain, key,
         ))));
-    ServerTls(Arc::new(config))
+    ServerTls { config: Arc::new(config), until: None }
 }
 
 fn key_pin(certificate: &str) -> Pin {

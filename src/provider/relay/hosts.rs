@@ -15,16 +15,17 @@ const YIELD_PAUSE: Duration = Duration::from_secs(5);
 const PASSED_LIMIT: usize = 1000;
 
 /// What the relay knows of each host, and how many connections it has.
+#[derive(Default)]
 pub(super) struct HostTable {
-    /// The most connections in all.
-    limit: usize,
-    /// The most connections to one host.
-    limit_each: usize,
     state: Mutex<TableState>,
 }
 
 #[derive(Default)]
 struct TableState {
+    /// The most connections in all.
+    limit: usize,
+    /// The most connections to one host.
+    limit_each: usize,
     /// By IP address and port; a smarthost by its name.
     hosts: HashMap<String, HostState>,
     /// Workers with an attempt under way.
@@ -73,14 +74,15 @@ pub(super) enum RouteError {
 
 impl HostTable {
     /// `limit`: the most connections in all; `limit_each`: to one host.
-    pub(super) fn new(limit: usize, limit_each: usize) -> HostTable {
-        HostTable { limit, limit_each, state: Mutex::default() }
+    pub(super) fn set_limits(&self, limit: usize, limit_each: usize) {
+        let mut state = self.lock();
+        (state.limit, state.limit_each) = (limit, limit_each);
     }
 
     /// Counts one more attempt, each of which has one connection at a time; `false`: all connections are in use.
     pub(super) fn begin_attempt(&self) -> bool {
         let mut state = self.lock();
-        let free = state.attempts + state.beside < self.limit;
+        let free = state.attempts + state.beside < state.limit;
         state.attempts += usize::from(free);
         free
     }
@@ -104,8 +106,9 @@ impl HostTable {
     /// The host is busy.
     pub(super) fn acquire(&self, host: &str) -> Result<HostPermit<'_>, RouteError> {
         let mut state = self.lock();
+        let limit_each = state.limit_each;
         let entry = state.hosts.entry(host.to_owned()).or_default();
-        if entry.connections >= self.limit_each {
+        if entry.connections >= limit_each {
             entry.wanted_until = Some(Instant::now() + YIELD_PAUSE);
             return Err(RouteError::Busy);
         }
@@ -117,11 +120,12 @@ impl HostTable {
     /// Counts one more connection to a host that has one; `None`: the limits, or attempts that wait, do not permit it.
     pub(super) fn acquire_beside(&self, host: &str) -> Option<HostPermit<'_>> {
         let mut state = self.lock();
-        if state.attempt_waits || state.attempts + state.beside >= self.limit {
+        if state.attempt_waits || state.attempts + state.beside >= state.limit {
             return None;
         }
+        let limit_each = state.limit_each;
         let entry = state.hosts.get_mut(host)?;
-        if entry.connections >= self.limit_each || entry.is_wanted() {
+        if entry.connections >= limit_each || entry.is_wanted() {
             return None;
         }
         entry.connections += 1;
@@ -209,7 +213,8 @@ mod tests {
 
     #[test]
     fn a_host_that_is_busy_gives_no_permit_and_one_that_is_down_is_known() {
-        let hosts = HostTable::new(20, 1);
+        let hosts = HostTable::default();
+        hosts.set_limits(20, 1);
         let permit = hosts.acquire(ADDRESS).ok().unwrap();
         assert!(matches!(hosts.acquire(ADDRESS), Err(RouteError::Busy)));
         drop(permit);
@@ -223,7 +228,8 @@ mod tests {
 
     #[test]
     fn sessions_beside_the_first_take_what_no_attempt_waits_for() {
-        let hosts = HostTable::new(4, 3);
+        let hosts = HostTable::default();
+        hosts.set_limits(4, 3);
         assert!(hosts.begin_attempt());
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "beside nothing");
         let first = hosts.acquire(ADDRESS).ok().unwrap();

@@ -66,6 +66,8 @@ enum RelayEvent {
     Done(Vec<NextDue>),
     /// The relay may have been cancelled.
     Wake,
+    /// The workers go on with this; attempts under way end as they began.
+    Reload(Arc<WorkerContext>),
 }
 
 /// Sends events to the scheduler. After the relay's end they are dropped.
@@ -79,6 +81,11 @@ impl RelayHandle {
         if let SpoolQueue::Outgoing(destination) = queue {
             self.send(RelayEvent::Arrived(destination.clone()));
         }
+    }
+
+    /// From now on attempts are made with this.
+    pub fn reload(&self, worker: Arc<WorkerContext>) {
+        self.send(RelayEvent::Reload(worker));
     }
 
     /// Wakes the scheduler, after its token was cancelled.
@@ -105,7 +112,7 @@ pub fn channel() -> RelayChannel {
 
 /// The scheduler, and what its workers share.
 pub struct Relay {
-    pub worker: WorkerContext,
+    pub worker: Arc<WorkerContext>,
     pub channel: RelayChannel,
 }
 
@@ -113,9 +120,8 @@ impl Relay {
     /// Runs until it is cancelled, and then until the sessions under way have ended, after their message, or the shutdown
     /// timeout is over.
     pub fn run(self) {
-        let Relay { worker, channel: RelayChannel { handle, events } } = self;
-        let worker = Arc::new(worker);
-        let (jobs, waiting) = crossbeam_channel::unbounded::<Vec<Domain>>();
+        let Relay { mut worker, channel: RelayChannel { handle, events } } = self;
+        let (jobs, waiting) = crossbeam_channel::unbounded::<(Vec<Domain>, Arc<WorkerContext>)>();
         let mut threads = 0;
         let mut under_way = 0;
         let mut table = DestinationTable::default();
@@ -130,14 +136,17 @@ impl Relay {
             while let Some(job) = next_job(&mut table, &worker, &mut waits) {
                 under_way += 1;
                 if under_way > threads {
-                    let (worker, handle, waiting) = (worker.clone(), handle.clone(), waiting.clone());
-                    let work = move || waiting.iter().for_each(|job| handle.send(RelayEvent::Done(worker.work(&job))));
+                    let (handle, waiting) = (handle.clone(), waiting.clone());
+                    let done = move |(job, worker): (Vec<Domain>, Arc<WorkerContext>)| {
+                        handle.send(RelayEvent::Done(worker.work(&job)));
+                    };
+                    let work = move || waiting.iter().for_each(done);
                     match Builder::new().name("relay".to_owned()).spawn(work) {
                         Ok(_) => threads += 1,
                         Err(error) => log::error!("event=no-thread error={}", quoted(error)),
                     }
                 }
-                let _ = jobs.send(job);
+                let _ = jobs.send((job, worker.clone()));
             }
             let pause = match (waits, worker.hosts.set_attempt_waits(waits)) {
                 (_, true) => YIELD_POLL,
@@ -151,6 +160,7 @@ impl Relay {
                     worker.hosts.end_attempt();
                     destinations.into_iter().for_each(|next| table.done(next));
                 }
+                Ok(RelayEvent::Reload(renewed)) => worker = renewed,
                 Ok(RelayEvent::Wake) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }

@@ -45,7 +45,7 @@ pub struct WorkerContext {
     unverified_tls: ClientTls,
     /// Loaded if the configuration asks for verified certificates.
     verified_tls: Option<ClientTls>,
-    pub(super) hosts: HostTable,
+    pub(super) hosts: Arc<HostTable>,
     /// Each session under way has a clone.
     pub(super) sessions: Arc<()>,
     pub(super) cancel: CancelToken,
@@ -146,17 +146,21 @@ impl AttemptRoute<'_> {
 }
 
 impl WorkerContext {
+    /// `earlier`: the context before a reload, whose sessions and hosts go on to count.
+    ///
     /// # Errors
     /// The certificates or the smarthost that the configuration names cannot be used.
     pub fn new(
         config: &ProviderConfig, spool: &Arc<Spool>, ids: &Ids, reporter: Reporter, cancel: &CancelToken,
+        earlier: Option<&WorkerContext>,
     ) -> Result<WorkerContext, String> {
         let relay = &config.relay;
         let verifies = relay.tls == TlsPolicy::Verify || relay.tls_for.values().any(|tls| *tls == TlsPolicy::Verify);
         // All sessions of a relay with a smarthost are with one host.
         let per_host = relay.smarthost.as_ref().map_or(usize::MAX, |_| relay.connections_per_host);
         let limit = relay.connections.min(per_host);
-        Ok(WorkerContext {
+        let hosts = earlier.map(|earlier| earlier.hosts.clone()).unwrap_or_default();
+        let context = WorkerContext {
             hostname: config.hostname.clone(),
             config: relay.clone(),
             timeouts: config.timeouts.clone(),
@@ -166,10 +170,13 @@ impl WorkerContext {
             smarthost: relay.smarthost.as_ref().map(Remote::new).transpose()?,
             unverified_tls: ClientTls::new(&Trust::Anyone)?,
             verified_tls: if verifies { Some(ClientTls::new(&Trust::System)?) } else { None },
-            hosts: HostTable::new(limit, relay.connections_per_host),
-            sessions: Arc::default(),
+            hosts,
+            sessions: earlier.map(|earlier| earlier.sessions.clone()).unwrap_or_default(),
             cancel: cancel.clone(),
-        })
+        };
+        // Only now: nothing else can fail.
+        context.hosts.set_limits(limit, relay.connections_per_host);
+        Ok(context)
     }
 
     /// Whether a session is under way.

@@ -1,0 +1,191 @@
+//! The configuration read anew: at SIGHUP, and the certificate when its files change.
+//!
+//! What all threads share is made from the configuration, and made once more at a reload. New connections begin with the
+//! new one; sessions, turned sessions and the relay's attempts under way end with the one that they began with.
+
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use super::accept::SpoolDsnSink;
+use super::delivery::TurnSender;
+use super::relay::{RelayHandle, WorkerContext};
+use super::shared::{Shared, SubmissionRates};
+use super::spool::{Spool, SpoolQueue};
+use super::turned_session::{RemovedAccounts, TurnSettings};
+use crate::clock::Timestamp;
+use crate::config::ProviderConfig;
+use crate::ids::Ids;
+use crate::net::cancel::CancelToken;
+use crate::net::listener::ConnectionLimiter;
+use crate::net::tls::ServerTls;
+use crate::net::trace::quoted;
+use crate::report::Reporter;
+
+/// What lasts over reloads.
+pub struct Lasting {
+    pub ids: Ids,
+    pub turns: Arc<TurnSender>,
+    pub relay: RelayHandle,
+    pub rates: Arc<SubmissionRates>,
+    pub removed: Arc<RemovedAccounts>,
+    pub cancel: CancelToken,
+    pub abort: CancelToken,
+    pub limiter: ConnectionLimiter,
+}
+
+/// Makes what depends on the configuration. `earlier`: the relay's context before a reload.
+///
+/// # Errors
+/// A file that the configuration names cannot be used.
+pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&WorkerContext>) -> Result<Shared, String> {
+    let Lasting { ids, turns, relay, rates, removed, cancel, abort, limiter } = lasting;
+    let tls = config.tls.as_ref().map(|files| ServerTls::load(&files.certificate, &files.key)).transpose()?;
+    let spool = Arc::new(Spool::new(&config, &ids));
+    let sink = SpoolDsnSink { spool: spool.clone(), relay: relay.clone(), ids: ids.clone() };
+    let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)));
+    let worker = WorkerContext::new(&config, &spool, &ids, reporter.clone(), &cancel, earlier)?;
+    let turn_settings = TurnSettings {
+        timeouts: config.timeouts.clone(),
+        messages: config.limits.messages_per_turn,
+        give_up: config.odmr.give_up,
+        without_8bitmime: config.odmr.without_8bitmime,
+        reporter,
+        removed,
+        cancel: cancel.clone(),
+        abort: abort.clone(),
+    };
+    let worker = Arc::new(worker);
+    Ok(Shared { config, spool, ids, turns, turn_settings, relay, worker, rates, tls, cancel, abort, limiter })
+}
+
+/// Has the state that new connections begin with, and replaces it.
+#[derive(Clone)]
+pub struct Reloader(Arc<RwLock<Arc<Shared>>>);
+
+impl Reloader {
+    /// `shared`: the state at the start.
+    pub fn new(shared: Arc<Shared>) -> Reloader {
+        Reloader(Arc::new(RwLock::new(shared)))
+    }
+
+    /// The state that a new connection begins with.
+    pub fn current(&self) -> Arc<Shared> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads the configuration anew. Listeners, sessions and turned sessions stay; those of an account that is removed end
+    /// after the message under way. A customer's file with a mistake leaves its account as it was. The result is logged: a
+    /// mistake anywhere else leaves everything as it was.
+    pub fn reload(&self, file: &Path) {
+        let old = self.current();
+        let renewed = ProviderConfig::load(file).map_err(|error| error.to_string());
+        match renewed.and_then(|config| renew(config, &old)) {
+            Ok(shared) => {
+                log_reload(&old, &shared);
+                *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(shared);
+            }
+            Err(error) => {
+                let consequence = "the old configuration holds";
+                log::error!("event=reload-failed error={} consequence={consequence:?}", quoted(error));
+            }
+        }
+    }
+
+    /// Reads the certificate and its key anew. If they do not fit each other, the old ones stay.
+    fn reload_certificate(&self) {
+        let old = self.current();
+        let Some(files) = &old.config.tls else { return };
+        match ServerTls::load(&files.certificate, &files.key) {
+            Ok(tls) => {
+                let until = tls.until().map_or_else(|| "-".to_owned(), Timestamp::rfc3339);
+                log::info!("event=certificate-reloaded certificate-until={until}");
+                *self.0.write().unwrap_or_else(PoisonError::into_inner) =
+                    Arc::new(Shared { tls: Some(tls), ..Shared::clone(&old) });
+            }
+            Err(error) => {
+                let consequence = "the old certificate holds";
+                log::error!("event=reload-failed error={} consequence={consequence:?}", quoted(error));
+            }
+        }
+    }
+
+    /// Looks once a minute whether the files of the certificate have changed, until it is cancelled.
+    pub fn watch_certificate(&self, cancel: &CancelToken) {
+        let stamp = || {
+            let shared = self.current();
+            let files = shared.config.tls.iter().flat_map(|files| [&files.certificate, &files.key]);
+            files
+                .map(|file| file.metadata().ok().map(|found| (found.ino(), found.len(), found.modified().ok())))
+                .collect()
+        };
+        let mut seen: Vec<_> = stamp();
+        while !cancel.wait_until(Some(Instant::now() + CERTIFICATE_INTERVAL)) {
+            let now = stamp();
+            if now != seen {
+                self.reload_certificate();
+                seen = now;
+            }
+        }
+    }
+}
+
+/// How often the files of the certificate are looked at.
+const CERTIFICATE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The state with this configuration; what lasts over reloads is that of `old`.
+fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {
+    config.accounts.keep_skipped(&old.config.accounts);
+    let lasting = Lasting {
+        ids: old.ids.clone(),
+        turns: old.turns.clone(),
+        relay: old.relay.clone(),
+        rates: old.rates.clone(),
+        removed: old.turn_settings.removed.clone(),
+        cancel: old.cancel.clone(),
+        abort: old.abort.clone(),
+        limiter: old.limiter.clone(),
+    };
+    let shared = configure(config, lasting, Some(&old.worker))?;
+    let (limits, accounts) = (&shared.config.limits, &shared.config.accounts);
+    shared.limiter.set_limits(limits.connections, limits.connections_per_address);
+    shared.turns.set_limit(limits.turned_sessions);
+    shared.turn_settings.removed.update(&old.config.accounts, accounts);
+    shared.relay.reload(shared.worker.clone());
+    Ok(shared)
+}
+
+/// Logs what a reload has changed, and what it has not.
+fn log_reload(old: &Shared, new: &Shared) {
+    let names =
+        |shared: &Shared| shared.config.accounts.iter().map(|account| account.name.clone()).collect::<HashSet<_>>();
+    let (before, after) = (names(old), names(new));
+    log_skipped(&new.config);
+    let (added, removed) = (after.difference(&before).count(), before.difference(&after).count());
+    let until = new.tls.as_ref().and_then(ServerTls::until).map_or_else(|| "-".to_owned(), Timestamp::rfc3339);
+    log::info!("event=reloaded accounts={} added={added} removed={removed} certificate-until={until}", after.len());
+    let domains = old.config.accounts.iter().flat_map(|account| &account.domains);
+    for domain in domains.filter(|domain| new.config.accounts.owner(domain).is_none()) {
+        let messages = new.spool.queue().count(&new.spool.name(&SpoolQueue::Held(domain.clone())), usize::MAX);
+        if let Ok(messages @ 1..) = messages {
+            log::warn!("event=mail-without-account domain={domain} messages={messages}");
+        }
+    }
+    let listen = |config: &ProviderConfig| {
+        (config.inbound.listen.clone(), config.odmr.listen.clone(), config.odmr.listen_tls.clone())
+    };
+    if listen(&old.config) != listen(&new.config) || old.config.spool != new.config.spool {
+        let what = "`listen`, `listen-tls` or `spool` has changed";
+        log::warn!("event=restart-needed reason={what:?}");
+    }
+}
+
+/// Logs the customers' files that are skipped.
+pub fn log_skipped(config: &ProviderConfig) {
+    for skipped in config.accounts.skipped() {
+        let (file, error) = (quoted(&skipped.name), quoted(&skipped.error));
+        log::error!("event=customer-skipped file={file} error={error}");
+    }
+}
