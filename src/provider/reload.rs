@@ -84,8 +84,9 @@ impl Reloader {
         let renewed = ProviderConfig::load(file).map_err(|error| error.to_string());
         match renewed.and_then(|config| renew(config, &old)) {
             Ok(shared) => {
+                let shared = Arc::new(shared);
+                *self.0.write().unwrap_or_else(PoisonError::into_inner) = shared.clone();
                 log_reload(&old, &shared);
-                *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(shared);
             }
             Err(error) => {
                 let consequence = "the old configuration holds";
