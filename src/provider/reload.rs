@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::accept::SpoolDsnSink;
@@ -63,29 +63,40 @@ pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&Work
 
 /// Has the state that new connections begin with, and replaces it.
 #[derive(Clone)]
-pub struct Reloader(Arc<RwLock<Arc<Shared>>>);
+pub struct Reloader(Arc<ReloaderState>);
+
+struct ReloaderState {
+    current: RwLock<Arc<Shared>>,
+    /// The certificate may change while the configuration is read.
+    one_at_a_time: Mutex<()>,
+}
 
 impl Reloader {
     /// `shared`: the state at the start.
     pub fn new(shared: Arc<Shared>) -> Reloader {
-        Reloader(Arc::new(RwLock::new(shared)))
+        Reloader(Arc::new(ReloaderState { current: RwLock::new(shared), one_at_a_time: Mutex::default() }))
     }
 
     /// The state that a new connection begins with.
     pub fn current(&self) -> Arc<Shared> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn replace(&self, shared: &Arc<Shared>) {
+        *self.0.current.write().unwrap_or_else(PoisonError::into_inner) = shared.clone();
     }
 
     /// Reads the configuration anew. Listeners, sessions and turned sessions stay; those of an account that is removed end
     /// after the message under way. A customer's file with a mistake leaves its account as it was. The result is logged: a
     /// mistake anywhere else leaves everything as it was.
     pub fn reload(&self, file: &Path) {
+        let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
         let renewed = ProviderConfig::load(file).map_err(|error| error.to_string());
         match renewed.and_then(|config| renew(config, &old)) {
             Ok(shared) => {
                 let shared = Arc::new(shared);
-                *self.0.write().unwrap_or_else(PoisonError::into_inner) = shared.clone();
+                self.replace(&shared);
                 log_reload(&old, &shared);
             }
             Err(error) => {
@@ -97,14 +108,14 @@ impl Reloader {
 
     /// Reads the certificate and its key anew. If they do not fit each other, the old ones stay.
     fn reload_certificate(&self) {
+        let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
         let Some(files) = &old.config.tls else { return };
         match ServerTls::load(&files.certificate, &files.key) {
             Ok(tls) => {
                 let until = tls.until().map_or_else(|| "-".to_owned(), Timestamp::rfc3339);
+                self.replace(&Arc::new(Shared { tls: Some(tls), ..Shared::clone(&old) }));
                 log::info!("event=certificate-reloaded certificate-until={until}");
-                *self.0.write().unwrap_or_else(PoisonError::into_inner) =
-                    Arc::new(Shared { tls: Some(tls), ..Shared::clone(&old) });
             }
             Err(error) => {
                 let consequence = "the old certificate holds";
