@@ -1,16 +1,13 @@
 //! SIGHUP to a provider at work, with the real binary: what changes, and what stays.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::running::Running;
+use crate::running::{Client, Running};
 
 const PROVIDER: &str = "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n[inbound]\n\
                         listen = [\"127.0.0.1:0\"]\n[odmr]\nlisten = [\"127.0.0.1:0\"]\nrequire-tls = false\n";
@@ -68,42 +65,6 @@ impl Place {
     }
 }
 
-/// An SMTP client.
-struct Client(BufReader<TcpStream>);
-
-impl Client {
-    fn connect(address: &str) -> Client {
-        let stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        let mut client = Client(BufReader::new(stream));
-        assert!(client.reply().starts_with("220 "));
-        assert!(client.say("EHLO client.example").starts_with("250 "));
-        client
-    }
-
-    /// The last line of the next reply.
-    fn reply(&mut self) -> String {
-        loop {
-            let mut line = String::new();
-            self.0.read_line(&mut line).unwrap();
-            if line.get(3..4) != Some("-") {
-                return line;
-            }
-        }
-    }
-
-    fn say(&mut self, line: &str) -> String {
-        self.0.get_ref().write_all(format!("{line}\r\n").as_bytes()).unwrap();
-        self.reply()
-    }
-
-    fn rcpt(&mut self, to: &str) -> String {
-        self.say("RSET");
-        assert!(self.say("MAIL FROM:<a@b.example>").starts_with("250 "));
-        self.say(&format!("RCPT TO:<{to}>"))
-    }
-}
-
 #[test]
 fn a_reload_adds_and_removes_customers_and_keeps_sessions() {
     let mut place = Place::new(&[("acme", "\"example.org\"")]);
@@ -117,7 +78,7 @@ fn a_reload_adds_and_removes_customers_and_keeps_sessions() {
     assert!(place.rcpt("bob@example.net").starts_with("250 "));
     assert!(session.rcpt("alice@example.org").starts_with("250 "), "the session goes on");
     // The customer is removed: its mail stays, and is reported.
-    assert!(session.say("DATA").starts_with("354 ") && session.say("x\r\n.").starts_with("250 "));
+    assert!(session.command("DATA").starts_with("354 ") && session.command("x\r\n.").starts_with("250 "));
     fs::remove_file(place.path("customers.d/acme.toml")).unwrap();
     assert!(place.reload("event=reloaded").contains("accounts=1 added=0 removed=1"));
     place.serve.as_mut().unwrap().wait_for("event=mail-without-account domain=example.org messages=1");
@@ -152,9 +113,9 @@ fn at_the_start_a_file_with_a_mistake_is_skipped_and_its_mail_does_not_bounce() 
     assert!(place.rcpt("bob@example.net").starts_with("250 "));
     assert!(place.rcpt("alice@example.org").starts_with("451 4.3.5 "));
     let mut customer = Client::connect(&place.odmr);
-    assert!(customer.say("AUTH CRAM-MD5").starts_with("334 "));
+    assert!(customer.command("AUTH CRAM-MD5").starts_with("334 "));
     // "acme " and 32 hexadecimal digits: whether the secret is right cannot be known now.
-    assert!(customer.say("YWNtZSAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMA==").starts_with("454 4.7.0 "));
+    assert!(customer.command("YWNtZSAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMA==").starts_with("454 4.7.0 "));
     place.customer("acme", "\"example.org\"");
     assert!(place.reload("event=reloaded").contains("accounts=2 added=1 removed=0"));
     assert!(place.rcpt("alice@example.org").starts_with("250 "));

@@ -1,7 +1,9 @@
 //! The program at work, for tests that read its log and send it signals.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
 use std::process::{Child, ChildStderr, Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -48,5 +50,53 @@ impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// An SMTP client.
+pub struct Client(BufReader<TcpStream>);
+
+impl Client {
+    pub fn connect(address: &str) -> Client {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut client = Client(BufReader::new(stream));
+        assert!(client.reply().starts_with("220 "));
+        assert!(client.command("EHLO client.example").starts_with("250 "));
+        client
+    }
+
+    /// The last line of the next reply.
+    pub fn reply(&mut self) -> String {
+        loop {
+            let mut line = String::new();
+            self.0.read_line(&mut line).unwrap();
+            if line.get(3..4) != Some("-") {
+                return line;
+            }
+        }
+    }
+
+    pub fn command(&mut self, line: &str) -> String {
+        self.0.get_ref().write_all(format!("{line}\r\n").as_bytes()).unwrap();
+        self.reply()
+    }
+
+    /// Sends a message with this many lines of 80 octets; returns the reply to its content.
+    pub fn send(&mut self, from: &str, to: &str, lines: usize) -> String {
+        assert!(self.command(&format!("MAIL FROM:<{from}>")).starts_with("250 "));
+        assert!(self.command(&format!("RCPT TO:<{to}>")).starts_with("250 "));
+        assert!(self.command("DATA").starts_with("354 "));
+        self.command(&format!(
+            "Subject: x\r\n\r\n{}.",
+            (String::from_utf8(vec![b'x'; 78]).unwrap() + "\r\n").repeat(lines)
+        ))
+    }
+
+    /// The reply to RCPT, in a transaction of its own.
+    pub fn rcpt(&mut self, to: &str) -> String {
+        self.command("RSET");
+        assert!(self.command("MAIL FROM:<a@b.example>").starts_with("250 "));
+        self.command(&format!("RCPT TO:<{to}>"))
     }
 }

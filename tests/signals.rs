@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::running::Running;
+use crate::running::{Client, Running};
 
 /// Signals that end a process by default, but no daemon of ours.
 const IGNORED: [Signal; 11] = [
@@ -76,47 +76,6 @@ impl Place {
         let script = format!("{setup} exec \"$0\" {words} -c \"$1\"");
         let child = shell.arg("-c").arg(script).arg(env!("CARGO_BIN_EXE_odmr")).arg(self.config());
         Running::start(child.stdin(Stdio::piped()).stdout(Stdio::piped()))
-    }
-}
-
-/// An SMTP client.
-struct Client(BufReader<TcpStream>);
-
-impl Client {
-    fn connect(address: &str) -> Client {
-        let stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        let mut client = Client(BufReader::new(stream));
-        assert!(client.reply().starts_with("220 "));
-        assert!(client.command("EHLO client.example").starts_with("250 "));
-        client
-    }
-
-    /// The last line of the next reply.
-    fn reply(&mut self) -> String {
-        loop {
-            let mut line = String::new();
-            self.0.read_line(&mut line).unwrap();
-            if line.get(3..4) != Some("-") {
-                return line;
-            }
-        }
-    }
-
-    fn command(&mut self, line: &str) -> String {
-        self.0.get_ref().write_all(format!("{line}\r\n").as_bytes()).unwrap();
-        self.reply()
-    }
-
-    /// Sends a message with this many lines of 80 octets; returns the reply to its content.
-    fn send(&mut self, from: &str, to: &str, lines: usize) -> String {
-        assert!(self.command(&format!("MAIL FROM:<{from}>")).starts_with("250 "));
-        assert!(self.command(&format!("RCPT TO:<{to}>")).starts_with("250 "));
-        assert!(self.command("DATA").starts_with("354 "));
-        self.command(&format!(
-            "Subject: x\r\n\r\n{}.",
-            (String::from_utf8(vec![b'x'; 78]).unwrap() + "\r\n").repeat(lines)
-        ))
     }
 }
 
