@@ -93,6 +93,10 @@ fn a_mistake_leaves_what_there_was() {
     place.write("odmr.toml", "hostname = 1\n");
     place.reload("event=reload-failed");
     assert!(place.rcpt("alice@example.org").starts_with("250 "));
+    // The spool stays the one that sessions write to.
+    place.write("odmr.toml", &PROVIDER.replace("spool = \"spool\"", "spool = \"other\""));
+    place.reload("event=restart-needed");
+    assert!(place.rcpt("alice@example.org").starts_with("250 ") && !place.path("other").exists());
     place.write("odmr.toml", PROVIDER);
     place.write("customers.d/acme.toml", "domans = []\n");
     place.customer("gamma", "\"example.com\"");

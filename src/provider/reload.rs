@@ -93,11 +93,16 @@ impl Reloader {
         let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
         let renewed = ProviderConfig::load(file).map_err(|error| error.to_string());
+        let restart = renewed.as_ref().is_ok_and(|config| needs_restart(&old.config, config));
         match renewed.and_then(|config| renew(config, &old)) {
             Ok(shared) => {
                 let shared = Arc::new(shared);
                 self.replace(&shared);
                 log_reload(&old, &shared);
+                if restart {
+                    let what = "`listen`, `listen-tls` or `spool` has changed";
+                    log::warn!("event=restart-needed reason={what:?}");
+                }
             }
             Err(error) => {
                 let consequence = "the old configuration holds";
@@ -150,6 +155,8 @@ const CERTIFICATE_INTERVAL: Duration = Duration::from_secs(60);
 /// The state with this configuration; what lasts over reloads is that of `old`.
 fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {
     config.accounts.keep_skipped(&old.config.accounts);
+    // Sessions, turned sessions and the relay go on with the old one until a restart.
+    config.spool.clone_from(&old.config.spool);
     let lasting = Lasting {
         ids: old.ids.clone(),
         turns: old.turns.clone(),
@@ -185,13 +192,15 @@ fn log_reload(old: &Shared, new: &Shared) {
             log::warn!("event=mail-without-account domain={domain} messages={messages}");
         }
     }
-    let listen = |config: &ProviderConfig| {
-        (config.inbound.listen.clone(), config.odmr.listen.clone(), config.odmr.listen_tls.clone())
+}
+
+/// Whether something has changed that a reload leaves as it was.
+fn needs_restart(old: &ProviderConfig, new: &ProviderConfig) -> bool {
+    let kept = |config: &ProviderConfig| {
+        let ProviderConfig { inbound, odmr, spool, .. } = config;
+        (inbound.listen.clone(), odmr.listen.clone(), odmr.listen_tls.clone(), spool.clone())
     };
-    if listen(&old.config) != listen(&new.config) || old.config.spool != new.config.spool {
-        let what = "`listen`, `listen-tls` or `spool` has changed";
-        log::warn!("event=restart-needed reason={what:?}");
-    }
+    kept(old) != kept(new)
 }
 
 /// Logs the customers' files that are skipped.
