@@ -73,10 +73,9 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
     let account = account.and_then(|name| shared.config.accounts.account(name));
     let own = account.map(|account| account.domains.as_slice()).unwrap_or_default();
     // RFC 2645 section 5.2.1: one foreign domain, whether it exists or not, and the customer gets no mail at all.
-    if let Some(foreign) = named.iter().find(|domain| !own.contains(domain)) {
-        shared.check_skipped(foreign)?;
-    }
-    if own.is_empty() || named.iter().any(|domain| !own.contains(domain)) {
+    let foreign = named.iter().find(|domain| !own.contains(domain));
+    foreign.map_or(Ok(()), |foreign| shared.check_skipped(foreign))?;
+    if own.is_empty() || foreign.is_some() {
         return Err(Reply::new(450, "4.7.1", "You have no access to all of these domains"));
     }
     let domains = if named.is_empty() { own } else { named };

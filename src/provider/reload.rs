@@ -104,10 +104,7 @@ impl Reloader {
                     log::warn!("event=restart-needed reason={what:?}");
                 }
             }
-            Err(error) => {
-                let consequence = "the old configuration holds";
-                log::error!("event=reload-failed error={} consequence={consequence:?}", quoted(error));
-            }
+            Err(error) => log_failure(&error, "the old configuration holds"),
         }
     }
 
@@ -118,14 +115,11 @@ impl Reloader {
         let Some(files) = &old.config.tls else { return };
         match ServerTls::load(&files.certificate, &files.key) {
             Ok(tls) => {
-                let until = tls.until().map_or_else(|| "-".to_owned(), Timestamp::rfc3339);
+                let until = end_of(Some(&tls));
                 self.replace(&Arc::new(Shared { tls: Some(tls), ..Shared::clone(&old) }));
                 log::info!("event=certificate-reloaded certificate-until={until}");
             }
-            Err(error) => {
-                let consequence = "the old certificate holds";
-                log::error!("event=reload-failed error={} consequence={consequence:?}", quoted(error));
-            }
+            Err(error) => log_failure(&error, "the old certificate holds"),
         }
     }
 
@@ -176,6 +170,15 @@ fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {
     Ok(shared)
 }
 
+fn log_failure(error: &str, consequence: &str) {
+    log::error!("event=reload-failed error={} consequence={consequence:?}", quoted(error));
+}
+
+/// The end of a certificate's validity, for the log; `-`: there is none.
+fn end_of(tls: Option<&ServerTls>) -> String {
+    tls.and_then(ServerTls::until).map_or_else(|| "-".to_owned(), Timestamp::rfc3339)
+}
+
 /// Logs what a reload has changed, and what it has not.
 fn log_reload(old: &Shared, new: &Shared) {
     let names =
@@ -183,7 +186,7 @@ fn log_reload(old: &Shared, new: &Shared) {
     let (before, after) = (names(old), names(new));
     log_skipped(&new.config);
     let (added, removed) = (after.difference(&before).count(), before.difference(&after).count());
-    let until = new.tls.as_ref().and_then(ServerTls::until).map_or_else(|| "-".to_owned(), Timestamp::rfc3339);
+    let until = end_of(new.tls.as_ref());
     log::info!("event=reloaded accounts={} added={added} removed={removed} certificate-until={until}", after.len());
     let domains = old.config.accounts.iter().flat_map(|account| &account.domains);
     for domain in domains.filter(|domain| new.config.accounts.owner(domain).is_none()) {
