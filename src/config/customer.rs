@@ -45,7 +45,7 @@ impl CustomerConfig {
     ///
     /// The first mistake, or that a file cannot be read or is a provider's.
     pub fn load(path: &Path) -> Result<CustomerConfig, ConfigError> {
-        CustomerConfig::of(&Source::read(path)?)
+        Source::examine(path, CustomerConfig::of).0
     }
 
     /// Reads a customer's file for a user who submits mail, but not the files with secrets, which that user may not be
@@ -55,7 +55,7 @@ impl CustomerConfig {
     ///
     /// As those of [`CustomerConfig::load`].
     pub fn load_to_send(path: &Path) -> Result<CustomerConfig, ConfigError> {
-        CustomerConfig::of(&Source::read(path)?.without_secrets())
+        Source::read(path)?.without_secrets().finish(CustomerConfig::of).0
     }
 
     fn of(source: &Source) -> Result<CustomerConfig, ConfigError> {
@@ -69,23 +69,28 @@ impl CustomerConfig {
 
     pub(super) fn build(source: &Source) -> Result<CustomerConfig, ConfigError> {
         let mut file = Table::root(source, &CUSTOMER_FILE_KEYS)?;
-        let hostname = file.required("hostname", HOSTNAME, HOSTNAME_MISSING)?;
-        let tables = file
-            .take("provider")
-            .ok_or_else(|| file.line.error("[provider] is missing: the table with `address`, `name` and `secret`"))?;
-        let schedule = schedule::read(file.table_or_empty("schedule", &SCHEDULE_KEYS)?)?;
-        let providers = ProviderAccount::build_all(tables, &schedule)?;
+        let hostname = file.required("hostname", HOSTNAME, HOSTNAME_MISSING);
+        let missing = "[provider] is missing: the table with `address`, `name` and `secret`";
+        let tables = file.take("provider").ok_or_else(|| file.line.error(missing))?;
+        let schedule = source.note(schedule::read(file.table_or_empty("schedule", &SCHEDULE_KEYS)));
+        let providers = ProviderAccount::build_all(tables, &schedule.as_ref().cloned().unwrap_or_default());
+        let providers = source.note(providers);
+        let known = providers.as_deref().unwrap_or_default();
         // A provider that is asked for all domains may have mail for any domain.
-        let all = providers.iter().any(|provider| provider.domains.is_empty());
-        let domains: Vec<_> = providers.iter().filter(|_| !all).flat_map(|provider| provider.domains.clone()).collect();
-        let mailboxes = file.table("mailboxes", &MAILBOXES_KEYS)?.ok_or_else(|| {
+        let all = known.iter().any(|provider| provider.domains.is_empty());
+        let domains: Vec<_> = known.iter().filter(|_| !all).flat_map(|provider| provider.domains.clone()).collect();
+        let mailboxes = file.table("mailboxes", &MAILBOXES_KEYS).and_then(|mailboxes| {
             let text = "[mailboxes] is missing: the table with `root` and `accept`, where mail goes and for whom it is \
                         taken";
-            file.line.error(text)
-        })?;
-        let mailboxes = MailboxesConfig::build(mailboxes, &domains)?;
+            mailboxes.ok_or_else(|| file.line.error(text))
+        });
+        let mailboxes = source.note(mailboxes.and_then(|mailboxes| MailboxesConfig::build(mailboxes, &domains)));
+        let (outgoing, owner) = (file.table("outgoing", &OUTGOING_KEYS), source.note(MailOwner::build(&mut file)));
+        let (limits, timeouts) = (limits(&mut file), source.note(timeouts(&mut file)));
+        // The rest depends on what is before it.
+        let (hostname, providers, mailboxes) = (hostname?, providers?, mailboxes?);
         let sends_to = providers.iter().find(|provider| provider.outgoing);
-        let outgoing = match (file.table("outgoing", &OUTGOING_KEYS)?, sends_to) {
+        let outgoing = match (outgoing?, sends_to) {
             (Some(table), Some(provider)) => Some(OutgoingConfig::build(table, provider, &mailboxes, &hostname)?),
             (Some(table), None) => {
                 let text = "[outgoing] has no provider to send its mail to, as every provider has `outgoing = false`: \
@@ -94,17 +99,7 @@ impl CustomerConfig {
             }
             (None, _) => None,
         };
-        let owner = match (file.located("user", SYSTEM_NAME)?, file.located("group", SYSTEM_NAME)?) {
-            (None, None) => None,
-            (None, Some(group)) => {
-                let text = "`group` has no effect without `user`: write user = \"…\" too, or remove it";
-                return Err(group.source.error(text));
-            }
-            (Some(user), group) => {
-                Some(MailOwner { user: user.value, group: group.map(|group| group.value), line: user.source })
-            }
-        };
-        let (limits, timeouts) = (limits(&mut file)?, timeouts(&mut file)?);
+        let (owner, timeouts) = (owner?, timeouts?);
         Ok(CustomerConfig { hostname, owner, providers, mailboxes, outgoing, limits, timeouts })
     }
 }
@@ -123,6 +118,21 @@ pub struct MailOwner {
 }
 
 impl MailOwner {
+    fn build(file: &mut Table<'_>) -> Result<Option<MailOwner>, ConfigError> {
+        let (user, group) = (file.located("user", SYSTEM_NAME), file.located("group", SYSTEM_NAME));
+        match (user?, group?) {
+            (None, None) => Ok(None),
+            (None, Some(group)) => {
+                let text = "`group` has no effect without `user`: write user = \"…\" too, or remove it";
+                Err(group.source.error(text))
+            }
+            (Some(user), group) => {
+                let group = group.map(|group| group.value);
+                Ok(Some(MailOwner { user: user.value, group, line: user.source }))
+            }
+        }
+    }
+
     /// The error about the user or the group, on the line of `user`.
     pub fn error(&self, text: String) -> ConfigError {
         self.line.error(text)
@@ -158,11 +168,19 @@ impl ProviderAccount {
     fn build_all(tables: Value<'_>, schedule: &Schedule) -> Result<Vec<ProviderAccount>, ConfigError> {
         let mut providers: Vec<ProviderAccount> = Vec::new();
         let mut outgoing = None;
+        let mut result = Ok(());
         for table in tables.one_or_many() {
             let mut table = table.table(&PROVIDER_KEYS, "a table [provider], or several [[provider]]")?;
             let flag = table.located("outgoing", Flag)?;
-            let line = table.line.clone();
-            let provider = ProviderAccount::build(table, flag.as_ref().is_none_or(|flag| flag.value), schedule)?;
+            let (source, line) = (table.file, table.line.clone());
+            let provider = ProviderAccount::build(table, flag.as_ref().is_none_or(|flag| flag.value), schedule);
+            let provider = match source.note(provider) {
+                Ok(provider) => provider,
+                Err(error) => {
+                    result = result.and(Err(error));
+                    continue;
+                }
+            };
             let remote = &provider.remote;
             let login = remote.login_name();
             let same = |other: &RemoteSettings| (&other.address, other.login_name()) == (&remote.address, login);
@@ -180,6 +198,7 @@ impl ProviderAccount {
             }
             providers.push(provider);
         }
+        result?;
         let first = providers.iter().position(|provider| provider.outgoing);
         for (number, provider) in providers.iter_mut().enumerate() {
             provider.outgoing = outgoing.or(first) == Some(number);
@@ -190,19 +209,19 @@ impl ProviderAccount {
     fn build(mut table: Table<'_>, outgoing: bool, schedule: &Schedule) -> Result<ProviderAccount, ConfigError> {
         let missing = "[provider] needs `address`, the provider's host and port, such as \
                        address = \"relay.example.net:366\"";
-        let address = table.required("address", host_port::<366>(), missing)?;
+        let address = table.required("address", host_port::<366>(), missing);
         let missing = "[provider] needs `name`, the login name that the provider gave you";
-        let name = table.required("name", ACCOUNT_NAME, missing)?;
+        let name = table.required("name", ACCOUNT_NAME, missing);
         let ca_line = table.line_of("ca");
-        let remote = remote(&mut table, address, "tls")?;
-        let table_line = table.line.clone();
-        let secret = secret(&mut table, &table_line)?;
-        let domains = table.list("domains", DOMAIN)?.unwrap_or_default();
+        let (source, table_line) = (table.file, table.line.clone());
+        let remote = source.note(address.and_then(|address| remote(&mut table, address, "tls")));
+        let secret = source.note(secret(&mut table, &table_line));
+        let domains = table.list("domains", DOMAIN);
+        let own = table.table("schedule", &SCHEDULE_KEYS);
+        let schedule = source.note(own.and_then(|own| own.map_or_else(|| Ok(schedule.clone()), schedule::read)));
+        let domains = domains?.unwrap_or_default();
         check_unique(&domains)?;
-        let schedule = match table.table("schedule", &SCHEDULE_KEYS)? {
-            Some(own) => schedule::read(own)?,
-            None => schedule.clone(),
-        };
+        let (name, remote, secret, schedule) = (name?, remote?, secret?, schedule?);
         let remote = RemoteSettings { credentials: Some((name, secret)), ..remote };
         Ok(ProviderAccount { remote, domains: values(domains), outgoing, schedule, ca_line })
     }
@@ -244,8 +263,14 @@ impl OutgoingConfig {
     ) -> Result<OutgoingConfig, ConfigError> {
         let missing = "[outgoing] needs `queue`, the directory for the mail that waits, such as \
                        queue = \"/var/spool/odmr-out\"";
-        let queue = table.required("queue", PATH, missing)?;
-        let listen = table.list("listen", LISTENER)?.unwrap_or_default();
+        let (source, queue) = (table.file, table.required("queue", PATH, missing));
+        let (listen, networks) = (table.list("listen", LISTENER), table.list("networks", NETWORK));
+        let domain = table.or("domain", DOMAIN, mailboxes.rules.home().clone());
+        let login = provider.remote.credentials.clone();
+        let submission = source.note(optional_remote(&mut table, "submission", "submission-tls", login));
+        let (retry, max_size) = (source.note(retry_times(&mut table)), table.or("max-size", SIZE, MAX_SIZE));
+        let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default());
+        let listen = listen?.unwrap_or_default();
         check_listeners(&listen)?;
         for listener in &listen {
             if let Some(hop) = mailboxes.rules.next_hops().find(|hop| hop.is_at(&listener.value, hostname)) {
@@ -254,16 +279,15 @@ impl OutgoingConfig {
                 )));
             }
         }
-        let login = provider.remote.credentials.clone();
         Ok(OutgoingConfig {
-            queue: table.file.absolute(&queue),
+            queue: source.absolute(&queue?),
             listen: values(listen),
-            networks: values(table.list("networks", NETWORK)?.unwrap_or_default()),
-            domain: table.or("domain", DOMAIN, mailboxes.rules.home().clone())?,
-            submission: optional_remote(&mut table, "submission", "submission-tls", login)?,
-            retry: retry_times(&mut table)?,
-            max_size: table.or("max-size", SIZE, MAX_SIZE)?,
-            without_8bitmime: table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default())?,
+            networks: values(networks?.unwrap_or_default()),
+            domain: domain?,
+            submission: submission?,
+            retry: retry?,
+            max_size: max_size?,
+            without_8bitmime: without_8bitmime?,
         })
     }
 }

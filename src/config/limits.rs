@@ -10,7 +10,7 @@ use crate::session::{Limits, Timeouts};
 use crate::smtp::limits::{ATRN_TIMEOUT, FEWEST_AUTH_FAILURES, FEWEST_RECIPIENTS};
 
 /// The table `[limits]` of a file.
-pub(super) fn limits(file: &mut Table<'_>) -> Result<Limits, ConfigError> {
+pub(super) fn limits(file: &mut Table<'_>) -> Limits {
     let mut limits = Limits::default();
     let values: [(_, _, &mut usize); 8] = [
         ("connections", 1..=u32::MAX, &mut limits.connections),
@@ -22,11 +22,12 @@ pub(super) fn limits(file: &mut Table<'_>) -> Result<Limits, ConfigError> {
         ("messages-per-turn", 0..=u32::MAX, &mut limits.messages_per_turn),
         ("received-hops", 1..=u32::MAX, &mut limits.received_hops),
     ];
-    let mut table = file.table_or_empty("limits", &values.each_ref().map(|(key, ..)| *key))?;
+    let mut table = file.table_or_empty("limits", &values.each_ref().map(|(key, ..)| *key));
     for (key, bounds, limit) in values {
-        *limit = table.or(key, bounds, *limit)?;
+        // An error is noted.
+        *limit = table.or(key, bounds, *limit).unwrap_or(*limit);
     }
-    Ok(limits)
+    limits
 }
 
 /// The table `[timeouts]` of a file.
@@ -49,10 +50,10 @@ pub(super) fn timeouts(file: &mut Table<'_>) -> Result<Timeouts, ConfigError> {
         ("takeover", &mut timeouts.takeover),
         ("shutdown", &mut timeouts.shutdown),
     ];
-    let mut table = file.table_or_empty("timeouts", &values.each_ref().map(|(key, _)| *key))?;
+    let mut table = file.table_or_empty("timeouts", &values.each_ref().map(|(key, _)| *key));
     let atrn = table.line_of("atrn");
     for (key, timeout) in values {
-        *timeout = table.or(key, DURATION, *timeout)?;
+        *timeout = table.or(key, DURATION, *timeout).unwrap_or(*timeout);
     }
     if timeouts.atrn < ATRN_TIMEOUT {
         let text = "RFC 2645 section 5.2.1 lets the provider take ten minutes for ATRN: write \"10m\" or more";

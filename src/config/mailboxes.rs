@@ -46,8 +46,15 @@ impl MailboxesConfig {
     /// Reads the table. `domains`: those that the customer asks its providers for; empty: all that they have.
     pub(super) fn build(mut table: Table<'_>, domains: &[Domain]) -> Result<MailboxesConfig, ConfigError> {
         let missing = "[mailboxes] needs `root`, the directory of the Maildirs, such as root = \"/var/mail/odmr\"";
-        let root = table.file.absolute(&table.required("root", PATH, missing)?);
-        let reader = Reader { source: table.file, domains };
+        let (source, root) = (table.file, table.required("root", PATH, missing));
+        let reader = Reader { source, domains };
+        let (umask, max_size) = (table.or("umask", UMASK, 0o077), table.or("max-size", SIZE, MAX_SIZE));
+        let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default());
+        let separators = table.or("separator", SEPARATORS, "+".to_owned());
+        let (except, postmaster) = (table.list("except", USER_PATTERN), table.located("postmaster", USER));
+        let domain_aliases = source.note(reader.domain_aliases(&mut table));
+        let routes = table.take("deliver").map_or_else(|| Ok(Vec::new()), |written| reader.routes(written));
+        let routes = source.note(routes);
         let accept = reader.accept(table.list("accept", ACCEPTED)?.unwrap_or_default())?;
         let home = accept.first().and_then(|entry| entry.value.domain()).cloned().ok_or_else(|| {
             let text = "[mailboxes] needs `accept`, the addresses that exist, such as \
@@ -56,27 +63,32 @@ impl MailboxesConfig {
         })?;
         let aliases_line = table.line_of("aliases");
         let mut aliases = Vec::new();
+        let mut result = Ok(());
         for (name, targets) in table.entries("aliases")? {
-            aliases.push(reader.alias(name, targets, &home)?);
+            let alias = source.note(reader.alias(name, targets, &home));
+            result = result.and(alias.map(|alias| aliases.push(alias)));
         }
         for file in table.take("alias-file").map(Value::one_or_many).unwrap_or_default() {
-            aliases.extend(reader.alias_file(&file.string(TEXTS)?, &home)?);
+            let of_file = file.string(TEXTS).and_then(|file| reader.alias_file(&file, &home));
+            result = result.and(source.note(of_file).map(|of_file| aliases.extend(of_file)));
         }
-        let except = table.list("except", USER_PATTERN)?.unwrap_or_default();
+        let (root, except) = (source.absolute(&root?), except?.unwrap_or_default());
+        let (domain_aliases, separators, postmaster) = (domain_aliases?, separators?, postmaster?);
+        let (root_of_rules, routes) = (root.clone(), routes?);
+        result?;
         let input = RuleInput {
-            root: root.clone(),
+            root: root_of_rules,
             home,
             accept,
             except,
             aliases,
-            domain_aliases: reader.domain_aliases(&mut table)?,
-            separators: table.or("separator", SEPARATORS, "+".to_owned())?,
-            postmaster: table.located("postmaster", USER)?,
-            routes: table.take("deliver").map_or_else(|| Ok(Vec::new()), |written| reader.routes(written))?,
+            domain_aliases,
+            separators,
+            postmaster,
+            routes,
         };
-        let (umask, max_size) = (table.or("umask", UMASK, 0o077)?, table.or("max-size", SIZE, MAX_SIZE)?);
-        let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default())?;
-        let rules = RecipientRules::new(input)?;
+        let (rules, umask) = (RecipientRules::new(input)?, umask?);
+        let (max_size, without_8bitmime) = (max_size?, without_8bitmime?);
         Ok(MailboxesConfig { root, rules, umask, max_size, without_8bitmime, aliases_line })
     }
 }

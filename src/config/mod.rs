@@ -30,6 +30,7 @@ pub use self::relay::{RelayConfig, TlsPolicy};
 #[cfg(test)]
 pub(crate) use self::schedule::parse as parse_schedule;
 pub use self::value::Network;
+pub use self::source::Findings;
 pub use crate::recipients::ConfigError;
 
 use self::source::{FileKind, Source};
@@ -48,15 +49,19 @@ impl Config {
     ///
     /// The first mistake, or that a file cannot be read.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        let source = Source::read(path)?;
-        match source.kind()? {
-            Some(FileKind::Provider) => Ok(Config::Provider(Box::new(ProviderConfig::build(&source)?))),
-            Some(FileKind::Customer) => Ok(Config::Customer(Box::new(CustomerConfig::build(&source)?))),
+        Config::examine(path).0
+    }
+
+    /// Reads the same, and returns all that is found in it and in the files that it names.
+    pub fn examine(path: &Path) -> (Result<Config, ConfigError>, Findings) {
+        Source::examine(path, |source| match source.kind()? {
+            Some(FileKind::Provider) => Ok(Config::Provider(Box::new(ProviderConfig::build(source)?))),
+            Some(FileKind::Customer) => Ok(Config::Customer(Box::new(CustomerConfig::build(source)?))),
             None => Err(source.whole().error(
                 "has neither what a provider needs (`spool` and `customers`) nor what a customer needs (a table \
                  [provider]): add one of the two",
             )),
-        }
+        })
     }
 }
 

@@ -19,7 +19,7 @@ use super::value::{
     WITHOUT_8BITMIME,
 };
 use crate::mail::address::Domain;
-use crate::recipients::{ConfigError, Located};
+use crate::recipients::{ConfigError, Located, SourceLine};
 use crate::sasl::Unavailable;
 use crate::session::{Limits, Timeouts};
 use crate::smtp::client::Without8BitMime;
@@ -47,46 +47,50 @@ impl ProviderConfig {
     ///
     /// The first mistake, or that a file cannot be read or is a customer's.
     pub fn load(path: &Path) -> Result<ProviderConfig, ConfigError> {
-        let source = Source::read(path)?;
-        match source.kind()? {
-            Some(FileKind::Provider) | None => ProviderConfig::build(&source),
+        let build = |source: &Source| match source.kind()? {
+            Some(FileKind::Provider) | None => ProviderConfig::build(source),
             Some(FileKind::Customer) => Err(source.whole().error(
                 "is a customer's file (it has [provider]), for `odmr pull`; a provider's has `spool` and `customers`",
             )),
-        }
+        };
+        Source::examine(path, build).0
     }
 
     pub(super) fn build(source: &Source) -> Result<ProviderConfig, ConfigError> {
         let mut file = Table::root(source, &PROVIDER_FILE_KEYS)?;
-        let hostname = file.required("hostname", HOSTNAME, HOSTNAME_MISSING)?;
+        let hostname = file.required("hostname", HOSTNAME, HOSTNAME_MISSING);
         let missing = "`spool` is missing: the directory for the mail that waits, such as spool = \"/var/spool/odmr\"";
-        let spool = file.required("spool", PATH, missing)?;
-        let customers = file.located("customers", PATH)?.ok_or_else(|| {
+        let spool = file.required("spool", PATH, missing);
+        let customers = file.located("customers", PATH).and_then(|customers| {
             let text = "`customers` is missing: the directory with one file for each customer, such as customers = \
                  \"customers.d\"";
-            file.line.error(text)
-        })?;
-        let tls = file.table("tls", &["certificate", "key"])?.map(TlsFiles::build).transpose()?;
-        let mut inbound = file.table_or_empty("inbound", &["listen", "max-size"])?;
-        let inbound_listen = inbound.list("listen", LISTENER)?;
-        let mut odmr = file.table_or_empty("odmr", &ODMR_KEYS)?;
-        let odmr_listen = odmr.list("listen", LISTENER)?;
-        let listen_tls = odmr.list("listen-tls", LISTENER)?.unwrap_or_default();
-        check_listeners(inbound_listen.iter().chain(&odmr_listen).flatten().chain(&listen_tls))?;
-        let has_tls = tls.is_some();
+            source.note(customers.ok_or_else(|| file.line.error(text)))
+        });
+        let tls = file.table("tls", &["certificate", "key"]);
+        // After a mistake in the table, listeners with TLS are no second one.
+        let has_tls = !matches!(tls, Ok(None));
+        let tls = source.note(tls.and_then(|tls| tls.map(TlsFiles::build).transpose()));
+        let mut inbound = file.table_or_empty("inbound", &["listen", "max-size"]);
+        let inbound_listen = inbound.list("listen", LISTENER);
+        let mut odmr = file.table_or_empty("odmr", &ODMR_KEYS);
+        let (odmr_listen, listen_tls) = (odmr.list("listen", LISTENER), odmr.list("listen-tls", LISTENER));
+        let lists = [&inbound_listen, &odmr_listen, &listen_tls].into_iter().flatten().flatten();
+        let _ = source.note(check_listeners(lists.flatten()));
+        let accounts = customers.and_then(|customers| source.note(Accounts::build(source, &customers)));
+        let max_size = inbound.or("max-size", SIZE, MAX_SIZE);
+        let odmr = source.note(OdmrConfig::build(odmr, odmr_listen, listen_tls, has_tls));
+        let relay = source.note(RelayConfig::build(&mut file));
+        let (limits, timeouts) = (limits(&mut file), source.note(timeouts(&mut file)));
         Ok(ProviderConfig {
-            hostname,
-            spool: source.absolute(&spool),
-            accounts: Accounts::build(source, &customers)?,
-            tls,
-            inbound: InboundConfig {
-                listen: addresses(inbound_listen, 25),
-                max_size: inbound.or("max-size", SIZE, MAX_SIZE)?,
-            },
-            odmr: OdmrConfig::build(odmr, addresses(odmr_listen, 366), listen_tls, has_tls)?,
-            relay: RelayConfig::build(&mut file)?,
-            limits: limits(&mut file)?,
-            timeouts: timeouts(&mut file)?,
+            hostname: hostname?,
+            spool: source.absolute(&spool?),
+            accounts: accounts?,
+            tls: tls?,
+            inbound: InboundConfig { listen: addresses(inbound_listen?, 25), max_size: max_size? },
+            odmr: odmr?,
+            relay: relay?,
+            limits,
+            timeouts: timeouts?,
         })
     }
 }
@@ -95,6 +99,9 @@ const PROVIDER_FILE_KEYS: [&str; 9] =
     ["hostname", "spool", "customers", "tls", "inbound", "odmr", "relay", "limits", "timeouts"];
 
 const ODMR_KEYS: [&str; 6] = ["listen", "listen-tls", "require-tls", "cram-md5", "give-up", "without-8bitmime"];
+
+/// A list of listeners, as it was read.
+type ListenerList = Result<Option<Vec<Located<SocketAddr>>>, ConfigError>;
 
 /// The addresses of a list; without a list: the default port on all addresses.
 fn addresses(list: Option<Vec<Located<SocketAddr>>>, port: u16) -> Vec<SocketAddr> {
@@ -113,19 +120,35 @@ pub(super) fn check_listeners<'a>(
 pub struct TlsFiles {
     pub certificate: PathBuf,
     pub key: PathBuf,
+    certificate_line: SourceLine,
+    key_line: SourceLine,
 }
 
 impl TlsFiles {
     fn build(mut table: Table<'_>) -> Result<TlsFiles, ConfigError> {
         let missing = |key: &str| format!("[tls] needs `certificate` and `key`, two files in PEM: `{key}` is missing");
-        let certificate = table.required("certificate", PATH, &missing("certificate"))?;
-        let line = table.line_of("key");
+        let (certificate_line, line) = (table.line_of("certificate"), table.line_of("key"));
+        let certificate = table.required("certificate", PATH, &missing("certificate"));
         let key = table.file.absolute(&table.required("key", PATH, &missing("key"))?);
         // If the key cannot be read at all, the TLS module reports it.
         if let Ok(metadata) = std::fs::metadata(&key) {
             check_private(metadata.permissions().mode(), &key).map_err(|text| line.error(text))?;
         }
-        Ok(TlsFiles { certificate: table.file.absolute(&certificate), key })
+        let certificate = table.file.absolute(&certificate?);
+        Ok(TlsFiles { certificate, key, certificate_line, key_line: line })
+    }
+
+    /// The error about one of the files, on its line. `of_key`: about the key.
+    pub fn error(&self, of_key: bool, text: &str) -> ConfigError {
+        match of_key {
+            false => self.certificate_line.error(format!("{text}: put the certificate there, or name another file")),
+            true => self.key_line.error(format!("{text}: put the key there, or name another file")),
+        }
+    }
+
+    /// The line of `certificate`.
+    pub fn certificate_line(&self) -> &SourceLine {
+        &self.certificate_line
     }
 }
 
@@ -163,13 +186,15 @@ const GIVE_UP: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 impl OdmrConfig {
     /// The rest of the table, without its lists; `tls`: whether there is a certificate.
     fn build(
-        mut table: Table<'_>, listen: Vec<SocketAddr>, listen_tls: Vec<Located<SocketAddr>>, tls: bool,
+        mut table: Table<'_>, listen: ListenerList, listen_tls: ListenerList, tls: bool,
     ) -> Result<OdmrConfig, ConfigError> {
         let (require_line, cram_line) = (table.line_of("require-tls"), table.line_of("cram-md5"));
-        let require_tls = table.or("require-tls", Flag, true)?;
-        let cram_md5 = table.or("cram-md5", Flag, true)?;
-        let give_up = table.or("give-up", DURATION, GIVE_UP)?;
-        let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default())?;
+        let require_tls = table.or("require-tls", Flag, true);
+        let cram_md5 = table.or("cram-md5", Flag, true);
+        let give_up = table.or("give-up", DURATION, GIVE_UP);
+        let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default());
+        let (require_tls, cram_md5, give_up, without_8bitmime) = (require_tls?, cram_md5?, give_up?, without_8bitmime?);
+        let (listen, listen_tls) = (addresses(listen?, 366), listen_tls?.unwrap_or_default());
         if !tls {
             let add = "add [tls] with `certificate` and `key`";
             if let Some(first) = listen_tls.first() {
@@ -266,7 +291,9 @@ impl Accounts {
         })?;
         let mut accounts = Accounts::default();
         for file in files {
-            match Source::read(&file).and_then(|source| accounts.read(&source)) {
+            let (read, found) = Source::examine(&file, |source| accounts.read(source));
+            source.note_customer(found);
+            match read {
                 Ok(account) => accounts.insert(account),
                 Err(error) => {
                     let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -289,6 +316,10 @@ impl Accounts {
             .map_err(|text| source.whole().error(format!("{text}; here it is the file's name without .toml")))?;
         let list = table.line_of("domains");
         let mut domains = Vec::new();
+        let secret = source.note(secret(&mut table, &source.whole()));
+        let (relay, any_sender) = (table.or("relay", Flag, true), table.or("any-sender", Flag, false));
+        let (max_size, rate) = (table.get("max-size", SIZE), table.or("rate", 0..=u32::MAX, 0));
+        let delivered_to_prefix = table.get("delivered-to-prefix", PREFIX);
         for Located { value: domain, source: line } in table.list("domains", DOMAIN)?.unwrap_or_default() {
             if let Some(other) = self.owner(&domain) {
                 let other = source.file.with_file_name(format!("{}.toml", other.name));
@@ -310,12 +341,12 @@ impl Accounts {
         Ok(Account {
             name,
             domains,
-            secret: secret(&mut table, &source.whole())?,
-            relay: table.or("relay", Flag, true)?,
-            any_sender: table.or("any-sender", Flag, false)?,
-            max_size: table.get("max-size", SIZE)?,
-            rate: table.or("rate", 0..=u32::MAX, 0)?,
-            delivered_to_prefix: table.get("delivered-to-prefix", PREFIX)?,
+            secret: secret?,
+            relay: relay?,
+            any_sender: any_sender?,
+            max_size: max_size?,
+            rate: rate?,
+            delivered_to_prefix: delivered_to_prefix?,
         })
     }
 

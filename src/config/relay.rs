@@ -44,17 +44,26 @@ impl RelayConfig {
 
     /// The table `[relay]` of a file.
     pub(super) fn build(file: &mut Table<'_>) -> Result<RelayConfig, ConfigError> {
-        let mut table = file.table_or_empty("relay", &RELAY_KEYS)?;
+        let mut table = file.table_or_empty("relay", &RELAY_KEYS);
+        let smarthost = optional_remote(&mut table, "smarthost", "smarthost-tls", None);
+        let smarthost = table.file.note(smarthost);
+        let tls = table.or("tls", TLS_POLICY, TlsPolicy::default());
+        let tls_for = policies(&mut table);
+        let tls_for = table.file.note(tls_for);
+        let (resolver, port) = (table.get("resolver", RESOLVER), table.or("port", PORT_NUMBER, 25));
+        let connections = table.or("connections", 1..=1000, 20);
+        let connections_per_host = table.or("connections-per-host", 1..=u32::MAX, 5);
+        let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default());
         Ok(RelayConfig {
-            smarthost: optional_remote(&mut table, "smarthost", "smarthost-tls", None)?,
-            tls: table.or("tls", TLS_POLICY, TlsPolicy::default())?,
-            tls_for: policies(&mut table)?,
-            resolver: table.get("resolver", RESOLVER)?,
-            port: table.or("port", PORT_NUMBER, 25)?,
-            connections: table.or("connections", 1..=1000, 20)?,
-            connections_per_host: table.or("connections-per-host", 1..=u32::MAX, 5)?,
-            without_8bitmime: table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default())?,
             retry: retry_times(&mut table)?,
+            smarthost: smarthost?,
+            tls: tls?,
+            tls_for: tls_for?,
+            resolver: resolver?,
+            port: port?,
+            connections: connections?,
+            connections_per_host: connections_per_host?,
+            without_8bitmime: without_8bitmime?,
         })
     }
 }
@@ -91,9 +100,14 @@ const TLS_POLICY: Text<TlsPolicy> = Text::new(TLS_POLICIES, |text| match text {
 pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
     let default = Retry::default();
     let (first_line, max_line) = (table.line_of("retry-first"), table.line_of("retry-max"));
-    let give_up = table.or("give-up", DURATION, default.give_up)?;
-    let max = table.or("retry-max", DURATION, if default.max < give_up { default.max } else { give_up / 2 })?;
-    let first = table.or("retry-first", DURATION, default.first.min(max))?;
+    let (give_up, delay_notice) = (
+        table.or("give-up", DURATION, default.give_up),
+        table.or("delay-notice", DELAY_WARNING, default.delay_notice),
+    );
+    let (max, first) = (table.get("retry-max", DURATION), table.get("retry-first", DURATION));
+    let give_up = give_up?;
+    let max = max?.unwrap_or(if default.max < give_up { default.max } else { give_up / 2 });
+    let first = first?.unwrap_or(default.first.min(max));
     if max > LONGEST_PAUSE {
         return Err(max_line.error("`retry-max` must not be longer than \"30d\": write less"));
     }
@@ -107,7 +121,7 @@ pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
                     `give-up` is: write less here, or more there";
         return Err(first_line.error(text));
     }
-    Ok(Retry { first, max, give_up, delay_notice: table.or("delay-notice", DELAY_WARNING, default.delay_notice)? })
+    Ok(Retry { first, max, give_up, delay_notice: delay_notice? })
 }
 
 /// The table `tls-for`.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::source::{check_private, read};
+use super::source::{Source, check_private, read};
 use super::table::Table;
 use super::value::{ACCOUNT_NAME, HostPort, PATH, PIN, SECRET, TLS_MODE, check_secret, host_port};
 use crate::recipients::{ConfigError, SourceLine};
@@ -12,9 +12,9 @@ use crate::session::{RemoteSettings, TlsMode};
 pub(super) fn remote(
     table: &mut Table<'_>, HostPort { address, host }: HostPort, tls_key: &str,
 ) -> Result<RemoteSettings, ConfigError> {
-    let tls = table.or(tls_key, TLS_MODE, TlsMode::default())?;
-    let ca = table.located("ca", PATH)?;
-    let pin = table.located("pin", PIN)?;
+    let tls = table.or(tls_key, TLS_MODE, TlsMode::default());
+    let (ca, pin) = (table.located("ca", PATH), table.located("pin", PIN));
+    let (tls, ca, pin) = (tls?, ca?, pin?);
     if let (Some(ca), Some(_)) = (&ca, &pin) {
         let text = "`ca` and `pin` exclude each other: `pin` trusts one certificate, `ca` those that it signed; \
                     remove one of the two";
@@ -70,10 +70,28 @@ pub(super) fn secret(table: &mut Table<'_>, missing: &SourceLine) -> Result<Vec<
         }
         (Some(secret), None) => {
             check_private(source.mode, &source.file).map_err(|text| secret.source.error(text))?;
+            warn_if_short(source, &secret.source, &secret.value);
             Ok(secret.value)
         }
         (None, Some(_)) if !source.reads_secrets => Ok(Vec::new()),
-        (None, Some(file)) => secret_file(&source.relative(&file.value)).map_err(|text| file.source.error(text)),
+        (None, Some(file)) => {
+            let secret = secret_file(&source.relative(&file.value)).map_err(|text| file.source.error(text))?;
+            warn_if_short(source, &file.source, &secret);
+            Ok(secret)
+        }
+    }
+}
+
+/// A shorter secret can be guessed.
+const SHORT_SECRET: usize = 12;
+
+fn warn_if_short(source: &Source, line: &SourceLine, secret: &[u8]) {
+    if secret.len() < SHORT_SECRET {
+        source.warn(line.error(format!(
+            "the secret has {} octets and can be guessed: agree on one of {SHORT_SECRET} or more, such as `openssl rand \
+             -base64 18` prints",
+            secret.len()
+        )));
     }
 }
 

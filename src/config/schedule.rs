@@ -29,8 +29,10 @@ const DAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
 pub(super) fn read(mut table: Table<'_>) -> Result<Schedule, ConfigError> {
     let (line, at_line) = (table.line.clone(), table.line_of("at"));
     let default = Schedule::default();
-    let every = table.get("every", DURATION)?;
-    let when = match (every, table.list("at", ENTRY)?, table.get("zone", ZONE)?) {
+    let (every, at, zone) = (table.get("every", DURATION), table.list("at", ENTRY), table.get("zone", ZONE));
+    let (retry_max, retry_first) = (table.get("retry-max", DURATION), table.get("retry-first", DURATION));
+    let (written_jitter, every) = (table.get("jitter", JITTER), every?);
+    let when = match (every, at?, zone?) {
         (Some(_), Some(_), _) => {
             let text = "`every` and `at` exclude each other: remove one of the two, and for both write it in `at`, \
                         such as at = [\"* every 15m\", \"mon-fri 08:00,12:30\"]";
@@ -49,15 +51,15 @@ pub(super) fn read(mut table: Table<'_>) -> Result<Schedule, ConfigError> {
         }
         (every, None, None) => every.map_or(default.when, When::Every),
     };
-    let retry_max = table.get("retry-max", DURATION)?;
+    let retry_max = retry_max?;
     let shortest = [Some(default.retry_first), every, retry_max].into_iter().flatten().min();
-    let retry_first = table.or("retry-first", DURATION, shortest.unwrap_or_default())?;
+    let retry_first = retry_first?.or(shortest).unwrap_or_default();
     let retry_max = retry_max.unwrap_or(default.retry_max.max(retry_first));
     if retry_first > retry_max {
         let text = "`retry-first` must not be longer than `retry-max`: write less for the one, or more for the other";
         return Err(line.error(text));
     }
-    let jitter = table.or("jitter", JITTER, when.default_jitter())?;
+    let jitter = written_jitter?.unwrap_or_else(|| when.default_jitter());
     if when.shortest_step().is_some_and(|step| jitter >= step) {
         let text = "`jitter` must be shorter than `every`, and than each step of `at`, or calls would fall on each \
                     other: write less, or \"none\"";

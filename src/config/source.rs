@@ -1,5 +1,6 @@
 //! The files of a configuration: reads them, finds the line of a place in them, and checks who may read them.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +16,17 @@ pub(super) enum FileKind {
     Customer,
 }
 
+/// What is found in the files of a configuration.
+#[derive(Clone, Debug, Default)]
+pub struct Findings {
+    /// The mistakes, in the order in which they were found.
+    pub errors: Vec<ConfigError>,
+    /// The mistakes in the files of single customers: they stop nobody else.
+    pub skipped: Vec<ConfigError>,
+    /// What works, and is probably not meant so.
+    pub warnings: Vec<ConfigError>,
+}
+
 /// One TOML file, in memory while it is checked, so that an error can name the line.
 pub(super) struct Source {
     pub(super) file: Arc<Path>,
@@ -23,6 +35,8 @@ pub(super) struct Source {
     line_ends: Vec<usize>,
     /// The permissions of the file.
     pub(super) mode: u32,
+    /// Reading goes on after a mistake, so that `odmr check` can report all of them.
+    findings: RefCell<Findings>,
     /// Whether to read files with secrets: a user who only submits mail needs none, and may not be able to read them.
     pub(super) reads_secrets: bool,
 }
@@ -42,7 +56,51 @@ impl Source {
     /// The text of a file; `mode`: the permissions of the file.
     pub(super) fn new(file: &Arc<Path>, text: &str, mode: u32) -> Source {
         let line_ends = text.match_indices('\n').map(|(at, _)| at).collect();
-        Source { file: file.clone(), text: text.to_owned(), line_ends, mode, reads_secrets: true }
+        let findings = RefCell::default();
+        Source { file: file.clone(), text: text.to_owned(), line_ends, mode, findings, reads_secrets: true }
+    }
+
+    /// Notes an error, so that the caller may go on with the rest of the file. Returns the same result.
+    pub(super) fn note<T>(&self, result: Result<T, ConfigError>) -> Result<T, ConfigError> {
+        if let Err(error) = &result {
+            let errors = &mut self.findings.borrow_mut().errors;
+            if !errors.contains(error) {
+                errors.push(error.clone());
+            }
+        }
+        result
+    }
+
+    /// Notes a warning.
+    pub(super) fn warn(&self, warning: ConfigError) {
+        self.findings.borrow_mut().warnings.push(warning);
+    }
+
+    /// Notes what was found in the file of one customer.
+    pub(super) fn note_customer(&self, found: Findings) {
+        let mut findings = self.findings.borrow_mut();
+        findings.skipped.extend(found.errors);
+        findings.warnings.extend(found.warnings);
+    }
+
+    /// Reads a file and builds what it configures. Returns that, or else the first mistake; and all that was found.
+    pub(super) fn examine<T>(
+        path: &Path, build: impl FnOnce(&Source) -> Result<T, ConfigError>,
+    ) -> (Result<T, ConfigError>, Findings) {
+        match Source::read(path) {
+            Ok(source) => source.finish(build),
+            Err(error) => (Err(error.clone()), Findings { errors: vec![error], ..Findings::default() }),
+        }
+    }
+
+    /// Builds what this file configures, as [`Source::examine`].
+    pub(super) fn finish<T>(
+        &self, build: impl FnOnce(&Source) -> Result<T, ConfigError>,
+    ) -> (Result<T, ConfigError>, Findings) {
+        let built = self.note(build(self));
+        let findings = self.findings.take();
+        let first = findings.errors.first().cloned();
+        (first.map_or(built, Err), findings)
     }
 
     /// The file, for a reader who may not be able to read files with secrets.
@@ -52,15 +110,20 @@ impl Source {
 
     /// The keys and values of the file.
     pub(super) fn parse(&self) -> Result<DeTable<'_>, ConfigError> {
-        let parsed = DeTable::parse(&self.text).map_err(|error| {
+        let (table, errors) = DeTable::parse_recoverable(&self.text);
+        let errors = errors.into_iter().map(|error| {
             let line = error.span().map_or_else(|| self.whole(), |at| self.line(at));
             let text = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
             match error.span().and_then(|at| self.text.get(at)) {
                 Some(key) if text == "duplicate key" => line.duplicate(format_args!("`{key}`")),
                 _ => line.error(text),
             }
-        })?;
-        Ok(parsed.into_inner())
+        });
+        // What is left of the file is not looked at: its mistakes would follow from these.
+        match errors.map(|error| self.note(Err::<(), _>(error))).fold(Ok(()), Result::and) {
+            Ok(()) => Ok(table.into_inner()),
+            Err(first) => Err(first),
+        }
     }
 
     /// Which side the file is for; `None`: it has no key that tells.

@@ -1,4 +1,7 @@
 //! The tables of a file. A [`Table`] rejects unknown keys, and gives out each value once, checked, with its line.
+//!
+//! Each error is noted in the [`Source`], which rejects the file at the end. So a caller reads all values before it returns
+//! the first error, and all mistakes are found in one reading.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -24,25 +27,24 @@ impl<'s> Table<'s> {
     ///
     /// # Errors
     ///
-    /// The file is not valid TOML, or has another key than `keys`.
+    /// The file is not valid TOML.
     pub(super) fn root(file: &'s Source, keys: &[&str]) -> Result<Table<'s>, ConfigError> {
-        Table::new(file, file.whole(), file.parse()?, keys)
+        Ok(Table::new(file, file.whole(), file.parse()?, keys))
     }
 
     /// `keys`: all keys that the table may have, in the order in which the error about another one lists them.
     ///
-    /// # Errors
-    ///
-    /// The first unknown key, in the order of the alphabet.
-    fn new(file: &'s Source, line: SourceLine, values: DeTable<'s>, keys: &[&str]) -> Result<Table<'s>, ConfigError> {
-        let Some(unknown) = values.keys().find(|key| !keys.contains(&key.get_ref().as_ref())) else {
-            return Ok(Table { file, line, values });
-        };
+    /// Each unknown key is noted as an error.
+    fn new(file: &'s Source, line: SourceLine, values: DeTable<'s>, keys: &[&str]) -> Table<'s> {
         let expected = match keys {
             [one, other] => format!("`{one}` or `{other}`"),
             keys => format!("one of `{}`", keys.join("`, `")),
         };
-        Err(file.line(unknown.span()).error(format!("unknown key `{}`, expected {expected}", unknown.get_ref())))
+        for unknown in values.keys().filter(|key| !keys.contains(&key.get_ref().as_ref())) {
+            let text = format!("unknown key `{}`, expected {expected}", unknown.get_ref());
+            let _ = file.note(Err::<(), _>(file.line(unknown.span()).error(text)));
+        }
+        Table { file, line, values }
     }
 
     /// A value that is not checked yet; `None`: the table has no such key.
@@ -72,7 +74,8 @@ impl<'s> Table<'s> {
 
     /// A mandatory value; `missing`: the text of the error if there is none.
     pub(super) fn required<T>(&mut self, key: &str, kind: impl ValueKind<T>, missing: &str) -> Result<T, ConfigError> {
-        self.get(key, kind)?.ok_or_else(|| self.line.error(missing))
+        let value = self.get(key, kind)?;
+        self.file.note(value.ok_or_else(|| self.line.error(missing)))
     }
 
     /// The values of a list; `None`: the table has no such key.
@@ -82,10 +85,10 @@ impl<'s> Table<'s> {
         let Some(list) = self.take(key) else { return Ok(None) };
         match list.value {
             DeValue::Array(values) => {
-                let read = |value| Value::new(self.file, value).read(&kind);
-                values.into_iter().map(read).collect::<Result<_, _>>().map(Some)
+                let read: Vec<_> = values.into_iter().map(|value| Value::new(self.file, value).read(&kind)).collect();
+                read.into_iter().collect::<Result<_, _>>().map(Some)
             }
-            other => Err(list.line.error(wrong_type(&other, "a list, in [ ]"))),
+            other => self.file.note(Err(list.line.error(wrong_type(&other, "a list, in [ ]")))),
         }
     }
 
@@ -94,10 +97,10 @@ impl<'s> Table<'s> {
         self.take(key).map(|value| value.table(keys, "a table")).transpose()
     }
 
-    /// A table in this one. If it is missing: a table without values, on the line of this one.
-    pub(super) fn table_or_empty(&mut self, key: &str, keys: &[&str]) -> Result<Table<'s>, ConfigError> {
+    /// A table in this one. If it is missing, or is no table: a table without values, on the line of this one.
+    pub(super) fn table_or_empty(&mut self, key: &str, keys: &[&str]) -> Table<'s> {
         let empty = Table { file: self.file, line: self.line.clone(), values: DeTable::new() };
-        Ok(self.table(key, keys)?.unwrap_or(empty))
+        self.table(key, keys).ok().flatten().unwrap_or(empty)
     }
 
     /// The keys and values of a table in this one that may have any keys, sorted by key.
@@ -121,10 +124,10 @@ impl<'s> Value<'s> {
 
     /// The checked value.
     pub(super) fn read<T>(self, kind: &impl ValueKind<T>) -> Result<Located<T>, ConfigError> {
-        match kind.read(&self.value) {
+        self.file.note(match kind.read(&self.value) {
             Ok(value) => Ok(Located { value, source: self.line }),
             Err(text) => Err(self.line.error(text)),
-        }
+        })
     }
 
     /// A string of any kind.
@@ -138,8 +141,8 @@ impl<'s> Value<'s> {
     /// A table that may have these keys.
     pub(super) fn table(self, keys: &[&str], expected: &str) -> Result<Table<'s>, ConfigError> {
         match self.value {
-            DeValue::Table(values) => Table::new(self.file, self.line, values, keys),
-            other => Err(self.line.error(wrong_type(&other, expected))),
+            DeValue::Table(values) => Ok(Table::new(self.file, self.line, values, keys)),
+            other => self.file.note(Err(self.line.error(wrong_type(&other, expected)))),
         }
     }
 

@@ -108,7 +108,7 @@ fn the_least_provider_has_the_documented_defaults() {
     };
     assert_eq!(provider.hostname, "relay.example.net");
     assert_eq!(provider.spool, directory.path().join("spool"));
-    assert_eq!(provider.tls, None);
+    assert!(provider.tls.is_none());
     assert_eq!(provider.inbound.listen, ["[::]:25".parse().unwrap()]);
     assert_eq!(provider.inbound.max_size, 52_428_800);
     assert_eq!(provider.odmr.listen, ["[::]:366".parse().unwrap()]);
@@ -145,10 +145,8 @@ fn every_key_of_a_provider_is_read() {
     let provider = ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap();
     assert_eq!(provider.hostname, "EXAMPLE.NET");
     assert_eq!(provider.spool, Path::new("/var/spool/odmr"));
-    assert_eq!(
-        provider.tls,
-        Some(TlsFiles { certificate: directory.path().join("relay.pem"), key: "/etc/relay.key".into() })
-    );
+    let tls = provider.tls.unwrap();
+    assert_eq!((tls.certificate, tls.key), (directory.path().join("relay.pem"), "/etc/relay.key".into()));
     assert_eq!(provider.inbound.max_size, 1_000_000);
     assert_eq!((provider.odmr.listen.len(), provider.odmr.listen_tls.len()), (0, 2));
     assert!(provider.odmr.require_tls && !provider.odmr.cram_md5);
