@@ -191,6 +191,27 @@ fn a_full_disk_is_reported_for_the_sender() {
     assert_eq!(call.out, "from <eva@example.net> to -: deferred by us: 452 4.3.1 The disk is full, try again later\n");
 }
 
+/// The first call of a customer whose `accept` is not complete: the message stays with the provider.
+#[test]
+fn with_soft_bounce_what_would_be_rejected_is_deferred_and_printed() {
+    let place = Place::new(ALICE);
+    let script = ["MAIL FROM:<eva@example.net>", "RCPT TO:<carol@example.org>\r\nRCPT TO:<x@elsewhere.example>"];
+    let call = place.pull(&["--soft-bounce", "-q"], "", &script);
+    assert_eq!(call.code, 75, "{}", call.error);
+    assert!(call.replies[1].starts_with("451 4.1.1 Soft bounce: 550 5.1.1 "), "{:?}", call.replies);
+    let line = |to: &str, code: &str| {
+        format!("from <eva@example.net> to <{to}>: deferred by us: 451 4.{code} Soft bounce: 550 5.{code} ")
+    };
+    let lines: Vec<_> = call.out.lines().collect();
+    assert!(lines[0].starts_with(&line("carol@example.org", "1.1")), "{}", call.out);
+    assert!(lines[1].starts_with(&line("x@elsewhere.example", "7.1")) && lines.len() == 2, "{}", call.out);
+    for option in ["--daemon", "--now"] {
+        let mut pull = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        let done = pull.args(["pull", "--soft-bounce", option, "-c", "/dev/null"]).output().unwrap();
+        assert_eq!(done.status.code(), Some(64));
+    }
+}
+
 #[test]
 fn what_was_rejected_here_is_reported_and_is_no_failure() {
     let place = Place::new(&format!("{ALICE}max-size = 70000\n"));

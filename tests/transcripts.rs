@@ -33,6 +33,7 @@
 //! - `== clear only ==`, `== tls only ==`, `== whole only ==`; `== tls ==` in the dialogue implies `clear only`;
 //! - `== certificate ==`: the provider has a certificate in clear plays too (`== tls ==` and `odmr-tls` imply it);
 //! - `== require tls ==`: `require-tls = true`;
+//! - `== soft bounce ==`: the customer calls as `odmr pull --soft-bounce` does;
 //! - `== only these calls ==`: a customer that calls again, after the dialogue, has failed. Otherwise it hears 453 then.
 //!
 //! Events: `== connect inbound|odmr|odmr-tls [as NAME] ==` opens a connection (for `customer/`: awaits the customer's

@@ -68,6 +68,8 @@ impl From<StartError> for ExitError {
         let code = match error {
             StartError::Config(_) => Sysexit::Config,
             StartError::System(_) => Sysexit::OsError,
+            StartError::Spool(_) => Sysexit::CannotCreate,
+            StartError::Busy(_) => Sysexit::Temporary,
         };
         ExitError::new(code, error)
     }
@@ -81,6 +83,7 @@ impl From<CallError> for ExitError {
             CallError::Unavailable(_) => Sysexit::Unavailable,
             CallError::Temporary(_) | CallError::Busy(_) => Sysexit::Temporary,
             CallError::Denied(_) => Sysexit::NoPermission,
+            CallError::CannotCreate(_) => Sysexit::CannotCreate,
             CallError::Protocol(_) => Sysexit::Protocol,
             CallError::System(_) => Sysexit::OsError,
         };

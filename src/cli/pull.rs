@@ -46,6 +46,8 @@ pub(super) fn options(options: &mut Options) {
          SIGHUP: read the configuration again",
     );
     options.optflag("", "now", "makes the running daemon call at once; if no daemon runs, calls");
+    let help = "defers incoming mail that would be rejected (451 in place of 5yz), and prints it: for the first call";
+    options.optflag("", "soft-bounce", help);
     options.optflag("q", "quiet", "prints errors, and recipients that were not accepted: no summary, no progress");
 }
 
@@ -58,6 +60,11 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let (is_daemon, now) = (matches.opt_present("daemon"), matches.opt_present("now"));
     if is_daemon && now {
         let text = "--daemon and --now exclude each other: --now is for a daemon that runs already";
+        return Err(ExitError::usage(text, "odmr pull -h"));
+    }
+    let soft_bounce = matches.opt_present("soft-bounce");
+    if soft_bounce && (is_daemon || now) {
+        let text = "--soft-bounce is for one call, without --daemon and --now";
         return Err(ExitError::usage(text, "odmr pull -h"));
     }
     let quiet = matches.opt_present("quiet");
@@ -80,7 +87,8 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         return run_daemon(&path, &config, owner, &ids, signals);
     }
     let cancel = CancelToken::new()?;
-    let customer = Customer::new(&config, &ids)?;
+    let mut customer = Customer::new(&config, &ids)?;
+    customer.soft_bounce = soft_bounce;
     become_owner(&config, owner)?;
     if now && let Some(process) = daemon::running(&config)? {
         return request_call(process, quiet);

@@ -19,6 +19,7 @@ use super::value::{
     WITHOUT_8BITMIME,
 };
 use crate::mail::address::Domain;
+use crate::net::tls::ServerTls;
 use crate::recipients::{ConfigError, Located, SourceLine};
 use crate::sasl::Unavailable;
 use crate::session::{Limits, Timeouts};
@@ -138,17 +139,30 @@ impl TlsFiles {
         Ok(TlsFiles { certificate, key, certificate_line, key_line: line })
     }
 
-    /// The error about one of the files, on its line. `of_key`: about the key.
-    pub fn error(&self, of_key: bool, text: &str) -> ConfigError {
-        match of_key {
-            false => self.certificate_line.error(format!("{text}: put the certificate there, or name another file")),
-            true => self.key_line.error(format!("{text}: put the key there, or name another file")),
-        }
+    /// Reads the files.
+    ///
+    /// # Errors
+    ///
+    /// On the line of the file that cannot be used.
+    pub fn load(&self) -> Result<ServerTls, ConfigError> {
+        ServerTls::load(&self.certificate, &self.key).map_err(|text| {
+            let (key, certificate) = (self.key.display().to_string(), self.certificate.display().to_string());
+            let of_key = text.starts_with(&key) && !text.starts_with(&certificate);
+            let (line, path, what) = match of_key {
+                true => (&self.key_line, key, "key"),
+                false => (&self.certificate_line, certificate, "certificate"),
+            };
+            let remedy = match text.starts_with(&format!("{path}: ")) {
+                true => format!("; put the {what} there, or name another file in `{what}`"),
+                false => String::new(),
+            };
+            line.error(format!("{text}{remedy}"))
+        })
     }
 
-    /// The line of `certificate`.
-    pub fn certificate_line(&self) -> &SourceLine {
-        &self.certificate_line
+    /// An error or a warning about what is written in the certificate.
+    pub fn certificate_error(&self, text: String) -> ConfigError {
+        self.certificate_line.error(text)
     }
 }
 

@@ -209,6 +209,9 @@ pub(super) const fn host_port<const PORT: u16>() -> Text<HostPort> {
         _ => "a host and a port such as \"relay.example.net:366\"",
     };
     Text::new(expected, |text| {
+        if text.contains("//") {
+            return Err(format!("{text:?} is a URL: write HOST or HOST:PORT, such as \"relay.example.net:{PORT}\""));
+        }
         let wrong = || {
             format!(
                 "{text:?} is not a valid host with a port: write \"relay.example.net:{PORT}\", \"192.0.2.1:{PORT}\" or \

@@ -61,8 +61,10 @@ pub enum CallError {
     /// Another process calls this provider.
     Busy(String),
     /// The provider rejects our name or secret, or does not prove that it knows the secret; or this user may not see the
-    /// daemon's state.
+    /// daemon's state, or write into the mailboxes.
     Denied(String),
+    /// The file system of the mailboxes is read-only.
+    CannotCreate(String),
     /// The peer is no provider, breaks the protocol, or its certificate is not accepted.
     Protocol(String),
     /// A system call failed.
@@ -78,6 +80,7 @@ impl fmt::Display for CallError {
             | CallError::Temporary(text)
             | CallError::Busy(text)
             | CallError::Denied(text)
+            | CallError::CannotCreate(text)
             | CallError::Protocol(text)
             | CallError::System(text) => f.write_str(text),
         }
@@ -90,6 +93,8 @@ impl From<io::Error> for CallError {
     fn from(error: io::Error) -> CallError {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CallError::Temporary(error.to_string()),
+            io::ErrorKind::PermissionDenied => CallError::Denied(error.to_string()),
+            io::ErrorKind::ReadOnlyFilesystem => CallError::CannotCreate(error.to_string()),
             _ => CallError::System(error.to_string()),
         }
     }
@@ -101,6 +106,8 @@ pub struct Customer {
     /// `None`: the customer sends no mail.
     pub outbox: Option<Arc<Outbox>>,
     pub retry_queue: Arc<RetryQueue>,
+    /// Incoming mail that would be rejected is deferred, so that no sender gets a DSN.
+    pub soft_bounce: bool,
     /// The providers in the order of the configuration, ready to be connected to.
     remotes: Vec<Remote>,
 }
@@ -131,7 +138,7 @@ impl Customer {
             Some(outbox) => outbox.retry_queue.clone(),
             None => Arc::new(RetryQueue::new(&mailboxes, Reporter::new(&config.hostname, ids, None))),
         };
-        Ok(Customer { mailboxes, outbox, retry_queue, remotes })
+        Ok(Customer { mailboxes, outbox, retry_queue, soft_bounce: false, remotes })
     }
 
     /// The configuration that it was made from.
@@ -434,7 +441,7 @@ impl ProviderConnection<'_> {
     /// The customer's half of the turn, and mail until QUIT, or until the provider hangs up without a command.
     fn serve_provider(&self, connection: Connection, client: Client, peer: IpAddr) -> Result<TurnResult, CallError> {
         let announced = client.messages_waiting();
-        let Customer { mailboxes, outbox, retry_queue, .. } = self.customer;
+        let Customer { mailboxes, outbox, retry_queue, soft_bounce, .. } = self.customer;
         let config = &mailboxes.config;
         let mut options =
             config.limits.server_options(ServerRole::Customer, &config.hostname, config.mailboxes.max_size);
@@ -447,8 +454,9 @@ impl ProviderConnection<'_> {
         let limits = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
         let limits = SessionLimits { session: config.timeouts.turn, ..limits };
         let hops = NextHops::new(mailboxes, self.cancel);
-        let mut receiver = Receiver::new(retry_queue.clone(), self.counters.clone(), hops);
+        let mut receiver = Receiver::new(retry_queue.clone(), self.counters.clone(), hops, *soft_bounce);
         let mut session = ServerSession::new(connection, server, address::literal(peer), None, limits);
+        session.soft_bounce = *soft_bounce;
         session.greet();
         let end = session.run(&mut receiver);
         session.close();
@@ -547,12 +555,14 @@ fn is_success(failure: &SessionFailure) -> bool {
 }
 
 /// The error of a call whose session has failed.
-fn call_error(failure: SessionFailure) -> CallError {
+pub(super) fn call_error(failure: SessionFailure) -> CallError {
     match failure {
         SessionFailure::Aborted(abort) => abort_error(abort),
         SessionFailure::Broken(text) => CallError::Protocol(text),
         SessionFailure::NoHost(text) => CallError::NoHost(format!("{text}; check `address` and the name server")),
-        SessionFailure::Unreachable(text) => CallError::Unavailable(text),
+        SessionFailure::Unreachable(text) => CallError::Unavailable(format!(
+            "{text}; check `address`, that the provider runs there (`odmr serve`), and that no firewall closes its port"
+        )),
         SessionFailure::NoTls(text) | SessionFailure::Lost(text) => CallError::Temporary(text),
         SessionFailure::Cancelled => stopped(),
     }
@@ -585,7 +595,10 @@ fn abort_error(abort: Abort) -> CallError {
              check host and port in `address`"
                 .to_owned(),
         ),
-        Abort::NoMechanism => CallError::Protocol(
+        Abort::NoMechanism { starttls: true } => CallError::Protocol(
+            "the provider offers no authentication in clear, but STARTTLS: set `tls = \"starttls\"`".to_owned(),
+        ),
+        Abort::NoMechanism { starttls: false } => CallError::Protocol(
             "the provider offers no authentication that can be used: CRAM-MD5, or PLAIN under TLS".to_owned(),
         ),
         Abort::Unproven => CallError::Denied("the provider did not prove that it knows the secret".to_owned()),

@@ -69,6 +69,8 @@ struct CallContext {
     /// The next hop that has decided on the next negative reply; `None`: we do.
     decided_by: Mutex<Option<String>>,
     mail: Mutex<IncomingMail>,
+    /// Mail that would be rejected is deferred.
+    soft_bounce: bool,
 }
 
 /// The messages that the provider offers in one session.
@@ -99,10 +101,12 @@ impl CallContext {
 }
 
 impl Receiver {
-    /// Delivers into the mailboxes of `retry_queue`, and by `hops`.
-    pub fn new(retry_queue: Arc<RetryQueue>, counters: Arc<CallCounters>, hops: NextHops) -> Receiver {
+    /// Delivers into the mailboxes of `retry_queue`, and by `hops`. `soft_bounce`: what a next hop rejects is deferred.
+    pub fn new(
+        retry_queue: Arc<RetryQueue>, counters: Arc<CallCounters>, hops: NextHops, soft_bounce: bool,
+    ) -> Receiver {
         let (hops, decided_by, mail) = (Mutex::new(hops), Mutex::default(), Mutex::default());
-        let context = Arc::new(CallContext { retry_queue, counters, hops, decided_by, mail });
+        let context = Arc::new(CallContext { retry_queue, counters, hops, decided_by, mail, soft_bounce });
         Receiver { context, message: None, accepted: Vec::new() }
     }
 
@@ -343,7 +347,8 @@ impl IncomingMessage {
         for delivery in &deliveries {
             for (recipient, status) in &delivery.recipients {
                 // Rejections of a part: the sender gets a DSN. The session counts those of the whole message.
-                if let (Ok(()), RecipientStatus::Rejected(reply)) = (&result, status) {
+                let reply = status.reply().filter(|reply| status.is_rejected() || reply.is_softened());
+                if let (Ok(()), Some(reply)) = (&result, reply) {
                     rejected.push((recipient.mailbox.to_string(), delivery.relay.clone(), reply.clone()));
                 }
                 // The retry queue logs the others.
@@ -413,6 +418,12 @@ impl IncomingMessage {
             let mut delivery = hops.deliver(&hop, &outgoing, &mut self.spooled, info.as_ref());
             let (from, recipients) = (&outgoing.envelope.from, &mut delivery.recipients);
             context.mailboxes().deliver_fallbacks(from, recipients, &mut self.spooled);
+            for (_, status) in recipients.iter_mut().filter(|_| context.soft_bounce) {
+                // A rejection of a part would be a DSN.
+                if let RecipientStatus::Rejected(reply) = status {
+                    *status = RecipientStatus::Deferred(reply.clone().softened());
+                }
+            }
             for (recipient, _) in recipients.iter().filter(|(_, status)| status.is_sent() && !delivery.sends_dsn) {
                 self.success_dsn.add_relayed(recipient);
             }

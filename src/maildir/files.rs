@@ -13,6 +13,19 @@ pub fn with_path(path: &Path, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
+/// What to do about an error of writing into a directory, as the end of the error's text.
+pub fn write_remedy(error: &io::Error, directory: &Path) -> String {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            format!("; let the user that odmr runs as write there: chown or chmod {}", directory.display())
+        }
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "; mount that file system read-write, or name a directory on another".to_owned()
+        }
+        _ => String::new(),
+    }
+}
+
 /// Which file it is, whatever its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileId {

@@ -17,6 +17,7 @@ mod entry;
 mod files;
 mod quota;
 pub mod spooled;
+mod state_file;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -27,11 +28,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 pub use entry::{AttemptRecord, EndedSessions, Entry};
-pub use files::{FileId, with_path};
+pub use files::{FileId, with_path, write_remedy};
 use files::{
     list, make_directories, make_directory, move_file, remove_if_there, set_times, sync_directory, sync_names,
 };
 use quota::QuotaCheck;
+pub use state_file::{lock_state_file, locked_state_file, open_state_file};
 
 use crate::clock::Timestamp;
 use crate::net::trace::quoted;

@@ -41,7 +41,7 @@ use rustix::net::{AddressFamily, SocketType};
 
 use crate::net::cancel::{self, CancelToken};
 use crate::net::descriptor::Descriptor;
-use crate::net::tls::{ClientTls, ServerTls, TlsInfo, TlsSession};
+use crate::net::tls::{CertificateInfo, ClientTls, ServerTls, TlsInfo, TlsSession};
 use crate::net::trace::Trace;
 use crate::platform;
 
@@ -153,6 +153,11 @@ impl Connection {
     /// Returns what TLS has negotiated; `None`: the connection is in clear.
     pub fn tls_info(&self) -> Option<TlsInfo> {
         self.tls.as_ref()?.info()
+    }
+
+    /// Returns the certificate that the peer has shown; `None`: it has shown none.
+    pub fn peer_certificate(&self) -> Option<CertificateInfo> {
+        self.tls.as_ref()?.peer_certificate()
     }
 
     /// Returns whether TLS has begun.

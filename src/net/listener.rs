@@ -68,7 +68,10 @@ pub fn bind(name: &str, addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, St
 
 fn bind_error(address: SocketAddr, error: &io::Error) -> String {
     let advice = match error.kind() {
-        io::ErrorKind::PermissionDenied => ": ports below 1024 need root, or a supervisor that passes them on",
+        io::ErrorKind::PermissionDenied => {
+            ": ports below 1024 need root, the capability CAP_NET_BIND_SERVICE (`setcap cap_net_bind_service=ep` on odmr, or \
+             AmbientCapabilities of systemd), or a supervisor that passes them on (LISTEN_FDS)"
+        }
         io::ErrorKind::AddrInUse => ": another program listens there; stop it or choose another address",
         _ => "",
     };

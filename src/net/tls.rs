@@ -160,6 +160,56 @@ impl ServerTls {
     }
 }
 
+/// What a person needs to know of a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateInfo {
+    /// The names and addresses that it is for.
+    pub names: Vec<String>,
+    /// The end of its validity; `None`: it has no valid time there.
+    pub until: Option<Timestamp>,
+    /// Both forms of `pin`: of the certificate, and of its key.
+    pub pins: [String; 2],
+    der: CertificateDer<'static>,
+}
+
+impl CertificateInfo {
+    /// Reads the first certificate of a PEM file.
+    ///
+    /// # Errors
+    ///
+    /// A text with the file and what to do.
+    pub fn load(path: &Path) -> Result<CertificateInfo, String> {
+        PemText::read(path)?.certificates().map(|chain| CertificateInfo::new(&chain[0]))
+    }
+
+    fn new(certificate: &CertificateDer<'_>) -> CertificateInfo {
+        let until = x509::Certificate::read(certificate).and_then(|certificate| certificate.until());
+        let mut pins = [format!("sha256:{}", HEXLOWER.encode(&digest(certificate))), "spki-sha256:".to_owned()];
+        pins[1] += &key_shown(certificate);
+        let until = until.and_then(|until| Timestamp::parse_rfc3339(&until));
+        let der = certificate.clone().into_owned();
+        let mut info = CertificateInfo { names: Vec::new(), until, pins, der };
+        // Only the error about a name that it is not for has its names.
+        if let Err(Error::InvalidCertificate(CertificateError::NotValidForNameContext { presented, .. })) =
+            info.verify_name("no-such-name.invalid")
+        {
+            info.names = presented.iter().map(|name| bare_name(name).to_owned()).collect();
+        }
+        info
+    }
+
+    /// Whether a client accepts it for this name.
+    pub fn is_for(&self, name: &str) -> bool {
+        self.verify_name(name).is_ok()
+    }
+
+    fn verify_name(&self, name: &str) -> Result<(), Error> {
+        let name = ServerName::try_from(name).map_err(|_| CertificateError::BadEncoding)?;
+        verify_server_name(&ParsedCertificate::try_from(&self.der)?, &name)
+    }
+
+}
+
 impl ClientTls {
     /// Returns what a client needs that trusts these certificates. Reads the files now.
     ///
@@ -341,6 +391,11 @@ impl TlsSession {
         // rustls writes TLS13_AES_…, the registry TLS_AES_….
         let cipher = suite.replacen("TLS13_", "TLS_", 1);
         Some(TlsInfo { version, cipher })
+    }
+
+    /// Returns the certificate of the peer; `None` before it has shown one.
+    pub(crate) fn peer_certificate(&self) -> Option<CertificateInfo> {
+        self.connection.peer_certificates()?.first().map(CertificateInfo::new)
     }
 
     /// Asks rustls how many octets it has sealed; only this call returns that.

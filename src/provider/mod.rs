@@ -13,11 +13,13 @@ pub mod turned_session;
 pub mod delivery;
 pub mod shared;
 pub mod accept;
+pub mod certificate;
 pub mod inbound;
 pub mod odmr;
 pub mod reload;
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
@@ -77,12 +79,18 @@ pub enum StartError {
     Config(String),
     /// The system gives no socket, descriptor or thread.
     System(String),
+    /// The spool cannot be written to.
+    Spool(String),
+    /// Another process serves the spool.
+    Busy(String),
 }
 
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            StartError::Config(text) | StartError::System(text) => f.write_str(text),
+            StartError::Config(text) | StartError::System(text) | StartError::Spool(text) | StartError::Busy(text) => {
+                f.write_str(text)
+            }
         }
     }
 }
@@ -105,6 +113,10 @@ impl Provider {
     /// A certificate, an address or a resource of the system cannot be used.
     pub fn start(config: ProviderConfig, ids: Ids) -> Result<RunningProvider, StartError> {
         let (shared, delivery, relay) = prepare(config, ids, CancelToken::new()?)?;
+        let lock = shared.spool.lock().map_err(|error| StartError::Spool(error.to_string()))?.ok_or_else(|| {
+            let spool = shared.config.spool.display();
+            StartError::Busy(format!("another `odmr serve` has the spool {spool}: stop it, or name another `spool`"))
+        })?;
         let mut listeners = Vec::new();
         let config = &shared.config;
         for (kind, addresses) in [
@@ -116,8 +128,8 @@ impl Provider {
             listeners.extend(opened.into_iter().map(|listener| (kind, listener)));
         }
         log_skipped(config);
-        let reloader = Reloader::new(shared.clone());
-        let mut running = RunningProvider { reloader: reloader.clone(), listening: Vec::new(), threads: Vec::new() };
+        let (reloader, listening, threads) = (Reloader::new(shared.clone()), Vec::new(), Vec::new());
+        let mut running = RunningProvider { reloader: reloader.clone(), listening, threads, _lock: lock };
         running.spawn("delivery", move || delivery.run())?;
         running.spawn("relay", move || relay.run())?;
         let (watched, cancel) = (reloader.clone(), shared.cancel.clone());
@@ -178,6 +190,8 @@ pub struct RunningProvider {
     reloader: Reloader,
     listening: Vec<(Listener, SocketAddr)>,
     threads: Vec<JoinHandle<()>>,
+    /// Of the spool.
+    _lock: File,
 }
 
 impl RunningProvider {

@@ -155,6 +155,10 @@ impl SessionHandler for OdmrHandler {
         check_qualified(&mailbox).map(|()| mailbox)
     }
 
+    fn domains(&self, account: &str) -> Vec<Domain> {
+        self.account(Some(account)).map(|account| account.domains.clone()).unwrap_or_default()
+    }
+
     fn size_limit(&self, account: Option<&str>) -> u64 {
         self.account(account).ok().and_then(|account| account.max_size).unwrap_or(u64::MAX)
     }

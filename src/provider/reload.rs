@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::accept::SpoolDsnSink;
+use super::certificate::CertificateEnd;
 use super::delivery::TurnSender;
 use super::relay::{RelayHandle, WorkerContext};
 use super::shared::{Shared, SubmissionRates};
 use super::spool::{Spool, SpoolQueue};
 use super::turned_session::{RemovedAccounts, TurnSettings};
 use crate::clock::Timestamp;
-use crate::config::ProviderConfig;
+use crate::config::{ProviderConfig, TlsFiles};
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::listener::ConnectionLimiter;
@@ -42,7 +43,7 @@ pub struct Lasting {
 /// A file that the configuration names cannot be used.
 pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&WorkerContext>) -> Result<Shared, String> {
     let Lasting { ids, turns, relay, rates, removed, cancel, abort, limiter } = lasting;
-    let tls = config.tls.as_ref().map(|files| ServerTls::load(&files.certificate, &files.key)).transpose()?;
+    let tls = config.tls.as_ref().map(TlsFiles::load).transpose().map_err(|error| error.to_string())?;
     let spool = Arc::new(Spool::new(&config, &ids));
     let sink = SpoolDsnSink { spool: spool.clone(), relay: relay.clone(), ids: ids.clone() };
     let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)));
@@ -113,7 +114,7 @@ impl Reloader {
         let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
         let Some(files) = &old.config.tls else { return };
-        match ServerTls::load(&files.certificate, &files.key) {
+        match files.load() {
             Ok(tls) => {
                 let until = end_of(Some(&tls));
                 self.replace(&Arc::new(Shared { tls: Some(tls), ..Shared::clone(&old) }));
@@ -123,7 +124,7 @@ impl Reloader {
         }
     }
 
-    /// Looks once a minute whether the files of the certificate have changed, until it is cancelled.
+    /// Looks once a minute whether the files of the certificate have changed, until it is cancelled. Logs its end, too.
     pub fn watch_certificate(&self, cancel: &CancelToken) {
         let stamp = || {
             let shared = self.current();
@@ -133,12 +134,16 @@ impl Reloader {
                 .collect()
         };
         let mut seen: Vec<_> = stamp();
+        let (mut end, clock) = (CertificateEnd::default(), self.current().ids.clock());
+        let mut log_end = || end.log(self.current().tls.as_ref(), clock.now());
+        log_end();
         while !cancel.wait_until(Some(Instant::now() + CERTIFICATE_INTERVAL)) {
             let now = stamp();
             if now != seen {
                 self.reload_certificate();
                 seen = now;
             }
+            log_end();
         }
     }
 }

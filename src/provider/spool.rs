@@ -4,12 +4,15 @@
 //! SPOOL/domains/<domain>/     mail for a customer's domain, until the customer fetches it
 //! SPOOL/outgoing/<domain>/    mail from customers for a domain elsewhere, until the relay has sent it; a domain that is
 //!                             not made of letters, digits and hyphens has its `Domain::file_name`
+//! SPOOL/.odmr/                the lock of `odmr serve`
 //! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
 //! ```
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
+
+use rustix::fs::Access;
 
 use crate::config::{Accounts, ProviderConfig};
 use crate::ids::Ids;
@@ -51,6 +54,20 @@ impl Spool {
     /// Locks and reads the queues, by their [`Spool::name`].
     pub fn queue(&self) -> &Queue {
         &self.queue
+    }
+
+    /// Locks the spool for one `odmr serve`; the lock lasts as long as the file is open. `None`: another one has it.
+    ///
+    /// # Errors
+    /// The spool cannot be written to; the text says what to do.
+    pub fn lock(&self) -> io::Result<Option<File>> {
+        let lock = maildir::lock_state_file(&self.root, "serve")?;
+        rustix::fs::access(&self.root, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
+            let error = io::Error::from(error);
+            let remedy = maildir::write_remedy(&error, &self.root);
+            io::Error::new(error.kind(), format!("{}: {error}{remedy}", self.root.display()))
+        })?;
+        Ok(lock)
     }
 
     /// The name of a queue: its directory, and whether its messages are tried again at times of their own.

@@ -16,11 +16,12 @@ use crate::mail::address::Domain;
 use crate::mail::received::ClientInfo;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{self, Connection, Filled, WaitResult};
-use crate::net::tls::ClientTls;
+use crate::net::tls::{CertificateInfo, ClientTls};
 use crate::net::trace::Trace;
 use crate::queue::{QueueLock, QueuedMessage};
 use crate::smtp::client::{Abort, Client, ClientOptions, ClientStep, OutgoingMessage, Rejection, Stage};
 use crate::smtp::command::Recipient;
+use crate::smtp::extensions::AccountDomains;
 use crate::smtp::limits;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, connection_lost, ends_session, may_be_about_sender};
@@ -58,7 +59,7 @@ impl fmt::Display for SessionFailure {
             }
             SessionFailure::Aborted(Abort::NoAtrn) => f.write_str("ATRN was not offered"),
             SessionFailure::Aborted(Abort::NoStartTls) => f.write_str("STARTTLS is required and was not offered"),
-            SessionFailure::Aborted(Abort::NoMechanism) => {
+            SessionFailure::Aborted(Abort::NoMechanism { .. }) => {
                 f.write_str("no authentication was offered that can be used: CRAM-MD5, or PLAIN under TLS")
             }
             SessionFailure::Aborted(Abort::Unproven) => f.write_str("the peer did not prove that it knows the secret"),
@@ -376,6 +377,22 @@ impl ClientSession {
         }
     }
 
+    /// The certificate that the peer has shown; `None`: it has shown none.
+    pub fn peer_certificate(&self) -> Option<CertificateInfo> {
+        self.connection.peer_certificate()
+    }
+
+    /// Sends EHLO once more. Returns the domains of the account, if the peer lists them after AUTH.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn ask_domains(&mut self) -> Result<Option<AccountDomains>, SessionFailure> {
+        self.reject_unsolicited()?;
+        self.send(Client::ehlo_again);
+        while !matches!(self.next_step()?, ClientStep::Ready) {}
+        Ok(self.client.extensions().domains.clone())
+    }
+
     /// Sends ATRN; without `domains`, for all mail of the account. Returns both halves for the turn after 250 (RFC 2645
     /// section 5.2.1).
     ///
@@ -549,8 +566,14 @@ impl Connect<'_> {
         match begun.and_then(|()| session.handshake(self.tls)) {
             Ok(()) => Ok(session),
             Err(failure) => {
+                let no_greeting = session.client.awaiting() == Some(Stage::Greeting);
                 session.close_after(&failure);
-                Err(failure)
+                Err(match failure {
+                    SessionFailure::Lost(text) if no_greeting => {
+                        SessionFailure::Lost(format!("{text} before its greeting: another service? check the port"))
+                    }
+                    failure => failure,
+                })
             }
         }
     }

@@ -118,6 +118,7 @@ impl Remote {
             SessionFailure::Unreachable(text) => {
                 SessionFailure::Unreachable(format!("no connection to {}: {text}", settings.address))
             }
+            SessionFailure::Lost(text) => SessionFailure::Lost(format!("{}: {text}", settings.address)),
             failure => failure,
         })
     }

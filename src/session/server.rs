@@ -78,6 +78,8 @@ pub struct ServerSession {
     pace_left: u64,
     /// A message of which some chunks have arrived (RFC 3030).
     chunks: Option<(ContentDecoder, ContentReceiver)>,
+    /// Mail that would be rejected is deferred.
+    pub soft_bounce: bool,
     /// The client has sent a command, or the beginning of one.
     has_commands: bool,
     /// The client has sent a TLS record in place of a command or of a message.
@@ -132,6 +134,7 @@ impl ServerSession {
             pace,
             pace_left,
             chunks: None,
+            soft_bounce: false,
             has_commands,
             found_record,
         }
@@ -193,11 +196,13 @@ impl ServerSession {
             }
             match step {
                 ServerStep::Reply(reply) => {
+                    let reply = self.soften(reply, line.as_deref());
                     self.log_reply(&reply, line.as_deref());
                     self.observe(&reply, line.as_deref(), handler);
                     self.reply(&reply);
                 }
                 ServerStep::Close(reply) => {
+                    let reply = self.soften(reply, line.as_deref());
                     self.observe(&reply, line.as_deref(), handler);
                     self.reply(&reply);
                     return Ok(match reply.is_positive() {
@@ -211,6 +216,7 @@ impl ServerSession {
                     self.begin_pace(size.min(self.server.max_size()));
                     self.reject_record_in_content(size)?;
                     self.read_exact(size, |_| {})?;
+                    let reply = self.soften(reply, line.as_deref());
                     self.log_command_rejected(&reply, None);
                     self.observe(&reply, line.as_deref(), handler);
                     self.reply(&reply);
@@ -232,8 +238,18 @@ impl ServerSession {
         }
     }
 
+    /// With [`ServerSession::soft_bounce`]: defers what the reply to a command about mail would reject.
+    fn soften(&self, reply: Reply, line: Option<&[u8]>) -> Reply {
+        match self.soft_bounce && Unaccepted::at_command(line, &reply).is_some() {
+            true => reply.softened(),
+            false => reply,
+        }
+    }
+
     /// Rejects or defers the content, for all recipients.
     fn reject_content(&mut self, reply: &Reply, handler: &mut dyn SessionHandler) {
+        let softened = self.soft_bounce.then(|| reply.clone().softened());
+        let reply = softened.as_ref().unwrap_or(reply);
         handler.not_accepted(Unaccepted::Content, reply);
         self.reject(reply);
     }

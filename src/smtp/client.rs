@@ -162,8 +162,8 @@ pub enum Abort {
     NoStartTls,
     /// The peer offers no ATRN: it is not a provider (RFC 2645 section 5.1.1).
     NoAtrn,
-    /// The peer offers no mechanism that may be used here.
-    NoMechanism,
+    /// The peer offers no mechanism that may be used here. `starttls`: but it offers STARTTLS, which the options forbid.
+    NoMechanism { starttls: bool },
     /// The peer replied 235 without proof that it knows the secret.
     Unproven,
 }
@@ -576,6 +576,13 @@ impl Client {
         self.flush_commands(out);
     }
 
+    /// Sends EHLO once more: after AUTH a provider may list the domains of the account.
+    pub fn ehlo_again(&mut self, out: &mut Vec<u8>) {
+        self.ready = false;
+        self.send_ehlo();
+        self.flush_commands(out);
+    }
+
     /// Sends ATRN; without domains: for all domains of the account (RFC 2645 section 5.2.1).
     pub fn atrn(&mut self, domains: &[Domain], out: &mut Vec<u8>) {
         self.ready = false;
@@ -712,7 +719,8 @@ impl Client {
             return self.abort(Abort::NoAtrn);
         }
         if self.options.credentials.is_some() && !self.authenticated {
-            return if self.send_auth() { ClientStep::Wait } else { self.abort(Abort::NoMechanism) };
+            let starttls = self.extensions.starttls && !self.options.tls;
+            return if self.send_auth() { ClientStep::Wait } else { self.abort(Abort::NoMechanism { starttls }) };
         }
         self.ready = true;
         ClientStep::Ready

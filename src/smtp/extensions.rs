@@ -1,7 +1,9 @@
 //! Service extensions: those that our server offers in its reply to EHLO, and those that a peer offers (RFC 5321 section
 //! 4.1.1.1).
 
+use super::limits;
 use super::reply::Reply;
+use crate::mail::address::Domain;
 use crate::sasl::Mechanism;
 
 /// The extensions whose parameters our server accepts with MAIL and RCPT.
@@ -33,6 +35,43 @@ pub struct PeerExtensions {
     pub xclient: Vec<String>,
     pub xforward: Vec<String>,
     pub limits: PeerLimits,
+    /// The domains of our account at a provider that lists them (XDOMAINS).
+    pub domains: Option<AccountDomains>,
+}
+
+/// The domains of an account, as the lines `XDOMAINS example.org example.com` of a provider of this program list them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AccountDomains {
+    pub names: Vec<String>,
+    /// There are more, which are not listed.
+    pub has_more: bool,
+}
+
+/// The keyword of the lines with the domains of an account. It begins with X: no RFC knows it (RFC 5321 section 4.1.1.1).
+const DOMAINS_KEYWORD: &str = "XDOMAINS";
+
+/// The last word of these lines if not all domains are listed.
+const MORE_DOMAINS: &str = "...";
+
+/// The most of these lines: a client keeps [`limits::REPLY_LINES_KEPT`] lines of a reply, and needs the others too.
+const MOST_DOMAIN_LINES: usize = limits::REPLY_LINES_KEPT / 2;
+
+/// The lines that list the domains of an account in the reply to EHLO.
+pub fn domain_lines(domains: &[Domain]) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for domain in domains {
+        let more = domain.as_str().len() + " ".len() + MORE_DOMAINS.len() + " ".len();
+        let is_last = lines.len() == MOST_DOMAIN_LINES;
+        match lines.last_mut() {
+            Some(line) if line.len() + more <= limits::REPLY_TEXT => *line += &format!(" {domain}"),
+            Some(line) if is_last => {
+                *line += &format!(" {MORE_DOMAINS}");
+                break;
+            }
+            _ => lines.push(format!("{DOMAINS_KEYWORD} {domain}")),
+        }
+    }
+    lines
 }
 
 /// What the peer permits at most (RFC 9422 section 4); `None`: it does not say.
@@ -84,6 +123,15 @@ impl PeerExtensions {
                 Some("LIMITS") => offered.limits = PeerLimits::parse(words),
                 Some("XCLIENT") => offered.xclient = words.map(str::to_ascii_uppercase).collect(),
                 Some("XFORWARD") => offered.xforward = words.map(str::to_ascii_uppercase).collect(),
+                Some(DOMAINS_KEYWORD) => {
+                    let domains = offered.domains.get_or_insert_default();
+                    for word in words {
+                        match word {
+                            MORE_DOMAINS => domains.has_more = true,
+                            name => domains.names.push(name.to_ascii_lowercase()),
+                        }
+                    }
+                }
                 Some("AUTH") => {
                     offered.auth = true;
                     offered.mechanisms.extend(words.filter_map(|word| Mechanism::parse(word.as_bytes())));
@@ -92,5 +140,32 @@ impl PeerExtensions {
             }
         }
         offered
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a provider lists, the customer reads, also if it does not fit.
+    #[test]
+    fn the_domains_of_an_account_are_listed_and_read() {
+        let listed = |count: usize| {
+            let name = |number| Domain::parse(&format!("customer-{number}.example.org")).unwrap();
+            let domains: Vec<_> = (0..count).map(name).collect();
+            let lines = domain_lines(&domains);
+            assert!(lines.iter().all(|line| line.len() <= limits::REPLY_TEXT));
+            let reply = lines.into_iter().fold(Reply::bare(250, "relay.example.net"), Reply::with_line);
+            let told = PeerExtensions::parse(&reply).domains;
+            (domains.iter().map(|domain| domain.as_str().to_owned()).collect::<Vec<_>>(), told)
+        };
+        assert_eq!(listed(0).1, None);
+        for count in [1, 2, 100, 500] {
+            let (names, told) = listed(count);
+            assert_eq!(told, Some(AccountDomains { names, has_more: false }), "{count}");
+        }
+        let (names, told) = listed(10_000);
+        let told = told.unwrap();
+        assert!(told.has_more && names.starts_with(&told.names) && told.names.len() > 500, "{}", told.names.len());
     }
 }

@@ -25,6 +25,9 @@ pub enum Severity {
     Permanent,
 }
 
+/// What the text of a softened reply begins with.
+const SOFT_BOUNCE: &str = "Soft bounce: ";
+
 /// A reply, ours or a peer's.
 #[derive(Clone, Debug, Eq)]
 pub struct Reply {
@@ -78,6 +81,22 @@ impl Reply {
     pub fn with_code(self, code: u16) -> Reply {
         debug_assert_eq!(code / 100, self.code / 100);
         Reply { code, ..self }
+    }
+
+    /// A negative reply that rejects nothing: 451 in place of a 5yz, with the reply that it replaces as its text.
+    pub fn softened(self) -> Reply {
+        if self.severity() != Severity::Permanent {
+            return self;
+        }
+        let class = |enhanced: &str| format!("4{}", enhanced.trim_start_matches('5'));
+        let enhanced = self.enhanced.as_deref().map_or_else(|| "4.0.0".to_owned(), class);
+        let text = format!("{SOFT_BOUNCE}{self}");
+        Reply { code: 451, enhanced: Some(enhanced.into()), lines: vec![text.into()], ..self }
+    }
+
+    /// Whether it is from [`Reply::softened`].
+    pub fn is_softened(&self) -> bool {
+        self.lines().next().is_some_and(|text| text.starts_with(SOFT_BOUNCE))
     }
 
     /// Whether a peer has said it; otherwise it is our own.

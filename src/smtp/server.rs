@@ -24,11 +24,13 @@
 //! RSET, NOOP, HELP, QUIT  x      x        x          x      always                                  5321 4.1.4
 //! ```
 //!
+//! After AUTH the reply to EHLO lists the domains of the account, in lines `XDOMAINS`, for `odmr check --call`.
+//!
 //! STARTTLS forgets everything that the client has sent before (RFC 3207 section 4.2). After ATRN the connection turns, and
 //! `turn.rs` makes a client of the server.
 
 use super::command::{Command, Envelope, MailFrom, Notify, RcptTo, Recipient, VERBS, Verb, not_implemented};
-use super::extensions::ServerExtensions;
+use super::extensions::{self, ServerExtensions};
 use super::limits;
 use super::reply::Reply;
 use crate::mail::address::{Domain, ForwardPath, Mailbox};
@@ -108,6 +110,11 @@ pub trait SessionHandler {
     /// # Errors
     /// The reply to RCPT that rejects it.
     fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply>;
+
+    /// The domains whose mail this account may fetch: the reply to EHLO lists them after AUTH (XDOMAINS).
+    fn domains(&self, _account: &str) -> Vec<Domain> {
+        Vec::new()
+    }
 
     /// Octets of one message from this account, if it may send less than the listener accepts.
     fn size_limit(&self, _account: Option<&str>) -> u64 {
@@ -400,7 +407,7 @@ impl Server {
             self.permitted(verb)?;
         }
         match Command::parse(verb, rest, self.options.offers())? {
-            Command::Ehlo(name) => Ok(ServerStep::Reply(self.ehlo(name))),
+            Command::Ehlo(name) => Ok(ServerStep::Reply(self.ehlo(name, handler))),
             Command::Helo(name) => Ok(ServerStep::Reply(self.helo(name))),
             Command::Mail(mail) => self.mail(mail, handler),
             Command::Rcpt(rcpt) => self.rcpt(rcpt, handler),
@@ -462,7 +469,7 @@ impl Server {
     }
 
     /// EHLO resets the transaction (RFC 5321 section 4.1.4); authentication and TLS stay.
-    fn ehlo(&mut self, name: String) -> Reply {
+    fn ehlo(&mut self, name: String, handler: &dyn SessionHandler) -> Reply {
         self.hello = Some(Hello { name, extended: true });
         self.transaction = None;
         let options = &self.options;
@@ -489,7 +496,9 @@ impl Server {
         if options.role == ServerRole::Odmr {
             reply = reply.with_line("ATRN");
         }
-        reply
+        // Before AUTH nobody learns whose mail is held here.
+        let domains = self.account.as_deref().map(|account| handler.domains(account)).unwrap_or_default();
+        extensions::domain_lines(&domains).into_iter().fold(reply, Reply::with_line)
     }
 
     fn helo(&mut self, name: String) -> Reply {

@@ -175,7 +175,7 @@ fn starttls_comes_first_and_forgets_what_was_offered_in_clear() {
     check(starttls(), &["220 x", offers, "220 go"], offers, "Wait", "AUTH CRAM-MD5");
     // What was offered in clear does not count.
     check(starttls(), &["220 x", offers, "220 go"], "250 x", "Abort(NoAtrn)", "QUIT");
-    check(starttls(), &["220 x", offers, "220 go"], "250-x/250 ATRN", "Abort(NoMechanism)", "QUIT");
+    check(starttls(), &["220 x", offers, "220 go"], "250-x/250 ATRN", "Abort(NoMechanism { starttls: false })", "QUIT");
 }
 
 #[test]
@@ -223,10 +223,10 @@ fn no_secret_is_sent_in_clear_or_to_a_server_without_atrn() {
     let check = |tls, offers: &str, step: &str, sent: &str| {
         check(with_credentials(tls), &["220 x"], offers, step, sent);
     };
-    check(false, "250-x/250-AUTH PLAIN/250 ATRN", "Abort(NoMechanism)", "QUIT");
+    check(false, "250-x/250-AUTH PLAIN/250 ATRN", "Abort(NoMechanism { starttls: false })", "QUIT");
     check(false, "250-x/250-AUTH PLAIN CRAM-MD5/250 ATRN", "Wait", "AUTH CRAM-MD5");
     check(true, "250-x/250 AUTH PLAIN CRAM-MD5", "Abort(NoAtrn)", "QUIT");
-    check(true, "250-x/250-AUTH LOGIN/250 ATRN", "Abort(NoMechanism)", "QUIT");
+    check(true, "250-x/250-AUTH LOGIN/250 ATRN", "Abort(NoMechanism { starttls: false })", "QUIT");
     check(true, "500 x", "Rejected EHLO 500", "QUIT");
 }
 
@@ -1286,7 +1286,7 @@ fn starttls_auth_and_atrn_from_end_to_end() {
             let (run, _) = authenticate(tls, starttls, "wrong", &[mechanism]);
             match run.abort {
                 Some(Abort::Rejected(Rejection { stage: Stage::Auth, reply })) => assert_eq!(reply.code(), 535),
-                Some(Abort::NoMechanism) => assert!(!usable),
+                Some(Abort::NoMechanism { .. }) => assert!(!usable),
                 other => panic!("{other:?}"),
             }
             assert!(run.sent_quit && !run.turned);

@@ -21,6 +21,8 @@ pub struct Settings {
     pub require_tls: bool,
     /// For `customer/`: a call that the dialogue does not have is a failure. Otherwise it gets 453.
     pub only_these_calls: bool,
+    /// For `customer/`: the call is one of `odmr pull --soft-bounce`.
+    pub soft_bounce: bool,
     /// The dialogue itself begins TLS.
     pub starttls: bool,
 }
@@ -259,6 +261,7 @@ impl Parser<'_> {
             "certificate" => settings.certificate = true,
             "require tls" => settings.require_tls = true,
             "only these calls" => settings.only_these_calls = true,
+            "soft bounce" => settings.soft_bounce = true,
             "after" => self.place = Place::After,
             _ => {
                 if matches!(self.place, Place::After) {

@@ -213,9 +213,13 @@ impl<'a> Play<'a> {
         let stop = CancelToken::new().map_err(|error| Failure::new(1, "a stop token", error.to_string()))?;
         let token = stop.clone();
         let (ended, mut pull) = channel();
+        let soft_bounce = self.transcript.settings.soft_bounce;
         let customer = std::thread::spawn(move || {
-            let result = odmr::customer::pull(&config, &Ids::fixed(), &token);
-            let _ = ended.send(result.map(drop).map_err(|error| error.to_string()));
+            let result = odmr::customer::pull::Customer::new(&config, &Ids::fixed()).and_then(|mut customer| {
+                customer.soft_bounce = soft_bounce;
+                customer.pull(&token, &Arc::default())
+            });
+            let _ = ended.send(result.map_err(|error| error.to_string()));
         });
         let transcript = self.transcript;
         let played = transcript.steps.iter().try_for_each(|step| match &step.action {
