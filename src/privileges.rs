@@ -51,6 +51,11 @@ impl SystemUser {
         self.uid == Uid::effective()
     }
 
+    /// Returns the user id.
+    pub fn uid(&self) -> u32 {
+        self.uid.as_raw()
+    }
+
     /// Returns whether the mode of a file lets this user read it. The directories above it are not checked.
     ///
     /// # Errors

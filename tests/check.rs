@@ -1,13 +1,19 @@
 //! `odmr check`: the real binary, its output and its exit codes; `--address` for each table of `testdata/rules`.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
+use rustix::process::Signal;
+
+use crate::running::Running;
+
 /// The lines of a customer's file before the settings of `[mailboxes]`, which each table of `testdata/rules` has.
 const HEAD: &str = "hostname = \"mail.example.org\"\n[provider]\naddress = \"relay.example.net\"\n\
-                    name = \"acme\"\nsecret = \"s\"\n[mailboxes]\n";
+                    name = \"acme\"\nsecret = \"open sesame to me\"\n[mailboxes]\n";
 
 #[test]
 fn each_address_goes_where_the_rules_say() {
@@ -127,4 +133,249 @@ fn a_sender_without_a_mailbox_is_reported() {
     {
         assert_eq!(check(mailboxes, outgoing), None, "{mailboxes} {outgoing}");
     }
+}
+
+/// A provider's files: a certificate for these names that ends so many days from now, and its key.
+fn provider(names: &[&str], days: i64) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    fs::create_dir(directory.path().join("customers.d")).unwrap();
+    let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+    let mut parameters = rcgen::CertificateParams::new(names).unwrap();
+    let now = std::time::SystemTime::now();
+    let day = std::time::Duration::from_secs(24 * 60 * 60);
+    let end = if days < 0 { now - day * days.unsigned_abs() as u32 } else { now + day * days as u32 };
+    parameters.not_before = (now - day * 400).into();
+    parameters.not_after = (end + day / 2).into();
+    let key = rcgen::KeyPair::generate().unwrap();
+    write(&directory, "relay.pem", &parameters.self_signed(&key).unwrap().pem());
+    write(&directory, "relay.key", &key.serialize_pem());
+    write(&directory, "provider.toml", PROVIDER);
+    write(&directory, "customers.d/acme.toml", "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\n");
+    directory
+}
+
+const PROVIDER: &str = "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n[tls]\n\
+                        certificate = \"relay.pem\"\nkey = \"relay.key\"\n[inbound]\nlisten = [\"127.0.0.1:0\"]\n\
+                        [odmr]\nlisten = [\"127.0.0.1:0\"]\n";
+
+fn write(directory: &tempfile::TempDir, name: &str, text: &str) {
+    let path = directory.path().join(name);
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+}
+
+/// The exit code, the output and the errors of `odmr WORDS -c FILE`, without the name of the directory.
+fn run(directory: &tempfile::TempDir, file: &str, words: &[&str]) -> (i32, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let done = command.args(words).arg("-c").arg(directory.path().join(file)).env_remove("RUST_LOG").output().unwrap();
+    let text =
+        |octets: Vec<u8>| String::from_utf8(octets).unwrap().replace(&format!("{}/", directory.path().display()), "");
+    (done.status.code().unwrap(), text(done.stdout), text(done.stderr))
+}
+
+#[test]
+fn the_certificate_of_a_provider_is_described_and_judged() {
+    let directory = provider(&["relay.example.net", "127.0.0.1"], 100);
+    let (code, output, error) = run(&directory, "provider.toml", &["check"]);
+    assert_eq!((code, &*error), (0, ""), "{output}");
+    let line = output.lines().find(|line| line.starts_with("relay.pem: for ")).unwrap();
+    assert!(line.contains("relay.example.net, 127.0.0.1, until ") && line.contains(" (100 days); "), "{line}");
+    assert!(line.contains("pin = \"sha256:") && line.contains("pin = \"spki-sha256:"), "{line}");
+    assert!(output.ends_with("provider.toml: good: a provider with 1 customers, 1 domains\n"), "{output}");
+    // Soon at its end: a warning. After it: an error, as for another name.
+    let (code, output, _) = run(&provider(&["relay.example.net"], 5), "provider.toml", &["check"]);
+    assert!(code == 0 && output.contains("provider.toml:5: relay.pem expires on "), "{output}");
+    let (code, _, error) = run(&provider(&["mail.example.net"], -3), "provider.toml", &["check"]);
+    let [name, end] = error.lines().collect::<Vec<_>>()[..] else { panic!("{error}") };
+    assert_eq!(code, 1);
+    assert!(
+        name.contains("provider.toml:5: relay.pem is for mail.example.net and not for relay.example.net"),
+        "{name}"
+    );
+    assert!(end.contains("provider.toml:5: relay.pem has expired on ") && end.contains("renew it"), "{end}");
+    // Neither file is there; serve says the same.
+    let directory = provider(&["relay.example.net"], 100);
+    fs::remove_file(directory.path().join("relay.key")).unwrap();
+    for (command, expected) in [("check", 1), ("serve", 78)] {
+        let (code, _, error) = run(&directory, "provider.toml", &[command]);
+        assert_eq!(code, expected);
+        let text = "provider.toml:6: relay.key: No such file or directory (os error 2); put the key there, or name";
+        assert!(error.contains(text), "{error}");
+    }
+}
+
+#[test]
+fn all_errors_of_all_files_are_reported() {
+    let directory = provider(&["relay.example.net"], -3);
+    write(&directory, "customers.d/beta.toml", "domains = [\"nodot\"]\nsecret = \"\"\n");
+    write(&directory, "customers.d/gamma.toml", "domains = [\"example.org\"]\nsecret = \"x\"\n");
+    write(&directory, "customers.d/delta", "");
+    fs::create_dir_all(directory.path().join("spool/domains")).unwrap();
+    fs::write(directory.path().join("spool/outgoing"), "").unwrap();
+    let (code, output, error) = run(&directory, "provider.toml", &["check"]);
+    assert_eq!(code, 1, "{output}");
+    for (place, text) in [
+        ("customers.d/beta.toml:1: ", "has no dot"),
+        ("customers.d/beta.toml:2: ", "is empty"),
+        ("customers.d/gamma.toml:1: ", "example.org is in customers.d/acme.toml too"),
+        ("provider.toml:5: ", "has expired"),
+    ] {
+        assert!(error.lines().any(|line| line.contains(place) && line.contains(text)), "{place}{text} in\n{error}");
+    }
+    assert!(error.lines().all(|line| line.starts_with("odmr: ")), "{error}");
+    for warning in ["customers.d/delta: is not read", "customers.d/gamma.toml:2: the secret has 1 octets"] {
+        assert!(output.contains(warning), "{warning} in\n{output}");
+    }
+    assert!(!output.contains("good:"), "{output}");
+    // The account that is good is printed, and so is each default.
+    let (code, output, _) = run(&directory, "provider.toml", &["check", "--print"]);
+    assert_eq!(code, 1, "{output}");
+}
+
+#[test]
+fn the_configuration_is_printed_without_secrets() {
+    let directory = provider(&["relay.example.net"], 100);
+    let (code, output, error) = run(&directory, "provider.toml", &["check", "--print"]);
+    assert_eq!((code, &*error), (0, ""));
+    assert!(output.starts_with("# provider.toml\nhostname = \"relay.example.net\"\nspool = \"spool\"\n"), "{output}");
+    for line in ["turned-sessions = 10000", "# customers.d/acme.toml", "secret = \"***\"", "rate = 0"] {
+        assert!(output.lines().any(|printed| printed == line), "{line} in\n{output}");
+    }
+    assert!(!output.contains("tanstaaf"), "{output}");
+}
+
+/// A customer of a provider on this machine.
+fn customer(directory: &tempfile::TempDir, address: &str, rest: &str) {
+    let text = format!(
+        "hostname = \"mail.example.org\"\n[provider]\naddress = \"{address}\"\nname = \"acme\"\n{rest}[mailboxes]\n\
+         root = \"mail\"\naccept = [\"alice@example.org\", \"@example.net\"]\n"
+    );
+    write(directory, "customer.toml", &text);
+}
+
+const LOGIN: &str = "secret = \"tanstaaftanstaaf\"\nca = \"relay.pem\"\n";
+
+#[test]
+fn a_call_is_checked_without_fetching_anything() {
+    let directory = provider(&["localhost"], 100);
+    let account = "domains = [\"example.org\", \"example.com\"]\nsecret = \"tanstaaftanstaaf\"\n";
+    write(&directory, "customers.d/acme.toml", account);
+    let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let mut serve = Running::start(serve.arg("serve").arg("-c").arg(directory.path().join("provider.toml")));
+    let address = serve.listening("odmr").replace("127.0.0.1", "localhost");
+    customer(&directory, &address, LOGIN);
+    let (code, output, error) = run(&directory, "customer.toml", &["check", "--call"]);
+    assert_eq!((code, &*error), (0, ""), "{output}");
+    let line = output.lines().find(|line| line.starts_with(&address)).unwrap();
+    assert!(line.contains(" [127.0.0.1]: for localhost, until ") && line.contains(" (100 days); pin = "), "{line}");
+    assert!(line.ends_with("; logged in as acme; domains: example.org, example.com"), "{line}");
+    for warning in [
+        "customer.toml:9: localhost:",
+        " holds mail for example.com, and nobody there is accepted",
+        "customer.toml:9: no provider holds mail for example.net",
+    ] {
+        assert!(output.contains(warning), "{warning} in\n{output}");
+    }
+    assert!(!directory.path().join("mail").exists());
+    // ATRN with a domain that is not the account's would fail.
+    customer(&directory, &address, &format!("{LOGIN}domains = [\"example.org\", \"example.net\"]\n"));
+    let (code, output, error) = run(&directory, "customer.toml", &["check", "--call"]);
+    assert!(code == 1 && error.contains("customer.toml:7: example.net is not a domain of the account"), "{error}");
+    assert!(
+        output.contains("customer.toml:7: ") && output.contains("example.com, which is not in `domains`"),
+        "{output}"
+    );
+    // The wrong secret; without TLS; nobody is there.
+    customer(&directory, &address, "secret = \"another secret\"\nca = \"relay.pem\"\n");
+    let (code, _, error) = run(&directory, "customer.toml", &["check", "--call"]);
+    assert!(code == 1 && error.contains("customer.toml:3: the provider rejected AUTH: 535 5.7.8"), "{error}");
+    customer(&directory, &address, "secret = \"tanstaaftanstaaf\"\ntls = \"none\"\n");
+    let (code, _, error) = run(&directory, "customer.toml", &["pull"]);
+    assert!(code == 76 && error.contains("but STARTTLS: set `tls = \"starttls\"`"), "{error}");
+    drop(serve);
+    let (code, _, error) = run(&directory, "customer.toml", &["check", "--call"]);
+    assert!(code == 1 && error.contains("Connection refused") && error.contains("(`odmr serve`)"), "{error}");
+    let (code, _, error) = run(&directory, "provider.toml", &["check", "--call"]);
+    assert!(code == 64 && error.contains("--call is for a customer's file"), "{error}");
+}
+
+/// A provider of another program does not list domains, and a service that is none sends no greeting.
+#[test]
+fn of_other_servers_the_domains_are_not_told() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let tls = "secret = \"tanstaaftanstaaf\"\ntls = \"none\"\n";
+    customer(&directory, &listener.local_addr().unwrap().to_string(), tls);
+    let provider = std::thread::spawn(move || {
+        let (socket, _) = listener.accept().unwrap();
+        let mut lines = BufReader::new(socket.try_clone().unwrap()).lines();
+        let ehlo = "250-relay.example.net\r\n250-AUTH CRAM-MD5\r\n250 ATRN";
+        let mut commands = Vec::new();
+        for reply in ["220 relay.example.net", ehlo, "334 PDE4OTYuNjk3MTcwOTUyQHg+", "235 2.7.0 OK", ehlo, "221 bye"] {
+            (&socket).write_all(format!("{reply}\r\n").as_bytes()).unwrap();
+            commands.extend(lines.next());
+        }
+        drop(socket);
+        // The next call gets no greeting.
+        drop(listener.accept().unwrap());
+        commands.into_iter().map(Result::unwrap).collect::<Vec<_>>()
+    });
+    let (code, output, error) = run(&directory, "customer.toml", &["check", "--call"]);
+    assert_eq!((code, &*error), (0, ""), "{output}");
+    assert!(output.contains(" [127.0.0.1]: in clear; logged in as acme; domains: not told\n"), "{output}");
+    assert!(!output.contains("no provider holds"), "{output}");
+    let (code, _, error) = run(&directory, "customer.toml", &["pull"]);
+    assert!(code == 75 && error.contains(" before its greeting: another service? check the port"), "{error}");
+    assert!(error.contains("odmr: 127.0.0.1:"), "{error}");
+    let commands = provider.join().unwrap();
+    assert!(commands.iter().all(|command| !command.starts_with("ATRN")) && commands[4] == "QUIT", "{commands:?}");
+}
+
+/// Two of them would send the same mail, and neither knows of the other's turned sessions.
+#[test]
+fn a_spool_has_one_serve_that_can_write_to_it() {
+    let directory = provider(&["relay.example.net"], 3);
+    let mut first = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let mut first = Running::start(first.arg("serve").arg("-c").arg(directory.path().join("provider.toml")));
+    // A thread of its own logs the end of the certificate: before or after the listeners.
+    let mut awaited = vec!["event=certificate-ends certificate-until=", "listening odmr "];
+    while !awaited.is_empty() {
+        let line = first.wait_for("");
+        awaited.retain(|word| !line.contains(word));
+    }
+    let (code, _, error) = run(&directory, "provider.toml", &["serve"]);
+    assert!(code == 75 && error.contains("another `odmr serve` has the spool"), "{error}");
+    // Beside it a check, and a connection of inetd.
+    assert_eq!(run(&directory, "provider.toml", &["check"]).0, 0);
+    let (code, output, _) = run(&directory, "provider.toml", &["serve", "--inetd", "inbound"]);
+    assert!(code == 0 && output.starts_with("220 "), "{output}");
+    first.signal(Signal::TERM);
+    assert_eq!(first.exit_code(), Some(0));
+    fs::write(directory.path().join("file"), "").unwrap();
+    write(&directory, "provider.toml", &PROVIDER.replace("\"spool\"", "\"file/spool\""));
+    let (code, _, error) = run(&directory, "provider.toml", &["serve"]);
+    assert!(code == 73 && error.contains("file/spool/.odmr: Not a directory"), "{error}");
+    let (code, _, error) = run(&directory, "provider.toml", &["check"]);
+    assert!(code == 1 && error.contains("provider.toml:2: file is not a directory"), "{error}");
+}
+
+/// Dovecot could not read what root writes there. Only root can make such a mailbox.
+#[test]
+fn mailboxes_of_another_user_are_reported() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    customer(&directory, "192.0.2.1", "secret = \"tanstaaftanstaaf\"\n");
+    let mailbox = directory.path().join("mail/example.org/alice");
+    fs::create_dir_all(&mailbox).unwrap();
+    assert!(!run(&directory, "customer.toml", &["check"]).1.contains("another user"));
+    std::os::unix::fs::chown(&mailbox, Some(65534), None).unwrap();
+    let (code, output, _) = run(&directory, "customer.toml", &["check"]);
+    let text = "customer.toml:7: 1 of 2 directories belong to another user than the one that `odmr pull` runs as, the first \
+                is mail/example.org/alice: ";
+    assert!(code == 0 && output.contains(text), "{output}");
+    std::os::unix::fs::chown(directory.path().join("mail"), Some(65534), None).unwrap();
+    let (code, _, error) = run(&directory, "customer.toml", &["check"]);
+    assert!(code == 1 && error.contains("customer.toml:7: mail belongs to another user: name that user"), "{error}");
 }

@@ -3,7 +3,9 @@
 //! Each subcommand has its file, except `serve`. A failure is one line on stderr (under inetd, in the system log) and an exit
 //! code of sysexits.h.
 
+mod call_check;
 mod check;
+mod check_report;
 mod demo;
 mod exit;
 mod inetd;

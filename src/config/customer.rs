@@ -152,6 +152,9 @@ pub struct ProviderAccount {
     pub schedule: Schedule,
     /// The line of `ca`, or else of the table.
     ca_line: SourceLine,
+    /// The line of `domains`, or else of the table.
+    domains_line: SourceLine,
+    address_line: SourceLine,
 }
 
 impl ProviderAccount {
@@ -162,6 +165,16 @@ impl ProviderAccount {
             None => "name the certificates to trust in `ca`, or the one in `pin`",
         };
         self.ca_line.error(format!("{text}: {remedy}"))
+    }
+
+    /// The error about the domains that are asked for, on the line of `domains` or of the table.
+    pub fn domains_error(&self, text: String) -> ConfigError {
+        self.domains_line.error(text)
+    }
+
+    /// The error about the provider at this address, on the line of `address`.
+    pub fn address_error(&self, text: String) -> ConfigError {
+        self.address_line.error(text)
     }
 
     /// All providers of a file; `schedule`: the schedule of those without their own.
@@ -209,6 +222,7 @@ impl ProviderAccount {
     fn build(mut table: Table<'_>, outgoing: bool, schedule: &Schedule) -> Result<ProviderAccount, ConfigError> {
         let missing = "[provider] needs `address`, the provider's host and port, such as \
                        address = \"relay.example.net:366\"";
+        let (address_line, domains_line) = (table.line_of("address"), table.line_of("domains"));
         let address = table.required("address", host_port::<366>(), missing);
         let missing = "[provider] needs `name`, the login name that the provider gave you";
         let name = table.required("name", ACCOUNT_NAME, missing);
@@ -223,7 +237,8 @@ impl ProviderAccount {
         check_unique(&domains)?;
         let (name, remote, secret, schedule) = (name?, remote?, secret?, schedule?);
         let remote = RemoteSettings { credentials: Some((name, secret)), ..remote };
-        Ok(ProviderAccount { remote, domains: values(domains), outgoing, schedule, ca_line })
+        let domains = values(domains);
+        Ok(ProviderAccount { remote, domains, outgoing, schedule, ca_line, domains_line, address_line })
     }
 }
 

@@ -1,6 +1,7 @@
 //! `[limits]` and `[timeouts]`: the bounds of each number. Their meaning and their defaults are in
 //! [`crate::session::settings`].
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::table::Table;
@@ -9,10 +10,9 @@ use crate::recipients::ConfigError;
 use crate::session::{Limits, Timeouts};
 use crate::smtp::limits::{ATRN_TIMEOUT, FEWEST_AUTH_FAILURES, FEWEST_RECIPIENTS};
 
-/// The table `[limits]` of a file.
-pub(super) fn limits(file: &mut Table<'_>) -> Limits {
-    let mut limits = Limits::default();
-    let values: [(_, _, &mut usize); 8] = [
+/// Each key of `[limits]` with its bounds.
+pub(super) fn limit_values(limits: &mut Limits) -> [(&'static str, RangeInclusive<u32>, &mut usize); 8] {
+    [
         ("connections", 1..=u32::MAX, &mut limits.connections),
         ("connections-per-address", 1..=u32::MAX, &mut limits.connections_per_address),
         ("recipients", FEWEST_RECIPIENTS..=1000, &mut limits.recipients),
@@ -21,7 +21,13 @@ pub(super) fn limits(file: &mut Table<'_>) -> Limits {
         ("turned-sessions", 1..=u32::MAX, &mut limits.turned_sessions),
         ("messages-per-turn", 0..=u32::MAX, &mut limits.messages_per_turn),
         ("received-hops", 1..=u32::MAX, &mut limits.received_hops),
-    ];
+    ]
+}
+
+/// The table `[limits]` of a file.
+pub(super) fn limits(file: &mut Table<'_>) -> Limits {
+    let mut limits = Limits::default();
+    let values = limit_values(&mut limits);
     let mut table = file.table_or_empty("limits", &values.each_ref().map(|(key, ..)| *key));
     for (key, bounds, limit) in values {
         // An error is noted.
@@ -30,10 +36,9 @@ pub(super) fn limits(file: &mut Table<'_>) -> Limits {
     limits
 }
 
-/// The table `[timeouts]` of a file.
-pub(super) fn timeouts(file: &mut Table<'_>) -> Result<Timeouts, ConfigError> {
-    let mut timeouts = Timeouts::default();
-    let values: [(_, &mut Duration); 15] = [
+/// Each key of `[timeouts]`.
+pub(super) fn timeout_values(timeouts: &mut Timeouts) -> [(&'static str, &mut Duration); 15] {
+    [
         ("connect", &mut timeouts.connect),
         ("greeting", &mut timeouts.greeting),
         ("mail", &mut timeouts.mail),
@@ -49,7 +54,13 @@ pub(super) fn timeouts(file: &mut Table<'_>) -> Result<Timeouts, ConfigError> {
         ("turn", &mut timeouts.turn),
         ("takeover", &mut timeouts.takeover),
         ("shutdown", &mut timeouts.shutdown),
-    ];
+    ]
+}
+
+/// The table `[timeouts]` of a file.
+pub(super) fn timeouts(file: &mut Table<'_>) -> Result<Timeouts, ConfigError> {
+    let mut timeouts = Timeouts::default();
+    let values = timeout_values(&mut timeouts);
     let mut table = file.table_or_empty("timeouts", &values.each_ref().map(|(key, _)| *key));
     let atrn = table.line_of("atrn");
     for (key, timeout) in values {

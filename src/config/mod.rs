@@ -1,8 +1,9 @@
 //! The configuration: reads TOML files into checked values.
 //!
 //! A file is a provider's (`spool`, `customers`) or a customer's (`[provider]`). Each value that is returned is valid:
-//! domains are domains, paths are absolute, numbers are within their bounds. A mistake is returned as one
-//! [`ConfigError`]: one line of text with the file, the line number, what is allowed, and what to change. A relative
+//! domains are domains, paths are absolute, numbers are within their bounds. A mistake is one
+//! [`ConfigError`]: one line of text with the file, the line number, what is allowed, and what to change. Reading goes on
+//! after it; `load` returns the first one, and [`Config::examine`] all of them. A relative
 //! path is relative to the directory of the file that names it.
 //!
 //! `source` reads the files, `table` gives out their values by key, and `value` has the kinds of values. Each table is
@@ -13,6 +14,7 @@ mod aliases;
 mod customer;
 mod limits;
 mod mailboxes;
+mod print;
 mod provider;
 mod relay;
 mod remote;
@@ -25,13 +27,14 @@ use std::path::Path;
 
 pub use self::customer::{CustomerConfig, MailOwner, OutgoingConfig, ProviderAccount};
 pub use self::mailboxes::MailboxesConfig;
+pub use self::print::effective;
 pub use self::provider::{Account, Accounts, InboundConfig, OdmrConfig, ProviderConfig, TlsFiles};
 pub use self::relay::{RelayConfig, TlsPolicy};
 #[cfg(test)]
 pub(crate) use self::schedule::parse as parse_schedule;
-pub use self::value::Network;
 pub use self::source::Findings;
-pub use crate::recipients::ConfigError;
+pub use self::value::Network;
+pub use crate::recipients::{ConfigError, SourceLine};
 
 use self::source::{FileKind, Source};
 
@@ -62,6 +65,15 @@ impl Config {
                  [provider]): add one of the two",
             )),
         })
+    }
+}
+
+/// The line of a key in a file; `keys`: the tables that it is in, and the key. If it is not written, the line of the last of
+/// them that is, or the file as a whole.
+pub fn line_of_key(path: &Path, keys: &[&str]) -> SourceLine {
+    match Source::read(path) {
+        Ok(source) => source.line_of_key(keys),
+        Err(error) => error.source,
     }
 }
 

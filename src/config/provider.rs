@@ -303,8 +303,15 @@ impl Accounts {
             );
             directory.source.error(text)
         })?;
+        for other in files.iter().filter(|file| !is_customer_file(file)) {
+            let whole = SourceLine { file: other.as_path().into(), line: None };
+            let name = other.file_stem().unwrap_or_default().to_string_lossy();
+            let text =
+                format!("is not read, as its name does not end in .toml: rename it {name}.toml, or move it away");
+            source.warn(whole.error(text));
+        }
         let mut accounts = Accounts::default();
-        for file in files {
+        for file in files.into_iter().filter(|file| is_customer_file(file)) {
             let (read, found) = Source::examine(&file, |source| accounts.read(source));
             source.note_customer(found);
             match read {
@@ -415,17 +422,21 @@ impl fmt::Debug for Account {
     }
 }
 
-/// The files `*.toml` of a directory, sorted, so that the same mistake gives the same error every time. Names that begin
-/// with a dot are temporary files of editors.
+/// The files of a directory, sorted, so that the same mistake gives the same error every time. Names that begin with a dot
+/// are temporary files of editors.
 fn customer_files(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(directory)? {
         let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-        if name.ends_with(b".toml") && !name.starts_with(b".") {
+        if !path.file_name().unwrap_or_default().as_encoded_bytes().starts_with(b".") {
             files.push(path);
         }
     }
     files.sort();
     Ok(files)
+}
+
+/// Whether the name of a file ends in `.toml`.
+fn is_customer_file(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().ends_with(b".toml")
 }

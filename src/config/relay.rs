@@ -100,10 +100,8 @@ const TLS_POLICY: Text<TlsPolicy> = Text::new(TLS_POLICIES, |text| match text {
 pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
     let default = Retry::default();
     let (first_line, max_line) = (table.line_of("retry-first"), table.line_of("retry-max"));
-    let (give_up, delay_notice) = (
-        table.or("give-up", DURATION, default.give_up),
-        table.or("delay-notice", DELAY_WARNING, default.delay_notice),
-    );
+    let (give_up, delay_notice) =
+        (table.or("give-up", DURATION, default.give_up), table.or("delay-notice", DELAY_WARNING, default.delay_notice));
     let (max, first) = (table.get("retry-max", DURATION), table.get("retry-first", DURATION));
     let give_up = give_up?;
     let max = max?.unwrap_or(if default.max < give_up { default.max } else { give_up / 2 });

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use toml::de::DeTable;
+use toml::de::{DeTable, DeValue};
 
 use crate::recipients::{ConfigError, SourceLine};
 pub(super) use crate::text_file::read;
@@ -110,7 +110,8 @@ impl Source {
 
     /// The keys and values of the file.
     pub(super) fn parse(&self) -> Result<DeTable<'_>, ConfigError> {
-        let (table, errors) = DeTable::parse_recoverable(&self.text);
+        let (table, mut errors) = DeTable::parse_recoverable(&self.text);
+        errors.sort_by_key(|error| error.span().map(|span| span.start));
         let errors = errors.into_iter().map(|error| {
             let line = error.span().map_or_else(|| self.whole(), |at| self.line(at));
             let text = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
@@ -124,6 +125,20 @@ impl Source {
             Ok(()) => Ok(table.into_inner()),
             Err(first) => Err(first),
         }
+    }
+
+    /// As [`super::line_of_key`].
+    pub(super) fn line_of_key(&self, keys: &[&str]) -> SourceLine {
+        let (mut line, mut place) = (self.whole(), self.parse().ok());
+        for key in keys {
+            let Some(value) = place.take().and_then(|mut table| table.remove(*key)) else { break };
+            line = self.line(value.span());
+            place = match value.into_inner() {
+                DeValue::Table(table) => Some(table),
+                _ => None,
+            };
+        }
+        line
     }
 
     /// Which side the file is for; `None`: it has no key that tells.

@@ -936,3 +936,204 @@ fn byte_order_marks_and_line_ends_do_not_matter_and_utf_16_is_named() {
     assert_error(&customer(&wide("open sesame"), "root: alice"), "odmr.toml:5", save);
     assert_error(&customer("open sesame", &wide("root: alice")), "odmr.toml:9", save);
 }
+
+/// What was found in these files, without the name of their directory.
+fn findings(directory: &TempDir) -> (Vec<String>, Vec<String>) {
+    let (_, found) = Config::examine(&directory.path().join("odmr.toml"));
+    let shown = |error: &ConfigError| error.to_string().replace(&format!("{}/", directory.path().display()), "");
+    (found.errors.iter().chain(&found.skipped).map(shown).collect(), found.warnings.iter().map(shown).collect())
+}
+
+fn assert_found(found: &[String], expected: &[(&str, &str)]) {
+    let fits = |(line, (place, phrase)): (&String, &(&str, &str))| {
+        line.starts_with(&format!("{place}: ")) && line.contains(phrase)
+    };
+    let all = found.len() == expected.len() && found.iter().zip(expected).all(fits);
+    assert!(all, "wanted {expected:#?}\ngot {found:#?}");
+}
+
+const MISTAKEN_PROVIDER: &str = r#"hostname = "no host"
+spol = "spool"
+customers = "customers.d"
+[tls]
+key = 5
+[inbound]
+listen = ["nohost", "[::]:25", "7"]
+max-size = "0"
+[odmr]
+require-tls = "yes"
+cram-md5 = 1
+[relay]
+tls = "perhaps"
+port = 0
+retry-first = "soon"
+tls-for = { "example.com" = "no" }
+[limits]
+connections = 0
+errors = -1
+[timeouts]
+connect = "5"
+atrn = "1m"
+"#;
+
+#[test]
+fn all_mistakes_of_a_provider_are_found_in_one_reading() {
+    let directory = files(&[
+        ("odmr.toml", MISTAKEN_PROVIDER),
+        ("customers.d/acme.toml", "domains = [\"example.org\", \"nodot\"]\nrelay = 1\nmaxsize = 1\nrate = -5\n"),
+        ("customers.d/beta.toml", "domains = [\"example.net\"]\nsecret = \"x\"\n"),
+        ("customers.d/gamma.toml", "domains = [\"example.net\"]\nsecret = \"long enough to be one\"\n"),
+        ("customers.d/zed", ""),
+        ("customers.d/zed.toml~", ""),
+        ("customers.d/.zed.toml.swp", ""),
+    ]);
+    let (errors, warnings) = findings(&directory);
+    assert_found(
+        &errors,
+        &[
+            ("odmr.toml:2", "unknown key `spol`"),
+            ("odmr.toml:1", "is not a valid host name"),
+            ("odmr.toml", "`spool` is missing"),
+            ("odmr.toml:4", "`certificate` is missing"),
+            ("odmr.toml:5", "this is a number"),
+            ("odmr.toml:7", "\"nohost\" is"),
+            ("odmr.toml:7", "\"7\" is"),
+            ("odmr.toml:8", "no message would be accepted"),
+            ("odmr.toml:10", "expected true or false"),
+            ("odmr.toml:11", "expected true or false"),
+            ("odmr.toml:13", "is not a valid TLS policy"),
+            ("odmr.toml:16", "is not a valid TLS policy"),
+            ("odmr.toml:14", "is not a valid port"),
+            ("odmr.toml:15", "is not a valid time"),
+            ("odmr.toml:18", "is too small"),
+            ("odmr.toml:19", "is too small"),
+            ("odmr.toml:21", "has no unit"),
+            ("odmr.toml:22", "ten minutes"),
+            ("customers.d/acme.toml:3", "unknown key `maxsize`"),
+            ("customers.d/acme.toml", "`secret` is missing"),
+            ("customers.d/acme.toml:2", "expected true or false"),
+            ("customers.d/acme.toml:4", "is too small"),
+            ("customers.d/acme.toml:1", "has no dot"),
+            ("customers.d/gamma.toml:1", "example.net is in customers.d/beta.toml too"),
+        ],
+    );
+    assert_found(
+        &warnings,
+        &[
+            ("customers.d/zed", "is not read, as its name does not end in .toml: rename it zed.toml"),
+            ("customers.d/zed.toml~", "is not read"),
+            ("customers.d/beta.toml:2", "the secret has 1 octets and can be guessed"),
+        ],
+    );
+}
+
+#[test]
+fn all_mistakes_of_a_customer_are_found_in_one_reading() {
+    let text = r#"user = "a:b"
+[[provider]]
+address = "https://relay.example.net"
+name = ""
+secret = "short"
+tls = "ssl"
+[provider.schedule]
+every = "15"
+retry-max = 5
+[[provider]]
+name = "acme"
+domains = ["nodot", "example.org"]
+[mailboxes]
+accept = ["@example.org", "alice", "bob"]
+umask = 77
+deliver = "pipe:x"
+aliases = { "a b" = "c", "d" = "|e" }
+[outgoing]
+listen = []
+[timeouts]
+mail = "x"
+"#;
+    let (errors, warnings) = findings(&files(&[("odmr.toml", text)]));
+    assert_found(
+        &errors,
+        &[
+            ("odmr.toml", "`hostname` is missing"),
+            ("odmr.toml:3", "is a URL: write HOST or HOST:PORT"),
+            ("odmr.toml:4", "the login name is empty"),
+            ("odmr.toml:8", "has no unit"),
+            ("odmr.toml:9", "this is a number"),
+            ("odmr.toml:10", "needs `address`"),
+            ("odmr.toml:10", "`secret` is missing"),
+            ("odmr.toml:12", "has no dot"),
+            ("odmr.toml:13", "needs `root`"),
+            ("odmr.toml:15", "this is a number"),
+            ("odmr.toml:16", "is not a valid way to deliver"),
+            ("odmr.toml:14", "\"alice\" is not a valid address"),
+            ("odmr.toml:14", "\"bob\" is not a valid address"),
+            ("odmr.toml:1", "is not a valid name of a user"),
+            ("odmr.toml:21", "is not a valid time"),
+        ],
+    );
+    assert_found(&warnings, &[("odmr.toml:5", "the secret has 5 octets")]);
+}
+
+#[test]
+fn each_line_that_is_no_toml_is_found() {
+    let (errors, _) = findings(&files(&[("odmr.toml", "hostname = \nspool = \"a\"\ncustomers = [1\n")]));
+    assert!(errors.len() >= 2 && errors[0].starts_with("odmr.toml:1: "), "{errors:#?}");
+}
+
+/// What is printed is a configuration again, and has the same effect, except for secrets.
+#[test]
+fn what_is_printed_is_read_again() {
+    let account = "domains = [\"example.org\"]\nsecret = \"open sesame\"\nmax-size = \"1MiB\"\n";
+    let provider = format!(
+        "{PROVIDER}give-up = \"36h\"\n[relay]\nsmarthost = \"smtp.example.net\"\nname = \"a\\\"b\"\nsecret = \"open \
+         sesame\"\ntls-for = {{ \"example.com\" = \"must\" }}\n[limits]\nerrors = 7\n[timeouts]\nmail = \"1500ms\"\n"
+    );
+    let customer = format!(
+        "user = \"vmail\"\n{CUSTOMER}aliases = {{ root = [\"alice\"], \"info@example.com\" = \"alice@example.org\" }}\n\
+         umask = \"027\"\n[outgoing]\nqueue = \"out\"\nnetworks = [\"192.0.2.0/24\"]\n[schedule]\nat = [\"* every 1h\"]\n\
+         zone = \"UTC\"\njitter = \"none\"\n"
+    );
+    for text in [PROVIDER, &provider, CUSTOMER, &customer] {
+        let directory = files(&[("odmr.toml", text), ("customers.d/acme.toml", account)]);
+        let printed = effective(&directory.path().join("odmr.toml")).unwrap();
+        assert!(!printed.contains("sesame"), "{printed}");
+        let own = printed.split("\n# ").next().unwrap();
+        let again = files(&[("odmr.toml", own)]);
+        let printed_again = effective(&again.path().join("odmr.toml")).unwrap_or_else(|error| panic!("{error}\n{own}"));
+        let lines =
+            |text: &str| text.split("\n# ").next().unwrap().lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(lines(&printed), lines(&printed_again));
+        let (one, other) =
+            [&directory, &again].map(|files| Config::load(&files.path().join("odmr.toml")).unwrap()).into();
+        match (one, other) {
+            (Config::Provider(one), Config::Provider(other)) => {
+                assert_eq!((one.odmr, one.limits, one.timeouts), (other.odmr, other.limits, other.timeouts));
+                assert_eq!((one.relay.retry, one.relay.tls_for), (other.relay.retry, other.relay.tls_for));
+            }
+            (Config::Customer(one), Config::Customer(other)) => {
+                assert_eq!(
+                    (one.providers[0].schedule.clone(), one.limits),
+                    (other.providers[0].schedule.clone(), other.limits)
+                );
+                assert_eq!(one.mailboxes.rules.alias_count(), other.mailboxes.rules.alias_count());
+                assert_eq!((one.owner.is_some(), one.mailboxes.umask), (other.owner.is_some(), other.mailboxes.umask));
+            }
+            _ => panic!("another side"),
+        }
+    }
+    let directory = files(&[("odmr.toml", &provider), ("customers.d/acme.toml", account)]);
+    let printed = effective(&directory.path().join("odmr.toml")).unwrap();
+    for line in [
+        "give-up = \"36h\"",
+        "errors = 7",
+        "mail = \"1500ms\"",
+        "takeover = \"1m\"",
+        "listen = [\"[::]:25\"]",
+        "name = \"a\\\"b\"",
+        "max-size = \"1MiB\"",
+        "any-sender = false",
+    ] {
+        assert!(printed.lines().any(|printed| printed == line), "{line} is not in\n{printed}");
+    }
+}

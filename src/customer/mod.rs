@@ -12,6 +12,7 @@ pub mod outbox;
 pub mod submission;
 pub mod sendmail;
 pub mod pull;
+pub mod probe;
 pub mod network;
 pub mod daemon;
 

@@ -207,7 +207,6 @@ impl CertificateInfo {
         let name = ServerName::try_from(name).map_err(|_| CertificateError::BadEncoding)?;
         verify_server_name(&ParsedCertificate::try_from(&self.der)?, &name)
     }
-
 }
 
 impl ClientTls {

@@ -1,0 +1,103 @@
+//! `odmr check --call`: what each provider shows when a customer logs in, and whether its domains fit `accept`.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use super::check_report::{CheckReport, describe, validity};
+use super::exit::ExitError;
+use crate::clock::Clock;
+use crate::config::{CustomerConfig, ProviderAccount, SourceLine, line_of_key};
+use crate::customer::CallError;
+use crate::customer::probe::{Probe, probe};
+use crate::ids::Ids;
+use crate::net::cancel::CancelToken;
+use crate::net::tls;
+use crate::provider::certificate::DAYS_TO_RENEW;
+use crate::smtp::extensions::AccountDomains;
+
+/// Logs in to each provider of a customer, and reports what does not fit.
+///
+/// # Errors
+///
+/// The system's.
+pub(super) fn run(config: &CustomerConfig, path: &Path, report: &mut CheckReport) -> Result<(), ExitError> {
+    let (ids, cancel) = (Ids::system(tls::random), CancelToken::new()?);
+    let accept = line_of_key(path, &["mailboxes", "accept"]);
+    // The domains that the providers hold mail for; `None`: not all of them are told.
+    let mut held = Some(BTreeSet::new());
+    for provider in &config.providers {
+        let (address, account) = (&provider.remote.address, provider.remote.login_name());
+        let found = match probe(config, provider, &ids, &cancel) {
+            Ok(found) => found,
+            Err(error) => {
+                held = None;
+                match error {
+                    // It has its line.
+                    CallError::Config(text) => report.error(text),
+                    error => report.error(provider.address_error(error.to_string())),
+                }
+                continue;
+            }
+        };
+        check_validity(provider, &found, report);
+        let tls = found.certificate.as_ref().map_or_else(|| "in clear".to_owned(), describe);
+        let domains = match &found.domains {
+            None => "not told".to_owned(),
+            Some(told) => told.names.join(", ") + if told.has_more { ", …" } else { "" },
+        };
+        report.note(format!("{address} {}: {tls}; logged in as {account}; domains: {domains}", found.address));
+        match found.domains {
+            Some(told) => {
+                check_domains(config, provider, &told, &accept, report);
+                held = held.filter(|_| !told.has_more).map(|held| held.into_iter().chain(told.names).collect());
+            }
+            None => held = None,
+        }
+    }
+    let served = config.mailboxes.rules.domains();
+    for domain in served.iter().filter(|domain| held.as_ref().is_some_and(|held| !held.contains(domain.as_str()))) {
+        report.warn(accept.error(format!(
+            "no provider holds mail for {domain}, so none arrives for it: ask the provider to add it to the account, or \
+             remove it here"
+        )));
+    }
+    Ok(())
+}
+
+/// A pinned certificate is trusted after its end, and other customers may not be able to call.
+fn check_validity(provider: &ProviderAccount, found: &Probe, report: &mut CheckReport) {
+    let validity = found.certificate.as_ref().and_then(|certificate| validity(certificate, Clock::System.now()));
+    if let Some((until, days)) = validity.filter(|(_, days)| *days < DAYS_TO_RENEW) {
+        let word = if days < 0 { "has expired" } else { "expires" };
+        let address = &provider.remote.address;
+        report.warn(format!("{address}: its certificate {word} on {}: tell its operator", until.rfc3339()));
+    }
+}
+
+/// Compares the domains of an account with those that are asked for and those that are accepted.
+fn check_domains(
+    config: &CustomerConfig, provider: &ProviderAccount, told: &AccountDomains, accept: &SourceLine,
+    report: &mut CheckReport,
+) {
+    let (rules, address) = (&config.mailboxes.rules, &provider.remote.address);
+    for name in &told.names {
+        if !rules.domains().iter().any(|domain| domain.as_str() == name) {
+            report.warn(accept.error(format!(
+                "{address} holds mail for {name}, and nobody there is accepted, so it would be rejected: add \
+                 \"@{name}\" or addresses to `accept`; until then call with `odmr pull --soft-bounce`"
+            )));
+        }
+        if !provider.domains.is_empty() && !provider.domains.iter().any(|domain| domain.as_str() == name) {
+            report.warn(provider.domains_error(format!(
+                "{address} holds mail for {name}, which is not in `domains`, so it is not fetched: add it"
+            )));
+        }
+    }
+    for domain in &provider.domains {
+        if !told.has_more && !told.names.iter().any(|name| name == domain.as_str()) {
+            report.error(provider.domains_error(format!(
+                "{domain} is not a domain of the account at {address}, which would reject the whole call: remove it"
+            )));
+        }
+    }
+}

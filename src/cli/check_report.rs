@@ -1,0 +1,80 @@
+//! What `odmr check` has found, and how it describes a certificate.
+
+use super::exit::{ExitError, Sysexit};
+use super::process::print;
+use crate::clock::{Clock, Timestamp};
+use crate::net::tls::CertificateInfo;
+use crate::provider::certificate::days_left;
+
+/// What was found, in lines for the user.
+#[derive(Default)]
+pub(super) struct CheckReport {
+    errors: Vec<String>,
+    warnings: Vec<String>,
+    /// What the user may need to know.
+    notes: Vec<String>,
+}
+
+impl CheckReport {
+    /// Forgets the warnings.
+    pub fn drop_warnings(&mut self) {
+        self.warnings.clear();
+    }
+
+    /// Adds an error, unless it is known.
+    pub fn error(&mut self, text: impl ToString) {
+        let text = text.to_string();
+        if !self.errors.contains(&text) {
+            self.errors.push(text);
+        }
+    }
+
+    /// Adds a warning.
+    pub fn warn(&mut self, text: impl ToString) {
+        self.warnings.push(text.to_string());
+    }
+
+    /// Adds what is neither.
+    pub fn note(&mut self, text: impl ToString) {
+        self.notes.push(text.to_string());
+    }
+
+    /// Prints all; `summary`: the last line if there are no errors.
+    ///
+    /// # Errors
+    ///
+    /// All errors that were found.
+    pub fn finish(self, summary: &str) -> Result<(), ExitError> {
+        self.warnings.iter().chain(&self.notes).try_for_each(|line| print(&format!("{line}\n")))?;
+        match self.errors.is_empty() {
+            true => print(&format!("{summary}\n")),
+            false => Err(check_error(self.errors.join("\nodmr: "))),
+        }
+    }
+}
+
+/// The exit code of errors that are found.
+pub(super) fn check_error(text: impl ToString) -> ExitError {
+    ExitError::new(Sysexit::CheckFailed, text)
+}
+
+/// The names of a certificate, for a person.
+pub(super) fn names_of(certificate: &CertificateInfo) -> String {
+    match certificate.names.is_empty() {
+        true => "no name at all".to_owned(),
+        false => certificate.names.join(", "),
+    }
+}
+
+/// The end of a certificate, and the days that are left.
+pub(super) fn validity(certificate: &CertificateInfo, now: Timestamp) -> Option<(Timestamp, i64)> {
+    certificate.until.map(|until| (until, days_left(until, now)))
+}
+
+/// A certificate in one line: its names, its end, its pins.
+pub(super) fn describe(certificate: &CertificateInfo) -> String {
+    let until = validity(certificate, Clock::System.now());
+    let until = until.map_or_else(String::new, |(until, days)| format!(", until {} ({days} days)", until.rfc3339()));
+    let [whole, key] = &certificate.pins;
+    format!("for {}{until}; pin = \"{whole}\", or pin = \"{key}\", which survives renewals", names_of(certificate))
+}
