@@ -238,7 +238,7 @@ class Certificates:
         self.key = box.path / "relay.key"
         authority_key = box.path / "ca.key"
         request = box.path / "relay.csr"
-        names = box.write("relay.ext", "subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
+        names = box.write("relay.ext", "subjectAltName=DNS:localhost,DNS:relay.example.net,IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
         new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
         for command in (
             ["req", "-x509", *new_key, "-keyout", authority_key, "-out", self.authority, "-days", "2"]
