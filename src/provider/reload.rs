@@ -120,7 +120,7 @@ impl Reloader {
                 self.replace(&Arc::new(Shared { tls: Some(tls), ..Shared::clone(&old) }));
                 log::info!("event=certificate-reloaded certificate-until={until}");
             }
-            Err(error) => log_failure(&error, "the old certificate holds"),
+            Err(error) => log_failure(&error.to_string(), "the old certificate holds"),
         }
     }
 
