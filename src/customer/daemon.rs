@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::net::TcpListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -22,6 +23,7 @@ use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::listener;
 use crate::net::trace::quoted;
+use crate::report::calls::{self, CallRecord, CallResult};
 use crate::schedule::{CallOutcome, CallTimer, Clocks, Schedule};
 
 /// The clock is read at least this often, because it may be set.
@@ -30,6 +32,9 @@ const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// The shortest time between two calls because of a new address: a network gets its addresses and routes one by one. Each
 /// of these calls that fails doubles it, up to [`CLOCK_CHECK_INTERVAL`].
 const NETWORK_CALL_PAUSE: Duration = Duration::from_secs(3);
+
+/// Longer than [`running`] has the lock.
+const RUNNING_CHECK: Duration = Duration::from_millis(100);
 
 /// The file in `ROOT/.odmr` that the daemon locks, and writes its process id into.
 const LOCK_FILE: &str = "daemon";
@@ -117,6 +122,7 @@ pub fn run(
         epoch: Instant::now(),
     };
     daemon.adopt(customer);
+    daemon.record_reload(None);
     daemon.update_providers();
     while !cancel.is_cancelled() {
         daemon.start_what_is_due();
@@ -139,7 +145,12 @@ pub fn run(
 /// Locks the mailboxes for one daemon.
 fn lock(config: &CustomerConfig) -> Result<File, CallError> {
     let text = "a daemon is calling for these mailboxes already; `odmr pull --now` makes it call at once";
-    let file = store::lock_state_file(&config.mailboxes.root, LOCK_FILE)?;
+    let mut file = store::lock_state_file(&config.mailboxes.root, LOCK_FILE)?;
+    if file.is_none() {
+        // [`running`] has the lock for a moment.
+        std::thread::sleep(RUNNING_CHECK);
+        file = store::lock_state_file(&config.mailboxes.root, LOCK_FILE)?;
+    }
     let mut file = file.ok_or_else(|| CallError::Busy(text.to_owned()))?;
     file.set_len(0)?;
     writeln!(file, "{}", std::process::id())?;
@@ -204,9 +215,13 @@ impl ProviderState {
         if self.at_once { Duration::ZERO } else { self.timer.time_left(now) }
     }
 
-    fn log_next_call(&self, now: Clocks) {
-        let ((provider, account), at) = (&self.key, self.timer.next_call(now).rfc3339());
-        log::info!("event=next-call provider={provider} account={account} at={at}");
+    /// Logs when the next call is, and records it for the status.
+    fn log_next_call(&self, root: &Path, now: Clocks) {
+        let ((provider, account), at) = (&self.key, self.timer.next_call(now));
+        log::info!("event=next-call provider={provider} account={account} at={}", at.rfc3339());
+        if let Err(error) = calls::write_time(&store::next_call(root, account, provider), at) {
+            log::warn!("event=call-not-recorded account={account} error={}", quoted(error));
+        }
     }
 }
 
@@ -264,7 +279,8 @@ impl Daemon<'_> {
             }
             self.providers.push(state);
         }
-        self.providers.iter().filter(|state| !state.calling).for_each(|state| state.log_next_call(now));
+        let root = &self.customer.config().mailboxes.root;
+        self.providers.iter().filter(|state| !state.calling).for_each(|state| state.log_next_call(root, now));
     }
 
     fn start_what_is_due(&mut self) {
@@ -338,7 +354,7 @@ impl Daemon<'_> {
             Err(_) => CallOutcome::Failure,
         };
         state.timer.call_ended(begun, now, outcome, chance);
-        state.log_next_call(now);
+        state.log_next_call(&self.customer.config().mailboxes.root, now);
     }
 
     /// After a new address or route, makes the calls due that had failed. A call that has not ended may have begun before
@@ -367,6 +383,7 @@ impl Daemon<'_> {
             Ok(customer) => Arc::new(customer),
             Err(error) => {
                 let consequence = "the old configuration holds";
+                self.record_reload(Some(&error));
                 return log::error!("event=reload-failed error={} consequence={consequence:?}", quoted(error));
             }
         };
@@ -385,7 +402,15 @@ impl Daemon<'_> {
         }
         self.adopt(customer);
         log::info!("event=reloaded");
+        self.record_reload(None);
         self.update_providers();
+    }
+
+    /// Records for the status that the configuration was read, or why not.
+    fn record_reload(&self, error: Option<&str>) {
+        let result = if error.is_some() { CallResult::Failed } else { CallResult::Done };
+        let record = CallRecord::new(self.now().date, "-", result, error.unwrap_or_default());
+        record.write(&store::reload_record(&self.customer.config().mailboxes.root), "-");
     }
 
     /// The time until something may be due.

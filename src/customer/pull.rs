@@ -17,7 +17,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, SendError};
 use std::thread::{self, Scope};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::counters::{CallCounters, Deferred, Summary};
 use super::mailboxes::Mailboxes;
@@ -32,8 +32,8 @@ use crate::mail::address::{self, Domain};
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
 use crate::net::trace::quoted;
-use crate::recipients;
 use crate::report::Reporter;
+use crate::report::calls::{CallRecord, CallResult};
 use crate::session::Remote;
 use crate::session::client::{ClientSession, Connect, SessionFailure};
 use crate::session::server::{ServerSession, SessionEnd, SessionLimits};
@@ -200,7 +200,35 @@ impl Customer {
                 Err(_) => "failed",
             },
         );
+        let counts = [
+            ("received", after.messages - before.messages),
+            ("octets", after.octets - before.octets),
+            ("rejected", after.rejected - before.rejected),
+            ("deferred", deferred),
+            ("sent", after.sent - before.sent),
+        ];
+        self.record_call(provider, &result, begun.elapsed(), &counts);
         result.map(|()| deferred)
+    }
+
+    /// Records a call that has ended, for the status.
+    fn record_call(
+        &self, provider: &ProviderAccount, result: &Result<(), CallError>, duration: Duration, counts: &[(&str, u64)],
+    ) {
+        let (address, name) = (&provider.remote.address, provider.remote.login_name());
+        let count = |wanted| counts.iter().any(|(key, count)| *key == wanted && *count > 0);
+        let (result, reason) = match result {
+            // The call of another process is recorded by that one.
+            Err(CallError::Busy(_)) => return,
+            Err(error) => (CallResult::Failed, error.to_string()),
+            Ok(()) if count("deferred") => (CallResult::Deferred, String::new()),
+            Ok(()) if count("received") => (CallResult::Done, String::new()),
+            Ok(()) => (CallResult::NoMail, String::new()),
+        };
+        let mut record = CallRecord::new(self.mailboxes.ids.clock().now(), address, result, &reason);
+        record.duration = duration;
+        record.counts = counts.iter().map(|(key, count)| ((*key).to_owned(), *count)).collect();
+        record.write(&store::call_record(&self.config().mailboxes.root, name, address), name);
     }
 
     fn call_alone(
@@ -225,7 +253,7 @@ impl Customer {
     /// lock with this process.
     fn lock(&self, provider: &ProviderAccount) -> Result<File, CallError> {
         let (address, name) = (&provider.remote.address, provider.remote.login_name());
-        let file = format!("call-{}", recipients::directory_name(&format!("{name}@{address}")));
+        let file = format!("call-{}", store::account_file(name, address));
         let busy = || CallError::Busy(format!("another call to {address} as {name} is under way"));
         store::lock_state_file(&self.config().mailboxes.root, &file)?.ok_or_else(busy)
     }

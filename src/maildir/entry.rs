@@ -108,6 +108,11 @@ impl Entry {
         self.field("W=")?.parse().ok()
     }
 
+    /// Returns the size of the file in octets, according to its name (Maildir++ `S=`). `None`: the name does not have it.
+    pub fn file_size(&self) -> Option<u64> {
+        self.field("S=")?.parse().ok()
+    }
+
     /// Returns when the file was named, according to its name (maildir(5)).
     pub fn named(&self) -> Option<Timestamp> {
         seconds(self.unique().to_str()?.split('.').next()?)

@@ -1,10 +1,12 @@
 //! Files and directories whose names survive a power cut, and errors that name the path.
 
 use std::collections::HashSet;
-use std::fs::{self, DirBuilder, DirEntry, File, Metadata};
+use std::fs::{self, DirBuilder, DirEntry, File, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -175,6 +177,26 @@ pub(super) fn set_times(path: &Path, time: SystemTime) -> io::Result<()> {
         Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
         Err(error) => Err(with_path(path, error.into())),
     }
+}
+
+/// Writes a small file, 0600, in one step: a reader sees the old text or the new one. Its directory is made if it is missing.
+/// Nothing is fsynced: a power cut may lose the text.
+pub fn replace_file(path: &Path, text: &str) -> io::Result<()> {
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    make_directories(directory, 0o700)?;
+    let (process, number) = (std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+    let temporary = directory.join(format!(".{}.{process}.{number}", name.display()));
+    let write = || {
+        // One of that name is left of a process that was killed.
+        remove_if_there(&temporary)?;
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+        file.write_all(text.as_bytes())?;
+        fs::rename(&temporary, path)
+    };
+    write().map_err(|error| with_path(path, error)).inspect_err(|_| drop(fs::remove_file(&temporary)))
 }
 
 /// Lists a directory file by file; a directory that is missing has none.

@@ -21,14 +21,14 @@ mod state_file;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirEntry, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 pub use entry::{AttemptRecord, EndedSessions, Entry};
-pub use files::{FileId, with_path, write_remedy};
+pub use files::{FileId, replace_file, with_path, write_remedy};
 use files::{
     list, make_directories, make_directory, move_file, remove_if_there, set_times, sync_directory, sync_names,
 };
@@ -220,6 +220,22 @@ impl Maildir {
                 Err(error) => Some(Err(error)),
             })
         })
+    }
+
+    /// Shows each plain file that may be a message, with what the system tells of it without opening it; in no order.
+    pub fn each_file(&self, show: &mut dyn FnMut(Entry, &DirEntry) -> io::Result<()>) -> io::Result<()> {
+        for (directory, seen) in [("new", false), ("cur", true)] {
+            for file in list(&self.path.join(directory)) {
+                let file = file?;
+                let name = file.file_name();
+                let plain =
+                    !name.as_encoded_bytes().starts_with(b".") && file.file_type().is_ok_and(|kind| kind.is_file());
+                if plain {
+                    show(Entry { name, seen }, &file)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Returns the path of a message.

@@ -8,6 +8,7 @@
 //! ```
 
 pub mod spool;
+pub mod status;
 pub mod relay;
 pub mod turned_session;
 pub mod delivery;
@@ -117,6 +118,7 @@ impl Provider {
             let spool = shared.config.spool.display();
             StartError::Busy(format!("another `odmr serve` has the spool {spool}: stop it, or name another `spool`"))
         })?;
+        shared.record_reload(None);
         let mut listeners = Vec::new();
         let config = &shared.config;
         for (kind, addresses) in [

@@ -23,11 +23,13 @@ use crate::config::Account;
 use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::net::trace::quoted;
 use crate::queue::{LockError, QueueLock};
+use crate::report::calls::{CallRecord, CallResult};
 use crate::sasl::{CredentialStore, Unavailable};
 use crate::session::server::{ServerSession, SessionEnd};
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_qualified};
+use crate::smtp::status::is_no_mail;
 use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
@@ -45,8 +47,20 @@ pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
             Ok(()) => return "turned".to_owned(),
             Err(rejected) => *rejected,
         };
+        record_call(shared, &session, &reply);
         session.reject(&reply);
     }
+}
+
+/// Records a call that has ended with a reply to ATRN, for the status.
+fn record_call(shared: &Shared, session: &ServerSession, reply: &Reply) {
+    let Some(account) = session.server.account().and_then(|name| shared.config.accounts.account(name)) else { return };
+    let (result, reason) = match is_no_mail(reply) {
+        true => (CallResult::NoMail, "done".to_owned()),
+        false => (CallResult::Failed, reply.to_string()),
+    };
+    let record = CallRecord::new(shared.ids.clock().now(), &session.peer, result, &reason);
+    record.write(&shared.spool.call_record(&account.name), &account.name);
 }
 
 /// Gives the connection to the delivery thread, which sends the 250.

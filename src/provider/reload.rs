@@ -55,6 +55,7 @@ pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&Work
         without_8bitmime: config.odmr.without_8bitmime,
         reporter,
         removed,
+        spool: spool.clone(),
         cancel: cancel.clone(),
         abort: abort.clone(),
     };
@@ -99,13 +100,17 @@ impl Reloader {
             Ok(shared) => {
                 let shared = Arc::new(shared);
                 self.replace(&shared);
+                shared.record_reload(None);
                 log_reload(&old, &shared);
                 if restart {
                     let what = "`listen`, `listen-tls` or `spool` has changed";
                     log::warn!("event=restart-needed reason={what:?}");
                 }
             }
-            Err(error) => log_failure(&error, "the old configuration holds"),
+            Err(error) => {
+                old.record_reload(Some(&error));
+                log_failure(&error, "the old configuration holds");
+            }
         }
     }
 

@@ -14,6 +14,7 @@ use crate::mail::address::{Domain, ForwardPath, Mailbox};
 use crate::net::cancel::CancelToken;
 use crate::net::listener::ConnectionLimiter;
 use crate::net::tls::ServerTls;
+use crate::report::calls::{CallRecord, CallResult};
 use crate::session::disk_full_reply;
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
@@ -59,6 +60,13 @@ impl Shared {
             }
             false => Ok(()),
         }
+    }
+
+    /// Records for the status that the configuration was read, or why not.
+    pub fn record_reload(&self, error: Option<&str>) {
+        let result = if error.is_some() { CallResult::Failed } else { CallResult::Done };
+        let record = CallRecord::new(self.ids.clock().now(), "-", result, error.unwrap_or_default());
+        record.write(&self.spool.reload_record(), "-");
     }
 
     /// The mailbox of a path; a postmaster without a domain is the provider's own (RFC 5321 section 4.5.1).

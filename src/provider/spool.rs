@@ -4,20 +4,23 @@
 //! SPOOL/domains/<domain>/     mail for a customer's domain, until the customer fetches it
 //! SPOOL/outgoing/<domain>/    mail from customers for a domain elsewhere, until the relay has sent it; a domain that is
 //!                             not made of letters, digits and hyphens has its `Domain::file_name`
-//! SPOOL/.odmr/                the lock of `odmr serve`
 //! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
+//! SPOOL/.odmr/                the lock of `odmr serve`; for `odmr status`: `call-ACCOUNT`, the last call of an account, and
+//!                             `reload`, the last reading of the configuration; and `retry`, which asks the relay to look
+//!                             at its queues
 //! ```
 
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use rustix::fs::Access;
 
 use crate::config::{Accounts, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
-use crate::maildir::{self, MessageWriter, with_path};
+use crate::maildir::{self, MessageWriter, replace_file, with_path};
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
 
 /// Finds, reads and writes the queues.
@@ -82,18 +85,63 @@ impl Spool {
         QueueName { path, domain: domain.cloned(), prefix, retries: matches!(queue, SpoolQueue::Outgoing(_)) }
     }
 
-    /// The domains elsewhere that have a queue, in no order.
+    /// The domains elsewhere that have a queue, ordered by the names of their directories.
     ///
     /// # Errors
     /// The directory of these queues exists and cannot be read.
     pub fn destinations(&self) -> io::Result<Vec<Domain>> {
-        let directory = self.root.join("outgoing");
+        self.domains_in("outgoing")
+    }
+
+    /// All queues with their names for administrators: those of the customers' domains, also if they are customers no
+    /// more, the postmaster's, and `outgoing/DOMAIN`.
+    ///
+    /// # Errors
+    /// A directory exists and cannot be read.
+    pub fn all_queues(&self) -> io::Result<Vec<(String, SpoolQueue)>> {
+        let (held, outgoing) = (self.domains_in("domains")?, self.destinations()?);
+        let held = held.into_iter().map(|domain| (domain.to_string(), SpoolQueue::Held(domain)));
+        let outgoing = outgoing.into_iter().map(|domain| (format!("outgoing/{domain}"), SpoolQueue::Outgoing(domain)));
+        Ok(held.chain([("postmaster".to_owned(), SpoolQueue::Postmaster)]).chain(outgoing).collect())
+    }
+
+    /// The customer that a domain belongs to.
+    pub fn owner(&self, domain: &Domain) -> Option<&str> {
+        self.accounts.owner(domain).map(|account| account.name.as_str())
+    }
+
+    /// The file with the last call of an account ([`CallRecord`](crate::report::calls::CallRecord)).
+    pub fn call_record(&self, account: &str) -> PathBuf {
+        self.root.join(".odmr").join(format!("call-{account}"))
+    }
+
+    /// The file with the last reading of the configuration, in the form of a call.
+    pub fn reload_record(&self) -> PathBuf {
+        self.root.join(".odmr/reload")
+    }
+
+    /// Asks the relay of a running `serve` to look at its queues: messages were made due or were added.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn request_retry(&self) -> io::Result<()> {
+        replace_file(&self.root.join(".odmr/retry"), "")
+    }
+
+    /// When that was asked for last.
+    pub fn retry_requested(&self) -> Option<SystemTime> {
+        fs::metadata(self.root.join(".odmr/retry")).and_then(|found| found.modified()).ok()
+    }
+
+    fn domains_in(&self, directory: &str) -> io::Result<Vec<Domain>> {
+        let directory = self.root.join(directory);
         let files = match fs::read_dir(&directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             other => other.map_err(|error| with_path(&directory, error))?,
         };
-        let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
-        Ok(names.filter_map(|name| Domain::of_file_name(&name)).collect())
+        let mut names: Vec<_> = files.filter_map(|file| file.ok()?.file_name().into_string().ok()).collect();
+        names.sort_unstable();
+        Ok(names.iter().filter_map(|name| Domain::of_file_name(name)).collect())
     }
 
     /// Whether the disk has room for `octets` more.

@@ -14,7 +14,9 @@ use crate::config::Accounts;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled};
 use crate::net::trace::quoted;
+use crate::provider::spool::Spool;
 use crate::queue::{QueueLock, QueuedMessage};
+use crate::report::calls::{CallRecord, CallResult};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::pace::PaceClock;
 use crate::session::{ContentOutput, ReplyInput, Timeouts, send_commands};
@@ -48,6 +50,8 @@ pub struct TurnSettings {
     pub reporter: Reporter,
     /// Accounts whose sessions end after the messages under way, because they are removed.
     pub removed: Arc<RemovedAccounts>,
+    /// Has the records of calls.
+    pub spool: Arc<Spool>,
     /// Ends sessions after the messages under way.
     pub cancel: CancelToken,
     /// Ends sessions at once.
@@ -419,6 +423,17 @@ impl TurnedSession {
             self.begun.elapsed().as_secs_f64(),
             quoted(reason)
         );
+        let result = match (reason, deferred + in_doubt) {
+            ("done", 0) => CallResult::Done,
+            ("done", _) => CallResult::Deferred,
+            _ => CallResult::Failed,
+        };
+        let mut record = CallRecord::new(self.settings.reporter.now(), &self.peer, result, reason);
+        record.duration = self.begun.elapsed();
+        let counts = [("sent", sent), ("deferred", deferred), ("rejected", rejected), ("in-doubt", in_doubt)];
+        record.counts = counts.into_iter().map(|(key, count)| (key.to_owned(), count as u64)).collect();
+        record.counts.push(("octets".to_owned(), octets));
+        record.write(&self.settings.spool.call_record(&self.account), &self.account);
     }
 
     /// Releases the queues, then closes the connection: a customer that sees the end and calls again must find them

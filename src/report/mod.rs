@@ -4,6 +4,7 @@
 //! A DSN is durable before the mail that it reports is removed: after a crash a sender may receive it twice, but never not
 //! at all. The null sender receives no DSN; its rejected mail stays in `.refused`.
 
+pub mod calls;
 pub mod dsn;
 
 use std::fmt;
@@ -84,6 +85,8 @@ pub enum Via {
     Maildir,
     /// The customer to `/dev/null`.
     Discard,
+    /// An administrator has returned it to its sender.
+    Administrator,
 }
 
 /// For the log.
@@ -99,6 +102,7 @@ impl fmt::Display for Via {
             Via::Smtp => "smtp",
             Via::Maildir => "maildir",
             Via::Discard => "discard",
+            Via::Administrator => "administrator",
         })
     }
 }
@@ -141,6 +145,11 @@ impl<'a> Attempt<'a> {
         Attempt { via: Via::Discard, ..Attempt::in_maildir(session, "/dev/null") }
     }
 
+    /// An administrator returns the message to its sender.
+    pub fn by_administrator() -> Attempt<'a> {
+        Attempt { via: Via::Administrator, ..Attempt::in_maildir("-", "-") }
+    }
+
     /// Logs the status of one recipient.
     pub fn log(&self, message: &QueuedEnvelope, to: &Mailbox, status: &RecipientStatus, now: Timestamp) {
         log::info!(
@@ -171,6 +180,11 @@ impl Reporter {
     /// `hostname`: the name in DSNs. `sink`: where they are stored; `None`: no DSN can be sent.
     pub fn new(hostname: &str, ids: &Ids, sink: Option<Arc<dyn DsnSink>>) -> Reporter {
         Reporter { hostname: hostname.to_owned(), ids: ids.clone(), sink }
+    }
+
+    /// The time now.
+    pub fn now(&self) -> Timestamp {
+        self.ids.clock().now()
     }
 
     /// Sends the DSN that is due, then settles the message, and logs each recipient. Returns the result that was settled:

@@ -11,6 +11,9 @@ use crate::provider::spool::{Spool, SpoolQueue};
 /// How often the spool is read for mail that another process (inetd mode) has stored.
 pub(super) const RESCAN_INTERVAL: Duration = Duration::from_secs(300);
 
+/// How often the scheduler looks whether an administrator wants mail to be tried.
+pub(super) const REQUEST_INTERVAL: Duration = Duration::from_secs(5);
+
 /// How long new mail waits for more: one session sends what arrives together.
 const GATHER_DELAY: Duration = Duration::from_millis(200);
 
@@ -24,15 +27,16 @@ pub(super) struct DestinationTable {
 }
 
 impl DestinationTable {
-    /// Adds the destinations that have a queue in the spool and are not known yet.
-    pub(super) fn read(&mut self, spool: &Spool) {
+    /// Adds the destinations that have a queue in the spool and are not known yet. `again`: also when those that are known
+    /// are due, which an administrator may have changed.
+    pub(super) fn read(&mut self, spool: &Spool, again: bool) {
         let failed = |queue: &str, error| log::error!("event=spool-failed queue={queue} error={}", quoted(error));
         let destinations = spool.destinations().unwrap_or_else(|error| {
             failed("-", error);
             Vec::new()
         });
         for domain in destinations {
-            if !self.due.contains_key(&domain) && !self.busy.contains(&domain) {
+            if (again || !self.due.contains_key(&domain)) && !self.busy.contains(&domain) {
                 match spool.queue().next_due(&spool.name(&SpoolQueue::Outgoing(domain.clone()))) {
                     Ok(due) => self.add(domain, due),
                     Err(error) => failed(domain.as_str(), error),

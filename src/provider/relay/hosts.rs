@@ -150,6 +150,11 @@ impl HostTable {
         self.lock().hosts.get(host).is_some_and(HostState::is_down)
     }
 
+    /// Forgets which hosts are down: an administrator wants them to be tried.
+    pub(super) fn forget_down(&self) {
+        self.lock().hosts.values_mut().for_each(|host| host.down_until = None);
+    }
+
     /// Permits no connection to a host for `pause`.
     pub(super) fn mark_down(&self, host: &str, pause: Duration) {
         let mut state = self.lock();

@@ -34,7 +34,8 @@
 //!   recipient expires, and the sender gets a DSN. The first such attempt at a message older than `delay-notice` (4 h)
 //!   sends a DSN that it is delayed.
 //!
-//! The spool is read again every 5 min, for mail that another process (inetd mode) has stored.
+//! The spool is read again every 5 min, for mail that another process (inetd mode) has stored, and at once if `odmr queue`
+//! has changed it; then no host counts as down.
 
 mod destinations;
 mod hosts;
@@ -51,7 +52,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use crate::mail::address::Domain;
 use crate::net::trace::quoted;
 use crate::provider::spool::SpoolQueue;
-use destinations::{DestinationTable, RESCAN_INTERVAL};
+use destinations::{DestinationTable, REQUEST_INTERVAL, RESCAN_INTERVAL};
 use worker::NextDue;
 pub use worker::WorkerContext;
 
@@ -125,11 +126,16 @@ impl Relay {
         let mut threads = 0;
         let mut under_way = 0;
         let mut table = DestinationTable::default();
-        table.read(&worker.spool);
-        let mut read = Instant::now();
+        table.read(&worker.spool, false);
+        let (mut read, mut requested) = (Instant::now(), worker.spool.retry_requested());
         while !worker.cancel.is_cancelled() {
-            if read.elapsed() >= RESCAN_INTERVAL {
-                table.read(&worker.spool);
+            let request = worker.spool.retry_requested();
+            let again = std::mem::replace(&mut requested, request) != request;
+            if again {
+                worker.hosts.forget_down();
+            }
+            if again || read.elapsed() >= RESCAN_INTERVAL {
+                table.read(&worker.spool, again);
                 read = Instant::now();
             }
             let mut waits = false;
@@ -153,7 +159,7 @@ impl Relay {
                 (true, false) => RESCAN_INTERVAL,
                 (false, false) => table.pause(SystemTime::now()),
             };
-            match events.recv_timeout(pause) {
+            match events.recv_timeout(pause.min(REQUEST_INTERVAL)) {
                 Ok(RelayEvent::Arrived(destination)) => table.arrived(destination),
                 Ok(RelayEvent::Done(destinations)) => {
                     under_way -= 1;

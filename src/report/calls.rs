@@ -1,0 +1,196 @@
+//! What is known of the last call of an account, in a small file of its own, for `odmr status`.
+//!
+//! ```text
+//! at=2026-01-02T03:04:05Z       when the call has ended
+//! peer=[192.0.2.1]              the other side: the customer's address, or the provider as it is configured
+//! result=done                   done, no-mail, deferred (mail was deferred) or failed
+//! reason=…                      why it has failed
+//! duration=1.234                seconds
+//! success=2026-01-02T03:04:05Z  when the last call that did not fail has ended
+//! calls=12                      since the file was made
+//! failed=1                      of them
+//! count sent=3                  what this call has counted, a line each
+//! ```
+//!
+//! The file is replaced in one step. If it is lost, no mail is: only the status does not know of the call.
+
+use std::fmt::Write as _;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::clock::Timestamp;
+use crate::maildir::replace_file;
+use crate::net::trace::quoted;
+
+/// How a call has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CallResult {
+    Done,
+    NoMail,
+    /// Mail was deferred.
+    Deferred,
+    Failed,
+}
+
+impl CallResult {
+    const ALL: [CallResult; 4] = [CallResult::Done, CallResult::NoMail, CallResult::Deferred, CallResult::Failed];
+
+    /// The word in the file and in the status.
+    pub fn word(self) -> &'static str {
+        match self {
+            CallResult::Done => "done",
+            CallResult::NoMail => "no-mail",
+            CallResult::Deferred => "deferred",
+            CallResult::Failed => "failed",
+        }
+    }
+}
+
+/// The last call of an account.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CallRecord {
+    /// When it has ended.
+    pub at: Timestamp,
+    pub peer: String,
+    pub result: CallResult,
+    /// Why it has failed; otherwise it may be empty.
+    pub reason: String,
+    pub duration: Duration,
+    /// When the last call that did not fail has ended.
+    pub success: Option<Timestamp>,
+    /// How many calls there were since the file was made.
+    pub calls: u64,
+    pub failed: u64,
+    pub counts: Vec<(String, u64)>,
+}
+
+impl CallRecord {
+    /// The record of a call that has ended now.
+    pub fn new(at: Timestamp, peer: &str, result: CallResult, reason: &str) -> CallRecord {
+        let (peer, reason) = (peer.to_owned(), reason.to_owned());
+        CallRecord {
+            at,
+            peer,
+            result,
+            reason,
+            duration: Duration::ZERO,
+            success: None,
+            calls: 0,
+            failed: 0,
+            counts: Vec::new(),
+        }
+    }
+
+    /// Reads a record; `None`: there is none, or it cannot be read.
+    pub fn read(path: &Path) -> Option<CallRecord> {
+        CallRecord::parse(&std::fs::read_to_string(path).ok()?)
+    }
+
+    fn parse(text: &str) -> Option<CallRecord> {
+        let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        let time = |key| value(key).and_then(Timestamp::parse_rfc3339);
+        let number = |key| value(key).and_then(|number| number.parse().ok()).unwrap_or(0);
+        let result = value("result")?;
+        let counts = text.lines().filter_map(|line| line.strip_prefix("count ")?.split_once('='));
+        Some(CallRecord {
+            at: time("at")?,
+            peer: value("peer").unwrap_or("-").to_owned(),
+            result: CallResult::ALL.into_iter().find(|known| known.word() == result)?,
+            reason: value("reason").unwrap_or_default().to_owned(),
+            duration: value("duration").and_then(parse_seconds).unwrap_or_default(),
+            success: time("success"),
+            calls: number("calls"),
+            failed: number("failed"),
+            counts: counts.filter_map(|(key, count)| Some((key.to_owned(), count.parse().ok()?))).collect(),
+        })
+    }
+
+    /// Writes the record in place of the one before, whose counts of calls go on. A failure is logged.
+    pub fn write(mut self, path: &Path, account: &str) {
+        let before = CallRecord::read(path);
+        let failed = self.result == CallResult::Failed;
+        (self.calls, self.failed) = before.as_ref().map_or((0, 0), |before| (before.calls, before.failed));
+        self.calls += 1;
+        self.failed += u64::from(failed);
+        self.success = if failed { before.and_then(|before| before.success) } else { Some(self.at) };
+        if let Err(error) = replace_file(path, &self.text()) {
+            log::warn!("event=call-not-recorded account={account} error={}", quoted(error));
+        }
+    }
+
+    fn text(&self) -> String {
+        let line = |text: &str| text.replace(|character: char| character.is_control(), " ");
+        let mut text = format!(
+            "at={}\npeer={}\nresult={}\nreason={}\nduration={}\n",
+            self.at.rfc3339(),
+            line(&self.peer),
+            self.result.word(),
+            line(&self.reason),
+            seconds(self.duration),
+        );
+        if let Some(success) = self.success {
+            let _ = writeln!(text, "success={}", success.rfc3339());
+        }
+        let _ = write!(text, "calls={}\nfailed={}\n", self.calls, self.failed);
+        for (key, count) in &self.counts {
+            let _ = writeln!(text, "count {key}={count}");
+        }
+        text
+    }
+}
+
+/// A duration in seconds with three decimals.
+pub fn seconds(duration: Duration) -> String {
+    format!("{}.{:03}", duration.as_secs(), duration.subsec_millis())
+}
+
+fn parse_seconds(text: &str) -> Option<Duration> {
+    let (seconds, thousandths) = text.split_once('.')?;
+    Some(Duration::from_secs(seconds.parse().ok()?) + Duration::from_millis(thousandths.parse().ok()?))
+}
+
+/// Writes a time, such as that of the next call, into a file of its own. A failure leaves the one before.
+pub fn write_time(path: &Path, time: Timestamp) -> io::Result<()> {
+    replace_file(path, &format!("{}\n", time.rfc3339()))
+}
+
+/// Reads a time that [`write_time`] has written.
+pub fn read_time(path: &Path) -> Option<Timestamp> {
+    Timestamp::parse_rfc3339(std::fs::read_to_string(path).ok()?.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_read_as_it_was_written_and_counts_go_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state/call-acme");
+        assert_eq!(CallRecord::read(&path), None);
+        let time = Timestamp::from_seconds;
+        let record = |at, result| CallRecord {
+            counts: vec![("sent".to_owned(), 3)],
+            duration: Duration::from_millis(1_050),
+            ..CallRecord::new(time(at), "[192.0.2.1]", result, "a\nb=c")
+        };
+        record(1_767_323_045, CallResult::Done).write(&path, "acme");
+        record(1_767_323_046, CallResult::Failed).write(&path, "acme");
+        let read = CallRecord::read(&path).unwrap();
+        let expected = CallRecord {
+            success: Some(time(1_767_323_045)),
+            calls: 2,
+            failed: 1,
+            reason: "a b=c".to_owned(),
+            ..record(1_767_323_046, CallResult::Failed)
+        };
+        assert_eq!(read, expected);
+        // A power cut may leave an empty file.
+        std::fs::write(&path, "").unwrap();
+        assert_eq!(CallRecord::read(&path), None);
+        record(1_767_323_047, CallResult::NoMail).write(&path, "acme");
+        assert_eq!(CallRecord::read(&path).map(|record| record.calls), Some(1));
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+}
