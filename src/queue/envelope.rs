@@ -95,6 +95,8 @@ pub struct ParsedEnvelope {
     pub marks: Vec<Vec<u64>>,
     /// The marks of the recipients that are settled.
     pub settled: Vec<Mark>,
+    /// The addresses of those, as the file had them before.
+    pub settled_addresses: Vec<String>,
     /// The recipients that cannot be sent to from this queue.
     pub unread: Vec<UnreadRecipient>,
 }
@@ -175,7 +177,7 @@ pub fn parse(front: &[u8], end: bool, options: ParseOptions<'_>) -> Parsed {
         octets += length;
         lines += rest[..length].split_inclusive(|octet| *octet == b'\n').count();
     }
-    let Recipients { open, marks, settled, unread } = fields.recipients(options);
+    let Recipients { open, marks, settled, settled_addresses, unread } = fields.recipients(options);
     if open.is_empty() && settled.is_empty() && unread.is_empty() {
         return Parsed::NoRecipients;
     }
@@ -184,8 +186,17 @@ pub fn parse(front: &[u8], end: bool, options: ParseOptions<'_>) -> Parsed {
         Ok(from) => {
             let envelope = fields.envelope(from, open, options);
             let (ours, eight_bit) = (fields.ours.is_some(), !front[..octets].is_ascii());
-            let parsed = ParsedEnvelope { envelope, octets, lines, ours, eight_bit, marks, settled, unread };
-            Parsed::Envelope(Box::new(parsed))
+            Parsed::Envelope(Box::new(ParsedEnvelope {
+                envelope,
+                octets,
+                lines,
+                ours,
+                eight_bit,
+                marks,
+                settled,
+                settled_addresses,
+                unread,
+            }))
         }
     }
 }
@@ -213,6 +224,12 @@ fn field_length(text: &[u8], end: bool) -> Option<usize> {
 fn field_name(line: &[u8]) -> Vec<u8> {
     let colon = line.iter().position(|octet| *octet == b':').unwrap_or(0);
     line[..colon].trim_ascii_end().to_ascii_lowercase()
+}
+
+/// Whether content that begins with this line would be read as a part of the envelope before it.
+pub fn continues_envelope(line: &[u8]) -> bool {
+    let after = Fields { return_path: Some(Cow::default()), ..Fields::default() };
+    after.includes(&field_name(line))
 }
 
 /// The value of a field, without the line ends of a folded one (RFC 5322 section 2.2.3).
@@ -260,6 +277,7 @@ struct Recipients {
     /// For each open recipient, where its mark goes.
     marks: Vec<Vec<u64>>,
     settled: Vec<Mark>,
+    settled_addresses: Vec<String>,
     /// Those that cannot be read or are in another domain.
     unread: Vec<UnreadRecipient>,
 }
@@ -271,6 +289,8 @@ impl Recipients {
             let mailbox = match address {
                 Ok(Address::Settled(mark)) => {
                     self.settled.push(mark);
+                    let text = String::from_utf8_lossy(&text).replace(char::from(mark.octet()), "@");
+                    self.settled_addresses.push(text.trim_matches(['<', '>']).to_owned());
                     continue;
                 }
                 Ok(Address::Open(mailbox)) if ours => in_domain(mailbox, domain),

@@ -14,7 +14,7 @@ use super::name::QueueName;
 use super::retry;
 use crate::ids::Ids;
 use crate::mail::address::Domain;
-use crate::maildir::{Entry, FileId, IN_DOUBT, Maildir};
+use crate::maildir::{AttemptRecord, Entry, FileId, IN_DOUBT, Maildir, with_path};
 use crate::net::trace::quoted;
 use crate::smtp::status::DeliveryResult;
 
@@ -204,6 +204,49 @@ impl QueueLock {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name) else { return Ok(None) };
         queue.listed.offered.insert(entry.unique().to_owned());
         queue.open(entry)
+    }
+
+    /// Removes a message with all its recipients, by order of an administrator. Returns whether it was still there.
+    ///
+    /// # Errors
+    /// The file cannot be removed.
+    pub fn remove(&mut self, name: &QueueName, entry: Entry) -> io::Result<bool> {
+        self.with_entry(name, entry, |maildir, entry| maildir.remove(entry))
+    }
+
+    /// Makes a message due at once, and lets the next call not skip it. Returns whether it is still there.
+    ///
+    /// # Errors
+    /// The file cannot be changed.
+    pub fn make_due(&mut self, name: &QueueName, entry: Entry) -> io::Result<bool> {
+        self.with_entry(name, entry, |maildir, entry| {
+            let renamed = maildir.rename(entry, None, &AttemptRecord { ended: None, ..entry.record() })?;
+            if name.retries {
+                let path = maildir.file(&renamed);
+                File::open(&path)
+                    .and_then(|file| file.set_modified(SystemTime::now()))
+                    .map_err(|e| with_path(&path, e))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Does something with a file by its name, and does it again by the new one if a mail reader has moved the file
+    /// meanwhile. Returns whether it is still there.
+    fn with_entry(
+        &self, name: &QueueName, mut entry: Entry, act: impl Fn(&Maildir, &Entry) -> io::Result<()>,
+    ) -> io::Result<bool> {
+        let Some(queue) = self.queues.iter().find(|queue| queue.name == *name) else { return Ok(false) };
+        for _ in 0..OPEN_ATTEMPTS {
+            match act(&queue.maildir, &entry) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => match queue.maildir.find(&entry, None)? {
+                    Some(moved) => entry = moved,
+                    None => return Ok(false),
+                },
+                done => return done.map(|()| true),
+            }
+        }
+        Ok(false)
     }
 
     /// Whether [`QueueLock::next_message`] will offer a message.

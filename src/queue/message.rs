@@ -559,10 +559,20 @@ pub(super) fn read_envelope(
         true => entry.named().unwrap_or(Timestamp::from_seconds(0)),
         false => file.metadata()?.modified()?.into(),
     };
+    read_envelope_of(file, entry, name, arrived)
+}
+
+/// The same; `arrived`: the time of arrival, if the envelope has none.
+pub(super) fn read_envelope_of(
+    mut file: &File, entry: &Entry, name: &QueueName, arrived: Timestamp,
+) -> io::Result<Result<ParsedEnvelope, String>> {
     let id = entry.unique().to_string_lossy();
-    let mut front = Vec::with_capacity(4096);
+    let mut front = Vec::new();
     loop {
-        let octets = file.take(front.len().max(4096) as u64).read_to_end(&mut front)?;
+        let before = front.len();
+        front.resize(before + before.max(4096), 0);
+        let octets = file.read(&mut front[before..])?;
+        front.truncate(before + octets);
         let options = ParseOptions { domain: name.domain.as_ref(), prefix: name.prefix.as_deref(), id: &id, arrived };
         match envelope::parse(&front, octets == 0, options) {
             Parsed::Envelope(parsed) => return Ok(Ok(*parsed)),

@@ -36,6 +36,8 @@
 //! A recipient that cannot be read, in a file of another delivery agent, is always open: the file stays for it. A file
 //! without any other recipient, and what is no plain file, is named in the log once, and does not count as waiting.
 //!
+//! An administrator may remove a message ([`QueueLock::remove`]), and have it tried at once; both need the lock.
+//!
 //! So a message may be sent twice, but after the commit point it is never lost. A file that is left in `tmp` is removed by
 //! the first session after 36 hours. The removal of a message is not fsynced: that would cost as much as a message, and it
 //! could still be sent twice. The DSN about a recipient is committed before `settle` begins (see `report`).
@@ -52,6 +54,9 @@ mod name;
 pub mod envelope;
 mod message;
 mod lock;
+mod summary;
+mod listing;
+pub mod batch;
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -60,9 +65,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 pub use envelope::QueuedEnvelope;
+pub use listing::ListedMessage;
 pub use lock::QueueLock;
 pub use message::QueuedMessage;
 pub use name::QueueName;
+pub use summary::QueueSummary;
 
 use crate::ids::Ids;
 use crate::maildir::{MessageWriter, with_path};
@@ -156,6 +163,31 @@ impl Queue {
             match QueuedMessage::open(&maildir, name, entry, self.ids.clock().now()) {
                 Ok(Opened::Message(message)) if !message.envelope.recipients.is_empty() => show(&message),
                 Ok(_) => {}
+                Err(error) => log_unreadable(name, &error),
+            }
+        }
+        Ok(())
+    }
+
+    /// How much waits in a queue, from the names of its files.
+    ///
+    /// # Errors
+    /// A directory cannot be read.
+    pub fn summary(&self, name: &QueueName) -> io::Result<QueueSummary> {
+        summary::summarize(name, self.ids.clock().now())
+    }
+
+    /// Shows each message of a queue, and each file that is no mail, the oldest first, without its lock. A message that is
+    /// removed meanwhile is left out; a file that cannot be read is logged.
+    ///
+    /// # Errors
+    /// The directory cannot be read; those of `show`.
+    pub fn list(&self, name: &QueueName, show: &mut dyn FnMut(ListedMessage) -> io::Result<()>) -> io::Result<()> {
+        let (entries, now) = (name.maildir().entries()?, self.ids.clock().now());
+        for entry in entries {
+            match ListedMessage::read(name, entry, now) {
+                Ok(Some(message)) => show(message)?,
+                Ok(None) => {}
                 Err(error) => log_unreadable(name, &error),
             }
         }

@@ -161,6 +161,16 @@ pub struct RcptTo {
     pub original: Option<String>,
 }
 
+impl RcptTo {
+    /// The recipient as an envelope has it; `None`: it is `postmaster` without a domain.
+    pub fn recipient(self) -> Option<Recipient> {
+        match self.path {
+            ForwardPath::Mailbox(mailbox) => Some(Recipient { mailbox, notify: self.notify, original: self.original }),
+            ForwardPath::Postmaster => None,
+        }
+    }
+}
+
 /// How much of a message a DSN about its failure returns (RFC 3461 section 4.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Return {

@@ -1,0 +1,269 @@
+//! Messages as batch SMTP (RFC 2442): the commands of an SMTP client, without the replies.
+//!
+//! ```text
+//! EHLO relay.example.net
+//! NOOP id=1j14… arrived=2026-01-02T03:04:05Z     ours: other programs ignore the text (RFC 5321 section 4.1.1.9)
+//! MAIL FROM:<bob@w.example> BODY=8BITMIME RET=HDRS ENVID=x
+//! RCPT TO:<alice@example.org> NOTIFY=FAILURE ORCPT=rfc822;alice@example.org
+//! DATA
+//! …                                              with added dots (RFC 5321 section 4.5.2)
+//! .
+//! QUIT
+//! ```
+
+use std::fmt;
+use std::io::{self, BufRead, Read, Write};
+
+use super::envelope::QueuedEnvelope;
+use crate::clock::Timestamp;
+use crate::maildir::for_each_block;
+use crate::smtp::command::{Body, Command, Envelope, Return, Verb};
+use crate::smtp::content::ContentEncoder;
+use crate::smtp::extensions::ServerExtensions;
+
+/// All parameters that an envelope can have.
+const PARAMETERS: ServerExtensions =
+    ServerExtensions { size: true, eight_bit: true, utf8: true, auth: true, dsn: true };
+
+/// Writes the first line of a batch.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_begin(out: &mut dyn Write, hostname: &str) -> io::Result<()> {
+    write!(out, "EHLO {hostname}\r\n")
+}
+
+/// Writes the last line of a batch.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_end(out: &mut dyn Write) -> io::Result<()> {
+    out.write_all(b"QUIT\r\n")
+}
+
+/// Writes one message.
+///
+/// # Errors
+/// Those of `content` and `out`.
+pub fn write_message(out: &mut dyn Write, message: &QueuedEnvelope, content: &mut dyn Read) -> io::Result<()> {
+    let QueuedEnvelope { id, arrived, envelope } = message;
+    write!(out, "NOOP id={id} arrived={}\r\nMAIL FROM:<{}>", arrived.rfc3339(), envelope.from)?;
+    out.write_all(match envelope.body {
+        Body::Unsaid => b"",
+        Body::SevenBit => b" BODY=7BIT",
+        Body::EightBit => b" BODY=8BITMIME",
+    })?;
+    // RFC 6531 section 3.4: an address beyond ASCII needs it.
+    out.write_all(if envelope.needs_utf8() { b" SMTPUTF8" } else { b"" })?;
+    out.write_all(match envelope.ret {
+        None => b"",
+        Some(Return::Full) => b" RET=FULL",
+        Some(Return::Header) => b" RET=HDRS",
+    })?;
+    if let Some(id) = &envelope.envelope_id {
+        write!(out, " ENVID={id}")?;
+    }
+    for recipient in &envelope.recipients {
+        write!(out, "\r\nRCPT TO:<{}>", recipient.mailbox)?;
+        if let Some(notify) = recipient.notify.as_given() {
+            write!(out, " NOTIFY={notify}")?;
+        }
+        if let Some(original) = &recipient.original {
+            write!(out, " ORCPT={original}")?;
+        }
+    }
+    out.write_all(b"\r\nDATA\r\n")?;
+    let (mut encoder, mut wire) = (ContentEncoder::data(), Vec::new());
+    for_each_block(content, |block| {
+        wire.clear();
+        encoder.feed(block, &mut wire);
+        out.write_all(&wire)
+    })?;
+    wire.clear();
+    encoder.finish(&mut wire);
+    out.write_all(&wire)
+}
+
+/// Why a batch cannot be read on.
+#[derive(Debug)]
+pub enum BatchError {
+    /// This line is wrong, for this reason.
+    Line(usize, String),
+    Input(io::Error),
+}
+
+impl fmt::Display for BatchError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            BatchError::Line(line, text) => write!(f, "line {line}: {text}"),
+            BatchError::Input(error) => error.fmt(f),
+        }
+    }
+}
+
+impl From<io::Error> for BatchError {
+    fn from(error: io::Error) -> BatchError {
+        BatchError::Input(error)
+    }
+}
+
+/// The envelope of a message in a batch.
+#[derive(Debug)]
+pub struct BatchEnvelope {
+    /// What the `NOOP` of [`write_message`] says, if there was one.
+    pub id: Option<String>,
+    pub arrived: Option<Timestamp>,
+    /// The sender and the parameters of MAIL, and at least one recipient.
+    pub envelope: Envelope,
+}
+
+/// Reads a batch message by message. Lines end in CRLF or LF.
+pub struct BatchReader<R> {
+    input: R,
+    /// The line that was read last, counted from 1.
+    line: usize,
+    /// Within the content of a message.
+    in_content: bool,
+}
+
+impl<R: BufRead> BatchReader<R> {
+    pub fn new(input: R) -> BatchReader<R> {
+        BatchReader { input, line: 0, in_content: false }
+    }
+
+    /// The next line without its end; `None`: the input has ended.
+    fn next_line(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let mut line = Vec::new();
+        if self.input.read_until(b'\n', &mut line)? == 0 {
+            return Ok(None);
+        }
+        self.line += 1;
+        for end in [b'\n', b'\r'] {
+            line.pop_if(|last| *last == end);
+        }
+        Ok(Some(line))
+    }
+
+    fn error<T>(&self, text: impl Into<String>) -> Result<T, BatchError> {
+        Err(self.wrong(text))
+    }
+
+    /// The error about the line that was read last.
+    pub fn wrong(&self, text: impl Into<String>) -> BatchError {
+        BatchError::Line(self.line, text.into())
+    }
+
+    /// The envelope of the next message, up to DATA; `None`: there is no other.
+    ///
+    /// # Errors
+    /// A command is wrong; the input cannot be read.
+    pub fn next_envelope(&mut self) -> Result<Option<BatchEnvelope>, BatchError> {
+        let (mut known, mut envelope) = ((None, None), None::<Envelope>);
+        while let Some(line) = self.next_line()? {
+            if line.is_empty() && envelope.is_none() {
+                continue;
+            }
+            let parsed = Verb::of(&line).and_then(|(verb, rest)| Command::parse(verb, rest, PARAMETERS));
+            match parsed {
+                Ok(Command::Ehlo(_) | Command::Helo(_) | Command::Rset) => (known, envelope) = ((None, None), None),
+                Ok(Command::Noop) => known = known_message(&line),
+                Ok(Command::Mail(mail)) if envelope.is_none() => envelope = Some(mail.envelope),
+                Ok(Command::Rcpt(rcpt)) => match (&mut envelope, rcpt.recipient()) {
+                    (Some(envelope), Some(recipient)) => envelope.recipients.push(recipient),
+                    (None, _) => return self.error("RCPT comes before MAIL"),
+                    (_, None) => return self.error("RCPT names no domain"),
+                },
+                Ok(Command::Data) => match envelope {
+                    Some(envelope) if !envelope.recipients.is_empty() => {
+                        self.in_content = true;
+                        return Ok(Some(BatchEnvelope { id: known.0, arrived: known.1, envelope }));
+                    }
+                    _ => return self.error("DATA comes before MAIL and RCPT"),
+                },
+                Ok(Command::Quit) => break,
+                Ok(_) => return self.error("this command is not part of a batch: there are MAIL, RCPT and DATA"),
+                Err(reply) => return self.error(reply.to_string()),
+            }
+        }
+        match envelope {
+            None => Ok(None),
+            Some(_) => self.error("the batch ends within a message"),
+        }
+    }
+
+    /// The next line of the content, with LF and without an added dot; `None`: the content has ended.
+    ///
+    /// # Errors
+    /// The batch ends within the content; the input cannot be read.
+    pub fn content_line(&mut self) -> Result<Option<Vec<u8>>, BatchError> {
+        if !self.in_content {
+            return Ok(None);
+        }
+        let Some(mut line) = self.next_line()? else {
+            return self.error("the batch ends within a message: the line with a dot is missing");
+        };
+        if line == b"." {
+            self.in_content = false;
+            return Ok(None);
+        }
+        if line.first() == Some(&b'.') {
+            line.remove(0);
+        }
+        line.push(b'\n');
+        Ok(Some(line))
+    }
+}
+
+/// The id and the time of arrival in a `NOOP` of [`write_message`].
+fn known_message(line: &[u8]) -> (Option<String>, Option<Timestamp>) {
+    let text = String::from_utf8_lossy(line);
+    let word = |key: &str| text.split(' ').find_map(|word| word.strip_prefix(key));
+    let plain = |id: &&str| !id.is_empty() && id.len() <= 100 && id.bytes().all(|c| c.is_ascii_graphic() && c != b';');
+    (word("id=").filter(plain).map(str::to_owned), word("arrived=").and_then(Timestamp::parse_rfc3339))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_is_read_as_it_was_written() {
+        let text = "EHLO relay.example.net\r\nNOOP id=1j arrived=2026-01-02T03:04:05Z\r\n\
+                    MAIL FROM:<bob@w.example> BODY=8BITMIME RET=HDRS ENVID=a+20b\r\n\
+                    RCPT TO:<alice@example.org> NOTIFY=SUCCESS,DELAY ORCPT=rfc822;alice@example.org\r\n\
+                    RCPT TO:<eva@example.org>\r\nDATA\r\nSubject: x\r\n\r\n..\r\n..dot\r\n.\r\nQUIT\r\n";
+        for text in [text.to_owned(), text.replace("\r\n", "\n")] {
+            let mut reader = BatchReader::new(text.as_bytes());
+            let BatchEnvelope { id, arrived, envelope } = reader.next_envelope().unwrap().unwrap();
+            let mut content = Vec::new();
+            while let Some(line) = reader.content_line().unwrap() {
+                content.extend(line);
+            }
+            assert_eq!(content, b"Subject: x\n\n.\n.dot\n");
+            assert!(reader.next_envelope().unwrap().is_none());
+            let message = QueuedEnvelope { id: id.unwrap(), arrived: arrived.unwrap(), envelope };
+            let mut written = Vec::new();
+            write_begin(&mut written, "relay.example.net").unwrap();
+            write_message(&mut written, &message, &mut &content[..]).unwrap();
+            write_end(&mut written).unwrap();
+            assert_eq!(String::from_utf8(written).unwrap(), text.replace("\r\n", "\n").replace('\n', "\r\n"));
+        }
+    }
+
+    #[test]
+    fn an_error_has_its_line() {
+        for (text, expected) in [
+            ("MAIL FROM:<>\nDATA\n", "line 2: DATA comes before MAIL and RCPT"),
+            ("EHLO x\nRCPT TO:<a@b.example>\n", "line 2: RCPT comes before MAIL"),
+            ("MAIL FROM:<a@b.example> X=1\n", "line 1: 555"),
+            ("MAIL FROM:<>\nRCPT TO:<a@b.example>\n", "line 2: the batch ends within a message"),
+            ("ATRN\n", "line 1: this command is not part"),
+            ("MAIL FROM:<>\nRCPT TO:<a@b.example>\nDATA\nx\n", "line 4: the batch ends within a message: the line"),
+        ] {
+            let mut reader = BatchReader::new(text.as_bytes());
+            let read = reader.next_envelope().and_then(|_| reader.content_line()).and_then(|_| reader.content_line());
+            let error = read.unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! The messages of a queue as an administrator sees them: read without the lock, and without changing anything.
+
+use std::fs::{File, Metadata};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
+
+use rustix::fs::OFlags;
+
+use super::envelope::{Mark, ParsedEnvelope, QueuedEnvelope};
+use super::message::{open_file, read_envelope_of};
+use super::name::QueueName;
+use super::retry;
+use super::summary::{arrival, readable_reply};
+use crate::clock::Timestamp;
+use crate::maildir::{AttemptRecord, Entry, IN_DOUBT};
+
+/// A message of a queue.
+pub struct ListedMessage {
+    pub entry: Entry,
+    /// The id in the log; if the file is no mail, its unique name.
+    pub id: String,
+    /// When it has arrived, or if that time is impossible when it was first seen.
+    pub arrived: Timestamp,
+    /// Octets of the file.
+    pub bytes: u64,
+    /// What the name of the file records.
+    pub record: AttemptRecord,
+    pub in_doubt: bool,
+    /// When the next attempt is due; only in a queue with retries.
+    pub next_attempt: Option<Timestamp>,
+    /// Its envelope, with the recipients that are open; or why it is no mail.
+    pub envelope: Result<QueuedEnvelope, String>,
+    /// The recipients that are settled, each with what became of it.
+    pub settled: Vec<(String, &'static str)>,
+    /// The recipients that cannot be read.
+    pub unread: Vec<String>,
+    /// Where the content begins in the file, in octets.
+    content: u64,
+}
+
+impl ListedMessage {
+    /// Reads a message; `None`: it is gone.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub(super) fn read(name: &QueueName, entry: Entry, now: Timestamp) -> io::Result<Option<ListedMessage>> {
+        let path = name.maildir().file(&entry);
+        ListedMessage::read_file(name, entry.clone(), now).or_else(|error| match open_file(&path) {
+            // A directory, a link or a pipe.
+            Ok(Err(kind)) => Ok(Some(ListedMessage::unread(entry, kind.to_owned()))),
+            _ => Err(error),
+        })
+    }
+
+    /// What is no mail, for this reason.
+    fn unread(entry: Entry, reason: String) -> ListedMessage {
+        ListedMessage {
+            id: entry.unique().to_string_lossy().into_owned(),
+            arrived: entry.named().unwrap_or(Timestamp::from_seconds(0)),
+            bytes: entry.file_size().unwrap_or(0),
+            in_doubt: entry.has(IN_DOUBT),
+            next_attempt: None,
+            record: entry.record(),
+            entry,
+            envelope: Err(reason),
+            settled: Vec::new(),
+            unread: Vec::new(),
+            content: 0,
+        }
+    }
+
+    fn read_file(name: &QueueName, entry: Entry, now: Timestamp) -> io::Result<Option<ListedMessage>> {
+        let Some(file) = open(name, &entry)? else { return Ok(None) };
+        // A hundred thousand messages are listed in less than a second: no call of the system that is not needed.
+        let known = !name.retries && entry.file_size().is_some() && arrival(&entry, now).is_some();
+        let mut metadata = if known { None } else { Some(file.metadata()?) };
+        let mut parsed = parse(&file, &entry, name, metadata.as_ref())?;
+        if known && !matches!(&parsed, Ok(parsed) if parsed.ours) {
+            (&file).rewind()?;
+            metadata = Some(file.metadata()?);
+            parsed = parse(&file, &entry, name, metadata.as_ref())?;
+        }
+        let modified = || metadata.as_ref().and_then(|metadata| metadata.modified().ok());
+        let mut message = ListedMessage::unread(entry, String::new());
+        message.arrived =
+            arrival(&message.entry, now).or_else(|| modified().map(Timestamp::from)).unwrap_or(message.arrived);
+        message.bytes = metadata.as_ref().map_or(message.bytes, Metadata::len);
+        message.next_attempt = modified().filter(|_| name.retries).map(Timestamp::from);
+        match parsed {
+            Err(reason) => message.envelope = Err(reason),
+            Ok(parsed) => {
+                let (stated, first_seen) = (parsed.envelope.arrived, message.record.first_seen);
+                message.id = parsed.envelope.id.clone();
+                message.arrived = retry::arrival(stated, first_seen, now).unwrap_or(stated);
+                let word = |mark: &Mark| if *mark == Mark::Rejected { "rejected" } else { "done" };
+                message.settled = parsed.settled_addresses.into_iter().zip(parsed.settled.iter().map(word)).collect();
+                message.unread =
+                    parsed.unread.iter().map(|unread| String::from_utf8_lossy(&unread.text).into_owned()).collect();
+                message.content = parsed.octets as u64;
+                message.envelope = Ok(QueuedEnvelope { arrived: message.arrived, ..parsed.envelope });
+            }
+        }
+        Ok(Some(message))
+    }
+
+    /// The last reply to a recipient that stays.
+    pub fn last_reply(&self) -> Option<String> {
+        self.record.last_reply.as_deref().map(readable_reply)
+    }
+
+    /// Whether an administrator means it by this id.
+    pub fn is(&self, id: &str) -> bool {
+        self.id == id || self.entry.unique().to_str() == Some(id)
+    }
+
+    /// Its content, from the first octet after the envelope; `None`: it is gone.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn open_content(&self, name: &QueueName) -> io::Result<Option<File>> {
+        let Some(mut file) = open(name, &self.entry)? else { return Ok(None) };
+        file.seek(SeekFrom::Start(self.content))?;
+        Ok(Some(file))
+    }
+}
+
+/// Reads the envelope; without `metadata`, the time of arrival counts only if the envelope has it.
+fn parse(
+    file: &File, entry: &Entry, name: &QueueName, metadata: Option<&Metadata>,
+) -> io::Result<Result<ParsedEnvelope, String>> {
+    let modified = metadata.filter(|_| !name.retries).and_then(|metadata| metadata.modified().ok());
+    let arrived = modified.map(Timestamp::from).or_else(|| entry.named()).unwrap_or(Timestamp::from_seconds(0));
+    read_envelope_of(file, entry, name, arrived)
+}
+
+/// Opens the file of a message for reading; `None`: it is gone.
+fn open(name: &QueueName, entry: &Entry) -> io::Result<Option<File>> {
+    let path = name.maildir().file(entry);
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    match File::options().read(true).custom_flags(flags).open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some).map_err(|error| crate::maildir::with_path(&path, error)),
+    }
+}
