@@ -46,6 +46,20 @@ impl SystemUser {
         Ok(SystemUser { name, uid: user.uid, gid })
     }
 
+    /// Returns the user that a file or directory belongs to; `None`: it is root's, or does not exist.
+    ///
+    /// # Errors
+    ///
+    /// A text that says what to change, if that user is not known here.
+    pub fn owner_of(path: &Path) -> Result<Option<SystemUser>, String> {
+        let Some(uid) = fs::metadata(path).ok().map(|found| found.uid()).filter(|uid| *uid != 0) else {
+            return Ok(None);
+        };
+        let user = unistd::User::from_uid(Uid::from_raw(uid)).ok().flatten();
+        let user = user.ok_or_else(|| format!("{} belongs to user {uid}, whom nobody knows here", path.display()))?;
+        SystemUser::find(&user.name, None).map(Some)
+    }
+
     /// Returns whether this process already runs as this user.
     pub fn is_current(&self) -> bool {
         self.uid == Uid::effective()

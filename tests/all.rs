@@ -7,6 +7,7 @@ mod conformance;
 mod descriptors;
 mod house;
 mod log;
+mod operator;
 mod reload;
 mod running;
 mod send;

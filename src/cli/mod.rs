@@ -9,10 +9,13 @@ mod check_report;
 mod demo;
 mod exit;
 mod inetd;
+mod json;
 mod logging;
 mod process;
 mod pull;
+mod queue;
 mod sendmail;
+mod status;
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -36,6 +39,8 @@ odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
     odmr pull  -c FILE    the customer: calls its provider, sends its outgoing mail, receives its own
     odmr send             for users and programs of the customer: accepts a message as sendmail(8) does
     odmr check -c FILE    reports what is wrong with a configuration
+    odmr status -c FILE   what waits, for whom, since when; the last calls; of either side
+    odmr queue -c FILE    lists, shows, removes, bounces, retries, exports and imports messages
     odmr demo             provider and customer on loopback, with the dialogue
 
 `odmr SUBCOMMAND -h` shows the options; `odmr --version` prints the version.
@@ -47,16 +52,19 @@ struct Subcommand {
     summary: &'static str,
     /// Whether it needs `-c FILE`.
     has_config: bool,
+    /// Its arguments, for the help; empty: it takes none.
+    arguments: &'static str,
     /// Adds its own options.
     options: fn(&mut Options),
     run: fn(&Matches) -> Result<(), ExitError>,
 }
 
-const SUBCOMMANDS: [Subcommand; 4] = [
+const SUBCOMMANDS: [Subcommand; 6] = [
     Subcommand {
         name: "serve",
         summary: "Runs the provider in the foreground; logs to stderr; SIGTERM ends it.",
         has_config: true,
+        arguments: "",
         options: |options| {
             options.optflag("v", "verbose", "logs the dialogue too, in transcript form, without secrets");
             options.optopt("", "inetd", "serves one connection, on descriptors 0 and 1: odmr or inbound", "LISTENER");
@@ -67,6 +75,7 @@ const SUBCOMMANDS: [Subcommand; 4] = [
         name: "pull",
         summary: "Makes one call to the provider, or calls by the schedule. It is a success too if there is no mail.",
         has_config: true,
+        arguments: "",
         options: pull::options,
         run: pull::run,
     },
@@ -74,13 +83,31 @@ const SUBCOMMANDS: [Subcommand; 4] = [
         name: "check",
         summary: "Checks a configuration of either side.",
         has_config: true,
+        arguments: "",
         options: check::options,
         run: check::run,
+    },
+    Subcommand {
+        name: "status",
+        summary: "Shows what waits, for whom, since when, and the last calls, from the files of either side.",
+        has_config: true,
+        arguments: " [ACCOUNT|DOMAIN]",
+        options: status::options,
+        run: status::run,
+    },
+    Subcommand {
+        name: "queue",
+        summary: queue::SUMMARY,
+        has_config: true,
+        arguments: " list [DOMAIN] | show ID | remove ID | bounce ID | retry ID|DOMAIN | export DOMAIN | import",
+        options: |_| {},
+        run: queue::run,
     },
     Subcommand {
         name: "demo",
         summary: "Shows two messages in one call over TLS: one to the provider, the turn, one into a Maildir.",
         has_config: false,
+        arguments: "",
         options: |_| {},
         run: |_| demo::run(),
     },
@@ -116,7 +143,7 @@ pub fn main() -> ExitCode {
 fn run(arguments: &[String]) -> Result<(), ExitError> {
     let usage = |text: String| Err(ExitError::usage(text, "odmr -h"));
     let Some((word, rest)) = arguments.split_first() else {
-        return usage("a subcommand is missing: serve, pull, send, check or demo".to_owned());
+        return usage("a subcommand is missing: serve, pull, send, check, status, queue or demo".to_owned());
     };
     match word.as_str() {
         "-h" | "--help" => print(HELP),
@@ -124,7 +151,9 @@ fn run(arguments: &[String]) -> Result<(), ExitError> {
         "send" => sendmail::run(None, rest),
         _ => match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
             Some(subcommand) => subcommand.start(rest),
-            None => usage(format!("no such subcommand: {word}; there are serve, pull, send, check and demo")),
+            None => {
+                usage(format!("no such subcommand: {word}; there are serve, pull, send, check, status, queue and demo"))
+            }
         },
     }
 }
@@ -141,10 +170,11 @@ impl Subcommand {
         (self.options)(&mut options);
         let matches = options.parse(arguments).map_err(|error| ExitError::usage(error, &hint))?;
         if matches.opt_present("help") {
+            let (name, arguments) = (self.name, self.arguments);
             let file = if self.has_config { " -c FILE" } else { "" };
-            return print(&options.usage(&format!("odmr {}{file} [options]\n\n{}", self.name, self.summary)));
+            return print(&options.usage(&format!("odmr {name}{file} [options]{arguments}\n\n{}", self.summary)));
         }
-        if let Some(word) = matches.free.first() {
+        if let Some(word) = matches.free.first().filter(|_| self.arguments.is_empty()) {
             return Err(ExitError::usage(format!("{} takes no argument {word:?}", self.name), &hint));
         }
         if self.has_config && !matches.opt_present("config") {

@@ -85,6 +85,20 @@ pub(super) fn become_owner(config: &CustomerConfig, owner: Option<SystemUser>) -
     Ok(())
 }
 
+/// Becomes the owner of a provider's spool, if this process is root and the spool is another user's: what root made there,
+/// `serve` could not read. Call it before there are threads.
+///
+/// # Errors
+///
+/// The owner is not known, or the rights of root cannot be given up.
+pub(super) fn become_spool_owner(spool: &Path) -> Result<(), ExitError> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let owner = SystemUser::owner_of(spool).map_err(|text| ExitError::new(Sysexit::Config, text))?;
+    owner.map_or(Ok(()), |owner| owner.assume().map_err(|text| ExitError::new(Sysexit::OsError, text)))
+}
+
 /// Signals that end a process by default, but no daemon: a stray one must not cut its sessions. SIGPIPE is not among them,
 /// because the runtime of Rust ignores it, and SIGXFSZ not, because [`catch_file_size_signal`] catches it.
 const IGNORED_BY_DAEMONS: [i32; 9] = [SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU, SIGIO];

@@ -33,7 +33,7 @@ pub use self::relay::{RelayConfig, TlsPolicy};
 #[cfg(test)]
 pub(crate) use self::schedule::parse as parse_schedule;
 pub use self::source::Findings;
-pub use self::value::Network;
+pub use self::value::{Network, duration};
 pub use crate::recipients::{ConfigError, SourceLine};
 
 use self::source::{FileKind, Source};

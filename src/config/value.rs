@@ -439,6 +439,14 @@ pub(super) const DURATION: Text<Duration> = Text::new("a time such as \"5m\"", |
     }
 });
 
+/// Reads a time on the command line, such as `4h`.
+///
+/// # Errors
+/// What to write instead.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    DURATION.parse(text)
+}
+
 /// A time, or `never`.
 pub(super) const DELAY_WARNING: Text<Option<Duration>> = Text::new("a time such as \"4h\", or \"never\"", |text| {
     if text == "never" {

@@ -15,6 +15,7 @@ pub mod pull;
 pub mod probe;
 pub mod network;
 pub mod daemon;
+pub mod status;
 
 pub use counters::Summary;
 pub use pull::{CallError, pull};

@@ -1,0 +1,565 @@
+//! `odmr queue`: an administrator looks at messages that wait, and decides on them, beside a running daemon.
+//!
+//! Looking needs no lock. Whatever changes a message has the lock of its queue, as a session has; if a session has it, the
+//! exit code is 75.
+
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
+use std::num::NonZero;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::{self, ScopedJoinHandle};
+use std::time::{Duration, Instant};
+
+use getopts::Matches;
+
+use super::exit::{ExitError, Sysexit};
+use super::logging;
+use super::process::{self, config_path};
+use super::status::short_time;
+use crate::clock::Timestamp;
+use crate::config::{Config, CustomerConfig, ProviderConfig};
+use crate::customer::mailboxes::Mailboxes;
+use crate::customer::outbox::Outbox;
+use crate::customer::store;
+use crate::ids::Ids;
+use crate::mail::address::{Domain, Mailbox, ReversePath};
+use crate::maildir::MessageWriter;
+use crate::net::descriptor::Waiting;
+use crate::net::tls;
+use crate::net::trace::quoted;
+use crate::provider::accept::SpoolDsnSink;
+use crate::provider::relay;
+use crate::provider::spool::{Spool, SpoolQueue};
+use crate::queue::batch::{self, BatchEnvelope, BatchError, BatchReader};
+use crate::queue::envelope::continues_envelope;
+use crate::queue::retry::age;
+use crate::queue::{ListedMessage, LockError, Queue, QueueLock, QueueName, QueuedEnvelope};
+use crate::report::{Attempt, Reporter};
+use crate::smtp::command::{Body, Recipient, Return};
+use crate::smtp::reply::Reply;
+use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
+
+pub(super) const SUMMARY: &str = "\
+Looks at messages that wait, and decides on them. ID is the one of the log, or the unique part of a file's name.
+
+    list     a line for each message, or for those of a domain
+    show     the envelope, the history and the header of a message
+    remove   removes a message; its sender is not told
+    bounce   returns a message to its sender, with a DSN
+    retry    makes a message, or those of a domain, due at once
+    export   writes the messages of a domain to stdout as batch SMTP (RFC 2442); the files stay
+    import   stores messages that come on stdin as batch SMTP";
+
+const HINT: &str = "odmr queue -h";
+
+/// Queues that each thread lists before their lines are written.
+const QUEUES_AT_ONCE: usize = 50;
+
+/// How long a session that has the lock of a queue is waited for.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+
+/// Octets of a header that `show` prints.
+const HEADER_LIMIT: u64 = 64 << 10;
+
+/// The queues of either side.
+struct Queues {
+    ids: Ids,
+    hostname: String,
+    queue: Queue,
+    /// With their names for administrators.
+    names: Vec<(String, QueueName)>,
+    reporter: Reporter,
+    side: Side,
+}
+
+enum Side {
+    Provider(Arc<Spool>),
+    /// The queue that imported mail goes to; `None`: this customer sends no mail.
+    Customer(Option<QueueName>),
+}
+
+/// A message, and where it is.
+struct QueueItem<'a> {
+    label: &'a str,
+    name: &'a QueueName,
+    message: ListedMessage,
+}
+
+/// Does what the arguments say.
+///
+/// # Errors
+///
+/// The command line is wrong (64); there is no such message (65); another session has its queue (75); the system's.
+pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
+    let words: Vec<&str> = matches.free.iter().map(String::as_str).collect();
+    let changes = match words[..] {
+        ["list"] | ["list" | "show" | "export", _] => false,
+        ["remove" | "bounce" | "retry", _] | ["import"] => true,
+        [] => {
+            return Err(ExitError::usage(
+                "what to do is missing: list, show, remove, bounce, retry, export or import",
+                HINT,
+            ));
+        }
+        ["list" | "import", ..] => return Err(ExitError::usage("too many arguments", HINT)),
+        [word @ ("show" | "remove" | "bounce" | "retry" | "export"), ..] => {
+            return Err(ExitError::usage(format!("{word} needs one id or domain"), HINT));
+        }
+        [word, ..] => return Err(ExitError::usage(format!("queue does not know {word:?}"), HINT)),
+    };
+    logging::start(None, log::LevelFilter::Warn);
+    let path = config_path(matches);
+    let queues = match Config::load(&path)? {
+        Config::Provider(config) => Queues::of_provider(&config, changes)?,
+        Config::Customer(config) => Queues::of_customer(&config, &path, changes)?,
+    };
+    let mut out = BufWriter::with_capacity(64 << 10, Waiting(io::stdout()));
+    let done = match words[..] {
+        ["show", id] => queues.show(&mut out, id),
+        ["remove", id] => queues.remove(&mut out, id),
+        ["bounce", id] => queues.bounce(&mut out, id),
+        ["retry", what] => queues.retry(&mut out, what),
+        ["export", domain] => queues.export(&mut out, domain),
+        ["import"] => queues.import(&mut out),
+        _ => queues.list(&mut out, words.get(1).copied()),
+    };
+    match done.and_then(|()| Ok(out.flush()?)) {
+        // `head` has seen enough.
+        Err(Failure::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(Failure::Io(error)) => Err(error.into()),
+        Err(Failure::Exit(error)) => {
+            let _ = out.flush();
+            Err(error)
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+enum Failure {
+    Io(io::Error),
+    Exit(ExitError),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Failure {
+        Failure::Io(error)
+    }
+}
+
+fn failure<T>(code: Sysexit, text: impl ToString) -> Result<T, Failure> {
+    Err(Failure::Exit(ExitError::new(code, text)))
+}
+
+impl Queues {
+    fn of_provider(config: &ProviderConfig, changes: bool) -> Result<Queues, ExitError> {
+        if changes {
+            process::become_spool_owner(&config.spool)?;
+        }
+        let ids = Ids::system(tls::random);
+        let spool = Arc::new(Spool::new(config, &ids));
+        // No relay runs here: `Spool::request_retry` tells the one of `serve`.
+        let sink = SpoolDsnSink { spool: spool.clone(), relay: relay::channel().handle, ids: ids.clone() };
+        let names = spool.all_queues()?.into_iter().map(|(label, queue)| (label, spool.name(&queue))).collect();
+        Ok(Queues {
+            hostname: config.hostname.clone(),
+            queue: spool.queue().clone(),
+            names,
+            reporter: Reporter::new(&config.hostname, &ids, Some(Arc::new(sink))),
+            side: Side::Provider(spool),
+            ids,
+        })
+    }
+
+    fn of_customer(config: &CustomerConfig, path: &Path, changes: bool) -> Result<Queues, ExitError> {
+        if changes {
+            process::check_not_root(config, path)?;
+            process::become_owner(config, process::owner_to_become(config)?)?;
+        }
+        let ids = Ids::system(tls::random);
+        let mailboxes = Arc::new(Mailboxes::new(config, &ids));
+        let outgoing = config.outgoing.as_ref().map(|outgoing| store::outgoing_queue(&outgoing.queue));
+        let reporter = match Outbox::new(&mailboxes) {
+            Some(outbox) => outbox.retry_queue.reporter.clone(),
+            None => Reporter::new(&config.hostname, &ids, None),
+        };
+        let names = outgoing.clone().map(|name| ("outgoing".to_owned(), name));
+        let next_hops = ("next-hops".to_owned(), mailboxes.retry_queue());
+        Ok(Queues {
+            hostname: config.hostname.clone(),
+            queue: mailboxes.queue.clone(),
+            names: names.into_iter().chain([next_hops]).collect(),
+            reporter,
+            side: Side::Customer(outgoing),
+            ids,
+        })
+    }
+
+    /// Shows each message of a domain: those of its queues, and those of queues for all domains with a recipient there.
+    /// `None`: all messages.
+    fn each<'a>(
+        &'a self, domain: Option<&Domain>, show: &mut dyn FnMut(QueueItem<'a>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.each_of(&self.names, domain, show)
+    }
+
+    /// The same for some of the queues.
+    fn each_of<'a>(
+        &self, names: &'a [(String, QueueName)], domain: Option<&Domain>,
+        show: &mut dyn FnMut(QueueItem<'a>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        for (label, name) in names {
+            let whole = domain.is_none() || name.domain.as_ref() == domain;
+            if !whole && name.domain.is_some() {
+                continue;
+            }
+            let wanted = |message: &ListedMessage| {
+                let recipients = message.envelope.iter().flat_map(|queued| &queued.envelope.recipients);
+                whole || recipients.into_iter().any(|recipient| recipient.mailbox.domain() == domain)
+            };
+            self.queue.list(name, &mut |message| {
+                if wanted(&message) { show(QueueItem { label, name, message }) } else { Ok(()) }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The messages with this id: one message has a file in each queue of its recipients.
+    fn find(&self, id: &str) -> Result<Vec<QueueItem<'_>>, Failure> {
+        let mut all = Vec::new();
+        self.each(None, &mut |found| {
+            if found.message.is(id) {
+                all.push(found);
+            }
+            Ok(())
+        })?;
+        if all.is_empty() {
+            return failure(Sysexit::DataError, format!("no message {id} waits here"));
+        }
+        Ok(all)
+    }
+
+    /// Locks a queue; a session that has it is waited for, but not for long.
+    fn lock(&self, QueueItem { label, name, .. }: &QueueItem<'_>) -> Result<QueueLock, Failure> {
+        let begun = Instant::now();
+        loop {
+            match self.queue.lock(std::slice::from_ref(name)) {
+                Ok(lock) => return Ok(lock),
+                Err(LockError::Failed(error)) => return Err(error.into()),
+                Err(LockError::Busy(_)) if begun.elapsed() < LOCK_WAIT => thread::sleep(Duration::from_millis(50)),
+                Err(LockError::Busy(_)) => {
+                    return failure(Sysexit::Temporary, format!("a session has the queue {label}: try again later"));
+                }
+            }
+        }
+    }
+
+    fn list(&self, out: &mut dyn Write, domain: Option<&str>) -> Result<(), Failure> {
+        let domain = domain.map(parse_domain).transpose()?;
+        let (domain, now) = (domain.as_ref(), self.ids.clock().now());
+        let lines = |names: &[(String, QueueName)]| {
+            let mut text = String::new();
+            self.each_of(names, domain, &mut |found| {
+                text += &line(&found, now);
+                Ok(())
+            })?;
+            io::Result::Ok(text)
+        };
+        // Each file is opened: every processor has a part of the queues.
+        let threads = thread::available_parallelism().map_or(1, NonZero::get).min(8);
+        for names in self.names.chunks(threads * QUEUES_AT_ONCE) {
+            let share = names.len().div_ceil(threads);
+            let parts = thread::scope(|scope| {
+                let spawn = |part| thread::Builder::new().spawn_scoped(scope, move || lines(part));
+                let parts = names.chunks(share).map(spawn).collect::<io::Result<Vec<_>>>()?;
+                let panicked = |_| Err(io::Error::other("a thread has panicked"));
+                let join = |part: ScopedJoinHandle<'_, _>| part.join().unwrap_or_else(panicked);
+                parts.into_iter().map(join).collect::<io::Result<Vec<String>>>()
+            })?;
+            for part in parts {
+                out.write_all(part.as_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn show(&self, out: &mut dyn Write, id: &str) -> Result<(), Failure> {
+        for (number, found) in self.find(id)?.iter().enumerate() {
+            if number > 0 {
+                writeln!(out)?;
+            }
+            show_message(out, found)?;
+        }
+        Ok(())
+    }
+
+    fn remove(&self, out: &mut dyn Write, id: &str) -> Result<(), Failure> {
+        for found in self.find(id)? {
+            let removed = self.lock(&found)?.remove(found.name, found.message.entry)?;
+            let what = if removed { "removed" } else { "gone already" };
+            writeln!(out, "{}: {what}, from {}", found.message.id, found.label)?;
+        }
+        Ok(())
+    }
+
+    fn bounce(&self, out: &mut dyn Write, id: &str) -> Result<(), Failure> {
+        for found in self.find(id)? {
+            let (id, label) = (found.message.id.clone(), found.label);
+            let mut lock = self.lock(&found)?;
+            let Some(message) = lock.open_message(found.name, found.message.entry)? else {
+                writeln!(out, "{id}: not bounced: it is gone, or no mail (`odmr queue show {id}`), in {label}")?;
+                continue;
+            };
+            let told =
+                if message.envelope.from == ReversePath::Null { "set aside: it has no sender" } else { "bounced" };
+            let reply = Reply::new(554, "5.0.0", "Returned to its sender by an administrator");
+            let recipients = message.envelope.recipients.len();
+            let result = DeliveryResult::all(RecipientStatus::Rejected(reply), recipients, DecidedBy::Us);
+            self.reporter.finish_attempt(message, result, &Attempt::by_administrator(), &mut lock)?;
+            writeln!(out, "{id}: {told}, from {label}")?;
+        }
+        self.wake()
+    }
+
+    fn retry(&self, out: &mut dyn Write, what: &str) -> Result<(), Failure> {
+        let mut all = Vec::new();
+        if let Some(domain) = Domain::parse(what) {
+            self.each(Some(&domain), &mut |found| {
+                all.push(found);
+                Ok(())
+            })?;
+        }
+        let all = if all.is_empty() { self.find(what)? } else { all };
+        let mut locked: Option<(&QueueName, QueueLock)> = None;
+        let mut due = 0;
+        for found in all {
+            if locked.as_ref().is_none_or(|(name, _)| *name != found.name) {
+                // Not both at once: another process may want them in the other order.
+                drop(locked.take());
+                locked = Some((found.name, self.lock(&found)?));
+            }
+            if let Some((name, lock)) = &mut locked {
+                due += usize::from(lock.make_due(name, found.message.entry)?);
+            }
+        }
+        writeln!(out, "{due} messages are due")?;
+        self.wake()
+    }
+
+    /// Asks the relay of a running `serve` to look at its queues; a customer's daemon looks every minute.
+    fn wake(&self) -> Result<(), Failure> {
+        match &self.side {
+            Side::Provider(spool) => Ok(spool.request_retry()?),
+            Side::Customer(_) => Ok(()),
+        }
+    }
+
+    fn export(&self, out: &mut dyn Write, domain: &str) -> Result<(), Failure> {
+        let domain = parse_domain(domain)?;
+        let mut incomplete = Vec::new();
+        batch::write_begin(out, &self.hostname)?;
+        self.each(Some(&domain), &mut |QueueItem { name, message, .. }| {
+            if message.envelope.is_err() || !message.unread.is_empty() {
+                incomplete.push(message.id.clone());
+            }
+            let Ok(queued) = &message.envelope else { return Ok(()) };
+            let in_domain = |recipient: &&Recipient| recipient.mailbox.domain() == Some(&domain);
+            let recipients: Vec<_> = queued.envelope.recipients.iter().filter(in_domain).cloned().collect();
+            match message.open_content(name)? {
+                Some(mut content) if !recipients.is_empty() => {
+                    batch::write_message(out, &queued.with_recipients(recipients), &mut content)
+                }
+                _ => Ok(()),
+            }
+        })?;
+        batch::write_end(out)?;
+        match incomplete.as_slice() {
+            [] => Ok(()),
+            ids => failure(Sysexit::DataError, format!("not exported, or without some recipients: {}", ids.join(" "))),
+        }
+    }
+
+    fn import(&self, out: &mut dyn Write) -> Result<(), Failure> {
+        let mut reader = BatchReader::new(BufReader::new(Waiting(io::stdin())));
+        let mut imported = 0;
+        let done = loop {
+            match self.import_message(&mut reader) {
+                Ok(true) => imported += 1,
+                Ok(false) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        writeln!(out, "{imported} messages imported")?;
+        self.wake()?;
+        match done {
+            Ok(()) => Ok(()),
+            Err(BatchError::Input(error)) => Err(error.into()),
+            Err(error) => failure(
+                Sysexit::DataError,
+                format!("{error}; the {imported} messages before are stored, the rest is not"),
+            ),
+        }
+    }
+
+    /// Stores the next message; false: there is none.
+    fn import_message(&self, reader: &mut BatchReader<impl BufRead>) -> Result<bool, BatchError> {
+        let Some(BatchEnvelope { id, arrived, envelope }) = reader.next_envelope()? else { return Ok(false) };
+        let id = id.unwrap_or_else(|| self.ids.queue_id());
+        let arrived = arrived.unwrap_or_else(|| self.ids.clock().now());
+        let mut copies: Vec<(QueueName, QueuedEnvelope)> = Vec::new();
+        for recipient in &envelope.recipients {
+            let (mailbox, name) = self
+                .place(&recipient.mailbox)
+                .map_err(|text| reader.wrong(format!("<{}>: {text}", recipient.mailbox)))?;
+            let recipient = Recipient { mailbox, ..recipient.clone() };
+            match copies.iter_mut().find(|(other, _)| *other == name) {
+                Some((_, copy)) => copy.envelope.recipients.push(recipient),
+                None => {
+                    let envelope = envelope.with_recipients(vec![recipient]);
+                    copies.push((name, QueuedEnvelope { id: id.clone(), arrived, envelope }));
+                }
+            }
+        }
+        let first = reader.content_line()?;
+        // Octet for octet, unless the content would be read as a part of the envelope.
+        let head = match &first {
+            Some(line) if continues_envelope(line) => {
+                format!("Received: by {} (import) id {id}; {}\n", self.hostname, arrived.rfc5322())
+            }
+            _ => String::new(),
+        };
+        let mut writer: MessageWriter = self.queue.begin_message(&copies, &head)?;
+        let mut next = first;
+        while let Some(line) = next {
+            writer.write(&line)?;
+            next = reader.content_line()?;
+        }
+        writer.commit()?;
+        Ok(true)
+    }
+
+    /// The queue for a recipient, and the recipient as its envelope has it.
+    fn place(&self, mailbox: &Mailbox) -> Result<(Mailbox, QueueName), &'static str> {
+        match &self.side {
+            Side::Provider(spool) => {
+                let queue = spool.queue_for(mailbox).ok_or("mail for an address literal is not sent")?;
+                let held = !matches!(queue, SpoolQueue::Outgoing(_));
+                Ok((if held { mailbox.canonical() } else { mailbox.clone() }, spool.name(&queue)))
+            }
+            Side::Customer(outgoing) => {
+                let name = outgoing.clone().ok_or("this customer sends no mail: it has no table [outgoing]")?;
+                Ok((mailbox.clone(), name))
+            }
+        }
+    }
+}
+
+fn parse_domain(text: &str) -> Result<Domain, Failure> {
+    Domain::parse_any(text).or_else(|_| failure(Sysexit::DataError, format!("{text} is not a domain")))
+}
+
+/// One line about a message.
+fn line(QueueItem { label, message, .. }: &QueueItem<'_>, now: Timestamp) -> String {
+    let age = short_time(age(message.arrived, now).as_secs());
+    let mut line = format!("id={} queue={label} age={age} size={}", message.id, message.bytes);
+    match &message.envelope {
+        Err(reason) => line += &format!(" not-mail={}", quoted(reason)),
+        Ok(queued) => {
+            line += &format!(" from=<{}>", queued.envelope.from);
+            for recipient in &queued.envelope.recipients {
+                line += &format!(" to=<{}>", recipient.mailbox);
+            }
+        }
+    }
+    for (address, state) in &message.settled {
+        line += &format!(" to=<{address}>({state})");
+    }
+    for text in &message.unread {
+        line += &format!(" to={}(unreadable)", quoted(text));
+    }
+    line += &format!(" attempts={}", message.record.attempts);
+    line += if message.in_doubt { " in-doubt" } else { "" };
+    if let Some(next) = message.next_attempt {
+        line += &format!(" next={}", next.rfc3339());
+    }
+    if let Some(reply) = message.last_reply() {
+        line += &format!(" reply={}", quoted(reply));
+    }
+    line.push('\n');
+    line
+}
+
+/// The envelope, the history and the header of a message.
+fn show_message(out: &mut dyn Write, QueueItem { label, name, message }: &QueueItem<'_>) -> io::Result<()> {
+    let directory = name.path.join(if message.entry.seen { "cur" } else { "new" });
+    writeln!(out, "id: {}\nqueue: {label}", message.id)?;
+    writeln!(out, "file: {}", quoted(directory.join(&message.entry.name).display()).trim_matches('"'))?;
+    writeln!(out, "arrived: {}\nsize: {}", message.arrived.rfc3339(), message.bytes)?;
+    match &message.envelope {
+        Err(reason) => writeln!(out, "not mail: {}", quoted(reason).trim_matches('"'))?,
+        Ok(queued) => show_envelope(out, queued)?,
+    }
+    for (address, state) in &message.settled {
+        writeln!(out, "to: <{address}> {state}")?;
+    }
+    for text in &message.unread {
+        writeln!(out, "to: {} unreadable", quoted(text))?;
+    }
+    let record = &message.record;
+    let time = |time: Timestamp| time.rfc3339();
+    for (key, value) in [
+        ("first seen", record.first_seen.map(time)),
+        ("first offered", record.first_offered.map(time)),
+        ("attempts", Some(record.attempts.to_string())),
+        ("in doubt", message.in_doubt.then(|| "it may have been sent".to_owned())),
+        (
+            "sessions ended",
+            record.ended.map(|e| format!("{}, the last one {}; {} calls skip it", e.sessions, time(e.at), e.skip)),
+        ),
+        ("last reply", message.last_reply()),
+        ("next attempt", message.next_attempt.map(time)),
+    ] {
+        if let Some(value) = value {
+            writeln!(out, "{key}: {value}")?;
+        }
+    }
+    writeln!(out)?;
+    let Some(content) = message.open_content(name)? else { return Ok(()) };
+    for line in BufReader::new(content.take(HEADER_LIMIT)).split(b'\n') {
+        let line = line?;
+        let line = line.strip_suffix(b"\r").unwrap_or(&line);
+        if line.is_empty() {
+            break;
+        }
+        // Control characters could change the terminal.
+        let text = String::from_utf8_lossy(line);
+        let plain: String = text.chars().map(|c| if c.is_control() && c != '\t' { '?' } else { c }).collect();
+        writeln!(out, "{plain}")?;
+    }
+    Ok(())
+}
+
+fn show_envelope(out: &mut dyn Write, queued: &QueuedEnvelope) -> io::Result<()> {
+    let envelope = &queued.envelope;
+    let mut parameters = Vec::new();
+    match envelope.body {
+        Body::Unsaid => {}
+        Body::SevenBit => parameters.push("BODY=7BIT".to_owned()),
+        Body::EightBit => parameters.push("BODY=8BITMIME".to_owned()),
+    }
+    if envelope.utf8 {
+        parameters.push("SMTPUTF8".to_owned());
+    }
+    match envelope.ret {
+        None => {}
+        Some(Return::Full) => parameters.push("RET=FULL".to_owned()),
+        Some(Return::Header) => parameters.push("RET=HDRS".to_owned()),
+    }
+    parameters.extend(envelope.envelope_id.iter().map(|id| format!("ENVID={id}")));
+    writeln!(out, "{}", format!("from: <{}> {}", envelope.from, parameters.join(" ")).trim_end())?;
+    for recipient in &envelope.recipients {
+        let notify = recipient.notify.as_given().map(|notify| format!(" NOTIFY={notify}")).unwrap_or_default();
+        let original = recipient.original.as_ref().map(|original| format!(" ORCPT={original}")).unwrap_or_default();
+        writeln!(out, "to: <{}> open{notify}{original}", recipient.mailbox)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,65 @@
+//! A customer's calls, and what waits in its queues: read from its files, with or without a running daemon.
+
+use std::io;
+
+use super::daemon;
+use super::store;
+use crate::clock::Timestamp;
+use crate::config::CustomerConfig;
+use crate::ids::Ids;
+use crate::queue::{Queue, QueueSummary};
+use crate::report::calls::{self, CallRecord};
+
+/// The status of a customer.
+pub struct CustomerStatus {
+    /// The process id of the daemon; `None`: none runs, or this user may not know.
+    pub daemon: Option<i32>,
+    pub providers: Vec<ProviderCalls>,
+    /// Outgoing mail; `None`: this customer sends none.
+    pub outgoing: Option<QueueSummary>,
+    /// Mail for next hops, and for mailboxes that are full.
+    pub next_hops: QueueSummary,
+    /// The last reading of the configuration by the daemon.
+    pub reload: Option<CallRecord>,
+}
+
+/// The calls to one provider account.
+pub struct ProviderCalls {
+    pub address: String,
+    pub account: String,
+    pub last: Option<CallRecord>,
+    /// When the daemon calls next; only if one runs.
+    pub next: Option<Timestamp>,
+}
+
+impl CustomerStatus {
+    /// Reads the status of the provider accounts for which `wanted` is true; it gets the name and the address.
+    ///
+    /// # Errors
+    /// A directory cannot be read.
+    pub fn read(config: &CustomerConfig, ids: &Ids, wanted: impl Fn(&str, &str) -> bool) -> io::Result<CustomerStatus> {
+        let root = &config.mailboxes.root;
+        let queue = Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover);
+        let daemon = daemon::running(config).unwrap_or(None);
+        let mut providers = Vec::new();
+        for provider in &config.providers {
+            let (account, address) = (provider.remote.login_name(), &provider.remote.address);
+            if wanted(account, address) {
+                providers.push(ProviderCalls {
+                    address: address.clone(),
+                    account: account.to_owned(),
+                    last: CallRecord::read(&store::call_record(root, account, address)),
+                    next: daemon.and_then(|_| calls::read_time(&store::next_call(root, account, address))),
+                });
+            }
+        }
+        let outgoing = config.outgoing.as_ref();
+        Ok(CustomerStatus {
+            daemon,
+            providers,
+            outgoing: outgoing.map(|outgoing| queue.summary(&store::outgoing_queue(&outgoing.queue))).transpose()?,
+            next_hops: queue.summary(&store::retry_queue(root))?,
+            reload: CallRecord::read(&store::reload_record(root)),
+        })
+    }
+}

@@ -1,0 +1,98 @@
+//! What a provider holds, and what became of the last calls: read from its files, with or without a running `serve`.
+
+use std::io;
+
+use super::spool::{Spool, SpoolQueue};
+use crate::clock::Timestamp;
+use crate::config::ProviderConfig;
+use crate::ids::Ids;
+use crate::net::tls::ServerTls;
+use crate::queue::QueueSummary;
+use crate::report::calls::CallRecord;
+
+/// The status of a provider.
+pub struct ProviderStatus {
+    pub accounts: Vec<AccountStatus>,
+    /// Domains that have mail and belong to no account any more.
+    pub unowned: Vec<DomainStatus>,
+    pub postmaster: QueueSummary,
+    /// Destinations elsewhere that have mail.
+    pub outgoing: Vec<DomainStatus>,
+    /// The end of the certificate's validity; `None`: there is no certificate, or it cannot be read.
+    pub certificate_until: Option<Timestamp>,
+    /// The last reading of the configuration by `serve`.
+    pub reload: Option<CallRecord>,
+}
+
+/// The mail that is held for a customer.
+pub struct AccountStatus {
+    pub name: String,
+    /// Of all its domains.
+    pub held: QueueSummary,
+    pub domains: Vec<DomainStatus>,
+    pub call: Option<CallRecord>,
+}
+
+/// The mail that waits for a domain.
+pub struct DomainStatus {
+    pub domain: String,
+    pub waiting: QueueSummary,
+}
+
+impl ProviderStatus {
+    /// Reads the status of the accounts and domains for which `wanted` is true; it gets the name of an account, if there is
+    /// one, and a domain.
+    ///
+    /// # Errors
+    /// A directory cannot be read.
+    pub fn read(
+        config: &ProviderConfig, ids: &Ids, wanted: impl Fn(Option<&str>, &str) -> bool,
+    ) -> io::Result<ProviderStatus> {
+        let spool = Spool::new(config, ids);
+        let summary = |queue: &SpoolQueue| spool.queue().summary(&spool.name(queue));
+        let mut accounts = Vec::new();
+        for account in config.accounts.iter() {
+            let mut status = AccountStatus {
+                name: account.name.clone(),
+                held: QueueSummary::default(),
+                domains: Vec::new(),
+                call: CallRecord::read(&spool.call_record(&account.name)),
+            };
+            for domain in account.domains.iter().filter(|domain| wanted(Some(&account.name), domain.as_str())) {
+                let waiting = summary(&SpoolQueue::Held(domain.clone()))?;
+                status.held.add(&waiting);
+                status.domains.push(DomainStatus { domain: domain.to_string(), waiting });
+            }
+            if !status.domains.is_empty() {
+                accounts.push(status);
+            }
+        }
+        let (mut unowned, mut outgoing, mut postmaster) = (Vec::new(), Vec::new(), QueueSummary::default());
+        for (_, queue) in spool.all_queues()? {
+            let (domain, list) = match &queue {
+                SpoolQueue::Postmaster if wanted(None, "postmaster") => {
+                    postmaster = summary(&queue)?;
+                    continue;
+                }
+                SpoolQueue::Held(domain) if spool.owner(domain).is_none() => (domain, &mut unowned),
+                SpoolQueue::Outgoing(domain) => (domain, &mut outgoing),
+                SpoolQueue::Held(_) | SpoolQueue::Postmaster => continue,
+            };
+            if wanted(None, domain.as_str()) {
+                let waiting = summary(&queue)?;
+                if !waiting.is_empty() {
+                    list.push(DomainStatus { domain: domain.to_string(), waiting });
+                }
+            }
+        }
+        let tls = config.tls.as_ref().and_then(|files| ServerTls::load(&files.certificate, &files.key).ok());
+        Ok(ProviderStatus {
+            accounts,
+            unowned,
+            postmaster,
+            outgoing,
+            certificate_until: tls.and_then(|tls| tls.until()),
+            reload: CallRecord::read(&spool.reload_record()),
+        })
+    }
+}

@@ -1,0 +1,375 @@
+//! `odmr status` and `odmr queue`: the real binary on the files of either side.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use crate::running::Running;
+
+const PROVIDER: &str = "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n[inbound]\n\
+                        listen = [\"127.0.0.1:0\"]\n[odmr]\nlisten = [\"127.0.0.1:0\"]\nrequire-tls = false\n[relay]\n\
+                        resolver = \"127.0.0.1:1\"\n";
+
+const CUSTOMER: &str = "hostname = \"mail.example.org\"\n[provider]\naddress = \"127.0.0.1:1\"\ntls = \"none\"\n\
+                        name = \"acme\"\nsecret = \"tanstaaftanstaaf\"\n[mailboxes]\nroot = \"mailboxes\"\n\
+                        accept = [\"alice@example.org\"]\n[outgoing]\nqueue = \"outgoing\"\n";
+
+/// A message with all parameters, to two recipients, one of whom has it.
+const LARGE: &str = "Return-Path: <bob@w.example>\nDelivered-To: alice@example.org\nX-ODMR-Recipient: NOTIFY=FAILURE,DELAY \
+                     ORCPT=rfc822;alice@example.org\nDelivered-To: eva\u{6}example.org\nX-ODMR-Envelope: id=1large; \
+                     arrived=2026-11-20T03:04:05Z; body=8BITMIME; ret=HDRS; envid=a+20b\n";
+const LARGE_CONTENT: &str = "Received: from w.example by relay.example.net id 1large; now\nSubject: \u{e4}\u{1b}[2J\n\n\
+                             .\n..two\nlast\n";
+/// Of another agent, in doubt, without a size in its name.
+const FOREIGN: &str = "Return-Path: <>\nDelivered-To: alice@example.org\nSubject: dsn\n\nbody";
+
+/// A directory with the files of one side.
+struct Place(tempfile::TempDir);
+
+struct Done {
+    code: i32,
+    out: String,
+    error: String,
+}
+
+impl Place {
+    fn new(config: &str) -> Place {
+        let place = Place(tempfile::tempdir().unwrap());
+        place.write("odmr.toml", config);
+        fs::create_dir(place.path("customers.d")).unwrap();
+        place.write("customers.d/acme.toml", "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\n");
+        place
+    }
+
+    /// A provider that holds [`LARGE`] and [`FOREIGN`].
+    fn filled() -> Place {
+        let place = Place::new(PROVIDER);
+        let large = format!("{LARGE}{LARGE_CONTENT}");
+        let name = format!("1763607845.M1P1.relay,S={},W=1,O=1763607900,A=2,L=450_4.2.1_mailbox_is_full", large.len());
+        place.write(&format!("spool/domains/example.org/new/{name}"), &large);
+        place.write("spool/domains/example.org/cur/1763607846.V1.other:2,F", FOREIGN);
+        place.write("spool/domains/example.org/.refused/new/1763607847.x,S=10", "0123456789");
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    }
+
+    fn run_with(&self, words: &[&str], input: &str) -> Done {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        command.arg(words[0]).arg("-c").arg(self.path("odmr.toml")).args(&words[1..]).env_remove("RUST_LOG");
+        let (stdin, stdout, stderr) = (Stdio::piped(), Stdio::piped(), Stdio::piped());
+        let mut child = command.stdin(stdin).stdout(stdout).stderr(stderr).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        let done = child.wait_with_output().unwrap();
+        let text = |octets: Vec<u8>| String::from_utf8(octets).unwrap();
+        Done { code: done.status.code().unwrap(), out: text(done.stdout), error: text(done.stderr) }
+    }
+
+    /// Runs the program; it must end with this code.
+    fn run(&self, code: i32, words: &[&str]) -> String {
+        let done = self.run_with(words, "");
+        assert_eq!(done.code, code, "{words:?}: {}{}", done.out, done.error);
+        if code == 0 { done.out } else { done.out + &done.error }
+    }
+
+    /// The files of the messages in a Maildir, by their unique names.
+    fn files(&self, maildir: &str) -> BTreeMap<String, String> {
+        let mut files = BTreeMap::new();
+        for part in ["new", "cur"] {
+            for entry in fs::read_dir(self.path(maildir).join(part)).into_iter().flatten() {
+                let path = entry.unwrap().path();
+                let name = path.file_name().unwrap().to_str().unwrap().split([',', ':']).next().unwrap().to_owned();
+                files.insert(name, fs::read_to_string(path).unwrap());
+            }
+        }
+        files
+    }
+}
+
+/// The value of a key of JSON in a text that has it once.
+fn value<'a>(json: &'a str, key: &str) -> &'a str {
+    let (_, rest) = json.split_once(&format!("\"{key}\": ")).unwrap_or_else(|| panic!("no {key} in {json}"));
+    rest.split(['\n', ',']).next().unwrap()
+}
+
+#[test]
+fn status_tells_what_is_held_in_each_format() {
+    let place = Place::filled();
+    let text = place.run(0, &["status"]);
+    let line = text.lines().find(|line| line.starts_with("acme ")).unwrap();
+    let words: Vec<_> = line.split_whitespace().collect();
+    let bytes = (LARGE.len() + LARGE_CONTENT.len() + FOREIGN.len()).to_string();
+    assert_eq!((words[1], words[2], &words[4..]), ("2", &*bytes, &["1", "1", "1", "never"][..]), "{text}");
+    assert!(text.contains("1 × 450 4.2.1 mailbox is full"), "{text}");
+    let json = place.run(0, &["status", "--format", "json", "example.org"]);
+    let (accounts, rest) = json.split_once("\"unowned\"").unwrap();
+    for (key, expected) in [
+        ("account", "\"acme\""),
+        ("bytes", &bytes),
+        ("in_doubt", "1"),
+        ("deferred", "1"),
+        ("reply", "\"450 4.2.1 mailbox is full\""),
+        ("oldest", "\"2025-11-20T03:04:05Z\""),
+        ("set_aside", "1"),
+        ("set_aside_bytes", "10"),
+        ("last_call", "null"),
+    ] {
+        assert_eq!(value(accounts, key), expected, "{json}");
+    }
+    assert_eq!(value(rest, "certificate_until"), "null");
+    let by_domain = place.run(0, &["status", "--format", "json", "--by", "domain"]);
+    assert_eq!(value(&by_domain, "domain"), "\"example.org\"");
+    let metrics = place.run(0, &["status", "--format", "prometheus"]);
+    for line in [
+        "odmr_queue_messages{account=\"acme\"} 2",
+        "odmr_queue_oldest_timestamp_seconds{account=\"acme\"} 1763607845",
+        "odmr_outgoing_messages 0",
+        "# TYPE odmr_queue_bytes gauge",
+    ] {
+        assert!(metrics.lines().any(|other| other == line), "{line} in {metrics}");
+    }
+    assert!(place.run(65, &["status", "nobody"]).contains("no account or domain with mail nobody"));
+    assert!(place.run(64, &["status", "--format", "xml"]).contains("not xml"));
+    assert!(place.run(64, &["status", "a", "b"]).contains("\"b\""));
+}
+
+#[test]
+fn warn_tells_only_what_needs_a_person() {
+    let place = Place::new(PROVIDER);
+    assert_eq!(place.run(0, &["status", "--warn", "1h"]), "");
+    assert!(place.run(0, &["status", "--warn", "1h", "--format", "json"]).contains("\"warnings\": []"));
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    place.write(&format!("spool/domains/example.org/new/{}.x", now - 7200), FOREIGN);
+    assert_eq!(place.run(0, &["status", "--warn", "3h"]), "");
+    let text = place.run(1, &["status", "--warn", "1h"]);
+    assert!(text.starts_with("acme: 1 messages wait, the oldest for 2h"), "{text}");
+    // Mail of a customer who is one no more, and mail of which no sender can be told.
+    place.write("spool/domains/old.example/new/1763607845.x", FOREIGN);
+    place.write("spool/domains/example.org/.refused/new/1763607847.x", "x");
+    let text = place.run(1, &["status", "--warn", "3h"]);
+    assert!(
+        text.contains("old.example: 1 messages are held for it") && text.contains("acme: 1 messages were rejected")
+    );
+    assert!(place.run(64, &["status", "--warn", "1"]).contains("--warn: \"1\" has no unit"));
+}
+
+#[test]
+fn list_and_show_tell_of_each_message() {
+    let place = Place::filled();
+    place.write("spool/domains/example.org/new/1763607848.bad", "Subject: nobody\n\n");
+    let list = place.run(0, &["queue", "list"]);
+    let [large, foreign, bad] = &list.lines().collect::<Vec<_>>()[..] else { panic!("{list}") };
+    assert!(large.starts_with("id=1large queue=example.org age="), "{large}");
+    let rest = "from=<bob@w.example> to=<alice@example.org> to=<eva@example.org>(done) attempts=2 \
+                reply=\"450 4.2.1 mailbox is full\"";
+    assert!(large.ends_with(rest), "{large}");
+    assert!(foreign.ends_with(" from=<> to=<alice@example.org> attempts=0 in-doubt"), "{foreign}");
+    assert!(bad.starts_with("id=1763607848.bad ") && bad.contains("not-mail=\"it names no recipient\""), "{bad}");
+    assert_eq!(place.run(0, &["queue", "list", "example.com"]), "");
+    let shown = place.run(0, &["queue", "show", "1large"]);
+    for line in [
+        "from: <bob@w.example> BODY=8BITMIME RET=HDRS ENVID=a+20b",
+        "to: <alice@example.org> open NOTIFY=FAILURE,DELAY ORCPT=rfc822;alice@example.org",
+        "to: <eva@example.org> done",
+        "arrived: 2026-11-20T03:04:05Z",
+        "first offered: 2025-11-20T03:05:00Z",
+        "attempts: 2",
+        // No escape sequence reaches the terminal.
+        "Subject: \u{e4}?[2J",
+    ] {
+        assert!(shown.lines().any(|other| other == line), "{line} in {shown}");
+    }
+    assert!(!shown.contains("..two"), "{shown}");
+    assert!(place.run(65, &["queue", "show", "nothing"]).contains("no message nothing waits here"));
+    for (words, text) in [
+        (&["queue"][..], "what to do is missing"),
+        (&["queue", "lsit"], "does not know \"lsit\""),
+        (&["queue", "remove"], "remove needs one id"),
+        (&["queue", "list", "a", "b"], "too many"),
+    ] {
+        assert!(place.run(64, words).contains(text), "{words:?}");
+    }
+}
+
+#[test]
+fn remove_tells_nobody_and_bounce_tells_the_sender() {
+    let place = Place::filled();
+    place.write("spool/domains/example.org/new/1763607848.bad", "Subject: nobody\n\n");
+    assert_eq!(place.run(0, &["queue", "remove", "1763607848.bad"]), "1763607848.bad: removed, from example.org\n");
+    assert_eq!(place.run(0, &["queue", "bounce", "1large"]), "1large: bounced, from example.org\n");
+    let dsns = place.files("spool/outgoing/w.example");
+    let [dsn] = &dsns.values().collect::<Vec<_>>()[..] else { panic!("{dsns:?}") };
+    assert!(dsn.contains("Final-Recipient: rfc822; alice@example.org") && !dsn.contains("eva@"), "{dsn}");
+    assert!(dsn.contains("Original-Envelope-Id: a b") && dsn.contains("Returned to its sender by"), "{dsn}");
+    // The null sender gets no DSN (RFC 5321 section 4.5.5).
+    let told = place.run(0, &["queue", "bounce", "1763607846.V1.other"]);
+    assert_eq!(told, "1763607846.V1.other: set aside: it has no sender, from example.org\n");
+    assert!(place.files("spool/domains/example.org").is_empty());
+    assert_eq!(place.files("spool/domains/example.org/.refused").len(), 2);
+    let dsn = dsns.keys().next().unwrap();
+    assert!(place.run(0, &["queue", "remove", dsn]).contains("removed, from outgoing/w.example"));
+    assert_eq!(place.run(0, &["queue", "list"]), "");
+}
+
+#[test]
+fn retry_makes_messages_due_and_unskipped() {
+    let place = Place::new(PROVIDER);
+    let skipped = "1763607845.a,A=4,P=4-2-1763607900,L=421_x";
+    place.write(&format!("spool/domains/example.org/new/{skipped}"), FOREIGN);
+    let outgoing = "spool/outgoing/w.example/new/1763607845.b,A=1";
+    place.write(outgoing, &FOREIGN.replace("example.org", "w.example"));
+    let later = SystemTime::now() + Duration::from_secs(3600);
+    File::options().append(true).open(place.path(outgoing)).unwrap().set_modified(later).unwrap();
+    let text = place.run(0, &["status", "w.example"]);
+    assert!(text.contains("  in 59m") || text.contains("  in 1h"), "{text}");
+    for what in ["example.org", "w.example"] {
+        assert_eq!(place.run(0, &["queue", "retry", what]), "1 messages are due\n");
+    }
+    assert!(place.path("spool/domains/example.org/new/1763607845.a,A=4,L=421_x").exists());
+    assert!(fs::metadata(place.path(outgoing)).unwrap().modified().unwrap() <= SystemTime::now());
+    assert_eq!(place.run(0, &["queue", "retry", "1763607845.b"]), "1 messages are due\n");
+}
+
+/// What has the lock is another process: the turned session of a customer, say.
+#[test]
+fn a_queue_that_a_session_has_is_not_changed() {
+    let place = Place::filled();
+    let lock = File::create(place.path("spool/domains/example.org/odmr.lock")).unwrap();
+    lock.lock().unwrap();
+    for words in [["queue", "remove", "1large"], ["queue", "bounce", "1large"]] {
+        assert!(place.run(75, &words).contains("a session has the queue example.org: try again later"));
+    }
+    assert_eq!(place.run(0, &["queue", "list"]).lines().count(), 2);
+    drop(lock);
+    place.run(0, &["queue", "remove", "1large"]);
+}
+
+#[test]
+fn export_and_import_are_octet_for_octet() {
+    let (place, other) = (Place::filled(), Place::new(PROVIDER));
+    let before = place.files("spool/domains/example.org");
+    let batch = place.run(0, &["queue", "export", "example.org"]);
+    assert!(batch.starts_with("EHLO relay.example.net\r\nNOOP id=1large arrived=2026-11-20T03:04:05Z\r\n"), "{batch}");
+    assert!(
+        batch.contains("\r\n..\r\n...two\r\nlast\r\n.\r\n") && batch.ends_with("\r\nbody\r\n.\r\nQUIT\r\n"),
+        "{batch}"
+    );
+    assert_eq!(place.files("spool/domains/example.org"), before);
+    let done = other.run_with(&["queue", "import"], &batch);
+    assert_eq!((done.code, &*done.out), (0, "2 messages imported\n"), "{}", done.error);
+    let mut imported: Vec<_> = other.files("spool/domains/example.org").into_values().collect();
+    imported.sort_by_key(|file| !file.contains("1large"));
+    let open = LARGE.replace("Delivered-To: eva\u{6}example.org\n", "");
+    assert_eq!(imported[0], format!("{open}{LARGE_CONTENT}"));
+    assert!(
+        imported[1]
+            .starts_with("Return-Path: <>\nDelivered-To: alice@example.org\nX-ODMR-Envelope: id=1763607846.V1.other; ")
+    );
+    assert!(imported[1].ends_with("\nSubject: dsn\n\nbody\n"), "{}", imported[1]);
+    assert_eq!(other.run(0, &["queue", "export", "example.org"]).lines().count(), batch.lines().count());
+    // What is wrong has its line, and what came before is stored.
+    let wrong = batch.replace("MAIL FROM:<>", "MAIL TO:<>");
+    let done = other.run_with(&["queue", "import"], &wrong);
+    assert!(
+        done.code == 65 && done.out == "1 messages imported\n" && done.error.contains("line 14: 501"),
+        "{}",
+        done.error
+    );
+    // Content must not become a part of the envelope.
+    let hostile = "MAIL FROM:<a@w.example>\nRCPT TO:<alice@example.org>\nDATA\nDelivered-To: eve@example.org\n\nx\n.\n";
+    let done = other.run_with(&["queue", "import"], hostile);
+    assert_eq!(done.code, 0, "{}", done.error);
+    let list = other.run(0, &["queue", "list"]);
+    assert!(list.contains("from=<a@w.example> to=<alice@example.org> ") && !list.contains("eve@"), "{list}");
+}
+
+/// A call of the customer is in the status of the provider, also after `serve` has ended.
+#[test]
+fn the_last_call_is_recorded() {
+    let place = Place::new(PROVIDER);
+    let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let mut serve = Running::start(serve.arg("serve").arg("-c").arg(place.path("odmr.toml")));
+    let address = serve.listening("odmr");
+    let customer = Place::new(&CUSTOMER.replace("127.0.0.1:1", &address));
+    customer.run(0, &["pull"]);
+    let json = place.run(0, &["status", "--format", "json"]);
+    assert_eq!((value(&json, "result"), value(&json, "peer")), ("\"no-mail\"", "\"[127.0.0.1]\""), "{json}");
+    let json = customer.run(0, &["status", "--format", "json"]);
+    assert_eq!((value(&json, "result"), value(&json, "calls")), ("\"no-mail\"", "1"), "{json}");
+    place.write("spool/domains/example.org/new/1763607845.a", FOREIGN);
+    customer.run(0, &["pull"]);
+    for side in [&place, &customer] {
+        let metrics = side.run(0, &["status", "--format", "prometheus"]);
+        assert!(metrics.contains("odmr_last_call_successful{") && metrics.contains("odmr_calls_total{"), "{metrics}");
+        assert!(metrics.lines().any(|line| line.starts_with("odmr_calls_total{") && line.ends_with(" 2")), "{metrics}");
+    }
+    assert!(place.run(0, &["status"]).contains("[127.0.0.1], done, 1 sent"));
+    assert!(customer.run(0, &["status"]).contains(", done, 1 received"));
+    assert!(place.run(0, &["status", "--format", "prometheus"]).contains("odmr_config_last_reload_successful 1"));
+    drop(serve);
+    customer.run(69, &["pull"]);
+    std::thread::sleep(Duration::from_millis(1100));
+    let text = customer.run(1, &["status", "--warn", "1s"]);
+    assert!(text.contains("no call has succeeded for"), "{text}");
+    let json = customer.run(0, &["status", "--format", "json"]);
+    assert_eq!((value(&json, "result"), value(&json, "failed")), ("\"failed\"", "1"), "{json}");
+}
+
+/// A relay at work tries mail that an administrator makes due, within seconds.
+#[test]
+fn a_running_relay_sees_what_was_made_due() {
+    let place = Place::new(PROVIDER);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let outgoing = &format!("spool/outgoing/w.example/new/{now}.b");
+    place.write(outgoing, "Return-Path: <alice@example.org>\nDelivered-To: bob@w.example\nSubject: x\n\nx\n");
+    let later = SystemTime::now() + Duration::from_secs(3600);
+    File::options().append(true).open(place.path(outgoing)).unwrap().set_modified(later).unwrap();
+    let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let mut serve = Running::start(serve.arg("serve").arg("-c").arg(place.path("odmr.toml")));
+    serve.listening("odmr");
+    std::thread::sleep(Duration::from_millis(300));
+    place.run(0, &["queue", "retry", "w.example"]);
+    serve.wait_for("event=deferred destination=w.example");
+    let list = |place: &Place| place.run(0, &["queue", "list"]);
+    let end = SystemTime::now() + Duration::from_secs(10);
+    while !list(&place).contains("attempts=") && SystemTime::now() < end {}
+    assert!(list(&place).contains("reply=\"451 4.4.3"), "{}", list(&place));
+}
+
+#[test]
+fn a_customers_queues_are_listed_and_changed() {
+    let place = Place::new(CUSTOMER);
+    let to = |domain: &str| format!("Return-Path: <alice@example.org>\nDelivered-To: bob@{domain}\nSubject: x\n\nx\n");
+    place.write("outgoing/new/1763607845.a", &to("w.example"));
+    place.write("mailboxes/.handover/new/1763607846.b", &to("example.org"));
+    let list = place.run(0, &["queue", "list"]);
+    assert!(list.contains("id=1763607845.a queue=outgoing ") && list.contains("queue=next-hops "), "{list}");
+    assert_eq!(place.run(0, &["queue", "list", "w.example"]).lines().count(), 1);
+    let text = place.run(0, &["status"]);
+    assert!(text.contains("daemon: none\n127.0.0.1:1 as acme: last call never\n"), "{text}");
+    let json = place.run(0, &["status", "--format", "json", "acme"]);
+    assert_eq!((value(&json, "role"), value(&json, "messages")), ("\"customer\"", "1"), "{json}");
+    assert!(place.run(64, &["status", "--by", "domain"]).contains("provider's file"));
+    let batch = place.run(0, &["queue", "export", "w.example"]);
+    assert!(place.run(0, &["queue", "bounce", "1763607845.a"]).contains("bounced, from outgoing"));
+    let dsn = place.files("mailboxes/example.org/alice");
+    assert!(dsn.values().any(|dsn| dsn.contains("Final-Recipient: rfc822; bob@w.example")), "{dsn:?}");
+    assert_eq!(place.run_with(&["queue", "import"], &batch).code, 0);
+    assert_eq!(place.files("outgoing").len(), 1);
+    let other = Place::new(CUSTOMER.split("[outgoing]").next().unwrap());
+    assert!(other.run_with(&["queue", "import"], &batch).error.contains("no table [outgoing]"));
+    assert_eq!(other.run(0, &["queue", "list"]), "");
+}
