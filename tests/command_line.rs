@@ -17,8 +17,16 @@ fn run(arguments: &[&str]) -> Output {
 
 #[test]
 fn help_is_on_stdout() {
-    for arguments in [&["-h"][..], &["--version"], &["serve", "-h"], &["pull", "-h"], &["check", "-h"], &["send", "-h"]]
-    {
+    for arguments in [
+        &["-h"][..],
+        &["--version"],
+        &["serve", "-h"],
+        &["pull", "-h"],
+        &["check", "-h"],
+        &["send", "-h"],
+        &["status", "-h"],
+        &["queue", "-h"],
+    ] {
         let result = run(arguments);
         assert_eq!(result.status.code(), Some(0), "{arguments:?}");
         assert!(String::from_utf8_lossy(&result.stdout).contains("odmr ") && result.stderr.is_empty(), "{arguments:?}");

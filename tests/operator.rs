@@ -373,3 +373,26 @@ fn a_customers_queues_are_listed_and_changed() {
     assert!(other.run_with(&["queue", "import"], &batch).error.contains("no table [outgoing]"));
     assert_eq!(other.run(0, &["queue", "list"]), "");
 }
+
+/// When the daemon calls next is known while it runs.
+#[test]
+fn the_next_call_of_a_running_daemon_is_known() {
+    let place = Place::new(CUSTOMER);
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let mut daemon = Running::start(daemon.args(["pull", "--daemon", "-c"]).arg(place.path("odmr.toml")));
+    daemon.wait_for("event=call-failed");
+    daemon.wait_for("event=next-call");
+    let status = || place.run(0, &["status", "--format", "json"]);
+    let end = SystemTime::now() + Duration::from_secs(5);
+    while value(&status(), "next_call") == "null" && SystemTime::now() < end {}
+    let json = status();
+    assert_eq!(value(&json, "daemon"), daemon.child.id().to_string(), "{json}");
+    assert!(value(&json, "next_call").starts_with("\"20"), "{json}");
+    assert!(json.contains("\"reason\": \"\"") && value(&json, "result") == "\"failed\"", "{json}");
+    let text = place.run(0, &["status"]);
+    assert!(text.contains(", failed: ") && text.contains("; next call in "), "{text}");
+    daemon.signal(rustix::process::Signal::TERM);
+    assert_eq!(daemon.exit_code(), Some(0));
+    let json = status();
+    assert_eq!((value(&json, "daemon"), value(&json, "next_call")), ("null", "null"), "{json}");
+}

@@ -14,6 +14,7 @@ from harness import ODMR, Customer, Provider, Smtp, at_rest, check, program_path
 DOMAINS = 1000
 EACH = 100
 FAST = 1.0  # seconds
+MANY = 800
 ALL = {f"a{number}": [f"d{number}.example"] for number in range(DOMAINS)}
 
 
@@ -149,3 +150,40 @@ def export_import(box):
         copies = sum(at_rest(content.split(b"\r\n\r\n", 1)[1]) in file for file in received)
         check(copies == 2 * len(ENVELOPES), f"{copies} copies of {content[:20]}")
     return f"{len(before)} messages, {os.path.getsize(batch)} octets of batch SMTP"
+
+
+@scenario("queue-beside-calls")
+def queue_beside_calls(box):
+    """while a customer fetches its mail, an administrator removes every other message: each is delivered or removed, once"""
+    provider = Provider(box, require_tls=False, more="[limits]\nmessages-per-turn = 20\n").start()
+    customer = Customer(box, provider.odmr, tls="none")
+    with Smtp(provider.inbound) as client:
+        client.hello()
+        for number in range(MANY):
+            content = f"Subject: number-{number}-\r\n\r\nx\r\n".encode()
+            check(client.send("bob@w.example", ["alice@example.org"], content).startswith("250"), "not accepted")
+    listed = box.run(ODMR, "queue", "-c", provider.config, "list").stdout.splitlines()
+    check(len(listed) == MANY, f"{len(listed)} lines")
+    ids = [dict(word.split("=", 1) for word in line.split()[:2])["id"] for line in listed]
+    call, removed, busy = None, [], 0
+    # The newest first: the customer gets the oldest first.
+    for number in range(MANY - 1, 0, -2):
+        if len(removed) == 25 and not call:
+            call = customer.start()
+        while True:
+            done = box.run(ODMR, "queue", "-c", provider.config, "remove", ids[number])
+            if done.returncode != 75:
+                break
+            busy += 1
+        check(done.returncode in (0, 65), f"remove: {done.returncode} {done.stderr}")
+        if ": removed" in done.stdout:
+            removed.append(number)
+    call.wait(30)
+    check(0 < len(removed) < MANY // 2, f"{len(removed)} removed: they did not meet")
+    check(customer.pull() == 0, "the last call failed")
+    received = b"".join(file.read_bytes() for file in customer.files())
+    for number in range(MANY):
+        copies = received.count(f"number-{number}-".encode())
+        check(copies == (0 if number in removed else 1), f"message {number}: {copies} copies, removed: {number in removed}")
+    check(not provider.held(), "mail is left")
+    return f"{len(removed)} removed, {MANY - len(removed)} delivered, {busy} times the queue was busy"
