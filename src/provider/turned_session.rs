@@ -109,6 +109,8 @@ pub struct TurnedSession {
     last_progress: Instant,
     last_heartbeat: Instant,
     counters: TurnCounters,
+    /// What the status will tell of this session, once it has ended.
+    record: Option<CallRecord>,
 }
 
 /// What a session has done, for the log.
@@ -160,6 +162,7 @@ impl TurnedSession {
             last_heartbeat: now,
             counters: TurnCounters::default(),
             settings,
+            record: None,
         }
     }
 
@@ -433,7 +436,7 @@ impl TurnedSession {
         let counts = [("sent", sent), ("deferred", deferred), ("rejected", rejected), ("in-doubt", in_doubt)];
         record.counts = counts.into_iter().map(|(key, count)| (key.to_owned(), count as u64)).collect();
         record.counts.push(("octets".to_owned(), octets));
-        record.write(&self.settings.spool.call_record(&self.account), &self.account);
+        self.record = Some(record);
     }
 
     /// Releases the queues, then closes the connection: a customer that sees the end and calls again must find them
@@ -441,6 +444,10 @@ impl TurnedSession {
     pub fn close(self) {
         drop(self.lock);
         self.connection.close_without_waiting();
+        // Last: it may take as long as the disk does.
+        if let Some(record) = self.record {
+            record.write(&self.settings.spool.call_record(&self.account), &self.account);
+        }
     }
 
     fn send(&mut self, octets: &[u8]) {
