@@ -180,7 +180,11 @@ def queue_beside_calls(box):
             removed.append(number)
     call.wait(30)
     check(0 < len(removed) < MANY // 2, f"{len(removed)} removed: they did not meet")
-    check(customer.pull() == 0, "the last call failed")
+    # A call that comes before the last session has released the queue brings nothing, and is no failure.
+    for _ in range(20):
+        check(customer.pull() in (0, 75), "a call failed")
+        if not provider.held():
+            break
     received = b"".join(file.read_bytes() for file in customer.files())
     for number in range(MANY):
         copies = received.count(f"number-{number}-".encode())
