@@ -399,3 +399,98 @@ fn the_next_call_of_a_running_daemon_is_known() {
     let json = status();
     assert_eq!((value(&json, "daemon"), value(&json, "next_call")), ("null", "null"), "{json}");
 }
+
+/// Sets the time of last use of files and directories to 37 hours ago.
+fn make_old(place: &Place, names: &[&str]) {
+    let old = SystemTime::now() - Duration::from_secs(37 * 60 * 60);
+    for name in names {
+        let times = fs::FileTimes::new().set_accessed(old).set_modified(old);
+        File::open(place.path(name)).unwrap().set_times(times).unwrap();
+    }
+}
+
+/// An empty queue that was not used for 37 hours.
+fn unused_queue(place: &Place, name: &str) {
+    for part in ["tmp", "new", "cur"] {
+        let part = format!("{name}/{part}");
+        fs::create_dir_all(place.path(&part)).unwrap();
+        make_old(place, &[&part]);
+    }
+}
+
+/// What was not used for 36 hours and nobody needs is removed, but no mail, and nothing of a customer whose file has a mistake.
+#[test]
+fn what_is_left_over_in_a_spool_is_removed() {
+    for skipped in [false, true] {
+        let place = Place::new(PROVIDER);
+        if skipped {
+            place.write("customers.d/bad.toml", "domains = 7\n");
+        }
+        for name in ["example.org", "gone.example", "mail.example"] {
+            unused_queue(&place, &format!("spool/domains/{name}"));
+        }
+        unused_queue(&place, "spool/outgoing/w.example");
+        place.write("spool/domains/mail.example/new/1763607845.a", FOREIGN);
+        for name in
+            ["domains/mail.example/new", "domains/example.org/tmp/1.left", ".odmr/call-gone", ".odmr/.call-x.1.1"]
+        {
+            let name = format!("spool/{name}");
+            if !place.path(&name).exists() {
+                place.write(&name, "at=2026-01-02T03:04:05Z\nresult=done\n");
+            }
+            make_old(&place, &[&name]);
+        }
+        place.write("spool/.odmr/call-old", "at=2026-01-02T03:04:05Z\nresult=done\n");
+        let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        let mut serve = Running::start(serve.arg("serve").arg("-c").arg(place.path("odmr.toml")));
+        serve.wait_for(if skipped { ".call-x.1.1" } else { "call-gone" });
+        serve.signal(rustix::process::Signal::TERM);
+        assert_eq!(serve.exit_code(), Some(0));
+        let left = ["domains/example.org/new", "domains/mail.example/new/1763607845.a", ".odmr/call-old"];
+        left.iter().for_each(|name| assert!(place.path(&format!("spool/{name}")).exists(), "{name}"));
+        for name in ["outgoing/w.example", "domains/example.org/tmp/1.left", ".odmr/.call-x.1.1"] {
+            assert!(!place.path(&format!("spool/{name}")).exists(), "{name}");
+        }
+        for name in ["domains/gone.example", ".odmr/call-gone"] {
+            assert_eq!(place.path(&format!("spool/{name}")).exists(), skipped, "{name}");
+        }
+        let text = place.run(1, &["check"]);
+        assert_eq!(
+            text.contains("odmr.toml:2: 1 messages are held for mail.example, which no customer has: "),
+            !skipped,
+            "{text}"
+        );
+        // It was done today.
+        place.write("spool/domains/example.org/tmp/2.left", "");
+        make_old(&place, &["spool/domains/example.org/tmp/2.left"]);
+        let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        let mut serve = Running::start(serve.arg("serve").arg("-c").arg(place.path("odmr.toml")));
+        serve.listening("odmr");
+        serve.signal(rustix::process::Signal::TERM);
+        assert_eq!(serve.exit_code(), Some(0));
+        assert!(place.path("spool/domains/example.org/tmp/2.left").exists());
+    }
+}
+
+#[test]
+fn what_is_left_over_in_mailboxes_is_removed() {
+    let place = Place::new(CUSTOMER);
+    let left = [
+        "outgoing/tmp/1",
+        "mailboxes/.handover/tmp/1",
+        "mailboxes/example.org/alice/tmp/1",
+        "mailboxes/example.org/alice/.Junk/tmp/1",
+        "mailboxes/.odmr/last-gone%40relay.example.net",
+    ];
+    let stays = [
+        "mailboxes/example.org/alice/tmp/2",
+        "mailboxes/example.org/alice/x/tmp/1",
+        "mailboxes/.odmr/last-acme%40127.0.0.1%3A1",
+    ];
+    left.iter().chain(&stays).for_each(|name| place.write(name, "x"));
+    make_old(&place, &left);
+    make_old(&place, &stays[1..]);
+    place.run(69, &["pull"]);
+    left.iter().for_each(|name| assert!(!place.path(name).exists(), "{name}"));
+    stays.iter().for_each(|name| assert!(place.path(name).exists(), "{name}"));
+}

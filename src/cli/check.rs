@@ -23,11 +23,13 @@ use crate::config::{
     line_of_key,
 };
 use crate::customer::sendmail::user_mailbox;
+use crate::ids::Ids;
 use crate::mail::address::{Domain, ForwardPath};
 use crate::maildir::write_remedy;
-use crate::net::tls::CertificateInfo;
+use crate::net::tls::{self, CertificateInfo};
 use crate::privileges::LoginUser;
 use crate::provider::certificate::DAYS_TO_RENEW;
+use crate::provider::spool::{Spool, SpoolQueue};
 use crate::recipients::RecipientRules;
 use crate::session::Remote;
 use crate::smtp::reply::Severity;
@@ -96,6 +98,7 @@ fn check_provider(config: &ProviderConfig, path: &Path, report: &mut CheckReport
     let line = line_of_key(path, &["spool"]);
     check_directory(&line, &config.spool, report);
     check_spool(&line, &config.spool, report);
+    check_unowned(&line, config, report);
     let limits = &config.limits;
     let listeners = [&config.inbound.listen, &config.odmr.listen, &config.odmr.listen_tls];
     let listeners = listeners.iter().filter(|addresses| !addresses.is_empty()).count();
@@ -145,6 +148,23 @@ fn check_spool(line: &SourceLine, spool: &Path, report: &mut CheckReport) {
             )));
         }
         check_access(line, &directory, report);
+    }
+}
+
+/// Reports held mail that no customer can fetch.
+fn check_unowned(line: &SourceLine, config: &ProviderConfig, report: &mut CheckReport) {
+    let spool = Spool::new(config, &Ids::system(tls::random));
+    // A directory that cannot be read is reported as such.
+    for (name, queue) in spool.all_queues().unwrap_or_default() {
+        let SpoolQueue::Held(domain) = &queue else { continue };
+        if spool.is_unowned(domain)
+            && let Ok(messages @ 1..) = spool.queue().count(&spool.name(&queue), usize::MAX)
+        {
+            report.error(line.error(format!(
+                "{messages} messages are held for {name}, which no customer has: write it in the `domains` of one, or \
+                 see `odmr queue list {name}`, and return them with `odmr queue bounce ID`"
+            )));
+        }
     }
 }
 

@@ -2,8 +2,9 @@
 //! copy has one `Return-Path` at its top (RFC 5321 section 4.4).
 
 use std::collections::HashSet;
+use std::fs::{self, DirEntry};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::store;
 use crate::clock::Timestamp;
@@ -11,7 +12,7 @@ use crate::config::CustomerConfig;
 use crate::ids::Ids;
 use crate::mail::address::{ForwardPath, Mailbox, ReversePath};
 use crate::maildir::spooled::Content;
-use crate::maildir::{Maildir, MessageWriter, for_each_block, has_room};
+use crate::maildir::{Maildir, MessageWriter, for_each_block, has_room, with_path};
 use crate::net::trace::quoted;
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
 use crate::recipients::{self, Delivery, Destination, NextHop, RecipientRules};
@@ -51,6 +52,35 @@ impl Mailboxes {
     /// The queue of mail for next hops.
     pub fn retry_queue(&self) -> QueueName {
         store::retry_queue(&self.config.mailboxes.root)
+    }
+
+    /// Removes what is left over, once a day by whichever process comes first: files of writers that died, and the records of
+    /// accounts that are gone; each when it was not used for 36 hours. A failure is logged.
+    pub fn tidy(&self) {
+        let root = &self.config.mailboxes.root;
+        let outgoing = self.config.outgoing.as_ref().map(|outgoing| store::outgoing_queue(&outgoing.queue));
+        let tidy = || -> io::Result<()> {
+            let Some(_lock) = store::begin_daily(root, "tidy")? else { return Ok(()) };
+            outgoing.into_iter().chain([self.retry_queue()]).for_each(|name| self.queue.tidy(&name, false));
+            for domain in subdirectories(root, false)? {
+                for mailbox in subdirectories(&domain, false)? {
+                    // Other programs may have closed a mailbox to us.
+                    self.sweep(&mailbox).unwrap_or_else(|error| log_sweep_failed(&error));
+                }
+            }
+            let providers = self.config.providers.iter().map(|provider| &provider.remote);
+            let known: Vec<_> =
+                providers.map(|remote| store::account_file(remote.login_name(), &remote.address)).collect();
+            let record = |name: &str| name.strip_prefix("last-").or(name.strip_prefix("next-")).map(str::to_owned);
+            store::sweep_state_files(root, &|name| record(name).is_some_and(|account| !known.contains(&account)))
+        };
+        tidy().unwrap_or_else(|error| log_sweep_failed(&error));
+    }
+
+    /// Sweeps a mailbox and its sub-folders.
+    fn sweep(&self, mailbox: &Path) -> io::Result<()> {
+        let folders = subdirectories(mailbox, true)?;
+        folders.iter().map(PathBuf::as_path).chain([mailbox]).try_for_each(|path| self.maildir(path, &[]).sweep())
     }
 
     /// The recipient as an envelope has it: `postmaster` alone is in our first domain (RFC 5321 section 4.5.1).
@@ -271,4 +301,19 @@ pub fn relayed_recipient(meant: &Recipient, to: &Mailbox, of: usize) -> Recipien
         1 => Recipient { mailbox: to.clone(), ..meant.clone() },
         _ => Recipient { notify: meant.notify.without_success(), ..Recipient::plain(to.clone()) },
     }
+}
+
+/// The directories in a directory whose names begin with a dot, or those whose names do not.
+fn subdirectories(path: &Path, dotted: bool) -> io::Result<Vec<PathBuf>> {
+    let files = fs::read_dir(path).and_then(Iterator::collect::<io::Result<Vec<DirEntry>>>);
+    let files = files.map_err(|error| with_path(path, error))?;
+    let wanted = |file: &DirEntry| {
+        let is_dotted = file.file_name().as_encoded_bytes().starts_with(b".");
+        is_dotted == dotted && file.file_type().is_ok_and(|kind| kind.is_dir())
+    };
+    Ok(files.into_iter().filter(wanted).map(|file| file.path()).collect())
+}
+
+fn log_sweep_failed(error: &io::Error) {
+    log::warn!("event=sweep-failed queue=- error={}", quoted(error));
 }

@@ -208,6 +208,7 @@ impl Customer {
             ("sent", after.sent - before.sent),
         ];
         self.record_call(provider, &result, begun.elapsed(), &counts);
+        self.mailboxes.tidy();
         result.map(|()| deferred)
     }
 

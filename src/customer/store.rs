@@ -5,7 +5,8 @@
 //! ROOT/.handover/                the retry queue: mail for next hops that no other host keeps
 //! ROOT/.odmr/                    the locks of the daemon and of each provider account; for `odmr status`: `last-NAME`, the
 //!                                last call of an account, `next-NAME`, when the daemon calls next, and `reload`, the last
-//!                                reading of the configuration by the daemon
+//!                                reading of the configuration by the daemon; `tidy`, whose time says when what was left
+//!                                over was removed last
 //! QUEUE/                         the outgoing queue
 //! ```
 //!
@@ -13,7 +14,7 @@
 
 use std::path::{Path, PathBuf};
 
-pub use crate::maildir::{lock_state_file, locked_state_file, open_state_file};
+pub use crate::maildir::{begin_daily, lock_state_file, locked_state_file, open_state_file, sweep_state_files};
 use crate::queue::QueueName;
 use crate::recipients;
 

@@ -18,6 +18,7 @@ mod files;
 mod quota;
 pub mod spooled;
 mod state_file;
+mod sweep;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -25,21 +26,12 @@ use std::fs::{self, DirEntry, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 pub use entry::{AttemptRecord, EndedSessions, Entry};
 pub use files::{FileId, replace_file, with_path, write_remedy};
-use files::{
-    list, make_directories, make_directory, move_file, remove_if_there, set_times, sync_directory, sync_names,
-};
+use files::{list, make_directories, make_directory, move_file, sync_directory, sync_names};
 use quota::QuotaCheck;
-pub use state_file::{lock_state_file, locked_state_file, open_state_file};
-
-use crate::clock::Timestamp;
-use crate::net::trace::quoted;
-
-/// A file in `tmp` that was not used for this long is removed (maildir(5)).
-const STALE_AGE: Duration = Duration::from_secs(36 * 60 * 60);
+pub use state_file::{begin_daily, lock_state_file, locked_state_file, open_state_file, sweep_state_files};
 
 /// The flag of a message that may or may not have been sent; mail readers show it as "flagged".
 pub const IN_DOUBT: char = 'F';
@@ -307,27 +299,14 @@ impl Maildir {
     }
 
     /// Removes the files that writers that died have left in `tmp`: those not used for 36 hours.
-    ///
-    /// A file that was last used before 2025 or in the future may be in use: its writer began before the clock was set. Its 36
-    /// hours begin now.
     pub fn sweep(&self) -> io::Result<()> {
-        let now = SystemTime::now();
-        for found in list(&self.path.join("tmp")) {
-            let found = found?;
-            let Ok(metadata) = found.metadata() else { continue };
-            if metadata.is_dir() {
-                continue;
-            }
-            // On a file system mounted noatime only the time of the last write is known (maildir(5)).
-            let used = metadata.accessed().ok().max(metadata.modified().ok());
-            if used.is_some_and(|used| !Timestamp::from(used).is_possible(now.into())) {
-                set_times(&found.path(), now)?;
-            } else if used.and_then(|used| now.duration_since(used).ok()).is_some_and(|age| age > STALE_AGE) {
-                remove_if_there(&found.path())?;
-                log::info!("event=swept file={}", quoted(found.path().display()));
-            }
-        }
-        Ok(())
+        sweep::sweep(&self.path.join("tmp"), &|_| true)
+    }
+
+    /// Removes the Maildir if it holds nothing and was not used for 36 hours. `others`: the files beside its messages, and the
+    /// directory of another Maildir, that it may have. The caller has its lock.
+    pub fn remove_unused(&self, others: &[&str]) -> io::Result<()> {
+        sweep::remove_unused(&self.path, others)
     }
 }
 
@@ -364,7 +343,15 @@ impl MessageCopy {
         let bits = if self.eight_bit { ",E=8" } else { "" };
         let name = format!("{},S={},W={}{bits}", self.unique, self.octets, self.octets + self.lines);
         let entry = Entry { name: name.into(), seen: false };
-        move_file(&self.temporary, &self.maildir.file(&entry))?;
+        let to = self.maildir.file(&entry);
+        match move_file(&self.temporary, &to) {
+            // It was just removed, because it was not used for long.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.maildir.kind == Kind::Queue => {
+                self.maildir.create()?;
+                move_file(&self.temporary, &to)?;
+            }
+            moved => moved?,
+        }
         self.moved = Some(entry);
         Ok(())
     }

@@ -1,11 +1,15 @@
 //! Files beside the queues and mailboxes that are not mail: the locks and the state of this program, in `ROOT/.odmr/`.
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use super::files::{with_path, write_remedy};
+use super::sweep::sweep;
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Opens the file `ROOT/.odmr/NAME` for reading and writing, and creates it if it does not exist. A symbolic link is not
 /// followed: root may work in another user's directory.
@@ -59,4 +63,31 @@ pub fn lock_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) => Err(error),
     }
+}
+
+/// Begins what is done once a day by whichever process comes first: locks the file `ROOT/.odmr/NAME`, whose time says when
+/// it was done. `None`: it was done, or another process does it.
+///
+/// # Errors
+///
+/// Those of [`lock_state_file`], and the system's.
+pub fn begin_daily(root: &Path, name: &str) -> io::Result<Option<File>> {
+    let Some(mut file) = lock_state_file(root, name)? else { return Ok(None) };
+    let (metadata, now) = (file.metadata()?, SystemTime::now());
+    // A time in the future is from before the clock was set.
+    if metadata.len() > 0 && now.duration_since(metadata.modified()?).is_ok_and(|age| age < DAY) {
+        return Ok(None);
+    }
+    file.write_all(b"\n")?;
+    Ok(Some(file))
+}
+
+/// Removes the files in `ROOT/.odmr/` that were not used for 36 hours and of which `is_left` is true, and those that a
+/// process has left that was killed while it replaced one.
+///
+/// # Errors
+///
+/// The system's.
+pub fn sweep_state_files(root: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Result<()> {
+    sweep(&root.join(".odmr"), &|name| name.starts_with('.') || is_left(name))
 }

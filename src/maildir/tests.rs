@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
+use std::time::{Duration, SystemTime};
 
 const EMPTY: [Vec<String>; 3] = [Vec::new(), Vec::new(), Vec::new()];
 
@@ -337,6 +338,67 @@ fn old_files_in_tmp_are_removed_after_36_hours() {
     File::open(&directory).unwrap().set_times(times).unwrap();
     maildir.sweep().unwrap();
     assert_eq!(names(maildir.path().join("tmp")), ["a-directory", "read", "written", "young"]);
+}
+
+/// Sets the time of last use.
+fn set_used(path: &Path, hours: u64) {
+    let time = SystemTime::now() - Duration::from_secs(hours * 60 * 60);
+    File::open(path).unwrap().set_times(fs::FileTimes::new().set_accessed(time).set_modified(time)).unwrap();
+}
+
+#[test]
+fn a_queue_that_is_not_used_is_removed_and_one_with_anything_in_it_stays() {
+    let others = ["odmr.lock", ".refused"];
+    let unused = |prepare: &dyn Fn(&Maildir)| {
+        let (directory, maildir) = maildir();
+        maildir.create().unwrap();
+        Maildir::new(maildir.path().join(".refused")).create().unwrap();
+        File::create(maildir.path().join("odmr.lock")).unwrap();
+        prepare(&maildir);
+        for part in ["tmp", "new", "cur", ".refused/tmp", ".refused/new", ".refused/cur"] {
+            set_used(&maildir.path().join(part), 37);
+        }
+        (directory, maildir)
+    };
+    let (_directory, maildir) = unused(&|_| {});
+    set_used(&maildir.path().join("new"), 35);
+    maildir.remove_unused(&others).unwrap();
+    assert!(maildir.exists(), "it was used 35 hours ago");
+    set_used(&maildir.path().join("new"), 37);
+    maildir.remove_unused(&others).unwrap();
+    assert!(!maildir.path().exists());
+    for file in ["new/1", "cur/1:2,S", "tmp/1", "new/.hidden", ".refused/new/1", "maildirsize", ".refused/x"] {
+        let (_directory, maildir) = unused(&|maildir| drop(File::create(maildir.path().join(file)).unwrap()));
+        maildir.remove_unused(&others).unwrap();
+        assert!(
+            maildir.exists() && maildir.path().join("tmp").exists() && maildir.path().join(file).exists(),
+            "{file}"
+        );
+    }
+    // An administrator has put it on another disk.
+    let (_directory, maildir) = unused(&|_| {});
+    let link = maildir.path().with_file_name("link");
+    std::os::unix::fs::symlink(maildir.path(), &link).unwrap();
+    Maildir::new(&link).remove_unused(&others).unwrap();
+    assert!(maildir.exists() && link.exists());
+}
+
+/// A writer that had begun before keeps its message.
+#[test]
+fn a_message_is_stored_although_its_queue_was_removed_under_it() {
+    let (_directory, maildir) = maildir();
+    maildir.create().unwrap();
+    let mut writer = MessageWriter::default();
+    writer.begin(&maildir, "1", b"").unwrap();
+    for part in ["tmp", "new", "cur"] {
+        set_used(&maildir.path().join(part), 37);
+    }
+    maildir.remove_unused(&[]).unwrap();
+    assert!(maildir.exists(), "a writer has a file in it");
+    // What the other order of events leaves.
+    fs::remove_dir(maildir.path().join("new")).unwrap();
+    writer.commit().unwrap();
+    assert_eq!(maildir.entries().unwrap().len(), 1);
 }
 
 /// A clock that was set while a message is being written does not make its file old.

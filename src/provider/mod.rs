@@ -135,7 +135,7 @@ impl Provider {
         running.spawn("delivery", move || delivery.run())?;
         running.spawn("relay", move || relay.run())?;
         let (watched, cancel) = (reloader.clone(), shared.cancel.clone());
-        running.spawn("certificate", move || watched.watch_certificate(&cancel))?;
+        running.spawn("upkeep", move || watched.keep_up(&cancel))?;
         for (kind, listener) in listeners {
             let (name, address) = (kind.name(), listener.local_addr()?);
             // Programs that start a provider read this line.
@@ -170,6 +170,7 @@ impl Provider {
         let (shared, delivery, _) = prepare(config, ids, cancel.clone())?;
         log_skipped(&shared.config);
         let (cancel, abort, timeout) = (cancel.clone(), shared.abort.clone(), shared.config.timeouts.shutdown);
+        let spool = shared.spool.clone();
         Builder::new().spawn(move || {
             cancel.wait_until(None);
             std::thread::sleep(timeout);
@@ -183,6 +184,7 @@ impl Provider {
         })?;
         delivery.run();
         let _ = worker.join();
+        spool.tidy();
         Ok(())
     }
 }

@@ -129,8 +129,9 @@ impl Reloader {
         }
     }
 
-    /// Looks once a minute whether the files of the certificate have changed, until it is cancelled. Logs its end, too.
-    pub fn watch_certificate(&self, cancel: &CancelToken) {
+    /// Looks once a minute whether the files of the certificate have changed, until it is cancelled. Logs its end, and removes
+    /// what is left over in the spool, once a day.
+    pub fn keep_up(&self, cancel: &CancelToken) {
         let stamp = || {
             let shared = self.current();
             let files = shared.config.tls.iter().flat_map(|files| [&files.certificate, &files.key]);
@@ -141,20 +142,23 @@ impl Reloader {
         let mut seen: Vec<_> = stamp();
         let (mut end, clock) = (CertificateEnd::default(), self.current().ids.clock());
         let mut log_end = || end.log(self.current().tls.as_ref(), clock.now());
-        log_end();
-        while !cancel.wait_until(Some(Instant::now() + CERTIFICATE_INTERVAL)) {
+        loop {
+            log_end();
+            self.current().spool.tidy();
+            if cancel.wait_until(Some(Instant::now() + UPKEEP_INTERVAL)) {
+                break;
+            }
             let now = stamp();
             if now != seen {
                 self.reload_certificate();
                 seen = now;
             }
-            log_end();
         }
     }
 }
 
-/// How often the files of the certificate are looked at.
-const CERTIFICATE_INTERVAL: Duration = Duration::from_secs(60);
+/// How often the files of the certificate and the time are looked at.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The state with this configuration; what lasts over reloads is that of `old`.
 fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {

@@ -6,8 +6,8 @@
 //!                             not made of letters, digits and hyphens has its `Domain::file_name`
 //! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
 //! SPOOL/.odmr/                the lock of `odmr serve`; for `odmr status`: `call-ACCOUNT`, the last call of an account, and
-//!                             `reload`, the last reading of the configuration; and `retry`, which asks the relay to look
-//!                             at its queues
+//!                             `reload`, the last reading of the configuration; `retry`, which asks the relay to look
+//!                             at its queues; `tidy`, whose time says when what was left over was removed last
 //! ```
 
 use std::fs::{self, File};
@@ -21,6 +21,7 @@ use crate::config::{Accounts, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
 use crate::maildir::{self, MessageWriter, replace_file, with_path};
+use crate::net::trace::quoted;
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
 
 /// Finds, reads and writes the queues.
@@ -110,6 +111,11 @@ impl Spool {
         self.accounts.owner(domain).map(|account| account.name.as_str())
     }
 
+    /// Whether no customer has this domain, whatever is in the files that are skipped.
+    pub fn is_unowned(&self, domain: &Domain) -> bool {
+        self.accounts.owner(domain).is_none() && !self.accounts.may_be_skipped(domain)
+    }
+
     /// The file with the last call of an account ([`CallRecord`](crate::report::calls::CallRecord)).
     pub fn call_record(&self, account: &str) -> PathBuf {
         self.root.join(".odmr").join(format!("call-{account}"))
@@ -131,6 +137,29 @@ impl Spool {
     /// When that was asked for last.
     pub fn retry_requested(&self) -> Option<SystemTime> {
         fs::metadata(self.root.join(".odmr/retry")).and_then(|found| found.modified()).ok()
+    }
+
+    /// Removes what is left over, once a day by whichever process comes first: files of writers that died, queues without
+    /// mail of domains that no customer has, and of domains elsewhere, and the records of accounts that are gone; each when
+    /// it was not used for 36 hours. A failure is logged.
+    pub fn tidy(&self) {
+        let tidy = || -> io::Result<()> {
+            let Some(_lock) = maildir::begin_daily(&self.root, "tidy")? else { return Ok(()) };
+            for (_, queue) in self.all_queues()? {
+                let unwanted = match &queue {
+                    SpoolQueue::Held(domain) => self.is_unowned(domain),
+                    SpoolQueue::Postmaster => false,
+                    SpoolQueue::Outgoing(_) => true,
+                };
+                self.queue.tidy(&self.name(&queue), unwanted);
+            }
+            let is_gone =
+                |account: &str| self.accounts.skipped().is_empty() && self.accounts.account(account).is_none();
+            maildir::sweep_state_files(&self.root, &|name| name.strip_prefix("call-").is_some_and(is_gone))
+        };
+        if let Err(error) = tidy() {
+            log::warn!("event=sweep-failed queue=- error={}", quoted(error));
+        }
     }
 
     fn domains_in(&self, directory: &str) -> io::Result<Vec<Domain>> {

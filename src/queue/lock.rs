@@ -18,6 +18,9 @@ use crate::maildir::{AttemptRecord, Entry, FileId, IN_DOUBT, Maildir, with_path}
 use crate::net::trace::quoted;
 use crate::smtp::status::DeliveryResult;
 
+/// The file of a queue that its session locks.
+pub(super) const QUEUE_LOCK_FILE: &str = "odmr.lock";
+
 /// The file beside the lock that asks its holder to release it.
 pub(super) const TAKEOVER_FILE: &str = "odmr.wanted";
 
@@ -500,4 +503,8 @@ impl LockedQueue {
 
 pub(super) fn log_unreadable(name: &QueueName, error: &io::Error) {
     log::error!("event=unreadable queue={name} error={}", quoted(error));
+}
+
+pub(super) fn log_sweep_failed(name: &QueueName, error: &io::Error) {
+    log::warn!("event=sweep-failed queue={name} error={}", quoted(error));
 }

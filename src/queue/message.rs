@@ -584,7 +584,10 @@ pub(super) fn read_envelope_of(
     }
 }
 
-/// Where messages whose rejection nobody can be told wait for the postmaster.
+/// Where messages whose rejection nobody can be told wait for the postmaster, within the queue.
+pub(super) const REJECTED_MAILDIR: &str = ".refused";
+
+/// The Maildir of these messages.
 pub(super) fn rejected_maildir(maildir: &Maildir) -> Maildir {
-    Maildir::new(maildir.path().join(".refused"))
+    Maildir::new(maildir.path().join(REJECTED_MAILDIR))
 }

@@ -60,7 +60,7 @@ pub mod batch;
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -73,9 +73,8 @@ pub use summary::QueueSummary;
 
 use crate::ids::Ids;
 use crate::maildir::{MessageWriter, with_path};
-use crate::net::trace::quoted;
-use lock::{Listed, LockedQueue, Notes, TAKEOVER_FILE, log_unreadable};
-use message::Opened;
+use lock::{Listed, LockedQueue, Notes, QUEUE_LOCK_FILE, TAKEOVER_FILE, log_sweep_failed, log_unreadable};
+use message::{Opened, REJECTED_MAILDIR};
 
 /// How long a session waits for the holder of a lock that was asked to release it.
 const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
@@ -211,14 +210,39 @@ impl Queue {
         self.lock_all(std::slice::from_ref(name), false)
     }
 
+    /// Removes what is left over after 36 hours: files of writers that died, and, if the queue is `unwanted`, its directory
+    /// once it holds no mail. A failure is logged.
+    pub fn tidy(&self, name: &QueueName, unwanted: bool) {
+        let maildir = name.maildir();
+        let tidy = || -> io::Result<()> {
+            maildir.sweep()?;
+            message::rejected_maildir(&maildir).sweep()?;
+            if unwanted && maildir.is_empty()? {
+                match self.try_lock(name) {
+                    Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR])?,
+                    Err(LockError::Failed(error)) => return Err(error),
+                    Err(LockError::Busy(_)) => {}
+                }
+            }
+            Ok(())
+        };
+        tidy().unwrap_or_else(|error| log_sweep_failed(name, &error));
+    }
+
     fn lock_all(&self, names: &[QueueName], take_over: bool) -> Result<QueueLock, LockError> {
         let mut queues = Vec::with_capacity(names.len());
         for name in names {
             let maildir = name.maildir();
-            maildir.create().map_err(LockError::Failed)?;
-            let lock = self.lock_one(name, take_over)?;
+            let lock = loop {
+                maildir.create().map_err(LockError::Failed)?;
+                let lock = self.lock_one(name, take_over)?;
+                // The lock of a queue that was removed meanwhile excludes nobody.
+                if lock.metadata().map_err(LockError::Failed)?.nlink() > 0 {
+                    break lock;
+                }
+            };
             if let Err(error) = maildir.sweep().and_then(|()| message::rejected_maildir(&maildir).sweep()) {
-                log::warn!("event=sweep-failed queue={name} error={}", quoted(error));
+                log_sweep_failed(name, &error);
             }
             let (ids, notes) = (self.ids.clone(), self.notes.clone());
             queues.push(LockedQueue { name: name.clone(), maildir, lock, ids, notes, listed: Listed::default() });
@@ -227,7 +251,7 @@ impl Queue {
     }
 
     fn lock_one(&self, name: &QueueName, take_over: bool) -> Result<File, LockError> {
-        let (path, wanted) = (name.path.join("odmr.lock"), name.path.join(TAKEOVER_FILE));
+        let (path, wanted) = (name.path.join(QUEUE_LOCK_FILE), name.path.join(TAKEOVER_FILE));
         let failed = |error| LockError::Failed(with_path(&path, error));
         let mut options = OpenOptions::new();
         let lock = options.create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(failed)?;

@@ -1,0 +1,87 @@
+//! What is left over and removed after 36 hours: files of writers that died, and directories that nobody uses.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use super::files::{list, remove_if_there, set_times};
+use crate::clock::Timestamp;
+use crate::net::trace::quoted;
+
+/// What was not used for this long is left over (maildir(5)).
+const STALE_AGE: Duration = Duration::from_secs(36 * 60 * 60);
+
+/// Removes the files of a directory that were not used for 36 hours, if `is_left` is true of their names.
+///
+/// A file that was last used before 2025 or in the future may be in use: its writer began before the clock was set. Its 36
+/// hours begin now.
+pub(super) fn sweep(directory: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Result<()> {
+    let now = SystemTime::now();
+    for found in list(directory) {
+        let found = found?;
+        let Ok(metadata) = found.metadata() else { continue };
+        if metadata.is_dir() || !is_left(&found.file_name().to_string_lossy()) {
+            continue;
+        }
+        // On a file system mounted noatime only the time of the last write is known (maildir(5)).
+        let used = metadata.accessed().ok().max(metadata.modified().ok());
+        if used.is_some_and(|used| !Timestamp::from(used).is_possible(now.into())) {
+            set_times(&found.path(), now)?;
+        } else if used.is_some_and(|used| is_stale(used, now)) {
+            remove_if_there(&found.path())?;
+            log_swept(&found.path());
+        }
+    }
+    Ok(())
+}
+
+/// Removes a Maildir that holds nothing and was not used for 36 hours, with `others`: the files beside its messages that it
+/// may have, and a Maildir of that kind within it. Anything else in it keeps it. Its caller has its lock.
+///
+/// A writer may begin a message meanwhile: it makes what is missing. So `tmp` goes first, and stays if a writer has a file
+/// in it.
+pub(super) fn remove_unused(path: &Path, others: &[&str]) -> io::Result<()> {
+    // An administrator may have put the Maildir elsewhere.
+    let is_directory = |path: &Path| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
+    let parts = ["tmp", "new", "cur"].map(|name| path.join(name));
+    let now = SystemTime::now();
+    let is_unused = |part: &Path| {
+        let used = fs::metadata(part).and_then(|metadata| metadata.modified());
+        used.is_ok_and(|used| is_stale(used, now)) && list(part).next().is_none()
+    };
+    let is_known = |name: &str| ["tmp", "new", "cur"].contains(&name) || others.contains(&name);
+    if !is_directory(path) || !parts.iter().all(|part| is_unused(part)) {
+        return Ok(());
+    }
+    for found in list(path) {
+        let found = found?;
+        if !is_known(&found.file_name().to_string_lossy()) {
+            return Ok(());
+        }
+        if found.file_type()?.is_dir() && !parts.contains(&found.path()) {
+            remove_unused(&found.path(), &[])?;
+            if found.path().exists() {
+                return Ok(());
+            }
+        }
+    }
+    for part in &parts {
+        if fs::remove_dir(part).is_err() {
+            return Ok(());
+        }
+    }
+    others.iter().try_for_each(|name| remove_if_there(&path.join(name)))?;
+    if fs::remove_dir(path).is_ok() {
+        log_swept(path);
+    }
+    Ok(())
+}
+
+fn is_stale(used: SystemTime, now: SystemTime) -> bool {
+    now.duration_since(used).is_ok_and(|age| age > STALE_AGE)
+}
+
+fn log_swept(path: &Path) {
+    log::info!("event=swept file={}", quoted(path.display()));
+}
