@@ -3,7 +3,7 @@
 import signal
 import ssl
 
-from harness import LOOPBACK, Certificates, Provider, Smtp, check, events, scenario, wait_until
+from harness import LOOPBACK, ODMR, Certificates, Customer, Provider, Smtp, check, events, scenario, secret, wait_until
 from hop import Hop, Session
 from turning import SENDER
 
@@ -81,3 +81,102 @@ def reloading(box):
     wait_until(lambda: events(provider.log(), "reload-failed"), "the refusal")
     certificate_of(provider.odmr_tls)
     return f"{came} messages until the removal took effect, {5 - came} after the return"
+
+
+def send_to(provider, recipient):
+    """One message from the world. Gives the reply to RCPT if it is rejected, else that to the content."""
+    with Smtp(provider.inbound) as line:
+        line.hello()
+        line.want("250", f"MAIL FROM:<{SENDER}>")
+        reply = line.say(f"RCPT TO:<{recipient}>")
+        if not reply.startswith("250"):
+            return reply
+        line.want("354", "DATA")
+        return line.say(f"Subject: for {recipient}\r\n\r\nx\r\n.")
+
+
+def expect(provider, recipient, code):
+    reply = send_to(provider, recipient)
+    check(reply.startswith(code), f"{recipient}: {reply}, not {code}")
+
+
+@scenario("two-days", needs=["openssl"])
+def two_days(box):
+    """an operator's two days: a customer comes, a renewed certificate, a mistake in a file before a reload and a start, a customer goes"""
+    certificates = Certificates(box)
+    provider = Provider(box, certificates=certificates, customers={"acme": ["example.org"]}).start()
+    accounts = provider.config.parent / "serve-customers.d"
+    acme = Customer(box, provider.odmr, authority=certificates.authority)
+    branch = Customer(box, provider.odmr, authority=certificates.authority, name="branch", file="branch", accept=["@branch.example"])
+    checks = lambda: box.run(ODMR, "check", "-c", provider.config)
+    status = lambda *words: box.run(ODMR, "status", "-c", provider.config, *words)
+
+    # The first morning: a customer is added.
+    expect(provider, "eva@branch.example", "550")
+    good = f'domains = ["branch.example"]\nsecret = "{secret("branch")}"\n'
+    file = box.write("serve-customers.d/branch.toml", good)
+    check(checks().returncode == 0, f"check: {checks().stderr}")
+    check("'added': '1'" in str(reload(provider)), "the customer is not counted")
+    expect(provider, "eva@branch.example", "250")
+    check(branch.pull() == 0 and len(branch.files()) == 1, "the new customer has no mail")
+
+    # The certificate is renewed while a customer fetches its mail.
+    for _ in range(3):
+        expect(provider, "alice@example.org", "250")
+    trust, old = ssl.create_default_context(cafile=certificates.authority), certificate_of(provider.odmr_tls)
+    hop = Removing(lmtp=False)
+
+    def renew():
+        Certificates(box)
+        reload(provider)
+        check(certificate_of(provider.odmr_tls) != old, "the next connection meets the old certificate")
+
+    hop.act = renew
+    turned(provider, trust, hop)
+    check(len(hop.letters) == 3, f"{len(hop.letters)} of 3 messages came in the turn under way")
+    check(acme.pull() == 0, "the next call does not trust the new certificate")
+
+    # The evening: a mistake in typing, found by `check`, and a reload all the same.
+    file.write_text(good.replace("domains = [", "domains = "))
+    found = checks()
+    check(found.returncode == 1 and "branch.toml:1" in found.stderr, f"check: {found.returncode}, {found.stderr}")
+    reload(provider)
+    check(events(provider.log(), "customer-skipped"), "the file that is skipped is not reported")
+    expect(provider, "eva@branch.example", "250")
+    check(branch.pull() == 0 and len(branch.files()) == 2, "the account is not as it was last read")
+
+    # The night: the machine starts anew, and nobody has mended it.
+    expect(provider, "eva@branch.example", "250")
+    check(provider.stop() == 0, "it does not end")
+    provider.inbound = provider.odmr = provider.odmr_tls = 0
+    provider.start()
+    for customer in (acme, branch):
+        text = customer.config.read_text()
+        customer.config.write_text(text.replace(text.split('address = "')[1].split('"')[0], f"{LOOPBACK}:{provider.odmr}"))
+    expect(provider, "eva@branch.example", "451")
+    expect(provider, "alice@example.org", "250")
+    check(acme.pull() == 0 and len(acme.files()) == 1, "the other customer has no mail")
+    check(branch.pull() == 75, f"the skipped customer is not told to call again: {branch.log()}")
+    check(len(provider.held()) == 1, f"{len(provider.held())} are held")
+
+    # The second morning: it is mended.
+    file.write_text(good)
+    reload(provider)
+    expect(provider, "eva@branch.example", "250")
+    check(branch.pull() == 0 and len(branch.files()) == 4, f"{len(branch.files())} messages of 4")
+
+    # The customer goes, and has mail.
+    expect(provider, "eva@branch.example", "250")
+    file.rename(accounts / "branch.gone")
+    check("'removed': '1'" in str(reload(provider)), "the customer is not counted")
+    check(events(provider.log(), "mail-without-account"), "its mail is not reported")
+    expect(provider, "eva@branch.example", "550")
+    found, shown = checks(), status("--warn", "1d")
+    check(found.returncode == 1 and "branch.example" in found.stderr, f"check: {found.stderr}")
+    check(shown.returncode == 1 and "branch.example" in shown.stdout, f"status: {shown.stdout}")
+    (accounts / "branch.gone").rename(file)
+    reload(provider)
+    check(branch.pull() == 0 and len(branch.files()) == 5, "its mail was not kept")
+    check(not provider.held() and not list(provider.spool.glob("outgoing/*/*/*")), "something has bounced")
+    check(status("--warn", "1d").returncode in (0, 1) and "branch" not in status("--warn", "1d").stdout, status("--warn", "1d").stdout)
+    return "10 messages to 2 customers, none bounced"
