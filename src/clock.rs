@@ -151,6 +151,11 @@ impl Zone {
         let moment = moment.jiff();
         moment.display_with_offset(self.0.to_offset(moment)).to_string()
     }
+
+    /// Returns the time in this zone in the form of syslog, `Jan  2 04:04:05` (RFC 3164 section 4.1.2).
+    pub fn rfc3164(&self, moment: Timestamp) -> String {
+        self.0.to_datetime(moment.jiff()).strftime("%b %e %H:%M:%S").to_string()
+    }
 }
 
 /// A day of the calendar.
@@ -259,6 +264,7 @@ mod tests {
         assert_eq!(zone.occurrence(zone.day(at(autumn)), 24 * 60), None);
         assert_eq!(zone.rfc3339(at("2026-10-25T00:30:00Z")), "2026-10-25T02:30:00+02:00");
         assert_eq!(zone.rfc3339(at("2026-10-25T01:30:00Z")), "2026-10-25T02:30:00+01:00");
+        assert_eq!(zone.rfc3164(at("2026-10-02T01:30:00Z")), "Oct  2 03:30:00");
     }
 
     #[test]

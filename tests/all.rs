@@ -7,6 +7,7 @@ mod conformance;
 mod descriptors;
 mod house;
 mod log;
+mod logging;
 mod operator;
 mod reload;
 mod running;

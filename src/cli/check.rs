@@ -17,6 +17,7 @@ use super::call_check;
 use super::check_report::{CheckReport, check_error, describe, names_of, validity};
 use super::exit::ExitError;
 use super::process::{config_path, find_owner, print};
+use super::syslog;
 use crate::clock::Clock;
 use crate::config::{
     Config, CustomerConfig, MailboxesConfig, ProviderAccount, ProviderConfig, SourceLine, TlsFiles, effective,
@@ -40,6 +41,7 @@ pub(super) fn options(options: &mut Options) {
     options.optmulti("", "address", help, "ADDR");
     options.optflag("", "print", "prints the configuration with all defaults, without secrets");
     options.optflag("", "call", "also logs in to each provider of a customer, and fetches nothing");
+    options.optflag("", "inetd", "also says where the log of `odmr serve --inetd` goes");
 }
 
 /// Checks the file that `-c` names, of either side.
@@ -58,6 +60,10 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         let text = format!("{} is a provider's file, and {option} is for a customer's file: {why}", path.display());
         return Err(ExitError::usage(text, "odmr check -h"));
     }
+    if let (Ok(Config::Customer(_)), true) = (&config, matches.opt_present("inetd")) {
+        let text = "a customer's file, and --inetd is for a provider's file: it says where the log of `serve` goes";
+        return Err(ExitError::usage(format!("{} is {text}", path.display()), "odmr check -h"));
+    }
     if let (Ok(Config::Customer(config)), false) = (&config, addresses.is_empty()) {
         return explain(&config.mailboxes.rules, &addresses);
     }
@@ -70,7 +76,12 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
             report.drop_warnings();
             String::new()
         }
-        Ok(Config::Provider(config)) => check_provider(config, &path, &mut report),
+        Ok(Config::Provider(config)) => {
+            if matches.opt_present("inetd") {
+                check_inetd_log(&path, &mut report);
+            }
+            check_provider(config, &path, &mut report)
+        }
         Ok(Config::Customer(config)) => {
             let summary = check_customer(config, &path, &mut report)?;
             if call {
@@ -107,6 +118,20 @@ fn check_provider(config: &ProviderConfig, path: &Path, report: &mut CheckReport
     check_descriptors(&line_of_key(path, &["limits"]), needed, report);
     let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
     format!("a provider with {} customers, {domains} domains", config.accounts.iter().count())
+}
+
+/// Says where the log of `odmr serve --inetd` goes, which inetd gives no descriptor for it.
+fn check_inetd_log(path: &Path, report: &mut CheckReport) {
+    match syslog::connect(None) {
+        Ok(_) => report.note("the log of `odmr serve --inetd` goes to the system log, facility mail".to_owned()),
+        Err(error) => report.warn(format!(
+            "{}: no syslogd answers ({error}): where descriptor 2 is the connection or /dev/null, the log of `odmr serve \
+             --inetd` goes nowhere; start a syslogd, name its socket with --syslog=PATH, or let inetd run `sh -c 'exec \
+             odmr serve -c {} --inetd odmr --log-time 2>>/var/log/odmr.log'`",
+            path.display(),
+            path.display()
+        )),
+    }
 }
 
 /// Checks the provider's own certificate and its key, and notes the pins for customers.

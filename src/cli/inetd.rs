@@ -31,10 +31,13 @@ impl SupervisedConnection {
 ///
 /// `/dev/null` cannot be opened; stderr is still the connection.
 pub(super) fn keep_stderr_out_of_connection() -> io::Result<()> {
-    let (Ok(stderr), Ok(stdin)) = (rustix::fs::fstat(io::stderr()), rustix::fs::fstat(io::stdin())) else {
-        return Ok(());
-    };
-    if (stderr.st_dev, stderr.st_ino) == (stdin.st_dev, stdin.st_ino) {
+    let file = |found: rustix::fs::Stat| (found.st_dev, found.st_ino);
+    let Ok(stderr) = rustix::fs::fstat(io::stderr()).map(file) else { return Ok(()) };
+    // Two pipes are a connection too (UCSPI): descriptor 1 is the one to the client.
+    if [rustix::fs::fstat(io::stdin()), rustix::fs::fstat(io::stdout())]
+        .map(|found| found.map(file))
+        .contains(&Ok(stderr))
+    {
         rustix::stdio::dup2_stderr(File::options().write(true).open("/dev/null")?)?;
     }
     Ok(())

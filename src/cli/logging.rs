@@ -1,31 +1,124 @@
 //! Where log lines go, which of them, and how they look.
 //!
-//! They go to stderr, or under inetd, where stderr is the connection, to the system log (RFC 3164). Each line is one event
-//! of `doc/log.md`, or at level `debug` one line of a dialogue.
+//! They go to stderr, or with `--syslog`, and under inetd where stderr is the connection, to the system log. Each line is
+//! one event of `doc/log.md`, or at level `debug` one line of a dialogue. A thread writes them ([`LogQueue`]).
 
 use std::io::{self, Write};
-use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
-use getopts::Matches;
-use log::{Level, LevelFilter};
+use getopts::{Matches, Options};
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use rustix::event::{PollFd, PollFlags};
 
-use crate::net::descriptor::Waiting;
+use super::log_queue::{LogLine, LogQueue, LogSink};
+use super::syslog::{self, Syslog, severity};
+use crate::clock::Clock;
+use crate::net::cancel::poll;
+use crate::net::descriptor::{Descriptor, Waiting};
 use crate::net::trace::quoted;
 
-/// The facility `mail` of RFC 3164 section 4.1.1.
-const MAIL_FACILITY: u8 = 2;
+/// How long the end of a daemon, or of any program that logs to the system log, waits for the last lines to be written.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The system log under inetd, if stderr is `/dev/null`, as it is after [`keep_stderr_out_of_connection`]. `None`: log
-/// lines go to stderr, also if the system has no log.
-///
-/// [`keep_stderr_out_of_connection`]: super::inetd::keep_stderr_out_of_connection
-pub(super) fn syslog(inetd: bool) -> Option<UnixDatagram> {
-    let (stderr, null) = (rustix::fs::fstat(io::stderr()).ok()?, rustix::fs::stat("/dev/null").ok()?);
-    if !inetd || stderr.st_rdev != null.st_rdev {
-        return None;
+/// The log of this process, once it is started.
+static LOG: OnceLock<ProcessLog> = OnceLock::new();
+
+struct ProcessLog {
+    /// Only for its filter: `RUST_LOG`.
+    filter: env_logger::Logger,
+    queue: Arc<LogQueue>,
+    /// Whether it goes to the system log.
+    in_syslog: bool,
+    /// How long the end of the program waits for the last lines to be written.
+    patience: Duration,
+    format: StderrFormat,
+}
+
+impl Log for ProcessLog {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.filter.enabled(metadata)
     }
-    let socket = UnixDatagram::unbound().ok()?;
-    socket.connect("/dev/log").ok().map(|()| socket)
+
+    fn log(&self, record: &Record<'_>) {
+        if self.filter.matches(record) {
+            let (level, time) = (record.level(), Clock::System.microseconds());
+            self.queue.push(LogLine { level, time, text: record.args().to_string() });
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Adds the options that say where the log goes.
+pub(super) fn options(options: &mut Options) {
+    let help = "logs to the system log, facility mail: to /dev/log or /var/run/log, or to the socket PATH";
+    options.optflagopt("", "syslog", help, "PATH");
+    options.optflag("", "log-time", "puts the time (RFC 3339, UTC) before each log line on stderr");
+}
+
+/// Where the log goes.
+pub(super) struct LogTarget {
+    /// `Some(None)`: the system's socket.
+    syslog: Option<Option<PathBuf>>,
+    /// Why the system log cannot be reached.
+    error: Option<io::Error>,
+    format: StderrFormat,
+}
+
+impl LogTarget {
+    /// What the options say; `inetd`: without `--syslog` it is the system log too if stderr is `/dev/null`, as it is after
+    /// [`keep_stderr_out_of_connection`].
+    ///
+    /// [`keep_stderr_out_of_connection`]: super::inetd::keep_stderr_out_of_connection
+    pub fn new(matches: &Matches, inetd: bool) -> LogTarget {
+        let asked = matches.opt_present("syslog").then(|| matches.opt_str("syslog").map(PathBuf::from));
+        LogTarget::to(asked.or_else(|| (inetd && stderr_is_null()).then_some(None)), matches.opt_present("log-time"))
+    }
+
+    fn to(syslog: Option<Option<PathBuf>>, time: bool) -> LogTarget {
+        let error = syslog.as_ref().and_then(|path| syslog::connect(path.as_deref()).err());
+        LogTarget { syslog, error, format: StderrFormat { time, priority: stderr_is_journal() } }
+    }
+
+    /// Whether the lines go to the system log, and it can be reached.
+    pub fn is_syslog(&self) -> bool {
+        self.syslog.is_some() && self.error.is_none()
+    }
+
+    /// Starts the log, one line for each event. `RUST_LOG` overrides `level`; `debug` adds the dialogue. `is_daemon`: at its
+    /// end the program does not wait for a reader of stderr that reads nothing. A command does: its reader may be a pager.
+    pub fn start(self, level: LevelFilter, is_daemon: bool) {
+        let mut builder = env_logger::Builder::new();
+        // What rustls logs below `warn` is not about mail.
+        builder.filter_level(level).filter_module("rustls", LevelFilter::Warn).parse_default_env();
+        let (in_syslog, format) = (self.is_syslog(), self.format);
+        let log = LOG.get_or_init(|| {
+            let stderr = || Box::new(StderrSink { format, is_torn: false }) as Box<dyn LogSink>;
+            let queue = LogQueue::start(|| match &self.syslog {
+                None => stderr(),
+                Some(path) => Box::new(Syslog::new(path.as_deref(), (!in_syslog).then(stderr))),
+            });
+            let patience = if is_daemon || in_syslog { END_TIMEOUT } else { Duration::MAX };
+            ProcessLog { filter: builder.build(), queue, in_syslog, patience, format }
+        });
+        // It fails only if this process has a logger already; then that one stays.
+        if log::set_logger(log).is_ok() {
+            log::set_max_level(log.filter.filter());
+        }
+        // By default a panic is printed on stderr, which may be a connection.
+        std::panic::set_hook(Box::new(|panic| log::error!("event=panic error={}", quoted(panic))));
+        if let Some(error) = self.error {
+            let consequence = "the log goes to stderr until syslogd answers";
+            log::warn!("event=no-syslog error={} consequence={consequence:?}", quoted(error));
+        }
+    }
+}
+
+/// Starts the log of a command that has no options for it, on stderr.
+pub(super) fn start_on_stderr(level: LevelFilter) {
+    LogTarget::to(None, false).start(level, false);
 }
 
 /// The level of the log lines that the options ask for.
@@ -33,67 +126,118 @@ pub(super) fn verbosity(matches: &Matches) -> LevelFilter {
     if matches.opt_present("verbose") { LevelFilter::Debug } else { LevelFilter::Info }
 }
 
-/// Shows once why the program fails: on stderr, or in the system log.
+/// Shows once why the program fails, on stderr, and in the system log if the log goes there.
 pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
-    match syslog(inetd) {
-        None => {
-            let _ = Waiting(io::stderr()).write_all(format!("{program}: {text}\n").as_bytes());
-        }
-        socket => {
-            // After a wrong option the log has not been started.
-            start(socket, LevelFilter::Info);
-            log::error!("event=failed error={}", quoted(text));
-        }
+    if inetd && LOG.get().is_none() {
+        // After a wrong option the log has not been started.
+        LogTarget::to(stderr_is_null().then_some(None), false).start(LevelFilter::Info, true);
+    }
+    if LOG.get().is_some_and(|log| log.in_syslog) {
+        log::error!("event=failed error={}", quoted(text));
+    }
+    if write_out() {
+        let priority = if stderr_is_journal() { "<3>" } else { "" };
+        let _ = Waiting(io::stderr()).write_all(format!("{priority}{program}: {text}\n").as_bytes());
     }
 }
 
-/// Starts the log, one line for each event, in the system log or on stderr. `RUST_LOG` overrides `level`; `debug` adds the
-/// dialogue.
-pub(super) fn start(syslog: Option<UnixDatagram>, level: LevelFilter) {
-    let mut builder = env_logger::Builder::new();
-    // What rustls logs below `warn` is not about mail.
-    builder.filter_level(level).filter_module("rustls", LevelFilter::Warn).parse_default_env();
-    match syslog {
-        None => {
-            builder.format(|out, record| match record.level() {
-                Level::Error => writeln!(out, "error: {}", record.args()),
-                Level::Warn => writeln!(out, "warning: {}", record.args()),
-                _ => writeln!(out, "{}", record.args()),
-            });
-            // env_logger's own writer loses lines if the caller has made stderr non-blocking.
-            builder.target(env_logger::Target::Pipe(Box::new(Waiting(io::stderr()))));
-        }
-        Some(socket) => {
-            builder.format(|out, record| {
-                // RFC 3164 section 4.1.1.
-                let severity = match record.level() {
-                    Level::Error => 3,
-                    Level::Warn => 4,
-                    Level::Info => 6,
-                    Level::Debug | Level::Trace => 7,
-                };
-                write!(out, "<{}>odmr[{}]: {}", MAIL_FACILITY * 8 + severity, std::process::id(), record.args())
-            });
-            builder.target(env_logger::Target::Pipe(Box::new(Syslog(socket))));
-        }
+/// Waits until the log is written, and returns whether it is. What a syslogd that hangs does not accept goes to stderr.
+pub(super) fn write_out() -> bool {
+    let Some(log) = LOG.get() else { return true };
+    if log.queue.wait_until_written(log.patience) || !log.in_syslog {
+        return log.queue.wait_until_written(Duration::ZERO);
     }
-    // It fails only if this process has a logger already; then that one stays.
-    let _ = builder.try_init();
-    // By default a panic is printed on stderr, which may be a connection.
-    std::panic::set_hook(Box::new(|panic| log::error!("event=panic error={}", quoted(panic))));
+    let (lines, lost) = log.queue.unwritten();
+    let mut text: String = lines.iter().map(|line| log.format.line(line)).collect();
+    if lost > 0 {
+        text.push_str(&format!("error: event=log-lost lines={lost}\n"));
+    }
+    write_stderr(text.as_bytes()).is_ok()
 }
 
-/// Writes each log line as one datagram (RFC 3164).
-struct Syslog(UnixDatagram);
-
-impl Write for Syslog {
-    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
-        // An absent or slow log daemon must not stop a delivery.
-        let _ = self.0.send(record);
-        Ok(record.len())
+/// Writes to stderr, and gives up after [`END_TIMEOUT`].
+fn write_stderr(mut octets: &[u8]) -> io::Result<()> {
+    let deadline = Instant::now() + END_TIMEOUT;
+    let stderr = Descriptor::shared(rustix::io::fcntl_dupfd_cloexec(io::stderr(), 3)?);
+    while !octets.is_empty() {
+        match (&stderr).write(octets) {
+            Ok(written) => octets = &octets[written..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
+                poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(deadline))?;
+            }
+            Err(error) => return Err(error),
+        }
     }
+    Ok(())
+}
 
-    fn flush(&mut self) -> io::Result<()> {
+fn stderr_is_null() -> bool {
+    let (Ok(stderr), Ok(null)) = (rustix::fs::fstat(io::stderr()), rustix::fs::stat("/dev/null")) else { return false };
+    stderr.st_rdev == null.st_rdev
+}
+
+/// Whether stderr is the journal of systemd (sd-daemon(3)). A child may inherit the variable with another stderr, so the
+/// file is compared.
+fn stderr_is_journal() -> bool {
+    let (Ok(stderr), Ok(journal)) = (rustix::fs::fstat(io::stderr()), std::env::var("JOURNAL_STREAM")) else {
+        return false;
+    };
+    journal == format!("{}:{}", stderr.st_dev, stderr.st_ino)
+}
+
+/// How lines look on stderr.
+#[derive(Clone, Copy)]
+struct StderrFormat {
+    /// The time is before each line.
+    time: bool,
+    /// Each line begins with its priority, which the journal removes; the words for it are left out.
+    priority: bool,
+}
+
+impl StderrFormat {
+    fn line(self, line: &LogLine) -> String {
+        let mut shown = String::with_capacity(line.text.len() + 40);
+        if self.priority {
+            shown.push_str(&format!("<{}>", severity(line.level)));
+        }
+        if self.time {
+            let seconds = line.timestamp().rfc3339();
+            shown.push_str(&format!("{}.{:03}Z ", seconds.trim_end_matches('Z'), line.time / 1000 % 1000));
+        }
+        shown.push_str(match line.level {
+            Level::Error if !self.priority => "error: ",
+            Level::Warn if !self.priority => "warning: ",
+            _ => "",
+        });
+        shown.push_str(&line.text);
+        shown.push('\n');
+        shown
+    }
+}
+
+/// Writes lines to stderr.
+struct StderrSink {
+    format: StderrFormat,
+    /// The last line was written in part, on a full disk.
+    is_torn: bool,
+}
+
+impl LogSink for StderrSink {
+    fn write(&mut self, line: &LogLine) -> io::Result<()> {
+        let text = self.format.line(line);
+        let text = if self.is_torn { format!("\n{text}") } else { text };
+        let mut octets = text.as_bytes();
+        while !octets.is_empty() {
+            // The caller may have made stderr non-blocking.
+            match Waiting(io::stderr()).write(octets) {
+                Ok(written) => {
+                    octets = &octets[written..];
+                    self.is_torn = !octets.is_empty();
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
         Ok(())
     }
 }

@@ -10,12 +10,14 @@ mod demo;
 mod exit;
 mod inetd;
 mod json;
+mod log_queue;
 mod logging;
 mod process;
 mod pull;
 mod queue;
 mod sendmail;
 mod status;
+mod syslog;
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -30,6 +32,7 @@ use crate::net::cancel::CancelToken;
 use crate::net::tls;
 use crate::provider::{Listener, Provider, SupervisedConnection};
 use exit::{ExitError, Sysexit};
+use logging::LogTarget;
 use process::{DaemonSignals, print};
 
 const HELP: &str = "\
@@ -62,12 +65,13 @@ struct Subcommand {
 const SUBCOMMANDS: [Subcommand; 6] = [
     Subcommand {
         name: "serve",
-        summary: "Runs the provider in the foreground; logs to stderr; SIGTERM ends it.",
+        summary: "Runs the provider in the foreground; logs to stderr or syslog; SIGTERM ends it.",
         has_config: true,
         arguments: "",
         options: |options| {
             options.optflag("v", "verbose", "logs the dialogue too, in transcript form, without secrets");
             options.optopt("", "inetd", "serves one connection, on descriptors 0 and 1: odmr or inbound", "LISTENER");
+            logging::options(options);
         },
         run: serve,
     },
@@ -131,7 +135,10 @@ pub fn main() -> ExitCode {
         None => ("odmr", run(&arguments)),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            logging::write_out();
+            ExitCode::SUCCESS
+        }
         Err(ExitError { code, text }) => {
             logging::report_failure(program, &text, inetd);
             ExitCode::from(code as u8)
@@ -194,7 +201,7 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
             return Err(ExitError::usage(format!("--inetd is odmr or inbound, not {other}"), "odmr serve -h"));
         }
     };
-    logging::start(logging::syslog(listener.is_some()), logging::verbosity(matches));
+    LogTarget::new(matches, listener.is_some()).start(logging::verbosity(matches), true);
     let signals = DaemonSignals::catch()?;
     let config = ProviderConfig::load(&process::config_path(matches))?;
     let (ids, cancel) = (Ids::system(tls::random), CancelToken::new()?);

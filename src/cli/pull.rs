@@ -16,7 +16,7 @@ use log::LevelFilter;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
 use super::exit::{ExitError, Sysexit};
-use super::logging;
+use super::logging::{self, LogTarget};
 use super::process::{self, DaemonSignals, become_owner, print};
 use crate::config::CustomerConfig;
 use crate::customer::Summary;
@@ -49,6 +49,7 @@ pub(super) fn options(options: &mut Options) {
     let help = "defers incoming mail that would be rejected (451 in place of 5yz), and prints it: for the first call";
     options.optflag("", "soft-bounce", help);
     options.optflag("q", "quiet", "prints errors, and recipients that were not accepted: no summary, no progress");
+    logging::options(options);
 }
 
 /// Makes one call to each provider, runs the daemon, or makes the running daemon call.
@@ -70,12 +71,15 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let quiet = matches.opt_present("quiet");
     // On a terminal the summary and the progress line replace the log.
     let interactive = !is_daemon && io::stderr().is_terminal() && !matches.opt_present("verbose");
+    let target = LogTarget::new(matches, false);
     let level = match (quiet, interactive) {
+        // What is printed has nothing to do with the system log.
+        _ if target.is_syslog() => logging::verbosity(matches),
         (true, _) => LevelFilter::Error,
         (false, true) => LevelFilter::Warn,
         (false, false) => logging::verbosity(matches),
     };
-    logging::start(None, level);
+    target.start(level, is_daemon);
     let signals = is_daemon.then(DaemonSignals::catch).transpose()?;
     let path = process::config_path(matches);
     let config = CustomerConfig::load(&path)?;
@@ -122,6 +126,8 @@ fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: boo
         false if called.is_err() && is_empty => String::new(),
         false => summary.to_string(),
     };
+    // On one terminal or in one file the log comes before the summary.
+    logging::write_out();
     let printed = if text.is_empty() { Ok(()) } else { print(&format!("{text}\n")) };
     // If both the call and the printing failed, the call decides the exit code.
     called?;

@@ -107,7 +107,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         }
         [word, ..] => return Err(ExitError::usage(format!("queue does not know {word:?}"), HINT)),
     };
-    logging::start(None, log::LevelFilter::Warn);
+    logging::start_on_stderr(log::LevelFilter::Warn);
     let path = config_path(matches);
     let queues = match Config::load(&path)? {
         Config::Provider(config) => Queues::of_provider(&config, changes)?,

@@ -12,8 +12,9 @@ use getopts::{Matches, Options};
 use log::LevelFilter;
 
 use super::exit::{ExitError, Sysexit};
+use super::logging::{self, LogTarget};
 use super::process::{become_owner, cancel_at_signal, check_not_root, find_owner, owner_to_become, print};
-use super::{logging, pull};
+use super::pull;
 use crate::config::CustomerConfig;
 use crate::customer::daemon;
 use crate::customer::sendmail::{self, SendmailOptions};
@@ -52,6 +53,9 @@ a domain get `domain` of [outgoing], and text beyond ASCII in the header is enco
     -C FILE       the configuration of the customer, with [outgoing]; default: $ODMR_CONFIG, or
                   /etc/odmr/customer.toml
     -v            logs more on stderr
+    --syslog, --syslog=PATH
+                  logs to the system log: to /dev/log or /var/run/log, or to the socket PATH
+    --log-time    puts the time (RFC 3339, UTC) before each log line on stderr
 
 Other options of sendmail(8) that programs pass, such as -oem, -odb, -O, -B, -G and -U, change nothing.
 Exit codes are those of sysexits.h: 64 usage, 65 address or header, 67 no such mailbox here, 69 too large,
@@ -79,7 +83,9 @@ pub(super) fn run(mode: Option<&str>, arguments: &[String]) -> Result<(), ExitEr
     let matches = options().parse(arguments).map_err(|error| ExitError::usage(error, HINT))?;
     let named = last(&matches, "C").map(OsString::from).or_else(|| std::env::var_os("ODMR_CONFIG"));
     let path = PathBuf::from(named.unwrap_or_else(|| DEFAULT_CONFIG.into()));
-    logging::start(None, if matches.opt_present("v") { LevelFilter::Info } else { LevelFilter::Error });
+    let target = LogTarget::new(&matches, false);
+    let logs_events = target.is_syslog() || matches.opt_present("v");
+    target.start(if logs_events { LevelFilter::Info } else { LevelFilter::Error }, false);
     if matches.opt_present("q") {
         return call_now(&load(&path)?);
     }
@@ -133,6 +139,7 @@ fn options() -> Options {
         options.optflagmulti(name, "", "");
     }
     options.optflagopt("q", "", "", "");
+    logging::options(&mut options);
     options
 }
 
