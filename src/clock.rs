@@ -191,6 +191,12 @@ pub enum Occurrence {
     Never(Timestamp),
 }
 
+/// The microseconds on the monotonic clock of the system, as sd_notify(3) wants them.
+pub fn monotonic_microseconds() -> i64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec * 1_000_000 + now.tv_nsec / 1000
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

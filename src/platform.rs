@@ -41,6 +41,17 @@ fn nonblocking(descriptor: OwnedFd) -> io::Result<OwnedFd> {
     Ok(descriptor)
 }
 
+/// Whether connections can be accepted at a socket; always true on macOS, which cannot tell.
+pub fn is_listening(socket: &OwnedFd) -> bool {
+    #[cfg(not(target_vendor = "apple"))]
+    return rustix::net::sockopt::socket_acceptconn(socket).unwrap_or(true);
+    #[cfg(target_vendor = "apple")]
+    {
+        let _ = socket;
+        true
+    }
+}
+
 /// Sets the umask of this process.
 pub fn set_umask(mask: u32) {
     // The type has 16 bits on the BSDs and macOS; a umask has nine.

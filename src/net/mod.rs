@@ -1,4 +1,5 @@
-//! The network: the cancellation token, the trace, TLS, descriptors, connections, listeners within limits, and name servers.
+//! The network: the cancellation token, the trace, TLS, descriptors, connections, listeners within limits, what
+//! a supervisor passes and is told, and name servers.
 
 pub mod cancel;
 pub mod trace;
@@ -7,4 +8,6 @@ pub mod tls;
 pub mod descriptor;
 pub mod connection;
 pub mod listener;
+pub mod inherited;
+pub mod readiness;
 pub mod resolver;

@@ -1,0 +1,81 @@
+//! What a daemon reports to its supervisor: that it is ready, reloads, or stops.
+//!
+//! systemd and others read that on a socket (`NOTIFY_SOCKET`, sd_notify(3)); s6 waits for a newline on a descriptor
+//! (`--ready-fd`). This program starts no other, so that nothing else finds the variable in its environment.
+
+use std::env;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::clock::monotonic_microseconds;
+use crate::net::trace::quoted;
+
+/// How long a supervisor may take to read a report.
+const SEND_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Reports to the supervisor, if it asks for that. A report that fails is logged.
+#[derive(Debug, Default)]
+pub struct Readiness {
+    /// The address of the socket: a path, or after `@` a name without a file.
+    socket: Option<String>,
+    /// Closed after the newline.
+    pipe: Mutex<Option<File>>,
+}
+
+impl Readiness {
+    /// `pipe`: where the newline goes.
+    pub fn new(pipe: Option<OwnedFd>) -> Readiness {
+        let socket = env::var("NOTIFY_SOCKET").ok().filter(|address| !address.is_empty());
+        Readiness { socket, pipe: Mutex::new(pipe.map(File::from)) }
+    }
+
+    /// The listeners accept connections, at first or after a reload.
+    pub fn ready(&self) {
+        let pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut pipe) = pipe
+            && let Err(error) = pipe.write_all(b"\n")
+        {
+            log_failure(&error);
+        }
+        self.send("READY=1");
+    }
+
+    /// The configuration is read again.
+    pub fn reloading(&self) {
+        self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", monotonic_microseconds()));
+    }
+
+    /// The program ends.
+    pub fn stopping(&self) {
+        self.send("STOPPING=1");
+    }
+
+    fn send(&self, text: &str) {
+        let Some(address) = &self.socket else { return };
+        let sent = UnixDatagram::unbound().and_then(|socket| {
+            connect(&socket, address)?;
+            socket.set_write_timeout(Some(SEND_TIMEOUT))?;
+            socket.send(text.as_bytes())
+        });
+        if let Err(error) = sent {
+            log_failure(&error);
+        }
+    }
+}
+
+fn connect(socket: &UnixDatagram, address: &str) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    if let Some(name) = address.strip_prefix('@') {
+        use std::os::linux::net::SocketAddrExt;
+        return socket.connect_addr(&std::os::unix::net::SocketAddr::from_abstract_name(name)?);
+    }
+    socket.connect(address)
+}
+
+fn log_failure(error: &io::Error) {
+    log::warn!("event=notify-failed error={}", quoted(error));
+}
