@@ -65,6 +65,11 @@ impl SystemUser {
         self.uid == Uid::effective()
     }
 
+    /// Returns the login name.
+    pub fn name(&self) -> &str {
+        self.name.to_str().unwrap_or_default()
+    }
+
     /// Returns the user id.
     pub fn uid(&self) -> u32 {
         self.uid.as_raw()

@@ -7,7 +7,7 @@
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use getopts::{Matches, Options};
 use rustix::fs::Access;
@@ -16,23 +16,23 @@ use rustix::process::{Resource, getrlimit};
 use super::call_check;
 use super::check_report::{CheckReport, check_error, describe, names_of, validity};
 use super::exit::ExitError;
-use super::process::{config_path, find_owner, print};
+use super::owner::{check_owned, reload_errors, subdirectories};
+use super::process::{config_path, print};
 use super::syslog;
 use crate::clock::Clock;
 use crate::config::{
-    Config, CustomerConfig, MailboxesConfig, ProviderAccount, ProviderConfig, SourceLine, TlsFiles, effective,
-    line_of_key,
+    Config, CustomerConfig, MailOwner, MailboxesConfig, ProviderAccount, ProviderConfig, SourceLine, TlsFiles,
+    effective, line_of_key,
 };
 use crate::customer::sendmail::user_mailbox;
 use crate::ids::Ids;
 use crate::mail::address::{Domain, ForwardPath};
 use crate::maildir::write_remedy;
 use crate::net::tls::{self, CertificateInfo};
-use crate::privileges::LoginUser;
+use crate::privileges::{LoginUser, SystemUser};
 use crate::provider::certificate::DAYS_TO_RENEW;
 use crate::provider::spool::{Spool, SpoolQueue};
 use crate::recipients::RecipientRules;
-use crate::session::Remote;
 use crate::smtp::reply::Severity;
 
 /// The options of `odmr check`.
@@ -76,15 +76,13 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
             report.drop_warnings();
             String::new()
         }
-        Ok(Config::Provider(config)) => {
-            if matches.opt_present("inetd") {
+        Ok(config) => {
+            if matches.opt_present("inetd") && matches!(config, Config::Provider(_)) {
                 check_inetd_log(&path, &mut report);
             }
-            check_provider(config, &path, &mut report)
-        }
-        Ok(Config::Customer(config)) => {
-            let summary = check_customer(config, &path, &mut report)?;
-            if call {
+            let places = Places::of(config, &path);
+            let summary = check_named(config, &path, &places, &mut report)?;
+            if call && let Config::Customer(config) = config {
                 call_check::run(config, &path, &mut report)?;
             }
             summary
@@ -96,29 +94,155 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     }
 }
 
-/// Returns the numbers of customers and domains, for the summary.
-fn check_provider(config: &ProviderConfig, path: &Path, report: &mut CheckReport) -> String {
-    if let Some(files) = &config.tls {
+/// Where the keys of a file are. They are found before this process becomes a user that may not read the file.
+struct Places<'a> {
+    root: SourceLine,
+    queue: SourceLine,
+    limits: SourceLine,
+    /// `root`, and the queue.
+    directories: Vec<&'a Path>,
+}
+
+impl<'a> Places<'a> {
+    fn of(config: &'a Config, path: &Path) -> Places<'a> {
+        let line = |keys: &[&str]| line_of_key(path, keys);
+        let (queue, limits) = (line(&["outgoing", "queue"]), line(&["limits"]));
+        match config {
+            Config::Provider(config) => {
+                Places { root: line(&["spool"]), queue, limits, directories: vec![&config.spool] }
+            }
+            Config::Customer(config) => {
+                let outgoing = config.outgoing.iter().map(|outgoing| &*outgoing.queue);
+                let directories = std::iter::once(&*config.mailboxes.root).chain(outgoing).collect();
+                Places { root: line(&["mailboxes", "root"]), queue, limits, directories }
+            }
+        }
+    }
+
+    /// Checks that each directory can be written to or made; `existing`: only those that exist, or only the others.
+    fn check(&self, existing: bool, report: &mut CheckReport) {
+        let with_lines = self.directories.iter().zip([&self.root, &self.queue]);
+        for (directory, line) in with_lines.filter(|(directory, _)| directory.exists() == existing) {
+            check_directory(line, directory, report);
+        }
+    }
+}
+
+/// Checks what a file names, where the program would be the owner of the mail with that user's rights. Returns the summary.
+fn check_named(
+    config: &Config, path: &Path, places: &Places<'_>, report: &mut CheckReport,
+) -> Result<String, ExitError> {
+    let (login, known) = (LoginUser::current().name, reload_errors(path));
+    if let Config::Provider(config) = config
+        && let Some(files) = &config.tls
+    {
         check_certificate(files, &config.hostname, report);
     }
-    if let Some(smarthost) = &config.relay.smarthost
-        && let Err(text) = Remote::new(smarthost)
-    {
-        report.error(line_of_key(path, &["relay", "ca"]).error(text));
+    known.iter().for_each(|error| report.error(error));
+    // Directories that do not exist are made before the process becomes the owner.
+    places.check(false, report);
+    let owner = take_rights(config, path, &known, report)?;
+    if !(owner.is_some() && matches!(config, Config::Provider(_))) {
+        places.check(true, report);
     }
-    let line = line_of_key(path, &["spool"]);
-    check_directory(&line, &config.spool, report);
-    check_spool(&line, &config.spool, report);
-    check_unowned(&line, config, report);
+    match config {
+        Config::Provider(config) => Ok(check_provider(config, places, owner.as_ref(), report)),
+        Config::Customer(config) => Ok(check_customer(config, places, &login, report)),
+    }
+}
+
+/// As root becomes the owner of the mail, and reports what a reload could not read then. Returns the owner that this process
+/// has become; `None`: it stays what it is.
+fn take_rights(
+    config: &Config, path: &Path, known: &[String], report: &mut CheckReport,
+) -> Result<Option<SystemUser>, ExitError> {
+    let is_root = rustix::process::geteuid().is_root();
+    let owner = match config.owner().map(MailOwner::find).transpose() {
+        Ok(Some(owner)) => owner,
+        Ok(None) => {
+            if is_root && let Config::Provider(config) = config {
+                let text = format!(
+                    "`user` is missing, so `odmr serve` stays root if root starts it: make a user, write user = \"odmr\" \
+                     above, and type `chown -R odmr {}`",
+                    config.spool.display()
+                );
+                report.warn(line_of_key(path, &["spool"]).error(text));
+            }
+            return Ok(None);
+        }
+        Err(error) => {
+            report.error(error);
+            return Ok(None);
+        }
+    };
+    let name = owner.name();
+    if !is_root {
+        if !owner.may_read(path)? {
+            report.warn(format!("{}: {name} may not read it, so SIGHUP cannot: chgrp it", path.display()));
+        }
+        return Ok(None);
+    }
+    let line = line_of_key(path, &["user"]);
+    if let Err(text) = owner.assume() {
+        report.error(line.error(text));
+        return Ok(None);
+    }
+    for error in reload_errors(path).iter().filter(|error| !known.contains(error)) {
+        report.warn(format!("{error}; root may, and {name} may not, so SIGHUP cannot: chgrp it to a group of {name}"));
+    }
+    if let Config::Provider(config) = config
+        && let Some(files) = &config.tls
+        && [&files.certificate, &files.key].iter().any(|file| denied(file))
+    {
+        report.note(deploy_hook(files, name, path));
+    }
+    Ok(Some(owner))
+}
+
+/// Whether this user may not read a file.
+fn denied(file: &Path) -> bool {
+    fs::File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+}
+
+/// A program that copies the certificate and the key for a user, whenever they are renewed. `config`: the provider's file.
+fn deploy_hook(files: &TlsFiles, user: &str, config: &Path) -> String {
+    let directory = config.parent().unwrap_or(Path::new("")).join("tls");
+    let directory = std::path::absolute(&directory).unwrap_or(directory);
+    let directory = directory.display();
+    let (certificate, key) = (files.certificate.display(), files.key.display());
+    format!(
+        "deploy hook, as only root may read the key: save it as a program (certbot: \
+         /etc/letsencrypt/renewal-hooks/deploy/odmr), run it once, and name its copies in [tls]\n    #!/bin/sh -e\n    \
+         install -d -m 0755 '{directory}'\n    \
+         install -o {user} -m 0600 '{certificate}' '{directory}/certificate.pem'\n    \
+         install -o {user} -m 0600 '{key}' '{directory}/key.pem'\n    \
+         pkill -HUP -u {user} -f 'odmr serve'    # or: systemctl reload odmr-serve"
+    )
+}
+
+/// Returns the numbers of customers and domains, for the summary. `owner`: the user that this process has become.
+fn check_provider(
+    config: &ProviderConfig, places: &Places<'_>, owner: Option<&SystemUser>, report: &mut CheckReport,
+) -> String {
+    if let Some(owner) = owner
+        && config.spool.exists()
+        && let Err(text) = check_owned(owner, &config.spool, QUEUES_DEPTH)
+    {
+        report.error(places.root.error(text));
+    }
+    check_spool(&places.root, &config.spool, owner.is_none(), report);
+    check_unowned(&places.root, config, report);
     let limits = &config.limits;
-    let listeners = [&config.inbound.listen, &config.odmr.listen, &config.odmr.listen_tls];
-    let listeners = listeners.iter().filter(|addresses| !addresses.is_empty()).count();
+    let listeners = config.listen().iter().filter(|addresses| !addresses.is_empty()).count();
     // A turned session has its connection and the message that it sends; the relay a connection and a message.
     let needed = limits.connections * 2 * listeners + limits.turned_sessions * 2 + config.relay.connections * 2;
-    check_descriptors(&line_of_key(path, &["limits"]), needed, report);
+    check_descriptors(&places.limits, needed, report);
     let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
     format!("a provider with {} customers, {domains} domains", config.accounts.iter().count())
 }
+
+/// The directories of queues are so many directories below the spool.
+const QUEUES_DEPTH: usize = 3;
 
 /// Says where the log of `odmr serve --inetd` goes, which inetd gives no descriptor for it.
 fn check_inetd_log(path: &Path, report: &mut CheckReport) {
@@ -136,9 +260,6 @@ fn check_inetd_log(path: &Path, report: &mut CheckReport) {
 
 /// Checks the provider's own certificate and its key, and notes the pins for customers.
 fn check_certificate(files: &TlsFiles, hostname: &str, report: &mut CheckReport) {
-    if let Err(error) = files.load() {
-        report.error(error);
-    }
     let Ok(certificate) = CertificateInfo::load(&files.certificate) else { return };
     let (name, names) = (files.certificate.display(), names_of(&certificate));
     if !certificate.is_for(hostname) {
@@ -160,10 +281,11 @@ fn check_certificate(files: &TlsFiles, hostname: &str, report: &mut CheckReport)
     report.note(format!("{name}: {}", describe(&certificate)));
 }
 
-/// Checks that all directories of queues can be written to, and are on one file system, as messages are moved in them.
-fn check_spool(line: &SourceLine, spool: &Path, report: &mut CheckReport) {
+/// Checks that all directories of queues are on one file system, as messages are moved in them; `access`: and that they can
+/// be written to.
+fn check_spool(line: &SourceLine, spool: &Path, access: bool, report: &mut CheckReport) {
     let Ok(root) = fs::metadata(spool) else { return };
-    for directory in subdirectories(spool, 3) {
+    for directory in subdirectories(spool, QUEUES_DEPTH) {
         let Ok(found) = fs::metadata(&directory) else { continue };
         let shown = directory.display();
         if found.dev() != root.dev() {
@@ -172,7 +294,9 @@ fn check_spool(line: &SourceLine, spool: &Path, report: &mut CheckReport) {
                 spool.display()
             )));
         }
-        check_access(line, &directory, report);
+        if access {
+            check_access(line, &directory, report);
+        }
     }
 }
 
@@ -193,18 +317,6 @@ fn check_unowned(line: &SourceLine, config: &ProviderConfig, report: &mut CheckR
     }
 }
 
-/// The directories below one, down to a depth.
-fn subdirectories(directory: &Path, depth: usize) -> Vec<PathBuf> {
-    let entries = fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok);
-    let is_directory = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
-    let mut found: Vec<_> = entries.filter(is_directory).map(|entry| entry.path()).collect();
-    found.sort();
-    let below = |path: &PathBuf| if depth > 1 { subdirectories(path, depth - 1) } else { Vec::new() };
-    let deeper: Vec<_> = found.iter().flat_map(below).collect();
-    found.extend(deeper);
-    found
-}
-
 /// Warns if the system permits fewer descriptors than the limits of connections need.
 fn check_descriptors(line: &SourceLine, needed: usize, report: &mut CheckReport) {
     if let Some(limit) = getrlimit(Resource::Nofile).maximum
@@ -217,43 +329,19 @@ fn check_descriptors(line: &SourceLine, needed: usize, report: &mut CheckReport)
     }
 }
 
-/// Returns the customer's providers and its accounts there, for the summary.
-fn check_customer(config: &CustomerConfig, path: &Path, report: &mut CheckReport) -> Result<String, ExitError> {
-    let mut user = rustix::process::geteuid().as_raw();
-    match config.owner.as_ref().map(find_owner).transpose() {
-        Ok(Some(owner)) => {
-            let name = config.owner.as_ref().map(|owner| owner.user.clone()).unwrap_or_default();
-            if !owner.may_read(path)? {
-                report.warn(format!("{}: {name} may not read it, so SIGHUP cannot: chgrp it", path.display()));
-            }
-            user = if user == 0 { owner.uid() } else { user };
-        }
-        Ok(None) => {}
-        Err(error) => report.error(error),
-    }
-    let root = &config.mailboxes.root;
-    let line = line_of_key(path, &["mailboxes", "root"]);
-    check_owner(&line, root, user, report);
-    for provider in &config.providers {
-        if let Err(text) = Remote::new(&provider.remote) {
-            report.error(provider.error(&text));
-        }
-    }
-    check_directory(&line, root, report);
+/// Returns the customer's providers and its accounts there, for the summary. `login`: the user who runs this.
+fn check_customer(config: &CustomerConfig, places: &Places<'_>, login: &str, report: &mut CheckReport) -> String {
+    check_owner(&places.root, &config.mailboxes.root, rustix::process::geteuid().as_raw(), report);
     config.mailboxes.rules.warnings().iter().for_each(|warning| report.warn(warning));
     if let Some(outgoing) = &config.outgoing {
-        if let Some(Err(text)) = outgoing.submission.as_ref().map(Remote::new) {
-            report.error(line_of_key(path, &["outgoing", "ca"]).error(text));
-        }
-        check_directory(&line_of_key(path, &["outgoing", "queue"]), &outgoing.queue, report);
-        warn_of_senders(&config.mailboxes, &outgoing.domain, report);
+        warn_of_senders(&config.mailboxes, &outgoing.domain, login, report);
         let needed = if outgoing.listen.is_empty() { 0 } else { config.limits.connections * 2 };
-        check_descriptors(&line_of_key(path, &["limits"]), needed, report);
+        check_descriptors(&places.limits, needed, report);
     }
     let account =
         |provider: &ProviderAccount| format!("of {}, as {}", provider.remote.address, provider.remote.login_name());
     let accounts: Vec<_> = config.providers.iter().map(account).collect();
-    Ok(format!("a customer {}", accounts.join("; ")))
+    format!("a customer {}", accounts.join("; "))
 }
 
 /// Reports mailboxes that belong to another user than the one that `pull` runs as: `user`. Root may write into them, but
@@ -279,11 +367,10 @@ fn check_owner(line: &SourceLine, root: &Path, user: u32, report: &mut CheckRepo
     }
 }
 
-/// Warns of each user whose mail has nobody to come back to: root, for whom cron sends, and the user of this process.
+/// Warns of each user whose mail has nobody to come back to: root, for whom cron sends, and `user`, who runs this.
 /// `domain`: that of their addresses.
-fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain, report: &mut CheckReport) {
-    let user = LoginUser::current().name;
-    for name in ["root", &user].iter().take(if user == "root" { 1 } else { 2 }) {
+fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain, user: &str, report: &mut CheckReport) {
+    for name in ["root", user].iter().take(if user == "root" { 1 } else { 2 }) {
         // Mail for a domain elsewhere is the matter of its host.
         let Some(sender) = user_mailbox(name, domain).filter(|_| mailboxes.rules.serves(domain)) else { continue };
         let resolved = mailboxes.rules.resolve(&ForwardPath::Mailbox(sender.clone()));

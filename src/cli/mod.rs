@@ -12,6 +12,7 @@ mod inetd;
 mod json;
 mod log_queue;
 mod logging;
+mod owner;
 mod process;
 mod pull;
 mod queue;
@@ -20,8 +21,9 @@ mod status;
 mod syslog;
 
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use getopts::{Matches, Options};
 use signal_hook::consts::SIGHUP;
@@ -29,10 +31,12 @@ use signal_hook::consts::SIGHUP;
 use crate::config::ProviderConfig;
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
+use crate::net::readiness::Readiness;
 use crate::net::tls;
-use crate::provider::{Listener, Provider, SupervisedConnection};
+use crate::provider::{Listener, PreparedProvider, StartError, SupervisedConnection};
 use exit::{ExitError, Sysexit};
 use logging::LogTarget;
+use owner::{become_owner, check_owned, log_prevented_reload, owner_to_become, reload_errors};
 use process::{DaemonSignals, print};
 
 const HELP: &str = "\
@@ -72,6 +76,7 @@ const SUBCOMMANDS: [Subcommand; 6] = [
             options.optflag("v", "verbose", "logs the dialogue too, in transcript form, without secrets");
             options.optopt("", "inetd", "serves one connection, on descriptors 0 and 1: odmr or inbound", "LISTENER");
             logging::options(options);
+            process::readiness_option(options);
         },
         run: serve,
     },
@@ -201,25 +206,70 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
             return Err(ExitError::usage(format!("--inetd is odmr or inbound, not {other}"), "odmr serve -h"));
         }
     };
+    if listener.is_some() && process::has_readiness_option(matches) {
+        return Err(ExitError::usage("--ready-fd is for listeners, without --inetd", "odmr serve -h"));
+    }
+    // The sockets of a supervisor of connections are no listeners.
+    let supervision = listener.is_none().then(|| process::supervision(matches)).transpose()?;
     LogTarget::new(matches, listener.is_some()).start(logging::verbosity(matches), true);
-    let signals = DaemonSignals::catch()?;
-    let config = ProviderConfig::load(&process::config_path(matches))?;
-    let (ids, cancel) = (Ids::system(tls::random), CancelToken::new()?);
+    let (signals, path) = (DaemonSignals::catch()?, process::config_path(matches));
+    let config = ProviderConfig::load(&path)?;
+    let owner = owner_to_become(config.owner.as_ref())?;
+    let (ids, cancel, spool) = (Ids::system(tls::random), CancelToken::new()?, config.spool.clone());
     process::raise_descriptor_limit();
+    let known = owner.as_ref().map(|_| reload_errors(&path)).unwrap_or_default();
+    let only = only_listener(&config);
+    let mut provider = PreparedProvider::new(config, ids, cancel.clone())?;
+    let readiness = match supervision {
+        None => Readiness::default(),
+        Some((sockets, readiness)) => {
+            let sockets = sockets.into_listeners(&Listener::ALL.map(Listener::name), only);
+            provider.bind(sockets.map_err(StartError::Config)?, owner.is_none())?;
+            readiness
+        }
+    };
+    become_owner(owner.as_ref(), &[&spool])?;
+    if let Some(owner) = &owner {
+        check_owned(owner, &spool, DOMAINS_DEPTH).map_err(StartError::Spool)?;
+    }
     if let Some(listener) = listener {
         signals.handle(&cancel, |_| false)?;
-        return Ok(Provider::serve_one(config, ids, listener, SupervisedConnection::from_supervisor()?, &cancel)?);
+        return Ok(provider.serve_one(listener, SupervisedConnection::from_supervisor()?)?);
     }
-    let running = Provider::start(config, ids)?;
-    let (reloader, file) = (running.reloader().clone(), process::config_path(matches));
+    if let Some(owner) = &owner {
+        log_prevented_reload(owner, &path, &known);
+    }
+    run_daemon(provider, path, signals, Arc::new(readiness))
+}
+
+/// The queues of domains are so many directories below the spool.
+const DOMAINS_DEPTH: usize = 2;
+
+/// The one listener of a configuration; `None`: it has several.
+fn only_listener(config: &ProviderConfig) -> Option<&'static str> {
+    let mut with_address = Listener::ALL.iter().zip(config.listen()).filter(|(_, addresses)| !addresses.is_empty());
+    let first = with_address.next()?;
+    with_address.next().is_none().then(|| first.0.name())
+}
+
+/// Runs the provider until SIGTERM or SIGINT.
+fn run_daemon(
+    provider: PreparedProvider, path: PathBuf, signals: DaemonSignals, readiness: Arc<Readiness>,
+) -> Result<(), ExitError> {
+    let (running, stopped) = (provider.start()?, CancelToken::new()?);
+    readiness.ready();
+    let (reloader, reporter) = (running.reloader().clone(), readiness.clone());
     // Signals that came before wait for this.
-    signals.handle(&cancel, move |signal| {
+    signals.handle(&stopped, move |signal| {
         if signal == SIGHUP {
-            reloader.reload(&file);
+            reporter.reloading();
+            reloader.reload(&path);
+            reporter.ready();
         }
         signal == SIGHUP
     })?;
-    cancel.wait_until(None);
+    stopped.wait_until(None);
+    readiness.stopping();
     running.stop();
     log::info!("event=stopped");
     Ok(())

@@ -1,13 +1,13 @@
-//! What the subcommands do with their own process: its user, its signals, its limits, its standard output.
+//! What the subcommands do with their own process: its supervisor, its signals, its limits, its standard output.
 
-use std::fs::{self, Metadata};
+use std::fmt::Display;
+use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
-use getopts::Matches;
+use getopts::{Matches, Options};
 use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::{
     SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXCPU, SIGXFSZ,
@@ -15,11 +15,10 @@ use signal_hook::consts::{
 use signal_hook::iterator::Signals;
 
 use super::exit::{ExitError, Sysexit};
-use crate::config::{ConfigError, CustomerConfig, MailOwner};
 use crate::net::cancel::CancelToken;
 use crate::net::descriptor::Waiting;
-use crate::platform;
-use crate::privileges::SystemUser;
+use crate::net::inherited::{self, PassedSockets, TakeError};
+use crate::net::readiness::Readiness;
 
 /// The file that `-c` names.
 pub(super) fn config_path(matches: &Matches) -> PathBuf {
@@ -31,72 +30,46 @@ pub(super) fn print(text: &str) -> Result<(), ExitError> {
     Ok(Waiting(io::stdout()).write_all(text.as_bytes())?)
 }
 
-/// The user that this process must become before it touches mail; `None` if it stays what it is.
+/// What a supervisor has passed to this process: the sockets of `LISTEN_FDS`, and the descriptor of `--ready-fd`. Call it
+/// before this process opens descriptors.
 ///
 /// # Errors
 ///
-/// The system has no such user or group.
-pub(super) fn owner_to_become(config: &CustomerConfig) -> Result<Option<SystemUser>, ConfigError> {
-    let owner = config.owner.as_ref().filter(|_| rustix::process::geteuid().is_root());
-    owner.map(find_owner).transpose()
-}
-
-/// The system's user and group for `user` and `group` of the configuration.
-///
-/// # Errors
-///
-/// The system has no such user or group.
-pub(super) fn find_owner(owner: &MailOwner) -> Result<SystemUser, ConfigError> {
-    SystemUser::find(&owner.user, owner.group.as_deref()).map_err(|text| owner.error(text))
-}
-
-/// Checks that root does not write into mailboxes of another user, who could not read what root creates.
-///
-/// # Errors
-///
-/// This process is root, `user` is not configured, and the mailboxes belong to another user.
-pub(super) fn check_not_root(config: &CustomerConfig, path: &Path) -> Result<(), ExitError> {
-    let root = &config.mailboxes.root;
-    let of_another = |found: Metadata| found.uid() != 0;
-    if rustix::process::geteuid().is_root() && config.owner.is_none() && root.metadata().is_ok_and(of_another) {
-        let text = format!("{} belongs to another user: name that user in `user`, or be that user", root.display());
-        return Err(ExitError::new(Sysexit::Config, format!("{}: {text}", path.display())));
-    }
-    Ok(())
-}
-
-/// Becomes the owner of the mail, for good, and sets the umask. Directories that the owner could not create are created
-/// before. Call it before there are threads.
-///
-/// # Errors
-///
-/// The directories cannot be created, or the rights of root cannot be given up.
-pub(super) fn become_owner(config: &CustomerConfig, owner: Option<SystemUser>) -> Result<(), ExitError> {
-    let os_error = |text: String| ExitError::new(Sysexit::OsError, text);
-    if let Some(user) = owner {
-        let queue = config.outgoing.as_ref().map(|outgoing| &outgoing.queue);
-        for directory in [Some(&config.mailboxes.root), queue].into_iter().flatten() {
-            user.make_directory(directory).map_err(|error| os_error(format!("{}: {error}", directory.display())))?;
+/// What cannot be used.
+pub(super) fn supervision(matches: &Matches) -> Result<(PassedSockets, Readiness), ExitError> {
+    let option = matches.opt_str(READY_FD);
+    let wrong = |text: &dyn Display| {
+        ExitError::new(Sysexit::Usage, format!("--{READY_FD} {}: {text}", option.as_deref().unwrap_or_default()))
+    };
+    let number = match option.as_ref().map(|number| number.parse()) {
+        None => None,
+        Some(Ok(number @ 3..)) => Some(number),
+        Some(Ok(0..3)) => {
+            return Err(wrong(&"0, 1 and 2 are stdin, stdout and stderr; write another, for s6 into notification-fd"));
         }
-        user.assume().map_err(os_error)?;
-    }
-    // The umask is for mailboxes; queues and locks set a stricter mode of their own.
-    platform::set_umask(config.mailboxes.umask);
-    Ok(())
+        Some(_) => return Err(wrong(&"not the number of a descriptor, such as 3")),
+    };
+    let (sockets, pipe) = inherited::take(number).map_err(|error| match error {
+        TakeError::ReadyFd(error) => {
+            wrong(&format!("{error}; write the number that the supervisor listens on, for s6 that in notification-fd"))
+        }
+        TakeError::Sockets(text) => ExitError::new(Sysexit::Config, text),
+    })?;
+    Ok((sockets, Readiness::new(pipe)))
 }
 
-/// Becomes the owner of a provider's spool, if this process is root and the spool is another user's: what root made there,
-/// `serve` could not read. Call it before there are threads.
-///
-/// # Errors
-///
-/// The owner is not known, or the rights of root cannot be given up.
-pub(super) fn become_spool_owner(spool: &Path) -> Result<(), ExitError> {
-    if !rustix::process::geteuid().is_root() {
-        return Ok(());
-    }
-    let owner = SystemUser::owner_of(spool).map_err(|text| ExitError::new(Sysexit::Config, text))?;
-    owner.map_or(Ok(()), |owner| owner.assume().map_err(|text| ExitError::new(Sysexit::OsError, text)))
+/// The option that names a descriptor for readiness.
+const READY_FD: &str = "ready-fd";
+
+/// Adds the option of daemons that report their readiness.
+pub(super) fn readiness_option(options: &mut Options) {
+    let help = "writes a newline to descriptor N when it is ready, and closes it, for s6; others: NOTIFY_SOCKET";
+    options.optopt("", READY_FD, help, "N");
+}
+
+/// Whether an option is given that only a daemon has.
+pub(super) fn has_readiness_option(matches: &Matches) -> bool {
+    matches.opt_present(READY_FD)
 }
 
 /// Signals that end a process by default, but no daemon: a stray one must not cut its sessions. SIGPIPE is not among them,

@@ -17,17 +17,20 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
 use super::exit::{ExitError, Sysexit};
 use super::logging::{self, LogTarget};
-use super::process::{self, DaemonSignals, become_owner, print};
+use super::owner::{become_customer_owner, check_not_root, log_prevented_reload, owner_to_become, reload_errors};
+use super::process::{self, DaemonSignals, print};
 use crate::config::CustomerConfig;
-use crate::customer::Summary;
 use crate::customer::counters::CallCounters;
 use crate::customer::daemon::{self, DaemonEvent};
 use crate::customer::pull::Customer;
+use crate::customer::submission::PLAIN_NAME;
+use crate::customer::{CallError, Summary};
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::descriptor::Waiting;
+use crate::net::inherited::PassedSockets;
+use crate::net::readiness::Readiness;
 use crate::net::tls;
-use crate::net::trace::quoted;
 use crate::privileges::SystemUser;
 
 /// The progress line appears after this time; most calls end before.
@@ -45,6 +48,7 @@ pub(super) fn options(options: &mut Options) {
         "calls by [schedule], and accepts mail by SMTP where [outgoing] says, until SIGTERM; SIGUSR1: call at once; \
          SIGHUP: read the configuration again",
     );
+    process::readiness_option(options);
     options.optflag("", "now", "makes the running daemon call at once; if no daemon runs, calls");
     let help = "defers incoming mail that would be rejected (451 in place of 5yz), and prints it: for the first call";
     options.optflag("", "soft-bounce", help);
@@ -68,6 +72,10 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         let text = "--soft-bounce is for one call, without --daemon and --now";
         return Err(ExitError::usage(text, "odmr pull -h"));
     }
+    if !is_daemon && process::has_readiness_option(matches) {
+        return Err(ExitError::usage("--ready-fd is for --daemon", "odmr pull -h"));
+    }
+    let supervision = is_daemon.then(|| process::supervision(matches)).transpose()?;
     let quiet = matches.opt_present("quiet");
     // On a terminal the summary and the progress line replace the log.
     let interactive = !is_daemon && io::stderr().is_terminal() && !matches.opt_present("verbose");
@@ -83,17 +91,17 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let signals = is_daemon.then(DaemonSignals::catch).transpose()?;
     let path = process::config_path(matches);
     let config = CustomerConfig::load(&path)?;
-    let owner = process::owner_to_become(&config)?;
-    process::check_not_root(&config, &path)?;
+    let owner = owner_to_become(config.owner.as_ref())?;
+    check_not_root(&config, &path)?;
     let ids = Ids::system(tls::random);
     process::raise_descriptor_limit();
-    if let Some(signals) = signals {
-        return run_daemon(&path, &config, owner, &ids, signals);
+    if let (Some(signals), Some(supervision)) = (signals, supervision) {
+        return run_daemon(&path, &config, owner.as_ref(), &ids, signals, supervision);
     }
     let cancel = CancelToken::new()?;
     let mut customer = Customer::new(&config, &ids)?;
     customer.soft_bounce = soft_bounce;
-    become_owner(&config, owner)?;
+    become_customer_owner(&config, owner.as_ref())?;
     if now && let Some(process) = daemon::running(&config)? {
         return request_call(process, quiet);
     }
@@ -144,14 +152,16 @@ fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: boo
     }
 }
 
-/// Runs the daemon until SIGTERM or SIGINT. `owner`: the user to become, as in [`process::become_owner`].
+/// Runs the daemon until SIGTERM or SIGINT. `owner`: the user to become, as in [`become_customer_owner`].
 fn run_daemon(
-    path: &Path, config: &CustomerConfig, owner: Option<SystemUser>, ids: &Ids, signals: DaemonSignals,
+    path: &Path, config: &CustomerConfig, owner: Option<&SystemUser>, ids: &Ids, signals: DaemonSignals,
+    (sockets, readiness): (PassedSockets, Readiness),
 ) -> Result<(), ExitError> {
+    let sockets = sockets.into_listeners(&[PLAIN_NAME], Some(PLAIN_NAME)).map_err(CallError::Config)?;
     // Ports below 1024 must be bound before the rights of root are given up.
-    let bound = daemon::BoundDaemon::new(config, ids)?;
-    let becomes_owner = owner.is_some();
-    become_owner(config, owner)?;
+    let bound = daemon::BoundDaemon::new(config, ids, sockets)?;
+    let known = owner.map(|_| reload_errors(path)).unwrap_or_default();
+    become_customer_owner(config, owner)?;
     let (sender, cancel) = (bound.events.clone(), CancelToken::new()?);
     signals.handle(&cancel, move |signal| {
         let event = match signal {
@@ -164,12 +174,10 @@ fn run_daemon(
         true
     })?;
     let load = || CustomerConfig::load(path).map_err(|error| error.to_string());
-    // The owner may not be able to read a file that root could.
-    if becomes_owner && let Err(error) = load() {
-        let consequence = "SIGHUP cannot read the configuration again; let `user` read it";
-        log::warn!("event=reload-prevented error={} consequence={consequence:?}", quoted(error));
+    if let Some(owner) = owner {
+        log_prevented_reload(owner, path, &known);
     }
-    daemon::run(bound, &load, &cancel)?;
+    daemon::run(bound, &load, &readiness, &cancel)?;
     log::info!("event=stopped");
     Ok(())
 }

@@ -14,7 +14,8 @@ use getopts::Matches;
 
 use super::exit::{ExitError, Sysexit};
 use super::logging;
-use super::process::{self, config_path};
+use super::owner::{become_customer_owner, become_spool_owner, check_not_root, owner_to_become};
+use super::process::config_path;
 use super::status::short_time;
 use crate::clock::Timestamp;
 use crate::config::{Config, CustomerConfig, ProviderConfig};
@@ -153,7 +154,7 @@ fn failure<T>(code: Sysexit, text: impl ToString) -> Result<T, Failure> {
 impl Queues {
     fn of_provider(config: &ProviderConfig, changes: bool) -> Result<Queues, ExitError> {
         if changes {
-            process::become_spool_owner(&config.spool)?;
+            become_spool_owner(config)?;
         }
         let ids = Ids::system(tls::random);
         let spool = Arc::new(Spool::new(config, &ids));
@@ -172,8 +173,8 @@ impl Queues {
 
     fn of_customer(config: &CustomerConfig, path: &Path, changes: bool) -> Result<Queues, ExitError> {
         if changes {
-            process::check_not_root(config, path)?;
-            process::become_owner(config, process::owner_to_become(config)?)?;
+            check_not_root(config, path)?;
+            become_customer_owner(config, owner_to_become(config.owner.as_ref())?.as_ref())?;
         }
         let ids = Ids::system(tls::random);
         let mailboxes = Arc::new(Mailboxes::new(config, &ids));

@@ -13,7 +13,8 @@ use log::LevelFilter;
 
 use super::exit::{ExitError, Sysexit};
 use super::logging::{self, LogTarget};
-use super::process::{become_owner, cancel_at_signal, check_not_root, find_owner, owner_to_become, print};
+use super::owner::{become_customer_owner, check_not_root, owner_to_become};
+use super::process::{cancel_at_signal, print};
 use super::pull;
 use crate::config::CustomerConfig;
 use crate::customer::daemon;
@@ -183,13 +184,13 @@ fn load_as_owner(path: &Path) -> Result<CustomerConfig, ExitError> {
     // The call runs as the owner, who could not read the messages of another user.
     if let Some(owner) = &config.owner
         && !rustix::process::geteuid().is_root()
-        && !find_owner(owner)?.is_current()
+        && !owner.find()?.is_current()
     {
         let user = &owner.user;
         let text = format!("only {user} and root may send here: submit by SMTP where [outgoing] listens");
         return Err(denied(path, &text));
     }
     check_not_root(&config, path)?;
-    become_owner(&config, owner_to_become(&config)?)?;
+    become_customer_owner(&config, owner_to_become(config.owner.as_ref())?.as_ref())?;
     Ok(config)
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::limits::{limits, timeouts};
 use super::mailboxes::{MAILBOXES_KEYS, MailboxesConfig};
+use super::owner::MailOwner;
 use super::provider::check_listeners;
 use super::relay::retry_times;
 use super::remote::{optional_remote, remote, secret};
@@ -13,7 +14,7 @@ use super::source::{FileKind, Source};
 use super::table::{Table, Value, check_unique, values};
 use super::value::{
     ACCOUNT_NAME, DOMAIN, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, NETWORK, Network, PATH, SIZE,
-    SYSTEM_NAME, WITHOUT_8BITMIME, host_port,
+    WITHOUT_8BITMIME, host_port,
 };
 use crate::mail::address::Domain;
 use crate::queue::retry::Retry;
@@ -106,38 +107,6 @@ impl CustomerConfig {
 
 const CUSTOMER_FILE_KEYS: [&str; 9] =
     ["hostname", "user", "group", "provider", "mailboxes", "outgoing", "schedule", "limits", "timeouts"];
-
-/// `user` and `group`: the owner of the mail.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct MailOwner {
-    pub user: String,
-    /// The group of the files. Default: the primary group of the user.
-    pub group: Option<String>,
-    /// The line of `user`.
-    line: SourceLine,
-}
-
-impl MailOwner {
-    fn build(file: &mut Table<'_>) -> Result<Option<MailOwner>, ConfigError> {
-        let (user, group) = (file.located("user", SYSTEM_NAME), file.located("group", SYSTEM_NAME));
-        match (user?, group?) {
-            (None, None) => Ok(None),
-            (None, Some(group)) => {
-                let text = "`group` has no effect without `user`: write user = \"…\" too, or remove it";
-                Err(group.source.error(text))
-            }
-            (Some(user), group) => {
-                let group = group.map(|group| group.value);
-                Ok(Some(MailOwner { user: user.value, group, line: user.source }))
-            }
-        }
-    }
-
-    /// The error about the user or the group, on the line of `user`.
-    pub fn error(&self, text: String) -> ConfigError {
-        self.line.error(text)
-    }
-}
 
 /// `[provider]`, or each `[[provider]]`: which provider a customer calls, with which account, and when.
 #[derive(Clone, Debug)]

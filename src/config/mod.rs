@@ -14,6 +14,7 @@ mod aliases;
 mod customer;
 mod limits;
 mod mailboxes;
+mod owner;
 mod print;
 mod provider;
 mod relay;
@@ -25,8 +26,9 @@ mod value;
 
 use std::path::Path;
 
-pub use self::customer::{CustomerConfig, MailOwner, OutgoingConfig, ProviderAccount};
+pub use self::customer::{CustomerConfig, OutgoingConfig, ProviderAccount};
 pub use self::mailboxes::MailboxesConfig;
+pub use self::owner::MailOwner;
 pub use self::print::effective;
 pub use self::provider::{Account, Accounts, InboundConfig, OdmrConfig, ProviderConfig, TlsFiles};
 pub use self::relay::{RelayConfig, TlsPolicy};
@@ -46,6 +48,14 @@ pub enum Config {
 }
 
 impl Config {
+    /// `user` and `group` of the file.
+    pub fn owner(&self) -> Option<&MailOwner> {
+        match self {
+            Config::Provider(config) => config.owner.as_ref(),
+            Config::Customer(config) => config.owner.as_ref(),
+        }
+    }
+
     /// Reads the file of a provider or a customer, whichever it is.
     ///
     /// # Errors

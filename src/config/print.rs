@@ -56,7 +56,7 @@ impl Printer {
     fn provider(mut self, config: &ProviderConfig) -> Result<String, ConfigError> {
         let source = Source::read(&self.source.file)?;
         let mut file = source.parse()?;
-        self.written(&mut file, &["hostname", "spool", "customers"]);
+        self.written(&mut file, &["hostname", "user", "group", "spool", "customers"]);
         if let Some(mut tls) = self.table(&mut file, "tls") {
             self.written(&mut tls, &["certificate", "key"]);
         }

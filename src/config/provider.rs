@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::limits::{limits, timeouts};
+use super::owner::MailOwner;
 use super::relay::RelayConfig;
 use super::remote::secret;
 use super::source::{FileKind, Source, check_private};
@@ -30,6 +31,8 @@ use crate::smtp::client::Without8BitMime;
 pub struct ProviderConfig {
     /// The name in its greeting. ASCII, in the case of the file.
     pub hostname: String,
+    /// The user that a process becomes when its listeners are bound, if it was started as root; `None`: it stays root.
+    pub owner: Option<MailOwner>,
     /// The directory of the queues. Absolute.
     pub spool: PathBuf,
     pub accounts: Accounts,
@@ -42,6 +45,11 @@ pub struct ProviderConfig {
 }
 
 impl ProviderConfig {
+    /// The addresses of the listeners `inbound`, `odmr` and `odmr-tls`.
+    pub fn listen(&self) -> [&Vec<SocketAddr>; 3] {
+        [&self.inbound.listen, &self.odmr.listen, &self.odmr.listen_tls]
+    }
+
     /// Reads a provider's file, and the files of its customers.
     ///
     /// # Errors
@@ -62,6 +70,7 @@ impl ProviderConfig {
         let hostname = file.required("hostname", HOSTNAME, HOSTNAME_MISSING);
         let missing = "`spool` is missing: the directory for the mail that waits, such as spool = \"/var/spool/odmr\"";
         let spool = file.required("spool", PATH, missing);
+        let owner = source.note(MailOwner::build(&mut file));
         let customers = file.located("customers", PATH).and_then(|customers| {
             let text = "`customers` is missing: the directory with one file for each customer, such as customers = \
                  \"customers.d\"";
@@ -84,6 +93,7 @@ impl ProviderConfig {
         let (limits, timeouts) = (limits(&mut file), source.note(timeouts(&mut file)));
         Ok(ProviderConfig {
             hostname: hostname?,
+            owner: owner?,
             spool: source.absolute(&spool?),
             accounts: accounts?,
             tls: tls?,
@@ -96,8 +106,8 @@ impl ProviderConfig {
     }
 }
 
-const PROVIDER_FILE_KEYS: [&str; 9] =
-    ["hostname", "spool", "customers", "tls", "inbound", "odmr", "relay", "limits", "timeouts"];
+const PROVIDER_FILE_KEYS: [&str; 11] =
+    ["hostname", "user", "group", "spool", "customers", "tls", "inbound", "odmr", "relay", "limits", "timeouts"];
 
 const ODMR_KEYS: [&str; 6] = ["listen", "listen-tls", "require-tls", "cram-md5", "give-up", "without-8bitmime"];
 

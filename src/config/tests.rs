@@ -597,6 +597,29 @@ fn every_key_of_a_customer_is_read() {
 }
 
 #[test]
+fn a_provider_has_an_owner_too() {
+    let load = |head: &str| {
+        let directory = files(&[("odmr.toml", &format!("{head}{PROVIDER}"))]);
+        (Config::load(&directory.path().join("odmr.toml")).map_err(|error| error.to_string()), directory)
+    };
+    let owner = |head: &str| {
+        let config = load(head).0.unwrap();
+        config.owner().map(|owner| (owner.user.clone(), owner.group.clone()))
+    };
+    assert_eq!(owner(""), None);
+    assert_eq!(owner("user = \"odmr\"\n"), Some(("odmr".to_owned(), None)));
+    assert_eq!(owner("user = \"odmr\"\ngroup = \"mail\"\n"), Some(("odmr".to_owned(), Some("mail".to_owned()))));
+    for (head, phrase) in [
+        ("group = \"mail\"\n", "odmr.toml:1: `group` has no effect without `user`"),
+        ("user = \"a:b\"\n", "is not a valid name of a user or group"),
+        ("user = 5\n", "expected the name of a user or group"),
+    ] {
+        let error = load(head).0.unwrap_err();
+        assert!(error.contains("odmr.toml:1: ") && error.contains(phrase), "{error}");
+    }
+}
+
+#[test]
 fn several_providers_have_each_their_own() {
     let text = r#"
             hostname = "mail.example.org"
@@ -1086,7 +1109,7 @@ fn each_line_that_is_no_toml_is_found() {
 fn what_is_printed_is_read_again() {
     let account = "domains = [\"example.org\"]\nsecret = \"open sesame\"\nmax-size = \"1MiB\"\n";
     let provider = format!(
-        "{PROVIDER}give-up = \"36h\"\n[relay]\nsmarthost = \"smtp.example.net\"\nname = \"a\\\"b\"\nsecret = \"open \
+        "user = \"odmr\"\ngroup = \"mail\"\n{PROVIDER}give-up = \"36h\"\n[relay]\nsmarthost = \"smtp.example.net\"\nname = \"a\\\"b\"\nsecret = \"open \
          sesame\"\ntls-for = {{ \"example.com\" = \"must\" }}\n[limits]\nerrors = 7\n[timeouts]\nmail = \"1500ms\"\n"
     );
     let customer = format!(

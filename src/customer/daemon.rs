@@ -21,7 +21,9 @@ use super::submission::{self, SubmissionListeners};
 use crate::config::{CustomerConfig, ProviderAccount};
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
+use crate::net::inherited::InheritedListeners;
 use crate::net::listener;
+use crate::net::readiness::Readiness;
 use crate::net::trace::quoted;
 use crate::report::calls::{self, CallRecord, CallResult};
 use crate::schedule::{CallOutcome, CallTimer, Clocks, Schedule};
@@ -82,30 +84,46 @@ pub struct BoundDaemon {
     receiver: Receiver<DaemonEvent>,
     customer: Customer,
     listeners: Vec<TcpListener>,
+    /// A supervisor has opened the listeners.
+    inherited: bool,
 }
 
 impl BoundDaemon {
+    /// `sockets`: if a supervisor has passed some, they replace `listen` of `[outgoing]`.
+    ///
     /// # Errors
-    /// Those of [`Customer::new`]; [`CallError::System`] if a listener cannot be bound.
-    pub fn new(config: &CustomerConfig, ids: &Ids) -> Result<BoundDaemon, CallError> {
+    /// Those of [`Customer::new`]; [`CallError::System`] if a listener cannot be bound; [`CallError::Config`] if there is
+    /// nothing to serve a socket.
+    pub fn new(config: &CustomerConfig, ids: &Ids, mut sockets: InheritedListeners) -> Result<BoundDaemon, CallError> {
         let customer = Customer::new(config, ids)?;
         let addresses = config.outgoing.as_ref().map(|outgoing| &outgoing.listen[..]).unwrap_or_default();
-        let listeners = listener::bind(submission::LISTENER_NAME, addresses).map_err(CallError::System)?;
+        let passed = sockets.take(submission::PLAIN_NAME);
+        let inherited = !passed.is_empty();
+        if inherited && config.outgoing.is_none() {
+            let text = "the supervisor passes a socket local, and there is no [outgoing]: add it, with `queue`";
+            return Err(CallError::Config(text.to_owned()));
+        }
+        let listeners = match inherited {
+            true => passed,
+            false => listener::bind(submission::LISTENER_NAME, addresses).map_err(CallError::System)?,
+        };
         let (sender, receiver) = unbounded();
-        Ok(BoundDaemon { events: EventSender(sender), receiver, customer, listeners })
+        Ok(BoundDaemon { events: EventSender(sender), receiver, customer, listeners, inherited })
     }
 }
 
-/// Runs until it is cancelled and gets [`DaemonEvent::Stop`]. `load` reads the configuration again.
+/// Runs until it is cancelled and gets [`DaemonEvent::Stop`]. `load` reads the configuration again; `readiness` reports to
+/// the supervisor.
 ///
 /// # Errors
 /// [`CallError::Busy`]: there is a daemon for these mailboxes; [`CallError::System`].
 pub fn run(
-    bound: BoundDaemon, load: &dyn Fn() -> Result<CustomerConfig, String>, cancel: &CancelToken,
+    bound: BoundDaemon, load: &dyn Fn() -> Result<CustomerConfig, String>, readiness: &Readiness, cancel: &CancelToken,
 ) -> Result<(), CallError> {
-    let BoundDaemon { events, receiver, customer, listeners } = bound;
+    let BoundDaemon { events, receiver, customer, listeners, inherited } = bound;
     let _lock = lock(customer.config())?;
-    let listeners = SubmissionListeners::start(listeners, &customer.mailboxes, customer.outbox.clone(), cancel)?;
+    let outbox = customer.outbox.clone();
+    let listeners = SubmissionListeners::start(listeners, inherited, &customer.mailboxes, outbox, cancel)?;
     let watcher = events.clone();
     network::watch(move || watcher.send(DaemonEvent::Network), cancel);
     let customer = Arc::new(customer);
@@ -114,6 +132,7 @@ pub fn run(
         listeners,
         providers: Vec::new(),
         load,
+        readiness,
         cancel: cancel.clone(),
         events,
         retrying: false,
@@ -124,12 +143,14 @@ pub fn run(
     daemon.adopt(customer);
     daemon.record_reload(None);
     daemon.update_providers();
+    readiness.ready();
     while !cancel.is_cancelled() {
         daemon.start_what_is_due();
         if let Ok(event) = receiver.recv_timeout(daemon.pause()) {
             daemon.handle(event);
         }
     }
+    readiness.stopping();
     // The calls see the cancellation too. Those that do not end in time end with the process: a message of which a part
     // has arrived stays with the provider.
     let deadline = Instant::now() + daemon.customer.config().timeouts.shutdown;
@@ -180,6 +201,7 @@ struct Daemon<'a> {
     /// In the order of the configuration.
     providers: Vec<ProviderState>,
     load: &'a dyn Fn() -> Result<CustomerConfig, String>,
+    readiness: &'a Readiness,
     cancel: CancelToken,
     events: EventSender,
     /// A thread tries the retry queue.
@@ -234,7 +256,11 @@ impl Daemon<'_> {
         match event {
             DaemonEvent::CallNow => self.providers.iter_mut().for_each(|state| state.at_once = true),
             DaemonEvent::Network => self.providers.iter_mut().for_each(|state| state.network = true),
-            DaemonEvent::Reload if !self.cancel.is_cancelled() => self.reload(),
+            DaemonEvent::Reload if !self.cancel.is_cancelled() => {
+                self.readiness.reloading();
+                self.reload();
+                self.readiness.ready();
+            }
             DaemonEvent::Reload | DaemonEvent::Stop => {}
             DaemonEvent::RetryQueued => self.retry_pause_until = None,
             DaemonEvent::RetryEnded => {

@@ -17,7 +17,7 @@ use crate::ids::Ids;
 use crate::mail::address::{ForwardPath, Mailbox, literal};
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
-use crate::net::listener::{Acceptor, ConnectionLimiter};
+use crate::net::listener::{Acceptor, ConnectionLimiter, log_listening};
 use crate::net::trace::{Trace, quoted};
 use crate::session::server::{ServerSession, SessionLimits};
 use crate::session::storage_failure_reply;
@@ -28,8 +28,9 @@ use crate::smtp::server::{Incoming, MessageSink, Server, ServerRole, SessionHand
 /// The name of the listeners in the log.
 pub const LISTENER_NAME: &str = "submission";
 
-/// Their name in the line `listening NAME ADDRESS`, which tests and supervisors outside read.
-const PLAIN_NAME: &str = "local";
+/// Their name in the line `listening NAME ADDRESS`, which tests and supervisors outside read, and that of a socket that a
+/// supervisor passes.
+pub const PLAIN_NAME: &str = "local";
 
 /// How long a rejected client may take to read the reply.
 const REJECTION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -42,12 +43,14 @@ pub struct SubmissionListeners {
 }
 
 impl SubmissionListeners {
-    /// Begins to accept connections, whose messages go to `outbox`; `None`: connections are rejected. `cancel` ends it.
+    /// Begins to accept connections, whose messages go to `outbox`; `None`: connections are rejected. `inherited`: a supervisor
+    /// has opened them. `cancel` ends it.
     ///
     /// # Errors
     /// The system has no descriptors or threads.
     pub fn start(
-        listeners: Vec<TcpListener>, mailboxes: &Mailboxes, outbox: Option<Arc<Outbox>>, cancel: &CancelToken,
+        listeners: Vec<TcpListener>, inherited: bool, mailboxes: &Mailboxes, outbox: Option<Arc<Outbox>>,
+        cancel: &CancelToken,
     ) -> io::Result<SubmissionListeners> {
         let (limits, ids) = (&mailboxes.config.limits, mailboxes.ids.clone());
         let limiter = ConnectionLimiter::new(limits.connections, limits.connections_per_address);
@@ -56,8 +59,7 @@ impl SubmissionListeners {
         let mut threads = Vec::new();
         for listener in listeners {
             let address = listener.local_addr()?;
-            log::info!("listening {PLAIN_NAME} {address}");
-            log::info!("event=listening listener={LISTENER_NAME} address={address}");
+            log_listening(LISTENER_NAME, PLAIN_NAME, address, inherited);
             let (cancel, limiter) = (service.cancel.clone(), limiter.clone());
             let acceptor = Acceptor { name: LISTENER_NAME, greets: true, cancel, limiter };
             let service = service.clone();
@@ -190,7 +192,7 @@ mod tests {
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let cancel = CancelToken::new().unwrap();
-        let listeners = SubmissionListeners::start(vec![listener], &mailboxes, outbox, &cancel).unwrap();
+        let listeners = SubmissionListeners::start(vec![listener], false, &mailboxes, outbox, &cancel).unwrap();
         let mut greeting = [0; 4];
         client.read_exact(&mut greeting).unwrap();
         assert_eq!(&greeting, b"220 ");

@@ -66,6 +66,16 @@ pub fn bind(name: &str, addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, St
     }
 }
 
+/// Logs that connections are accepted at an address; `inherited`: a supervisor has opened the socket. `plain`: the name in
+/// the line that programs read.
+pub fn log_listening(name: &str, plain: &str, address: SocketAddr, inherited: bool) {
+    log::info!("listening {plain} {address}");
+    match inherited {
+        false => log::info!("event=listening listener={name} address={address}"),
+        true => log::info!("event=listening listener={name} address={address} source=supervisor"),
+    }
+}
+
 fn bind_error(address: SocketAddr, error: &io::Error) -> String {
     let advice = match error.kind() {
         io::ErrorKind::PermissionDenied => {

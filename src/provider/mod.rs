@@ -22,7 +22,7 @@ pub mod reload;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
@@ -33,6 +33,7 @@ use crate::ids::Ids;
 use crate::mail::address::literal;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
+use crate::net::inherited::InheritedListeners;
 use crate::net::listener::{self, Acceptor, ConnectionLimiter};
 use crate::net::trace::{Trace, quoted};
 use crate::sasl::Mechanism;
@@ -53,6 +54,9 @@ pub enum Listener {
 }
 
 impl Listener {
+    /// All listeners.
+    pub const ALL: [Listener; 3] = [Listener::Inbound, Listener::Odmr, Listener::OdmrTls];
+
     /// The name in the log.
     pub fn name(self) -> &'static str {
         match self {
@@ -113,34 +117,87 @@ impl Provider {
     /// # Errors
     /// A certificate, an address or a resource of the system cannot be used.
     pub fn start(config: ProviderConfig, ids: Ids) -> Result<RunningProvider, StartError> {
-        let (shared, delivery, relay) = prepare(config, ids, CancelToken::new()?)?;
-        let lock = shared.spool.lock().map_err(|error| StartError::Spool(error.to_string()))?.ok_or_else(|| {
-            let spool = shared.config.spool.display();
-            StartError::Busy(format!("another `odmr serve` has the spool {spool}: stop it, or name another `spool`"))
-        })?;
-        shared.record_reload(None);
-        let mut listeners = Vec::new();
-        let config = &shared.config;
-        for (kind, addresses) in [
-            (Listener::Inbound, &config.inbound.listen),
-            (Listener::Odmr, &config.odmr.listen),
-            (Listener::OdmrTls, &config.odmr.listen_tls),
-        ] {
-            let opened = listener::bind(kind.name(), addresses).map_err(StartError::System)?;
-            listeners.extend(opened.into_iter().map(|listener| (kind, listener)));
+        let mut provider = PreparedProvider::new(config, ids, CancelToken::new()?)?;
+        provider.bind(InheritedListeners::default(), true)?;
+        provider.start()
+    }
+}
+
+/// A provider before privileges are dropped: its configuration can be used. It has no thread, and has touched no mail.
+pub struct PreparedProvider {
+    shared: Arc<Shared>,
+    delivery: DeliveryThread,
+    relay: Relay,
+    listeners: Vec<BoundListener>,
+    /// Of the spool.
+    lock: Option<File>,
+}
+
+struct BoundListener {
+    kind: Listener,
+    socket: TcpListener,
+    /// A supervisor has opened the socket.
+    inherited: bool,
+}
+
+impl PreparedProvider {
+    /// `cancel`: ends accepting, and sessions after the command or message under way.
+    ///
+    /// # Errors
+    /// A certificate or a resource of the system cannot be used.
+    pub fn new(config: ProviderConfig, ids: Ids, cancel: CancelToken) -> Result<PreparedProvider, StartError> {
+        let (shared, delivery, relay) = prepare(config, ids, cancel)?;
+        Ok(PreparedProvider { shared, delivery, relay, listeners: Vec::new(), lock: None })
+    }
+
+    /// Binds all listeners. The sockets that a supervisor has passed for one replace its addresses of the configuration.
+    /// `stays`: this process does not become another user, so that the spool can be locked before.
+    ///
+    /// # Errors
+    /// An address or the spool cannot be used, or a socket has nothing to serve it.
+    pub fn bind(&mut self, mut sockets: InheritedListeners, stays: bool) -> Result<(), StartError> {
+        // The files of root would be in the way of the other user.
+        match stays {
+            true => self.lock = Some(self.lock_spool()?),
+            false if self.shared.spool.is_locked()? => return Err(self.busy()),
+            false => {}
         }
-        log_skipped(config);
+        let config = &self.shared.config;
+        if sockets.has(Listener::OdmrTls.name()) && config.tls.is_none() {
+            let text =
+                "the supervisor passes a socket odmr-tls, and there is no [tls]: add it, with `certificate` and `key`";
+            return Err(StartError::Config(text.to_owned()));
+        }
+        for (kind, addresses) in Listener::ALL.into_iter().zip(config.listen()) {
+            let passed = sockets.take(kind.name());
+            let inherited = !passed.is_empty();
+            let opened = match inherited {
+                true => passed,
+                false => listener::bind(kind.name(), addresses).map_err(StartError::System)?,
+            };
+            self.listeners.extend(opened.into_iter().map(|socket| BoundListener { kind, socket, inherited }));
+        }
+        Ok(())
+    }
+
+    /// Begins to work.
+    ///
+    /// # Errors
+    /// The spool cannot be used, or the system has no threads.
+    pub fn start(mut self) -> Result<RunningProvider, StartError> {
+        let lock = self.lock.take().map_or_else(|| self.lock_spool(), Ok)?;
+        let PreparedProvider { shared, delivery, relay, listeners, .. } = self;
+        shared.record_reload(None);
+        log_skipped(&shared.config);
         let (reloader, listening, threads) = (Reloader::new(shared.clone()), Vec::new(), Vec::new());
         let mut running = RunningProvider { reloader: reloader.clone(), listening, threads, _lock: lock };
         running.spawn("delivery", move || delivery.run())?;
         running.spawn("relay", move || relay.run())?;
         let (watched, cancel) = (reloader.clone(), shared.cancel.clone());
         running.spawn("upkeep", move || watched.keep_up(&cancel))?;
-        for (kind, listener) in listeners {
-            let (name, address) = (kind.name(), listener.local_addr()?);
-            // Programs that start a provider read this line.
-            log::info!("listening {name} {address}");
-            log::info!("event=listening listener={name} address={address}");
+        for BoundListener { kind, socket, inherited } in listeners {
+            let (name, address) = (kind.name(), socket.local_addr()?);
+            listener::log_listening(name, name, address, inherited);
             running.listening.push((kind, address));
             let acceptor = Acceptor {
                 name,
@@ -154,22 +211,31 @@ impl Provider {
                 let connection = Connection::new(stream.into(), trace(&shared, kind));
                 serve(&shared, kind, connection, Some(peer));
             };
-            running.spawn(name, move || acceptor.accept(&listener, Arc::new(service)))?;
+            running.spawn(name, move || acceptor.accept(&socket, Arc::new(service)))?;
         }
         Ok(running)
+    }
+
+    fn lock_spool(&self) -> Result<File, StartError> {
+        let lock = self.shared.spool.lock().map_err(|error| StartError::Spool(error.to_string()))?;
+        lock.ok_or_else(|| self.busy())
+    }
+
+    fn busy(&self) -> StartError {
+        let spool = self.shared.config.spool.display();
+        StartError::Busy(format!("another `odmr serve` has the spool {spool}: stop it, or name another `spool`"))
     }
 
     /// Serves one connection that a supervisor has accepted, also after a turn. Returns after its end. Mail that the
     /// customer submits waits in the spool: the relay of `odmr serve` without `--inetd` sends it.
     ///
     /// # Errors
-    /// A certificate or a resource of the system cannot be used.
-    pub fn serve_one(
-        config: ProviderConfig, ids: Ids, listener: Listener, connection: SupervisedConnection, cancel: &CancelToken,
-    ) -> Result<(), StartError> {
-        let (shared, delivery, _) = prepare(config, ids, cancel.clone())?;
+    /// The system has no threads.
+    pub fn serve_one(self, listener: Listener, connection: SupervisedConnection) -> Result<(), StartError> {
+        let PreparedProvider { shared, delivery, .. } = self;
         log_skipped(&shared.config);
-        let (cancel, abort, timeout) = (cancel.clone(), shared.abort.clone(), shared.config.timeouts.shutdown);
+        let (cancel, abort) = (shared.cancel.clone(), shared.abort.clone());
+        let timeout = shared.config.timeouts.shutdown;
         let spool = shared.spool.clone();
         Builder::new().spawn(move || {
             cancel.wait_until(None);

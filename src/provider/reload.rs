@@ -103,7 +103,7 @@ impl Reloader {
                 shared.record_reload(None);
                 log_reload(&old, &shared);
                 if restart {
-                    let what = "`listen`, `listen-tls` or `spool` has changed";
+                    let what = "`listen`, `listen-tls`, `spool`, `user` or `group` has changed";
                     log::warn!("event=restart-needed reason={what:?}");
                 }
             }
@@ -214,8 +214,8 @@ fn log_reload(old: &Shared, new: &Shared) {
 /// Whether something has changed that a reload leaves as it was.
 fn needs_restart(old: &ProviderConfig, new: &ProviderConfig) -> bool {
     let kept = |config: &ProviderConfig| {
-        let ProviderConfig { inbound, odmr, spool, .. } = config;
-        (inbound.listen.clone(), odmr.listen.clone(), odmr.listen_tls.clone(), spool.clone())
+        let owner = config.owner.as_ref().map(|owner| (owner.user.clone(), owner.group.clone()));
+        (config.listen().map(Vec::clone), config.spool.clone(), owner)
     };
     kept(old) != kept(new)
 }

@@ -24,6 +24,9 @@ use crate::maildir::{self, MessageWriter, replace_file, with_path};
 use crate::net::trace::quoted;
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
 
+/// The file in `SPOOL/.odmr` that `odmr serve` locks.
+const LOCK_FILE: &str = "serve";
+
 /// Finds, reads and writes the queues.
 pub struct Spool {
     root: PathBuf,
@@ -65,13 +68,21 @@ impl Spool {
     /// # Errors
     /// The spool cannot be written to; the text says what to do.
     pub fn lock(&self) -> io::Result<Option<File>> {
-        let lock = maildir::lock_state_file(&self.root, "serve")?;
+        let lock = maildir::lock_state_file(&self.root, LOCK_FILE)?;
         rustix::fs::access(&self.root, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
             let error = io::Error::from(error);
             let remedy = maildir::write_remedy(&error, &self.root);
             io::Error::new(error.kind(), format!("{}: {error}{remedy}", self.root.display()))
         })?;
         Ok(lock)
+    }
+
+    /// Whether an `odmr serve` has the spool. Nothing is created.
+    ///
+    /// # Errors
+    /// The lock cannot be looked at.
+    pub fn is_locked(&self) -> io::Result<bool> {
+        maildir::locked_state_file(&self.root, LOCK_FILE).map(|file| file.is_some())
     }
 
     /// The name of a queue: its directory, and whether its messages are tried again at times of their own.

@@ -1,0 +1,303 @@
+//! `user` and `group` of a provider that root starts, with the real binary. The tests do nothing if another user runs them.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use nix::unistd::{Uid, User};
+use rustix::process::Signal;
+
+use crate::running::{Client, Running};
+
+/// The files of a provider that becomes this user.
+const USER: &str = "nobody";
+
+const PROVIDER: &str = "user = \"nobody\"\nhostname = \"relay.example.net\"\nspool = \"var/spool\"\ncustomers = \"customers.d\"\n\
+                        [inbound]\nlisten = [\"127.0.0.1:0\"]\n[odmr]\nlisten = [\"127.0.0.1:0\"]\n";
+
+struct Place(tempfile::TempDir);
+
+impl Place {
+    /// `None`: this is not root. All files can be read by the user.
+    fn new() -> Option<Place> {
+        if !Uid::effective().is_root() {
+            return None;
+        }
+        let place = Place(tempfile::tempdir().unwrap());
+        fs::set_permissions(place.0.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::create_dir(place.path("customers.d")).unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let names = vec!["relay.example.net".to_owned()];
+        let certificate = rcgen::CertificateParams::new(names).unwrap().self_signed(&key).unwrap();
+        place.write("customers.d/acme.toml", "domains = [\"example.org\"]\nsecret-file = \"../acme.secret\"\n");
+        place.write("acme.secret", "tanstaaftanstaaf\n");
+        place.write("certificate.pem", &certificate.pem());
+        place.write("key.pem", &key.serialize_pem());
+        place.write("odmr.toml", &format!("{PROVIDER}[tls]\ncertificate = \"certificate.pem\"\nkey = \"key.pem\"\n"));
+        Some(place)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+        fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o600)).unwrap();
+        self.give(name, Some(user().uid.as_raw()));
+    }
+
+    /// To root if there is no user.
+    fn give(&self, name: &str, user: Option<u32>) {
+        chown(self.path(name), Some(user.unwrap_or(0)), None).unwrap();
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        command.args(words).arg("-c").arg(self.path("odmr.toml")).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        self.command(words).output().unwrap()
+    }
+
+    /// What `check` prints if it ends with this exit code.
+    fn check(&self, code: i32) -> String {
+        let done = self.run(&["check"]);
+        let text = [done.stdout, done.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+        assert_eq!(done.status.code(), Some(code), "{text}");
+        text
+    }
+}
+
+fn user() -> User {
+    User::from_name(USER).unwrap().unwrap()
+}
+
+/// The user ids and the group ids of a process, and its other groups; all its threads have the same.
+#[cfg(target_os = "linux")]
+fn ids(process: u32) -> [Vec<u32>; 3] {
+    let threads = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let mut ids: Vec<_> = threads.map(|thread| ids_of(&thread.unwrap().path().join("status"))).collect();
+    ids.dedup();
+    assert_eq!(ids.len(), 1, "{ids:?}");
+    ids.remove(0)
+}
+
+#[cfg(target_os = "linux")]
+fn ids_of(status: &Path) -> [Vec<u32>; 3] {
+    let status = fs::read_to_string(status).unwrap();
+    ["Uid:", "Gid:", "Groups:"].map(|key| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.split_whitespace().map(|id| id.parse().unwrap()).collect()
+    })
+}
+
+#[test]
+fn after_its_listeners_are_bound_root_becomes_the_user_for_good() {
+    let Some(place) = Place::new() else { return };
+    let mut serve = Running::start(&mut place.command(&["serve"]));
+    let inbound = serve.listening("inbound");
+    let owner = user();
+    #[cfg(target_os = "linux")]
+    {
+        let [users, groups, others] = ids(serve.child.id());
+        assert_eq!((users, groups), (vec![owner.uid.as_raw(); 4], vec![owner.gid.as_raw(); 4]));
+        assert!(!others.contains(&0), "{others:?}");
+    }
+    assert!(Client::connect(&inbound).send("a@b.example", "alice@example.org", 1).starts_with("250 "));
+    // The spool was made for the user, and so is all that is in it.
+    for name in ["var/spool", "var/spool/.odmr/serve", "var/spool/domains/example.org/new"] {
+        assert_eq!(fs::metadata(place.path(name)).unwrap().uid(), owner.uid.as_raw(), "{name}");
+    }
+    assert_eq!(fs::metadata(place.path("var/spool")).unwrap().mode() & 0o777, 0o700);
+    place.write("customers.d/beta.toml", "domains = [\"example.com\"]\nsecret = \"tanstaaftanstaaf\"\n");
+    serve.signal(Signal::HUP);
+    assert!(serve.wait_for("event=reloaded").contains("accounts=2 added=1"));
+    // A second one finds the lock, although it is root before it has bound.
+    assert_eq!(place.run(&["serve"]).status.code(), Some(75));
+    serve.signal(Signal::TERM);
+    assert_eq!(serve.exit_code(), Some(0));
+}
+
+#[test]
+fn the_group_may_be_another_one() {
+    let Some(place) = Place::new() else { return };
+    let config = fs::read_to_string(place.path("odmr.toml")).unwrap();
+    place.write("odmr.toml", &format!("group = \"daemon\"\n{config}"));
+    let mut serve = Running::start(&mut place.command(&["serve"]));
+    serve.listening("inbound");
+    let group = nix::unistd::Group::from_name("daemon").unwrap().unwrap().gid.as_raw();
+    assert_eq!(fs::metadata(place.path("var/spool")).unwrap().gid(), group);
+    #[cfg(target_os = "linux")]
+    assert_eq!(ids(serve.child.id())[1], vec![group; 4]);
+}
+
+/// `serve` could not read what root makes in its spool.
+#[test]
+fn a_queue_command_of_root_leaves_files_of_the_user() {
+    let Some(place) = Place::new() else { return };
+    let mut serve = Running::start(&mut place.command(&["serve"]));
+    let inbound = serve.listening("inbound");
+    assert!(Client::connect(&inbound).send("a@b.example", "alice@example.org", 1).starts_with("250 "));
+    let exported = place.run(&["queue", "export", "example.org"]);
+    assert!(exported.status.success() && !exported.stdout.is_empty());
+    let mut import = place.command(&["queue", "import"]).stdin(Stdio::piped()).spawn().unwrap();
+    import.stdin.take().unwrap().write_all(&exported.stdout).unwrap();
+    assert!(import.wait().unwrap().success());
+    let queue = place.path("var/spool/domains/example.org/new");
+    let owners: Vec<_> = fs::read_dir(queue).unwrap().map(|file| file.unwrap().metadata().unwrap().uid()).collect();
+    assert_eq!(owners, vec![user().uid.as_raw(); 2]);
+}
+
+#[test]
+fn under_inetd_root_becomes_the_user_too() {
+    let Some(place) = Place::new() else { return };
+    let mut command = place.command(&["serve", "--inetd", "inbound"]);
+    let mut serve = Running::start(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+    let mut greeting = String::new();
+    BufReader::new(serve.child.stdout.take().unwrap()).read_line(&mut greeting).unwrap();
+    assert!(greeting.starts_with("220 "));
+    #[cfg(target_os = "linux")]
+    assert_eq!(ids(serve.child.id())[0], vec![user().uid.as_raw(); 4]);
+    assert_eq!(fs::metadata(place.path("var/spool")).unwrap().uid(), user().uid.as_raw());
+    serve.child.stdin.take().unwrap().write_all(b"QUIT\r\n").unwrap();
+    assert_eq!(serve.exit_code(), Some(0));
+}
+
+#[test]
+fn a_spool_of_another_user_is_an_error_that_says_what_to_type() {
+    let Some(place) = Place::new() else { return };
+    fs::create_dir_all(place.path("var/spool/domains/example.org")).unwrap();
+    let remedy = format!("type `chown -R {USER} {}`", place.path("var/spool").display());
+    for own in [&[][..], &["var/spool"], &["var/spool", "var/spool/domains"]] {
+        own.iter().for_each(|name| place.give(name, Some(user().uid.as_raw())));
+        let done = place.run(&["serve"]);
+        let error = String::from_utf8(done.stderr).unwrap();
+        assert!(done.status.code() == Some(73) && error.contains(&remedy), "{error}");
+        let text = place.check(1);
+        assert!(text.contains("odmr.toml:3: ") && text.contains(&remedy), "{text}");
+        // Nothing of root is left there.
+        assert!(!place.path("var/spool/.odmr").exists());
+    }
+    place.give("var/spool/domains/example.org", Some(user().uid.as_raw()));
+    Running::start(&mut place.command(&["serve"])).listening("inbound");
+    place.check(0);
+}
+
+/// Whatever a reload reads: a daemon that root has started works, but could not read it again.
+#[test]
+fn check_and_serve_name_what_only_root_may_read() {
+    let Some(place) = Place::new() else { return };
+    assert!(!place.check(0).contains("SIGHUP"));
+    for (file, phrase) in [
+        ("odmr.toml", "odmr.toml: cannot be read: Permission denied"),
+        ("customers.d/acme.toml", "acme.toml: cannot be read: Permission denied"),
+        ("acme.secret", "acme.secret"),
+        ("certificate.pem", "certificate.pem: Permission denied"),
+        ("key.pem", "key.pem: Permission denied"),
+    ] {
+        place.give(file, None);
+        let text = place.check(0);
+        let line = text.lines().find(|line| line.contains(phrase)).unwrap_or_else(|| panic!("{phrase}: {text}"));
+        assert!(line.contains("root may, and nobody may not, so SIGHUP cannot: chgrp it"), "{line}");
+        let hook = "install -o nobody -m 0600 ";
+        assert_eq!(text.contains(hook), file.ends_with(".pem"), "{text}");
+        let mut serve = Running::start(&mut place.command(&["serve"]));
+        assert!(serve.wait_for("event=reload-prevented").contains("let nobody read it"));
+        serve.listening("inbound");
+        place.give(file, Some(user().uid.as_raw()));
+        serve.signal(Signal::HUP);
+        serve.wait_for("event=reloaded");
+    }
+    fs::set_permissions(place.path("customers.d"), fs::Permissions::from_mode(0o700)).unwrap();
+    assert!(place.check(0).contains("customers.d cannot be read: Permission denied"));
+}
+
+#[test]
+fn check_and_the_daemon_of_a_customer_do_so_too() {
+    let Some(place) = Place::new() else { return };
+    place.write(
+        "odmr.toml",
+        "user = \"nobody\"\nhostname = \"mail.example.org\"\n[provider]\naddress = \"127.0.0.1:1\"\nname = \"acme\"\n\
+         secret-file = \"acme.secret\"\nca = \"certificate.pem\"\n[mailboxes]\nroot = \"var/mail\"\n\
+         accept = [\"@example.org\"]\n[outgoing]\nqueue = \"var/out\"\nlisten = [\"127.0.0.1:0\"]\n",
+    );
+    assert!(!place.check(0).contains("SIGHUP"));
+    for (file, phrase) in [
+        ("odmr.toml", "odmr.toml: cannot be read: Permission denied"),
+        ("acme.secret", "acme.secret"),
+        ("certificate.pem", "certificate.pem: Permission denied"),
+    ] {
+        place.give(file, None);
+        let text = place.check(0);
+        let line = text.lines().find(|line| line.contains(phrase)).unwrap_or_else(|| panic!("{phrase}: {text}"));
+        assert!(line.contains("root may, and nobody may not, so SIGHUP cannot: chgrp it"), "{line}");
+        let mut daemon = Running::start(&mut place.command(&["pull", "--daemon"]));
+        assert!(daemon.wait_for("event=reload-prevented").contains("let nobody read it"));
+        daemon.listening("local");
+        place.give(file, Some(user().uid.as_raw()));
+    }
+    // `check` has made nothing, and the daemon has made the directories for the user.
+    for name in ["var/mail", "var/out"] {
+        assert_eq!(fs::metadata(place.path(name)).unwrap().uid(), user().uid.as_raw(), "{name}");
+        place.give(name, None);
+        let text = place.check(1);
+        assert!(text.contains(&format!("{name} ")), "{text}");
+        place.give(name, Some(user().uid.as_raw()));
+    }
+}
+
+/// The directories of the certificate are root's alone, as certbot makes them: what the hook prints makes it work.
+#[test]
+fn the_deploy_hook_that_check_prints_copies_the_key() {
+    let Some(place) = Place::new() else { return };
+    fs::create_dir(place.path("live")).unwrap();
+    fs::set_permissions(place.path("live"), fs::Permissions::from_mode(0o700)).unwrap();
+    for name in ["certificate.pem", "key.pem"] {
+        fs::rename(place.path(name), place.path("live").join(name)).unwrap();
+        place.give(&format!("live/{name}"), None);
+    }
+    let config = fs::read_to_string(place.path("odmr.toml")).unwrap();
+    place.write(
+        "odmr.toml",
+        &config.replace("= \"certificate", "= \"live/certificate").replace("= \"key", "= \"live/key"),
+    );
+    let text = place.check(0);
+    let hook: Vec<_> = text.lines().skip_while(|line| !line.contains("#!/bin/sh")).map(str::trim_start).collect();
+    let copies: Vec<_> = hook.iter().filter(|line| line.starts_with("install ")).copied().collect();
+    assert_eq!(copies.len(), 3, "{text}");
+    assert!(Command::new("sh").args(["-ec", &copies.join("\n")]).status().unwrap().success());
+    place.write(
+        "odmr.toml",
+        &config.replace("= \"certificate", "= \"tls/certificate").replace("= \"key", "= \"tls/key"),
+    );
+    let text = place.check(0);
+    assert!(!text.contains("SIGHUP") && !text.contains("deploy hook"), "{text}");
+}
+
+#[test]
+fn without_a_user_root_stays_and_check_warns() {
+    let Some(place) = Place::new() else { return };
+    let config = fs::read_to_string(place.path("odmr.toml")).unwrap();
+    place.write("odmr.toml", &config.replace("user = \"nobody\"\n", ""));
+    let text = place.check(0);
+    assert!(text.contains("odmr.toml:2: `user` is missing") && text.contains("type `chown -R odmr "), "{text}");
+    let mut serve = Running::start(&mut place.command(&["serve"]));
+    serve.listening("inbound");
+    assert_eq!(fs::metadata(place.path("var/spool")).unwrap().uid(), 0);
+    // A change needs a restart.
+    place.write("odmr.toml", &config);
+    serve.signal(Signal::HUP);
+    assert!(serve.wait_for("event=restart-needed").contains("`user`"));
+    serve.signal(Signal::TERM);
+    serve.exit_code();
+    place.write("odmr.toml", &config.replace("\"nobody\"", "\"no-such-user\""));
+    let done = place.run(&["serve"]);
+    assert_eq!(done.status.code(), Some(78));
+    let error = String::from_utf8(done.stderr).unwrap();
+    assert!(error.contains("odmr.toml:1: there is no user") && place.check(1).contains("make one"), "{error}");
+}
