@@ -3,10 +3,12 @@
 //! Editors differ in what they write around a text. A byte order mark in front is not part of the text; lines may end in
 //! CRLF, and the last line may have no end, which every parser of these texts accepts.
 
-use std::fs::{self, File};
+use std::fs::OpenOptions;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+
+use rustix::fs::OFlags;
 
 /// Octets of a file. A longer one is not a configuration, and would use up the memory.
 const FILE_SIZE_LIMIT: u64 = 16 << 20;
@@ -20,12 +22,14 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 ///
 /// The file cannot be read, is a pipe, is longer than [`FILE_SIZE_LIMIT`], or is UTF-16 or UTF-32.
 pub fn read(path: &Path) -> io::Result<(u32, Vec<u8>)> {
-    // Opening a pipe waits for a writer, perhaps forever.
-    if fs::metadata(path)?.file_type().is_fifo() {
+    // Without these flags, a pipe waits for a writer and a terminal for its user, perhaps forever.
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path)?;
+    let found = file.metadata()?;
+    if found.file_type().is_fifo() {
         return Err(io::Error::other("is a pipe, and must be a file"));
     }
-    let file = File::open(path)?;
-    let mode = file.metadata()?.permissions().mode();
+    let mode = found.permissions().mode();
     let mut octets = Vec::new();
     if file.take(FILE_SIZE_LIMIT + 1).read_to_end(&mut octets)? as u64 > FILE_SIZE_LIMIT {
         return Err(io::Error::other("it has more than 16 MiB"));
@@ -57,6 +61,8 @@ fn is_wide(octets: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn write_and_read(octets: &[u8]) -> Result<Vec<u8>, String> {
@@ -96,5 +102,8 @@ mod tests {
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR).unwrap();
         assert!(read(&path).unwrap_err().to_string().contains("pipe"));
         assert!(read(directory.path()).is_err());
+        // A terminal on which nobody types.
+        assert!(read(Path::new("/dev/ptmx")).is_err());
+        assert_eq!(read(Path::new("/dev/null")).unwrap().1, b"");
     }
 }
