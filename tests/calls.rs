@@ -205,6 +205,23 @@ fn with_soft_bounce_what_would_be_rejected_is_deferred_and_printed() {
     let lines: Vec<_> = call.out.lines().collect();
     assert!(lines[0].starts_with(&line("carol@example.org", "1.1")), "{}", call.out);
     assert!(lines[1].starts_with(&line("x@elsewhere.example", "7.1")) && lines.len() == 2, "{}", call.out);
+    // A size that MAIL announces, of the second message.
+    let script = [
+        "MAIL FROM:<eva@example.net>",
+        "RCPT TO:<carol@example.org>",
+        "RSET",
+        "MAIL FROM:<big@example.net> SIZE=99999999999",
+    ];
+    let call = place.pull(&["--soft-bounce", "-q"], "", &script);
+    let lines: Vec<_> = call.out.lines().collect();
+    let line = "from <big@example.net> to -: deferred by us: 451 4.3.4 Soft bounce: 552 5.3.4 ";
+    assert!(lines.len() == 2 && lines[1].starts_with(line), "{}", call.out);
+    // As many as would end another session with 421.
+    let mut script = vec!["MAIL FROM:<eva@example.net>".to_owned()];
+    script.extend((0..500).map(|number| format!("RCPT TO:<x{number}@example.org>")));
+    script.push("RCPT TO:<alice@example.org>".to_owned());
+    let call = place.pull(&["--soft-bounce", "-q"], "", &words(&script));
+    assert!(call.replies.last().unwrap().starts_with("250 "), "{:?}", call.replies.last());
     for option in ["--daemon", "--now"] {
         let mut pull = Command::new(env!("CARGO_BIN_EXE_odmr"));
         let done = pull.args(["pull", "--soft-bounce", option, "-c", "/dev/null"]).output().unwrap();

@@ -476,6 +476,10 @@ impl ProviderConnection<'_> {
             config.limits.server_options(ServerRole::Customer, &config.hostname, config.mailboxes.max_size);
         // A customer that sends no mail cannot send DSNs.
         options.dsn = outbox.is_some();
+        // What would be rejected stays with the provider: with 421 after so many, no call would get to the mail after it.
+        if *soft_bounce {
+            options.max_errors = usize::MAX;
+        }
         let (connection, server) = turn::accept(connection, client, options, self.cancel).map_err(|error| {
             if self.cancel.is_cancelled() { stopped() } else { CallError::Protocol(error.to_string()) }
         })?;

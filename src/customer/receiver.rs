@@ -246,8 +246,11 @@ impl SessionHandler for Receiver {
         };
         self.context.mail().messages += u64::from(matches!(what, Unaccepted::Sender(_)));
         match what {
-            // We defer a message after `sender` has noted it. What is rejected before that has no other key than its path.
-            Unaccepted::Sender(_) if reply.severity() == Severity::Transient => count(&mail, ""),
+            // We defer a message after `sender` has noted it. What is rejected before that has no other key than its path, also
+            // if a soft bounce defers it.
+            Unaccepted::Sender(_) if reply.severity() == Severity::Transient && !reply.is_softened() => {
+                count(&mail, "")
+            }
             Unaccepted::Sender(path) => {
                 let parsed = reverse_path(path).ok().map(|(path, _)| path.to_string());
                 let from = parsed.unwrap_or_else(|| quoted(String::from_utf8_lossy(path)));
