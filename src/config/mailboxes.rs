@@ -43,6 +43,13 @@ impl MailboxesConfig {
         self.aliases_line.error(text)
     }
 
+    /// Keeps the directory and the modes of the mailboxes as they are in `earlier`: the locks of a daemon are there, and it has
+    /// the umask of its start.
+    pub fn stay_in_place(&mut self, earlier: &MailboxesConfig) {
+        (self.root, self.umask) = (earlier.root.clone(), earlier.umask);
+        self.rules.set_root(&earlier.root);
+    }
+
     /// Reads the table. `domains`: those that the customer asks its providers for; empty: all that they have.
     pub(super) fn build(mut table: Table<'_>, domains: &[Domain]) -> Result<MailboxesConfig, ConfigError> {
         let missing = "[mailboxes] needs `root`, the directory of the Maildirs, such as root = \"/var/mail/odmr\"";

@@ -127,12 +127,14 @@ pub fn run(
     let watcher = events.clone();
     network::watch(move || watcher.send(DaemonEvent::Network), cancel);
     let customer = Arc::new(customer);
+    let fixed = fixed(customer.config());
     let mut daemon = Daemon {
         customer: customer.clone(),
         listeners,
         providers: Vec::new(),
         load,
         readiness,
+        fixed,
         cancel: cancel.clone(),
         events,
         retrying: false,
@@ -194,6 +196,19 @@ pub fn running(config: &CustomerConfig) -> Result<Option<i32>, CallError> {
     }
 }
 
+/// What a reload leaves as it was at the start: the keys with their values.
+fn fixed(config: &CustomerConfig) -> Vec<(&'static str, String)> {
+    let (owner, mailboxes) = (config.owner.as_ref(), &config.mailboxes);
+    let listen = config.outgoing.as_ref().map(|outgoing| &outgoing.listen[..]).unwrap_or_default();
+    vec![
+        ("listen", format!("{listen:?}")),
+        ("user", format!("{:?}", owner.map(|owner| &owner.user))),
+        ("group", format!("{:?}", owner.map(|owner| &owner.group))),
+        ("umask", format!("{:o}", mailboxes.umask)),
+        ("root", format!("{:?}", mailboxes.root)),
+    ]
+}
+
 /// The state of the loop.
 struct Daemon<'a> {
     customer: Arc<Customer>,
@@ -202,6 +217,8 @@ struct Daemon<'a> {
     providers: Vec<ProviderState>,
     load: &'a dyn Fn() -> Result<CustomerConfig, String>,
     readiness: &'a Readiness,
+    /// As [`fixed`], at the start.
+    fixed: Vec<(&'static str, String)>,
     cancel: CancelToken,
     events: EventSender,
     /// A thread tries the retry queue.
@@ -278,7 +295,7 @@ impl Daemon<'_> {
         let events = self.events.clone();
         customer.retry_queue.set_waker(Box::new(move || events.send(DaemonEvent::RetryQueued)));
         customer.mailboxes.log_warnings();
-        self.listeners.set_outbox(customer.outbox.clone());
+        self.listeners.set_outbox(customer.outbox.clone(), &customer.config().limits);
         self.customer = customer;
     }
 
@@ -403,8 +420,13 @@ impl Daemon<'_> {
     }
 
     fn reload(&mut self) {
-        let ids = &self.customer.mailboxes.ids;
-        let loaded = (self.load)().and_then(|config| Customer::new(&config, ids).map_err(|error| error.to_string()));
+        let mut changed = Vec::new();
+        let loaded = (self.load)().and_then(|mut config| {
+            changed = fixed(&config);
+            changed.retain(|value| !self.fixed.contains(value));
+            config.mailboxes.stay_in_place(&self.customer.config().mailboxes);
+            Customer::new(&config, &self.customer.mailboxes.ids).map_err(|error| error.to_string())
+        });
         let customer = match loaded {
             Ok(customer) => Arc::new(customer),
             Err(error) => {
@@ -413,17 +435,9 @@ impl Daemon<'_> {
                 return log::error!("event=reload-failed error={} consequence={consequence:?}", quoted(error));
             }
         };
-        let (old, new) = (self.customer.config(), customer.config());
-        let listen = |config: &CustomerConfig| config.outgoing.as_ref().map(|outgoing| outgoing.listen.clone());
-        let owner =
-            |config: &CustomerConfig| config.owner.as_ref().map(|owner| (owner.user.clone(), owner.group.clone()));
-        if listen(old).unwrap_or_default() != listen(new).unwrap_or_default()
-            || owner(old) != owner(new)
-            || (old.mailboxes.umask, &old.mailboxes.root) != (new.mailboxes.umask, &new.mailboxes.root)
-            || old.limits.connections != new.limits.connections
-            || old.limits.connections_per_address != new.limits.connections_per_address
-        {
-            let what = "`listen`, `user`, `group`, `umask`, `root` or a limit of connections has changed";
+        if !changed.is_empty() {
+            let keys: Vec<_> = changed.iter().map(|(key, _)| *key).collect();
+            let what = format!("{} changed, and stays as it was until then", keys.join(", "));
             log::warn!("event=restart-needed reason={what:?}");
         }
         self.adopt(customer);

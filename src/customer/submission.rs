@@ -20,7 +20,7 @@ use crate::net::connection::Connection;
 use crate::net::listener::{Acceptor, ConnectionLimiter, log_listening};
 use crate::net::trace::{Trace, quoted};
 use crate::session::server::{ServerSession, SessionLimits};
-use crate::session::storage_failure_reply;
+use crate::session::{Limits, storage_failure_reply};
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, Server, ServerRole, SessionHandler};
@@ -69,8 +69,9 @@ impl SubmissionListeners {
         Ok(SubmissionListeners { service, limiter, threads })
     }
 
-    /// Sets where messages of the sessions go that begin from now on.
-    pub fn set_outbox(&self, outbox: Option<Arc<Outbox>>) {
+    /// Sets where messages of the sessions go that begin from now on, and how many sessions there may be.
+    pub fn set_outbox(&self, outbox: Option<Arc<Outbox>>, limits: &Limits) {
+        self.limiter.set_limits(limits.connections, limits.connections_per_address);
         *self.service.outbox.write().unwrap_or_else(PoisonError::into_inner) = outbox;
     }
 

@@ -30,7 +30,7 @@ mod names;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub use self::input::{
     AddressPattern, Alias, AliasTarget, ConfigError, DomainAlias, FORWARD_HINT, Located, NextHop, Route, RouteRule,
@@ -232,6 +232,16 @@ enum Match<'a> {
 }
 
 impl RecipientRules {
+    /// Moves the Maildirs that are below the root to another one.
+    pub fn set_root(&mut self, root: &Path) {
+        let before = std::mem::replace(&mut self.root, root.to_owned());
+        for route in self.routes.values_mut().chain([&mut self.route]) {
+            if matches!(route, Route::Maildir(path) if *path == before) {
+                *route = Route::Maildir(root.to_owned());
+            }
+        }
+    }
+
     /// The domains of `accept`, those of aliases, then the aliases of domains. Never empty; the first is the home domain.
     pub fn domains(&self) -> &[Domain] {
         &self.domains
