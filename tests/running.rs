@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 
+use odmr::sasl::Mechanism;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// The program at work; it is killed when it is dropped.
@@ -80,6 +81,14 @@ impl Client {
     pub fn command(&mut self, line: &str) -> String {
         self.0.get_ref().write_all(format!("{line}\r\n").as_bytes()).unwrap();
         self.reply()
+    }
+
+    /// Logs in by CRAM-MD5; returns the last reply.
+    pub fn authenticate(&mut self, name: &str, secret: &str) -> String {
+        let challenge = self.command("AUTH CRAM-MD5");
+        let challenge = data_encoding::BASE64.decode(&challenge.trim_end().as_bytes()[4..]).unwrap();
+        let mut client = Mechanism::CramMd5.client(name, secret.as_bytes());
+        self.command(&data_encoding::BASE64.encode(&client.step(&challenge).unwrap()))
     }
 
     /// Sends a message with this many lines of 80 octets; returns the reply to its content.

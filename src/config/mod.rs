@@ -68,7 +68,9 @@ impl Config {
     /// Reads the same, and returns all that is found in it and in the files that it names.
     pub fn examine(path: &Path) -> (Result<Config, ConfigError>, Findings) {
         Source::examine(path, |source| match source.kind()? {
-            Some(FileKind::Provider) => Ok(Config::Provider(Box::new(ProviderConfig::build(source)?))),
+            Some(FileKind::Provider) => {
+                Ok(Config::Provider(Box::new(ProviderConfig::build(source, &Accounts::default())?)))
+            }
             Some(FileKind::Customer) => Ok(Config::Customer(Box::new(CustomerConfig::build(source)?))),
             None => Err(source.whole().error(
                 "has neither what a provider needs (`spool` and `customers`) nor what a customer needs (a table \

@@ -13,7 +13,7 @@ use super::limits::{limits, timeouts};
 use super::owner::MailOwner;
 use super::relay::RelayConfig;
 use super::remote::secret;
-use super::source::{FileKind, Source, check_private};
+use super::source::{FileKind, Findings, Source, check_private};
 use super::table::{Table, check_unique, values};
 use super::value::{
     ACCOUNT_NAME, DOMAIN, DURATION, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, PATH, SIZE, Text,
@@ -56,8 +56,18 @@ impl ProviderConfig {
     ///
     /// The first mistake, or that a file cannot be read or is a customer's.
     pub fn load(path: &Path) -> Result<ProviderConfig, ConfigError> {
+        ProviderConfig::load_again(path, &Accounts::default())
+    }
+
+    /// Reads the same files again; `earlier`: the accounts of the last reading. One whose file has a mistake now stays as it
+    /// was, and keeps its domains.
+    ///
+    /// # Errors
+    ///
+    /// As those of [`ProviderConfig::load`].
+    pub fn load_again(path: &Path, earlier: &Accounts) -> Result<ProviderConfig, ConfigError> {
         let build = |source: &Source| match source.kind()? {
-            Some(FileKind::Provider) | None => ProviderConfig::build(source),
+            Some(FileKind::Provider) | None => ProviderConfig::build(source, earlier),
             Some(FileKind::Customer) => Err(source.whole().error(
                 "is a customer's file (it has [provider]), for `odmr pull`; a provider's has `spool` and `customers`",
             )),
@@ -65,7 +75,7 @@ impl ProviderConfig {
         Source::examine(path, build).0
     }
 
-    pub(super) fn build(source: &Source) -> Result<ProviderConfig, ConfigError> {
+    pub(super) fn build(source: &Source, earlier: &Accounts) -> Result<ProviderConfig, ConfigError> {
         let mut file = Table::root(source, &PROVIDER_FILE_KEYS)?;
         let hostname = file.required("hostname", HOSTNAME, HOSTNAME_MISSING);
         let missing = "`spool` is missing: the directory for the mail that waits, such as spool = \"/var/spool/odmr\"";
@@ -86,7 +96,7 @@ impl ProviderConfig {
         let (odmr_listen, listen_tls) = (odmr.list("listen", LISTENER), odmr.list("listen-tls", LISTENER));
         let lists = [&inbound_listen, &odmr_listen, &listen_tls].into_iter().flatten().flatten();
         let _ = source.note(check_listeners(lists.flatten()));
-        let accounts = customers.and_then(|customers| source.note(Accounts::build(source, &customers)));
+        let accounts = customers.and_then(|customers| source.note(Accounts::build(source, &customers, earlier)));
         let max_size = inbound.or("max-size", SIZE, MAX_SIZE);
         let odmr = source.note(OdmrConfig::build(odmr, odmr_listen, listen_tls, has_tls));
         let relay = source.note(RelayConfig::build(&mut file));
@@ -273,7 +283,7 @@ impl Accounts {
     }
 
     /// Keeps the accounts of an earlier reading whose files are skipped now, but no domain that another customer has by now.
-    pub fn keep_skipped(&mut self, earlier: &Accounts) {
+    fn keep_skipped(&mut self, earlier: &Accounts) {
         let names: Vec<_> = self.skipped.iter().map(|skipped| skipped.name.clone()).collect();
         for account in names.iter().filter_map(|name| earlier.account(name)) {
             let mut kept = account.clone();
@@ -304,7 +314,7 @@ impl Accounts {
         self.accounts.iter()
     }
 
-    fn build(source: &Source, directory: &Located<PathBuf>) -> Result<Accounts, ConfigError> {
+    fn build(source: &Source, directory: &Located<PathBuf>, earlier: &Accounts) -> Result<Accounts, ConfigError> {
         let path = source.relative(&directory.value);
         let files = customer_files(&path).map_err(|error| {
             let path = path.display();
@@ -320,65 +330,51 @@ impl Accounts {
                 format!("is not read, as its name does not end in .toml: rename it {name}.toml, or move it away");
             source.warn(whole.error(text));
         }
-        let mut accounts = Accounts::default();
+        let (mut accounts, mut read) = (Accounts::default(), Vec::new());
         for file in files.into_iter().filter(|file| is_customer_file(file)) {
-            let (read, found) = Source::examine(&file, |source| accounts.read(source));
+            let (account, found) = Source::examine(&file, Account::read);
             source.note_customer(found);
-            match read {
-                Ok(account) => accounts.insert(account),
+            match account {
+                Ok(account) => read.push(account),
                 Err(error) => {
                     let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
                     accounts.skipped.push(SkippedFile { name, error });
                 }
             }
         }
+        accounts.add_all(read, earlier, |error| source.note_customer(Findings::error(error)));
+        accounts.keep_skipped(earlier);
         Ok(accounts)
     }
 
-    /// Reads the file of one customer, who may have no domain of those before.
-    fn read(&self, source: &Source) -> Result<Account, ConfigError> {
-        let keys =
-            ["domains", "secret", "secret-file", "relay", "any-sender", "max-size", "rate", "delivered-to-prefix"];
-        let mut table = Table::root(source, &keys)?;
-        let name = source.file.file_stem().and_then(|name| name.to_str());
-        let name = name.ok_or_else(|| "the login name is not UTF-8: rename the file".to_owned());
-        let name = name
-            .and_then(|name| ACCOUNT_NAME.parse(name))
-            .map_err(|text| source.whole().error(format!("{text}; here it is the file's name without .toml")))?;
-        let list = table.line_of("domains");
-        let mut domains = Vec::new();
-        let secret = source.note(secret(&mut table, &source.whole()));
-        let (relay, any_sender) = (table.or("relay", Flag, true), table.or("any-sender", Flag, false));
-        let (max_size, rate) = (table.get("max-size", SIZE), table.or("rate", 0..=u32::MAX, 0));
-        let delivered_to_prefix = table.get("delivered-to-prefix", PREFIX);
-        for Located { value: domain, source: line } in table.list("domains", DOMAIN)?.unwrap_or_default() {
-            if let Some(other) = self.owner(&domain) {
-                let other = source.file.with_file_name(format!("{}.toml", other.name));
-                let other = other.display();
-                return Err(
-                    line.error(format!("{domain} is in {other} too: a domain has one owner, remove one of them"))
-                );
-            }
-            if domains.contains(&domain) {
-                return Err(line.duplicate(domain));
-            }
-            domains.push(domain);
+    /// Adds the accounts whose files could be read, with the lines of their domains. A domain stays with the customer that had
+    /// it before, as long as that one's file has it, or has a mistake; else the first by name has it. The files of the others
+    /// that want it have a mistake, which is given to `note`.
+    fn add_all(&mut self, read: Vec<(Account, Vec<Located<Domain>>)>, earlier: &Accounts, note: impl Fn(ConfigError)) {
+        let mut holders: HashMap<Domain, String> = HashMap::new();
+        let skipped = self.skipped.iter().filter_map(|skipped| earlier.account(&skipped.name));
+        for account in skipped.chain(read.iter().map(|(account, _)| account)) {
+            let before = |domain: &&Domain| earlier.owner(domain).is_some_and(|owner| owner.name == account.name);
+            holders.extend(account.domains.iter().filter(before).map(|domain| (domain.clone(), account.name.clone())));
         }
-        if domains.is_empty() {
-            return Err(list.error(
-                "`domains` is missing or empty: name the customer's domains, such as domains = [\"example.org\"]",
-            ));
+        for (account, lines) in read {
+            let other = |domain: &Domain| {
+                let holder = holders.get(domain).map(String::as_str).or(self.owner(domain).map(|owner| &*owner.name));
+                holder.filter(|holder| *holder != account.name).map(str::to_owned)
+            };
+            let taken = lines.iter().find_map(|line| Some((line, other(&line.value)?)));
+            match taken {
+                None => self.insert(account),
+                Some((Located { value: domain, source: line }, other)) => {
+                    let other = line.file.with_file_name(format!("{other}.toml"));
+                    let other = other.display();
+                    let text = format!("{domain} is in {other} too: a domain has one owner, remove one of them");
+                    let error = line.error(text);
+                    note(error.clone());
+                    self.skipped.push(SkippedFile { name: account.name, error });
+                }
+            }
         }
-        Ok(Account {
-            name,
-            domains,
-            secret: secret?,
-            relay: relay?,
-            any_sender: any_sender?,
-            max_size: max_size?,
-            rate: rate?,
-            delivered_to_prefix: delivered_to_prefix?,
-        })
     }
 
     /// The secret of the customer with this login name; `None`: there is no such customer.
@@ -414,6 +410,49 @@ pub struct Account {
     /// What another agent puts in front of the local part in the `Delivered-To` of files that it writes for this customer:
     /// `acme-` with qmail, if its virtualdomains gives the domains to `acme`. `None`, the default: nothing.
     pub delivered_to_prefix: Option<String>,
+}
+
+impl Account {
+    /// Reads the file of one customer. Returns the lines of its domains, too.
+    fn read(source: &Source) -> Result<(Account, Vec<Located<Domain>>), ConfigError> {
+        let keys =
+            ["domains", "secret", "secret-file", "relay", "any-sender", "max-size", "rate", "delivered-to-prefix"];
+        let mut table = Table::root(source, &keys)?;
+        let name = source.file.file_stem().and_then(|name| name.to_str());
+        let name = name.ok_or_else(|| "the login name is not UTF-8: rename the file".to_owned());
+        let name = name
+            .and_then(|name| ACCOUNT_NAME.parse(name))
+            .map_err(|text| source.whole().error(format!("{text}; here it is the file's name without .toml")))?;
+        let list = table.line_of("domains");
+        let (mut domains, mut lines) = (Vec::new(), Vec::new());
+        let secret = source.note(secret(&mut table, &source.whole()));
+        let (relay, any_sender) = (table.or("relay", Flag, true), table.or("any-sender", Flag, false));
+        let (max_size, rate) = (table.get("max-size", SIZE), table.or("rate", 0..=u32::MAX, 0));
+        let delivered_to_prefix = table.get("delivered-to-prefix", PREFIX);
+        for Located { value: domain, source: line } in table.list("domains", DOMAIN)?.unwrap_or_default() {
+            if domains.contains(&domain) {
+                return Err(line.duplicate(domain));
+            }
+            domains.push(domain.clone());
+            lines.push(Located { value: domain, source: line });
+        }
+        if domains.is_empty() {
+            return Err(list.error(
+                "`domains` is missing or empty: name the customer's domains, such as domains = [\"example.org\"]",
+            ));
+        }
+        let account = Account {
+            name,
+            domains,
+            secret: secret?,
+            relay: relay?,
+            any_sender: any_sender?,
+            max_size: max_size?,
+            rate: rate?,
+            delivered_to_prefix: delivered_to_prefix?,
+        };
+        Ok((account, lines))
+    }
 }
 
 /// The value of `delivered-to-prefix`.

@@ -27,6 +27,13 @@ pub struct Findings {
     pub warnings: Vec<ConfigError>,
 }
 
+impl Findings {
+    /// One mistake.
+    pub(super) fn error(error: ConfigError) -> Findings {
+        Findings { errors: vec![error], ..Findings::default() }
+    }
+}
+
 /// One TOML file, in memory while it is checked, so that an error can name the line.
 pub(super) struct Source {
     pub(super) file: Arc<Path>,
@@ -89,7 +96,7 @@ impl Source {
     ) -> (Result<T, ConfigError>, Findings) {
         match Source::read(path) {
             Ok(source) => source.finish(build),
-            Err(error) => (Err(error.clone()), Findings { errors: vec![error], ..Findings::default() }),
+            Err(error) => (Err(error.clone()), Findings::error(error)),
         }
     }
 

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::accept::{self, HeaderPolicy};
+use super::reload::Reloader;
 use super::shared::Shared;
 use crate::mail::address::{ForwardPath, Mailbox};
 use crate::session::server::ServerSession;
@@ -14,20 +15,23 @@ use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_held_domain};
 
 /// Serves one session until it ends. Returns how it ended, for the log.
-pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
+pub fn serve(reloader: &Reloader, mut session: ServerSession) -> String {
     session.greet();
-    let end = session.run(&mut InboundHandler { shared: shared.clone() });
+    let end = session.run(&mut InboundHandler { reloader, shared: reloader.current() });
     session.close();
     end.to_string()
 }
 
 /// Decides which mail from the world is accepted.
-struct InboundHandler {
+struct InboundHandler<'a> {
+    reloader: &'a Reloader,
+    /// Of the transaction.
     shared: Arc<Shared>,
 }
 
-impl SessionHandler for InboundHandler {
+impl SessionHandler for InboundHandler<'_> {
     fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
+        self.shared = self.reloader.current();
         self.shared.check_room(mail)
     }
 
@@ -36,7 +40,7 @@ impl SessionHandler for InboundHandler {
         if self.shared.spool.held_queue(&mailbox).is_some() {
             return Ok(mailbox.canonical());
         }
-        mailbox.domain().map_or(Ok(()), |domain| self.shared.check_skipped(domain))?;
+        mailbox.domain().map_or(Ok(()), |domain| self.shared.spool.check_skipped(domain))?;
         check_held_domain(&mailbox)?;
         Err(Reply::new(550, "5.7.1", "Relaying denied: no mail is held here for that domain"))
     }

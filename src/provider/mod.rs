@@ -207,9 +207,8 @@ impl PreparedProvider {
             };
             let reloader = reloader.clone();
             let service = move |stream: TcpStream, peer| {
-                let shared = reloader.current();
-                let connection = Connection::new(stream.into(), trace(&shared, kind));
-                serve(&shared, kind, connection, Some(peer));
+                let connection = Connection::new(stream.into(), trace(&reloader.current(), kind));
+                serve(&reloader, kind, connection, Some(peer));
             };
             running.spawn(name, move || acceptor.accept(&socket, Arc::new(service)))?;
         }
@@ -246,7 +245,7 @@ impl PreparedProvider {
         let worker = Builder::new().spawn(move || {
             let SupervisedConnection { input, output, peer } = connection;
             let trace = trace(&shared, listener);
-            serve(&shared, listener, Ok(Connection::over(input, output, trace)), peer);
+            serve(&Reloader::new(shared), listener, Ok(Connection::over(input, output, trace)), peer);
         })?;
         delivery.run();
         let _ = worker.join();
@@ -312,7 +311,7 @@ fn prepare(
         turns: Arc::new(turns),
         relay: channel.handle.clone(),
         rates: Arc::default(),
-        removed: Arc::default(),
+        lost: Arc::default(),
         cancel,
         abort,
         limiter,
@@ -328,17 +327,18 @@ fn trace(shared: &Shared, listener: Listener) -> Trace {
 }
 
 /// Serves one connection until it ends or has turned.
-fn serve(shared: &Arc<Shared>, listener: Listener, connection: io::Result<Connection>, peer: Option<IpAddr>) {
+fn serve(reloader: &Reloader, listener: Listener, connection: io::Result<Connection>, peer: Option<IpAddr>) {
     let begun = Instant::now();
     let peer = peer.map_or_else(|| "[unknown]".to_owned(), literal);
     let id = connection.as_ref().map_or_else(|_| "-".to_owned(), |connection| connection.trace.id.clone());
     let name = listener.name();
     log::info!("event=connected session={id} listener={name} peer={peer}");
-    let session = connection.and_then(|connection| begin_session(shared, listener, connection, peer.clone()));
+    let session =
+        connection.and_then(|connection| begin_session(&reloader.current(), listener, connection, peer.clone()));
     let reason = match (session, listener) {
         (Err(error), _) => error.to_string(),
-        (Ok(session), Listener::Inbound) => inbound::serve(shared, session),
-        (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(shared, session),
+        (Ok(session), Listener::Inbound) => inbound::serve(reloader, session),
+        (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(reloader, session),
     };
     log::info!(
         "event=closed session={id} listener={name} peer={peer} duration={:.3} reason={}",
@@ -352,9 +352,9 @@ fn begin_session(
 ) -> io::Result<ServerSession> {
     let config = &shared.config;
     let mut tls = shared.tls.clone();
-    if listener == Listener::OdmrTls
-        && let Some(tls) = tls.take()
-    {
+    if listener == Listener::OdmrTls {
+        // A reload without [tls] leaves the listener, whose clients would send their mail in clear.
+        let tls = tls.take().ok_or_else(|| io::Error::other("there is no certificate any more: restart odmr"))?;
         connection.start_tls_server(&tls, Instant::now() + config.timeouts.handshake)?;
     }
     let role = if listener == Listener::Inbound { ServerRole::Inbound } else { ServerRole::Odmr };

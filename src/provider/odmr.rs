@@ -17,6 +17,7 @@
 use std::sync::Arc;
 
 use super::accept::{self, HeaderPolicy};
+use super::reload::Reloader;
 use super::shared::Shared;
 use super::spool::SpoolQueue;
 use crate::config::Account;
@@ -33,8 +34,8 @@ use crate::smtp::status::is_no_mail;
 use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
-pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
-    let mut handler = OdmrHandler { shared: shared.clone() };
+pub fn serve(reloader: &Reloader, mut session: ServerSession) -> String {
+    let mut handler = OdmrHandler { reloader, shared: reloader.current() };
     session.greet();
     loop {
         let end = session.run(&mut handler);
@@ -42,12 +43,14 @@ pub fn serve(shared: &Arc<Shared>, mut session: ServerSession) -> String {
             session.close();
             return end.to_string();
         };
+        // An account that was removed meanwhile, or has other domains, gets no mail of its old ones.
+        let shared = reloader.current();
         let reply;
-        (session, reply) = match turn(shared, session, &domains) {
+        (session, reply) = match turn(&shared, session, &domains) {
             Ok(()) => return "turned".to_owned(),
             Err(rejected) => *rejected,
         };
-        record_call(shared, &session, &reply);
+        record_call(&shared, &session, &reply);
         session.reject(&reply);
     }
 }
@@ -88,7 +91,7 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
     let own = account.map(|account| account.domains.as_slice()).unwrap_or_default();
     // RFC 2645 section 5.2.1: one foreign domain, whether it exists or not, and the customer gets no mail at all.
     let foreign = named.iter().find(|domain| !own.contains(domain));
-    foreign.map_or(Ok(()), |foreign| shared.check_skipped(foreign))?;
+    foreign.map_or(Ok(()), |foreign| shared.spool.check_skipped(foreign))?;
     if own.is_empty() || foreign.is_some() {
         return Err(Reply::new(450, "4.7.1", "You have no access to all of these domains"));
     }
@@ -113,13 +116,16 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
 }
 
 /// Decides which mail a customer may submit.
-struct OdmrHandler {
+struct OdmrHandler<'a> {
+    reloader: &'a Reloader,
+    /// Of the transaction.
     shared: Arc<Shared>,
 }
 
-impl CredentialStore for OdmrHandler {
+impl CredentialStore for OdmrHandler<'_> {
     fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
-        self.shared.config.accounts.secret(name)
+        // A secret that was changed because others know it must not be of use in a session that was open before.
+        self.reloader.current().config.accounts.secret(name)
     }
 
     fn challenge(&self) -> String {
@@ -127,21 +133,22 @@ impl CredentialStore for OdmrHandler {
     }
 }
 
-impl OdmrHandler {
-    fn account(&self, name: Option<&str>) -> Result<&Account, Reply> {
-        let account = name.and_then(|name| self.shared.config.accounts.account(name));
-        account.ok_or_else(|| Reply::new(530, "5.7.0", "Authentication required"))
-    }
+/// The account of this name, as it is now. `None`: it was removed.
+fn account(shared: &Shared, name: Option<&str>) -> Option<Account> {
+    name.and_then(|name| shared.config.accounts.account(name)).cloned()
 }
 
-impl SessionHandler for OdmrHandler {
+impl SessionHandler for OdmrHandler<'_> {
     fn credentials(&self) -> &dyn CredentialStore {
         self
     }
 
     /// Checks that the customer may submit mail with this sender (RFC 6409 section 6.1), and now.
-    fn sender(&mut self, mail: &MailFrom, account: Option<&str>) -> Result<(), Reply> {
-        let account = self.account(account)?;
+    fn sender(&mut self, mail: &MailFrom, name: Option<&str>) -> Result<(), Reply> {
+        self.shared = self.reloader.current();
+        // Not 5yz: the customer keeps its mail, and gets 535 at the next AUTH.
+        let gone = || Reply::new(450, "4.7.1", "Your account is not known here any more");
+        let account = account(&self.shared, name).ok_or_else(gone)?;
         if !account.relay {
             return Err(Reply::new(550, "5.7.1", "This account hands in no outgoing mail"));
         }
@@ -169,12 +176,12 @@ impl SessionHandler for OdmrHandler {
         check_qualified(&mailbox).map(|()| mailbox)
     }
 
-    fn domains(&self, account: &str) -> Vec<Domain> {
-        self.account(Some(account)).map(|account| account.domains.clone()).unwrap_or_default()
+    fn domains(&self, name: &str) -> Vec<Domain> {
+        account(&self.reloader.current(), Some(name)).map(|account| account.domains).unwrap_or_default()
     }
 
-    fn size_limit(&self, account: Option<&str>) -> u64 {
-        self.account(account).ok().and_then(|account| account.max_size).unwrap_or(u64::MAX)
+    fn size_limit(&self, name: Option<&str>) -> u64 {
+        account(&self.reloader.current(), name).and_then(|account| account.max_size).unwrap_or(u64::MAX)
     }
 
     fn receive(&mut self, envelope: &Envelope, incoming: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {

@@ -1,9 +1,11 @@
 //! The configuration read anew: at SIGHUP, and the certificate when its files change.
 //!
 //! What all threads share is made from the configuration, and made once more at a reload. New connections begin with the
-//! new one; sessions, turned sessions and the relay's attempts under way end with the one that they began with.
+//! new one, and sessions go on with its accounts at the next MAIL, AUTH or ATRN; transactions, turned sessions and the
+//! relay's attempts under way end with the one that they began with.
 
 use std::collections::HashSet;
+use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -15,7 +17,7 @@ use super::delivery::TurnSender;
 use super::relay::{RelayHandle, WorkerContext};
 use super::shared::{Shared, SubmissionRates};
 use super::spool::{Spool, SpoolQueue};
-use super::turned_session::{RemovedAccounts, TurnSettings};
+use super::turned_session::{LostDomains, TurnSettings};
 use crate::clock::Timestamp;
 use crate::config::{ProviderConfig, TlsFiles};
 use crate::ids::Ids;
@@ -31,7 +33,7 @@ pub struct Lasting {
     pub turns: Arc<TurnSender>,
     pub relay: RelayHandle,
     pub rates: Arc<SubmissionRates>,
-    pub removed: Arc<RemovedAccounts>,
+    pub lost: Arc<LostDomains>,
     pub cancel: CancelToken,
     pub abort: CancelToken,
     pub limiter: ConnectionLimiter,
@@ -42,7 +44,7 @@ pub struct Lasting {
 /// # Errors
 /// A file that the configuration names cannot be used.
 pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&WorkerContext>) -> Result<Shared, String> {
-    let Lasting { ids, turns, relay, rates, removed, cancel, abort, limiter } = lasting;
+    let Lasting { ids, turns, relay, rates, lost, cancel, abort, limiter } = lasting;
     let tls = config.tls.as_ref().map(TlsFiles::load).transpose().map_err(|error| error.to_string())?;
     let spool = Arc::new(Spool::new(&config, &ids));
     let sink = SpoolDsnSink { spool: spool.clone(), relay: relay.clone(), ids: ids.clone() };
@@ -54,7 +56,7 @@ pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&Work
         give_up: config.odmr.give_up,
         without_8bitmime: config.odmr.without_8bitmime,
         reporter,
-        removed,
+        lost,
         spool: spool.clone(),
         cancel: cancel.clone(),
         abort: abort.clone(),
@@ -69,6 +71,8 @@ pub struct Reloader(Arc<ReloaderState>);
 
 struct ReloaderState {
     current: RwLock<Arc<Shared>>,
+    /// What stays until a restart.
+    fixed: Fixed,
     /// The certificate may change while the configuration is read.
     one_at_a_time: Mutex<()>,
 }
@@ -76,10 +80,11 @@ struct ReloaderState {
 impl Reloader {
     /// `shared`: the state at the start.
     pub fn new(shared: Arc<Shared>) -> Reloader {
-        Reloader(Arc::new(ReloaderState { current: RwLock::new(shared), one_at_a_time: Mutex::default() }))
+        let fixed = Fixed::of(&shared.config);
+        Reloader(Arc::new(ReloaderState { current: RwLock::new(shared), fixed, one_at_a_time: Mutex::default() }))
     }
 
-    /// The state that a new connection begins with.
+    /// The state that a new connection, or a new transaction, begins with.
     pub fn current(&self) -> Arc<Shared> {
         self.0.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -94,16 +99,17 @@ impl Reloader {
     pub fn reload(&self, file: &Path) {
         let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
-        let renewed = ProviderConfig::load(file).map_err(|error| error.to_string());
-        let restart = renewed.as_ref().is_ok_and(|config| needs_restart(&old.config, config));
+        let accounts = &old.config.accounts;
+        let renewed = ProviderConfig::load_again(file, accounts).map_err(|error| error.to_string());
+        let changed = renewed.as_ref().map(|config| self.0.fixed.changed(config)).unwrap_or_default();
         match renewed.and_then(|config| renew(config, &old)) {
             Ok(shared) => {
                 let shared = Arc::new(shared);
                 self.replace(&shared);
                 shared.record_reload(None);
                 log_reload(&old, &shared);
-                if restart {
-                    let what = "`listen`, `listen-tls`, `spool`, `user` or `group` has changed";
+                if !changed.is_empty() {
+                    let what = format!("{} changed, and stays as it was until then", changed.join(", "));
                     log::warn!("event=restart-needed reason={what:?}");
                 }
             }
@@ -135,9 +141,9 @@ impl Reloader {
         let stamp = || {
             let shared = self.current();
             let files = shared.config.tls.iter().flat_map(|files| [&files.certificate, &files.key]);
-            files
-                .map(|file| file.metadata().ok().map(|found| (found.ino(), found.len(), found.modified().ok())))
-                .collect()
+            // Also what chmod(1) changes: a file that could not be read may be readable now.
+            let of_file = |found: Metadata| (found.ino(), found.len(), found.ctime(), found.ctime_nsec());
+            files.map(|file| file.metadata().ok().map(of_file)).collect()
         };
         let mut seen: Vec<_> = stamp();
         let (mut end, clock) = (CertificateEnd::default(), self.current().ids.clock());
@@ -162,7 +168,6 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The state with this configuration; what lasts over reloads is that of `old`.
 fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {
-    config.accounts.keep_skipped(&old.config.accounts);
     // Sessions, turned sessions and the relay go on with the old one until a restart.
     config.spool.clone_from(&old.config.spool);
     let lasting = Lasting {
@@ -170,7 +175,7 @@ fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {
         turns: old.turns.clone(),
         relay: old.relay.clone(),
         rates: old.rates.clone(),
-        removed: old.turn_settings.removed.clone(),
+        lost: old.turn_settings.lost.clone(),
         cancel: old.cancel.clone(),
         abort: old.abort.clone(),
         limiter: old.limiter.clone(),
@@ -179,7 +184,7 @@ fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {
     let (limits, accounts) = (&shared.config.limits, &shared.config.accounts);
     shared.limiter.set_limits(limits.connections, limits.connections_per_address);
     shared.turns.set_limit(limits.turned_sessions);
-    shared.turn_settings.removed.update(&old.config.accounts, accounts);
+    shared.turn_settings.lost.update(&old.config.accounts, accounts);
     shared.relay.reload(shared.worker.clone());
     Ok(shared)
 }
@@ -211,13 +216,27 @@ fn log_reload(old: &Shared, new: &Shared) {
     }
 }
 
-/// Whether something has changed that a reload leaves as it was.
-fn needs_restart(old: &ProviderConfig, new: &ProviderConfig) -> bool {
-    let kept = |config: &ProviderConfig| {
-        let owner = config.owner.as_ref().map(|owner| (owner.user.clone(), owner.group.clone()));
-        (config.listen().map(Vec::clone), config.spool.clone(), owner)
-    };
-    kept(old) != kept(new)
+/// What a reload leaves as it was at the start, by its keys.
+struct Fixed([(&'static str, String); 6]);
+
+impl Fixed {
+    fn of(config: &ProviderConfig) -> Fixed {
+        let ProviderConfig { inbound, odmr, spool, owner, .. } = config;
+        Fixed([
+            ("[inbound] listen", format!("{:?}", inbound.listen)),
+            ("[odmr] listen", format!("{:?}", odmr.listen)),
+            ("[odmr] listen-tls", format!("{:?}", odmr.listen_tls)),
+            ("spool", format!("{spool:?}")),
+            ("user", format!("{:?}", owner.as_ref().map(|owner| &owner.user))),
+            ("group", format!("{:?}", owner.as_ref().map(|owner| &owner.group))),
+        ])
+    }
+
+    /// The keys whose values in a file are others.
+    fn changed(&self, config: &ProviderConfig) -> Vec<&'static str> {
+        let now = Fixed::of(config);
+        self.0.iter().zip(&now.0).filter(|(fixed, now)| fixed != now).map(|((key, _), _)| *key).collect()
+    }
 }
 
 /// Logs the customers' files that are skipped.

@@ -10,7 +10,7 @@ use super::turned_session::TurnSettings;
 use crate::clock::Timestamp;
 use crate::config::ProviderConfig;
 use crate::ids::Ids;
-use crate::mail::address::{Domain, ForwardPath, Mailbox};
+use crate::mail::address::{ForwardPath, Mailbox};
 use crate::net::cancel::CancelToken;
 use crate::net::listener::ConnectionLimiter;
 use crate::net::tls::ServerTls;
@@ -46,20 +46,6 @@ impl Shared {
     /// The reply to MAIL.
     pub fn check_room(&self, mail: &MailFrom) -> Result<(), Reply> {
         if self.spool.has_room(mail.size.unwrap_or(0)) { Ok(()) } else { Err(disk_full_reply()) }
-    }
-
-    /// The reply to a recipient or to ATRN if the domain may belong to a customer whose file has a mistake: a mistake in typing
-    /// bounces nothing.
-    ///
-    /// # Errors
-    /// The reply.
-    pub fn check_skipped(&self, domain: &Domain) -> Result<(), Reply> {
-        match self.config.accounts.may_be_skipped(domain) {
-            true => {
-                Err(Reply::new(451, "4.3.5", "The configuration for that domain cannot be read now, try again later"))
-            }
-            false => Ok(()),
-        }
     }
 
     /// Records for the status that the configuration was read, or why not.

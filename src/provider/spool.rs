@@ -23,6 +23,7 @@ use crate::mail::address::{Domain, Mailbox};
 use crate::maildir::{self, MessageWriter, replace_file, with_path};
 use crate::net::trace::quoted;
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
+use crate::smtp::reply::Reply;
 
 /// The file in `SPOOL/.odmr` that `odmr serve` locks.
 const LOCK_FILE: &str = "serve";
@@ -207,6 +208,24 @@ impl Spool {
         }
         let is_own = self.own.as_ref() == Some(domain);
         (is_own && mailbox.local().eq_ignore_ascii_case("postmaster")).then_some(SpoolQueue::Postmaster)
+    }
+
+    /// Whether mail for the domain is held here.
+    pub fn holds(&self, domain: &Domain) -> bool {
+        self.accounts.owner(domain).is_some()
+    }
+
+    /// Checks that the domain cannot belong to a customer whose file has a mistake: a mistake in typing bounces nothing.
+    ///
+    /// # Errors
+    /// The reply to a recipient or to ATRN, and the reason why mail waits.
+    pub fn check_skipped(&self, domain: &Domain) -> Result<(), Reply> {
+        match self.accounts.may_be_skipped(domain) {
+            true => {
+                Err(Reply::new(451, "4.3.5", "The configuration for that domain cannot be read now, try again later"))
+            }
+            false => Ok(()),
+        }
     }
 
     /// The address of the provider's postmaster; `None`: its hostname is not a domain.

@@ -3,7 +3,7 @@
 //! [`TurnedSession::work`] does a bounded piece of work without waiting for the customer: it reads replies, sends commands
 //! and content, and settles messages. The delivery thread calls it whenever there may be something to do.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 
 use crate::config::Accounts;
+use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled};
 use crate::net::trace::quoted;
@@ -48,8 +49,8 @@ pub struct TurnSettings {
     pub give_up: Duration,
     pub without_8bitmime: Without8BitMime,
     pub reporter: Reporter,
-    /// Accounts whose sessions end after the messages under way, because they are removed.
-    pub removed: Arc<RemovedAccounts>,
+    /// Accounts whose sessions end after the messages under way, because their domains are no longer theirs.
+    pub lost: Arc<LostDomains>,
     /// Has the records of calls.
     pub spool: Arc<Spool>,
     /// Ends sessions after the messages under way.
@@ -58,21 +59,27 @@ pub struct TurnSettings {
     pub abort: CancelToken,
 }
 
-/// The accounts that reloads have removed.
+/// The domains that reloads have taken from each account: from one that is removed, all.
 #[derive(Default)]
-pub struct RemovedAccounts(Mutex<HashSet<String>>);
+pub struct LostDomains(Mutex<HashMap<String, HashSet<Domain>>>);
 
-impl RemovedAccounts {
-    /// Adds the accounts that there were before a reload and are no more; those that there are again are not removed.
+impl LostDomains {
+    /// Adds the domains that an account had before a reload and has no more; those that it has again are not lost.
     pub fn update(&self, before: &Accounts, after: &Accounts) {
-        let mut removed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        removed.extend(before.iter().map(|account| account.name.clone()));
-        removed.retain(|name| after.account(name).is_none());
+        let mut lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for account in before.iter() {
+            lost.entry(account.name.clone()).or_default().extend(account.domains.iter().cloned());
+        }
+        lost.retain(|name, domains| {
+            domains.retain(|domain| after.owner(domain).is_none_or(|owner| owner.name != *name));
+            !domains.is_empty()
+        });
     }
 
-    /// Whether the account is removed.
-    pub fn contains(&self, account: &str) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(account)
+    /// Whether the account has lost one of these domains.
+    pub fn any<'a>(&self, account: &str, mut domains: impl Iterator<Item = &'a Domain>) -> bool {
+        let lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        lost.get(account).is_some_and(|lost| domains.any(|domain| lost.contains(domain)))
     }
 }
 
@@ -334,8 +341,8 @@ impl TurnedSession {
         if !(full || self.client.is_ready_for_message()) || (self.queue_empty && self.client.in_flight() > 0) {
             return Ok(false);
         }
-        let enough =
-            self.settings.cancel.is_cancelled() || self.settings.removed.contains(&self.account) || self.is_full();
+        let lost = self.settings.lost.any(&self.account, self.lock.domains());
+        let enough = self.settings.cancel.is_cancelled() || lost || self.is_full();
         let mut commands = Vec::new();
         match if enough { None } else { self.lock.next_message() } {
             // RFC 9422 section 4.3: this session has other domains.
