@@ -1,6 +1,7 @@
 //! SIGHUP to a provider at work, with the real binary: what changes, and what stays.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -11,6 +12,8 @@ use crate::running::{Client, Running};
 
 const PROVIDER: &str = "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n[inbound]\n\
                         listen = [\"127.0.0.1:0\"]\n[odmr]\nlisten = [\"127.0.0.1:0\"]\nrequire-tls = false\n";
+
+const SECRET: &str = "tanstaaftanstaaf";
 
 /// A provider's files, and the program when it is started.
 struct Place {
@@ -40,7 +43,7 @@ impl Place {
     }
 
     fn customer(&self, name: &str, domains: &str) {
-        let text = format!("domains = [{domains}]\nsecret = \"tanstaaftanstaaf\"\n");
+        let text = format!("domains = [{domains}]\nsecret = \"{SECRET}\"\n");
         self.write(&format!("customers.d/{name}.toml"), &text);
     }
 
@@ -123,4 +126,188 @@ fn at_the_start_a_file_with_a_mistake_is_skipped_and_its_mail_does_not_bounce() 
     place.customer("acme", "\"example.org\"");
     assert!(place.reload("event=reloaded").contains("accounts=2 added=1 removed=0"));
     assert!(place.rcpt("alice@example.org").starts_with("250 "));
+}
+
+/// A copied file with another customer's domain in it must not give that one's mail away, whichever file comes first.
+#[test]
+fn a_domain_stays_with_the_customer_that_had_it() {
+    let mut place = Place::new(&[("acme", "\"example.org\""), ("zeta", "\"example.net\"")]);
+    place.start();
+    let owner = |place: &mut Place, to: &str| {
+        assert!(Client::connect(&place.inbound).send("a@b.example", to, 1).starts_with("250 "));
+        place.serve.as_mut().unwrap().wait_for("event=queued").rsplit('=').next().unwrap().to_owned()
+    };
+    place.customer("beta", "\"example.net\"");
+    let skipped = place.reload("event=customer-skipped");
+    assert!(skipped.contains("file=\"beta\"") && skipped.contains("beta.toml:1: example.net is in "), "{skipped}");
+    assert_eq!(owner(&mut place, "bob@example.net"), "zeta");
+    // Another customer that has an account: it stays as it was.
+    place.customer("acme", "\"example.org\", \"example.net\"");
+    assert!(place.reload("event=customer-skipped").contains("file=\"acme\""));
+    assert_eq!([owner(&mut place, "bob@example.net"), owner(&mut place, "a@example.org")], ["zeta", "acme"]);
+    // The file of the owner has a mistake: its account is as it was last read.
+    place.write("customers.d/zeta.toml", "domains = [\"example.net\"]\n");
+    place.customer("acme", "\"example.org\"");
+    assert!(place.reload("event=customer-skipped").contains("file=\"zeta\""));
+    assert_eq!(owner(&mut place, "bob@example.net"), "zeta");
+    // The domain moves.
+    place.customer("zeta", "\"example.com\"");
+    assert!(place.reload("event=reloaded").contains("accounts=3 added=1 removed=0"));
+    assert_eq!(owner(&mut place, "bob@example.net"), "beta");
+}
+
+/// What a session may do is what its account may do now: its domain may be another customer's by then, its secret known.
+#[test]
+fn sessions_on_port_366_see_the_accounts_of_a_reload() {
+    let mut place = Place::new(&[("acme", "\"example.org\", \"example.com\""), ("beta", "\"example.net\"")]);
+    place.start();
+    let open = |place: &Place| Client::connect(&place.odmr);
+    assert!(Client::connect(&place.inbound).send("a@b.example", "alice@example.org", 1).starts_with("250 "));
+    let (mut asks, mut sends, mut waits, mut other) = (open(&place), open(&place), open(&place), open(&place));
+    for session in [&mut asks, &mut sends] {
+        assert!(session.authenticate("acme", SECRET).starts_with("235 "));
+    }
+    assert!(other.authenticate("beta", SECRET).starts_with("235 "));
+    // The domain moves, and the secret changes.
+    place.write("customers.d/acme.toml", "domains = [\"example.com\"]\nsecret = \"another secret\"\n");
+    place.customer("beta", "\"example.net\", \"example.org\"");
+    place.reload("event=reloaded");
+    assert!(asks.command("ATRN example.org").starts_with("450 4.7.1 "));
+    assert!(sends.command("MAIL FROM:<alice@example.org>").starts_with("550 5.7.1 "));
+    assert!(waits.authenticate("acme", SECRET).starts_with("535 "));
+    assert!(waits.authenticate("acme", "another secret").starts_with("235 "));
+    assert!(other.command("ATRN example.org").starts_with("250 "));
+    // The account is removed: its mail and the customer's own are kept.
+    let mut late = open(&place);
+    fs::remove_file(place.path("customers.d/acme.toml")).unwrap();
+    place.reload("event=reloaded");
+    assert!(asks.command("ATRN").starts_with("450 4.7.1 "));
+    assert!(sends.command("MAIL FROM:<alice@example.com>").starts_with("450 4.7.1 "));
+    assert!(late.authenticate("acme", "another secret").starts_with("535 "));
+    assert!(!asks.command("EHLO client.example").contains("XDOMAINS"));
+}
+
+#[test]
+fn a_turned_session_ends_when_another_customer_gets_its_domain() {
+    let mut place = Place::new(&[("acme", "\"example.org\", \"example.com\""), ("beta", "\"example.net\"")]);
+    place.start();
+    for number in 0..2 {
+        let from = format!("a{number}@b.example");
+        assert!(Client::connect(&place.inbound).send(&from, "alice@example.org", 1).starts_with("250 "));
+    }
+    let mut customer = Client::connect(&place.odmr);
+    assert!(customer.authenticate("acme", SECRET).starts_with("235 "));
+    assert!(customer.command("ATRN").starts_with("250 "));
+    for (reply, command) in [("220 mail.example.org", "EHLO "), ("250 OK", "MAIL "), ("250 OK", "RCPT ")] {
+        assert!(customer.command(reply).starts_with(command));
+    }
+    place.customer("acme", "\"example.com\"");
+    place.customer("beta", "\"example.net\", \"example.org\"");
+    place.reload("event=reloaded");
+    assert!(customer.command("250 OK").starts_with("DATA"));
+    customer.command("354 go on");
+    while customer.reply().trim_end() != "." {}
+    assert!(customer.command("250 OK").starts_with("QUIT"), "the message under way was the last one");
+    let ended = place.serve.as_mut().unwrap().wait_for("event=turn-ended");
+    assert!(ended.contains(" sent=1 "), "{ended}");
+}
+
+#[test]
+fn what_needs_a_restart_is_named_until_then() {
+    let mut place = Place::new(&[("acme", "\"example.org\"")]);
+    place.start();
+    for _ in 0..2 {
+        place.write("odmr.toml", &PROVIDER.replacen("127.0.0.1:0", "127.0.0.1:1", 1));
+        let line = place.reload("event=restart-needed");
+        assert!(line.contains("reason=\"[inbound] listen changed"), "{line}");
+    }
+    place.write("odmr.toml", PROVIDER);
+    place.reload("event=reloaded");
+    place.write("odmr.toml", "x");
+    assert!(place.reload("event=re").contains("event=reload-failed"), "nothing is changed any more");
+}
+
+/// Its clients begin with TLS, and would send their secrets and their mail in clear.
+#[test]
+fn without_a_certificate_the_listener_for_tls_serves_nobody() {
+    let mut place = Place::new(&[("acme", "\"example.org\"")]);
+    let (certificate, key) = odmr::net::tls::self_signed(&["relay.example.net"]).unwrap();
+    place.write("relay.pem", &certificate);
+    place.write("relay.key", &key);
+    let with_tls = "listen-tls = [\"127.0.0.1:0\"]\n[tls]\ncertificate = \"relay.pem\"\nkey = \"relay.key\"\n";
+    place.write("odmr.toml", &format!("{PROVIDER}{with_tls}"));
+    place.start();
+    let address = place.serve.as_mut().unwrap().listening("odmr-tls");
+    place.write("odmr.toml", PROVIDER);
+    assert!(place.reload("event=restart-needed").contains("listen-tls"));
+    let mut octets = Vec::new();
+    std::net::TcpStream::connect(address).unwrap().read_to_end(&mut octets).unwrap();
+    assert_eq!(octets, b"");
+}
+
+/// A customer sends mail to another customer, whose file has a mistake at the start: the mail host of that domain is this
+/// provider. After the mistake the mail is held.
+#[test]
+fn mail_from_a_customer_to_one_whose_file_is_skipped_waits() {
+    let mut place = Place::new(&[("beta", "\"example.net\"")]);
+    place.write("customers.d/acme.toml", "domains = [\"example.invalid\"]\n");
+    // No name server answers with such a domain.
+    place.write("odmr.toml", &format!("{PROVIDER}[relay]\nretry-first = \"1s\"\nresolver = \"{}\"\n", no_domains()));
+    place.start();
+    let mut customer = Client::connect(&place.odmr);
+    assert!(customer.authenticate("beta", SECRET).starts_with("235 "));
+    assert!(customer.send("bob@example.net", "Alice@example.invalid", 1).starts_with("250 "));
+    let line = place.serve.as_mut().unwrap().wait_for("event=deferred");
+    assert!(line.contains("destination=example.invalid reply=\"451 4.3.5 "), "{line}");
+    place.customer("acme", "\"example.invalid\"");
+    place.reload("event=reloaded");
+    place.serve.as_mut().unwrap().wait_for(" status=sent via=held ");
+    assert_eq!(fs::read_dir(place.path("spool/domains/example.invalid/new")).unwrap().count(), 1);
+    assert!(!place.path("spool/domains/example.net").exists(), "no DSN");
+}
+
+/// A name server that knows no domain at all (RFC 1035 section 4.1.1: the reply code 3).
+fn no_domains() -> std::net::SocketAddr {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut octets = [0; 1500];
+        while let Ok((size, peer)) = socket.recv_from(&mut octets) {
+            (octets[2], octets[3]) = (0x81, 0x83);
+            let _ = socket.send_to(&octets[..size], peer);
+        }
+    });
+    address
+}
+
+/// The daemon of a customer has its locks in the old root, and the umask of its start.
+#[test]
+fn a_customers_daemon_stays_in_its_root_and_has_the_new_limits() {
+    let place = Place::new(&[]);
+    let config = |root: &str, limits: &str| {
+        let text = "hostname = \"mail.example.org\"\n[provider]\naddress = \"127.0.0.1:1\"\ntls = \"none\"\nname = \"acme\"\n\
+                    secret = \"tanstaaftanstaaf\"\n[outgoing]\nqueue = \"out\"\nlisten = [\"127.0.0.1:0\"]\n";
+        let mailboxes = "accept = [\"alice@example.org\"]\n";
+        place.write("odmr.toml", &format!("{text}[mailboxes]\nroot = \"{root}\"\n{mailboxes}{limits}"));
+    };
+    config("mail", "");
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let mut daemon = Running::start(daemon.args(["pull", "--daemon", "-c"]).arg(place.path("odmr.toml")));
+    let address = daemon.listening("local");
+    for number in 0..2 {
+        config("other", "[limits]\nconnections-per-address = 1\n");
+        daemon.signal(Signal::HUP);
+        let line = daemon.wait_for("event=restart-needed");
+        assert!(line.ends_with("reason=\"root changed, and stays as it was until then\""), "{line}");
+        daemon.wait_for("event=reloaded");
+        let mut session = Client::connect(&address);
+        assert!(session.send("bob@example.org", "alice@example.org", 1).starts_with("250 "), "{number}");
+        let mut replies = String::new();
+        std::net::TcpStream::connect(&address).unwrap().read_to_string(&mut replies).unwrap();
+        assert!(replies.starts_with("421 "), "{replies}");
+        assert!(session.command("QUIT").starts_with("221 "));
+        daemon.wait_for("event=closed");
+    }
+    assert_eq!(fs::read_dir(place.path("mail/example.org/alice/new")).unwrap().count(), 2);
+    assert!(!place.path("other").exists());
 }

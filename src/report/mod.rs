@@ -69,6 +69,8 @@ pub trait DsnSink: Send + Sync {
 pub enum Via {
     /// The provider to its customer, after the turn.
     Atrn,
+    /// The relay, into the queue of a customer who has the domain by now.
+    Held,
     /// The relay, by MX.
     Mx,
     /// The relay, by its smarthost.
@@ -94,6 +96,7 @@ impl fmt::Display for Via {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Via::Atrn => "atrn",
+            Via::Held => "held",
             Via::Mx => "mx",
             Via::Smarthost => "smarthost",
             Via::Provider => "provider",

@@ -11,6 +11,7 @@ use super::order::{AddressOrder, HostAddress};
 use crate::config::{ProviderConfig, RelayConfig, TlsPolicy};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, literal};
+use crate::maildir::for_each_block;
 use crate::net::cancel::CancelToken;
 use crate::net::resolver::{MxHost, MxRoute, Resolver, address_for_name};
 use crate::net::tls::{ClientTls, Trust, is_certificate_name};
@@ -19,8 +20,9 @@ use crate::provider::spool::{Spool, SpoolQueue};
 use crate::queue::{LockError, QueueLock, QueueName};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::client::{ClientSession, Connect, SessionFailure};
-use crate::session::{Remote, Timeouts};
+use crate::session::{Remote, Timeouts, storage_failure_reply};
 use crate::smtp::client::{Abort, Client, ClientOptions, Rejection, StartTls};
+use crate::smtp::command::Recipient;
 use crate::smtp::reply::{Reply, Severity};
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
@@ -211,6 +213,37 @@ impl WorkerContext {
 
     /// One attempt at all mail that is due for these destinations. `Some`: no other attempt before then.
     fn attempt(&self, destinations: &[Domain]) -> Option<SystemTime> {
+        let (held, elsewhere): (Vec<_>, _) = destinations.iter().cloned().partition(|domain| self.spool.holds(domain));
+        let all_held = held.iter().filter(|domain| !self.hold(domain)).count() == 0;
+        let next = if elsewhere.is_empty() { None } else { self.attempt_elsewhere(&elsewhere) };
+        next.or_else(|| (!all_held).then(|| self.first_retry()))
+    }
+
+    /// Moves the mail for a domain that has become a customer's into the queue of that domain: its mail host is this one.
+    fn hold(&self, domain: &Domain) -> AllSettled {
+        let Ok(mut lock) = self.spool.queue().try_lock(&self.queue_name(domain)) else { return false };
+        let attempt = Attempt { via: Via::Held, peer_sends_dsn: true, ..self.attempt_with("-", None) };
+        let mut all_settled = true;
+        while let Some(mut message) = lock.next_message() {
+            let recipients = message.envelope.recipients.iter();
+            let recipients = recipients.map(|to| Recipient { mailbox: to.mailbox.canonical(), ..to.clone() });
+            let copy = message.with_recipients(recipients.collect());
+            let written =
+                self.spool.begin_message(&[(SpoolQueue::Held(domain.clone()), copy)], "").and_then(|mut writer| {
+                    for_each_block(&mut message, |octets| writer.write(octets))?;
+                    writer.commit()
+                });
+            let status = match written {
+                Ok(_) => RecipientStatus::Sent(Reply::new(250, "2.0.0", "It is held here for the customer")),
+                Err(error) => RecipientStatus::Deferred(storage_failure_reply(&error)),
+            };
+            let result = DeliveryResult::all(status, message.envelope.recipients.len(), DecidedBy::Us);
+            all_settled &= self.reporter.finish_attempt(message, result, &attempt, &mut lock).is_ok();
+        }
+        all_settled
+    }
+
+    fn attempt_elsewhere(&self, destinations: &[Domain]) -> Option<SystemTime> {
         let names: Vec<_> = destinations.iter().map(|domain| self.queue_name(domain)).collect();
         let busy = || Some(SystemTime::now() + BUSY_RETRY_DELAY);
         let mut lock = match self.spool.queue().lock(&names) {
@@ -229,6 +262,12 @@ impl WorkerContext {
             Some(smarthost) => self.by_smarthost(smarthost, &mut lock),
             None => self.by_mx(&destinations[0], &mut lock),
         };
+        // The mail host of a customer whose file is skipped is this one, and it may be in no DNS at all.
+        let skipped = || destinations.iter().find_map(|domain| self.spool.check_skipped(domain).err());
+        let sent = sent.map_err(|error| match (error, skipped()) {
+            (RouteError::Rejected(_), Some(reply)) => RouteError::Deferred(reply),
+            (error, _) => error,
+        });
         let all_settled = match sent {
             Ok(all_settled) => all_settled,
             Err(RouteError::Cancelled) => true,
