@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
@@ -225,6 +226,25 @@ fn what_needs_a_restart_is_named_until_then() {
     place.reload("event=reloaded");
     place.write("odmr.toml", "x");
     assert!(place.reload("event=re").contains("event=reload-failed"), "nothing is changed any more");
+}
+
+/// The session has the state of before the reload, in which no mail is on its way.
+#[test]
+fn after_a_reload_an_open_session_does_not_delay_the_end() {
+    let mut place = Place::new(&[("acme", "\"example.org\"")]);
+    place.start();
+    let mut session = Client::connect(&place.inbound);
+    assert!(session.rcpt("alice@example.org").starts_with("250 ") && session.command("DATA").starts_with("354 "));
+    place.reload("event=reloaded");
+    let serve = place.serve.as_mut().unwrap();
+    let begun = Instant::now();
+    serve.signal(Signal::TERM);
+    serve.wait_for("event=stopping");
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(session.command("x\r\n.").starts_with("250 "), "the message under way is accepted");
+    assert_eq!(serve.exit_code(), Some(0));
+    // The shutdown timeout is 10 s.
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
 }
 
 /// Its clients begin with TLS, and would send their secrets and their mail in clear.

@@ -185,7 +185,7 @@ impl WorkerContext {
 
     /// Sends messages in one session.
     fn deliver(&self, mut session: ClientSession, to: &HostAddress, mut queue: SessionQueue<'_, '_>) -> Ended {
-        let _under_way = self.sessions.clone();
+        let _under_way = self.sessions.0.clone();
         let mut decided = false;
         let id = session.id().to_owned();
         let mut settle = |message, result: DeliveryResult, client: &Client, queue: &mut SessionQueue<'_, '_>| {

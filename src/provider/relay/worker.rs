@@ -48,10 +48,13 @@ pub struct WorkerContext {
     /// Loaded if the configuration asks for verified certificates.
     verified_tls: Option<ClientTls>,
     pub(super) hosts: Arc<HostTable>,
-    /// Each session under way has a clone.
-    pub(super) sessions: Arc<()>,
+    pub(super) sessions: Arc<SessionsUnderWay>,
     pub(super) cancel: CancelToken,
 }
+
+/// Each session under way has a clone of what is inside.
+#[derive(Default)]
+pub(super) struct SessionsUnderWay(pub(super) Arc<()>);
 
 /// When a destination is due again; `None`: its queue is empty.
 pub(super) struct NextDue {
@@ -183,7 +186,7 @@ impl WorkerContext {
 
     /// Whether a session is under way.
     pub(super) fn has_sessions(&self) -> bool {
-        Arc::strong_count(&self.sessions) > 1
+        Arc::strong_count(&self.sessions.0) > 1
     }
 
     /// Makes one attempt at all mail that is due for these destinations. Returns when each is due again.
