@@ -151,12 +151,15 @@ impl TlsFiles {
         let (certificate_line, line) = (table.line_of("certificate"), table.line_of("key"));
         let certificate = table.required("certificate", PATH, &missing("certificate"));
         let key = table.file.absolute(&table.required("key", PATH, &missing("key"))?);
-        // If the key cannot be read at all, the TLS module reports it.
-        if let Ok(metadata) = std::fs::metadata(&key) {
-            check_private(metadata.permissions().mode(), &key).map_err(|text| line.error(text))?;
-        }
         let certificate = table.file.absolute(&certificate?);
-        Ok(TlsFiles { certificate, key, certificate_line, key_line: line })
+        let files = TlsFiles { certificate, key, certificate_line, key_line: line };
+        files.check_key().map(|()| files)
+    }
+
+    fn check_key(&self) -> Result<(), ConfigError> {
+        // If the key cannot be read at all, the TLS module reports it.
+        let mode = std::fs::metadata(&self.key).map_or(0, |found| found.permissions().mode());
+        check_private(mode, &self.key).map_err(|text| self.key_line.error(text))
     }
 
     /// Reads the files.
@@ -165,6 +168,8 @@ impl TlsFiles {
     ///
     /// On the line of the file that cannot be used.
     pub fn load(&self) -> Result<ServerTls, ConfigError> {
+        // With such a key that replaced another one, the next start would fail.
+        self.check_key()?;
         ServerTls::load(&self.certificate, &self.key).map_err(|text| {
             let (key, certificate) = (self.key.display().to_string(), self.certificate.display().to_string());
             let of_key = text.starts_with(&key) && !text.starts_with(&certificate);
