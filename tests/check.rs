@@ -173,6 +173,28 @@ fn run(directory: &tempfile::TempDir, file: &str, words: &[&str]) -> (i32, Strin
     (done.status.code().unwrap(), text(done.stdout), text(done.stderr))
 }
 
+/// The certificate and the spool are looked at also if a key is misspelt.
+#[test]
+fn mistakes_in_the_file_do_not_hide_those_of_what_it_names() {
+    let directory = provider(&["relay.example.net"], -3);
+    write(
+        &directory,
+        "provider.toml",
+        &format!("{PROVIDER}[limits]\nconections = 5\n[timeouts]\ncommand = \"soon\"\n"),
+    );
+    let (code, output, error) = run(&directory, "provider.toml", &["check"]);
+    let [key, time, certificate] = error.lines().collect::<Vec<_>>()[..] else { panic!("{error}") };
+    assert!(code == 1 && !output.contains("good:"), "{output}");
+    assert!(key.contains("provider.toml:12: unknown key `conections`"), "{key}");
+    assert!(
+        time.contains("provider.toml:14: ") && certificate.contains("provider.toml:5: relay.pem has expired"),
+        "{error}"
+    );
+    for option in ["--print", "--call"] {
+        assert_ne!(run(&directory, "provider.toml", &["check", option]).0, 0);
+    }
+}
+
 #[test]
 fn the_certificate_of_a_provider_is_described_and_judged() {
     let directory = provider(&["relay.example.net", "127.0.0.1"], 100);

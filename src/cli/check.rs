@@ -55,40 +55,45 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let (config, findings) = Config::examine(&path);
     let for_customers = [(!addresses.is_empty(), "--address", "it says into which mailbox mail for an address goes")];
     let for_customers = for_customers.into_iter().chain([(call, "--call", "it logs in to the provider")]);
-    if let (Ok(Config::Provider(_)), Some((_, option, why))) = (&config, for_customers.clone().find(|(used, ..)| *used))
+    if let (Some(Config::Provider(_)), Some((_, option, why))) =
+        (&config, for_customers.clone().find(|(used, ..)| *used))
     {
         let text = format!("{} is a provider's file, and {option} is for a customer's file: {why}", path.display());
         return Err(ExitError::usage(text, "odmr check -h"));
     }
-    if let (Ok(Config::Customer(_)), true) = (&config, matches.opt_present("inetd")) {
+    if let (Some(Config::Customer(_)), true) = (&config, matches.opt_present("inetd")) {
         let text = "a customer's file, and --inetd is for a provider's file: it says where the log of `serve` goes";
         return Err(ExitError::usage(format!("{} is {text}", path.display()), "odmr check -h"));
     }
-    if let (Ok(Config::Customer(config)), false) = (&config, addresses.is_empty()) {
+    let is_sound = findings.errors.is_empty();
+    if let (Some(Config::Customer(config)), true, false) = (&config, is_sound, addresses.is_empty()) {
         return explain(&config.mailboxes.rules, &addresses);
     }
     let mut report = CheckReport::default();
     findings.errors.iter().chain(&findings.skipped).for_each(|error| report.error(error));
     findings.warnings.iter().for_each(|warning| report.warn(warning));
     let summary = match &config {
-        Err(_) => String::new(),
-        Ok(_) if matches.opt_present("print") => {
+        None => String::new(),
+        Some(_) if matches.opt_present("print") => {
             report.drop_warnings();
             String::new()
         }
-        Ok(config) => {
+        Some(config) => {
             if matches.opt_present("inetd") && matches!(config, Config::Provider(_)) {
                 check_inetd_log(&path, &mut report);
             }
             let places = Places::of(config, &path);
             let summary = check_named(config, &path, &places, &mut report)?;
-            if call && let Config::Customer(config) = config {
+            if call
+                && is_sound
+                && let Config::Customer(config) = config
+            {
                 call_check::run(config, &path, &mut report)?;
             }
             summary
         }
     };
-    match matches.opt_present("print") && config.is_ok() {
+    match matches.opt_present("print") && is_sound {
         true => report.finish(effective(&path)?.trim_end()),
         false => report.finish(&format!("{}: good: {summary}", path.display())),
     }

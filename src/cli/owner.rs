@@ -96,12 +96,12 @@ pub(super) fn reload_errors(path: &Path) -> Vec<String> {
         Remote::new(remote).err().map(|text| line_of_key(path, keys).error(text).to_string())
     };
     match config {
-        Err(_) => {}
-        Ok(Config::Provider(config)) => {
+        None => {}
+        Some(Config::Provider(config)) => {
             errors.extend(config.tls.iter().filter_map(|files| files.load().err()).map(|error| error.to_string()));
             errors.extend(config.relay.smarthost.iter().filter_map(|remote| remote_error(remote, &["relay", "ca"])));
         }
-        Ok(Config::Customer(config)) => {
+        Some(Config::Customer(config)) => {
             let of_provider =
                 |provider: &ProviderAccount| Some(provider.error(&Remote::new(&provider.remote).err()?).to_string());
             errors.extend(config.providers.iter().filter_map(of_provider));

@@ -62,12 +62,17 @@ impl Config {
     ///
     /// The first mistake, or that a file cannot be read.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        Config::examine(path).0
+        Source::examine(path, Config::build).0
     }
 
-    /// Reads the same, and returns all that is found in it and in the files that it names.
-    pub fn examine(path: &Path) -> (Result<Config, ConfigError>, Findings) {
-        Source::examine(path, |source| match source.kind()? {
+    /// Reads the same, and returns all that is found in it and in the files that it names. The configuration is there also
+    /// with mistakes that prevent none of its values, such as an unknown key.
+    pub fn examine(path: &Path) -> (Option<Config>, Findings) {
+        Source::examine_all(path, Config::build)
+    }
+
+    fn build(source: &Source) -> Result<Config, ConfigError> {
+        match source.kind()? {
             Some(FileKind::Provider) => {
                 Ok(Config::Provider(Box::new(ProviderConfig::build(source, &Accounts::default())?)))
             }
@@ -76,7 +81,7 @@ impl Config {
                 "has neither what a provider needs (`spool` and `customers`) nor what a customer needs (a table \
                  [provider]): add one of the two",
             )),
-        })
+        }
     }
 }
 

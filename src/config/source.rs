@@ -100,6 +100,16 @@ impl Source {
         }
     }
 
+    /// As [`Source::examine`], but returns also what is built in spite of mistakes, if it could be.
+    pub(super) fn examine_all<T>(
+        path: &Path, build: impl FnOnce(&Source) -> Result<T, ConfigError>,
+    ) -> (Option<T>, Findings) {
+        match Source::read(path) {
+            Ok(source) => (source.note(build(&source)).ok(), source.findings.take()),
+            Err(error) => (None, Findings::error(error)),
+        }
+    }
+
     /// Builds what this file configures, as [`Source::examine`].
     pub(super) fn finish<T>(
         &self, build: impl FnOnce(&Source) -> Result<T, ConfigError>,
