@@ -28,6 +28,8 @@ struct Counts {
     /// How often each recipient is deferred: messages of one size, from one sender to one recipient, have one key. A full
     /// disk may defer all that the provider has, so the keys are hashes.
     deferred: Deferred,
+    /// The same of a call that follows at once: it may bring them again, or leave them out for now.
+    again: Option<Deferred>,
     hasher: RandomState,
     /// The first failures, each with the key of a recipient that is deferred.
     failures: Vec<(Option<u64>, String)>,
@@ -83,7 +85,9 @@ impl CallCounters {
             }
             false => {
                 let key = counts.key(recipient);
-                *counts.deferred.entry(key).or_default() += 1;
+                if !counts.defer(key) {
+                    return;
+                }
                 (Some(key), "deferred")
             }
         };
@@ -97,6 +101,11 @@ impl CallCounters {
     /// A recipient was accepted, or for a recipient without a name: MAIL was. If it was deferred, it is not any more.
     pub fn accepted(&self, recipient: &MessageRecipient<'_>) {
         self.lock().release(recipient);
+    }
+
+    /// A call begins; `again`: it follows another one to the same provider at once.
+    pub fn begin_call(&self, again: bool) {
+        self.lock().again = again.then(Deferred::default);
     }
 
     /// The recipients that are deferred now, for [`CallCounters::offered_again`].
@@ -152,6 +161,18 @@ impl Counts {
         self.hasher.hash_one((from.to_lowercase(), to.to_lowercase(), size, envelope_id))
     }
 
+    /// Counts a recipient that is deferred. Returns whether it is one more, and not one that a call before has deferred.
+    fn defer(&mut self, key: u64) -> bool {
+        let deferred = self.deferred.entry(key).or_default();
+        let again = self.again.as_mut().map(|again| again.entry(key).or_default());
+        let is_new = again.is_none_or(|again| {
+            *again += 1;
+            *again > *deferred
+        });
+        *deferred += u64::from(is_new);
+        is_new
+    }
+
     /// Removes a recipient from the deferred ones, if it is among them: the message that was deferred first.
     fn release(&mut self, recipient: &MessageRecipient<'_>) {
         let key = self.key(recipient);
@@ -159,6 +180,9 @@ impl Counts {
         *count -= 1;
         if *count == 0 {
             self.deferred.remove(&key);
+        }
+        if let Some(again) = self.again.as_mut().and_then(|again| again.get_mut(&key)) {
+            *again = again.saturating_sub(1);
         }
         if let Some(listed) = self.failures.iter().position(|(deferred, _)| *deferred == Some(key)) {
             self.failures.remove(listed);
@@ -309,6 +333,24 @@ mod tests {
         counters.not_accepted(&to("joe@example.org"), "us", &Reply::new(550, "5.1.1", "No"));
         let summary = counters.summary(0.0);
         assert_eq!((summary.deferred, summary.rejected, summary.failures.len()), (0, 1, 1));
+    }
+
+    /// The provider brings again what was deferred, or not: it has a pause of its own.
+    #[test]
+    fn what_a_call_that_follows_at_once_defers_again_counts_once() {
+        let counters = CallCounters::default();
+        let defer = |names: &[&str]| names.iter().for_each(|name| counters.not_accepted(&to(name), "us", &full()));
+        counters.begin_call(false);
+        defer(&["joe@example.org", "joe@example.org", "ann@example.org", "eve@example.org"]);
+        counters.begin_call(true);
+        defer(&["joe@example.org", "eve@example.org", "eve@example.org"]);
+        counters.accepted(&to("ann@example.org"));
+        let summary = counters.summary(0.0);
+        assert_eq!((summary.deferred, summary.failures.len()), (4, 4), "{:?}", summary.failures);
+        // Another provider has messages of its own.
+        counters.begin_call(false);
+        defer(&["joe@example.org"]);
+        assert_eq!(counters.summary(0.0).deferred, 5);
     }
 
     /// During a long upload the provider offers its mail several times.

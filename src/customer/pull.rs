@@ -385,6 +385,7 @@ impl ProviderConnection<'_> {
     /// Sends ATRN, turns, and receives mail, in as many calls as the provider needs.
     fn receive(&self, session: ClientSession, peer: IpAddr, domains: &[Domain]) -> Result<(), CallError> {
         let Some((connection, client)) = atrn(session, domains).map_err(call_error)? else { return Ok(()) };
+        self.counters.begin_call(false);
         self.counters.add_queued(client.messages_waiting().unwrap_or(0));
         let first = self.serve_provider(connection, client, peer)?;
         match first.no_command {
@@ -431,6 +432,7 @@ impl ProviderConnection<'_> {
             Ok((None, _)) | Err(SessionFailure::Cancelled) => return Err(CallEnd::NoMail),
             Err(failure) => return Err(CallEnd::NotNow(failure.to_string())),
         };
+        self.counters.begin_call(true);
         let next = self.serve_provider(connection, client, peer).map_err(CallEnd::Failed)?;
         if let Some(error) = next.no_command {
             return Err(CallEnd::NotNow(no_command(&error)));
@@ -476,10 +478,7 @@ impl ProviderConnection<'_> {
             config.limits.server_options(ServerRole::Customer, &config.hostname, config.mailboxes.max_size);
         // A customer that sends no mail cannot send DSNs.
         options.dsn = outbox.is_some();
-        // What would be rejected stays with the provider: with 421 after so many, no call would get to the mail after it.
-        if *soft_bounce {
-            options.max_errors = usize::MAX;
-        }
+        options.soft_bounce = *soft_bounce;
         let (connection, server) = turn::accept(connection, client, options, self.cancel).map_err(|error| {
             if self.cancel.is_cancelled() { stopped() } else { CallError::Protocol(error.to_string()) }
         })?;
@@ -489,7 +488,6 @@ impl ProviderConnection<'_> {
         let hops = NextHops::new(mailboxes, self.cancel);
         let mut receiver = Receiver::new(retry_queue.clone(), self.counters.clone(), hops, *soft_bounce);
         let mut session = ServerSession::new(connection, server, address::literal(peer), None, limits);
-        session.soft_bounce = *soft_bounce;
         session.greet();
         let end = session.run(&mut receiver);
         session.close();

@@ -78,8 +78,6 @@ pub struct ServerSession {
     pace_left: u64,
     /// A message of which some chunks have arrived (RFC 3030).
     chunks: Option<(ContentDecoder, ContentReceiver)>,
-    /// Mail that would be rejected is deferred.
-    pub soft_bounce: bool,
     /// The client has sent a command, or the beginning of one.
     has_commands: bool,
     /// The client has sent a TLS record in place of a command or of a message.
@@ -134,7 +132,6 @@ impl ServerSession {
             pace,
             pace_left,
             chunks: None,
-            soft_bounce: false,
             has_commands,
             found_record,
         }
@@ -238,9 +235,9 @@ impl ServerSession {
         }
     }
 
-    /// With [`ServerSession::soft_bounce`]: defers what the reply to a command about mail would reject.
+    /// With [`Server::soft_bounce`]: defers what the reply to a command about mail would reject.
     fn soften(&self, reply: Reply, line: Option<&[u8]>) -> Reply {
-        match self.soft_bounce && Unaccepted::at_command(line, &reply).is_some() {
+        match self.server.soft_bounce() && Unaccepted::at_command(line, &reply).is_some() {
             true => reply.softened(),
             false => reply,
         }
@@ -248,7 +245,7 @@ impl ServerSession {
 
     /// Rejects or defers the content, for all recipients.
     fn reject_content(&mut self, reply: &Reply, handler: &mut dyn SessionHandler) {
-        let softened = self.soft_bounce.then(|| reply.clone().softened());
+        let softened = self.server.soft_bounce().then(|| reply.clone().softened());
         let reply = softened.as_ref().unwrap_or(reply);
         handler.not_accepted(Unaccepted::Content, reply);
         self.reject(reply);

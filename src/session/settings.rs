@@ -43,6 +43,7 @@ impl Limits {
             starttls: false,
             require_tls: false,
             dsn: true,
+            soft_bounce: false,
             mechanisms: Vec::new(),
         }
     }

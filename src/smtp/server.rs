@@ -69,6 +69,8 @@ pub struct ServerOptions {
     pub require_tls: bool,
     /// The extension DSN is offered (RFC 3461).
     pub dsn: bool,
+    /// Mail that would be rejected is deferred, by the driver.
+    pub soft_bounce: bool,
     pub mechanisms: Vec<Mechanism>,
 }
 
@@ -290,6 +292,11 @@ impl Server {
         self.options.role
     }
 
+    /// Whether mail that would be rejected is deferred.
+    pub fn soft_bounce(&self) -> bool {
+        self.options.soft_bounce
+    }
+
     /// Our own name.
     pub fn hostname(&self) -> &str {
         &self.options.hostname
@@ -474,9 +481,11 @@ impl Server {
         self.transaction = None;
         let options = &self.options;
         let mechanisms: Vec<_> = self.mechanisms().map(|mechanism| mechanism.name()).collect();
+        // RFC 1870 section 4: 0 means that no limit is announced. A client bounces a larger message without asking us.
+        let size = if options.soft_bounce { 0 } else { options.max_size };
         let mut reply = Reply::bare(250, options.hostname.clone())
             .with_line("PIPELINING")
-            .with_line(format!("SIZE {}", options.max_size))
+            .with_line(format!("SIZE {size}"))
             .with_line("8BITMIME")
             .with_line("SMTPUTF8")
             .with_line("ENHANCEDSTATUSCODES")
@@ -645,6 +654,10 @@ impl Server {
 
     /// Counts negative replies, and closes the connection of a client that gets too many.
     fn count_errors(&mut self, step: ServerStep) -> ServerStep {
+        // What is deferred stays with the client: with 421 after so much of it, no session would get to the mail after it.
+        if self.options.soft_bounce {
+            return step;
+        }
         let reply = match &step {
             ServerStep::Reply(reply) => reply,
             ServerStep::Chunk { rejected: Some(reply), .. } => reply,

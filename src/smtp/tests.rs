@@ -39,6 +39,7 @@ fn server_options(role: ServerRole) -> ServerOptions {
         starttls: false,
         require_tls: false,
         dsn: false,
+        soft_bounce: false,
         mechanisms: Mechanism::ALL.to_vec(),
     }
 }
