@@ -220,7 +220,7 @@ fn what_needs_a_restart_is_named_until_then() {
     for _ in 0..2 {
         place.write("odmr.toml", &PROVIDER.replacen("127.0.0.1:0", "127.0.0.1:1", 1));
         let line = place.reload("event=restart-needed");
-        assert!(line.contains("reason=\"[inbound] listen changed"), "{line}");
+        assert!(line.contains("reason=\"[inbound] `listen` changed"), "{line}");
     }
     place.write("odmr.toml", PROVIDER);
     place.reload("event=reloaded");
@@ -318,7 +318,7 @@ fn a_customers_daemon_stays_in_its_root_and_has_the_new_limits() {
         config("other", "[limits]\nconnections-per-address = 1\n");
         daemon.signal(Signal::HUP);
         let line = daemon.wait_for("event=restart-needed");
-        assert!(line.ends_with("reason=\"root changed, and stays as it was until then\""), "{line}");
+        assert!(line.ends_with("reason=\"`root` changed, and stays as it was until then\""), "{line}");
         daemon.wait_for("event=reloaded");
         let mut session = Client::connect(&address);
         assert!(session.send("bob@example.org", "alice@example.org", 1).starts_with("250 "), "{number}");

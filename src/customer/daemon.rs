@@ -201,11 +201,11 @@ fn fixed(config: &CustomerConfig) -> Vec<(&'static str, String)> {
     let (owner, mailboxes) = (config.owner.as_ref(), &config.mailboxes);
     let listen = config.outgoing.as_ref().map(|outgoing| &outgoing.listen[..]).unwrap_or_default();
     vec![
-        ("listen", format!("{listen:?}")),
-        ("user", format!("{:?}", owner.map(|owner| &owner.user))),
-        ("group", format!("{:?}", owner.map(|owner| &owner.group))),
-        ("umask", format!("{:o}", mailboxes.umask)),
-        ("root", format!("{:?}", mailboxes.root)),
+        ("`listen`", format!("{listen:?}")),
+        ("`user`", format!("{:?}", owner.map(|owner| &owner.user))),
+        ("`group`", format!("{:?}", owner.map(|owner| &owner.group))),
+        ("`umask`", format!("{:o}", mailboxes.umask)),
+        ("`root`", format!("{:?}", mailboxes.root)),
     ]
 }
 

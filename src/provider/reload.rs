@@ -223,12 +223,12 @@ impl Fixed {
     fn of(config: &ProviderConfig) -> Fixed {
         let ProviderConfig { inbound, odmr, spool, owner, .. } = config;
         Fixed([
-            ("[inbound] listen", format!("{:?}", inbound.listen)),
-            ("[odmr] listen", format!("{:?}", odmr.listen)),
-            ("[odmr] listen-tls", format!("{:?}", odmr.listen_tls)),
-            ("spool", format!("{spool:?}")),
-            ("user", format!("{:?}", owner.as_ref().map(|owner| &owner.user))),
-            ("group", format!("{:?}", owner.as_ref().map(|owner| &owner.group))),
+            ("[inbound] `listen`", format!("{:?}", inbound.listen)),
+            ("[odmr] `listen`", format!("{:?}", odmr.listen)),
+            ("[odmr] `listen-tls`", format!("{:?}", odmr.listen_tls)),
+            ("`spool`", format!("{spool:?}")),
+            ("`user`", format!("{:?}", owner.as_ref().map(|owner| &owner.user))),
+            ("`group`", format!("{:?}", owner.as_ref().map(|owner| &owner.group))),
         ])
     }
 
