@@ -14,12 +14,15 @@
 use std::fmt;
 use std::io::{self, BufRead, Read, Write};
 
-use super::envelope::QueuedEnvelope;
+use super::envelope::{QueuedEnvelope, is_plain_id};
 use crate::clock::Timestamp;
 use crate::maildir::for_each_block;
 use crate::smtp::command::{Body, Command, Envelope, Return, Verb};
 use crate::smtp::content::ContentEncoder;
 use crate::smtp::extensions::ServerExtensions;
+
+/// Octets of a line that are read at once: a command is shorter, and content may be one line without end.
+const LINE_BLOCK: u64 = 64 << 10;
 
 /// All parameters that an envelope can have.
 const PARAMETERS: ServerExtensions =
@@ -47,7 +50,12 @@ pub fn write_end(out: &mut dyn Write) -> io::Result<()> {
 /// Those of `content` and `out`.
 pub fn write_message(out: &mut dyn Write, message: &QueuedEnvelope, content: &mut dyn Read) -> io::Result<()> {
     let QueuedEnvelope { id, arrived, envelope } = message;
-    write!(out, "NOOP id={id} arrived={}\r\nMAIL FROM:<{}>", arrived.rfc3339(), envelope.from)?;
+    out.write_all(b"NOOP")?;
+    // That of another agent's file may be anything.
+    if is_plain_id(id) {
+        write!(out, " id={id}")?;
+    }
+    write!(out, " arrived={}\r\nMAIL FROM:<{}>", arrived.rfc3339(), envelope.from)?;
     out.write_all(match envelope.body {
         Body::Unsaid => b"",
         Body::SevenBit => b" BODY=7BIT",
@@ -117,27 +125,42 @@ pub struct BatchEnvelope {
     pub envelope: Envelope,
 }
 
-/// Reads a batch message by message. Lines end in CRLF or LF.
+/// Reads a batch message by message. Lines end in CRLF or LF. After QUIT another batch may follow.
 pub struct BatchReader<R> {
     input: R,
     /// The line that was read last, counted from 1.
     line: usize,
+    /// The next octet begins a line.
+    begins_line: bool,
     /// Within the content of a message.
     in_content: bool,
+    /// The CR that ended the last part of a long line: it may belong to the line end.
+    held_cr: bool,
 }
 
 impl<R: BufRead> BatchReader<R> {
     pub fn new(input: R) -> BatchReader<R> {
-        BatchReader { input, line: 0, in_content: false }
+        BatchReader { input, line: 0, begins_line: true, in_content: false, held_cr: false }
+    }
+
+    /// The next line with its end, or a part of a long one; empty: the input has ended.
+    fn next_octets(&mut self) -> io::Result<Vec<u8>> {
+        let mut octets = Vec::new();
+        self.input.by_ref().take(LINE_BLOCK).read_until(b'\n', &mut octets)?;
+        self.line += usize::from(self.begins_line && !octets.is_empty());
+        self.begins_line = octets.ends_with(b"\n");
+        Ok(octets)
     }
 
     /// The next line without its end; `None`: the input has ended.
-    fn next_line(&mut self) -> io::Result<Option<Vec<u8>>> {
-        let mut line = Vec::new();
-        if self.input.read_until(b'\n', &mut line)? == 0 {
+    fn next_line(&mut self) -> Result<Option<Vec<u8>>, BatchError> {
+        let mut line = self.next_octets()?;
+        if line.is_empty() {
             return Ok(None);
         }
-        self.line += 1;
+        if line.len() as u64 == LINE_BLOCK {
+            return self.error("this line is too long for a command");
+        }
         for end in [b'\n', b'\r'] {
             line.pop_if(|last| *last == end);
         }
@@ -165,7 +188,10 @@ impl<R: BufRead> BatchReader<R> {
             }
             let parsed = Verb::of(&line).and_then(|(verb, rest)| Command::parse(verb, rest, PARAMETERS));
             match parsed {
-                Ok(Command::Ehlo(_) | Command::Helo(_) | Command::Rset) => (known, envelope) = ((None, None), None),
+                Ok(Command::Quit) if envelope.is_some() => return self.error("QUIT comes within a message"),
+                Ok(Command::Ehlo(_) | Command::Helo(_) | Command::Rset | Command::Quit) => {
+                    (known, envelope) = ((None, None), None);
+                }
                 Ok(Command::Noop) => known = known_message(&line),
                 Ok(Command::Mail(mail)) if envelope.is_none() => envelope = Some(mail.envelope),
                 Ok(Command::Rcpt(rcpt)) => match (&mut envelope, rcpt.recipient()) {
@@ -180,7 +206,6 @@ impl<R: BufRead> BatchReader<R> {
                     }
                     _ => return self.error("DATA comes before MAIL and RCPT"),
                 },
-                Ok(Command::Quit) => break,
                 Ok(_) => return self.error("this command is not part of a batch: there are MAIL, RCPT and DATA"),
                 Err(reply) => return self.error(reply.to_string()),
             }
@@ -191,26 +216,37 @@ impl<R: BufRead> BatchReader<R> {
         }
     }
 
-    /// The next line of the content, with LF and without an added dot; `None`: the content has ended.
+    /// The next line of the content, or a part of a long one, with LF and without an added dot; `None`: the content has
+    /// ended.
     ///
     /// # Errors
     /// The batch ends within the content; the input cannot be read.
-    pub fn content_line(&mut self) -> Result<Option<Vec<u8>>, BatchError> {
+    pub fn content(&mut self) -> Result<Option<Vec<u8>>, BatchError> {
         if !self.in_content {
             return Ok(None);
         }
-        let Some(mut line) = self.next_line()? else {
+        let (begins_line, held_cr) = (self.begins_line, std::mem::take(&mut self.held_cr));
+        let mut octets = self.next_octets()?;
+        if octets.is_empty() {
             return self.error("the batch ends within a message: the line with a dot is missing");
-        };
-        if line == b"." {
+        }
+        if begins_line && matches!(&octets[..], b".\n" | b".\r\n" | b"." | b".\r") {
             self.in_content = false;
             return Ok(None);
         }
-        if line.first() == Some(&b'.') {
-            line.remove(0);
+        if begins_line && octets[0] == b'.' {
+            octets.remove(0);
         }
-        line.push(b'\n');
-        Ok(Some(line))
+        let held_cr = held_cr && octets != b"\n";
+        let text_ends = octets.iter().rposition(|octet| *octet != b'\n').map_or(0, |at| at + 1);
+        if octets[..text_ends].ends_with(b"\r") {
+            octets.remove(text_ends - 1);
+            self.held_cr = !self.begins_line;
+        }
+        if held_cr {
+            octets.insert(0, b'\r');
+        }
+        Ok(Some(octets))
     }
 }
 
@@ -218,8 +254,7 @@ impl<R: BufRead> BatchReader<R> {
 fn known_message(line: &[u8]) -> (Option<String>, Option<Timestamp>) {
     let text = String::from_utf8_lossy(line);
     let word = |key: &str| text.split(' ').find_map(|word| word.strip_prefix(key));
-    let plain = |id: &&str| !id.is_empty() && id.len() <= 100 && id.bytes().all(|c| c.is_ascii_graphic() && c != b';');
-    (word("id=").filter(plain).map(str::to_owned), word("arrived=").and_then(Timestamp::parse_rfc3339))
+    (word("id=").filter(|id| is_plain_id(id)).map(str::to_owned), word("arrived=").and_then(Timestamp::parse_rfc3339))
 }
 
 #[cfg(test)]
@@ -236,7 +271,7 @@ mod tests {
             let mut reader = BatchReader::new(text.as_bytes());
             let BatchEnvelope { id, arrived, envelope } = reader.next_envelope().unwrap().unwrap();
             let mut content = Vec::new();
-            while let Some(line) = reader.content_line().unwrap() {
+            while let Some(line) = reader.content().unwrap() {
                 content.extend(line);
             }
             assert_eq!(content, b"Subject: x\n\n.\n.dot\n");
@@ -251,17 +286,45 @@ mod tests {
     }
 
     #[test]
+    fn a_long_line_is_read_in_parts_and_another_batch_may_follow() {
+        for fill in 0..4 {
+            let block = usize::try_from(LINE_BLOCK).unwrap() - 2;
+            let content = format!("{}\r\rx\ry\n\n..\r.\nz\n", "c".repeat(block + fill));
+            for end in ["\n", "\r\n"] {
+                let wire = content.replace("\n..", "\n...").replace('\n', end);
+                let message = format!("MAIL FROM:<>{end}RCPT TO:<a@b.example>{end}DATA{end}{wire}.{end}QUIT{end}");
+                let text = message.repeat(2);
+                let mut reader = BatchReader::new(text.as_bytes());
+                for _ in 0..2 {
+                    assert!(reader.next_envelope().unwrap().is_some());
+                    let mut read = Vec::new();
+                    while let Some(part) = reader.content().unwrap() {
+                        assert!(part.len() as u64 <= LINE_BLOCK + 1);
+                        read.extend(part);
+                    }
+                    assert!(read == content.as_bytes(), "{fill} {end:?}");
+                }
+                assert!(reader.next_envelope().unwrap().is_none());
+            }
+        }
+        let text = "x".repeat(1 << 20);
+        let error = BatchReader::new(text.as_bytes()).next_envelope().unwrap_err().to_string();
+        assert_eq!(error, "line 1: this line is too long for a command");
+    }
+
+    #[test]
     fn an_error_has_its_line() {
         for (text, expected) in [
             ("MAIL FROM:<>\nDATA\n", "line 2: DATA comes before MAIL and RCPT"),
             ("EHLO x\nRCPT TO:<a@b.example>\n", "line 2: RCPT comes before MAIL"),
             ("MAIL FROM:<a@b.example> X=1\n", "line 1: 555"),
             ("MAIL FROM:<>\nRCPT TO:<a@b.example>\n", "line 2: the batch ends within a message"),
+            ("MAIL FROM:<>\nQUIT\n", "line 2: QUIT comes within a message"),
             ("ATRN\n", "line 1: this command is not part"),
             ("MAIL FROM:<>\nRCPT TO:<a@b.example>\nDATA\nx\n", "line 4: the batch ends within a message: the line"),
         ] {
             let mut reader = BatchReader::new(text.as_bytes());
-            let read = reader.next_envelope().and_then(|_| reader.content_line()).and_then(|_| reader.content_line());
+            let read = reader.next_envelope().and_then(|_| reader.content()).and_then(|_| reader.content());
             let error = read.unwrap_err().to_string();
             assert!(error.starts_with(expected), "{error}");
         }
