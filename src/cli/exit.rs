@@ -110,6 +110,11 @@ impl From<SendmailError> for ExitError {
 
 impl From<io::Error> for ExitError {
     fn from(error: io::Error) -> ExitError {
-        ExitError::new(Sysexit::OsError, error)
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                ExitError::new(Sysexit::NoPermission, format!("{error}; be root, or the user whose files these are"))
+            }
+            _ => ExitError::new(Sysexit::OsError, error),
+        }
     }
 }

@@ -233,7 +233,7 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
         }
     }
     for DomainStatus { domain, waiting } in &status.unowned {
-        show.waiting(&mut text, domain, waiting, "of no account any more");
+        show.waiting(&mut text, domain, waiting, of_no_account(status));
     }
     if !status.postmaster.is_empty() {
         show.waiting(&mut text, "postmaster", &status.postmaster, "the provider's own");
@@ -249,8 +249,16 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
     if let Some(until) = status.certificate_until {
         let _ = writeln!(text, "\ncertificate: until {}", until.rfc3339());
     }
+    for (name, error) in &status.skipped {
+        let _ = writeln!(text, "customer {}: skipped: {}", shown(name), shown(error));
+    }
     reload_text(&mut text, status.reload.as_ref());
     text
+}
+
+/// What is known of a domain that no account has.
+fn of_no_account(status: &ProviderStatus) -> &'static str {
+    if status.skipped.is_empty() { "of no account any more" } else { "of no account that can be read" }
 }
 
 fn reload_text(text: &mut String, reload: Option<&CallRecord>) {
@@ -354,6 +362,9 @@ fn provider_json(status: &ProviderStatus, hostname: &str, show: &Show) -> Json {
         members.push(("next_attempt", Json::time(waiting.next_attempt)));
         Json::Object(members)
     };
+    let skipped = |(name, error): &(String, String)| {
+        Json::Object(vec![("account", Json::text(name)), ("error", Json::text(error))])
+    };
     Json::Object(vec![
         ("role", Json::text("provider")),
         ("version", Json::text(env!("CARGO_PKG_VERSION"))),
@@ -363,6 +374,7 @@ fn provider_json(status: &ProviderStatus, hostname: &str, show: &Show) -> Json {
         ("postmaster", Json::Object(waiting_json(&status.postmaster))),
         ("outgoing", Json::List(status.outgoing.iter().map(destination).collect())),
         ("certificate_until", Json::time(status.certificate_until)),
+        ("skipped", Json::List(status.skipped.iter().map(skipped).collect())),
         ("reload", reload_json(status.reload.as_ref())),
     ])
 }
@@ -498,6 +510,8 @@ fn provider_metrics(status: &ProviderStatus, show: &Show) -> Metrics {
         }
     }
     metrics.add_waiting("odmr_postmaster", &[], &status.postmaster);
+    let skipped = status.skipped.len();
+    metrics.add("odmr_config_skipped_customers", "Customers' files with mistakes.", &[], &skipped);
     let help = "End of the certificate's validity.";
     metrics.add_time("odmr_certificate_expiry_timestamp_seconds", help, &[], status.certificate_until);
     metrics
@@ -566,7 +580,7 @@ fn provider_findings(status: &ProviderStatus, warn: u64, now: Timestamp) -> Vec<
         findings.extend(call_finding(&account.name, account.call.as_ref(), warn, now));
     }
     for DomainStatus { domain, waiting } in &status.unowned {
-        let text = format!("{} messages are held for it, and it belongs to no account any more", waiting.messages);
+        let text = format!("{} messages are held for it; it is {}", waiting.messages, of_no_account(status));
         findings.push(Finding { about: domain.clone(), text });
     }
     findings.extend(queue_findings("postmaster", &status.postmaster, warn, now));
@@ -578,6 +592,10 @@ fn provider_findings(status: &ProviderStatus, warn: u64, now: Timestamp) -> Vec<
     {
         let text = format!("it is valid until {}: renew it", until.rfc3339());
         findings.push(Finding { about: "certificate".to_owned(), text });
+    }
+    for (name, error) in &status.skipped {
+        findings
+            .push(Finding { about: format!("customer {}", shown(name)), text: format!("skipped: {}", shown(error)) });
     }
     findings.extend(reload_finding(status.reload.as_ref()));
     findings

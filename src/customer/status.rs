@@ -3,7 +3,7 @@
 use std::io;
 
 use super::daemon;
-use super::store;
+use super::{CallError, store};
 use crate::clock::Timestamp;
 use crate::config::CustomerConfig;
 use crate::ids::Ids;
@@ -12,7 +12,7 @@ use crate::report::calls::{self, CallRecord};
 
 /// The status of a customer.
 pub struct CustomerStatus {
-    /// The process id of the daemon; `None`: none runs, or this user may not know.
+    /// The process id of the daemon; `None`: none runs, or it is just starting.
     pub daemon: Option<i32>,
     pub providers: Vec<ProviderCalls>,
     /// Outgoing mail; `None`: this customer sends none.
@@ -40,7 +40,10 @@ impl CustomerStatus {
     pub fn read(config: &CustomerConfig, ids: &Ids, wanted: impl Fn(&str, &str) -> bool) -> io::Result<CustomerStatus> {
         let root = &config.mailboxes.root;
         let queue = Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover);
-        let daemon = daemon::running(config).unwrap_or(None);
+        let daemon = match daemon::running(config) {
+            Err(CallError::Denied(text)) => return Err(io::Error::other(text)),
+            other => other.unwrap_or(None),
+        };
         let mut providers = Vec::new();
         for provider in &config.providers {
             let (account, address) = (provider.remote.login_name(), &provider.remote.address);

@@ -128,6 +128,11 @@ impl Spool {
         self.accounts.owner(domain).is_none() && !self.accounts.may_be_skipped(domain)
     }
 
+    /// Whether a domain may be that of a customer whose file is skipped.
+    pub fn may_be_skipped(&self, domain: &Domain) -> bool {
+        self.accounts.may_be_skipped(domain)
+    }
+
     /// The file with the last call of an account ([`CallRecord`](crate::report::calls::CallRecord)).
     pub fn call_record(&self, account: &str) -> PathBuf {
         self.root.join(".odmr").join(format!("call-{account}"))

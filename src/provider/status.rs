@@ -13,13 +13,15 @@ use crate::report::calls::CallRecord;
 /// The status of a provider.
 pub struct ProviderStatus {
     pub accounts: Vec<AccountStatus>,
-    /// Domains that have mail and belong to no account any more.
+    /// Domains that have mail and belong to no account any more, or to one whose file is skipped.
     pub unowned: Vec<DomainStatus>,
     pub postmaster: QueueSummary,
     /// Destinations elsewhere that have mail.
     pub outgoing: Vec<DomainStatus>,
     /// The end of the certificate's validity; `None`: there is no certificate, or it cannot be read.
     pub certificate_until: Option<Timestamp>,
+    /// Customers' files with mistakes, and what is wrong: their customers are not among the accounts.
+    pub skipped: Vec<(String, String)>,
     /// The last reading of the configuration by `serve`.
     pub reload: Option<CallRecord>,
 }
@@ -86,12 +88,14 @@ impl ProviderStatus {
             }
         }
         let tls = config.tls.as_ref().and_then(|files| ServerTls::load(&files.certificate, &files.key).ok());
+        let skipped = config.accounts.skipped().iter();
         Ok(ProviderStatus {
             accounts,
             unowned,
             postmaster,
             outgoing,
             certificate_until: tls.and_then(|tls| tls.until()),
+            skipped: skipped.map(|skipped| (skipped.name.clone(), skipped.error.to_string())).collect(),
             reload: CallRecord::read(&spool.reload_record()),
         })
     }
