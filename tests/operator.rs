@@ -494,3 +494,121 @@ fn what_is_left_over_in_mailboxes_is_removed() {
     left.iter().for_each(|name| assert!(!place.path(name).exists(), "{name}"));
     stays.iter().for_each(|name| assert!(place.path(name).exists(), "{name}"));
 }
+
+/// A mistake in typing is named: mail of the customer's domains does not just seem to be nobody's, and is not sent elsewhere.
+#[test]
+fn a_skipped_customers_file_is_told() {
+    let place = Place::filled();
+    place.write("customers.d/other.toml", "domains = [\"other.example\"]\nsecret = \"tanstaaftanstaaf\"\n");
+    place.write("customers.d/acme.toml", "domain = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\n");
+    let text = place.run(0, &["status"]);
+    assert!(text.contains("customer acme: skipped: ") && text.contains("acme.toml:1"), "{text}");
+    assert!(text.contains("of no account that can be read") && text.contains("other "), "{text}");
+    let json = place.run(0, &["status", "--format", "json"]);
+    let skipped = json.split_once("\"skipped\": [").unwrap().1;
+    assert!(value(skipped, "account") == "\"acme\"" && value(skipped, "error").contains("acme.toml:1"), "{json}");
+    assert!(place.run(1, &["status", "--warn", "1d"]).contains("customer acme: skipped: "));
+    assert!(place.run(0, &["status", "--format", "prometheus"]).contains("\nodmr_config_skipped_customers 1\n"));
+    let batch = "MAIL FROM:<a@w.example>\nRCPT TO:<alice@example.org>\nDATA\nx\n.\n";
+    let done = place.run_with(&["queue", "import"], batch);
+    assert!(done.code == 65 && done.error.contains("a customer's file has a mistake"), "{}", done.error);
+    let done = place.run_with(&["queue", "import"], &batch.replace("example.org", "other.example"));
+    assert_eq!(done.code, 0, "{}", done.error);
+}
+
+/// Other agents give files any name, and envelopes any words: neither the terminal nor a batch gets them as they are.
+#[test]
+fn hostile_names_are_escaped() {
+    let (place, other) = (Place::new(PROVIDER), Place::new(PROVIDER));
+    let text = "Return-Path: <bob@w.example>\nDelivered-To: alice@example.org\n";
+    let new = "spool/domains/example.org/new";
+    place.write(&format!("{new}/1763607845.a\x1b[2J\r\nRSET"), &format!("{text}Received: x\n\nx\n"));
+    place.write(
+        &format!("{new}/1763607846.b"),
+        &format!("{text}X-ODMR-Envelope: id=1j\u{9b}2J; envid=x\rRSET\nReceived: x\n\nx\n"),
+    );
+    let list = place.run(0, &["queue", "list"]);
+    assert!(list.starts_with("id=1763607845.a\\x1b[2J\\x0d\\x0aRSET queue=example.org "), "{list:?}");
+    assert_eq!(list.lines().count(), 2);
+    let shown = place.run(0, &["queue", "show", "1763607845.a\\x1b[2J\\x0d\\x0aRSET"]);
+    let shown = shown + &place.run(0, &["queue", "show", "1763607846.b"]);
+    let batch = place.run(0, &["queue", "export", "example.org"]);
+    for text in [list, shown, batch.replace("\r\n", "\n")] {
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+    }
+    let done = other.run_with(&["queue", "import"], &batch);
+    assert_eq!((done.code, &*done.out), (0, "2 messages imported\n"), "{}", done.error);
+}
+
+/// A pipe would block for ever; sizes in names may be anything.
+#[test]
+fn what_is_no_plain_file_stops_nobody() {
+    let place = Place::new(PROVIDER);
+    let new = "spool/outgoing/w.example/new";
+    place.write(&format!("{new}/1763607845.a,S=18446744073709551615"), &FOREIGN.replace("example.org", "w.example"));
+    place.write(&format!("{new}/1763607846.b,S=18446744073709551615"), &FOREIGN.replace("example.org", "w.example"));
+    let pipe = place.path(&format!("{new}/1763607847.c"));
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    assert!(place.run(0, &["status"]).contains(" 18446744073709551615 "));
+    assert_eq!(place.run(0, &["queue", "list"]).lines().count(), 3);
+    assert!(place.run(0, &["queue", "show", "1763607847.c"]).contains("not mail: "));
+    assert_eq!(place.run(0, &["queue", "retry", "w.example"]), "2 messages are due\n");
+    assert!(place.run(65, &["queue", "bounce", "1763607847.c"]).contains("not bounced"));
+    place.run(0, &["queue", "remove", "1763607847.c"]);
+    // The relay takes a time that far ahead for a wrong clock, and tries at once.
+    let later = SystemTime::now() + Duration::from_secs(90 * 24 * 3600);
+    let file = place.path(&format!("{new}/1763607845.a,S=18446744073709551615"));
+    File::options().append(true).open(file).unwrap().set_modified(later).unwrap();
+    assert!(place.run(0, &["status"]).contains("  now\n"));
+}
+
+/// A message that cannot be bounced stays, and the administrator is told.
+#[test]
+fn a_bounce_without_a_dsn_is_not_called_one() {
+    let place = Place::filled();
+    place.write("spool/outgoing/w.example/tmp", "no directory");
+    let text = place.run(75, &["queue", "bounce", "1large"]);
+    assert!(text.contains("1large: not bounced: the DSN cannot be stored"), "{text}");
+    assert_eq!(place.files("spool/domains/example.org").len(), 2);
+    let place = Place::new(CUSTOMER.split("[outgoing]").next().unwrap());
+    place.write("mailboxes/.handover/new/1763607846.b", &FOREIGN.replace("<>", "<bob@w.example>"));
+    let text = place.run(0, &["queue", "bounce", "1763607846.b"]);
+    assert!(text.contains("set aside: this customer sends no mail"), "{text}");
+}
+
+/// All copies of a message, or none.
+#[test]
+fn a_message_in_two_queues_is_changed_in_both_or_in_none() {
+    let place = Place::new(PROVIDER);
+    let batch =
+        "NOOP id=both\nMAIL FROM:<a@w.example>\nRCPT TO:<alice@example.org>\nRCPT TO:<b@x.example>\nDATA\nx\n.\n";
+    assert_eq!(place.run_with(&["queue", "import"], batch).code, 0);
+    let lock = File::create(place.path("spool/outgoing/x.example/odmr.lock")).unwrap();
+    lock.lock().unwrap();
+    assert!(place.run(75, &["queue", "remove", "both"]).contains("a session has the queue outgoing/x.example"));
+    assert_eq!(place.run(0, &["queue", "list"]).lines().count(), 2);
+    drop(lock);
+    assert_eq!(place.run(0, &["queue", "remove", "both"]).lines().count(), 2);
+}
+
+/// Messages whose names change while they are listed are listed all the same.
+#[test]
+fn a_message_that_is_renamed_is_not_missed() {
+    let place = Place::new(PROVIDER);
+    for number in 0..2000 {
+        place.write(&format!("spool/domains/example.org/new/{}.x", 1_763_607_845 + number), FOREIGN);
+    }
+    std::thread::scope(|scope| {
+        // As a turn does with what is deferred, the oldest first.
+        scope.spawn(|| {
+            for number in 0..2000 {
+                let name = format!("spool/domains/example.org/new/{}.x", 1_763_607_845 + number);
+                fs::rename(place.path(&name), place.path(&format!("{name},A=1"))).unwrap();
+            }
+        });
+        for _ in 0..5 {
+            let batch = place.run(0, &["queue", "export", "example.org"]);
+            assert_eq!(batch.matches("DATA\r\n").count(), 2000);
+        }
+    });
+}

@@ -5,6 +5,7 @@
 
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::num::NonZero;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
@@ -27,7 +28,7 @@ use crate::mail::address::{Domain, Mailbox, ReversePath};
 use crate::maildir::MessageWriter;
 use crate::net::descriptor::Waiting;
 use crate::net::tls;
-use crate::net::trace::quoted;
+use crate::net::trace::{printable, quoted};
 use crate::provider::accept::SpoolDsnSink;
 use crate::provider::relay;
 use crate::provider::spool::{Spool, SpoolQueue};
@@ -239,15 +240,22 @@ impl Queues {
         Ok(all)
     }
 
-    /// Locks a queue; a session that has it is waited for, but not for long.
-    fn lock(&self, QueueItem { label, name, .. }: &QueueItem<'_>) -> Result<QueueLock, Failure> {
+    /// Locks the queues of these messages, all or none; a session that has one is waited for, but not for long.
+    fn lock(&self, found: &[QueueItem<'_>]) -> Result<QueueLock, Failure> {
+        let mut names: Vec<QueueName> = Vec::new();
+        for QueueItem { name, .. } in found {
+            if !names.contains(name) {
+                names.push((*name).clone());
+            }
+        }
         let begun = Instant::now();
         loop {
-            match self.queue.lock(std::slice::from_ref(name)) {
+            match self.queue.lock(&names) {
                 Ok(lock) => return Ok(lock),
                 Err(LockError::Failed(error)) => return Err(error.into()),
                 Err(LockError::Busy(_)) if begun.elapsed() < LOCK_WAIT => thread::sleep(Duration::from_millis(50)),
-                Err(LockError::Busy(_)) => {
+                Err(LockError::Busy(name)) => {
+                    let label = found.iter().find(|found| *found.name == name).map_or("-", |found| found.label);
                     return failure(Sysexit::Temporary, format!("a session has the queue {label}: try again later"));
                 }
             }
@@ -294,8 +302,10 @@ impl Queues {
     }
 
     fn remove(&self, out: &mut dyn Write, id: &str) -> Result<(), Failure> {
-        for found in self.find(id)? {
-            let removed = self.lock(&found)?.remove(found.name, found.message.entry)?;
+        let all = self.find(id)?;
+        let mut lock = self.lock(&all)?;
+        for found in all {
+            let removed = lock.remove(found.name, found.message.entry)?;
             let what = if removed { "removed" } else { "gone already" };
             writeln!(out, "{}: {what}, from {}", found.message.id, found.label)?;
         }
@@ -303,22 +313,33 @@ impl Queues {
     }
 
     fn bounce(&self, out: &mut dyn Write, id: &str) -> Result<(), Failure> {
-        for found in self.find(id)? {
-            let (id, label) = (found.message.id.clone(), found.label);
-            let mut lock = self.lock(&found)?;
-            let Some(message) = lock.open_message(found.name, found.message.entry)? else {
+        let all = self.find(id)?;
+        let mut lock = self.lock(&all)?;
+        let mut stays = None;
+        for QueueItem { label, name, message: ListedMessage { id, entry, .. } } in all {
+            let Some(message) = lock.open_message(name, entry)? else {
                 writeln!(out, "{id}: not bounced: it is gone, or no mail (`odmr queue show {id}`), in {label}")?;
+                stays.get_or_insert((Sysexit::DataError, "remove what is no mail"));
                 continue;
             };
-            let told =
-                if message.envelope.from == ReversePath::Null { "set aside: it has no sender" } else { "bounced" };
+            let has_sender = message.envelope.from != ReversePath::Null;
             let reply = Reply::new(554, "5.0.0", "Returned to its sender by an administrator");
             let recipients = message.envelope.recipients.len();
             let result = DeliveryResult::all(RecipientStatus::Rejected(reply), recipients, DecidedBy::Us);
-            self.reporter.finish_attempt(message, result, &Attempt::by_administrator(), &mut lock)?;
+            let settled = self.reporter.finish_attempt(message, result, &Attempt::by_administrator(), &mut lock)?;
+            let told = match settled.recipients.iter().any(RecipientStatus::is_open) {
+                true => "not bounced: the DSN cannot be stored",
+                false if !has_sender => "set aside: it has no sender",
+                false if !self.reporter.can_report() => "set aside: this customer sends no mail, so no DSN",
+                false => "bounced",
+            };
+            if told.starts_with("not") {
+                stays = Some((Sysexit::Temporary, "it stays in its queue: try again later"));
+            }
             writeln!(out, "{id}: {told}, from {label}")?;
         }
-        self.wake()
+        self.wake()?;
+        stays.map_or(Ok(()), |(code, text)| failure(code, text))
     }
 
     fn retry(&self, out: &mut dyn Write, what: &str) -> Result<(), Failure> {
@@ -330,17 +351,9 @@ impl Queues {
             })?;
         }
         let all = if all.is_empty() { self.find(what)? } else { all };
-        let mut locked: Option<(&QueueName, QueueLock)> = None;
-        let mut due = 0;
-        for found in all {
-            if locked.as_ref().is_none_or(|(name, _)| *name != found.name) {
-                // Not both at once: another process may want them in the other order.
-                drop(locked.take());
-                locked = Some((found.name, self.lock(&found)?));
-            }
-            if let Some((name, lock)) = &mut locked {
-                due += usize::from(lock.make_due(name, found.message.entry)?);
-            }
+        let (mut lock, mut due) = (self.lock(&all)?, 0);
+        for found in all.into_iter().filter(|found| found.message.envelope.is_ok()) {
+            due += usize::from(lock.make_due(found.name, found.message.entry)?);
         }
         writeln!(out, "{due} messages are due")?;
         self.wake()
@@ -386,18 +399,21 @@ impl Queues {
             match self.import_message(&mut reader) {
                 Ok(true) => imported += 1,
                 Ok(false) => break Ok(()),
-                Err(error) => break Err(error),
+                Err(BatchError::Input(error)) if error.kind() != io::ErrorKind::InvalidInput => {
+                    // The disk, say: the batch from this message on may be stored later.
+                    break Err((Sysexit::Temporary, reader.wrong(error.to_string())));
+                }
+                Err(BatchError::Input(error)) => break Err((Sysexit::DataError, reader.wrong(error.to_string()))),
+                Err(error) => break Err((Sysexit::DataError, error)),
             }
         };
         writeln!(out, "{imported} messages imported")?;
         self.wake()?;
         match done {
             Ok(()) => Ok(()),
-            Err(BatchError::Input(error)) => Err(error.into()),
-            Err(error) => failure(
-                Sysexit::DataError,
-                format!("{error}; the {imported} messages before are stored, the rest is not"),
-            ),
+            Err((code, error)) => {
+                failure(code, format!("{error}; the {imported} messages before are stored, the rest is not"))
+            }
         }
     }
 
@@ -420,7 +436,7 @@ impl Queues {
                 }
             }
         }
-        let first = reader.content_line()?;
+        let first = reader.content()?;
         // Octet for octet, unless the content would be read as a part of the envelope.
         let head = match &first {
             Some(line) if continues_envelope(line) => {
@@ -432,7 +448,7 @@ impl Queues {
         let mut next = first;
         while let Some(line) = next {
             writer.write(&line)?;
-            next = reader.content_line()?;
+            next = reader.content()?;
         }
         writer.commit()?;
         Ok(true)
@@ -443,6 +459,11 @@ impl Queues {
         match &self.side {
             Side::Provider(spool) => {
                 let queue = spool.queue_for(mailbox).ok_or("mail for an address literal is not sent")?;
+                if mailbox.domain().is_some_and(|domain| spool.may_be_skipped(domain)) {
+                    return Err(
+                        "a customer's file has a mistake, and the domain may be that customer's: run `odmr check`",
+                    );
+                }
                 let held = !matches!(queue, SpoolQueue::Outgoing(_));
                 Ok((if held { mailbox.canonical() } else { mailbox.clone() }, spool.name(&queue)))
             }
@@ -472,7 +493,7 @@ fn line(QueueItem { label, message, .. }: &QueueItem<'_>, now: Timestamp) -> Str
         }
     }
     for (address, state) in &message.settled {
-        line += &format!(" to=<{address}>({state})");
+        line += &format!(" to=<{}>({state})", printable(address.as_bytes()));
     }
     for text in &message.unread {
         line += &format!(" to={}(unreadable)", quoted(text));
@@ -493,14 +514,14 @@ fn line(QueueItem { label, message, .. }: &QueueItem<'_>, now: Timestamp) -> Str
 fn show_message(out: &mut dyn Write, QueueItem { label, name, message }: &QueueItem<'_>) -> io::Result<()> {
     let directory = name.path.join(if message.entry.seen { "cur" } else { "new" });
     writeln!(out, "id: {}\nqueue: {label}", message.id)?;
-    writeln!(out, "file: {}", quoted(directory.join(&message.entry.name).display()).trim_matches('"'))?;
+    writeln!(out, "file: {}", printable(directory.join(&message.entry.name).as_os_str().as_bytes()))?;
     writeln!(out, "arrived: {}\nsize: {}", message.arrived.rfc3339(), message.bytes)?;
     match &message.envelope {
         Err(reason) => writeln!(out, "not mail: {}", quoted(reason).trim_matches('"'))?,
         Ok(queued) => show_envelope(out, queued)?,
     }
     for (address, state) in &message.settled {
-        writeln!(out, "to: <{address}> {state}")?;
+        writeln!(out, "to: <{}> {state}", printable(address.as_bytes()))?;
     }
     for text in &message.unread {
         writeln!(out, "to: {} unreadable", quoted(text))?;

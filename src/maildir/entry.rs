@@ -16,6 +16,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use crate::clock::Timestamp;
+use crate::net::trace::printable;
 
 /// The keys of the fields of [`AttemptRecord`].
 const RECORD_KEYS: [&[u8]; 5] = [b"T=", b"O=", b"A=", b"P=", b"L="];
@@ -71,6 +72,11 @@ impl Entry {
     /// Returns the part of the name before size and info. It stays the same when a mail reader moves or flags the file.
     pub fn unique(&self) -> &OsStr {
         OsStr::from_bytes(self.base().split(|octet| *octet == b',').next().unwrap_or_default())
+    }
+
+    /// Returns that part as the log and an administrator's terminal show it.
+    pub fn shown_unique(&self) -> String {
+        printable(self.unique().as_bytes())
     }
 
     /// Returns the flags, and what other programs have put after them; empty if there are none.

@@ -45,7 +45,7 @@ impl Trace {
 }
 
 /// Returns a line without its line end as text; control characters and octets that are not UTF-8 are `\xNN`.
-fn printable(line: &[u8]) -> String {
+pub fn printable(line: &[u8]) -> String {
     let line = line.strip_suffix(b"\n").unwrap_or(line);
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     let mut shown = String::with_capacity(line.len());

@@ -26,7 +26,7 @@ use std::borrow::Cow;
 use crate::clock::Timestamp;
 use crate::mail::address::{Domain, Mailbox, ReversePath, reverse_path};
 use crate::mail::address_list::{ListedAddress, divide};
-use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, original_recipient};
+use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, is_xtext, original_recipient};
 
 /// Octets of an envelope at most.
 pub const ENVELOPE_LIMIT: usize = 1 << 20;
@@ -397,19 +397,24 @@ impl<'a> Fields<'a> {
         let envelope = &mut queued.envelope;
         for word in self.ours.as_deref().unwrap_or_default().split("; ").map(str::trim) {
             match word.split_once('=').unwrap_or((word, "")) {
-                ("id", id) => queued.id = id.to_owned(),
+                ("id", id) if is_plain_id(id) => queued.id = id.to_owned(),
                 ("arrived", date) => queued.arrived = Timestamp::parse_rfc3339(date).unwrap_or(arrived),
                 ("body", "8BITMIME") => envelope.body = Body::EightBit,
                 ("body", "7BIT") => envelope.body = Body::SevenBit,
                 ("smtputf8", _) => envelope.utf8 = true,
                 ("ret", "FULL") => envelope.ret = Some(Return::Full),
                 ("ret", "HDRS") => envelope.ret = Some(Return::Header),
-                ("envid", id) => envelope.envelope_id = Some(id.to_owned()),
+                ("envid", id) if is_xtext(id.as_bytes()) => envelope.envelope_id = Some(id.to_owned()),
                 _ => {}
             }
         }
         queued
     }
+}
+
+/// Whether it can be the id of a message: it is written into a file, the log and a batch as it is.
+pub(super) fn is_plain_id(id: &str) -> bool {
+    !id.is_empty() && id.len() <= 255 && id.bytes().all(|octet| octet.is_ascii_graphic() && octet != b';')
 }
 
 /// An address of a list.

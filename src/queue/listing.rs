@@ -55,7 +55,7 @@ impl ListedMessage {
     /// What is no mail, for this reason.
     fn unread(entry: Entry, reason: String) -> ListedMessage {
         ListedMessage {
-            id: entry.unique().to_string_lossy().into_owned(),
+            id: entry.shown_unique(),
             arrived: entry.named().unwrap_or(Timestamp::from_seconds(0)),
             bytes: entry.file_size().unwrap_or(0),
             in_doubt: entry.has(IN_DOUBT),
@@ -85,7 +85,7 @@ impl ListedMessage {
         message.arrived =
             arrival(&message.entry, now).or_else(|| modified().map(Timestamp::from)).unwrap_or(message.arrived);
         message.bytes = metadata.as_ref().map_or(message.bytes, Metadata::len);
-        message.next_attempt = modified().filter(|_| name.retries).map(Timestamp::from);
+        message.next_attempt = modified().filter(|_| name.retries).map(|time| retry::due_at(time).into());
         match parsed {
             Err(reason) => message.envelope = Err(reason),
             Ok(parsed) => {
@@ -113,12 +113,20 @@ impl ListedMessage {
         self.id == id || self.entry.unique().to_str() == Some(id)
     }
 
-    /// Its content, from the first octet after the envelope; `None`: it is gone.
+    /// Its content, from the first octet after the envelope; `None`: it is gone, or no plain file.
     ///
     /// # Errors
     /// The file cannot be read.
     pub fn open_content(&self, name: &QueueName) -> io::Result<Option<File>> {
-        let Some(mut file) = open(name, &self.entry)? else { return Ok(None) };
+        let mut file = open(name, &self.entry)?;
+        if file.is_none()
+            && let Some(moved) = name.maildir().find(&self.entry, None)?
+        {
+            file = open(name, &moved)?;
+        }
+        let Some(mut file) = file.filter(|file| file.metadata().is_ok_and(|found| found.is_file())) else {
+            return Ok(None);
+        };
         file.seek(SeekFrom::Start(self.content))?;
         Ok(Some(file))
     }

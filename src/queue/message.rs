@@ -566,7 +566,7 @@ pub(super) fn read_envelope(
 pub(super) fn read_envelope_of(
     mut file: &File, entry: &Entry, name: &QueueName, arrived: Timestamp,
 ) -> io::Result<Result<ParsedEnvelope, String>> {
-    let id = entry.unique().to_string_lossy();
+    let id = entry.shown_unique();
     let mut front = Vec::new();
     loop {
         let before = front.len();

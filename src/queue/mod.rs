@@ -58,6 +58,7 @@ mod summary;
 mod listing;
 pub mod batch;
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -78,6 +79,9 @@ use message::{Opened, REJECTED_MAILDIR};
 
 /// How long a session waits for the holder of a lock that was asked to release it.
 const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
+
+/// How often a list looks for messages that it lacks.
+const LIST_ATTEMPTS: usize = 5;
 
 /// Stores messages in queues, and locks queues.
 #[derive(Clone)]
@@ -182,12 +186,22 @@ impl Queue {
     /// # Errors
     /// The directory cannot be read; those of `show`.
     pub fn list(&self, name: &QueueName, show: &mut dyn FnMut(ListedMessage) -> io::Result<()>) -> io::Result<()> {
-        let (entries, now) = (name.maildir().entries()?, self.ids.clock().now());
-        for entry in entries {
-            match ListedMessage::read(name, entry, now) {
-                Ok(Some(message)) => show(message)?,
-                Ok(None) => {}
-                Err(error) => log_unreadable(name, &error),
+        let (mut shown, now) = (HashSet::new(), self.ids.clock().now());
+        // A file that is renamed meanwhile, by a session say, may not be where it was, or be listed under neither name.
+        for _ in 0..LIST_ATTEMPTS {
+            let mut entries = name.maildir().entries()?;
+            entries.retain(|entry| !shown.contains(entry.unique()));
+            if entries.is_empty() {
+                break;
+            }
+            for entry in entries {
+                let unique = entry.unique().to_owned();
+                match ListedMessage::read(name, entry, now) {
+                    Ok(Some(message)) => show(message)?,
+                    Ok(None) => continue,
+                    Err(error) => log_unreadable(name, &error),
+                }
+                shown.insert(unique);
             }
         }
         Ok(())

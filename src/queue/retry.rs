@@ -43,11 +43,14 @@ impl Retry {
     }
 }
 
-/// When the next attempt at the message in this file is due: long ago if the time is later than [`LONGEST_PAUSE`] from
-/// now. `None`: the file is gone.
+/// When the next attempt at the message in this file is due. `None`: the file is gone.
 pub(super) fn due(path: &Path) -> Option<SystemTime> {
-    let (due, now) = (fs::metadata(path).and_then(|metadata| metadata.modified()).ok()?, SystemTime::now());
-    Some(if due > now + LONGEST_PAUSE { SystemTime::UNIX_EPOCH } else { due })
+    fs::metadata(path).and_then(|metadata| metadata.modified()).ok().map(due_at)
+}
+
+/// When a message is due whose file has this time of modification: long ago if that is later than [`LONGEST_PAUSE`] from now.
+pub(super) fn due_at(modified: SystemTime) -> SystemTime {
+    if modified > SystemTime::now() + LONGEST_PAUSE { SystemTime::UNIX_EPOCH } else { modified }
 }
 
 /// The age of a message; zero if it arrives in the future.

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 
 use super::message::rejected_maildir;
 use super::name::QueueName;
+use super::retry;
 use crate::clock::Timestamp;
 use crate::maildir::{Entry, IN_DOUBT, Maildir};
 
@@ -41,12 +42,12 @@ impl QueueSummary {
     /// Adds what waits in another queue.
     pub fn add(&mut self, other: &QueueSummary) {
         self.messages += other.messages;
-        self.bytes += other.bytes;
+        self.bytes = self.bytes.saturating_add(other.bytes);
         self.in_doubt += other.in_doubt;
         self.deferred += other.deferred;
         self.ended_sessions += other.ended_sessions;
         self.set_aside += other.set_aside;
-        self.set_aside_bytes += other.set_aside_bytes;
+        self.set_aside_bytes = self.set_aside_bytes.saturating_add(other.set_aside_bytes);
         self.oldest = self.oldest.into_iter().chain(other.oldest).min();
         self.next_attempt = self.next_attempt.into_iter().chain(other.next_attempt).min();
         for (reply, messages) in &other.replies {
@@ -74,7 +75,7 @@ impl QueueSummary {
 
     fn count(&mut self, entry: &Entry, bytes: u64, arrived: Timestamp) {
         self.messages += 1;
-        self.bytes += bytes;
+        self.bytes = self.bytes.saturating_add(bytes);
         self.oldest = self.oldest.into_iter().chain([arrived]).min();
         self.in_doubt += u64::from(entry.has(IN_DOUBT));
         let record = entry.record();
@@ -104,10 +105,12 @@ pub(super) fn summarize(name: &QueueName, now: Timestamp) -> io::Result<QueueSum
             Some(known) => known,
             None => {
                 let Ok(metadata) = file.metadata() else { return Ok(()) };
-                let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH).into();
+                let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
                 if name.retries {
-                    summary.next_attempt = summary.next_attempt.into_iter().chain([modified]).min();
+                    let due = retry::due_at(modified).into();
+                    summary.next_attempt = summary.next_attempt.into_iter().chain([due]).min();
                 }
+                let modified = modified.into();
                 (size.unwrap_or(metadata.len()), named.unwrap_or(modified))
             }
         };
@@ -128,7 +131,8 @@ fn set_aside(rejected: &Maildir) -> io::Result<(u64, u64)> {
     let (mut messages, mut bytes) = (0, 0);
     rejected.each_file(&mut |entry, file| {
         messages += 1;
-        bytes += entry.file_size().or_else(|| file.metadata().ok().map(|metadata| metadata.len())).unwrap_or(0);
+        let size = entry.file_size().or_else(|| file.metadata().ok().map(|metadata| metadata.len()));
+        bytes = size.unwrap_or(0).saturating_add(bytes);
         Ok(())
     })?;
     Ok((messages, bytes))

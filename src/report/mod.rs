@@ -185,6 +185,11 @@ impl Reporter {
         Reporter { hostname: hostname.to_owned(), ids: ids.clone(), sink }
     }
 
+    /// Whether DSNs can be sent.
+    pub fn can_report(&self) -> bool {
+        self.sink.is_some()
+    }
+
     /// The time now.
     pub fn now(&self) -> Timestamp {
         self.ids.clock().now()
