@@ -377,6 +377,22 @@ fn a_customers_queues_are_listed_and_changed() {
     assert_eq!(other.run(0, &["queue", "list"]), "");
 }
 
+/// Two accounts at one provider: a domain is that of the account that calls for it.
+#[test]
+fn a_customers_account_is_found_by_its_domain() {
+    let second = "[[provider]]\naddress = \"127.0.0.1:1\"\ntls = \"none\"\nname = \"two\"\n\
+                  secret = \"tanstaaftanstaaf\"\ndomains = [\"example.net\"]\noutgoing = false\n[mailboxes]";
+    let config = CUSTOMER.replace("[provider]", "[[provider]]").replace("acme\"\n", "acme\"\ndomains = [\"example.org\"]\n");
+    let place = Place::new(&config.replace("[mailboxes]", second).replace("accept = [", "accept = [\"bob@example.net\", "));
+    for (domain, account) in [("example.org", "\"acme\""), ("example.net", "\"two\"")] {
+        let json = place.run(0, &["status", "--format", "json", domain]);
+        assert!(json.matches("\"account\": ").count() == 1 && value(&json, "account") == account, "{json}");
+    }
+    place.run(69, &["pull"]);
+    let text = place.run(1, &["status", "--warn", "1h"]);
+    assert!(text.contains("127.0.0.1:1 as acme: ") && text.contains("127.0.0.1:1 as two: "), "{text}");
+}
+
 /// When the daemon calls next is known while it runs.
 #[test]
 fn the_next_call_of_a_running_daemon_is_known() {

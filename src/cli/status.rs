@@ -8,7 +8,7 @@ use super::exit::{ExitError, Sysexit};
 use super::json::Json;
 use super::process::{config_path, print};
 use crate::clock::{Clock, Timestamp};
-use crate::config::{self, Config, CustomerConfig, ProviderConfig};
+use crate::config::{self, Config, CustomerConfig, ProviderAccount, ProviderConfig};
 use crate::customer::status::{CustomerStatus, ProviderCalls};
 use crate::ids::Ids;
 use crate::mail::address::Domain;
@@ -140,13 +140,11 @@ fn customer(config: &CustomerConfig, name: Option<&str>, show: &Show) -> Result<
         let text = "--by domain is for a provider's file: `odmr queue list` shows each message of a customer";
         return Err(ExitError::usage(text, HINT));
     }
-    let asks_for = |address: &str| {
-        let domain = name.and_then(Domain::parse);
-        let provider = config.providers.iter().find(|provider| provider.remote.address == address);
-        provider.zip(domain).is_some_and(|(provider, domain)| provider.domains.contains(&domain))
+    let domain = name.and_then(Domain::parse);
+    let wanted = |provider: &ProviderAccount| {
+        let is_named = |name| [provider.remote.login_name(), &provider.remote.address].contains(&name);
+        name.is_none_or(is_named) || domain.as_ref().is_some_and(|domain| provider.domains.contains(domain))
     };
-    let wanted =
-        |account: &str, address: &str| name.is_none_or(|name| [account, address].contains(&name) || asks_for(address));
     let status = CustomerStatus::read(config, &Ids::system(tls::random), wanted)?;
     if let Some(name) = name.filter(|_| status.providers.is_empty()) {
         return Err(unknown(name, "provider, account or domain"));
@@ -603,13 +601,11 @@ fn provider_findings(status: &ProviderStatus, warn: u64, now: Timestamp) -> Vec<
 
 fn customer_findings(status: &CustomerStatus, warn: u64, now: Timestamp) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for calls in &status.providers {
-        findings.extend(call_finding(&calls.address, calls.last.as_ref(), warn, now));
-        let late = calls.last.as_ref().is_some_and(|last| age(last.at, now).as_secs() >= warn);
-        if late {
-            let text =
-                format!("the last call was at {}", calls.last.as_ref().map_or(String::new(), |l| l.at.rfc3339()));
-            findings.push(Finding { about: calls.address.clone(), text });
+    for ProviderCalls { address, account, last, .. } in &status.providers {
+        let about = format!("{address} as {account}");
+        findings.extend(call_finding(&about, last.as_ref(), warn, now));
+        if let Some(last) = last.as_ref().filter(|last| age(last.at, now).as_secs() >= warn) {
+            findings.push(Finding { about, text: format!("the last call was at {}", last.at.rfc3339()) });
         }
     }
     if let Some(outgoing) = &status.outgoing {

@@ -5,7 +5,7 @@ use std::io;
 use super::daemon;
 use super::{CallError, store};
 use crate::clock::Timestamp;
-use crate::config::CustomerConfig;
+use crate::config::{CustomerConfig, ProviderAccount};
 use crate::ids::Ids;
 use crate::queue::{Queue, QueueSummary};
 use crate::report::calls::{self, CallRecord};
@@ -33,11 +33,13 @@ pub struct ProviderCalls {
 }
 
 impl CustomerStatus {
-    /// Reads the status of the provider accounts for which `wanted` is true; it gets the name and the address.
+    /// Reads the status of the provider accounts for which `wanted` is true.
     ///
     /// # Errors
     /// A directory cannot be read.
-    pub fn read(config: &CustomerConfig, ids: &Ids, wanted: impl Fn(&str, &str) -> bool) -> io::Result<CustomerStatus> {
+    pub fn read(
+        config: &CustomerConfig, ids: &Ids, wanted: impl Fn(&ProviderAccount) -> bool,
+    ) -> io::Result<CustomerStatus> {
         let root = &config.mailboxes.root;
         let queue = Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover);
         let daemon = match daemon::running(config) {
@@ -45,16 +47,14 @@ impl CustomerStatus {
             other => other.unwrap_or(None),
         };
         let mut providers = Vec::new();
-        for provider in &config.providers {
+        for provider in config.providers.iter().filter(|provider| wanted(provider)) {
             let (account, address) = (provider.remote.login_name(), &provider.remote.address);
-            if wanted(account, address) {
-                providers.push(ProviderCalls {
-                    address: address.clone(),
-                    account: account.to_owned(),
-                    last: CallRecord::read(&store::call_record(root, account, address)),
-                    next: daemon.and_then(|_| calls::read_time(&store::next_call(root, account, address))),
-                });
-            }
+            providers.push(ProviderCalls {
+                address: address.clone(),
+                account: account.to_owned(),
+                last: CallRecord::read(&store::call_record(root, account, address)),
+                next: daemon.and_then(|_| calls::read_time(&store::next_call(root, account, address))),
+            });
         }
         let outgoing = config.outgoing.as_ref();
         Ok(CustomerStatus {
