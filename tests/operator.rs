@@ -382,8 +382,10 @@ fn a_customers_queues_are_listed_and_changed() {
 fn a_customers_account_is_found_by_its_domain() {
     let second = "[[provider]]\naddress = \"127.0.0.1:1\"\ntls = \"none\"\nname = \"two\"\n\
                   secret = \"tanstaaftanstaaf\"\ndomains = [\"example.net\"]\noutgoing = false\n[mailboxes]";
-    let config = CUSTOMER.replace("[provider]", "[[provider]]").replace("acme\"\n", "acme\"\ndomains = [\"example.org\"]\n");
-    let place = Place::new(&config.replace("[mailboxes]", second).replace("accept = [", "accept = [\"bob@example.net\", "));
+    let config =
+        CUSTOMER.replace("[provider]", "[[provider]]").replace("acme\"\n", "acme\"\ndomains = [\"example.org\"]\n");
+    let place =
+        Place::new(&config.replace("[mailboxes]", second).replace("accept = [", "accept = [\"bob@example.net\", "));
     for (domain, account) in [("example.org", "\"acme\""), ("example.net", "\"two\"")] {
         let json = place.run(0, &["status", "--format", "json", domain]);
         assert!(json.matches("\"account\": ").count() == 1 && value(&json, "account") == account, "{json}");

@@ -15,7 +15,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use super::mailboxes::Mailboxes;
 use super::outbox::{Outbox, Submission};
@@ -33,7 +33,7 @@ use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
 use crate::net::trace::{Trace, quoted};
 use crate::privileges::LoginUser;
-use crate::queue::QueuedMessage;
+use crate::queue::ListedMessage;
 use crate::recipients::Destination;
 use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, is_xtext};
 use crate::smtp::content::HeaderScanner;
@@ -240,26 +240,31 @@ pub fn serve(
 pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<(), SendmailError> {
     let mailboxes = Mailboxes::new(config, ids);
     let (mut entries, mut messages, mut octets) = (String::new(), 0, 0);
-    let mut show = |message: &QueuedMessage, route: &dyn Fn(&Mailbox) -> String| {
-        let envelope = &message.envelope;
-        let arrived = message.arrived.rfc3339();
-        entries.push_str(&format!("{:<24} {:>10} {arrived} <{}>\n", message.id, message.size, envelope.from));
-        let next_try = message.due().map_or_else(String::new, next_try);
-        for recipient in &envelope.recipients {
-            entries.push_str(&format!("{next_try:>56} {}{}\n", recipient.mailbox, route(&recipient.mailbox)));
+    let mut show = |message: &ListedMessage, route: &dyn Fn(&Mailbox) -> String| {
+        // Without a recipient that is open, it is no mail.
+        let Ok(queued) = &message.envelope else { return Ok(()) };
+        let Envelope { from, recipients, .. } = &queued.envelope;
+        if !recipients.is_empty() {
+            let (id, octets_here, arrived) = (&message.id, message.bytes, message.arrived.rfc3339());
+            entries.push_str(&format!("{id:<24} {octets_here:>10} {arrived} <{from}>\n"));
+            let next_try = message.next_attempt.map_or_else(String::new, |due| next_try(due, ids.clock().now()));
+            for recipient in recipients {
+                entries.push_str(&format!("{next_try:>56} {}{}\n", recipient.mailbox, route(&recipient.mailbox)));
+            }
+            messages += 1;
+            octets += octets_here;
         }
-        messages += 1;
-        octets += message.size;
+        Ok(())
     };
     if let Some(outgoing) = &config.outgoing {
         let queue = store::outgoing_queue(&outgoing.queue);
-        mailboxes.queue.each(&queue, |message| show(message, &|_| String::new()))?;
+        mailboxes.queue.list(&queue, &mut |message| show(&message, &|_| String::new()))?;
     }
     let route = |mailbox: &Mailbox| match mailboxes.rules().destination_of(mailbox) {
         Some(Destination::NextHop(hop)) => format!(" (next hop {hop})"),
         _ => " (a mailbox here)".to_owned(),
     };
-    let hidden = match mailboxes.queue.each(&mailboxes.retry_queue(), |message| show(message, &route)) {
+    let hidden = match mailboxes.queue.list(&mailboxes.retry_queue(), &mut |message| show(&message, &route)) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             format!("mail for next hops is not listed: {error}; be the owner of the mailboxes, or root\n")
         }
@@ -276,14 +281,8 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
 }
 
 /// When a message that is due at `due` is sent.
-fn next_try(due: SystemTime) -> String {
-    match due.duration_since(SystemTime::UNIX_EPOCH) {
-        Ok(since_epoch) if due > SystemTime::now() => {
-            let date = Timestamp::from_seconds(i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX));
-            format!("next try {}", date.rfc3339())
-        }
-        _ => "with the next call".to_owned(),
-    }
+fn next_try(due: Timestamp, now: Timestamp) -> String {
+    if due > now { format!("next try {}", due.rfc3339()) } else { "with the next call".to_owned() }
 }
 
 /// The DSN parameters (RFC 3461 section 4).

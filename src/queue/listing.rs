@@ -91,7 +91,7 @@ impl ListedMessage {
             Ok(parsed) => {
                 let (stated, first_seen) = (parsed.envelope.arrived, message.record.first_seen);
                 message.id = parsed.envelope.id.clone();
-                message.arrived = retry::arrival(stated, first_seen, now).unwrap_or(stated);
+                message.arrived = retry::arrival_or_now(stated, first_seen, now);
                 let word = |mark: &Mark| if *mark == Mark::Rejected { "rejected" } else { "done" };
                 message.settled = parsed.settled_addresses.into_iter().zip(parsed.settled.iter().map(word)).collect();
                 message.unread =

@@ -120,10 +120,9 @@ impl QueuedMessage {
             Err(reason) => return Ok(Opened::NotMail(reason)),
         };
         let QueuedEnvelope { id, arrived: stated, envelope } = parsed.envelope;
-        let arrived = retry::arrival(stated, entry.record().first_seen, now);
-        // While the clock itself is wrong, what the file states must not be lost.
-        let unseen = arrived.is_none() && now.is_possible(now);
-        let arrived = arrived.unwrap_or(if unseen { now } else { stated });
+        let first_seen = entry.record().first_seen;
+        let unseen = retry::arrival(stated, first_seen, now).is_none() && now.is_possible(now);
+        let arrived = retry::arrival_or_now(stated, first_seen, now);
         let (content, wire_size) = (parsed.octets as u64, entry.wire_size().filter(|_| parsed.ours));
         // An address in UTF-8 is no reason to require 8BITMIME for content that is not.
         let wire_size = wire_size.filter(|_| !(entry.eight_bit() && parsed.eight_bit));
@@ -476,11 +475,6 @@ impl QueuedMessage {
     /// The disk fails.
     pub fn record_next_attempt(&self) -> io::Result<()> {
         self.next_attempt.map_or(Ok(()), |next_attempt| self.file.set_modified(next_attempt))
-    }
-
-    /// When the next attempt is due; only in a queue with retries. `None`: the file is gone.
-    pub fn due(&self) -> Option<SystemTime> {
-        retry::due(&self.maildir.file(&self.entry))
     }
 
     /// Whether the sender has received a DSN about the delay.

@@ -75,7 +75,7 @@ pub use summary::QueueSummary;
 use crate::ids::Ids;
 use crate::maildir::{MessageWriter, with_path};
 use lock::{Listed, LockedQueue, Notes, QUEUE_LOCK_FILE, TAKEOVER_FILE, log_sweep_failed, log_unreadable};
-use message::{Opened, REJECTED_MAILDIR};
+use message::REJECTED_MAILDIR;
 
 /// How long a session waits for the holder of a lock that was asked to release it.
 const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
@@ -153,23 +153,6 @@ impl Queue {
         let maildir = name.maildir();
         let entries = maildir.entries()?;
         Ok(entries.iter().filter_map(|entry| retry::due(&maildir.file(entry))).min())
-    }
-
-    /// Shows each message of a queue, without its lock and without changing it. A message that is removed meanwhile is
-    /// left out; a file that cannot be read is logged.
-    ///
-    /// # Errors
-    /// The directory cannot be read.
-    pub fn each(&self, name: &QueueName, mut show: impl FnMut(&QueuedMessage)) -> io::Result<()> {
-        let maildir = name.maildir();
-        for entry in maildir.entries()? {
-            match QueuedMessage::open(&maildir, name, entry, self.ids.clock().now()) {
-                Ok(Opened::Message(message)) if !message.envelope.recipients.is_empty() => show(&message),
-                Ok(_) => {}
-                Err(error) => log_unreadable(name, &error),
-            }
-        }
-        Ok(())
     }
 
     /// How much waits in a queue, from the names of its files.

@@ -65,6 +65,12 @@ pub(super) fn arrival(stated: Timestamp, first_seen: Option<Timestamp>, now: Tim
     [Some(stated), first_seen].into_iter().flatten().filter(|time| time.is_possible(now)).max()
 }
 
+/// The same; of a message that has not been seen yet, now. While the clock itself is wrong, what is stated must not be lost.
+pub(super) fn arrival_or_now(stated: Timestamp, first_seen: Option<Timestamp>, now: Timestamp) -> Timestamp {
+    let unseen = if now.is_possible(now) { now } else { stated };
+    arrival(stated, first_seen, now).unwrap_or(unseen)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -110,8 +110,8 @@ pub(super) fn summarize(name: &QueueName, now: Timestamp) -> io::Result<QueueSum
                     let due = retry::due_at(modified).into();
                     summary.next_attempt = summary.next_attempt.into_iter().chain([due]).min();
                 }
-                let modified = modified.into();
-                (size.unwrap_or(metadata.len()), named.unwrap_or(modified))
+                let arrived = named.unwrap_or_else(|| retry::arrival_or_now(modified.into(), None, now));
+                (size.unwrap_or(metadata.len()), arrived)
             }
         };
         summary.count(&entry, bytes, arrived);

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 
 use super::envelope::Mark;
+use super::message::Opened;
 use super::*;
 use crate::clock::Timestamp;
 use crate::mail::address::{Domain, Mailbox, reverse_path};
@@ -1141,7 +1142,10 @@ fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() 
             let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries };
             let queue = outgoing_since(&name, &["a@example.net"], Timestamp::from_seconds(arrived));
             queue
-                .each(&name, |message| assert_eq!(message.arrived.seconds(), if possible { arrived } else { now }))
+                .list(&name, &mut |message| {
+                    assert_eq!(message.arrived.seconds(), if possible { arrived } else { now });
+                    Ok(())
+                })
                 .unwrap();
             let (unchanged, mark) =
                 (name.maildir().entries().unwrap().remove(0).name.into_string().unwrap(), format!(",T={now}"));
@@ -1212,6 +1216,11 @@ fn a_locked_queue_can_be_listed() {
     let queue = outgoing(&name, &["a@example.net"]);
     let _lock = queue.lock(std::slice::from_ref(&name)).unwrap();
     let mut seen = Vec::new();
-    queue.each(&name, |message| seen.push((message.id.clone(), message.due().is_some()))).unwrap();
+    queue
+        .list(&name, &mut |message| {
+            seen.push((message.id, message.next_attempt.is_some()));
+            Ok(())
+        })
+        .unwrap();
     assert_eq!(seen, [("id".to_owned(), true)]);
 }

@@ -212,8 +212,10 @@ fn a_delay_that_cannot_be_recorded_repeats_no_recipient() {
     let mut open = Vec::new();
     drop(lock);
     case.queue
-        .each(&case.name, |message| {
-            open.extend(message.envelope.recipients.iter().map(|recipient| recipient.mailbox.to_string()));
+        .list(&case.name, &mut |message| {
+            let recipients = message.envelope.unwrap().envelope.recipients;
+            open.extend(recipients.iter().map(|recipient| recipient.mailbox.to_string()));
+            Ok(())
         })
         .unwrap();
     assert_eq!(open, ["to@example.net"]);
