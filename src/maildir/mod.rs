@@ -26,6 +26,7 @@ use std::fs::{self, DirEntry, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 pub use entry::{AttemptRecord, EndedSessions, Entry};
 pub use files::{FileId, replace_file, with_path, write_remedy};
@@ -186,6 +187,15 @@ impl Maildir {
             }
         }
         Ok(None)
+    }
+
+    /// Returns whether no message can have been added, renamed or removed since then: the directories are older by more than
+    /// the clock of a file system is inexact.
+    pub fn is_unchanged_since(&self, time: SystemTime) -> bool {
+        ["new", "cur"].iter().all(|name| match fs::metadata(self.path.join(name)).and_then(|found| found.modified()) {
+            Ok(modified) => modified + Duration::from_secs(1) < time,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        })
     }
 
     /// Returns whether there is no message. Reads the directories only up to the first one.

@@ -172,6 +172,7 @@ impl Queue {
         let (mut shown, now) = (HashSet::new(), self.ids.clock().now());
         // A file that is renamed meanwhile, by a session say, may not be where it was, or be listed under neither name.
         for _ in 0..LIST_ATTEMPTS {
+            let begun = SystemTime::now();
             let mut entries = name.maildir().entries()?;
             entries.retain(|entry| !shown.contains(entry.unique()));
             if entries.is_empty() {
@@ -185,6 +186,9 @@ impl Queue {
                     Err(error) => log_unreadable(name, &error),
                 }
                 shown.insert(unique);
+            }
+            if name.maildir().is_unchanged_since(begun) {
+                break;
             }
         }
         Ok(())
