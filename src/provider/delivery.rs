@@ -21,7 +21,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::turned_session::{TurnSettings, TurnedSession};
+use super::turned_session::{DONE, TurnSettings, TurnedSession};
 use crate::net::cancel::CancelToken;
 use crate::net::trace::quoted;
 use crate::platform;
@@ -153,7 +153,7 @@ impl DeliveryThread {
         let goes_on = catch_unwind(AssertUnwindSafe(|| {
             match session.work(now) {
                 Ok(true) => return true,
-                Ok(false) => session.end("done"),
+                Ok(false) => session.end(DONE),
                 Err(error) => session.end(&error.to_string()),
             }
             false

@@ -59,6 +59,9 @@ pub struct TurnSettings {
     pub abort: CancelToken,
 }
 
+/// How a session ends that has done its work.
+pub const DONE: &str = "done";
+
 /// The domains that reloads have taken from each account: from one that is removed, all.
 #[derive(Default)]
 pub struct LostDomains(Mutex<HashMap<String, HashSet<Domain>>>);
@@ -98,6 +101,8 @@ pub struct TurnedSession {
     queue_empty: bool,
     /// The rest of the content of the first message, while it is being sent.
     content: Option<ContentOutput>,
+    /// Why no more mail is sent although there is more.
+    stopped: Option<&'static str>,
     /// The customer has replied to QUIT.
     done: bool,
     /// There is more to do without waiting.
@@ -157,6 +162,7 @@ impl TurnedSession {
             messages: VecDeque::new(),
             queue_empty: false,
             content: None,
+            stopped: None,
             done: false,
             busy: true,
             found: PollFlags::empty(),
@@ -341,8 +347,11 @@ impl TurnedSession {
         if !(full || self.client.is_ready_for_message()) || (self.queue_empty && self.client.in_flight() > 0) {
             return Ok(false);
         }
-        let lost = self.settings.lost.any(&self.account, self.lock.domains());
-        let enough = self.settings.cancel.is_cancelled() || lost || self.is_full();
+        let stop = match self.settings.cancel.is_cancelled() {
+            true => Some("stopped"),
+            false => self.settings.lost.any(&self.account, self.lock.domains()).then_some("a domain was taken away"),
+        };
+        let enough = stop.is_some() || self.is_full();
         let mut commands = Vec::new();
         match if enough { None } else { self.lock.next_message() } {
             // RFC 9422 section 4.3: this session has other domains.
@@ -354,7 +363,10 @@ impl TurnedSession {
                     Err(result) => self.finish_attempt(message, &result),
                 }
             }
-            None if self.client.in_flight() == 0 => self.client.quit(&mut commands),
+            None if self.client.in_flight() == 0 => {
+                self.stopped = stop.filter(|_| self.lock.has_next());
+                self.client.quit(&mut commands);
+            }
             None => {
                 self.queue_empty = true;
                 return Ok(false);
@@ -421,6 +433,8 @@ impl TurnedSession {
         if !(self.is_full() && self.lock.has_next()) {
             self.lock.count_call();
         }
+        let done = reason == DONE;
+        let reason = self.stopped.filter(|_| done).unwrap_or(reason);
         let TurnCounters { sent, deferred, rejected, in_doubt, unsettled, octets, .. } = self.counters;
         let (skipped, not_mail) = (self.lock.skipped(), self.lock.not_mail());
         log::info!(
@@ -433,10 +447,10 @@ impl TurnedSession {
             self.begun.elapsed().as_secs_f64(),
             quoted(reason)
         );
-        let result = match (reason, deferred + in_doubt) {
-            ("done", 0) => CallResult::Done,
-            ("done", _) => CallResult::Deferred,
-            _ => CallResult::Failed,
+        let result = match (done, deferred + in_doubt) {
+            (false, _) => CallResult::Failed,
+            (true, 0) if self.stopped.is_none() => CallResult::Done,
+            (true, _) => CallResult::Deferred,
         };
         let mut record = CallRecord::new(self.settings.reporter.now(), &self.peer, result, reason);
         record.duration = self.begun.elapsed();

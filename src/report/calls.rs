@@ -3,7 +3,7 @@
 //! ```text
 //! at=2026-01-02T03:04:05Z       when the call has ended
 //! peer=[192.0.2.1]              the other side: the customer's address, or the provider as it is configured
-//! result=done                   done, no-mail, deferred (mail was deferred) or failed
+//! result=done                   done, no-mail, deferred (mail was deferred, or left by a stop or a reload) or failed
 //! reason=…                      why it has failed
 //! duration=1.234                seconds
 //! success=2026-01-02T03:04:05Z  when the last call that did not fail has ended
@@ -28,7 +28,7 @@ use crate::net::trace::quoted;
 pub enum CallResult {
     Done,
     NoMail,
-    /// Mail was deferred.
+    /// Mail was deferred, or was left because the session was stopped.
     Deferred,
     Failed,
 }

@@ -175,6 +175,9 @@ def queue_beside_calls(box):
             if done.returncode != 75:
                 break
             busy += 1
+        if call and call.poll() is not None:
+            # It met the lock that `remove` has, or has fetched what one session brings.
+            call = customer.start()
         check(done.returncode in (0, 65), f"remove: {done.returncode} {done.stderr}")
         if ": removed" in done.stdout:
             removed.append(number)
