@@ -242,7 +242,7 @@ impl Fixed {
 /// Logs the customers' files that are skipped.
 pub fn log_skipped(config: &ProviderConfig) {
     for skipped in config.accounts.skipped() {
-        let (file, error) = (quoted(&skipped.name), quoted(&skipped.error));
+        let (file, error) = (quoted(skipped.error.source.file.display()), quoted(&skipped.error));
         log::error!("event=customer-skipped file={file} error={error}");
     }
 }
