@@ -1,5 +1,6 @@
 //! The command line of the real binary: help, errors, and what a supervisor's connection gets of them.
 
+use std::fs;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -70,5 +71,27 @@ fn a_failure_does_not_go_into_the_connection() {
         let mut received = String::new();
         client.read_to_string(&mut received).unwrap();
         assert_eq!(received, "", "{arguments:?}");
+    }
+}
+
+/// `odmr status | head` is no failure; a full disk under standard output is.
+#[test]
+fn standard_output_may_end_early_but_not_fail() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::create_dir(directory.path().join("customers.d")).unwrap();
+    let file = directory.path().join("odmr.toml");
+    fs::write(&file, "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n[odmr]\nrequire-tls = false\n").unwrap();
+    let status = |stdout: Stdio| {
+        let mut status = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        status.arg("status").arg("-c").arg(&file).stdin(Stdio::null()).stdout(stdout).output().unwrap()
+    };
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let ended = status(writer.into());
+    assert_eq!((ended.status.code(), ended.stderr.len()), (Some(0), 0), "{ended:?}");
+    if let Ok(full) = fs::File::options().write(true).open("/dev/full") {
+        let full = status(full.into());
+        assert_eq!(full.status.code(), Some(74), "{full:?}");
+        assert!(String::from_utf8_lossy(&full.stderr).starts_with("odmr: standard output: "), "{full:?}");
     }
 }

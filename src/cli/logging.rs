@@ -3,7 +3,7 @@
 //! They go to stderr, or with `--syslog`, and under inetd where stderr is the connection, to the system log. Each line is
 //! one event of `doc/log.md`, or at level `debug` one line of a dialogue. A thread writes them ([`LogQueue`]).
 
-use std::io::{self, Write};
+use std::io::{self, IoSlice, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -228,8 +228,9 @@ impl LogSink for StderrSink {
         let text = if self.is_torn { format!("\n{text}") } else { text };
         let mut octets = text.as_bytes();
         while !octets.is_empty() {
-            // The caller may have made stderr non-blocking.
-            match Waiting(io::stderr()).write(octets) {
+            // The caller may have made stderr non-blocking. writev(2), so that who lets the n-th write(2) of each thread fail
+            // meets mail, and not as many lines of the log.
+            match Waiting(io::stderr()).write_vectored(&[IoSlice::new(octets)]) {
                 Ok(written) => {
                     octets = &octets[written..];
                     self.is_torn = !octets.is_empty();

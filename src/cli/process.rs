@@ -25,9 +25,17 @@ pub(super) fn config_path(matches: &Matches) -> PathBuf {
     PathBuf::from(matches.opt_str("config").unwrap_or_default())
 }
 
-/// Writes to standard output.
+/// Writes to standard output. Who reads it may have seen enough, such as `head`.
+///
+/// # Errors
+///
+/// It cannot be written.
 pub(super) fn print(text: &str) -> Result<(), ExitError> {
-    Ok(Waiting(io::stdout()).write_all(text.as_bytes())?)
+    match Waiting(io::stdout()).write_all(text.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(error) => Err(ExitError::new(Sysexit::InputOutput, format!("standard output: {error}"))),
+        Ok(()) => Ok(()),
+    }
 }
 
 /// What a supervisor has passed to this process: the sockets of `LISTEN_FDS`, and the descriptor of `--ready-fd`. Call it

@@ -13,7 +13,7 @@
 //!
 //! [`Waiting`] is for threads that have nothing else to do.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
@@ -137,6 +137,10 @@ impl<T: AsFd> Read for Waiting<T> {
 impl<T: AsFd> Write for Waiting<T> {
     fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
         self.retry(PollFlags::OUT, |fd| rustix::io::write(fd, octets))
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.retry(PollFlags::OUT, |fd| rustix::io::writev(fd, slices))
     }
 
     fn flush(&mut self) -> io::Result<()> {
