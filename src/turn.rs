@@ -82,7 +82,7 @@ impl Turn {
         let ServerSession { connection, server, peer, .. } = self.session;
         connection.trace.event("turn");
         let account = server.account().unwrap_or_default().to_owned();
-        let (name, tls) = (server.hostname().to_owned(), connection.is_tls());
+        let (name, tls) = (server.hostname().to_owned(), connection.tls_channel());
         let client = Client::new(ClientOptions { name, tls, without_8bitmime, ..ClientOptions::default() });
         Turned { connection, client, lock: self.lock, peer, account }
     }
@@ -118,7 +118,7 @@ pub fn accept(
         return Err("the provider sent octets after its 250 and before our greeting (RFC 2645 section 5.3)");
     }
     connection.trace.event("turn");
-    let tls = connection.is_tls();
+    let tls = connection.tls_channel();
     Ok((connection, Server::new(options, tls)))
 }
 

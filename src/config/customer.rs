@@ -19,6 +19,7 @@ use super::value::{
 use crate::mail::address::Domain;
 use crate::queue::retry::Retry;
 use crate::recipients::{ConfigError, SourceLine};
+use crate::sasl::Login;
 use crate::schedule::Schedule;
 use crate::session::{Limits, RemoteSettings, Timeouts};
 use crate::smtp::client::Without8BitMime;
@@ -111,7 +112,7 @@ const CUSTOMER_FILE_KEYS: [&str; 9] =
 /// `[provider]`, or each `[[provider]]`: which provider a customer calls, with which account, and when.
 #[derive(Clone, Debug)]
 pub struct ProviderAccount {
-    /// It always has credentials. The default port is 366 (RFC 2645 section 4).
+    /// It always has a login. The default port is 366 (RFC 2645 section 4).
     pub remote: RemoteSettings,
     /// The domains to ask for; empty: all of the account (RFC 2645 section 5.2.1).
     pub domains: Vec<Domain>,
@@ -205,7 +206,7 @@ impl ProviderAccount {
         let domains = domains?.unwrap_or_default();
         check_unique(&domains)?;
         let (name, remote, secret, schedule) = (name?, remote?, secret?, schedule?);
-        let remote = RemoteSettings { credentials: Some((name, secret)), ..remote };
+        let remote = RemoteSettings { login: Some(Login::with_secret(name, secret)), ..remote };
         let domains = values(domains);
         Ok(ProviderAccount { remote, domains, outgoing, schedule, ca_line, domains_line, address_line })
     }
@@ -226,7 +227,7 @@ pub struct OutgoingConfig {
     /// The domain of names without one, and of a `From:` that has to be added. Default: the first domain of `accept`.
     pub domain: Domain,
     /// The host that mail is sent to if the provider does not accept it before ATRN, port 587 by default. Its default
-    /// credentials are those of the provider. Default: none.
+    /// login is that of the provider. Default: none.
     pub submission: Option<RemoteSettings>,
     /// `give-up` and `delay-notice`; the other times have their defaults.
     pub retry: Retry,
@@ -250,7 +251,7 @@ impl OutgoingConfig {
         let (source, queue) = (table.file, table.required("queue", PATH, missing));
         let (listen, networks) = (table.list("listen", LISTENER), table.list("networks", NETWORK));
         let domain = table.or("domain", DOMAIN, mailboxes.rules.home().clone());
-        let login = provider.remote.credentials.clone();
+        let login = provider.remote.login.clone();
         let submission = source.note(optional_remote(&mut table, "submission", "submission-tls", login));
         let (retry, max_size) = (source.note(retry_times(&mut table)), table.or("max-size", SIZE, MAX_SIZE));
         let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default());

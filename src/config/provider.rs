@@ -22,7 +22,7 @@ use super::value::{
 use crate::mail::address::Domain;
 use crate::net::tls::ServerTls;
 use crate::recipients::{ConfigError, Located, SourceLine};
-use crate::sasl::Unavailable;
+use crate::sasl::{AccountCredentials, Unavailable};
 use crate::session::{Limits, Timeouts};
 use crate::smtp::client::Without8BitMime;
 
@@ -382,15 +382,15 @@ impl Accounts {
         }
     }
 
-    /// The secret of the customer with this login name; `None`: there is no such customer.
+    /// What the customer with this login name authenticates with; `None`: there is no such customer.
     ///
     /// # Errors
     ///
     /// The customer's file has a mistake, and was not read before.
-    pub fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+    pub fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
         match self.account(name) {
             None if self.skipped.iter().any(|skipped| skipped.name == name) => Err(Unavailable),
-            account => Ok(account.map(|account| account.secret.clone())),
+            account => Ok(account.map(|account| AccountCredentials { secret: Some(account.secret.clone()) })),
         }
     }
 }

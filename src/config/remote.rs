@@ -6,6 +6,7 @@ use super::source::{Source, check_private, read};
 use super::table::Table;
 use super::value::{ACCOUNT_NAME, HostPort, PATH, PIN, SECRET, TLS_MODE, check_secret, host_port};
 use crate::recipients::{ConfigError, SourceLine};
+use crate::sasl::Login;
 use crate::session::{RemoteSettings, TlsMode};
 
 /// The host at an address, without credentials. Reads `ca`, `pin`, and how to use TLS at the key `tls_key`.
@@ -27,13 +28,13 @@ pub(super) fn remote(
         )));
     }
     let ca = ca.map(|ca| table.file.absolute(&ca.value));
-    Ok(RemoteSettings { address, host, tls, ca, pin: pin.map(|pin| pin.value), credentials: None })
+    Ok(RemoteSettings { address, host, tls, ca, pin: pin.map(|pin| pin.value), login: None })
 }
 
 /// The host that a table need not name, port 587 by default; `key` and `tls_key`: the keys of its address and of how to
-/// use TLS; `login`: the credentials of a host without its own.
+/// use TLS; `login`: that of a host without its own.
 pub(super) fn optional_remote(
-    table: &mut Table<'_>, key: &str, tls_key: &str, login: Option<(String, Vec<u8>)>,
+    table: &mut Table<'_>, key: &str, tls_key: &str, login: Option<Login>,
 ) -> Result<Option<RemoteSettings>, ConfigError> {
     let Some(address) = table.get(key, host_port::<587>())? else {
         let keys = [tls_key, "ca", "pin", "name", "secret", "secret-file"];
@@ -45,8 +46,8 @@ pub(super) fn optional_remote(
         };
     };
     let host = remote(table, address, tls_key)?;
-    let credentials = match table.located("name", ACCOUNT_NAME)? {
-        Some(name) => Some((name.value, secret(table, &name.source)?)),
+    let login = match table.located("name", ACCOUNT_NAME)? {
+        Some(name) => Some(Login::with_secret(name.value, secret(table, &name.source)?)),
         None => match table.take("secret").or_else(|| table.take("secret-file")) {
             None => login,
             Some(secret) => {
@@ -55,7 +56,7 @@ pub(super) fn optional_remote(
             }
         },
     };
-    Ok(Some(RemoteSettings { credentials, ..host }))
+    Ok(Some(RemoteSettings { login, ..host }))
 }
 
 /// The secret of an account, from either key; `missing`: the place of the error when both are missing.

@@ -4,6 +4,7 @@ use super::*;
 use crate::mail::address::Domain;
 use crate::net::tls::Pin;
 use crate::queue::retry::Retry;
+use crate::sasl::Login;
 use crate::schedule::{Schedule, When};
 use crate::session::{Limits, RemoteSettings, Timeouts, TlsMode};
 use crate::smtp::client::Without8BitMime;
@@ -229,6 +230,10 @@ fn outgoing(text: &str) -> OutgoingConfig {
     CustomerConfig::load(&directory.path().join("odmr.toml")).unwrap().outgoing.unwrap()
 }
 
+fn login(name: &str, secret: &str) -> Option<Login> {
+    Some(Login::with_secret(name.to_owned(), secret.into()))
+}
+
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -270,7 +275,7 @@ fn every_key_of_relay_is_read() {
         tls: TlsMode::Implicit,
         ca: Some("/etc/ca.pem".into()),
         pin: None,
-        credentials: Some(("relay".to_owned(), b"open sesame".to_vec())),
+        login: login("relay", "open sesame"),
     };
     assert_eq!(relay.smarthost, Some(smarthost));
     let policy = |name| relay.policy(&domain(name));
@@ -381,7 +386,7 @@ fn every_key_of_outgoing_and_schedule_is_read() {
     let submission = outgoing.submission.unwrap();
     assert_eq!(submission.address, "smtp.example.net:5870");
     assert_eq!((submission.tls, submission.pin), (TlsMode::StartTls, Some(Pin::Certificate([0; 32]))));
-    assert_eq!(submission.credentials, Some(("sender".to_owned(), b"mellon".to_vec())));
+    assert_eq!(submission.login, login("sender", "mellon"));
     let times = Retry { give_up: 2 * DAY, delay_notice: Some(HOUR), ..Retry::default() };
     assert_eq!(outgoing.retry, times);
     assert_eq!(outgoing.max_size, 1_048_576);
@@ -391,7 +396,7 @@ fn every_key_of_outgoing_and_schedule_is_read() {
 fn a_submission_host_has_the_credentials_of_the_provider() {
     let submission = outgoing("submission = \"[::1]\"\nsubmission-tls = \"none\"").submission.unwrap();
     assert_eq!((&*submission.address, submission.tls), ("[::1]:587", TlsMode::None));
-    assert_eq!(submission.credentials, Some(("acme".to_owned(), b"open sesame".to_vec())));
+    assert_eq!(submission.login, login("acme", "open sesame"));
     assert_eq!((submission.ca, submission.pin), (None, None));
 }
 
@@ -530,7 +535,7 @@ fn the_directory_of_customers_becomes_accounts() {
     assert_eq!(owner("Example.ORG"), Some("acme"));
     assert_eq!(owner("xn--bcher-kva.example"), Some("Bücher & Co"));
     assert_eq!(owner("sub.example.org"), None);
-    let secret = |name| accounts.secret(name).unwrap();
+    let secret = |name| accounts.credentials(name).unwrap().and_then(|credentials| credentials.secret);
     assert_eq!(secret("acme").as_deref(), Some(&b"open sesame"[..]));
     assert_eq!(secret("Bücher & Co").as_deref(), Some(&b"mellon"[..]));
     assert_eq!(secret("Acme"), None);
@@ -549,7 +554,7 @@ fn the_least_customer_has_the_documented_defaults() {
     assert_eq!(upstream.host, "relay.example.net");
     assert_eq!(upstream.tls, TlsMode::StartTls);
     assert_eq!((&upstream.ca, upstream.pin), (&None, None));
-    assert_eq!(upstream.credentials, Some(("acme".to_owned(), b"open sesame".to_vec())));
+    assert_eq!(upstream.login, login("acme", "open sesame"));
     assert_eq!(customer.providers[0].domains, []);
     assert_eq!(customer.mailboxes.root, directory.path().join("mail"));
     assert_eq!(customer.mailboxes.max_size, 52_428_800);
@@ -588,7 +593,7 @@ fn every_key_of_a_customer_is_read() {
     assert_eq!(upstream.host, "2001:db8::1");
     assert_eq!(upstream.tls, TlsMode::Implicit);
     assert_eq!(upstream.ca, Some(directory.path().join("ca.pem")));
-    assert_eq!(upstream.credentials, Some(("acme".to_owned(), b"open sesame".to_vec())));
+    assert_eq!(upstream.login, login("acme", "open sesame"));
     assert_eq!(customer.providers[0].domains, [domain("example.org"), domain("example.com")]);
     assert_eq!(customer.mailboxes.root, Path::new("/var/mail/odmr"));
     assert_eq!(customer.mailboxes.max_size, 10_240);
@@ -948,7 +953,7 @@ fn byte_order_marks_and_line_ends_do_not_matter_and_utf_16_is_named() {
         let Config::Customer(read) = load(customer(secret, "\u{feff}root: alice\r\npostmaster: root")) else {
             panic!("not a customer's file")
         };
-        assert_eq!(read.providers[0].remote.credentials.as_ref().unwrap().1, b"open sesame");
+        assert_eq!(read.providers[0].remote.login, login("acme", "open sesame"));
     }
     // As Windows' "Unicode" is: each octet of ASCII and a zero.
     let wide = |text: &str| text.chars().flat_map(|character| [character, '\0']).collect::<String>();

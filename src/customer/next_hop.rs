@@ -281,7 +281,8 @@ impl NextHops {
                 return Err(SessionFailure::Unreachable("it was not reachable a moment ago".to_owned()));
             }
             let (id, timeouts, cancel) = (&self.mailboxes.ids.session_id(), &self.timeouts, &self.cancel);
-            let connect = Connect { id, peer: 'S', tls: None, timeouts, cancel, limit: self.limit };
+            let connect =
+                Connect { id, peer: 'S', tls: None, implicit_tls: false, timeouts, cancel, limit: self.limit };
             let connected = connect_hop(hop, &self.mailboxes.config, &connect);
             session.session = Some(connected.inspect_err(|_| session.mark_down(begun, DOWN_PAUSE))?);
         }
@@ -459,7 +460,8 @@ mod tests {
         });
         let (timeouts, cancel) = (Timeouts::default(), CancelToken::new().unwrap());
         let limit = Some(Instant::now() + Duration::from_millis(2000));
-        let connect = Connect { id: "1", peer: 'S', tls: None, timeouts: &timeouts, cancel: &cancel, limit };
+        let connect =
+            Connect { id: "1", peer: 'S', tls: None, implicit_tls: false, timeouts: &timeouts, cancel: &cancel, limit };
         let options = ClientOptions { name: "mail.example.org".to_owned(), ..ClientOptions::default() };
         assert!(connect_to_any(&addresses, &options, &connect).is_ok());
         host.join().unwrap();

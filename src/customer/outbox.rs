@@ -299,7 +299,15 @@ impl Outbox {
             without_8bitmime: self.config.without_8bitmime,
             ..ClientOptions::default()
         };
-        let connect = Connect { id: &id, peer: 'S', tls: None, timeouts: &config.timeouts, cancel, limit: None };
+        let connect = Connect {
+            id: &id,
+            peer: 'S',
+            tls: None,
+            implicit_tls: false,
+            timeouts: &config.timeouts,
+            cancel,
+            limit: None,
+        };
         let sent = remote.connect(&options, &connect).and_then(|(mut session, _)| {
             session.send_queue(&mut self.mail_elsewhere(lock), &mut |message, result, client, mail| {
                 self.finish_attempt(message, result, (&id, Via::Submission, client), mail.lock, counters);

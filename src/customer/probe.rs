@@ -34,7 +34,7 @@ pub fn probe(
     let remote = Remote::new(&provider.remote).map_err(unusable)?;
     let options = ClientOptions { name: config.hostname.clone(), atrn: true, ..ClientOptions::default() };
     let (id, timeouts) = (&ids.session_id(), &config.timeouts);
-    let connect = Connect { id, peer: 'P', tls: None, timeouts, cancel, limit: None };
+    let connect = Connect { id, peer: 'P', tls: None, implicit_tls: false, timeouts, cancel, limit: None };
     let (mut session, address) = remote.connect(&options, &connect).map_err(call_error)?;
     let certificate = session.peer_certificate();
     // A provider that accepts EHLO only once has told nothing.

@@ -462,7 +462,7 @@ impl ProviderConnection<'_> {
             without_8bitmime: outgoing.map(|outgoing| outgoing.without_8bitmime).unwrap_or_default(),
             ..ClientOptions::default()
         };
-        let connect = Connect { id, peer: 'P', tls: None, timeouts, cancel, limit: None };
+        let connect = Connect { id, peer: 'P', tls: None, implicit_tls: false, timeouts, cancel, limit: None };
         let (session, peer) = self.remote.connect(&options, &connect)?;
         let (provider, address) = (self.remote.address(), address::literal(peer.ip()));
         log::info!("event=connected session={id} provider={provider} peer={address}");

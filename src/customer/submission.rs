@@ -132,7 +132,7 @@ pub fn serve(
     let config = &outbox.mailboxes.config;
     let options = config.limits.server_options(ServerRole::Submission, &config.hostname, outbox.config.max_size);
     let limits = SessionLimits::new(&config.timeouts, &config.limits, cancel, abort);
-    let mut session = ServerSession::new(connection, Server::new(options, false), peer, None, limits);
+    let mut session = ServerSession::new(connection, Server::new(options, None), peer, None, limits);
     session.greet();
     let end = session.run(&mut SubmissionHandler { outbox: outbox.clone() });
     session.close();

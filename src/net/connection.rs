@@ -44,6 +44,7 @@ use crate::net::descriptor::Descriptor;
 use crate::net::tls::{CertificateInfo, ClientTls, ServerTls, TlsInfo, TlsSession};
 use crate::net::trace::Trace;
 use crate::platform;
+use crate::sasl::TlsChannel;
 
 /// Octets read from the system in one `fill`.
 const READ_SIZE: usize = 64 * 1024;
@@ -158,6 +159,11 @@ impl Connection {
     /// Returns the certificate that the peer has shown; `None`: it has shown none.
     pub fn peer_certificate(&self) -> Option<CertificateInfo> {
         self.tls.as_ref()?.peer_certificate()
+    }
+
+    /// Returns what TLS tells an authentication; `None`: the connection is in clear.
+    pub fn tls_channel(&self) -> Option<TlsChannel> {
+        Some(self.tls.as_ref()?.channel())
     }
 
     /// Returns whether TLS has begun.

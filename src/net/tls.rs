@@ -44,6 +44,7 @@ use subtle::ConstantTimeEq;
 use crate::clock::Timestamp;
 use crate::net::trace::quoted;
 use crate::net::x509;
+use crate::sasl::{CertificateDigests, TlsChannel};
 use crate::text_file;
 
 /// What the side that accepts connections needs: a certificate chain and its key. Cheap to clone.
@@ -259,6 +260,9 @@ pub(crate) struct TlsSession {
     unsent: usize,
 }
 
+/// RFC 9266 section 2.
+const EXPORTER_LABEL: &[u8] = b"EXPORTER-Channel-Binding";
+
 /// rustls seals no more while it holds this many octets: four full records.
 const SEALED_LIMIT: usize = 64 * 1024;
 
@@ -390,6 +394,22 @@ impl TlsSession {
         // rustls writes TLS13_AES_…, the registry TLS_AES_….
         let cipher = suite.replacen("TLS13_", "TLS_", 1);
         Some(TlsInfo { version, cipher })
+    }
+
+    /// Returns what an authentication may use, after the handshake.
+    pub(crate) fn channel(&self) -> TlsChannel {
+        // RFC 9266 section 4.2: TLS 1.2 would need the extended master secret besides.
+        let exporter = match self.connection.protocol_version() {
+            Some(ProtocolVersion::TLSv1_3) => {
+                self.connection.export_keying_material([0; 32], EXPORTER_LABEL, Some(b"")).ok()
+            }
+            _ => None,
+        };
+        let client_certificate = match &self.connection {
+            Connection::Server(server) => server.peer_certificates().and_then(|chain| digests(chain.first()?)),
+            Connection::Client(_) => None,
+        };
+        TlsChannel { exporter, client_certificate }
     }
 
     /// Returns the certificate of the peer; `None` before it has shown one.
@@ -799,6 +819,11 @@ fn key_of<'a>(certificate: &'a CertificateDer<'_>) -> Option<&'a [u8]> {
 
 fn key_digest(certificate: &CertificateDer<'_>) -> Option<[u8; 32]> {
     key_of(certificate).map(|key| Sha256::digest(key).into())
+}
+
+/// Both digests; `None`: it is not a certificate.
+fn digests(certificate: &CertificateDer<'_>) -> Option<CertificateDigests> {
+    Some(CertificateDigests { certificate: digest(certificate), key: key_digest(certificate)? })
 }
 
 fn key_shown(certificate: &CertificateDer<'_>) -> String {

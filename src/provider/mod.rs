@@ -366,7 +366,7 @@ fn begin_session(
         mechanisms: mechanisms.collect(),
         ..config.limits.server_options(role, &config.hostname, config.inbound.max_size)
     };
-    let server = Server::new(options, connection.is_tls());
+    let server = Server::new(options, connection.tls_channel());
     let limits = SessionLimits::new(&config.timeouts, &config.limits, &shared.cancel, &shared.abort);
     Ok(ServerSession::new(connection, server, peer, tls, limits))
 }

@@ -25,7 +25,7 @@ use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::net::trace::quoted;
 use crate::queue::{LockError, QueueLock};
 use crate::report::calls::{CallRecord, CallResult};
-use crate::sasl::{CredentialStore, Unavailable};
+use crate::sasl::{AccountCredentials, CredentialStore, Unavailable};
 use crate::session::server::{ServerSession, SessionEnd};
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
@@ -123,9 +123,9 @@ struct OdmrHandler<'a> {
 }
 
 impl CredentialStore for OdmrHandler<'_> {
-    fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+    fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
         // A secret that was changed because others know it must not be of use in a session that was open before.
-        self.reloader.current().config.accounts.secret(name)
+        self.reloader.current().config.accounts.credentials(name)
     }
 
     fn challenge(&self) -> String {

@@ -2,13 +2,26 @@
 
 use subtle::ConstantTimeEq;
 
+use super::channel::CertificateDigests;
+
 /// The accounts of a server.
 pub trait CredentialStore {
-    /// The secret of the account with this name; `None` if there is no such account.
+    /// What the account with this name is checked against; `None` if there is no such account.
     ///
     /// # Errors
-    /// The secrets cannot be read now.
-    fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable>;
+    /// The accounts cannot be read now.
+    fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable>;
+
+    /// The account that this certificate opens; `None`: there is none. `wanted`: the account that the client asks for, if it
+    /// asks for one; then the result is that account or `None`.
+    ///
+    /// # Errors
+    /// The accounts cannot be read now.
+    fn account_of(
+        &self, _certificate: &CertificateDigests, _wanted: Option<&str>,
+    ) -> Result<Option<String>, Unavailable> {
+        Ok(None)
+    }
 
     /// A challenge that was never used before (RFC 2195 section 2).
     fn challenge(&self) -> String;
@@ -18,7 +31,7 @@ pub trait CredentialStore {
 pub struct NoCredentials;
 
 impl CredentialStore for NoCredentials {
-    fn secret(&self, _: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+    fn credentials(&self, _: &str) -> Result<Option<AccountCredentials>, Unavailable> {
         Ok(None)
     }
 
@@ -27,7 +40,14 @@ impl CredentialStore for NoCredentials {
     }
 }
 
-/// The secrets cannot be read now; the client may try later.
+/// What a server knows of one account.
+#[derive(Clone, Default)]
+pub struct AccountCredentials {
+    /// The secret in clear; `None`: no mechanism with a secret opens the account.
+    pub secret: Option<Vec<u8>>,
+}
+
+/// The accounts cannot be read now; the client may try later.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Unavailable;
 
@@ -76,9 +96,10 @@ pub(super) const DUMMY_SECRET: &[u8] = b"there is no such account";
 
 /// Calls `check` with the secret of `name`. If there is none it calls `check` with another secret, and fails.
 pub(super) fn verify(name: &str, secrets: &dyn CredentialStore, check: impl FnOnce(&[u8]) -> bool) -> ExchangeStep {
-    let Ok(secret) = secrets.secret(name) else {
+    let Ok(credentials) = secrets.credentials(name) else {
         return ExchangeStep::Unavailable;
     };
+    let secret = credentials.and_then(|credentials| credentials.secret);
     let right = check(secret.as_deref().unwrap_or(DUMMY_SECRET));
     // An empty secret authenticates no client, even if the configuration has one.
     let known = secret.is_some_and(|secret| !secret.is_empty());

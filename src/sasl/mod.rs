@@ -17,11 +17,17 @@
 //!
 //! To add a mechanism, add a file here and a line in each method of [`Mechanism`].
 
+mod channel;
 mod exchange;
 mod cram_md5;
 mod plain;
 
-pub use exchange::{ClientExchange, CredentialStore, ExchangeStep, NoCredentials, ServerExchange, Unavailable};
+use std::fmt;
+
+pub use channel::{CertificateDigests, TlsChannel};
+pub use exchange::{
+    AccountCredentials, ClientExchange, CredentialStore, ExchangeStep, NoCredentials, ServerExchange, Unavailable,
+};
 
 /// The mechanisms this program knows.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -63,27 +69,60 @@ impl Mechanism {
         matches!(self, Mechanism::Plain)
     }
 
-    /// The mechanism that a client should use, of those that are offered; `None`: it can use none of them. `tls`: the
-    /// connection is encrypted.
-    pub fn strongest(offered: &[Mechanism], tls: bool) -> Option<Mechanism> {
-        let usable = |mechanism: &Mechanism| offered.contains(mechanism) && (tls || !mechanism.needs_tls());
-        Mechanism::ALL.into_iter().find(usable)
+    /// The mechanisms that a client may use, of those that are offered, in the order of preference. `tls`: the connection is
+    /// encrypted.
+    pub fn usable(offered: &[Mechanism], tls: bool) -> impl Iterator<Item = Mechanism> {
+        let usable = move |mechanism: &Mechanism| offered.contains(mechanism) && (tls || !mechanism.needs_tls());
+        Mechanism::ALL.into_iter().filter(usable)
     }
 
-    /// An exchange for the server. `challenge` must not have been used before: see [`CredentialStore::challenge`].
-    pub fn server(self, challenge: String) -> Box<dyn ServerExchange> {
+    /// An exchange for the server. `channel`: what TLS tells it. `offered`: the mechanisms in the reply to EHLO.
+    pub fn server(
+        self, store: &dyn CredentialStore, _channel: &TlsChannel, _offered: &[Mechanism],
+    ) -> Box<dyn ServerExchange> {
         match self {
-            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Server(challenge)),
+            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Server(store.challenge())),
             Mechanism::Plain => Box::new(plain::PlainServer),
         }
     }
 
-    /// An exchange for the client, which authenticates as the account `name`.
-    pub fn client(self, name: &str, secret: &[u8]) -> Box<dyn ClientExchange> {
-        match self {
-            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Client::new(name, secret)),
-            Mechanism::Plain => Box::new(plain::PlainClient::new(name, secret)),
-        }
+    /// An exchange for the client; `None`: the login has not what the mechanism needs. `channel`: what TLS tells it.
+    /// `offered`: the mechanisms in the server's reply to EHLO. `nonce`: random, and never used before.
+    pub fn client(
+        self, login: &Login, _channel: &TlsChannel, _offered: &[Mechanism], _nonce: String,
+    ) -> Option<Box<dyn ClientExchange>> {
+        let secret = login.secret.as_deref()?;
+        Some(match self {
+            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Client::new(&login.name, secret)),
+            Mechanism::Plain => Box::new(plain::PlainClient::new(&login.name, secret)),
+        })
+    }
+}
+
+/// What a client logs in with.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Login {
+    /// The login name, never empty.
+    pub name: String,
+    /// Never empty; `None`: mechanisms with a secret are not used.
+    pub secret: Option<Vec<u8>>,
+    /// The client shows a certificate if the server asks for one in TLS.
+    pub certificate: bool,
+    /// The mechanisms that may be used.
+    pub mechanisms: Vec<Mechanism>,
+}
+
+impl Login {
+    /// A login with a secret, by each mechanism that has one.
+    pub fn with_secret(name: String, secret: Vec<u8>) -> Login {
+        Login { name, secret: Some(secret), certificate: false, mechanisms: Mechanism::ALL.to_vec() }
+    }
+}
+
+impl fmt::Debug for Login {
+    /// Without the secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Login").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
@@ -96,10 +135,10 @@ mod tests {
     pub(super) struct One(pub &'static str, pub &'static [u8]);
 
     impl CredentialStore for One {
-        fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+        fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
             match name {
                 "broken" => Err(Unavailable),
-                name if name == self.0 => Ok(Some(self.1.to_vec())),
+                name if name == self.0 => Ok(Some(AccountCredentials { secret: Some(self.1.to_vec()) })),
                 _ => Ok(None),
             }
         }
@@ -123,10 +162,10 @@ mod tests {
     }
 
     #[test]
-    fn the_strongest_usable_mechanism_is_chosen() {
+    fn the_strongest_usable_mechanism_is_first() {
         use Mechanism::{CramMd5, Plain};
         let check = |offered: &[Mechanism], tls, expected| {
-            assert_eq!(Mechanism::strongest(offered, tls), expected, "{offered:?} {tls}");
+            assert_eq!(Mechanism::usable(offered, tls).next(), expected, "{offered:?} {tls}");
         };
         check(&[Plain, CramMd5], true, Some(CramMd5));
         check(&[Plain, CramMd5], false, Some(CramMd5));
@@ -154,8 +193,8 @@ mod tests {
 
     fn authenticate(mechanism: Mechanism, secret: &str, use_initial: bool) -> ExchangeStep {
         let secrets = One("acme", b"right");
-        let mut server = mechanism.server("<1.2@relay.example.net>".into());
-        let mut client = mechanism.client("acme", secret.as_bytes());
+        let mut server = server(mechanism, &secrets);
+        let mut client = client(mechanism, "acme", secret.as_bytes()).unwrap();
         let initial = client.initial();
         assert_eq!(initial.is_some(), mechanism.client_first());
         let first = server.first();
@@ -168,11 +207,28 @@ mod tests {
         server.step(&response, &secrets)
     }
 
+    fn server(mechanism: Mechanism, secrets: &One) -> Box<dyn ServerExchange> {
+        mechanism.server(secrets, &TlsChannel::default(), &Mechanism::ALL)
+    }
+
+    fn client(mechanism: Mechanism, name: &str, secret: &[u8]) -> Option<Box<dyn ClientExchange>> {
+        let login = Login::with_secret(name.to_owned(), secret.to_vec());
+        mechanism.client(&login, &TlsChannel::default(), &Mechanism::ALL, "nonce".to_owned())
+    }
+
+    #[test]
+    fn without_a_secret_no_mechanism_that_needs_one_is_used() {
+        let login = Login { secret: None, ..Login::with_secret("acme".to_owned(), Vec::new()) };
+        for mechanism in Mechanism::ALL {
+            assert!(mechanism.client(&login, &TlsChannel::default(), &Mechanism::ALL, "nonce".to_owned()).is_none());
+        }
+    }
+
     #[test]
     fn an_empty_secret_authenticates_no_client() {
         let secrets = One("acme", b"");
-        let mut server = Mechanism::CramMd5.server("<1.2@h>".into());
-        let mut client = Mechanism::CramMd5.client("acme", b"");
+        let mut server = server(Mechanism::CramMd5, &secrets);
+        let mut client = client(Mechanism::CramMd5, "acme", b"").unwrap();
         let response = client.step(&server.first().unwrap()).unwrap();
         assert_eq!(server.step(&response, &secrets), ExchangeStep::Failed("acme".into()));
     }
@@ -181,11 +237,12 @@ mod tests {
     #[test]
     fn the_secret_used_for_an_unknown_name_authenticates_no_client() {
         for mechanism in Mechanism::ALL {
-            let mut server = mechanism.server("<1.2@h>".into());
-            let mut client = mechanism.client("stranger", DUMMY_SECRET);
+            let secrets = One("acme", b"right");
+            let mut server = server(mechanism, &secrets);
+            let mut client = client(mechanism, "stranger", DUMMY_SECRET).unwrap();
             let challenge = server.first().unwrap_or_default();
             let response = client.step(&challenge).unwrap();
-            let step = server.step(&response, &One("acme", b"right"));
+            let step = server.step(&response, &secrets);
             assert_eq!(step, ExchangeStep::Failed("stranger".into()), "{mechanism:?}");
         }
     }

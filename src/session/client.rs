@@ -19,6 +19,7 @@ use crate::net::connection::{self, Connection, Filled, WaitResult};
 use crate::net::tls::{CertificateInfo, ClientTls};
 use crate::net::trace::Trace;
 use crate::queue::{QueueLock, QueuedMessage};
+use crate::sasl::TlsChannel;
 use crate::smtp::client::{Abort, Client, ClientOptions, ClientStep, OutgoingMessage, Rejection, Stage};
 use crate::smtp::command::Recipient;
 use crate::smtp::extensions::AccountDomains;
@@ -122,8 +123,7 @@ impl ClientSession {
 
     /// The end of a wait of at most `timeout` that begins now.
     fn deadline_within(&self, timeout: Duration) -> Instant {
-        let end = Instant::now() + timeout;
-        self.limit.map_or(end, |limit| limit.min(end))
+        deadline_within(timeout, self.limit)
     }
 
     /// The id of the session in the log.
@@ -152,17 +152,6 @@ impl ClientSession {
         self.used_up
     }
 
-    /// Begins TLS; `name`: what the peer's certificate must be for.
-    fn begin_tls(&mut self, tls: &ClientTls, name: &str) -> Result<(), SessionFailure> {
-        let deadline = self.deadline_within(self.timeouts.handshake);
-        self.connection.start_tls_client(tls, name, deadline).map_err(|error| match error.kind() {
-            io::ErrorKind::InvalidData => SessionFailure::Broken(error.to_string()),
-            _ => SessionFailure::NoTls(format!("no TLS: {error}")),
-        })?;
-        self.connection.trace.event("tls");
-        Ok(())
-    }
-
     /// Greeting, EHLO, TLS and AUTH. Returns when mail or ATRN may follow.
     fn handshake(&mut self, tls: Option<(&ClientTls, &str)>) -> Result<(), SessionFailure> {
         loop {
@@ -172,8 +161,9 @@ impl ClientSession {
                     let Some((tls, name)) = tls else {
                         return Err(SessionFailure::Broken("TLS is not configured".to_owned()));
                     };
-                    self.begin_tls(tls, name)?;
-                    self.send(Client::tls_started);
+                    let deadline = self.deadline_within(self.timeouts.handshake);
+                    let channel = begin_tls(&mut self.connection, tls, name, deadline)?;
+                    self.send(|client, out| client.tls_started(channel, out));
                 }
                 _ => {}
             }
@@ -510,6 +500,24 @@ impl ClientSession {
     }
 }
 
+/// The end of a wait of at most `timeout` that begins now, and no later than `limit`.
+fn deadline_within(timeout: Duration, limit: Option<Instant>) -> Instant {
+    let end = Instant::now() + timeout;
+    limit.map_or(end, |limit| limit.min(end))
+}
+
+/// Begins TLS; `name`: what the peer's certificate must be for.
+fn begin_tls(
+    connection: &mut Connection, tls: &ClientTls, name: &str, deadline: Instant,
+) -> Result<TlsChannel, SessionFailure> {
+    connection.start_tls_client(tls, name, deadline).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidData => SessionFailure::Broken(error.to_string()),
+        _ => SessionFailure::NoTls(format!("no TLS: {error}")),
+    })?;
+    connection.trace.event("tls");
+    Ok(connection.tls_channel().unwrap_or_default())
+}
+
 /// How a session is connected.
 #[derive(Clone, Copy)]
 pub struct Connect<'a> {
@@ -519,6 +527,8 @@ pub struct Connect<'a> {
     pub peer: char,
     /// If TLS is used: what to trust, and the name that the certificate must be for.
     pub tls: Option<(&'a ClientTls, &'a str)>,
+    /// TLS begins with the first octet, not by STARTTLS.
+    pub implicit_tls: bool,
     pub timeouts: &'a Timeouts,
     pub cancel: &'a CancelToken,
     /// No wait lasts longer.
@@ -532,8 +542,7 @@ impl Connect<'_> {
     /// # Errors
     /// There is no such session; the connection is closed.
     pub fn to(&self, address: SocketAddr, options: ClientOptions) -> Result<ClientSession, SessionFailure> {
-        let deadline = Instant::now() + self.timeouts.connect;
-        let deadline = self.limit.map_or(deadline, |limit| limit.min(deadline));
+        let deadline = deadline_within(self.timeouts.connect, self.limit);
         let socket = connection::connect(address, deadline, self.cancel).map_err(|error| match error.kind() {
             io::ErrorKind::Interrupted => SessionFailure::Cancelled,
             _ => SessionFailure::Unreachable(format!("{address}: {error}")),
@@ -547,11 +556,23 @@ impl Connect<'_> {
     /// There is no such session; the connection is closed.
     pub fn over(&self, socket: OwnedFd, options: ClientOptions) -> Result<ClientSession, SessionFailure> {
         let trace = Trace { id: self.id.to_owned(), us: 'C', them: self.peer };
-        let connection = Connection::new(socket, trace).map_err(lost)?;
-        let implicit = options.tls;
+        let mut connection = Connection::new(socket, trace).map_err(lost)?;
+        let tls = match self.tls {
+            Some((tls, name)) if self.implicit_tls => {
+                let deadline = deadline_within(self.timeouts.handshake, self.limit);
+                match begin_tls(&mut connection, tls, name, deadline) {
+                    Ok(channel) => Some(channel),
+                    Err(failure) => {
+                        connection.close();
+                        return Err(failure);
+                    }
+                }
+            }
+            _ => None,
+        };
         let mut session = ClientSession {
             connection,
-            client: Client::new(options),
+            client: Client::new(ClientOptions { tls, ..options }),
             replies: ReplyInput::default(),
             timeouts: self.timeouts.clone(),
             cancel: self.cancel.clone(),
@@ -559,11 +580,7 @@ impl Connect<'_> {
             grace: None,
             used_up: false,
         };
-        let begun = match self.tls {
-            Some((tls, name)) if implicit => session.begin_tls(tls, name),
-            _ => Ok(()),
-        };
-        match begun.and_then(|()| session.handshake(self.tls)) {
+        match session.handshake(self.tls) {
             Ok(()) => Ok(session),
             Err(failure) => {
                 let no_greeting = session.client.awaiting() == Some(Stage::Greeting);
@@ -620,7 +637,15 @@ mod tests {
         let server = thread::spawn(move || slow_server(theirs));
         let timeouts = Timeouts { block: Duration::from_millis(200), ..Timeouts::default() };
         let cancel = CancelToken::new().unwrap();
-        let connect = Connect { id: "1", peer: 'S', tls: None, timeouts: &timeouts, cancel: &cancel, limit: None };
+        let connect = Connect {
+            id: "1",
+            peer: 'S',
+            tls: None,
+            implicit_tls: false,
+            timeouts: &timeouts,
+            cancel: &cancel,
+            limit: None,
+        };
         let mut session = connect.over(ours.into(), ClientOptions::default()).unwrap();
         let content = b"0123456789abcde\n".repeat(4096);
         let recipients = vec![Recipient::plain(Mailbox::parse("a@example.org").unwrap())];

@@ -10,6 +10,7 @@ use crate::mail::address::literal;
 use crate::net::resolver::system_addresses;
 use crate::net::tls::{ClientTls, Pin, Trust};
 use crate::net::trace::quoted;
+use crate::sasl::Login;
 use crate::smtp::client::{Abort, ClientOptions, Stage, StartTls};
 
 /// How TLS begins on a connection to a configured host.
@@ -37,14 +38,14 @@ pub struct RemoteSettings {
     pub ca: Option<PathBuf>,
     /// The one certificate, or the one key, that is trusted. Not with `ca`.
     pub pin: Option<Pin>,
-    /// The login name and the secret, both never empty; `None`: without AUTH.
-    pub credentials: Option<(String, Vec<u8>)>,
+    /// What to log in with; `None`: without AUTH.
+    pub login: Option<Login>,
 }
 
 impl RemoteSettings {
     /// The login name; empty: without AUTH.
     pub fn login_name(&self) -> &str {
-        self.credentials.as_ref().map_or("", |(name, _)| name)
+        self.login.as_ref().map_or("", |login| &login.name)
     }
 }
 
@@ -109,11 +110,11 @@ impl Remote {
         let settings = &self.settings;
         let options = ClientOptions {
             starttls: if settings.tls == TlsMode::StartTls { StartTls::Required } else { StartTls::Never },
-            tls: settings.tls == TlsMode::Implicit,
-            credentials: settings.credentials.clone(),
+            login: settings.login.clone(),
             ..options.clone()
         };
-        let how = Connect { tls: self.tls.as_ref().map(|tls| (tls, settings.host.as_str())), ..*how };
+        let implicit_tls = settings.tls == TlsMode::Implicit;
+        let how = Connect { tls: self.tls.as_ref().map(|tls| (tls, settings.host.as_str())), implicit_tls, ..*how };
         how.to(address, options).map_err(|failure| match failure {
             SessionFailure::Unreachable(text) => {
                 SessionFailure::Unreachable(format!("no connection to {}: {text}", settings.address))
@@ -212,11 +213,19 @@ mod tests {
             tls: TlsMode::None,
             ca: None,
             pin: None,
-            credentials: Some(("acme".to_owned(), b"secret".to_vec())),
+            login: Some(Login::with_secret("acme".to_owned(), b"secret".to_vec())),
         };
         let timeouts = Timeouts { greeting: silence, ..Timeouts::default() };
         let cancel = CancelToken::new().unwrap();
-        let how = Connect { id: "1", peer: 'P', tls: None, timeouts: &timeouts, cancel: &cancel, limit: None };
+        let how = Connect {
+            id: "1",
+            peer: 'P',
+            tls: None,
+            implicit_tls: false,
+            timeouts: &timeouts,
+            cancel: &cancel,
+            limit: None,
+        };
         let options = ClientOptions { name: "mail.example.org".to_owned(), atrn: true, ..ClientOptions::default() };
         Remote::new(&settings).unwrap().connect_to_any(addresses, &options, &how).map(|(_, address)| address)
     }

@@ -389,7 +389,7 @@ impl ServerSession {
         self.reply(go_ahead);
         self.connection.start_tls_server(&tls, Instant::now() + self.limits.handshake)?;
         self.connection.trace.event("tls");
-        self.server.tls_started();
+        self.server.tls_started(self.connection.tls_channel().unwrap_or_default());
         Ok(())
     }
 
@@ -674,8 +674,7 @@ mod tests {
             session: SESSION,
             ..SessionLimits::new(&Timeouts::default(), &Limits::default(), &cancel, &cancel)
         };
-        let server =
-            Server::new(Limits::default().server_options(ServerRole::Inbound, "relay.example.net", 300), false);
+        let server = Server::new(Limits::default().server_options(ServerRole::Inbound, "relay.example.net", 300), None);
         let connection = Connection::new(ours.into(), Trace { id: "1".to_owned(), us: 'P', them: 'C' }).unwrap();
         let begun = Instant::now();
         let thread = thread::spawn(move || {

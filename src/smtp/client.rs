@@ -92,7 +92,7 @@ use super::reply::{Reply, Severity};
 use super::status::{DecidedBy, DeliveryResult, RecipientStatus, ends_session, is_mechanism_rejected};
 use crate::mail::address::{Domain, Mailbox, ReversePath};
 use crate::mail::received::ClientInfo;
-use crate::sasl::{ClientExchange, Mechanism};
+use crate::sasl::{ClientExchange, Login, Mechanism, TlsChannel};
 
 /// What the client must do before mail, and how it sends mail.
 #[derive(Clone, Default)]
@@ -100,12 +100,14 @@ pub struct ClientOptions {
     /// Our name for EHLO.
     pub name: String,
     pub starttls: StartTls,
-    /// The connection has TLS already: from its first octet, or from before the turn.
-    pub tls: bool,
+    /// The connection has TLS already: from its first octet, or from before the turn. `None`: it is in clear.
+    pub tls: Option<TlsChannel>,
     /// The peer must offer ATRN. If it does not, it is not a provider and gets no secret (RFC 2645 section 5.1.1).
     pub atrn: bool,
-    /// Account and secret, if the client must authenticate.
-    pub credentials: Option<(String, Vec<u8>)>,
+    /// If the client must authenticate.
+    pub login: Option<Login>,
+    /// A random text that no session has used before, for mechanisms with a nonce of the client.
+    pub nonce: String,
     /// The peer speaks LMTP (RFC 2033).
     pub lmtp: bool,
     /// Content may be sent as one BDAT chunk (RFC 3030). Not after a turn: some customers put a filter that reads lines
@@ -299,7 +301,7 @@ impl ClientTransaction {
 
 /// The client role on one connection.
 pub struct Client {
-    /// `tls` becomes true after STARTTLS.
+    /// `tls` is set after STARTTLS.
     options: ClientOptions,
     extensions: PeerExtensions,
     /// The peer has accepted EHLO, not only HELO.
@@ -598,8 +600,8 @@ impl Client {
     }
 
     /// TLS has started: the client forgets what the peer offered in clear and sends EHLO again (RFC 3207 section 4.2).
-    pub fn tls_started(&mut self, out: &mut Vec<u8>) -> ClientStep {
-        self.options.tls = true;
+    pub fn tls_started(&mut self, channel: TlsChannel, out: &mut Vec<u8>) -> ClientStep {
+        self.options.tls = Some(channel);
         self.extensions = PeerExtensions::default();
         let step = self.send_ehlo();
         self.flush_commands(out);
@@ -697,13 +699,13 @@ impl Client {
 
     /// Whether the session makes sense with a server that has no extensions.
     fn is_helo_enough(&self) -> bool {
-        self.options.starttls != StartTls::Required && self.options.credentials.is_none() && !self.options.lmtp
+        self.options.starttls != StartTls::Required && self.options.login.is_none() && !self.options.lmtp
     }
 
     fn starttls_or_proceed(&mut self) -> ClientStep {
         match self.options.starttls {
             StartTls::Never => self.proceed(),
-            _ if self.options.tls => self.proceed(),
+            _ if self.options.tls.is_some() => self.proceed(),
             _ if self.extensions.starttls => {
                 self.queue_command(Stage::StartTls, "STARTTLS");
                 ClientStep::Wait
@@ -718,8 +720,8 @@ impl Client {
         if self.options.atrn && !self.extensions.atrn {
             return self.abort(Abort::NoAtrn);
         }
-        if self.options.credentials.is_some() && !self.authenticated {
-            let starttls = self.extensions.starttls && !self.options.tls;
+        if self.options.login.is_some() && !self.authenticated {
+            let starttls = self.extensions.starttls && self.options.tls.is_none();
             return if self.send_auth() { ClientStep::Wait } else { self.abort(Abort::NoMechanism { starttls }) };
         }
         self.ready = true;
@@ -728,19 +730,21 @@ impl Client {
 
     /// Sends AUTH with the strongest mechanism that was not tried yet. Returns whether there is one.
     fn send_auth(&mut self) -> bool {
-        let Some((name, secret)) = &self.options.credentials else { return false };
-        let offered = self.extensions.mechanisms.iter().copied();
-        let untried: Vec<_> = offered.filter(|mechanism| !self.tried_mechanisms.contains(mechanism)).collect();
-        let Some(mechanism) = Mechanism::strongest(&untried, self.options.tls) else { return false };
-        let mut exchange = mechanism.client(name, secret);
+        let Some(login) = &self.options.login else { return false };
+        let (offered, channel) = (&self.extensions.mechanisms, self.options.tls.clone().unwrap_or_default());
+        let exchange_by = |mechanism: Mechanism| mechanism.client(login, &channel, offered, self.options.nonce.clone());
+        let untried = Mechanism::usable(offered, self.options.tls.is_some())
+            .filter(|mechanism| login.mechanisms.contains(mechanism) && !self.tried_mechanisms.contains(mechanism));
+        let found = untried.filter_map(|mechanism| Some((mechanism, exchange_by(mechanism)?))).next();
+        let Some((mechanism, mut exchange)) = found else { return false };
         let mut line = format!("AUTH {}", mechanism.name());
         if let Some(initial) = exchange.initial() {
             // RFC 4954 section 4: "=" is an empty response, and no initial response may make the line too long.
             let initial = if initial.is_empty() { "=".to_owned() } else { data_encoding::BASE64.encode(&initial) };
             if line.len() + 1 + initial.len() + "\r\n".len() <= limits::SENT_COMMAND_LINE {
                 line = format!("{line} {initial}");
-            } else {
-                exchange = mechanism.client(name, secret);
+            } else if let Some(anew) = exchange_by(mechanism) {
+                exchange = anew;
             }
         }
         self.tried_mechanisms.push(mechanism);

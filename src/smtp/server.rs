@@ -35,7 +35,7 @@ use super::limits;
 use super::reply::Reply;
 use crate::mail::address::{Domain, ForwardPath, Mailbox};
 use crate::mail::received::Received;
-use crate::sasl::{CredentialStore, ExchangeStep, Mechanism, NoCredentials, ServerExchange};
+use crate::sasl::{CredentialStore, ExchangeStep, Mechanism, NoCredentials, ServerExchange, TlsChannel};
 
 /// The listener that a server belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -230,7 +230,8 @@ pub struct Transaction {
 /// The server role on one connection.
 pub struct Server {
     options: ServerOptions,
-    tls: bool,
+    /// `None`: the connection is in clear.
+    tls: Option<TlsChannel>,
     hello: Option<Hello>,
     account: Option<String>,
     /// AUTH has begun, and the next line is a response.
@@ -260,8 +261,9 @@ struct Hello {
 }
 
 impl Server {
-    /// A server that has sent no greeting yet. `tls`: the connection has TLS from its first octet, or from before the turn.
-    pub fn new(options: ServerOptions, tls: bool) -> Server {
+    /// A server that has sent no greeting yet. `tls`: the connection has TLS from its first octet, or from before the turn;
+    /// `None`: it is in clear.
+    pub fn new(options: ServerOptions, tls: Option<TlsChannel>) -> Server {
         Server {
             options,
             tls,
@@ -356,8 +358,8 @@ impl Server {
     }
 
     /// TLS has started: the server forgets everything that the client has sent in clear (RFC 3207 section 4.2).
-    pub fn tls_started(&mut self) {
-        *self = Server::new(self.options.clone(), true);
+    pub fn tls_started(&mut self, channel: TlsChannel) {
+        *self = Server::new(self.options.clone(), Some(channel));
     }
 
     /// Ends the transaction after the reply to its content.
@@ -450,7 +452,7 @@ impl Server {
         let no_recipient = transaction.is_some_and(|transaction| transaction.envelope.recipients.is_empty());
         let text = match verb {
             // RFC 3207 section 4.
-            Auth | Atrn | Mail | Rcpt | Data | Bdat if odmr && self.options.require_tls && !self.tls => {
+            Auth | Atrn | Mail | Rcpt | Data | Bdat if odmr && self.options.require_tls && self.tls.is_none() => {
                 return Err(Reply::new(530, "5.7.0", "TLS is required here: say STARTTLS first"));
             }
             // RFC 2645 section 5.2.1, RFC 6409 section 4.3.
@@ -460,7 +462,7 @@ impl Server {
             Auth | Atrn if !extended => "Say EHLO first",
             Auth if authenticated => "You are authenticated already",
             Atrn if transaction.is_some() => "A mail transaction is open: end it first",
-            StartTls if self.tls => "TLS is active already",
+            StartTls if self.tls.is_some() => "TLS is active already",
             StartTls if authenticated => "Too late: you are authenticated",
             StartTls if !extended => "Say EHLO first",
             Mail if self.hello.is_none() => "Say EHLO first",
@@ -499,7 +501,7 @@ impl Server {
             reply = reply.with_line(format!("AUTH {}", mechanisms.join(" ")));
         }
         // RFC 3207 section 4.2: not under TLS.
-        if options.implements(Verb::StartTls) && !self.tls {
+        if options.implements(Verb::StartTls) && self.tls.is_none() {
             reply = reply.with_line("STARTTLS");
         }
         if options.role == ServerRole::Odmr {
@@ -518,8 +520,8 @@ impl Server {
 
     /// The mechanisms that may be used now: PLAIN under TLS only (RFC 4954 section 4).
     fn mechanisms(&self) -> impl Iterator<Item = Mechanism> {
-        let offered = self.options.role == ServerRole::Odmr && (self.tls || !self.options.require_tls);
-        let tls = self.tls;
+        let tls = self.tls.is_some();
+        let offered = self.options.role == ServerRole::Odmr && (tls || !self.options.require_tls);
         self.options.mechanisms.iter().copied().filter(move |mechanism| offered && (tls || !mechanism.needs_tls()))
     }
 
@@ -586,12 +588,12 @@ impl Server {
         if self.auth_failures >= self.options.max_auth_failures {
             return Ok(ServerStep::Close(Reply::new(421, "4.7.0", "Too many failed authentications")));
         }
-        let wanted = Mechanism::parse(name);
-        let Some(mechanism) = self.mechanisms().find(|mechanism| Some(*mechanism) == wanted) else {
+        let offered: Vec<_> = self.mechanisms().collect();
+        let Some(mechanism) = Mechanism::parse(name).filter(|mechanism| offered.contains(mechanism)) else {
             return Err(Reply::new(504, "5.5.4", "That authentication mechanism is not offered here"));
         };
-        let challenge = handler.credentials().challenge();
-        let mut exchange = mechanism.server(challenge);
+        let channel = self.tls.clone().unwrap_or_default();
+        let mut exchange = mechanism.server(handler.credentials(), &channel, &offered);
         self.auth_attempt = Some(AuthAttempt { mechanism, account: None });
         match (exchange.first(), initial) {
             (Some(_), Some(_)) => {

@@ -14,7 +14,7 @@ use super::server::{Incoming, MessageSink, Server, ServerOptions, ServerRole, Se
 use super::status::{DecidedBy, DeliveryResult, RecipientStatus};
 use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath, reverse_path};
 use crate::mail::received::ClientInfo;
-use crate::sasl::{CredentialStore, Mechanism, Unavailable};
+use crate::sasl::{AccountCredentials, CredentialStore, Login, Mechanism, TlsChannel, Unavailable};
 
 fn mailbox(text: &str) -> Mailbox {
     Mailbox::parse_any(text).unwrap()
@@ -49,7 +49,16 @@ fn options() -> ClientOptions {
 }
 
 fn with_credentials(tls: bool) -> ClientOptions {
-    ClientOptions { tls, atrn: true, credentials: Some(("acme".to_owned(), b"right".to_vec())), ..options() }
+    ClientOptions { tls: under(tls), atrn: true, login: login(b"right"), ..options() }
+}
+
+/// A connection with TLS, or in clear.
+fn under(tls: bool) -> Option<TlsChannel> {
+    tls.then(TlsChannel::default)
+}
+
+fn login(secret: &[u8]) -> Option<Login> {
+    Some(Login::with_secret("acme".to_owned(), secret.to_vec()))
 }
 
 // ---- the client with a scripted peer ----
@@ -74,7 +83,7 @@ impl Scripted {
             whole = self.reader.line(line.as_bytes()).unwrap();
         }
         let step = match self.client.reply(whole.unwrap(), &mut self.out) {
-            Ok(ClientStep::StartTls) => self.client.tls_started(&mut self.out),
+            Ok(ClientStep::StartTls) => self.client.tls_started(TlsChannel::default(), &mut self.out),
             Ok(step) => step,
             Err(broken) => return (format!("{broken:?}"), String::new()),
         };
@@ -234,7 +243,7 @@ fn no_secret_is_sent_in_clear_or_to_a_server_without_atrn() {
 /// Rules: AUTH-11.
 #[test]
 fn an_initial_response_that_is_too_long_waits_for_the_challenge() {
-    let options = ClientOptions { credentials: Some(("acme".to_owned(), vec![b'x'; 600])), ..with_credentials(true) };
+    let options = ClientOptions { login: login(&[b'x'; 600]), ..with_credentials(true) };
     let mut scripted = Scripted::new(options);
     assert_eq!(scripted.receive("220 x").1, "EHLO me.example");
     assert_eq!(scripted.receive("250-x/250-AUTH PLAIN/250 ATRN").1, "AUTH PLAIN");
@@ -441,10 +450,10 @@ struct ScriptedHandler {
 }
 
 impl CredentialStore for ScriptedHandler {
-    fn secret(&self, name: &str) -> Result<Option<Vec<u8>>, Unavailable> {
+    fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
         match name {
             "broken" => Err(Unavailable),
-            "acme" => Ok(Some(b"right".to_vec())),
+            "acme" => Ok(Some(AccountCredentials { secret: Some(b"right".to_vec()) })),
             _ => Ok(None),
         }
     }
@@ -503,12 +512,12 @@ fn served(step: &Served) -> String {
 
 /// Each line leads to its step. As a driver does, this ends content and starts TLS.
 fn session(server_options: ServerOptions, tls: bool, lines: &[(&str, &str)]) {
-    let mut server = Server::new(server_options, tls);
+    let mut server = Server::new(server_options, under(tls));
     for (number, (line, expected)) in lines.iter().enumerate() {
         let step = server.line(line.as_bytes(), &mut ScriptedHandler::default());
         assert_eq!(served(&step), *expected, "line {number}, {line:?} of {lines:?}");
         match step {
-            Served::StartTls(_) => server.tls_started(),
+            Served::StartTls(_) => server.tls_started(TlsChannel::default()),
             Served::Data(_) => server.end_transaction(),
             Served::Chunk { last: true, rejected: None, .. } => server.end_transaction(),
             _ => {}
@@ -621,7 +630,7 @@ fn every_reply_to_auth() {
         [(right.as_str(), "503 5.5.1"), EHLO, ("STARTTLS", "503 5.5.1"), (&right, "235 2.7.0"), ("ATRN", "atrn ")];
     session(required, false, &[&secured[..], &inside].concat());
 
-    let mut server = Server::new(server_options(ServerRole::Odmr), true);
+    let mut server = Server::new(server_options(ServerRole::Odmr), under(true));
     server.line(b"EHLO a", &mut ScriptedHandler::default());
     server.line(b"AUTH PLAIN", &mut ScriptedHandler::default());
     assert!(server.in_auth());
@@ -632,7 +641,7 @@ fn every_reply_to_auth() {
 
 #[test]
 fn what_ehlo_offers() {
-    let offers = |server_options: ServerOptions, tls| match Server::new(server_options, tls)
+    let offers = |server_options: ServerOptions, tls| match Server::new(server_options, under(tls))
         .line(b"EHLO a", &mut ScriptedHandler::default())
     {
         Served::Reply(reply) => reply.lines().collect::<Vec<_>>().join("/"),
@@ -659,8 +668,10 @@ fn what_ehlo_offers() {
 
 #[test]
 fn too_many_failed_commands_or_recipients_close_the_session() {
-    let mut server =
-        Server::new(ServerOptions { max_errors: 5, max_recipients: 2, ..server_options(ServerRole::Inbound) }, false);
+    let mut server = Server::new(
+        ServerOptions { max_errors: 5, max_recipients: 2, ..server_options(ServerRole::Inbound) },
+        under(false),
+    );
     let mut send_reply = |line: &str| served(&server.line(line.as_bytes(), &mut ScriptedHandler::default()));
     for line in ["EHLO a", "X", "X", "X", "NOOP", MAIL.0, RCPT.0, "RCPT TO:<s@example.org>"] {
         send_reply(line);
@@ -673,7 +684,7 @@ fn too_many_failed_commands_or_recipients_close_the_session() {
 #[test]
 fn received_has_the_protocol_and_the_client() {
     let received = |server_options: ServerOptions, tls, lines: &[&str]| {
-        let mut server = Server::new(server_options, tls);
+        let mut server = Server::new(server_options, under(tls));
         lines.iter().for_each(|line| drop(server.line(line.as_bytes(), &mut ScriptedHandler::default())));
         let (_, incoming) = server.incoming("1", "[192.0.2.1]", tls.then_some("TLSv1.3")).unwrap();
         incoming.received.field("id1", "Fri, 02 Jan 2026 03:04:05 +0000").replace("\n\t", " ")
@@ -752,7 +763,7 @@ proptest! {
         (tls, starttls, require_tls) in any::<(bool, bool, bool)>(),
         codes in proptest::collection::vec(proptest::sample::select(vec![250u16, 250, 450, 550]), 0..10),
     ) {
-        let mut server = Server::new(ServerOptions { starttls, require_tls, ..server_options(role) }, tls);
+        let mut server = Server::new(ServerOptions { starttls, require_tls, ..server_options(role) }, under(tls));
         let mut handler = ScriptedHandler::default();
         handler.mixes.extend(codes.iter().map(|code| Mix { mail: *code, recipients: codes.clone(), data: 354, end: 250 }));
         let mut account: Option<String> = None;
@@ -783,7 +794,7 @@ proptest! {
                 Served::Close(_) => break,
                 Served::StartTls(_) => {
                     prop_assert!(account.is_none());
-                    server.tls_started();
+                    server.tls_started(TlsChannel::default());
                     prop_assert!(server.client_name().is_none());
                 }
                 Served::Data(_) => {
@@ -880,7 +891,7 @@ struct Peer {
 impl Peer {
     fn new(server_options: ServerOptions, tls: bool, mixes: impl IntoIterator<Item = Mix>) -> Peer {
         Peer {
-            server: Server::new(server_options, tls),
+            server: Server::new(server_options, under(tls)),
             handler: ScriptedHandler { mixes: mixes.into_iter().collect(), ..ScriptedHandler::default() },
             content: None,
             messages: Vec::new(),
@@ -967,7 +978,7 @@ impl Peer {
             }
             Served::StartTls(reply) => {
                 self.send_reply(&reply, out);
-                self.server.tls_started();
+                self.server.tls_started(TlsChannel::default());
             }
             Served::Data(reply) => match self.handler.now.as_ref().map_or(354, |mix| mix.data) {
                 354 => {
@@ -1016,7 +1027,7 @@ fn run_session(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator
             let (gone, sent) = (reply.code() == 421, up.len());
             match client.reply(reply, &mut up).unwrap() {
                 ClientStep::Wait | ClientStep::Ready | ClientStep::Replied(_) => {}
-                ClientStep::StartTls => drop(client.tls_started(&mut up)),
+                ClientStep::StartTls => drop(client.tls_started(TlsChannel::default(), &mut up)),
                 ClientStep::Content { .. } => {
                     let mut encoder = ContentEncoder::data();
                     encoder.feed(CONTENT, &mut up);
@@ -1263,14 +1274,13 @@ fn starttls_auth_and_atrn_from_end_to_end() {
             ..server_options(ServerRole::Odmr)
         };
         let mut peer = Peer::new(server_options, tls, []);
-        let credentials = Some(("acme".to_owned(), secret.as_bytes().to_vec()));
         let starttls = if starttls { StartTls::Required } else { StartTls::Never };
         let options = ClientOptions {
             name: "caller.example".to_owned(),
             starttls,
-            tls,
+            tls: under(tls),
             atrn: true,
-            credentials,
+            login: login(secret.as_bytes()),
             ..ClientOptions::default()
         };
         let mut client = Client::new(options);

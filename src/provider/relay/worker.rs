@@ -344,7 +344,15 @@ impl WorkerContext {
     }
 
     fn connect<'a>(&'a self, id: &'a str) -> Connect<'a> {
-        Connect { id, peer: 'S', tls: None, timeouts: &self.timeouts, cancel: &self.cancel, limit: None }
+        Connect {
+            id,
+            peer: 'S',
+            tls: None,
+            implicit_tls: false,
+            timeouts: &self.timeouts,
+            cancel: &self.cancel,
+            limit: None,
+        }
     }
 
     /// Sends the mail of one destination to the first of its hosts that accepts a session (RFC 5321 section 5.1).
