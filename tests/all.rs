@@ -16,3 +16,4 @@ mod send;
 mod signals;
 mod supervised;
 mod transcripts;
+mod trust;

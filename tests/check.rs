@@ -290,7 +290,10 @@ fn a_call_is_checked_without_fetching_anything() {
     assert_eq!((code, &*error), (0, ""), "{output}");
     let line = output.lines().find(|line| line.starts_with(&address)).unwrap();
     assert!(line.contains(" [127.0.0.1]: for localhost, until ") && line.contains(" (100 days); pin = "), "{line}");
-    assert!(line.ends_with("; logged in as acme; domains: example.org, example.com"), "{line}");
+    assert!(
+        line.ends_with("; logged in as acme by CRAM-MD5 under TLSv1.3; domains: example.org, example.com"),
+        "{line}"
+    );
     for warning in [
         "customer.toml:9: localhost:",
         " holds mail for example.com, and nobody there is accepted",
@@ -344,7 +347,7 @@ fn of_other_servers_the_domains_are_not_told() {
     });
     let (code, output, error) = run(&directory, "customer.toml", &["check", "--call"]);
     assert_eq!((code, &*error), (0, ""), "{output}");
-    assert!(output.contains(" [127.0.0.1]: in clear; logged in as acme; domains: not told\n"), "{output}");
+    assert!(output.contains(" [127.0.0.1]: in clear; logged in as acme by CRAM-MD5; domains: not told\n"), "{output}");
     assert!(!output.contains("no provider holds"), "{output}");
     let (code, _, error) = run(&directory, "customer.toml", &["pull"]);
     assert!(code == 75 && error.contains(" before its greeting: another service? check the port"), "{error}");

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::Duration;
 
-use odmr::sasl::Mechanism;
+use odmr::sasl::{Login, Mechanism, TlsChannel};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// The program at work; it is killed when it is dropped.
@@ -87,8 +87,10 @@ impl Client {
     pub fn authenticate(&mut self, name: &str, secret: &str) -> String {
         let challenge = self.command("AUTH CRAM-MD5");
         let challenge = data_encoding::BASE64.decode(&challenge.trim_end().as_bytes()[4..]).unwrap();
-        let mut client = Mechanism::CramMd5.client(name, secret.as_bytes());
-        self.command(&data_encoding::BASE64.encode(&client.step(&challenge).unwrap()))
+        let login = Login::with_secret(name.to_owned(), secret.into());
+        let channel = TlsChannel::default();
+        let client = Mechanism::CramMd5.client(&login, &channel, &Mechanism::ALL, String::new());
+        self.command(&data_encoding::BASE64.encode(&client.unwrap().step(&challenge).unwrap()))
     }
 
     /// Sends a message with this many lines of 80 octets; returns the reply to its content.

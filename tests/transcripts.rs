@@ -36,6 +36,11 @@
 //! - `== soft bounce ==`: the customer calls as `odmr pull --soft-bounce` does;
 //! - `== only these calls ==`: a customer that calls again, after the dialogue, has failed. Otherwise it hears 453 then.
 //!
+//! `== tls with NAME ==` and `== connect odmr-tls with NAME [as NAME] ==`: the TLS server must ask for a certificate, and the
+//! client shows that of this name: `me`, `renewed` and `expired` have one key, `other` and `stranger` each another; `none`: it
+//! shows none. `NAME.pem` and `NAME.key` are there if a file names the first, and in `.toml` files `{sha256:NAME}` and `{spki-sha256:NAME}` are the
+//! pins. Without `with`, the provider may not ask.
+//!
 //! Events: `== connect inbound|odmr|odmr-tls [as NAME] ==` opens a connection (for `customer/`: awaits the customer's
 //! call), `== connect hop [as NAME] ==` awaits the customer at its next hop, in clear, `== NAME ==` goes on with an earlier one; `== tls ==` shakes hands now; `== in clear ==`: the runner goes on outside TLS; `== turn ==` marks the turn, and the
 //! parser checks that each party speaks as its role demands; `== wait 300ms ==`: for so long nothing may be heard;
@@ -49,6 +54,7 @@
 //!
 //! `TRANSCRIPT=provider/atrn cargo test transcripts -- --nocapture` plays those whose name contains the word.
 
+mod certificates;
 mod coverage;
 mod format;
 mod play;

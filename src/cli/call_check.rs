@@ -13,6 +13,7 @@ use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::tls;
 use crate::provider::certificate::DAYS_TO_RENEW;
+use crate::sasl::Mechanism;
 use crate::smtp::extensions::AccountDomains;
 
 /// Logs in to each provider of a customer, and reports what does not fit.
@@ -41,11 +42,15 @@ pub(super) fn run(config: &CustomerConfig, path: &Path, report: &mut CheckReport
         };
         check_validity(provider, &found, report);
         let tls = found.certificate.as_ref().map_or_else(|| "in clear".to_owned(), describe);
+        let (version, mechanism) = check_login(provider, &found, report);
         let domains = match &found.domains {
             None => "not told".to_owned(),
             Some(told) => told.names.join(", ") + if told.has_more { ", …" } else { "" },
         };
-        report.note(format!("{address} {}: {tls}; logged in as {account}; domains: {domains}", found.address));
+        report.note(format!(
+            "{address} {}: {tls}; logged in as {account} by {mechanism}{version}; domains: {domains}",
+            found.address
+        ));
         match found.domains {
             Some(told) => {
                 check_domains(config, provider, &told, &accept, report);
@@ -62,6 +67,29 @@ pub(super) fn run(config: &CustomerConfig, path: &Path, report: &mut CheckReport
         )));
     }
     Ok(())
+}
+
+/// Checks that our own certificate, if there is one, was what we have logged in by. Returns the TLS version and the
+/// mechanism, for the user.
+fn check_login(provider: &ProviderAccount, found: &Probe, report: &mut CheckReport) -> (String, &'static str) {
+    let version = found.tls.as_ref().map(|tls| tls.version);
+    let mechanism = found.mechanism.map_or("-", Mechanism::name);
+    if provider.remote.identity.is_some() {
+        let address = &provider.remote.address;
+        if found.mechanism != Some(Mechanism::External) {
+            report.warn(provider.certificate_error(format!(
+                "{address} does not know this certificate, so we have logged in by {mechanism}: give its operator the pin of \
+                 it, for `certificate` in the file of the account"
+            )));
+        } else if version == Some("TLSv1.2") {
+            // RFC 5246 section 7.4.6; TLS 1.3 encrypts it.
+            report.warn(provider.certificate_error(format!(
+                "{address} uses TLS 1.2, which sends this certificate in clear text: whoever reads the connection sees who \
+                 calls; ask its operator for TLS 1.3"
+            )));
+        }
+    }
+    (version.map_or_else(String::new, |version| format!(" under {version}")), mechanism)
 }
 
 /// A pinned certificate is trusted after its end, and other customers may not be able to call.

@@ -14,7 +14,7 @@ use rustix::fs::Access;
 use rustix::process::{Resource, getrlimit};
 
 use super::call_check;
-use super::check_report::{CheckReport, check_error, describe, names_of, validity};
+use super::check_report::{CheckReport, check_error, describe, describe_own, names_of, validity};
 use super::exit::ExitError;
 use super::owner::{check_owned, reload_errors, subdirectories};
 use super::process::{config_path, print};
@@ -33,6 +33,7 @@ use crate::privileges::{LoginUser, SystemUser};
 use crate::provider::certificate::DAYS_TO_RENEW;
 use crate::provider::spool::{Spool, SpoolQueue};
 use crate::recipients::RecipientRules;
+use crate::session::ClientIdentity;
 use crate::smtp::reply::Severity;
 
 /// The options of `odmr check`.
@@ -337,6 +338,11 @@ fn check_descriptors(line: &SourceLine, needed: usize, report: &mut CheckReport)
 /// Returns the customer's providers and its accounts there, for the summary. `login`: the user who runs this.
 fn check_customer(config: &CustomerConfig, places: &Places<'_>, login: &str, report: &mut CheckReport) -> String {
     check_owner(&places.root, &config.mailboxes.root, rustix::process::geteuid().as_raw(), report);
+    for provider in &config.providers {
+        if let Some(identity) = &provider.remote.identity {
+            check_own_certificate(provider, identity, report);
+        }
+    }
     config.mailboxes.rules.warnings().iter().for_each(|warning| report.warn(warning));
     if let Some(outgoing) = &config.outgoing {
         warn_of_senders(&config.mailboxes, &outgoing.domain, login, report);
@@ -347,6 +353,21 @@ fn check_customer(config: &CustomerConfig, places: &Places<'_>, login: &str, rep
         |provider: &ProviderAccount| format!("of {}, as {}", provider.remote.address, provider.remote.login_name());
     let accounts: Vec<_> = config.providers.iter().map(account).collect();
     format!("a customer {}", accounts.join("; "))
+}
+
+/// Checks a customer's own certificate, and notes the pins for the provider. Its names do not matter.
+fn check_own_certificate(provider: &ProviderAccount, identity: &ClientIdentity, report: &mut CheckReport) {
+    let Ok(certificate) = CertificateInfo::load(&identity.certificate) else { return };
+    let name = identity.certificate.display();
+    if let Some((until, days @ ..DAYS_TO_RENEW)) = validity(&certificate, Clock::System.now()) {
+        let word = if days < 0 { "has expired" } else { "expires" };
+        report.warn(provider.certificate_error(format!(
+            "{name} {word} on {}: an `odmr serve` goes by the pin and accepts it, other providers may not; renew it with the \
+             same key",
+            until.rfc3339()
+        )));
+    }
+    report.note(format!("{name}: {}", describe_own(&certificate)));
 }
 
 /// Reports mailboxes that belong to another user than the one that `pull` runs as: `user`. Root may write into them, but

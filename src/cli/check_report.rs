@@ -71,10 +71,24 @@ pub(super) fn validity(certificate: &CertificateInfo, now: Timestamp) -> Option<
     certificate.until.map(|until| (until, days_left(until, now)))
 }
 
-/// A certificate in one line: its names, its end, its pins.
+/// A certificate of a provider in one line: its names, its end, its pins.
 pub(super) fn describe(certificate: &CertificateInfo) -> String {
-    let until = validity(certificate, Clock::System.now());
-    let until = until.map_or_else(String::new, |(until, days)| format!(", until {} ({days} days)", until.rfc3339()));
     let [whole, key] = &certificate.pins;
-    format!("for {}{until}; pin = \"{whole}\", or pin = \"{key}\", which survives renewals", names_of(certificate))
+    let (names, until) = (names_of(certificate), described_end(certificate));
+    format!("for {names}{until}; pin = \"{whole}\", or pin = \"{key}\", which survives renewals")
+}
+
+/// A certificate of a customer in one line: its end, and its pins for the provider.
+pub(super) fn describe_own(certificate: &CertificateInfo) -> String {
+    let [whole, key] = &certificate.pins;
+    let until = described_end(certificate);
+    format!(
+        "our own certificate{until}; in the provider's file of the account: certificate = [\"{whole}\"], or certificate = \
+         [\"{key}\"], which survives renewals"
+    )
+}
+
+fn described_end(certificate: &CertificateInfo) -> String {
+    let until = validity(certificate, Clock::System.now());
+    until.map_or_else(String::new, |(until, days)| format!(", until {} ({days} days)", until.rfc3339()))
 }

@@ -92,21 +92,21 @@ pub(super) fn log_prevented_reload(owner: &SystemUser, path: &Path, known: &[Str
 pub(super) fn reload_errors(path: &Path) -> Vec<String> {
     let (config, findings) = Config::examine(path);
     let mut errors: Vec<_> = findings.errors.iter().chain(&findings.skipped).map(ToString::to_string).collect();
-    let remote_error = |remote: &RemoteSettings, keys: &[&str]| {
-        Remote::new(remote).err().map(|text| line_of_key(path, keys).error(text).to_string())
+    let remote_error = |remote: &RemoteSettings, table: &str| {
+        Remote::new(remote).err().map(|error| line_of_key(path, &[table, error.key]).error(error.text).to_string())
     };
     match config {
         None => {}
         Some(Config::Provider(config)) => {
             errors.extend(config.tls.iter().filter_map(|files| files.load().err()).map(|error| error.to_string()));
-            errors.extend(config.relay.smarthost.iter().filter_map(|remote| remote_error(remote, &["relay", "ca"])));
+            errors.extend(config.relay.smarthost.iter().filter_map(|remote| remote_error(remote, "relay")));
         }
         Some(Config::Customer(config)) => {
             let of_provider =
                 |provider: &ProviderAccount| Some(provider.error(&Remote::new(&provider.remote).err()?).to_string());
             errors.extend(config.providers.iter().filter_map(of_provider));
             let submission = config.outgoing.iter().filter_map(|outgoing| outgoing.submission.as_ref());
-            errors.extend(submission.filter_map(|remote| remote_error(remote, &["outgoing", "ca"])));
+            errors.extend(submission.filter_map(|remote| remote_error(remote, "outgoing")));
         }
     }
     errors

@@ -8,7 +8,7 @@ use super::mailboxes::{MAILBOXES_KEYS, MailboxesConfig};
 use super::owner::MailOwner;
 use super::provider::check_listeners;
 use super::relay::retry_times;
-use super::remote::{optional_remote, remote, secret};
+use super::remote::{file_error, login_secret, optional_remote, remote};
 use super::schedule::{self, SCHEDULE_KEYS};
 use super::source::{FileKind, Source};
 use super::table::{Table, Value, check_unique, values};
@@ -21,7 +21,7 @@ use crate::queue::retry::Retry;
 use crate::recipients::{ConfigError, SourceLine};
 use crate::sasl::Login;
 use crate::schedule::Schedule;
-use crate::session::{Limits, RemoteSettings, Timeouts};
+use crate::session::{Limits, RemoteError, RemoteSettings, Timeouts};
 use crate::smtp::client::Without8BitMime;
 
 /// The configuration of a customer.
@@ -120,21 +120,38 @@ pub struct ProviderAccount {
     pub outgoing: bool,
     /// Its own schedule, or that of `[schedule]`.
     pub schedule: Schedule,
-    /// The line of `ca`, or else of the table.
+    /// The lines of `ca`, `certificate` and `key`, or else of the table.
     ca_line: SourceLine,
+    certificate_line: SourceLine,
+    key_line: SourceLine,
     /// The line of `domains`, or else of the table.
     domains_line: SourceLine,
     address_line: SourceLine,
 }
 
 impl ProviderAccount {
-    /// The error about the certificates that are trusted, on the line of `ca` or of the table.
-    pub fn error(&self, text: &str) -> ConfigError {
-        let remedy = match &self.remote.ca {
-            Some(_) => "put the certificates there, or name others in `ca`",
-            None => "name the certificates to trust in `ca`, or the one in `pin`",
-        };
-        self.ca_line.error(format!("{text}: {remedy}"))
+    /// The error about the certificates that are trusted, or about our own, on the line of its file or of the table.
+    pub fn error(&self, error: &RemoteError) -> ConfigError {
+        match (error.key, &self.remote.ca, &self.remote.identity) {
+            ("certificate", _, Some(own)) => {
+                file_error(&self.certificate_line, error.key, &own.certificate, &error.text)
+            }
+            ("key", _, Some(own)) => file_error(&self.key_line, error.key, &own.key, &error.text),
+            (_, Some(_), _) => {
+                self.ca_line.error(format!("{error}: put the certificates there, or name others in `ca`"))
+            }
+            _ => self.ca_line.error(format!("{error}: name the certificates to trust in `ca`, or the one in `pin`")),
+        }
+    }
+
+    /// The error or the warning about our own certificate, on its line.
+    pub fn certificate_error(&self, text: String) -> ConfigError {
+        self.certificate_line.error(text)
+    }
+
+    /// The error or the warning about the key of our own certificate, on its line.
+    pub fn key_error(&self, text: String) -> ConfigError {
+        self.key_line.error(text)
     }
 
     /// The error about the domains that are asked for, on the line of `domains` or of the table.
@@ -196,24 +213,48 @@ impl ProviderAccount {
         let address = table.required("address", host_port::<366>(), missing);
         let missing = "[provider] needs `name`, the login name that the provider gave you";
         let name = table.required("name", ACCOUNT_NAME, missing);
-        let ca_line = table.line_of("ca");
+        let [ca_line, certificate_line, key_line] = ["ca", "certificate", "key"].map(|key| table.line_of(key));
         let (source, table_line) = (table.file, table.line.clone());
+        let certificate = table.contains("certificate");
         let remote = source.note(address.and_then(|address| remote(&mut table, address, "tls")));
-        let secret = source.note(secret(&mut table, &table_line));
+        let secret = source.note(login_secret(&mut table, &table_line, certificate));
         let domains = table.list("domains", DOMAIN);
         let own = table.table("schedule", &SCHEDULE_KEYS);
         let schedule = source.note(own.and_then(|own| own.map_or_else(|| Ok(schedule.clone()), schedule::read)));
         let domains = domains?.unwrap_or_default();
         check_unique(&domains)?;
         let (name, remote, secret, schedule) = (name?, remote?, secret?, schedule?);
-        let remote = RemoteSettings { login: Some(Login::with_secret(name, secret)), ..remote };
+        let login = Login { secret, certificate, ..Login::with_secret(name, Vec::new()) };
+        let remote = RemoteSettings { login: Some(login), ..remote };
         let domains = values(domains);
-        Ok(ProviderAccount { remote, domains, outgoing, schedule, ca_line, domains_line, address_line })
+        Ok(ProviderAccount {
+            remote,
+            domains,
+            outgoing,
+            schedule,
+            ca_line,
+            certificate_line,
+            key_line,
+            domains_line,
+            address_line,
+        })
     }
 }
 
-const PROVIDER_KEYS: [&str; 10] =
-    ["address", "tls", "ca", "pin", "name", "secret", "secret-file", "domains", "outgoing", "schedule"];
+const PROVIDER_KEYS: [&str; 12] = [
+    "address",
+    "tls",
+    "ca",
+    "pin",
+    "certificate",
+    "key",
+    "name",
+    "secret",
+    "secret-file",
+    "domains",
+    "outgoing",
+    "schedule",
+];
 
 /// `[outgoing]`: how a customer accepts mail from its own users and machines, and sends it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -227,7 +268,7 @@ pub struct OutgoingConfig {
     /// The domain of names without one, and of a `From:` that has to be added. Default: the first domain of `accept`.
     pub domain: Domain,
     /// The host that mail is sent to if the provider does not accept it before ATRN, port 587 by default. Its default
-    /// login is that of the provider. Default: none.
+    /// login is that of the provider, if that has a secret. Default: none.
     pub submission: Option<RemoteSettings>,
     /// `give-up` and `delay-notice`; the other times have their defaults.
     pub retry: Retry,
@@ -251,8 +292,14 @@ impl OutgoingConfig {
         let (source, queue) = (table.file, table.required("queue", PATH, missing));
         let (listen, networks) = (table.list("listen", LISTENER), table.list("networks", NETWORK));
         let domain = table.or("domain", DOMAIN, mailboxes.rules.home().clone());
-        let login = provider.remote.login.clone();
+        let login = provider.remote.login.clone().filter(|login| login.secret.is_some());
+        let submission_line = table.line_of("submission");
         let submission = source.note(optional_remote(&mut table, "submission", "submission-tls", login));
+        if let Ok(Some(RemoteSettings { login: None, identity: None, .. })) = &submission {
+            let text = "the submission host has nothing to log in with, as [provider] has no `secret`: add `name` and \
+                        `secret` for it, or `certificate` and `key`";
+            return Err(submission_line.error(text));
+        }
         let (retry, max_size) = (source.note(retry_times(&mut table)), table.or("max-size", SIZE, MAX_SIZE));
         let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default());
         let listen = listen?.unwrap_or_default();
@@ -278,7 +325,7 @@ impl OutgoingConfig {
 }
 
 #[rustfmt::skip]
-const OUTGOING_KEYS: [&str; 15] = [
-    "queue", "listen", "networks", "domain", "submission", "submission-tls", "ca", "pin", "name", "secret",
-    "secret-file", "give-up", "delay-notice", "max-size", "without-8bitmime",
+const OUTGOING_KEYS: [&str; 17] = [
+    "queue", "listen", "networks", "domain", "submission", "submission-tls", "ca", "pin", "certificate", "key",
+    "name", "secret", "secret-file", "give-up", "delay-notice", "max-size", "without-8bitmime",
 ];

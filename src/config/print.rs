@@ -42,6 +42,9 @@ pub fn effective(path: &Path) -> Result<String, ConfigError> {
 const PATHS: [&str; 9] =
     ["spool", "customers", "certificate", "key", "root", "queue", "ca", "secret-file", "alias-file"];
 
+/// The keys of what a host is trusted by, and of the login there.
+const LOGIN_KEYS: [&str; 7] = ["ca", "pin", "certificate", "key", "name", "secret", "secret-file"];
+
 /// Writes one file.
 struct Printer {
     source: Source,
@@ -73,8 +76,9 @@ impl Printer {
         let relay = &config.relay;
         let mut table = take_table(&mut file, "relay").unwrap_or_default();
         self.head("relay");
-        let keys = ["smarthost", "smarthost-tls", "ca", "pin", "name", "secret", "secret-file", "tls-for", "resolver"];
-        self.written(&mut table, &keys);
+        self.written(&mut table, &["smarthost", "smarthost-tls"]);
+        self.written(&mut table, &LOGIN_KEYS);
+        self.written(&mut table, &["tls-for", "resolver"]);
         let tls = match relay.tls {
             TlsPolicy::May => "\"may\"",
             TlsPolicy::Must => "\"must\"",
@@ -96,6 +100,9 @@ impl Printer {
         let source = Source::read(&self.source.file)?;
         let mut file = source.parse()?;
         self.written(&mut file, &["domains", "secret", "secret-file", "max-size", "delivered-to-prefix"]);
+        if !account.certificates.is_empty() {
+            self.list("certificate", &account.certificates);
+        }
         self.value("relay", account.relay);
         self.value("any-sender", account.any_sender);
         self.value("rate", account.rate);
@@ -129,8 +136,8 @@ impl Printer {
         self.value("without-8bitmime", eight_bit(mailboxes.without_8bitmime));
         if let (Some(outgoing), Some(mut table)) = (&config.outgoing, take_table(&mut file, "outgoing")) {
             self.head("outgoing");
-            let keys = ["queue", "submission", "submission-tls", "ca", "pin", "name", "secret", "secret-file"];
-            self.written(&mut table, &keys);
+            self.written(&mut table, &["queue", "submission", "submission-tls"]);
+            self.written(&mut table, &LOGIN_KEYS);
             self.list("listen", &outgoing.listen);
             self.list("networks", &outgoing.networks);
             self.value("domain", quote(outgoing.domain.as_str()));
@@ -152,7 +159,7 @@ impl Printer {
             TlsMode::None => "\"none\"",
         };
         self.value("tls", tls);
-        self.written(&mut table, &["ca", "pin", "name", "secret", "secret-file"]);
+        self.written(&mut table, &LOGIN_KEYS);
         self.list("domains", &provider.domains);
         self.value("outgoing", provider.outgoing);
         let own = take_table(&mut table, "schedule");

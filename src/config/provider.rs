@@ -12,17 +12,18 @@ use std::time::Duration;
 use super::limits::{limits, timeouts};
 use super::owner::MailOwner;
 use super::relay::RelayConfig;
-use super::remote::secret;
+use super::remote::{file_error, secret};
 use super::source::{FileKind, Findings, Source, check_private};
 use super::table::{Table, check_unique, values};
 use super::value::{
-    ACCOUNT_NAME, DOMAIN, DURATION, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, PATH, SIZE, Text,
+    ACCOUNT_NAME, DOMAIN, DURATION, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, PATH, PIN, SIZE, Text,
     WITHOUT_8BITMIME,
 };
 use crate::mail::address::Domain;
+use crate::net::pin::Pin;
 use crate::net::tls::ServerTls;
 use crate::recipients::{ConfigError, Located, SourceLine};
-use crate::sasl::{AccountCredentials, Unavailable};
+use crate::sasl::{AccountCredentials, CertificateDigests, Unavailable};
 use crate::session::{Limits, Timeouts};
 use crate::smtp::client::Without8BitMime;
 
@@ -96,7 +97,8 @@ impl ProviderConfig {
         let (odmr_listen, listen_tls) = (odmr.list("listen", LISTENER), odmr.list("listen-tls", LISTENER));
         let lists = [&inbound_listen, &odmr_listen, &listen_tls].into_iter().flatten().flatten();
         let _ = source.note(check_listeners(lists.flatten()));
-        let accounts = customers.and_then(|customers| source.note(Accounts::build(source, &customers, earlier)));
+        let build = |customers: Located<PathBuf>| source.note(Accounts::build(source, &customers, has_tls, earlier));
+        let accounts = customers.and_then(build);
         let max_size = inbound.or("max-size", SIZE, MAX_SIZE);
         let odmr = source.note(OdmrConfig::build(odmr, odmr_listen, listen_tls, has_tls));
         let relay = source.note(RelayConfig::build(&mut file));
@@ -171,17 +173,11 @@ impl TlsFiles {
         // With such a key that replaced another one, the next start would fail.
         self.check_key()?;
         ServerTls::load(&self.certificate, &self.key).map_err(|text| {
-            let (key, certificate) = (self.key.display().to_string(), self.certificate.display().to_string());
-            let of_key = text.starts_with(&key) && !text.starts_with(&certificate);
-            let (line, path, what) = match of_key {
-                true => (&self.key_line, key, "key"),
-                false => (&self.certificate_line, certificate, "certificate"),
-            };
-            let remedy = match text.starts_with(&format!("{path}: ")) {
-                true => format!("; put the {what} there, or name another file in `{what}`"),
-                false => String::new(),
-            };
-            line.error(format!("{text}{remedy}"))
+            let begins_with = |path: &Path| text.starts_with(&path.display().to_string());
+            match begins_with(&self.key) && !begins_with(&self.certificate) {
+                true => file_error(&self.key_line, "key", &self.key, &text),
+                false => file_error(&self.certificate_line, "certificate", &self.certificate, &text),
+            }
         })
     }
 
@@ -288,7 +284,7 @@ impl Accounts {
     }
 
     /// Keeps the accounts of an earlier reading whose files are skipped now, but no domain that another customer has by now.
-    fn keep_skipped(&mut self, earlier: &Accounts) {
+    pub(super) fn keep_skipped(&mut self, earlier: &Accounts) {
         let names: Vec<_> = self.skipped.iter().map(|skipped| skipped.name.clone()).collect();
         for account in names.iter().filter_map(|name| earlier.account(name)) {
             let mut kept = account.clone();
@@ -319,7 +315,15 @@ impl Accounts {
         self.accounts.iter()
     }
 
-    fn build(source: &Source, directory: &Located<PathBuf>, earlier: &Accounts) -> Result<Accounts, ConfigError> {
+    /// Whether a customer may log in by a certificate.
+    pub fn has_certificates(&self) -> bool {
+        self.accounts.iter().any(|account| !account.certificates.is_empty())
+    }
+
+    /// `tls`: whether there is a certificate for TLS.
+    fn build(
+        source: &Source, directory: &Located<PathBuf>, tls: bool, earlier: &Accounts,
+    ) -> Result<Accounts, ConfigError> {
         let path = source.relative(&directory.value);
         let files = customer_files(&path).map_err(|error| {
             let path = path.display();
@@ -337,7 +341,7 @@ impl Accounts {
         }
         let (mut accounts, mut read) = (Accounts::default(), Vec::new());
         for file in files.into_iter().filter(|file| is_customer_file(file)) {
-            let (account, found) = Source::examine(&file, Account::read);
+            let (account, found) = Source::examine(&file, |source| Account::read(source, tls));
             source.note_customer(found);
             match account {
                 Ok(account) => read.push(account),
@@ -390,8 +394,70 @@ impl Accounts {
     pub fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
         match self.account(name) {
             None if self.skipped.iter().any(|skipped| skipped.name == name) => Err(Unavailable),
-            account => Ok(account.map(|account| AccountCredentials { secret: Some(account.secret.clone()) })),
+            account => Ok(account.map(|account| AccountCredentials { secret: account.secret.clone() })),
         }
+    }
+}
+
+impl Accounts {
+    /// As [`CredentialStore::account_of`](crate::sasl::CredentialStore::account_of). One customer may have several accounts
+    /// that the same key opens, so the client may have to tell which.
+    ///
+    /// # Errors
+    ///
+    /// The certificate opens no account, but a customer's file has a mistake, and was not read before.
+    pub fn account_of(
+        &self, certificate: &CertificateDigests, wanted: Option<&str>,
+    ) -> Result<Option<String>, Unavailable> {
+        let mut found =
+            self.opened_by(certificate).filter(|account| wanted.is_none_or(|wanted| wanted == account.name));
+        match (found.next(), found.next()) {
+            (Some(account), None) => Ok(Some(account.name.clone())),
+            (None, _) if self.may_be_of_skipped(certificate, wanted) => Err(Unavailable),
+            _ => Ok(None),
+        }
+    }
+
+    /// As [`CredentialStore::knows`](crate::sasl::CredentialStore::knows).
+    pub fn knows(&self, certificate: &CertificateDigests) -> bool {
+        self.opened_by(certificate).next().is_some() || self.may_be_of_skipped(certificate, None)
+    }
+
+    fn opened_by(&self, certificate: &CertificateDigests) -> impl Iterator<Item = &Account> {
+        self.accounts.iter().filter(|account| account.certificates.iter().any(|pin| pin.is_of(certificate)))
+    }
+
+    /// Whether a certificate may open an account whose file is skipped.
+    fn may_be_of_skipped(&self, certificate: &CertificateDigests, wanted: Option<&str>) -> bool {
+        let mut skipped = self.skipped.iter().filter(|skipped| self.account(&skipped.name).is_none());
+        match wanted {
+            Some(wanted) => skipped.any(|skipped| skipped.name == wanted),
+            None => skipped.next().is_some() && self.opened_by(certificate).next().is_none(),
+        }
+    }
+}
+
+/// `secret` and `certificate` of a customer's file, of which it must have one.
+fn credentials(table: &mut Table<'_>, tls: bool) -> Result<(Option<Vec<u8>>, Vec<Pin>), ConfigError> {
+    let (source, line) = (table.file, table.line_of("certificate"));
+    let (secret, certificates) = (source.note(secret(table)), table.list("certificate", PIN));
+    let (secret, certificates) = (secret?, certificates?.map(values));
+    match &certificates {
+        Some(pins) if pins.is_empty() => {
+            let text = "`certificate` is empty: write the pin of the customer's certificate, which its `odmr check` shows, \
+                        or remove it";
+            Err(line.error(text))
+        }
+        Some(_) if !tls => {
+            let text = "`certificate` has no effect without TLS: add [tls] with `certificate` and `key` to the provider's \
+                        file, or remove it";
+            Err(line.error(text))
+        }
+        None if secret.is_none() => Err(source.whole().error(
+            "`secret` is missing: write secret = \"…\", or secret-file = \"…\" for a file with nothing but the secret; or \
+             certificate = [\"spki-sha256:…\"], with the pin that the customer's `odmr check` shows",
+        )),
+        _ => Ok((secret, certificates.unwrap_or_default())),
     }
 }
 
@@ -402,8 +468,10 @@ pub struct Account {
     pub name: String,
     /// At least one, none twice, each with a dot.
     pub domains: Vec<Domain>,
-    /// Never empty.
-    pub secret: Vec<u8>,
+    /// Never empty; `None`: only a certificate opens the account.
+    pub secret: Option<Vec<u8>>,
+    /// The certificates and keys that open the account, whatever their dates.
+    pub certificates: Vec<Pin>,
     /// Whether it may submit mail, for any domain. Default: true.
     pub relay: bool,
     /// Whether the senders of submitted mail may be in domains of other customers and other hosts. Default: false.
@@ -419,9 +487,18 @@ pub struct Account {
 
 impl Account {
     /// Reads the file of one customer. Returns the lines of its domains, too.
-    fn read(source: &Source) -> Result<(Account, Vec<Located<Domain>>), ConfigError> {
-        let keys =
-            ["domains", "secret", "secret-file", "relay", "any-sender", "max-size", "rate", "delivered-to-prefix"];
+    fn read(source: &Source, tls: bool) -> Result<(Account, Vec<Located<Domain>>), ConfigError> {
+        let keys = [
+            "domains",
+            "certificate",
+            "secret",
+            "secret-file",
+            "relay",
+            "any-sender",
+            "max-size",
+            "rate",
+            "delivered-to-prefix",
+        ];
         let mut table = Table::root(source, &keys)?;
         let name = source.file.file_stem().and_then(|name| name.to_str());
         let name = name.ok_or_else(|| "the login name is not UTF-8: rename the file".to_owned());
@@ -430,7 +507,7 @@ impl Account {
             .map_err(|text| source.whole().error(format!("{text}; here it is the file's name without .toml")))?;
         let list = table.line_of("domains");
         let (mut domains, mut lines) = (Vec::new(), Vec::new());
-        let secret = source.note(secret(&mut table, &source.whole()));
+        let credentials = source.note(credentials(&mut table, tls));
         let (relay, any_sender) = (table.or("relay", Flag, true), table.or("any-sender", Flag, false));
         let (max_size, rate) = (table.get("max-size", SIZE), table.or("rate", 0..=u32::MAX, 0));
         let delivered_to_prefix = table.get("delivered-to-prefix", PREFIX);
@@ -446,10 +523,12 @@ impl Account {
                 "`domains` is missing or empty: name the customer's domains, such as domains = [\"example.org\"]",
             ));
         }
+        let (secret, certificates) = credentials?;
         let account = Account {
             name,
             domains,
-            secret: secret?,
+            secret,
+            certificates,
             relay: relay?,
             any_sender: any_sender?,
             max_size: max_size?,

@@ -69,9 +69,10 @@ impl RelayConfig {
 }
 
 #[rustfmt::skip]
-const RELAY_KEYS: [&str; 18] = [
-    "smarthost", "smarthost-tls", "ca", "pin", "name", "secret", "secret-file", "tls", "tls-for", "resolver", "port",
-    "connections", "connections-per-host", "without-8bitmime", "retry-first", "retry-max", "give-up", "delay-notice",
+const RELAY_KEYS: [&str; 20] = [
+    "smarthost", "smarthost-tls", "ca", "pin", "certificate", "key", "name", "secret", "secret-file", "tls", "tls-for",
+    "resolver", "port", "connections", "connections-per-host", "without-8bitmime", "retry-first", "retry-max", "give-up",
+    "delay-notice",
 ];
 
 /// Whether mail may be sent to an MX host without TLS, or without a valid certificate.

@@ -1,5 +1,6 @@
 //! Hosts and secrets, which several tables have: a provider, a smarthost, a submission host, a customer's account.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::source::{Source, check_private, read};
@@ -7,9 +8,9 @@ use super::table::Table;
 use super::value::{ACCOUNT_NAME, HostPort, PATH, PIN, SECRET, TLS_MODE, check_secret, host_port};
 use crate::recipients::{ConfigError, SourceLine};
 use crate::sasl::Login;
-use crate::session::{RemoteSettings, TlsMode};
+use crate::session::{ClientIdentity, RemoteSettings, TlsMode};
 
-/// The host at an address, without credentials. Reads `ca`, `pin`, and how to use TLS at the key `tls_key`.
+/// The host at an address, without a login. Reads `ca`, `pin`, `certificate`, `key`, and how to use TLS at the key `tls_key`.
 pub(super) fn remote(
     table: &mut Table<'_>, HostPort { address, host }: HostPort, tls_key: &str,
 ) -> Result<RemoteSettings, ConfigError> {
@@ -21,14 +22,39 @@ pub(super) fn remote(
                     remove one of the two";
         return Err(ca.source.error(text));
     }
+    let certificate_line = table.line_of("certificate");
+    let identity = identity(table)?;
     let unused = ca.as_ref().map(|ca| &ca.source).or(pin.as_ref().map(|pin| &pin.source));
-    if let (TlsMode::None, Some(line)) = (tls, unused) {
+    if let (TlsMode::None, Some(line)) = (tls, unused.or(identity.as_ref().map(|_| &certificate_line))) {
         return Err(line.error(format!(
-            "`ca` and `pin` have no effect with {tls_key} = \"none\": write {tls_key} = \"starttls\", or remove them"
+            "`ca`, `pin` and `certificate` have no effect with {tls_key} = \"none\": write {tls_key} = \"starttls\", or \
+             remove them"
         )));
     }
     let ca = ca.map(|ca| table.file.absolute(&ca.value));
-    Ok(RemoteSettings { address, host, tls, ca, pin: pin.map(|pin| pin.value), login: None })
+    Ok(RemoteSettings { address, host, tls, ca, pin: pin.map(|pin| pin.value), identity, login: None })
+}
+
+/// `certificate` and `key`: what this side shows if the host asks for a certificate.
+fn identity(table: &mut Table<'_>) -> Result<Option<ClientIdentity>, ConfigError> {
+    let (certificate, key) = (table.located("certificate", PATH), table.located("key", PATH));
+    match (certificate?, key?) {
+        (None, None) => Ok(None),
+        (Some(certificate), None) => Err(certificate.source.error(
+            "`certificate` has no effect without `key`: write key = \"…\" too, the PEM file with its private key",
+        )),
+        (None, Some(key)) => Err(key.source.error(
+            "`key` has no effect without `certificate`: write certificate = \"…\" too, the PEM file with the certificate",
+        )),
+        (Some(certificate), Some(key)) => {
+            let [certificate, path] = [&certificate, &key].map(|file| table.file.absolute(&file.value));
+            // If the key cannot be read at all, the TLS module reports it.
+            if let Ok(metadata) = std::fs::metadata(&path) {
+                check_private(metadata.permissions().mode(), &path).map_err(|text| key.source.error(text))?;
+            }
+            Ok(Some(ClientIdentity { certificate, key: path }))
+        }
+    }
 }
 
 /// The host that a table need not name, port 587 by default; `key` and `tls_key`: the keys of its address and of how to
@@ -37,7 +63,7 @@ pub(super) fn optional_remote(
     table: &mut Table<'_>, key: &str, tls_key: &str, login: Option<Login>,
 ) -> Result<Option<RemoteSettings>, ConfigError> {
     let Some(address) = table.get(key, host_port::<587>())? else {
-        let keys = [tls_key, "ca", "pin", "name", "secret", "secret-file"];
+        let keys = [tls_key, "ca", "pin", "certificate", "key", "name", "secret", "secret-file"];
         return match keys.into_iter().find_map(|unused| Some((unused, table.take(unused)?.line))) {
             None => Ok(None),
             Some((unused, line)) => {
@@ -46,10 +72,14 @@ pub(super) fn optional_remote(
         };
     };
     let host = remote(table, address, tls_key)?;
+    let certificate = host.identity.is_some();
     let login = match table.located("name", ACCOUNT_NAME)? {
-        Some(name) => Some(Login::with_secret(name.value, secret(table, &name.source)?)),
+        Some(name) => {
+            let secret = login_secret(table, &name.source, certificate)?;
+            Some(Login { certificate, secret, ..Login::with_secret(name.value, Vec::new()) })
+        }
         None => match table.take("secret").or_else(|| table.take("secret-file")) {
-            None => login,
+            None => login.map(|login| Login { certificate, ..login }),
             Some(secret) => {
                 let text = "there is a secret, but no `name` to log in with: add `name`, or remove the secret";
                 return Err(secret.line.error(text));
@@ -59,26 +89,46 @@ pub(super) fn optional_remote(
     Ok(Some(RemoteSettings { login, ..host }))
 }
 
-/// The secret of an account, from either key; `missing`: the place of the error when both are missing.
-pub(super) fn secret(table: &mut Table<'_>, missing: &SourceLine) -> Result<Vec<u8>, ConfigError> {
+/// An error about a file that `what` names, `certificate` or `key`, on the line of that key.
+pub(super) fn file_error(line: &SourceLine, what: &str, path: &Path, text: &str) -> ConfigError {
+    let remedy = match text.starts_with(&format!("{}: ", path.display())) {
+        true => format!("; put the {what} there, or name another file in `{what}`"),
+        false => String::new(),
+    };
+    line.error(format!("{text}{remedy}"))
+}
+
+/// The secret to log in with at a host; `missing`: the place of the error if there is none, and no `certificate` either.
+pub(super) fn login_secret(
+    table: &mut Table<'_>, missing: &SourceLine, certificate: bool,
+) -> Result<Option<Vec<u8>>, ConfigError> {
+    match secret(table)? {
+        None if !certificate => Err(missing.error(
+            "`secret` is missing: write secret = \"…\", or secret-file = \"…\" for a file with nothing but the secret; or \
+             log in by a certificate, with `certificate` and `key`",
+        )),
+        secret => Ok(secret),
+    }
+}
+
+/// The secret of an account, from either key; `None`: neither is there.
+pub(super) fn secret(table: &mut Table<'_>) -> Result<Option<Vec<u8>>, ConfigError> {
     let source = table.file;
     match (table.located("secret", SECRET)?, table.located("secret-file", PATH)?) {
-        (None, None) => Err(missing.error(
-            "`secret` is missing: write secret = \"…\", or secret-file = \"…\" for a file with nothing but the secret",
-        )),
+        (None, None) => Ok(None),
         (Some(_), Some(file)) => {
             Err(file.source.error("`secret` and `secret-file` exclude each other: remove one of the two"))
         }
         (Some(secret), None) => {
             check_private(source.mode, &source.file).map_err(|text| secret.source.error(text))?;
             warn_if_short(source, &secret.source, &secret.value);
-            Ok(secret.value)
+            Ok(Some(secret.value))
         }
-        (None, Some(_)) if !source.reads_secrets => Ok(Vec::new()),
+        (None, Some(_)) if !source.reads_secrets => Ok(Some(Vec::new())),
         (None, Some(file)) => {
             let secret = secret_file(&source.relative(&file.value)).map_err(|text| file.source.error(text))?;
             warn_if_short(source, &file.source, &secret);
-            Ok(secret)
+            Ok(Some(secret))
         }
     }
 }

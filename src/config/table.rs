@@ -52,6 +52,11 @@ impl<'s> Table<'s> {
         self.values.remove(key).map(|value| Value::new(self.file, value))
     }
 
+    /// Whether there is a value that is not taken yet.
+    pub(super) fn contains(&self, key: &str) -> bool {
+        self.values.contains_key(key)
+    }
+
     /// The line of a value that is not taken yet; if there is none: of the table.
     pub(super) fn line_of(&self, key: &str) -> SourceLine {
         self.values.get(key).map_or_else(|| self.line.clone(), |value| self.file.line(value.span()))

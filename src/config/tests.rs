@@ -2,11 +2,11 @@
 
 use super::*;
 use crate::mail::address::Domain;
-use crate::net::tls::Pin;
+use crate::net::pin::Pin;
 use crate::queue::retry::Retry;
-use crate::sasl::Login;
+use crate::sasl::{CertificateDigests, Login, Unavailable};
 use crate::schedule::{Schedule, When};
-use crate::session::{Limits, RemoteSettings, Timeouts, TlsMode};
+use crate::session::{ClientIdentity, Limits, RemoteSettings, Timeouts, TlsMode};
 use crate::smtp::client::Without8BitMime;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -275,6 +275,7 @@ fn every_key_of_relay_is_read() {
         tls: TlsMode::Implicit,
         ca: Some("/etc/ca.pem".into()),
         pin: None,
+        identity: None,
         login: login("relay", "open sesame"),
     };
     assert_eq!(relay.smarthost, Some(smarthost));
@@ -787,6 +788,125 @@ fn mistakes_in_the_directory_of_customers_are_named() {
     account("\"open sesame\"", "12345", &at(2), "this is a number, expected a secret in quotes");
 }
 
+/// A provider with TLS, whose only customer has this file.
+fn with_tls(account: &str) -> TempDir {
+    let provider = PROVIDER.replace("[odmr]", "[tls]\ncertificate = \"a.pem\"\nkey = \"a.key\"\n[odmr]");
+    files(&[("odmr.toml", &provider), ("customers.d/acme.toml", account)])
+}
+
+#[test]
+fn a_customer_may_log_in_by_certificates() {
+    let certificate = CertificateDigests { certificate: [1; 32], key: [2; 32] };
+    let (one, other) = (Pin::Certificate([1; 32]), Pin::Key([9; 32]));
+    let directory = with_tls(&format!("domains = [\"example.org\"]\ncertificate = [\"{one}\", \"{other}\"]\n"));
+    let path = directory.path().join("odmr.toml");
+    let accounts = ProviderConfig::load(&path).unwrap().accounts;
+    let acme = accounts.account("acme").unwrap();
+    assert_eq!((&acme.secret, &acme.certificates[..]), (&None, &[one, other][..]));
+    assert!(accounts.has_certificates() && accounts.knows(&certificate));
+    for (wanted, found) in [(None, Some("acme")), (Some("acme"), Some("acme")), (Some("Acme"), None)] {
+        assert_eq!(accounts.account_of(&certificate, wanted).unwrap().as_deref(), found, "{wanted:?}");
+    }
+    let foreign = CertificateDigests { certificate: [2; 32], key: [1; 32] };
+    assert!(!accounts.knows(&foreign) && accounts.account_of(&foreign, None) == Ok(None));
+    let printed = effective(&path).unwrap();
+    assert!(printed.contains(&format!("\ncertificate = [\"{one}\", \"{other}\"]\n")), "{printed}");
+}
+
+#[test]
+fn a_key_that_opens_two_accounts_needs_a_name() {
+    let key = CertificateDigests { certificate: [1; 32], key: [2; 32] };
+    let directory = with_tls(&format!("domains = [\"example.org\"]\ncertificate = [\"{}\"]\n", Pin::Key([2; 32])));
+    let beta = format!("domains = [\"example.edu\"]\ncertificate = [\"{}\"]\n", Pin::Certificate([1; 32]));
+    fs::write(directory.path().join("customers.d/beta.toml"), beta).unwrap();
+    let accounts = ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap().accounts;
+    assert_eq!(accounts.account_of(&key, None), Ok(None));
+    assert_eq!(accounts.account_of(&key, Some("beta")), Ok(Some("beta".to_owned())));
+    let renewed = CertificateDigests { certificate: [3; 32], ..key };
+    assert_eq!(accounts.account_of(&renewed, None), Ok(Some("acme".to_owned())));
+    assert_eq!(accounts.account_of(&renewed, Some("beta")), Ok(None));
+}
+
+/// As with a secret: a typing error is no reason to reject a login for good.
+#[test]
+fn the_certificate_of_an_account_with_a_mistake_may_be_known_later() {
+    let key = CertificateDigests { certificate: [1; 32], key: [2; 32] };
+    let foreign = CertificateDigests { certificate: [9; 32], key: [9; 32] };
+    let directory = with_tls(&format!("domains = [\"example.org\"]\ncertificate = [\"{}\"]\n", Pin::Key([2; 32])));
+    let path = directory.path().join("odmr.toml");
+    let earlier = ProviderConfig::load(&path).unwrap().accounts;
+    fs::write(directory.path().join("customers.d/acme.toml"), "domains = [\"example.org\"]\n").unwrap();
+    let mut accounts = ProviderConfig::load(&path).unwrap().accounts;
+    assert_eq!(accounts.account_of(&key, None), Err(Unavailable));
+    assert_eq!(accounts.account_of(&key, Some("acme")), Err(Unavailable));
+    assert_eq!(accounts.account_of(&key, Some("beta")), Ok(None));
+    assert!(accounts.knows(&foreign));
+    // After a reload the account is as it was.
+    accounts.keep_skipped(&earlier);
+    assert_eq!(accounts.account_of(&key, None), Ok(Some("acme".to_owned())));
+    assert!(!accounts.knows(&foreign));
+}
+
+#[test]
+fn mistakes_in_certificates_of_customers_are_named() {
+    let check = |line: &str, phrase: &str| {
+        let directory = with_tls(&format!("domains = [\"example.org\"]\n{line}\n"));
+        assert_error(&directory, "customers.d/acme.toml:2", phrase);
+    };
+    check("certificate = []", "`certificate` is empty: write the pin");
+    check("certificate = [\"me.pem\"]", "\"me.pem\" is not a valid fingerprint: write \"sha256:\"");
+    check("certificate = \"sha256:00\"", "expected a list, in [ ]");
+    let pins = format!("certificate = [\"{}\"]", Pin::Key([0; 32]));
+    account("secret = \"open sesame\"", &pins, "customers.d/acme.toml:2", "no effect without TLS: add [tls]");
+    account("secret = \"open sesame\"", "", "customers.d/acme.toml", "or certificate = [\"spki-sha256:…\"]");
+}
+
+/// A certificate of our own, for each host that may ask for one.
+#[test]
+fn a_host_may_be_shown_a_certificate() {
+    let own = "certificate = \"me.pem\"\nkey = \"/etc/me.key\"";
+    let directory = files(&[("odmr.toml", &CUSTOMER.replace("secret = \"open sesame\"", own))]);
+    let identity = ClientIdentity { certificate: directory.path().join("me.pem"), key: "/etc/me.key".into() };
+    let path = directory.path().join("odmr.toml");
+    let remote = CustomerConfig::load(&path).unwrap().providers.remove(0).remote;
+    let by_certificate = |name: &str| Login { secret: None, certificate: true, ..login(name, "").unwrap() };
+    assert_eq!((remote.identity, remote.login), (Some(identity), Some(by_certificate("acme"))));
+    let printed = effective(&path).unwrap();
+    assert!(printed.contains("/me.pem\"\nkey = \"/etc/me.key\"\nname = \"acme\"\n"), "{printed}");
+    // There may be a secret too. The submission host gets the secret, and not the certificate for another host.
+    let both = CUSTOMER.replace("name = \"acme\"", &format!("name = \"acme\"\n{own}"));
+    let both = format!("{both}[outgoing]\nqueue = \"out\"\nsubmission = \"smtp.example.net\"\n");
+    let directory = files(&[("odmr.toml", &both)]);
+    let config = CustomerConfig::load(&directory.path().join("odmr.toml")).unwrap();
+    let by_both = Login { certificate: true, ..login("acme", "open sesame").unwrap() };
+    assert_eq!(config.providers[0].remote.login, Some(by_both));
+    let submission = config.outgoing.unwrap().submission.unwrap();
+    assert_eq!((submission.identity, submission.login), (None, login("acme", "open sesame")));
+    // A smarthost may know its clients by their certificates without AUTH, or by EXTERNAL.
+    let smarthost = relay(&format!("smarthost = \"smtp.example.net\"\n{own}")).smarthost.unwrap();
+    assert_eq!((smarthost.identity.is_some(), smarthost.login), (true, None));
+    let smarthost = relay(&format!("smarthost = \"smtp.example.net\"\nname = \"a\"\n{own}")).smarthost.unwrap();
+    assert_eq!(smarthost.login, Some(by_certificate("a")));
+}
+
+#[test]
+#[rustfmt::skip]
+fn mistakes_in_our_own_certificate_are_named() {
+    let secret = "secret = \"open sesame\"";
+    let own = "certificate = \"me.pem\"\nkey = \"me.key\"";
+    customer(secret, "certificate = \"me.pem\"", "odmr.toml:5", "`certificate` has no effect without `key`: write key =");
+    customer(secret, "key = \"me.key\"", "odmr.toml:5", "`key` has no effect without `certificate`");
+    customer(secret, &format!("tls = \"none\"\n{own}"), "odmr.toml:6", "have no effect with tls = \"none\"");
+    customer(secret, "", "odmr.toml:2", "or log in by a certificate, with `certificate` and `key`");
+    provider("", "[relay]\ncertificate = \"me.pem\"", "odmr.toml:7", "`certificate` is for `smarthost`");
+    let submission = "[outgoing]\nqueue = \"out\"\nsubmission = \"a.example\"\n";
+    let only = files(&[("odmr.toml", &format!("{}{submission}", CUSTOMER.replace(secret, own)))]);
+    assert_error(&only, "odmr.toml:12", "the submission host has nothing to log in with");
+    let readable = files(&[("odmr.toml", &CUSTOMER.replace(secret, own)), ("me.key", "")]);
+    mode(&readable.path().join("me.key"), 0o644);
+    assert_error(&readable, "odmr.toml:6", "every user may read it: chmod 640");
+}
+
 #[test]
 fn a_domain_in_two_files_names_both() {
     let directory = files(&[
@@ -949,7 +1069,7 @@ fn byte_order_marks_and_line_ends_do_not_matter_and_utf_16_is_named() {
     let load = |directory: TempDir| Config::load(&directory.path().join("odmr.toml")).unwrap();
     for secret in ["open sesame", "\u{feff}open sesame", "\u{feff}open sesame\r\n", "open sesame\n"] {
         let Config::Provider(read) = load(provider(&crlf(&acme), secret)) else { panic!("not a provider's file") };
-        assert_eq!(read.accounts.account("acme").unwrap().secret, b"open sesame");
+        assert_eq!(read.accounts.account("acme").unwrap().secret.as_deref(), Some(&b"open sesame"[..]));
         let Config::Customer(read) = load(customer(secret, "\u{feff}root: alice\r\npostmaster: root")) else {
             panic!("not a customer's file")
         };

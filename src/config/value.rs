@@ -6,12 +6,11 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use data_encoding::HEXLOWER_PERMISSIVE;
 use ipnet::IpNet;
 use toml::de::DeValue;
 
 use crate::mail::address::{Domain, Mailbox};
-use crate::net::tls::Pin;
+use crate::net::pin::Pin;
 use crate::recipients::AddressPattern;
 use crate::session::TlsMode;
 use crate::smtp::client::Without8BitMime;
@@ -344,18 +343,14 @@ pub(super) const TLS_MODE: Text<TlsMode> = Text::new(TLS_MODES, |text| match tex
 
 /// The SHA-256 of a certificate, or of its key.
 pub(super) const PIN: Text<Pin> = Text::new("a fingerprint such as \"sha256:0123…\"", |text| {
-    let (kind, digits) = text.split_once(':').unwrap_or_default();
-    let octets = HEXLOWER_PERMISSIVE.decode(digits.replace(':', "").as_bytes()).ok();
-    match octets.and_then(|octets| octets.try_into().ok()) {
-        Some(octets) if kind.eq_ignore_ascii_case("sha256") => Ok(Pin::Certificate(octets)),
-        Some(octets) if kind.eq_ignore_ascii_case("spki-sha256") => Ok(Pin::Key(octets)),
-        _ => Err(format!(
+    Pin::parse(text).ok_or_else(|| {
+        format!(
             "{text:?} is not a valid fingerprint: write \"sha256:\" and 64 hexadecimal digits, with or without \
              colons, as `openssl x509 -in FILE -noout -fingerprint -sha256` shows them; or \"spki-sha256:\" and the \
              digits of the key, which survives renewals: `openssl x509 -in FILE -noout -pubkey | openssl pkey -pubin \
              -outform der | openssl sha256`"
-        )),
-    }
+        )
+    })
 });
 
 /// An address whose host is a domain, not an address literal.

@@ -6,9 +6,10 @@ use crate::config::{CustomerConfig, ProviderAccount};
 use crate::ids::Ids;
 use crate::mail::address::literal;
 use crate::net::cancel::CancelToken;
-use crate::net::tls::CertificateInfo;
-use crate::session::Remote;
+use crate::net::tls::{CertificateInfo, TlsInfo};
+use crate::sasl::Mechanism;
 use crate::session::client::Connect;
+use crate::session::{Remote, RemoteError};
 use crate::smtp::client::ClientOptions;
 use crate::smtp::extensions::AccountDomains;
 
@@ -17,8 +18,12 @@ use crate::smtp::extensions::AccountDomains;
 pub struct Probe {
     /// Its address as a literal.
     pub address: String,
-    /// `None`: the connection is in clear.
+    /// Of the provider. `None`: the connection is in clear.
     pub certificate: Option<CertificateInfo>,
+    /// What TLS has negotiated.
+    pub tls: Option<TlsInfo>,
+    /// By which the customer has logged in.
+    pub mechanism: Option<Mechanism>,
     /// The domains of the account; `None`: the provider does not tell them.
     pub domains: Option<AccountDomains>,
 }
@@ -30,15 +35,15 @@ pub struct Probe {
 pub fn probe(
     config: &CustomerConfig, provider: &ProviderAccount, ids: &Ids, cancel: &CancelToken,
 ) -> Result<Probe, CallError> {
-    let unusable = |text: String| CallError::Config(provider.error(&text).to_string());
+    let unusable = |error: RemoteError| CallError::Config(provider.error(&error).to_string());
     let remote = Remote::new(&provider.remote).map_err(unusable)?;
     let options = ClientOptions { name: config.hostname.clone(), atrn: true, ..ClientOptions::default() };
     let (id, timeouts) = (&ids.session_id(), &config.timeouts);
     let connect = Connect { id, peer: 'P', tls: None, implicit_tls: false, timeouts, cancel, limit: None };
     let (mut session, address) = remote.connect(&options, &connect).map_err(call_error)?;
-    let certificate = session.peer_certificate();
+    let (certificate, tls, mechanism) = (session.peer_certificate(), session.tls_info(), session.client().mechanism());
     // A provider that accepts EHLO only once has told nothing.
     let domains = session.ask_domains().unwrap_or_default();
     session.quit();
-    Ok(Probe { address: literal(address.ip()), certificate, domains })
+    Ok(Probe { address: literal(address.ip()), certificate, tls, mechanism, domains })
 }

@@ -34,6 +34,7 @@ use crate::net::connection::Connection;
 use crate::net::trace::quoted;
 use crate::report::Reporter;
 use crate::report::calls::{CallRecord, CallResult};
+use crate::sasl::Mechanism;
 use crate::session::Remote;
 use crate::session::client::{ClientSession, Connect, SessionFailure};
 use crate::session::server::{ServerSession, SessionEnd, SessionLimits};
@@ -129,7 +130,7 @@ impl Customer {
     /// [`CallError::Config`]: the certificates that the configuration names cannot be used.
     pub fn new(config: &CustomerConfig, ids: &Ids) -> Result<Customer, CallError> {
         let remote = |provider: &ProviderAccount| {
-            Remote::new(&provider.remote).map_err(|text| CallError::Config(provider.error(&text).to_string()))
+            Remote::new(&provider.remote).map_err(|error| CallError::Config(provider.error(&error).to_string()))
         };
         let remotes = config.providers.iter().map(remote).collect::<Result<_, _>>()?;
         let mailboxes = Arc::new(Mailboxes::new(config, ids));
@@ -465,7 +466,9 @@ impl ProviderConnection<'_> {
         let connect = Connect { id, peer: 'P', tls: None, implicit_tls: false, timeouts, cancel, limit: None };
         let (session, peer) = self.remote.connect(&options, &connect)?;
         let (provider, address) = (self.remote.address(), address::literal(peer.ip()));
-        log::info!("event=connected session={id} provider={provider} peer={address}");
+        let tls = session.tls_info().map_or("none", |tls| tls.version);
+        let mechanism = session.client().mechanism().map_or("-", Mechanism::name);
+        log::info!("event=connected session={id} provider={provider} peer={address} tls={tls} mechanism={mechanism}");
         Ok((session, peer.ip()))
     }
 
@@ -611,7 +614,7 @@ fn abort_error(abort: Abort) -> CallError {
             match reply.severity() {
                 Severity::Transient => CallError::Temporary(text),
                 _ if stage == Stage::Auth || is_login_rejected(&reply) => {
-                    CallError::Denied(format!("{text}; check `name` and `secret`"))
+                    CallError::Denied(format!("{text}; check `name`, and `secret` or `certificate`"))
                 }
                 _ => CallError::Protocol(text),
             }
@@ -626,10 +629,15 @@ fn abort_error(abort: Abort) -> CallError {
              check host and port in `address`"
                 .to_owned(),
         ),
-        Abort::NoMechanism { starttls: true } => CallError::Protocol(
+        Abort::NoMechanism { starttls: false, certificate: true } => CallError::Denied(
+            "the provider does not know the certificate, and there is no `secret`: give its operator the pin that `odmr \
+             check` prints, for `certificate` in the file of the account"
+                .to_owned(),
+        ),
+        Abort::NoMechanism { starttls: true, .. } => CallError::Protocol(
             "the provider offers no authentication in clear, but STARTTLS: set `tls = \"starttls\"`".to_owned(),
         ),
-        Abort::NoMechanism { starttls: false } => CallError::Protocol(
+        Abort::NoMechanism { starttls: false, certificate: false } => CallError::Protocol(
             "the provider offers no authentication that can be used: CRAM-MD5, or PLAIN under TLS".to_owned(),
         ),
         Abort::Unproven => CallError::Denied("the provider did not prove that it knows the secret".to_owned()),

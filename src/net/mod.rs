@@ -4,6 +4,7 @@
 pub mod cancel;
 pub mod trace;
 mod x509;
+pub mod pin;
 pub mod tls;
 pub mod descriptor;
 pub mod connection;

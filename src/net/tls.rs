@@ -1,9 +1,12 @@
 //! Certificates, keys, trust and pins, made into TLS configurations and sessions.
 //!
 //! Every rustls type of the program is in this file. TLS 1.2 and 1.3 only (RFC 8996). No session resumption: the peer
-//! proves its identity in each connection. No client certificates (RFC 8314 section 4.2). A `TlsSession` has no
-//! socket: [`net::connection::Connection`](crate::net::connection::Connection) feeds it the octets that have arrived
+//! proves its identity in each connection. A `TlsSession` has no socket: [`net::connection::Connection`](crate::net::connection::Connection) feeds it the octets that have arrived
 //! and sends those that it has sealed. Every error text names the cause and what to do about it.
+//!
+//! A server asks for a certificate of the client only if it is told to ([`ServerTls::asking`], RFC 8314 section 4.2). TLS
+//! accepts any certificate, whoever signed it and whatever its dates, and also none; the client proves that it has the key.
+//! Whose certificate it is, the authentication decides by a pin ([`TlsChannel`]).
 //!
 //! Which certificates the connecting side trusts:
 //!
@@ -22,26 +25,29 @@ use std::fmt;
 use std::io::{self, BufRead, Read, Write};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use data_encoding::HEXLOWER;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_name};
+use rustls::client::{ResolvesClientCert, Resumption, WebPkiServerVerifier, verify_server_name};
 use rustls::crypto::{
     CryptoProvider, verify_tls12_signature, verify_tls13_signature, verify_tls13_signature_with_raw_key,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, SubjectPublicKeyInfoDer, UnixTime, alg_id};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{NoServerSessionStorage, ParsedCertificate};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
-    AlertDescription, CertificateError, ClientConfig, ClientConnection, Connection, DigitallySignedStruct, Error,
-    InconsistentKeys, InvalidMessage, OtherError, ProtocolVersion, RootCertStore, ServerConfig, ServerConnection,
-    SignatureScheme,
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, Connection, DigitallySignedStruct,
+    DistinguishedName, Error, InvalidMessage, OtherError, ProtocolVersion, RootCertStore, ServerConfig,
+    ServerConnection, SignatureScheme,
 };
 use sha2::{Digest, Sha256};
-use subtle::ConstantTimeEq;
 
 use crate::clock::Timestamp;
+use crate::net::pin::Pin;
 use crate::net::trace::quoted;
 use crate::net::x509;
 use crate::sasl::{CertificateDigests, TlsChannel};
@@ -51,14 +57,18 @@ use crate::text_file;
 #[derive(Clone, Debug)]
 pub struct ServerTls {
     config: Arc<ServerConfig>,
+    /// The same, and asks for a certificate of the client.
+    asking: Arc<ServerConfig>,
     /// See [`ServerTls::until`].
     until: Option<Timestamp>,
 }
 
-/// What the side that makes connections needs: which certificates it trusts. Cheap to clone.
+/// What the side that makes connections needs: which certificates it trusts, and its own. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ClientTls {
     config: Arc<ClientConfig>,
+    /// What it shows to a server that asks for a certificate.
+    identity: Option<Arc<CertifiedKey>>,
     /// Whether the peer's certificate must be for the name of the peer.
     checks_name: bool,
 }
@@ -74,24 +84,6 @@ pub enum Trust {
     Pin(Pin),
     /// Every certificate: encryption without authentication is better than clear text (RFC 7435).
     Anyone,
-}
-
-/// The SHA-256 of what the peer must show.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pin {
-    /// `sha256:`, of the DER form of the certificate.
-    Certificate([u8; 32]),
-    /// `spki-sha256:`, of the DER form of its SubjectPublicKeyInfo, which stays the same if the certificate is renewed.
-    Key([u8; 32]),
-}
-
-impl Pin {
-    fn fits(&self, certificate: &CertificateDer<'_>) -> bool {
-        match self {
-            Pin::Certificate(pin) => digest(certificate).ct_eq(pin).into(),
-            Pin::Key(pin) => key_digest(certificate).is_some_and(|found| found.ct_eq(pin).into()),
-        }
-    }
 }
 
 /// What a TLS connection has negotiated.
@@ -134,31 +126,54 @@ impl ServerTls {
         self.until
     }
 
+    /// The same, which asks the client for a certificate (RFC 8314 section 4.2: only if it is configured).
+    pub fn asking(&self) -> ServerTls {
+        ServerTls { config: self.asking.clone(), ..self.clone() }
+    }
+
     fn new(certificate: &PemText, key: &PemText) -> Result<ServerTls, String> {
         let chain = certificate.certificates()?;
         certificate.check_version(&chain[0], key)?;
+        // Clients could not read it.
+        ParsedCertificate::try_from(&chain[0])
+            .map_err(|error| format!("{} and {} cannot be used: {error}", certificate.name, key.name))?;
         let until = x509::Certificate::read(&chain[0]).and_then(|certificate| certificate.until());
         let until = until.and_then(|until| Timestamp::parse_rfc3339(&until));
-        let mut config = ServerConfig::builder_with_provider(PROVIDER.clone())
-            .with_safe_default_protocol_versions()
-            .map_err(|error| format!("TLS: {error}"))?
-            .with_no_client_auth()
-            .with_single_cert(chain, key.private_key()?)
-            .map_err(|error| match error {
-                // The key was not read, and rustls tells only this.
-                Error::General(_) => key.unusable_key(),
-                Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => format!(
-                    "{} does not belong to the first certificate in {}: \
-                     the server's own certificate must come first, its issuers after it",
-                    key.name, certificate.name
-                ),
-                error => format!("{} and {} cannot be used: {error}", certificate.name, key.name),
-            })?;
-        // Calls are minutes apart, and each proves the peer's identity again: tickets would cost memory and octets.
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
-        Ok(ServerTls { config: Arc::new(config), until })
+        let identity = Arc::new(SingleCertAndKey::from(certified_key(certificate, key)?));
+        let config = |asks: bool| {
+            let versions = ServerConfig::builder_with_provider(PROVIDER.clone()).with_safe_default_protocol_versions();
+            let builder = versions.map_err(|error| format!("TLS: {error}"))?;
+            let builder = match asks {
+                true => builder.with_client_cert_verifier(Arc::new(AnyClient)),
+                false => builder.with_no_client_auth(),
+            };
+            let mut config = builder.with_cert_resolver(identity.clone());
+            // Calls are minutes apart, and each proves the peer's identity again: tickets would cost memory and octets.
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.send_tls13_tickets = 0;
+            Ok::<_, String>(Arc::new(config))
+        };
+        Ok(ServerTls { config: config(false)?, asking: config(true)?, until })
     }
+}
+
+/// A certificate of our own with its key.
+fn certified_key(certificate: &PemText, key: &PemText) -> Result<Arc<CertifiedKey>, String> {
+    let chain = certificate.certificates()?;
+    // If the key cannot be read, rustls tells only this.
+    let signing = PROVIDER.key_provider.load_private_key(key.private_key()?).map_err(|_| key.unusable_key())?;
+    // rustls would compare them only if the certificate is of version 3.
+    let public = signing.public_key();
+    let Some(found) = key_of(&chain[0]) else {
+        return Err(format!("{} holds a certificate that cannot be read: make it anew", certificate.name));
+    };
+    if public.is_some_and(|public| found != public.as_ref()) {
+        return Err(format!(
+            "{} does not belong to the first certificate in {}: the own certificate must come first, its issuers after it",
+            key.name, certificate.name
+        ));
+    }
+    Ok(Arc::new(CertifiedKey::new(chain, signing)))
 }
 
 /// What a person needs to know of a certificate.
@@ -220,6 +235,17 @@ impl ClientTls {
         ClientTls::with(Verification::new(trust)?, rustls::DEFAULT_VERSIONS)
     }
 
+    /// The same, which shows a certificate of its own to a server that asks for one: the first of a PEM file, whose key is in
+    /// another. Its name and its dates do not matter here.
+    ///
+    /// # Errors
+    ///
+    /// A text with the file and what to do.
+    pub fn with_identity(self, certificate: &Path, key: &Path) -> Result<ClientTls, String> {
+        let identity = certified_key(&PemText::read(certificate)?, &PemText::read(key)?)?;
+        Ok(ClientTls { identity: Some(identity), ..self })
+    }
+
     fn with(
         verification: Verification, versions: &[&'static rustls::SupportedProtocolVersion],
     ) -> Result<ClientTls, String> {
@@ -231,7 +257,7 @@ impl ClientTls {
             .with_custom_certificate_verifier(Arc::new(verification))
             .with_no_client_auth();
         config.resumption = Resumption::disabled();
-        Ok(ClientTls { config: Arc::new(config), checks_name })
+        Ok(ClientTls { config: Arc::new(config), identity: None, checks_name })
     }
 }
 
@@ -256,6 +282,8 @@ pub fn begins_as_record(octets: &[u8]) -> bool {
 /// One TLS connection without its socket.
 pub(crate) struct TlsSession {
     connection: Connection,
+    /// As TLS client: our own certificate, and whether the server has asked for it.
+    shown: Option<Arc<ShownIdentity>>,
     /// Sealed octets that `write_to` has not yet written.
     unsent: usize,
 }
@@ -268,7 +296,7 @@ const SEALED_LIMIT: usize = 64 * 1024;
 
 impl TlsSession {
     pub(crate) fn server(tls: &ServerTls) -> io::Result<TlsSession> {
-        Ok(TlsSession::new(ServerConnection::new(tls.config.clone()).map_err(failed)?.into()))
+        Ok(TlsSession::new(ServerConnection::new(tls.config.clone()).map_err(failed)?.into(), None))
     }
 
     /// `name`: the domain name or IP address that the peer's certificate must be for (see [`is_certificate_name`]).
@@ -282,12 +310,21 @@ impl TlsSession {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
             }
         };
-        Ok(TlsSession::new(ClientConnection::new(tls.config.clone(), wanted).map_err(failed)?.into()))
+        let shown = tls.identity.clone().map(|key| Arc::new(ShownIdentity { key, asked: AtomicBool::new(false) }));
+        let config = match &shown {
+            None => tls.config.clone(),
+            Some(shown) => {
+                let mut config = ClientConfig::clone(&tls.config);
+                config.client_auth_cert_resolver = shown.clone();
+                Arc::new(config)
+            }
+        };
+        Ok(TlsSession::new(ClientConnection::new(config, wanted).map_err(failed)?.into(), shown))
     }
 
-    fn new(mut connection: Connection) -> TlsSession {
+    fn new(mut connection: Connection, shown: Option<Arc<ShownIdentity>>) -> TlsSession {
         connection.set_buffer_limit(Some(SEALED_LIMIT));
-        let mut session = TlsSession { connection, unsent: 0 };
+        let mut session = TlsSession { connection, shown, unsent: 0 };
         session.count();
         session
     }
@@ -407,7 +444,7 @@ impl TlsSession {
         };
         let client_certificate = match &self.connection {
             Connection::Server(server) => server.peer_certificates().and_then(|chain| digests(chain.first()?)),
-            Connection::Client(_) => None,
+            Connection::Client(_) => self.shown.as_ref().and_then(|shown| shown.digests()),
         };
         TlsChannel { exporter, client_certificate }
     }
@@ -422,6 +459,33 @@ impl TlsSession {
         if let Ok(state) = self.connection.process_new_packets() {
             self.unsent = state.tls_bytes_to_write();
         }
+    }
+}
+
+/// Our own certificate in one connection: the server asks for it, or not.
+#[derive(Debug)]
+struct ShownIdentity {
+    key: Arc<CertifiedKey>,
+    asked: AtomicBool,
+}
+
+impl ShownIdentity {
+    /// Of the certificate, if the server has asked for it.
+    fn digests(&self) -> Option<CertificateDigests> {
+        self.asked.load(Ordering::Relaxed).then(|| digests(self.key.cert.first()?)).flatten()
+    }
+}
+
+impl ResolvesClientCert for ShownIdentity {
+    /// Whatever authorities the server names: whether the certificate is good for it, the server decides.
+    fn resolve(&self, _authorities: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.key.key.choose_scheme(schemes)?;
+        self.asked.store(true, Ordering::Relaxed);
+        Some(self.key.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
     }
 }
 
@@ -508,10 +572,7 @@ impl Verification {
             (Ok(_), Verification::Chain { .. } | Verification::Pin(Pin::Certificate(_)) | Verification::Anyone) => {
                 Ok(None)
             }
-            (Ok(_), Verification::Pin(Pin::Key(_))) | (Err(_), _) => match key_of(certificate) {
-                Some(key) => Ok(Some(key)),
-                None => Err(CertificateError::BadEncoding.into()),
-            },
+            (Ok(_), Verification::Pin(Pin::Key(_))) | (Err(_), _) => any_key(certificate).map(Some),
         }
     }
 
@@ -535,7 +596,7 @@ impl ServerCertVerifier for Verification {
     ) -> Result<ServerCertVerified, Error> {
         match self {
             Verification::Anyone => Ok(ServerCertVerified::assertion()),
-            Verification::Pin(pin) if pin.fits(certificate) => Ok(ServerCertVerified::assertion()),
+            Verification::Pin(pin) if fits(pin, certificate) => Ok(ServerCertVerified::assertion()),
             Verification::Pin(pin) => Err(untrusted(wrong_pin(pin, certificate))),
             Verification::Chain { authorities, exact } => authorities
                 .verify_server_cert(certificate, intermediates, name, ocsp_response, now)
@@ -564,9 +625,7 @@ impl ServerCertVerifier for Verification {
         let algorithms = &PROVIDER.signature_verification_algorithms;
         let verified = match self.lone_key(certificate)? {
             None => verify_tls13_signature(message, certificate, signature, algorithms),
-            Some(key) => {
-                verify_tls13_signature_with_raw_key(message, &SubjectPublicKeyInfoDer::from(key), signature, algorithms)
-            }
+            Some(key) => verify_tls13_with_key(message, key, signature),
         };
         verified.map_err(|error| with_key_kind(error, certificate))
     }
@@ -574,6 +633,59 @@ impl ServerCertVerifier for Verification {
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         PROVIDER.signature_verification_algorithms.supported_schemes()
     }
+}
+
+/// Any certificate of a client, or none. Its key is what counts: it is read by the reader that makes its digest.
+#[derive(Debug)]
+struct AnyClient;
+
+impl ClientCertVerifier for AnyClient {
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    /// No names of authorities: certificates are self-signed mostly, and a client might show none that is not of these.
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    /// The dates do not count either: what is trusted is a key, and the pin decides for how long.
+    fn verify_client_cert(
+        &self, certificate: &CertificateDer<'_>, _intermediates: &[CertificateDer<'_>], _now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        any_key(certificate).map(|_| ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self, message: &[u8], certificate: &CertificateDer<'_>, signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls12_with_key(message, any_key(certificate)?, signature)
+            .map_err(|error| with_key_kind(error, certificate))
+    }
+
+    fn verify_tls13_signature(
+        &self, message: &[u8], certificate: &CertificateDer<'_>, signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_with_key(message, any_key(certificate)?, signature)
+            .map_err(|error| with_key_kind(error, certificate))
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        PROVIDER.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// The SubjectPublicKeyInfo of a certificate.
+fn any_key<'a>(certificate: &'a CertificateDer<'_>) -> Result<&'a [u8], Error> {
+    key_of(certificate).ok_or_else(|| CertificateError::BadEncoding.into())
+}
+
+/// Verifies a signature of TLS 1.3 with a key alone.
+fn verify_tls13_with_key(
+    message: &[u8], key: &[u8], signature: &DigitallySignedStruct,
+) -> Result<HandshakeSignatureValid, Error> {
+    let algorithms = &PROVIDER.signature_verification_algorithms;
+    verify_tls13_signature_with_raw_key(message, &SubjectPublicKeyInfoDer::from(key), signature, algorithms)
 }
 
 /// Verifies a signature of TLS 1.2 with a key alone, as rustls does it with a certificate: rustls has this for TLS 1.3 only.
@@ -753,7 +865,12 @@ struct PemText {
 impl PemText {
     fn read(path: &Path) -> Result<PemText, String> {
         let name = path.display().to_string();
-        let (_, octets) = text_file::read(path).map_err(|error| format!("{name}: {error}"))?;
+        let (_, octets) = text_file::read(path).map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied => format!(
+                "{name} may not be read by this user: chown it to the user that `odmr` runs as, or chgrp it and chmod 640"
+            ),
+            _ => format!("{name}: {error}"),
+        })?;
         Ok(PemText { octets: text_file::without_inner_marks(octets), name })
     }
 
@@ -815,6 +932,13 @@ fn digest(certificate: &CertificateDer<'_>) -> [u8; 32] {
 /// The SubjectPublicKeyInfo of a certificate; `None`: it is not a certificate.
 fn key_of<'a>(certificate: &'a CertificateDer<'_>) -> Option<&'a [u8]> {
     x509::Certificate::read(certificate).map(|certificate| certificate.public_key)
+}
+
+fn fits(pin: &Pin, certificate: &CertificateDer<'_>) -> bool {
+    match pin {
+        Pin::Certificate(pin) => digest(certificate) == *pin,
+        Pin::Key(pin) => key_digest(certificate) == Some(*pin),
+    }
 }
 
 fn key_digest(certificate: &CertificateDer<'_>) -> Option<[u8; 32]> {

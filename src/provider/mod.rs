@@ -352,6 +352,10 @@ fn begin_session(
 ) -> io::Result<ServerSession> {
     let config = &shared.config;
     let mut tls = shared.tls.clone();
+    // RFC 8314 section 4.2: a client is asked for a certificate only if one may open an account.
+    if listener != Listener::Inbound && config.accounts.has_certificates() {
+        tls = tls.map(|tls| tls.asking());
+    }
     if listener == Listener::OdmrTls {
         // A reload without [tls] leaves the listener, whose clients would send their mail in clear.
         let tls = tls.take().ok_or_else(|| io::Error::other("there is no certificate any more: restart odmr"))?;

@@ -25,7 +25,7 @@ use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::net::trace::quoted;
 use crate::queue::{LockError, QueueLock};
 use crate::report::calls::{CallRecord, CallResult};
-use crate::sasl::{AccountCredentials, CredentialStore, Unavailable};
+use crate::sasl::{AccountCredentials, CertificateDigests, CredentialStore, Unavailable};
 use crate::session::server::{ServerSession, SessionEnd};
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
@@ -126,6 +126,16 @@ impl CredentialStore for OdmrHandler<'_> {
     fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
         // A secret that was changed because others know it must not be of use in a session that was open before.
         self.reloader.current().config.accounts.credentials(name)
+    }
+
+    fn account_of(
+        &self, certificate: &CertificateDigests, wanted: Option<&str>,
+    ) -> Result<Option<String>, Unavailable> {
+        self.reloader.current().config.accounts.account_of(certificate, wanted)
+    }
+
+    fn knows(&self, certificate: &CertificateDigests) -> bool {
+        self.reloader.current().config.accounts.knows(certificate)
     }
 
     fn challenge(&self) -> String {

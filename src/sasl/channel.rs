@@ -5,7 +5,7 @@
 pub struct TlsChannel {
     /// The channel binding `tls-exporter` (RFC 9266); `None`: not TLS 1.3.
     pub exporter: Option<[u8; 32]>,
-    /// The certificate that the TLS client has shown, and whose key it has; on the server's side only.
+    /// The certificate that the TLS client has shown because the TLS server asked for one, and whose key it has.
     pub client_certificate: Option<CertificateDigests>,
 }
 

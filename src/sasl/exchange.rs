@@ -12,8 +12,8 @@ pub trait CredentialStore {
     /// The accounts cannot be read now.
     fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable>;
 
-    /// The account that this certificate opens; `None`: there is none. `wanted`: the account that the client asks for, if it
-    /// asks for one; then the result is that account or `None`.
+    /// The account that this certificate opens. `wanted`: the account that the client asks for, if it asks for one: then the
+    /// result is that account, or `None`. Otherwise `None` means that the certificate opens no account, or several.
     ///
     /// # Errors
     /// The accounts cannot be read now.
@@ -21,6 +21,11 @@ pub trait CredentialStore {
         &self, _certificate: &CertificateDigests, _wanted: Option<&str>,
     ) -> Result<Option<String>, Unavailable> {
         Ok(None)
+    }
+
+    /// Whether this certificate opens an account, or may open one that cannot be read now.
+    fn knows(&self, _certificate: &CertificateDigests) -> bool {
+        false
     }
 
     /// A challenge that was never used before (RFC 2195 section 2).

@@ -19,6 +19,7 @@
 
 mod channel;
 mod exchange;
+mod external;
 mod cram_md5;
 mod plain;
 
@@ -32,6 +33,8 @@ pub use exchange::{
 /// The mechanisms this program knows.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Mechanism {
+    /// RFC 4422 appendix A, by a certificate of the client.
+    External,
     /// RFC 2195; RFC 2645 section 5.1.2 requires it.
     CramMd5,
     /// RFC 4616; RFC 4954 section 4 requires it, under TLS.
@@ -39,13 +42,14 @@ pub enum Mechanism {
 }
 
 impl Mechanism {
-    /// All mechanisms, the strongest first. CRAM-MD5 comes first because it does not send the secret to a server that
-    /// may not be the right one.
-    pub const ALL: [Mechanism; 2] = [Mechanism::CramMd5, Mechanism::Plain];
+    /// All mechanisms, the strongest first. EXTERNAL needs no secret at the server; CRAM-MD5 does not send it to a server
+    /// that may not be the right one.
+    pub const ALL: [Mechanism; 3] = [Mechanism::External, Mechanism::CramMd5, Mechanism::Plain];
 
     /// The name in the IANA registry.
     pub fn name(self) -> &'static str {
         match self {
+            Mechanism::External => "EXTERNAL",
             Mechanism::CramMd5 => "CRAM-MD5",
             Mechanism::Plain => "PLAIN",
         }
@@ -57,16 +61,16 @@ impl Mechanism {
         Mechanism::ALL.into_iter().find(same)
     }
 
-    /// Whether the mechanism sends the secret in clear, and so is neither offered nor used without TLS (RFC 4954 section
-    /// 4).
+    /// Whether the mechanism is neither offered nor used without TLS: it sends the secret in clear (RFC 4954 section 4), or
+    /// depends on what TLS has proved.
     pub fn needs_tls(self) -> bool {
-        matches!(self, Mechanism::Plain)
+        matches!(self, Mechanism::External | Mechanism::Plain)
     }
 
     /// Whether the client sends first, so that AUTH may have an initial response. With another mechanism an initial
     /// response is an error (RFC 4954 section 4).
     pub fn client_first(self) -> bool {
-        matches!(self, Mechanism::Plain)
+        matches!(self, Mechanism::External | Mechanism::Plain)
     }
 
     /// The mechanisms that a client may use, of those that are offered, in the order of preference. `tls`: the connection is
@@ -78,9 +82,10 @@ impl Mechanism {
 
     /// An exchange for the server. `channel`: what TLS tells it. `offered`: the mechanisms in the reply to EHLO.
     pub fn server(
-        self, store: &dyn CredentialStore, _channel: &TlsChannel, _offered: &[Mechanism],
+        self, store: &dyn CredentialStore, channel: &TlsChannel, _offered: &[Mechanism],
     ) -> Box<dyn ServerExchange> {
         match self {
+            Mechanism::External => Box::new(external::ExternalServer(channel.client_certificate)),
             Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Server(store.challenge())),
             Mechanism::Plain => Box::new(plain::PlainServer),
         }
@@ -89,12 +94,17 @@ impl Mechanism {
     /// An exchange for the client; `None`: the login has not what the mechanism needs. `channel`: what TLS tells it.
     /// `offered`: the mechanisms in the server's reply to EHLO. `nonce`: random, and never used before.
     pub fn client(
-        self, login: &Login, _channel: &TlsChannel, _offered: &[Mechanism], _nonce: String,
+        self, login: &Login, channel: &TlsChannel, _offered: &[Mechanism], _nonce: String,
     ) -> Option<Box<dyn ClientExchange>> {
-        let secret = login.secret.as_deref()?;
+        let secret = login.secret.as_deref();
         Some(match self {
-            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Client::new(&login.name, secret)),
-            Mechanism::Plain => Box::new(plain::PlainClient::new(&login.name, secret)),
+            // A server that has not asked for the certificate does not know whose it is.
+            Mechanism::External => {
+                channel.client_certificate.filter(|_| login.certificate)?;
+                Box::new(external::ExternalClient::new(&login.name))
+            }
+            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Client::new(&login.name, secret?)),
+            Mechanism::Plain => Box::new(plain::PlainClient::new(&login.name, secret?)),
         })
     }
 }
@@ -131,6 +141,11 @@ mod tests {
     use super::exchange::DUMMY_SECRET;
     use super::*;
 
+    /// The mechanisms with a secret.
+    const WITH_SECRET: [Mechanism; 2] = [Mechanism::CramMd5, Mechanism::Plain];
+
+    const CERTIFICATE: CertificateDigests = CertificateDigests { certificate: [1; 32], key: [2; 32] };
+
     /// One account, and a name for which the store fails.
     pub(super) struct One(pub &'static str, pub &'static [u8]);
 
@@ -163,12 +178,14 @@ mod tests {
 
     #[test]
     fn the_strongest_usable_mechanism_is_first() {
-        use Mechanism::{CramMd5, Plain};
+        use Mechanism::{CramMd5, External, Plain};
         let check = |offered: &[Mechanism], tls, expected| {
             assert_eq!(Mechanism::usable(offered, tls).next(), expected, "{offered:?} {tls}");
         };
         check(&[Plain, CramMd5], true, Some(CramMd5));
         check(&[Plain, CramMd5], false, Some(CramMd5));
+        check(&[Plain, CramMd5, External], true, Some(External));
+        check(&[Plain, External], false, None);
         check(&[Plain], true, Some(Plain));
         check(&[Plain], false, None);
         check(&[], true, None);
@@ -177,7 +194,7 @@ mod tests {
     /// Both sides of every mechanism agree, also when the client holds its initial response back.
     #[test]
     fn client_and_server_agree() {
-        for mechanism in Mechanism::ALL {
+        for mechanism in WITH_SECRET {
             for (secret, expected) in [
                 ("right", ExchangeStep::Done("acme".into())),
                 ("wrong", ExchangeStep::Failed("acme".into())),
@@ -219,8 +236,18 @@ mod tests {
     #[test]
     fn without_a_secret_no_mechanism_that_needs_one_is_used() {
         let login = Login { secret: None, ..Login::with_secret("acme".to_owned(), Vec::new()) };
-        for mechanism in Mechanism::ALL {
+        for mechanism in WITH_SECRET {
             assert!(mechanism.client(&login, &TlsChannel::default(), &Mechanism::ALL, "nonce".to_owned()).is_none());
+        }
+    }
+
+    #[test]
+    fn a_certificate_is_used_if_there_is_one_and_the_server_has_asked_for_it() {
+        for (certificate, shown) in [(true, true), (true, false), (false, true), (false, false)] {
+            let login = Login { certificate, ..Login::with_secret("acme".to_owned(), b"right".to_vec()) };
+            let channel = TlsChannel { client_certificate: shown.then_some(CERTIFICATE), ..TlsChannel::default() };
+            let client = Mechanism::External.client(&login, &channel, &Mechanism::ALL, "nonce".to_owned());
+            assert_eq!(client.is_some(), certificate && shown);
         }
     }
 
@@ -236,7 +263,7 @@ mod tests {
     /// Rules: CRAM-08.
     #[test]
     fn the_secret_used_for_an_unknown_name_authenticates_no_client() {
-        for mechanism in Mechanism::ALL {
+        for mechanism in WITH_SECRET {
             let secrets = One("acme", b"right");
             let mut server = server(mechanism, &secrets);
             let mut client = client(mechanism, "stranger", DUMMY_SECRET).unwrap();

@@ -16,7 +16,7 @@ use crate::mail::address::Domain;
 use crate::mail::received::ClientInfo;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{self, Connection, Filled, WaitResult};
-use crate::net::tls::{CertificateInfo, ClientTls};
+use crate::net::tls::{CertificateInfo, ClientTls, TlsInfo};
 use crate::net::trace::Trace;
 use crate::queue::{QueueLock, QueuedMessage};
 use crate::sasl::TlsChannel;
@@ -60,6 +60,9 @@ impl fmt::Display for SessionFailure {
             }
             SessionFailure::Aborted(Abort::NoAtrn) => f.write_str("ATRN was not offered"),
             SessionFailure::Aborted(Abort::NoStartTls) => f.write_str("STARTTLS is required and was not offered"),
+            SessionFailure::Aborted(Abort::NoMechanism { certificate: true, .. }) => {
+                f.write_str("EXTERNAL was not offered: the peer does not know the certificate")
+            }
             SessionFailure::Aborted(Abort::NoMechanism { .. }) => {
                 f.write_str("no authentication was offered that can be used: CRAM-MD5, or PLAIN under TLS")
             }
@@ -134,6 +137,11 @@ impl ClientSession {
     /// The client role: what the peer offers, and whether it has ended the session.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// What TLS has negotiated; `None`: the session is in clear.
+    pub fn tls_info(&self) -> Option<TlsInfo> {
+        self.connection.tls_info()
     }
 
     /// Whether the session is under TLS.

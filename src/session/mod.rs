@@ -13,7 +13,7 @@ pub mod settings;
 use std::borrow::Cow;
 use std::io::{self, Read};
 
-pub use self::remote::{Remote, RemoteSettings, TlsMode};
+pub use self::remote::{ClientIdentity, Remote, RemoteError, RemoteSettings, TlsMode};
 pub use self::settings::{Limits, Timeouts};
 use crate::net::connection::{Connection, Line};
 use crate::net::trace::quoted;

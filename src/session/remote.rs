@@ -7,8 +7,9 @@ use std::path::PathBuf;
 
 use super::client::{ClientSession, Connect, SessionFailure};
 use crate::mail::address::literal;
+use crate::net::pin::Pin;
 use crate::net::resolver::system_addresses;
-use crate::net::tls::{ClientTls, Pin, Trust};
+use crate::net::tls::{ClientTls, Trust};
 use crate::net::trace::quoted;
 use crate::sasl::Login;
 use crate::smtp::client::{Abort, ClientOptions, Stage, StartTls};
@@ -38,8 +39,31 @@ pub struct RemoteSettings {
     pub ca: Option<PathBuf>,
     /// The one certificate, or the one key, that is trusted. Not with `ca`.
     pub pin: Option<Pin>,
+    /// What this side shows if the host asks for a certificate.
+    pub identity: Option<ClientIdentity>,
     /// What to log in with; `None`: without AUTH.
     pub login: Option<Login>,
+}
+
+/// A certificate of our own and its key: two PEM files. Absolute.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ClientIdentity {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+}
+
+/// Why a host cannot be used.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RemoteError {
+    /// The key of the configuration that it is about: `ca`, `certificate` or `key`.
+    pub key: &'static str,
+    pub text: String,
+}
+
+impl fmt::Display for RemoteError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
 }
 
 impl RemoteSettings {
@@ -64,18 +88,25 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// Reads the certificates that are to be trusted.
+    /// Reads the certificates that are to be trusted, and our own.
     ///
     /// # Errors
     /// They cannot be read or used; the text says why.
-    pub fn new(settings: &RemoteSettings) -> Result<Remote, String> {
+    pub fn new(settings: &RemoteSettings) -> Result<Remote, RemoteError> {
         let trust = match (settings.tls, settings.pin, &settings.ca) {
             (TlsMode::None, _, _) => None,
             (_, Some(pin), _) => Some(Trust::Pin(pin)),
             (_, None, Some(file)) => Some(Trust::Authorities(file.clone())),
             (_, None, None) => Some(Trust::System),
         };
-        let tls = trust.map(|trust| ClientTls::new(&trust)).transpose()?;
+        let tls = trust.map(|trust| ClientTls::new(&trust)).transpose();
+        let mut tls = tls.map_err(|text| RemoteError { key: "ca", text })?;
+        if let (Some(trusting), Some(ClientIdentity { certificate, key })) = (&tls, &settings.identity) {
+            tls = Some(trusting.clone().with_identity(certificate, key).map_err(|text| {
+                let of_key = text.starts_with(&key.display().to_string()) && key != certificate;
+                RemoteError { key: if of_key { "key" } else { "certificate" }, text }
+            })?);
+        }
         Ok(Remote { settings: settings.clone(), tls })
     }
 
@@ -213,6 +244,7 @@ mod tests {
             tls: TlsMode::None,
             ca: None,
             pin: None,
+            identity: None,
             login: Some(Login::with_secret("acme".to_owned(), b"secret".to_vec())),
         };
         let timeouts = Timeouts { greeting: silence, ..Timeouts::default() };

@@ -16,6 +16,7 @@ use super::{CONTENT_BLOCK, Limits, Timeouts, without_secrets};
 use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled, Line, WaitResult};
+use crate::net::pin::Pin;
 use crate::net::tls::{ServerTls, begins_as_record};
 use crate::net::trace::quoted;
 use crate::smtp::command::Verb;
@@ -161,6 +162,9 @@ impl ServerSession {
 
     /// Serves the client until the session ends, or until ATRN. Returns why it has returned.
     pub fn run(&mut self, handler: &mut dyn SessionHandler) -> SessionEnd {
+        if !self.has_commands {
+            self.log_unknown_certificate(handler);
+        }
         self.serve(handler).unwrap_or_else(|error| match self.found_record {
             true => SessionEnd::TlsRecord,
             false if self.has_commands || !self.connection.received().is_empty() => {
@@ -207,7 +211,10 @@ impl ServerSession {
                         false => SessionEnd::Closed(reply.to_string()),
                     });
                 }
-                ServerStep::StartTls(reply) => self.start_tls(&reply)?,
+                ServerStep::StartTls(reply) => {
+                    self.start_tls(&reply)?;
+                    self.log_unknown_certificate(handler);
+                }
                 ServerStep::Data(go_ahead) => self.data(&go_ahead, handler)?,
                 ServerStep::Chunk { size, last: _, rejected: Some(reply) } => {
                     self.begin_pace(size.min(self.server.max_size()));
@@ -340,17 +347,38 @@ impl ServerSession {
         match reply.code() {
             235 => {
                 let account = self.server.account().unwrap_or_default();
-                log::info!("event=authenticated session={session} peer={peer} account={account} mechanism={mechanism}");
+                let tls = self.connection.tls_info().map_or("none", |tls| tls.version);
+                log::info!(
+                    "event=authenticated session={session} peer={peer} account={account} mechanism={mechanism} \
+                     tls={tls} pin={}",
+                    self.shown_pin()
+                );
             }
             535 => {
                 let account = attempt.and_then(|attempt| attempt.account.as_deref()).unwrap_or_default();
                 log::warn!(
-                    "event=auth-failed session={session} peer={peer} account={} mechanism={mechanism}",
-                    quoted(account)
+                    "event=auth-failed session={session} peer={peer} account={} mechanism={mechanism} pin={}",
+                    quoted(account),
+                    self.shown_pin()
                 );
             }
             421 | 450..=599 => self.log_command_rejected(reply, line),
             _ => {}
+        }
+    }
+
+    /// The pin of the key whose certificate the client has shown, for the log; `-`: it has shown none.
+    fn shown_pin(&self) -> String {
+        let certificate = self.server.client_certificate();
+        certificate.map_or_else(|| "-".to_owned(), |certificate| Pin::Key(certificate.key).to_string())
+    }
+
+    /// Logs a certificate of the client that opens no account, with the pin that would make it open one.
+    fn log_unknown_certificate(&self, handler: &dyn SessionHandler) {
+        let is_unknown = |certificate| !handler.credentials().knows(&certificate);
+        if self.server.offers_auth() && self.server.client_certificate().is_some_and(is_unknown) {
+            let (session, peer) = (&self.connection.trace.id, &self.peer);
+            log::info!("event=unknown-certificate session={session} peer={peer} pin={}", self.shown_pin());
         }
     }
 

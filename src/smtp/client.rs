@@ -165,7 +165,8 @@ pub enum Abort {
     /// The peer offers no ATRN: it is not a provider (RFC 2645 section 5.1.1).
     NoAtrn,
     /// The peer offers no mechanism that may be used here. `starttls`: but it offers STARTTLS, which the options forbid.
-    NoMechanism { starttls: bool },
+    /// `certificate`: the login has a certificate, and no secret.
+    NoMechanism { starttls: bool, certificate: bool },
     /// The peer replied 235 without proof that it knows the secret.
     Unproven,
 }
@@ -381,6 +382,11 @@ impl Client {
     /// no reply.
     pub fn awaiting(&self) -> Option<Stage> {
         self.pending.front().copied()
+    }
+
+    /// The mechanism by which the client has authenticated; `None`: it has not.
+    pub fn mechanism(&self) -> Option<Mechanism> {
+        self.tried_mechanisms.last().copied().filter(|_| self.authenticated)
     }
 
     /// Whether the commands sent now are part of an AUTH exchange, and must not be logged.
@@ -720,9 +726,13 @@ impl Client {
         if self.options.atrn && !self.extensions.atrn {
             return self.abort(Abort::NoAtrn);
         }
-        if self.options.login.is_some() && !self.authenticated {
+        if let Some(login) = &self.options.login
+            && !self.authenticated
+        {
+            let certificate = login.certificate && login.secret.is_none();
             let starttls = self.extensions.starttls && self.options.tls.is_none();
-            return if self.send_auth() { ClientStep::Wait } else { self.abort(Abort::NoMechanism { starttls }) };
+            let aborts = Abort::NoMechanism { starttls, certificate };
+            return if self.send_auth() { ClientStep::Wait } else { self.abort(aborts) };
         }
         self.ready = true;
         ClientStep::Ready

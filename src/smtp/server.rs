@@ -35,7 +35,9 @@ use super::limits;
 use super::reply::Reply;
 use crate::mail::address::{Domain, ForwardPath, Mailbox};
 use crate::mail::received::Received;
-use crate::sasl::{CredentialStore, ExchangeStep, Mechanism, NoCredentials, ServerExchange, TlsChannel};
+use crate::sasl::{
+    CertificateDigests, CredentialStore, ExchangeStep, Mechanism, NoCredentials, ServerExchange, TlsChannel,
+};
 
 /// The listener that a server belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -319,6 +321,11 @@ impl Server {
         self.auth_attempt.as_ref()
     }
 
+    /// The certificate that the client has shown in TLS; `None`: none, or it was not asked for one.
+    pub fn client_certificate(&self) -> Option<CertificateDigests> {
+        self.tls.as_ref()?.client_certificate
+    }
+
     /// The client's name in EHLO or HELO.
     pub fn client_name(&self) -> Option<&str> {
         self.hello.as_ref().map(|hello| hello.name.as_str())
@@ -482,7 +489,7 @@ impl Server {
         self.hello = Some(Hello { name, extended: true });
         self.transaction = None;
         let options = &self.options;
-        let mechanisms: Vec<_> = self.mechanisms().map(|mechanism| mechanism.name()).collect();
+        let mechanisms: Vec<_> = self.mechanisms(handler).map(|mechanism| mechanism.name()).collect();
         // RFC 1870 section 4: 0 means that no limit is announced. A client bounces a larger message without asking us.
         let size = if options.soft_bounce { 0 } else { options.max_size };
         let mut reply = Reply::bare(250, options.hostname.clone())
@@ -518,11 +525,17 @@ impl Server {
         Reply::bare(250, self.options.hostname.clone())
     }
 
-    /// The mechanisms that may be used now: PLAIN under TLS only (RFC 4954 section 4).
-    fn mechanisms(&self) -> impl Iterator<Item = Mechanism> {
+    /// The mechanisms that may be used now: PLAIN under TLS only (RFC 4954 section 4), EXTERNAL only if TLS has brought a
+    /// certificate that opens an account (RFC 4422 appendix A).
+    fn mechanisms(&self, handler: &dyn SessionHandler) -> impl Iterator<Item = Mechanism> {
         let tls = self.tls.is_some();
         let offered = self.options.role == ServerRole::Odmr && (tls || !self.options.require_tls);
-        self.options.mechanisms.iter().copied().filter(move |mechanism| offered && (tls || !mechanism.needs_tls()))
+        let certificate =
+            self.client_certificate().is_some_and(|certificate| handler.credentials().knows(&certificate));
+        self.options.mechanisms.iter().copied().filter(move |mechanism| match mechanism {
+            Mechanism::External => offered && certificate,
+            mechanism => offered && (tls || !mechanism.needs_tls()),
+        })
     }
 
     fn mail(&mut self, mail: MailFrom, handler: &mut dyn SessionHandler) -> Result<ServerStep, Reply> {
@@ -588,7 +601,7 @@ impl Server {
         if self.auth_failures >= self.options.max_auth_failures {
             return Ok(ServerStep::Close(Reply::new(421, "4.7.0", "Too many failed authentications")));
         }
-        let offered: Vec<_> = self.mechanisms().collect();
+        let offered: Vec<_> = self.mechanisms(handler).collect();
         let Some(mechanism) = Mechanism::parse(name).filter(|mechanism| offered.contains(mechanism)) else {
             return Err(Reply::new(504, "5.5.4", "That authentication mechanism is not offered here"));
         };

@@ -185,7 +185,13 @@ fn starttls_comes_first_and_forgets_what_was_offered_in_clear() {
     check(starttls(), &["220 x", offers, "220 go"], offers, "Wait", "AUTH CRAM-MD5");
     // What was offered in clear does not count.
     check(starttls(), &["220 x", offers, "220 go"], "250 x", "Abort(NoAtrn)", "QUIT");
-    check(starttls(), &["220 x", offers, "220 go"], "250-x/250 ATRN", "Abort(NoMechanism { starttls: false })", "QUIT");
+    check(
+        starttls(),
+        &["220 x", offers, "220 go"],
+        "250-x/250 ATRN",
+        "Abort(NoMechanism { starttls: false, certificate: false })",
+        "QUIT",
+    );
 }
 
 #[test]
@@ -233,10 +239,10 @@ fn no_secret_is_sent_in_clear_or_to_a_server_without_atrn() {
     let check = |tls, offers: &str, step: &str, sent: &str| {
         check(with_credentials(tls), &["220 x"], offers, step, sent);
     };
-    check(false, "250-x/250-AUTH PLAIN/250 ATRN", "Abort(NoMechanism { starttls: false })", "QUIT");
+    check(false, "250-x/250-AUTH PLAIN/250 ATRN", "Abort(NoMechanism { starttls: false, certificate: false })", "QUIT");
     check(false, "250-x/250-AUTH PLAIN CRAM-MD5/250 ATRN", "Wait", "AUTH CRAM-MD5");
     check(true, "250-x/250 AUTH PLAIN CRAM-MD5", "Abort(NoAtrn)", "QUIT");
-    check(true, "250-x/250-AUTH LOGIN/250 ATRN", "Abort(NoMechanism { starttls: false })", "QUIT");
+    check(true, "250-x/250-AUTH LOGIN/250 ATRN", "Abort(NoMechanism { starttls: false, certificate: false })", "QUIT");
     check(true, "500 x", "Rejected EHLO 500", "QUIT");
 }
 
@@ -1288,7 +1294,7 @@ fn starttls_auth_and_atrn_from_end_to_end() {
         assert_eq!(peer.server.account().is_some(), run.turned);
         (run, peer.server.account().map(str::to_owned))
     };
-    for mechanism in Mechanism::ALL {
+    for mechanism in [Mechanism::CramMd5, Mechanism::Plain] {
         for (tls, starttls) in [(true, false), (false, true), (false, false)] {
             let usable = tls || starttls || !mechanism.needs_tls();
             let (run, account) = authenticate(tls, starttls, "right", &[mechanism]);

@@ -119,7 +119,7 @@ fn walk(transcript: &Transcript) -> Vec<Exchange<'_>> {
             // A second conversation at the same time is not followed.
             Action::Use(_) => walk.begin(None),
             Action::Turn => walk.begin(customer.then_some("customer")),
-            Action::Tls => walk.state = 0,
+            Action::Tls { .. } => walk.state = 0,
             Action::Say { octets, line: true, .. } => {
                 walk.command(&shown(octets.strip_suffix(b"\r\n").unwrap_or(octets)))
             }

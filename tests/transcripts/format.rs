@@ -55,9 +55,14 @@ pub enum Action {
     Connect {
         listener: String,
         name: String,
+        /// As with `Tls`, on `odmr-tls`.
+        shown: Option<String>,
     },
     Use(String),
-    Tls,
+    Tls {
+        /// A certificate is asked for, and the client shows that of this name, or `none`. `None`: it is not asked for.
+        shown: Option<String>,
+    },
     /// What the runner says from now on goes out beside TLS.
     InClear,
     Turn,
@@ -280,9 +285,11 @@ impl Parser<'_> {
         let settings = &mut self.transcript.settings;
         Ok(match words[..] {
             ["connect", listener @ ("inbound" | "odmr" | "odmr-tls" | "hop"), ref rest @ ..] => {
-                let name = match rest {
-                    [] => listener,
-                    ["as", name] => name,
+                let (name, shown) = match rest {
+                    [] => (listener, None),
+                    ["as", name] => (*name, None),
+                    ["with", shown] if listener == "odmr-tls" => (listener, Some((*shown).to_owned())),
+                    ["with", shown, "as", name] if listener == "odmr-tls" => (*name, Some((*shown).to_owned())),
                     _ => return Err(format!("unknown: {event}")),
                 };
                 self.names.push(name.to_owned());
@@ -290,13 +297,18 @@ impl Parser<'_> {
                     settings.clear_only = true;
                     settings.certificate = true;
                 }
-                Action::Connect { listener: listener.to_owned(), name: name.to_owned() }
+                Action::Connect { listener: listener.to_owned(), name: name.to_owned(), shown }
             }
-            ["tls"] => {
+            ["tls", ref rest @ ..] => {
+                let shown = match rest {
+                    [] => None,
+                    ["with", shown] => Some((*shown).to_owned()),
+                    _ => return Err(format!("unknown: {event}")),
+                };
                 settings.clear_only = true;
                 settings.certificate = true;
                 settings.starttls = true;
-                Action::Tls
+                Action::Tls { shown }
             }
             ["in", "clear"] => Action::InClear,
             ["turn"] => Action::Turn,

@@ -1,22 +1,19 @@
 //! The runner: one transcript, one way of cutting it, against the real program in a folder of its own.
 
+use super::certificates::{Shows, identity};
 use super::format::{Action, Becomes, File, Settings, Step, Transcript, matches, shown};
 use odmr::ids::Ids;
 use odmr::net::cancel::CancelToken;
-use rustls::SignatureScheme;
-use rustls::client::ResolvesClientCert;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::sign::CertifiedKey;
+use rustls::pki_types::ServerName;
 use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// The longest wait for anything the program has to do.
@@ -187,7 +184,7 @@ impl<'a> Play<'a> {
             }
         };
         let played = transcript.steps.iter().try_for_each(|step| match &step.action {
-            Action::Connect { listener, name } => self.call(step.line, &doors, listener, name),
+            Action::Connect { listener, name, shown } => self.call(step.line, &doors, listener, name, shown.as_deref()),
             Action::Stop => self.flush(step.line).map(|()| stop()),
             _ => self.step(step),
         });
@@ -223,7 +220,9 @@ impl<'a> Play<'a> {
         });
         let transcript = self.transcript;
         let played = transcript.steps.iter().try_for_each(|step| match &step.action {
-            Action::Connect { name, listener: which } if which == "hop" => self.called(step.line, &hop, false, name),
+            Action::Connect { name, listener: which, .. } if which == "hop" => {
+                self.called(step.line, &hop, false, name)
+            }
             Action::Connect { name, .. } => self.called(step.line, &listener, self.mode.tls, name),
             Action::Pull { succeeds } => self.ended(step.line, &listener, &mut pull, *succeeds),
             Action::Stop => self.flush(step.line).map(|()| stop.cancel()),
@@ -260,6 +259,11 @@ impl<'a> Play<'a> {
             self.write(0, "relay.pem", identity().certificate.as_bytes())?;
             self.write(0, "relay.key", identity().key.as_bytes())?;
         }
+        let names = |file: &str| self.transcript.before.iter().any(|own| own.text.contains(file));
+        for (name, client) in identity().clients.iter().filter(|(name, _)| names(&format!("\"{name}.pem\""))) {
+            self.write(0, &format!("{name}.pem"), client.pem.as_bytes())?;
+            self.write(0, &format!("{name}.key"), client.key.as_bytes())?;
+        }
         let fill = |text: &str| {
             let tls_mode = if settings.starttls {
                 "starttls"
@@ -268,7 +272,13 @@ impl<'a> Play<'a> {
             } else {
                 "none"
             };
-            text.replace("{dir}", &self.folder.path().display().to_string())
+            let with_pins = identity().clients.iter().fold(text.to_owned(), |text, (name, client)| {
+                let [certificate, key] = client.pins();
+                text.replace(&format!("{{sha256:{name}}}"), &certificate)
+                    .replace(&format!("{{spki-sha256:{name}}}"), &key)
+            });
+            with_pins
+                .replace("{dir}", &self.folder.path().display().to_string())
                 .replace(
                     "{tls}",
                     if certificate { "[tls]\ncertificate = \"relay.pem\"\nkey = \"relay.key\"\n" } else { "" },
@@ -410,7 +420,9 @@ impl<'a> Play<'a> {
     // The dialogue.
 
     /// Opens a connection to the provider. In a TLS play it is under TLS before the first line is read.
-    fn call(&mut self, line: usize, doors: &Doors, listener: &str, name: &str) -> Result<(), Failure> {
+    fn call(
+        &mut self, line: usize, doors: &Doors, listener: &str, name: &str, shown: Option<&str>,
+    ) -> Result<(), Failure> {
         self.flush(line)?;
         let tls = self.mode.tls || listener == "odmr-tls";
         let address = match listener {
@@ -425,7 +437,7 @@ impl<'a> Play<'a> {
         if tls && listener == "inbound" {
             connection.lead_through_starttls().map_err(|error| refused(error.to_string()))?;
         } else if tls {
-            connection.tls_client().map_err(|error| refused(error.to_string()))?;
+            connection.tls_client(shown).map_err(|error| refused(error.to_string()))?;
         }
         self.take_up(name, connection);
         Ok(())
@@ -448,7 +460,7 @@ impl<'a> Play<'a> {
         };
         let opened = socket.set_nonblocking(false).and_then(|()| Connection::new(socket)).and_then(|mut connection| {
             if tls {
-                connection.tls_server()?;
+                connection.tls_server(None)?;
             }
             Ok(connection)
         });
@@ -506,9 +518,10 @@ impl<'a> Play<'a> {
         let customer = self.transcript.name.starts_with("customer/");
         match &step.action {
             Action::Use(name) => self.current = name.clone(),
-            Action::Tls => {
+            Action::Tls { shown } => {
                 let connection = self.connection(line)?;
-                let shaken = if customer { connection.tls_server() } else { connection.tls_client() };
+                let shown = shown.as_deref();
+                let shaken = if customer { connection.tls_server(shown) } else { connection.tls_client(shown) };
                 shaken.map_err(|error| Failure::new(line, "a TLS handshake", error.to_string()))?;
             }
             Action::InClear => self.connection(line)?.in_clear = true,
@@ -615,7 +628,7 @@ impl Connection {
     /// Plays a provider without mail.
     fn no_mail(mut self, tls: bool) -> io::Result<()> {
         if tls {
-            self.tls_server()?;
+            self.tls_server(None)?;
         }
         self.send(b"220 relay.example.net\r\n")?;
         loop {
@@ -631,20 +644,42 @@ impl Connection {
             };
             self.send(reply.as_bytes())?;
             if line == "STARTTLS" {
-                self.tls_server()?;
+                self.tls_server(None)?;
             }
         }
     }
 
-    fn tls_client(&mut self) -> io::Result<()> {
+    /// `shown`: the program must ask for a certificate, and gets that of this name, or none. `None`: it may not ask.
+    fn tls_client(&mut self, shown: Option<&str>) -> io::Result<()> {
         let name = ServerName::try_from("localhost").map_err(io::Error::other)?;
-        let connection = rustls::ClientConnection::new(identity().client.clone(), name).map_err(io::Error::other)?;
-        self.shake_hands(connection.into())
+        let shows = shown.map(Shows::new);
+        let config = shows.as_ref().map_or_else(|| identity().client.clone(), Shows::config);
+        let connection = rustls::ClientConnection::new(config, name).map_err(io::Error::other)?;
+        self.shake_hands(connection.into())?;
+        match shows {
+            Some(shows) if !shows.was_asked() => Err(io::Error::other("the program asks for no certificate")),
+            _ => Ok(()),
+        }
     }
 
-    fn tls_server(&mut self) -> io::Result<()> {
-        let connection = rustls::ServerConnection::new(identity().server.clone()).map_err(io::Error::other)?;
-        self.shake_hands(connection.into())
+    /// `shown`: the runner asks for a certificate, and the program must show that of this name, or none. `None`: the runner
+    /// does not ask.
+    fn tls_server(&mut self, shown: Option<&str>) -> io::Result<()> {
+        let Some(name) = shown else {
+            let connection = rustls::ServerConnection::new(identity().server.clone()).map_err(io::Error::other)?;
+            return self.shake_hands(connection.into());
+        };
+        let connection = rustls::ServerConnection::new(identity().asking.clone()).map_err(io::Error::other)?;
+        self.shake_hands(connection.into())?;
+        let chain = self.tls.as_ref().and_then(|tls| tls.peer_certificates());
+        let found =
+            identity().clients.iter().find(|(_, client)| chain.is_some_and(|chain| chain == [client.der.clone()]));
+        match (chain, found) {
+            (None, _) if name == "none" => Ok(()),
+            (Some(_), Some((found, _))) if *found == name => Ok(()),
+            (Some(_), found) => Err(io::Error::other(format!("the certificate {:?}", found.map(|(name, _)| name)))),
+            (None, _) => Err(io::Error::other("no certificate")),
+        }
     }
 
     fn shake_hands(&mut self, mut connection: rustls::Connection) -> io::Result<()> {
@@ -678,7 +713,7 @@ impl Connection {
         if !reply.starts_with("220") {
             return Err(io::Error::other(reply));
         }
-        self.tls_client()?;
+        self.tls_client(None)?;
         self.received = format!("{greeting}\r\n").into_bytes();
         Ok(())
     }
@@ -817,47 +852,6 @@ impl Connection {
         let _ = self.read(Instant::now() + Duration::from_millis(50));
         let text = String::from_utf8_lossy(&self.received).into_owned();
         text.lines().take(8).map(|line| format!("   {}\n", shown(line.as_bytes()))).collect()
-    }
-}
-
-/// One certificate for all plays: making keys is slow.
-struct Identity {
-    certificate: String,
-    key: String,
-    client: Arc<rustls::ClientConfig>,
-    server: Arc<rustls::ServerConfig>,
-}
-
-fn identity() -> &'static Identity {
-    static IDENTITY: OnceLock<Identity> = OnceLock::new();
-    IDENTITY.get_or_init(|| {
-        let (certificate, key) = odmr::net::tls::self_signed(&["localhost", "127.0.0.1"]).expect("a certificate");
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).expect("PEM")];
-        let secret = PrivateKeyDer::from_pem_slice(key.as_bytes()).expect("PEM");
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(chain[0].clone()).expect("a root");
-        let client =
-            rustls::ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
-        let client = client.expect("versions").with_root_certificates(roots);
-        let client = client.with_client_cert_resolver(Arc::new(NeverAsked));
-        let server = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-        let server = server.expect("versions").with_no_client_auth().with_single_cert(chain, secret).expect("a key");
-        Identity { certificate, key, client: Arc::new(client), server: Arc::new(server) }
-    })
-}
-
-/// Fails the play if the program requests a client certificate: it may do so only if configured (RFC 8314 section 4.2).
-#[derive(Debug)]
-struct NeverAsked;
-
-impl ResolvesClientCert for NeverAsked {
-    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
-        panic!("the program requests a client certificate");
-    }
-
-    fn has_certs(&self) -> bool {
-        true
     }
 }
 

@@ -167,7 +167,8 @@ fn server_with(certificate: &str, key: &str) -> ServerTls {
         .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(rustls::sign::CertifiedKey::new(
             chain, key,
         ))));
-    ServerTls { config: Arc::new(config), until: None }
+    let config = Arc::new(config);
+    ServerTls { asking: config.clone(), config, until: None }
 }
 
 fn key_pin(certificate: &str) -> Pin {
@@ -268,6 +269,107 @@ fn a_peer_without_the_key_of_its_certificate_is_rejected() {
             }
         }
     }
+}
+
+/// A client that shows this certificate, and signs with this key, whatever they are.
+fn client_with(client: ClientTls, certificate: &str, key: &str) -> ClientTls {
+    let chain = PemText::new(certificate, "").certificates().unwrap();
+    let key = PROVIDER.key_provider.load_private_key(PemText::new(key, "").private_key().unwrap()).unwrap();
+    ClientTls { identity: Some(Arc::new(CertifiedKey::new(chain, key))), ..client }
+}
+
+/// Whoever signed it, whatever its version and its dates. The provider compares it with its pins.
+#[test]
+fn each_certificate_of_a_client_is_accepted_and_its_digests_are_known() {
+    let (tls, _) = server();
+    let (expired, expired_key) = expired();
+    for (certificate, key) in [
+        self_signed(&["me"]).unwrap(),
+        (expired, expired_key),
+        (fixture("rsa"), fixture("rsa")),
+        (fixture("rsa-v1"), fixture("rsa-v1")),
+        (fixture("p256-v1"), fixture("p256-v1")),
+        (fixture("p384-v1"), fixture("p384-v1")),
+        (fixture("ed25519-v1"), fixture("ed25519-v1")),
+    ] {
+        let chain = PemText::new(&certificate, "").certificates().unwrap();
+        for client in both_versions(|| Verification::Anyone) {
+            let (server, client) = handshake(&tls.asking(), &client_with(client, &certificate, &key), NAME).unwrap();
+            assert_eq!(server.channel().client_certificate, digests(&chain[0]));
+            assert_eq!(client.channel(), server.channel(), "both sides know what was shown, and have one exporter");
+            assert_eq!(server.channel().exporter.is_some(), server.info().unwrap().version == "TLSv1.3");
+        }
+    }
+}
+
+fn expired() -> (String, String) {
+    let mut params = rcgen::CertificateParams::new(vec!["me".to_string()]).unwrap();
+    (params.not_before, params.not_after) = (rcgen::date_time_ymd(2000, 1, 1), rcgen::date_time_ymd(2001, 1, 1));
+    let key = rcgen::KeyPair::generate().unwrap();
+    (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
+}
+
+/// RFC 8314 section 4.2.
+#[test]
+fn a_client_shows_its_certificate_only_if_it_is_asked_and_has_one() {
+    let (tls, _) = server();
+    let (certificate, key) = self_signed(&["me"]).unwrap();
+    for without in both_versions(|| Verification::Anyone) {
+        let with = client_with(without.clone(), &certificate, &key);
+        for (server, client) in [(&tls, &with), (&tls.asking(), &without)] {
+            let (server, client) = handshake(server, client, NAME).unwrap();
+            assert_eq!(server.channel().client_certificate, None);
+            assert_eq!(client.channel(), server.channel());
+        }
+    }
+}
+
+#[test]
+fn a_client_without_the_key_of_its_certificate_is_rejected() {
+    let (tls, _) = server();
+    let (own, own_key) = self_signed(&["me"]).unwrap();
+    for (certificate, key) in [
+        (own, self_signed(&["me"]).unwrap().1),
+        (fixture("p256-v1"), own_key),
+        (fixture("rsa-v1"), fixture("rsa")),
+        (fixture("ed25519-v1"), fixture("ed25519")),
+    ] {
+        for client in both_versions(|| Verification::Anyone) {
+            let mut server = TlsSession::server(&tls.asking()).unwrap();
+            let mut client = TlsSession::client(&client_with(client, &certificate, &key), NAME).unwrap();
+            let error = loop {
+                assert!(server.handshaking());
+                if let Err(error) = carry(&mut client, &mut server, &mut Vec::new(), 4096) {
+                    break error.to_string();
+                }
+                carry(&mut server, &mut client, &mut Vec::new(), 4096).unwrap();
+            };
+            assert!(error.contains("a signature does not match"), "{error}");
+        }
+    }
+}
+
+/// The files of a client's certificate: its version does not matter, its key does.
+#[test]
+fn a_client_needs_the_key_of_its_own_certificate() {
+    let directory = tempfile::tempdir().unwrap();
+    let (first, second) = (directory.path().join("me.pem"), directory.path().join("me.key"));
+    let (certificate, key) = self_signed(&["me"]).unwrap();
+    let load = |certificate: &str, key: &str| {
+        std::fs::write(&first, certificate).unwrap();
+        std::fs::write(&second, key).unwrap();
+        ClientTls::new(&Trust::Anyone).unwrap().with_identity(&first, &second).map(drop)
+    };
+    for name in ["rsa-v1", "p256-v1", "ed25519", "p384"] {
+        assert_eq!(load(&fixture(name), &fixture(name)), Ok(()), "{name}");
+    }
+    assert_eq!(load(&certificate, &key), Ok(()));
+    let error = load(&certificate, &self_signed(&["me"]).unwrap().1).unwrap_err();
+    assert!(error.contains("me.key does not belong to the first certificate in"), "{error}");
+    let error = load(&fixture("rsa-v1"), &fixture("rsa")).unwrap_err();
+    assert!(error.contains("me.key does not belong to"), "{error}");
+    let error = load(&certificate, "").unwrap_err();
+    assert!(error.contains("me.key holds no private key"), "{error}");
 }
 
 #[test]

@@ -172,7 +172,7 @@ impl WorkerContext {
             spool: spool.clone(),
             ids: ids.clone(),
             reporter,
-            smarthost: relay.smarthost.as_ref().map(Remote::new).transpose()?,
+            smarthost: relay.smarthost.as_ref().map(Remote::new).transpose().map_err(|error| error.text)?,
             unverified_tls: ClientTls::new(&Trust::Anyone)?,
             verified_tls: if verifies { Some(ClientTls::new(&Trust::System)?) } else { None },
             hosts,

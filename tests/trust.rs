@@ -1,0 +1,217 @@
+//! Certificates exchanged, with the real binary: both sides say what the other one has to write, and a change of keys loses
+//! no call.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
+use rustix::process::Signal;
+
+use crate::running::Running;
+
+/// A provider and its customer in one directory.
+struct Place {
+    directory: tempfile::TempDir,
+    serve: Running,
+    address: String,
+}
+
+impl Place {
+    /// The provider has a customer that logs in by another certificate, so that it asks for one.
+    fn start(acme: &str) -> Place {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("customers.d")).unwrap();
+        let (certificate, key) = odmr::net::tls::self_signed(&["localhost"]).unwrap();
+        write(&directory, "relay.pem", &certificate);
+        write(&directory, "relay.key", &key);
+        write(&directory, "provider.toml", PROVIDER);
+        let (other, _) = odmr::net::tls::self_signed(&["other"]).unwrap();
+        write(&directory, "other.pem", &other);
+        let pin = &odmr::net::tls::CertificateInfo::load(&directory.path().join("other.pem")).unwrap().pins[0];
+        let beta = format!("domains = [\"example.edu\"]\ncertificate = [\"{pin}\"]\n");
+        write(&directory, "customers.d/beta.toml", &beta);
+        write(&directory, "customers.d/acme.toml", &format!("domains = [\"example.org\"]\n{acme}"));
+        let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        let mut serve = Running::start(serve.arg("serve").arg("-c").arg(directory.path().join("provider.toml")));
+        let address = serve.listening("odmr").replace("127.0.0.1", "localhost");
+        Place { directory, serve, address }
+    }
+
+    /// Writes a new certificate and key for the customer.
+    fn new_identity(&self, name: &str) {
+        let (certificate, key) = odmr::net::tls::self_signed(&["me.example"]).unwrap();
+        write(&self.directory, &format!("{name}.pem"), &certificate);
+        write(&self.directory, &format!("{name}.key"), &key);
+    }
+
+    fn customer(&self, login: &str) {
+        let text = format!(
+            "hostname = \"mail.example.org\"\n[provider]\naddress = \"{}\"\nca = \"relay.pem\"\nname = \"acme\"\n{login}\n\
+             [mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n",
+            self.address
+        );
+        write(&self.directory, "customer.toml", &text);
+    }
+
+    /// Runs `odmr` on the customer's file, and returns its exit code and what it prints.
+    fn run(&self, arguments: &[&str]) -> (i32, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        let command = command.current_dir(self.directory.path()).args(arguments).args(["-c", "customer.toml"]);
+        let done = command.output().unwrap();
+        let text = [done.stdout, done.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+        (done.status.code().unwrap(), text)
+    }
+
+    /// The pin that `odmr check` prints for the provider.
+    fn printed_pin(&self) -> String {
+        let (code, output) = self.run(&["check"]);
+        let pin = output.split("or certificate = [\"").nth(1).and_then(|rest| rest.split('"').next());
+        pin.unwrap_or_else(|| panic!("{code} {output}")).to_owned()
+    }
+
+    /// Writes the file of the customer at the provider, which reads it anew.
+    fn account(&mut self, pins: &[&str]) {
+        let list = pins.iter().map(|pin| format!("\"{pin}\"")).collect::<Vec<_>>().join(", ");
+        let text = format!("domains = [\"example.org\"]\ncertificate = [{list}]\n");
+        write(&self.directory, "customers.d/acme.toml", &text);
+        self.serve.signal(Signal::HUP);
+        self.serve.wait_for("event=reloaded");
+    }
+}
+
+const PROVIDER: &str = "hostname = \"localhost\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n[tls]\n\
+                        certificate = \"relay.pem\"\nkey = \"relay.key\"\n[inbound]\nlisten = []\n\
+                        [odmr]\nlisten = [\"127.0.0.1:0\"]\n";
+
+fn write(directory: &tempfile::TempDir, name: &str, text: &str) {
+    let path = directory.path().join(name);
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+}
+
+#[test]
+fn both_sides_name_the_pin_that_is_missing_and_keys_change_without_a_lost_call() {
+    let mut place = Place::start("secret = \"tanstaaftanstaaf\"\n");
+    place.new_identity("me");
+    place.customer("certificate = \"me.pem\"\nkey = \"me.key\"\n");
+    // The provider does not know the certificate yet: both sides say which it is.
+    let pin = place.printed_pin();
+    assert!(pin.starts_with("spki-sha256:"), "{pin}");
+    let (code, output) = place.run(&["check", "--call"]);
+    assert!(code == 1 && output.contains("customer.toml:3: the provider does not know the certificate"), "{output}");
+    assert_eq!(place.run(&["pull"]).0, 77);
+    let line = place.serve.wait_for("event=unknown-certificate");
+    assert!(line.ends_with(&format!(" peer=[127.0.0.1] pin={pin}")), "{line}");
+    // With a secret it logs in nevertheless, and the check says that the certificate was of no use.
+    place.customer("certificate = \"me.pem\"\nkey = \"me.key\"\nsecret = \"tanstaaftanstaaf\"");
+    let (code, output) = place.run(&["check", "--call"]);
+    assert!(code == 0 && output.contains("; logged in as acme by CRAM-MD5 under TLSv1.3; "), "{output}");
+    assert!(output.contains("customer.toml:6: ") && output.contains(" does not know this certificate"), "{output}");
+    // The account has the pin, and no secret any more.
+    place.account(&[&pin]);
+    let (code, output) = place.run(&["check", "--call"]);
+    assert!(code == 0 && output.contains("; logged in as acme by EXTERNAL under TLSv1.3; "), "{output}");
+    assert!(!output.contains("does not know"), "{output}");
+    let line = place.serve.wait_for("event=authenticated");
+    let expected = format!(" peer=[127.0.0.1] account=acme mechanism=EXTERNAL tls=TLSv1.3 pin={pin}");
+    assert!(line.ends_with(&expected), "{line}");
+    // A change of keys: the provider gets the new pin first, and loses the old one last.
+    let old = pin;
+    place.new_identity("new");
+    place.customer("certificate = \"new.pem\"\nkey = \"new.key\"\n");
+    let new = place.printed_pin();
+    assert_ne!(old, new);
+    place.account(&[&old, &new]);
+    let by = |place: &Place, name: &str| {
+        place.customer(&format!("certificate = \"{name}.pem\"\nkey = \"{name}.key\"\n"));
+        place.run(&["pull"]).0
+    };
+    assert_eq!([by(&place, "me"), by(&place, "new"), by(&place, "me")], [0, 0, 0]);
+    place.account(&[&new]);
+    assert_eq!([by(&place, "new"), by(&place, "me")], [0, 77]);
+    let line = place.serve.wait_for("event=unknown-certificate");
+    assert!(line.ends_with(&format!(" pin={old}")), "{line}");
+}
+
+#[test]
+fn a_certificate_for_another_account_and_files_that_do_not_fit_are_named() {
+    let mut place = Place::start("secret = \"tanstaaftanstaaf\"\n");
+    place.new_identity("me");
+    place.new_identity("you");
+    place.customer("certificate = \"me.pem\"\nkey = \"me.key\"\n");
+    let pin = place.printed_pin();
+    place.account(&[&pin]);
+    // Another name than the account's.
+    let text = fs::read_to_string(place.directory.path().join("customer.toml")).unwrap();
+    write(&place.directory, "customer.toml", &text.replace("name = \"acme\"", "name = \"beta\""));
+    let (code, output) = place.run(&["pull"]);
+    assert!(code == 77 && output.contains("535 5.7.8") && output.contains("`secret` or `certificate`"), "{output}");
+    let line = place.serve.wait_for("event=auth-failed");
+    assert!(line.ends_with(&format!(" account=\"beta\" mechanism=EXTERNAL pin={pin}")), "{line}");
+    for (files, expected) in [
+        (["me.pem", "you.key"], "customer.toml:7: you.key does not belong to the first certificate in me.pem"),
+        (
+            ["no.pem", "me.key"],
+            "customer.toml:6: no.pem: No such file or directory (os error 2); put the certificate there",
+        ),
+        (["me.pem", "no.key"], "customer.toml:7: no.key: No such file or directory (os error 2); put the key there"),
+        (["me.key", "me.key"], "customer.toml:6: me.key holds no certificate"),
+    ] {
+        place.customer(&format!("certificate = \"{}\"\nkey = \"{}\"", files[0], files[1]));
+        for (command, expected_code) in [("check", 1), ("pull", 78)] {
+            let (code, output) = place.run(&[command]);
+            let output = output.replace(&format!("{}/", place.directory.path().display()), "");
+            assert!(code == expected_code && output.contains(expected), "{command} {code} {output}\n{expected}");
+        }
+    }
+}
+
+/// What lies on the provider's disk opens no account that has only a certificate.
+#[test]
+fn a_copy_of_the_provider_opens_no_account_with_a_certificate() {
+    let mut place = Place::start("secret = \"tanstaaftanstaaf\"\n");
+    place.new_identity("me");
+    place.customer("certificate = \"me.pem\"\nkey = \"me.key\"\n");
+    let pins = odmr::net::tls::CertificateInfo::load(&place.directory.path().join("me.pem")).unwrap().pins;
+    place.account(&[&pins[0], &pins[1]]);
+    assert_eq!(place.run(&["pull"]).0, 0);
+    // All that the thief has: each file, line, word and value of the provider, but not the customer's key.
+    let mut found = Vec::new();
+    for name in
+        ["provider.toml", "customers.d/acme.toml", "customers.d/beta.toml", "relay.pem", "relay.key", "other.pem"]
+    {
+        found.push(fs::read_to_string(place.directory.path().join(name)).unwrap());
+    }
+    collect(&place.directory.path().join("spool"), &mut found);
+    let mut tried: Vec<_> = found
+        .iter()
+        .flat_map(|text| text.split(['"', '\n', ' ', ':', '[', ']', ',']))
+        .filter(|word| !word.is_empty() && !word.chars().any(char::is_control))
+        .map(str::to_owned)
+        .chain(pins.clone())
+        .collect();
+    tried.sort();
+    tried.dedup();
+    assert!(tried.len() > 30 && pins.iter().all(|pin| tried.contains(pin)), "{tried:?}");
+    for secret in tried {
+        place.customer(&format!("secret = '{}'", secret.replace('\'', "")));
+        let (code, output) = place.run(&["check", "--call"]);
+        assert!(
+            code == 1 && (output.contains("535 5.7.8") || output.contains("customer.toml:6: ")),
+            "{secret}: {output}"
+        );
+    }
+    // The provider's own certificate, with its key.
+    place.customer("certificate = \"relay.pem\"\nkey = \"relay.key\"");
+    assert_eq!(place.run(&["pull"]).0, 77);
+}
+
+/// The texts of all files below a directory.
+fn collect(directory: &std::path::Path, texts: &mut Vec<String>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        match entry.path() {
+            path if path.is_dir() => collect(&path, texts),
+            path => texts.push(String::from_utf8_lossy(&fs::read(path).unwrap()).into_owned()),
+        }
+    }
+}
