@@ -2,10 +2,16 @@
 //! no call.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
+use std::sync::Arc;
 
 use rustix::process::Signal;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
 
 use crate::running::Running;
 
@@ -164,6 +170,86 @@ fn a_certificate_for_another_account_and_files_that_do_not_fit_are_named() {
             assert!(code == expected_code && output.contains(expected), "{command} {code} {output}\n{expected}");
         }
     }
+}
+
+/// RFC 5246 section 7.4.6: the certificate is not encrypted.
+#[test]
+fn a_certificate_in_clear_text_is_reported() {
+    let directory = tempfile::tempdir().unwrap();
+    let (certificate, key) = odmr::net::tls::self_signed(&["localhost"]).unwrap();
+    write(&directory, "me.pem", &certificate);
+    write(&directory, "me.key", &key);
+    write(&directory, "relay.pem", &certificate);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string().replace("127.0.0.1", "localhost");
+    let server = std::thread::spawn(move || {
+        let config = server_of(&[&rustls::version::TLS12], &certificate, &key);
+        let (mut socket, _) = listener.accept().unwrap();
+        let mut connection = rustls::ServerConnection::new(config).unwrap();
+        let mut lines = BufReader::new(rustls::Stream::new(&mut connection, &mut socket));
+        let ehlo = "250-relay.example.net\r\n250-AUTH EXTERNAL\r\n250 ATRN\r\n";
+        for reply in ["220 relay\r\n", ehlo, "235 2.7.0 ok\r\n", ehlo, "221 bye\r\n"] {
+            lines.get_mut().write_all(reply.as_bytes()).unwrap();
+            let _ = lines.read_line(&mut String::new());
+        }
+    });
+    let text = format!(
+        "hostname = \"mail.example.org\"\n[provider]\naddress = \"{address}\"\ntls = \"implicit\"\nca = \"relay.pem\"\n\
+         name = \"acme\"\ncertificate = \"me.pem\"\nkey = \"me.key\"\n[mailboxes]\nroot = \"mail\"\n\
+         accept = [\"@example.org\"]\n"
+    );
+    write(&directory, "customer.toml", &text);
+    let mut check = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let done = check.current_dir(directory.path()).args(["check", "--call", "-c", "customer.toml"]).output().unwrap();
+    let output = [done.stdout, done.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+    assert!(output.contains("; logged in as acme by EXTERNAL under TLSv1.2; domains: not told"), "{output}");
+    assert!(
+        output.contains("customer.toml:7: localhost:") && output.contains(" uses TLS 1.2, which sends this"),
+        "{output}"
+    );
+    server.join().unwrap();
+}
+
+/// A TLS server of these versions that asks for a certificate.
+fn server_of(
+    versions: &[&'static rustls::SupportedProtocolVersion], certificate: &str, key: &str,
+) -> Arc<rustls::ServerConfig> {
+    let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()];
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(chain[0].clone()).unwrap();
+    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().unwrap();
+    let config = rustls::ServerConfig::builder_with_provider(provider).with_protocol_versions(versions).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+    Arc::new(config.with_client_cert_verifier(clients).with_single_cert(chain, key).unwrap())
+}
+
+/// Only root can make such files.
+#[test]
+fn keys_that_another_user_cannot_read_are_named_with_the_way_out() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let place = Place::start("secret = \"tanstaaftanstaaf\"\n");
+    place.new_identity("me");
+    place.customer("certificate = \"me.pem\"\nkey = \"me.key\"\n");
+    let text = fs::read_to_string(place.directory.path().join("customer.toml")).unwrap();
+    write(&place.directory, "customer.toml", &format!("user = \"nobody\"\n{text}"));
+    let (_, output) = place.run(&["check"]);
+    let expected = "me.key, so SIGHUP cannot: chown it";
+    assert!(output.contains("customer.toml:8: nobody may not read ") && output.contains(expected), "{output}");
+    std::os::unix::fs::chown(place.directory.path().join("me.key"), Some(65534), None).unwrap();
+    assert!(!place.run(&["check"]).1.contains(expected));
+    // The provider's, if another user serves.
+    let check = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        let done = command.current_dir(place.directory.path()).args(["check", "-c", "provider.toml"]).output().unwrap();
+        String::from_utf8(done.stdout).unwrap().replace(&format!("{}/", place.directory.path().display()), "")
+    };
+    assert!(!check().contains("relay.key"), "{}", check());
+    std::os::unix::fs::chown(place.directory.path().join("spool"), Some(65534), None).unwrap();
+    let expected = "provider.toml:6: relay.key may not be read by the user to whom the spool belongs";
+    assert!(check().contains(expected), "{}", check());
 }
 
 /// What lies on the provider's disk opens no account that has only a certificate.

@@ -143,6 +143,10 @@ fn check_named(
         && let Some(files) = &config.tls
     {
         check_certificate(files, &config.hostname, report);
+        // With `user`, its rights are tried below.
+        if config.owner.is_none() {
+            check_key_owner(files, &config.spool, report);
+        }
     }
     known.iter().for_each(|error| report.error(error));
     // Directories that do not exist are made before the process becomes the owner.
@@ -285,6 +289,20 @@ fn check_certificate(files: &TlsFiles, hostname: &str, report: &mut CheckReport)
         }
     }
     report.note(format!("{name}: {}", describe(&certificate)));
+}
+
+/// Warns if root checks what another user serves, who may not read the key.
+fn check_key_owner(files: &TlsFiles, spool: &Path, report: &mut CheckReport) {
+    if rustix::process::geteuid().is_root()
+        && let Ok(Some(owner)) = SystemUser::owner_of(spool)
+        && matches!(owner.may_read(&files.key), Ok(false))
+    {
+        report.warn(files.key_error(format!(
+            "{} may not be read by the user to whom the spool belongs: if `odmr serve` runs as that user, chown it, or chgrp \
+             it and chmod 640",
+            files.key.display()
+        )));
+    }
 }
 
 /// Checks that all directories of queues are on one file system, as messages are moved in them; `access`: and that they can

@@ -34,9 +34,12 @@ impl CheckReport {
         self.warnings.push(text.to_string());
     }
 
-    /// Adds what is neither.
+    /// Adds what is neither, unless it is known.
     pub fn note(&mut self, text: impl ToString) {
-        self.notes.push(text.to_string());
+        let text = text.to_string();
+        if !self.notes.contains(&text) {
+            self.notes.push(text);
+        }
     }
 
     /// Prints all; `summary`: the last line if there are no errors.

@@ -181,6 +181,11 @@ impl TlsFiles {
         })
     }
 
+    /// An error or a warning about the file of the key.
+    pub fn key_error(&self, text: String) -> ConfigError {
+        self.key_line.error(text)
+    }
+
     /// An error or a warning about what is written in the certificate.
     pub fn certificate_error(&self, text: String) -> ConfigError {
         self.certificate_line.error(text)
