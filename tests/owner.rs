@@ -197,8 +197,8 @@ fn check_and_serve_name_what_only_root_may_read() {
         ("odmr.toml", "odmr.toml: cannot be read: Permission denied"),
         ("customers.d/acme.toml", "acme.toml: cannot be read: Permission denied"),
         ("acme.secret", "acme.secret"),
-        ("certificate.pem", "certificate.pem: Permission denied"),
-        ("key.pem", "key.pem: Permission denied"),
+        ("certificate.pem", "certificate.pem may not be read by this user: "),
+        ("key.pem", "key.pem may not be read by this user: "),
     ] {
         place.give(file, None);
         let text = place.check(0);
@@ -230,7 +230,7 @@ fn check_and_the_daemon_of_a_customer_do_so_too() {
     for (file, phrase) in [
         ("odmr.toml", "odmr.toml: cannot be read: Permission denied"),
         ("acme.secret", "acme.secret"),
-        ("certificate.pem", "certificate.pem: Permission denied"),
+        ("certificate.pem", "certificate.pem may not be read by this user: "),
     ] {
         place.give(file, None);
         let text = place.check(0);

@@ -137,9 +137,11 @@ impl ProviderAccount {
                 file_error(&self.certificate_line, error.key, &own.certificate, &error.text)
             }
             ("key", _, Some(own)) => file_error(&self.key_line, error.key, &own.key, &error.text),
-            (_, Some(_), _) => {
+            // As in `file_error`: an error of another form has its remedy.
+            (_, Some(ca), _) if error.text.starts_with(&format!("{}: ", ca.display())) => {
                 self.ca_line.error(format!("{error}: put the certificates there, or name others in `ca`"))
             }
+            (_, Some(_), _) => self.ca_line.error(&error.text),
             _ => self.ca_line.error(format!("{error}: name the certificates to trust in `ca`, or the one in `pin`")),
         }
     }
