@@ -24,6 +24,7 @@
 pub mod platform;
 pub mod clock;
 pub mod ids;
+pub mod sandbox;
 pub mod privileges;
 pub mod text_file;
 

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use nix::unistd::{self, Gid, Uid};
 
-use crate::platform;
+use crate::{platform, sandbox};
 
 /// A user of this machine, and the group of the files that are made for them.
 #[derive(Debug)]
@@ -122,7 +122,10 @@ impl SystemUser {
         // If the process can become root again, the saved user ID was not changed.
         match unistd::setuid(Uid::from_raw(0)) {
             Ok(()) => Err("the process can become root again: its saved user id did not change".to_owned()),
-            Err(_) => Ok(()),
+            Err(_) => {
+                sandbox::harden();
+                Ok(())
+            }
         }
     }
 }

@@ -10,6 +10,8 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
+use crate::sandbox;
+
 /// Octets of a file. A longer one is not a configuration, and would use up the memory.
 const FILE_SIZE_LIMIT: u64 = 16 << 20;
 
@@ -22,9 +24,11 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 ///
 /// The file cannot be read, is a pipe, is longer than [`FILE_SIZE_LIMIT`], or is UTF-16 or UTF-32.
 pub fn read(path: &Path) -> io::Result<(u32, Vec<u8>)> {
+    sandbox::note_file(path);
     // Without these flags, a pipe waits for a writer and a terminal for its user, perhaps forever.
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path)?;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path);
+    let file = file.map_err(|error| sandbox::explain(path, error))?;
     let found = file.metadata()?;
     if found.file_type().is_fifo() {
         return Err(io::Error::other("is a pipe, and must be a file"));

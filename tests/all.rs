@@ -12,6 +12,7 @@ mod operator;
 mod owner;
 mod reload;
 mod running;
+mod sandbox;
 mod send;
 mod signals;
 mod supervised;

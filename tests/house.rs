@@ -20,7 +20,7 @@ use order::Crate;
 use paths::{Path, tokens};
 use source::{Source, closing, root, sources};
 
-const MOST_PRODUCT_LINES: usize = 24_900;
+const MOST_PRODUCT_LINES: usize = 25_500;
 const LONGEST_FUNCTION: usize = 70;
 const LONGEST_TEST_MODULE: usize = 150;
 
@@ -51,8 +51,9 @@ const IMPURE: [(&str, &[&str]); 8] = [
 const COMPUTING_CRATES: [&str; 7] = ["data-encoding", "hmac", "idna", "md-5", "serde", "sha2", "subtle"];
 
 /// Libraries that one file keeps to itself.
-const ONE_FILE: [(&str, &str); 5] = [
+const ONE_FILE: [(&str, &str); 6] = [
     ("jiff", "src/clock.rs"),
+    ("landlock", "src/sandbox.rs"),
     ("rcgen", "src/net/tls.rs"),
     ("rustls", "src/net/tls.rs"),
     ("rustls_native_certs", "src/net/tls.rs"),

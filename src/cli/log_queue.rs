@@ -67,6 +67,8 @@ struct QueueState {
     lost: u64,
     /// The last line could not be written.
     is_failing: bool,
+    /// What the thread does next.
+    task: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl LogQueue {
@@ -105,12 +107,25 @@ impl LogQueue {
         }
     }
 
+    /// Lets the thread do something before the next line; nothing happens if there is no thread.
+    pub fn do_in_thread(&self, task: Box<dyn FnOnce() + Send>) {
+        if self.direct.is_none() {
+            self.lock().task = Some(task);
+            self.changed.notify_all();
+        }
+    }
+
     /// The thread: writes lines for ever.
     fn write_lines(&self, sink: &mut dyn LogSink) {
         // The number in a report that waits.
         let mut reported = 0;
         let mut state = self.lock();
         loop {
+            if let Some(task) = state.task.take() {
+                drop(state);
+                task();
+                state = self.lock();
+            }
             let Some(line) = state.lines.front().cloned() else {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
@@ -152,5 +167,28 @@ impl LogQueue {
     pub fn unwritten(&self) -> (Vec<Arc<LogLine>>, u64) {
         let state = self.lock();
         (state.lines.iter().cloned().collect(), state.lost)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    struct Nowhere;
+
+    impl LogSink for Nowhere {
+        fn write(&mut self, _: &LogLine) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_task_is_done_by_the_thread_although_no_line_comes() {
+        let queue = LogQueue::start(|| Box::new(Nowhere));
+        let (sender, receiver) = mpsc::channel();
+        queue.do_in_thread(Box::new(move || sender.send(thread::current().name().map(str::to_owned)).unwrap()));
+        assert_eq!(receiver.recv_timeout(Duration::from_secs(10)).unwrap().as_deref(), Some("log"));
     }
 }

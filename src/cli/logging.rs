@@ -121,6 +121,13 @@ pub(super) fn start_on_stderr(level: LevelFilter) {
     LogTarget::to(None, false).start(level, false);
 }
 
+/// Lets the thread that writes the log do something, if there is one.
+pub(super) fn do_in_thread(task: Box<dyn FnOnce() + Send>) {
+    if let Some(log) = LOG.get() {
+        log.queue.do_in_thread(task);
+    }
+}
+
 /// The level of the log lines that the options ask for.
 pub(super) fn verbosity(matches: &Matches) -> LevelFilter {
     if matches.opt_present("verbose") { LevelFilter::Debug } else { LevelFilter::Info }

@@ -6,6 +6,7 @@
 mod call_check;
 mod check;
 mod check_report;
+mod confine;
 mod demo;
 mod exit;
 mod inetd;
@@ -34,6 +35,8 @@ use crate::net::cancel::CancelToken;
 use crate::net::readiness::Readiness;
 use crate::net::tls;
 use crate::provider::{Listener, PreparedProvider, StartError, SupervisedConnection};
+use crate::sandbox;
+use confine::confine_provider;
 use exit::{ExitError, Sysexit};
 use logging::LogTarget;
 use owner::{become_owner, check_owned, log_prevented_reload, owner_to_become, reload_errors};
@@ -124,6 +127,7 @@ const SUBCOMMANDS: [Subcommand; 6] = [
 
 /// Runs the program with the arguments of this process; returns its exit code.
 pub fn main() -> ExitCode {
+    sandbox::harden();
     let arguments: Vec<String> =
         std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
     // Before the options are parsed: the error about a wrong option must not go into the connection either.
@@ -232,6 +236,7 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     if let Some(owner) = &owner {
         check_owned(owner, &spool, DOMAINS_DEPTH).map_err(StartError::Spool)?;
     }
+    confine_provider(&spool, listener.is_none());
     if let Some(listener) = listener {
         signals.handle(&cancel, |_| false)?;
         return Ok(provider.serve_one(listener, SupervisedConnection::from_supervisor()?)?);

@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 
 use getopts::{Matches, Options};
@@ -138,9 +138,14 @@ fn for_each_signal(mut signals: Signals, act: impl FnMut(i32) + Send + 'static) 
     thread::Builder::new().name("signals".to_owned()).spawn(move || signals.forever().for_each(act)).map(drop)
 }
 
-/// Whether this process ignores SIGHUP. Only Linux can tell without unsafe code. Elsewhere it is true if neither stdout nor
-/// stderr is a terminal, because that is how nohup(1) starts a command.
-fn ignores_hangup() -> bool {
+/// Whether this process ignored SIGHUP when it was asked for the first time. Only Linux can tell without unsafe code.
+/// Elsewhere it is true if neither stdout nor stderr is a terminal, because that is how nohup(1) starts a command.
+pub(super) fn ignores_hangup() -> bool {
+    static IGNORED: OnceLock<bool> = OnceLock::new();
+    *IGNORED.get_or_init(read_ignores_hangup)
+}
+
+fn read_ignores_hangup() -> bool {
     let Ok(status) = fs::read_to_string("/proc/self/status") else {
         return !io::stdout().is_terminal() && !io::stderr().is_terminal();
     };

@@ -15,6 +15,7 @@ use getopts::{Matches, Options};
 use log::LevelFilter;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
+use super::confine::confine_customer;
 use super::exit::{ExitError, Sysexit};
 use super::logging::{self, LogTarget};
 use super::owner::{become_customer_owner, check_not_root, log_prevented_reload, owner_to_become, reload_errors};
@@ -105,6 +106,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     if now && let Some(process) = daemon::running(&config)? {
         return request_call(process, quiet);
     }
+    confine_customer(&config, false);
     process::cancel_at_signal(&cancel)?;
     customer.mailboxes.log_warnings();
     call(&customer, &cancel, quiet, interactive)
@@ -162,6 +164,7 @@ fn run_daemon(
     let bound = daemon::BoundDaemon::new(config, ids, sockets)?;
     let known = owner.map(|_| reload_errors(path)).unwrap_or_default();
     become_customer_owner(config, owner)?;
+    confine_customer(config, true);
     let (sender, cancel) = (bound.events.clone(), CancelToken::new()?);
     signals.handle(&cancel, move |signal| {
         let event = match signal {

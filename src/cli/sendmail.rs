@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use getopts::{Matches, Options};
 use log::LevelFilter;
 
+use super::confine::confine_sender;
 use super::exit::{ExitError, Sysexit};
 use super::logging::{self, LogTarget};
 use super::owner::{become_customer_owner, check_not_root, owner_to_become};
@@ -192,5 +193,6 @@ fn load_as_owner(path: &Path) -> Result<CustomerConfig, ExitError> {
     }
     check_not_root(&config, path)?;
     become_customer_owner(&config, owner_to_become(config.owner.as_ref())?.as_ref())?;
+    confine_sender(&config);
     Ok(config)
 }

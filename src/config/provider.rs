@@ -23,6 +23,7 @@ use crate::mail::address::Domain;
 use crate::net::pin::Pin;
 use crate::net::tls::ServerTls;
 use crate::recipients::{ConfigError, Located, SourceLine};
+use crate::sandbox;
 use crate::sasl::{AccountCredentials, CertificateDigests, Unavailable};
 use crate::session::{Limits, Timeouts};
 use crate::smtp::client::Without8BitMime;
@@ -564,7 +565,8 @@ impl fmt::Debug for Account {
 /// are temporary files of editors.
 fn customer_files(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
-    for entry in std::fs::read_dir(directory)? {
+    sandbox::note_directory(directory);
+    for entry in std::fs::read_dir(directory).map_err(|error| sandbox::explain(directory, error))? {
         let path = entry?.path();
         if !path.file_name().unwrap_or_default().as_encoded_bytes().starts_with(b".") {
             files.push(path);

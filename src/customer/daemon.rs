@@ -26,6 +26,7 @@ use crate::net::listener;
 use crate::net::readiness::Readiness;
 use crate::net::trace::quoted;
 use crate::report::calls::{self, CallRecord, CallResult};
+use crate::sandbox;
 use crate::schedule::{CallOutcome, CallTimer, Clocks, Schedule};
 
 /// The clock is read at least this often, because it may be set.
@@ -425,6 +426,9 @@ impl Daemon<'_> {
             changed = fixed(&config);
             changed.retain(|value| !self.fixed.contains(value));
             config.mailboxes.stay_in_place(&self.customer.config().mailboxes);
+            for (directory, _) in store::mail_directories(&config) {
+                sandbox::check_writable(&directory.path)?;
+            }
             Customer::new(&config, &self.customer.mailboxes.ids).map_err(|error| error.to_string())
         });
         let customer = match loaded {

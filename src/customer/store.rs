@@ -14,9 +14,11 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::config::CustomerConfig;
 pub use crate::maildir::{begin_daily, lock_state_file, locked_state_file, open_state_file, sweep_state_files};
 use crate::queue::QueueName;
 use crate::recipients;
+use crate::sandbox::MailDirectory;
 
 /// The retry queue, below the root of the mailboxes.
 pub fn retry_queue(root: &Path) -> QueueName {
@@ -26,6 +28,24 @@ pub fn retry_queue(root: &Path) -> QueueName {
 /// The queue of outgoing mail.
 pub fn outgoing_queue(path: &Path) -> QueueName {
     QueueName { path: path.to_owned(), domain: None, prefix: None, retries: true }
+}
+
+/// `ROOT/<domain>/<local part>/.folder` may be a symbolic link.
+const MAILBOXES_DEPTH: usize = 3;
+
+/// `QUEUE/new` may be one.
+const QUEUE_DEPTH: usize = 1;
+
+/// The directories that a customer writes mail into, with the modes of those that are made.
+pub fn mail_directories(config: &CustomerConfig) -> Vec<(MailDirectory, u32)> {
+    let (root, mask) = (&config.mailboxes.root, config.mailboxes.umask);
+    let mailboxes = config.mailboxes.rules.maildir_roots().map(|path| {
+        // The root has the locks too, which make it if it is missing.
+        let mode = if path == root { 0o700 } else { 0o777 & !mask };
+        (MailDirectory { path: path.clone(), depth: MAILBOXES_DEPTH }, mode)
+    });
+    let queue = config.outgoing.iter().map(|outgoing| outgoing.queue.clone());
+    mailboxes.chain(queue.map(|path| (MailDirectory { path, depth: QUEUE_DEPTH }, 0o700))).collect()
 }
 
 /// The name of a provider account in the names of files.

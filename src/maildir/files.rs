@@ -10,8 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
+use crate::sandbox;
+
 /// Puts the path before the text of an error.
 pub fn with_path(path: &Path, error: io::Error) -> io::Error {
+    let error = sandbox::explain_mail(path, error);
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
@@ -60,6 +63,12 @@ pub(super) fn make_directories(path: &Path, mode: u32) -> io::Result<()> {
         make_directories(parent, mode)?;
     }
     make_directory(path, mode)
+}
+
+/// Prepares a directory of mail before this process may no longer use those above it: makes its name durable, and before
+/// the directory itself, if there is a mode for it. If that fails, the first message that is stored there finds out why.
+pub fn prepare_directory(path: &Path, mode: Option<u32>) {
+    let _ = mode.map_or(Ok(()), |mode| make_directories(path, mode)).and_then(|()| sync_names(path));
 }
 
 /// Makes one directory, unless another thread has just made it.

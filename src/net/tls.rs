@@ -865,8 +865,9 @@ struct PemText {
 impl PemText {
     fn read(path: &Path) -> Result<PemText, String> {
         let name = path.display().to_string();
-        let (_, octets) = text_file::read(path).map_err(|error| match error.kind() {
-            io::ErrorKind::PermissionDenied => format!(
+        // An error that is not the system's says itself what to do.
+        let (_, octets) = text_file::read(path).map_err(|error| match (error.kind(), error.raw_os_error()) {
+            (io::ErrorKind::PermissionDenied, Some(_)) => format!(
                 "{name} may not be read by this user: chown it to the user that `odmr` runs as, or chgrp it and chmod 640"
             ),
             _ => format!("{name}: {error}"),

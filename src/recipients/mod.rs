@@ -370,6 +370,16 @@ impl RecipientRules {
         })
     }
 
+    /// The roots of the Maildirs of all routes, the first one included; one may come several times.
+    pub fn maildir_roots(&self) -> impl Iterator<Item = &PathBuf> {
+        let routes = [&self.route].into_iter().chain(self.routes.values());
+        let named = routes.filter_map(|route| match route {
+            Route::NextHop(_) => None,
+            Route::Maildir(path) => Some(path),
+        });
+        [&self.root].into_iter().chain(named)
+    }
+
     /// Whether an address is postmaster, or abuse by default (see [`Delivery::fallback`]).
     pub fn is_fallback(&self, mailbox: &Mailbox) -> bool {
         if self.split(mailbox.local()).0.eq_ignore_ascii_case("postmaster") {

@@ -163,8 +163,8 @@ def daemon_handover(box):
     logged(customer, "call")
     check(len(left_behind(customer)) == 2, f"wait for the hop: {left_behind(customer)}")
     # Carol has a Maildir now, but something is in its way; and a file that is no message has got among them.
-    rewrite(customer, f'"{CAROL}" = "{hop.address}"\n', f'"{CAROL}" = "maildir:{box.path}/carol"\n')
-    in_the_way = box.write("carol", "in the way")
+    rewrite(customer, f'"{CAROL}" = "{hop.address}"\n', f'"{CAROL}" = "maildir:{box.path}/pull-mail/carol"\n')
+    in_the_way = box.write("pull-mail/carol", "in the way")
     box.write("pull-mail/.handover/new/garbage", "garbage")
     due(customer)
     process.send_signal(signal.SIGHUP)
@@ -180,7 +180,7 @@ def daemon_handover(box):
     due(customer)
     provider.mail = False
     process.send_signal(signal.SIGUSR1)
-    wait_until(lambda: list(box.path.glob("carol/new/*")), "the letter in carol's Maildir")
+    wait_until(lambda: list(box.path.glob("pull-mail/carol/new/*")), "the letter in carol's Maildir")
     check(attempts < 60, f"it was tried {attempts} times")
     check((hop.count(ALICE), hop.count(BERT), hop.count(CAROL)) == (2, 1, 0), f"{hop.letters}")
     wait_until(lambda: len(left_behind(customer)) <= 1, "only the garbage to be left")

@@ -1,0 +1,48 @@
+//! The directories that a provider or a customer needs after its start; the kernel denies it all others ([`sandbox`]).
+//!
+//! It comes when this process is the user that it stays, has bound its listeners, and has read its configuration with all
+//! that it names; and before other threads than that of the log.
+
+use std::path::Path;
+
+use super::{logging, process};
+use crate::config::CustomerConfig;
+use crate::customer::store;
+use crate::maildir::prepare_directory;
+use crate::net::trace::quoted;
+use crate::sandbox::{self, MailDirectory};
+
+/// `SPOOL/domains/<domain>` may be a symbolic link.
+const SPOOL_DEPTH: usize = 2;
+
+/// Denies a provider all that it does not need. `is_daemon`: it logs what is in force at level `info`, others at `debug`.
+pub(super) fn confine_provider(spool: &Path, is_daemon: bool) {
+    prepare_directory(spool, Some(0o700));
+    enter([MailDirectory { path: spool.to_owned(), depth: SPOOL_DEPTH }], is_daemon);
+}
+
+/// The same for a customer, who calls.
+pub(super) fn confine_customer(config: &CustomerConfig, is_daemon: bool) {
+    let directories = store::mail_directories(config);
+    directories.iter().for_each(|(directory, mode)| prepare_directory(&directory.path, Some(*mode)));
+    enter(directories.into_iter().map(|(directory, _)| directory), is_daemon);
+}
+
+/// The same for a user who submits mail, or looks at the queue; no directory is made for that.
+pub(super) fn confine_sender(config: &CustomerConfig) {
+    let directories = store::mail_directories(config);
+    directories.iter().for_each(|(directory, _)| prepare_directory(&directory.path, None));
+    enter(directories.into_iter().map(|(directory, _)| directory), false);
+}
+
+fn enter(directories: impl IntoIterator<Item = MailDirectory>, is_daemon: bool) {
+    // It is read in /proc, which is not among the directories.
+    process::ignores_hangup();
+    let result = sandbox::enter(directories.into_iter().collect::<Vec<_>>().as_slice(), logging::do_in_thread);
+    match (result, is_daemon) {
+        (Ok(abi), true) => log::info!("event=confined landlock={abi}"),
+        (Ok(abi), false) => log::debug!("event=confined landlock={abi}"),
+        (Err(reason), true) => log::info!("event=confined landlock=none reason={}", quoted(reason)),
+        (Err(reason), false) => log::debug!("event=confined landlock=none reason={}", quoted(reason)),
+    }
+}
