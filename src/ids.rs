@@ -26,6 +26,7 @@ struct Counters {
     sessions: AtomicU64,
     files: AtomicU64,
     challenges: AtomicU64,
+    nonces: AtomicU64,
     numbers: AtomicU64,
 }
 
@@ -92,6 +93,20 @@ impl Ids {
             None => count(&self.counters.challenges).into(),
         };
         format!("<{number}.{}@{hostname}>", self.clock().now().seconds())
+    }
+
+    /// Returns a new nonce for SCRAM (RFC 5802 section 5.1): 128 random bits, in hexadecimal. [`Ids::fixed`]: `nonce1-`,
+    /// `nonce2-`…
+    pub fn nonce(&self) -> String {
+        match self.random {
+            Some(random) => HEXLOWER.encode(&octets::<16>(random)),
+            None => format!("nonce{}-", count(&self.counters.nonces)),
+        }
+    }
+
+    /// Returns a new secret key. [`Ids::fixed`]: always the same.
+    pub fn key(&self) -> [u8; 32] {
+        self.random.map_or([b'k'; 32], octets)
     }
 
     /// Returns a random number that cannot be guessed: for DNS queries (RFC 5452), and for the order of MX hosts with

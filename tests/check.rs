@@ -264,6 +264,13 @@ fn the_configuration_is_printed_without_secrets() {
         assert!(output.lines().any(|printed| printed == line), "{line} in\n{output}");
     }
     assert!(!output.contains("tanstaaf"), "{output}");
+    let verifier = "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ==$WG5d8oPm3OtcPnkdi4Uo7BkeZkBFzpcXkuLmtbsT4qY=:\
+                    wfPLwcE6nTWhTAmQ7tl2KeoiWGPlZqQxSrmfPwDl2dU=";
+    let account = format!("domains = [\"example.org\"]\nscram = \"{verifier}\"\nmechanisms = [\"scram-sha-256\"]\n");
+    write(&directory, "customers.d/acme.toml", &account);
+    let (code, output, _) = run(&directory, "provider.toml", &["check", "--print"]);
+    let printed = output.contains("scram = \"***\"\nmechanisms = [\"SCRAM-SHA-256\"]\n");
+    assert!(code == 0 && printed && !output.contains("W22ZaJ0SNY7soEsUEjb6gQ"), "{output}");
 }
 
 /// A customer of a provider on this machine.
@@ -291,7 +298,7 @@ fn a_call_is_checked_without_fetching_anything() {
     let line = output.lines().find(|line| line.starts_with(&address)).unwrap();
     assert!(line.contains(" [127.0.0.1]: for localhost, until ") && line.contains(" (100 days); pin = "), "{line}");
     assert!(
-        line.ends_with("; logged in as acme by CRAM-MD5 under TLSv1.3; domains: example.org, example.com"),
+        line.ends_with("; logged in as acme by SCRAM-SHA-256-PLUS under TLSv1.3; domains: example.org, example.com"),
         "{line}"
     );
     for warning in [

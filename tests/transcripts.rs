@@ -23,7 +23,8 @@
 //! - `X: text` is one line and its CRLF; `{...}` in what is expected is any text within the line;
 //! - `X| text` is octets with `\r \n \t \0 \xHH \\`, no CRLF added; `X* 1000 text` the same, so many times;
 //! - `X!`: the runner goes away without a word, and the program closes too; or the program must be seen to close, under
-//!   TLS with close_notify.
+//!   TLS with close_notify;
+//! - `{scram: TEXT}` is a message of SCRAM in base64 (see [`scram`]).
 //!
 //! All that the runner says between two lines it expects goes out in one write (so it may be a pipelined group), or,
 //! in the other two plays, octet by octet. Every transcript is played four times: {whole, bytewise} × {clear, TLS}. Under
@@ -58,6 +59,7 @@ mod certificates;
 mod coverage;
 mod format;
 mod play;
+mod scram;
 
 use format::Transcript;
 use play::Mode;

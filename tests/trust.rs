@@ -111,7 +111,7 @@ fn both_sides_name_the_pin_that_is_missing_and_keys_change_without_a_lost_call()
     // With a secret it logs in nevertheless, and the check says that the certificate was of no use.
     place.customer("certificate = \"me.pem\"\nkey = \"me.key\"\nsecret = \"tanstaaftanstaaf\"");
     let (code, output) = place.run(&["check", "--call"]);
-    assert!(code == 0 && output.contains("; logged in as acme by CRAM-MD5 under TLSv1.3; "), "{output}");
+    assert!(code == 0 && output.contains("; logged in as acme by SCRAM-SHA-256-PLUS under TLSv1.3; "), "{output}");
     assert!(output.contains("customer.toml:6: ") && output.contains(" does not know this certificate"), "{output}");
     // The account has the pin, and no secret any more.
     place.account(&[&pin]);

@@ -8,7 +8,7 @@ use super::mailboxes::{MAILBOXES_KEYS, MailboxesConfig};
 use super::owner::MailOwner;
 use super::provider::check_listeners;
 use super::relay::retry_times;
-use super::remote::{file_error, login_secret, optional_remote, remote};
+use super::remote::{file_error, lacks, login_secret, mechanisms, optional_remote, remote};
 use super::schedule::{self, SCHEDULE_KEYS};
 use super::source::{FileKind, Source};
 use super::table::{Table, Value, check_unique, values};
@@ -220,14 +220,24 @@ impl ProviderAccount {
         let certificate = table.contains("certificate");
         let remote = source.note(address.and_then(|address| remote(&mut table, address, "tls")));
         let secret = source.note(login_secret(&mut table, &table_line, certificate));
+        // After a mistake in the secret, the mechanisms that need it are no second one.
+        let given = name.as_ref().ok().zip(secret.as_ref().ok());
+        let login = given.map(|(name, secret)| Login {
+            secret: secret.clone(),
+            certificate,
+            ..Login::with_secret(name.clone(), Vec::new())
+        });
+        let lacks = |mechanism| login.as_ref().and_then(|login| lacks(login, mechanism));
+        let mechanisms = source.note(mechanisms(&mut table, lacks));
         let domains = table.list("domains", DOMAIN);
         let own = table.table("schedule", &SCHEDULE_KEYS);
         let schedule = source.note(own.and_then(|own| own.map_or_else(|| Ok(schedule.clone()), schedule::read)));
         let domains = domains?.unwrap_or_default();
         check_unique(&domains)?;
-        let (name, remote, secret, schedule) = (name?, remote?, secret?, schedule?);
-        let login = Login { secret, certificate, ..Login::with_secret(name, Vec::new()) };
-        let remote = RemoteSettings { login: Some(login), ..remote };
+        let (_, remote, _, schedule) = (name?, remote?, secret?, schedule?);
+        let mechanisms = mechanisms?;
+        let login = login.map(|login| Login { mechanisms, ..login });
+        let remote = RemoteSettings { login, ..remote };
         let domains = values(domains);
         Ok(ProviderAccount {
             remote,
@@ -243,7 +253,7 @@ impl ProviderAccount {
     }
 }
 
-const PROVIDER_KEYS: [&str; 12] = [
+const PROVIDER_KEYS: [&str; 13] = [
     "address",
     "tls",
     "ca",
@@ -253,6 +263,7 @@ const PROVIDER_KEYS: [&str; 12] = [
     "name",
     "secret",
     "secret-file",
+    "mechanisms",
     "domains",
     "outgoing",
     "schedule",
@@ -327,7 +338,7 @@ impl OutgoingConfig {
 }
 
 #[rustfmt::skip]
-const OUTGOING_KEYS: [&str; 17] = [
+const OUTGOING_KEYS: [&str; 18] = [
     "queue", "listen", "networks", "domain", "submission", "submission-tls", "ca", "pin", "certificate", "key",
-    "name", "secret", "secret-file", "give-up", "delay-notice", "max-size", "without-8bitmime",
+    "name", "secret", "secret-file", "mechanisms", "give-up", "delay-notice", "max-size", "without-8bitmime",
 ];

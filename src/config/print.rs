@@ -78,7 +78,7 @@ impl Printer {
         self.head("relay");
         self.written(&mut table, &["smarthost", "smarthost-tls"]);
         self.written(&mut table, &LOGIN_KEYS);
-        self.written(&mut table, &["tls-for", "resolver"]);
+        self.written(&mut table, &["mechanisms", "tls-for", "resolver"]);
         let tls = match relay.tls {
             TlsPolicy::May => "\"may\"",
             TlsPolicy::Must => "\"must\"",
@@ -99,10 +99,11 @@ impl Printer {
     fn account(mut self, account: &Account) -> Result<String, ConfigError> {
         let source = Source::read(&self.source.file)?;
         let mut file = source.parse()?;
-        self.written(&mut file, &["domains", "secret", "secret-file", "max-size", "delivered-to-prefix"]);
+        self.written(&mut file, &["domains", "secret", "secret-file", "scram", "max-size", "delivered-to-prefix"]);
         if !account.certificates.is_empty() {
             self.list("certificate", &account.certificates);
         }
+        self.list("mechanisms", &account.mechanisms);
         self.value("relay", account.relay);
         self.value("any-sender", account.any_sender);
         self.value("rate", account.rate);
@@ -138,6 +139,7 @@ impl Printer {
             self.head("outgoing");
             self.written(&mut table, &["queue", "submission", "submission-tls"]);
             self.written(&mut table, &LOGIN_KEYS);
+            self.written(&mut table, &["mechanisms"]);
             self.list("listen", &outgoing.listen);
             self.list("networks", &outgoing.networks);
             self.value("domain", quote(outgoing.domain.as_str()));
@@ -160,6 +162,8 @@ impl Printer {
         };
         self.value("tls", tls);
         self.written(&mut table, &LOGIN_KEYS);
+        let mechanisms = provider.remote.login.as_ref().map_or(&[][..], |login| &login.mechanisms);
+        self.list("mechanisms", mechanisms);
         self.list("domains", &provider.domains);
         self.value("outgoing", provider.outgoing);
         let own = take_table(&mut table, "schedule");
@@ -226,7 +230,7 @@ impl Printer {
             let Some(value) = table.remove(*key) else { continue };
             let absolute = |text: &str| quote(self.source.absolute(Path::new(text)).display().to_string());
             let text = match value.get_ref() {
-                _ if *key == "secret" => "\"***\"".to_owned(),
+                _ if ["secret", "scram"].contains(key) => "\"***\"".to_owned(),
                 DeValue::String(text) if PATHS.contains(key) => absolute(text),
                 DeValue::Array(values) if PATHS.contains(key) => {
                     let paths: Vec<_> =

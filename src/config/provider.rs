@@ -12,19 +12,19 @@ use std::time::Duration;
 use super::limits::{limits, timeouts};
 use super::owner::MailOwner;
 use super::relay::RelayConfig;
-use super::remote::{file_error, secret};
+use super::remote::{ASCII_SECRET, SECRET_IN_CLEAR, file_error, mechanisms, secret};
 use super::source::{FileKind, Findings, Source, check_private};
 use super::table::{Table, check_unique, values};
 use super::value::{
     ACCOUNT_NAME, DOMAIN, DURATION, Flag, HOSTNAME, HOSTNAME_MISSING, LISTENER, MAX_SIZE, PATH, PIN, SIZE, Text,
-    WITHOUT_8BITMIME,
+    VERIFIER, WITHOUT_8BITMIME,
 };
 use crate::mail::address::Domain;
 use crate::net::pin::Pin;
 use crate::net::tls::ServerTls;
 use crate::recipients::{ConfigError, Located, SourceLine};
 use crate::sandbox;
-use crate::sasl::{AccountCredentials, CertificateDigests, Unavailable};
+use crate::sasl::{AccountCredentials, CertificateDigests, Mechanism, ScramVerifier, Unavailable, is_usable};
 use crate::session::{Limits, Timeouts};
 use crate::smtp::client::Without8BitMime;
 
@@ -229,7 +229,7 @@ impl OdmrConfig {
     fn build(
         mut table: Table<'_>, listen: ListenerList, listen_tls: ListenerList, tls: bool,
     ) -> Result<OdmrConfig, ConfigError> {
-        let (require_line, cram_line) = (table.line_of("require-tls"), table.line_of("cram-md5"));
+        let require_line = table.line_of("require-tls");
         let require_tls = table.or("require-tls", Flag, true);
         let cram_md5 = table.or("cram-md5", Flag, true);
         let give_up = table.or("give-up", DURATION, GIVE_UP);
@@ -248,13 +248,6 @@ impl OdmrConfig {
                      require-tls = false"
                 )));
             }
-            // RFC 2645 section 5.1.1: the reply to EHLO must offer AUTH, so there must be a mechanism.
-            if !cram_md5 {
-                return Err(cram_line.error(format!(
-                    "without CRAM-MD5 customers authenticate with PLAIN, and that under TLS only: {add}, or write \
-                     cram-md5 = true"
-                )));
-            }
         }
         let listen_tls = values(listen_tls);
         Ok(OdmrConfig { listen, listen_tls, require_tls, cram_md5, give_up, without_8bitmime })
@@ -264,6 +257,7 @@ impl OdmrConfig {
 /// The provider's customers: the files `NAME.toml` of one directory.
 #[derive(Clone, Debug, Default)]
 pub struct Accounts {
+    directory: PathBuf,
     accounts: Vec<Account>,
     by_name: HashMap<String, usize>,
     by_domain: HashMap<Domain, usize>,
@@ -316,6 +310,33 @@ impl Accounts {
         self.by_domain.get(domain).map(|&index| &self.accounts[index])
     }
 
+    /// The mechanisms to offer: those that may open an account, and those with a secret also if accounts have certificates only,
+    /// as the reply to EHLO must have some (RFC 2645 section 5.1.1). If a file is skipped, its account may use each.
+    ///
+    /// After EXTERNAL, CRAM-MD5 is the first, because RFC 2645 section 5.1.2 names it: a client that takes what it sees first
+    /// must know it.
+    pub fn mechanisms(&self) -> Vec<Mechanism> {
+        let any = self.accounts.is_empty() || !self.skipped.is_empty();
+        let offered = |mechanism: &Mechanism| self.accounts.iter().any(|account| account.wants_offered(*mechanism));
+        let mut offered: Vec<_> = Mechanism::ALL.into_iter().filter(|mechanism| any || offered(mechanism)).collect();
+        offered.sort_by_key(|mechanism| match mechanism {
+            Mechanism::External => 0,
+            Mechanism::CramMd5 => 1,
+            _ => 2,
+        });
+        offered
+    }
+
+    /// Whether an account has a secret in clear.
+    pub fn have_secrets(&self) -> bool {
+        self.accounts.iter().any(|account| account.secret.is_some())
+    }
+
+    /// The file of the customer with this login name, whether it exists or not.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.directory.join(format!("{name}.toml"))
+    }
+
     /// All customers, ordered by name.
     pub fn iter(&self) -> impl Iterator<Item = &Account> {
         self.accounts.iter()
@@ -345,7 +366,7 @@ impl Accounts {
                 format!("is not read, as its name does not end in .toml: rename it {name}.toml, or move it away");
             source.warn(whole.error(text));
         }
-        let (mut accounts, mut read) = (Accounts::default(), Vec::new());
+        let (mut accounts, mut read) = (Accounts { directory: path, ..Accounts::default() }, Vec::new());
         for file in files.into_iter().filter(|file| is_customer_file(file)) {
             let (account, found) = Source::examine(&file, |source| Account::read(source, tls));
             source.note_customer(found);
@@ -400,7 +421,10 @@ impl Accounts {
     pub fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
         match self.account(name) {
             None if self.skipped.iter().any(|skipped| skipped.name == name) => Err(Unavailable),
-            account => Ok(account.map(|account| AccountCredentials { secret: account.secret.clone() })),
+            account => Ok(account.map(|account| AccountCredentials {
+                secret: account.secret.clone(),
+                verifier: account.verifier.clone(),
+            })),
         }
     }
 }
@@ -443,11 +467,14 @@ impl Accounts {
     }
 }
 
+/// What opens an account: a secret, or its verifier, and certificates.
+type AccountKeys = (Option<Vec<u8>>, Option<ScramVerifier>, Vec<Pin>);
+
 /// `secret` and `certificate` of a customer's file, of which it must have one.
-fn credentials(table: &mut Table<'_>, tls: bool) -> Result<(Option<Vec<u8>>, Vec<Pin>), ConfigError> {
+fn credentials(table: &mut Table<'_>, tls: bool) -> Result<AccountKeys, ConfigError> {
     let (source, line) = (table.file, table.line_of("certificate"));
-    let (secret, certificates) = (source.note(secret(table)), table.list("certificate", PIN));
-    let (secret, certificates) = (secret?, certificates?.map(values));
+    let (secret, certificates) = (source.note(secret_or_verifier(table)), table.list("certificate", PIN));
+    let ((secret, verifier), certificates) = (secret?, certificates?.map(values));
     match &certificates {
         Some(pins) if pins.is_empty() => {
             let text = "`certificate` is empty: write the pin of the customer's certificate, which its `odmr check` shows, \
@@ -459,11 +486,11 @@ fn credentials(table: &mut Table<'_>, tls: bool) -> Result<(Option<Vec<u8>>, Vec
                         file, or remove it";
             Err(line.error(text))
         }
-        None if secret.is_none() => Err(source.whole().error(
+        None if secret.is_none() && verifier.is_none() => Err(source.whole().error(
             "`secret` is missing: write secret = \"…\", or secret-file = \"…\" for a file with nothing but the secret; or \
-             certificate = [\"spki-sha256:…\"], with the pin that the customer's `odmr check` shows",
+             scram = \"…\", as `odmr secret` prints it; or certificate = [\"spki-sha256:…\"], with the pin that the customer's `odmr check` shows",
         )),
-        _ => Ok((secret, certificates.unwrap_or_default())),
+        _ => Ok((secret, verifier, certificates.unwrap_or_default())),
     }
 }
 
@@ -474,10 +501,14 @@ pub struct Account {
     pub name: String,
     /// At least one, none twice, each with a dot.
     pub domains: Vec<Domain>,
-    /// Never empty; `None`: only a certificate opens the account.
+    /// Never empty; `None`: it is not known here, or only a certificate opens the account.
     pub secret: Option<Vec<u8>>,
+    /// What is stored in place of the secret.
+    pub verifier: Option<ScramVerifier>,
     /// The certificates and keys that open the account, whatever their dates.
     pub certificates: Vec<Pin>,
+    /// The mechanisms that may open it. Default: all.
+    pub mechanisms: Vec<Mechanism>,
     /// Whether it may submit mail, for any domain. Default: true.
     pub relay: bool,
     /// Whether the senders of submitted mail may be in domains of other customers and other hosts. Default: false.
@@ -494,18 +525,7 @@ pub struct Account {
 impl Account {
     /// Reads the file of one customer. Returns the lines of its domains, too.
     fn read(source: &Source, tls: bool) -> Result<(Account, Vec<Located<Domain>>), ConfigError> {
-        let keys = [
-            "domains",
-            "certificate",
-            "secret",
-            "secret-file",
-            "relay",
-            "any-sender",
-            "max-size",
-            "rate",
-            "delivered-to-prefix",
-        ];
-        let mut table = Table::root(source, &keys)?;
+        let mut table = Table::root(source, &CUSTOMER_KEYS)?;
         let name = source.file.file_stem().and_then(|name| name.to_str());
         let name = name.ok_or_else(|| "the login name is not UTF-8: rename the file".to_owned());
         let name = name
@@ -529,18 +549,21 @@ impl Account {
                 "`domains` is missing or empty: name the customer's domains, such as domains = [\"example.org\"]",
             ));
         }
-        let (secret, certificates) = credentials?;
-        let account = Account {
+        let (secret, verifier, certificates) = credentials?;
+        let mut account = Account {
             name,
             domains,
             secret,
+            verifier,
             certificates,
+            mechanisms: Vec::new(),
             relay: relay?,
             any_sender: any_sender?,
             max_size: max_size?,
             rate: rate?,
             delivered_to_prefix: delivered_to_prefix?,
         };
+        account.mechanisms = source.note(mechanisms(&mut table, |mechanism| account.lacks(mechanism)))?;
         Ok((account, lines))
     }
 }
@@ -553,6 +576,61 @@ const PREFIX: Text<String> = Text::new("a prefix such as \"acme-\"", |text| {
         .then(|| text.to_owned())
         .ok_or_else(|| "write what stands before the local part in Delivered-To, such as \"acme-\"".to_owned())
 });
+
+impl Account {
+    /// Whether this mechanism may open the account.
+    pub fn permits(&self, mechanism: Mechanism) -> bool {
+        self.mechanisms.contains(&mechanism) && self.lacks(mechanism).is_none()
+    }
+
+    /// Whether the mechanism is to be offered, for this account.
+    fn wants_offered(&self, mechanism: Mechanism) -> bool {
+        let certificate_only = self.secret.is_none() && self.verifier.is_none();
+        self.permits(mechanism)
+            || self.mechanisms.contains(&mechanism) && certificate_only && mechanism != Mechanism::CramMd5
+    }
+
+    /// What the mechanism needs, and the account has not.
+    fn lacks(&self, mechanism: Mechanism) -> Option<&'static str> {
+        let is_ascii = is_usable(self.name.as_bytes()) && self.secret.as_ref().is_none_or(|secret| is_usable(secret));
+        match mechanism {
+            Mechanism::External => self.certificates.is_empty().then_some("a `certificate`"),
+            Mechanism::CramMd5 if self.secret.is_none() => Some(SECRET_IN_CLEAR),
+            _ if self.secret.is_none() && self.verifier.is_none() => Some("a `secret` or `scram`"),
+            mechanism if mechanism.is_scram() && !is_ascii => Some(ASCII_SECRET),
+            _ => None,
+        }
+    }
+}
+
+/// `secret` or `secret-file`, or `scram` in their place; all may be missing.
+fn secret_or_verifier(table: &mut Table<'_>) -> Result<(Option<Vec<u8>>, Option<ScramVerifier>), ConfigError> {
+    let source = table.file;
+    let Some(scram) = table.located("scram", VERIFIER)? else { return Ok((secret(table)?, None)) };
+    for key in ["secret", "secret-file"] {
+        if let Some(other) = table.take(key) {
+            let text = format!("`{key}` and `scram` exclude each other: remove `{key}`, whose place `scram` takes");
+            return Err(other.line.error(text));
+        }
+    }
+    // Whoever has it can play the provider, and try secrets.
+    check_private(source.mode, &source.file).map_err(|text| scram.source.error(text))?;
+    Ok((None, Some(scram.value)))
+}
+
+const CUSTOMER_KEYS: [&str; 11] = [
+    "domains",
+    "certificate",
+    "secret",
+    "secret-file",
+    "scram",
+    "mechanisms",
+    "relay",
+    "any-sender",
+    "max-size",
+    "rate",
+    "delivered-to-prefix",
+];
 
 impl fmt::Debug for Account {
     /// Without the secret.

@@ -69,8 +69,8 @@ impl RelayConfig {
 }
 
 #[rustfmt::skip]
-const RELAY_KEYS: [&str; 20] = [
-    "smarthost", "smarthost-tls", "ca", "pin", "certificate", "key", "name", "secret", "secret-file", "tls", "tls-for",
+const RELAY_KEYS: [&str; 21] = [
+    "smarthost", "smarthost-tls", "ca", "pin", "certificate", "key", "name", "secret", "secret-file", "mechanisms", "tls", "tls-for",
     "resolver", "port", "connections", "connections-per-host", "without-8bitmime", "retry-first", "retry-max", "give-up",
     "delay-notice",
 ];

@@ -4,10 +4,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::source::{Source, check_private, read};
-use super::table::Table;
-use super::value::{ACCOUNT_NAME, HostPort, PATH, PIN, SECRET, TLS_MODE, check_secret, host_port};
+use super::table::{Table, check_unique, values};
+use super::value::{ACCOUNT_NAME, HostPort, MECHANISM, PATH, PIN, SECRET, TLS_MODE, check_secret, host_port};
 use crate::recipients::{ConfigError, SourceLine};
-use crate::sasl::Login;
+use crate::sasl::{Login, Mechanism, is_usable};
 use crate::session::{ClientIdentity, RemoteSettings, TlsMode};
 
 /// The host at an address, without a login. Reads `ca`, `pin`, `certificate`, `key`, and how to use TLS at the key `tls_key`.
@@ -63,7 +63,7 @@ pub(super) fn optional_remote(
     table: &mut Table<'_>, key: &str, tls_key: &str, login: Option<Login>,
 ) -> Result<Option<RemoteSettings>, ConfigError> {
     let Some(address) = table.get(key, host_port::<587>())? else {
-        let keys = [tls_key, "ca", "pin", "certificate", "key", "name", "secret", "secret-file"];
+        let keys = [tls_key, "ca", "pin", "certificate", "key", "name", "secret", "secret-file", "mechanisms"];
         return match keys.into_iter().find_map(|unused| Some((unused, table.take(unused)?.line))) {
             None => Ok(None),
             Some((unused, line)) => {
@@ -85,6 +85,17 @@ pub(super) fn optional_remote(
                 return Err(secret.line.error(text));
             }
         },
+    };
+    let login = match (login, table.contains("mechanisms")) {
+        (Some(login), true) => {
+            let mechanisms = mechanisms(table, |mechanism| lacks(&login, mechanism))?;
+            Some(Login { mechanisms, ..login })
+        }
+        (None, true) => {
+            let text = "`mechanisms` has no effect without a login: add `name` and `secret`, or remove it";
+            return Err(table.line_of("mechanisms").error(text));
+        }
+        (login, false) => login,
     };
     Ok(Some(RemoteSettings { login, ..host }))
 }
@@ -132,6 +143,43 @@ pub(super) fn secret(table: &mut Table<'_>) -> Result<Option<Vec<u8>>, ConfigErr
         }
     }
 }
+
+/// `mechanisms`: those that may be used, all by default. `lacks` returns what a mechanism needs and is not there.
+pub(super) fn mechanisms(
+    table: &mut Table<'_>, lacks: impl Fn(Mechanism) -> Option<&'static str>,
+) -> Result<Vec<Mechanism>, ConfigError> {
+    let line = table.line_of("mechanisms");
+    let Some(list) = table.list("mechanisms", MECHANISM)? else { return Ok(Mechanism::ALL.to_vec()) };
+    check_unique(&list)?;
+    let mechanisms = values(list);
+    let missing: Vec<_> = mechanisms.iter().map_while(|mechanism| Some((mechanism, lacks(*mechanism)?))).collect();
+    match missing.first() {
+        None if mechanisms.is_empty() => {
+            Err(line.error("`mechanisms` is empty, so no login is possible: name some, or remove the line for all"))
+        }
+        Some((mechanism, lacking)) if missing.len() == mechanisms.len() => {
+            Err(line.error(format!("no login is possible, as {mechanism} needs {lacking}: add that, or a mechanism")))
+        }
+        _ => Ok(mechanisms),
+    }
+}
+
+/// What a mechanism needs, and the login has not.
+pub(super) fn lacks(login: &Login, mechanism: Mechanism) -> Option<&'static str> {
+    match (mechanism, &login.secret) {
+        (Mechanism::External, _) => (!login.certificate).then_some("`certificate` and `key`"),
+        (_, None) => Some("a `secret`"),
+        (mechanism, Some(secret)) => {
+            let is_ascii = is_usable(login.name.as_bytes()) && is_usable(secret);
+            // A user who only submits mail cannot read the secret, which is empty then.
+            (mechanism.is_scram() && !is_ascii && !secret.is_empty()).then_some(ASCII_SECRET)
+        }
+    }
+}
+
+/// What the mechanisms with a secret need of it.
+pub(super) const SECRET_IN_CLEAR: &str = "a `secret` in clear";
+pub(super) const ASCII_SECRET: &str = "a name and a secret in printable ASCII";
 
 /// A shorter secret can be guessed.
 const SHORT_SECRET: usize = 12;

@@ -4,7 +4,7 @@ use super::*;
 use crate::mail::address::Domain;
 use crate::net::pin::Pin;
 use crate::queue::retry::Retry;
-use crate::sasl::{CertificateDigests, Login, Unavailable};
+use crate::sasl::{CertificateDigests, Login, Mechanism, Unavailable};
 use crate::schedule::{Schedule, When};
 use crate::session::{ClientIdentity, Limits, RemoteSettings, Timeouts, TlsMode};
 use crate::smtp::client::Without8BitMime;
@@ -49,6 +49,10 @@ fn files(files: &[(&str, &str)]) -> TempDir {
 fn mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
+
+/// Of the secret `pencil` (RFC 7677 section 3).
+const VERIFIER: &str = "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ==$WG5d8oPm3OtcPnkdi4Uo7BkeZkBFzpcXkuLmtbsT4qY=:\
+                        wfPLwcE6nTWhTAmQ7tl2KeoiWGPlZqQxSrmfPwDl2dU=";
 
 /// The error about `odmr.toml` among these files, without the name of their directory.
 fn error_of(directory: &TempDir) -> String {
@@ -441,6 +445,11 @@ fn mistakes_in_relay_are_named() {
     relay("name = \"relay\"", 7, "`name` is for `smarthost`");
     relay("secret = \"s\"", 7, "`secret` is for `smarthost`");
     relay("secret-file = \"s\"", 7, "`secret-file` is for `smarthost`");
+    relay("mechanisms = [\"PLAIN\"]", 7, "`mechanisms` is for `smarthost`");
+    relay(&format!("{host}\nmechanisms = [\"PLAIN\"]"), 8, "`mechanisms` has no effect without a login");
+    let login = format!("{host}\nname = \"relay\"\nsecret = \"mellon, mellon\"");
+    relay(&format!("{login}\nmechanisms = [\"LOGIN\"]"), 10, "\"LOGIN\" is not a mechanism of this program");
+    relay(&format!("{login}\nmechanisms = [\"EXTERNAL\"]"), 10, "EXTERNAL needs `certificate` and `key`");
     relay("tls = \"always\"", 7, "write \"may\", \"must\" or \"verify\"");
     relay("tls = true", 7, "expected \"may\", \"must\" or \"verify\"");
     relay("tls-for = { \"exa mple\" = \"must\" }", 7, "\"exa mple\" is not a valid domain");
@@ -500,6 +509,8 @@ fn mistakes_in_outgoing_and_schedule_are_named() {
     outgoing("submission-tls = \"none\"", 11, "`submission-tls` is for `submission`, and there is none");
     outgoing("name = \"sender\"", 11, "`name` is for `submission`");
     outgoing("submission = \"a\"\nname = \"sender\"", 12, "`secret` is missing");
+    outgoing("mechanisms = [\"PLAIN\"]", 11, "`mechanisms` is for `submission`");
+    outgoing("submission = \"a\"\nmechanisms = []", 12, "`mechanisms` is empty");
     outgoing("submission = \"a\"\nsecret = \"s\"", 12, "no `name` to log in with");
     outgoing("submission = \"a\"\nsubmission-tls = \"none\"\nca = \"c\"", 13, "have no effect with submission-tls = \"none\"");
     outgoing("retry-first = \"1m\"", 11, "unknown key `retry-first`");
@@ -735,7 +746,6 @@ fn mistakes_in_a_provider_s_file_are_named() {
     provider("[odmr]\nrequire-tls = false", "", "odmr.toml", "`require-tls` is true, which it is by default");
     provider("false", "\"no\"", "odmr.toml:5", "expected true or false");
     provider("", "listen-tls = [\":465\"]", "odmr.toml:6", "`listen-tls` needs a certificate: add [tls]");
-    provider("", "cram-md5 = false", "odmr.toml:6", "without CRAM-MD5");
     provider("", "[tls]\nkey = \"k\"", "odmr.toml:6", "`certificate` is missing");
     provider("", "[tls]\ncertificate = \"c\"", "odmr.toml:6", "`key` is missing");
     provider("", "[tls]\ncert = \"c\"", "odmr.toml:7", "unknown key `cert`, expected `certificate` or `key`");
@@ -786,6 +796,19 @@ fn mistakes_in_the_directory_of_customers_are_named() {
     account("secret = \"open sesame\"", "secret-file = \"no\"", &at(2), "customers.d/no cannot be read");
     account("secret = ", "password = ", &at(2), "unknown key `password`");
     account("\"open sesame\"", "12345", &at(2), "this is a number, expected a secret in quotes");
+    let scram = format!("scram = \"{VERIFIER}\"");
+    account("", &scram, &at(2), "`secret` and `scram` exclude each other: remove `secret`");
+    account("secret = \"open sesame\"", &format!("{scram}\nsecret-file = \"no\""), &at(3), "`secret-file` and `scram` exclude");
+    account("secret = \"open sesame\"", "scram = \"x\"", &at(2), "it must have the form SCRAM-SHA-256$ITERATIONS:SALT$");
+    account("secret = \"open sesame\"", "scram = \"x\"", &at(2), "run `odmr secret NAME -c FILE`");
+    account("secret = \"open sesame\"", &scram.replace("4096", "4095"), &at(2), "its iterations must be 4096 to 1000000");
+    account("secret = \"open sesame\"", "scram = 5", &at(2), "expected a verifier as `odmr secret` prints it");
+    account("", "mechanisms = []", &at(3), "`mechanisms` is empty, so no login is possible");
+    account("", "mechanisms = \"PLAIN\"", &at(3), "expected a list, in [ ]");
+    account("", "mechanisms = [\"LOGIN\"]", &at(3), "\"LOGIN\" is not a mechanism of this program: write some of \"");
+    account("", "mechanisms = [\"PLAIN\", \"plain\"]", &at(3), "PLAIN is here a second time");
+    account("secret = \"open sesame\"", &format!("{scram}\nmechanisms = [\"CRAM-MD5\"]"), &at(3), "CRAM-MD5 needs a `secret` in clear");
+    account("sesame\"", "sésame\"\nmechanisms = [\"SCRAM-SHA-256\"]", &at(3), "needs a name and a secret in printable ASCII");
 }
 
 /// A provider with TLS, whose only customer has this file.
@@ -930,6 +953,14 @@ fn mistakes_in_a_customer_s_file_are_named() {
     customer("acme", "", "odmr.toml:4", "the login name is empty");
     customer("secret = \"open sesame\"", "", "odmr.toml:2", "`secret` is missing");
     customer("secret = \"open sesame\"", "secret-file = \"no\"", "odmr.toml:5", "no cannot be read: No such file");
+    let mechanisms = |list: &str| format!("secret = \"open sesame\"\nmechanisms = {list}");
+    let customer_has = |list: &str, phrase: &str| {
+        customer("secret = \"open sesame\"", &mechanisms(list), "odmr.toml:6", phrase);
+    };
+    customer_has("[]", "`mechanisms` is empty, so no login is possible");
+    customer_has("[\"SCRAM-SHA-1\"]", "\"SCRAM-SHA-1\" is not a mechanism of this program: write some of \"");
+    customer_has("[\"PLAIN\", \"PLAIN\"]", "PLAIN is here a second time");
+    customer("open sesame\"", "sésame\"\nmechanisms = [\"SCRAM-SHA-256\"]", "odmr.toml:6", "in printable ASCII");
     customer("name = \"acme\"", "tls = \"ssl\"\nname = \"acme\"", "odmr.toml:4", "\"ssl\" is not a valid TLS mode: write \"starttls\", \"implicit\" or \"none\"");
     customer("name = \"acme\"", "tls = true\nname = \"acme\"", "odmr.toml:4", "expected \"starttls\", \"implicit\" or \"none\"");
     customer("name = \"acme\"", "pin = \"00\"\nname = \"acme\"", "odmr.toml:4", "is not a valid fingerprint");
@@ -971,6 +1002,45 @@ fn what_is_not_utf_8_is_named_with_its_line() {
     let path = directory.path().join("odmr.toml");
     fs::write(&path, b"# one\n# \xe4\n").unwrap();
     assert_error(&directory, "odmr.toml:2", "is not UTF-8");
+}
+
+#[test]
+fn an_account_opens_by_the_mechanisms_that_it_has_something_for() {
+    use Mechanism::{CramMd5, Plain, ScramSha256, ScramSha256Plus};
+    let directory = |files_of_customers: &[(&str, &str)]| {
+        let files_of_customers: Vec<_> = files_of_customers
+            .iter()
+            .map(|(name, rest)| {
+                (format!("customers.d/{name}.toml"), format!("domains = [\"{name}.example\"]\n{rest}\n"))
+            })
+            .collect();
+        let mut all = vec![("odmr.toml", PROVIDER)];
+        all.extend(files_of_customers.iter().map(|(name, text)| (name.as_str(), text.as_str())));
+        let directory = files(&all);
+        ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap().accounts
+    };
+    let scram = format!("scram = \"{VERIFIER}\"");
+    let check = |rest: &str, expected: &[Mechanism]| {
+        let accounts = directory(&[("acme", rest)]);
+        let mut offered = accounts.mechanisms();
+        offered.sort_by_key(|mechanism| Mechanism::ALL.iter().position(|other| other == mechanism));
+        assert_eq!(offered, expected, "{rest}");
+        let permits = |mechanism: &Mechanism| accounts.account("acme").unwrap().permits(*mechanism);
+        assert_eq!(Mechanism::ALL.into_iter().filter(permits).collect::<Vec<_>>(), expected, "{rest}");
+    };
+    check("secret = \"open sesame\"", &[ScramSha256Plus, ScramSha256, CramMd5, Plain]);
+    check(&scram, &[ScramSha256Plus, ScramSha256, Plain]);
+    check("secret = \"Sésame, ouvre-toi\"", &[CramMd5, Plain]);
+    check(&format!("{scram}\nmechanisms = [\"SCRAM-SHA-256-PLUS\", \"CRAM-MD5\"]"), &[ScramSha256Plus]);
+    check("secret = \"open sesame\"\nmechanisms = [\"cram-md5\"]", &[CramMd5]);
+
+    let accounts = directory(&[("acme", &scram), ("beta", "secret = \"open sesame\"\nmechanisms = [\"CRAM-MD5\"]")]);
+    assert_eq!(accounts.mechanisms(), [CramMd5, ScramSha256Plus, ScramSha256, Plain]);
+    let found = accounts.credentials("acme").unwrap().unwrap();
+    assert_eq!((found.secret, found.verifier.map(|verifier| verifier.to_string()).as_deref()), (None, Some(VERIFIER)));
+    // A provider without customers, and one whose customer's file has a mistake, offer what those may need.
+    assert_eq!(directory(&[]).mechanisms().len(), Mechanism::ALL.len());
+    assert_eq!(directory(&[("acme", &scram), ("beta", "scram = \"x\"")]).mechanisms().len(), Mechanism::ALL.len());
 }
 
 #[test]

@@ -12,6 +12,7 @@ use toml::de::DeValue;
 use crate::mail::address::{Domain, Mailbox};
 use crate::net::pin::Pin;
 use crate::recipients::AddressPattern;
+use crate::sasl::{Mechanism, ScramVerifier};
 use crate::session::TlsMode;
 use crate::smtp::client::Without8BitMime;
 
@@ -171,6 +172,24 @@ pub(super) fn check_secret(secret: &[u8]) -> Result<(), &'static str> {
     }
     Ok(())
 }
+
+/// What SCRAM stores of a secret. The error has nothing of it.
+pub(super) const VERIFIER: Text<ScramVerifier> = Text::new("a verifier as `odmr secret` prints it", |text| {
+    ScramVerifier::parse(text).map_err(|error| {
+        format!(
+            "this is not a valid verifier, as {error}: run `odmr secret NAME -c FILE`, which writes one here, or \
+             `odmr secret`, which prints one"
+        )
+    })
+});
+
+/// The name of a mechanism.
+pub(super) const MECHANISM: Text<Mechanism> = Text::new("a mechanism such as \"SCRAM-SHA-256\"", |text| {
+    Mechanism::parse(text.as_bytes()).ok_or_else(|| {
+        let names = Mechanism::ALL.map(|mechanism| format!("\"{mechanism}\"")).join(", ");
+        format!("{text:?} is not a mechanism of this program: write some of {names}")
+    })
+});
 
 /// An address to listen on. Without a host: all addresses of this machine.
 pub(super) const LISTENER: Text<SocketAddr> = Text::new("an address and a port such as \"[::]:366\"", |text| {

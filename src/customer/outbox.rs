@@ -296,6 +296,7 @@ impl Outbox {
             name: config.hostname.clone(),
             chunking: true,
             submits: true,
+            nonce: self.mailboxes.ids.nonce(),
             without_8bitmime: self.config.without_8bitmime,
             ..ClientOptions::default()
         };

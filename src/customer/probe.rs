@@ -37,7 +37,8 @@ pub fn probe(
 ) -> Result<Probe, CallError> {
     let unusable = |error: RemoteError| CallError::Config(provider.error(&error).to_string());
     let remote = Remote::new(&provider.remote).map_err(unusable)?;
-    let options = ClientOptions { name: config.hostname.clone(), atrn: true, ..ClientOptions::default() };
+    let (name, nonce) = (config.hostname.clone(), ids.nonce());
+    let options = ClientOptions { name, nonce, atrn: true, ..ClientOptions::default() };
     let (id, timeouts) = (&ids.session_id(), &config.timeouts);
     let connect = Connect { id, peer: 'P', tls: None, implicit_tls: false, timeouts, cancel, limit: None };
     let (mut session, address) = remote.connect(&options, &connect).map_err(call_error)?;

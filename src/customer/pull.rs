@@ -460,6 +460,7 @@ impl ProviderConnection<'_> {
             chunking: true,
             submits: true,
             atrn: true,
+            nonce: ids.nonce(),
             without_8bitmime: outgoing.map(|outgoing| outgoing.without_8bitmime).unwrap_or_default(),
             ..ClientOptions::default()
         };
@@ -638,9 +639,12 @@ fn abort_error(abort: Abort) -> CallError {
             "the provider offers no authentication in clear, but STARTTLS: set `tls = \"starttls\"`".to_owned(),
         ),
         Abort::NoMechanism { starttls: false, certificate: false } => CallError::Protocol(
-            "the provider offers no authentication that can be used: CRAM-MD5, or PLAIN under TLS".to_owned(),
+            "the provider offers no authentication that can be used: SCRAM-SHA-256, CRAM-MD5, or PLAIN under TLS; \
+             `mechanisms` may permit others"
+                .to_owned(),
         ),
         Abort::Unproven => CallError::Denied("the provider did not prove that it knows the secret".to_owned()),
+        Abort::Unacceptable(text) => CallError::Denied(format!("the login was cancelled: the provider {text}")),
     }
 }
 

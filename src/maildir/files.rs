@@ -191,6 +191,30 @@ pub(super) fn set_times(path: &Path, time: SystemTime) -> io::Result<()> {
 /// Writes a small file, 0600, in one step: a reader sees the old text or the new one. Its directory is made if it is missing.
 /// Nothing is fsynced: a power cut may lose the text.
 pub fn replace_file(path: &Path, text: &str) -> io::Result<()> {
+    replace(path, text, &|_| Ok(()))
+}
+
+/// Writes a small file in the same way, and fsyncs it. If the file exists, its mode and its owner stay.
+pub fn replace_file_durably(path: &Path, text: &str) -> io::Result<()> {
+    replace(path, text, &|file| {
+        match fs::metadata(path) {
+            Ok(old) => {
+                let new = file.metadata()?;
+                if (old.uid(), old.gid()) != (new.uid(), new.gid()) {
+                    std::os::unix::fs::fchown(file, Some(old.uid()), Some(old.gid()))?;
+                }
+                file.set_permissions(old.permissions())?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        file.sync_all()
+    })?;
+    path.parent().map_or(Ok(()), sync_directory)
+}
+
+/// `complete`: what is done with the new file before it gets its name.
+fn replace(path: &Path, text: &str, complete: &dyn Fn(&File) -> io::Result<()>) -> io::Result<()> {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -203,6 +227,7 @@ pub fn replace_file(path: &Path, text: &str) -> io::Result<()> {
         remove_if_there(&temporary)?;
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
         file.write_all(text.as_bytes())?;
+        complete(&file)?;
         fs::rename(&temporary, path)
     };
     write().map_err(|error| with_path(path, error)).inspect_err(|_| drop(fs::remove_file(&temporary)))

@@ -1,12 +1,14 @@
 //! Files beside the queues and mailboxes that are not mail: the locks and the state of this program, in `ROOT/.odmr/`.
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use super::files::{with_path, write_remedy};
+use data_encoding::HEXLOWER;
+
+use super::files::{replace_file_durably, with_path, write_remedy};
 use super::sweep::sweep;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -65,6 +67,30 @@ pub fn lock_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
     }
 }
 
+/// Returns the secret key that all processes share in the file `ROOT/.odmr/NAME`. The first of them makes it of `new`.
+///
+/// # Errors
+///
+/// Those of [`open_state_file`], and the system's.
+pub fn state_key(root: &Path, name: &str, new: [u8; 32]) -> io::Result<[u8; 32]> {
+    let path = root.join(".odmr").join(name);
+    let read = || {
+        let octets = HEXLOWER.decode(fs::read(&path).ok()?.trim_ascii()).ok()?;
+        <[u8; 32]>::try_from(octets).ok()
+    };
+    if let Some(key) = read() {
+        return Ok(key);
+    }
+    // The file is replaced under its lock, so the next process that gets the lock must look again.
+    let lock = open_state_file(root, name)?;
+    lock.lock()?;
+    if let Some(key) = read() {
+        return Ok(key);
+    }
+    replace_file_durably(&path, &format!("{}\n", HEXLOWER.encode(&new)))?;
+    Ok(new)
+}
+
 /// Begins what is done once a day by whichever process comes first: locks the file `ROOT/.odmr/NAME`, whose time says when
 /// it was done. `None`: it was done, or another process does it.
 ///
@@ -90,4 +116,29 @@ pub fn begin_daily(root: &Path, name: &str) -> io::Result<Option<File>> {
 /// The system's.
 pub fn sweep_state_files(root: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Result<()> {
     sweep(&root.join(".odmr"), &|name| name.starts_with('.') || is_left(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn all_processes_share_one_key() {
+        let root = tempfile::tempdir().unwrap();
+        let ask = |octet: u8| state_key(root.path(), "a-key", [octet; 32]).unwrap();
+        let keys: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|octet| scope.spawn(move || ask(octet))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(keys.iter().all(|key| *key == keys[0]), "{keys:?}");
+        assert_eq!(ask(99), keys[0]);
+        let file = root.path().join(".odmr/a-key");
+        assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        // A power cut has left part of it.
+        fs::write(&file, "0102").unwrap();
+        assert_eq!(ask(99), [99; 32]);
+        assert_eq!(ask(98), [99; 32]);
+    }
 }

@@ -12,6 +12,7 @@ pub mod status;
 pub mod relay;
 pub mod turned_session;
 pub mod delivery;
+pub mod verifiers;
 pub mod shared;
 pub mod accept;
 pub mod certificate;
@@ -311,6 +312,7 @@ fn prepare(
         turns: Arc::new(turns),
         relay: channel.handle.clone(),
         rates: Arc::default(),
+        verifier_work: Arc::default(),
         lost: Arc::default(),
         cancel,
         abort,
@@ -362,7 +364,7 @@ fn begin_session(
         connection.start_tls_server(&tls, Instant::now() + config.timeouts.handshake)?;
     }
     let role = if listener == Listener::Inbound { ServerRole::Inbound } else { ServerRole::Odmr };
-    let mechanisms = Mechanism::ALL.into_iter();
+    let mechanisms = config.accounts.mechanisms().into_iter();
     let mechanisms = mechanisms.filter(|mechanism| config.odmr.cram_md5 || *mechanism != Mechanism::CramMd5);
     let options = ServerOptions {
         starttls: shared.tls.is_some(),

@@ -25,7 +25,7 @@ use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::net::trace::quoted;
 use crate::queue::{LockError, QueueLock};
 use crate::report::calls::{CallRecord, CallResult};
-use crate::sasl::{AccountCredentials, CertificateDigests, CredentialStore, Unavailable};
+use crate::sasl::{AccountCredentials, CertificateDigests, CredentialStore, Mechanism, ScramVerifier, Unavailable};
 use crate::session::server::{ServerSession, SessionEnd};
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
@@ -138,8 +138,21 @@ impl CredentialStore for OdmrHandler<'_> {
         self.reloader.current().config.accounts.knows(certificate)
     }
 
+    fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
+        let Shared { verifiers, config, spool, ids, .. } = &*self.shared;
+        verifiers.find(&config.accounts, name, &|| spool.login_key(ids))
+    }
+
+    fn salted_password(&self, secret: &[u8], verifier: &ScramVerifier) -> Result<[u8; 32], Unavailable> {
+        self.shared.verifiers.work().salted_password(secret, &verifier.salt, verifier.iterations)
+    }
+
     fn challenge(&self) -> String {
         self.shared.ids.challenge(&self.shared.config.hostname)
+    }
+
+    fn nonce(&self) -> String {
+        self.shared.ids.nonce()
     }
 }
 
@@ -151,6 +164,10 @@ fn account(shared: &Shared, name: Option<&str>) -> Option<Account> {
 impl SessionHandler for OdmrHandler<'_> {
     fn credentials(&self) -> &dyn CredentialStore {
         self
+    }
+
+    fn permits(&self, account: &str, mechanism: Mechanism) -> bool {
+        self.shared.config.accounts.account(account).is_some_and(|account| account.permits(mechanism))
     }
 
     /// Checks that the customer may submit mail with this sender (RFC 6409 section 6.1), and now.

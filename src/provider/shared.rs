@@ -7,6 +7,7 @@ use super::delivery::TurnSender;
 use super::relay::{RelayHandle, WorkerContext};
 use super::spool::Spool;
 use super::turned_session::TurnSettings;
+use super::verifiers::Verifiers;
 use crate::clock::Timestamp;
 use crate::config::ProviderConfig;
 use crate::ids::Ids;
@@ -30,6 +31,7 @@ pub struct Shared {
     pub relay: RelayHandle,
     pub worker: Arc<WorkerContext>,
     pub rates: Arc<SubmissionRates>,
+    pub verifiers: Arc<Verifiers>,
     /// The provider's certificate; `None`: without TLS.
     pub tls: Option<ServerTls>,
     /// Ends sessions after the command or message under way.

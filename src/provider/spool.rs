@@ -7,7 +7,8 @@
 //! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
 //! SPOOL/.odmr/                the lock of `odmr serve`; for `odmr status`: `call-ACCOUNT`, the last call of an account, and
 //!                             `reload`, the last reading of the configuration; `retry`, which asks the relay to look
-//!                             at its queues; `tidy`, whose time says when what was left over was removed last
+//!                             at its queues; `tidy`, whose time says when what was left over was removed last;
+//!                             `scram-key`, of which the salts are made that no file has
 //! ```
 
 use std::fs::{self, File};
@@ -62,6 +63,15 @@ impl Spool {
     /// Locks and reads the queues, by their [`Spool::name`].
     pub fn queue(&self) -> &Queue {
         &self.queue
+    }
+
+    /// The secret key of which salts are made, the same in each process. If it cannot be stored, it is of this process only.
+    pub fn login_key(&self, ids: &Ids) -> [u8; 32] {
+        let new = ids.key();
+        maildir::state_key(&self.root, "scram-key", new).unwrap_or_else(|error| {
+            log::error!("event=spool-failed error={}", quoted(error));
+            new
+        })
     }
 
     /// Locks the spool for one `odmr serve`; the lock lasts as long as the file is open. `None`: another one has it.

@@ -7,7 +7,8 @@ use data_encoding::HEXLOWER;
 use hmac::{Hmac, KeyInit, Mac};
 use md5::Md5;
 
-use super::exchange::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, same, verify};
+use super::exchange::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, verify};
+use super::verifier::same;
 
 /// The server's side, with the challenge that it sends.
 pub(super) struct CramMd5Server(pub(super) String);

@@ -1,8 +1,7 @@
 //! The two sides of an authentication, and the accounts that a server checks it against.
 
-use subtle::ConstantTimeEq;
-
 use super::channel::CertificateDigests;
+use super::verifier::{ScramVerifier, salted_password};
 
 /// The accounts of a server.
 pub trait CredentialStore {
@@ -28,8 +27,26 @@ pub trait CredentialStore {
         false
     }
 
+    /// The verifier of the account with this name, stored or made of its secret, and whether there is such an account. If
+    /// there is none, or it has no secret: one that no secret has, always the same for a name, after the same work.
+    ///
+    /// # Errors
+    /// The accounts cannot be read now, or too many verifiers are made at once.
+    fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable>;
+
+    /// [`salted_password`], which takes some time: a store limits how many sessions do it at once.
+    ///
+    /// # Errors
+    /// Too many sessions do it.
+    fn salted_password(&self, secret: &[u8], verifier: &ScramVerifier) -> Result<[u8; 32], Unavailable> {
+        Ok(salted_password(secret, &verifier.salt, verifier.iterations))
+    }
+
     /// A challenge that was never used before (RFC 2195 section 2).
     fn challenge(&self) -> String;
+
+    /// A random text for SCRAM that was never used before, in letters and digits (RFC 5802 section 5.1).
+    fn nonce(&self) -> String;
 }
 
 /// The accounts of a server that offers no AUTH.
@@ -40,7 +57,15 @@ impl CredentialStore for NoCredentials {
         Ok(None)
     }
 
+    fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
+        Ok((ScramVerifier::fake(b"", name), false))
+    }
+
     fn challenge(&self) -> String {
+        String::new()
+    }
+
+    fn nonce(&self) -> String {
         String::new()
     }
 }
@@ -48,8 +73,10 @@ impl CredentialStore for NoCredentials {
 /// What a server knows of one account.
 #[derive(Clone, Default)]
 pub struct AccountCredentials {
-    /// The secret in clear; `None`: no mechanism with a secret opens the account.
+    /// The secret in clear; `None`: no mechanism that needs it opens the account.
     pub secret: Option<Vec<u8>>,
+    /// What is stored in place of the secret.
+    pub verifier: Option<ScramVerifier>,
 }
 
 /// The accounts cannot be read now; the client may try later.
@@ -94,6 +121,11 @@ pub trait ClientExchange: Send {
     /// Whether a success from the server is acceptable now. A server that reports success too early has not verified
     /// anything.
     fn finished(&self) -> bool;
+
+    /// Why the last challenge was not acceptable, as the end of a sentence that begins with the server.
+    fn problem(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// Used instead of the secret of an unknown name, so that the work is the same. It authenticates no client.
@@ -109,9 +141,4 @@ pub(super) fn verify(name: &str, secrets: &dyn CredentialStore, check: impl FnOn
     // An empty secret authenticates no client, even if the configuration has one.
     let known = secret.is_some_and(|secret| !secret.is_empty());
     if right & known { ExchangeStep::Done(name.to_owned()) } else { ExchangeStep::Failed(name.to_owned()) }
-}
-
-/// Compares two values of the same length; the time it takes does not tell where they differ.
-pub(super) fn same(left: &[u8], right: &[u8]) -> bool {
-    bool::from(left.ct_eq(right))
 }

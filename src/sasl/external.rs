@@ -59,7 +59,7 @@ impl ClientExchange for ExternalClient {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sasl::{AccountCredentials, Unavailable};
+    use crate::sasl::{AccountCredentials, ScramVerifier, Unavailable};
 
     const MINE: CertificateDigests = CertificateDigests { certificate: [1; 32], key: [2; 32] };
     const SHARED: CertificateDigests = CertificateDigests { certificate: [3; 32], key: [4; 32] };
@@ -84,7 +84,15 @@ mod tests {
             })
         }
 
+        fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
+            Ok((ScramVerifier::fake(b"key", name), false))
+        }
+
         fn challenge(&self) -> String {
+            String::new()
+        }
+
+        fn nonce(&self) -> String {
             String::new()
         }
     }

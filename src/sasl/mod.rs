@@ -5,8 +5,8 @@
 //! ```text
 //!     server                                   client
 //!     first() ── challenge, if any ──────────▶ step()      server-first (CRAM-MD5)
-//!     step()  ◀────── response, if any ─────── initial()   client-first (PLAIN); or step(b"") after an
-//!       │                                                  empty challenge
+//!     step()  ◀────── response, if any ─────── initial()   client-first (PLAIN, SCRAM); or step(b"") after
+//!       │                                                  an empty challenge
 //!       ├─ Challenge ── another round ───────▶ step()
 //!       └─ Done, Failed, Malformed, Unavailable            finished(): is a success plausible?
 //! ```
@@ -18,10 +18,12 @@
 //! To add a mechanism, add a file here and a line in each method of [`Mechanism`].
 
 mod channel;
+mod verifier;
 mod exchange;
 mod external;
 mod cram_md5;
 mod plain;
+mod scram;
 
 use std::fmt;
 
@@ -29,12 +31,19 @@ pub use channel::{CertificateDigests, TlsChannel};
 pub use exchange::{
     AccountCredentials, ClientExchange, CredentialStore, ExchangeStep, NoCredentials, ServerExchange, Unavailable,
 };
+pub use verifier::{ITERATIONS, SALT_OCTETS, ScramVerifier, is_usable, salted_password, stable_salt};
+
+use scram::{ClientBinding, ScramClient, ScramServer};
 
 /// The mechanisms this program knows.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Mechanism {
     /// RFC 4422 appendix A, by a certificate of the client.
     External,
+    /// RFC 7677, with the channel binding of RFC 9266.
+    ScramSha256Plus,
+    /// RFC 7677.
+    ScramSha256,
     /// RFC 2195; RFC 2645 section 5.1.2 requires it.
     CramMd5,
     /// RFC 4616; RFC 4954 section 4 requires it, under TLS.
@@ -42,14 +51,17 @@ pub enum Mechanism {
 }
 
 impl Mechanism {
-    /// All mechanisms, the strongest first. EXTERNAL needs no secret at the server; CRAM-MD5 does not send it to a server
-    /// that may not be the right one.
-    pub const ALL: [Mechanism; 3] = [Mechanism::External, Mechanism::CramMd5, Mechanism::Plain];
+    /// All mechanisms, the strongest first. EXTERNAL needs no secret at the server; SCRAM proves that the server knows the
+    /// secret, too; CRAM-MD5 at least does not send it to a server that may not be the right one.
+    pub const ALL: [Mechanism; 5] =
+        [Mechanism::External, Mechanism::ScramSha256Plus, Mechanism::ScramSha256, Mechanism::CramMd5, Mechanism::Plain];
 
     /// The name in the IANA registry.
     pub fn name(self) -> &'static str {
         match self {
             Mechanism::External => "EXTERNAL",
+            Mechanism::ScramSha256Plus => "SCRAM-SHA-256-PLUS",
+            Mechanism::ScramSha256 => "SCRAM-SHA-256",
             Mechanism::CramMd5 => "CRAM-MD5",
             Mechanism::Plain => "PLAIN",
         }
@@ -67,45 +79,80 @@ impl Mechanism {
         matches!(self, Mechanism::External | Mechanism::Plain)
     }
 
+    /// Whether a server can offer the mechanism, and a client use it, over a connection of which TLS tells this; `None`: it is
+    /// in clear.
+    pub fn is_possible(self, channel: Option<&TlsChannel>) -> bool {
+        match self {
+            // RFC 5802 section 6: not without a channel binding. With TLS 1.2 there is none here (RFC 9266 section 4.2).
+            Mechanism::ScramSha256Plus => channel.is_some_and(|channel| channel.exporter.is_some()),
+            mechanism => channel.is_some() || !mechanism.needs_tls(),
+        }
+    }
+
+    /// Whether it is one of SCRAM (RFC 5802).
+    pub fn is_scram(self) -> bool {
+        matches!(self, Mechanism::ScramSha256Plus | Mechanism::ScramSha256)
+    }
+
     /// Whether the client sends first, so that AUTH may have an initial response. With another mechanism an initial
     /// response is an error (RFC 4954 section 4).
     pub fn client_first(self) -> bool {
-        matches!(self, Mechanism::External | Mechanism::Plain)
+        self != Mechanism::CramMd5
     }
 
-    /// The mechanisms that a client may use, of those that are offered, in the order of preference. `tls`: the connection is
-    /// encrypted.
-    pub fn usable(offered: &[Mechanism], tls: bool) -> impl Iterator<Item = Mechanism> {
-        let usable = move |mechanism: &Mechanism| offered.contains(mechanism) && (tls || !mechanism.needs_tls());
+    /// The mechanisms that a client may use, of those that are offered, in the order of preference. `channel`: as for
+    /// [`Mechanism::is_possible`].
+    pub fn usable(offered: &[Mechanism], channel: Option<&TlsChannel>) -> impl Iterator<Item = Mechanism> {
+        let usable = move |mechanism: &Mechanism| offered.contains(mechanism) && mechanism.is_possible(channel);
         Mechanism::ALL.into_iter().filter(usable)
     }
 
     /// An exchange for the server. `channel`: what TLS tells it. `offered`: the mechanisms in the reply to EHLO.
     pub fn server(
-        self, store: &dyn CredentialStore, channel: &TlsChannel, _offered: &[Mechanism],
+        self, store: &dyn CredentialStore, channel: &TlsChannel, offered: &[Mechanism],
     ) -> Box<dyn ServerExchange> {
-        match self {
-            Mechanism::External => Box::new(external::ExternalServer(channel.client_certificate)),
-            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Server(store.challenge())),
-            Mechanism::Plain => Box::new(plain::PlainServer),
+        let plus_offered = offered.contains(&Mechanism::ScramSha256Plus);
+        let scram = |binding| Box::new(ScramServer::new(binding, plus_offered, store.nonce()));
+        match (self, channel.exporter) {
+            (Mechanism::External, _) => Box::new(external::ExternalServer(channel.client_certificate)),
+            (Mechanism::ScramSha256Plus, Some(exporter)) => scram(Some(exporter)),
+            (Mechanism::ScramSha256Plus | Mechanism::ScramSha256, _) => scram(None),
+            (Mechanism::CramMd5, _) => Box::new(cram_md5::CramMd5Server(store.challenge())),
+            (Mechanism::Plain, _) => Box::new(plain::PlainServer),
         }
     }
 
-    /// An exchange for the client; `None`: the login has not what the mechanism needs. `channel`: what TLS tells it.
-    /// `offered`: the mechanisms in the server's reply to EHLO. `nonce`: random, and never used before.
+    /// An exchange for the client; `None`: the login or the connection has not what the mechanism needs. `channel`: what TLS
+    /// tells it. `offered`: the mechanisms in the server's reply to EHLO. `nonce`: random, and never used before.
     pub fn client(
-        self, login: &Login, channel: &TlsChannel, _offered: &[Mechanism], _nonce: String,
+        self, login: &Login, channel: &TlsChannel, offered: &[Mechanism], nonce: String,
     ) -> Option<Box<dyn ClientExchange>> {
-        let secret = login.secret.as_deref();
+        let (name, secret) = (login.name.as_str(), login.secret.as_deref());
+        let plus = Mechanism::ScramSha256Plus;
+        let binding = match (self == plus, channel.exporter) {
+            (true, exporter) => ClientBinding::TlsExporter(exporter?),
+            // RFC 5802 section 6: `y` would be wrong if the server offers -PLUS, and `n` if it does not, but we could use it.
+            (false, Some(_)) if !offered.contains(&plus) => ClientBinding::NotOffered,
+            (false, _) => ClientBinding::Unsupported,
+        };
         Some(match self {
             // A server that has not asked for the certificate does not know whose it is.
             Mechanism::External => {
                 channel.client_certificate.filter(|_| login.certificate)?;
-                Box::new(external::ExternalClient::new(&login.name))
+                Box::new(external::ExternalClient::new(name))
             }
-            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Client::new(&login.name, secret?)),
-            Mechanism::Plain => Box::new(plain::PlainClient::new(&login.name, secret?)),
+            Mechanism::ScramSha256Plus | Mechanism::ScramSha256 => {
+                Box::new(ScramClient::new(name, secret?, nonce, binding)?)
+            }
+            Mechanism::CramMd5 => Box::new(cram_md5::CramMd5Client::new(name, secret?)),
+            Mechanism::Plain => Box::new(plain::PlainClient::new(name, secret?)),
         })
+    }
+}
+
+impl fmt::Display for Mechanism {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -137,140 +184,4 @@ impl fmt::Debug for Login {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::exchange::DUMMY_SECRET;
-    use super::*;
-
-    /// The mechanisms with a secret.
-    const WITH_SECRET: [Mechanism; 2] = [Mechanism::CramMd5, Mechanism::Plain];
-
-    const CERTIFICATE: CertificateDigests = CertificateDigests { certificate: [1; 32], key: [2; 32] };
-
-    /// One account, and a name for which the store fails.
-    pub(super) struct One(pub &'static str, pub &'static [u8]);
-
-    impl CredentialStore for One {
-        fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
-            match name {
-                "broken" => Err(Unavailable),
-                name if name == self.0 => Ok(Some(AccountCredentials { secret: Some(self.1.to_vec()) })),
-                _ => Ok(None),
-            }
-        }
-
-        fn challenge(&self) -> String {
-            "<1.2@relay.example.net>".into()
-        }
-    }
-
-    /// Rules: AUTH-01.
-    #[test]
-    fn names_are_read_in_any_case() {
-        assert_eq!(Mechanism::parse(b"cram-md5"), Some(Mechanism::CramMd5));
-        assert_eq!(Mechanism::parse(b"Plain"), Some(Mechanism::Plain));
-        for name in [&b""[..], b"LOGIN", b"PLAIN ", b"CRAM_MD5", b"\xff"] {
-            assert_eq!(Mechanism::parse(name), None);
-        }
-        for mechanism in Mechanism::ALL {
-            assert_eq!(Mechanism::parse(mechanism.name().as_bytes()), Some(mechanism));
-        }
-    }
-
-    #[test]
-    fn the_strongest_usable_mechanism_is_first() {
-        use Mechanism::{CramMd5, External, Plain};
-        let check = |offered: &[Mechanism], tls, expected| {
-            assert_eq!(Mechanism::usable(offered, tls).next(), expected, "{offered:?} {tls}");
-        };
-        check(&[Plain, CramMd5], true, Some(CramMd5));
-        check(&[Plain, CramMd5], false, Some(CramMd5));
-        check(&[Plain, CramMd5, External], true, Some(External));
-        check(&[Plain, External], false, None);
-        check(&[Plain], true, Some(Plain));
-        check(&[Plain], false, None);
-        check(&[], true, None);
-    }
-
-    /// Both sides of every mechanism agree, also when the client holds its initial response back.
-    #[test]
-    fn client_and_server_agree() {
-        for mechanism in WITH_SECRET {
-            for (secret, expected) in [
-                ("right", ExchangeStep::Done("acme".into())),
-                ("wrong", ExchangeStep::Failed("acme".into())),
-                ("", ExchangeStep::Failed("acme".into())),
-            ] {
-                for initial in [true, false] {
-                    let got = authenticate(mechanism, secret, initial);
-                    assert_eq!(got, expected, "{mechanism:?} {secret:?} {initial}");
-                }
-            }
-        }
-    }
-
-    fn authenticate(mechanism: Mechanism, secret: &str, use_initial: bool) -> ExchangeStep {
-        let secrets = One("acme", b"right");
-        let mut server = server(mechanism, &secrets);
-        let mut client = client(mechanism, "acme", secret.as_bytes()).unwrap();
-        let initial = client.initial();
-        assert_eq!(initial.is_some(), mechanism.client_first());
-        let first = server.first();
-        assert_eq!(first.is_none(), mechanism.client_first());
-        let response = match initial {
-            Some(initial) if use_initial => initial,
-            _ => client.step(&first.unwrap_or_default()).unwrap(),
-        };
-        assert!(client.finished());
-        server.step(&response, &secrets)
-    }
-
-    fn server(mechanism: Mechanism, secrets: &One) -> Box<dyn ServerExchange> {
-        mechanism.server(secrets, &TlsChannel::default(), &Mechanism::ALL)
-    }
-
-    fn client(mechanism: Mechanism, name: &str, secret: &[u8]) -> Option<Box<dyn ClientExchange>> {
-        let login = Login::with_secret(name.to_owned(), secret.to_vec());
-        mechanism.client(&login, &TlsChannel::default(), &Mechanism::ALL, "nonce".to_owned())
-    }
-
-    #[test]
-    fn without_a_secret_no_mechanism_that_needs_one_is_used() {
-        let login = Login { secret: None, ..Login::with_secret("acme".to_owned(), Vec::new()) };
-        for mechanism in WITH_SECRET {
-            assert!(mechanism.client(&login, &TlsChannel::default(), &Mechanism::ALL, "nonce".to_owned()).is_none());
-        }
-    }
-
-    #[test]
-    fn a_certificate_is_used_if_there_is_one_and_the_server_has_asked_for_it() {
-        for (certificate, shown) in [(true, true), (true, false), (false, true), (false, false)] {
-            let login = Login { certificate, ..Login::with_secret("acme".to_owned(), b"right".to_vec()) };
-            let channel = TlsChannel { client_certificate: shown.then_some(CERTIFICATE), ..TlsChannel::default() };
-            let client = Mechanism::External.client(&login, &channel, &Mechanism::ALL, "nonce".to_owned());
-            assert_eq!(client.is_some(), certificate && shown);
-        }
-    }
-
-    #[test]
-    fn an_empty_secret_authenticates_no_client() {
-        let secrets = One("acme", b"");
-        let mut server = server(Mechanism::CramMd5, &secrets);
-        let mut client = client(Mechanism::CramMd5, "acme", b"").unwrap();
-        let response = client.step(&server.first().unwrap()).unwrap();
-        assert_eq!(server.step(&response, &secrets), ExchangeStep::Failed("acme".into()));
-    }
-
-    /// Rules: CRAM-08.
-    #[test]
-    fn the_secret_used_for_an_unknown_name_authenticates_no_client() {
-        for mechanism in WITH_SECRET {
-            let secrets = One("acme", b"right");
-            let mut server = server(mechanism, &secrets);
-            let mut client = client(mechanism, "stranger", DUMMY_SECRET).unwrap();
-            let challenge = server.first().unwrap_or_default();
-            let response = client.step(&challenge).unwrap();
-            let step = server.step(&response, &secrets);
-            assert_eq!(step, ExchangeStep::Failed("stranger".into()), "{mechanism:?}");
-        }
-    }
-}
+mod tests;

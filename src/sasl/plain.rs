@@ -1,8 +1,6 @@
 //! PLAIN (RFC 4616): the client sends `[authzid] NUL authcid NUL passwd`, with the secret itself. Only under TLS.
 
-use sha2::{Digest, Sha256};
-
-use super::exchange::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange, same, verify};
+use super::exchange::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange};
 
 /// The server's side.
 pub(super) struct PlainServer;
@@ -12,17 +10,19 @@ impl ServerExchange for PlainServer {
         None
     }
 
-    fn step(&mut self, response: &[u8], secrets: &dyn CredentialStore) -> ExchangeStep {
+    /// The password is checked against a verifier, whatever the account has: an unknown name takes the same work.
+    fn step(&mut self, response: &[u8], store: &dyn CredentialStore) -> ExchangeStep {
         let Some([wanted, name, password]) = parse(response) else {
             return ExchangeStep::Malformed;
         };
+        let Ok((verifier, known)) = store.verifier(name) else { return ExchangeStep::Unavailable };
+        let Ok(salted) = store.salted_password(password.as_bytes(), &verifier) else {
+            return ExchangeStep::Unavailable;
+        };
         // RFC 4616 section 2: a client may act for another account only if it is allowed to. Here no account is.
         let allowed = wanted.is_empty() | (wanted == name);
-        verify(name, secrets, |secret| {
-            // Digests have one length, so the time of the comparison does not tell the length of the secret.
-            let same = same(&Sha256::digest(secret), &Sha256::digest(password));
-            same & allowed & !name.is_empty() & !password.is_empty()
-        })
+        let right = verifier.is_of_salted(&salted) & known & allowed & !name.is_empty() & !password.is_empty();
+        if right { ExchangeStep::Done(name.to_owned()) } else { ExchangeStep::Failed(name.to_owned()) }
     }
 }
 

@@ -63,10 +63,11 @@ impl fmt::Display for SessionFailure {
             SessionFailure::Aborted(Abort::NoMechanism { certificate: true, .. }) => {
                 f.write_str("EXTERNAL was not offered: the peer does not know the certificate")
             }
-            SessionFailure::Aborted(Abort::NoMechanism { .. }) => {
-                f.write_str("no authentication was offered that can be used: CRAM-MD5, or PLAIN under TLS")
-            }
+            SessionFailure::Aborted(Abort::NoMechanism { .. }) => f.write_str(
+                "no authentication was offered that can be used: SCRAM-SHA-256, CRAM-MD5, or PLAIN under TLS",
+            ),
             SessionFailure::Aborted(Abort::Unproven) => f.write_str("the peer did not prove that it knows the secret"),
+            SessionFailure::Aborted(Abort::Unacceptable(text)) => write!(f, "AUTH was cancelled: the peer {text}"),
             SessionFailure::Broken(text)
             | SessionFailure::NoTls(text)
             | SessionFailure::NoHost(text)

@@ -169,7 +169,9 @@ impl Remote {
         &self, addresses: &[SocketAddr], options: &ClientOptions, how: &Connect<'_>,
     ) -> Result<(ClientSession, SocketAddr), SessionFailure> {
         let mut failed: Option<(SocketAddr, SessionFailure)> = None;
-        for socket in addresses.iter().copied() {
+        for (number, socket) in addresses.iter().copied().enumerate() {
+            // A nonce is for one session.
+            let options = &ClientOptions { nonce: format!("{}{number}", options.nonce), ..options.clone() };
             let failure = match self.connect_to(socket, options, how) {
                 Ok(session) => {
                     failed.iter().for_each(|(address, failure)| self.log_failed(*address, failure));
@@ -206,7 +208,7 @@ impl Remote {
 fn is_login_failure(failure: &SessionFailure) -> bool {
     match failure {
         SessionFailure::Aborted(Abort::Rejected(rejection)) => rejection.stage == Stage::Auth,
-        SessionFailure::Aborted(abort) => *abort == Abort::Unproven,
+        SessionFailure::Aborted(abort) => matches!(abort, Abort::Unproven | Abort::Unacceptable(_)),
         _ => false,
     }
 }

@@ -17,7 +17,8 @@
 //! StartTls  STARTTLS       220        TLS, then Ehlo     optional TLS: Auth or ready;        -           3207 4
 //!                                                        otherwise abort
 //! Auth      AUTH,          334, 235   334: Auth;         500-504, 534, 538: Auth with the    -           4954 4
-//!           a response                235: ready         next mechanism; otherwise abort
+//!           a response                235: ready         next mechanism, but not after
+//!                                                        -PLUS; otherwise abort
 //! Xclient   XCLIENT        220        Ehlo               ready                               -           (Postfix)
 //! Xforward  XFORWARD       250        ready              ready                               -           (Postfix)
 //! Atrn      ATRN           250        turned             abort, and ready for QUIT           -           2645 5.2.1
@@ -38,7 +39,8 @@
 //! - Only the first digit of a reply decides, except for the codes in the table, 421, and 552 to RCPT. A 3yz where none is
 //!   expected counts as 4yz.
 //! - 421 is a 4yz in any state, and the client sends nothing more, not even QUIT (RFC 5321 section 3.8).
-//! - 235 before the client has proved that it knows the secret is an abort: such a server verifies nothing.
+//! - 235 before the client has proved that it knows the secret is an abort: such a server verifies nothing. In SCRAM the
+//!   server must have proved that too (RFC 5802 section 5).
 //!
 //! # What becomes of the recipients of a message
 //!
@@ -169,6 +171,8 @@ pub enum Abort {
     NoMechanism { starttls: bool, certificate: bool },
     /// The peer replied 235 without proof that it knows the secret.
     Unproven,
+    /// The client has cancelled the authentication; the text is the end of a sentence that begins with the peer.
+    Unacceptable(String),
 }
 
 /// The reply that makes a session useless, and what it answers.
@@ -743,7 +747,7 @@ impl Client {
         let Some(login) = &self.options.login else { return false };
         let (offered, channel) = (&self.extensions.mechanisms, self.options.tls.clone().unwrap_or_default());
         let exchange_by = |mechanism: Mechanism| mechanism.client(login, &channel, offered, self.options.nonce.clone());
-        let untried = Mechanism::usable(offered, self.options.tls.is_some())
+        let untried = Mechanism::usable(offered, self.options.tls.as_ref())
             .filter(|mechanism| login.mechanisms.contains(mechanism) && !self.tried_mechanisms.contains(mechanism));
         let found = untried.filter_map(|mechanism| Some((mechanism, exchange_by(mechanism)?))).next();
         let Some((mechanism, mut exchange)) = found else { return false };
@@ -766,6 +770,12 @@ impl Client {
 
     fn auth_replied(&mut self, reply: Reply) -> ClientStep {
         let mut exchange = self.exchange.take();
+        // RFC 5802 section 6: without -PLUS, which the server offers, somebody between could go on unseen.
+        let fallback = !self.tried_mechanisms.contains(&Mechanism::ScramSha256Plus);
+        let problem = exchange.as_ref().filter(|_| self.auth_cancelled).and_then(|exchange| exchange.problem());
+        if let Some(problem) = problem.map(str::to_owned) {
+            return self.abort(Abort::Unacceptable(problem));
+        }
         match (reply.severity(), &mut exchange) {
             (Severity::Intermediate, Some(running)) if !self.auth_cancelled => {
                 let text = reply.lines().next().unwrap_or_default();
@@ -782,7 +792,7 @@ impl Client {
                 self.proceed()
             }
             (Severity::Positive, _) => self.abort(Abort::Unproven),
-            _ if is_mechanism_rejected(&reply) && self.send_auth() => ClientStep::Wait,
+            _ if fallback && is_mechanism_rejected(&reply) && self.send_auth() => ClientStep::Wait,
             _ => self.abort(Abort::Rejected(Rejection { stage: Stage::Auth, reply })),
         }
     }

@@ -13,7 +13,8 @@
 //! command              inbound  odmr  submission  customer  when                                    RFC
 //! EHLO, HELO              x      x        x          x      always; resets the transaction          5321 4.1.4
 //! STARTTLS                x      x                          after EHLO; before TLS and AUTH         3207 4
-//! AUTH                           x                          after EHLO; once                        4954 4
+//! AUTH                           x                          after EHLO; once; after a failed -PLUS  4954 4
+//!                                                           only QUIT follows                       9266 4.1
 //! ATRN                           x                          after AUTH, outside a transaction       2645 5.2.1
 //! MAIL                    x      x        x          x      after EHLO or HELO, odmr: after AUTH;   5321 4.1.4
 //!                                                           outside a transaction
@@ -101,6 +102,11 @@ pub trait SessionHandler {
     /// The accounts that may authenticate; none on a listener without AUTH.
     fn credentials(&self) -> &dyn CredentialStore {
         &NoCredentials
+    }
+
+    /// Whether this mechanism may open this account. If not, it fails like a wrong secret.
+    fn permits(&self, _account: &str, _mechanism: Mechanism) -> bool {
+        true
     }
 
     /// Accepts a message with this sender and size. `account`: the account of the client, if it has authenticated.
@@ -245,6 +251,8 @@ pub struct Server {
     rejections: usize,
     auth_failures: usize,
     auth_attempt: Option<AuthAttempt>,
+    /// An exchange has used the channel binding of this connection.
+    binding_used: bool,
 }
 
 /// An AUTH command, for the log.
@@ -277,6 +285,7 @@ impl Server {
             rejections: 0,
             auth_failures: 0,
             auth_attempt: None,
+            binding_used: false,
         }
     }
 
@@ -419,6 +428,11 @@ impl Server {
                 _ => not_implemented(),
             });
         }
+        // RFC 9266 section 4.1: the channel binding serves one exchange, and the connection ends with it.
+        if self.binding_used && self.account.is_none() && verb != Verb::Quit {
+            let text = "The channel binding of this connection is used up, connect again";
+            return Ok(ServerStep::Close(Reply::new(421, "4.7.0", text)));
+        }
         if verb != Verb::Bdat {
             self.permitted(verb)?;
         }
@@ -525,16 +539,16 @@ impl Server {
         Reply::bare(250, self.options.hostname.clone())
     }
 
-    /// The mechanisms that may be used now: PLAIN under TLS only (RFC 4954 section 4), EXTERNAL only if TLS has brought a
-    /// certificate that opens an account (RFC 4422 appendix A).
+    /// The mechanisms that may be used now: PLAIN under TLS only (RFC 4954 section 4), -PLUS with TLS 1.3 only, EXTERNAL only
+    /// if TLS has brought a certificate that opens an account (RFC 4422 appendix A).
     fn mechanisms(&self, handler: &dyn SessionHandler) -> impl Iterator<Item = Mechanism> {
-        let tls = self.tls.is_some();
-        let offered = self.options.role == ServerRole::Odmr && (tls || !self.options.require_tls);
+        let tls = self.tls.as_ref();
+        let offered = self.options.role == ServerRole::Odmr && (tls.is_some() || !self.options.require_tls);
         let certificate =
             self.client_certificate().is_some_and(|certificate| handler.credentials().knows(&certificate));
         self.options.mechanisms.iter().copied().filter(move |mechanism| match mechanism {
             Mechanism::External => offered && certificate,
-            mechanism => offered && (tls || !mechanism.needs_tls()),
+            mechanism => offered && mechanism.is_possible(tls),
         })
     }
 
@@ -608,6 +622,7 @@ impl Server {
         let channel = self.tls.clone().unwrap_or_default();
         let mut exchange = mechanism.server(handler.credentials(), &channel, &offered);
         self.auth_attempt = Some(AuthAttempt { mechanism, account: None });
+        self.binding_used |= mechanism == Mechanism::ScramSha256Plus;
         match (exchange.first(), initial) {
             (Some(_), Some(_)) => {
                 // RFC 4954 section 4: in this mechanism the server sends first.
@@ -637,7 +652,13 @@ impl Server {
     fn auth_step(
         &mut self, mut exchange: Box<dyn ServerExchange>, response: &[u8], handler: &mut dyn SessionHandler,
     ) -> ServerStep {
-        ServerStep::Reply(match exchange.step(response, handler.credentials()) {
+        let mechanism = self.auth_attempt.as_ref().map(|attempt| attempt.mechanism);
+        let forbidden = |account: &str| mechanism.is_none_or(|mechanism| !handler.permits(account, mechanism));
+        let step = match exchange.step(response, handler.credentials()) {
+            ExchangeStep::Done(account) if forbidden(&account) => ExchangeStep::Failed(account),
+            step => step,
+        };
+        ServerStep::Reply(match step {
             ExchangeStep::Challenge(challenge) => return self.challenge(exchange, &challenge),
             ExchangeStep::Done(account) => {
                 let reply = Reply::new(235, "2.7.0", format!("now authenticated as {account}"));

@@ -14,7 +14,7 @@ use super::server::{Incoming, MessageSink, Server, ServerOptions, ServerRole, Se
 use super::status::{DecidedBy, DeliveryResult, RecipientStatus};
 use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath, reverse_path};
 use crate::mail::received::ClientInfo;
-use crate::sasl::{AccountCredentials, CredentialStore, Login, Mechanism, TlsChannel, Unavailable};
+use crate::sasl::{AccountCredentials, CredentialStore, Login, Mechanism, ScramVerifier, TlsChannel, Unavailable};
 
 fn mailbox(text: &str) -> Mailbox {
     Mailbox::parse_any(text).unwrap()
@@ -52,10 +52,12 @@ fn with_credentials(tls: bool) -> ClientOptions {
     ClientOptions { tls: under(tls), atrn: true, login: login(b"right"), ..options() }
 }
 
-/// A connection with TLS, or in clear.
+/// A connection with TLS 1.3, or in clear.
 fn under(tls: bool) -> Option<TlsChannel> {
-    tls.then(TlsChannel::default)
+    tls.then_some(TLS_1_3)
 }
+
+const TLS_1_3: TlsChannel = TlsChannel { exporter: Some([7; 32]), client_certificate: None };
 
 fn login(secret: &[u8]) -> Option<Login> {
     Some(Login::with_secret("acme".to_owned(), secret.to_vec()))
@@ -83,7 +85,7 @@ impl Scripted {
             whole = self.reader.line(line.as_bytes()).unwrap();
         }
         let step = match self.client.reply(whole.unwrap(), &mut self.out) {
-            Ok(ClientStep::StartTls) => self.client.tls_started(TlsChannel::default(), &mut self.out),
+            Ok(ClientStep::StartTls) => self.client.tls_started(TLS_1_3, &mut self.out),
             Ok(step) => step,
             Err(broken) => return (format!("{broken:?}"), String::new()),
         };
@@ -231,6 +233,36 @@ fn every_reply_to_auth_and_atrn() {
     // After a rejection the client may send ATRN again, or QUIT.
     check(&inside(&["atrn ", "450 x", "atrn "]), "250 x", "Turned", "");
     check(&inside(&["atrn ", "450 x", "quit "]), "221 x", "Closed", "");
+}
+
+/// Rules: SCR-07.
+#[test]
+fn scram_is_not_exchanged_for_a_weaker_mechanism() {
+    let scram = "250-x/250-AUTH SCRAM-SHA-256 CRAM-MD5 PLAIN/250 ATRN";
+    let plus = "250-x/250-AUTH SCRAM-SHA-256-PLUS SCRAM-SHA-256 CRAM-MD5 PLAIN/250 ATRN";
+    let check = |offers, path: &[&str], reply: &str, step: &str, sent: &str| {
+        check(with_credentials(true), &[&["220 x", offers], path].concat(), reply, step, sent);
+    };
+    let initial = |mechanism, text: &str| format!("AUTH {mechanism} {}", data_encoding::BASE64.encode(text.as_bytes()));
+    let challenge = |text: &str| format!("334 {}", data_encoding::BASE64.encode(text.as_bytes()));
+    check(plus, &[], "535 x", "Rejected AUTH 535", "QUIT");
+    // Somebody between would be glad of an exchange without the channel binding.
+    check(plus, &[], "504 x", "Rejected AUTH 504", "QUIT");
+    check(scram, &[], "504 x", "Wait", "AUTH CRAM-MD5");
+    check(scram, &[], "235 come in", "Abort(Unproven)", "QUIT");
+    let few = challenge("r=c,s=QUJD,i=1");
+    check(scram, &[], &few, "Wait", "*");
+    let problem = "Abort(Unacceptable(\"asks for 1 iterations of SCRAM, and this client accepts 4096 to 1000000\"))";
+    check(scram, &[&few], "501 cancelled", problem, "QUIT");
+    check(scram, &[&few], "235 come in", problem, "QUIT");
+
+    let mut scripted = Scripted::new(ClientOptions { nonce: "c".to_owned(), ..with_credentials(true) });
+    scripted.receive("220 x");
+    assert_eq!(scripted.receive(plus).1, initial("SCRAM-SHA-256-PLUS", "p=tls-exporter,,n=acme,r=c"));
+    let salt = data_encoding::BASE64.encode(b"sixteen octets..");
+    let sent = scripted.receive(&challenge(&format!("r=cs,s={salt},i=4096"))).1;
+    assert!(!sent.starts_with("AUTH") && sent.len() > 100, "{sent}");
+    assert_eq!(scripted.receive("235 come in").0, "Abort(Unproven)");
 }
 
 /// Rules: AUTH-17, AUTH-19.
@@ -459,13 +491,24 @@ impl CredentialStore for ScriptedHandler {
     fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
         match name {
             "broken" => Err(Unavailable),
-            "acme" => Ok(Some(AccountCredentials { secret: Some(b"right".to_vec()) })),
+            "acme" => Ok(Some(AccountCredentials { secret: Some(b"right".to_vec()), verifier: None })),
             _ => Ok(None),
         }
     }
 
+    fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
+        Ok(match CredentialStore::credentials(self, name)?.and_then(|found| found.secret) {
+            Some(secret) => (ScramVerifier::new(&secret, b"sixteen octets..", 4096), true),
+            None => (ScramVerifier::fake(b"key", name), false),
+        })
+    }
+
     fn challenge(&self) -> String {
         "<1.1767323045@relay.example.net>".to_owned()
+    }
+
+    fn nonce(&self) -> String {
+        "server".to_owned()
     }
 }
 
@@ -523,7 +566,7 @@ fn session(server_options: ServerOptions, tls: bool, lines: &[(&str, &str)]) {
         let step = server.line(line.as_bytes(), &mut ScriptedHandler::default());
         assert_eq!(served(&step), *expected, "line {number}, {line:?} of {lines:?}");
         match step {
-            Served::StartTls(_) => server.tls_started(TlsChannel::default()),
+            Served::StartTls(_) => server.tls_started(TLS_1_3),
             Served::Data(_) => server.end_transaction(),
             Served::Chunk { last: true, rejected: None, .. } => server.end_transaction(),
             _ => {}
@@ -625,6 +668,15 @@ fn every_reply_to_auth() {
     check(true, &[("AUTH CRAM-MD5", "334"), ("*", "501 5.7.0"), ("AUTH cram-md5", "334"), ("eA==", "501 5.5.2")]);
     // PLAIN is not offered in clear (RFC 4954 section 4).
     check(false, &[("AUTH PLAIN", "504 5.5.4"), (&right, "504 5.5.4"), ("AUTH CRAM-MD5", "334"), ("*", "501 5.7.0")]);
+    // RFC 9266 section 4.1: whatever became of the exchange, only QUIT follows; also after STARTTLS, which there was.
+    let plus = format!("AUTH SCRAM-SHA-256-PLUS {}", data_encoding::BASE64.encode(b"p=tls-exporter,,n=acme,r=c"));
+    let foreign = format!("AUTH SCRAM-SHA-256-PLUS {}", data_encoding::BASE64.encode(b"p=tls-unique,,n=acme,r=c"));
+    let used_up = [("NOOP", "close 421 4.7.0")];
+    check(true, &[&[(plus.as_str(), "334"), ("*", "501 5.7.0")], &used_up[..]].concat());
+    check(true, &[&[(plus.as_str(), "334"), ("eA==", "501 5.5.2")], &used_up[..]].concat());
+    check(true, &[&[(foreign.as_str(), "535 5.7.8")], &used_up[..]].concat());
+    check(true, &[(&foreign, "535 5.7.8"), ("QUIT", "close 221 2.0.0")]);
+    check(false, &[(&plus, "504 5.5.4"), ("NOOP", "250 2.0.0")]);
     // RFC 4954 section 9.
     let wrong = plain(b"\0acme\0wrong");
     let failed = (wrong.as_str(), "535 5.7.8");
@@ -666,8 +718,11 @@ fn what_ehlo_offers() {
         format!("{mail}/DSN")
     );
     let odmr = |mechanisms| format!("{mail}{mechanisms}/ATRN");
-    assert_eq!(offers(server_options(ServerRole::Odmr), true), odmr("/AUTH CRAM-MD5 PLAIN"));
-    assert_eq!(offers(server_options(ServerRole::Odmr), false), odmr("/AUTH CRAM-MD5"));
+    assert_eq!(
+        offers(server_options(ServerRole::Odmr), true),
+        odmr("/AUTH SCRAM-SHA-256-PLUS SCRAM-SHA-256 CRAM-MD5 PLAIN")
+    );
+    assert_eq!(offers(server_options(ServerRole::Odmr), false), odmr("/AUTH SCRAM-SHA-256 CRAM-MD5"));
     let required = ServerOptions { require_tls: true, ..starttls(ServerRole::Odmr) };
     assert_eq!(offers(required, false), odmr("/STARTTLS"));
 }
@@ -800,7 +855,7 @@ proptest! {
                 Served::Close(_) => break,
                 Served::StartTls(_) => {
                     prop_assert!(account.is_none());
-                    server.tls_started(TlsChannel::default());
+                    server.tls_started(TLS_1_3);
                     prop_assert!(server.client_name().is_none());
                 }
                 Served::Data(_) => {
@@ -984,7 +1039,7 @@ impl Peer {
             }
             Served::StartTls(reply) => {
                 self.send_reply(&reply, out);
-                self.server.tls_started(TlsChannel::default());
+                self.server.tls_started(TLS_1_3);
             }
             Served::Data(reply) => match self.handler.now.as_ref().map_or(354, |mix| mix.data) {
                 354 => {
@@ -1033,7 +1088,7 @@ fn run_session(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator
             let (gone, sent) = (reply.code() == 421, up.len());
             match client.reply(reply, &mut up).unwrap() {
                 ClientStep::Wait | ClientStep::Ready | ClientStep::Replied(_) => {}
-                ClientStep::StartTls => drop(client.tls_started(TlsChannel::default(), &mut up)),
+                ClientStep::StartTls => drop(client.tls_started(TLS_1_3, &mut up)),
                 ClientStep::Content { .. } => {
                     let mut encoder = ContentEncoder::data();
                     encoder.feed(CONTENT, &mut up);
@@ -1287,6 +1342,7 @@ fn starttls_auth_and_atrn_from_end_to_end() {
             tls: under(tls),
             atrn: true,
             login: login(secret.as_bytes()),
+            nonce: "client".to_owned(),
             ..ClientOptions::default()
         };
         let mut client = Client::new(options);
@@ -1296,7 +1352,7 @@ fn starttls_auth_and_atrn_from_end_to_end() {
     };
     for mechanism in [Mechanism::CramMd5, Mechanism::Plain] {
         for (tls, starttls) in [(true, false), (false, true), (false, false)] {
-            let usable = tls || starttls || !mechanism.needs_tls();
+            let usable = mechanism.is_possible(under(tls || starttls).as_ref());
             let (run, account) = authenticate(tls, starttls, "right", &[mechanism]);
             assert_eq!(run.turned, usable, "{mechanism:?} {tls} {starttls}");
             assert_eq!(account.as_deref(), usable.then_some("acme"));

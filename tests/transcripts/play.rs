@@ -2,6 +2,7 @@
 
 use super::certificates::{Shows, identity};
 use super::format::{Action, Becomes, File, Settings, Step, Transcript, matches, shown};
+use super::scram::Messages;
 use odmr::ids::Ids;
 use odmr::net::cancel::CancelToken;
 use rustls::pki_types::ServerName;
@@ -511,7 +512,12 @@ impl<'a> Play<'a> {
     fn step(&mut self, step: &Step) -> Result<(), Failure> {
         let line = step.line;
         if let Action::Say { octets, .. } = &step.action {
-            self.connection(line)?.unsaid.extend_from_slice(octets);
+            let connection = self.connection(line)?;
+            let octets = match std::str::from_utf8(octets) {
+                Ok(text) => connection.expand(text).into_bytes(),
+                Err(_) => octets.clone(),
+            };
+            connection.unsaid.extend_from_slice(&octets);
             return Ok(());
         }
         self.flush(line)?;
@@ -539,6 +545,7 @@ impl<'a> Play<'a> {
             Action::Hear { letter, text } => {
                 let connection = self.connection(line)?;
                 let got = connection.line();
+                let text = &connection.expand(text);
                 if !got.as_ref().is_ok_and(|got| matches(text, got)) {
                     let rest = connection.rest();
                     let got = got.map_or_else(|error| error, |got| format!("{letter}: {got}\n{rest}"));
@@ -609,6 +616,7 @@ struct Connection {
     received: Vec<u8>,
     unsaid: Vec<u8>,
     in_clear: bool,
+    scram: Messages,
 }
 
 enum Heard {
@@ -622,7 +630,17 @@ impl Connection {
     fn new(socket: TcpStream) -> io::Result<Connection> {
         socket.set_nodelay(true)?;
         socket.set_write_timeout(Some(PATIENCE))?;
-        Ok(Connection { socket, tls: None, received: Vec::new(), unsaid: Vec::new(), in_clear: false })
+        let (received, unsaid, scram) = (Vec::new(), Vec::new(), Messages::default());
+        Ok(Connection { socket, tls: None, received, unsaid, in_clear: false, scram })
+    }
+
+    /// A line with its messages of SCRAM.
+    fn expand(&mut self, line: &str) -> String {
+        let exporter = || {
+            let tls = self.tls.as_ref()?;
+            tls.export_keying_material([0; 32], b"EXPORTER-Channel-Binding", Some(b"")).ok()
+        };
+        self.scram.expand(line, &exporter)
     }
 
     /// Plays a provider without mail.

@@ -321,6 +321,7 @@ impl WorkerContext {
         let options = self.client_options(StartTls::Never);
         let addresses = smarthost.addresses().map_err(|failure| unreachable(&failure))?;
         let connect = |to: &HostAddress| {
+            let options = ClientOptions { nonce: self.ids.nonce(), ..options.clone() };
             let connected = smarthost.connect_to(to.address, &options, &self.connect(&self.ids.session_id()));
             connected.map_err(|failure| match failure {
                 SessionFailure::Cancelled => ConnectFailure { error: RouteError::Cancelled, down: false },
