@@ -13,6 +13,7 @@ mod owner;
 mod reload;
 mod running;
 mod sandbox;
+mod secret;
 mod send;
 mod signals;
 mod supervised;

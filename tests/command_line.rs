@@ -27,6 +27,7 @@ fn help_is_on_stdout() {
         &["send", "-h"],
         &["status", "-h"],
         &["queue", "-h"],
+        &["secret", "-h"],
     ] {
         let result = run(arguments);
         assert_eq!(result.status.code(), Some(0), "{arguments:?}");

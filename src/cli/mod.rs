@@ -17,6 +17,7 @@ mod owner;
 mod process;
 mod pull;
 mod queue;
+mod secret;
 mod sendmail;
 mod status;
 mod syslog;
@@ -50,6 +51,7 @@ odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
     odmr send             for users and programs of the customer: accepts a message as sendmail(8) does
     odmr check -c FILE    reports what is wrong with a configuration
     odmr status -c FILE   what waits, for whom, since when; the last calls; of either side
+    odmr secret           makes what a provider stores in place of a customer's secret
     odmr queue -c FILE    lists, shows, removes, bounces, retries, exports and imports messages
     odmr demo             provider and customer on loopback, with the dialogue
 
@@ -69,7 +71,7 @@ struct Subcommand {
     run: fn(&Matches) -> Result<(), ExitError>,
 }
 
-const SUBCOMMANDS: [Subcommand; 6] = [
+const SUBCOMMANDS: [Subcommand; 7] = [
     Subcommand {
         name: "serve",
         summary: "Runs the provider in the foreground; logs to stderr or syslog; SIGTERM ends it.",
@@ -116,6 +118,14 @@ const SUBCOMMANDS: [Subcommand; 6] = [
         run: queue::run,
     },
     Subcommand {
+        name: "secret",
+        summary: secret::SECRET_SUMMARY,
+        has_config: false,
+        arguments: " [NAME -c FILE]",
+        options: secret::options,
+        run: secret::run,
+    },
+    Subcommand {
         name: "demo",
         summary: "Shows two messages in one call over TLS: one to the provider, the turn, one into a Maildir.",
         has_config: false,
@@ -159,7 +169,7 @@ pub fn main() -> ExitCode {
 fn run(arguments: &[String]) -> Result<(), ExitError> {
     let usage = |text: String| Err(ExitError::usage(text, "odmr -h"));
     let Some((word, rest)) = arguments.split_first() else {
-        return usage("a subcommand is missing: serve, pull, send, check, status, queue or demo".to_owned());
+        return usage("a subcommand is missing: serve, pull, send, check, status, queue, secret or demo".to_owned());
     };
     match word.as_str() {
         "-h" | "--help" => print(HELP),
@@ -167,9 +177,9 @@ fn run(arguments: &[String]) -> Result<(), ExitError> {
         "send" => sendmail::run(None, rest),
         _ => match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
             Some(subcommand) => subcommand.start(rest),
-            None => {
-                usage(format!("no such subcommand: {word}; there are serve, pull, send, check, status, queue and demo"))
-            }
+            None => usage(format!(
+                "no such subcommand: {word}; there are serve, pull, send, check, status, queue, secret and demo"
+            )),
         },
     }
 }

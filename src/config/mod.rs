@@ -12,6 +12,7 @@
 
 mod aliases;
 mod customer;
+mod edit;
 mod limits;
 mod mailboxes;
 mod owner;
@@ -27,6 +28,7 @@ mod value;
 use std::path::Path;
 
 pub use self::customer::{CustomerConfig, OutgoingConfig, ProviderAccount};
+pub use self::edit::{ChangedFile, with_verifier};
 pub use self::mailboxes::MailboxesConfig;
 pub use self::owner::MailOwner;
 pub use self::print::effective;

@@ -67,6 +67,11 @@ impl Source {
         Source { file: file.clone(), text: text.to_owned(), line_ends, mode, findings, reads_secrets: true }
     }
 
+    /// The whole text.
+    pub(super) fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Notes an error, so that the caller may go on with the rest of the file. Returns the same result.
     pub(super) fn note<T>(&self, result: Result<T, ConfigError>) -> Result<T, ConfigError> {
         if let Err(error) = &result {

@@ -1,0 +1,120 @@
+//! Changes the file of a customer at its provider: a verifier takes the place of the secret, and all else stays as it is.
+
+use std::path::{Path, PathBuf};
+
+use toml::de::DeValue;
+
+use super::source::Source;
+use crate::recipients::ConfigError;
+
+/// A customer's file with another verifier.
+pub struct ChangedFile {
+    pub text: String,
+    /// The file with the secret that is no longer read.
+    pub secret_file: Option<PathBuf>,
+}
+
+/// Returns the text of a customer's file in which `scram`, with this verifier, takes the place of `secret`, `secret-file` or
+/// another `scram`. Comments and all other keys stay. Nothing is written.
+///
+/// # Errors
+///
+/// The file cannot be read, or is not valid TOML.
+pub fn with_verifier(path: &Path, verifier: &str) -> Result<ChangedFile, ConfigError> {
+    let source = Source::read(path)?;
+    let (mut spans, mut secret_file) = (Vec::new(), None);
+    for (key, value) in source.parse()? {
+        if !["secret", "secret-file", "scram"].contains(&key.get_ref().as_ref()) {
+            continue;
+        }
+        spans.push(key.span().start..value.span().end);
+        if let (true, DeValue::String(file)) = (key.get_ref() == "secret-file", value.get_ref()) {
+            secret_file = Some(source.relative(Path::new(file.as_ref())));
+        }
+    }
+    spans.sort_by_key(|span| span.start);
+    let (line, mut text) = (format!("scram = \"{verifier}\""), source.text().to_owned());
+    // From the last one on, so that the places of the others stay.
+    for (number, span) in spans.iter().enumerate().rev() {
+        let with = if number == 0 { line.as_str() } else { "" };
+        text.replace_range(span.clone(), with);
+        remove_if_blank(&mut text, span.start);
+    }
+    if spans.is_empty() {
+        let separator = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
+        text.push_str(&format!("{separator}{line}\n"));
+    }
+    // Whatever the file looks like: what it means now is what was asked for.
+    let changed = Source::new(&source.file, &text, source.mode);
+    let means = changed.parse().is_ok_and(|table| {
+        let value = table.get("scram").and_then(|value| value.get_ref().as_str().map(str::to_owned));
+        value.as_deref() == Some(verifier) && !table.contains_key("secret") && !table.contains_key("secret-file")
+    });
+    match means {
+        true => Ok(ChangedFile { text, secret_file }),
+        false => Err(source.whole().error(format!("cannot be changed: write {line} in it, in place of the secret"))),
+    }
+}
+
+/// Removes the line at this place if nothing is left on it.
+fn remove_if_blank(text: &mut String, at: usize) {
+    let begin = text[..at].rfind('\n').map_or(0, |end| end + 1);
+    let end = text[at..].find('\n').map_or(text.len(), |end| at + end + 1);
+    if text[begin..end].trim().is_empty() {
+        text.replace_range(begin..end, "");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn changed(text: &str) -> Result<(String, Option<String>), String> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("acme.toml");
+        std::fs::write(&path, text).unwrap();
+        let name = |path: PathBuf| path.file_name().unwrap().display().to_string();
+        with_verifier(&path, "V")
+            .map(|changed| (changed.text, changed.secret_file.map(name)))
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_verifier_takes_the_place_of_the_secret_and_all_else_stays() {
+        let check = |before: &str, after: &str, file: Option<&str>| {
+            assert_eq!(changed(before).unwrap(), (after.to_owned(), file.map(str::to_owned)), "{before:?}");
+        };
+        let scram = "scram = \"V\"";
+        let domains = "domains = [\"example.org\"]";
+        check(
+            &format!("# Acme\n{domains}\n\nsecret = \"x\" # by telephone\nrelay = false\n"),
+            &format!("# Acme\n{domains}\n\n{scram} # by telephone\nrelay = false\n"),
+            None,
+        );
+        check(
+            &format!("secret-file = 'acme.key'\r\n{domains}\r\n"),
+            &format!("{scram}\r\n{domains}\r\n"),
+            Some("acme.key"),
+        );
+        check(&format!("{domains}\nscram=\"old\""), &format!("{domains}\n{scram}"), None);
+        check(&format!("  \"secret\"  =  \"\"\"\nx\"\"\"\n{domains}\n"), &format!("  {scram}\n{domains}\n"), None);
+        // More than one is a mistake, which this mends.
+        check(&format!("secret = 'x'\n{domains}\nscram = 'x'\n"), &format!("{scram}\n{domains}\n"), None);
+        check(&format!("{domains}\nsecret = 'x'\nscram = 'x' # old\n"), &format!("{domains}\n{scram}\n # old\n"), None);
+        // An account that opens by a certificate only.
+        check(domains, &format!("{domains}\n{scram}\n"), None);
+        check("", &format!("{scram}\n"), None);
+        // Not a key, but part of another value.
+        let note = "domains = [\"example.org\"] # secret = \"x\"\n";
+        check(note, &format!("{note}{scram}\n"), None);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_changed_is_named() {
+        let error = changed("domains = [").unwrap_err();
+        assert!(error.contains("acme.toml:1: "), "{error}");
+        // At its end a key would be part of the table.
+        let error = changed("[table]\n").unwrap_err();
+        assert!(error.contains("acme.toml: cannot be changed: write scram = "), "{error}");
+    }
+}
