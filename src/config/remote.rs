@@ -187,8 +187,8 @@ const SHORT_SECRET: usize = 12;
 fn warn_if_short(source: &Source, line: &SourceLine, secret: &[u8]) {
     if secret.len() < SHORT_SECRET {
         source.warn(line.error(format!(
-            "the secret has {} octets and can be guessed: agree on one of {SHORT_SECRET} or more, such as `openssl rand \
-             -base64 18` prints",
+            "the secret has {} octets and can be guessed: agree on one of {SHORT_SECRET} or more, such as `odmr \
+             secret` makes",
             secret.len()
         )));
     }
