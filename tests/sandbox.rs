@@ -111,7 +111,8 @@ fn no_thread_gets_new_privileges_and_no_core_is_dumped() {
     let mut shell = Command::new("sh");
     shell.args(["-c", "ulimit -c unlimited; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_odmr"), "serve", "-c"]);
     let mut serve = Running::start(shell.arg(place.path("etc/odmr.toml")).current_dir(place.path("etc")));
-    serve.listening("odmr");
+    // The last thread that is started has greeted.
+    let _client = Client::connect(&serve.listening("odmr"));
     let threads = fs::read_dir(format!("/proc/{}/task", serve.child.id())).unwrap();
     let threads: Vec<_> = threads.map(|thread| thread.unwrap().path().join("status")).collect();
     // The log, signals, delivery, relay, upkeep, and two listeners.
