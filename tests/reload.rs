@@ -168,6 +168,7 @@ fn sessions_on_port_366_see_the_accounts_of_a_reload() {
     let open = |place: &Place| Client::connect(&place.odmr);
     assert!(Client::connect(&place.inbound).send("a@b.example", "alice@example.org", 1).starts_with("250 "));
     let (mut asks, mut sends, mut waits, mut other) = (open(&place), open(&place), open(&place), open(&place));
+    let (mut scram, mut narrowed) = (open(&place), open(&place));
     for session in [&mut asks, &mut sends] {
         assert!(session.authenticate("acme", SECRET).starts_with("235 "));
     }
@@ -180,14 +181,22 @@ fn sessions_on_port_366_see_the_accounts_of_a_reload() {
     assert!(sends.command("MAIL FROM:<alice@example.org>").starts_with("550 5.7.1 "));
     assert!(waits.authenticate("acme", SECRET).starts_with("535 "));
     assert!(waits.authenticate("acme", "another secret").starts_with("235 "));
+    assert!(scram.authenticate_by_scram("acme", SECRET).starts_with("535 "));
+    assert!(scram.authenticate_by_scram("acme", "another secret").starts_with("235 "));
     assert!(other.command("ATRN example.org").starts_with("250 "));
+    // The account permits one mechanism only from now on.
+    place.customer("beta", "\"example.net\"]\nmechanisms = [\"SCRAM-SHA-256\"");
+    place.reload("event=reloaded");
+    assert!(narrowed.authenticate("beta", SECRET).starts_with("535 "));
+    assert!(narrowed.authenticate_by_scram("beta", SECRET).starts_with("235 "));
     // The account is removed: its mail and the customer's own are kept.
-    let mut late = open(&place);
+    let (mut late, mut late_scram) = (open(&place), open(&place));
     fs::remove_file(place.path("customers.d/acme.toml")).unwrap();
     place.reload("event=reloaded");
     assert!(asks.command("ATRN").starts_with("450 4.7.1 "));
     assert!(sends.command("MAIL FROM:<alice@example.com>").starts_with("450 4.7.1 "));
     assert!(late.authenticate("acme", "another secret").starts_with("535 "));
+    assert!(late_scram.authenticate_by_scram("acme", "another secret").starts_with("535 "));
     assert!(!asks.command("EHLO client.example").contains("XDOMAINS"));
 }
 

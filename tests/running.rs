@@ -93,6 +93,20 @@ impl Client {
         self.command(&data_encoding::BASE64.encode(&client.unwrap().step(&challenge).unwrap()))
     }
 
+    /// The last reply to AUTH by SCRAM.
+    pub fn authenticate_by_scram(&mut self, name: &str, secret: &str) -> String {
+        let login = Login::with_secret(name.to_owned(), secret.into());
+        let (channel, nonce) = (TlsChannel::default(), "abc".to_owned());
+        let mut client = Mechanism::ScramSha256.client(&login, &channel, &Mechanism::ALL, nonce).unwrap();
+        let initial = data_encoding::BASE64.encode(&client.initial().unwrap());
+        let mut reply = self.command(&format!("AUTH SCRAM-SHA-256 {initial}"));
+        while let Some(challenge) = reply.strip_prefix("334 ") {
+            let challenge = data_encoding::BASE64.decode(challenge.trim_end().as_bytes()).unwrap();
+            reply = self.command(&data_encoding::BASE64.encode(&client.step(&challenge).unwrap()));
+        }
+        reply
+    }
+
     /// Sends a message with this many lines of 80 octets; returns the reply to its content.
     pub fn send(&mut self, from: &str, to: &str, lines: usize) -> String {
         assert!(self.command(&format!("MAIL FROM:<{from}>")).starts_with("250 "));

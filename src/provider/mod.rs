@@ -312,7 +312,7 @@ fn prepare(
         turns: Arc::new(turns),
         relay: channel.handle.clone(),
         rates: Arc::default(),
-        verifier_work: Arc::default(),
+        verifiers: Arc::default(),
         lost: Arc::default(),
         cancel,
         abort,

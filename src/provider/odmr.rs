@@ -122,9 +122,10 @@ struct OdmrHandler<'a> {
     shared: Arc<Shared>,
 }
 
+/// What opens an account now: a secret that was changed because others know it must not be of use in a session that was open
+/// before.
 impl CredentialStore for OdmrHandler<'_> {
     fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
-        // A secret that was changed because others know it must not be of use in a session that was open before.
         self.reloader.current().config.accounts.credentials(name)
     }
 
@@ -139,12 +140,12 @@ impl CredentialStore for OdmrHandler<'_> {
     }
 
     fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
-        let Shared { verifiers, config, spool, ids, .. } = &*self.shared;
+        let Shared { verifiers, config, spool, ids, .. } = &*self.reloader.current();
         verifiers.find(&config.accounts, name, &|| spool.login_key(ids))
     }
 
     fn salted_password(&self, secret: &[u8], verifier: &ScramVerifier) -> Result<[u8; 32], Unavailable> {
-        self.shared.verifiers.work().salted_password(secret, &verifier.salt, verifier.iterations)
+        self.shared.verifiers.salted_password(secret, &verifier.salt, verifier.iterations)
     }
 
     fn challenge(&self) -> String {
@@ -167,7 +168,8 @@ impl SessionHandler for OdmrHandler<'_> {
     }
 
     fn permits(&self, account: &str, mechanism: Mechanism) -> bool {
-        self.shared.config.accounts.account(account).is_some_and(|account| account.permits(mechanism))
+        let shared = self.reloader.current();
+        shared.config.accounts.account(account).is_some_and(|account| account.permits(mechanism))
     }
 
     /// Checks that the customer may submit mail with this sender (RFC 6409 section 6.1), and now.

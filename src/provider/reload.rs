@@ -18,7 +18,7 @@ use super::relay::{RelayHandle, WorkerContext};
 use super::shared::{Shared, SubmissionRates};
 use super::spool::{Spool, SpoolQueue};
 use super::turned_session::{LostDomains, TurnSettings};
-use super::verifiers::{VerifierWork, Verifiers};
+use super::verifiers::Verifiers;
 use crate::clock::Timestamp;
 use crate::config::{ProviderConfig, TlsFiles};
 use crate::ids::Ids;
@@ -34,7 +34,7 @@ pub struct Lasting {
     pub turns: Arc<TurnSender>,
     pub relay: RelayHandle,
     pub rates: Arc<SubmissionRates>,
-    pub verifier_work: Arc<VerifierWork>,
+    pub verifiers: Arc<Verifiers>,
     pub lost: Arc<LostDomains>,
     pub cancel: CancelToken,
     pub abort: CancelToken,
@@ -46,7 +46,7 @@ pub struct Lasting {
 /// # Errors
 /// A file that the configuration names cannot be used.
 pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&WorkerContext>) -> Result<Shared, String> {
-    let Lasting { ids, turns, relay, rates, verifier_work, lost, cancel, abort, limiter } = lasting;
+    let Lasting { ids, turns, relay, rates, verifiers, lost, cancel, abort, limiter } = lasting;
     let tls = config.tls.as_ref().map(TlsFiles::load).transpose().map_err(|error| error.to_string())?;
     let spool = Arc::new(Spool::new(&config, &ids));
     let sink = SpoolDsnSink { spool: spool.clone(), relay: relay.clone(), ids: ids.clone() };
@@ -64,7 +64,6 @@ pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&Work
         abort: abort.clone(),
     };
     let worker = Arc::new(worker);
-    let verifiers = Arc::new(Verifiers::new(verifier_work));
     Ok(Shared {
         config,
         spool,
@@ -192,7 +191,7 @@ fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {
         turns: old.turns.clone(),
         relay: old.relay.clone(),
         rates: old.rates.clone(),
-        verifier_work: old.verifiers.work().clone(),
+        verifiers: old.verifiers.clone(),
         lost: old.turn_settings.lost.clone(),
         cancel: old.cancel.clone(),
         abort: old.abort.clone(),

@@ -1,18 +1,16 @@
 //! What a login is checked against: verifiers that the customers' files have, those that are made of secrets in clear, and fakes
 //! for names without an account.
 //!
-//! A client must not find out by the time of a reply which names have an account. So, if an account has a secret in clear, each
-//! name takes the work of making a verifier: once, and then it is kept. Names without an account keep theirs in the same place.
+//! A client must not find out which names have an account. So, if an account has a secret in clear, each name takes the work of
+//! making a verifier, each time: if one was kept, the first attempt with a name would show that its customer has logged in
+//! before. And a fake has the iterations and the length of salt that an account has.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::collections::BTreeSet;
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::config::Accounts;
-use crate::sasl::{self, ITERATIONS, ScramVerifier, Unavailable, stable_salt};
-
-/// Verifiers that are kept. More names than this, and all are made anew.
-const KEPT_VERIFIERS: usize = 10_000;
+use crate::sasl::{self, ITERATIONS, SALT_OCTETS, ScramVerifier, Unavailable, stable_salt};
 
 /// PBKDF2 at the same time: as many sessions as would use the processors of a small machine.
 const CONCURRENT_WORK: usize = 4;
@@ -20,71 +18,17 @@ const CONCURRENT_WORK: usize = 4;
 /// How long a session waits until it may do it.
 const WORK_WAIT: Duration = Duration::from_secs(30);
 
-/// The verifiers of one configuration.
-pub struct Verifiers {
-    made: Mutex<HashMap<String, ScramVerifier>>,
-    work: Arc<VerifierWork>,
-}
-
-impl Verifiers {
-    /// None is made yet. `work` lasts over reloads.
-    pub fn new(work: Arc<VerifierWork>) -> Verifiers {
-        Verifiers { made: Mutex::default(), work }
-    }
-
-    /// The limit on PBKDF2, and the key of the salts.
-    pub fn work(&self) -> &Arc<VerifierWork> {
-        &self.work
-    }
-
-    /// As [`CredentialStore::verifier`](crate::sasl::CredentialStore::verifier). `key`: reads the key of the salts, once.
-    ///
-    /// # Errors
-    /// The customer's file has a mistake, or too many sessions make verifiers.
-    pub fn find(
-        &self, accounts: &Accounts, name: &str, key: &dyn Fn() -> [u8; 32],
-    ) -> Result<(ScramVerifier, bool), Unavailable> {
-        let found = accounts.credentials(name)?.unwrap_or_default();
-        let key = self.work.key.get_or_init(key);
-        // An empty secret authenticates no client, even if the configuration has one.
-        let secret = found.secret.filter(|secret| !secret.is_empty());
-        let made = match accounts.have_secrets() {
-            true => Some(self.make(name, secret.as_deref().unwrap_or(b"there is no such account"), key)?),
-            false => None,
-        };
-        Ok(match (found.verifier, secret.and(made)) {
-            (Some(stored), _) => (stored, true),
-            (None, Some(made)) => (made, true),
-            (None, None) => (ScramVerifier::fake(key, name), false),
-        })
-    }
-
-    fn make(&self, name: &str, secret: &[u8], key: &[u8]) -> Result<ScramVerifier, Unavailable> {
-        let lock = || self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(verifier) = lock().get(name) {
-            return Ok(verifier.clone());
-        }
-        let _turn = self.work.begin(WORK_WAIT)?;
-        let verifier = ScramVerifier::new(secret, &stable_salt(key, name), ITERATIONS);
-        let mut made = lock();
-        if made.len() >= KEPT_VERIFIERS {
-            made.clear();
-        }
-        made.insert(name.to_owned(), verifier.clone());
-        Ok(verifier)
-    }
-}
-
-/// Limits how many sessions compute at once, and has the key of the salts.
+/// Finds and makes verifiers, and limits how many sessions compute at once. It lasts over reloads.
 #[derive(Default)]
-pub struct VerifierWork {
+pub struct Verifiers {
+    /// The key of the salts.
     key: OnceLock<[u8; 32]>,
     running: Mutex<usize>,
     ended: Condvar,
 }
 
 /// One session that computes.
-struct WorkPermit<'a>(&'a VerifierWork);
+struct WorkPermit<'a>(&'a Verifiers);
 
 impl Drop for WorkPermit<'_> {
     fn drop(&mut self) {
@@ -93,7 +37,35 @@ impl Drop for WorkPermit<'_> {
     }
 }
 
-impl VerifierWork {
+impl Verifiers {
+    /// As [`CredentialStore::verifier`](crate::sasl::CredentialStore::verifier). `key`: reads the key of the salts, once.
+    ///
+    /// # Errors
+    /// The customer's file has a mistake, or too many sessions make verifiers.
+    pub fn find(
+        &self, accounts: &Accounts, name: &str, key: &dyn Fn() -> [u8; 32],
+    ) -> Result<(ScramVerifier, bool), Unavailable> {
+        let found = accounts.credentials(name)?.unwrap_or_default();
+        let key = self.key.get_or_init(key);
+        // An empty secret authenticates no client, even if the configuration has one.
+        let secret = found.secret.filter(|secret| !secret.is_empty());
+        let made = match accounts.have_secrets() {
+            true => {
+                let secret = secret.as_deref().unwrap_or(b"there is no such account");
+                let salt = stable_salt(key, name);
+                let salted = self.salted_password(secret, &salt, ITERATIONS)?;
+                Some(ScramVerifier::of_salted(&salted, &salt, ITERATIONS))
+            }
+            false => None,
+        };
+        let fake = ScramVerifier::fake(key, name, &shapes(accounts));
+        Ok(match (found.verifier, secret.and(made)) {
+            (Some(stored), _) => (stored, true),
+            (None, Some(made)) => (made, true),
+            (None, None) => (fake, false),
+        })
+    }
+
     /// [`sasl::salted_password`], in four sessions at once.
     ///
     /// # Errors
@@ -116,13 +88,23 @@ impl VerifierWork {
     }
 }
 
+/// The iterations and the octets of salt of the verifiers of all accounts.
+fn shapes(accounts: &Accounts) -> BTreeSet<(u32, usize)> {
+    let stored = accounts.iter().filter_map(|account| account.verifier.as_ref());
+    let mut shapes: BTreeSet<_> = stored.map(|verifier| (verifier.iterations, verifier.salt.len())).collect();
+    if accounts.have_secrets() {
+        shapes.insert((ITERATIONS, SALT_OCTETS));
+    }
+    shapes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn four_compute_at_once_and_a_fifth_waits_but_not_for_ever() {
-        let work = VerifierWork::default();
+        let work = Verifiers::default();
         let limit = Duration::from_millis(20);
         let mut running: Vec<_> = (0..CONCURRENT_WORK).map(|_| work.begin(limit).unwrap()).collect();
         assert!(work.begin(limit).is_err());

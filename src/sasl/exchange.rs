@@ -58,7 +58,7 @@ impl CredentialStore for NoCredentials {
     }
 
     fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
-        Ok((ScramVerifier::fake(b"", name), false))
+        Ok((ScramVerifier::fake(b"", name, &Default::default()), false))
     }
 
     fn challenge(&self) -> String {

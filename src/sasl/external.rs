@@ -85,7 +85,7 @@ mod tests {
         }
 
         fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
-            Ok((ScramVerifier::fake(b"key", name), false))
+            Ok((ScramVerifier::fake(b"key", name, &Default::default()), false))
         }
 
         fn challenge(&self) -> String {

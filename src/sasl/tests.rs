@@ -19,7 +19,7 @@ impl CredentialStore for One {
         let secret = self.credentials(name)?.and_then(|found| found.secret).filter(|secret| !secret.is_empty());
         Ok(match secret {
             Some(secret) => (ScramVerifier::new(&secret, b"sixteen octets..", 4096), true),
-            None => (ScramVerifier::fake(b"key", name), false),
+            None => (ScramVerifier::fake(b"key", name, &Default::default()), false),
         })
     }
 

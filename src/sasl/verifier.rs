@@ -1,5 +1,6 @@
 //! What SCRAM stores in place of a secret (RFC 5802 section 3, RFC 5803), and the computations of both sides.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::RangeInclusive;
 
@@ -53,20 +54,25 @@ impl ScramVerifier {
         ScramVerifier::of_salted(&salted_password(secret, salt, iterations), salt, iterations)
     }
 
-    fn of_salted(salted: &HmacOutput, salt: &[u8], iterations: u32) -> ScramVerifier {
+    /// Returns the verifier of the secret with this [`salted_password`].
+    pub fn of_salted(salted: &HmacOutput, salt: &[u8], iterations: u32) -> ScramVerifier {
         let (client_key, server_key) = keys(salted);
         ScramVerifier { iterations, salt: salt.to_vec(), stored_key: Sha256::digest(client_key).into(), server_key }
     }
 
-    /// Returns a verifier that no secret has, always the same for a name: its salt is that of [`stable_salt`].
-    pub fn fake(key: &[u8], name: &str) -> ScramVerifier {
+    /// Returns a verifier that no secret has, always the same for a name: its salt is that of [`stable_salt`]. Its iterations
+    /// and the octets of its salt are one of `shapes`, those of the accounts; others would show that the name has none. If
+    /// a shape is added or removed, only names that have it then, or had it before, get another one.
+    pub fn fake(key: &[u8], name: &str, shapes: &BTreeSet<(u32, usize)>) -> ScramVerifier {
         let derive = |purpose: &[u8]| finish(&keyed(key), &[purpose, name.as_bytes()]);
-        ScramVerifier {
-            iterations: ITERATIONS,
-            salt: stable_salt(key, name).to_vec(),
-            stored_key: derive(b"stored key "),
-            server_key: derive(b"server key "),
+        let weight = |shape: &&(u32, usize)| derive(format!("shape {} {} ", shape.0, shape.1).as_bytes());
+        let (iterations, octets) = shapes.iter().max_by_key(weight).copied().unwrap_or((ITERATIONS, SALT_OCTETS));
+        let mut salt = derive(b"salt ").to_vec();
+        while salt.len() < octets {
+            salt.extend(derive(format!("salt {} ", salt.len()).as_bytes()));
         }
+        salt.truncate(octets);
+        ScramVerifier { iterations, salt, stored_key: derive(b"stored key "), server_key: derive(b"server key ") }
     }
 
     /// Parses `SCRAM-SHA-256$ITERATIONS:SALT$STOREDKEY:SERVERKEY`, the last three in base64 (RFC 5803 section 4).

@@ -499,7 +499,7 @@ impl CredentialStore for ScriptedHandler {
     fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
         Ok(match CredentialStore::credentials(self, name)?.and_then(|found| found.secret) {
             Some(secret) => (ScramVerifier::new(&secret, b"sixteen octets..", 4096), true),
-            None => (ScramVerifier::fake(b"key", name), false),
+            None => (ScramVerifier::fake(b"key", name, &Default::default()), false),
         })
     }
 

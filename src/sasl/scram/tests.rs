@@ -25,7 +25,7 @@ fn find(name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
     match name {
         "broken" => Err(Unavailable),
         "user" | "a,b=c" | "grün" => Ok((verifier(b"pencil"), true)),
-        _ => Ok((ScramVerifier::fake(b"key", name), false)),
+        _ => Ok((ScramVerifier::fake(b"key", name, &Default::default()), false)),
     }
 }
 
@@ -409,10 +409,32 @@ fn an_unknown_name_gets_the_same_salt_each_time() {
     let first = |name: &str| text(server(None, false).respond(format!("n,,n={name},r=abc").as_bytes(), find));
     assert_eq!(first("stranger"), first("stranger"));
     assert_ne!(first("stranger"), first("strange"));
-    let fake = ScramVerifier::fake(b"key", "stranger");
+    let fake = ScramVerifier::fake(b"key", "stranger", &Default::default());
     assert_eq!(fake.salt, stable_salt(b"key", "stranger"));
     assert_ne!(fake.salt, stable_salt(b"another key", "stranger"));
     assert_eq!((fake.salt.len(), fake.iterations), (SALT_OCTETS, ITERATIONS));
+}
+
+/// An account's verifier may be one that another program has made.
+/// Rules: CRAM-08.
+#[test]
+fn an_unknown_name_has_iterations_and_a_salt_as_accounts_have() {
+    let shapes = |shapes: &[(u32, usize)]| shapes.iter().copied().collect::<std::collections::BTreeSet<_>>();
+    let shape = |name: &str, all: &[(u32, usize)]| {
+        let fake = ScramVerifier::fake(b"key", name, &shapes(all));
+        (fake.iterations, fake.salt.len())
+    };
+    let (ours, odd, long) = ((ITERATIONS, SALT_OCTETS), (4096, 24), (10_000, 100));
+    let names: Vec<_> = (0..40).map(|number| format!("stranger{number}")).collect();
+    for all in [&[ours][..], &[odd], &[ours, odd], &[ours, odd, long]] {
+        let found: Vec<_> = names.iter().map(|name| shape(name, all)).collect();
+        assert_eq!(shapes(&found), shapes(all), "each of them, and no other");
+        // One more leaves the others as they were.
+        let more = names.iter().map(|name| shape(name, &[all, &[(5000, 32)]].concat()));
+        assert!(found.iter().zip(more).all(|(before, after)| *before == after || after == (5000, 32)));
+    }
+    let salt = ScramVerifier::fake(b"key", "stranger", &shapes(&[long])).salt;
+    assert_ne!(salt[..32], salt[32..64]);
 }
 
 proptest! {
