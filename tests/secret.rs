@@ -208,7 +208,43 @@ fn what_cannot_be_done_is_named() {
     assert!(mended.status.success(), "{}", text(&mended.stderr));
     let file = fs::read_to_string(place.path("customers.d/acme.toml")).unwrap();
     assert!(is_of(&value(&file, "scram"), "open sesame, please"));
-    // One in TOML is named, with its line.
+    // What would leave the customer without an account, or with its old secret, is not written.
+    let customer = place.path("customers.d/acme.toml");
+    let refuse = |part: &str| {
+        let before = fs::read(&customer).unwrap();
+        let refused = place.secret(&["acme"], "open sesame, please\n");
+        let error = text(&refused.stderr);
+        assert!(refused.status.code() == Some(78) && error.contains(part), "{error}");
+        assert!(error.contains("; nothing is changed") && fs::read(&customer).unwrap() == before, "{error}");
+    };
+    let acme = "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\n";
+    place.write("customers.d/acme.toml", &format!("{acme}mechanisms = [\"CRAM-MD5\"]\n"));
+    refuse("customers.d/acme.toml:3: no login is possible, as CRAM-MD5 needs a `secret` in clear");
+    place.write("customers.d/acme.toml", "certificate = [\"spki-sha256:1\"]\ndomains = [\"example.org\"]\n");
+    refuse("customers.d/acme.toml:1: ");
+    place.write(
+        "customers.d/acme.toml",
+        &format!("domains = [\"example.org\"]\ncertificate = [\"sha256:{}\"]\n", "00".repeat(32)),
+    );
+    fs::set_permissions(&customer, fs::Permissions::from_mode(0o644)).unwrap();
+    refuse("acme.toml, and every user may read it: chmod 640 ");
+    // A link stays one, and its directory is that of the customers.
+    place.write(
+        "acme.toml",
+        "domains = [\"example.org\"]\nsecret-file = \"../acme.secret\"\nmechanisms = [\"PLAIN\"]\n",
+    );
+    fs::remove_file(&customer).unwrap();
+    std::os::unix::fs::symlink("../acme.toml", &customer).unwrap();
+    let linked = place.secret(&["acme"], "open sesame, please\n");
+    let (output, errors) = (text(&linked.stdout), text(&linked.stderr));
+    assert!(
+        linked.status.success() && output.contains("customers.d/../acme.secret is not read any more"),
+        "{output}{errors}"
+    );
+    assert!(is_of(&value(&fs::read_to_string(place.path("acme.toml")).unwrap(), "scram"), "open sesame, please"));
+    assert!(customer.is_symlink());
+    fs::remove_file(&customer).unwrap();
+    // A mistake in TOML is named, with its line.
     place.write("customers.d/acme.toml", "domains = [\"example.org\"]\nscram = SCRAM\n");
     let broken = place.secret(&["acme"], "open sesame, please\n");
     assert!(broken.status.code() == Some(78) && text(&broken.stderr).contains("customers.d/acme.toml:2: "));

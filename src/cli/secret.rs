@@ -3,6 +3,7 @@
 //!
 //! The secret itself is printed once if it was made here, for the customer, and is never written to a file.
 
+use std::collections::BTreeSet;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::Path;
 use std::thread;
@@ -70,19 +71,24 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
 
 /// Writes a verifier into the file of this customer, in one step.
 fn write(config: &Path, name: &str) -> Result<(), ExitError> {
-    let accounts = ProviderConfig::load(config)?.accounts;
+    let ProviderConfig { accounts, tls, .. } = ProviderConfig::load(config)?;
     // A file with a mistake, perhaps in `scram`, is mended by this.
     if accounts.account(name).is_none() && !accounts.skipped().iter().any(|skipped| skipped.name == name) {
         let file = accounts.file(name);
         let text = format!("there is no customer {name:?}: make {} first, with its `domains`", file.display());
         return Err(ExitError::new(Sysexit::DataError, text));
     }
-    // A link stays one.
-    let file = accounts.file(name).canonicalize()?;
-    with_verifier(&file, "")?;
+    let file = accounts.file(name);
+    let change = |verifier: &ScramVerifier| {
+        let changed = with_verifier(&file, &verifier.to_string())?;
+        changed.check_account(tls.is_some()).map(|()| changed)
+    };
+    // Nobody types a secret in vain.
+    change(&ScramVerifier::fake(b"", name, &BTreeSet::new()))?;
     let (verifier, made) = make()?;
-    let ChangedFile { text, secret_file } = with_verifier(&file, &verifier.to_string())?;
-    replace_file_durably(&file, &text).map_err(|error| ExitError::new(Sysexit::CannotCreate, error))?;
+    let ChangedFile { text, secret_file, .. } = change(&verifier)?;
+    // A link stays one.
+    replace_file_durably(&file.canonicalize()?, &text).map_err(|error| ExitError::new(Sysexit::CannotCreate, error))?;
     let mut report = String::new();
     if let Some(secret) = made {
         report +=

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use toml::de::DeValue;
 
+use super::provider::Account;
 use super::source::Source;
 use crate::recipients::ConfigError;
 
@@ -12,6 +13,21 @@ pub struct ChangedFile {
     pub text: String,
     /// The file with the secret that is no longer read.
     pub secret_file: Option<PathBuf>,
+    source: Source,
+}
+
+impl ChangedFile {
+    /// Checks that the changed file is that of an account: otherwise the provider would skip it, and the old secret would
+    /// stay. `tls`: whether the provider has a certificate.
+    ///
+    /// # Errors
+    ///
+    /// A mistake in it.
+    pub fn check_account(&self, tls: bool) -> Result<(), ConfigError> {
+        let (account, _) = self.source.finish(|source| Account::read(source, tls));
+        let unchanged = |error: ConfigError| error.source.error(format!("{}; nothing is changed", error.text));
+        account.map(drop).map_err(unchanged)
+    }
 }
 
 /// Returns the text of a customer's file in which `scram`, with this verifier, takes the place of `secret`, `secret-file` or
@@ -51,7 +67,7 @@ pub fn with_verifier(path: &Path, verifier: &str) -> Result<ChangedFile, ConfigE
         value.as_deref() == Some(verifier) && !table.contains_key("secret") && !table.contains_key("secret-file")
     });
     match means {
-        true => Ok(ChangedFile { text, secret_file }),
+        true => Ok(ChangedFile { text, secret_file, source: changed }),
         false => Err(source.whole().error(format!("cannot be changed: write {line} in it, in place of the secret"))),
     }
 }

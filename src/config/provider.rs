@@ -524,7 +524,7 @@ pub struct Account {
 
 impl Account {
     /// Reads the file of one customer. Returns the lines of its domains, too.
-    fn read(source: &Source, tls: bool) -> Result<(Account, Vec<Located<Domain>>), ConfigError> {
+    pub(super) fn read(source: &Source, tls: bool) -> Result<(Account, Vec<Located<Domain>>), ConfigError> {
         let mut table = Table::root(source, &CUSTOMER_KEYS)?;
         let name = source.file.file_stem().and_then(|name| name.to_str());
         let name = name.ok_or_else(|| "the login name is not UTF-8: rename the file".to_owned());
