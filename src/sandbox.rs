@@ -22,6 +22,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -70,12 +71,38 @@ static NOTED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 /// What this process may use; empty: all that the system permits.
 static PERMITTED: OnceLock<Permitted> = OnceLock::new();
 
-/// Directories without symbolic links in their paths.
 struct Permitted {
-    readable: Vec<PathBuf>,
-    writable: Vec<PathBuf>,
+    readable: Vec<Directory>,
+    writable: Vec<Directory>,
     /// The writable ones, so that autofs does not unmount one that is idle: mounted again, it would be another directory.
     _open: Vec<File>,
+}
+
+/// A directory as it was at the start: the kernel permits it, and no other one that takes its name.
+struct Directory {
+    /// Without symbolic links.
+    path: PathBuf,
+    inode: Option<(u64, u64)>,
+}
+
+impl Directory {
+    fn new(path: PathBuf) -> Directory {
+        Directory { inode: inode(&path), path }
+    }
+
+    fn has(&self, path: &Path) -> bool {
+        path.starts_with(&self.path) && inode(&self.path) == self.inode
+    }
+}
+
+impl AsRef<Path> for Directory {
+    fn as_ref(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Directories of mail, which this process writes into.
@@ -186,7 +213,8 @@ impl Permitted {
             add_linked(&mut writable, path, *depth);
         }
         let open = writable.iter().filter_map(|path| File::open(path).ok()).collect();
-        Permitted { readable: readable.into_iter().collect(), writable: writable.into_iter().collect(), _open: open }
+        let directories = |paths: BTreeSet<PathBuf>| paths.into_iter().map(Directory::new).collect();
+        Permitted { readable: directories(readable), writable: directories(writable), _open: open }
     }
 
     fn may_write(&self, path: &Path) -> bool {
@@ -199,9 +227,9 @@ impl Permitted {
 }
 
 /// Whether a path, or what of it exists, is in one of these directories.
-fn is_in(directories: &[PathBuf], path: &Path) -> bool {
+fn is_in(directories: &[Directory], path: &Path) -> bool {
     let found = path.ancestors().find_map(|above| fs::canonicalize(above).ok());
-    found.is_some_and(|found| directories.iter().any(|directory| found.starts_with(directory)))
+    found.is_some_and(|found| directories.iter().any(|directory| directory.has(&found)))
 }
 
 /// Checks that a directory is not outside those that this process may write into since its start.

@@ -174,6 +174,37 @@ fn what_a_provider_has_named_at_the_start_may_be_replaced_and_nothing_else() {
     serve.listening("odmr");
 }
 
+/// The kernel permits directories, not names: another one with the same name is outside, and the error says so.
+#[test]
+fn a_directory_that_is_replaced_needs_a_restart() {
+    let place = Place::new(&["etc", "tls", "customers", "secrets"]);
+    place.provider("../tls", "../customers");
+    place.certificate("tls", "");
+    place.write("secrets/acme", "tanstaaftanstaaf\n");
+    place.write("customers/acme.toml", "domains = [\"example.org\"]\nsecret-file = \"../secrets/acme\"\n");
+    let Some(mut serve) = place.start(&["serve"]) else { return };
+    serve.listening("odmr");
+    let replace = |name: &str| {
+        fs::create_dir(place.path("anew")).unwrap();
+        for entry in fs::read_dir(place.path(name)).unwrap().map(Result::unwrap) {
+            fs::copy(entry.path(), place.path("anew").join(entry.file_name())).unwrap();
+        }
+        fs::rename(place.path(name), place.path(&format!("old-{name}"))).unwrap();
+        fs::rename(place.path("anew"), place.path(name)).unwrap();
+    };
+    replace("secrets");
+    let skipped = reload(&mut serve, "event=customer-skipped");
+    assert!(skipped.contains("secrets/acme cannot be read: ") && skipped.contains(OUTSIDE), "{skipped}");
+    replace("tls");
+    let failed = reload(&mut serve, "event=reload-failed");
+    assert!(failed.contains("cert.pem: ") && failed.contains(OUTSIDE), "{failed}");
+    replace("customers");
+    let failed = reload(&mut serve, "event=reload-failed");
+    assert!(failed.contains("customers cannot be read: ") && failed.contains(OUTSIDE), "{failed}");
+    serve.signal(Signal::TERM);
+    assert_eq!(serve.exit_code(), Some(0));
+}
+
 #[test]
 fn a_directory_that_was_missing_at_the_start_may_come_later() {
     let place = Place::new(&["etc", "tls", "customers"]);
