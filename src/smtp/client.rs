@@ -787,6 +787,10 @@ impl Client {
                 self.queue_command(Stage::Auth, line);
                 ClientStep::Wait
             }
+            // RFC 4954 section 4: the server must reject what the client has cancelled.
+            (Severity::Positive, Some(done)) if done.finished() && self.auth_cancelled => {
+                self.abort(Abort::Unacceptable("accepts it nevertheless".to_owned()))
+            }
             (Severity::Positive, Some(done)) if done.finished() => {
                 self.authenticated = true;
                 self.proceed()

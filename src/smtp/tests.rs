@@ -222,6 +222,9 @@ fn every_reply_to_auth_and_atrn() {
     check(&[challenge], "299 x", "Ready", "");
     check(&[challenge], challenge, "Wait", "*");
     check(&[challenge], "535 5.7.8 x", "Rejected AUTH 535", "QUIT");
+    let nevertheless = "Abort(Unacceptable(\"accepts it nevertheless\"))";
+    check(&[challenge, challenge], "235 x", nevertheless, "QUIT");
+    check(&["504 x", "334 not base64"], "235 x", nevertheless, "QUIT");
     check(&["504 x"], "235 x", "Ready", "");
     let inside = |rest: &[&'static str]| [&[challenge, "235 x"], rest].concat();
     check(&inside(&["atrn "]), "250 x", "Turned", "");
