@@ -201,8 +201,18 @@ fn what_cannot_be_done_is_named() {
     place.write("provider.toml", "hostname = \"h.example\"\n[provider]\n");
     check(&["acme"], 78, "is a customer's file");
 
-    // A mistake in the verifier is mended.
+    // The only copy of a new secret cannot be printed.
     let place = Place::new();
+    let before = fs::read(place.path("customers.d/acme.toml")).unwrap();
+    if let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        let command = command.args(["secret", "acme", "-c"]).arg(place.path("provider.toml"));
+        let status = command.stdin(Stdio::null()).stdout(full).stderr(Stdio::null()).status().unwrap();
+        assert_eq!(status.code(), Some(74));
+        assert!(fs::read(place.path("customers.d/acme.toml")).unwrap() == before);
+    }
+
+    // A mistake in the verifier is mended.
     place.write("customers.d/acme.toml", "domains = [\"example.org\"]\nscram = \"SCRAM-SHA-256$1\"\n");
     let mended = place.secret(&["acme"], "open sesame, please\n");
     assert!(mended.status.success(), "{}", text(&mended.stderr));

@@ -87,14 +87,15 @@ fn write(config: &Path, name: &str) -> Result<(), ExitError> {
     change(&ScramVerifier::fake(b"", name, &BTreeSet::new()))?;
     let (verifier, made) = make()?;
     let ChangedFile { text, secret_file, .. } = change(&verifier)?;
+    // Before the file is changed: if nobody can read it, the old secret stays.
+    if let Some(secret) = made {
+        print(&format!(
+            "# for the customer, in [provider] of its file; it is stored nowhere:\nsecret = \"{secret}\"\n"
+        ))?;
+    }
     // A link stays one.
     replace_file_durably(&file.canonicalize()?, &text).map_err(|error| ExitError::new(Sysexit::CannotCreate, error))?;
-    let mut report = String::new();
-    if let Some(secret) = made {
-        report +=
-            &format!("# for the customer, in [provider] of its file; it is stored nowhere:\nsecret = \"{secret}\"\n");
-    }
-    report += &format!("# {} is changed; SIGHUP makes a running `odmr serve` read it\n", file.display());
+    let mut report = format!("# {} is changed; SIGHUP makes a running `odmr serve` read it\n", file.display());
     if let Some(old) = secret_file {
         report += &format!("# {} is not read any more: remove it\n", old.display());
     }
