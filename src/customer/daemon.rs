@@ -25,7 +25,7 @@ use crate::net::inherited::InheritedListeners;
 use crate::net::listener;
 use crate::net::readiness::Readiness;
 use crate::net::trace::quoted;
-use crate::report::calls::{self, CallRecord, CallResult};
+use crate::report::calls::{self, CallRecord};
 use crate::sandbox;
 use crate::schedule::{CallOutcome, CallTimer, Clocks, Schedule};
 
@@ -452,8 +452,7 @@ impl Daemon<'_> {
 
     /// Records for the status that the configuration was read, or why not.
     fn record_reload(&self, error: Option<&str>) {
-        let result = if error.is_some() { CallResult::Failed } else { CallResult::Done };
-        let record = CallRecord::new(self.now().date, "-", result, error.unwrap_or_default());
+        let record = CallRecord::of_reload(self.now().date, error);
         record.write(&store::reload_record(&self.customer.config().mailboxes.root), "-");
     }
 

@@ -36,7 +36,7 @@ pub enum HeaderPolicy {
 pub fn store(
     shared: &Arc<Shared>, envelope: &Envelope, incoming: &Incoming<'_>, policy: HeaderPolicy,
 ) -> Result<Box<dyn MessageSink>, Reply> {
-    let (id, arrived) = (shared.ids.queue_id(), shared.ids.clock().now());
+    let (id, arrived) = (shared.lasting.ids.queue_id(), shared.lasting.ids.clock().now());
     let mut copies: Vec<(SpoolQueue, QueuedEnvelope)> = Vec::new();
     for recipient in &envelope.recipients {
         let Some(queue) = shared.spool.queue_for(&recipient.mailbox) else { continue };
@@ -89,7 +89,7 @@ impl QueueWriter {
                 let account = owner.map_or("-", |account| account.name.as_str());
                 log::info!("event=queued id={} to=<{mailbox}> account={account}", self.id);
             }
-            self.shared.relay.arrived(queue);
+            self.shared.lasting.relay.arrived(queue);
         }
         Ok(self.id)
     }

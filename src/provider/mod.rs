@@ -42,8 +42,8 @@ use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
 use delivery::DeliveryThread;
 use relay::Relay;
-use reload::{Lasting, Reloader, configure, log_skipped};
-use shared::Shared;
+use reload::{Reloader, configure, log_skipped};
+use shared::{Lasting, Shared};
 
 /// Where a connection was accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -194,7 +194,7 @@ impl PreparedProvider {
         let mut running = RunningProvider { reloader: reloader.clone(), listening, threads, _lock: lock };
         running.spawn("delivery", move || delivery.run())?;
         running.spawn("relay", move || relay.run())?;
-        let (watched, cancel) = (reloader.clone(), shared.cancel.clone());
+        let (watched, cancel) = (reloader.clone(), shared.lasting.cancel.clone());
         running.spawn("upkeep", move || watched.keep_up(&cancel))?;
         for BoundListener { kind, socket, inherited } in listeners {
             let (name, address) = (kind.name(), socket.local_addr()?);
@@ -203,8 +203,8 @@ impl PreparedProvider {
             let acceptor = Acceptor {
                 name,
                 greets: kind != Listener::OdmrTls,
-                cancel: shared.cancel.clone(),
-                limiter: shared.limiter.clone(),
+                cancel: shared.lasting.cancel.clone(),
+                limiter: shared.lasting.limiter.clone(),
             };
             let reloader = reloader.clone();
             let service = move |stream: TcpStream, peer| {
@@ -234,7 +234,7 @@ impl PreparedProvider {
     pub fn serve_one(self, listener: Listener, connection: SupervisedConnection) -> Result<(), StartError> {
         let PreparedProvider { shared, delivery, .. } = self;
         log_skipped(&shared.config);
-        let (cancel, abort) = (shared.cancel.clone(), shared.abort.clone());
+        let (cancel, abort) = (shared.lasting.cancel.clone(), shared.lasting.abort.clone());
         let timeout = shared.config.timeouts.shutdown;
         let spool = shared.spool.clone();
         Builder::new().spawn(move || {
@@ -276,16 +276,16 @@ impl RunningProvider {
         let RunningProvider { reloader, threads, .. } = self;
         let shared = reloader.current();
         let deadline = Instant::now() + shared.config.timeouts.shutdown;
-        shared.cancel.cancel();
-        shared.relay.wake();
-        shared.limiter.wait_until_idle(deadline);
-        shared.turns.wait_until_done(deadline);
-        shared.abort.cancel();
+        shared.lasting.cancel.cancel();
+        shared.lasting.relay.wake();
+        shared.lasting.limiter.wait_until_idle(deadline);
+        shared.lasting.turns.wait_until_done(deadline);
+        shared.lasting.abort.cancel();
         for thread in threads {
             let _ = thread.join();
         }
         // Sessions that were ended in the middle of content send a last reply.
-        shared.limiter.wait_until_idle(Instant::now() + Duration::from_secs(1));
+        shared.lasting.limiter.wait_until_idle(Instant::now() + Duration::from_secs(1));
     }
 
     /// What reads the configuration anew.
@@ -325,7 +325,7 @@ fn prepare(
 
 /// The dialogue's letters: `P` is the provider on port 366, `S` any other server.
 fn trace(shared: &Shared, listener: Listener) -> Trace {
-    Trace { id: shared.ids.session_id(), us: if listener == Listener::Inbound { 'S' } else { 'P' }, them: 'C' }
+    Trace { id: shared.lasting.ids.session_id(), us: if listener == Listener::Inbound { 'S' } else { 'P' }, them: 'C' }
 }
 
 /// Serves one connection until it ends or has turned.
@@ -373,6 +373,6 @@ fn begin_session(
         ..config.limits.server_options(role, &config.hostname, config.inbound.max_size)
     };
     let server = Server::new(options, connection.tls_channel());
-    let limits = SessionLimits::new(&config.timeouts, &config.limits, &shared.cancel, &shared.abort);
+    let limits = SessionLimits::new(&config.timeouts, &config.limits, &shared.lasting.cancel, &shared.lasting.abort);
     Ok(ServerSession::new(connection, server, peer, tls, limits))
 }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use super::accept::{self, HeaderPolicy};
 use super::reload::Reloader;
-use super::shared::Shared;
+use super::shared::{Lasting, Shared};
 use super::spool::SpoolQueue;
 use crate::config::Account;
 use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
@@ -62,7 +62,7 @@ fn record_call(shared: &Shared, session: &ServerSession, reply: &Reply) {
         true => (CallResult::NoMail, "done".to_owned()),
         false => (CallResult::Failed, reply.to_string()),
     };
-    let record = CallRecord::new(shared.ids.clock().now(), &session.peer, result, &reason);
+    let record = CallRecord::new(shared.lasting.ids.clock().now(), &session.peer, result, &reason);
     record.write(&shared.spool.call_record(&account.name), &account.name);
 }
 
@@ -76,7 +76,7 @@ fn turn(shared: &Shared, session: ServerSession, domains: &[Domain]) -> Result<(
         Err(reply) => return Err(Box::new((session, reply))),
     };
     let turn = Turn::offer(session, lock)?;
-    shared.turns.submit(turn, &shared.turn_settings).map_err(|turn| {
+    shared.lasting.turns.submit(turn, &shared.turn_settings).map_err(|turn| {
         let reply = Reply::new(451, "4.3.2", "Too many turned sessions, try again later");
         Box::new((turn.withdraw(), reply))
     })
@@ -140,20 +140,20 @@ impl CredentialStore for OdmrHandler<'_> {
     }
 
     fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
-        let Shared { verifiers, config, spool, ids, .. } = &*self.reloader.current();
+        let Shared { config, spool, lasting: Lasting { verifiers, ids, .. }, .. } = &*self.reloader.current();
         verifiers.find(&config.accounts, name, &|| spool.login_key(ids))
     }
 
     fn salted_password(&self, secret: &[u8], verifier: &ScramVerifier) -> Result<[u8; 32], Unavailable> {
-        self.shared.verifiers.salted_password(secret, &verifier.salt, verifier.iterations)
+        self.shared.lasting.verifiers.salted_password(secret, &verifier.salt, verifier.iterations)
     }
 
     fn challenge(&self) -> String {
-        self.shared.ids.challenge(&self.shared.config.hostname)
+        self.shared.lasting.ids.challenge(&self.shared.config.hostname)
     }
 
     fn nonce(&self) -> String {
-        self.shared.ids.nonce()
+        self.shared.lasting.ids.nonce()
     }
 }
 
@@ -190,7 +190,7 @@ impl SessionHandler for OdmrHandler<'_> {
             return Err(Reply::new(550, "5.7.1", "That sender's domain is not this account's"));
         }
         self.shared.check_room(mail)?;
-        if !self.shared.rates.admit(&account.name, account.rate, self.shared.ids.clock().now()) {
+        if !self.shared.lasting.rates.admit(&account.name, account.rate, self.shared.lasting.ids.clock().now()) {
             return Err(Reply::new(452, "4.3.2", format!("No more than {} messages an hour", account.rate)));
         }
         Ok(())

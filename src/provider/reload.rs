@@ -13,72 +13,41 @@ use std::time::{Duration, Instant};
 
 use super::accept::SpoolDsnSink;
 use super::certificate::CertificateEnd;
-use super::delivery::TurnSender;
-use super::relay::{RelayHandle, WorkerContext};
-use super::shared::{Shared, SubmissionRates};
+use super::relay::WorkerContext;
+use super::shared::{Lasting, Shared};
 use super::spool::{Spool, SpoolQueue};
-use super::turned_session::{LostDomains, TurnSettings};
-use super::verifiers::Verifiers;
+use super::turned_session::TurnSettings;
 use crate::clock::Timestamp;
 use crate::config::{ProviderConfig, TlsFiles};
-use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
-use crate::net::listener::ConnectionLimiter;
 use crate::net::tls::ServerTls;
 use crate::net::trace::quoted;
 use crate::report::Reporter;
-
-/// What lasts over reloads.
-pub struct Lasting {
-    pub ids: Ids,
-    pub turns: Arc<TurnSender>,
-    pub relay: RelayHandle,
-    pub rates: Arc<SubmissionRates>,
-    pub verifiers: Arc<Verifiers>,
-    pub lost: Arc<LostDomains>,
-    pub cancel: CancelToken,
-    pub abort: CancelToken,
-    pub limiter: ConnectionLimiter,
-}
 
 /// Makes what depends on the configuration. `earlier`: the relay's context before a reload.
 ///
 /// # Errors
 /// A file that the configuration names cannot be used.
 pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&WorkerContext>) -> Result<Shared, String> {
-    let Lasting { ids, turns, relay, rates, verifiers, lost, cancel, abort, limiter } = lasting;
+    let Lasting { ids, relay, cancel, .. } = &lasting;
     let tls = config.tls.as_ref().map(TlsFiles::load).transpose().map_err(|error| error.to_string())?;
-    let spool = Arc::new(Spool::new(&config, &ids));
+    let spool = Arc::new(Spool::new(&config, ids));
     let sink = SpoolDsnSink { spool: spool.clone(), relay: relay.clone(), ids: ids.clone() };
-    let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)));
-    let worker = WorkerContext::new(&config, &spool, &ids, reporter.clone(), &cancel, earlier)?;
+    let reporter = Reporter::new(&config.hostname, ids, Some(Arc::new(sink)));
+    let worker = WorkerContext::new(&config, &spool, ids, reporter.clone(), cancel, earlier)?;
     let turn_settings = TurnSettings {
         timeouts: config.timeouts.clone(),
         messages: config.limits.messages_per_turn,
         give_up: config.odmr.give_up,
         without_8bitmime: config.odmr.without_8bitmime,
         reporter,
-        lost,
+        lost: lasting.lost.clone(),
         spool: spool.clone(),
         cancel: cancel.clone(),
-        abort: abort.clone(),
+        abort: lasting.abort.clone(),
     };
     let worker = Arc::new(worker);
-    Ok(Shared {
-        config,
-        spool,
-        ids,
-        turns,
-        turn_settings,
-        relay,
-        worker,
-        rates,
-        verifiers,
-        tls,
-        cancel,
-        abort,
-        limiter,
-    })
+    Ok(Shared { config, spool, turn_settings, worker, tls, lasting })
 }
 
 /// Has the state that new connections begin with, and replaces it.
@@ -162,7 +131,7 @@ impl Reloader {
             files.map(|file| file.metadata().ok().map(of_file)).collect()
         };
         let mut seen: Vec<_> = stamp();
-        let (mut end, clock) = (CertificateEnd::default(), self.current().ids.clock());
+        let (mut end, clock) = (CertificateEnd::default(), self.current().lasting.ids.clock());
         let mut log_end = || end.log(self.current().tls.as_ref(), clock.now());
         loop {
             log_end();
@@ -186,23 +155,12 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
 fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {
     // Sessions, turned sessions and the relay go on with the old one until a restart.
     config.spool.clone_from(&old.config.spool);
-    let lasting = Lasting {
-        ids: old.ids.clone(),
-        turns: old.turns.clone(),
-        relay: old.relay.clone(),
-        rates: old.rates.clone(),
-        verifiers: old.verifiers.clone(),
-        lost: old.turn_settings.lost.clone(),
-        cancel: old.cancel.clone(),
-        abort: old.abort.clone(),
-        limiter: old.limiter.clone(),
-    };
-    let shared = configure(config, lasting, Some(&old.worker))?;
+    let shared = configure(config, old.lasting.clone(), Some(&old.worker))?;
     let (limits, accounts) = (&shared.config.limits, &shared.config.accounts);
-    shared.limiter.set_limits(limits.connections, limits.connections_per_address);
-    shared.turns.set_limit(limits.turned_sessions);
-    shared.turn_settings.lost.update(&old.config.accounts, accounts);
-    shared.relay.reload(shared.worker.clone());
+    shared.lasting.limiter.set_limits(limits.connections, limits.connections_per_address);
+    shared.lasting.turns.set_limit(limits.turned_sessions);
+    shared.lasting.lost.update(&old.config.accounts, accounts);
+    shared.lasting.relay.reload(shared.worker.clone());
     Ok(shared)
 }
 

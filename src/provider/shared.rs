@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::delivery::TurnSender;
 use super::relay::{RelayHandle, WorkerContext};
 use super::spool::Spool;
-use super::turned_session::TurnSettings;
+use super::turned_session::{LostDomains, TurnSettings};
 use super::verifiers::Verifiers;
 use crate::clock::Timestamp;
 use crate::config::ProviderConfig;
@@ -15,30 +15,37 @@ use crate::mail::address::{ForwardPath, Mailbox};
 use crate::net::cancel::CancelToken;
 use crate::net::listener::ConnectionLimiter;
 use crate::net::tls::ServerTls;
-use crate::report::calls::{CallRecord, CallResult};
+use crate::report::calls::CallRecord;
 use crate::session::disk_full_reply;
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
+
+/// What lasts over reloads.
+#[derive(Clone)]
+pub struct Lasting {
+    pub ids: Ids,
+    pub turns: Arc<TurnSender>,
+    pub relay: RelayHandle,
+    pub rates: Arc<SubmissionRates>,
+    pub verifiers: Arc<Verifiers>,
+    pub lost: Arc<LostDomains>,
+    /// Ends sessions after the command or message under way.
+    pub cancel: CancelToken,
+    /// Ends sessions at once.
+    pub abort: CancelToken,
+    pub limiter: ConnectionLimiter,
+}
 
 /// What all threads of a provider share. A reload makes another one; sessions go on with the one that they began with.
 #[derive(Clone)]
 pub struct Shared {
     pub config: ProviderConfig,
     pub spool: Arc<Spool>,
-    pub ids: Ids,
-    pub turns: Arc<TurnSender>,
     pub turn_settings: TurnSettings,
-    pub relay: RelayHandle,
     pub worker: Arc<WorkerContext>,
-    pub rates: Arc<SubmissionRates>,
-    pub verifiers: Arc<Verifiers>,
     /// The provider's certificate; `None`: without TLS.
     pub tls: Option<ServerTls>,
-    /// Ends sessions after the command or message under way.
-    pub cancel: CancelToken,
-    /// Ends sessions at once.
-    pub abort: CancelToken,
-    pub limiter: ConnectionLimiter,
+    pub lasting: Lasting,
 }
 
 impl Shared {
@@ -52,9 +59,7 @@ impl Shared {
 
     /// Records for the status that the configuration was read, or why not.
     pub fn record_reload(&self, error: Option<&str>) {
-        let result = if error.is_some() { CallResult::Failed } else { CallResult::Done };
-        let record = CallRecord::new(self.ids.clock().now(), "-", result, error.unwrap_or_default());
-        record.write(&self.spool.reload_record(), "-");
+        CallRecord::of_reload(self.lasting.ids.clock().now(), error).write(&self.spool.reload_record(), "-");
     }
 
     /// The mailbox of a path; a postmaster without a domain is the provider's own (RFC 5321 section 4.5.1).

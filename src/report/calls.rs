@@ -82,6 +82,12 @@ impl CallRecord {
         }
     }
 
+    /// The record of a reading of the configuration: that it was read, or why not.
+    pub fn of_reload(at: Timestamp, error: Option<&str>) -> CallRecord {
+        let result = if error.is_some() { CallResult::Failed } else { CallResult::Done };
+        CallRecord::new(at, "-", result, error.unwrap_or_default())
+    }
+
     /// Reads a record; `None`: there is none, or it cannot be read.
     pub fn read(path: &Path) -> Option<CallRecord> {
         CallRecord::parse(&std::fs::read_to_string(path).ok()?)
