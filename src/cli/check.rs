@@ -31,7 +31,7 @@ use crate::maildir::write_remedy;
 use crate::net::tls::{self, CertificateInfo};
 use crate::privileges::{LoginUser, SystemUser};
 use crate::provider::certificate::DAYS_TO_RENEW;
-use crate::provider::spool::{Spool, SpoolQueue};
+use crate::provider::spool::{SPOOL_DEPTH, Spool, SpoolQueue};
 use crate::recipients::RecipientRules;
 use crate::session::ClientIdentity;
 use crate::smtp::reply::Severity;
@@ -236,7 +236,7 @@ fn check_provider(
 ) -> String {
     if let Some(owner) = owner
         && config.spool.exists()
-        && let Err(text) = check_owned(owner, &config.spool, QUEUES_DEPTH)
+        && let Err(text) = check_owned(owner, &config.spool, SPOOL_DEPTH + 1)
     {
         report.error(places.root.error(text));
     }
@@ -250,9 +250,6 @@ fn check_provider(
     let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
     format!("a provider with {} customers, {domains} domains", config.accounts.iter().count())
 }
-
-/// The directories of queues are so many directories below the spool.
-const QUEUES_DEPTH: usize = 3;
 
 /// Says where the log of `odmr serve --inetd` goes, which inetd gives no descriptor for it.
 fn check_inetd_log(path: &Path, report: &mut CheckReport) {
@@ -309,7 +306,7 @@ fn check_key_owner(files: &TlsFiles, spool: &Path, report: &mut CheckReport) {
 /// be written to.
 fn check_spool(line: &SourceLine, spool: &Path, access: bool, report: &mut CheckReport) {
     let Ok(root) = fs::metadata(spool) else { return };
-    for directory in subdirectories(spool, QUEUES_DEPTH) {
+    for directory in subdirectories(spool, SPOOL_DEPTH + 1) {
         let Ok(found) = fs::metadata(&directory) else { continue };
         let shown = directory.display();
         if found.dev() != root.dev() {

@@ -10,14 +10,13 @@ use crate::config::CustomerConfig;
 use crate::customer::store;
 use crate::maildir::prepare_directory;
 use crate::net::trace::quoted;
+use crate::provider::spool::SPOOL_DEPTH;
 use crate::sandbox::{self, MailDirectory};
-
-/// `SPOOL/domains/<domain>` may be a symbolic link.
-const SPOOL_DEPTH: usize = 2;
 
 /// Denies a provider all that it does not need. `is_daemon`: it logs what is in force at level `info`, others at `debug`.
 pub(super) fn confine_provider(spool: &Path, is_daemon: bool) {
     prepare_directory(spool, Some(0o700));
+    // Each queue may be a symbolic link.
     enter([MailDirectory { path: spool.to_owned(), depth: SPOOL_DEPTH }], is_daemon);
 }
 

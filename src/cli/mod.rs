@@ -35,6 +35,7 @@ use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::readiness::Readiness;
 use crate::net::tls;
+use crate::provider::spool::SPOOL_DEPTH;
 use crate::provider::{Listener, PreparedProvider, StartError, SupervisedConnection};
 use crate::sandbox;
 use confine::confine_provider;
@@ -244,7 +245,7 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     };
     become_owner(owner.as_ref(), &[&spool])?;
     if let Some(owner) = &owner {
-        check_owned(owner, &spool, DOMAINS_DEPTH).map_err(StartError::Spool)?;
+        check_owned(owner, &spool, SPOOL_DEPTH).map_err(StartError::Spool)?;
     }
     confine_provider(&spool, listener.is_none());
     if let Some(listener) = listener {
@@ -256,9 +257,6 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     }
     run_daemon(provider, path, signals, Arc::new(readiness))
 }
-
-/// The queues of domains are so many directories below the spool.
-const DOMAINS_DEPTH: usize = 2;
 
 /// The one listener of a configuration; `None`: it has several.
 fn only_listener(config: &ProviderConfig) -> Option<&'static str> {

@@ -12,7 +12,7 @@ use crate::config::CustomerConfig;
 use crate::ids::Ids;
 use crate::mail::address::{ForwardPath, Mailbox, ReversePath};
 use crate::maildir::spooled::Content;
-use crate::maildir::{Maildir, MessageWriter, for_each_block, has_room, with_path};
+use crate::maildir::{Maildir, MessageWriter, for_each_block, has_room, log_sweep_failed, with_path};
 use crate::net::trace::quoted;
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
 use crate::recipients::{self, Delivery, Destination, NextHop, RecipientRules};
@@ -59,13 +59,12 @@ impl Mailboxes {
     pub fn tidy(&self) {
         let root = &self.config.mailboxes.root;
         let outgoing = self.config.outgoing.as_ref().map(|outgoing| store::outgoing_queue(&outgoing.queue));
-        let tidy = || -> io::Result<()> {
-            let Some(_lock) = store::begin_daily(root, "tidy")? else { return Ok(()) };
+        store::tidy_daily(root, || {
             outgoing.into_iter().chain([self.retry_queue()]).for_each(|name| self.queue.tidy(&name, false));
             for domain in subdirectories(root, false)? {
                 for mailbox in subdirectories(&domain, false)? {
                     // Other programs may have closed a mailbox to us.
-                    self.sweep(&mailbox).unwrap_or_else(|error| log_sweep_failed(&error));
+                    self.sweep(&mailbox).unwrap_or_else(|error| log_sweep_failed("-", &error));
                 }
             }
             let providers = self.config.providers.iter().map(|provider| &provider.remote);
@@ -73,8 +72,7 @@ impl Mailboxes {
                 providers.map(|remote| store::account_file(remote.login_name(), &remote.address)).collect();
             let record = |name: &str| name.strip_prefix("last-").or(name.strip_prefix("next-")).map(str::to_owned);
             store::sweep_state_files(root, &|name| record(name).is_some_and(|account| !known.contains(&account)))
-        };
-        tidy().unwrap_or_else(|error| log_sweep_failed(&error));
+        });
     }
 
     /// Sweeps a mailbox and its sub-folders.
@@ -312,8 +310,4 @@ fn subdirectories(path: &Path, dotted: bool) -> io::Result<Vec<PathBuf>> {
         is_dotted == dotted && file.file_type().is_ok_and(|kind| kind.is_dir())
     };
     Ok(files.into_iter().filter(wanted).map(|file| file.path()).collect())
-}
-
-fn log_sweep_failed(error: &io::Error) {
-    log::warn!("event=sweep-failed queue=- error={}", quoted(error));
 }

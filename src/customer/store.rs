@@ -15,7 +15,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::config::CustomerConfig;
-pub use crate::maildir::{begin_daily, lock_state_file, locked_state_file, open_state_file, sweep_state_files};
+pub use crate::maildir::{lock_state_file, locked_state_file, open_state_file, sweep_state_files, tidy_daily};
 use crate::queue::QueueName;
 use crate::recipients;
 use crate::sandbox::MailDirectory;

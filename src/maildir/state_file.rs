@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use data_encoding::HEXLOWER;
 
 use super::files::{replace_file_durably, with_path, write_remedy};
-use super::sweep::sweep;
+use super::sweep::{log_sweep_failed, sweep};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -91,14 +91,16 @@ pub fn state_key(root: &Path, name: &str, new: [u8; 32]) -> io::Result<[u8; 32]>
     Ok(new)
 }
 
-/// Begins what is done once a day by whichever process comes first: locks the file `ROOT/.odmr/NAME`, whose time says when
-/// it was done. `None`: it was done, or another process does it.
-///
-/// # Errors
-///
-/// Those of [`lock_state_file`], and the system's.
-pub fn begin_daily(root: &Path, name: &str) -> io::Result<Option<File>> {
-    let Some(mut file) = lock_state_file(root, name)? else { return Ok(None) };
+/// Removes by `work` what is left over below ROOT, once a day by whichever process comes first. A failure is logged.
+pub fn tidy_daily(root: &Path, work: impl FnOnce() -> io::Result<()>) {
+    let tidied = begin_daily(root).and_then(|lock| if lock.is_some() { work() } else { Ok(()) });
+    tidied.unwrap_or_else(|error| log_sweep_failed("-", &error));
+}
+
+/// Locks the file `ROOT/.odmr/tidy`, whose time says when that was done. `None`: less than a day ago, or another process
+/// does it.
+fn begin_daily(root: &Path) -> io::Result<Option<File>> {
+    let Some(mut file) = lock_state_file(root, "tidy")? else { return Ok(None) };
     let (metadata, now) = (file.metadata()?, SystemTime::now());
     // A time in the future is from before the clock was set.
     if metadata.len() > 0 && now.duration_since(metadata.modified()?).is_ok_and(|age| age < DAY) {

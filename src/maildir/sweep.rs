@@ -1,5 +1,6 @@
 //! What is left over and removed after 36 hours: files of writers that died, and directories that nobody uses.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -80,6 +81,11 @@ pub(super) fn remove_unused(path: &Path, others: &[&str]) -> io::Result<()> {
 
 fn is_stale(used: SystemTime, now: SystemTime) -> bool {
     now.duration_since(used).is_ok_and(|age| age > STALE_AGE)
+}
+
+/// Logs that what is left over in a queue could not be removed; `-`: elsewhere.
+pub fn log_sweep_failed(queue: impl fmt::Display, error: &io::Error) {
+    log::warn!("event=sweep-failed queue={queue} error={}", quoted(error));
 }
 
 fn log_swept(path: &Path) {

@@ -29,6 +29,9 @@ use crate::smtp::reply::Reply;
 /// The file in `SPOOL/.odmr` that `odmr serve` locks.
 const LOCK_FILE: &str = "serve";
 
+/// How many directories below the spool a queue is at most: `domains/<domain>`.
+pub const SPOOL_DEPTH: usize = 2;
+
 /// Finds, reads and writes the queues.
 pub struct Spool {
     root: PathBuf,
@@ -170,8 +173,7 @@ impl Spool {
     /// mail of domains that no customer has, and of domains elsewhere, and the records of accounts that are gone; each when
     /// it was not used for 36 hours. A failure is logged.
     pub fn tidy(&self) {
-        let tidy = || -> io::Result<()> {
-            let Some(_lock) = maildir::begin_daily(&self.root, "tidy")? else { return Ok(()) };
+        maildir::tidy_daily(&self.root, || {
             for (_, queue) in self.all_queues()? {
                 let unwanted = match &queue {
                     SpoolQueue::Held(domain) => self.is_unowned(domain),
@@ -183,10 +185,7 @@ impl Spool {
             let is_gone =
                 |account: &str| self.accounts.skipped().is_empty() && self.accounts.account(account).is_none();
             maildir::sweep_state_files(&self.root, &|name| name.strip_prefix("call-").is_some_and(is_gone))
-        };
-        if let Err(error) = tidy() {
-            log::warn!("event=sweep-failed queue=- error={}", quoted(error));
-        }
+        });
     }
 
     fn domains_in(&self, directory: &str) -> io::Result<Vec<Domain>> {

@@ -504,7 +504,3 @@ impl LockedQueue {
 pub(super) fn log_unreadable(name: &QueueName, error: &io::Error) {
     log::error!("event=unreadable queue={name} error={}", quoted(error));
 }
-
-pub(super) fn log_sweep_failed(name: &QueueName, error: &io::Error) {
-    log::warn!("event=sweep-failed queue={name} error={}", quoted(error));
-}

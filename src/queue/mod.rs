@@ -73,8 +73,8 @@ pub use name::QueueName;
 pub use summary::QueueSummary;
 
 use crate::ids::Ids;
-use crate::maildir::{MessageWriter, with_path};
-use lock::{Listed, LockedQueue, Notes, QUEUE_LOCK_FILE, TAKEOVER_FILE, log_sweep_failed, log_unreadable};
+use crate::maildir::{MessageWriter, log_sweep_failed, with_path};
+use lock::{Listed, LockedQueue, Notes, QUEUE_LOCK_FILE, TAKEOVER_FILE, log_unreadable};
 use message::REJECTED_MAILDIR;
 
 /// How long a session waits for the holder of a lock that was asked to release it.
