@@ -37,7 +37,7 @@ use crate::queue::envelope::continues_envelope;
 use crate::queue::retry::age;
 use crate::queue::{ListedMessage, LockError, Queue, QueueLock, QueueName, QueuedEnvelope};
 use crate::report::{Attempt, Reporter};
-use crate::smtp::command::{Body, Recipient, Return};
+use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
@@ -562,26 +562,9 @@ fn show_message(out: &mut dyn Write, QueueItem { label, name, message }: &QueueI
 
 fn show_envelope(out: &mut dyn Write, queued: &QueuedEnvelope) -> io::Result<()> {
     let envelope = &queued.envelope;
-    let mut parameters = Vec::new();
-    match envelope.body {
-        Body::Unsaid => {}
-        Body::SevenBit => parameters.push("BODY=7BIT".to_owned()),
-        Body::EightBit => parameters.push("BODY=8BITMIME".to_owned()),
-    }
-    if envelope.utf8 {
-        parameters.push("SMTPUTF8".to_owned());
-    }
-    match envelope.ret {
-        None => {}
-        Some(Return::Full) => parameters.push("RET=FULL".to_owned()),
-        Some(Return::Header) => parameters.push("RET=HDRS".to_owned()),
-    }
-    parameters.extend(envelope.envelope_id.iter().map(|id| format!("ENVID={id}")));
-    writeln!(out, "{}", format!("from: <{}> {}", envelope.from, parameters.join(" ")).trim_end())?;
+    writeln!(out, "from: <{}>{}", envelope.from, batch::mail_parameters(envelope, envelope.utf8))?;
     for recipient in &envelope.recipients {
-        let notify = recipient.notify.as_given().map(|notify| format!(" NOTIFY={notify}")).unwrap_or_default();
-        let original = recipient.original.as_ref().map(|original| format!(" ORCPT={original}")).unwrap_or_default();
-        writeln!(out, "to: <{}> open{notify}{original}", recipient.mailbox)?;
+        writeln!(out, "to: <{}> open{}", recipient.mailbox, batch::recipient_parameters(recipient))?;
     }
     Ok(())
 }

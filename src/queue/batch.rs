@@ -17,7 +17,7 @@ use std::io::{self, BufRead, Read, Write};
 use super::envelope::{QueuedEnvelope, is_plain_id};
 use crate::clock::Timestamp;
 use crate::maildir::for_each_block;
-use crate::smtp::command::{Body, Command, Envelope, Return, Verb};
+use crate::smtp::command::{Body, Command, Envelope, Recipient, Return, Verb};
 use crate::smtp::content::ContentEncoder;
 use crate::smtp::extensions::ServerExtensions;
 
@@ -56,29 +56,10 @@ pub fn write_message(out: &mut dyn Write, message: &QueuedEnvelope, content: &mu
         write!(out, " id={id}")?;
     }
     write!(out, " arrived={}\r\nMAIL FROM:<{}>", arrived.rfc3339(), envelope.from)?;
-    out.write_all(match envelope.body {
-        Body::Unsaid => b"",
-        Body::SevenBit => b" BODY=7BIT",
-        Body::EightBit => b" BODY=8BITMIME",
-    })?;
-    // RFC 6531 section 3.4: an address beyond ASCII needs it.
-    out.write_all(if envelope.needs_utf8() { b" SMTPUTF8" } else { b"" })?;
-    out.write_all(match envelope.ret {
-        None => b"",
-        Some(Return::Full) => b" RET=FULL",
-        Some(Return::Header) => b" RET=HDRS",
-    })?;
-    if let Some(id) = &envelope.envelope_id {
-        write!(out, " ENVID={id}")?;
-    }
+    // RFC 6531 section 3.4: an address beyond ASCII needs SMTPUTF8.
+    out.write_all(mail_parameters(envelope, envelope.needs_utf8()).as_bytes())?;
     for recipient in &envelope.recipients {
-        write!(out, "\r\nRCPT TO:<{}>", recipient.mailbox)?;
-        if let Some(notify) = recipient.notify.as_given() {
-            write!(out, " NOTIFY={notify}")?;
-        }
-        if let Some(original) = &recipient.original {
-            write!(out, " ORCPT={original}")?;
-        }
+        write!(out, "\r\nRCPT TO:<{}>{}", recipient.mailbox, recipient_parameters(recipient))?;
     }
     out.write_all(b"\r\nDATA\r\n")?;
     let (mut encoder, mut wire) = (ContentEncoder::data(), Vec::new());
@@ -90,6 +71,31 @@ pub fn write_message(out: &mut dyn Write, message: &QueuedEnvelope, content: &mu
     wire.clear();
     encoder.finish(&mut wire);
     out.write_all(&wire)
+}
+
+/// All parameters of MAIL, each with a space before it. `utf8`: with SMTPUTF8.
+pub fn mail_parameters(envelope: &Envelope, utf8: bool) -> String {
+    let mut parameters = match envelope.body {
+        Body::Unsaid => "",
+        Body::SevenBit => " BODY=7BIT",
+        Body::EightBit => " BODY=8BITMIME",
+    }
+    .to_owned();
+    parameters += if utf8 { " SMTPUTF8" } else { "" };
+    parameters += match envelope.ret {
+        None => "",
+        Some(Return::Full) => " RET=FULL",
+        Some(Return::Header) => " RET=HDRS",
+    };
+    parameters.extend(envelope.envelope_id.iter().map(|id| format!(" ENVID={id}")));
+    parameters
+}
+
+/// All parameters of RCPT, each with a space before it.
+pub fn recipient_parameters(recipient: &Recipient) -> String {
+    let notify = recipient.notify.as_given().map(|notify| format!(" NOTIFY={notify}"));
+    let original = recipient.original.as_ref().map(|original| format!(" ORCPT={original}"));
+    notify.unwrap_or_default() + &original.unwrap_or_default()
 }
 
 /// Why a batch cannot be read on.
