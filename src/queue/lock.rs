@@ -329,16 +329,20 @@ impl LockedQueue {
     }
 
     /// Opens the next message of the list. If a mail reader has moved it, it may have moved all of them: the directories are
-    /// listed once more.
+    /// listed once more. A message that is moved again meanwhile is looked for alone.
     fn open_listed(&mut self, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let opened = self.open_file(&entry)?;
-        if matches!(opened, Opened::Gone) && self.listed.missed.as_deref() != Some(entry.unique()) {
-            self.listed.offered.remove(entry.unique());
-            self.listed.missed = Some(entry.unique().to_owned());
-            (self.listed.waiting, self.listed.last) = (VecDeque::new(), VecDeque::new());
-            self.refill()?;
+        if !matches!(opened, Opened::Gone) {
+            return self.use_opened(&entry, opened);
         }
-        self.use_opened(&entry, opened)
+        if self.listed.missed.as_deref() == Some(entry.unique()) {
+            return self.open(entry);
+        }
+        self.listed.offered.remove(entry.unique());
+        self.listed.missed = Some(entry.unique().to_owned());
+        (self.listed.waiting, self.listed.last) = (VecDeque::new(), VecDeque::new());
+        self.refill()?;
+        Ok(None)
     }
 
     fn open_file(&self, entry: &Entry) -> io::Result<Opened> {
