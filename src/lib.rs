@@ -10,7 +10,8 @@
 //! 3. [`smtp::server`]: the role of the SMTP server, without I/O: octets in, replies and events out.
 //! 4. [`smtp::client`]: the role of the SMTP client, without I/O, with its table of states.
 //! 5. [`provider::odmr`]: the provider's listener: AUTH, mail of the customer, `ATRN`, the locked queues.
-//! 6. [`provider::delivery`]: the one thread that delivers in all turned sessions (each is a `provider/turned_session`).
+//! 6. [`provider::delivery`]: the one thread that delivers in all turned sessions (each is a `provider/turned_session`); the
+//!    threads of `provider/storage` do for it what may take as long as a disk does (`provider/turned_queue`).
 //! 7. [`queue`]: mail at rest: when a message is committed, what settles it (`queue/message`), when it is removed.
 //! 8. [`mod@customer::pull`]: the customer's call, from the connection to the summary.
 //! 9. [`customer::receiver`]: what the customer does with each recipient: RCPT, DATA, commit.

@@ -20,7 +20,7 @@ use order::Crate;
 use paths::{Path, tokens};
 use source::{Source, closing, root, sources};
 
-const MOST_PRODUCT_LINES: usize = 26_500;
+const MOST_PRODUCT_LINES: usize = 27_200;
 const LONGEST_FUNCTION: usize = 70;
 const LONGEST_TEST_MODULE: usize = 150;
 
@@ -51,9 +51,10 @@ const IMPURE: [(&str, &[&str]); 8] = [
 const COMPUTING_CRATES: [&str; 7] = ["data-encoding", "hmac", "idna", "md-5", "serde", "sha2", "subtle"];
 
 /// Libraries that one file keeps to itself.
-const ONE_FILE: [(&str, &str); 6] = [
+const ONE_FILE: [(&str, &str); 7] = [
     ("jiff", "src/clock.rs"),
     ("landlock", "src/sandbox.rs"),
+    ("mio", "src/net/poller.rs"),
     ("rcgen", "src/net/tls.rs"),
     ("rustls", "src/net/tls.rs"),
     ("rustls_native_certs", "src/net/tls.rs"),
@@ -149,7 +150,7 @@ fn pure_code_names_no_socket_file_clock_randomness_or_thread() {
 }
 
 #[test]
-fn tls_and_time_libraries_are_named_in_one_file_each() {
+fn tls_time_and_polling_libraries_are_named_in_one_file_each() {
     let house = house();
     let mut findings = Vec::new();
     for (library, only) in ONE_FILE {

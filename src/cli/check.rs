@@ -244,7 +244,7 @@ fn check_provider(
     check_unowned(&places.root, config, report);
     let limits = &config.limits;
     let listeners = config.listen().iter().filter(|addresses| !addresses.is_empty()).count();
-    // A turned session has its connection and the message that it sends; the relay a connection and a message.
+    // A turned session has its connection and the message that it sends (others for a short time); the relay a connection and a message.
     let needed = limits.connections * 2 * listeners + limits.turned_sessions * 2 + config.relay.connections * 2;
     check_descriptors(&places.limits, needed, report);
     let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();

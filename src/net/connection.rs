@@ -10,18 +10,17 @@
 //! There are two ways to wait:
 //!
 //! ```text
-//! a thread with one connection             a thread with thousands
+//! a thread with one connection             a thread with thousands (`net/poller`)
 //!   loop {                                   loop {
-//!     while let a line = take_line { … }       poll(2): each connection with its interest()
-//!     wait_input(deadline, cancel) // flushes  writable: flush()
-//!     fill()                                   readable: fill(), then take all lines
-//!   }                                          after send(): flush()
-//!                                            }
+//!     while let a line = take_line { … }       Poller::wait
+//!     wait_input(deadline, cancel) // flushes  ready: fill() until drained(), then take all lines
+//!     fill()                                   ready, or after send(): flush() until all is sent, or congested()
+//!   }                                        }
 //! ```
 //!
-//! A thread with thousands asks for `interest` after `flush`. If it is empty, it does not poll the connection:
-//! poll(2) would report a hang-up for ever. When it gets a connection from another thread it first looks at
-//! `received`; and after each `fill` it asks `ended` whether the peer will send more.
+//! The poller reports what *becomes* ready. So a thread with thousands comes back to a connection that is neither
+//! `drained` nor `congested` without waiting. When it gets a connection from another thread it first looks at `received`;
+//! and after each `fill` it asks `ended` whether the peer will send more.
 //!
 //! TLS begins only if the read buffer is empty, so that no octet sent in clear counts as sent under TLS (RFC 3207
 //! section 6). An end of the connection without close_notify is an error (RFC 8314 section 3.4). `shutdown` sends
@@ -73,11 +72,15 @@ pub struct Connection {
     discarding: Option<usize>,
     /// Octets read during `flush_all` or the handshake; the next `fill` reports them.
     early_octets: usize,
+    /// The last read has taken all octets that had arrived.
+    drained: bool,
     /// No octets come after those in `read`.
     ended: bool,
     /// Why there are no more, if the peer has not closed in good order.
     read_error: Option<io::Error>,
     out: Buffer,
+    /// At the last flush the system accepted no more octets.
+    congested: bool,
     write_error: Option<io::Error>,
 }
 
@@ -144,9 +147,11 @@ impl Connection {
             read: Buffer::default(),
             discarding: None,
             early_octets: 0,
+            drained: false,
             ended: false,
             read_error: None,
             out: Buffer::default(),
+            congested: false,
             write_error: None,
         }
     }
@@ -179,6 +184,11 @@ impl Connection {
     /// Returns the descriptor to poll for `OUT`: the same as `input_fd`, unless there are two.
     pub fn output_fd(&self) -> BorrowedFd<'_> {
         self.output.as_ref().unwrap_or(&self.input).as_fd()
+    }
+
+    /// Returns the one or two descriptors that a poller watches.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [Some(&self.input), self.output.as_ref()].into_iter().flatten().map(AsFd::as_fd)
     }
 
     /// Closes the connection in good order. After an error of TLS it waits for the peer to read our alert, for 2 seconds
@@ -271,12 +281,14 @@ impl Connection {
         let mut space = [MaybeUninit::uninit(); READ_SIZE];
         let octets = match self.input.read(&mut space) {
             Ok(octets) => octets,
-            // After an interrupted read poll(2) reports the octets again.
+            // After an interrupted read the octets are still there.
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                self.drained = error.kind() == io::ErrorKind::WouldBlock;
                 return Ok(Filled::Nothing);
             }
             Err(error) => return Err(error),
         };
+        self.drained = octets.len() < READ_SIZE;
         let read = self.read.end();
         let before = read.len();
         let decrypted = match &mut self.tls {
@@ -304,7 +316,7 @@ impl Connection {
             0 if self.at_end()? => Ok(Filled::End),
             0 => Ok(Filled::Nothing),
             count => {
-                // Note a close_notify that came with these octets now: poll(2) will not report it.
+                // Note a close_notify that came with these octets now: no poller will report it.
                 let _ = self.at_end();
                 Ok(Filled::Bytes(count))
             }
@@ -336,6 +348,11 @@ impl Connection {
     /// Removes the first `count` octets of `received`; all, if there are fewer.
     pub fn consume(&mut self, count: usize) {
         self.read.consume(count);
+    }
+
+    /// Returns whether the last `fill` has read all that had arrived, the end of the connection left aside.
+    pub fn drained(&self) -> bool {
+        self.drained
     }
 
     /// Returns whether the peer will send nothing more than what is in `received`.
@@ -425,15 +442,24 @@ impl Connection {
         self.out.rest().len() + self.tls.as_ref().map_or(0, |session| session.unsent())
     }
 
+    /// Returns whether the system accepted no more octets at the last `flush`: wait until it does.
+    pub fn congested(&self) -> bool {
+        self.congested
+    }
+
     /// `flush` without the stored error.
     fn write_pending(&mut self) -> io::Result<bool> {
         let mut budget = FLUSH_LIMIT;
+        self.congested = false;
         while budget > 0 {
             match self.write_once() {
                 Ok(None) => return Ok(true),
                 Ok(Some(0)) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(Some(written)) => budget = budget.saturating_sub(written),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.congested = true;
+                    return Ok(false);
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }

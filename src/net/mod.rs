@@ -1,5 +1,5 @@
-//! The network: the cancellation token, the trace, TLS, descriptors, connections, listeners within limits, what
-//! a supervisor passes and is told, and name servers.
+//! The network: the cancellation token, the trace, TLS, descriptors, connections, the poller, listeners within
+//! limits, what a supervisor passes and is told, and name servers.
 
 pub mod cancel;
 pub mod trace;
@@ -8,6 +8,7 @@ pub mod pin;
 pub mod tls;
 pub mod descriptor;
 pub mod connection;
+pub mod poller;
 pub mod listener;
 pub mod inherited;
 pub mod readiness;

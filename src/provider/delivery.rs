@@ -1,56 +1,72 @@
 //! The delivery thread: one thread that sends held mail over all turned connections (RFC 2645 section 5.3).
 //!
-//! A worker thread submits a [`Turn`]; from then on this thread has the connection and the lock on the mail. It waits
-//! with poll(2) for all connections at once, and then lets each session that can go on do a bounded piece of work, so it
-//! never waits for one customer. A customer that does not answer costs a socket and its TLS state until the deadline of
-//! its session. A panic ends one session; its mail stays in the queue.
+//! A worker thread submits a [`Turn`]; from then on this thread has the connection. It waits for all connections at once,
+//! and lets each session that can go on do a bounded piece of work, so it never waits for one customer. It never waits for
+//! the disk either: the [storage threads](super::storage) have the lock on the mail and the messages. A customer that does not
+//! answer costs a socket and its TLS state until the deadline of its session. A panic ends one session; its mail stays in the
+//! queue.
 //!
 //! ```text
-//! worker: TurnSender::submit ─▶ channel ─▶ DeliveryThread ─┬─ TurnedSession: replies ─▶ Client ─▶ settle
-//!                        └────── pipe ───▶ (poll returns)  ├─ TurnedSession: content ─▶ connection
-//!                                                          └─ …
+//! worker: TurnSender::submit ─▶ channel ─▶ DeliveryThread ─┬─ TurnedSession: replies ─▶ Client ─▶ commands
+//!                        └──── waker ────▶ (wait ends) ◀─┐ ├─ TurnedSession: content ─▶ connection
+//!                                                reports │ └─ … jobs
+//!                                                        └────── storage threads ◀┘
 //! ```
 
+use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
-use rustix::event::{PollFd, PollFlags, Timespec};
 
+use super::storage::{LaneReport, NumberedReport, StoragePool};
+use super::turned_queue::{QueueReport, SessionCount, SessionPermit, TurnedQueue};
 use super::turned_session::{DONE, TurnSettings, TurnedSession};
 use crate::net::cancel::CancelToken;
+use crate::net::poller::{Poller, PollerWaker};
 use crate::net::trace::quoted;
-use crate::platform;
 use crate::turn::Turn;
+
+/// While more jobs than this are blocked, no turn is accepted: the storage threads that are left are for the sessions that
+/// there are.
+const BLOCKED_LIMIT: usize = 24;
+
+/// How long the thread pauses when the system cannot tell which connections are ready.
+const POLL_PAUSE: Duration = Duration::from_millis(500);
+
+/// Once it is aborted, the thread waits for jobs as long as one of them is done in this time.
+const LAST_JOBS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The numbers of the tokens in the poller; those of sessions follow.
+const CANCEL: usize = 0;
+const ABORT: usize = 1;
 
 /// Submits turns to the delivery thread. The thread ends after the last session if no sender is left.
 pub struct TurnSender {
-    // The channel is closed before the pipe: the end of the pipe wakes the thread, which then finds no sender.
-    sender: Sender<(Box<Turn>, TurnSettings)>,
-    waker: OwnedFd,
-    sessions: Arc<SessionCount>,
+    // The channel is closed before the thread is woken, which then finds no sender.
+    sender: Sender<SubmittedTurn>,
+    waker: WakeOnDrop,
+    sessions: SessionCount,
     limit: AtomicUsize,
+    /// Blocked jobs of the storage threads.
+    blocked: Arc<AtomicUsize>,
 }
 
-/// How many turned sessions there are, turns in the channel included.
-#[derive(Default)]
-struct SessionCount {
-    count: Mutex<usize>,
-    session_ended: Condvar,
+struct SubmittedTurn {
+    turn: Box<Turn>,
+    settings: TurnSettings,
+    permit: SessionPermit,
 }
 
-impl SessionCount {
-    fn lock(&self) -> MutexGuard<'_, usize> {
-        self.count.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+struct WakeOnDrop(PollerWaker);
 
-    fn remove_one(&self) {
-        *self.lock() -= 1;
-        self.session_ended.notify_all();
+impl Drop for WakeOnDrop {
+    fn drop(&mut self) {
+        self.0.wake();
     }
 }
 
@@ -63,36 +79,54 @@ impl TurnSender {
     /// Submits a turn, which the delivery thread will begin with these settings.
     ///
     /// # Errors
-    /// The turn, if there are as many turned sessions as permitted, or if the thread has ended.
+    /// The turn, if there are as many turned sessions as permitted, if too many wait for a disk that does not answer, or if
+    /// the thread has ended.
     pub fn submit(&self, turn: Box<Turn>, settings: &TurnSettings) -> Result<(), Box<Turn>> {
-        let mut count = self.sessions.lock();
-        if *count >= self.limit.load(Ordering::Relaxed) {
+        if self.blocked.load(Ordering::Relaxed) > BLOCKED_LIMIT {
             return Err(turn);
         }
-        self.sender.send((turn, settings.clone())).map_err(|rejected| rejected.0.0)?;
-        *count += 1;
-        // If the pipe is full, the thread has enough octets to wake it.
-        let _ = rustix::io::retry_on_intr(|| rustix::io::write(&self.waker, &[0]));
+        let Some(permit) = self.sessions.admit(self.limit.load(Ordering::Relaxed)) else {
+            return Err(turn);
+        };
+        let submitted = SubmittedTurn { turn, settings: settings.clone(), permit };
+        self.sender.send(submitted).map_err(|rejected| rejected.0.turn)?;
+        self.waker.0.wake();
         Ok(())
     }
 
     /// Waits until there is no turned session, or until the deadline.
     pub fn wait_until_done(&self, deadline: Instant) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let _ = self.sessions.session_ended.wait_timeout_while(self.sessions.lock(), left, |count| *count > 0);
+        self.sessions.wait_until_none(deadline);
     }
 }
 
-/// The delivery thread before it runs.
+/// The delivery thread.
 pub struct DeliveryThread {
-    turns: Receiver<(Box<Turn>, TurnSettings)>,
-    /// Readable if turns were submitted since the last look into the channel.
-    woken: OwnedFd,
-    sessions: Arc<SessionCount>,
+    turns: Receiver<SubmittedTurn>,
+    poller: Poller,
+    pool: StoragePool<TurnedQueue>,
+    reports: Receiver<NumberedReport<TurnedQueue>>,
+    sessions: HashMap<usize, ScheduledSession>,
+    next_number: usize,
+    /// When to look at which sessions, even if nothing happens. Those that are gone may be among them.
+    wake_ups: BTreeSet<(Instant, usize)>,
+    /// Sessions that may find something to do.
+    ready: Vec<usize>,
+    /// Lanes whose sessions are gone.
+    ending: usize,
     /// Ends sessions after the messages under way.
     cancel: CancelToken,
+    /// The sessions know that.
+    cancelled: bool,
     /// Ends sessions at once.
     abort: CancelToken,
+}
+
+struct ScheduledSession {
+    session: TurnedSession,
+    is_ready: bool,
+    /// Where it is in `wake_ups`.
+    wake_up: Option<Instant>,
 }
 
 /// Connects a sender of turns to a delivery thread; `limit`: the most turned sessions at a time.
@@ -102,116 +136,245 @@ pub struct DeliveryThread {
 pub fn channel(limit: usize, cancel: &CancelToken, abort: &CancelToken) -> io::Result<(TurnSender, DeliveryThread)> {
     // `limit` bounds the channel.
     let (sender, turns) = crossbeam_channel::unbounded();
-    let (woken, waker) = platform::pipe()?;
-    let sessions = Arc::<SessionCount>::default();
-    let turn_sender = TurnSender { sender, waker, sessions: sessions.clone(), limit: AtomicUsize::new(limit) };
-    let (cancel, abort) = (cancel.clone(), abort.clone());
-    Ok((turn_sender, DeliveryThread { turns, woken, sessions, cancel, abort }))
+    let poller = Poller::new()?;
+    poller.watch(cancel.fd(), CANCEL)?;
+    poller.watch(abort.fd(), ABORT)?;
+    let waker = poller.waker();
+    let (pool, reports) = StoragePool::new(move || waker.wake());
+    let turn_sender = TurnSender {
+        sender,
+        waker: WakeOnDrop(poller.waker()),
+        sessions: SessionCount::default(),
+        limit: AtomicUsize::new(limit),
+        blocked: pool.blocked(),
+    };
+    let delivery = DeliveryThread {
+        turns,
+        poller,
+        pool,
+        reports,
+        sessions: HashMap::new(),
+        next_number: ABORT + 1,
+        wake_ups: BTreeSet::new(),
+        ready: Vec::new(),
+        ending: 0,
+        cancel: cancel.clone(),
+        cancelled: false,
+        abort: abort.clone(),
+    };
+    Ok((turn_sender, delivery))
 }
 
 impl DeliveryThread {
     /// Runs until no [`TurnSender`] is left and all sessions have ended, or until it is aborted.
-    pub fn run(self) {
-        let mut sessions: Vec<TurnedSession> = Vec::new();
+    pub fn run(mut self) {
         let mut open = true;
-        while open || !sessions.is_empty() {
-            self.wait(&mut sessions, open);
+        while open || self.has_lanes() {
+            self.wait(None);
             if self.abort.is_cancelled() {
                 break;
             }
-            open = self.begin_sessions(&mut sessions);
-            let now = Instant::now();
-            let ended = sessions.extract_if(.., |session| session.may_work(now) && !self.work(session, now));
-            ended.for_each(TurnedSession::close);
+            open = self.begin_sessions();
+            self.take_reports();
+            self.take_wake_ups(Instant::now());
+            for number in std::mem::take(&mut self.ready) {
+                self.work(number, Instant::now());
+            }
         }
-        for mut session in sessions {
-            session.end("the provider is shutting down");
-            session.close();
+        self.end_all();
+    }
+
+    fn has_lanes(&self) -> bool {
+        !self.sessions.is_empty() || self.ending > 0
+    }
+
+    /// Waits until a connection becomes ready, a report or a turn comes, a session's wake-up time has come, or the thread is
+    /// cancelled or aborted; until `deadline` at most.
+    fn wait(&mut self, deadline: Option<Instant>) {
+        let now = Instant::now();
+        let tend = self.pool.tend(now);
+        let wake_up = self.wake_ups.first().map(|(wake_up, _)| *wake_up);
+        let until = [deadline, tend, wake_up, (!self.ready.is_empty()).then_some(now)].into_iter().flatten().min();
+        let found = self.poller.wait(until.map(|until| until.saturating_duration_since(now)));
+        let found: io::Result<Vec<_>> = found.map(Iterator::collect);
+        if let Err(error) = &found {
+            // Look at all connections instead, now and then.
+            log::error!("event=poll-failed error={}", quoted(error));
+            thread::sleep(POLL_PAUSE);
+            self.set_all_ready();
+        }
+        for descriptor in found.unwrap_or_default() {
+            if let Some(scheduled) = self.sessions.get_mut(&descriptor.number) {
+                scheduled.session.set_ready(descriptor.closed);
+                scheduled.set_ready(descriptor.number, &mut self.ready);
+            }
+        }
+        // A session between two messages ends.
+        if !self.cancelled && self.cancel.is_cancelled() {
+            self.cancelled = true;
+            self.set_all_ready();
+        }
+    }
+
+    fn set_all_ready(&mut self) {
+        for (number, scheduled) in &mut self.sessions {
+            scheduled.session.set_ready(true);
+            scheduled.set_ready(*number, &mut self.ready);
         }
     }
 
     /// Begins a session for each turn in the channel. Returns whether more turns may come.
-    fn begin_sessions(&self, sessions: &mut Vec<TurnedSession>) -> bool {
+    fn begin_sessions(&mut self) -> bool {
         loop {
-            let (turn, settings) = match self.turns.try_recv() {
+            let SubmittedTurn { turn, settings, permit } = match self.turns.try_recv() {
                 Ok(submitted) => submitted,
                 Err(error) => return error == TryRecvError::Empty,
             };
-            let begin = || TurnedSession::new(turn.begin(settings.without_8bitmime), settings);
-            match catch_unwind(AssertUnwindSafe(begin)) {
-                Ok(session) => sessions.push(session),
-                Err(_) => {
-                    log::error!("event=panic session=-");
-                    self.sessions.remove_one();
+            let number = self.next_number;
+            self.next_number += 1;
+            let begin = || {
+                let turned = turn.begin(settings.without_8bitmime);
+                TurnedSession::new(turned, settings, &self.pool, number, permit)
+            };
+            let Ok(mut session) = catch_unwind(AssertUnwindSafe(begin)) else {
+                log::error!("event=panic session=-");
+                continue;
+            };
+            if let Err(error) = self.watch(&mut session, number) {
+                session.end(&error.to_string());
+            }
+            self.sessions.insert(number, ScheduledSession { session, is_ready: true, wake_up: None });
+            self.ready.push(number);
+        }
+    }
+
+    fn watch(&self, session: &mut TurnedSession, number: usize) -> io::Result<()> {
+        for descriptor in session.connection.descriptors() {
+            match self.poller.watch(descriptor, number) {
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => session.unwatched = true,
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the sessions what their lanes report. Returns whether there was anything.
+    fn take_reports(&mut self) -> bool {
+        let (mut any, now) = (false, Instant::now());
+        while let Ok((number, report)) = self.reports.try_recv() {
+            any = true;
+            match (report, self.sessions.get_mut(&number)) {
+                (LaneReport::Job(QueueReport::Released), Some(_)) => {
+                    self.ending += 1;
+                    self.close(number);
                 }
+                (LaneReport::Job(report), Some(scheduled)) => {
+                    scheduled.session.receive(report, now);
+                    scheduled.set_ready(number, &mut self.ready);
+                }
+                (LaneReport::Job(_), None) => {}
+                (LaneReport::Ended { panicked }, Some(scheduled)) => {
+                    if panicked {
+                        log::error!("event=panic session={}", scheduled.session.connection.trace.id);
+                    }
+                    self.close(number);
+                }
+                (LaneReport::Ended { .. }, None) => self.ending -= 1,
+            }
+        }
+        any
+    }
+
+    /// Sessions whose wake-up time has come may find something to do.
+    fn take_wake_ups(&mut self, now: Instant) {
+        while let Some((wake_up, number)) = self.wake_ups.first().copied()
+            && wake_up <= now
+        {
+            self.wake_ups.pop_first();
+            let Some(scheduled) = self.sessions.get_mut(&number) else { continue };
+            scheduled.wake_up = None;
+            // Most have been put off since.
+            if scheduled.session.next_wake_up(now).is_some_and(|wake_up| wake_up <= now) {
+                scheduled.set_ready(number, &mut self.ready);
+            } else {
+                scheduled.schedule(number, now, &mut self.wake_ups);
             }
         }
     }
 
-    /// Lets a session do a piece of work. Returns whether it goes on; otherwise it has ended, and is to be closed.
-    fn work(&self, session: &mut TurnedSession, now: Instant) -> bool {
-        let goes_on = catch_unwind(AssertUnwindSafe(|| {
-            match session.work(now) {
-                Ok(true) => return true,
-                Ok(false) => session.end(DONE),
-                Err(error) => session.end(&error.to_string()),
-            }
-            false
+    /// Lets a session do a piece of work, and schedules its next one.
+    fn work(&mut self, number: usize, now: Instant) {
+        let Some(scheduled) = self.sessions.get_mut(&number) else { return };
+        scheduled.is_ready = false;
+        let session = &mut scheduled.session;
+        if session.ended {
+            return;
+        }
+        let worked = catch_unwind(AssertUnwindSafe(|| match session.work(now) {
+            Ok(true) => {}
+            Ok(false) => session.end(DONE),
+            Err(error) => session.end(&error.to_string()),
         }));
-        if goes_on.is_err() {
+        if worked.is_err() {
             log::error!("event=panic session={}", session.connection.trace.id);
+            // Its lane ends when the session is gone.
+            self.ending += 1;
+            return self.close(number);
         }
-        let goes_on = goes_on.unwrap_or(false);
-        if !goes_on {
-            self.sessions.remove_one();
+        if session.ended {
+            // Its end would be reported in vain.
+            session.connection.descriptors().for_each(|descriptor| self.poller.forget(descriptor));
+        } else if session.busy {
+            scheduled.set_ready(number, &mut self.ready);
         }
-        goes_on
+        scheduled.schedule(number, now, &mut self.wake_ups);
     }
 
-    /// Waits until a connection is ready, a session's wake-up time has come, a turn was submitted (if senders are
-    /// `open`), or the thread is cancelled or aborted. Tells the sessions what poll(2) has found.
-    fn wait(&self, sessions: &mut [TurnedSession], open: bool) {
-        let now = Instant::now();
-        let cancelled = self.cancel.is_cancelled();
-        let until = sessions.iter_mut().map(|session| session.schedule_wake_up(now, cancelled)).min();
-        let timeout = until.and_then(|until| Timespec::try_from(until.saturating_duration_since(now)).ok());
-        let mut polls = vec![PollFd::from_borrowed_fd(self.abort.fd(), PollFlags::IN)];
-        // Without a sender the pipe has ended, which poll(2) would report at every call.
-        if open {
-            polls.push(PollFd::new(&self.woken, PollFlags::IN));
+    fn close(&mut self, number: usize) {
+        if let Some(ScheduledSession { session, .. }) = self.sessions.remove(&number) {
+            session.connection.descriptors().for_each(|descriptor| self.poller.forget(descriptor));
+            session.close();
         }
-        // Once cancelled, the token stays readable.
-        if !cancelled {
-            polls.push(PollFd::from_borrowed_fd(self.cancel.fd(), PollFlags::IN));
+    }
+
+    /// Ends all sessions, and waits for their last jobs. If a disk does not answer, the mail stays as it is: what the customer
+    /// has accepted, and is not settled, is sent once more.
+    fn end_all(mut self) {
+        for ScheduledSession { session, .. } in self.sessions.values_mut().filter(|scheduled| !scheduled.session.ended)
+        {
+            session.end("the provider is shutting down");
         }
-        let first = polls.len();
-        // The session that each poll after `first` is for.
-        let mut owners = Vec::with_capacity(sessions.len());
-        for (number, session) in sessions.iter().enumerate() {
-            let connection = &session.connection;
-            let interest = connection.interest();
-            for (descriptor, flags) in
-                [(connection.input_fd(), interest & PollFlags::IN), (connection.output_fd(), interest & PollFlags::OUT)]
-            {
-                // Without a flag poll(2) would still report a hang-up, at every call.
-                if !flags.is_empty() {
-                    polls.push(PollFd::from_borrowed_fd(descriptor, flags));
-                    owners.push(number);
-                }
+        let mut deadline = Instant::now() + LAST_JOBS_TIMEOUT;
+        while self.has_lanes() {
+            if Instant::now() >= deadline {
+                let sessions = self.sessions.len() + self.ending;
+                log::error!("event=storage-abandoned sessions={sessions}");
+                break;
+            }
+            self.ready.clear();
+            self.wait(Some(deadline));
+            if self.take_reports() {
+                deadline = Instant::now() + LAST_JOBS_TIMEOUT;
             }
         }
-        match rustix::event::poll(&mut polls, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => log::error!("event=poll-failed error={}", quoted(error)),
+    }
+}
+
+impl ScheduledSession {
+    fn set_ready(&mut self, number: usize, ready: &mut Vec<usize>) {
+        if !std::mem::replace(&mut self.is_ready, true) {
+            ready.push(number);
         }
-        let found: Vec<PollFlags> = polls.iter().map(PollFd::revents).collect();
-        drop(polls);
-        if open && !found[1].is_empty() {
-            let mut octets = [0; 512];
-            while matches!(rustix::io::read(&self.woken, &mut octets), Ok(512)) {}
-        }
-        for (owner, flags) in owners.into_iter().zip(&found[first..]) {
-            sessions[owner].wake_up(*flags);
+    }
+
+    /// Schedules the next look, unless an earlier one is scheduled.
+    fn schedule(&mut self, number: usize, now: Instant, wake_ups: &mut BTreeSet<(Instant, usize)>) {
+        let Some(next) = self.session.next_wake_up(now) else { return };
+        if self.wake_up.is_none_or(|wake_up| next < wake_up) {
+            if let Some(wake_up) = self.wake_up.replace(next) {
+                wake_ups.remove(&(wake_up, number));
+            }
+            wake_ups.insert((next, number));
         }
     }
 }

@@ -3,13 +3,16 @@
 //! ```text
 //! listeners ─▶ a worker thread for each connection ─┬─ inbound: mail from the world into the spool
 //!                                                   └─ odmr: AUTH; mail from the customer into the spool;
-//!                                                            ATRN ─▶ the delivery thread: held mail to the customer
+//!                                                            ATRN ─▶ the delivery thread: held mail to the customer,
+//!                                                                    opened and settled by the storage threads
 //! relay: mail from customers to the world
 //! ```
 
 pub mod spool;
 pub mod status;
 pub mod relay;
+pub mod storage;
+pub mod turned_queue;
 pub mod turned_session;
 pub mod delivery;
 pub mod verifiers;

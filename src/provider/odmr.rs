@@ -10,7 +10,8 @@
 //! 451           the spool cannot be read                                      lock_mail
 //! 453           no mail                                                       lock_mail
 //! 503           commands were sent after ATRN without waiting for its reply   Turn::offer
-//! 451           as many turned sessions as permitted                          turn
+//! 451           as many turned sessions as permitted, or too many that wait   turn
+//!               for a disk
 //! 250           the connection turns                                          delivery thread
 //! ```
 

@@ -1,24 +1,31 @@
 //! One turned session: the provider is SMTP client and sends the mail that it holds (RFC 2645 section 5.3).
 //!
-//! [`TurnedSession::work`] does a bounded piece of work without waiting for the customer: it reads replies, sends commands
-//! and content, and settles messages. The delivery thread calls it whenever there may be something to do.
+//! [`TurnedSession::work`] does a bounded piece of work without waiting for the customer or for the disk: it reads replies,
+//! and sends commands and content. The delivery thread calls it whenever there may be something to do.
+//!
+//! The storage threads open, read and settle the messages ([`turned_queue`](super::turned_queue)), in order and a little
+//! ahead, while the session goes on:
+//!
+//! ```text
+//! Open ─▶ ahead ─▶ given to the client ─▶ replies ─▶ Settle ─▶ … all settled, and none is left ─▶ QUIT ─▶ End
+//! ```
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::PollFlags;
-
+use super::spool::Spool;
+use super::storage::{LaneHandle, StoragePool};
+use super::turned_queue::{
+    OpenedMessage, QueueJob, QueueReport, SessionPermit, Settlement, TurnEnd, TurnParties, TurnedQueue,
+};
 use crate::config::Accounts;
 use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled};
 use crate::net::trace::quoted;
-use crate::provider::spool::Spool;
-use crate::queue::{QueueLock, QueuedMessage};
-use crate::report::calls::{CallRecord, CallResult};
-use crate::report::{Attempt, Reporter, Via};
+use crate::report::Reporter;
 use crate::session::pace::PaceClock;
 use crate::session::{ContentOutput, ReplyInput, Timeouts, send_commands};
 use crate::smtp::client::{Abort, Client, ClientStep, Rejection, Stage, Without8BitMime};
@@ -38,6 +45,27 @@ const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often a stalled session checks whether another session wants its queues.
 const TAKEOVER_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Messages that are opened before the client can have them.
+const MESSAGES_AHEAD: usize = 4;
+
+/// Octets of content that are read before they can be sent.
+const OCTETS_AHEAD: usize = 32 * 1024;
+
+/// Octets of the content under way that are read at a time.
+const READ_SIZE: usize = 64 * 1024;
+
+/// If fewer octets than this are left of the content under way, more are read.
+const READ_AGAIN: usize = 32 * 1024;
+
+/// While so many messages are being settled, no other is begun: each is sent once more after a crash.
+const SETTLING_LIMIT: usize = 8;
+
+/// Reads from the connection in one piece of work.
+const READS_PER_ROUND: usize = 4;
+
+/// How often a connection is looked at that cannot be watched: it reads from a file.
+const UNWATCHED_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Times and limits of turned sessions, and how they are cancelled.
 #[derive(Clone)]
@@ -86,32 +114,38 @@ impl LostDomains {
     }
 }
 
-/// A turned session. It has the lock on the mail until it is closed.
+/// A turned session. Its lane has the lock on the mail.
 pub struct TurnedSession {
     pub(super) connection: Connection,
     client: Client,
-    lock: QueueLock,
+    lane: LaneHandle<TurnedQueue>,
     account: String,
-    peer: String,
+    domains: Vec<Domain>,
     settings: TurnSettings,
     replies: ReplyInput,
+    /// Messages that are opened, in order.
+    ahead: VecDeque<OpenedMessage>,
     /// Messages given to the client, in order; its replies are about the first.
-    messages: VecDeque<QueuedMessage>,
-    /// The queues had no more messages when last read, and no message was settled since.
-    queue_empty: bool,
-    /// The rest of the content of the first message, while it is being sent.
+    sending: VecDeque<OpenedMessage>,
+    /// The rest of the content of the first of them, while it is being sent.
     content: Option<ContentOutput>,
-    /// Why no more mail is sent although there is more.
-    stopped: Option<&'static str>,
+    storage: StorageState,
+    /// Messages given to the client, in all.
+    offered: usize,
+    /// Why no more mail is sent, if not because there is no more.
+    stop: Option<&'static str>,
     /// The customer has replied to QUIT.
     done: bool,
+    /// The session has ended, and waits until its lock is released.
+    pub(super) ended: bool,
     /// There is more to do without waiting.
-    busy: bool,
-    /// What poll(2) has found on the connection since the last piece of work.
-    found: PollFlags,
-    /// When there is work even if poll(2) finds nothing.
-    wake_up: Instant,
-    begun: Instant,
+    pub(super) busy: bool,
+    /// There may be octets to read.
+    readable: bool,
+    /// The customer may have closed its side: a read tells.
+    closed: bool,
+    /// The poller cannot watch the connection.
+    pub(super) unwatched: bool,
     /// When the customer must have done its next step.
     deadline: Instant,
     /// When the session must be over; content earns time.
@@ -120,87 +154,113 @@ pub struct TurnedSession {
     pace: PaceClock,
     last_progress: Instant,
     last_heartbeat: Instant,
-    counters: TurnCounters,
-    /// What the status will tell of this session, once it has ended.
-    record: Option<CallRecord>,
+    next_takeover_check: Instant,
 }
 
-/// What a session has done, for the log.
+/// What the storage threads do for a session.
 #[derive(Default)]
-struct TurnCounters {
-    /// Messages given to the client.
-    offered: usize,
-    /// Recipients.
-    sent: usize,
-    deferred: usize,
-    rejected: usize,
-    in_doubt: usize,
-    /// Messages of which the disk did not permit to record what became of them.
-    unsettled: usize,
-    /// Octets of content that was accepted.
-    octets: u64,
+struct StorageState {
+    /// They open messages.
+    opening: bool,
+    /// There were no more messages when they looked last, and none was settled since.
+    queue_empty: bool,
+    /// They read the content of the first message.
+    reading: bool,
+    content_failed: Option<io::Error>,
+    /// How many messages they settle.
+    settling: usize,
+    /// They look whether another session wants the lock.
+    checking: bool,
+    taken_over: bool,
 }
 
 impl TurnedSession {
-    /// Begins the session: the client waits for the customer's greeting.
-    pub fn new(turned: Turned, settings: TurnSettings) -> TurnedSession {
+    /// Begins the session: the client waits for the customer's greeting. `number`: that of its lane.
+    pub fn new(
+        turned: Turned, settings: TurnSettings, pool: &StoragePool<TurnedQueue>, number: usize, permit: SessionPermit,
+    ) -> TurnedSession {
         let Turned { connection, client, lock, peer, account } = turned;
         let now = Instant::now();
-        let domains: Vec<_> = lock.domains().map(|domain| domain.as_str()).collect();
-        log::info!(
-            "event=turned session={} peer={peer} account={account} domains={}",
-            connection.trace.id,
-            domains.join(",")
-        );
+        let domains: Vec<_> = lock.domains().cloned().collect();
+        let names: Vec<_> = domains.iter().map(Domain::as_str).collect();
+        let session = connection.trace.id.clone();
+        log::info!("event=turned session={session} peer={peer} account={account} domains={}", names.join(","));
+        let parties = TurnParties { session, account: account.clone(), peer };
+        let (reporter, spool) = (settings.reporter.clone(), settings.spool.clone());
+        let queue = TurnedQueue::new(lock, parties, reporter, settings.give_up, spool, permit);
         TurnedSession {
             connection,
             client,
-            lock,
+            lane: pool.lane(number, queue),
             account,
-            peer,
+            domains,
             replies: ReplyInput::default(),
-            messages: VecDeque::new(),
-            queue_empty: false,
+            ahead: VecDeque::new(),
+            sending: VecDeque::new(),
             content: None,
-            stopped: None,
+            storage: StorageState::default(),
+            offered: 0,
+            stop: None,
             done: false,
+            ended: false,
             busy: true,
-            found: PollFlags::empty(),
-            wake_up: now,
-            begun: now,
+            readable: true,
+            closed: false,
+            unwatched: false,
             deadline: now + settings.timeouts.greeting,
             turn_deadline: now + settings.timeouts.turn,
             pace: PaceClock::new(limits::KNOWN_PEER_PACE, 0, now),
             last_progress: now,
             last_heartbeat: now,
-            counters: TurnCounters::default(),
+            next_takeover_check: now + settings.timeouts.takeover,
             settings,
-            record: None,
         }
     }
 
-    /// Computes and returns when there will be work even if poll(2) finds nothing. `cancelled`: no message is begun.
-    pub fn schedule_wake_up(&mut self, now: Instant, cancelled: bool) -> Instant {
-        let timeouts = &self.settings.timeouts;
-        let idle = self.client.is_ready_for_message() && self.client.in_flight() == 0;
-        self.wake_up = if self.busy || (idle && cancelled) {
-            now
-        } else {
-            let stalled = self.last_progress + timeouts.takeover;
-            let check = if stalled > now { stalled } else { now + TAKEOVER_CHECK_INTERVAL };
-            self.deadline.min(self.turn_deadline).min(check)
-        };
-        self.wake_up
+    /// When there will be work even if the connection does not become ready and no report comes; `None`: never.
+    pub fn next_wake_up(&self, now: Instant) -> Option<Instant> {
+        let deadline =
+            if self.waits_for_storage() { self.turn_deadline } else { self.deadline.min(self.turn_deadline) };
+        let check = self.next_takeover_check.max(self.last_progress + self.settings.timeouts.takeover);
+        let until = if self.storage.checking { deadline } else { deadline.min(check) };
+        let until = if self.unwatched { until.min(now + UNWATCHED_INTERVAL) } else { until };
+        (!self.ended).then_some(until)
     }
 
-    /// Reports what poll(2) has found on the connection.
-    pub fn wake_up(&mut self, found: PollFlags) {
-        self.found |= found;
+    /// Reports that the connection has become ready. `closed`: see [`ReadyDescriptor`](crate::net::poller::ReadyDescriptor).
+    pub fn set_ready(&mut self, closed: bool) {
+        self.readable = true;
+        self.closed |= closed;
     }
 
-    /// Whether [`TurnedSession::work`] may find something to do. Stalled sessions must cost nothing while others work.
-    pub fn may_work(&self, now: Instant) -> bool {
-        !self.found.is_empty() || self.busy || now >= self.wake_up
+    /// Takes a report of its lane.
+    pub fn receive(&mut self, report: QueueReport, now: Instant) {
+        if !matches!(report, QueueReport::TakeoverRequested(_)) {
+            // While it waits for the disk, it makes progress when the disk does.
+            self.last_progress = now;
+        }
+        match report {
+            QueueReport::Opened(message) => self.ahead.push_back(message),
+            QueueReport::AllOpened { more } => (self.storage.opening, self.storage.queue_empty) = (false, !more),
+            QueueReport::Content { octets, whole } => {
+                self.storage.reading = false;
+                if let Some(message) = self.sending.front_mut() {
+                    message.octets.extend_from_slice(&octets);
+                    message.whole = whole;
+                }
+            }
+            QueueReport::ContentFailed(error) => {
+                (self.storage.reading, self.storage.content_failed) = (false, Some(error));
+            }
+            // It may be offered again, if the customer permits fewer recipients in a message.
+            QueueReport::Settled => {
+                (self.storage.settling, self.storage.queue_empty) = (self.storage.settling - 1, false);
+            }
+            QueueReport::TakeoverRequested(requested) => {
+                (self.storage.checking, self.storage.taken_over) = (false, requested);
+            }
+            QueueReport::Released => {}
+        }
     }
 
     /// Does a bounded piece of work. Returns whether the session goes on; if not, the customer has replied to QUIT.
@@ -210,16 +270,12 @@ impl TurnedSession {
     pub fn work(&mut self, now: Instant) -> io::Result<bool> {
         // The last replies may arrive together with an error of the connection. They are handled before it: a message
         // that was answered 250 is not in doubt.
-        let found = std::mem::replace(&mut self.found, PollFlags::empty());
-        let filled = match found.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
-            true => self.connection.fill().inspect(|_| self.connection.acknowledge()),
-            false => Ok(Filled::Nothing),
-        };
+        let filled = self.fill();
         let (unsent_before, mut flushed) = (self.connection.unsent(), 0);
         self.busy = true;
         for _ in 0..STEPS_PER_ROUND {
             let replied = self.handle_replies(now)?;
-            let sent = !self.done && (self.send_content(now)? || self.next_message()?);
+            let sent = !self.done && self.send_mail(now)?;
             let unsent = self.connection.unsent();
             if let Err(error) = self.connection.flush() {
                 let _ = self.connection.fill();
@@ -231,10 +287,10 @@ impl TurnedSession {
                 return Ok(false);
             }
             flushed += unsent.saturating_sub(self.connection.unsent());
-            // The flush may have made room for more content, which poll(2) would not report.
-            let room = self.content.is_some() && self.connection.unsent() <= HIGH_WATER;
-            if !replied && !sent && !room {
-                self.busy = false;
+            // The flush may have made room for more content, which the poller would not report.
+            let more = self.may_send_content() || self.connection.unsent() > 0 && !self.connection.congested();
+            if !replied && !sent && !more {
+                self.busy = self.readable;
                 break;
             }
         }
@@ -248,6 +304,7 @@ impl TurnedSession {
             self.connection.fill()?;
             return Err(io::Error::other("the customer closed the connection"));
         }
+        self.open_ahead();
         // A customer that reads slowly is not silent: it gets more time.
         let sending = self.content.is_some() || self.client.awaiting() == Some(Stage::Content);
         let earned = if sending { self.pace.earn(flushed, now) } else { Duration::ZERO };
@@ -258,6 +315,29 @@ impl TurnedSession {
         }
         self.check_deadlines(now)?;
         Ok(true)
+    }
+
+    /// Reads what has arrived, a bounded amount.
+    fn fill(&mut self) -> io::Result<Filled> {
+        let mut arrived = Filled::Nothing;
+        self.readable |= self.unwatched;
+        for _ in 0..READS_PER_ROUND {
+            if !self.readable {
+                break;
+            }
+            let filled = self.connection.fill()?;
+            self.closed &= filled != Filled::Nothing;
+            self.readable = self.closed || !self.connection.drained();
+            match filled {
+                Filled::Bytes(_) => {
+                    self.connection.acknowledge();
+                    arrived = filled;
+                }
+                Filled::Nothing => break,
+                Filled::End => return Ok(filled),
+            }
+        }
+        Ok(arrived)
     }
 
     /// Handles all replies that have arrived. Returns whether there were any.
@@ -290,13 +370,13 @@ impl TurnedSession {
         match step {
             ClientStep::Wait | ClientStep::Ready => {}
             ClientStep::Content { chunk } => {
-                let size = self.messages.front().map_or(0, |message| message.size);
+                let size = self.sending.front().map_or(0, |opened| opened.message.size);
                 self.content = Some(ContentOutput::new(chunk, size));
                 self.pace = PaceClock::new(limits::KNOWN_PEER_PACE, size, now);
             }
             ClientStep::MessageDone(result) => {
                 self.turn_deadline -= self.pace.stop(now);
-                self.finish_message(&result);
+                self.settle_first(result);
             }
             ClientStep::Closed => {
                 self.done = true;
@@ -317,158 +397,165 @@ impl TurnedSession {
         }
     }
 
+    /// Sends content and begins messages, as far as that is possible now. Returns whether there was anything to do.
+    fn send_mail(&mut self, now: Instant) -> io::Result<bool> {
+        let mut any = false;
+        while self.send_content(now)? || self.next_message() {
+            any = true;
+        }
+        Ok(any)
+    }
+
+    /// Whether there is a block of the content under way, or its end, that may be sent now.
+    fn may_send_content(&self) -> bool {
+        let there = |opened: &OpenedMessage| opened.whole || !opened.octets.is_empty();
+        self.content.is_some()
+            && self.connection.unsent() <= HIGH_WATER
+            && (self.storage.content_failed.is_some() || self.sending.front().is_some_and(there))
+    }
+
     /// Sends a block of the content under way. Returns whether there was one to send.
     fn send_content(&mut self, now: Instant) -> io::Result<bool> {
-        let (Some(content), Some(message)) = (&mut self.content, self.messages.front_mut()) else {
+        let may_send = self.may_send_content();
+        let (Some(content), Some(opened)) = (&mut self.content, self.sending.front_mut()) else {
             return Ok(false);
         };
-        if self.connection.unsent() > HIGH_WATER {
-            return Ok(false);
-        }
-        match content.send_block(message, &mut self.connection)? {
-            false => self.deadline = now + self.settings.timeouts.block,
-            true => {
-                self.content = None;
+        if may_send {
+            if let Some(error) = self.storage.content_failed.take() {
+                return Err(error);
+            }
+            let mut rest = opened.octets.as_slice();
+            let ended = content.send_block(&mut rest, &mut self.connection)?;
+            let sent = opened.octets.len() - rest.len();
+            opened.octets.drain(..sent);
+            self.deadline = now + self.settings.timeouts.block;
+            if ended {
+                (self.content, opened.octets) = (None, Vec::new());
                 let mut commands = Vec::new();
                 self.client.content_sent(&mut commands);
                 self.send(&commands);
                 self.reset_deadline(now);
             }
+            self.record_progress(now);
         }
-        self.record_progress(now);
-        Ok(true)
+        if let Some(opened) = self.sending.front().filter(|_| self.content.is_some() && !self.storage.reading)
+            && !opened.whole
+            && opened.octets.len() < READ_AGAIN
+        {
+            self.storage.reading = true;
+            self.lane.submit(QueueJob::Read { number: opened.number, octets: READ_SIZE });
+        }
+        Ok(may_send)
     }
 
     /// Gives the client the next message, or lets it send QUIT if there is none. Returns whether there was anything to
     /// do.
-    fn next_message(&mut self) -> io::Result<bool> {
-        // `QueueLock::next_message` may list a directory: not at every wake-up.
-        let full = self.is_full() && self.client.in_flight() == 0 && !self.client.closing();
-        if !(full || self.client.is_ready_for_message()) || (self.queue_empty && self.client.in_flight() > 0) {
-            return Ok(false);
+    fn next_message(&mut self) -> bool {
+        let idle = self.client.in_flight() == 0;
+        let full = self.is_full() && idle && !self.client.closing();
+        if !(full || self.client.is_ready_for_message()) {
+            return false;
         }
         let stop = match self.settings.cancel.is_cancelled() {
             true => Some("stopped"),
-            false => self.settings.lost.any(&self.account, self.lock.domains()).then_some("a domain was taken away"),
+            false => self.settings.lost.any(&self.account, self.domains.iter()).then_some("a domain was taken away"),
         };
-        let enough = stop.is_some() || self.is_full();
         let mut commands = Vec::new();
-        match if enough { None } else { self.lock.next_message() } {
+        let StorageState { opening, queue_empty, settling, .. } = self.storage;
+        let next = match stop.is_some() || self.is_full() {
+            true => None,
+            false if settling >= SETTLING_LIMIT => return false,
+            false if self.ahead.is_empty() && (opening || !queue_empty) => return false,
+            false => self.ahead.pop_front(),
+        };
+        match next {
             // RFC 9422 section 4.3: this session has other domains.
-            Some(message) if !self.client.permits(&message.envelope.recipients) => return Ok(true),
-            Some(message) => {
-                self.counters.offered += 1;
-                match self.client.send_message(message.outgoing_message(), &mut commands) {
-                    Ok(()) => self.messages.push_back(message),
-                    Err(result) => self.finish_attempt(message, &result),
+            Some(opened) if !self.client.permits(&opened.message.envelope.recipients) => {
+                self.lane.submit(QueueJob::PassOver { number: opened.number });
+                return true;
+            }
+            Some(opened) => {
+                self.offered += 1;
+                match self.client.send_message(opened.message.clone(), &mut commands) {
+                    Ok(()) => self.sending.push_back(opened),
+                    Err(result) => self.settle(&opened, result),
                 }
             }
-            None if self.client.in_flight() == 0 => {
-                self.stopped = stop.filter(|_| self.lock.has_next());
+            // Only when all is recorded that became of the others: the customer may call again at once.
+            None if idle && settling == 0 => {
+                self.stop = stop;
                 self.client.quit(&mut commands);
             }
-            None => {
-                self.queue_empty = true;
-                return Ok(false);
-            }
+            None => return false,
         }
         self.send(&commands);
         if self.client.in_flight() <= 1 {
             self.reset_deadline(Instant::now());
         }
-        Ok(true)
+        true
+    }
+
+    /// Lets the storage threads open the next messages, once there was room for a first one.
+    fn open_ahead(&mut self) {
+        let StorageState { opening, queue_empty, .. } = self.storage;
+        let begun = self.offered > 0 || self.client.is_ready_for_message();
+        if !begun || self.client.closing() || opening || queue_empty || self.ahead.len() > MESSAGES_AHEAD / 2 {
+            return;
+        }
+        let limit = self.settings.messages;
+        let wanted = if limit == 0 { usize::MAX } else { limit.saturating_sub(self.offered + self.ahead.len()) };
+        let messages = wanted.min(MESSAGES_AHEAD - self.ahead.len());
+        if messages > 0 && !self.client.is_used_up() {
+            self.storage.opening = true;
+            let read: usize = self.ahead.iter().map(|opened| opened.octets.len()).sum();
+            self.lane.submit(QueueJob::Open { messages, octets: OCTETS_AHEAD.saturating_sub(read) });
+        }
+    }
+
+    /// Whether it waits for the disk and not for the customer.
+    fn waits_for_storage(&self) -> bool {
+        let StorageState { opening, reading, settling, .. } = self.storage;
+        let for_content = self.content.is_some() && reading && self.connection.unsent() == 0;
+        for_content || self.client.awaiting().is_none() && self.content.is_none() && (opening || settling > 0)
     }
 
     /// Whether a limit permits no more messages in this session.
     fn is_full(&self) -> bool {
         let limit = self.settings.messages;
-        self.client.is_used_up() || limit > 0 && self.counters.offered >= limit
+        self.client.is_used_up() || limit > 0 && self.offered >= limit
     }
 
     /// Acts on the result of the first of the messages given to the client.
-    fn finish_message(&mut self, result: &DeliveryResult) {
-        self.queue_empty = false;
-        if let Some(message) = self.messages.pop_front() {
-            self.finish_attempt(message, result);
+    fn settle_first(&mut self, result: DeliveryResult) {
+        if let Some(opened) = self.sending.pop_front() {
+            self.settle(&opened, result);
         }
     }
 
-    /// Settles a message. If that fails, which is logged, this session does not offer the message again, and goes on: the
-    /// others make room on a full disk.
-    fn finish_attempt(&mut self, message: QueuedMessage, result: &DeliveryResult) {
-        let size = message.size;
-        let attempt = Attempt {
-            session: &self.connection.trace.id,
-            via: Via::Atrn,
-            relay: self.client.peer_name().unwrap_or(&self.peer),
-            peer: self.client.peer_name(),
-            peer_sends_dsn: self.client.extensions().dsn,
-            retry: None,
-            give_up: Some(self.settings.give_up),
-        };
-        let settled = self.settings.reporter.finish_attempt(message, result.clone(), &attempt, &mut self.lock);
-        let Ok(result) = settled else {
-            self.counters.unsettled += 1;
-            return;
-        };
-        for status in &result.recipients {
-            *match status {
-                RecipientStatus::Sent(_) => &mut self.counters.sent,
-                RecipientStatus::Deferred(_) => &mut self.counters.deferred,
-                RecipientStatus::Rejected(_) => &mut self.counters.rejected,
-                RecipientStatus::InDoubt => &mut self.counters.in_doubt,
-            } += 1;
-        }
-        if result.recipients.iter().any(RecipientStatus::is_sent) {
-            self.counters.octets += size;
-        }
+    fn settle(&mut self, opened: &OpenedMessage, result: DeliveryResult) {
+        self.storage.settling += 1;
+        let (peer, sends_dsn) = (self.client.peer_name().map(str::to_owned), self.client.extensions().dsn);
+        let wants_dsn = opened.message.envelope.recipients.iter().any(|recipient| recipient.notify.success());
+        let is_removal = result.recipients.iter().all(RecipientStatus::is_sent) && (sends_dsn || !wants_dsn);
+        let number = opened.number;
+        self.lane.submit(QueueJob::Settle(Settlement { number, result, is_removal, peer, sends_dsn }));
     }
 
     /// Ends the session for this reason: messages under way are deferred, or are in doubt.
     pub fn end(&mut self, reason: &str) {
+        self.ended = true;
         let aborted = self.settings.abort.is_cancelled();
         for result in self.client.abandon(&connection_lost("The connection was lost")) {
-            self.finish_message(&if aborted { result.stopped() } else { result });
+            self.settle_first(if aborted { result.stopped() } else { result });
         }
-        if !(self.is_full() && self.lock.has_next()) {
-            self.lock.count_call();
-        }
-        let done = reason == DONE;
-        let reason = self.stopped.filter(|_| done).unwrap_or(reason);
-        let TurnCounters { sent, deferred, rejected, in_doubt, unsettled, octets, .. } = self.counters;
-        let (skipped, not_mail) = (self.lock.skipped(), self.lock.not_mail());
-        log::info!(
-            "event=turn-ended session={} peer={} account={} sent={sent} deferred={deferred} rejected={rejected} \
-             in-doubt={in_doubt} unsettled={unsettled} skipped={skipped} not-mail={not_mail} octets={octets} \
-             duration={:.3} reason={}",
-            self.connection.trace.id,
-            self.peer,
-            self.account,
-            self.begun.elapsed().as_secs_f64(),
-            quoted(reason)
-        );
-        let result = match (done, deferred + in_doubt) {
-            (false, _) => CallResult::Failed,
-            (true, 0) if self.stopped.is_none() => CallResult::Done,
-            (true, _) => CallResult::Deferred,
-        };
-        let mut record = CallRecord::new(self.settings.reporter.now(), &self.peer, result, reason);
-        record.duration = self.begun.elapsed();
-        let counts = [("sent", sent), ("deferred", deferred), ("rejected", rejected), ("in-doubt", in_doubt)];
-        record.counts = counts.into_iter().map(|(key, count)| (key.to_owned(), count as u64)).collect();
-        record.counts.push(("octets".to_owned(), octets));
-        self.record = Some(record);
+        let (done, full) = (reason == DONE, self.is_full());
+        self.lane.submit(QueueJob::End(TurnEnd { reason: reason.to_owned(), done, stop: self.stop, full }));
     }
 
-    /// Releases the queues, then closes the connection: a customer that sees the end and calls again must find them
-    /// unlocked. TLS ends with close_notify (RFC 8446 section 6.1).
+    /// Closes the connection. Do this when the lock is released: a customer that sees the end and calls again must find its
+    /// mail unlocked. TLS ends with close_notify (RFC 8446 section 6.1).
     pub fn close(self) {
-        drop(self.lock);
         self.connection.close_without_waiting();
-        // Last: it may take as long as the disk does.
-        if let Some(record) = self.record {
-            record.write(&self.settings.spool.call_record(&self.account), &self.account);
-        }
     }
 
     fn send(&mut self, octets: &[u8]) {
@@ -488,22 +575,27 @@ impl TurnedSession {
 
     /// Records that the customer makes progress: no other session may take its queues over.
     fn record_progress(&mut self, now: Instant) {
-        self.last_progress = now;
+        (self.last_progress, self.storage.taken_over) = (now, false);
         if now.duration_since(self.last_heartbeat) > self.settings.timeouts.takeover / 4 {
             self.last_heartbeat = now;
-            self.lock.heartbeat();
+            self.lane.submit(QueueJob::Heartbeat);
         }
     }
 
-    fn check_deadlines(&self, now: Instant) -> io::Result<()> {
-        let takeover = self.settings.timeouts.takeover;
-        let reason = if now >= self.deadline {
+    fn check_deadlines(&mut self, now: Instant) -> io::Result<()> {
+        let stalled = now >= self.last_progress + self.settings.timeouts.takeover;
+        let reason = if now >= self.deadline && !self.waits_for_storage() {
             "the customer does not answer"
         } else if now >= self.turn_deadline {
             "the session has taken too long"
-        } else if now >= self.last_progress + takeover && self.lock.takeover_requested() {
+        } else if stalled && self.storage.taken_over {
             "taken over by another session of the customer"
         } else {
+            if stalled && !self.storage.checking && now >= self.next_takeover_check {
+                self.storage.checking = true;
+                self.next_takeover_check = now + TAKEOVER_CHECK_INTERVAL;
+                self.lane.submit(QueueJob::CheckTakeover);
+            }
             return Ok(());
         };
         Err(io::Error::other(reason))

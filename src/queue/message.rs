@@ -29,8 +29,8 @@ use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 /// Names tried for a message in `.refused`: an earlier version may have kept copies there for other recipients.
 const REJECTED_NAMES: usize = 1000;
 
-/// Octets of a header that are read for what it needs at most: one thread does it for all turned sessions, and a
-/// longer list of addresses would delay the others.
+/// Octets of a header that are read for what it needs at most: a few threads do it for all turned sessions,
+/// and a longer list of addresses would delay the others.
 const HEADER_LIMIT: usize = 64 << 10;
 
 /// Octets of a header that are read at a time.

@@ -1,0 +1,434 @@
+//! The storage threads: they do for the delivery thread what may take as long as a disk does.
+//!
+//! Each turned session has a *lane*: what its jobs work on, and its jobs, which are done in order and one at a time. A lane
+//! with jobs waits for a thread in one of two channels; the thread does some of its jobs, and puts the lane back if there
+//! are more. What the jobs report goes to the delivery thread, and wakes it.
+//!
+//! ```text
+//!                                 ┌─▶ quick ─┬─▶ thread ─┐
+//! LaneHandle::submit ─▶ a lane ───┤          ├─▶ thread ─┼─▶ reports ─▶ delivery thread
+//!                          ▲      └─▶ slow ──┴─▶ …       │
+//!                          └──── it has more jobs ───────┘
+//! ```
+//!
+//! A disk may be slow, or a network file system may hang, for some lanes only. The others must not wait for them:
+//!
+//! - A lane whose next job is slow waits in `slow`, for which half of the threads work; so does one that had a job within the
+//!   last second that took surprisingly long. So customers that cause fsyncs, because they reject their mail, do not delay
+//!   those that do not.
+//! - [`StoragePool::tend`] replaces a thread whose job is blocked for longer than a second, up to 32 threads; then, until no
+//!   job is, one that is blocked for longer than 100 ms. [`StoragePool::blocked`] counts them, so that no more turns are
+//!   accepted when too many are.
+//!
+//! A panic ends its lane only. Threads are made when they are needed; those above four end when they were idle for a while. If
+//! a job never ends, its thread ends with the process.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select, unbounded};
+
+use crate::net::trace::quoted;
+
+/// Threads for each of the two channels, without those whose job is blocked.
+const THREADS_PER_ROLE: usize = 2;
+
+/// All threads.
+const THREADS_LIMIT: usize = 32;
+
+/// A job that takes longer than this makes its lane a slow one.
+const SLOW_JOB: Duration = Duration::from_millis(50);
+
+/// How long a lane is a slow one.
+const SLOW_TIME: Duration = Duration::from_secs(1);
+
+/// Jobs of a lane that a thread does before the next lane has its turn.
+const JOBS_PER_TURN: usize = 16;
+
+/// The times of a pool.
+#[derive(Clone, Copy)]
+struct PoolTimes {
+    /// A job that takes longer than this is blocked.
+    blocked: Duration,
+    /// While a job is blocked: another one that takes longer than this has its thread replaced.
+    suspect: Duration,
+    /// A thread above those that stay ends when it was idle for so long.
+    idle: Duration,
+}
+
+impl Default for PoolTimes {
+    fn default() -> PoolTimes {
+        PoolTimes {
+            blocked: Duration::from_secs(1),
+            suspect: Duration::from_millis(100),
+            idle: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What the jobs of a lane work on.
+pub trait LaneWork: Send + 'static {
+    type Job: Send;
+    type Report: Send;
+
+    /// Whether a job waits for the disk even if all is well: it writes what must be durable.
+    fn is_slow(job: &Self::Job) -> bool;
+
+    /// Does a job. Returns whether there may be another one; if not, this is dropped.
+    fn run(&mut self, job: Self::Job, report: &mut dyn FnMut(Self::Report)) -> ControlFlow<()>;
+}
+
+/// What a lane reports, in the order of its jobs.
+#[derive(Debug, PartialEq, Eq)]
+pub enum LaneReport<R> {
+    Job(R),
+    /// The last of a lane: its work is dropped.
+    Ended {
+        /// A job has panicked.
+        panicked: bool,
+    },
+}
+
+/// The number of a lane, and its report.
+pub type NumberedReport<W> = (usize, LaneReport<<W as LaneWork>::Report>);
+
+/// Lanes that wait for a thread.
+type LaneChannel<W> = (Sender<Arc<Lane<W>>>, Receiver<Arc<Lane<W>>>);
+
+struct Lane<W: LaneWork> {
+    number: usize,
+    state: Mutex<LaneState<W>>,
+    quick: Sender<Arc<Lane<W>>>,
+    slow: Sender<Arc<Lane<W>>>,
+    reports: Reports<W>,
+}
+
+struct LaneState<W: LaneWork> {
+    jobs: VecDeque<W::Job>,
+    /// `None`: a thread has it, or it was dropped.
+    work: Option<W>,
+    /// The lane is in a channel, or a thread has it, or it has ended.
+    scheduled: bool,
+    /// No job comes any more.
+    closed: bool,
+    slow_until: Instant,
+}
+
+/// Where the lanes report.
+struct Reports<W: LaneWork> {
+    sender: Sender<NumberedReport<W>>,
+    wake: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl<W: LaneWork> Reports<W> {
+    fn send(&self, number: usize, report: LaneReport<W::Report>) {
+        // Without a receiver, the delivery thread has ended.
+        let _ = self.sender.send((number, report));
+        (self.wake)();
+    }
+}
+
+impl<W: LaneWork> Clone for Reports<W> {
+    fn clone(&self) -> Reports<W> {
+        Reports { sender: self.sender.clone(), wake: self.wake.clone() }
+    }
+}
+
+impl<W: LaneWork> LaneState<W> {
+    fn is_slow(&self) -> bool {
+        Instant::now() < self.slow_until || self.jobs.front().is_some_and(W::is_slow)
+    }
+}
+
+impl<W: LaneWork> Lane<W> {
+    fn lock(&self) -> MutexGuard<'_, LaneState<W>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn schedule(self: &Arc<Self>, mut state: MutexGuard<'_, LaneState<W>>) {
+        if !std::mem::replace(&mut state.scheduled, true) {
+            self.send_to_channel(&state);
+        }
+    }
+
+    fn send_to_channel(self: &Arc<Self>, state: &LaneState<W>) {
+        let channel = if state.is_slow() { &self.slow } else { &self.quick };
+        // There is a receiver as long as there is a pool.
+        let _ = channel.send(self.clone());
+    }
+
+    /// Does some of the jobs: none after a slow one, and for a thread that has quick lanes only, no slow one.
+    fn work(self: &Arc<Self>, thread: &ThreadState) {
+        let Some(mut work) = self.lock().work.take() else { return };
+        for _ in 0..JOBS_PER_TURN {
+            let mut state = self.lock();
+            if thread.role == ThreadRole::Quick && state.is_slow() {
+                break;
+            }
+            let Some(job) = state.jobs.pop_front() else {
+                if state.closed {
+                    break;
+                }
+                (state.work, state.scheduled) = (Some(work), false);
+                return;
+            };
+            drop(state);
+            let (begun, slow) = (thread.begin_job(), W::is_slow(&job));
+            let mut report = |report| self.reports.send(self.number, LaneReport::Job(report));
+            let done = catch_unwind(AssertUnwindSafe(|| work.run(job, &mut report)));
+            if !matches!(done, Ok(ControlFlow::Continue(()))) {
+                return self.end(work, done.is_err());
+            }
+            let surprise = begun.elapsed() > SLOW_JOB && !slow;
+            if surprise {
+                self.lock().slow_until = Instant::now() + SLOW_TIME;
+            }
+            if surprise || slow {
+                break;
+            }
+        }
+        let mut state = self.lock();
+        match state.closed && state.jobs.is_empty() {
+            true => {
+                drop(state);
+                self.end(work, false);
+            }
+            false => {
+                state.work = Some(work);
+                self.send_to_channel(&state);
+            }
+        }
+    }
+
+    fn end(&self, work: W, panicked: bool) {
+        // It may close files, and even that may take its time.
+        let dropped = catch_unwind(AssertUnwindSafe(|| drop(work)));
+        self.lock().jobs.clear();
+        self.reports.send(self.number, LaneReport::Ended { panicked: panicked || dropped.is_err() });
+    }
+}
+
+/// Submits the jobs of one lane. When it is dropped, the lane ends after the jobs that it has.
+pub struct LaneHandle<W: LaneWork>(Arc<Lane<W>>);
+
+impl<W: LaneWork> LaneHandle<W> {
+    /// Submits a job. The caller bounds how many there are. After the end of the lane it is dropped.
+    pub fn submit(&self, job: W::Job) {
+        let mut state = self.0.lock();
+        state.jobs.push_back(job);
+        self.0.schedule(state);
+    }
+}
+
+impl<W: LaneWork> Drop for LaneHandle<W> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.closed = true;
+        self.0.schedule(state);
+    }
+}
+
+/// Which channels a thread works for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum ThreadRole {
+    /// Lanes that are not slow.
+    Quick,
+    /// All lanes.
+    Any,
+}
+
+/// A storage thread.
+struct ThreadState {
+    role: ThreadRole,
+    /// When its job has begun; `None`: it is idle.
+    since: Mutex<Option<Instant>>,
+}
+
+impl ThreadState {
+    fn lock(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin_job(&self) -> Instant {
+        *self.lock().insert(Instant::now())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.lock().is_none()
+    }
+
+    /// When it will have worked on one job for this time; `None`: it is idle.
+    fn overdue(&self, time: Duration) -> Option<Instant> {
+        self.lock().map(|since| since + time)
+    }
+
+    /// Whether it is idle, or its job has not taken this time.
+    fn works(&self, now: Instant, time: Duration) -> bool {
+        self.overdue(time).is_none_or(|overdue| now < overdue)
+    }
+}
+
+type Threads = Arc<Mutex<Vec<Arc<ThreadState>>>>;
+
+/// The storage threads.
+pub struct StoragePool<W: LaneWork> {
+    quick: LaneChannel<W>,
+    slow: LaneChannel<W>,
+    reports: Reports<W>,
+    threads: Threads,
+    blocked: Arc<AtomicUsize>,
+    times: PoolTimes,
+}
+
+impl<W: LaneWork> StoragePool<W> {
+    /// A pool without threads, and the reports of its lanes, each with the number of its lane. `wake` is called after each.
+    pub fn new(wake: impl Fn() + Send + Sync + 'static) -> (StoragePool<W>, Receiver<NumberedReport<W>>) {
+        let (sender, receiver) = unbounded();
+        let pool = StoragePool {
+            quick: unbounded(),
+            slow: unbounded(),
+            reports: Reports { sender, wake: Arc::new(wake) },
+            threads: Arc::default(),
+            blocked: Arc::default(),
+            times: PoolTimes::default(),
+        };
+        (pool, receiver)
+    }
+
+    /// Makes a lane.
+    pub fn lane(&self, number: usize, work: W) -> LaneHandle<W> {
+        let state = LaneState {
+            jobs: VecDeque::new(),
+            work: Some(work),
+            scheduled: false,
+            closed: false,
+            slow_until: Instant::now(),
+        };
+        LaneHandle(Arc::new(Lane {
+            number,
+            state: Mutex::new(state),
+            quick: self.quick.0.clone(),
+            slow: self.slow.0.clone(),
+            reports: self.reports.clone(),
+        }))
+    }
+
+    /// How many jobs were blocked for longer than a second when the pool was last tended.
+    pub fn blocked(&self) -> Arc<AtomicUsize> {
+        self.blocked.clone()
+    }
+
+    /// Makes the threads that are missing. Call this after jobs were submitted, and at the time that it returns, if it
+    /// returns one. The owner of the pool must not be blocked itself.
+    pub fn tend(&self, now: Instant) -> Option<Instant> {
+        let mut threads = lock(&self.threads);
+        let blocked = threads.iter().filter(|thread| !thread.works(now, self.times.blocked)).count();
+        let before = self.blocked.swap(blocked, Ordering::Relaxed);
+        if blocked != before {
+            log::warn!("event=storage-blocked jobs={blocked}");
+        }
+        let patience = if blocked > 0 { self.times.suspect } else { self.times.blocked };
+        let missing = |threads: &[Arc<ThreadState>]| {
+            let count = |role, counts: &dyn Fn(&ThreadState) -> bool| {
+                threads.iter().filter(|thread| thread.role == role && counts(thread)).count()
+            };
+            let idle = |role| count(role, &ThreadState::is_idle);
+            let too_few = |role| count(role, &|thread| thread.works(now, patience)) < THREADS_PER_ROLE;
+            let (quick, any) = (self.quick.1.len(), self.slow.1.len());
+            match (idle(ThreadRole::Quick), idle(ThreadRole::Any)) {
+                (_, idle) if any > idle && too_few(ThreadRole::Any) => Some(ThreadRole::Any),
+                (idle, others) if quick + any <= idle + others => None,
+                (idle, _) if quick > idle && too_few(ThreadRole::Quick) => Some(ThreadRole::Quick),
+                _ => too_few(ThreadRole::Any).then_some(ThreadRole::Any),
+            }
+        };
+        while threads.len() < THREADS_LIMIT
+            && let Some(role) = missing(&threads)
+        {
+            if let Err(error) = self.start_thread(role, &mut threads) {
+                log::error!("event=no-thread error={}", quoted(error));
+                return Some(now + self.times.blocked);
+            }
+        }
+        let times = [self.times.blocked, patience];
+        let overdue = threads.iter().flat_map(|thread| times.map(|time| thread.overdue(time)));
+        overdue.flatten().filter(|overdue| *overdue > now).min()
+    }
+
+    fn start_thread(&self, role: ThreadRole, threads: &mut Vec<Arc<ThreadState>>) -> io::Result<()> {
+        let state = Arc::new(ThreadState { role, since: Mutex::default() });
+        let thread = StorageThread {
+            state: state.clone(),
+            quick: self.quick.1.clone(),
+            slow: self.slow.1.clone(),
+            threads: self.threads.clone(),
+            times: self.times,
+        };
+        Builder::new().name("storage".to_owned()).spawn(move || thread.run())?;
+        threads.push(state);
+        Ok(())
+    }
+}
+
+fn lock(threads: &Threads) -> MutexGuard<'_, Vec<Arc<ThreadState>>> {
+    threads.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct StorageThread<W: LaneWork> {
+    state: Arc<ThreadState>,
+    quick: Receiver<Arc<Lane<W>>>,
+    slow: Receiver<Arc<Lane<W>>>,
+    threads: Threads,
+    times: PoolTimes,
+}
+
+impl<W: LaneWork> StorageThread<W> {
+    /// Works until there is no pool and no lane, or there are enough other threads.
+    fn run(self) {
+        loop {
+            match self.next_lane() {
+                Ok(lane) => {
+                    self.state.begin_job();
+                    lane.work(&self.state);
+                    // First: it has the senders of its own channel.
+                    drop(lane);
+                    *self.state.lock() = None;
+                }
+                Err(RecvTimeoutError::Timeout) if !self.is_superfluous() => {}
+                Err(_) => break,
+            }
+        }
+    }
+
+    fn next_lane(&self) -> Result<Arc<Lane<W>>, RecvTimeoutError> {
+        match self.state.role {
+            ThreadRole::Quick => self.quick.recv_timeout(self.times.idle),
+            ThreadRole::Any => select! {
+                recv(self.quick) -> lane => lane.map_err(|_| RecvTimeoutError::Disconnected),
+                recv(self.slow) -> lane => lane.map_err(|_| RecvTimeoutError::Disconnected),
+                default(self.times.idle) => Err(RecvTimeoutError::Timeout),
+            },
+        }
+    }
+
+    /// Whether the others are enough; then this one is no longer counted.
+    fn is_superfluous(&self) -> bool {
+        let (mut threads, now) = (lock(&self.threads), Instant::now());
+        let works =
+            |thread: &&Arc<ThreadState>| thread.role == self.state.role && thread.works(now, self.times.blocked);
+        let superfluous = threads.iter().filter(works).count() > THREADS_PER_ROLE;
+        if superfluous {
+            threads.retain(|thread| !Arc::ptr_eq(thread, &self.state));
+        }
+        superfluous
+    }
+}
+
+#[cfg(test)]
+mod tests;

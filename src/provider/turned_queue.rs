@@ -1,0 +1,357 @@
+//! The mail of one turned session, as the storage threads have it: they open messages and read ahead, settle them, and
+//! release the lock at the end. All that a turned session does on a disk is here.
+
+use std::io::{self, Read};
+use std::ops::ControlFlow;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::spool::Spool;
+use super::storage::LaneWork;
+use crate::net::trace::quoted;
+use crate::queue::{QueueLock, QueuedMessage};
+use crate::report::calls::{CallRecord, CallResult};
+use crate::report::{Attempt, Reporter, Via};
+use crate::smtp::client::OutgoingMessage;
+use crate::smtp::status::{DeliveryResult, RecipientStatus};
+
+/// Octets that are read at a time if there are more than expected.
+const READ_BLOCK: usize = 4096;
+
+/// What the delivery thread wants done.
+pub enum QueueJob {
+    /// Open the next messages, so many at most, and read so many octets of their content at most.
+    Open { messages: usize, octets: usize },
+    /// Read the next octets of a message, so many at most.
+    Read { number: u64, octets: usize },
+    /// This session does not offer a message that was opened.
+    PassOver { number: u64 },
+    /// Record what became of a message. If that fails, which is logged, this session does not offer it again, and goes on:
+    /// the others make room on a full disk.
+    Settle(Settlement),
+    /// Show other sessions of the account that this one makes progress.
+    Heartbeat,
+    /// Look whether another session of the account wants the lock.
+    CheckTakeover,
+    /// Release the lock, and log and record the session.
+    End(TurnEnd),
+}
+
+/// What became of a message.
+pub struct Settlement {
+    pub number: u64,
+    pub result: DeliveryResult,
+    /// The message is only to be removed: all recipients have it, and no DSN is due.
+    pub is_removal: bool,
+    /// The customer's name, if it gave one.
+    pub peer: Option<String>,
+    /// The customer's server sends DSNs itself.
+    pub sends_dsn: bool,
+}
+
+/// How a session has ended.
+pub struct TurnEnd {
+    pub reason: String,
+    /// The customer has replied to QUIT.
+    pub done: bool,
+    /// Why no more mail was offered before the customer had all.
+    pub stop: Option<&'static str>,
+    /// A limit permits no more messages in this session.
+    pub full: bool,
+}
+
+/// What the jobs report.
+pub enum QueueReport {
+    Opened(OpenedMessage),
+    /// All messages that were asked for are opened, or, if `more` is not set, there are no more.
+    AllOpened {
+        more: bool,
+    },
+    Content {
+        octets: Vec<u8>,
+        /// These are the last.
+        whole: bool,
+    },
+    ContentFailed(io::Error),
+    Settled,
+    TakeoverRequested(bool),
+    /// The lock is released.
+    Released,
+}
+
+/// A message that was opened.
+pub struct OpenedMessage {
+    /// By which later jobs name it.
+    pub number: u64,
+    pub message: OutgoingMessage,
+    /// The begin of its content.
+    pub octets: Vec<u8>,
+    /// That is all of its content.
+    pub whole: bool,
+}
+
+/// The mail of one turned session.
+pub struct TurnedQueue {
+    mail: Option<LockedMail>,
+    /// The id of the session in the log.
+    session: String,
+    account: String,
+    /// The customer's address as a literal.
+    peer: String,
+    reporter: Reporter,
+    give_up: Duration,
+    spool: Arc<Spool>,
+    begun: Instant,
+    counters: TurnCounters,
+}
+
+/// What is given back at the end of the session.
+struct LockedMail {
+    lock: QueueLock,
+    /// The messages that were opened and are not settled, by number, the oldest first.
+    opened: Vec<(u64, QueuedMessage)>,
+    next_number: u64,
+    _permit: SessionPermit,
+}
+
+/// What a session has done, for the log.
+#[derive(Default)]
+struct TurnCounters {
+    /// Recipients.
+    sent: usize,
+    deferred: usize,
+    rejected: usize,
+    in_doubt: usize,
+    /// Messages of which the disk did not permit to record what became of them.
+    unsettled: usize,
+    /// Octets of content that was accepted.
+    octets: u64,
+}
+
+/// How many turned sessions there are, turns on their way to the delivery thread included.
+#[derive(Clone, Default)]
+pub struct SessionCount(Arc<CountState>);
+
+#[derive(Default)]
+struct CountState {
+    count: Mutex<usize>,
+    session_ended: Condvar,
+}
+
+/// One of the turned sessions that are permitted at a time.
+pub struct SessionPermit(SessionCount);
+
+impl SessionCount {
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.0.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts one session more. `None`: there are `limit`.
+    pub fn admit(&self, limit: usize) -> Option<SessionPermit> {
+        let mut count = self.lock();
+        if *count >= limit {
+            return None;
+        }
+        *count += 1;
+        Some(SessionPermit(self.clone()))
+    }
+
+    /// Waits until there is none, or until the deadline.
+    pub fn wait_until_none(&self, deadline: Instant) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let _ = self.0.session_ended.wait_timeout_while(self.lock(), left, |count| *count > 0);
+    }
+}
+
+impl Drop for SessionPermit {
+    fn drop(&mut self) {
+        *self.0.lock() -= 1;
+        self.0.0.session_ended.notify_all();
+    }
+}
+
+/// Who has turned, for the log and the records.
+pub struct TurnParties {
+    pub session: String,
+    pub account: String,
+    pub peer: String,
+}
+
+impl TurnedQueue {
+    /// `give_up`: messages that were deferred for so long since their first offer are given up. `permit` is released
+    /// together with the lock.
+    pub fn new(
+        lock: QueueLock, parties: TurnParties, reporter: Reporter, give_up: Duration, spool: Arc<Spool>,
+        permit: SessionPermit,
+    ) -> TurnedQueue {
+        let TurnParties { session, account, peer } = parties;
+        TurnedQueue {
+            mail: Some(LockedMail { lock, opened: Vec::new(), next_number: 0, _permit: permit }),
+            session,
+            account,
+            peer,
+            reporter,
+            give_up,
+            spool,
+            begun: Instant::now(),
+            counters: TurnCounters::default(),
+        }
+    }
+
+    fn settle(&mut self, settlement: Settlement) {
+        let Settlement { number, result, peer, sends_dsn, .. } = settlement;
+        let Some(mail) = &mut self.mail else { return };
+        let Some(message) = mail.take(number) else { return };
+        let size = message.size;
+        let attempt = Attempt {
+            session: &self.session,
+            via: Via::Atrn,
+            relay: peer.as_deref().unwrap_or(&self.peer),
+            peer: peer.as_deref(),
+            peer_sends_dsn: sends_dsn,
+            retry: None,
+            give_up: Some(self.give_up),
+        };
+        let Ok(result) = self.reporter.finish_attempt(message, result, &attempt, &mut mail.lock) else {
+            self.counters.unsettled += 1;
+            return;
+        };
+        for status in &result.recipients {
+            *match status {
+                RecipientStatus::Sent(_) => &mut self.counters.sent,
+                RecipientStatus::Deferred(_) => &mut self.counters.deferred,
+                RecipientStatus::Rejected(_) => &mut self.counters.rejected,
+                RecipientStatus::InDoubt => &mut self.counters.in_doubt,
+            } += 1;
+        }
+        if result.recipients.iter().any(RecipientStatus::is_sent) {
+            self.counters.octets += size;
+        }
+    }
+
+    /// Releases the lock, so that the customer finds its mail unlocked when it sees the end of the connection and calls
+    /// again. Then it writes the record of the call.
+    fn end(&mut self, end: TurnEnd, report: &mut dyn FnMut(QueueReport)) {
+        let TurnEnd { reason, done, stop, full } = end;
+        let Some(mut mail) = self.mail.take() else { return };
+        // The last one becomes the first again.
+        while let Some((_, message)) = mail.opened.pop() {
+            mail.lock.put_back(message);
+        }
+        let stopped = stop.filter(|_| done && mail.lock.has_next());
+        if !(full && mail.lock.has_next()) {
+            mail.lock.count_call();
+        }
+        let reason = stopped.unwrap_or(&reason);
+        let TurnCounters { sent, deferred, rejected, in_doubt, unsettled, octets } = self.counters;
+        let (skipped, not_mail) = (mail.lock.skipped(), mail.lock.not_mail());
+        let duration = self.begun.elapsed();
+        log::info!(
+            "event=turn-ended session={} peer={} account={} sent={sent} deferred={deferred} rejected={rejected} \
+             in-doubt={in_doubt} unsettled={unsettled} skipped={skipped} not-mail={not_mail} octets={octets} \
+             duration={:.3} reason={}",
+            self.session,
+            self.peer,
+            self.account,
+            duration.as_secs_f64(),
+            quoted(reason)
+        );
+        let result = match (done, deferred + in_doubt) {
+            (false, _) => CallResult::Failed,
+            (true, 0) if stopped.is_none() => CallResult::Done,
+            (true, _) => CallResult::Deferred,
+        };
+        let mut record = CallRecord::new(self.reporter.now(), &self.peer, result, reason);
+        record.duration = duration;
+        let counts = [("sent", sent), ("deferred", deferred), ("rejected", rejected), ("in-doubt", in_doubt)];
+        record.counts = counts.into_iter().map(|(key, count)| (key.to_owned(), count as u64)).collect();
+        record.counts.push(("octets".to_owned(), octets));
+        drop(mail);
+        report(QueueReport::Released);
+        record.write(&self.spool.call_record(&self.account), &self.account);
+    }
+}
+
+impl LockedMail {
+    fn open(&mut self, messages: usize, mut octets: usize, report: &mut dyn FnMut(QueueReport)) {
+        for _ in 0..messages {
+            let Some(mut message) = self.lock.next_message() else {
+                return report(QueueReport::AllOpened { more: false });
+            };
+            // If that fails, the session will ask for the same octets, and get the error.
+            let (begin, whole) = read(&mut message, octets).unwrap_or_default();
+            octets -= begin.len();
+            let (number, outgoing) = (self.next_number, message.outgoing_message());
+            self.next_number += 1;
+            self.opened.push((number, message));
+            report(QueueReport::Opened(OpenedMessage { number, message: outgoing, octets: begin, whole }));
+        }
+        report(QueueReport::AllOpened { more: true });
+    }
+
+    fn read(&mut self, number: u64, octets: usize) -> QueueReport {
+        let message = self.opened.iter_mut().find(|(other, _)| *other == number).map(|(_, message)| message);
+        let read = message.map(|message| read(message, octets)).unwrap_or_else(|| Ok((Vec::new(), true)));
+        match read {
+            Ok((octets, whole)) => QueueReport::Content { octets, whole },
+            Err(error) => QueueReport::ContentFailed(error),
+        }
+    }
+
+    fn take(&mut self, number: u64) -> Option<QueuedMessage> {
+        let at = self.opened.iter().position(|(other, _)| *other == number)?;
+        Some(self.opened.remove(at).1)
+    }
+}
+
+/// The next octets of the content, so many at most, and whether they are the last.
+fn read(message: &mut QueuedMessage, octets: usize) -> io::Result<(Vec<u8>, bool)> {
+    // The size on the wire is that of the file or more: the last read finds the end.
+    let expected = usize::try_from(message.size).unwrap_or(octets).saturating_add(1).min(octets);
+    let mut content = Vec::with_capacity(expected);
+    while content.len() < octets {
+        let before = content.len();
+        let room = if before < expected { expected } else { octets.min(before + READ_BLOCK) };
+        content.resize(room, 0);
+        let read = message.read(&mut content[before..]);
+        content.truncate(before + *read.as_ref().unwrap_or(&0));
+        match read {
+            Ok(0) => return Ok((content, true)),
+            // The next call gets the error.
+            Err(_) if before > 0 => break,
+            other => other?,
+        };
+    }
+    Ok((content, false))
+}
+
+impl LaneWork for TurnedQueue {
+    type Job = QueueJob;
+    type Report = QueueReport;
+
+    fn is_slow(job: &QueueJob) -> bool {
+        matches!(job, QueueJob::Settle(settlement) if !settlement.is_removal)
+    }
+
+    fn run(&mut self, job: QueueJob, report: &mut dyn FnMut(QueueReport)) -> ControlFlow<()> {
+        match (job, &mut self.mail) {
+            (QueueJob::Open { messages, octets }, Some(mail)) => mail.open(messages, octets, report),
+            (QueueJob::Read { number, octets }, Some(mail)) => report(mail.read(number, octets)),
+            (QueueJob::PassOver { number }, Some(mail)) => drop(mail.take(number)),
+            (QueueJob::Heartbeat, Some(mail)) => mail.lock.heartbeat(),
+            (QueueJob::CheckTakeover, Some(mail)) => {
+                report(QueueReport::TakeoverRequested(mail.lock.takeover_requested()));
+            }
+            (QueueJob::Settle(settlement), _) => {
+                self.settle(settlement);
+                report(QueueReport::Settled);
+            }
+            (QueueJob::End(end), _) => {
+                self.end(end, report);
+                return ControlFlow::Break(());
+            }
+            (_, None) => {}
+        }
+        ControlFlow::Continue(())
+    }
+}

@@ -1,0 +1,255 @@
+"""The storage threads: what a disk does to one customer must not be felt by another."""
+
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import threading
+import time
+
+from hop import Hop, Session
+from harness import MIB, Provider, Server, Smtp, check, end, events, hang_up, scenario, wait_until
+from moments import strace
+from stalled import drop
+
+# Replaces calls of the C library: fsync takes SLOW_FSYNC microseconds, and while the file HANG is there, removing a message
+# of a domain that begins with `hang` does not return, as on a network file system whose server is gone.
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+int fsync(int fd) {
+    int (*real)(int) = dlsym(RTLD_NEXT, "fsync");
+    if (getenv("SLOW_FSYNC")) usleep(atoi(getenv("SLOW_FSYNC")));
+    return real(fd);
+}
+int unlink(const char *path) {
+    int (*real)(const char *) = dlsym(RTLD_NEXT, "unlink");
+    while (getenv("HANG") && strstr(path, "/hang") && strstr(path, "/new/") && access(getenv("HANG"), F_OK) == 0) usleep(5000);
+    return real(path);
+}
+"""
+HANGING = 24
+MESSAGES = 200
+
+
+def start_with_shim(box, provider, **environment):
+    source = box.write("shim.c", SHIM)
+    library = box.path / "shim.so"
+    made = box.run("cc", "-shared", "-fPIC", "-o", library, source, "-ldl")
+    check(made.returncode == 0, made.stderr)
+    os.environ.update({"LD_PRELOAD": str(library)}, **environment)
+    try:
+        return provider.start()
+    finally:
+        for name in ("LD_PRELOAD", *environment):
+            del os.environ[name]
+
+
+def fill(provider, domain, count, mark="m", size=1000):
+    for number in range(count):
+        drop(provider, domain, size, f"17673230{number:05}.{mark}.local")
+
+
+def fetch(provider, customer):
+    """A whole call of a customer that behaves. Gives the seconds it has taken from ATRN on, and the messages."""
+    with Smtp(provider.odmr) as line:
+        line.hello()
+        line.log_in(customer)
+        begin = time.monotonic()
+        line.want("250", "ATRN")
+        server = Server(line.socket, received=line.received)
+        check(server.serve(), "no QUIT")
+        return time.monotonic() - begin, server.letters
+
+
+class Rejecting(Server):
+    """A customer that rejects each recipient."""
+
+    def until(self, mark):
+        while (line := super().until(mark)) is not None and line[:4].upper() == b"RCPT":
+            self.say("550 5.1.1 no such user")
+        return line
+
+
+def turned(box, provider, customer, serves):
+    """A turned session of its own thread, which ends with its connection."""
+    line = Smtp(provider.odmr, seconds=120)
+    line.turn(customer)
+    box.keep(line.socket)
+    server = serves(line.socket, received=line.received)
+
+    def serve():
+        try:
+            server.serve()
+        except (OSError, ValueError):
+            pass
+
+    threading.Thread(target=serve, daemon=True).start()
+    return server
+
+
+@scenario("storage-slow", needs=("cc",))
+def storage_slow(box):
+    """fsync takes 20 ms, and sixteen customers reject all their mail: another one gets 200 messages as fast as alone"""
+    customers = {f"bad{number}": [f"bad{number}.example"] for number in range(16)}
+    provider = Provider(box, require_tls=False, customers=customers | {"good": ["good.example"]})
+    start_with_shim(box, provider, SLOW_FSYNC="20000")
+
+    def good(mark):
+        fill(provider, "good.example", MESSAGES, mark)
+        seconds, letters = fetch(provider, "good")
+        check(len(letters) == MESSAGES, f"{len(letters)} messages came")
+        return seconds
+
+    alone = statistics.median(good(f"a{number}") for number in range(3))
+    for customer in customers:
+        fill(provider, f"{customer}.example", 100)
+        turned(box, provider, customer, Rejecting)
+    beside = [good(f"b{number}") for number in range(3)]
+    left = len(provider.held())
+    check(left > 0, "the others had nothing left to reject")
+    facts = f"alone {alone * 1000:.0f} ms, beside them {', '.join(f'{one * 1000:.0f}' for one in beside)} ms; {left} left of theirs"
+    # What else the machine does only ever adds.
+    check(min(beside) <= 3 * alone + 0.1, facts)
+    return facts
+
+
+@scenario("storage-hangs", needs=("cc",))
+def storage_hangs(box):
+    """The disk of 24 customers hangs: nobody else waits; of one more, ATRN gets 451; it answers again: all is sent once"""
+    hanging = {f"hang{number}": [f"hang{number}.example"] for number in range(HANGING + 2)}
+    provider = Provider(box, require_tls=False, customers=hanging | {"good": ["good.example"]})
+    flag = box.write("hang", "")
+    start_with_shim(box, provider, HANG=str(flag))
+    fill(provider, "good.example", MESSAGES, "a")
+    alone, _ = fetch(provider, "good")
+    for customer in hanging:
+        fill(provider, f"{customer}.example", 20)
+    names = list(hanging)
+    servers = [turned(box, provider, customer, Server) for customer in names[:HANGING]]
+    wait_until(lambda: any(jobs["jobs"] == str(HANGING) for jobs in events(provider.log(), "storage-blocked")), "24 that hang")
+    threads = len(list(pathlib.Path(f"/proc/{provider.process.pid}/task").iterdir()))
+    fill(provider, "good.example", MESSAGES, "b")
+    beside, letters = fetch(provider, "good")
+    check(len(letters) == MESSAGES, f"{len(letters)} messages came beside them")
+    check(beside <= 2 * alone + 0.2, f"alone {alone * 1000:.0f} ms, beside them {beside * 1000:.0f} ms")
+    # One more hangs, and then nobody is let in.
+    servers.append(turned(box, provider, names[HANGING], Server))
+    wait_until(lambda: any(jobs["jobs"] == str(HANGING + 1) for jobs in events(provider.log(), "storage-blocked")), "one more")
+    with Smtp(provider.odmr) as line:
+        line.hello()
+        line.log_in(names[HANGING + 1])
+        line.want("451 4.3.2", "ATRN")
+    flag.unlink()
+    ended = lambda: len(events(provider.log(), "turn-ended", reason="done")) == HANGING + 3
+    wait_until(ended, "the end of the sessions", seconds=30)
+    counts = {len(server.letters) for server in servers}
+    check(counts == {20}, f"messages of a session that did hang: {counts}")
+    _, letters = fetch(provider, names[HANGING + 1])
+    check(len(letters) == 20 and not provider.held(), f"{len(letters)} messages; {len(provider.held())} are left")
+    idle = lambda: len(list(pathlib.Path(f"/proc/{provider.process.pid}/task").iterdir())) <= threads - HANGING + 4
+    wait_until(idle, "the end of the threads that are not needed", seconds=20, pause=0.1)
+    return f"alone {alone * 1000:.0f} ms, beside 24 that hang {beside * 1000:.0f} ms; {threads} threads then"
+
+
+@scenario("storage-hangs-stop", needs=("cc",))
+def storage_hangs_stop(box):
+    """The disk hangs and serve gets SIGTERM: it ends in time, and sends again at most what it could not settle"""
+    provider = Provider(box, require_tls=False, customers={"hang": ["hang.example"]}, more="[timeouts]\nshutdown = \"2s\"\n")
+    flag = box.write("hang", "")
+    start_with_shim(box, provider, HANG=str(flag))
+    fill(provider, "hang.example", 50)
+    first = turned(box, provider, "hang", Server)
+    wait_until(lambda: events(provider.log(), "storage-blocked"), "a job that hangs")
+    begin = time.monotonic()
+    check(provider.stop() == 0, "its exit code")
+    seconds = time.monotonic() - begin
+    check(seconds < 8, f"it took {seconds:.1f} s")
+    check(events(provider.log(), "storage-abandoned"), "not said in the log")
+    check(len(provider.held()) == 50, f"{len(provider.held())} files")
+    provider.box.children.remove(provider.process)
+    provider.start()
+    _, again = fetch(provider, "hang")
+    check(len(again) == 50 and not provider.held(), f"{len(again)} came, {len(provider.held())} are left")
+    check(0 < len(first.letters) <= 12, f"{len(first.letters)} were accepted before")
+    return f"ended after {seconds:.1f} s; {len(first.letters)} of 50 messages twice"
+
+
+# What the delivery thread must not call: each of these may wait for a disk.
+FILE_CALLS = r"open|openat|openat2|creat|stat|lstat|fstat|newfstatat|statx|access|faccessat2?|fsync|fdatasync|sync_file_range"
+FILE_CALLS += r"|rename|renameat2?|link|linkat|unlink|unlinkat|mkdir|mkdirat|rmdir|getdents|getdents64|ftruncate|fallocate|utimensat|flock"
+
+
+class Moody(Hop):
+    """Accepts, defers and rejects recipients and contents by their local parts, and hangs up on some contents."""
+
+    def __init__(self):
+        super().__init__(lmtp=False)
+
+    def next(self, replies, recipient):
+        local = recipient.split("@")[0]
+        if replies is self.at_recipient:
+            return {"no": "550 5.1.1 no", "full": "452 4.2.2 over quota"}.get(local)
+        return {"spam": "554 5.7.1 spam", "later": "451 4.3.0 later"}.get(local)
+
+
+class HangsUp(Server):
+    """Accepts a content and does not say so."""
+
+    def data(self):
+        super().data()
+        hang_up(self.socket)
+        raise OSError("hung up")
+
+
+@scenario("delivery-thread", needs=("strace",))
+def delivery_thread(box):
+    """strace of the delivery thread: messages accepted, rejected, deferred, in doubt and large, and no call on a file"""
+    customers = {"moody": ["moody.example"], "doubt": ["doubt.example"], "large": ["large.example"]}
+    provider = Provider(box, require_tls=False, customers=customers).start()
+    drop(provider, "moody.example", 1000)  # makes the directories
+    for local in ("yes", "no", "full", "spam", "later") * 6:
+        with Smtp(provider.inbound) as line:
+            line.hello()
+            parameters = " BODY=8BITMIME" if local == "spam" else ""
+            to = [f"{local}@moody.example", "yes@moody.example"]
+            line.want("250", f"MAIL FROM:<a@sender.example>{parameters}")
+            for one in to:
+                line.want("250", f"RCPT TO:<{one}> NOTIFY=SUCCESS,FAILURE")
+            line.want("354", "DATA")
+            line.socket.sendall("Subject: ä\r\n\r\ncontent\r\n.\r\n".encode())
+            line.want("250")
+    drop(provider, "doubt.example", 1000)
+    drop(provider, "large.example", 24 * MIB)
+    tasks = pathlib.Path(f"/proc/{provider.process.pid}/task").iterdir()
+    thread = next(task.name for task in tasks if (task / "comm").read_text().strip() == "delivery")
+    output = box.path / "delivery.output"
+    tracer = box.start("strace.log", "strace", "-y", "-s", "0", "-e", "signal=none", "-o", output, "-p", thread)
+    attached = lambda: "TracerPid:\t0\n" not in pathlib.Path(f"/proc/{provider.process.pid}/task/{thread}/status").read_text()
+    wait_until(attached, "strace to attach")
+    turned(box, provider, "doubt", HangsUp)
+    large = turned(box, provider, "large", Server)
+    with Smtp(provider.odmr) as line:
+        line.turn("moody")
+        session = Session(line.socket, Moody())
+        session.received = line.received
+        session.serve()
+    wait_until(lambda: len(events(provider.log(), "turn-ended")) == 3, "the ends of the turns", seconds=60)
+    end(tracer, 2)
+    tracer.wait(10)
+    log, text = provider.log(), output.read_text(errors="backslashreplace")
+    statuses = {one["status"] for one in events(log, "delivery")}
+    check(statuses == {"sent", "deferred", "rejected", "in-doubt"}, f"only {statuses}")
+    check(events(log, "dsn-sent") and len(large.letters) == 1, "no DSN, or no large message")
+    lines = text.splitlines()
+    calls = {line.split("(")[0] for line in lines}
+    check(calls & {"write", "sendto", "writev"} and calls & {"read", "recvfrom"}, f"it does not send and receive: {calls}")
+    files = [line for line in lines if re.match(rf"({FILE_CALLS})\(", line) or re.match(r"\w+\(\d+</", line)]
+    # The C library reads that when it gives memory back.
+    files = [line for line in files if "/proc/sys/vm/overcommit_memory" not in line]
+    check(not files, f"calls on files: {files[:5]}")
+    return f"{len(lines)} calls: {' '.join(sorted(calls))}"
