@@ -24,8 +24,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 
 use super::storage::{LaneReport, NumberedReport, StoragePool};
+use super::turn_settings::TurnSettings;
 use super::turned_queue::{QueueReport, SessionCount, SessionPermit, TurnedQueue};
-use super::turned_session::{DONE, TurnSettings, TurnedSession};
+use super::turned_session::{DONE, TurnedSession};
 use crate::net::cancel::CancelToken;
 use crate::net::poller::{Poller, PollerWaker};
 use crate::net::trace::quoted;
@@ -58,7 +59,7 @@ pub struct TurnSender {
 
 struct SubmittedTurn {
     turn: Box<Turn>,
-    settings: TurnSettings,
+    settings: Arc<TurnSettings>,
     permit: SessionPermit,
 }
 
@@ -81,7 +82,7 @@ impl TurnSender {
     /// # Errors
     /// The turn, if there are as many turned sessions as permitted, if too many wait for a disk that does not answer, or if
     /// the thread has ended.
-    pub fn submit(&self, turn: Box<Turn>, settings: &TurnSettings) -> Result<(), Box<Turn>> {
+    pub fn submit(&self, turn: Box<Turn>, settings: &Arc<TurnSettings>) -> Result<(), Box<Turn>> {
         if self.blocked.load(Ordering::Relaxed) > BLOCKED_LIMIT {
             return Err(turn);
         }
@@ -106,7 +107,7 @@ pub struct DeliveryThread {
     poller: Poller,
     pool: StoragePool<TurnedQueue>,
     reports: Receiver<NumberedReport<TurnedQueue>>,
-    sessions: HashMap<usize, ScheduledSession>,
+    sessions: HashMap<usize, Box<ScheduledSession>>,
     next_number: usize,
     /// When to look at which sessions, even if nothing happens. Those that are gone may be among them.
     wake_ups: BTreeSet<(Instant, usize)>,
@@ -243,7 +244,8 @@ impl DeliveryThread {
             if let Err(error) = self.watch(&mut session, number) {
                 session.end(&error.to_string());
             }
-            self.sessions.insert(number, ScheduledSession { session, is_ready: true, wake_up: None });
+            let scheduled = ScheduledSession { session, is_ready: true, wake_up: None };
+            self.sessions.insert(number, Box::new(scheduled));
             self.ready.push(number);
         }
     }
@@ -331,7 +333,8 @@ impl DeliveryThread {
     }
 
     fn close(&mut self, number: usize) {
-        if let Some(ScheduledSession { session, .. }) = self.sessions.remove(&number) {
+        if let Some(scheduled) = self.sessions.remove(&number) {
+            let session = scheduled.session;
             session.connection.descriptors().for_each(|descriptor| self.poller.forget(descriptor));
             session.close();
         }
@@ -340,15 +343,16 @@ impl DeliveryThread {
     /// Ends all sessions, and waits for their last jobs. If a disk does not answer, the mail stays as it is: what the customer
     /// has accepted, and is not settled, is sent once more.
     fn end_all(mut self) {
-        for ScheduledSession { session, .. } in self.sessions.values_mut().filter(|scheduled| !scheduled.session.ended)
-        {
-            session.end("the provider is shutting down");
+        for scheduled in self.sessions.values_mut().filter(|scheduled| !scheduled.session.ended) {
+            scheduled.session.end("the provider is shutting down");
         }
         let mut deadline = Instant::now() + LAST_JOBS_TIMEOUT;
         while self.has_lanes() {
             if Instant::now() >= deadline {
                 let sessions = self.sessions.len() + self.ending;
                 log::error!("event=storage-abandoned sessions={sessions}");
+                let left: Vec<_> = self.sessions.keys().copied().collect();
+                left.into_iter().for_each(|number| self.close(number));
                 break;
             }
             self.ready.clear();

@@ -12,6 +12,7 @@ pub mod spool;
 pub mod status;
 pub mod relay;
 pub mod storage;
+pub mod turn_settings;
 pub mod turned_queue;
 pub mod turned_session;
 pub mod delivery;

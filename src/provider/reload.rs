@@ -16,7 +16,7 @@ use super::certificate::CertificateEnd;
 use super::relay::WorkerContext;
 use super::shared::{Lasting, Shared};
 use super::spool::{Spool, SpoolQueue};
-use super::turned_session::TurnSettings;
+use super::turn_settings::TurnSettings;
 use crate::clock::Timestamp;
 use crate::config::{ProviderConfig, TlsFiles};
 use crate::net::cancel::CancelToken;
@@ -46,7 +46,7 @@ pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&Work
         cancel: cancel.clone(),
         abort: lasting.abort.clone(),
     };
-    let worker = Arc::new(worker);
+    let (worker, turn_settings) = (Arc::new(worker), Arc::new(turn_settings));
     Ok(Shared { config, spool, turn_settings, worker, tls, lasting })
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::delivery::TurnSender;
 use super::relay::{RelayHandle, WorkerContext};
 use super::spool::Spool;
-use super::turned_session::{LostDomains, TurnSettings};
+use super::turn_settings::{LostDomains, TurnSettings};
 use super::verifiers::Verifiers;
 use crate::clock::Timestamp;
 use crate::config::ProviderConfig;
@@ -41,7 +41,7 @@ pub struct Lasting {
 pub struct Shared {
     pub config: ProviderConfig,
     pub spool: Arc<Spool>,
-    pub turn_settings: TurnSettings,
+    pub turn_settings: Arc<TurnSettings>,
     pub worker: Arc<WorkerContext>,
     /// The provider's certificate; `None`: without TLS.
     pub tls: Option<ServerTls>,

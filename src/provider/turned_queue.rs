@@ -4,14 +4,14 @@
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::spool::Spool;
 use super::storage::LaneWork;
+use super::turn_settings::TurnSettings;
 use crate::net::trace::quoted;
 use crate::queue::{QueueLock, QueuedMessage};
 use crate::report::calls::{CallRecord, CallResult};
-use crate::report::{Attempt, Reporter, Via};
+use crate::report::{Attempt, Via};
 use crate::smtp::client::OutgoingMessage;
 use crate::smtp::status::{DeliveryResult, RecipientStatus};
 
@@ -98,9 +98,7 @@ pub struct TurnedQueue {
     account: String,
     /// The customer's address as a literal.
     peer: String,
-    reporter: Reporter,
-    give_up: Duration,
-    spool: Arc<Spool>,
+    settings: Arc<TurnSettings>,
     begun: Instant,
     counters: TurnCounters,
 }
@@ -178,11 +176,9 @@ pub struct TurnParties {
 }
 
 impl TurnedQueue {
-    /// `give_up`: messages that were deferred for so long since their first offer are given up. `permit` is released
-    /// together with the lock.
+    /// `permit` is released together with the lock.
     pub fn new(
-        lock: QueueLock, parties: TurnParties, reporter: Reporter, give_up: Duration, spool: Arc<Spool>,
-        permit: SessionPermit,
+        lock: QueueLock, parties: TurnParties, settings: Arc<TurnSettings>, permit: SessionPermit,
     ) -> TurnedQueue {
         let TurnParties { session, account, peer } = parties;
         TurnedQueue {
@@ -190,9 +186,7 @@ impl TurnedQueue {
             session,
             account,
             peer,
-            reporter,
-            give_up,
-            spool,
+            settings,
             begun: Instant::now(),
             counters: TurnCounters::default(),
         }
@@ -210,9 +204,9 @@ impl TurnedQueue {
             peer: peer.as_deref(),
             peer_sends_dsn: sends_dsn,
             retry: None,
-            give_up: Some(self.give_up),
+            give_up: Some(self.settings.give_up),
         };
-        let Ok(result) = self.reporter.finish_attempt(message, result, &attempt, &mut mail.lock) else {
+        let Ok(result) = self.settings.reporter.finish_attempt(message, result, &attempt, &mut mail.lock) else {
             self.counters.unsettled += 1;
             return;
         };
@@ -261,14 +255,14 @@ impl TurnedQueue {
             (true, 0) if stopped.is_none() => CallResult::Done,
             (true, _) => CallResult::Deferred,
         };
-        let mut record = CallRecord::new(self.reporter.now(), &self.peer, result, reason);
+        let mut record = CallRecord::new(self.settings.reporter.now(), &self.peer, result, reason);
         record.duration = duration;
         let counts = [("sent", sent), ("deferred", deferred), ("rejected", rejected), ("in-doubt", in_doubt)];
         record.counts = counts.into_iter().map(|(key, count)| (key.to_owned(), count as u64)).collect();
         record.counts.push(("octets".to_owned(), octets));
         drop(mail);
         report(QueueReport::Released);
-        record.write(&self.spool.call_record(&self.account), &self.account);
+        record.write(&self.settings.spool.call_record(&self.account), &self.account);
     }
 }
 

@@ -10,25 +10,22 @@
 //! Open ─▶ ahead ─▶ given to the client ─▶ replies ─▶ Settle ─▶ … all settled, and none is left ─▶ QUIT ─▶ End
 //! ```
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::spool::Spool;
 use super::storage::{LaneHandle, StoragePool};
+use super::turn_settings::TurnSettings;
 use super::turned_queue::{
     OpenedMessage, QueueJob, QueueReport, SessionPermit, Settlement, TurnEnd, TurnParties, TurnedQueue,
 };
-use crate::config::Accounts;
 use crate::mail::address::Domain;
-use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled};
 use crate::net::trace::quoted;
-use crate::report::Reporter;
 use crate::session::pace::PaceClock;
-use crate::session::{ContentOutput, ReplyInput, Timeouts, send_commands};
-use crate::smtp::client::{Abort, Client, ClientStep, Rejection, Stage, Without8BitMime};
+use crate::session::{ContentOutput, ReplyInput, send_commands};
+use crate::smtp::client::{Abort, Client, ClientStep, Rejection, Stage};
 use crate::smtp::limits;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, RecipientStatus, connection_lost, ends_session};
@@ -59,7 +56,7 @@ const READ_SIZE: usize = 64 * 1024;
 const READ_AGAIN: usize = 32 * 1024;
 
 /// While so many messages are being settled, no other is begun: each is sent once more after a crash.
-const SETTLING_LIMIT: usize = 8;
+const SETTLING_LIMIT: usize = 4;
 
 /// Reads from the connection in one piece of work.
 const READS_PER_ROUND: usize = 4;
@@ -67,52 +64,8 @@ const READS_PER_ROUND: usize = 4;
 /// How often a connection is looked at that cannot be watched: it reads from a file.
 const UNWATCHED_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Times and limits of turned sessions, and how they are cancelled.
-#[derive(Clone)]
-pub struct TurnSettings {
-    pub timeouts: Timeouts,
-    /// Messages in one session; 0: no limit.
-    pub messages: usize,
-    /// Messages that were deferred for so long since their first offer are given up.
-    pub give_up: Duration,
-    pub without_8bitmime: Without8BitMime,
-    pub reporter: Reporter,
-    /// Accounts whose sessions end after the messages under way, because their domains are no longer theirs.
-    pub lost: Arc<LostDomains>,
-    /// Has the records of calls.
-    pub spool: Arc<Spool>,
-    /// Ends sessions after the messages under way.
-    pub cancel: CancelToken,
-    /// Ends sessions at once.
-    pub abort: CancelToken,
-}
-
 /// How a session ends that has done its work.
 pub const DONE: &str = "done";
-
-/// The domains that reloads have taken from each account: from one that is removed, all.
-#[derive(Default)]
-pub struct LostDomains(Mutex<HashMap<String, HashSet<Domain>>>);
-
-impl LostDomains {
-    /// Adds the domains that an account had before a reload and has no more; those that it has again are not lost.
-    pub fn update(&self, before: &Accounts, after: &Accounts) {
-        let mut lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for account in before.iter() {
-            lost.entry(account.name.clone()).or_default().extend(account.domains.iter().cloned());
-        }
-        lost.retain(|name, domains| {
-            domains.retain(|domain| after.owner(domain).is_none_or(|owner| owner.name != *name));
-            !domains.is_empty()
-        });
-    }
-
-    /// Whether the account has lost one of these domains.
-    pub fn any<'a>(&self, account: &str, mut domains: impl Iterator<Item = &'a Domain>) -> bool {
-        let lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        lost.get(account).is_some_and(|lost| domains.any(|domain| lost.contains(domain)))
-    }
-}
 
 /// A turned session. Its lane has the lock on the mail.
 pub struct TurnedSession {
@@ -121,7 +74,7 @@ pub struct TurnedSession {
     lane: LaneHandle<TurnedQueue>,
     account: String,
     domains: Vec<Domain>,
-    settings: TurnSettings,
+    settings: Arc<TurnSettings>,
     replies: ReplyInput,
     /// Messages that are opened, in order.
     ahead: VecDeque<OpenedMessage>,
@@ -177,7 +130,8 @@ struct StorageState {
 impl TurnedSession {
     /// Begins the session: the client waits for the customer's greeting. `number`: that of its lane.
     pub fn new(
-        turned: Turned, settings: TurnSettings, pool: &StoragePool<TurnedQueue>, number: usize, permit: SessionPermit,
+        turned: Turned, settings: Arc<TurnSettings>, pool: &StoragePool<TurnedQueue>, number: usize,
+        permit: SessionPermit,
     ) -> TurnedSession {
         let Turned { connection, client, lock, peer, account } = turned;
         let now = Instant::now();
@@ -186,8 +140,7 @@ impl TurnedSession {
         let session = connection.trace.id.clone();
         log::info!("event=turned session={session} peer={peer} account={account} domains={}", names.join(","));
         let parties = TurnParties { session, account: account.clone(), peer };
-        let (reporter, spool) = (settings.reporter.clone(), settings.spool.clone());
-        let queue = TurnedQueue::new(lock, parties, reporter, settings.give_up, spool, permit);
+        let queue = TurnedQueue::new(lock, parties, settings.clone(), permit);
         TurnedSession {
             connection,
             client,

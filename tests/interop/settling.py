@@ -1,7 +1,7 @@
 """The settlement of a message with several recipients, of which one is accepted, one deferred and one rejected: cut by
 SIGKILL, and met by a disk that fails, at each of its system calls, wherever mail waits.
 
-What must hold: nothing is lost, nothing is left, the sender hears of the rejection. A killed program may send a message
+What must hold: nothing is lost, nothing is left, the sender hears of the rejection. A killed program may send messages
 again that it had not settled yet; a program whose disk fails goes on to the next message, and sends again only what it could
 not settle.
 """
@@ -115,6 +115,7 @@ class Place:
     """Where mail waits. `directories`: what is watched, of which `queues` are ours alone; `messages`: what `prepare` puts
     there, by the ends of their names."""
 
+    doubles = 2  # after SIGKILL: one that was not settled yet, and with it the one whose content was under way
     messages = ("one", "two")
     reported = ("one", "two")  # those whose sender can be told
 
@@ -165,6 +166,7 @@ class Turned(Place):
     """Held mail, ours and another agent's and mail without a sender, for a customer that is played here."""
 
     title, about = "turn", "held mail, ours, another agent's and without a sender"
+    doubles = 4  # the session goes on while so many messages are being settled
     messages = ("ours", "other", "null", "last")
     reported = ("ours", "other")
 
@@ -473,8 +475,7 @@ def kill_at_each(place):
         settled = [one for one in recorded_messages(place) if one]
         recorded += len(settled)
         place.recover()
-        # One that was not settled yet, and with it the one whose content was under way.
-        twice += len(check_step(place, f"{name}-{number}", step, 2))
+        twice += len(check_step(place, f"{name}-{number}", step, place.doubles))
         again = [one for one in settled if place.hop.counts()[one, "yes"] > 1]
         check(not again, f"{step}: sent again though it was on record: {again}")
     check(hits >= len(found) // 2, f"{place.title}: only {hits} of {len(found)} moments came again")
