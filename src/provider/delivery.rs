@@ -281,7 +281,7 @@ impl DeliveryThread {
                     }
                     self.close(number);
                 }
-                (LaneReport::Ended { .. }, None) => self.ending -= 1,
+                (LaneReport::Ended { .. }, None) => self.ending = self.ending.saturating_sub(1),
             }
         }
         any
