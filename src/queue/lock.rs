@@ -29,7 +29,7 @@ const OPEN_ATTEMPTS: usize = 5;
 
 /// The lock on some queues, for one session.
 pub struct QueueLock {
-    queues: Vec<LockedQueue>,
+    pub(super) queues: Vec<LockedQueue>,
     current: usize,
 }
 
@@ -310,6 +310,13 @@ impl Listed {
         if !self.offered.contains(unique) {
             self.offered.insert(unique.to_owned());
         }
+    }
+}
+
+impl Drop for LockedQueue {
+    fn drop(&mut self) {
+        // A child process has a copy of the descriptor between fork and exec: the next session must not find the queue locked.
+        let _ = self.lock.unlock();
     }
 }
 

@@ -559,6 +559,16 @@ fn one_session_at_a_time_has_a_queue() {
     assert_eq!(offered(&mut other.lock(&[spool.name("example.org")]).unwrap()), ["eva"]);
 }
 
+#[test]
+fn a_copy_of_the_descriptor_in_a_child_process_does_not_keep_the_lock() {
+    let spool = Spool::new();
+    let name = spool.name("example.org");
+    let lock = spool.queue.try_lock(&name).unwrap();
+    let _copy = lock.queues[0].lock.try_clone().unwrap();
+    drop(lock);
+    assert!(spool.queue.try_lock(&name).is_ok());
+}
+
 fn lock_since(spool: &Spool, ago: Duration) {
     let lock = File::options().write(true).open(spool.path("odmr.lock")).unwrap();
     lock.set_modified(SystemTime::now() - ago).unwrap();
