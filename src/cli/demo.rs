@@ -142,7 +142,7 @@ fn write_provider_files(directory: &Path) -> Result<(), ExitError> {
 fn write_customer_file(directory: &Path, odmr: SocketAddr) -> io::Result<()> {
     let config = format!(
         "hostname = \"mail.example.org\"\n[provider]\naddress = \"localhost:{}\"\nca = \"relay.pem\"\n\
-         name = \"acme\"\nsecret = \"tanstaaftanstaaf\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n\
+         name = \"acme\"\nsecret = \"tanstaaftanstaaf\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"eva@example.org\"]\n\
          [outgoing]\nqueue = \"outgoing\"\n",
         odmr.port()
     );
