@@ -23,8 +23,10 @@ fn each_address_goes_where_the_rules_say() {
         let path = entry.unwrap().path();
         let text = fs::read_to_string(&path).unwrap();
         let (config, expected) = text.split_once("------\n").unwrap();
+        let (config, mailboxes) = config.split_once("-- mailboxes --\n").unwrap_or((config, ""));
         let (table, aliases) = config.split_once("-- aliases --\n").unwrap_or((config, ""));
         let directory = tempfile::tempdir().unwrap();
+        mailboxes.lines().for_each(|path| fs::create_dir_all(directory.path().join(path)).unwrap());
         let file = directory.path().join("odmr.toml");
         fs::write(&file, format!("{HEAD}{table}")).unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();

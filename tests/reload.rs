@@ -1,4 +1,4 @@
-//! SIGHUP to a provider at work, with the real binary: what changes, and what stays.
+//! SIGHUP to a daemon at work, with the real binary: what changes, and what stays.
 
 use std::fs;
 use std::io::Read;
@@ -342,4 +342,59 @@ fn a_customers_daemon_stays_in_its_root_and_has_the_new_limits() {
     }
     assert_eq!(fs::read_dir(place.path("mail/example.org/alice/new")).unwrap().count(), 2);
     assert!(!place.path("other").exists());
+}
+
+/// A catch-all that leads nowhere stops a start, and leaves the daemon what it had.
+#[test]
+fn a_customers_daemon_has_the_new_catch_all() {
+    let place = Place::new(&[]);
+    let config = |lines: &str| {
+        let text = "hostname = \"mail.example.org\"\n[provider]\naddress = \"127.0.0.1:1\"\ntls = \"none\"\nname = \"acme\"\n\
+                    secret = \"tanstaaftanstaaf\"\n[outgoing]\nqueue = \"out\"\nlisten = [\"127.0.0.1:0\"]\n\
+                    [mailboxes]\nroot = \"mail\"\naccept = [\"alice@example.org\", \"@example.org\"]\n";
+        place.write("odmr.toml", &format!("{text}{lines}"));
+    };
+    let command = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        command.args(words).arg("-c").arg(place.path("odmr.toml"));
+        command
+    };
+    let count =
+        |name: &str| fs::read_dir(place.path(&format!("mail/example.org/{name}/new"))).map_or(0, Iterator::count);
+    config("");
+    let mut daemon = Running::start(&mut command(&["pull", "--daemon"]));
+    let address = daemon.listening("local");
+    let by_default = daemon.wait_for("event=catch-all-by-default");
+    assert!(by_default.contains("goes to postmaster@example.org; catch-all = "), "{by_default}");
+    let send = |to: &str| assert!(Client::connect(&address).send("a@example.org", to, 1).starts_with("250 "), "{to}");
+    send("word@example.org");
+    assert_eq!(["postmaster", "word"].map(count), [1, 0]);
+    let mut reload = |lines: &str, word: &str| {
+        config(lines);
+        daemon.signal(Signal::HUP);
+        daemon.wait_for(word)
+    };
+    reload("catch-all = \"alice@example.org\"\n", "event=reloaded");
+    send("word@example.org");
+    assert_eq!(["postmaster", "word", "alice"].map(count), [1, 0, 1]);
+    let nowhere = "aliases = { postmaster = \"/dev/null\" }\n";
+    let failed = reload(nowhere, "event=reload-failed");
+    let line = "write catch-all = { \\\"example.org\\\" = \\\"alice@example.org\\\" }";
+    assert!(failed.contains("odmr.toml:12: ") && failed.contains(line), "{failed}");
+    send("word@example.org");
+    assert_eq!(["postmaster", "word", "alice"].map(count), [1, 0, 2]);
+    // A mailbox that its owner has made, needs no reload.
+    fs::create_dir(place.path("mail/example.org/shop")).unwrap();
+    send("Shop@example.org");
+    assert_eq!(["shop", "alice"].map(count), [1, 2]);
+    reload("catch-all = \"create\"\n", "event=reloaded");
+    send("word@example.org");
+    assert_eq!(["postmaster", "word", "alice"].map(count), [1, 1, 2]);
+    config(nowhere);
+    for (words, code) in [(["check"].as_slice(), 1), (&["pull"], 78), (&["pull", "--daemon"], 78)] {
+        let done = command(words).output().unwrap();
+        let error = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(error.contains("odmr.toml:12: ") && error.contains(&line.replace('\\', "")), "{error}");
+        assert_eq!(done.status.code(), Some(code), "{error}");
+    }
 }

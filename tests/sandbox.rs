@@ -66,7 +66,7 @@ impl Place {
             &format!(
                 "hostname = \"mail.example.org\"\n[provider]\naddress = \"127.0.0.1:1\"\ntls = \"none\"\n\
                  name = \"acme\"\nsecret-file = \"../secrets/acme\"\n[schedule]\nevery = \"1h\"\n\
-                 [mailboxes]\nroot = \"{root}\"\naccept = [\"@example.org\"]\n\
+                 [mailboxes]\nroot = \"{root}\"\naccept = [\"@example.org\"]\ncatch-all = \"create\"\n\
                  [outgoing]\nqueue = \"{queue}\"\nlisten = [\"127.0.0.1:0\"]\n"
             ),
         );

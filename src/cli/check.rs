@@ -4,6 +4,7 @@
 //! is about what works, and is probably not meant so. `--address` shows where mail for an address goes, and by which rule;
 //! `--print` shows the configuration that is in force; `--call` logs in to each provider.
 
+use std::cell::Cell;
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -24,6 +25,7 @@ use crate::config::{
     Config, CustomerConfig, MailOwner, MailboxesConfig, ProviderAccount, ProviderConfig, SourceLine, TlsFiles,
     effective, line_of_key,
 };
+use crate::customer::mailboxes::{find_mailbox, mailbox_exists};
 use crate::customer::sendmail::user_mailbox;
 use crate::ids::Ids;
 use crate::mail::address::{Domain, ForwardPath};
@@ -359,6 +361,7 @@ fn check_customer(config: &CustomerConfig, places: &Places<'_>, login: &str, rep
         }
     }
     config.mailboxes.rules.warnings().iter().for_each(|warning| report.warn(warning));
+    config.mailboxes.rules.catch_all_note().into_iter().for_each(|note| report.note(note));
     if let Some(outgoing) = &config.outgoing {
         warn_of_senders(&config.mailboxes, &outgoing.domain, login, report);
         let needed = if outgoing.listen.is_empty() { 0 } else { config.limits.connections * 2 };
@@ -414,7 +417,7 @@ fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain, user: &str, rep
     for name in ["root", user].iter().take(if user == "root" { 1 } else { 2 }) {
         // Mail for a domain elsewhere is the matter of its host.
         let Some(sender) = user_mailbox(name, domain).filter(|_| mailboxes.rules.serves(domain)) else { continue };
-        let resolved = mailboxes.rules.resolve(&ForwardPath::Mailbox(sender.clone()));
+        let resolved = mailboxes.rules.resolve(&ForwardPath::Mailbox(sender.clone()), &mailbox_exists);
         // An alias that is not served has a warning of its own.
         if resolved.is_err_and(|reply| reply.severity() == Severity::Permanent) {
             let home = mailboxes.rules.home();
@@ -431,12 +434,24 @@ fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain, user: &str, rep
 ///
 /// # Errors
 ///
-/// An address gets no mail here.
+/// An address gets no mail here, or this user may not see whether its mailbox exists.
 fn explain(rules: &RecipientRules, addresses: &[String]) -> Result<(), ExitError> {
     let mut rejected = 0;
+    let unseen = Cell::new(None);
+    let mailbox_exists = |path: &Path| {
+        find_mailbox(path).unwrap_or_else(|error| {
+            unseen.set(Some(error));
+            true
+        })
+    };
     for address in addresses {
-        let (Ok(text) | Err(text)) = rules.explain_typed(address).inspect_err(|_| rejected += 1);
+        let (Ok(text) | Err(text)) = rules.explain_typed(address, &mailbox_exists).inspect_err(|_| rejected += 1);
         print(&format!("{text}\n"))?;
+    }
+    if let Some(error) = unseen.take() {
+        let text =
+            format!("it cannot be seen whether a mailbox exists: {error}; be the owner of the mailboxes, or mend that");
+        return Err(check_error(text));
     }
     match rejected {
         0 => Ok(()),

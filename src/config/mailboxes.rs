@@ -14,8 +14,8 @@ use super::value::{
 };
 use crate::mail::address::{Domain, Mailbox};
 use crate::recipients::{
-    AddressPattern, Alias, ConfigError, DomainAlias, FORWARD_HINT, Located, NextHop, RecipientRules, Route, RouteRule,
-    RuleInput, SourceLine, TargetKind,
+    AddressPattern, Alias, CatchAll, CatchAllRule, ConfigError, DomainAlias, FORWARD_HINT, Located, NextHop,
+    RecipientRules, Route, RouteRule, RuleInput, SourceLine, TargetKind,
 };
 use crate::smtp::client::Without8BitMime;
 
@@ -62,6 +62,8 @@ impl MailboxesConfig {
         let domain_aliases = source.note(reader.domain_aliases(&mut table));
         let routes = table.take("deliver").map_or_else(|| Ok(Vec::new()), |written| reader.routes(written));
         let routes = source.note(routes);
+        let catch_alls = table.take("catch-all").map_or_else(|| Ok(Vec::new()), Reader::catch_alls);
+        let catch_alls = source.note(catch_alls);
         let accept = reader.accept(table.list("accept", ACCEPTED)?.unwrap_or_default())?;
         let home = accept.first().and_then(|entry| entry.value.domain()).cloned().ok_or_else(|| {
             let text = "[mailboxes] needs `accept`, the addresses that exist, such as \
@@ -81,7 +83,7 @@ impl MailboxesConfig {
         }
         let (root, except) = (source.absolute(&root?), except?.unwrap_or_default());
         let (domain_aliases, separators, postmaster) = (domain_aliases?, separators?, postmaster?);
-        let (root_of_rules, routes) = (root.clone(), routes?);
+        let (root_of_rules, routes, catch_alls) = (root.clone(), routes?, catch_alls?);
         result?;
         let input = RuleInput {
             root: root_of_rules,
@@ -93,6 +95,7 @@ impl MailboxesConfig {
             separators,
             postmaster,
             routes,
+            catch_alls,
         };
         let (rules, umask) = (RecipientRules::new(input)?, umask?);
         let (max_size, without_8bitmime) = (max_size?, without_8bitmime?);
@@ -101,9 +104,9 @@ impl MailboxesConfig {
 }
 
 #[rustfmt::skip]
-pub(super) const MAILBOXES_KEYS: [&str; 12] = [
-    "root", "accept", "except", "aliases", "alias-file", "domain-aliases", "separator", "postmaster", "umask",
-    "max-size", "deliver", "without-8bitmime",
+pub(super) const MAILBOXES_KEYS: [&str; 13] = [
+    "root", "accept", "except", "catch-all", "aliases", "alias-file", "domain-aliases", "separator", "postmaster",
+    "umask", "max-size", "deliver", "without-8bitmime",
 ];
 
 const TEXTS: &str = "a string, or a list of them";
@@ -206,6 +209,22 @@ impl Reader<'_> {
         Ok(routes)
     }
 
+    fn catch_alls(written: Value<'_>) -> Result<Vec<CatchAllRule>, ConfigError> {
+        if let DeValue::String(_) = written.value {
+            let Located { value: catch_all, source } = written.read(&CATCH_ALL)?;
+            return Ok(vec![CatchAllRule { domain: None, catch_all, source }]);
+        }
+        let mut rules = Vec::new();
+        for (Located { value: key, source }, target) in written.entries(CATCH_ALL_EXPECTED)? {
+            let domain = match key.as_str() {
+                "*" => None,
+                key => Some(DOMAIN.parse(key).map_err(|text| source.error(text))?),
+            };
+            rules.push(CatchAllRule { domain, catch_all: target.read(&CATCH_ALL)?.value, source });
+        }
+        Ok(rules)
+    }
+
     fn route(&self, text: &str) -> Result<Route, String> {
         let (kind, rest) = text.split_once(':').unwrap_or_default();
         let path = || PATH.parse(rest).map(|path| self.source.absolute(&path));
@@ -252,6 +271,17 @@ const USER_PATTERN: Text<AddressPattern> = Text::new(USER_EXPECTED, |text| {
 });
 
 const USER_EXPECTED: &str = "an address such as \"alice@example.org\"";
+
+const CATCH_ALL_EXPECTED: &str = "an address such as \"alice@example.org\", \"postmaster\", or \"create\" for a mailbox of \
+                                  each name; for one domain { \"example.org\" = … }";
+
+const CATCH_ALL: Text<CatchAll> = Text::new(CATCH_ALL_EXPECTED, |text| match text {
+    "create" => Ok(CatchAll::Create),
+    "postmaster" => Ok(CatchAll::Postmaster),
+    text => address_with_domain(text)
+        .map(CatchAll::Mailbox)
+        .ok_or_else(|| format!("{text:?} is not a valid address for a catch-all: write {CATCH_ALL_EXPECTED}")),
+});
 
 fn no_address(text: &str) -> String {
     format!("{text:?} is not a valid address: write one such as \"alice@example.org\"")

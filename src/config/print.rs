@@ -126,7 +126,12 @@ impl Printer {
         let mailboxes = &config.mailboxes;
         let mut table = take_table(&mut file, "mailboxes").unwrap_or_default();
         self.head("mailboxes");
-        self.written(&mut table, &["root", "accept", "except", "aliases", "alias-file", "domain-aliases"]);
+        self.written(&mut table, &["root", "accept", "except"]);
+        match table.contains_key("catch-all") {
+            true => self.written(&mut table, &["catch-all"]),
+            false => self.value("catch-all", "\"postmaster\""),
+        }
+        self.written(&mut table, &["aliases", "alias-file", "domain-aliases"]);
         match table.contains_key("separator") {
             true => self.written(&mut table, &["separator"]),
             false => self.value("separator", "\"+\""),

@@ -4,6 +4,7 @@ use super::*;
 use crate::mail::address::Domain;
 use crate::net::pin::Pin;
 use crate::queue::retry::Retry;
+use crate::recipients::RecipientRules;
 use crate::sasl::{CertificateDigests, Login, Mechanism, Unavailable};
 use crate::schedule::{Schedule, When};
 use crate::session::{ClientIdentity, Limits, RemoteSettings, Timeouts, TlsMode};
@@ -1304,7 +1305,7 @@ fn what_is_printed_is_read_again() {
          sesame\"\ntls-for = {{ \"example.com\" = \"must\" }}\n[limits]\nerrors = 7\n[timeouts]\nmail = \"1500ms\"\n"
     );
     let customer = format!(
-        "user = \"vmail\"\n{CUSTOMER}aliases = {{ root = [\"alice\"], \"info@example.com\" = \"alice@example.org\" }}\n\
+        "user = \"vmail\"\n{CUSTOMER}catch-all = {{ \"*\" = \"create\", \"example.com\" = \"alice@example.org\" }}\naliases = {{ root = [\"alice\"], \"info@example.com\" = \"alice@example.org\" }}\n\
          umask = \"027\"\n[outgoing]\nqueue = \"out\"\nnetworks = [\"192.0.2.0/24\"]\n[schedule]\nat = [\"* every 1h\"]\n\
          zone = \"UTC\"\njitter = \"none\"\n"
     );
@@ -1331,6 +1332,11 @@ fn what_is_printed_is_read_again() {
                     (other.providers[0].schedule.clone(), other.limits)
                 );
                 assert_eq!(one.mailboxes.rules.alias_count(), other.mailboxes.rules.alias_count());
+                let explain = |rules: &RecipientRules| rules.explain_typed("word@example.com", &|_| false).unwrap();
+                let [one_text, other_text] = [&one.mailboxes.rules, &other.mailboxes.rules].map(explain);
+                assert_eq!(one_text.lines().count(), 2, "{one_text}");
+                let place = |text: &str| text.split(" -> ").next().map(str::to_owned);
+                assert_eq!(place(&one_text), place(&other_text));
                 assert_eq!((one.owner.is_some(), one.mailboxes.umask), (other.owner.is_some(), other.mailboxes.umask));
             }
             _ => panic!("another side"),

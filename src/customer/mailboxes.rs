@@ -42,11 +42,27 @@ impl Mailboxes {
         &self.config.mailboxes.rules
     }
 
-    /// Logs the aliases whose mail is deferred.
+    /// Logs the aliases whose mail is deferred, and if names without a mailbox are postmaster's by default.
     pub fn log_warnings(&self) {
         for warning in self.rules().warnings() {
             log::warn!("event=alias-not-served error={}", quoted(warning));
         }
+        if let Some(note) = self.rules().catch_all_note() {
+            log::info!("event=catch-all-by-default consequence={}", quoted(&note.text));
+        }
+    }
+
+    /// [`RecipientRules::resolve`], with the mailboxes that exist now.
+    ///
+    /// # Errors
+    /// The reply that rejects or defers the recipient.
+    pub fn resolve(&self, path: &ForwardPath) -> Result<Vec<Delivery>, Reply> {
+        self.rules().resolve(path, &mailbox_exists)
+    }
+
+    /// [`RecipientRules::destination_of`], with the mailboxes that exist now.
+    pub fn destination_of(&self, mailbox: &Mailbox) -> Option<Destination> {
+        self.rules().destination_of(mailbox, &mailbox_exists)
     }
 
     /// The queue of mail for next hops.
@@ -125,7 +141,7 @@ impl Mailboxes {
     ) -> io::Result<Routing> {
         let (mut known, mut rejected, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
         for recipient in &message.envelope.recipients {
-            match self.rules().resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
+            match self.resolve(&ForwardPath::Mailbox(recipient.mailbox.clone())) {
                 Err(reply) => rejected.push((recipient.clone(), reply)),
                 Ok(deliveries) => {
                     let count = deliveries.len();
@@ -165,7 +181,7 @@ impl Mailboxes {
         let (mut routing, mut seen) = (Routing::default(), HashSet::new());
         for (recipient, deliveries) in recipients {
             let mut all_here = true;
-            for Delivery { mailbox, destination, .. } in deliveries {
+            for Delivery { mailbox, destination, fallback, .. } in deliveries {
                 let relayed = relayed_recipient(recipient, mailbox, deliveries.len());
                 match destination {
                     Destination::Maildir { path, folders } if seen.insert(destination) => {
@@ -177,6 +193,9 @@ impl Mailboxes {
                     Destination::Discard => routing.discarded.push(relayed),
                     Destination::NextHop(hop) => {
                         all_here = false;
+                        if *fallback {
+                            routing.fallbacks.push(mailbox.clone());
+                        }
                         routing.add(hop, relayed);
                     }
                     Destination::Elsewhere => {
@@ -215,12 +234,13 @@ impl Mailboxes {
     }
 
     /// Delivers to our own Maildir for each recipient that a next hop has rejected and that must be accepted: postmaster
-    /// and abuse (RFC 5321 section 4.5.1, RFC 2142). Replaces their statuses.
+    /// and abuse (RFC 5321 section 4.5.1, RFC 2142), and those in `fallbacks`. Replaces their statuses.
     pub fn deliver_fallbacks(
-        &self, from: &ReversePath, recipients: &mut [(Recipient, RecipientStatus)], content: &mut dyn Content,
+        &self, from: &ReversePath, recipients: &mut [(Recipient, RecipientStatus)], fallbacks: &[Mailbox],
+        content: &mut dyn Content,
     ) {
         for (Recipient { mailbox, .. }, status) in recipients {
-            if status.is_rejected() && self.rules().is_fallback(mailbox) {
+            if status.is_rejected() && (self.rules().is_fallback(mailbox) || fallbacks.contains(mailbox)) {
                 *status = self.copy(from, mailbox, (&self.rules().maildir_of(mailbox), &[]), content);
             }
         }
@@ -233,6 +253,28 @@ impl Mailboxes {
     pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
         if has_room(&self.config.mailboxes.root, octets) { Ok(()) } else { Err(disk_full_reply()) }
     }
+}
+
+/// Whether there is something at the path of a mailbox.
+///
+/// # Errors
+/// The system does not tell.
+pub fn find_mailbox(path: &Path) -> io::Result<bool> {
+    for ancestor in path.ancestors() {
+        match fs::symlink_metadata(ancestor) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(with_path(ancestor, error)),
+            // The mailboxes may be below a link whose file system is not mounted now.
+            Ok(_) => return Ok(ancestor == path || !ancestor.is_dir()),
+        }
+    }
+    Ok(false)
+}
+
+/// As [`find_mailbox`]. A mailbox of which the system does not tell counts as one that exists: then the copy fails, and the
+/// message waits. Another mailbox must not get it.
+pub fn mailbox_exists(path: &Path) -> bool {
+    find_mailbox(path).unwrap_or(true)
 }
 
 /// The lines of a copy before its content. `original`: the recipient that the sender meant.
@@ -257,6 +299,8 @@ pub struct Routing {
     pub maildir_recipients: Vec<Recipient>,
     /// The recipients of each next hop.
     pub hop_recipients: Vec<(NextHop, Vec<Recipient>)>,
+    /// Those of them that must accept the message ([`Delivery::fallback`]).
+    pub fallbacks: Vec<Mailbox>,
     /// Recipients in none of our domains. A turned session has none.
     pub elsewhere: Vec<Recipient>,
     /// Recipients whose mail is accepted and discarded.
@@ -310,4 +354,37 @@ fn subdirectories(path: &Path, dotted: bool) -> io::Result<Vec<PathBuf>> {
         is_dotted == dotted && file.file_type().is_ok_and(|kind| kind.is_dir())
     };
     Ok(files.into_iter().filter(wanted).map(|file| file.path()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// Mail of a user must not be somebody else's because a disk is not there.
+    #[test]
+    fn a_mailbox_that_cannot_be_seen_counts_as_one_that_exists() {
+        let root = tempfile::tempdir().unwrap();
+        let path = |name: &str| root.path().join(name);
+        fs::create_dir_all(path("example.org/alice")).unwrap();
+        fs::write(path("example.org/file"), "").unwrap();
+        symlink("/nonexistent/disk", path("example.net")).unwrap();
+        symlink("/nonexistent/bob", path("example.org/bob")).unwrap();
+        symlink("example.org", path("example.edu")).unwrap();
+        for (name, expected) in [
+            ("example.org/alice", true),
+            ("example.org/bob", true),
+            ("example.org/file", true),
+            ("example.org/file/word", true),
+            ("example.edu/alice", true),
+            ("example.net/word", true),
+            ("example.org/word", false),
+            ("example.edu/word", false),
+            ("example.com/word", false),
+        ] {
+            assert_eq!(mailbox_exists(&path(name)), expected, "{name}");
+        }
+        let error = find_mailbox(&path("example.org/file/word")).unwrap_err().to_string();
+        assert!(error.contains("example.org/file/word: Not a directory"), "{error}");
+    }
 }

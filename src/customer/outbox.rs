@@ -62,7 +62,7 @@ impl Outbox {
                 check_qualified(mailbox).map(|()| mailbox.clone())
             }
             ours => {
-                self.mailboxes.rules().resolve(ours)?;
+                self.mailboxes.resolve(ours)?;
                 self.mailboxes.canonical_recipient(ours)
             }
         }
@@ -504,7 +504,7 @@ impl DsnSink for OutgoingStore {
     fn store(&self, dsn: &DsnMessage) -> io::Result<()> {
         let mut envelope = dsn.envelope(&self.mailboxes.ids);
         let path = ForwardPath::Mailbox(dsn.to.clone());
-        if self.is_local(&dsn.to) && self.mailboxes.rules().resolve(&path).is_err() {
+        if self.is_local(&dsn.to) && self.mailboxes.resolve(&path).is_err() {
             // Such as root, for whom cron sends. Each domain has a postmaster (RFC 5321 section 4.5.1).
             let postmaster = dsn.to.domain().and_then(|domain| recipients::address("postmaster", domain));
             let postmaster =

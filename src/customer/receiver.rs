@@ -30,7 +30,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::counters::{CallCounters, MessageRecipient};
-use super::mailboxes::{Mailboxes, Routing, delivered_here, log_discarded, relayed_recipient};
+use super::mailboxes::{Mailboxes, Routing, delivered_here, log_discarded, mailbox_exists, relayed_recipient};
 use super::next_hop::{HopDelivery, NextHops};
 use super::retry_queue::RetryQueue;
 use super::success_dsn::SuccessDsn;
@@ -212,7 +212,7 @@ impl SessionHandler for Receiver {
     fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply> {
         let mailboxes = self.context.mailboxes();
         let mailbox = mailboxes.canonical_recipient(path)?;
-        let deliveries = mailboxes.rules().resolve_from_provider(path).map_err(|reply| {
+        let deliveries = mailboxes.rules().resolve_from_provider(path, &mailbox_exists).map_err(|reply| {
             // Of two reasons the one that is nearer to the mistake.
             check_held_domain(&mailbox).err().unwrap_or(reply)
         })?;
@@ -420,7 +420,7 @@ impl IncomingMessage {
             let outgoing = OutgoingMessage { envelope, size, eight_bit, utf8_header, attempts: 0 };
             let mut delivery = hops.deliver(&hop, &outgoing, &mut self.spooled, info.as_ref());
             let (from, recipients) = (&outgoing.envelope.from, &mut delivery.recipients);
-            context.mailboxes().deliver_fallbacks(from, recipients, &mut self.spooled);
+            context.mailboxes().deliver_fallbacks(from, recipients, &self.routing.fallbacks, &mut self.spooled);
             for (_, status) in recipients.iter_mut().filter(|_| context.soft_bounce) {
                 // A rejection of a part would be a DSN.
                 if let RecipientStatus::Rejected(reply) = status {

@@ -148,7 +148,7 @@ impl RetryQueue {
         let (mut by_hop, mut statuses): (Vec<(NextHop, Vec<usize>)>, _) = (Vec::new(), Vec::new());
         let envelope = message.envelope.clone();
         for (number, recipient) in envelope.recipients.iter().enumerate() {
-            let status = match self.mailboxes.rules().destination_of(&recipient.mailbox) {
+            let status = match self.mailboxes.destination_of(&recipient.mailbox) {
                 Some(Destination::NextHop(hop)) => {
                     match by_hop.iter_mut().find(|(other, _)| *other == hop) {
                         Some((_, numbers)) => numbers.push(number),
@@ -172,7 +172,7 @@ impl RetryQueue {
             outgoing.envelope.recipients = recipients;
             hops.set_retry_deadline();
             tried = hops.deliver(&hop, &outgoing, message, None);
-            self.mailboxes.deliver_fallbacks(&envelope.from, &mut tried.recipients, message);
+            self.mailboxes.deliver_fallbacks(&envelope.from, &mut tried.recipients, &[], message);
             statuses.extend(numbers.into_iter().zip(tried.recipients.drain(..).map(|(_, status)| status)));
         }
         statuses.sort_by_key(|(number, _)| *number);
@@ -205,7 +205,7 @@ impl RetryQueue {
         &self, message: &mut QueuedMessage, postmaster: &Mailbox, rejected: &Mailbox,
     ) -> RecipientStatus {
         let rules = self.mailboxes.rules();
-        let deliveries = rules.resolve(&ForwardPath::Mailbox(postmaster.clone())).unwrap_or_default();
+        let deliveries = self.mailboxes.resolve(&ForwardPath::Mailbox(postmaster.clone())).unwrap_or_default();
         if deliveries.iter().any(|delivery| same_mailbox(&delivery.mailbox, rejected)) {
             return self.mailboxes.copy(&ReversePath::Null, postmaster, (&rules.maildir_of(postmaster), &[]), message);
         }

@@ -260,7 +260,7 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
         let queue = store::outgoing_queue(&outgoing.queue);
         mailboxes.queue.list(&queue, &mut |message| show(&message, &|_| String::new()))?;
     }
-    let route = |mailbox: &Mailbox| match mailboxes.rules().destination_of(mailbox) {
+    let route = |mailbox: &Mailbox| match mailboxes.destination_of(mailbox) {
         Some(Destination::NextHop(hop)) => format!(" (next hop {hop})"),
         _ => " (a mailbox here)".to_owned(),
     };

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use super::input::{
-    AddressPattern, Alias, AliasTarget, ConfigError, DomainAlias, FORWARD_HINT, Route, RuleInput, SourceLine,
+    AddressPattern, Alias, AliasTarget, CatchAll, ConfigError, DomainAlias, FORWARD_HINT, Route, RuleInput, SourceLine,
     TargetKind, is,
 };
 use super::names::has_directory_name;
@@ -35,6 +35,10 @@ impl RecipientRules {
             separators: input.separators,
             postmaster: None,
             routes: HashMap::new(),
+            catch_alls: HashMap::new(),
+            catch_all: CatchAll::default(),
+            named: HashSet::new(),
+            catch_all_note: None,
             warnings: Vec::new(),
         };
         let patterns = input.accept.iter().map(|entry| &entry.value);
@@ -68,6 +72,7 @@ impl RecipientRules {
                 }
             }
         }
+        rules.add_catch_alls(&input.catch_alls, &input.accept)?;
         rules.warnings = order.iter().flat_map(|name| rules.alias_warnings(&rules.aliases[name])).collect();
         Ok(rules)
     }

@@ -25,6 +25,7 @@ pub struct RuleInput {
     pub separators: String,
     pub postmaster: Option<Located<Mailbox>>,
     pub routes: Vec<RouteRule>,
+    pub catch_alls: Vec<CatchAllRule>,
 }
 
 /// A value, and the line that it comes from.
@@ -142,6 +143,27 @@ pub struct RouteRule {
     pub pattern: Option<AddressPattern>,
     pub route: Route,
     pub source: SourceLine,
+}
+
+/// What gets mail for names without a mailbox, in the domains that are accepted as a whole.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CatchAllRule {
+    /// `None`: each domain without a rule of its own.
+    pub domain: Option<Domain>,
+    pub catch_all: CatchAll,
+    pub source: SourceLine,
+}
+
+/// What gets mail for a name without a mailbox.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum CatchAll {
+    /// The postmaster of the domain (RFC 5321 section 4.5.1).
+    #[default]
+    Postmaster,
+    /// A mailbox of that name, which is made.
+    Create,
+    /// One mailbox, or an alias.
+    Mailbox(Mailbox),
 }
 
 /// What delivers mail.

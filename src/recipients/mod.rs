@@ -14,7 +14,8 @@
 //!    is a mailbox by default, and mail for abuse goes to it.
 //! 7. *alias of the domain*: `@example.org`.
 //! 8. *exception*: rejected, with or without detail.
-//! 9. *catch-all*: the mailbox of the local part without its detail.
+//! 9. *catch-all*: the mailbox of the local part without its detail, if there is one; else the address that `catch-all`
+//!    names for the domain, by default postmaster (see [`catch_all`]).
 //! 10. *no rule*: rejected.
 //!
 //! A target of an alias may also be `/dev/null`, which discards, and an address elsewhere, for mail that is submitted here.
@@ -24,6 +25,7 @@
 //! Local parts compare without case, domains as [`Domain`] does. An alias that names itself means the mailbox of that
 //! name, and so does a target with a backslash in front: rules 3, 5 and 7 then ignore aliases.
 
+mod catch_all;
 mod check;
 mod input;
 mod names;
@@ -33,8 +35,8 @@ use std::fmt::{self, Write};
 use std::path::{Path, PathBuf};
 
 pub use self::input::{
-    AddressPattern, Alias, AliasTarget, ConfigError, DomainAlias, FORWARD_HINT, Located, NextHop, Route, RouteRule,
-    RuleInput, SourceLine, TargetKind, address, same_mailbox,
+    AddressPattern, Alias, AliasTarget, CatchAll, CatchAllRule, ConfigError, DomainAlias, FORWARD_HINT, Located,
+    NextHop, Route, RouteRule, RuleInput, SourceLine, TargetKind, address, same_mailbox,
 };
 pub use self::names::directory_name;
 
@@ -45,6 +47,9 @@ use crate::smtp::reply::Reply;
 
 /// The most destinations of one address.
 const DESTINATION_LIMIT: usize = 100;
+
+/// Tells whether there is a Maildir at this path, which the rules cannot see.
+pub type MailboxExists<'a> = &'a dyn Fn(&Path) -> bool;
 
 /// One copy of a message, for one mailbox.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -116,8 +121,10 @@ pub enum MatchedRule {
     Postmaster,
     /// Rule 6, to a mailbox that is not in `accept`.
     PostmasterByDefault { detail: Option<String> },
-    /// Rule 9.
+    /// Rule 9, to the mailbox of the name, or to its next hop.
     CatchAll { domain: Domain, detail: Option<String> },
+    /// Rule 9, to another address, as the name has no mailbox. `to_postmaster`: to that of the domain.
+    CatchAllAddress { domain: Domain, to_postmaster: bool },
     /// The target of an alias, accepted and discarded.
     Discard,
     /// The target of an alias, in none of our domains.
@@ -134,6 +141,9 @@ impl fmt::Display for MatchedRule {
             MatchedRule::Postmaster => ("postmaster".to_owned(), &None),
             MatchedRule::PostmasterByDefault { detail } => ("postmaster by default".to_owned(), detail),
             MatchedRule::CatchAll { domain, detail } => (format!("catch-all @{domain}"), detail),
+            MatchedRule::CatchAllAddress { domain, .. } => {
+                (format!("no mailbox of that name, catch-all @{domain}"), &None)
+            }
             MatchedRule::Discard => ("discard".to_owned(), &None),
             MatchedRule::Elsewhere => ("elsewhere".to_owned(), &None),
         };
@@ -209,6 +219,13 @@ pub struct RecipientRules {
     routes: HashMap<AddressPattern, Route>,
     /// For all other recipients.
     route: Route,
+    /// What gets mail for names without a mailbox: of a domain, and of all other domains in `accept`.
+    catch_alls: HashMap<Domain, CatchAll>,
+    catch_all: CatchAll,
+    /// Names that have a mailbox even before it gets its first message.
+    named: HashSet<AddressPattern>,
+    /// As [`RecipientRules::catch_all_note`].
+    catch_all_note: Option<ConfigError>,
     /// As [`RecipientRules::warnings`].
     warnings: Vec<ConfigError>,
 }
@@ -268,8 +285,10 @@ impl RecipientRules {
     ///
     /// Those of [`RecipientRules::resolve`], and `451` with 4.3.5 if an alias leads elsewhere. Then no target gets the
     /// message: the provider keeps it for the recipient as a whole, and would send it again to those that have it.
-    pub fn resolve_from_provider(&self, path: &ForwardPath) -> Result<Vec<Delivery>, Reply> {
-        let deliveries = self.resolve(path)?;
+    pub fn resolve_from_provider(
+        &self, path: &ForwardPath, mailbox_exists: MailboxExists<'_>,
+    ) -> Result<Vec<Delivery>, Reply> {
+        let deliveries = self.resolve(path, mailbox_exists)?;
         match deliveries.iter().any(|delivery| delivery.destination == Destination::Elsewhere) {
             true => Err(elsewhere_reply()),
             false => Ok(deliveries),
@@ -282,8 +301,8 @@ impl RecipientRules {
     ///
     /// The reply that rejects the recipient: `550` with 5.1.1, or with 5.7.1 for a foreign domain; or that defers it: `451`
     /// with 4.3.5 if an alias has a target that is not served.
-    pub fn resolve(&self, path: &ForwardPath) -> Result<Vec<Delivery>, Reply> {
-        self.trace(path).1.map_err(|(reason, _)| reason.reply())
+    pub fn resolve(&self, path: &ForwardPath, mailbox_exists: MailboxExists<'_>) -> Result<Vec<Delivery>, Reply> {
+        self.trace(path, mailbox_exists).1.map_err(|(reason, _)| reason.reply())
     }
 
     /// How many aliases there are, those of domains among them.
@@ -293,9 +312,9 @@ impl RecipientRules {
 
     /// The result of [`RecipientRules::resolve`] as text: one line, and for an alias another line for each delivery. The
     /// last line has no line end.
-    fn explain(&self, path: &ForwardPath) -> Result<String, String> {
+    fn explain(&self, path: &ForwardPath, mailbox_exists: MailboxExists<'_>) -> Result<String, String> {
         let listed = |rules: &[MatchedRule]| rules.iter().map(|rule| format!(" {rule},")).collect::<String>();
-        let (begin, result) = self.trace(path);
+        let (begin, result) = self.trace(path, mailbox_exists);
         let mut text = format!("{path}:{}", listed(&begin));
         let deliveries = result.map_err(|(reason, via)| match self.unserved_target(&via) {
             Some(what) if reason == NoMailbox::Unserved => {
@@ -326,14 +345,14 @@ impl RecipientRules {
     /// # Errors
     ///
     /// The explanation if the address is rejected, or a text if it is not a valid address.
-    pub fn explain_typed(&self, typed: &str) -> Result<String, String> {
+    pub fn explain_typed(&self, typed: &str, mailbox_exists: MailboxExists<'_>) -> Result<String, String> {
         let typed = typed.trim();
         let bracketed = if typed.starts_with('<') { typed.to_owned() } else { format!("<{typed}>") };
         match forward_path(bracketed.as_bytes()) {
             Ok((ForwardPath::Mailbox(mailbox), used)) if used == bracketed.len() => {
-                self.explain(&ForwardPath::Mailbox(mailbox.canonical()))
+                self.explain(&ForwardPath::Mailbox(mailbox.canonical()), mailbox_exists)
             }
-            Ok((path, used)) if used == bracketed.len() => self.explain(&path),
+            Ok((path, used)) if used == bracketed.len() => self.explain(&path, mailbox_exists),
             _ => Err(format!("{typed:?} is no address: write one such as alice@example.org, or postmaster")),
         }
     }
@@ -349,9 +368,18 @@ impl RecipientRules {
 
     /// Where mail for a [`Delivery::mailbox`] goes, without aliases: its message was accepted before, and waits in the
     /// queue. `None`: the configuration has changed, and it is not a mailbox any more.
-    pub fn destination_of(&self, mailbox: &Mailbox) -> Option<Destination> {
+    pub fn destination_of(&self, mailbox: &Mailbox, mailbox_exists: MailboxExists<'_>) -> Option<Destination> {
         let domain = mailbox.domain().filter(|domain| self.serves(domain))?;
-        match self.look_up(mailbox.local(), domain, false) {
+        let found = self.look_up(mailbox.local(), domain, false);
+        if let Some((target, rule)) = self.catch_all_target(&found, mailbox_exists) {
+            // A recipient has one status, so of several mailboxes only the first gets the message.
+            let deliveries = self.deliveries_to(&target, vec![rule]).unwrap_or_default();
+            let mut destinations = deliveries.into_iter().map(|delivery| delivery.destination);
+            if let Some(maildir) = destinations.find(|to| matches!(to, Destination::Maildir { .. })) {
+                return Some(maildir);
+            }
+        }
+        match found {
             Match::Mailbox { local, detail, .. } => Some(self.destination(&local, domain, detail.as_deref())),
             _ => None,
         }
@@ -399,7 +427,7 @@ impl RecipientRules {
     }
 
     /// The rules 0 and 1 that were applied, and the result of all rules.
-    fn trace(&self, path: &ForwardPath) -> (Vec<MatchedRule>, TraceResult) {
+    fn trace(&self, path: &ForwardPath, mailbox_exists: MailboxExists<'_>) -> (Vec<MatchedRule>, TraceResult) {
         let mut via = Vec::new();
         let mut mailbox = match path {
             ForwardPath::Mailbox(mailbox) => mailbox.canonical(),
@@ -415,11 +443,19 @@ impl RecipientRules {
             mailbox = self.canonical(mailbox);
         }
         let begin = via.clone();
+        if let Some((target, rule)) = self.catch_all_target(&self.find(&mailbox, true), mailbox_exists) {
+            via.push(rule);
+            mailbox = target;
+        }
+        (begin, self.deliveries_to(&mailbox, via))
+    }
+
+    /// Where mail for an address goes, by rules 2 to 10. `via`: the rules that have led to it.
+    fn deliveries_to(&self, mailbox: &Mailbox, via: Vec<MatchedRule>) -> TraceResult {
         let mut expansion = Expansion::new(self, via);
-        let result = expansion.expand(&mailbox, self.find(&mailbox, true));
-        match result {
-            Ok(()) => (begin, Ok(expansion.deliveries)),
-            Err(reason) => (begin, Err((reason, expansion.via))),
+        match expansion.expand(mailbox, self.find(mailbox, true)) {
+            Ok(()) => Ok(expansion.deliveries),
+            Err(reason) => Err((reason, expansion.via)),
         }
     }
 
@@ -589,7 +625,9 @@ impl<'a> Expansion<'a> {
         let same = |other: &Delivery| other.destination == destination && same_place(other);
         // The check of the limit needs to see one delivery beyond it, and no more.
         if self.deliveries.len() <= DESTINATION_LIMIT && !self.deliveries.iter().any(same) {
-            let fallback = matches!(rule, MatchedRule::PostmasterByDefault { .. });
+            // A name without a mailbox is accepted as postmaster is.
+            let caught = |rule: &MatchedRule| matches!(rule, MatchedRule::CatchAllAddress { to_postmaster: true, .. });
+            let fallback = matches!(rule, MatchedRule::PostmasterByDefault { .. }) || self.via.iter().any(caught);
             let via = self.via.clone();
             self.deliveries.push(Delivery { mailbox: mailbox.clone(), destination, via, rule, fallback });
         }

@@ -53,6 +53,7 @@ fn open() -> RecipientRules {
         separators: "+-".to_owned(),
         postmaster: None,
         routes: vec![RouteRule { pattern: Some(other), route: Route::Maildir("/srv".into()), source }],
+        catch_alls: Vec::new(),
     })
     .unwrap()
 }
@@ -60,7 +61,7 @@ fn open() -> RecipientRules {
 #[test]
 fn typed_addresses_are_checked() {
     fn check(typed: &str, expected: Option<&str>) {
-        let text = open().explain_typed(typed).ok();
+        let text = open().explain_typed(typed, &|_| true).ok();
         let address = text.as_deref().and_then(|text| text.rsplit_once(": ")).map(|(address, _)| address);
         assert_eq!(address, expected, "{typed:?}");
     }
@@ -74,8 +75,50 @@ fn typed_addresses_are_checked() {
     for wrong in ["", "<>", "alice", "alice@", "a b@example.org", "<alice@example.org", "alice@example.org>", "a\0@b"] {
         check(wrong, None);
     }
-    let text = open().explain_typed("a\0b@example.org").unwrap_err();
+    let text = open().explain_typed("a\0b@example.org", &|_| true).unwrap_err();
     assert!(text.starts_with("\"a\\0b@example.org\" is no address"), "{text}");
+}
+
+/// A message waits in the queue for a name that had a next hop, and has Maildirs now.
+#[test]
+fn a_message_that_waits_makes_no_mailbox_of_a_word() {
+    let source = SourceLine { file: Path::new("odmr.toml").into(), line: Some(1) };
+    let rules = |catch_all: CatchAll| {
+        let accept = vec![Located { value: AddressPattern::Domain(domain("example.org")), source: source.clone() }];
+        let team = ["lmtp", "bob", "alice"].map(|name| AliasTarget {
+            kind: TargetKind::Mailbox { mailbox: address(name, &domain("example.org")).unwrap(), direct: false },
+            source: source.clone(),
+        });
+        let (name, hop) = (AddressPattern::bare("team"), NextHop::LmtpUnix("/run/lmtp".into()));
+        let pattern = Some(AddressPattern::address("lmtp", &domain("example.org")));
+        RecipientRules::new(RuleInput {
+            root: "/var/mail".into(),
+            home: domain("example.org"),
+            accept,
+            except: Vec::new(),
+            aliases: vec![Alias { name, targets: team.into(), source: source.clone() }],
+            domain_aliases: Vec::new(),
+            separators: "+".to_owned(),
+            postmaster: None,
+            routes: vec![RouteRule { pattern, route: Route::NextHop(hop), source: source.clone() }],
+            catch_alls: vec![CatchAllRule { domain: None, catch_all, source: source.clone() }],
+        })
+        .unwrap()
+    };
+    let check = |catch_all: CatchAll, local: &str, exists: bool, expected: &str| {
+        let word = address(local, &domain("example.org")).unwrap();
+        let destination = rules(catch_all).destination_of(&word, &|_| exists).unwrap();
+        assert_eq!(destination.to_string(), expected, "{local}");
+    };
+    let to = |local: &str| CatchAll::Mailbox(address(local, &domain("example.org")).unwrap());
+    check(CatchAll::Postmaster, "word", false, "maildir:/var/mail/example.org/postmaster");
+    check(CatchAll::Postmaster, "word", true, "maildir:/var/mail/example.org/word");
+    check(CatchAll::Create, "word", false, "maildir:/var/mail/example.org/word");
+    check(to("caught"), "word+x", false, "maildir:/var/mail/example.org/caught");
+    check(to("caught"), "caught", false, "maildir:/var/mail/example.org/caught");
+    // The recipient has one status, so one mailbox gets the message; a next hop would not know the name.
+    check(to("team"), "word", false, "maildir:/var/mail/example.org/bob");
+    check(to("lmtp"), "word", false, "maildir:/var/mail/example.org/word");
 }
 
 /// Whether a name is safe as one component of a path.
@@ -112,7 +155,7 @@ proptest! {
         let (name, root) = if other { ("example.com", "/srv") } else { ("example.org", "/var/mail/example.org") };
         let Some(mailbox) = address(&local, &domain(name)) else { return Ok(()) };
         prop_assert!(rules.maildir_of(&mailbox).starts_with("/var/mail"));
-        let Ok(deliveries) = rules.resolve(&ForwardPath::Mailbox(mailbox)) else { return Ok(()) };
+        let Ok(deliveries) = rules.resolve(&ForwardPath::Mailbox(mailbox), &|_| true) else { return Ok(()) };
         prop_assert_eq!(deliveries.len(), 1);
         let Destination::Maildir { path, folders } = &deliveries[0].destination else {
             return Err(TestCaseError::fail("no Maildir"));

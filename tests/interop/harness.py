@@ -342,7 +342,8 @@ def secret(customer):
 class Customer:
     """A customer's file and its mailboxes.
 
-    `head`: lines before the first table; `more`: lines of `[mailboxes]`, and what follows; `accept`: who has a mailbox.
+    `head`: lines before the first table; `more`: lines of `[mailboxes]`, and what follows; `accept`: who has a mailbox, which
+    is made for each name of a domain.
     """
 
     def __init__(self, box, port, *, tls="starttls", authority=None, name="acme", password=None, file="pull", **lines):
@@ -364,6 +365,7 @@ secret = "{password or secret(name)}"
 [mailboxes]
 root = "{self.root}"
 accept = [{accept}]
+catch-all = "create"
 {lines.get("more", "")}""",
         )
 

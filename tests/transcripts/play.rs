@@ -64,6 +64,7 @@ domains = []
 [mailboxes]
 root = "{dir}/mailboxes"
 accept = ["alice@example.org", "bob@example.org", "@example.com"]
+catch-all = "create"
 "#;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
