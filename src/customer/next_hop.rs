@@ -342,7 +342,7 @@ impl HopSession {
         let result = match self.transaction.take() {
             Some(_) => session.send_data(content, message.size),
             None => match info.map_or(Ok(()), |info| session.send_client_info(info)) {
-                Ok(()) => session.send_message(message.clone(), content),
+                Ok(()) => session.send_message(message, content),
                 Err(failure) => DeliveryResult::lost(failure.to_string(), recipients.len()),
             },
         };

@@ -5,6 +5,7 @@
 //! which RFC 2645 section 5.4 permits), outgoing mail goes to the submission host. If none is configured, it waits, which
 //! is logged.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -182,8 +183,10 @@ impl Outbox {
                 }
             };
             // A recipient that was accepted by earlier rules may have no mailbox any more.
-            let status = |recipient: &Recipient| match rejected.iter().find(|(rejected, _)| rejected == recipient) {
-                Some((_, reply)) => RecipientStatus::after_negative(reply),
+            let rejected: HashMap<_, _> =
+                rejected.iter().map(|(recipient, reply)| (&recipient.mailbox, reply)).collect();
+            let status = |recipient: &Recipient| match rejected.get(&recipient.mailbox) {
+                Some(reply) => RecipientStatus::after_negative(reply),
                 None if self.store.is_local(&recipient.mailbox) => delivered_here(),
                 None => RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet")),
             };

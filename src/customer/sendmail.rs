@@ -12,6 +12,7 @@
 //!   added if they are missing; [`Header::complete`] does the rest.
 //! - With `-t` the recipients of the header are added to those of the command line.
 
+use std::collections::HashSet;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -334,7 +335,7 @@ fn named_recipients(options: &SendmailOptions, home: &Domain) -> Result<Vec<Mail
 fn known_recipients(
     outbox: &Outbox, mailboxes: Vec<Mailbox>, notify: &Notify,
 ) -> Result<Vec<Recipient>, SendmailError> {
-    let mut recipients: Vec<Recipient> = Vec::new();
+    let (mut recipients, mut known) = (Vec::new(), HashSet::new());
     for named in mailboxes {
         let mailbox = outbox.recipient(&ForwardPath::Mailbox(named.clone())).map_err(|reply| {
             let kind = match reply.enhanced() {
@@ -344,7 +345,7 @@ fn known_recipients(
             };
             SendmailError::new(kind, format!("<{named}>: {}", reply_text(&reply)))
         })?;
-        if !recipients.iter().any(|other| other.mailbox == mailbox) {
+        if known.insert(mailbox.clone()) {
             recipients.push(Recipient { mailbox, notify: notify.clone(), original: None });
         }
     }

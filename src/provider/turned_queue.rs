@@ -18,6 +18,9 @@ use crate::smtp::status::{DeliveryResult, RecipientStatus};
 /// Octets that are read at a time if there are more than expected.
 const READ_BLOCK: usize = 4096;
 
+/// After messages with more recipients than this, no other is opened before they can be sent.
+pub const RECIPIENTS_AHEAD: usize = 1000;
+
 /// What the delivery thread wants done.
 pub enum QueueJob {
     /// Open the next messages, so many at most, and read so many octets of their content at most.
@@ -268,6 +271,7 @@ impl TurnedQueue {
 
 impl LockedMail {
     fn open(&mut self, messages: usize, mut octets: usize, report: &mut dyn FnMut(QueueReport)) {
+        let mut recipients = 0;
         for _ in 0..messages {
             let Some(mut message) = self.lock.next_message() else {
                 return report(QueueReport::AllOpened { more: false });
@@ -277,8 +281,12 @@ impl LockedMail {
             octets -= begin.len();
             let (number, outgoing) = (self.next_number, message.outgoing_message());
             self.next_number += 1;
+            recipients += outgoing.envelope.recipients.len();
             self.opened.push((number, message));
             report(QueueReport::Opened(OpenedMessage { number, message: outgoing, octets: begin, whole }));
+            if recipients > RECIPIENTS_AHEAD {
+                break;
+            }
         }
         report(QueueReport::AllOpened { more: true });
     }

@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 use super::storage::{LaneHandle, StoragePool};
 use super::turn_settings::TurnSettings;
 use super::turned_queue::{
-    OpenedMessage, QueueJob, QueueReport, SessionPermit, Settlement, TurnEnd, TurnParties, TurnedQueue,
+    OpenedMessage, QueueJob, QueueReport, RECIPIENTS_AHEAD, SessionPermit, Settlement, TurnEnd, TurnParties,
+    TurnedQueue,
 };
 use crate::mail::address::Domain;
 use crate::net::connection::{Connection, Filled};
@@ -429,7 +430,7 @@ impl TurnedSession {
             }
             Some(opened) => {
                 self.offered += 1;
-                match self.client.send_message(opened.message.clone(), &mut commands) {
+                match self.client.send_message(&opened.message, &mut commands) {
                     Ok(()) => self.sending.push_back(opened),
                     Err(result) => self.settle(&opened, result),
                 }
@@ -452,7 +453,9 @@ impl TurnedSession {
     fn open_ahead(&mut self) {
         let StorageState { opening, queue_empty, .. } = self.storage;
         let begun = self.offered > 0 || self.client.is_ready_for_message();
-        if !begun || self.client.closing() || opening || queue_empty || self.ahead.len() > MESSAGES_AHEAD / 2 {
+        let recipients: usize = self.ahead.iter().map(|opened| opened.message.envelope.recipients.len()).sum();
+        let enough = self.ahead.len() > MESSAGES_AHEAD / 2 || recipients > RECIPIENTS_AHEAD;
+        if !begun || self.client.closing() || opening || queue_empty || enough {
             return;
         }
         let limit = self.settings.messages;

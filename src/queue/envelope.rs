@@ -22,14 +22,18 @@
 //! [`Mark`]. That needs no disk space, and a write of one octet is either done or not. No address has such an octet there.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 
 use crate::clock::Timestamp;
 use crate::mail::address::{Domain, Mailbox, ReversePath, reverse_path};
-use crate::mail::address_list::{ListedAddress, divide};
+use crate::mail::address_list::{AddressList, ListedAddress, divide};
 use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, is_xtext, original_recipient};
 
 /// Octets of an envelope at most.
 pub const ENVELOPE_LIMIT: usize = 1 << 20;
+
+/// Places in an address where a mark is looked for: it may have an `@` more in a quoted string.
+const MARK_PLACES: usize = 16;
 
 /// An envelope, and what the queue knows of the message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -177,7 +181,7 @@ pub fn parse(front: &[u8], end: bool, options: ParseOptions<'_>) -> Parsed {
         octets += length;
         lines += rest[..length].split_inclusive(|octet| *octet == b'\n').count();
     }
-    let Recipients { open, marks, settled, settled_addresses, unread } = fields.recipients(options);
+    let Recipients { open, marks, settled, settled_addresses, unread, .. } = fields.recipients(options);
     if open.is_empty() && settled.is_empty() && unread.is_empty() {
         return Parsed::NoRecipients;
     }
@@ -274,6 +278,8 @@ struct RecipientField<'a> {
 #[derive(Default)]
 struct Recipients {
     open: Vec<Recipient>,
+    /// The number of each.
+    numbers: HashMap<Mailbox, usize>,
     /// For each open recipient, where its mark goes.
     marks: Vec<Vec<u64>>,
     settled: Vec<Mark>,
@@ -301,9 +307,10 @@ impl Recipients {
             match mailbox {
                 Ok(mailbox) => {
                     let place = field.value.place(at + mark_place(&text));
-                    match self.open.iter().position(|other| other.mailbox == mailbox) {
-                        Some(number) => self.marks[number].push(place),
+                    match self.numbers.get(&mailbox) {
+                        Some(number) => self.marks[*number].push(place),
                         None => {
+                            self.numbers.insert(mailbox.clone(), self.open.len());
                             self.open.push(with_parameters(mailbox, &field.parameters));
                             self.marks.push(vec![place]);
                         }
@@ -448,11 +455,12 @@ fn addresses_in_octets(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, Str
         128.. => char::from_u32(PRIVATE_USE + u32::from(*octet)),
     };
     let text: String = value.iter().filter_map(character).collect();
-    let mut found = Vec::new();
+    let (mut found, mut start, mut counted) = (Vec::new(), 0, 0);
     for listed in divide(&text, None) {
         let octet = |character| u8::try_from(u32::from(character) & 0xFF).unwrap_or_default();
         let part: Vec<u8> = listed.text.chars().map(octet).collect();
-        let start = text[..listed.at].chars().count();
+        start += text[counted..listed.at].chars().count();
+        counted = listed.at;
         match std::str::from_utf8(&part) {
             Ok(_) => found.extend(addresses(&part).into_iter().map(|(at, text, address)| (start + at, text, address))),
             Err(_) => {
@@ -466,20 +474,35 @@ fn addresses_in_octets(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, Str
 
 /// Where the mark of an address goes: its last `@`, but not one in a comment, without which the address could still be read.
 fn mark_place(address: &[u8]) -> usize {
+    let places = mark_places(address, b'@');
     let is_place = |at: &usize| {
         let mut marked = address.to_vec();
         marked[*at] = Mark::Done.octet();
         !address.contains(&b'(') || std::str::from_utf8(&marked).is_ok_and(|text| one_address(text).is_none())
     };
-    (0..address.len()).rev().filter(|at| address[*at] == b'@').find(is_place).unwrap_or(0)
+    places.into_iter().find(is_place).unwrap_or(0)
+}
+
+/// Where this octet is in an address and in no comment, the last ones first.
+fn mark_places(address: &[u8], octet: u8) -> Vec<usize> {
+    let comments = match std::str::from_utf8(address) {
+        Ok(text) if address.contains(&b'(') => AddressList::parse(text, None).comments,
+        _ => Vec::new(),
+    };
+    let mut comments = comments.into_iter().rev().peekable();
+    let mut in_comment = |at: &usize| {
+        while comments.next_if(|comment| comment.start > *at).is_some() {}
+        comments.peek().is_some_and(|comment| comment.contains(at))
+    };
+    let found = (0..address.len()).rev().filter(|at| address[*at] == octet);
+    found.filter(|at| !in_comment(at)).take(MARK_PLACES).collect()
 }
 
 /// The mark of an address, which cannot be read with it, but can be read without it.
 fn settled(text: &str) -> Option<Mark> {
     [Mark::Done, Mark::Rejected].into_iter().find(|mark| {
-        let sign = char::from(mark.octet());
-        let without = |(at, _)| one_address(&[&text[..at], "@", &text[at + 1..]].concat()).is_some();
-        text.match_indices(sign).any(without)
+        let without = |at: usize| one_address(&[&text[..at], "@", &text[at + 1..]].concat()).is_some();
+        mark_places(text.as_bytes(), mark.octet()).into_iter().any(without)
     })
 }
 

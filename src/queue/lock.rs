@@ -492,10 +492,11 @@ impl LockedQueue {
         // Only a file that we have written can be the rest of another.
         let is_rest = |few: &ParsedEnvelope, many: &ParsedEnvelope| {
             let (some, all) = (few.recipients(), many.recipients());
+            let all_by_mailbox: HashMap<_, _> = all.iter().map(|recipient| (&recipient.mailbox, recipient)).collect();
             few.ours
                 && few.unread == many.unread
                 && some.len() < all.len()
-                && some.iter().all(|recipient| all.contains(recipient))
+                && some.iter().all(|recipient| all_by_mailbox.get(&recipient.mailbox) == Some(&recipient))
         };
         let before = if is_rest(&first, &second) { Some(other) } else { is_rest(&second, &first).then_some(one) };
         if let Some(before) = before {

@@ -10,7 +10,7 @@ use super::envelope::Mark;
 use super::message::Opened;
 use super::*;
 use crate::clock::Timestamp;
-use crate::mail::address::{Domain, Mailbox, reverse_path};
+use crate::mail::address::{COMPARED, Domain, Mailbox, reverse_path};
 use crate::maildir::FileId;
 use crate::maildir::spooled::Content;
 use crate::smtp::command::{Body, Envelope, Recipient};
@@ -394,6 +394,31 @@ fn a_message_left_twice_by_an_earlier_version_is_removed_once() {
             assert_eq!(spool.files("new").len() + spool.files("cur").len(), 1);
         }
     }
+}
+
+/// What a message of many recipients costs when it is stored, opened, settled and found twice grows with its size only.
+#[test]
+fn a_message_of_many_recipients_costs_no_more_than_its_size() {
+    let compared = |recipients: usize| {
+        let (spool, before) = (Spool::new(), COMPARED.get());
+        let names: Vec<_> = (0..recipients).map(|number| format!("u{number}")).collect();
+        spool.put(&names.iter().map(String::as_str).collect::<Vec<_>>());
+        settle(&mut spool.lock(), &("=".repeat(recipients / 2) + &"~".repeat(recipients - recipients / 2)));
+        let rest = |names: &[String]| {
+            let lines = names.iter().map(|name| format!("Delivered-To: {name}@example.org\n"));
+            lines.collect::<String>() + "X-ODMR-Envelope: id=x; arrived=2026-01-02T03:04:05Z\n\nx\n"
+        };
+        spool.write("new/100.M1.mx", &rest(&names));
+        spool.write("new/100.M1.mx,S=96,W=101", &rest(&names[recipients / 2..]));
+        let mut lock = spool.lock();
+        for _ in 0..2 {
+            assert_eq!(lock.next_message().unwrap().envelope.recipients.len(), recipients - recipients / 2);
+        }
+        assert!(lock.next_message().is_none());
+        COMPARED.get() - before
+    };
+    let (few, many) = (compared(100), compared(2000));
+    assert!(many <= 30 * few, "{few} for 100 recipients, {many} for 2,000");
 }
 
 /// Equal names prove nothing: only a file that was certainly superseded is removed.

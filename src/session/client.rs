@@ -219,7 +219,7 @@ impl ClientSession {
                     settle(message, result, &self.client, source);
                     return Err(failure);
                 }
-                match self.send(|client, out| client.send_message(message.outgoing_message(), out)) {
+                match self.send(|client, out| client.send_message(&message.outgoing_message(), out)) {
                     Ok(()) => under_way.push_back(message),
                     Err(result) => settle(message, result, &self.client, source),
                 }
@@ -315,7 +315,7 @@ impl ClientSession {
     }
 
     /// Sends one message from its MAIL on. Returns a status for each recipient. After a failure the session is over.
-    pub fn send_message(&mut self, message: OutgoingMessage, content: &mut dyn Read) -> DeliveryResult {
+    pub fn send_message(&mut self, message: &OutgoingMessage, content: &mut dyn Read) -> DeliveryResult {
         let (mut commands, size) = (Vec::new(), message.size);
         let unsolicited = self.reject_unsolicited();
         if let Err(result) = self.client.send_message(message, &mut commands) {
@@ -660,7 +660,7 @@ mod tests {
         let recipients = vec![Recipient::plain(Mailbox::parse("a@example.org").unwrap())];
         let envelope = Envelope { recipients, ..Envelope::new(ReversePath::Null) };
         let message = OutgoingMessage { envelope, size: 17 * 4096, eight_bit: false, utf8_header: false, attempts: 0 };
-        let result = session.send_message(message, &mut &content[..]);
+        let result = session.send_message(&message, &mut &content[..]);
         assert!(result.recipients[0].is_sent(), "{result:?}");
         drop(session);
         assert_eq!(server.join().unwrap(), 17 * 4096 + 3);

@@ -273,6 +273,9 @@ struct ClientTransaction {
     mail: Option<Reply>,
     /// The replies to RCPT.
     recipients: Vec<Option<Reply>>,
+    /// How many of them are positive, and how many at the front are negative.
+    accepted: usize,
+    failed: usize,
     /// With LMTP: the replies to the content, one for each accepted recipient.
     content_replies: Vec<Reply>,
     /// The driver adds the recipients one at a time.
@@ -288,8 +291,14 @@ struct ClientTransaction {
 }
 
 impl ClientTransaction {
-    fn accepted(&self) -> usize {
-        self.recipients.iter().flatten().filter(|reply| reply.is_positive()).count()
+    /// Adds the reply to the RCPT of a recipient.
+    fn record(&mut self, number: usize, reply: Reply) {
+        if let Some(recipient) = self.recipients.get_mut(number) {
+            self.accepted += usize::from(reply.is_positive());
+            *recipient = Some(reply);
+        }
+        let failed = |reply: &Option<Reply>| reply.as_ref().is_some_and(|reply| !reply.is_positive());
+        self.failed += self.recipients[self.failed..].iter().take_while(|reply| failed(reply)).count();
     }
 
     /// The result, if accepted recipients without a reply to the content of their own have the status `accepted`.
@@ -473,23 +482,23 @@ impl Client {
     ///
     /// # Errors
     /// The result, if the peer lacks an extension that the message needs. Nothing was sent then.
-    pub fn send_message(&mut self, message: OutgoingMessage, out: &mut Vec<u8>) -> Result<(), DeliveryResult> {
+    pub fn send_message(&mut self, message: &OutgoingMessage, out: &mut Vec<u8>) -> Result<(), DeliveryResult> {
         let (recipients, utf8) = (&message.envelope.recipients, message.envelope.needs_utf8());
-        if let Some(reply) = self.incompatibility(&message) {
+        if let Some(reply) = self.incompatibility(message) {
             let status = match self.extended {
                 true => RecipientStatus::Rejected(reply),
                 false => RecipientStatus::Deferred(reply),
             };
             return Err(DeliveryResult::all(status, recipients.len(), DecidedBy::Us));
         }
-        let permitted = self.permitted_recipients(&message);
+        let permitted = self.permitted_recipients(message);
         let mut replies = vec![Some(one_too_many()); recipients.len()];
         if permitted.is_empty() || self.is_used_up() {
             let status =
                 RecipientStatus::Deferred(Reply::new(451, "4.5.3", "The peer permits no more in this session"));
             return Err(DeliveryResult::all(status, recipients.len(), DecidedBy::Us));
         }
-        self.queue_mail(&message);
+        self.queue_mail(message);
         for number in permitted {
             replies[number] = None;
             self.queue_command(Stage::Rcpt(number), self.rcpt_line(&recipients[number], utf8));
@@ -581,7 +590,7 @@ impl Client {
             transaction.content_sent = true;
             if self.options.lmtp {
                 // RFC 2033 section 4.2.
-                replies = transaction.accepted();
+                replies = transaction.accepted;
             }
         }
         self.pending.extend(std::iter::repeat_n(Stage::Content, replies));
@@ -830,15 +839,13 @@ impl Client {
         };
         if transaction.stepwise {
             if reply.is_positive() {
-                transaction.recipients.push(Some(reply.clone()));
+                transaction.recipients.push(None);
+                transaction.record(transaction.recipients.len() - 1, reply.clone());
             }
             return ClientStep::Replied(reply);
         }
-        if let Some(recipient) = transaction.recipients.get_mut(number) {
-            *recipient = Some(reply);
-        }
-        let failed = |reply: &Option<Reply>| reply.as_ref().is_some_and(|reply| !reply.is_positive());
-        if transaction.recipients.iter().all(failed) && self.drop_queued() {
+        transaction.record(number, reply);
+        if transaction.failed == transaction.recipients.len() && self.drop_queued() {
             self.queue_reset();
             return self.finish_transaction(None);
         }
@@ -874,7 +881,7 @@ impl Client {
     }
 
     fn data_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        let accepted = self.transactions.front().is_some_and(|front| front.mail.is_none() && front.accepted() > 0);
+        let accepted = self.transactions.front().is_some_and(|front| front.mail.is_none() && front.accepted > 0);
         match (reply.severity(), accepted) {
             (Severity::Intermediate, true) => ClientStep::Content { chunk: false },
             (Severity::Intermediate, false) => {
@@ -904,7 +911,7 @@ impl Client {
             && let Some(transaction) = self.transactions.front_mut()
         {
             transaction.content_replies.push(reply);
-            if transaction.content_replies.len() < transaction.accepted() {
+            if transaction.content_replies.len() < transaction.accepted {
                 return ClientStep::Wait;
             }
             return self.finish_transaction(None);

@@ -105,7 +105,7 @@ impl Scripted {
     }
 
     fn send(&mut self, recipients: usize) -> String {
-        self.client.send_message(message(recipients), &mut self.out).unwrap();
+        self.client.send_message(&message(recipients), &mut self.out).unwrap();
         self.sent()
     }
 }
@@ -405,7 +405,7 @@ fn only_submitted_mail_has_an_smtputf8_that_was_not_declared() {
         peer.receive("250-x/250-8BITMIME/250 SMTPUTF8");
         let message = OutgoingMessage { eight_bit: true, utf8_header: true, ..message(1) };
         let mut out = Vec::new();
-        peer.client.send_message(message, &mut out).unwrap();
+        peer.client.send_message(&message, &mut out).unwrap();
         let expected: &[u8] = match submits {
             true => b"MAIL FROM:<a@b.example> BODY=8BITMIME SMTPUTF8\r\n",
             false => b"MAIL FROM:<a@b.example> BODY=8BITMIME\r\n",
@@ -425,7 +425,7 @@ fn a_message_that_needs_a_missing_extension_is_not_sent() {
         scripted.sent();
         let mut message = message(2);
         change(&mut message);
-        let result = scripted.client.send_message(message, &mut scripted.out).err();
+        let result = scripted.client.send_message(&message, &mut scripted.out).err();
         assert_eq!(result.is_some(), scripted.out.is_empty());
         (result.map(|result| statuses(&result)).unwrap_or_default(), scripted.sent())
     };
@@ -470,7 +470,7 @@ fn eight_bit_content_is_sent_without_8bitmime_by_default() {
         let mut message = message(1);
         message.eight_bit = true;
         (message.envelope.body, message.envelope.utf8) = (Body::EightBit, utf8);
-        let result = scripted.client.send_message(message, &mut scripted.out).err();
+        let result = scripted.client.send_message(&message, &mut scripted.out).err();
         result.map_or_else(|| scripted.sent(), |result| statuses(&result))
     };
     assert_eq!(send(&["250-x/250 PIPELINING"], false), "MAIL FROM:<a@b.example>/RCPT TO:<r0@example.org>/DATA");
@@ -890,7 +890,7 @@ proptest! {
         client.reply(if pipelining { ehlo.with_line("PIPELINING") } else { ehlo }, &mut out).unwrap();
         for code in codes {
             while client.is_ready_for_message() {
-                client.send_message(message(1 + given % 3), &mut out).unwrap();
+                client.send_message(&message(1 + given % 3), &mut out).unwrap();
                 given += 1;
             }
             match client.reply(Reply::bare(code, "x"), &mut out) {
@@ -1116,7 +1116,7 @@ fn run_session(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator
         while client.is_ready_for_message() {
             moved = true;
             match messages.next() {
-                Some(message) => client.send_message(message, &mut up).unwrap(),
+                Some(message) => client.send_message(&message, &mut up).unwrap(),
                 None if client.in_flight() == 0 && run.abort.is_none() && client.extensions().atrn => {
                     client.atrn(&[], &mut up);
                 }
@@ -1460,7 +1460,7 @@ fn each_attempt_begins_with_another_domain() {
         let mut message = OutgoingMessage { attempts, ..message(2) };
         let recipients = ["r0@one.example", "r1@two.example"].map(|address| Recipient::plain(mailbox(address)));
         message.envelope.recipients = recipients.to_vec();
-        scripted.client.send_message(message, &mut scripted.out).unwrap();
+        scripted.client.send_message(&message, &mut scripted.out).unwrap();
         let sent = scripted.sent();
         assert!(
             sent.contains(&format!("RCPT TO:<{first}>")) && sent.matches("RCPT").count() == 1,
@@ -1505,7 +1505,7 @@ fn the_limits_of_the_peer_are_obeyed() {
     for (attempts, first) in [(0, "0 r1"), (1, "2 r3"), (2, "0 r4"), (3, "1 r2")] {
         let mut scripted = offering("RCPTMAX=2");
         let message = OutgoingMessage { attempts, ..message(5) };
-        scripted.client.send_message(message, &mut scripted.out).unwrap();
+        scripted.client.send_message(&message, &mut scripted.out).unwrap();
         let sent = scripted.sent();
         let numbers: Vec<_> = sent.split("<r").skip(1).map(|rest| rest.split('@').next().unwrap()).collect();
         assert_eq!(numbers.join(" r"), first, "{attempts}");

@@ -1,6 +1,7 @@
 //! Envelopes of ours and of other delivery agents.
 
 use super::*;
+use crate::mail::address::COMPARED;
 
 fn domain() -> Option<Domain> {
     Domain::parse("example.org")
@@ -478,4 +479,40 @@ fn foreign_envelope() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
         text.extend_from_slice(b"Received: x\n\nx\n");
         text
     })
+}
+
+/// An envelope of many recipients, each named twice, costs in proportion to its size.
+#[test]
+fn a_long_head_costs_no_more_than_its_size() {
+    let compared = |recipients: usize| {
+        let before = COMPARED.get();
+        let line = |number| format!("Delivered-To: u{number}@example.org\n");
+        let lines: String = (0..recipients).chain(0..recipients).map(line).collect();
+        let parsed = parsed(&(lines + "\n"));
+        assert_eq!((parsed.recipients().len(), parsed.marks[recipients - 1].len()), (recipients, 2));
+        COMPARED.get() - before
+    };
+    let (few, many) = (compared(500), compared(10_000));
+    assert!(many <= 30 * few, "{few} for 500 recipients, {many} for 10,000");
+}
+
+/// An address with thousands of signs that could be its mark.
+#[test]
+fn the_mark_of_an_address_with_a_long_comment() {
+    for comment in ["@", "\x06", "x@\x15 "] {
+        let comment = comment.repeat(20_000);
+        let text = format!("Delivered-To: \"a@b\" <eva@example.org> ({comment})\n\n");
+        let place = parsed(&text).marks[0][0];
+        assert_eq!(place, text.find("@example").unwrap() as u64);
+        let mut marked = text.clone().into_bytes();
+        marked[usize::try_from(place).unwrap()] = Mark::Rejected.octet();
+        let marked = parsed(&String::from_utf8(marked).unwrap());
+        assert_eq!((marked.settled.as_slice(), marked.recipients()), (&[Mark::Rejected][..], &[][..]));
+    }
+    // Octets that are not UTF-8 in a list of many.
+    let list = b"Delivered-To: ".iter().copied().chain(b"u@example.org, ".repeat(20_000));
+    let text: Vec<u8> = list.chain(*b"eva@example.org, \xe4@example.org\n\n").collect();
+    let Parsed::Envelope(parsed) = parse(&text, true, options(&domain())) else { panic!() };
+    let place = usize::try_from(parsed.marks[1][0]).unwrap();
+    assert_eq!((&text[place - 3..place + 8], parsed.unread.len()), (&b"eva@example"[..], 1));
 }
