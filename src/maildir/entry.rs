@@ -126,18 +126,20 @@ impl Entry {
 
     /// Returns what the name records about attempts.
     pub fn record(&self) -> AttemptRecord {
-        let ended = || {
-            let mut numbers = self.field("P=")?.splitn(3, '-');
-            let (sessions, skip) = (numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?);
-            Some(EndedSessions { sessions, skip, at: seconds(numbers.next()?)? })
-        };
         AttemptRecord {
             first_seen: self.field("T=").and_then(seconds),
             first_offered: self.field("O=").and_then(seconds),
             attempts: self.field("A=").and_then(|attempts| attempts.parse().ok()).unwrap_or(0),
-            ended: ended(),
+            ended: self.ended(),
             last_reply: self.field("L=").map(str::to_owned),
         }
+    }
+
+    /// Returns the sessions that the message has ended.
+    pub fn ended(&self) -> Option<EndedSessions> {
+        let mut numbers = self.field("P=")?.splitn(3, '-');
+        let (sessions, skip) = (numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?);
+        Some(EndedSessions { sessions, skip, at: seconds(numbers.next()?)? })
     }
 
     /// Returns the entry with this record instead of the one that it has. Only if the name would be too long for the system, it

@@ -164,7 +164,8 @@ impl Maildir {
         Ok(file)
     }
 
-    /// Returns all messages, sorted by the unique part of their names: the oldest first.
+    /// Returns all messages, sorted by the unique part of their names: the oldest first. They may be many: no daemon asks for
+    /// them.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = self.list().collect::<io::Result<Vec<Entry>>>()?;
         entries.sort_unstable_by(|one, other| one.unique().cmp(other.unique()).then_with(|| one.cmp(other)));
@@ -215,10 +216,11 @@ impl Maildir {
         counted.take(limit).try_fold(0, |count, entry| entry.map(|_| count + 1))
     }
 
-    /// Lists the messages in no order.
-    fn list(&self) -> impl Iterator<Item = io::Result<Entry>> {
-        [("new", false), ("cur", true)].into_iter().flat_map(|(directory, seen)| {
-            list(&self.path.join(directory)).filter_map(move |file| match file.map(|file| file.file_name()) {
+    /// Lists the messages in no order, one by one: a directory may be large.
+    pub fn list(&self) -> impl Iterator<Item = io::Result<Entry>> + Send + use<> {
+        let path = self.path.clone();
+        [("new", false), ("cur", true)].into_iter().flat_map(move |(directory, seen)| {
+            list(&path.join(directory)).filter_map(move |file| match file.map(|file| file.file_name()) {
                 Ok(name) => (!name.as_encoded_bytes().starts_with(b".")).then_some(Ok(Entry { name, seen })),
                 Err(error) => Some(Err(error)),
             })

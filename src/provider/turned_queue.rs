@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::storage::LaneWork;
 use super::turn_settings::TurnSettings;
 use crate::net::trace::quoted;
-use crate::queue::{QueueLock, QueuedMessage};
+use crate::queue::{NextStep, QueueLock, QueuedMessage};
 use crate::report::calls::{CallRecord, CallResult};
 use crate::report::{Attempt, Via};
 use crate::smtp::client::OutgoingMessage;
@@ -66,7 +66,7 @@ pub struct TurnEnd {
 /// What the jobs report.
 pub enum QueueReport {
     Opened(OpenedMessage),
-    /// All messages that were asked for are opened, or, if `more` is not set, there are no more.
+    /// No more messages are opened until that is asked for again; if `more` is not set, there are none.
     AllOpened {
         more: bool,
     },
@@ -273,8 +273,11 @@ impl LockedMail {
     fn open(&mut self, messages: usize, mut octets: usize, report: &mut dyn FnMut(QueueReport)) {
         let mut recipients = 0;
         for _ in 0..messages {
-            let Some(mut message) = self.lock.next_message() else {
-                return report(QueueReport::AllOpened { more: false });
+            let mut message = match self.lock.next_step() {
+                NextStep::Message(message) => *message,
+                // Another job goes on, after those of other customers.
+                NextStep::Listing => break,
+                NextStep::End => return report(QueueReport::AllOpened { more: false }),
             };
             // If that fails, the session will ask for the same octets, and get the error.
             let (begin, whole) = read(&mut message, octets).unwrap_or_default();

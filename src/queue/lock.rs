@@ -1,21 +1,15 @@
 //! The lock on some queues, and the messages that it offers.
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use super::envelope::ParsedEnvelope;
-use super::message::{self, Opened, QueuedMessage};
+use super::listed::{OPEN_WORK, Phase, QUEUE_WORK, STEP_WORK};
+use super::locked_queue::{LockedQueue, OPEN_ATTEMPTS, log_unreadable};
+use super::message::{self, QueuedMessage};
 use super::name::QueueName;
-use super::retry;
-use crate::ids::Ids;
 use crate::mail::address::Domain;
-use crate::maildir::{AttemptRecord, Entry, FileId, IN_DOUBT, Maildir, with_path};
-use crate::net::trace::quoted;
+use crate::maildir::{AttemptRecord, Entry, Maildir, with_path};
 use crate::smtp::status::DeliveryResult;
 
 /// The file of a queue that its session locks.
@@ -24,93 +18,30 @@ pub(super) const QUEUE_LOCK_FILE: &str = "odmr.lock";
 /// The file beside the lock that asks its holder to release it.
 pub(super) const TAKEOVER_FILE: &str = "odmr.wanted";
 
-/// How often a message is looked for that a mail reader moves again and again.
-const OPEN_ATTEMPTS: usize = 5;
-
 /// The lock on some queues, for one session.
 pub struct QueueLock {
     pub(super) queues: Vec<LockedQueue>,
+    /// The queue whose messages are offered.
     current: usize,
+    phase: Phase,
+    /// Queues that were looked at since the last message was found.
+    looked: usize,
 }
 
-pub(super) struct LockedQueue {
-    pub(super) name: QueueName,
-    pub(super) maildir: Maildir,
-    pub(super) lock: File,
-    pub(super) ids: Ids,
-    pub(super) notes: Arc<Notes>,
-    pub(super) listed: Listed,
-}
-
-/// What a session has listed of a queue.
-#[derive(Default)]
-pub(super) struct Listed {
-    waiting: VecDeque<Entry>,
-    /// Messages that may end this session too: they are offered last, so that the others need not wait for them.
-    last: VecDeque<Entry>,
-    /// The unique names of messages that this session has offered and that are still there: each is offered once. The
-    /// set is for one queue, because other agents may give files in two Maildirs the same name.
-    offered: HashSet<OsString>,
-    /// The message that was last not found where it was listed.
-    missed: Option<OsString>,
-    /// The queue was listed once.
-    once: bool,
-    /// How many messages this session skips.
-    skipped: usize,
-    /// Those for which it was not counted yet.
-    uncounted: Vec<Entry>,
-    /// How many files have no recipient that can be sent to.
-    not_mail: usize,
-}
-
-/// Files that were named in the log: each is named once by a process, and counted apart if it is no mail.
-#[derive(Default)]
-pub(super) struct Notes(Mutex<HashMap<PathBuf, Note>>);
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Note {
-    /// No recipient can be sent to.
-    NotMail,
-    /// Some recipients cannot be read.
-    RecipientsLeft,
-}
-
-/// Files that are remembered; then all are forgotten, and named once more.
-const NOTES_LIMIT: usize = 10_000;
-
-impl Notes {
-    fn lock(&self) -> MutexGuard<'_, HashMap<PathBuf, Note>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Returns whether that is new.
-    fn add(&self, maildir: &Maildir, entry: &Entry, note: Note) -> bool {
-        let mut notes = self.lock();
-        if notes.len() >= NOTES_LIMIT {
-            notes.clear();
-        }
-        notes.insert(maildir.path().join(entry.unique()), note) != Some(note)
-    }
-
-    /// The file is a message by now.
-    fn remove(&self, maildir: &Maildir, entry: &Entry) {
-        let mut notes = self.lock();
-        if !notes.is_empty() {
-            notes.remove(&maildir.path().join(entry.unique()));
-        }
-    }
-
-    pub(super) fn is_mail(&self, maildir: &Maildir, entry: &Entry) -> bool {
-        let notes = self.lock();
-        notes.is_empty() || notes.get(&maildir.path().join(entry.unique())) != Some(&Note::NotMail)
-    }
+/// What [`QueueLock::next_step`] has found.
+pub enum NextStep {
+    Message(Box<QueuedMessage>),
+    /// Nothing yet.
+    Listing,
+    /// Every message has been offered.
+    End,
 }
 
 impl QueueLock {
     pub(super) fn new(queues: Vec<LockedQueue>) -> QueueLock {
         // The queue after the last is the first one that was asked for.
         let current = queues.len().saturating_sub(1);
-        QueueLock { queues, current }
+        QueueLock { queues, current, phase: Phase::First, looked: 0 }
     }
 
     /// The session ends, and was a call of the customer: it counts for the messages that it has skipped. A session that only
@@ -149,7 +80,7 @@ impl QueueLock {
     /// A directory cannot be read.
     pub fn count(&self, limit: usize) -> io::Result<usize> {
         let now = self.queues.first().map(|queue| queue.ids.clock().now());
-        self.count_if(limit, |entry| now.is_none_or(|now| !message::is_skipped(&entry.record(), now)))
+        self.count_if(limit, |entry| now.is_none_or(|now| !message::is_skipped(entry, now)))
     }
 
     fn count_if(&self, limit: usize, counts: impl Fn(&Entry) -> bool) -> io::Result<usize> {
@@ -164,39 +95,53 @@ impl QueueLock {
     /// are in doubt come last. Messages that arrive after the lock are offered too. A file that cannot be read is logged and
     /// left out. `None`: every message has been offered.
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
-        let found = self.next_of(|listed| &mut listed.waiting).or_else(|| self.next_of(|listed| &mut listed.last));
-        // Others may have arrived when the last ones were looked for.
-        let arrived = found.is_none() && self.queues.iter().any(|queue| !queue.listed.waiting.is_empty());
-        if arrived { self.next_of(|listed| &mut listed.waiting) } else { found }
+        loop {
+            match self.next_step() {
+                NextStep::Message(message) => return Some(*message),
+                NextStep::Listing => {}
+                NextStep::End => return None,
+            }
+        }
     }
 
-    /// The next message of these lists.
-    fn next_of(&mut self, list: impl Fn(&mut Listed) -> &mut VecDeque<Entry>) -> Option<QueuedMessage> {
-        let mut refilled = 0;
-        while refilled <= self.queues.len() {
-            let queue = self.queues.get_mut(self.current)?;
-            while let Some(entry) = list(&mut queue.listed).pop_front() {
-                queue.listed.offered.insert(entry.unique().to_owned());
+    /// The same in steps: a large directory, or many files that are no mail, take several.
+    pub fn next_step(&mut self) -> NextStep {
+        let mut work = STEP_WORK;
+        while work > 0 {
+            let queues = self.queues.len();
+            let Some(queue) = self.queues.get_mut(self.current) else { return NextStep::End };
+            if let Some(entry) = queue.listed.pop(self.phase) {
+                self.looked = 0;
+                work = work.saturating_sub(OPEN_WORK);
                 match queue.open_listed(entry) {
-                    Ok(Some(message)) => return Some(message),
+                    Ok(Some(message)) => return NextStep::Message(Box::new(message)),
                     Ok(None) => {}
                     Err(error) => log_unreadable(&queue.name, &error),
                 }
+            } else if queue.listed.is_passing() {
+                if let Err(error) = queue.go_on_listing(&mut work) {
+                    log_unreadable(&queue.name, &error);
+                }
+            } else if self.looked < queues {
+                queue.listed.trim(queues);
+                self.looked += 1;
+                self.current = (self.current + 1) % queues;
+                self.queues[self.current].begin_pass_if_empty();
+                work = work.saturating_sub(QUEUE_WORK);
+            } else if self.phase == Phase::First && !self.queues.iter().all(|queue| queue.listed.is_empty()) {
+                (self.phase, self.looked) = (Phase::Last, 0);
+            } else {
+                // The next call looks for what has arrived meanwhile.
+                (self.phase, self.looked) = (Phase::First, 0);
+                return NextStep::End;
             }
-            self.current = (self.current + 1) % self.queues.len();
-            let queue = &mut self.queues[self.current];
-            if let Err(error) = queue.refill() {
-                log_unreadable(&queue.name, &error);
-            }
-            refilled += 1;
         }
-        None
+        NextStep::Listing
     }
 
-    /// How many messages wait, as far as is known: of a queue that was not listed yet, one.
+    /// How many messages wait at least, as far as is known: of a queue that was not listed yet, one.
     pub fn waiting(&self) -> usize {
-        let waiting = |Listed { waiting, last, once, .. }: &Listed| if *once { waiting.len() + last.len() } else { 1 };
-        self.queues.iter().map(|queue| waiting(&queue.listed)).sum()
+        self.queues.iter().map(|queue| queue.listed.waiting()).sum()
     }
 
     /// Opens one message of a queue, which is then not offered again. `None`: it is gone, or the queue is not locked.
@@ -205,7 +150,7 @@ impl QueueLock {
     /// The file cannot be read.
     pub fn open_message(&mut self, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name) else { return Ok(None) };
-        queue.listed.offered.insert(entry.unique().to_owned());
+        queue.listed.offered.insert(entry.unique());
         queue.open(entry)
     }
 
@@ -252,8 +197,11 @@ impl QueueLock {
         Ok(false)
     }
 
-    /// Whether [`QueueLock::next_message`] will offer a message.
+    /// Whether [`QueueLock::next_message`] will offer a message. If there is one, a large directory is not read to its end.
     pub fn has_next(&mut self) -> bool {
+        if self.queues.iter().any(LockedQueue::has_any) {
+            return true;
+        }
         let Some(message) = self.next_message() else { return false };
         self.put_back(message);
         true
@@ -263,7 +211,7 @@ impl QueueLock {
     pub fn put_back(&mut self, message: QueuedMessage) {
         if let Some(queue) = self.queue_of(message.maildir()) {
             queue.listed.offered.remove(message.unique());
-            queue.listed.waiting.push_front(message.into_entry());
+            queue.listed.push_front(message.into_entry());
         }
     }
 
@@ -276,8 +224,9 @@ impl QueueLock {
         let now = queue.ids.clock().now();
         let settled = message.settle(result, now).inspect_err(|_| message.record_failure(now));
         match settled {
-            Ok(true) => drop(queue.listed.offered.remove(message.unique())),
-            _ => queue.listed.add_offered(message.unique()),
+            Ok(true) => queue.listed.offered.remove(message.unique()),
+            // A name that was too long may have changed.
+            _ => drop(queue.listed.offered.insert(message.unique())),
         }
         settled?;
         if let Some(ended) = message.entry().record().ended.filter(|_| result.ended_session()) {
@@ -302,217 +251,4 @@ impl QueueLock {
     pub fn takeover_requested(&self) -> bool {
         self.queues.iter().any(|queue| queue.name.path.join(TAKEOVER_FILE).exists())
     }
-}
-
-impl Listed {
-    /// Records that this session has offered the message: a name that was too long may have changed.
-    fn add_offered(&mut self, unique: &OsStr) {
-        if !self.offered.contains(unique) {
-            self.offered.insert(unique.to_owned());
-        }
-    }
-}
-
-impl Drop for LockedQueue {
-    fn drop(&mut self) {
-        // A child process has a copy of the descriptor between fork and exec: the next session must not find the queue locked.
-        let _ = self.lock.unlock();
-    }
-}
-
-impl LockedQueue {
-    /// Opens a message that was listed just now.
-    fn open(&mut self, mut entry: Entry) -> io::Result<Option<QueuedMessage>> {
-        for _ in 0..OPEN_ATTEMPTS {
-            match self.open_file(&entry)? {
-                Opened::Gone => match self.maildir.find(&entry, None)? {
-                    Some(moved) => entry = moved,
-                    None => return Ok(None),
-                },
-                opened => return self.use_opened(&entry, opened),
-            }
-        }
-        Ok(None)
-    }
-
-    /// Opens the next message of the list. If a mail reader has moved it, it may have moved all of them: the directories are
-    /// listed once more. A message that is moved again meanwhile is looked for alone.
-    fn open_listed(&mut self, entry: Entry) -> io::Result<Option<QueuedMessage>> {
-        let opened = self.open_file(&entry)?;
-        if !matches!(opened, Opened::Gone) {
-            return self.use_opened(&entry, opened);
-        }
-        if self.listed.missed.as_deref() == Some(entry.unique()) {
-            return self.open(entry);
-        }
-        self.listed.offered.remove(entry.unique());
-        self.listed.missed = Some(entry.unique().to_owned());
-        (self.listed.waiting, self.listed.last) = (VecDeque::new(), VecDeque::new());
-        self.refill()?;
-        Ok(None)
-    }
-
-    fn open_file(&self, entry: &Entry) -> io::Result<Opened> {
-        QueuedMessage::open(&self.maildir, &self.name, entry.clone(), self.ids.clock().now())
-    }
-
-    fn use_opened(&mut self, entry: &Entry, opened: Opened) -> io::Result<Option<QueuedMessage>> {
-        match opened {
-            Opened::Gone => Ok(None),
-            Opened::NotMail(reason) => {
-                self.note(entry, Note::NotMail, &reason);
-                Ok(None)
-            }
-            Opened::Message(message) => self.check(*message),
-        }
-    }
-
-    /// If the message's time of arrival is impossible, records that it was first seen now. If a crash came between the
-    /// settlement of its last recipient and its removal, removes it.
-    fn check(&mut self, mut message: QueuedMessage) -> io::Result<Option<QueuedMessage>> {
-        let (no_recipients, unread) = (message.envelope.recipients.is_empty(), message.unread());
-        if !unread.is_empty() {
-            let note = if no_recipients { Note::NotMail } else { Note::RecipientsLeft };
-            self.note(message.entry(), note, &unread);
-        } else {
-            self.notes.remove(&self.maildir, message.entry());
-        }
-        if no_recipients {
-            if unread.is_empty() {
-                log::warn!("event=half-settled file={}", quoted(message.entry().name.display()));
-                message.finish()?;
-            }
-            return Ok(None);
-        }
-        message.ensure_markable(&self.ids.file_name("copy"))?;
-        message.ensure_arrival();
-        self.listed.add_offered(message.unique());
-        Ok(Some(message))
-    }
-
-    /// Names a file in the log, once, and counts it if it is no mail.
-    fn note(&mut self, entry: &Entry, note: Note, reason: &str) {
-        self.listed.not_mail += usize::from(note == Note::NotMail);
-        if self.notes.add(&self.maildir, entry, note) {
-            let (queue, file) = (&self.name, self.maildir.file(entry));
-            let (file, reason) = (quoted(file.display()), quoted(reason));
-            match note {
-                Note::NotMail => log::warn!("event=not-mail queue={queue} file={file} reason={reason}"),
-                Note::RecipientsLeft => log::warn!("event=recipients-left queue={queue} file={file} error={reason}"),
-            }
-        }
-    }
-
-    /// Lists the messages that are due and that this session has not offered yet, if all that were listed are offered.
-    fn refill(&mut self) -> io::Result<()> {
-        if !self.listed.waiting.is_empty() || !self.listed.last.is_empty() {
-            return Ok(());
-        }
-        let mut entries = self.maildir.entries()?;
-        self.listed.once = true;
-        let left_out = self.left_out(&entries);
-        entries.retain(|entry| !left_out.contains(entry));
-        let (now, time) = (self.ids.clock().now(), SystemTime::now());
-        let mut last = Vec::new();
-        for entry in entries {
-            let is_due = || !self.name.retries || retry::due(&self.maildir.file(&entry)).is_none_or(|due| due <= time);
-            if self.listed.offered.contains(entry.unique()) || !is_due() {
-                continue;
-            }
-            let record = entry.record();
-            if message::is_skipped(&record, now) {
-                self.skip(entry);
-            } else if record.ended.is_some() || entry.has(IN_DOUBT) {
-                last.push((record.ended.map_or(0, |ended| ended.sessions), entry));
-            } else {
-                self.listed.waiting.push_back(entry);
-            }
-        }
-        last.sort_by_key(|(sessions, _)| *sessions);
-        self.listed.last.extend(last.into_iter().map(|(_, entry)| entry));
-        Ok(())
-    }
-
-    /// Leaves a message out of this session because it has ended others.
-    fn skip(&mut self, entry: Entry) {
-        self.listed.offered.insert(entry.unique().to_owned());
-        self.listed.skipped += 1;
-        if let Some(ended) = entry.record().ended {
-            let (queue, file, sessions) = (&self.name, quoted(entry.name.display()), ended.sessions);
-            log::info!("event=skipped queue={queue} file={file} sessions={sessions} skip={}", ended.skip - 1);
-            self.listed.uncounted.push(entry);
-        }
-    }
-
-    fn count_call(&mut self) {
-        for entry in std::mem::take(&mut self.listed.uncounted) {
-            let mut record = entry.record();
-            if let Some(ended) = &mut record.ended {
-                ended.skip = ended.skip.saturating_sub(1);
-            }
-            match self.maildir.rename(&entry, None, &record) {
-                Ok(renamed) => self.listed.add_offered(renamed.unique()),
-                // The time since it ended the last session bounds the calls too.
-                Err(error) => log::warn!("event=skip-not-recorded queue={} error={}", self.name, quoted(error)),
-            }
-        }
-    }
-
-    /// The entries among these that are not offered, because another entry is the same message.
-    fn left_out(&self, entries: &[Entry]) -> HashSet<Entry> {
-        let mut left_out = HashSet::new();
-        for pair in entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique()) {
-            let id = |entry: &Entry| FileId::of_path(&self.maildir.file(entry)).ok();
-            match (id(&pair[0]), id(&pair[1])) {
-                // A mail reader has moved it while the directories were read.
-                (None, _) => drop(left_out.insert(pair[0].clone())),
-                (_, None) => drop(left_out.insert(pair[1].clone())),
-                // It is moving it, or was killed between link and unlink.
-                (Some(one), Some(other)) if one == other => drop(left_out.insert(pair[0].clone())),
-                _ => match self.remove_superseded(&pair[0], &pair[1]) {
-                    Ok(removed) => left_out.extend(removed.cloned()),
-                    // If these may be the two files of one message, either would be sent to recipients that have it already.
-                    Err(error) => {
-                        log_unreadable(&self.name, &error);
-                        left_out.extend(pair.iter().cloned());
-                    }
-                },
-            }
-        }
-        left_out
-    }
-
-    /// A crash of an earlier version in `settle` has left a message twice, as it was before and after. Removes and returns the
-    /// file from before, which has recipients that are settled; `None`: neither file is the rest of the other.
-    ///
-    /// # Errors
-    /// A file cannot be read or removed.
-    fn remove_superseded<'a>(&self, one: &'a Entry, other: &'a Entry) -> io::Result<Option<&'a Entry>> {
-        let (Some(first), Some(second)) = (self.parse(one)?, self.parse(other)?) else { return Ok(None) };
-        // Only a file that we have written can be the rest of another.
-        let is_rest = |few: &ParsedEnvelope, many: &ParsedEnvelope| {
-            let (some, all) = (few.recipients(), many.recipients());
-            let all_by_mailbox: HashMap<_, _> = all.iter().map(|recipient| (&recipient.mailbox, recipient)).collect();
-            few.ours
-                && few.unread == many.unread
-                && some.len() < all.len()
-                && some.iter().all(|recipient| all_by_mailbox.get(&recipient.mailbox) == Some(&recipient))
-        };
-        let before = if is_rest(&first, &second) { Some(other) } else { is_rest(&second, &first).then_some(one) };
-        if let Some(before) = before {
-            log::warn!("event=half-settled file={}", quoted(before.name.display()));
-            self.maildir.remove(before)?;
-        }
-        Ok(before)
-    }
-
-    /// The envelope of a file; `None`: it is not a message for a recipient of this queue, or it cannot be opened.
-    fn parse(&self, entry: &Entry) -> io::Result<Option<ParsedEnvelope>> {
-        let Ok(Ok(file)) = message::open_file(&self.maildir.file(entry)) else { return Ok(None) };
-        message::read_envelope(&file, entry, &self.name).map(Result::ok)
-    }
-}
-
-pub(super) fn log_unreadable(name: &QueueName, error: &io::Error) {
-    log::error!("event=unreadable queue={name} error={}", quoted(error));
 }

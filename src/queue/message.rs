@@ -511,8 +511,8 @@ fn ended_once_more(before: Option<EndedSessions>, waits: bool, now: Timestamp) -
 }
 
 /// Whether this call skips a message, because it has ended sessions.
-pub(super) fn is_skipped(record: &AttemptRecord, now: Timestamp) -> bool {
-    record.ended.is_some_and(|ended| ended.skip > 0 && retry::age(ended.at, now) < SKIP_LIMIT && ended.at <= now)
+pub(super) fn is_skipped(entry: &Entry, now: Timestamp) -> bool {
+    entry.ended().is_some_and(|ended| ended.skip > 0 && retry::age(ended.at, now) < SKIP_LIMIT && ended.at <= now)
 }
 
 /// Opens a plain file, also for writing if the system permits that. The inner error is what it is instead: a link, which may

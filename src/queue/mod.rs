@@ -53,6 +53,8 @@ pub mod retry;
 mod name;
 pub mod envelope;
 mod message;
+mod listed;
+mod locked_queue;
 mod lock;
 mod summary;
 mod listing;
@@ -67,14 +69,16 @@ use std::time::{Duration, Instant, SystemTime};
 
 pub use envelope::QueuedEnvelope;
 pub use listing::ListedMessage;
-pub use lock::QueueLock;
+pub use lock::{NextStep, QueueLock};
 pub use message::QueuedMessage;
 pub use name::QueueName;
 pub use summary::QueueSummary;
 
 use crate::ids::Ids;
 use crate::maildir::{MessageWriter, log_sweep_failed, with_path};
-use lock::{Listed, LockedQueue, Notes, QUEUE_LOCK_FILE, TAKEOVER_FILE, log_unreadable};
+use listed::Listed;
+use lock::{QUEUE_LOCK_FILE, TAKEOVER_FILE};
+use locked_queue::{LockedQueue, Notes, log_unreadable};
 use message::REJECTED_MAILDIR;
 
 /// How long a session waits for the holder of a lock that was asked to release it.
@@ -151,8 +155,8 @@ impl Queue {
     /// The directory cannot be read.
     pub fn next_due(&self, name: &QueueName) -> io::Result<Option<SystemTime>> {
         let maildir = name.maildir();
-        let entries = maildir.entries()?;
-        Ok(entries.iter().filter_map(|entry| retry::due(&maildir.file(entry))).min())
+        let dues = maildir.list().map(|entry| entry.map(|entry| retry::due(&maildir.file(&entry))));
+        dues.filter_map(Result::transpose).try_fold(None, |first, due| Ok(first.into_iter().chain([due?]).min()))
     }
 
     /// How much waits in a queue, from the names of its files.

@@ -25,19 +25,19 @@ fn domain(name: &str) -> Domain {
 }
 
 /// A spool of its own, and the Maildir of example.org in it.
-struct Spool {
+pub(super) struct Spool {
     directory: tempfile::TempDir,
-    queue: Queue,
+    pub(super) queue: Queue,
 }
 
 impl Spool {
-    fn new() -> Spool {
+    pub(super) fn new() -> Spool {
         let directory = tempfile::tempdir().unwrap();
         let queue = Queue::new("host", Ids::fixed(), Duration::from_secs(300));
         Spool { directory, queue }
     }
 
-    fn name(&self, name: &str) -> QueueName {
+    pub(super) fn name(&self, name: &str) -> QueueName {
         QueueName {
             path: self.directory.path().join("domains").join(name),
             domain: Some(domain(name)),
@@ -64,15 +64,15 @@ impl Spool {
         assert_eq!(writer.commit().unwrap().len(), 1);
     }
 
-    fn lock(&self) -> QueueLock {
+    pub(super) fn lock(&self) -> QueueLock {
         self.queue.lock(&[self.name("example.org")]).unwrap()
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join("domains/example.org").join(name)
     }
 
-    fn write(&self, name: &str, text: &str) {
+    pub(super) fn write(&self, name: &str, text: &str) {
         fs::create_dir_all(self.path(name).parent().unwrap()).unwrap();
         fs::write(self.path(name), text).unwrap();
     }
@@ -92,7 +92,7 @@ impl Spool {
     }
 }
 
-fn local_parts(message: &QueuedMessage) -> Vec<String> {
+pub(super) fn local_parts(message: &QueuedMessage) -> Vec<String> {
     message.envelope.recipients.iter().map(|recipient| recipient.mailbox.local().to_owned()).collect()
 }
 
@@ -111,7 +111,7 @@ fn content(message: &mut QueuedMessage) -> String {
 }
 
 /// `=` sent, `~` deferred, `!` rejected, `?` in doubt, `+` one recipient too many.
-fn result(statuses: &str) -> DeliveryResult {
+pub(super) fn result(statuses: &str) -> DeliveryResult {
     let status = |sign| match sign {
         '=' => RecipientStatus::Sent(Reply::new(250, "2.0.0", "OK")),
         '~' => RecipientStatus::Deferred(Reply::new(450, "4.2.1", "later")),

@@ -1,0 +1,237 @@
+//! Which messages of a queue a session offers next.
+//!
+//! A queue may have a million messages, so it is listed in pieces: a pass over its directories keeps the first messages by
+//! their [`Rank`] that the session has not offered yet. When these are offered, there is another pass, which also finds what
+//! has arrived meanwhile. A pass is divided too: a bounded number of files is read at a time.
+
+use std::collections::{BinaryHeap, HashSet, VecDeque};
+use std::ffi::OsStr;
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+
+use crate::maildir::{Entry, IN_DOUBT};
+
+/// Messages that a pass keeps.
+pub(super) const PIECE: usize = if cfg!(test) { 1000 } else { 8192 };
+
+/// The work that is done at a time: files whose names are read. Some milliseconds, if the disk is quick.
+pub(super) const STEP_WORK: usize = if cfg!(test) { 500 } else { 4096 };
+
+/// What it costs to open a file, and to begin with a queue, in files whose names are read.
+pub(super) const OPEN_WORK: usize = 64;
+pub(super) const QUEUE_WORK: usize = 64;
+
+/// When a session goes on to its next queue, it keeps so many messages in this one that are not to be offered yet.
+const LEAST_KEPT: usize = 16;
+
+/// What a file costs whose time is read too.
+pub(super) const TIME_WORK: usize = 8;
+
+/// Messages that may end this session come after the others of all queues, so that these need not wait for them.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Phase {
+    First,
+    Last,
+}
+
+/// Where a message comes in the order of its queue. Of messages of equal rank the oldest comes first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    phase: Phase,
+    /// The sessions that it has ended.
+    sessions: u32,
+}
+
+impl Rank {
+    fn of(entry: &Entry) -> Rank {
+        let ended = entry.ended();
+        let is_last = ended.is_some() || entry.has(IN_DOUBT);
+        let phase = if is_last { Phase::Last } else { Phase::First };
+        Rank { phase, sessions: ended.map_or(0, |ended| ended.sessions) }
+    }
+
+    /// The rank of a message that is to be the next.
+    const NEXT: Rank = Rank { phase: Phase::First, sessions: 0 };
+}
+
+/// A message with its rank. The order is that in which messages are offered.
+#[derive(PartialEq, Eq)]
+pub(super) struct RankedEntry {
+    rank: Rank,
+    pub(super) entry: Entry,
+}
+
+impl RankedEntry {
+    /// Files of one unique name may be one message, so they come one after the other.
+    fn key(&self) -> (Rank, &OsStr, &Entry) {
+        (self.rank, self.entry.unique(), &self.entry)
+    }
+}
+
+impl PartialOrd for RankedEntry {
+    fn partial_cmp(&self, other: &RankedEntry) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for RankedEntry {
+    fn cmp(&self, other: &RankedEntry) -> std::cmp::Ordering {
+        self.key().cmp(&other.key())
+    }
+}
+
+/// What a session has listed of a queue.
+#[derive(Default)]
+pub(super) struct Listed {
+    /// In order.
+    waiting: VecDeque<RankedEntry>,
+    pub(super) pass: Option<Pass>,
+    /// The messages that this session has offered and that are still there: each is offered once.
+    pub(super) offered: NameSet,
+    /// Messages that were not found where they were listed.
+    pub(super) missed: NameSet,
+    /// A pass has ended.
+    once: bool,
+    /// How many messages this session skips.
+    pub(super) skipped: usize,
+    /// Those for which it was not counted yet.
+    pub(super) uncounted: Vec<Entry>,
+    /// How many files have no recipient that can be sent to.
+    pub(super) not_mail: usize,
+}
+
+/// A set of unique names. The set is for one queue, because other agents may give files in two Maildirs the same name. Only a
+/// hash of each name is kept, with a key that nobody knows: a customer may defer a million messages in one session.
+#[derive(Default)]
+pub(super) struct NameSet {
+    hashes: HashSet<u64>,
+    key: RandomState,
+}
+
+impl NameSet {
+    /// Returns whether the name is new.
+    pub(super) fn insert(&mut self, unique: &OsStr) -> bool {
+        self.hashes.insert(self.key.hash_one(unique))
+    }
+
+    pub(super) fn remove(&mut self, unique: &OsStr) {
+        self.hashes.remove(&self.key.hash_one(unique));
+    }
+
+    pub(super) fn contains(&self, unique: &OsStr) -> bool {
+        self.hashes.contains(&self.key.hash_one(unique))
+    }
+}
+
+/// A pass over the directories of a queue, and the messages that it has found so far for each phase.
+pub(super) struct Pass {
+    /// Those that were not read yet.
+    pub(super) files: Box<dyn Iterator<Item = io::Result<Entry>> + Send>,
+    first: Kept,
+    last: Kept,
+}
+
+impl Pass {
+    /// `files`: those of the queue.
+    pub(super) fn new(files: impl Iterator<Item = io::Result<Entry>> + Send + 'static) -> Pass {
+        Pass { files: Box::new(files), first: Kept::default(), last: Kept::default() }
+    }
+
+    /// Adds a message that is to be offered.
+    pub(super) fn add(&mut self, entry: Entry) {
+        let found = RankedEntry { rank: Rank::of(&entry), entry };
+        match found.rank.phase {
+            Phase::First => self.first.add(found, PIECE),
+            Phase::Last => self.last.add(found, PIECE / 4),
+        }
+    }
+
+    /// The messages that were found, in order, and how many of them are to be offered before the next pass: those of the last
+    /// phase only if there are no more of the first.
+    pub(super) fn finish(self) -> (Vec<RankedEntry>, usize) {
+        let more = self.first.left.is_some();
+        let mut found = self.first.into_sorted();
+        let first = found.len();
+        found.extend(self.last.into_sorted());
+        let offered = if more { first } else { found.len() };
+        (found, offered)
+    }
+}
+
+/// The first of some messages.
+#[derive(Default)]
+struct Kept {
+    messages: BinaryHeap<RankedEntry>,
+    /// The first of the others.
+    left: Option<RankedEntry>,
+}
+
+impl Kept {
+    /// Adds a message; keeps `limit`.
+    fn add(&mut self, found: RankedEntry, limit: usize) {
+        let is_full = self.messages.len() >= limit;
+        let left = match self.messages.peek_mut() {
+            Some(mut last) if is_full && found < *last => std::mem::replace(&mut *last, found),
+            Some(_) if is_full => found,
+            last => {
+                drop(last);
+                return self.messages.push(found);
+            }
+        };
+        if self.left.as_ref().is_none_or(|other| left < *other) {
+            self.left = Some(left);
+        }
+    }
+
+    /// The messages in order. Those of equal rank and the same unique name are all among them, or none is.
+    fn into_sorted(self) -> Vec<RankedEntry> {
+        let mut messages = self.messages.into_sorted_vec();
+        if let Some(left) = self.left {
+            let is_whole = |found: &RankedEntry| found.rank != left.rank || found.entry.unique() != left.entry.unique();
+            // If all have one name, each is offered.
+            let whole = messages.iter().rposition(is_whole).map_or(messages.len(), |at| at + 1);
+            messages.truncate(whole);
+        }
+        messages
+    }
+}
+
+impl Listed {
+    /// Takes the next message, if it is to be offered in this phase.
+    pub(super) fn pop(&mut self, phase: Phase) -> Option<Entry> {
+        let is_next = self.waiting.front().is_some_and(|next| next.rank.phase <= phase);
+        if is_next { self.waiting.pop_front().map(|next| next.entry) } else { None }
+    }
+
+    /// Adds what a pass has found.
+    pub(super) fn add(&mut self, found: impl Iterator<Item = RankedEntry>) {
+        self.once = true;
+        self.waiting.extend(found);
+    }
+
+    pub(super) fn push_front(&mut self, entry: Entry) {
+        self.waiting.push_front(RankedEntry { rank: Rank::NEXT, entry });
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// How many messages wait at least: one, if that is not known.
+    pub(super) fn waiting(&self) -> usize {
+        if self.once { self.waiting.len() } else { 1 }
+    }
+
+    /// Forgets most messages that wait; `queues`: the queues of the session.
+    pub(super) fn trim(&mut self, queues: usize) {
+        self.waiting.truncate((PIECE / queues.max(1)).max(LEAST_KEPT));
+        self.waiting.shrink_to_fit();
+    }
+
+    pub(super) fn is_passing(&self) -> bool {
+        self.pass.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests;

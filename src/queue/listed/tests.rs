@@ -1,0 +1,124 @@
+//! Queues of more messages than are listed at a time.
+
+use std::fs;
+
+use super::*;
+use crate::queue::tests::{Spool, local_parts, result};
+use crate::queue::{NextStep, QueueLock, QueuedMessage};
+
+/// Writes messages to `u0`, `u1` and so on, whose names have the order of the numbers; the files are made in another order.
+fn fill(spool: &Spool, count: usize) {
+    for number in (0..count).map(|number| number * 7919 % count) {
+        spool.write(&format!("new/{number:06}.x"), &format!("Delivered-To: u{number}@example.org\n\nx\n"));
+    }
+    fs::create_dir_all(spool.path("cur")).unwrap();
+}
+
+/// Offers all messages, and does something with each.
+fn offer_all(lock: &mut QueueLock, mut act: impl FnMut(&mut QueueLock, QueuedMessage)) -> (Vec<String>, usize) {
+    let (mut offered, mut steps) = (Vec::new(), 0);
+    loop {
+        match lock.next_step() {
+            NextStep::End => return (offered, steps),
+            NextStep::Listing => steps += 1,
+            NextStep::Message(message) => {
+                offered.push(local_parts(&message).remove(0));
+                act(lock, *message);
+            }
+        }
+        assert!(lock.waiting() <= 2 * PIECE);
+    }
+}
+
+fn numbers(numbers: impl IntoIterator<Item = usize>) -> Vec<String> {
+    numbers.into_iter().map(|number| format!("u{number}")).collect()
+}
+
+#[test]
+fn a_large_queue_is_offered_in_pieces_the_oldest_first() {
+    let (spool, count) = (Spool::new(), 2 * PIECE + 500);
+    fill(&spool, count);
+    for (number, name) in [(1, "000001.x,P=2-0-1"), (2, "000002.x,P=1-0-1"), (3, "000003.x:2,F")] {
+        let directory = if name.contains(':') { "cur" } else { "new" };
+        fs::rename(spool.path(&format!("new/{number:06}.x")), spool.path(&format!("{directory}/{name}"))).unwrap();
+    }
+    let mut expected = numbers(std::iter::once(0).chain(4..count));
+    expected.extend(numbers([3, 2, 1]));
+    for statuses in ["=", "~"] {
+        let mut lock = spool.lock();
+        assert!(lock.has_next() && lock.waiting() <= 1, "nothing is listed for that");
+        let mut settled = 0;
+        let (offered, steps) = offer_all(&mut lock, |lock, message| {
+            // Half of the messages, so that the rest stays for the next session.
+            settled += 1;
+            lock.settle(message, &result(if settled % 2 == 0 { statuses } else { "~" })).unwrap();
+        });
+        assert_eq!(offered, expected, "{statuses}");
+        assert!(steps >= count / STEP_WORK, "{steps}");
+        assert!(!lock.has_next() && lock.next_message().is_none());
+        expected = expected.into_iter().step_by(2).collect();
+        // What has ended a session is forgotten when it was offered once more and did not.
+        expected.sort_by_key(|name| (name == "u3", name[1..].parse::<usize>().unwrap()));
+    }
+}
+
+#[test]
+fn two_files_of_one_message_are_not_told_apart_by_the_end_of_a_piece() {
+    let ours = "X-ODMR-Envelope: id=x; arrived=2026-01-02T03:04:05Z\n";
+    let rest = format!("Delivered-To: bob@example.org\n{ours}\nx\n");
+    let whole = format!("Delivered-To: eva@example.org\n{rest}");
+    for at in [PIECE - 2, PIECE - 1, PIECE] {
+        for flags in ["", ":2,F"] {
+            let spool = Spool::new();
+            fill(&spool, PIECE + 10);
+            spool.write(&format!("new/{at:06}.x"), &whole);
+            spool.write(&format!("cur/{at:06}.x,S=96,W=101{flags}"), &rest);
+            let (offered, _) = offer_all(&mut spool.lock(), |_, _| {});
+            assert_eq!(offered.iter().filter(|name| *name == "bob").count(), 1, "{at} {flags}");
+            assert_eq!((offered.len(), offered.contains(&"eva".to_owned())), (PIECE + 10, false), "{at} {flags}");
+        }
+    }
+}
+
+/// Another agent has given many files one name.
+#[test]
+fn files_of_one_name_that_fill_a_piece() {
+    let spool = Spool::new();
+    for number in 0..PIECE + 5 {
+        spool.write(&format!("new/1.x,{number:06}"), &format!("Delivered-To: u{number}@example.org\n\nx\n"));
+    }
+    let mut lock = spool.lock();
+    let settle = |lock: &mut QueueLock, message: QueuedMessage| lock.settle(message, &result("=")).unwrap();
+    assert_eq!(offer_all(&mut lock, settle).0, numbers(0..PIECE + 5));
+}
+
+#[test]
+fn many_queues_keep_little_of_what_is_not_to_be_offered_yet() {
+    let (spool, queues) = (Spool::new(), 20);
+    let names: Vec<_> = (0..queues).map(|queue| spool.name(&format!("d{queue}.example"))).collect();
+    for (queue, name) in names.iter().enumerate() {
+        fs::create_dir_all(name.path.join("new")).unwrap();
+        fs::create_dir_all(name.path.join("cur")).unwrap();
+        for number in 0..200 {
+            let file = name.path.join(format!("cur/{number:06}.x:2,F"));
+            fs::write(file, format!("Delivered-To: last{number}@d{queue}.example\n\nx\n")).unwrap();
+        }
+        fs::write(name.path.join("new/300.x"), format!("Delivered-To: first@d{queue}.example\n\nx\n")).unwrap();
+    }
+    let (offered, _) = offer_all(&mut spool.queue.lock(&names).unwrap(), |_, _| {});
+    assert_eq!(offered.len(), queues * 201);
+    assert!(offered[..queues].iter().all(|name| name == "first"), "{:?}", &offered[..queues]);
+}
+
+/// No step opens all of them.
+#[test]
+fn many_files_that_are_no_mail_take_several_steps() {
+    let spool = Spool::new();
+    for number in 0..100 {
+        spool.write(&format!("new/{number:06}.x"), "no recipient\n");
+    }
+    spool.write("new/200000.x", "Delivered-To: eva@example.org\n\nx\n");
+    let (offered, steps) = offer_all(&mut spool.lock(), |_, _| {});
+    assert_eq!(offered, ["eva"]);
+    assert!(steps >= 100 * OPEN_WORK / STEP_WORK, "{steps}");
+}
