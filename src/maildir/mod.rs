@@ -32,7 +32,9 @@ pub use entry::{AttemptRecord, EndedSessions, Entry};
 pub use files::{FileId, prepare_directory, replace_file, replace_file_durably, with_path, write_remedy};
 use files::{list, make_directories, make_directory, move_file, sync_directory, sync_names};
 use quota::QuotaCheck;
-pub use state_file::{lock_state_file, locked_state_file, open_state_file, state_key, sweep_state_files, tidy_daily};
+pub use state_file::{
+    lock_state_file, locked_state_file, make_state_directory, open_state_file, state_key, sweep_state_files, tidy_daily,
+};
 pub use sweep::log_sweep_failed;
 
 /// The flag of a message that may or may not have been sent; mail readers show it as "flagged".

@@ -21,12 +21,21 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// The directory or the file cannot be created or opened; the text has its path.
 pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
     let directory = root.join(".odmr");
-    DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(|error| {
-        let remedy = write_remedy(&error, root);
-        io::Error::new(error.kind(), format!("{}: {error}{remedy}", directory.display()))
-    })?;
+    make_state_directory(&directory)?;
     let path = directory.join(name);
     options().create(true).truncate(false).mode(0o600).open(&path).map_err(|error| with_path(&path, error))
+}
+
+/// Makes the directory `ROOT/.odmr`, if it is missing.
+///
+/// # Errors
+///
+/// It cannot be made; the text has its path.
+pub fn make_state_directory(directory: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(|error| {
+        let remedy = write_remedy(&error, directory.parent().unwrap_or(directory));
+        io::Error::new(error.kind(), format!("{}: {error}{remedy}", directory.display()))
+    })
 }
 
 fn options() -> OpenOptions {

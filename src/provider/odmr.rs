@@ -1,7 +1,7 @@
 //! Port 366 up to ATRN: a customer logs in, submits its outgoing mail, and asks for the mail that is held for it.
 //!
 //! Before ATRN the session is that of a submission server (RFC 6409) with AUTH (RFC 2645 section 5.1). At ATRN (section
-//! 5.2.1) the worker locks the queues of the domains and gives the connection, as a [`Turn`], to the delivery thread. The
+//! 5.2.1) the worker locks the mail of the account and gives the connection, as a [`Turn`], to the delivery thread. The
 //! worker never becomes an SMTP client. If there is no turn, the session goes on, and the reply says why:
 //!
 //! ```text
@@ -83,7 +83,7 @@ fn turn(shared: &Shared, session: ServerSession, domains: &[Domain]) -> Result<(
     })
 }
 
-/// Locks the queues of the domains that the customer named, or of all its domains if it named none.
+/// Locks the account, for the domains that the customer named, or for all its domains if it named none.
 ///
 /// # Errors
 /// The reply to ATRN, if a domain is not the customer's, a queue is locked or unreadable, or there is no mail.
@@ -102,7 +102,7 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
         log::error!("event=spool-failed error={}", quoted(error));
         Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later")
     };
-    let mut lock = shared.spool.queue().lock(&names).map_err(|error| match error {
+    let mut lock = shared.spool.queue().lock_account(&names).map_err(|error| match error {
         LockError::Busy(name) => Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {name}")),
         LockError::Failed(error) => unavailable(error),
     })?;

@@ -5,15 +5,16 @@
 //! SPOOL/outgoing/<domain>/    mail from customers for a domain elsewhere, until the relay has sent it; a domain that is
 //!                             not made of letters, digits and hyphens has its `Domain::file_name`
 //! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
-//! SPOOL/.odmr/                the lock of `odmr serve`; for `odmr status`: `call-ACCOUNT`, the last call of an account, and
-//!                             `reload`, the last reading of the configuration; `retry`, which asks the relay to look
-//!                             at its queues; `tidy`, whose time says when what was left over was removed last;
+//! SPOOL/.odmr/                the lock of `odmr serve`; `account-ACCOUNT.lock`, which a turned session of the account has,
+//!                             besides `odmr.lock` in each directory with mail; for `odmr status`: `call-ACCOUNT`, the
+//!                             last call of an account, and `reload`, the last reading of the configuration; `retry`,
+//!                             which asks the relay to look at its queues; `tidy`, whose time says when what was left over was removed last;
 //!                             `scram-key`, of which the salts are made that no file has
 //! ```
 
 use std::fs::{self, File};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rustix::fs::Access;
@@ -21,13 +22,16 @@ use rustix::fs::Access;
 use crate::config::{Accounts, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
-use crate::maildir::{self, MessageWriter, replace_file, with_path};
+use crate::maildir::{self, MessageWriter, log_sweep_failed, replace_file, with_path};
 use crate::net::trace::quoted;
-use crate::queue::{Queue, QueueName, QueuedEnvelope};
+use crate::queue::{Queue, QueueName, QueuedEnvelope, remove_unused_lock};
 use crate::smtp::reply::Reply;
 
 /// The file in `SPOOL/.odmr` that `odmr serve` locks.
 const LOCK_FILE: &str = "serve";
+
+/// How the names of the files begin that the sessions of accounts lock.
+const ACCOUNT_LOCK: &str = "account-";
 
 /// How many directories below the spool a queue is at most: `domains/<domain>`.
 pub const SPOOL_DEPTH: usize = 2;
@@ -50,6 +54,17 @@ pub enum SpoolQueue {
     Postmaster,
     /// Mail from customers for a domain elsewhere.
     Outgoing(Domain),
+}
+
+/// The names of the files in a directory, in order; none if it does not exist.
+fn files_in(directory: &Path) -> io::Result<Vec<String>> {
+    let files = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(|error| with_path(directory, error))?,
+    };
+    let mut names: Vec<_> = files.filter_map(|file| file.ok()?.file_name().into_string().ok()).collect();
+    names.sort_unstable();
+    Ok(names)
 }
 
 impl Spool {
@@ -108,7 +123,11 @@ impl Spool {
         };
         let owner = domain.and_then(|domain| self.accounts.owner(domain));
         let prefix = owner.and_then(|owner| owner.delivered_to_prefix.clone());
-        QueueName { path, domain: domain.cloned(), prefix, retries: matches!(queue, SpoolQueue::Outgoing(_)) }
+        let account_lock = owner
+            .filter(|_| matches!(queue, SpoolQueue::Held(_)))
+            .map(|owner| self.root.join(".odmr").join(format!("{ACCOUNT_LOCK}{}.lock", owner.name)));
+        let retries = matches!(queue, SpoolQueue::Outgoing(_));
+        QueueName { path, domain: domain.cloned(), prefix, retries, account_lock }
     }
 
     /// The domains elsewhere that have a queue, ordered by the names of their directories.
@@ -182,6 +201,12 @@ impl Spool {
                 };
                 self.queue.tidy(&self.name(&queue), unwanted);
             }
+            for file in files_in(&self.root.join(".odmr"))? {
+                if file.starts_with(ACCOUNT_LOCK) && file.ends_with(".lock") {
+                    let removed = remove_unused_lock(&self.root.join(".odmr").join(file));
+                    removed.unwrap_or_else(|error| log_sweep_failed("-", &error));
+                }
+            }
             let is_gone =
                 |account: &str| self.accounts.skipped().is_empty() && self.accounts.account(account).is_none();
             maildir::sweep_state_files(&self.root, &|name| name.strip_prefix("call-").is_some_and(is_gone))
@@ -189,13 +214,7 @@ impl Spool {
     }
 
     fn domains_in(&self, directory: &str) -> io::Result<Vec<Domain>> {
-        let directory = self.root.join(directory);
-        let files = match fs::read_dir(&directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.map_err(|error| with_path(&directory, error))?,
-        };
-        let mut names: Vec<_> = files.filter_map(|file| file.ok()?.file_name().into_string().ok()).collect();
-        names.sort_unstable();
+        let names = files_in(&self.root.join(directory))?;
         Ok(names.iter().filter_map(|name| Domain::of_file_name(name)).collect())
     }
 

@@ -19,7 +19,7 @@ pub(super) const STEP_WORK: usize = if cfg!(test) { 500 } else { 4096 };
 
 /// What it costs to open a file, and to begin with a queue, in files whose names are read.
 pub(super) const OPEN_WORK: usize = 64;
-pub(super) const QUEUE_WORK: usize = 64;
+pub(super) const QUEUE_WORK: usize = 128;
 
 /// When a session goes on to its next queue, it keeps so many messages in this one that are not to be offered yet.
 const LEAST_KEPT: usize = 16;

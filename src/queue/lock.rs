@@ -5,18 +5,13 @@ use std::io;
 use std::time::SystemTime;
 
 use super::listed::{OPEN_WORK, Phase, QUEUE_WORK, STEP_WORK};
+use super::lock_file::LockFile;
 use super::locked_queue::{LockedQueue, OPEN_ATTEMPTS, log_unreadable};
 use super::message::{self, QueuedMessage};
 use super::name::QueueName;
 use crate::mail::address::Domain;
 use crate::maildir::{AttemptRecord, Entry, Maildir, with_path};
 use crate::smtp::status::DeliveryResult;
-
-/// The file of a queue that its session locks.
-pub(super) const QUEUE_LOCK_FILE: &str = "odmr.lock";
-
-/// The file beside the lock that asks its holder to release it.
-pub(super) const TAKEOVER_FILE: &str = "odmr.wanted";
 
 /// The lock on some queues, for one session.
 pub struct QueueLock {
@@ -26,6 +21,8 @@ pub struct QueueLock {
     phase: Phase,
     /// Queues that were looked at since the last message was found.
     looked: usize,
+    /// The locks of the accounts. They are released last.
+    accounts: Vec<LockFile>,
 }
 
 /// What [`QueueLock::next_step`] has found.
@@ -38,10 +35,10 @@ pub enum NextStep {
 }
 
 impl QueueLock {
-    pub(super) fn new(queues: Vec<LockedQueue>) -> QueueLock {
+    pub(super) fn new(queues: Vec<LockedQueue>, accounts: Vec<LockFile>) -> QueueLock {
         // The queue after the last is the first one that was asked for.
         let current = queues.len().saturating_sub(1);
-        QueueLock { queues, current, phase: Phase::First, looked: 0 }
+        QueueLock { queues, current, phase: Phase::First, looked: 0, accounts }
     }
 
     /// The session ends, and was a call of the customer: it counts for the messages that it has skipped. A session that only
@@ -242,13 +239,15 @@ impl QueueLock {
 
     /// Shows sessions that wait for these locks that this session makes progress.
     pub fn heartbeat(&self) {
-        for queue in &self.queues {
-            let _ = queue.lock.set_modified(SystemTime::now());
-        }
+        self.lock_files().for_each(LockFile::heartbeat);
     }
 
     /// Whether another session waits for one of these queues.
     pub fn takeover_requested(&self) -> bool {
-        self.queues.iter().any(|queue| queue.name.path.join(TAKEOVER_FILE).exists())
+        self.lock_files().any(LockFile::takeover_requested)
+    }
+
+    fn lock_files(&self) -> impl Iterator<Item = &LockFile> {
+        self.accounts.iter().chain(self.queues.iter().filter_map(|queue| queue.lock.as_ref()))
     }
 }

@@ -1,19 +1,19 @@
 //! One locked queue: which of its messages are offered, and how they are opened.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::envelope::ParsedEnvelope;
 use super::listed::{Listed, Pass, RankedEntry, TIME_WORK};
+use super::lock_file::{LockError, LockFile, QUEUE_LOCK_FILE};
 use super::message::{self, Opened, QueuedMessage};
 use super::name::QueueName;
 use super::retry;
 use crate::ids::Ids;
-use crate::maildir::{Entry, FileId, Maildir};
+use crate::maildir::{Entry, FileId, Maildir, log_sweep_failed};
 use crate::net::trace::quoted;
 
 /// How often a message is looked for that a mail reader moves again and again.
@@ -22,7 +22,8 @@ pub(super) const OPEN_ATTEMPTS: usize = 5;
 pub(super) struct LockedQueue {
     pub(super) name: QueueName,
     pub(super) maildir: Maildir,
-    pub(super) lock: File,
+    /// The lock on the directory; `None`: there was no mail in it yet.
+    pub(super) lock: Option<LockFile>,
     pub(super) ids: Ids,
     pub(super) notes: Arc<Notes>,
     pub(super) listed: Listed,
@@ -71,14 +72,52 @@ impl Notes {
     }
 }
 
+/// A directory of an account without mail has no lock.
 impl Drop for LockedQueue {
     fn drop(&mut self) {
-        // A child process has a copy of the descriptor between fork and exec: the next session must not find the queue locked.
-        let _ = self.lock.unlock();
+        if self.name.account_lock.is_some()
+            && let Some(lock) = self.lock.take()
+            && self.maildir.is_empty().unwrap_or(false)
+        {
+            lock.remove();
+        }
     }
 }
 
 impl LockedQueue {
+    /// Makes and locks the directory.
+    ///
+    /// # Errors
+    /// See [`LockError`].
+    pub(super) fn lock_directory(&mut self, takeover: Option<Duration>) -> Result<(), LockError> {
+        loop {
+            self.maildir.create().map_err(LockError::Failed)?;
+            match LockFile::lock(&self.name.path.join(QUEUE_LOCK_FILE), takeover, &self.name) {
+                // It was removed just now.
+                Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound => {}
+                locked => {
+                    self.lock = Some(locked?);
+                    break;
+                }
+            }
+        }
+        let swept = self.maildir.sweep().and_then(|()| message::rejected_maildir(&self.maildir).sweep());
+        swept.unwrap_or_else(|error| log_sweep_failed(&self.name, &error));
+        Ok(())
+    }
+
+    /// Locks the directory, unless it is locked or has no mail. Another session may have it: one of another account, which has
+    /// begun before the domain became this account's, or one of an earlier version.
+    ///
+    /// # Errors
+    /// See [`LockError`].
+    pub(super) fn lock_if_mail(&mut self, takeover: Option<Duration>) -> Result<(), LockError> {
+        match self.lock.is_some() || self.maildir.is_empty().map_err(LockError::Failed)? {
+            true => Ok(()),
+            false => self.lock_directory(takeover),
+        }
+    }
+
     /// Opens a message that was listed just now.
     pub(super) fn open(&mut self, mut entry: Entry) -> io::Result<Option<QueuedMessage>> {
         for _ in 0..OPEN_ATTEMPTS {
@@ -162,7 +201,16 @@ impl LockedQueue {
 impl LockedQueue {
     /// Begins a pass, if all messages that the last one has found are offered.
     pub(super) fn begin_pass_if_empty(&mut self) {
-        if self.listed.is_empty() {
+        if !self.listed.is_empty() {
+            return;
+        }
+        match self.lock_if_mail(None) {
+            Ok(()) => {}
+            // Another session offers it.
+            Err(LockError::Busy(_)) => return,
+            Err(LockError::Failed(error)) => return log_unreadable(&self.name, &error),
+        }
+        if self.lock.is_some() {
             self.listed.pass = Some(Pass::new(self.maildir.list()));
         }
     }
@@ -174,6 +222,9 @@ impl LockedQueue {
 
     /// Whether one of the files, whichever comes first, is a message that this session may offer.
     pub(super) fn has_any(&self) -> bool {
+        if self.lock.is_none() {
+            return false;
+        }
         let (now, time) = (self.ids.clock().now(), SystemTime::now());
         let may_be_offered = |entry: &Entry| {
             !self.listed.offered.contains(entry.unique())

@@ -1,8 +1,9 @@
 //! Mail that waits. A queue is one directory, a Maildir, with an envelope in front of each message.
 //!
-//! One session at a time has the [`QueueLock`] of a queue, across processes. It gets the messages one by one, tries to
-//! send each, and settles it: recipients that are sent or rejected are settled, the others are open. Where a message is
-//! after a power cut, by the last step that was completed:
+//! One session at a time has the [`QueueLock`] of a queue, across processes; if an account has several queues, one session
+//! has all of them, and the directories of those that have mail. It gets the messages one by one, tries to send each, and
+//! settles it: recipients that are sent or rejected are settled, the others are open. Where a message is after a power cut,
+//! by the last step that was completed:
 //!
 //! ```text
 //! last completed step                          the message is         afterwards
@@ -54,6 +55,7 @@ mod name;
 pub mod envelope;
 mod message;
 mod listed;
+mod lock_file;
 mod locked_queue;
 mod lock;
 mod summary;
@@ -61,28 +63,25 @@ mod listing;
 pub mod batch;
 
 use std::collections::HashSet;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 pub use envelope::QueuedEnvelope;
 pub use listing::ListedMessage;
 pub use lock::{NextStep, QueueLock};
+pub use lock_file::{LockError, remove_unused_lock};
 pub use message::QueuedMessage;
 pub use name::QueueName;
 pub use summary::QueueSummary;
 
 use crate::ids::Ids;
-use crate::maildir::{MessageWriter, log_sweep_failed, with_path};
+use crate::maildir::{MessageWriter, log_sweep_failed, make_state_directory};
 use listed::Listed;
-use lock::{QUEUE_LOCK_FILE, TAKEOVER_FILE};
+use lock_file::{LockFile, QUEUE_LOCK_FILE, TAKEOVER_FILE};
 use locked_queue::{LockedQueue, Notes, log_unreadable};
 use message::REJECTED_MAILDIR;
-
-/// How long a session waits for the holder of a lock that was asked to release it.
-const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
 
 /// How often a list looks for messages that it lacks.
 const LIST_ATTEMPTS: usize = 5;
@@ -198,13 +197,33 @@ impl Queue {
         Ok(())
     }
 
-    /// Locks all these queues, or none of them. A holder that makes no progress is asked to release its lock, and gets 5
-    /// seconds for that.
+    /// Locks all these queues, or none of them; of an account, those that have mail. A holder that makes no progress is asked
+    /// to release its lock, and gets 5 seconds for that.
     ///
     /// # Errors
     /// See [`LockError`].
     pub fn lock(&self, names: &[QueueName]) -> Result<QueueLock, LockError> {
         self.lock_all(names, true)
+    }
+
+    /// Locks an account, and the first of its queues with mail that no other session has. The others are locked when the
+    /// session comes to them; one that another session has then is left out.
+    ///
+    /// # Errors
+    /// See [`LockError`].
+    pub fn lock_account(&self, names: &[QueueName]) -> Result<QueueLock, LockError> {
+        let takeover = Some(self.takeover);
+        let accounts = self.lock_accounts(names, takeover)?;
+        let mut queues: Vec<_> = names.iter().map(|name| self.unlocked(name)).collect();
+        let mut busy = Ok(());
+        for queue in &mut queues {
+            match queue.lock_if_mail(takeover) {
+                Ok(()) if queue.lock.is_some() => return Ok(QueueLock::new(queues, accounts)),
+                Err(LockError::Busy(name)) => busy = Err(LockError::Busy(name)),
+                other => other?,
+            }
+        }
+        busy.map(|()| QueueLock::new(queues, accounts))
     }
 
     /// Locks one queue without waiting.
@@ -222,7 +241,14 @@ impl Queue {
         let tidy = || -> io::Result<()> {
             maildir.sweep()?;
             message::rejected_maildir(&maildir).sweep()?;
-            if unwanted && maildir.is_empty()? {
+            if !maildir.is_empty()? {
+                return Ok(());
+            }
+            if name.account_lock.is_some() {
+                // Of a session that was killed, or of an earlier version.
+                remove_unused_lock(&name.path.join(QUEUE_LOCK_FILE))?;
+            }
+            if unwanted {
                 match self.try_lock(name) {
                     Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR])?,
                     Err(LockError::Failed(error)) => return Err(error),
@@ -235,73 +261,35 @@ impl Queue {
     }
 
     fn lock_all(&self, names: &[QueueName], take_over: bool) -> Result<QueueLock, LockError> {
-        let mut queues = Vec::with_capacity(names.len());
+        let takeover = take_over.then_some(self.takeover);
+        let accounts = self.lock_accounts(names, takeover)?;
+        let mut queues: Vec<_> = names.iter().map(|name| self.unlocked(name)).collect();
+        for queue in &mut queues {
+            match queue.name.account_lock {
+                Some(_) => queue.lock_if_mail(takeover)?,
+                None => queue.lock_directory(takeover)?,
+            }
+        }
+        Ok(QueueLock::new(queues, accounts))
+    }
+
+    fn lock_accounts(&self, names: &[QueueName], takeover: Option<Duration>) -> Result<Vec<LockFile>, LockError> {
+        let mut accounts: Vec<LockFile> = Vec::new();
         for name in names {
-            let maildir = name.maildir();
-            let lock = loop {
-                maildir.create().map_err(LockError::Failed)?;
-                let lock = self.lock_one(name, take_over)?;
-                // The lock of a queue that was removed meanwhile excludes nobody.
-                if lock.metadata().map_err(LockError::Failed)?.nlink() > 0 {
-                    break lock;
-                }
-            };
-            if let Err(error) = maildir.sweep().and_then(|()| message::rejected_maildir(&maildir).sweep()) {
-                log_sweep_failed(name, &error);
-            }
-            let (ids, notes) = (self.ids.clone(), self.notes.clone());
-            queues.push(LockedQueue { name: name.clone(), maildir, lock, ids, notes, listed: Listed::default() });
-        }
-        Ok(QueueLock::new(queues))
-    }
-
-    fn lock_one(&self, name: &QueueName, take_over: bool) -> Result<File, LockError> {
-        let (path, wanted) = (name.path.join(QUEUE_LOCK_FILE), name.path.join(TAKEOVER_FILE));
-        let failed = |error| LockError::Failed(with_path(&path, error));
-        let mut options = OpenOptions::new();
-        let lock = options.create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(failed)?;
-        let mut give_up: Option<Instant> = None;
-        loop {
-            match lock.try_lock() {
-                Ok(()) => break,
-                Err(TryLockError::Error(error)) => return Err(failed(error)),
-                Err(TryLockError::WouldBlock) => {}
-            }
-            match give_up {
-                // A holder that makes progress keeps its lock; one that has made none for long is asked to release it.
-                None if !take_over || self.is_alive(&lock) => return Err(LockError::Busy(name.clone())),
-                None => {
-                    log::info!("event=takeover queue={name}");
-                    File::create(&wanted).map_err(|error| LockError::Failed(with_path(&wanted, error)))?;
-                    give_up = Some(Instant::now() + TAKEOVER_WAIT);
-                }
-                Some(late) if Instant::now() >= late => {
-                    let _ = fs::remove_file(&wanted);
-                    return Err(LockError::Busy(name.clone()));
-                }
-                // The kernel reports the release of a lock only to a wait that has no deadline.
-                Some(_) => std::thread::sleep(Duration::from_millis(20)),
+            if let Some(path) = &name.account_lock
+                && !accounts.iter().any(|lock| lock.path() == path)
+            {
+                path.parent().map_or(Ok(()), make_state_directory).map_err(LockError::Failed)?;
+                accounts.push(LockFile::lock(path, takeover, name)?);
             }
         }
-        let _ = fs::remove_file(&wanted);
-        let _ = lock.set_modified(SystemTime::now());
-        Ok(lock)
+        Ok(accounts)
     }
 
-    /// Whether the holder of a lock has made progress lately.
-    fn is_alive(&self, lock: &File) -> bool {
-        let heartbeat = lock.metadata().and_then(|metadata| metadata.modified());
-        heartbeat.is_ok_and(|heartbeat| heartbeat.elapsed().is_ok_and(|age| age < self.takeover))
+    fn unlocked(&self, name: &QueueName) -> LockedQueue {
+        let (maildir, ids, notes) = (name.maildir(), self.ids.clone(), self.notes.clone());
+        LockedQueue { name: name.clone(), maildir, lock: None, ids, notes, listed: Listed::default() }
     }
-}
-
-/// Why a queue cannot be locked.
-#[derive(Debug)]
-pub enum LockError {
-    /// Another session has this queue.
-    Busy(QueueName),
-    /// The directory or its lock file cannot be made or locked.
-    Failed(io::Error),
 }
 
 #[cfg(test)]

@@ -18,6 +18,9 @@ pub struct QueueName {
     pub prefix: Option<String>,
     /// Each message waits for its next attempt; otherwise all of them wait for a call.
     pub retries: bool,
+    /// The file that a session of the account locks, which has several queues. Then the directory is locked too, but neither
+    /// made nor locked before there is mail in it.
+    pub account_lock: Option<PathBuf>,
 }
 
 impl QueueName {

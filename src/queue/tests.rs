@@ -1,12 +1,15 @@
 //! What is on disk before, during and after settlements.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use proptest::prelude::*;
 
 use super::envelope::Mark;
+use super::lock_file::TAKEOVER_WAIT;
 use super::message::Opened;
 use super::*;
 use crate::clock::Timestamp;
@@ -43,6 +46,7 @@ impl Spool {
             domain: Some(domain(name)),
             prefix: None,
             retries: false,
+            account_lock: None,
         }
     }
 
@@ -589,7 +593,7 @@ fn a_copy_of_the_descriptor_in_a_child_process_does_not_keep_the_lock() {
     let spool = Spool::new();
     let name = spool.name("example.org");
     let lock = spool.queue.try_lock(&name).unwrap();
-    let _copy = lock.queues[0].lock.try_clone().unwrap();
+    let _copy = lock.queues[0].lock.as_ref().unwrap().file.try_clone().unwrap();
     drop(lock);
     assert!(spool.queue.try_lock(&name).is_ok());
 }
@@ -1122,6 +1126,7 @@ fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
             domain: Some(domain("example.net")),
             prefix: None,
             retries: true,
+            account_lock: None,
         };
         let queue = outgoing(&name, &["a@example.net", "b@example.net"]);
         let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
@@ -1138,7 +1143,8 @@ fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
 fn a_clock_that_was_wrong_defers_nothing_for_long() {
     for (ahead, due) in [(Duration::from_secs(3600), false), (Duration::from_secs(365 * 24 * 3600), true)] {
         let directory = tempfile::tempdir().unwrap();
-        let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries: true };
+        let name =
+            QueueName { path: directory.path().into(), domain: None, prefix: None, retries: true, account_lock: None };
         let queue = outgoing(&name, &["a@example.net"]);
         let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
         let mut message = lock.next_message().unwrap();
@@ -1174,7 +1180,8 @@ fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() 
             (now + 60, true),
         ] {
             let directory = tempfile::tempdir().unwrap();
-            let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries };
+            let name =
+                QueueName { path: directory.path().into(), domain: None, prefix: None, retries, account_lock: None };
             let queue = outgoing_since(&name, &["a@example.net"], Timestamp::from_seconds(arrived));
             queue
                 .list(&name, &mut |message| {
@@ -1204,7 +1211,8 @@ fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() 
 #[test]
 fn the_rest_of_a_message_keeps_the_time_of_the_first_session() {
     let (directory, now) = (tempfile::tempdir().unwrap(), Ids::fixed().clock().now());
-    let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries: false };
+    let name =
+        QueueName { path: directory.path().into(), domain: None, prefix: None, retries: false, account_lock: None };
     let queue = outgoing_since(&name, &["a@example.net", "b@example.net"], Timestamp::from_seconds(0));
     settle(&mut queue.lock(std::slice::from_ref(&name)).unwrap(), "=~");
     let (file, arrived) = arrival(&queue, &name);
@@ -1227,7 +1235,7 @@ fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
         (true, "msg", hour_ago, now, true),
     ] {
         let directory = tempfile::tempdir().unwrap();
-        let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries };
+        let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries, account_lock: None };
         name.maildir().create().unwrap();
         let path = directory.path().join(format!("new/{named}.x.host"));
         fs::write(&path, "Delivered-To: a@example.net\n\nx\n").unwrap();
@@ -1247,7 +1255,8 @@ fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
 #[test]
 fn a_locked_queue_can_be_listed() {
     let directory = tempfile::tempdir().unwrap();
-    let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries: true };
+    let name =
+        QueueName { path: directory.path().into(), domain: None, prefix: None, retries: true, account_lock: None };
     let queue = outgoing(&name, &["a@example.net"]);
     let _lock = queue.lock(std::slice::from_ref(&name)).unwrap();
     let mut seen = Vec::new();

@@ -75,6 +75,13 @@ class Rejecting(Server):
         return line
 
 
+def drop_errors(serve):
+    try:
+        serve()
+    except (OSError, ValueError):
+        pass
+
+
 def turned(box, provider, customer, serves):
     """A turned session of its own thread, which ends with its connection."""
     line = Smtp(provider.odmr, seconds=120)
@@ -82,13 +89,7 @@ def turned(box, provider, customer, serves):
     box.keep(line.socket)
     server = serves(line.socket, received=line.received)
 
-    def serve():
-        try:
-            server.serve()
-        except (OSError, ValueError):
-            pass
-
-    threading.Thread(target=serve, daemon=True).start()
+    threading.Thread(target=drop_errors, args=(server.serve,), daemon=True).start()
     return server
 
 
@@ -253,3 +254,117 @@ def delivery_thread(box):
     files = [line for line in files if "/proc/sys/vm/overcommit_memory" not in line]
     check(not files, f"calls on files: {files[:5]}")
     return f"{len(lines)} calls: {' '.join(sorted(calls))}"
+
+
+class Paced(Server):
+    """A customer that takes a while for each message; notes how long it waits for the next one."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.waits, self.ready = [], time.monotonic()
+
+    def data(self):
+        content = super().data()
+        self.waits.append(time.monotonic() - self.ready)
+        time.sleep(0.002)
+        self.ready = time.monotonic()
+        return content
+
+
+def resident(provider):
+    """Octets of its memory now."""
+    status = pathlib.Path(f"/proc/{provider.process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+
+
+@scenario("storage-large")
+def storage_large(box):
+    """60,000 messages in one domain, and one message of 30,000 recipients: the oldest come first, others do not wait"""
+    count, recipients = 60_000, 30_000
+    customers = {"big": ["big.example"], "head": ["h.example"], "good": ["good.example"]}
+    provider = Provider(box, require_tls=False, customers=customers).start()
+    fill(provider, "good.example", 3000)
+    drop(provider, "big.example", 100)
+    (provider.spool / "domains/big.example/new/1767323045.stall.local").unlink()
+    directory = os.open(provider.spool / "domains/big.example/new", os.O_RDONLY)
+    for number in (one * 7919 % count for one in range(count)):
+        text = f"Return-Path: <a@sender.example>\nDelivered-To: u{number}@big.example\nSubject: x\n\nx\n".encode()
+        name = f"1767323{number:06}.M{number}P1Q1.relay.example.net,S={len(text)},W={len(text) + 5}"
+        file = os.open(name, os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=directory)
+        os.write(file, text)
+        os.close(file)
+    os.close(directory)
+    drop(provider, "h.example", 100)
+    lines = "".join(f"Delivered-To: u{number}@h.example\n" for number in range(recipients))
+    (provider.spool / "domains/h.example/new/1767323045.stall.local").write_text(f"{lines}Subject: x\n\nx\n")
+    good = turned(box, provider, "good", Paced)
+    wait_until(lambda: len(good.waits) > 100, "the messages of another customer")
+    before, memory = len(good.waits), resident(provider)
+    with Smtp(provider.odmr, seconds=60) as line:
+        line.hello()
+        line.log_in("big")
+        begin = time.monotonic()
+        line.want("250", "ATRN")
+        reply = time.monotonic() - begin
+        big = Server(line.socket, received=line.received)
+        threading.Thread(target=drop_errors, args=(big.serve,), daemon=True).start()
+        wait_until(lambda: len(big.letters) > 5000, "messages of the large domain", seconds=60)
+        grown = resident(provider) - memory
+        hang_up(line.socket)
+    numbers = [int(re.match(r"u(\d+)@", letter.recipients[0])[1]) for letter in big.letters]
+    check(numbers == list(range(len(numbers))), f"not the oldest first: {numbers[:5]}")
+    longest, before = max(good.waits[before:]), len(good.waits)
+    with Smtp(provider.odmr, seconds=60) as line:
+        begin = time.monotonic()
+        line.turn("head")
+        head = Server(line.socket, received=line.received)
+        check(head.serve(), "no QUIT")
+        seconds = time.monotonic() - begin
+    check(len(head.letters) == 1 and len(head.letters[0].recipients) == recipients, "the long head")
+    facts = f"ATRN answered after {reply * 1000:.0f} ms, memory +{grown / MIB:.1f} MiB, the other waited {longest * 1000:.0f} ms at most"
+    facts += f"; {recipients} recipients in {seconds:.1f} s, it waited {max(good.waits[before:]) * 1000:.0f} ms"
+    check(grown <= 8 * MIB and reply < 0.5 and longest < 0.5, facts)
+    return facts
+
+
+@scenario("storage-domains")
+def storage_domains(box):
+    """An account with 1,000 domains: ATRN makes no directory and no lock; mail for one of them is fetched, and no lock stays"""
+    domains = [f"d{number}.example" for number in range(1000)]
+    provider = Provider(box, require_tls=False, customers={"many": domains}).start()
+    held = lambda: sorted(path.name for path in (provider.spool / "domains").glob("*"))
+
+    def atrn(*want):
+        with Smtp(provider.odmr) as line:
+            line.hello()
+            line.log_in("many")
+            begin = time.monotonic()
+            line.want(*want)
+            return time.monotonic() - begin
+
+    none = atrn("453", "ATRN")
+    check(held() == [], f"made: {held()[:5]}")
+    drop(provider, "d7.example", 1000)
+    line = Smtp(provider.odmr)
+    box.keep(line.socket)
+    line.turn("many")
+    # A session of other domains of the account would have the same lock.
+    atrn("450 4.4.5", "ATRN d8.example")
+    server = Server(line.socket, received=line.received)
+    check(server.serve() and len(server.letters) == 1, "the message of the seventh domain")
+    lock = provider.spool / "domains/d7.example/odmr.lock"
+    wait_until(lambda: not lock.exists(), "the end of the lock")
+    check(held() == ["d7.example"], f"made: {held()[:5]}")
+    for domain in domains:
+        drop(provider, domain, 100)
+    with Smtp(provider.odmr) as line:
+        line.hello()
+        line.log_in("many")
+        begin = time.monotonic()
+        line.want("250", "ATRN")
+        reply = time.monotonic() - begin
+        server = Server(line.socket, received=line.received)
+        check(server.serve() and len(server.letters) == 1000, f"{len(server.letters)} of 1000 messages")
+    facts = f"ATRN without mail {none * 1000:.0f} ms, with mail in all domains {reply * 1000:.0f} ms"
+    check(none < 0.5 and reply < 0.5, facts)
+    return facts
