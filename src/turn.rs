@@ -39,7 +39,7 @@ use crate::smtp::server::{Server, ServerOptions};
 
 /// The provider's half, on its way from the worker to the delivery thread.
 pub struct Turn {
-    session: ServerSession,
+    session: Box<ServerSession>,
     /// `Drop` releases it, however the turn ends.
     lock: QueueLock,
     /// The 250 that ATRN has not received yet.
@@ -55,11 +55,11 @@ impl Turn {
     /// # Errors
     /// Octets have arrived after ATRN, which must be the last command of a group (RFC 2920 section 3.1). Returns the
     /// session, which goes on, and the reply to ATRN.
-    pub fn offer(mut session: ServerSession, lock: QueueLock) -> Result<Box<Turn>, Box<(ServerSession, Reply)>> {
+    pub fn offer(mut session: Box<ServerSession>, lock: QueueLock) -> Result<Box<Turn>, (Box<ServerSession>, Reply)> {
         let arrived = !matches!(session.connection.fill(), Ok(Filled::Nothing));
         if arrived || !session.connection.received().is_empty() {
             let reply = Reply::new(503, "5.5.1", "ATRN must be the last command: wait for its reply");
-            return Err(Box::new((session, reply)));
+            return Err((session, reply));
         }
         let waiting = match lock.count(COUNT_LIMIT) {
             Ok(1) => ", 1 message".to_owned(),
@@ -72,14 +72,14 @@ impl Turn {
     }
 
     /// Returns the session, which goes on in its old role, because the delivery thread cannot accept the turn.
-    pub fn withdraw(self) -> ServerSession {
+    pub fn withdraw(self) -> Box<ServerSession> {
         self.session
     }
 
     /// Queues the 250 on the connection, and becomes the SMTP client.
     pub fn begin(mut self, without_8bitmime: Without8BitMime) -> Turned {
         self.session.reply(&self.reply);
-        let ServerSession { connection, server, peer, .. } = self.session;
+        let ServerSession { connection, server, peer, .. } = *self.session;
         connection.trace.event("turn");
         let account = server.account().unwrap_or_default().to_owned();
         let (name, tls) = (server.hostname().to_owned(), connection.tls_channel());

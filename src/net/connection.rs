@@ -31,6 +31,7 @@ use std::io::{self, Write};
 use std::mem::{self, MaybeUninit};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,8 @@ const READ_SIZE: usize = 64 * 1024;
 const READ_BUFFER_LIMIT: usize = 256 * 1024;
 /// Octets given to the system in one `flush`.
 const FLUSH_LIMIT: usize = 256 * 1024;
+/// Spaces for a read that are kept while no thread reads.
+const SPARE_SPACE_LIMIT: usize = 4;
 /// An empty buffer larger than this is freed: thousands of idle connections must not keep what one burst needed.
 const IDLE_CAPACITY: usize = 4 * 1024;
 
@@ -244,10 +247,10 @@ impl Connection {
         let _ = rustix::net::shutdown(self.output_fd(), rustix::net::Shutdown::Write);
         // If a socket is closed with octets unread, the system resets the connection, and the peer may lose our last
         // reply.
-        let mut space = [MaybeUninit::uninit(); READ_SIZE];
+        let mut space = ReadSpace::take();
         let mut left = READ_BUFFER_LIMIT;
         while left > 0
-            && let Ok(octets) = self.input.read(&mut space)
+            && let Ok(octets) = self.input.read(&mut space.0)
             && !octets.is_empty()
         {
             left = left.saturating_sub(octets.len());
@@ -278,8 +281,8 @@ impl Connection {
         if self.received().len() >= READ_BUFFER_LIMIT {
             return Ok(Filled::Nothing);
         }
-        let mut space = [MaybeUninit::uninit(); READ_SIZE];
-        let octets = match self.input.read(&mut space) {
+        let mut space = ReadSpace::take();
+        let octets = match self.input.read(&mut space.0) {
             Ok(octets) => octets,
             // After an interrupted read the octets are still there.
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
@@ -618,7 +621,7 @@ impl Connection {
     }
 
     /// `what` begins the text of an error of the handshake.
-    fn start_tls(&mut self, session: io::Result<TlsSession>, deadline: Instant, what: &str) -> io::Result<()> {
+    fn start_tls(&mut self, session: io::Result<Box<TlsSession>>, deadline: Instant, what: &str) -> io::Result<()> {
         let invalid = |text| Err(io::Error::new(io::ErrorKind::InvalidData, text));
         if self.tls.is_some() {
             return invalid("TLS has already begun");
@@ -631,7 +634,7 @@ impl Connection {
         while !self.flush()? {
             self.poll_or_time_out(PollFlags::OUT, None, deadline, "the peer does not read")?;
         }
-        self.tls = Some(Box::new(session?));
+        self.tls = Some(session?);
         self.handshake(deadline).map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))
     }
 
@@ -712,6 +715,28 @@ enum LineEnd {
 fn line_end(octets: &[u8], ends: LineEnd) -> Option<usize> {
     let is_end = |(at, octet): (usize, &u8)| *octet == b'\n' && (ends == LineEnd::Lf || octets[..at].ends_with(b"\r"));
     octets.iter().enumerate().position(is_end).map(|at| at + 1)
+}
+
+/// The space of one read. All connections share a few: nothing waits while it has one. On the stack of a thread it would
+/// stay resident as long as its connection, and so would what each connection had of its own.
+struct ReadSpace(Box<[MaybeUninit<u8>]>);
+
+static SPARE_SPACES: Mutex<Vec<Box<[MaybeUninit<u8>]>>> = Mutex::new(Vec::new());
+
+impl ReadSpace {
+    fn take() -> ReadSpace {
+        let spare = SPARE_SPACES.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        ReadSpace(spare.unwrap_or_else(|| Box::new_uninit_slice(READ_SIZE)))
+    }
+}
+
+impl Drop for ReadSpace {
+    fn drop(&mut self) {
+        let mut spares = SPARE_SPACES.lock().unwrap_or_else(PoisonError::into_inner);
+        if spares.len() < SPARE_SPACE_LIMIT {
+            spares.push(mem::take(&mut self.0));
+        }
+    }
 }
 
 /// Octets that are consumed from the front.

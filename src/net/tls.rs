@@ -295,12 +295,12 @@ const EXPORTER_LABEL: &[u8] = b"EXPORTER-Channel-Binding";
 const SEALED_LIMIT: usize = 64 * 1024;
 
 impl TlsSession {
-    pub(crate) fn server(tls: &ServerTls) -> io::Result<TlsSession> {
+    pub(crate) fn server(tls: &ServerTls) -> io::Result<Box<TlsSession>> {
         Ok(TlsSession::new(ServerConnection::new(tls.config.clone()).map_err(failed)?.into(), None))
     }
 
     /// `name`: the domain name or IP address that the peer's certificate must be for (see [`is_certificate_name`]).
-    pub(crate) fn client(tls: &ClientTls, name: &str) -> io::Result<TlsSession> {
+    pub(crate) fn client(tls: &ClientTls, name: &str) -> io::Result<Box<TlsSession>> {
         let wanted = match ServerName::try_from(name.to_owned()) {
             Ok(name) => name,
             // The name of a mail host may be anything. If it is not verified, TLS works without it.
@@ -322,9 +322,9 @@ impl TlsSession {
         Ok(TlsSession::new(ClientConnection::new(config, wanted).map_err(failed)?.into(), shown))
     }
 
-    fn new(mut connection: Connection, shown: Option<Arc<ShownIdentity>>) -> TlsSession {
+    fn new(mut connection: Connection, shown: Option<Arc<ShownIdentity>>) -> Box<TlsSession> {
         connection.set_buffer_limit(Some(SEALED_LIMIT));
-        let mut session = TlsSession { connection, shown, unsent: 0 };
+        let mut session = Box::new(TlsSession { connection, shown, unsent: 0 });
         session.count();
         session
     }

@@ -15,7 +15,7 @@ use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_held_domain};
 
 /// Serves one session until it ends. Returns how it ended, for the log.
-pub fn serve(reloader: &Reloader, mut session: ServerSession) -> String {
+pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
     session.greet();
     let end = session.run(&mut InboundHandler { reloader, shared: reloader.current() });
     session.close();

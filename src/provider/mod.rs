@@ -355,7 +355,7 @@ fn serve(reloader: &Reloader, listener: Listener, connection: io::Result<Connect
 
 fn begin_session(
     shared: &Shared, listener: Listener, mut connection: Connection, peer: String,
-) -> io::Result<ServerSession> {
+) -> io::Result<Box<ServerSession>> {
     let config = &shared.config;
     let mut tls = shared.tls.clone();
     // RFC 8314 section 4.2: a client is asked for a certificate only if one may open an account.

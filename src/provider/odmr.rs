@@ -35,7 +35,7 @@ use crate::smtp::status::is_no_mail;
 use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
-pub fn serve(reloader: &Reloader, mut session: ServerSession) -> String {
+pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
     let mut handler = OdmrHandler { reloader, shared: reloader.current() };
     session.greet();
     loop {
@@ -49,7 +49,7 @@ pub fn serve(reloader: &Reloader, mut session: ServerSession) -> String {
         let reply;
         (session, reply) = match turn(&shared, session, &domains) {
             Ok(()) => return "turned".to_owned(),
-            Err(rejected) => *rejected,
+            Err(rejected) => rejected,
         };
         record_call(&shared, &session, &reply);
         session.reject(&reply);
@@ -71,15 +71,15 @@ fn record_call(shared: &Shared, session: &ServerSession, reply: &Reply) {
 ///
 /// # Errors
 /// The session and the reply to ATRN: the connection does not turn, and nothing is locked.
-fn turn(shared: &Shared, session: ServerSession, domains: &[Domain]) -> Result<(), Box<(ServerSession, Reply)>> {
+fn turn(shared: &Shared, session: Box<ServerSession>, domains: &[Domain]) -> Result<(), (Box<ServerSession>, Reply)> {
     let lock = match lock_mail(shared, session.server.account(), domains) {
         Ok(lock) => lock,
-        Err(reply) => return Err(Box::new((session, reply))),
+        Err(reply) => return Err((session, reply)),
     };
     let turn = Turn::offer(session, lock)?;
     shared.lasting.turns.submit(turn, &shared.turn_settings).map_err(|turn| {
         let reply = Reply::new(451, "4.3.2", "Too many turned sessions, try again later");
-        Box::new((turn.withdraw(), reply))
+        (turn.withdraw(), reply)
     })
 }
 

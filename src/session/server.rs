@@ -28,6 +28,9 @@ use crate::smtp::server::{MessageSink, Server, ServerRole, ServerStep, SessionHa
 /// Octets by which a TLS record is recognised. The shortest content after DATA is as long.
 const RECORD_HEADER: u64 = 3;
 
+/// Octets of content that are decoded and stored at a time.
+const RECEIVE_BLOCK: usize = 32 * 1024;
+
 /// How long the last replies may take.
 const LAST_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -116,14 +119,15 @@ impl fmt::Display for SessionEnd {
 
 impl ServerSession {
     /// A session that begins now. `peer`: the client's address as a literal. `tls`: for STARTTLS, if the server offers it.
+    /// It is not on the stack of its thread: each function that it is moved through would have room for a copy there.
     pub fn new(
         connection: Connection, server: Server, peer: String, tls: Option<ServerTls>, limits: SessionLimits,
-    ) -> ServerSession {
+    ) -> Box<ServerSession> {
         let now = Instant::now();
         let (deadline, pace) = (now + limits.session, PaceClock::new(limits::UNKNOWN_CLIENT_PACE, 0, now));
         let pace_left = server.max_size();
         let (has_commands, found_record) = (false, false);
-        ServerSession {
+        Box::new(ServerSession {
             connection,
             server,
             peer,
@@ -135,7 +139,7 @@ impl ServerSession {
             chunks: None,
             has_commands,
             found_record,
-        }
+        })
     }
 
     /// Queues the greeting.
@@ -175,7 +179,7 @@ impl ServerSession {
     }
 
     /// Sends the queued replies, which may take 5 seconds, and closes the connection.
-    pub fn close(mut self) {
+    pub fn close(mut self: Box<Self>) {
         let _ = self.connection.flush_all(Instant::now() + LAST_REPLY_TIMEOUT, None);
         self.connection.close();
     }
@@ -433,13 +437,15 @@ impl ServerSession {
         self.reply(go_ahead);
         self.reject_record_in_content(RECORD_HEADER)?;
         let mut content = ContentDecoder::data();
-        let mut octets = Vec::with_capacity(CONTENT_BLOCK);
-        let mut block = BlockDeadline::new(&self.limits);
+        let mut block_deadline = BlockDeadline::new(&self.limits);
         loop {
-            octets.clear();
-            let fed = content.feed(self.connection.received(), &mut octets);
+            let block = first_block(self.connection.received());
+            let mut octets = Vec::with_capacity(block.len());
+            let fed = content.feed(block, &mut octets);
             self.connection.consume(fed.used);
             receiver.write(&octets, content.size());
+            // A session that waits has no buffer of this size.
+            drop(octets);
             if fed.end {
                 break;
             }
@@ -447,8 +453,10 @@ impl ServerSession {
                 self.reject_content(&message_too_large(self.server.max_size()), handler);
                 return Err(io::Error::other("far more content than permitted"));
             }
-            let deadline = self.count_content(&mut block, fed.used);
-            self.wait_for_input(deadline, true)?;
+            let deadline = self.count_content(&mut block_deadline, fed.used);
+            if self.connection.received().is_empty() {
+                self.wait_for_input(deadline, true)?;
+            }
         }
         self.flush_before(handler);
         self.finish_message(receiver, content.bare(), handler);
@@ -474,14 +482,13 @@ impl ServerSession {
                 }
             },
         };
-        let mut octets = Vec::with_capacity(CONTENT_BLOCK);
         self.read_exact(size, |block| {
-            octets.clear();
+            let mut octets = Vec::with_capacity(block.len());
             content.feed(block, &mut octets);
             receiver.write(&octets, content.size());
         })?;
         if last {
-            octets.clear();
+            let mut octets = Vec::new();
             content.finish(&mut octets);
             receiver.write(&octets, content.size());
             self.flush_before(handler);
@@ -501,13 +508,13 @@ impl ServerSession {
         let mut left = size;
         let mut block_deadline = BlockDeadline::new(&self.limits);
         while left > 0 {
-            let received = self.connection.received();
+            let received = first_block(self.connection.received());
             let block = received.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             each(&received[..block]);
             self.connection.consume(block);
             left -= block as u64;
             let deadline = self.count_content(&mut block_deadline, block);
-            if left > 0 {
+            if left > 0 && self.connection.received().is_empty() {
                 self.wait_for_input(deadline, true)?;
             }
         }
@@ -587,6 +594,11 @@ impl ServerSession {
             provider_id,
         );
     }
+}
+
+/// What is decoded and stored at a time.
+fn first_block(received: &[u8]) -> &[u8] {
+    &received[..received.len().min(RECEIVE_BLOCK)]
 }
 
 /// Content on its way to its sink. A rejection is kept until the client has sent all of it.

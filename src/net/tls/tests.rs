@@ -74,7 +74,9 @@ fn carry(from: &mut TlsSession, to: &mut TlsSession, plain: &mut Vec<u8>, step: 
 }
 
 /// A handshake in memory; `Err`: the error of the client, then that of the server.
-fn handshake(server: &ServerTls, client: &ClientTls, name: &str) -> Result<(TlsSession, TlsSession), (String, String)> {
+fn handshake(
+    server: &ServerTls, client: &ClientTls, name: &str,
+) -> Result<(Box<TlsSession>, Box<TlsSession>), (String, String)> {
     let mut server = TlsSession::server(server).unwrap();
     let mut client = TlsSession::client(client, name).unwrap();
     let mut plain = Vec::new();
