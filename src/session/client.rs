@@ -25,7 +25,7 @@ use crate::smtp::command::Recipient;
 use crate::smtp::extensions::AccountDomains;
 use crate::smtp::limits;
 use crate::smtp::reply::Reply;
-use crate::smtp::status::{DeliveryResult, connection_lost, ends_session, may_be_about_sender};
+use crate::smtp::status::{DeliveryResult, RecipientStatus, connection_lost, ends_session, may_be_about_sender};
 
 /// If MAIL is rejected for this many messages in a row, the session sends no more.
 const MAIL_REJECTION_LIMIT: usize = 3;
@@ -202,11 +202,11 @@ impl ClientSession {
     fn send_each<S: MessageSource>(
         &mut self, source: &mut S, under_way: &mut VecDeque<QueuedMessage>, settle: &mut Settle<'_, S>,
     ) -> Result<(), SessionFailure> {
-        let (mut more, mut rejections) = (true, 0);
+        let (mut more, mut found_empty, mut rejections) = (true, false, 0);
         loop {
-            while more && self.client.is_ready_for_message() && !self.cancel.is_cancelled() {
+            while more && !found_empty && self.client.is_ready_for_message() && !self.cancel.is_cancelled() {
                 let Some(message) = source.next_message() else {
-                    more = false;
+                    found_empty = true;
                     break;
                 };
                 if !self.client.permits(&message.envelope.recipients) {
@@ -225,7 +225,7 @@ impl ClientSession {
                 }
             }
             if self.client.in_flight() == 0 {
-                self.used_up |= more && self.client.is_used_up();
+                self.used_up |= more && !found_empty && self.client.is_used_up();
                 return match self.client.closing() {
                     true => Err(SessionFailure::Lost("the peer shuts down".to_owned())),
                     false if self.cancel.is_cancelled() => Err(SessionFailure::Cancelled),
@@ -249,6 +249,8 @@ impl ClientSession {
                             None => 0,
                         };
                         more &= rejections < MAIL_REJECTION_LIMIT;
+                        // The source may have the message once more (RFC 5321 section 4.5.3.1.10).
+                        found_empty &= !result.recipients.iter().any(RecipientStatus::is_one_too_many);
                         settle(message, result, &self.client, source);
                     }
                 }
