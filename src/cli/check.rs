@@ -246,8 +246,9 @@ fn check_provider(
     check_unowned(&places.root, config, report);
     let limits = &config.limits;
     let listeners = config.listen().iter().filter(|addresses| !addresses.is_empty()).count();
-    // A turned session has its connection and the message that it sends (others for a short time); the relay a connection and a message.
-    let needed = limits.connections * 2 * listeners + limits.turned_sessions * 2 + config.relay.connections * 2;
+    // A connection has besides itself the content that arrives, and a copy that is made of it. A turned session has its
+    // connection and the message that it sends (others for a short time); the relay a connection and a message.
+    let needed = limits.connections * 3 * listeners + limits.turned_sessions * 2 + config.relay.connections * 2;
     check_descriptors(&places.limits, needed, report);
     let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
     format!("a provider with {} customers, {domains} domains", config.accounts.iter().count())
@@ -364,7 +365,7 @@ fn check_customer(config: &CustomerConfig, places: &Places<'_>, login: &str, rep
     config.mailboxes.rules.catch_all_note().into_iter().for_each(|note| report.note(note));
     if let Some(outgoing) = &config.outgoing {
         warn_of_senders(&config.mailboxes, &outgoing.domain, login, report);
-        let needed = if outgoing.listen.is_empty() { 0 } else { config.limits.connections * 2 };
+        let needed = if outgoing.listen.is_empty() { 0 } else { config.limits.connections * 3 };
         check_descriptors(&places.limits, needed, report);
     }
     let account =

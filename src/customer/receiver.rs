@@ -216,7 +216,7 @@ impl SessionHandler for Receiver {
             // Of two reasons the one that is nearer to the mistake.
             check_held_domain(&mailbox).err().unwrap_or(reply)
         })?;
-        // Each destination is an open file, or a line of an envelope.
+        // Each destination is a copy on the disk, or a line of an envelope.
         let before: usize = self.accepted.iter().map(|(_, deliveries)| deliveries.len()).sum();
         if before > 0 && before + deliveries.len() > MESSAGE_DESTINATIONS {
             return Err(Reply::new(452, "4.5.3", "Too many mailboxes: send the rest in another transaction"));

@@ -19,11 +19,11 @@ mod quota;
 pub mod spooled;
 mod state_file;
 mod sweep;
+mod writer;
 
-use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, DirEntry, File, OpenOptions};
-use std::io::{self, BufWriter, Read, Seek, Write};
+use std::io::{self, Read, Seek};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -36,6 +36,7 @@ pub use state_file::{
     lock_state_file, locked_state_file, make_state_directory, open_state_file, state_key, sweep_state_files, tidy_daily,
 };
 pub use sweep::log_sweep_failed;
+pub use writer::{MessageWriter, PreparedMessage};
 
 /// The flag of a message that may or may not have been sent; mail readers show it as "flagged".
 pub const IN_DOUBT: char = 'F';
@@ -45,9 +46,6 @@ pub const DELAY_REPORTED: char = 'R';
 /// Octets kept free on the disk, so that a message is rejected at MAIL (RFC 1870 section 6.1) and does not fail in the
 /// middle of its content.
 const RESERVED_SPACE: u64 = 4 << 20;
-
-/// Octets of content after which the free space is checked again: its size may not have been announced.
-const ROOM_CHECK_INTERVAL: u64 = 1 << 20;
 
 /// How often the directories are read for a message that a mail reader has moved.
 const FIND_ATTEMPTS: usize = 3;
@@ -128,42 +126,35 @@ impl Maildir {
         self.kind != Kind::Queue
     }
 
-    /// Begins a message in `tmp` under a unique name. Makes directories that are missing; of a sub-folder only `tmp`.
-    fn begin_copy(&self, unique: &str) -> io::Result<MessageCopy> {
-        let temporary = self.path.join("tmp").join(unique);
-        let open = || OpenOptions::new().write(true).create_new(true).mode(0o666 & !self.mask).open(&temporary);
-        let file = match open() {
+    /// Returns the path of a file in `tmp`.
+    fn temporary(&self, unique: &str) -> PathBuf {
+        self.path.join("tmp").join(unique)
+    }
+
+    /// Creates a file in `tmp`. Makes directories that are missing; of a sub-folder only `tmp`.
+    fn create_temporary(&self, unique: &str, options: &mut OpenOptions) -> io::Result<File> {
+        let path = self.temporary(unique);
+        let options = options.write(true).create_new(true);
+        let file = match options.open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 match self.kind {
                     Kind::Folder => make_directory(&self.path.join("tmp"), 0o777 & !self.mask)?,
                     Kind::Queue | Kind::Mailbox => self.create()?,
                 }
-                open()
+                options.open(&path)
             }
             other => other,
         };
-        let file = file.map_err(|error| with_path(&temporary, error))?;
-        Ok(MessageCopy {
-            maildir: self.clone(),
-            unique: unique.to_owned(),
-            temporary,
-            file: BufWriter::with_capacity(BLOCK_SIZE, file),
-            octets: 0,
-            lines: 0,
-            eight_bit: false,
-            moved: None,
-        })
+        file.map_err(|error| with_path(&path, error))
     }
 
     /// Opens a new file on the disk of this Maildir, for reading and writing. It has no name, so the system removes it
     /// when its last descriptor is closed, even if the process is killed. `unique` is its name for a moment.
     pub fn unnamed_file(&self, unique: &str) -> io::Result<File> {
-        self.create()?;
-        let path = self.path.join("tmp").join(unique);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(|error| with_path(&path, error))?;
-        fs::remove_file(&path).map_err(|error| with_path(&path, error))?;
-        Ok(file)
+        let file = self.create_temporary(unique, OpenOptions::new().read(true).mode(0o600))?;
+        let path = self.temporary(unique);
+        let removed = fs::remove_file(&path).inspect_err(|_| drop(fs::remove_file(&path)));
+        removed.map(|()| file).map_err(|error| with_path(&path, error))
     }
 
     /// Returns all messages, sorted by the unique part of their names: the oldest first. They may be many: no daemon asks for
@@ -294,7 +285,7 @@ impl Maildir {
     ///
     /// `NotFound` if a mail reader has moved the original meanwhile; the system's.
     pub fn replace_by_copy(&self, entry: &Entry, original: &File, unique: &str) -> io::Result<File> {
-        let (path, temporary) = (self.file(entry), self.path.join("tmp").join(unique));
+        let (path, temporary) = (self.file(entry), self.temporary(unique));
         let copy = || {
             let mut copy = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary)?;
             let mut original = original;
@@ -322,172 +313,6 @@ impl Maildir {
     /// directory of another Maildir, that it may have. The caller has its lock.
     pub fn remove_unused(&self, others: &[&str]) -> io::Result<()> {
         sweep::remove_unused(&self.path, others)
-    }
-}
-
-/// One copy of a message, being written into one Maildir. Its file is removed if it is dropped before it is published.
-#[derive(Debug)]
-struct MessageCopy {
-    maildir: Maildir,
-    unique: String,
-    temporary: PathBuf,
-    file: BufWriter<File>,
-    octets: u64,
-    lines: u64,
-    eight_bit: bool,
-    /// The message, once its file was moved out of `tmp`.
-    moved: Option<Entry>,
-}
-
-impl MessageCopy {
-    fn write(&mut self, octets: &[u8]) -> io::Result<()> {
-        self.octets += octets.len() as u64;
-        self.lines += octets.iter().filter(|octet| **octet == b'\n').count() as u64;
-        self.eight_bit |= !octets.is_ascii();
-        self.file.write_all(octets).map_err(|error| with_path(&self.temporary, error))
-    }
-
-    fn sync(&mut self) -> io::Result<()> {
-        let synced = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
-        synced.map_err(|error| with_path(&self.temporary, error))
-    }
-
-    /// Moves the file to `new`, under a name with its size on disk and on the wire (Maildir++ `S=` and `W=`)
-    /// and, if it has octets above 127, `E=8`.
-    fn publish(&mut self) -> io::Result<()> {
-        let bits = if self.eight_bit { ",E=8" } else { "" };
-        let name = format!("{},S={},W={}{bits}", self.unique, self.octets, self.octets + self.lines);
-        let entry = Entry { name: name.into(), seen: false };
-        let to = self.maildir.file(&entry);
-        match move_file(&self.temporary, &to) {
-            // It was just removed, because it was not used for long.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && self.maildir.kind == Kind::Queue => {
-                self.maildir.create()?;
-                move_file(&self.temporary, &to)?;
-            }
-            moved => moved?,
-        }
-        self.moved = Some(entry);
-        Ok(())
-    }
-}
-
-impl Drop for MessageCopy {
-    fn drop(&mut self) {
-        if self.moved.is_none() {
-            let _ = fs::remove_file(&self.temporary);
-        }
-    }
-}
-
-/// Writes one message into several Maildirs at once: each copy begins with lines of its own, and then all get the
-/// same content. Dropped before `commit` or `prepare`, it leaves nothing.
-#[derive(Debug, Default)]
-pub struct MessageWriter {
-    copies: Vec<MessageCopy>,
-    /// Octets of content since the free space was checked.
-    unchecked: u64,
-    /// Content was written.
-    begun: bool,
-}
-
-impl MessageWriter {
-    /// Returns whether no copy was begun.
-    pub fn is_empty(&self) -> bool {
-        self.copies.is_empty()
-    }
-
-    /// Begins one more copy with `head`. Begin all copies before content is written: a later one would lack it.
-    pub fn begin(&mut self, maildir: &Maildir, unique: &str, head: &[u8]) -> io::Result<()> {
-        let mut copy = maildir.begin_copy(unique)?;
-        copy.write(head)?;
-        self.copies.push(copy);
-        Ok(())
-    }
-
-    /// Checks that the disks of all copies have room for this many octets in each copy, and the reserve (see [`has_room`]).
-    ///
-    /// # Errors
-    ///
-    /// `StorageFull` if one of them has not.
-    pub fn check_room(&self, octets: u64) -> io::Result<()> {
-        let all = octets.saturating_mul(self.copies.len() as u64);
-        match self.copies.iter().find(|copy| !has_room(&copy.maildir.path, all)) {
-            Some(copy) => Err(with_path(&copy.maildir.path, io::ErrorKind::StorageFull.into())),
-            None => Ok(()),
-        }
-    }
-
-    /// Appends content, with LF line ends, to all copies. It leaves the reserve free, whatever size was announced.
-    ///
-    /// Content that begins with white space is no header: a blank line comes before it, so that it does not continue the last
-    /// field of the head (RFC 5322 section 2.2.3).
-    pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
-        if !octets.is_empty() && !std::mem::replace(&mut self.begun, true) && continues_field(octets) {
-            self.copies.iter_mut().try_for_each(|copy| copy.write(b"\n"))?;
-        }
-        self.unchecked += octets.len() as u64;
-        if self.unchecked >= ROOM_CHECK_INTERVAL {
-            self.unchecked = 0;
-            self.check_room(ROOM_CHECK_INTERVAL)?;
-        }
-        self.copies.iter_mut().try_for_each(|copy| copy.write(octets))
-    }
-
-    /// Stores all copies durably, or none: [`MessageWriter::prepare`], then [`PreparedMessage::publish`]. Returns an
-    /// entry for each copy, in the order in which they were begun.
-    pub fn commit(self) -> io::Result<Vec<Entry>> {
-        self.prepare()?.publish()
-    }
-
-    /// The first half of `commit`: checks the quotas and fsyncs every file. Readers see nothing yet.
-    ///
-    /// # Errors
-    ///
-    /// `QuotaExceeded` if a mailbox has no room, else the system's. All copies are removed then.
-    pub fn prepare(mut self) -> io::Result<PreparedMessage> {
-        let mut quotas = QuotaCheck::default();
-        // Quotas first, so that the disk does not work for a message that is rejected.
-        for copy in self.copies.iter().filter(|copy| copy.maildir.has_quota()) {
-            quotas.admit(&copy.maildir.path, || copy.unique.clone(), copy.octets)?;
-        }
-        self.copies.iter_mut().try_for_each(MessageCopy::sync)?;
-        Ok(PreparedMessage { copies: self.copies, quotas })
-    }
-}
-
-/// Copies of a message that are durable in `tmp` and not yet visible. Dropped before `publish`, it leaves nothing.
-pub struct PreparedMessage {
-    copies: Vec<MessageCopy>,
-    quotas: QuotaCheck,
-}
-
-impl PreparedMessage {
-    /// The second half of `commit`: makes all copies visible. It needs no disk space for content. Returns an entry for
-    /// each copy, in the order in which they were begun.
-    ///
-    /// # Errors
-    ///
-    /// The system's. If one copy cannot be moved, those that were moved are removed again.
-    pub fn publish(mut self) -> io::Result<Vec<Entry>> {
-        let published = self.copies.iter_mut().try_for_each(MessageCopy::publish);
-        let sync = |path: &PathBuf| sync_directory(path).and_then(|()| sync_names(path));
-        let durable = published.and_then(|()| self.directories().iter().try_for_each(sync));
-        if let Err(error) = durable {
-            for copy in &self.copies {
-                if let Some(entry) = &copy.moved {
-                    let _ = copy.maildir.remove(entry);
-                }
-            }
-            return Err(error);
-        }
-        self.quotas.record();
-        Ok(self.copies.iter().filter_map(|copy| copy.moved.clone()).collect())
-    }
-
-    /// The directories in which the copies appear, each once: each fsync costs as much as a message.
-    fn directories(&self) -> BTreeSet<PathBuf> {
-        self.copies.iter().map(|copy| copy.maildir.path.join("new")).collect()
     }
 }
 

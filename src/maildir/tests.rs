@@ -1,8 +1,6 @@
 //! Tests of Maildirs: when a message becomes visible, and which files remain after a failure.
 
 use super::*;
-use crate::ids::Ids;
-use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -153,24 +151,6 @@ fn the_name_of_a_sub_folder_never_leads_out_of_the_mailbox() {
         assert_eq!(maildir.folder(name).path(), Path::new(path), "{name}");
     }
     assert!(!maildir.folder("\0").exists() && !maildir.folder(&"x".repeat(1000)).exists());
-}
-
-/// Rules: MD-14.
-#[test]
-fn a_directory_that_gets_several_messages_is_fsynced_once() {
-    let (directory, maildir) = maildir();
-    let other = Maildir::new(directory.path().join("other"));
-    let mut writer = MessageWriter::default();
-    for (number, maildir) in [&maildir, &other, &maildir, &maildir].into_iter().enumerate() {
-        writer.begin(maildir, &number.to_string(), b"").unwrap();
-    }
-    let prepared = writer.prepare().unwrap();
-    assert_eq!(
-        prepared.directories().into_iter().collect::<Vec<_>>(),
-        [maildir.path().join("new"), other.path().join("new")]
-    );
-    assert_eq!(prepared.publish().unwrap().len(), 4);
-    assert_eq!(inside(&maildir).map(|names| names.len()), [0, 3, 0]);
 }
 
 #[test]
@@ -423,28 +403,6 @@ fn a_file_in_tmp_with_an_impossible_time_is_removed_36_hours_after_it_was_seen()
         maildir.sweep().unwrap();
         assert!(!path.exists(), "{name}");
     }
-}
-
-/// Rules: MD-03.
-#[test]
-fn ten_thousand_messages_written_at_once_get_different_names() {
-    let (_directory, maildir) = maildir();
-    maildir.create().unwrap();
-    let ids = Ids::system(|octets| octets.fill(7));
-    let unique: Vec<HashSet<String>> = std::thread::scope(|scope| {
-        let deliver = || {
-            let deliver = |_| {
-                let mut copy = maildir.begin_copy(&ids.file_name("host")).unwrap();
-                copy.publish().unwrap();
-                copy.unique.clone()
-            };
-            (0..1250).map(deliver).collect()
-        };
-        let threads: Vec<_> = (0..8).map(|_| scope.spawn(deliver)).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    });
-    assert_eq!(unique.iter().flatten().collect::<HashSet<_>>().len(), 10_000);
-    assert_eq!(inside(&maildir).map(|names| names.len()), [0, 10_000, 0]);
 }
 
 /// A spool may be below directories that cannot be fsynced at all: those of autofs, or a root on squashfs.
