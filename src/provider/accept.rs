@@ -19,6 +19,31 @@ use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink};
 
+/// Queues of held mail that one message goes to at most.
+const HELD_QUEUES: usize = 10;
+
+/// The queues of held mail that the recipients of one message belong to.
+#[derive(Default)]
+pub struct HeldQueues(Vec<SpoolQueue>);
+
+impl HeldQueues {
+    /// Adds the queue of one more recipient.
+    ///
+    /// # Errors
+    /// The reply to RCPT, if there are as many others as permitted: one message takes its size on the disk for each, and a client
+    /// sends the rest in another transaction (RFC 5321 section 4.5.3.1.10).
+    pub fn add(&mut self, queue: SpoolQueue) -> Result<(), Reply> {
+        if self.0.contains(&queue) {
+            return Ok(());
+        }
+        if self.0.len() >= HELD_QUEUES {
+            return Err(Reply::new(452, "4.5.3", "Too many domains: send the rest in another transaction"));
+        }
+        self.0.push(queue);
+        Ok(())
+    }
+}
+
 /// What the provider does to the header of a message, besides adding `Received`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum HeaderPolicy {

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::accept::{self, HeaderPolicy};
+use super::accept::{self, HeaderPolicy, HeldQueues};
 use super::reload::Reloader;
 use super::shared::Shared;
 use crate::mail::address::{ForwardPath, Mailbox};
@@ -17,7 +17,7 @@ use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_held_doma
 /// Serves one session until it ends. Returns how it ended, for the log.
 pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
     session.greet();
-    let end = session.run(&mut InboundHandler { reloader, shared: reloader.current() });
+    let end = session.run(&mut InboundHandler { reloader, shared: reloader.current(), held: HeldQueues::default() });
     session.close();
     end.to_string()
 }
@@ -27,18 +27,19 @@ struct InboundHandler<'a> {
     reloader: &'a Reloader,
     /// Of the transaction.
     shared: Arc<Shared>,
+    held: HeldQueues,
 }
 
 impl SessionHandler for InboundHandler<'_> {
     fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
-        self.shared = self.reloader.current();
+        (self.shared, self.held) = (self.reloader.current(), HeldQueues::default());
         self.shared.check_room(mail)
     }
 
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
-        if self.shared.spool.held_queue(&mailbox).is_some() {
-            return Ok(mailbox.canonical());
+        if let Some(queue) = self.shared.spool.held_queue(&mailbox) {
+            return self.held.add(queue).map(|()| mailbox.canonical());
         }
         mailbox.domain().map_or(Ok(()), |domain| self.shared.spool.check_skipped(domain))?;
         check_held_domain(&mailbox)?;

@@ -17,7 +17,7 @@
 
 use std::sync::Arc;
 
-use super::accept::{self, HeaderPolicy};
+use super::accept::{self, HeaderPolicy, HeldQueues};
 use super::reload::Reloader;
 use super::shared::{Lasting, Shared};
 use super::spool::SpoolQueue;
@@ -36,7 +36,7 @@ use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
 pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
-    let mut handler = OdmrHandler { reloader, shared: reloader.current() };
+    let mut handler = OdmrHandler { reloader, shared: reloader.current(), held: HeldQueues::default() };
     session.greet();
     loop {
         let end = session.run(&mut handler);
@@ -121,6 +121,7 @@ struct OdmrHandler<'a> {
     reloader: &'a Reloader,
     /// Of the transaction.
     shared: Arc<Shared>,
+    held: HeldQueues,
 }
 
 /// What opens an account now: a secret that was changed because others know it must not be of use in a session that was open
@@ -175,7 +176,7 @@ impl SessionHandler for OdmrHandler<'_> {
 
     /// Checks that the customer may submit mail with this sender (RFC 6409 section 6.1), and now.
     fn sender(&mut self, mail: &MailFrom, name: Option<&str>) -> Result<(), Reply> {
-        self.shared = self.reloader.current();
+        (self.shared, self.held) = (self.reloader.current(), HeldQueues::default());
         // Not 5yz: the customer keeps its mail, and gets 535 at the next AUTH.
         let gone = || Reply::new(450, "4.7.1", "Your account is not known here any more");
         let account = account(&self.shared, name).ok_or_else(gone)?;
@@ -200,8 +201,8 @@ impl SessionHandler for OdmrHandler<'_> {
     /// Accepts recipients in held domains, and in all others that are fully qualified (RFC 6409 section 4.2).
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
-        if self.shared.spool.held_queue(&mailbox).is_some() {
-            return Ok(mailbox.canonical());
+        if let Some(queue) = self.shared.spool.held_queue(&mailbox) {
+            return self.held.add(queue).map(|()| mailbox.canonical());
         }
         check_qualified(&mailbox).map(|()| mailbox)
     }
