@@ -10,6 +10,7 @@ mod log;
 mod logging;
 mod operator;
 mod owner;
+mod relaying;
 mod reload;
 mod running;
 mod sandbox;

@@ -86,6 +86,7 @@ impl Printer {
         };
         self.value("tls", tls);
         self.value("port", relay.port);
+        self.value("allow-private", relay.allow_private);
         self.value("connections", relay.connections);
         self.value("connections-per-host", relay.connections_per_host);
         self.value("without-8bitmime", eight_bit(relay.without_8bitmime));

@@ -247,7 +247,7 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 fn without_a_table_mail_goes_by_mx() {
     let relay = relay("");
     assert_eq!((&relay.smarthost, relay.tls, relay.tls_for.len(), relay.resolver), (&None, TlsPolicy::May, 0, None));
-    assert_eq!((relay.port, relay.connections, relay.connections_per_host), (25, 20, 5));
+    assert_eq!((relay.port, relay.allow_private, relay.connections, relay.connections_per_host), (25, false, 20, 5));
     let times = Retry { first: 5 * MINUTE, max: 4 * HOUR, give_up: 5 * DAY, delay_notice: Some(4 * HOUR) };
     assert_eq!(relay.retry, times);
 }
@@ -265,6 +265,7 @@ fn every_key_of_relay_is_read() {
             tls-for = { "Example.COM" = "verify", localhost = "may", "my_host.example" = "must" }
             resolver = "127.0.0.1:5353"
             port = 2525
+            allow-private = true
             connections = 1000
             connections-per-host = 1
             retry-first = "1s"
@@ -289,7 +290,7 @@ fn every_key_of_relay_is_read() {
     assert_eq!(policy("localhost"), TlsPolicy::May);
     assert_eq!(policy("sub.example.com"), TlsPolicy::Must);
     assert_eq!(relay.resolver, Some("127.0.0.1:5353".parse().unwrap()));
-    assert_eq!((relay.port, relay.connections, relay.connections_per_host), (2525, 1000, 1));
+    assert_eq!((relay.port, relay.allow_private, relay.connections, relay.connections_per_host), (2525, true, 1000, 1));
     let seconds = Duration::from_secs;
     let times = Retry { first: seconds(1), max: seconds(2), give_up: seconds(3), delay_notice: None };
     assert_eq!(relay.retry, times);
@@ -431,6 +432,8 @@ fn mistakes_in_relay_are_named() {
     relay("smarthost = \"smtp.example.net:0\"", 7, "mostly 587");
     relay("smarthost = \"::1\"", 7, "write \"[::1]:587\"");
     relay("smarthost = \"a b\"", 7, "is not a valid host with a port: write \"relay.example.net:587\"");
+    relay("allow-private = \"yes\"", 7, "`allow-private`");
+    relay("allow_private = true", 7, "unknown key `allow_private`");
     relay("smarthost = 587", 7, "expected a host and a port such as \"smtp.example.net:587\"");
     relay(&format!("{host}\nsmarthost-tls = \"may\""), 8, "write \"starttls\", \"implicit\" or \"none\"");
     relay(&format!("{host}\n{pin}\nca = \"ca.pem\""), 9, "`ca` and `pin` exclude each other");

@@ -146,15 +146,14 @@ impl Resolver {
     ///
     /// A host that is an address in place of a name has this one (see [`address_for_name`]).
     ///
-    /// Addresses that cannot belong to one host (unspecified, multicast, broadcast) are left out. Loopback and private
-    /// addresses are not: the caller decides whether to connect to them.
+    /// No address is left out: the caller decides which ones to connect to.
     ///
     /// # Errors
     ///
     /// [`ResolveError`] if no address was found and a query has failed.
     pub fn addresses(&self, host: &Domain) -> Result<Vec<IpAddr>, ResolveError> {
         if let Some(address) = address_for_name(host) {
-            return Ok(Some(address).filter(|address| is_unicast(*address)).into_iter().collect());
+            return Ok(vec![address]);
         }
         let mut addresses = Vec::new();
         let mut failure = None;
@@ -172,7 +171,7 @@ impl Resolver {
             }
         }
         let mut seen = HashSet::new();
-        addresses.retain(|address| is_unicast(*address) && seen.insert(*address));
+        addresses.retain(|address| seen.insert(*address));
         let mut addresses = alternate_families(addresses, IpAddr::is_ipv6);
         addresses.truncate(RESULT_LIMIT);
         match failure {
@@ -554,15 +553,6 @@ pub fn address_for_name(host: &Domain) -> Option<IpAddr> {
     let text = host.as_str();
     let inside = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     inside.parse().ok().or_else(|| parse_literal(inside))
-}
-
-/// Whether an address can belong to one host (RFC 1122 section 3.2.1.3, RFC 4291 section 2). A connection to 0.0.0.0
-/// or `::` would lead to this machine.
-fn is_unicast(address: IpAddr) -> bool {
-    let broadcast = IpAddr::V4(Ipv4Addr::BROADCAST);
-    // ::ffff:0.0.0.0 is 0.0.0.0 too.
-    let address = address.to_canonical();
-    !address.is_unspecified() && !address.is_multicast() && address != broadcast
 }
 
 /// Repeats an operation, which gets the time left and waits no longer, until it has a result or the deadline passes.

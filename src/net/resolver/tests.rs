@@ -239,7 +239,8 @@ fn mail_is_routed_by_the_mx_records() {
     check("far.example", hosts(&[(10, "a.example"), (20, "b.example")]));
     check("v4.example", MxRoute::Implicit);
     check("v6.example", MxRoute::Implicit);
-    check("any.example", MxRoute::NoHost);
+    // Whether the address is of use, the caller decides.
+    check("any.example", MxRoute::Implicit);
     check("text.example", MxRoute::NoHost);
     // Only an MX record may have an address in place of a name: whoever writes one has chosen the host, a sender has not.
     check("192.0.2.1", MxRoute::NoHost);
@@ -291,7 +292,8 @@ fn addresses_of_both_kinds_are_found() {
     };
     check("both.example", &["2001:db8::1", "192.0.2.2", "192.0.2.1"]);
     check("alias.example", &["2001:db8::1", "192.0.2.2", "192.0.2.1"]);
-    check("strange.example", &["127.0.0.1"]);
+    let strange = ["::", "0.0.0.0", "ff02::1", "224.0.0.1", "::ffff:0.0.0.0", "255.255.255.255", "127.0.0.1"];
+    check("strange.example", &strange);
     check("mail.example", &[]);
     check("wrong.example", &["192.0.2.3"]);
     check("absent.example", &[]);

@@ -26,6 +26,8 @@
 //!   message could not be recorded on disk, the destination waits for `retry-first`. If its queue is locked, or all
 //!   permitted connections to its hosts are in use, it is tried again after 2 s, and the messages not tried yet are not
 //!   deferred.
+//! - An address of an MX host that no host in the world has (loopback, private, ...), or that is our own, is passed over, unless
+//!   `allow-private` is set. If a destination has no other address, its mail is deferred.
 //! - A host, by its address: if it cannot be connected to, or three sessions are lost before they have decided on any
 //!   message, no destination connects to it for 0.8 `retry-first`; or for four times as long as it took to fail, at most
 //!   `retry-max`, if that is more. A smarthost likewise after any failure before mail. Attempts meanwhile go on to the next

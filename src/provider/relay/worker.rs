@@ -1,9 +1,9 @@
 //! The relay's workers: one attempt at the mail that is due for a destination.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::hosts::{HostTable, RouteError};
@@ -13,6 +13,7 @@ use crate::ids::Ids;
 use crate::mail::address::{Domain, literal};
 use crate::maildir::for_each_block;
 use crate::net::cancel::CancelToken;
+use crate::net::reserved;
 use crate::net::resolver::{MxHost, MxRoute, Resolver, address_for_name};
 use crate::net::tls::{ClientTls, Trust, is_certificate_name};
 use crate::net::trace::quoted;
@@ -366,17 +367,50 @@ impl WorkerContext {
         };
         let route = resolver.route(destination).map_err(|error| not_found(destination, error))?;
         let hosts = hosts(route, destination, &self.hostname).map_err(RouteError::Rejected)?;
+        let passed_over = Mutex::new(Vec::new());
         let look_up = |host: &Domain| {
             if let Some(address) = address_for_name(host) {
                 log::info!("event=mx-is-address destination={destination} host={host} address={address}");
             }
-            let found = resolver.addresses(host).map_err(|error| not_found(host, error))?;
+            let mut found = resolver.addresses(host).map_err(|error| not_found(host, error))?;
+            found.retain(|address| match self.unusable(*address) {
+                None => true,
+                Some(reason) => {
+                    let address = literal(*address);
+                    log::info!(
+                        "event=address-passed-over destination={destination} host={host} address={address} reason={}",
+                        quoted(reason)
+                    );
+                    let text = format!("{host} has {address}, which is {reason}");
+                    passed_over.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+                    false
+                }
+            });
             Ok(found.into_iter().map(|address| SocketAddr::new(address, self.config.port)).collect())
         };
         let policy = self.config.policy(destination);
         let connect = |to: &HostAddress| self.session_with(to, policy);
         let route = AttemptRoute { name: destination.as_str(), counted_as: None, look_up: &look_up, connect: &connect };
-        self.by_route(&route, &AddressOrder::of_hosts(hosts), lock)
+        let sent = self.by_route(&route, &AddressOrder::of_hosts(hosts), lock);
+        let passed_over = passed_over.into_inner().unwrap_or_else(PoisonError::into_inner);
+        match (sent, passed_over.first()) {
+            // The owner of the domain may correct the address, so the mail waits.
+            (Err(RouteError::Rejected(_)), Some(text)) => {
+                let text = format!("No mail host of {destination} has an address in the world: {text}");
+                Err(RouteError::Deferred(Reply::new(451, "4.4.4", text)))
+            }
+            (sent, _) => sent,
+        }
+    }
+
+    /// Why no MX host is connected to at this address; `None`: it may be the address of a mail host. A stranger who chooses
+    /// the addresses of a domain must not choose a host in the networks of this machine.
+    fn unusable(&self, address: IpAddr) -> Option<&'static str> {
+        if self.config.allow_private {
+            return reserved::no_host(address);
+        }
+        reserved::not_in_the_world(address)
+            .or_else(|| reserved::is_own(address).then_some("an address of this machine"))
     }
 
     /// Sends all messages that the lock offers to the first address that accepts a session, except those that the last
