@@ -434,6 +434,45 @@ fn the_next_server_is_queried_and_again_those_that_did_not_reply() {
     assert_eq!(error, "MX records of n.example: no name server is known");
 }
 
+/// Names that no server answers for must not keep a worker of the relay, nor the end of the program.
+#[test]
+fn all_queries_end_at_one_deadline_or_when_they_are_cancelled() {
+    let silent = FakeServer::start(|_| vec![]);
+    let cancel = CancelToken::new().unwrap();
+    let resolver = || silent.resolver();
+    let begun = Instant::now();
+    let limited = resolver().within(begun + Duration::from_millis(300), &cancel);
+    let error = limited.addresses(&host("n.example")).unwrap_err().0;
+    assert_eq!(error, "A records of n.example: there is no time left for it");
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    // The other family was asked for.
+    assert_eq!(silent.transports().len(), 1);
+    let limited = resolver().within(begun + Duration::from_secs(600), &cancel);
+    let stopping = std::thread::spawn({
+        let cancel = cancel.clone();
+        move || {
+            std::thread::sleep(Duration::from_millis(100));
+            cancel.cancel();
+        }
+    });
+    let begun = Instant::now();
+    limited.route(&host("n.example")).unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    stopping.join().unwrap();
+    let error = system_addresses("localhost:25", begun + Duration::from_secs(600), &cancel).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+}
+
+#[test]
+fn the_system_is_not_asked_for_an_address() {
+    let cancel = CancelToken::new().unwrap();
+    let soon = Instant::now() + Duration::from_secs(10);
+    for address in ["192.0.2.1:25", "[2001:db8::1]:25"] {
+        assert_eq!(system_addresses(address, soon, &cancel).unwrap(), [address.parse().unwrap()]);
+    }
+    assert!(!system_addresses("localhost:25", soon, &cancel).unwrap().is_empty());
+}
+
 #[test]
 fn servers_that_do_not_know_edns0_are_queried_without_it() {
     for how in ["formerr", "notimp", "badvers", "silence"] {

@@ -320,7 +320,7 @@ impl WorkerContext {
     /// Sends the mail of all destinations to the smarthost.
     fn by_smarthost(&self, smarthost: &Remote, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
         let options = self.client_options(StartTls::Never);
-        let addresses = smarthost.addresses().map_err(|failure| unreachable(&failure))?;
+        let addresses = smarthost.addresses(&self.connect("-")).map_err(|failure| unreachable(&failure))?;
         let connect = |to: &HostAddress| {
             let options = ClientOptions { nonce: self.ids.nonce(), ..options.clone() };
             let connected = smarthost.connect_to(to.address, &options, &self.connect(&self.ids.session_id()));
