@@ -1,4 +1,4 @@
-//! Outgoing mail, with the real binary, a name server of the test, and mail hosts that say what the test wants.
+//! Outgoing mail, with the real binary, a name server of the test, and mail hosts that send what the test wants.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -7,6 +7,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
 
 use crate::running::{Client, Running};
 
@@ -56,7 +59,7 @@ fn mx(preference: u8, host: &str) -> Vec<u8> {
 fn mail_host(listener: TcpListener) -> Receiver<String> {
     let (sender, lines) = mpsc::channel();
     let serve = move |stream: TcpStream| {
-        let mut reply = |text: &str| (&stream).write_all(text.as_bytes());
+        let reply = |text: &str| (&stream).write_all(text.as_bytes());
         let (mut content, _) = (false, reply("220 mx.example\r\n"));
         for line in BufReader::new(&stream).lines().map_while(Result::ok) {
             let _ = match line.as_str() {
@@ -76,7 +79,6 @@ fn mail_host(listener: TcpListener) -> Receiver<String> {
 struct Place {
     _directory: tempfile::TempDir,
     serve: Running,
-    inbound: String,
     odmr: String,
 }
 
@@ -94,8 +96,8 @@ impl Place {
         write("odmr.toml", &format!("{text}[relay]\nresolver = \"{}\"\n{relay}", name_server(zone)));
         let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
         let mut serve = Running::start(serve.arg("serve").arg("-c").arg(directory.path().join("odmr.toml")));
-        let (inbound, odmr) = (serve.listening("inbound"), serve.listening("odmr"));
-        Place { _directory: directory, serve, inbound, odmr }
+        let odmr = serve.listening("odmr");
+        Place { _directory: directory, serve, odmr }
     }
 
     /// The customer submits a message.
@@ -134,7 +136,7 @@ fn private_addresses_of_mail_hosts_are_passed_over() {
         assert!(line.ends_with(&format!("destination={domain} reply=\"{text}\"")), "{line}");
     }
     let line = place.serve.wait_for(" dsn=5.4.7 ");
-    assert!(line.contains("to=<bob@loopback.example>") && line.contains("451 4.4.4 "), "{line}");
+    assert!(line.contains("451 4.4.4 No mail host of "), "{line}");
     listener.set_nonblocking(true).unwrap();
     assert!(listener.accept().is_err(), "a connection to a loopback address");
 }
@@ -152,4 +154,79 @@ fn private_addresses_are_permitted_in_a_network_of_ones_own() {
     place.submit("alice@example.org", "bob@any.example");
     let line = place.serve.wait_for("event=deferred");
     assert!(line.contains("any.example has [0.0.0.0], which is the unspecified address"), "{line}");
+}
+
+/// `quietN.example` has a host that accepts connections and sends nothing, `mute.example` hosts for whose names there is no
+/// answer, `good.example` one that accepts mail.
+fn tarpits(name: &str, kind: u16) -> Option<Vec<Vec<u8>>> {
+    Some(match (name, kind) {
+        ("mute.example", MX) => (0..6).map(|number| mx(number, &format!("h{number}.mute.example"))).collect(),
+        ("good.example", A) => vec![vec![127, 0, 0, 1]],
+        (name, A) if name.starts_with("quiet") => {
+            vec![vec![127, 0, 2, name["quiet".len()..].split('.').next()?.parse().ok()?]]
+        }
+        (name, _) if name.ends_with(".mute.example") => return None,
+        _ => Vec::new(),
+    })
+}
+
+/// A provider with so many connections, the lines that the host of `good.example` gets, and the listeners of so many silent
+/// hosts.
+fn among_tarpits(connections: usize, silent: u8) -> (Place, Receiver<String>, Vec<TcpListener>) {
+    let good = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = good.local_addr().unwrap().port();
+    let silent =
+        (1..=silent).map(|number| TcpListener::bind(SocketAddr::from(([127, 0, 2, number], port))).unwrap()).collect();
+    let place = Place::start(tarpits, &format!("port = {port}\nallow-private = true\nconnections = {connections}\n"));
+    (place, mail_host(good), silent)
+}
+
+/// The customer submits a message for the good host. Returns how long it took.
+fn send_good_mail(place: &mut Place) -> Duration {
+    let begun = Instant::now();
+    place.submit("alice@example.org", "bob@good.example");
+    place.serve.wait_for("to=<bob@good.example> status=sent");
+    begun.elapsed()
+}
+
+/// Whoever forges the senders of rejected mail chooses the hosts that the DSNs go to.
+#[test]
+fn dsns_to_silent_hosts_do_not_delay_mail() {
+    let (mut place, _lines, silent) = among_tarpits(20, 20);
+    for number in 1..=20 {
+        place.submit("", &format!("x@quiet{number}.example"));
+    }
+    // They have their share.
+    silent[0].accept().unwrap();
+    let took = send_good_mail(&mut place);
+    assert!(took < Duration::from_secs(2), "{took:?}");
+}
+
+/// Neither silent hosts nor silent name servers have a connection for longer than a few seconds if mail waits for it.
+#[test]
+fn attempts_without_a_session_give_way_to_mail() {
+    let (mut place, _lines, silent) = among_tarpits(2, 1);
+    place.submit("alice@example.org", "x@quiet1.example");
+    place.submit("alice@example.org", "x@mute.example");
+    silent[0].accept().unwrap();
+    let took = send_good_mail(&mut place);
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    // What gave way is deferred.
+    place.submit("alice@example.org", "x@quiet1.example");
+    let took = send_good_mail(&mut place);
+    assert!(took < Duration::from_secs(5), "{took:?}");
+}
+
+#[test]
+fn a_stop_ends_lookups_and_waits_for_a_greeting() {
+    for to in ["x@quiet1.example", "x@mute.example"] {
+        let (mut place, _lines, _silent) = among_tarpits(1, 1);
+        place.submit("alice@example.org", to);
+        thread::sleep(Duration::from_millis(600));
+        place.serve.signal(Signal::TERM);
+        let begun = Instant::now();
+        place.serve.wait_for("event=stopped");
+        assert_eq!(place.serve.exit_code(), Some(0));
+        assert!(begun.elapsed() < Duration::from_secs(2), "{to}: {:?}", begun.elapsed());
+    }
 }

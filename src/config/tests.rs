@@ -432,7 +432,7 @@ fn mistakes_in_relay_are_named() {
     relay("smarthost = \"smtp.example.net:0\"", 7, "mostly 587");
     relay("smarthost = \"::1\"", 7, "write \"[::1]:587\"");
     relay("smarthost = \"a b\"", 7, "is not a valid host with a port: write \"relay.example.net:587\"");
-    relay("allow-private = \"yes\"", 7, "`allow-private`");
+    relay("allow-private = \"yes\"", 7, "expected true or false");
     relay("allow_private = true", 7, "unknown key `allow_private`");
     relay("smarthost = 587", 7, "expected a host and a port such as \"smtp.example.net:587\"");
     relay(&format!("{host}\nsmarthost-tls = \"may\""), 8, "write \"starttls\", \"implicit\" or \"none\"");

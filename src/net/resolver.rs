@@ -376,7 +376,8 @@ impl Resolver {
     /// Fills `buffer`, or fails at the deadline, however slowly the octets arrive.
     fn read_exact(&self, stream: &TcpStream, mut buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
         while !buffer.is_empty() {
-            let length = self.wait_for(stream.as_fd(), PollFlags::IN, deadline, || { let mut from = stream; from.read(buffer) })?;
+            let mut from = stream;
+            let length = self.wait_for(stream.as_fd(), PollFlags::IN, deadline, || from.read(buffer))?;
             if length == 0 {
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection"));
             }

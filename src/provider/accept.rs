@@ -10,6 +10,7 @@ use super::relay::RelayHandle;
 use super::shared::Shared;
 use super::spool::{Spool, SpoolQueue};
 use crate::ids::Ids;
+use crate::mail::address::ReversePath;
 use crate::mail::header::HeaderCompleter;
 use crate::maildir::MessageWriter;
 use crate::queue::QueuedEnvelope;
@@ -89,7 +90,7 @@ impl QueueWriter {
                 let account = owner.map_or("-", |account| account.name.as_str());
                 log::info!("event=queued id={} to=<{mailbox}> account={account}", self.id);
             }
-            self.shared.lasting.relay.arrived(queue);
+            self.shared.lasting.relay.arrived(queue, copy.envelope.from == ReversePath::Null);
         }
         Ok(self.id)
     }
@@ -139,7 +140,7 @@ impl DsnSink for SpoolDsnSink {
         let mut writer = self.spool.begin_message(&[(queue.clone(), envelope)], "")?;
         writer.write(&dsn.text)?;
         writer.commit()?;
-        self.relay.arrived(&queue);
+        self.relay.arrived(&queue, true);
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use super::due;
 use super::envelope::ParsedEnvelope;
 use super::message::{self, Opened, QueuedMessage};
 use super::name::QueueName;
@@ -160,9 +161,9 @@ impl QueueLock {
         Ok(count)
     }
 
-    /// The next message: the queues take turns, the oldest message of a queue comes first, those that have ended sessions or
-    /// are in doubt come last. Messages that arrive after the lock are offered too. A file that cannot be read is logged and
-    /// left out. `None`: every message has been offered.
+    /// The next message: the queues take turns, the oldest message of a queue comes first. Those that have ended sessions or
+    /// are in doubt come last; with retries, those without a sender (DSNs) come after the others. Messages that arrive after
+    /// the lock are offered too. A file that cannot be read is logged and left out. `None`: every message has been offered.
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
         let found = self.next_of(|listed| &mut listed.waiting).or_else(|| self.next_of(|listed| &mut listed.last));
         // Others may have arrived when the last ones were looked for.
@@ -413,7 +414,7 @@ impl LockedQueue {
         let left_out = self.left_out(&entries);
         entries.retain(|entry| !left_out.contains(entry));
         let (now, time) = (self.ids.clock().now(), SystemTime::now());
-        let mut last = Vec::new();
+        let (mut last, mut dsns) = (Vec::new(), Vec::new());
         for entry in entries {
             let is_due = || !self.name.retries || retry::due(&self.maildir.file(&entry)).is_none_or(|due| due <= time);
             if self.listed.offered.contains(entry.unique()) || !is_due() {
@@ -424,10 +425,14 @@ impl LockedQueue {
                 self.skip(entry);
             } else if record.ended.is_some() || entry.has(IN_DOUBT) {
                 last.push((record.ended.map_or(0, |ended| ended.sessions), entry));
+            } else if self.name.retries && due::has_null_sender(&self.maildir.file(&entry)) {
+                // Mail of customers does not wait for the DSNs that strangers cause.
+                dsns.push(entry);
             } else {
                 self.listed.waiting.push_back(entry);
             }
         }
+        self.listed.waiting.extend(dsns);
         last.sort_by_key(|(sessions, _)| *sessions);
         self.listed.last.extend(last.into_iter().map(|(_, entry)| entry));
         Ok(())

@@ -51,6 +51,7 @@
 
 pub mod retry;
 mod name;
+mod due;
 pub mod envelope;
 mod message;
 mod lock;
@@ -65,6 +66,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+pub use due::QueueDue;
 pub use envelope::QueuedEnvelope;
 pub use listing::ListedMessage;
 pub use lock::QueueLock;
@@ -153,6 +155,15 @@ impl Queue {
         let maildir = name.maildir();
         let entries = maildir.entries()?;
         Ok(entries.iter().filter_map(|entry| retry::due(&maildir.file(entry))).min())
+    }
+
+    /// The same for messages with a sender, and for those without. If many without one are due first, those with one after
+    /// them are not found before.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn next_due_by_sender(&self, name: &QueueName) -> io::Result<QueueDue> {
+        due::next(&name.maildir())
     }
 
     /// How much waits in a queue, from the names of its files.

@@ -126,6 +126,11 @@ impl ClientSession {
         self.limit = limit;
     }
 
+    /// The session, which only this token cancels from now on, and each wait of which ends by its own timeout only.
+    pub fn established(self, cancel: &CancelToken) -> ClientSession {
+        ClientSession { cancel: cancel.clone(), limit: None, ..self }
+    }
+
     /// The end of a wait of at most `timeout` that begins now.
     fn deadline_within(&self, timeout: Duration) -> Instant {
         deadline_within(timeout, self.limit)

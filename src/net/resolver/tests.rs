@@ -445,7 +445,7 @@ fn all_queries_end_at_one_deadline_or_when_they_are_cancelled() {
     let error = limited.addresses(&host("n.example")).unwrap_err().0;
     assert_eq!(error, "A records of n.example: there is no time left for it");
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
-    // The other family was asked for.
+    // Neither a second time, nor for the other family.
     assert_eq!(silent.transports().len(), 1);
     let limited = resolver().within(begun + Duration::from_secs(600), &cancel);
     let stopping = std::thread::spawn({

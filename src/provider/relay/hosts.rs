@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::net::cancel::CancelToken;
 use crate::smtp::reply::Reply;
 
 /// How long no session is opened beside others with a host after a worker has found all its connections in use: until
@@ -14,6 +15,37 @@ const YIELD_PAUSE: Duration = Duration::from_secs(5);
 /// next attempt begins with the first address again.
 const PASSED_LIMIT: usize = 1000;
 
+/// What an attempt is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Lane {
+    /// Mail with a sender.
+    Mail,
+    /// Mail with a sender for a destination that is slow.
+    Slow,
+    /// DSNs alone.
+    Dsn,
+}
+
+impl Lane {
+    /// The most urgent one first.
+    pub(super) const ALL: [Lane; 3] = [Lane::Mail, Lane::Slow, Lane::Dsn];
+}
+
+/// One attempt under way.
+pub(super) struct AttemptState {
+    pub(super) lane: Lane,
+    /// Sessions that are open.
+    pub(super) sessions: usize,
+    /// Since when there is none.
+    pub(super) idle_since: Instant,
+    pub(super) begun: Instant,
+    /// How long it took to the first session.
+    pub(super) first_session: Option<Duration>,
+    /// It has given way to other mail.
+    pub(super) gave_way: bool,
+    pub(super) cancel: CancelToken,
+}
+
 /// What the relay knows of each host, and how many connections it has.
 #[derive(Default)]
 pub(super) struct HostTable {
@@ -21,17 +53,23 @@ pub(super) struct HostTable {
 }
 
 #[derive(Default)]
-struct TableState {
+pub(super) struct TableState {
     /// The most connections in all.
-    limit: usize,
+    pub(super) limit: usize,
     /// The most connections to one host.
     limit_each: usize,
     /// By IP address and port; a smarthost by its name.
     hosts: HashMap<String, HostState>,
-    /// Workers with an attempt under way.
-    attempts: usize,
+    /// The attempts under way, each with a worker.
+    pub(super) attempts: HashMap<u64, AttemptState>,
+    /// The number of the next attempt.
+    pub(super) next_attempt: u64,
+    /// The destinations that are slow, until when.
+    pub(super) slow: HashMap<String, Instant>,
+    /// The destinations that mail has arrived for since their attempt began: its DSNs wait for the next one.
+    mail_waits: HashSet<String>,
     /// Sessions that an attempt has beside its first one.
-    beside: usize,
+    pub(super) beside: usize,
     /// An attempt is due, and all connections are in use.
     attempt_waits: bool,
     /// For each destination whose last attempt left addresses untried: the hosts and addresses that it, and those before
@@ -79,25 +117,26 @@ impl HostTable {
         (state.limit, state.limit_each) = (limit, limit_each);
     }
 
-    /// Counts one more attempt, each of which has one connection at a time; `false`: all connections are in use.
-    pub(super) fn begin_attempt(&self) -> bool {
-        let mut state = self.lock();
-        let free = state.attempts + state.beside < state.limit;
-        state.attempts += usize::from(free);
-        free
-    }
-
-    /// An attempt has ended.
-    pub(super) fn end_attempt(&self) {
-        self.lock().attempts -= 1;
-    }
-
     /// Whether an attempt waits for a connection from now on. Returns whether one will be free soon, because a session
     /// beside another one ends for it.
     pub(super) fn set_attempt_waits(&self, waits: bool) -> bool {
         let mut state = self.lock();
         state.attempt_waits = waits;
         waits && state.beside > 0
+    }
+
+    /// Mail has arrived for a destination with an attempt under way, or (`false`) that attempt is over.
+    pub(super) fn set_mail_waits(&self, destination: &str, waits: bool) {
+        let mut state = self.lock();
+        match waits {
+            true => drop(state.mail_waits.insert(destination.to_owned())),
+            false => drop(state.mail_waits.remove(destination)),
+        }
+    }
+
+    /// Whether DSNs for a destination must wait, because mail for it has arrived.
+    pub(super) fn mail_waits(&self, destination: &str) -> bool {
+        self.lock().mail_waits.contains(destination)
     }
 
     /// Counts one more connection to a host.
@@ -120,7 +159,7 @@ impl HostTable {
     /// Counts one more connection to a host that has one; `None`: the limits, or attempts that wait, do not permit it.
     pub(super) fn acquire_beside(&self, host: &str) -> Option<HostPermit<'_>> {
         let mut state = self.lock();
-        if state.attempt_waits || state.attempts + state.beside >= state.limit {
+        if state.attempt_waits || state.attempts.len() + state.beside >= state.limit {
             return None;
         }
         let limit_each = state.limit_each;
@@ -150,9 +189,11 @@ impl HostTable {
         self.lock().hosts.get(host).is_some_and(HostState::is_down)
     }
 
-    /// Forgets which hosts are down: an administrator wants them to be tried.
+    /// Forgets which hosts are down, and which destinations are slow: an administrator wants them to be tried.
     pub(super) fn forget_down(&self) {
-        self.lock().hosts.values_mut().for_each(|host| host.down_until = None);
+        let mut state = self.lock();
+        state.hosts.values_mut().for_each(|host| host.down_until = None);
+        state.slow.clear();
     }
 
     /// Permits no connection to a host for `pause`.
@@ -177,7 +218,7 @@ impl HostTable {
         };
     }
 
-    fn lock(&self) -> MutexGuard<'_, TableState> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, TableState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -212,6 +253,8 @@ impl Drop for HostPermit<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     const ADDRESS: &str = "127.0.0.2:25";
@@ -233,16 +276,17 @@ mod tests {
 
     #[test]
     fn sessions_beside_the_first_take_what_no_attempt_waits_for() {
-        let hosts = HostTable::default();
+        let hosts = Arc::new(HostTable::default());
         hosts.set_limits(4, 3);
-        assert!(hosts.begin_attempt());
+        let begin = || hosts.begin_attempt(Lane::Mail).ok();
+        let one = begin().unwrap();
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "beside nothing");
         let first = hosts.acquire(ADDRESS).ok().unwrap();
         let second = hosts.acquire_beside(ADDRESS).unwrap();
         let _third = hosts.acquire_beside(ADDRESS).unwrap();
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "the limit of the host");
         // Another destination at the same host: a session ends for it.
-        assert!(hosts.begin_attempt());
+        let _two = begin().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
         assert!(matches!(hosts.acquire(ADDRESS), Err(RouteError::Busy)));
         assert!(hosts.must_yield(ADDRESS) && hosts.yields(ADDRESS));
@@ -251,11 +295,12 @@ mod tests {
         let _other = hosts.acquire(ADDRESS).ok().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
         // Two attempts, one session beside them; then all connections are in use, and one more attempt is due.
-        assert!(hosts.begin_attempt() && !hosts.begin_attempt());
+        let _three = begin().unwrap();
+        assert!(begin().is_none());
         assert!(hosts.set_attempt_waits(true) && hosts.must_yield(ADDRESS));
         drop(first);
         assert!(hosts.acquire_beside(ADDRESS).is_none());
-        hosts.end_attempt();
-        assert!(hosts.begin_attempt() && !hosts.set_attempt_waits(false));
+        drop(one);
+        assert!(begin().is_some() && !hosts.set_attempt_waits(false));
     }
 }

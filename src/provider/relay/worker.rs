@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use super::attempts::AttemptPermit;
 use super::hosts::{HostTable, RouteError};
 use super::order::{AddressOrder, HostAddress};
 use crate::config::{ProviderConfig, RelayConfig, TlsPolicy};
@@ -18,7 +19,7 @@ use crate::net::resolver::{MxHost, MxRoute, Resolver, address_for_name};
 use crate::net::tls::{ClientTls, Trust, is_certificate_name};
 use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
-use crate::queue::{LockError, QueueLock, QueueName};
+use crate::queue::{LockError, QueueDue, QueueLock, QueueName};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::client::{ClientSession, Connect, SessionFailure};
 use crate::session::{Remote, Timeouts, storage_failure_reply};
@@ -29,9 +30,6 @@ use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
 /// Addresses of one host tried in one attempt (RFC 5321 section 5.1 requires at least two).
 const ADDRESS_LIMIT: usize = 8;
-
-/// How long the hosts of one destination are tried in one attempt: slow ones must not keep a worker for hours.
-const ATTEMPT_DEADLINE: Duration = Duration::from_secs(600);
 
 /// How soon a destination is tried again if its queue or its host is busy.
 const BUSY_RETRY_DELAY: Duration = Duration::from_secs(2);
@@ -57,18 +55,19 @@ pub struct WorkerContext {
 #[derive(Default)]
 pub(super) struct SessionsUnderWay(pub(super) Arc<()>);
 
-/// When a destination is due again; `None`: its queue is empty.
+/// When a destination is due again.
 pub(super) struct NextDue {
     pub(super) destination: Domain,
-    pub(super) due: Option<SystemTime>,
+    pub(super) due: QueueDue,
 }
 
 /// How the mail of an attempt can go.
 pub(super) struct AttemptRoute<'a> {
     /// The destination, or the smarthost.
-    name: &'a str,
+    pub(super) name: &'a str,
     /// The name for which connections are counted; `None`: each address is counted for itself.
     counted_as: Option<&'a str>,
+    pub(super) permit: &'a AttemptPermit,
     look_up: &'a (dyn Fn(&Domain) -> Result<Vec<SocketAddr>, RouteError> + Sync),
     pub(super) connect: &'a (dyn Fn(&HostAddress) -> Result<ClientSession, ConnectFailure> + Sync),
 }
@@ -191,18 +190,19 @@ impl WorkerContext {
     }
 
     /// Makes one attempt at all mail that is due for these destinations. Returns when each is due again.
-    pub(super) fn work(&self, job: &[Domain]) -> Vec<NextDue> {
-        let not_before = catch_unwind(AssertUnwindSafe(|| self.attempt(job))).unwrap_or_else(|_| {
+    pub(super) fn work(&self, job: &[Domain], permit: &AttemptPermit) -> Vec<NextDue> {
+        let not_before = catch_unwind(AssertUnwindSafe(|| self.attempt(job, permit))).unwrap_or_else(|_| {
             log::error!("event=panic destination={}", job[0]);
             Some(self.first_retry())
         });
         let next = |domain: &Domain| {
-            let due = self.spool.queue().next_due(&self.queue_name(domain));
-            if matches!(due, Ok(None)) {
+            let due = self.spool.queue().next_due_by_sender(&self.queue_name(domain));
+            if due.as_ref().is_ok_and(|due| due.earliest().is_none()) {
                 self.hosts.set_passed(domain.as_str(), HashSet::new());
+                self.hosts.forget_slow(domain.as_str());
             }
-            let due = due.unwrap_or_else(|_| Some(self.first_retry()));
-            NextDue { destination: domain.clone(), due: due.map(|due| not_before.map_or(due, |time| due.max(time))) }
+            let due = due.unwrap_or_else(|_| QueueDue { mail: Some(self.first_retry()), dsn: None });
+            NextDue { destination: domain.clone(), due: not_before.map_or(due, |time| due.not_before(time)) }
         };
         job.iter().map(next).collect()
     }
@@ -216,10 +216,10 @@ impl WorkerContext {
     }
 
     /// One attempt at all mail that is due for these destinations. `Some`: no other attempt before then.
-    fn attempt(&self, destinations: &[Domain]) -> Option<SystemTime> {
+    fn attempt(&self, destinations: &[Domain], permit: &AttemptPermit) -> Option<SystemTime> {
         let (held, elsewhere): (Vec<_>, _) = destinations.iter().cloned().partition(|domain| self.spool.holds(domain));
         let all_held = held.iter().filter(|domain| !self.hold(domain)).count() == 0;
-        let next = if elsewhere.is_empty() { None } else { self.attempt_elsewhere(&elsewhere) };
+        let next = if elsewhere.is_empty() { None } else { self.attempt_elsewhere(&elsewhere, permit) };
         next.or_else(|| (!all_held).then(|| self.first_retry()))
     }
 
@@ -247,7 +247,7 @@ impl WorkerContext {
         all_settled
     }
 
-    fn attempt_elsewhere(&self, destinations: &[Domain]) -> Option<SystemTime> {
+    fn attempt_elsewhere(&self, destinations: &[Domain], permit: &AttemptPermit) -> Option<SystemTime> {
         let names: Vec<_> = destinations.iter().map(|domain| self.queue_name(domain)).collect();
         let busy = || Some(SystemTime::now() + BUSY_RETRY_DELAY);
         let mut lock = match self.spool.queue().lock(&names) {
@@ -263,8 +263,8 @@ impl WorkerContext {
             return Some(self.first_retry());
         }
         let sent = match &self.smarthost {
-            Some(smarthost) => self.by_smarthost(smarthost, &mut lock),
-            None => self.by_mx(&destinations[0], &mut lock),
+            Some(smarthost) => self.by_smarthost(smarthost, permit, &mut lock),
+            None => self.by_mx(&destinations[0], permit, &mut lock),
         };
         // The mail host of a customer whose file is skipped is this one, and it may be in no DNS at all.
         let skipped = || destinations.iter().find_map(|domain| self.spool.check_skipped(domain).err());
@@ -318,19 +318,25 @@ impl WorkerContext {
     }
 
     /// Sends the mail of all destinations to the smarthost.
-    fn by_smarthost(&self, smarthost: &Remote, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
+    fn by_smarthost(
+        &self, smarthost: &Remote, permit: &AttemptPermit, lock: &mut QueueLock,
+    ) -> Result<AllSettled, RouteError> {
         let options = self.client_options(StartTls::Never);
-        let addresses = smarthost.addresses(&self.connect("-")).map_err(|failure| unreachable(&failure))?;
+        let addresses = smarthost.addresses(&self.connect("-", permit)).map_err(|failure| match failure {
+            SessionFailure::Cancelled => RouteError::Cancelled,
+            failure => unreachable(&failure),
+        })?;
         let connect = |to: &HostAddress| {
             let options = ClientOptions { nonce: self.ids.nonce(), ..options.clone() };
-            let connected = smarthost.connect_to(to.address, &options, &self.connect(&self.ids.session_id()));
-            connected.map_err(|failure| match failure {
+            let connected = smarthost.connect_to(to.address, &options, &self.connect(&self.ids.session_id(), permit));
+            connected.map(|session| session.established(&self.cancel)).map_err(|failure| match failure {
                 SessionFailure::Cancelled => ConnectFailure { error: RouteError::Cancelled, down: false },
                 failure => ConnectFailure { error: unreachable(&failure), down: true },
             })
         };
         let name = smarthost.address();
-        let route = AttemptRoute { name, counted_as: Some(name), look_up: &|_| Ok(Vec::new()), connect: &connect };
+        let route =
+            AttemptRoute { name, counted_as: Some(name), permit, look_up: &|_| Ok(Vec::new()), connect: &connect };
         self.by_route(&route, &AddressOrder::of_addresses(smarthost.host(), addresses), lock)
     }
 
@@ -345,34 +351,55 @@ impl WorkerContext {
         }
     }
 
-    fn connect<'a>(&'a self, id: &'a str) -> Connect<'a> {
+    fn connect<'a>(&'a self, id: &'a str, permit: &'a AttemptPermit) -> Connect<'a> {
         Connect {
             id,
             peer: 'S',
             tls: None,
             implicit_tls: false,
             timeouts: &self.timeouts,
-            cancel: &self.cancel,
-            limit: None,
+            cancel: permit.cancel(),
+            limit: permit.session_deadline(),
+        }
+    }
+
+    /// Sends the mail of one destination, and records whether it is slow.
+    fn by_mx(
+        &self, destination: &Domain, permit: &AttemptPermit, lock: &mut QueueLock,
+    ) -> Result<AllSettled, RouteError> {
+        let sent = self.by_mx_hosts(destination, permit, lock);
+        permit.record_speed(destination.as_str());
+        match sent {
+            Err(RouteError::Deferred(_)) if self.cancel.is_cancelled() => Err(RouteError::Cancelled),
+            Err(RouteError::Deferred(_)) if permit.gave_way() => {
+                let text = format!("No mail host of {destination} has answered yet, and other mail waits");
+                Err(RouteError::Deferred(Reply::new(451, "4.4.1", text)))
+            }
+            sent => sent,
         }
     }
 
     /// Sends the mail of one destination to the first of its hosts that accepts a session (RFC 5321 section 5.1).
-    fn by_mx(&self, destination: &Domain, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
+    fn by_mx_hosts(
+        &self, destination: &Domain, permit: &AttemptPermit, lock: &mut QueueLock,
+    ) -> Result<AllSettled, RouteError> {
         let deferred = |text: String| RouteError::Deferred(Reply::new(451, "4.4.3", text));
         let not_found = |name: &Domain, error| deferred(format!("{name} cannot be looked up: {error}"));
         let resolver = match self.config.resolver {
             Some(server) => Resolver::at(server, &self.ids),
             None => Resolver::system(&self.ids).map_err(|error| deferred(format!("No name server: {error}")))?,
         };
-        let route = resolver.route(destination).map_err(|error| not_found(destination, error))?;
+        let within = |deadline| resolver.clone().within(deadline, permit.cancel());
+        let route = permit.look_up(|deadline| within(deadline).route(destination));
+        let route = route.map_err(|error| not_found(destination, error))?;
         let hosts = hosts(route, destination, &self.hostname).map_err(RouteError::Rejected)?;
         let passed_over = Mutex::new(Vec::new());
         let look_up = |host: &Domain| {
             if let Some(address) = address_for_name(host) {
                 log::info!("event=mx-is-address destination={destination} host={host} address={address}");
             }
-            let mut found = resolver.addresses(host).map_err(|error| not_found(host, error))?;
+            let found = permit.look_up(|deadline| within(deadline).addresses(host));
+            let mut found = found.map_err(|error| not_found(host, error))?;
             found.retain(|address| match self.unusable(*address) {
                 None => true,
                 Some(reason) => {
@@ -389,8 +416,9 @@ impl WorkerContext {
             Ok(found.into_iter().map(|address| SocketAddr::new(address, self.config.port)).collect())
         };
         let policy = self.config.policy(destination);
-        let connect = |to: &HostAddress| self.session_with(to, policy);
-        let route = AttemptRoute { name: destination.as_str(), counted_as: None, look_up: &look_up, connect: &connect };
+        let connect = |to: &HostAddress| self.session_with(to, policy, permit);
+        let route =
+            AttemptRoute { name: destination.as_str(), counted_as: None, permit, look_up: &look_up, connect: &connect };
         let sent = self.by_route(&route, &AddressOrder::of_hosts(hosts), lock);
         let passed_over = passed_over.into_inner().unwrap_or_else(PoisonError::into_inner);
         match (sent, passed_over.first()) {
@@ -457,9 +485,8 @@ impl WorkerContext {
         &self, route: &AttemptRoute<'_>, mut order: AddressOrder, passed: &HashSet<String>, progress: &mut Progress,
         lock: &mut QueueLock,
     ) -> Option<Result<AllSettled, RouteError>> {
-        let deadline = Instant::now() + ATTEMPT_DEADLINE;
         let look_up = |host: &Domain, progress: &mut Progress| {
-            if Instant::now() >= deadline {
+            if route.permit.lookups_are_over() || route.permit.gave_way() {
                 progress.cut = true;
                 return Vec::new();
             }
@@ -481,7 +508,7 @@ impl WorkerContext {
                 continue;
             }
             let tried = progress.tried.entry(to.host.clone()).or_default();
-            if *tried >= ADDRESS_LIMIT || Instant::now() >= deadline {
+            if *tried >= ADDRESS_LIMIT || Instant::now() >= route.permit.deadline() || route.permit.gave_way() {
                 progress.cut = true;
                 continue;
             }
@@ -501,7 +528,9 @@ impl WorkerContext {
     }
 
     /// A session with one address of a mail host. If TLS is optional and fails, the relay connects a second time, without TLS.
-    fn session_with(&self, to: &HostAddress, policy: TlsPolicy) -> Result<ClientSession, ConnectFailure> {
+    fn session_with(
+        &self, to: &HostAddress, policy: TlsPolicy, permit: &AttemptPermit,
+    ) -> Result<ClientSession, ConnectFailure> {
         let failed = |error| ConnectFailure { error, down: false };
         if self.cancel.is_cancelled() {
             return Err(failed(RouteError::Cancelled));
@@ -512,7 +541,7 @@ impl WorkerContext {
         };
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
         let id = self.ids.session_id();
-        let connect = self.connect(&id);
+        let connect = self.connect(&id, permit);
         // An MX record may have a name that no certificate has, such as an address in brackets.
         let address = to.address.ip().to_string();
         let name = if is_certificate_name(&to.host) { to.host.as_str() } else { &address };
@@ -525,7 +554,7 @@ impl WorkerContext {
             connected = connect.to(to.address, self.client_options(StartTls::Never));
         }
         let session = connected.map_err(|failure| match failure {
-            SessionFailure::Cancelled => failed(RouteError::Cancelled),
+            SessionFailure::Cancelled if self.cancel.is_cancelled() => failed(RouteError::Cancelled),
             // A greeting of 554 or 521 only says that this host accepts no mail. Another host may, so the mail waits.
             // RFC 5321 section 4.5.4.1 permits that.
             SessionFailure::Aborted(Abort::Rejected(Rejection { reply, .. }))
@@ -549,7 +578,7 @@ impl WorkerContext {
             let reply = Reply::new(554, "5.4.6", "Mail for that domain comes back to this host");
             return Err(failed(RouteError::Rejected(reply)));
         }
-        Ok(session)
+        Ok(session.established(&self.cancel))
     }
 }
 
