@@ -15,8 +15,11 @@ const NETWORKS_V4: [(Ipv4Addr, u32, &str); 7] = [
 ];
 
 #[rustfmt::skip]
-const NETWORKS_V6: [(Ipv6Addr, u32, &str); 5] = [
+const NETWORKS_V6: [(Ipv6Addr, u32, &str); 8] = [
     (Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7, "a private address"),
+    (Ipv6Addr::new(0x64, 0xff9b, 1, 0, 0, 0, 0, 0), 48, "a private address"),
+    (Ipv6Addr::new(0, 0, 0, 0, 0xffff, 0, 0, 0), 96, "a private address"),
+    (Ipv6Addr::new(0x5f00, 0, 0, 0, 0, 0, 0, 0), 16, "a reserved address"),
     (Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 0), 10, "a private address"),
     (Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0), 64, "a reserved address"),
     (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 32, "an address for documentation"),
@@ -99,7 +102,7 @@ mod tests {
             "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "::ffff:10.0.0.1", "2002:a00:1::", "64:ff9b::a00:1",
             "100.64.0.1", "100.127.255.255", "::ffff:100.64.0.1", "fc00::1", "fdff::1", "fec0::1",
             "192.0.2.1", "198.51.100.1", "203.0.113.9", "2001:db8::1", "3fff::1", "::ffff:192.0.2.1", "198.18.0.1", "100::1",
-            "192.0.0.8",
+            "192.0.0.8", "64:ff9b:1::808:808", "64:ff9b:1:a00:0:100::", "::ffff:0:10.0.0.1", "5f00::1",
         ];
         for address in reserved {
             assert!(not_in_the_world(address.parse().unwrap()).is_some(), "{address}");

@@ -72,7 +72,7 @@ impl HostTable {
         state.attempts.insert(number, attempt);
         drop(state);
         let lookups = Mutex::new(LOOKUP_DEADLINE);
-        Ok(AttemptPermit { hosts: self.clone(), number, deadline: now + ATTEMPT_DEADLINE, cancel, lookups })
+        Ok(AttemptPermit { hosts: self.clone(), number, lane, deadline: now + ATTEMPT_DEADLINE, cancel, lookups })
     }
 
     /// So much mail is due and finds all connections in use: ends as many attempts that have had no session for a while.
@@ -119,6 +119,7 @@ impl HostTable {
 pub(super) struct AttemptPermit {
     hosts: Arc<HostTable>,
     number: u64,
+    lane: Lane,
     deadline: Instant,
     cancel: CancelToken,
     /// How long its lookups may still last.
@@ -126,6 +127,11 @@ pub(super) struct AttemptPermit {
 }
 
 impl AttemptPermit {
+    /// What it is for.
+    pub(super) fn lane(&self) -> Lane {
+        self.lane
+    }
+
     /// Ends the waits before a session.
     pub(super) fn cancel(&self) -> &CancelToken {
         &self.cancel

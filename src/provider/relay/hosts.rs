@@ -82,9 +82,13 @@ struct HostState {
     connections: usize,
     /// How many of them are of sessions beside the first one of an attempt.
     beside: usize,
+    /// How many are of attempts with DSNs alone.
+    dsns: usize,
     down_until: Option<Instant>,
     /// A worker that found all connections in use tries again before then.
     wanted_until: Option<Instant>,
+    /// One that had mail with a sender.
+    mail_wanted_until: Option<Instant>,
 }
 
 impl HostState {
@@ -92,8 +96,17 @@ impl HostState {
         self.down_until.is_some_and(|until| until > Instant::now())
     }
 
+    /// Whether anything is known of it.
+    fn is_needed(&self) -> bool {
+        self.connections > 0 || self.is_down() || self.is_wanted()
+    }
+
     fn is_wanted(&self) -> bool {
         self.wanted_until.is_some_and(|until| until > Instant::now())
+    }
+
+    fn is_wanted_for_mail(&self) -> bool {
+        self.mail_wanted_until.is_some_and(|until| until > Instant::now())
     }
 }
 
@@ -134,26 +147,42 @@ impl HostTable {
         }
     }
 
-    /// Whether DSNs for a destination must wait, because mail for it has arrived.
-    pub(super) fn mail_waits(&self, destination: &str) -> bool {
-        self.lock().mail_waits.contains(destination)
+    /// Whether DSNs for a destination must wait, because mail for it has arrived, or mail for another one needs a connection
+    /// to this host.
+    pub(super) fn mail_waits(&self, destination: &str, host: &str) -> bool {
+        let state = self.lock();
+        state.mail_waits.contains(destination) || state.hosts.get(host).is_some_and(HostState::is_wanted_for_mail)
     }
 
-    /// Counts one more connection to a host.
+    /// Counts one more connection to a host. DSNs alone have half of the connections to a host, and none that mail waits for:
+    /// strangers may have sent them to many domains with this host.
     ///
     /// # Errors
     /// The host is busy.
-    pub(super) fn acquire(&self, host: &str) -> Result<HostPermit<'_>, RouteError> {
+    pub(super) fn acquire(&self, host: &str, lane: Lane) -> Result<HostPermit<'_>, RouteError> {
         let mut state = self.lock();
         let limit_each = state.limit_each;
+        if !state.hosts.contains_key(host) {
+            state.hosts.retain(|_, host| host.is_needed());
+        }
         let entry = state.hosts.entry(host.to_owned()).or_default();
-        if entry.connections >= limit_each {
-            entry.wanted_until = Some(Instant::now() + YIELD_PAUSE);
+        let is_dsn = lane == Lane::Dsn;
+        let full_of_dsns = entry.dsns >= (limit_each / 2).max(1) || entry.is_wanted_for_mail();
+        if entry.connections >= limit_each || is_dsn && full_of_dsns {
+            let until = Some(Instant::now() + YIELD_PAUSE);
+            entry.wanted_until = until;
+            if !is_dsn {
+                entry.mail_wanted_until = until;
+            }
             return Err(RouteError::Busy);
         }
         entry.connections += 1;
+        entry.dsns += usize::from(is_dsn);
         entry.wanted_until = None;
-        Ok(HostPermit { table: self, host: host.to_owned(), beside: false })
+        if !is_dsn {
+            entry.mail_wanted_until = None;
+        }
+        Ok(HostPermit { table: self, host: host.to_owned(), beside: false, is_dsn })
     }
 
     /// Counts one more connection to a host that has one; `None`: the limits, or attempts that wait, do not permit it.
@@ -170,7 +199,7 @@ impl HostTable {
         entry.connections += 1;
         entry.beside += 1;
         state.beside += 1;
-        Some(HostPermit { table: self, host: host.to_owned(), beside: true })
+        Some(HostPermit { table: self, host: host.to_owned(), beside: true, is_dsn: false })
     }
 
     /// Whether a session beside another one must end, because an attempt waits for its connection.
@@ -200,7 +229,7 @@ impl HostTable {
     pub(super) fn mark_down(&self, host: &str, pause: Duration) {
         let mut state = self.lock();
         // Otherwise the table would grow with every host that was ever connected to.
-        state.hosts.retain(|_, host| host.connections > 0 || host.is_down());
+        state.hosts.retain(|_, host| host.is_needed());
         state.hosts.entry(host.to_owned()).or_default().down_until = Some(Instant::now() + pause);
     }
 
@@ -228,6 +257,7 @@ pub(super) struct HostPermit<'a> {
     table: &'a HostTable,
     host: String,
     beside: bool,
+    is_dsn: bool,
 }
 
 impl HostPermit<'_> {
@@ -244,7 +274,8 @@ impl Drop for HostPermit<'_> {
         if let Some(host) = state.hosts.get_mut(&self.host) {
             host.connections -= 1;
             host.beside -= usize::from(self.beside);
-            if host.connections == 0 && !host.is_down() {
+            host.dsns -= usize::from(self.is_dsn);
+            if !host.is_needed() {
                 state.hosts.remove(&self.host);
             }
         }
@@ -263,15 +294,33 @@ mod tests {
     fn a_host_that_is_busy_gives_no_permit_and_one_that_is_down_is_known() {
         let hosts = HostTable::default();
         hosts.set_limits(20, 1);
-        let permit = hosts.acquire(ADDRESS).ok().unwrap();
-        assert!(matches!(hosts.acquire(ADDRESS), Err(RouteError::Busy)));
+        let permit = hosts.acquire(ADDRESS, Lane::Mail).ok().unwrap();
+        assert!(matches!(hosts.acquire(ADDRESS, Lane::Mail), Err(RouteError::Busy)));
         drop(permit);
-        assert!(hosts.acquire(ADDRESS).is_ok());
+        assert!(hosts.acquire(ADDRESS, Lane::Mail).is_ok());
         assert!(!hosts.is_down(ADDRESS));
         hosts.mark_down(ADDRESS, Duration::from_secs(60));
         assert!(hosts.is_down(ADDRESS));
         hosts.mark_down(ADDRESS, Duration::ZERO);
         assert!(!hosts.is_down(ADDRESS));
+    }
+
+    #[test]
+    fn dsns_leave_connections_to_a_host_to_mail() {
+        let hosts = HostTable::default();
+        let acquire = |lane| hosts.acquire(ADDRESS, lane);
+        hosts.set_limits(20, 5);
+        let dsns = [acquire(Lane::Dsn).ok().unwrap(), acquire(Lane::Dsn).ok().unwrap()];
+        assert!(matches!(acquire(Lane::Dsn), Err(RouteError::Busy)));
+        assert!(!hosts.mail_waits("example.org", ADDRESS));
+        let mail: Vec<_> = (0..3).map(|_| acquire(Lane::Mail).ok().unwrap()).collect();
+        assert!(matches!(acquire(Lane::Mail), Err(RouteError::Busy)));
+        assert!(hosts.mail_waits("example.org", ADDRESS));
+        drop((dsns, mail));
+        assert!(matches!(acquire(Lane::Dsn), Err(RouteError::Busy)), "it is for mail");
+        assert!(acquire(Lane::Slow).is_ok() && acquire(Lane::Dsn).is_ok());
+        hosts.set_limits(20, 1);
+        assert!(acquire(Lane::Dsn).is_ok(), "one after the other");
     }
 
     #[test]
@@ -281,18 +330,18 @@ mod tests {
         let begin = || hosts.begin_attempt(Lane::Mail).ok();
         let one = begin().unwrap();
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "beside nothing");
-        let first = hosts.acquire(ADDRESS).ok().unwrap();
+        let first = hosts.acquire(ADDRESS, Lane::Mail).ok().unwrap();
         let second = hosts.acquire_beside(ADDRESS).unwrap();
         let _third = hosts.acquire_beside(ADDRESS).unwrap();
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "the limit of the host");
         // Another destination at the same host: a session ends for it.
         let _two = begin().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
-        assert!(matches!(hosts.acquire(ADDRESS), Err(RouteError::Busy)));
+        assert!(matches!(hosts.acquire(ADDRESS, Lane::Mail), Err(RouteError::Busy)));
         assert!(hosts.must_yield(ADDRESS) && hosts.yields(ADDRESS));
         drop(second);
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "it is for the attempt");
-        let _other = hosts.acquire(ADDRESS).ok().unwrap();
+        let _other = hosts.acquire(ADDRESS, Lane::Mail).ok().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
         // Two attempts, one session beside them; then all connections are in use, and one more attempt is due.
         let _three = begin().unwrap();

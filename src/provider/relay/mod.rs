@@ -67,6 +67,9 @@ pub use worker::WorkerContext;
 /// How soon the scheduler looks again for a connection that a session gives up for an attempt that is due.
 const YIELD_POLL: Duration = Duration::from_millis(100);
 
+/// How many events the scheduler handles before it looks for destinations that are due.
+const EVENTS_AT_ONCE: usize = 1000;
+
 /// What wakes the scheduler.
 enum RelayEvent {
     /// New mail for this destination; whether it is without a sender.
@@ -168,23 +171,26 @@ impl Relay {
             let ends = worker.hosts.set_attempt_waits(waits.any) || waits.ends_soon;
             // What was due before now waits for an attempt to end.
             let pause = if ends { YIELD_POLL } else { table.pause(now) };
-            match events.recv_timeout(pause.min(REQUEST_INTERVAL)) {
-                Ok(RelayEvent::Arrived(destination, dsn)) => {
-                    if !dsn && table.is_busy(&destination) {
-                        worker.hosts.set_mail_waits(destination.as_str(), true);
+            // All that have happened: a crowd of DSNs must not have the table looked through for each of them.
+            let first = events.recv_timeout(pause.min(REQUEST_INTERVAL));
+            for event in first.into_iter().chain(events.try_iter().take(EVENTS_AT_ONCE)) {
+                match event {
+                    RelayEvent::Arrived(destination, dsn) => {
+                        if !dsn && table.is_busy(&destination) {
+                            worker.hosts.set_mail_waits(destination.as_str(), true);
+                        }
+                        table.arrived(destination, dsn);
                     }
-                    table.arrived(destination, dsn);
-                }
-                Ok(RelayEvent::Done(destinations)) => {
-                    under_way -= 1;
-                    for next in destinations {
-                        worker.hosts.set_mail_waits(next.destination.as_str(), false);
-                        table.done(next);
+                    RelayEvent::Done(destinations) => {
+                        under_way -= 1;
+                        for next in destinations {
+                            worker.hosts.set_mail_waits(next.destination.as_str(), false);
+                            table.done(next);
+                        }
                     }
+                    RelayEvent::Reload(renewed) => worker = renewed,
+                    RelayEvent::Wake => {}
                 }
-                Ok(RelayEvent::Reload(renewed)) => worker = renewed,
-                Ok(RelayEvent::Wake) | Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
             }
         }
         // Only sessions are waited for. A worker that waits for a name server or a host to answer has sent nothing.

@@ -36,6 +36,8 @@ struct SharedQueue<'a> {
     hosts: &'a HostTable,
     /// The destination, or the smarthost.
     destination: &'a str,
+    /// The name for which connections are counted.
+    host: &'a str,
     /// Sessions that are open.
     sessions: AtomicUsize,
     /// A session has failed: no other is opened beside those that are open.
@@ -45,11 +47,12 @@ struct SharedQueue<'a> {
 }
 
 impl<'a> SharedQueue<'a> {
-    fn new(lock: &'a mut QueueLock, hosts: &'a HostTable, destination: &'a str) -> SharedQueue<'a> {
+    fn new(lock: &'a mut QueueLock, hosts: &'a HostTable, destination: &'a str, host: &'a str) -> SharedQueue<'a> {
         SharedQueue {
             lock: Mutex::new(lock),
             hosts,
             destination,
+            host,
             sessions: AtomicUsize::new(1),
             session_failed: AtomicBool::default(),
             unsettled: AtomicBool::default(),
@@ -92,7 +95,7 @@ impl MessageSource for SessionQueue<'_, '_> {
         let mut message = self.shared.lock().next_message();
         // Another attempt begins with the mail that has arrived.
         if message.as_ref().is_some_and(|message| message.envelope.from == ReversePath::Null)
-            && self.shared.hosts.mail_waits(self.shared.destination)
+            && self.shared.hosts.mail_waits(self.shared.destination, self.shared.host)
             && let Some(dsn) = message.take()
         {
             self.put_back(dsn);
@@ -129,10 +132,11 @@ impl WorkerContext {
     pub(super) fn deliver_to(
         &self, route: &AttemptRoute<'_>, to: &HostAddress, lock: &mut QueueLock,
     ) -> Result<AllSettled, RouteError> {
-        let shared = &SharedQueue::new(lock, &self.hosts, route.name);
+        let host = route.counted_as(to);
+        let shared = &SharedQueue::new(lock, &self.hosts, route.name, &host);
         let sent = thread::scope(|scope| {
             let open = || {
-                let Some(permit) = self.hosts.acquire_beside(&route.counted_as(to)) else { return };
+                let Some(permit) = self.hosts.acquire_beside(shared.host) else { return };
                 shared.sessions.fetch_add(1, Ordering::Relaxed);
                 let session = move || self.send_beside(route, to, shared, permit);
                 if let Err(error) = Builder::new().name("relay".to_owned()).spawn_scoped(scope, session) {
