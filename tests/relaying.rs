@@ -77,7 +77,7 @@ fn mail_host(listener: TcpListener) -> Receiver<String> {
 
 /// A provider that relays for one customer.
 struct Place {
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
     serve: Running,
     odmr: String,
 }
@@ -97,7 +97,7 @@ impl Place {
         let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
         let mut serve = Running::start(serve.arg("serve").arg("-c").arg(directory.path().join("odmr.toml")));
         let odmr = serve.listening("odmr");
-        Place { _directory: directory, serve, odmr }
+        Place { directory, serve, odmr }
     }
 
     /// The customer submits a message.
@@ -154,6 +154,23 @@ fn private_addresses_are_permitted_in_a_network_of_ones_own() {
     place.submit("alice@example.org", "bob@any.example");
     let line = place.serve.wait_for("event=deferred");
     assert!(line.contains("any.example has [0.0.0.0], which is the unspecified address"), "{line}");
+}
+
+#[test]
+fn a_reload_permits_private_addresses() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let relay = format!("port = {}\nretry-first = \"1s\"\nallow-private = ", listener.local_addr().unwrap().port());
+    let _lines = mail_host(listener);
+    let mut place = Place::start(private_zone, &format!("{relay}false\n"));
+    place.submit("alice@example.org", "bob@loopback.example");
+    place.serve.wait_for("event=address-passed-over");
+    place.serve.wait_for("event=deferred");
+    let file = place.directory.path().join("odmr.toml");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, text.replace("allow-private = false", "allow-private = true")).unwrap();
+    place.serve.signal(Signal::HUP);
+    place.serve.wait_for("event=reloaded");
+    place.serve.wait_for("to=<bob@loopback.example> status=sent");
 }
 
 /// `quietN.example` has a host that accepts connections and sends nothing, `mute.example` hosts for whose names there is no
