@@ -234,6 +234,33 @@ fn attempts_without_a_session_give_way_to_mail() {
     assert!(took < Duration::from_secs(5), "{took:?}");
 }
 
+/// A host that greets, and is silent after the content or before.
+#[test]
+fn sessions_that_stall_do_not_delay_mail() {
+    let (mut place, _lines, silent) = among_tarpits(2, 2);
+    let (sender, stalled) = mpsc::channel();
+    for (listener, replies) in silent.into_iter().zip([5, 3]) {
+        let sender = sender.clone();
+        thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let mut lines = BufReader::new(&stream);
+            for number in 0..replies {
+                let reply = if number == 4 { "354 go on\r\n" } else { "250 ok\r\n" };
+                (&stream).write_all(reply.replace("250", if number == 0 { "220" } else { "250" }).as_bytes()).unwrap();
+                lines.read_line(&mut String::new()).unwrap();
+            }
+            sender.send(()).unwrap();
+            thread::sleep(Duration::from_secs(60));
+        });
+    }
+    place.submit("alice@example.org", "x@quiet1.example");
+    place.submit("alice@example.org", "x@quiet2.example");
+    stalled.recv().unwrap();
+    stalled.recv().unwrap();
+    let took = send_good_mail(&mut place);
+    assert!(took < Duration::from_secs(5), "{took:?}");
+}
+
 #[test]
 fn a_stop_ends_lookups_and_waits_for_a_greeting() {
     for to in ["x@quiet1.example", "x@mute.example"] {

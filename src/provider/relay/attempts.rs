@@ -3,10 +3,12 @@
 //!
 //! - In a queue DSNs come after mail, and wait for another attempt if mail arrives meanwhile.
 //! - Attempts with DSNs alone come last, and have at most a quarter of all connections; an eighth is theirs alone.
-//! - A destination is slow if its hosts and name servers have given no session for 10 s. Attempts at slow ones come after
-//!   other mail, and have at most a quarter of all connections.
+//! - A destination is slow if its hosts and name servers have given no session for 10 s, or a host took as long for a message
+//!   that is not large. Attempts at slow ones come after other mail, and have at most a quarter of all connections.
 //! - If mail is due and all connections are in use, the attempts that have had no session for the longest time, and for 3 s at
 //!   least, end: their mail is deferred, and their destinations are slow. Attempts within their quarter do not end so.
+//! - A session must not end so: the message under way would be sent twice. If mail is due, those that were not done with a
+//!   message for 3 s do not count, but at most as many as `connections` permits.
 //! - An attempt that has had no session ends after 10 min, and its lookups together after 1 min, whatever it waits for.
 
 use std::collections::HashSet;
@@ -19,8 +21,11 @@ use crate::net::cancel::CancelToken;
 /// How long an attempt may be without a session while mail waits for its connection.
 const GIVE_WAY_AFTER: Duration = Duration::from_secs(3);
 
-/// A destination is slow if an attempt has had no session for this time.
+/// A destination is slow if an attempt has had no session for this time, or a message has taken as long.
 const SLOW_AFTER: Duration = Duration::from_secs(10);
+
+/// A message of more octets may take its time.
+const LARGE: u64 = 1 << 20;
 
 /// How long a destination is slow, unless an attempt finds that it is not.
 const SLOW_FOR: Duration = Duration::from_secs(6 * 60 * 60);
@@ -46,17 +51,7 @@ impl HostTable {
         // Without a descriptor there would be no connection either.
         let cancel = CancelToken::new().map_err(|_| NoAttempt::AllInUse)?;
         let mut state = self.lock();
-        if state.attempts.len() + state.beside >= state.limit {
-            return Err(NoAttempt::AllInUse);
-        }
-        let (all, share) = (state.attempts.len(), (state.limit / 4).max(1));
-        let of_lane = state.attempts.values().filter(|attempt| attempt.lane == lane).count();
-        let dsns = state.attempts.values().filter(|attempt| attempt.lane == Lane::Dsn).count();
-        match lane {
-            Lane::Slow | Lane::Dsn if of_lane >= share => return Err(NoAttempt::LaneInUse),
-            Lane::Mail | Lane::Slow if all - dsns >= state.limit - state.limit / 8 => return Err(NoAttempt::AllInUse),
-            _ => {}
-        }
+        state.check_share(lane)?;
         let number = state.next_attempt;
         state.next_attempt += 1;
         let now = Instant::now();
@@ -66,6 +61,8 @@ impl HostTable {
             idle_since: now,
             begun: now,
             first_session: None,
+            progress: now,
+            is_slow: false,
             gave_way: false,
             cancel: cancel.clone(),
         };
@@ -76,8 +73,7 @@ impl HostTable {
     }
 
     /// So much mail is due and finds all connections in use: ends as many attempts that have had no session for a while.
-    /// Returns whether there is any without a session.
-    pub(super) fn give_way(&self, needed: usize) -> bool {
+    pub(super) fn give_way(&self, needed: usize) {
         let mut state = self.lock();
         let has_share = state.limit / 4 > 0;
         let ending = state.attempts.values().filter(|attempt| attempt.gave_way).count();
@@ -86,14 +82,12 @@ impl HostTable {
         };
         let mut idle: Vec<_> = state.attempts.values_mut().filter(may_end).collect();
         idle.sort_by_key(|attempt| attempt.idle_since);
-        let any = ending > 0 || !idle.is_empty();
         for attempt in idle.into_iter().take(needed.saturating_sub(ending)) {
             if attempt.idle_since.elapsed() >= GIVE_WAY_AFTER {
                 attempt.gave_way = true;
                 attempt.cancel.cancel();
             }
         }
-        any
     }
 
     /// Ends the waits of all attempts that have no session: the relay was cancelled.
@@ -112,6 +106,34 @@ impl HostTable {
     /// Forgets that a destination is slow: it has no mail any more, or an administrator wants it to be tried.
     pub(super) fn forget_slow(&self, destination: &str) {
         self.lock().slow.remove(destination);
+    }
+}
+
+impl TableState {
+    /// Checks that there is a connection for one more attempt.
+    fn check_share(&self, lane: Lane) -> Result<(), NoAttempt> {
+        let count = |counts: &dyn Fn(&AttemptState) -> bool| self.attempts.values().filter(|one| counts(one)).count();
+        if lane != Lane::Mail && count(&|attempt| attempt.lane == lane) >= (self.limit / 4).max(1) {
+            return Err(NoAttempt::LaneInUse);
+        }
+        let in_use = |counts: &dyn Fn(&AttemptState) -> bool| {
+            let stalled = count(&|attempt| self.by_mx && lane == Lane::Mail && counts(attempt) && attempt.stalls());
+            count(counts) - stalled.min(self.limit)
+        };
+        let reserved = if self.by_mx { self.limit / 8 } else { 0 };
+        let all = in_use(&|_| true) + self.beside;
+        let without_dsns = in_use(&|attempt| attempt.lane != Lane::Dsn);
+        match all >= self.limit || lane != Lane::Dsn && without_dsns >= self.limit - reserved {
+            true => Err(NoAttempt::AllInUse),
+            false => Ok(()),
+        }
+    }
+}
+
+impl AttemptState {
+    /// Whether it has a session that was not done with a message for a while.
+    fn stalls(&self) -> bool {
+        self.sessions > 0 && self.progress.elapsed() >= GIVE_WAY_AFTER
     }
 }
 
@@ -173,17 +195,26 @@ impl AttemptPermit {
     pub(super) fn session_begun(&self) -> AttemptSession<'_> {
         self.with(|attempt| {
             attempt.sessions += 1;
+            attempt.progress = Instant::now();
             attempt.first_session.get_or_insert(attempt.begun.elapsed());
         });
         AttemptSession(self)
+    }
+
+    /// A session is done with a message of so many octets.
+    pub(super) fn message_done(&self, octets: u64) {
+        self.with(|attempt| {
+            attempt.is_slow |= octets < LARGE && attempt.progress.elapsed() >= SLOW_AFTER;
+            attempt.progress = Instant::now();
+        });
     }
 
     /// The attempt at this destination is over: records whether it is slow.
     pub(super) fn record_speed(&self, destination: &str) {
         let mut state = self.hosts.lock();
         let Some(attempt) = state.attempts.get(&self.number) else { return };
-        let (session, gave_way) = (attempt.first_session, attempt.gave_way);
-        if gave_way || session.unwrap_or_else(|| attempt.begun.elapsed()) >= SLOW_AFTER {
+        let (session, is_slow) = (attempt.first_session, attempt.gave_way || attempt.is_slow);
+        if is_slow || session.unwrap_or_else(|| attempt.begun.elapsed()) >= SLOW_AFTER {
             state.slow.insert(destination.to_owned(), Instant::now() + SLOW_FOR);
         } else if session.is_some() {
             state.slow.remove(destination);
@@ -220,7 +251,7 @@ mod tests {
 
     fn table(limit: usize) -> Arc<HostTable> {
         let hosts = Arc::new(HostTable::default());
-        hosts.set_limits(limit, 5);
+        hosts.set_limits(limit, 5, true);
         hosts
     }
 
@@ -251,18 +282,44 @@ mod tests {
         let hosts = table(3);
         let attempts: Vec<_> = (0..3).map(|_| hosts.begin_attempt(Lane::Mail).ok().unwrap()).collect();
         let session = attempts[0].session_begun();
-        assert!(hosts.give_way(1) && !attempts[1].gave_way(), "it has just begun");
+        hosts.give_way(1);
+        assert!(!attempts[1].gave_way(), "it has just begun");
         for attempt in &attempts {
             attempt.with(|state| state.idle_since -= GIVE_WAY_AFTER);
         }
-        assert!(hosts.give_way(1));
+        hosts.give_way(1);
         assert!(attempts[1].gave_way() && attempts[1].cancel().is_cancelled());
-        assert!(hosts.give_way(1) && !attempts[2].gave_way(), "one is ending");
+        hosts.give_way(1);
+        assert!(!attempts[2].gave_way(), "one is ending");
         attempts[1].record_speed("slow.example");
         assert_eq!(hosts.slow(), HashSet::from(["slow.example".to_owned()]));
         drop(session);
         attempts[0].record_speed("slow.example");
         assert!(hosts.slow().is_empty());
+    }
+
+    #[test]
+    fn sessions_that_stall_do_not_count_if_mail_is_due() {
+        let hosts = table(2);
+        let begin = |lane| hosts.begin_attempt(lane);
+        let attempts: Vec<_> = (0..2).map(|_| begin(Lane::Mail).ok().unwrap()).collect();
+        let _sessions: Vec<_> = attempts.iter().map(AttemptPermit::session_begun).collect();
+        assert_eq!(begin(Lane::Mail).err(), Some(NoAttempt::AllInUse));
+        let stall = |attempt: &AttemptPermit| {
+            attempt.with(|state| state.progress -= SLOW_AFTER);
+        };
+        attempts.iter().for_each(stall);
+        assert_eq!(begin(Lane::Slow).err(), Some(NoAttempt::AllInUse));
+        let more: Vec<_> = (0..2).map(|_| begin(Lane::Mail).ok().unwrap()).collect();
+        assert_eq!(begin(Lane::Mail).err(), Some(NoAttempt::AllInUse));
+        let _more: Vec<_> = more.iter().map(AttemptPermit::session_begun).collect();
+        more.iter().for_each(stall);
+        assert_eq!(begin(Lane::Mail).err(), Some(NoAttempt::AllInUse), "not without end");
+        more[0].message_done(LARGE);
+        more[0].record_speed("large.example");
+        attempts[0].message_done(1);
+        attempts[0].record_speed("slow.example");
+        assert_eq!(hosts.slow(), HashSet::from(["slow.example".to_owned()]));
     }
 
     #[test]

@@ -41,6 +41,10 @@ pub(super) struct AttemptState {
     pub(super) begun: Instant,
     /// How long it took to the first session.
     pub(super) first_session: Option<Duration>,
+    /// When a session began or was done with a message last.
+    pub(super) progress: Instant,
+    /// A host took long for a message that is not large.
+    pub(super) is_slow: bool,
     /// It has given way to other mail.
     pub(super) gave_way: bool,
     pub(super) cancel: CancelToken,
@@ -58,6 +62,8 @@ pub(super) struct TableState {
     pub(super) limit: usize,
     /// The most connections to one host.
     limit_each: usize,
+    /// Mail goes to hosts that strangers may choose, not to a smarthost.
+    pub(super) by_mx: bool,
     /// By IP address and port; a smarthost by its name.
     hosts: HashMap<String, HostState>,
     /// The attempts under way, each with a worker.
@@ -124,10 +130,10 @@ pub(super) enum RouteError {
 }
 
 impl HostTable {
-    /// `limit`: the most connections in all; `limit_each`: to one host.
-    pub(super) fn set_limits(&self, limit: usize, limit_each: usize) {
+    /// `limit`: the most connections in all; `limit_each`: to one host; `by_mx`: there is no smarthost.
+    pub(super) fn set_limits(&self, limit: usize, limit_each: usize, by_mx: bool) {
         let mut state = self.lock();
-        (state.limit, state.limit_each) = (limit, limit_each);
+        (state.limit, state.limit_each, state.by_mx) = (limit, limit_each, by_mx);
     }
 
     /// Whether an attempt waits for a connection from now on. Returns whether one will be free soon, because a session
@@ -293,7 +299,7 @@ mod tests {
     #[test]
     fn a_host_that_is_busy_gives_no_permit_and_one_that_is_down_is_known() {
         let hosts = HostTable::default();
-        hosts.set_limits(20, 1);
+        hosts.set_limits(20, 1, true);
         let permit = hosts.acquire(ADDRESS, Lane::Mail).ok().unwrap();
         assert!(matches!(hosts.acquire(ADDRESS, Lane::Mail), Err(RouteError::Busy)));
         drop(permit);
@@ -309,7 +315,7 @@ mod tests {
     fn dsns_leave_connections_to_a_host_to_mail() {
         let hosts = HostTable::default();
         let acquire = |lane| hosts.acquire(ADDRESS, lane);
-        hosts.set_limits(20, 5);
+        hosts.set_limits(20, 5, true);
         let dsns = [acquire(Lane::Dsn).ok().unwrap(), acquire(Lane::Dsn).ok().unwrap()];
         assert!(matches!(acquire(Lane::Dsn), Err(RouteError::Busy)));
         assert!(!hosts.mail_waits("example.org", ADDRESS));
@@ -319,14 +325,14 @@ mod tests {
         drop((dsns, mail));
         assert!(matches!(acquire(Lane::Dsn), Err(RouteError::Busy)), "it is for mail");
         assert!(acquire(Lane::Slow).is_ok() && acquire(Lane::Dsn).is_ok());
-        hosts.set_limits(20, 1);
+        hosts.set_limits(20, 1, true);
         assert!(acquire(Lane::Dsn).is_ok(), "one after the other");
     }
 
     #[test]
     fn sessions_beside_the_first_take_what_no_attempt_waits_for() {
         let hosts = Arc::new(HostTable::default());
-        hosts.set_limits(4, 3);
+        hosts.set_limits(4, 3, true);
         let begin = || hosts.begin_attempt(Lane::Mail).ok();
         let one = begin().unwrap();
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "beside nothing");

@@ -213,7 +213,7 @@ struct Job {
 struct Waits {
     /// An attempt is due, and all connections are in use.
     any: bool,
-    /// An attempt without a session may give way to it.
+    /// It is for mail: an attempt without a session may give way to it, and one with a session may stall.
     ends_soon: bool,
 }
 
@@ -241,7 +241,8 @@ fn next_job(
             Err(NoAttempt::AllInUse) => {
                 waits.any = true;
                 if lane == Lane::Mail {
-                    waits.ends_soon = worker.hosts.give_way(table.count_due(now, lane, slow));
+                    waits.ends_soon = true;
+                    worker.hosts.give_way(table.count_due(now, lane, slow));
                 }
             }
         }

@@ -207,7 +207,8 @@ impl WorkerContext {
         let _under_way = (self.sessions.0.clone(), route.permit.session_begun());
         let mut decided = false;
         let id = session.id().to_owned();
-        let mut settle = |message, result: DeliveryResult, client: &Client, queue: &mut SessionQueue<'_, '_>| {
+        let mut settle = |message: QueuedMessage, result: DeliveryResult, client: &Client, queue: &mut SessionQueue| {
+            route.permit.message_done(message.size);
             decided |= !result.decided_by.is_connection_loss();
             let attempt = self.attempt_with(&id, Some(client));
             let shared = queue.shared;

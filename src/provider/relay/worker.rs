@@ -180,7 +180,7 @@ impl WorkerContext {
             cancel: cancel.clone(),
         };
         // Only now: nothing else can fail.
-        context.hosts.set_limits(limit, relay.connections_per_host);
+        context.hosts.set_limits(limit, relay.connections_per_host, context.smarthost.is_none());
         Ok(context)
     }
 
