@@ -66,6 +66,7 @@ impl Printer {
         self.head("inbound");
         self.list("listen", &config.inbound.listen);
         self.value("max-size", config.inbound.max_size);
+        self.value("offer-dsn", config.inbound.offer_dsn);
         self.head("odmr");
         self.list("listen", &config.odmr.listen);
         self.list("listen-tls", &config.odmr.listen_tls);

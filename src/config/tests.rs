@@ -116,7 +116,7 @@ fn the_least_provider_has_the_documented_defaults() {
     assert_eq!(provider.spool, directory.path().join("spool"));
     assert!(provider.tls.is_none());
     assert_eq!(provider.inbound.listen, ["[::]:25".parse().unwrap()]);
-    assert_eq!(provider.inbound.max_size, 52_428_800);
+    assert_eq!((provider.inbound.max_size, provider.inbound.offer_dsn), (52_428_800, true));
     assert_eq!(provider.odmr.listen, ["[::]:366".parse().unwrap()]);
     assert_eq!(provider.odmr.listen_tls, []);
     assert!(!provider.odmr.require_tls && provider.odmr.cram_md5);
@@ -141,6 +141,7 @@ fn every_key_of_a_provider_is_read() {
         [inbound]
         listen = [":2525", "127.0.0.1:0"]
         max-size = 1000000
+        offer-dsn = false
         [odmr]
         listen = []
         listen-tls = ["127.0.0.1:0", "127.0.0.1:0"]
@@ -153,7 +154,7 @@ fn every_key_of_a_provider_is_read() {
     assert_eq!(provider.spool, Path::new("/var/spool/odmr"));
     let tls = provider.tls.unwrap();
     assert_eq!((tls.certificate, tls.key), (directory.path().join("relay.pem"), "/etc/relay.key".into()));
-    assert_eq!(provider.inbound.max_size, 1_000_000);
+    assert_eq!((provider.inbound.max_size, provider.inbound.offer_dsn), (1_000_000, false));
     assert_eq!((provider.odmr.listen.len(), provider.odmr.listen_tls.len()), (0, 2));
     assert!(provider.odmr.require_tls && !provider.odmr.cram_md5);
     assert_eq!(provider.accounts.iter().count(), 0);
@@ -754,6 +755,7 @@ fn mistakes_in_a_provider_s_file_are_named() {
     provider("", "[tls]\ncertificate = \"c\"", "odmr.toml:6", "`key` is missing");
     provider("", "[tls]\ncert = \"c\"", "odmr.toml:7", "unknown key `cert`, expected `certificate` or `key`");
     provider("", "[inbound]\nmax-size = \"50MB\"", "odmr.toml:7", "\"50MB\" is not a valid size");
+    provider("", "[inbound]\noffer-dsn = \"no\"", "odmr.toml:7", "expected true or false");
     provider("", "[inbound]\nmax-size = 0", "odmr.toml:7", "no message would be accepted");
     provider("", "[inbound]\nmax-size = true", "odmr.toml:7", "expected a size such as \"50MiB\"");
 }
