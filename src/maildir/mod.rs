@@ -50,6 +50,9 @@ const ROOM_CHECK_INTERVAL: u64 = 1 << 20;
 /// How often the directories are read for a message that a mail reader has moved.
 const FIND_ATTEMPTS: usize = 3;
 
+/// How often a directory is made again that others remove: a queue without mail is removed at any time.
+const MAKE_ATTEMPTS: usize = 100;
+
 /// Octets of content that are read or written at once.
 const BLOCK_SIZE: usize = 32 * 1024;
 
@@ -102,6 +105,10 @@ impl Maildir {
 
     /// Makes the directories that are missing. Their names are durable with the first message ([`MessageWriter::commit`]).
     pub fn create(&self) -> io::Result<()> {
+        self.remade(|| self.make_missing())
+    }
+
+    fn make_missing(&self) -> io::Result<()> {
         let mode = 0o777 & !self.mask;
         make_directories(&self.path, mode)?;
         // `tmp` last: if it exists, the others do, even if the process is killed here, and a writer need not check.
@@ -109,6 +116,22 @@ impl Maildir {
             make_directories(&self.path.join(name), mode)?;
         }
         Ok(())
+    }
+
+    /// Does something in the directories. If one of them is missing, or another process removes it meanwhile, it is made and
+    /// the operation is repeated.
+    fn remade<T>(&self, operation: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        for _ in 0..MAKE_ATTEMPTS {
+            match operation() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                done => return done,
+            }
+            match self.make_missing() {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        operation()
     }
 
     /// Checks that the quota, if there is one, has room for one more message of this many octets. `unique` makes a
@@ -130,15 +153,15 @@ impl Maildir {
     fn begin_copy(&self, unique: &str) -> io::Result<MessageCopy> {
         let temporary = self.path.join("tmp").join(unique);
         let open = || OpenOptions::new().write(true).create_new(true).mode(0o666 & !self.mask).open(&temporary);
-        let file = match open() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                match self.kind {
-                    Kind::Folder => make_directory(&self.path.join("tmp"), 0o777 & !self.mask)?,
-                    Kind::Queue | Kind::Mailbox => self.create()?,
+        let file = match self.kind {
+            Kind::Queue | Kind::Mailbox => self.remade(open),
+            Kind::Folder => match open() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    make_directory(&self.path.join("tmp"), 0o777 & !self.mask)?;
+                    open()
                 }
-                open()
-            }
-            other => other,
+                other => other,
+            },
         };
         let file = file.map_err(|error| with_path(&temporary, error))?;
         Ok(MessageCopy {
@@ -156,10 +179,9 @@ impl Maildir {
     /// Opens a new file on the disk of this Maildir, for reading and writing. It has no name, so the system removes it
     /// when its last descriptor is closed, even if the process is killed. `unique` is its name for a moment.
     pub fn unnamed_file(&self, unique: &str) -> io::Result<File> {
-        self.create()?;
         let path = self.path.join("tmp").join(unique);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(|error| with_path(&path, error))?;
+        let open = || OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
+        let file = self.remade(open).map_err(|error| with_path(&path, error))?;
         fs::remove_file(&path).map_err(|error| with_path(&path, error))?;
         Ok(file)
     }
@@ -314,10 +336,11 @@ impl Maildir {
         sweep::sweep(&self.path.join("tmp"), &|_| true)
     }
 
-    /// Removes the Maildir if it holds nothing and was not used for 36 hours. `others`: the files beside its messages, and the
-    /// directory of another Maildir, that it may have. The caller has its lock.
-    pub fn remove_unused(&self, others: &[&str]) -> io::Result<()> {
-        sweep::remove_unused(&self.path, others)
+    /// Removes the Maildir if it holds nothing and, if `stale`, was not used for 36 hours. `others`: the files beside its
+    /// messages, and the directory of another Maildir, that it may have. The caller has its lock. A writer who needs the
+    /// Maildir meanwhile makes it again. Returns whether it was removed.
+    pub fn remove_unused(&self, others: &[&str], stale: bool) -> io::Result<bool> {
+        sweep::remove_unused(&self.path, others, stale)
     }
 }
 
@@ -355,14 +378,13 @@ impl MessageCopy {
         let name = format!("{},S={},W={}{bits}", self.unique, self.octets, self.octets + self.lines);
         let entry = Entry { name: name.into(), seen: false };
         let to = self.maildir.file(&entry);
-        match move_file(&self.temporary, &to) {
-            // It was just removed, because it was not used for long.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && self.maildir.kind == Kind::Queue => {
-                self.maildir.create()?;
-                move_file(&self.temporary, &to)?;
-            }
-            moved => moved?,
-        }
+        let publish = || move_file(&self.temporary, &to);
+        // A queue may just have been removed: `tmp` stays if a file is in it, but not `new`.
+        if self.maildir.kind == Kind::Queue {
+            self.maildir.remade(publish)?
+        } else {
+            publish()?
+        };
         self.moved = Some(entry);
         Ok(())
     }

@@ -83,14 +83,14 @@ impl QueueWriter {
             completer.finish(&mut self.completed);
             self.writer.write(&self.completed)?;
         }
-        self.writer.commit()?;
-        for (queue, copy) in &self.copies {
+        let entries = self.writer.commit()?;
+        for ((queue, copy), entry) in self.copies.iter().zip(entries) {
             for Recipient { mailbox, .. } in &copy.envelope.recipients {
                 let owner = mailbox.domain().and_then(|domain| self.shared.config.accounts.owner(domain));
                 let account = owner.map_or("-", |account| account.name.as_str());
                 log::info!("event=queued id={} to=<{mailbox}> account={account}", self.id);
             }
-            self.shared.lasting.relay.arrived(queue, copy.envelope.from == ReversePath::Null);
+            self.shared.lasting.relay.arrived(queue, entry, copy.envelope.from == ReversePath::Null);
         }
         Ok(self.id)
     }
@@ -139,8 +139,7 @@ impl DsnSink for SpoolDsnSink {
         }
         let mut writer = self.spool.begin_message(&[(queue.clone(), envelope)], "")?;
         writer.write(&dsn.text)?;
-        writer.commit()?;
-        self.relay.arrived(&queue, true);
+        writer.commit()?.into_iter().for_each(|entry| self.relay.arrived(&queue, entry, true));
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! When a queue with retries is due: mail, and DSNs, which can wait for it.
 
 use std::fs::OpenOptions;
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::SystemTime;
@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use rustix::fs::OFlags;
 
 use super::retry;
-use crate::maildir::Maildir;
+use crate::maildir::{Entry, Maildir};
 
 /// How the file of a message without a sender begins (RFC 5321 section 4.5.5).
 const NULL_SENDER: &[u8] = b"Return-Path: <>\n";
@@ -44,25 +44,29 @@ impl QueueDue {
     }
 }
 
-/// When the next attempt at a message of a queue is due. If many without a sender are due first, those with one after them
+/// When the next attempt at one of these messages is due. If many without a sender are due first, those with one after them
 /// are not found before.
-pub(super) fn next(maildir: &Maildir) -> io::Result<QueueDue> {
-    let files = maildir.entries()?.into_iter().map(|entry| maildir.file(&entry));
-    let mut files: Vec<_> = files.filter_map(|path| Some((retry::due(&path)?, path))).collect();
+pub(super) fn next(maildir: &Maildir, entries: Vec<Entry>) -> QueueDue {
+    let due = |entry| Some((retry::due(&maildir.file(&entry))?, entry));
+    let mut files: Vec<_> = entries.into_iter().filter_map(due).collect();
     let mut due = QueueDue::default();
-    if let Some((first, path)) = files.iter().min_by_key(|(due, _)| *due) {
-        if !has_null_sender(path) {
-            return Ok(QueueDue { mail: Some(*first), dsn: None });
+    if let Some((first, entry)) = files.iter().min_by_key(|(due, _)| *due) {
+        if !has_null_sender(maildir, entry) {
+            return QueueDue { mail: Some(*first), dsn: None };
         }
         due.dsn = Some(*first);
     }
     files.sort_unstable_by_key(|(due, _)| *due);
-    due.mail = files.iter().take(LOOK_LIMIT).find(|(_, path)| !has_null_sender(path)).map(|(due, _)| *due);
-    Ok(due)
+    due.mail = files.iter().take(LOOK_LIMIT).find(|(_, entry)| !has_null_sender(maildir, entry)).map(|(due, _)| *due);
+    due
 }
 
-/// Whether the message in this file has no sender. If that cannot be read, it counts as mail.
-pub(super) fn has_null_sender(path: &Path) -> bool {
+/// Whether a message has no sender, by its name or its file. If that cannot be read, it counts as mail.
+pub(super) fn has_null_sender(maildir: &Maildir, entry: &Entry) -> bool {
+    entry.destination().map_or_else(|| begins_with_null_sender(&maildir.file(entry)), |(_, null)| null)
+}
+
+fn begins_with_null_sender(path: &Path) -> bool {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let mut octets = [0; NULL_SENDER.len()];
     let file = OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path);
@@ -81,7 +85,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let maildir = Maildir::new(directory.path().join("out"));
         fs::create_dir_all(directory.path().join("out/new")).unwrap();
-        assert_eq!(next(&maildir).unwrap(), QueueDue::default());
+        let next = || next(&maildir, maildir.entries().unwrap());
+        assert_eq!(next(), QueueDue::default());
         let now = SystemTime::now();
         let at = |seconds| now + Duration::from_secs(seconds);
         let put = |unique: &str, sender: &str, due| {
@@ -90,16 +95,16 @@ mod tests {
             File::options().write(true).open(&path).unwrap().set_modified(due).unwrap();
         };
         put("1.a.x", "", at(10));
-        assert_eq!(next(&maildir).unwrap(), QueueDue { mail: None, dsn: Some(at(10)) });
+        assert_eq!(next(), QueueDue { mail: None, dsn: Some(at(10)) });
         put("2.a.x", "", at(5));
         put("3.a.x", "alice@example.net", at(20));
         put("4.a.x", "alice@example.net", at(30));
-        let due = next(&maildir).unwrap();
+        let due = next();
         assert_eq!(due, QueueDue { mail: Some(at(20)), dsn: Some(at(5)) });
         assert_eq!(due.earliest(), Some(at(5)));
         assert_eq!(due.not_before(at(15)), QueueDue { mail: Some(at(20)), dsn: Some(at(15)) });
         put("5.a.x", "alice@example.net", at(1));
-        assert_eq!(next(&maildir).unwrap(), QueueDue { mail: Some(at(1)), dsn: None });
+        assert_eq!(next(), QueueDue { mail: Some(at(1)), dsn: None });
         assert_eq!(
             due.or_earlier(QueueDue { mail: Some(at(1)), dsn: None }),
             QueueDue { mail: Some(at(1)), dsn: Some(at(5)) }

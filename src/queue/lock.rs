@@ -13,6 +13,7 @@ use super::envelope::ParsedEnvelope;
 use super::message::{self, Opened, QueuedMessage};
 use super::name::QueueName;
 use super::retry;
+use super::shared::{self, SharedIndex};
 use crate::ids::Ids;
 use crate::mail::address::Domain;
 use crate::maildir::{AttemptRecord, Entry, FileId, IN_DOUBT, Maildir, with_path};
@@ -37,9 +38,14 @@ pub struct QueueLock {
 pub(super) struct LockedQueue {
     pub(super) name: QueueName,
     pub(super) maildir: Maildir,
-    pub(super) lock: File,
+    /// `None`: its messages are in a shared directory, and each is locked for itself.
+    pub(super) lock: Option<File>,
     pub(super) ids: Ids,
     pub(super) notes: Arc<Notes>,
+    /// The index of the shared directory.
+    pub(super) index: Option<Arc<SharedIndex>>,
+    /// Messages of it that are locked already, by their unique names.
+    pub(super) locked: HashMap<OsString, File>,
     pub(super) listed: Listed,
 }
 
@@ -47,6 +53,8 @@ pub(super) struct LockedQueue {
 #[derive(Default)]
 pub(super) struct Listed {
     waiting: VecDeque<Entry>,
+    /// With retries, messages without a sender: mail of customers does not wait for the DSNs that strangers cause.
+    dsns: VecDeque<Entry>,
     /// Messages that may end this session too: they are offered last, so that the others need not wait for them.
     last: VecDeque<Entry>,
     /// The unique names of messages that this session has offered and that are still there: each is offered once. The
@@ -162,10 +170,12 @@ impl QueueLock {
     }
 
     /// The next message: the queues take turns, the oldest message of a queue comes first. Those that have ended sessions or
-    /// are in doubt come last; with retries, those without a sender (DSNs) come after the others. Messages that arrive after
-    /// the lock are offered too. A file that cannot be read is logged and left out. `None`: every message has been offered.
+    /// are in doubt come last; with retries, those without a sender (DSNs) come after the others of all queues. Messages that
+    /// arrive after the lock are offered too. A file that cannot be read is logged and left out; so is one that another process
+    /// has locked. `None`: every message has been offered.
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
-        let found = self.next_of(|listed| &mut listed.waiting).or_else(|| self.next_of(|listed| &mut listed.last));
+        let found = self.next_of(|listed| &mut listed.waiting).or_else(|| self.next_of(|listed| &mut listed.dsns));
+        let found = found.or_else(|| self.next_of(|listed| &mut listed.last));
         // Others may have arrived when the last ones were looked for.
         let arrived = found.is_none() && self.queues.iter().any(|queue| !queue.listed.waiting.is_empty());
         if arrived { self.next_of(|listed| &mut listed.waiting) } else { found }
@@ -196,14 +206,43 @@ impl QueueLock {
 
     /// How many messages wait, as far as is known: of a queue that was not listed yet, one.
     pub fn waiting(&self) -> usize {
-        let waiting = |Listed { waiting, last, once, .. }: &Listed| if *once { waiting.len() + last.len() } else { 1 };
+        let waiting = |listed: &Listed| if listed.once { listed.remaining() } else { 1 };
         self.queues.iter().map(|queue| waiting(&queue.listed)).sum()
+    }
+
+    /// What is settled from now on is recorded in the index of the shared directory, and messages are listed by it.
+    pub(super) fn set_index(&mut self, index: &Arc<SharedIndex>) {
+        self.queues.iter_mut().for_each(|queue| queue.index = queue.name.shared.then(|| index.clone()));
+    }
+
+    /// Locks one message of a shared directory, for one call about it that follows. Returns whether it is still there.
+    ///
+    /// # Errors
+    /// `WouldBlock`: another session has it; the system's.
+    pub fn lock_message(&mut self, name: &QueueName, entry: &Entry) -> io::Result<bool> {
+        let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name && name.shared) else {
+            return Ok(true);
+        };
+        let mut entry = entry.clone();
+        for _ in 0..OPEN_ATTEMPTS {
+            match message::lock_file(&queue.maildir.file(&entry))? {
+                Some(file) => {
+                    queue.locked.insert(entry.unique().to_owned(), file);
+                    return Ok(true);
+                }
+                None => match queue.maildir.find(&entry, None)? {
+                    Some(moved) => entry = moved,
+                    None => return Ok(false),
+                },
+            }
+        }
+        Ok(false)
     }
 
     /// Opens one message of a queue, which is then not offered again. `None`: it is gone, or the queue is not locked.
     ///
     /// # Errors
-    /// The file cannot be read.
+    /// The file cannot be read; `WouldBlock`: it is in a shared directory, and another session has it.
     pub fn open_message(&mut self, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name) else { return Ok(None) };
         queue.listed.offered.insert(entry.unique().to_owned());
@@ -241,8 +280,10 @@ impl QueueLock {
         &self, name: &QueueName, mut entry: Entry, act: impl Fn(&Maildir, &Entry) -> io::Result<()>,
     ) -> io::Result<bool> {
         let Some(queue) = self.queues.iter().find(|queue| queue.name == *name) else { return Ok(false) };
+        let is_locked = !name.shared || queue.locked.contains_key(entry.unique());
         for _ in 0..OPEN_ATTEMPTS {
-            match act(&queue.maildir, &entry) {
+            let lock = || if is_locked { Ok(None) } else { message::lock_file(&queue.maildir.file(&entry)) };
+            match lock().and_then(|_lock| act(&queue.maildir, &entry)) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => match queue.maildir.find(&entry, None)? {
                     Some(moved) => entry = moved,
                     None => return Ok(false),
@@ -262,7 +303,7 @@ impl QueueLock {
 
     /// Takes back a message that was offered, to be offered next.
     pub fn put_back(&mut self, message: QueuedMessage) {
-        if let Some(queue) = self.queue_of(message.maildir()) {
+        if let Some(queue) = self.queue_of(message.queue()) {
             queue.listed.offered.remove(message.unique());
             queue.listed.waiting.push_front(message.into_entry());
         }
@@ -273,9 +314,10 @@ impl QueueLock {
     /// # Errors
     /// The disk fails. No recipient is lost, but some may receive the message twice. This session does not offer it again.
     pub fn settle(&mut self, mut message: QueuedMessage, result: &DeliveryResult) -> io::Result<()> {
-        let Some(queue) = self.queue_of(message.maildir()) else { return Ok(()) };
+        let Some(queue) = self.queue_of(message.queue()) else { return Ok(()) };
         let now = queue.ids.clock().now();
         let settled = message.settle(result, now).inspect_err(|_| message.record_failure(now));
+        queue.record(&message);
         match settled {
             Ok(true) => drop(queue.listed.offered.remove(message.unique())),
             _ => queue.listed.add_offered(message.unique()),
@@ -288,20 +330,21 @@ impl QueueLock {
         Ok(())
     }
 
-    fn queue_of(&mut self, maildir: &Maildir) -> Option<&mut LockedQueue> {
-        self.queues.iter_mut().find(|queue| queue.maildir.path() == maildir.path())
+    fn queue_of(&mut self, name: &QueueName) -> Option<&mut LockedQueue> {
+        self.queues.iter_mut().find(|queue| queue.name == *name)
     }
 
     /// Shows sessions that wait for these locks that this session makes progress.
     pub fn heartbeat(&self) {
-        for queue in &self.queues {
-            let _ = queue.lock.set_modified(SystemTime::now());
+        for lock in self.queues.iter().filter_map(|queue| queue.lock.as_ref()) {
+            let _ = lock.set_modified(SystemTime::now());
         }
     }
 
     /// Whether another session waits for one of these queues.
     pub fn takeover_requested(&self) -> bool {
-        self.queues.iter().any(|queue| queue.name.path.join(TAKEOVER_FILE).exists())
+        let locked = self.queues.iter().filter(|queue| queue.lock.is_some());
+        locked.into_iter().any(|queue| queue.name.path.join(TAKEOVER_FILE).exists())
     }
 }
 
@@ -312,16 +355,49 @@ impl Listed {
             self.offered.insert(unique.to_owned());
         }
     }
+
+    /// How many messages are listed and not offered yet.
+    fn remaining(&self) -> usize {
+        self.waiting.len() + self.dsns.len() + self.last.len()
+    }
 }
 
 impl Drop for LockedQueue {
     fn drop(&mut self) {
         // A child process has a copy of the descriptor between fork and exec: the next session must not find the queue locked.
-        let _ = self.lock.unlock();
+        let _ = self.lock.as_ref().map(File::unlock);
     }
 }
 
 impl LockedQueue {
+    /// The messages of the queue.
+    fn entries(&self) -> io::Result<Vec<Entry>> {
+        match (&self.index, &self.name.domain) {
+            (Some(index), Some(domain)) => Ok(index.entries(domain)),
+            (None, Some(domain)) if self.name.shared => {
+                let mut entries = self.maildir.entries()?;
+                entries
+                    .retain(|entry| shared::domain_of(&self.name, entry).is_ok_and(|of| of.as_ref() == Some(domain)));
+                Ok(entries)
+            }
+            _ => self.maildir.entries(),
+        }
+    }
+
+    /// Records in the index where a message is now.
+    fn record(&self, message: &QueuedMessage) {
+        if let (Some(index), Some(domain)) = (&self.index, &self.name.domain) {
+            index.replace(domain, message.unique(), message.is_there().then(|| message.entry()));
+        }
+    }
+
+    /// Lists the directories anew: another process has changed them.
+    fn relist(&mut self) -> io::Result<()> {
+        (self.listed.waiting, self.listed.dsns, self.listed.last) = Default::default();
+        self.index.as_ref().map_or(Ok(()), |index| index.read(&self.name))?;
+        self.refill()
+    }
+
     /// Opens a message that was listed just now.
     fn open(&mut self, mut entry: Entry) -> io::Result<Option<QueuedMessage>> {
         for _ in 0..OPEN_ATTEMPTS {
@@ -330,6 +406,7 @@ impl LockedQueue {
                     Some(moved) => entry = moved,
                     None => return Ok(None),
                 },
+                Opened::Busy => return Err(message::is_busy(&self.maildir.file(&entry))),
                 opened => return self.use_opened(&entry, opened),
             }
         }
@@ -344,22 +421,25 @@ impl LockedQueue {
             return self.use_opened(&entry, opened);
         }
         if self.listed.missed.as_deref() == Some(entry.unique()) {
-            return self.open(entry);
+            return match self.open(entry) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+                opened => opened,
+            };
         }
         self.listed.offered.remove(entry.unique());
         self.listed.missed = Some(entry.unique().to_owned());
-        (self.listed.waiting, self.listed.last) = (VecDeque::new(), VecDeque::new());
-        self.refill()?;
+        self.relist()?;
         Ok(None)
     }
 
-    fn open_file(&self, entry: &Entry) -> io::Result<Opened> {
-        QueuedMessage::open(&self.maildir, &self.name, entry.clone(), self.ids.clock().now())
+    fn open_file(&mut self, entry: &Entry) -> io::Result<Opened> {
+        let locked = self.locked.remove(entry.unique());
+        QueuedMessage::open(&self.name, entry.clone(), locked, self.ids.clock().now())
     }
 
     fn use_opened(&mut self, entry: &Entry, opened: Opened) -> io::Result<Option<QueuedMessage>> {
         match opened {
-            Opened::Gone => Ok(None),
+            Opened::Gone | Opened::Busy => Ok(None),
             Opened::NotMail(reason) => {
                 self.note(entry, Note::NotMail, &reason);
                 Ok(None)
@@ -382,6 +462,7 @@ impl LockedQueue {
             if unread.is_empty() {
                 log::warn!("event=half-settled file={}", quoted(message.entry().name.display()));
                 message.finish()?;
+                self.record(&message);
             }
             return Ok(None);
         }
@@ -406,15 +487,15 @@ impl LockedQueue {
 
     /// Lists the messages that are due and that this session has not offered yet, if all that were listed are offered.
     fn refill(&mut self) -> io::Result<()> {
-        if !self.listed.waiting.is_empty() || !self.listed.last.is_empty() {
+        if self.listed.remaining() > 0 {
             return Ok(());
         }
-        let mut entries = self.maildir.entries()?;
+        let mut entries = self.entries()?;
         self.listed.once = true;
         let left_out = self.left_out(&entries);
         entries.retain(|entry| !left_out.contains(entry));
         let (now, time) = (self.ids.clock().now(), SystemTime::now());
-        let (mut last, mut dsns) = (Vec::new(), Vec::new());
+        let mut last = Vec::new();
         for entry in entries {
             let is_due = || !self.name.retries || retry::due(&self.maildir.file(&entry)).is_none_or(|due| due <= time);
             if self.listed.offered.contains(entry.unique()) || !is_due() {
@@ -425,14 +506,12 @@ impl LockedQueue {
                 self.skip(entry);
             } else if record.ended.is_some() || entry.has(IN_DOUBT) {
                 last.push((record.ended.map_or(0, |ended| ended.sessions), entry));
-            } else if self.name.retries && due::has_null_sender(&self.maildir.file(&entry)) {
-                // Mail of customers does not wait for the DSNs that strangers cause.
-                dsns.push(entry);
+            } else if self.name.retries && due::has_null_sender(&self.maildir, &entry) {
+                self.listed.dsns.push_back(entry);
             } else {
                 self.listed.waiting.push_back(entry);
             }
         }
-        self.listed.waiting.extend(dsns);
         last.sort_by_key(|(sessions, _)| *sessions);
         self.listed.last.extend(last.into_iter().map(|(_, entry)| entry));
         Ok(())

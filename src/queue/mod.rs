@@ -57,9 +57,10 @@ mod message;
 mod lock;
 mod summary;
 mod listing;
+mod shared;
 pub mod batch;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -72,15 +73,20 @@ pub use listing::ListedMessage;
 pub use lock::QueueLock;
 pub use message::QueuedMessage;
 pub use name::QueueName;
+pub use shared::SharedIndex;
 pub use summary::QueueSummary;
 
 use crate::ids::Ids;
+use crate::mail::address::Domain;
 use crate::maildir::{MessageWriter, log_sweep_failed, with_path};
 use lock::{Listed, LockedQueue, Notes, QUEUE_LOCK_FILE, TAKEOVER_FILE, log_unreadable};
 use message::REJECTED_MAILDIR;
 
 /// How long a session waits for the holder of a lock that was asked to release it.
 const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
+
+/// How often a queue is made again that other processes remove while it is locked.
+const LOCK_ATTEMPTS: usize = 100;
 
 /// How often a list looks for messages that it lacks.
 const LIST_ATTEMPTS: usize = 5;
@@ -128,7 +134,11 @@ impl Queue {
         if lines.len() >= envelope::ENVELOPE_LIMIT {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many recipients for one message"));
         }
-        writer.begin(&name.maildir(), &self.unique(), lines.as_bytes())
+        let unique = match &name.domain {
+            Some(domain) if name.shared => shared::file_name(self.unique(), domain, &envelope.envelope),
+            _ => self.unique(),
+        };
+        writer.begin(&name.maildir(), &unique, lines.as_bytes())
     }
 
     /// A file in the queue's `tmp` without a name: it is gone when it is closed.
@@ -158,12 +168,17 @@ impl Queue {
     }
 
     /// The same for messages with a sender, and for those without. If many without one are due first, those with one after
-    /// them are not found before.
+    /// them are not found before. Of a shared directory `index` tells the messages.
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn next_due_by_sender(&self, name: &QueueName) -> io::Result<QueueDue> {
-        due::next(&name.maildir())
+    pub fn next_due_by_sender(&self, name: &QueueName, index: &SharedIndex) -> io::Result<QueueDue> {
+        let maildir = name.maildir();
+        let entries = match &name.domain {
+            Some(domain) if name.shared => index.entries(domain),
+            _ => maildir.entries()?,
+        };
+        Ok(due::next(&maildir, entries))
     }
 
     /// How much waits in a queue, from the names of its files.
@@ -172,6 +187,14 @@ impl Queue {
     /// A directory cannot be read.
     pub fn summary(&self, name: &QueueName) -> io::Result<QueueSummary> {
         summary::summarize(name, self.ids.clock().now())
+    }
+
+    /// The same for a shared directory, by domain.
+    ///
+    /// # Errors
+    /// A directory cannot be read.
+    pub fn summaries(&self, name: &QueueName) -> io::Result<BTreeMap<Domain, QueueSummary>> {
+        summary::summarize_shared(name, self.ids.clock().now())
     }
 
     /// Shows each message of a queue, and each file that is no mail, the oldest first, without its lock. A message that is
@@ -214,12 +237,44 @@ impl Queue {
         self.lock_all(names, true)
     }
 
+    /// The same for queues of which some are in a shared directory with this index.
+    ///
+    /// # Errors
+    /// See [`LockError`].
+    pub fn lock_indexed(&self, names: &[QueueName], index: &Arc<SharedIndex>) -> Result<QueueLock, LockError> {
+        let mut lock = self.lock_all(names, true)?;
+        lock.set_index(index);
+        Ok(lock)
+    }
+
     /// Locks one queue without waiting.
     ///
     /// # Errors
     /// See [`LockError`].
     pub fn try_lock(&self, name: &QueueName) -> Result<QueueLock, LockError> {
         self.lock_all(std::slice::from_ref(name), false)
+    }
+
+    /// Removes the directory of a queue if it has no mail, and nobody has its lock. A writer who needs it meanwhile makes it
+    /// again. Returns whether it was removed.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn remove_empty(&self, name: &QueueName) -> io::Result<bool> {
+        self.remove_unused(name, false)
+    }
+
+    /// `stale`: only if it was not used for 36 hours.
+    fn remove_unused(&self, name: &QueueName, stale: bool) -> io::Result<bool> {
+        let maildir = name.maildir();
+        if !maildir.path().exists() || !maildir.is_empty()? {
+            return Ok(false);
+        }
+        match self.try_lock(name) {
+            Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR], stale),
+            Err(LockError::Failed(error)) => Err(error),
+            Err(LockError::Busy(_)) => Ok(false),
+        }
     }
 
     /// Removes what is left over after 36 hours: files of writers that died, and, if the queue is `unwanted`, its directory
@@ -229,14 +284,7 @@ impl Queue {
         let tidy = || -> io::Result<()> {
             maildir.sweep()?;
             message::rejected_maildir(&maildir).sweep()?;
-            if unwanted && maildir.is_empty()? {
-                match self.try_lock(name) {
-                    Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR])?,
-                    Err(LockError::Failed(error)) => return Err(error),
-                    Err(LockError::Busy(_)) => {}
-                }
-            }
-            Ok(())
+            if unwanted { self.remove_unused(name, true).map(drop) } else { Ok(()) }
         };
         tidy().unwrap_or_else(|error| log_sweep_failed(name, &error));
     }
@@ -245,21 +293,45 @@ impl Queue {
         let mut queues = Vec::with_capacity(names.len());
         for name in names {
             let maildir = name.maildir();
-            let lock = loop {
-                maildir.create().map_err(LockError::Failed)?;
-                let lock = self.lock_one(name, take_over)?;
-                // The lock of a queue that was removed meanwhile excludes nobody.
-                if lock.metadata().map_err(LockError::Failed)?.nlink() > 0 {
-                    break lock;
-                }
-            };
-            if let Err(error) = maildir.sweep().and_then(|()| message::rejected_maildir(&maildir).sweep()) {
-                log_sweep_failed(name, &error);
-            }
+            let lock = if name.shared { None } else { Some(self.lock_existing(name, take_over)?) };
             let (ids, notes) = (self.ids.clone(), self.notes.clone());
-            queues.push(LockedQueue { name: name.clone(), maildir, lock, ids, notes, listed: Listed::default() });
+            queues.push(LockedQueue {
+                name: name.clone(),
+                maildir,
+                lock,
+                ids,
+                notes,
+                index: None,
+                locked: HashMap::new(),
+                listed: Listed::default(),
+            });
         }
         Ok(QueueLock::new(queues))
+    }
+
+    /// Locks a queue, and makes it if it is missing, also if another process removes it meanwhile.
+    fn lock_existing(&self, name: &QueueName, take_over: bool) -> Result<File, LockError> {
+        let maildir = name.maildir();
+        let mut removed = 0;
+        let lock = loop {
+            maildir.create().map_err(LockError::Failed)?;
+            match self.lock_one(name, take_over) {
+                Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound && removed < LOCK_ATTEMPTS => {
+                    removed += 1;
+                }
+                lock => {
+                    let lock = lock?;
+                    // The lock of a queue that was removed meanwhile excludes nobody.
+                    if lock.metadata().map_err(LockError::Failed)?.nlink() > 0 {
+                        break lock;
+                    }
+                }
+            }
+        };
+        if let Err(error) = maildir.sweep().and_then(|()| message::rejected_maildir(&maildir).sweep()) {
+            log_sweep_failed(name, &error);
+        }
+        Ok(lock)
     }
 
     fn lock_one(&self, name: &QueueName, take_over: bool) -> Result<File, LockError> {

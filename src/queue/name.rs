@@ -18,6 +18,8 @@ pub struct QueueName {
     pub prefix: Option<String>,
     /// Each message waits for its next attempt; otherwise all of them wait for a call.
     pub retries: bool,
+    /// The directory has mail for other domains too, without a lock for all of it: see [`shared`](super::shared).
+    pub shared: bool,
 }
 
 impl QueueName {

@@ -37,8 +37,13 @@ impl Case {
         let (directory, ids, stored) = (tempfile::tempdir().unwrap(), Ids::fixed(), Arc::<StoredDsns>::default());
         let queue = Queue::new("host", ids.clone(), Duration::from_secs(60));
         let domain = Domain::parse("example.net");
-        let name =
-            QueueName { path: directory.path().join("outgoing/example.net"), domain, prefix: None, retries: true };
+        let name = QueueName {
+            path: directory.path().join("outgoing/example.net"),
+            domain,
+            prefix: None,
+            retries: true,
+            shared: false,
+        };
         let notify = if notify.is_empty() { Notify::default() } else { Notify::parse(notify.as_bytes()).unwrap() };
         let mailbox = Mailbox::parse("to@example.net").unwrap();
         let envelope = Envelope {

@@ -8,7 +8,7 @@ use super::worker::NextDue;
 use crate::mail::address::Domain;
 use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
-use crate::queue::QueueDue;
+use crate::queue::{QueueDue, SharedIndex};
 
 /// How often the spool is read for mail that another process (inetd mode) has stored.
 pub(super) const RESCAN_INTERVAL: Duration = Duration::from_secs(300);
@@ -29,17 +29,18 @@ pub(super) struct DestinationTable {
 }
 
 impl DestinationTable {
-    /// Adds the destinations that have a queue in the spool and are not known yet. `again`: also when those that are known
+    /// Reads the spool, and adds the destinations that have mail and are not known yet. `again`: also when those that are known
     /// are due, which an administrator may have changed.
-    pub(super) fn read(&mut self, spool: &Spool, again: bool) {
+    pub(super) fn read(&mut self, spool: &Spool, index: &SharedIndex, again: bool) {
         let failed = |queue: &str, error| log::error!("event=spool-failed queue={queue} error={}", quoted(error));
-        let destinations = spool.destinations().unwrap_or_else(|error| {
+        index.read(&spool.name(&SpoolQueue::AllOutgoing)).unwrap_or_else(|error| failed("-", error));
+        let old = spool.old_destinations().unwrap_or_else(|error| {
             failed("-", error);
             Vec::new()
         });
-        for domain in destinations {
+        for domain in index.domains().into_iter().chain(old) {
             if (again || !self.due.contains_key(&domain)) && !self.busy.contains(&domain) {
-                match spool.queue().next_due_by_sender(&spool.name(&SpoolQueue::Outgoing(domain.clone()))) {
+                match spool.outgoing_due(&domain, index) {
                     Ok(due) => self.add(domain, due),
                     Err(error) => failed(domain.as_str(), error),
                 }

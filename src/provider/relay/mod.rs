@@ -6,8 +6,9 @@
 //!                └──────────── done, due again at … ◀──────────────┘
 //! ```
 //!
-//! A destination is a domain; `SPOOL/outgoing/<domain>/` is its queue. A smarthost gets the mail of all destinations that
-//! are due in one attempt. The keys below are those of `[relay]`.
+//! A destination is a domain; its mail is what [`SharedIndex`] tells of `SPOOL/outgoing/@all/`, and what an earlier version has
+//! stored in `SPOOL/outgoing/<domain>/`. A smarthost gets the mail of all destinations that are due in one attempt. The keys
+//! below are those of `[relay]`.
 //!
 //! An attempt has one session, and more with the same host if more than 20 messages wait for each of them. There are at
 //! most `connections-per-host` connections to one address (or to a smarthost) and `connections` in all; an attempt that
@@ -56,6 +57,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use crate::mail::address::Domain;
+use crate::maildir::Entry;
 use crate::net::trace::quoted;
 use crate::provider::spool::SpoolQueue;
 use attempts::{AttemptPermit, NoAttempt};
@@ -72,8 +74,8 @@ const EVENTS_AT_ONCE: usize = 1000;
 
 /// What wakes the scheduler.
 enum RelayEvent {
-    /// New mail for this destination; whether it is without a sender.
-    Arrived(Domain, bool),
+    /// New mail for this destination.
+    Arrived { destination: Domain, entry: Entry, is_dsn: bool },
     /// A worker has finished its attempt at these destinations.
     Done(Vec<NextDue>),
     /// The relay may have been cancelled.
@@ -87,11 +89,11 @@ enum RelayEvent {
 pub struct RelayHandle(Sender<RelayEvent>);
 
 impl RelayHandle {
-    /// Reports that mail was stored in this queue; `dsn`: without a sender. In inetd mode no relay runs here, and the mail
+    /// Reports that mail was stored in this queue; `is_dsn`: without a sender. In inetd mode no relay runs here, and the mail
     /// waits for that of `odmr serve`.
-    pub fn arrived(&self, queue: &SpoolQueue, dsn: bool) {
+    pub fn arrived(&self, queue: &SpoolQueue, entry: Entry, is_dsn: bool) {
         if let SpoolQueue::Outgoing(destination) = queue {
-            self.send(RelayEvent::Arrived(destination.clone(), dsn));
+            self.send(RelayEvent::Arrived { destination: destination.clone(), entry, is_dsn });
         }
     }
 
@@ -137,7 +139,7 @@ impl Relay {
         let mut threads = 0;
         let mut under_way = 0;
         let mut table = DestinationTable::default();
-        table.read(&worker.spool, false);
+        table.read(&worker.spool, &worker.index, false);
         let (mut read, mut requested) = (Instant::now(), worker.spool.retry_requested());
         while !worker.cancel.is_cancelled() {
             let request = worker.spool.retry_requested();
@@ -146,7 +148,7 @@ impl Relay {
                 worker.hosts.forget_down();
             }
             if again || read.elapsed() >= RESCAN_INTERVAL {
-                table.read(&worker.spool, again);
+                table.read(&worker.spool, &worker.index, again);
                 read = Instant::now();
             }
             let (slow, now) = (worker.hosts.slow(), SystemTime::now());
@@ -175,11 +177,12 @@ impl Relay {
             let first = events.recv_timeout(pause.min(REQUEST_INTERVAL));
             for event in first.into_iter().chain(events.try_iter().take(EVENTS_AT_ONCE)) {
                 match event {
-                    RelayEvent::Arrived(destination, dsn) => {
-                        if !dsn && table.is_busy(&destination) {
+                    RelayEvent::Arrived { destination, entry, is_dsn } => {
+                        worker.index.add(destination.clone(), entry);
+                        if !is_dsn && table.is_busy(&destination) {
                             worker.hosts.set_mail_waits(destination.as_str(), true);
                         }
-                        table.arrived(destination, dsn);
+                        table.arrived(destination, is_dsn);
                     }
                     RelayEvent::Done(destinations) => {
                         under_way -= 1;

@@ -19,7 +19,7 @@ use crate::net::resolver::{MxHost, MxRoute, Resolver, address_for_name};
 use crate::net::tls::{ClientTls, Trust, is_certificate_name};
 use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
-use crate::queue::{LockError, QueueDue, QueueLock, QueueName};
+use crate::queue::{LockError, QueueDue, QueueLock, SharedIndex};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::client::{ClientSession, Connect, SessionFailure};
 use crate::session::{Remote, Timeouts, storage_failure_reply};
@@ -47,6 +47,8 @@ pub struct WorkerContext {
     /// Loaded if the configuration asks for verified certificates.
     verified_tls: Option<ClientTls>,
     pub(super) hosts: Arc<HostTable>,
+    /// Of the directory with all outgoing mail.
+    pub(super) index: Arc<SharedIndex>,
     pub(super) sessions: Arc<SessionsUnderWay>,
     pub(super) cancel: CancelToken,
 }
@@ -176,6 +178,7 @@ impl WorkerContext {
             unverified_tls: ClientTls::new(&Trust::Anyone)?,
             verified_tls: if verifies { Some(ClientTls::new(&Trust::System)?) } else { None },
             hosts,
+            index: earlier.map(|earlier| earlier.index.clone()).unwrap_or_default(),
             sessions: earlier.map(|earlier| earlier.sessions.clone()).unwrap_or_default(),
             cancel: cancel.clone(),
         };
@@ -196,7 +199,8 @@ impl WorkerContext {
             Some(self.first_retry())
         });
         let next = |domain: &Domain| {
-            let due = self.spool.queue().next_due_by_sender(&self.queue_name(domain));
+            self.spool.remove_old_destination(domain);
+            let due = self.spool.outgoing_due(domain, &self.index);
             if due.as_ref().is_ok_and(|due| due.earliest().is_none()) {
                 self.hosts.set_passed(domain.as_str(), HashSet::new());
                 self.hosts.forget_slow(domain.as_str());
@@ -205,10 +209,6 @@ impl WorkerContext {
             NextDue { destination: domain.clone(), due: not_before.map_or(due, |time| due.not_before(time)) }
         };
         job.iter().map(next).collect()
-    }
-
-    fn queue_name(&self, destination: &Domain) -> QueueName {
-        self.spool.name(&SpoolQueue::Outgoing(destination.clone()))
     }
 
     fn first_retry(&self) -> SystemTime {
@@ -225,7 +225,8 @@ impl WorkerContext {
 
     /// Moves the mail for a domain that has become a customer's into the queue of that domain: its mail host is this one.
     fn hold(&self, domain: &Domain) -> AllSettled {
-        let Ok(mut lock) = self.spool.queue().try_lock(&self.queue_name(domain)) else { return false };
+        let names = self.spool.outgoing_names(domain);
+        let Ok(mut lock) = self.spool.queue().lock_indexed(&names, &self.index) else { return false };
         let attempt = Attempt { via: Via::Held, peer_sends_dsn: true, ..self.attempt_with("-", None) };
         let mut all_settled = true;
         while let Some(mut message) = lock.next_message() {
@@ -248,9 +249,9 @@ impl WorkerContext {
     }
 
     fn attempt_elsewhere(&self, destinations: &[Domain], permit: &AttemptPermit) -> Option<SystemTime> {
-        let names: Vec<_> = destinations.iter().map(|domain| self.queue_name(domain)).collect();
+        let names: Vec<_> = destinations.iter().flat_map(|domain| self.spool.outgoing_names(domain)).collect();
         let busy = || Some(SystemTime::now() + BUSY_RETRY_DELAY);
-        let mut lock = match self.spool.queue().lock(&names) {
+        let mut lock = match self.spool.queue().lock_indexed(&names, &self.index) {
             Ok(lock) => lock,
             Err(LockError::Busy(_)) => return busy(),
             Err(LockError::Failed(error)) => {
