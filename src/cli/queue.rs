@@ -336,6 +336,7 @@ impl Queues {
             let settled = self.reporter.finish_attempt(message, result, &Attempt::by_administrator(), &mut lock)?;
             let told = match settled.recipients.iter().any(RecipientStatus::is_open) {
                 true => "not bounced: the DSN cannot be stored",
+                false if !has_sender && name.shared => "removed: it has no sender",
                 false if !has_sender => "set aside: it has no sender",
                 false if !self.reporter.can_report() => "set aside: this customer sends no mail, so no DSN",
                 false => "bounced",

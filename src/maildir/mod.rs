@@ -366,9 +366,11 @@ impl MessageCopy {
         self.file.write_all(octets).map_err(|error| with_path(&self.temporary, error))
     }
 
-    fn sync(&mut self) -> io::Result<()> {
-        let synced = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
-        synced.map_err(|error| with_path(&self.temporary, error))
+    fn sync(&mut self, modified: Option<SystemTime>) -> io::Result<()> {
+        let flushed = self.file.flush();
+        let file = self.file.get_ref();
+        let timed = flushed.and_then(|()| modified.map_or(Ok(()), |time| file.set_modified(time)));
+        timed.and_then(|()| file.sync_all()).map_err(|error| with_path(&self.temporary, error))
     }
 
     /// Moves the file to `new`, under a name with its size on disk and on the wire (Maildir++ `S=` and `W=`)
@@ -407,6 +409,8 @@ pub struct MessageWriter {
     unchecked: u64,
     /// Content was written.
     begun: bool,
+    /// The time of modification of the copies, if it is not that of the last write.
+    modified: Option<SystemTime>,
 }
 
 impl MessageWriter {
@@ -421,6 +425,11 @@ impl MessageWriter {
         copy.write(head)?;
         self.copies.push(copy);
         Ok(())
+    }
+
+    /// Gives all copies this time of modification.
+    pub fn set_modified(&mut self, time: SystemTime) {
+        self.modified = Some(time);
     }
 
     /// Checks that the disks of all copies have room for this many octets in each copy, and the reserve (see [`has_room`]).
@@ -469,7 +478,7 @@ impl MessageWriter {
         for copy in self.copies.iter().filter(|copy| copy.maildir.has_quota()) {
             quotas.admit(&copy.maildir.path, || copy.unique.clone(), copy.octets)?;
         }
-        self.copies.iter_mut().try_for_each(MessageCopy::sync)?;
+        self.copies.iter_mut().try_for_each(|copy| copy.sync(self.modified))?;
         Ok(PreparedMessage { copies: self.copies, quotas })
     }
 }

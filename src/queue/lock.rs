@@ -12,11 +12,12 @@ use super::due;
 use super::envelope::ParsedEnvelope;
 use super::message::{self, Opened, QueuedMessage};
 use super::name::QueueName;
+use super::refused::RefusedLimits;
 use super::retry;
 use super::shared::{self, SharedIndex};
 use crate::ids::Ids;
 use crate::mail::address::Domain;
-use crate::maildir::{AttemptRecord, Entry, FileId, IN_DOUBT, Maildir, with_path};
+use crate::maildir::{AttemptRecord, Entry, FileId, IN_DOUBT, Maildir, log_sweep_failed, with_path};
 use crate::net::trace::quoted;
 use crate::smtp::status::DeliveryResult;
 
@@ -42,6 +43,7 @@ pub(super) struct LockedQueue {
     pub(super) lock: Option<File>,
     pub(super) ids: Ids,
     pub(super) notes: Arc<Notes>,
+    pub(super) refused: Arc<RefusedLimits>,
     /// The index of the shared directory.
     pub(super) index: Option<Arc<SharedIndex>>,
     /// Messages of it that are locked already, by their unique names.
@@ -384,8 +386,13 @@ impl LockedQueue {
         }
     }
 
-    /// Records in the index where a message is now.
+    /// Records in the index where a message is now. If that is `.refused`, keeps that within its limits.
     fn record(&self, message: &QueuedMessage) {
+        if let Some(octets) = message.set_aside()
+            && let Err(error) = self.refused.added(&self.name, octets)
+        {
+            log_sweep_failed(&self.name, &error);
+        }
         if let (Some(index), Some(domain)) = (&self.index, &self.name.domain) {
             index.replace(domain, message.unique(), message.is_there().then(|| message.entry()));
         }

@@ -77,7 +77,7 @@ pub struct QueuedMessage {
     pub eight_bit: bool,
     /// When the next attempt at deferred recipients is due; only a queue with retries uses it.
     pub next_attempt: Option<SystemTime>,
-    /// The sender has received a DSN about the rejected recipients, or wants none.
+    /// The sender has received a DSN about the rejected recipients, or wants none; or nothing is to be kept for them.
     pub rejections_reported: bool,
 }
 
@@ -235,13 +235,19 @@ impl QueuedMessage {
     }
 
     /// The file's name now.
-    pub(super) fn entry(&self) -> &Entry {
+    pub fn entry(&self) -> &Entry {
         &self.entry
     }
 
     /// The queue that it was opened in.
-    pub(super) fn queue(&self) -> &QueueName {
+    pub fn queue(&self) -> &QueueName {
         &self.queue
+    }
+
+    /// The octets of its file, if it was moved to `.refused`.
+    pub(super) fn set_aside(&self) -> Option<u64> {
+        let is_set_aside = self.gone && self.settled.contains(&Mark::Rejected);
+        is_set_aside.then(|| self.file.metadata().map_or(0, |metadata| metadata.len()))
     }
 
     /// Whether it is still in its queue.

@@ -58,6 +58,7 @@ mod lock;
 mod summary;
 mod listing;
 mod shared;
+mod refused;
 pub mod batch;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -81,6 +82,7 @@ use crate::mail::address::Domain;
 use crate::maildir::{MessageWriter, log_sweep_failed, with_path};
 use lock::{Listed, LockedQueue, Notes, QUEUE_LOCK_FILE, TAKEOVER_FILE, log_unreadable};
 use message::REJECTED_MAILDIR;
+use refused::RefusedLimits;
 
 /// How long a session waits for the holder of a lock that was asked to release it.
 const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
@@ -99,12 +101,13 @@ pub struct Queue {
     /// A holder without progress for this time releases its lock to a session that asks.
     takeover: Duration,
     notes: Arc<Notes>,
+    refused: Arc<RefusedLimits>,
 }
 
 impl Queue {
     /// `hostname` is part of the names of new files.
     pub fn new(hostname: &str, ids: Ids, takeover: Duration) -> Queue {
-        Queue { hostname: hostname.to_owned(), ids, takeover, notes: Arc::default() }
+        Queue { hostname: hostname.to_owned(), ids, takeover, notes: Arc::default(), refused: Arc::default() }
     }
 
     /// Begins a message, a copy for each queue; [`MessageWriter::commit`] makes it durable. `head` is the beginning of
@@ -278,12 +281,13 @@ impl Queue {
     }
 
     /// Removes what is left over after 36 hours: files of writers that died, and, if the queue is `unwanted`, its directory
-    /// once it holds no mail. A failure is logged.
+    /// once it holds no mail; and what is in `.refused` for too long or is too much. A failure is logged.
     pub fn tidy(&self, name: &QueueName, unwanted: bool) {
         let maildir = name.maildir();
         let tidy = || -> io::Result<()> {
             maildir.sweep()?;
             message::rejected_maildir(&maildir).sweep()?;
+            refused::trim(name, SystemTime::now())?;
             if unwanted { self.remove_unused(name, true).map(drop) } else { Ok(()) }
         };
         tidy().unwrap_or_else(|error| log_sweep_failed(name, &error));
@@ -294,13 +298,14 @@ impl Queue {
         for name in names {
             let maildir = name.maildir();
             let lock = if name.shared { None } else { Some(self.lock_existing(name, take_over)?) };
-            let (ids, notes) = (self.ids.clone(), self.notes.clone());
+            let (ids, notes, refused) = (self.ids.clone(), self.notes.clone(), self.refused.clone());
             queues.push(LockedQueue {
                 name: name.clone(),
                 maildir,
                 lock,
                 ids,
                 notes,
+                refused,
                 index: None,
                 locked: HashMap::new(),
                 listed: Listed::default(),

@@ -21,6 +21,10 @@ impl DsnSink for StoredDsns {
         self.0.lock().unwrap().push(text);
         Ok(())
     }
+
+    fn is_ours(&self, _: &Mailbox) -> bool {
+        false
+    }
 }
 
 /// One message to `to@example.net` with its age in seconds, sender and NOTIFY; a reporter and the DSNs that it stores.
@@ -123,8 +127,9 @@ fn each_status_leads_to_its_dsn() {
     check(own, "", 0, rejected(), false, "failed 5.1.1", (0, 0));
     check(own, "SUCCESS", 0, rejected(), false, "", (0, 0));
     check(own, "NEVER", 0, rejected(), false, "", (0, 0));
-    // Never a DSN about a DSN (RFC 5321 section 6.1): it is kept in `.refused`.
-    check("<>", "", 0, rejected(), false, "", (0, 1));
+    // Never a DSN about a DSN (RFC 5321 section 6.1): it is dropped.
+    check("<>", "", 0, rejected(), false, "", (0, 0));
+    check("<>", "", 121, deferred(), false, "", (0, 0));
     check(own, "", 0, sent(), false, "", (0, 0));
     check(own, "SUCCESS", 0, sent(), false, "relayed 2.0.0", (0, 0));
     check(own, "SUCCESS", 0, sent(), true, "", (0, 0));

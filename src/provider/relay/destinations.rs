@@ -48,9 +48,9 @@ impl DestinationTable {
         }
     }
 
-    /// New mail has arrived for a destination; `dsn`: without a sender.
-    pub(super) fn arrived(&mut self, domain: Domain, dsn: bool) {
-        let due = Some(SystemTime::now() + GATHER_DELAY);
+    /// New mail has arrived for a destination; `dsn`: without a sender. It is not due before `not_before`.
+    pub(super) fn arrived(&mut self, domain: Domain, dsn: bool, not_before: Option<SystemTime>) {
+        let due = Some(SystemTime::now() + GATHER_DELAY).max(not_before);
         self.add(domain, if dsn { QueueDue { mail: None, dsn: due } } else { QueueDue { mail: due, dsn: None } });
     }
 
@@ -155,11 +155,11 @@ mod tests {
         let mut table = DestinationTable::default();
         let take = |table: &mut DestinationTable, now| table.take_due(now, Lane::Mail, &HashSet::new());
         assert_eq!(take(&mut table, now), None);
-        table.arrived(a.clone(), false);
+        table.arrived(a.clone(), false, None);
         let soon = now + Duration::from_secs(1);
         assert_eq!(take(&mut table, soon), Some(a.clone()));
         // While a worker has it, more mail makes it due again at once, but not twice.
-        table.arrived(a.clone(), false);
+        table.arrived(a.clone(), false, None);
         assert_eq!(take(&mut table, soon), None);
         table.done(next(mail(later)));
         assert_eq!(take(&mut table, soon), Some(a.clone()));
@@ -170,8 +170,8 @@ mod tests {
         table.done(next(QueueDue::default()));
         assert!(table.due.is_empty() && table.busy.is_empty());
         // One session for all: one job for all.
-        table.arrived(a.clone(), false);
-        table.arrived(b.clone(), true);
+        table.arrived(a.clone(), false, None);
+        table.arrived(b.clone(), true, None);
         let mut job = table.take_all_due(soon);
         job.sort();
         assert_eq!(job, [a, b]);
@@ -183,12 +183,12 @@ mod tests {
         let soon = now + Duration::from_secs(1);
         let slow = HashSet::from(["b.example".to_owned()]);
         let mut table = DestinationTable::default();
-        table.arrived(a.clone(), true);
-        table.arrived(b.clone(), false);
+        table.arrived(a.clone(), true, None);
+        table.arrived(b.clone(), false, None);
         let count = |table: &DestinationTable| Lane::ALL.map(|lane| table.count_due(soon, lane, &slow));
         assert_eq!(count(&table), [0, 1, 1]);
         // Mail for the same destination.
-        table.arrived(a.clone(), false);
+        table.arrived(a.clone(), false, None);
         assert_eq!(count(&table), [1, 1, 0]);
         assert_eq!(table.take_due(soon, Lane::Mail, &slow), Some(a.clone()));
         assert_eq!(table.take_due(soon, Lane::Slow, &slow), Some(b));

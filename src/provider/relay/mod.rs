@@ -74,8 +74,8 @@ const EVENTS_AT_ONCE: usize = 1000;
 
 /// What wakes the scheduler.
 enum RelayEvent {
-    /// New mail for this destination.
-    Arrived { destination: Domain, entry: Entry, is_dsn: bool },
+    /// New mail for this destination, which is not due before then.
+    Arrived { destination: Domain, entry: Entry, is_dsn: bool, not_before: Option<SystemTime> },
     /// A worker has finished its attempt at these destinations.
     Done(Vec<NextDue>),
     /// The relay may have been cancelled.
@@ -89,11 +89,11 @@ enum RelayEvent {
 pub struct RelayHandle(Sender<RelayEvent>);
 
 impl RelayHandle {
-    /// Reports that mail was stored in this queue; `is_dsn`: without a sender. In inetd mode no relay runs here, and the mail
-    /// waits for that of `odmr serve`.
-    pub fn arrived(&self, queue: &SpoolQueue, entry: Entry, is_dsn: bool) {
+    /// Reports that mail was stored in this queue; `is_dsn`: without a sender; `not_before`: it is not due before then. In inetd
+    /// mode no relay runs here, and the mail waits for that of `odmr serve`.
+    pub fn arrived(&self, queue: &SpoolQueue, entry: Entry, is_dsn: bool, not_before: Option<SystemTime>) {
         if let SpoolQueue::Outgoing(destination) = queue {
-            self.send(RelayEvent::Arrived { destination: destination.clone(), entry, is_dsn });
+            self.send(RelayEvent::Arrived { destination: destination.clone(), entry, is_dsn, not_before });
         }
     }
 
@@ -177,12 +177,12 @@ impl Relay {
             let first = events.recv_timeout(pause.min(REQUEST_INTERVAL));
             for event in first.into_iter().chain(events.try_iter().take(EVENTS_AT_ONCE)) {
                 match event {
-                    RelayEvent::Arrived { destination, entry, is_dsn } => {
+                    RelayEvent::Arrived { destination, entry, is_dsn, not_before } => {
                         worker.index.add(destination.clone(), entry);
                         if !is_dsn && table.is_busy(&destination) {
                             worker.hosts.set_mail_waits(destination.as_str(), true);
                         }
-                        table.arrived(destination, is_dsn);
+                        table.arrived(destination, is_dsn, not_before);
                     }
                     RelayEvent::Done(destinations) => {
                         under_way -= 1;

@@ -26,15 +26,15 @@ fn queue() -> Queue {
     Queue::new("relay.example.net", Ids::system(|octets_| octets_.fill(octets::<1>()[0])), Duration::from_secs(300))
 }
 
-struct Place {
+struct SharedSpool {
     directory: tempfile::TempDir,
     queue: Queue,
     index: Arc<SharedIndex>,
 }
 
-impl Place {
-    fn new() -> Place {
-        Place { directory: tempfile::tempdir().unwrap(), queue: queue(), index: Arc::default() }
+impl SharedSpool {
+    fn new() -> SharedSpool {
+        SharedSpool { directory: tempfile::tempdir().unwrap(), queue: queue(), index: Arc::default() }
     }
 
     fn path(&self) -> PathBuf {
@@ -100,7 +100,7 @@ fn deferred() -> Option<RecipientStatus> {
 
 #[test]
 fn the_name_of_a_file_tells_its_domain() {
-    let place = Place::new();
+    let place = SharedSpool::new();
     let long = format!("{}.{}.example", "x".repeat(60), "y".repeat(60));
     let odd = "my_host.example";
     for (from, domain, field) in [
@@ -136,7 +136,7 @@ fn the_name_of_a_file_tells_its_domain() {
 
 #[test]
 fn each_session_gets_the_mail_of_its_domains_and_mail_comes_before_dsns() {
-    let place = Place::new();
+    let place = SharedSpool::new();
     for (from, domain) in
         [("", "a.example"), ("s@s.example", "a.example"), ("", "b.example"), ("s@s.example", "c.example")]
     {
@@ -156,7 +156,7 @@ fn each_session_gets_the_mail_of_its_domains_and_mail_comes_before_dsns() {
 
 #[test]
 fn a_deferred_message_is_known_by_its_new_name() {
-    let place = Place::new();
+    let place = SharedSpool::new();
     place.put("s@s.example", "a.example");
     place.read();
     assert_eq!(next(&mut place.lock(&["a.example"]), deferred()), "s@s.example bob@a.example");
@@ -176,7 +176,7 @@ fn a_deferred_message_is_known_by_its_new_name() {
 /// Another process, such as `odmr queue`, has the lock of one message only.
 #[test]
 fn a_message_is_in_one_session() {
-    let (place, other) = (Place::new(), queue());
+    let (place, other) = (SharedSpool::new(), queue());
     let (first, _) = (place.put("s@s.example", "a.example"), place.put("s@s.example", "a.example"));
     place.read();
     let all = place.name(None);
