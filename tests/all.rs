@@ -6,6 +6,7 @@ mod command_line;
 mod conformance;
 mod descriptors;
 mod house;
+mod litter;
 mod log;
 mod logging;
 mod operator;

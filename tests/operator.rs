@@ -594,6 +594,21 @@ fn a_bounce_without_a_dsn_is_not_called_one() {
     assert!(text.contains("set aside: this customer sends no mail"), "{text}");
 }
 
+/// DSNs for address literals go to the provider's postmaster, who has enough of them.
+#[test]
+fn strangers_do_not_fill_the_postmasters_queue() {
+    let place = Place::new(PROVIDER);
+    for number in 0..999 {
+        place.write(&format!("spool/postmaster/new/1763607845.{number}"), FOREIGN);
+    }
+    for (id, count) in [("1763607846.a", 1000), ("1763607847.b", 1000)] {
+        let text = "Return-Path: <carol@[192.0.2.9]>\nDelivered-To: alice@example.org\nSubject: x\n\nx\n";
+        place.write(&format!("spool/domains/example.org/new/{id}"), text);
+        assert!(place.run(0, &["queue", "bounce", id]).contains(": bounced, from example.org"));
+        assert_eq!(place.files("spool/postmaster").len(), count, "{id}");
+    }
+}
+
 /// All copies of a message, or none.
 #[test]
 fn a_message_in_two_queues_is_changed_in_both_or_in_none() {

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
@@ -16,11 +17,11 @@ use crate::running::{Client, Running};
 const SECRET: &str = "tanstaaftanstaaf";
 
 /// The types of DNS records.
-const A: u16 = 1;
+pub const A: u16 = 1;
 const MX: u16 = 15;
 
 /// What the name server of a test has for a name and a type: the data of the records, `None`: it does not answer.
-type Zone = fn(&str, u16) -> Option<Vec<Vec<u8>>>;
+pub type Zone = fn(&str, u16) -> Option<Vec<Vec<u8>>>;
 
 /// A name server (RFC 1035 section 4.1). A name without records exists all the same.
 fn name_server(zone: Zone) -> SocketAddr {
@@ -56,7 +57,7 @@ fn mx(preference: u8, host: &str) -> Vec<u8> {
 }
 
 /// A mail host that accepts everything. It reports each line that it gets.
-fn mail_host(listener: TcpListener) -> Receiver<String> {
+pub fn mail_host(listener: TcpListener) -> Receiver<String> {
     let (sender, lines) = mpsc::channel();
     let serve = move |stream: TcpStream| {
         let reply = |text: &str| (&stream).write_all(text.as_bytes());
@@ -76,15 +77,21 @@ fn mail_host(listener: TcpListener) -> Receiver<String> {
 }
 
 /// A provider that relays for one customer.
-struct Place {
+pub struct Place {
     directory: tempfile::TempDir,
-    serve: Running,
+    pub serve: Running,
     odmr: String,
 }
 
 impl Place {
-    fn start(zone: Zone, relay: &str) -> Place {
+    pub fn start(zone: Zone, relay: &str) -> Place {
+        Place::prepared(zone, relay, |_| {})
+    }
+
+    /// The same, in a directory that is prepared before.
+    pub fn prepared(zone: Zone, relay: &str, prepare: impl FnOnce(&Path)) -> Place {
         let directory = tempfile::tempdir().unwrap();
+        prepare(directory.path());
         let write = |name: &str, text: &str| {
             fs::write(directory.path().join(name), text).unwrap();
             fs::set_permissions(directory.path().join(name), fs::Permissions::from_mode(0o600)).unwrap();
@@ -100,8 +107,20 @@ impl Place {
         Place { directory, serve, odmr }
     }
 
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// What a subcommand writes.
+    pub fn odmr(&self, words: &[&str]) -> String {
+        let mut odmr = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        let output = odmr.arg(words[0]).arg("-c").arg(self.path("odmr.toml")).args(&words[1..]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
     /// The customer submits a message.
-    fn submit(&self, from: &str, to: &str) {
+    pub fn submit(&self, from: &str, to: &str) {
         let mut customer = Client::connect(&self.odmr);
         assert!(customer.authenticate("acme", SECRET).starts_with("235 "));
         assert!(customer.send(from, to, 1).starts_with("250 "));

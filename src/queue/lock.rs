@@ -176,15 +176,18 @@ impl QueueLock {
     /// arrive after the lock are offered too. A file that cannot be read is logged and left out; so is one that another process
     /// has locked. `None`: every message has been offered.
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
-        let found = self.next_of(|listed| &mut listed.waiting).or_else(|| self.next_of(|listed| &mut listed.dsns));
-        let found = found.or_else(|| self.next_of(|listed| &mut listed.last));
-        // Others may have arrived when the last ones were looked for.
-        let arrived = found.is_none() && self.queues.iter().any(|queue| !queue.listed.waiting.is_empty());
-        if arrived { self.next_of(|listed| &mut listed.waiting) } else { found }
+        self.next_listed(false).or_else(|| self.next_listed(true))
+    }
+
+    /// The next message that is listed. `anew`: queues of which all messages were offered are listed once more.
+    fn next_listed(&mut self, anew: bool) -> Option<QueuedMessage> {
+        let found = self.next_of(|listed| &mut listed.waiting, anew);
+        let found = found.or_else(|| self.next_of(|listed| &mut listed.dsns, false));
+        found.or_else(|| self.next_of(|listed| &mut listed.last, false))
     }
 
     /// The next message of these lists.
-    fn next_of(&mut self, list: impl Fn(&mut Listed) -> &mut VecDeque<Entry>) -> Option<QueuedMessage> {
+    fn next_of(&mut self, list: impl Fn(&mut Listed) -> &mut VecDeque<Entry>, anew: bool) -> Option<QueuedMessage> {
         let mut refilled = 0;
         while refilled <= self.queues.len() {
             let queue = self.queues.get_mut(self.current)?;
@@ -198,7 +201,9 @@ impl QueueLock {
             }
             self.current = (self.current + 1) % self.queues.len();
             let queue = &mut self.queues[self.current];
-            if let Err(error) = queue.refill() {
+            if (anew || !queue.listed.once)
+                && let Err(error) = queue.refill()
+            {
                 log_unreadable(&queue.name, &error);
             }
             refilled += 1;

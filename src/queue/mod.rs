@@ -294,10 +294,16 @@ impl Queue {
     }
 
     fn lock_all(&self, names: &[QueueName], take_over: bool) -> Result<QueueLock, LockError> {
-        let mut queues = Vec::with_capacity(names.len());
+        let mut queues: Vec<LockedQueue> = Vec::with_capacity(names.len());
         for name in names {
             let maildir = name.maildir();
             let lock = if name.shared { None } else { Some(self.lock_existing(name, take_over)?) };
+            // A shared directory is swept once.
+            if (lock.is_some() || queues.iter().all(|queue| queue.lock.is_some()))
+                && let Err(error) = maildir.sweep().and_then(|()| message::rejected_maildir(&maildir).sweep())
+            {
+                log_sweep_failed(name, &error);
+            }
             let (ids, notes, refused) = (self.ids.clone(), self.notes.clone(), self.refused.clone());
             queues.push(LockedQueue {
                 name: name.clone(),
@@ -318,7 +324,7 @@ impl Queue {
     fn lock_existing(&self, name: &QueueName, take_over: bool) -> Result<File, LockError> {
         let maildir = name.maildir();
         let mut removed = 0;
-        let lock = loop {
+        loop {
             maildir.create().map_err(LockError::Failed)?;
             match self.lock_one(name, take_over) {
                 Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound && removed < LOCK_ATTEMPTS => {
@@ -328,15 +334,11 @@ impl Queue {
                     let lock = lock?;
                     // The lock of a queue that was removed meanwhile excludes nobody.
                     if lock.metadata().map_err(LockError::Failed)?.nlink() > 0 {
-                        break lock;
+                        return Ok(lock);
                     }
                 }
             }
-        };
-        if let Err(error) = maildir.sweep().and_then(|()| message::rejected_maildir(&maildir).sweep()) {
-            log_sweep_failed(name, &error);
         }
-        Ok(lock)
     }
 
     fn lock_one(&self, name: &QueueName, take_over: bool) -> Result<File, LockError> {

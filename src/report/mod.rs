@@ -99,13 +99,6 @@ pub enum Via {
     Administrator,
 }
 
-impl Via {
-    /// Whether the message was submitted by a customer or a user of ours, who is known.
-    fn is_submitted(self) -> bool {
-        matches!(self, Via::Held | Via::Mx | Via::Smarthost | Via::Provider | Via::Submission)
-    }
-}
-
 /// For the log.
 impl fmt::Display for Via {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -409,13 +402,14 @@ impl Reporter {
 
     /// How long a DSN waits before it is sent. `None`: it is dropped, which is logged. `is_ours`: it stays here.
     ///
-    /// Whoever may submit mail is known, and gets each DSN about it; and each sender here gets those of failure.
+    /// Our own customers and users get each DSN. Only of what a customer has accepted from strangers, in whose name it may
+    /// be, they get no DSNs of success if there are too many.
     fn admit(
         &self, about: &QueuedEnvelope, to: &Mailbox, reports: &[RecipientReport<'_>], via: Via, is_ours: bool,
     ) -> Option<Duration> {
         let action = reports.iter().map(|report| report.action).min().unwrap_or(Action::Failed);
         let needed = matches!(action, Action::Failed | Action::Delayed);
-        if via == Via::Administrator || is_ours && (needed || via.is_submitted()) {
+        if via == Via::Administrator || is_ours && (needed || via != Via::Atrn) {
             return Some(Duration::ZERO);
         }
         let host = to.host().to_string();

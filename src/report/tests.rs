@@ -143,6 +143,25 @@ fn each_status_leads_to_its_dsn() {
     check(own, "", 121, sent(), false, "", (0, 0));
 }
 
+/// Strangers ask for DSNs of success: some get them.
+#[test]
+fn dsns_of_success_are_limited() {
+    let case = Case::new("<a@b.example>", "SUCCESS", 0);
+    let mut lock = case.queue.lock(std::slice::from_ref(&case.name)).unwrap();
+    let mut envelope = {
+        let message = lock.next_message().unwrap();
+        message.with_recipients(message.envelope.recipients.clone())
+    };
+    let mut count = |from: &str| {
+        envelope.envelope.from = reverse_path(from.as_bytes()).unwrap().0;
+        (0..100).for_each(|_| case.reporter.report_delivered(&envelope, &[], b"Subject: x\n\n").unwrap());
+        std::mem::take(&mut *case.stored.0.lock().unwrap()).len()
+    };
+    assert_eq!(count("<a@b.example>"), 30);
+    assert_eq!(count("<x@other.example>"), 30);
+    assert_eq!(count("<a@[192.0.2.1]>"), 30);
+}
+
 /// A message of 1970 or of next year is not late and does not expire by that: five days after it was first seen, it does.
 #[test]
 fn an_impossible_time_of_arrival_makes_no_message_late() {

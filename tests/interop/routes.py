@@ -246,7 +246,7 @@ def relay_stops(box):
         check((result := provider.stop()) == 0, f"{label}: exit {result}")
         seconds = time.monotonic() - begin
         check(seconds < 3, f"{label}: {seconds:.1f} s to end")
-        left = [file for part in ("new", "cur") for file in provider.spool.glob(f"outgoing/{domain}/{part}/*")]
+        left = [file for part in ("new", "cur") for file in provider.spool.glob(f"outgoing/@all/{part}/*,D={domain},*")]
         check(len(left) == 1, f"{label}: {len(left)} files left")
         took.append(f"{label} {seconds * 1000:.0f} ms")
     return ", ".join(took)

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::smtp::reply::Reply;
 
@@ -78,6 +79,8 @@ pub(super) struct TableState {
     pub(super) beside: usize,
     /// An attempt is due, and all connections are in use.
     attempt_waits: bool,
+    /// It is for mail that the smarthost gets.
+    smarthost_waits: bool,
     /// For each destination whose last attempt left addresses untried: the hosts and addresses that it, and those before
     /// it, have tried.
     passed: HashMap<String, HashSet<String>>,
@@ -136,11 +139,11 @@ impl HostTable {
         (state.limit, state.limit_each, state.by_mx) = (limit, limit_each, by_mx);
     }
 
-    /// Whether an attempt waits for a connection from now on. Returns whether one will be free soon, because a session
-    /// beside another one ends for it.
-    pub(super) fn set_attempt_waits(&self, waits: bool) -> bool {
+    /// Whether an attempt waits for a connection from now on; `for_mail`: it is one at mail with a sender. Returns whether one
+    /// will be free soon, because a session beside another one ends for it.
+    pub(super) fn set_attempt_waits(&self, waits: bool, for_mail: bool) -> bool {
         let mut state = self.lock();
-        state.attempt_waits = waits;
+        (state.attempt_waits, state.smarthost_waits) = (waits, for_mail && !state.by_mx);
         waits && state.beside > 0
     }
 
@@ -153,11 +156,13 @@ impl HostTable {
         }
     }
 
-    /// Whether DSNs for a destination must wait, because mail for it has arrived, or mail for another one needs a connection
-    /// to this host.
-    pub(super) fn mail_waits(&self, destination: &str, host: &str) -> bool {
+    /// Whether the DSNs of an attempt at these destinations must wait, because mail for one of them has arrived, or mail for
+    /// another one needs a connection to this host.
+    pub(super) fn mail_waits(&self, destinations: &[Domain], host: &str) -> bool {
         let state = self.lock();
-        state.mail_waits.contains(destination) || state.hosts.get(host).is_some_and(HostState::is_wanted_for_mail)
+        state.smarthost_waits
+            || state.hosts.get(host).is_some_and(HostState::is_wanted_for_mail)
+            || !state.mail_waits.is_empty() && destinations.iter().any(|one| state.mail_waits.contains(one.as_str()))
     }
 
     /// Counts one more connection to a host. DSNs alone have half of the connections to a host, and none that mail waits for:
@@ -318,15 +323,25 @@ mod tests {
         hosts.set_limits(20, 5, true);
         let dsns = [acquire(Lane::Dsn).ok().unwrap(), acquire(Lane::Dsn).ok().unwrap()];
         assert!(matches!(acquire(Lane::Dsn), Err(RouteError::Busy)));
-        assert!(!hosts.mail_waits("example.org", ADDRESS));
+        assert!(!hosts.mail_waits(&[], ADDRESS));
         let mail: Vec<_> = (0..3).map(|_| acquire(Lane::Mail).ok().unwrap()).collect();
         assert!(matches!(acquire(Lane::Mail), Err(RouteError::Busy)));
-        assert!(hosts.mail_waits("example.org", ADDRESS));
+        assert!(hosts.mail_waits(&[], ADDRESS) && !hosts.mail_waits(&[], "127.0.0.3:25"));
         drop((dsns, mail));
         assert!(matches!(acquire(Lane::Dsn), Err(RouteError::Busy)), "it is for mail");
         assert!(acquire(Lane::Slow).is_ok() && acquire(Lane::Dsn).is_ok());
         hosts.set_limits(20, 1, true);
         assert!(acquire(Lane::Dsn).is_ok(), "one after the other");
+        // All mail goes to a smarthost: what waits for a connection to it, and what has arrived for a destination.
+        let destinations = [Domain::parse("a.example").unwrap(), Domain::parse("b.example").unwrap()];
+        hosts.set_limits(5, 5, false);
+        for (waits, for_mail) in [(true, false), (true, true), (false, false)] {
+            hosts.set_attempt_waits(waits, for_mail);
+            assert_eq!(hosts.mail_waits(&destinations, "smart.example:587"), for_mail);
+        }
+        hosts.set_mail_waits("b.example", true);
+        assert!(hosts.mail_waits(&destinations, "smart.example:587"));
+        assert!(!hosts.mail_waits(&destinations[..1], "smart.example:587"));
     }
 
     #[test]
@@ -352,10 +367,10 @@ mod tests {
         // Two attempts, one session beside them; then all connections are in use, and one more attempt is due.
         let _three = begin().unwrap();
         assert!(begin().is_none());
-        assert!(hosts.set_attempt_waits(true) && hosts.must_yield(ADDRESS));
+        assert!(hosts.set_attempt_waits(true, true) && hosts.must_yield(ADDRESS));
         drop(first);
         assert!(hosts.acquire_beside(ADDRESS).is_none());
         drop(one);
-        assert!(begin().is_some() && !hosts.set_attempt_waits(false));
+        assert!(begin().is_some() && !hosts.set_attempt_waits(false, false));
     }
 }

@@ -170,7 +170,7 @@ impl Relay {
                 }
                 let _ = jobs.send(job);
             }
-            let ends = worker.hosts.set_attempt_waits(waits.any) || waits.ends_soon;
+            let ends = worker.hosts.set_attempt_waits(waits.any, waits.for_mail) || waits.ends_soon;
             // What was due before now waits for an attempt to end.
             let pause = if ends { YIELD_POLL } else { table.pause(now) };
             // All that have happened: a crowd of DSNs must not have the table looked through for each of them.
@@ -216,7 +216,9 @@ struct Job {
 struct Waits {
     /// An attempt is due, and all connections are in use.
     any: bool,
-    /// It is for mail: an attempt without a session may give way to it, and one with a session may stall.
+    /// It is one at mail with a sender.
+    for_mail: bool,
+    /// That mail goes by MX: an attempt without a session may give way to it, and one with a session may stall.
     ends_soon: bool,
 }
 
@@ -232,6 +234,7 @@ fn next_job(
         }
         let permit = worker.hosts.begin_attempt(Lane::Mail);
         waits.any |= permit.is_err();
+        waits.for_mail |= permit.is_err() && table.is_due_in(now, Lane::Mail, &HashSet::new());
         return permit.ok().map(|permit| job(table.take_all_due(now), permit));
     }
     for lane in Lane::ALL {
@@ -244,7 +247,7 @@ fn next_job(
             Err(NoAttempt::AllInUse) => {
                 waits.any = true;
                 if lane == Lane::Mail {
-                    waits.ends_soon = true;
+                    (waits.for_mail, waits.ends_soon) = (true, true);
                     worker.hosts.give_way(table.count_due(now, lane, slow));
                 }
             }

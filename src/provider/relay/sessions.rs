@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::hosts::{HostPermit, HostTable, RouteError};
 use super::order::HostAddress;
 use super::worker::{AllSettled, AttemptRoute, ConnectFailure, HostFailure, WorkerContext, unreachable};
-use crate::mail::address::ReversePath;
+use crate::mail::address::{Domain, ReversePath};
 use crate::net::trace::quoted;
 use crate::queue::{QueueLock, QueuedMessage};
 use crate::session::client::{ClientSession, MessageSource, SessionFailure};
@@ -34,8 +34,7 @@ const DOWN_FACTOR: u32 = 4;
 struct SharedQueue<'a> {
     lock: Mutex<&'a mut QueueLock>,
     hosts: &'a HostTable,
-    /// The destination, or the smarthost.
-    destination: &'a str,
+    destinations: &'a [Domain],
     /// The name for which connections are counted.
     host: &'a str,
     /// Sessions that are open.
@@ -47,11 +46,13 @@ struct SharedQueue<'a> {
 }
 
 impl<'a> SharedQueue<'a> {
-    fn new(lock: &'a mut QueueLock, hosts: &'a HostTable, destination: &'a str, host: &'a str) -> SharedQueue<'a> {
+    fn new(
+        lock: &'a mut QueueLock, hosts: &'a HostTable, destinations: &'a [Domain], host: &'a str,
+    ) -> SharedQueue<'a> {
         SharedQueue {
             lock: Mutex::new(lock),
             hosts,
-            destination,
+            destinations,
             host,
             sessions: AtomicUsize::new(1),
             session_failed: AtomicBool::default(),
@@ -95,7 +96,7 @@ impl MessageSource for SessionQueue<'_, '_> {
         let mut message = self.shared.lock().next_message();
         // Another attempt begins with the mail that has arrived.
         if message.as_ref().is_some_and(|message| message.envelope.from == ReversePath::Null)
-            && self.shared.hosts.mail_waits(self.shared.destination, self.shared.host)
+            && self.shared.hosts.mail_waits(self.shared.destinations, self.shared.host)
             && let Some(dsn) = message.take()
         {
             self.put_back(dsn);
@@ -133,7 +134,7 @@ impl WorkerContext {
         &self, route: &AttemptRoute<'_>, to: &HostAddress, lock: &mut QueueLock,
     ) -> Result<AllSettled, RouteError> {
         let host = route.counted_as(to);
-        let shared = &SharedQueue::new(lock, &self.hosts, route.name, &host);
+        let shared = &SharedQueue::new(lock, &self.hosts, route.destinations, &host);
         let sent = thread::scope(|scope| {
             let open = || {
                 let Some(permit) = self.hosts.acquire_beside(shared.host) else { return };

@@ -67,6 +67,7 @@ pub(super) struct NextDue {
 pub(super) struct AttemptRoute<'a> {
     /// The destination, or the smarthost.
     pub(super) name: &'a str,
+    pub(super) destinations: &'a [Domain],
     /// The name for which connections are counted; `None`: each address is counted for itself.
     counted_as: Option<&'a str>,
     pub(super) permit: &'a AttemptPermit,
@@ -264,7 +265,7 @@ impl WorkerContext {
             return Some(self.first_retry());
         }
         let sent = match &self.smarthost {
-            Some(smarthost) => self.by_smarthost(smarthost, permit, &mut lock),
+            Some(smarthost) => self.by_smarthost(smarthost, destinations, permit, &mut lock),
             None => self.by_mx(&destinations[0], permit, &mut lock),
         };
         // The mail host of a customer whose file is skipped is this one, and it may be in no DNS at all.
@@ -320,7 +321,7 @@ impl WorkerContext {
 
     /// Sends the mail of all destinations to the smarthost.
     fn by_smarthost(
-        &self, smarthost: &Remote, permit: &AttemptPermit, lock: &mut QueueLock,
+        &self, smarthost: &Remote, destinations: &[Domain], permit: &AttemptPermit, lock: &mut QueueLock,
     ) -> Result<AllSettled, RouteError> {
         let options = self.client_options(StartTls::Never);
         let addresses = smarthost.addresses(&self.connect("-", permit)).map_err(|failure| match failure {
@@ -336,8 +337,8 @@ impl WorkerContext {
             })
         };
         let name = smarthost.address();
-        let route =
-            AttemptRoute { name, counted_as: Some(name), permit, look_up: &|_| Ok(Vec::new()), connect: &connect };
+        let look_up = &|_: &Domain| Ok(Vec::new());
+        let route = AttemptRoute { name, destinations, counted_as: Some(name), permit, look_up, connect: &connect };
         self.by_route(&route, &AddressOrder::of_addresses(smarthost.host(), addresses), lock)
     }
 
@@ -418,8 +419,9 @@ impl WorkerContext {
         };
         let policy = self.config.policy(destination);
         let connect = |to: &HostAddress| self.session_with(to, policy, permit);
-        let route =
-            AttemptRoute { name: destination.as_str(), counted_as: None, permit, look_up: &look_up, connect: &connect };
+        let (name, destinations) = (destination.as_str(), std::slice::from_ref(destination));
+        let (look_up, connect) = (&look_up, &connect);
+        let route = AttemptRoute { name, destinations, counted_as: None, permit, look_up, connect };
         let sent = self.by_route(&route, &AddressOrder::of_hosts(hosts), lock);
         let passed_over = passed_over.into_inner().unwrap_or_else(PoisonError::into_inner);
         match (sent, passed_over.first()) {
