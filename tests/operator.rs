@@ -210,7 +210,7 @@ fn remove_tells_nobody_and_bounce_tells_the_sender() {
     place.write("spool/domains/example.org/new/1763607848.bad", "Subject: nobody\n\n");
     assert_eq!(place.run(0, &["queue", "remove", "1763607848.bad"]), "1763607848.bad: removed, from example.org\n");
     assert_eq!(place.run(0, &["queue", "bounce", "1large"]), "1large: bounced, from example.org\n");
-    let dsns = place.files("spool/outgoing/w.example");
+    let dsns = place.files("spool/outgoing/@all");
     let [dsn] = &dsns.values().collect::<Vec<_>>()[..] else { panic!("{dsns:?}") };
     assert!(dsn.contains("Final-Recipient: rfc822; alice@example.org") && !dsn.contains("eva@"), "{dsn}");
     assert!(dsn.contains("Original-Envelope-Id: a b") && dsn.contains("Returned to its sender by"), "{dsn}");
@@ -584,7 +584,7 @@ fn what_is_no_plain_file_stops_nobody() {
 #[test]
 fn a_bounce_without_a_dsn_is_not_called_one() {
     let place = Place::filled();
-    place.write("spool/outgoing/w.example/tmp", "no directory");
+    place.write("spool/outgoing/@all/tmp", "no directory");
     let text = place.run(75, &["queue", "bounce", "1large"]);
     assert!(text.contains("1large: not bounced: the DSN cannot be stored"), "{text}");
     assert_eq!(place.files("spool/domains/example.org").len(), 2);
@@ -594,6 +594,21 @@ fn a_bounce_without_a_dsn_is_not_called_one() {
     assert!(text.contains("set aside: this customer sends no mail"), "{text}");
 }
 
+/// DSNs for address literals go to the provider's postmaster, who has enough of them.
+#[test]
+fn strangers_do_not_fill_the_postmasters_queue() {
+    let place = Place::new(PROVIDER);
+    for number in 0..999 {
+        place.write(&format!("spool/postmaster/new/1763607845.{number}"), FOREIGN);
+    }
+    for (id, count) in [("1763607846.a", 1000), ("1763607847.b", 1000)] {
+        let text = "Return-Path: <carol@[192.0.2.9]>\nDelivered-To: alice@example.org\nSubject: x\n\nx\n";
+        place.write(&format!("spool/domains/example.org/new/{id}"), text);
+        assert!(place.run(0, &["queue", "bounce", id]).contains(": bounced, from example.org"));
+        assert_eq!(place.files("spool/postmaster").len(), count, "{id}");
+    }
+}
+
 /// All copies of a message, or none.
 #[test]
 fn a_message_in_two_queues_is_changed_in_both_or_in_none() {
@@ -601,7 +616,9 @@ fn a_message_in_two_queues_is_changed_in_both_or_in_none() {
     let batch =
         "NOOP id=both\nMAIL FROM:<a@w.example>\nRCPT TO:<alice@example.org>\nRCPT TO:<b@x.example>\nDATA\nx\n.\n";
     assert_eq!(place.run_with(&["queue", "import"], batch).code, 0);
-    let lock = File::create(place.path("spool/outgoing/x.example/odmr.lock")).unwrap();
+    // As a session of the relay has it.
+    let message = fs::read_dir(place.path("spool/outgoing/@all/new")).unwrap().next().unwrap().unwrap();
+    let lock = File::open(message.path()).unwrap();
     lock.lock().unwrap();
     assert!(place.run(75, &["queue", "remove", "both"]).contains("a session has the queue outgoing/x.example"));
     assert_eq!(place.run(0, &["queue", "list"]).lines().count(), 2);

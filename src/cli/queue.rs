@@ -3,6 +3,7 @@
 //! Looking needs no lock. Whatever changes a message has the lock of its queue, as a session has; if a session has it, the
 //! exit code is 75.
 
+use std::borrow::Cow;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::num::NonZero;
 use std::os::unix::ffi::OsStrExt;
@@ -82,7 +83,7 @@ enum Side {
 
 /// A message, and where it is.
 struct QueueItem<'a> {
-    label: &'a str,
+    label: Cow<'a, str>,
     name: &'a QueueName,
     message: ListedMessage,
 }
@@ -219,7 +220,10 @@ impl Queues {
                 whole || recipients.into_iter().any(|recipient| recipient.mailbox.domain() == domain)
             };
             self.queue.list(name, &mut |message| {
-                if wanted(&message) { show(QueueItem { label, name, message }) } else { Ok(()) }
+                if !wanted(&message) {
+                    return Ok(());
+                }
+                show(QueueItem { label: label_of(label, name, &message), name, message })
             })?;
         }
         Ok(())
@@ -240,25 +244,28 @@ impl Queues {
         Ok(all)
     }
 
-    /// Locks the queues of these messages, all or none; a session that has one is waited for, but not for long.
-    fn lock(&self, found: &[QueueItem<'_>]) -> Result<QueueLock, Failure> {
-        let mut names: Vec<QueueName> = Vec::new();
-        for QueueItem { name, .. } in found {
-            if !names.contains(name) {
-                names.push((*name).clone());
-            }
-        }
+    /// Locks the queues of these messages and, with `each`, the messages of a shared directory, all or none; a session that has
+    /// one is waited for, but not for long.
+    fn lock(&self, found: &[QueueItem<'_>], each: bool) -> Result<QueueLock, Failure> {
         let begun = Instant::now();
         loop {
-            match self.queue.lock(&names) {
-                Ok(lock) => return Ok(lock),
+            let busy = match self.queue.lock(&names_of(found)) {
+                Ok(lock) if !each => return Ok(lock),
+                Ok(mut lock) => match found.iter().find_map(|found| lock_message(&mut lock, found)) {
+                    None => return Ok(lock),
+                    Some(Ok(busy)) => busy,
+                    Some(Err(error)) => return Err(error.into()),
+                },
                 Err(LockError::Failed(error)) => return Err(error.into()),
-                Err(LockError::Busy(_)) if begun.elapsed() < LOCK_WAIT => thread::sleep(Duration::from_millis(50)),
                 Err(LockError::Busy(name)) => {
-                    let label = found.iter().find(|found| *found.name == name).map_or("-", |found| found.label);
-                    return failure(Sysexit::Temporary, format!("a session has the queue {label}: try again later"));
+                    let busy = found.iter().find(|found| *found.name == name);
+                    busy.map_or_else(String::new, |found| found.label.to_string())
                 }
+            };
+            if begun.elapsed() >= LOCK_WAIT {
+                return failure(Sysexit::Temporary, format!("a session has the queue {busy}: try again later"));
             }
+            thread::sleep(Duration::from_millis(50));
         }
     }
 
@@ -303,7 +310,7 @@ impl Queues {
 
     fn remove(&self, out: &mut dyn Write, id: &str) -> Result<(), Failure> {
         let all = self.find(id)?;
-        let mut lock = self.lock(&all)?;
+        let mut lock = self.lock(&all, true)?;
         for found in all {
             let removed = lock.remove(found.name, found.message.entry)?;
             let what = if removed { "removed" } else { "gone already" };
@@ -314,7 +321,7 @@ impl Queues {
 
     fn bounce(&self, out: &mut dyn Write, id: &str) -> Result<(), Failure> {
         let all = self.find(id)?;
-        let mut lock = self.lock(&all)?;
+        let mut lock = self.lock(&all, true)?;
         let mut stays = None;
         for QueueItem { label, name, message: ListedMessage { id, entry, .. } } in all {
             let Some(message) = lock.open_message(name, entry)? else {
@@ -329,6 +336,7 @@ impl Queues {
             let settled = self.reporter.finish_attempt(message, result, &Attempt::by_administrator(), &mut lock)?;
             let told = match settled.recipients.iter().any(RecipientStatus::is_open) {
                 true => "not bounced: the DSN cannot be stored",
+                false if !has_sender && name.shared => "removed: it has no sender",
                 false if !has_sender => "set aside: it has no sender",
                 false if !self.reporter.can_report() => "set aside: this customer sends no mail, so no DSN",
                 false => "bounced",
@@ -351,9 +359,13 @@ impl Queues {
             })?;
         }
         let all = if all.is_empty() { self.find(what)? } else { all };
-        let (mut lock, mut due) = (self.lock(&all)?, 0);
+        let (mut lock, mut due) = (self.lock(&all, false)?, 0);
         for found in all.into_iter().filter(|found| found.message.envelope.is_ok()) {
-            due += usize::from(lock.make_due(found.name, found.message.entry)?);
+            match lock.make_due(found.name, found.message.entry) {
+                // It is being tried right now.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                made => due += usize::from(made?),
+            }
         }
         writeln!(out, "{due} messages are due")?;
         self.wake()
@@ -464,7 +476,7 @@ impl Queues {
                         "a customer's file has a mistake, and the domain may be that customer's: run `odmr check`",
                     );
                 }
-                let held = !matches!(queue, SpoolQueue::Outgoing(_));
+                let held = matches!(queue, SpoolQueue::Held(_) | SpoolQueue::Postmaster);
                 Ok((if held { mailbox.canonical() } else { mailbox.clone() }, spool.name(&queue)))
             }
             Side::Customer(outgoing) => {
@@ -472,6 +484,37 @@ impl Queues {
                 Ok((mailbox.clone(), name))
             }
         }
+    }
+}
+
+/// The name of a message's queue for administrators: in a shared directory each domain has one.
+fn label_of<'a>(label: &'a str, name: &QueueName, message: &ListedMessage) -> Cow<'a, str> {
+    let recipients = message.envelope.iter().flat_map(|queued| &queued.envelope.recipients);
+    let settled = message.settled.iter().filter_map(|(address, _)| Mailbox::parse(address));
+    let mut mailboxes = recipients.map(|recipient| recipient.mailbox.clone()).chain(settled);
+    match mailboxes.find_map(|mailbox| mailbox.domain().cloned()) {
+        Some(domain) if name.shared => Cow::Owned(format!("{label}/{domain}")),
+        _ => Cow::Borrowed(label),
+    }
+}
+
+/// The queues of some messages, each once.
+fn names_of(found: &[QueueItem<'_>]) -> Vec<QueueName> {
+    let mut names: Vec<QueueName> = Vec::new();
+    for QueueItem { name, .. } in found {
+        if !names.contains(name) {
+            names.push((*name).clone());
+        }
+    }
+    names
+}
+
+/// Locks a message of a shared directory. `Some`: a session has it, and this is its queue; or the system's error.
+fn lock_message(lock: &mut QueueLock, found: &QueueItem<'_>) -> Option<io::Result<String>> {
+    match lock.lock_message(found.name, &found.message.entry) {
+        Ok(_) => None,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Some(Ok(found.label.to_string())),
+        Err(error) => Some(Err(error)),
     }
 }
 

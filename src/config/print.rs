@@ -66,6 +66,7 @@ impl Printer {
         self.head("inbound");
         self.list("listen", &config.inbound.listen);
         self.value("max-size", config.inbound.max_size);
+        self.value("offer-dsn", config.inbound.offer_dsn);
         self.head("odmr");
         self.list("listen", &config.odmr.listen);
         self.list("listen-tls", &config.odmr.listen_tls);
@@ -86,6 +87,7 @@ impl Printer {
         };
         self.value("tls", tls);
         self.value("port", relay.port);
+        self.value("allow-private", relay.allow_private);
         self.value("connections", relay.connections);
         self.value("connections-per-host", relay.connections_per_host);
         self.value("without-8bitmime", eight_bit(relay.without_8bitmime));

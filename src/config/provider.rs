@@ -92,7 +92,7 @@ impl ProviderConfig {
         // After a mistake in the table, listeners with TLS are no second one.
         let has_tls = !matches!(tls, Ok(None));
         let tls = source.note(tls.and_then(|tls| tls.map(TlsFiles::build).transpose()));
-        let mut inbound = file.table_or_empty("inbound", &["listen", "max-size"]);
+        let mut inbound = file.table_or_empty("inbound", &["listen", "max-size", "offer-dsn"]);
         let inbound_listen = inbound.list("listen", LISTENER);
         let mut odmr = file.table_or_empty("odmr", &ODMR_KEYS);
         let (odmr_listen, listen_tls) = (odmr.list("listen", LISTENER), odmr.list("listen-tls", LISTENER));
@@ -100,7 +100,7 @@ impl ProviderConfig {
         let _ = source.note(check_listeners(lists.flatten()));
         let build = |customers: Located<PathBuf>| source.note(Accounts::build(source, &customers, has_tls, earlier));
         let accounts = customers.and_then(build);
-        let max_size = inbound.or("max-size", SIZE, MAX_SIZE);
+        let (max_size, offer_dsn) = (inbound.or("max-size", SIZE, MAX_SIZE), inbound.or("offer-dsn", Flag, true));
         let odmr = source.note(OdmrConfig::build(odmr, odmr_listen, listen_tls, has_tls));
         let relay = source.note(RelayConfig::build(&mut file));
         let (limits, timeouts) = (limits(&mut file), source.note(timeouts(&mut file)));
@@ -110,7 +110,11 @@ impl ProviderConfig {
             spool: source.absolute(&spool?),
             accounts: accounts?,
             tls: tls?,
-            inbound: InboundConfig { listen: addresses(inbound_listen?, 25), max_size: max_size? },
+            inbound: InboundConfig {
+                listen: addresses(inbound_listen?, 25),
+                max_size: max_size?,
+                offer_dsn: offer_dsn?,
+            },
             odmr: odmr?,
             relay: relay?,
             limits,
@@ -201,6 +205,8 @@ pub struct InboundConfig {
     /// The maximal size of a message, in octets on the wire, from the Internet and from customers. Default 50 MiB.
     /// RFC 5321 section 4.5.3.1.7 wants at least 64 KiB; less is for tests.
     pub max_size: u64,
+    /// Whether to offer DSN (RFC 3461) to the Internet, by which a sender asks for DSNs of success. Default: true.
+    pub offer_dsn: bool,
 }
 
 /// `[odmr]`: the listeners for customers.

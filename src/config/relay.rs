@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use super::remote::optional_remote;
 use super::table::Table;
-use super::value::{DELAY_WARNING, DURATION, PORT_NUMBER, RESOLVER, Text, WITHOUT_8BITMIME, domain_elsewhere};
+use super::value::{DELAY_WARNING, DURATION, Flag, PORT_NUMBER, RESOLVER, Text, WITHOUT_8BITMIME, domain_elsewhere};
 use crate::mail::address::Domain;
 use crate::queue::retry::{LONGEST_PAUSE, Retry};
 use crate::recipients::ConfigError;
@@ -27,6 +27,8 @@ pub struct RelayConfig {
     pub resolver: Option<SocketAddr>,
     /// The port of MX hosts. Default 25; others are for tests.
     pub port: u16,
+    /// Whether MX hosts may have private addresses, or those of this machine. Default: such addresses are passed over.
+    pub allow_private: bool,
     /// Concurrent connections to all hosts, each with a thread. Default 20; 1 to 1000.
     pub connections: usize,
     /// Concurrent connections to one host. Default 5, at least 1.
@@ -51,6 +53,7 @@ impl RelayConfig {
         let tls_for = policies(&mut table);
         let tls_for = table.file.note(tls_for);
         let (resolver, port) = (table.get("resolver", RESOLVER), table.or("port", PORT_NUMBER, 25));
+        let allow_private = table.or("allow-private", Flag, false);
         let connections = table.or("connections", 1..=1000, 20);
         let connections_per_host = table.or("connections-per-host", 1..=u32::MAX, 5);
         let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default());
@@ -61,6 +64,7 @@ impl RelayConfig {
             tls_for: tls_for?,
             resolver: resolver?,
             port: port?,
+            allow_private: allow_private?,
             connections: connections?,
             connections_per_host: connections_per_host?,
             without_8bitmime: without_8bitmime?,
@@ -69,9 +73,9 @@ impl RelayConfig {
 }
 
 #[rustfmt::skip]
-const RELAY_KEYS: [&str; 21] = [
+const RELAY_KEYS: [&str; 22] = [
     "smarthost", "smarthost-tls", "ca", "pin", "certificate", "key", "name", "secret", "secret-file", "mechanisms", "tls", "tls-for",
-    "resolver", "port", "connections", "connections-per-host", "without-8bitmime", "retry-first", "retry-max", "give-up",
+    "resolver", "port", "allow-private", "connections", "connections-per-host", "without-8bitmime", "retry-first", "retry-max", "give-up",
     "delay-notice",
 ];
 

@@ -116,7 +116,7 @@ fn the_least_provider_has_the_documented_defaults() {
     assert_eq!(provider.spool, directory.path().join("spool"));
     assert!(provider.tls.is_none());
     assert_eq!(provider.inbound.listen, ["[::]:25".parse().unwrap()]);
-    assert_eq!(provider.inbound.max_size, 52_428_800);
+    assert_eq!((provider.inbound.max_size, provider.inbound.offer_dsn), (52_428_800, true));
     assert_eq!(provider.odmr.listen, ["[::]:366".parse().unwrap()]);
     assert_eq!(provider.odmr.listen_tls, []);
     assert!(!provider.odmr.require_tls && provider.odmr.cram_md5);
@@ -141,6 +141,7 @@ fn every_key_of_a_provider_is_read() {
         [inbound]
         listen = [":2525", "127.0.0.1:0"]
         max-size = 1000000
+        offer-dsn = false
         [odmr]
         listen = []
         listen-tls = ["127.0.0.1:0", "127.0.0.1:0"]
@@ -153,7 +154,7 @@ fn every_key_of_a_provider_is_read() {
     assert_eq!(provider.spool, Path::new("/var/spool/odmr"));
     let tls = provider.tls.unwrap();
     assert_eq!((tls.certificate, tls.key), (directory.path().join("relay.pem"), "/etc/relay.key".into()));
-    assert_eq!(provider.inbound.max_size, 1_000_000);
+    assert_eq!((provider.inbound.max_size, provider.inbound.offer_dsn), (1_000_000, false));
     assert_eq!((provider.odmr.listen.len(), provider.odmr.listen_tls.len()), (0, 2));
     assert!(provider.odmr.require_tls && !provider.odmr.cram_md5);
     assert_eq!(provider.accounts.iter().count(), 0);
@@ -247,7 +248,7 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 fn without_a_table_mail_goes_by_mx() {
     let relay = relay("");
     assert_eq!((&relay.smarthost, relay.tls, relay.tls_for.len(), relay.resolver), (&None, TlsPolicy::May, 0, None));
-    assert_eq!((relay.port, relay.connections, relay.connections_per_host), (25, 20, 5));
+    assert_eq!((relay.port, relay.allow_private, relay.connections, relay.connections_per_host), (25, false, 20, 5));
     let times = Retry { first: 5 * MINUTE, max: 4 * HOUR, give_up: 5 * DAY, delay_notice: Some(4 * HOUR) };
     assert_eq!(relay.retry, times);
 }
@@ -265,6 +266,7 @@ fn every_key_of_relay_is_read() {
             tls-for = { "Example.COM" = "verify", localhost = "may", "my_host.example" = "must" }
             resolver = "127.0.0.1:5353"
             port = 2525
+            allow-private = true
             connections = 1000
             connections-per-host = 1
             retry-first = "1s"
@@ -289,7 +291,7 @@ fn every_key_of_relay_is_read() {
     assert_eq!(policy("localhost"), TlsPolicy::May);
     assert_eq!(policy("sub.example.com"), TlsPolicy::Must);
     assert_eq!(relay.resolver, Some("127.0.0.1:5353".parse().unwrap()));
-    assert_eq!((relay.port, relay.connections, relay.connections_per_host), (2525, 1000, 1));
+    assert_eq!((relay.port, relay.allow_private, relay.connections, relay.connections_per_host), (2525, true, 1000, 1));
     let seconds = Duration::from_secs;
     let times = Retry { first: seconds(1), max: seconds(2), give_up: seconds(3), delay_notice: None };
     assert_eq!(relay.retry, times);
@@ -431,6 +433,8 @@ fn mistakes_in_relay_are_named() {
     relay("smarthost = \"smtp.example.net:0\"", 7, "mostly 587");
     relay("smarthost = \"::1\"", 7, "write \"[::1]:587\"");
     relay("smarthost = \"a b\"", 7, "is not a valid host with a port: write \"relay.example.net:587\"");
+    relay("allow-private = \"yes\"", 7, "expected true or false");
+    relay("allow_private = true", 7, "unknown key `allow_private`");
     relay("smarthost = 587", 7, "expected a host and a port such as \"smtp.example.net:587\"");
     relay(&format!("{host}\nsmarthost-tls = \"may\""), 8, "write \"starttls\", \"implicit\" or \"none\"");
     relay(&format!("{host}\n{pin}\nca = \"ca.pem\""), 9, "`ca` and `pin` exclude each other");
@@ -751,6 +755,7 @@ fn mistakes_in_a_provider_s_file_are_named() {
     provider("", "[tls]\ncertificate = \"c\"", "odmr.toml:6", "`key` is missing");
     provider("", "[tls]\ncert = \"c\"", "odmr.toml:7", "unknown key `cert`, expected `certificate` or `key`");
     provider("", "[inbound]\nmax-size = \"50MB\"", "odmr.toml:7", "\"50MB\" is not a valid size");
+    provider("", "[inbound]\noffer-dsn = \"no\"", "odmr.toml:7", "expected true or false");
     provider("", "[inbound]\nmax-size = 0", "odmr.toml:7", "no message would be accepted");
     provider("", "[inbound]\nmax-size = true", "odmr.toml:7", "expected a size such as \"50MiB\"");
 }

@@ -17,7 +17,6 @@ use crate::config::CustomerConfig;
 use crate::mail::received::ClientInfo;
 use crate::maildir::spooled::Content;
 use crate::net::cancel::CancelToken;
-use crate::net::resolver::system_addresses;
 use crate::net::trace::quoted;
 use crate::platform;
 use crate::recipients::{NextHop, same_mailbox};
@@ -397,7 +396,11 @@ fn connect_hop(hop: &NextHop, config: &CustomerConfig, connect: &Connect<'_>) ->
         NextHop::Lmtp { address, .. } => (address, true),
         NextHop::Smtp { address, .. } => (address, false),
     };
-    connect_to_any(&system_addresses(address).map_err(unreachable)?, &options(lmtp), connect)
+    let addresses = connect.addresses(address).map_err(|error| match error.kind() {
+        io::ErrorKind::Interrupted => SessionFailure::Cancelled,
+        _ => unreachable(error),
+    })?;
+    connect_to_any(&addresses, &options(lmtp), connect)
 }
 
 fn connect_to_any(

@@ -520,8 +520,15 @@ impl DsnSink for OutgoingStore {
         let octets = dsn.text.len() as u64;
         let (mut writer, routing) = self.begin(&here, elsewhere.envelope.recipients, octets, "")?;
         writer.write(&dsn.text)?;
+        // A mailbox shows the time of modification.
+        let not_before = dsn.not_before.filter(|_| here.envelope.recipients.is_empty());
+        not_before.into_iter().for_each(|time| writer.set_modified(time));
         writer.commit()?;
         log_discarded("-", &envelope, &routing.discarded, envelope.arrived);
         Ok(())
+    }
+
+    fn is_ours(&self, to: &Mailbox) -> bool {
+        self.is_local(to)
     }
 }

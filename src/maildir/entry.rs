@@ -119,6 +119,12 @@ impl Entry {
         self.field("S=")?.parse().ok()
     }
 
+    /// Returns what the name of a file in a directory for many domains tells: the name of the domain
+    /// ([`Domain::file_name`](crate::mail::address::Domain::file_name)), and whether the message has no sender.
+    pub fn destination(&self) -> Option<(&str, bool)> {
+        self.field("D=").map(|name| (name, false)).or_else(|| self.field("B=").map(|name| (name, true)))
+    }
+
     /// Returns when the file was named, according to its name (maildir(5)).
     pub fn named(&self) -> Option<Timestamp> {
         seconds(self.unique().to_str()?.split('.').next()?)

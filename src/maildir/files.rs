@@ -72,20 +72,42 @@ pub fn prepare_directory(path: &Path, mode: Option<u32>) {
 }
 
 /// Makes one directory, unless another thread has just made it.
+///
+/// # Errors
+/// `NotFound` also if another process has just removed it.
 pub(super) fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
     match DirBuilder::new().mode(mode).create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => match fs::symlink_metadata(path) {
+            Ok(found) if found.is_dir() || found.is_symlink() && path.is_dir() => return Ok(()),
+            Ok(_) => return Err(with_path(path, error)),
+            Err(error) => return Err(with_path(path, error)),
+        },
         other => other.map_err(|error| with_path(path, error))?,
     }
     // The system may give it the number of one that was removed.
-    if let Ok(id) = FileId::of_path(path) {
+    if let Ok(id) = DirectoryId::of_path(path) {
         DURABLE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().remove(&id);
     }
     Ok(())
 }
 
+/// Which directory it is. The system may give the number of one that was removed to the next, which another process makes: it
+/// is known by its time of birth, if the file system has that.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct DirectoryId {
+    file: FileId,
+    born: Option<SystemTime>,
+}
+
+impl DirectoryId {
+    fn of_path(path: &Path) -> io::Result<DirectoryId> {
+        let metadata = fs::symlink_metadata(path)?;
+        Ok(DirectoryId { file: FileId::of(&metadata), born: metadata.created().ok() })
+    }
+}
+
 /// The directories whose names this process has made durable.
-static DURABLE: Mutex<Option<HashSet<FileId>>> = Mutex::new(None);
+static DURABLE: Mutex<Option<HashSet<DirectoryId>>> = Mutex::new(None);
 
 /// The errors of fsync(2) that say nothing about the disk.
 const NOT_SYNCED: [io::ErrorKind; 4] = [
@@ -103,7 +125,7 @@ const DURABLE_LIMIT: usize = 100_000;
 /// once by this process. A directory that this user may not read is not ours to fsync, and some cannot be fsynced at all, such
 /// as those of autofs and of file systems that cannot be written.
 pub(super) fn sync_names(path: &Path) -> io::Result<()> {
-    let known = |id: FileId, add: bool| {
+    let known = |id: DirectoryId, add: bool| {
         let mut durable = DURABLE.lock().unwrap_or_else(PoisonError::into_inner);
         let durable = durable.get_or_insert_default();
         if add && durable.len() >= DURABLE_LIMIT {
@@ -114,7 +136,7 @@ pub(super) fn sync_names(path: &Path) -> io::Result<()> {
     let mut names = Vec::new();
     let mut at = path;
     while let Some(above) = parent(at) {
-        let id = FileId::of_path(at).map_err(|error| with_path(at, error))?;
+        let id = DirectoryId::of_path(at).map_err(|error| with_path(at, error))?;
         if known(id, false) {
             break;
         }
@@ -242,4 +264,25 @@ pub(super) fn list(path: &Path) -> impl Iterator<Item = io::Result<DirEntry>> + 
     };
     let path = path.to_owned();
     files.into_iter().flatten().chain(failure).map(move |file| file.map_err(|error| with_path(&path, error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Another process removes a directory and makes it again: a name that was made durable is that of the first one.
+    #[test]
+    fn a_directory_that_was_made_again_is_another_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new");
+        let made = || {
+            fs::create_dir(&path).unwrap();
+            let id = DirectoryId::of_path(&path).unwrap();
+            fs::remove_dir(&path).unwrap();
+            id
+        };
+        let ids: HashSet<_> = (0..20).map(|_| made()).collect();
+        let has_birth = ids.iter().all(|id| id.born.is_some());
+        assert!(!has_birth || ids.len() == 20, "{}", ids.len());
+    }
 }

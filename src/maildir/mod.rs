@@ -50,6 +50,9 @@ const RESERVED_SPACE: u64 = 4 << 20;
 /// How often the directories are read for a message that a mail reader has moved.
 const FIND_ATTEMPTS: usize = 3;
 
+/// How often a directory is made again that others remove: a queue without mail is removed at any time.
+const MAKE_ATTEMPTS: usize = 100;
+
 /// Octets of content that are read or written at once.
 const BLOCK_SIZE: usize = 32 * 1024;
 
@@ -102,6 +105,10 @@ impl Maildir {
 
     /// Makes the directories that are missing. Their names are durable with the first message ([`MessageWriter::commit`]).
     pub fn create(&self) -> io::Result<()> {
+        self.remade(|| self.make_missing())
+    }
+
+    fn make_missing(&self) -> io::Result<()> {
         let mode = 0o777 & !self.mask;
         make_directories(&self.path, mode)?;
         // `tmp` last: if it exists, the others do, even if the process is killed here, and a writer need not check.
@@ -109,6 +116,22 @@ impl Maildir {
             make_directories(&self.path.join(name), mode)?;
         }
         Ok(())
+    }
+
+    /// Does something in the directories. If one of them is missing, or another process removes it meanwhile, it is made and
+    /// the operation is repeated.
+    fn remade<T>(&self, operation: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        for _ in 0..MAKE_ATTEMPTS {
+            match operation() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                done => return done,
+            }
+            match self.make_missing() {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        operation()
     }
 
     /// Checks that the quota, if there is one, has room for one more message of this many octets. `unique` makes a
@@ -135,15 +158,16 @@ impl Maildir {
     fn create_temporary(&self, unique: &str, options: &mut OpenOptions) -> io::Result<File> {
         let path = self.temporary(unique);
         let options = options.write(true).create_new(true);
-        let file = match options.open(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                match self.kind {
-                    Kind::Folder => make_directory(&self.path.join("tmp"), 0o777 & !self.mask)?,
-                    Kind::Queue | Kind::Mailbox => self.create()?,
+        let open = || options.open(&path);
+        let file = match self.kind {
+            Kind::Queue | Kind::Mailbox => self.remade(open),
+            Kind::Folder => match open() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    make_directory(&self.path.join("tmp"), 0o777 & !self.mask)?;
+                    open()
                 }
-                options.open(&path)
-            }
-            other => other,
+                other => other,
+            },
         };
         file.map_err(|error| with_path(&path, error))
     }
@@ -309,10 +333,11 @@ impl Maildir {
         sweep::sweep(&self.path.join("tmp"), &|_| true)
     }
 
-    /// Removes the Maildir if it holds nothing and was not used for 36 hours. `others`: the files beside its messages, and the
-    /// directory of another Maildir, that it may have. The caller has its lock.
-    pub fn remove_unused(&self, others: &[&str]) -> io::Result<()> {
-        sweep::remove_unused(&self.path, others)
+    /// Removes the Maildir if it holds nothing and, if `stale`, was not used for 36 hours. `others`: the files beside its
+    /// messages, and the directory of another Maildir, that it may have. The caller has its lock. A writer who needs the
+    /// Maildir meanwhile makes it again. Returns whether it was removed.
+    pub fn remove_unused(&self, others: &[&str], stale: bool) -> io::Result<bool> {
+        sweep::remove_unused(&self.path, others, stale)
     }
 }
 

@@ -37,46 +37,47 @@ pub(super) fn sweep(directory: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Res
     Ok(())
 }
 
-/// Removes a Maildir that holds nothing and was not used for 36 hours, with `others`: the files beside its messages that it
-/// may have, and a Maildir of that kind within it. Anything else in it keeps it. Its caller has its lock.
+/// Removes a Maildir that holds nothing and, if `stale`, was not used for 36 hours, with `others`: the files beside its
+/// messages that it may have, and a Maildir of that kind within it. Anything else in it keeps it. Its caller has its lock.
 ///
 /// A writer may begin a message meanwhile: it makes what is missing. So `tmp` goes first, and stays if a writer has a file
 /// in it.
-pub(super) fn remove_unused(path: &Path, others: &[&str]) -> io::Result<()> {
+pub(super) fn remove_unused(path: &Path, others: &[&str], stale: bool) -> io::Result<bool> {
     // An administrator may have put the Maildir elsewhere.
     let is_directory = |path: &Path| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
     let parts = ["tmp", "new", "cur"].map(|name| path.join(name));
     let now = SystemTime::now();
     let is_unused = |part: &Path| {
         let used = fs::metadata(part).and_then(|metadata| metadata.modified());
-        used.is_ok_and(|used| is_stale(used, now)) && list(part).next().is_none()
+        used.is_ok_and(|used| !stale || is_stale(used, now)) && list(part).next().is_none()
     };
     let is_known = |name: &str| ["tmp", "new", "cur"].contains(&name) || others.contains(&name);
     if !is_directory(path) || !parts.iter().all(|part| is_unused(part)) {
-        return Ok(());
+        return Ok(false);
     }
     for found in list(path) {
         let found = found?;
         if !is_known(&found.file_name().to_string_lossy()) {
-            return Ok(());
+            return Ok(false);
         }
         if found.file_type()?.is_dir() && !parts.contains(&found.path()) {
-            remove_unused(&found.path(), &[])?;
+            remove_unused(&found.path(), &[], stale)?;
             if found.path().exists() {
-                return Ok(());
+                return Ok(false);
             }
         }
     }
     for part in &parts {
         if fs::remove_dir(part).is_err() {
-            return Ok(());
+            return Ok(false);
         }
     }
     others.iter().try_for_each(|name| remove_if_there(&path.join(name)))?;
-    if fs::remove_dir(path).is_ok() {
+    let removed = fs::remove_dir(path).is_ok();
+    if removed && stale {
         log_swept(path);
     }
-    Ok(())
+    Ok(removed)
 }
 
 fn is_stale(used: SystemTime, now: SystemTime) -> bool {

@@ -342,14 +342,14 @@ fn a_queue_that_is_not_used_is_removed_and_one_with_anything_in_it_stays() {
     };
     let (_directory, maildir) = unused(&|_| {});
     set_used(&maildir.path().join("new"), 35);
-    maildir.remove_unused(&others).unwrap();
+    maildir.remove_unused(&others, true).unwrap();
     assert!(maildir.exists(), "it was used 35 hours ago");
     set_used(&maildir.path().join("new"), 37);
-    maildir.remove_unused(&others).unwrap();
+    maildir.remove_unused(&others, true).unwrap();
     assert!(!maildir.path().exists());
     for file in ["new/1", "cur/1:2,S", "tmp/1", "new/.hidden", ".refused/new/1", "maildirsize", ".refused/x"] {
         let (_directory, maildir) = unused(&|maildir| drop(File::create(maildir.path().join(file)).unwrap()));
-        maildir.remove_unused(&others).unwrap();
+        maildir.remove_unused(&others, true).unwrap();
         assert!(
             maildir.exists() && maildir.path().join("tmp").exists() && maildir.path().join(file).exists(),
             "{file}"
@@ -359,7 +359,7 @@ fn a_queue_that_is_not_used_is_removed_and_one_with_anything_in_it_stays() {
     let (_directory, maildir) = unused(&|_| {});
     let link = maildir.path().with_file_name("link");
     std::os::unix::fs::symlink(maildir.path(), &link).unwrap();
-    Maildir::new(&link).remove_unused(&others).unwrap();
+    Maildir::new(&link).remove_unused(&others, true).unwrap();
     assert!(maildir.exists() && link.exists());
 }
 
@@ -373,7 +373,7 @@ fn a_message_is_stored_although_its_queue_was_removed_under_it() {
     for part in ["tmp", "new", "cur"] {
         set_used(&maildir.path().join(part), 37);
     }
-    maildir.remove_unused(&[]).unwrap();
+    maildir.remove_unused(&[], true).unwrap();
     assert!(maildir.exists(), "a writer has a file in it");
     // What the other order of events leaves.
     fs::remove_dir(maildir.path().join("new")).unwrap();

@@ -9,6 +9,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use super::files::{move_file, sync_directory, sync_names, with_path};
 use super::quota::QuotaCheck;
@@ -81,18 +82,19 @@ impl MessageCopy {
     }
 
     /// Creates the file with the content of another one, durably.
-    fn make_of(&mut self, content: &mut File) -> io::Result<()> {
+    fn make_of(&mut self, content: &mut File, modified: Option<SystemTime>) -> io::Result<()> {
         let mut file = self.create()?;
         let written = file.write_all(&self.head).and_then(|()| {
             content.rewind()?;
             for_each_block(content, |block| file.write_all(block))
         });
         written.map_err(|error| with_path(&self.temporary, error))?;
-        self.sync(&file)
+        self.sync(&file, modified)
     }
 
-    fn sync(&self, file: &File) -> io::Result<()> {
-        file.sync_all().map_err(|error| with_path(&self.temporary, error))
+    fn sync(&self, file: &File, modified: Option<SystemTime>) -> io::Result<()> {
+        let timed = modified.map_or(Ok(()), |time| file.set_modified(time));
+        timed.and_then(|()| file.sync_all()).map_err(|error| with_path(&self.temporary, error))
     }
 
     /// Moves the file to `new`, under a name with its size on disk and on the wire (Maildir++ `S=` and `W=`)
@@ -103,14 +105,13 @@ impl MessageCopy {
         let name = format!("{},S={octets},W={}{bits}", self.unique, octets + lines);
         let entry = Entry { name: name.into(), seen: false };
         let to = self.maildir.file(&entry);
-        match move_file(&self.temporary, &to) {
-            // It was just removed, because it was not used for long.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && self.maildir.kind == Kind::Queue => {
-                self.maildir.create()?;
-                move_file(&self.temporary, &to)?;
-            }
-            moved => moved?,
-        }
+        let publish = || move_file(&self.temporary, &to);
+        // A queue may just have been removed: `tmp` stays if a file is in it, but not `new`.
+        if self.maildir.kind == Kind::Queue {
+            self.maildir.remade(publish)?
+        } else {
+            publish()?
+        };
         self.moved = Some(entry);
         Ok(())
     }
@@ -134,6 +135,8 @@ pub struct MessageWriter {
     content: ContentInfo,
     /// Octets of content since the free space was checked.
     unchecked: u64,
+    /// The time of modification of the copies, if it is not that of the last write.
+    modified: Option<SystemTime>,
 }
 
 impl MessageWriter {
@@ -168,6 +171,11 @@ impl MessageWriter {
         }
         self.copies.push(copy);
         Ok(())
+    }
+
+    /// Gives all copies this time of modification.
+    pub fn set_modified(&mut self, time: SystemTime) {
+        self.modified = Some(time);
     }
 
     /// Checks that the disks of all copies have room for this many octets of content more, in each copy, and the reserve (see
@@ -235,8 +243,8 @@ impl MessageWriter {
             let flushed = file.into_inner().map_err(|error| with_path(&first.temporary, error.into_error()));
             let mut file = flushed?;
             match others {
-                [] => first.sync(&file)?,
-                _ => self.copies.iter_mut().try_for_each(|copy| copy.make_of(&mut file))?,
+                [] => first.sync(&file, self.modified)?,
+                _ => self.copies.iter_mut().try_for_each(|copy| copy.make_of(&mut file, self.modified))?,
             }
         }
         Ok(PreparedMessage { copies: self.copies, content: self.content, quotas })

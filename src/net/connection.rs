@@ -611,17 +611,25 @@ impl Connection {
     /// `InvalidData` if octets arrived after STARTTLS (RFC 3207 section 6) or the handshake fails, `TimedOut` after the
     /// deadline, the system's. After an error the connection is good for `shutdown` only.
     pub fn start_tls_server(&mut self, tls: &ServerTls, deadline: Instant) -> io::Result<()> {
-        self.start_tls(TlsSession::server(tls), deadline, "TLS")
+        self.start_tls(TlsSession::server(tls), deadline, None, "TLS")
     }
 
     /// [`Connection::start_tls_server`] as the side that made the connection. `name`: the domain name or IP address
     /// that the peer's certificate must be for.
-    pub fn start_tls_client(&mut self, tls: &ClientTls, name: &str, deadline: Instant) -> io::Result<()> {
-        self.start_tls(TlsSession::client(tls, name), deadline, &format!("TLS with {name}"))
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Connection::start_tls_server`]; `Interrupted` if `cancel` is cancelled.
+    pub fn start_tls_client(
+        &mut self, tls: &ClientTls, name: &str, deadline: Instant, cancel: Option<&CancelToken>,
+    ) -> io::Result<()> {
+        self.start_tls(TlsSession::client(tls, name), deadline, cancel, &format!("TLS with {name}"))
     }
 
     /// `what` begins the text of an error of the handshake.
-    fn start_tls(&mut self, session: io::Result<Box<TlsSession>>, deadline: Instant, what: &str) -> io::Result<()> {
+    fn start_tls(
+        &mut self, session: io::Result<Box<TlsSession>>, deadline: Instant, cancel: Option<&CancelToken>, what: &str,
+    ) -> io::Result<()> {
         let invalid = |text| Err(io::Error::new(io::ErrorKind::InvalidData, text));
         if self.tls.is_some() {
             return invalid("TLS has already begun");
@@ -632,14 +640,16 @@ impl Connection {
         }
         // Read nothing here: the next octets of the peer are TLS.
         while !self.flush()? {
-            self.poll_or_time_out(PollFlags::OUT, None, deadline, "the peer does not read")?;
+            cancel.map_or(Ok(()), CancelToken::check)?;
+            self.poll_or_time_out(PollFlags::OUT, cancel, deadline, "the peer does not read")?;
         }
         self.tls = Some(session?);
-        self.handshake(deadline).map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))
+        self.handshake(deadline, cancel).map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))
     }
 
-    fn handshake(&mut self, deadline: Instant) -> io::Result<()> {
+    fn handshake(&mut self, deadline: Instant, cancel: Option<&CancelToken>) -> io::Result<()> {
         loop {
+            cancel.map_or(Ok(()), CancelToken::check)?;
             // A peer that closed may have sent an alert with the reason.
             let flushed = self.flush().map_err(|error| self.read_available().err().unwrap_or(error))?;
             let mut interest = PollFlags::empty();
@@ -648,7 +658,7 @@ impl Connection {
             if interest.is_empty() {
                 return Ok(());
             }
-            if !self.poll_or_time_out(interest, None, deadline, "the handshake took too long")? {
+            if !self.poll_or_time_out(interest, cancel, deadline, "the handshake took too long")? {
                 continue;
             }
             match self.read_early() {
@@ -673,7 +683,7 @@ impl Connection {
 /// # Errors
 ///
 /// `TimedOut` after the deadline, `Interrupted` if `cancel` is cancelled, the system's.
-pub fn connect(address: SocketAddr, deadline: Instant, cancel: &CancelToken) -> io::Result<OwnedFd> {
+pub fn connect(address: SocketAddr, deadline: Instant, cancel: Option<&CancelToken>) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = platform::socket(family, SocketType::STREAM)?;
     match rustix::net::connect(&socket, &address) {
@@ -682,14 +692,12 @@ pub fn connect(address: SocketAddr, deadline: Instant, cancel: &CancelToken) -> 
         other => return other.map(|()| socket).map_err(io::Error::from),
     }
     loop {
-        cancel.check()?;
+        cancel.map_or(Ok(()), CancelToken::check)?;
         if Instant::now() >= deadline {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "no answer"));
         }
-        let mut descriptors = [
-            PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::OUT),
-            PollFd::from_borrowed_fd(cancel.fd(), PollFlags::IN),
-        ];
+        let mut descriptors = vec![PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::OUT)];
+        descriptors.extend(cancel.map(|cancel| PollFd::from_borrowed_fd(cancel.fd(), PollFlags::IN)));
         cancel::poll(&mut descriptors, Some(deadline))?;
         if !descriptors[0].revents().is_empty() {
             rustix::net::sockopt::socket_error(&socket)??;

@@ -1,5 +1,5 @@
 //! The network: the cancellation token, the trace, TLS, descriptors, connections, the poller, listeners within
-//! limits, what a supervisor passes and is told, and name servers.
+//! limits, what a supervisor passes and is told, name servers, and the addresses that no host in the world has.
 
 pub mod cancel;
 pub mod trace;
@@ -13,3 +13,4 @@ pub mod listener;
 pub mod inherited;
 pub mod readiness;
 pub mod resolver;
+pub mod reserved;

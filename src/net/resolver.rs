@@ -1,7 +1,8 @@
 //! Where the mail of a domain goes: its MX records, and the addresses of a host (RFC 5321 section 5.1).
 //!
 //! The result is either definite (also if the domain does not exist) or a [`ResolveError`]: try again later. Every
-//! query ends at an absolute deadline, whatever octets arrive meanwhile. Nothing is cached: the name server does that.
+//! query ends at an absolute deadline, whatever octets arrive meanwhile; [`Resolver::within`] is one for all queries together,
+//! which a token ends, too. Nothing is cached: the name server does that.
 //!
 //! ```text
 //! route("example.org")                          each query, to each server in turn, then again:
@@ -19,7 +20,10 @@ use std::fmt;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use domain::base::iana::{Class, Opcode, OptRcode};
@@ -27,9 +31,12 @@ use domain::base::message_builder::PushError;
 use domain::base::wire::ParseError;
 use domain::base::{Message, MessageBuilder, Name, ParsedName, ParsedRecord, Rtype, ToName};
 use domain::rdata::{A, Aaaa, Cname, Mx};
+use rustix::event::{PollFd, PollFlags};
 
 use crate::ids::Ids;
 use crate::mail::address::{Domain, parse_literal};
+use crate::net::cancel::{self, CancelToken};
+use crate::net::connection;
 
 const CONFIGURATION: &str = "/etc/resolv.conf";
 const PORT: u16 = 53;
@@ -52,6 +59,11 @@ const ALIAS_LIMIT: usize = 8;
 /// The most hosts of a domain, or addresses of a host, that are returned: the best, or the first.
 const RESULT_LIMIT: usize = 100;
 
+/// Lookups by the system's resolver at the same time. Each has a thread that nothing can interrupt.
+const SYSTEM_LOOKUP_LIMIT: usize = 32;
+/// How soon a lookup looks again whether another one has ended.
+const SYSTEM_LOOKUP_POLL: Duration = Duration::from_millis(50);
+
 /// Queries name servers. A clone queries the same ones.
 #[derive(Clone)]
 pub struct Resolver {
@@ -59,6 +71,10 @@ pub struct Resolver {
     timeout: Duration,
     attempts: u32,
     ids: Ids,
+    /// No query waits longer.
+    deadline: Option<Instant>,
+    /// Ends every wait.
+    cancel: Option<CancelToken>,
 }
 
 /// Where the mail of a domain goes.
@@ -122,6 +138,11 @@ impl Resolver {
         Resolver::new(vec![server], TIMEOUT, ATTEMPTS, ids)
     }
 
+    /// The same servers; but all queries end at this deadline, or if the token is cancelled.
+    pub fn within(self, deadline: Instant, cancel: &CancelToken) -> Resolver {
+        Resolver { deadline: Some(deadline), cancel: Some(cancel.clone()), ..self }
+    }
+
     /// Finds where the mail of `domain` goes.
     ///
     /// # Errors
@@ -146,15 +167,14 @@ impl Resolver {
     ///
     /// A host that is an address in place of a name has this one (see [`address_for_name`]).
     ///
-    /// Addresses that cannot belong to one host (unspecified, multicast, broadcast) are left out. Loopback and private
-    /// addresses are not: the caller decides whether to connect to them.
+    /// No address is left out: the caller decides which ones to connect to.
     ///
     /// # Errors
     ///
     /// [`ResolveError`] if no address was found and a query has failed.
     pub fn addresses(&self, host: &Domain) -> Result<Vec<IpAddr>, ResolveError> {
         if let Some(address) = address_for_name(host) {
-            return Ok(Some(address).filter(|address| is_unicast(*address)).into_iter().collect());
+            return Ok(vec![address]);
         }
         let mut addresses = Vec::new();
         let mut failure = None;
@@ -172,7 +192,7 @@ impl Resolver {
             }
         }
         let mut seen = HashSet::new();
-        addresses.retain(|address| is_unicast(*address) && seen.insert(*address));
+        addresses.retain(|address| seen.insert(*address));
         let mut addresses = alternate_families(addresses, IpAddr::is_ipv6);
         addresses.truncate(RESULT_LIMIT);
         match failure {
@@ -200,6 +220,42 @@ impl Resolver {
             timeout: Duration::from_secs(timeout.clamp(1, TIMEOUT_LIMIT).into()),
             attempts: attempts.clamp(1, ATTEMPTS_LIMIT),
             ids: ids.clone(),
+            deadline: None,
+            cancel: None,
+        }
+    }
+
+    /// The end of one query that begins now.
+    fn query_deadline(&self) -> Instant {
+        let end = Instant::now() + self.timeout;
+        self.deadline.map_or(end, |deadline| deadline.min(end))
+    }
+
+    /// Whether no more query may begin.
+    fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+            || self.cancel.as_ref().is_some_and(CancelToken::is_cancelled)
+    }
+
+    /// Repeats an operation on a socket that does not block until it has a result, the deadline passes, or the token is
+    /// cancelled. `flag`: what the operation waits for.
+    fn wait_for<T>(
+        &self, socket: BorrowedFd<'_>, flag: PollFlags, deadline: Instant, mut operation: impl FnMut() -> io::Result<T>,
+    ) -> io::Result<T> {
+        use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
+        loop {
+            self.cancel.as_ref().map_or(Ok(()), CancelToken::check)?;
+            if Instant::now() >= deadline {
+                return Err(io::Error::new(TimedOut, "no answer in time"));
+            }
+            match operation() {
+                Err(error) if matches!(error.kind(), Interrupted | WouldBlock) => {}
+                other => return other,
+            }
+            let mut descriptors = vec![PollFd::from_borrowed_fd(socket, flag)];
+            let cancel = self.cancel.as_ref();
+            descriptors.extend(cancel.map(|cancel| PollFd::from_borrowed_fd(cancel.fd(), PollFlags::IN)));
+            cancel::poll(&mut descriptors, Some(deadline))?;
         }
     }
 
@@ -246,7 +302,7 @@ impl Resolver {
         let mut failures: Vec<Option<QueryError>> = self.servers.iter().map(|_| None).collect();
         for attempt in 0..self.attempts {
             for (server, failure) in self.servers.iter().zip(&mut failures) {
-                if !matches!(failure, None | Some(QueryError::NoReply(_))) {
+                if !matches!(failure, None | Some(QueryError::NoReply(_))) || self.is_over() {
                     continue;
                 }
                 // Some firewalls drop messages with EDNS0: the last query goes without it.
@@ -260,7 +316,11 @@ impl Resolver {
         let failures = self.servers.iter().zip(failures);
         let failures: Vec<String> =
             failures.filter_map(|(server, failure)| Some(format!("{server}: {}", failure?))).collect();
-        Err(if failures.is_empty() { "no name server is known".to_owned() } else { failures.join("; ") })
+        Err(match failures.is_empty() {
+            true if self.servers.is_empty() => "no name server is known".to_owned(),
+            true => "there is no time left for it".to_owned(),
+            false => failures.join("; "),
+        })
     }
 
     /// Queries one server; again over TCP if the reply is truncated, and without EDNS0 if it is not understood.
@@ -281,17 +341,15 @@ impl Resolver {
     }
 
     fn over_udp(&self, server: SocketAddr, query: &[u8], parse: impl Fn(&[u8]) -> Option<QueryResult>) -> QueryResult {
-        let deadline = Instant::now() + self.timeout;
+        let deadline = self.query_deadline();
         let socket = self.socket(server)?;
+        socket.set_nonblocking(true)?;
         // From now on the system drops messages from other addresses, and reports a port without a server.
         socket.connect(server)?;
         socket.send(query)?;
         let mut buffer = vec![0; MESSAGE_LIMIT];
         loop {
-            let length = retry_until(deadline, |left| {
-                socket.set_read_timeout(Some(left))?;
-                socket.recv(&mut buffer)
-            })?;
+            let length = self.wait_for(socket.as_fd(), PollFlags::IN, deadline, || socket.recv(&mut buffer))?;
             if let Some(reply) = buffer.get(..length).and_then(&parse) {
                 return reply;
             }
@@ -299,21 +357,33 @@ impl Resolver {
     }
 
     fn over_tcp(&self, server: SocketAddr, query: &[u8], parse: impl Fn(&[u8]) -> Option<QueryResult>) -> QueryResult {
-        let deadline = Instant::now() + self.timeout;
-        let mut stream = TcpStream::connect_timeout(&server, self.timeout)?;
+        let deadline = self.query_deadline();
+        let mut stream = TcpStream::from(connection::connect(server, deadline, self.cancel.as_ref())?);
         // Length and message in one segment (RFC 7766 section 8). They fit into the empty buffer of the socket.
         let length = u16::try_from(query.len()).map_err(io::Error::other)?;
-        stream.set_write_timeout(Some(self.timeout))?;
         stream.write_all(&[&length.to_be_bytes(), query].concat())?;
         loop {
             let mut length = [0; 2];
-            read_exact_until(&mut stream, &mut length, deadline)?;
+            self.read_exact(&stream, &mut length, deadline)?;
             let mut message = vec![0; u16::from_be_bytes(length).into()];
-            read_exact_until(&mut stream, &mut message, deadline)?;
+            self.read_exact(&stream, &mut message, deadline)?;
             if let Some(reply) = parse(&message) {
                 return reply;
             }
         }
+    }
+
+    /// Fills `buffer`, or fails at the deadline, however slowly the octets arrive.
+    fn read_exact(&self, stream: &TcpStream, mut buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
+        while !buffer.is_empty() {
+            let mut from = stream;
+            let length = self.wait_for(stream.as_fd(), PollFlags::IN, deadline, || from.read(buffer))?;
+            if length == 0 {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection"));
+            }
+            buffer = buffer.get_mut(length..).unwrap_or_default();
+        }
+        Ok(())
     }
 
     /// A socket on a random port (RFC 5452 section 9.2): not all systems choose ports at random, and an attacker who
@@ -346,12 +416,67 @@ fn alternate_families<T>(addresses: Vec<T>, is_ipv6: impl Fn(&T) -> bool) -> Vec
 /// The addresses of a configured host (`host:port`) by the system's resolver; its families take turns. Never empty.
 ///
 /// # Errors
-/// The host has no address, or cannot be looked up.
-pub fn system_addresses(address: &str) -> io::Result<Vec<SocketAddr>> {
-    let addresses = alternate_families(address.to_socket_addrs()?.collect(), SocketAddr::is_ipv6);
+/// The host has no address, or cannot be looked up; `TimedOut` after the deadline, `Interrupted` if `cancel` is cancelled.
+pub fn system_addresses(address: &str, deadline: Instant, cancel: &CancelToken) -> io::Result<Vec<SocketAddr>> {
+    let found = match address.parse() {
+        Ok(address) => vec![address],
+        Err(_) => look_up_by_system(address, deadline, cancel)?,
+    };
+    let addresses = alternate_families(found, SocketAddr::is_ipv6);
     match addresses.is_empty() {
         true => Err(io::Error::new(io::ErrorKind::NotFound, "the name is known, without an address")),
         false => Ok(addresses),
+    }
+}
+
+/// getaddrinfo(3) in a thread of its own, which goes on after the deadline: nothing can interrupt it.
+fn look_up_by_system(address: &str, deadline: Instant, cancel: &CancelToken) -> io::Result<Vec<SocketAddr>> {
+    let late = || io::Error::new(io::ErrorKind::TimedOut, "the system's resolver does not answer");
+    let slot = loop {
+        cancel.check()?;
+        if let Some(slot) = LookupSlot::take() {
+            break slot;
+        }
+        if Instant::now() >= deadline {
+            return Err(late());
+        }
+        cancel.wait_until(Some(deadline.min(Instant::now() + SYSTEM_LOOKUP_POLL)));
+    };
+    let (sender, found) = crossbeam_channel::bounded(1);
+    // poll(2) waits for it beside `cancel`.
+    let done = CancelToken::new()?;
+    let (name, ended) = (address.to_owned(), done.clone());
+    Builder::new().name("lookup".to_owned()).spawn(move || {
+        let _slot = slot;
+        let _ = sender.send(name.to_socket_addrs().map(Iterator::collect));
+        ended.cancel();
+    })?;
+    while !done.is_cancelled() {
+        cancel.check()?;
+        if Instant::now() >= deadline {
+            return Err(late());
+        }
+        let descriptors = [done.fd(), cancel.fd()];
+        cancel::poll(&mut descriptors.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), Some(deadline))?;
+    }
+    found.try_recv().unwrap_or_else(|_| Err(io::Error::other("the lookup has ended without a result")))
+}
+
+/// One of [`SYSTEM_LOOKUP_LIMIT`], until it is dropped.
+struct LookupSlot;
+
+static SYSTEM_LOOKUPS: AtomicUsize = AtomicUsize::new(0);
+
+impl LookupSlot {
+    fn take() -> Option<LookupSlot> {
+        let more = |count| (count < SYSTEM_LOOKUP_LIMIT).then_some(count + 1);
+        SYSTEM_LOOKUPS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| LookupSlot)
+    }
+}
+
+impl Drop for LookupSlot {
+    fn drop(&mut self) {
+        SYSTEM_LOOKUPS.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -554,45 +679,6 @@ pub fn address_for_name(host: &Domain) -> Option<IpAddr> {
     let text = host.as_str();
     let inside = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     inside.parse().ok().or_else(|| parse_literal(inside))
-}
-
-/// Whether an address can belong to one host (RFC 1122 section 3.2.1.3, RFC 4291 section 2). A connection to 0.0.0.0
-/// or `::` would lead to this machine.
-fn is_unicast(address: IpAddr) -> bool {
-    let broadcast = IpAddr::V4(Ipv4Addr::BROADCAST);
-    // ::ffff:0.0.0.0 is 0.0.0.0 too.
-    let address = address.to_canonical();
-    !address.is_unspecified() && !address.is_multicast() && address != broadcast
-}
-
-/// Repeats an operation, which gets the time left and waits no longer, until it has a result or the deadline passes.
-fn retry_until<T>(deadline: Instant, mut operation: impl FnMut(Duration) -> io::Result<T>) -> io::Result<T> {
-    use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::Error::new(TimedOut, "no answer in time"));
-        }
-        match operation(left) {
-            Err(error) if matches!(error.kind(), Interrupted | TimedOut | WouldBlock) => {}
-            other => return other,
-        }
-    }
-}
-
-/// Fills `buffer`, or fails at the deadline, however slowly the octets arrive.
-fn read_exact_until(stream: &mut TcpStream, mut buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
-    while !buffer.is_empty() {
-        let length = retry_until(deadline, |left| {
-            stream.set_read_timeout(Some(left))?;
-            stream.read(buffer)
-        })?;
-        if length == 0 {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection"));
-        }
-        buffer = buffer.get_mut(length..).unwrap_or_default();
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use super::relay::RelayHandle;
 use super::shared::Shared;
 use super::spool::{Spool, SpoolQueue};
 use crate::ids::Ids;
+use crate::mail::address::{Mailbox, ReversePath};
 use crate::mail::header::HeaderCompleter;
 use crate::maildir::MessageWriter;
 use crate::queue::QueuedEnvelope;
@@ -107,14 +108,14 @@ impl QueueWriter {
             completer.finish(&mut self.completed);
             self.writer.write(&self.completed)?;
         }
-        self.writer.commit()?;
-        for (queue, copy) in &self.copies {
+        let entries = self.writer.commit()?;
+        for ((queue, copy), entry) in self.copies.iter().zip(entries) {
             for Recipient { mailbox, .. } in &copy.envelope.recipients {
                 let owner = mailbox.domain().and_then(|domain| self.shared.config.accounts.owner(domain));
                 let account = owner.map_or("-", |account| account.name.as_str());
                 log::info!("event=queued id={} to=<{mailbox}> account={account}", self.id);
             }
-            self.shared.lasting.relay.arrived(queue);
+            self.shared.lasting.relay.arrived(queue, entry, copy.envelope.from == ReversePath::Null, None);
         }
         Ok(self.id)
     }
@@ -138,6 +139,10 @@ impl MessageSink for QueueWriter {
     }
 }
 
+/// How many messages the provider's postmaster may have if DSNs that have no other queue are still to be added: strangers
+/// choose how many there are.
+const POSTMASTER_LIMIT: usize = 1000;
+
 /// Stores the provider's DSNs in the queue of their recipient, held or outgoing; those for which there is none go to the
 /// provider's postmaster.
 pub struct SpoolDsnSink {
@@ -149,22 +154,35 @@ pub struct SpoolDsnSink {
 impl DsnSink for SpoolDsnSink {
     fn store(&self, dsn: &DsnMessage) -> io::Result<()> {
         let mut envelope = dsn.envelope(&self.ids);
-        let queue = self.spool.queue_for(&dsn.to).unwrap_or_else(|| {
+        let queue = self.spool.queue_for(&dsn.to);
+        if queue.is_none() {
             // An address literal, to which the relay does not send.
-            log::warn!("event=dsn-undeliverable to=<{}> consequence=\"postmaster gets it\"", dsn.to);
+            let waiting = self.spool.queue().count(&self.spool.name(&SpoolQueue::Postmaster), POSTMASTER_LIMIT)?;
+            let is_full = waiting >= POSTMASTER_LIMIT;
+            let consequence = if is_full { "dropped: postmaster has enough" } else { "postmaster gets it" };
+            log::warn!("event=dsn-undeliverable to=<{}> consequence={consequence:?}", dsn.to);
+            if is_full {
+                return Ok(());
+            }
             if let Some(postmaster) = self.spool.postmaster() {
                 envelope.envelope.recipients = vec![Recipient::plain(postmaster)];
             }
-            SpoolQueue::Postmaster
-        });
+        }
+        let queue = queue.unwrap_or(SpoolQueue::Postmaster);
         if matches!(queue, SpoolQueue::Held(_)) {
             // As all mail that is held: the customer need not know `Alice@EXAMPLE.org.`.
             envelope.envelope.recipients = vec![Recipient::plain(dsn.to.canonical())];
         }
         let mut writer = self.spool.begin_message(&[(queue.clone(), envelope)], "")?;
         writer.write(&dsn.text)?;
-        writer.commit()?;
-        self.relay.arrived(&queue);
+        // Of held mail the time of modification is not that of an attempt.
+        let not_before = dsn.not_before.filter(|_| matches!(queue, SpoolQueue::Outgoing(_)));
+        not_before.into_iter().for_each(|time| writer.set_modified(time));
+        writer.commit()?.into_iter().for_each(|entry| self.relay.arrived(&queue, entry, true, not_before));
         Ok(())
+    }
+
+    fn is_ours(&self, to: &Mailbox) -> bool {
+        self.spool.held_queue(to).is_some()
     }
 }

@@ -374,6 +374,7 @@ fn begin_session(
         starttls: shared.tls.is_some(),
         require_tls: config.odmr.require_tls,
         mechanisms: mechanisms.collect(),
+        dsn: listener != Listener::Inbound || config.inbound.offer_dsn,
         ..config.limits.server_options(role, &config.hostname, config.inbound.max_size)
     };
     let server = Server::new(options, connection.tls_channel());

@@ -133,6 +133,7 @@ impl Reloader {
         let mut seen: Vec<_> = stamp();
         let (mut end, clock) = (CertificateEnd::default(), self.current().lasting.ids.clock());
         let mut log_end = || end.log(self.current().tls.as_ref(), clock.now());
+        self.current().spool.remove_old_destinations();
         loop {
             log_end();
             self.current().spool.tidy();

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! SPOOL/domains/<domain>/     mail for a customer's domain, until the customer fetches it
-//! SPOOL/outgoing/<domain>/    mail from customers for a domain elsewhere, until the relay has sent it; a domain that is
-//!                             not made of letters, digits and hyphens has its `Domain::file_name`
+//! SPOOL/outgoing/@all/        mail from customers and DSNs for domains elsewhere, until the relay has sent them; a message
+//!                             is one file, whose name tells its domain
+//! SPOOL/outgoing/<domain>/    the same as earlier versions stored it: sent from there, and removed when it is empty; a domain
+//!                             that is not made of letters, digits and hyphens has its `Domain::file_name`
 //! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
 //! SPOOL/.odmr/                the lock of `odmr serve`; `account-ACCOUNT.lock`, which a turned session of the account has,
 //!                             besides `odmr.lock` in each directory with mail; for `odmr status`: `call-ACCOUNT`, the
@@ -24,7 +26,7 @@ use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
 use crate::maildir::{self, MessageWriter, log_sweep_failed, replace_file, with_path};
 use crate::net::trace::quoted;
-use crate::queue::{Queue, QueueName, QueuedEnvelope, remove_unused_lock};
+use crate::queue::{Queue, QueueDue, QueueName, QueuedEnvelope, SharedIndex, remove_unused_lock};
 use crate::smtp::reply::Reply;
 
 /// The file in `SPOOL/.odmr` that `odmr serve` locks.
@@ -32,6 +34,9 @@ const LOCK_FILE: &str = "serve";
 
 /// How the names of the files begin that the sessions of accounts lock.
 const ACCOUNT_LOCK: &str = "account-";
+
+/// The directory in `SPOOL/outgoing` for the mail of all domains. No domain has this name.
+const OUTGOING: &str = "@all";
 
 /// How many directories below the spool a queue is at most: `domains/<domain>`.
 pub const SPOOL_DEPTH: usize = 2;
@@ -52,8 +57,12 @@ pub enum SpoolQueue {
     Held(Domain),
     /// Mail for the provider's own postmaster.
     Postmaster,
-    /// Mail from customers for a domain elsewhere.
+    /// Mail from customers, and DSNs, for a domain elsewhere.
     Outgoing(Domain),
+    /// Those for all of them.
+    AllOutgoing,
+    /// Mail for a domain elsewhere that an earlier version has stored.
+    OldOutgoing(Domain),
 }
 
 /// The names of the files in a directory, in order; none if it does not exist.
@@ -119,35 +128,75 @@ impl Spool {
         let (path, domain) = match queue {
             SpoolQueue::Held(domain) => (self.root.join("domains").join(&*domain.file_name()), Some(domain)),
             SpoolQueue::Postmaster => (self.root.join("postmaster"), None),
-            SpoolQueue::Outgoing(domain) => (self.root.join("outgoing").join(&*domain.file_name()), Some(domain)),
+            SpoolQueue::Outgoing(domain) => (self.outgoing().join(OUTGOING), Some(domain)),
+            SpoolQueue::AllOutgoing => (self.outgoing().join(OUTGOING), None),
+            SpoolQueue::OldOutgoing(domain) => (self.outgoing().join(&*domain.file_name()), Some(domain)),
         };
         let owner = domain.and_then(|domain| self.accounts.owner(domain));
         let prefix = owner.and_then(|owner| owner.delivered_to_prefix.clone());
         let account_lock = owner
             .filter(|_| matches!(queue, SpoolQueue::Held(_)))
             .map(|owner| self.root.join(".odmr").join(format!("{ACCOUNT_LOCK}{}.lock", owner.name)));
-        let retries = matches!(queue, SpoolQueue::Outgoing(_));
-        QueueName { path, domain: domain.cloned(), prefix, retries, account_lock }
+        let retries = !matches!(queue, SpoolQueue::Held(_) | SpoolQueue::Postmaster);
+        let shared = matches!(queue, SpoolQueue::Outgoing(_) | SpoolQueue::AllOutgoing);
+        QueueName { path, domain: domain.cloned(), prefix, retries, account_lock, shared }
     }
 
-    /// The domains elsewhere that have a queue, ordered by the names of their directories.
+    fn outgoing(&self) -> PathBuf {
+        self.root.join("outgoing")
+    }
+
+    /// The queues with mail for a domain elsewhere: there is a second one if an earlier version has stored some.
+    pub fn outgoing_names(&self, domain: &Domain) -> Vec<QueueName> {
+        let old = self.name(&SpoolQueue::OldOutgoing(domain.clone()));
+        let old = Some(old).filter(|old| old.path.exists());
+        [self.name(&SpoolQueue::Outgoing(domain.clone()))].into_iter().chain(old).collect()
+    }
+
+    /// When the next attempt at mail for a domain elsewhere is due.
+    ///
+    /// # Errors
+    /// A directory cannot be read.
+    pub fn outgoing_due(&self, domain: &Domain, index: &SharedIndex) -> io::Result<QueueDue> {
+        self.outgoing_names(domain)
+            .iter()
+            .try_fold(QueueDue::default(), |due, name| Ok(due.or_earlier(self.queue.next_due_by_sender(name, index)?)))
+    }
+
+    /// The domains elsewhere for which an earlier version has stored mail, ordered by the names of their directories.
     ///
     /// # Errors
     /// The directory of these queues exists and cannot be read.
-    pub fn destinations(&self) -> io::Result<Vec<Domain>> {
+    pub fn old_destinations(&self) -> io::Result<Vec<Domain>> {
         self.domains_in("outgoing")
     }
 
+    /// Removes the directories without mail that earlier versions have left for domains elsewhere. A failure is logged.
+    pub fn remove_old_destinations(&self) {
+        let destinations = self.old_destinations().unwrap_or_default();
+        destinations.iter().for_each(|domain| self.remove_old_destination(domain));
+    }
+
+    /// Removes that for one domain.
+    pub fn remove_old_destination(&self, domain: &Domain) {
+        let name = self.name(&SpoolQueue::OldOutgoing(domain.clone()));
+        if let Err(error) = self.queue.remove_empty(&name) {
+            maildir::log_sweep_failed(&name, &error);
+        }
+    }
+
     /// All queues with their names for administrators: those of the customers' domains, also if they are customers no
-    /// more, the postmaster's, and `outgoing/DOMAIN`.
+    /// more, the postmaster's, `outgoing`, and `outgoing/DOMAIN` of earlier versions.
     ///
     /// # Errors
     /// A directory exists and cannot be read.
     pub fn all_queues(&self) -> io::Result<Vec<(String, SpoolQueue)>> {
-        let (held, outgoing) = (self.domains_in("domains")?, self.destinations()?);
+        let (held, old) = (self.domains_in("domains")?, self.old_destinations()?);
         let held = held.into_iter().map(|domain| (domain.to_string(), SpoolQueue::Held(domain)));
-        let outgoing = outgoing.into_iter().map(|domain| (format!("outgoing/{domain}"), SpoolQueue::Outgoing(domain)));
-        Ok(held.chain([("postmaster".to_owned(), SpoolQueue::Postmaster)]).chain(outgoing).collect())
+        let old = old.into_iter().map(|domain| (format!("outgoing/{domain}"), SpoolQueue::OldOutgoing(domain)));
+        let others = [("postmaster", SpoolQueue::Postmaster), ("outgoing", SpoolQueue::AllOutgoing)];
+        let others = others.map(|(name, queue)| (name.to_owned(), queue));
+        Ok(held.chain(others).chain(old).collect())
     }
 
     /// The customer that a domain belongs to.
@@ -196,8 +245,8 @@ impl Spool {
             for (_, queue) in self.all_queues()? {
                 let unwanted = match &queue {
                     SpoolQueue::Held(domain) => self.is_unowned(domain),
-                    SpoolQueue::Postmaster => false,
-                    SpoolQueue::Outgoing(_) => true,
+                    SpoolQueue::Postmaster | SpoolQueue::Outgoing(_) | SpoolQueue::AllOutgoing => false,
+                    SpoolQueue::OldOutgoing(_) => true,
                 };
                 self.queue.tidy(&self.name(&queue), unwanted);
             }

@@ -69,24 +69,22 @@ impl ProviderStatus {
                 accounts.push(status);
             }
         }
-        let (mut unowned, mut outgoing, mut postmaster) = (Vec::new(), Vec::new(), QueueSummary::default());
+        let (mut unowned, mut postmaster) = (Vec::new(), QueueSummary::default());
+        let mut outgoing = spool.queue().summaries(&spool.name(&SpoolQueue::AllOutgoing))?;
         for (_, queue) in spool.all_queues()? {
-            let (domain, list) = match &queue {
-                SpoolQueue::Postmaster if wanted(None, "postmaster") => {
-                    postmaster = summary(&queue)?;
-                    continue;
+            match &queue {
+                SpoolQueue::Postmaster if wanted(None, "postmaster") => postmaster = summary(&queue)?,
+                SpoolQueue::Held(domain) if spool.owner(domain).is_none() && wanted(None, domain.as_str()) => {
+                    unowned.push(DomainStatus { domain: domain.to_string(), waiting: summary(&queue)? });
                 }
-                SpoolQueue::Held(domain) if spool.owner(domain).is_none() => (domain, &mut unowned),
-                SpoolQueue::Outgoing(domain) => (domain, &mut outgoing),
-                SpoolQueue::Held(_) | SpoolQueue::Postmaster => continue,
-            };
-            if wanted(None, domain.as_str()) {
-                let waiting = summary(&queue)?;
-                if !waiting.is_empty() {
-                    list.push(DomainStatus { domain: domain.to_string(), waiting });
-                }
+                SpoolQueue::OldOutgoing(domain) => outgoing.entry(domain.clone()).or_default().add(&summary(&queue)?),
+                _ => {}
             }
         }
+        let outgoing =
+            outgoing.into_iter().map(|(domain, waiting)| DomainStatus { domain: domain.to_string(), waiting });
+        let mut outgoing: Vec<_> = outgoing.filter(|status| wanted(None, &status.domain)).collect();
+        [&mut unowned, &mut outgoing].into_iter().for_each(|list| list.retain(|status| !status.waiting.is_empty()));
         let tls = config.tls.as_ref().and_then(|files| ServerTls::load(&files.certificate, &files.key).ok());
         let skipped = config.accounts.skipped().iter();
         Ok(ProviderStatus {

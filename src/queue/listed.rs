@@ -27,10 +27,13 @@ const LEAST_KEPT: usize = 16;
 /// What a file costs whose time is read too.
 pub(super) const TIME_WORK: usize = 8;
 
-/// Messages that may end this session come after the others of all queues, so that these need not wait for them.
+/// The messages of a phase come after those of the phases before it in all queues, so that these need not wait for them.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum Phase {
     First,
+    /// In queues with retries: messages without a sender. Mail of customers does not wait for the DSNs that strangers cause.
+    Dsn,
+    /// Messages that may end this session.
     Last,
 }
 
@@ -43,10 +46,13 @@ struct Rank {
 }
 
 impl Rank {
-    fn of(entry: &Entry) -> Rank {
+    fn of(entry: &Entry, is_dsn: bool) -> Rank {
         let ended = entry.ended();
-        let is_last = ended.is_some() || entry.has(IN_DOUBT);
-        let phase = if is_last { Phase::Last } else { Phase::First };
+        let phase = match ended.is_some() || entry.has(IN_DOUBT) {
+            true => Phase::Last,
+            false if is_dsn => Phase::Dsn,
+            false => Phase::First,
+        };
         Rank { phase, sessions: ended.map_or(0, |ended| ended.sessions) }
     }
 
@@ -128,32 +134,36 @@ pub(super) struct Pass {
     /// Those that were not read yet.
     pub(super) files: Box<dyn Iterator<Item = io::Result<Entry>> + Send>,
     first: Kept,
+    dsns: Kept,
     last: Kept,
 }
 
 impl Pass {
     /// `files`: those of the queue.
     pub(super) fn new(files: impl Iterator<Item = io::Result<Entry>> + Send + 'static) -> Pass {
-        Pass { files: Box::new(files), first: Kept::default(), last: Kept::default() }
+        Pass { files: Box::new(files), first: Kept::default(), dsns: Kept::default(), last: Kept::default() }
     }
 
-    /// Adds a message that is to be offered.
-    pub(super) fn add(&mut self, entry: Entry) {
-        let found = RankedEntry { rank: Rank::of(&entry), entry };
+    /// Adds a message that is to be offered. `is_dsn`: it comes after those with a sender.
+    pub(super) fn add(&mut self, entry: Entry, is_dsn: bool) {
+        let found = RankedEntry { rank: Rank::of(&entry, is_dsn), entry };
         match found.rank.phase {
             Phase::First => self.first.add(found, PIECE),
+            Phase::Dsn => self.dsns.add(found, PIECE / 4),
             Phase::Last => self.last.add(found, PIECE / 4),
         }
     }
 
-    /// The messages that were found, in order, and how many of them are to be offered before the next pass: those of the last
-    /// phase only if there are no more of the first.
+    /// The messages that were found, in order, and how many of them are to be offered before the next pass: those of a phase
+    /// only if there are no more of the phases before it.
     pub(super) fn finish(self) -> (Vec<RankedEntry>, usize) {
-        let more = self.first.left.is_some();
-        let mut found = self.first.into_sorted();
-        let first = found.len();
-        found.extend(self.last.into_sorted());
-        let offered = if more { first } else { found.len() };
+        let (mut found, mut offered, mut more) = (Vec::new(), 0, false);
+        for kept in [self.first, self.dsns, self.last] {
+            let is_last = more;
+            more |= kept.left.is_some();
+            found.extend(kept.into_sorted());
+            offered = if is_last { offered } else { found.len() };
+        }
         (found, offered)
     }
 }
@@ -215,6 +225,16 @@ impl Listed {
 
     pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty()
+    }
+
+    /// The phase of the next message.
+    pub(super) fn phase(&self) -> Option<Phase> {
+        self.waiting.front().map(|next| next.rank.phase)
+    }
+
+    /// Forgets the messages that wait: the next pass finds them again.
+    pub(super) fn forget(&mut self) {
+        self.waiting.clear();
     }
 
     /// How many messages wait at least: one, if that is not known.

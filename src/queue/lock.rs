@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::listed::{OPEN_WORK, Phase, QUEUE_WORK, STEP_WORK};
@@ -9,6 +10,7 @@ use super::lock_file::LockFile;
 use super::locked_queue::{LockedQueue, OPEN_ATTEMPTS, log_unreadable};
 use super::message::{self, QueuedMessage};
 use super::name::QueueName;
+use super::shared::SharedIndex;
 use crate::mail::address::Domain;
 use crate::maildir::{AttemptRecord, Entry, Maildir, with_path};
 use crate::smtp::status::DeliveryResult;
@@ -88,9 +90,10 @@ impl QueueLock {
         Ok(count)
     }
 
-    /// The next message: the queues take turns, the oldest message of a queue comes first, those that have ended sessions or
-    /// are in doubt come last. Messages that arrive after the lock are offered too. A file that cannot be read is logged and
-    /// left out. `None`: every message has been offered.
+    /// The next message: the queues take turns, the oldest message of a queue comes first. Those that have ended sessions or
+    /// are in doubt come last; with retries, those without a sender (DSNs) come after the others of all queues. Messages that
+    /// arrive after the lock are offered too. A file that cannot be read is logged and left out; so is one that another process
+    /// has locked. `None`: every message has been offered.
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
         loop {
             match self.next_step() {
@@ -125,8 +128,8 @@ impl QueueLock {
                 self.current = (self.current + 1) % queues;
                 self.queues[self.current].begin_pass_if_empty();
                 work = work.saturating_sub(QUEUE_WORK);
-            } else if self.phase == Phase::First && !self.queues.iter().all(|queue| queue.listed.is_empty()) {
-                (self.phase, self.looked) = (Phase::Last, 0);
+            } else if let Some(next) = self.queues.iter().filter_map(|queue| queue.listed.phase()).min() {
+                (self.phase, self.looked) = (next, 0);
             } else {
                 // The next call looks for what has arrived meanwhile.
                 (self.phase, self.looked) = (Phase::First, 0);
@@ -141,10 +144,39 @@ impl QueueLock {
         self.queues.iter().map(|queue| queue.listed.waiting()).sum()
     }
 
+    /// What is settled from now on is recorded in the index of the shared directory, and messages are listed by it.
+    pub(super) fn set_index(&mut self, index: &Arc<SharedIndex>) {
+        self.queues.iter_mut().for_each(|queue| queue.index = queue.name.shared.then(|| index.clone()));
+    }
+
+    /// Locks one message of a shared directory, for one call about it that follows. Returns whether it is still there.
+    ///
+    /// # Errors
+    /// `WouldBlock`: another session has it; the system's.
+    pub fn lock_message(&mut self, name: &QueueName, entry: &Entry) -> io::Result<bool> {
+        let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name && name.shared) else {
+            return Ok(true);
+        };
+        let mut entry = entry.clone();
+        for _ in 0..OPEN_ATTEMPTS {
+            match message::lock_file(&queue.maildir.file(&entry))? {
+                Some(file) => {
+                    queue.locked.insert(entry.unique().to_owned(), file);
+                    return Ok(true);
+                }
+                None => match queue.maildir.find(&entry, None)? {
+                    Some(moved) => entry = moved,
+                    None => return Ok(false),
+                },
+            }
+        }
+        Ok(false)
+    }
+
     /// Opens one message of a queue, which is then not offered again. `None`: it is gone, or the queue is not locked.
     ///
     /// # Errors
-    /// The file cannot be read.
+    /// The file cannot be read; `WouldBlock`: it is in a shared directory, and another session has it.
     pub fn open_message(&mut self, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name) else { return Ok(None) };
         queue.listed.offered.insert(entry.unique());
@@ -182,8 +214,10 @@ impl QueueLock {
         &self, name: &QueueName, mut entry: Entry, act: impl Fn(&Maildir, &Entry) -> io::Result<()>,
     ) -> io::Result<bool> {
         let Some(queue) = self.queues.iter().find(|queue| queue.name == *name) else { return Ok(false) };
+        let is_locked = !name.shared || queue.locked.contains_key(entry.unique());
         for _ in 0..OPEN_ATTEMPTS {
-            match act(&queue.maildir, &entry) {
+            let lock = || if is_locked { Ok(None) } else { message::lock_file(&queue.maildir.file(&entry)) };
+            match lock().and_then(|_lock| act(&queue.maildir, &entry)) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => match queue.maildir.find(&entry, None)? {
                     Some(moved) => entry = moved,
                     None => return Ok(false),
@@ -206,7 +240,7 @@ impl QueueLock {
 
     /// Takes back a message that was offered, to be offered next.
     pub fn put_back(&mut self, message: QueuedMessage) {
-        if let Some(queue) = self.queue_of(message.maildir()) {
+        if let Some(queue) = self.queue_of(message.queue()) {
             queue.listed.offered.remove(message.unique());
             queue.listed.push_front(message.into_entry());
         }
@@ -217,9 +251,10 @@ impl QueueLock {
     /// # Errors
     /// The disk fails. No recipient is lost, but some may receive the message twice. This session does not offer it again.
     pub fn settle(&mut self, mut message: QueuedMessage, result: &DeliveryResult) -> io::Result<()> {
-        let Some(queue) = self.queue_of(message.maildir()) else { return Ok(()) };
+        let Some(queue) = self.queue_of(message.queue()) else { return Ok(()) };
         let now = queue.ids.clock().now();
         let settled = message.settle(result, now).inspect_err(|_| message.record_failure(now));
+        queue.record(&message);
         match settled {
             Ok(true) => queue.listed.offered.remove(message.unique()),
             // A name that was too long may have changed.
@@ -233,8 +268,8 @@ impl QueueLock {
         Ok(())
     }
 
-    fn queue_of(&mut self, maildir: &Maildir) -> Option<&mut LockedQueue> {
-        self.queues.iter_mut().find(|queue| queue.maildir.path() == maildir.path())
+    fn queue_of(&mut self, name: &QueueName) -> Option<&mut LockedQueue> {
+        self.queues.iter_mut().find(|queue| queue.name == *name)
     }
 
     /// Shows sessions that wait for these locks that this session makes progress.

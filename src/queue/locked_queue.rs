@@ -1,17 +1,22 @@
 //! One locked queue: which of its messages are offered, and how they are opened.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use super::due;
 use super::envelope::ParsedEnvelope;
 use super::listed::{Listed, Pass, RankedEntry, TIME_WORK};
 use super::lock_file::{LockError, LockFile, QUEUE_LOCK_FILE};
 use super::message::{self, Opened, QueuedMessage};
 use super::name::QueueName;
+use super::refused::RefusedLimits;
 use super::retry;
+use super::shared::{self, SharedIndex};
 use crate::ids::Ids;
 use crate::maildir::{Entry, FileId, Maildir, log_sweep_failed};
 use crate::net::trace::quoted;
@@ -19,13 +24,21 @@ use crate::net::trace::quoted;
 /// How often a message is looked for that a mail reader moves again and again.
 pub(super) const OPEN_ATTEMPTS: usize = 5;
 
+/// How often a queue is made again that other processes remove while it is locked.
+const LOCK_ATTEMPTS: usize = 100;
+
 pub(super) struct LockedQueue {
     pub(super) name: QueueName,
     pub(super) maildir: Maildir,
-    /// The lock on the directory; `None`: there was no mail in it yet.
+    /// The lock on the directory; `None`: there was no mail in it yet, or it is shared, and each message is locked for itself.
     pub(super) lock: Option<LockFile>,
     pub(super) ids: Ids,
     pub(super) notes: Arc<Notes>,
+    pub(super) refused: Arc<RefusedLimits>,
+    /// The index of the shared directory.
+    pub(super) index: Option<Arc<SharedIndex>>,
+    /// Messages of it that are locked already, by their unique names.
+    pub(super) locked: HashMap<OsString, File>,
     pub(super) listed: Listed,
 }
 
@@ -90,11 +103,12 @@ impl LockedQueue {
     /// # Errors
     /// See [`LockError`].
     pub(super) fn lock_directory(&mut self, takeover: Option<Duration>) -> Result<(), LockError> {
-        loop {
+        for attempt in 0.. {
             self.maildir.create().map_err(LockError::Failed)?;
             match LockFile::lock(&self.name.path.join(QUEUE_LOCK_FILE), takeover, &self.name) {
                 // It was removed just now.
-                Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound && attempt < LOCK_ATTEMPTS => {
+                }
                 locked => {
                     self.lock = Some(locked?);
                     break;
@@ -118,14 +132,43 @@ impl LockedQueue {
         }
     }
 
+    /// The messages of the queue, in no order.
+    fn files(&self) -> Box<dyn Iterator<Item = io::Result<Entry>> + Send> {
+        match (&self.index, &self.name.domain) {
+            (Some(index), Some(domain)) => Box::new(index.entries(domain).into_iter().map(Ok)),
+            (None, Some(domain)) if self.name.shared => {
+                let (name, domain) = (self.name.clone(), domain.clone());
+                let is_ours = move |entry: &Entry| {
+                    shared::domain_of(&name, entry).is_ok_and(|found| found.as_ref() == Some(&domain))
+                };
+                Box::new(self.maildir.list().filter(move |entry| entry.as_ref().map_or(true, &is_ours)))
+            }
+            _ => Box::new(self.maildir.list()),
+        }
+    }
+
+    /// Records in the index where a message is now. If that is `.refused`, keeps that within its limits.
+    pub(super) fn record(&self, message: &QueuedMessage) {
+        if let Some(octets) = message.set_aside()
+            && let Err(error) = self.refused.added(&self.name, octets)
+        {
+            log_sweep_failed(&self.name, &error);
+        }
+        if let (Some(index), Some(domain)) = (&self.index, &self.name.domain) {
+            index.replace(domain, message.unique(), message.is_there().then(|| message.entry()));
+        }
+    }
+
     /// Opens a message that was listed just now.
     pub(super) fn open(&mut self, mut entry: Entry) -> io::Result<Option<QueuedMessage>> {
         for _ in 0..OPEN_ATTEMPTS {
-            match self.open_file(&entry)? {
+            let locked = self.locked.remove(entry.unique());
+            match self.open_file(&entry, locked)? {
                 Opened::Gone => match self.maildir.find(&entry, None)? {
                     Some(moved) => entry = moved,
                     None => return Ok(None),
                 },
+                Opened::Busy => return Err(message::is_busy(&self.maildir.file(&entry))),
                 opened => return self.use_opened(&entry, opened),
             }
         }
@@ -136,23 +179,32 @@ impl LockedQueue {
     /// moved once more meanwhile is looked for alone.
     pub(super) fn open_listed(&mut self, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         self.listed.offered.insert(entry.unique());
-        match self.open_file(&entry)? {
+        match self.open_file(&entry, None)? {
             Opened::Gone if self.listed.missed.insert(entry.unique()) => {
                 self.listed.offered.remove(entry.unique());
+                if let Some(index) = &self.index {
+                    // Another process has renamed it, and may have renamed all of them.
+                    index.read(&self.name)?;
+                    self.listed.forget();
+                }
                 Ok(None)
             }
-            Opened::Gone => self.open(entry),
+            Opened::Gone => match self.open(entry) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+                opened => opened,
+            },
             opened => self.use_opened(&entry, opened),
         }
     }
 
-    pub(super) fn open_file(&self, entry: &Entry) -> io::Result<Opened> {
-        QueuedMessage::open(&self.maildir, &self.name, entry.clone(), self.ids.clock().now())
+    /// `locked`: the file, if it is in a shared directory and was locked before.
+    fn open_file(&self, entry: &Entry, locked: Option<File>) -> io::Result<Opened> {
+        QueuedMessage::open(&self.name, entry.clone(), locked, self.ids.clock().now())
     }
 
     fn use_opened(&mut self, entry: &Entry, opened: Opened) -> io::Result<Option<QueuedMessage>> {
         match opened {
-            Opened::Gone => Ok(None),
+            Opened::Gone | Opened::Busy => Ok(None),
             Opened::NotMail(reason) => {
                 self.note(entry, Note::NotMail, &reason);
                 Ok(None)
@@ -175,6 +227,7 @@ impl LockedQueue {
             if unread.is_empty() {
                 log::warn!("event=half-settled file={}", quoted(message.entry().name.display()));
                 message.finish()?;
+                self.record(&message);
             }
             return Ok(None);
         }
@@ -204,15 +257,20 @@ impl LockedQueue {
         if !self.listed.is_empty() {
             return;
         }
-        match self.lock_if_mail(None) {
+        match if self.name.shared { Ok(()) } else { self.lock_if_mail(None) } {
             Ok(()) => {}
             // Another session offers it.
             Err(LockError::Busy(_)) => return,
             Err(LockError::Failed(error)) => return log_unreadable(&self.name, &error),
         }
-        if self.lock.is_some() {
-            self.listed.pass = Some(Pass::new(self.maildir.list()));
+        if self.has_lock() {
+            self.listed.pass = Some(Pass::new(self.files()));
         }
+    }
+
+    /// Whether its messages may be offered.
+    fn has_lock(&self) -> bool {
+        self.lock.is_some() || self.name.shared
     }
 
     /// Whether a message is due at this time.
@@ -222,7 +280,7 @@ impl LockedQueue {
 
     /// Whether one of the files, whichever comes first, is a message that this session may offer.
     pub(super) fn has_any(&self) -> bool {
-        if self.lock.is_none() {
+        if !self.has_lock() {
             return false;
         }
         let (now, time) = (self.ids.clock().now(), SystemTime::now());
@@ -232,11 +290,11 @@ impl LockedQueue {
                 && self.notes.is_mail(&self.maildir, entry)
                 && self.is_due(entry, time)
         };
-        let is_message = |entry: &Entry| match self.open_file(entry) {
+        let is_message = |entry: &Entry| match self.open_file(entry, None) {
             Ok(Opened::Message(message)) => !message.envelope.recipients.is_empty(),
             _ => false,
         };
-        self.maildir.list().filter_map(Result::ok).any(|entry| may_be_offered(&entry) && is_message(&entry))
+        self.files().filter_map(Result::ok).any(|entry| may_be_offered(&entry) && is_message(&entry))
     }
 
     /// Goes on with the pass. `work`: how many files may be read; reduced by those that were.
@@ -262,7 +320,10 @@ impl LockedQueue {
             }
             match message::is_skipped(&entry, now) {
                 true => self.skip(entry),
-                false => pass.add(entry),
+                false => {
+                    let is_dsn = self.name.retries && due::has_null_sender(&self.maildir, &entry);
+                    pass.add(entry, is_dsn);
+                }
             }
         }
         self.listed.pass = Some(pass);

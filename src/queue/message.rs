@@ -1,7 +1,7 @@
 //! One message of a queue: reading it, and settling it after an attempt.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -47,8 +47,11 @@ const SKIP_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// One message, and the recipients that it is offered for.
 pub struct QueuedMessage {
+    queue: QueueName,
     maildir: Maildir,
     entry: Entry,
+    /// The file was removed, or has gone to `.refused`.
+    gone: bool,
     /// Open for reading, and for writing if the system permits that.
     file: File,
     /// Where the content begins, in octets.
@@ -74,7 +77,7 @@ pub struct QueuedMessage {
     pub eight_bit: bool,
     /// When the next attempt at deferred recipients is due; only a queue with retries uses it.
     pub next_attempt: Option<SystemTime>,
-    /// The sender has received a DSN about the rejected recipients, or wants none.
+    /// The sender has received a DSN about the rejected recipients, or wants none; or nothing is to be kept for them.
     pub rejections_reported: bool,
 }
 
@@ -85,6 +88,8 @@ pub(super) enum Opened {
     NotMail(String),
     /// There is no such file.
     Gone,
+    /// It is in a shared directory, and another session has it.
+    Busy,
 }
 
 /// The content, from where the last call ended.
@@ -101,20 +106,31 @@ impl Content for QueuedMessage {
 }
 
 impl QueuedMessage {
-    /// Opens a message. `now`: the time, by which its time of arrival may be impossible. It has no recipients if all of them
-    /// are settled, or if those that are open cannot be read.
+    /// Opens a message. `locked`: its file, if it is in a shared directory and was locked before. `now`: the time, by which its
+    /// time of arrival may be impossible. It has no recipients if all of them are settled, or if those that are open cannot be
+    /// read.
     ///
     /// # Errors
     /// The file cannot be read; the error names it.
-    pub(super) fn open(maildir: &Maildir, name: &QueueName, entry: Entry, now: Timestamp) -> io::Result<Opened> {
+    pub(super) fn open(name: &QueueName, entry: Entry, locked: Option<File>, now: Timestamp) -> io::Result<Opened> {
+        let maildir = name.maildir();
         let path = maildir.file(&entry);
         let failed = |error| with_path(&path, error);
-        let file = match open_file(&path) {
-            Ok(Ok(file)) => file,
-            Ok(Err(kind)) => return Ok(Opened::NotMail(kind.to_owned())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Opened::Gone),
-            Err(error) => return Err(failed(error)),
+        let file = match locked {
+            Some(file) => file,
+            None => match open_file(&path) {
+                Ok(Ok(file)) => file,
+                Ok(Err(kind)) => return Ok(Opened::NotMail(kind.to_owned())),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Opened::Gone),
+                Err(error) => return Err(failed(error)),
+            },
         };
+        match if name.shared { lock_opened(&file, &path) } else { Ok(true) } {
+            Ok(true) => {}
+            Ok(false) => return Ok(Opened::Gone),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Opened::Busy),
+            Err(error) => return Err(error),
+        }
         let parsed = match read_envelope(&file, &entry, name).map_err(failed)? {
             Ok(parsed) => parsed,
             Err(reason) => return Ok(Opened::NotMail(reason)),
@@ -127,7 +143,9 @@ impl QueuedMessage {
         // An address in UTF-8 is no reason to require 8BITMIME for content that is not.
         let wire_size = wire_size.filter(|_| !(entry.eight_bit() && parsed.eight_bit));
         let mut message = QueuedMessage {
+            queue: name.clone(),
             maildir: maildir.clone(),
+            gone: false,
             eight_bit: entry.eight_bit(),
             entry,
             file,
@@ -173,6 +191,10 @@ impl QueuedMessage {
         if self.envelope.recipients.len() + self.unread.len() > 1 && !writable() {
             let copy = self.maildir.replace_by_copy(&self.entry, &self.file, unique)?;
             self.remove_other_names()?;
+            if self.queue.shared {
+                // Whoever has opened the copy since it had its name gets the message.
+                lock_opened(&copy, &self.maildir.file(&self.entry))?;
+            }
             self.file = copy;
             self.rewind()?;
         }
@@ -213,12 +235,24 @@ impl QueuedMessage {
     }
 
     /// The file's name now.
-    pub(super) fn entry(&self) -> &Entry {
+    pub fn entry(&self) -> &Entry {
         &self.entry
     }
 
-    pub(super) fn maildir(&self) -> &Maildir {
-        &self.maildir
+    /// The queue that it was opened in.
+    pub fn queue(&self) -> &QueueName {
+        &self.queue
+    }
+
+    /// The octets of its file, if it was moved to `.refused`.
+    pub(super) fn set_aside(&self) -> Option<u64> {
+        let is_set_aside = self.gone && self.settled.contains(&Mark::Rejected);
+        is_set_aside.then(|| self.file.metadata().map_or(0, |metadata| metadata.len()))
+    }
+
+    /// Whether it is still in its queue.
+    pub(super) fn is_there(&self) -> bool {
+        !self.gone
     }
 
     pub(super) fn into_entry(self) -> Entry {
@@ -367,11 +401,13 @@ impl QueuedMessage {
     /// The disk fails.
     pub(super) fn finish(&mut self) -> io::Result<()> {
         if self.settled.contains(&Mark::Rejected) {
-            return self.keep_rejected();
+            self.keep_rejected()?;
+            self.gone = true;
+            return Ok(());
         }
         match self.with_entry(|message| message.maildir.remove(&message.entry)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+            _ => self.gone = true,
         }
         Ok(())
     }
@@ -538,6 +574,41 @@ pub(super) fn open_file(path: &Path) -> io::Result<Result<File, &'static str>> {
         _ if file_type.is_symlink() => Ok(Err("it is a symbolic link")),
         _ if file_type.is_dir() => Ok(Err("it is a directory")),
         _ => Ok(Err("it is no plain file")),
+    }
+}
+
+/// Locks a file of a shared directory that was opened by this name, as long as it stays open. Returns whether it still has the
+/// name.
+///
+/// # Errors
+/// `WouldBlock`: another session has it; the system's.
+pub(super) fn lock_opened(file: &File, path: &Path) -> io::Result<bool> {
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(is_busy(path)),
+        Err(TryLockError::Error(error)) => return Err(with_path(path, error)),
+    }
+    // Another session may have settled it between.
+    let named = FileId::of_path(path).ok();
+    Ok(named.is_some_and(|named| FileId::of_file(file).is_ok_and(|opened| opened == named)))
+}
+
+/// Another session has the message in this file.
+pub(super) fn is_busy(path: &Path) -> io::Error {
+    with_path(path, io::Error::new(io::ErrorKind::WouldBlock, "a session has this message"))
+}
+
+/// Opens and locks the file of a message in a shared directory. `None`: there is no such file, or it is no plain file, which no
+/// session has.
+///
+/// # Errors
+/// `WouldBlock`: another session has it; the system's.
+pub(super) fn lock_file(path: &Path) -> io::Result<Option<File>> {
+    match open_file(path) {
+        Ok(Ok(file)) => Ok(lock_opened(&file, path)?.then_some(file)),
+        Ok(Err(_)) => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(with_path(path, error)),
     }
 }
 

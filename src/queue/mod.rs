@@ -52,6 +52,7 @@
 
 pub mod retry;
 mod name;
+mod due;
 pub mod envelope;
 mod message;
 mod listed;
@@ -60,28 +61,34 @@ mod locked_queue;
 mod lock;
 mod summary;
 mod listing;
+mod shared;
+mod refused;
 pub mod batch;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+pub use due::QueueDue;
 pub use envelope::QueuedEnvelope;
 pub use listing::ListedMessage;
 pub use lock::{NextStep, QueueLock};
 pub use lock_file::{LockError, remove_unused_lock};
 pub use message::QueuedMessage;
 pub use name::QueueName;
+pub use shared::SharedIndex;
 pub use summary::QueueSummary;
 
 use crate::ids::Ids;
+use crate::mail::address::Domain;
 use crate::maildir::{MessageWriter, log_sweep_failed, make_state_directory};
 use listed::Listed;
 use lock_file::{LockFile, QUEUE_LOCK_FILE, TAKEOVER_FILE};
 use locked_queue::{LockedQueue, Notes, log_unreadable};
 use message::REJECTED_MAILDIR;
+use refused::RefusedLimits;
 
 /// How often a list looks for messages that it lacks.
 const LIST_ATTEMPTS: usize = 5;
@@ -94,12 +101,13 @@ pub struct Queue {
     /// A holder without progress for this time releases its lock to a session that asks.
     takeover: Duration,
     notes: Arc<Notes>,
+    refused: Arc<RefusedLimits>,
 }
 
 impl Queue {
     /// `hostname` is part of the names of new files.
     pub fn new(hostname: &str, ids: Ids, takeover: Duration) -> Queue {
-        Queue { hostname: hostname.to_owned(), ids, takeover, notes: Arc::default() }
+        Queue { hostname: hostname.to_owned(), ids, takeover, notes: Arc::default(), refused: Arc::default() }
     }
 
     /// Begins a message, a copy for each queue; [`MessageWriter::commit`] makes it durable. `head` is the beginning of
@@ -129,7 +137,11 @@ impl Queue {
         if lines.len() >= envelope::ENVELOPE_LIMIT {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many recipients for one message"));
         }
-        writer.begin(&name.maildir(), &self.unique(), lines.as_bytes())
+        let unique = match &name.domain {
+            Some(domain) if name.shared => shared::file_name(self.unique(), domain, &envelope.envelope),
+            _ => self.unique(),
+        };
+        writer.begin(&name.maildir(), &unique, lines.as_bytes())
     }
 
     /// A file in the queue's `tmp` without a name: it is gone when it is closed.
@@ -158,12 +170,34 @@ impl Queue {
         dues.filter_map(Result::transpose).try_fold(None, |first, due| Ok(first.into_iter().chain([due?]).min()))
     }
 
+    /// The same for messages with a sender, and for those without. If many without one are due first, those with one after
+    /// them are not found before. Of a shared directory `index` tells the messages.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn next_due_by_sender(&self, name: &QueueName, index: &SharedIndex) -> io::Result<QueueDue> {
+        let maildir = name.maildir();
+        let entries = match &name.domain {
+            Some(domain) if name.shared => index.entries(domain),
+            _ => maildir.entries()?,
+        };
+        Ok(due::next(&maildir, entries))
+    }
+
     /// How much waits in a queue, from the names of its files.
     ///
     /// # Errors
     /// A directory cannot be read.
     pub fn summary(&self, name: &QueueName) -> io::Result<QueueSummary> {
         summary::summarize(name, self.ids.clock().now())
+    }
+
+    /// The same for a shared directory, by domain.
+    ///
+    /// # Errors
+    /// A directory cannot be read.
+    pub fn summaries(&self, name: &QueueName) -> io::Result<BTreeMap<Domain, QueueSummary>> {
+        summary::summarize_shared(name, self.ids.clock().now())
     }
 
     /// Shows each message of a queue, and each file that is no mail, the oldest first, without its lock. A message that is
@@ -226,6 +260,16 @@ impl Queue {
         busy.map(|()| QueueLock::new(queues, accounts))
     }
 
+    /// The same for queues of which some are in a shared directory with this index.
+    ///
+    /// # Errors
+    /// See [`LockError`].
+    pub fn lock_indexed(&self, names: &[QueueName], index: &Arc<SharedIndex>) -> Result<QueueLock, LockError> {
+        let mut lock = self.lock_all(names, true)?;
+        lock.set_index(index);
+        Ok(lock)
+    }
+
     /// Locks one queue without waiting.
     ///
     /// # Errors
@@ -234,28 +278,41 @@ impl Queue {
         self.lock_all(std::slice::from_ref(name), false)
     }
 
+    /// Removes the directory of a queue if it has no mail, and nobody has its lock. A writer who needs it meanwhile makes it
+    /// again. Returns whether it was removed.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn remove_empty(&self, name: &QueueName) -> io::Result<bool> {
+        self.remove_unused(name, false)
+    }
+
+    /// `stale`: only if it was not used for 36 hours.
+    fn remove_unused(&self, name: &QueueName, stale: bool) -> io::Result<bool> {
+        let maildir = name.maildir();
+        if !maildir.path().exists() || !maildir.is_empty()? {
+            return Ok(false);
+        }
+        match self.try_lock(name) {
+            Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR], stale),
+            Err(LockError::Failed(error)) => Err(error),
+            Err(LockError::Busy(_)) => Ok(false),
+        }
+    }
+
     /// Removes what is left over after 36 hours: files of writers that died, and, if the queue is `unwanted`, its directory
-    /// once it holds no mail. A failure is logged.
+    /// once it holds no mail; and what is in `.refused` for too long or is too much. A failure is logged.
     pub fn tidy(&self, name: &QueueName, unwanted: bool) {
         let maildir = name.maildir();
         let tidy = || -> io::Result<()> {
             maildir.sweep()?;
             message::rejected_maildir(&maildir).sweep()?;
-            if !maildir.is_empty()? {
-                return Ok(());
-            }
-            if name.account_lock.is_some() {
+            refused::trim(name, SystemTime::now())?;
+            if name.account_lock.is_some() && maildir.is_empty()? {
                 // Of a session that was killed, or of an earlier version.
                 remove_unused_lock(&name.path.join(QUEUE_LOCK_FILE))?;
             }
-            if unwanted {
-                match self.try_lock(name) {
-                    Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR])?,
-                    Err(LockError::Failed(error)) => return Err(error),
-                    Err(LockError::Busy(_)) => {}
-                }
-            }
-            Ok(())
+            if unwanted { self.remove_unused(name, true).map(drop) } else { Ok(()) }
         };
         tidy().unwrap_or_else(|error| log_sweep_failed(name, &error));
     }
@@ -267,6 +324,7 @@ impl Queue {
         for queue in &mut queues {
             match queue.name.account_lock {
                 Some(_) => queue.lock_if_mail(takeover)?,
+                None if queue.name.shared => {}
                 None => queue.lock_directory(takeover)?,
             }
         }
@@ -287,8 +345,17 @@ impl Queue {
     }
 
     fn unlocked(&self, name: &QueueName) -> LockedQueue {
-        let (maildir, ids, notes) = (name.maildir(), self.ids.clone(), self.notes.clone());
-        LockedQueue { name: name.clone(), maildir, lock: None, ids, notes, listed: Listed::default() }
+        LockedQueue {
+            name: name.clone(),
+            maildir: name.maildir(),
+            lock: None,
+            ids: self.ids.clone(),
+            notes: self.notes.clone(),
+            refused: self.refused.clone(),
+            index: None,
+            locked: HashMap::new(),
+            listed: Listed::default(),
+        }
     }
 }
 

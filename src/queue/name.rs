@@ -21,6 +21,8 @@ pub struct QueueName {
     /// The file that a session of the account locks, which has several queues. Then the directory is locked too, but neither
     /// made nor locked before there is mail in it.
     pub account_lock: Option<PathBuf>,
+    /// The directory has mail for other domains too, without a lock for all of it: see [`shared`](super::shared).
+    pub shared: bool,
 }
 
 impl QueueName {

@@ -3,13 +3,16 @@
 //! Files that are no mail count too: only [`Queue::list`](super::Queue::list) opens them.
 
 use std::collections::BTreeMap;
+use std::fs::DirEntry;
 use std::io;
 use std::time::SystemTime;
 
 use super::message::rejected_maildir;
 use super::name::QueueName;
 use super::retry;
+use super::shared;
 use crate::clock::Timestamp;
+use crate::mail::address::Domain;
 use crate::maildir::{Entry, IN_DOUBT, Maildir};
 
 /// Replies that are shown.
@@ -73,6 +76,25 @@ impl QueueSummary {
         replies
     }
 
+    /// Counts a file of a queue, unless it is gone.
+    fn count_file(&mut self, name: &QueueName, entry: &Entry, file: &DirEntry, now: Timestamp) {
+        let (size, named) = (entry.file_size(), arrival(entry, now));
+        let (bytes, arrived) = match size.zip(named).filter(|_| !name.retries) {
+            Some(known) => known,
+            None => {
+                let Ok(metadata) = file.metadata() else { return };
+                let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+                if name.retries {
+                    let due = retry::due_at(modified).into();
+                    self.next_attempt = self.next_attempt.into_iter().chain([due]).min();
+                }
+                let arrived = named.unwrap_or_else(|| retry::arrival_or_now(modified.into(), None, now));
+                (size.unwrap_or(metadata.len()), arrived)
+            }
+        };
+        self.count(entry, bytes, arrived);
+    }
+
     fn count(&mut self, entry: &Entry, bytes: u64, arrived: Timestamp) {
         self.messages += 1;
         self.bytes = self.bytes.saturating_add(bytes);
@@ -99,26 +121,26 @@ pub(super) fn readable_reply(recorded: &str) -> String {
 pub(super) fn summarize(name: &QueueName, now: Timestamp) -> io::Result<QueueSummary> {
     let (maildir, mut summary) = (name.maildir(), QueueSummary::default());
     maildir.each_file(&mut |entry, file| {
-        let (size, named) = (entry.file_size(), arrival(&entry, now));
-        let known = size.zip(named).filter(|_| !name.retries);
-        let (bytes, arrived) = match known {
-            Some(known) => known,
-            None => {
-                let Ok(metadata) = file.metadata() else { return Ok(()) };
-                let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-                if name.retries {
-                    let due = retry::due_at(modified).into();
-                    summary.next_attempt = summary.next_attempt.into_iter().chain([due]).min();
-                }
-                let arrived = named.unwrap_or_else(|| retry::arrival_or_now(modified.into(), None, now));
-                (size.unwrap_or(metadata.len()), arrived)
-            }
-        };
-        summary.count(&entry, bytes, arrived);
+        summary.count_file(name, &entry, file, now);
         Ok(())
     })?;
     (summary.set_aside, summary.set_aside_bytes) = set_aside(&rejected_maildir(&maildir))?;
     Ok(summary)
+}
+
+/// Counts what waits in a shared directory, by domain. What is no mail, or cannot be read, is left out.
+///
+/// # Errors
+/// A directory cannot be read.
+pub(super) fn summarize_shared(name: &QueueName, now: Timestamp) -> io::Result<BTreeMap<Domain, QueueSummary>> {
+    let mut summaries: BTreeMap<Domain, QueueSummary> = BTreeMap::new();
+    name.maildir().each_file(&mut |entry, file| {
+        if let Ok(Some(domain)) = shared::domain_of(name, &entry) {
+            summaries.entry(domain).or_default().count_file(name, &entry, file, now);
+        }
+        Ok(())
+    })?;
+    Ok(summaries)
 }
 
 /// When a message has arrived, as far as the name of its file tells.

@@ -47,6 +47,7 @@ impl Spool {
             prefix: None,
             retries: false,
             account_lock: None,
+            shared: false,
         }
     }
 
@@ -357,9 +358,9 @@ fn a_file_that_cannot_be_written_is_replaced_if_it_must_be_marked() {
         let before = FileId::of_path(&path).unwrap();
         spool.name("example.org").maildir().create().unwrap();
         let mut message = match QueuedMessage::open(
-            &spool.name("example.org").maildir(),
             &spool.name("example.org"),
             spool.name("example.org").maildir().entries().unwrap().remove(0),
+            None,
             Ids::fixed().clock().now(),
         ) {
             Ok(Opened::Message(message)) => message,
@@ -782,9 +783,7 @@ fn a_copy_takes_the_place_of_both_names() {
     let name = spool.name("example.org");
     name.maildir().create().unwrap();
     let entry = name.maildir().entries().unwrap().remove(1);
-    let Ok(Opened::Message(mut message)) =
-        QueuedMessage::open(&name.maildir(), &name, entry, Ids::fixed().clock().now())
-    else {
+    let Ok(Opened::Message(mut message)) = QueuedMessage::open(&name, entry, None, Ids::fixed().clock().now()) else {
         panic!("no message")
     };
     message.use_file(File::open(spool.path("new/100.mx")).unwrap());
@@ -1127,6 +1126,7 @@ fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
             prefix: None,
             retries: true,
             account_lock: None,
+            shared: false,
         };
         let queue = outgoing(&name, &["a@example.net", "b@example.net"]);
         let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
@@ -1143,8 +1143,14 @@ fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
 fn a_clock_that_was_wrong_defers_nothing_for_long() {
     for (ahead, due) in [(Duration::from_secs(3600), false), (Duration::from_secs(365 * 24 * 3600), true)] {
         let directory = tempfile::tempdir().unwrap();
-        let name =
-            QueueName { path: directory.path().into(), domain: None, prefix: None, retries: true, account_lock: None };
+        let name = QueueName {
+            path: directory.path().into(),
+            domain: None,
+            prefix: None,
+            retries: true,
+            account_lock: None,
+            shared: false,
+        };
         let queue = outgoing(&name, &["a@example.net"]);
         let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
         let mut message = lock.next_message().unwrap();
@@ -1180,8 +1186,14 @@ fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() 
             (now + 60, true),
         ] {
             let directory = tempfile::tempdir().unwrap();
-            let name =
-                QueueName { path: directory.path().into(), domain: None, prefix: None, retries, account_lock: None };
+            let name = QueueName {
+                path: directory.path().into(),
+                domain: None,
+                prefix: None,
+                retries,
+                account_lock: None,
+                shared: false,
+            };
             let queue = outgoing_since(&name, &["a@example.net"], Timestamp::from_seconds(arrived));
             queue
                 .list(&name, &mut |message| {
@@ -1211,8 +1223,14 @@ fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() 
 #[test]
 fn the_rest_of_a_message_keeps_the_time_of_the_first_session() {
     let (directory, now) = (tempfile::tempdir().unwrap(), Ids::fixed().clock().now());
-    let name =
-        QueueName { path: directory.path().into(), domain: None, prefix: None, retries: false, account_lock: None };
+    let name = QueueName {
+        path: directory.path().into(),
+        domain: None,
+        prefix: None,
+        retries: false,
+        account_lock: None,
+        shared: false,
+    };
     let queue = outgoing_since(&name, &["a@example.net", "b@example.net"], Timestamp::from_seconds(0));
     settle(&mut queue.lock(std::slice::from_ref(&name)).unwrap(), "=~");
     let (file, arrived) = arrival(&queue, &name);
@@ -1235,7 +1253,14 @@ fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
         (true, "msg", hour_ago, now, true),
     ] {
         let directory = tempfile::tempdir().unwrap();
-        let name = QueueName { path: directory.path().into(), domain: None, prefix: None, retries, account_lock: None };
+        let name = QueueName {
+            path: directory.path().into(),
+            domain: None,
+            prefix: None,
+            retries,
+            account_lock: None,
+            shared: false,
+        };
         name.maildir().create().unwrap();
         let path = directory.path().join(format!("new/{named}.x.host"));
         fs::write(&path, "Delivered-To: a@example.net\n\nx\n").unwrap();
@@ -1255,8 +1280,14 @@ fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
 #[test]
 fn a_locked_queue_can_be_listed() {
     let directory = tempfile::tempdir().unwrap();
-    let name =
-        QueueName { path: directory.path().into(), domain: None, prefix: None, retries: true, account_lock: None };
+    let name = QueueName {
+        path: directory.path().into(),
+        domain: None,
+        prefix: None,
+        retries: true,
+        account_lock: None,
+        shared: false,
+    };
     let queue = outgoing(&name, &["a@example.net"]);
     let _lock = queue.lock(std::slice::from_ref(&name)).unwrap();
     let mut seen = Vec::new();

@@ -323,6 +323,11 @@ struct Wording {
 }
 
 impl Action {
+    /// As RFC 3464 section 2.3.3 has it.
+    pub fn name(self) -> &'static str {
+        self.wording().name
+    }
+
     fn wording(self) -> Wording {
         match self {
             Action::Failed => Wording {

@@ -2,15 +2,17 @@
 //! and 6.1, RFC 3461 section 5).
 //!
 //! A DSN is durable before the mail that it reports is removed: after a crash a sender may receive it twice, but never not
-//! at all. The null sender receives no DSN; its rejected mail stays in `.refused`.
+//! at all; under load see `limit`. The null sender receives no DSN: outgoing mail that it has sent, such as a DSN, is dropped if
+//! it is rejected, and held mail stays in `.refused`.
 
 pub mod calls;
 pub mod dsn;
+mod limit;
 
 use std::fmt;
 use std::io::{self, Read};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::clock::Timestamp;
 use crate::ids::Ids;
@@ -25,6 +27,7 @@ use crate::smtp::limits::CONTENT_LINE;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 use dsn::{Action, Dsn, RecipientReport};
+use limit::DsnLimiter;
 
 /// Octets of a message that a DSN returns whole, if the sender has asked for that (RFC 3461 section 4.3).
 const RETURN_FULL_LIMIT: u64 = 64 * 1024;
@@ -40,6 +43,8 @@ pub struct DsnMessage {
     pub text: Vec<u8>,
     /// The DSN needs SMTPUTF8.
     pub utf8: bool,
+    /// If it is sent elsewhere, it is not sent before that time: there are many.
+    pub not_before: Option<SystemTime>,
 }
 
 impl DsnMessage {
@@ -62,6 +67,9 @@ pub trait DsnSink: Send + Sync {
     /// # Errors
     /// The disk fails; then no DSN is stored.
     fn store(&self, dsn: &DsnMessage) -> io::Result<()>;
+
+    /// Whether DSNs for this mailbox stay here: those for our own customers or users.
+    fn is_ours(&self, to: &Mailbox) -> bool;
 }
 
 /// How a message is sent.
@@ -177,12 +185,13 @@ pub struct Reporter {
     ids: Ids,
     /// `None`: no DSN can be sent.
     sink: Option<Arc<dyn DsnSink>>,
+    limiter: Arc<DsnLimiter>,
 }
 
 impl Reporter {
     /// `hostname`: the name in DSNs. `sink`: where they are stored; `None`: no DSN can be sent.
     pub fn new(hostname: &str, ids: &Ids, sink: Option<Arc<dyn DsnSink>>) -> Reporter {
-        Reporter { hostname: hostname.to_owned(), ids: ids.clone(), sink }
+        Reporter { hostname: hostname.to_owned(), ids: ids.clone(), sink, limiter: Arc::default() }
     }
 
     /// Whether DSNs can be sent.
@@ -204,6 +213,7 @@ impl Reporter {
         &self, message: QueuedMessage, result: DeliveryResult, attempt: &Attempt<'_>, lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
         let envelope = message.with_recipients(message.envelope.recipients.clone());
+        let dropped = is_dropped(&message, attempt).then(|| message.entry().name.clone());
         let settled = self.apply(message, result, attempt, lock).inspect_err(|error| {
             let (session, id) = (attempt.session, &envelope.id);
             log::error!("event=settle-failed session={session} id={id} error={}", quoted(error));
@@ -211,6 +221,11 @@ impl Reporter {
         let now = self.ids.clock().now();
         for (recipient, status) in envelope.envelope.recipients.iter().zip(&settled.recipients) {
             attempt.log(&envelope, &recipient.mailbox, status, now);
+            if let Some(file) = dropped.as_ref().filter(|_| status.is_rejected()) {
+                let (session, id, to) = (attempt.session, &envelope.id, &recipient.mailbox);
+                let (file, reply) = (quoted(file.display()), quoted(status));
+                log::warn!("event=dsn-dropped session={session} id={id} to=<{to}> file={file} reply={reply}");
+            }
         }
         Ok(settled)
     }
@@ -243,8 +258,8 @@ impl Reporter {
             let give_up = i64::try_from(retry.give_up.as_secs()).unwrap_or(i64::MAX / 4);
             late_until = late.then(|| Timestamp::from_seconds(message.arrived.seconds() + give_up));
         }
-        match self.report(&mut message, (&before, &result), attempt, late_until, now) {
-            Ok(reported) => message.rejections_reported = reported,
+        match self.report(&mut message, (&before, &result), attempt, &mut late_until, now) {
+            Ok(reported) => message.rejections_reported = reported || is_dropped(&message, attempt),
             Err(error) => {
                 // Recipients that have the message must not get it again because a DSN about another cannot be stored.
                 log::error!("event=dsn-failed id={} error={}", message.id, quoted(error));
@@ -268,7 +283,7 @@ impl Reporter {
     /// Returns whether the sender can receive DSNs.
     fn report(
         &self, message: &mut QueuedMessage, (before, result): (&DeliveryResult, &DeliveryResult),
-        attempt: &Attempt<'_>, late_until: Option<Timestamp>, now: Timestamp,
+        attempt: &Attempt<'_>, late_until: &mut Option<Timestamp>, now: Timestamp,
     ) -> io::Result<bool> {
         let to = match &message.envelope.from {
             ReversePath::Mailbox(to) if self.sink.is_some() => to.clone(),
@@ -290,7 +305,7 @@ impl Reporter {
                     reply: reply.as_deref(),
                     verdict: verdict.as_deref(),
                     last_attempt: Some(now),
-                    retry_until: late_until,
+                    retry_until: *late_until,
                 });
             }
         }
@@ -299,7 +314,10 @@ impl Reporter {
             let about = message.with_recipients(Vec::new());
             // 8-bit content may not be part of a 7-bit DSN (RFC 2046 section 5.2.1).
             let may_be_whole = (!message.eight_bit || !to.is_ascii()) && message.size <= RETURN_FULL_LIMIT;
-            self.send(&about, may_be_whole, message, &to, &reports)?;
+            if !self.send(&about, (may_be_whole, message), &to, &reports, attempt.via)? {
+                // A later attempt may report the delay.
+                *late_until = None;
+            }
         }
         Ok(true)
     }
@@ -332,15 +350,19 @@ impl Reporter {
             .collect();
         match reports.as_slice() {
             [] => Ok(()),
-            reports => self.send(message, false, &mut &header[..], to, reports),
+            reports => self.send(message, (false, &mut &header[..]), to, reports, Via::Maildir).map(drop),
         }
     }
 
+    /// Stores a DSN, unless there are too many; returns whether it was. `content`: whether all of it may be returned, and the
+    /// content.
     fn send(
-        &self, about: &QueuedEnvelope, may_be_whole: bool, content: &mut impl Read, to: &Mailbox,
-        reports: &[RecipientReport<'_>],
-    ) -> io::Result<()> {
-        let Some(sink) = &self.sink else { return Ok(()) };
+        &self, about: &QueuedEnvelope, (may_be_whole, content): (bool, &mut impl Read), to: &Mailbox,
+        reports: &[RecipientReport<'_>], via: Via,
+    ) -> io::Result<bool> {
+        let Some(sink) = &self.sink else { return Ok(false) };
+        let Some(wait) = self.admit(about, to, reports, via, sink.is_ours(to)) else { return Ok(false) };
+        let not_before = Some(wait).filter(|wait| !wait.is_zero()).map(|wait| SystemTime::now() + wait);
         let failures = reports.iter().any(|report| matches!(report.action, Action::Failed));
         let full = failures && may_be_whole && about.envelope.ret == Some(Return::Full);
         let mut returned = Vec::new();
@@ -370,10 +392,41 @@ impl Reporter {
         let mut text = dsn.head().into_bytes();
         text.extend_from_slice(&returned);
         text.extend_from_slice(dsn.tail().as_bytes());
-        sink.store(&DsnMessage { to: to.clone(), text, utf8 })?;
+        sink.store(&DsnMessage { to: to.clone(), text, utf8, not_before })?;
         log::info!("event=dsn-sent id={id} about={} to=<{to}>", about.id);
-        Ok(())
+        if !wait.is_zero() {
+            log::info!("event=dsn-waits id={id} duration={}", wait.as_secs());
+        }
+        Ok(true)
     }
+
+    /// How long a DSN waits before it is sent. `None`: it is dropped, which is logged. `is_ours`: it stays here.
+    ///
+    /// Our own customers and users get each DSN. Only of what a customer has accepted from strangers, in whose name it may
+    /// be, they get no DSNs of success if there are too many.
+    fn admit(
+        &self, about: &QueuedEnvelope, to: &Mailbox, reports: &[RecipientReport<'_>], via: Via, is_ours: bool,
+    ) -> Option<Duration> {
+        let action = reports.iter().map(|report| report.action).min().unwrap_or(Action::Failed);
+        let needed = matches!(action, Action::Failed | Action::Delayed);
+        if via == Via::Administrator || is_ours && (needed || via != Via::Atrn) {
+            return Some(Duration::ZERO);
+        }
+        let host = to.host().to_string();
+        let wait = self.limiter.admit(action, &host, Instant::now());
+        if wait.is_err() {
+            let reason = quoted(format!("too many DSNs: {}", action.name()));
+            log::warn!("event=dsn-suppressed about={} to=<{to}> reason={reason}", about.id);
+        }
+        wait.ok()
+    }
+}
+
+/// Whether nothing is kept of a message for recipients that are rejected: of outgoing mail without a sender, such as a DSN (RFC
+/// 5321 section 6.1). Mail for somebody here is kept for the postmaster.
+fn is_dropped(message: &QueuedMessage, attempt: &Attempt<'_>) -> bool {
+    let is_outgoing = matches!(attempt.via, Via::Mx | Via::Smarthost | Via::Provider | Via::Submission);
+    message.envelope.from == ReversePath::Null && (is_outgoing || message.queue().shared)
 }
 
 /// Whether content may be a part of a message that has the given transfer encoding 7bit or 8bit.

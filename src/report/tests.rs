@@ -21,6 +21,10 @@ impl DsnSink for StoredDsns {
         self.0.lock().unwrap().push(text);
         Ok(())
     }
+
+    fn is_ours(&self, _: &Mailbox) -> bool {
+        false
+    }
 }
 
 /// One message to `to@example.net` with its age in seconds, sender and NOTIFY; a reporter and the DSNs that it stores.
@@ -43,6 +47,7 @@ impl Case {
             prefix: None,
             retries: true,
             account_lock: None,
+            shared: false,
         };
         let notify = if notify.is_empty() { Notify::default() } else { Notify::parse(notify.as_bytes()).unwrap() };
         let mailbox = Mailbox::parse("to@example.net").unwrap();
@@ -123,8 +128,9 @@ fn each_status_leads_to_its_dsn() {
     check(own, "", 0, rejected(), false, "failed 5.1.1", (0, 0));
     check(own, "SUCCESS", 0, rejected(), false, "", (0, 0));
     check(own, "NEVER", 0, rejected(), false, "", (0, 0));
-    // Never a DSN about a DSN (RFC 5321 section 6.1): it is kept in `.refused`.
-    check("<>", "", 0, rejected(), false, "", (0, 1));
+    // Never a DSN about a DSN (RFC 5321 section 6.1): it is dropped.
+    check("<>", "", 0, rejected(), false, "", (0, 0));
+    check("<>", "", 121, deferred(), false, "", (0, 0));
     check(own, "", 0, sent(), false, "", (0, 0));
     check(own, "SUCCESS", 0, sent(), false, "relayed 2.0.0", (0, 0));
     check(own, "SUCCESS", 0, sent(), true, "", (0, 0));
@@ -136,6 +142,25 @@ fn each_status_leads_to_its_dsn() {
     check(own, "", 121, deferred(), false, "failed 5.4.7", (0, 0));
     check(own, "", 121, RecipientStatus::InDoubt, false, "failed 5.4.7", (0, 0));
     check(own, "", 121, sent(), false, "", (0, 0));
+}
+
+/// Strangers ask for DSNs of success: some get them.
+#[test]
+fn dsns_of_success_are_limited() {
+    let case = Case::new("<a@b.example>", "SUCCESS", 0);
+    let mut lock = case.queue.lock(std::slice::from_ref(&case.name)).unwrap();
+    let mut envelope = {
+        let message = lock.next_message().unwrap();
+        message.with_recipients(message.envelope.recipients.clone())
+    };
+    let mut count = |from: &str| {
+        envelope.envelope.from = reverse_path(from.as_bytes()).unwrap().0;
+        (0..100).for_each(|_| case.reporter.report_delivered(&envelope, &[], b"Subject: x\n\n").unwrap());
+        std::mem::take(&mut *case.stored.0.lock().unwrap()).len()
+    };
+    assert_eq!(count("<a@b.example>"), 30);
+    assert_eq!(count("<x@other.example>"), 30);
+    assert_eq!(count("<a@[192.0.2.1]>"), 30);
 }
 
 /// A message of 1970 or of next year is not late and does not expire by that: five days after it was first seen, it does.

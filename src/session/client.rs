@@ -16,6 +16,7 @@ use crate::mail::address::Domain;
 use crate::mail::received::ClientInfo;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{self, Connection, Filled, WaitResult};
+use crate::net::resolver::system_addresses;
 use crate::net::tls::{CertificateInfo, ClientTls, TlsInfo};
 use crate::net::trace::Trace;
 use crate::queue::{QueueLock, QueuedMessage};
@@ -125,6 +126,11 @@ impl ClientSession {
         self.limit = limit;
     }
 
+    /// The session, which only this token cancels from now on, and each wait of which ends by its own timeout only.
+    pub fn established(self, cancel: &CancelToken) -> ClientSession {
+        ClientSession { cancel: cancel.clone(), limit: None, ..self }
+    }
+
     /// The end of a wait of at most `timeout` that begins now.
     fn deadline_within(&self, timeout: Duration) -> Instant {
         deadline_within(timeout, self.limit)
@@ -171,7 +177,7 @@ impl ClientSession {
                         return Err(SessionFailure::Broken("TLS is not configured".to_owned()));
                     };
                     let deadline = self.deadline_within(self.timeouts.handshake);
-                    let channel = begin_tls(&mut self.connection, tls, name, deadline)?;
+                    let channel = begin_tls(&mut self.connection, tls, name, deadline, &self.cancel)?;
                     self.send(|client, out| client.tls_started(channel, out));
                 }
                 _ => {}
@@ -519,9 +525,10 @@ fn deadline_within(timeout: Duration, limit: Option<Instant>) -> Instant {
 
 /// Begins TLS; `name`: what the peer's certificate must be for.
 fn begin_tls(
-    connection: &mut Connection, tls: &ClientTls, name: &str, deadline: Instant,
+    connection: &mut Connection, tls: &ClientTls, name: &str, deadline: Instant, cancel: &CancelToken,
 ) -> Result<TlsChannel, SessionFailure> {
-    connection.start_tls_client(tls, name, deadline).map_err(|error| match error.kind() {
+    connection.start_tls_client(tls, name, deadline, Some(cancel)).map_err(|error| match error.kind() {
+        io::ErrorKind::Interrupted => SessionFailure::Cancelled,
         io::ErrorKind::InvalidData => SessionFailure::Broken(error.to_string()),
         _ => SessionFailure::NoTls(format!("no TLS: {error}")),
     })?;
@@ -547,6 +554,14 @@ pub struct Connect<'a> {
 }
 
 impl Connect<'_> {
+    /// The addresses of a host that the configuration names (`host:port`), by the system's resolver.
+    ///
+    /// # Errors
+    /// It has none, or the system does not answer in time; `Interrupted`: the token was cancelled.
+    pub fn addresses(&self, address: &str) -> io::Result<Vec<SocketAddr>> {
+        system_addresses(address, deadline_within(self.timeouts.connect, self.limit), self.cancel)
+    }
+
     /// Connects by TCP, then sends EHLO, STARTTLS and AUTH as `options` say. Returns a session in which mail or ATRN may
     /// follow.
     ///
@@ -554,7 +569,7 @@ impl Connect<'_> {
     /// There is no such session; the connection is closed.
     pub fn to(&self, address: SocketAddr, options: ClientOptions) -> Result<ClientSession, SessionFailure> {
         let deadline = deadline_within(self.timeouts.connect, self.limit);
-        let socket = connection::connect(address, deadline, self.cancel).map_err(|error| match error.kind() {
+        let socket = connection::connect(address, deadline, Some(self.cancel)).map_err(|error| match error.kind() {
             io::ErrorKind::Interrupted => SessionFailure::Cancelled,
             _ => SessionFailure::Unreachable(format!("{address}: {error}")),
         })?;
@@ -571,7 +586,7 @@ impl Connect<'_> {
         let tls = match self.tls {
             Some((tls, name)) if self.implicit_tls => {
                 let deadline = deadline_within(self.timeouts.handshake, self.limit);
-                match begin_tls(&mut connection, tls, name, deadline) {
+                match begin_tls(&mut connection, tls, name, deadline, self.cancel) {
                     Ok(channel) => Some(channel),
                     Err(failure) => {
                         connection.close();

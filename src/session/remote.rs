@@ -2,13 +2,13 @@
 //! host.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::client::{ClientSession, Connect, SessionFailure};
 use crate::mail::address::literal;
 use crate::net::pin::Pin;
-use crate::net::resolver::system_addresses;
 use crate::net::tls::{ClientTls, Trust};
 use crate::net::trace::quoted;
 use crate::sasl::Login;
@@ -123,11 +123,13 @@ impl Remote {
     /// The addresses of the host, in the order of the system's resolver, but IPv6 and IPv4 in turn.
     ///
     /// # Errors
-    /// [`SessionFailure::NoHost`].
-    pub fn addresses(&self) -> Result<Vec<SocketAddr>, SessionFailure> {
+    /// [`SessionFailure::NoHost`], or [`SessionFailure::Cancelled`].
+    pub fn addresses(&self, how: &Connect<'_>) -> Result<Vec<SocketAddr>, SessionFailure> {
         let address = self.address();
-        let no_host = |error| SessionFailure::NoHost(format!("{address} has no address: {error}"));
-        system_addresses(address).map_err(no_host)
+        how.addresses(address).map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => SessionFailure::Cancelled,
+            _ => SessionFailure::NoHost(format!("{address} has no address: {error}")),
+        })
     }
 
     /// Connects to one of the addresses. Returns a session in which mail or ATRN may follow. TLS and credentials are those
@@ -162,7 +164,7 @@ impl Remote {
     pub fn connect(
         &self, options: &ClientOptions, how: &Connect<'_>,
     ) -> Result<(ClientSession, SocketAddr), SessionFailure> {
-        self.connect_to_any(&self.addresses()?, options, how)
+        self.connect_to_any(&self.addresses(how)?, options, how)
     }
 
     fn connect_to_any(

@@ -192,7 +192,7 @@ class Ways:
         self.box, self.files, self.contents = box, files, [on_the_wire(file) for file in files]
         self.house = Picky(box, address=MX, name="mx.dest.example")
         names = Names(box, mx={DESTINATION: [(1, "mx.dest.example")]}, hosts={"mx.dest.example": MX})
-        relay = f'[relay]\nresolver = "{names.resolver}"\nport = {self.house.port}\n'
+        relay = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {self.house.port}\n'
         customers = {"acme": ["example.org"], "hop": [HOP]}
         self.provider = Provider(box, require_tls=False, customers=customers, accounts=RELAYS, more=relay).start()
         self.hop = Hop(box.path / "hop.sock").start(box)

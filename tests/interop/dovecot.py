@@ -155,7 +155,7 @@ def dovecot_lmtp(box):
     """Dovecot as the next hop over LMTP, socket and port: all octets come; a user it does not know is 550 to the provider"""
     house = House(box)
     names = Names(box, mx={"sender.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": LOOPBACK})
-    relay = f'[relay]\nresolver = "{names.resolver}"\nport = {house.port}\n'
+    relay = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {house.port}\n'
     provider = Provider(box, require_tls=False, more=relay).start()
     dovecot = Dovecot(box, homes(box, ALICE, BOB)).start()
     with Smtp(provider.inbound, source=ELSEWHERE) as line:

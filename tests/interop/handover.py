@@ -254,7 +254,7 @@ def lmtp_mixed(box):
     """after one content 250, 452 and 550: one 250 for the provider, one comes with a later call, one makes a notice"""
     house = House(box)
     names = Names(box, mx={"sender.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": LOOPBACK})
-    relay = f'[relay]\nresolver = "{names.resolver}"\nport = {house.port}\n'
+    relay = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {house.port}\n'
     provider = Provider(box, require_tls=False, accounts=RELAYS, more=relay).start()
     refusals = {BERT: ["452 4.2.2 mailbox full"], CAROL: ["550 5.2.0 not of that kind"]}
     hop = Hop(box.path / "hop.sock", after_content=refusals).start(box)

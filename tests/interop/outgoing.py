@@ -97,7 +97,7 @@ def outgoing(box):
     policy = Policy(box, 1)
     delivered = receiving_postfix(box, SECOND, port, "dest.example", policy)
     certificates = Certificates(box)
-    relay = f'[relay]\nresolver = "{names.resolver}"\nport = {port}\ntls = "may"\nretry-first = "1s"\n'
+    relay = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {port}\ntls = "may"\nretry-first = "1s"\n'
     provider = Provider(box, certificates=certificates, accounts=RELAYS, more=relay).start()
     customer = Customer(box, provider.odmr, authority=certificates.authority, more=outgoing_table(box))
     done = sendmail(box, customer, "-t", "-i", "-f", "adam@example.org", text=TYPED)

@@ -91,7 +91,7 @@ def outgoing_kills(box):
     certificates = Certificates(box)
     provider = Provider(
         box, certificates=certificates, accounts=RELAYS, ports=(free_port(), free_port(), free_port()),
-        more=f'[relay]\nresolver = "{names.resolver}"\nport = {port}\nretry-first = "1s"\nretry-max = "2s"\n',
+        more=f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {port}\nretry-first = "1s"\nretry-max = "2s"\n',
     ).start()
     customer = Customer(box, provider.odmr, authority=certificates.authority, more=outgoing_table(box))
     numbers = queue.Queue()
@@ -165,7 +165,7 @@ def retry_times(box):
     port = free_port()
     house = House(box, address=SINK, port=port, refusals={"RCPT": ["450 4.2.0 not now", "452 4.3.1 no room"]})
     names = Names(box, mx={"dest.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": SINK})
-    more = f'[relay]\nresolver = "{names.resolver}"\nport = {port}\nretry-first = "{first:.0f}s"\nretry-max = "{first:.0f}s"\n'
+    more = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {port}\nretry-first = "{first:.0f}s"\nretry-max = "{first:.0f}s"\n'
     provider = Provider(box, require_tls=False, accounts=RELAYS, ports=(free_port(), free_port(), 0), more=more).start()
     customer = Customer(box, provider.odmr, tls="none", more=outgoing_table(box))
     done = sendmail(box, customer, "-f", "adam@example.org", "u@dest.example", text="Subject: slow\n\nx\n")

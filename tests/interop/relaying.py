@@ -158,7 +158,7 @@ def relay_connections(box):
     for name, house in houses.items():
         check(received(house) == wanted[name], f"{name}: not each of them once: {received(house)}")
         check(2 <= house.most <= 3, f"{name}: {house.most} connections at once")
-        left = [file for part in ("new", "cur") for file in provider.spool.glob(f"outgoing/{name}.example/{part}/*")]
+        left = [file for part in ("new", "cur") for file in provider.spool.glob(f"outgoing/@all/{part}/*,D={name}.example,*")]
         check(not left, f"{name}: left: {left}")
     check(not houses["whole"].errors and all(houses[name].errors for name in ("first", "second")), "who has hung up")
     return f"{[house.most for house in houses.values()]} connections at once, {seconds:.1f} s"

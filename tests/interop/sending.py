@@ -199,7 +199,7 @@ def daemon(box):
     house = House(box)
     names = Names(box, mx={"dest.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": LOOPBACK})
     certificates = Certificates(box)
-    relay = f'[relay]\nresolver = "{names.resolver}"\nport = {house.port}\n'
+    relay = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {house.port}\n'
     provider = Provider(box, certificates=certificates, accounts=RELAYS, more=relay).start()
     stranger = own_address()
     port = free_port()

@@ -326,7 +326,7 @@ class Relayed(Place):
         self.box, self.output = box, box.path / "strace.output"
         self.hop = ChoosyHouse(box, address="127.0.0.3", port=free_port())
         names = Names(box, mx={"dest.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": "127.0.0.3"})
-        more = f'[relay]\nresolver = "{names.resolver}"\nport = {self.hop.port}\nconnections-per-host = 1\n'
+        more = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {self.hop.port}\nconnections-per-host = 1\n'
         self.provider = Provider(box, require_tls=False, accounts=RELAYS, name="relay", more=more).start()
         self.directories = self.queues = [self.provider.spool]
 

@@ -47,7 +47,7 @@ fn secured(server: impl Into<OwnedFd>, client: impl Into<OwnedFd>) -> (Connectio
     let (mut server, mut client) = (connection(server), connection(client));
     thread::scope(|scope| {
         scope.spawn(|| server.start_tls_server(&accepting, soon()).unwrap());
-        client.start_tls_client(&connecting, NAME, soon()).unwrap();
+        client.start_tls_client(&connecting, NAME, soon(), None).unwrap();
     });
     (server, client)
 }
@@ -409,7 +409,7 @@ fn octets_after_starttls_are_rejected_on_both_sides() {
         assert_eq!(ours.take_line(1000), whole(b"STARTTLS"));
         let error = ours.start_tls_server(&accepting, soon()).unwrap_err();
         assert!(error.to_string().contains("after STARTTLS"), "{error}");
-        let error = ours.start_tls_client(&connecting, NAME, soon()).unwrap_err();
+        let error = ours.start_tls_client(&connecting, NAME, soon(), None).unwrap_err();
         assert!(error.to_string().contains("after STARTTLS"), "{error}");
         assert!(ours.tls_info().is_none());
     }
@@ -436,7 +436,7 @@ fn octets_that_arrive_with_the_end_of_the_handshake_are_not_lost() {
     let (mut server, mut client) = (connection(a), connection(b));
     thread::scope(|scope| {
         scope.spawn(|| {
-            client.start_tls_client(&connecting, NAME, soon()).unwrap();
+            client.start_tls_client(&connecting, NAME, soon(), None).unwrap();
             client.send(b"EHLO example.org\r\n");
             client.flush().unwrap();
         });
@@ -454,11 +454,11 @@ fn a_failed_handshake_reports_the_cause() {
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     let (peer, ours) = unix();
     drop(peer);
-    let error = connection(ours).start_tls_client(&connecting, NAME, soon()).unwrap_err();
+    let error = connection(ours).start_tls_client(&connecting, NAME, soon(), None).unwrap_err();
     assert!(error.to_string().starts_with("TLS with relay.example.net: "), "{error}");
     let (peer, ours) = tcp();
     (&peer).write_all(b"220 plain\r\n").unwrap();
-    let error = connection(ours).start_tls_client(&connecting, NAME, soon()).unwrap_err();
+    let error = connection(ours).start_tls_client(&connecting, NAME, soon(), None).unwrap_err();
     assert!(error.to_string().contains("not TLS"), "{error}");
 }
 
@@ -470,7 +470,7 @@ fn a_rejected_certificate_is_reported_on_both_sides() {
     let (mut server, mut client) = (connection(a), connection(b));
     thread::scope(|scope| {
         scope.spawn(|| {
-            let error = client.start_tls_client(&stranger, NAME, soon()).unwrap_err();
+            let error = client.start_tls_client(&stranger, NAME, soon(), None).unwrap_err();
             assert!(error.to_string().contains("`pin`"), "{error}");
             client.shutdown();
         });
@@ -488,7 +488,7 @@ fn tls_1_2_works_over_a_connection() {
     let (mut server, mut client) = (connection(a), connection(b));
     thread::scope(|scope| {
         scope.spawn(|| server.start_tls_server(&accepting, soon()).unwrap());
-        client.start_tls_client(&connecting, NAME, soon()).unwrap();
+        client.start_tls_client(&connecting, NAME, soon(), None).unwrap();
     });
     assert_eq!(server.tls_info().unwrap().version, "TLSv1.2");
     assert_eq!(server.tls_info(), client.tls_info());
@@ -555,7 +555,7 @@ fn the_alert_about_a_failed_handshake_arrives_although_the_peer_still_sends() {
         let mut ours = connection(ours);
         let error = match accepts {
             true => ours.start_tls_server(&accepting, soon()),
-            false => ours.start_tls_client(&connecting, NAME, soon()),
+            false => ours.start_tls_client(&connecting, NAME, soon(), None),
         };
         assert!(error.unwrap_err().to_string().contains("not TLS"));
         drop(ours);

@@ -239,7 +239,8 @@ fn mail_is_routed_by_the_mx_records() {
     check("far.example", hosts(&[(10, "a.example"), (20, "b.example")]));
     check("v4.example", MxRoute::Implicit);
     check("v6.example", MxRoute::Implicit);
-    check("any.example", MxRoute::NoHost);
+    // Whether the address is of use, the caller decides.
+    check("any.example", MxRoute::Implicit);
     check("text.example", MxRoute::NoHost);
     // Only an MX record may have an address in place of a name: whoever writes one has chosen the host, a sender has not.
     check("192.0.2.1", MxRoute::NoHost);
@@ -291,7 +292,8 @@ fn addresses_of_both_kinds_are_found() {
     };
     check("both.example", &["2001:db8::1", "192.0.2.2", "192.0.2.1"]);
     check("alias.example", &["2001:db8::1", "192.0.2.2", "192.0.2.1"]);
-    check("strange.example", &["127.0.0.1"]);
+    let strange = ["::", "0.0.0.0", "ff02::1", "224.0.0.1", "::ffff:0.0.0.0", "255.255.255.255", "127.0.0.1"];
+    check("strange.example", &strange);
     check("mail.example", &[]);
     check("wrong.example", &["192.0.2.3"]);
     check("absent.example", &[]);
@@ -430,6 +432,45 @@ fn the_next_server_is_queried_and_again_those_that_did_not_reply() {
     resolver.servers = vec![].into();
     let error = resolver.route(&host("n.example")).unwrap_err().0;
     assert_eq!(error, "MX records of n.example: no name server is known");
+}
+
+/// Names that no server answers for must not keep a worker of the relay, nor the end of the program.
+#[test]
+fn all_queries_end_at_one_deadline_or_when_they_are_cancelled() {
+    let silent = FakeServer::start(|_| vec![]);
+    let cancel = CancelToken::new().unwrap();
+    let resolver = || silent.resolver();
+    let begun = Instant::now();
+    let limited = resolver().within(begun + Duration::from_millis(300), &cancel);
+    let error = limited.addresses(&host("n.example")).unwrap_err().0;
+    assert_eq!(error, "A records of n.example: there is no time left for it");
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    // Neither a second time, nor for the other family.
+    assert_eq!(silent.transports().len(), 1);
+    let limited = resolver().within(begun + Duration::from_secs(600), &cancel);
+    let stopping = std::thread::spawn({
+        let cancel = cancel.clone();
+        move || {
+            std::thread::sleep(Duration::from_millis(100));
+            cancel.cancel();
+        }
+    });
+    let begun = Instant::now();
+    limited.route(&host("n.example")).unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    stopping.join().unwrap();
+    let error = system_addresses("localhost:25", begun + Duration::from_secs(600), &cancel).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+}
+
+#[test]
+fn the_system_is_not_asked_for_an_address() {
+    let cancel = CancelToken::new().unwrap();
+    let soon = Instant::now() + Duration::from_secs(10);
+    for address in ["192.0.2.1:25", "[2001:db8::1]:25"] {
+        assert_eq!(system_addresses(address, soon, &cancel).unwrap(), [address.parse().unwrap()]);
+    }
+    assert!(!system_addresses("localhost:25", soon, &cancel).unwrap().is_empty());
 }
 
 #[test]

@@ -3,10 +3,12 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, SystemTime};
 
+use super::hosts::Lane;
 use super::worker::NextDue;
 use crate::mail::address::Domain;
 use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
+use crate::queue::{QueueDue, SharedIndex};
 
 /// How often the spool is read for mail that another process (inetd mode) has stored.
 pub(super) const RESCAN_INTERVAL: Duration = Duration::from_secs(300);
@@ -21,23 +23,24 @@ const GATHER_DELAY: Duration = Duration::from_millis(200);
 #[derive(Default)]
 pub(super) struct DestinationTable {
     /// When an attempt at a destination is due; for a busy one, at mail that has arrived since its attempt began.
-    due: HashMap<Domain, SystemTime>,
+    due: HashMap<Domain, QueueDue>,
     /// Destinations that a worker has.
     busy: HashSet<Domain>,
 }
 
 impl DestinationTable {
-    /// Adds the destinations that have a queue in the spool and are not known yet. `again`: also when those that are known
+    /// Reads the spool, and adds the destinations that have mail and are not known yet. `again`: also when those that are known
     /// are due, which an administrator may have changed.
-    pub(super) fn read(&mut self, spool: &Spool, again: bool) {
+    pub(super) fn read(&mut self, spool: &Spool, index: &SharedIndex, again: bool) {
         let failed = |queue: &str, error| log::error!("event=spool-failed queue={queue} error={}", quoted(error));
-        let destinations = spool.destinations().unwrap_or_else(|error| {
+        index.read(&spool.name(&SpoolQueue::AllOutgoing)).unwrap_or_else(|error| failed("-", error));
+        let old = spool.old_destinations().unwrap_or_else(|error| {
             failed("-", error);
             Vec::new()
         });
-        for domain in destinations {
+        for domain in index.domains().into_iter().chain(old) {
             if (again || !self.due.contains_key(&domain)) && !self.busy.contains(&domain) {
-                match spool.queue().next_due(&spool.name(&SpoolQueue::Outgoing(domain.clone()))) {
+                match spool.outgoing_due(&domain, index) {
                     Ok(due) => self.add(domain, due),
                     Err(error) => failed(domain.as_str(), error),
                 }
@@ -45,9 +48,10 @@ impl DestinationTable {
         }
     }
 
-    /// New mail has arrived for a destination.
-    pub(super) fn arrived(&mut self, domain: Domain) {
-        self.add(domain, Some(SystemTime::now() + GATHER_DELAY));
+    /// New mail has arrived for a destination; `dsn`: without a sender. It is not due before `not_before`.
+    pub(super) fn arrived(&mut self, domain: Domain, dsn: bool, not_before: Option<SystemTime>) {
+        let due = Some(SystemTime::now() + GATHER_DELAY).max(not_before);
+        self.add(domain, if dsn { QueueDue { mail: None, dsn: due } } else { QueueDue { mail: due, dsn: None } });
     }
 
     /// A worker has finished its attempt at a destination.
@@ -56,40 +60,77 @@ impl DestinationTable {
         self.add(next.destination, next.due);
     }
 
-    fn add(&mut self, domain: Domain, due: Option<SystemTime>) {
-        if let Some(due) = due {
-            let earliest = self.due.entry(domain).or_insert(due);
-            *earliest = due.min(*earliest);
+    /// Whether a worker has the destination.
+    pub(super) fn is_busy(&self, domain: &Domain) -> bool {
+        self.busy.contains(domain)
+    }
+
+    fn add(&mut self, domain: Domain, due: QueueDue) {
+        if due.earliest().is_some() {
+            let earlier = self.due.entry(domain).or_default();
+            *earlier = due.or_earlier(*earlier);
         }
     }
 
-    fn waiting(&self) -> impl Iterator<Item = (&Domain, SystemTime)> {
+    fn waiting(&self) -> impl Iterator<Item = (&Domain, QueueDue)> {
         self.due.iter().filter(|(domain, _)| !self.busy.contains(*domain)).map(|(domain, due)| (domain, *due))
     }
 
-    /// Whether a destination is due that no worker has.
+    /// The destinations that are due and that no worker has, each with the time since when, for a lane. `slow`: those that
+    /// are slow.
+    fn due_in(
+        &self, now: SystemTime, lane: Lane, slow: &HashSet<String>,
+    ) -> impl Iterator<Item = (&Domain, SystemTime)> {
+        self.waiting().filter_map(move |(domain, due)| {
+            let (since, of) = match (due.mail, due.dsn) {
+                (Some(mail), _) if mail <= now && slow.contains(domain.as_str()) => (mail, Lane::Slow),
+                (Some(mail), _) if mail <= now => (mail, Lane::Mail),
+                (_, dsn) => (dsn?, Lane::Dsn),
+            };
+            (of == lane && since <= now).then_some((domain, since))
+        })
+    }
+
+    /// Whether a destination is due in a lane.
+    pub(super) fn is_due_in(&self, now: SystemTime, lane: Lane, slow: &HashSet<String>) -> bool {
+        self.due_in(now, lane, slow).next().is_some()
+    }
+
+    /// How many destinations are due in a lane.
+    pub(super) fn count_due(&self, now: SystemTime, lane: Lane, slow: &HashSet<String>) -> usize {
+        self.due_in(now, lane, slow).count()
+    }
+
+    /// Whether any destination is due.
     pub(super) fn is_due(&self, now: SystemTime) -> bool {
-        self.waiting().any(|(_, due)| due <= now)
+        self.waiting().any(|(_, due)| due.earliest().is_some_and(|due| due <= now))
     }
 
-    /// Takes the destination that has been due for longest, or all that are due if one session sends the mail of all of
-    /// them (`together`). They are busy until [`DestinationTable::done`].
-    pub(super) fn take_due(&mut self, now: SystemTime, together: bool) -> Option<Vec<Domain>> {
-        let due = self.waiting().filter(|(_, due)| *due <= now);
-        let job: Vec<_> = match together {
-            true => due.map(|(domain, _)| domain.clone()).collect(),
-            false => due.min_by_key(|(_, due)| *due).map(|(domain, _)| domain.clone()).into_iter().collect(),
-        };
-        for domain in &job {
-            self.due.remove(domain);
-            self.busy.insert(domain.clone());
-        }
-        (!job.is_empty()).then_some(job)
+    /// Takes the destination that has been due for longest in this lane. It is busy until [`DestinationTable::done`].
+    pub(super) fn take_due(&mut self, now: SystemTime, lane: Lane, slow: &HashSet<String>) -> Option<Domain> {
+        let domain = self.due_in(now, lane, slow).min_by_key(|(_, since)| *since)?.0.clone();
+        self.take(&domain);
+        Some(domain)
     }
 
-    /// How long no destination will be due, at most until the spool is to be read again.
+    /// Takes all that are due, for one session that sends the mail of all of them.
+    pub(super) fn take_all_due(&mut self, now: SystemTime) -> Vec<Domain> {
+        let due = self.waiting().filter(|(_, due)| due.earliest().is_some_and(|due| due <= now));
+        let job: Vec<_> = due.map(|(domain, _)| domain.clone()).collect();
+        job.iter().for_each(|domain| self.take(domain));
+        job
+    }
+
+    fn take(&mut self, domain: &Domain) {
+        self.due.remove(domain);
+        self.busy.insert(domain.clone());
+    }
+
+    /// How long no other destination will become due, at most until the spool is to be read again.
     pub(super) fn pause(&self, now: SystemTime) -> Duration {
-        let next = self.waiting().map(|(_, due)| due.duration_since(now).unwrap_or_default()).min();
+        let times = self.waiting().flat_map(|(_, due)| [due.mail, due.dsn]).flatten();
+        let next =
+            times.filter(|due| *due > now).min().map(|due| due.duration_since(SystemTime::now()).unwrap_or_default());
         next.map_or(RESCAN_INTERVAL, |next| next.min(RESCAN_INTERVAL)) + Duration::from_millis(1)
     }
 }
@@ -102,32 +143,57 @@ mod tests {
         Domain::parse(name).unwrap()
     }
 
+    fn mail(time: SystemTime) -> QueueDue {
+        QueueDue { mail: Some(time), dsn: None }
+    }
+
     #[test]
     fn the_table_gives_each_destination_to_one_worker() {
         let (now, a, b) = (SystemTime::now(), domain("a.example"), domain("b.example"));
         let later = now + Duration::from_secs(60);
         let next = |due| NextDue { destination: domain("a.example"), due };
         let mut table = DestinationTable::default();
-        assert_eq!(table.take_due(now, false), None);
-        table.arrived(a.clone());
+        let take = |table: &mut DestinationTable, now| table.take_due(now, Lane::Mail, &HashSet::new());
+        assert_eq!(take(&mut table, now), None);
+        table.arrived(a.clone(), false, None);
         let soon = now + Duration::from_secs(1);
-        assert_eq!(table.take_due(soon, false), Some(vec![a.clone()]));
+        assert_eq!(take(&mut table, soon), Some(a.clone()));
         // While a worker has it, more mail makes it due again at once, but not twice.
-        table.arrived(a.clone());
-        assert_eq!(table.take_due(soon, false), None);
-        table.done(next(Some(later)));
-        assert_eq!(table.take_due(soon, false), Some(vec![a.clone()]));
-        table.done(next(Some(later)));
-        assert_eq!(table.take_due(soon, false), None);
+        table.arrived(a.clone(), false, None);
+        assert_eq!(take(&mut table, soon), None);
+        table.done(next(mail(later)));
+        assert_eq!(take(&mut table, soon), Some(a.clone()));
+        table.done(next(mail(later)));
+        assert_eq!(take(&mut table, soon), None);
         assert!(table.pause(now) <= Duration::from_secs(61));
-        assert_eq!(table.take_due(later, false), Some(vec![a.clone()]));
-        table.done(next(None));
+        assert_eq!(take(&mut table, later), Some(a.clone()));
+        table.done(next(QueueDue::default()));
         assert!(table.due.is_empty() && table.busy.is_empty());
         // One session for all: one job for all.
-        table.arrived(a.clone());
-        table.arrived(b.clone());
-        let mut job = table.take_due(soon, true).unwrap();
+        table.arrived(a.clone(), false, None);
+        table.arrived(b.clone(), true, None);
+        let mut job = table.take_all_due(soon);
         job.sort();
         assert_eq!(job, [a, b]);
+    }
+
+    #[test]
+    fn destinations_with_dsns_alone_and_slow_ones_come_later() {
+        let (now, a, b) = (SystemTime::now(), domain("a.example"), domain("b.example"));
+        let soon = now + Duration::from_secs(1);
+        let slow = HashSet::from(["b.example".to_owned()]);
+        let mut table = DestinationTable::default();
+        table.arrived(a.clone(), true, None);
+        table.arrived(b.clone(), false, None);
+        let count = |table: &DestinationTable| Lane::ALL.map(|lane| table.count_due(soon, lane, &slow));
+        assert_eq!(count(&table), [0, 1, 1]);
+        // Mail for the same destination.
+        table.arrived(a.clone(), false, None);
+        assert_eq!(count(&table), [1, 1, 0]);
+        assert_eq!(table.take_due(soon, Lane::Mail, &slow), Some(a.clone()));
+        assert_eq!(table.take_due(soon, Lane::Slow, &slow), Some(b));
+        // Mail that is due later does not make the DSNs urgent.
+        table.done(NextDue { destination: a, due: QueueDue { mail: Some(soon + RESCAN_INTERVAL), dsn: Some(now) } });
+        assert_eq!(count(&table), [0, 0, 1]);
     }
 }

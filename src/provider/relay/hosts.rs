@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::mail::address::Domain;
+use crate::net::cancel::CancelToken;
 use crate::smtp::reply::Reply;
 
 /// How long no session is opened beside others with a host after a worker has found all its connections in use: until
@@ -14,6 +16,41 @@ const YIELD_PAUSE: Duration = Duration::from_secs(5);
 /// next attempt begins with the first address again.
 const PASSED_LIMIT: usize = 1000;
 
+/// What an attempt is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Lane {
+    /// Mail with a sender.
+    Mail,
+    /// Mail with a sender for a destination that is slow.
+    Slow,
+    /// DSNs alone.
+    Dsn,
+}
+
+impl Lane {
+    /// The most urgent one first.
+    pub(super) const ALL: [Lane; 3] = [Lane::Mail, Lane::Slow, Lane::Dsn];
+}
+
+/// One attempt under way.
+pub(super) struct AttemptState {
+    pub(super) lane: Lane,
+    /// Sessions that are open.
+    pub(super) sessions: usize,
+    /// Since when there is none.
+    pub(super) idle_since: Instant,
+    pub(super) begun: Instant,
+    /// How long it took to the first session.
+    pub(super) first_session: Option<Duration>,
+    /// When a session began or was done with a message last.
+    pub(super) progress: Instant,
+    /// A host took long for a message that is not large.
+    pub(super) is_slow: bool,
+    /// It has given way to other mail.
+    pub(super) gave_way: bool,
+    pub(super) cancel: CancelToken,
+}
+
 /// What the relay knows of each host, and how many connections it has.
 #[derive(Default)]
 pub(super) struct HostTable {
@@ -21,19 +58,29 @@ pub(super) struct HostTable {
 }
 
 #[derive(Default)]
-struct TableState {
+pub(super) struct TableState {
     /// The most connections in all.
-    limit: usize,
+    pub(super) limit: usize,
     /// The most connections to one host.
     limit_each: usize,
+    /// Mail goes to hosts that strangers may choose, not to a smarthost.
+    pub(super) by_mx: bool,
     /// By IP address and port; a smarthost by its name.
     hosts: HashMap<String, HostState>,
-    /// Workers with an attempt under way.
-    attempts: usize,
+    /// The attempts under way, each with a worker.
+    pub(super) attempts: HashMap<u64, AttemptState>,
+    /// The number of the next attempt.
+    pub(super) next_attempt: u64,
+    /// The destinations that are slow, until when.
+    pub(super) slow: HashMap<String, Instant>,
+    /// The destinations that mail has arrived for since their attempt began: its DSNs wait for the next one.
+    mail_waits: HashSet<String>,
     /// Sessions that an attempt has beside its first one.
-    beside: usize,
+    pub(super) beside: usize,
     /// An attempt is due, and all connections are in use.
     attempt_waits: bool,
+    /// It is for mail that the smarthost gets.
+    smarthost_waits: bool,
     /// For each destination whose last attempt left addresses untried: the hosts and addresses that it, and those before
     /// it, have tried.
     passed: HashMap<String, HashSet<String>>,
@@ -44,9 +91,13 @@ struct HostState {
     connections: usize,
     /// How many of them are of sessions beside the first one of an attempt.
     beside: usize,
+    /// How many are of attempts with DSNs alone.
+    dsns: usize,
     down_until: Option<Instant>,
     /// A worker that found all connections in use tries again before then.
     wanted_until: Option<Instant>,
+    /// One that had mail with a sender.
+    mail_wanted_until: Option<Instant>,
 }
 
 impl HostState {
@@ -54,8 +105,17 @@ impl HostState {
         self.down_until.is_some_and(|until| until > Instant::now())
     }
 
+    /// Whether anything is known of it.
+    fn is_needed(&self) -> bool {
+        self.connections > 0 || self.is_down() || self.is_wanted()
+    }
+
     fn is_wanted(&self) -> bool {
         self.wanted_until.is_some_and(|until| until > Instant::now())
+    }
+
+    fn is_wanted_for_mail(&self) -> bool {
+        self.mail_wanted_until.is_some_and(|until| until > Instant::now())
     }
 }
 
@@ -73,54 +133,73 @@ pub(super) enum RouteError {
 }
 
 impl HostTable {
-    /// `limit`: the most connections in all; `limit_each`: to one host.
-    pub(super) fn set_limits(&self, limit: usize, limit_each: usize) {
+    /// `limit`: the most connections in all; `limit_each`: to one host; `by_mx`: there is no smarthost.
+    pub(super) fn set_limits(&self, limit: usize, limit_each: usize, by_mx: bool) {
         let mut state = self.lock();
-        (state.limit, state.limit_each) = (limit, limit_each);
+        (state.limit, state.limit_each, state.by_mx) = (limit, limit_each, by_mx);
     }
 
-    /// Counts one more attempt, each of which has one connection at a time; `false`: all connections are in use.
-    pub(super) fn begin_attempt(&self) -> bool {
+    /// Whether an attempt waits for a connection from now on; `for_mail`: it is one at mail with a sender. Returns whether one
+    /// will be free soon, because a session beside another one ends for it.
+    pub(super) fn set_attempt_waits(&self, waits: bool, for_mail: bool) -> bool {
         let mut state = self.lock();
-        let free = state.attempts + state.beside < state.limit;
-        state.attempts += usize::from(free);
-        free
-    }
-
-    /// An attempt has ended.
-    pub(super) fn end_attempt(&self) {
-        self.lock().attempts -= 1;
-    }
-
-    /// Whether an attempt waits for a connection from now on. Returns whether one will be free soon, because a session
-    /// beside another one ends for it.
-    pub(super) fn set_attempt_waits(&self, waits: bool) -> bool {
-        let mut state = self.lock();
-        state.attempt_waits = waits;
+        (state.attempt_waits, state.smarthost_waits) = (waits, for_mail && !state.by_mx);
         waits && state.beside > 0
     }
 
-    /// Counts one more connection to a host.
+    /// Mail has arrived for a destination with an attempt under way, or (`false`) that attempt is over.
+    pub(super) fn set_mail_waits(&self, destination: &str, waits: bool) {
+        let mut state = self.lock();
+        match waits {
+            true => drop(state.mail_waits.insert(destination.to_owned())),
+            false => drop(state.mail_waits.remove(destination)),
+        }
+    }
+
+    /// Whether the DSNs of an attempt at these destinations must wait, because mail for one of them has arrived, or mail for
+    /// another one needs a connection to this host.
+    pub(super) fn mail_waits(&self, destinations: &[Domain], host: &str) -> bool {
+        let state = self.lock();
+        state.smarthost_waits
+            || state.hosts.get(host).is_some_and(HostState::is_wanted_for_mail)
+            || !state.mail_waits.is_empty() && destinations.iter().any(|one| state.mail_waits.contains(one.as_str()))
+    }
+
+    /// Counts one more connection to a host. DSNs alone have half of the connections to a host, and none that mail waits for:
+    /// strangers may have sent them to many domains with this host.
     ///
     /// # Errors
     /// The host is busy.
-    pub(super) fn acquire(&self, host: &str) -> Result<HostPermit<'_>, RouteError> {
+    pub(super) fn acquire(&self, host: &str, lane: Lane) -> Result<HostPermit<'_>, RouteError> {
         let mut state = self.lock();
         let limit_each = state.limit_each;
+        if !state.hosts.contains_key(host) {
+            state.hosts.retain(|_, host| host.is_needed());
+        }
         let entry = state.hosts.entry(host.to_owned()).or_default();
-        if entry.connections >= limit_each {
-            entry.wanted_until = Some(Instant::now() + YIELD_PAUSE);
+        let is_dsn = lane == Lane::Dsn;
+        let full_of_dsns = entry.dsns >= (limit_each / 2).max(1) || entry.is_wanted_for_mail();
+        if entry.connections >= limit_each || is_dsn && full_of_dsns {
+            let until = Some(Instant::now() + YIELD_PAUSE);
+            entry.wanted_until = until;
+            if !is_dsn {
+                entry.mail_wanted_until = until;
+            }
             return Err(RouteError::Busy);
         }
         entry.connections += 1;
+        entry.dsns += usize::from(is_dsn);
         entry.wanted_until = None;
-        Ok(HostPermit { table: self, host: host.to_owned(), beside: false })
+        if !is_dsn {
+            entry.mail_wanted_until = None;
+        }
+        Ok(HostPermit { table: self, host: host.to_owned(), beside: false, is_dsn })
     }
 
     /// Counts one more connection to a host that has one; `None`: the limits, or attempts that wait, do not permit it.
     pub(super) fn acquire_beside(&self, host: &str) -> Option<HostPermit<'_>> {
         let mut state = self.lock();
-        if state.attempt_waits || state.attempts + state.beside >= state.limit {
+        if state.attempt_waits || state.attempts.len() + state.beside >= state.limit {
             return None;
         }
         let limit_each = state.limit_each;
@@ -131,7 +210,7 @@ impl HostTable {
         entry.connections += 1;
         entry.beside += 1;
         state.beside += 1;
-        Some(HostPermit { table: self, host: host.to_owned(), beside: true })
+        Some(HostPermit { table: self, host: host.to_owned(), beside: true, is_dsn: false })
     }
 
     /// Whether a session beside another one must end, because an attempt waits for its connection.
@@ -150,16 +229,18 @@ impl HostTable {
         self.lock().hosts.get(host).is_some_and(HostState::is_down)
     }
 
-    /// Forgets which hosts are down: an administrator wants them to be tried.
+    /// Forgets which hosts are down, and which destinations are slow: an administrator wants them to be tried.
     pub(super) fn forget_down(&self) {
-        self.lock().hosts.values_mut().for_each(|host| host.down_until = None);
+        let mut state = self.lock();
+        state.hosts.values_mut().for_each(|host| host.down_until = None);
+        state.slow.clear();
     }
 
     /// Permits no connection to a host for `pause`.
     pub(super) fn mark_down(&self, host: &str, pause: Duration) {
         let mut state = self.lock();
         // Otherwise the table would grow with every host that was ever connected to.
-        state.hosts.retain(|_, host| host.connections > 0 || host.is_down());
+        state.hosts.retain(|_, host| host.is_needed());
         state.hosts.entry(host.to_owned()).or_default().down_until = Some(Instant::now() + pause);
     }
 
@@ -177,7 +258,7 @@ impl HostTable {
         };
     }
 
-    fn lock(&self) -> MutexGuard<'_, TableState> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, TableState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -187,6 +268,7 @@ pub(super) struct HostPermit<'a> {
     table: &'a HostTable,
     host: String,
     beside: bool,
+    is_dsn: bool,
 }
 
 impl HostPermit<'_> {
@@ -203,7 +285,8 @@ impl Drop for HostPermit<'_> {
         if let Some(host) = state.hosts.get_mut(&self.host) {
             host.connections -= 1;
             host.beside -= usize::from(self.beside);
-            if host.connections == 0 && !host.is_down() {
+            host.dsns -= usize::from(self.is_dsn);
+            if !host.is_needed() {
                 state.hosts.remove(&self.host);
             }
         }
@@ -212,6 +295,8 @@ impl Drop for HostPermit<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     const ADDRESS: &str = "127.0.0.2:25";
@@ -219,11 +304,11 @@ mod tests {
     #[test]
     fn a_host_that_is_busy_gives_no_permit_and_one_that_is_down_is_known() {
         let hosts = HostTable::default();
-        hosts.set_limits(20, 1);
-        let permit = hosts.acquire(ADDRESS).ok().unwrap();
-        assert!(matches!(hosts.acquire(ADDRESS), Err(RouteError::Busy)));
+        hosts.set_limits(20, 1, true);
+        let permit = hosts.acquire(ADDRESS, Lane::Mail).ok().unwrap();
+        assert!(matches!(hosts.acquire(ADDRESS, Lane::Mail), Err(RouteError::Busy)));
         drop(permit);
-        assert!(hosts.acquire(ADDRESS).is_ok());
+        assert!(hosts.acquire(ADDRESS, Lane::Mail).is_ok());
         assert!(!hosts.is_down(ADDRESS));
         hosts.mark_down(ADDRESS, Duration::from_secs(60));
         assert!(hosts.is_down(ADDRESS));
@@ -232,30 +317,60 @@ mod tests {
     }
 
     #[test]
-    fn sessions_beside_the_first_take_what_no_attempt_waits_for() {
+    fn dsns_leave_connections_to_a_host_to_mail() {
         let hosts = HostTable::default();
-        hosts.set_limits(4, 3);
-        assert!(hosts.begin_attempt());
+        let acquire = |lane| hosts.acquire(ADDRESS, lane);
+        hosts.set_limits(20, 5, true);
+        let dsns = [acquire(Lane::Dsn).ok().unwrap(), acquire(Lane::Dsn).ok().unwrap()];
+        assert!(matches!(acquire(Lane::Dsn), Err(RouteError::Busy)));
+        assert!(!hosts.mail_waits(&[], ADDRESS));
+        let mail: Vec<_> = (0..3).map(|_| acquire(Lane::Mail).ok().unwrap()).collect();
+        assert!(matches!(acquire(Lane::Mail), Err(RouteError::Busy)));
+        assert!(hosts.mail_waits(&[], ADDRESS) && !hosts.mail_waits(&[], "127.0.0.3:25"));
+        drop((dsns, mail));
+        assert!(matches!(acquire(Lane::Dsn), Err(RouteError::Busy)), "it is for mail");
+        assert!(acquire(Lane::Slow).is_ok() && acquire(Lane::Dsn).is_ok());
+        hosts.set_limits(20, 1, true);
+        assert!(acquire(Lane::Dsn).is_ok(), "one after the other");
+        // All mail goes to a smarthost: what waits for a connection to it, and what has arrived for a destination.
+        let destinations = [Domain::parse("a.example").unwrap(), Domain::parse("b.example").unwrap()];
+        hosts.set_limits(5, 5, false);
+        for (waits, for_mail) in [(true, false), (true, true), (false, false)] {
+            hosts.set_attempt_waits(waits, for_mail);
+            assert_eq!(hosts.mail_waits(&destinations, "smart.example:587"), for_mail);
+        }
+        hosts.set_mail_waits("b.example", true);
+        assert!(hosts.mail_waits(&destinations, "smart.example:587"));
+        assert!(!hosts.mail_waits(&destinations[..1], "smart.example:587"));
+    }
+
+    #[test]
+    fn sessions_beside_the_first_take_what_no_attempt_waits_for() {
+        let hosts = Arc::new(HostTable::default());
+        hosts.set_limits(4, 3, true);
+        let begin = || hosts.begin_attempt(Lane::Mail).ok();
+        let one = begin().unwrap();
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "beside nothing");
-        let first = hosts.acquire(ADDRESS).ok().unwrap();
+        let first = hosts.acquire(ADDRESS, Lane::Mail).ok().unwrap();
         let second = hosts.acquire_beside(ADDRESS).unwrap();
         let _third = hosts.acquire_beside(ADDRESS).unwrap();
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "the limit of the host");
         // Another destination at the same host: a session ends for it.
-        assert!(hosts.begin_attempt());
+        let _two = begin().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
-        assert!(matches!(hosts.acquire(ADDRESS), Err(RouteError::Busy)));
+        assert!(matches!(hosts.acquire(ADDRESS, Lane::Mail), Err(RouteError::Busy)));
         assert!(hosts.must_yield(ADDRESS) && hosts.yields(ADDRESS));
         drop(second);
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "it is for the attempt");
-        let _other = hosts.acquire(ADDRESS).ok().unwrap();
+        let _other = hosts.acquire(ADDRESS, Lane::Mail).ok().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
         // Two attempts, one session beside them; then all connections are in use, and one more attempt is due.
-        assert!(hosts.begin_attempt() && !hosts.begin_attempt());
-        assert!(hosts.set_attempt_waits(true) && hosts.must_yield(ADDRESS));
+        let _three = begin().unwrap();
+        assert!(begin().is_none());
+        assert!(hosts.set_attempt_waits(true, true) && hosts.must_yield(ADDRESS));
         drop(first);
         assert!(hosts.acquire_beside(ADDRESS).is_none());
-        hosts.end_attempt();
-        assert!(hosts.begin_attempt() && !hosts.set_attempt_waits(false));
+        drop(one);
+        assert!(begin().is_some() && !hosts.set_attempt_waits(false, false));
     }
 }

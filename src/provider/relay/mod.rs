@@ -6,8 +6,9 @@
 //!                └──────────── done, due again at … ◀──────────────┘
 //! ```
 //!
-//! A destination is a domain; `SPOOL/outgoing/<domain>/` is its queue. A smarthost gets the mail of all destinations that
-//! are due in one attempt. The keys below are those of `[relay]`.
+//! A destination is a domain; its mail is what [`SharedIndex`] tells of `SPOOL/outgoing/@all/`, and what an earlier version has
+//! stored in `SPOOL/outgoing/<domain>/`. A smarthost gets the mail of all destinations that are due in one attempt. The keys
+//! below are those of `[relay]`.
 //!
 //! An attempt has one session, and more with the same host if more than 20 messages wait for each of them. There are at
 //! most `connections-per-host` connections to one address (or to a smarthost) and `connections` in all; an attempt that
@@ -20,16 +21,20 @@
 //!   min) and at most `retry-max` (4 h), a fifth more or less by chance. The time of modification of the file is when the
 //!   next attempt is due, so it stays after a restart; what is known of hosts does not.
 //! - A destination: it is due when the first of its messages is. All messages that are due then are sent in one attempt.
-//!   It tries the hosts in the order of preference, at most 8 addresses of each host, IPv6 and IPv4 in turn, and begins no
-//!   other address after 10 min. If one of these limits leaves addresses untried, the next attempt begins after those that
-//!   were tried, and so on to the end of the list. If no host gives a session, all these messages are deferred. If a
-//!   message could not be recorded on disk, the destination waits for `retry-first`. If its queue is locked, or all
-//!   permitted connections to its hosts are in use, it is tried again after 2 s, and the messages not tried yet are not
-//!   deferred.
+//!   It tries the hosts in the order of preference, at most 8 addresses of each host, IPv6 and IPv4 in turn. Its lookups
+//!   end after 1 min, and it waits for a session for 10 min at most. If one of these limits leaves addresses untried, the
+//!   next attempt begins after those that were tried, and so on to the end of the list. If no host gives a session, all
+//!   these messages are deferred. If a message could not be recorded on disk, the destination waits for `retry-first`. If
+//!   its queue is locked, or all permitted connections to its hosts are in use, it is tried again after 2 s, and the
+//!   messages not tried yet are not deferred.
+//! - An address of an MX host that no host in the world has (loopback, private, ...), or that is our own, is passed over, unless
+//!   `allow-private` is set. If a destination has no other address, its mail is deferred.
 //! - A host, by its address: if it cannot be connected to, or three sessions are lost before they have decided on any
 //!   message, no destination connects to it for 0.8 `retry-first`; or for four times as long as it took to fail, at most
 //!   `retry-max`, if that is more. A smarthost likewise after any failure before mail. Attempts meanwhile go on to the next
 //!   address, which is not counted, or are deferred without a connection.
+//! - If connections are short, DSNs and destinations that are slow come last, and those without a session give way: see
+//!   `attempts`.
 //! - Expiry: if an attempt at a message older than `give-up` (5 days) leaves a recipient deferred or in doubt, that
 //!   recipient expires, and the sender gets a DSN. The first such attempt at a message older than `delay-notice` (4 h)
 //!   sends a DSN that it is delayed.
@@ -37,12 +42,14 @@
 //! The spool is read again every 5 min, for mail that another process (inetd mode) has stored, and at once if `odmr queue`
 //! has changed it; then no host counts as down.
 
-mod destinations;
 mod hosts;
+mod attempts;
+mod destinations;
 mod order;
 mod sessions;
 mod worker;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant, SystemTime};
@@ -50,19 +57,25 @@ use std::time::{Duration, Instant, SystemTime};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use crate::mail::address::Domain;
+use crate::maildir::Entry;
 use crate::net::trace::quoted;
 use crate::provider::spool::SpoolQueue;
+use attempts::{AttemptPermit, NoAttempt};
 use destinations::{DestinationTable, REQUEST_INTERVAL, RESCAN_INTERVAL};
+use hosts::Lane;
 use worker::NextDue;
 pub use worker::WorkerContext;
 
 /// How soon the scheduler looks again for a connection that a session gives up for an attempt that is due.
 const YIELD_POLL: Duration = Duration::from_millis(100);
 
+/// How many events the scheduler handles before it looks for destinations that are due.
+const EVENTS_AT_ONCE: usize = 1000;
+
 /// What wakes the scheduler.
 enum RelayEvent {
-    /// New mail for this destination.
-    Arrived(Domain),
+    /// New mail for this destination, which is not due before then.
+    Arrived { destination: Domain, entry: Entry, is_dsn: bool, not_before: Option<SystemTime> },
     /// A worker has finished its attempt at these destinations.
     Done(Vec<NextDue>),
     /// The relay may have been cancelled.
@@ -76,11 +89,11 @@ enum RelayEvent {
 pub struct RelayHandle(Sender<RelayEvent>);
 
 impl RelayHandle {
-    /// Reports that mail was stored in this queue. In inetd mode no relay runs here, and the mail waits for that of
-    /// `odmr serve`.
-    pub fn arrived(&self, queue: &SpoolQueue) {
+    /// Reports that mail was stored in this queue; `is_dsn`: without a sender; `not_before`: it is not due before then. In inetd
+    /// mode no relay runs here, and the mail waits for that of `odmr serve`.
+    pub fn arrived(&self, queue: &SpoolQueue, entry: Entry, is_dsn: bool, not_before: Option<SystemTime>) {
         if let SpoolQueue::Outgoing(destination) = queue {
-            self.send(RelayEvent::Arrived(destination.clone()));
+            self.send(RelayEvent::Arrived { destination: destination.clone(), entry, is_dsn, not_before });
         }
     }
 
@@ -122,11 +135,11 @@ impl Relay {
     /// timeout is over.
     pub fn run(self) {
         let Relay { mut worker, channel: RelayChannel { handle, events } } = self;
-        let (jobs, waiting) = crossbeam_channel::unbounded::<(Vec<Domain>, Arc<WorkerContext>)>();
+        let (jobs, waiting) = crossbeam_channel::unbounded::<Job>();
         let mut threads = 0;
         let mut under_way = 0;
         let mut table = DestinationTable::default();
-        table.read(&worker.spool, false);
+        table.read(&worker.spool, &worker.index, false);
         let (mut read, mut requested) = (Instant::now(), worker.spool.retry_requested());
         while !worker.cancel.is_cancelled() {
             let request = worker.spool.retry_requested();
@@ -135,16 +148,19 @@ impl Relay {
                 worker.hosts.forget_down();
             }
             if again || read.elapsed() >= RESCAN_INTERVAL {
-                table.read(&worker.spool, again);
+                table.read(&worker.spool, &worker.index, again);
                 read = Instant::now();
             }
-            let mut waits = false;
-            while let Some(job) = next_job(&mut table, &worker, &mut waits) {
+            let (slow, now) = (worker.hosts.slow(), SystemTime::now());
+            let mut waits = Waits::default();
+            while let Some(job) = next_job(&mut table, &worker, &slow, &mut waits) {
                 under_way += 1;
                 if under_way > threads {
                     let (handle, waiting) = (handle.clone(), waiting.clone());
-                    let done = move |(job, worker): (Vec<Domain>, Arc<WorkerContext>)| {
-                        handle.send(RelayEvent::Done(worker.work(&job)));
+                    let done = move |Job { destinations, worker, permit }: Job| {
+                        let next = worker.work(&destinations, &permit);
+                        drop(permit);
+                        handle.send(RelayEvent::Done(next));
                     };
                     let work = move || waiting.iter().for_each(done);
                     match Builder::new().name("relay".to_owned()).spawn(work) {
@@ -152,41 +168,90 @@ impl Relay {
                         Err(error) => log::error!("event=no-thread error={}", quoted(error)),
                     }
                 }
-                let _ = jobs.send((job, worker.clone()));
+                let _ = jobs.send(job);
             }
-            let pause = match (waits, worker.hosts.set_attempt_waits(waits)) {
-                (_, true) => YIELD_POLL,
-                (true, false) => RESCAN_INTERVAL,
-                (false, false) => table.pause(SystemTime::now()),
-            };
-            match events.recv_timeout(pause.min(REQUEST_INTERVAL)) {
-                Ok(RelayEvent::Arrived(destination)) => table.arrived(destination),
-                Ok(RelayEvent::Done(destinations)) => {
-                    under_way -= 1;
-                    worker.hosts.end_attempt();
-                    destinations.into_iter().for_each(|next| table.done(next));
+            let ends = worker.hosts.set_attempt_waits(waits.any, waits.for_mail) || waits.ends_soon;
+            // What was due before now waits for an attempt to end.
+            let pause = if ends { YIELD_POLL } else { table.pause(now) };
+            // All that have happened: a crowd of DSNs must not have the table looked through for each of them.
+            let first = events.recv_timeout(pause.min(REQUEST_INTERVAL));
+            for event in first.into_iter().chain(events.try_iter().take(EVENTS_AT_ONCE)) {
+                match event {
+                    RelayEvent::Arrived { destination, entry, is_dsn, not_before } => {
+                        worker.index.add(destination.clone(), entry);
+                        if !is_dsn && table.is_busy(&destination) {
+                            worker.hosts.set_mail_waits(destination.as_str(), true);
+                        }
+                        table.arrived(destination, is_dsn, not_before);
+                    }
+                    RelayEvent::Done(destinations) => {
+                        under_way -= 1;
+                        for next in destinations {
+                            worker.hosts.set_mail_waits(next.destination.as_str(), false);
+                            table.done(next);
+                        }
+                    }
+                    RelayEvent::Reload(renewed) => worker = renewed,
+                    RelayEvent::Wake => {}
                 }
-                Ok(RelayEvent::Reload(renewed)) => worker = renewed,
-                Ok(RelayEvent::Wake) | Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
             }
         }
         // Only sessions are waited for. A worker that waits for a name server or a host to answer has sent nothing.
         drop(jobs);
+        worker.hosts.cancel_attempts();
         let deadline = Instant::now() + worker.timeouts.shutdown;
         while worker.has_sessions() && !matches!(events.recv_deadline(deadline), Err(RecvTimeoutError::Timeout)) {}
     }
 }
 
-/// The next job for a worker, whose attempt has begun. `waits` becomes true if one is due, and all connections are in use.
-fn next_job(table: &mut DestinationTable, worker: &WorkerContext, waits: &mut bool) -> Option<Vec<Domain>> {
+/// One attempt, for a worker.
+struct Job {
+    destinations: Vec<Domain>,
+    worker: Arc<WorkerContext>,
+    permit: AttemptPermit,
+}
+
+/// What waits for a connection.
+#[derive(Default)]
+struct Waits {
+    /// An attempt is due, and all connections are in use.
+    any: bool,
+    /// It is one at mail with a sender.
+    for_mail: bool,
+    /// That mail goes by MX: an attempt without a session may give way to it, and one with a session may stall.
+    ends_soon: bool,
+}
+
+/// The next job for a worker, whose attempt has begun. `slow`: the destinations that are slow.
+fn next_job(
+    table: &mut DestinationTable, worker: &Arc<WorkerContext>, slow: &HashSet<String>, waits: &mut Waits,
+) -> Option<Job> {
     let now = SystemTime::now();
-    if !table.is_due(now) {
-        return None;
+    let job = |destinations, permit| Job { destinations, worker: worker.clone(), permit };
+    if worker.smarthost.is_some() {
+        if !table.is_due(now) {
+            return None;
+        }
+        let permit = worker.hosts.begin_attempt(Lane::Mail);
+        waits.any |= permit.is_err();
+        waits.for_mail |= permit.is_err() && table.is_due_in(now, Lane::Mail, &HashSet::new());
+        return permit.ok().map(|permit| job(table.take_all_due(now), permit));
     }
-    if !worker.hosts.begin_attempt() {
-        *waits = true;
-        return None;
+    for lane in Lane::ALL {
+        if !table.is_due_in(now, lane, slow) {
+            continue;
+        }
+        match worker.hosts.begin_attempt(lane) {
+            Ok(permit) => return table.take_due(now, lane, slow).map(|destination| job(vec![destination], permit)),
+            Err(NoAttempt::LaneInUse) => {}
+            Err(NoAttempt::AllInUse) => {
+                waits.any = true;
+                if lane == Lane::Mail {
+                    (waits.for_mail, waits.ends_soon) = (true, true);
+                    worker.hosts.give_way(table.count_due(now, lane, slow));
+                }
+            }
+        }
     }
-    table.take_due(now, worker.smarthost.is_some())
+    None
 }

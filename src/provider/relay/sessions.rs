@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use super::hosts::{HostPermit, HostTable, RouteError};
 use super::order::HostAddress;
 use super::worker::{AllSettled, AttemptRoute, ConnectFailure, HostFailure, WorkerContext, unreachable};
+use crate::mail::address::{Domain, ReversePath};
 use crate::net::trace::quoted;
 use crate::queue::{QueueLock, QueuedMessage};
 use crate::session::client::{ClientSession, MessageSource, SessionFailure};
@@ -32,6 +33,10 @@ const DOWN_FACTOR: u32 = 4;
 /// What the sessions of one attempt with one host share.
 struct SharedQueue<'a> {
     lock: Mutex<&'a mut QueueLock>,
+    hosts: &'a HostTable,
+    destinations: &'a [Domain],
+    /// The name for which connections are counted.
+    host: &'a str,
     /// Sessions that are open.
     sessions: AtomicUsize,
     /// A session has failed: no other is opened beside those that are open.
@@ -41,9 +46,14 @@ struct SharedQueue<'a> {
 }
 
 impl<'a> SharedQueue<'a> {
-    fn new(lock: &'a mut QueueLock) -> SharedQueue<'a> {
+    fn new(
+        lock: &'a mut QueueLock, hosts: &'a HostTable, destinations: &'a [Domain], host: &'a str,
+    ) -> SharedQueue<'a> {
         SharedQueue {
             lock: Mutex::new(lock),
+            hosts,
+            destinations,
+            host,
             sessions: AtomicUsize::new(1),
             session_failed: AtomicBool::default(),
             unsettled: AtomicBool::default(),
@@ -83,7 +93,14 @@ impl MessageSource for SessionQueue<'_, '_> {
         if matches!(self.role, Role::Beside(hosts, host) if hosts.must_yield(host)) {
             return None;
         }
-        let message = self.shared.lock().next_message();
+        let mut message = self.shared.lock().next_message();
+        // Another attempt begins with the mail that has arrived.
+        if message.as_ref().is_some_and(|message| message.envelope.from == ReversePath::Null)
+            && self.shared.hosts.mail_waits(self.shared.destinations, self.shared.host)
+            && let Some(dsn) = message.take()
+        {
+            self.put_back(dsn);
+        }
         if let Role::First(open) = self.role
             && message.is_some()
             && self.shared.needs_session()
@@ -116,10 +133,11 @@ impl WorkerContext {
     pub(super) fn deliver_to(
         &self, route: &AttemptRoute<'_>, to: &HostAddress, lock: &mut QueueLock,
     ) -> Result<AllSettled, RouteError> {
-        let shared = &SharedQueue::new(lock);
+        let host = route.counted_as(to);
+        let shared = &SharedQueue::new(lock, &self.hosts, route.destinations, &host);
         let sent = thread::scope(|scope| {
             let open = || {
-                let Some(permit) = self.hosts.acquire_beside(&route.counted_as(to)) else { return };
+                let Some(permit) = self.hosts.acquire_beside(shared.host) else { return };
                 shared.sessions.fetch_add(1, Ordering::Relaxed);
                 let session = move || self.send_beside(route, to, shared, permit);
                 if let Err(error) = Builder::new().name("relay".to_owned()).spawn_scoped(scope, session) {
@@ -145,7 +163,7 @@ impl WorkerContext {
                 }
                 error
             })?;
-            let ended = self.deliver(session, to, SessionQueue { shared, role: Role::First(open) });
+            let ended = self.deliver(route, session, to, SessionQueue { shared, role: Role::First(open) });
             if matches!(ended, Ended::Done) || !shared.all_settled() || !shared.lock().has_next() {
                 return Ok(());
             }
@@ -165,7 +183,7 @@ impl WorkerContext {
         match (route.connect)(to) {
             Ok(session) => {
                 let role = Role::Beside(&self.hosts, permit.host());
-                self.deliver(session, to, SessionQueue { shared, role });
+                self.deliver(route, session, to, SessionQueue { shared, role });
             }
             Err(ConnectFailure { error, .. }) => {
                 shared.session_failed.store(true, Ordering::Relaxed);
@@ -184,11 +202,14 @@ impl WorkerContext {
     }
 
     /// Sends messages in one session.
-    fn deliver(&self, mut session: ClientSession, to: &HostAddress, mut queue: SessionQueue<'_, '_>) -> Ended {
-        let _under_way = self.sessions.0.clone();
+    fn deliver(
+        &self, route: &AttemptRoute<'_>, mut session: ClientSession, to: &HostAddress, mut queue: SessionQueue<'_, '_>,
+    ) -> Ended {
+        let _under_way = (self.sessions.0.clone(), route.permit.session_begun());
         let mut decided = false;
         let id = session.id().to_owned();
-        let mut settle = |message, result: DeliveryResult, client: &Client, queue: &mut SessionQueue<'_, '_>| {
+        let mut settle = |message: QueuedMessage, result: DeliveryResult, client: &Client, queue: &mut SessionQueue| {
+            route.permit.message_done(message.size);
             decided |= !result.decided_by.is_connection_loss();
             let attempt = self.attempt_with(&id, Some(client));
             let shared = queue.shared;

@@ -1,11 +1,12 @@
 //! The relay's workers: one attempt at the mail that is due for a destination.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use super::attempts::AttemptPermit;
 use super::hosts::{HostTable, RouteError};
 use super::order::{AddressOrder, HostAddress};
 use crate::config::{ProviderConfig, RelayConfig, TlsPolicy};
@@ -13,11 +14,12 @@ use crate::ids::Ids;
 use crate::mail::address::{Domain, literal};
 use crate::maildir::for_each_block;
 use crate::net::cancel::CancelToken;
+use crate::net::reserved;
 use crate::net::resolver::{MxHost, MxRoute, Resolver, address_for_name};
 use crate::net::tls::{ClientTls, Trust, is_certificate_name};
 use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
-use crate::queue::{LockError, QueueLock, QueueName};
+use crate::queue::{LockError, QueueDue, QueueLock, SharedIndex};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::client::{ClientSession, Connect, SessionFailure};
 use crate::session::{Remote, Timeouts, storage_failure_reply};
@@ -28,9 +30,6 @@ use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
 /// Addresses of one host tried in one attempt (RFC 5321 section 5.1 requires at least two).
 const ADDRESS_LIMIT: usize = 8;
-
-/// How long the hosts of one destination are tried in one attempt: slow ones must not keep a worker for hours.
-const ATTEMPT_DEADLINE: Duration = Duration::from_secs(600);
 
 /// How soon a destination is tried again if its queue or its host is busy.
 const BUSY_RETRY_DELAY: Duration = Duration::from_secs(2);
@@ -48,6 +47,8 @@ pub struct WorkerContext {
     /// Loaded if the configuration asks for verified certificates.
     verified_tls: Option<ClientTls>,
     pub(super) hosts: Arc<HostTable>,
+    /// Of the directory with all outgoing mail.
+    pub(super) index: Arc<SharedIndex>,
     pub(super) sessions: Arc<SessionsUnderWay>,
     pub(super) cancel: CancelToken,
 }
@@ -56,18 +57,20 @@ pub struct WorkerContext {
 #[derive(Default)]
 pub(super) struct SessionsUnderWay(pub(super) Arc<()>);
 
-/// When a destination is due again; `None`: its queue is empty.
+/// When a destination is due again.
 pub(super) struct NextDue {
     pub(super) destination: Domain,
-    pub(super) due: Option<SystemTime>,
+    pub(super) due: QueueDue,
 }
 
 /// How the mail of an attempt can go.
 pub(super) struct AttemptRoute<'a> {
     /// The destination, or the smarthost.
-    name: &'a str,
+    pub(super) name: &'a str,
+    pub(super) destinations: &'a [Domain],
     /// The name for which connections are counted; `None`: each address is counted for itself.
     counted_as: Option<&'a str>,
+    pub(super) permit: &'a AttemptPermit,
     look_up: &'a (dyn Fn(&Domain) -> Result<Vec<SocketAddr>, RouteError> + Sync),
     pub(super) connect: &'a (dyn Fn(&HostAddress) -> Result<ClientSession, ConnectFailure> + Sync),
 }
@@ -176,11 +179,12 @@ impl WorkerContext {
             unverified_tls: ClientTls::new(&Trust::Anyone)?,
             verified_tls: if verifies { Some(ClientTls::new(&Trust::System)?) } else { None },
             hosts,
+            index: earlier.map(|earlier| earlier.index.clone()).unwrap_or_default(),
             sessions: earlier.map(|earlier| earlier.sessions.clone()).unwrap_or_default(),
             cancel: cancel.clone(),
         };
         // Only now: nothing else can fail.
-        context.hosts.set_limits(limit, relay.connections_per_host);
+        context.hosts.set_limits(limit, relay.connections_per_host, context.smarthost.is_none());
         Ok(context)
     }
 
@@ -190,24 +194,22 @@ impl WorkerContext {
     }
 
     /// Makes one attempt at all mail that is due for these destinations. Returns when each is due again.
-    pub(super) fn work(&self, job: &[Domain]) -> Vec<NextDue> {
-        let not_before = catch_unwind(AssertUnwindSafe(|| self.attempt(job))).unwrap_or_else(|_| {
+    pub(super) fn work(&self, job: &[Domain], permit: &AttemptPermit) -> Vec<NextDue> {
+        let not_before = catch_unwind(AssertUnwindSafe(|| self.attempt(job, permit))).unwrap_or_else(|_| {
             log::error!("event=panic destination={}", job[0]);
             Some(self.first_retry())
         });
         let next = |domain: &Domain| {
-            let due = self.spool.queue().next_due(&self.queue_name(domain));
-            if matches!(due, Ok(None)) {
+            self.spool.remove_old_destination(domain);
+            let due = self.spool.outgoing_due(domain, &self.index);
+            if due.as_ref().is_ok_and(|due| due.earliest().is_none()) {
                 self.hosts.set_passed(domain.as_str(), HashSet::new());
+                self.hosts.forget_slow(domain.as_str());
             }
-            let due = due.unwrap_or_else(|_| Some(self.first_retry()));
-            NextDue { destination: domain.clone(), due: due.map(|due| not_before.map_or(due, |time| due.max(time))) }
+            let due = due.unwrap_or_else(|_| QueueDue { mail: Some(self.first_retry()), dsn: None });
+            NextDue { destination: domain.clone(), due: not_before.map_or(due, |time| due.not_before(time)) }
         };
         job.iter().map(next).collect()
-    }
-
-    fn queue_name(&self, destination: &Domain) -> QueueName {
-        self.spool.name(&SpoolQueue::Outgoing(destination.clone()))
     }
 
     fn first_retry(&self) -> SystemTime {
@@ -215,16 +217,17 @@ impl WorkerContext {
     }
 
     /// One attempt at all mail that is due for these destinations. `Some`: no other attempt before then.
-    fn attempt(&self, destinations: &[Domain]) -> Option<SystemTime> {
+    fn attempt(&self, destinations: &[Domain], permit: &AttemptPermit) -> Option<SystemTime> {
         let (held, elsewhere): (Vec<_>, _) = destinations.iter().cloned().partition(|domain| self.spool.holds(domain));
         let all_held = held.iter().filter(|domain| !self.hold(domain)).count() == 0;
-        let next = if elsewhere.is_empty() { None } else { self.attempt_elsewhere(&elsewhere) };
+        let next = if elsewhere.is_empty() { None } else { self.attempt_elsewhere(&elsewhere, permit) };
         next.or_else(|| (!all_held).then(|| self.first_retry()))
     }
 
     /// Moves the mail for a domain that has become a customer's into the queue of that domain: its mail host is this one.
     fn hold(&self, domain: &Domain) -> AllSettled {
-        let Ok(mut lock) = self.spool.queue().try_lock(&self.queue_name(domain)) else { return false };
+        let names = self.spool.outgoing_names(domain);
+        let Ok(mut lock) = self.spool.queue().lock_indexed(&names, &self.index) else { return false };
         let attempt = Attempt { via: Via::Held, peer_sends_dsn: true, ..self.attempt_with("-", None) };
         let mut all_settled = true;
         while let Some(mut message) = lock.next_message() {
@@ -246,10 +249,10 @@ impl WorkerContext {
         all_settled
     }
 
-    fn attempt_elsewhere(&self, destinations: &[Domain]) -> Option<SystemTime> {
-        let names: Vec<_> = destinations.iter().map(|domain| self.queue_name(domain)).collect();
+    fn attempt_elsewhere(&self, destinations: &[Domain], permit: &AttemptPermit) -> Option<SystemTime> {
+        let names: Vec<_> = destinations.iter().flat_map(|domain| self.spool.outgoing_names(domain)).collect();
         let busy = || Some(SystemTime::now() + BUSY_RETRY_DELAY);
-        let mut lock = match self.spool.queue().lock(&names) {
+        let mut lock = match self.spool.queue().lock_indexed(&names, &self.index) {
             Ok(lock) => lock,
             Err(LockError::Busy(_)) => return busy(),
             Err(LockError::Failed(error)) => {
@@ -262,8 +265,8 @@ impl WorkerContext {
             return Some(self.first_retry());
         }
         let sent = match &self.smarthost {
-            Some(smarthost) => self.by_smarthost(smarthost, &mut lock),
-            None => self.by_mx(&destinations[0], &mut lock),
+            Some(smarthost) => self.by_smarthost(smarthost, destinations, permit, &mut lock),
+            None => self.by_mx(&destinations[0], permit, &mut lock),
         };
         // The mail host of a customer whose file is skipped is this one, and it may be in no DNS at all.
         let skipped = || destinations.iter().find_map(|domain| self.spool.check_skipped(domain).err());
@@ -317,19 +320,25 @@ impl WorkerContext {
     }
 
     /// Sends the mail of all destinations to the smarthost.
-    fn by_smarthost(&self, smarthost: &Remote, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
+    fn by_smarthost(
+        &self, smarthost: &Remote, destinations: &[Domain], permit: &AttemptPermit, lock: &mut QueueLock,
+    ) -> Result<AllSettled, RouteError> {
         let options = self.client_options(StartTls::Never);
-        let addresses = smarthost.addresses().map_err(|failure| unreachable(&failure))?;
+        let addresses = smarthost.addresses(&self.connect("-", permit)).map_err(|failure| match failure {
+            SessionFailure::Cancelled => RouteError::Cancelled,
+            failure => unreachable(&failure),
+        })?;
         let connect = |to: &HostAddress| {
             let options = ClientOptions { nonce: self.ids.nonce(), ..options.clone() };
-            let connected = smarthost.connect_to(to.address, &options, &self.connect(&self.ids.session_id()));
-            connected.map_err(|failure| match failure {
+            let connected = smarthost.connect_to(to.address, &options, &self.connect(&self.ids.session_id(), permit));
+            connected.map(|session| session.established(&self.cancel)).map_err(|failure| match failure {
                 SessionFailure::Cancelled => ConnectFailure { error: RouteError::Cancelled, down: false },
                 failure => ConnectFailure { error: unreachable(&failure), down: true },
             })
         };
         let name = smarthost.address();
-        let route = AttemptRoute { name, counted_as: Some(name), look_up: &|_| Ok(Vec::new()), connect: &connect };
+        let look_up = &|_: &Domain| Ok(Vec::new());
+        let route = AttemptRoute { name, destinations, counted_as: Some(name), permit, look_up, connect: &connect };
         self.by_route(&route, &AddressOrder::of_addresses(smarthost.host(), addresses), lock)
     }
 
@@ -344,39 +353,95 @@ impl WorkerContext {
         }
     }
 
-    fn connect<'a>(&'a self, id: &'a str) -> Connect<'a> {
+    fn connect<'a>(&'a self, id: &'a str, permit: &'a AttemptPermit) -> Connect<'a> {
         Connect {
             id,
             peer: 'S',
             tls: None,
             implicit_tls: false,
             timeouts: &self.timeouts,
-            cancel: &self.cancel,
-            limit: None,
+            cancel: permit.cancel(),
+            limit: permit.session_deadline(),
+        }
+    }
+
+    /// Sends the mail of one destination, and records whether it is slow.
+    fn by_mx(
+        &self, destination: &Domain, permit: &AttemptPermit, lock: &mut QueueLock,
+    ) -> Result<AllSettled, RouteError> {
+        let sent = self.by_mx_hosts(destination, permit, lock);
+        permit.record_speed(destination.as_str());
+        match sent {
+            Err(RouteError::Deferred(_)) if self.cancel.is_cancelled() => Err(RouteError::Cancelled),
+            Err(RouteError::Deferred(_)) if permit.gave_way() => {
+                let text = format!("No mail host of {destination} has answered yet, and other mail waits");
+                Err(RouteError::Deferred(Reply::new(451, "4.4.1", text)))
+            }
+            sent => sent,
         }
     }
 
     /// Sends the mail of one destination to the first of its hosts that accepts a session (RFC 5321 section 5.1).
-    fn by_mx(&self, destination: &Domain, lock: &mut QueueLock) -> Result<AllSettled, RouteError> {
+    fn by_mx_hosts(
+        &self, destination: &Domain, permit: &AttemptPermit, lock: &mut QueueLock,
+    ) -> Result<AllSettled, RouteError> {
         let deferred = |text: String| RouteError::Deferred(Reply::new(451, "4.4.3", text));
         let not_found = |name: &Domain, error| deferred(format!("{name} cannot be looked up: {error}"));
         let resolver = match self.config.resolver {
             Some(server) => Resolver::at(server, &self.ids),
             None => Resolver::system(&self.ids).map_err(|error| deferred(format!("No name server: {error}")))?,
         };
-        let route = resolver.route(destination).map_err(|error| not_found(destination, error))?;
+        let within = |deadline| resolver.clone().within(deadline, permit.cancel());
+        let route = permit.look_up(|deadline| within(deadline).route(destination));
+        let route = route.map_err(|error| not_found(destination, error))?;
         let hosts = hosts(route, destination, &self.hostname).map_err(RouteError::Rejected)?;
+        let passed_over = Mutex::new(Vec::new());
         let look_up = |host: &Domain| {
             if let Some(address) = address_for_name(host) {
                 log::info!("event=mx-is-address destination={destination} host={host} address={address}");
             }
-            let found = resolver.addresses(host).map_err(|error| not_found(host, error))?;
+            let found = permit.look_up(|deadline| within(deadline).addresses(host));
+            let mut found = found.map_err(|error| not_found(host, error))?;
+            found.retain(|address| match self.unusable(*address) {
+                None => true,
+                Some(reason) => {
+                    let address = literal(*address);
+                    log::info!(
+                        "event=address-passed-over destination={destination} host={host} address={address} reason={}",
+                        quoted(reason)
+                    );
+                    let text = format!("{host} has {address}, which is {reason}");
+                    passed_over.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+                    false
+                }
+            });
             Ok(found.into_iter().map(|address| SocketAddr::new(address, self.config.port)).collect())
         };
         let policy = self.config.policy(destination);
-        let connect = |to: &HostAddress| self.session_with(to, policy);
-        let route = AttemptRoute { name: destination.as_str(), counted_as: None, look_up: &look_up, connect: &connect };
-        self.by_route(&route, &AddressOrder::of_hosts(hosts), lock)
+        let connect = |to: &HostAddress| self.session_with(to, policy, permit);
+        let (name, destinations) = (destination.as_str(), std::slice::from_ref(destination));
+        let (look_up, connect) = (&look_up, &connect);
+        let route = AttemptRoute { name, destinations, counted_as: None, permit, look_up, connect };
+        let sent = self.by_route(&route, &AddressOrder::of_hosts(hosts), lock);
+        let passed_over = passed_over.into_inner().unwrap_or_else(PoisonError::into_inner);
+        match (sent, passed_over.first()) {
+            // The owner of the domain may correct the address, so the mail waits.
+            (Err(RouteError::Rejected(_)), Some(text)) => {
+                let text = format!("No mail host of {destination} has an address in the world: {text}");
+                Err(RouteError::Deferred(Reply::new(451, "4.4.4", text)))
+            }
+            (sent, _) => sent,
+        }
+    }
+
+    /// Why no MX host is connected to at this address; `None`: it may be the address of a mail host. A stranger who chooses
+    /// the addresses of a domain must not choose a host in the networks of this machine.
+    fn unusable(&self, address: IpAddr) -> Option<&'static str> {
+        if self.config.allow_private {
+            return reserved::no_host(address);
+        }
+        reserved::not_in_the_world(address)
+            .or_else(|| reserved::is_own(address).then_some("an address of this machine"))
     }
 
     /// Sends all messages that the lock offers to the first address that accepts a session, except those that the last
@@ -423,9 +488,8 @@ impl WorkerContext {
         &self, route: &AttemptRoute<'_>, mut order: AddressOrder, passed: &HashSet<String>, progress: &mut Progress,
         lock: &mut QueueLock,
     ) -> Option<Result<AllSettled, RouteError>> {
-        let deadline = Instant::now() + ATTEMPT_DEADLINE;
         let look_up = |host: &Domain, progress: &mut Progress| {
-            if Instant::now() >= deadline {
+            if route.permit.lookups_are_over() || route.permit.gave_way() {
                 progress.cut = true;
                 return Vec::new();
             }
@@ -447,11 +511,11 @@ impl WorkerContext {
                 continue;
             }
             let tried = progress.tried.entry(to.host.clone()).or_default();
-            if *tried >= ADDRESS_LIMIT || Instant::now() >= deadline {
+            if *tried >= ADDRESS_LIMIT || Instant::now() >= route.permit.deadline() || route.permit.gave_way() {
                 progress.cut = true;
                 continue;
             }
-            let sent = self.hosts.acquire(&route.counted_as(&to)).and_then(|_permit| {
+            let sent = self.hosts.acquire(&route.counted_as(&to), route.permit.lane()).and_then(|_permit| {
                 *tried += 1;
                 progress.reached.insert(address.clone());
                 self.deliver_to(route, &to, lock)
@@ -467,7 +531,9 @@ impl WorkerContext {
     }
 
     /// A session with one address of a mail host. If TLS is optional and fails, the relay connects a second time, without TLS.
-    fn session_with(&self, to: &HostAddress, policy: TlsPolicy) -> Result<ClientSession, ConnectFailure> {
+    fn session_with(
+        &self, to: &HostAddress, policy: TlsPolicy, permit: &AttemptPermit,
+    ) -> Result<ClientSession, ConnectFailure> {
         let failed = |error| ConnectFailure { error, down: false };
         if self.cancel.is_cancelled() {
             return Err(failed(RouteError::Cancelled));
@@ -478,7 +544,7 @@ impl WorkerContext {
         };
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
         let id = self.ids.session_id();
-        let connect = self.connect(&id);
+        let connect = self.connect(&id, permit);
         // An MX record may have a name that no certificate has, such as an address in brackets.
         let address = to.address.ip().to_string();
         let name = if is_certificate_name(&to.host) { to.host.as_str() } else { &address };
@@ -491,7 +557,7 @@ impl WorkerContext {
             connected = connect.to(to.address, self.client_options(StartTls::Never));
         }
         let session = connected.map_err(|failure| match failure {
-            SessionFailure::Cancelled => failed(RouteError::Cancelled),
+            SessionFailure::Cancelled if self.cancel.is_cancelled() => failed(RouteError::Cancelled),
             // A greeting of 554 or 521 only says that this host accepts no mail. Another host may, so the mail waits.
             // RFC 5321 section 4.5.4.1 permits that.
             SessionFailure::Aborted(Abort::Rejected(Rejection { reply, .. }))
@@ -515,7 +581,7 @@ impl WorkerContext {
             let reply = Reply::new(554, "5.4.6", "Mail for that domain comes back to this host");
             return Err(failed(RouteError::Rejected(reply)));
         }
-        Ok(session)
+        Ok(session.established(&self.cancel))
     }
 }
 

@@ -1,0 +1,336 @@
+//! The attempts under way, and how strangers are kept from having all of them: whoever forges the senders of rejected mail
+//! chooses the hosts that its DSNs go to.
+//!
+//! - In a queue DSNs come after mail, and wait for another attempt if mail arrives meanwhile.
+//! - Attempts with DSNs alone come last, and have at most a quarter of all connections; an eighth is theirs alone.
+//! - A destination is slow if its hosts and name servers have given no session for 10 s, or a host took as long for a message
+//!   that is not large. Attempts at slow ones come after other mail, and have at most a quarter of all connections.
+//! - If mail is due and all connections are in use, the attempts that have had no session for the longest time, and for 3 s at
+//!   least, end: their mail is deferred, and their destinations are slow. Attempts within their quarter do not end so.
+//! - A session must not end so: the message under way would be sent twice. If mail is due, those that were not done with a
+//!   message for 3 s do not count, but at most as many as `connections` permits.
+//! - An attempt that has had no session ends after 10 min, and its lookups together after 1 min, whatever it waits for.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::hosts::{AttemptState, HostTable, Lane, TableState};
+use crate::net::cancel::CancelToken;
+
+/// How long an attempt may be without a session while mail waits for its connection.
+const GIVE_WAY_AFTER: Duration = Duration::from_secs(3);
+
+/// A destination is slow if an attempt has had no session for this time, or a message has taken as long.
+const SLOW_AFTER: Duration = Duration::from_secs(10);
+
+/// A message of more octets may take its time.
+const LARGE: u64 = 1 << 20;
+
+/// How long a destination is slow, unless an attempt finds that it is not.
+const SLOW_FOR: Duration = Duration::from_secs(6 * 60 * 60);
+
+/// How long the hosts of one destination are tried in one attempt: slow ones must not keep a worker for hours.
+const ATTEMPT_DEADLINE: Duration = Duration::from_secs(600);
+
+/// How long the lookups of one attempt last together.
+const LOOKUP_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Why no attempt can begin.
+#[derive(PartialEq, Eq, Debug)]
+pub(super) enum NoAttempt {
+    /// All connections are in use.
+    AllInUse,
+    /// Those for this purpose are.
+    LaneInUse,
+}
+
+impl HostTable {
+    /// Begins an attempt, which has one connection at a time.
+    pub(super) fn begin_attempt(self: &Arc<HostTable>, lane: Lane) -> Result<AttemptPermit, NoAttempt> {
+        // Without a descriptor there would be no connection either.
+        let cancel = CancelToken::new().map_err(|_| NoAttempt::AllInUse)?;
+        let mut state = self.lock();
+        state.check_share(lane)?;
+        let number = state.next_attempt;
+        state.next_attempt += 1;
+        let now = Instant::now();
+        let attempt = AttemptState {
+            lane,
+            sessions: 0,
+            idle_since: now,
+            begun: now,
+            first_session: None,
+            progress: now,
+            is_slow: false,
+            gave_way: false,
+            cancel: cancel.clone(),
+        };
+        state.attempts.insert(number, attempt);
+        drop(state);
+        let lookups = Mutex::new(LOOKUP_DEADLINE);
+        Ok(AttemptPermit { hosts: self.clone(), number, lane, deadline: now + ATTEMPT_DEADLINE, cancel, lookups })
+    }
+
+    /// So much mail is due and finds all connections in use: ends as many attempts that have had no session for a while.
+    pub(super) fn give_way(&self, needed: usize) {
+        let mut state = self.lock();
+        let has_share = state.limit / 4 > 0;
+        let ending = state.attempts.values().filter(|attempt| attempt.gave_way).count();
+        let may_end = |attempt: &&mut AttemptState| {
+            attempt.sessions == 0 && !attempt.gave_way && !(has_share && attempt.lane != Lane::Mail)
+        };
+        let mut idle: Vec<_> = state.attempts.values_mut().filter(may_end).collect();
+        idle.sort_by_key(|attempt| attempt.idle_since);
+        for attempt in idle.into_iter().take(needed.saturating_sub(ending)) {
+            if attempt.idle_since.elapsed() >= GIVE_WAY_AFTER {
+                attempt.gave_way = true;
+                attempt.cancel.cancel();
+            }
+        }
+    }
+
+    /// Ends the waits of all attempts that have no session: the relay was cancelled.
+    pub(super) fn cancel_attempts(&self) {
+        self.lock().attempts.values().for_each(|attempt| attempt.cancel.cancel());
+    }
+
+    /// The destinations that are slow.
+    pub(super) fn slow(&self) -> HashSet<String> {
+        let mut state = self.lock();
+        let now = Instant::now();
+        state.slow.retain(|_, until| *until > now);
+        state.slow.keys().cloned().collect()
+    }
+
+    /// Forgets that a destination is slow: it has no mail any more, or an administrator wants it to be tried.
+    pub(super) fn forget_slow(&self, destination: &str) {
+        self.lock().slow.remove(destination);
+    }
+}
+
+impl TableState {
+    /// Checks that there is a connection for one more attempt.
+    fn check_share(&self, lane: Lane) -> Result<(), NoAttempt> {
+        let count = |counts: &dyn Fn(&AttemptState) -> bool| self.attempts.values().filter(|one| counts(one)).count();
+        if lane != Lane::Mail && count(&|attempt| attempt.lane == lane) >= (self.limit / 4).max(1) {
+            return Err(NoAttempt::LaneInUse);
+        }
+        let in_use = |counts: &dyn Fn(&AttemptState) -> bool| {
+            let stalled = count(&|attempt| self.by_mx && lane == Lane::Mail && counts(attempt) && attempt.stalls());
+            count(counts) - stalled.min(self.limit)
+        };
+        let reserved = if self.by_mx { self.limit / 8 } else { 0 };
+        let all = in_use(&|_| true) + self.beside;
+        let without_dsns = in_use(&|attempt| attempt.lane != Lane::Dsn);
+        match all >= self.limit || lane != Lane::Dsn && without_dsns >= self.limit - reserved {
+            true => Err(NoAttempt::AllInUse),
+            false => Ok(()),
+        }
+    }
+}
+
+impl AttemptState {
+    /// Whether it has a session that was not done with a message for a while.
+    fn stalls(&self) -> bool {
+        self.sessions > 0 && self.progress.elapsed() >= GIVE_WAY_AFTER
+    }
+}
+
+/// An attempt, counted until this is dropped.
+pub(super) struct AttemptPermit {
+    hosts: Arc<HostTable>,
+    number: u64,
+    lane: Lane,
+    deadline: Instant,
+    cancel: CancelToken,
+    /// How long its lookups may still last.
+    lookups: Mutex<Duration>,
+}
+
+impl AttemptPermit {
+    /// What it is for.
+    pub(super) fn lane(&self) -> Lane {
+        self.lane
+    }
+
+    /// Ends the waits before a session.
+    pub(super) fn cancel(&self) -> &CancelToken {
+        &self.cancel
+    }
+
+    /// No other address is tried after that.
+    pub(super) fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// The end of a wait for a session. If there has been one the hosts answer, and a long queue may take hours.
+    pub(super) fn session_deadline(&self) -> Option<Instant> {
+        self.with(|attempt| attempt.first_session.is_none()).unwrap_or(true).then_some(self.deadline)
+    }
+
+    /// Whether the attempt has ended for other mail.
+    pub(super) fn gave_way(&self) -> bool {
+        self.with(|attempt| attempt.gave_way).unwrap_or(false)
+    }
+
+    /// Whether there is no time left for a lookup.
+    pub(super) fn lookups_are_over(&self) -> bool {
+        Instant::now() >= self.deadline || self.lock_lookups().is_zero()
+    }
+
+    /// Makes lookups, which get the time of their end.
+    pub(super) fn look_up<T>(&self, lookups: impl FnOnce(Instant) -> T) -> T {
+        let (begun, left) = (Instant::now(), *self.lock_lookups());
+        let result = lookups(self.deadline.min(begun + left));
+        *self.lock_lookups() = left.saturating_sub(begun.elapsed());
+        result
+    }
+
+    fn lock_lookups(&self) -> MutexGuard<'_, Duration> {
+        self.lookups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A session has begun; it ends when the result is dropped.
+    pub(super) fn session_begun(&self) -> AttemptSession<'_> {
+        self.with(|attempt| {
+            attempt.sessions += 1;
+            attempt.progress = Instant::now();
+            attempt.first_session.get_or_insert(attempt.begun.elapsed());
+        });
+        AttemptSession(self)
+    }
+
+    /// A session is done with a message of so many octets.
+    pub(super) fn message_done(&self, octets: u64) {
+        self.with(|attempt| {
+            attempt.is_slow |= octets < LARGE && attempt.progress.elapsed() >= SLOW_AFTER;
+            attempt.progress = Instant::now();
+        });
+    }
+
+    /// The attempt at this destination is over: records whether it is slow.
+    pub(super) fn record_speed(&self, destination: &str) {
+        let mut state = self.hosts.lock();
+        let Some(attempt) = state.attempts.get(&self.number) else { return };
+        let (session, is_slow) = (attempt.first_session, attempt.gave_way || attempt.is_slow);
+        if is_slow || session.unwrap_or_else(|| attempt.begun.elapsed()) >= SLOW_AFTER {
+            state.slow.insert(destination.to_owned(), Instant::now() + SLOW_FOR);
+        } else if session.is_some() {
+            state.slow.remove(destination);
+        }
+    }
+
+    fn with<T>(&self, look: impl FnOnce(&mut AttemptState) -> T) -> Option<T> {
+        let mut state: MutexGuard<'_, TableState> = self.hosts.lock();
+        state.attempts.get_mut(&self.number).map(look)
+    }
+}
+
+impl Drop for AttemptPermit {
+    fn drop(&mut self) {
+        self.hosts.lock().attempts.remove(&self.number);
+    }
+}
+
+/// A session of an attempt, until it is dropped.
+pub(super) struct AttemptSession<'a>(&'a AttemptPermit);
+
+impl Drop for AttemptSession<'_> {
+    fn drop(&mut self) {
+        self.0.with(|attempt| {
+            attempt.sessions -= 1;
+            attempt.idle_since = Instant::now();
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(limit: usize) -> Arc<HostTable> {
+        let hosts = Arc::new(HostTable::default());
+        hosts.set_limits(limit, 5, true);
+        hosts
+    }
+
+    #[test]
+    fn dsns_and_slow_destinations_leave_connections_to_other_mail() {
+        let hosts = table(20);
+        for lane in [Lane::Dsn, Lane::Slow] {
+            let held: Vec<_> = (0..5).map(|_| hosts.begin_attempt(lane).ok().unwrap()).collect();
+            assert_eq!(hosts.begin_attempt(lane).err(), Some(NoAttempt::LaneInUse));
+            drop(held);
+        }
+        let mail: Vec<_> = (0..18).map(|_| hosts.begin_attempt(Lane::Mail).ok().unwrap()).collect();
+        assert_eq!(hosts.begin_attempt(Lane::Mail).err(), Some(NoAttempt::AllInUse));
+        let dsns: Vec<_> = (0..2).map(|_| hosts.begin_attempt(Lane::Dsn).ok().unwrap()).collect();
+        assert_eq!(hosts.begin_attempt(Lane::Dsn).err(), Some(NoAttempt::AllInUse));
+        drop((mail, dsns));
+        // One connection is for each in turn.
+        let hosts = table(1);
+        for lane in Lane::ALL {
+            let held = hosts.begin_attempt(lane).ok().unwrap();
+            assert_eq!(hosts.begin_attempt(Lane::Mail).err(), Some(NoAttempt::AllInUse));
+            drop(held);
+        }
+    }
+
+    #[test]
+    fn the_attempt_that_is_longest_without_a_session_gives_way() {
+        let hosts = table(3);
+        let attempts: Vec<_> = (0..3).map(|_| hosts.begin_attempt(Lane::Mail).ok().unwrap()).collect();
+        let session = attempts[0].session_begun();
+        hosts.give_way(1);
+        assert!(!attempts[1].gave_way(), "it has just begun");
+        for attempt in &attempts {
+            attempt.with(|state| state.idle_since -= GIVE_WAY_AFTER);
+        }
+        hosts.give_way(1);
+        assert!(attempts[1].gave_way() && attempts[1].cancel().is_cancelled());
+        hosts.give_way(1);
+        assert!(!attempts[2].gave_way(), "one is ending");
+        attempts[1].record_speed("slow.example");
+        assert_eq!(hosts.slow(), HashSet::from(["slow.example".to_owned()]));
+        drop(session);
+        attempts[0].record_speed("slow.example");
+        assert!(hosts.slow().is_empty());
+    }
+
+    #[test]
+    fn sessions_that_stall_do_not_count_if_mail_is_due() {
+        let hosts = table(2);
+        let begin = |lane| hosts.begin_attempt(lane);
+        let attempts: Vec<_> = (0..2).map(|_| begin(Lane::Mail).ok().unwrap()).collect();
+        let _sessions: Vec<_> = attempts.iter().map(AttemptPermit::session_begun).collect();
+        assert_eq!(begin(Lane::Mail).err(), Some(NoAttempt::AllInUse));
+        let stall = |attempt: &AttemptPermit| {
+            attempt.with(|state| state.progress -= SLOW_AFTER);
+        };
+        attempts.iter().for_each(stall);
+        assert_eq!(begin(Lane::Slow).err(), Some(NoAttempt::AllInUse));
+        let more: Vec<_> = (0..2).map(|_| begin(Lane::Mail).ok().unwrap()).collect();
+        assert_eq!(begin(Lane::Mail).err(), Some(NoAttempt::AllInUse));
+        let _more: Vec<_> = more.iter().map(AttemptPermit::session_begun).collect();
+        more.iter().for_each(stall);
+        assert_eq!(begin(Lane::Mail).err(), Some(NoAttempt::AllInUse), "not without end");
+        more[0].message_done(LARGE);
+        more[0].record_speed("large.example");
+        attempts[0].message_done(1);
+        attempts[0].record_speed("slow.example");
+        assert_eq!(hosts.slow(), HashSet::from(["slow.example".to_owned()]));
+    }
+
+    #[test]
+    fn all_lookups_of_an_attempt_have_one_deadline() {
+        let attempt = table(1).begin_attempt(Lane::Mail).ok().unwrap();
+        assert!(!attempt.lookups_are_over());
+        *attempt.lock_lookups() = Duration::from_millis(1);
+        attempt.look_up(|deadline| std::thread::sleep(deadline.saturating_duration_since(Instant::now())));
+        assert!(attempt.lookups_are_over());
+        assert!(attempt.session_deadline().is_some());
+        drop(attempt.session_begun());
+        assert_eq!(attempt.session_deadline(), None);
+    }
+}

@@ -1,0 +1,161 @@
+//! One directory for the mail of many domains, and the index of what is in it.
+//!
+//! Mail for domains elsewhere must leave nothing behind, as strangers choose the domains that DSNs go to. So there is no
+//! directory and no lock for a domain: a message is one file, whose name tells its domain, and a session has the lock of this
+//! file (flock(2)) as long as it has the message.
+//!
+//! The relay would list the whole directory for each domain. It has an index instead, which is told what arrives and what is
+//! settled. What other processes do, it sees when it reads the directory again: from time to time, and if a message is not
+//! found under its name.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::message;
+use super::name::QueueName;
+use crate::mail::address::{Domain, Mailbox, ReversePath};
+use crate::maildir::{Entry, with_path};
+use crate::net::trace::quoted;
+use crate::smtp::command::Envelope;
+
+/// A longer name of a file would leave too little room for what is recorded of attempts; then it does not tell the domain.
+const NAME_LIMIT: usize = 150;
+
+/// The name for a new file in such a directory: `unique`, with the domain of the recipients. `D=`: mail with a sender, `B=`
+/// (bounce): without one.
+pub(super) fn file_name(unique: String, domain: &Domain, envelope: &Envelope) -> String {
+    let key = if envelope.from == ReversePath::Null { "B" } else { "D" };
+    let name = format!("{unique},{key}={}", domain.file_name());
+    if name.len() > NAME_LIMIT { unique } else { name }
+}
+
+/// The domain that the name of a file tells.
+pub(super) fn named_domain(entry: &Entry) -> Option<Domain> {
+    entry.destination().and_then(|(name, _)| Domain::of_file_name(name))
+}
+
+/// The domain of a message in such a directory, by its name or by its recipients. `None`: it is gone, or no mail, which is logged.
+///
+/// # Errors
+/// The file cannot be read.
+pub(super) fn domain_of(name: &QueueName, entry: &Entry) -> io::Result<Option<Domain>> {
+    if let Some(domain) = named_domain(entry) {
+        return Ok(Some(domain));
+    }
+    let path = name.maildir().file(entry);
+    let not_mail = |reason: &str| {
+        log::warn!("event=not-mail queue={name} file={} reason={}", quoted(path.display()), quoted(reason));
+        Ok(None)
+    };
+    let file = match message::open_file(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(|error| with_path(&path, error))?,
+    };
+    let file = match file {
+        Ok(file) => file,
+        Err(kind) => return not_mail(kind),
+    };
+    let all = QueueName { domain: None, ..name.clone() };
+    match message::read_envelope(&file, entry, &all).map_err(|error| with_path(&path, error))? {
+        Ok(parsed) => {
+            let settled = parsed.settled_addresses.iter().filter_map(|address| Mailbox::parse(address));
+            let mut open = parsed.recipients().iter().map(|recipient| recipient.mailbox.clone()).chain(settled);
+            match open.find_map(|mailbox| mailbox.domain().cloned()) {
+                Some(domain) => Ok(Some(domain)),
+                None => not_mail("it names no recipient with a domain"),
+            }
+        }
+        Err(reason) => not_mail(&reason),
+    }
+}
+
+/// What is in such a directory, by domain.
+#[derive(Default)]
+pub struct SharedIndex(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    by_domain: HashMap<Domain, BTreeSet<Entry>>,
+    /// The domains of the files whose names do not tell them; `None`: it is no mail.
+    unnamed: HashMap<OsString, Option<Domain>>,
+}
+
+impl SharedIndex {
+    /// Reads the directory. A file that cannot be read is logged and left out until the next time.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn read(&self, name: &QueueName) -> io::Result<()> {
+        // Locked until the end: what is added or settled meanwhile is recorded after that.
+        let (mut state, mut read) = (self.lock(), State::default());
+        name.maildir().each_file(&mut |entry, _| {
+            let known = state.unnamed.get(entry.unique()).cloned();
+            let domain = match known {
+                Some(known) => known,
+                None => domain_of(name, &entry).unwrap_or_else(|error| {
+                    log::error!("event=unreadable queue={name} error={}", quoted(error));
+                    None
+                }),
+            };
+            if named_domain(&entry).is_none() {
+                read.unnamed.insert(entry.unique().to_owned(), domain.clone());
+            }
+            if let Some(domain) = domain {
+                read.by_domain.entry(domain).or_default().insert(entry);
+            }
+            Ok(())
+        })?;
+        *state = read;
+        Ok(())
+    }
+
+    /// Records that a message has arrived.
+    pub fn add(&self, domain: Domain, entry: Entry) {
+        let mut state = self.lock();
+        if named_domain(&entry).is_none() {
+            state.unnamed.insert(entry.unique().to_owned(), Some(domain.clone()));
+        }
+        state.by_domain.entry(domain).or_default().insert(entry);
+    }
+
+    /// Records under which name a message is now; `None`: it is gone.
+    pub(super) fn replace(&self, domain: &Domain, unique: &OsStr, entry: Option<&Entry>) {
+        let mut state = self.lock();
+        let entries = state.by_domain.entry(domain.clone()).or_default();
+        let first = Entry { name: unique.to_owned(), seen: false };
+        let starts = |entry: &&Entry| entry.name.as_encoded_bytes().starts_with(unique.as_encoded_bytes());
+        let same: Vec<_> =
+            entries.range(first..).take_while(starts).filter(|entry| entry.unique() == unique).cloned().collect();
+        for entry in same {
+            entries.remove(&entry);
+        }
+        entries.extend(entry.cloned());
+        if entries.is_empty() {
+            state.by_domain.remove(domain);
+        }
+        if entry.is_none() {
+            state.unnamed.remove(unique);
+        }
+    }
+
+    /// The messages for a domain, as [`Maildir::entries`](crate::maildir::Maildir::entries) orders them.
+    pub(super) fn entries(&self, domain: &Domain) -> Vec<Entry> {
+        let mut entries: Vec<_> = self.lock().by_domain.get(domain).into_iter().flatten().cloned().collect();
+        entries.sort_unstable_by(|one, other| one.unique().cmp(other.unique()).then_with(|| one.cmp(other)));
+        entries
+    }
+
+    /// The domains with mail.
+    pub fn domains(&self) -> Vec<Domain> {
+        self.lock().by_domain.keys().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests;

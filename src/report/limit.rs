@@ -1,0 +1,104 @@
+//! How many DSNs are sent. Strangers cause them, by mail with forged senders, and choose the domains that they go to.
+//!
+//! DSNs go to one domain at the rate of [`FOR_ONE_DOMAIN`] a minute, and to all at that of [`IN_ALL`]; a minute's worth may go at
+//! once. What is more waits for its turn, for [`LONGEST_WAIT`] at most; then it is dropped, which is logged. DSNs of success are
+//! dropped when a quarter of a minute's worth is used up, those of a delay are put off when half of it is: a deviation from
+//! RFC 3461 section 5.2 under load, so that those of failure are not late.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::dsn::Action;
+
+/// DSNs to one domain in a minute.
+const FOR_ONE_DOMAIN: u32 = 120;
+
+/// DSNs in a minute.
+const IN_ALL: u32 = 600;
+
+/// How long a DSN of failure waits at most.
+const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60);
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// Domains that are remembered until those without a backlog are forgotten.
+const DOMAINS_LIMIT: usize = 1000;
+
+/// Counts the DSNs of one process.
+#[derive(Default)]
+pub(super) struct DsnLimiter(Mutex<Backlogs>);
+
+/// Until when the DSNs so far would take at the rate of a limit.
+#[derive(Default)]
+struct Backlogs {
+    all: Option<Instant>,
+    domains: HashMap<String, Instant>,
+}
+
+/// There are too many DSNs.
+#[derive(PartialEq, Eq, Debug)]
+pub(super) struct TooMany;
+
+impl DsnLimiter {
+    /// Counts a DSN to a domain. Returns how long it has to wait.
+    pub(super) fn admit(&self, action: Action, domain: &str, now: Instant) -> Result<Duration, TooMany> {
+        let mut backlogs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let longest = match action {
+            Action::Failed => MINUTE + LONGEST_WAIT,
+            Action::Delayed => MINUTE / 2,
+            Action::Delivered | Action::Relayed | Action::Expanded => MINUTE / 4,
+        };
+        let one_more = |end: Option<Instant>, limit: u32| end.map_or(now, |end| end.max(now)) + MINUTE / limit;
+        let all = one_more(backlogs.all, IN_ALL);
+        let of_domain = one_more(backlogs.domains.get(domain).copied(), FOR_ONE_DOMAIN);
+        let backlog = all.max(of_domain) - now;
+        if backlog > longest {
+            return Err(TooMany);
+        }
+        if backlogs.domains.len() >= DOMAINS_LIMIT {
+            backlogs.domains.retain(|_, end| *end > now);
+        }
+        backlogs.all = Some(all);
+        backlogs.domains.insert(domain.to_owned(), of_domain);
+        Ok(backlog.saturating_sub(MINUTE))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dsns_of_success_are_dropped_first_and_those_of_failure_wait() {
+        let (limiter, now) = (DsnLimiter::default(), Instant::now());
+        let admit = |action, domain: &str| limiter.admit(action, domain, now);
+        let count = |action, domain| (0..).take_while(|_| admit(action, domain) == Ok(Duration::ZERO)).count();
+        assert_eq!(count(Action::Relayed, "a.example"), 30);
+        assert_eq!(admit(Action::Relayed, "a.example"), Err(TooMany));
+        assert_eq!(count(Action::Delayed, "a.example"), 30);
+        assert_eq!(admit(Action::Delayed, "a.example"), Err(TooMany));
+        assert_eq!(count(Action::Failed, "a.example"), 60, "the next one waits");
+        assert_eq!(admit(Action::Failed, "a.example"), Ok(Duration::from_secs(1)));
+        // Another domain has its own, until all are too many.
+        assert_eq!(admit(Action::Relayed, "b.example"), Ok(Duration::ZERO));
+        let domains =
+            (0..).take_while(|n| admit(Action::Failed, &format!("{n}.example")) == Ok(Duration::ZERO)).count();
+        assert_eq!(domains, 600 - 123);
+        assert_eq!(admit(Action::Relayed, "c.example"), Err(TooMany));
+        // A minute later there is room again.
+        let later = now + 2 * MINUTE;
+        assert_eq!(limiter.admit(Action::Relayed, "a.example", later), Ok(Duration::ZERO));
+    }
+
+    #[test]
+    fn a_crowd_is_bounded() {
+        let (limiter, now) = (DsnLimiter::default(), Instant::now());
+        let admitted = (0..100_000).filter(|n| limiter.admit(Action::Failed, &format!("{n}.example"), now).is_ok());
+        assert_eq!(admitted.count(), 61 * 600);
+        assert!(limiter.admit(Action::Failed, "z.example", now + MINUTE).is_ok());
+        let later = now + LONGEST_WAIT + 2 * MINUTE;
+        assert!(limiter.admit(Action::Relayed, "z.example", later).is_ok());
+        assert_eq!(limiter.0.lock().unwrap().domains.len(), 1);
+    }
+}
