@@ -14,11 +14,17 @@ fn inodes(path: &Path) -> usize {
     files.flatten().map(|file| 1 + inside(&file.path())).sum()
 }
 
-/// Waits until it is so.
-fn wait_until(is_so: impl Fn() -> bool) {
+/// The names below a directory.
+fn tree(path: &Path) -> String {
+    let Ok(files) = fs::read_dir(path) else { return String::new() };
+    files.flatten().map(|file| format!("{}\n{}", file.path().display(), tree(&file.path()))).collect()
+}
+
+/// Waits until it is so. `what`: what is instead.
+fn wait_until(is_so: impl Fn() -> bool, what: impl Fn() -> String) {
     let end = Instant::now() + Duration::from_secs(20);
     while !is_so() {
-        assert!(Instant::now() < end, "it is not so");
+        assert!(Instant::now() < end, "{}", what());
         thread::sleep(Duration::from_millis(20));
     }
 }
@@ -39,7 +45,7 @@ fn dsns_leave_nothing_behind() {
     let spool = place.path("spool");
     place.submit("", "x@warm.example");
     place.serve.wait_for("event=dsn-dropped");
-    wait_until(|| fs::read_dir(spool.join("outgoing/@all/new")).unwrap().count() == 0);
+    wait_until(|| fs::read_dir(spool.join("outgoing/@all/new")).unwrap().count() == 0, || tree(&spool));
     let before = inodes(&spool);
     for number in 0..15 {
         place.submit("", &format!("x@private-{number}.example"));
@@ -52,7 +58,7 @@ fn dsns_leave_nothing_behind() {
         let line = place.serve.wait_for("event=dsn-dropped");
         assert!(line.contains(" to=<x@") && line.contains(".relay.example.net,B="), "{line}");
     }
-    wait_until(|| inodes(&spool) == before);
+    wait_until(|| inodes(&spool) == before, || tree(&spool));
     let names: Vec<_> = fs::read_dir(spool.join("outgoing")).unwrap().map(|file| file.unwrap().file_name()).collect();
     assert_eq!(names, ["@all"]);
     assert_eq!(place.odmr(&["queue", "list"]), "");
@@ -84,7 +90,8 @@ fn the_layout_of_an_earlier_version_is_emptied() {
     assert!(place.odmr(&["queue", "list"]).lines().all(|line| line.contains(" queue=outgoing/good.example ")));
     place.serve.wait_for("to=<old@good.example> status=sent");
     let outgoing = place.path("spool/outgoing");
-    wait_until(|| !outgoing.join("good.example").exists() && !outgoing.join("empty.example").exists());
+    let gone = || !outgoing.join("good.example").exists() && !outgoing.join("empty.example").exists();
+    wait_until(gone, || tree(&outgoing));
     // The postmaster has not looked at it yet.
     assert!(outgoing.join("kept.example/.refused/new/1763607845.b").exists());
     // New mail for the same domain.

@@ -48,8 +48,12 @@ pub(super) fn remove_unused(path: &Path, others: &[&str], stale: bool) -> io::Re
     let parts = ["tmp", "new", "cur"].map(|name| path.join(name));
     let now = SystemTime::now();
     let is_unused = |part: &Path| {
-        let used = fs::metadata(part).and_then(|metadata| metadata.modified());
-        used.is_ok_and(|used| !stale || is_stale(used, now)) && list(part).next().is_none()
+        // A part may be missing, if two processes have removed it and made it at the same time.
+        let used = match fs::metadata(part).and_then(|metadata| metadata.modified()) {
+            Err(error) => return error.kind() == io::ErrorKind::NotFound,
+            Ok(used) => used,
+        };
+        (!stale || is_stale(used, now)) && list(part).next().is_none()
     };
     let is_known = |name: &str| ["tmp", "new", "cur"].contains(&name) || others.contains(&name);
     if !is_directory(path) || !parts.iter().all(|part| is_unused(part)) {
@@ -68,8 +72,9 @@ pub(super) fn remove_unused(path: &Path, others: &[&str], stale: bool) -> io::Re
         }
     }
     for part in &parts {
-        if fs::remove_dir(part).is_err() {
-            return Ok(false);
+        match fs::remove_dir(part) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Ok(false),
+            _ => {}
         }
     }
     others.iter().try_for_each(|name| remove_if_there(&path.join(name)))?;

@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
-use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +11,7 @@ use super::due;
 use super::envelope::ParsedEnvelope;
 use super::listed::{Listed, Pass, RankedEntry, TIME_WORK};
 use super::lock_file::{LockError, LockFile, QUEUE_LOCK_FILE};
-use super::message::{self, Opened, QueuedMessage};
+use super::message::{self, MessageLock, Opened, QueuedMessage};
 use super::name::QueueName;
 use super::refused::RefusedLimits;
 use super::retry;
@@ -38,7 +37,7 @@ pub(super) struct LockedQueue {
     /// The index of the shared directory.
     pub(super) index: Option<Arc<SharedIndex>>,
     /// Messages of it that are locked already, by their unique names.
-    pub(super) locked: HashMap<OsString, File>,
+    pub(super) locked: HashMap<OsString, MessageLock>,
     pub(super) listed: Listed,
 }
 
@@ -198,7 +197,7 @@ impl LockedQueue {
     }
 
     /// `locked`: the file, if it is in a shared directory and was locked before.
-    fn open_file(&self, entry: &Entry, locked: Option<File>) -> io::Result<Opened> {
+    fn open_file(&self, entry: &Entry, locked: Option<MessageLock>) -> io::Result<Opened> {
         QueuedMessage::open(&self.name, entry.clone(), locked, self.ids.clock().now())
     }
 

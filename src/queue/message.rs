@@ -54,6 +54,8 @@ pub struct QueuedMessage {
     gone: bool,
     /// Open for reading, and for writing if the system permits that.
     file: File,
+    /// The lock on it, in a shared directory.
+    lock: Option<MessageLock>,
     /// Where the content begins, in octets.
     content: u64,
     /// The id of the message in the log and in its `Received` field.
@@ -112,12 +114,14 @@ impl QueuedMessage {
     ///
     /// # Errors
     /// The file cannot be read; the error names it.
-    pub(super) fn open(name: &QueueName, entry: Entry, locked: Option<File>, now: Timestamp) -> io::Result<Opened> {
+    pub(super) fn open(
+        name: &QueueName, entry: Entry, locked: Option<MessageLock>, now: Timestamp,
+    ) -> io::Result<Opened> {
         let maildir = name.maildir();
         let path = maildir.file(&entry);
         let failed = |error| with_path(&path, error);
-        let file = match locked {
-            Some(file) => file,
+        let file = match &locked {
+            Some(MessageLock(file)) => file.try_clone()?,
             None => match open_file(&path) {
                 Ok(Ok(file)) => file,
                 Ok(Err(kind)) => return Ok(Opened::NotMail(kind.to_owned())),
@@ -125,12 +129,15 @@ impl QueuedMessage {
                 Err(error) => return Err(failed(error)),
             },
         };
-        match if name.shared { lock_opened(&file, &path) } else { Ok(true) } {
-            Ok(true) => {}
-            Ok(false) => return Ok(Opened::Gone),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Opened::Busy),
-            Err(error) => return Err(error),
-        }
+        let lock = match locked {
+            None if name.shared => match lock_opened(&file, &path) {
+                Ok(Some(lock)) => Some(lock),
+                Ok(None) => return Ok(Opened::Gone),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Opened::Busy),
+                Err(error) => return Err(error),
+            },
+            locked => locked,
+        };
         let parsed = match read_envelope(&file, &entry, name).map_err(failed)? {
             Ok(parsed) => parsed,
             Err(reason) => return Ok(Opened::NotMail(reason)),
@@ -149,6 +156,7 @@ impl QueuedMessage {
             eight_bit: entry.eight_bit(),
             entry,
             file,
+            lock,
             content,
             id,
             arrived,
@@ -193,7 +201,7 @@ impl QueuedMessage {
             self.remove_other_names()?;
             if self.queue.shared {
                 // Whoever has opened the copy since it had its name gets the message.
-                lock_opened(&copy, &self.maildir.file(&self.entry))?;
+                self.lock = lock_opened(&copy, &self.maildir.file(&self.entry))?;
             }
             self.file = copy;
             self.rewind()?;
@@ -577,20 +585,32 @@ pub(super) fn open_file(path: &Path) -> io::Result<Result<File, &'static str>> {
     }
 }
 
-/// Locks a file of a shared directory that was opened by this name, as long as it stays open. Returns whether it still has the
-/// name.
+/// The lock on a message of a shared directory, until it is dropped.
+pub(super) struct MessageLock(File);
+
+impl Drop for MessageLock {
+    fn drop(&mut self) {
+        // A child process has a copy of the descriptor between fork and exec.
+        let _ = self.0.unlock();
+    }
+}
+
+/// Locks a file of a shared directory that was opened by this name. `None`: it does not have the name any more.
 ///
 /// # Errors
 /// `WouldBlock`: another session has it; the system's.
-pub(super) fn lock_opened(file: &File, path: &Path) -> io::Result<bool> {
+pub(super) fn lock_opened(file: &File, path: &Path) -> io::Result<Option<MessageLock>> {
+    let copy = file.try_clone().map_err(|error| with_path(path, error))?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Err(is_busy(path)),
         Err(TryLockError::Error(error)) => return Err(with_path(path, error)),
     }
+    let lock = MessageLock(copy);
     // Another session may have settled it between.
     let named = FileId::of_path(path).ok();
-    Ok(named.is_some_and(|named| FileId::of_file(file).is_ok_and(|opened| opened == named)))
+    let has_name = named.is_some_and(|named| FileId::of_file(file).is_ok_and(|opened| opened == named));
+    Ok(has_name.then_some(lock))
 }
 
 /// Another session has the message in this file.
@@ -603,9 +623,9 @@ pub(super) fn is_busy(path: &Path) -> io::Error {
 ///
 /// # Errors
 /// `WouldBlock`: another session has it; the system's.
-pub(super) fn lock_file(path: &Path) -> io::Result<Option<File>> {
+pub(super) fn lock_file(path: &Path) -> io::Result<Option<MessageLock>> {
     match open_file(path) {
-        Ok(Ok(file)) => Ok(lock_opened(&file, path)?.then_some(file)),
+        Ok(Ok(file)) => lock_opened(&file, path),
         Ok(Err(_)) => Ok(None),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(with_path(path, error)),

@@ -293,11 +293,19 @@ impl Queue {
         if !maildir.path().exists() || !maildir.is_empty()? {
             return Ok(false);
         }
-        match self.try_lock(name) {
-            Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR], stale),
-            Err(LockError::Failed(error)) => Err(error),
-            Err(LockError::Busy(_)) => Ok(false),
-        }
+        // Not as a session, which makes what is missing: another process may be removing it too.
+        let lock = match self.lock_one(name, false) {
+            Ok(lock) => lock,
+            Err(LockError::Busy(_)) => return Ok(false),
+            Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(LockError::Failed(error)) => return Err(error),
+        };
+        let removed = match lock.metadata()?.nlink() {
+            0 => Ok(false),
+            _ => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR], stale),
+        };
+        let _ = lock.unlock();
+        removed
     }
 
     /// Removes what is left over after 36 hours: files of writers that died, and, if the queue is `unwanted`, its directory

@@ -15,7 +15,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::hosts::{AttemptState, HostTable, Lane, TableState};
+use super::hosts::{AttemptKind, AttemptState, HostTable, TableState};
 use crate::net::cancel::CancelToken;
 
 /// How long an attempt may be without a session while mail waits for its connection.
@@ -42,21 +42,21 @@ pub(super) enum NoAttempt {
     /// All connections are in use.
     AllInUse,
     /// Those for this purpose are.
-    LaneInUse,
+    KindInUse,
 }
 
 impl HostTable {
     /// Begins an attempt, which has one connection at a time.
-    pub(super) fn begin_attempt(self: &Arc<HostTable>, lane: Lane) -> Result<AttemptPermit, NoAttempt> {
+    pub(super) fn begin_attempt(self: &Arc<HostTable>, kind: AttemptKind) -> Result<AttemptPermit, NoAttempt> {
         // Without a descriptor there would be no connection either.
         let cancel = CancelToken::new().map_err(|_| NoAttempt::AllInUse)?;
         let mut state = self.lock();
-        state.check_share(lane)?;
+        state.check_share(kind)?;
         let number = state.next_attempt;
         state.next_attempt += 1;
         let now = Instant::now();
         let attempt = AttemptState {
-            lane,
+            kind,
             sessions: 0,
             idle_since: now,
             begun: now,
@@ -69,7 +69,7 @@ impl HostTable {
         state.attempts.insert(number, attempt);
         drop(state);
         let lookups = Mutex::new(LOOKUP_DEADLINE);
-        Ok(AttemptPermit { hosts: self.clone(), number, lane, deadline: now + ATTEMPT_DEADLINE, cancel, lookups })
+        Ok(AttemptPermit { hosts: self.clone(), number, kind, deadline: now + ATTEMPT_DEADLINE, cancel, lookups })
     }
 
     /// So much mail is due and finds all connections in use: ends as many attempts that have had no session for a while.
@@ -78,7 +78,7 @@ impl HostTable {
         let has_share = state.limit / 4 > 0;
         let ending = state.attempts.values().filter(|attempt| attempt.gave_way).count();
         let may_end = |attempt: &&mut AttemptState| {
-            attempt.sessions == 0 && !attempt.gave_way && !(has_share && attempt.lane != Lane::Mail)
+            attempt.sessions == 0 && !attempt.gave_way && !(has_share && attempt.kind != AttemptKind::Mail)
         };
         let mut idle: Vec<_> = state.attempts.values_mut().filter(may_end).collect();
         idle.sort_by_key(|attempt| attempt.idle_since);
@@ -111,19 +111,20 @@ impl HostTable {
 
 impl TableState {
     /// Checks that there is a connection for one more attempt.
-    fn check_share(&self, lane: Lane) -> Result<(), NoAttempt> {
+    fn check_share(&self, kind: AttemptKind) -> Result<(), NoAttempt> {
         let count = |counts: &dyn Fn(&AttemptState) -> bool| self.attempts.values().filter(|one| counts(one)).count();
-        if lane != Lane::Mail && count(&|attempt| attempt.lane == lane) >= (self.limit / 4).max(1) {
-            return Err(NoAttempt::LaneInUse);
+        if kind != AttemptKind::Mail && count(&|attempt| attempt.kind == kind) >= (self.limit / 4).max(1) {
+            return Err(NoAttempt::KindInUse);
         }
         let in_use = |counts: &dyn Fn(&AttemptState) -> bool| {
-            let stalled = count(&|attempt| self.by_mx && lane == Lane::Mail && counts(attempt) && attempt.stalls());
+            let stalled =
+                count(&|attempt| self.by_mx && kind == AttemptKind::Mail && counts(attempt) && attempt.stalls());
             count(counts) - stalled.min(self.limit)
         };
         let reserved = if self.by_mx { self.limit / 8 } else { 0 };
         let all = in_use(&|_| true) + self.beside;
-        let without_dsns = in_use(&|attempt| attempt.lane != Lane::Dsn);
-        match all >= self.limit || lane != Lane::Dsn && without_dsns >= self.limit - reserved {
+        let without_dsns = in_use(&|attempt| attempt.kind != AttemptKind::Dsn);
+        match all >= self.limit || kind != AttemptKind::Dsn && without_dsns >= self.limit - reserved {
             true => Err(NoAttempt::AllInUse),
             false => Ok(()),
         }
@@ -141,7 +142,7 @@ impl AttemptState {
 pub(super) struct AttemptPermit {
     hosts: Arc<HostTable>,
     number: u64,
-    lane: Lane,
+    kind: AttemptKind,
     deadline: Instant,
     cancel: CancelToken,
     /// How long its lookups may still last.
@@ -150,8 +151,8 @@ pub(super) struct AttemptPermit {
 
 impl AttemptPermit {
     /// What it is for.
-    pub(super) fn lane(&self) -> Lane {
-        self.lane
+    pub(super) fn kind(&self) -> AttemptKind {
+        self.kind
     }
 
     /// Ends the waits before a session.
@@ -258,21 +259,21 @@ mod tests {
     #[test]
     fn dsns_and_slow_destinations_leave_connections_to_other_mail() {
         let hosts = table(20);
-        for lane in [Lane::Dsn, Lane::Slow] {
-            let held: Vec<_> = (0..5).map(|_| hosts.begin_attempt(lane).ok().unwrap()).collect();
-            assert_eq!(hosts.begin_attempt(lane).err(), Some(NoAttempt::LaneInUse));
+        for kind in [AttemptKind::Dsn, AttemptKind::Slow] {
+            let held: Vec<_> = (0..5).map(|_| hosts.begin_attempt(kind).ok().unwrap()).collect();
+            assert_eq!(hosts.begin_attempt(kind).err(), Some(NoAttempt::KindInUse));
             drop(held);
         }
-        let mail: Vec<_> = (0..18).map(|_| hosts.begin_attempt(Lane::Mail).ok().unwrap()).collect();
-        assert_eq!(hosts.begin_attempt(Lane::Mail).err(), Some(NoAttempt::AllInUse));
-        let dsns: Vec<_> = (0..2).map(|_| hosts.begin_attempt(Lane::Dsn).ok().unwrap()).collect();
-        assert_eq!(hosts.begin_attempt(Lane::Dsn).err(), Some(NoAttempt::AllInUse));
+        let mail: Vec<_> = (0..18).map(|_| hosts.begin_attempt(AttemptKind::Mail).ok().unwrap()).collect();
+        assert_eq!(hosts.begin_attempt(AttemptKind::Mail).err(), Some(NoAttempt::AllInUse));
+        let dsns: Vec<_> = (0..2).map(|_| hosts.begin_attempt(AttemptKind::Dsn).ok().unwrap()).collect();
+        assert_eq!(hosts.begin_attempt(AttemptKind::Dsn).err(), Some(NoAttempt::AllInUse));
         drop((mail, dsns));
         // One connection is for each in turn.
         let hosts = table(1);
-        for lane in Lane::ALL {
-            let held = hosts.begin_attempt(lane).ok().unwrap();
-            assert_eq!(hosts.begin_attempt(Lane::Mail).err(), Some(NoAttempt::AllInUse));
+        for kind in AttemptKind::ALL {
+            let held = hosts.begin_attempt(kind).ok().unwrap();
+            assert_eq!(hosts.begin_attempt(AttemptKind::Mail).err(), Some(NoAttempt::AllInUse));
             drop(held);
         }
     }
@@ -280,7 +281,7 @@ mod tests {
     #[test]
     fn the_attempt_that_is_longest_without_a_session_gives_way() {
         let hosts = table(3);
-        let attempts: Vec<_> = (0..3).map(|_| hosts.begin_attempt(Lane::Mail).ok().unwrap()).collect();
+        let attempts: Vec<_> = (0..3).map(|_| hosts.begin_attempt(AttemptKind::Mail).ok().unwrap()).collect();
         let session = attempts[0].session_begun();
         hosts.give_way(1);
         assert!(!attempts[1].gave_way(), "it has just begun");
@@ -301,20 +302,20 @@ mod tests {
     #[test]
     fn sessions_that_stall_do_not_count_if_mail_is_due() {
         let hosts = table(2);
-        let begin = |lane| hosts.begin_attempt(lane);
-        let attempts: Vec<_> = (0..2).map(|_| begin(Lane::Mail).ok().unwrap()).collect();
+        let begin = |kind| hosts.begin_attempt(kind);
+        let attempts: Vec<_> = (0..2).map(|_| begin(AttemptKind::Mail).ok().unwrap()).collect();
         let _sessions: Vec<_> = attempts.iter().map(AttemptPermit::session_begun).collect();
-        assert_eq!(begin(Lane::Mail).err(), Some(NoAttempt::AllInUse));
+        assert_eq!(begin(AttemptKind::Mail).err(), Some(NoAttempt::AllInUse));
         let stall = |attempt: &AttemptPermit| {
             attempt.with(|state| state.progress -= SLOW_AFTER);
         };
         attempts.iter().for_each(stall);
-        assert_eq!(begin(Lane::Slow).err(), Some(NoAttempt::AllInUse));
-        let more: Vec<_> = (0..2).map(|_| begin(Lane::Mail).ok().unwrap()).collect();
-        assert_eq!(begin(Lane::Mail).err(), Some(NoAttempt::AllInUse));
+        assert_eq!(begin(AttemptKind::Slow).err(), Some(NoAttempt::AllInUse));
+        let more: Vec<_> = (0..2).map(|_| begin(AttemptKind::Mail).ok().unwrap()).collect();
+        assert_eq!(begin(AttemptKind::Mail).err(), Some(NoAttempt::AllInUse));
         let _more: Vec<_> = more.iter().map(AttemptPermit::session_begun).collect();
         more.iter().for_each(stall);
-        assert_eq!(begin(Lane::Mail).err(), Some(NoAttempt::AllInUse), "not without end");
+        assert_eq!(begin(AttemptKind::Mail).err(), Some(NoAttempt::AllInUse), "not without end");
         more[0].message_done(LARGE);
         more[0].record_speed("large.example");
         attempts[0].message_done(1);
@@ -324,7 +325,7 @@ mod tests {
 
     #[test]
     fn all_lookups_of_an_attempt_have_one_deadline() {
-        let attempt = table(1).begin_attempt(Lane::Mail).ok().unwrap();
+        let attempt = table(1).begin_attempt(AttemptKind::Mail).ok().unwrap();
         assert!(!attempt.lookups_are_over());
         *attempt.lock_lookups() = Duration::from_millis(1);
         attempt.look_up(|deadline| std::thread::sleep(deadline.saturating_duration_since(Instant::now())));

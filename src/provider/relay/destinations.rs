@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, SystemTime};
 
-use super::hosts::Lane;
+use super::hosts::AttemptKind;
 use super::worker::NextDue;
 use crate::mail::address::Domain;
 use crate::net::trace::quoted;
@@ -76,29 +76,29 @@ impl DestinationTable {
         self.due.iter().filter(|(domain, _)| !self.busy.contains(*domain)).map(|(domain, due)| (domain, *due))
     }
 
-    /// The destinations that are due and that no worker has, each with the time since when, for a lane. `slow`: those that
-    /// are slow.
-    fn due_in(
-        &self, now: SystemTime, lane: Lane, slow: &HashSet<String>,
+    /// The destinations that are due and that no worker has, each with the time since when, for an attempt of this kind.
+    /// `slow`: those that are slow.
+    fn due_of(
+        &self, now: SystemTime, kind: AttemptKind, slow: &HashSet<String>,
     ) -> impl Iterator<Item = (&Domain, SystemTime)> {
         self.waiting().filter_map(move |(domain, due)| {
             let (since, of) = match (due.mail, due.dsn) {
-                (Some(mail), _) if mail <= now && slow.contains(domain.as_str()) => (mail, Lane::Slow),
-                (Some(mail), _) if mail <= now => (mail, Lane::Mail),
-                (_, dsn) => (dsn?, Lane::Dsn),
+                (Some(mail), _) if mail <= now && slow.contains(domain.as_str()) => (mail, AttemptKind::Slow),
+                (Some(mail), _) if mail <= now => (mail, AttemptKind::Mail),
+                (_, dsn) => (dsn?, AttemptKind::Dsn),
             };
-            (of == lane && since <= now).then_some((domain, since))
+            (of == kind && since <= now).then_some((domain, since))
         })
     }
 
-    /// Whether a destination is due in a lane.
-    pub(super) fn is_due_in(&self, now: SystemTime, lane: Lane, slow: &HashSet<String>) -> bool {
-        self.due_in(now, lane, slow).next().is_some()
+    /// Whether a destination is due for an attempt of this kind.
+    pub(super) fn is_due_of(&self, now: SystemTime, kind: AttemptKind, slow: &HashSet<String>) -> bool {
+        self.due_of(now, kind, slow).next().is_some()
     }
 
-    /// How many destinations are due in a lane.
-    pub(super) fn count_due(&self, now: SystemTime, lane: Lane, slow: &HashSet<String>) -> usize {
-        self.due_in(now, lane, slow).count()
+    /// How many destinations are due for an attempt of this kind.
+    pub(super) fn count_due(&self, now: SystemTime, kind: AttemptKind, slow: &HashSet<String>) -> usize {
+        self.due_of(now, kind, slow).count()
     }
 
     /// Whether any destination is due.
@@ -106,9 +106,9 @@ impl DestinationTable {
         self.waiting().any(|(_, due)| due.earliest().is_some_and(|due| due <= now))
     }
 
-    /// Takes the destination that has been due for longest in this lane. It is busy until [`DestinationTable::done`].
-    pub(super) fn take_due(&mut self, now: SystemTime, lane: Lane, slow: &HashSet<String>) -> Option<Domain> {
-        let domain = self.due_in(now, lane, slow).min_by_key(|(_, since)| *since)?.0.clone();
+    /// Takes the destination that has been due for longest for an attempt of this kind. It is busy until [`DestinationTable::done`].
+    pub(super) fn take_due(&mut self, now: SystemTime, kind: AttemptKind, slow: &HashSet<String>) -> Option<Domain> {
+        let domain = self.due_of(now, kind, slow).min_by_key(|(_, since)| *since)?.0.clone();
         self.take(&domain);
         Some(domain)
     }
@@ -153,7 +153,7 @@ mod tests {
         let later = now + Duration::from_secs(60);
         let next = |due| NextDue { destination: domain("a.example"), due };
         let mut table = DestinationTable::default();
-        let take = |table: &mut DestinationTable, now| table.take_due(now, Lane::Mail, &HashSet::new());
+        let take = |table: &mut DestinationTable, now| table.take_due(now, AttemptKind::Mail, &HashSet::new());
         assert_eq!(take(&mut table, now), None);
         table.arrived(a.clone(), false, None);
         let soon = now + Duration::from_secs(1);
@@ -185,13 +185,13 @@ mod tests {
         let mut table = DestinationTable::default();
         table.arrived(a.clone(), true, None);
         table.arrived(b.clone(), false, None);
-        let count = |table: &DestinationTable| Lane::ALL.map(|lane| table.count_due(soon, lane, &slow));
+        let count = |table: &DestinationTable| AttemptKind::ALL.map(|kind| table.count_due(soon, kind, &slow));
         assert_eq!(count(&table), [0, 1, 1]);
         // Mail for the same destination.
         table.arrived(a.clone(), false, None);
         assert_eq!(count(&table), [1, 1, 0]);
-        assert_eq!(table.take_due(soon, Lane::Mail, &slow), Some(a.clone()));
-        assert_eq!(table.take_due(soon, Lane::Slow, &slow), Some(b));
+        assert_eq!(table.take_due(soon, AttemptKind::Mail, &slow), Some(a.clone()));
+        assert_eq!(table.take_due(soon, AttemptKind::Slow, &slow), Some(b));
         // Mail that is due later does not make the DSNs urgent.
         table.done(NextDue { destination: a, due: QueueDue { mail: Some(soon + RESCAN_INTERVAL), dsn: Some(now) } });
         assert_eq!(count(&table), [0, 0, 1]);

@@ -18,7 +18,7 @@ const PASSED_LIMIT: usize = 1000;
 
 /// What an attempt is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Lane {
+pub(super) enum AttemptKind {
     /// Mail with a sender.
     Mail,
     /// Mail with a sender for a destination that is slow.
@@ -27,14 +27,14 @@ pub(super) enum Lane {
     Dsn,
 }
 
-impl Lane {
+impl AttemptKind {
     /// The most urgent one first.
-    pub(super) const ALL: [Lane; 3] = [Lane::Mail, Lane::Slow, Lane::Dsn];
+    pub(super) const ALL: [AttemptKind; 3] = [AttemptKind::Mail, AttemptKind::Slow, AttemptKind::Dsn];
 }
 
 /// One attempt under way.
 pub(super) struct AttemptState {
-    pub(super) lane: Lane,
+    pub(super) kind: AttemptKind,
     /// Sessions that are open.
     pub(super) sessions: usize,
     /// Since when there is none.
@@ -170,14 +170,14 @@ impl HostTable {
     ///
     /// # Errors
     /// The host is busy.
-    pub(super) fn acquire(&self, host: &str, lane: Lane) -> Result<HostPermit<'_>, RouteError> {
+    pub(super) fn acquire(&self, host: &str, kind: AttemptKind) -> Result<HostPermit<'_>, RouteError> {
         let mut state = self.lock();
         let limit_each = state.limit_each;
         if !state.hosts.contains_key(host) {
             state.hosts.retain(|_, host| host.is_needed());
         }
         let entry = state.hosts.entry(host.to_owned()).or_default();
-        let is_dsn = lane == Lane::Dsn;
+        let is_dsn = kind == AttemptKind::Dsn;
         let full_of_dsns = entry.dsns >= (limit_each / 2).max(1) || entry.is_wanted_for_mail();
         if entry.connections >= limit_each || is_dsn && full_of_dsns {
             let until = Some(Instant::now() + YIELD_PAUSE);
@@ -305,10 +305,10 @@ mod tests {
     fn a_host_that_is_busy_gives_no_permit_and_one_that_is_down_is_known() {
         let hosts = HostTable::default();
         hosts.set_limits(20, 1, true);
-        let permit = hosts.acquire(ADDRESS, Lane::Mail).ok().unwrap();
-        assert!(matches!(hosts.acquire(ADDRESS, Lane::Mail), Err(RouteError::Busy)));
+        let permit = hosts.acquire(ADDRESS, AttemptKind::Mail).ok().unwrap();
+        assert!(matches!(hosts.acquire(ADDRESS, AttemptKind::Mail), Err(RouteError::Busy)));
         drop(permit);
-        assert!(hosts.acquire(ADDRESS, Lane::Mail).is_ok());
+        assert!(hosts.acquire(ADDRESS, AttemptKind::Mail).is_ok());
         assert!(!hosts.is_down(ADDRESS));
         hosts.mark_down(ADDRESS, Duration::from_secs(60));
         assert!(hosts.is_down(ADDRESS));
@@ -319,19 +319,19 @@ mod tests {
     #[test]
     fn dsns_leave_connections_to_a_host_to_mail() {
         let hosts = HostTable::default();
-        let acquire = |lane| hosts.acquire(ADDRESS, lane);
+        let acquire = |kind| hosts.acquire(ADDRESS, kind);
         hosts.set_limits(20, 5, true);
-        let dsns = [acquire(Lane::Dsn).ok().unwrap(), acquire(Lane::Dsn).ok().unwrap()];
-        assert!(matches!(acquire(Lane::Dsn), Err(RouteError::Busy)));
+        let dsns = [acquire(AttemptKind::Dsn).ok().unwrap(), acquire(AttemptKind::Dsn).ok().unwrap()];
+        assert!(matches!(acquire(AttemptKind::Dsn), Err(RouteError::Busy)));
         assert!(!hosts.mail_waits(&[], ADDRESS));
-        let mail: Vec<_> = (0..3).map(|_| acquire(Lane::Mail).ok().unwrap()).collect();
-        assert!(matches!(acquire(Lane::Mail), Err(RouteError::Busy)));
+        let mail: Vec<_> = (0..3).map(|_| acquire(AttemptKind::Mail).ok().unwrap()).collect();
+        assert!(matches!(acquire(AttemptKind::Mail), Err(RouteError::Busy)));
         assert!(hosts.mail_waits(&[], ADDRESS) && !hosts.mail_waits(&[], "127.0.0.3:25"));
         drop((dsns, mail));
-        assert!(matches!(acquire(Lane::Dsn), Err(RouteError::Busy)), "it is for mail");
-        assert!(acquire(Lane::Slow).is_ok() && acquire(Lane::Dsn).is_ok());
+        assert!(matches!(acquire(AttemptKind::Dsn), Err(RouteError::Busy)), "it is for mail");
+        assert!(acquire(AttemptKind::Slow).is_ok() && acquire(AttemptKind::Dsn).is_ok());
         hosts.set_limits(20, 1, true);
-        assert!(acquire(Lane::Dsn).is_ok(), "one after the other");
+        assert!(acquire(AttemptKind::Dsn).is_ok(), "one after the other");
         // All mail goes to a smarthost: what waits for a connection to it, and what has arrived for a destination.
         let destinations = [Domain::parse("a.example").unwrap(), Domain::parse("b.example").unwrap()];
         hosts.set_limits(5, 5, false);
@@ -348,21 +348,21 @@ mod tests {
     fn sessions_beside_the_first_take_what_no_attempt_waits_for() {
         let hosts = Arc::new(HostTable::default());
         hosts.set_limits(4, 3, true);
-        let begin = || hosts.begin_attempt(Lane::Mail).ok();
+        let begin = || hosts.begin_attempt(AttemptKind::Mail).ok();
         let one = begin().unwrap();
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "beside nothing");
-        let first = hosts.acquire(ADDRESS, Lane::Mail).ok().unwrap();
+        let first = hosts.acquire(ADDRESS, AttemptKind::Mail).ok().unwrap();
         let second = hosts.acquire_beside(ADDRESS).unwrap();
         let _third = hosts.acquire_beside(ADDRESS).unwrap();
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "the limit of the host");
         // Another destination at the same host: a session ends for it.
         let _two = begin().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
-        assert!(matches!(hosts.acquire(ADDRESS, Lane::Mail), Err(RouteError::Busy)));
+        assert!(matches!(hosts.acquire(ADDRESS, AttemptKind::Mail), Err(RouteError::Busy)));
         assert!(hosts.must_yield(ADDRESS) && hosts.yields(ADDRESS));
         drop(second);
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "it is for the attempt");
-        let _other = hosts.acquire(ADDRESS, Lane::Mail).ok().unwrap();
+        let _other = hosts.acquire(ADDRESS, AttemptKind::Mail).ok().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
         // Two attempts, one session beside them; then all connections are in use, and one more attempt is due.
         let _three = begin().unwrap();

@@ -62,7 +62,7 @@ use crate::net::trace::quoted;
 use crate::provider::spool::SpoolQueue;
 use attempts::{AttemptPermit, NoAttempt};
 use destinations::{DestinationTable, REQUEST_INTERVAL, RESCAN_INTERVAL};
-use hosts::Lane;
+use hosts::AttemptKind;
 use worker::NextDue;
 pub use worker::WorkerContext;
 
@@ -232,23 +232,23 @@ fn next_job(
         if !table.is_due(now) {
             return None;
         }
-        let permit = worker.hosts.begin_attempt(Lane::Mail);
+        let permit = worker.hosts.begin_attempt(AttemptKind::Mail);
         waits.any |= permit.is_err();
-        waits.for_mail |= permit.is_err() && table.is_due_in(now, Lane::Mail, &HashSet::new());
+        waits.for_mail |= permit.is_err() && table.is_due_of(now, AttemptKind::Mail, &HashSet::new());
         return permit.ok().map(|permit| job(table.take_all_due(now), permit));
     }
-    for lane in Lane::ALL {
-        if !table.is_due_in(now, lane, slow) {
+    for kind in AttemptKind::ALL {
+        if !table.is_due_of(now, kind, slow) {
             continue;
         }
-        match worker.hosts.begin_attempt(lane) {
-            Ok(permit) => return table.take_due(now, lane, slow).map(|destination| job(vec![destination], permit)),
-            Err(NoAttempt::LaneInUse) => {}
+        match worker.hosts.begin_attempt(kind) {
+            Ok(permit) => return table.take_due(now, kind, slow).map(|destination| job(vec![destination], permit)),
+            Err(NoAttempt::KindInUse) => {}
             Err(NoAttempt::AllInUse) => {
                 waits.any = true;
-                if lane == Lane::Mail {
+                if kind == AttemptKind::Mail {
                     (waits.for_mail, waits.ends_soon) = (true, true);
-                    worker.hosts.give_way(table.count_due(now, lane, slow));
+                    worker.hosts.give_way(table.count_due(now, kind, slow));
                 }
             }
         }

@@ -515,7 +515,7 @@ impl WorkerContext {
                 progress.cut = true;
                 continue;
             }
-            let sent = self.hosts.acquire(&route.counted_as(&to), route.permit.lane()).and_then(|_permit| {
+            let sent = self.hosts.acquire(&route.counted_as(&to), route.permit.kind()).and_then(|_permit| {
                 *tried += 1;
                 progress.reached.insert(address.clone());
                 self.deliver_to(route, &to, lock)
