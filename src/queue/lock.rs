@@ -230,12 +230,21 @@ impl QueueLock {
 
     /// Whether [`QueueLock::next_message`] will offer a message. If there is one, a large directory is not read to its end.
     pub fn has_next(&mut self) -> bool {
-        if self.queues.iter().any(LockedQueue::has_any) {
-            return true;
+        let mut looked = false;
+        loop {
+            match self.next_step() {
+                NextStep::Message(message) => {
+                    self.put_back(*message);
+                    return true;
+                }
+                NextStep::End => return false,
+                NextStep::Listing => {
+                    if !std::mem::replace(&mut looked, true) && self.queues.iter().any(LockedQueue::has_any) {
+                        return true;
+                    }
+                }
+            }
         }
-        let Some(message) = self.next_message() else { return false };
-        self.put_back(message);
-        true
     }
 
     /// Takes back a message that was offered, to be offered next.

@@ -294,18 +294,12 @@ impl Queue {
             return Ok(false);
         }
         // Not as a session, which makes what is missing: another process may be removing it too.
-        let lock = match self.lock_one(name, false) {
-            Ok(lock) => lock,
-            Err(LockError::Busy(_)) => return Ok(false),
-            Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-            Err(LockError::Failed(error)) => return Err(error),
-        };
-        let removed = match lock.metadata()?.nlink() {
-            0 => Ok(false),
-            _ => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR], stale),
-        };
-        let _ = lock.unlock();
-        removed
+        match LockFile::lock(&name.path.join(QUEUE_LOCK_FILE), None, name) {
+            Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR], stale),
+            Err(LockError::Busy(_)) => Ok(false),
+            Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(LockError::Failed(error)) => Err(error),
+        }
     }
 
     /// Removes what is left over after 36 hours: files of writers that died, and, if the queue is `unwanted`, its directory

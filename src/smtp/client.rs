@@ -452,9 +452,12 @@ impl Client {
 
     /// Counts the domain of a recipient. Returns whether the peer permits it.
     fn admit_domain(&mut self, recipient: &Recipient) -> bool {
+        if self.extensions.limits.domains.is_none() {
+            return true;
+        }
         let domain = domain_of(recipient);
         let permitted = self.permits_domain(&domain);
-        if permitted && self.extensions.limits.domains.is_some() {
+        if permitted {
             self.domains.insert(domain);
         }
         permitted

@@ -46,7 +46,7 @@ fn a_large_queue_is_offered_in_pieces_the_oldest_first() {
     expected.extend(numbers([3, 2, 1]));
     for statuses in ["=", "~"] {
         let mut lock = spool.lock();
-        assert!(lock.has_next() && lock.waiting() <= 1, "nothing is listed for that");
+        assert!(lock.has_next() && lock.waiting() <= 1, "not all is listed for that");
         let mut settled = 0;
         let (offered, steps) = offer_all(&mut lock, |lock, message| {
             // Half of the messages, so that the rest stays for the next session.
