@@ -346,6 +346,8 @@ impl DeliveryThread {
         for scheduled in self.sessions.values_mut().filter(|scheduled| !scheduled.session.ended) {
             scheduled.session.end("the provider is shutting down");
         }
+        // No session looks after itself any more: a time that has come would end each wait at once.
+        self.wake_ups.clear();
         let mut deadline = Instant::now() + LAST_JOBS_TIMEOUT;
         while self.has_lanes() {
             if Instant::now() >= deadline {

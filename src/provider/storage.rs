@@ -23,6 +23,7 @@
 //! A panic ends its lane only. Threads are made when they are needed; those above four end when they were idle for a while. If
 //! a job never ends, its thread ends with the process.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::ops::ControlFlow;
@@ -282,6 +283,8 @@ pub struct StoragePool<W: LaneWork> {
     slow: LaneChannel<W>,
     reports: Reports<W>,
     threads: Threads,
+    /// The system has given no thread: it is not asked again before this time.
+    no_thread_until: Cell<Option<Instant>>,
     blocked: Arc<AtomicUsize>,
     times: PoolTimes,
 }
@@ -295,6 +298,7 @@ impl<W: LaneWork> StoragePool<W> {
             slow: unbounded(),
             reports: Reports { sender, wake: Arc::new(wake) },
             threads: Arc::default(),
+            no_thread_until: Cell::default(),
             blocked: Arc::default(),
             times: PoolTimes::default(),
         };
@@ -342,23 +346,28 @@ impl<W: LaneWork> StoragePool<W> {
             let too_few = |role| count(role, &|thread| thread.works(now, patience)) < THREADS_PER_ROLE;
             let (quick, any) = (self.quick.1.len(), self.slow.1.len());
             match (idle(ThreadRole::Quick), idle(ThreadRole::Any)) {
+                // The first one: if it is the only one that the system gives, it serves all lanes.
+                _ if quick + any > 0 && count(ThreadRole::Any, &|_| true) == 0 => Some(ThreadRole::Any),
                 (_, idle) if any > idle && too_few(ThreadRole::Any) => Some(ThreadRole::Any),
                 (idle, others) if quick + any <= idle + others => None,
                 (idle, _) if quick > idle && too_few(ThreadRole::Quick) => Some(ThreadRole::Quick),
                 _ => too_few(ThreadRole::Any).then_some(ThreadRole::Any),
             }
         };
-        while threads.len() < THREADS_LIMIT
+        let mut no_thread_until = self.no_thread_until.get().filter(|until| now < *until);
+        while no_thread_until.is_none()
+            && threads.len() < THREADS_LIMIT
             && let Some(role) = missing(&threads)
         {
             if let Err(error) = self.start_thread(role, &mut threads) {
                 log::error!("event=no-thread error={}", quoted(error));
-                return Some(now + self.times.blocked);
+                no_thread_until = Some(now + self.times.blocked);
             }
         }
+        self.no_thread_until.set(no_thread_until);
         let times = [self.times.blocked, patience];
         let overdue = threads.iter().flat_map(|thread| times.map(|time| thread.overdue(time)));
-        overdue.flatten().filter(|overdue| *overdue > now).min()
+        overdue.chain([no_thread_until]).flatten().filter(|time| *time > now).min()
     }
 
     fn start_thread(&self, role: ThreadRole, threads: &mut Vec<Arc<ThreadState>>) -> io::Result<()> {

@@ -180,6 +180,35 @@ def storage_hangs_stop(box):
     return f"ended after {seconds:.1f} s; {len(first.letters)} of 50 messages twice"
 
 
+@scenario("storage-no-thread", needs=("strace",))
+def storage_no_thread(box):
+    """The system gives one storage thread and no other: a customer that rejects its mail is served beside a busy one, and the log says it now and then"""
+    provider = Provider(box, require_tls=False, customers={"busy": ["busy.example"], "bad": ["bad.example"]}).start()
+    fill(provider, "busy.example", 3000)
+    fill(provider, "bad.example", 20)
+    begin = time.monotonic()
+    tracer = trace_delivery(box, provider, "-e", "trace=clone3,clone", "-e", "inject=clone3,clone:error=EAGAIN:when=2+")
+    busy = turned(box, provider, "busy", Server)
+    turned(box, provider, "bad", Rejecting)
+    wait_until(lambda: len(events(provider.log(), "turn-ended", reason="done")) == 2, "the ends of both", seconds=30)
+    seconds = time.monotonic() - begin
+    end(tracer, 2)
+    tracer.wait(10)
+    said = len(events(provider.log(), "no-thread"))
+    check(len(busy.letters) == 3000 and not provider.held(), f"{len(busy.letters)} came, {len(provider.held())} are left")
+    check(0 < said <= seconds + 1, f"said {said} times in {seconds:.1f} s")
+    return f"said {said} times in {seconds:.1f} s"
+
+
+def trace_delivery(box, provider, *words):
+    """strace of the delivery thread alone."""
+    tasks = pathlib.Path(f"/proc/{provider.process.pid}/task").iterdir()
+    thread = next(task for task in tasks if (task / "comm").read_text().strip() == "delivery")
+    tracer = box.start("strace.log", "strace", "-y", "-s", "0", "-e", "signal=none", *words, "-o", box.path / "delivery.output", "-p", thread.name)
+    wait_until(lambda: "TracerPid:\t0\n" not in (thread / "status").read_text(), "strace to attach")
+    return tracer
+
+
 # What the delivery thread must not call: each of these may wait for a disk.
 FILE_CALLS = r"open|openat|openat2|creat|stat|lstat|fstat|newfstatat|statx|access|faccessat2?|fsync|fdatasync|sync_file_range"
 FILE_CALLS += r"|rename|renameat2?|link|linkat|unlink|unlinkat|mkdir|mkdirat|rmdir|getdents|getdents64|ftruncate|fallocate|utimensat|flock"
@@ -226,12 +255,7 @@ def delivery_thread(box):
             line.want("250")
     drop(provider, "doubt.example", 1000)
     drop(provider, "large.example", 24 * MIB)
-    tasks = pathlib.Path(f"/proc/{provider.process.pid}/task").iterdir()
-    thread = next(task.name for task in tasks if (task / "comm").read_text().strip() == "delivery")
-    output = box.path / "delivery.output"
-    tracer = box.start("strace.log", "strace", "-y", "-s", "0", "-e", "signal=none", "-o", output, "-p", thread)
-    attached = lambda: "TracerPid:\t0\n" not in pathlib.Path(f"/proc/{provider.process.pid}/task/{thread}/status").read_text()
-    wait_until(attached, "strace to attach")
+    output, tracer = box.path / "delivery.output", trace_delivery(box, provider)
     turned(box, provider, "doubt", HangsUp)
     large = turned(box, provider, "large", Server)
     with Smtp(provider.odmr) as line:

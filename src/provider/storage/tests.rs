@@ -200,6 +200,30 @@ fn jobs_that_hang_stall_their_lanes_only_and_leave_no_threads() {
     assert_eq!(owner.pool.blocked().load(Ordering::Relaxed), 0);
 }
 
+/// A limit of processes, for example.
+#[test]
+fn the_only_thread_that_the_system_gives_serves_all_lanes_and_it_is_not_asked_again_at_once() {
+    let mut owner = Owner::new(PoolTimes::default());
+    let lanes: Vec<_> = (0..3).map(|number| owner.pool.lane(number, FakeWork::default())).collect();
+    let (keep, wait) = unbounded();
+    lanes[0].submit(FakeJob::Wait(wait.clone()));
+    owner.pool.tend(Instant::now());
+    assert_eq!(owner.threads(), 1);
+    let until = Instant::now() + Duration::from_secs(3600);
+    owner.pool.no_thread_until.set(Some(until));
+    lanes[1].submit(FakeJob::SlowWait(wait));
+    lanes.iter().for_each(|lane| lane.submit(FakeJob::Number(0)));
+    drop(keep);
+    owner.until("all jobs", |owner| (0..3).all(|lane| owner.received(lane) == numbers(0..1)));
+    assert_eq!(owner.threads(), 1);
+    let (_keep, wait) = unbounded();
+    lanes.iter().for_each(|lane| lane.submit(FakeJob::Wait(wait.clone())));
+    let next = owner.pool.tend(Instant::now());
+    assert!(owner.threads() == 1 && next.is_some_and(|next| next <= until), "{next:?}");
+    owner.pool.tend(until);
+    assert!(owner.threads() > 1);
+}
+
 #[test]
 fn there_are_never_more_threads_than_the_limit() {
     let mut owner = Owner::impatient();
