@@ -51,7 +51,7 @@ const MESSAGES_AHEAD: usize = 4;
 const OCTETS_AHEAD: usize = 32 * 1024;
 
 /// Octets of the content under way that are read at a time.
-const READ_SIZE: usize = 64 * 1024;
+const READ_SIZE: usize = 32 * 1024;
 
 /// If fewer octets than this are left of the content under way, more are read.
 const READ_AGAIN: usize = 32 * 1024;
@@ -199,7 +199,10 @@ impl TurnedSession {
             QueueReport::Content { octets, whole } => {
                 self.storage.reading = false;
                 if let Some(message) = self.sending.front_mut() {
-                    message.octets.extend_from_slice(&octets);
+                    match message.octets.is_empty() {
+                        true => message.octets = octets,
+                        false => message.octets.extend_from_slice(&octets),
+                    }
                     message.whole = whole;
                 }
             }
@@ -242,7 +245,8 @@ impl TurnedSession {
             }
             flushed += unsent.saturating_sub(self.connection.unsent());
             // The flush may have made room for more content, which the poller would not report.
-            let more = self.may_send_content() || self.connection.unsent() > 0 && !self.connection.congested();
+            let more = self.may_send_content() || self.wants_content();
+            let more = more || self.connection.unsent() > 0 && !self.connection.congested();
             if !replied && !sent && !more {
                 self.busy = self.readable;
                 break;
@@ -368,6 +372,15 @@ impl TurnedSession {
             && (self.storage.content_failed.is_some() || self.sending.front().is_some_and(there))
     }
 
+    /// Whether more of the content under way is to be read: not for a customer that does not take what there is.
+    fn wants_content(&self) -> bool {
+        let few = |opened: &OpenedMessage| !opened.whole && opened.octets.len() < READ_AGAIN;
+        self.content.is_some()
+            && !self.storage.reading
+            && self.connection.unsent() <= HIGH_WATER
+            && self.sending.front().is_some_and(few)
+    }
+
     /// Sends a block of the content under way. Returns whether there was one to send.
     fn send_content(&mut self, now: Instant) -> io::Result<bool> {
         let may_send = self.may_send_content();
@@ -382,6 +395,10 @@ impl TurnedSession {
             let ended = content.send_block(&mut rest, &mut self.connection)?;
             let sent = opened.octets.len() - rest.len();
             opened.octets.drain(..sent);
+            if opened.octets.is_empty() {
+                // A customer that does not go on reading has no buffer that is empty.
+                opened.octets = Vec::new();
+            }
             self.deadline = now + self.settings.timeouts.block;
             if ended {
                 (self.content, opened.octets) = (None, Vec::new());
@@ -392,9 +409,8 @@ impl TurnedSession {
             }
             self.record_progress(now);
         }
-        if let Some(opened) = self.sending.front().filter(|_| self.content.is_some() && !self.storage.reading)
-            && !opened.whole
-            && opened.octets.len() < READ_AGAIN
+        if self.wants_content()
+            && let Some(opened) = self.sending.front()
         {
             self.storage.reading = true;
             self.lane.submit(QueueJob::Read { number: opened.number, octets: READ_SIZE });
