@@ -34,6 +34,7 @@ use crate::net::tls::{self, CertificateInfo};
 use crate::privileges::{LoginUser, SystemUser};
 use crate::provider::certificate::DAYS_TO_RENEW;
 use crate::provider::spool::{SPOOL_DEPTH, Spool, SpoolQueue};
+use crate::provider::turned_session;
 use crate::recipients::RecipientRules;
 use crate::session::ClientIdentity;
 use crate::smtp::reply::Severity;
@@ -246,11 +247,12 @@ fn check_provider(
     check_unowned(&places.root, config, report);
     let limits = &config.limits;
     let listeners = config.listen().iter().filter(|addresses| !addresses.is_empty()).count();
-    // A connection has besides itself the content that arrives, and a copy that is made of it. A turned session has its
-    // connection and the message that it sends (others for a short time); the relay a connection and a message.
-    let needed = limits.connections * 3 * listeners + limits.turned_sessions * 2 + config.relay.connections * 2;
-    check_descriptors(&places.limits, needed, report);
     let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
+    // A connection has besides itself the content that arrives, and a copy that is made of it. Turned sessions have the locks of
+    // accounts and of domains; the relay has a connection and a message.
+    let turned = limits.turned_sessions.min(config.accounts.iter().count()) * turned_session::DESCRIPTORS + domains;
+    let needed = limits.connections * 3 * listeners + turned + config.relay.connections * 2;
+    check_descriptors(&places.limits, needed, report);
     format!("a provider with {} customers, {domains} domains", config.accounts.iter().count())
 }
 

@@ -10,12 +10,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
+use rustix::io::Errno;
+
 use crate::sandbox;
 
-/// Puts the path before the text of an error.
+/// Puts the path before the text of an error. That this process or the system has no descriptor left, for which there is no
+/// kind, becomes `OutOfMemory`.
 pub fn with_path(path: &Path, error: io::Error) -> io::Error {
+    let short = matches!(Errno::from_io_error(&error), Some(Errno::MFILE | Errno::NFILE));
     let error = sandbox::explain_mail(path, error);
-    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+    let kind = if short { io::ErrorKind::OutOfMemory } else { error.kind() };
+    io::Error::new(kind, format!("{}: {error}", path.display()))
 }
 
 /// What to do about an error of writing into a directory, as the end of the error's text.
@@ -169,7 +174,6 @@ pub(super) fn move_file(from: &Path, to: &Path) -> io::Result<()> {
     #[cfg(target_os = "linux")]
     {
         use rustix::fs::{CWD, RenameFlags, renameat_with};
-        use rustix::io::Errno;
         match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
             // This file system cannot do it: link(2) and unlink(2) can, in two steps.
             Err(Errno::INVAL | Errno::NOSYS) => {}

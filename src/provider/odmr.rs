@@ -109,7 +109,11 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
     // The enhanced status code is the one that is registered for 453 (RFC 5248).
     let no_mail = || Reply::new(453, "4.3.2", "You have no mail");
     // Files that are no mail, and messages that this call skips, would make a turn for nothing.
-    if lock.is_empty().map_err(unavailable)? || !lock.has_next() {
+    let none = lock.is_empty().map_err(unavailable)? || !lock.has_next();
+    if lock.is_short() {
+        return Err(Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later"));
+    }
+    if none {
         lock.count_call();
         return Err(no_mail());
     }

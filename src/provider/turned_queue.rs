@@ -235,7 +235,8 @@ impl TurnedQueue {
         while let Some((_, message)) = mail.opened.pop() {
             mail.lock.put_back(message);
         }
-        let stopped = stop.filter(|_| done && mail.lock.has_next());
+        let stop = if mail.lock.is_short() { Some("no descriptors are left") } else { stop };
+        let stopped = stop.filter(|_| done && (mail.lock.is_short() || mail.lock.has_next()));
         if !(full && mail.lock.has_next()) {
             mail.lock.count_call();
         }

@@ -59,6 +59,9 @@ const READ_AGAIN: usize = 32 * 1024;
 /// While so many messages are being settled, no other is begun: each is sent once more after a crash.
 const SETTLING_LIMIT: usize = 4;
 
+/// Descriptors of a session at most: its connection, its lock, and messages ahead, under way or being settled.
+pub const DESCRIPTORS: usize = 2 + MESSAGES_AHEAD + SETTLING_LIMIT + 1;
+
 /// Reads from the connection in one piece of work.
 const READS_PER_ROUND: usize = 4;
 

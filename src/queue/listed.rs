@@ -219,7 +219,9 @@ impl Listed {
         self.waiting.extend(found);
     }
 
-    pub(super) fn push_front(&mut self, entry: Entry) {
+    /// Takes back a message, to be offered next.
+    pub(super) fn put_back(&mut self, entry: Entry) {
+        self.offered.remove(entry.unique());
         self.waiting.push_front(RankedEntry { rank: Rank::NEXT, entry });
     }
 

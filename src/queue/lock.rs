@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use super::listed::{OPEN_WORK, Phase, QUEUE_WORK, STEP_WORK};
 use super::lock_file::LockFile;
-use super::locked_queue::{LockedQueue, OPEN_ATTEMPTS, log_unreadable};
+use super::locked_queue::{LockedQueue, OPEN_ATTEMPTS, Shortage};
 use super::message::{self, QueuedMessage};
 use super::name::QueueName;
 use super::shared::SharedIndex;
@@ -23,6 +23,8 @@ pub struct QueueLock {
     phase: Phase,
     /// Queues that were looked at since the last message was found.
     looked: usize,
+    /// As [`QueueLock::is_short`].
+    short: bool,
     /// The locks of the accounts. They are released last.
     accounts: Vec<LockFile>,
 }
@@ -32,7 +34,7 @@ pub enum NextStep {
     Message(Box<QueuedMessage>),
     /// Nothing yet.
     Listing,
-    /// Every message has been offered.
+    /// Every message has been offered, or [`QueueLock::is_short`].
     End,
 }
 
@@ -40,7 +42,7 @@ impl QueueLock {
     pub(super) fn new(queues: Vec<LockedQueue>, accounts: Vec<LockFile>) -> QueueLock {
         // The queue after the last is the first one that was asked for.
         let current = queues.len().saturating_sub(1);
-        QueueLock { queues, current, phase: Phase::First, looked: 0, accounts }
+        QueueLock { queues, current, phase: Phase::First, looked: 0, short: false, accounts }
     }
 
     /// The session ends, and was a call of the customer: it counts for the messages that it has skipped. A session that only
@@ -93,7 +95,7 @@ impl QueueLock {
     /// The next message: the queues take turns, the oldest message of a queue comes first. Those that have ended sessions or
     /// are in doubt come last; with retries, those without a sender (DSNs) come after the others of all queues. Messages that
     /// arrive after the lock are offered too. A file that cannot be read is logged and left out; so is one that another process
-    /// has locked. `None`: every message has been offered.
+    /// has locked. `None`: every message has been offered, or [`QueueLock::is_short`].
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
         loop {
             match self.next_step() {
@@ -106,37 +108,53 @@ impl QueueLock {
 
     /// The same in steps: a large directory, or many files that are no mail, take several.
     pub fn next_step(&mut self) -> NextStep {
+        let step = self.try_next_step();
+        self.short = step.is_err();
+        step.unwrap_or(NextStep::End)
+    }
+
+    /// Whether the last message that was asked for cannot be opened because this process has no descriptors left: it can when
+    /// some are closed.
+    pub fn is_short(&self) -> bool {
+        self.short
+    }
+
+    fn try_next_step(&mut self) -> Result<NextStep, Shortage> {
         let mut work = STEP_WORK;
         while work > 0 {
             let queues = self.queues.len();
-            let Some(queue) = self.queues.get_mut(self.current) else { return NextStep::End };
+            let Some(queue) = self.queues.get_mut(self.current) else { return Ok(NextStep::End) };
             if let Some(entry) = queue.listed.pop(self.phase) {
                 self.looked = 0;
                 work = work.saturating_sub(OPEN_WORK);
-                match queue.open_listed(entry) {
-                    Ok(Some(message)) => return NextStep::Message(Box::new(message)),
+                match queue.open_listed(&entry) {
+                    Ok(Some(message)) => return Ok(NextStep::Message(Box::new(message))),
                     Ok(None) => {}
-                    Err(error) => log_unreadable(&queue.name, &error),
+                    Err(error) => {
+                        if let Err(shortage) = queue.report(&error) {
+                            queue.listed.put_back(entry);
+                            return Err(shortage);
+                        }
+                    }
                 }
             } else if queue.listed.is_passing() {
-                if let Err(error) = queue.go_on_listing(&mut work) {
-                    log_unreadable(&queue.name, &error);
-                }
+                queue.go_on_listing(&mut work).or_else(|error| queue.report(&error))?;
             } else if self.looked < queues {
                 queue.listed.trim(queues);
                 self.looked += 1;
                 self.current = (self.current + 1) % queues;
-                self.queues[self.current].begin_pass_if_empty();
+                let queue = &mut self.queues[self.current];
+                queue.begin_pass_if_empty().or_else(|error| queue.report(&error))?;
                 work = work.saturating_sub(QUEUE_WORK);
             } else if let Some(next) = self.queues.iter().filter_map(|queue| queue.listed.phase()).min() {
                 (self.phase, self.looked) = (next, 0);
             } else {
                 // The next call looks for what has arrived meanwhile.
                 (self.phase, self.looked) = (Phase::First, 0);
-                return NextStep::End;
+                return Ok(NextStep::End);
             }
         }
-        NextStep::Listing
+        Ok(NextStep::Listing)
     }
 
     /// How many messages wait at least, as far as is known: of a queue that was not listed yet, one.
@@ -250,8 +268,7 @@ impl QueueLock {
     /// Takes back a message that was offered, to be offered next.
     pub fn put_back(&mut self, message: QueuedMessage) {
         if let Some(queue) = self.queue_of(message.queue()) {
-            queue.listed.offered.remove(message.unique());
-            queue.listed.push_front(message.into_entry());
+            queue.listed.put_back(message.into_entry());
         }
     }
 

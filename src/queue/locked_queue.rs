@@ -41,6 +41,9 @@ pub(super) struct LockedQueue {
     pub(super) listed: Listed,
 }
 
+/// There are no descriptors, or there is no memory: that says nothing about the message.
+pub(super) struct Shortage;
+
 /// Files that were named in the log: each is named once by a process, and counted apart if it is no mail.
 #[derive(Default)]
 pub(super) struct Notes(Mutex<HashMap<PathBuf, Note>>);
@@ -176,9 +179,9 @@ impl LockedQueue {
 
     /// Opens the next message of the list. If a mail reader has moved it, the next pass finds it again; a message that is
     /// moved once more meanwhile is looked for alone.
-    pub(super) fn open_listed(&mut self, entry: Entry) -> io::Result<Option<QueuedMessage>> {
+    pub(super) fn open_listed(&mut self, entry: &Entry) -> io::Result<Option<QueuedMessage>> {
         self.listed.offered.insert(entry.unique());
-        match self.open_file(&entry, None)? {
+        match self.open_file(entry, None)? {
             Opened::Gone if self.listed.missed.insert(entry.unique()) => {
                 self.listed.offered.remove(entry.unique());
                 if let Some(index) = &self.index {
@@ -188,11 +191,11 @@ impl LockedQueue {
                 }
                 Ok(None)
             }
-            Opened::Gone => match self.open(entry) {
+            Opened::Gone => match self.open(entry.clone()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
                 opened => opened,
             },
-            opened => self.use_opened(&entry, opened),
+            opened => self.use_opened(entry, opened),
         }
     }
 
@@ -251,20 +254,33 @@ impl LockedQueue {
 }
 
 impl LockedQueue {
+    /// Logs an error of a file or a directory.
+    ///
+    /// # Errors
+    /// It is a shortage.
+    pub(super) fn report(&self, error: &io::Error) -> Result<(), Shortage> {
+        log_unreadable(&self.name, error);
+        if error.kind() == io::ErrorKind::OutOfMemory { Err(Shortage) } else { Ok(()) }
+    }
+
     /// Begins a pass, if all messages that the last one has found are offered.
-    pub(super) fn begin_pass_if_empty(&mut self) {
+    ///
+    /// # Errors
+    /// The directory cannot be locked.
+    pub(super) fn begin_pass_if_empty(&mut self) -> io::Result<()> {
         if !self.listed.is_empty() {
-            return;
+            return Ok(());
         }
         match if self.name.shared { Ok(()) } else { self.lock_if_mail(None) } {
             Ok(()) => {}
             // Another session offers it.
-            Err(LockError::Busy(_)) => return,
-            Err(LockError::Failed(error)) => return log_unreadable(&self.name, &error),
+            Err(LockError::Busy(_)) => return Ok(()),
+            Err(LockError::Failed(error)) => return Err(error),
         }
         if self.has_lock() {
             self.listed.pass = Some(Pass::new(self.files()));
         }
+        Ok(())
     }
 
     /// Whether its messages may be offered.

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import resource
 import statistics
 import subprocess
 import threading
@@ -198,6 +199,55 @@ def storage_no_thread(box):
     check(len(busy.letters) == 3000 and not provider.held(), f"{len(busy.letters)} came, {len(provider.held())} are left")
     check(0 < said <= seconds + 1, f"said {said} times in {seconds:.1f} s")
     return f"said {said} times in {seconds:.1f} s"
+
+
+@scenario("storage-descriptors", needs=("cc",))
+def storage_descriptors(box):
+    """24 sessions have fewer descriptors than they would use: each message comes, and no session ends as if there were no more"""
+    customers = {f"few{number}": [f"few{number}.example"] for number in range(24)}
+    provider = Provider(box, require_tls=False, customers=customers, more="[limits]\nconnections-per-address = 100\n").start()
+    resource.prlimit(provider.process.pid, resource.RLIMIT_NOFILE, (100, 100))
+    for customer in customers:
+        fill(provider, f"{customer}.example", 30)
+    wrong, came = [], []
+
+    class Slow(Server):
+        def data(self):
+            time.sleep(0.02)
+            return super().data()
+
+    def call_again(customer):
+        while True:
+            try:
+                with Smtp(provider.odmr) as line:
+                    line.hello()
+                    line.log_in(customer)
+                    reply = line.say("ATRN")
+                    if reply.startswith("453"):
+                        break
+                    if reply.startswith("250"):
+                        server = Slow(line.socket, received=line.received)
+                        server.serve()
+                        came.extend(server.letters)
+            except OSError:
+                pass
+            time.sleep(0.05)
+        wrong.extend(file for file in provider.held() if f"/{customer}.example/" in str(file))
+
+    callers = [threading.Thread(target=call_again, args=(customer,), daemon=True) for customer in customers]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    check(not wrong and len(came) == 720, f"{len(came)} of 720 came; 453 while there was {wrong[:3]}")
+    log = provider.log()
+    sent, early = dict.fromkeys(customers, 0), []
+    for turn in events(log, "turn-ended"):
+        sent[turn["account"]] += int(turn["sent"])
+        early += [turn] if turn["reason"] == "done" and sent[turn["account"]] < 30 else []
+    said = len(events(log, "unreadable"))
+    check(not early and said < 720, f"ended as if there were no more: {early[:3]}; {said} lines of the log about it")
+    return f"{len(events(log, 'turn-ended', reason='no descriptors are left'))} sessions ended early, {said} lines of the log about it"
 
 
 def trace_delivery(box, provider, *words):
