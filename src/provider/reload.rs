@@ -9,6 +9,7 @@ use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::accept::SpoolDsnSink;
@@ -133,10 +134,20 @@ impl Reloader {
         let mut seen: Vec<_> = stamp();
         let (mut end, clock) = (CertificateEnd::default(), self.current().lasting.ids.clock());
         let mut log_end = || end.log(self.current().tls.as_ref(), clock.now());
-        self.current().spool.remove_old_destinations();
+        let mut tidying: Option<JoinHandle<()>> = None;
         loop {
             log_end();
-            self.current().spool.tidy();
+            // The disk of a domain may hang: that must hold up neither a new certificate nor the end.
+            if tidying.as_ref().is_none_or(JoinHandle::is_finished) {
+                let (spool, first) = (self.current().spool.clone(), tidying.is_none());
+                let tidy = move || {
+                    if first {
+                        spool.remove_old_destinations();
+                    }
+                    spool.tidy();
+                };
+                tidying = Builder::new().name("tidy".to_owned()).spawn(tidy).ok();
+            }
             if cancel.wait_until(Some(Instant::now() + UPKEEP_INTERVAL)) {
                 break;
             }
@@ -146,11 +157,18 @@ impl Reloader {
                 seen = now;
             }
         }
+        let late = Instant::now() + LAST_TIDYING;
+        while tidying.as_ref().is_some_and(|tidying| !tidying.is_finished()) && Instant::now() < late {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
 /// How often the files of the certificate and the time are looked at.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How long the end waits for the daily tidying, which may end anywhere.
+const LAST_TIDYING: Duration = Duration::from_secs(1);
 
 /// The state with this configuration; what lasts over reloads is that of `old`.
 fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {

@@ -15,9 +15,10 @@ from moments import strace
 from stalled import drop
 
 # Replaces calls of the C library: fsync takes SLOW_FSYNC microseconds, and while the file HANG is there, removing a message
-# of a domain that begins with `hang` does not return, as on a network file system whose server is gone.
+# of a domain that begins with `hang` does not return, and the same of HANG_LISTING and its directories, as on a network file system whose server is gone.
 SHIM = r"""
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +27,11 @@ int fsync(int fd) {
     int (*real)(int) = dlsym(RTLD_NEXT, "fsync");
     if (getenv("SLOW_FSYNC")) usleep(atoi(getenv("SLOW_FSYNC")));
     return real(fd);
+}
+DIR *opendir(const char *path) {
+    DIR *(*real)(const char *) = dlsym(RTLD_NEXT, "opendir");
+    while (getenv("HANG_LISTING") && strstr(path, "/hang") && access(getenv("HANG_LISTING"), F_OK) == 0) usleep(5000);
+    return real(path);
 }
 int unlink(const char *path) {
     int (*real)(const char *) = dlsym(RTLD_NEXT, "unlink");
@@ -179,6 +185,23 @@ def storage_hangs_stop(box):
     check(len(again) == 50 and not provider.held(), f"{len(again)} came, {len(provider.held())} are left")
     check(0 < len(first.letters) <= 12, f"{len(first.letters)} were accepted before")
     return f"ended after {seconds:.1f} s; {len(first.letters)} of 50 messages twice"
+
+
+@scenario("storage-hangs-tidy", needs=("cc",))
+def storage_hangs_tidy(box):
+    """The daily tidying hangs on the disk of one customer: another one gets its mail, and SIGTERM ends serve"""
+    provider = Provider(box, require_tls=False, customers={"hang": ["hang.example"], "good": ["good.example"]})
+    for customer in provider.customers:
+        fill(provider, f"{customer}.example", 3)
+    start_with_shim(box, provider, HANG_LISTING=str(box.write("hang", "")))
+    tasks = pathlib.Path(f"/proc/{provider.process.pid}/task")
+    names = lambda: {(task / "comm").read_text().strip() for task in tasks.iterdir()}
+    wait_until(lambda: names() & {"tidy", "upkeep"}, "the tidying")
+    _, letters = fetch(provider, "good")
+    check(len(letters) == 3, f"{len(letters)} messages")
+    begin = time.monotonic()
+    check(provider.stop() == 0, "its exit code")
+    return f"ended after {time.monotonic() - begin:.1f} s"
 
 
 @scenario("storage-no-thread", needs=("strace",))
