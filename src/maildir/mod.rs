@@ -181,8 +181,8 @@ impl Maildir {
         removed.map(|()| file).map_err(|error| with_path(&path, error))
     }
 
-    /// Returns all messages, sorted by the unique part of their names: the oldest first. They may be many: no daemon asks for
-    /// them.
+    /// Returns all messages, sorted by the unique part of their names: the oldest first. They may be many: a daemon asks
+    /// for them only where an earlier version has stored outgoing mail.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = self.list().collect::<io::Result<Vec<Entry>>>()?;
         entries.sort_unstable_by(|one, other| one.unique().cmp(other.unique()).then_with(|| one.cmp(other)));

@@ -117,9 +117,14 @@ impl LockedQueue {
                 }
             }
         }
+        self.sweep();
+        Ok(())
+    }
+
+    /// Removes files of writers that died. A failure is logged.
+    pub(super) fn sweep(&self) {
         let swept = self.maildir.sweep().and_then(|()| message::rejected_maildir(&self.maildir).sweep());
         swept.unwrap_or_else(|error| log_sweep_failed(&self.name, &error));
-        Ok(())
     }
 
     /// Locks the directory, unless it is locked or has no mail. Another session may have it: one of another account, which has

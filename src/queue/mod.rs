@@ -330,6 +330,10 @@ impl Queue {
                 None => queue.lock_directory(takeover)?,
             }
         }
+        // All of a session are in the same directory.
+        if let Some(queue) = queues.iter().find(|queue| queue.name.shared) {
+            queue.sweep();
+        }
         Ok(QueueLock::new(queues, accounts))
     }
 
