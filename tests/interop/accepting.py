@@ -119,7 +119,7 @@ def receiver_disk_fails(box):
         failures.note(code == wanted, f"{step}: exit {code}, {len(deferred)} deferred; what failed: {hit}")
         failures.note(len({line["id"] for line in deferred}) <= 1, f"{step}: the session did not go on: {deferred}")
         for line in deferred:
-            failures.note(fits(line["reply"], error), f"{step}: {line['reply']}")
+            failures.note(cut or fits(line["reply"], error), f"{step}: {line['reply']}")
         left = list(customer.root.rglob("tmp/*"))
         failures.note(not left, f"{step}: left in tmp: {left}")
         if provider.held():
