@@ -60,13 +60,21 @@ class Tracer:
 
 
 def calls(output):
-    """Each call that strace has written to that file: a Moment with its number in its thread, and the rest of its line."""
-    counts = collections.Counter()
+    """Each call that strace has written to that file: a Moment with its number in its thread, and the rest of its line.
+
+    If another thread is reported in between, the line is in two parts.
+    """
+    counts, found, unfinished = collections.Counter(), [], {}
     for line in output.read_text(errors="backslashreplace").splitlines():
         if match := re.match(r"(\d+) +(\w+)\((.*)", line):
             thread, call, rest = match.groups()
             counts[thread, call] += 1
-            yield Moment(call, counts[thread, call], rest)
+            unfinished[thread] = len(found)
+            found.append(Moment(call, counts[thread, call], rest.removesuffix(" <unfinished ...>")))
+        elif (match := re.match(r"(\d+) +<\.\.\. \w+ resumed>(.*)", line)) and match[1] in unfinished:
+            moment = found[unfinished[match[1]]]
+            found[unfinished[match[1]]] = moment._replace(rest=moment.rest + match[2])
+    return found
 
 
 def changes(moment, directories):
