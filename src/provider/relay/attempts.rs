@@ -11,7 +11,6 @@
 //!   message for 3 s do not count, but at most as many as `connections` permits.
 //! - An attempt that has had no session ends after 10 min, and its lookups together after 1 min, whatever it waits for.
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +28,9 @@ const LARGE: u64 = 1 << 20;
 
 /// How long a destination is slow, unless an attempt finds that it is not.
 const SLOW_FOR: Duration = Duration::from_secs(6 * 60 * 60);
+
+/// Slow destinations that are remembered.
+const SLOW_LIMIT: usize = 10_000;
 
 /// How long the hosts of one destination are tried in one attempt: slow ones must not keep a worker for hours.
 const ATTEMPT_DEADLINE: Duration = Duration::from_secs(600);
@@ -95,12 +97,9 @@ impl HostTable {
         self.lock().attempts.values().for_each(|attempt| attempt.cancel.cancel());
     }
 
-    /// The destinations that are slow.
-    pub(super) fn slow(&self) -> HashSet<String> {
-        let mut state = self.lock();
-        let now = Instant::now();
-        state.slow.retain(|_, until| *until > now);
-        state.slow.keys().cloned().collect()
+    /// Whether a destination is slow.
+    pub(super) fn is_slow(&self, destination: &str) -> bool {
+        self.lock().slow.get(destination).is_some_and(|until| *until > Instant::now())
     }
 
     /// Forgets that a destination is slow: it has no mail any more, or an administrator wants it to be tried.
@@ -216,7 +215,13 @@ impl AttemptPermit {
         let Some(attempt) = state.attempts.get(&self.number) else { return };
         let (session, is_slow) = (attempt.first_session, attempt.gave_way || attempt.is_slow);
         if is_slow || session.unwrap_or_else(|| attempt.begun.elapsed()) >= SLOW_AFTER {
-            state.slow.insert(destination.to_owned(), Instant::now() + SLOW_FOR);
+            let now = Instant::now();
+            if state.slow.len() >= SLOW_LIMIT {
+                state.slow.retain(|_, until| *until > now);
+            }
+            if state.slow.len() < SLOW_LIMIT {
+                state.slow.insert(destination.to_owned(), now + SLOW_FOR);
+            }
         } else if session.is_some() {
             state.slow.remove(destination);
         }
@@ -293,10 +298,10 @@ mod tests {
         hosts.give_way(1);
         assert!(!attempts[2].gave_way(), "one is ending");
         attempts[1].record_speed("slow.example");
-        assert_eq!(hosts.slow(), HashSet::from(["slow.example".to_owned()]));
+        assert!(hosts.is_slow("slow.example") && !hosts.is_slow("other.example"));
         drop(session);
         attempts[0].record_speed("slow.example");
-        assert!(hosts.slow().is_empty());
+        assert!(!hosts.is_slow("slow.example"));
     }
 
     #[test]
@@ -320,7 +325,7 @@ mod tests {
         more[0].record_speed("large.example");
         attempts[0].message_done(1);
         attempts[0].record_speed("slow.example");
-        assert_eq!(hosts.slow(), HashSet::from(["slow.example".to_owned()]));
+        assert!(hosts.is_slow("slow.example") && !hosts.is_slow("large.example"));
     }
 
     #[test]

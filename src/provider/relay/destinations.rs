@@ -1,6 +1,7 @@
 //! Which destination of outgoing mail is due when.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::Bound::{Excluded, Unbounded};
 use std::time::{Duration, SystemTime};
 
 use super::hosts::AttemptKind;
@@ -19,14 +20,30 @@ pub(super) const REQUEST_INTERVAL: Duration = Duration::from_secs(5);
 /// How long new mail waits for more: one session sends what arrives together.
 const GATHER_DELAY: Duration = Duration::from_millis(200);
 
-/// All destinations that have mail, as far as the relay knows.
+/// All destinations that have mail, as far as the relay knows. There may be very many, as strangers choose where DSNs go: none
+/// of the functions that the scheduler calls for each attempt looks at all of them.
 #[derive(Default)]
 pub(super) struct DestinationTable {
     /// When an attempt at a destination is due; for a busy one, at mail that has arrived since its attempt began.
     due: HashMap<Domain, QueueDue>,
     /// Destinations that a worker has.
     busy: HashSet<Domain>,
+    /// Those that no worker has, by the time when mail with a sender is due.
+    mail: ByTime,
+    /// The same for DSNs.
+    dsns: ByTime,
 }
+
+/// Destinations by the time when they are due.
+type ByTime = BTreeMap<SystemTime, BTreeSet<Domain>>;
+
+/// Those that are due, the earliest first.
+fn due_before(list: &ByTime, now: SystemTime) -> impl Iterator<Item = &Domain> {
+    list.range(..=now).flat_map(|(_, domains)| domains)
+}
+
+/// Whether a destination is slow.
+pub(super) type IsSlow<'a> = dyn Fn(&Domain) -> bool + 'a;
 
 impl DestinationTable {
     /// Reads the spool, and adds the destinations that have mail and are not known yet. `again`: also when those that are known
@@ -66,71 +83,88 @@ impl DestinationTable {
     }
 
     fn add(&mut self, domain: Domain, due: QueueDue) {
-        if due.earliest().is_some() {
-            let earlier = self.due.entry(domain).or_default();
-            *earlier = due.or_earlier(*earlier);
+        self.unlist(&domain);
+        let due = self.due.get(&domain).map_or(due, |earlier| due.or_earlier(*earlier));
+        if due.earliest().is_none() {
+            return;
+        }
+        if !self.busy.contains(&domain) {
+            for (list, time) in [(&mut self.mail, due.mail), (&mut self.dsns, due.dsn)] {
+                time.map(|time| list.entry(time).or_default().insert(domain.clone()));
+            }
+        }
+        self.due.insert(domain, due);
+    }
+
+    fn unlist(&mut self, domain: &Domain) {
+        let Some(due) = self.due.get(domain) else { return };
+        for (list, time) in [(&mut self.mail, due.mail), (&mut self.dsns, due.dsn)] {
+            if let Some(domains) = time.and_then(|time| list.get_mut(&time)) {
+                domains.remove(domain);
+            }
+            if let Some(time) = time.filter(|time| list.get(time).is_some_and(BTreeSet::is_empty)) {
+                list.remove(&time);
+            }
         }
     }
 
-    fn waiting(&self) -> impl Iterator<Item = (&Domain, QueueDue)> {
-        self.due.iter().filter(|(domain, _)| !self.busy.contains(*domain)).map(|(domain, due)| (domain, *due))
-    }
-
-    /// The destinations that are due and that no worker has, each with the time since when, for an attempt of this kind.
-    /// `slow`: those that are slow.
-    fn due_of(
-        &self, now: SystemTime, kind: AttemptKind, slow: &HashSet<String>,
-    ) -> impl Iterator<Item = (&Domain, SystemTime)> {
-        self.waiting().filter_map(move |(domain, due)| {
-            let (since, of) = match (due.mail, due.dsn) {
-                (Some(mail), _) if mail <= now && slow.contains(domain.as_str()) => (mail, AttemptKind::Slow),
-                (Some(mail), _) if mail <= now => (mail, AttemptKind::Mail),
-                (_, dsn) => (dsn?, AttemptKind::Dsn),
-            };
-            (of == kind && since <= now).then_some((domain, since))
+    /// The destinations that are due for an attempt of this kind and that no worker has, those that are due for longest first.
+    fn due_of<'a>(
+        &'a self, now: SystemTime, kind: AttemptKind, is_slow: &'a IsSlow<'_>,
+    ) -> impl Iterator<Item = &'a Domain> {
+        let list = if kind == AttemptKind::Dsn { &self.dsns } else { &self.mail };
+        let has_mail = move |domain| self.due.get(domain).is_some_and(|due| due.mail.is_some_and(|mail| mail <= now));
+        due_before(list, now).filter(move |domain| match kind {
+            AttemptKind::Mail => !is_slow(domain),
+            AttemptKind::Slow => is_slow(domain),
+            // Mail comes first, and takes them along.
+            AttemptKind::Dsn => !has_mail(domain),
         })
     }
 
     /// Whether a destination is due for an attempt of this kind.
-    pub(super) fn is_due_of(&self, now: SystemTime, kind: AttemptKind, slow: &HashSet<String>) -> bool {
-        self.due_of(now, kind, slow).next().is_some()
+    pub(super) fn is_due_of(&self, now: SystemTime, kind: AttemptKind, is_slow: &IsSlow<'_>) -> bool {
+        self.due_of(now, kind, is_slow).next().is_some()
     }
 
-    /// How many destinations are due for an attempt of this kind.
-    pub(super) fn count_due(&self, now: SystemTime, kind: AttemptKind, slow: &HashSet<String>) -> usize {
-        self.due_of(now, kind, slow).count()
+    /// How many destinations are due for attempts of this kind, up to `limit`.
+    pub(super) fn count_due(&self, now: SystemTime, kind: AttemptKind, is_slow: &IsSlow<'_>, limit: usize) -> usize {
+        self.due_of(now, kind, is_slow).take(limit).count()
     }
 
     /// Whether any destination is due.
     pub(super) fn is_due(&self, now: SystemTime) -> bool {
-        self.waiting().any(|(_, due)| due.earliest().is_some_and(|due| due <= now))
+        [&self.mail, &self.dsns].into_iter().any(|list| due_before(list, now).next().is_some())
     }
 
-    /// Takes the destination that has been due for longest for an attempt of this kind. It is busy until [`DestinationTable::done`].
-    pub(super) fn take_due(&mut self, now: SystemTime, kind: AttemptKind, slow: &HashSet<String>) -> Option<Domain> {
-        let domain = self.due_of(now, kind, slow).min_by_key(|(_, since)| *since)?.0.clone();
+    /// Takes the destination that has been due for longest for an attempt of this kind. It is busy until
+    /// [`DestinationTable::done`].
+    pub(super) fn take_due(&mut self, now: SystemTime, kind: AttemptKind, is_slow: &IsSlow<'_>) -> Option<Domain> {
+        let domain = self.due_of(now, kind, is_slow).next()?.clone();
         self.take(&domain);
         Some(domain)
     }
 
     /// Takes all that are due, for one session that sends the mail of all of them.
     pub(super) fn take_all_due(&mut self, now: SystemTime) -> Vec<Domain> {
-        let due = self.waiting().filter(|(_, due)| due.earliest().is_some_and(|due| due <= now));
-        let job: Vec<_> = due.map(|(domain, _)| domain.clone()).collect();
+        let due = due_before(&self.mail, now).chain(due_before(&self.dsns, now));
+        let mut seen = HashSet::new();
+        let job: Vec<_> = due.filter(|domain| seen.insert(*domain)).cloned().collect();
         job.iter().for_each(|domain| self.take(domain));
         job
     }
 
     fn take(&mut self, domain: &Domain) {
+        self.unlist(domain);
         self.due.remove(domain);
         self.busy.insert(domain.clone());
     }
 
     /// How long no other destination will become due, at most until the spool is to be read again.
     pub(super) fn pause(&self, now: SystemTime) -> Duration {
-        let times = self.waiting().flat_map(|(_, due)| [due.mail, due.dsn]).flatten();
-        let next =
-            times.filter(|due| *due > now).min().map(|due| due.duration_since(SystemTime::now()).unwrap_or_default());
+        let after = |list: &ByTime| list.range((Excluded(now), Unbounded)).next().map(|(time, _)| *time);
+        let next = [after(&self.mail), after(&self.dsns)].into_iter().flatten().min();
+        let next = next.map(|due| due.duration_since(SystemTime::now()).unwrap_or_default());
         next.map_or(RESCAN_INTERVAL, |next| next.min(RESCAN_INTERVAL)) + Duration::from_millis(1)
     }
 }
@@ -153,7 +187,7 @@ mod tests {
         let later = now + Duration::from_secs(60);
         let next = |due| NextDue { destination: domain("a.example"), due };
         let mut table = DestinationTable::default();
-        let take = |table: &mut DestinationTable, now| table.take_due(now, AttemptKind::Mail, &HashSet::new());
+        let take = |table: &mut DestinationTable, now| table.take_due(now, AttemptKind::Mail, &|_| false);
         assert_eq!(take(&mut table, now), None);
         table.arrived(a.clone(), false, None);
         let soon = now + Duration::from_secs(1);
@@ -168,7 +202,7 @@ mod tests {
         assert!(table.pause(now) <= Duration::from_secs(61));
         assert_eq!(take(&mut table, later), Some(a.clone()));
         table.done(next(QueueDue::default()));
-        assert!(table.due.is_empty() && table.busy.is_empty());
+        assert!(table.due.is_empty() && table.busy.is_empty() && table.mail.is_empty() && table.dsns.is_empty());
         // One session for all: one job for all.
         table.arrived(a.clone(), false, None);
         table.arrived(b.clone(), true, None);
@@ -181,11 +215,11 @@ mod tests {
     fn destinations_with_dsns_alone_and_slow_ones_come_later() {
         let (now, a, b) = (SystemTime::now(), domain("a.example"), domain("b.example"));
         let soon = now + Duration::from_secs(1);
-        let slow = HashSet::from(["b.example".to_owned()]);
+        let slow = |domain: &Domain| domain.as_str() == "b.example";
         let mut table = DestinationTable::default();
         table.arrived(a.clone(), true, None);
         table.arrived(b.clone(), false, None);
-        let count = |table: &DestinationTable| AttemptKind::ALL.map(|kind| table.count_due(soon, kind, &slow));
+        let count = |table: &DestinationTable| AttemptKind::ALL.map(|kind| table.count_due(soon, kind, &slow, 10));
         assert_eq!(count(&table), [0, 1, 1]);
         // Mail for the same destination.
         table.arrived(a.clone(), false, None);

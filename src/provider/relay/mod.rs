@@ -49,7 +49,6 @@ mod order;
 mod sessions;
 mod worker;
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant, SystemTime};
@@ -61,7 +60,7 @@ use crate::maildir::Entry;
 use crate::net::trace::quoted;
 use crate::provider::spool::SpoolQueue;
 use attempts::{AttemptPermit, NoAttempt};
-use destinations::{DestinationTable, REQUEST_INTERVAL, RESCAN_INTERVAL};
+use destinations::{DestinationTable, IsSlow, REQUEST_INTERVAL, RESCAN_INTERVAL};
 use hosts::AttemptKind;
 use worker::NextDue;
 pub use worker::WorkerContext;
@@ -151,29 +150,19 @@ impl Relay {
                 table.read(&worker.spool, &worker.index, again);
                 read = Instant::now();
             }
-            let (slow, now) = (worker.hosts.slow(), SystemTime::now());
-            let mut waits = Waits::default();
-            while let Some(job) = next_job(&mut table, &worker, &slow, &mut waits) {
-                under_way += 1;
-                if under_way > threads {
-                    let (handle, waiting) = (handle.clone(), waiting.clone());
-                    let done = move |Job { destinations, worker, permit }: Job| {
-                        let next = worker.work(&destinations, &permit);
-                        drop(permit);
-                        handle.send(RelayEvent::Done(next));
-                    };
-                    let work = move || waiting.iter().for_each(done);
-                    match Builder::new().name("relay".to_owned()).spawn(work) {
-                        Ok(_) => threads += 1,
-                        Err(error) => log::error!("event=no-thread error={}", quoted(error)),
-                    }
+            let (now, mut waits) = (SystemTime::now(), Waits::default());
+            let pause = match next_job(&mut table, &worker, &mut waits) {
+                Some(job) => {
+                    under_way += 1;
+                    threads += usize::from(under_way > threads && spawn_worker(&handle, &waiting));
+                    let _ = jobs.send(job);
+                    // What has happened meanwhile comes before the next one.
+                    Duration::ZERO
                 }
-                let _ = jobs.send(job);
-            }
-            let ends = worker.hosts.set_attempt_waits(waits.any, waits.for_mail) || waits.ends_soon;
-            // What was due before now waits for an attempt to end.
-            let pause = if ends { YIELD_POLL } else { table.pause(now) };
-            // All that have happened: a crowd of DSNs must not have the table looked through for each of them.
+                None if worker.hosts.set_attempt_waits(waits.any, waits.for_mail) || waits.ends_soon => YIELD_POLL,
+                // What was due before now waits for an attempt to end.
+                None => table.pause(now),
+            };
             let first = events.recv_timeout(pause.min(REQUEST_INTERVAL));
             for event in first.into_iter().chain(events.try_iter().take(EVENTS_AT_ONCE)) {
                 match event {
@@ -204,6 +193,18 @@ impl Relay {
     }
 }
 
+/// Begins a thread that works on jobs; returns whether there is one.
+fn spawn_worker(handle: &RelayHandle, waiting: &Receiver<Job>) -> bool {
+    let (handle, waiting) = (handle.clone(), waiting.clone());
+    let done = move |Job { destinations, worker, permit }: Job| {
+        let next = worker.work(&destinations, &permit);
+        drop(permit);
+        handle.send(RelayEvent::Done(next));
+    };
+    let spawned = Builder::new().name("relay".to_owned()).spawn(move || waiting.iter().for_each(done));
+    spawned.inspect_err(|error| log::error!("event=no-thread error={}", quoted(error))).is_ok()
+}
+
 /// One attempt, for a worker.
 struct Job {
     destinations: Vec<Domain>,
@@ -222,11 +223,10 @@ struct Waits {
     ends_soon: bool,
 }
 
-/// The next job for a worker, whose attempt has begun. `slow`: the destinations that are slow.
-fn next_job(
-    table: &mut DestinationTable, worker: &Arc<WorkerContext>, slow: &HashSet<String>, waits: &mut Waits,
-) -> Option<Job> {
+/// The next job for a worker, whose attempt has begun.
+fn next_job(table: &mut DestinationTable, worker: &Arc<WorkerContext>, waits: &mut Waits) -> Option<Job> {
     let now = SystemTime::now();
+    let is_slow: &IsSlow<'_> = &|domain| worker.hosts.is_slow(domain.as_str());
     let job = |destinations, permit| Job { destinations, worker: worker.clone(), permit };
     if worker.smarthost.is_some() {
         if !table.is_due(now) {
@@ -234,21 +234,21 @@ fn next_job(
         }
         let permit = worker.hosts.begin_attempt(AttemptKind::Mail);
         waits.any |= permit.is_err();
-        waits.for_mail |= permit.is_err() && table.is_due_of(now, AttemptKind::Mail, &HashSet::new());
+        waits.for_mail |= permit.is_err() && table.is_due_of(now, AttemptKind::Mail, &|_| false);
         return permit.ok().map(|permit| job(table.take_all_due(now), permit));
     }
     for kind in AttemptKind::ALL {
-        if !table.is_due_of(now, kind, slow) {
+        if !table.is_due_of(now, kind, is_slow) {
             continue;
         }
         match worker.hosts.begin_attempt(kind) {
-            Ok(permit) => return table.take_due(now, kind, slow).map(|destination| job(vec![destination], permit)),
+            Ok(permit) => return table.take_due(now, kind, is_slow).map(|destination| job(vec![destination], permit)),
             Err(NoAttempt::KindInUse) => {}
             Err(NoAttempt::AllInUse) => {
                 waits.any = true;
                 if kind == AttemptKind::Mail {
                     (waits.for_mail, waits.ends_soon) = (true, true);
-                    worker.hosts.give_way(table.count_due(now, kind, slow));
+                    worker.hosts.give_way(table.count_due(now, kind, is_slow, worker.config.connections));
                 }
             }
         }
