@@ -28,6 +28,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use rustix::io::Errno;
+
 pub use entry::{AttemptRecord, EndedSessions, Entry};
 pub use files::{FileId, prepare_directory, replace_file, replace_file_durably, with_path, write_remedy};
 use files::{list, make_directories, make_directory, move_file, sync_directory, sync_names};
@@ -154,7 +156,7 @@ impl Maildir {
         self.path.join("tmp").join(unique)
     }
 
-    /// Creates a file in `tmp`. Makes directories that are missing; of a sub-folder only `tmp`.
+    /// Creates a file in `tmp`, which is made if it is missing.
     fn create_temporary(&self, unique: &str, options: &mut OpenOptions) -> io::Result<File> {
         let path = self.temporary(unique);
         let options = options.write(true).create_new(true);
@@ -163,13 +165,37 @@ impl Maildir {
             Kind::Queue | Kind::Mailbox => self.remade(open),
             Kind::Folder => match open() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    make_directory(&self.path.join("tmp"), 0o777 & !self.mask)?;
+                    self.make_tmp()?;
                     open()
                 }
                 other => other,
             },
         };
         file.map_err(|error| with_path(&path, error))
+    }
+
+    /// Makes `tmp`, and all else that is missing; of a sub-folder only `tmp`.
+    fn make_tmp(&self) -> io::Result<()> {
+        match self.kind {
+            Kind::Folder => make_directory(&self.path.join("tmp"), 0o777 & !self.mask),
+            Kind::Queue | Kind::Mailbox => self.create(),
+        }
+    }
+
+    /// Checks that files can be created in `tmp`, as far as that is known without creating one. Makes it if it is missing.
+    fn check_writable(&self) -> io::Result<()> {
+        use rustix::fs::{Access, AtFlags, CWD, accessat};
+        // With the dot, what is not a directory is an error.
+        let tmp = self.temporary(".");
+        let check = || accessat(CWD, &tmp, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
+        let checked = match check() {
+            Err(Errno::NOENT) => {
+                self.make_tmp()?;
+                check()
+            }
+            other => other,
+        };
+        checked.map_err(|error| with_path(&tmp, error.into()))
     }
 
     /// Opens a new file on the disk of this Maildir, for reading and writing. It has no name, so the system removes it

@@ -1,12 +1,13 @@
 //! One message into several Maildirs: all of them get it, or none.
 //!
-//! Its content is written once while it arrives: into the file of the only copy or, if there are several, into a file without
-//! a name. From that one the copies are made at the end, each fsynced and closed before the next. So a message has two
-//! open files at most, however many Maildirs it is for, and takes no more than its size on the disk until it is complete.
+//! Its content is written once while it arrives, into the file of the first copy. The others are made of that at the end, each
+//! fsynced and closed before the next. So a message has two open files at most, however many Maildirs it is for, and takes no
+//! more than its size on the disk until it is complete. If other users may write into the first copy, a file without a name
+//! has the content instead: they must not change what others receive.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Seek, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -67,7 +68,7 @@ impl MessageCopy {
     /// Creates the file.
     fn create(&mut self) -> io::Result<File> {
         let mode = 0o666 & !self.maildir.mask;
-        let file = self.maildir.create_temporary(&self.unique, OpenOptions::new().mode(mode))?;
+        let file = self.maildir.create_temporary(&self.unique, OpenOptions::new().read(true).mode(mode))?;
         self.exists = true;
         Ok(file)
     }
@@ -81,11 +82,16 @@ impl MessageCopy {
         Ok(())
     }
 
-    /// Creates the file with the content of another one, durably.
-    fn make_of(&mut self, content: &mut File, modified: Option<SystemTime>) -> io::Result<()> {
+    /// Whether other users may write into the file, as far as its mode tells.
+    fn is_open_to_others(&self) -> bool {
+        self.maildir.mask & 0o022 != 0o022
+    }
+
+    /// Creates the file with the content that begins `at` this octet of another one, durably.
+    fn make_of(&mut self, content: &mut File, at: u64, modified: Option<SystemTime>) -> io::Result<()> {
         let mut file = self.create()?;
         let written = file.write_all(&self.head).and_then(|()| {
-            content.rewind()?;
+            content.seek(SeekFrom::Start(at))?;
             for_each_block(content, |block| file.write_all(block))
         });
         written.map_err(|error| with_path(&self.temporary, error))?;
@@ -130,7 +136,7 @@ impl Drop for MessageCopy {
 #[derive(Debug, Default)]
 pub struct MessageWriter {
     copies: Vec<MessageCopy>,
-    /// The file of the only copy, or that of which all copies are made at the end.
+    /// The file of the first copy, or one without a name: that of which the other copies are made at the end.
     file: Option<BufWriter<File>>,
     content: ContentInfo,
     /// Octets of content since the free space was checked.
@@ -148,22 +154,19 @@ impl MessageWriter {
     /// Begins one more copy with `head`. Begin all copies before content is written: a later one would lack it.
     pub fn begin(&mut self, maildir: &Maildir, unique: &str, head: &[u8]) -> io::Result<()> {
         let mut copy = MessageCopy::new(maildir, unique, head);
-        let created = copy.create()?;
         match &mut self.copies[..] {
             [] => {
-                let mut file = BufWriter::with_capacity(WRITE_BUFFER, created);
+                let mut file = BufWriter::with_capacity(WRITE_BUFFER, copy.create()?);
                 file.write_all(head).map_err(|error| with_path(&copy.temporary, error))?;
                 self.file = Some(file);
             }
             [first, others @ ..] => {
-                // It is made at the end; if it cannot be created, the client must hear that before it sends the content.
-                drop(created);
-                copy.remove()?;
-                if others.is_empty() {
+                // It is made at the end; if it cannot be, the client must hear that before it sends the content.
+                maildir.check_writable()?;
+                if others.is_empty() && first.is_open_to_others() {
                     // Without writing what it has collected.
                     self.file.take().map(BufWriter::into_parts);
                     first.remove()?;
-                    // Not one of the copies: their users may be permitted to write into them.
                     let file = first.maildir.unnamed_file(unique)?;
                     self.file = Some(BufWriter::with_capacity(WRITE_BUFFER, file));
                 }
@@ -185,10 +188,8 @@ impl MessageWriter {
     ///
     /// `StorageFull` if one of them has not.
     pub fn check_room(&self, octets: u64) -> io::Result<()> {
-        let needed = match self.copies.len() as u64 {
-            0 | 1 => octets,
-            copies => self.content.octets.saturating_add(octets).saturating_mul(copies).saturating_add(octets),
-        };
+        let to_make = self.copies.iter().filter(|copy| !copy.exists).count() as u64;
+        let needed = self.content.octets.saturating_add(octets).saturating_mul(to_make).saturating_add(octets);
         match self.copies.iter().find(|copy| !has_room(&copy.maildir.path, needed)) {
             Some(copy) => Err(with_path(&copy.maildir.path, io::ErrorKind::StorageFull.into())),
             None => Ok(()),
@@ -242,10 +243,9 @@ impl MessageWriter {
         if let (Some(file), [first, others @ ..]) = (self.file.take(), &mut self.copies[..]) {
             let flushed = file.into_inner().map_err(|error| with_path(&first.temporary, error.into_error()));
             let mut file = flushed?;
-            match others {
-                [] => first.sync(&file, self.modified)?,
-                _ => self.copies.iter_mut().try_for_each(|copy| copy.make_of(&mut file, self.modified))?,
-            }
+            let (at, modified) = (if first.exists { first.head.len() as u64 } else { 0 }, self.modified);
+            others.iter_mut().try_for_each(|copy| copy.make_of(&mut file, at, modified))?;
+            if first.exists { first.sync(&file, modified)? } else { first.make_of(&mut file, at, modified)? }
         }
         Ok(PreparedMessage { copies: self.copies, content: self.content, quotas })
     }
@@ -294,10 +294,14 @@ mod tests {
     use super::*;
     use crate::ids::Ids;
 
-    fn maildirs<const N: usize>(names: [&str; N]) -> (tempfile::TempDir, [Maildir; N]) {
+    fn masked<const N: usize>(names: [&str; N], mask: u32) -> (tempfile::TempDir, [Maildir; N]) {
         let directory = tempfile::tempdir().unwrap();
-        let maildirs = names.map(|name| Maildir::mailbox(directory.path().join("box").join(name), 0o007));
+        let maildirs = names.map(|name| Maildir::mailbox(directory.path().join("box").join(name), mask));
         (directory, maildirs)
+    }
+
+    fn maildirs<const N: usize>(names: [&str; N]) -> (tempfile::TempDir, [Maildir; N]) {
+        masked(names, 0o077)
     }
 
     /// How many files are in `tmp`, `new` and `cur`.
@@ -308,7 +312,7 @@ mod tests {
     fn begin(maildirs: &[Maildir]) -> MessageWriter {
         let mut writer = MessageWriter::default();
         for (number, maildir) in maildirs.iter().enumerate() {
-            writer.begin(maildir, "1", "head\n".repeat(number).as_bytes()).unwrap();
+            writer.begin(maildir, "1", "head\n".repeat(number + 1).as_bytes()).unwrap();
         }
         writer
     }
@@ -317,19 +321,20 @@ mod tests {
     fn content_is_written_once_while_it_arrives_and_the_copies_are_made_at_the_end() {
         let line = [&b"x".repeat(998)[..], b"\n"].concat();
         for (content, bits) in [(vec![], ""), (b"Subject: \xff\n\n".to_vec(), ",E=8"), (line.repeat(1500), "")] {
-            for copies in 1..=3 {
-                let (_directory, maildirs) = maildirs(["a", "b", "c"]);
+            for (copies, mask) in [(1, 0o077), (1, 0o007), (2, 0o077), (3, 0o077), (3, 0o022), (2, 0o007), (3, 0o002)] {
+                let (_directory, maildirs) = masked(["a", "b", "c"], mask);
                 let mut writer = begin(&maildirs[..copies]);
                 content.chunks(50_000).for_each(|block| writer.write(block).unwrap());
-                let arriving = if copies == 1 { [1, 0, 0] } else { [0; 3] };
-                maildirs[..copies].iter().for_each(|maildir| assert_eq!(files(maildir), arriving));
+                let in_first = usize::from(copies == 1 || mask & 0o022 == 0o022);
+                let arriving = maildirs[..copies].iter().map(|maildir| files(maildir)[0]);
+                assert_eq!(arriving.collect::<Vec<_>>(), [in_first, 0, 0][..copies]);
                 let prepared = writer.prepare().unwrap();
                 maildirs[..copies].iter().for_each(|maildir| assert_eq!(files(maildir), [1, 0, 0]));
                 let entries = prepared.publish().unwrap();
                 assert_eq!(entries.len(), copies);
                 for (number, (maildir, entry)) in maildirs.iter().zip(&entries).enumerate() {
                     assert_eq!(files(maildir), [0, 1, 0]);
-                    let expected = ["head\n".repeat(number).as_bytes(), &content].concat();
+                    let expected = ["head\n".repeat(number + 1).as_bytes(), &content].concat();
                     assert!(fs::read(maildir.file(entry)).unwrap() == expected);
                     let lines = expected.iter().filter(|octet| **octet == b'\n').count();
                     let name = format!("1,S={},W={}{bits}", expected.len(), expected.len() + lines);
@@ -358,8 +363,8 @@ mod tests {
 
     #[test]
     fn no_copy_is_left_if_one_cannot_be_made() {
-        for broken in 0..3 {
-            let (_directory, maildirs) = maildirs(["a", "b", "c"]);
+        for (broken, mask) in [(0, 0o007), (1, 0o007), (1, 0o077), (2, 0o077)] {
+            let (_directory, maildirs) = masked(["a", "b", "c"], mask);
             let mut writer = begin(&maildirs);
             writer.write(b"content").unwrap();
             let theirs = maildirs[broken].temporary("1");

@@ -225,9 +225,8 @@ impl Connection {
             }
         }
         let _ = rustix::net::shutdown(self.output_fd(), rustix::net::Shutdown::Write);
-        let mut space = [MaybeUninit::uninit(); 4096];
         while self.poll_or_time_out(PollFlags::IN, None, deadline, "").is_ok() {
-            match rustix::io::read(&self.input, &mut space[..]) {
+            match rustix::io::read(&self.input, &mut ReadSpace::take().0[..]) {
                 Ok(([], _)) => return,
                 Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(_) => return,

@@ -295,11 +295,14 @@ const EXPORTER_LABEL: &[u8] = b"EXPORTER-Channel-Binding";
 const SEALED_LIMIT: usize = 64 * 1024;
 
 impl TlsSession {
+    // Inlined, it would keep room on the stack for each step of its making, below all of the handshake.
+    #[inline(never)]
     pub(crate) fn server(tls: &ServerTls) -> io::Result<Box<TlsSession>> {
         Ok(TlsSession::new(ServerConnection::new(tls.config.clone()).map_err(failed)?.into(), None))
     }
 
     /// `name`: the domain name or IP address that the peer's certificate must be for (see [`is_certificate_name`]).
+    #[inline(never)]
     pub(crate) fn client(tls: &ClientTls, name: &str) -> io::Result<Box<TlsSession>> {
         let wanted = match ServerName::try_from(name.to_owned()) {
             Ok(name) => name,
