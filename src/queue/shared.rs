@@ -8,7 +8,7 @@
 //! settled. What other processes do, it sees when it reads the directory again: from time to time, and if a message is not
 //! found under its name.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -36,10 +36,10 @@ pub(super) fn named_domain(entry: &Entry) -> Option<Domain> {
     entry.destination().and_then(|(name, _)| Domain::of_file_name(name))
 }
 
-/// The domain of a message in such a directory, by its name or by its recipients. `None`: it is gone, or no mail, which is logged.
+/// The domain of a message in such a directory, by its name or by its recipients. `None`: it is no mail, which is logged.
 ///
 /// # Errors
-/// The file cannot be read.
+/// `NotFound`: it is gone, or has another name; the file cannot be read.
 pub(super) fn domain_of(name: &QueueName, entry: &Entry) -> io::Result<Option<Domain>> {
     if let Some(domain) = named_domain(entry) {
         return Ok(Some(domain));
@@ -49,11 +49,7 @@ pub(super) fn domain_of(name: &QueueName, entry: &Entry) -> io::Result<Option<Do
         log::warn!("event=not-mail queue={name} file={} reason={}", quoted(path.display()), quoted(reason));
         Ok(None)
     };
-    let file = match message::open_file(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        opened => opened.map_err(|error| with_path(&path, error))?,
-    };
-    let file = match file {
+    let file = match message::open_file(&path).map_err(|error| with_path(&path, error))? {
         Ok(file) => file,
         Err(kind) => return not_mail(kind),
     };
@@ -80,6 +76,8 @@ struct State {
     by_domain: HashMap<Domain, BTreeSet<Entry>>,
     /// The domains of the files whose names do not tell them; `None`: it is no mail.
     unnamed: HashMap<OsString, Option<Domain>>,
+    /// As [`SharedIndex::take_news`].
+    news: HashSet<Domain>,
 }
 
 impl SharedIndex {
@@ -88,21 +86,31 @@ impl SharedIndex {
     /// # Errors
     /// The directory cannot be read.
     pub fn read(&self, name: &QueueName) -> io::Result<()> {
+        self.read_by(name, &|entry| domain_of(name, entry))
+    }
+
+    fn read_by(&self, name: &QueueName, domain_of: &dyn Fn(&Entry) -> io::Result<Option<Domain>>) -> io::Result<()> {
         // Locked until the end: what is added or settled meanwhile is recorded after that.
         let (mut state, mut read) = (self.lock(), State::default());
+        read.news = state.news.clone();
         name.maildir().each_file(&mut |entry, _| {
             let known = state.unnamed.get(entry.unique()).cloned();
-            let domain = match known {
-                Some(known) => known,
-                None => domain_of(name, &entry).unwrap_or_else(|error| {
-                    log::error!("event=unreadable queue={name} error={}", quoted(error));
-                    None
-                }),
+            let domain = match known.map_or_else(|| domain_of(&entry), Ok) {
+                Ok(domain) => domain,
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::NotFound {
+                        log::error!("event=unreadable queue={name} error={}", quoted(error));
+                    }
+                    return Ok(());
+                }
             };
             if named_domain(&entry).is_none() {
                 read.unnamed.insert(entry.unique().to_owned(), domain.clone());
             }
             if let Some(domain) = domain {
+                if !state.by_domain.get(&domain).is_some_and(|entries| entries.contains(&entry)) {
+                    read.news.insert(domain.clone());
+                }
                 read.by_domain.entry(domain).or_default().insert(entry);
             }
             Ok(())
@@ -145,6 +153,11 @@ impl SharedIndex {
         let mut entries: Vec<_> = self.lock().by_domain.get(domain).into_iter().flatten().cloned().collect();
         entries.sort_unstable_by(|one, other| one.unique().cmp(other.unique()).then_with(|| one.cmp(other)));
         entries
+    }
+
+    /// The domains for which messages, or new names of them, were found by reading the directory, since the last call.
+    pub fn take_news(&self) -> HashSet<Domain> {
+        std::mem::take(&mut self.lock().news)
     }
 
     /// The domains with mail.

@@ -264,3 +264,46 @@ fn directories_are_removed_under_writers() {
     let _ = queue().remove_empty(name).unwrap();
     assert!(!name.path.exists());
 }
+
+#[test]
+fn what_could_not_be_read_once_is_read_again() {
+    let place = SharedSpool::new();
+    let long = format!("{}.{}.example", "x".repeat(60), "y".repeat(60));
+    place.put("a@b.example", &long);
+    // It was renamed between; no descriptors were left.
+    for kind in [std::io::ErrorKind::NotFound, std::io::ErrorKind::OutOfMemory] {
+        place.index.read_by(&place.name(None), &|_| Err(kind.into())).unwrap();
+        assert!(place.index.domains().is_empty());
+        place.read();
+        assert_eq!(place.index.domains(), [Domain::parse(&long).unwrap()]);
+        // The next turn begins anew.
+        fs::rename(place.path(), place.directory.path().join("away")).unwrap();
+        place.read();
+        fs::rename(place.directory.path().join("away"), place.path()).unwrap();
+    }
+}
+
+#[test]
+fn the_index_tells_for_which_domains_others_have_stored_mail() {
+    let place = SharedSpool::new();
+    place.put("a@b.example", "w.example");
+    place.read();
+    let news = |place: &SharedSpool| {
+        let mut news: Vec<_> = place.index.take_news().iter().map(Domain::to_string).collect();
+        news.sort();
+        news
+    };
+    assert_eq!(news(&place), ["w.example"]);
+    place.read();
+    assert!(news(&place).is_empty());
+    let x = Domain::parse("x.example").unwrap();
+    place.index.add(x, place.put("a@b.example", "x.example"));
+    for _ in 0..2 {
+        place.put("a@b.example", "w.example");
+        place.put("", "y.example");
+    }
+    // A session has read it too.
+    place.read();
+    place.read();
+    assert_eq!(news(&place), ["w.example", "y.example"]);
+}
