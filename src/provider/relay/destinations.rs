@@ -32,6 +32,8 @@ pub(super) struct DestinationTable {
     mail: ByTime,
     /// The same for DSNs.
     dsns: ByTime,
+    /// Busy ones with mail that was found in the spool: when it is due is to be found out later.
+    news: HashSet<Domain>,
 }
 
 /// Destinations by the time when they are due.
@@ -46,8 +48,8 @@ fn due_before(list: &ByTime, now: SystemTime) -> impl Iterator<Item = &Domain> {
 pub(super) type IsSlow<'a> = dyn Fn(&Domain) -> bool + 'a;
 
 impl DestinationTable {
-    /// Reads the spool, and adds the destinations that have mail and are not known yet. `again`: also when those that are known
-    /// are due, which an administrator may have changed.
+    /// Reads the spool, and finds out when the destinations are due that are not known yet, or for which another process has
+    /// stored mail. `again`: all of them, as an administrator may have changed it.
     pub(super) fn read(&mut self, spool: &Spool, index: &SharedIndex, again: bool) {
         let failed = |queue: &str, error| log::error!("event=spool-failed queue={queue} error={}", quoted(error));
         index.read(&spool.name(&SpoolQueue::AllOutgoing)).unwrap_or_else(|error| failed("-", error));
@@ -55,12 +57,20 @@ impl DestinationTable {
             failed("-", error);
             Vec::new()
         });
-        for domain in index.domains().into_iter().chain(old) {
-            if (again || !self.due.contains_key(&domain)) && !self.busy.contains(&domain) {
-                match spool.outgoing_due(&domain, index) {
-                    Ok(due) => self.add(domain, due),
-                    Err(error) => failed(domain.as_str(), error),
-                }
+        let mut news = std::mem::take(&mut self.news);
+        news.extend(index.take_news());
+        // A process of an earlier version may store more there.
+        news.extend(old);
+        let known = index.domains().into_iter().filter(|domain| again || !self.due.contains_key(domain));
+        news.extend(known.collect::<Vec<_>>());
+        for domain in news {
+            if self.busy.contains(&domain) {
+                self.news.insert(domain);
+                continue;
+            }
+            match spool.outgoing_due(&domain, index) {
+                Ok(due) => self.add(domain, due),
+                Err(error) => failed(domain.as_str(), error),
             }
         }
     }
@@ -172,6 +182,8 @@ impl DestinationTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Config;
+    use crate::ids::Ids;
 
     fn domain(name: &str) -> Domain {
         Domain::parse(name).unwrap()
@@ -209,6 +221,43 @@ mod tests {
         let mut job = table.take_all_due(soon);
         job.sort();
         assert_eq!(job, [a, b]);
+    }
+
+    #[test]
+    fn mail_of_other_processes_is_found_also_for_destinations_that_are_due_later() {
+        let directory = tempfile::tempdir().unwrap();
+        let text = "hostname = \"relay.example.net\"\nspool = \".\"\ncustomers = \"customers.d\"\n[odmr]\nrequire-tls = false\n";
+        std::fs::create_dir(directory.path().join("customers.d")).unwrap();
+        let path = directory.path().join("provider.toml");
+        std::fs::write(&path, text).unwrap();
+        let Config::Provider(config) = Config::load(&path).unwrap() else { panic!("a customer") };
+        let spool = Spool::new(&config, &Ids::system(|octets| octets.fill(1)));
+        let (index, a) = (SharedIndex::default(), domain("a.example"));
+        let put = |directory_name: &str, file: &str, due: SystemTime| {
+            let new = directory.path().join("outgoing").join(directory_name).join("new");
+            std::fs::create_dir_all(&new).unwrap();
+            std::fs::write(new.join(file), "Return-Path: <b@b.example>\nDelivered-To: a@a.example\n\n").unwrap();
+            std::fs::File::options().write(true).open(new.join(file)).unwrap().set_modified(due).unwrap();
+        };
+        let (now, mut table) = (SystemTime::now(), DestinationTable::default());
+        let due_after_read = |table: &mut DestinationTable, at| {
+            table.read(&spool, &index, false);
+            table.take_due(at, AttemptKind::Mail, &|_| false)
+        };
+        let later = now + Duration::from_secs(4 * 3600);
+        put("@all", "1.a,D=a.example", later);
+        assert_eq!(due_after_read(&mut table, now), None);
+        put("@all", "2.a,D=a.example", now);
+        assert_eq!(due_after_read(&mut table, now), Some(a.clone()));
+        // While a worker has it.
+        put("@all", "3.a,D=a.example", now);
+        assert_eq!(due_after_read(&mut table, now), None);
+        table.done(NextDue { destination: a.clone(), due: mail(later) });
+        assert_eq!(due_after_read(&mut table, now), Some(a.clone()));
+        table.done(NextDue { destination: a.clone(), due: mail(later) });
+        assert_eq!(due_after_read(&mut table, now), None);
+        put("a.example", "4.a", now);
+        assert_eq!(due_after_read(&mut table, now), Some(a));
     }
 
     #[test]
