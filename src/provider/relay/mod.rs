@@ -135,8 +135,7 @@ impl Relay {
     pub fn run(self) {
         let Relay { mut worker, channel: RelayChannel { handle, events } } = self;
         let (jobs, waiting) = crossbeam_channel::unbounded::<Job>();
-        let mut threads = 0;
-        let mut under_way = 0;
+        let (mut threads, mut under_way, mut asked) = (0, 0, Instant::now());
         let mut table = DestinationTable::default();
         table.read(&worker.spool, &worker.index, false);
         let (mut read, mut requested) = (Instant::now(), worker.spool.retry_requested());
@@ -151,10 +150,12 @@ impl Relay {
                 read = Instant::now();
             }
             let (now, mut waits) = (SystemTime::now(), Waits::default());
+            // If the system has given none for a job, it may do so by now.
+            let mut needs_thread = under_way > threads && asked.elapsed() >= REQUEST_INTERVAL;
             let pause = match next_job(&mut table, &worker, &mut waits) {
                 Some(job) => {
                     under_way += 1;
-                    threads += usize::from(under_way > threads && spawn_worker(&handle, &waiting));
+                    needs_thread = under_way > threads;
                     let _ = jobs.send(job);
                     // What has happened meanwhile comes before the next one.
                     Duration::ZERO
@@ -163,6 +164,10 @@ impl Relay {
                 // What was due before now waits for an attempt to end.
                 None => table.pause(now),
             };
+            if needs_thread {
+                asked = Instant::now();
+                threads += usize::from(spawn_worker(&handle, &waiting));
+            }
             let first = events.recv_timeout(pause.min(REQUEST_INTERVAL));
             for event in first.into_iter().chain(events.try_iter().take(EVENTS_AT_ONCE)) {
                 match event {
