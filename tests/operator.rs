@@ -241,6 +241,11 @@ fn retry_makes_messages_due_and_unskipped() {
     assert!(place.path("spool/domains/example.org/new/1763607845.a,A=4,L=421_x").exists());
     assert!(fs::metadata(place.path(outgoing)).unwrap().modified().unwrap() <= SystemTime::now());
     assert_eq!(place.run(0, &["queue", "retry", "1763607845.b"]), "1 messages are due\n");
+    // A domain that is not made of letters, digits and hyphens.
+    let file = "spool/outgoing/@all/new/1763607846.c,D=my_host.example";
+    place.write(file, &FOREIGN.replace("example.org", "my_host.example"));
+    assert_eq!(place.run(0, &["queue", "retry", "my_host.example"]), "1 messages are due\n");
+    assert!(place.run(0, &["status", "my_host.example"]).contains("my_host.example"));
 }
 
 /// What has the lock is another process: the turned session of a customer, say.

@@ -352,7 +352,7 @@ impl Queues {
 
     fn retry(&self, out: &mut dyn Write, what: &str) -> Result<(), Failure> {
         let mut all = Vec::new();
-        if let Some(domain) = Domain::parse(what) {
+        if let Ok(domain) = Domain::parse_any(what) {
             self.each(Some(&domain), &mut |found| {
                 all.push(found);
                 Ok(())
