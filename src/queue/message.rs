@@ -201,7 +201,9 @@ impl QueuedMessage {
             self.remove_other_names()?;
             if self.queue.shared {
                 // Whoever has opened the copy since it had its name gets the message.
-                self.lock = lock_opened(&copy, &self.maildir.file(&self.entry))?;
+                let path = self.maildir.file(&self.entry);
+                let gone = || with_path(&path, io::Error::new(io::ErrorKind::NotFound, "a session has settled it"));
+                self.lock = Some(lock_opened(&copy, &path)?.ok_or_else(gone)?);
             }
             self.file = copy;
             self.rewind()?;
