@@ -15,6 +15,9 @@ use crate::mail::address::Domain;
 use crate::maildir::{AttemptRecord, Entry, Maildir, with_path};
 use crate::smtp::status::DeliveryResult;
 
+/// Directories that a session keeps locked when their messages are offered.
+const MOST_LOCKED: usize = 64;
+
 /// The lock on some queues, for one session.
 pub struct QueueLock {
     pub(super) queues: Vec<LockedQueue>,
@@ -25,6 +28,8 @@ pub struct QueueLock {
     looked: usize,
     /// As [`QueueLock::is_short`].
     short: bool,
+    /// As [`QueueLock::is_unreadable`].
+    unreadable: bool,
     /// The locks of the accounts. They are released last.
     accounts: Vec<LockFile>,
 }
@@ -42,7 +47,7 @@ impl QueueLock {
     pub(super) fn new(queues: Vec<LockedQueue>, accounts: Vec<LockFile>) -> QueueLock {
         // The queue after the last is the first one that was asked for.
         let current = queues.len().saturating_sub(1);
-        QueueLock { queues, current, phase: Phase::First, looked: 0, short: false, accounts }
+        QueueLock { queues, current, phase: Phase::First, looked: 0, short: false, unreadable: false, accounts }
     }
 
     /// The session ends, and was a call of the customer: it counts for the messages that it has skipped. A session that only
@@ -110,6 +115,10 @@ impl QueueLock {
     pub fn next_step(&mut self) -> NextStep {
         let step = self.try_next_step();
         self.short = step.is_err();
+        if self.short {
+            // The queue that could not be listed is looked at again, after the others.
+            self.looked = 0;
+        }
         step.unwrap_or(NextStep::End)
     }
 
@@ -117,6 +126,11 @@ impl QueueLock {
     /// some are closed.
     pub fn is_short(&self) -> bool {
         self.short
+    }
+
+    /// Whether a directory could not be locked or listed: nobody knows what mail is in it.
+    pub fn is_unreadable(&self) -> bool {
+        self.unreadable
     }
 
     fn try_next_step(&mut self) -> Result<NextStep, Shortage> {
@@ -128,7 +142,10 @@ impl QueueLock {
                 self.looked = 0;
                 work = work.saturating_sub(OPEN_WORK);
                 match queue.open_listed(&entry) {
-                    Ok(Some(message)) => return Ok(NextStep::Message(Box::new(message))),
+                    Ok(Some(message)) => {
+                        queue.under_way += 1;
+                        return Ok(NextStep::Message(Box::new(message)));
+                    }
                     Ok(None) => {}
                     Err(error) => {
                         if let Err(shortage) = queue.report(&error) {
@@ -138,13 +155,18 @@ impl QueueLock {
                     }
                 }
             } else if queue.listed.is_passing() {
-                queue.go_on_listing(&mut work).or_else(|error| queue.report(&error))?;
+                let listed = queue.go_on_listing(&mut work);
+                self.unreadable |= listed.is_err();
+                listed.or_else(|error| queue.report(&error))?;
             } else if self.looked < queues {
                 queue.listed.trim(queues);
+                self.release_if_many(self.current);
                 self.looked += 1;
                 self.current = (self.current + 1) % queues;
                 let queue = &mut self.queues[self.current];
-                queue.begin_pass_if_empty().or_else(|error| queue.report(&error))?;
+                let begun = queue.begin_pass_if_empty();
+                self.unreadable |= begun.is_err();
+                begun.or_else(|error| queue.report(&error))?;
                 work = work.saturating_sub(QUEUE_WORK);
             } else if let Some(next) = self.queues.iter().filter_map(|queue| queue.listed.phase()).min() {
                 (self.phase, self.looked) = (next, 0);
@@ -155,6 +177,14 @@ impl QueueLock {
             }
         }
         Ok(NextStep::Listing)
+    }
+
+    /// Releases the lock on a directory, if nothing of it waits or is under way and there are many others.
+    fn release_if_many(&mut self, at: usize) {
+        let locked = self.queues.iter().filter(|queue| queue.lock.is_some());
+        if self.queues.len() > MOST_LOCKED && locked.take(MOST_LOCKED + 1).count() > MOST_LOCKED {
+            self.queues[at].release_if_idle();
+        }
     }
 
     /// How many messages wait at least, as far as is known: of a queue that was not listed yet, one.
@@ -198,7 +228,7 @@ impl QueueLock {
     pub fn open_message(&mut self, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name) else { return Ok(None) };
         queue.listed.offered.insert(entry.unique());
-        queue.open(entry)
+        queue.open(entry).inspect(|opened| queue.under_way += usize::from(opened.is_some()))
     }
 
     /// Removes a message with all its recipients, by order of an administrator. Returns whether it was still there.
@@ -268,6 +298,7 @@ impl QueueLock {
     /// Takes back a message that was offered, to be offered next.
     pub fn put_back(&mut self, message: QueuedMessage) {
         if let Some(queue) = self.queue_of(message.queue()) {
+            queue.under_way = queue.under_way.saturating_sub(1);
             queue.listed.put_back(message.into_entry());
         }
     }
@@ -277,7 +308,9 @@ impl QueueLock {
     /// # Errors
     /// The disk fails. No recipient is lost, but some may receive the message twice. This session does not offer it again.
     pub fn settle(&mut self, mut message: QueuedMessage, result: &DeliveryResult) -> io::Result<()> {
-        let Some(queue) = self.queue_of(message.queue()) else { return Ok(()) };
+        let Some(at) = self.queues.iter().position(|queue| queue.name == *message.queue()) else { return Ok(()) };
+        let queue = &mut self.queues[at];
+        queue.under_way = queue.under_way.saturating_sub(1);
         let now = queue.ids.clock().now();
         let settled = message.settle(result, now).inspect_err(|_| message.record_failure(now));
         queue.record(&message);
@@ -286,10 +319,12 @@ impl QueueLock {
             // A name that was too long may have changed.
             _ => drop(queue.listed.offered.insert(message.unique())),
         }
+        self.release_if_many(at);
         settled?;
         if let Some(ended) = message.entry().record().ended.filter(|_| result.ended_session()) {
             let (id, sessions, skip) = (&message.id, ended.sessions, ended.skip);
-            log::warn!("event=session-ended-by-message queue={} id={id} sessions={sessions} skip={skip}", queue.name);
+            let name = message.queue();
+            log::warn!("event=session-ended-by-message queue={name} id={id} sessions={sessions} skip={skip}");
         }
         Ok(())
     }

@@ -144,139 +144,26 @@ pub fn remove_unused_lock(path: &Path) -> io::Result<()> {
         if used.elapsed().is_ok_and(|age| age <= UNUSED_AGE) {
             return Ok(());
         }
-        let file = open(path)?;
-        match file.try_lock() {
-            Ok(()) => LockFile { path: path.to_owned(), file }.remove(),
-            Err(TryLockError::WouldBlock) => {}
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
-        Ok(())
+        remove_unlocked(path, open(path)?)
     };
     remove().map_err(|error: io::Error| with_path(path, error))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::queue::QueueLock;
-    use crate::queue::tests::{Spool, local_parts, result};
-
-    /// The queue of a domain of an account.
-    fn of_account(spool: &Spool, account: &str, domain: &str) -> QueueName {
-        let lock = domains(spool).with_file_name(".odmr").join(format!("account-{account}.lock"));
-        QueueName { account_lock: Some(lock), ..spool.name(domain) }
-    }
-
-    fn domains(spool: &Spool) -> PathBuf {
-        spool.name("x.example").path.parent().unwrap().to_owned()
-    }
-
-    fn is_busy(spool: &Spool, names: &[QueueName]) -> bool {
-        matches!(spool.queue.lock(names), Err(LockError::Busy(_)))
-    }
-
-    fn next(lock: &mut QueueLock) -> Option<String> {
-        let message = lock.next_message()?;
-        let name = local_parts(&message).remove(0);
-        lock.settle(message, &result("=")).unwrap();
-        Some(name)
-    }
-
-    fn put(spool: &Spool, domain: &str, to: &str) {
-        let directory = spool.name(domain).path.join("new");
-        fs::create_dir_all(&directory).unwrap();
-        fs::write(directory.join(format!("100.{to}")), format!("Delivered-To: {to}@{domain}\n\nx\n")).unwrap();
-    }
-
-    #[test]
-    fn an_account_has_one_lock_and_nothing_where_it_has_no_mail() {
-        let spool = Spool::new();
-        fs::create_dir_all(domains(&spool)).unwrap();
-        let names: Vec<_> = (0..100).map(|number| of_account(&spool, "acme", &format!("d{number}.example"))).collect();
-        let mut lock = spool.queue.lock(&names).unwrap();
-        assert!(lock.is_empty().unwrap() && next(&mut lock).is_none());
-        let files = |path: PathBuf| fs::read_dir(path).unwrap().count();
-        assert_eq!((files(domains(&spool)), files(domains(&spool).with_file_name(".odmr"))), (0, 1));
-        // For any of its domains, another session gets nothing.
-        assert!(is_busy(&spool, &names[7..8]) && is_busy(&spool, &names));
-        assert!(!is_busy(&spool, &[of_account(&spool, "other", "other.example")]));
-        put(&spool, "d7.example", "eva");
-        assert!(lock.has_next());
-        assert_eq!((next(&mut lock).as_deref(), next(&mut lock)), (Some("eva"), None));
-        assert!(names[7].path.join(QUEUE_LOCK_FILE).exists());
-        drop(lock);
-        assert!(!names[7].path.join(QUEUE_LOCK_FILE).exists() && names[7].path.join("new").exists());
-        assert!(!is_busy(&spool, &names));
-    }
-
-    /// An administrator has given a domain to another account while a session is under way, or has replaced the program.
-    #[test]
-    fn two_sessions_never_have_one_directory() {
-        let spool = Spool::new();
-        put(&spool, "x.example", "eva");
-        let (before, after) = (of_account(&spool, "one", "x.example"), of_account(&spool, "two", "x.example"));
-        let lock = spool.queue.lock(std::slice::from_ref(&before)).unwrap();
-        assert!(is_busy(&spool, std::slice::from_ref(&after)) && is_busy(&spool, &[spool.name("x.example")]));
-        drop(lock);
-        let lock = spool.queue.lock(&[spool.name("x.example")]).unwrap();
-        assert!(is_busy(&spool, std::slice::from_ref(&after)));
-        drop(lock);
-        fs::remove_file(before.path.join("new/100.eva")).unwrap();
-        // There was no mail when the first session began.
-        let mut first = spool.queue.lock(&[before]).unwrap();
-        assert!(first.next_message().is_none());
-        put(&spool, "x.example", "bob");
-        let mut second = spool.queue.lock(&[after]).unwrap();
-        assert!(!first.has_next());
-        assert_eq!(next(&mut second).as_deref(), Some("bob"));
-    }
-
-    #[test]
-    fn a_directory_that_another_session_has_is_left_out_if_there_is_other_mail() {
-        let spool = Spool::new();
-        let names = ["x.example", "y.example", "z.example"].map(|domain| of_account(&spool, "acme", domain));
-        ["x.example", "z.example"].into_iter().for_each(|domain| put(&spool, domain, &domain[..1]));
-        let other = spool.queue.lock(&[spool.name("x.example")]).unwrap();
-        assert!(matches!(spool.queue.lock_account(&names[..2]), Err(LockError::Busy(_))));
-        assert!(is_busy(&spool, &names));
-        let mut lock = spool.queue.lock_account(&names).unwrap();
-        assert!(lock.has_next() && is_busy(&spool, &names[1..2]));
-        assert_eq!((next(&mut lock).as_deref(), next(&mut lock)), (Some("z"), None));
-        drop(other);
-        assert_eq!((next(&mut lock).as_deref(), next(&mut lock)), (Some("x"), None));
-    }
-
-    #[test]
-    fn the_lock_of_an_account_is_taken_over_as_one_of_a_queue() {
-        let spool = Spool::new();
-        put(&spool, "x.example", "eva");
-        let name = of_account(&spool, "acme", "x.example");
-        let lock = spool.queue.lock(std::slice::from_ref(&name)).unwrap();
-        let path = name.account_lock.clone().unwrap();
-        let since = |ago| {
-            let file = File::options().write(true).open(&path).unwrap();
-            file.set_modified(SystemTime::now() - Duration::from_secs(ago)).unwrap();
-        };
-        since(301);
-        lock.heartbeat();
-        assert!(is_busy(&spool, std::slice::from_ref(&name)));
-        since(301);
-        std::thread::scope(|scope| {
-            let taker = scope.spawn(|| spool.queue.lock(std::slice::from_ref(&name)));
-            while !lock.takeover_requested() {
-                std::thread::sleep(Duration::from_millis(5));
+/// Removes a lock file that was opened, unless a session has it.
+fn remove_unlocked(path: &Path, file: File) -> io::Result<()> {
+    match file.try_lock() {
+        Ok(()) => {
+            let lock = LockFile { path: path.to_owned(), file };
+            // If a session has removed it meanwhile, the file of that name is another one, which the next session has.
+            if lock.file.metadata()?.nlink() > 0 {
+                lock.remove();
             }
-            drop(lock);
-            assert_eq!(next(&mut taker.join().unwrap().expect("the lock")).as_deref(), Some("eva"));
-        });
-        // What nobody has used for long, and nobody has, is removed.
-        let remove = || remove_unused_lock(&path).map(|()| path.exists()).unwrap();
-        assert!(remove());
-        since(37 * 60 * 60);
-        let lock = File::open(&path).unwrap();
-        lock.lock().unwrap();
-        assert!(remove());
-        drop(lock);
-        assert!(!remove() && remove_unused_lock(&path).is_ok());
+            Ok(())
+        }
+        Err(TryLockError::WouldBlock) => Ok(()),
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
+
+#[cfg(test)]
+mod tests;

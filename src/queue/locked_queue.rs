@@ -39,6 +39,8 @@ pub(super) struct LockedQueue {
     /// Messages of it that are locked already, by their unique names.
     pub(super) locked: HashMap<OsString, MessageLock>,
     pub(super) listed: Listed,
+    /// Messages that were offered and are neither settled nor put back.
+    pub(super) under_way: usize,
 }
 
 /// There are no descriptors, or there is no memory: that says nothing about the message.
@@ -87,19 +89,32 @@ impl Notes {
     }
 }
 
-/// A directory of an account without mail has no lock.
 impl Drop for LockedQueue {
     fn drop(&mut self) {
-        if self.name.account_lock.is_some()
-            && let Some(lock) = self.lock.take()
+        self.release();
+    }
+}
+
+impl LockedQueue {
+    /// Releases the lock on the directory. A directory of an account without mail has no lock.
+    fn release(&mut self) {
+        if let Some(lock) = self.lock.take()
+            && self.name.account_lock.is_some()
             && self.maildir.is_empty().unwrap_or(false)
         {
             lock.remove();
         }
     }
-}
 
-impl LockedQueue {
+    /// Releases the lock on a directory of an account until there is a pass over it again, if no message of it waits or is under
+    /// way: an account may have more domains with mail than this process may have descriptors.
+    pub(super) fn release_if_idle(&mut self) {
+        let is_idle = self.under_way == 0 && self.listed.is_empty() && !self.listed.is_passing();
+        if self.name.account_lock.is_some() && is_idle {
+            self.release();
+        }
+    }
+
     /// Makes and locks the directory.
     ///
     /// # Errors

@@ -361,6 +361,7 @@ impl Queue {
             index: None,
             locked: HashMap::new(),
             listed: Listed::default(),
+            under_way: 0,
         }
     }
 }

@@ -424,9 +424,16 @@ def storage_large(box):
     return facts
 
 
+class Defers(Server):
+    """Defers each content."""
+
+    def say(self, *lines):
+        super().say(*(line.replace("250 2.6.0 kept", "451 4.3.0 later") for line in lines))
+
+
 @scenario("storage-domains")
 def storage_domains(box):
-    """An account with 1,000 domains: ATRN makes no directory and no lock; mail for one of them is fetched, and no lock stays"""
+    """An account with 1,000 domains: ATRN makes no directory and no lock; mail for one is fetched, no lock stays; few descriptors"""
     domains = [f"d{number}.example" for number in range(1000)]
     provider = Provider(box, require_tls=False, customers={"many": domains}).start()
     held = lambda: sorted(path.name for path in (provider.spool / "domains").glob("*"))
@@ -454,6 +461,14 @@ def storage_domains(box):
     check(held() == ["d7.example"], f"made: {held()[:5]}")
     for domain in domains:
         drop(provider, domain, 100)
+    # The session that defers all mail offers that of the last domain too.
+    resource.prlimit(provider.process.pid, resource.RLIMIT_NOFILE, (250, 250))
+    with Smtp(provider.odmr) as line:
+        line.hello()
+        line.log_in("many")
+        line.want("250", "ATRN")
+        server = Defers(line.socket, received=line.received)
+        check(server.serve() and len(server.letters) == 1000, f"{len(server.letters)} of 1000 messages were offered")
     with Smtp(provider.odmr) as line:
         line.hello()
         line.log_in("many")
