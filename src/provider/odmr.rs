@@ -110,7 +110,8 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
     let no_mail = || Reply::new(453, "4.3.2", "You have no mail");
     // Files that are no mail, and messages that this call skips, would make a turn for nothing.
     let none = lock.is_empty().map_err(unavailable)? || !lock.has_next();
-    if lock.is_short() {
+    // Whether there is mail in a directory that cannot be read, nobody knows.
+    if lock.is_short() || none && lock.is_unreadable() {
         return Err(Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later"));
     }
     if none {
