@@ -87,12 +87,20 @@ impl MessageCopy {
         self.maildir.mask & 0o022 != 0o022
     }
 
-    /// Creates the file with the content that begins `at` this octet of another one, durably.
-    fn make_of(&mut self, content: &mut File, at: u64, modified: Option<SystemTime>) -> io::Result<()> {
+    /// Creates the file with the content that begins `at` this octet of another one, durably. `octets`: how many there must be.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` if there are not as many: a disk that failed, or another process, has cut them off.
+    fn make_of(&mut self, content: &mut File, at: u64, octets: u64, modified: Option<SystemTime>) -> io::Result<()> {
         let mut file = self.create()?;
         let written = file.write_all(&self.head).and_then(|()| {
             content.seek(SeekFrom::Start(at))?;
-            for_each_block(content, |block| file.write_all(block))
+            let mut copied = 0;
+            for_each_block(content, |block| {
+                copied += block.len() as u64;
+                file.write_all(block)
+            })?;
+            if copied == octets { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
         });
         written.map_err(|error| with_path(&self.temporary, error))?;
         self.sync(&file, modified)
@@ -244,8 +252,13 @@ impl MessageWriter {
             let flushed = file.into_inner().map_err(|error| with_path(&first.temporary, error.into_error()));
             let mut file = flushed?;
             let (at, modified) = (if first.exists { first.head.len() as u64 } else { 0 }, self.modified);
-            others.iter_mut().try_for_each(|copy| copy.make_of(&mut file, at, modified))?;
-            if first.exists { first.sync(&file, modified)? } else { first.make_of(&mut file, at, modified)? }
+            let octets = self.content.octets;
+            others.iter_mut().try_for_each(|copy| copy.make_of(&mut file, at, octets, modified))?;
+            if !first.exists {
+                first.make_of(&mut file, at, octets, modified)?;
+            }
+            // Last: only fsync reports that the system could not write what the copies were made of.
+            first.sync(&file, modified)?;
         }
         Ok(PreparedMessage { copies: self.copies, content: self.content, quotas })
     }
@@ -288,145 +301,4 @@ impl PreparedMessage {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use super::*;
-    use crate::ids::Ids;
-
-    fn masked<const N: usize>(names: [&str; N], mask: u32) -> (tempfile::TempDir, [Maildir; N]) {
-        let directory = tempfile::tempdir().unwrap();
-        let maildirs = names.map(|name| Maildir::mailbox(directory.path().join("box").join(name), mask));
-        (directory, maildirs)
-    }
-
-    fn maildirs<const N: usize>(names: [&str; N]) -> (tempfile::TempDir, [Maildir; N]) {
-        masked(names, 0o077)
-    }
-
-    /// How many files are in `tmp`, `new` and `cur`.
-    fn files(maildir: &Maildir) -> [usize; 3] {
-        ["tmp", "new", "cur"].map(|name| fs::read_dir(maildir.path.join(name)).unwrap().count())
-    }
-
-    fn begin(maildirs: &[Maildir]) -> MessageWriter {
-        let mut writer = MessageWriter::default();
-        for (number, maildir) in maildirs.iter().enumerate() {
-            writer.begin(maildir, "1", "head\n".repeat(number + 1).as_bytes()).unwrap();
-        }
-        writer
-    }
-
-    #[test]
-    fn content_is_written_once_while_it_arrives_and_the_copies_are_made_at_the_end() {
-        let line = [&b"x".repeat(998)[..], b"\n"].concat();
-        for (content, bits) in [(vec![], ""), (b"Subject: \xff\n\n".to_vec(), ",E=8"), (line.repeat(1500), "")] {
-            for (copies, mask) in [(1, 0o077), (1, 0o007), (2, 0o077), (3, 0o077), (3, 0o022), (2, 0o007), (3, 0o002)] {
-                let (_directory, maildirs) = masked(["a", "b", "c"], mask);
-                let mut writer = begin(&maildirs[..copies]);
-                content.chunks(50_000).for_each(|block| writer.write(block).unwrap());
-                let in_first = usize::from(copies == 1 || mask & 0o022 == 0o022);
-                let arriving = maildirs[..copies].iter().map(|maildir| files(maildir)[0]);
-                assert_eq!(arriving.collect::<Vec<_>>(), [in_first, 0, 0][..copies]);
-                let prepared = writer.prepare().unwrap();
-                maildirs[..copies].iter().for_each(|maildir| assert_eq!(files(maildir), [1, 0, 0]));
-                let entries = prepared.publish().unwrap();
-                assert_eq!(entries.len(), copies);
-                for (number, (maildir, entry)) in maildirs.iter().zip(&entries).enumerate() {
-                    assert_eq!(files(maildir), [0, 1, 0]);
-                    let expected = ["head\n".repeat(number + 1).as_bytes(), &content].concat();
-                    assert!(fs::read(maildir.file(entry)).unwrap() == expected);
-                    let lines = expected.iter().filter(|octet| **octet == b'\n').count();
-                    let name = format!("1,S={},W={}{bits}", expected.len(), expected.len() + lines);
-                    assert_eq!(entry.name.to_str(), Some(name.as_str()));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_copy_that_cannot_be_created_is_known_before_there_is_content() {
-        let (_directory, maildirs) = maildirs(["a", "b", "c"]);
-        for broken in 0..3 {
-            let mut writer = begin(&maildirs[..broken]);
-            maildirs[broken].create().unwrap();
-            let tmp = maildirs[broken].path.join("tmp");
-            fs::remove_dir(&tmp).unwrap();
-            fs::write(&tmp, "not a directory").unwrap();
-            writer.begin(&maildirs[broken], "1", b"").unwrap_err();
-            drop(writer);
-            fs::remove_file(&tmp).unwrap();
-            fs::create_dir(&tmp).unwrap();
-            maildirs[..=broken].iter().for_each(|maildir| assert_eq!(files(maildir), [0; 3]));
-        }
-    }
-
-    #[test]
-    fn no_copy_is_left_if_one_cannot_be_made() {
-        for (broken, mask) in [(0, 0o007), (1, 0o007), (1, 0o077), (2, 0o077)] {
-            let (_directory, maildirs) = masked(["a", "b", "c"], mask);
-            let mut writer = begin(&maildirs);
-            writer.write(b"content").unwrap();
-            let theirs = maildirs[broken].temporary("1");
-            fs::write(&theirs, "theirs").unwrap();
-            assert_eq!(writer.prepare().err().unwrap().kind(), io::ErrorKind::AlreadyExists);
-            assert_eq!(fs::read(&theirs).unwrap(), b"theirs");
-            fs::remove_file(&theirs).unwrap();
-            maildirs.iter().for_each(|maildir| assert_eq!(files(maildir), [0; 3]));
-        }
-    }
-
-    #[test]
-    fn each_copy_needs_room() {
-        let (directory, maildirs) = maildirs(["a", "b", "c"]);
-        let disk = rustix::fs::statvfs(directory.path()).unwrap();
-        let half = disk.f_bavail * disk.f_frsize / 2;
-        begin(&maildirs[..1]).check_room(half).unwrap();
-        let mut writer = begin(&maildirs);
-        writer.write(b"content").unwrap();
-        writer.check_room(half / 4).unwrap();
-        for octets in [half, u64::MAX] {
-            assert_eq!(writer.check_room(octets).unwrap_err().kind(), io::ErrorKind::StorageFull);
-        }
-    }
-
-    /// Rules: MD-14.
-    #[test]
-    fn a_directory_that_gets_several_messages_is_fsynced_once() {
-        let (_directory, [maildir, other]) = maildirs(["", "other"]);
-        let mut writer = MessageWriter::default();
-        for (number, maildir) in [&maildir, &other, &maildir, &maildir].into_iter().enumerate() {
-            writer.begin(maildir, &number.to_string(), b"").unwrap();
-        }
-        let prepared = writer.prepare().unwrap();
-        assert_eq!(
-            prepared.directories().into_iter().collect::<Vec<_>>(),
-            [maildir.path().join("new"), other.path().join("new")]
-        );
-        assert_eq!(prepared.publish().unwrap().len(), 4);
-        assert_eq!(files(&maildir), [0, 3, 0]);
-    }
-
-    /// Rules: MD-03.
-    #[test]
-    fn ten_thousand_messages_written_at_once_get_different_names() {
-        let (_directory, [maildir]) = maildirs([""]);
-        maildir.create().unwrap();
-        let ids = Ids::system(|octets| octets.fill(7));
-        let unique: Vec<HashSet<String>> = std::thread::scope(|scope| {
-            let deliver = || {
-                let deliver = |_| {
-                    let mut copy = MessageCopy::new(&maildir, &ids.file_name("host"), b"");
-                    copy.create().unwrap();
-                    copy.publish(ContentInfo::default()).unwrap();
-                    copy.unique.clone()
-                };
-                (0..1250).map(deliver).collect()
-            };
-            let threads: Vec<_> = (0..8).map(|_| scope.spawn(deliver)).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-        });
-        assert_eq!(unique.iter().flatten().collect::<HashSet<_>>().len(), 10_000);
-        assert_eq!(files(&maildir), [0, 10_000, 0]);
-    }
-}
+mod tests;
