@@ -128,6 +128,22 @@ smtp_tls_loglevel = 1""",
     return f"{count} messages, {wanted} files, {connections} TLS connections"
 
 
+@scenario("postfix-domains", needs=["postfix", "sendmail"], root=True)
+def postfix_domains(box):
+    """Postfix sends a message for 25 held domains in one session: ten at a time, each domain gets it once, nothing bounces"""
+    domains = [f"d{number}.example" for number in range(25)]
+    provider = Provider(box, require_tls=False, customers={"many": domains}).start()
+    postfix = Postfix(box, f"relayhost = [{LOOPBACK}]:{provider.inbound}\nsmtp_tls_security_level = none")
+    postfix.send("lester@sender.example", [f"eva@{domain}" for domain in domains], letter(1))
+    wait_until(lambda: len(provider.held()) >= 25, "25 held files", seconds=60, pause=0.1)
+    wait_until(lambda: ": removed" in box.log("postfix.log"), "the end of the message", seconds=20)
+    held = sorted(path.parent.parent.name for path in provider.held())
+    check(held == sorted(domains), f"held for {held}")
+    log = box.log("postfix.log")
+    check("status=bounced" not in log, "a bounce")
+    return f"{log.count('status=deferred')} recipients deferred on the way"
+
+
 @scenario("postfix-virtual", needs=["postfix", "sendmail"], root=True)
 def postfix_virtual(box):
     """Postfix's virtual(8) delivers straight into the held Maildir and pull fetches it"""
