@@ -4,7 +4,7 @@ use std::fs;
 
 use super::*;
 use crate::queue::tests::{Spool, local_parts, result};
-use crate::queue::{NextStep, QueueLock, QueuedMessage};
+use crate::queue::{NextStep, QueueLock, QueueName, QueuedMessage};
 
 /// Writes messages to `u0`, `u1` and so on, whose names have the order of the numbers; the files are made in another order.
 fn fill(spool: &Spool, count: usize) {
@@ -121,4 +121,75 @@ fn many_files_that_are_no_mail_take_several_steps() {
     let (offered, steps) = offer_all(&mut spool.lock(), |_, _| {});
     assert_eq!(offered, ["eva"]);
     assert!(steps >= 100 * OPEN_WORK / STEP_WORK, "{steps}");
+}
+
+/// Many queues, in which messages wait, arrive, are moved by readers and end sessions, while some are under way.
+#[test]
+fn each_message_of_many_queues_is_offered_once() {
+    let spool = Spool::new();
+    let mut seed = 0x2545_f491_4f6c_dd1d_u64;
+    let mut dice = move |sides: usize| {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        usize::try_from(seed % sides as u64).unwrap()
+    };
+    let lock_file = spool.path("../../.odmr/account-acme.lock");
+    let names: Vec<_> = (0..90)
+        .map(|number| QueueName { account_lock: Some(lock_file.clone()), ..spool.name(&format!("d{number}.example")) })
+        .collect();
+    let (mut expected, mut made) = (Vec::new(), 0);
+    let mut put = |queue: usize, flags: &str, expected: &mut Vec<String>| {
+        made += 1;
+        let (path, to) = (&names[queue].path, format!("u{made}"));
+        ["new", "cur"].iter().for_each(|name| fs::create_dir_all(path.join(name)).unwrap());
+        let folder = if flags.contains(':') { "cur" } else { "new" };
+        let text = format!("Delivered-To: {to}@d{queue}.example\n\nx\n");
+        fs::write(path.join(folder).join(format!("{made:06}.x{flags}")), text).unwrap();
+        expected.push(to);
+    };
+    for queue in 0..90 {
+        let count = match queue {
+            3 => PIECE + 77,
+            50 => PIECE,
+            _ => dice(40),
+        };
+        for _ in 0..count {
+            let flags = ["", "", "", "", ":2,S", ":2,F", ",P=1-0-1", ",P=2-0-1"][dice(8)];
+            put(queue, flags, &mut expected);
+        }
+    }
+    let mut lock = spool.queue.lock_account(&names).unwrap();
+    let (mut offered, mut under_way) = (Vec::new(), Vec::new());
+    loop {
+        match lock.next_step() {
+            NextStep::Listing => {}
+            NextStep::Message(message) => {
+                offered.push(local_parts(&message).remove(0));
+                under_way.push(*message);
+            }
+            NextStep::End if under_way.is_empty() => break,
+            NextStep::End => {}
+        }
+        while under_way.len() > 12 || !under_way.is_empty() && dice(20) == 0 {
+            let message = under_way.swap_remove(dice(under_way.len()));
+            let statuses = ["=", "~", "!", "?"][dice(4)];
+            lock.settle(message, &result(statuses)).unwrap();
+        }
+        if offered.len() < 4000 && dice(50) == 0 {
+            put(dice(90), "", &mut expected);
+        }
+        if dice(100) == 0 {
+            let path = &names[dice(90)].path;
+            if let Some(Ok(file)) = fs::read_dir(path.join("new")).ok().and_then(|mut files| files.next()) {
+                let name = file.file_name().into_string().unwrap();
+                let _ = fs::rename(file.path(), path.join("cur").join(format!("{name}:2,S")));
+            }
+        }
+    }
+    expected.sort_unstable();
+    offered.sort_unstable();
+    let missing: Vec<_> = expected.iter().filter(|to| offered.binary_search(to).is_err()).collect();
+    let twice: Vec<_> = offered.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| &pair[0]).collect();
+    assert!(missing.is_empty() && twice.is_empty(), "missing {missing:?}, twice {twice:?} of {}", expected.len());
 }
