@@ -469,6 +469,8 @@ def storage_domains(box):
         line.want("250", "ATRN")
         server = Defers(line.socket, received=line.received)
         check(server.serve() and len(server.letters) == 1000, f"{len(server.letters)} of 1000 messages were offered")
+        # The lock is released before the connection ends.
+        check(line.socket.recv(1) == b"", "octets after QUIT")
     with Smtp(provider.odmr) as line:
         line.hello()
         line.log_in("many")
