@@ -22,19 +22,12 @@ use crate::sandbox::MailDirectory;
 
 /// The retry queue, below the root of the mailboxes.
 pub fn retry_queue(root: &Path) -> QueueName {
-    QueueName {
-        path: root.join(".handover"),
-        domain: None,
-        prefix: None,
-        retries: true,
-        account_lock: None,
-        shared: false,
-    }
+    QueueName { path: root.join(".handover"), retries: true, ..QueueName::default() }
 }
 
 /// The queue of outgoing mail.
 pub fn outgoing_queue(path: &Path) -> QueueName {
-    QueueName { path: path.to_owned(), domain: None, prefix: None, retries: true, account_lock: None, shared: false }
+    QueueName { path: path.to_owned(), retries: true, ..QueueName::default() }
 }
 
 /// `ROOT/<domain>/<local part>/.folder` may be a symbolic link.

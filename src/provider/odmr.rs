@@ -98,9 +98,10 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
     }
     let domains = if named.is_empty() { own } else { named };
     let names: Vec<_> = domains.iter().map(|domain| shared.spool.name(&SpoolQueue::Held(domain.clone()))).collect();
+    let unreachable = || Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later");
     let unavailable = |error: std::io::Error| {
         log::error!("event=spool-failed error={}", quoted(error));
-        Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later")
+        unreachable()
     };
     let mut lock = shared.spool.queue().lock_account(&names).map_err(|error| match error {
         LockError::Busy(name) => Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {name}")),
@@ -112,7 +113,7 @@ fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result
     let none = lock.is_empty().map_err(unavailable)? || !lock.has_next();
     // Whether there is mail in a directory that cannot be read, nobody knows.
     if lock.is_short() || none && lock.is_unreadable() {
-        return Err(Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later"));
+        return Err(unreachable());
     }
     if none {
         lock.count_call();

@@ -138,17 +138,16 @@ impl LockedQueue {
 
     /// Removes files of writers that died. A failure is logged.
     pub(super) fn sweep(&self) {
-        let swept = self.maildir.sweep().and_then(|()| message::rejected_maildir(&self.maildir).sweep());
-        swept.unwrap_or_else(|error| log_sweep_failed(&self.name, &error));
+        message::sweep(&self.maildir).unwrap_or_else(|error| log_sweep_failed(&self.name, &error));
     }
 
-    /// Locks the directory, unless it is locked or has no mail. Another session may have it: one of another account, which has
+    /// Locks the directory, unless it is locked, shared, or has no mail. Another session may have it: one of another account, which has
     /// begun before the domain became this account's, or one of an earlier version.
     ///
     /// # Errors
     /// See [`LockError`].
     pub(super) fn lock_if_mail(&mut self, takeover: Option<Duration>) -> Result<(), LockError> {
-        match self.lock.is_some() || self.maildir.is_empty().map_err(LockError::Failed)? {
+        match self.has_lock() || self.maildir.is_empty().map_err(LockError::Failed)? {
             true => Ok(()),
             false => self.lock_directory(takeover),
         }
@@ -291,7 +290,7 @@ impl LockedQueue {
         if !self.listed.is_empty() {
             return Ok(());
         }
-        match if self.name.shared { Ok(()) } else { self.lock_if_mail(None) } {
+        match self.lock_if_mail(None) {
             Ok(()) => {}
             // Another session offers it.
             Err(LockError::Busy(_)) => return Ok(()),

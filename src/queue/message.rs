@@ -674,6 +674,15 @@ pub(super) fn read_envelope_of(
 /// Where messages whose rejection nobody can be told wait for the postmaster, within the queue.
 pub(super) const REJECTED_MAILDIR: &str = ".refused";
 
+/// Removes files of writers that died, also in `.refused`.
+///
+/// # Errors
+/// A directory cannot be read, or a file cannot be removed.
+pub(super) fn sweep(maildir: &Maildir) -> io::Result<()> {
+    maildir.sweep()?;
+    rejected_maildir(maildir).sweep()
+}
+
 /// The Maildir of these messages.
 pub(super) fn rejected_maildir(maildir: &Maildir) -> Maildir {
     Maildir::new(maildir.path().join(REJECTED_MAILDIR))

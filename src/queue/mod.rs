@@ -237,7 +237,7 @@ impl Queue {
     /// # Errors
     /// See [`LockError`].
     pub fn lock(&self, names: &[QueueName]) -> Result<QueueLock, LockError> {
-        self.lock_all(names, true)
+        self.lock_all(names, Some(self.takeover))
     }
 
     /// Locks an account, and the first of its queues with mail that no other session has. The others are locked when the
@@ -260,12 +260,12 @@ impl Queue {
         busy.map(|()| QueueLock::new(queues, accounts))
     }
 
-    /// The same for queues of which some are in a shared directory with this index.
+    /// Does the same as [`Queue::lock`] for queues of which some are in a shared directory with this index.
     ///
     /// # Errors
     /// See [`LockError`].
     pub fn lock_indexed(&self, names: &[QueueName], index: &Arc<SharedIndex>) -> Result<QueueLock, LockError> {
-        let mut lock = self.lock_all(names, true)?;
+        let mut lock = self.lock_all(names, Some(self.takeover))?;
         lock.set_index(index);
         Ok(lock)
     }
@@ -275,7 +275,7 @@ impl Queue {
     /// # Errors
     /// See [`LockError`].
     pub fn try_lock(&self, name: &QueueName) -> Result<QueueLock, LockError> {
-        self.lock_all(std::slice::from_ref(name), false)
+        self.lock_all(std::slice::from_ref(name), None)
     }
 
     /// Removes the directory of a queue if it has no mail, and nobody has its lock. A writer who needs it meanwhile makes it
@@ -307,8 +307,7 @@ impl Queue {
     pub fn tidy(&self, name: &QueueName, unwanted: bool) {
         let maildir = name.maildir();
         let tidy = || -> io::Result<()> {
-            maildir.sweep()?;
-            message::rejected_maildir(&maildir).sweep()?;
+            message::sweep(&maildir)?;
             refused::trim(name, SystemTime::now())?;
             if name.account_lock.is_some() && maildir.is_empty()? {
                 // Of a session that was killed, or of an earlier version.
@@ -319,15 +318,13 @@ impl Queue {
         tidy().unwrap_or_else(|error| log_sweep_failed(name, &error));
     }
 
-    fn lock_all(&self, names: &[QueueName], take_over: bool) -> Result<QueueLock, LockError> {
-        let takeover = take_over.then_some(self.takeover);
+    fn lock_all(&self, names: &[QueueName], takeover: Option<Duration>) -> Result<QueueLock, LockError> {
         let accounts = self.lock_accounts(names, takeover)?;
         let mut queues: Vec<_> = names.iter().map(|name| self.unlocked(name)).collect();
         for queue in &mut queues {
-            match queue.name.account_lock {
-                Some(_) => queue.lock_if_mail(takeover)?,
-                None if queue.name.shared => {}
-                None => queue.lock_directory(takeover)?,
+            match queue.name.account_lock.is_some() || queue.name.shared {
+                true => queue.lock_if_mail(takeover)?,
+                false => queue.lock_directory(takeover)?,
             }
         }
         // All of a session are in the same directory.

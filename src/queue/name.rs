@@ -7,7 +7,7 @@ use crate::mail::address::Domain;
 use crate::maildir::Maildir;
 
 /// The name of one queue.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct QueueName {
     /// The Maildir.
     pub path: PathBuf,

@@ -104,7 +104,7 @@ mod tests {
     fn the_oldest_goes_first_by_age_and_by_size() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("example.org");
-        let name = QueueName { path, domain: None, prefix: None, retries: false, account_lock: None, shared: false };
+        let name = QueueName { path, ..QueueName::default() };
         trim(&name, SystemTime::now()).unwrap();
         rejected_maildir(&name.maildir()).create().unwrap();
         let limits = RefusedLimits::default();

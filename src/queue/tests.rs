@@ -44,10 +44,7 @@ impl Spool {
         QueueName {
             path: self.directory.path().join("domains").join(name),
             domain: Some(domain(name)),
-            prefix: None,
-            retries: false,
-            account_lock: None,
-            shared: false,
+            ..QueueName::default()
         }
     }
 
@@ -1123,10 +1120,8 @@ fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
         let name = QueueName {
             path: directory.path().into(),
             domain: Some(domain("example.net")),
-            prefix: None,
             retries: true,
-            account_lock: None,
-            shared: false,
+            ..QueueName::default()
         };
         let queue = outgoing(&name, &["a@example.net", "b@example.net"]);
         let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
@@ -1143,14 +1138,7 @@ fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
 fn a_clock_that_was_wrong_defers_nothing_for_long() {
     for (ahead, due) in [(Duration::from_secs(3600), false), (Duration::from_secs(365 * 24 * 3600), true)] {
         let directory = tempfile::tempdir().unwrap();
-        let name = QueueName {
-            path: directory.path().into(),
-            domain: None,
-            prefix: None,
-            retries: true,
-            account_lock: None,
-            shared: false,
-        };
+        let name = QueueName { path: directory.path().into(), retries: true, ..QueueName::default() };
         let queue = outgoing(&name, &["a@example.net"]);
         let mut lock = queue.lock(std::slice::from_ref(&name)).unwrap();
         let mut message = lock.next_message().unwrap();
@@ -1186,14 +1174,7 @@ fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() 
             (now + 60, true),
         ] {
             let directory = tempfile::tempdir().unwrap();
-            let name = QueueName {
-                path: directory.path().into(),
-                domain: None,
-                prefix: None,
-                retries,
-                account_lock: None,
-                shared: false,
-            };
+            let name = QueueName { path: directory.path().into(), retries, ..QueueName::default() };
             let queue = outgoing_since(&name, &["a@example.net"], Timestamp::from_seconds(arrived));
             queue
                 .list(&name, &mut |message| {
@@ -1223,14 +1204,7 @@ fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() 
 #[test]
 fn the_rest_of_a_message_keeps_the_time_of_the_first_session() {
     let (directory, now) = (tempfile::tempdir().unwrap(), Ids::fixed().clock().now());
-    let name = QueueName {
-        path: directory.path().into(),
-        domain: None,
-        prefix: None,
-        retries: false,
-        account_lock: None,
-        shared: false,
-    };
+    let name = QueueName { path: directory.path().into(), ..QueueName::default() };
     let queue = outgoing_since(&name, &["a@example.net", "b@example.net"], Timestamp::from_seconds(0));
     settle(&mut queue.lock(std::slice::from_ref(&name)).unwrap(), "=~");
     let (file, arrived) = arrival(&queue, &name);
@@ -1253,14 +1227,7 @@ fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
         (true, "msg", hour_ago, now, true),
     ] {
         let directory = tempfile::tempdir().unwrap();
-        let name = QueueName {
-            path: directory.path().into(),
-            domain: None,
-            prefix: None,
-            retries,
-            account_lock: None,
-            shared: false,
-        };
+        let name = QueueName { path: directory.path().into(), retries, ..QueueName::default() };
         name.maildir().create().unwrap();
         let path = directory.path().join(format!("new/{named}.x.host"));
         fs::write(&path, "Delivered-To: a@example.net\n\nx\n").unwrap();
@@ -1280,14 +1247,7 @@ fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
 #[test]
 fn a_locked_queue_can_be_listed() {
     let directory = tempfile::tempdir().unwrap();
-    let name = QueueName {
-        path: directory.path().into(),
-        domain: None,
-        prefix: None,
-        retries: true,
-        account_lock: None,
-        shared: false,
-    };
+    let name = QueueName { path: directory.path().into(), retries: true, ..QueueName::default() };
     let queue = outgoing(&name, &["a@example.net"]);
     let _lock = queue.lock(std::slice::from_ref(&name)).unwrap();
     let mut seen = Vec::new();

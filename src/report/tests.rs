@@ -44,10 +44,8 @@ impl Case {
         let name = QueueName {
             path: directory.path().join("outgoing/example.net"),
             domain,
-            prefix: None,
             retries: true,
-            account_lock: None,
-            shared: false,
+            ..QueueName::default()
         };
         let notify = if notify.is_empty() { Notify::default() } else { Notify::parse(notify.as_bytes()).unwrap() };
         let mailbox = Mailbox::parse("to@example.net").unwrap();

@@ -43,7 +43,7 @@ impl SharedSpool {
 
     fn name(&self, domain: Option<&str>) -> QueueName {
         let domain = domain.map(|domain| Domain::parse_any(domain).unwrap());
-        QueueName { path: self.path(), domain, prefix: None, retries: true, account_lock: None, shared: true }
+        QueueName { path: self.path(), domain, retries: true, shared: true, ..QueueName::default() }
     }
 
     fn put(&self, from: &str, domain: &str) -> Entry {
@@ -211,7 +211,7 @@ const WRITER: &str = "ODMR_TEST_WRITER";
 
 fn old_name(path: PathBuf) -> QueueName {
     let domain = Some(Domain::parse("w.example").unwrap());
-    QueueName { path, domain, prefix: None, retries: false, account_lock: None, shared: false }
+    QueueName { path, domain, ..QueueName::default() }
 }
 
 /// Stores messages, and finds each of them: by its name, or in a session.
