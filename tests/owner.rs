@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use nix::unistd::{Uid, User};
@@ -79,17 +79,15 @@ fn user() -> User {
 
 /// The user ids and the group ids of a process, and its other groups; all its threads have the same.
 #[cfg(target_os = "linux")]
-fn ids(process: u32) -> [Vec<u32>; 3] {
-    let threads = fs::read_dir(format!("/proc/{process}/task")).unwrap();
-    let mut ids: Vec<_> = threads.map(|thread| ids_of(&thread.unwrap().path().join("status"))).collect();
+fn ids(process: &Running) -> [Vec<u32>; 3] {
+    let mut ids: Vec<_> = process.thread_statuses().iter().map(|status| ids_of(status)).collect();
     ids.dedup();
     assert_eq!(ids.len(), 1, "{ids:?}");
     ids.remove(0)
 }
 
 #[cfg(target_os = "linux")]
-fn ids_of(status: &Path) -> [Vec<u32>; 3] {
-    let status = fs::read_to_string(status).unwrap();
+fn ids_of(status: &str) -> [Vec<u32>; 3] {
     ["Uid:", "Gid:", "Groups:"].map(|key| {
         let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
         line.split_whitespace().map(|id| id.parse().unwrap()).collect()
@@ -104,7 +102,7 @@ fn after_its_listeners_are_bound_root_becomes_the_user_for_good() {
     let owner = user();
     #[cfg(target_os = "linux")]
     {
-        let [users, groups, others] = ids(serve.child.id());
+        let [users, groups, others] = ids(&serve);
         assert_eq!((users, groups), (vec![owner.uid.as_raw(); 4], vec![owner.gid.as_raw(); 4]));
         assert!(!others.contains(&0), "{others:?}");
     }
@@ -133,7 +131,7 @@ fn the_group_may_be_another_one() {
     let group = nix::unistd::Group::from_name("daemon").unwrap().unwrap().gid.as_raw();
     assert_eq!(fs::metadata(place.path("var/spool")).unwrap().gid(), group);
     #[cfg(target_os = "linux")]
-    assert_eq!(ids(serve.child.id())[1], vec![group; 4]);
+    assert_eq!(ids(&serve)[1], vec![group; 4]);
 }
 
 /// `serve` could not read what root makes in its spool.
@@ -162,7 +160,7 @@ fn under_inetd_root_becomes_the_user_too() {
     BufReader::new(serve.child.stdout.take().unwrap()).read_line(&mut greeting).unwrap();
     assert!(greeting.starts_with("220 "));
     #[cfg(target_os = "linux")]
-    assert_eq!(ids(serve.child.id())[0], vec![user().uid.as_raw(); 4]);
+    assert_eq!(ids(&serve)[0], vec![user().uid.as_raw(); 4]);
     assert_eq!(fs::metadata(place.path("var/spool")).unwrap().uid(), user().uid.as_raw());
     serve.child.stdin.take().unwrap().write_all(b"QUIT\r\n").unwrap();
     assert_eq!(serve.exit_code(), Some(0));

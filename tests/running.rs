@@ -1,5 +1,6 @@
 //! The program at work, for tests that read its log and send it signals.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::process::{Child, ChildStderr, Command, Stdio};
@@ -35,6 +36,12 @@ impl Running {
     /// Waits for the line `listening LISTENER ADDRESS`, and returns the address.
     pub fn listening(&mut self, listener: &str) -> String {
         self.wait_for(&format!("listening {listener} ")).rsplit(' ').next().unwrap().to_owned()
+    }
+
+    /// `/proc/PID/task/TID/status` of all threads but those that end meanwhile.
+    pub fn thread_statuses(&self) -> Vec<String> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        threads.filter_map(|thread| fs::read_to_string(thread.unwrap().path().join("status")).ok()).collect()
     }
 
     pub fn signal(&self, signal: Signal) {

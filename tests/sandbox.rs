@@ -113,11 +113,10 @@ fn no_thread_gets_new_privileges_and_no_core_is_dumped() {
     let mut serve = Running::start(shell.arg(place.path("etc/odmr.toml")).current_dir(place.path("etc")));
     // The last thread that is started has greeted.
     let _client = Client::connect(&serve.listening("odmr"));
-    let threads = fs::read_dir(format!("/proc/{}/task", serve.child.id())).unwrap();
-    let threads: Vec<_> = threads.map(|thread| thread.unwrap().path().join("status")).collect();
+    let statuses = serve.thread_statuses();
     // The log, signals, delivery, relay, upkeep, and two listeners.
-    assert!(threads.len() >= 7, "{threads:?}");
-    for status in threads.iter().map(|path| fs::read_to_string(path).unwrap()) {
+    assert!(statuses.len() >= 7, "{statuses:?}");
+    for status in statuses {
         assert!(status.contains("\nNoNewPrivs:\t1\n"), "{status}");
     }
     serve.signal(Signal::ABORT);

@@ -11,7 +11,7 @@ import time
 
 from dovecot import ALICE
 from handover import BERT, CAROL, due, left_behind
-from harness import LOOPBACK, ODMR, Customer, Provider, Smtp, check, events, scenario, wait_until
+from harness import LOOPBACK, ODMR, Customer, Provider, Smtp, check, events, scenario, thread_statuses, wait_until
 from hop import Hop
 from turning import SENDER, Turning
 
@@ -220,8 +220,8 @@ every = "2h"
         status = path.stat()
         check((status.st_uid, status.st_gid) == (owner.pw_uid, group.gr_gid), f"{path} belongs to {status.st_uid}:{status.st_gid}")
     identities = [
-        re.search(rf"(?m)^{kind}:\s*(.*)", task.read_text()).group(1).split()
-        for task in box.path.joinpath(f"/proc/{process.pid}/task").glob("*/status")
+        re.search(rf"(?m)^{kind}:\s*(.*)", status).group(1).split()
+        for _, status in thread_statuses(process.pid)
         for kind in ("Uid", "Gid", "Groups")
     ]
     check({word for words in identities for word in words} <= {str(owner.pw_uid), str(group.gr_gid)}, f"{identities}")

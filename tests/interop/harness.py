@@ -110,6 +110,15 @@ def program_path(name):
     return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin:/sbin")
 
 
+def thread_statuses(pid):
+    """Gives (TID, text of its file `status`) of each thread of a process, but for those that end meanwhile."""
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        try:
+            yield task.name, (task / "status").read_text()
+        except OSError:
+            pass
+
+
 def connections(listener):
     """The connections that come, until the listener is closed with its box."""
     while True:

@@ -10,7 +10,7 @@ import threading
 import time
 
 from hop import Hop, Session
-from harness import MIB, Provider, Server, Smtp, check, end, events, hang_up, scenario, wait_until
+from harness import MIB, Provider, Server, Smtp, check, end, events, hang_up, scenario, thread_statuses, wait_until
 from moments import strace
 from stalled import drop
 
@@ -194,9 +194,7 @@ def storage_hangs_tidy(box):
     for customer in provider.customers:
         fill(provider, f"{customer}.example", 3)
     start_with_shim(box, provider, HANG_LISTING=str(box.write("hang", "")))
-    tasks = pathlib.Path(f"/proc/{provider.process.pid}/task")
-    names = lambda: {(task / "comm").read_text().strip() for task in tasks.iterdir()}
-    wait_until(lambda: names() & {"tidy", "upkeep"}, "the tidying")
+    wait_until(lambda: any("Name:\ttidy\n" in status for _, status in thread_statuses(provider.process.pid)), "the tidying")
     _, letters = fetch(provider, "good")
     check(len(letters) == 3, f"{len(letters)} messages")
     begin = time.monotonic()
@@ -275,10 +273,10 @@ def storage_descriptors(box):
 
 def trace_delivery(box, provider, *words):
     """strace of the delivery thread alone."""
-    tasks = pathlib.Path(f"/proc/{provider.process.pid}/task").iterdir()
-    thread = next(task for task in tasks if (task / "comm").read_text().strip() == "delivery")
-    tracer = box.start("strace.log", "strace", "-y", "-s", "0", "-e", "signal=none", *words, "-o", box.path / "delivery.output", "-p", thread.name)
-    wait_until(lambda: "TracerPid:\t0\n" not in (thread / "status").read_text(), "strace to attach")
+    threads = lambda: thread_statuses(provider.process.pid)
+    thread = next(tid for tid, status in threads() if "Name:\tdelivery\n" in status)
+    tracer = box.start("strace.log", "strace", "-y", "-s", "0", "-e", "signal=none", *words, "-o", box.path / "delivery.output", "-p", thread)
+    wait_until(lambda: "TracerPid:\t0\n" not in dict(threads())[thread], "strace to attach")
     return tracer
 
 
