@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use toml::de::DeValue;
 
-use super::provider::Account;
+use super::accounts::Account;
 use super::source::Source;
 use crate::recipients::ConfigError;
 

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::table::Table;
-use super::value::DURATION;
+use super::value::{DURATION, SIZE_OR_NONE};
 use crate::recipients::ConfigError;
 use crate::session::{Limits, Timeouts};
 use crate::smtp::limits::{ATRN_TIMEOUT, FEWEST_AUTH_FAILURES, FEWEST_RECIPIENTS};
@@ -24,14 +24,23 @@ pub(super) fn limit_values(limits: &mut Limits) -> [(&'static str, RangeInclusiv
     ]
 }
 
+/// The sizes among the keys of `[limits]`.
+pub(super) fn size_values(limits: &mut Limits) -> [(&'static str, &mut u64); 2] {
+    [("octets-per-turn", &mut limits.octets_per_turn), ("min-free", &mut limits.min_free)]
+}
+
 /// The table `[limits]` of a file.
 pub(super) fn limits(file: &mut Table<'_>) -> Limits {
     let mut limits = Limits::default();
-    let values = limit_values(&mut limits);
-    let mut table = file.table_or_empty("limits", &values.each_ref().map(|(key, ..)| *key));
-    for (key, bounds, limit) in values {
+    let numbers: Vec<_> = limit_values(&mut limits).into_iter().map(|(key, ..)| key).collect();
+    let sizes = size_values(&mut limits).map(|(key, _)| key);
+    let mut table = file.table_or_empty("limits", &[&numbers[..], &sizes].concat());
+    for (key, bounds, limit) in limit_values(&mut limits) {
         // An error is noted.
         *limit = table.or(key, bounds, *limit).unwrap_or(*limit);
+    }
+    for (key, limit) in size_values(&mut limits) {
+        *limit = table.or(key, SIZE_OR_NONE, *limit).unwrap_or(*limit);
     }
     limits
 }

@@ -10,9 +10,11 @@
 //! read in a file of its own. Settings of other modules are defined there, such as [`crate::session::settings`].
 //! Certificates, keys and directories are only named here: the modules that use them report what is wrong with them.
 
+mod accounts;
 mod aliases;
 mod customer;
 mod edit;
+mod held;
 mod limits;
 mod mailboxes;
 mod owner;
@@ -27,12 +29,14 @@ mod value;
 
 use std::path::Path;
 
+pub use self::accounts::{Account, Accounts};
 pub use self::customer::{CustomerConfig, OutgoingConfig, ProviderAccount};
 pub use self::edit::{ChangedFile, with_verifier};
+pub use self::held::{HeldConfig, OverQuota};
 pub use self::mailboxes::MailboxesConfig;
 pub use self::owner::MailOwner;
 pub use self::print::effective;
-pub use self::provider::{Account, Accounts, InboundConfig, OdmrConfig, ProviderConfig, TlsFiles};
+pub use self::provider::{InboundConfig, OdmrConfig, ProviderConfig, TlsFiles};
 pub use self::relay::{RelayConfig, TlsPolicy};
 #[cfg(test)]
 pub(crate) use self::schedule::parse as parse_schedule;

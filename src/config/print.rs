@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
-use super::limits::{limit_values, timeout_values};
+use super::limits::{limit_values, size_values, timeout_values};
 use super::source::Source;
-use super::{Account, Config, ConfigError, CustomerConfig, ProviderAccount, ProviderConfig, TlsPolicy};
+use super::{
+    Account, Config, ConfigError, CustomerConfig, HeldConfig, OverQuota, ProviderAccount, ProviderConfig, TlsPolicy,
+};
 use crate::queue::retry::Retry;
 use crate::schedule::{Schedule, When};
 use crate::session::{Limits, Timeouts, TlsMode};
@@ -72,7 +74,9 @@ impl Printer {
         self.list("listen-tls", &config.odmr.listen_tls);
         self.value("require-tls", config.odmr.require_tls);
         self.value("cram-md5", config.odmr.cram_md5);
-        self.value("give-up", time(config.odmr.give_up));
+        if let Some(give_up) = config.odmr.give_up {
+            self.value("give-up", time(give_up));
+        }
         self.value("without-8bitmime", eight_bit(config.odmr.without_8bitmime));
         let relay = &config.relay;
         let mut table = take_table(&mut file, "relay").unwrap_or_default();
@@ -109,7 +113,19 @@ impl Printer {
         self.value("relay", account.relay);
         self.value("any-sender", account.any_sender);
         self.value("rate", account.rate);
+        self.held(&account.held, &mut file);
         Ok(self.out)
+    }
+
+    /// `file`: what is written, for keys without a default of their own.
+    fn held(&mut self, held: &HeldConfig, file: &mut DeTable<'_>) {
+        let or_never = |limit: Option<Duration>| limit.map_or_else(|| "\"never\"".to_owned(), time);
+        self.value("expire-after", or_never(held.expire_after));
+        self.value("delay-warning", or_never(held.delay_warning));
+        self.value("soft-bounce", time(held.soft_bounce));
+        self.value("over-quota", if held.over_quota == OverQuota::Defer { "\"defer\"" } else { "\"reject\"" });
+        self.value("min-interval", time(held.min_interval));
+        self.written(file, &["max-bytes", "max-messages", "messages-per-turn", "octets-per-turn", "turn"]);
     }
 
     fn customer(mut self, config: &CustomerConfig) -> Result<String, ConfigError> {
@@ -203,6 +219,9 @@ impl Printer {
     fn limits(&mut self, limits: &Limits, timeouts: &Timeouts) {
         self.head("limits");
         for (key, _, value) in limit_values(&mut limits.clone()) {
+            self.value(key, *value);
+        }
+        for (key, value) in size_values(&mut limits.clone()) {
             self.value(key, *value);
         }
         self.head("timeouts");

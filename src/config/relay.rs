@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use super::remote::optional_remote;
 use super::table::Table;
-use super::value::{DELAY_WARNING, DURATION, Flag, PORT_NUMBER, RESOLVER, Text, WITHOUT_8BITMIME, domain_elsewhere};
+use super::value::{DURATION, Flag, NEVER_OR_LATER, PORT_NUMBER, RESOLVER, Text, WITHOUT_8BITMIME, domain_elsewhere};
 use crate::mail::address::Domain;
 use crate::queue::retry::{LONGEST_PAUSE, Retry};
 use crate::recipients::ConfigError;
@@ -105,8 +105,10 @@ const TLS_POLICY: Text<TlsPolicy> = Text::new(TLS_POLICIES, |text| match text {
 pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
     let default = Retry::default();
     let (first_line, max_line) = (table.line_of("retry-first"), table.line_of("retry-max"));
-    let (give_up, delay_notice) =
-        (table.or("give-up", DURATION, default.give_up), table.or("delay-notice", DELAY_WARNING, default.delay_notice));
+    let (give_up, delay_notice) = (
+        table.or("give-up", DURATION, default.give_up),
+        table.or("delay-notice", NEVER_OR_LATER, default.delay_notice),
+    );
     let (max, first) = (table.get("retry-max", DURATION), table.get("retry-first", DURATION));
     let give_up = give_up?;
     let max = max?.unwrap_or(if default.max < give_up { default.max } else { give_up / 2 });

@@ -172,6 +172,8 @@ fn every_limit_and_timeout_is_read() {
         auth-failures = 4
         turned-sessions = 5
         messages-per-turn = 6
+        octets-per-turn = "6MiB"
+        min-free = 0
         received-hops = 7
         [timeouts]
         connect = "1ms"
@@ -200,6 +202,8 @@ fn every_limit_and_timeout_is_read() {
         auth_failures: 4,
         turned_sessions: 5,
         messages_per_turn: 6,
+        octets_per_turn: 6 << 20,
+        min_free: 0,
         received_hops: 7,
     };
     assert_eq!(provider.limits, limits);
@@ -351,6 +355,32 @@ fn what_a_customer_may_submit_is_read() {
 }
 
 #[test]
+fn what_a_file_says_of_held_mail_is_read() {
+    let held = |text: &str| {
+        let directory = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &changed(ACME, "", text))]);
+        let provider = ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap();
+        provider.accounts.account("acme").unwrap().held.clone()
+    };
+    assert_eq!(held(""), HeldConfig::default());
+    let text = "expire-after = \"90d\"\ndelay-warning = \"4h\"\nsoft-bounce = \"0s\"\nmax-bytes = \"1MiB\"\nmax-messages = 1\n\
+                over-quota = \"reject\"\nmessages-per-turn = 0\noctets-per-turn = 0\nturn = \"5m\"\nmin-interval = \"1m\"\n";
+    let all = HeldConfig {
+        expire_after: Some(90 * DAY),
+        delay_warning: Some(4 * HOUR),
+        soft_bounce: Duration::ZERO,
+        max_bytes: Some(1 << 20),
+        max_messages: Some(1),
+        over_quota: OverQuota::Reject,
+        messages_per_turn: Some(0),
+        octets_per_turn: Some(0),
+        turn: Some(5 * MINUTE),
+        min_interval: MINUTE,
+    };
+    assert_eq!(held(text), all);
+    assert_eq!(held("expire-after = \"never\"\ndelay-warning = \"300d\"\n").expire_after, None);
+}
+
+#[test]
 fn the_least_outgoing_has_the_documented_defaults() {
     let outgoing = outgoing("");
     assert!(outgoing.queue.is_absolute() && outgoing.queue.ends_with("out"));
@@ -492,6 +522,23 @@ fn mistakes_in_what_a_customer_may_submit_are_named() {
     account("", "max-size = 0", at, "no message would be accepted");
     account("", "rate = -1", at, "-1 is too small: write 0 or more");
     account("", "rate = \"10/h\"", at, "expected a whole number, 0 or more");
+}
+
+#[test]
+#[rustfmt::skip]
+fn mistakes_in_what_is_said_of_held_mail_are_named() {
+    let at = "customers.d/acme.toml:3";
+    account("", "expire-after = \"91d\"", at, "write \"90d\" or less, or \"never\"");
+    account("", "expire-after = \"1ms\"", at, "write \"1s\" or more");
+    account("", "expire-after = 14", at, "expected a time such as \"14d\", or \"never\"");
+    account("", "delay-warning = \"14d\"", at, "`delay-warning` must be shorter than `expire-after`");
+    account("", "soft-bounce = \"never\"", at, "\"never\" is not a valid time");
+    account("", "max-bytes = 0", at, "no message would be accepted");
+    account("", "max-messages = 0", at, "0 is too small: write 1 or more");
+    account("", "over-quota = \"drop\"", at, "write \"defer\" or \"reject\"");
+    account("", "octets-per-turn = \"1MB\"", at, "not a valid size");
+    account("", "turn = \"0s\"", at, "would wait for nothing");
+    account("", "min-interval = 5", at, "expected a time such as \"2d\", or \"0s\"");
 }
 
 #[test]
@@ -1304,7 +1351,7 @@ fn each_line_that_is_no_toml_is_found() {
 /// What is printed is a configuration again, and has the same effect, except for secrets.
 #[test]
 fn what_is_printed_is_read_again() {
-    let account = "domains = [\"example.org\"]\nsecret = \"open sesame\"\nmax-size = \"1MiB\"\n";
+    let account = "domains = [\"example.org\"]\nsecret = \"open sesame\"\nmax-size = \"1MiB\"\nmax-bytes = \"1GiB\"\n";
     let provider = format!(
         "user = \"odmr\"\ngroup = \"mail\"\n{PROVIDER}give-up = \"36h\"\n[relay]\nsmarthost = \"smtp.example.net\"\nname = \"a\\\"b\"\nsecret = \"open \
          sesame\"\ntls-for = {{ \"example.com\" = \"must\" }}\n[limits]\nerrors = 7\n[timeouts]\nmail = \"1500ms\"\n"
@@ -1358,6 +1405,8 @@ fn what_is_printed_is_read_again() {
         "name = \"a\\\"b\"",
         "max-size = \"1MiB\"",
         "any-sender = false",
+        "expire-after = \"14d\"",
+        "max-bytes = \"1GiB\"",
     ] {
         assert!(printed.lines().any(|printed| printed == line), "{line} is not in\n{printed}");
     }

@@ -429,6 +429,13 @@ pub(super) const SIZE: Text<u64> = Text {
     },
 };
 
+/// A number of octets, or 0 for no limit.
+pub(super) const SIZE_OR_NONE: Text<u64> = Text {
+    expected: "a size such as \"50MiB\", or 0",
+    number: true,
+    parse: |text| if text == "0" { Ok(0) } else { SIZE.parse(text) },
+};
+
 /// The longest time: a longer one could make a deadline that `Instant` cannot represent.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
@@ -453,6 +460,12 @@ pub(super) const DURATION: Text<Duration> = Text::new("a time such as \"5m\"", |
     }
 });
 
+/// A time, or zero where there is none.
+pub(super) const DURATION_OR_NONE: Text<Duration> = Text::new("a time such as \"2d\", or \"0s\"", |text| match text {
+    "0ms" | "0s" | "0m" | "0h" | "0d" => Ok(Duration::ZERO),
+    _ => DURATION.parse(text),
+});
+
 /// Reads a time on the command line, such as `4h`.
 ///
 /// # Errors
@@ -462,11 +475,21 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// A time, or `never`.
-pub(super) const DELAY_WARNING: Text<Option<Duration>> = Text::new("a time such as \"4h\", or \"never\"", |text| {
+pub(super) const NEVER_OR_LATER: Text<Option<Duration>> = Text::new("a time such as \"4h\", or \"never\"", |text| {
     if text == "never" {
         return Ok(None);
     }
     DURATION.parse(text).map(Some).map_err(|text| format!("{text}, or \"never\""))
+});
+
+/// When held mail expires: after a time, or never.
+pub(super) const EXPIRY: Text<Option<Duration>> = Text::new("a time such as \"14d\", or \"never\"", |text| {
+    let most = Duration::from_secs(90 * 24 * 60 * 60);
+    match NEVER_OR_LATER.parse(text)? {
+        Some(time) if time < Duration::from_secs(1) => Err(format!("{text:?} is too short: write \"1s\" or more")),
+        Some(time) if time > most => Err(format!("{text:?} is too long: write \"90d\" or less, or \"never\"")),
+        time => Ok(time),
+    }
 });
 
 /// Divides `50MiB` into 50 and `MiB`.

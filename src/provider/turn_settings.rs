@@ -18,7 +18,8 @@ pub struct TurnSettings {
     /// Messages in one session; 0: no limit.
     pub messages: usize,
     /// Messages that were deferred for so long since their first offer are given up.
-    pub give_up: Duration,
+    /// `None`: they are not.
+    pub give_up: Option<Duration>,
     pub without_8bitmime: Without8BitMime,
     pub reporter: Reporter,
     /// Accounts whose sessions end after the messages under way, because their domains are no longer theirs.

@@ -207,7 +207,7 @@ impl TurnedQueue {
             peer: peer.as_deref(),
             peer_sends_dsn: sends_dsn,
             retry: None,
-            give_up: Some(self.settings.give_up),
+            give_up: self.settings.give_up,
         };
         let Ok(result) = self.settings.reporter.finish_attempt(message, result, &attempt, &mut mail.lock) else {
             self.counters.unsettled += 1;

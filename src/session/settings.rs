@@ -25,6 +25,10 @@ pub struct Limits {
     pub turned_sessions: usize,
     /// Messages sent in one turned session before QUIT; 0, the default: no limit.
     pub messages_per_turn: usize,
+    /// Octets of content sent in one turned session before QUIT; 0, the default: no limit.
+    pub octets_per_turn: u64,
+    /// Mail is accepted only while the disk has so many octets free. Default 4 MiB.
+    pub min_free: u64,
     /// A message with more `Received:` fields than this is in a mail loop (RFC 5321 section 6.3). Default 100, at least 1.
     pub received_hops: usize,
 }
@@ -59,6 +63,8 @@ impl Default for Limits {
             auth_failures: limits::FEWEST_AUTH_FAILURES as usize,
             turned_sessions: 10_000,
             messages_per_turn: 0,
+            octets_per_turn: 0,
+            min_free: 4 << 20,
             received_hops: limits::LOOP_HOPS,
         }
     }

@@ -1,0 +1,114 @@
+//! What a customer's file says of the mail that is held for it: for how long and how much, and how it is sent.
+
+use std::time::Duration;
+
+use super::table::Table;
+use super::value::{DURATION, DURATION_OR_NONE, EXPIRY, NEVER_OR_LATER, SIZE, SIZE_OR_NONE, Text};
+use crate::recipients::ConfigError;
+
+/// The mail that is held for a customer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HeldConfig {
+    /// A message of this age expires, whether the customer calls or not. `None`: never. Default: 14 days; from 1 s to 90 days.
+    pub expire_after: Option<Duration>,
+    /// The sender of a message of this age gets a DSN about the delay, unless the customer has called since it has arrived.
+    /// `None`, the default: never.
+    pub delay_warning: Option<Duration>,
+    /// A rejection that looks like a mistake of the customer's side is a deferral for so long; zero: never. Default: 2 days.
+    pub soft_bounce: Duration,
+    /// Octets of the files that may be held; `None`, the default: no limit.
+    pub max_bytes: Option<u64>,
+    /// Messages that may be held, from 1 on; `None`, the default: no limit.
+    pub max_messages: Option<usize>,
+    /// What becomes of mail that is too much. Default: it is deferred.
+    pub over_quota: OverQuota,
+    /// Messages in one turned session; `None`, the default: as `[limits]` says; 0: no limit.
+    pub messages_per_turn: Option<usize>,
+    /// Octets of content in one turned session; `None`, the default: as `[limits]` says; 0: no limit.
+    pub octets_per_turn: Option<u64>,
+    /// A turned session takes no longer; `None`, the default: as `[timeouts]` says.
+    pub turn: Option<Duration>,
+    /// From the end of a call that has brought no mail to the next ATRN. Default: zero.
+    pub min_interval: Duration,
+}
+
+/// What becomes of mail for a customer for whom enough is held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum OverQuota {
+    /// The sender's server tries again.
+    #[default]
+    Defer,
+    /// The sender gets it back.
+    Reject,
+}
+
+const OVER_QUOTA_EXPECTED: &str = "\"defer\" or \"reject\"";
+
+/// What becomes of mail that is too much.
+const OVER_QUOTA: Text<OverQuota> = Text::new(OVER_QUOTA_EXPECTED, |text| match text {
+    "defer" => Ok(OverQuota::Defer),
+    "reject" => Ok(OverQuota::Reject),
+    _ => Err(format!("{text:?} is not a way to treat mail that is too much: write {OVER_QUOTA_EXPECTED}")),
+});
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+impl Default for HeldConfig {
+    fn default() -> HeldConfig {
+        HeldConfig {
+            expire_after: Some(14 * DAY),
+            delay_warning: None,
+            soft_bounce: 2 * DAY,
+            max_bytes: None,
+            max_messages: None,
+            over_quota: OverQuota::default(),
+            messages_per_turn: None,
+            octets_per_turn: None,
+            turn: None,
+            min_interval: Duration::ZERO,
+        }
+    }
+}
+
+impl HeldConfig {
+    /// Reads the keys of the file.
+    pub(super) fn build(table: &mut Table<'_>) -> Result<HeldConfig, ConfigError> {
+        let default = HeldConfig::default();
+        let warning_line = table.line_of("delay-warning");
+        let expire_after = table.or("expire-after", EXPIRY, default.expire_after);
+        let delay_warning = table.or("delay-warning", NEVER_OR_LATER, default.delay_warning);
+        let soft_bounce = table.or("soft-bounce", DURATION_OR_NONE, default.soft_bounce);
+        let (max_bytes, max_messages) = (table.get("max-bytes", SIZE), table.get("max-messages", 1..=u32::MAX));
+        let over_quota = table.or("over-quota", OVER_QUOTA, default.over_quota);
+        let messages_per_turn = table.get("messages-per-turn", 0..=u32::MAX);
+        let octets_per_turn = table.get("octets-per-turn", SIZE_OR_NONE);
+        let turn = table.get("turn", DURATION);
+        let min_interval = table.or("min-interval", DURATION_OR_NONE, default.min_interval);
+        let (expire_after, delay_warning) = (expire_after?, delay_warning?);
+        if let (Some(expiry), Some(warning)) = (expire_after, delay_warning)
+            && warning >= expiry
+        {
+            let text = "`delay-warning` must be shorter than `expire-after`, which is \"14d\" by default: write less here, \
+                        or more there";
+            return Err(warning_line.error(text));
+        }
+        Ok(HeldConfig {
+            expire_after,
+            delay_warning,
+            soft_bounce: soft_bounce?,
+            max_bytes: max_bytes?,
+            max_messages: max_messages?,
+            over_quota: over_quota?,
+            messages_per_turn: messages_per_turn?,
+            octets_per_turn: octets_per_turn?,
+            turn: turn?,
+            min_interval: min_interval?,
+        })
+    }
+}
+
+#[rustfmt::skip]
+pub(super) const HELD_KEYS: [&str; 10] = [
+    "expire-after", "delay-warning", "soft-bounce", "max-bytes", "max-messages", "over-quota", "messages-per-turn",
+    "octets-per-turn", "turn", "min-interval",
+];
