@@ -71,6 +71,8 @@ fn record_call(shared: &Shared, session: &ServerSession, reply: &Reply) {
 ///
 /// # Errors
 /// The session and the reply to ATRN: the connection does not turn, and nothing is locked.
+// Inlined, its room on the stack would be below that of each command of the session.
+#[inline(never)]
 fn turn(shared: &Shared, session: Box<ServerSession>, domains: &[Domain]) -> Result<(), (Box<ServerSession>, Reply)> {
     let lock = match lock_mail(shared, session.server.account(), domains) {
         Ok(lock) => lock,
