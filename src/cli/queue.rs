@@ -575,6 +575,7 @@ fn show_message(out: &mut dyn Write, QueueItem { label, name, message }: &QueueI
         ("first seen", record.first_seen.map(time)),
         ("first offered", record.first_offered.map(time)),
         ("attempts", Some(record.attempts.to_string())),
+        ("first rejected", record.first_rejected.map(time)),
         ("in doubt", message.in_doubt.then(|| "it may have been sent".to_owned())),
         (
             "sessions ended",

@@ -7,6 +7,7 @@
 //! T=1795689600                   when it was first seen, if its time of arrival is impossible
 //! O=1795689600                   when it was first offered
 //! A=3                            the attempts
+//! R=1795689600                   when a rejection of it was deferred first (`soft-bounce`)
 //! P=3-1-1795689600               the sessions that it has ended, the calls that skip it, when it ended the last one
 //! L=450_4.2.1_mailbox_is_full    the last reply
 //! ```
@@ -19,7 +20,7 @@ use crate::clock::Timestamp;
 use crate::net::trace::printable;
 
 /// The keys of the fields of [`AttemptRecord`].
-const RECORD_KEYS: [&[u8]; 5] = [b"T=", b"O=", b"A=", b"P=", b"L="];
+const RECORD_KEYS: [&[u8]; 6] = [b"T=", b"O=", b"A=", b"R=", b"P=", b"L="];
 
 /// Octets of a file name at most (`NAME_MAX`), without room for the flags that a mail reader may add.
 const NAME_LIMIT: usize = 255 - 12;
@@ -48,6 +49,8 @@ pub struct AttemptRecord {
     pub first_offered: Option<Timestamp>,
     /// How often it was offered, and stayed.
     pub attempts: u32,
+    /// When a customer rejected it first, and that counted as a deferral.
+    pub first_rejected: Option<Timestamp>,
     pub ended: Option<EndedSessions>,
     /// The last reply to a recipient that stays, with `_` for what is no letter, digit, `.`, `-`, `+` or `@`.
     pub last_reply: Option<String>,
@@ -136,6 +139,7 @@ impl Entry {
             first_seen: self.field("T=").and_then(seconds),
             first_offered: self.field("O=").and_then(seconds),
             attempts: self.field("A=").and_then(|attempts| attempts.parse().ok()).unwrap_or(0),
+            first_rejected: self.field("R=").and_then(seconds),
             ended: self.ended(),
             last_reply: self.field("L=").map(str::to_owned),
         }
@@ -162,7 +166,8 @@ impl Entry {
         let ended =
             record.ended.map(|EndedSessions { sessions, skip, at }| format!(",P={sessions}-{skip}-{}", at.seconds()));
         let attempts = Some(format!(",A={}", record.attempts)).filter(|_| record.attempts > 0);
-        let fields = [time("T", record.first_seen), time("O", record.first_offered), attempts, ended];
+        let rejected = time("R", record.first_rejected);
+        let fields = [time("T", record.first_seen), time("O", record.first_offered), attempts, rejected, ended];
         let fields: String = fields.into_iter().flatten().collect();
         let mut info = self.name.as_bytes()[self.base().len()..].to_vec();
         if name.len() + fields.len() + info.len() > NAME_LIMIT {
@@ -218,10 +223,11 @@ mod tests {
             first_seen: Some(time(5)),
             first_offered: Some(time(6)),
             attempts: 7,
+            first_rejected: Some(time(9)),
             ended: Some(EndedSessions { sessions: 4, skip: 2, at: time(8) }),
             last_reply: Some("450 4.2.1 <a@b>: full, wait/2".to_owned()),
         };
-        let fields = ",T=5,O=6,A=7,P=4-2-8,L=450_4.2.1__a@b___full__wait_2";
+        let fields = ",T=5,O=6,A=7,R=9,P=4-2-8,L=450_4.2.1__a@b___full__wait_2";
         for (name, base, info) in [
             ("7.x.host", "7.x.host", ""),
             ("7.x.host,S=1,W=2:2,FS", "7.x.host,S=1,W=2", ":2,FS"),
@@ -239,7 +245,7 @@ mod tests {
                 Some(format!("{base}{info}").as_str())
             );
         }
-        assert_eq!(entry(b"7.x,P=1-2,A=x,T=,O=-").record(), AttemptRecord::default());
+        assert_eq!(entry(b"7.x,P=1-2,A=x,T=,O=-,R=y").record(), AttemptRecord::default());
     }
 
     #[test]

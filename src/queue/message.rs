@@ -79,6 +79,9 @@ pub struct QueuedMessage {
     pub eight_bit: bool,
     /// When the next attempt at deferred recipients is due; only a queue with retries uses it.
     pub next_attempt: Option<SystemTime>,
+    /// The rejection of a recipient that stays was a deferral, for the first time at this time (`soft-bounce`); `None`: what is
+    /// recorded holds.
+    pub first_rejected: Option<Timestamp>,
     /// The sender has received a DSN about the rejected recipients, or wants none; or nothing is to be kept for them.
     pub rejections_reported: bool,
 }
@@ -168,6 +171,7 @@ impl QueuedMessage {
             left_out: false,
             size: 0,
             next_attempt: None,
+            first_rejected: None,
             rejections_reported: false,
         };
         message.rewind().map_err(failed)?;
@@ -461,9 +465,10 @@ impl QueuedMessage {
     /// Records an attempt after which recipients stay open.
     fn record_attempt(&mut self, result: &DeliveryResult, in_doubt: bool, now: Timestamp) -> io::Result<()> {
         let last_reply = result.recipients.iter().rev().find(|status| status.is_open()).map(ToString::to_string);
-        let waits = self.waits();
+        let (waits, first_rejected) = (self.waits(), self.first_rejected);
         self.rename(in_doubt.then_some(IN_DOUBT), |record| {
             count_attempt(record, now);
+            record.first_rejected = first_rejected.or(record.first_rejected);
             record.last_reply = last_reply.or(record.last_reply.take());
             record.ended = result.ended_session().then(|| ended_once_more(record.ended, waits, now));
         })

@@ -874,10 +874,10 @@ impl Connection {
     }
 }
 
-/// The name of a file without what it records about attempts: the time of the first one, how many, the sessions that they
-/// have ended, the last reply.
+/// The name of a file without what it records about attempts: the time of the first one, how many, when the first rejection
+/// was deferred, the sessions that they have ended, the last reply.
 fn without_attempts(name: &str) -> String {
     let (base, info) = name.split_at(name.find(':').unwrap_or(name.len()));
-    let is_record = |field: &&str| ["O=", "A=", "P=", "L="].iter().any(|key| field.starts_with(key));
+    let is_record = |field: &&str| ["O=", "A=", "R=", "P=", "L="].iter().any(|key| field.starts_with(key));
     base.split(',').filter(|field| !is_record(field)).collect::<Vec<_>>().join(",") + info
 }
