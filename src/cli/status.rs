@@ -131,7 +131,7 @@ fn provider(config: &ProviderConfig, name: Option<&str>, show: &Show) -> Result<
         Format::Json => format!("{}\n", provider_json(&status, &config.hostname, show)),
         Format::Prometheus => provider_metrics(&status, show).to_string(),
     };
-    Ok((text, show.warn.map(|warn| provider_findings(&status, warn, show.now)).unwrap_or_default()))
+    Ok((text, show.warn.map(|warn| provider_findings(&status, warn, show)).unwrap_or_default()))
 }
 
 /// The text for a customer, and what needs a person.
@@ -173,6 +173,13 @@ impl Show {
         short_time(age(time, self.now).as_secs())
     }
 
+    /// The mail that a customer has rejected, and that waits for a person; `None`: there is none.
+    fn soft_bounced(&self, waiting: &QueueSummary) -> Option<String> {
+        let (since, reply) = waiting.first_soft_bounce.as_ref()?;
+        let (messages, since, reply) = (waiting.soft_bounced, self.ago(*since), shown(reply));
+        Some(format!("{messages} rejected by its server, and deferred, since {since} ago: {reply}"))
+    }
+
     /// In so much time, or `now`.
     fn until(&self, time: Timestamp) -> String {
         if time <= self.now { "now".to_owned() } else { format!("in {}", short_time(age(self.now, time).as_secs())) }
@@ -187,6 +194,9 @@ impl Show {
         let _ = writeln!(text, "{}", line.trim_end());
         for (reply, messages) in waiting.frequent_replies().into_iter().take(3) {
             let _ = writeln!(text, "    {messages} × {}", shown(reply));
+        }
+        if let Some(soft_bounced) = self.soft_bounced(waiting) {
+            let _ = writeln!(text, "    {soft_bounced}");
         }
     }
 
@@ -228,6 +238,9 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
             }
         } else {
             show.waiting(&mut text, &account.name, &account.held, &call);
+        }
+        if let Some(learned @ 1..) = account.learned {
+            let _ = writeln!(text, "    {learned} recipients are rejected: its server does not know them");
         }
     }
     for DomainStatus { domain, waiting } in &status.unowned {
@@ -296,6 +309,9 @@ fn waiting_json(waiting: &QueueSummary) -> Vec<(&'static str, Json)> {
         ("in_doubt", Json::Count(waiting.in_doubt)),
         ("deferred", Json::Count(waiting.deferred)),
         ("ended_sessions", Json::Count(waiting.ended_sessions)),
+        ("soft_bounced", Json::Count(waiting.soft_bounced)),
+        ("soft_bounced_since", Json::time(waiting.first_soft_bounce.as_ref().map(|(since, _)| *since))),
+        ("soft_bounced_reply", waiting.first_soft_bounce.as_ref().map_or(Json::Null, |(_, reply)| Json::text(reply))),
         ("replies", Json::List(waiting.frequent_replies().into_iter().map(reply).collect())),
         ("set_aside", Json::Count(waiting.set_aside)),
         ("set_aside_bytes", Json::Count(waiting.set_aside_bytes)),
@@ -349,6 +365,7 @@ fn provider_json(status: &ProviderStatus, hostname: &str, show: &Show) -> Json {
         let mut members = vec![("account", Json::text(&account.name))];
         members.extend(waiting_json(&account.held));
         members.push(("last_call", call_json(account.call.as_ref())));
+        members.push(("learned_recipients", account.learned.map_or(Json::Null, |count| Json::Count(count as u64))));
         if show.by_domain {
             members.push(("domains", Json::List(account.domains.iter().map(domain_json).collect())));
         }
@@ -433,6 +450,8 @@ impl Metrics {
         self.add(&name("bytes"), "Size of the files of messages that wait.", labels, &waiting.bytes);
         self.add(&name("in_doubt_messages"), "Messages that may have been sent.", labels, &waiting.in_doubt);
         self.add(&name("deferred_messages"), "Messages that were offered and stayed.", labels, &waiting.deferred);
+        let soft_bounced = &waiting.soft_bounced;
+        self.add(&name("soft_bounced_messages"), "Messages that were rejected, and stayed.", labels, soft_bounced);
         self.add(
             &name("set_aside_messages"),
             "Rejected messages of which no sender can be told.",
@@ -491,6 +510,10 @@ fn provider_metrics(status: &ProviderStatus, show: &Show) -> Metrics {
             metrics.add_waiting("odmr_queue", &[name], &account.held);
         }
         metrics.add_call(&[name], account.call.as_ref());
+        if let Some(learned) = account.learned {
+            let help = "Recipients that are rejected because the customer's server does not know them.";
+            metrics.add("odmr_learned_recipients", help, &[name], &learned);
+        }
     }
     // The destinations are without number, so they are labels only if each domain is asked for.
     for (prefix, label, list) in [("unowned", "domain", &status.unowned), ("outgoing", "destination", &status.outgoing)]
@@ -571,10 +594,13 @@ fn reload_finding(reload: Option<&CallRecord>) -> Option<Finding> {
     Some(Finding { about: "configuration".to_owned(), text })
 }
 
-fn provider_findings(status: &ProviderStatus, warn: u64, now: Timestamp) -> Vec<Finding> {
+fn provider_findings(status: &ProviderStatus, warn: u64, show: &Show) -> Vec<Finding> {
+    let now = show.now;
     let mut findings = Vec::new();
     for account in &status.accounts {
         findings.extend(queue_findings(&account.name, &account.held, warn, now));
+        let soft_bounced = show.soft_bounced(&account.held);
+        findings.extend(soft_bounced.map(|text| Finding { about: account.name.clone(), text }));
         findings.extend(call_finding(&account.name, account.call.as_ref(), warn, now));
     }
     for DomainStatus { domain, waiting } in &status.unowned {

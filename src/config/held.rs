@@ -16,6 +16,8 @@ pub struct HeldConfig {
     pub delay_warning: Option<Duration>,
     /// A rejection that looks like a mistake of the customer's side is a deferral for so long; zero: never. Default: 2 days.
     pub soft_bounce: Duration,
+    /// The recipients that mail is accepted for.
+    pub recipients: KnownRecipients,
     /// Octets of the files that may be held; `None`, the default: no limit.
     pub max_bytes: Option<u64>,
     /// Messages that may be held, from 1 on; `None`, the default: no limit.
@@ -31,6 +33,25 @@ pub struct HeldConfig {
     /// From the end of a call that has brought no mail to the next ATRN. Default: zero.
     pub min_interval: Duration,
 }
+
+/// Which recipients in the domains of a customer mail is accepted for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum KnownRecipients {
+    /// All.
+    #[default]
+    Any,
+    /// All but those that the customer's server does not know, as it has said itself.
+    Learn,
+}
+
+const KNOWN_EXPECTED: &str = "\"any\" or \"learn\"";
+
+/// Which recipients mail is accepted for.
+const KNOWN: Text<KnownRecipients> = Text::new(KNOWN_EXPECTED, |text| match text {
+    "any" => Ok(KnownRecipients::Any),
+    "learn" => Ok(KnownRecipients::Learn),
+    _ => Err(format!("{text:?} does not say which recipients there are: write {KNOWN_EXPECTED}")),
+});
 
 /// What becomes of mail for a customer for whom enough is held.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -59,6 +80,7 @@ impl Default for HeldConfig {
             expire_after: Some(14 * DAY),
             delay_warning: None,
             soft_bounce: 2 * DAY,
+            recipients: KnownRecipients::default(),
             max_bytes: None,
             max_messages: None,
             over_quota: OverQuota::default(),
@@ -78,6 +100,7 @@ impl HeldConfig {
         let expire_after = table.or("expire-after", EXPIRY, default.expire_after);
         let delay_warning = table.or("delay-warning", NEVER_OR_LATER, default.delay_warning);
         let soft_bounce = table.or("soft-bounce", DURATION_OR_NONE, default.soft_bounce);
+        let recipients = table.or("recipients", KNOWN, default.recipients);
         let (max_bytes, max_messages) = (table.get("max-bytes", SIZE), table.get("max-messages", 1..=u32::MAX));
         let over_quota = table.or("over-quota", OVER_QUOTA, default.over_quota);
         let messages_per_turn = table.get("messages-per-turn", 0..=u32::MAX);
@@ -96,6 +119,7 @@ impl HeldConfig {
             expire_after,
             delay_warning,
             soft_bounce: soft_bounce?,
+            recipients: recipients?,
             max_bytes: max_bytes?,
             max_messages: max_messages?,
             over_quota: over_quota?,
@@ -108,7 +132,7 @@ impl HeldConfig {
 }
 
 #[rustfmt::skip]
-pub(super) const HELD_KEYS: [&str; 10] = [
-    "expire-after", "delay-warning", "soft-bounce", "max-bytes", "max-messages", "over-quota", "messages-per-turn",
-    "octets-per-turn", "turn", "min-interval",
+pub(super) const HELD_KEYS: [&str; 11] = [
+    "expire-after", "delay-warning", "soft-bounce", "recipients", "max-bytes", "max-messages", "over-quota",
+    "messages-per-turn", "octets-per-turn", "turn", "min-interval",
 ];

@@ -32,7 +32,7 @@ use std::path::Path;
 pub use self::accounts::{Account, Accounts};
 pub use self::customer::{CustomerConfig, OutgoingConfig, ProviderAccount};
 pub use self::edit::{ChangedFile, with_verifier};
-pub use self::held::{HeldConfig, OverQuota};
+pub use self::held::{HeldConfig, KnownRecipients, OverQuota};
 pub use self::mailboxes::MailboxesConfig;
 pub use self::owner::MailOwner;
 pub use self::print::effective;

@@ -10,7 +10,8 @@ use toml::de::{DeTable, DeValue};
 use super::limits::{limit_values, size_values, timeout_values};
 use super::source::Source;
 use super::{
-    Account, Config, ConfigError, CustomerConfig, HeldConfig, OverQuota, ProviderAccount, ProviderConfig, TlsPolicy,
+    Account, Config, ConfigError, CustomerConfig, HeldConfig, KnownRecipients, OverQuota, ProviderAccount,
+    ProviderConfig, TlsPolicy,
 };
 use crate::queue::retry::Retry;
 use crate::schedule::{Schedule, When};
@@ -123,6 +124,7 @@ impl Printer {
         self.value("expire-after", or_never(held.expire_after));
         self.value("delay-warning", or_never(held.delay_warning));
         self.value("soft-bounce", time(held.soft_bounce));
+        self.value("recipients", if held.recipients == KnownRecipients::Any { "\"any\"" } else { "\"learn\"" });
         self.value("over-quota", if held.over_quota == OverQuota::Defer { "\"defer\"" } else { "\"reject\"" });
         self.value("min-interval", time(held.min_interval));
         self.written(file, &["max-bytes", "max-messages", "messages-per-turn", "octets-per-turn", "turn"]);

@@ -362,12 +362,13 @@ fn what_a_file_says_of_held_mail_is_read() {
         provider.accounts.account("acme").unwrap().held.clone()
     };
     assert_eq!(held(""), HeldConfig::default());
-    let text = "expire-after = \"90d\"\ndelay-warning = \"4h\"\nsoft-bounce = \"0s\"\nmax-bytes = \"1MiB\"\nmax-messages = 1\n\
+    let text = "expire-after = \"90d\"\ndelay-warning = \"4h\"\nsoft-bounce = \"0s\"\nrecipients = \"learn\"\nmax-bytes = \"1MiB\"\nmax-messages = 1\n\
                 over-quota = \"reject\"\nmessages-per-turn = 0\noctets-per-turn = 0\nturn = \"5m\"\nmin-interval = \"1m\"\n";
     let all = HeldConfig {
         expire_after: Some(90 * DAY),
         delay_warning: Some(4 * HOUR),
         soft_bounce: Duration::ZERO,
+        recipients: KnownRecipients::Learn,
         max_bytes: Some(1 << 20),
         max_messages: Some(1),
         over_quota: OverQuota::Reject,
@@ -533,6 +534,7 @@ fn mistakes_in_what_is_said_of_held_mail_are_named() {
     account("", "expire-after = 14", at, "expected a time such as \"14d\", or \"never\"");
     account("", "delay-warning = \"14d\"", at, "`delay-warning` must be shorter than `expire-after`");
     account("", "soft-bounce = \"never\"", at, "\"never\" is not a valid time");
+    account("", "recipients = \"all\"", at, "write \"any\" or \"learn\"");
     account("", "max-bytes = 0", at, "no message would be accepted");
     account("", "max-messages = 0", at, "0 is too small: write 1 or more");
     account("", "over-quota = \"drop\"", at, "write \"defer\" or \"reject\"");

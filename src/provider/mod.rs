@@ -12,6 +12,8 @@ pub mod spool;
 pub mod status;
 pub mod relay;
 pub mod storage;
+pub mod unknown;
+pub mod soft_bounce;
 pub mod turn_settings;
 pub mod turned_queue;
 pub mod turned_session;
@@ -318,6 +320,7 @@ fn prepare(
         rates: Arc::default(),
         verifiers: Arc::default(),
         lost: Arc::default(),
+        unknown: Arc::default(),
         cancel,
         abort,
         limiter,

@@ -210,6 +210,7 @@ impl SessionHandler for OdmrHandler<'_> {
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
         if let Some(queue) = self.shared.spool.held_queue(&mailbox) {
+            self.shared.check_learned(&mailbox)?;
             return self.held.add(queue).map(|()| mailbox.canonical());
         }
         check_qualified(&mailbox).map(|()| mailbox)

@@ -7,9 +7,10 @@ use super::delivery::TurnSender;
 use super::relay::{RelayHandle, WorkerContext};
 use super::spool::Spool;
 use super::turn_settings::{LostDomains, TurnSettings};
+use super::unknown::UnknownCache;
 use super::verifiers::Verifiers;
 use crate::clock::Timestamp;
-use crate::config::ProviderConfig;
+use crate::config::{KnownRecipients, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{ForwardPath, Mailbox};
 use crate::net::cancel::CancelToken;
@@ -29,6 +30,7 @@ pub struct Lasting {
     pub rates: Arc<SubmissionRates>,
     pub verifiers: Arc<Verifiers>,
     pub lost: Arc<LostDomains>,
+    pub unknown: Arc<UnknownCache>,
     /// Ends sessions after the command or message under way.
     pub cancel: CancelToken,
     /// Ends sessions at once.
@@ -55,6 +57,22 @@ impl Shared {
     /// The reply to MAIL.
     pub fn check_room(&self, mail: &MailFrom) -> Result<(), Reply> {
         if self.spool.has_room(mail.size.unwrap_or(0)) { Ok(()) } else { Err(disk_full_reply()) }
+    }
+
+    /// Checks that the customer whose domain it is, if it learns recipients, may have this one.
+    ///
+    /// # Errors
+    /// The reply to RCPT: it has rejected that recipient lately (RFC 5321 section 3.3).
+    pub fn check_learned(&self, mailbox: &Mailbox) -> Result<(), Reply> {
+        let Some(owner) = mailbox.domain().and_then(|domain| self.config.accounts.owner(domain)) else {
+            return Ok(());
+        };
+        let (file, now) = (self.spool.unknown_recipients(&owner.name), self.lasting.ids.clock().now());
+        let learns = owner.held.recipients == KnownRecipients::Learn;
+        match learns && self.lasting.unknown.is_learned(&file, mailbox, now) {
+            true => Err(Reply::new(550, "5.1.1", "The server that this mail is for does not know that recipient")),
+            false => Ok(()),
+        }
     }
 
     /// Records for the status that the configuration was read, or why not.

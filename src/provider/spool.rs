@@ -9,9 +9,10 @@
 //! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
 //! SPOOL/.odmr/                the lock of `odmr serve`; `account-ACCOUNT.lock`, which a turned session of the account has,
 //!                             besides `odmr.lock` in each directory with mail; for `odmr status`: `call-ACCOUNT`, the
-//!                             last call of an account, and `reload`, the last reading of the configuration; `retry`,
-//!                             which asks the relay to look at its queues; `tidy`, whose time says when what was left over was removed last;
-//!                             `scram-key`, of which the salts are made that no file has
+//!                             last call of an account, and `reload`, the last reading of the configuration;
+//!                             `unknown-ACCOUNT`, the recipients that a customer's server does not know; `retry`, which asks the relay to
+//!                             look at its queues; `tidy`, whose time says when what was left over was removed last; `scram-key`, of which the
+//!                             salts are made that no file has
 //! ```
 
 use std::fs::{self, File};
@@ -21,7 +22,7 @@ use std::time::SystemTime;
 
 use rustix::fs::Access;
 
-use crate::config::{Accounts, ProviderConfig};
+use crate::config::{Accounts, HeldConfig, KnownRecipients, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
 use crate::maildir::{self, MessageWriter, log_sweep_failed, replace_file, with_path};
@@ -34,6 +35,9 @@ const LOCK_FILE: &str = "serve";
 
 /// How the names of the files begin that the sessions of accounts lock.
 const ACCOUNT_LOCK: &str = "account-";
+
+/// How the names of the files begin with the recipients that are not known.
+const UNKNOWN_RECIPIENTS: &str = "unknown-";
 
 /// The directory in `SPOOL/outgoing` for the mail of all domains. No domain has this name.
 const OUTGOING: &str = "@all";
@@ -219,6 +223,16 @@ impl Spool {
         self.root.join(".odmr").join(format!("call-{account}"))
     }
 
+    /// The file with the recipients that the server of an account does not know.
+    pub fn unknown_recipients(&self, account: &str) -> PathBuf {
+        self.root.join(".odmr").join(format!("{UNKNOWN_RECIPIENTS}{account}"))
+    }
+
+    /// What the file of an account says of its held mail; the defaults, if the account is gone.
+    pub fn held_config(&self, account: &str) -> HeldConfig {
+        self.accounts.account(account).map(|account| account.held.clone()).unwrap_or_default()
+    }
+
     /// The file with the last reading of the configuration, in the form of a call.
     pub fn reload_record(&self) -> PathBuf {
         self.root.join(".odmr/reload")
@@ -238,7 +252,8 @@ impl Spool {
     }
 
     /// Removes what is left over, once a day by whichever process comes first: files of writers that died, queues without
-    /// mail of domains that no customer has, and of domains elsewhere, and the records of accounts that are gone; each when
+    /// mail of domains that no customer has, and of domains elsewhere, the records of accounts that are gone, and the recipients of
+    /// those that learn none; each when
     /// it was not used for 36 hours. A failure is logged.
     pub fn tidy(&self) {
         maildir::tidy_daily(&self.root, || {
@@ -256,9 +271,14 @@ impl Spool {
                     removed.unwrap_or_else(|error| log_sweep_failed("-", &error));
                 }
             }
-            let is_gone =
-                |account: &str| self.accounts.skipped().is_empty() && self.accounts.account(account).is_none();
-            maildir::sweep_state_files(&self.root, &|name| name.strip_prefix("call-").is_some_and(is_gone))
+            let is_gone = |account: &str| self.accounts.account(account).is_none();
+            let learns = |account: &str| self.held_config(account).recipients == KnownRecipients::Learn;
+            let is_left = |name: &str| {
+                let has_no_use = |account: &str| is_gone(account) || !learns(account);
+                name.strip_prefix("call-").is_some_and(is_gone)
+                    || name.strip_prefix(UNKNOWN_RECIPIENTS).is_some_and(has_no_use)
+            };
+            maildir::sweep_state_files(&self.root, &|name| self.accounts.skipped().is_empty() && is_left(name))
         });
     }
 

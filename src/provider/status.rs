@@ -3,8 +3,9 @@
 use std::io;
 
 use super::spool::{Spool, SpoolQueue};
+use super::unknown::UnknownRecipients;
 use crate::clock::Timestamp;
-use crate::config::ProviderConfig;
+use crate::config::{KnownRecipients, ProviderConfig};
 use crate::ids::Ids;
 use crate::net::tls::ServerTls;
 use crate::queue::QueueSummary;
@@ -33,6 +34,8 @@ pub struct AccountStatus {
     pub held: QueueSummary,
     pub domains: Vec<DomainStatus>,
     pub call: Option<CallRecord>,
+    /// How many recipients are rejected because the customer's server does not know them; `None`: it does not learn them.
+    pub learned: Option<usize>,
 }
 
 /// The mail that waits for a domain.
@@ -54,11 +57,14 @@ impl ProviderStatus {
         let summary = |queue: &SpoolQueue| spool.queue().summary(&spool.name(queue));
         let mut accounts = Vec::new();
         for account in config.accounts.iter() {
+            let learned =
+                || UnknownRecipients::read(&spool.unknown_recipients(&account.name)).learned(ids.clock().now());
             let mut status = AccountStatus {
                 name: account.name.clone(),
                 held: QueueSummary::default(),
                 domains: Vec::new(),
                 call: CallRecord::read(&spool.call_record(&account.name)),
+                learned: (account.held.recipients == KnownRecipients::Learn).then(learned),
             };
             for domain in account.domains.iter().filter(|domain| wanted(Some(&account.name), domain.as_str())) {
                 let waiting = summary(&SpoolQueue::Held(domain.clone()))?;

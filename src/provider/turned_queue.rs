@@ -1,25 +1,38 @@
 //! The mail of one turned session, as the storage threads have it: they open messages and read ahead, settle them, and
 //! release the lock at the end. All that a turned session does on a disk is here.
 
+use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::soft_bounce::{Rejected, SoftBounces};
 use super::storage::LaneWork;
 use super::turn_settings::TurnSettings;
+use super::unknown::Learning;
+use crate::clock::Timestamp;
+use crate::config::KnownRecipients;
+use crate::mail::address::{Domain, Mailbox};
+use crate::maildir::Entry;
 use crate::net::trace::quoted;
-use crate::queue::{NextStep, QueueLock, QueuedMessage};
+use crate::queue::{NextStep, QueueLock, QueueName, QueuedMessage};
 use crate::report::calls::{CallRecord, CallResult};
 use crate::report::{Attempt, Via};
 use crate::smtp::client::OutgoingMessage;
-use crate::smtp::status::{DeliveryResult, RecipientStatus};
+use crate::smtp::command::Recipient;
+use crate::smtp::reply::Reply;
+use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
 /// Octets that are read at a time if there are more than expected.
 const READ_BLOCK: usize = 4096;
 
 /// After messages with more recipients than this, no other is opened before they can be sent.
 pub const RECIPIENTS_AHEAD: usize = 1000;
+
+/// Messages that are settled at the end of a session at most, and octets that are remembered of them.
+pub const POSTPONED_LIMIT: usize = 1000;
+const POSTPONED_OCTETS: usize = 512 * 1024;
 
 /// What the delivery thread wants done.
 pub enum QueueJob {
@@ -32,6 +45,8 @@ pub enum QueueJob {
     /// Record what became of a message. If that fails, which is logged, this session does not offer it again, and goes on:
     /// the others make room on a full disk.
     Settle(Settlement),
+    /// The session has no more replies: settle one of the messages that have waited for them, if there is one.
+    SettlePostponed,
     /// Show other sessions of the account that this one makes progress.
     Heartbeat,
     /// Look whether another session of the account wants the lock.
@@ -104,6 +119,9 @@ pub struct TurnedQueue {
     settings: Arc<TurnSettings>,
     begun: Instant,
     counters: TurnCounters,
+    soft_bounces: SoftBounces,
+    /// `None`: the recipients that the customer's server does not know are not learned.
+    learning: Option<Learning>,
 }
 
 /// What is given back at the end of the session.
@@ -112,7 +130,17 @@ struct LockedMail {
     /// The messages that were opened and are not settled, by number, the oldest first.
     opened: Vec<(u64, QueuedMessage)>,
     next_number: u64,
+    /// Those that are settled at the end: another message may show that their recipients do not exist.
+    postponed: VecDeque<PostponedMessage>,
+    postponed_octets: usize,
     _permit: SessionPermit,
+}
+
+/// A message that is settled at the end of the session. Its file is closed, and stays as it was.
+struct PostponedMessage {
+    queue: QueueName,
+    entry: Entry,
+    settlement: Settlement,
 }
 
 /// What a session has done, for the log.
@@ -184,8 +212,21 @@ impl TurnedQueue {
         lock: QueueLock, parties: TurnParties, settings: Arc<TurnSettings>, permit: SessionPermit,
     ) -> TurnedQueue {
         let TurnParties { session, account, peer } = parties;
+        let held = settings.spool.held_config(&account);
+        let learns = held.recipients == KnownRecipients::Learn;
+        let learning = || Learning::new(settings.spool.unknown_recipients(&account), settings.reporter.now());
+        let mail = LockedMail {
+            lock,
+            opened: Vec::new(),
+            next_number: 0,
+            postponed: VecDeque::new(),
+            postponed_octets: 0,
+            _permit: permit,
+        };
         TurnedQueue {
-            mail: Some(LockedMail { lock, opened: Vec::new(), next_number: 0, _permit: permit }),
+            mail: Some(mail),
+            soft_bounces: SoftBounces::new(held.soft_bounce),
+            learning: learns.then(learning),
             session,
             account,
             peer,
@@ -196,10 +237,51 @@ impl TurnedQueue {
     }
 
     fn settle(&mut self, settlement: Settlement) {
-        let Settlement { number, result, peer, sends_dsn, .. } = settlement;
         let Some(mail) = &mut self.mail else { return };
-        let Some(message) = mail.take(number) else { return };
+        let Some(message) = mail.take(settlement.number) else { return };
+        let result = &settlement.result;
+        if let Some(domain) = &message.queue().domain {
+            self.soft_bounces.note(domain, result);
+            let rejected = rejected(&message, domain, self.settings.reporter.now());
+            let undecided = self.soft_bounces.is_undecided(rejected, result);
+            // When the connection is lost there are no more replies, and a doubt must be recorded.
+            if undecided && !result.decided_by.is_connection_loss() && mail.may_postpone(result) {
+                return mail.postpone(&message, settlement);
+            }
+        }
+        self.finish(message, settlement);
+    }
+
+    /// Settles the oldest of the messages that were postponed.
+    fn settle_postponed(&mut self) {
+        let Some(mail) = &mut self.mail else { return };
+        let Some(PostponedMessage { queue, entry, settlement }) = mail.postponed.pop_front() else { return };
+        mail.lock.heartbeat();
+        match mail.lock.open_message(&queue, entry) {
+            Ok(Some(message)) if message.envelope.recipients.len() == settlement.result.recipients.len() => {
+                self.finish(message, settlement);
+            }
+            // Another program has removed or changed it.
+            Ok(_) => {}
+            Err(error) => {
+                log::error!("event=unreadable queue={queue} error={}", quoted(error));
+                self.counters.unsettled += 1;
+            }
+        }
+    }
+
+    /// Records what became of a message. A rejection that looks like a mistake of the customer's side is a deferral.
+    fn finish(&mut self, mut message: QueuedMessage, settlement: Settlement) {
+        let Settlement { mut result, peer, sends_dsn, .. } = settlement;
+        let Some(mail) = &mut self.mail else { return };
         let size = message.size;
+        let domain = message.queue().domain.clone();
+        if let Some(domain) = &domain {
+            let rejected = rejected(&message, domain, self.settings.reporter.now());
+            message.first_rejected = self.soft_bounces.defer(rejected, &mut result);
+        }
+        let mailbox = |recipient: &Recipient| recipient.mailbox.clone();
+        let recipients = self.learning.as_ref().map(|_| message.envelope.recipients.iter().map(mailbox).collect());
         let attempt = Attempt {
             session: &self.session,
             via: Via::Atrn,
@@ -224,6 +306,43 @@ impl TurnedQueue {
         if result.recipients.iter().any(RecipientStatus::is_sent) {
             self.counters.octets += size;
         }
+        if let Some((recipients, domain)) = recipients.zip(domain) {
+            self.learn(recipients, &domain, &result);
+        }
+    }
+
+    /// Learns which recipients the customer's server knows. A rejection that may be a mistake of its side teaches nothing.
+    fn learn(&mut self, recipients: Vec<Mailbox>, domain: &Domain, result: &DeliveryResult) {
+        let Some(learning) = &mut self.learning else { return };
+        // A reply to MAIL, or to the content of all recipients, need not be about a recipient.
+        let at_rcpt = match result.decided_by {
+            DecidedBy::PeerAtMail => false,
+            DecidedBy::PeerAtContent => result.recipients.iter().any(RecipientStatus::is_sent),
+            _ => true,
+        };
+        let is_unknown = |reply: &Reply| reply.is_from_peer() && reply.enhanced() == Some("5.1.1");
+        let teaches = at_rcpt && self.soft_bounces.is_about_recipient(domain);
+        for (mailbox, status) in recipients.iter().zip(&result.recipients) {
+            match status {
+                RecipientStatus::Sent(_) => learning.accepted(mailbox),
+                RecipientStatus::Rejected(reply) if teaches && is_unknown(reply) && learning.rejected(mailbox) => {
+                    let (session, account) = (&self.session, &self.account);
+                    log::warn!("event=recipient-learned session={session} account={account} to=<{mailbox}>");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Logs the domains with mail that the customer has rejected, and that waits for a person to look after its server.
+    fn log_soft_bounces(&self) {
+        let (session, account) = (&self.session, &self.account);
+        for (domain, messages, reply) in self.soft_bounces.deferred() {
+            let reply = quoted(reply);
+            log::warn!(
+                "event=soft-bounced session={session} account={account} domain={domain} messages={messages} reply={reply}"
+            );
+        }
     }
 
     /// Releases the lock, so that the customer finds its mail unlocked when it sees the end of the connection and calls
@@ -241,6 +360,7 @@ impl TurnedQueue {
             mail.lock.count_call();
         }
         let reason = stopped.unwrap_or(&reason);
+        self.log_soft_bounces();
         let TurnCounters { sent, deferred, rejected, in_doubt, unsettled, octets } = self.counters;
         let (skipped, not_mail) = (mail.lock.skipped(), mail.lock.not_mail());
         let duration = self.begun.elapsed();
@@ -264,13 +384,32 @@ impl TurnedQueue {
         let counts = [("sent", sent), ("deferred", deferred), ("rejected", rejected), ("in-doubt", in_doubt)];
         record.counts = counts.into_iter().map(|(key, count)| (key.to_owned(), count as u64)).collect();
         record.counts.push(("octets".to_owned(), octets));
+        // Before the lock is released: the next session reads it.
+        self.learning.take().into_iter().for_each(|learning| learning.write(&self.account));
         drop(mail);
         report(QueueReport::Released);
         record.write(&self.settings.spool.call_record(&self.account), &self.account);
     }
 }
 
+/// A message of this domain, as it counts for soft bounces.
+fn rejected<'a>(message: &QueuedMessage, domain: &'a Domain, now: Timestamp) -> Rejected<'a> {
+    Rejected { domain, first: message.entry().record().first_rejected, now }
+}
+
 impl LockedMail {
+    /// Whether there is room to remember what became of one more message.
+    fn may_postpone(&self, result: &DeliveryResult) -> bool {
+        self.postponed.len() < POSTPONED_LIMIT && self.postponed_octets + octets_of(result) <= POSTPONED_OCTETS
+    }
+
+    /// Settles a message at the end. Until then its queue stays locked, and does not offer it again.
+    fn postpone(&mut self, message: &QueuedMessage, settlement: Settlement) {
+        self.postponed_octets += octets_of(&settlement.result);
+        let (queue, entry) = (message.queue().clone(), message.entry().clone());
+        self.postponed.push_back(PostponedMessage { queue, entry, settlement });
+    }
+
     fn open(&mut self, messages: usize, mut octets: usize, report: &mut dyn FnMut(QueueReport)) {
         let mut recipients = 0;
         for _ in 0..messages {
@@ -310,6 +449,12 @@ impl LockedMail {
     }
 }
 
+/// How much memory a result takes, more or less.
+fn octets_of(result: &DeliveryResult) -> usize {
+    let text = |status: &RecipientStatus| status.reply().map_or(0, |reply| reply.lines().map(str::len).sum());
+    result.recipients.iter().map(|status| 200 + text(status)).sum()
+}
+
 /// The next octets of the content, so many at most, and whether they are the last.
 fn read(message: &mut QueuedMessage, octets: usize) -> io::Result<(Vec<u8>, bool)> {
     // The size on the wire is that of the file or more: the last read finds the end.
@@ -336,7 +481,10 @@ impl LaneWork for TurnedQueue {
     type Report = QueueReport;
 
     fn is_slow(job: &QueueJob) -> bool {
-        matches!(job, QueueJob::Settle(settlement) if !settlement.is_removal)
+        match job {
+            QueueJob::Settle(settlement) => !settlement.is_removal,
+            job => matches!(job, QueueJob::SettlePostponed),
+        }
     }
 
     fn run(&mut self, job: QueueJob, report: &mut dyn FnMut(QueueReport)) -> ControlFlow<()> {
@@ -352,6 +500,7 @@ impl LaneWork for TurnedQueue {
                 self.settle(settlement);
                 report(QueueReport::Settled);
             }
+            (QueueJob::SettlePostponed, _) => self.settle_postponed(),
             (QueueJob::End(end), _) => {
                 self.end(end, report);
                 return ControlFlow::Break(());

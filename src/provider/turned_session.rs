@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use super::storage::{LaneHandle, StoragePool};
 use super::turn_settings::TurnSettings;
 use super::turned_queue::{
-    OpenedMessage, QueueJob, QueueReport, RECIPIENTS_AHEAD, SessionPermit, Settlement, TurnEnd, TurnParties,
-    TurnedQueue,
+    OpenedMessage, POSTPONED_LIMIT, QueueJob, QueueReport, RECIPIENTS_AHEAD, SessionPermit, Settlement, TurnEnd,
+    TurnParties, TurnedQueue,
 };
 use crate::mail::address::Domain;
 use crate::net::connection::{Connection, Filled};
@@ -89,6 +89,8 @@ pub struct TurnedSession {
     storage: StorageState,
     /// Messages given to the client, in all.
     offered: usize,
+    /// Those with a recipient that was rejected. Their settlement may wait for the end of the session.
+    rejected: usize,
     /// Why no more mail is sent, if not because there is no more.
     stop: Option<&'static str>,
     /// The customer has replied to QUIT.
@@ -157,6 +159,7 @@ impl TurnedSession {
             content: None,
             storage: StorageState::default(),
             offered: 0,
+            rejected: 0,
             stop: None,
             done: false,
             ended: false,
@@ -512,6 +515,7 @@ impl TurnedSession {
         let (peer, sends_dsn) = (self.client.peer_name().map(str::to_owned), self.client.extensions().dsn);
         let wants_dsn = opened.message.envelope.recipients.iter().any(|recipient| recipient.notify.success());
         let is_removal = result.recipients.iter().all(RecipientStatus::is_sent) && (sends_dsn || !wants_dsn);
+        self.rejected += usize::from(result.recipients.iter().any(RecipientStatus::is_rejected));
         let number = opened.number;
         self.lane.submit(QueueJob::Settle(Settlement { number, result, is_removal, peer, sends_dsn }));
     }
@@ -523,6 +527,8 @@ impl TurnedSession {
         for result in self.client.abandon(&connection_lost("The connection was lost")) {
             self.settle_first(if aborted { result.stopped() } else { result });
         }
+        // One at a time: each may write a DSN, and the threads of the disk are for all sessions.
+        (0..self.rejected.min(POSTPONED_LIMIT)).for_each(|_| self.lane.submit(QueueJob::SettlePostponed));
         let (done, full) = (reason == DONE, self.is_full());
         self.lane.submit(QueueJob::End(TurnEnd { reason: reason.to_owned(), done, stop: self.stop, full }));
     }

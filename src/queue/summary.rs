@@ -32,6 +32,10 @@ pub struct QueueSummary {
     pub deferred: u64,
     /// Messages that have ended sessions.
     pub ended_sessions: u64,
+    /// Messages that a customer has rejected, and that stay for the time of `soft-bounce`.
+    pub soft_bounced: u64,
+    /// Of those, when the first was rejected, and the last reply to it.
+    pub first_soft_bounce: Option<(Timestamp, String)>,
     /// The last replies to the messages that stay, and how many have each.
     pub replies: BTreeMap<String, u64>,
     /// When the next attempt is due; only for a queue with retries.
@@ -49,6 +53,9 @@ impl QueueSummary {
         self.in_doubt += other.in_doubt;
         self.deferred += other.deferred;
         self.ended_sessions += other.ended_sessions;
+        self.soft_bounced += other.soft_bounced;
+        let soft_bounces = [self.first_soft_bounce.take(), other.first_soft_bounce.clone()];
+        self.first_soft_bounce = soft_bounces.into_iter().flatten().min();
         self.set_aside += other.set_aside;
         self.set_aside_bytes = self.set_aside_bytes.saturating_add(other.set_aside_bytes);
         self.oldest = self.oldest.into_iter().chain(other.oldest).min();
@@ -103,8 +110,14 @@ impl QueueSummary {
         let record = entry.record();
         self.deferred += u64::from(record.attempts > 0);
         self.ended_sessions += u64::from(record.ended.is_some());
-        if let Some(reply) = record.last_reply {
-            *self.replies.entry(readable_reply(&reply)).or_default() += 1;
+        let reply = record.last_reply.as_deref().map(readable_reply);
+        if let Some(first_rejected) = record.first_rejected {
+            self.soft_bounced += 1;
+            let soft_bounce = (first_rejected, reply.clone().unwrap_or_default());
+            self.first_soft_bounce = self.first_soft_bounce.take().into_iter().chain([soft_bounce]).min();
+        }
+        if let Some(reply) = reply {
+            *self.replies.entry(reply).or_default() += 1;
         }
     }
 }

@@ -1,0 +1,275 @@
+//! Rejections of a customer that look like a mistake of its side: for the time of `soft-bounce` they are deferrals.
+//!
+//! A customer's server that is set up wrongly may reject all its mail, and the senders would get it back within minutes. So
+//! a 5yz is a rejection at once only if it is about the mail:
+//!
+//! ```text
+//! enhanced status code (RFC 3463)      the 5yz is
+//! none, 5.0.z, which says as little    a deferral
+//! 5.7.z, 5.1.2, 5.3.z, 5.4.z           a deferral: policy, a domain, the system, the network; but 5.3.4 means that this message
+//!                                      is too large, "useful only as a permanent error", and would be sent in each call
+//! 5.1.1, 5.2.z                         a deferral, if the customer accepts no recipient of that domain in this session, before
+//!                                      or after: it may have lost its list of mailboxes
+//! 5.1.1, 5.2.z of others               a rejection: that mailbox does not exist, or does not take the mail
+//! others                               a rejection
+//! ```
+//!
+//! The time counts from the first deferral of this kind, which the name of the message's file has. It is the time that passes
+//! and not the number of calls, because a customer may call each minute.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
+
+use crate::clock::Timestamp;
+use crate::mail::address::Domain;
+use crate::queue::retry::age;
+use crate::smtp::reply::Reply;
+use crate::smtp::status::{DeliveryResult, RecipientStatus};
+
+/// If more time than this seems to have passed beyond that of `soft-bounce`, a clock was wrong, now or then: a clock that is
+/// set forward by years must bounce nothing.
+const CLOCK_JUMP: Duration = Duration::from_secs(100 * 24 * 60 * 60);
+
+/// What a rejection is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    /// The customer's server: any message may get it.
+    Server,
+    /// The recipient, or the server's list of mailboxes.
+    Mailbox,
+    Mail,
+}
+
+impl Cause {
+    fn of(reply: &Reply) -> Cause {
+        let mut numbers =
+            reply.enhanced().unwrap_or("5.0.0").split('.').skip(1).map(|number| number.parse().unwrap_or(0));
+        match (numbers.next().unwrap_or(0u16), numbers.next().unwrap_or(0)) {
+            (3, 4) => Cause::Mail,
+            (0 | 3 | 4 | 7, _) | (1, 2) => Cause::Server,
+            (1, 1) | (2, _) => Cause::Mailbox,
+            _ => Cause::Mail,
+        }
+    }
+}
+
+/// What one turned session knows of the rejections of its customer.
+pub struct SoftBounces {
+    /// That of `soft-bounce`; zero: each rejection is one.
+    time: Duration,
+    /// The domains of which the customer has accepted a recipient.
+    accepting: HashSet<Domain>,
+    /// For each domain, the messages that were rejected and deferred, and the first reply.
+    deferred: BTreeMap<Domain, (u64, Reply)>,
+}
+
+/// One message, for which rejections may be deferrals.
+#[derive(Clone, Copy)]
+pub struct Rejected<'a> {
+    pub domain: &'a Domain,
+    /// When it was rejected first, and that was a deferral, as the name of its file says.
+    pub first: Option<Timestamp>,
+    pub now: Timestamp,
+}
+
+impl Rejected<'_> {
+    /// From when on the time counts.
+    fn since(&self, time: Duration) -> Timestamp {
+        let plausible = |first: &Timestamp| first.is_possible(self.now) && age(*first, self.now) <= time + CLOCK_JUMP;
+        self.first.filter(plausible).unwrap_or(self.now)
+    }
+}
+
+impl SoftBounces {
+    /// `time`: that of `soft-bounce`.
+    pub fn new(time: Duration) -> SoftBounces {
+        SoftBounces { time, accepting: HashSet::new(), deferred: BTreeMap::new() }
+    }
+
+    /// Remembers whether the customer has accepted a recipient of this domain: 2yz to the content.
+    pub fn note(&mut self, domain: &Domain, result: &DeliveryResult) {
+        if result.recipients.iter().any(RecipientStatus::is_sent) && !self.accepting.contains(domain) {
+            self.accepting.insert(domain.clone());
+        }
+    }
+
+    /// Whether what becomes of a recipient depends on messages that are still to be sent.
+    pub fn is_undecided(&self, message: Rejected<'_>, result: &DeliveryResult) -> bool {
+        let about_mailbox =
+            |status: &RecipientStatus| rejection(status).is_some_and(|reply| Cause::of(reply) == Cause::Mailbox);
+        !self.is_over(message) && !self.is_accepting(message.domain) && result.recipients.iter().any(about_mailbox)
+    }
+
+    /// Makes deferrals of the rejections that look like a mistake of the customer's side; the replies stay. Returns when the
+    /// message was rejected first, if there is one.
+    pub fn defer(&mut self, message: Rejected<'_>, result: &mut DeliveryResult) -> Option<Timestamp> {
+        if self.is_over(message) {
+            return None;
+        }
+        let accepting = self.is_accepting(message.domain);
+        let mut first = None;
+        for status in &mut result.recipients {
+            let deferred = rejection(status).filter(|reply| match Cause::of(reply) {
+                Cause::Server => true,
+                Cause::Mailbox => !accepting,
+                Cause::Mail => false,
+            });
+            if let Some(reply) = deferred.cloned() {
+                *status = RecipientStatus::Deferred(reply.clone());
+                first.get_or_insert(reply);
+            }
+        }
+        self.deferred.entry(message.domain.clone()).or_insert((0, first?)).0 += 1;
+        Some(message.since(self.time))
+    }
+
+    /// Whether a 5.1.1 for a recipient of this domain is about that recipient: others are accepted, or each rejection is one.
+    pub fn is_about_recipient(&self, domain: &Domain) -> bool {
+        self.time.is_zero() || self.is_accepting(domain)
+    }
+
+    /// The domains with messages that were rejected and deferred: how many, and the first reply.
+    pub fn deferred(&self) -> impl Iterator<Item = (&Domain, u64, &Reply)> {
+        self.deferred.iter().map(|(domain, (messages, reply))| (domain, *messages, reply))
+    }
+
+    fn is_accepting(&self, domain: &Domain) -> bool {
+        self.accepting.contains(domain)
+    }
+
+    fn is_over(&self, message: Rejected<'_>) -> bool {
+        age(message.since(self.time), message.now) >= self.time
+    }
+}
+
+/// The reply of a customer that rejects a recipient. What this side has decided, of a size say, is not meant.
+fn rejection(status: &RecipientStatus) -> Option<&Reply> {
+    match status {
+        RecipientStatus::Rejected(reply) => Some(reply).filter(|reply| reply.is_from_peer()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::smtp::reply::ReplyReader;
+    use crate::smtp::status::DecidedBy;
+
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+    fn reply(line: &str) -> Reply {
+        ReplyReader::default().line(line.as_bytes()).unwrap().unwrap()
+    }
+
+    fn result(lines: &[&str]) -> DeliveryResult {
+        let recipients = lines.iter().map(|line| RecipientStatus::after_content(&reply(line))).collect();
+        DeliveryResult { recipients, decided_by: DecidedBy::Peer }
+    }
+
+    fn words(result: &DeliveryResult) -> Vec<&'static str> {
+        result.recipients.iter().map(RecipientStatus::word).collect()
+    }
+
+    fn domain() -> Domain {
+        Domain::parse("example.org").unwrap()
+    }
+
+    #[test]
+    fn what_is_deferred_depends_on_what_the_reply_is_about() {
+        let (server, mailbox, mail) = (["deferred", "deferred"], ["deferred", "rejected"], ["rejected", "rejected"]);
+        for (line, expected) in [
+            ("550 no", server),
+            ("554", server),
+            ("550 5.0.0 no", server),
+            // Its class is not that of the code (RFC 2034 section 4), so it does not count.
+            ("550 4.1.1 no", server),
+            ("554 5.7.1 we do not like it", server),
+            ("530 5.7.0 authenticate first", server),
+            ("550 5.1.2 no such domain", server),
+            ("552 5.3.4 too big", mail),
+            ("550 5.3.5 misconfigured", server),
+            ("554 5.3.0 disk", server),
+            ("554 5.4.6 loop", server),
+            ("550 5.1.1 no such user", mailbox),
+            ("550 5.01.001 no such user", mailbox),
+            ("552 5.2.2 full", mailbox),
+            ("550 5.2.1 disabled", mailbox),
+            ("553 5.1.3 syntax", mail),
+            ("550 5.1.8 sender", mail),
+            ("501 5.5.4 parameter", mail),
+            ("554 5.6.0 content", mail),
+            ("550 5.9.1 unknown", mail),
+        ] {
+            for (accepting, expected) in [false, true].into_iter().zip(expected) {
+                let domain = domain();
+                let mut soft = SoftBounces::new(2 * DAY);
+                if accepting {
+                    soft.note(&domain, &result(&["250 2.6.0 taken"]));
+                }
+                let now = Timestamp::from_seconds(1_767_323_045);
+                let message = Rejected { domain: &domain, first: None, now };
+                let mut result = result(&[line]);
+                let undecided = soft.is_undecided(message, &result);
+                assert_eq!(undecided, expected == "deferred" && Cause::of(&reply(line)) == Cause::Mailbox, "{line}");
+                let first = soft.defer(message, &mut result);
+                assert_eq!(
+                    (words(&result), first),
+                    (vec![expected], (expected == "deferred").then_some(now)),
+                    "{line}"
+                );
+                assert_eq!(result.recipients[0].reply(), Some(&reply(line)));
+            }
+        }
+    }
+
+    #[test]
+    fn a_recipient_does_not_affect_the_others() {
+        let (domain, other) = (domain(), Domain::parse("example.com").unwrap());
+        let mut soft = SoftBounces::new(DAY);
+        let message = Rejected { domain: &domain, first: None, now: Timestamp::from_seconds(1_767_323_045) };
+        let mut mixed = result(&["250 ok", "550 5.1.1 no", "554 5.7.1 no", "450 4.2.1 later", "550 5.1.3 syntax"]);
+        mixed.recipients.push(RecipientStatus::InDoubt);
+        mixed.recipients.push(RecipientStatus::Rejected(Reply::new(552, "5.3.4", "our own")));
+        soft.note(&domain, &mixed);
+        soft.defer(message, &mut mixed);
+        let expected = ["sent", "rejected", "deferred", "deferred", "rejected", "in-doubt", "rejected"];
+        assert_eq!(words(&mixed), expected);
+        assert!(soft.is_about_recipient(&domain) && !soft.is_about_recipient(&other));
+        let mut unknown = result(&["550 5.1.1 no"]);
+        assert_eq!(soft.defer(Rejected { domain: &other, ..message }, &mut unknown), Some(message.now));
+        let deferred: Vec<_> = soft.deferred().map(|(domain, messages, _)| (domain.as_str(), messages)).collect();
+        assert_eq!(deferred, [("example.com", 1), ("example.org", 1)]);
+    }
+
+    #[test]
+    fn the_time_counts_from_the_first_rejection_and_a_wrong_clock_bounces_nothing() {
+        let (domain, seconds) = (domain(), 1_767_323_045);
+        let day = 86_400;
+        let deferred = |time: Duration, first: Option<i64>, now: i64| {
+            let (first, now) = (first.map(Timestamp::from_seconds), Timestamp::from_seconds(now));
+            let message = Rejected { domain: &domain, first, now };
+            let since = SoftBounces::new(time).defer(message, &mut result(&["554 5.7.1 no"]));
+            since.map(Timestamp::seconds)
+        };
+        for (first, now, expected) in [
+            (None, seconds, Some(seconds)),
+            (Some(seconds), seconds, Some(seconds)),
+            (Some(seconds), seconds + 2 * day - 1, Some(seconds)),
+            (Some(seconds), seconds + 2 * day, None),
+            (Some(seconds), seconds + 102 * day, None),
+            // Set forward by years, and back again.
+            (Some(seconds), seconds + 900 * day, Some(seconds + 900 * day)),
+            (Some(seconds + 900 * day), seconds + day, Some(seconds + day)),
+            (Some(seconds), seconds - 300 * day, Some(seconds - 300 * day)),
+            (Some(seconds), 5, Some(5)),
+            (Some(5), seconds, Some(seconds)),
+            (Some(i64::MIN), seconds, Some(seconds)),
+            (Some(i64::MAX), seconds, Some(seconds)),
+        ] {
+            assert_eq!(deferred(2 * DAY, first, now), expected, "{first:?} {now}");
+        }
+        assert_eq!(deferred(Duration::ZERO, None, seconds), None);
+        assert_eq!(deferred(365 * DAY, Some(seconds), seconds + 364 * day), Some(seconds));
+    }
+}

@@ -1,0 +1,319 @@
+//! `recipients = "learn"`: the recipients that a customer's server does not know, as it has said itself in its calls.
+//!
+//! A recipient that was rejected with 5.1.1 in two calls, at least an hour apart, is *learned*: RCPT gets 550 5.1.1, so that the
+//! sender's own server tells the sender, and no DSN goes to whoever was named as one. It is forgotten when the customer accepts
+//! it, and a day after its last rejection, so that a new mailbox is found soon. The postmaster is never learned.
+//!
+//! Each account has one file, `SPOOL/.odmr/unknown-ACCOUNT`, which the end of a turned session replaces, while it has the lock
+//! of the account:
+//!
+//! ```text
+//! 1795689600 1795693200 bob@example.org     first and last rejection, in seconds since 1970
+//! ```
+//!
+//! If the file is lost or damaged, the recipients are learned anew. Of a time that is in the future, or before this program
+//! existed, a clock was wrong: that recipient is forgotten.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::clock::Timestamp;
+use crate::mail::address::Mailbox;
+use crate::maildir::{replace_file, with_path};
+use crate::net::trace::quoted;
+
+/// Seconds from the first to the last rejection of a recipient that is learned, at least.
+const LEARNED_AFTER: i64 = 60 * 60;
+
+/// Seconds after its last rejection when a recipient is forgotten.
+const FORGOTTEN_AFTER: i64 = 24 * 60 * 60;
+
+/// Recipients in a file; the oldest are forgotten.
+const RECIPIENTS_LIMIT: usize = if cfg!(test) { 100 } else { 10_000 };
+
+/// Octets of a file at most: two times and an address, for each.
+const FILE_LIMIT: u64 = 400 * RECIPIENTS_LIMIT as u64;
+
+/// Accounts whose files are kept in memory; then all are read anew.
+const ACCOUNTS_LIMIT: usize = 100;
+
+/// The recipients of an account that were rejected lately.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UnknownRecipients(HashMap<String, RejectionTimes>);
+
+/// When a recipient was rejected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct RejectionTimes {
+    first: Timestamp,
+    last: Timestamp,
+}
+
+impl RejectionTimes {
+    /// Whether it is remembered: less than a day has passed, and the clock was right.
+    fn counts(&self, now: Timestamp) -> bool {
+        let possible = self.first.is_possible(now) && self.last.is_possible(now);
+        possible && now.seconds() - self.last.seconds() < FORGOTTEN_AFTER
+    }
+
+    fn is_learned(&self, now: Timestamp) -> bool {
+        self.counts(now) && self.last.seconds() - self.first.seconds() >= LEARNED_AFTER
+    }
+}
+
+/// The form in which addresses are compared: local parts are the same in capitals and small letters.
+fn key(mailbox: &Mailbox) -> String {
+    mailbox.canonical().to_string().to_lowercase()
+}
+
+/// Whether a line of the file can have this address.
+fn is_plain(address: &str) -> bool {
+    address.contains('@') && !address.contains(char::is_control)
+}
+
+impl UnknownRecipients {
+    /// Reads the file of an account. If it is missing, or damaged, which is logged, there are none.
+    pub fn read(path: &Path) -> UnknownRecipients {
+        let read = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return UnknownRecipients::default(),
+            opened => opened.and_then(|file| {
+                let mut text = String::new();
+                file.take(FILE_LIMIT + 1).read_to_string(&mut text)?;
+                UnknownRecipients::parse(&text).ok_or_else(|| io::Error::other("it is damaged"))
+            }),
+        };
+        read.unwrap_or_else(|error| {
+            log::warn!("event=learned-unreadable error={}", quoted(with_path(path, error)));
+            UnknownRecipients::default()
+        })
+    }
+
+    fn parse(text: &str) -> Option<UnknownRecipients> {
+        let recipients = text.lines().map(|line| {
+            let mut fields = line.splitn(3, ' ');
+            let mut time = || fields.next()?.parse().ok().map(Timestamp::from_seconds);
+            let (first, last) = (time()?, time()?);
+            let address = fields.next().filter(|address| is_plain(address))?;
+            Some((address.to_owned(), RejectionTimes { first, last }))
+        });
+        let recipients: Option<HashMap<_, _>> = recipients.collect();
+        let fits = text.len() as u64 <= FILE_LIMIT && (text.is_empty() || text.ends_with('\n'));
+        recipients.filter(|_| fits).map(UnknownRecipients)
+    }
+
+    /// The text of the file, with the latest rejections.
+    fn text(&self) -> String {
+        let mut recipients: Vec<_> = self.0.iter().collect();
+        recipients.sort_unstable_by_key(|(address, times)| (-times.last.seconds(), times.first, *address));
+        let mut text = String::new();
+        for (address, RejectionTimes { first, last }) in recipients.into_iter().take(RECIPIENTS_LIMIT) {
+            let _ = writeln!(text, "{} {} {address}", first.seconds(), last.seconds());
+        }
+        text
+    }
+
+    /// How many are learned.
+    pub fn learned(&self, now: Timestamp) -> usize {
+        self.0.values().filter(|times| times.is_learned(now)).count()
+    }
+
+    fn is_learned(&self, mailbox: &Mailbox, now: Timestamp) -> bool {
+        !self.0.is_empty() && self.0.get(&key(mailbox)).is_some_and(|times| times.is_learned(now))
+    }
+}
+
+/// What one turned session learns.
+pub struct Learning {
+    path: PathBuf,
+    /// When the session has begun: its rejections are one call's, however long it takes.
+    begun: Timestamp,
+    /// `None`: the file was not read yet.
+    recipients: Option<UnknownRecipients>,
+    changed: bool,
+}
+
+impl Learning {
+    /// `path`: the file of the account.
+    pub fn new(path: PathBuf, begun: Timestamp) -> Learning {
+        Learning { path, begun, recipients: None, changed: false }
+    }
+
+    fn recipients(&mut self) -> &mut HashMap<String, RejectionTimes> {
+        let (path, begun) = (&self.path, self.begun);
+        let recipients = self.recipients.get_or_insert_with(|| {
+            let mut read = UnknownRecipients::read(path);
+            read.0.retain(|_, times| times.counts(begun));
+            read
+        });
+        &mut recipients.0
+    }
+
+    /// The customer's server has a recipient.
+    pub fn accepted(&mut self, mailbox: &Mailbox) {
+        self.changed |= self.recipients().remove(&key(mailbox)).is_some();
+    }
+
+    /// The customer's server does not know a recipient: 5.1.1. Returns whether it is learned by that.
+    pub fn rejected(&mut self, mailbox: &Mailbox) -> bool {
+        // RFC 5321 section 4.5.1: mail for the postmaster must be accepted.
+        if mailbox.local().eq_ignore_ascii_case("postmaster") || !self.begun.is_possible(self.begun) {
+            return false;
+        }
+        let (key, begun) = (key(mailbox), self.begun);
+        let recipients = self.recipients();
+        let is_full = recipients.len() >= 2 * RECIPIENTS_LIMIT && !recipients.contains_key(&key);
+        if is_full || !is_plain(&key) {
+            return false;
+        }
+        let times = recipients.entry(key).or_insert(RejectionTimes { first: begun, last: begun });
+        let before = std::mem::replace(times, RejectionTimes { first: times.first.min(begun), last: begun });
+        let learned = times.is_learned(begun) && !before.is_learned(begun);
+        self.changed = true;
+        learned
+    }
+
+    /// Writes the file, if something has changed. A failure is logged.
+    pub fn write(self, account: &str) {
+        if let Some(recipients) = self.recipients.filter(|_| self.changed)
+            && let Err(error) = replace_file(&self.path, &recipients.text())
+        {
+            log::warn!("event=learned-not-recorded account={account} error={}", quoted(error));
+        }
+    }
+}
+
+/// The files of accounts as they were read last: RCPT reads one again only when it has changed.
+#[derive(Default)]
+pub struct UnknownCache(Mutex<HashMap<PathBuf, (FileStamp, Arc<UnknownRecipients>)>>);
+
+/// What changes when a file is replaced.
+type FileStamp = (u64, u64, i64, i64);
+
+fn stamp(found: &Metadata) -> FileStamp {
+    (found.ino(), found.len(), found.mtime(), found.mtime_nsec())
+}
+
+impl UnknownCache {
+    /// Whether a recipient of the account with this file is learned.
+    pub fn is_learned(&self, path: &Path, mailbox: &Mailbox, now: Timestamp) -> bool {
+        // An error is logged by the end of the next call.
+        let Ok(found) = std::fs::metadata(path) else { return false };
+        self.recipients(path, stamp(&found)).is_learned(mailbox, now)
+    }
+
+    fn recipients(&self, path: &Path, stamp: FileStamp) -> Arc<UnknownRecipients> {
+        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, recipients)) = files.get(path).filter(|(read, _)| *read == stamp) {
+            return recipients.clone();
+        }
+        if files.len() >= ACCOUNTS_LIMIT {
+            files.clear();
+        }
+        let recipients = Arc::new(UnknownRecipients::read(path));
+        files.insert(path.to_owned(), (stamp, recipients.clone()));
+        recipients
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: i64 = 1_767_323_045;
+
+    fn mailbox(text: &str) -> Mailbox {
+        Mailbox::parse(text).unwrap()
+    }
+
+    fn time(seconds: i64) -> Timestamp {
+        Timestamp::from_seconds(NOW + seconds)
+    }
+
+    /// One call in which the recipient is rejected so often, or accepted.
+    fn call(path: &Path, at: i64, address: &str, rejections: usize) {
+        let mut learning = Learning::new(path.to_owned(), time(at));
+        for _ in 0..rejections {
+            learning.rejected(&mailbox(address));
+        }
+        if rejections == 0 {
+            learning.accepted(&mailbox(address));
+        }
+        learning.write("acme");
+    }
+
+    #[test]
+    fn two_calls_an_hour_apart_teach_and_a_day_or_an_acceptance_makes_it_forgotten() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(".odmr/unknown-acme");
+        let cache = UnknownCache::default();
+        let learned = |address: &str, at| cache.is_learned(&path, &mailbox(address), time(at));
+        call(&path, 0, "Bob@example.org", 2);
+        assert!(!learned("bob@example.org", 7200));
+        call(&path, 3599, "bob@example.org", 1);
+        assert!(!learned("bob@example.org", 7200));
+        call(&path, 3600, "bob@example.org", 1);
+        assert!(learned("BOB@Example.org", 3600) && learned("\"bob\"@example.org", 3600));
+        assert!(!learned("alice@example.org", 3600) && !learned("bob@example.com", 3600));
+        assert!(learned("bob@example.org", 3600 + 86_399) && !learned("bob@example.org", 3600 + 86_400));
+        call(&path, 4000, "boB@example.org", 0);
+        assert!(!learned("bob@example.org", 4000));
+        for at in [0, 4000] {
+            call(&path, at, "PostMaster@example.org", 1);
+        }
+        assert!(!learned("postmaster@example.org", 4000));
+        // More than a day apart.
+        call(&path, 0, "carol@example.org", 1);
+        call(&path, 90_000, "carol@example.org", 1);
+        assert!(!learned("carol@example.org", 90_000));
+        call(&path, 93_600, "carol@example.org", 1);
+        assert!(learned("carol@example.org", 93_600));
+        assert_eq!(UnknownRecipients::read(&path).learned(time(93_600)), 1);
+    }
+
+    #[test]
+    fn a_wrong_clock_teaches_nothing_and_keeps_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("unknown-acme");
+        let year = 365 * 86_400;
+        let learned = |at| UnknownCache::default().is_learned(&path, &mailbox("bob@example.org"), time(at));
+        for (calls, asked) in [
+            (&[0, 3 * year][..], 3 * year),
+            (&[3 * year, 0], 0),
+            (&[3 * year, 3 * year + 3600], 0),
+            (&[-NOW, 3600 - NOW], 3600 - NOW),
+            (&[-NOW, 0], 0),
+        ] {
+            calls.iter().for_each(|at| call(&path, *at, "bob@example.org", 1));
+            assert!(!learned(asked), "{calls:?}");
+            call(&path, asked, "bob@example.org", 0);
+            std::fs::write(&path, "").unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_has_a_limit_and_may_be_damaged() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("unknown-acme");
+        let address = |number: usize| mailbox(&format!("u{number}@example.org"));
+        for (at, numbers, expected) in [(0, 0..10, 0), (3600, 0..5 * RECIPIENTS_LIMIT, 10)] {
+            let mut learning = Learning::new(path.clone(), time(at));
+            let learned = numbers.filter(|number| learning.rejected(&address(*number))).count();
+            assert_eq!(learned, expected);
+            learning.write("acme");
+            assert!(UnknownRecipients::read(&path).0.len() <= RECIPIENTS_LIMIT);
+        }
+        let good = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(UnknownRecipients::parse(&good).unwrap().text(), good);
+        let long = "1 2 a@example.org\n".repeat(FILE_LIMIT as usize / 10);
+        for bad in ["1 2 a@example.org", "1 2\n", "x 2 a@example.org\n", "1 2 a\n", "\n", "\0\0\0", &long] {
+            std::fs::write(&path, bad).unwrap();
+            assert_eq!(UnknownRecipients::read(&path), UnknownRecipients::default());
+        }
+        std::fs::write(&path, b"\xff").unwrap();
+        assert_eq!(UnknownRecipients::read(&path), UnknownRecipients::default());
+    }
+}
