@@ -272,6 +272,7 @@ class Provider:
         self.spool = box.path / f"{name}-spool"
         self.log_name = f"{name}.log"
         self.process = None
+        self.environment = None  # that of the scenarios
         self.inbound, self.odmr, self.odmr_tls = ports or (0, 0, 0)
         self.customers = customers or {"acme": ["example.org", "example.com"]}
         tls = certificates and f'[tls]\ncertificate = "{certificates.certificate}"\nkey = "{certificates.key}"\n'
@@ -317,7 +318,7 @@ require-tls = {str(require_tls).lower()}
 
     def start(self):
         before = len(self.log())
-        self.process = self.box.start(self.log_name, ODMR, "serve", "-c", self.config)
+        self.process = self.box.start(self.log_name, ODMR, "serve", "-c", self.config, env=self.environment)
         wanted = 3 if "listen-tls = [\"" in self.config.read_text() else 2
 
         def ports():

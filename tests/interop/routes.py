@@ -196,7 +196,7 @@ def notices(box):
     before = len(plain.letters)
     with Smtp(provider.inbound) as line:
         line.hello()
-        reply = line.send("l@plain.example", ["nosuch@example.org"], b"Subject: wrong\r\n\r\nx\r\n")
+        reply = line.send("l@plain.example", ["nosuch@example.org", "eva@example.org"], b"Subject: wrong\r\n\r\nx\r\n")
         check(reply.startswith("250"), reply)
         reply = line.send("", ["nosuch@example.org"], b"Subject: of nobody\r\n\r\nx\r\n")
         check(reply.startswith("250"), reply)

@@ -73,6 +73,10 @@ def fetch(provider, customer):
         return time.monotonic() - begin, server.letters
 
 
+# Each rejection is a DSN.
+BOUNCES = 'soft-bounce = "0s"'
+
+
 class Rejecting(Server):
     """A customer that rejects each recipient."""
 
@@ -104,7 +108,8 @@ def turned(box, provider, customer, serves):
 def storage_slow(box):
     """fsync takes 20 ms, and sixteen customers reject all their mail: another one gets 200 messages as fast as alone"""
     customers = {f"bad{number}": [f"bad{number}.example"] for number in range(16)}
-    provider = Provider(box, require_tls=False, customers=customers | {"good": ["good.example"]})
+    accounts = dict.fromkeys(customers, BOUNCES)
+    provider = Provider(box, require_tls=False, customers=customers | {"good": ["good.example"]}, accounts=accounts)
     start_with_shim(box, provider, SLOW_FSYNC="20000")
 
     def good(mark):
@@ -205,7 +210,8 @@ def storage_hangs_tidy(box):
 @scenario("storage-no-thread", needs=("strace",))
 def storage_no_thread(box):
     """The system gives one storage thread and no other: a customer that rejects its mail is served beside a busy one, and the log says it now and then"""
-    provider = Provider(box, require_tls=False, customers={"busy": ["busy.example"], "bad": ["bad.example"]}).start()
+    customers = {"busy": ["busy.example"], "bad": ["bad.example"]}
+    provider = Provider(box, require_tls=False, customers=customers, accounts={"bad": BOUNCES}).start()
     fill(provider, "busy.example", 3000)
     fill(provider, "bad.example", 20)
     begin = time.monotonic()

@@ -1,0 +1,254 @@
+"""Customers that reject mail by mistake, and recipients that do not exist, at times that the scenario sets.
+
+What must hold: a customer that rejects all its mail for a day loses none of it, and no sender gets a DSN; after two days they
+do; an unknown recipient among known ones costs its sender no time; a clock that is wrong by years bounces nothing.
+"""
+
+import re
+
+from clock import DAY, HOUR, YEAR, Clock
+from harness import Provider, Server, Smtp, angle, check, events, scenario, wait_until
+
+CONTENT = b"Subject: hello\r\n\r\nHello.\r\n"
+SENDER = "lester@dot.example"
+
+
+class Rejecting(Server):
+    """A customer's server. `mail`, `rcpt` and `content` give the reply to a command or a content, or None for 250."""
+
+    def __init__(self, sock, received, mail=None, rcpt=None, content=None):
+        super().__init__(sock, received=received)
+        self.replies = {b"MAIL": mail, b"RCPT": rcpt, b"DATA": content}
+        self.offered = []
+
+    def serve(self):
+        self.say("220 mail.example.org ready to receive email")
+        recipients, rejected = [], False
+        while (line := self.until(b"\r\n")) is not None:
+            verb = line[:4].upper()
+            of = self.replies.get(verb) or (lambda *_: None)
+            if verb == b"EHLO":
+                self.say("250-mail.example.org", "250-PIPELINING", "250 ENHANCEDSTATUSCODES")
+            elif verb == b"MAIL":
+                recipients, reply = [], of(angle(line))
+                rejected = bool(reply)
+                self.offered.append(angle(line))
+                self.say(reply or "250 2.1.0 ok")
+            elif verb == b"RCPT":
+                reply = "503 5.5.1 no MAIL" if rejected else of(angle(line))
+                recipients += [] if reply else [angle(line)]
+                self.say(reply or "250 2.1.5 ok")
+            elif verb == b"DATA" and not recipients:
+                self.say("554 5.5.1 no valid recipients")
+            elif verb == b"DATA":
+                self.say("354 go ahead")
+                content = self.data()
+                reply = of(recipients)
+                self.letters += [] if reply else [(recipients, content)]
+                self.say(reply or "250 2.6.0 kept")
+            elif verb == b"QUIT":
+                self.say("221 2.0.0 bye")
+                return
+            else:
+                self.say("250 2.0.0 ok")
+
+
+class Place:
+    """A provider whose clock the scenario sets, and its customer."""
+
+    def __init__(self, box, lines="", **options):
+        self.box, self.clock = box, Clock(box)
+        # Another mechanism would end the wait.
+        accounts = {"acme": f'expire-after = "never"\n{lines}'}
+        options = {"customers": {"acme": ["example.org", "example.com"], "beta": ["example.edu"]}} | options
+        self.provider = Provider(box, require_tls=False, accounts=accounts, **options)
+        self.provider.environment = self.clock.environment
+        self.provider.start()
+
+    def send(self, *recipients):
+        self.send_each([recipients])
+
+    def send_each(self, messages):
+        with Smtp(self.provider.inbound) as client:
+            client.hello()
+            for recipients in messages:
+                reply = client.send(SENDER, recipients, CONTENT)
+                check(reply.startswith("250"), f"{recipients}: {reply}")
+
+    def rcpt(self, recipient):
+        with Smtp(self.provider.inbound) as client:
+            client.hello()
+            client.want("250", f"MAIL FROM:<{SENDER}>")
+            return client.say(f"RCPT TO:<{recipient}>")
+
+    def call(self, **replies):
+        """One call of the customer, to the end of the session in the log."""
+        ended = len(events(self.provider.log(), "turn-ended"))
+        with Smtp(self.provider.odmr) as client:
+            client.turn("acme")
+            server = Rejecting(client.socket, client.received, **replies)
+            server.serve()
+        wait_until(lambda: len(events(self.provider.log(), "turn-ended")) > ended, "the end of the session")
+        return server
+
+    def dsns(self):
+        """To whom DSNs are on their way: the recipients that they are about."""
+        found = []
+        for file in self.provider.spool.glob("outgoing/@all/new/*"):
+            found += re.findall(r"(?m)^Final-Recipient: rfc822; (\S+)$", file.read_text())
+        return sorted(found)
+
+    def waiting(self):
+        return len(self.provider.held())
+
+    def warned(self):
+        done = self.clock.run("status", "-c", self.provider.config, "--warn", "300d")
+        return done.stdout
+
+
+REJECT_ALL = [
+    {"mail": lambda *_: "554 5.7.1 we take nothing from there"},
+    {"mail": lambda *_: "550 no"},
+    {"rcpt": lambda *_: "550 5.1.1 no such user"},
+    {"rcpt": lambda *_: "550 5.1.2 no such domain"},
+    {"rcpt": lambda *_: "550 5.2.1 mailbox disabled"},
+    {"content": lambda *_: "554 5.3.0 the filter does not answer"},
+    {"content": lambda *_: "554 5.4.6 mail loop"},
+    {"content": lambda *_: "552 5.2.2 over quota"},
+]
+
+
+@scenario("soft-bounce")
+def soft_bounce(box):
+    """A customer that rejects all its mail in eight ways for a day, each hour, and is then mended: nothing bounced"""
+    place = Place(box)
+    for number in range(10):
+        place.send(f"a{number}@example.org", f"b{number}@example.org")
+        place.send(f"c{number}@example.com")
+    for hour in range(25):
+        place.clock.set(hour * HOUR)
+        server = place.call(**REJECT_ALL[hour % len(REJECT_ALL)])
+        check(len(server.offered) == 20 and not server.letters, f"hour {hour}: {len(server.offered)} offered")
+        check(place.waiting() == 20 and not place.dsns(), f"hour {hour}: {place.waiting()} wait, DSNs about {place.dsns()}")
+    wait_until(lambda: len(events(place.provider.log(), "soft-bounced", account="acme", messages="10")) == 50, "the warnings")
+    warned = place.warned()
+    check("acme: 20 rejected by its server, and deferred, since 1d" in warned, f"--warn: {warned}")
+    server = place.call()
+    check(sorted(len(recipients) for recipients, _ in server.letters) == [1] * 10 + [2] * 10, f"{server.letters}")
+    check(place.waiting() == 0 and not place.dsns(), f"DSNs about {place.dsns()}")
+    check(place.warned() == "", place.warned())
+    return "20 messages, 26 calls"
+
+
+@scenario("soft-bounce-is-over")
+def soft_bounce_is_over(box):
+    """A customer that rejects all its mail for two days: DSNs at the first call after 48 h, a minute before none"""
+    place = Place(box)
+    place.send("alice@example.org", "bob@example.org")
+    place.send("carol@example.com")
+    for offset in (HOUR, 30 * HOUR, 49 * HOUR - 60):
+        place.clock.set(offset)
+        place.call(rcpt=lambda *_: "550 5.1.1 no such user")
+        check(place.waiting() == 2 and not place.dsns(), f"after {offset} s: DSNs about {place.dsns()}")
+    # It arrives late, and has two days of its own.
+    place.send("dave@example.org")
+    place.clock.set(49 * HOUR + 60)
+    place.call(mail=lambda *_: "554 5.7.1 no")
+    check(place.waiting() == 1, f"{place.waiting()} wait")
+    check(place.dsns() == ["alice@example.org", "bob@example.org", "carol@example.com"], f"DSNs about {place.dsns()}")
+    return "three recipients in two DSNs"
+
+
+@scenario("unknown-among-known")
+def unknown_among_known(box):
+    """Unknown recipients before, in and after a message that is accepted: a DSN for each in the same call, none of the rest"""
+    place = Place(box)
+    known = {"known@example.org"}
+    rcpt = lambda address: None if address in known else "550 5.1.1 no such user"  # noqa: E731
+    place.send("before@example.org")
+    place.send("known@example.org", "beside@example.org")
+    place.send("after@example.org")
+    place.send("other@example.com")
+    server = place.call(rcpt=rcpt)
+    check(len(server.offered) == 4 and len(server.letters) == 1, f"{server.offered}")
+    check(place.dsns() == ["after@example.org", "before@example.org", "beside@example.org"], f"DSNs about {place.dsns()}")
+    check(place.waiting() == 1, f"{place.waiting()} wait")
+    ended = events(place.provider.log(), "turn-ended")[-1]
+    check((ended["sent"], ended["rejected"], ended["deferred"]) == ("1", "3", "1"), f"{ended}")
+    # The same with many: what does not fit into what a session remembers is settled by the next call.
+    place.send_each([f"u{number}@example.org"] for number in range(1200))
+    place.send("known@example.org")
+    place.call(rcpt=rcpt)
+    place.send("known@example.org")
+    place.call(rcpt=rcpt)
+    check(place.waiting() == 1, f"{place.waiting()} wait")
+    check(len(place.dsns()) == 1203, f"{len(place.dsns())} DSNs")
+    return "1,206 messages"
+
+
+def learned_at(place):
+    status = place.clock.run("status", "-c", place.provider.config, "--format", "json").stdout
+    return int(re.search(r'"learned_recipients": ?(\d+)', status).group(1))
+
+
+@scenario("recipients-learned")
+def recipients_learned(box):
+    """`recipients = "learn"`: two calls an hour apart, then 550 at each door and in each process; forgotten after a day and at a 250"""
+    place = Place(box, 'recipients = "learn"')
+    rcpt = lambda address: "550 5.1.1 no such user" if address.lower().startswith("bob") else None  # noqa: E731
+    everything = ("alice@example.org", "Bob@example.org")
+    for offset, expected in ((0, "250"), (59 * 60, "250"), (2 * HOUR, "550 5.1.1")):
+        place.clock.set(offset)
+        place.send(*everything)
+        place.call(rcpt=rcpt)
+        check(place.rcpt("bob@example.org").startswith(expected), f"after {offset} s: {place.rcpt('bob@example.org')}")
+    check(learned_at(place) == 1, "the status")
+    check(place.rcpt("alice@example.org").startswith("250") and place.rcpt("postmaster@example.org").startswith("250"), "others")
+    with Smtp(place.provider.odmr) as client:
+        client.hello()
+        client.log_in("beta")
+        client.want("250", "MAIL FROM:<eve@example.edu>")
+        client.want("550 5.1.1", "RCPT TO:<bob@example.org>")
+    lines = f"HELO w.example\r\nMAIL FROM:<{SENDER}>\r\nRCPT TO:<BOB@example.org>\r\nQUIT\r\n"
+    done = place.clock.run("serve", "-c", place.provider.config, "--inetd", "inbound", input=lines)
+    check("550 5.1.1" in done.stdout, f"inetd: {done.stdout}")
+    # A restart knows it too, until a day after the last rejection.
+    place.provider.stop()
+    place.provider.start()
+    place.clock.set(26 * HOUR - 60)
+    check(place.rcpt("bob@example.org").startswith("550"), "forgotten too early")
+    place.clock.set(26 * HOUR + 60)
+    check(place.rcpt("bob@example.org").startswith("250"), "not forgotten")
+    for offset in (30 * HOUR, 32 * HOUR):
+        place.clock.set(offset)
+        place.send(*everything)
+        place.call(rcpt=rcpt)
+    check(place.rcpt("bob@example.org").startswith("550"), "not learned again")
+    # Another agent delivers into the spool, and by now there is a mailbox.
+    file = place.provider.spool / "domains/example.org/new/1.agent"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    (file.parent.parent / "tmp").mkdir(exist_ok=True)
+    (file.parent.parent / "cur").mkdir(exist_ok=True)
+    file.write_text(f"Return-Path: <{SENDER}>\nDelivered-To: bob@example.org\n\nSubject: hello\n\nHello.\n")
+    place.call()
+    check(place.rcpt("bob@example.org").startswith("250") and learned_at(place) == 0, "not forgotten at the 250")
+    return ""
+
+
+@scenario("soft-bounce-clock")
+def soft_bounce_clock(box):
+    """A clock that is set forward and back by years, while the customer rejects all: nothing is bounced, nothing is learned"""
+    place = Place(box, 'recipients = "learn"')
+    place.send("alice@example.org")
+    place.send("bob@example.org", "carol@example.org")
+    for offset in (0, 3 * YEAR, 3 * YEAR + HOUR, HOUR, -YEAR, 2 * HOUR, 10 * YEAR, 3 * HOUR, -20 * YEAR, 4 * HOUR):
+        place.clock.set(offset)
+        server = place.call(rcpt=lambda *_: "550 5.1.1 no such user")
+        check(len(server.offered) == 2, f"at {offset}: {server.offered}")
+        check(place.waiting() == 2 and not place.dsns(), f"at {offset}: DSNs about {place.dsns()}")
+    for recipient in ("alice", "bob", "carol"):
+        check(place.rcpt(f"{recipient}@example.org").startswith("250"), f"{recipient} was learned")
+    place.clock.set(5 * HOUR)
+    server = place.call()
+    check(len(server.letters) == 2 and not place.dsns(), f"{server.letters}")
+    return "ten jumps"
