@@ -166,6 +166,43 @@ fn warn_tells_only_what_needs_a_person() {
     assert!(place.run(64, &["status", "--warn", "1"]).contains("--warn: \"1\" has no unit"));
 }
 
+/// Mail that a customer's server rejects and that is deferred, and recipients that it does not know.
+#[test]
+fn status_tells_of_soft_bounces_and_of_learned_recipients() {
+    let place = Place::new(PROVIDER);
+    place.write(
+        "customers.d/acme.toml",
+        "domains = [\"example.org\", \"example.com\"]\nsecret = \"tanstaaftanstaaf\"\nrecipients = \"learn\"\n",
+    );
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let day = 24 * 60 * 60;
+    for (domain, days, reply) in [("org", 1, "554_5.7.1_no"), ("org", 2, "550_5.1.1_who"), ("com", 1, "554_5.3.0_no")] {
+        let (arrived, rejected) = (now - days * day - 60, now - days * day);
+        let name = format!("{arrived}.{days}x,O={rejected},A=3,R={rejected},L={reply}");
+        place.write(&format!("spool/domains/example.{domain}/new/{name}"), FOREIGN);
+    }
+    let learned = format!("{} {now} eva@example.org\n{now} {now} bob@example.org\n", now - 3600);
+    place.write("spool/.odmr/unknown-acme", &learned);
+    let text = place.run(0, &["status"]);
+    let soft = "3 rejected by its server, and deferred, since 2d ago: 550 5.1.1 who";
+    let learned = "1 recipients are rejected: its server does not know them";
+    assert!(text.contains(soft) && text.contains(learned), "{text}");
+    let json = place.run(0, &["status", "--format", "json"]);
+    for (key, expected) in
+        [("soft_bounced", "3"), ("soft_bounced_reply", "\"550 5.1.1 who\""), ("learned_recipients", "1")]
+    {
+        assert_eq!(value(json.split("\"unowned\"").next().unwrap(), key), expected, "{json}");
+    }
+    let metrics = place.run(0, &["status", "--format", "prometheus"]);
+    for line in ["odmr_queue_soft_bounced_messages{account=\"acme\"} 3", "odmr_learned_recipients{account=\"acme\"} 1"]
+    {
+        assert!(metrics.lines().any(|other| other == line), "{line} in {metrics}");
+    }
+    let warned = place.run(1, &["status", "--warn", "30d"]);
+    assert!(warned.starts_with(&format!("acme: {soft}")), "{warned}");
+    assert!(place.run(0, &["queue", "show", &format!("{}.1x", now - day - 60)]).contains("first rejected: 20"));
+}
+
 #[test]
 fn list_and_show_tell_of_each_message() {
     let place = Place::filled();
@@ -454,9 +491,13 @@ fn what_is_left_over_in_a_spool_is_removed() {
         }
         unused_queue(&place, "spool/outgoing/w.example");
         place.write("spool/domains/mail.example/new/1763607845.a", FOREIGN);
-        for name in
-            ["domains/mail.example/new", "domains/example.org/tmp/1.left", ".odmr/call-gone", ".odmr/.call-x.1.1"]
-        {
+        for name in [
+            "domains/mail.example/new",
+            "domains/example.org/tmp/1.left",
+            ".odmr/call-gone",
+            ".odmr/unknown-acme",
+            ".odmr/.call-x.1.1",
+        ] {
             let name = format!("spool/{name}");
             if !place.path(&name).exists() {
                 place.write(&name, "at=2026-01-02T03:04:05Z\nresult=done\n");
@@ -474,7 +515,7 @@ fn what_is_left_over_in_a_spool_is_removed() {
         for name in ["outgoing/w.example", "domains/example.org/tmp/1.left", ".odmr/.call-x.1.1"] {
             assert!(!place.path(&format!("spool/{name}")).exists(), "{name}");
         }
-        for name in ["domains/gone.example", ".odmr/call-gone"] {
+        for name in ["domains/gone.example", ".odmr/call-gone", ".odmr/unknown-acme"] {
             assert_eq!(place.path(&format!("spool/{name}")).exists(), skipped, "{name}");
         }
         let text = place.run(1, &["check"]);
