@@ -60,7 +60,7 @@ pub struct SoftBounces {
     /// The domains of which the customer has accepted a recipient.
     accepting: HashSet<Domain>,
     /// For each domain, the messages that were rejected and deferred, and the first reply.
-    deferred: BTreeMap<Domain, (u64, Reply)>,
+    deferred: BTreeMap<Domain, (u64, String)>,
 }
 
 /// One message, for which rejections may be deferrals.
@@ -119,7 +119,7 @@ impl SoftBounces {
                 first.get_or_insert(reply);
             }
         }
-        self.deferred.entry(message.domain.clone()).or_insert((0, first?)).0 += 1;
+        self.deferred.entry(message.domain.clone()).or_insert((0, first?.to_string())).0 += 1;
         Some(message.since(self.time))
     }
 
@@ -129,8 +129,8 @@ impl SoftBounces {
     }
 
     /// The domains with messages that were rejected and deferred: how many, and the first reply.
-    pub fn deferred(&self) -> impl Iterator<Item = (&Domain, u64, &Reply)> {
-        self.deferred.iter().map(|(domain, (messages, reply))| (domain, *messages, reply))
+    pub fn deferred(&self) -> impl Iterator<Item = (&Domain, u64, &str)> {
+        self.deferred.iter().map(|(domain, (messages, reply))| (domain, *messages, reply.as_str()))
     }
 
     fn is_accepting(&self, domain: &Domain) -> bool {

@@ -246,7 +246,7 @@ impl TurnedQueue {
             let undecided = self.soft_bounces.is_undecided(rejected, result);
             // When the connection is lost there are no more replies, and a doubt must be recorded.
             if undecided && !result.decided_by.is_connection_loss() && mail.may_postpone(result) {
-                return mail.postpone(&message, settlement);
+                return mail.postpone(message, settlement);
             }
         }
         self.finish(message, settlement);
@@ -261,7 +261,7 @@ impl TurnedQueue {
             Ok(Some(message)) if message.envelope.recipients.len() == settlement.result.recipients.len() => {
                 self.finish(message, settlement);
             }
-            // Another program has removed or changed it.
+            // Another program has removed or changed it, or has it.
             Ok(_) => {}
             Err(error) => {
                 log::error!("event=unreadable queue={queue} error={}", quoted(error));
@@ -403,11 +403,12 @@ impl LockedMail {
         self.postponed.len() < POSTPONED_LIMIT && self.postponed_octets + octets_of(result) <= POSTPONED_OCTETS
     }
 
-    /// Settles a message at the end. Until then its queue stays locked, and does not offer it again.
-    fn postpone(&mut self, message: &QueuedMessage, settlement: Settlement) {
+    /// Settles a message at the end. Until then it is not offered again.
+    fn postpone(&mut self, message: QueuedMessage, settlement: Settlement) {
         self.postponed_octets += octets_of(&settlement.result);
         let (queue, entry) = (message.queue().clone(), message.entry().clone());
         self.postponed.push_back(PostponedMessage { queue, entry, settlement });
+        self.lock.leave(message);
     }
 
     fn open(&mut self, messages: usize, mut octets: usize, report: &mut dyn FnMut(QueueReport)) {
@@ -440,6 +441,12 @@ impl LockedMail {
         match read {
             Ok((octets, whole)) => QueueReport::Content { octets, whole },
             Err(error) => QueueReport::ContentFailed(error),
+        }
+    }
+
+    fn pass_over(&mut self, number: u64) {
+        if let Some(message) = self.take(number) {
+            self.lock.leave(message);
         }
     }
 
@@ -491,7 +498,7 @@ impl LaneWork for TurnedQueue {
         match (job, &mut self.mail) {
             (QueueJob::Open { messages, octets }, Some(mail)) => mail.open(messages, octets, report),
             (QueueJob::Read { number, octets }, Some(mail)) => report(mail.read(number, octets)),
-            (QueueJob::PassOver { number }, Some(mail)) => drop(mail.take(number)),
+            (QueueJob::PassOver { number }, Some(mail)) => mail.pass_over(number),
             (QueueJob::Heartbeat, Some(mail)) => mail.lock.heartbeat(),
             (QueueJob::CheckTakeover, Some(mail)) => {
                 report(QueueReport::TakeoverRequested(mail.lock.takeover_requested()));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::listed::{OPEN_WORK, Phase, QUEUE_WORK, STEP_WORK};
-use super::lock_file::LockFile;
+use super::lock_file::{LockError, LockFile};
 use super::locked_queue::{LockedQueue, OPEN_ATTEMPTS, Shortage};
 use super::message::{self, QueuedMessage};
 use super::name::QueueName;
@@ -221,13 +221,29 @@ impl QueueLock {
         Ok(false)
     }
 
-    /// Opens one message of a queue, which is then not offered again. `None`: it is gone, or the queue is not locked.
+    /// Closes a message that was offered, and does not offer it again. [`QueueLock::open_message`] opens it once more.
+    pub fn leave(&mut self, message: QueuedMessage) {
+        if let Some(at) = self.queues.iter().position(|queue| queue.name == *message.queue()) {
+            drop(message);
+            self.queues[at].under_way = self.queues[at].under_way.saturating_sub(1);
+            self.release_if_many(at);
+        }
+    }
+
+    /// Opens one message of a queue, which is then not offered again. `None`: it is gone, or the queue is not locked, or another
+    /// session has it by now.
     ///
     /// # Errors
     /// The file cannot be read; `WouldBlock`: it is in a shared directory, and another session has it.
     pub fn open_message(&mut self, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name) else { return Ok(None) };
         queue.listed.offered.insert(entry.unique());
+        // Its directory may have been released meanwhile.
+        match queue.lock_if_mail(None) {
+            Ok(()) => {}
+            Err(LockError::Busy(_)) => return Ok(None),
+            Err(LockError::Failed(error)) => return Err(error),
+        }
         queue.open(entry).inspect(|opened| queue.under_way += usize::from(opened.is_some()))
     }
 

@@ -161,3 +161,33 @@ fn a_directory_whose_mail_was_offered_is_released_if_there_are_many() {
     assert_eq!(offered, 300);
     assert!(most < 100, "{most}");
 }
+
+/// So do messages that are settled at the end. Another session may have the directory of one of them by then.
+#[test]
+fn a_message_that_was_left_is_opened_again_unless_another_session_has_it() {
+    let spool = Spool::new();
+    let names: Vec<_> = (0..300).map(|number| of_account(&spool, "acme", &format!("d{number}.example"))).collect();
+    (0..300).for_each(|number| put(&spool, &format!("d{number}.example"), "eva"));
+    let mut lock = spool.queue.lock_account(&names).unwrap();
+    let mut left = Vec::new();
+    while let Some(message) = lock.next_message() {
+        left.push((message.queue().clone(), message.entry().clone()));
+        lock.leave(message);
+        assert!(lock.queues.iter().filter(|queue| queue.lock.is_some()).count() < 100);
+    }
+    assert_eq!(left.len(), 300);
+    let released = lock.queues.iter().find(|queue| queue.lock.is_none()).unwrap().name.clone();
+    let other = spool.queue.lock(&[QueueName { account_lock: None, ..released.clone() }]).unwrap();
+    let mut settled = 0;
+    for (name, entry) in &left {
+        if let Some(message) = lock.open_message(name, entry.clone()).unwrap() {
+            lock.settle(message, &result("+")).unwrap();
+            settled += 1;
+        }
+        assert!(lock.queues.iter().filter(|queue| queue.lock.is_some()).count() < 100);
+    }
+    assert_eq!((settled, lock.has_next()), (299, false));
+    drop(other);
+    let (name, entry) = left.into_iter().find(|(name, _)| *name == released).unwrap();
+    assert!(lock.open_message(&name, entry).unwrap().is_some());
+}
