@@ -301,7 +301,6 @@ impl Account {
         let (relay, any_sender) = (table.or("relay", Flag, true), table.or("any-sender", Flag, false));
         let (max_size, rate) = (table.get("max-size", SIZE), table.or("rate", 0..=u32::MAX, 0));
         let delivered_to_prefix = table.get("delivered-to-prefix", PREFIX);
-        let held = source.note(HeldConfig::build(&mut table));
         for Located { value: domain, source: line } in table.list("domains", DOMAIN)?.unwrap_or_default() {
             if domains.contains(&domain) {
                 return Err(line.duplicate(domain));
@@ -314,6 +313,7 @@ impl Account {
                 "`domains` is missing or empty: name the customer's domains, such as domains = [\"example.org\"]",
             ));
         }
+        let held = source.note(HeldConfig::build(&mut table, &domains));
         let (secret, verifier, certificates) = credentials?;
         let mut account = Account {
             name,

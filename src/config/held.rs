@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use super::known::KnownRecipients;
 use super::table::Table;
 use super::value::{DURATION, DURATION_OR_NONE, EXPIRY, NEVER_OR_LATER, SIZE, SIZE_OR_NONE, Text};
+use crate::mail::address::Domain;
 use crate::recipients::ConfigError;
 
 /// The mail that is held for a customer.
@@ -16,7 +18,7 @@ pub struct HeldConfig {
     pub delay_warning: Option<Duration>,
     /// A rejection that looks like a mistake of the customer's side is a deferral for so long; zero: never. Default: 2 days.
     pub soft_bounce: Duration,
-    /// The recipients that mail is accepted for.
+    /// The recipients that mail is accepted for; it is rejected for others.
     pub recipients: KnownRecipients,
     /// Octets of the files that may be held; `None`, the default: no limit.
     pub max_bytes: Option<u64>,
@@ -33,25 +35,6 @@ pub struct HeldConfig {
     /// From the end of a call that has brought no mail to the next ATRN. Default: zero.
     pub min_interval: Duration,
 }
-
-/// Which recipients in the domains of a customer mail is accepted for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum KnownRecipients {
-    /// All.
-    #[default]
-    Any,
-    /// All but those that the customer's server does not know, as it has said itself.
-    Learn,
-}
-
-const KNOWN_EXPECTED: &str = "\"any\" or \"learn\"";
-
-/// Which recipients mail is accepted for.
-const KNOWN: Text<KnownRecipients> = Text::new(KNOWN_EXPECTED, |text| match text {
-    "any" => Ok(KnownRecipients::Any),
-    "learn" => Ok(KnownRecipients::Learn),
-    _ => Err(format!("{text:?} does not say which recipients there are: write {KNOWN_EXPECTED}")),
-});
 
 /// What becomes of mail for a customer for whom enough is held.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -93,20 +76,20 @@ impl Default for HeldConfig {
 }
 
 impl HeldConfig {
-    /// Reads the keys of the file.
-    pub(super) fn build(table: &mut Table<'_>) -> Result<HeldConfig, ConfigError> {
+    /// Reads the keys of the file of a customer who has these domains.
+    pub(super) fn build(table: &mut Table<'_>, domains: &[Domain]) -> Result<HeldConfig, ConfigError> {
         let default = HeldConfig::default();
         let warning_line = table.line_of("delay-warning");
         let expire_after = table.or("expire-after", EXPIRY, default.expire_after);
         let delay_warning = table.or("delay-warning", NEVER_OR_LATER, default.delay_warning);
         let soft_bounce = table.or("soft-bounce", DURATION_OR_NONE, default.soft_bounce);
-        let recipients = table.or("recipients", KNOWN, default.recipients);
         let (max_bytes, max_messages) = (table.get("max-bytes", SIZE), table.get("max-messages", 1..=u32::MAX));
         let over_quota = table.or("over-quota", OVER_QUOTA, default.over_quota);
         let messages_per_turn = table.get("messages-per-turn", 0..=u32::MAX);
         let octets_per_turn = table.get("octets-per-turn", SIZE_OR_NONE);
         let turn = table.get("turn", DURATION);
         let min_interval = table.or("min-interval", DURATION_OR_NONE, default.min_interval);
+        let recipients = table.file.note(KnownRecipients::build(table, domains));
         let (expire_after, delay_warning) = (expire_after?, delay_warning?);
         if let (Some(expiry), Some(warning)) = (expire_after, delay_warning)
             && warning >= expiry
@@ -132,7 +115,7 @@ impl HeldConfig {
 }
 
 #[rustfmt::skip]
-pub(super) const HELD_KEYS: [&str; 11] = [
-    "expire-after", "delay-warning", "soft-bounce", "recipients", "max-bytes", "max-messages", "over-quota",
-    "messages-per-turn", "octets-per-turn", "turn", "min-interval",
+pub(super) const HELD_KEYS: [&str; 12] = [
+    "expire-after", "delay-warning", "soft-bounce", "recipients", "recipients-file", "max-bytes", "max-messages",
+    "over-quota", "messages-per-turn", "octets-per-turn", "turn", "min-interval",
 ];

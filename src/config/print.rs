@@ -124,10 +124,16 @@ impl Printer {
         self.value("expire-after", or_never(held.expire_after));
         self.value("delay-warning", or_never(held.delay_warning));
         self.value("soft-bounce", time(held.soft_bounce));
-        self.value("recipients", if held.recipients == KnownRecipients::Any { "\"any\"" } else { "\"learn\"" });
         self.value("over-quota", if held.over_quota == OverQuota::Defer { "\"defer\"" } else { "\"reject\"" });
         self.value("min-interval", time(held.min_interval));
-        self.written(file, &["max-bytes", "max-messages", "messages-per-turn", "octets-per-turn", "turn"]);
+        self.written(
+            file,
+            &["max-bytes", "max-messages", "messages-per-turn", "octets-per-turn", "turn", "recipients-file"],
+        );
+        match held.recipients {
+            KnownRecipients::Any => self.value("recipients", "\"any\""),
+            _ => self.written(file, &["recipients"]),
+        }
     }
 
     fn customer(mut self, config: &CustomerConfig) -> Result<String, ConfigError> {

@@ -378,6 +378,11 @@ fn what_a_file_says_of_held_mail_is_read() {
         min_interval: MINUTE,
     };
     assert_eq!(held(text), all);
+    assert_eq!(held("recipients = \"any\"\n").recipients, KnownRecipients::Any);
+    assert_eq!(held("recipients = \"learn\"\n").recipients, KnownRecipients::Learn);
+    let listed = held("recipients = [\"alice@example.org\", \"@EXAMPLE.org\", \"!spam@example.org\"]\n").recipients;
+    let knows = |address: &str| listed.look_up(&crate::mail::address::Mailbox::parse(address).unwrap(), "acme");
+    assert_eq!((knows("bob@example.org"), knows("Spam+x@example.org")), (Knowledge::Known, Knowledge::Unknown));
     assert_eq!(held("expire-after = \"never\"\ndelay-warning = \"300d\"\n").expire_after, None);
 }
 
@@ -534,13 +539,21 @@ fn mistakes_in_what_is_said_of_held_mail_are_named() {
     account("", "expire-after = 14", at, "expected a time such as \"14d\", or \"never\"");
     account("", "delay-warning = \"14d\"", at, "`delay-warning` must be shorter than `expire-after`");
     account("", "soft-bounce = \"never\"", at, "\"never\" is not a valid time");
-    account("", "recipients = \"all\"", at, "write \"any\" or \"learn\"");
     account("", "max-bytes = 0", at, "no message would be accepted");
     account("", "max-messages = 0", at, "0 is too small: write 1 or more");
     account("", "over-quota = \"drop\"", at, "write \"defer\" or \"reject\"");
     account("", "octets-per-turn = \"1MB\"", at, "not a valid size");
     account("", "turn = \"0s\"", at, "would wait for nothing");
     account("", "min-interval = 5", at, "expected a time such as \"2d\", or \"0s\"");
+    account("", "recipients = \"all\"", at, "\"all\" is not a valid value: write \"any\", \"learn\" or a list");
+    account("", "recipients = 5", at, "expected \"any\", \"learn\" or a list");
+    account("", "recipients = []", at, "`recipients` is empty");
+    account("", "recipients = [\"alice\"]", at, "\"alice\" is not a valid address");
+    account("", "recipients = [\"alice@example.edu\"]", at, "alice@example.edu is in no domain of this account");
+    account("", "recipients = [\"!@example.org\"]", at, "excepts a whole domain");
+    account("", "recipients = [\"@example.org\"]\nrecipients-file = \"list\"", at, "exclude each other");
+    account("", "recipients-file = \"list\"", at, "customers.d/list cannot be read: No such file");
+    account("", "recipients-file = \"acme.toml\"", "customers.d/acme.toml:1", "is not a valid address");
 }
 
 #[test]
@@ -1353,7 +1366,8 @@ fn each_line_that_is_no_toml_is_found() {
 /// What is printed is a configuration again, and has the same effect, except for secrets.
 #[test]
 fn what_is_printed_is_read_again() {
-    let account = "domains = [\"example.org\"]\nsecret = \"open sesame\"\nmax-size = \"1MiB\"\nmax-bytes = \"1GiB\"\n";
+    let account = "domains = [\"example.org\"]\nsecret = \"open sesame\"\nmax-size = \"1MiB\"\nmax-bytes = \"1GiB\"\n\
+                   recipients = [\"@example.org\"]\n";
     let provider = format!(
         "user = \"odmr\"\ngroup = \"mail\"\n{PROVIDER}give-up = \"36h\"\n[relay]\nsmarthost = \"smtp.example.net\"\nname = \"a\\\"b\"\nsecret = \"open \
          sesame\"\ntls-for = {{ \"example.com\" = \"must\" }}\n[limits]\nerrors = 7\n[timeouts]\nmail = \"1500ms\"\n"
@@ -1409,6 +1423,7 @@ fn what_is_printed_is_read_again() {
         "any-sender = false",
         "expire-after = \"14d\"",
         "max-bytes = \"1GiB\"",
+        "recipients = [\"@example.org\"]",
     ] {
         assert!(printed.lines().any(|printed| printed == line), "{line} is not in\n{printed}");
     }

@@ -28,6 +28,7 @@
 mod catch_all;
 mod check;
 mod input;
+mod known;
 mod names;
 
 use std::collections::{HashMap, HashSet};
@@ -38,6 +39,7 @@ pub use self::input::{
     AddressPattern, Alias, AliasTarget, CatchAll, CatchAllRule, ConfigError, DomainAlias, FORWARD_HINT, Located,
     NextHop, Route, RouteRule, RuleInput, SourceLine, TargetKind, address, same_mailbox,
 };
+pub use self::known::{ListedRecipient, RecipientList};
 pub use self::names::directory_name;
 
 use self::input::is;

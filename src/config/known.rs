@@ -1,0 +1,335 @@
+//! The recipients that a customer's file names, or a file that it names in turn, which the customer may replace at any time.
+//!
+//! A file is read again when it has changed, in each process. It may be replaced by rename, or written in place: a part of it
+//! may be a valid file. So it is believed only when it has not changed for two seconds; until then the old list holds, and a
+//! recipient that the old list does not have is deferred and not rejected. A file with a mistake changes nothing.
+
+use std::fs::{self, Metadata, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::fs::OFlags;
+use toml::de::DeValue;
+
+use super::source::decode;
+use super::table::{Table, values};
+use super::value::{ACCEPTED, PATH, Text, wrong_type};
+use crate::mail::address::{Domain, Mailbox};
+use crate::net::trace::quoted;
+use crate::recipients::{ConfigError, ListedRecipient, Located, RecipientList, SourceLine};
+use crate::sandbox;
+
+/// Entries of a file.
+const ENTRIES_LIMIT: u64 = 1_000_000;
+
+/// Octets of a file.
+const FILE_LIMIT: u64 = 64 << 20;
+
+/// Octets of a line: more than an address has (RFC 5321 section 4.5.3.1).
+const LINE_LIMIT: u64 = 1024;
+
+/// How long a file must be unchanged.
+const QUIET_TIME: Duration = Duration::from_secs(2);
+
+/// How often the system is asked whether it has changed.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Which recipients in its domains a customer has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum KnownRecipients {
+    /// All.
+    #[default]
+    Any,
+    /// All but those that the customer's server does not know, as it has said itself.
+    Learn,
+    /// Those of `recipients`.
+    Listed(Arc<RecipientList>),
+    /// Those of `recipients-file`.
+    File(Arc<RecipientsFile>),
+}
+
+/// What a list says of a recipient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Knowledge {
+    Known,
+    Unknown,
+    /// The list does not have it, but is being changed.
+    Unsettled,
+}
+
+const EXPECTED: &str = "\"any\", \"learn\" or a list of addresses such as [\"alice@example.org\", \"@example.net\"]";
+
+const ENTRY: Text<ListedRecipient> =
+    Text::new("an address such as \"alice@example.org\", or \"@example.org\"", |text| {
+        let (excepted, address) = text.strip_prefix('!').map_or((false, text), |address| (true, address));
+        if excepted && address.starts_with('@') {
+            return Err(format!("{text:?} excepts a whole domain: remove it, as only what is listed is known"));
+        }
+        Ok(ListedRecipient { pattern: ACCEPTED.parse(address)?.pattern, excepted })
+    });
+
+impl KnownRecipients {
+    /// `recipients` and `recipients-file` of the file of a customer who has these domains.
+    pub(super) fn build(table: &mut Table<'_>, domains: &[Domain]) -> Result<KnownRecipients, ConfigError> {
+        let file = table.located("recipients-file", PATH);
+        let Some(value) = table.take("recipients") else {
+            return Ok(match file? {
+                Some(file) => KnownRecipients::File(RecipientsFile::open(
+                    table.file.absolute(&file.value),
+                    domains,
+                    &file.source,
+                )?),
+                None => KnownRecipients::Any,
+            });
+        };
+        let line = value.line.clone();
+        if file?.is_some() {
+            return Err(line.error("`recipients` and `recipients-file` exclude each other: remove one of the two"));
+        }
+        match &value.value {
+            DeValue::String(text) if text == "any" => return Ok(KnownRecipients::Any),
+            DeValue::String(text) if text == "learn" => return Ok(KnownRecipients::Learn),
+            DeValue::Array(_) => {}
+            DeValue::String(text) => return Err(line.error(format!("{text:?} is not a valid value: write {EXPECTED}"))),
+            other => return Err(line.error(wrong_type(other, EXPECTED))),
+        }
+        let entries: Vec<_> = value.one_or_many().into_iter().map(|value| value.read(&ENTRY)).collect();
+        let entries: Vec<Located<_>> = entries.into_iter().collect::<Result<_, _>>()?;
+        for Located { value, source } in &entries {
+            check_domain(value, domains).map_err(|text| source.error(text))?;
+        }
+        if entries.is_empty() {
+            return Err(line.error(format!("`recipients` is empty, and no mail would be accepted: write {EXPECTED}")));
+        }
+        Ok(KnownRecipients::Listed(Arc::new(values(entries).into_iter().collect())))
+    }
+
+    /// What is known of a mailbox in a domain of the customer. `account`: for the log.
+    pub fn look_up(&self, mailbox: &Mailbox, account: &str) -> Knowledge {
+        let (list, settled) = match self {
+            KnownRecipients::Any | KnownRecipients::Learn => return Knowledge::Known,
+            KnownRecipients::Listed(list) => (list.clone(), true),
+            KnownRecipients::File(file) => file.current(account),
+        };
+        match (list.knows(mailbox), settled) {
+            (true, _) => Knowledge::Known,
+            (false, true) => Knowledge::Unknown,
+            (false, false) => Knowledge::Unsettled,
+        }
+    }
+
+    /// The list, as it was read last; `None`: there is none.
+    pub fn list(&self) -> Option<Arc<RecipientList>> {
+        match self {
+            KnownRecipients::Any | KnownRecipients::Learn => None,
+            KnownRecipients::Listed(list) => Some(list.clone()),
+            KnownRecipients::File(file) => Some(file.lock().list.clone()),
+        }
+    }
+}
+
+fn check_domain(entry: &ListedRecipient, domains: &[Domain]) -> Result<(), String> {
+    match entry.pattern.domain().is_some_and(|domain| domains.contains(domain)) {
+        true => Ok(()),
+        false => {
+            Err(format!("{} is in no domain of this account: remove it, or add the domain to `domains`", entry.pattern))
+        }
+    }
+}
+
+/// A file of recipients, and its list as it was read last.
+#[derive(Debug)]
+pub struct RecipientsFile {
+    path: PathBuf,
+    domains: Vec<Domain>,
+    state: Mutex<FileState>,
+}
+
+#[derive(Debug)]
+struct FileState {
+    list: Arc<RecipientList>,
+    /// The file that was read last, or could not be; `None`: that of `list` may have been read while it was written.
+    read: Option<Option<FileStamp>>,
+    /// A change that was seen, and when.
+    change: Option<(Option<FileStamp>, Instant)>,
+    looked: Option<Instant>,
+    /// A thread reads it.
+    is_read: bool,
+}
+
+/// Two files of the same path are the same list.
+impl PartialEq for RecipientsFile {
+    fn eq(&self, other: &RecipientsFile) -> bool {
+        (&self.path, &self.domains) == (&other.path, &other.domains)
+    }
+}
+
+impl Eq for RecipientsFile {}
+
+/// What tells one content of a file from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FileStamp {
+    file: (u64, u64),
+    octets: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl FileStamp {
+    fn of(found: &Metadata) -> FileStamp {
+        FileStamp {
+            file: (found.dev(), found.ino()),
+            octets: found.len(),
+            modified: (found.mtime(), found.mtime_nsec()),
+            changed: (found.ctime(), found.ctime_nsec()),
+        }
+    }
+
+    /// Whether the file has not changed for two seconds by the clock. Its time of modification may be that of its original.
+    fn is_quiet(&self, now: SystemTime) -> bool {
+        let changed =
+            Duration::new(u64::try_from(self.changed.0).unwrap_or(0), u32::try_from(self.changed.1).unwrap_or(0));
+        SystemTime::UNIX_EPOCH + changed + QUIET_TIME <= now
+    }
+}
+
+impl RecipientsFile {
+    /// Reads a file. `line`: the line that names it.
+    fn open(path: PathBuf, domains: &[Domain], line: &SourceLine) -> Result<Arc<RecipientsFile>, ConfigError> {
+        let (list, stamp) = read(&path, domains).map_err(|error| error.on(line))?;
+        let read = stamp.is_quiet(SystemTime::now()).then_some(Some(stamp));
+        let state = FileState { list: Arc::new(list), read, change: None, looked: None, is_read: false };
+        Ok(Arc::new(RecipientsFile { path, domains: domains.to_owned(), state: Mutex::new(state) }))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, FileState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The list, and whether it is that of the file as it is now. Asks the system once a second at most.
+    fn current(&self, account: &str) -> (Arc<RecipientList>, bool) {
+        let (mut state, now) = (self.lock(), Instant::now());
+        if state.is_read || state.looked.is_some_and(|looked| now < looked + LOOK_INTERVAL) {
+            return (state.list.clone(), state.change.is_none());
+        }
+        state.looked = Some(now);
+        let stamp = fs::metadata(&self.path).ok().map(|found| FileStamp::of(&found));
+        if state.read == Some(stamp) {
+            state.change = None;
+            return (state.list.clone(), true);
+        }
+        let since = state.change.filter(|(seen, _)| *seen == stamp).map_or(now, |(_, since)| since);
+        state.change = Some((stamp, since));
+        let is_quiet = stamp.is_some_and(|stamp| stamp.is_quiet(SystemTime::now())) || now >= since + QUIET_TIME;
+        if !is_quiet {
+            return (state.list.clone(), false);
+        }
+        state.is_read = true;
+        drop(state);
+        // A long one takes a second, in which others go on with the old list.
+        let read = read(&self.path, &self.domains);
+        let mut state = self.lock();
+        state.is_read = false;
+        match read {
+            Ok((list, read)) if Some(read) == stamp => {
+                log::info!("event=recipients-read account={} recipients={}", quoted(account), list.count());
+                state.list = Arc::new(list);
+            }
+            // It has changed once more.
+            Ok(_) => return (state.list.clone(), false),
+            Err(error) => {
+                let error = error.on(&SourceLine { file: self.path.as_path().into(), line: None });
+                let consequence = "the old list holds";
+                log::error!(
+                    "event=recipients-unreadable account={} error={} consequence={consequence:?}",
+                    quoted(account),
+                    quoted(error)
+                );
+            }
+        }
+        (state.read, state.change) = (Some(stamp), None);
+        (state.list.clone(), true)
+    }
+}
+
+/// Why a file cannot be used.
+enum ListError {
+    /// In this line of it.
+    Line(ConfigError),
+    Whole(String),
+}
+
+impl ListError {
+    /// `line`: the line that names the file.
+    fn on(self, line: &SourceLine) -> ConfigError {
+        match self {
+            ListError::Line(error) => error,
+            ListError::Whole(text) => line.error(text),
+        }
+    }
+}
+
+/// Reads a file line by line: it may be anything.
+fn read(path: &Path, domains: &[Domain]) -> Result<(RecipientList, FileStamp), ListError> {
+    sandbox::note_file(path);
+    let shown = path.display();
+    let failed =
+        |error: io::Error| ListError::Whole(format!("{shown} cannot be read: {}", sandbox::explain(path, error)));
+    // Without these flags, a pipe waits for a writer and a terminal for its user.
+    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
+    let found = file.metadata().map_err(failed)?;
+    if !found.is_file() {
+        return Err(ListError::Whole(format!("{shown} is not a file")));
+    }
+    if found.len() > FILE_LIMIT {
+        return Err(ListError::Whole(format!("{shown} has more than 64 MiB")));
+    }
+    let (mut list, mut entries, mut number) = (RecipientList::default(), 0, 0);
+    let (mut reader, mut line) = (BufReader::with_capacity(64 << 10, file.take(FILE_LIMIT)), Vec::new());
+    let named: Arc<Path> = path.into();
+    loop {
+        line.clear();
+        if reader.by_ref().take(LINE_LIMIT).read_until(b'\n', &mut line).map_err(failed)? == 0 {
+            break;
+        }
+        number += 1;
+        let source = SourceLine { file: named.clone(), line: Some(number) };
+        let wrong = |text: String| ListError::Line(source.error(text));
+        if !line.ends_with(b"\n") {
+            let text = match line.len() as u64 {
+                LINE_LIMIT => "the line is too long: write one address in each line",
+                // Half of the file may have arrived.
+                _ => "the last line has no end, as if the file were not complete: end it with a line feed",
+            };
+            return Err(wrong(text.to_owned()));
+        }
+        let text = decode(&named, &line).map_err(|_| wrong("is not UTF-8: save it as UTF-8".to_owned()))?.trim();
+        let text = if number == 1 { text.trim_start_matches('\u{feff}').trim() } else { text };
+        if text.is_empty() || text.starts_with('#') {
+            continue;
+        }
+        let entry = ENTRY.parse(text).and_then(|entry| check_domain(&entry, domains).map(|()| entry)).map_err(wrong)?;
+        entries += 1;
+        if entries > ENTRIES_LIMIT {
+            return Err(ListError::Whole(format!(
+                "{shown} has more than a million addresses: write \"@example.org\" for a domain"
+            )));
+        }
+        list.add(entry);
+    }
+    if list.is_empty() {
+        let text = format!("{shown} has no address, and no mail would be accepted: write one in each line");
+        return Err(ListError::Whole(text));
+    }
+    list.sort();
+    // It may have been changed meanwhile: the stamp is not that of a file that was quiet before.
+    let after = reader.into_inner().into_inner().metadata().map_err(failed)?;
+    Ok((list, FileStamp::of(&after)))
+}
+
+#[cfg(test)]
+mod tests;

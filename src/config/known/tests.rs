@@ -1,0 +1,126 @@
+//! Tests of files of recipients.
+
+use super::*;
+
+fn domains() -> Vec<Domain> {
+    ["example.org", "example.net"].map(|name| Domain::parse(name).unwrap()).into()
+}
+
+fn knows(list: &RecipientList, address: &str) -> bool {
+    list.knows(&Mailbox::parse(address).unwrap())
+}
+
+fn read_text(text: &[u8]) -> Result<RecipientList, String> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    let line = SourceLine { file: Path::new("acme.toml").into(), line: Some(3) };
+    let name = file.path().display().to_string();
+    let read = read(file.path(), &domains()).map_err(|error| error.on(&line).to_string().replace(&name, "LIST"));
+    read.map(|(list, _)| list)
+}
+
+#[test]
+fn files_are_read_line_by_line() {
+    let text =
+        "\u{feff}# ours\r\n\r\n  alice@EXAMPLE.org \r\n!alice+spam@example.org\n#bob@example.org\n@example.net\n";
+    let list = read_text(text.as_bytes()).unwrap();
+    assert_eq!(list.count(), 2);
+    assert!(knows(&list, "alice+x@example.org") && knows(&list, "eva@example.net"));
+    assert!(!knows(&list, "bob@example.org") && !knows(&list, "alice+spam@example.org"));
+}
+
+#[test]
+fn a_file_with_a_mistake_is_not_used() {
+    let long = [&b"alice@example.org\n"[..], &b"x".repeat(100_000)].concat();
+    let many = "@example.org\n".repeat(1_000_001);
+    let cases: [(&[u8], &str); 12] = [
+        (b"", "acme.toml:3: LIST has no address"),
+        (b"# nobody\n\n", "acme.toml:3: LIST has no address"),
+        (b"alice@example.org\nbob@exam", "LIST:2: the last line has no end"),
+        (b"alice@example.org\n\nalice\n", "LIST:3: \"alice\" is not a valid address"),
+        (b"alice@example.com\n", "LIST:1: alice@example.com is in no domain of this account"),
+        (b"@example.com\n", "LIST:1: @example.com is in no domain of this account"),
+        (b"!@example.org\n", "LIST:1: \"!@example.org\" excepts a whole domain"),
+        (b"alice@[127.0.0.1]\n", "LIST:1: \"alice@[127.0.0.1]\" is not a valid address"),
+        (b"alice@example.org\n\xff\xfe\n", "LIST:2: is not UTF-8"),
+        (b"\0\x01\x02@example.org\n", "LIST:1: "),
+        (&long, "LIST:2: the line is too long"),
+        (many.as_bytes(), "LIST has more than a million"),
+    ];
+    for (text, expected) in cases {
+        let error = read_text(text).unwrap_err();
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    assert!(read(directory.path(), &domains()).is_err());
+    let sparse = directory.path().join("sparse");
+    fs::File::create(&sparse).unwrap().set_len(FILE_LIMIT + 1).unwrap();
+    assert!(read(&sparse, &domains()).is_err());
+    let pipe = directory.path().join("pipe");
+    crate::platform::make_fifo(&pipe);
+    assert!(read(&pipe, &domains()).is_err());
+}
+
+/// Lets the interval of looking pass.
+fn current(file: &RecipientsFile) -> (Arc<RecipientList>, bool) {
+    file.lock().looked = None;
+    file.current("acme")
+}
+
+/// Lets the time pass during which a file must be unchanged.
+fn wait_until_quiet(file: &RecipientsFile) {
+    let stamp = fs::metadata(&file.path).ok().map(|found| FileStamp::of(&found));
+    while stamp.is_some_and(|stamp| !stamp.is_quiet(SystemTime::now())) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    if let Some((_, since)) = &mut file.lock().change {
+        *since -= QUIET_TIME;
+    }
+}
+
+#[test]
+fn a_file_that_changes_is_read_again_when_it_is_quiet() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("list");
+    let write = |text: &str| fs::write(&path, text).unwrap();
+    write("alice@example.org\n");
+    let line = SourceLine { file: Path::new("acme.toml").into(), line: Some(3) };
+    let file = RecipientsFile::open(path.clone(), &domains(), &line).unwrap();
+    let state = |address: &str| {
+        let (list, settled) = current(&file);
+        (knows(&list, address), settled)
+    };
+    // It was written just now: who is not in it may be in the rest.
+    assert_eq!((state("alice@example.org"), state("bob@example.org")), ((true, false), (false, false)));
+    wait_until_quiet(&file);
+    assert_eq!(state("bob@example.org"), (false, true));
+    // It is replaced in place, and half of it is valid.
+    write("bob@example.org\n");
+    assert_eq!((state("alice@example.org"), state("bob@example.org")), ((true, false), (false, false)));
+    write("bob@example.org\neva@example.org\n");
+    assert_eq!(state("bob@example.org"), (false, false));
+    wait_until_quiet(&file);
+    assert_eq!((state("alice@example.org"), state("eva@example.org")), ((false, true), (true, true)));
+    // What cannot be used changes nothing.
+    for text in ["", "eva@example.org", "rubbish\n"] {
+        write(text);
+        assert_eq!(state("eva@example.org"), (true, false));
+        wait_until_quiet(&file);
+        assert_eq!((state("eva@example.org"), state("alice@example.org")), ((true, true), (false, true)), "{text}");
+    }
+    fs::remove_file(&path).unwrap();
+    assert_eq!(state("alice@example.org"), (false, false));
+    wait_until_quiet(&file);
+    assert_eq!((state("eva@example.org"), state("alice@example.org")), ((true, true), (false, true)));
+    // It is renamed into its place, with the time of modification of its original.
+    let other = directory.path().join("other");
+    fs::write(&other, "alice@example.org\n").unwrap();
+    fs::File::open(&other).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    fs::rename(&other, &path).unwrap();
+    assert_eq!(state("alice@example.org"), (false, false));
+    wait_until_quiet(&file);
+    assert_eq!(state("alice@example.org"), (true, true));
+    // Within a second the system is not asked again.
+    fs::remove_file(&path).unwrap();
+    assert!(file.current("acme").1);
+}
