@@ -3,7 +3,7 @@
 //! Everything that depends on the time of day uses [`Clock`], so that a test stops it with [`Clock::Fixed`] and knows
 //! the dialogue in advance. Deadlines are `std::time::Instant`s and do not use this file.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jiff::civil::{DateTime, Time};
 use jiff::tz::{AmbiguousOffset, TimeZone};
@@ -33,6 +33,12 @@ impl Clock {
             Clock::Fixed => 1_767_323_045_000_000,
         }
     }
+}
+
+/// Returns the time since the start of the system, the same for all processes, which nobody sets.
+pub fn uptime() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// A point in time, in whole seconds since 1970, UTC.

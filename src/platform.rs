@@ -6,6 +6,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::OnceLock;
 
 use nix::unistd::Gid;
 use rustix::fs::{Mode, OFlags, RawMode};
@@ -89,6 +90,17 @@ pub fn groups_of(user: &CStr, group: Gid) -> io::Result<Vec<Gid>> {
 #[cfg(target_vendor = "apple")]
 pub fn groups_of(_: &CStr, group: Gid) -> io::Result<Vec<Gid>> {
     Ok(vec![group])
+}
+
+/// Which start of the system this is, in letters, digits and hyphens; `-`: it does not tell, as only Linux does. It is read
+/// once, so call it before this process may read no other files.
+pub fn boot_id() -> &'static str {
+    static BOOT: OnceLock<String> = OnceLock::new();
+    BOOT.get_or_init(|| {
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let is_plain = |id: &&str| id.len() == 36 && id.bytes().all(|octet| octet.is_ascii_hexdigit() || octet == b'-');
+        Some(id.trim()).filter(is_plain).unwrap_or("-").to_owned()
+    })
 }
 
 /// Makes a FIFO, for tests: macOS has no mkfifoat.

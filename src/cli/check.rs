@@ -22,7 +22,7 @@ use super::process::{config_path, print};
 use super::syslog;
 use crate::clock::Clock;
 use crate::config::{
-    Config, CustomerConfig, MailOwner, MailboxesConfig, ProviderAccount, ProviderConfig, SourceLine, TlsFiles,
+    Account, Config, CustomerConfig, MailOwner, MailboxesConfig, ProviderAccount, ProviderConfig, SourceLine, TlsFiles,
     effective, line_of_key,
 };
 use crate::customer::mailboxes::{find_mailbox, mailbox_exists};
@@ -245,6 +245,7 @@ fn check_provider(
     }
     check_spool(&places.root, &config.spool, owner.is_none(), report);
     check_unowned(&places.root, config, report);
+    config.accounts.iter().for_each(|account| check_recipients(&config.accounts.file(&account.name), account, report));
     let limits = &config.limits;
     let listeners = config.listen().iter().filter(|addresses| !addresses.is_empty()).count();
     let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
@@ -254,6 +255,18 @@ fn check_provider(
     let needed = limits.connections * 3 * listeners + turned + config.relay.connections * 2;
     check_descriptors(&places.limits, needed, report);
     format!("a provider with {} customers, {domains} domains", config.accounts.iter().count())
+}
+
+/// Notes how many recipients a customer has named, and warns of domains in which there is none.
+fn check_recipients(file: &Path, account: &Account, report: &mut CheckReport) {
+    let Some(list) = account.held.recipients.list() else { return };
+    let file = file.display();
+    report.note(format!("{file}: {} recipients are known, all others are rejected", list.count()));
+    for domain in account.domains.iter().filter(|domain| !list.names(domain)) {
+        report.warn(format!(
+            "{file}: no recipient in {domain} is listed, so all but postmaster@{domain} are rejected: add some, or \"@{domain}\""
+        ));
+    }
 }
 
 /// Says where the log of `odmr serve --inetd` goes, which inetd gives no descriptor for it.

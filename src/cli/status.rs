@@ -21,6 +21,9 @@ use crate::report::calls::{CallRecord, CallResult, seconds};
 
 const HINT: &str = "odmr status -h";
 
+/// An account that has used up so much of its quota needs a person.
+const FULL_PERCENT: u64 = 90;
+
 /// A certificate that ends sooner needs a person.
 const CERTIFICATE_DAYS: i64 = 14;
 
@@ -242,6 +245,12 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
         if let Some(learned @ 1..) = account.learned {
             let _ = writeln!(text, "    {learned} recipients are rejected: its server does not know them");
         }
+        if let Some(used) = account.quota_used().filter(|_| account.is_whole) {
+            let _ = writeln!(text, "    quota: {used} % of {}", quota_text(account));
+        }
+        if let Some(recipients) = account.recipients {
+            let _ = writeln!(text, "    recipients: {recipients} known");
+        }
     }
     for DomainStatus { domain, waiting } in &status.unowned {
         show.waiting(&mut text, domain, waiting, of_no_account(status));
@@ -265,6 +274,13 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
     }
     reload_text(&mut text, status.reload.as_ref());
     text
+}
+
+/// The limits of an account.
+fn quota_text(account: &AccountStatus) -> String {
+    let bytes = account.quota_bytes.map(|limit| format!("{limit} octets"));
+    let messages = account.quota_messages.map(|limit| format!("{limit} messages"));
+    bytes.into_iter().chain(messages).collect::<Vec<_>>().join(", ")
 }
 
 /// What is known of a domain that no account has.
@@ -366,6 +382,9 @@ fn provider_json(status: &ProviderStatus, hostname: &str, show: &Show) -> Json {
         members.extend(waiting_json(&account.held));
         members.push(("last_call", call_json(account.call.as_ref())));
         members.push(("learned_recipients", account.learned.map_or(Json::Null, |count| Json::Count(count as u64))));
+        let limits = [("quota_bytes", account.quota_bytes), ("quota_messages", account.quota_messages)];
+        let limits = limits.into_iter().chain([("recipients", account.recipients)]);
+        members.extend(limits.map(|(key, limit)| (key, limit.map_or(Json::Null, Json::Count))));
         if show.by_domain {
             members.push(("domains", Json::List(account.domains.iter().map(domain_json).collect())));
         }
@@ -514,6 +533,13 @@ fn provider_metrics(status: &ProviderStatus, show: &Show) -> Metrics {
             let help = "Recipients that are rejected because the customer's server does not know them.";
             metrics.add("odmr_learned_recipients", help, &[name], &learned);
         }
+        for (metric, help, limit) in [
+            ("odmr_quota_bytes", "Size of files that may be held.", account.quota_bytes),
+            ("odmr_quota_messages", "Messages that may be held.", account.quota_messages),
+            ("odmr_known_recipients", "Recipients that the customer has named.", account.recipients),
+        ] {
+            limit.iter().for_each(|limit| metrics.add(metric, help, &[name], limit));
+        }
     }
     // The destinations are without number, so they are labels only if each domain is asked for.
     for (prefix, label, list) in [("unowned", "domain", &status.unowned), ("outgoing", "destination", &status.outgoing)]
@@ -598,6 +624,7 @@ fn provider_findings(status: &ProviderStatus, warn: u64, show: &Show) -> Vec<Fin
     let now = show.now;
     let mut findings = Vec::new();
     for account in &status.accounts {
+        findings.extend(quota_finding(account));
         findings.extend(queue_findings(&account.name, &account.held, warn, now));
         let soft_bounced = show.soft_bounced(&account.held);
         findings.extend(soft_bounced.map(|text| Finding { about: account.name.clone(), text }));
@@ -623,6 +650,13 @@ fn provider_findings(status: &ProviderStatus, warn: u64, show: &Show) -> Vec<Fin
     }
     findings.extend(reload_finding(status.reload.as_ref()));
     findings
+}
+
+/// That an account has used up nearly all of its quota.
+fn quota_finding(account: &AccountStatus) -> Option<Finding> {
+    let used = account.quota_used().filter(|used| account.is_whole && *used >= FULL_PERCENT)?;
+    let text = format!("{used} % of its quota is used up: {}", quota_text(account));
+    Some(Finding { about: account.name.clone(), text })
 }
 
 fn customer_findings(status: &CustomerStatus, warn: u64, now: Timestamp) -> Vec<Finding> {

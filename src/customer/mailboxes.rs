@@ -251,7 +251,11 @@ impl Mailboxes {
     /// # Errors
     /// The reply to MAIL.
     pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
-        if has_room(&self.config.mailboxes.root, octets) { Ok(()) } else { Err(disk_full_reply()) }
+        if has_room(&self.config.mailboxes.root, octets, self.config.limits.min_free) {
+            Ok(())
+        } else {
+            Err(disk_full_reply())
+        }
     }
 }
 

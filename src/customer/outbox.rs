@@ -75,7 +75,11 @@ impl Outbox {
     /// The reply to MAIL.
     pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
         self.check_size(octets)?;
-        if has_room(&self.config.queue, octets) { Ok(()) } else { Err(disk_full_reply()) }
+        if has_room(&self.config.queue, octets, self.mailboxes.config.limits.min_free) {
+            Ok(())
+        } else {
+            Err(disk_full_reply())
+        }
     }
 
     /// Checks that a message of this many octets is not too large.
@@ -103,8 +107,8 @@ impl Outbox {
         let (here, elsewhere) = self.store.divide(&message);
         // If the size was not announced, only a mailbox that is full already has no room.
         let octets = size.unwrap_or(1) + received.len() as u64;
-        let (writer, routing) = self.store.begin(&here, elsewhere.envelope.recipients, octets, received)?;
-        writer.check_room(octets)?;
+        let (mut writer, routing) = self.store.begin(&here, elsewhere.envelope.recipients, octets, received)?;
+        writer.keep_free(self.mailboxes.config.limits.min_free, octets)?;
         Ok(SubmissionWriter {
             writer,
             completer: HeaderCompleter::new(additions),

@@ -273,7 +273,8 @@ impl SessionHandler for Receiver {
         let mut writer = MessageWriter::default();
         let routing = context.mailboxes().begin_known(&mut writer, &envelope.from, &self.accepted, &received);
         // At MAIL it was not known how many copies there are.
-        let routing = routing.and_then(|routing| writer.check_room(incoming.size.unwrap_or(0)).map(|()| routing));
+        let (reserve, size) = (context.mailboxes().config.limits.min_free, incoming.size.unwrap_or(0));
+        let routing = routing.and_then(|routing| writer.keep_free(reserve, size).map(|()| routing));
         let routing = routing.map_err(|error| storage_failure_reply(&error))?;
         context.counters.begin_message(incoming.size.unwrap_or(0));
         let mut arriving = IncomingMessage {

@@ -19,6 +19,7 @@ mod quota;
 pub mod spooled;
 mod state_file;
 mod sweep;
+mod usage;
 mod writer;
 
 use std::ffi::OsString;
@@ -34,10 +35,12 @@ pub use entry::{AttemptRecord, EndedSessions, Entry};
 pub use files::{FileId, prepare_directory, replace_file, replace_file_durably, with_path, write_remedy};
 use files::{list, make_directories, make_directory, move_file, sync_directory, sync_names};
 use quota::QuotaCheck;
+pub use quota::Usage;
 pub use state_file::{
     lock_state_file, locked_state_file, make_state_directory, open_state_file, state_key, sweep_state_files, tidy_daily,
 };
 pub use sweep::log_sweep_failed;
+pub use usage::{LimitExceeded, USAGE_FILE, UsageLimit};
 pub use writer::{MessageWriter, PreparedMessage};
 
 /// The flag of a message that may or may not have been sent; mail readers show it as "flagged".
@@ -45,9 +48,8 @@ pub const IN_DOUBT: char = 'F';
 /// The flag of a message for which a delay DSN was sent.
 pub const DELAY_REPORTED: char = 'R';
 
-/// Octets kept free on the disk, so that a message is rejected at MAIL (RFC 1870 section 6.1) and does not fail in the
-/// middle of its content.
-const RESERVED_SPACE: u64 = 4 << 20;
+/// By how much the clock of a file system is inexact.
+const CLOCK_STEP: Duration = Duration::from_secs(1);
 
 /// How often the directories are read for a message that a mail reader has moved.
 const FIND_ATTEMPTS: usize = 3;
@@ -59,7 +61,7 @@ const MAKE_ATTEMPTS: usize = 100;
 const BLOCK_SIZE: usize = 32 * 1024;
 
 /// One Maildir: a directory with `tmp`, `new` and `cur`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Maildir {
     path: PathBuf,
     /// The permission bits that files and directories made here do not get.
@@ -238,7 +240,7 @@ impl Maildir {
     /// the clock of a file system is inexact.
     pub fn is_unchanged_since(&self, time: SystemTime) -> bool {
         ["new", "cur"].iter().all(|name| match fs::metadata(self.path.join(name)).and_then(|found| found.modified()) {
-            Ok(modified) => modified + Duration::from_secs(1) < time,
+            Ok(modified) => modified + CLOCK_STEP < time,
             Err(error) => error.kind() == io::ErrorKind::NotFound,
         })
     }
@@ -388,11 +390,12 @@ pub fn for_each_block(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io:
     }
 }
 
-/// Returns whether the disk of a directory has room for this many octets and a reserve of 4 MiB. True if the system does
-/// not know: the first message makes a directory that is missing, and then the write reports the error.
-pub fn has_room(directory: &Path, octets: u64) -> bool {
+/// Returns whether the disk of a directory has room for this many octets and a reserve, so that a message is rejected at MAIL
+/// (RFC 1870 section 6.1) and does not fail in the middle of its content. True if the system does not know: the first message
+/// makes a directory that is missing, and then the write reports the error.
+pub fn has_room(directory: &Path, octets: u64, reserve: u64) -> bool {
     rustix::fs::statvfs(directory)
-        .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(RESERVED_SPACE))
+        .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(reserve))
 }
 
 #[cfg(test)]

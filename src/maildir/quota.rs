@@ -83,15 +83,15 @@ fn mailbox_of(maildir: &Path) -> Option<&Path> {
     (name != TRASH).then_some(parent)
 }
 
-/// Octets and messages: how many there are, or how many are allowed.
+/// Octets of files, and messages: how much there is, or how much is permitted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Usage {
-    octets: u64,
-    messages: u64,
+pub struct Usage {
+    pub octets: u64,
+    pub messages: u64,
 }
 
 impl Usage {
-    fn plus(self, more: Usage) -> Usage {
+    pub(super) fn plus(self, more: Usage) -> Usage {
         Usage { octets: self.octets.saturating_add(more.octets), messages: self.messages.saturating_add(more.messages) }
     }
 }

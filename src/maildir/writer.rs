@@ -5,15 +5,17 @@
 //! more than its size on the disk until it is complete. If other users may write into the first copy, a file without a name
 //! has the content instead: they must not change what others receive.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::files::{move_file, sync_directory, sync_names, with_path};
-use super::quota::QuotaCheck;
+use super::quota::{QuotaCheck, Usage};
+use super::usage::{UsageLimit, lock_and_add};
 use super::{Entry, Kind, Maildir, continues_field, for_each_block, has_room};
 
 /// Octets of content after which the free space is checked again: its size may not have been announced.
@@ -149,8 +151,20 @@ pub struct MessageWriter {
     content: ContentInfo,
     /// Octets of content since the free space was checked.
     unchecked: u64,
+    /// Octets that stay free on the disk of each copy.
+    reserve: u64,
     /// The time of modification of the copies, if it is not that of the last write.
     modified: Option<SystemTime>,
+    limits: CountedCopies,
+}
+
+/// The limits that the copies of a message count in.
+#[derive(Debug, Default)]
+struct CountedCopies {
+    /// Each with the index of a copy.
+    of_copies: Vec<(usize, Arc<UsageLimit>)>,
+    /// Whether a message that is too much is rejected.
+    enforced: bool,
 }
 
 impl MessageWriter {
@@ -189,22 +203,37 @@ impl MessageWriter {
         self.modified = Some(time);
     }
 
-    /// Checks that the disks of all copies have room for this many octets of content more, in each copy, and the reserve (see
-    /// [`has_room`]).
+    /// Has the copy that was begun last count in a limit.
+    pub fn count_in(&mut self, limit: &Arc<UsageLimit>) {
+        self.limits.of_copies.push((self.copies.len() - 1, limit.clone()));
+    }
+
+    /// Has the message not stored if it is too much for a limit in which a copy counts.
+    pub fn enforce_limits(&mut self) {
+        self.limits.enforced = true;
+    }
+
+    /// Keeps this reserve free from now on, whatever size was announced, and checks that the disks of all copies have room for
+    /// this many octets of content more, in each copy.
     ///
     /// # Errors
     ///
     /// `StorageFull` if one of them has not.
-    pub fn check_room(&self, octets: u64) -> io::Result<()> {
+    pub fn keep_free(&mut self, reserve: u64, octets: u64) -> io::Result<()> {
+        self.reserve = reserve;
+        self.check_room(octets)
+    }
+
+    fn check_room(&self, octets: u64) -> io::Result<()> {
         let to_make = self.copies.iter().filter(|copy| !copy.exists).count() as u64;
         let needed = self.content.octets.saturating_add(octets).saturating_mul(to_make).saturating_add(octets);
-        match self.copies.iter().find(|copy| !has_room(&copy.maildir.path, needed)) {
+        match self.copies.iter().find(|copy| !has_room(&copy.maildir.path, needed, self.reserve)) {
             Some(copy) => Err(with_path(&copy.maildir.path, io::ErrorKind::StorageFull.into())),
             None => Ok(()),
         }
     }
 
-    /// Appends content, with LF line ends, to all copies. It leaves the reserve free, whatever size was announced.
+    /// Appends content, with LF line ends, to all copies.
     ///
     /// Content that begins with white space is no header: a blank line comes before it, so that it does not continue the last
     /// field of the head (RFC 5322 section 2.2.3).
@@ -245,9 +274,8 @@ impl MessageWriter {
             let octets = self.content.octets + copy.head.len() as u64;
             quotas.admit(&copy.maildir.path, || copy.unique.clone(), octets)?;
         }
-        if self.copies.len() > 1 {
-            self.check_room(0)?;
-        }
+        // Other messages may have used up the disk meanwhile.
+        self.check_room(0)?;
         if let (Some(file), [first, others @ ..]) = (self.file.take(), &mut self.copies[..]) {
             let flushed = file.into_inner().map_err(|error| with_path(&first.temporary, error.into_error()));
             let mut file = flushed?;
@@ -260,7 +288,7 @@ impl MessageWriter {
             // Last: only fsync reports that the system could not write what the copies were made of.
             first.sync(&file, modified)?;
         }
-        Ok(PreparedMessage { copies: self.copies, content: self.content, quotas })
+        Ok(PreparedMessage { copies: self.copies, content: self.content, quotas, limits: self.limits })
     }
 }
 
@@ -269,6 +297,7 @@ pub struct PreparedMessage {
     copies: Vec<MessageCopy>,
     content: ContentInfo,
     quotas: QuotaCheck,
+    limits: CountedCopies,
 }
 
 impl PreparedMessage {
@@ -277,9 +306,14 @@ impl PreparedMessage {
     ///
     /// # Errors
     ///
-    /// The system's. If one copy cannot be moved, those that were moved are removed again.
+    /// [`LimitExceeded`](super::LimitExceeded), which leaves nothing; the system's. If one copy cannot be moved, those that were
+    /// moved are removed again.
     pub fn publish(mut self) -> io::Result<Vec<Entry>> {
+        let amounts = self.amounts();
+        let locks = lock_and_add(&amounts, self.limits.enforced)?;
         let published = self.copies.iter_mut().try_for_each(|copy| copy.publish(self.content));
+        // Others that count in the same limits need not wait for the disk.
+        drop(locks);
         let sync = |path: &PathBuf| sync_directory(path).and_then(|()| sync_names(path));
         let durable = published.and_then(|()| self.directories().iter().try_for_each(sync));
         if let Err(error) = durable {
@@ -292,6 +326,17 @@ impl PreparedMessage {
         }
         self.quotas.record();
         Ok(self.copies.iter().filter_map(|copy| copy.moved.clone()).collect())
+    }
+
+    /// What the message takes of each limit, in the order of their names.
+    fn amounts(&self) -> Vec<(Arc<UsageLimit>, Usage)> {
+        let mut amounts: BTreeMap<&str, (Arc<UsageLimit>, Usage)> = BTreeMap::new();
+        for (copy, limit) in &self.limits.of_copies {
+            let octets = self.content.octets + self.copies[*copy].head.len() as u64;
+            let amount = amounts.entry(limit.name()).or_insert_with(|| (limit.clone(), Usage::default()));
+            amount.1 = amount.1.plus(Usage { octets, messages: 1 });
+        }
+        amounts.into_values().collect()
     }
 
     /// The directories in which the copies appear, each once: each fsync costs as much as a message.

@@ -16,7 +16,7 @@ use crate::maildir::MessageWriter;
 use crate::queue::QueuedEnvelope;
 use crate::report::{DsnMessage, DsnSink};
 use crate::session::storage_failure_reply;
-use crate::smtp::command::{Envelope, Recipient};
+use crate::smtp::command::{Envelope, MailFrom, Recipient};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink};
 
@@ -25,23 +25,33 @@ const HELD_QUEUES: usize = 10;
 
 /// The queues of held mail that the recipients of one message belong to.
 #[derive(Default)]
-pub struct HeldQueues(Vec<SpoolQueue>);
+pub struct HeldQueues {
+    queues: Vec<SpoolQueue>,
+    /// Octets of the message, as MAIL announces them; 0: it does not.
+    size: u64,
+}
 
 impl HeldQueues {
-    /// Adds the queue of one more recipient.
+    /// Those of a message whose recipients are still to come.
+    pub fn begin(mail: &MailFrom) -> HeldQueues {
+        HeldQueues { queues: Vec::new(), size: mail.size.unwrap_or(0) }
+    }
+
+    /// Adds the queue of one more recipient. Returns the recipient as it is stored.
     ///
     /// # Errors
-    /// The reply to RCPT, if there are as many others as permitted: one message takes its size on the disk for each, and a client
-    /// sends the rest in another transaction (RFC 5321 section 4.5.3.1.10).
-    pub fn add(&mut self, queue: SpoolQueue) -> Result<(), Reply> {
-        if self.0.contains(&queue) {
-            return Ok(());
+    /// The reply to RCPT: that of [`Shared::check_learned`] or [`Spool::check_recipient`], or there are as many queues as permitted: one message takes its
+    /// size on the disk for each, and a client sends the rest in another transaction (RFC 5321 section 4.5.3.1.10).
+    pub fn add(&mut self, shared: &Shared, mailbox: &Mailbox, queue: SpoolQueue) -> Result<Mailbox, Reply> {
+        shared.check_learned(mailbox)?;
+        shared.spool.check_recipient(mailbox, &self.queues, self.size)?;
+        if !self.queues.contains(&queue) {
+            if self.queues.len() >= HELD_QUEUES {
+                return Err(Reply::new(452, "4.5.3", "Too many domains: send the rest in another transaction"));
+            }
+            self.queues.push(queue);
         }
-        if self.0.len() >= HELD_QUEUES {
-            return Err(Reply::new(452, "4.5.3", "Too many domains: send the rest in another transaction"));
-        }
-        self.0.push(queue);
-        Ok(())
+        Ok(mailbox.canonical())
     }
 }
 
@@ -75,10 +85,8 @@ pub fn store(
         }
     }
     let received = incoming.received.field(&id, &arrived.rfc5322());
-    let writer = shared.spool.begin_message(&copies, &received).and_then(|writer| {
-        // At MAIL it was not known how many copies there are.
-        writer.check_room(incoming.size.unwrap_or(0)).map(|()| writer)
-    });
+    // At MAIL it was not known how many copies there are.
+    let writer = shared.spool.begin_incoming(&copies, &received, incoming.size.unwrap_or(0));
     let writer = writer.map_err(|error| storage_failure_reply(&error))?;
     Ok(Box::new(QueueWriter {
         shared: shared.clone(),
@@ -102,13 +110,16 @@ struct QueueWriter {
 }
 
 impl QueueWriter {
-    fn finish(mut self) -> io::Result<String> {
+    fn finish(mut self) -> Result<String, Reply> {
+        let mut written = Ok(());
         if let Some(completer) = &mut self.completer {
             self.completed.clear();
             completer.finish(&mut self.completed);
-            self.writer.write(&self.completed)?;
+            written = self.writer.write(&self.completed);
         }
-        let entries = self.writer.commit()?;
+        let (queues, spool) = (self.copies.iter().map(|(queue, _)| queue), &self.shared.spool);
+        let entries = written.and_then(|()| self.writer.commit());
+        let entries = entries.map_err(|error| spool.failure_reply(&error, queues))?;
         for ((queue, copy), entry) in self.copies.iter().zip(entries) {
             for Recipient { mailbox, .. } in &copy.envelope.recipients {
                 let owner = mailbox.domain().and_then(|domain| self.shared.config.accounts.owner(domain));
@@ -135,7 +146,7 @@ impl MessageSink for QueueWriter {
     }
 
     fn commit(self: Box<Self>) -> Result<String, Reply> {
-        self.finish().map_err(|error| storage_failure_reply(&error))
+        self.finish()
     }
 }
 

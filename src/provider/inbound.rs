@@ -32,15 +32,14 @@ struct InboundHandler<'a> {
 
 impl SessionHandler for InboundHandler<'_> {
     fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
-        (self.shared, self.held) = (self.reloader.current(), HeldQueues::default());
+        (self.shared, self.held) = (self.reloader.current(), HeldQueues::begin(mail));
         self.shared.check_room(mail)
     }
 
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
         if let Some(queue) = self.shared.spool.held_queue(&mailbox) {
-            self.shared.check_learned(&mailbox)?;
-            return self.held.add(queue).map(|()| mailbox.canonical());
+            return self.held.add(&self.shared, &mailbox, queue);
         }
         mailbox.domain().map_or(Ok(()), |domain| self.shared.spool.check_skipped(domain))?;
         check_held_domain(&mailbox)?;

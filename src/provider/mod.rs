@@ -8,6 +8,7 @@
 //! relay: mail from customers to the world
 //! ```
 
+pub mod quota;
 pub mod spool;
 pub mod status;
 pub mod relay;
@@ -194,6 +195,7 @@ impl PreparedProvider {
     pub fn start(mut self) -> Result<RunningProvider, StartError> {
         let lock = self.lock.take().map_or_else(|| self.lock_spool(), Ok)?;
         let PreparedProvider { shared, delivery, relay, listeners, .. } = self;
+        shared.spool.recount();
         shared.record_reload(None);
         log_skipped(&shared.config);
         let (reloader, listening, threads) = (Reloader::new(shared.clone()), Vec::new(), Vec::new());

@@ -184,7 +184,7 @@ impl SessionHandler for OdmrHandler<'_> {
 
     /// Checks that the customer may submit mail with this sender (RFC 6409 section 6.1), and now.
     fn sender(&mut self, mail: &MailFrom, name: Option<&str>) -> Result<(), Reply> {
-        (self.shared, self.held) = (self.reloader.current(), HeldQueues::default());
+        (self.shared, self.held) = (self.reloader.current(), HeldQueues::begin(mail));
         // Not 5yz: the customer keeps its mail, and gets 535 at the next AUTH.
         let gone = || Reply::new(450, "4.7.1", "Your account is not known here any more");
         let account = account(&self.shared, name).ok_or_else(gone)?;
@@ -210,8 +210,7 @@ impl SessionHandler for OdmrHandler<'_> {
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
         if let Some(queue) = self.shared.spool.held_queue(&mailbox) {
-            self.shared.check_learned(&mailbox)?;
-            return self.held.add(queue).map(|()| mailbox.canonical());
+            return self.held.add(&self.shared, &mailbox, queue);
         }
         check_qualified(&mailbox).map(|()| mailbox)
     }

@@ -92,6 +92,8 @@ impl Reloader {
             Ok(shared) => {
                 let shared = Arc::new(shared);
                 self.replace(&shared);
+                // An account that had no quota has one now.
+                shared.spool.recount();
                 shared.record_reload(None);
                 log_reload(&old, &shared);
                 if !changed.is_empty() {

@@ -10,9 +10,10 @@
 //! SPOOL/.odmr/                the lock of `odmr serve`; `account-ACCOUNT.lock`, which a turned session of the account has,
 //!                             besides `odmr.lock` in each directory with mail; for `odmr status`: `call-ACCOUNT`, the
 //!                             last call of an account, and `reload`, the last reading of the configuration;
-//!                             `unknown-ACCOUNT`, the recipients that a customer's server does not know; `retry`, which asks the relay to
-//!                             look at its queues; `tidy`, whose time says when what was left over was removed last; `scram-key`, of which the
-//!                             salts are made that no file has
+//!                             `usage-ACCOUNT`, how much is held for an account with a quota at most; `unknown-ACCOUNT`, the
+//!                             recipients that a customer's server does not know; `retry`, which asks the relay to look at its
+//!                             queues; `tidy`, whose time says when what was left over was removed last; `scram-key`, of which
+//!                             the salts are made that no file has
 //! ```
 
 use std::fs::{self, File};
@@ -22,12 +23,14 @@ use std::time::SystemTime;
 
 use rustix::fs::Access;
 
-use crate::config::{Accounts, HeldConfig, KnownRecipients, ProviderConfig};
+use super::quota::Quotas;
+use crate::config::{Accounts, HeldConfig, Knowledge, KnownRecipients, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
-use crate::maildir::{self, MessageWriter, log_sweep_failed, replace_file, with_path};
+use crate::maildir::{self, Maildir, MessageWriter, USAGE_FILE, Usage, log_sweep_failed, replace_file, with_path};
 use crate::net::trace::quoted;
 use crate::queue::{Queue, QueueDue, QueueName, QueuedEnvelope, SharedIndex, remove_unused_lock};
+use crate::session::disk_full_reply;
 use crate::smtp::reply::Reply;
 
 /// The file in `SPOOL/.odmr` that `odmr serve` locks.
@@ -50,6 +53,9 @@ pub struct Spool {
     root: PathBuf,
     queue: Queue,
     accounts: Accounts,
+    quotas: Quotas,
+    /// Octets that stay free on each disk.
+    min_free: u64,
     /// The provider's own domain; `None`: its hostname is not a domain.
     own: Option<Domain>,
 }
@@ -69,6 +75,10 @@ pub enum SpoolQueue {
     OldOutgoing(Domain),
 }
 
+fn held_path(root: &Path, domain: &Domain) -> PathBuf {
+    root.join("domains").join(&*domain.file_name())
+}
+
 /// The names of the files in a directory, in order; none if it does not exist.
 fn files_in(directory: &Path) -> io::Result<Vec<String>> {
     let files = match fs::read_dir(directory) {
@@ -83,8 +93,11 @@ fn files_in(directory: &Path) -> io::Result<Vec<String>> {
 impl Spool {
     /// The spool that the configuration names. Queues are made when the first message is stored in them.
     pub fn new(config: &ProviderConfig, ids: &Ids) -> Spool {
+        let root = config.spool.clone();
         Spool {
-            root: config.spool.clone(),
+            quotas: Quotas::new(&root, &config.accounts, |domain| Maildir::new(held_path(&root, domain))),
+            min_free: config.limits.min_free,
+            root,
             queue: Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover),
             accounts: config.accounts.clone(),
             own: Domain::parse(&config.hostname),
@@ -130,7 +143,7 @@ impl Spool {
     /// The name of a queue: its directory, and whether its messages are tried again at times of their own.
     pub fn name(&self, queue: &SpoolQueue) -> QueueName {
         let (path, domain) = match queue {
-            SpoolQueue::Held(domain) => (self.root.join("domains").join(&*domain.file_name()), Some(domain)),
+            SpoolQueue::Held(domain) => (held_path(&self.root, domain), Some(domain)),
             SpoolQueue::Postmaster => (self.root.join("postmaster"), None),
             SpoolQueue::Outgoing(domain) => (self.outgoing().join(OUTGOING), Some(domain)),
             SpoolQueue::AllOutgoing => (self.outgoing().join(OUTGOING), None),
@@ -138,12 +151,13 @@ impl Spool {
         };
         let owner = domain.and_then(|domain| self.accounts.owner(domain));
         let prefix = owner.and_then(|owner| owner.delivered_to_prefix.clone());
-        let account_lock = owner
-            .filter(|_| matches!(queue, SpoolQueue::Held(_)))
-            .map(|owner| self.root.join(".odmr").join(format!("{ACCOUNT_LOCK}{}.lock", owner.name)));
+        let holder = owner.filter(|_| matches!(queue, SpoolQueue::Held(_)));
+        let limit = holder.and_then(|owner| self.quotas.of(&owner.name)).cloned();
+        let account_lock =
+            holder.map(|owner| self.root.join(".odmr").join(format!("{ACCOUNT_LOCK}{}.lock", owner.name)));
         let retries = !matches!(queue, SpoolQueue::Held(_) | SpoolQueue::Postmaster);
         let shared = matches!(queue, SpoolQueue::Outgoing(_) | SpoolQueue::AllOutgoing);
-        QueueName { path, domain: domain.cloned(), prefix, retries, account_lock, shared }
+        QueueName { path, domain: domain.cloned(), prefix, retries, account_lock, shared, limit }
     }
 
     fn outgoing(&self) -> PathBuf {
@@ -275,7 +289,7 @@ impl Spool {
             let learns = |account: &str| self.held_config(account).recipients == KnownRecipients::Learn;
             let is_left = |name: &str| {
                 let has_no_use = |account: &str| is_gone(account) || !learns(account);
-                name.strip_prefix("call-").is_some_and(is_gone)
+                ["call-", USAGE_FILE].iter().any(|start| name.strip_prefix(start).is_some_and(is_gone))
                     || name.strip_prefix(UNKNOWN_RECIPIENTS).is_some_and(has_no_use)
             };
             maildir::sweep_state_files(&self.root, &|name| self.accounts.skipped().is_empty() && is_left(name))
@@ -287,12 +301,75 @@ impl Spool {
         Ok(names.iter().filter_map(|name| Domain::of_file_name(name)).collect())
     }
 
-    /// Whether the disk has room for `octets` more.
+    /// Whether the disk has room for `octets` more, and what stays free.
     pub fn has_room(&self, octets: u64) -> bool {
-        maildir::has_room(&self.root, octets)
+        maildir::has_room(&self.root, octets, self.min_free)
     }
 
-    /// Begins a message with a copy in each of these queues. `head`: the first lines of the content, or nothing.
+    /// Has all files counted of accounts with a quota.
+    pub fn recount(&self) {
+        self.quotas.recount();
+    }
+
+    /// Checks that a recipient of held mail is known to the customer, if it has named its recipients, and that a message of
+    /// `size` octets for it may be stored. `others`: the queues that the message goes to already.
+    ///
+    /// # Errors
+    /// The reply to RCPT.
+    pub fn check_recipient(&self, mailbox: &Mailbox, others: &[SpoolQueue], size: u64) -> Result<(), Reply> {
+        let Some(domain) = mailbox.domain() else { return Ok(()) };
+        let Some(account) = self.accounts.owner(domain) else { return Ok(()) };
+        match account.held.recipients.look_up(mailbox, &account.name) {
+            Knowledge::Known => {}
+            // RFC 5321 section 3.3, RFC 3463 section 3.2.
+            Knowledge::Unknown => return Err(Reply::new(550, "5.1.1", "No such mailbox in that domain")),
+            Knowledge::Unsettled => {
+                return Err(Reply::new(451, "4.3.5", "The list of recipients is being changed, try again later"));
+            }
+        }
+        let queue = SpoolQueue::Held(domain.clone());
+        if others.contains(&queue) {
+            return Ok(());
+        }
+        // The queue may be on another file system than the spool (RFC 1870 section 6.1).
+        if !maildir::has_room(&held_path(&self.root, domain), size, self.min_free) {
+            return Err(disk_full_reply());
+        }
+        let is_its_own =
+            |other: &&SpoolQueue| matches!(other, SpoolQueue::Held(other) if account.domains.contains(other));
+        let copies = 1 + others.iter().filter(is_its_own).count() as u64;
+        self.quotas.check(account, Usage { octets: size.saturating_mul(copies), messages: copies })
+    }
+
+    /// The reply to a message for these queues that could not be stored.
+    pub fn failure_reply<'a>(&self, error: &io::Error, queues: impl IntoIterator<Item = &'a SpoolQueue>) -> Reply {
+        let account = |queue: &SpoolQueue| match queue {
+            SpoolQueue::Held(domain) => self.accounts.owner(domain),
+            _ => None,
+        };
+        let accounts: Vec<_> = queues.into_iter().map(account).collect();
+        // There is one reply for all recipients, so it rejects only what all of them would.
+        let is_one = accounts.windows(2).all(|pair| pair[0].map(|one| &one.name) == pair[1].map(|other| &other.name));
+        self.quotas.reply(error, accounts.first().copied().flatten().filter(|_| is_one))
+    }
+
+    /// Begins a message from outside, as [`Spool::begin_message`]: not for accounts that have enough, nor for a disk that
+    /// has no room for so many `octets` of content.
+    ///
+    /// # Errors
+    /// `StorageFull`, and those of [`Spool::begin_message`]. [`Spool::failure_reply`] is the reply to each, and to those of the
+    /// writer.
+    pub fn begin_incoming(
+        &self, copies: &[(SpoolQueue, QueuedEnvelope)], head: &str, octets: u64,
+    ) -> io::Result<MessageWriter> {
+        let mut writer = self.begin_message(copies, head)?;
+        writer.enforce_limits();
+        writer.keep_free(self.min_free, octets)?;
+        Ok(writer)
+    }
+
+    /// Begins a message with a copy in each of these queues. `head`: the first lines of the content, or nothing. It is stored
+    /// even if it is too much for an account or the disk: a DSN must be, or the message that it is about would stay forever.
     ///
     /// # Errors
     /// A file cannot be made; `InvalidInput` if an envelope is too long.

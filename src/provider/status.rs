@@ -33,9 +33,28 @@ pub struct AccountStatus {
     /// Of all its domains.
     pub held: QueueSummary,
     pub domains: Vec<DomainStatus>,
+    /// Whether these are all its domains.
+    pub is_whole: bool,
+    /// Octets of files, and messages, that may be held.
+    pub quota_bytes: Option<u64>,
+    pub quota_messages: Option<u64>,
+    /// How many recipients it has named, if it has.
+    pub recipients: Option<u64>,
     pub call: Option<CallRecord>,
     /// How many recipients are rejected because the customer's server does not know them; `None`: it does not learn them.
     pub learned: Option<usize>,
+}
+
+impl AccountStatus {
+    /// How much of its quota is used up, in percent: of octets or of messages, whichever is more. `None`: it has none.
+    pub fn quota_used(&self) -> Option<u64> {
+        let (bytes, messages) = (self.held.bytes, self.held.messages);
+        let percent = |used: u64, limit: u64| {
+            u64::try_from(u128::from(used) * 100 / u128::from(limit.max(1))).unwrap_or(u64::MAX)
+        };
+        let of_bytes = self.quota_bytes.map(|limit| percent(bytes, limit));
+        of_bytes.max(self.quota_messages.map(|limit| percent(messages, limit)))
+    }
 }
 
 /// The mail that waits for a domain.
@@ -63,6 +82,10 @@ impl ProviderStatus {
                 name: account.name.clone(),
                 held: QueueSummary::default(),
                 domains: Vec::new(),
+                is_whole: true,
+                quota_bytes: account.held.max_bytes,
+                quota_messages: account.held.max_messages.map(|messages| messages as u64),
+                recipients: account.held.recipients.list().map(|list| list.count()),
                 call: CallRecord::read(&spool.call_record(&account.name)),
                 learned: (account.held.recipients == KnownRecipients::Learn).then(learned),
             };
@@ -71,6 +94,7 @@ impl ProviderStatus {
                 status.held.add(&waiting);
                 status.domains.push(DomainStatus { domain: domain.to_string(), waiting });
             }
+            status.is_whole = status.domains.len() == account.domains.len();
             if !status.domains.is_empty() {
                 accounts.push(status);
             }

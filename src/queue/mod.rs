@@ -141,7 +141,9 @@ impl Queue {
             Some(domain) if name.shared => shared::file_name(self.unique(), domain, &envelope.envelope),
             _ => self.unique(),
         };
-        writer.begin(&name.maildir(), &unique, lines.as_bytes())
+        writer.begin(&name.maildir(), &unique, lines.as_bytes())?;
+        name.limit.iter().for_each(|limit| writer.count_in(limit));
+        Ok(())
     }
 
     /// A file in the queue's `tmp` without a name: it is gone when it is closed.

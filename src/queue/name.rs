@@ -2,9 +2,10 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::mail::address::Domain;
-use crate::maildir::Maildir;
+use crate::maildir::{Maildir, UsageLimit};
 
 /// The name of one queue.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,6 +24,8 @@ pub struct QueueName {
     pub account_lock: Option<PathBuf>,
     /// The directory has mail for other domains too, without a lock for all of it: see [`shared`](super::shared).
     pub shared: bool,
+    /// What its messages count in, with those of other queues.
+    pub limit: Option<Arc<UsageLimit>>,
 }
 
 impl QueueName {

@@ -104,7 +104,8 @@ fn each_copy_needs_room() {
     let (directory, maildirs) = maildirs(["a", "b", "c"]);
     let disk = rustix::fs::statvfs(directory.path()).unwrap();
     let half = disk.f_bavail * disk.f_frsize / 2;
-    begin(&maildirs[..1]).check_room(half).unwrap();
+    begin(&maildirs[..1]).keep_free(0, half).unwrap();
+    assert!(begin(&maildirs[..1]).keep_free(4 * half, 0).is_err());
     let mut writer = begin(&maildirs);
     writer.write(b"content").unwrap();
     writer.check_room(half / 4).unwrap();

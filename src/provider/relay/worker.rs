@@ -19,10 +19,10 @@ use crate::net::resolver::{MxHost, MxRoute, Resolver, address_for_name};
 use crate::net::tls::{ClientTls, Trust, is_certificate_name};
 use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
-use crate::queue::{LockError, QueueDue, QueueLock, SharedIndex};
+use crate::queue::{LockError, QueueDue, QueueLock, QueuedMessage, SharedIndex};
 use crate::report::{Attempt, Reporter, Via};
 use crate::session::client::{ClientSession, Connect, SessionFailure};
-use crate::session::{Remote, Timeouts, storage_failure_reply};
+use crate::session::{Remote, Timeouts};
 use crate::smtp::client::{Abort, Client, ClientOptions, Rejection, StartTls};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::{Reply, Severity};
@@ -231,22 +231,39 @@ impl WorkerContext {
         let attempt = Attempt { via: Via::Held, peer_sends_dsn: true, ..self.attempt_with("-", None) };
         let mut all_settled = true;
         while let Some(mut message) = lock.next_message() {
-            let recipients = message.envelope.recipients.iter();
-            let recipients = recipients.map(|to| Recipient { mailbox: to.mailbox.canonical(), ..to.clone() });
-            let copy = message.with_recipients(recipients.collect());
-            let written =
-                self.spool.begin_message(&[(SpoolQueue::Held(domain.clone()), copy)], "").and_then(|mut writer| {
-                    for_each_block(&mut message, |octets| writer.write(octets))?;
-                    writer.commit()
-                });
-            let status = match written {
-                Ok(_) => RecipientStatus::Sent(Reply::new(250, "2.0.0", "It is held here for the customer")),
-                Err(error) => RecipientStatus::Deferred(storage_failure_reply(&error)),
-            };
-            let result = DeliveryResult::all(status, message.envelope.recipients.len(), DecidedBy::Us);
+            let recipients = self.hold_message(domain, &mut message);
+            let result = DeliveryResult { recipients, decided_by: DecidedBy::Us };
             all_settled &= self.reporter.finish_attempt(message, result, &attempt, &mut lock).is_ok();
         }
         all_settled
+    }
+
+    /// Stores a copy of a message for those of its recipients that the customer accepts, as at RCPT. Returns what becomes of
+    /// each.
+    fn hold_message(&self, domain: &Domain, message: &mut QueuedMessage) -> Vec<RecipientStatus> {
+        let not_accepted = |reply: Reply| match reply.severity() {
+            Severity::Permanent => RecipientStatus::Rejected(reply),
+            _ => RecipientStatus::Deferred(reply),
+        };
+        // Its file has the size on this disk, which decides when it is stored.
+        let check = |to: &Recipient| self.spool.check_recipient(&to.mailbox, &[], 0).err().map(not_accepted);
+        let checked: Vec<_> = message.envelope.recipients.iter().map(check).collect();
+        let accepted = message.envelope.recipients.iter().zip(&checked).filter(|(_, reply)| reply.is_none());
+        let accepted = accepted.map(|(to, _)| Recipient { mailbox: to.mailbox.canonical(), ..to.clone() });
+        let copy = message.with_recipients(accepted.collect());
+        let queue = SpoolQueue::Held(domain.clone());
+        let stored = match copy.envelope.recipients.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.spool.begin_incoming(&[(queue.clone(), copy)], "", 0).and_then(|mut writer| {
+                for_each_block(message, |octets| writer.write(octets))?;
+                writer.commit()
+            }),
+        };
+        let status = match stored {
+            Ok(_) => RecipientStatus::Sent(Reply::new(250, "2.0.0", "It is held here for the customer")),
+            Err(error) => not_accepted(self.spool.failure_reply(&error, [&queue])),
+        };
+        checked.into_iter().map(|reply| reply.unwrap_or_else(|| status.clone())).collect()
     }
 
     fn attempt_elsewhere(&self, destinations: &[Domain], permit: &AttemptPermit) -> Option<SystemTime> {

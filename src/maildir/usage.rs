@@ -1,0 +1,317 @@
+//! How much several Maildirs hold together, and its limit: exact for all threads and processes, also after a crash.
+//!
+//! The file `ROOT/.odmr/usage-NAME` has an upper bound of what is held, and is locked for each change:
+//!
+//! ```text
+//! BOOT COUNTED TOOK OCTETS MESSAGES CHANGES .
+//!
+//! BOOT               the start of the system during which it was written: a power cut may lose what was written last
+//! COUNTED, TOOK      when the files were counted, since that start, and how long it took; in milliseconds, microseconds
+//! OCTETS, MESSAGES   the bound
+//! CHANGES            what the directories told of their last changes when they were counted, if nothing was added since
+//!                    and a later change would be seen by that; otherwise `-`
+//! ```
+//!
+//! A message is added to the bound before it becomes visible, so a process that is killed leaves a bound that is too high.
+//! What is removed is not subtracted. So before a message is rejected the files are counted, unless nothing has changed since
+//! they were counted last. A count that took long is believed for ten times as long, so that counting takes a tenth of the
+//! time at most while mail comes and goes.
+
+use std::collections::HashMap;
+use std::collections::hash_map::DefaultHasher;
+use std::error::Error;
+use std::fmt;
+use std::fs::{self, File, TryLockError};
+use std::hash::{Hash, Hasher};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::files::{FileId, with_path};
+use super::quota::Usage;
+use super::state_file::open_state_file;
+use super::{CLOCK_STEP, Maildir};
+use crate::clock::uptime;
+use crate::platform::boot_id;
+
+/// How long a bound is believed: other agents add files too.
+const BOUND_LIFETIME: Duration = Duration::from_secs(10 * 60);
+
+/// How often the directories are read if they change meanwhile. A file that is renamed may be seen under neither name; it is
+/// not renamed again at once.
+const COUNT_ATTEMPTS: usize = 3;
+
+/// The longest time that a count is believed although the directories have changed.
+const LONGEST_BELIEF: Duration = Duration::from_secs(10);
+
+/// How long a session waits for the lock: a process that was stopped may have it.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Octets of the file at most.
+const RECORD_LIMIT: usize = 256;
+
+/// What may be in several Maildirs together.
+#[derive(Debug, PartialEq, Eq)]
+pub struct UsageLimit {
+    root: PathBuf,
+    name: String,
+    maildirs: Vec<Maildir>,
+    /// `u64::MAX`: no limit.
+    limit: Usage,
+}
+
+/// A message is too much. The payload of an [`io::Error`] of the kind `QuotaExceeded`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitExceeded {
+    /// The name of the limit.
+    pub name: String,
+    /// Which of the two numbers would be exceeded: `octets` or `messages`.
+    pub unit: &'static str,
+}
+
+impl fmt::Display for LimitExceeded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the limit of {} for {} would be exceeded", self.unit, self.name)
+    }
+}
+
+impl Error for LimitExceeded {}
+
+impl LimitExceeded {
+    /// The payload of an error, if it has this one.
+    pub fn of(error: &io::Error) -> Option<&LimitExceeded> {
+        error.get_ref().and_then(|payload| payload.downcast_ref())
+    }
+}
+
+impl UsageLimit {
+    /// The limit of the messages in all these Maildirs. `name`: that of an account, a part of the name of the file in
+    /// `ROOT/.odmr`.
+    pub fn new(root: impl Into<PathBuf>, name: &str, maildirs: Vec<Maildir>, limit: Usage) -> UsageLimit {
+        UsageLimit { root: root.into(), name: name.to_owned(), maildirs, limit }
+    }
+
+    /// Checks that there is room for so much more.
+    ///
+    /// # Errors
+    ///
+    /// [`LimitExceeded`]; the system's.
+    pub fn check(&self, more: Usage) -> io::Result<()> {
+        self.lock()?.check(more)
+    }
+
+    /// Has the files counted before the next message is added.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn recount_next(&self) -> io::Result<()> {
+        self.lock()?.file.set_len(0)
+    }
+
+    /// Whose limit it is.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn file_name(&self) -> String {
+        format!("{USAGE_FILE}{}", self.name)
+    }
+
+    fn lock(&self) -> io::Result<LockedUsage<'_>> {
+        let (name, late) = (self.file_name(), Instant::now() + LOCK_TIMEOUT);
+        let path = self.root.join(".odmr").join(&name);
+        let mut pause = Duration::from_micros(100);
+        loop {
+            let file = open_state_file(&self.root, &name)?;
+            match file.try_lock() {
+                // A file that was removed meanwhile is not the one that others lock.
+                Ok(()) if FileId::of_path(&path).ok() == FileId::of_file(&file).ok() => {
+                    let bound = Bound::read(&file);
+                    return Ok(LockedUsage { limit: self, file, bound });
+                }
+                Ok(()) | Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(error)) => return Err(with_path(&path, error)),
+            }
+            if Instant::now() >= late {
+                return Err(with_path(&path, io::ErrorKind::TimedOut.into()));
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(5));
+        }
+    }
+
+    /// What the directories tell of their last changes. `None`: a change from now on might not be seen by that, as the clock
+    /// of a file system is inexact.
+    fn changes(&self) -> (u64, Option<u64>) {
+        let (now, mut hasher, mut settled) = (SystemTime::now(), DefaultHasher::new(), true);
+        for directory in self.maildirs.iter().flat_map(|maildir| ["new", "cur"].map(|name| maildir.path.join(name))) {
+            let modified = fs::metadata(directory).and_then(|found| found.modified()).ok();
+            modified.hash(&mut hasher);
+            settled &= modified.is_none_or(|modified| modified + CLOCK_STEP < now);
+        }
+        let hash = hasher.finish();
+        (hash, settled.then_some(hash))
+    }
+
+    /// Counts the files as the status does. A file that is removed meanwhile may count.
+    fn count(&self) -> io::Result<(Usage, Option<u64>)> {
+        let mut files: HashMap<u64, u64> = HashMap::new();
+        let mut changes = None;
+        for _ in 0..COUNT_ATTEMPTS {
+            let before = self.changes();
+            for (index, maildir) in self.maildirs.iter().enumerate() {
+                maildir.each_file(&mut |entry, file| {
+                    let octets = entry.file_size().or_else(|| file.metadata().ok().map(|metadata| metadata.len()));
+                    if let Some(octets) = octets {
+                        let mut hasher = DefaultHasher::new();
+                        (index, entry.unique()).hash(&mut hasher);
+                        files.insert(hasher.finish(), octets);
+                    }
+                    Ok(())
+                })?;
+            }
+            if self.changes().0 == before.0 {
+                changes = before.1;
+                break;
+            }
+        }
+        let octets = files.values().fold(0, |sum: u64, octets| sum.saturating_add(*octets));
+        Ok((Usage { octets, messages: files.len() as u64 }, changes))
+    }
+}
+
+/// How the names of the files in `ROOT/.odmr` begin.
+pub const USAGE_FILE: &str = "usage-";
+
+/// The file with the bound, while it is locked.
+pub(super) struct LockedUsage<'a> {
+    limit: &'a UsageLimit,
+    file: File,
+    /// `None`: the files must be counted.
+    bound: Option<Bound>,
+}
+
+impl LockedUsage<'_> {
+    /// Checks that there is room for so much more.
+    pub(super) fn check(&mut self, more: Usage) -> io::Result<()> {
+        let bound = self.bound()?;
+        if self.exceeded(bound.used.plus(more)).is_none() {
+            return Ok(());
+        }
+        let bound = if self.is_believed(&bound) { bound } else { self.count()? };
+        match self.exceeded(bound.used.plus(more)) {
+            None => Ok(()),
+            Some(unit) => {
+                let exceeded = LimitExceeded { name: self.limit.name.clone(), unit };
+                Err(io::Error::new(io::ErrorKind::QuotaExceeded, exceeded))
+            }
+        }
+    }
+
+    /// Adds so much to the bound, if there is one.
+    pub(super) fn add(&mut self, more: Usage) -> io::Result<()> {
+        match self.bound {
+            Some(bound) => self.record(Bound { used: bound.used.plus(more), changes: None, ..bound }).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    fn bound(&mut self) -> io::Result<Bound> {
+        match self.bound {
+            Some(bound) => Ok(bound),
+            None => self.count(),
+        }
+    }
+
+    fn exceeded(&self, used: Usage) -> Option<&'static str> {
+        let Usage { octets, messages } = self.limit.limit;
+        let both = [("octets", used.octets, octets), ("messages", used.messages, messages)];
+        both.into_iter().find(|(_, used, limit)| used > limit).map(|(unit, ..)| unit)
+    }
+
+    /// Whether it need not be counted again although it is too much.
+    fn is_believed(&self, bound: &Bound) -> bool {
+        let since = uptime().saturating_sub(bound.counted);
+        since < (bound.took * 10).min(LONGEST_BELIEF)
+            || bound.changes.is_some_and(|changes| changes == self.limit.changes().0)
+    }
+
+    fn count(&mut self) -> io::Result<Bound> {
+        let begun = uptime();
+        let (used, changes) = self.limit.count()?;
+        let counted = uptime();
+        self.record(Bound { counted, took: counted.saturating_sub(begun), used, changes })
+    }
+
+    fn record(&mut self, bound: Bound) -> io::Result<Bound> {
+        // In place, as the file has the lock. What is left of a longer line comes after the end of this one.
+        self.file
+            .write_all_at(bound.to_text().as_bytes(), 0)
+            .map_err(|error| with_path(&self.limit.root.join(".odmr").join(self.limit.file_name()), error))?;
+        self.bound = Some(bound);
+        Ok(bound)
+    }
+}
+
+/// The content of the file, of this start of the system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Bound {
+    counted: Duration,
+    took: Duration,
+    used: Usage,
+    changes: Option<u64>,
+}
+
+impl Bound {
+    /// `None`: it is missing, damaged, old, or of an earlier start of the system.
+    fn read(file: &File) -> Option<Bound> {
+        let mut record = [0; RECORD_LIMIT];
+        let octets = file.read_at(&mut record, 0).ok()?;
+        let line = record[..octets].split(|octet| *octet == b'\n').next()?;
+        let bound = Bound::parse(std::str::from_utf8(line).ok()?)?;
+        let age = uptime().checked_sub(bound.counted)?;
+        (age < BOUND_LIFETIME).then_some(bound)
+    }
+
+    fn parse(line: &str) -> Option<Bound> {
+        let mut fields = line.split(' ');
+        if fields.next()? != boot_id() {
+            return None;
+        }
+        let mut number = || fields.next()?.parse::<u64>().ok();
+        let (counted, took) = (Duration::from_millis(number()?), Duration::from_micros(number()?));
+        let used = Usage { octets: number()?, messages: number()? };
+        let changes = match fields.next()? {
+            "-" => None,
+            changes => Some(changes.parse().ok()?),
+        };
+        (fields.next() == Some(".") && fields.next().is_none()).then_some(Bound { counted, took, used, changes })
+    }
+
+    fn to_text(self) -> String {
+        let Bound { counted, took, used: Usage { octets, messages }, changes } = self;
+        let changes = changes.map_or_else(|| "-".to_owned(), |changes| changes.to_string());
+        let (counted, took) = (counted.as_millis(), took.as_micros());
+        format!("{} {counted} {took} {octets} {messages} {changes} .\n", boot_id())
+    }
+}
+
+/// Adds to several limits what a message takes of each, or to none: checks all that are `enforced` before. The locks last as
+/// long as the result; they are taken in the order of the names, so that two messages do not wait for each other.
+pub(super) fn lock_and_add(amounts: &[(Arc<UsageLimit>, Usage)], enforced: bool) -> io::Result<Vec<LockedUsage<'_>>> {
+    let mut locked = Vec::new();
+    for (limit, more) in amounts {
+        locked.push((limit.lock()?, *more));
+    }
+    if enforced {
+        locked.iter_mut().try_for_each(|(usage, more)| usage.check(*more))?;
+    }
+    locked.iter_mut().try_for_each(|(usage, more)| usage.add(*more))?;
+    Ok(locked.into_iter().map(|(usage, _)| usage).collect())
+}
+
+#[cfg(test)]
+mod tests;

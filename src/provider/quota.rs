@@ -1,0 +1,105 @@
+//! The quotas of accounts: how much mail is held for each at most, in all its domains.
+//!
+//! A message is checked at RCPT, with the size that MAIL announces, and once more when it is stored, exactly, by
+//! [`UsageLimit`]. What the provider itself must store, such as DSNs, counts and is never too much. `.refused` has limits of
+//! its own.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::config::{Account, Accounts, OverQuota};
+use crate::mail::address::Domain;
+use crate::maildir::{LimitExceeded, Maildir, Usage, UsageLimit};
+use crate::net::trace::quoted;
+use crate::platform::boot_id;
+use crate::session::storage_failure_reply;
+use crate::smtp::reply::Reply;
+
+/// How often the log has an account that is full.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The quotas of all accounts that have one.
+pub struct Quotas {
+    limits: HashMap<String, Arc<UsageLimit>>,
+    /// By account, and which of its numbers.
+    logged: Mutex<HashMap<(String, &'static str), LoggedExcess>>,
+}
+
+/// When an account was in the log, and how many messages or recipients were too much since then.
+struct LoggedExcess {
+    at: Instant,
+    more: u64,
+}
+
+impl Quotas {
+    /// `directory`: the queue of a domain.
+    pub fn new(root: &Path, accounts: &Accounts, directory: impl Fn(&Domain) -> Maildir) -> Quotas {
+        // It is read here: later, this process may read only its own files.
+        boot_id();
+        let limited = accounts.iter().filter_map(|account| {
+            let (octets, messages) = (account.held.max_bytes, account.held.max_messages);
+            if octets.is_none() && messages.is_none() {
+                return None;
+            }
+            let limit = Usage {
+                octets: octets.unwrap_or(u64::MAX),
+                messages: messages.map_or(u64::MAX, |messages| messages as u64),
+            };
+            let maildirs = account.domains.iter().map(&directory).collect();
+            Some((account.name.clone(), Arc::new(UsageLimit::new(root, &account.name, maildirs, limit))))
+        });
+        Quotas { limits: limited.collect(), logged: Mutex::default() }
+    }
+
+    /// The quota of an account; `None`: it has none.
+    pub fn of(&self, account: &str) -> Option<&Arc<UsageLimit>> {
+        self.limits.get(account)
+    }
+
+    /// Has all files counted before the next message: other processes, with another configuration, may not have counted what
+    /// they have added.
+    pub fn recount(&self) {
+        for limit in self.limits.values() {
+            limit.recount_next().unwrap_or_else(|error| log::error!("event=spool-failed error={}", quoted(error)));
+        }
+    }
+
+    /// Checks that so much more may be held for an account.
+    ///
+    /// # Errors
+    /// The reply to RCPT.
+    pub fn check(&self, account: &Account, more: Usage) -> Result<(), Reply> {
+        let checked = self.of(&account.name).map_or(Ok(()), |limit| limit.check(more));
+        checked.map_err(|error| self.reply(&error, Some(account)))
+    }
+
+    /// The reply to a message or recipient that is not stored. `account`: the only one that the message is for.
+    pub fn reply(&self, error: &io::Error, account: Option<&Account>) -> Reply {
+        let Some(exceeded) = LimitExceeded::of(error) else { return storage_failure_reply(error) };
+        self.log(exceeded);
+        let over_quota = account.map(|account| account.held.over_quota).unwrap_or_default();
+        match over_quota {
+            // RFC 1870 section 6.1, RFC 5321 section 4.2.3; RFC 3463 section 3.3.
+            OverQuota::Defer => Reply::new(452, "4.2.2", "Enough mail is held for that domain, try again later"),
+            OverQuota::Reject => Reply::new(552, "5.2.2", "Enough mail is held for that domain"),
+        }
+    }
+
+    fn log(&self, exceeded: &LimitExceeded) {
+        let (mut logged, now) = (self.logged.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+        let key = (exceeded.name.clone(), exceeded.unit);
+        let more = match logged.get_mut(&key) {
+            Some(last) if now < last.at + LOG_INTERVAL => {
+                last.more += 1;
+                return;
+            }
+            last => last.map_or(0, |last| last.more),
+        };
+        logged.insert(key, LoggedExcess { at: now, more: 0 });
+        let (account, times) = (quoted(&exceeded.name), more + 1);
+        log::warn!("event=over-quota account={account} reason={} times={times}", exceeded.unit);
+    }
+}
