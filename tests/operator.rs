@@ -105,6 +105,40 @@ fn value<'a>(json: &'a str, key: &str) -> &'a str {
     rest.split(['\n', ',']).next().unwrap()
 }
 
+/// A quota and a list of recipients are shown, and a quota of which 90 % is used up needs a person. What an import brings
+/// counts, and is never too much.
+#[test]
+fn a_quota_and_a_list_of_recipients_are_shown() {
+    let place = Place::filled();
+    let account = "domains = [\"example.org\", \"example.com\"]\nsecret = \"tanstaaftanstaaf\"\nmax-messages = 2\n\
+                   max-bytes = \"1MiB\"\nrecipients-file = \"../list\"\n";
+    place.write("customers.d/acme.toml", account);
+    place.write("list", "");
+    assert!(place.run(1, &["check"]).contains("has no address, and no mail would be accepted"));
+    place.write("list", "alice@example.org\neva@example.org\n");
+    let checked = place.run_with(&["check"], "");
+    for text in ["acme.toml: 2 recipients are known", "acme.toml: no recipient in example.com is listed"] {
+        assert!(checked.out.contains(text), "{}{}", checked.out, checked.error);
+    }
+    let text = place.run(0, &["status"]);
+    assert!(text.contains("    quota: 100 % of 1048576 octets, 2 messages\n    recipients: 2 known\n"), "{text}");
+    let warnings = place.run(1, &["status", "--warn", "300d"]);
+    assert!(warnings.contains("acme: 100 % of its quota is used up: 1048576 octets, 2 messages\n"), "{warnings}");
+    let json = place.run(0, &["status", "--format", "json"]);
+    for (key, expected) in [("quota_bytes", "1048576"), ("quota_messages", "2"), ("recipients", "2")] {
+        assert_eq!(value(&json, key), expected, "{json}");
+    }
+    let metrics = place.run(0, &["status", "--format", "prometheus"]);
+    for name in ["odmr_quota_bytes{account=\"acme\"} 1048576", "odmr_known_recipients{account=\"acme\"} 2"] {
+        assert!(metrics.lines().any(|line| line == name), "{name}: {metrics}");
+    }
+    let batch =
+        "EHLO a\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<bob@example.org>\r\nDATA\r\nSubject: x\r\n\r\nx\r\n.\r\n";
+    let done = place.run_with(&["queue", "import"], batch);
+    assert_eq!(done.code, 0, "{}{}", done.out, done.error);
+    assert!(place.run(0, &["status"]).contains("quota: 150 % of"));
+}
+
 #[test]
 fn status_tells_what_is_held_in_each_format() {
     let place = Place::filled();

@@ -298,6 +298,39 @@ fn mail_from_a_customer_to_one_whose_file_is_skipped_waits() {
     assert!(!place.path("spool/domains/example.net").exists(), "no DSN");
 }
 
+/// The same mail for a customer who has named its recipients and has a quota: the relay asks as RCPT does.
+#[test]
+fn the_relay_holds_only_what_rcpt_accepts() {
+    let mut place = Place::new(&[("beta", "\"example.net\"")]);
+    place.write("customers.d/acme.toml", "domains = [\"example.invalid\"]\n");
+    place.write("odmr.toml", &format!("{PROVIDER}[relay]\nretry-first = \"1s\"\nresolver = \"{}\"\n", no_domains()));
+    place.start();
+    let mut customer = Client::connect(&place.odmr);
+    assert!(customer.authenticate("beta", SECRET).starts_with("235 "));
+    for to in ["bob@example.invalid", "alice@example.invalid", "alice+x@example.invalid"] {
+        assert!(customer.send("bob@example.net", to, 1).starts_with("250 "));
+        place.serve.as_mut().unwrap().wait_for("event=deferred");
+    }
+    let quota = "\"example.invalid\"]\nmax-messages = 1\nrecipients = [\"alice@example.invalid\"";
+    place.customer("acme", quota);
+    place.reload("event=reloaded");
+    let serve = place.serve.as_mut().unwrap();
+    let mut seen = Vec::new();
+    while seen.len() < 3 {
+        let line = serve.wait_for(" via=held ");
+        let status = line.split(" status=").nth(1).unwrap().split(' ').next().unwrap().to_owned();
+        let reply = line.split(" reply=\"").nth(1).unwrap()[..9].to_owned();
+        if !seen.contains(&(status.clone(), reply.clone())) {
+            seen.push((status, reply));
+        }
+    }
+    seen.sort();
+    let expected = [("deferred", "452 4.2.2"), ("rejected", "550 5.1.1"), ("sent", "250 2.0.0")];
+    assert_eq!(seen, expected.map(|(status, reply)| (status.to_owned(), reply.to_owned())));
+    let held = |domain: &str| fs::read_dir(place.path(&format!("spool/domains/{domain}/new"))).unwrap().count();
+    assert_eq!((held("example.invalid"), held("example.net")), (1, 1), "one message, and the DSN of another");
+}
+
 /// A name server that knows no domain at all (RFC 1035 section 4.1.1: the reply code 3).
 fn no_domains() -> std::net::SocketAddr {
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();

@@ -235,19 +235,15 @@ impl RecipientsFile {
         state.is_read = false;
         match read {
             Ok((list, read)) if Some(read) == stamp => {
-                log::info!("event=recipients-read account={} recipients={}", quoted(account), list.count());
+                log::info!("event=recipients-read account={account} recipients={}", list.count());
                 state.list = Arc::new(list);
             }
             // It has changed once more.
             Ok(_) => return (state.list.clone(), false),
             Err(error) => {
                 let error = error.on(&SourceLine { file: self.path.as_path().into(), line: None });
-                let consequence = "the old list holds";
-                log::error!(
-                    "event=recipients-unreadable account={} error={} consequence={consequence:?}",
-                    quoted(account),
-                    quoted(error)
-                );
+                let (error, consequence) = (quoted(error), "the old list holds");
+                log::error!("event=recipients-unreadable account={account} error={error} consequence={consequence:?}");
             }
         }
         (state.read, state.change) = (Some(stamp), None);

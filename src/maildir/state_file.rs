@@ -21,9 +21,17 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// The directory or the file cannot be created or opened; the text has its path.
 pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
     let directory = root.join(".odmr");
-    make_state_directory(&directory)?;
     let path = directory.join(name);
-    options().create(true).truncate(false).mode(0o600).open(&path).map_err(|error| with_path(&path, error))
+    let open = || options().create(true).truncate(false).mode(0o600).open(&path);
+    let file = match open() {
+        // Mostly the directory is missing; what is wrong with it, making it tells.
+        Err(_) => {
+            make_state_directory(&directory)?;
+            open()
+        }
+        opened => opened,
+    };
+    file.map_err(|error| with_path(&path, error))
 }
 
 /// Makes the directory `ROOT/.odmr`, if it is missing.

@@ -26,7 +26,7 @@ use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::files::{FileId, with_path};
@@ -53,14 +53,25 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 const RECORD_LIMIT: usize = 256;
 
 /// What may be in several Maildirs together.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct UsageLimit {
     root: PathBuf,
     name: String,
     maildirs: Vec<Maildir>,
     /// `u64::MAX`: no limit.
     limit: Usage,
+    /// The threads of this process wait for each other here, and one of them for other processes. Whether it has waited in vain:
+    /// then the next one does not.
+    in_vain: Mutex<bool>,
 }
+
+impl PartialEq for UsageLimit {
+    fn eq(&self, other: &UsageLimit) -> bool {
+        (&self.root, &self.name, &self.maildirs, self.limit) == (&other.root, &other.name, &other.maildirs, other.limit)
+    }
+}
+
+impl Eq for UsageLimit {}
 
 /// A message is too much. The payload of an [`io::Error`] of the kind `QuotaExceeded`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,7 +101,7 @@ impl UsageLimit {
     /// The limit of the messages in all these Maildirs. `name`: that of an account, a part of the name of the file in
     /// `ROOT/.odmr`.
     pub fn new(root: impl Into<PathBuf>, name: &str, maildirs: Vec<Maildir>, limit: Usage) -> UsageLimit {
-        UsageLimit { root: root.into(), name: name.to_owned(), maildirs, limit }
+        UsageLimit { root: root.into(), name: name.to_owned(), maildirs, limit, in_vain: Mutex::default() }
     }
 
     /// Checks that there is room for so much more.
@@ -99,7 +110,19 @@ impl UsageLimit {
     ///
     /// [`LimitExceeded`]; the system's.
     pub fn check(&self, more: Usage) -> io::Result<()> {
-        self.lock()?.check(more)
+        // What is far from the limit needs no lock: it is checked once more when it is added.
+        let bound = open_state_file(&self.root, &self.file_name()).ok().and_then(|file| Bound::read(&file));
+        match bound.is_some_and(|bound| self.exceeded(bound.used.plus(more)).is_none()) {
+            true => Ok(()),
+            false => self.lock()?.check(more),
+        }
+    }
+
+    /// Which of the two numbers is too large.
+    fn exceeded(&self, used: Usage) -> Option<&'static str> {
+        let Usage { octets, messages } = self.limit;
+        let both = [("octets", used.octets, octets), ("messages", used.messages, messages)];
+        both.into_iter().find(|(_, used, limit)| used > limit).map(|(unit, ..)| unit)
     }
 
     /// Has the files counted before the next message is added.
@@ -121,7 +144,9 @@ impl UsageLimit {
     }
 
     fn lock(&self) -> io::Result<LockedUsage<'_>> {
-        let (name, late) = (self.file_name(), Instant::now() + LOCK_TIMEOUT);
+        let mut in_vain = self.in_vain.lock().unwrap_or_else(PoisonError::into_inner);
+        let (name, patience) = (self.file_name(), if *in_vain { Duration::ZERO } else { LOCK_TIMEOUT });
+        let late = Instant::now() + patience;
         let path = self.root.join(".odmr").join(&name);
         let mut pause = Duration::from_micros(100);
         loop {
@@ -130,12 +155,14 @@ impl UsageLimit {
                 // A file that was removed meanwhile is not the one that others lock.
                 Ok(()) if FileId::of_path(&path).ok() == FileId::of_file(&file).ok() => {
                     let bound = Bound::read(&file);
-                    return Ok(LockedUsage { limit: self, file, bound });
+                    *in_vain = false;
+                    return Ok(LockedUsage { limit: self, bound, file, _turn: in_vain });
                 }
                 Ok(()) | Err(TryLockError::WouldBlock) => {}
                 Err(TryLockError::Error(error)) => return Err(with_path(&path, error)),
             }
             if Instant::now() >= late {
+                *in_vain = true;
                 return Err(with_path(&path, io::ErrorKind::TimedOut.into()));
             }
             std::thread::sleep(pause);
@@ -189,20 +216,22 @@ pub const USAGE_FILE: &str = "usage-";
 /// The file with the bound, while it is locked.
 pub(super) struct LockedUsage<'a> {
     limit: &'a UsageLimit,
-    file: File,
     /// `None`: the files must be counted.
     bound: Option<Bound>,
+    /// Closed, and so unlocked, before the next thread has its turn.
+    file: File,
+    _turn: MutexGuard<'a, bool>,
 }
 
 impl LockedUsage<'_> {
     /// Checks that there is room for so much more.
     pub(super) fn check(&mut self, more: Usage) -> io::Result<()> {
         let bound = self.bound()?;
-        if self.exceeded(bound.used.plus(more)).is_none() {
+        if self.limit.exceeded(bound.used.plus(more)).is_none() {
             return Ok(());
         }
         let bound = if self.is_believed(&bound) { bound } else { self.count()? };
-        match self.exceeded(bound.used.plus(more)) {
+        match self.limit.exceeded(bound.used.plus(more)) {
             None => Ok(()),
             Some(unit) => {
                 let exceeded = LimitExceeded { name: self.limit.name.clone(), unit };
@@ -224,12 +253,6 @@ impl LockedUsage<'_> {
             Some(bound) => Ok(bound),
             None => self.count(),
         }
-    }
-
-    fn exceeded(&self, used: Usage) -> Option<&'static str> {
-        let Usage { octets, messages } = self.limit.limit;
-        let both = [("octets", used.octets, octets), ("messages", used.messages, messages)];
-        both.into_iter().find(|(_, used, limit)| used > limit).map(|(unit, ..)| unit)
     }
 
     /// Whether it need not be counted again although it is too much.

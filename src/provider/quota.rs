@@ -99,7 +99,7 @@ impl Quotas {
             last => last.map_or(0, |last| last.more),
         };
         logged.insert(key, LoggedExcess { at: now, more: 0 });
-        let (account, times) = (quoted(&exceeded.name), more + 1);
+        let (account, times) = (&exceeded.name, more + 1);
         log::warn!("event=over-quota account={account} reason={} times={times}", exceeded.unit);
     }
 }
