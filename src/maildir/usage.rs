@@ -240,12 +240,11 @@ impl LockedUsage<'_> {
         }
     }
 
-    /// Adds so much to the bound, if there is one.
+    /// Adds so much to the bound, if there is one. If that cannot be recorded, as on a full disk, the files must be counted.
     pub(super) fn add(&mut self, more: Usage) -> io::Result<()> {
-        match self.bound {
-            Some(bound) => self.record(Bound { used: bound.used.plus(more), changes: None, ..bound }).map(drop),
-            None => Ok(()),
-        }
+        let Some(bound) = self.bound else { return Ok(()) };
+        let recorded = self.record(Bound { used: bound.used.plus(more), changes: None, ..bound });
+        recorded.map(drop).or_else(|error| self.file.set_len(0).map_err(|_| error))
     }
 
     fn bound(&mut self) -> io::Result<Bound> {

@@ -263,6 +263,12 @@ def min_free(box):
     if mounted.returncode:
         return "cannot mount, skipped"
     box.at_end(lambda: subprocess.run(["umount", "-l", provider.spool], capture_output=True))
+    other = box.path / "other"
+    (provider.spool / "domains").mkdir()
+    (provider.spool / "domains/example.com").symlink_to(other)
+    other.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m,mode=700", "none", other], check=True)
+    box.at_end(lambda: subprocess.run(["umount", "-l", other], capture_output=True))
     provider.start()
     customer = Customer(box, provider.odmr, tls="none", more='except = ["nobody@example.org"]\n')
     with Smtp(provider.inbound) as line:
@@ -276,6 +282,14 @@ def min_free(box):
         line.hello()
         submission.hello()
         submission.log_in("acme")
+        # A domain may be on another disk than the spool.
+        ballast(other, 5 * MIB)
+        for one in (line, submission):
+            one.want("250", "MAIL FROM:<eva@example.org>")
+            one.want("452 4.3.1", "RCPT TO:<adam@example.com>")
+            one.want("250", "RCPT TO:<eva@example.org>")
+            one.want("250", "RSET")
+        (other / "ballast").unlink()
         # It is enough for MAIL, and gets too little while the content comes, whose size is not announced.
         ballast(provider.spool, 8 * MIB)
         content = letter("large", 3 * MIB)
@@ -285,7 +299,7 @@ def min_free(box):
         ballast(provider.spool, 8 * MIB)
         for one in (line, submission):
             one.want("250", "MAIL FROM:<eva@example.org>")
-            one.want("250", "RCPT TO:<adam@example.com>")
+            one.want("250", "RCPT TO:<eva@example.org>")
             one.want("354", "DATA")
         ballast(provider.spool, 5 * MIB)
         for one in (line, submission):
