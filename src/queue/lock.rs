@@ -47,7 +47,7 @@ impl QueueLock {
     pub(super) fn new(queues: Vec<LockedQueue>, accounts: Vec<LockFile>) -> QueueLock {
         // The queue after the last is the first one that was asked for.
         let current = queues.len().saturating_sub(1);
-        QueueLock { queues, current, phase: Phase::First, looked: 0, short: false, unreadable: false, accounts }
+        QueueLock { queues, current, phase: Phase::FIRST, looked: 0, short: false, unreadable: false, accounts }
     }
 
     /// The session ends, and was a call of the customer: it counts for the messages that it has skipped. A session that only
@@ -97,8 +97,7 @@ impl QueueLock {
         Ok(count)
     }
 
-    /// The next message: the queues take turns, the oldest message of a queue comes first. Those that have ended sessions or
-    /// are in doubt come last; with retries, those without a sender (DSNs) come after the others of all queues. Messages that
+    /// The next message, in the order of [`queue`](super); the queues take turns within each [`Phase`]. Messages that
     /// arrive after the lock are offered too. A file that cannot be read is logged and left out; so is one that another process
     /// has locked. `None`: every message has been offered, or [`QueueLock::is_short`].
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
@@ -160,7 +159,11 @@ impl QueueLock {
                 listed.or_else(|error| queue.report(&error))?;
             } else if self.looked < queues {
                 queue.listed.trim(queues);
-                self.release_if_many(self.current);
+                if self.locks_many() {
+                    // What waits in it is found again when the other queues have been looked at.
+                    self.queues[self.current].listed.forget();
+                    self.queues[self.current].release_if_idle();
+                }
                 self.looked += 1;
                 self.current = (self.current + 1) % queues;
                 let queue = &mut self.queues[self.current];
@@ -169,22 +172,21 @@ impl QueueLock {
                 begun.or_else(|error| queue.report(&error))?;
                 work = work.saturating_sub(QUEUE_WORK);
             } else if let Some(next) = self.queues.iter().filter_map(|queue| queue.listed.phase()).min() {
-                (self.phase, self.looked) = (next, 0);
+                // The last queue that had a message of this phase is not the first of the next one.
+                (self.phase, self.looked, self.current) = (next, 0, (self.current + 1) % queues);
             } else {
                 // The next call looks for what has arrived meanwhile.
-                (self.phase, self.looked) = (Phase::First, 0);
+                (self.phase, self.looked) = (Phase::FIRST, 0);
                 return Ok(NextStep::End);
             }
         }
         Ok(NextStep::Listing)
     }
 
-    /// Releases the lock on a directory, if nothing of it waits or is under way and there are many others.
-    fn release_if_many(&mut self, at: usize) {
+    /// Whether more directories are locked than a session of many queues keeps.
+    fn locks_many(&self) -> bool {
         let locked = self.queues.iter().filter(|queue| queue.lock.is_some());
-        if self.queues.len() > MOST_LOCKED && locked.take(MOST_LOCKED + 1).count() > MOST_LOCKED {
-            self.queues[at].release_if_idle();
-        }
+        self.queues.len() > MOST_LOCKED && locked.take(MOST_LOCKED + 1).count() > MOST_LOCKED
     }
 
     /// How many messages wait at least, as far as is known: of a queue that was not listed yet, one.
@@ -335,7 +337,9 @@ impl QueueLock {
             // A name that was too long may have changed.
             _ => drop(queue.listed.offered.insert(message.unique())),
         }
-        self.release_if_many(at);
+        if self.locks_many() {
+            self.queues[at].release_if_idle();
+        }
         settled?;
         if let Some(ended) = message.entry().record().ended.filter(|_| result.ended_session()) {
             let (id, sessions, skip) = (&message.id, ended.sessions, ended.skip);

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use super::due;
 use super::envelope::ParsedEnvelope;
-use super::listed::{Listed, Pass, RankedEntry, TIME_WORK};
+use super::listed::{Listed, Pass, QueueOrder, RankedEntry, TIME_WORK};
 use super::lock_file::{LockError, LockFile, QUEUE_LOCK_FILE};
 use super::message::{self, MessageLock, Opened, QueuedMessage};
 use super::name::QueueName;
@@ -290,6 +290,7 @@ impl LockedQueue {
         if !self.listed.is_empty() {
             return Ok(());
         }
+        self.listed.forgotten = None;
         match self.lock_if_mail(None) {
             Ok(()) => {}
             // Another session offers it.
@@ -297,7 +298,11 @@ impl LockedQueue {
             Err(LockError::Failed(error)) => return Err(error),
         }
         if self.has_lock() {
-            self.listed.pass = Some(Pass::new(self.files()));
+            let order = match self.name.retries {
+                true => QueueOrder::Retries,
+                false => QueueOrder::Held { now: self.ids.clock().now() },
+            };
+            self.listed.pass = Some(Pass::new(self.files(), order));
         }
         Ok(())
     }

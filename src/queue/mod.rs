@@ -29,8 +29,18 @@
 //! marks of its recipients tell under that name too that they are settled. Only a name that would be too long for the record
 //! gets another unique part.
 //!
+//! Held mail is offered in this order, within each step one domain of the account after the other:
+//!
+//! ```text
+//! in doubt       the customer most likely has them, and can best tell while they are new
+//! the others     by the hour of arrival, within an hour the smaller first; then the oldest first
+//! ended sessions those that may end this one too, by how many they have ended; in doubt: from two sessions on
+//! ```
+//!
+//! In a queue with retries the oldest comes first, then those in doubt and those that have ended sessions.
+//!
 //! A message that ends its session (the connection is lost while it is under way, or 421 is the reply to it) is offered last
-//! in the next ones. After three such sessions in a row the next call skips it, after four the next 2, then 4, then 8 calls,
+//! in the next ones; if it is in doubt, once more first. After three such sessions in a row the next call skips it, after four the next 2, then 4, then 8 calls,
 //! but no call for more than a day. If a limit of messages ends a session, the customer calls again at once: only the last of
 //! these sessions counts as a call.
 //!

@@ -5,6 +5,7 @@ use std::fs;
 use super::*;
 use crate::queue::tests::{Spool, local_parts, result};
 use crate::queue::{NextStep, QueueLock, QueueName, QueuedMessage};
+use crate::smtp::status::{DecidedBy, DeliveryResult};
 
 /// Writes messages to `u0`, `u1` and so on, whose names have the order of the numbers; the files are made in another order.
 fn fill(spool: &Spool, count: usize) {
@@ -42,8 +43,8 @@ fn a_large_queue_is_offered_in_pieces_the_oldest_first() {
         let directory = if name.contains(':') { "cur" } else { "new" };
         fs::rename(spool.path(&format!("new/{number:06}.x")), spool.path(&format!("{directory}/{name}"))).unwrap();
     }
-    let mut expected = numbers(std::iter::once(0).chain(4..count));
-    expected.extend(numbers([3, 2, 1]));
+    let mut expected = numbers([3, 0].into_iter().chain(4..count));
+    expected.extend(numbers([2, 1]));
     for statuses in ["=", "~"] {
         let mut lock = spool.lock();
         assert!(lock.has_next() && lock.waiting() <= 1, "not all is listed for that");
@@ -58,7 +59,105 @@ fn a_large_queue_is_offered_in_pieces_the_oldest_first() {
         assert!(!lock.has_next() && lock.next_message().is_none());
         expected = expected.into_iter().step_by(2).collect();
         // What has ended a session is forgotten when it was offered once more and did not.
-        expected.sort_by_key(|name| (name == "u3", name[1..].parse::<usize>().unwrap()));
+        expected.sort_by_key(|name| (name != "u3", name[1..].parse::<usize>().unwrap()));
+    }
+}
+
+/// The time of the fixed clock, at the begin of an hour.
+const NOW: i64 = 1_767_322_800;
+
+#[test]
+fn held_mail_comes_by_doubt_hour_and_size() {
+    let spool = Spool::new();
+    let time = |hours: i64| NOW + 3600 * hours;
+    let names = [
+        // In doubt, and has ended one session at most.
+        format!("cur/{}.b,S=900:2,F", time(-2)),
+        format!("cur/{}.b,S=100:2,F", time(-1)),
+        format!("cur/{}.b,S=100,P=1-0-{}:2,F", time(-5), time(-1)),
+        // The clock was wrong: in years that are over, or still to come.
+        "new/3.a,S=100".to_owned(),
+        "new/no-time,S=200".to_owned(),
+        format!("new/{}.a,S=300", time(24 * 365)),
+        // By hours, and by size within one.
+        format!("new/{}.d,S=1000000", time(-2) + 1),
+        format!("new/{}.e,S=200", time(-1) + 9),
+        format!("new/{}.f,S=200", time(-1) + 10),
+        format!("new/{}.a,S=65000", time(-1) + 8),
+        // Another agent's.
+        format!("new/{}.g", time(-1) + 30),
+        format!("new/{}.a,S=66000", time(-1) + 2),
+        format!("new/{}.b,S=70000", time(-1) + 1),
+        format!("new/4.b,S=1,T={}", time(0)),
+        format!("new/{}.a,S=100", time(0) + 1),
+        // They have ended sessions: by how many.
+        format!("new/{}.a,S=900,P=1-0-{}", time(-2), time(-1)),
+        format!("new/{}.c,S=100,P=1-0-{}", time(-1), time(-1)),
+        format!("cur/{}.b,S=100,P=2-0-{}:2,F", time(-6), time(-1)),
+    ];
+    // Made in another order.
+    for at in (0..names.len()).map(|number| number * 7 % names.len()) {
+        spool.write(&names[at], &format!("Delivered-To: u{at}@example.org\n\nx\n"));
+    }
+    assert_eq!(offer_all(&mut spool.lock(), |_, _| {}).0, numbers(0..names.len()));
+}
+
+/// Those of a phase in the second queue do not wait for the others in the first.
+#[test]
+fn what_is_in_doubt_comes_first_in_all_queues() {
+    let spool = Spool::new();
+    let names = ["a.example", "b.example", "c.example"].map(|name| spool.name(name));
+    for name in &names {
+        let domain = name.domain.as_ref().unwrap();
+        for file in ["new/1.x", "cur/2.x:2,F", "new/3.x,P=1-0-1"] {
+            let path = name.path.join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, format!("Delivered-To: u{}@{domain}\n\nx\n", &file[4..5])).unwrap();
+        }
+    }
+    let mut seen = Vec::new();
+    offer_all(&mut spool.queue.lock(&names).unwrap(), |_, message| {
+        seen.push(message.envelope.recipients[0].mailbox.to_string());
+    });
+    let of = |number| names.each_ref().map(|name| format!("u{number}@{}", name.domain.as_ref().unwrap()));
+    assert_eq!(seen, [of(2), of(1), of(3)].concat());
+}
+
+/// Calls whose sessions end with each message that kills the customer's server after its content. Returns the call by which
+/// the customer has all others.
+fn calls_until_others_are_sent(poison: usize, in_doubt: bool) -> usize {
+    let (spool, others) = (Spool::new(), 5);
+    for number in 0..others + poison {
+        let kind = if number < poison { "poison" } else { "other" };
+        spool.write(&format!("new/{number}.x,S=100"), &format!("Delivered-To: {kind}{number}@example.org\n\nx\n"));
+    }
+    let mut sent = 0;
+    for call in 1.. {
+        let mut lock = spool.lock();
+        while let Some(message) = lock.next_message() {
+            if local_parts(&message)[0].starts_with("poison") {
+                let statuses = if in_doubt { "?" } else { "~" };
+                let lost = DeliveryResult { decided_by: DecidedBy::ConnectionLoss, ..result(statuses) };
+                lock.settle(message, &lost).unwrap();
+                break;
+            }
+            lock.settle(message, &result("=")).unwrap();
+            sent += 1;
+        }
+        lock.count_call();
+        if sent == others {
+            return call;
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn a_message_that_kills_the_customer_delays_the_others_by_two_calls_at_most() {
+    for poison in 0..4 {
+        // The content is not whole at the customer, which is not in doubt then.
+        assert_eq!(calls_until_others_are_sent(poison, false), poison + 1);
+        assert_eq!(calls_until_others_are_sent(poison, true), 2 * poison + 1);
     }
 }
 
@@ -100,7 +199,7 @@ fn many_queues_keep_little_of_what_is_not_to_be_offered_yet() {
         fs::create_dir_all(name.path.join("new")).unwrap();
         fs::create_dir_all(name.path.join("cur")).unwrap();
         for number in 0..200 {
-            let file = name.path.join(format!("cur/{number:06}.x:2,F"));
+            let file = name.path.join(format!("new/{number:06}.x,P=1-0-1"));
             fs::write(file, format!("Delivered-To: last{number}@d{queue}.example\n\nx\n")).unwrap();
         }
         fs::write(name.path.join("new/300.x"), format!("Delivered-To: first@d{queue}.example\n\nx\n")).unwrap();
@@ -176,6 +275,8 @@ fn each_message_of_many_queues_is_offered_once() {
             let statuses = ["=", "~", "!", "?"][dice(4)];
             lock.settle(message, &result(statuses)).unwrap();
         }
+        let locked = lock.queues.iter().filter(|queue| queue.lock.is_some() && queue.under_way == 0).count();
+        assert!(locked <= 70, "{locked} directories are locked");
         if offered.len() < 4000 && dice(50) == 0 {
             put(dice(90), "", &mut expected);
         }
