@@ -210,7 +210,8 @@ impl Show {
             .filter(|(key, count)| *count > 0 && key != "octets")
             .map(|(key, count)| format!("{count} {}", shown(key)))
             .collect();
-        let reason = if call.result == CallResult::Failed { format!(": {}", call.reason) } else { String::new() };
+        let is_told = call.result == CallResult::Failed || !["", "done"].contains(&call.reason.as_str());
+        let reason = if is_told { format!(": {}", call.reason) } else { String::new() };
         let counts = if counts.is_empty() { String::new() } else { format!(", {}", counts.join(", ")) };
         format!("{} ago, {}, {}{}{counts}", self.ago(call.at), shown(&call.peer), call.result.word(), shown(&reason))
     }

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 
 use super::storage::{LaneReport, NumberedReport, StoragePool};
-use super::turn_settings::TurnSettings;
+use super::turn_settings::{TurnLimits, TurnSettings};
 use super::turned_queue::{QueueReport, SessionCount, SessionPermit, TurnedQueue};
 use super::turned_session::{DONE, TurnedSession};
 use crate::net::cancel::CancelToken;
@@ -60,6 +60,7 @@ pub struct TurnSender {
 struct SubmittedTurn {
     turn: Box<Turn>,
     settings: Arc<TurnSettings>,
+    limits: TurnLimits,
     permit: SessionPermit,
 }
 
@@ -77,19 +78,19 @@ impl TurnSender {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
-    /// Submits a turn, which the delivery thread will begin with these settings.
+    /// Submits a turn, which the delivery thread will begin with these settings, and these limits of its account.
     ///
     /// # Errors
     /// The turn, if there are as many turned sessions as permitted, if too many wait for a disk that does not answer, or if
     /// the thread has ended.
-    pub fn submit(&self, turn: Box<Turn>, settings: &Arc<TurnSettings>) -> Result<(), Box<Turn>> {
+    pub fn submit(&self, turn: Box<Turn>, settings: &Arc<TurnSettings>, limits: TurnLimits) -> Result<(), Box<Turn>> {
         if self.blocked.load(Ordering::Relaxed) > BLOCKED_LIMIT {
             return Err(turn);
         }
         let Some(permit) = self.sessions.admit(self.limit.load(Ordering::Relaxed)) else {
             return Err(turn);
         };
-        let submitted = SubmittedTurn { turn, settings: settings.clone(), permit };
+        let submitted = SubmittedTurn { turn, settings: settings.clone(), limits, permit };
         self.sender.send(submitted).map_err(|rejected| rejected.0.turn)?;
         self.waker.0.wake();
         Ok(())
@@ -227,7 +228,7 @@ impl DeliveryThread {
     /// Begins a session for each turn in the channel. Returns whether more turns may come.
     fn begin_sessions(&mut self) -> bool {
         loop {
-            let SubmittedTurn { turn, settings, permit } = match self.turns.try_recv() {
+            let SubmittedTurn { turn, settings, limits, permit } = match self.turns.try_recv() {
                 Ok(submitted) => submitted,
                 Err(error) => return error == TryRecvError::Empty,
             };
@@ -235,7 +236,7 @@ impl DeliveryThread {
             self.next_number += 1;
             let begin = || {
                 let turned = turn.begin(settings.without_8bitmime);
-                TurnedSession::new(turned, settings, &self.pool, number, permit)
+                TurnedSession::new(turned, (settings, limits), &self.pool, number, permit)
             };
             let Ok(mut session) = catch_unwind(AssertUnwindSafe(begin)) else {
                 log::error!("event=panic session=-");

@@ -74,12 +74,15 @@ fn record_call(shared: &Shared, session: &ServerSession, reply: &Reply) {
 // Inlined, its room on the stack would be below that of each command of the session.
 #[inline(never)]
 fn turn(shared: &Shared, session: Box<ServerSession>, domains: &[Domain]) -> Result<(), (Box<ServerSession>, Reply)> {
-    let lock = match lock_mail(shared, session.server.account(), domains) {
+    let account = session.server.account().and_then(|name| shared.config.accounts.account(name));
+    let lock = match lock_mail(shared, account, domains) {
         Ok(lock) => lock,
         Err(reply) => return Err((session, reply)),
     };
     let turn = Turn::offer(session, lock)?;
-    shared.lasting.turns.submit(turn, &shared.turn_settings).map_err(|turn| {
+    let (settings, defaults) = (&shared.turn_settings, shared.turn_settings.limits);
+    let limits = account.map_or(defaults, |account| defaults.of_account(&account.held));
+    shared.lasting.turns.submit(turn, settings, limits).map_err(|turn| {
         let reply = Reply::new(451, "4.3.2", "Too many turned sessions, try again later");
         (turn.withdraw(), reply)
     })
@@ -89,8 +92,7 @@ fn turn(shared: &Shared, session: Box<ServerSession>, domains: &[Domain]) -> Res
 ///
 /// # Errors
 /// The reply to ATRN, if a domain is not the customer's, a queue is locked or unreadable, or there is no mail.
-fn lock_mail(shared: &Shared, account: Option<&str>, named: &[Domain]) -> Result<QueueLock, Reply> {
-    let account = account.and_then(|name| shared.config.accounts.account(name));
+fn lock_mail(shared: &Shared, account: Option<&Account>, named: &[Domain]) -> Result<QueueLock, Reply> {
     let own = account.map(|account| account.domains.as_slice()).unwrap_or_default();
     // RFC 2645 section 5.2.1: one foreign domain, whether it exists or not, and the customer gets no mail at all.
     let foreign = named.iter().find(|domain| !own.contains(domain));

@@ -17,7 +17,7 @@ use super::certificate::CertificateEnd;
 use super::relay::WorkerContext;
 use super::shared::{Lasting, Shared};
 use super::spool::{Spool, SpoolQueue};
-use super::turn_settings::TurnSettings;
+use super::turn_settings::{TurnLimits, TurnSettings};
 use crate::clock::Timestamp;
 use crate::config::{ProviderConfig, TlsFiles};
 use crate::net::cancel::CancelToken;
@@ -38,7 +38,7 @@ pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&Work
     let worker = WorkerContext::new(&config, &spool, ids, reporter.clone(), cancel, earlier)?;
     let turn_settings = TurnSettings {
         timeouts: config.timeouts.clone(),
-        messages: config.limits.messages_per_turn,
+        limits: TurnLimits::new(&config.limits, &config.timeouts),
         give_up: config.odmr.give_up,
         without_8bitmime: config.odmr.without_8bitmime,
         reporter,

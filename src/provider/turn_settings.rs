@@ -5,18 +5,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::spool::Spool;
-use crate::config::Accounts;
+use crate::config::{Accounts, HeldConfig};
 use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::report::Reporter;
-use crate::session::Timeouts;
+use crate::session::{Limits, Timeouts};
 use crate::smtp::client::Without8BitMime;
 
 /// Times and limits of turned sessions, and how they are cancelled.
 pub struct TurnSettings {
     pub timeouts: Timeouts,
-    /// Messages in one session; 0: no limit.
-    pub messages: usize,
+    /// Those of accounts that have none of their own.
+    pub limits: TurnLimits,
     /// Messages that were deferred for so long since their first offer are given up.
     /// `None`: they are not.
     pub give_up: Option<Duration>,
@@ -30,6 +30,39 @@ pub struct TurnSettings {
     pub cancel: CancelToken,
     /// Ends sessions at once.
     pub abort: CancelToken,
+}
+
+/// How much one turned session sends, and for how long. A session keeps what it began with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TurnLimits {
+    /// Messages; 0: no limit.
+    pub messages: usize,
+    /// Octets of content that are accepted or under way before no other message is begun; 0: no limit.
+    pub octets: u64,
+    /// As [`Timeouts::turn`].
+    pub time: Duration,
+}
+
+impl TurnLimits {
+    /// Those for accounts that have none of their own.
+    pub fn new(limits: &Limits, timeouts: &Timeouts) -> TurnLimits {
+        TurnLimits { messages: limits.messages_per_turn, octets: limits.octets_per_turn, time: timeouts.turn }
+    }
+
+    /// Those of an account.
+    pub fn of_account(self, held: &HeldConfig) -> TurnLimits {
+        TurnLimits {
+            messages: held.messages_per_turn.unwrap_or(self.messages),
+            octets: held.octets_per_turn.unwrap_or(self.octets),
+            time: held.turn.unwrap_or(self.time),
+        }
+    }
+
+    /// Whether no other message is begun after so many messages and octets.
+    pub fn are_reached(&self, messages: usize, octets: u64) -> bool {
+        let reached = |count: u64, limit: u64| limit > 0 && count >= limit;
+        reached(messages as u64, self.messages as u64) || reached(octets, self.octets)
+    }
 }
 
 /// The domains that reloads have taken from each account: from one that is removed, all.

@@ -356,10 +356,12 @@ impl TurnedQueue {
         }
         let stop = if mail.lock.is_short() { Some("no descriptors are left") } else { stop };
         let stopped = stop.filter(|_| done && (mail.lock.is_short() || mail.lock.has_next()));
-        if !(full && mail.lock.has_next()) {
+        let more = full && mail.lock.has_next();
+        if !more {
             mail.lock.count_call();
         }
-        let reason = stopped.unwrap_or(&reason);
+        let limited = (done && more).then_some("a limit of this session is reached, and more mail waits");
+        let reason = stopped.or(limited).unwrap_or(&reason);
         self.log_soft_bounces();
         let TurnCounters { sent, deferred, rejected, in_doubt, unsettled, octets } = self.counters;
         let (skipped, not_mail) = (mail.lock.skipped(), mail.lock.not_mail());

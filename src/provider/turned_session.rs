@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::storage::{LaneHandle, StoragePool};
-use super::turn_settings::TurnSettings;
+use super::turn_settings::{TurnLimits, TurnSettings};
 use super::turned_queue::{
     OpenedMessage, POSTPONED_LIMIT, QueueJob, QueueReport, RECIPIENTS_AHEAD, SessionPermit, Settlement, TurnEnd,
     TurnParties, TurnedQueue,
@@ -79,6 +79,7 @@ pub struct TurnedSession {
     account: String,
     domains: Vec<Domain>,
     settings: Arc<TurnSettings>,
+    limits: TurnLimits,
     replies: ReplyInput,
     /// Messages that are opened, in order.
     ahead: VecDeque<OpenedMessage>,
@@ -91,6 +92,8 @@ pub struct TurnedSession {
     offered: usize,
     /// Those with a recipient that was rejected. Their settlement may wait for the end of the session.
     rejected: usize,
+    /// Octets of content of those that are under way, or that a recipient has.
+    octets: u64,
     /// Why no more mail is sent, if not because there is no more.
     stop: Option<&'static str>,
     /// The customer has replied to QUIT.
@@ -136,8 +139,8 @@ struct StorageState {
 impl TurnedSession {
     /// Begins the session: the client waits for the customer's greeting. `number`: that of its lane.
     pub fn new(
-        turned: Turned, settings: Arc<TurnSettings>, pool: &StoragePool<TurnedQueue>, number: usize,
-        permit: SessionPermit,
+        turned: Turned, (settings, limits): (Arc<TurnSettings>, TurnLimits), pool: &StoragePool<TurnedQueue>,
+        number: usize, permit: SessionPermit,
     ) -> TurnedSession {
         let Turned { connection, client, lock, peer, account } = turned;
         let now = Instant::now();
@@ -160,6 +163,7 @@ impl TurnedSession {
             storage: StorageState::default(),
             offered: 0,
             rejected: 0,
+            octets: 0,
             stop: None,
             done: false,
             ended: false,
@@ -168,12 +172,13 @@ impl TurnedSession {
             closed: false,
             unwatched: false,
             deadline: now + settings.timeouts.greeting,
-            turn_deadline: now + settings.timeouts.turn,
+            turn_deadline: now + limits.time,
             pace: PaceClock::new(limits::KNOWN_PEER_PACE, 0, now),
             last_progress: now,
             last_heartbeat: now,
             next_takeover_check: now + settings.timeouts.takeover,
             settings,
+            limits,
         }
     }
 
@@ -452,6 +457,7 @@ impl TurnedSession {
             }
             Some(opened) => {
                 self.offered += 1;
+                self.octets += opened.message.size;
                 match self.client.send_message(&opened.message, &mut commands) {
                     Ok(()) => self.sending.push_back(opened),
                     Err(result) => self.settle(&opened, result),
@@ -480,10 +486,10 @@ impl TurnedSession {
         if !begun || self.client.closing() || opening || queue_empty || enough {
             return;
         }
-        let limit = self.settings.messages;
+        let limit = self.limits.messages;
         let wanted = if limit == 0 { usize::MAX } else { limit.saturating_sub(self.offered + self.ahead.len()) };
         let messages = wanted.min(MESSAGES_AHEAD - self.ahead.len());
-        if messages > 0 && !self.client.is_used_up() {
+        if messages > 0 && !self.is_full() {
             self.storage.opening = true;
             let read: usize = self.ahead.iter().map(|opened| opened.octets.len()).sum();
             self.lane.submit(QueueJob::Open { messages, octets: OCTETS_AHEAD.saturating_sub(read) });
@@ -499,8 +505,7 @@ impl TurnedSession {
 
     /// Whether a limit permits no more messages in this session.
     fn is_full(&self) -> bool {
-        let limit = self.settings.messages;
-        self.client.is_used_up() || limit > 0 && self.offered >= limit
+        self.client.is_used_up() || self.limits.are_reached(self.offered, self.octets)
     }
 
     /// Acts on the result of the first of the messages given to the client.
@@ -512,6 +517,9 @@ impl TurnedSession {
 
     fn settle(&mut self, opened: &OpenedMessage, result: DeliveryResult) {
         self.storage.settling += 1;
+        if !result.recipients.iter().any(RecipientStatus::is_sent) {
+            self.octets -= opened.message.size;
+        }
         let (peer, sends_dsn) = (self.client.peer_name().map(str::to_owned), self.client.extensions().dsn);
         let wants_dsn = opened.message.envelope.recipients.iter().any(|recipient| recipient.notify.success());
         let is_removal = result.recipients.iter().all(RecipientStatus::is_sent) && (sends_dsn || !wants_dsn);
