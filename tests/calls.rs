@@ -321,6 +321,40 @@ fn a_call_without_mail_is_a_success_and_silent() {
     assert_eq!((call.code, call.out.as_str(), call.error.as_str()), (0, "", ""));
 }
 
+/// The provider's `min-interval`: no alarm, and the record of the call before stays. A script may try again (75).
+#[test]
+fn a_call_that_comes_too_soon_is_no_failure_for_the_daemon_and_the_status() {
+    let place = Place::new(&format!("{ALICE}[schedule]\nevery = \"1h\"\nretry-first = \"1s\"\njitter = \"none\"\n"));
+    let (done, _) = pull_in_calls(&place, &[]);
+    assert_eq!(done.status.code(), Some(0));
+    let record = place.0.path().join("mailboxes/.odmr");
+    let read = || {
+        let files = fs::read_dir(&record).unwrap().map(|file| file.unwrap().path());
+        let file = files.into_iter().find(|path| path.file_name().unwrap().as_encoded_bytes().starts_with(b"last-"));
+        fs::read_to_string(file.unwrap()).unwrap()
+    };
+    let before = read();
+    assert!(before.contains("result=no-mail"), "{before}");
+
+    const TOO_SOON: &str = "450 4.7.0 Your last call has brought no mail: call again in 42 seconds\r\n";
+    let (done, count) = pull_in_calls(&place, &[(TOO_SOON, Vec::new())]);
+    let error = String::from_utf8(done.stderr).unwrap();
+    assert_eq!((done.status.code(), count), (Some(75), 1), "{error}");
+    assert!(error.contains("call again in 42 seconds") && error.contains(" result=too-soon"), "{error}");
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut program = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let config = place.configure(&listener);
+    let mut daemon = Running::start(program.args(["pull", "--daemon", "-c"]).arg(config));
+    say(&listener.accept().unwrap().0, TOO_SOON, &[]);
+    let call = daemon.wait_for("event=call-skipped ");
+    assert!(call.contains("call again in 42 seconds"), "{call}");
+    let next = daemon.wait_for("event=next-call ");
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.exit_code(), Some(0));
+    assert_eq!(read(), before, "{next}");
+}
+
 const NO_COUNT: &str = "250 2.0.0 OK now reversing the connection\r\n";
 
 /// Calls a provider that plays these calls one after the other, and says 453 to the next, if there is one. Returns also how many

@@ -81,7 +81,7 @@ impl From<CallError> for ExitError {
             CallError::Config(_) => Sysexit::Config,
             CallError::NoHost(_) => Sysexit::NoHost,
             CallError::Unavailable(_) => Sysexit::Unavailable,
-            CallError::Temporary(_) | CallError::Busy(_) => Sysexit::Temporary,
+            CallError::Temporary(_) | CallError::Busy(_) | CallError::TooSoon(_) => Sysexit::Temporary,
             CallError::Denied(_) => Sysexit::NoPermission,
             CallError::CannotCreate(_) => Sysexit::CannotCreate,
             CallError::Protocol(_) => Sysexit::Protocol,

@@ -235,7 +235,10 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
     let mut text = String::new();
     heading(&mut text, if show.by_domain { "domain" } else { "account" }, "last call");
     for account in &status.accounts {
-        let call = account.call.as_ref().map_or("never".to_owned(), |call| show.call(call));
+        let mut call = account.call.as_ref().map_or("never".to_owned(), |call| show.call(call));
+        if let Some(next) = account.next_call {
+            let _ = write!(call, "; next call permitted {}", show.until(next));
+        }
         if show.by_domain {
             for DomainStatus { domain, waiting } in &account.domains {
                 show.waiting(&mut text, domain, waiting, &format!("{}: {call}", account.name));
@@ -382,6 +385,7 @@ fn provider_json(status: &ProviderStatus, hostname: &str, show: &Show) -> Json {
         let mut members = vec![("account", Json::text(&account.name))];
         members.extend(waiting_json(&account.held));
         members.push(("last_call", call_json(account.call.as_ref())));
+        members.push(("next_call_permitted", Json::time(account.next_call)));
         members.push(("learned_recipients", account.learned.map_or(Json::Null, |count| Json::Count(count as u64))));
         let limits = [("quota_bytes", account.quota_bytes), ("quota_messages", account.quota_messages)];
         let limits = limits.into_iter().chain([("recipients", account.recipients)]);
@@ -530,6 +534,8 @@ fn provider_metrics(status: &ProviderStatus, show: &Show) -> Metrics {
             metrics.add_waiting("odmr_queue", &[name], &account.held);
         }
         metrics.add_call(&[name], account.call.as_ref());
+        let help = "When the next call is permitted (min-interval).";
+        metrics.add_time("odmr_next_call_permitted_timestamp_seconds", help, &[name], account.next_call);
         if let Some(learned) = account.learned {
             let help = "Recipients that are rejected because the customer's server does not know them.";
             metrics.add("odmr_learned_recipients", help, &[name], &learned);

@@ -377,7 +377,7 @@ impl Daemon<'_> {
         let (provider, account) = key;
         match result {
             Ok(_) => state.network_calls = 0,
-            Err(CallError::Busy(reason)) => {
+            Err(CallError::Busy(reason) | CallError::TooSoon(reason)) => {
                 log::info!("event=call-skipped provider={provider} account={account} reason={}", quoted(reason));
             }
             Err(_) if self.cancel.is_cancelled() => return,
@@ -391,9 +391,9 @@ impl Daemon<'_> {
                 log::error!("event=call-failed provider={provider} account={account} error={}", quoted(error));
             }
         }
-        // The call of another process is as good as ours.
+        // The call of another process is as good as ours; so is the one a moment ago.
         let outcome = match result {
-            Ok(0) | Err(CallError::Busy(_)) => CallOutcome::Success,
+            Ok(0) | Err(CallError::Busy(_) | CallError::TooSoon(_)) => CallOutcome::Success,
             Ok(_) => CallOutcome::Deferred,
             Err(_) => CallOutcome::Failure,
         };

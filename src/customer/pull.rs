@@ -42,7 +42,7 @@ use crate::smtp::client::{Abort, Client, ClientOptions, Rejection, Stage};
 use crate::smtp::limits;
 use crate::smtp::reply::Severity;
 use crate::smtp::server::ServerRole;
-use crate::smtp::status::{is_login_rejected, is_no_mail};
+use crate::smtp::status::{is_login_rejected, is_no_mail, is_too_soon};
 use crate::turn;
 
 /// How many calls in a row fetch the mail of a provider that sends a part of it in each.
@@ -61,6 +61,8 @@ pub enum CallError {
     Temporary(String),
     /// Another process calls this provider.
     Busy(String),
+    /// The provider wants a pause, because the last call has brought no mail. Outgoing mail was sent before.
+    TooSoon(String),
     /// The provider rejects our name or secret, or does not prove that it knows the secret; or this user may not see the
     /// daemon's state, or write into the mailboxes.
     Denied(String),
@@ -80,6 +82,7 @@ impl fmt::Display for CallError {
             | CallError::Unavailable(text)
             | CallError::Temporary(text)
             | CallError::Busy(text)
+            | CallError::TooSoon(text)
             | CallError::Denied(text)
             | CallError::CannotCreate(text)
             | CallError::Protocol(text)
@@ -150,12 +153,13 @@ impl Customer {
     /// Calls each provider once, in the order of the configuration; a call that fails does not prevent the next.
     ///
     /// # Errors
-    /// The first failure; the others are logged.
+    /// The first failure, rather than that a provider wants a pause; the others are logged.
     pub fn pull(&self, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<(), CallError> {
         let mut result = Ok(());
         for (number, provider) in self.config().providers.iter().enumerate() {
             match (self.call(number, cancel, counters), &result) {
-                (Err(error), Ok(())) => result = Err(error),
+                (Err(error), Ok(()) | Err(CallError::TooSoon(_))) => result = Err(error),
+                (Err(CallError::TooSoon(_)), Err(_)) => {}
                 (Err(error), Err(_)) => {
                     let (address, account) = (&provider.remote.address, provider.remote.login_name());
                     log::error!("event=call-failed provider={address} account={account} error={}", quoted(error));
@@ -198,6 +202,7 @@ impl Customer {
             match &result {
                 Ok(()) if deferred > 0 => "deferred",
                 Ok(()) => "done",
+                Err(CallError::TooSoon(_)) => "too-soon",
                 Err(_) => "failed",
             },
         );
@@ -220,8 +225,8 @@ impl Customer {
         let (address, name) = (&provider.remote.address, provider.remote.login_name());
         let count = |wanted| counts.iter().any(|(key, count)| *key == wanted && *count > 0);
         let (result, reason) = match result {
-            // The call of another process is recorded by that one.
-            Err(CallError::Busy(_)) => return,
+            // The call of another process is recorded by that one. The call that this one comes too soon after stays the last.
+            Err(CallError::Busy(_) | CallError::TooSoon(_)) => return,
             Err(error) => (CallResult::Failed, error.to_string()),
             Ok(()) if count("deferred") => (CallResult::Deferred, String::new()),
             Ok(()) if count("received") => (CallResult::Done, String::new()),
@@ -372,10 +377,14 @@ impl ProviderConnection<'_> {
         }
     }
 
-    /// Fetches incoming mail again.
+    /// Fetches incoming mail again. If the provider wants a pause before that, the fetch before was a moment ago.
     fn receive_all(&self) -> Result<(), CallError> {
         self.counters.offered_again(&self.deferred);
-        self.lists.iter().map(|domains| self.connect_and_receive(domains)).fold(Ok(()), Result::and)
+        let fetch = |domains: &Vec<Domain>| match self.connect_and_receive(domains) {
+            Err(CallError::TooSoon(_)) => Ok(()),
+            fetched => fetched,
+        };
+        self.lists.iter().map(fetch).fold(Ok(()), Result::and)
     }
 
     fn connect_and_receive(&self, domains: &[Domain]) -> Result<(), CallError> {
@@ -613,6 +622,7 @@ fn abort_error(abort: Abort) -> CallError {
         Abort::Rejected(Rejection { stage, reply }) => {
             let text = format!("the provider rejected {stage}: {reply}");
             match reply.severity() {
+                Severity::Transient if stage == Stage::Atrn && is_too_soon(&reply) => CallError::TooSoon(text),
                 Severity::Transient => CallError::Temporary(text),
                 _ if stage == Stage::Auth || is_login_rejected(&reply) => {
                     CallError::Denied(format!("{text}; check `name`, and `secret` or `certificate`"))

@@ -7,6 +7,7 @@
 //! ```text
 //! 530 503 501   not authenticated, in a transaction, not a valid domain       smtp/server
 //! 450           a domain is not the customer's, or another session has it     lock_mail
+//! 450           the last call has brought no mail, and was a moment ago       check_interval
 //! 451           the spool cannot be read                                      lock_mail
 //! 453           no mail                                                       lock_mail
 //! 503           commands were sent after ATRN without waiting for its reply   Turn::offer
@@ -25,13 +26,13 @@ use crate::config::Account;
 use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::net::trace::quoted;
 use crate::queue::{LockError, QueueLock};
-use crate::report::calls::{CallRecord, CallResult};
+use crate::report::calls::{CallRecord, CallResult, CallWithoutMail};
 use crate::sasl::{AccountCredentials, CertificateDigests, CredentialStore, Mechanism, ScramVerifier, Unavailable};
 use crate::session::server::{ServerSession, SessionEnd};
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_qualified};
-use crate::smtp::status::is_no_mail;
+use crate::smtp::status::{is_no_mail, is_too_soon, too_soon_reply};
 use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
@@ -51,20 +52,51 @@ pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
             Ok(()) => return "turned".to_owned(),
             Err(rejected) => rejected,
         };
-        record_call(&shared, &session, &reply);
+        // The call that it comes too soon after stays the last one.
+        if !is_too_soon(&reply) {
+            record_call(&shared, &session, &domains, &reply);
+        }
         session.reject(&reply);
     }
 }
 
-/// Records a call that has ended with a reply to ATRN, for the status.
-fn record_call(shared: &Shared, session: &ServerSession, reply: &Reply) {
+/// Records a call about these domains that has ended with a reply to ATRN, for the status and for [`check_interval`].
+fn record_call(shared: &Shared, session: &ServerSession, domains: &[Domain], reply: &Reply) {
     let Some(account) = session.server.account().and_then(|name| shared.config.accounts.account(name)) else { return };
+    let (path, now) = (shared.spool.call_record(&account.name), shared.lasting.ids.clock().now());
     let (result, reason) = match is_no_mail(reply) {
         true => (CallResult::NoMail, "done".to_owned()),
         false => (CallResult::Failed, reply.to_string()),
     };
-    let record = CallRecord::new(shared.lasting.ids.clock().now(), &session.peer, result, &reason);
-    record.write(&shared.spool.call_record(&account.name), &account.name);
+    let mut record = CallRecord::new(now, &session.peer, result, &reason);
+    let interval = account.held.min_interval;
+    if result == CallResult::NoMail && !interval.is_zero() {
+        let mut this = CallWithoutMail::new(now, domains);
+        let before = CallRecord::read(&path).and_then(|record| record.without_mail);
+        if let Some(before) = before.filter(|before| before.next_call(&[], interval, now).is_some()) {
+            this.add(before);
+        }
+        record.without_mail = Some(this);
+    }
+    record.write(&path, &account.name);
+}
+
+/// Checks that the last call of the account that has brought no mail for one of these domains was not a moment ago. Each
+/// such call costs a login and a look at the disk.
+///
+/// # Errors
+/// The reply to ATRN.
+fn check_interval(shared: &Shared, account: &Account, domains: &[Domain]) -> Result<(), Reply> {
+    let interval = account.held.min_interval;
+    if interval.is_zero() {
+        return Ok(());
+    }
+    let now = shared.lasting.ids.clock().now();
+    let last = CallRecord::read(&shared.spool.call_record(&account.name)).and_then(|record| record.without_mail);
+    match last.and_then(|last| last.next_call(domains, interval, now)) {
+        Some(next) => Err(too_soon_reply(next.seconds() - now.seconds())),
+        None => Ok(()),
+    }
 }
 
 /// Gives the connection to the delivery thread, which sends the 250.
@@ -100,6 +132,7 @@ fn lock_mail(shared: &Shared, account: Option<&Account>, named: &[Domain]) -> Re
     if own.is_empty() || foreign.is_some() {
         return Err(Reply::new(450, "4.7.1", "You have no access to all of these domains"));
     }
+    account.map_or(Ok(()), |account| check_interval(shared, account, named))?;
     let domains = if named.is_empty() { own } else { named };
     let names: Vec<_> = domains.iter().map(|domain| shared.spool.name(&SpoolQueue::Held(domain.clone()))).collect();
     let unreachable = || Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later");

@@ -41,6 +41,8 @@ pub struct AccountStatus {
     /// How many recipients it has named, if it has.
     pub recipients: Option<u64>,
     pub call: Option<CallRecord>,
+    /// When the next call is permitted; `None`: now.
+    pub next_call: Option<Timestamp>,
     /// How many recipients are rejected because the customer's server does not know them; `None`: it does not learn them.
     pub learned: Option<usize>,
 }
@@ -74,19 +76,21 @@ impl ProviderStatus {
     ) -> io::Result<ProviderStatus> {
         let spool = Spool::new(config, ids);
         let summary = |queue: &SpoolQueue| spool.queue().summary(&spool.name(queue));
-        let mut accounts = Vec::new();
+        let (mut accounts, now) = (Vec::new(), ids.clock().now());
         for account in config.accounts.iter() {
-            let learned =
-                || UnknownRecipients::read(&spool.unknown_recipients(&account.name)).learned(ids.clock().now());
+            let call = CallRecord::read(&spool.call_record(&account.name));
+            let last = call.as_ref().and_then(|call| call.without_mail.as_ref());
+            let learned = || UnknownRecipients::read(&spool.unknown_recipients(&account.name)).learned(now);
             let mut status = AccountStatus {
                 name: account.name.clone(),
                 held: QueueSummary::default(),
                 domains: Vec::new(),
+                next_call: last.and_then(|last| last.next_call(&[], account.held.min_interval, now)),
                 is_whole: true,
                 quota_bytes: account.held.max_bytes,
                 quota_messages: account.held.max_messages.map(|messages| messages as u64),
                 recipients: account.held.recipients.list().map(|list| list.count()),
-                call: CallRecord::read(&spool.call_record(&account.name)),
+                call,
                 learned: (account.held.recipients == KnownRecipients::Learn).then(learned),
             };
             for domain in account.domains.iter().filter(|domain| wanted(Some(&account.name), domain.as_str())) {

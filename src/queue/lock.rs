@@ -189,6 +189,13 @@ impl QueueLock {
         self.queues.len() > MOST_LOCKED && locked.take(MOST_LOCKED + 1).count() > MOST_LOCKED
     }
 
+    /// Releases the lock on a directory, if nothing of it waits or is under way and there are many others.
+    fn release_if_many(&mut self, at: usize) {
+        if self.locks_many() {
+            self.queues[at].release_if_idle();
+        }
+    }
+
     /// How many messages wait at least, as far as is known: of a queue that was not listed yet, one.
     pub fn waiting(&self) -> usize {
         self.queues.iter().map(|queue| queue.listed.waiting()).sum()
@@ -337,9 +344,7 @@ impl QueueLock {
             // A name that was too long may have changed.
             _ => drop(queue.listed.offered.insert(message.unique())),
         }
-        if self.locks_many() {
-            self.queues[at].release_if_idle();
-        }
+        self.release_if_many(at);
         settled?;
         if let Some(ended) = message.entry().record().ended.filter(|_| result.ended_session()) {
             let (id, sessions, skip) = (&message.id, ended.sessions, ended.skip);

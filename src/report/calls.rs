@@ -9,6 +9,8 @@
 //! success=2026-01-02T03:04:05Z  when the last call that did not fail has ended
 //! calls=12                      since the file was made
 //! failed=1                      of them
+//! no-mail=2026-01-02T03:04:05Z  when the last call without mail has ended; only a provider with `min-interval` needs it
+//! no-mail-domains=a.example     the domains that it was about; without the line: all of the account
 //! count sent=3                  what this call has counted, a line each
 //! ```
 //!
@@ -20,6 +22,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::clock::Timestamp;
+use crate::mail::address::Domain;
 use crate::maildir::replace_file;
 use crate::net::trace::quoted;
 
@@ -62,7 +65,48 @@ pub struct CallRecord {
     /// How many calls there were since the file was made.
     pub calls: u64,
     pub failed: u64,
+    /// The last call without mail, this one or one before.
+    pub without_mail: Option<CallWithoutMail>,
     pub counts: Vec<(String, u64)>,
+}
+
+/// The last call that has brought no mail. A customer may need several sessions to name all its domains: what they have
+/// found is one call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallWithoutMail {
+    /// When it has ended.
+    pub at: Timestamp,
+    /// The domains that it was about; empty: all of the account.
+    pub domains: Vec<String>,
+}
+
+/// Domains that are remembered of a call without mail; then the first are forgotten.
+const DOMAINS_LIMIT: usize = 1000;
+
+impl CallWithoutMail {
+    /// A call that ends now, about these domains.
+    pub fn new(at: Timestamp, domains: &[Domain]) -> CallWithoutMail {
+        CallWithoutMail { at, domains: domains.iter().map(Domain::to_string).collect() }
+    }
+
+    /// Adds the domains of a call before this one.
+    pub fn add(&mut self, before: CallWithoutMail) {
+        if !self.domains.is_empty() {
+            self.domains.splice(0..0, before.domains);
+            self.domains.drain(..self.domains.len().saturating_sub(DOMAINS_LIMIT));
+        }
+    }
+
+    /// When a call about these domains is permitted again; none: a call about all. `None`: it is permitted, as it is about
+    /// others, or as `interval` has passed. A time in the future is not one: the clock was wrong then, or is now.
+    pub fn next_call(&self, domains: &[Domain], interval: Duration, now: Timestamp) -> Option<Timestamp> {
+        let asks_again = |domain: &Domain| self.domains.iter().any(|other| other == domain.as_str());
+        let is_about = domains.is_empty() || self.domains.is_empty() || domains.iter().any(asks_again);
+        // A part of a second counts as one.
+        let seconds = interval.as_secs() + u64::from(interval.subsec_nanos() > 0);
+        let next = self.at.seconds().saturating_add(i64::try_from(seconds).unwrap_or(i64::MAX));
+        (is_about && self.at <= now && now.seconds() < next).then(|| Timestamp::from_seconds(next))
+    }
 }
 
 impl CallRecord {
@@ -78,6 +122,7 @@ impl CallRecord {
             success: None,
             calls: 0,
             failed: 0,
+            without_mail: None,
             counts: Vec::new(),
         }
     }
@@ -108,6 +153,10 @@ impl CallRecord {
             success: time("success"),
             calls: number("calls"),
             failed: number("failed"),
+            without_mail: time("no-mail").map(|at| {
+                let domains = value("no-mail-domains").unwrap_or_default().split(',');
+                CallWithoutMail { at, domains: domains.filter(|name| !name.is_empty()).map(str::to_owned).collect() }
+            }),
             counts: counts.filter_map(|(key, count)| Some((key.to_owned(), count.parse().ok()?))).collect(),
         })
     }
@@ -119,7 +168,9 @@ impl CallRecord {
         (self.calls, self.failed) = before.as_ref().map_or((0, 0), |before| (before.calls, before.failed));
         self.calls += 1;
         self.failed += u64::from(failed);
-        self.success = if failed { before.and_then(|before| before.success) } else { Some(self.at) };
+        let (success, without_mail) = before.map(|before| (before.success, before.without_mail)).unwrap_or_default();
+        self.success = if failed { success } else { Some(self.at) };
+        self.without_mail = self.without_mail.or(without_mail);
         if let Err(error) = replace_file(path, &self.text()) {
             log::warn!("event=call-not-recorded account={account} error={}", quoted(error));
         }
@@ -139,6 +190,12 @@ impl CallRecord {
             let _ = writeln!(text, "success={}", success.rfc3339());
         }
         let _ = write!(text, "calls={}\nfailed={}\n", self.calls, self.failed);
+        if let Some(CallWithoutMail { at, domains }) = &self.without_mail {
+            let _ = writeln!(text, "no-mail={}", at.rfc3339());
+            if !domains.is_empty() {
+                let _ = writeln!(text, "no-mail-domains={}", domains.join(","));
+            }
+        }
         for (key, count) in &self.counts {
             let _ = writeln!(text, "count {key}={count}");
         }
@@ -181,7 +238,10 @@ mod tests {
             duration: Duration::from_millis(1_050),
             ..CallRecord::new(time(at), "[192.0.2.1]", result, "a\nb=c")
         };
-        record(1_767_323_045, CallResult::Done).write(&path, "acme");
+        let domains = ["a.example", "b.example"].map(|name| Domain::parse(name).unwrap());
+        let without_mail = Some(CallWithoutMail::new(time(1_767_323_045), &domains));
+        CallRecord { without_mail: without_mail.clone(), ..record(1_767_323_045, CallResult::Done) }
+            .write(&path, "acme");
         record(1_767_323_046, CallResult::Failed).write(&path, "acme");
         let read = CallRecord::read(&path).unwrap();
         let expected = CallRecord {
@@ -189,6 +249,7 @@ mod tests {
             calls: 2,
             failed: 1,
             reason: "a b=c".to_owned(),
+            without_mail,
             ..record(1_767_323_046, CallResult::Failed)
         };
         assert_eq!(read, expected);
@@ -198,5 +259,23 @@ mod tests {
         record(1_767_323_047, CallResult::NoMail).write(&path, "acme");
         assert_eq!(CallRecord::read(&path).map(|record| record.calls), Some(1));
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_next_call_waits_for_an_interval_after_one_without_mail() {
+        let (time, interval) = (Timestamp::from_seconds, Duration::from_millis(9_500));
+        let [a, b, c] = ["a.example", "b.example", "c.example"].map(|name| Domain::parse(name).unwrap());
+        let all = CallWithoutMail::new(time(100), &[]);
+        for (now, next) in [(99, None), (100, Some(110)), (109, Some(110)), (110, None), (i64::MAX, None), (0, None)] {
+            assert_eq!(all.next_call(&[], interval, time(now)).map(Timestamp::seconds), next, "{now}");
+        }
+        // The second list of domains of a customer that has too many for one.
+        let mut some = CallWithoutMail::new(time(100), std::slice::from_ref(&b));
+        some.add(CallWithoutMail::new(time(99), std::slice::from_ref(&a)));
+        let waits = |domains: &[Domain]| some.next_call(domains, interval, time(101)).is_some();
+        assert!(waits(&[]) && waits(&[a.clone()]) && waits(&[c.clone(), b.clone()]) && !waits(&[c.clone()]));
+        assert!(all.next_call(&[c], interval, time(101)).is_some());
+        (0..2000).for_each(|_| some.add(CallWithoutMail::new(time(99), std::slice::from_ref(&a))));
+        assert_eq!((some.domains.len(), some.domains.last().map(String::as_str)), (DOMAINS_LIMIT, Some("b.example")));
     }
 }

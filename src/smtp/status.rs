@@ -5,6 +5,7 @@
 //! AUTH         go on    later     abort     500-504, 534, 538: another mechanism (RFC 4954 sections 4, 6)
 //!                                           535, 530 to any command: check name and secret
 //! ATRN         turned   later     abort     453: no mail, a success (RFC 2645 section 5.2.1)
+//!                                           450 4.7.0: the last call has brought no mail, the next is to come later
 //! MAIL         go on    deferred  rejected  about us (below): this server accepts no mail from us (RFC 2645 section 5.4);
 //!                                           550, 530 5.7.z: perhaps so, perhaps it rejects this sender only
 //! RCPT         go on    deferred  rejected  452, 552: too many recipients for this transaction; deferred, and sent at once
@@ -285,6 +286,16 @@ pub fn is_login_rejected(reply: &Reply) -> bool {
 /// Whether the reply to ATRN means that there is no mail for the customer, which is a success (RFC 2645 section 5.2.1).
 pub fn is_no_mail(reply: &Reply) -> bool {
     reply.code() == 453
+}
+
+/// The reply to ATRN if the customer must wait for so many seconds, because its last call has brought no mail.
+pub fn too_soon_reply(seconds: i64) -> Reply {
+    Reply::new(450, "4.7.0", format!("Your last call has brought no mail: call again in {seconds} seconds"))
+}
+
+/// Whether the reply to ATRN means that the provider wants a pause between calls, which is no failure.
+pub fn is_too_soon(reply: &Reply) -> bool {
+    reply.code() == 450 && reply.enhanced() == Some("4.7.0")
 }
 
 /// The reply that defers a recipient because a connection was lost; `text`: what happened.
