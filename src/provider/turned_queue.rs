@@ -346,7 +346,7 @@ impl TurnedQueue {
     }
 
     /// Releases the lock, so that the customer finds its mail unlocked when it sees the end of the connection and calls
-    /// again. Then it writes the record of the call.
+    /// again. Then it logs the session, and writes the record of the call.
     fn end(&mut self, end: TurnEnd, report: &mut dyn FnMut(QueueReport)) {
         let TurnEnd { reason, done, stop, full } = end;
         let Some(mut mail) = self.mail.take() else { return };
@@ -366,16 +366,6 @@ impl TurnedQueue {
         let TurnCounters { sent, deferred, rejected, in_doubt, unsettled, octets } = self.counters;
         let (skipped, not_mail) = (mail.lock.skipped(), mail.lock.not_mail());
         let duration = self.begun.elapsed();
-        log::info!(
-            "event=turn-ended session={} peer={} account={} sent={sent} deferred={deferred} rejected={rejected} \
-             in-doubt={in_doubt} unsettled={unsettled} skipped={skipped} not-mail={not_mail} octets={octets} \
-             duration={:.3} reason={}",
-            self.session,
-            self.peer,
-            self.account,
-            duration.as_secs_f64(),
-            quoted(reason)
-        );
         let result = match (done, deferred + in_doubt) {
             (false, _) => CallResult::Failed,
             (true, 0) if stopped.is_none() => CallResult::Done,
@@ -390,6 +380,16 @@ impl TurnedQueue {
         self.learning.take().into_iter().for_each(|learning| learning.write(&self.account));
         drop(mail);
         report(QueueReport::Released);
+        log::info!(
+            "event=turn-ended session={} peer={} account={} sent={sent} deferred={deferred} rejected={rejected} \
+             in-doubt={in_doubt} unsettled={unsettled} skipped={skipped} not-mail={not_mail} octets={octets} \
+             duration={:.3} reason={}",
+            self.session,
+            self.peer,
+            self.account,
+            duration.as_secs_f64(),
+            quoted(reason)
+        );
         record.write(&self.settings.spool.call_record(&self.account), &self.account);
     }
 }
