@@ -68,6 +68,7 @@ mod message;
 mod listed;
 mod lock_file;
 mod locked_queue;
+mod passes;
 mod lock;
 mod summary;
 mod listing;
