@@ -273,10 +273,14 @@ impl Kept {
 }
 
 impl Listed {
+    /// Whether there is a message that is to be offered in this phase.
+    pub(super) fn has(&self, phase: Phase) -> bool {
+        self.waiting.front().is_some_and(|next| next.rank.phase <= phase)
+    }
+
     /// Takes the next message, if it is to be offered in this phase.
     pub(super) fn pop(&mut self, phase: Phase) -> Option<Entry> {
-        let is_next = self.waiting.front().is_some_and(|next| next.rank.phase <= phase);
-        if is_next { self.waiting.pop_front().map(|next| next.entry) } else { None }
+        if self.has(phase) { self.waiting.pop_front().map(|next| next.entry) } else { None }
     }
 
     /// Adds what a pass has found.
@@ -312,8 +316,12 @@ impl Listed {
 
     /// Forgets most messages that wait; `queues`: the queues of the session.
     pub(super) fn trim(&mut self, queues: usize) {
-        self.waiting.truncate((PIECE / queues.max(1)).max(LEAST_KEPT));
-        self.waiting.shrink_to_fit();
+        let kept = (PIECE / queues.max(1)).max(LEAST_KEPT);
+        // Not each time: that would copy them.
+        if self.waiting.len() > kept || self.waiting.capacity() > 2 * kept {
+            self.waiting.truncate(kept);
+            self.waiting.shrink_to_fit();
+        }
     }
 
     pub(super) fn is_passing(&self) -> bool {

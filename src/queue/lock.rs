@@ -18,12 +18,17 @@ use crate::smtp::status::DeliveryResult;
 /// Directories that a session keeps locked when their messages are offered.
 const MOST_LOCKED: usize = 64;
 
+/// Messages of one queue that are offered before the next queue has its turn, if the messages of both are known.
+const TURN_MESSAGES: usize = 8;
+
 /// The lock on some queues, for one session.
 pub struct QueueLock {
     pub(super) queues: Vec<LockedQueue>,
     /// The queue whose messages are offered.
     current: usize,
     phase: Phase,
+    /// Messages of it that were offered in this turn of it.
+    offered: usize,
     /// Queues that were looked at since the last message was found.
     looked: usize,
     /// As [`QueueLock::is_short`].
@@ -47,7 +52,16 @@ impl QueueLock {
     pub(super) fn new(queues: Vec<LockedQueue>, accounts: Vec<LockFile>) -> QueueLock {
         // The queue after the last is the first one that was asked for.
         let current = queues.len().saturating_sub(1);
-        QueueLock { queues, current, phase: Phase::FIRST, looked: 0, short: false, unreadable: false, accounts }
+        QueueLock {
+            queues,
+            current,
+            phase: Phase::FIRST,
+            offered: 0,
+            looked: 0,
+            short: false,
+            unreadable: false,
+            accounts,
+        }
     }
 
     /// The session ends, and was a call of the customer: it counts for the messages that it has skipped. A session that only
@@ -135,10 +149,11 @@ impl QueueLock {
     fn try_next_step(&mut self) -> Result<NextStep, Shortage> {
         let mut work = STEP_WORK;
         while work > 0 {
+            self.take_turns();
             let queues = self.queues.len();
             let Some(queue) = self.queues.get_mut(self.current) else { return Ok(NextStep::End) };
             if let Some(entry) = queue.listed.pop(self.phase) {
-                self.looked = 0;
+                (self.looked, self.offered) = (0, self.offered + 1);
                 work = work.saturating_sub(OPEN_WORK);
                 match queue.open_listed(&entry) {
                     Ok(Some(message)) => {
@@ -164,7 +179,7 @@ impl QueueLock {
                     self.queues[self.current].listed.forget();
                     self.queues[self.current].release_if_idle();
                 }
-                self.looked += 1;
+                (self.looked, self.offered) = (self.looked + 1, 0);
                 self.current = (self.current + 1) % queues;
                 let queue = &mut self.queues[self.current];
                 let begun = queue.begin_pass_if_empty();
@@ -173,7 +188,8 @@ impl QueueLock {
                 work = work.saturating_sub(QUEUE_WORK);
             } else if let Some(next) = self.queues.iter().filter_map(|queue| queue.listed.phase()).min() {
                 // The last queue that had a message of this phase is not the first of the next one.
-                (self.phase, self.looked, self.current) = (next, 0, (self.current + 1) % queues);
+                (self.phase, self.looked, self.offered) = (next, 0, 0);
+                self.current = (self.current + 1) % queues;
             } else {
                 // The next call looks for what has arrived meanwhile.
                 (self.phase, self.looked) = (Phase::FIRST, 0);
@@ -181,6 +197,24 @@ impl QueueLock {
             }
         }
         Ok(NextStep::Listing)
+    }
+
+    /// Goes on to the next queue with a message of this phase, if this one has had its turn. So a domain with much mail does
+    /// not delay the others of the account. Those that must be listed first have their turn when the messages of one are used
+    /// up. In queues with retries, the order is that of one after the other.
+    fn take_turns(&mut self) {
+        let had_turn = |queue: &LockedQueue| self.offered >= TURN_MESSAGES && !queue.name.retries;
+        let Some(queue) = self.queues.get(self.current).filter(|queue| had_turn(queue)) else { return };
+        if queue.listed.is_passing() {
+            return;
+        }
+        let queues = self.queues.len();
+        let mut others = (1..queues).map(|step| (self.current + step) % queues);
+        if let Some(next) = others.find(|at| self.queues[*at].listed.has(self.phase)) {
+            self.queues[self.current].listed.trim(queues);
+            self.current = next;
+        }
+        self.offered = 0;
     }
 
     /// Whether more directories are locked than a session of many queues keeps.

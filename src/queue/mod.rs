@@ -29,7 +29,7 @@
 //! marks of its recipients tell under that name too that they are settled. Only a name that would be too long for the record
 //! gets another unique part.
 //!
-//! Held mail is offered in this order, within each step one domain of the account after the other:
+//! Held mail is offered in this order; within each step the domains of the account take turns:
 //!
 //! ```text
 //! in doubt       the customer most likely has them, and can best tell while they are new

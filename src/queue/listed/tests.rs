@@ -123,6 +123,31 @@ fn what_is_in_doubt_comes_first_in_all_queues() {
     assert_eq!(seen, [of(2), of(1), of(3)].concat());
 }
 
+/// A domain with much mail does not delay the others, also when it must be listed again.
+#[test]
+fn domains_take_turns() {
+    let spool = Spool::new();
+    let names = ["many.example", "few.example", "more.example"].map(|name| spool.name(name));
+    let counts = [2 * PIECE, 20, PIECE];
+    for (name, count) in names.iter().zip(counts) {
+        let domain = name.domain.as_ref().unwrap();
+        fs::create_dir_all(name.path.join("new")).unwrap();
+        for number in 0..count {
+            let file = name.path.join(format!("new/{number:06}.x"));
+            fs::write(file, format!("Delivered-To: eva@{domain}\n\nx\n")).unwrap();
+        }
+    }
+    let mut seen = Vec::new();
+    let act = |lock: &mut QueueLock, message: QueuedMessage| {
+        seen.push(names.iter().position(|name| name == message.queue()).unwrap());
+        lock.settle(message, &result("=")).unwrap();
+    };
+    assert_eq!(offer_all(&mut spool.queue.lock(&names).unwrap(), act).0.len(), counts.iter().sum());
+    let last = |queue| seen.iter().rposition(|other| *other == queue).unwrap();
+    assert!(last(1) < 3 * (20 + 8), "the last of few is number {}", last(1));
+    assert!(last(2) < 2 * PIECE + PIECE / 2, "the last of more is number {}", last(2));
+}
+
 /// Calls whose sessions end with each message that kills the customer's server after its content. Returns the call by which
 /// the customer has all others.
 fn calls_until_others_are_sent(poison: usize, in_doubt: bool) -> usize {
