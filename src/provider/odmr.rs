@@ -81,8 +81,8 @@ fn record_call(shared: &Shared, session: &ServerSession, domains: &[Domain], rep
     record.write(&path, &account.name);
 }
 
-/// Checks that the last call of the account that has brought no mail for one of these domains was not a moment ago. Each
-/// such call costs a login and a look at the disk.
+/// Checks that the last call of the account that has brought no mail for one of these domains was not a moment ago (RFC 2645
+/// section 5.2.1). Each such call costs a login and a look at the disk.
 ///
 /// # Errors
 /// The reply to ATRN.

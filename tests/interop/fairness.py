@@ -1,10 +1,14 @@
 """Customers that are served beside each other: a fast one with much mail does not delay the others."""
 
+import base64
+import json
 import os
+import re
+import socket
 import statistics
 import time
 
-from harness import MIB, Provider, Smtp, check, events, scenario, wait_until
+from harness import MIB, ODMR, Provider, Smtp, check, events, scenario, wait_until
 
 MANY = 100_000
 LARGE = 600
@@ -166,3 +170,66 @@ def fair_small(box):
 def fair_large(box):
     """the same beside messages of 1 MiB"""
     return beside(box, LARGE, MIB, f"{LARGE} messages of 1 MiB")
+
+
+@scenario("min-interval")
+def min_interval(box):
+    """a call too soon after one without mail: the same from serve, inetd and after a restart; the record and the status"""
+    customers = {"acme": ["example.org", "example.com"], "beta": ["example.edu"]}
+    accounts = {"acme": 'min-interval = "10m"'}
+    provider = Provider(box, require_tls=False, customers=customers, accounts=accounts).start()
+    record = provider.spool / ".odmr/call-acme"
+
+    def atrn(line, name="acme", domains=""):
+        line.hello()
+        line.log_in(name)
+        return line.say(f"ATRN {domains}".strip())
+
+    def over_inetd():
+        near, far = socket.socketpair()
+        box.start("inetd.log", ODMR, "serve", "-c", provider.config, "--inetd", "odmr", stdin=far, stdout=far)
+        far.close()
+        line = Smtp.__new__(Smtp)
+        line.socket, line.received = box.keep(near), bytearray()
+        near.settimeout(30)
+        return line
+
+    def seconds(reply):
+        check(reply.startswith("450 4.7.0 "), reply)
+        left = int(reply.rsplit(maxsplit=2)[1])
+        check(590 <= left <= 600, reply)
+        return left
+
+    check((reply := atrn(Smtp(provider.odmr))).startswith("453"), reply)
+    before = record.read_text()
+    first = seconds(atrn(Smtp(provider.odmr)))
+    # It is not the last call, and does not prolong the time.
+    put(provider, "example.org", 1, 1000)
+    check(seconds(atrn(over_inetd())) <= first, "inetd has prolonged the time")
+    line = Smtp(provider.odmr)
+    line.hello()
+    line.want("334", "AUTH CRAM-MD5")
+    line.want("535", base64.b64encode(b"acme " + b"0" * 32).decode())
+    provider.restart_by_force()
+    seconds(atrn(Smtp(provider.odmr), domains="example.org"))
+    check(record.read_text() == before, f"the record was {before}, and is {record.read_text()}")
+    check((reply := atrn(Smtp(provider.odmr), "beta")).startswith("453"), reply)
+    check((reply := atrn(Smtp(provider.odmr), "beta")).startswith("453"), reply)
+
+    status = box.run(ODMR, "status", "-c", provider.config)
+    check("no-mail; next call permitted in " in status.stdout, status.stdout)
+    status = json.loads(box.run(ODMR, "status", "-c", provider.config, "--format", "json").stdout)
+    permitted = {account["account"]: account["next_call_permitted"] for account in status["accounts"]}
+    check(permitted["acme"] and permitted["beta"] is None, f"{permitted}")
+    warned = box.run(ODMR, "status", "-c", provider.config, "--warn", "1h")
+    check((warned.returncode, warned.stdout) == (0, ""), f"{warned}")
+
+    # After the time: as if the clock had gone on, and as if it had been set back.
+    for at in ("2026-01-02T03:04:05Z", "2099-01-02T03:04:05Z"):
+        record.write_text(re.sub("(?m)^no-mail=.*$", f"no-mail={at}", before))
+        messages = call(provider, "acme")[1]
+        check(messages == 1, f"{messages} messages")
+        # The record is written when the connection has ended.
+        after = wait_until(lambda: "result=done" in (text := record.read_text()) and text, "the record of the call")
+        check(f"no-mail={at}" in after, f"a call with mail has changed the time of the one without: {after}")
+        put(provider, "example.org", 1, 1000, first=1)
