@@ -61,6 +61,8 @@ pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
 }
 
 /// Records a call about these domains that has ended with a reply to ATRN, for the status and for [`check_interval`].
+// Not below each command on the stack, as `turn`.
+#[inline(never)]
 fn record_call(shared: &Shared, session: &ServerSession, domains: &[Domain], reply: &Reply) {
     let Some(account) = session.server.account().and_then(|name| shared.config.accounts.account(name)) else { return };
     let (path, now) = (shared.spool.call_record(&account.name), shared.lasting.ids.clock().now());
