@@ -18,7 +18,7 @@
 //!
 //! The rest serves these. The modules below are in the order in which each uses earlier ones only, in a room and
 //! between rooms; `tests/house.rs` checks it, and that `sasl`, `mail`, `smtp`, `schedule`, `recipients` and
-//! `report::dsn` are pure: they name no socket, file, clock, random source or thread.
+//! some files of `report` are pure: they name no socket, file, clock, random source or thread.
 #![forbid(unsafe_code)]
 
 // What comes from outside: the system, time, randomness, the user, the files of an administrator.

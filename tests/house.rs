@@ -20,17 +20,18 @@ use order::Crate;
 use paths::{Path, tokens};
 use source::{Source, closing, root, sources};
 
-const MOST_PRODUCT_LINES: usize = 31_000;
+const MOST_PRODUCT_LINES: usize = 31_450;
 const LONGEST_FUNCTION: usize = 70;
 const LONGEST_TEST_MODULE: usize = 150;
 
 /// Modules without sockets, files, clocks, randomness and threads, and what each may use of the crate besides itself.
 /// `sasl`, `mail` and `smtp` use nothing else of it, so that they could be a crate of their own.
-const PURE: [(&str, &[&str]); 6] = [
+const PURE: [(&str, &[&str]); 7] = [
     ("sasl", &["mail", "smtp", "clock::Timestamp"]),
     ("mail", &["sasl", "smtp", "clock::Timestamp"]),
     ("smtp", &["sasl", "mail", "clock::Timestamp"]),
     ("report::dsn", &["sasl", "mail", "smtp", "clock::Timestamp"]),
+    ("report::clock_history", &["clock::Timestamp"]),
     ("schedule", &["sasl", "mail", "smtp", "clock"]),
     ("recipients", &["sasl", "mail", "smtp", "clock::Timestamp"]),
 ];

@@ -146,7 +146,8 @@ fn status_tells_what_is_held_in_each_format() {
     let line = text.lines().find(|line| line.starts_with("acme ")).unwrap();
     let words: Vec<_> = line.split_whitespace().collect();
     let bytes = (LARGE.len() + LARGE_CONTENT.len() + FOREIGN.len()).to_string();
-    assert_eq!((words[1], words[2], &words[4..]), ("2", &*bytes, &["1", "1", "1", "never"][..]), "{text}");
+    assert_eq!((words[1], words[2], &words[4..8]), ("2", &*bytes, &["1", "1", "1", "never;"][..]), "{text}");
+    assert!(line.ends_with("never; mail expires now"), "{text}");
     assert!(text.contains("1 × 450 4.2.1 mailbox is full"), "{text}");
     let json = place.run(0, &["status", "--format", "json", "example.org"]);
     let (accounts, rest) = json.split_once("\"unowned\"").unwrap();
@@ -172,6 +173,7 @@ fn status_tells_what_is_held_in_each_format() {
         "odmr_queue_oldest_timestamp_seconds{account=\"acme\"} 1763607845",
         "odmr_outgoing_messages 0",
         "# TYPE odmr_queue_bytes gauge",
+        "# TYPE odmr_queue_next_expiry_timestamp_seconds gauge",
     ] {
         assert!(metrics.lines().any(|other| other == line), "{line} in {metrics}");
     }
@@ -198,6 +200,14 @@ fn warn_tells_only_what_needs_a_person() {
         text.contains("old.example: 1 messages are held for it") && text.contains("acme: 1 messages were rejected")
     );
     assert!(place.run(64, &["status", "--warn", "1"]).contains("--warn: \"1\" has no unit"));
+    // Mail for which more than half of its time is over.
+    let account =
+        |expiry| format!("domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\nexpire-after = \"{expiry}\"\n");
+    for (expiry, near) in [("3h", true), ("5h", false), ("never", false)] {
+        place.write("customers.d/acme.toml", &account(expiry));
+        let text = place.run(1, &["status", "--warn", "3h"]);
+        assert_eq!(text.contains("acme: held mail expires in "), near, "{expiry}: {text}");
+    }
 }
 
 /// Mail that a customer's server rejects and that is deferred, and recipients that it does not know.

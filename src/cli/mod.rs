@@ -9,6 +9,7 @@ mod check_report;
 mod confine;
 mod demo;
 mod exit;
+mod expire;
 mod inetd;
 mod json;
 mod log_queue;
@@ -54,6 +55,7 @@ odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
     odmr status -c FILE   what waits, for whom, since when; the last calls; of either side
     odmr secret           makes what a provider stores in place of a customer's secret
     odmr queue -c FILE    lists, shows, removes, bounces, retries, exports and imports messages
+    odmr expire -c FILE   lets held mail expire, as `odmr serve` does; for cron, beside `odmr serve --inetd`
     odmr demo             provider and customer on loopback, with the dialogue
 
 `odmr SUBCOMMAND -h` shows the options; `odmr --version` prints the version.
@@ -72,7 +74,7 @@ struct Subcommand {
     run: fn(&Matches) -> Result<(), ExitError>,
 }
 
-const SUBCOMMANDS: [Subcommand; 7] = [
+const SUBCOMMANDS: [Subcommand; 8] = [
     Subcommand {
         name: "serve",
         summary: "Runs the provider in the foreground; logs to stderr or syslog; SIGTERM ends it.",
@@ -117,6 +119,14 @@ const SUBCOMMANDS: [Subcommand; 7] = [
         arguments: " list [DOMAIN] | show ID | remove ID | bounce ID | retry ID|DOMAIN | export DOMAIN | import",
         options: |_| {},
         run: queue::run,
+    },
+    Subcommand {
+        name: "expire",
+        summary: expire::EXPIRE_SUMMARY,
+        has_config: true,
+        arguments: "",
+        options: logging::options,
+        run: expire::run,
     },
     Subcommand {
         name: "secret",
@@ -170,7 +180,9 @@ pub fn main() -> ExitCode {
 fn run(arguments: &[String]) -> Result<(), ExitError> {
     let usage = |text: String| Err(ExitError::usage(text, "odmr -h"));
     let Some((word, rest)) = arguments.split_first() else {
-        return usage("a subcommand is missing: serve, pull, send, check, status, queue, secret or demo".to_owned());
+        return usage(
+            "a subcommand is missing: serve, pull, send, check, status, queue, expire, secret or demo".to_owned(),
+        );
     };
     match word.as_str() {
         "-h" | "--help" => print(HELP),
@@ -179,7 +191,7 @@ fn run(arguments: &[String]) -> Result<(), ExitError> {
         _ => match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
             Some(subcommand) => subcommand.start(rest),
             None => usage(format!(
-                "no such subcommand: {word}; there are serve, pull, send, check, status, queue, secret and demo"
+                "no such subcommand: {word}; there are serve, pull, send, check, status, queue, expire, secret and demo"
             )),
         },
     }

@@ -37,6 +37,7 @@ use crate::queue::batch::{self, BatchEnvelope, BatchError, BatchReader};
 use crate::queue::envelope::continues_envelope;
 use crate::queue::retry::age;
 use crate::queue::{ListedMessage, LockError, Queue, QueueLock, QueueName, QueuedEnvelope};
+use crate::report::clock_watch::ClockWatch;
 use crate::report::{Attempt, Reporter};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
@@ -162,12 +163,13 @@ impl Queues {
         let spool = Arc::new(Spool::new(config, &ids));
         // No relay runs here: `Spool::request_retry` tells the one of `serve`.
         let sink = SpoolDsnSink { spool: spool.clone(), relay: relay::channel().handle, ids: ids.clone() };
+        let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
         let names = spool.all_queues()?.into_iter().map(|(label, queue)| (label, spool.name(&queue))).collect();
         Ok(Queues {
             hostname: config.hostname.clone(),
             queue: spool.queue().clone(),
             names,
-            reporter: Reporter::new(&config.hostname, &ids, Some(Arc::new(sink))),
+            reporter: Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)), &watch),
             side: Side::Provider(spool),
             ids,
         })
@@ -183,7 +185,7 @@ impl Queues {
         let outgoing = config.outgoing.as_ref().map(|outgoing| store::outgoing_queue(&outgoing.queue));
         let reporter = match Outbox::new(&mailboxes) {
             Some(outbox) => outbox.retry_queue.reporter.clone(),
-            None => Reporter::new(&config.hostname, &ids, None),
+            None => Reporter::new(&config.hostname, &ids, None, &mailboxes.watch),
         };
         let names = outgoing.clone().map(|name| ("outgoing".to_owned(), name));
         let next_hops = ("next-hops".to_owned(), mailboxes.retry_queue());

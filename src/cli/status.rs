@@ -1,6 +1,7 @@
 //! `odmr status`: what waits, for whom, since when, and what became of the last calls. It reads files only.
 
 use std::fmt::{Display, Write as _};
+use std::time::Duration;
 
 use getopts::{Matches, Options};
 
@@ -26,6 +27,9 @@ const FULL_PERCENT: u64 = 90;
 
 /// A certificate that ends sooner needs a person.
 const CERTIFICATE_DAYS: i64 = 14;
+
+/// Held mail that expires sooner does.
+const EXPIRY_NEAR: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The options of `odmr status`.
 pub(super) fn options(options: &mut Options) {
@@ -239,6 +243,9 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
         if let Some(next) = account.next_call {
             let _ = write!(call, "; next call permitted {}", show.until(next));
         }
+        if let Some(expiry) = account.next_expiry.filter(|_| !show.by_domain) {
+            call += &format!("; mail expires {}", show.until(expiry));
+        }
         if show.by_domain {
             for DomainStatus { domain, waiting } in &account.domains {
                 show.waiting(&mut text, domain, waiting, &format!("{}: {call}", account.name));
@@ -384,6 +391,7 @@ fn provider_json(status: &ProviderStatus, hostname: &str, show: &Show) -> Json {
     let account = |account: &AccountStatus| {
         let mut members = vec![("account", Json::text(&account.name))];
         members.extend(waiting_json(&account.held));
+        members.push(("next_expiry", Json::time(account.next_expiry)));
         members.push(("last_call", call_json(account.call.as_ref())));
         members.push(("next_call_permitted", Json::time(account.next_call)));
         members.push(("learned_recipients", account.learned.map_or(Json::Null, |count| Json::Count(count as u64))));
@@ -533,6 +541,8 @@ fn provider_metrics(status: &ProviderStatus, show: &Show) -> Metrics {
         } else {
             metrics.add_waiting("odmr_queue", &[name], &account.held);
         }
+        let help = "When the oldest message expires.";
+        metrics.add_time("odmr_queue_next_expiry_timestamp_seconds", help, &[name], account.next_expiry);
         metrics.add_call(&[name], account.call.as_ref());
         let help = "When the next call is permitted (min-interval).";
         metrics.add_time("odmr_next_call_permitted_timestamp_seconds", help, &[name], account.next_call);
@@ -627,6 +637,14 @@ fn reload_finding(reload: Option<&CallRecord>) -> Option<Finding> {
     Some(Finding { about: "configuration".to_owned(), text })
 }
 
+/// Mail that expires within a day, or within half of the time that it may wait.
+fn expiry_finding(account: &AccountStatus, now: Timestamp) -> Option<Finding> {
+    let left = age(now, account.next_expiry?);
+    let soon = account.expire_after.is_some_and(|time| left < EXPIRY_NEAR.min(time / 2));
+    let text = format!("held mail expires in {}, unless it is fetched before", short_time(left.as_secs()));
+    soon.then(|| Finding { about: account.name.clone(), text })
+}
+
 fn provider_findings(status: &ProviderStatus, warn: u64, show: &Show) -> Vec<Finding> {
     let now = show.now;
     let mut findings = Vec::new();
@@ -636,6 +654,7 @@ fn provider_findings(status: &ProviderStatus, warn: u64, show: &Show) -> Vec<Fin
         let soft_bounced = show.soft_bounced(&account.held);
         findings.extend(soft_bounced.map(|text| Finding { about: account.name.clone(), text }));
         findings.extend(call_finding(&account.name, account.call.as_ref(), warn, now));
+        findings.extend(expiry_finding(account, now));
     }
     for DomainStatus { domain, waiting } in &status.unowned {
         let text = format!("{} messages are held for it; it is {}", waiting.messages, of_no_account(status));

@@ -41,6 +41,11 @@ impl Accounts {
         &self.skipped
     }
 
+    /// Whether the file of this customer is skipped: its account may be that of an earlier reading.
+    pub fn is_skipped(&self, name: &str) -> bool {
+        self.skipped.iter().any(|skipped| skipped.name == name)
+    }
+
     /// Whether this domain may belong to a customer whose file is skipped: no other has it.
     pub fn may_be_skipped(&self, domain: &Domain) -> bool {
         !self.skipped.is_empty() && self.owner(domain).is_none()

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::fs::{self, DirEntry};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::store;
 use crate::clock::Timestamp;
@@ -17,6 +18,7 @@ use crate::net::trace::quoted;
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
 use crate::recipients::{self, Delivery, Destination, NextHop, RecipientRules};
 use crate::report::Attempt;
+use crate::report::clock_watch::ClockWatch;
 use crate::session::{disk_full_reply, storage_failure_reply};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
@@ -28,13 +30,16 @@ pub struct Mailboxes {
     pub ids: Ids,
     /// Reads and writes the retry queue and the outgoing queue.
     pub queue: Queue,
+    /// By it mail expires.
+    pub watch: Arc<ClockWatch>,
 }
 
 impl Mailboxes {
-    /// Touches no file.
+    /// Changes no file.
     pub fn new(config: &CustomerConfig, ids: &Ids) -> Mailboxes {
         let queue = Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover);
-        Mailboxes { config: config.clone(), ids: ids.clone(), queue }
+        let watch = Arc::new(ClockWatch::new(&config.mailboxes.root, ids.clock()));
+        Mailboxes { config: config.clone(), ids: ids.clone(), queue, watch }
     }
 
     /// The rules that say which recipients are ours, and where their mail goes.

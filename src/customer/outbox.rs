@@ -48,7 +48,7 @@ impl Outbox {
         let config = mailboxes.config.outgoing.clone()?;
         let store = OutgoingStore { name: store::outgoing_queue(&config.queue), mailboxes: mailboxes.clone() };
         let sink = Arc::new(store.clone());
-        let reporter = Reporter::new(&mailboxes.config.hostname, &mailboxes.ids, Some(sink));
+        let reporter = Reporter::new(&mailboxes.config.hostname, &mailboxes.ids, Some(sink), &mailboxes.watch);
         let retry_queue = Arc::new(RetryQueue::new(mailboxes, reporter));
         Some(Outbox { config, mailboxes: mailboxes.clone(), retry_queue, store })
     }
@@ -352,6 +352,7 @@ impl Outbox {
             peer_sends_dsn: client.extensions().dsn,
             retry: Some(&retry),
             give_up: None,
+            expire_after: None,
         };
         let (recipients, from, size) =
             (message.envelope.recipients.clone(), message.envelope.from.to_string(), message.size);

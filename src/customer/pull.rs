@@ -140,7 +140,7 @@ impl Customer {
         let outbox = Outbox::new(&mailboxes).map(Arc::new);
         let retry_queue = match &outbox {
             Some(outbox) => outbox.retry_queue.clone(),
-            None => Arc::new(RetryQueue::new(&mailboxes, Reporter::new(&config.hostname, ids, None))),
+            None => Arc::new(RetryQueue::new(&mailboxes, Reporter::new(&config.hostname, ids, None, &mailboxes.watch))),
         };
         Ok(Customer { mailboxes, outbox, retry_queue, soft_bounce: false, remotes })
     }
@@ -214,6 +214,7 @@ impl Customer {
             ("sent", after.sent - before.sent),
         ];
         self.record_call(provider, &result, begun.elapsed(), &counts);
+        self.mailboxes.watch.look();
         self.mailboxes.tidy();
         result.map(|()| deferred)
     }

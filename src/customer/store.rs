@@ -5,8 +5,8 @@
 //! ROOT/.handover/                the retry queue: mail for next hops that no other host keeps
 //! ROOT/.odmr/                    the locks of the daemon and of each provider account; for `odmr status`: `last-NAME`, the
 //!                                last call of an account, `next-NAME`, when the daemon calls next, and `reload`, the last
-//!                                reading of the configuration by the daemon; `tidy`, whose time says when what was left
-//!                                over was removed last
+//!                                reading of the configuration by the daemon; `clock`, what is known of the clock, by
+//!                                which mail expires; `tidy`, whose time says when what was left over was removed last
 //! QUEUE/                         the outgoing queue
 //! ```
 //!

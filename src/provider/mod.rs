@@ -22,6 +22,7 @@ pub mod delivery;
 pub mod verifiers;
 pub mod shared;
 pub mod accept;
+pub mod expiry;
 pub mod certificate;
 pub mod inbound;
 pub mod odmr;
@@ -44,6 +45,7 @@ use crate::net::connection::Connection;
 use crate::net::inherited::InheritedListeners;
 use crate::net::listener::{self, Acceptor, ConnectionLimiter};
 use crate::net::trace::{Trace, quoted};
+use crate::report::clock_watch::ClockWatch;
 use crate::sasl::Mechanism;
 use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
@@ -244,7 +246,7 @@ impl PreparedProvider {
         log_skipped(&shared.config);
         let (cancel, abort) = (shared.lasting.cancel.clone(), shared.lasting.abort.clone());
         let timeout = shared.config.timeouts.shutdown;
-        let spool = shared.spool.clone();
+        let (spool, watch) = (shared.spool.clone(), shared.lasting.watch.clone());
         Builder::new().spawn(move || {
             cancel.wait_until(None);
             std::thread::sleep(timeout);
@@ -258,6 +260,7 @@ impl PreparedProvider {
         })?;
         delivery.run();
         let _ = worker.join();
+        watch.look();
         spool.tidy();
         Ok(())
     }
@@ -315,8 +318,10 @@ fn prepare(
     let channel = relay::channel();
     let (turns, delivery) = delivery::channel(config.limits.turned_sessions, &cancel, &abort)?;
     let limiter = ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address);
+    let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
     let lasting = Lasting {
         ids,
+        watch,
         turns: Arc::new(turns),
         relay: channel.handle.clone(),
         rates: Arc::default(),

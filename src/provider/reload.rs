@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::accept::SpoolDsnSink;
 use super::certificate::CertificateEnd;
+use super::expiry::{ExpiryPass, ExpiryPlan};
 use super::relay::WorkerContext;
 use super::shared::{Lasting, Shared};
 use super::spool::{Spool, SpoolQueue};
@@ -34,7 +35,7 @@ pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&Work
     let tls = config.tls.as_ref().map(TlsFiles::load).transpose().map_err(|error| error.to_string())?;
     let spool = Arc::new(Spool::new(&config, ids));
     let sink = SpoolDsnSink { spool: spool.clone(), relay: relay.clone(), ids: ids.clone() };
-    let reporter = Reporter::new(&config.hostname, ids, Some(Arc::new(sink)));
+    let reporter = Reporter::new(&config.hostname, ids, Some(Arc::new(sink)), &lasting.watch);
     let worker = WorkerContext::new(&config, &spool, ids, reporter.clone(), cancel, earlier)?;
     let turn_settings = TurnSettings {
         timeouts: config.timeouts.clone(),
@@ -123,8 +124,8 @@ impl Reloader {
         }
     }
 
-    /// Looks once a minute whether the files of the certificate have changed, until it is cancelled. Logs its end, and removes
-    /// what is left over in the spool, once a day.
+    /// Looks once a minute whether the files of the certificate have changed, until it is cancelled. Logs its end, lets held
+    /// mail expire, and removes what is left over in the spool, once a day.
     pub fn keep_up(&self, cancel: &CancelToken) {
         let stamp = || {
             let shared = self.current();
@@ -137,8 +138,14 @@ impl Reloader {
         let (mut end, clock) = (CertificateEnd::default(), self.current().lasting.ids.clock());
         let mut log_end = || end.log(self.current().tls.as_ref(), clock.now());
         let mut tidying: Option<JoinHandle<()>> = None;
+        let (mut expiring, plan): (Vec<JoinHandle<()>>, Arc<ExpiryPlan>) = Default::default();
         loop {
             log_end();
+            expiring.retain(|pass| !pass.is_finished());
+            // Passes that hang leave the other domains to the next one.
+            if expiring.len() <= plan.stuck().min(STUCK_PASSES_LIMIT) {
+                expiring.extend(self.expire(&plan, cancel));
+            }
             // The disk of a domain may hang: that must hold up neither a new certificate nor the end.
             if tidying.as_ref().is_none_or(JoinHandle::is_finished) {
                 let (spool, first) = (self.current().spool.clone(), tidying.is_none());
@@ -160,16 +167,35 @@ impl Reloader {
             }
         }
         let late = Instant::now() + LAST_TIDYING;
-        while tidying.as_ref().is_some_and(|tidying| !tidying.is_finished()) && Instant::now() < late {
+        while tidying.iter().chain(&expiring).any(|thread| !thread.is_finished()) && Instant::now() < late {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+
+    /// Begins a pass over held mail by the configuration as it is now. `None`: the system has no thread.
+    fn expire(&self, plan: &Arc<ExpiryPlan>, cancel: &CancelToken) -> Option<JoinHandle<()>> {
+        let (shared, plan, cancel) = (self.current(), plan.clone(), cancel.clone());
+        let pass = move || {
+            let pass = ExpiryPass {
+                accounts: &shared.config.accounts,
+                spool: &shared.spool,
+                reporter: &shared.turn_settings.reporter,
+                cancel: &cancel,
+                wait: Duration::ZERO,
+            };
+            pass.run(&plan);
+        };
+        Builder::new().name("expiry".to_owned()).spawn(pass).ok()
+    }
 }
+
+/// Passes over held mail that may hang, each in a domain whose disk does.
+const STUCK_PASSES_LIMIT: usize = 4;
 
 /// How often the files of the certificate and the time are looked at.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How long the end waits for the daily tidying, which may end anywhere.
+/// How long the end waits for the daily tidying and for expiry, which may end anywhere.
 const LAST_TIDYING: Duration = Duration::from_secs(1);
 
 /// The state with this configuration; what lasts over reloads is that of `old`.

@@ -17,6 +17,7 @@ use crate::net::cancel::CancelToken;
 use crate::net::listener::ConnectionLimiter;
 use crate::net::tls::ServerTls;
 use crate::report::calls::CallRecord;
+use crate::report::clock_watch::ClockWatch;
 use crate::session::disk_full_reply;
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
@@ -36,6 +37,8 @@ pub struct Lasting {
     /// Ends sessions at once.
     pub abort: CancelToken,
     pub limiter: ConnectionLimiter,
+    /// By it mail expires.
+    pub watch: Arc<ClockWatch>,
 }
 
 /// What all threads of a provider share. A reload makes another one; sessions go on with the one that they began with.

@@ -12,14 +12,14 @@
 //!                             last call of an account, and `reload`, the last reading of the configuration;
 //!                             `usage-ACCOUNT`, how much is held for an account with a quota at most; `unknown-ACCOUNT`, the
 //!                             recipients that a customer's server does not know; `retry`, which asks the relay to look at its
-//!                             queues; `tidy`, whose time says when what was left over was removed last; `scram-key`, of which
-//!                             the salts are made that no file has
+//!                             queues; `clock`, what is known of the clock, by which mail expires; `tidy`, whose time says when
+//!                             what was left over was removed last; `scram-key`, of which the salts are made that no file has
 //! ```
 
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::Access;
 
@@ -220,6 +220,12 @@ impl Spool {
     /// The customer that a domain belongs to.
     pub fn owner(&self, domain: &Domain) -> Option<&str> {
         self.accounts.owner(domain).map(|account| account.name.as_str())
+    }
+
+    /// The age at which mail that is held for an account expires. `None`: never, or the account is gone, or its file has a
+    /// mistake.
+    pub fn expire_after(&self, account: &str) -> Option<Duration> {
+        self.accounts.account(account).filter(|_| !self.accounts.is_skipped(account))?.held.expire_after
     }
 
     /// Whether no customer has this domain, whatever is in the files that are skipped.

@@ -1,6 +1,7 @@
 //! What a provider holds, and what became of the last calls: read from its files, with or without a running `serve`.
 
 use std::io;
+use std::time::Duration;
 
 use super::spool::{Spool, SpoolQueue};
 use super::unknown::UnknownRecipients;
@@ -10,6 +11,7 @@ use crate::ids::Ids;
 use crate::net::tls::ServerTls;
 use crate::queue::QueueSummary;
 use crate::report::calls::CallRecord;
+use crate::report::clock_watch::ClockWatch;
 
 /// The status of a provider.
 pub struct ProviderStatus {
@@ -45,6 +47,10 @@ pub struct AccountStatus {
     pub next_call: Option<Timestamp>,
     /// How many recipients are rejected because the customer's server does not know them; `None`: it does not learn them.
     pub learned: Option<usize>,
+    /// The age at which its mail expires. `None`: never.
+    pub expire_after: Option<Duration>,
+    /// When its oldest message expires. `None`: none does.
+    pub next_expiry: Option<Timestamp>,
 }
 
 impl AccountStatus {
@@ -77,6 +83,7 @@ impl ProviderStatus {
         let spool = Spool::new(config, ids);
         let summary = |queue: &SpoolQueue| spool.queue().summary(&spool.name(queue));
         let (mut accounts, now) = (Vec::new(), ids.clock().now());
+        let history = ClockWatch::new(&config.spool, ids.clock()).history();
         for account in config.accounts.iter() {
             let call = CallRecord::read(&spool.call_record(&account.name));
             let last = call.as_ref().and_then(|call| call.without_mail.as_ref());
@@ -92,6 +99,8 @@ impl ProviderStatus {
                 recipients: account.held.recipients.list().map(|list| list.count()),
                 call,
                 learned: (account.held.recipients == KnownRecipients::Learn).then(learned),
+                expire_after: account.held.expire_after,
+                next_expiry: None,
             };
             for domain in account.domains.iter().filter(|domain| wanted(Some(&account.name), domain.as_str())) {
                 let waiting = summary(&SpoolQueue::Held(domain.clone()))?;
@@ -99,6 +108,8 @@ impl ProviderStatus {
                 status.domains.push(DomainStatus { domain: domain.to_string(), waiting });
             }
             status.is_whole = status.domains.len() == account.domains.len();
+            let oldest = status.held.oldest.zip(account.held.expire_after);
+            status.next_expiry = oldest.map(|(oldest, age)| history.when(oldest, age));
             if !status.domains.is_empty() {
                 accounts.push(status);
             }

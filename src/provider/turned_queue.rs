@@ -290,6 +290,7 @@ impl TurnedQueue {
             peer_sends_dsn: sends_dsn,
             retry: None,
             give_up: self.settings.give_up,
+            expire_after: self.settings.spool.expire_after(&self.account),
         };
         let Ok(result) = self.settings.reporter.finish_attempt(message, result, &attempt, &mut mail.lock) else {
             self.counters.unsettled += 1;

@@ -7,10 +7,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use rustix::fs::OFlags;
 
 use super::envelope::{Mark, ParsedEnvelope, QueuedEnvelope};
-use super::message::{open_file, read_envelope_of};
+use super::message::{open_file, read_envelope_of, readable_reply};
 use super::name::QueueName;
 use super::retry;
-use super::summary::{arrival, readable_reply};
+use super::summary::arrival;
 use crate::clock::Timestamp;
 use crate::maildir::{AttemptRecord, Entry, IN_DOUBT};
 

@@ -18,6 +18,12 @@ pub(super) const TAKEOVER_FILE: &str = "odmr.wanted";
 /// How long a session waits for the holder of a lock that was asked to release it.
 pub(super) const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
 
+/// How often a session that waits for a lock tries to get it.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How often a session looks whether a holder makes progress that does not yield.
+const LOOKS_AT_HOLDER: u32 = 5;
+
 /// A lock file that no session has used for this long is removed.
 const UNUSED_AGE: Duration = Duration::from_secs(36 * 60 * 60);
 
@@ -71,7 +77,7 @@ impl LockFile {
     fn wait(&self, takeover: Option<Duration>, name: &QueueName) -> Result<(), LockError> {
         let failed = |path: &Path, error| LockError::Failed(with_path(path, error));
         let wanted = takeover_file(&self.path);
-        let mut give_up: Option<Instant> = None;
+        let (mut give_up, mut looks): (Option<Instant>, u32) = (None, 0);
         loop {
             match self.file.try_lock() {
                 Ok(()) => return Ok(()),
@@ -80,8 +86,14 @@ impl LockFile {
             }
             match give_up {
                 // A holder that makes progress keeps its lock; one that has made none for long is asked to release it.
-                None if takeover.is_none_or(|takeover| self.is_alive(takeover)) => {
-                    return Err(LockError::Busy(name.clone()));
+                None if takeover.is_none() => return Err(LockError::Busy(name.clone())),
+                None if takeover.is_some_and(|takeover| self.is_alive(takeover)) => {
+                    // One that yields says so just after it has got the lock.
+                    if looks >= LOOKS_AT_HOLDER {
+                        return Err(LockError::Busy(name.clone()));
+                    }
+                    looks += 1;
+                    std::thread::sleep(POLL_INTERVAL);
                 }
                 None => {
                     log::info!("event=takeover queue={name}");
@@ -93,7 +105,7 @@ impl LockFile {
                     return Err(LockError::Busy(name.clone()));
                 }
                 // The kernel reports the release of a lock only to a wait that has no deadline.
-                Some(_) => std::thread::sleep(Duration::from_millis(20)),
+                Some(_) => std::thread::sleep(POLL_INTERVAL),
             }
         }
     }
@@ -111,6 +123,11 @@ impl LockFile {
     /// Shows sessions that wait for this lock that its holder makes progress.
     pub(super) fn heartbeat(&self) {
         let _ = self.file.set_modified(SystemTime::now());
+    }
+
+    /// Lets a session that wants this lock ask for it at once, as if its holder made no progress.
+    pub(super) fn yield_to_sessions(&self) {
+        let _ = self.file.set_modified(SystemTime::UNIX_EPOCH);
     }
 
     /// Whether another session waits for this lock.

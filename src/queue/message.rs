@@ -338,6 +338,11 @@ impl QueuedMessage {
         self.entry.record().first_offered.filter(|time| time.is_possible(now))
     }
 
+    /// The last reply to one of its recipients that stayed.
+    pub fn last_reply(&self) -> Option<String> {
+        self.entry.record().last_reply.as_deref().map(readable_reply)
+    }
+
     /// Records what became of each recipient, in the order that the module doc of [`queue`](super) describes. This is the
     /// only function that removes mail. `result` has a status for each recipient in order; recipients without one were not
     /// tried. Returns whether this session may offer a message of this name again.
@@ -674,6 +679,11 @@ pub(super) fn read_envelope_of(
             Parsed::NoRecipients => return Ok(Err("it names no recipient".to_owned())),
         }
     }
+}
+
+/// A reply as the name of a file has it, with spaces again.
+pub(super) fn readable_reply(recorded: &str) -> String {
+    recorded.replace('_', " ").trim().to_owned()
 }
 
 /// Where messages whose rejection nobody can be told wait for the postmaster, within the queue.

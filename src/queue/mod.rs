@@ -63,6 +63,7 @@
 pub mod retry;
 mod name;
 mod due;
+mod aged;
 pub mod envelope;
 mod message;
 mod listed;
@@ -82,6 +83,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+pub use aged::AgedMessages;
 pub use due::QueueDue;
 pub use envelope::QueuedEnvelope;
 pub use listing::ListedMessage;
@@ -92,9 +94,10 @@ pub use name::QueueName;
 pub use shared::SharedIndex;
 pub use summary::QueueSummary;
 
+use crate::clock::Timestamp;
 use crate::ids::Ids;
 use crate::mail::address::Domain;
-use crate::maildir::{MessageWriter, log_sweep_failed, make_state_directory};
+use crate::maildir::{Entry, MessageWriter, log_sweep_failed, make_state_directory};
 use listed::Listed;
 use lock_file::{LockFile, QUEUE_LOCK_FILE, TAKEOVER_FILE};
 use locked_queue::{LockedQueue, Notes, log_unreadable};
@@ -213,6 +216,16 @@ impl Queue {
         summary::summarize_shared(name, self.ids.clock().now())
     }
 
+    /// The messages of a queue for which something is due by their age, by their names, without its lock: see [`AgedMessages`].
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn aged(
+        &self, name: &QueueName, limit: usize, due: &dyn Fn(&Entry, Timestamp) -> Option<Timestamp>,
+    ) -> io::Result<AgedMessages> {
+        aged::list(name, self.ids.clock().now(), limit, &|entry| self.notes.is_mail(&name.maildir(), entry), due)
+    }
+
     /// Shows each message of a queue, and each file that is no mail, the oldest first, without its lock. A message that is
     /// removed meanwhile is left out; a file that cannot be read is logged.
     ///
@@ -289,6 +302,20 @@ impl Queue {
     /// See [`LockError`].
     pub fn try_lock(&self, name: &QueueName) -> Result<QueueLock, LockError> {
         self.lock_all(std::slice::from_ref(name), None)
+    }
+
+    /// Locks a queue of an account without waiting, for work that yields: a session that comes asks for the lock at once
+    /// ([`QueueLock::takeover_requested`]), and does not find the account busy.
+    ///
+    /// # Errors
+    /// See [`LockError`].
+    pub fn lock_yielding(&self, name: &QueueName) -> Result<QueueLock, LockError> {
+        let accounts = self.lock_accounts(std::slice::from_ref(name), None)?;
+        accounts.iter().for_each(LockFile::yield_to_sessions);
+        let mut queue = self.unlocked(name);
+        queue.lock_if_mail(None)?;
+        queue.lock.iter().for_each(LockFile::yield_to_sessions);
+        Ok(QueueLock::new(vec![queue], accounts))
     }
 
     /// Removes the directory of a queue if it has no mail, and nobody has its lock. A writer who needs it meanwhile makes it

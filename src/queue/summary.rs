@@ -7,7 +7,7 @@ use std::fs::DirEntry;
 use std::io;
 use std::time::SystemTime;
 
-use super::message::rejected_maildir;
+use super::message::{readable_reply, rejected_maildir};
 use super::name::QueueName;
 use super::retry;
 use super::shared;
@@ -120,11 +120,6 @@ impl QueueSummary {
             *self.replies.entry(reply).or_default() += 1;
         }
     }
-}
-
-/// A reply as the name of a file has it, with spaces again.
-pub(super) fn readable_reply(recorded: &str) -> String {
-    recorded.replace('_', " ").trim().to_owned()
 }
 
 /// Counts what waits in a queue. A file that is removed meanwhile is left out.

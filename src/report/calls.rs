@@ -50,6 +50,16 @@ impl CallResult {
     }
 }
 
+/// When an account has called last, as senders are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LastCall {
+    /// No call is known.
+    Never,
+    At(Timestamp),
+    /// The record cannot be read, or the clock was wrong.
+    Unknown,
+}
+
 /// The last call of an account.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CallRecord {
@@ -136,6 +146,20 @@ impl CallRecord {
     /// Reads a record; `None`: there is none, or it cannot be read.
     pub fn read(path: &Path) -> Option<CallRecord> {
         CallRecord::parse(&std::fs::read_to_string(path).ok()?)
+    }
+
+    /// When the account has called last: a call counts if its connection has turned, or if there was no mail.
+    pub fn last_call(path: &Path, now: Timestamp) -> LastCall {
+        let Some(record) = CallRecord::read(path) else {
+            return if path.exists() { LastCall::Unknown } else { LastCall::Never };
+        };
+        // Only a session that has turned has counts.
+        let counts = record.result != CallResult::Failed || !record.counts.is_empty();
+        match if counts { Some(record.at) } else { record.success } {
+            None => LastCall::Never,
+            Some(at) if at.is_possible(now) => LastCall::At(at),
+            Some(_) => LastCall::Unknown,
+        }
     }
 
     fn parse(text: &str) -> Option<CallRecord> {

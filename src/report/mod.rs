@@ -6,8 +6,11 @@
 //! it is rejected, and held mail stays in `.refused`.
 
 pub mod calls;
+pub mod clock_history;
+pub mod clock_watch;
 pub mod dsn;
 mod limit;
+pub mod held;
 
 use std::fmt;
 use std::io::{self, Read};
@@ -26,6 +29,7 @@ use crate::smtp::command::{Body, Envelope, Recipient, Return};
 use crate::smtp::limits::CONTENT_LINE;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
+use clock_watch::ClockWatch;
 use dsn::{Action, Dsn, RecipientReport};
 use limit::DsnLimiter;
 
@@ -135,6 +139,8 @@ pub struct Attempt<'a> {
     /// If they are tried again at the next call: recipients that have been deferred for so long expire. The time counts from
     /// the first offer, because before that nobody has called for them.
     pub give_up: Option<Duration>,
+    /// If they are tried again at the next call: a message of this age expires.
+    pub expire_after: Option<Duration>,
 }
 
 impl<'a> Attempt<'a> {
@@ -148,6 +154,7 @@ impl<'a> Attempt<'a> {
             peer_sends_dsn: true,
             retry: None,
             give_up: None,
+            expire_after: None,
         }
     }
 
@@ -163,12 +170,16 @@ impl<'a> Attempt<'a> {
 
     /// Logs the status of one recipient.
     pub fn log(&self, message: &QueuedEnvelope, to: &Mailbox, status: &RecipientStatus, now: Timestamp) {
+        self.log_as(status.word(), message, to, status, now);
+    }
+
+    /// The same with another word for the status.
+    fn log_as(&self, word: &str, message: &QueuedEnvelope, to: &Mailbox, status: &RecipientStatus, now: Timestamp) {
         log::info!(
-            "event=delivery session={} id={} from=<{}> to=<{to}> status={} via={} relay={} dsn={} delay={} reply={}",
+            "event=delivery session={} id={} from=<{}> to=<{to}> status={word} via={} relay={} dsn={} delay={} reply={}",
             self.session,
             message.id,
             message.envelope.from,
-            status.word(),
             self.via,
             quoted(self.relay),
             status.enhanced(),
@@ -186,12 +197,25 @@ pub struct Reporter {
     /// `None`: no DSN can be sent.
     sink: Option<Arc<dyn DsnSink>>,
     limiter: Arc<DsnLimiter>,
+    watch: Arc<ClockWatch>,
+}
+
+/// What has become of the DSN about a message.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum DsnOutcome {
+    /// The sender can receive no DSN.
+    NoSender,
+    /// There are too many: it was not stored.
+    Suppressed,
+    /// It was stored, or none is wanted.
+    Done,
 }
 
 impl Reporter {
-    /// `hostname`: the name in DSNs. `sink`: where they are stored; `None`: no DSN can be sent.
-    pub fn new(hostname: &str, ids: &Ids, sink: Option<Arc<dyn DsnSink>>) -> Reporter {
-        Reporter { hostname: hostname.to_owned(), ids: ids.clone(), sink, limiter: Arc::default() }
+    /// `hostname`: the name in DSNs. `sink`: where they are stored; `None`: no DSN can be sent. `watch`: by it mail expires.
+    pub fn new(hostname: &str, ids: &Ids, sink: Option<Arc<dyn DsnSink>>, watch: &Arc<ClockWatch>) -> Reporter {
+        let (hostname, ids, watch) = (hostname.to_owned(), ids.clone(), watch.clone());
+        Reporter { hostname, ids, sink, limiter: Arc::default(), watch }
     }
 
     /// Whether DSNs can be sent.
@@ -214,13 +238,17 @@ impl Reporter {
     ) -> io::Result<DeliveryResult> {
         let envelope = message.with_recipients(message.envelope.recipients.clone());
         let dropped = is_dropped(&message, attempt).then(|| message.entry().name.clone());
+        let before = result.clone();
         let settled = self.apply(message, result, attempt, lock).inspect_err(|error| {
             let (session, id) = (attempt.session, &envelope.id);
             log::error!("event=settle-failed session={session} id={id} error={}", quoted(error));
         })?;
         let now = self.ids.clock().now();
-        for (recipient, status) in envelope.envelope.recipients.iter().zip(&settled.recipients) {
-            attempt.log(&envelope, &recipient.mailbox, status, now);
+        let statuses = before.recipients.iter().zip(&settled.recipients);
+        for (recipient, (before, status)) in envelope.envelope.recipients.iter().zip(statuses) {
+            let has_expired = before.is_open() && status.is_rejected();
+            let word = if has_expired { EXPIRED } else { status.word() };
+            attempt.log_as(word, &envelope, &recipient.mailbox, status, now);
             if let Some(file) = dropped.as_ref().filter(|_| status.is_rejected()) {
                 let (session, id, to) = (attempt.session, &envelope.id, &recipient.mailbox);
                 let (file, reply) = (quoted(file.display()), quoted(status));
@@ -234,16 +262,16 @@ impl Reporter {
         &self, mut message: QueuedMessage, mut result: DeliveryResult, attempt: &Attempt<'_>, lock: &mut QueueLock,
     ) -> io::Result<DeliveryResult> {
         let now = self.ids.clock().now();
-        let age = retry::age(message.arrived, now);
+        let age = self.watch.age(message.arrived);
         let mut late_until = None;
         let expired = match attempt.retry {
             Some(retry) => Some(retry.give_up).filter(|give_up| age > *give_up),
             // A message that was not tried in this call waits for the next one.
             None if result.decided_by == DecidedBy::UnrelatedConnectionLoss => None,
-            None => attempt
-                .give_up
-                .zip(message.first_offered(now))
-                .and_then(|(give_up, first)| (retry::age(first, now) > give_up).then_some(give_up)),
+            None => attempt.expire_after.filter(|expire_after| age >= *expire_after).or_else(|| {
+                let (give_up, first) = attempt.give_up.zip(message.first_offered(now))?;
+                (self.watch.age(first) > give_up).then_some(give_up)
+            }),
         };
         let before = result.clone();
         if let Some(give_up) = expired {
@@ -259,12 +287,18 @@ impl Reporter {
             late_until = late.then(|| Timestamp::from_seconds(message.arrived.seconds() + give_up));
         }
         match self.report(&mut message, (&before, &result), attempt, &mut late_until, now) {
-            Ok(reported) => message.rejections_reported = reported || is_dropped(&message, attempt),
+            Ok(outcome) => {
+                message.rejections_reported = outcome != DsnOutcome::NoSender || is_dropped(&message, attempt);
+            }
             Err(error) => {
                 // Recipients that have the message must not get it again because a DSN about another cannot be stored.
                 log::error!("event=dsn-failed id={} error={}", message.id, quoted(error));
                 late_until = None;
-                if expired.is_none() {
+                let stays = attempt.expire_after.is_some();
+                if stays {
+                    result.clone_from(&before);
+                }
+                if stays || expired.is_none() {
                     result.recipients.iter_mut().for_each(defer_rejection);
                 }
             }
@@ -280,15 +314,14 @@ impl Reporter {
     }
 
     /// Sends one DSN for all recipients that need one. `before`: the result of the attempt, in which no recipient has expired.
-    /// Returns whether the sender can receive DSNs.
     fn report(
         &self, message: &mut QueuedMessage, (before, result): (&DeliveryResult, &DeliveryResult),
         attempt: &Attempt<'_>, late_until: &mut Option<Timestamp>, now: Timestamp,
-    ) -> io::Result<bool> {
+    ) -> io::Result<DsnOutcome> {
         let to = match &message.envelope.from {
             ReversePath::Mailbox(to) if self.sink.is_some() => to.clone(),
             // Never a DSN about a DSN (RFC 5321 section 6.1).
-            ReversePath::Mailbox(_) | ReversePath::Null => return Ok(false),
+            ReversePath::Mailbox(_) | ReversePath::Null => return Ok(DsnOutcome::NoSender),
         };
         let recipients = message.envelope.recipients.clone();
         let mut reports = Vec::new();
@@ -317,9 +350,10 @@ impl Reporter {
             if !self.send(&about, (may_be_whole, message), &to, &reports, attempt.via)? {
                 // A later attempt may report the delay.
                 *late_until = None;
+                return Ok(DsnOutcome::Suppressed);
             }
         }
-        Ok(true)
+        Ok(DsnOutcome::Done)
     }
 
     /// Sends a DSN about recipients whose mail is in a mailbox here, if the sender has asked for success (RFC 3461 section
@@ -434,6 +468,9 @@ fn is_plain(content: &[u8]) -> bool {
     !content.contains(&0) && content.split(|octet| *octet == b'\n').all(|line| line.len() <= CONTENT_LINE)
 }
 
+/// The `status` in the log of a recipient that has expired.
+const EXPIRED: &str = "expired";
+
 /// What [`expire`] puts before the last status.
 const AT_LAST: &str = "; at last: ";
 
@@ -469,12 +506,18 @@ fn defer_rejection(status: &mut RecipientStatus) {
 /// Rejects a recipient that is still open when the message expires (RFC 5321 section 4.5.4.1).
 fn expire(status: &mut RecipientStatus, after: Duration) {
     if status.is_open() {
-        let time = match after.as_secs() {
-            seconds if seconds < 7200 => format!("{seconds} seconds"),
-            seconds => format!("{} hours", seconds / 3600),
-        };
-        let text = format!("Given up after {time}{AT_LAST}{status}");
+        let text = format!("Given up after {}{AT_LAST}{status}", long_time(after));
         *status = RecipientStatus::Rejected(Reply::new(554, "5.4.7", text));
+    }
+}
+
+/// A time of some seconds, hours or days.
+fn long_time(time: Duration) -> String {
+    const DAY: u64 = 24 * 60 * 60;
+    match time.as_secs() {
+        seconds if seconds < 7200 => format!("{seconds} seconds"),
+        seconds if seconds < 7 * DAY || seconds % DAY != 0 => format!("{} hours", seconds / 3600),
+        seconds => format!("{} days", seconds / DAY),
     }
 }
 

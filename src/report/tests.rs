@@ -58,7 +58,8 @@ impl Case {
         let mut writer = queue.begin_message(&[(name.clone(), envelope)], "").unwrap();
         writer.write(b"Subject: the one\n\nbody\n").unwrap();
         writer.commit().unwrap();
-        let reporter = Reporter::new("relay.example.net", &ids, Some(stored.clone()));
+        let watch = Arc::new(ClockWatch::new(directory.path(), ids.clock()));
+        let reporter = Reporter::new("relay.example.net", &ids, Some(stored.clone()), &watch);
         Case { directory, queue, name, reporter, stored }
     }
 
@@ -76,7 +77,8 @@ impl Case {
         let message = lock.next_message().unwrap();
         let (session, relay) = ("1", "mx.example.net");
         let (peer, retry) = (Some(relay), Some(&retry));
-        let attempt = Attempt { session, via: Via::Mx, relay, peer, peer_sends_dsn: dsn, retry, give_up: None };
+        let attempt =
+            Attempt { relay, peer, peer_sends_dsn: dsn, retry, via: Via::Mx, ..Attempt::in_maildir(session, "-") };
         let result = DeliveryResult { recipients: vec![status], decided_by: DecidedBy::Peer };
         self.reporter.finish_attempt(message, result, &attempt, &mut lock).unwrap();
         std::mem::take(&mut *self.stored.0.lock().unwrap())

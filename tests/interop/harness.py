@@ -316,9 +316,11 @@ require-tls = {str(require_tls).lower()}
         self.box.children.remove(self.process)
         self.start()
 
-    def start(self):
+    def start(self, **options):
+        """`options`: those of the process."""
         before = len(self.log())
-        self.process = self.box.start(self.log_name, ODMR, "serve", "-c", self.config, env=self.environment)
+        options = {"env": self.environment} | options
+        self.process = self.box.start(self.log_name, ODMR, "serve", "-c", self.config, **options)
         wanted = 3 if "listen-tls = [\"" in self.config.read_text() else 2
 
         def ports():

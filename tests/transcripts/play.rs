@@ -43,12 +43,15 @@ require-tls = {require-tls}
 resolver = "127.0.0.1:1"
 "#;
 
+/// Held mail does not expire in the background, unless a transcript has a file that says so.
 const ACME: &str = r#"domains = ["example.org", "example.com"]
 secret = "tanstaaftanstaaf"
+expire-after = "never"
 "#;
 
 const BETA: &str = r#"domains = ["example.edu"]
 secret = "another secret"
+expire-after = "never"
 "#;
 
 const CUSTOMER: &str = r#"hostname = "mail.example.org"

@@ -333,6 +333,7 @@ impl WorkerContext {
             peer_sends_dsn: client.is_some_and(|client| client.extensions().dsn),
             retry: Some(&self.config.retry),
             give_up: None,
+            expire_after: None,
         }
     }
 

@@ -1,0 +1,72 @@
+//! `odmr expire`: what `serve` does once a minute, for cron where only inetd mode is used.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use getopts::Matches;
+use log::LevelFilter;
+
+use super::confine::confine_provider;
+use super::exit::{ExitError, Sysexit};
+use super::logging::LogTarget;
+use super::owner::become_spool_owner;
+use super::process::{cancel_at_signal, config_path};
+use crate::config::ProviderConfig;
+use crate::ids::Ids;
+use crate::net::cancel::CancelToken;
+use crate::net::tls;
+use crate::provider::accept::SpoolDsnSink;
+use crate::provider::expiry::{ExpiryPass, ExpiryPlan, LeftFor};
+use crate::provider::relay;
+use crate::provider::reload::log_skipped;
+use crate::provider::spool::Spool;
+use crate::report::Reporter;
+use crate::report::clock_watch::ClockWatch;
+
+pub(super) const EXPIRE_SUMMARY: &str = "\
+Lets the mail that is held for customers expire, and warns its senders of the delay, as their files say. `odmr serve` does
+that by itself once a minute; where it runs only with --inetd, cron runs this once an hour or once a day.";
+
+/// How long a session that has a queue is waited for.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+
+/// Makes a pass over all held mail.
+///
+/// # Errors
+///
+/// Some mail was left for the next time (75): a session has its queue, there are too many DSNs, or the disk fails.
+pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
+    LogTarget::new(matches, false).start(LevelFilter::Info, false);
+    let config = ProviderConfig::load(&config_path(matches))?;
+    become_spool_owner(&config)?;
+    let (ids, cancel) = (Ids::system(tls::random), CancelToken::new()?);
+    let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
+    confine_provider(&config.spool, false);
+    cancel_at_signal(&cancel)?;
+    log_skipped(&config);
+    let spool = Arc::new(Spool::new(&config, &ids));
+    // No relay runs here: `Spool::request_retry` tells the one of `serve`.
+    let sink = SpoolDsnSink { spool: spool.clone(), relay: relay::channel().handle, ids: ids.clone() };
+    let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)), &watch);
+    let (accounts, plan) = (&config.accounts, ExpiryPlan::default());
+    let pass = ExpiryPass { accounts, spool: &spool, reporter: &reporter, cancel: &cancel, wait: LOCK_WAIT };
+    let (mut left, mut acted) = (BTreeMap::new(), false);
+    loop {
+        let result = pass.run(&plan);
+        // What failed is not looked at again; the others were.
+        left.retain(|_, reason| *reason == LeftFor::Failure);
+        left.extend(result.left.into_iter().map(|(domain, reason)| (domain.to_string(), reason)));
+        acted |= result.again;
+        if !result.again || cancel.is_cancelled() {
+            break;
+        }
+    }
+    if acted {
+        spool.request_retry()?;
+    }
+    let Some((domain, reason)) = left.first_key_value() else { return Ok(()) };
+    let more = if left.len() > 1 { format!(", and that of {} others", left.len() - 1) } else { String::new() };
+    let text = format!("the mail of {domain}{more} is left for the next time: {}", reason.text());
+    Err(ExitError::new(Sysexit::Temporary, text))
+}

@@ -1,0 +1,281 @@
+//! Tests of expiry without a call: what becomes of a message of each age, and who gets a DSN.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::*;
+use crate::clock::Clock;
+use crate::config::ProviderConfig;
+use crate::ids::Ids;
+use crate::provider::accept::SpoolDsnSink;
+use crate::provider::relay;
+use crate::report::clock_watch::ClockWatch;
+
+const HOUR: i64 = 3600;
+const DAY: i64 = 24 * HOUR;
+
+/// A spool with one customer.
+struct Case {
+    directory: tempfile::TempDir,
+    plan: ExpiryPlan,
+}
+
+impl Case {
+    fn new(account: &str) -> Case {
+        let case = Case { directory: tempfile::tempdir().unwrap(), plan: ExpiryPlan::default() };
+        case.write("provider.toml", "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n[inbound]\nlisten = [\"127.0.0.1:0\"]\n[odmr]\nlisten = [\"127.0.0.1:0\"]\nrequire-tls = false\n");
+        case.account(account);
+        case
+    }
+
+    fn account(&self, keys: &str) {
+        self.write(
+            "customers.d/acme.toml",
+            &format!("domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\n{keys}\n"),
+        );
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.directory.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        path
+    }
+
+    /// Puts a message of this age into the queue. `name`: what its name has after the time.
+    fn put(&self, age: i64, name: &str, head: &str) {
+        let arrived = Timestamp::from_seconds(Clock::Fixed.now().seconds() - age);
+        let text = format!(
+            "{head}X-ODMR-Envelope: id=id0; arrived={}\nReceived: by relay.example.net\nSubject: hello\n\nHello.\n",
+            arrived.rfc3339()
+        );
+        self.write(&format!("spool/domains/example.org/{}.{name}", path_of(name, arrived)), &text);
+    }
+
+    fn call(&self, age: i64, rest: &str) {
+        let at = Timestamp::from_seconds(Clock::Fixed.now().seconds() - age);
+        self.write("spool/.odmr/call-acme", &format!("at={}\n{rest}\n", at.rfc3339()));
+    }
+
+    fn pass(&self) -> PassResult {
+        let ids = Ids::fixed();
+        let config = ProviderConfig::load(&self.directory.path().join("provider.toml")).unwrap();
+        let spool = Arc::new(Spool::new(&config, &ids));
+        let sink = SpoolDsnSink { spool: spool.clone(), relay: relay::channel().handle, ids: ids.clone() };
+        let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
+        let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)), &watch);
+        let (accounts, cancel) = (&config.accounts, CancelToken::new().unwrap());
+        ExpiryPass { accounts, spool: &spool, reporter: &reporter, cancel: &cancel, wait: Duration::ZERO }
+            .run(&self.plan)
+    }
+
+    /// The files in a directory of the spool.
+    fn files(&self, directory: &str) -> Vec<String> {
+        let Ok(files) = fs::read_dir(self.directory.path().join("spool").join(directory)) else { return Vec::new() };
+        let mut names: Vec<_> = files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// The text of the only DSN; empty: there is none.
+    fn dsn(&self) -> String {
+        let files = self.files("outgoing/@all/new");
+        assert!(files.len() < 2, "{files:?}");
+        let path = |name: &String| self.directory.path().join("spool/outgoing/@all/new").join(name);
+        files.first().map(|name| fs::read_to_string(path(name)).unwrap()).unwrap_or_default()
+    }
+
+    /// How many messages are held, and are in `.refused`.
+    fn left(&self) -> (usize, usize) {
+        let held = ["new", "cur"].map(|part| self.files(&format!("domains/example.org/{part}")).len());
+        (held[0] + held[1], self.files("domains/example.org/.refused/new").len())
+    }
+}
+
+fn path_of(name: &str, arrived: Timestamp) -> String {
+    format!("{}/{}", if name.contains(":2,") { "cur" } else { "new" }, arrived.seconds())
+}
+
+const FROM: &str = "Return-Path: <lester@dot.example>\n";
+const TO: &str = "Delivered-To: alice@example.org\n";
+
+fn unfolded(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// A message that nobody fetches expires at the promised second; NOTIFY counts, and the null sender is told nothing.
+/// Rules: SMTP-66.
+#[test]
+fn a_message_expires_at_its_age() {
+    let plain = format!("{FROM}{TO}");
+    let notify = |when: &str| format!("{plain}X-ODMR-Recipient: NOTIFY={when}\n");
+    let (never, failure, delay) = (notify("NEVER"), notify("FAILURE"), notify("DELAY"));
+    for (keys, age, head, action, left) in [
+        ("", 14 * DAY - 1, plain.as_str(), "", (1, 0)),
+        ("", 14 * DAY, &plain, "failed", (0, 0)),
+        ("expire-after = \"1h\"", HOUR - 1, &plain, "", (1, 0)),
+        ("expire-after = \"1h\"", HOUR, &plain, "failed", (0, 0)),
+        ("expire-after = \"never\"", 400 * DAY, &plain, "", (1, 0)),
+        ("", 14 * DAY, "Return-Path: <>\nDelivered-To: alice@example.org\n", "", (0, 1)),
+        ("delay-warning = \"2h\"", 2 * HOUR - 1, &plain, "", (1, 0)),
+        ("delay-warning = \"2h\"", 2 * HOUR, &plain, "delayed", (1, 0)),
+        ("delay-warning = \"2h\"", 14 * DAY, &plain, "failed", (0, 0)),
+        ("delay-warning = \"2h\"", 2 * HOUR, &failure, "", (1, 0)),
+        ("delay-warning = \"2h\"", 2 * HOUR, &delay, "delayed", (1, 0)),
+        ("", 14 * DAY, &never, "", (0, 0)),
+        ("", 14 * DAY, &delay, "", (0, 0)),
+    ] {
+        let case = Case::new(keys);
+        case.put(age, "x", head);
+        assert_eq!(case.pass().left, [], "{keys} {age}");
+        let dsn = case.dsn();
+        let found = dsn.lines().find_map(|line| line.strip_prefix("Action: ")).unwrap_or_default();
+        assert_eq!((found, case.left()), (action, left), "{keys} {age} {head}");
+        // Neither is reported twice, by this process or the next.
+        case.pass();
+        assert_eq!(case.dsn(), dsn, "{keys} {age}");
+        let next = Case { plan: ExpiryPlan::default(), ..case };
+        next.pass();
+        assert_eq!((next.dsn(), next.left()), (dsn, left), "{keys} {age}");
+    }
+}
+
+/// The sender is warned only if the customer has not called since, and learns the day of its last call.
+#[test]
+fn a_warning_depends_on_the_last_call() {
+    let never = "no call of the recipient's mail server for its mail is known";
+    let on_day = "the recipient's mail server has called for its mail on 2026-01-01 last";
+    for (age, call, wanted) in [
+        (0, "", never),
+        (23 * HOUR, "result=done\nsuccess=2026-01-01T04:04:05Z", on_day),
+        (23 * HOUR, "result=no-mail\nsuccess=2026-01-01T04:04:05Z", on_day),
+        (2 * HOUR, "result=done\nsuccess=2026-01-02T01:04:05Z", ""),
+        (2 * HOUR, "result=no-mail", ""),
+        // The connection was lost after the turn, or ATRN was rejected.
+        (2 * HOUR, "result=failed\ncount sent=0", ""),
+        (2 * HOUR, "result=failed\nreason=450", never),
+        (2 * HOUR, "result=failed\nsuccess=2026-01-01T04:04:05Z", on_day),
+        // The clock was wrong, or the record is damaged.
+        (-400 * DAY, "result=done", ""),
+        (2 * HOUR, "result=", ""),
+    ] {
+        let case = Case::new("delay-warning = \"3h\"");
+        case.put(4 * HOUR, "x", &format!("{FROM}{TO}"));
+        if !call.is_empty() {
+            case.call(age, call);
+        }
+        case.pass();
+        let dsn = unfolded(&case.dsn());
+        assert!(if wanted.is_empty() { dsn.is_empty() } else { dsn.contains(wanted) }, "{call}: {dsn}");
+        let until = "Will-Retry-Until: Thu, 15 Jan 2026 23:04:05 +0000";
+        assert_eq!(dsn.contains(until), !wanted.is_empty(), "{dsn}");
+    }
+}
+
+#[test]
+fn what_is_known_of_the_message_is_in_the_dsn() {
+    for (name, head, wanted) in [
+        ("x:2,S", format!("{FROM}{TO}"), "Given up after 14 days: no call"),
+        ("x:2,F", format!("{FROM}{TO}"), "the message may have been delivered"),
+        (
+            "x,A=3,L=450_4.2.1_mailbox_is_full",
+            format!("{FROM}{TO}"),
+            "its last reply to the message: 450 4.2.1 mailbox is full",
+        ),
+    ] {
+        let case = Case::new("");
+        case.put(14 * DAY, name, &head);
+        case.pass();
+        assert!(unfolded(&case.dsn()).contains(wanted), "{}", case.dsn());
+    }
+}
+
+/// Recipients that are settled are not reported again, and those that cannot be read keep the file.
+#[test]
+fn only_open_recipients_expire() {
+    let case = Case::new("");
+    case.put(14 * DAY, "x", &format!("{FROM}{TO}delivered-to: carol@example.org\nDelivered-To: no address\n"));
+    case.pass();
+    let dsn = case.dsn();
+    assert_eq!(dsn.matches("Action: failed").count(), 2, "{dsn}");
+    assert_eq!(case.left(), (1, 0));
+    case.pass();
+    assert_eq!(case.dsn(), dsn);
+}
+
+/// A customer's file with a mistake stops all expiry of its mail; so does a session, for a while.
+#[test]
+fn a_mistake_and_a_session_stop_expiry() {
+    let case = Case::new("");
+    case.put(14 * DAY, "x", &format!("{FROM}{TO}"));
+    case.account("expire-after = 5");
+    case.pass();
+    assert_eq!(case.left(), (1, 0));
+    case.account("");
+    let config = ProviderConfig::load(&case.directory.path().join("provider.toml")).unwrap();
+    let spool = Spool::new(&config, &Ids::fixed());
+    let name = spool.name(&SpoolQueue::Held(Domain::parse("example.org").unwrap()));
+    let lock = spool.queue().lock_account(std::slice::from_ref(&name)).unwrap();
+    assert_eq!(case.pass().left, [(Domain::parse("example.org").unwrap(), LeftFor::Session)]);
+    drop(lock);
+    assert_eq!((case.pass().left, case.left()), (Vec::new(), (0, 0)));
+}
+
+/// A session that comes while a pass has the queue gets it.
+#[test]
+fn a_pass_yields_to_a_session() {
+    let case = Case::new("");
+    case.put(0, "x", &format!("{FROM}{TO}"));
+    let config = ProviderConfig::load(&case.directory.path().join("provider.toml")).unwrap();
+    let spool = Spool::new(&config, &Ids::fixed());
+    let name = spool.name(&SpoolQueue::Held(Domain::parse("example.org").unwrap()));
+    let lock = spool.queue().lock_yielding(&name).unwrap();
+    assert!(!lock.takeover_requested());
+    std::thread::scope(|scope| {
+        let session = scope.spawn(|| spool.queue().lock_account(std::slice::from_ref(&name)).is_ok());
+        while !lock.takeover_requested() {
+            std::thread::yield_now();
+        }
+        drop(lock);
+        assert!(session.join().unwrap());
+    });
+}
+
+/// The DSN cannot be stored: the message stays.
+#[test]
+fn a_message_stays_if_its_dsn_cannot_be_stored() {
+    let case = Case::new("");
+    case.put(14 * DAY, "x", &format!("{FROM}{TO}"));
+    case.write("spool/outgoing", "a file where a directory should be");
+    assert_eq!(case.pass().left.len(), 1);
+    assert_eq!(case.left(), (1, 0));
+    let outgoing: &Path = &case.directory.path().join("spool/outgoing");
+    fs::remove_file(outgoing).unwrap();
+    let case = Case { plan: ExpiryPlan::default(), ..case };
+    assert_eq!((case.pass().left, case.left()), (Vec::new(), (0, 0)));
+}
+
+/// Nothing is listed before it may be due, unless the configuration or the clock has changed.
+#[test]
+fn a_domain_is_listed_when_something_is_due() {
+    let case = Case::new("");
+    let config = ProviderConfig::load(&case.directory.path().join("provider.toml")).unwrap();
+    let now = Clock::Fixed.now();
+    let at = |seconds: i64| Timestamp::from_seconds(now.seconds() + seconds);
+    let due = |accounts: &Accounts, now| case.plan.due(accounts, now).len();
+    assert_eq!(due(&config.accounts, now), 1);
+    case.put(14 * DAY - 100, "x", &format!("{FROM}{TO}"));
+    case.pass();
+    for (time, listed) in [(0, 0), (99, 0), (100, 1), (-1, 1)] {
+        assert_eq!(due(&config.accounts, at(time)), listed, "{time}");
+    }
+    case.account("expire-after = \"30d\"");
+    let config = ProviderConfig::load(&case.directory.path().join("provider.toml")).unwrap();
+    assert_eq!(due(&config.accounts, now), 1);
+    case.account("expire-after = \"never\"");
+    let config = ProviderConfig::load(&case.directory.path().join("provider.toml")).unwrap();
+    assert_eq!(due(&config.accounts, now), 0);
+}

@@ -1,0 +1,60 @@
+//! The messages of a queue for which something is due by their age. No file is opened, and no lock is needed.
+
+use std::collections::BinaryHeap;
+use std::fs::DirEntry;
+use std::io;
+
+use super::name::QueueName;
+use super::summary::arrival;
+use crate::clock::Timestamp;
+use crate::maildir::Entry;
+
+/// What a look at the names of a queue has found.
+#[derive(Default, PartialEq, Eq, Debug)]
+pub struct AgedMessages {
+    /// The messages for which something is due, those that are due first; and those whose time of arrival is impossible, so
+    /// that who opens them records that they were seen now.
+    pub due: Vec<Entry>,
+    /// There are more of them.
+    pub more: bool,
+    /// When something is due for one of the others. `None`: never.
+    pub next: Option<Timestamp>,
+}
+
+/// Lists a queue. Not more than `limit` messages that are due are kept. `is_mail`: by what is known. `due`: when something is
+/// due for a message that has arrived then, as far as the name tells; `None`: never.
+pub(super) fn list(
+    name: &QueueName, now: Timestamp, limit: usize, is_mail: &dyn Fn(&Entry) -> bool,
+    due: &dyn Fn(&Entry, Timestamp) -> Option<Timestamp>,
+) -> io::Result<AgedMessages> {
+    let (mut found, mut first) = (AgedMessages::default(), BinaryHeap::new());
+    name.maildir().each_file(&mut |entry, file| {
+        let time = match arrived(&entry, file, now) {
+            Some(arrived) => due(&entry, arrived),
+            None => Some(now),
+        };
+        match time {
+            Some(time) if time <= now => {
+                if is_mail(&entry) {
+                    first.push((time, entry));
+                }
+                if first.len() > limit {
+                    first.pop();
+                    found.more = true;
+                }
+            }
+            time => found.next = found.next.into_iter().chain(time).min(),
+        }
+        Ok(())
+    })?;
+    found.due = first.into_sorted_vec().into_iter().map(|(_, entry)| entry).collect();
+    Ok(found)
+}
+
+/// When a message has arrived, by its name, or by its time of modification if other agents name their files otherwise.
+/// `None`: these times are impossible.
+fn arrived(entry: &Entry, file: &DirEntry, now: Timestamp) -> Option<Timestamp> {
+    let modified =
+        || Some(Timestamp::from(file.metadata().ok()?.modified().ok()?)).filter(|time| time.is_possible(now));
+    arrival(entry, now).or_else(modified)
+}

@@ -1,0 +1,149 @@
+//! Watches the clock for all decisions on expiry, in all processes with one spool, or one customer's mailboxes.
+//!
+//! The history ([`ClockHistory`]) is in `ROOT/.odmr/clock`. It is written once an hour, and when the clock was set. If the file
+//! is missing or damaged, the history begins when another file beside it was changed last, so that mail does not expire at once
+//! if the clock is wrong by years at that time.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::clock_history::{ClockHistory, ClockStep};
+use crate::clock::{Clock, Timestamp};
+use crate::maildir::replace_file_durably;
+use crate::net::trace::quoted;
+
+/// Octets of the file that are read. It has about 1000 at most.
+const FILE_LIMIT: u64 = 4096;
+
+/// Seconds after which the file is written again.
+const WRITE_INTERVAL: i64 = 60 * 60;
+
+/// Watches the clock.
+pub struct ClockWatch {
+    path: PathBuf,
+    clock: Clock,
+    watched: Mutex<Watched>,
+}
+
+#[derive(Clone)]
+struct Watched {
+    history: ClockHistory,
+    /// When the file was written last; `None`: this process has not done it yet.
+    written: Option<Timestamp>,
+}
+
+impl ClockWatch {
+    /// `root`: the directory with the state files. The history is read, and nothing is written yet.
+    pub fn new(root: &Path, clock: Clock) -> ClockWatch {
+        let (path, now) = (root.join(".odmr/clock"), clock.now());
+        let history = match read(&path) {
+            Ok(history) => history,
+            Err(error) => {
+                if error.kind() != io::ErrorKind::NotFound {
+                    log::warn!("event=clock-record-failed error={}", quoted(&error));
+                }
+                ClockHistory::new(last_change(root).filter(|time| *time <= now).unwrap_or(now))
+            }
+        };
+        ClockWatch { path, clock, watched: Mutex::new(Watched { history, written: None }) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Watched> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at the clock, and records what is new; a failure is logged, and the history goes on in this process.
+    pub fn look(&self) {
+        let now = self.clock.now();
+        let text = {
+            let mut watched = self.lock();
+            let step = watched.history.look(now);
+            if let ClockStep::SetFrom(before) = step {
+                log::warn!("event=clock-set before={} after={}", before.rfc3339(), now.rfc3339());
+            }
+            let is_due =
+                watched.written.is_none_or(|written| (now.seconds() - written.seconds()).abs() >= WRITE_INTERVAL);
+            if step == ClockStep::Passed && !is_due {
+                return;
+            }
+            watched.written = Some(now);
+            watched.history.text()
+        };
+        // Not under the lock: the disk may hang.
+        if let Err(error) = replace_file_durably(&self.path, &text) {
+            log::warn!("event=clock-record-failed error={}", quoted(&error));
+        }
+    }
+
+    /// The age of a message that has arrived then: see [`ClockHistory::age`].
+    pub fn age(&self, arrived: Timestamp) -> Duration {
+        self.look();
+        self.lock().history.age(arrived)
+    }
+
+    /// The history up to now. Nothing is written.
+    pub fn history(&self) -> ClockHistory {
+        let (now, mut history) = (self.clock.now(), self.lock().history.clone());
+        history.look(now);
+        history
+    }
+}
+
+fn read(path: &Path) -> io::Result<ClockHistory> {
+    let mut text = String::new();
+    File::open(path)?.take(FILE_LIMIT).read_to_string(&mut text)?;
+    let damaged = || io::Error::new(io::ErrorKind::InvalidData, format!("{}: it is damaged", path.display()));
+    ClockHistory::parse(&text).ok_or_else(damaged)
+}
+
+/// When a state file was changed last.
+fn last_change(root: &Path) -> Option<Timestamp> {
+    let files = fs::read_dir(root.join(".odmr")).ok()?.filter_map(Result::ok);
+    files.filter_map(|file| file.metadata().ok()?.modified().ok()).max().map(Timestamp::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    const DAY: u64 = 24 * 60 * 60;
+
+    #[test]
+    fn a_history_is_recorded_and_read_again() {
+        let root = tempfile::tempdir().unwrap();
+        let now = Clock::Fixed.now();
+        let before = |days: u64| Timestamp::from_seconds(now.seconds().saturating_sub_unsigned(days * DAY));
+        let days = |watch: &ClockWatch, arrived: u64| watch.age(before(arrived)).as_secs() / DAY;
+        let watch = ClockWatch::new(root.path(), Clock::Fixed);
+        assert_eq!(days(&watch, 15), 15);
+        let path = root.path().join(".odmr/clock");
+        assert_eq!(fs::read_to_string(&path).unwrap(), ClockHistory::new(now).text());
+        // The clock was set forward by a year while nobody looked.
+        fs::write(&path, ClockHistory::new(before(365)).text()).unwrap();
+        for _ in 0..2 {
+            let watch = ClockWatch::new(root.path(), Clock::Fixed);
+            assert_eq!((days(&watch, 366), days(&watch, 1)), (1, 1));
+            assert_eq!(watch.history().when(before(366), Duration::from_secs(DAY)), now);
+            assert_eq!(watch.history().when(before(1), Duration::from_secs(2 * DAY)).seconds() - now.seconds(), 86_400);
+        }
+        // The file is damaged, and another one tells when somebody was here last.
+        fs::write(&path, "").unwrap();
+        fs::write(root.path().join(".odmr/serve"), "").unwrap();
+        for name in ["clock", "serve"] {
+            let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(before(365).seconds().unsigned_abs());
+            File::options()
+                .write(true)
+                .open(root.path().join(".odmr").join(name))
+                .unwrap()
+                .set_modified(long_ago)
+                .unwrap();
+        }
+        let watch = ClockWatch::new(root.path(), Clock::Fixed);
+        assert_eq!((days(&watch, 366), days(&watch, 1)), (1, 1));
+    }
+}

@@ -1,0 +1,170 @@
+//! Mail that is held until the next call, and may wait for one that never comes: it expires, or its sender is warned, without
+//! an attempt.
+
+use std::io;
+use std::time::Duration;
+
+use super::calls::LastCall;
+use super::clock_history::ClockHistory;
+use super::clock_watch::ClockWatch;
+use super::{Attempt, DsnOutcome, EXPIRED, Reporter, Via, is_dropped, long_time};
+use crate::clock::Timestamp;
+use crate::maildir::{DELAY_REPORTED, Entry, IN_DOUBT};
+use crate::net::trace::quoted;
+use crate::queue::{QueueLock, QueuedMessage};
+use crate::smtp::reply::Reply;
+use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
+
+/// When the mail that is held for a customer expires, and when its senders are warned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeldExpiry {
+    /// A message of this age expires. `None`: never.
+    pub expire_after: Option<Duration>,
+    /// The sender of a message of this age gets a DSN about the delay, unless the customer has called since it has arrived.
+    /// `None`: never.
+    pub delay_warning: Option<Duration>,
+    pub last_call: LastCall,
+}
+
+/// What has become of a message that was due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeldOutcome {
+    /// It has expired.
+    Expired,
+    /// Its sender was warned.
+    Warned,
+    /// Something is due at this time; `None`: never.
+    Waits(Option<Timestamp>),
+    /// A DSN is due, and there are too many for now.
+    TooManyDsns,
+}
+
+impl HeldExpiry {
+    /// Whether a warning may be due for a message that has arrived then. If the time of the last call is not known, none is.
+    fn may_warn(&self, arrived: Timestamp) -> bool {
+        match self.last_call {
+            LastCall::Never => true,
+            LastCall::At(at) => at < arrived,
+            LastCall::Unknown => false,
+        }
+    }
+
+    /// When something is due for a message of this name that has arrived then. `None`: nothing ever is.
+    pub fn due(&self, history: &ClockHistory, entry: &Entry, arrived: Timestamp) -> Option<Timestamp> {
+        let warning = self.delay_warning.filter(|_| !entry.has(DELAY_REPORTED) && self.may_warn(arrived));
+        self.expire_after.into_iter().chain(warning).min().map(|age| history.when(arrived, age))
+    }
+
+    /// The shortest time that a message waits before something is due for it.
+    pub fn shortest(&self) -> Option<Duration> {
+        self.expire_after.into_iter().chain(self.delay_warning).min()
+    }
+
+    /// What the sender is told of the last call.
+    fn last_call(&self) -> String {
+        match self.last_call {
+            LastCall::Never => "no call of the recipient's mail server for its mail is known".to_owned(),
+            LastCall::At(at) => {
+                let day = at.rfc3339();
+                let day = day.split('T').next().unwrap_or_default();
+                format!("the recipient's mail server has called for its mail on {day} last")
+            }
+            LastCall::Unknown => {
+                "the recipient's mail server has called for its mail at an unknown time last".to_owned()
+            }
+        }
+    }
+}
+
+impl Reporter {
+    /// What watches the clock.
+    pub fn watch(&self) -> &ClockWatch {
+        &self.watch
+    }
+
+    /// Does what is due for a held message by its age, if anything is: it expires (RFC 5321 section 4.5.4.1), or its sender
+    /// is warned. The lock must be that of its queue.
+    ///
+    /// # Errors
+    /// The disk fails, which is logged: the message stays as it was, or some DSN is sent once more.
+    pub fn expire_held(
+        &self, mut message: QueuedMessage, held: &HeldExpiry, lock: &mut QueueLock,
+    ) -> io::Result<HeldOutcome> {
+        let age = self.watch.age(message.arrived);
+        let is_due = |limit: Option<Duration>| limit.filter(|limit| age >= *limit);
+        let expired = is_due(held.expire_after);
+        let warns =
+            is_due(held.delay_warning).is_some() && !message.is_delay_reported() && held.may_warn(message.arrived);
+        if expired.is_none() && !warns {
+            let due = held.due(&self.watch.history(), message.entry(), message.arrived);
+            lock.put_back(message);
+            return Ok(HeldOutcome::Waits(due));
+        }
+        let attempt = Attempt { via: Via::Atrn, ..Attempt::in_maildir("-", "-") };
+        let before = DeliveryResult::all(waits(&message, held), message.envelope.recipients.len(), DecidedBy::Us);
+        let result = expired.map_or_else(|| before.clone(), |after| expire_all(&before, &message, after, held));
+        let now = self.now();
+        let mut late_until = expired.is_none().then(|| held.expire_after.unwrap_or(Duration::MAX)).map(|after| {
+            let after = i64::try_from(after.as_secs()).unwrap_or(i64::MAX);
+            Timestamp::from_seconds(message.arrived.seconds().saturating_add(after))
+        });
+        let reported = self.report(&mut message, (&before, &result), &attempt, &mut late_until, now);
+        let outcome = match reported {
+            Ok(DsnOutcome::Suppressed) => {
+                lock.put_back(message);
+                return Ok(HeldOutcome::TooManyDsns);
+            }
+            Ok(outcome) => outcome,
+            Err(error) => {
+                log::error!("event=dsn-failed id={} error={}", message.id, quoted(&error));
+                lock.put_back(message);
+                return Err(error);
+            }
+        };
+        let envelope = message.with_recipients(message.envelope.recipients.clone());
+        let settled = if expired.is_none() {
+            // If that fails, the sender gets another DSN.
+            let marked = message.mark_delay_reported();
+            lock.put_back(message);
+            marked.inspect_err(|error| {
+                log::warn!("event=delay-not-recorded id={} error={}", envelope.id, quoted(error));
+            })
+        } else {
+            message.rejections_reported = outcome != DsnOutcome::NoSender || is_dropped(&message, &attempt);
+            lock.settle(message, &result).inspect_err(|error| {
+                log::error!("event=settle-failed session=- id={} error={}", envelope.id, quoted(error));
+            })
+        };
+        settled?;
+        if expired.is_none() {
+            return Ok(HeldOutcome::Warned);
+        }
+        for (recipient, status) in envelope.envelope.recipients.iter().zip(&result.recipients) {
+            attempt.log_as(EXPIRED, &envelope, &recipient.mailbox, status, now);
+        }
+        Ok(HeldOutcome::Expired)
+    }
+}
+
+/// The status of each recipient of a message that waits for a call.
+fn waits(message: &QueuedMessage, held: &HeldExpiry) -> RecipientStatus {
+    match message.entry().has(IN_DOUBT) {
+        true => RecipientStatus::InDoubt,
+        // RFC 3463 section 3.5: there is no answer from the host.
+        false => {
+            RecipientStatus::Deferred(Reply::new(451, "4.4.1", format!("The message waits: {}", held.last_call())))
+        }
+    }
+}
+
+/// The recipients of a message, all rejected because it has expired.
+fn expire_all(before: &DeliveryResult, message: &QueuedMessage, after: Duration, held: &HeldExpiry) -> DeliveryResult {
+    let mut text = format!("Given up after {}: {}", long_time(after), held.last_call());
+    if message.entry().has(IN_DOUBT) {
+        text += "; the message may have been delivered, as the connection was lost before the reply (RFC 1047)";
+    } else if let Some(reply) = message.last_reply() {
+        text += &format!("; its last reply to the message: {reply}");
+    }
+    let status = RecipientStatus::Rejected(Reply::new(554, "5.4.7", text));
+    DeliveryResult::all(status, before.recipients.len(), before.decided_by)
+}
