@@ -5,7 +5,7 @@ use std::fs::DirEntry;
 use std::io;
 
 use super::name::QueueName;
-use super::summary::arrival;
+use super::retry;
 use crate::clock::Timestamp;
 use crate::maildir::Entry;
 
@@ -51,10 +51,12 @@ pub(super) fn list(
     Ok(found)
 }
 
-/// When a message has arrived, by its name, or by its time of modification if other agents name their files otherwise.
-/// `None`: these times are impossible.
+/// When a message has arrived, by its name, or by its time of modification if other agents name their files otherwise. `None`:
+/// these times are impossible, or its name is from a clock that was ahead.
 fn arrived(entry: &Entry, file: &DirEntry, now: Timestamp) -> Option<Timestamp> {
+    let named = entry.named();
     let modified =
         || Some(Timestamp::from(file.metadata().ok()?.modified().ok()?)).filter(|time| time.is_possible(now));
-    arrival(entry, now).or_else(modified)
+    let by_name = retry::arrival(named.unwrap_or(Timestamp::from_seconds(0)), entry.record().first_seen, now);
+    by_name.or_else(|| if named.is_none_or(|named| named < now) { modified() } else { None })
 }

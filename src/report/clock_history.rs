@@ -157,7 +157,8 @@ mod tests {
     /// The days of the looks; the days of arrival, each with the age in days at the last look.
     #[test]
     fn a_clock_that_is_set_makes_no_message_older() {
-        let rows: [(&str, &[i64], &[(i64, u64)]); 12] = [
+        type Row = (&'static str, &'static [i64], &'static [(i64, u64)]);
+        let rows: [Row; 12] = [
             ("the clock goes", &[0, 1, 2, 14], &[(0, 14), (13, 1), (14, 0)]),
             ("the machine was off, or cron looks seldom", &[0, 99], &[(0, 99), (-10, 109)]),
             ("set forward", &[10, 10 + YEARS], &[(0, 10), (9, 1), (10, 0), (10 + YEARS, 0)]),

@@ -31,7 +31,7 @@ pub struct ClockWatch {
 #[derive(Clone)]
 struct Watched {
     history: ClockHistory,
-    /// When the file was written last; `None`: this process has not done it yet.
+    /// When the file was written last; `None`: there was none that could be read.
     written: Option<Timestamp>,
 }
 
@@ -39,16 +39,16 @@ impl ClockWatch {
     /// `root`: the directory with the state files. The history is read, and nothing is written yet.
     pub fn new(root: &Path, clock: Clock) -> ClockWatch {
         let (path, now) = (root.join(".odmr/clock"), clock.now());
-        let history = match read(&path) {
-            Ok(history) => history,
+        let (history, written) = match read(&path) {
+            Ok(history) => (history.clone(), Some(history.seen)),
             Err(error) => {
                 if error.kind() != io::ErrorKind::NotFound {
                     log::warn!("event=clock-record-failed error={}", quoted(&error));
                 }
-                ClockHistory::new(last_change(root).filter(|time| *time <= now).unwrap_or(now))
+                (ClockHistory::new(last_change(root).filter(|time| *time <= now).unwrap_or(now)), None)
             }
         };
-        ClockWatch { path, clock, watched: Mutex::new(Watched { history, written: None }) }
+        ClockWatch { path, clock, watched: Mutex::new(Watched { history, written }) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Watched> {

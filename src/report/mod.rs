@@ -338,7 +338,8 @@ impl Reporter {
                     reply: reply.as_deref(),
                     verdict: verdict.as_deref(),
                     last_attempt: Some(now),
-                    retry_until: *late_until,
+                    // Mail that never expires is said to be late until the end of time.
+                    retry_until: late_until.filter(|until| *until < Timestamp::from_seconds(i64::MAX)),
                 });
             }
         }

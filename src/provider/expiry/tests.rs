@@ -122,6 +122,7 @@ fn a_message_expires_at_its_age() {
         ("", 14 * DAY, "Return-Path: <>\nDelivered-To: alice@example.org\n", "", (0, 1)),
         ("delay-warning = \"2h\"", 2 * HOUR - 1, &plain, "", (1, 0)),
         ("delay-warning = \"2h\"", 2 * HOUR, &plain, "delayed", (1, 0)),
+        ("delay-warning = \"2h\"\nexpire-after = \"never\"", 300 * DAY, &plain, "delayed", (1, 0)),
         ("delay-warning = \"2h\"", 14 * DAY, &plain, "failed", (0, 0)),
         ("delay-warning = \"2h\"", 2 * HOUR, &failure, "", (1, 0)),
         ("delay-warning = \"2h\"", 2 * HOUR, &delay, "delayed", (1, 0)),
@@ -132,6 +133,7 @@ fn a_message_expires_at_its_age() {
         case.put(age, "x", head);
         assert_eq!(case.pass().left, [], "{keys} {age}");
         let dsn = case.dsn();
+        assert_eq!(dsn.contains("Will-Retry-Until: "), action == "delayed" && !keys.contains("never"), "{keys} {age}");
         let found = dsn.lines().find_map(|line| line.strip_prefix("Action: ")).unwrap_or_default();
         assert_eq!((found, case.left()), (action, left), "{keys} {age} {head}");
         // Neither is reported twice, by this process or the next.
@@ -278,4 +280,28 @@ fn a_domain_is_listed_when_something_is_due() {
     case.account("expire-after = \"never\"");
     let config = ProviderConfig::load(&case.directory.path().join("provider.toml")).unwrap();
     assert_eq!(due(&config.accounts, now), 0);
+}
+
+/// A message from a clock that was wrong has no age; from when it is seen first, it has one.
+#[test]
+fn a_message_of_a_wrong_clock_is_seen_first_now() {
+    for age in [-5 * 365 * DAY, 50 * 365 * DAY] {
+        let case = Case::new("");
+        case.put(age, "x", &format!("{FROM}{TO}"));
+        let named = Clock::Fixed.now().seconds() - age;
+        let path = case.directory.path().join(format!("spool/domains/example.org/new/{named}.x"));
+        let modified = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(named.unsigned_abs());
+        fs::File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
+        case.pass();
+        assert_eq!(case.files("domains/example.org/new"), [format!("{named}.x,T={}", Clock::Fixed.now().seconds())]);
+        let seen = Clock::Fixed.now().seconds() - 14 * DAY;
+        fs::rename(
+            path.with_file_name(format!("{named}.x,T={}", seen + 14 * DAY)),
+            path.with_file_name(format!("{named}.x,T={seen}")),
+        )
+        .unwrap();
+        let next = Case { plan: ExpiryPlan::default(), ..case };
+        next.pass();
+        assert_eq!(next.left(), (0, 0));
+    }
 }
