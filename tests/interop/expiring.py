@@ -227,6 +227,48 @@ def clock_set(box):
     return f"{tried} attempts of the relay"
 
 
+def put(provider, number, arrived, domain="example.org"):
+    """A message of this time of arrival, as the provider stores it."""
+    return provider.box.write(
+        f"{provider.spool.name}/domains/{domain}/new/{arrived}.M{number}.host",
+        f"Return-Path: <eva@world.example>\nDelivered-To: alice@{domain}\n"
+        f"X-ODMR-Envelope: id=id{number}; arrived={rfc3339(arrived)}\nReceived: by x\nSubject: x\n\nx\n",
+    )
+
+
+@scenario("expiry-yields")
+def expiry_yields(box):
+    """While thousands of messages expire, a customer that calls gets its mail at once; too many DSNs wait"""
+    provider = Provider(box, require_tls=False)
+    now = int(time.time())
+    for number in range(8000):
+        put(provider, number, now - 20 * DAY)
+    put(provider, 8000, now)
+    box.start("expire.log", ODMR, "expire", "-c", provider.config)
+    provider.start()
+    slowest, calls = 0, 0
+    while len(provider.held()) > 1000:
+        calls += 1
+        with Smtp(provider.odmr) as smtp:
+            smtp.hello()
+            smtp.log_in("acme")
+            begun = time.monotonic()
+            reply = smtp.say("ATRN")
+            slowest = max(slowest, time.monotonic() - begun)
+            check(reply.startswith("250"), f"call {calls}: {reply}, {len(provider.held())} held")
+        wait_until(lambda: len(events(provider.log(), "turn-ended")) == calls, "the end of the call")
+        time.sleep(0.1)  # the passes go on
+        if calls % 10 == 0:
+            done = box.run(ODMR, "expire", "-c", provider.config)
+            check(done.returncode in (0, 75), done.stderr)
+    check(slowest < 1, f"ATRN was answered after {slowest:.1f} s")
+    provider.stop()
+    left = len(provider.held())
+    dsns = len(list(provider.spool.glob("outgoing/@all/new/*")))
+    check(left + dsns >= 8001, f"{left} messages, {dsns} DSNs")
+    return f"{calls} calls, ATRN answered after {slowest * 1000:.0f} ms at most; {left} left, {dsns} DSNs"
+
+
 @scenario("expiry-kills", needs=("strace",))
 def expiry_kills(box):
     """odmr expire is killed at each of its calls that change a file: the DSN at most twice, the message never lost"""
@@ -239,10 +281,7 @@ def expiry_kills(box):
             if file.is_file():
                 file.unlink()
         arrived = int(time.time()) - 20 * DAY
-        box.write(f"{provider.spool.name}/domains/example.org/new/{arrived}.x.host",
-                  "Return-Path: <eva@world.example>\nDelivered-To: alice@example.org\n"
-                  f"X-ODMR-Envelope: id=x; arrived={rfc3339(arrived)}\n"
-                  "Received: by x\nSubject: x\n\nx\n")
+        put(provider, 0, arrived)
         kill = f"inject={moments}:signal=SIGKILL:when={moment}"
         done = box.run("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={moments}", "-e", kill, ODMR, "expire", "-c", provider.config)
         again = box.run(ODMR, "expire", "-c", provider.config)
