@@ -1,4 +1,4 @@
-//! `odmr status` and `odmr queue`: the real binary on the files of either side.
+//! `odmr status`, `odmr queue` and `odmr expire`: the real binary on the files of either side.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -41,8 +41,14 @@ impl Place {
         let place = Place(tempfile::tempdir().unwrap());
         place.write("odmr.toml", config);
         fs::create_dir(place.path("customers.d")).unwrap();
-        place.write("customers.d/acme.toml", "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\n");
+        // The messages below are old.
+        place.expire_after("never");
         place
+    }
+
+    fn expire_after(&self, time: &str) {
+        let text = format!("domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\nexpire-after = \"{time}\"\n");
+        self.write("customers.d/acme.toml", &text);
     }
 
     /// A provider that holds [`LARGE`] and [`FOREIGN`].
@@ -142,6 +148,7 @@ fn a_quota_and_a_list_of_recipients_are_shown() {
 #[test]
 fn status_tells_what_is_held_in_each_format() {
     let place = Place::filled();
+    place.expire_after("14d");
     let text = place.run(0, &["status"]);
     let line = text.lines().find(|line| line.starts_with("acme ")).unwrap();
     let words: Vec<_> = line.split_whitespace().collect();
@@ -201,10 +208,8 @@ fn warn_tells_only_what_needs_a_person() {
     );
     assert!(place.run(64, &["status", "--warn", "1"]).contains("--warn: \"1\" has no unit"));
     // Mail for which more than half of its time is over.
-    let account =
-        |expiry| format!("domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\nexpire-after = \"{expiry}\"\n");
     for (expiry, near) in [("3h", true), ("5h", false), ("never", false)] {
-        place.write("customers.d/acme.toml", &account(expiry));
+        place.expire_after(expiry);
         let text = place.run(1, &["status", "--warn", "3h"]);
         assert_eq!(text.contains("acme: held mail expires in "), near, "{expiry}: {text}");
     }
@@ -245,6 +250,30 @@ fn status_tells_of_soft_bounces_and_of_learned_recipients() {
     let warned = place.run(1, &["status", "--warn", "30d"]);
     assert!(warned.starts_with(&format!("acme: {soft}")), "{warned}");
     assert!(place.run(0, &["queue", "show", &format!("{}.1x", now - day - 60)]).contains("first rejected: 20"));
+}
+
+/// `odmr expire` needs no `serve`, prints nothing to stdout, and leaves what is not old enough.
+#[test]
+fn expire_returns_what_is_too_old() {
+    let place = Place::new(PROVIDER);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let file = format!("spool/domains/example.org/new/{}.x", now - 7200);
+    place.write(&file, &FOREIGN.replace("<>", "<bob@w.example>"));
+    let path = place.path(&file);
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_modified(SystemTime::now() - Duration::from_secs(7200))
+        .unwrap();
+    for (expiry, left) in [("3h", true), ("never", true), ("2h", false)] {
+        place.expire_after(expiry);
+        let Done { code, out, error } = place.run_with(&["expire"], "");
+        assert_eq!((code, out.as_str()), (0, ""), "{expiry}: {error}");
+        assert_eq!((error.contains("status=expired"), path.exists()), (!left, left), "{expiry}: {error}");
+    }
+    assert_eq!(place.files("spool/outgoing/@all").len(), 1);
+    assert!(place.run(64, &["expire", "example.org"]).contains("takes no argument"));
 }
 
 #[test]

@@ -67,11 +67,9 @@ impl HeldExpiry {
             LastCall::At(at) => {
                 let day = at.rfc3339();
                 let day = day.split('T').next().unwrap_or_default();
-                format!("the recipient's mail server has called for its mail on {day} last")
+                format!("the recipient's mail server last called for its mail on {day}")
             }
-            LastCall::Unknown => {
-                "the recipient's mail server has called for its mail at an unknown time last".to_owned()
-            }
+            LastCall::Unknown => "it is not known when the recipient's mail server last called for its mail".to_owned(),
         }
     }
 }

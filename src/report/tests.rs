@@ -219,6 +219,45 @@ fn a_message_that_was_not_tried_is_not_given_up() {
     }
 }
 
+/// A session of a customer defers a message: it expires by its age, unless it was not tried, or its DSN cannot be stored.
+#[test]
+fn a_message_that_a_session_defers_expires_by_its_age() {
+    struct FullDisk;
+    impl DsnSink for FullDisk {
+        fn store(&self, _: &DsnMessage) -> io::Result<()> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+
+        fn is_ours(&self, _: &Mailbox) -> bool {
+            false
+        }
+    }
+    let expire_after = Some(Duration::from_secs(3600));
+    for (age, decided_by, full, status) in [
+        (HOUR, DecidedBy::Peer, false, "rejected"),
+        (HOUR, DecidedBy::ConnectionLoss, false, "rejected"),
+        (HOUR - 1, DecidedBy::Peer, false, "deferred"),
+        (HOUR, DecidedBy::UnrelatedConnectionLoss, false, "deferred"),
+        (HOUR, DecidedBy::Peer, true, "deferred"),
+    ] {
+        let mut case = Case::new("<a@b.example>", "", age);
+        if full {
+            case.reporter.sink = Some(Arc::new(FullDisk));
+        }
+        let mut lock = case.queue.lock(std::slice::from_ref(&case.name)).unwrap();
+        let message = lock.next_message().unwrap();
+        let attempt = Attempt { via: Via::Atrn, expire_after, ..Attempt::in_maildir("1", "-") };
+        let result = DeliveryResult { recipients: vec![deferred()], decided_by };
+        let settled = case.reporter.finish_attempt(message, result, &attempt, &mut lock).unwrap();
+        assert_eq!(settled.recipients[0].word(), status, "{age} {decided_by:?} {full}");
+        let is_gone = status == "rejected";
+        assert_eq!(
+            (case.left(), case.stored.0.lock().unwrap().len()),
+            ((usize::from(!is_gone), 0), usize::from(is_gone))
+        );
+    }
+}
+
 /// What cannot be recorded about the delay is no reason to send the message again to a recipient that has it.
 #[test]
 fn a_delay_that_cannot_be_recorded_repeats_no_recipient() {
