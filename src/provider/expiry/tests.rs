@@ -273,6 +273,15 @@ fn a_domain_is_listed_when_something_is_due() {
     for (time, listed) in [(0, 0), (99, 0), (100, 1), (-1, 1)] {
         assert_eq!(due(&config.accounts, at(time)), listed, "{time}");
     }
+    // A pass that hangs in the domain leaves it to no other.
+    let account = config.accounts.iter().next().unwrap();
+    let under_way = case.plan.begin(account, &account.domains[0], now).unwrap();
+    assert!(case.plan.begin(account, &account.domains[0], now).is_none());
+    assert_eq!((due(&config.accounts, at(14 * DAY)), case.plan.stuck()), (0, 0));
+    under_way.with_plan(|plan| plan.under_way = Instant::now().checked_sub(STUCK_AFTER));
+    assert_eq!(case.plan.stuck(), 1);
+    drop(under_way);
+    assert_eq!(case.plan.stuck(), 0);
     case.account("expire-after = \"30d\"");
     let config = ProviderConfig::load(&case.directory.path().join("provider.toml")).unwrap();
     assert_eq!(due(&config.accounts, now), 1);
