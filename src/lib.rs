@@ -28,6 +28,7 @@ pub mod ids;
 pub mod sandbox;
 pub mod privileges;
 pub mod text_file;
+pub mod file_stamp;
 
 // The protocol, pure.
 pub mod sasl;

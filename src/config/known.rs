@@ -4,9 +4,9 @@
 //! may be a valid file. So it is believed only when it has not changed for two seconds; until then the old list holds, and a
 //! recipient that the old list does not have is deferred and not rejected. A file with a mistake changes nothing.
 
-use std::fs::{self, Metadata, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -17,6 +17,7 @@ use toml::de::DeValue;
 use super::source::decode;
 use super::table::{Table, values};
 use super::value::{ACCEPTED, PATH, Text, wrong_type};
+use crate::file_stamp::{FileStamp, QUIET_TIME};
 use crate::mail::address::{Domain, Mailbox};
 use crate::net::trace::quoted;
 use crate::recipients::{ConfigError, ListedRecipient, Located, RecipientList, SourceLine};
@@ -30,9 +31,6 @@ const FILE_LIMIT: u64 = 64 << 20;
 
 /// Octets of a line: more than an address has (RFC 5321 section 4.5.3.1).
 const LINE_LIMIT: u64 = 1024;
-
-/// How long a file must be unchanged.
-const QUIET_TIME: Duration = Duration::from_secs(2);
 
 /// How often the system is asked whether it has changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -168,33 +166,6 @@ impl PartialEq for RecipientsFile {
 }
 
 impl Eq for RecipientsFile {}
-
-/// What tells one content of a file from another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FileStamp {
-    file: (u64, u64),
-    octets: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-impl FileStamp {
-    fn of(found: &Metadata) -> FileStamp {
-        FileStamp {
-            file: (found.dev(), found.ino()),
-            octets: found.len(),
-            modified: (found.mtime(), found.mtime_nsec()),
-            changed: (found.ctime(), found.ctime_nsec()),
-        }
-    }
-
-    /// Whether the file has not changed for two seconds by the clock. Its time of modification may be that of its original.
-    fn is_quiet(&self, now: SystemTime) -> bool {
-        let changed =
-            Duration::new(u64::try_from(self.changed.0).unwrap_or(0), u32::try_from(self.changed.1).unwrap_or(0));
-        SystemTime::UNIX_EPOCH + changed + QUIET_TIME <= now
-    }
-}
 
 impl RecipientsFile {
     /// Reads a file. `line`: the line that names it.

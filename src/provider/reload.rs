@@ -5,8 +5,6 @@
 //! relay's attempts under way end with the one that they began with.
 
 use std::collections::HashSet;
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{Builder, JoinHandle};
@@ -21,6 +19,7 @@ use super::spool::{Spool, SpoolQueue};
 use super::turn_settings::{TurnLimits, TurnSettings};
 use crate::clock::Timestamp;
 use crate::config::{ProviderConfig, TlsFiles};
+use crate::file_stamp::FileStamp;
 use crate::net::cancel::CancelToken;
 use crate::net::tls::ServerTls;
 use crate::net::trace::quoted;
@@ -131,8 +130,7 @@ impl Reloader {
             let shared = self.current();
             let files = shared.config.tls.iter().flat_map(|files| [&files.certificate, &files.key]);
             // Also what chmod(1) changes: a file that could not be read may be readable now.
-            let of_file = |found: Metadata| (found.ino(), found.len(), found.ctime(), found.ctime_nsec());
-            files.map(|file| file.metadata().ok().map(of_file)).collect()
+            files.map(|file| file.metadata().ok().map(|found| FileStamp::of(&found))).collect()
         };
         let mut seen: Vec<_> = stamp();
         let (mut end, clock) = (CertificateEnd::default(), self.current().lasting.ids.clock());

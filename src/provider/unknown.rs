@@ -16,13 +16,13 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::clock::Timestamp;
+use crate::file_stamp::FileStamp;
 use crate::mail::address::Mailbox;
 use crate::maildir::{replace_file, with_path};
 use crate::net::trace::quoted;
@@ -190,19 +190,12 @@ impl Learning {
 #[derive(Default)]
 pub struct UnknownCache(Mutex<HashMap<PathBuf, (FileStamp, Arc<UnknownRecipients>)>>);
 
-/// What changes when a file is replaced.
-type FileStamp = (u64, u64, i64, i64);
-
-fn stamp(found: &Metadata) -> FileStamp {
-    (found.ino(), found.len(), found.mtime(), found.mtime_nsec())
-}
-
 impl UnknownCache {
     /// Whether a recipient of the account with this file is learned.
     pub fn is_learned(&self, path: &Path, mailbox: &Mailbox, now: Timestamp) -> bool {
         // An error is logged by the end of the next call.
         let Ok(found) = std::fs::metadata(path) else { return false };
-        self.recipients(path, stamp(&found)).is_learned(mailbox, now)
+        self.recipients(path, FileStamp::of(&found)).is_learned(mailbox, now)
     }
 
     fn recipients(&self, path: &Path, stamp: FileStamp) -> Arc<UnknownRecipients> {

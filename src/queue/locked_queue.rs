@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +14,7 @@ use super::message::{self, MessageLock, Opened, QueuedMessage};
 use super::name::QueueName;
 use super::refused::RefusedLimits;
 use super::shared::{self, SharedIndex};
+use crate::file_stamp::FileStamp;
 use crate::ids::Ids;
 use crate::maildir::{Entry, Maildir, log_sweep_failed};
 use crate::net::trace::quoted;
@@ -45,7 +47,7 @@ pub(super) struct Shortage;
 
 /// Files that were named in the log: each is named once by a process, and counted apart if it is no mail.
 #[derive(Default)]
-pub(super) struct Notes(Mutex<HashMap<PathBuf, Note>>);
+pub(super) struct Notes(Mutex<HashMap<PathBuf, (Note, Option<FileStamp>)>>);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Note {
@@ -59,17 +61,17 @@ enum Note {
 const NOTES_LIMIT: usize = 10_000;
 
 impl Notes {
-    fn lock(&self) -> MutexGuard<'_, HashMap<PathBuf, Note>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<PathBuf, (Note, Option<FileStamp>)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns whether that is new.
-    fn add(&self, maildir: &Maildir, entry: &Entry, note: Note) -> bool {
+    /// `stamp`: of the file before it was read. Returns whether that is new.
+    fn add(&self, maildir: &Maildir, entry: &Entry, note: Note, stamp: Option<FileStamp>) -> bool {
         let mut notes = self.lock();
         if notes.len() >= NOTES_LIMIT {
             notes.clear();
         }
-        notes.insert(maildir.path().join(entry.unique()), note) != Some(note)
+        notes.insert(maildir.path().join(entry.unique()), (note, stamp)).is_none_or(|(before, _)| before != note)
     }
 
     /// The file is a message by now.
@@ -80,10 +82,20 @@ impl Notes {
         }
     }
 
+    /// Whether a file may be mail: it is not known to be none, or has changed since.
     pub(super) fn is_mail(&self, maildir: &Maildir, entry: &Entry) -> bool {
         let notes = self.lock();
-        notes.is_empty() || notes.get(&maildir.path().join(entry.unique())) != Some(&Note::NotMail)
+        if notes.is_empty() {
+            return true;
+        }
+        let note = notes.get(&maildir.path().join(entry.unique())).copied();
+        drop(notes);
+        !matches!(note, Some((Note::NotMail, seen @ Some(_))) if seen == stamp(maildir, entry))
     }
+}
+
+fn stamp(maildir: &Maildir, entry: &Entry) -> Option<FileStamp> {
+    fs::symlink_metadata(maildir.file(entry)).ok().map(|found| FileStamp::of(&found))
 }
 
 impl Drop for LockedQueue {
@@ -223,8 +235,14 @@ impl LockedQueue {
     fn use_opened(&mut self, entry: &Entry, opened: Opened) -> io::Result<Option<QueuedMessage>> {
         match opened {
             Opened::Gone | Opened::Busy => Ok(None),
-            Opened::NotMail(reason) => {
-                self.note(entry, Note::NotMail, &reason);
+            Opened::NotMail(_) => {
+                // Another agent may have been writing it; read again after its stamp, it is looked at when that changes.
+                let stamp = stamp(&self.maildir, entry);
+                match self.open_file(entry, None)? {
+                    Opened::NotMail(reason) => self.note(entry, Note::NotMail, &reason, stamp),
+                    Opened::Message(message) => return self.check(*message),
+                    Opened::Gone | Opened::Busy => {}
+                }
                 Ok(None)
             }
             Opened::Message(message) => self.check(*message),
@@ -237,7 +255,7 @@ impl LockedQueue {
         let (no_recipients, unread) = (message.envelope.recipients.is_empty(), message.unread());
         if !unread.is_empty() {
             let note = if no_recipients { Note::NotMail } else { Note::RecipientsLeft };
-            self.note(message.entry(), note, &unread);
+            self.note(message.entry(), note, &unread, stamp(&self.maildir, message.entry()));
         } else {
             self.notes.remove(&self.maildir, message.entry());
         }
@@ -256,9 +274,9 @@ impl LockedQueue {
     }
 
     /// Names a file in the log, once, and counts it if it is no mail.
-    fn note(&mut self, entry: &Entry, note: Note, reason: &str) {
+    fn note(&mut self, entry: &Entry, note: Note, reason: &str, stamp: Option<FileStamp>) {
         self.listed.not_mail += usize::from(note == Note::NotMail);
-        if self.notes.add(&self.maildir, entry, note) {
+        if self.notes.add(&self.maildir, entry, note, stamp) {
             let (queue, file) = (&self.name, self.maildir.file(entry));
             let (file, reason) = (quoted(file.display()), quoted(reason));
             match note {

@@ -468,6 +468,11 @@ fn files_of_other_agents_and_other_things() {
     assert_eq!(spool.files("new").len(), 9, "and nothing else is touched");
     assert!(spool.files("cur").is_empty());
     assert_eq!((lock.not_mail(), lock.is_empty().unwrap()), (8, true), "counted apart");
+    // Its agent was still writing it, or an administrator has mended it.
+    spool.write("new/6.empty", postfix);
+    assert!(!lock.is_empty().unwrap(), "it is looked at again");
+    drop(lock);
+    assert_eq!(offered(&mut spool.lock()), ["eva"]);
 }
 
 const EXIM: &str = "Return-path: <a@b.example>\nEnvelope-to: eva@example.org,\n b b@example.org,\n bob@example.org,\n\
