@@ -261,7 +261,7 @@ fn check_provider(
 fn check_recipients(file: &Path, account: &Account, report: &mut CheckReport) {
     let Some(list) = account.held.recipients.list() else { return };
     let file = file.display();
-    report.note(format!("{file}: {} recipients are known, all others are rejected", list.count()));
+    report.note(format!("{file}: {} entries name the recipients, all others are rejected", list.count()));
     for domain in account.domains.iter().filter(|domain| !list.names(domain)) {
         report.warn(format!(
             "{file}: no recipient in {domain} is listed, so all but postmaster@{domain} are rejected: add some, or \"@{domain}\""

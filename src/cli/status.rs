@@ -256,11 +256,11 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
         if let Some(learned @ 1..) = account.learned {
             let _ = writeln!(text, "    {learned} recipients are rejected: its server does not know them");
         }
-        if let Some(used) = account.quota_used().filter(|_| account.is_whole) {
-            let _ = writeln!(text, "    quota: {used} % of {}", quota_text(account));
+        if account.quota_used().is_some() && account.is_whole {
+            let _ = writeln!(text, "    quota: {}", quota_text(account));
         }
-        if let Some(recipients) = account.recipients {
-            let _ = writeln!(text, "    recipients: {recipients} known");
+        if let Some(entries) = account.recipients {
+            let _ = writeln!(text, "    recipients: {entries} entries");
         }
     }
     for DomainStatus { domain, waiting } in &status.unowned {
@@ -289,8 +289,9 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
 
 /// The limits of an account.
 fn quota_text(account: &AccountStatus) -> String {
-    let bytes = account.quota_bytes.map(|limit| format!("{limit} octets"));
-    let messages = account.quota_messages.map(|limit| format!("{limit} messages"));
+    let held = &account.held;
+    let bytes = account.quota_bytes.map(|limit| format!("{} of {limit} octets", held.bytes));
+    let messages = account.quota_messages.map(|limit| format!("{} of {limit} messages", held.messages));
     bytes.into_iter().chain(messages).collect::<Vec<_>>().join(", ")
 }
 

@@ -130,8 +130,10 @@ impl Accounts {
         for other in files.iter().filter(|file| !is_customer_file(file)) {
             let whole = SourceLine { file: other.as_path().into(), line: None };
             let name = other.file_stem().unwrap_or_default().to_string_lossy();
-            let text =
-                format!("is not read, as its name does not end in .toml: rename it {name}.toml, or move it away");
+            let text = format!(
+                "is not read as a customer's file, as its name does not end in .toml: if it is one, rename it {name}.toml, \
+                 or else move it away"
+            );
             source.warn(whole.error(text));
         }
         let (mut accounts, mut read) = (Accounts { directory: path, ..Accounts::default() }, Vec::new());
