@@ -2,7 +2,9 @@
 //!
 //! A recipient that was rejected with 5.1.1 in two calls, at least an hour apart, is *learned*: RCPT gets 550 5.1.1, so that the
 //! sender's own server tells the sender, and no DSN goes to whoever was named as one. It is forgotten when the customer accepts
-//! it, and a day after its last rejection, so that a new mailbox is found soon. The postmaster is never learned.
+//! it, in whichever case it is written, and a day after its last rejection, so that a new mailbox is found soon. It is learned as
+//! it was written: local parts of other cases may be other mailboxes (RFC 5321 section 2.4), and a stranger who writes to one
+//! that does not exist must not have another rejected. The postmaster is never learned.
 //!
 //! Each account has one file, `SPOOL/.odmr/unknown-ACCOUNT`, which the end of a turned session replaces, while it has the lock
 //! of the account:
@@ -14,7 +16,8 @@
 //! If the file is lost or damaged, the recipients are learned anew. Of a time that is in the future, or before this program
 //! existed, a clock was wrong: that recipient is forgotten.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read};
@@ -42,18 +45,20 @@ const FILE_LIMIT: u64 = 400 * RECIPIENTS_LIMIT as u64;
 /// Accounts whose files are kept in memory; then all are read anew.
 const ACCOUNTS_LIMIT: usize = 100;
 
-/// The recipients of an account that were rejected lately.
+/// The recipients of an account that were rejected lately, by their [`key`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct UnknownRecipients(HashMap<String, RejectionTimes>);
+pub struct UnknownRecipients(HashMap<String, UnknownRecipient>);
 
 /// When a recipient was rejected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct RejectionTimes {
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct UnknownRecipient {
+    /// In the case in which it was rejected.
+    address: String,
     first: Timestamp,
     last: Timestamp,
 }
 
-impl RejectionTimes {
+impl UnknownRecipient {
     /// Whether it is remembered: less than a day has passed, and the clock was right.
     fn counts(&self, now: Timestamp) -> bool {
         let possible = self.first.is_possible(now) && self.last.is_possible(now);
@@ -65,9 +70,9 @@ impl RejectionTimes {
     }
 }
 
-/// The form in which addresses are compared: local parts are the same in capitals and small letters.
-fn key(mailbox: &Mailbox) -> String {
-    mailbox.canonical().to_string().to_lowercase()
+/// What the spellings of an address have in common.
+fn key(address: &str) -> String {
+    address.to_ascii_lowercase()
 }
 
 /// Whether a line of the file can have this address.
@@ -98,7 +103,7 @@ impl UnknownRecipients {
             let mut time = || fields.next()?.parse().ok().map(Timestamp::from_seconds);
             let (first, last) = (time()?, time()?);
             let address = fields.next().filter(|address| is_plain(address))?;
-            Some((address.to_owned(), RejectionTimes { first, last }))
+            Some((key(address), UnknownRecipient { address: address.to_owned(), first, last }))
         });
         let recipients: Option<HashMap<_, _>> = recipients.collect();
         let fits = text.len() as u64 <= FILE_LIMIT && (text.is_empty() || text.ends_with('\n'));
@@ -107,10 +112,10 @@ impl UnknownRecipients {
 
     /// The text of the file, with the latest rejections.
     fn text(&self) -> String {
-        let mut recipients: Vec<_> = self.0.iter().collect();
-        recipients.sort_unstable_by_key(|(address, times)| (-times.last.seconds(), times.first, *address));
+        let mut recipients: Vec<_> = self.0.values().collect();
+        recipients.sort_unstable_by_key(|unknown| (Reverse(unknown.last), unknown.first, &unknown.address));
         let mut text = String::new();
-        for (address, RejectionTimes { first, last }) in recipients.into_iter().take(RECIPIENTS_LIMIT) {
+        for UnknownRecipient { address, first, last } in recipients.into_iter().take(RECIPIENTS_LIMIT) {
             let _ = writeln!(text, "{} {} {address}", first.seconds(), last.seconds());
         }
         text
@@ -118,11 +123,12 @@ impl UnknownRecipients {
 
     /// How many are learned.
     pub fn learned(&self, now: Timestamp) -> usize {
-        self.0.values().filter(|times| times.is_learned(now)).count()
+        self.0.values().filter(|unknown| unknown.is_learned(now)).count()
     }
 
     fn is_learned(&self, mailbox: &Mailbox, now: Timestamp) -> bool {
-        !self.0.is_empty() && self.0.get(&key(mailbox)).is_some_and(|times| times.is_learned(now))
+        let address = mailbox.canonical().to_string();
+        self.0.get(&key(&address)).is_some_and(|unknown| unknown.address == address && unknown.is_learned(now))
     }
 }
 
@@ -133,20 +139,23 @@ pub struct Learning {
     begun: Timestamp,
     /// `None`: the file was not read yet.
     recipients: Option<UnknownRecipients>,
+    /// Keys of recipients that the session has accepted: it teaches nothing of them, because a rejection that was postponed may
+    /// have come before.
+    accepted: HashSet<String>,
     changed: bool,
 }
 
 impl Learning {
     /// `path`: the file of the account.
     pub fn new(path: PathBuf, begun: Timestamp) -> Learning {
-        Learning { path, begun, recipients: None, changed: false }
+        Learning { path, begun, recipients: None, accepted: HashSet::new(), changed: false }
     }
 
-    fn recipients(&mut self) -> &mut HashMap<String, RejectionTimes> {
+    fn recipients(&mut self) -> &mut HashMap<String, UnknownRecipient> {
         let (path, begun) = (&self.path, self.begun);
         let recipients = self.recipients.get_or_insert_with(|| {
             let mut read = UnknownRecipients::read(path);
-            read.0.retain(|_, times| times.counts(begun));
+            read.0.retain(|_, unknown| unknown.counts(begun));
             read
         });
         &mut recipients.0
@@ -154,7 +163,11 @@ impl Learning {
 
     /// The customer's server has a recipient.
     pub fn accepted(&mut self, mailbox: &Mailbox) {
-        self.changed |= self.recipients().remove(&key(mailbox)).is_some();
+        let key = key(&mailbox.canonical().to_string());
+        self.changed |= self.recipients().remove(&key).is_some();
+        if self.accepted.len() < RECIPIENTS_LIMIT {
+            self.accepted.insert(key);
+        }
     }
 
     /// The customer's server does not know a recipient: 5.1.1. Returns whether it is learned by that.
@@ -163,15 +176,22 @@ impl Learning {
         if mailbox.local().eq_ignore_ascii_case("postmaster") || !self.begun.is_possible(self.begun) {
             return false;
         }
-        let (key, begun) = (key(mailbox), self.begun);
-        let recipients = self.recipients();
-        let is_full = recipients.len() >= 2 * RECIPIENTS_LIMIT && !recipients.contains_key(&key);
-        if is_full || !is_plain(&key) {
+        let address = mailbox.canonical().to_string();
+        let (key, begun) = (key(&address), self.begun);
+        // Of more recipients nobody knows whether they were accepted.
+        if self.accepted.len() >= RECIPIENTS_LIMIT || self.accepted.contains(&key) || !is_plain(&address) {
             return false;
         }
-        let times = recipients.entry(key).or_insert(RejectionTimes { first: begun, last: begun });
-        let before = std::mem::replace(times, RejectionTimes { first: times.first.min(begun), last: begun });
-        let learned = times.is_learned(begun) && !before.is_learned(begun);
+        let recipients = self.recipients();
+        let before = recipients.get(&key).filter(|unknown| unknown.address == address);
+        if before.is_none() && recipients.len() >= 2 * RECIPIENTS_LIMIT {
+            return false;
+        }
+        let was_learned = before.is_some_and(|unknown| unknown.is_learned(begun));
+        let first = before.map_or(begun, |unknown| unknown.first);
+        let unknown = UnknownRecipient { address, first, last: begun };
+        let learned = unknown.is_learned(begun) && !was_learned;
+        recipients.insert(key, unknown);
         self.changed = true;
         learned
     }
@@ -245,15 +265,15 @@ mod tests {
         let cache = UnknownCache::default();
         let learned = |address: &str, at| cache.is_learned(&path, &mailbox(address), time(at));
         call(&path, 0, "Bob@example.org", 2);
-        assert!(!learned("bob@example.org", 7200));
-        call(&path, 3599, "bob@example.org", 1);
-        assert!(!learned("bob@example.org", 7200));
-        call(&path, 3600, "bob@example.org", 1);
-        assert!(learned("BOB@Example.org", 3600) && learned("\"bob\"@example.org", 3600));
+        assert!(!learned("Bob@example.org", 7200));
+        call(&path, 3599, "Bob@example.org", 1);
+        assert!(!learned("Bob@example.org", 7200));
+        call(&path, 3600, "Bob@example.org", 1);
+        assert!(learned("Bob@EXAMPLE.org", 3600) && learned("\"Bob\"@example.org", 3600));
         assert!(!learned("alice@example.org", 3600) && !learned("bob@example.com", 3600));
-        assert!(learned("bob@example.org", 3600 + 86_399) && !learned("bob@example.org", 3600 + 86_400));
+        assert!(learned("Bob@example.org", 3600 + 86_399) && !learned("Bob@example.org", 3600 + 86_400));
         call(&path, 4000, "boB@example.org", 0);
-        assert!(!learned("bob@example.org", 4000));
+        assert!(!learned("Bob@example.org", 4000));
         for at in [0, 4000] {
             call(&path, at, "PostMaster@example.org", 1);
         }
@@ -265,6 +285,44 @@ mod tests {
         call(&path, 93_600, "carol@example.org", 1);
         assert!(learned("carol@example.org", 93_600));
         assert_eq!(UnknownRecipients::read(&path).learned(time(93_600)), 1);
+    }
+
+    /// RFC 5321 section 2.4: BOB and bob may be two mailboxes. A stranger who writes to one must not have the other rejected.
+    #[test]
+    fn a_rejection_is_about_the_recipient_as_it_was_spelled() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("unknown-acme");
+        let cache = UnknownCache::default();
+        let learned = |address: &str| cache.is_learned(&path, &mailbox(address), time(7200));
+        // KELVIN SIGN: Unicode's small letter for it is `k`.
+        for (unknown, exists) in [("BOB@example.org", "bob@example.org"), ("\u{212a}ate@example.org", "kate@example.org")] {
+            [0, 3600].iter().for_each(|at| call(&path, *at, unknown, 1));
+            assert!(learned(unknown) && !learned(exists), "{exists}");
+        }
+        assert!(learned("\"BOB\"@Example.ORG"));
+        // But a server that knows one spelling may know all.
+        call(&path, 3700, "Bob@example.org", 0);
+        assert!(!learned("BOB@example.org"));
+        // Two spellings, once each.
+        call(&path, 3800, "carol@example.org", 1);
+        call(&path, 7400, "Carol@example.org", 1);
+        assert!(!learned("carol@example.org") && !learned("Carol@example.org"));
+    }
+
+    /// A rejection that was postponed is settled after what came later.
+    #[test]
+    fn a_session_that_has_accepted_a_recipient_teaches_nothing_of_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("unknown-acme");
+        let bob = mailbox("bob@example.org");
+        for at in [0, 3600] {
+            let mut learning = Learning::new(path.clone(), time(at));
+            learning.accepted(&bob);
+            assert!(!learning.rejected(&bob));
+            learning.write("acme");
+        }
+        call(&path, 7200, "bob@example.org", 1);
+        assert!(!UnknownCache::default().is_learned(&path, &bob, time(7200)));
     }
 
     #[test]

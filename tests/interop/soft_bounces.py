@@ -196,7 +196,7 @@ def recipients_learned(box):
     """`recipients = "learn"`: two calls an hour apart, then 550 at each door and in each process; forgotten after a day and at a 250"""
     place = Place(box, 'recipients = "learn"')
     rcpt = lambda address: "550 5.1.1 no such user" if address.lower().startswith("bob") else None  # noqa: E731
-    everything = ("alice@example.org", "Bob@example.org")
+    everything = ("alice@example.org", "bob@Example.org")
     for offset, expected in ((0, "250"), (59 * 60, "250"), (2 * HOUR, "550 5.1.1")):
         place.clock.set(offset)
         place.send(*everything)
@@ -209,7 +209,7 @@ def recipients_learned(box):
         client.log_in("beta")
         client.want("250", "MAIL FROM:<eve@example.edu>")
         client.want("550 5.1.1", "RCPT TO:<bob@example.org>")
-    lines = f"HELO w.example\r\nMAIL FROM:<{SENDER}>\r\nRCPT TO:<BOB@example.org>\r\nQUIT\r\n"
+    lines = f"HELO w.example\r\nMAIL FROM:<{SENDER}>\r\nRCPT TO:<bob@EXAMPLE.org>\r\nQUIT\r\n"
     done = place.clock.run("serve", "-c", place.provider.config, "--inetd", "inbound", input=lines)
     check("550 5.1.1" in done.stdout, f"inetd: {done.stdout}")
     # A restart knows it too, until a day after the last rejection.
