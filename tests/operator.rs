@@ -571,7 +571,7 @@ fn what_is_left_over_in_a_spool_is_removed() {
             "domains/mail.example/new",
             "domains/example.org/tmp/1.left",
             ".odmr/call-gone",
-            ".odmr/unknown-acme",
+            ".odmr/unknown-gone",
             ".odmr/.call-x.1.1",
         ] {
             let name = format!("spool/{name}");
@@ -591,7 +591,7 @@ fn what_is_left_over_in_a_spool_is_removed() {
         for name in ["outgoing/w.example", "domains/example.org/tmp/1.left", ".odmr/.call-x.1.1"] {
             assert!(!place.path(&format!("spool/{name}")).exists(), "{name}");
         }
-        for name in ["domains/gone.example", ".odmr/call-gone", ".odmr/unknown-acme"] {
+        for name in ["domains/gone.example", ".odmr/call-gone", ".odmr/unknown-gone"] {
             assert_eq!(place.path(&format!("spool/{name}")).exists(), skipped, "{name}");
         }
         let text = place.run(1, &["check"]);

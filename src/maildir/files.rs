@@ -195,7 +195,7 @@ fn same_file(one: &Path, other: &Path) -> bool {
 }
 
 /// Removes a file; a file that is already gone is not an error.
-pub(super) fn remove_if_there(path: &Path) -> io::Result<()> {
+pub fn remove_if_there(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(with_path(path, error)),
         _ => Ok(()),

@@ -32,7 +32,9 @@ use std::time::{Duration, SystemTime};
 use rustix::io::Errno;
 
 pub use entry::{AttemptRecord, EndedSessions, Entry};
-pub use files::{FileId, prepare_directory, replace_file, replace_file_durably, with_path, write_remedy};
+pub use files::{
+    FileId, prepare_directory, remove_if_there, replace_file, replace_file_durably, with_path, write_remedy,
+};
 use files::{list, make_directories, make_directory, move_file, sync_directory, sync_names};
 use quota::QuotaCheck;
 pub use quota::Usage;

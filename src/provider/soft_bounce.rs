@@ -123,17 +123,13 @@ impl SoftBounces {
         Some(message.since(self.time))
     }
 
-    /// Whether a 5.1.1 for a recipient of this domain is about that recipient: others are accepted, or each rejection is one.
-    pub fn is_about_recipient(&self, domain: &Domain) -> bool {
-        self.time.is_zero() || self.is_accepting(domain)
-    }
-
     /// The domains with messages that were rejected and deferred: how many, and the first reply.
     pub fn deferred(&self) -> impl Iterator<Item = (&Domain, u64, &str)> {
         self.deferred.iter().map(|(domain, (messages, reply))| (domain, *messages, reply.as_str()))
     }
 
-    fn is_accepting(&self, domain: &Domain) -> bool {
+    /// Whether the customer has accepted a recipient of this domain: a 5.1.1 for another one is about that recipient.
+    pub fn is_accepting(&self, domain: &Domain) -> bool {
         self.accepting.contains(domain)
     }
 
@@ -235,7 +231,7 @@ mod tests {
         soft.defer(message, &mut mixed);
         let expected = ["sent", "rejected", "deferred", "deferred", "rejected", "in-doubt", "rejected"];
         assert_eq!(words(&mixed), expected);
-        assert!(soft.is_about_recipient(&domain) && !soft.is_about_recipient(&other));
+        assert!(soft.is_accepting(&domain) && !soft.is_accepting(&other));
         let mut unknown = result(&["550 5.1.1 no"]);
         assert_eq!(soft.defer(Rejected { domain: &other, ..message }, &mut unknown), Some(message.now));
         let deferred: Vec<_> = soft.deferred().map(|(domain, messages, _)| (domain.as_str(), messages)).collect();

@@ -24,7 +24,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::Access;
 
 use super::quota::Quotas;
-use crate::config::{Accounts, HeldConfig, Knowledge, KnownRecipients, ProviderConfig};
+use crate::config::{Accounts, HeldConfig, Knowledge, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
 use crate::maildir::{self, Maildir, MessageWriter, USAGE_FILE, Usage, log_sweep_failed, replace_file, with_path};
@@ -292,12 +292,8 @@ impl Spool {
                 }
             }
             let is_gone = |account: &str| self.accounts.account(account).is_none();
-            let learns = |account: &str| self.held_config(account).recipients == KnownRecipients::Learn;
-            let is_left = |name: &str| {
-                let has_no_use = |account: &str| is_gone(account) || !learns(account);
-                ["call-", USAGE_FILE].iter().any(|start| name.strip_prefix(start).is_some_and(is_gone))
-                    || name.strip_prefix(UNKNOWN_RECIPIENTS).is_some_and(has_no_use)
-            };
+            let starts = ["call-", USAGE_FILE, UNKNOWN_RECIPIENTS];
+            let is_left = |name: &str| starts.iter().any(|start| name.strip_prefix(start).is_some_and(is_gone));
             maildir::sweep_state_files(&self.root, &|name| self.accounts.skipped().is_empty() && is_left(name))
         });
     }

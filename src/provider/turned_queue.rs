@@ -10,7 +10,7 @@ use std::time::Instant;
 use super::soft_bounce::{Rejected, SoftBounces};
 use super::storage::LaneWork;
 use super::turn_settings::TurnSettings;
-use super::unknown::Learning;
+use super::unknown::{self, Learning};
 use crate::clock::Timestamp;
 use crate::config::KnownRecipients;
 use crate::mail::address::{Domain, Mailbox};
@@ -315,14 +315,14 @@ impl TurnedQueue {
     /// Learns which recipients the customer's server knows. A rejection that may be a mistake of its side teaches nothing.
     fn learn(&mut self, recipients: Vec<Mailbox>, domain: &Domain, result: &DeliveryResult) {
         let Some(learning) = &mut self.learning else { return };
-        // A reply to MAIL, or to the content of all recipients, need not be about a recipient.
+        // A reply to MAIL, or to DATA or the content of all recipients, need not be about a recipient.
         let at_rcpt = match result.decided_by {
             DecidedBy::PeerAtMail => false,
-            DecidedBy::PeerAtContent => result.recipients.iter().any(RecipientStatus::is_sent),
+            DecidedBy::PeerAtData | DecidedBy::PeerAtContent => result.recipients.iter().any(RecipientStatus::is_sent),
             _ => true,
         };
         let is_unknown = |reply: &Reply| reply.is_from_peer() && reply.enhanced() == Some("5.1.1");
-        let teaches = at_rcpt && self.soft_bounces.is_about_recipient(domain);
+        let teaches = at_rcpt && self.soft_bounces.is_accepting(domain);
         for (mailbox, status) in recipients.iter().zip(&result.recipients) {
             match status {
                 RecipientStatus::Sent(_) => learning.accepted(mailbox),
@@ -378,7 +378,10 @@ impl TurnedQueue {
         record.counts = counts.into_iter().map(|(key, count)| (key.to_owned(), count as u64)).collect();
         record.counts.push(("octets".to_owned(), octets));
         // Before the lock is released: the next session reads it.
-        self.learning.take().into_iter().for_each(|learning| learning.write(&self.account));
+        match self.learning.take() {
+            Some(learning) => learning.write(&self.account),
+            None => unknown::forget(&self.settings.spool.unknown_recipients(&self.account), &self.account),
+        }
         drop(mail);
         report(QueueReport::Released);
         log::info!(

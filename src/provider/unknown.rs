@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::clock::Timestamp;
 use crate::file_stamp::FileStamp;
 use crate::mail::address::Mailbox;
-use crate::maildir::{replace_file, with_path};
+use crate::maildir::{remove_if_there, replace_file, with_path};
 use crate::net::trace::quoted;
 
 /// Seconds from the first to the last rejection of a recipient that is learned, at least.
@@ -198,11 +198,21 @@ impl Learning {
 
     /// Writes the file, if something has changed. A failure is logged.
     pub fn write(self, account: &str) {
-        if let Some(recipients) = self.recipients.filter(|_| self.changed)
-            && let Err(error) = replace_file(&self.path, &recipients.text())
-        {
-            log::warn!("event=learned-not-recorded account={account} error={}", quoted(error));
+        if let Some(recipients) = self.recipients.filter(|_| self.changed) {
+            log_not_recorded(replace_file(&self.path, &recipients.text()), account);
         }
+    }
+}
+
+/// Removes the file of an account that does not learn: what the customer accepts would not be forgotten, and be rejected if the
+/// account learned again. A failure is logged.
+pub fn forget(path: &Path, account: &str) {
+    log_not_recorded(remove_if_there(path), account);
+}
+
+fn log_not_recorded(recorded: io::Result<()>, account: &str) {
+    if let Err(error) = recorded {
+        log::warn!("event=learned-not-recorded account={account} error={}", quoted(error));
     }
 }
 
@@ -219,14 +229,16 @@ impl UnknownCache {
     }
 
     fn recipients(&self, path: &Path, stamp: FileStamp) -> Arc<UnknownRecipients> {
-        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, recipients)) = files.get(path).filter(|(read, _)| *read == stamp) {
+        let files = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, recipients)) = files().get(path).filter(|(read, _)| *read == stamp) {
             return recipients.clone();
         }
+        // Without the lock: others need not wait for this file.
+        let recipients = Arc::new(UnknownRecipients::read(path));
+        let mut files = files();
         if files.len() >= ACCOUNTS_LIMIT {
             files.clear();
         }
-        let recipients = Arc::new(UnknownRecipients::read(path));
         files.insert(path.to_owned(), (stamp, recipients.clone()));
         recipients
     }
@@ -295,7 +307,9 @@ mod tests {
         let cache = UnknownCache::default();
         let learned = |address: &str| cache.is_learned(&path, &mailbox(address), time(7200));
         // KELVIN SIGN: Unicode's small letter for it is `k`.
-        for (unknown, exists) in [("BOB@example.org", "bob@example.org"), ("\u{212a}ate@example.org", "kate@example.org")] {
+        for (unknown, exists) in
+            [("BOB@example.org", "bob@example.org"), ("\u{212a}ate@example.org", "kate@example.org")]
+        {
             [0, 3600].iter().for_each(|at| call(&path, *at, unknown, 1));
             assert!(learned(unknown) && !learned(exists), "{exists}");
         }

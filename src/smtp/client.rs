@@ -935,6 +935,7 @@ impl Client {
         let decided_by = match (&transaction.mail, transaction.content_sent && transaction.chunk.is_none()) {
             (Some(_), _) => DecidedBy::PeerAtMail,
             (None, true) => DecidedBy::PeerAtContent,
+            (None, false) if last.is_some() => DecidedBy::PeerAtData,
             (None, false) => DecidedBy::Peer,
         };
         ClientStep::MessageDone(transaction.result(&accepted, decided_by))

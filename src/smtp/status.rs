@@ -216,10 +216,12 @@ impl DeliveryResult {
 /// Who decided on the recipients of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecidedBy {
-    /// The peer, with replies to RCPT, DATA or BDAT.
+    /// The peer, with replies to RCPT.
     Peer,
     /// The peer, with a negative reply to MAIL.
     PeerAtMail,
+    /// The peer, with a reply to DATA or BDAT. (Some recipients may have been rejected at RCPT.)
+    PeerAtData,
     /// The peer, with a reply to content that followed DATA. (Some recipients may have been rejected at RCPT.)
     PeerAtContent,
     /// This client, before it sent anything of the message.
