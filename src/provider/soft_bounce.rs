@@ -14,7 +14,8 @@
 //! others                               a rejection
 //! ```
 //!
-//! The time counts from the first deferral of this kind, which the name of the message's file has. It is the time that passes
+//! The time counts from the first deferral of this kind, which the name of the message's file has until the customer replies
+//! without such a rejection. It is the time that passes
 //! and not the number of calls, because a customer may call each minute.
 
 use std::collections::{BTreeMap, HashSet};
@@ -100,26 +101,31 @@ impl SoftBounces {
         !self.is_over(message) && !self.is_accepting(message.domain) && result.recipients.iter().any(about_mailbox)
     }
 
-    /// Makes deferrals of the rejections that look like a mistake of the customer's side; the replies stay. Returns when the
-    /// message was rejected first, if there is one.
+    /// Makes deferrals of the rejections that look like a mistake of the customer's side, until the time is over; the replies
+    /// stay. Returns when the message was rejected first, if there is such a rejection.
     pub fn defer(&mut self, message: Rejected<'_>, result: &mut DeliveryResult) -> Option<Timestamp> {
-        if self.is_over(message) {
+        if self.time.is_zero() {
             return None;
         }
-        let accepting = self.is_accepting(message.domain);
+        let (is_over, accepting) = (self.is_over(message), self.is_accepting(message.domain));
         let mut first = None;
         for status in &mut result.recipients {
-            let deferred = rejection(status).filter(|reply| match Cause::of(reply) {
+            let mistaken = rejection(status).filter(|reply| match Cause::of(reply) {
                 Cause::Server => true,
                 Cause::Mailbox => !accepting,
                 Cause::Mail => false,
             });
-            if let Some(reply) = deferred.cloned() {
-                *status = RecipientStatus::Deferred(reply.clone());
+            if let Some(reply) = mistaken.cloned() {
+                if !is_over {
+                    *status = RecipientStatus::Deferred(reply.clone());
+                }
                 first.get_or_insert(reply);
             }
         }
-        self.deferred.entry(message.domain.clone()).or_insert((0, first?.to_string())).0 += 1;
+        let reply = first?;
+        if !is_over {
+            self.deferred.entry(message.domain.clone()).or_insert((0, reply.to_string())).0 += 1;
+        }
         Some(message.since(self.time))
     }
 
@@ -245,8 +251,10 @@ mod tests {
         let deferred = |time: Duration, first: Option<i64>, now: i64| {
             let (first, now) = (first.map(Timestamp::from_seconds), Timestamp::from_seconds(now));
             let message = Rejected { domain: &domain, first, now };
-            let since = SoftBounces::new(time).defer(message, &mut result(&["554 5.7.1 no"]));
-            since.map(Timestamp::seconds)
+            let mut result = result(&["554 5.7.1 no"]);
+            let since = SoftBounces::new(time).defer(message, &mut result);
+            assert!(since == first || words(&result) == ["deferred"]);
+            since.map(Timestamp::seconds).filter(|_| words(&result) == ["deferred"])
         };
         for (first, now, expected) in [
             (None, seconds, Some(seconds)),

@@ -278,7 +278,11 @@ impl TurnedQueue {
         let domain = message.queue().domain.clone();
         if let Some(domain) = &domain {
             let rejected = rejected(&message, domain, self.settings.reporter.now());
-            message.first_rejected = self.soft_bounces.defer(rejected, &mut result);
+            let first_rejected = self.soft_bounces.defer(rejected, &mut result);
+            let is_of_peer = !result.decided_by.is_connection_loss() && result.decided_by != DecidedBy::Us;
+            if is_of_peer || first_rejected.is_some() {
+                message.first_rejected = first_rejected;
+            }
         }
         let mailbox = |recipient: &Recipient| recipient.mailbox.clone();
         let recipients = self.learning.as_ref().map(|_| message.envelope.recipients.iter().map(mailbox).collect());
@@ -400,7 +404,7 @@ impl TurnedQueue {
 
 /// A message of this domain, as it counts for soft bounces.
 fn rejected<'a>(message: &QueuedMessage, domain: &'a Domain, now: Timestamp) -> Rejected<'a> {
-    Rejected { domain, first: message.entry().record().first_rejected, now }
+    Rejected { domain, first: message.first_rejected, now }
 }
 
 impl LockedMail {

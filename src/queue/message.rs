@@ -79,8 +79,7 @@ pub struct QueuedMessage {
     pub eight_bit: bool,
     /// When the next attempt at deferred recipients is due; only a queue with retries uses it.
     pub next_attempt: Option<SystemTime>,
-    /// The rejection of a recipient that stays was a deferral, for the first time at this time (`soft-bounce`); `None`: what is
-    /// recorded holds.
+    /// When a rejection was a deferral first (`soft-bounce`).
     pub first_rejected: Option<Timestamp>,
     /// The sender has received a DSN about the rejected recipients, or wants none; or nothing is to be kept for them.
     pub rejections_reported: bool,
@@ -146,7 +145,7 @@ impl QueuedMessage {
             Err(reason) => return Ok(Opened::NotMail(reason)),
         };
         let QueuedEnvelope { id, arrived: stated, envelope } = parsed.envelope;
-        let first_seen = entry.record().first_seen;
+        let AttemptRecord { first_seen, first_rejected, .. } = entry.record();
         let unseen = retry::arrival(stated, first_seen, now).is_none() && now.is_possible(now);
         let arrived = retry::arrival_or_now(stated, first_seen, now);
         let (content, wire_size) = (parsed.octets as u64, entry.wire_size().filter(|_| parsed.ours));
@@ -171,7 +170,7 @@ impl QueuedMessage {
             left_out: false,
             size: 0,
             next_attempt: None,
-            first_rejected: None,
+            first_rejected,
             rejections_reported: false,
         };
         message.rewind().map_err(failed)?;
@@ -473,7 +472,7 @@ impl QueuedMessage {
         let (waits, first_rejected) = (self.waits(), self.first_rejected);
         self.rename(in_doubt.then_some(IN_DOUBT), |record| {
             count_attempt(record, now);
-            record.first_rejected = first_rejected.or(record.first_rejected);
+            record.first_rejected = first_rejected;
             record.last_reply = last_reply.or(record.last_reply.take());
             record.ended = result.ended_session().then(|| ended_once_more(record.ended, waits, now));
         })

@@ -94,7 +94,7 @@ class Place:
     def dsns(self):
         """To whom DSNs are on their way: the recipients that they are about."""
         found = []
-        for file in self.provider.spool.glob("outgoing/@all/new/*"):
+        for file in self.provider.spool.glob("outgoing/@all/[nc]*/*"):
             found += re.findall(r"(?m)^Final-Recipient: rfc822; (\S+)$", file.read_text())
         return sorted(found)
 
@@ -157,6 +157,29 @@ def soft_bounce_is_over(box):
     check(place.waiting() == 1, f"{place.waiting()} wait")
     check(place.dsns() == ["alice@example.org", "bob@example.org", "carol@example.com"], f"DSNs about {place.dsns()}")
     return "three recipients in two DSNs"
+
+
+@scenario("soft-bounce-of-others")
+def soft_bounce_of_others(box):
+    """Of two recipients one is rejected until it bounces, the other's mailbox is full: its first rejection later is a deferral"""
+    place = Place(box)
+    place.send("alice@example.org", "bob@example.org")
+    full, no = "450 4.2.2 full", "550 5.7.1 no"
+    for offset, bob, dsns, warned in (
+        (HOUR, full, [], True),
+        (50 * HOUR, full, ["alice@example.org"], True),
+        # Nothing is rejected now: no person need look after that server.
+        (51 * HOUR, full, ["alice@example.org"], False),
+        (52 * HOUR, no, ["alice@example.org"], True),
+        (99 * HOUR, no, ["alice@example.org"], True),
+        # The DSN about the other one has expired by now.
+        (101 * HOUR, no, ["alice@example.org", "bob@example.org"], False),
+    ):
+        place.clock.set(offset)
+        place.call(rcpt=lambda address: bob if address.startswith("bob") else no)
+        check(place.dsns() == dsns, f"after {offset} s: DSNs about {place.dsns()}")
+        check(("rejected by its server" in place.warned()) == warned, f"after {offset} s: {place.warned()!r}")
+    return "three days for the other one"
 
 
 @scenario("unknown-among-known")

@@ -486,3 +486,60 @@ def storage_domains(box):
     facts = f"ATRN without mail {none * 1000:.0f} ms, with mail in all domains {reply * 1000:.0f} ms"
     check(none < 0.5 and reply < 0.5, facts)
     return facts
+
+
+class RejectsAllButOne(Rejecting):
+    """Rejects each recipient but one, which it accepts at last."""
+
+    def until(self, mark):
+        while (line := Server.until(self, mark)) is not None and line[:4].upper() == b"RCPT" and b"<known@" not in line:
+            self.say("550 5.1.1 no such user")
+        return line
+
+
+def drop_from(provider, sender, domain, name, *recipients):
+    """The same as `drop`, from a sender of its own."""
+    drop(provider, domain, 0, name)
+    to = "".join(f"Delivered-To: {recipient}@{domain}\n" for recipient in recipients)
+    file = provider.spool / "domains" / domain / "new" / name
+    file.write_text(f"Return-Path: <{sender}>\n{to}\nSubject: x\n\nHello.\n")
+
+
+def addresses(field, files):
+    """The addresses in this field of the files in `new` and `cur`."""
+    texts = (file.read_text() for file in files if file.parent.name in ("new", "cur"))
+    return sorted(re.search(rf"(?m)^{field}: <?([^>\s]+)", text).group(1) for text in texts)
+
+
+@scenario("storage-postponed", needs=("cc",))
+def storage_postponed(box):
+    """fsync takes 20 ms, and four customers reject 1,100 messages and then accept one: 4,000 DSNs delay nobody, SIGKILL loses none"""
+    bad = [f"bad{number}" for number in range(4)]
+    customers = {name: [f"{name}.example"] for name in (*bad, "good")}
+    provider = Provider(box, require_tls=False, customers=customers)
+    start_with_shim(box, provider, SLOW_FSYNC="20000")
+    senders = {name: [f"a@s{number}.{name}.example" for number in range(1101)] for name in bad}
+    for name in bad:
+        for number, sender in enumerate(senders[name]):
+            to = ["known", "unknown"] if number == 1100 else ["unknown"]
+            drop_from(provider, sender, f"{name}.example", f"17673230{number:05}.{name}.local", *to)
+    servers = [turned(box, provider, name, RejectsAllButOne) for name in bad]
+    wait_until(lambda: all(server.letters for server in servers), "the messages that are accepted", seconds=120)
+    fill(provider, "good.example", MESSAGES)
+    beside, letters = fetch(provider, "good")
+    check(len(letters) == MESSAGES and beside < 2, f"{len(letters)} messages in {beside:.1f} s")
+    # They have replied to QUIT, and their mail is locked until the last DSN is stored.
+    with Smtp(provider.odmr) as line:
+        line.hello()
+        line.log_in("bad0")
+        line.want("450", "ATRN")
+    wait_until(lambda: len(events(provider.log(), "dsn-sent")) >= 100, "DSNs", seconds=60)
+    provider.process.kill()
+    provider.process.wait()
+    held = addresses("Return-Path", provider.spool.glob("domains/bad*/*/*"))
+    check(not any("s1100." in sender for sender in held), "the message that was accepted is offered again")
+    told = addresses("To", provider.spool.glob("outgoing/@all/*/*"))
+    check(len(told) == len(set(told)), "two DSNs for one message")
+    lost = {sender for name in bad for sender in senders[name]} - set(held) - set(told)
+    check(not lost, f"{len(lost)} lost: {sorted(lost)[:5]}")
+    return f"beside them {MESSAGES} messages in {beside * 1000:.0f} ms; {len(told)} DSNs before SIGKILL"
