@@ -16,7 +16,7 @@ pub struct HeldConfig {
     /// The sender of a message of this age gets a DSN about the delay, unless the customer has called since it has arrived.
     /// `None`, the default: never.
     pub delay_warning: Option<Duration>,
-    /// A rejection that looks like a mistake of the customer's side is a deferral for so long; zero: never. Default: 2 days.
+    /// A rejection that looks like a mistake of the customer's side is a deferral for so long; zero, the default: never.
     pub soft_bounce: Duration,
     /// The recipients that mail is accepted for; it is rejected for others.
     pub recipients: KnownRecipients,
@@ -62,7 +62,7 @@ impl Default for HeldConfig {
         HeldConfig {
             expire_after: Some(14 * DAY),
             delay_warning: None,
-            soft_bounce: 2 * DAY,
+            soft_bounce: Duration::ZERO,
             recipients: KnownRecipients::default(),
             max_bytes: None,
             max_messages: None,

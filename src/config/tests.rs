@@ -362,12 +362,12 @@ fn what_a_file_says_of_held_mail_is_read() {
         provider.accounts.account("acme").unwrap().held.clone()
     };
     assert_eq!(held(""), HeldConfig::default());
-    let text = "expire-after = \"90d\"\ndelay-warning = \"4h\"\nsoft-bounce = \"0s\"\nrecipients = \"learn\"\nmax-bytes = \"1MiB\"\nmax-messages = 1\n\
+    let text = "expire-after = \"90d\"\ndelay-warning = \"4h\"\nsoft-bounce = \"2d\"\nrecipients = \"learn\"\nmax-bytes = \"1MiB\"\nmax-messages = 1\n\
                 over-quota = \"reject\"\nmessages-per-turn = 0\noctets-per-turn = 0\nturn = \"5m\"\nmin-interval = \"1m\"\n";
     let all = HeldConfig {
         expire_after: Some(90 * DAY),
         delay_warning: Some(4 * HOUR),
-        soft_bounce: Duration::ZERO,
+        soft_bounce: 2 * DAY,
         recipients: KnownRecipients::Learn,
         max_bytes: Some(1 << 20),
         max_messages: Some(1),

@@ -395,7 +395,7 @@ def signalled(process):
 @scenario("hop-refuses")
 def hop_refuses(box):
     """a letter over the hop's SIZE, and one it refuses after the content: the provider is told, the rest comes"""
-    provider = Provider(box, require_tls=False, accounts={"acme": 'soft-bounce = "0s"'}).start()
+    provider = Provider(box, require_tls=False).start()
     refusals = {BERT: ["554 5.7.1 looks like spam"]}
     hop = Hop(lmtp=False, after_content=refusals, size=2000).start(box)
     customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "{hop.address}"\n')

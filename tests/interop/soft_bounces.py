@@ -59,7 +59,7 @@ class Place:
     def __init__(self, box, lines="", **options):
         self.box, self.clock = box, Clock(box)
         # Another mechanism would end the wait.
-        accounts = {"acme": f'expire-after = "never"\n{lines}'}
+        accounts = {"acme": f'expire-after = "never"\nsoft-bounce = "2d"\n{lines}'}
         options = {"customers": {"acme": ["example.org", "example.com"], "beta": ["example.edu"]}} | options
         self.provider = Provider(box, require_tls=False, accounts=accounts, **options)
         self.provider.environment = self.clock.environment

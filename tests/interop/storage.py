@@ -73,10 +73,6 @@ def fetch(provider, customer):
         return time.monotonic() - begin, server.letters
 
 
-# Each rejection is a DSN.
-BOUNCES = 'soft-bounce = "0s"'
-
-
 class Rejecting(Server):
     """A customer that rejects each recipient."""
 
@@ -108,8 +104,7 @@ def turned(box, provider, customer, serves):
 def storage_slow(box):
     """fsync takes 20 ms, and sixteen customers reject all their mail: another one gets 200 messages as fast as alone"""
     customers = {f"bad{number}": [f"bad{number}.example"] for number in range(16)}
-    accounts = dict.fromkeys(customers, BOUNCES)
-    provider = Provider(box, require_tls=False, customers=customers | {"good": ["good.example"]}, accounts=accounts)
+    provider = Provider(box, require_tls=False, customers=customers | {"good": ["good.example"]})
     start_with_shim(box, provider, SLOW_FSYNC="20000")
 
     def good(mark):
@@ -211,7 +206,7 @@ def storage_hangs_tidy(box):
 def storage_no_thread(box):
     """The system gives one storage thread and no other: a customer that rejects its mail is served beside a busy one, and the log says it now and then"""
     customers = {"busy": ["busy.example"], "bad": ["bad.example"]}
-    provider = Provider(box, require_tls=False, customers=customers, accounts={"bad": BOUNCES}).start()
+    provider = Provider(box, require_tls=False, customers=customers).start()
     fill(provider, "busy.example", 3000)
     fill(provider, "bad.example", 20)
     begin = time.monotonic()
