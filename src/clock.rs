@@ -37,7 +37,12 @@ impl Clock {
 
 /// Returns the time since the start of the system, the same for all processes, which nobody sets.
 pub fn uptime() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // Also that for which the system was suspended, which only Linux tells.
+    #[cfg(target_os = "linux")]
+    let clock = rustix::time::ClockId::Boottime;
+    #[cfg(not(target_os = "linux"))]
+    let clock = rustix::time::ClockId::Monotonic;
+    let time = rustix::time::clock_gettime(clock);
     Duration::try_from(time).unwrap_or_default()
 }
 

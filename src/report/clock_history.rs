@@ -1,16 +1,17 @@
 //! How much time has passed, although the clock may have been set: by this the age of all mail is measured.
 //!
-//! The history has the time that was seen last, and the jumps of the clock. Between two looks any time up to 100 days counts
-//! as passed: the machine was off, or cron looks once a week only. Two kinds of steps forward do not count, for messages
-//! whose time of arrival is from the clock before the step:
+//! The history has the time that was seen last, with the time since the start of the system, and the jumps of the clock. If
+//! the system has not been started since, it tells how much time has passed. Otherwise any time up to 100 days counts as passed
+//! between two looks: the machine was off, or cron looks once a week only. Then two kinds of steps forward do not count, for
+//! messages whose time of arrival is from the clock before the step:
 //!
 //! ```text
-//! more than 100 days                                     the clock was set forward, or was behind
-//! from before the latest time ever seen to after it      the clock was set back earlier, and is right again
+//! more than 100 days                                  the clock was set forward, or was behind
+//! from before a time that it was set back from to after it    the clock was behind, and is right again
 //! ```
 //!
-//! So a clock that is set by years makes no message older. If it is set back, the jumps to later times are forgotten;
-//! a message that arrives in the future has the age zero, and the queue records when it was first seen
+//! So a clock that is set makes no message older. If it is set back, that much of the last jumps is undone, and no more: the
+//! clock may still be ahead. A message that arrives in the future has the age zero, and the queue records when it was first seen
 //! ([`queue`](crate::queue)), from which its age counts. `expire-after` is 90 days at most, so that no downtime that is
 //! shorter than that is taken for a clock that was set. Such a downtime makes mail expire later, never sooner.
 
@@ -21,14 +22,17 @@ use crate::clock::Timestamp;
 
 const DAY: i64 = 24 * 60 * 60;
 
-/// Seconds between two looks that count as passed.
+/// Seconds between two looks that count as passed, if nothing tells how much has.
 const LONGEST_STEP: i64 = 100 * DAY;
 
 /// Seconds by which the clock may be adjusted, or may have gone on unseen, without being taken for set.
 const TOLERANCE: i64 = 2 * 60 * 60;
 
-/// Jumps that are remembered: each is one of more than two hours, nearly always of years. Then the oldest is forgotten.
+/// Jumps that are remembered: each is one of more than two hours, nearly always of years. Then the smallest is forgotten.
 const JUMPS_LIMIT: usize = 16;
+
+/// Times that the clock was set back from and that are remembered; then the latest is forgotten.
+const LEFT_LIMIT: usize = 16;
 
 /// The clock was set forward, between the looks at these two times.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -49,13 +53,33 @@ impl ClockJump {
     }
 }
 
+/// What a system has that does not tell which of its starts this is: only one process knows that it is the same.
+const UNKNOWN_BOOT: &str = "-";
+
+/// How long the system has run.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Uptime {
+    /// Which start of the system it counts from.
+    pub boot: String,
+    pub seconds: i64,
+}
+
+impl Uptime {
+    /// Seconds since an earlier look. `None`: the system was started again.
+    fn since(&self, before: &Uptime) -> Option<i64> {
+        (self.boot == before.boot).then(|| self.seconds - before.seconds).filter(|passed| *passed >= 0)
+    }
+}
+
 /// What is known of the clock.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClockHistory {
     /// The time that was seen last.
     pub seen: Timestamp,
-    /// The latest time that was ever seen.
-    latest: Timestamp,
+    /// How long the system had run then; `None`: that is not known.
+    uptime: Option<Uptime>,
+    /// What the clocks would be now that it was set back from, if that is in the future. In order.
+    left: Vec<Timestamp>,
     /// In order.
     jumps: Vec<ClockJump>,
 }
@@ -72,26 +96,71 @@ pub enum ClockStep {
 impl ClockHistory {
     /// A history that begins at this time.
     pub fn new(seen: Timestamp) -> ClockHistory {
-        ClockHistory { seen, latest: seen, jumps: Vec::new() }
+        ClockHistory { seen, uptime: None, left: Vec::new(), jumps: Vec::new() }
     }
 
-    /// Looks at the clock.
-    pub fn look(&mut self, now: Timestamp) -> ClockStep {
+    /// Looks at the clock. `uptime`: how long the system has run; `None`: that is not known.
+    pub fn look(&mut self, now: Timestamp, uptime: Option<Uptime>) -> ClockStep {
         let (before, step) = (self.seen, now.seconds() - self.seen.seconds());
-        let was_back = self.latest.seconds() - before.seconds() > TOLERANCE && now >= self.latest;
-        self.seen = now;
-        self.latest = self.latest.max(now);
-        if step < 0 {
-            // Nothing has a time of arrival from there, or it is in the future.
-            self.jumps.retain(|jump| jump.after <= now);
+        let known = uptime.as_ref().zip(self.uptime.as_ref()).and_then(|(now, before)| now.since(before));
+        let was_back = |left: &Timestamp| left.seconds() - before.seconds() > TOLERANCE && now >= *left;
+        let is_jump = step > LONGEST_STEP || step > TOLERANCE && self.left.iter().any(was_back);
+        let passed = known.unwrap_or(if is_jump { 0 } else { step.max(0) });
+        (self.seen, self.uptime) = (now, uptime);
+        let later = |time: Timestamp| Timestamp::from_seconds(time.seconds().saturating_add(passed));
+        let (expected, set) = (later(before), step - passed);
+        self.left.iter_mut().for_each(|left| *left = later(*left));
+        if set > TOLERANCE {
+            // It may have been set to a time beyond the one that it was set back from.
+            let beyond = if known.is_some() { TOLERANCE } else { LONGEST_STEP };
+            self.set_forward(expected, now, beyond);
+        } else if set < -TOLERANCE {
+            self.set_back(expected, -set);
         }
-        if step > LONGEST_STEP || step > TOLERANCE && was_back {
-            self.jumps.push(ClockJump { before, after: now });
-            let more = self.jumps.len().saturating_sub(JUMPS_LIMIT);
-            self.jumps.drain(..more);
-            return ClockStep::SetFrom(before);
+        self.left.retain(|left| *left > now);
+        self.left.sort_unstable();
+        self.left.truncate(LEFT_LIMIT);
+        if set.abs() > TOLERANCE { ClockStep::SetFrom(before) } else { ClockStep::Passed }
+    }
+
+    /// Adds the jumps to `now`: to each of the clocks that were left, as messages may be from each of them, and from the last
+    /// one, if that is more than `beyond` seconds.
+    fn set_forward(&mut self, mut before: Timestamp, now: Timestamp, beyond: i64) {
+        let first = self.jumps.len();
+        for left in self.left.iter().filter(|left| **left <= now) {
+            let jump = ClockJump { before, after: *left };
+            if jump.seconds() > TOLERANCE {
+                self.jumps.push(jump);
+                before = *left;
+            }
         }
-        if step < -TOLERANCE { ClockStep::SetFrom(before) } else { ClockStep::Passed }
+        let rest = ClockJump { before, after: now };
+        match self.jumps[first..].last_mut() {
+            Some(last) if rest.seconds() <= beyond => last.after = now,
+            _ => self.jumps.push(rest),
+        }
+        while self.jumps.len() > JUMPS_LIMIT {
+            let smallest = (0..self.jumps.len()).min_by_key(|at| self.jumps[*at].seconds());
+            smallest.map(|at| self.jumps.remove(at));
+        }
+    }
+
+    /// The clock was set back, from `clock`, by so many seconds: of the last jumps so much is undone. Nothing has a time of
+    /// arrival from there, or it is in the future.
+    fn set_back(&mut self, mut clock: Timestamp, mut seconds: i64) {
+        self.left.push(clock);
+        while let Some(last) = self.jumps.last_mut().filter(|_| seconds > 0) {
+            let size = last.seconds();
+            if size - seconds > TOLERANCE {
+                last.after = Timestamp::from_seconds(last.after.seconds() - seconds);
+                return;
+            }
+            // The clock before the jump may be ahead of this one too.
+            clock = Timestamp::from_seconds(clock.seconds() - size);
+            self.left.push(clock);
+            seconds -= size;
+            self.jumps.pop();
+        }
     }
 
     /// The age of a message at the last look, by its time of arrival; zero if that is in the future.
@@ -110,7 +179,13 @@ impl ClockHistory {
 
     /// The history as its file has it.
     pub fn text(&self) -> String {
-        let mut text = format!("seen={}\nlatest={}\n", self.seen.rfc3339(), self.latest.rfc3339());
+        let mut text = format!("seen={}\n", self.seen.rfc3339());
+        if let Some(Uptime { boot, seconds }) = self.uptime.as_ref().filter(|uptime| uptime.boot != UNKNOWN_BOOT) {
+            let _ = writeln!(text, "uptime={boot} {seconds}");
+        }
+        for left in &self.left {
+            let _ = writeln!(text, "left={}", left.rfc3339());
+        }
         for ClockJump { before, after } in &self.jumps {
             let _ = writeln!(text, "jump={} {}", before.rfc3339(), after.rfc3339());
         }
@@ -120,15 +195,23 @@ impl ClockHistory {
     /// Reads such a file. `None`: it is damaged. Jumps that cannot be are left out.
     pub fn parse(text: &str) -> Option<ClockHistory> {
         let values = |key: &'static str| text.lines().filter_map(move |line| line.strip_prefix(key)?.strip_prefix('='));
-        let time = |key| values(key).next().and_then(Timestamp::parse_rfc3339);
-        let seen = time("seen")?;
+        let seen = values("seen").next().and_then(Timestamp::parse_rfc3339)?;
+        let uptime = |value: &str| {
+            let (boot, seconds) = value.split_once(' ')?;
+            Some(Uptime { boot: boot.to_owned(), seconds: seconds.parse().ok()? })
+        };
         let jump = |value: &str| {
             let (before, after) = value.split_once(' ')?;
             Some(ClockJump { before: Timestamp::parse_rfc3339(before)?, after: Timestamp::parse_rfc3339(after)? })
         };
-        let jumps = values("jump").filter_map(jump).filter(|jump| jump.before < jump.after && jump.after <= seen);
-        let jumps = jumps.take(JUMPS_LIMIT).collect();
-        Some(ClockHistory { seen, latest: time("latest").unwrap_or(seen).max(seen), jumps })
+        // The clock may have been adjusted since.
+        let can_be = |jump: &ClockJump| jump.before < jump.after && jump.after.seconds() <= seen.seconds() + TOLERANCE;
+        Some(ClockHistory {
+            seen,
+            uptime: values("uptime").next().and_then(uptime),
+            left: values("left").filter_map(Timestamp::parse_rfc3339).take(LEFT_LIMIT).collect(),
+            jumps: values("jump").filter_map(jump).filter(can_be).take(JUMPS_LIMIT).collect(),
+        })
     }
 }
 
@@ -147,7 +230,7 @@ mod tests {
     fn looks(days: &[i64]) -> ClockHistory {
         let mut history = ClockHistory::new(day(days[0]));
         for now in &days[1..] {
-            history.look(day(*now));
+            history.look(day(*now), None);
             let read = ClockHistory::parse(&history.text());
             assert_eq!(read.as_ref(), Some(&history));
         }
@@ -158,19 +241,28 @@ mod tests {
     #[test]
     fn a_clock_that_is_set_makes_no_message_older() {
         type Row = (&'static str, &'static [i64], &'static [(i64, u64)]);
-        let rows: [Row; 12] = [
+        let rows: [Row; 16] = [
             ("the clock goes", &[0, 1, 2, 14], &[(0, 14), (13, 1), (14, 0)]),
             ("the machine was off, or cron looks seldom", &[0, 99], &[(0, 99), (-10, 109)]),
             ("set forward", &[10, 10 + YEARS], &[(0, 10), (9, 1), (10, 0), (10 + YEARS, 0)]),
             ("set forward, and two weeks later", &[10, 10 + YEARS, 24 + YEARS], &[(0, 24), (10 + YEARS, 14)]),
-            ("set forward and back", &[10, 10 + YEARS, 11], &[(0, 11), (10, 1), (10 + YEARS, 0)]),
-            ("back, which is passed again", &[10, 10 + YEARS, 11, 25], &[(0, 25), (11, 14), (10 + YEARS, 0)]),
+            // How long the clock was ahead, nobody knows.
+            ("set forward and back", &[10, 10 + YEARS, 11], &[(0, 10), (10, 0), (11, 0), (10 + YEARS, 0)]),
+            ("back, which is passed again", &[10, 10 + YEARS, 11, 25], &[(0, 24), (11, 14), (10 + YEARS, 0)]),
+            (
+                "back by less",
+                &[10, 10 + YEARS, 10 + YEARS / 2, 12 + YEARS / 2],
+                &[(0, 12), (9, 3), (12 + YEARS / 2, 0)],
+            ),
+            ("back, a month ahead", &[10, 10 + YEARS, 40], &[(0, 10), (9, 1)]),
+            ("forward, then behind by 80 days", &[10, 10 + YEARS, 11, -69, 12], &[(-69, 0), (10, 0), (0, 10)]),
+            ("the same at once", &[10, 10 + YEARS, -70, 12], &[(-70, 0), (10, 2), (0, 12)]),
             ("set back", &[10, 10 - YEARS], &[(0, 0), (9, 0), (10 - YEARS, 0)]),
             ("set back and forward", &[10, 10 - YEARS, 11], &[(0, 11), (10, 1), (10 - YEARS, 0)]),
             ("both, and two weeks later", &[10, 10 - YEARS, 11, 25], &[(0, 25), (10, 15), (10 - YEARS, 14)]),
             ("set back by a month and forward", &[40, 10, 41], &[(39, 2), (10, 0), (41, 0)]),
             ("set forward twice", &[0, YEARS, 1 + YEARS, 1 + 2 * YEARS], &[(0, 1), (YEARS, 1), (1 + 2 * YEARS, 0)]),
-            ("set forward while it was off, and back", &[0, YEARS, 3, 4], &[(0, 4), (3, 1), (YEARS, 0)]),
+            ("set forward while it was off, and back", &[0, YEARS, 3, 4], &[(0, 1), (3, 1), (YEARS, 0)]),
         ];
         for (what, days, messages) in rows {
             let history = looks(days);
@@ -184,7 +276,7 @@ mod tests {
     fn a_clock_without_a_battery_fills_no_file() {
         let days: Vec<_> = (0..100).flat_map(|boot| [-20_000, boot]).collect();
         let history = looks(&days);
-        assert!(history.text().lines().count() <= 3, "{}", history.text());
+        assert!(history.text().lines().count() <= 2, "{}", history.text());
         assert_eq!(history.age(day(90)).as_secs() / 86_400, 9);
         let days: Vec<_> = (0..100).map(|jump| jump * 101).collect();
         assert_eq!(looks(&days).jumps.len(), JUMPS_LIMIT);
@@ -203,7 +295,75 @@ mod tests {
             (day(191), ClockStep::Passed),
             (day(202), ClockStep::SetFrom(day(191))),
         ] {
-            assert_eq!(history.look(now), step, "{now:?}");
+            assert_eq!(history.look(now, None), step, "{now:?}");
+        }
+    }
+
+    /// While the system runs, its uptime tells how much time has passed, to other processes too.
+    #[test]
+    fn a_system_that_runs_knows_how_much_time_has_passed() {
+        let uptime = |boot: &str, days: i64| Some(Uptime { boot: boot.to_owned(), seconds: days * DAY });
+        let mut history = ClockHistory::new(day(0));
+        for (now, boot, up, ages) in [
+            (10, "a", 0, [(0, 10), (9, 1)]),
+            // Set forward by a month, back by less, and right.
+            (41, "a", 1, [(0, 11), (40, 1)]),
+            (32, "a", 2, [(0, 12), (10, 2)]),
+            (13, "a", 3, [(0, 13), (10, 3)]),
+            // Behind by a month, right.
+            (-16, "a", 4, [(0, 0), (-17, 1)]),
+            (15, "a", 5, [(0, 15), (14, 1)]),
+            (135, "a", 125, [(0, 135), (134, 1)]),
+            // The machine was off.
+            (145, "b", 0, [(0, 145), (140, 5)]),
+            (135, "b", -5, [(0, 135), (134, 1)]),
+        ] {
+            history.look(day(now), uptime(boot, up));
+            let read = ClockHistory::parse(&history.text());
+            assert_eq!(read.as_ref(), Some(&history));
+            for (arrived, age) in ages {
+                assert_eq!(history.age(day(arrived)).as_secs() / 86_400, age, "{now}: {arrived}");
+            }
+        }
+        history.look(day(140), uptime(UNKNOWN_BOOT, 1));
+        assert!(!history.text().contains("uptime="));
+    }
+
+    /// No order of wrong clocks makes a message older than it is, if the uptime is known; otherwise only a clock that is set
+    /// forward by less than 100 days does, past no time that it was set back from.
+    #[test]
+    fn no_order_of_steps_makes_a_message_older() {
+        const WRONG: [i64; 8] = [0, 0, YEARS, 3 * 365, -YEARS, -300, 200, -2 * YEARS];
+        let mut random = 1u64;
+        let mut choose = |limit: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            i64::try_from((random >> 33) % limit).unwrap()
+        };
+        for run in 0..3000 {
+            let knows = run % 2 == 0;
+            let (mut truth, mut history, mut messages) = (0, ClockHistory::new(day(0)), Vec::new());
+            let mut steps = Vec::new();
+            let mut wrong = 0;
+            for _ in 0..12 {
+                let passed = choose(20);
+                truth += passed;
+                // The steps of less than 100 days cannot be told from time that has passed.
+                let next = WRONG[usize::try_from(choose(8)).unwrap()] + if knows { choose(60) - 30 } else { 0 };
+                wrong = if choose(2) == 0 { wrong } else { next };
+                let uptime = knows.then(|| Uptime { boot: "a".to_owned(), seconds: truth * DAY });
+                steps.push((truth, wrong));
+                history.look(day(truth + wrong), uptime);
+                for (arrived, stated) in &messages {
+                    let stated = day(*stated);
+                    let age = i64::try_from(history.age(stated).as_secs()).unwrap() / DAY;
+                    assert!(
+                        age <= truth - arrived,
+                        "{steps:?} {knows}: {arrived} {stated:?} is {age} old\n{}",
+                        history.text()
+                    );
+                }
+                messages.push((truth, truth + wrong));
+            }
         }
     }
 
