@@ -50,15 +50,16 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let sink = SpoolDsnSink { spool: spool.clone(), relay: relay::channel().handle, ids: ids.clone() };
     let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)), &watch);
     let (accounts, plan) = (&config.accounts, ExpiryPlan::default());
-    let pass = ExpiryPass { accounts, spool: &spool, reporter: &reporter, cancel: &cancel, wait: LOCK_WAIT };
+    let is_over = || cancel.is_cancelled();
+    let pass = ExpiryPass { accounts, spool: &spool, reporter: &reporter, is_over: &is_over, wait: LOCK_WAIT };
     let (mut left, mut acted) = (BTreeMap::new(), false);
     loop {
         let result = pass.run(&plan);
         // What failed is not looked at again; the others were.
         left.retain(|_, reason| *reason == LeftFor::Failure);
         left.extend(result.left.into_iter().map(|(domain, reason)| (domain.to_string(), reason)));
-        acted |= result.again;
-        if !result.again || cancel.is_cancelled() {
+        acted |= result.acted;
+        if !result.more || cancel.is_cancelled() {
             break;
         }
     }

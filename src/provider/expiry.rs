@@ -6,7 +6,7 @@
 //! pass locks the queue, if no session has it, for a few messages at a time, and gives the lock at once to a session that comes
 //! meanwhile. A domain whose disk hangs keeps one thread; `serve` starts another for the others.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,7 +16,6 @@ use crate::clock::Timestamp;
 use crate::config::{Account, Accounts};
 use crate::mail::address::Domain;
 use crate::maildir::Entry;
-use crate::net::cancel::CancelToken;
 use crate::net::trace::quoted;
 use crate::queue::{AgedMessages, LockError, QueueLock, QueueName};
 use crate::report::Reporter;
@@ -24,7 +23,7 @@ use crate::report::calls::CallRecord;
 use crate::report::held::{HeldExpiry, HeldOutcome};
 
 /// Messages of a domain that one pass looks at; then the other domains come.
-const MESSAGES_IN_PASS: usize = 2000;
+const MESSAGES_IN_PASS: usize = if cfg!(test) { 100 } else { 2000 };
 
 /// Messages that are handled before the lock is released.
 const MESSAGES_AT_ONCE: usize = 100;
@@ -34,6 +33,9 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(60 * 60);
 
 /// A domain in which a pass makes no progress for this time has a disk that hangs.
 const STUCK_AFTER: Duration = Duration::from_secs(50);
+
+/// Messages in a row for which a pass fails before it leaves their domain. One that cannot be read does not hold up the others.
+const FAILURES_LIMIT: usize = 100;
 
 /// When a domain is looked at again whose disk has failed.
 const FAILURE_INTERVAL: Duration = Duration::from_secs(5 * 60);
@@ -54,6 +56,9 @@ struct DomainPlan {
     due: Option<Timestamp>,
     /// When the domain is listed at the latest.
     look: Instant,
+    /// If the pass before has not looked at all messages: the last one that it has looked at, and when something is due for
+    /// those before.
+    rest: Option<(Entry, Option<Timestamp>)>,
     /// A pass is in this domain, and has made progress then.
     under_way: Option<Instant>,
 }
@@ -63,8 +68,8 @@ pub struct ExpiryPass<'a> {
     pub accounts: &'a Accounts,
     pub spool: &'a Spool,
     pub reporter: &'a Reporter,
-    /// Ends the pass after the message under way.
-    pub cancel: &'a CancelToken,
+    /// Whether the pass ends after the message under way: the process does, or the configuration is not valid any more.
+    pub is_over: &'a dyn Fn() -> bool,
     /// How long a session that has a queue is waited for.
     pub wait: Duration,
 }
@@ -85,8 +90,10 @@ pub enum LeftFor {
 pub struct PassResult {
     /// The domains in which it has left messages for which something is due.
     pub left: Vec<(Domain, LeftFor)>,
-    /// In others it has to look again at once: it has not looked at all of their messages.
-    pub again: bool,
+    /// It has not looked at all messages: the next pass goes on.
+    pub more: bool,
+    /// Some message has expired, or its sender was warned.
+    pub acted: bool,
 }
 
 impl LeftFor {
@@ -127,14 +134,14 @@ impl ExpiryPlan {
         let (mut plans, instant) = (self.lock(), Instant::now());
         let under_way = Some(instant);
         let look = instant + LOOK_INTERVAL;
-        let plan = DomainPlan { times: times(account), looked: now, due: None, look, under_way };
-        match plans.insert(domain.clone(), plan) {
-            Some(before) if before.under_way.is_some() => {
-                plans.insert(domain.clone(), before);
-                None
-            }
-            _ => Some(DomainUnderWay { plan: self, domain }),
+        let before = plans.get(domain);
+        if before.is_some_and(|before| before.under_way.is_some()) {
+            return None;
         }
+        let rest = before.and_then(|before| before.rest.clone());
+        let plan = DomainPlan { times: times(account), looked: now, due: None, look, rest, under_way };
+        plans.insert(domain.clone(), plan);
+        Some(DomainUnderWay { plan: self, domain })
     }
 
     /// In how many domains a pass makes no progress.
@@ -161,6 +168,13 @@ impl DomainUnderWay<'_> {
         }
     }
 
+    /// Where the pass before has ended, and when something is due for the messages before.
+    fn rest(&self) -> (Option<Entry>, Option<Timestamp>) {
+        let plans = self.plan.lock();
+        let rest = plans.get(self.domain).and_then(|plan| plan.rest.clone());
+        rest.map_or((None, None), |(last, due)| (Some(last), due))
+    }
+
     fn progress(&self) {
         self.with_plan(|plan| plan.under_way = Some(Instant::now()));
     }
@@ -172,77 +186,116 @@ impl Drop for DomainUnderWay<'_> {
     }
 }
 
+/// What a pass has found in a domain.
+#[derive(Default)]
+struct DomainResult {
+    /// When something is due next.
+    next: Option<Timestamp>,
+    /// The last message that was looked at, if it was not the last of all.
+    last: Option<Entry>,
+    left: Option<LeftFor>,
+    acted: bool,
+}
+
+impl DomainResult {
+    fn add(&mut self, due: Option<Timestamp>) {
+        self.next = self.next.into_iter().chain(due).min();
+    }
+}
+
 impl ExpiryPass<'_> {
     /// Makes the pass.
     pub fn run(&self, plan: &ExpiryPlan) -> PassResult {
         self.reporter.watch().look();
         let mut result = PassResult::default();
         for (account, domain) in plan.due(self.accounts, self.reporter.now()) {
-            if self.cancel.is_cancelled() {
+            if (self.is_over)() {
                 break;
             }
             let now = self.reporter.now();
             let Some(under_way) = plan.begin(account, domain, now) else { continue };
-            let held = HeldExpiry {
-                expire_after: account.held.expire_after,
-                delay_warning: account.held.delay_warning,
-                last_call: CallRecord::last_call(&self.spool.call_record(&account.name), now),
-            };
-            let name = self.spool.name(&SpoolQueue::Held(domain.clone()));
-            match self.expire_domain(&name, &held, &under_way) {
-                Ok((next, again)) => {
-                    // What arrives from now on.
-                    let soonest = held.shortest().map(|age| self.reporter.watch().history().when(now, age));
-                    let again_now = again.then_some(now);
-                    under_way.with_plan(|plan| plan.due = next.into_iter().chain(soonest).chain(again_now).min());
-                    result.again |= again;
+            let mut found = DomainResult::default();
+            let stopped = self.expire_domain(account, domain, &under_way, &mut found);
+            let left = stopped.err().or(found.left);
+            let more = found.last.is_some();
+            under_way.with_plan(|plan| {
+                plan.rest = found.last.map(|last| (last, found.next));
+                match left {
+                    Some(LeftFor::Failure) => plan.look = Instant::now() + FAILURE_INTERVAL,
+                    Some(_) => plan.due = Some(now),
+                    None => plan.due = if more { Some(now) } else { found.next },
                 }
-                Err(reason) => {
-                    under_way.with_plan(|plan| match reason {
-                        LeftFor::Failure => plan.look = Instant::now() + FAILURE_INTERVAL,
-                        LeftFor::Session | LeftFor::Dsns => plan.due = Some(now),
-                    });
-                    result.left.push((domain.clone(), reason));
-                }
-            }
+            });
+            result.acted |= found.acted;
+            result.more |= more && left != Some(LeftFor::Failure) && stopped != Err(LeftFor::Session);
+            result.left.extend(left.map(|reason| (domain.clone(), reason)));
         }
         result
     }
 
-    /// Does what is due in a domain. Returns when something is due next, and whether the domain must be looked at again now.
+    /// Does what is due in a domain.
     fn expire_domain(
-        &self, name: &QueueName, held: &HeldExpiry, under_way: &DomainUnderWay<'_>,
-    ) -> Result<(Option<Timestamp>, bool), LeftFor> {
+        &self, account: &Account, domain: &Domain, under_way: &DomainUnderWay<'_>, found: &mut DomainResult,
+    ) -> Result<(), LeftFor> {
+        let (name, now) = (self.spool.name(&SpoolQueue::Held(domain.clone())), self.reporter.now());
         let history = self.reporter.watch().history();
+        let last_call = || CallRecord::last_call(&self.spool.call_record(&account.name), self.reporter.now());
+        let (expire_after, delay_warning) = (account.held.expire_after, account.held.delay_warning);
+        let mut held = HeldExpiry { expire_after, delay_warning, last_call: last_call() };
+        let (after, waits) = under_way.rest();
         let due = |entry: &Entry, arrived| held.due(&history, entry, arrived);
-        let found = self.spool.queue().aged(name, MESSAGES_IN_PASS, &due);
-        let AgedMessages { due, more, mut next } = found.map_err(|error| failed(name, &error))?;
+        let listed = self.spool.queue().aged(&name, (MESSAGES_IN_PASS, after.as_ref()), &due);
+        let AgedMessages { due, more, next } = listed.map_err(|error| failed(&name, &error))?;
         under_way.progress();
-        let (mut due, mut again, mut failure) = (due.into_iter().peekable(), more, None);
+        // What arrives from now on.
+        let soonest = held.shortest().map(|age| history.when(now, age));
+        [waits, next, soonest].into_iter().for_each(|due| found.add(due));
+        let (mut due, mut failures, mut suppressed) = (due.into_iter().peekable(), 0, HashSet::new());
         while due.peek().is_some() {
-            let mut lock = self.lock(name)?;
+            let mut lock = self.lock(&name)?;
+            // The customer may have called meanwhile.
+            held.last_call = last_call();
             for entry in due.by_ref().take(MESSAGES_AT_ONCE) {
-                if self.cancel.is_cancelled() || lock.takeover_requested() {
+                if (self.is_over)() || lock.takeover_requested() {
                     return Err(LeftFor::Session);
                 }
-                let message = match lock.open_message(name, entry) {
-                    Ok(None) => continue,
-                    Ok(Some(message)) => message,
-                    Err(error) => {
-                        failure = Some(failed(name, &error));
-                        continue;
-                    }
-                };
-                match self.reporter.expire_held(message, held, &mut lock) {
-                    Ok(HeldOutcome::Waits(due)) => next = next.into_iter().chain(due).min(),
-                    Ok(HeldOutcome::Expired | HeldOutcome::Warned) => again = true,
-                    Ok(HeldOutcome::TooManyDsns) => return Err(LeftFor::Dsns),
-                    Err(_) => return Err(LeftFor::Failure),
+                found.last = Some(entry.clone());
+                failures =
+                    if self.expire(&name, entry, &held, &mut lock, &mut suppressed, found) { 0 } else { failures + 1 };
+                if failures >= FAILURES_LIMIT {
+                    return Err(LeftFor::Failure);
                 }
                 under_way.progress();
             }
         }
-        failure.map_or(Ok((next, again)), Err)
+        found.last = found.last.take().filter(|_| more);
+        Ok(())
+    }
+
+    /// Does what is due for a message. Returns whether the disk permits it.
+    fn expire(
+        &self, name: &QueueName, entry: Entry, held: &HeldExpiry, lock: &mut QueueLock,
+        suppressed: &mut HashSet<(bool, String)>, found: &mut DomainResult,
+    ) -> bool {
+        let outcome = match lock.open_message(name, entry) {
+            Ok(None) => return true,
+            Ok(Some(message)) => self.reporter.expire_held(message, held, suppressed, lock).ok(),
+            Err(error) => {
+                failed(name, &error);
+                None
+            }
+        };
+        match outcome {
+            Some(HeldOutcome::Waits(due)) => found.add(due),
+            Some(HeldOutcome::Warned(due)) => {
+                found.add(due);
+                found.acted = true;
+            }
+            Some(HeldOutcome::Expired) => found.acted = true,
+            Some(HeldOutcome::TooManyDsns) => found.left = found.left.or(Some(LeftFor::Dsns)),
+            None => found.left = Some(LeftFor::Failure),
+        }
+        outcome.is_some()
     }
 
     fn lock(&self, name: &QueueName) -> Result<QueueLock, LeftFor> {

@@ -172,13 +172,15 @@ impl Reloader {
 
     /// Begins a pass over held mail by the configuration as it is now. `None`: the system has no thread.
     fn expire(&self, plan: &Arc<ExpiryPlan>, cancel: &CancelToken) -> Option<JoinHandle<()>> {
-        let (shared, plan, cancel) = (self.current(), plan.clone(), cancel.clone());
+        let (shared, plan, cancel, reloader) = (self.current(), plan.clone(), cancel.clone(), self.clone());
         let pass = move || {
+            // After a reload the next pass goes on: the account may be gone, or a mistake in `expire-after` be mended.
+            let is_over = || cancel.is_cancelled() || !Arc::ptr_eq(&shared.spool, &reloader.current().spool);
             let pass = ExpiryPass {
                 accounts: &shared.config.accounts,
                 spool: &shared.spool,
                 reporter: &shared.turn_settings.reporter,
-                cancel: &cancel,
+                is_over: &is_over,
                 wait: Duration::ZERO,
             };
             pass.run(&plan);

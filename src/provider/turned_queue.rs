@@ -386,6 +386,8 @@ impl TurnedQueue {
             Some(learning) => learning.write(&self.account),
             None => unknown::forget(&self.settings.spool.unknown_recipients(&self.account), &self.account),
         }
+        // And a pass of expiry that waits for the lock warns of no delay, as the customer has called.
+        record.write(&self.settings.spool.call_record(&self.account), &self.account);
         drop(mail);
         report(QueueReport::Released);
         log::info!(
@@ -398,7 +400,6 @@ impl TurnedQueue {
             duration.as_secs_f64(),
             quoted(reason)
         );
-        record.write(&self.settings.spool.call_record(&self.account), &self.account);
     }
 }
 

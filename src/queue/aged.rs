@@ -12,19 +12,20 @@ use crate::maildir::Entry;
 /// What a look at the names of a queue has found.
 #[derive(Default, PartialEq, Eq, Debug)]
 pub struct AgedMessages {
-    /// The messages for which something is due, those that are due first; and those whose time of arrival is impossible, so
-    /// that who opens them records that they were seen now.
+    /// The messages for which something is due, in the order of their names, which begin with the time; and those whose time
+    /// of arrival is impossible, so that who opens them records that they were seen now.
     pub due: Vec<Entry>,
-    /// There are more of them.
+    /// There are more of them, after these.
     pub more: bool,
     /// When something is due for one of the others. `None`: never.
     pub next: Option<Timestamp>,
 }
 
-/// Lists a queue. Not more than `limit` messages that are due are kept. `is_mail`: by what is known. `due`: when something is
-/// due for a message that has arrived then, as far as the name tells; `None`: never.
+/// Lists a queue. Not more than `limit` messages that are due are kept, those after `after`: for some nothing is due when they
+/// are opened, and the others must not wait for them. `is_mail`: by what is known. `due`: when something is due for a message
+/// that has arrived then, as far as the name tells; `None`: never.
 pub(super) fn list(
-    name: &QueueName, now: Timestamp, limit: usize, is_mail: &dyn Fn(&Entry) -> bool,
+    name: &QueueName, now: Timestamp, (limit, after): (usize, Option<&Entry>), is_mail: &dyn Fn(&Entry) -> bool,
     due: &dyn Fn(&Entry, Timestamp) -> Option<Timestamp>,
 ) -> io::Result<AgedMessages> {
     let (mut found, mut first) = (AgedMessages::default(), BinaryHeap::new());
@@ -35,8 +36,8 @@ pub(super) fn list(
         };
         match time {
             Some(time) if time <= now => {
-                if is_mail(&entry) {
-                    first.push((time, entry));
+                if after.is_none_or(|after| entry > *after) && is_mail(&entry) {
+                    first.push(entry);
                 }
                 if first.len() > limit {
                     first.pop();
@@ -47,7 +48,7 @@ pub(super) fn list(
         }
         Ok(())
     })?;
-    found.due = first.into_sorted_vec().into_iter().map(|(_, entry)| entry).collect();
+    found.due = first.into_sorted_vec();
     Ok(found)
 }
 

@@ -217,11 +217,12 @@ impl Queue {
     }
 
     /// The messages of a queue for which something is due by their age, by their names, without its lock: see [`AgedMessages`].
+    /// `limit`: how many of them at most, and after which.
     ///
     /// # Errors
     /// The directory cannot be read.
     pub fn aged(
-        &self, name: &QueueName, limit: usize, due: &dyn Fn(&Entry, Timestamp) -> Option<Timestamp>,
+        &self, name: &QueueName, limit: (usize, Option<&Entry>), due: &dyn Fn(&Entry, Timestamp) -> Option<Timestamp>,
     ) -> io::Result<AgedMessages> {
         aged::list(name, self.ids.clock().now(), limit, &|entry| self.notes.is_mail(&name.maildir(), entry), due)
     }

@@ -1,6 +1,7 @@
 //! Mail that is held until the next call, and may wait for one that never comes: it expires, or its sender is warned, without
 //! an attempt.
 
+use std::collections::HashSet;
 use std::io;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use super::clock_history::ClockHistory;
 use super::clock_watch::ClockWatch;
 use super::{Attempt, DsnOutcome, EXPIRED, Reporter, Via, is_dropped, long_time};
 use crate::clock::Timestamp;
+use crate::mail::address::ReversePath;
 use crate::maildir::{DELAY_REPORTED, Entry, IN_DOUBT};
 use crate::net::trace::quoted;
 use crate::queue::{QueueLock, QueuedMessage};
@@ -31,8 +33,8 @@ pub struct HeldExpiry {
 pub enum HeldOutcome {
     /// It has expired.
     Expired,
-    /// Its sender was warned.
-    Warned,
+    /// Its sender was warned. When something is due next.
+    Warned(Option<Timestamp>),
     /// Something is due at this time; `None`: never.
     Waits(Option<Timestamp>),
     /// A DSN is due, and there are too many for now.
@@ -81,12 +83,14 @@ impl Reporter {
     }
 
     /// Does what is due for a held message by its age, if anything is: it expires (RFC 5321 section 4.5.4.1), or its sender
-    /// is warned. The lock must be that of its queue.
+    /// is warned. The lock must be that of its queue. `suppressed`: the hosts to which this pass can send no more DSNs, and
+    /// whether these say that mail has expired.
     ///
     /// # Errors
     /// The disk fails, which is logged: the message stays as it was, or some DSN is sent once more.
     pub fn expire_held(
-        &self, mut message: QueuedMessage, held: &HeldExpiry, lock: &mut QueueLock,
+        &self, mut message: QueuedMessage, held: &HeldExpiry, suppressed: &mut HashSet<(bool, String)>,
+        lock: &mut QueueLock,
     ) -> io::Result<HeldOutcome> {
         let age = self.watch.age(message.arrived);
         let is_due = |limit: Option<Duration>| limit.filter(|limit| age >= *limit);
@@ -98,17 +102,24 @@ impl Reporter {
             lock.put_back(message);
             return Ok(HeldOutcome::Waits(due));
         }
+        let sender = match &message.envelope.from {
+            ReversePath::Mailbox(from) => Some((expired.is_some(), from.host().to_string())),
+            ReversePath::Null => None,
+        };
+        if sender.as_ref().is_some_and(|sender| suppressed.contains(sender)) {
+            lock.put_back(message);
+            return Ok(HeldOutcome::TooManyDsns);
+        }
         let attempt = Attempt { via: Via::Atrn, ..Attempt::in_maildir("-", "-") };
         let before = DeliveryResult::all(waits(&message, held), message.envelope.recipients.len(), DecidedBy::Us);
         let result = expired.map_or_else(|| before.clone(), |after| expire_all(&before, &message, after, held));
         let now = self.now();
-        let mut late_until = expired.is_none().then(|| held.expire_after.unwrap_or(Duration::MAX)).map(|after| {
-            let after = i64::try_from(after.as_secs()).unwrap_or(i64::MAX);
-            Timestamp::from_seconds(message.arrived.seconds().saturating_add(after))
-        });
+        let expiry = held.expire_after.map(|after| self.watch.history().when(message.arrived, after));
+        let mut late_until = expired.is_none().then(|| expiry.unwrap_or(Timestamp::from_seconds(i64::MAX)));
         let reported = self.report(&mut message, (&before, &result), &attempt, &mut late_until, now);
         let outcome = match reported {
             Ok(DsnOutcome::Suppressed) => {
+                suppressed.extend(sender);
                 lock.put_back(message);
                 return Ok(HeldOutcome::TooManyDsns);
             }
@@ -135,7 +146,7 @@ impl Reporter {
         };
         settled?;
         if expired.is_none() {
-            return Ok(HeldOutcome::Warned);
+            return Ok(HeldOutcome::Warned(expiry));
         }
         for (recipient, status) in envelope.envelope.recipients.iter().zip(&result.recipients) {
             attempt.log_as(EXPIRED, &envelope, &recipient.mailbox, status, now);

@@ -283,8 +283,7 @@ impl Reporter {
             // reports a failure, when it has recorded more important things.
             let _ = message.record_next_attempt();
             let late = retry.delay_notice.is_some_and(|delay| age > delay) && !message.is_delay_reported();
-            let give_up = i64::try_from(retry.give_up.as_secs()).unwrap_or(i64::MAX / 4);
-            late_until = late.then(|| Timestamp::from_seconds(message.arrived.seconds() + give_up));
+            late_until = late.then(|| self.watch.history().when(message.arrived, retry.give_up));
         }
         match self.report(&mut message, (&before, &result), attempt, &mut late_until, now) {
             Ok(outcome) => {

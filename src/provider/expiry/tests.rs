@@ -61,15 +61,19 @@ impl Case {
     }
 
     fn pass(&self) -> PassResult {
+        self.pass_that_waits(Duration::ZERO)
+    }
+
+    /// `wait`: for a session that has the queue.
+    fn pass_that_waits(&self, wait: Duration) -> PassResult {
         let ids = Ids::fixed();
         let config = ProviderConfig::load(&self.directory.path().join("provider.toml")).unwrap();
         let spool = Arc::new(Spool::new(&config, &ids));
         let sink = SpoolDsnSink { spool: spool.clone(), relay: relay::channel().handle, ids: ids.clone() };
         let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
         let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)), &watch);
-        let (accounts, cancel) = (&config.accounts, CancelToken::new().unwrap());
-        ExpiryPass { accounts, spool: &spool, reporter: &reporter, cancel: &cancel, wait: Duration::ZERO }
-            .run(&self.plan)
+        let accounts = &config.accounts;
+        ExpiryPass { accounts, spool: &spool, reporter: &reporter, is_over: &|| false, wait }.run(&self.plan)
     }
 
     /// The files in a directory of the spool.
@@ -312,4 +316,68 @@ fn a_message_of_a_wrong_clock_is_seen_first_now() {
         next.pass();
         assert_eq!(next.left(), (0, 0));
     }
+}
+
+/// A session that has ended while a pass waits for the lock was a call.
+#[test]
+fn nobody_is_warned_who_waits_for_a_call_that_has_just_been() {
+    let case = Case::new("delay-warning = \"2h\"");
+    case.put(3 * HOUR, "x", &format!("{FROM}{TO}"));
+    let config = ProviderConfig::load(&case.directory.path().join("provider.toml")).unwrap();
+    let spool = Spool::new(&config, &Ids::fixed());
+    let name = spool.name(&SpoolQueue::Held(Domain::parse("example.org").unwrap()));
+    let lock = spool.queue().lock_account(std::slice::from_ref(&name)).unwrap();
+    let domain = Domain::parse("example.org").unwrap();
+    std::thread::scope(|scope| {
+        let pass = scope.spawn(|| case.pass_that_waits(Duration::from_secs(60)).left);
+        while case.plan.lock().get(&domain).is_none_or(|plan| plan.under_way.is_none()) {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        case.call(0, "result=deferred");
+        drop(lock);
+        assert_eq!(pass.join().unwrap(), []);
+    });
+    assert_eq!((case.dsn().as_str(), case.left()), ("", (1, 0)));
+}
+
+/// A message whose DSN cannot be stored, or whose sender's host gets too many, does not hold up the others.
+#[test]
+fn a_message_does_not_hold_up_those_after_it() {
+    let case = Case::new("delay-warning = \"2h\"");
+    case.write(
+        "customers.d/other.toml",
+        "domains = [\"example.com\"]\nsecret = \"tanstaaftanstaaf\"\nexpire-after = \"never\"\n",
+    );
+    case.write("spool/domains/example.com", "a file where a directory should be");
+    case.put(20 * DAY, "a", &format!("Return-Path: <eve@example.com>\n{TO}"));
+    case.put(19 * DAY, "b", &format!("{FROM}{TO}"));
+    assert_eq!(case.pass().left, [(Domain::parse("example.org").unwrap(), LeftFor::Failure)]);
+    assert!(case.dsn().contains("To: <lester@dot.example>") && case.left() == (1, 0), "{}", case.dsn());
+
+    let case = Case::new("delay-warning = \"2h\"");
+    for number in 0..70 {
+        case.put(4 * HOUR, &format!("{number}"), &format!("{FROM}{TO}"));
+    }
+    case.put(3 * HOUR, "b", &format!("Return-Path: <eve@world.example>\n{TO}"));
+    assert_eq!(case.pass().left, [(Domain::parse("example.org").unwrap(), LeftFor::Dsns)]);
+    let dsns = case.files("outgoing/@all/new");
+    let text =
+        |name: &String| fs::read_to_string(case.directory.path().join("spool/outgoing/@all/new").join(name)).unwrap();
+    assert_eq!(dsns.iter().filter(|name| text(name).contains("To: <eve@world.example>")).count(), 1, "{}", dsns.len());
+}
+
+/// Files of other agents may be newer than their names; those after them expire.
+#[test]
+fn messages_that_wait_do_not_hold_up_those_after_them() {
+    let case = Case::new("");
+    for number in 0..150 {
+        let named = Clock::Fixed.now().seconds() - 20 * DAY;
+        let text = "Return-Path: <eva@world.example>\nDelivered-To: alice@example.org\nSubject: x\n\nx\n";
+        case.write(&format!("spool/domains/example.org/new/{named}.{number}.agent"), text);
+    }
+    case.put(19 * DAY, "x", &format!("{FROM}{TO}"));
+    let passes = (0..5).take_while(|_| case.pass().more).count();
+    assert!(case.dsn().contains("To: <lester@dot.example>") && case.left() == (150, 0), "{:?}", case.left());
+    assert_eq!(passes, 1);
 }
