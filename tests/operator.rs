@@ -271,6 +271,9 @@ fn expire_returns_what_is_too_old() {
         .unwrap();
     for (expiry, left) in [("3h", true), ("never", true), ("2h", false)] {
         place.expire_after(expiry);
+        let Done { out, error, .. } = place.run_with(&["check"], "");
+        let text = "acme.toml: of the mail that is held for acme, 1 messages are older than its `expire-after`: ";
+        assert_eq!(format!("{out}{error}").contains(text), !left, "{out}{error}");
         let Done { code, out, error } = place.run_with(&["expire"], "");
         assert_eq!((code, out.as_str()), (0, ""), "{expiry}: {error}");
         assert_eq!((error.contains("status=expired"), path.exists()), (!left, left), "{expiry}: {error}");

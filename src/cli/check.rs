@@ -29,13 +29,14 @@ use crate::customer::mailboxes::{find_mailbox, mailbox_exists};
 use crate::customer::sendmail::user_mailbox;
 use crate::ids::Ids;
 use crate::mail::address::{Domain, ForwardPath};
-use crate::maildir::write_remedy;
+use crate::maildir::{Entry, write_remedy};
 use crate::net::tls::{self, CertificateInfo};
 use crate::privileges::{LoginUser, SystemUser};
 use crate::provider::certificate::DAYS_TO_RENEW;
 use crate::provider::spool::{SPOOL_DEPTH, Spool, SpoolQueue};
 use crate::provider::turned_session;
 use crate::recipients::RecipientRules;
+use crate::report::clock_watch::ClockWatch;
 use crate::session::ClientIdentity;
 use crate::smtp::reply::Severity;
 
@@ -245,6 +246,7 @@ fn check_provider(
     }
     check_spool(&places.root, &config.spool, owner.is_none(), report);
     check_unowned(&places.root, config, report);
+    check_expired(config, report);
     config.accounts.iter().for_each(|account| check_recipients(&config.accounts.file(&account.name), account, report));
     let limits = &config.limits;
     let listeners = config.listen().iter().filter(|addresses| !addresses.is_empty()).count();
@@ -352,6 +354,32 @@ fn check_unowned(line: &SourceLine, config: &ProviderConfig, report: &mut CheckR
                 "{messages} messages are held for {name}, which no customer has: write it in the `domains` of one, or \
                  see `odmr queue list {name}`, and return them with `odmr queue bounce ID`"
             )));
+        }
+    }
+}
+
+/// Warns of held mail that is returned to its senders as soon as expiry begins: after an upgrade, or with a shorter time.
+fn check_expired(config: &ProviderConfig, report: &mut CheckReport) {
+    let ids = Ids::system(tls::random);
+    let (spool, history) = (Spool::new(config, &ids), ClockWatch::new(&config.spool, ids.clock()).history());
+    for account in config.accounts.iter() {
+        let Some(after) = account.held.expire_after else { continue };
+        let messages = Cell::new(0);
+        let count = |_: &Entry, arrived| {
+            messages.set(messages.get() + usize::from(history.age(arrived) >= after));
+            None
+        };
+        for domain in &account.domains {
+            // A directory that cannot be read is reported as such.
+            let _ = spool.queue().aged(&spool.name(&SpoolQueue::Held(domain.clone())), (0, None), &count);
+        }
+        if let messages @ 1.. = messages.get() {
+            let (file, name) = (config.accounts.file(&account.name), &account.name);
+            report.warn(format!(
+                "{}: of the mail that is held for {name}, {messages} messages are older than its `expire-after`: `odmr \
+                 serve` and `odmr expire` return them to their senders; write a longer time, or \"never\", to keep them",
+                file.display()
+            ));
         }
     }
 }
