@@ -23,13 +23,8 @@ use std::time::Duration;
 
 use crate::clock::Timestamp;
 use crate::mail::address::Domain;
-use crate::queue::retry::age;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, RecipientStatus};
-
-/// If more time than this seems to have passed beyond that of `soft-bounce`, a clock was wrong, now or then: a clock that is
-/// set forward by years must bounce nothing.
-const CLOCK_JUMP: Duration = Duration::from_secs(100 * 24 * 60 * 60);
 
 /// What a rejection is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,17 +63,10 @@ pub struct SoftBounces {
 #[derive(Clone, Copy)]
 pub struct Rejected<'a> {
     pub domain: &'a Domain,
-    /// When it was rejected first, and that was a deferral, as the name of its file says.
-    pub first: Option<Timestamp>,
-    pub now: Timestamp,
-}
-
-impl Rejected<'_> {
-    /// From when on the time counts.
-    fn since(&self, time: Duration) -> Timestamp {
-        let plausible = |first: &Timestamp| first.is_possible(self.now) && age(*first, self.now) <= time + CLOCK_JUMP;
-        self.first.filter(plausible).unwrap_or(self.now)
-    }
+    /// When it was rejected first, and that was a deferral; now, if it was not yet.
+    pub first: Timestamp,
+    /// How long ago that is, a clock that was set apart.
+    pub age: Duration,
 }
 
 impl SoftBounces {
@@ -126,7 +114,7 @@ impl SoftBounces {
         if !is_over {
             self.deferred.entry(message.domain.clone()).or_insert((0, reply.to_string())).0 += 1;
         }
-        Some(message.since(self.time))
+        Some(message.first)
     }
 
     /// The domains with messages that were rejected and deferred: how many, and the first reply.
@@ -140,7 +128,7 @@ impl SoftBounces {
     }
 
     fn is_over(&self, message: Rejected<'_>) -> bool {
-        age(message.since(self.time), message.now) >= self.time
+        message.age >= self.time
     }
 }
 
@@ -210,7 +198,7 @@ mod tests {
                     soft.note(&domain, &result(&["250 2.6.0 taken"]));
                 }
                 let now = Timestamp::from_seconds(1_767_323_045);
-                let message = Rejected { domain: &domain, first: None, now };
+                let message = Rejected { domain: &domain, first: now, age: Duration::ZERO };
                 let mut result = result(&[line]);
                 let undecided = soft.is_undecided(message, &result);
                 assert_eq!(undecided, expected == "deferred" && Cause::of(&reply(line)) == Cause::Mailbox, "{line}");
@@ -229,7 +217,8 @@ mod tests {
     fn a_recipient_does_not_affect_the_others() {
         let (domain, other) = (domain(), Domain::parse("example.com").unwrap());
         let mut soft = SoftBounces::new(DAY);
-        let message = Rejected { domain: &domain, first: None, now: Timestamp::from_seconds(1_767_323_045) };
+        let first = Timestamp::from_seconds(1_767_323_045);
+        let message = Rejected { domain: &domain, first, age: Duration::ZERO };
         let mut mixed = result(&["250 ok", "550 5.1.1 no", "554 5.7.1 no", "450 4.2.1 later", "550 5.1.3 syntax"]);
         mixed.recipients.push(RecipientStatus::InDoubt);
         mixed.recipients.push(RecipientStatus::Rejected(Reply::new(552, "5.3.4", "our own")));
@@ -239,41 +228,28 @@ mod tests {
         assert_eq!(words(&mixed), expected);
         assert!(soft.is_accepting(&domain) && !soft.is_accepting(&other));
         let mut unknown = result(&["550 5.1.1 no"]);
-        assert_eq!(soft.defer(Rejected { domain: &other, ..message }, &mut unknown), Some(message.now));
+        assert_eq!(soft.defer(Rejected { domain: &other, ..message }, &mut unknown), Some(first));
         let deferred: Vec<_> = soft.deferred().map(|(domain, messages, _)| (domain.as_str(), messages)).collect();
         assert_eq!(deferred, [("example.com", 1), ("example.org", 1)]);
     }
 
     #[test]
-    fn the_time_counts_from_the_first_rejection_and_a_wrong_clock_bounces_nothing() {
-        let (domain, seconds) = (domain(), 1_767_323_045);
-        let day = 86_400;
-        let deferred = |time: Duration, first: Option<i64>, now: i64| {
-            let (first, now) = (first.map(Timestamp::from_seconds), Timestamp::from_seconds(now));
-            let message = Rejected { domain: &domain, first, now };
+    fn the_time_counts_from_the_first_rejection() {
+        let (domain, first) = (domain(), Timestamp::from_seconds(1_767_323_045));
+        let second = Duration::from_secs(1);
+        for (time, age, deferred) in [
+            (2 * DAY, Duration::ZERO, true),
+            (2 * DAY, 2 * DAY - second, true),
+            (2 * DAY, 2 * DAY, false),
+            (2 * DAY, 102 * DAY, false),
+            (365 * DAY, 364 * DAY, true),
+            (Duration::ZERO, Duration::ZERO, false),
+        ] {
+            let message = Rejected { domain: &domain, first, age };
             let mut result = result(&["554 5.7.1 no"]);
             let since = SoftBounces::new(time).defer(message, &mut result);
-            assert!(since == first || words(&result) == ["deferred"]);
-            since.map(Timestamp::seconds).filter(|_| words(&result) == ["deferred"])
-        };
-        for (first, now, expected) in [
-            (None, seconds, Some(seconds)),
-            (Some(seconds), seconds, Some(seconds)),
-            (Some(seconds), seconds + 2 * day - 1, Some(seconds)),
-            (Some(seconds), seconds + 2 * day, None),
-            (Some(seconds), seconds + 102 * day, None),
-            // Set forward by years, and back again.
-            (Some(seconds), seconds + 900 * day, Some(seconds + 900 * day)),
-            (Some(seconds + 900 * day), seconds + day, Some(seconds + day)),
-            (Some(seconds), seconds - 300 * day, Some(seconds - 300 * day)),
-            (Some(seconds), 5, Some(5)),
-            (Some(5), seconds, Some(seconds)),
-            (Some(i64::MIN), seconds, Some(seconds)),
-            (Some(i64::MAX), seconds, Some(seconds)),
-        ] {
-            assert_eq!(deferred(2 * DAY, first, now), expected, "{first:?} {now}");
+            assert_eq!(since, Some(first).filter(|_| !time.is_zero()), "{time:?} {age:?}");
+            assert_eq!(words(&result) == ["deferred"], deferred, "{time:?} {age:?}");
         }
-        assert_eq!(deferred(Duration::ZERO, None, seconds), None);
-        assert_eq!(deferred(365 * DAY, Some(seconds), seconds + 364 * day), Some(seconds));
     }
 }

@@ -5,20 +5,19 @@ use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::soft_bounce::{Rejected, SoftBounces};
 use super::storage::LaneWork;
 use super::turn_settings::TurnSettings;
 use super::unknown::{self, Learning};
-use crate::clock::Timestamp;
 use crate::config::KnownRecipients;
 use crate::mail::address::{Domain, Mailbox};
 use crate::maildir::Entry;
 use crate::net::trace::quoted;
 use crate::queue::{NextStep, QueueLock, QueueName, QueuedMessage};
 use crate::report::calls::{CallRecord, CallResult};
-use crate::report::{Attempt, Via};
+use crate::report::{Attempt, Reporter, Via};
 use crate::smtp::client::OutgoingMessage;
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
@@ -242,7 +241,7 @@ impl TurnedQueue {
         let result = &settlement.result;
         if let Some(domain) = &message.queue().domain {
             self.soft_bounces.note(domain, result);
-            let rejected = rejected(&message, domain, self.settings.reporter.now());
+            let rejected = rejected(&message, domain, &self.settings.reporter);
             let undecided = self.soft_bounces.is_undecided(rejected, result);
             // When the connection is lost there are no more replies, and a doubt must be recorded.
             if undecided && !result.decided_by.is_connection_loss() && mail.may_postpone(result) {
@@ -277,7 +276,7 @@ impl TurnedQueue {
         let size = message.size;
         let domain = message.queue().domain.clone();
         if let Some(domain) = &domain {
-            let rejected = rejected(&message, domain, self.settings.reporter.now());
+            let rejected = rejected(&message, domain, &self.settings.reporter);
             let first_rejected = self.soft_bounces.defer(rejected, &mut result);
             let is_of_peer = !result.decided_by.is_connection_loss() && result.decided_by != DecidedBy::Us;
             if is_of_peer || first_rejected.is_some() {
@@ -404,8 +403,11 @@ impl TurnedQueue {
 }
 
 /// A message of this domain, as it counts for soft bounces.
-fn rejected<'a>(message: &QueuedMessage, domain: &'a Domain, now: Timestamp) -> Rejected<'a> {
-    Rejected { domain, first: message.first_rejected, now }
+fn rejected<'a>(message: &QueuedMessage, domain: &'a Domain, reporter: &Reporter) -> Rejected<'a> {
+    let now = reporter.now();
+    let first = message.first_rejected.filter(|first| first.is_possible(now));
+    let age = first.map_or(Duration::ZERO, |first| reporter.watch().age(first));
+    Rejected { domain, first: first.unwrap_or(now), age }
 }
 
 impl LockedMail {
