@@ -515,6 +515,7 @@ fn expire(status: &mut RecipientStatus, after: Duration) {
 fn long_time(time: Duration) -> String {
     const DAY: u64 = 24 * 60 * 60;
     match time.as_secs() {
+        1 => "1 second".to_owned(),
         seconds if seconds < 7200 => format!("{seconds} seconds"),
         seconds if seconds < 7 * DAY || seconds % DAY != 0 => format!("{} hours", seconds / 3600),
         seconds => format!("{} days", seconds / DAY),

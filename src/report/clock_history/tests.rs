@@ -1,0 +1,157 @@
+//! Tests of ages under clocks that are set in many orders.
+
+use super::*;
+
+/// Day `day` of a calendar that begins on 2026-01-01.
+fn day(day: i64) -> Timestamp {
+    Timestamp::from_seconds(1_767_225_600 + day * DAY)
+}
+
+const YEARS: i64 = 5 * 365;
+
+/// Looks at these days. Returns the history, which goes through its file after each.
+fn looks(days: &[i64]) -> ClockHistory {
+    let mut history = ClockHistory::new(day(days[0]));
+    for now in &days[1..] {
+        history.look(day(*now), None);
+        let read = ClockHistory::parse(&history.text());
+        assert_eq!(read.as_ref(), Some(&history));
+    }
+    history
+}
+
+/// The days of the looks; the days of arrival, each with the age in days at the last look.
+#[test]
+fn a_clock_that_is_set_makes_no_message_older() {
+    type Row = (&'static str, &'static [i64], &'static [(i64, u64)]);
+    let rows: [Row; 16] = [
+        ("the clock goes", &[0, 1, 2, 14], &[(0, 14), (13, 1), (14, 0)]),
+        ("the machine was off, or cron looks seldom", &[0, 99], &[(0, 99), (-10, 109)]),
+        ("set forward", &[10, 10 + YEARS], &[(0, 10), (9, 1), (10, 0), (10 + YEARS, 0)]),
+        ("set forward, and two weeks later", &[10, 10 + YEARS, 24 + YEARS], &[(0, 24), (10 + YEARS, 14)]),
+        // How long the clock was ahead, nobody knows.
+        ("set forward and back", &[10, 10 + YEARS, 11], &[(0, 10), (10, 0), (11, 0), (10 + YEARS, 0)]),
+        ("back, which is passed again", &[10, 10 + YEARS, 11, 25], &[(0, 24), (11, 14), (10 + YEARS, 0)]),
+        ("back by less", &[10, 10 + YEARS, 10 + YEARS / 2, 12 + YEARS / 2], &[(0, 12), (9, 3), (12 + YEARS / 2, 0)]),
+        ("back, a month ahead", &[10, 10 + YEARS, 40], &[(0, 10), (9, 1)]),
+        ("forward, then behind by 80 days", &[10, 10 + YEARS, 11, -69, 12], &[(-69, 0), (10, 0), (0, 10)]),
+        ("the same at once", &[10, 10 + YEARS, -70, 12], &[(-70, 0), (10, 2), (0, 12)]),
+        ("set back", &[10, 10 - YEARS], &[(0, 0), (9, 0), (10 - YEARS, 0)]),
+        ("set back and forward", &[10, 10 - YEARS, 11], &[(0, 11), (10, 1), (10 - YEARS, 0)]),
+        ("both, and two weeks later", &[10, 10 - YEARS, 11, 25], &[(0, 25), (10, 15), (10 - YEARS, 14)]),
+        ("set back by a month and forward", &[40, 10, 41], &[(39, 2), (10, 0), (41, 0)]),
+        ("set forward twice", &[0, YEARS, 1 + YEARS, 1 + 2 * YEARS], &[(0, 1), (YEARS, 1), (1 + 2 * YEARS, 0)]),
+        ("set forward while it was off, and back", &[0, YEARS, 3, 4], &[(0, 1), (3, 1), (YEARS, 0)]),
+    ];
+    for (what, days, messages) in rows {
+        let history = looks(days);
+        for (arrived, age) in messages {
+            assert_eq!(history.age(day(*arrived)).as_secs() / 86_400, *age, "{what}: {arrived}");
+        }
+    }
+}
+
+#[test]
+fn a_clock_without_a_battery_fills_no_file() {
+    let days: Vec<_> = (0..100).flat_map(|boot| [-20_000, boot]).collect();
+    let history = looks(&days);
+    assert!(history.text().lines().count() <= 2, "{}", history.text());
+    assert_eq!(history.age(day(90)).as_secs() / 86_400, 9);
+    let days: Vec<_> = (0..100).map(|jump| jump * 101).collect();
+    assert_eq!(looks(&days).jumps.len(), JUMPS_LIMIT);
+}
+
+#[test]
+fn a_step_is_reported_if_the_clock_was_set() {
+    let mut history = ClockHistory::new(day(0));
+    let hour = |hours: i64| Timestamp::from_seconds(day(0).seconds() + hours * 3600);
+    for (now, step) in [
+        (hour(1), ClockStep::Passed),
+        (hour(0), ClockStep::Passed),
+        (day(100), ClockStep::Passed),
+        (day(201), ClockStep::SetFrom(day(100))),
+        (day(190), ClockStep::SetFrom(day(201))),
+        (day(191), ClockStep::Passed),
+        (day(202), ClockStep::SetFrom(day(191))),
+    ] {
+        assert_eq!(history.look(now, None), step, "{now:?}");
+    }
+}
+
+/// While the system runs, its uptime tells how much time has passed, to other processes too.
+#[test]
+fn a_system_that_runs_knows_how_much_time_has_passed() {
+    let uptime = |boot: &str, days: i64| Some(Uptime { boot: boot.to_owned(), seconds: days * DAY });
+    let mut history = ClockHistory::new(day(0));
+    for (now, boot, up, ages) in [
+        (10, "a", 0, [(0, 10), (9, 1)]),
+        // Set forward by a month, back by less, and right.
+        (41, "a", 1, [(0, 11), (40, 1)]),
+        (32, "a", 2, [(0, 12), (10, 2)]),
+        (13, "a", 3, [(0, 13), (10, 3)]),
+        // Behind by a month, right.
+        (-16, "a", 4, [(0, 0), (-17, 1)]),
+        (15, "a", 5, [(0, 15), (14, 1)]),
+        (135, "a", 125, [(0, 135), (134, 1)]),
+        // The machine was off.
+        (145, "b", 0, [(0, 145), (140, 5)]),
+        (135, "b", -5, [(0, 135), (134, 1)]),
+    ] {
+        history.look(day(now), uptime(boot, up));
+        let read = ClockHistory::parse(&history.text());
+        assert_eq!(read.as_ref(), Some(&history));
+        for (arrived, age) in ages {
+            assert_eq!(history.age(day(arrived)).as_secs() / 86_400, age, "{now}: {arrived}");
+        }
+    }
+    history.look(day(140), uptime(UNKNOWN_BOOT, 1));
+    assert!(!history.text().contains("uptime="));
+}
+
+/// No order of wrong clocks makes a message older than it is, if the uptime is known; otherwise only a clock that is set
+/// forward by less than 100 days does, past no time that it was set back from.
+#[test]
+fn no_order_of_steps_makes_a_message_older() {
+    const WRONG: [i64; 8] = [0, 0, YEARS, 3 * 365, -YEARS, -300, 200, -2 * YEARS];
+    let mut random = 1u64;
+    let mut choose = |limit: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        i64::try_from((random >> 33) % limit).unwrap()
+    };
+    for run in 0..3000 {
+        let knows = run % 2 == 0;
+        let (mut truth, mut history, mut messages) = (0, ClockHistory::new(day(0)), Vec::new());
+        let mut steps = Vec::new();
+        let mut wrong = 0;
+        for _ in 0..12 {
+            let passed = choose(20);
+            truth += passed;
+            // The steps of less than 100 days cannot be told from time that has passed.
+            let next = WRONG[usize::try_from(choose(8)).unwrap()] + if knows { choose(60) - 30 } else { 0 };
+            wrong = if choose(2) == 0 { wrong } else { next };
+            let uptime = knows.then(|| Uptime { boot: "a".to_owned(), seconds: truth * DAY });
+            steps.push((truth, wrong));
+            history.look(day(truth + wrong), uptime);
+            for (arrived, stated) in &messages {
+                let stated = day(*stated);
+                let age = i64::try_from(history.age(stated).as_secs()).unwrap() / DAY;
+                assert!(
+                    age <= truth - arrived,
+                    "{steps:?} {knows}: {arrived} {stated:?} is {age} old\n{}",
+                    history.text()
+                );
+            }
+            messages.push((truth, truth + wrong));
+        }
+    }
+}
+
+#[test]
+fn a_damaged_file_is_as_none() {
+    for text in ["", "seen=", "seen=yesterday\n", "latest=2026-01-01T00:00:00Z\n", "\0\0\0"] {
+        assert_eq!(ClockHistory::parse(text), None, "{text}");
+    }
+    let text = "seen=2026-01-02T00:00:00Z\njump=2026-01-01T00:00:00Z\njump=2031-01-01T00:00:00Z 2026-01-01T00:00:00Z\n\
+                jump=2026-01-01T00:00:00Z 2031-01-01T00:00:00Z\n";
+    assert_eq!(ClockHistory::parse(text), Some(ClockHistory::new(day(1))));
+}
