@@ -67,7 +67,9 @@ pub struct Uptime {
 impl Uptime {
     /// Seconds since an earlier look. `None`: the system was started again.
     fn since(&self, before: &Uptime) -> Option<i64> {
-        (self.boot == before.boot).then(|| self.seconds - before.seconds).filter(|passed| *passed >= 0)
+        let passed = self.seconds.checked_sub(before.seconds).filter(|_| self.boot == before.boot);
+        // A damaged file may have any number.
+        passed.filter(|passed| (0..10_000 * DAY).contains(passed))
     }
 }
 

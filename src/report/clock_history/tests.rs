@@ -104,6 +104,10 @@ fn a_system_that_runs_knows_how_much_time_has_passed() {
             assert_eq!(history.age(day(arrived)).as_secs() / 86_400, age, "{now}: {arrived}");
         }
     }
+    for seconds in [i64::MIN, i64::MAX] {
+        history.uptime = Some(Uptime { boot: "a".to_owned(), seconds });
+        assert_eq!(history.look(day(140), uptime("a", 130)), ClockStep::Passed);
+    }
     history.look(day(140), uptime(UNKNOWN_BOOT, 1));
     assert!(!history.text().contains("uptime="));
 }
