@@ -1,19 +1,18 @@
 //! How much time has passed, although the clock may have been set: by this the age of all mail is measured.
 //!
-//! The history has the time that was seen last, with the time since the start of the system, and the jumps of the clock. If
-//! the system has not been started since, it tells how much time has passed. Otherwise any time up to 100 days counts as passed
-//! between two looks: the machine was off, or cron looks once a week only. Then two kinds of steps forward do not count, for
-//! messages whose time of arrival is from the clock before the step:
+//! The history has the time that was seen last, and the jumps of the clock. Any time up to 100 days counts as passed between
+//! two looks: the machine was off, or cron looks once a week only. Two kinds of steps forward do not count, for messages whose
+//! time of arrival is from the clock before the step:
 //!
 //! ```text
 //! more than 100 days                                          the clock was set forward, or was behind
 //! from before a time that it was set back from to after it    the clock was behind, and is right again
 //! ```
 //!
-//! So a clock that is set makes no message older. If it is set back, that much of the last jumps is undone, and no more: the
-//! clock may still be ahead. A message that arrives in the future has the age zero, and the queue records when it was first seen
-//! ([`queue`](crate::queue)), from which its age counts. `expire-after` is 90 days at most, so that no downtime that is
-//! shorter than that is taken for a clock that was set. Such a downtime makes mail expire later, never sooner.
+//! So a clock that is set by years makes no message older. If it is set back, that much of the last jumps is undone, and no more:
+//! the clock may still be ahead. A message that arrives in the future has the age zero, and the queue records when it was first
+//! seen ([`queue`](crate::queue)), from which its age counts. `expire-after` is 90 days at most, so that no downtime that is
+//! shorter than that is taken for a clock that was set. A longer one makes mail expire later, never sooner.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -22,7 +21,7 @@ use crate::clock::Timestamp;
 
 const DAY: i64 = 24 * 60 * 60;
 
-/// Seconds between two looks that count as passed, if nothing tells how much has.
+/// Seconds between two looks that count as passed.
 const LONGEST_STEP: i64 = 100 * DAY;
 
 /// Seconds by which the clock may be adjusted, or may have gone on unseen, without being taken for set.
@@ -53,33 +52,11 @@ impl ClockJump {
     }
 }
 
-/// What a system has that does not tell which of its starts this is: only one process knows that it is the same.
-const UNKNOWN_BOOT: &str = "-";
-
-/// How long the system has run.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Uptime {
-    /// Which start of the system it counts from.
-    pub boot: String,
-    pub seconds: i64,
-}
-
-impl Uptime {
-    /// Seconds since an earlier look. `None`: the system was started again.
-    fn since(&self, before: &Uptime) -> Option<i64> {
-        let passed = self.seconds.checked_sub(before.seconds).filter(|_| self.boot == before.boot);
-        // A damaged file may have any number.
-        passed.filter(|passed| (0..10_000 * DAY).contains(passed))
-    }
-}
-
 /// What is known of the clock.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClockHistory {
     /// The time that was seen last.
     pub seen: Timestamp,
-    /// How long the system had run then; `None`: that is not known.
-    uptime: Option<Uptime>,
     /// What the clocks would be now that it was set back from, if that is in the future. In order.
     left: Vec<Timestamp>,
     /// In order.
@@ -98,36 +75,31 @@ pub enum ClockStep {
 impl ClockHistory {
     /// A history that begins at this time.
     pub fn new(seen: Timestamp) -> ClockHistory {
-        ClockHistory { seen, uptime: None, left: Vec::new(), jumps: Vec::new() }
+        ClockHistory { seen, left: Vec::new(), jumps: Vec::new() }
     }
 
-    /// Looks at the clock. `uptime`: how long the system has run; `None`: that is not known.
-    pub fn look(&mut self, now: Timestamp, uptime: Option<Uptime>) -> ClockStep {
+    /// Looks at the clock.
+    pub fn look(&mut self, now: Timestamp) -> ClockStep {
         let (before, step) = (self.seen, now.seconds() - self.seen.seconds());
-        let known = uptime.as_ref().zip(self.uptime.as_ref()).and_then(|(now, before)| now.since(before));
         let was_back = |left: &Timestamp| left.seconds() - before.seconds() > TOLERANCE && now >= *left;
         let is_jump = step > LONGEST_STEP || step > TOLERANCE && self.left.iter().any(was_back);
-        let passed = known.unwrap_or(if is_jump { 0 } else { step.max(0) });
-        (self.seen, self.uptime) = (now, uptime);
-        let later = |time: Timestamp| Timestamp::from_seconds(time.seconds().saturating_add(passed));
-        let (expected, set) = (later(before), step - passed);
-        self.left.iter_mut().for_each(|left| *left = later(*left));
-        if set > TOLERANCE {
-            // It may have been set to a time beyond the one that it was set back from.
-            let beyond = if known.is_some() { TOLERANCE } else { LONGEST_STEP };
-            self.set_forward(expected, now, beyond);
-        } else if set < -TOLERANCE {
-            self.set_back(expected, -set);
+        let passed = if is_jump { 0 } else { step.max(0) };
+        self.seen = now;
+        self.left.iter_mut().for_each(|left| *left = Timestamp::from_seconds(left.seconds().saturating_add(passed)));
+        if is_jump {
+            self.set_forward(before, now);
+        } else if step < -TOLERANCE {
+            self.set_back(before, -step);
         }
         self.left.retain(|left| *left > now);
         self.left.sort_unstable();
         self.left.truncate(LEFT_LIMIT);
-        if set.abs() > TOLERANCE { ClockStep::SetFrom(before) } else { ClockStep::Passed }
+        if is_jump || step < -TOLERANCE { ClockStep::SetFrom(before) } else { ClockStep::Passed }
     }
 
     /// Adds the jumps to `now`: to each of the clocks that were left, as messages may be from each of them, and from the last
-    /// one, if that is more than `beyond` seconds.
-    fn set_forward(&mut self, mut before: Timestamp, now: Timestamp, beyond: i64) {
+    /// one, if that is more than may have passed.
+    fn set_forward(&mut self, mut before: Timestamp, now: Timestamp) {
         let first = self.jumps.len();
         for left in self.left.iter().filter(|left| **left <= now) {
             let jump = ClockJump { before, after: *left };
@@ -138,7 +110,7 @@ impl ClockHistory {
         }
         let rest = ClockJump { before, after: now };
         match self.jumps[first..].last_mut() {
-            Some(last) if rest.seconds() <= beyond => last.after = now,
+            Some(last) if rest.seconds() <= LONGEST_STEP => last.after = now,
             _ => self.jumps.push(rest),
         }
         while self.jumps.len() > JUMPS_LIMIT {
@@ -182,9 +154,6 @@ impl ClockHistory {
     /// The history as its file has it.
     pub fn text(&self) -> String {
         let mut text = format!("seen={}\n", self.seen.rfc3339());
-        if let Some(Uptime { boot, seconds }) = self.uptime.as_ref().filter(|uptime| uptime.boot != UNKNOWN_BOOT) {
-            let _ = writeln!(text, "uptime={boot} {seconds}");
-        }
         for left in &self.left {
             let _ = writeln!(text, "left={}", left.rfc3339());
         }
@@ -198,10 +167,6 @@ impl ClockHistory {
     pub fn parse(text: &str) -> Option<ClockHistory> {
         let values = |key: &'static str| text.lines().filter_map(move |line| line.strip_prefix(key)?.strip_prefix('='));
         let seen = values("seen").next().and_then(Timestamp::parse_rfc3339)?;
-        let uptime = |value: &str| {
-            let (boot, seconds) = value.split_once(' ')?;
-            Some(Uptime { boot: boot.to_owned(), seconds: seconds.parse().ok()? })
-        };
         let jump = |value: &str| {
             let (before, after) = value.split_once(' ')?;
             Some(ClockJump { before: Timestamp::parse_rfc3339(before)?, after: Timestamp::parse_rfc3339(after)? })
@@ -210,7 +175,6 @@ impl ClockHistory {
         let can_be = |jump: &ClockJump| jump.before < jump.after && jump.after.seconds() <= seen.seconds() + TOLERANCE;
         Some(ClockHistory {
             seen,
-            uptime: values("uptime").next().and_then(uptime),
             left: values("left").filter_map(Timestamp::parse_rfc3339).take(LEFT_LIMIT).collect(),
             jumps: values("jump").filter_map(jump).filter(can_be).take(JUMPS_LIMIT).collect(),
         })

@@ -10,11 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::clock_history::{ClockHistory, ClockStep, Uptime};
-use crate::clock::{Clock, Timestamp, uptime};
+use super::clock_history::{ClockHistory, ClockStep};
+use crate::clock::{Clock, Timestamp};
 use crate::maildir::replace_file_durably;
 use crate::net::trace::quoted;
-use crate::platform::boot_id;
 
 /// Octets of the file that are read. It has about 1000 at most.
 const FILE_LIMIT: u64 = 4096;
@@ -39,8 +38,6 @@ struct Watched {
 impl ClockWatch {
     /// `root`: the directory with the state files. The history is read, and nothing is written yet.
     pub fn new(root: &Path, clock: Clock) -> ClockWatch {
-        // It is read here: later, this process may read only its own files.
-        boot_id();
         let (path, now) = (root.join(".odmr/clock"), clock.now());
         let (history, written) = match read(&path) {
             Ok(history) => (history.clone(), Some(history.seen)),
@@ -63,7 +60,7 @@ impl ClockWatch {
         let now = self.clock.now();
         let text = {
             let mut watched = self.lock();
-            let step = watched.history.look(now, uptime_now());
+            let step = watched.history.look(now);
             if let ClockStep::SetFrom(before) = step {
                 log::warn!("event=clock-set before={} after={}", before.rfc3339(), now.rfc3339());
             }
@@ -90,14 +87,9 @@ impl ClockWatch {
     /// The history up to now. Nothing is written.
     pub fn history(&self) -> ClockHistory {
         let (now, mut history) = (self.clock.now(), self.lock().history.clone());
-        history.look(now, uptime_now());
+        history.look(now);
         history
     }
-}
-
-/// How long the system has run.
-fn uptime_now() -> Option<Uptime> {
-    Some(Uptime { boot: boot_id().to_owned(), seconds: i64::try_from(uptime().as_secs()).ok()? })
 }
 
 fn read(path: &Path) -> io::Result<ClockHistory> {

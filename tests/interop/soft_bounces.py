@@ -65,14 +65,6 @@ class Place:
         self.provider.environment = self.clock.environment
         self.provider.start()
 
-    def restart(self, offset):
-        """The system is started anew at this time: a running one knows that the clock was set."""
-        self.provider.stop()
-        self.clock.set(offset)
-        known = self.provider.spool / ".odmr/clock"
-        known.write_text("".join(line for line in known.read_text().splitlines(True) if not line.startswith("uptime=")))
-        self.provider.start()
-
     def send(self, *recipients):
         self.send_each([recipients])
 
@@ -155,12 +147,12 @@ def soft_bounce_is_over(box):
     place.send("alice@example.org", "bob@example.org")
     place.send("carol@example.com")
     for offset in (HOUR, 30 * HOUR, 49 * HOUR - 60):
-        place.restart(offset)
+        place.clock.set(offset)
         place.call(rcpt=lambda *_: "550 5.1.1 no such user")
         check(place.waiting() == 2 and not place.dsns(), f"after {offset} s: DSNs about {place.dsns()}")
     # It arrives late, and has two days of its own.
     place.send("dave@example.org")
-    place.restart(49 * HOUR + 60)
+    place.clock.set(49 * HOUR + 60)
     place.call(mail=lambda *_: "554 5.7.1 no")
     check(place.waiting() == 1, f"{place.waiting()} wait")
     check(place.dsns() == ["alice@example.org", "bob@example.org", "carol@example.com"], f"DSNs about {place.dsns()}")
@@ -272,7 +264,7 @@ def soft_bounce_clock(box):
     place = Place(box, 'recipients = "learn"')
     place.send("alice@example.org")
     place.send("bob@example.org", "carol@example.org")
-    for offset in (0, 3 * YEAR, 3 * YEAR + HOUR, HOUR, -YEAR, 2 * HOUR, 30 * DAY, 10 * YEAR, 3 * HOUR, -20 * YEAR, 4 * HOUR):
+    for offset in (0, 3 * YEAR, 3 * YEAR + HOUR, HOUR, -YEAR, 2 * HOUR, 10 * YEAR, 3 * HOUR, -20 * YEAR, 4 * HOUR):
         place.clock.set(offset)
         server = place.call(rcpt=lambda *_: "550 5.1.1 no such user")
         check(len(server.offered) == 2, f"at {offset}: {server.offered}")
@@ -282,4 +274,4 @@ def soft_bounce_clock(box):
     place.clock.set(5 * HOUR)
     server = place.call()
     check(len(server.letters) == 2 and not place.dsns(), f"{server.letters}")
-    return "eleven jumps"
+    return "ten jumps"
