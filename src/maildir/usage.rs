@@ -26,7 +26,7 @@ use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::files::{FileId, with_path};
@@ -46,8 +46,11 @@ const COUNT_ATTEMPTS: usize = 3;
 /// The longest time that a count is believed although the directories have changed.
 const LONGEST_BELIEF: Duration = Duration::from_secs(10);
 
-/// How long a session waits for the lock: a process that was stopped may have it.
+/// How long a session waits for the lock: a process that was stopped may have it, or a thread whose disk hangs.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a session waits for it while others wait for the session.
+const SHARED_LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Octets of the file at most.
 const RECORD_LIMIT: usize = 256;
@@ -60,9 +63,17 @@ pub struct UsageLimit {
     maildirs: Vec<Maildir>,
     /// `u64::MAX`: no limit.
     limit: Usage,
-    /// The threads of this process wait for each other here, and one of them for other processes. Whether it has waited in vain:
-    /// then the next one does not.
-    in_vain: Mutex<bool>,
+    /// The threads of this process wait for each other here, and one of them for other processes.
+    turn: Mutex<Turn>,
+    turn_ended: Condvar,
+}
+
+/// Which thread of this process may have the lock.
+#[derive(Debug, Default)]
+struct Turn {
+    taken: bool,
+    /// The last one has waited for long, and in vain: then the next one does not wait.
+    in_vain: bool,
 }
 
 impl PartialEq for UsageLimit {
@@ -101,7 +112,14 @@ impl UsageLimit {
     /// The limit of the messages in all these Maildirs. `name`: that of an account, a part of the name of the file in
     /// `ROOT/.odmr`.
     pub fn new(root: impl Into<PathBuf>, name: &str, maildirs: Vec<Maildir>, limit: Usage) -> UsageLimit {
-        UsageLimit { root: root.into(), name: name.to_owned(), maildirs, limit, in_vain: Mutex::default() }
+        UsageLimit {
+            root: root.into(),
+            name: name.to_owned(),
+            maildirs,
+            limit,
+            turn: Mutex::default(),
+            turn_ended: Condvar::new(),
+        }
     }
 
     /// Checks that there is room for so much more.
@@ -114,7 +132,7 @@ impl UsageLimit {
         let bound = open_state_file(&self.root, &self.file_name()).ok().and_then(|file| Bound::read(&file));
         match bound.is_some_and(|bound| self.exceeded(bound.used.plus(more)).is_none()) {
             true => Ok(()),
-            false => self.lock()?.check(more),
+            false => self.lock(LOCK_TIMEOUT)?.check(more),
         }
     }
 
@@ -131,7 +149,7 @@ impl UsageLimit {
     ///
     /// The system's.
     pub fn recount_next(&self) -> io::Result<()> {
-        self.lock()?.file.set_len(0)
+        self.lock(SHARED_LOCK_TIMEOUT)?.file.set_len(0)
     }
 
     /// Whose limit it is.
@@ -143,26 +161,39 @@ impl UsageLimit {
         format!("{USAGE_FILE}{}", self.name)
     }
 
-    fn lock(&self) -> io::Result<LockedUsage<'_>> {
-        let mut in_vain = self.in_vain.lock().unwrap_or_else(PoisonError::into_inner);
-        let (name, patience) = (self.file_name(), if *in_vain { Duration::ZERO } else { LOCK_TIMEOUT });
-        let late = Instant::now() + patience;
+    fn turn(&self) -> MutexGuard<'_, Turn> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Locks the file; `TimedOut` if another thread or process has its lock for longer than this.
+    fn lock(&self, patience: Duration) -> io::Result<LockedUsage<'_>> {
+        let (name, mut pause) = (self.file_name(), Duration::from_micros(100));
         let path = self.root.join(".odmr").join(&name);
-        let mut pause = Duration::from_micros(100);
+        let patience = if self.turn().in_vain { Duration::ZERO } else { patience };
+        let late = Instant::now() + patience;
+        let waited = self.turn_ended.wait_timeout_while(self.turn(), patience, |turn| turn.taken);
+        let (mut turn, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if turn.taken {
+            turn.in_vain |= patience > SHARED_LOCK_TIMEOUT;
+            return Err(with_path(&path, io::ErrorKind::TimedOut.into()));
+        }
+        turn.taken = true;
+        drop(turn);
+        let taken = TakenTurn(self);
         loop {
             let file = open_state_file(&self.root, &name)?;
             match file.try_lock() {
                 // A file that was removed meanwhile is not the one that others lock.
                 Ok(()) if FileId::of_path(&path).ok() == FileId::of_file(&file).ok() => {
                     let bound = Bound::read(&file);
-                    *in_vain = false;
-                    return Ok(LockedUsage { limit: self, bound, file, _turn: in_vain });
+                    self.turn().in_vain = false;
+                    return Ok(LockedUsage { limit: self, bound, file, _turn: taken });
                 }
                 Ok(()) | Err(TryLockError::WouldBlock) => {}
                 Err(TryLockError::Error(error)) => return Err(with_path(&path, error)),
             }
             if Instant::now() >= late {
-                *in_vain = true;
+                self.turn().in_vain |= patience > SHARED_LOCK_TIMEOUT;
                 return Err(with_path(&path, io::ErrorKind::TimedOut.into()));
             }
             std::thread::sleep(pause);
@@ -220,7 +251,17 @@ pub(super) struct LockedUsage<'a> {
     bound: Option<Bound>,
     /// Closed, and so unlocked, before the next thread has its turn.
     file: File,
-    _turn: MutexGuard<'a, bool>,
+    _turn: TakenTurn<'a>,
+}
+
+/// Ends the turn of a thread when it is dropped.
+struct TakenTurn<'a>(&'a UsageLimit);
+
+impl Drop for TakenTurn<'_> {
+    fn drop(&mut self) {
+        self.0.turn().taken = false;
+        self.0.turn_ended.notify_one();
+    }
 }
 
 impl LockedUsage<'_> {
@@ -322,17 +363,36 @@ impl Bound {
 }
 
 /// Adds to several limits what a message takes of each, or to none: checks all that are `enforced` before. The locks last as
-/// long as the result; they are taken in the order of the names, so that two messages do not wait for each other.
+/// long as the result.
 pub(super) fn lock_and_add(amounts: &[(Arc<UsageLimit>, Usage)], enforced: bool) -> io::Result<Vec<LockedUsage<'_>>> {
-    let mut locked = Vec::new();
-    for (limit, more) in amounts {
-        locked.push((limit.lock()?, *more));
-    }
+    let mut locked = lock_all(amounts)?;
     if enforced {
         locked.iter_mut().try_for_each(|(usage, more)| usage.check(*more))?;
     }
     locked.iter_mut().try_for_each(|(usage, more)| usage.add(*more))?;
     Ok(locked.into_iter().map(|(usage, _)| usage).collect())
+}
+
+/// Locks several limits in their order, so that two messages seldom wait for each other. A session that has a lock waits for
+/// the next one for a short time only, and then for that one alone: an account whose lock is stuck holds up no other.
+fn lock_all(amounts: &[(Arc<UsageLimit>, Usage)]) -> io::Result<Vec<(LockedUsage<'_>, Usage)>> {
+    let late = Instant::now() + LOCK_TIMEOUT;
+    let mut first = 0;
+    loop {
+        let mut locked = Vec::new();
+        let others = (0..amounts.len()).filter(|index| *index != first);
+        let busy = amounts.first().into_iter().map(|_| first).chain(others).find_map(|index| {
+            let (limit, more) = &amounts[index];
+            let left = late.saturating_duration_since(Instant::now());
+            let patience = if locked.is_empty() { left } else { left.min(SHARED_LOCK_TIMEOUT) };
+            limit.lock(patience).map(|usage| locked.push((usage, *more))).err().map(|error| (index, error))
+        });
+        match busy {
+            None => return Ok(locked),
+            Some((index, error)) if error.kind() == io::ErrorKind::TimedOut && !locked.is_empty() => first = index,
+            Some((_, error)) => return Err(error),
+        }
+    }
 }
 
 #[cfg(test)]

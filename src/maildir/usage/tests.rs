@@ -202,3 +202,60 @@ fn many_writers_fill_an_account_and_never_exceed_it() {
     place.store_at_last(0, "last", usize::try_from(left).unwrap());
     assert_eq!(place.held().octets, 100_000);
 }
+
+#[test]
+fn an_account_whose_lock_is_stuck_holds_up_no_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let of = |name: &str| {
+        let maildir = Maildir::new(directory.path().join(name));
+        let limit = Usage { octets: 1000, messages: u64::MAX };
+        (maildir.clone(), Arc::new(UsageLimit::new(directory.path(), name, vec![maildir], limit)))
+    };
+    let (healthy, stuck) = (of("a"), of("b"));
+    let store = |unique: &str, places: &[&(Maildir, Arc<UsageLimit>)]| {
+        let mut writer = MessageWriter::default();
+        for (maildir, limit) in places {
+            writer.begin(maildir, unique, b"x")?;
+            writer.count_in(limit);
+        }
+        writer.enforce_limits();
+        writer.commit()
+    };
+    let (begun, done) = (Instant::now(), std::sync::Barrier::new(2));
+    std::thread::scope(|scope| {
+        // The disk of one account hangs while a thread has its lock.
+        let held = stuck.1.lock(LOCK_TIMEOUT).unwrap();
+        let both = scope.spawn(|| {
+            done.wait();
+            store("both", &[&healthy, &stuck])
+        });
+        done.wait();
+        for number in 0.. {
+            store(&format!("one-{number}"), &[&healthy]).unwrap();
+            if begun.elapsed() > SHARED_LOCK_TIMEOUT * 2 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(begun.elapsed() < SHARED_LOCK_TIMEOUT * 4, "{:?}", begun.elapsed());
+        assert!(!both.is_finished());
+        drop(held);
+        assert_eq!(both.join().unwrap().unwrap().len(), 2);
+    });
+}
+
+#[test]
+fn threads_give_up_a_lock_that_is_stuck() {
+    let place = place(1000, u64::MAX);
+    let held = place.limit.lock(LOCK_TIMEOUT).unwrap();
+    let patience = Duration::from_millis(50);
+    std::thread::scope(|scope| {
+        let in_vain = || place.limit.lock(patience).map(drop).unwrap_err();
+        let waiting: Vec<_> = (0..4).map(|_| scope.spawn(in_vain)).collect();
+        for thread in waiting {
+            assert_eq!(thread.join().unwrap().kind(), io::ErrorKind::TimedOut);
+        }
+    });
+    drop(held);
+    place.store(0, "1", 500).unwrap();
+}
