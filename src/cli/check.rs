@@ -261,7 +261,11 @@ fn check_provider(
 
 /// Notes how many recipients a customer has named, and warns of domains in which there is none.
 fn check_recipients(file: &Path, account: &Account, report: &mut CheckReport) {
-    let Some(list) = account.held.recipients.list() else { return };
+    let list = match account.held.recipients.read() {
+        Ok(Some(list)) => list,
+        Ok(None) => return,
+        Err(error) => return report.error(error),
+    };
     let file = file.display();
     report.note(format!("{file}: {} entries name the recipients, all others are rejected", list.count()));
     for domain in account.domains.iter().filter(|domain| !list.names(domain)) {

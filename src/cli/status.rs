@@ -259,8 +259,10 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
         if account.quota_used().is_some() && account.is_whole {
             let _ = writeln!(text, "    quota: {}", quota_text(account));
         }
-        if let Some(entries) = account.recipients {
-            let _ = writeln!(text, "    recipients: {entries} entries");
+        match &account.recipients {
+            None => {}
+            Some(Ok(entries)) => drop(writeln!(text, "    recipients: {entries} entries")),
+            Some(Err(error)) => drop(writeln!(text, "    recipients: {}", list_error(error))),
         }
     }
     for DomainStatus { domain, waiting } in &status.unowned {
@@ -397,7 +399,7 @@ fn provider_json(status: &ProviderStatus, hostname: &str, show: &Show) -> Json {
         members.push(("next_call_permitted", Json::time(account.next_call)));
         members.push(("learned_recipients", account.learned.map_or(Json::Null, |count| Json::Count(count as u64))));
         let limits = [("quota_bytes", account.quota_bytes), ("quota_messages", account.quota_messages)];
-        let limits = limits.into_iter().chain([("recipients", account.recipients)]);
+        let limits = limits.into_iter().chain([("recipients", known_recipients(account))]);
         members.extend(limits.map(|(key, limit)| (key, limit.map_or(Json::Null, Json::Count))));
         if show.by_domain {
             members.push(("domains", Json::List(account.domains.iter().map(domain_json).collect())));
@@ -554,7 +556,7 @@ fn provider_metrics(status: &ProviderStatus, show: &Show) -> Metrics {
         for (metric, help, limit) in [
             ("odmr_quota_bytes", "Size of files that may be held.", account.quota_bytes),
             ("odmr_quota_messages", "Messages that may be held.", account.quota_messages),
-            ("odmr_known_recipients", "Recipients that the customer has named.", account.recipients),
+            ("odmr_known_recipients", "Recipients that the customer has named.", known_recipients(account)),
         ] {
             limit.iter().for_each(|limit| metrics.add(metric, help, &[name], limit));
         }
@@ -651,6 +653,8 @@ fn provider_findings(status: &ProviderStatus, warn: u64, show: &Show) -> Vec<Fin
     let mut findings = Vec::new();
     for account in &status.accounts {
         findings.extend(quota_finding(account));
+        let wrong = account.recipients.as_ref().and_then(|recipients| recipients.as_ref().err());
+        findings.extend(wrong.map(|error| Finding { about: account.name.clone(), text: list_error(error) }));
         findings.extend(queue_findings(&account.name, &account.held, warn, now));
         let soft_bounced = show.soft_bounced(&account.held);
         findings.extend(soft_bounced.map(|text| Finding { about: account.name.clone(), text }));
@@ -677,6 +681,15 @@ fn provider_findings(status: &ProviderStatus, warn: u64, show: &Show) -> Vec<Fin
     }
     findings.extend(reload_finding(status.reload.as_ref()));
     findings
+}
+
+/// How many recipients an account has named, in a list that can be used.
+fn known_recipients(account: &AccountStatus) -> Option<u64> {
+    account.recipients.as_ref().and_then(|recipients| recipients.as_ref().ok().copied())
+}
+
+fn list_error(error: &str) -> String {
+    format!("its list of recipients cannot be used: {}", shown(error))
 }
 
 /// That an account has used up nearly all of its quota.

@@ -141,7 +141,14 @@ impl Accounts {
             let (account, found) = Source::examine(&file, |source| Account::read(source, tls));
             source.note_customer(found);
             match account {
-                Ok(account) => read.push(account),
+                Ok((mut account, lines)) => {
+                    // A list that was read already stays: its file may have a mistake now.
+                    let before = earlier.account(&account.name).map(|account| &account.held.recipients);
+                    if let Some(before) = before.filter(|before| **before == account.held.recipients) {
+                        account.held.recipients = before.clone();
+                    }
+                    read.push((account, lines));
+                }
                 Err(error) => {
                     let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
                     accounts.skipped.push(SkippedFile { name, error });

@@ -1,15 +1,17 @@
 //! The recipients that a customer's file names, or a file that it names in turn, which the customer may replace at any time.
 //!
-//! A file is read again when it has changed, in each process. It may be replaced by rename, or written in place: a part of it
-//! may be a valid file. So it is believed only when it has not changed for two seconds; until then the old list holds, and a
-//! recipient that the old list does not have is deferred and not rejected. A file with a mistake changes nothing.
+//! A process reads a file at the first recipient of the customer, so that it is no mistake of the configuration and costs no
+//! other customer time, and again when it has changed. It may be replaced by rename, or written in place: a part of it may be
+//! a valid file. So it is believed only when it has not changed for two seconds; until then the old list holds, and a
+//! recipient that the old list does not have is deferred and not rejected. A file with a mistake changes nothing; before a
+//! first list was read all recipients are deferred.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime};
 
 use rustix::fs::OFlags;
 use toml::de::DeValue;
@@ -32,9 +34,6 @@ const FILE_LIMIT: u64 = 64 << 20;
 /// Octets of a line: more than an address has (RFC 5321 section 4.5.3.1).
 const LINE_LIMIT: u64 = 1024;
 
-/// How often the system is asked whether it has changed.
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-
 /// Which recipients in its domains a customer has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum KnownRecipients {
@@ -54,9 +53,12 @@ pub enum KnownRecipients {
 pub enum Knowledge {
     Known,
     Unknown,
-    /// The list does not have it, but is being changed.
+    /// The list does not have it, but is being changed; or there is no list that can be used.
     Unsettled,
 }
+
+/// The consequence of a file that cannot be read, if no list was read before.
+const NO_LIST: &str = "mail for all recipients is deferred";
 
 const EXPECTED: &str = "\"any\", \"learn\" or a list of addresses such as [\"alice@example.org\", \"@example.net\"]";
 
@@ -75,11 +77,9 @@ impl KnownRecipients {
         let file = table.located("recipients-file", PATH);
         let Some(value) = table.take("recipients") else {
             return Ok(match file? {
-                Some(file) => KnownRecipients::File(RecipientsFile::open(
-                    table.file.absolute(&file.value),
-                    domains,
-                    &file.source,
-                )?),
+                Some(file) => {
+                    KnownRecipients::File(RecipientsFile::new(table.file.absolute(&file.value), domains, file.source))
+                }
                 None => KnownRecipients::Any,
             });
         };
@@ -109,9 +109,10 @@ impl KnownRecipients {
     pub fn look_up(&self, mailbox: &Mailbox, account: &str) -> Knowledge {
         let (list, settled) = match self {
             KnownRecipients::Any | KnownRecipients::Learn => return Knowledge::Known,
-            KnownRecipients::Listed(list) => (list.clone(), true),
+            KnownRecipients::Listed(list) => (Some(list.clone()), true),
             KnownRecipients::File(file) => file.current(account),
         };
+        let Some(list) = list else { return Knowledge::Unsettled };
         match (list.knows(mailbox), settled) {
             (true, _) => Knowledge::Known,
             (false, true) => Knowledge::Unknown,
@@ -119,12 +120,18 @@ impl KnownRecipients {
         }
     }
 
-    /// The list, as it was read last; `None`: there is none.
-    pub fn list(&self) -> Option<Arc<RecipientList>> {
+    /// Reads the list; `None`: there is none.
+    ///
+    /// # Errors
+    ///
+    /// The mistake in the file.
+    pub fn read(&self) -> Result<Option<Arc<RecipientList>>, ConfigError> {
         match self {
-            KnownRecipients::Any | KnownRecipients::Learn => None,
-            KnownRecipients::Listed(list) => Some(list.clone()),
-            KnownRecipients::File(file) => Some(file.lock().list.clone()),
+            KnownRecipients::Any | KnownRecipients::Learn => Ok(None),
+            KnownRecipients::Listed(list) => Ok(Some(list.clone())),
+            KnownRecipients::File(file) => {
+                read(&file.path, &file.domains).map(|(list, _)| Some(list.into())).map_err(|error| error.on(&file.line))
+            }
         }
     }
 }
@@ -143,17 +150,19 @@ fn check_domain(entry: &ListedRecipient, domains: &[Domain]) -> Result<(), Strin
 pub struct RecipientsFile {
     path: PathBuf,
     domains: Vec<Domain>,
+    /// The line that names it.
+    line: SourceLine,
     state: Mutex<FileState>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct FileState {
-    list: Arc<RecipientList>,
+    /// `None`: none could be read.
+    list: Option<Arc<RecipientList>>,
     /// The file that was read last, or could not be; `None`: that of `list` may have been read while it was written.
     read: Option<Option<FileStamp>>,
     /// A change that was seen, and when.
     change: Option<(Option<FileStamp>, Instant)>,
-    looked: Option<Instant>,
     /// A thread reads it.
     is_read: bool,
 }
@@ -168,57 +177,74 @@ impl PartialEq for RecipientsFile {
 impl Eq for RecipientsFile {}
 
 impl RecipientsFile {
-    /// Reads a file. `line`: the line that names it.
-    fn open(path: PathBuf, domains: &[Domain], line: &SourceLine) -> Result<Arc<RecipientsFile>, ConfigError> {
-        let (list, stamp) = read(&path, domains).map_err(|error| error.on(line))?;
-        let read = stamp.is_quiet(SystemTime::now()).then_some(Some(stamp));
-        let state = FileState { list: Arc::new(list), read, change: None, looked: None, is_read: false };
-        Ok(Arc::new(RecipientsFile { path, domains: domains.to_owned(), state: Mutex::new(state) }))
+    /// The file that this line names, in which a customer with these domains names its recipients.
+    fn new(path: PathBuf, domains: &[Domain], line: SourceLine) -> Arc<RecipientsFile> {
+        sandbox::note_file(&path);
+        Arc::new(RecipientsFile { path, domains: domains.to_owned(), line, state: Mutex::default() })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, FileState> {
+    fn lock(&self) -> MutexGuard<'_, FileState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The list, and whether it is that of the file as it is now. Asks the system once a second at most.
-    fn current(&self, account: &str) -> (Arc<RecipientList>, bool) {
+    /// The list, and whether it is that of the file as it is now.
+    fn current(&self, account: &str) -> (Option<Arc<RecipientList>>, bool) {
         let (mut state, now) = (self.lock(), Instant::now());
-        if state.is_read || state.looked.is_some_and(|looked| now < looked + LOOK_INTERVAL) {
-            return (state.list.clone(), state.change.is_none());
-        }
-        state.looked = Some(now);
         let stamp = fs::metadata(&self.path).ok().map(|found| FileStamp::of(&found));
+        let is_quiet = stamp.is_some_and(|stamp| stamp.is_quiet(SystemTime::now()));
+        if state.list.is_none() && state.read.is_none() {
+            // The first recipient: others wait, as there is no list that they could go on with.
+            let list = self.read(account, NO_LIST);
+            let is_whole = list.as_ref().is_none_or(|(_, read)| is_quiet && Some(*read) == stamp);
+            state.read = is_whole.then_some(stamp);
+            state.change = (!is_whole).then_some((stamp, now));
+            state.list = list.map(|(list, _)| list);
+            return (state.list.clone(), is_whole);
+        }
+        if state.is_read {
+            return (state.list.clone(), false);
+        }
         if state.read == Some(stamp) {
             state.change = None;
             return (state.list.clone(), true);
         }
         let since = state.change.filter(|(seen, _)| *seen == stamp).map_or(now, |(_, since)| since);
         state.change = Some((stamp, since));
-        let is_quiet = stamp.is_some_and(|stamp| stamp.is_quiet(SystemTime::now())) || now >= since + QUIET_TIME;
-        if !is_quiet {
+        if !is_quiet && now < since + QUIET_TIME {
             return (state.list.clone(), false);
         }
+        let consequence = if state.list.is_some() { "the old list holds" } else { NO_LIST };
         state.is_read = true;
         drop(state);
         // A long one takes a second, in which others go on with the old list.
-        let read = read(&self.path, &self.domains);
+        let read = self.read(account, consequence);
         let mut state = self.lock();
         state.is_read = false;
-        match read {
-            Ok((list, read)) if Some(read) == stamp => {
-                log::info!("event=recipients-read account={account} recipients={}", list.count());
-                state.list = Arc::new(list);
+        if let Some((list, read)) = read {
+            if Some(read) != stamp {
+                // It has changed once more.
+                return (state.list.clone(), false);
             }
-            // It has changed once more.
-            Ok(_) => return (state.list.clone(), false),
-            Err(error) => {
-                let error = error.on(&SourceLine { file: self.path.as_path().into(), line: None });
-                let (error, consequence) = (quoted(error), "the old list holds");
-                log::error!("event=recipients-unreadable account={account} error={error} consequence={consequence:?}");
-            }
+            state.list = Some(list);
         }
         (state.read, state.change) = (Some(stamp), None);
         (state.list.clone(), true)
+    }
+
+    /// Reads the file, and logs that. `consequence`: of a mistake.
+    fn read(&self, account: &str, consequence: &str) -> Option<(Arc<RecipientList>, FileStamp)> {
+        match read(&self.path, &self.domains) {
+            Ok((list, stamp)) => {
+                log::info!("event=recipients-read account={account} recipients={}", list.count());
+                Some((list.into(), stamp))
+            }
+            Err(error) => {
+                let error = error.on(&SourceLine { file: self.path.as_path().into(), line: None });
+                let error = quoted(error);
+                log::error!("event=recipients-unreadable account={account} error={error} consequence={consequence:?}");
+                None
+            }
+        }
     }
 }
 
@@ -241,7 +267,6 @@ impl ListError {
 
 /// Reads a file line by line: it may be anything.
 fn read(path: &Path, domains: &[Domain]) -> Result<(RecipientList, FileStamp), ListError> {
-    sandbox::note_file(path);
     let shown = path.display();
     let failed =
         |error: io::Error| ListError::Whole(format!("{shown} cannot be read: {}", sandbox::explain(path, error)));

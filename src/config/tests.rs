@@ -1,7 +1,7 @@
 //! Whole files: the values, the defaults, and the errors about mistakes.
 
 use super::*;
-use crate::mail::address::Domain;
+use crate::mail::address::{Domain, Mailbox};
 use crate::net::pin::Pin;
 use crate::queue::retry::Retry;
 use crate::recipients::RecipientRules;
@@ -552,8 +552,6 @@ fn mistakes_in_what_is_said_of_held_mail_are_named() {
     account("", "recipients = [\"alice@example.edu\"]", at, "alice@example.edu is in no domain of this account");
     account("", "recipients = [\"!@example.org\"]", at, "excepts a whole domain");
     account("", "recipients = [\"@example.org\"]\nrecipients-file = \"list\"", at, "exclude each other");
-    account("", "recipients-file = \"list\"", at, "customers.d/list cannot be read: No such file");
-    account("", "recipients-file = \"acme.toml\"", "customers.d/acme.toml:1", "is not a valid address");
 }
 
 #[test]
@@ -936,6 +934,26 @@ fn the_certificate_of_an_account_with_a_mistake_may_be_known_later() {
     accounts.keep_skipped(&earlier);
     assert_eq!(accounts.account_of(&key, None), Ok(Some("acme".to_owned())));
     assert!(!accounts.knows(&foreign));
+}
+
+/// A customer who is just replacing its list keeps nothing from being read, and a reload loses no list.
+#[test]
+fn a_list_of_recipients_with_a_mistake_is_no_mistake_of_the_configuration() {
+    let directory = with_tls("domains = [\"example.org\"]\nsecret = \"open sesame\"\nrecipients-file = \"list\"\n");
+    let (path, list) = (directory.path().join("odmr.toml"), directory.path().join("customers.d/list"));
+    let look_up = |accounts: &Accounts, address: &str| {
+        let recipients = &accounts.account("acme").unwrap().held.recipients;
+        recipients.look_up(&Mailbox::parse(address).unwrap(), "acme")
+    };
+    fs::write(&list, "").unwrap();
+    let accounts = ProviderConfig::load(&path).unwrap().accounts;
+    assert_eq!((accounts.skipped().len(), look_up(&accounts, "eva@example.org")), (0, Knowledge::Unsettled));
+    fs::write(&list, "eva@example.org\n").unwrap();
+    let earlier = ProviderConfig::load(&path).unwrap().accounts;
+    assert_eq!(look_up(&earlier, "eva@example.org"), Knowledge::Known);
+    fs::write(&list, "eva").unwrap();
+    let again = ProviderConfig::load_again(&path, &earlier).unwrap().accounts;
+    assert_eq!((again.skipped().len(), look_up(&again, "eva@example.org")), (0, Knowledge::Known));
 }
 
 #[test]

@@ -326,7 +326,7 @@ impl Spool {
             // RFC 5321 section 3.3, RFC 3463 section 3.2.
             Knowledge::Unknown => return Err(Reply::new(550, "5.1.1", "No such mailbox in that domain")),
             Knowledge::Unsettled => {
-                return Err(Reply::new(451, "4.3.5", "The list of recipients is being changed, try again later"));
+                return Err(Reply::new(451, "4.3.5", "The list of recipients cannot be used now, try again later"));
             }
         }
         let queue = SpoolQueue::Held(domain.clone());

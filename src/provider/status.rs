@@ -40,8 +40,8 @@ pub struct AccountStatus {
     /// Octets of files, and messages, that may be held.
     pub quota_bytes: Option<u64>,
     pub quota_messages: Option<u64>,
-    /// How many recipients it has named, if it has.
-    pub recipients: Option<u64>,
+    /// How many recipients it has named, if it has, or what is wrong with its list.
+    pub recipients: Option<Result<u64, String>>,
     pub call: Option<CallRecord>,
     /// When the next call is permitted; `None`: now.
     pub next_call: Option<Timestamp>,
@@ -96,7 +96,10 @@ impl ProviderStatus {
                 is_whole: true,
                 quota_bytes: account.held.max_bytes,
                 quota_messages: account.held.max_messages.map(|messages| messages as u64),
-                recipients: account.held.recipients.list().map(|list| list.count()),
+                recipients: match account.held.recipients.read() {
+                    Ok(list) => list.map(|list| Ok(list.count())),
+                    Err(error) => Some(Err(error.to_string())),
+                },
                 call,
                 learned: (account.held.recipients == KnownRecipients::Learn).then(learned),
                 expire_after: account.held.expire_after,

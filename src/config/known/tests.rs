@@ -1,5 +1,7 @@
 //! Tests of files of recipients.
 
+use std::time::Duration;
+
 use super::*;
 
 fn domains() -> Vec<Domain> {
@@ -61,12 +63,6 @@ fn a_file_with_a_mistake_is_not_used() {
     assert!(read(&pipe, &domains()).is_err());
 }
 
-/// Lets the interval of looking pass.
-fn current(file: &RecipientsFile) -> (Arc<RecipientList>, bool) {
-    file.lock().looked = None;
-    file.current("acme")
-}
-
 /// Lets the time pass during which a file must be unchanged.
 fn wait_until_quiet(file: &RecipientsFile) {
     let stamp = fs::metadata(&file.path).ok().map(|found| FileStamp::of(&found));
@@ -78,17 +74,21 @@ fn wait_until_quiet(file: &RecipientsFile) {
     }
 }
 
+fn file_at(path: &Path) -> Arc<RecipientsFile> {
+    let line = SourceLine { file: Path::new("acme.toml").into(), line: Some(3) };
+    RecipientsFile::new(path.to_owned(), &domains(), line)
+}
+
 #[test]
 fn a_file_that_changes_is_read_again_when_it_is_quiet() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("list");
     let write = |text: &str| fs::write(&path, text).unwrap();
     write("alice@example.org\n");
-    let line = SourceLine { file: Path::new("acme.toml").into(), line: Some(3) };
-    let file = RecipientsFile::open(path.clone(), &domains(), &line).unwrap();
+    let file = file_at(&path);
     let state = |address: &str| {
-        let (list, settled) = current(&file);
-        (knows(&list, address), settled)
+        let (list, settled) = file.current("acme");
+        (knows(&list.unwrap(), address), settled)
     };
     // It was written just now: who is not in it may be in the rest.
     assert_eq!((state("alice@example.org"), state("bob@example.org")), ((true, false), (false, false)));
@@ -120,7 +120,29 @@ fn a_file_that_changes_is_read_again_when_it_is_quiet() {
     assert_eq!(state("alice@example.org"), (false, false));
     wait_until_quiet(&file);
     assert_eq!(state("alice@example.org"), (true, true));
-    // Within a second the system is not asked again.
-    fs::remove_file(&path).unwrap();
-    assert!(file.current("acme").1);
+    // No recipient is rejected by a list whose file has been replaced.
+    write("bob@example.org\n");
+    assert_eq!((state("bob@example.org"), state("eva@example.org")), ((false, false), (false, false)));
+}
+
+#[test]
+fn all_recipients_are_deferred_until_a_first_list_was_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("list");
+    let file = file_at(&path);
+    let recipients = KnownRecipients::File(file.clone());
+    let look_up = |address: &str| recipients.look_up(&Mailbox::parse(address).unwrap(), "acme");
+    let error = recipients.read().unwrap_err().to_string();
+    assert!(error.starts_with("acme.toml:3: ") && error.contains("list cannot be read: No such file"), "{error}");
+    assert_eq!(look_up("alice@example.org"), Knowledge::Unsettled);
+    // It is found to have a mistake once, and not for each recipient.
+    fs::write(&path, "alice\n").unwrap();
+    wait_until_quiet(&file);
+    assert_eq!(look_up("alice@example.org"), Knowledge::Unsettled);
+    assert_eq!(file.lock().read, Some(fs::metadata(&path).ok().map(|found| FileStamp::of(&found))));
+    fs::write(&path, "alice@example.org\n").unwrap();
+    assert_eq!(look_up("alice@example.org"), Knowledge::Unsettled);
+    wait_until_quiet(&file);
+    assert_eq!(look_up("alice@example.org"), Knowledge::Known);
+    assert_eq!(look_up("bob@example.org"), Knowledge::Unknown);
 }
