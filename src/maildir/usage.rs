@@ -49,8 +49,11 @@ const LONGEST_BELIEF: Duration = Duration::from_secs(10);
 /// How long a session waits for the lock: a process that was stopped may have it, or a thread whose disk hangs.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a session waits for it while others wait for the session.
-const SHARED_LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a session waits for it that has the lock of another account, whose sessions wait meanwhile.
+const SHARED_LOCK_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// How long a start or a reload waits for each lock.
+const RECOUNT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Octets of the file at most.
 const RECORD_LIMIT: usize = 256;
@@ -64,13 +67,13 @@ pub struct UsageLimit {
     /// `u64::MAX`: no limit.
     limit: Usage,
     /// The threads of this process wait for each other here, and one of them for other processes.
-    turn: Mutex<Turn>,
+    turn: Mutex<LockTurn>,
     turn_ended: Condvar,
 }
 
 /// Which thread of this process may have the lock.
 #[derive(Debug, Default)]
-struct Turn {
+struct LockTurn {
     taken: bool,
     /// The last one has waited for long, and in vain: then the next one does not wait.
     in_vain: bool,
@@ -129,11 +132,13 @@ impl UsageLimit {
     /// [`LimitExceeded`]; the system's.
     pub fn check(&self, more: Usage) -> io::Result<()> {
         // What is far from the limit needs no lock: it is checked once more when it is added.
+        if self.is_far(more) { Ok(()) } else { self.lock(LOCK_TIMEOUT)?.check(more) }
+    }
+
+    /// Whether there is room for so much more by the bound, without counting.
+    pub fn is_far(&self, more: Usage) -> bool {
         let bound = open_state_file(&self.root, &self.file_name()).ok().and_then(|file| Bound::read(&file));
-        match bound.is_some_and(|bound| self.exceeded(bound.used.plus(more)).is_none()) {
-            true => Ok(()),
-            false => self.lock(LOCK_TIMEOUT)?.check(more),
-        }
+        bound.is_some_and(|bound| self.exceeded(bound.used.plus(more)).is_none())
     }
 
     /// Which of the two numbers is too large.
@@ -149,7 +154,7 @@ impl UsageLimit {
     ///
     /// The system's.
     pub fn recount_next(&self) -> io::Result<()> {
-        self.lock(SHARED_LOCK_TIMEOUT)?.file.set_len(0)
+        self.lock(RECOUNT_TIMEOUT)?.file.set_len(0)
     }
 
     /// Whose limit it is.
@@ -161,7 +166,7 @@ impl UsageLimit {
         format!("{USAGE_FILE}{}", self.name)
     }
 
-    fn turn(&self) -> MutexGuard<'_, Turn> {
+    fn turn(&self) -> MutexGuard<'_, LockTurn> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -174,7 +179,7 @@ impl UsageLimit {
         let waited = self.turn_ended.wait_timeout_while(self.turn(), patience, |turn| turn.taken);
         let (mut turn, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if turn.taken {
-            turn.in_vain |= patience > SHARED_LOCK_TIMEOUT;
+            turn.in_vain |= patience > RECOUNT_TIMEOUT;
             return Err(with_path(&path, io::ErrorKind::TimedOut.into()));
         }
         turn.taken = true;
@@ -193,7 +198,7 @@ impl UsageLimit {
                 Err(TryLockError::Error(error)) => return Err(with_path(&path, error)),
             }
             if Instant::now() >= late {
-                self.turn().in_vain |= patience > SHARED_LOCK_TIMEOUT;
+                self.turn().in_vain |= patience > RECOUNT_TIMEOUT;
                 return Err(with_path(&path, io::ErrorKind::TimedOut.into()));
             }
             std::thread::sleep(pause);

@@ -232,12 +232,12 @@ fn an_account_whose_lock_is_stuck_holds_up_no_other() {
         done.wait();
         for number in 0.. {
             store(&format!("one-{number}"), &[&healthy]).unwrap();
-            if begun.elapsed() > SHARED_LOCK_TIMEOUT * 2 {
+            if begun.elapsed() > SHARED_LOCK_TIMEOUT * 5 {
                 break;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        assert!(begun.elapsed() < SHARED_LOCK_TIMEOUT * 4, "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < LOCK_TIMEOUT / 3, "{:?}", begun.elapsed());
         assert!(!both.is_finished());
         drop(held);
         assert_eq!(both.join().unwrap().unwrap().len(), 2);
