@@ -27,29 +27,34 @@ const HELD_QUEUES: usize = 10;
 #[derive(Default)]
 pub struct HeldQueues {
     queues: Vec<SpoolQueue>,
-    /// Octets of the message, as MAIL announces them; 0: it does not.
-    size: u64,
+    /// Octets of the message, as MAIL announces them.
+    size: Option<u64>,
 }
 
 impl HeldQueues {
     /// Those of a message whose recipients are still to come.
     pub fn begin(mail: &MailFrom) -> HeldQueues {
-        HeldQueues { queues: Vec::new(), size: mail.size.unwrap_or(0) }
+        HeldQueues { queues: Vec::new(), size: mail.size }
     }
 
     /// Adds the queue of one more recipient. Returns the recipient as it is stored.
     ///
     /// # Errors
-    /// The reply to RCPT: that of [`Shared::check_learned`] or [`Spool::check_recipient`], or there are as many queues as permitted: one message takes its
-    /// size on the disk for each, and a client sends the rest in another transaction (RFC 5321 section 4.5.3.1.10).
+    /// The reply to RCPT: that of [`Shared::check_learned`] or [`Spool::check_recipient`], or the client shall send the rest in
+    /// another transaction (RFC 5321 section 4.5.3.1.10). There are as many queues as permitted, since one message takes its size
+    /// on the disk for each; or the message may turn out to be too much for one of several accounts.
     pub fn add(&mut self, shared: &Shared, mailbox: &Mailbox, queue: SpoolQueue) -> Result<Mailbox, Reply> {
         shared.check_learned(mailbox)?;
-        shared.spool.check_recipient(mailbox, &self.queues, self.size)?;
+        shared.spool.check_recipient(mailbox, &self.queues, self.size.unwrap_or(0))?;
         if !self.queues.contains(&queue) {
             if self.queues.len() >= HELD_QUEUES {
                 return Err(Reply::new(452, "4.5.3", "Too many domains: send the rest in another transaction"));
             }
             self.queues.push(queue);
+            if !shared.spool.may_go_together(&self.queues, self.size) {
+                self.queues.pop();
+                return Err(Reply::new(452, "4.5.3", "Too little room with others: send it in another transaction"));
+            }
         }
         Ok(mailbox.canonical())
     }

@@ -24,11 +24,12 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::Access;
 
 use super::quota::Quotas;
-use crate::config::{Accounts, HeldConfig, Knowledge, ProviderConfig};
+use crate::config::{Account, Accounts, HeldConfig, Knowledge, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
 use crate::maildir::{self, Maildir, MessageWriter, USAGE_FILE, Usage, log_sweep_failed, replace_file, with_path};
 use crate::net::trace::quoted;
+use crate::queue::envelope::ENVELOPE_LIMIT;
 use crate::queue::{Queue, QueueDue, QueueName, QueuedEnvelope, SharedIndex, remove_unused_lock};
 use crate::session::disk_full_reply;
 use crate::smtp::reply::Reply;
@@ -73,6 +74,10 @@ pub enum SpoolQueue {
     AllOutgoing,
     /// Mail for a domain elsewhere that an earlier version has stored.
     OldOutgoing(Domain),
+}
+
+fn is_one(accounts: &[Option<&Account>]) -> bool {
+    accounts.windows(2).all(|pair| pair[0].map(|one| &one.name) == pair[1].map(|other| &other.name))
 }
 
 fn held_path(root: &Path, domain: &Domain) -> PathBuf {
@@ -345,14 +350,28 @@ impl Spool {
 
     /// The reply to a message for these queues that could not be stored.
     pub fn failure_reply<'a>(&self, error: &io::Error, queues: impl IntoIterator<Item = &'a SpoolQueue>) -> Reply {
-        let account = |queue: &SpoolQueue| match queue {
+        let accounts: Vec<_> = queues.into_iter().map(|queue| self.holder(queue)).collect();
+        // There is one reply for all recipients, so it rejects only what all of them would.
+        self.quotas.reply(error, accounts.first().copied().flatten().filter(|_| is_one(&accounts)))
+    }
+
+    /// Whether a message for several accounts has room in each, however large it turns out to be. There is one reply to the
+    /// content for all recipients: a full account would defer it for the others too, at each attempt of the client.
+    pub fn may_go_together(&self, queues: &[SpoolQueue], size: Option<u64>) -> bool {
+        let accounts: Vec<_> = queues.iter().map(|queue| self.holder(queue)).collect();
+        let has_room = |account: &&Account| {
+            let copies = accounts.iter().flatten().filter(|other| other.name == account.name).count() as u64;
+            let most = size.map_or(u64::MAX, |size| size.saturating_add(ENVELOPE_LIMIT as u64).saturating_mul(copies));
+            self.quotas.of(&account.name).is_none_or(|limit| limit.is_far(Usage { octets: most, messages: copies }))
+        };
+        is_one(&accounts) || accounts.iter().flatten().all(has_room)
+    }
+
+    fn holder(&self, queue: &SpoolQueue) -> Option<&Account> {
+        match queue {
             SpoolQueue::Held(domain) => self.accounts.owner(domain),
             _ => None,
-        };
-        let accounts: Vec<_> = queues.into_iter().map(account).collect();
-        // There is one reply for all recipients, so it rejects only what all of them would.
-        let is_one = accounts.windows(2).all(|pair| pair[0].map(|one| &one.name) == pair[1].map(|other| &other.name));
-        self.quotas.reply(error, accounts.first().copied().flatten().filter(|_| is_one))
+        }
     }
 
     /// Begins a message from outside, as [`Spool::begin_message`]: not for accounts that have enough, nor for a disk that
