@@ -57,9 +57,6 @@ pub enum Knowledge {
     Unsettled,
 }
 
-/// The consequence of a file that cannot be read, if no list was read before.
-const NO_LIST: &str = "mail for all recipients is deferred";
-
 const EXPECTED: &str = "\"any\", \"learn\" or a list of addresses such as [\"alice@example.org\", \"@example.net\"]";
 
 const ENTRY: Text<ListedRecipient> =
@@ -194,11 +191,11 @@ impl RecipientsFile {
         let is_quiet = stamp.is_some_and(|stamp| stamp.is_quiet(SystemTime::now()));
         if state.list.is_none() && state.read.is_none() {
             // The first recipient: others wait, as there is no list that they could go on with.
-            let list = self.read(account, NO_LIST);
-            let is_whole = list.as_ref().is_none_or(|(_, read)| is_quiet && Some(*read) == stamp);
+            let read = read(&self.path, &self.domains);
+            let is_whole = read.as_ref().map_or(true, |(_, read)| is_quiet && Some(*read) == stamp);
             state.read = is_whole.then_some(stamp);
             state.change = (!is_whole).then_some((stamp, now));
-            state.list = list.map(|(list, _)| list);
+            self.use_read(&mut state, read.map(|(list, _)| list), account);
             return (state.list.clone(), is_whole);
         }
         if state.is_read {
@@ -213,36 +210,33 @@ impl RecipientsFile {
         if !is_quiet && now < since + QUIET_TIME {
             return (state.list.clone(), false);
         }
-        let consequence = if state.list.is_some() { "the old list holds" } else { NO_LIST };
         state.is_read = true;
         drop(state);
         // A long one takes a second, in which others go on with the old list.
-        let read = self.read(account, consequence);
+        let read = read(&self.path, &self.domains);
         let mut state = self.lock();
         state.is_read = false;
-        if let Some((list, read)) = read {
-            if Some(read) != stamp {
-                // It has changed once more.
-                return (state.list.clone(), false);
-            }
-            state.list = Some(list);
+        if read.as_ref().is_ok_and(|(_, read)| Some(*read) != stamp) {
+            // It has changed once more.
+            return (state.list.clone(), false);
         }
+        self.use_read(&mut state, read.map(|(list, _)| list), account);
         (state.read, state.change) = (Some(stamp), None);
         (state.list.clone(), true)
     }
 
-    /// Reads the file, and logs that. `consequence`: of a mistake.
-    fn read(&self, account: &str, consequence: &str) -> Option<(Arc<RecipientList>, FileStamp)> {
-        match read(&self.path, &self.domains) {
-            Ok((list, stamp)) => {
+    /// Uses what was read, or logs why that cannot be used.
+    fn use_read(&self, state: &mut FileState, read: Result<RecipientList, ListError>, account: &str) {
+        match read {
+            Ok(list) => {
                 log::info!("event=recipients-read account={account} recipients={}", list.count());
-                Some((list.into(), stamp))
+                state.list = Some(list.into());
             }
             Err(error) => {
-                let error = error.on(&SourceLine { file: self.path.as_path().into(), line: None });
-                let error = quoted(error);
+                let error = quoted(error.on(&SourceLine { file: self.path.as_path().into(), line: None }));
+                let has_list = state.list.is_some();
+                let consequence = if has_list { "the old list holds" } else { "mail for all recipients is deferred" };
                 log::error!("event=recipients-unreadable account={account} error={error} consequence={consequence:?}");
-                None
             }
         }
     }
