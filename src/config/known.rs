@@ -127,7 +127,7 @@ impl KnownRecipients {
             KnownRecipients::Any | KnownRecipients::Learn => Ok(None),
             KnownRecipients::Listed(list) => Ok(Some(list.clone())),
             KnownRecipients::File(file) => {
-                read(&file.path, &file.domains).map(|(list, _)| Some(list.into())).map_err(|error| error.on(&file.line))
+                read(&file.path, &file.domains).map(|list| Some(list.into())).map_err(|error| error.on(&file.line))
             }
         }
     }
@@ -187,15 +187,15 @@ impl RecipientsFile {
     /// The list, and whether it is that of the file as it is now.
     fn current(&self, account: &str) -> (Option<Arc<RecipientList>>, bool) {
         let (mut state, now) = (self.lock(), Instant::now());
-        let stamp = fs::metadata(&self.path).ok().map(|found| FileStamp::of(&found));
+        let stamp = self.stamp();
         let is_quiet = stamp.is_some_and(|stamp| stamp.is_quiet(SystemTime::now()));
         if state.list.is_none() && state.read.is_none() {
             // The first recipient: others wait, as there is no list that they could go on with.
             let read = read(&self.path, &self.domains);
-            let is_whole = read.as_ref().map_or(true, |(_, read)| is_quiet && Some(*read) == stamp);
+            let is_whole = read.is_err() || is_quiet && self.stamp() == stamp;
             state.read = is_whole.then_some(stamp);
             state.change = (!is_whole).then_some((stamp, now));
-            self.use_read(&mut state, read.map(|(list, _)| list), account);
+            self.use_read(&mut state, read, account);
             return (state.list.clone(), is_whole);
         }
         if state.is_read {
@@ -213,16 +213,20 @@ impl RecipientsFile {
         state.is_read = true;
         drop(state);
         // A long one takes a second, in which others go on with the old list.
-        let read = read(&self.path, &self.domains);
+        let (read, after) = (read(&self.path, &self.domains), self.stamp());
         let mut state = self.lock();
         state.is_read = false;
-        if read.as_ref().is_ok_and(|(_, read)| Some(*read) != stamp) {
-            // It has changed once more.
+        if after != stamp {
+            // It has changed once more, or was just being cut off: the system changes its time after its size.
             return (state.list.clone(), false);
         }
-        self.use_read(&mut state, read.map(|(list, _)| list), account);
+        self.use_read(&mut state, read, account);
         (state.read, state.change) = (Some(stamp), None);
         (state.list.clone(), true)
+    }
+
+    fn stamp(&self) -> Option<FileStamp> {
+        fs::metadata(&self.path).ok().map(|found| FileStamp::of(&found))
     }
 
     /// Uses what was read, or logs why that cannot be used.
@@ -260,7 +264,7 @@ impl ListError {
 }
 
 /// Reads a file line by line: it may be anything.
-fn read(path: &Path, domains: &[Domain]) -> Result<(RecipientList, FileStamp), ListError> {
+fn read(path: &Path, domains: &[Domain]) -> Result<RecipientList, ListError> {
     let shown = path.display();
     let failed =
         |error: io::Error| ListError::Whole(format!("{shown} cannot be read: {}", sandbox::explain(path, error)));
@@ -312,9 +316,7 @@ fn read(path: &Path, domains: &[Domain]) -> Result<(RecipientList, FileStamp), L
         return Err(ListError::Whole(text));
     }
     list.sort();
-    // It may have been changed meanwhile: the stamp is not that of a file that was quiet before.
-    let after = reader.into_inner().into_inner().metadata().map_err(failed)?;
-    Ok((list, FileStamp::of(&after)))
+    Ok(list)
 }
 
 #[cfg(test)]

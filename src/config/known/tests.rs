@@ -17,8 +17,7 @@ fn read_text(text: &[u8]) -> Result<RecipientList, String> {
     fs::write(file.path(), text).unwrap();
     let line = SourceLine { file: Path::new("acme.toml").into(), line: Some(3) };
     let name = file.path().display().to_string();
-    let read = read(file.path(), &domains()).map_err(|error| error.on(&line).to_string().replace(&name, "LIST"));
-    read.map(|(list, _)| list)
+    read(file.path(), &domains()).map_err(|error| error.on(&line).to_string().replace(&name, "LIST"))
 }
 
 #[test]
