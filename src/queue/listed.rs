@@ -37,6 +37,11 @@ const SESSIONS_IN_DOUBT: u32 = 2;
 
 const HOUR: i64 = 60 * 60;
 
+/// How long a held message comes last that has ended a session. Then it comes as if it had arrived at the end of this time:
+/// what strangers send meanwhile may be more than a thin line carries, and would keep it back for ever. It is long, because the
+/// message may end one more session, and what has arrived later waits for another call.
+const LAST_FOR: i64 = 7 * 24 * HOUR;
+
 /// The size of a message whose name does not tell it, because another agent has written it: that of an ordinary message.
 const ASSUMED_SIZE: u64 = 64 << 10;
 
@@ -81,6 +86,14 @@ impl Rank {
     pub(super) fn of(entry: &Entry, order: QueueOrder, is_dsn: bool) -> Rank {
         let (ended, in_doubt) = (entry.ended(), entry.has(IN_DOUBT));
         let sessions = ended.map_or(0, |ended| ended.sessions);
+        if let (QueueOrder::Held { now }, Some(ended), false) = (order, ended, in_doubt && sessions < SESSIONS_IN_DOUBT) {
+            let until = ended.at.seconds().saturating_add(LAST_FOR);
+            // If the session has ended in the future, a clock was wrong.
+            let hour = if ended.at > now { hour(entry, now) } else { until / HOUR };
+            if ended.at > now || until < now.seconds() {
+                return Rank { phase: Phase::Ordinary, sessions: 0, hour };
+            }
+        }
         let (phase, hour) = match order {
             QueueOrder::Held { now } if in_doubt && sessions < SESSIONS_IN_DOUBT => (Phase::InDoubt, hour(entry, now)),
             QueueOrder::Held { now } if ended.is_none() => (Phase::Ordinary, hour(entry, now)),

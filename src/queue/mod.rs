@@ -37,6 +37,9 @@
 //! ended sessions those that may end this one too, by how many they have ended; in doubt: from two sessions on
 //! ```
 //!
+//! A message that has ended a session comes last for a week; then it is one of the others, as if it had arrived at the end of
+//! that week. So what strangers send does not keep a message back for ever, also on a line that never carries all of it.
+//!
 //! In a queue with retries the oldest comes first, then those in doubt and those that have ended sessions.
 //!
 //! A message that ends its session (the connection is lost while it is under way, or 421 is the reply to it) is offered last
