@@ -73,12 +73,8 @@ fn record_call(shared: &Shared, session: &ServerSession, domains: &[Domain], rep
     let mut record = CallRecord::new(now, &session.peer, result, &reason);
     let interval = account.held.min_interval;
     if result == CallResult::NoMail && !interval.is_zero() {
-        let mut this = CallWithoutMail::new(now, domains);
-        let before = CallRecord::read(&path).and_then(|record| record.without_mail);
-        if let Some(before) = before.filter(|before| before.next_call(&[], interval, now).is_some()) {
-            this.add(before);
-        }
-        record.without_mail = Some(this);
+        let before = CallRecord::read(&path).map(|record| record.without_mail).unwrap_or_default();
+        record.without_mail = CallWithoutMail::new(now, domains).add_to(before, interval);
     }
     record.write(&path, &account.name);
 }
@@ -94,7 +90,7 @@ fn check_interval(shared: &Shared, account: &Account, domains: &[Domain]) -> Res
         return Ok(());
     }
     let now = shared.lasting.ids.clock().now();
-    let last = CallRecord::read(&shared.spool.call_record(&account.name)).and_then(|record| record.without_mail);
+    let last = CallRecord::read(&shared.spool.call_record(&account.name));
     match last.and_then(|last| last.next_call(domains, interval, now)) {
         Some(next) => Err(too_soon_reply(next.seconds() - now.seconds())),
         None => Ok(()),

@@ -86,13 +86,12 @@ impl ProviderStatus {
         let history = ClockWatch::new(&config.spool, ids.clock()).history();
         for account in config.accounts.iter() {
             let call = CallRecord::read(&spool.call_record(&account.name));
-            let last = call.as_ref().and_then(|call| call.without_mail.as_ref());
             let learned = || UnknownRecipients::read(&spool.unknown_recipients(&account.name)).learned(now);
             let mut status = AccountStatus {
                 name: account.name.clone(),
                 held: QueueSummary::default(),
                 domains: Vec::new(),
-                next_call: last.and_then(|last| last.next_call(&[], account.held.min_interval, now)),
+                next_call: call.as_ref().and_then(|last| last.next_call(&[], account.held.min_interval, now)),
                 is_whole: true,
                 quota_bytes: account.held.max_bytes,
                 quota_messages: account.held.max_messages.map(|messages| messages as u64),

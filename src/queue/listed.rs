@@ -86,7 +86,8 @@ impl Rank {
     pub(super) fn of(entry: &Entry, order: QueueOrder, is_dsn: bool) -> Rank {
         let (ended, in_doubt) = (entry.ended(), entry.has(IN_DOUBT));
         let sessions = ended.map_or(0, |ended| ended.sessions);
-        if let (QueueOrder::Held { now }, Some(ended), false) = (order, ended, in_doubt && sessions < SESSIONS_IN_DOUBT) {
+        if let (QueueOrder::Held { now }, Some(ended), false) = (order, ended, in_doubt && sessions < SESSIONS_IN_DOUBT)
+        {
             let until = ended.at.seconds().saturating_add(LAST_FOR);
             // If the session has ended in the future, a clock was wrong.
             let hour = if ended.at > now { hour(entry, now) } else { until / HOUR };

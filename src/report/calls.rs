@@ -9,8 +9,9 @@
 //! success=2026-01-02T03:04:05Z  when the last call that did not fail has ended
 //! calls=12                      since the file was made
 //! failed=1                      of them
-//! no-mail=2026-01-02T03:04:05Z  when the last call without mail has ended; only a provider with `min-interval` needs it
-//! no-mail-domains=a.example     the domains that it was about; without the line: all of the account
+//! no-mail=2026-01-02T03:04:05Z a.example,b.example
+//!                               when a call without mail has ended, and the domains that it was about; without them: all
+//!                               of the account. Only a provider with `min-interval` needs it, for the calls of that time
 //! count sent=3                  what this call has counted, a line each
 //! ```
 //!
@@ -75,13 +76,12 @@ pub struct CallRecord {
     /// How many calls there were since the file was made.
     pub calls: u64,
     pub failed: u64,
-    /// The last call without mail, this one or one before.
-    pub without_mail: Option<CallWithoutMail>,
+    /// The last calls without mail, the oldest first.
+    pub without_mail: Vec<CallWithoutMail>,
     pub counts: Vec<(String, u64)>,
 }
 
-/// The last call that has brought no mail. A customer may need several sessions to name all its domains: what they have
-/// found is one call.
+/// A call that has brought no mail.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CallWithoutMail {
     /// When it has ended.
@@ -90,8 +90,8 @@ pub struct CallWithoutMail {
     pub domains: Vec<String>,
 }
 
-/// Domains that are remembered of a call without mail; then the first are forgotten.
-const DOMAINS_LIMIT: usize = 1000;
+/// Calls without mail that are remembered; then the first are forgotten.
+const WITHOUT_MAIL_LIMIT: usize = 1000;
 
 impl CallWithoutMail {
     /// A call that ends now, about these domains.
@@ -99,17 +99,22 @@ impl CallWithoutMail {
         CallWithoutMail { at, domains: domains.iter().map(Domain::to_string).collect() }
     }
 
-    /// Adds the domains of a call before this one.
-    pub fn add(&mut self, before: CallWithoutMail) {
-        if !self.domains.is_empty() {
-            self.domains.splice(0..0, before.domains);
-            self.domains.drain(..self.domains.len().saturating_sub(DOMAINS_LIMIT));
-        }
+    /// Adds it to the calls before it, without those of more than `interval` ago, and without what they say of its domains.
+    pub fn add_to(self, mut before: Vec<CallWithoutMail>, interval: Duration) -> Vec<CallWithoutMail> {
+        before.retain_mut(|call| {
+            let is_about_all = call.domains.is_empty();
+            call.domains.retain(|domain| !self.domains.contains(domain));
+            let counts = !self.domains.is_empty() && (is_about_all || !call.domains.is_empty());
+            counts && call.permitted_at(&[], interval, self.at).is_some()
+        });
+        before.push(self);
+        before.drain(..before.len().saturating_sub(WITHOUT_MAIL_LIMIT));
+        before
     }
 
     /// When a call about these domains is permitted again; none: a call about all. `None`: it is permitted, as it is about
     /// others, or as `interval` has passed. A time in the future is not one: the clock was wrong then, or is now.
-    pub fn next_call(&self, domains: &[Domain], interval: Duration, now: Timestamp) -> Option<Timestamp> {
+    fn permitted_at(&self, domains: &[Domain], interval: Duration, now: Timestamp) -> Option<Timestamp> {
         let asks_again = |domain: &Domain| self.domains.iter().any(|other| other == domain.as_str());
         let is_about = domains.is_empty() || self.domains.is_empty() || domains.iter().any(asks_again);
         // A part of a second counts as one.
@@ -117,9 +122,22 @@ impl CallWithoutMail {
         let next = self.at.seconds().saturating_add(i64::try_from(seconds).unwrap_or(i64::MAX));
         (is_about && self.at <= now && now.seconds() < next).then(|| Timestamp::from_seconds(next))
     }
+
+    /// Reads a line of a record.
+    fn parse(line: &str) -> Option<CallWithoutMail> {
+        let line = line.strip_prefix("no-mail=")?;
+        let (at, domains) = line.split_once(' ').unwrap_or((line, ""));
+        let domains = domains.split(',').filter(|name| !name.is_empty());
+        Some(CallWithoutMail { at: Timestamp::parse_rfc3339(at)?, domains: domains.map(str::to_owned).collect() })
+    }
 }
 
 impl CallRecord {
+    /// When a call about these domains is permitted again; none: a call about all. `None`: now.
+    pub fn next_call(&self, domains: &[Domain], interval: Duration, now: Timestamp) -> Option<Timestamp> {
+        self.without_mail.iter().filter_map(|call| call.permitted_at(domains, interval, now)).max()
+    }
+
     /// The record of a call that has ended now.
     pub fn new(at: Timestamp, peer: &str, result: CallResult, reason: &str) -> CallRecord {
         let (peer, reason) = (peer.to_owned(), reason.to_owned());
@@ -132,7 +150,7 @@ impl CallRecord {
             success: None,
             calls: 0,
             failed: 0,
-            without_mail: None,
+            without_mail: Vec::new(),
             counts: Vec::new(),
         }
     }
@@ -177,10 +195,7 @@ impl CallRecord {
             success: time("success"),
             calls: number("calls"),
             failed: number("failed"),
-            without_mail: time("no-mail").map(|at| {
-                let domains = value("no-mail-domains").unwrap_or_default().split(',');
-                CallWithoutMail { at, domains: domains.filter(|name| !name.is_empty()).map(str::to_owned).collect() }
-            }),
+            without_mail: text.lines().filter_map(CallWithoutMail::parse).collect(),
             counts: counts.filter_map(|(key, count)| Some((key.to_owned(), count.parse().ok()?))).collect(),
         })
     }
@@ -194,7 +209,9 @@ impl CallRecord {
         self.failed += u64::from(failed);
         let (success, without_mail) = before.map(|before| (before.success, before.without_mail)).unwrap_or_default();
         self.success = if failed { success } else { Some(self.at) };
-        self.without_mail = self.without_mail.or(without_mail);
+        if self.without_mail.is_empty() {
+            self.without_mail = without_mail;
+        }
         if let Err(error) = replace_file(path, &self.text()) {
             log::warn!("event=call-not-recorded account={account} error={}", quoted(error));
         }
@@ -214,11 +231,8 @@ impl CallRecord {
             let _ = writeln!(text, "success={}", success.rfc3339());
         }
         let _ = write!(text, "calls={}\nfailed={}\n", self.calls, self.failed);
-        if let Some(CallWithoutMail { at, domains }) = &self.without_mail {
-            let _ = writeln!(text, "no-mail={}", at.rfc3339());
-            if !domains.is_empty() {
-                let _ = writeln!(text, "no-mail-domains={}", domains.join(","));
-            }
+        for CallWithoutMail { at, domains } in &self.without_mail {
+            let _ = writeln!(text, "{}", format!("no-mail={} {}", at.rfc3339(), domains.join(",")).trim_end());
         }
         for (key, count) in &self.counts {
             let _ = writeln!(text, "count {key}={count}");
@@ -263,7 +277,8 @@ mod tests {
             ..CallRecord::new(time(at), "[192.0.2.1]", result, "a\nb=c")
         };
         let domains = ["a.example", "b.example"].map(|name| Domain::parse(name).unwrap());
-        let without_mail = Some(CallWithoutMail::new(time(1_767_323_045), &domains));
+        let call = |domains| CallWithoutMail::new(time(1_767_323_045), domains);
+        let without_mail = vec![call(&domains), call(&[])];
         CallRecord { without_mail: without_mail.clone(), ..record(1_767_323_045, CallResult::Done) }
             .write(&path, "acme");
         record(1_767_323_046, CallResult::Failed).write(&path, "acme");
@@ -291,18 +306,34 @@ mod tests {
         let [a, b, c] = ["a.example", "b.example", "c.example"].map(|name| Domain::parse(name).unwrap());
         let all = CallWithoutMail::new(time(100), &[]);
         for (now, next) in [(99, None), (100, Some(110)), (109, Some(110)), (110, None), (i64::MAX, None), (0, None)] {
-            assert_eq!(all.next_call(&[], interval, time(now)).map(Timestamp::seconds), next, "{now}");
+            assert_eq!(all.permitted_at(&[], interval, time(now)).map(Timestamp::seconds), next, "{now}");
         }
-        // The second list of domains of a customer that has too many for one.
-        let mut some = CallWithoutMail::new(time(100), std::slice::from_ref(&b));
-        some.add(CallWithoutMail::new(time(99), std::slice::from_ref(&a)));
-        let waits = |domains: &[&Domain]| {
+        assert!(all.permitted_at(std::slice::from_ref(&c), interval, time(101)).is_some());
+
+        let mut record = CallRecord::new(time(100), "-", CallResult::NoMail, "");
+        let add = |record: &mut CallRecord, at, domains: &[&Domain]| {
             let domains: Vec<_> = domains.iter().map(|domain| (*domain).clone()).collect();
-            some.next_call(&domains, interval, time(101)).is_some()
+            let before = std::mem::take(&mut record.without_mail);
+            record.without_mail = CallWithoutMail::new(time(at), &domains).add_to(before, interval);
         };
-        assert!(waits(&[]) && waits(&[&a]) && waits(&[&c, &b]) && !waits(&[&c]));
-        assert!(all.next_call(&[c], interval, time(101)).is_some());
-        (0..2000).for_each(|_| some.add(CallWithoutMail::new(time(99), std::slice::from_ref(&a))));
-        assert_eq!((some.domains.len(), some.domains.last().map(String::as_str)), (DOMAINS_LIMIT, Some("b.example")));
+        let next = |record: &CallRecord, now, domains: &[&Domain]| {
+            let domains: Vec<_> = domains.iter().map(|domain| (*domain).clone()).collect();
+            record.next_call(&domains, interval, time(now)).map(Timestamp::seconds)
+        };
+        // A customer that asks for one domain after the other: each has its time, and none of them waits longer.
+        add(&mut record, 100, &[&a]);
+        add(&mut record, 105, &[&b]);
+        assert_eq!(
+            [&[][..], &[&a], &[&b], &[&c, &a]].map(|domains| next(&record, 106, domains)),
+            [Some(115), Some(110), Some(115), Some(110)]
+        );
+        assert_eq!((next(&record, 106, &[&c]), next(&record, 110, &[&a])), (None, None));
+        add(&mut record, 110, &[&a]);
+        assert_eq!(record.without_mail.len(), 2);
+        assert_eq!([&a, &b].map(|domain| next(&record, 114, &[domain])), [Some(120), Some(115)]);
+        add(&mut record, 116, &[&c]);
+        assert_eq!(record.without_mail.len(), 2, "what is over is forgotten");
+        add(&mut record, 117, &[]);
+        assert_eq!(record.without_mail, [CallWithoutMail::new(time(117), &[])]);
     }
 }
