@@ -35,9 +35,9 @@ pub struct TurnSettings {
 /// How much one turned session sends, and for how long. A session keeps what it began with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TurnLimits {
-    /// Messages; 0: no limit.
+    /// Messages that are accepted or under way before no other message is begun; 0: no limit.
     pub messages: usize,
-    /// Octets of content that are accepted or under way before no other message is begun; 0: no limit.
+    /// Octets of their content; 0: no limit.
     pub octets: u64,
     /// As [`Timeouts::turn`].
     pub time: Duration,

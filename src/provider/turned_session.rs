@@ -88,11 +88,13 @@ pub struct TurnedSession {
     /// The rest of the content of the first of them, while it is being sent.
     content: Option<ContentOutput>,
     storage: StorageState,
-    /// Messages given to the client, in all.
-    offered: usize,
+    /// A message was given to the client.
+    begun: bool,
+    /// Messages that are under way, or that a recipient has.
+    messages: usize,
     /// Those with a recipient that was rejected. Their settlement may wait for the end of the session.
     rejected: usize,
-    /// Octets of content of those that are under way, or that a recipient has.
+    /// Octets of their content.
     octets: u64,
     /// Why no more mail is sent, if not because there is no more.
     stop: Option<&'static str>,
@@ -161,7 +163,8 @@ impl TurnedSession {
             sending: VecDeque::new(),
             content: None,
             storage: StorageState::default(),
-            offered: 0,
+            begun: false,
+            messages: 0,
             rejected: 0,
             octets: 0,
             stop: None,
@@ -456,7 +459,7 @@ impl TurnedSession {
                 return true;
             }
             Some(opened) => {
-                self.offered += 1;
+                (self.begun, self.messages) = (true, self.messages + 1);
                 self.octets += opened.message.size;
                 match self.client.send_message(&opened.message, &mut commands) {
                     Ok(()) => self.sending.push_back(opened),
@@ -480,14 +483,14 @@ impl TurnedSession {
     /// Lets the storage threads open the next messages, once there was room for a first one.
     fn open_ahead(&mut self) {
         let StorageState { opening, queue_empty, .. } = self.storage;
-        let begun = self.offered > 0 || self.client.is_ready_for_message();
+        let begun = self.begun || self.client.is_ready_for_message();
         let recipients: usize = self.ahead.iter().map(|opened| opened.message.envelope.recipients.len()).sum();
         let enough = self.ahead.len() > MESSAGES_AHEAD / 2 || recipients > RECIPIENTS_AHEAD;
         if !begun || self.client.closing() || opening || queue_empty || enough {
             return;
         }
         let limit = self.limits.messages;
-        let wanted = if limit == 0 { usize::MAX } else { limit.saturating_sub(self.offered + self.ahead.len()) };
+        let wanted = if limit == 0 { usize::MAX } else { limit.saturating_sub(self.messages + self.ahead.len()) };
         let messages = wanted.min(MESSAGES_AHEAD - self.ahead.len());
         if messages > 0 && !self.is_full() {
             self.storage.opening = true;
@@ -505,7 +508,7 @@ impl TurnedSession {
 
     /// Whether a limit permits no more messages in this session.
     fn is_full(&self) -> bool {
-        self.client.is_used_up() || self.limits.are_reached(self.offered, self.octets)
+        self.client.is_used_up() || self.limits.are_reached(self.messages, self.octets)
     }
 
     /// Acts on the result of the first of the messages given to the client.
@@ -518,7 +521,8 @@ impl TurnedSession {
     fn settle(&mut self, opened: &OpenedMessage, result: DeliveryResult) {
         self.storage.settling += 1;
         if !result.recipients.iter().any(RecipientStatus::is_sent) {
-            self.octets -= opened.message.size;
+            // Those that the customer defers in each session would keep all others back.
+            (self.messages, self.octets) = (self.messages - 1, self.octets - opened.message.size);
         }
         let (peer, sends_dsn) = (self.client.peer_name().map(str::to_owned), self.client.extensions().dsn);
         let wants_dsn = opened.message.envelope.recipients.iter().any(|recipient| recipient.notify.success());
