@@ -342,6 +342,15 @@ fn a_call_that_comes_too_soon_is_no_failure_for_the_daemon_and_the_status() {
     assert_eq!((done.status.code(), count), (Some(75), 1), "{error}");
     assert!(error.contains("call again in 42 seconds") && error.contains(" result=too-soon"), "{error}");
 
+    // cron mails what a job prints.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut quiet = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    quiet.args(["pull", "-q", "-c"]).arg(place.configure(&listener)).env_remove("RUST_LOG");
+    let quiet = quiet.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    say(&listener.accept().unwrap().0, TOO_SOON, &[]);
+    let done = quiet.wait_with_output().unwrap();
+    assert_eq!((done.status.code(), &done.stdout[..], &done.stderr[..]), (Some(75), &b""[..], &b""[..]));
+
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut program = Command::new(env!("CARGO_BIN_EXE_odmr"));
     let config = place.configure(&listener);

@@ -39,7 +39,7 @@ pub(super) enum Sysexit {
     Config = 78,
 }
 
-/// Why the program fails: its exit code, and one line for the user.
+/// Why the program fails: its exit code, and one line for the user; empty: nothing is printed.
 #[derive(Debug)]
 pub(super) struct ExitError {
     pub code: Sysexit,

@@ -139,6 +139,10 @@ pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
         // After a wrong option the log has not been started.
         LogTarget::to(stderr_is_null().then_some(None), false).start(LevelFilter::Info, true);
     }
+    if text.is_empty() {
+        write_out();
+        return;
+    }
     if LOG.get().is_some_and(|log| log.in_syslog) {
         log::error!("event=failed error={}", quoted(text));
     }

@@ -139,6 +139,10 @@ fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: boo
     // On one terminal or in one file the log comes before the summary.
     logging::write_out();
     let printed = if text.is_empty() { Ok(()) } else { print(&format!("{text}\n")) };
+    // A job of cron that calls often would mail the same each time: the call before it has brought no mail.
+    if let (true, Err(CallError::TooSoon(_))) = (quiet, &called) {
+        return Err(ExitError::new(Sysexit::Temporary, ""));
+    }
     // If both the call and the printing failed, the call decides the exit code.
     called?;
     printed?;
