@@ -3,7 +3,7 @@
 //! A process reads a file at the first recipient of the customer, so that it is no mistake of the configuration and costs no
 //! other customer time, and again when it has changed. It may be replaced by rename, or written in place: a part of it may be
 //! a valid file. So it is believed only when it has not changed for two seconds; until then the old list holds, and a
-//! recipient that the old list does not have is deferred and not rejected. A file with a mistake changes nothing; before a
+//! recipient that the old list does not have waits for that, and is deferred if it is changed on and on. A file with a mistake changes nothing; before a
 //! first list was read all recipients are deferred.
 
 use std::fs::{self, OpenOptions};
@@ -53,7 +53,9 @@ pub enum KnownRecipients {
 pub enum Knowledge {
     Known,
     Unknown,
-    /// The list does not have it, but is being changed; or there is no list that can be used.
+    /// The list does not have it, but has been changed just now: soon it is known.
+    Changing,
+    /// There is no list that can be used.
     Unsettled,
 }
 
@@ -109,11 +111,11 @@ impl KnownRecipients {
             KnownRecipients::Listed(list) => (Some(list.clone()), true),
             KnownRecipients::File(file) => file.current(account),
         };
-        let Some(list) = list else { return Knowledge::Unsettled };
-        match (list.knows(mailbox), settled) {
-            (true, _) => Knowledge::Known,
-            (false, true) => Knowledge::Unknown,
-            (false, false) => Knowledge::Unsettled,
+        match (list.map(|list| list.knows(mailbox)), settled) {
+            (Some(true), _) => Knowledge::Known,
+            (_, false) => Knowledge::Changing,
+            (Some(false), true) => Knowledge::Unknown,
+            (None, true) => Knowledge::Unsettled,
         }
     }
 
@@ -289,13 +291,9 @@ fn read(path: &Path, domains: &[Domain]) -> Result<RecipientList, ListError> {
         number += 1;
         let source = SourceLine { file: named.clone(), line: Some(number) };
         let wrong = |text: String| ListError::Line(source.error(text));
-        if !line.ends_with(b"\n") {
-            let text = match line.len() as u64 {
-                LINE_LIMIT => "the line is too long: write one address in each line",
-                // Half of the file may have arrived.
-                _ => "the last line has no end, as if the file were not complete: end it with a line feed",
-            };
-            return Err(wrong(text.to_owned()));
+        // The last line may have no end: what is left of an address that was cut off is in no domain of the account.
+        if line.len() as u64 == LINE_LIMIT && !line.ends_with(b"\n") {
+            return Err(wrong("the line is too long: write one address in each line".to_owned()));
         }
         let text = decode(&named, &line).map_err(|_| wrong("is not UTF-8: save it as UTF-8".to_owned()))?.trim();
         let text = if number == 1 { text.trim_start_matches('\u{feff}').trim() } else { text };

@@ -19,7 +19,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::Access;
 
@@ -33,6 +33,10 @@ use crate::queue::envelope::ENVELOPE_LIMIT;
 use crate::queue::{Queue, QueueDue, QueueName, QueuedEnvelope, SharedIndex, remove_unused_lock};
 use crate::session::disk_full_reply;
 use crate::smtp::reply::Reply;
+
+/// How long a recipient waits who is not in a list that has been changed just now, and how often it is looked for.
+const SETTLE_TIMEOUT: Duration = Duration::from_millis(2500);
+const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The file in `SPOOL/.odmr` that `odmr serve` locks.
 const LOCK_FILE: &str = "serve";
@@ -326,11 +330,19 @@ impl Spool {
     pub fn check_recipient(&self, mailbox: &Mailbox, others: &[SpoolQueue], size: u64) -> Result<(), Reply> {
         let Some(domain) = mailbox.domain() else { return Ok(()) };
         let Some(account) = self.accounts.owner(domain) else { return Ok(()) };
-        match account.held.recipients.look_up(mailbox, &account.name) {
+        let late = Instant::now() + SETTLE_TIMEOUT;
+        let knowledge = loop {
+            match account.held.recipients.look_up(mailbox, &account.name) {
+                // Only time shows that nobody is writing the file any more.
+                Knowledge::Changing if Instant::now() < late => std::thread::sleep(SETTLE_INTERVAL),
+                knowledge => break knowledge,
+            }
+        };
+        match knowledge {
             Knowledge::Known => {}
             // RFC 5321 section 3.3, RFC 3463 section 3.2.
             Knowledge::Unknown => return Err(Reply::new(550, "5.1.1", "No such mailbox in that domain")),
-            Knowledge::Unsettled => {
+            Knowledge::Changing | Knowledge::Unsettled => {
                 return Err(Reply::new(451, "4.3.5", "The list of recipients cannot be used now, try again later"));
             }
         }

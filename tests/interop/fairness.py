@@ -11,11 +11,11 @@ import time
 from harness import MIB, ODMR, Provider, Smtp, check, events, scenario, wait_until
 
 MANY = 100_000
-LARGE = 600
+LARGE = 800
 RUNS = 3  # of each measurement
 CALLS = 15  # of the third customer in one run
-ROUND_TRIP = 0.05
-RATE = 6000  # octets a second on the slow line
+ROUND_TRIP = 0.02
+RATE = 20_000  # octets a second on the slow line
 SLOW = 3
 SLOW_SIZE = 2000
 LINE = b"x" * 76 + b"\n"

@@ -511,7 +511,8 @@ def storage_postponed(box):
     """fsync takes 20 ms, and four customers reject 1,100 messages and then accept one: 4,000 DSNs delay nobody, SIGKILL loses none"""
     bad = [f"bad{number}" for number in range(4)]
     customers = {name: [f"{name}.example"] for name in (*bad, "good")}
-    provider = Provider(box, require_tls=False, customers=customers)
+    accounts = dict.fromkeys(bad, 'soft-bounce = "2d"')
+    provider = Provider(box, require_tls=False, customers=customers, accounts=accounts)
     start_with_shim(box, provider, SLOW_FSYNC="20000")
     senders = {name: [f"a@s{number}.{name}.example" for number in range(1101)] for name in bad}
     for name in bad:
