@@ -529,6 +529,8 @@ def storage_postponed(box):
         line.hello()
         line.log_in("bad0")
         line.want("450", "ATRN")
+    settled = lambda: [line for line in events(provider.log(), "delivery", status="sent") if line["to"].startswith("<known@bad")]
+    wait_until(lambda: len(settled()) == len(bad), "the accepted messages to be settled", seconds=60)
     wait_until(lambda: len(events(provider.log(), "dsn-sent")) >= 100, "DSNs", seconds=60)
     provider.process.kill()
     provider.process.wait()
