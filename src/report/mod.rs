@@ -168,6 +168,12 @@ impl<'a> Attempt<'a> {
         Attempt { via: Via::Administrator, ..Attempt::in_maildir("-", "-") }
     }
 
+    /// Whether it was one: a message that expires without a call, or that an administrator returns, was not sent just now
+    /// (RFC 3464 section 2.3.7).
+    fn was_made(&self) -> bool {
+        self.session != "-" || !matches!(self.via, Via::Atrn | Via::Administrator)
+    }
+
     /// Logs the status of one recipient.
     pub fn log(&self, message: &QueuedEnvelope, to: &Mailbox, status: &RecipientStatus, now: Timestamp) {
         self.log_as(status.word(), message, to, status, now);
@@ -336,7 +342,7 @@ impl Reporter {
                     remote: attempt.peer,
                     reply: reply.as_deref(),
                     verdict: verdict.as_deref(),
-                    last_attempt: Some(now),
+                    last_attempt: attempt.was_made().then_some(now),
                     // Mail that never expires is said to be late until the end of time.
                     retry_until: late_until.filter(|until| *until < Timestamp::from_seconds(i64::MAX)),
                 });
