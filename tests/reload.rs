@@ -277,10 +277,8 @@ fn without_a_certificate_the_listener_for_tls_serves_nobody() {
     assert_eq!(octets, b"");
 }
 
-/// A customer sends mail to another customer, whose file has a mistake at the start: the mail host of that domain is this
-/// provider. After the mistake the mail is held.
-#[test]
-fn mail_from_a_customer_to_one_whose_file_is_skipped_waits() {
+/// A provider with a customer who has logged in, and another one, of example.invalid, whose file has a mistake at the start.
+fn beside_a_skipped_file() -> (Place, Client) {
     let mut place = Place::new(&[("beta", "\"example.net\"")]);
     place.write("customers.d/acme.toml", "domains = [\"example.invalid\"]\n");
     // No name server answers with such a domain.
@@ -288,6 +286,14 @@ fn mail_from_a_customer_to_one_whose_file_is_skipped_waits() {
     place.start();
     let mut customer = Client::connect(&place.odmr);
     assert!(customer.authenticate("beta", SECRET).starts_with("235 "));
+    (place, customer)
+}
+
+/// A customer sends mail to another customer, whose file has a mistake at the start: the mail host of that domain is this
+/// provider. After the mistake the mail is held.
+#[test]
+fn mail_from_a_customer_to_one_whose_file_is_skipped_waits() {
+    let (mut place, mut customer) = beside_a_skipped_file();
     assert!(customer.send("bob@example.net", "Alice@example.invalid", 1).starts_with("250 "));
     let line = place.serve.as_mut().unwrap().wait_for("event=deferred");
     assert!(line.contains("destination=example.invalid reply=\"451 4.3.5 "), "{line}");
@@ -301,12 +307,7 @@ fn mail_from_a_customer_to_one_whose_file_is_skipped_waits() {
 /// The same mail for a customer who has named its recipients and has a quota: the relay asks as RCPT does.
 #[test]
 fn the_relay_holds_only_what_rcpt_accepts() {
-    let mut place = Place::new(&[("beta", "\"example.net\"")]);
-    place.write("customers.d/acme.toml", "domains = [\"example.invalid\"]\n");
-    place.write("odmr.toml", &format!("{PROVIDER}[relay]\nretry-first = \"1s\"\nresolver = \"{}\"\n", no_domains()));
-    place.start();
-    let mut customer = Client::connect(&place.odmr);
-    assert!(customer.authenticate("beta", SECRET).starts_with("235 "));
+    let (mut place, mut customer) = beside_a_skipped_file();
     for to in ["bob@example.invalid", "alice@example.invalid", "alice+x@example.invalid"] {
         assert!(customer.send("bob@example.net", to, 1).starts_with("250 "));
         place.serve.as_mut().unwrap().wait_for("event=deferred");
