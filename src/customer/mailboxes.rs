@@ -13,13 +13,13 @@ use crate::config::CustomerConfig;
 use crate::ids::Ids;
 use crate::mail::address::{ForwardPath, Mailbox, ReversePath};
 use crate::maildir::spooled::Content;
-use crate::maildir::{Maildir, MessageWriter, for_each_block, has_room, log_sweep_failed, with_path};
+use crate::maildir::{Maildir, MessageWriter, for_each_block, log_sweep_failed, with_path};
 use crate::net::trace::quoted;
 use crate::queue::{Queue, QueueName, QueuedEnvelope};
 use crate::recipients::{self, Delivery, Destination, NextHop, RecipientRules};
 use crate::report::Attempt;
 use crate::report::clock_watch::ClockWatch;
-use crate::session::{disk_full_reply, storage_failure_reply};
+use crate::session::{check_room, storage_failure_reply};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::RecipientStatus;
@@ -256,11 +256,7 @@ impl Mailboxes {
     /// # Errors
     /// The reply to MAIL.
     pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
-        if has_room(&self.config.mailboxes.root, octets, self.config.limits.min_free) {
-            Ok(())
-        } else {
-            Err(disk_full_reply())
-        }
+        check_room(&self.config.mailboxes.root, octets, self.config.limits.min_free)
     }
 }
 

@@ -65,16 +65,7 @@ impl HopDelivery {
     /// The attempt, for the log and for DSNs. It has no retry times.
     pub fn attempt(&self) -> Attempt<'_> {
         let HopDelivery { session, via, relay, sends_dsn, .. } = self;
-        Attempt {
-            session,
-            via: *via,
-            relay,
-            peer: None,
-            peer_sends_dsn: *sends_dsn,
-            retry: None,
-            give_up: None,
-            expire_after: None,
-        }
+        Attempt { via: *via, peer_sends_dsn: *sends_dsn, ..Attempt::in_maildir(session, relay) }
     }
 }
 

@@ -20,14 +20,14 @@ use crate::clock::Timestamp;
 use crate::config::OutgoingConfig;
 use crate::mail::address::{ForwardPath, Mailbox};
 use crate::mail::header::{HeaderAdditions, HeaderCompleter};
-use crate::maildir::{MessageWriter, for_each_block, has_room};
+use crate::maildir::{MessageWriter, for_each_block};
 use crate::net::cancel::CancelToken;
 use crate::net::trace::quoted;
 use crate::queue::{LockError, QueueLock, QueueName, QueuedEnvelope, QueuedMessage};
 use crate::recipients;
 use crate::report::{Attempt, DsnMessage, DsnSink, Reporter, Via};
 use crate::session::client::{ClientSession, Connect, MessageSource, SessionFailure};
-use crate::session::{Remote, disk_full_reply, storage_failure_reply, storage_reply};
+use crate::session::{Remote, check_room, storage_failure_reply, storage_reply};
 use crate::smtp::client::{Client, ClientOptions};
 use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::reply::Reply;
@@ -75,11 +75,7 @@ impl Outbox {
     /// The reply to MAIL.
     pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
         self.check_size(octets)?;
-        if has_room(&self.config.queue, octets, self.mailboxes.config.limits.min_free) {
-            Ok(())
-        } else {
-            Err(disk_full_reply())
-        }
+        check_room(&self.config.queue, octets, self.mailboxes.config.limits.min_free)
     }
 
     /// Checks that a message of this many octets is not too large.

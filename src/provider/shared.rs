@@ -18,7 +18,6 @@ use crate::net::listener::ConnectionLimiter;
 use crate::net::tls::ServerTls;
 use crate::report::calls::CallRecord;
 use crate::report::clock_watch::ClockWatch;
-use crate::session::disk_full_reply;
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
 
@@ -59,7 +58,7 @@ impl Shared {
     /// # Errors
     /// The reply to MAIL.
     pub fn check_room(&self, mail: &MailFrom) -> Result<(), Reply> {
-        if self.spool.has_room(mail.size.unwrap_or(0)) { Ok(()) } else { Err(disk_full_reply()) }
+        self.spool.check_room(mail.size.unwrap_or(0))
     }
 
     /// Checks that the customer whose domain it is, if it learns recipients, may have this one.

@@ -31,7 +31,7 @@ use crate::maildir::{self, Maildir, MessageWriter, USAGE_FILE, Usage, log_sweep_
 use crate::net::trace::quoted;
 use crate::queue::envelope::ENVELOPE_LIMIT;
 use crate::queue::{Queue, QueueDue, QueueName, QueuedEnvelope, SharedIndex, remove_unused_lock};
-use crate::session::disk_full_reply;
+use crate::session::check_room;
 use crate::smtp::reply::Reply;
 
 /// How long a recipient waits who is not in a list that has been changed just now, and how often it is looked for.
@@ -312,9 +312,12 @@ impl Spool {
         Ok(names.iter().filter_map(|name| Domain::of_file_name(name)).collect())
     }
 
-    /// Whether the disk has room for `octets` more, and what stays free.
-    pub fn has_room(&self, octets: u64) -> bool {
-        maildir::has_room(&self.root, octets, self.min_free)
+    /// Checks that the disk has room for a message of so many octets, and what stays free.
+    ///
+    /// # Errors
+    /// The reply to MAIL.
+    pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
+        check_room(&self.root, octets, self.min_free)
     }
 
     /// Has all files counted of accounts with a quota.
@@ -351,9 +354,7 @@ impl Spool {
             return Ok(());
         }
         // The queue may be on another file system than the spool (RFC 1870 section 6.1).
-        if !maildir::has_room(&held_path(&self.root, domain), size, self.min_free) {
-            return Err(disk_full_reply());
-        }
+        check_room(&held_path(&self.root, domain), size, self.min_free)?;
         let is_its_own =
             |other: &&SpoolQueue| matches!(other, SpoolQueue::Held(other) if account.domains.contains(other));
         let copies = 1 + others.iter().filter(is_its_own).count() as u64;

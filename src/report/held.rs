@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::calls::LastCall;
 use super::clock_history::ClockHistory;
 use super::clock_watch::ClockWatch;
-use super::{Attempt, DsnOutcome, EXPIRED, Reporter, Via, is_dropped, long_time};
+use super::{Attempt, DsnOutcome, EXPIRED, Reporter, Via, is_dropped, long_time, record_delay};
 use crate::clock::Timestamp;
 use crate::mail::address::ReversePath;
 use crate::maildir::{DELAY_REPORTED, Entry, IN_DOUBT};
@@ -132,12 +132,9 @@ impl Reporter {
         };
         let envelope = message.with_recipients(message.envelope.recipients.clone());
         let settled = if expired.is_none() {
-            // If that fails, the sender gets another DSN.
-            let marked = message.mark_delay_reported();
+            let recorded = record_delay(&mut message);
             lock.put_back(message);
-            marked.inspect_err(|error| {
-                log::warn!("event=delay-not-recorded id={} error={}", envelope.id, quoted(error));
-            })
+            recorded
         } else {
             message.rejections_reported = outcome != DsnOutcome::NoSender || is_dropped(&message, &attempt);
             lock.settle(message, &result).inspect_err(|error| {

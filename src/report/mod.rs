@@ -309,10 +309,8 @@ impl Reporter {
             }
         }
         if late_until.is_some() && result.recipients.iter().any(RecipientStatus::is_open) {
-            // If that fails, the sender gets another DSN; but what follows must be recorded all the same.
-            if let Err(error) = message.mark_delay_reported() {
-                log::warn!("event=delay-not-recorded id={} error={}", message.id, quoted(error));
-            }
+            // What follows must be recorded all the same.
+            let _ = record_delay(&mut message);
         }
         lock.settle(message, &result)?;
         Ok(result)
@@ -460,6 +458,13 @@ impl Reporter {
         }
         wait.ok()
     }
+}
+
+/// Records that the sender has received a DSN about the delay. If that fails, which is logged, the sender gets another one.
+fn record_delay(message: &mut QueuedMessage) -> io::Result<()> {
+    message.mark_delay_reported().inspect_err(|error| {
+        log::warn!("event=delay-not-recorded id={} error={}", message.id, quoted(error));
+    })
 }
 
 /// Whether nothing is kept of a message for recipients that are rejected: of outgoing mail without a sender, such as a DSN (RFC

@@ -12,9 +12,11 @@ pub mod settings;
 
 use std::borrow::Cow;
 use std::io::{self, Read};
+use std::path::Path;
 
 pub use self::remote::{ClientIdentity, Remote, RemoteError, RemoteSettings, TlsMode};
 pub use self::settings::{Limits, Timeouts};
+use crate::maildir::has_room;
 use crate::net::connection::{Connection, Line};
 use crate::net::trace::quoted;
 use crate::smtp::client::Client;
@@ -130,8 +132,15 @@ impl ContentOutput {
     }
 }
 
-/// The reply to MAIL if the disk has no room for the message (RFC 1870 section 6.1).
-pub fn disk_full_reply() -> Reply {
+/// Checks that the disk of a directory has room for a message of so many octets, and the reserve (RFC 1870 section 6.1).
+///
+/// # Errors
+/// The reply to MAIL or RCPT.
+pub fn check_room(directory: &Path, octets: u64, reserve: u64) -> Result<(), Reply> {
+    if has_room(directory, octets, reserve) { Ok(()) } else { Err(disk_full_reply()) }
+}
+
+fn disk_full_reply() -> Reply {
     Reply::new(452, "4.3.1", "The disk is full, try again later")
 }
 
