@@ -10,7 +10,7 @@ import threading
 import time
 
 from dovecot import ALICE
-from handover import BERT, CAROL, due, left_behind
+from handover import BERT, CAROL, being_tried, due, left_behind
 from harness import LOOPBACK, ODMR, Customer, Provider, Smtp, check, events, scenario, thread_statuses, wait_until
 from hop import Hop
 from turning import SENDER, Turning
@@ -170,6 +170,7 @@ def daemon_handover(box):
     process.send_signal(signal.SIGHUP)
     wait_until(lambda: hop.count(BERT) == 1, "the daemon to try again")
     logged(customer, "reloaded")
+    wait_until(lambda: not being_tried(customer), "the attempts to end")
     in_the_way.unlink()
     for _ in range(20):  # reloads, so that it looks around
         before = len(events(customer.log(), "reloaded"))
@@ -177,6 +178,7 @@ def daemon_handover(box):
         logged(customer, "reloaded", before + 1)
     tried = events(customer.log(), "delivery", to=f"<{CAROL}>", status="deferred")
     attempts = len(tried) + len(events(customer.log(), "no-recipients"))
+    wait_until(lambda: not being_tried(customer), "the attempts to end")
     due(customer)
     provider.mail = False
     process.send_signal(signal.SIGUSR1)
