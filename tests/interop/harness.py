@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TARGET = ROOT / os.environ.get("CARGO_TARGET_DIR", "target")
 ODMR = str(pathlib.Path(os.environ.get("ODMR", TARGET / "release/odmr")).absolute())
 LOOPBACK = "127.0.0.1"
-LIMIT = 150  # seconds a scenario may take
+LIMIT = 300  # seconds a scenario may take
+PATIENCE = 30.0  # seconds until something that should be at once is missed: other work may keep this machine busy
 MIB = 1024 * 1024
 
 SCENARIOS = []
@@ -51,7 +52,7 @@ def check(condition, text):
         raise Failed(text)
 
 
-def wait_until(condition, text, seconds=10.0, pause=0.01):
+def wait_until(condition, text, seconds=PATIENCE, pause=0.01):
     """Waits for `condition()` to be true and returns its value."""
     end = time.monotonic() + seconds
     while True:

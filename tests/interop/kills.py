@@ -106,10 +106,10 @@ def kills(box):
     under_fire = time.monotonic() - begin
     stop_sending.set()
     for sender in senders:
-        sender.join(20)
+        sender.join(60)
         check(not sender.is_alive(), "a sender hangs")
     stop_pulling.set()
-    puller.join(20)
+    puller.join(60)
     check(not puller.is_alive(), "a pull hangs")
 
     hop.moody = False

@@ -118,7 +118,7 @@ def outgoing_kills(box):
                 time.sleep(0.001)
     under_fire = time.monotonic() - begin
     stop_pulling.set()
-    puller.join(20)
+    puller.join(60)
     check(not puller.is_alive(), "a pull hangs")
     counted = set().union(*(feeder.counted for feeder in feeders))
     codes = sum((feeder.codes for feeder in feeders), collections.Counter())

@@ -134,7 +134,7 @@ class Watcher(threading.Thread):
 
     def end(self):
         self.stop.set()
-        self.join(10)
+        self.join(60)
         check(self.looked > 20, f"looked only {self.looked} times")
         check(not self.errors, f"{self.limit} octets, and there were {self.errors[:5]}")
 
@@ -178,7 +178,7 @@ def quota_two_processes(box):
     wait_until(lambda: refused() >= 500, "500 messages that are too much", 60)
     stop.set()
     for sender in senders:
-        sender.join(30)
+        sender.join(60)
     octets = is_full(provider, [provider.inbound, inetd.port])
     watcher.end()
     accepted = sum(len(recipients) for sender in senders for _, recipients in sender.accepted)
@@ -227,7 +227,7 @@ def quota_kills(box):
             kills["inetd"] += inetd.kill_one(dice)
     stop.set()
     for thread in [*senders, fetcher]:
-        thread.join(30)
+        thread.join(60)
     octets = is_full(provider, [provider.inbound, inetd.port])
     watcher.end()
     wait_until(lambda: customer.pull() in (0, 75) and not provider.held(), "an empty spool", 30, 0.5)
@@ -398,7 +398,7 @@ def recipients_file(box):
     known("again")
     stop.set()
     for thread in asking:
-        thread.join(10)
+        thread.join(60)
     check(set(replies) == {("always", "250")}, f"the one who is always there got {dict(replies)}")
     check(len(said()) == 5, f"more lines in the log: {said()}")
     return f"{sum(replies.values())} RCPT, {longest[0]:.3f} s at most; while it was written: {dict(seen)}"

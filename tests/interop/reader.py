@@ -87,7 +87,7 @@ class Reader(threading.Thread):
 
     def end(self):
         self.stop.set()
-        self.join(20)
+        self.join(60)
         check(not self.error, f"the reader: {self.error!r}")
         check(not self.is_alive(), "the reader hangs")
         return self.times

@@ -209,7 +209,7 @@ def external_elsewhere(box):
             own = f'certificate = "{certificate}"\nkey = "{key}"'
             customer.config.write_text(text.replace(f'secret = "{secret("acme")}"', own))
             code = customer.pull()
-            server.join(10)
+            server.join(60)
             check(code == 0, f"{kind} {version}: {code} {customer.log()[-500:]}")
             der = ssl.PEM_cert_to_DER_cert(certificate.read_text())
             check(heard[0] == der and heard[2] == b"AUTH EXTERNAL YWNtZQ==\r\n", f"{kind} {version}: {heard[1:]}")
