@@ -306,7 +306,8 @@ fn landlock_rules(permitted: &Permitted) -> Result<landlock::RulesetCreated, Box
     };
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let change = AccessFs::WriteFile | AccessFs::Truncate | AccessFs::Refer;
-    let make = AccessFs::MakeReg | AccessFs::MakeDir | AccessFs::RemoveFile | AccessFs::RemoveDir;
+    // The socket by which other processes wake a daemon is made there too.
+    let make = AccessFs::MakeReg | AccessFs::MakeDir | AccessFs::MakeSock | AccessFs::RemoveFile | AccessFs::RemoveDir;
     let ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
     let ruleset = ruleset.handle_access(AccessFs::Refer).map_err(|_| NO_LANDLOCK)?;
     let ruleset = ruleset.set_compatibility(CompatLevel::BestEffort).handle_access(AccessFs::from_all(ABI::V5))?;

@@ -20,7 +20,7 @@ use order::Crate;
 use paths::{Path, tokens};
 use source::{Source, closing, root, sources};
 
-const MOST_PRODUCT_LINES: usize = 32_000;
+const MOST_PRODUCT_LINES: usize = 32_300;
 const LONGEST_FUNCTION: usize = 70;
 const LONGEST_TEST_MODULE: usize = 150;
 
@@ -63,9 +63,10 @@ const ONE_FILE: [(&str, &str); 7] = [
 ];
 
 /// Who removes or renames files, and why.
-const REMOVES_FILES: [(&str, &str); 3] = [
+const REMOVES_FILES: [(&str, &str); 4] = [
     ("src/cli/demo.rs", "its temporary directory"),
     ("src/maildir/", "messages, moved from tmp to new; quota records; what a crash left in tmp"),
+    ("src/net/wake.rs", "its socket"),
     ("src/queue/", "messages that are settled; takeover requests"),
 ];
 

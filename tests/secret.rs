@@ -122,7 +122,8 @@ impl Place {
 /// The files below a directory that contain this text.
 fn files_with(directory: &Path, text: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
-    let found = entries.flat_map(|path| match path.is_dir() {
+    // A socket has no content.
+    let found = entries.filter(|path| path.is_dir() || path.is_file()).flat_map(|path| match path.is_dir() {
         true => files_with(&path, text),
         false => {
             let octets = fs::read(&path).unwrap();

@@ -305,6 +305,7 @@ fn collect(directory: &std::path::Path, texts: &mut Vec<String>) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         match entry.path() {
             path if path.is_dir() => collect(&path, texts),
+            path if !path.is_file() => {} // a socket
             path => texts.push(String::from_utf8_lossy(&fs::read(path).unwrap()).into_owned()),
         }
     }

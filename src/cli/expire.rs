@@ -46,25 +46,22 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     cancel_at_signal(&cancel)?;
     log_skipped(&config);
     let spool = Arc::new(Spool::new(&config, &ids));
-    // No relay runs here: `Spool::request_retry` tells the one of `serve`.
-    let sink = SpoolDsnSink { spool: spool.clone(), relay: relay::channel().handle, ids: ids.clone() };
+    // No relay runs here: each DSN wakes the one of `serve`.
+    let relay = relay::channel(&config.spool).handle;
+    let sink = SpoolDsnSink { spool: spool.clone(), relay, ids: ids.clone() };
     let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)), &watch);
     let (accounts, plan) = (&config.accounts, ExpiryPlan::default());
     let is_over = || cancel.is_cancelled();
     let pass = ExpiryPass { accounts, spool: &spool, reporter: &reporter, is_over: &is_over, wait: LOCK_WAIT };
-    let (mut left, mut acted) = (BTreeMap::new(), false);
+    let mut left = BTreeMap::new();
     loop {
         let result = pass.run(&plan);
         // What failed is not looked at again; the others were.
         left.retain(|_, reason| *reason == LeftFor::Failure);
         left.extend(result.left.into_iter().map(|(domain, reason)| (domain.to_string(), reason)));
-        acted |= result.acted;
         if !result.more || cancel.is_cancelled() {
             break;
         }
-    }
-    if acted {
-        spool.request_retry()?;
     }
     let Some((domain, reason)) = left.first_key_value() else { return Ok(()) };
     let more = if left.len() > 1 { format!(", and that of {} others", left.len() - 1) } else { String::new() };

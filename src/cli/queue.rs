@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::num::NonZero;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -30,6 +30,7 @@ use crate::maildir::MessageWriter;
 use crate::net::descriptor::Waiting;
 use crate::net::tls;
 use crate::net::trace::{printable, quoted};
+use crate::net::wake::WakeReason;
 use crate::provider::accept::SpoolDsnSink;
 use crate::provider::relay;
 use crate::provider::spool::{Spool, SpoolQueue};
@@ -67,6 +68,8 @@ const HEADER_LIMIT: u64 = 64 << 10;
 
 /// The queues of either side.
 struct Queues {
+    /// That of the spool or the mailboxes.
+    root: PathBuf,
     ids: Ids,
     hostname: String,
     queue: Queue,
@@ -161,11 +164,13 @@ impl Queues {
         }
         let ids = Ids::system(tls::random);
         let spool = Arc::new(Spool::new(config, &ids));
-        // No relay runs here: `Spool::request_retry` tells the one of `serve`.
-        let sink = SpoolDsnSink { spool: spool.clone(), relay: relay::channel().handle, ids: ids.clone() };
+        // No relay runs here: DSNs wake the one of `serve`.
+        let relay = relay::channel(&config.spool).handle;
+        let sink = SpoolDsnSink { spool: spool.clone(), relay, ids: ids.clone() };
         let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
         let names = spool.all_queues()?.into_iter().map(|(label, queue)| (label, spool.name(&queue))).collect();
         Ok(Queues {
+            root: config.spool.clone(),
             hostname: config.hostname.clone(),
             queue: spool.queue().clone(),
             names,
@@ -190,6 +195,7 @@ impl Queues {
         let names = outgoing.clone().map(|name| ("outgoing".to_owned(), name));
         let next_hops = ("next-hops".to_owned(), mailboxes.retry_queue());
         Ok(Queues {
+            root: config.mailboxes.root.clone(),
             hostname: config.hostname.clone(),
             queue: mailboxes.queue.clone(),
             names: names.into_iter().chain([next_hops]).collect(),
@@ -348,7 +354,7 @@ impl Queues {
             }
             writeln!(out, "{id}: {told}, from {label}")?;
         }
-        self.wake()?;
+        self.wake();
         stays.map_or(Ok(()), |(code, text)| failure(code, text))
     }
 
@@ -370,15 +376,13 @@ impl Queues {
             }
         }
         writeln!(out, "{due} messages are due")?;
-        self.wake()
+        self.wake();
+        Ok(())
     }
 
-    /// Asks the relay of a running `serve` to look at its queues; a customer's daemon looks every minute.
-    fn wake(&self) -> Result<(), Failure> {
-        match &self.side {
-            Side::Provider(spool) => Ok(spool.request_retry()?),
-            Side::Customer(_) => Ok(()),
-        }
+    /// Wakes the running daemon, so that it looks at its queues.
+    fn wake(&self) {
+        WakeReason::Retry.send_surely(&self.root);
     }
 
     fn export(&self, out: &mut dyn Write, domain: &str) -> Result<(), Failure> {
@@ -422,7 +426,7 @@ impl Queues {
             }
         };
         writeln!(out, "{imported} messages imported")?;
-        self.wake()?;
+        self.wake();
         match done {
             Ok(()) => Ok(()),
             Err((code, error)) => {

@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -25,6 +26,7 @@ use crate::net::inherited::InheritedListeners;
 use crate::net::listener;
 use crate::net::readiness::Readiness;
 use crate::net::trace::quoted;
+use crate::net::wake::receive_wakes;
 use crate::report::calls::{self, CallRecord};
 use crate::sandbox;
 use crate::schedule::{CallOutcome, CallTimer, Clocks, Schedule};
@@ -53,7 +55,7 @@ pub enum DaemonEvent {
     Stop,
     /// This machine has a new address or route.
     Network,
-    /// A user's message for a next hop was stored.
+    /// A user's message for a next hop was stored, also by another process, or an administrator has made some due.
     RetryQueued,
     /// The attempts at the messages of the retry queue have ended.
     RetryEnded,
@@ -125,7 +127,10 @@ pub fn run(
     let _lock = lock(customer.config())?;
     let outbox = customer.outbox.clone();
     let listeners = SubmissionListeners::start(listeners, inherited, &customer.mailboxes, outbox, cancel)?;
-    let watcher = events.clone();
+    let (watcher, waker, mailboxes) = (events.clone(), events.clone(), &customer.config().mailboxes);
+    // Users that may store mail for next hops may wake it.
+    let (mode, woken) = (0o666 & !mailboxes.umask, Box::new(move |_| waker.send(DaemonEvent::RetryQueued)));
+    let wakes = receive_wakes(&mailboxes.root, mode, cancel, woken);
     network::watch(move || watcher.send(DaemonEvent::Network), cancel);
     let customer = Arc::new(customer);
     let fixed = fixed(customer.config());
@@ -163,6 +168,8 @@ pub fn run(
         daemon.handle(event);
     }
     daemon.listeners.close(deadline);
+    // Its socket is removed before the next daemon can have the lock, and make one.
+    wakes.map(JoinHandle::join);
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use crate::maildir::spooled::Content;
 use crate::maildir::{Entry, MessageWriter, for_each_block};
 use crate::net::cancel::CancelToken;
 use crate::net::trace::quoted;
+use crate::net::wake::WakeReason;
 use crate::queue::retry::Retry;
 use crate::queue::{LockError, QueueLock, QueuedEnvelope, QueuedMessage};
 use crate::recipients::{Destination, NextHop, address, same_mailbox};
@@ -49,10 +50,11 @@ impl RetryQueue {
         let _ = self.waker.set(waker);
     }
 
-    /// Reports that a user's message was stored. Without a waker it is tried with the next call.
+    /// Reports that a user's message was stored. Without a waker the daemon is woken, if one runs.
     pub fn wake(&self) {
-        if let Some(wake) = self.waker.get() {
-            wake();
+        match self.waker.get() {
+            Some(wake) => wake(),
+            None => WakeReason::Outgoing.send(&self.mailboxes.config.mailboxes.root),
         }
     }
 

@@ -1,5 +1,5 @@
 //! The network: the cancellation token, the trace, TLS, descriptors, connections, the poller, listeners within
-//! limits, what a supervisor passes and is told, name servers, and the addresses that no host in the world has.
+//! limits, what a supervisor passes and is told, the socket that wakes a daemon, name servers, and the addresses that no host in the world has.
 
 pub mod cancel;
 pub mod trace;
@@ -12,5 +12,6 @@ pub mod poller;
 pub mod listener;
 pub mod inherited;
 pub mod readiness;
+pub mod wake;
 pub mod resolver;
 pub mod reserved;

@@ -92,8 +92,6 @@ pub struct PassResult {
     pub left: Vec<(Domain, LeftFor)>,
     /// It has not looked at all messages: the next pass goes on.
     pub more: bool,
-    /// Some message has expired, or its sender was warned.
-    pub acted: bool,
 }
 
 impl LeftFor {
@@ -194,7 +192,6 @@ struct DomainResult {
     /// The last message that was looked at, if it was not the last of all.
     last: Option<Entry>,
     left: Option<LeftFor>,
-    acted: bool,
 }
 
 impl DomainResult {
@@ -226,7 +223,6 @@ impl ExpiryPass<'_> {
                     None => plan.due = if more { Some(now) } else { found.next },
                 }
             });
-            result.acted |= found.acted;
             result.more |= more && left != Some(LeftFor::Failure) && stopped != Err(LeftFor::Session);
             result.left.extend(left.map(|reason| (domain.clone(), reason)));
         }
@@ -286,12 +282,8 @@ impl ExpiryPass<'_> {
             }
         };
         match outcome {
-            Some(HeldOutcome::Waits(due)) => found.add(due),
-            Some(HeldOutcome::Warned(due)) => {
-                found.add(due);
-                found.acted = true;
-            }
-            Some(HeldOutcome::Expired) => found.acted = true,
+            Some(HeldOutcome::Waits(due) | HeldOutcome::Warned(due)) => found.add(due),
+            Some(HeldOutcome::Expired) => {}
             Some(HeldOutcome::TooManyDsns) => found.left = found.left.or(Some(LeftFor::Dsns)),
             None => found.left = Some(LeftFor::Failure),
         }

@@ -45,6 +45,7 @@ use crate::net::connection::Connection;
 use crate::net::inherited::InheritedListeners;
 use crate::net::listener::{self, Acceptor, ConnectionLimiter};
 use crate::net::trace::{Trace, quoted};
+use crate::net::wake::receive_wakes;
 use crate::report::clock_watch::ClockWatch;
 use crate::sasl::Mechanism;
 use crate::session::server::{ServerSession, SessionLimits};
@@ -53,6 +54,9 @@ use delivery::DeliveryThread;
 use relay::Relay;
 use reload::{Reloader, configure, log_skipped};
 use shared::{Lasting, Shared};
+
+/// The permissions of the socket `SPOOL/.wake`: only this user's processes store mail in the spool.
+const SOCKET_MODE: u32 = 0o600;
 
 /// Where a connection was accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,6 +206,10 @@ impl PreparedProvider {
         log_skipped(&shared.config);
         let (reloader, listening, threads) = (Reloader::new(shared.clone()), Vec::new(), Vec::new());
         let mut running = RunningProvider { reloader: reloader.clone(), listening, threads, _lock: lock };
+        // Before the relay reads the spool: what comes later wakes it.
+        let (cancel, relay_handle) = (&shared.lasting.cancel, shared.lasting.relay.clone());
+        let woken = Box::new(move |reason| relay_handle.woken(reason));
+        running.threads.extend(receive_wakes(&shared.config.spool, SOCKET_MODE, cancel, woken));
         running.spawn("delivery", move || delivery.run())?;
         running.spawn("relay", move || relay.run())?;
         let (watched, cancel) = (reloader.clone(), shared.lasting.cancel.clone());
@@ -237,12 +245,14 @@ impl PreparedProvider {
     }
 
     /// Serves one connection that a supervisor has accepted, also after a turn. Returns after its end. Mail that the
-    /// customer submits waits in the spool: the relay of `odmr serve` without `--inetd` sends it.
+    /// customer submits waits in the spool: the relay of `odmr serve` without `--inetd` is woken, and sends it.
     ///
     /// # Errors
     /// The system has no threads.
     pub fn serve_one(self, listener: Listener, connection: SupervisedConnection) -> Result<(), StartError> {
-        let PreparedProvider { shared, delivery, .. } = self;
+        let PreparedProvider { shared, delivery, relay, .. } = self;
+        // Then its handles know that none runs here.
+        drop(relay);
         log_skipped(&shared.config);
         let (cancel, abort) = (shared.lasting.cancel.clone(), shared.lasting.abort.clone());
         let timeout = shared.config.timeouts.shutdown;
@@ -315,7 +325,7 @@ fn prepare(
     config: ProviderConfig, ids: Ids, cancel: CancelToken,
 ) -> Result<(Arc<Shared>, DeliveryThread, Relay), StartError> {
     let abort = CancelToken::new()?;
-    let channel = relay::channel();
+    let channel = relay::channel(&config.spool);
     let (turns, delivery) = delivery::channel(config.limits.turned_sessions, &cancel, &abort)?;
     let limiter = ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address);
     let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));

@@ -11,15 +11,16 @@
 //!                             besides `odmr.lock` in each directory with mail; for `odmr status`: `call-ACCOUNT`, the
 //!                             last call of an account, and `reload`, the last reading of the configuration;
 //!                             `usage-ACCOUNT`, how much is held for an account with a quota at most; `unknown-ACCOUNT`, the
-//!                             recipients that a customer's server does not know; `retry`, which asks the relay to look at its
-//!                             queues; `clock`, what is known of the clock, by which mail expires; `tidy`, whose time says when
-//!                             what was left over was removed last; `scram-key`, of which the salts are made that no file has
+//!                             recipients that a customer's server does not know; `clock`, what is known of the clock, by
+//!                             which mail expires; `tidy`, whose time says when what was left over was removed last;
+//!                             `scram-key`, of which the salts are made that no file has
+//! SPOOL/.wake                 the socket at which other processes wake `odmr serve` when they have stored mail ([`crate::net::wake`])
 //! ```
 
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use rustix::fs::Access;
 
@@ -27,7 +28,7 @@ use super::quota::Quotas;
 use crate::config::{Account, Accounts, HeldConfig, Knowledge, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
-use crate::maildir::{self, Maildir, MessageWriter, USAGE_FILE, Usage, log_sweep_failed, replace_file, with_path};
+use crate::maildir::{self, Maildir, MessageWriter, USAGE_FILE, Usage, log_sweep_failed, with_path};
 use crate::net::trace::quoted;
 use crate::queue::envelope::ENVELOPE_LIMIT;
 use crate::queue::{Queue, QueueDue, QueueName, QueuedEnvelope, SharedIndex, remove_unused_lock};
@@ -267,19 +268,6 @@ impl Spool {
         self.root.join(".odmr/reload")
     }
 
-    /// Asks the relay of a running `serve` to look at its queues: messages were made due or were added.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn request_retry(&self) -> io::Result<()> {
-        replace_file(&self.root.join(".odmr/retry"), "")
-    }
-
-    /// When that was asked for last.
-    pub fn retry_requested(&self) -> Option<SystemTime> {
-        fs::metadata(self.root.join(".odmr/retry")).and_then(|found| found.modified()).ok()
-    }
-
     /// Removes what is left over, once a day by whichever process comes first: files of writers that died, queues without
     /// mail of domains that no customer has, and of domains elsewhere, the records of accounts that are gone, and the recipients of
     /// those that learn none; each when
@@ -302,7 +290,10 @@ impl Spool {
             }
             let is_gone = |account: &str| self.accounts.account(account).is_none();
             let starts = ["call-", USAGE_FILE, UNKNOWN_RECIPIENTS];
-            let is_left = |name: &str| starts.iter().any(|start| name.strip_prefix(start).is_some_and(is_gone));
+            let is_left = |name: &str| {
+                // By `retry` earlier versions have asked the relay for what a datagram asks now.
+                name == "retry" || starts.iter().any(|start| name.strip_prefix(start).is_some_and(is_gone))
+            };
             maildir::sweep_state_files(&self.root, &|name| self.accounts.skipped().is_empty() && is_left(name))
         });
     }

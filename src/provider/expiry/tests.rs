@@ -69,7 +69,7 @@ impl Case {
         let ids = Ids::fixed();
         let config = ProviderConfig::load(&self.directory.path().join("provider.toml")).unwrap();
         let spool = Arc::new(Spool::new(&config, &ids));
-        let sink = SpoolDsnSink { spool: spool.clone(), relay: relay::channel().handle, ids: ids.clone() };
+        let sink = SpoolDsnSink { spool: spool.clone(), relay: relay::channel(&config.spool).handle, ids: ids.clone() };
         let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
         let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)), &watch);
         let accounts = &config.accounts;

@@ -11,11 +11,8 @@ use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
 use crate::queue::{QueueDue, SharedIndex};
 
-/// How often the spool is read for mail that another process (inetd mode) has stored.
+/// How often the spool is read for mail that another process has stored, if no datagram has told of it.
 pub(super) const RESCAN_INTERVAL: Duration = Duration::from_secs(300);
-
-/// How often the scheduler looks whether an administrator wants mail to be tried.
-pub(super) const REQUEST_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How long new mail waits for more: one session sends what arrives together.
 const GATHER_DELAY: Duration = Duration::from_millis(200);

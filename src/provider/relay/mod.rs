@@ -39,8 +39,9 @@
 //!   recipient expires, and the sender gets a DSN. The first such attempt at a message older than `delay-notice` (4 h)
 //!   sends a DSN that it is delayed.
 //!
-//! The spool is read again every 5 min, for mail that another process (inetd mode) has stored, and at once if `odmr queue`
-//! has changed it; then no host counts as down.
+//! The spool is read again if another process has stored mail (inetd mode, `odmr expire`), which it reports by a datagram
+//! ([`crate::net::wake`]), and every 5 min in case that is lost. `odmr queue` reports its changes so too; then no host counts
+//! as down.
 
 mod hosts;
 mod attempts;
@@ -49,7 +50,8 @@ mod order;
 mod sessions;
 mod worker;
 
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Weak};
 use std::thread::Builder;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -58,15 +60,23 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use crate::mail::address::Domain;
 use crate::maildir::Entry;
 use crate::net::trace::quoted;
+use crate::net::wake::WakeReason;
 use crate::provider::spool::SpoolQueue;
 use attempts::{AttemptPermit, NoAttempt};
-use destinations::{DestinationTable, IsSlow, REQUEST_INTERVAL, RESCAN_INTERVAL};
+use destinations::{DestinationTable, IsSlow, RESCAN_INTERVAL};
 use hosts::AttemptKind;
 use worker::NextDue;
 pub use worker::WorkerContext;
 
 /// How soon the scheduler looks again for a connection that a session gives up for an attempt that is due.
 const YIELD_POLL: Duration = Duration::from_millis(100);
+
+/// How often the scheduler looks at the clock, which may be set, and asks again for a thread that the system did not give.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// After the spool was read because of a datagram, it is not read again because of another one for so many times as long as
+/// that took: mail goes out meanwhile, however much waits, and however often others store some.
+const RESCAN_PAUSE_FACTOR: u32 = 4;
 
 /// How many events the scheduler handles before it looks for destinations that are due.
 const EVENTS_AT_ONCE: usize = 1000;
@@ -79,20 +89,43 @@ enum RelayEvent {
     Done(Vec<NextDue>),
     /// The relay may have been cancelled.
     Wake,
+    /// Another process has stored mail; `again`: or has made mail due, and wants hosts to be tried that were down.
+    Look { again: bool },
     /// The workers go on with this; attempts under way end as they began.
     Reload(Arc<WorkerContext>),
 }
 
 /// Sends events to the scheduler. After the relay's end they are dropped.
 #[derive(Clone)]
-pub struct RelayHandle(Sender<RelayEvent>);
+pub struct RelayHandle {
+    events: Sender<RelayEvent>,
+    /// Gone if no relay runs in this process.
+    relay: Weak<()>,
+    /// That of the spool.
+    root: Arc<Path>,
+}
 
 impl RelayHandle {
     /// Reports that mail was stored in this queue; `is_dsn`: without a sender; `not_before`: it is not due before then. In inetd
-    /// mode no relay runs here, and the mail waits for that of `odmr serve`.
+    /// mode, and in a command, no relay runs here: that of a running `odmr serve` is woken.
     pub fn arrived(&self, queue: &SpoolQueue, entry: Entry, is_dsn: bool, not_before: Option<SystemTime>) {
-        if let SpoolQueue::Outgoing(destination) = queue {
-            self.send(RelayEvent::Arrived { destination: destination.clone(), entry, is_dsn, not_before });
+        let is_here = self.relay.strong_count() > 0;
+        match queue {
+            SpoolQueue::Outgoing(destination) if is_here => {
+                self.send(RelayEvent::Arrived { destination: destination.clone(), entry, is_dsn, not_before });
+            }
+            SpoolQueue::Outgoing(_) => WakeReason::Outgoing.send(&self.root),
+            SpoolQueue::Held(_) if !is_here => WakeReason::Held.send(&self.root),
+            _ => {}
+        }
+    }
+
+    /// Reports what another process has done.
+    pub fn woken(&self, reason: WakeReason) {
+        match reason {
+            WakeReason::Outgoing => self.send(RelayEvent::Look { again: false }),
+            WakeReason::Retry => self.send(RelayEvent::Look { again: true }),
+            WakeReason::Held => {}
         }
     }
 
@@ -107,7 +140,7 @@ impl RelayHandle {
     }
 
     fn send(&self, event: RelayEvent) {
-        let _ = self.0.send(event);
+        let _ = self.events.send(event);
     }
 }
 
@@ -115,12 +148,53 @@ impl RelayHandle {
 pub struct RelayChannel {
     pub handle: RelayHandle,
     events: Receiver<RelayEvent>,
+    /// As long as there is one.
+    _relay: Arc<()>,
 }
 
-/// A channel for one relay.
-pub fn channel() -> RelayChannel {
-    let (sender, events) = crossbeam_channel::unbounded();
-    RelayChannel { handle: RelayHandle(sender), events }
+/// A channel for one relay. Where the handle is all that is used of it, there is none. `root`: that of the spool.
+pub fn channel(root: &Path) -> RelayChannel {
+    let ((sender, events), relay) = (crossbeam_channel::unbounded(), Arc::new(()));
+    let handle = RelayHandle { events: sender, relay: Arc::downgrade(&relay), root: root.into() };
+    RelayChannel { handle, events, _relay: relay }
+}
+
+/// When the spool is read.
+struct Rescan {
+    /// When it was read last, and how long that took.
+    read: Instant,
+    took: Duration,
+    /// Another process has stored mail since then, or more than that.
+    asked: bool,
+    again: bool,
+}
+
+impl Rescan {
+    /// Reads the spool for the first time.
+    fn begin(table: &mut DestinationTable, worker: &WorkerContext) -> Rescan {
+        let mut rescan = Rescan { read: Instant::now(), took: Duration::ZERO, asked: true, again: false };
+        rescan.read_if_due(table, worker);
+        rescan
+    }
+
+    /// How long it need not be read.
+    fn pause(&self) -> Duration {
+        let pause = if self.asked { self.took.saturating_mul(RESCAN_PAUSE_FACTOR) } else { RESCAN_INTERVAL };
+        pause.min(RESCAN_INTERVAL).saturating_sub(self.read.elapsed())
+    }
+
+    fn read_if_due(&mut self, table: &mut DestinationTable, worker: &WorkerContext) {
+        if !self.pause().is_zero() {
+            return;
+        }
+        let begun = Instant::now();
+        let again = self.again;
+        if again {
+            worker.hosts.forget_down();
+        }
+        table.read(&worker.spool, &worker.index, again);
+        *self = Rescan { read: Instant::now(), took: begun.elapsed(), asked: false, again: false };
+    }
 }
 
 /// The scheduler, and what its workers share.
@@ -133,25 +207,16 @@ impl Relay {
     /// Runs until it is cancelled, and then until the sessions under way have ended, after their message, or the shutdown
     /// timeout is over.
     pub fn run(self) {
-        let Relay { mut worker, channel: RelayChannel { handle, events } } = self;
+        let Relay { mut worker, channel: RelayChannel { handle, events, _relay } } = self;
         let (jobs, waiting) = crossbeam_channel::unbounded::<Job>();
         let (mut threads, mut under_way, mut asked) = (0, 0, Instant::now());
         let mut table = DestinationTable::default();
-        table.read(&worker.spool, &worker.index, false);
-        let (mut read, mut requested) = (Instant::now(), worker.spool.retry_requested());
+        let mut rescan = Rescan::begin(&mut table, &worker);
         while !worker.cancel.is_cancelled() {
-            let request = worker.spool.retry_requested();
-            let again = std::mem::replace(&mut requested, request) != request;
-            if again {
-                worker.hosts.forget_down();
-            }
-            if again || read.elapsed() >= RESCAN_INTERVAL {
-                table.read(&worker.spool, &worker.index, again);
-                read = Instant::now();
-            }
+            rescan.read_if_due(&mut table, &worker);
             let (now, mut waits) = (SystemTime::now(), Waits::default());
             // If the system has given none for a job, it may do so by now.
-            let mut needs_thread = under_way > threads && asked.elapsed() >= REQUEST_INTERVAL;
+            let mut needs_thread = under_way > threads && asked.elapsed() >= CHECK_INTERVAL;
             let pause = match next_job(&mut table, &worker, &mut waits) {
                 Some(job) => {
                     under_way += 1;
@@ -168,7 +233,7 @@ impl Relay {
                 asked = Instant::now();
                 threads += usize::from(spawn_worker(&handle, &waiting));
             }
-            let first = events.recv_timeout(pause.min(REQUEST_INTERVAL));
+            let first = events.recv_timeout(pause.min(rescan.pause()).min(CHECK_INTERVAL));
             for event in first.into_iter().chain(events.try_iter().take(EVENTS_AT_ONCE)) {
                 match event {
                     RelayEvent::Arrived { destination, entry, is_dsn, not_before } => {
@@ -186,6 +251,7 @@ impl Relay {
                         }
                     }
                     RelayEvent::Reload(renewed) => worker = renewed,
+                    RelayEvent::Look { again } => (rescan.asked, rescan.again) = (true, rescan.again || again),
                     RelayEvent::Wake => {}
                 }
             }

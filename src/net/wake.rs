@@ -1,0 +1,220 @@
+//! The socket `ROOT/.wake`, by which other processes wake the daemon that works in a directory of mail.
+//!
+//! Whoever stores mail there, or makes it due, sends a datagram of one word. It is a hint and no more: if it is lost, or the
+//! daemon has no socket, the mail waits until the daemon looks by itself. So nobody waits to send one, its sender need not be
+//! believed, and a flood of them costs one look each [`WAKE_PAUSE`].
+
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+
+use crate::net::cancel::{CancelToken, poll};
+use crate::net::trace::quoted;
+
+const NAME: &str = ".wake";
+
+/// The pause after datagrams have come: those that come meanwhile are one.
+const WAKE_PAUSE: Duration = Duration::from_millis(100);
+
+/// Datagrams that are read at once. Linux has room for eleven, unless its administrator says otherwise.
+const DATAGRAMS_AT_ONCE: usize = 1000;
+
+/// How often, and with which pause, a command sends a datagram for which there is no room.
+const ATTEMPTS: u32 = 20;
+const ATTEMPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What another process has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WakeReason {
+    /// It has stored mail that is to be sent.
+    Outgoing,
+    /// It has stored mail that is held for a customer. A running `serve` need not know that yet: ATRN reads the queue.
+    Held,
+    /// An administrator wants mail to be tried now.
+    Retry,
+}
+
+impl WakeReason {
+    const ALL: [WakeReason; 3] = [WakeReason::Outgoing, WakeReason::Held, WakeReason::Retry];
+
+    fn word(self) -> &'static str {
+        match self {
+            WakeReason::Outgoing => "outgoing",
+            WakeReason::Held => "held",
+            WakeReason::Retry => "retry",
+        }
+    }
+
+    /// Wakes the daemon of this directory, if there is one. It never waits.
+    pub fn send(self, root: &Path) {
+        let _ = self.try_send(root);
+    }
+
+    /// The same for a command, which waits up to a second while the daemon has more datagrams than it can read.
+    pub fn send_surely(self, root: &Path) {
+        let is_full = |result: io::Result<()>| result.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+        let mut attempts = 0;
+        while is_full(self.try_send(root)) && attempts < ATTEMPTS {
+            attempts += 1;
+            std::thread::sleep(ATTEMPT_PAUSE);
+        }
+    }
+
+    fn try_send(self, root: &Path) -> io::Result<()> {
+        let socket = UnixDatagram::unbound()?;
+        socket.set_nonblocking(true)?;
+        with_path_of(root, &mut |path| socket.send_to(self.word().as_bytes(), path).map(drop))
+    }
+}
+
+/// Calls the system with the path of the socket. It takes 100 octets or so; a longer path begins with a descriptor of the
+/// directory, which Linux alone permits.
+fn with_path_of(root: &Path, call: &mut dyn FnMut(&Path) -> io::Result<()>) -> io::Result<()> {
+    match call(&root.join(NAME)) {
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+            let directory = File::open(root)?;
+            call(Path::new(&format!("/proc/self/fd/{}/{NAME}", directory.as_raw_fd())))
+        }
+        called => called,
+    }
+}
+
+/// The socket of the daemon. It is removed when this is dropped.
+struct WakeSocket {
+    socket: UnixDatagram,
+    path: PathBuf,
+}
+
+/// Makes the socket, in place of the one that a killed daemon has left, and a thread that tells `woken` what comes, until it is
+/// cancelled. Call it with the lock of the directory, and keep the lock until the thread has ended. `mode`: the permissions of
+/// the socket. A failure is logged, and then nobody is woken.
+pub fn receive_wakes(
+    root: &Path, mode: u32, cancel: &CancelToken, woken: Box<dyn Fn(WakeReason) + Send>,
+) -> Option<JoinHandle<()>> {
+    let cancel = cancel.clone();
+    let started = WakeSocket::bind(root, mode)
+        .and_then(|socket| Builder::new().name("wake".to_owned()).spawn(move || socket.receive(&cancel, &*woken)));
+    let failed = |error: &io::Error| {
+        let error = quoted(format!("{}: {error}", root.join(NAME).display()));
+        let consequence = "mail that other processes store waits";
+        log::warn!("event=wake-failed error={error} consequence={consequence:?}");
+    };
+    started.inspect_err(failed).ok()
+}
+
+impl WakeSocket {
+    fn bind(root: &Path, mode: u32) -> io::Result<WakeSocket> {
+        let path = root.join(NAME);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut bound = None;
+        with_path_of(root, &mut |path| {
+            bound = Some(UnixDatagram::bind(path)?);
+            Ok(())
+        })?;
+        let socket = bound.ok_or(io::ErrorKind::NotFound)?;
+        let wake = WakeSocket { socket, path };
+        wake.socket.set_nonblocking(true)?;
+        fs::set_permissions(&wake.path, Permissions::from_mode(mode))?;
+        Ok(wake)
+    }
+
+    fn receive(self, cancel: &CancelToken, woken: &dyn Fn(WakeReason)) {
+        while !cancel.is_cancelled() {
+            let descriptors = [self.socket.as_fd(), cancel.fd()];
+            let _ = poll(&mut descriptors.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), None);
+            let come = self.words();
+            WakeReason::ALL.into_iter().filter(|reason| come[*reason as usize]).for_each(woken);
+            // Before it is looked at again, so that a flood keeps no processor busy.
+            cancel.wait_until(Some(Instant::now() + WAKE_PAUSE));
+        }
+    }
+
+    /// Reads what has come: which of the reasons, by their place in `ALL`. What is no word of ours is passed over.
+    fn words(&self) -> [bool; WakeReason::ALL.len()] {
+        let (mut come, mut datagram) = ([false; WakeReason::ALL.len()], [0; 16]);
+        for _ in 0..DATAGRAMS_AT_ONCE {
+            let Ok(octets) = self.socket.recv(&mut datagram) else { break };
+            for (reason, come) in WakeReason::ALL.iter().zip(&mut come) {
+                *come |= datagram[..octets] == *reason.word().as_bytes();
+            }
+        }
+        come
+    }
+}
+
+impl Drop for WakeSocket {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn directories() -> (tempfile::TempDir, Vec<PathBuf>) {
+        let directory = tempfile::tempdir().unwrap();
+        let long = directory.path().join("a-directory-with-a-long-name".repeat(5));
+        fs::create_dir(&long).unwrap();
+        let short = directory.path().to_owned();
+        (directory, if cfg!(target_os = "linux") { vec![short, long] } else { vec![short] })
+    }
+
+    #[test]
+    fn a_datagram_wakes_the_daemon_of_its_directory() {
+        let (_directory, roots) = directories();
+        for root in roots {
+            // Nobody is there, or was killed.
+            WakeReason::Retry.send_surely(&root);
+            let killed = WakeSocket::bind(&root, 0o600).unwrap();
+            let left = root.join("left");
+            fs::rename(root.join(NAME), &left).unwrap();
+            drop(killed);
+            fs::rename(&left, root.join(NAME)).unwrap();
+            WakeReason::Retry.send_surely(&root);
+
+            let (cancel, (sender, receiver)) = (CancelToken::new().unwrap(), mpsc::channel());
+            let woken = Box::new(move |reason| sender.send(reason).unwrap());
+            let daemon = receive_wakes(&root, 0o600, &cancel, woken).unwrap();
+            assert_eq!(fs::metadata(root.join(NAME)).unwrap().permissions().mode() & 0o777, 0o600);
+            let patience = Duration::from_secs(10);
+            for reason in WakeReason::ALL {
+                reason.send_surely(&root);
+                assert_eq!(receiver.recv_timeout(patience), Ok(reason));
+            }
+            // What strangers send.
+            let stranger = UnixDatagram::unbound().unwrap();
+            for text in [&b""[..], b"outgoing ", b"OUTGOING", &[0xff; 5000]] {
+                let send = || with_path_of(&root, &mut |path| stranger.send_to(text, path).map(drop));
+                while send().is_err() {
+                    std::thread::sleep(ATTEMPT_PAUSE);
+                }
+            }
+            WakeReason::Retry.send_surely(&root);
+            assert_eq!(receiver.recv_timeout(patience), Ok(WakeReason::Retry));
+            cancel.cancel();
+            daemon.join().unwrap();
+            assert!(!root.join(NAME).exists() && receiver.try_recv().is_err());
+        }
+    }
+
+    #[test]
+    fn a_directory_in_place_of_the_socket_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join(NAME)).unwrap();
+        assert!(WakeSocket::bind(root.path(), 0o600).is_err());
+        assert!(root.path().join(NAME).is_dir());
+    }
+}
