@@ -575,6 +575,9 @@ fn what_is_left_over_in_a_spool_is_removed() {
             "domains/example.org/tmp/1.left",
             ".odmr/call-gone",
             ".odmr/unknown-gone",
+            ".odmr/rate-gone",
+            ".odmr/rate-acme",
+            ".odmr/retry",
             ".odmr/.call-x.1.1",
         ] {
             let name = format!("spool/{name}");
@@ -594,7 +597,10 @@ fn what_is_left_over_in_a_spool_is_removed() {
         for name in ["outgoing/w.example", "domains/example.org/tmp/1.left", ".odmr/.call-x.1.1"] {
             assert!(!place.path(&format!("spool/{name}")).exists(), "{name}");
         }
-        for name in ["domains/gone.example", ".odmr/call-gone", ".odmr/unknown-gone"] {
+        // The account has no rate.
+        let files =
+            ["call-gone", "unknown-gone", "rate-gone", "rate-acme", "retry"].map(|name| format!(".odmr/{name}"));
+        for name in ["domains/gone.example"].into_iter().chain(files.iter().map(String::as_str)) {
             assert_eq!(place.path(&format!("spool/{name}")).exists(), skipped, "{name}");
         }
         let text = place.run(1, &["check"]);

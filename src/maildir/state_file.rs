@@ -4,11 +4,11 @@ use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use data_encoding::HEXLOWER;
 
-use super::files::{replace_file_durably, with_path, write_remedy};
+use super::files::{FileId, replace_file_durably, with_path, write_remedy};
 use super::sweep::{log_sweep_failed, sweep};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -81,6 +81,30 @@ pub fn lock_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
         Ok(()) => Ok(Some(file)),
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// The same, waiting for the lock; also good for a file that is removed at any time. Another thread of this process counts as
+/// another process.
+///
+/// # Errors
+///
+/// `TimedOut` until `late`; those of [`lock_state_file`].
+pub fn wait_for_state_file(root: &Path, name: &str, late: Instant) -> io::Result<File> {
+    let (path, mut pause) = (root.join(".odmr").join(name), Duration::from_micros(100));
+    loop {
+        let file = open_state_file(root, name)?;
+        match file.try_lock() {
+            // A file that was removed meanwhile is not the one that others lock.
+            Ok(()) if FileId::of_path(&path).ok() == FileId::of_file(&file).ok() => return Ok(file),
+            Ok(()) | Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) => return Err(with_path(&path, error)),
+        }
+        if Instant::now() >= late {
+            return Err(with_path(&path, io::ErrorKind::TimedOut.into()));
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
     }
 }
 

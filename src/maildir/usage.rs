@@ -21,7 +21,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
 use std::error::Error;
 use std::fmt;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -29,9 +29,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::files::{FileId, with_path};
+use super::files::with_path;
 use super::quota::Usage;
-use super::state_file::open_state_file;
+use super::state_file::{open_state_file, wait_for_state_file};
 use super::{CLOCK_STEP, Maildir};
 use crate::clock::uptime;
 use crate::platform::boot_id;
@@ -172,38 +172,26 @@ impl UsageLimit {
 
     /// Locks the file; `TimedOut` if another thread or process has its lock for longer than this.
     fn lock(&self, patience: Duration) -> io::Result<LockedUsage<'_>> {
-        let (name, mut pause) = (self.file_name(), Duration::from_micros(100));
-        let path = self.root.join(".odmr").join(&name);
+        let name = self.file_name();
         let patience = if self.turn().in_vain { Duration::ZERO } else { patience };
         let late = Instant::now() + patience;
         let waited = self.turn_ended.wait_timeout_while(self.turn(), patience, |turn| turn.taken);
         let (mut turn, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if turn.taken {
             turn.in_vain |= patience > RECOUNT_TIMEOUT;
-            return Err(with_path(&path, io::ErrorKind::TimedOut.into()));
+            return Err(with_path(&self.root.join(".odmr").join(&name), io::ErrorKind::TimedOut.into()));
         }
         turn.taken = true;
         drop(turn);
         let taken = TakenTurn(self);
-        loop {
-            let file = open_state_file(&self.root, &name)?;
-            match file.try_lock() {
-                // A file that was removed meanwhile is not the one that others lock.
-                Ok(()) if FileId::of_path(&path).ok() == FileId::of_file(&file).ok() => {
-                    let bound = Bound::read(&file);
-                    self.turn().in_vain = false;
-                    return Ok(LockedUsage { limit: self, bound, file, _turn: taken });
-                }
-                Ok(()) | Err(TryLockError::WouldBlock) => {}
-                Err(TryLockError::Error(error)) => return Err(with_path(&path, error)),
-            }
-            if Instant::now() >= late {
-                self.turn().in_vain |= patience > RECOUNT_TIMEOUT;
-                return Err(with_path(&path, io::ErrorKind::TimedOut.into()));
-            }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(5));
+        let file = wait_for_state_file(&self.root, &name, late);
+        match &file {
+            Ok(_) => self.turn().in_vain = false,
+            Err(error) if error.kind() != io::ErrorKind::TimedOut => {}
+            Err(_) => self.turn().in_vain |= patience > RECOUNT_TIMEOUT,
         }
+        let file = file?;
+        Ok(LockedUsage { limit: self, bound: Bound::read(&file), file, _turn: taken })
     }
 
     /// What the directories tell of their last changes. `None`: a change from now on might not be seen by that, as the clock

@@ -6,6 +6,7 @@
 use std::io;
 use std::sync::Arc;
 
+use super::rates::SubmissionPermit;
 use super::relay::RelayHandle;
 use super::shared::Shared;
 use super::spool::{Spool, SpoolQueue};
@@ -70,12 +71,14 @@ pub enum HeaderPolicy {
     Relay,
 }
 
-/// Begins to store a message. The sink that is returned receives its content.
+/// Begins to store a message. The sink that is returned receives its content. `permit`: by it the message counts for the rate
+/// of its account.
 ///
 /// # Errors
 /// The reply to DATA or BDAT, if the spool cannot be written to.
 pub fn store(
     shared: &Arc<Shared>, envelope: &Envelope, incoming: &Incoming<'_>, policy: HeaderPolicy,
+    permit: Option<SubmissionPermit>,
 ) -> Result<Box<dyn MessageSink>, Reply> {
     let (id, arrived) = (shared.lasting.ids.queue_id(), shared.lasting.ids.clock().now());
     let mut copies: Vec<(SpoolQueue, QueuedEnvelope)> = Vec::new();
@@ -100,6 +103,7 @@ pub fn store(
         id,
         completer: (policy == HeaderPolicy::Relay).then(HeaderCompleter::relay),
         completed: Vec::new(),
+        permit,
     }))
 }
 
@@ -112,6 +116,7 @@ struct QueueWriter {
     completer: Option<HeaderCompleter>,
     /// Content from the completer that is not written yet.
     completed: Vec<u8>,
+    permit: Option<SubmissionPermit>,
 }
 
 impl QueueWriter {
@@ -125,6 +130,7 @@ impl QueueWriter {
         let (queues, spool) = (self.copies.iter().map(|(queue, _)| queue), &self.shared.spool);
         let entries = written.and_then(|()| self.writer.commit());
         let entries = entries.map_err(|error| spool.failure_reply(&error, queues))?;
+        self.permit.into_iter().for_each(SubmissionPermit::keep);
         for ((queue, copy), entry) in self.copies.iter().zip(entries) {
             for Recipient { mailbox, .. } in &copy.envelope.recipients {
                 let owner = mailbox.domain().and_then(|domain| self.shared.config.accounts.owner(domain));

@@ -47,6 +47,6 @@ impl SessionHandler for InboundHandler<'_> {
     }
 
     fn receive(&mut self, envelope: &Envelope, incoming: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {
-        accept::store(&self.shared, envelope, incoming, HeaderPolicy::Keep)
+        accept::store(&self.shared, envelope, incoming, HeaderPolicy::Keep, None)
     }
 }

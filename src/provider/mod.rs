@@ -20,6 +20,7 @@ pub mod turned_queue;
 pub mod turned_session;
 pub mod delivery;
 pub mod verifiers;
+pub mod rates;
 pub mod shared;
 pub mod accept;
 pub mod expiry;
@@ -51,6 +52,7 @@ use crate::sasl::Mechanism;
 use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
 use delivery::DeliveryThread;
+use rates::SubmissionRates;
 use relay::Relay;
 use reload::{Reloader, configure, log_skipped};
 use shared::{Lasting, Shared};
@@ -329,12 +331,13 @@ fn prepare(
     let (turns, delivery) = delivery::channel(config.limits.turned_sessions, &cancel, &abort)?;
     let limiter = ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address);
     let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
+    let rates = SubmissionRates::new(&config.spool, ids.clock());
     let lasting = Lasting {
         ids,
         watch,
         turns: Arc::new(turns),
         relay: channel.handle.clone(),
-        rates: Arc::default(),
+        rates: Arc::new(rates),
         verifiers: Arc::default(),
         lost: Arc::default(),
         unknown: Arc::default(),

@@ -37,7 +37,7 @@ use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
 pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
-    let mut handler = OdmrHandler { reloader, shared: reloader.current(), held: HeldQueues::default() };
+    let mut handler = OdmrHandler { reloader, shared: reloader.current(), held: HeldQueues::default(), rate: None };
     session.greet();
     loop {
         let end = session.run(&mut handler);
@@ -163,6 +163,8 @@ struct OdmrHandler<'a> {
     /// Of the transaction.
     shared: Arc<Shared>,
     held: HeldQueues,
+    /// The account, and how many messages it may submit in an hour.
+    rate: Option<(String, usize)>,
 }
 
 /// What opens an account now: a secret that was changed because others know it must not be of use in a session that was open
@@ -233,9 +235,8 @@ impl SessionHandler for OdmrHandler<'_> {
             return Err(Reply::new(550, "5.7.1", "That sender's domain is not this account's"));
         }
         self.shared.check_room(mail)?;
-        if !self.shared.lasting.rates.admit(&account.name, account.rate, self.shared.lasting.ids.clock().now()) {
-            return Err(Reply::new(452, "4.3.2", format!("No more than {} messages an hour", account.rate)));
-        }
+        self.shared.lasting.rates.check(&account.name, account.rate)?;
+        self.rate = Some((account.name, account.rate));
         Ok(())
     }
 
@@ -257,6 +258,10 @@ impl SessionHandler for OdmrHandler<'_> {
     }
 
     fn receive(&mut self, envelope: &Envelope, incoming: &Incoming<'_>) -> Result<Box<dyn MessageSink>, Reply> {
-        accept::store(&self.shared, envelope, incoming, HeaderPolicy::Relay)
+        let permit = match &self.rate {
+            Some((name, rate)) => self.shared.lasting.rates.admit(name, *rate)?,
+            None => None,
+        };
+        accept::store(&self.shared, envelope, incoming, HeaderPolicy::Relay, permit)
     }
 }

@@ -1,15 +1,14 @@
 //! What all threads of a provider share.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use super::delivery::TurnSender;
+use super::rates::SubmissionRates;
 use super::relay::{RelayHandle, WorkerContext};
 use super::spool::Spool;
 use super::turn_settings::{LostDomains, TurnSettings};
 use super::unknown::UnknownCache;
 use super::verifiers::Verifiers;
-use crate::clock::Timestamp;
 use crate::config::{KnownRecipients, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{ForwardPath, Mailbox};
@@ -92,32 +91,5 @@ impl Shared {
             ForwardPath::Postmaster => Mailbox::parse(&format!("postmaster@{}", self.config.hostname))
                 .ok_or_else(|| Reply::new(550, "5.1.1", "There is no postmaster here")),
         }
-    }
-}
-
-/// Counts the messages that each account submits in an hour.
-#[derive(Default)]
-pub struct SubmissionRates {
-    hours: Mutex<HashMap<String, Hour>>,
-}
-
-struct Hour {
-    begun: Timestamp,
-    messages: usize,
-}
-
-impl SubmissionRates {
-    /// Counts one more message. Returns whether the account may submit it; `limit`: messages in an hour, 0: no limit.
-    pub fn admit(&self, account: &str, limit: usize, now: Timestamp) -> bool {
-        if limit == 0 {
-            return true;
-        }
-        let mut hours = self.hours.lock().unwrap_or_else(PoisonError::into_inner);
-        let hour = hours.entry(account.to_owned()).or_insert(Hour { begun: now, messages: 0 });
-        if now.seconds() - hour.begun.seconds() >= 3600 {
-            *hour = Hour { begun: now, messages: 0 };
-        }
-        hour.messages += 1;
-        hour.messages <= limit
     }
 }

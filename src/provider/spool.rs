@@ -10,7 +10,8 @@
 //! SPOOL/.odmr/                the lock of `odmr serve`; `account-ACCOUNT.lock`, which a turned session of the account has,
 //!                             besides `odmr.lock` in each directory with mail; for `odmr status`: `call-ACCOUNT`, the
 //!                             last call of an account, and `reload`, the last reading of the configuration;
-//!                             `usage-ACCOUNT`, how much is held for an account with a quota at most; `unknown-ACCOUNT`, the
+//!                             `usage-ACCOUNT`, how much is held for an account with a quota at most; `rate-ACCOUNT`, how
+//!                             many messages an account with a rate has submitted in this hour; `unknown-ACCOUNT`, the
 //!                             recipients that a customer's server does not know; `clock`, what is known of the clock, by
 //!                             which mail expires; `tidy`, whose time says when what was left over was removed last;
 //!                             `scram-key`, of which the salts are made that no file has
@@ -25,6 +26,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::Access;
 
 use super::quota::Quotas;
+use super::rates::RATE_FILE;
 use crate::config::{Account, Accounts, HeldConfig, Knowledge, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox};
@@ -289,10 +291,13 @@ impl Spool {
                 }
             }
             let is_gone = |account: &str| self.accounts.account(account).is_none();
+            let has_no_rate = |account: &str| self.accounts.account(account).is_none_or(|account| account.rate == 0);
             let starts = ["call-", USAGE_FILE, UNKNOWN_RECIPIENTS];
             let is_left = |name: &str| {
                 // By `retry` earlier versions have asked the relay for what a datagram asks now.
-                name == "retry" || starts.iter().any(|start| name.strip_prefix(start).is_some_and(is_gone))
+                name == "retry"
+                    || name.strip_prefix(RATE_FILE).is_some_and(has_no_rate)
+                    || starts.iter().any(|start| name.strip_prefix(start).is_some_and(is_gone))
             };
             maildir::sweep_state_files(&self.root, &|name| self.accounts.skipped().is_empty() && is_left(name))
         });
