@@ -12,7 +12,8 @@ import threading
 import time
 
 from clock import HOUR, YEAR, Clock
-from harness import ODMR, Listener, Provider, Server, Smtp, check, events, scenario, wait_until
+from harness import LOOPBACK, ODMR, Customer, Listener, Provider, Server, Smtp, check, events, free_port, scenario, wait_until
+from world import outgoing_table, sendmail
 
 RATE = 40
 MESSAGE = b"Subject: x\r\n\r\nx\r\n"
@@ -346,3 +347,37 @@ def wake_places(box):
     with line_to(box, provider, "odmr") as line:
         check((reply := submit(line)).startswith("250"), reply)
     return f"{', '.join(facts)}; a flood takes {busy:.1%} of a processor"
+
+
+@scenario("wake-customer")
+def wake_customer(box):
+    """A user's mail for a next hop, stored by `odmr send` beside a daemon, is there within a second; so is what queue retry wants"""
+    hop = Listener(box)
+    customer = Customer(
+        box, free_port(), tls="none", accept=["@example.org"],
+        more=f'deliver = "smtp:{LOOPBACK}:{hop.port}"\n[schedule]\nevery = "1h"\n{outgoing_table(box)}',
+    )
+    daemon = box.start(customer.log_name, ODMR, "pull", "--daemon", "-c", customer.config)
+    wait_until((customer.root / ".wake").exists, "the socket")
+    took = []
+    for number in range(20):
+        done = sendmail(box, customer, "-f", "carol@example.org", "alice@example.org", text="Subject: x\n\nx\n")
+        begun = time.monotonic()
+        check(done.returncode == 0, f"sendmail: exit {done.returncode}: {done.stderr}")
+        took.append(relayed(hop, number + 1) - begun)
+        check(took[-1] < 1, f"message {number}: {took[-1]:.2f} s")
+    port = hop.port
+    hop.close()
+    sendmail(box, customer, "-f", "carol@example.org", "alice@example.org", text="Subject: x\n\nx\n")
+    wait_until(lambda: events(customer.log(), "delivery", status="deferred"), "the deferral")
+    hop = Listener(box)
+    customer.config.write_text(customer.config.read_text().replace(f":{port}", f":{hop.port}"))
+    daemon.send_signal(signal.SIGHUP)
+    wait_until(lambda: events(customer.log(), "reloaded"), "the reload")
+    done = box.run(ODMR, "queue", "-c", customer.config, "retry", "example.org")
+    begun = time.monotonic()
+    check("1 messages are due" in done.stdout, f"{done}")
+    check((retried := relayed(hop, 1) - begun) < 1, f"after queue retry: {retried:.2f} s")
+    daemon.terminate()
+    check(daemon.wait(20) == 0 and not (customer.root / ".wake").exists(), "the socket stays")
+    return f"{statistics.median(took) * 1000:.0f} ms, at most {max(took) * 1000:.0f} ms; {retried * 1000:.0f} ms after queue retry"
