@@ -31,7 +31,7 @@ use std::io::{self, Write};
 use std::mem::{self, MaybeUninit};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -182,6 +182,11 @@ impl Connection {
     /// Returns the descriptor to poll for `IN`.
     pub fn input_fd(&self) -> BorrowedFd<'_> {
         self.input.as_fd()
+    }
+
+    /// Returns the same descriptor for a wait in which the connection cannot be borrowed.
+    pub fn share_input(&self) -> Arc<OwnedFd> {
+        self.input.share()
     }
 
     /// Returns the descriptor to poll for `OUT`: the same as `input_fd`, unless there are two.

@@ -16,6 +16,7 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags};
@@ -29,7 +30,7 @@ use crate::net::cancel::poll;
 /// A descriptor whose reads and writes never wait: they fail with `WouldBlock` instead.
 #[derive(Debug)]
 pub struct Descriptor {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     kind: DescriptorKind,
 }
 
@@ -51,14 +52,19 @@ impl Descriptor {
     /// It cannot be made non-blocking.
     pub fn own(fd: OwnedFd) -> io::Result<Descriptor> {
         rustix::fs::fcntl_setfl(&fd, rustix::fs::fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
-        Ok(Descriptor { fd, kind: DescriptorKind::Own })
+        Ok(Descriptor { fd: fd.into(), kind: DescriptorKind::Own })
     }
 
     /// A duplicate of a descriptor of the caller, whose flags stay as they are.
     pub fn shared(fd: OwnedFd) -> Descriptor {
         let is_socket = rustix::net::sockopt::socket_type(&fd).is_ok();
         let kind = if is_socket { DescriptorKind::SharedSocket } else { DescriptorKind::SharedFile };
-        Descriptor { fd, kind }
+        Descriptor { fd: fd.into(), kind }
+    }
+
+    /// The descriptor, for a thread that waits for it beside this: it stays open until both are dropped.
+    pub fn share(&self) -> Arc<OwnedFd> {
+        self.fd.clone()
     }
 
     /// Reads into `space` once. Returns what was read; nothing: the input has ended.

@@ -21,6 +21,8 @@ pub mod turned_session;
 pub mod delivery;
 pub mod verifiers;
 pub mod rates;
+pub mod login_table;
+pub mod logins;
 pub mod shared;
 pub mod accept;
 pub mod expiry;
@@ -52,6 +54,8 @@ use crate::sasl::Mechanism;
 use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
 use delivery::DeliveryThread;
+use login_table::ClientNetwork;
+use logins::Logins;
 use rates::SubmissionRates;
 use relay::Relay;
 use reload::{Reloader, configure, log_skipped};
@@ -205,6 +209,8 @@ impl PreparedProvider {
         let PreparedProvider { shared, delivery, relay, listeners, .. } = self;
         shared.spool.recount();
         shared.record_reload(None);
+        // Room is kept for networks that are known.
+        shared.lasting.logins.synchronise();
         log_skipped(&shared.config);
         let (reloader, listening, threads) = (Reloader::new(shared.clone()), Vec::new(), Vec::new());
         let mut running = RunningProvider { reloader: reloader.clone(), listening, threads, _lock: lock };
@@ -259,6 +265,7 @@ impl PreparedProvider {
         let (cancel, abort) = (shared.lasting.cancel.clone(), shared.lasting.abort.clone());
         let timeout = shared.config.timeouts.shutdown;
         let (spool, watch) = (shared.spool.clone(), shared.lasting.watch.clone());
+        let logins = shared.lasting.logins.clone();
         Builder::new().spawn(move || {
             cancel.wait_until(None);
             std::thread::sleep(timeout);
@@ -272,6 +279,10 @@ impl PreparedProvider {
         })?;
         delivery.run();
         let _ = worker.join();
+        if listener != Listener::Inbound {
+            // The thread that writes the last failure ends with this process.
+            logins.synchronise();
+        }
         watch.look();
         spool.tidy();
         Ok(())
@@ -332,6 +343,7 @@ fn prepare(
     let limiter = ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address);
     let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
     let rates = SubmissionRates::new(&config.spool, ids.clock());
+    let logins = Arc::new(Logins::new(&config.spool, ids.clock()));
     let lasting = Lasting {
         ids,
         watch,
@@ -339,6 +351,7 @@ fn prepare(
         relay: channel.handle.clone(),
         rates: Arc::new(rates),
         verifiers: Arc::default(),
+        logins,
         lost: Arc::default(),
         unknown: Arc::default(),
         cancel,
@@ -358,6 +371,7 @@ fn trace(shared: &Shared, listener: Listener) -> Trace {
 /// Serves one connection until it ends or has turned.
 fn serve(reloader: &Reloader, listener: Listener, connection: io::Result<Connection>, peer: Option<IpAddr>) {
     let begun = Instant::now();
+    let network = ClientNetwork::of(peer);
     let peer = peer.map_or_else(|| "[unknown]".to_owned(), literal);
     let id = connection.as_ref().map_or_else(|_| "-".to_owned(), |connection| connection.trace.id.clone());
     let name = listener.name();
@@ -367,7 +381,7 @@ fn serve(reloader: &Reloader, listener: Listener, connection: io::Result<Connect
     let reason = match (session, listener) {
         (Err(error), _) => error.to_string(),
         (Ok(session), Listener::Inbound) => inbound::serve(reloader, session),
-        (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(reloader, session),
+        (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(reloader, session, network),
     };
     log::info!(
         "event=closed session={id} listener={name} peer={peer} duration={:.3} reason={}",

@@ -16,9 +16,13 @@
 //! 250           the connection turns                                          delivery thread
 //! ```
 
+use std::cell::RefCell;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::accept::{self, HeaderPolicy, HeldQueues};
+use super::login_table::{AttemptEnd, AttemptOrigin, ClientNetwork};
+use super::logins::{LoginAttempt, Undecided};
 use super::reload::Reloader;
 use super::shared::{Lasting, Shared};
 use super::spool::SpoolQueue;
@@ -27,7 +31,10 @@ use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::net::trace::quoted;
 use crate::queue::{LockError, QueueLock};
 use crate::report::calls::{CallRecord, CallResult, CallWithoutMail};
-use crate::sasl::{AccountCredentials, CertificateDigests, CredentialStore, Mechanism, ScramVerifier, Unavailable};
+use crate::sasl::{
+    AccountCredentials, CertificateDigests, CredentialStore, ExchangeStep, Mechanism, ScramVerifier, Unavailable,
+    name_digest,
+};
 use crate::session::server::{ServerSession, SessionEnd};
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
@@ -36,8 +43,20 @@ use crate::smtp::status::{is_no_mail, is_too_soon, too_soon_reply};
 use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
-pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
-    let mut handler = OdmrHandler { reloader, shared: reloader.current(), held: HeldQueues::default(), rate: None };
+pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>, network: ClientNetwork) -> String {
+    let mut handler = OdmrHandler {
+        reloader,
+        shared: reloader.current(),
+        held: HeldQueues::default(),
+        rate: None,
+        client: OdmrClient {
+            network,
+            session: session.connection.trace.id.clone(),
+            peer: session.peer.clone(),
+            input: session.connection.share_input(),
+        },
+        attempt: RefCell::new(None),
+    };
     session.greet();
     loop {
         let end = session.run(&mut handler);
@@ -157,7 +176,7 @@ fn lock_mail(shared: &Shared, account: Option<&Account>, named: &[Domain]) -> Re
     Ok(lock)
 }
 
-/// Decides which mail a customer may submit.
+/// Decides who is authenticated, and which mail a customer may submit.
 struct OdmrHandler<'a> {
     reloader: &'a Reloader,
     /// Of the transaction.
@@ -165,18 +184,70 @@ struct OdmrHandler<'a> {
     held: HeldQueues,
     /// The account, and how many messages it may submit in an hour.
     rate: Option<(String, usize)>,
+    client: OdmrClient,
+    /// The AUTH command under way, or why it is not decided.
+    attempt: RefCell<Option<Result<LoginAttempt, Undecided>>>,
+}
+
+/// Where attempts to authenticate come from.
+struct OdmrClient {
+    network: ClientNetwork,
+    /// The id of the session, and the client's address as a literal, for the log.
+    session: String,
+    peer: String,
+    /// The connection.
+    input: Arc<OwnedFd>,
+}
+
+impl OdmrHandler<'_> {
+    /// Waits until an AUTH command may be decided, which tries secrets for the account of this name: before anything is
+    /// verified, so that the time tells nothing about the result.
+    ///
+    /// # Errors
+    /// It must not be decided, and the session ends.
+    fn wait_for_attempt(&self, shared: &Shared, name: Option<&str>) -> Result<(), Unavailable> {
+        let Lasting { verifiers, logins, ids, cancel, .. } = &shared.lasting;
+        let OdmrClient { network, session, peer, input } = &self.client;
+        // One that the client has given up counts as a failure.
+        self.attempt.replace(None);
+        let account = name.map(|name| name_digest(verifiers.key(&|| shared.spool.login_key(ids)), name));
+        let log = |seconds: Option<u32>, times: usize| {
+            let account = quoted(name.unwrap_or_default());
+            match seconds {
+                Some(seconds) => log::warn!(
+                    "event=auth-slowed session={session} peer={peer} account={account} duration={seconds} times={times}"
+                ),
+                None => log::warn!(
+                    "event=auth-slowed session={session} peer={peer} account={account} times={times} \
+                     reason=\"too many attempts wait\""
+                ),
+            }
+        };
+        let attempt = AttemptOrigin { id: session.clone(), network: *network, account };
+        let waited = LoginAttempt::wait(logins, attempt, input.as_fd(), cancel, &log);
+        let result = waited.as_ref().map(|_| ()).map_err(|_| Unavailable);
+        self.attempt.replace(Some(waited));
+        result
+    }
 }
 
 /// What opens an account now: a secret that was changed because others know it must not be of use in a session that was open
 /// before.
 impl CredentialStore for OdmrHandler<'_> {
     fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
+        let shared = self.reloader.current();
+        self.wait_for_attempt(&shared, Some(name))?;
+        // The wait was long enough for a reload.
         self.reloader.current().config.accounts.credentials(name)
     }
 
     fn account_of(
         &self, certificate: &CertificateDigests, wanted: Option<&str>,
     ) -> Result<Option<String>, Unavailable> {
+        let shared = self.reloader.current();
+        let found = shared.config.accounts.account_of(certificate, wanted)?;
+        self.wait_for_attempt(&shared, wanted.or(found.as_deref()))?;
+        // The wait was long enough for a reload.
         self.reloader.current().config.accounts.account_of(certificate, wanted)
     }
 
@@ -185,6 +256,8 @@ impl CredentialStore for OdmrHandler<'_> {
     }
 
     fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
+        self.wait_for_attempt(&self.reloader.current(), Some(name))?;
+        // The wait was long enough for a reload.
         let Shared { config, spool, lasting: Lasting { verifiers, ids, .. }, .. } = &*self.reloader.current();
         verifiers.find(&config.accounts, name, &|| spool.login_key(ids))
     }
@@ -215,6 +288,31 @@ impl SessionHandler for OdmrHandler<'_> {
     fn permits(&self, account: &str, mechanism: Mechanism) -> bool {
         let shared = self.reloader.current();
         shared.config.accounts.account(account).is_some_and(|account| account.permits(mechanism))
+    }
+
+    fn authentication_step(&mut self, step: Option<&ExchangeStep>) -> Option<Reply> {
+        let end = match step {
+            Some(ExchangeStep::Challenge(_)) => return None,
+            Some(ExchangeStep::Done(account)) => {
+                let (Shared { spool, lasting, .. }, name) = (&*self.reloader.current(), account);
+                let key = lasting.verifiers.key(&|| spool.login_key(&lasting.ids));
+                AttemptEnd::Succeeded(name_digest(key, name))
+            }
+            Some(ExchangeStep::Failed(_)) => AttemptEnd::Failed,
+            // No secret was compared.
+            None | Some(ExchangeStep::Malformed | ExchangeStep::Unavailable) => AttemptEnd::Withdrawn,
+        };
+        match self.attempt.take()? {
+            Ok(attempt) => {
+                attempt.end(end);
+                None
+            }
+            // RFC 5321 section 3.8.
+            Err(Undecided::Stopping) => Some(Reply::new(421, "4.3.2", "Service shutting down, try again later")),
+            Err(Undecided::TooMany | Undecided::ClientGone) => {
+                Some(Reply::new(421, "4.7.0", "Too many failed authentications, try again later"))
+            }
+        }
     }
 
     /// Checks that the customer may submit mail with this sender (RFC 6409 section 6.1), and now.

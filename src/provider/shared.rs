@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::delivery::TurnSender;
+use super::logins::Logins;
 use super::rates::SubmissionRates;
 use super::relay::{RelayHandle, WorkerContext};
 use super::spool::Spool;
@@ -28,6 +29,7 @@ pub struct Lasting {
     pub relay: RelayHandle,
     pub rates: Arc<SubmissionRates>,
     pub verifiers: Arc<Verifiers>,
+    pub logins: Arc<Logins>,
     pub lost: Arc<LostDomains>,
     pub unknown: Arc<UnknownCache>,
     /// Ends sessions after the command or message under way.

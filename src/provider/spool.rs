@@ -14,7 +14,8 @@
 //!                             many messages an account with a rate has submitted in this hour; `unknown-ACCOUNT`, the
 //!                             recipients that a customer's server does not know; `clock`, what is known of the clock, by
 //!                             which mail expires; `tidy`, whose time says when what was left over was removed last;
-//!                             `scram-key`, of which the salts are made that no file has
+//!                             `scram-key`, of which the salts are made that no file has; `logins`, who guesses secrets and
+//!                             where the accounts log in from, and `logins.lock`
 //! SPOOL/.wake                 the socket at which other processes wake `odmr serve` when they have stored mail ([`crate::net::wake`])
 //! ```
 
@@ -121,7 +122,7 @@ impl Spool {
         &self.queue
     }
 
-    /// The secret key of which salts are made, the same in each process. If it cannot be stored, it is of this process only.
+    /// The secret key of which salts and digests of names are made, the same in each process. If it cannot be stored, it is of this process only.
     pub fn login_key(&self, ids: &Ids) -> [u8; 32] {
         let new = ids.key();
         maildir::state_key(&self.root, "scram-key", new).unwrap_or_else(|error| {

@@ -21,7 +21,7 @@ const WORK_WAIT: Duration = Duration::from_secs(30);
 /// Finds and makes verifiers, and limits how many sessions compute at once. It lasts over reloads.
 #[derive(Default)]
 pub struct Verifiers {
-    /// The key of the salts.
+    /// The key of the salts, and of digests of names.
     key: OnceLock<[u8; 32]>,
     running: Mutex<usize>,
     ended: Condvar,
@@ -46,7 +46,7 @@ impl Verifiers {
         &self, accounts: &Accounts, name: &str, key: &dyn Fn() -> [u8; 32],
     ) -> Result<(ScramVerifier, bool), Unavailable> {
         let found = accounts.credentials(name)?.unwrap_or_default();
-        let key = self.key.get_or_init(key);
+        let key = self.key(key);
         // An empty secret authenticates no client, even if the configuration has one.
         let secret = found.secret.filter(|secret| !secret.is_empty());
         let made = match accounts.have_secrets() {
@@ -64,6 +64,11 @@ impl Verifiers {
             (None, Some(made)) => (made, true),
             (None, None) => (fake, false),
         })
+    }
+
+    /// The key of the salts, and of digests of names. `read`: reads it, once.
+    pub fn key(&self, read: &dyn Fn() -> [u8; 32]) -> &[u8; 32] {
+        self.key.get_or_init(read)
     }
 
     /// [`sasl::salted_password`], in four sessions at once.

@@ -31,7 +31,7 @@ pub use channel::{CertificateDigests, TlsChannel};
 pub use exchange::{
     AccountCredentials, ClientExchange, CredentialStore, ExchangeStep, NoCredentials, ServerExchange, Unavailable,
 };
-pub use verifier::{ITERATIONS, SALT_OCTETS, ScramVerifier, is_usable, salted_password, stable_salt};
+pub use verifier::{ITERATIONS, SALT_OCTETS, ScramVerifier, is_usable, name_digest, salted_password, stable_salt};
 
 use scram::{ClientBinding, ScramClient, ScramServer};
 

@@ -133,6 +133,13 @@ pub fn stable_salt(key: &[u8], name: &str) -> [u8; SALT_OCTETS] {
     std::array::from_fn(|index| octets[index])
 }
 
+/// A digest of a name that tells the name only to those who have the key, and has nothing to do with its salt, which everybody
+/// gets.
+pub fn name_digest(key: &[u8], name: &str) -> [u8; 16] {
+    let octets = finish(&keyed(key), &[b"account ", name.as_bytes()]);
+    std::array::from_fn(|index| octets[index])
+}
+
 /// RFC 5802 section 7, `posit-number`.
 pub(super) fn is_count(text: &str) -> bool {
     text.bytes().all(|octet| octet.is_ascii_digit()) && text.starts_with(|digit| matches!(digit, '1'..='9'))

@@ -191,7 +191,7 @@ impl ServerSession {
             let step = match &line {
                 Some(line) => {
                     self.trace_command(line);
-                    self.flush_before(handler);
+                    self.flush_before(Some(line), handler);
                     self.server.line(line, handler)
                 }
                 None => self.server.line_too_long(),
@@ -262,8 +262,10 @@ impl ServerSession {
         self.reject(reply);
     }
 
-    fn flush_before(&mut self, handler: &dyn SessionHandler) {
-        if handler.may_wait() {
+    /// Sends the earlier replies before what may take long. `line`: the next command; an authentication may wait, too.
+    fn flush_before(&mut self, line: Option<&[u8]>, handler: &dyn SessionHandler) {
+        let is_auth = |line| matches!(Verb::of(line), Ok((Verb::Auth, _)));
+        if handler.may_wait() || self.server.in_auth() || line.is_some_and(is_auth) {
             // An error of the connection appears at the next wait.
             let _ = self.connection.flush();
         }
@@ -458,7 +460,7 @@ impl ServerSession {
                 self.wait_for_input(deadline, true)?;
             }
         }
-        self.flush_before(handler);
+        self.flush_before(None, handler);
         self.finish_message(receiver, content.bare(), handler);
         Ok(())
     }
@@ -491,7 +493,7 @@ impl ServerSession {
             let mut octets = Vec::new();
             content.finish(&mut octets);
             receiver.write(&octets, content.size());
-            self.flush_before(handler);
+            self.flush_before(None, handler);
             self.finish_message(receiver, content.bare(), handler);
         } else if let Err(reply) = receiver.sink {
             self.reject_content(&reply, handler);

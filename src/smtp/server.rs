@@ -109,6 +109,12 @@ pub trait SessionHandler {
         true
     }
 
+    /// Observes each step of an authentication; `None`: the client has cancelled it. Returns the reply that ends the session in
+    /// place of what follows from the step.
+    fn authentication_step(&mut self, _step: Option<&ExchangeStep>) -> Option<Reply> {
+        None
+    }
+
     /// Accepts a message with this sender and size. `account`: the account of the client, if it has authenticated.
     ///
     /// # Errors
@@ -641,6 +647,7 @@ impl Server {
         &mut self, exchange: Box<dyn ServerExchange>, line: &[u8], handler: &mut dyn SessionHandler,
     ) -> ServerStep {
         if line == b"*" {
+            handler.authentication_step(None);
             return ServerStep::Reply(Reply::new(501, "5.7.0", "Authentication cancelled"));
         }
         match data_encoding::BASE64.decode(line) {
@@ -658,6 +665,9 @@ impl Server {
             ExchangeStep::Done(account) if forbidden(&account) => ExchangeStep::Failed(account),
             step => step,
         };
+        if let Some(reply) = handler.authentication_step(Some(&step)) {
+            return ServerStep::Close(reply);
+        }
         ServerStep::Reply(match step {
             ExchangeStep::Challenge(challenge) => return self.challenge(exchange, &challenge),
             ExchangeStep::Done(account) => {

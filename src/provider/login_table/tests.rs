@@ -1,0 +1,289 @@
+//! The rules for those who guess secrets.
+
+use super::*;
+
+const NOW: i64 = 1_767_323_045;
+const ACME: u8 = 1;
+
+fn network(text: &str) -> ClientNetwork {
+    ClientNetwork::of(Some(text.parse().unwrap()))
+}
+
+fn attempt(id: &str, account: u8, address: &str) -> AttemptOrigin {
+    AttemptOrigin { id: id.to_owned(), network: network(address), account: Some([account; 16]) }
+}
+
+/// What a wrong secret costs: `None` if it is rejected.
+fn guess(table: &mut LoginTable, account: u8, address: &str, now: i64) -> Option<u32> {
+    let attempt = attempt("guess", account, address);
+    let (counted, seconds) = match table.begin(&attempt, now) {
+        Admission::Free { counted } => (counted, 0),
+        Admission::Delayed(seconds) => (true, seconds),
+        Admission::Rejected => return None,
+    };
+    table.end(&attempt, counted, AttemptEnd::Failed, now);
+    Some(seconds)
+}
+
+fn guess_often(table: &mut LoginTable, times: usize) {
+    for _ in 0..times {
+        guess(table, ACME, "192.0.2.1", NOW);
+    }
+}
+
+/// How long the right secret waits, or `None`.
+fn log_in(table: &mut LoginTable, account: u8, address: &str, now: i64) -> Option<u32> {
+    let attempt = attempt("login", account, address);
+    let admission = table.begin(&attempt, now);
+    let counted = !matches!(admission, Admission::Free { counted: false });
+    let end =
+        if admission == Admission::Rejected { AttemptEnd::Withdrawn } else { AttemptEnd::Succeeded([account; 16]) };
+    table.end(&attempt, counted && admission != Admission::Rejected, end, now);
+    match admission {
+        Admission::Free { .. } => Some(0),
+        Admission::Delayed(seconds) => Some(seconds),
+        Admission::Rejected => None,
+    }
+}
+
+/// The table after it was written and read.
+fn reread(table: &LoginTable) -> LoginTable {
+    let (read, wrong) = LoginTable::parse(table.text().as_bytes());
+    assert_eq!((read.text(), wrong), (table.text(), 0));
+    read
+}
+
+#[test]
+fn three_failures_are_free_and_then_the_delay_doubles() {
+    let mut table = LoginTable::default();
+    let delays: Vec<_> = (0..12).map(|_| guess(&mut table, ACME, "192.0.2.1", NOW)).collect();
+    assert_eq!(delays, [0, 0, 0, 1, 2, 4, 8, 16, 30, 30, 30, 30].map(Some));
+    // The same network; another account.
+    assert_eq!(guess(&mut table, 2, "192.0.2.200", NOW), Some(30));
+    // The same account; another network.
+    assert_eq!(guess(&mut table, ACME, "198.51.100.1", NOW), Some(30));
+    assert_eq!(guess(&mut table, 3, "198.51.100.1", NOW), Some(0));
+}
+
+#[test]
+fn networks_are_a_24_or_a_64() {
+    for (address, text) in [
+        ("192.0.2.77", "192.0.2.0/24"),
+        ("::ffff:192.0.2.77", "192.0.2.0/24"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+    ] {
+        assert_eq!(network(address).to_string(), text);
+        assert_eq!(ClientNetwork::parse(text), Some(network(address)));
+    }
+    assert_eq!(ClientNetwork::parse("unknown"), Some(ClientNetwork::of(None)));
+    assert_eq!(ClientNetwork::parse("192.0.2.0"), None);
+}
+
+#[test]
+fn many_at_once_are_not_all_free_and_eight_of_a_network_wait() {
+    let mut table = LoginTable::default();
+    let begin = |number: u32| table.begin(&attempt(&number.to_string(), ACME, "192.0.2.1"), NOW);
+    let admissions: Vec<_> = (0..20).map(begin).collect();
+    let free = Admission::Free { counted: true };
+    assert_eq!(admissions[..4], [free, free, free, Admission::Delayed(1)]);
+    assert_eq!(admissions.iter().filter(|admission| matches!(admission, Admission::Delayed(_))).count(), 8);
+    assert_eq!(admissions[11..], [Admission::Rejected; 9]);
+    // Other processes know that, and each place is free again after its time.
+    let mut table = reread(&table);
+    assert_eq!(table.begin(&attempt("late", 2, "192.0.2.1"), NOW + 1), Admission::Rejected);
+    assert_eq!(table.begin(&attempt("late", 2, "192.0.2.1"), NOW + 2), Admission::Delayed(30));
+}
+
+/// An attacker must not be able to lock a customer out.
+#[test]
+fn a_known_network_waits_for_its_own_failures_only() {
+    let mut table = LoginTable::default();
+    assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW), Some(0));
+    let text = table.text();
+    assert_eq!(text, format!("known {NOW} 0 {} 203.0.113.0/24\n", "01".repeat(16)));
+    for _ in 0..100 {
+        guess(&mut table, ACME, "192.0.2.1", NOW);
+        guess(&mut table, 2, "203.0.113.200", NOW);
+    }
+    let mut table = reread(&table);
+    assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW), Some(0));
+    // An ordinary login changes nothing in the file, but once a day.
+    let text = table.text();
+    assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW), Some(0));
+    assert_eq!(table.text(), text);
+    assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW + 86_400), Some(0));
+    assert!(table.text().contains(&format!("known {} 0 ", NOW + 86_400)));
+    // Its own failures count there as anywhere, until it has logged in.
+    let delays: Vec<_> = (0..5).map(|_| guess(&mut table, ACME, "203.0.113.1", NOW + 86_400)).collect();
+    assert_eq!(delays, [0, 0, 0, 1, 2].map(Some));
+    assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW + 86_400), Some(4));
+    assert_eq!(guess(&mut table, ACME, "203.0.113.1", NOW + 86_400), Some(0));
+}
+
+#[test]
+fn many_at_once_from_a_known_network_are_not_all_free() {
+    let mut table = LoginTable::default();
+    log_in(&mut table, ACME, "203.0.113.1", NOW);
+    let begin = |number: u32| table.begin(&attempt(&number.to_string(), ACME, "203.0.113.1"), NOW);
+    let admissions: Vec<_> = (0..5).map(begin).collect();
+    let free = Admission::Free { counted: false };
+    assert_eq!(admissions, [free, free, free, Admission::Delayed(1), Admission::Delayed(2)]);
+}
+
+/// One who has an account must not clear its network by logging in.
+#[test]
+fn a_login_clears_neither_its_network_nor_its_account() {
+    let mut table = LoginTable::default();
+    for expected in [0, 0, 0, 1, 2] {
+        assert_eq!(guess(&mut table, ACME, "192.0.2.1", NOW), Some(expected));
+        assert!(log_in(&mut table, 9, "192.0.2.1", NOW).is_some());
+    }
+}
+
+#[test]
+fn an_attempt_that_tests_nothing_does_not_count() {
+    let mut table = LoginTable::default();
+    for _ in 0..10 {
+        let attempt = attempt("withdrawn", ACME, "192.0.2.1");
+        assert_eq!(table.begin(&attempt, NOW), Admission::Free { counted: true });
+        table.end(&attempt, true, AttemptEnd::Withdrawn, NOW);
+    }
+    assert_eq!(table.text(), "");
+}
+
+#[test]
+fn a_quarter_of_an_hour_halves_the_failures_and_no_clock_prolongs_that() {
+    let full = || {
+        let mut table = LoginTable::default();
+        guess_often(&mut table, 100);
+        table
+    };
+    for (later, expected) in [(0, 30), (899, 30), (900, 30), (3 * 900, 8), (4 * 900, 1), (5 * 900, 0), (1 << 40, 0)] {
+        assert_eq!(guess(&mut full(), ACME, "192.0.2.1", NOW + later), Some(expected), "{later}");
+    }
+    // Set back by a year: from then on time passes as always.
+    let (mut table, past) = (full(), NOW - 365 * 86_400);
+    assert_eq!(guess(&mut table, ACME, "192.0.2.1", past), Some(30));
+    let mut table = reread(&table);
+    assert_eq!(guess(&mut table, ACME, "192.0.2.1", past + 3600), Some(1));
+    // Those who wait have no place for a year.
+    let mut table = LoginTable::default();
+    for number in 0..20 {
+        table.begin(&attempt(&number.to_string(), ACME, "192.0.2.1"), NOW);
+    }
+    assert_eq!(table.begin(&attempt("other", ACME, "192.0.2.1"), past), Admission::Delayed(30));
+}
+
+/// A customer comes from a new network while others guess at its account from many.
+#[test]
+fn a_network_with_fewer_failures_takes_the_place_of_the_one_with_the_most() {
+    let mut table = LoginTable::default();
+    let address = |number: usize| format!("10.0.{number}.1");
+    for number in 0..100 {
+        guess(&mut table, ACME, &address(number), NOW);
+    }
+    let mut begin = |number: usize| table.begin(&attempt(&format!("a{number}"), ACME, &address(number)), NOW);
+    let admissions: Vec<_> = (0..100).map(&mut begin).collect();
+    assert_eq!(admissions.iter().filter(|admission| **admission == Admission::Delayed(30)).count(), 32);
+    assert_eq!(admissions.iter().filter(|admission| **admission == Admission::Rejected).count(), 68);
+    let customer = attempt("customer", ACME, "203.0.113.1");
+    assert_eq!(table.begin(&customer, NOW), Admission::Delayed(30));
+    let displaced = |table: &LoginTable| (0..100).filter(|number| table.is_displaced(&format!("a{number}"))).count();
+    assert_eq!(displaced(&table), 1);
+    // All of them come again, and the customer keeps its place; the other process learns of that.
+    for number in 0..100 {
+        assert_ne!(
+            table.begin(&attempt(&format!("b{number}"), ACME, &address(number)), NOW),
+            Admission::Free { counted: true }
+        );
+    }
+    let table = reread(&table);
+    assert!(!table.is_displaced("customer"));
+    assert_eq!(displaced(&table), 1);
+}
+
+/// The same before their networks have any failure.
+#[test]
+fn among_equals_the_one_that_did_not_come_in_vain_before_goes_first() {
+    let mut table = LoginTable::default();
+    let mut begin =
+        |number: usize| table.begin(&attempt(&format!("a{number}"), ACME, &format!("10.0.{number}.1")), NOW);
+    (0..60).for_each(|number| drop(format!("{:?}", begin(number))));
+    assert_eq!(begin(60), Admission::Rejected);
+    // One of those that wait asks for another place, over another connection.
+    for number in (0..40).chain(0..40) {
+        begin(number);
+    }
+    assert_eq!(table.begin(&attempt("customer", ACME, "203.0.113.1"), NOW), Admission::Delayed(30));
+    assert!(!table.is_displaced("customer"));
+}
+
+#[test]
+fn what_is_counted_is_bounded_and_what_is_invented_clears_nothing() {
+    let mut table = LoginTable::default();
+    guess_often(&mut table, 20);
+    log_in(&mut table, ACME, "203.0.113.1", NOW);
+    let invented = |number: u32| {
+        let address = Ipv6Addr::from_bits(0x2001_0db8_u128 << 96 | u128::from(number) << 64).into();
+        let (network, account) = (ClientNetwork::of(Some(address)), Some(u128::from(number).to_le_bytes()));
+        AttemptOrigin { id: "invented".to_owned(), network, account }
+    };
+    for number in 0..2000 {
+        let attempt = invented(number);
+        let counted = !matches!(table.begin(&attempt, NOW + 1), Admission::Rejected);
+        table.end(&attempt, counted, AttemptEnd::Failed, NOW + 1);
+        // This one has its own account, and logs in from everywhere.
+        table.learn([9; 16], attempt.network, NOW + 1);
+    }
+    let text = table.text();
+    let lines = text.lines().filter(|line| !line.starts_with("waits"));
+    assert_eq!(lines.count(), 2 * COUNTED_LIMIT + KNOWN_LIMIT_EACH + 1);
+    assert_eq!(guess(&mut table, ACME, "192.0.2.1", NOW + 1), Some(30));
+    // Two that take each other's place are not free either.
+    let delays: Vec<_> = (3000..3020).map(|number| table.begin(&invented(3000 + number % 2), NOW + 40)).collect();
+    assert!(!delays.contains(&Admission::Free { counted: true }), "{delays:?}");
+    assert!(table.knows(network("203.0.113.9")) && !table.knows(network("203.0.114.9")));
+}
+
+#[test]
+fn more_known_networks_than_there_is_room_for_change_once_a_day() {
+    let mut table = LoginTable::default();
+    let mut log_in_all = |count: u128, now| {
+        for number in 0..count {
+            table.learn(number.to_le_bytes(), network("192.0.2.1"), now);
+        }
+        table.text()
+    };
+    let text = log_in_all(KNOWN_LIMIT as u128 + 100, NOW);
+    assert_eq!(text.lines().count(), KNOWN_LIMIT);
+    assert!(text.len() < 1 << 20);
+    assert_eq!(log_in_all(KNOWN_LIMIT as u128 + 100, NOW + 1), text);
+    assert_ne!(log_in_all(KNOWN_LIMIT as u128 + 100, NOW + 86_400), text);
+}
+
+#[test]
+fn a_damaged_line_is_left_out() {
+    let digest = "01".repeat(16);
+    let good = format!("failed {NOW} 20 network 192.0.2.0/24\nknown {NOW} 0 {digest} 203.0.113.0/24\n");
+    for bad in [
+        "\n",
+        "failed\n",
+        "failed -1 20 network 192.0.2.0/24\n",
+        "failed 1 99999999999 network 192.0.2.0/24\n",
+        "failed 1 20 network 192.0.2.0/24 x\n",
+        "failed 1 20 account 00\n",
+        "known 1 0 \u{e4} 192.0.2.0/24\n",
+        "failed 1 20 network 192.0.2.0/24",
+    ] {
+        let (mut table, wrong) = LoginTable::parse(format!("{good}{bad}").as_bytes());
+        assert_eq!((table.text(), wrong), (good.clone(), 1), "{bad}");
+        assert_eq!(guess(&mut table, 7, "192.0.2.1", NOW), Some(30));
+    }
+    assert_eq!(LoginTable::parse(b"\0\xff\n\n").1, 2);
+    // Times and counts that cannot be.
+    let (mut table, wrong) =
+        LoginTable::parse(format!("failed {} 4294967295 network 192.0.2.0/24\n", i64::MAX).as_bytes());
+    assert_eq!(wrong, 0);
+    assert_eq!(guess(&mut table, 7, "192.0.2.1", NOW), Some(30));
+    assert_eq!(guess(&mut table, 7, "192.0.2.1", NOW + 3600), Some(1));
+}
