@@ -303,7 +303,8 @@ impl Daemon<'_> {
         let events = self.events.clone();
         customer.retry_queue.set_waker(Box::new(move || events.send(DaemonEvent::RetryQueued)));
         customer.mailboxes.log_warnings();
-        self.listeners.set_outbox(customer.outbox.clone(), &customer.config().limits);
+        let config = customer.config();
+        self.listeners.set_outbox(customer.outbox.clone(), config.limits.of_connections(&config.timeouts));
         self.customer = customer;
     }
 

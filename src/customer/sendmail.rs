@@ -227,7 +227,7 @@ pub fn serve(
     let (begun, id) = (Instant::now(), ids.session_id());
     let connection = Connection::over(input, Some(output), Trace { id: id.clone(), us: 'S', them: 'C' });
     let peer = format!("uid {}", rustix::process::getuid().as_raw());
-    let reason = submission::serve(&outbox, connection, peer, cancel, cancel);
+    let reason = submission::serve(&outbox, connection, peer, cancel, cancel, None);
     let duration = begun.elapsed().as_secs_f64();
     log::info!("event=closed session={id} listener=sendmail duration={duration:.3} reason={}", quoted(reason));
     Ok(())

@@ -5,8 +5,7 @@
 //! networks that the configuration names are accepted. Messages go into the [`Outbox`].
 
 use std::io;
-use std::net::{IpAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::net::TcpListener;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -17,10 +16,11 @@ use crate::ids::Ids;
 use crate::mail::address::{ForwardPath, Mailbox, literal};
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
-use crate::net::listener::{Acceptor, ConnectionLimiter, log_listening};
+use crate::net::limiter::{Admission, ConnectionLimiter, ConnectionLimits};
+use crate::net::listener::{Acceptor, log_listening};
 use crate::net::trace::{Trace, quoted};
 use crate::session::server::{ServerSession, SessionLimits};
-use crate::session::{Limits, storage_failure_reply};
+use crate::session::storage_failure_reply;
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, Server, ServerRole, SessionHandler};
@@ -52,8 +52,8 @@ impl SubmissionListeners {
         listeners: Vec<TcpListener>, inherited: bool, mailboxes: &Mailboxes, outbox: Option<Arc<Outbox>>,
         cancel: &CancelToken,
     ) -> io::Result<SubmissionListeners> {
-        let (limits, ids) = (&mailboxes.config.limits, mailboxes.ids.clone());
-        let limiter = ConnectionLimiter::new(limits.connections, limits.connections_per_address);
+        let (config, ids) = (&mailboxes.config, mailboxes.ids.clone());
+        let limiter = ConnectionLimiter::new(config.limits.of_connections(&config.timeouts));
         let (outbox, cancel, abort) = (RwLock::new(outbox), cancel.clone(), CancelToken::new()?);
         let service = Arc::new(SubmissionService { outbox, ids, cancel, abort });
         let mut threads = Vec::new();
@@ -61,17 +61,19 @@ impl SubmissionListeners {
             let address = listener.local_addr()?;
             log_listening(LISTENER_NAME, PLAIN_NAME, address, inherited);
             let (cancel, limiter) = (service.cancel.clone(), limiter.clone());
-            let acceptor = Acceptor { name: LISTENER_NAME, greets: true, cancel, limiter };
+            let acceptor = Acceptor { name: LISTENER_NAME, greets: true, cancel, limiter, known: None };
             let service = service.clone();
-            let work = move || acceptor.accept(&listener, Arc::new(move |stream, peer| service.serve(stream, peer)));
+            let work = move || {
+                acceptor.accept(&listener, Arc::new(move |admission: &Arc<Admission>| service.serve(admission)))
+            };
             threads.push(std::thread::Builder::new().name(LISTENER_NAME.to_owned()).spawn(work)?);
         }
         Ok(SubmissionListeners { service, limiter, threads })
     }
 
     /// Sets where messages of the sessions go that begin from now on, and how many sessions there may be.
-    pub fn set_outbox(&self, outbox: Option<Arc<Outbox>>, limits: &Limits) {
-        self.limiter.set_limits(limits.connections, limits.connections_per_address);
+    pub fn set_outbox(&self, outbox: Option<Arc<Outbox>>, limits: ConnectionLimits) {
+        self.limiter.set_limits(limits);
         *self.service.outbox.write().unwrap_or_else(PoisonError::into_inner) = outbox;
     }
 
@@ -95,15 +97,18 @@ struct SubmissionService {
 }
 
 impl SubmissionService {
-    fn serve(&self, stream: TcpStream, peer: IpAddr) {
+    fn serve(&self, admission: &Arc<Admission>) {
+        let peer = admission.peer;
         let (begun, id, address) = (Instant::now(), self.ids.session_id(), literal(peer));
         log::info!("event=connected session={id} listener={LISTENER_NAME} peer={address}");
         let outbox = self.outbox.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let connection = Connection::new(OwnedFd::from(stream), Trace { id: id.clone(), us: 'S', them: 'C' });
+        let connection = Connection::accepted(admission.socket().clone(), Trace { id: id.clone(), us: 'S', them: 'C' });
         let reason = match (connection, outbox.filter(|outbox| outbox.config.admits(peer))) {
             (Err(error), _) => error.to_string(),
             (Ok(connection), None) => reject(connection),
-            (Ok(connection), Some(outbox)) => serve(&outbox, connection, address.clone(), &self.cancel, &self.abort),
+            (Ok(connection), Some(outbox)) => {
+                serve(&outbox, connection, address.clone(), &self.cancel, &self.abort, Some(admission))
+            }
         };
         log::info!(
             "event=closed session={id} listener={LISTENER_NAME} peer={address} duration={:.3} reason={}",
@@ -125,13 +130,15 @@ fn reject(mut connection: Connection) -> String {
 }
 
 /// Serves one session up to its end; returns the reason of the end. `peer`: the client, for `Received`. `cancel` ends the
-/// session between two commands, `abort` at once.
+/// session between two commands, `abort` at once. `admission`: of a connection that a listener counts.
 pub fn serve(
     outbox: &Arc<Outbox>, connection: Connection, peer: String, cancel: &CancelToken, abort: &CancelToken,
+    admission: Option<&Arc<Admission>>,
 ) -> String {
     let config = &outbox.mailboxes.config;
     let options = config.limits.server_options(ServerRole::Submission, &config.hostname, outbox.config.max_size);
     let limits = SessionLimits::new(&config.timeouts, &config.limits, cancel, abort);
+    let limits = SessionLimits { admission: admission.cloned(), ..limits };
     let mut session = ServerSession::new(connection, Server::new(options, None), peer, None, limits);
     session.greet();
     let end = session.run(&mut SubmissionHandler { outbox: outbox.clone() });
@@ -169,6 +176,7 @@ impl SessionHandler for SubmissionHandler {
 mod tests {
     use std::fs;
     use std::io::Read;
+    use std::net::TcpStream;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;

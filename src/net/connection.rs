@@ -127,6 +127,15 @@ impl Connection {
     ///
     /// The system's errors from making the descriptor non-blocking.
     pub fn new(socket: OwnedFd, trace: Trace) -> io::Result<Connection> {
+        Connection::accepted(Arc::new(socket), trace)
+    }
+
+    /// [`Connection::new`] over a socket that the listener can still shut down.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Connection::new`].
+    pub fn accepted(socket: Arc<OwnedFd>, trace: Trace) -> io::Result<Connection> {
         Ok(Connection::with(Descriptor::own(socket)?, None, trace))
     }
 

@@ -45,14 +45,14 @@ enum DescriptorKind {
 }
 
 impl Descriptor {
-    /// A socket that only this process has.
+    /// A socket that only this process has. It is closed when all that share it are gone.
     ///
     /// # Errors
     ///
     /// It cannot be made non-blocking.
-    pub fn own(fd: OwnedFd) -> io::Result<Descriptor> {
+    pub fn own(fd: Arc<OwnedFd>) -> io::Result<Descriptor> {
         rustix::fs::fcntl_setfl(&fd, rustix::fs::fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
-        Ok(Descriptor { fd: fd.into(), kind: DescriptorKind::Own })
+        Ok(Descriptor { fd, kind: DescriptorKind::Own })
     }
 
     /// A duplicate of a descriptor of the caller, whose flags stay as they are.

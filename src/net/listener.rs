@@ -1,20 +1,22 @@
 //! Listeners: one thread for each connection, within limits.
 //!
 //! The connections of a listener are limited, and so are those from one client, so that no client can use up all
-//! threads. Excess connections get 421 (RFC 5321 section 3.1). A panic ends its connection and nothing else.
+//! threads: see [`ConnectionLimiter`]. Excess connections get 421 (RFC 5321 section 3.1). A panic ends its connection and
+//! nothing else.
 
-use std::io::{self, Write};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
 
 use crate::net::cancel::{CancelToken, poll};
+use crate::net::limiter::{Admission, ConnectionLimiter, NotAdmitted};
 use crate::net::trace::quoted;
 use crate::platform;
 use crate::smtp::reply::Reply;
@@ -22,8 +24,11 @@ use crate::smtp::reply::Reply;
 /// The pause after accept(2) failed, usually because the system has no descriptors left.
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves one connection in a thread of its own; the second argument is the peer's address.
-pub type Service = Arc<dyn Fn(TcpStream, IpAddr) + Send + Sync>;
+/// Serves one connection in a thread of its own.
+pub type Service = Arc<dyn Fn(&Arc<Admission>) + Send + Sync>;
+
+/// Whether an account has authenticated from the network of this address before.
+pub type KnownNetworks = Box<dyn Fn(IpAddr) -> bool + Send + Sync>;
 
 /// Connections that may wait for accept(2): as many as the system permits, which takes its own limit (somaxconn) instead
 /// of a greater number. With less, a burst of clients waits for its SYN to be sent again, 1, 3, 7 and 15 s later.
@@ -145,6 +150,8 @@ pub struct Acceptor {
     pub cancel: CancelToken,
     /// Counts the connections.
     pub limiter: ConnectionLimiter,
+    /// The networks for which a part of the connections is kept; `None`: nothing is kept.
+    pub known: Option<KnownNetworks>,
 }
 
 impl Acceptor {
@@ -177,14 +184,18 @@ impl Acceptor {
     }
 
     fn admit(&self, stream: TcpStream, peer: IpAddr, service: &Service) {
-        let Some(permit) = self.limiter.acquire(self.name, peer) else {
-            log::warn!("event=too-many-connections listener={} peer={peer}", self.name);
-            self.reject(&stream);
-            return;
+        let (name, socket) = (self.name, Arc::new(OwnedFd::from(stream)));
+        let known = self.known.as_ref().map(|known| known(peer));
+        let permit = match self.limiter.admit(name, &socket, peer, known, Instant::now()) {
+            Ok(permit) => permit,
+            Err(reason) => {
+                log::warn!("event=too-many-connections listener={name} peer={peer}");
+                return self.reject(&socket, reason);
+            }
         };
-        let (service, name) = (service.clone(), self.name);
+        let service = service.clone();
         let worker = std::thread::Builder::new().name(format!("{name}-worker")).spawn(move || {
-            if catch_unwind(AssertUnwindSafe(|| service(stream, peer))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| service(permit.admission()))).is_err() {
                 log::error!("event=panic listener={name} peer={peer}");
             }
             drop(permit);
@@ -195,87 +206,16 @@ impl Acceptor {
     }
 
     /// Sends 421, if that is possible without waiting.
-    fn reject(&self, mut stream: &TcpStream) {
-        if self.greets && stream.set_nonblocking(true).is_ok() {
+    fn reject(&self, socket: &OwnedFd, reason: NotAdmitted) {
+        if self.greets {
             let mut octets = Vec::new();
-            Reply::new(421, "4.7.0", "Too many connections, try again later").write_to(&mut octets);
-            let _ = stream.write(&octets);
+            let enhanced = match reason {
+                NotAdmitted::Full => "4.3.2",
+                NotAdmitted::TooManyOfClient => "4.7.0",
+            };
+            Reply::new(421, enhanced, "Too many connections, try again later").write_to(&mut octets);
+            let _ = rustix::net::send(socket, &octets, SendFlags::DONTWAIT);
         }
-    }
-}
-
-/// Limits the connections of listeners. Clones count together.
-#[derive(Clone)]
-pub struct ConnectionLimiter(Arc<LimiterState>);
-
-struct LimiterState {
-    connections: Mutex<Vec<CountedAs>>,
-    released: Condvar,
-    limits: Mutex<(usize, usize)>,
-}
-
-/// What a connection counts as: its listener, and the network of its client.
-type CountedAs = (&'static str, IpAddr);
-
-impl ConnectionLimiter {
-    /// `limit`: the most connections of one listener; `limit_each`: the most of one listener from one client, which is
-    /// an IPv4 address or an IPv6 /64.
-    pub fn new(limit: usize, limit_each: usize) -> ConnectionLimiter {
-        let (connections, limits) = (Mutex::default(), Mutex::new((limit, limit_each)));
-        ConnectionLimiter(Arc::new(LimiterState { connections, released: Condvar::new(), limits }))
-    }
-
-    /// Sets other limits; connections that there are stay.
-    pub fn set_limits(&self, limit: usize, limit_each: usize) {
-        *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner) = (limit, limit_each);
-    }
-
-    /// Counts one more connection; `None`: a limit is reached.
-    fn acquire(&self, listener: &'static str, peer: IpAddr) -> Option<ConnectionPermit> {
-        let counted = (listener, client_network(peer));
-        let (limit, limit_each) = *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut connections = self.lock();
-        let all = connections.iter().filter(|(name, _)| *name == listener).count();
-        let from_client = connections.iter().filter(|other| **other == counted).count();
-        if all >= limit || from_client >= limit_each {
-            return None;
-        }
-        connections.push(counted);
-        Some(ConnectionPermit { limiter: self.clone(), counted })
-    }
-
-    /// Waits until there is no connection, or until the deadline.
-    pub fn wait_until_idle(&self, deadline: Instant) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let _ = self.0.released.wait_timeout_while(self.lock(), left, |connections| !connections.is_empty());
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<CountedAs>> {
-        self.0.connections.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Returns the addresses that count as one client: an IPv6 host has a whole /64 to itself.
-fn client_network(address: IpAddr) -> IpAddr {
-    match address {
-        IpAddr::V4(_) => address,
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
-    }
-}
-
-/// One connection, counted until this is dropped.
-struct ConnectionPermit {
-    limiter: ConnectionLimiter,
-    counted: CountedAs,
-}
-
-impl Drop for ConnectionPermit {
-    fn drop(&mut self) {
-        let mut connections = self.limiter.lock();
-        if let Some(at) = connections.iter().position(|other| *other == self.counted) {
-            connections.swap_remove(at);
-        }
-        self.limiter.0.released.notify_all();
     }
 }
 

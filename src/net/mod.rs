@@ -9,6 +9,7 @@ pub mod tls;
 pub mod descriptor;
 pub mod connection;
 pub mod poller;
+pub mod limiter;
 pub mod listener;
 pub mod inherited;
 pub mod readiness;

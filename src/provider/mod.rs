@@ -34,7 +34,7 @@ pub mod reload;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
@@ -46,7 +46,8 @@ use crate::mail::address::literal;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
 use crate::net::inherited::InheritedListeners;
-use crate::net::listener::{self, Acceptor, ConnectionLimiter};
+use crate::net::limiter::{Admission, ConnectionLimiter};
+use crate::net::listener::{self, Acceptor, KnownNetworks};
 use crate::net::trace::{Trace, quoted};
 use crate::net::wake::receive_wakes;
 use crate::report::clock_watch::ClockWatch;
@@ -231,11 +232,12 @@ impl PreparedProvider {
                 greets: kind != Listener::OdmrTls,
                 cancel: shared.lasting.cancel.clone(),
                 limiter: shared.lasting.limiter.clone(),
+                known: known_networks(&shared, kind),
             };
             let reloader = reloader.clone();
-            let service = move |stream: TcpStream, peer| {
-                let connection = Connection::new(stream.into(), trace(&reloader.current(), kind));
-                serve(&reloader, kind, connection, Some(peer));
+            let service = move |admission: &Arc<Admission>| {
+                let connection = Connection::accepted(admission.socket().clone(), trace(&reloader.current(), kind));
+                serve(&reloader, kind, connection, Some(admission.peer), Some(admission));
             };
             running.spawn(name, move || acceptor.accept(&socket, Arc::new(service)))?;
         }
@@ -275,7 +277,7 @@ impl PreparedProvider {
         let worker = Builder::new().spawn(move || {
             let SupervisedConnection { input, output, peer } = connection;
             let trace = trace(&shared, listener);
-            serve(&Reloader::new(shared), listener, Ok(Connection::over(input, output, trace)), peer);
+            serve(&Reloader::new(shared), listener, Ok(Connection::over(input, output, trace)), peer, None);
         })?;
         delivery.run();
         let _ = worker.join();
@@ -340,7 +342,7 @@ fn prepare(
     let abort = CancelToken::new()?;
     let channel = relay::channel(&config.spool);
     let (turns, delivery) = delivery::channel(config.limits.turned_sessions, &cancel, &abort)?;
-    let limiter = ConnectionLimiter::new(config.limits.connections, config.limits.connections_per_address);
+    let limiter = ConnectionLimiter::new(config.limits.of_connections(&config.timeouts));
     let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
     let rates = SubmissionRates::new(&config.spool, ids.clock());
     let logins = Arc::new(Logins::new(&config.spool, ids.clock()));
@@ -368,21 +370,35 @@ fn trace(shared: &Shared, listener: Listener) -> Trace {
     Trace { id: shared.lasting.ids.session_id(), us: if listener == Listener::Inbound { 'S' } else { 'P' }, them: 'C' }
 }
 
-/// Serves one connection until it ends or has turned.
-fn serve(reloader: &Reloader, listener: Listener, connection: io::Result<Connection>, peer: Option<IpAddr>) {
+/// The networks for which a listener keeps a part of its connections: on port 366, those of customers. A crowd of strangers
+/// must not keep them from their mail.
+fn known_networks(shared: &Shared, listener: Listener) -> Option<KnownNetworks> {
+    let logins = shared.lasting.logins.clone();
+    (listener != Listener::Inbound).then(|| Box::new(move |address| logins.knows(address)) as KnownNetworks)
+}
+
+/// Serves one connection until it ends or has turned. `admission`: of a connection that a listener counts.
+fn serve(
+    reloader: &Reloader, listener: Listener, connection: io::Result<Connection>, address: Option<IpAddr>,
+    admission: Option<&Arc<Admission>>,
+) {
     let begun = Instant::now();
-    let network = ClientNetwork::of(peer);
-    let peer = peer.map_or_else(|| "[unknown]".to_owned(), literal);
+    let network = ClientNetwork::of(address);
+    let peer = address.map_or_else(|| "[unknown]".to_owned(), literal);
     let id = connection.as_ref().map_or_else(|_| "-".to_owned(), |connection| connection.trace.id.clone());
     let name = listener.name();
     log::info!("event=connected session={id} listener={name} peer={peer}");
-    let session =
-        connection.and_then(|connection| begin_session(&reloader.current(), listener, connection, peer.clone()));
-    let reason = match (session, listener) {
+    let session = connection
+        .and_then(|connection| begin_session(&reloader.current(), listener, connection, peer.clone(), admission));
+    let mut reason = match (session, listener) {
         (Err(error), _) => error.to_string(),
         (Ok(session), Listener::Inbound) => inbound::serve(reloader, session),
         (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(reloader, session, network),
     };
+    // The error of a handshake that was cut short would blame the client.
+    if admission.is_some_and(|admission| admission.is_displaced()) {
+        reason = Admission::DISPLACED.to_owned();
+    }
     log::info!(
         "event=closed session={id} listener={name} peer={peer} duration={:.3} reason={}",
         begun.elapsed().as_secs_f64(),
@@ -391,7 +407,7 @@ fn serve(reloader: &Reloader, listener: Listener, connection: io::Result<Connect
 }
 
 fn begin_session(
-    shared: &Shared, listener: Listener, mut connection: Connection, peer: String,
+    shared: &Shared, listener: Listener, mut connection: Connection, peer: String, admission: Option<&Arc<Admission>>,
 ) -> io::Result<Box<ServerSession>> {
     let config = &shared.config;
     let mut tls = shared.tls.clone();
@@ -403,6 +419,7 @@ fn begin_session(
         // A reload without [tls] leaves the listener, whose clients would send their mail in clear.
         let tls = tls.take().ok_or_else(|| io::Error::other("there is no certificate any more: restart odmr"))?;
         connection.start_tls_server(&tls, Instant::now() + config.timeouts.handshake)?;
+        admission.inspect(|admission| admission.note_command(Instant::now()));
     }
     let role = if listener == Listener::Inbound { ServerRole::Inbound } else { ServerRole::Odmr };
     let mechanisms = config.accounts.mechanisms().into_iter();
@@ -416,5 +433,6 @@ fn begin_session(
     };
     let server = Server::new(options, connection.tls_channel());
     let limits = SessionLimits::new(&config.timeouts, &config.limits, &shared.lasting.cancel, &shared.lasting.abort);
+    let limits = SessionLimits { admission: admission.cloned(), ..limits };
     Ok(ServerSession::new(connection, server, peer, tls, limits))
 }

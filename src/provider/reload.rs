@@ -204,7 +204,7 @@ fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {
     config.spool.clone_from(&old.config.spool);
     let shared = configure(config, old.lasting.clone(), Some(&old.worker))?;
     let (limits, accounts) = (&shared.config.limits, &shared.config.accounts);
-    shared.lasting.limiter.set_limits(limits.connections, limits.connections_per_address);
+    shared.lasting.limiter.set_limits(limits.of_connections(&shared.config.timeouts));
     shared.lasting.turns.set_limit(limits.turned_sessions);
     shared.lasting.lost.update(&old.config.accounts, accounts);
     shared.lasting.relay.reload(shared.worker.clone());

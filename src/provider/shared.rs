@@ -14,7 +14,7 @@ use crate::config::{KnownRecipients, ProviderConfig};
 use crate::ids::Ids;
 use crate::mail::address::{ForwardPath, Mailbox};
 use crate::net::cancel::CancelToken;
-use crate::net::listener::ConnectionLimiter;
+use crate::net::limiter::ConnectionLimiter;
 use crate::net::tls::ServerTls;
 use crate::report::calls::CallRecord;
 use crate::report::clock_watch::ClockWatch;

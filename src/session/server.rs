@@ -9,6 +9,7 @@
 
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::pace::PaceClock;
@@ -16,6 +17,7 @@ use super::{CONTENT_BLOCK, Limits, Timeouts, without_secrets};
 use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled, Line, WaitResult};
+use crate::net::limiter::Admission;
 use crate::net::pin::Pin;
 use crate::net::tls::{ServerTls, begins_as_record};
 use crate::net::trace::quoted;
@@ -49,6 +51,8 @@ pub struct SessionLimits {
     pub cancel: CancelToken,
     /// Ends the session also within content.
     pub abort: CancelToken,
+    /// It ends the session if another connection gets its place; `None`: no listener counts this connection.
+    pub admission: Option<Arc<Admission>>,
 }
 
 impl SessionLimits {
@@ -61,6 +65,7 @@ impl SessionLimits {
             hops: limits.received_hops,
             cancel: cancel.clone(),
             abort: abort.clone(),
+            admission: None,
         }
     }
 }
@@ -192,7 +197,9 @@ impl ServerSession {
                 Some(line) => {
                     self.trace_command(line);
                     self.flush_before(Some(line), handler);
-                    self.server.line(line, handler)
+                    let step = self.server.line(line, handler);
+                    self.note_command();
+                    step
                 }
                 None => self.server.line_too_long(),
             };
@@ -232,6 +239,24 @@ impl ServerSession {
                 ServerStep::Chunk { size, last, rejected: None } => self.chunk(size, last, handler)?,
                 ServerStep::Atrn(domains) => return Ok(SessionEnd::Atrn(domains)),
             }
+        }
+    }
+
+    /// Notes for the listener, which may need the place of this connection, that the client has sent a command.
+    fn note_command(&self) {
+        let Some(admission) = &self.limits.admission else { return };
+        admission.note_command(Instant::now());
+        let transaction = self.server.transaction();
+        if self.server.account().is_some() || transaction.is_some_and(|open| !open.envelope.recipients.is_empty()) {
+            admission.trust();
+        }
+    }
+
+    /// Ends the session if another connection has its place (RFC 5321 section 3.8).
+    fn check_admission(&mut self) -> io::Result<()> {
+        match self.limits.admission.as_ref().is_some_and(|admission| admission.is_displaced()) {
+            true => Err(self.end("4.3.2", "Too many connections, try again later", Admission::DISPLACED)),
+            false => Ok(()),
         }
     }
 
@@ -275,6 +300,7 @@ impl ServerSession {
     fn read_line(&mut self) -> io::Result<Option<Vec<u8>>> {
         let deadline = self.deadline.min(Instant::now() + self.limits.command);
         loop {
+            self.check_admission()?;
             // Before a line end is looked for: the random octets of a TLS hello may contain one.
             if !self.connection.is_tls() && self.connection.received().starts_with(&[0x16, 0x03]) {
                 return Err(self.end("4.7.0", "TLS begins with STARTTLS on this port", "a TLS hello on a clear port"));
@@ -311,7 +337,9 @@ impl ServerSession {
     fn wait_for_input(&mut self, deadline: Instant, in_content: bool) -> io::Result<()> {
         // A client that does not read its replies would fill our memory with them.
         if self.connection.unsent() > CONTENT_BLOCK {
-            self.connection.flush_all(deadline, None)?;
+            while !self.connection.flush_or_wait(deadline, None)? {
+                self.check_admission()?;
+            }
         }
         let cancel = if in_content { &self.limits.abort } else { &self.limits.cancel };
         match self.connection.wait_input(deadline, cancel)? {
@@ -322,6 +350,8 @@ impl ServerSession {
                 return Err(self.end("4.3.2", "Service shutting down, try again later", "shutting down"));
             }
         }
+        // The listener has shut the socket down for reading: that is not the client's end.
+        self.check_admission()?;
         match self.connection.fill()? {
             Filled::Bytes(_) | Filled::Nothing => Ok(()),
             Filled::End => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the client closed the connection")),
@@ -422,6 +452,7 @@ impl ServerSession {
         }
         self.reply(go_ahead);
         self.connection.start_tls_server(&tls, Instant::now() + self.limits.handshake)?;
+        self.note_command();
         self.connection.trace.event("tls");
         self.server.tls_started(self.connection.tls_channel().unwrap_or_default());
         Ok(())

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use crate::net::limiter::ConnectionLimits;
 use crate::smtp::client::Stage;
 use crate::smtp::limits;
 use crate::smtp::server::{ServerOptions, ServerRole};
@@ -10,7 +11,7 @@ use crate::smtp::server::{ServerOptions, ServerRole};
 /// `[limits]`: each number at which the program rejects.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Limits {
-    /// Concurrent connections to each listener; excess connections get `421`. Default 500, at least 1.
+    /// Concurrent connections to each listener; excess connections get `421`. Default 1000, at least 1.
     pub connections: usize,
     /// Concurrent connections to each listener from one address. Default 50, at least 1.
     pub connections_per_address: usize,
@@ -34,6 +35,11 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// The limits of connections, for a listener with these timeouts.
+    pub fn of_connections(&self, timeouts: &Timeouts) -> ConnectionLimits {
+        ConnectionLimits { all: self.connections, each: self.connections_per_address, patience: timeouts.command }
+    }
+
     /// The options of a server with these limits. `max_size`: octets of a message. The listener adds what else it offers:
     /// TLS, mechanisms.
     pub fn server_options(&self, role: ServerRole, hostname: &str, max_size: u64) -> ServerOptions {
@@ -56,7 +62,7 @@ impl Limits {
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
-            connections: 500,
+            connections: 1000,
             connections_per_address: 50,
             recipients: limits::FEWEST_RECIPIENTS as usize,
             errors: 20,

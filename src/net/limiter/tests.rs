@@ -1,0 +1,208 @@
+//! Tests of the limiter, with the time as a parameter. `ms`: milliseconds since the begin of a test.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+
+use super::*;
+
+struct Crowd {
+    limiter: ConnectionLimiter,
+    begun: Instant,
+    next: u32,
+}
+
+struct Member {
+    client: UnixStream,
+    permit: ConnectionPermit,
+}
+
+impl Member {
+    fn is_displaced(&self) -> bool {
+        self.permit.admission.is_displaced()
+    }
+
+    fn count_displaced(members: &[Member]) -> usize {
+        members.iter().filter(|member| member.is_displaced()).count()
+    }
+}
+
+impl Crowd {
+    fn new(all: usize, each: usize) -> Crowd {
+        let limits = ConnectionLimits { all, each, patience: Duration::from_secs(300) };
+        Crowd { limiter: ConnectionLimiter::new(limits), begun: Instant::now(), next: 0 }
+    }
+
+    fn at(&self, ms: u64) -> Instant {
+        self.begun + Duration::from_millis(ms)
+    }
+
+    fn admit_from(&self, peer: &str, known: Option<bool>, ms: u64) -> Result<Member, NotAdmitted> {
+        let (ours, client) = UnixStream::pair().unwrap();
+        let permit = self.limiter.admit("test", &Arc::new(ours.into()), peer.parse().unwrap(), known, self.at(ms))?;
+        Ok(Member { client, permit })
+    }
+
+    /// From an address of its own.
+    fn admit(&mut self, known: Option<bool>, ms: u64) -> Result<Member, NotAdmitted> {
+        self.next += 1;
+        self.admit_from(&IpAddr::from(self.next.to_be_bytes()).to_string(), known, ms)
+    }
+
+    fn fill(&mut self, count: usize, known: Option<bool>, ms: u64) -> Vec<Member> {
+        (0..count).map(|_| self.admit(known, ms).unwrap()).collect()
+    }
+}
+
+#[test]
+fn one_client_has_a_limit_of_its_own_and_makes_no_room_for_itself() {
+    let crowd = Crowd::new(100, 2);
+    for (client, same, other) in
+        [("192.0.2.1", "192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::ffff:0:1", "2001:db8:0:1::1")]
+    {
+        let first = [client, same].map(|peer| crowd.admit_from(peer, None, 0).unwrap());
+        assert_eq!(crowd.admit_from(same, None, 1_000_000).err(), Some(NotAdmitted::TooManyOfClient));
+        let _other = crowd.admit_from(other, None, 0).unwrap();
+        assert_eq!(Member::count_displaced(&first), 0);
+        drop(first);
+        assert!(crowd.admit_from(same, None, 0).is_ok());
+    }
+}
+
+#[test]
+fn a_full_listener_displaces_the_stranger_whose_command_is_oldest() {
+    let mut crowd = Crowd::new(4, 4);
+    let members = crowd.fill(4, None, 0);
+    for (member, ms) in members.iter().zip([40, 10, 30, 20]) {
+        member.permit.admission.note_command(crowd.at(ms));
+    }
+    // The oldest has authenticated meanwhile.
+    members[1].permit.admission.trust();
+    let (mut displaced, mut kept) = (Vec::new(), Vec::new());
+    for (ms, oldest) in [(100, 3), (101, 2), (102, 0)] {
+        kept.push(crowd.admit(None, ms).unwrap());
+        displaced.push(oldest);
+        displaced.sort_unstable();
+        let found: Vec<_> = (0..4).filter(|at| members[*at].is_displaced()).collect();
+        assert_eq!(found, displaced);
+    }
+    // It is too late to become trusted, and the thread finds the end of the input.
+    members[3].permit.admission.trust();
+    assert!(members[3].is_displaced());
+    assert!(!kept.iter().any(Member::is_displaced));
+    let mut ours = UnixStream::from(members[3].permit.admission.socket().try_clone().unwrap());
+    ours.set_nonblocking(true).unwrap();
+    assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+    // What is trusted is never displaced.
+    kept.iter().for_each(|member| member.permit.admission.trust());
+    assert_eq!(crowd.admit(None, 10_000_000).err(), Some(NotAdmitted::Full));
+    // The threads of the displaced ones may end when they like.
+    drop(members);
+    assert!(crowd.admit(None, 10_000_000).is_ok());
+}
+
+#[test]
+fn patience_shrinks_from_three_quarters_on() {
+    // 250 free places are a quarter: 300 s of patience; at none 5 s.
+    for (present, ms, displaced) in [
+        (700, 100_000_000, 0),
+        (749, 301_000, 0),
+        (750, 299_000, 0),
+        (750, 301_000, 1),
+        // As many as make the patience long enough again.
+        (900, 151_000, 24),
+        (900, 301_000, 150),
+        (999, 5_000, 0),
+        (999, 7_000, 1),
+        (1000, 0, 1),
+        (1000, 4_000, 1),
+        (1000, 9_000, 4),
+    ] {
+        let mut crowd = Crowd::new(1000, 1);
+        let members = crowd.fill(present, None, 0);
+        let _newcomer = crowd.admit(None, ms).unwrap();
+        assert_eq!(Member::count_displaced(&members), displaced, "{present} after {ms} ms");
+    }
+}
+
+#[test]
+fn a_client_that_repeats_commands_becomes_old() {
+    let mut crowd = Crowd::new(2, 2);
+    let members = crowd.fill(2, None, 0);
+    (1..=COUNTED_COMMANDS as u64).for_each(|ms| members[0].permit.admission.note_command(crowd.at(ms)));
+    members[0].permit.admission.note_command(crowd.at(500));
+    members[1].permit.admission.note_command(crowd.at(100));
+    let _newcomer = crowd.admit(None, 600).unwrap();
+    assert!(members[0].is_displaced() && !members[1].is_displaced());
+}
+
+#[test]
+fn an_eighth_is_kept_for_known_networks() {
+    let (mut crowd, stranger, customer) = (Crowd::new(80, 1), Some(false), Some(true));
+    let mut strangers = crowd.fill(70, stranger, 0);
+    // The strangers have their share, and displace each other.
+    strangers.push(crowd.admit(stranger, 10).unwrap());
+    assert_eq!(Member::count_displaced(&strangers), 1);
+    let mut customers = crowd.fill(10, customer, 20);
+    assert_eq!(Member::count_displaced(&strangers), 1);
+    strangers.push(crowd.admit(stranger, 30).unwrap());
+    assert_eq!((Member::count_displaced(&strangers), Member::count_displaced(&customers)), (2, 0));
+    // More customers displace strangers from other networks, however new they are.
+    customers.push(crowd.admit(customer, 40).unwrap());
+    assert_eq!((Member::count_displaced(&strangers), Member::count_displaced(&customers)), (3, 0));
+    // What known networks have beyond the eighth is displaced like any stranger.
+    strangers.iter().filter(|member| !member.is_displaced()).for_each(|member| member.permit.admission.trust());
+    strangers.push(crowd.admit(stranger, 50).unwrap());
+    assert_eq!(Member::count_displaced(&customers), 1);
+    // The eighth itself is closed to strangers, but for each other, and open to customers.
+    strangers.push(crowd.admit(stranger, 51).unwrap());
+    assert!(strangers[strangers.len() - 2].is_displaced() && Member::count_displaced(&customers) == 1);
+    strangers.last().unwrap().permit.admission.trust();
+    assert_eq!(crowd.admit(stranger, 52).err(), Some(NotAdmitted::Full));
+    customers.push(crowd.admit(customer, 53).unwrap());
+    assert_eq!(Member::count_displaced(&customers), 2);
+}
+
+#[test]
+fn what_does_not_end_is_cut_and_bounded() {
+    let mut crowd = Crowd::new(16, 1);
+    let mut members = crowd.fill(16, None, 0);
+    let is_cut = |member: &Member| member.permit.admission.standing.load(Ordering::SeqCst) == CUT;
+    members.push(crowd.admit(None, 1).unwrap());
+    members.push(crowd.admit(None, 2).unwrap());
+    assert!(!is_cut(&members[0]));
+    // The first two have not ended after their time.
+    members.push(crowd.admit(None, 10_500).unwrap());
+    assert!(is_cut(&members[0]) && is_cut(&members[1]));
+    members[0].client.set_nonblocking(true).unwrap();
+    assert_eq!(members[0].client.read(&mut [0]).unwrap(), 0);
+    // Many at once need not wait.
+    let mut before = members.len();
+    while let Ok(member) = crowd.admit(None, 10_600) {
+        members.push(member);
+    }
+    assert_eq!(Member::count_displaced(&members), FEWEST_ENDING);
+    assert!(members.len() > before && members.iter().filter(|member| is_cut(member)).count() > FEWEST_ENDING / 2);
+    before = members.len();
+    members.retain(|member| !member.is_displaced());
+    assert_eq!(before - members.len(), FEWEST_ENDING);
+    assert!(crowd.admit(None, 10_700).is_ok());
+}
+
+#[test]
+fn lower_limits_take_effect_with_the_next_connection() {
+    let mut crowd = Crowd::new(100, 1);
+    let members = crowd.fill(40, None, 0);
+    crowd.limiter.set_limits(ConnectionLimits { all: 1, each: 1, patience: Duration::from_secs(1) });
+    assert_eq!(crowd.admit(None, 1).err(), Some(NotAdmitted::Full));
+    assert_eq!(Member::count_displaced(&members), FEWEST_ENDING);
+}
+
+#[test]
+fn each_listener_counts_for_itself() {
+    let crowd = Crowd::new(1, 1);
+    let (socket, peer) = (UnixStream::pair().unwrap().0, "192.0.2.1".parse().unwrap());
+    let socket = Arc::new(socket.into());
+    let admit = |listener| crowd.limiter.admit(listener, &socket, peer, None, crowd.begun);
+    let _permits = [admit("inbound").unwrap(), admit("odmr").unwrap()];
+    assert_eq!(admit("odmr").err(), Some(NotAdmitted::TooManyOfClient));
+}

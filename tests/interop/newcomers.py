@@ -1,0 +1,224 @@
+"""Crowds that hold as many connections as they get: a customer still gets its mail, and a sender is served, at once."""
+
+import collections
+import heapq
+import itertools
+import resource
+import selectors
+import socket
+import ssl
+import statistics
+import sys
+import time
+
+from harness import LOOPBACK, Certificates, Customer, Provider, Smtp, check, context, events, hang_up, scenario, thread_statuses, wait_until
+
+DISPLACED = "it made room for other connections"
+CROWD = 1500  # at each listener, which has room for 1000 by default
+MANY, FEW = 100, 30  # addresses; one has 50 connections at most
+ROUNDS = 5
+SECONDS = 1.0  # within which each is served; what it takes is printed
+PAUSE = 0.1  # before a client that was closed comes again
+
+
+def half_a_hello():
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        context().wrap_bio(incoming, outgoing, server_hostname="localhost").do_handshake()
+    except ssl.SSLWantReadError:
+        pass
+    hello = outgoing.read()
+    return hello[: len(hello) // 2]
+
+
+# Of each kind of client: `first` is sent without waiting, each of `flights` after a reply, `again` every second from the
+# connection on. `returns`: it comes again when it was closed. `reads`: it reads.
+Kind = collections.namedtuple("Kind", "first flights again returns reads", defaults=(b"", (), b"", False, True))
+EHLO = b"EHLO stranger.example\r\n"
+KINDS = {
+    "silent": Kind(),
+    "trickle": Kind(again=b"x", returns=True),
+    "ehlo": Kind(flights=(EHLO,)),
+    "starttls": Kind(flights=(EHLO, b"STARTTLS\r\n"), returns=True),
+    "half-a-hello": Kind(flights=(EHLO, b"STARTTLS\r\n", half_a_hello())),
+    "tls-half-a-hello": Kind(first=half_a_hello(), returns=True),
+    "noop": Kind(flights=(EHLO,), again=b"NOOP\r\n", returns=True),
+    "unknown-recipients": Kind(flights=(EHLO, b"MAIL FROM:<a@b.example>\r\n"), again=b"RCPT TO:<eva@nowhere.example>\r\n", returns=True),
+    "deaf": Kind(first=b"HELP\r\n" * 20_000, again=b"HELP\r\n" * 1000, returns=True, reads=False),
+}
+
+
+class Client:
+    """One of a crowd."""
+
+    def __init__(self, kind, port, source):
+        self.kind, self.port, self.source = kind, port, source
+        self.socket = None
+        self.greeted = False  # or closed
+
+    def connect(self, selector):
+        self.flights = collections.deque(self.kind.flights)
+        self.socket = socket.socket()
+        if not self.kind.reads:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.bind((self.source, 0))
+        self.socket.connect((LOOPBACK, self.port))
+        self.socket.setblocking(False)
+        if self.kind.reads:
+            selector.register(self.socket, selectors.EVENT_READ, self)
+        self.greeted |= bool(self.kind.first)
+        self.send(self.kind.first)
+
+    def hang_up(self, selector):
+        if self.kind.reads:
+            selector.unregister(self.socket)
+        self.socket.close()
+        self.socket, self.greeted = None, True
+
+    def send(self, octets):
+        """Returns whether the connection is still there."""
+        try:
+            self.socket.send(octets)
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        return True
+
+    def receive(self):
+        """Returns whether the connection is still there."""
+        try:
+            if not self.socket.recv(65536):
+                return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self.greeted = True
+        return not self.flights or self.send(self.flights.popleft())
+
+
+def crowd(port, addresses, counts):
+    """Holds what it gets until it is killed; `counts`: by kind. Says when each client has met the listener."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    kinds = [KINDS[kind] for kind, count in counts.items() for _ in range(count)]
+    clients = [Client(kind, port, f"127.1.0.{1 + number % addresses}") for number, kind in enumerate(kinds)]
+    selector, due, order, silent = selectors.DefaultSelector(), [], itertools.count(), True
+    for number, client in enumerate(clients):
+        client.connect(selector)
+        heapq.heappush(due, (time.monotonic() + number / len(clients), next(order), client))
+    while True:
+        for key, _ in selector.select(0.01):
+            if not key.data.receive():
+                key.data.hang_up(selector)
+        while due and due[0][0] < time.monotonic():
+            client = heapq.heappop(due)[2]
+            if client.socket is None and client.kind.returns:
+                client.connect(selector)
+            elif client.socket and client.kind.again and not client.send(client.kind.again):
+                client.hang_up(selector)
+            if client.socket or client.kind.returns:
+                heapq.heappush(due, (time.monotonic() + (1.0 if client.socket else PAUSE), next(order), client))
+        if silent and (not clients[0].kind.reads or all(client.greeted for client in clients)):
+            silent = False
+            print("all are there", flush=True)
+
+
+class Siege:
+    """A provider with default limits, and crowds at its listeners."""
+
+    def __init__(self, box):
+        self.box = box
+        certificates = Certificates(box)
+        customers = {"acme": ["example.org", "example.com"], "other": ["other.example"]}
+        self.provider = Provider(box, certificates=certificates, customers=customers).start()
+        self.customer = Customer(box, self.provider.odmr, authority=certificates.authority)
+        self.number = 0
+
+    def begin(self, port, addresses, **counts):
+        name = f"crowd-{len(self.box.children)}.log"
+        counts = [f"{kind.replace('_', '-')}={count}" for kind, count in counts.items()]
+        process = self.box.start(name, sys.executable, __file__, port, addresses, *counts)
+        wait_until(lambda: "all are there" in self.box.log(name), f"the crowd: {self.box.log(name)}", seconds=30)
+        return process
+
+    def end(self, crowds):
+        for process in crowds:
+            process.kill()
+            process.wait()
+            self.box.children.remove(process)
+        idle = lambda: sum(1 for _ in thread_statuses(self.provider.process.pid)) < 50
+        wait_until(idle, "the threads of the crowd to end", seconds=20)
+
+    def send(self):
+        """Seconds until a message is accepted."""
+        begin = time.monotonic()
+        with Smtp(self.provider.inbound, source="127.0.0.2") as sender:
+            sender.hello()
+            self.number += 1
+            reply = sender.send("a@b.example", ["eva@example.org"], f"Subject: {self.number}\r\n\r\n".encode())
+            check(reply.startswith("250"), reply)
+            return time.monotonic() - begin
+
+    def fetch(self):
+        """Seconds of a call that gets it."""
+        before, begin = len(self.customer.files()), time.monotonic()
+        code = self.customer.pull()
+        seconds = time.monotonic() - begin
+        check(code == 0 and len(self.customer.files()) == before + 1, f"pull: exit {code}")
+        return seconds
+
+    def measure(self):
+        """Milliseconds of a sender and of a customer's call: median, longest."""
+        sent, fetched = zip(*((self.send(), self.fetch()) for _ in range(ROUNDS)))
+        check(max(sent + fetched) < SECONDS, f"seconds to send {sent}, to fetch {fetched}")
+        return " ".join(f"{1000 * statistics.median(times):.0f}/{1000 * max(times):.0f}" for times in (sent, fetched))
+
+    def displaced(self, listener):
+        return len(events(self.provider.log(), "closed", listener=listener, reason=DISPLACED))
+
+
+@scenario("newcomers")
+def newcomers(box):
+    """1,000 silent and 500 trickling clients at each listener, default limits: a sender and a customer are served at once"""
+    siege = Siege(box)
+    facts = [f"alone {siege.measure()}"]
+    # It sends its message as slowly as it likes: nobody gets its place.
+    slow = Smtp(siege.provider.inbound, source="127.0.0.3")
+    box.keep(slow.socket)
+    slow.hello()
+    for command in ("MAIL FROM:<slow@b.example>", "RCPT TO:<eva@other.example>"):
+        slow.want("250", command)
+    slow.want("354", "DATA")
+    for addresses in (MANY, FEW):
+        ports = (siege.provider.inbound, siege.provider.odmr)
+        crowds = [siege.begin(port, addresses, silent=1000, trickle=500) for port in ports]
+        slow.socket.sendall(b"X-Slow: line\r\n")
+        facts.append(f"from {addresses} addresses {siege.measure()}")
+        siege.end(crowds)
+    slow.socket.sendall(b"\r\nx\r\n.\r\n")
+    slow.want("250")
+    counts = [siege.displaced(listener) for listener in ("inbound", "odmr")]
+    check(min(counts) >= CROWD - 1000, f"displaced: {counts}")
+    return f"ms median/longest to send, to fetch: {', '.join(facts)}; displaced {counts}"
+
+
+@scenario("crowds")
+def crowds(box):
+    """half a TLS handshake, STARTTLS, EHLO or NOOP without an end, unknown recipients, clients that do not read"""
+    siege = Siege(box)
+    provider, facts = siege.provider, []
+    for kinds in [("ehlo",), ("starttls",), ("half_a_hello", "tls_half_a_hello"), ("noop",), ("unknown_recipients",), ("deaf",)]:
+        for addresses in (MANY, FEW):
+            present = [siege.begin(port, addresses, **{kinds[0]: CROWD}) for port in (provider.inbound, provider.odmr)]
+            if len(kinds) > 1:
+                present.append(siege.begin(provider.odmr_tls, addresses, **{kinds[1]: CROWD}))
+            facts.append(f"{kinds[0]} from {addresses} {siege.measure()}")
+            siege.end(present)
+    return f"ms median/longest to send, to fetch: {', '.join(facts)}"
+
+
+if __name__ == "__main__":
+    wanted = dict(word.split("=") for word in sys.argv[3:])
+    crowd(int(sys.argv[1]), int(sys.argv[2]), {kind: int(count) for kind, count in wanted.items()})
