@@ -37,7 +37,7 @@ use crate::provider::spool::{SPOOL_DEPTH, Spool, SpoolQueue};
 use crate::provider::turned_session;
 use crate::recipients::RecipientRules;
 use crate::report::clock_watch::ClockWatch;
-use crate::session::ClientIdentity;
+use crate::session::{ClientIdentity, Limits};
 use crate::smtp::reply::Severity;
 
 /// The options of `odmr check`.
@@ -251,10 +251,9 @@ fn check_provider(
     let limits = &config.limits;
     let listeners = config.listen().iter().filter(|addresses| !addresses.is_empty()).count();
     let domains: usize = config.accounts.iter().map(|account| account.domains.len()).sum();
-    // A connection has besides itself the content that arrives, and a copy that is made of it. Turned sessions have the locks of
-    // accounts and of domains; the relay has a connection and a message.
+    // Turned sessions have the locks of accounts and of domains; the relay has a connection and a message.
     let turned = limits.turned_sessions.min(config.accounts.iter().count()) * turned_session::DESCRIPTORS + domains;
-    let needed = limits.connections * 3 * listeners + turned + config.relay.connections * 2;
+    let needed = descriptors_of_listener(limits) * listeners + turned + config.relay.connections * 2;
     check_descriptors(&places.limits, needed, report);
     format!("a provider with {} customers, {domains} domains", config.accounts.iter().count())
 }
@@ -388,6 +387,12 @@ fn check_expired(config: &ProviderConfig, report: &mut CheckReport) {
     }
 }
 
+/// The descriptors that the connections of a listener have at most: each has itself, the content that arrives, and a copy
+/// that is made of it. A quarter as many have made room for others and have not ended yet.
+fn descriptors_of_listener(limits: &Limits) -> usize {
+    limits.connections * 3 + limits.connections / 4
+}
+
 /// Warns if the system permits fewer descriptors than the limits of connections need.
 fn check_descriptors(line: &SourceLine, needed: usize, report: &mut CheckReport) {
     if let Some(limit) = getrlimit(Resource::Nofile).maximum
@@ -412,7 +417,7 @@ fn check_customer(config: &CustomerConfig, places: &Places<'_>, login: &str, rep
     config.mailboxes.rules.catch_all_note().into_iter().for_each(|note| report.note(note));
     if let Some(outgoing) = &config.outgoing {
         warn_of_senders(&config.mailboxes, &outgoing.domain, login, report);
-        let needed = if outgoing.listen.is_empty() { 0 } else { config.limits.connections * 3 };
+        let needed = if outgoing.listen.is_empty() { 0 } else { descriptors_of_listener(&config.limits) };
         check_descriptors(&places.limits, needed, report);
     }
     let account =

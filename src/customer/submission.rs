@@ -176,7 +176,7 @@ impl SessionHandler for SubmissionHandler {
 mod tests {
     use std::fs;
     use std::io::Read;
-    use std::net::TcpStream;
+    use std::net::{SocketAddr, TcpStream};
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
@@ -187,24 +187,50 @@ mod tests {
         name = \"acme\"\nsecret = \"tanstaaf\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n\
         [outgoing]\nqueue = \"outgoing\"\n";
 
-    /// A daemon binds its listeners before it changes its user, so a client may have connected before it accepts.
-    #[test]
-    fn a_client_that_connected_before_the_start_is_served() {
+    /// Listeners for this customer, and a client that has connected before they began to accept.
+    fn start(limits: &str) -> (SubmissionListeners, TcpStream, CancelToken) {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("customer.toml");
-        fs::write(&file, CUSTOMER).unwrap();
+        fs::write(&file, format!("{CUSTOMER}{limits}")).unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
         let mailboxes = Arc::new(Mailboxes::new(&CustomerConfig::load(&file).unwrap(), &Ids::fixed()));
         let outbox = Outbox::new(&mailboxes).map(Arc::new);
         let mut listeners = listener::bind(LISTENER_NAME, &["127.0.0.1:0".parse().unwrap()]).unwrap();
         let listener = listeners.remove(0);
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let client = connect(listener.local_addr().unwrap());
         let cancel = CancelToken::new().unwrap();
         let listeners = SubmissionListeners::start(vec![listener], false, &mailboxes, outbox, &cancel).unwrap();
-        let mut greeting = [0; 4];
-        client.read_exact(&mut greeting).unwrap();
-        assert_eq!(&greeting, b"220 ");
+        (listeners, client, cancel)
+    }
+
+    fn connect(address: SocketAddr) -> TcpStream {
+        let client = TcpStream::connect(address).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        client
+    }
+
+    fn expect(mut client: &TcpStream, code: &str) {
+        let mut reply = vec![0; code.len()];
+        client.read_exact(&mut reply).unwrap();
+        assert_eq!(reply, code.as_bytes());
+    }
+
+    /// A daemon binds its listeners before it changes its user, so a client may have connected before it accepts.
+    #[test]
+    fn a_client_that_connected_before_the_start_is_served() {
+        let (listeners, client, cancel) = start("");
+        expect(&client, "220 ");
+        cancel.cancel();
+        listeners.close(Instant::now() + Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_silent_client_makes_room_for_another() {
+        let (listeners, silent, cancel) = start("[limits]\nconnections = 1\n");
+        expect(&silent, "220 mail.example.org ESMTP mail of this host's users\r\n");
+        let client = connect(silent.peer_addr().unwrap());
+        expect(&silent, "421 4.3.2 ");
+        expect(&client, "220 ");
         cancel.cancel();
         listeners.close(Instant::now() + Duration::from_secs(10));
     }

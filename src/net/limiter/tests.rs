@@ -1,18 +1,20 @@
 //! Tests of the limiter, with the time as a parameter. `ms`: milliseconds since the begin of a test.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 
 use super::*;
 
 struct Crowd {
     limiter: ConnectionLimiter,
+    /// Of all connections: there may be fewer descriptors than connections.
+    socket: Arc<OwnedFd>,
+    client: UnixStream,
     begun: Instant,
     next: u32,
 }
 
 struct Member {
-    client: UnixStream,
     permit: ConnectionPermit,
 }
 
@@ -29,7 +31,10 @@ impl Member {
 impl Crowd {
     fn new(all: usize, each: usize) -> Crowd {
         let limits = ConnectionLimits { all, each, patience: Duration::from_secs(300) };
-        Crowd { limiter: ConnectionLimiter::new(limits), begun: Instant::now(), next: 0 }
+        let (ours, client) = UnixStream::pair().unwrap();
+        [&ours, &client].map(|end| end.set_nonblocking(true).unwrap());
+        let (limiter, socket) = (ConnectionLimiter::new(limits), Arc::new(ours.into()));
+        Crowd { limiter, socket, client, begun: Instant::now(), next: 0 }
     }
 
     fn at(&self, ms: u64) -> Instant {
@@ -37,15 +42,19 @@ impl Crowd {
     }
 
     fn admit_from(&self, peer: &str, known: Option<bool>, ms: u64) -> Result<Member, NotAdmitted> {
-        let (ours, client) = UnixStream::pair().unwrap();
-        let permit = self.limiter.admit("test", &Arc::new(ours.into()), peer.parse().unwrap(), known, self.at(ms))?;
-        Ok(Member { client, permit })
+        let permit = self.limiter.admit("test", &self.socket, peer.parse().unwrap(), known, self.at(ms))?;
+        Ok(Member { permit })
     }
 
     /// From an address of its own.
     fn admit(&mut self, known: Option<bool>, ms: u64) -> Result<Member, NotAdmitted> {
         self.next += 1;
         self.admit_from(&IpAddr::from(self.next.to_be_bytes()).to_string(), known, ms)
+    }
+
+    /// What the thread of a connection that was displaced reads.
+    fn read(&self) -> io::Result<usize> {
+        UnixStream::from(self.socket.try_clone().unwrap()).read(&mut [0])
     }
 
     fn fill(&mut self, count: usize, known: Option<bool>, ms: u64) -> Vec<Member> {
@@ -72,6 +81,7 @@ fn one_client_has_a_limit_of_its_own_and_makes_no_room_for_itself() {
 fn a_full_listener_displaces_the_stranger_whose_command_is_oldest() {
     let mut crowd = Crowd::new(4, 4);
     let members = crowd.fill(4, None, 0);
+    assert_eq!(crowd.read().unwrap_err().kind(), io::ErrorKind::WouldBlock);
     for (member, ms) in members.iter().zip([40, 10, 30, 20]) {
         member.permit.admission.note_command(crowd.at(ms));
     }
@@ -89,9 +99,7 @@ fn a_full_listener_displaces_the_stranger_whose_command_is_oldest() {
     members[3].permit.admission.trust();
     assert!(members[3].is_displaced());
     assert!(!kept.iter().any(Member::is_displaced));
-    let mut ours = UnixStream::from(members[3].permit.admission.socket().try_clone().unwrap());
-    ours.set_nonblocking(true).unwrap();
-    assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+    assert_eq!(crowd.read().unwrap(), 0);
     // What is trusted is never displaced.
     kept.iter().for_each(|member| member.permit.admission.trust());
     assert_eq!(crowd.admit(None, 10_000_000).err(), Some(NotAdmitted::Full));
@@ -110,7 +118,7 @@ fn patience_shrinks_from_three_quarters_on() {
         (750, 301_000, 1),
         // As many as make the patience long enough again.
         (900, 151_000, 24),
-        (900, 301_000, 150),
+        (900, 301_000, 151),
         (999, 5_000, 0),
         (999, 7_000, 1),
         (1000, 0, 1),
@@ -170,11 +178,11 @@ fn what_does_not_end_is_cut_and_bounded() {
     members.push(crowd.admit(None, 1).unwrap());
     members.push(crowd.admit(None, 2).unwrap());
     assert!(!is_cut(&members[0]));
+    assert_eq!(crowd.client.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
     // The first two have not ended after their time.
     members.push(crowd.admit(None, 10_500).unwrap());
     assert!(is_cut(&members[0]) && is_cut(&members[1]));
-    members[0].client.set_nonblocking(true).unwrap();
-    assert_eq!(members[0].client.read(&mut [0]).unwrap(), 0);
+    assert_eq!(crowd.client.read(&mut [0]).unwrap(), 0);
     // Many at once need not wait.
     let mut before = members.len();
     while let Ok(member) = crowd.admit(None, 10_600) {
