@@ -32,7 +32,9 @@ impl Crowd {
     fn new(all: usize, each: usize) -> Crowd {
         let limits = ConnectionLimits { all, each, patience: Duration::from_secs(300) };
         let (ours, client) = UnixStream::pair().unwrap();
-        [&ours, &client].map(|end| end.set_nonblocking(true).unwrap());
+        for end in [&ours, &client] {
+            end.set_nonblocking(true).unwrap();
+        }
         let (limiter, socket) = (ConnectionLimiter::new(limits), Arc::new(ours.into()));
         Crowd { limiter, socket, client, begun: Instant::now(), next: 0 }
     }
