@@ -16,7 +16,7 @@ use crate::ids::Ids;
 use crate::mail::address::{ForwardPath, Mailbox, literal};
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
-use crate::net::limiter::{Admission, ConnectionLimiter, ConnectionLimits};
+use crate::net::limiter::{AcceptedConnection, ConnectionLimiter, ConnectionLimits};
 use crate::net::listener::{Acceptor, log_listening};
 use crate::net::trace::{Trace, quoted};
 use crate::session::server::{ServerSession, SessionLimits};
@@ -64,7 +64,7 @@ impl SubmissionListeners {
             let acceptor = Acceptor { name: LISTENER_NAME, greets: true, cancel, limiter, known: None };
             let service = service.clone();
             let work = move || {
-                acceptor.accept(&listener, Arc::new(move |admission: &Arc<Admission>| service.serve(admission)))
+                acceptor.accept(&listener, Arc::new(move |accepted: &Arc<AcceptedConnection>| service.serve(accepted)))
             };
             threads.push(std::thread::Builder::new().name(LISTENER_NAME.to_owned()).spawn(work)?);
         }
@@ -97,17 +97,17 @@ struct SubmissionService {
 }
 
 impl SubmissionService {
-    fn serve(&self, admission: &Arc<Admission>) {
-        let peer = admission.peer;
+    fn serve(&self, accepted: &Arc<AcceptedConnection>) {
+        let peer = accepted.peer;
         let (begun, id, address) = (Instant::now(), self.ids.session_id(), literal(peer));
         log::info!("event=connected session={id} listener={LISTENER_NAME} peer={address}");
         let outbox = self.outbox.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let connection = Connection::accepted(admission.socket().clone(), Trace { id: id.clone(), us: 'S', them: 'C' });
+        let connection = Connection::accepted(accepted.socket().clone(), Trace { id: id.clone(), us: 'S', them: 'C' });
         let reason = match (connection, outbox.filter(|outbox| outbox.config.admits(peer))) {
             (Err(error), _) => error.to_string(),
             (Ok(connection), None) => reject(connection),
             (Ok(connection), Some(outbox)) => {
-                serve(&outbox, connection, address.clone(), &self.cancel, &self.abort, Some(admission))
+                serve(&outbox, connection, address.clone(), &self.cancel, &self.abort, Some(accepted))
             }
         };
         log::info!(
@@ -130,15 +130,15 @@ fn reject(mut connection: Connection) -> String {
 }
 
 /// Serves one session up to its end; returns the reason of the end. `peer`: the client, for `Received`. `cancel` ends the
-/// session between two commands, `abort` at once. `admission`: of a connection that a listener counts.
+/// session between two commands, `abort` at once. `accepted`: of a connection that a listener counts.
 pub fn serve(
     outbox: &Arc<Outbox>, connection: Connection, peer: String, cancel: &CancelToken, abort: &CancelToken,
-    admission: Option<&Arc<Admission>>,
+    accepted: Option<&Arc<AcceptedConnection>>,
 ) -> String {
     let config = &outbox.mailboxes.config;
     let options = config.limits.server_options(ServerRole::Submission, &config.hostname, outbox.config.max_size);
     let limits = SessionLimits::new(&config.timeouts, &config.limits, cancel, abort);
-    let limits = SessionLimits { admission: admission.cloned(), ..limits };
+    let limits = SessionLimits { accepted: accepted.cloned(), ..limits };
     let mut session = ServerSession::new(connection, Server::new(options, None), peer, None, limits);
     session.greet();
     let end = session.run(&mut SubmissionHandler { outbox: outbox.clone() });

@@ -79,7 +79,7 @@ pub enum NotAdmitted {
 pub struct ConnectionLimiter(Arc<LimiterState>);
 
 struct LimiterState {
-    admissions: Mutex<Vec<Arc<Admission>>>,
+    connections: Mutex<Vec<Arc<AcceptedConnection>>>,
     released: Condvar,
     limits: Mutex<ConnectionLimits>,
 }
@@ -87,8 +87,8 @@ struct LimiterState {
 impl ConnectionLimiter {
     /// A limiter that counts no connection yet.
     pub fn new(limits: ConnectionLimits) -> ConnectionLimiter {
-        let (admissions, limits) = (Mutex::default(), Mutex::new(limits));
-        ConnectionLimiter(Arc::new(LimiterState { admissions, released: Condvar::new(), limits }))
+        let (connections, limits) = (Mutex::default(), Mutex::new(limits));
+        ConnectionLimiter(Arc::new(LimiterState { connections, released: Condvar::new(), limits }))
     }
 
     /// Sets other limits; connections that there are stay.
@@ -107,9 +107,9 @@ impl ConnectionLimiter {
     ) -> Result<ConnectionPermit, NotAdmitted> {
         let limits = *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner);
         let network = client_network(peer);
-        let mut admissions = self.lock();
-        let here: Vec<&Admission> =
-            admissions.iter().map(|other| &**other).filter(|o| o.listener == listener).collect();
+        let mut connections = self.lock();
+        let here: Vec<&AcceptedConnection> =
+            connections.iter().map(|other| &**other).filter(|o| o.listener == listener).collect();
         let of_client = here.iter().filter(|other| client_network(other.peer) == network && !other.is_displaced());
         if of_client.count() >= limits.each {
             return Err(NotAdmitted::TooManyOfClient);
@@ -117,7 +117,7 @@ impl ConnectionLimiter {
         if !make_room(&here, known, &limits, now) {
             return Err(NotAdmitted::Full);
         }
-        let admission = Arc::new(Admission {
+        let accepted = Arc::new(AcceptedConnection {
             socket: socket.clone(),
             listener,
             peer,
@@ -127,24 +127,24 @@ impl ConnectionLimiter {
             commands: AtomicUsize::new(0),
             standing: AtomicU8::new(STRANGER),
         });
-        admissions.push(admission.clone());
-        Ok(ConnectionPermit { limiter: self.clone(), admission })
+        connections.push(accepted.clone());
+        Ok(ConnectionPermit { limiter: self.clone(), accepted })
     }
 
     /// Waits until there is no connection, or until the deadline.
     pub fn wait_until_idle(&self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
-        let _ = self.0.released.wait_timeout_while(self.lock(), left, |admissions| !admissions.is_empty());
+        let _ = self.0.released.wait_timeout_while(self.lock(), left, |connections| !connections.is_empty());
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Admission>>> {
-        self.0.admissions.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<AcceptedConnection>>> {
+        self.0.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Displaces strangers until there is room for a connection. Returns whether there is. `here`: the connections of its
 /// listener; `known`: as for [`ConnectionLimiter::admit`].
-fn make_room(here: &[&Admission], known: Option<bool>, limits: &ConnectionLimits, now: Instant) -> bool {
+fn make_room(here: &[&AcceptedConnection], known: Option<bool>, limits: &ConnectionLimits, now: Instant) -> bool {
     let mut ending = cut_ending(here, limits, now);
     let (kept, is_known) = (known.map_or(0, |_| limits.all / 8), known == Some(true));
     loop {
@@ -164,7 +164,7 @@ fn make_room(here: &[&Admission], known: Option<bool>, limits: &ConnectionLimits
             true => all_free,
             false => all_free.min((limits.all - kept).saturating_sub(unknown_strangers)),
         };
-        let is_spared = |other: &&Admission| other.is_known && known_strangers <= kept;
+        let is_spared = |other: &&AcceptedConnection| other.is_known && known_strangers <= kept;
         let strangers = here.iter().copied().filter(|other| other.is_stranger() && (is_known || !is_spared(other)));
         match strangers.min_by_key(|other| (is_spared(other), other.last_command())) {
             Some(oldest) if free <= limits.all / 4 && ending < limits.most_ending() => {
@@ -180,7 +180,7 @@ fn make_room(here: &[&Admission], known: Option<bool>, limits: &ConnectionLimits
 }
 
 /// Shuts displaced connections down for writing too if they are many, or do not end. Returns how many there are.
-fn cut_ending(here: &[&Admission], limits: &ConnectionLimits, now: Instant) -> usize {
+fn cut_ending(here: &[&AcceptedConnection], limits: &ConnectionLimits, now: Instant) -> usize {
     let ending = here.iter().filter(|other| other.is_displaced());
     let count = ending.clone().count();
     for other in ending {
@@ -210,7 +210,7 @@ const CUT: u8 = 3;
 
 /// What the limiter, the listener and the session of an accepted connection share.
 #[derive(Debug)]
-pub struct Admission {
+pub struct AcceptedConnection {
     /// The address of the client.
     pub peer: IpAddr,
     socket: Arc<OwnedFd>,
@@ -224,7 +224,7 @@ pub struct Admission {
     standing: AtomicU8,
 }
 
-impl Admission {
+impl AcceptedConnection {
     /// The reason in the log why a displaced connection has ended.
     pub const DISPLACED: &str = "it made room for other connections";
 
@@ -290,20 +290,20 @@ impl Admission {
 /// One connection, counted until this is dropped.
 pub(super) struct ConnectionPermit {
     limiter: ConnectionLimiter,
-    admission: Arc<Admission>,
+    accepted: Arc<AcceptedConnection>,
 }
 
 impl ConnectionPermit {
-    pub(super) fn admission(&self) -> &Arc<Admission> {
-        &self.admission
+    pub(super) fn accepted(&self) -> &Arc<AcceptedConnection> {
+        &self.accepted
     }
 }
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        let mut admissions = self.limiter.lock();
-        if let Some(at) = admissions.iter().position(|other| Arc::ptr_eq(other, &self.admission)) {
-            admissions.swap_remove(at);
+        let mut connections = self.limiter.lock();
+        if let Some(at) = connections.iter().position(|other| Arc::ptr_eq(other, &self.accepted)) {
+            connections.swap_remove(at);
         }
         self.limiter.0.released.notify_all();
     }

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
 
 use crate::net::cancel::{CancelToken, poll};
-use crate::net::limiter::{Admission, ConnectionLimiter, NotAdmitted};
+use crate::net::limiter::{AcceptedConnection, ConnectionLimiter, NotAdmitted};
 use crate::net::trace::quoted;
 use crate::platform;
 use crate::smtp::reply::Reply;
@@ -25,7 +25,7 @@ use crate::smtp::reply::Reply;
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves one connection in a thread of its own.
-pub type Service = Arc<dyn Fn(&Arc<Admission>) + Send + Sync>;
+pub type Service = Arc<dyn Fn(&Arc<AcceptedConnection>) + Send + Sync>;
 
 /// Whether an account has authenticated from the network of this address before.
 pub type KnownNetworks = Box<dyn Fn(IpAddr) -> bool + Send + Sync>;
@@ -195,7 +195,7 @@ impl Acceptor {
         };
         let service = service.clone();
         let worker = std::thread::Builder::new().name(format!("{name}-worker")).spawn(move || {
-            if catch_unwind(AssertUnwindSafe(|| service(permit.admission()))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| service(permit.accepted()))).is_err() {
                 log::error!("event=panic listener={name} peer={peer}");
             }
             drop(permit);

@@ -46,7 +46,7 @@ use crate::mail::address::literal;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
 use crate::net::inherited::InheritedListeners;
-use crate::net::limiter::{Admission, ConnectionLimiter};
+use crate::net::limiter::{AcceptedConnection, ConnectionLimiter};
 use crate::net::listener::{self, Acceptor, KnownNetworks};
 use crate::net::trace::{Trace, quoted};
 use crate::net::wake::receive_wakes;
@@ -235,9 +235,9 @@ impl PreparedProvider {
                 known: known_networks(&shared, kind),
             };
             let reloader = reloader.clone();
-            let service = move |admission: &Arc<Admission>| {
-                let connection = Connection::accepted(admission.socket().clone(), trace(&reloader.current(), kind));
-                serve(&reloader, kind, connection, Some(admission.peer), Some(admission));
+            let service = move |accepted: &Arc<AcceptedConnection>| {
+                let connection = Connection::accepted(accepted.socket().clone(), trace(&reloader.current(), kind));
+                serve(&reloader, kind, connection, Some(accepted.peer), Some(accepted));
             };
             running.spawn(name, move || acceptor.accept(&socket, Arc::new(service)))?;
         }
@@ -377,10 +377,10 @@ fn known_networks(shared: &Shared, listener: Listener) -> Option<KnownNetworks> 
     (listener != Listener::Inbound).then(|| Box::new(move |address| logins.knows(address)) as KnownNetworks)
 }
 
-/// Serves one connection until it ends or has turned. `admission`: of a connection that a listener counts.
+/// Serves one connection until it ends or has turned. `accepted`: of a connection that a listener counts.
 fn serve(
     reloader: &Reloader, listener: Listener, connection: io::Result<Connection>, address: Option<IpAddr>,
-    admission: Option<&Arc<Admission>>,
+    accepted: Option<&Arc<AcceptedConnection>>,
 ) {
     let begun = Instant::now();
     let network = ClientNetwork::of(address);
@@ -389,15 +389,15 @@ fn serve(
     let name = listener.name();
     log::info!("event=connected session={id} listener={name} peer={peer}");
     let session = connection
-        .and_then(|connection| begin_session(&reloader.current(), listener, connection, peer.clone(), admission));
+        .and_then(|connection| begin_session(&reloader.current(), listener, connection, peer.clone(), accepted));
     let mut reason = match (session, listener) {
         (Err(error), _) => error.to_string(),
         (Ok(session), Listener::Inbound) => inbound::serve(reloader, session),
         (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(reloader, session, network),
     };
     // The error of a handshake that was cut short would blame the client.
-    if admission.is_some_and(|admission| admission.is_displaced()) {
-        reason = Admission::DISPLACED.to_owned();
+    if accepted.is_some_and(|accepted| accepted.is_displaced()) {
+        reason = AcceptedConnection::DISPLACED.to_owned();
     }
     log::info!(
         "event=closed session={id} listener={name} peer={peer} duration={:.3} reason={}",
@@ -407,7 +407,8 @@ fn serve(
 }
 
 fn begin_session(
-    shared: &Shared, listener: Listener, mut connection: Connection, peer: String, admission: Option<&Arc<Admission>>,
+    shared: &Shared, listener: Listener, mut connection: Connection, peer: String,
+    accepted: Option<&Arc<AcceptedConnection>>,
 ) -> io::Result<Box<ServerSession>> {
     let config = &shared.config;
     let mut tls = shared.tls.clone();
@@ -419,7 +420,7 @@ fn begin_session(
         // A reload without [tls] leaves the listener, whose clients would send their mail in clear.
         let tls = tls.take().ok_or_else(|| io::Error::other("there is no certificate any more: restart odmr"))?;
         connection.start_tls_server(&tls, Instant::now() + config.timeouts.handshake)?;
-        admission.inspect(|admission| admission.note_command(Instant::now()));
+        accepted.inspect(|accepted| accepted.note_command(Instant::now()));
     }
     let role = if listener == Listener::Inbound { ServerRole::Inbound } else { ServerRole::Odmr };
     let mechanisms = config.accounts.mechanisms().into_iter();
@@ -433,6 +434,6 @@ fn begin_session(
     };
     let server = Server::new(options, connection.tls_channel());
     let limits = SessionLimits::new(&config.timeouts, &config.limits, &shared.lasting.cancel, &shared.lasting.abort);
-    let limits = SessionLimits { admission: admission.cloned(), ..limits };
+    let limits = SessionLimits { accepted: accepted.cloned(), ..limits };
     Ok(ServerSession::new(connection, server, peer, tls, limits))
 }

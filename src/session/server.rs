@@ -17,7 +17,7 @@ use super::{CONTENT_BLOCK, Limits, Timeouts, without_secrets};
 use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::net::connection::{Connection, Filled, Line, WaitResult};
-use crate::net::limiter::Admission;
+use crate::net::limiter::AcceptedConnection;
 use crate::net::pin::Pin;
 use crate::net::tls::{ServerTls, begins_as_record};
 use crate::net::trace::quoted;
@@ -52,7 +52,7 @@ pub struct SessionLimits {
     /// Ends the session also within content.
     pub abort: CancelToken,
     /// It ends the session if another connection gets its place; `None`: no listener counts this connection.
-    pub admission: Option<Arc<Admission>>,
+    pub accepted: Option<Arc<AcceptedConnection>>,
 }
 
 impl SessionLimits {
@@ -65,7 +65,7 @@ impl SessionLimits {
             hops: limits.received_hops,
             cancel: cancel.clone(),
             abort: abort.clone(),
-            admission: None,
+            accepted: None,
         }
     }
 }
@@ -244,18 +244,18 @@ impl ServerSession {
 
     /// Notes for the listener, which may need the place of this connection, that the client has sent a command.
     fn note_command(&self) {
-        let Some(admission) = &self.limits.admission else { return };
-        admission.note_command(Instant::now());
+        let Some(accepted) = &self.limits.accepted else { return };
+        accepted.note_command(Instant::now());
         let transaction = self.server.transaction();
         if self.server.account().is_some() || transaction.is_some_and(|open| !open.envelope.recipients.is_empty()) {
-            admission.trust();
+            accepted.trust();
         }
     }
 
     /// Ends the session if another connection has its place (RFC 5321 section 3.8).
-    fn check_admission(&mut self) -> io::Result<()> {
-        match self.limits.admission.as_ref().is_some_and(|admission| admission.is_displaced()) {
-            true => Err(self.end("4.3.2", "Too many connections, try again later", Admission::DISPLACED)),
+    fn check_place(&mut self) -> io::Result<()> {
+        match self.limits.accepted.as_ref().is_some_and(|accepted| accepted.is_displaced()) {
+            true => Err(self.end("4.3.2", "Too many connections, try again later", AcceptedConnection::DISPLACED)),
             false => Ok(()),
         }
     }
@@ -300,7 +300,7 @@ impl ServerSession {
     fn read_line(&mut self) -> io::Result<Option<Vec<u8>>> {
         let deadline = self.deadline.min(Instant::now() + self.limits.command);
         loop {
-            self.check_admission()?;
+            self.check_place()?;
             // Before a line end is looked for: the random octets of a TLS hello may contain one.
             if !self.connection.is_tls() && self.connection.received().starts_with(&[0x16, 0x03]) {
                 return Err(self.end("4.7.0", "TLS begins with STARTTLS on this port", "a TLS hello on a clear port"));
@@ -338,7 +338,7 @@ impl ServerSession {
         // A client that does not read its replies would fill our memory with them.
         if self.connection.unsent() > CONTENT_BLOCK {
             while !self.connection.flush_or_wait(deadline, None)? {
-                self.check_admission()?;
+                self.check_place()?;
             }
         }
         let cancel = if in_content { &self.limits.abort } else { &self.limits.cancel };
@@ -351,7 +351,7 @@ impl ServerSession {
             }
         }
         // The listener has shut the socket down for reading: that is not the client's end.
-        self.check_admission()?;
+        self.check_place()?;
         match self.connection.fill()? {
             Filled::Bytes(_) | Filled::Nothing => Ok(()),
             Filled::End => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the client closed the connection")),

@@ -20,7 +20,7 @@ struct Member {
 
 impl Member {
     fn is_displaced(&self) -> bool {
-        self.permit.admission.is_displaced()
+        self.permit.accepted.is_displaced()
     }
 
     fn count_displaced(members: &[Member]) -> usize {
@@ -85,10 +85,10 @@ fn a_full_listener_displaces_the_stranger_whose_command_is_oldest() {
     let members = crowd.fill(4, None, 0);
     assert_eq!(crowd.read().unwrap_err().kind(), io::ErrorKind::WouldBlock);
     for (member, ms) in members.iter().zip([40, 10, 30, 20]) {
-        member.permit.admission.note_command(crowd.at(ms));
+        member.permit.accepted.note_command(crowd.at(ms));
     }
     // The oldest has authenticated meanwhile.
-    members[1].permit.admission.trust();
+    members[1].permit.accepted.trust();
     let (mut displaced, mut kept) = (Vec::new(), Vec::new());
     for (ms, oldest) in [(100, 3), (101, 2), (102, 0)] {
         kept.push(crowd.admit(None, ms).unwrap());
@@ -98,12 +98,12 @@ fn a_full_listener_displaces_the_stranger_whose_command_is_oldest() {
         assert_eq!(found, displaced);
     }
     // It is too late to become trusted, and the thread finds the end of the input.
-    members[3].permit.admission.trust();
+    members[3].permit.accepted.trust();
     assert!(members[3].is_displaced());
     assert!(!kept.iter().any(Member::is_displaced));
     assert_eq!(crowd.read().unwrap(), 0);
     // What is trusted is never displaced.
-    kept.iter().for_each(|member| member.permit.admission.trust());
+    kept.iter().for_each(|member| member.permit.accepted.trust());
     assert_eq!(crowd.admit(None, 10_000_000).err(), Some(NotAdmitted::Full));
     // The threads of the displaced ones may end when they like.
     drop(members);
@@ -138,9 +138,9 @@ fn patience_shrinks_from_three_quarters_on() {
 fn a_client_that_repeats_commands_becomes_old() {
     let mut crowd = Crowd::new(2, 2);
     let members = crowd.fill(2, None, 0);
-    (1..=COUNTED_COMMANDS as u64).for_each(|ms| members[0].permit.admission.note_command(crowd.at(ms)));
-    members[0].permit.admission.note_command(crowd.at(500));
-    members[1].permit.admission.note_command(crowd.at(100));
+    (1..=COUNTED_COMMANDS as u64).for_each(|ms| members[0].permit.accepted.note_command(crowd.at(ms)));
+    members[0].permit.accepted.note_command(crowd.at(500));
+    members[1].permit.accepted.note_command(crowd.at(100));
     let _newcomer = crowd.admit(None, 600).unwrap();
     assert!(members[0].is_displaced() && !members[1].is_displaced());
 }
@@ -160,13 +160,13 @@ fn an_eighth_is_kept_for_known_networks() {
     customers.push(crowd.admit(customer, 40).unwrap());
     assert_eq!((Member::count_displaced(&strangers), Member::count_displaced(&customers)), (3, 0));
     // What known networks have beyond the eighth is displaced like any stranger.
-    strangers.iter().filter(|member| !member.is_displaced()).for_each(|member| member.permit.admission.trust());
+    strangers.iter().filter(|member| !member.is_displaced()).for_each(|member| member.permit.accepted.trust());
     strangers.push(crowd.admit(stranger, 50).unwrap());
     assert_eq!(Member::count_displaced(&customers), 1);
     // The eighth itself is closed to strangers, but for each other, and open to customers.
     strangers.push(crowd.admit(stranger, 51).unwrap());
     assert!(strangers[strangers.len() - 2].is_displaced() && Member::count_displaced(&customers) == 1);
-    strangers.last().unwrap().permit.admission.trust();
+    strangers.last().unwrap().permit.accepted.trust();
     assert_eq!(crowd.admit(stranger, 52).err(), Some(NotAdmitted::Full));
     customers.push(crowd.admit(customer, 53).unwrap());
     assert_eq!(Member::count_displaced(&customers), 2);
@@ -176,7 +176,7 @@ fn an_eighth_is_kept_for_known_networks() {
 fn what_does_not_end_is_cut_and_bounded() {
     let mut crowd = Crowd::new(16, 1);
     let mut members = crowd.fill(16, None, 0);
-    let is_cut = |member: &Member| member.permit.admission.standing.load(Ordering::SeqCst) == CUT;
+    let is_cut = |member: &Member| member.permit.accepted.standing.load(Ordering::SeqCst) == CUT;
     members.push(crowd.admit(None, 1).unwrap());
     members.push(crowd.admit(None, 2).unwrap());
     assert!(!is_cut(&members[0]));
