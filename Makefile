@@ -6,7 +6,7 @@ DESTDIR ?=
 ONLY    ?=
 LINKS   ?= sbin/sendmail bin/mailq bin/newaliases
 
-.PHONY: help build test rules check house demo interop install certs
+.PHONY: help build test rules check house demo interop soak install certs
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s  %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ demo: ## one call: a message goes up, the line turns, a message comes down, with
 
 interop: build ## odmr with fetchmail, Postfix, Exim, Dovecot, mutt, cron … (as root; .ci/run installs them); ONLY=NAME for one
 	tests/interop/run $(ONLY)
+
+soak: $(if $(ODMR),,build) ## all at once for SECONDS (3600): customers, hostile peers, kills, full disks; a JSON line a minute, a verdict (as root)
+	tests/soak/run $(or $(SECONDS),3600)
 
 install: build ## the program into DESTDIR and PREFIX (/usr/local), bin/odmr, and LINKS to it (sbin/sendmail, bin/mailq, bin/newaliases)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin
