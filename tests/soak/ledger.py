@@ -18,7 +18,7 @@ import re
 import threading
 import time
 
-WINDOW = 10.0  # seconds; a kill is in flight for as long as sockets and slow readers have octets of before
+WINDOW = 15.0  # seconds, for a machine that is busy; a kill is in flight for as long as sockets and slow readers have octets of before
 IN_FLIGHT = 24  # messages of one session that are sent and not recorded
 
 LINE = 64

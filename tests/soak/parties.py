@@ -3,6 +3,7 @@
 import base64
 import collections
 import contextlib
+import pathlib
 import random
 import socket
 import threading
@@ -63,7 +64,8 @@ class Soak:
         for account in ACCOUNTS:
             if kind(account) == "certificate":
                 accounts[account] += f'certificate = ["{pin}"]\n'
-        relay = f'[relay]\nresolver = "{self.names.resolver}"\nallow-private = true\nport = {self.sink.port}\nretry-first = "1s"\nretry-max = "5s"\n'
+        relay = f'[relay]\nresolver = "{self.names.resolver}"\nallow-private = true\nport = {self.sink.port}\n'
+        relay += 'connections = 4\nretry-first = "1s"\nretry-max = "5s"\n'
         return Provider(
             self.box, certificates=self.certificates, require_tls=False, accounts=accounts,
             customers={account: domains(account) for account in ACCOUNTS},
@@ -97,6 +99,7 @@ class Soak:
 
     def reap(self, process):
         process.wait(30)
+        forget_clock(process.pid)
         with self.lock:
             self.box.children.remove(process)
 
@@ -110,6 +113,12 @@ class Soak:
                 file.unlink()
 
 
+
+
+def forget_clock(pid):
+    """What libfaketime leaves of a process that was killed."""
+    for name in (f"faketime_shm_{pid}", f"sem.faketime_sem_{pid}"):
+        pathlib.Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def own_certificate(box):
@@ -243,7 +252,7 @@ class Turned(Server):
         self.soak, self.account, self.manner, self.dice = soak, account, manner, dice
 
     def more(self):
-        if self.manner == "slow":
+        if self.manner == "slow" and not self.soak.paused.is_set():
             time.sleep(0.02)
             return self.socket.recv(16384)
         return super().more()
@@ -253,7 +262,7 @@ class Turned(Server):
         recipients = []
         while (line := self.until(b"\r\n")) is not None:
             verb = line[:4].upper()
-            rude = self.manner and self.dice.random() < 0.3
+            rude = self.manner and not self.soak.paused.is_set() and self.dice.random() < 0.3
             if verb == b"EHLO":
                 self.say("250-customer.example", "250-PIPELINING", "250-8BITMIME", "250 SIZE 100000000")
             elif verb == b"MAIL":
@@ -386,7 +395,7 @@ class Puller(Actor):
         with soak.lock:
             process = soak.customers[account].start()
             soak.processes[account] = process
-        code = process.wait(60)
+        code = process.wait(300)
         soak.counts[f"pull exit {code}"] += 1
         if code not in (0, 69, 75, -9, -15):
             soak.defects.append(f"odmr pull of {account}: exit {code}: {soak.customers[account].log()[-400:]}")

@@ -11,13 +11,14 @@ import time
 
 from clock import HOUR, Clock
 from harness import Failed, Smtp, secret
-from parties import ACCOUNTS, EXTRA, Actor
+from parties import ACCOUNTS, EXTRA, Actor, forget_clock
 
 # A line of the level `error` is a defect, unless its event is one of these: a bad file and a slow reader of the log are
 # faults of this script, and so is a full disk.
 EXPECTED = {"reload-failed", "customer-skipped", "log-lost"}
 EXPECTED_WHEN_FULL = {"storage-failed", "dsn-failed", "spool-failed", "settle-failed"}
 LOG_SIZE = 20_000_000
+BURSTS, BURST = 3, 120  # and so many connections
 TMPFS = {"spool": 512, "customer": 64}  # MiB
 
 
@@ -133,6 +134,9 @@ class Chaos(Actor):
         self.pumps[-1].start()
         try:
             provider.start(stderr=sink, stdout=sink)
+        except Failed as error:
+            soak.defects.append(f"serve does not start: {error}")
+            raise
         finally:
             os.close(sink)
 
@@ -162,11 +166,15 @@ class Chaos(Actor):
             if level == "error" and event not in EXPECTED and not full:
                 self.soak.defects.append(line.strip()[:400])
 
+    def check_alive(self):
+        code = self.soak.provider.process.poll()
+        if code is not None:
+            self.soak.defects.append(f"serve has ended by itself: {code}")
+
     def end_serve(self, number):
         """A SIGTERM must end it in time, with exit code 0."""
         soak, process = self.soak, self.soak.provider.process
-        if process.poll() is not None:
-            soak.defects.append(f"serve has ended by itself: {process.returncode}")
+        self.check_alive()
         soak.ledger.abrupt()
         process.send_signal(number)
         code = process.wait(40)
@@ -174,15 +182,7 @@ class Chaos(Actor):
         if code != (0 if number == signal.SIGTERM else -number):
             soak.defects.append(f"serve: exit {code} by signal {number}")
         soak.box.children.remove(process)
-        self.forget_clock(process.pid)
-
-    def forget_clock(self, pid):
-        """What libfaketime leaves when it is killed."""
-        for name in (f"faketime_shm_{pid}", f"sem.faketime_sem_{pid}"):
-            try:
-                os.unlink(f"/dev/shm/{name}")
-            except OSError:
-                pass
+        forget_clock(process.pid)
 
     def kill_serve(self):
         self.soak.counts["serve kills"] += 1
@@ -247,6 +247,31 @@ class Chaos(Actor):
         self.reload()
 
     # What is timed.
+
+    def burst(self):
+        """Many connections at once, in clear and under TLS, with content: what a heap keeps of a peak it has after this."""
+        provider, content = self.soak.provider, b"Subject: x\r\n\r\n" + b"x" * 72 * 1000
+        for _ in range(BURSTS):
+            lines = []
+            try:
+                for number in range(BURST):
+                    source = f"127.30.{number}.1"
+                    if number % 3 == 0:
+                        lines.append(Smtp(provider.odmr_tls, source=source, tls=self.soak.tls))
+                        lines[-1].hello()
+                        continue
+                    lines.append(Smtp(provider.inbound, source=source))
+                    lines[-1].hello()
+                    if number % 3 == 1:
+                        lines[-1].start_tls(self.soak.tls)
+                    for command in (f"MAIL FROM:<{number}@d0.world.example>", "RCPT TO:<eva@c01.example>", "DATA"):
+                        lines[-1].say(command)
+                    lines[-1].socket.sendall(content)
+            except (OSError, Failed):
+                self.soak.counts["bursts cut"] += 1
+            finally:
+                for line in lines:
+                    line.close()
 
     def mount(self, which, path):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
