@@ -419,6 +419,10 @@ class Watcher(Actor):
     """Keeps the daemons running, gives them mail to send, and empties their mailboxes."""
 
     def act(self):
+        self.keep()
+        queue_mail(self, self.dice.choice(DAEMONS))
+
+    def keep(self):
         soak = self.soak
         for account in DAEMONS:
             process = soak.processes.get(account)
@@ -432,7 +436,6 @@ class Watcher(Actor):
                 with soak.lock:
                     soak.processes[account] = soak.box.start(customer.log_name, ODMR, "pull", "--daemon", "-c", customer.config)
             soak.collect(account)
-        queue_mail(self, self.dice.choice(DAEMONS))
 
 
 class Sink(House):
