@@ -18,7 +18,7 @@ from parties import ACCOUNTS, EXTRA, Actor, forget_clock
 EXPECTED = {"reload-failed", "customer-skipped", "log-lost"}
 EXPECTED_WHEN_FULL = {"storage-failed", "dsn-failed", "spool-failed", "settle-failed"}
 LOG_SIZE = 20_000_000
-BURSTS, BURST = 3, 120  # and so many connections
+BURSTS, BURST = 3, 240  # and so many connections
 TMPFS = {"spool": 512, "customer": 64}  # MiB
 
 
@@ -252,7 +252,7 @@ class Chaos(Actor):
     # What is timed.
 
     def burst(self):
-        """Many connections at once, in clear and under TLS, with content: what a heap keeps of a peak it has after this."""
+        """More connections at once than ever after, in clear and under TLS, with content: the heap has then had its peak."""
         provider, content = self.soak.provider, b"Subject: x\r\n\r\n" + b"x" * 72 * 1000
         for _ in range(BURSTS):
             lines = []
@@ -275,6 +275,7 @@ class Chaos(Actor):
             finally:
                 for line in lines:
                     line.close()
+        return f"{BURSTS} of {BURST} connections"
 
     def mount(self, which, path):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
