@@ -1,8 +1,8 @@
 //! The socket `ROOT/.wake`, by which other processes wake the daemon that works in a directory of mail.
 //!
-//! Whoever stores mail there, or makes it due, sends a datagram of one word. It is a hint and no more: if it is lost, or the
-//! daemon has no socket, the mail waits until the daemon looks by itself. So nobody waits to send one, its sender need not be
-//! believed, and a flood of them costs one look each [`WAKE_PAUSE`].
+//! Whoever stores mail there that the daemon sends, or makes some due, sends a datagram of one word. It is a hint and no more:
+//! if the daemon has no socket, the mail waits until the daemon looks by itself. So nobody waits to send one, its sender need
+//! not be believed, and a flood of them costs one look each [`WAKE_PAUSE`].
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -30,24 +30,19 @@ const DATAGRAMS_AT_ONCE: usize = 1000;
 const ATTEMPTS: u32 = 20;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// What another process has done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What another process has done. Of several, the greatest counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum WakeReason {
     /// It has stored mail that is to be sent.
     Outgoing,
-    /// It has stored mail that is held for a customer. A running `serve` need not know that yet: ATRN reads the queue.
-    Held,
     /// An administrator wants mail to be tried now.
     Retry,
 }
 
 impl WakeReason {
-    const ALL: [WakeReason; 3] = [WakeReason::Outgoing, WakeReason::Held, WakeReason::Retry];
-
     fn word(self) -> &'static str {
         match self {
             WakeReason::Outgoing => "outgoing",
-            WakeReason::Held => "held",
             WakeReason::Retry => "retry",
         }
     }
@@ -132,21 +127,20 @@ impl WakeSocket {
         while !cancel.is_cancelled() {
             let descriptors = [self.socket.as_fd(), cancel.fd()];
             let _ = poll(&mut descriptors.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), None);
-            let come = self.words();
-            WakeReason::ALL.into_iter().filter(|reason| come[*reason as usize]).for_each(woken);
+            self.words().map(woken);
             // Before it is looked at again, so that a flood keeps no processor busy.
             cancel.wait_until(Some(Instant::now() + WAKE_PAUSE));
         }
     }
 
-    /// Reads what has come: which of the reasons, by their place in `ALL`. What is no word of ours is passed over.
-    fn words(&self) -> [bool; WakeReason::ALL.len()] {
-        let (mut come, mut datagram) = ([false; WakeReason::ALL.len()], [0; 16]);
+    /// Reads what has come. What is no word of ours counts as `Outgoing`: if it has filled the queue of the socket, the word of
+    /// another process had no room.
+    fn words(&self) -> Option<WakeReason> {
+        let (mut come, mut datagram) = (None, [0; 16]);
         for _ in 0..DATAGRAMS_AT_ONCE {
             let Ok(octets) = self.socket.recv(&mut datagram) else { break };
-            for (reason, come) in WakeReason::ALL.iter().zip(&mut come) {
-                *come |= datagram[..octets] == *reason.word().as_bytes();
-            }
+            let is_retry = datagram[..octets] == *WakeReason::Retry.word().as_bytes();
+            come = come.max(Some(if is_retry { WakeReason::Retry } else { WakeReason::Outgoing }));
         }
         come
     }
@@ -190,7 +184,7 @@ mod tests {
             let daemon = receive_wakes(&root, 0o600, &cancel, woken).unwrap();
             assert_eq!(fs::metadata(root.join(NAME)).unwrap().permissions().mode() & 0o777, 0o600);
             let patience = Duration::from_secs(10);
-            for reason in WakeReason::ALL {
+            for reason in [WakeReason::Outgoing, WakeReason::Retry] {
                 reason.send_surely(&root);
                 assert_eq!(receiver.recv_timeout(patience), Ok(reason));
             }
@@ -203,11 +197,24 @@ mod tests {
                 }
             }
             WakeReason::Retry.send_surely(&root);
-            assert_eq!(receiver.recv_timeout(patience), Ok(WakeReason::Retry));
+            while receiver.recv_timeout(patience) != Ok(WakeReason::Retry) {}
             cancel.cancel();
             daemon.join().unwrap();
             assert!(!root.join(NAME).exists() && receiver.try_recv().is_err());
         }
+    }
+
+    /// Others have filled the queue of the socket before a word had room: their datagrams stand for it.
+    #[test]
+    fn a_word_for_which_there_was_no_room_is_not_missed() {
+        let root = tempfile::tempdir().unwrap();
+        let wake = WakeSocket::bind(root.path(), 0o600).unwrap();
+        assert_eq!(wake.words(), None);
+        let stranger = UnixDatagram::unbound().unwrap();
+        stranger.set_nonblocking(true).unwrap();
+        while stranger.send_to(b"held", root.path().join(NAME)).is_ok() {}
+        WakeReason::Outgoing.send(root.path());
+        assert_eq!(wake.words(), Some(WakeReason::Outgoing));
     }
 
     #[test]

@@ -16,7 +16,8 @@
 //!                             which mail expires; `tidy`, whose time says when what was left over was removed last;
 //!                             `scram-key`, of which the salts are made that no file has; `logins`, who guesses secrets and
 //!                             where the accounts log in from, and `logins.lock`
-//! SPOOL/.wake                 the socket at which other processes wake `odmr serve` when they have stored mail ([`crate::net::wake`])
+//! SPOOL/.wake                 the socket at which other processes wake `odmr serve` when they have stored mail for the relay
+//!                             ([`crate::net::wake`])
 //! ```
 
 use std::fs::{self, File};

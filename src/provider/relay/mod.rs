@@ -109,24 +109,19 @@ impl RelayHandle {
     /// Reports that mail was stored in this queue; `is_dsn`: without a sender; `not_before`: it is not due before then. In inetd
     /// mode, and in a command, no relay runs here: that of a running `odmr serve` is woken.
     pub fn arrived(&self, queue: &SpoolQueue, entry: Entry, is_dsn: bool, not_before: Option<SystemTime>) {
-        let is_here = self.relay.strong_count() > 0;
         match queue {
-            SpoolQueue::Outgoing(destination) if is_here => {
+            SpoolQueue::Outgoing(destination) if self.relay.strong_count() > 0 => {
                 self.send(RelayEvent::Arrived { destination: destination.clone(), entry, is_dsn, not_before });
             }
             SpoolQueue::Outgoing(_) => WakeReason::Outgoing.send(&self.root),
-            SpoolQueue::Held(_) if !is_here => WakeReason::Held.send(&self.root),
+            // The next ATRN reads the queue.
             _ => {}
         }
     }
 
     /// Reports what another process has done.
     pub fn woken(&self, reason: WakeReason) {
-        match reason {
-            WakeReason::Outgoing => self.send(RelayEvent::Look { again: false }),
-            WakeReason::Retry => self.send(RelayEvent::Look { again: true }),
-            WakeReason::Held => {}
-        }
+        self.send(RelayEvent::Look { again: reason == WakeReason::Retry });
     }
 
     /// From now on attempts are made with this.
