@@ -16,6 +16,7 @@
 //! It is not fsynced: a power cut may begin a new hour. A process that is killed leaves what it was receiving counted. If the
 //! file cannot be locked, read or written, this process counts in memory, from what it has seen last.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -47,7 +48,7 @@ pub struct SubmissionRates {
     root: PathBuf,
     clock: Clock,
     /// Never locked while a file is used: a disk that hangs must not hold up other accounts.
-    known: Mutex<Vec<(String, KnownHour)>>,
+    known: Mutex<HashMap<String, KnownHour>>,
     /// When a failure was logged last.
     logged: Mutex<Option<Instant>>,
 }
@@ -89,9 +90,11 @@ impl Hour {
         file.write_all_at(format!("{} {} .\n", self.begun, self.messages).as_bytes(), 0)
     }
 
-    /// The hour at this time. One that begins in the future is over: the clock was wrong then, or is now.
+    /// The hour at this time. After the clock was set back a little, as NTP does, it goes on; one that begins more than an hour
+    /// in the future is over: the clock was wrong then, or is now.
     fn at(self, now: i64) -> Hour {
-        let is_over = self.begun > now || now.saturating_sub(self.begun) >= HOUR_SECONDS;
+        let age = now.saturating_sub(self.begun);
+        let is_over = !(-HOUR_SECONDS..HOUR_SECONDS).contains(&age);
         if is_over { Hour { begun: now, messages: 0 } } else { self }
     }
 }
@@ -171,13 +174,8 @@ impl SubmissionRates {
     /// Calls this with what is known of an account; at first nothing is.
     fn known_hour(&self, account: &str, call: &mut dyn FnMut(&mut KnownHour) -> bool) -> bool {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, hour)) = known.iter_mut().find(|(name, _)| name == account) {
-            return call(hour);
-        }
-        let mut hour = KnownHour { hour: Hour { begun: i64::MIN, messages: 0 }, is_alone: false };
-        let called = call(&mut hour);
-        known.push((account.to_owned(), hour));
-        called
+        let nothing = KnownHour { hour: Hour { begun: i64::MIN, messages: 0 }, is_alone: false };
+        call(known.entry(account.to_owned()).or_insert(nothing))
     }
 
     /// Logs, once a minute, that the file of an account is of no use.
@@ -281,7 +279,9 @@ mod tests {
     #[test]
     fn an_hour_ends_whatever_the_clock_does() {
         let now = Clock::Fixed.now().seconds();
-        for (begun, left) in [(0, 0), (3599, 0), (3600, 2), (86_400 * 366, 2), (-1, 2), (-86_400 * 366, 2)] {
+        let cases =
+            [(0, 0), (3599, 0), (3600, 2), (86_400 * 366, 2), (-1, 0), (-3600, 0), (-3601, 2), (-86_400 * 366, 2)];
+        for (begun, left) in cases {
             let (_root, file, rates) = place();
             fill(&rates, 0);
             fill(&rates, 1);

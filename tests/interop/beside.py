@@ -148,7 +148,7 @@ def rate_not_accepted(box):
 
 @scenario("rate-clock", needs=["faketime"])
 def rate_clock(box):
-    """The clock is set by a year, forward and back, by an hour and by a minute: the rate stops nobody for more than an hour"""
+    """The clock is set by a year, forward and back, by an hour, by minutes and by a second: the rate frees nobody within an hour, and stops nobody for more than two"""
     clock = Clock(box)
     provider = with_rate(box, 3)
     provider.environment = clock.environment
@@ -162,7 +162,10 @@ def rate_clock(box):
         line.process.wait(20)
         return accepted
 
-    for offset, wanted in ((0, 3), (60, 0), (HOUR + 60, 3), (HOUR, 3), (YEAR, 3), (YEAR + 59 * 60, 0), (0, 3), (-YEAR, 3), (0, 3)):
+    # A little back, as NTP sets it, the hour goes on; an hour or more, and it is over.
+    steps = [(0, 3), (60, 0), (59, 0), (-1, 0), (-600, 0), (HOUR + 60, 3), (HOUR, 0), (600, 0), (-600, 3)]
+    steps += [(YEAR, 3), (YEAR + 59 * 60, 0), (0, 3), (-YEAR, 3), (0, 3)]
+    for offset, wanted in steps:
         clock.set(offset)
         check((accepted := both()) == wanted, f"at {offset:+} s: {accepted} messages, not {wanted}")
         facts.append(f"{offset / HOUR:+.1f} h {accepted}")
