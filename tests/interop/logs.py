@@ -1,6 +1,8 @@
 """The log with other people's programs: rsyslog, busybox syslogd, fail2ban."""
 
 import base64
+import fcntl
+import os
 import re
 import signal
 import socket
@@ -8,7 +10,8 @@ import subprocess
 import threading
 import time
 
-from harness import LOOPBACK, ODMR, ROOT, Provider, Smtp, check, scenario, wait_until
+from harness import LOOPBACK, ODMR, ROOT, Customer, Provider, Smtp, check, free_port, scenario, wait_until
+from world import outgoing_table
 
 # The datagrams that a socket of Linux holds, unless net.unix.max_dgram_qlen says otherwise.
 QUEUE = int(open("/proc/sys/net/unix/max_dgram_qlen").read()) + 1
@@ -190,3 +193,46 @@ def logs_inetd(box):
     messages = (box.path / "messages").read_text()
     check(messages.count("mail.info odmr[") >= 4 and messages.count("event=connected") == 2, messages)
     return f"{len(messages.splitlines())} lines"
+
+
+@scenario("logs-customer")
+def logs_customer(box):
+    """Nobody reads the log of a customer's daemon: it goes on to call, accept mail, reload and end; to a reader it says what was lost"""
+    provider = Provider(box, require_tls=False, accounts={"acme": "relay = true"}).start()
+    port = free_port()
+    customer = Customer(
+        box, provider.odmr, tls="none",
+        more=f'[schedule]\nevery = "1s"\njitter = "none"\n{outgoing_table(box)}listen = ["{LOOPBACK}:{port}"]\n',
+    )
+    content, recipients = b"Subject: x\r\n\r\nx\r\n", [f"eva{number}@example.org" for number in range(20)]
+    facts, arrived = [], 0
+    for is_read in (True, False):
+        source, sink = os.pipe()
+        fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, 4096)
+        daemon = box.start("daemon.log", ODMR, "pull", "--daemon", "-v", "-c", customer.config, stderr=sink, stdout=sink)
+        os.close(sink)
+        for _ in range(3):
+            with Smtp(provider.inbound) as line:
+                line.hello()
+                for _ in range(40):
+                    check(line.send("a@b.example", recipients, content).startswith("250"), "not accepted")
+            arrived += 40 * len(recipients)
+            wait_until(lambda: len(customer.files()) == arrived, "the mail at the customer", seconds=30)
+            with Smtp(port) as line:
+                line.hello()
+                check((reply := line.send("eva@example.org", ["adam@example.org"], content)).startswith("250"), reply)
+            arrived += 1
+            daemon.send_signal(signal.SIGHUP)
+        with open(f"/proc/{daemon.pid}/statm") as statm:
+            size = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+        check(size < 60_000, f"{size} KiB")
+        with open(source, "rb") as pipe:
+            lost = None
+            while is_read and not lost:
+                lost = re.search(rb"error: event=log-lost lines=(\d+)", pipe.readline())
+            begun = time.monotonic()
+            daemon.terminate()
+            check(daemon.wait(20) == 0, f"exit {daemon.returncode}")
+            check((end := time.monotonic() - begun) < 5, f"the end takes {end:.1f} s")
+        facts.append(f"{lost[1].decode() if lost else 0} lines known as lost, {size} KiB, the end in {end:.1f} s")
+    return "; ".join(facts)
