@@ -2,7 +2,7 @@
 
 A message has a number and a body that is made of the number, so that each file or content says by itself whether it is
 whole. For each recipient of a message one of these must be true in the end, once the sender has seen the 250:
-it has arrived, a DSN about its failure has arrived, or it is still held.
+it has arrived, a DSN about its failure has arrived, or it is still held. Such a DSN is wrong unless nobody has that address.
 
 The kill rule. A recipient gets a message twice only if
 - the receiving script has cut the connection between the content and its reply (`excuse`: exactly that recipient), or
@@ -119,6 +119,11 @@ class Ledger:
         """Of what was promised: what has neither arrived nor come back, and is not held."""
         with self.lock:
             return [key for key in promised if key not in self.arrivals and key not in self.returned and key not in held]
+
+    def bounced(self, may_return):
+        """Of what was promised: what has come back though its recipient exists."""
+        with self.lock:
+            return [key for key in self.promised if key in self.returned and not may_return(key[1])]
 
     def duplicates(self, account_of):
         """(all copies that are too many, those that the kill rule permits, the keys of the others)."""

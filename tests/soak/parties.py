@@ -39,6 +39,11 @@ def account_of(recipient):
     return None if domain.endswith(".world.example") else domain.split(".")[0]
 
 
+def may_return(recipient):
+    """Nobody has the address, its mail expires, or its account may be gone."""
+    return recipient.startswith("nobody@") or account_of(recipient) in (SLEEPER, EXTRA)
+
+
 class Soak:
     """What all share: the place, the provider, the ledger, and the word to pause or stop."""
 
