@@ -4,13 +4,13 @@ A message has a number and a body that is made of the number, so that each file 
 whole. For each recipient of a message one of these must be true in the end, once the sender has seen the 250:
 it has arrived, a DSN about its failure has arrived, or it is still held. Such a DSN is wrong unless nobody has that address.
 
-The kill rule. A recipient gets a message twice only if
-- the receiving script has cut the connection between the content and its reply (`excuse`: exactly that recipient), or
-- one side of that delivery came to an abrupt end (`abrupt`: a process killed, a session broken off) within WINDOW of the
-  arrival of an earlier copy: the reply was on its way, or was not yet recorded; and one such end explains no more than
-  IN_FLIGHT copies of each account, because no more messages are under way or unrecorded in a session.
-- A queue of `odmr send` sends a message again when its upload ended so (`resends`): then the end may be at any time since
-  the message was queued.
+A receiving script that cuts the connection before its reply to the content has not got the message: it must come again.
+
+The kill rule. A recipient gets a message twice only if one side of that delivery came to an abrupt end (`abrupt`: a process
+killed, a session broken off) within WINDOW of the arrival of an earlier copy: the reply was on its way, or was not yet
+recorded; and one such end explains no more than IN_FLIGHT copies of each account, because no more messages are under way or
+unrecorded in a session. A queue of `odmr send` sends a message again when its upload ended so (`resends`): then the end may
+be at any time since the message was queued.
 """
 
 import collections
@@ -48,7 +48,6 @@ class Ledger:
         self.promised = {}  # (number, recipient) -> when the 250 was seen
         self.arrivals = collections.defaultdict(list)
         self.returned = set()
-        self.excused = collections.Counter()
         self.resends = set()
         self.ends = []  # (time, account; None: the provider, so all accounts)
         self.damaged = []
@@ -64,29 +63,23 @@ class Ledger:
             if resends:
                 self.resends.add(number)
 
-    def excuse(self, keys):
-        with self.lock:
-            self.excused.update(keys)
-
     def abrupt(self, account=None):
         with self.lock:
             self.ends.append((time.time(), account))
 
     def arrive(self, octets, recipients, when=None):
-        """Reads what a recipient has got; a DSN or a message. Gives the keys that have arrived."""
+        """Reads what a recipient has got; a DSN or a message."""
         found = self.read(octets)
         with self.lock:
             if found is None:
                 self.damaged.append(repr(octets[-200:]))
-                return []
+                return
             number, failed = found
             if failed is not None:
                 self.returned.update((number, one) for one in failed)
-                return []
-            keys = [(number, one) for one in recipients]
-            for key in keys:
-                self.arrivals[key].append(when or time.time())
-            return keys
+                return
+            for one in recipients:
+                self.arrivals[number, one].append(when or time.time())
 
     @staticmethod
     def read(octets):
@@ -132,7 +125,7 @@ class Ledger:
             for key, times in self.arrivals.items():
                 extra += len(times) - 1
                 account = account_of(key[1])
-                for earlier in sorted(times)[: len(times) - 1 - self.excused[key]]:
+                for earlier in sorted(times)[:-1]:
                     begin = self.promised.get(key, 0) if key[0] in self.resends else earlier - WINDOW
                     ends = [end for end in self.ends if begin <= end[0] <= earlier + WINDOW]
                     # Mail that is sent again was cut on the way up: at the provider or by any customer's kill.
