@@ -144,6 +144,7 @@ pub fn run(
         cancel: cancel.clone(),
         events,
         retrying: false,
+        queued_meanwhile: false,
         calls: 0,
         retry_pause_until: None,
         epoch: Instant::now(),
@@ -231,6 +232,8 @@ struct Daemon<'a> {
     events: EventSender,
     /// A thread tries the retry queue.
     retrying: bool,
+    /// Mail was stored in it since then, which the thread may not have seen: it may have been ending its session.
+    queued_meanwhile: bool,
     /// Calls that have not ended, also to providers that are no longer configured.
     calls: usize,
     /// The retry queue is not tried before then: messages were still due after the last attempts, as another process has
@@ -287,10 +290,10 @@ impl Daemon<'_> {
                 self.readiness.ready();
             }
             DaemonEvent::Reload | DaemonEvent::Stop => {}
-            DaemonEvent::RetryQueued => self.retry_pause_until = None,
+            DaemonEvent::RetryQueued => (self.queued_meanwhile, self.retry_pause_until) = (true, None),
             DaemonEvent::RetryEnded => {
                 (self.retrying, self.retry_pause_until) = (false, None);
-                if self.until_retry() == Some(Duration::ZERO) {
+                if !self.queued_meanwhile && self.until_retry() == Some(Duration::ZERO) {
                     self.retry_pause_until = Some(Instant::now() + CLOCK_CHECK_INTERVAL);
                 }
             }
@@ -346,7 +349,7 @@ impl Daemon<'_> {
             }
         }
         if self.until_retry() == Some(Duration::ZERO) {
-            self.retrying = true;
+            (self.retrying, self.queued_meanwhile) = (true, false);
             let (customer, cancel) = (self.customer.clone(), self.cancel.clone());
             self.spawn("retry", DaemonEvent::RetryEnded, move || {
                 customer.retry_queue.retry(&cancel);

@@ -12,7 +12,7 @@ import threading
 import time
 
 from clock import HOUR, YEAR, Clock
-from harness import LOOPBACK, ODMR, Customer, Listener, Provider, Server, Smtp, check, events, free_port, scenario, wait_until
+from harness import LOOPBACK, ODMR, Customer, Failed, Listener, Provider, Server, Smtp, check, events, free_port, scenario, wait_until
 from world import outgoing_table, sendmail
 
 RATE = 40
@@ -414,3 +414,43 @@ def wake_crowd(box):
         for thread in crowd:
             thread.join(60)
     return f"{statistics.median(took) * 1000:.0f} ms, at most {max(took) * 1000:.0f} ms, beside {len(provider.held())} messages from the world"
+
+
+class SlowToEnd(Listener):
+    """Answers QUIT late."""
+
+    def session(self, sock):
+        class Slow(Server):
+            def say(self, *lines):
+                if lines[0].startswith("221"):
+                    time.sleep(0.7)
+                super().say(*lines)
+
+        with sock:
+            server = Slow(sock, **self.options)
+            server.letters = self.letters
+            with contextlib.suppress(OSError, Failed):
+                server.serve()
+
+
+@scenario("wake-customer-busy")
+def wake_customer_busy(box):
+    """Mail that `odmr send` stores while the daemon is ending its session with the next hop follows at once"""
+    hop = SlowToEnd(box)
+    customer = Customer(
+        box, free_port(), tls="none", accept=["@example.org"],
+        more=f'deliver = "smtp:{LOOPBACK}:{hop.port}"\n[schedule]\nevery = "1h"\n{outgoing_table(box)}',
+    )
+    daemon = box.start(customer.log_name, ODMR, "pull", "--daemon", "-c", customer.config)
+    wait_until((customer.root / ".wake").exists, "the socket")
+    took = []
+    for number in range(1, 9):
+        done = sendmail(box, customer, "-f", "carol@example.org", "alice@example.org", text="Subject: x\n\nx\n")
+        begun = time.monotonic()
+        check(done.returncode == 0, f"sendmail: exit {done.returncode}: {done.stderr}")
+        took.append(relayed(hop, number) - begun)
+        check(took[-1] < 3, f"message {number}: {took[-1]:.2f} s")
+        time.sleep(0.1)
+    daemon.terminate()
+    check(daemon.wait(20) == 0, "the end")
+    return f"{statistics.median(took):.1f} s, at most {max(took):.1f} s"
