@@ -1,6 +1,7 @@
 //! Which destination of outgoing mail is due when.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io;
 use std::ops::Bound::{Excluded, Unbounded};
 use std::time::{Duration, SystemTime};
 
@@ -29,8 +30,12 @@ pub(super) struct DestinationTable {
     mail: ByTime,
     /// The same for DSNs.
     dsns: ByTime,
-    /// Busy ones with mail that was found in the spool: when it is due is to be found out later.
+    /// Busy ones with mail that was found in the spool: when it is due is found out after the attempt.
     news: HashSet<Domain>,
+}
+
+fn log_failed(queue: &str, error: &io::Error) {
+    log::error!("event=spool-failed queue={queue} error={}", quoted(error));
 }
 
 /// Destinations by the time when they are due.
@@ -48,10 +53,9 @@ impl DestinationTable {
     /// Reads the spool, and finds out when the destinations are due that are not known yet, or for which another process has
     /// stored mail. `again`: all of them, as an administrator may have changed it.
     pub(super) fn read(&mut self, spool: &Spool, index: &SharedIndex, again: bool) {
-        let failed = |queue: &str, error| log::error!("event=spool-failed queue={queue} error={}", quoted(error));
-        index.read(&spool.name(&SpoolQueue::AllOutgoing)).unwrap_or_else(|error| failed("-", error));
+        index.read(&spool.name(&SpoolQueue::AllOutgoing)).unwrap_or_else(|error| log_failed("-", &error));
         let old = spool.old_destinations().unwrap_or_else(|error| {
-            failed("-", error);
+            log_failed("-", &error);
             Vec::new()
         });
         let mut news = std::mem::take(&mut self.news);
@@ -65,10 +69,7 @@ impl DestinationTable {
                 self.news.insert(domain);
                 continue;
             }
-            match spool.outgoing_due(&domain, index) {
-                Ok(due) => self.add(domain, due),
-                Err(error) => failed(domain.as_str(), error),
-            }
+            self.find_due(domain, spool, index);
         }
     }
 
@@ -78,10 +79,21 @@ impl DestinationTable {
         self.add(domain, if dsn { QueueDue { mail: None, dsn: due } } else { QueueDue { mail: due, dsn: None } });
     }
 
-    /// A worker has finished its attempt at a destination.
-    pub(super) fn done(&mut self, next: NextDue) {
+    /// A worker has finished its attempt at a destination. Mail that was found for it meanwhile, the worker may not have seen.
+    pub(super) fn done(&mut self, next: NextDue, spool: &Spool, index: &SharedIndex) {
         self.busy.remove(&next.destination);
+        if self.news.remove(&next.destination) {
+            self.find_due(next.destination.clone(), spool, index);
+        }
         self.add(next.destination, next.due);
+    }
+
+    /// Finds out when a destination is due.
+    fn find_due(&mut self, domain: Domain, spool: &Spool, index: &SharedIndex) {
+        match spool.outgoing_due(&domain, index) {
+            Ok(due) => self.add(domain, due),
+            Err(error) => log_failed(domain.as_str(), &error),
+        }
     }
 
     /// Whether a worker has the destination.
@@ -178,12 +190,24 @@ impl DestinationTable {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::config::Config;
     use crate::ids::Ids;
 
     fn domain(name: &str) -> Domain {
         Domain::parse(name).unwrap()
+    }
+
+    /// A provider of this directory.
+    fn spool(directory: &Path) -> Spool {
+        let text = "hostname = \"relay.example.net\"\nspool = \".\"\ncustomers = \"customers.d\"\n[odmr]\nrequire-tls = false\n";
+        std::fs::create_dir(directory.join("customers.d")).unwrap();
+        let path = directory.join("provider.toml");
+        std::fs::write(&path, text).unwrap();
+        let Config::Provider(config) = Config::load(&path).unwrap() else { panic!("a customer") };
+        Spool::new(&config, &Ids::system(|octets| octets.fill(1)))
     }
 
     fn mail(time: SystemTime) -> QueueDue {
@@ -195,7 +219,10 @@ mod tests {
         let (now, a, b) = (SystemTime::now(), domain("a.example"), domain("b.example"));
         let later = now + Duration::from_secs(60);
         let next = |due| NextDue { destination: domain("a.example"), due };
-        let mut table = DestinationTable::default();
+        let (directory, index, mut table) =
+            (tempfile::tempdir().unwrap(), SharedIndex::default(), DestinationTable::default());
+        let spool = spool(directory.path());
+        let done = |table: &mut DestinationTable, due| table.done(next(due), &spool, &index);
         let take = |table: &mut DestinationTable, now| table.take_due(now, AttemptKind::Mail, &|_| false);
         assert_eq!(take(&mut table, now), None);
         table.arrived(a.clone(), false, None);
@@ -204,13 +231,13 @@ mod tests {
         // While a worker has it, more mail makes it due again at once, but not twice.
         table.arrived(a.clone(), false, None);
         assert_eq!(take(&mut table, soon), None);
-        table.done(next(mail(later)));
+        done(&mut table, mail(later));
         assert_eq!(take(&mut table, soon), Some(a.clone()));
-        table.done(next(mail(later)));
+        done(&mut table, mail(later));
         assert_eq!(take(&mut table, soon), None);
         assert!(table.pause(now) <= Duration::from_secs(61));
         assert_eq!(take(&mut table, later), Some(a.clone()));
-        table.done(next(QueueDue::default()));
+        done(&mut table, QueueDue::default());
         assert!(table.due.is_empty() && table.busy.is_empty() && table.mail.is_empty() && table.dsns.is_empty());
         // One session for all: one job for all.
         table.arrived(a.clone(), false, None);
@@ -223,12 +250,7 @@ mod tests {
     #[test]
     fn mail_of_other_processes_is_found_also_for_destinations_that_are_due_later() {
         let directory = tempfile::tempdir().unwrap();
-        let text = "hostname = \"relay.example.net\"\nspool = \".\"\ncustomers = \"customers.d\"\n[odmr]\nrequire-tls = false\n";
-        std::fs::create_dir(directory.path().join("customers.d")).unwrap();
-        let path = directory.path().join("provider.toml");
-        std::fs::write(&path, text).unwrap();
-        let Config::Provider(config) = Config::load(&path).unwrap() else { panic!("a customer") };
-        let spool = Spool::new(&config, &Ids::system(|octets| octets.fill(1)));
+        let spool = spool(directory.path());
         let (index, a) = (SharedIndex::default(), domain("a.example"));
         let put = |directory_name: &str, file: &str, due: SystemTime| {
             let new = directory.path().join("outgoing").join(directory_name).join("new");
@@ -249,9 +271,12 @@ mod tests {
         // While a worker has it.
         put("@all", "3.a,D=a.example", now);
         assert_eq!(due_after_read(&mut table, now), None);
-        table.done(NextDue { destination: a.clone(), due: mail(later) });
-        assert_eq!(due_after_read(&mut table, now), Some(a.clone()));
-        table.done(NextDue { destination: a.clone(), due: mail(later) });
+        let done = |table: &mut DestinationTable| {
+            table.done(NextDue { destination: a.clone(), due: mail(later) }, &spool, &index);
+            table.take_due(now, AttemptKind::Mail, &|_| false)
+        };
+        assert_eq!(done(&mut table), Some(a.clone()));
+        assert_eq!(done(&mut table), None);
         assert_eq!(due_after_read(&mut table, now), None);
         put("a.example", "4.a", now);
         assert_eq!(due_after_read(&mut table, now), Some(a));
@@ -273,7 +298,9 @@ mod tests {
         assert_eq!(table.take_due(soon, AttemptKind::Mail, &slow), Some(a.clone()));
         assert_eq!(table.take_due(soon, AttemptKind::Slow, &slow), Some(b));
         // Mail that is due later does not make the DSNs urgent.
-        table.done(NextDue { destination: a, due: QueueDue { mail: Some(soon + RESCAN_INTERVAL), dsn: Some(now) } });
+        let (directory, index) = (tempfile::tempdir().unwrap(), SharedIndex::default());
+        let due = QueueDue { mail: Some(soon + RESCAN_INTERVAL), dsn: Some(now) };
+        table.done(NextDue { destination: a, due }, &spool(directory.path()), &index);
         assert_eq!(count(&table), [0, 0, 1]);
     }
 }

@@ -242,7 +242,7 @@ impl Relay {
                         under_way -= 1;
                         for next in destinations {
                             worker.hosts.set_mail_waits(next.destination.as_str(), false);
-                            table.done(next);
+                            table.done(next, &worker.spool, &worker.index);
                         }
                     }
                     RelayEvent::Reload(renewed) => worker = renewed,
