@@ -5,14 +5,15 @@
 //! networks is slowed by the account, and one who guesses at many accounts by the network.
 //!
 //! That must not lock a customer out. So the networks from which an account has authenticated are *known*: from there it waits
-//! only for failures of this account in this network. And those who wait are few, but a network with fewer failures takes the
-//! place of the one with the most.
+//! only for failures of this account in this network. And those who wait are few, but one takes the place of another that comes
+//! after it: known networks go first, then those with fewer failures, then addresses from which fewer wait. So neither guesses
+//! from everywhere nor those from the customer's own network keep it out.
 //!
 //! ```text
 //! failed 1795689600 12 network 192.0.2.0/24     time of the last failure, failures
 //! failed 1795689600 12 account DIGEST
 //! known 1795689600 0 DIGEST 192.0.2.0/24        time of a login or of the last failure, failures since the last login
-//! waits 1795689630 12 ID 192.0.2.0/24           until when, by how many failures; `gone` if another has its place
+//! waits 1795689630 12 ID 192.0.2.1              until when, by how many failures; `gone` if another has its place
 //! ```
 
 use std::fmt::{self, Write as _};
@@ -46,6 +47,9 @@ const KNOWN_LIMIT_EACH: usize = 16;
 /// Seconds after which a login from a known network is recorded again.
 const KNOWN_RENEWED_AFTER: i64 = 24 * 60 * 60;
 
+/// What stands for an address that is not known.
+const UNKNOWN: &str = "unknown";
+
 /// The addresses that count as one client.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct ClientNetwork(Option<IpAddr>);
@@ -60,11 +64,8 @@ impl ClientNetwork {
     }
 
     fn parse(text: &str) -> Option<ClientNetwork> {
-        if text == "unknown" {
-            return Some(ClientNetwork(None));
-        }
-        let address = text.split_once('/')?.0.parse().ok()?;
-        Some(ClientNetwork::of(Some(address)))
+        let address = text.split_once('/').map_or(text, |(address, _)| address);
+        Some(ClientNetwork::of(parse_address(address)?))
     }
 }
 
@@ -73,9 +74,13 @@ impl fmt::Display for ClientNetwork {
         match self.0 {
             Some(address @ IpAddr::V4(_)) => write!(f, "{address}/24"),
             Some(address @ IpAddr::V6(_)) => write!(f, "{address}/64"),
-            None => f.write_str("unknown"),
+            None => f.write_str(UNKNOWN),
         }
     }
+}
+
+fn parse_address(text: &str) -> Option<Option<IpAddr>> {
+    if text == UNKNOWN { Some(None) } else { Some(Some(text.parse().ok()?)) }
 }
 
 /// A name that a client has given, whether there is such an account or not. The file must show neither names nor secrets that
@@ -129,9 +134,9 @@ impl Count {
 #[derive(Clone, Debug)]
 struct WaitingAttempt {
     id: String,
-    network: ClientNetwork,
+    address: Option<IpAddr>,
     until: i64,
-    /// The failures that it waits for.
+    /// The failures of its network; 0: the network is known.
     failures: u32,
     /// Another attempt has its place.
     gone: bool,
@@ -142,19 +147,24 @@ struct WaitingAttempt {
 pub struct AttemptOrigin {
     /// Unique among the processes.
     pub id: String,
-    pub network: ClientNetwork,
+    /// `None`: it is not known, as of a pipe.
+    pub address: Option<IpAddr>,
     /// `None`: the client has named none, and its certificate opens none.
     pub account: Option<AccountDigest>,
 }
 
 impl AttemptOrigin {
+    fn network(&self) -> ClientNetwork {
+        ClientNetwork::of(self.address)
+    }
+
     fn known(&self) -> Option<Subject> {
-        self.account.map(|account| Subject::Known(account, self.network))
+        self.account.map(|account| Subject::Known(account, self.network()))
     }
 
     /// What its failure counts for.
     pub fn subjects(&self) -> impl Iterator<Item = Subject> {
-        [Some(Subject::Network(self.network)), self.account.map(Subject::Account)].into_iter().flatten()
+        [Some(Subject::Network(self.network())), self.account.map(Subject::Account)].into_iter().flatten()
     }
 }
 
@@ -211,15 +221,15 @@ impl LoginTable {
                     self.open.push((attempt.id.clone(), known));
                     return Admission::Free { counted: false };
                 }
-                (failures, delay(failures))
+                (0, delay(failures))
             }
             None => {
                 let most = attempt.subjects().map(|subject| self.most(&subject, now)).max().unwrap_or(0);
-                (self.left(&Subject::Network(attempt.network), now) + 1, delay(most + 1))
+                (self.left(&Subject::Network(attempt.network()), now) + 1, delay(most + 1))
             }
         };
         if seconds > 0 && !self.reserve(attempt, failures, now + i64::from(seconds), now) {
-            self.add(Subject::Rejected(attempt.network), u32::MAX, now);
+            self.add(Subject::Rejected(attempt.network()), u32::MAX, now);
             return Admission::Rejected;
         }
         self.count(attempt, now);
@@ -238,7 +248,7 @@ impl LoginTable {
         }
         // The failures of the network and of the account stay: one who has an account must not clear its network by logging in.
         if let AttemptEnd::Succeeded(account) = end {
-            self.learn(account, attempt.network, now);
+            self.learn(account, attempt.network(), now);
         }
     }
 
@@ -307,28 +317,34 @@ impl LoginTable {
         self.settle(now);
     }
 
-    /// Finds a place for an attempt that waits. `failures`: those that it is compared by. Returns whether there is one.
+    /// Finds a place for an attempt that waits. `failures`: as [`WaitingAttempt::failures`]. Returns whether there is one.
     fn reserve(&mut self, attempt: &AttemptOrigin, failures: u32, until: i64, now: i64) -> bool {
-        let AttemptOrigin { id, network, .. } = attempt.clone();
+        let AttemptOrigin { id, address, .. } = attempt.clone();
         let there = || self.waiting.iter().enumerate().filter(|(_, waiting)| !waiting.gone);
-        if there().filter(|(_, waiting)| waiting.network == network).count() >= WAITING_LIMIT_EACH {
-            return false;
-        }
-        if there().count() >= WAITING_LIMIT {
-            // Otherwise those who use up all places would lock out every customer from a new network. Among networks that have
-            // guessed as often, one that did not come in vain before goes first.
-            let order = |failures, network| (failures, self.left(&Subject::Rejected(network), now));
-            let all = there().map(|(at, waiting)| (order(waiting.failures, waiting.network), at));
-            match all.max().filter(|(most, _)| *most > order(failures, network)) {
+        let is_near = |waiting: &WaitingAttempt| ClientNetwork::of(waiting.address) == attempt.network();
+        let is_full_near = there().filter(|(_, waiting)| is_near(waiting)).count() >= WAITING_LIMIT_EACH;
+        if is_full_near || there().count() >= WAITING_LIMIT {
+            // Otherwise those who use up all places would lock out every customer from a new network. Among those that have
+            // guessed as often, one from a network that did not come in vain before goes first.
+            let order = |failures: u32, address, more| {
+                // Of one network the later attempt has more.
+                let failures = if is_full_near { failures.min(1) } else { failures };
+                let places = there().filter(|(_, waiting)| waiting.address == address).count() + more;
+                (failures, places, self.left(&Subject::Rejected(ClientNetwork::of(address)), now))
+            };
+            let all = there().filter(|(_, waiting)| !is_full_near || is_near(waiting));
+            let last = all.map(|(at, waiting)| (order(waiting.failures, waiting.address, 0), at)).max();
+            match last.filter(|(last, _)| *last > order(failures, address, 1)) {
                 Some((_, at)) => {
                     self.waiting[at].gone = true;
-                    self.add(Subject::Rejected(self.waiting[at].network), u32::MAX, now);
+                    let network = ClientNetwork::of(self.waiting[at].address);
+                    self.add(Subject::Rejected(network), u32::MAX, now);
                 }
                 None => return false,
             }
         }
         // A second more: of the clock, only whole seconds are known.
-        self.waiting.push(WaitingAttempt { id, network, until: until + 1, failures, gone: false });
+        self.waiting.push(WaitingAttempt { id, address, until: until + 1, failures, gone: false });
         let mut gone = self.waiting.iter().filter(|waiting| waiting.gone);
         if gone.clone().count() > WAITING_LIMIT
             && let Some(first) = gone.next().map(|first| first.id.clone())
@@ -393,9 +409,10 @@ impl LoginTable {
                 Subject::Rejected(_) => Ok(()),
             };
         }
-        for WaitingAttempt { id, network, until, failures, gone } in &self.waiting {
+        for WaitingAttempt { id, address, until, failures, gone } in &self.waiting {
             let word = if *gone { "gone" } else { "waits" };
-            let _ = writeln!(text, "{word} {until} {failures} {id} {network}");
+            let address = address.map_or_else(|| UNKNOWN.to_owned(), |address| address.to_string());
+            let _ = writeln!(text, "{word} {until} {failures} {id} {address}");
         }
         text
     }
@@ -421,8 +438,8 @@ impl LoginTable {
             ("failed", "account") => Subject::Account(parse_digest(second)?),
             ("known", digest) => Subject::Known(parse_digest(digest)?, ClientNetwork::parse(second)?),
             ("waits" | "gone", id) if self.waiting.len() < 2 * WAITING_LIMIT => {
-                let (id, network) = (id.to_owned(), ClientNetwork::parse(second)?);
-                self.waiting.push(WaitingAttempt { id, network, until: at, failures: count, gone: *word == "gone" });
+                let (id, address) = (id.to_owned(), parse_address(second)?);
+                self.waiting.push(WaitingAttempt { id, address, until: at, failures: count, gone: *word == "gone" });
                 return Some(());
             }
             _ => return None,

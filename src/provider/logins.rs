@@ -417,8 +417,7 @@ mod tests {
 
     /// An attempt by a client that stays.
     fn begin(logins: &Arc<Logins>, id: &str, address: &str) -> Result<LoginAttempt, Undecided> {
-        let network = ClientNetwork::of(Some(address.parse().unwrap()));
-        let attempt = AttemptOrigin { id: id.to_owned(), network, account: Some(ACME) };
+        let attempt = AttemptOrigin { id: id.to_owned(), address: address.parse().ok(), account: Some(ACME) };
         let (input, _output) = platform::pipe().unwrap();
         LoginAttempt::wait(logins, attempt, input.as_fd(), &CancelToken::new().unwrap(), &|_, _| {})
     }
@@ -480,8 +479,7 @@ mod tests {
     }
 
     fn attempt(number: u32) -> AttemptOrigin {
-        let network = ClientNetwork::of(Some("192.0.2.1".parse().unwrap()));
-        AttemptOrigin { id: number.to_string(), network, account: Some(ACME) }
+        AttemptOrigin { id: number.to_string(), address: "192.0.2.1".parse().ok(), account: Some(ACME) }
     }
 
     /// A disk never delays a login for long.

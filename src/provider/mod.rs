@@ -55,7 +55,6 @@ use crate::sasl::Mechanism;
 use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
 use delivery::DeliveryThread;
-use login_table::ClientNetwork;
 use logins::Logins;
 use rates::SubmissionRates;
 use relay::Relay;
@@ -383,7 +382,6 @@ fn serve(
     accepted: Option<&Arc<AcceptedConnection>>,
 ) {
     let begun = Instant::now();
-    let network = ClientNetwork::of(address);
     let peer = address.map_or_else(|| "[unknown]".to_owned(), literal);
     let id = connection.as_ref().map_or_else(|_| "-".to_owned(), |connection| connection.trace.id.clone());
     let name = listener.name();
@@ -393,7 +391,7 @@ fn serve(
     let mut reason = match (session, listener) {
         (Err(error), _) => error.to_string(),
         (Ok(session), Listener::Inbound) => inbound::serve(reloader, session),
-        (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(reloader, session, network),
+        (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(reloader, session, address),
     };
     // The error of a handshake that was cut short would blame the client.
     if accepted.is_some_and(|accepted| accepted.is_displaced()) {

@@ -17,11 +17,12 @@
 //! ```
 
 use std::cell::RefCell;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::accept::{self, HeaderPolicy, HeldQueues};
-use super::login_table::{AttemptEnd, AttemptOrigin, ClientNetwork};
+use super::login_table::{AttemptEnd, AttemptOrigin};
 use super::logins::{LoginAttempt, Undecided};
 use super::reload::Reloader;
 use super::shared::{Lasting, Shared};
@@ -43,14 +44,14 @@ use crate::smtp::status::{is_no_mail, is_too_soon, too_soon_reply};
 use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
-pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>, network: ClientNetwork) -> String {
+pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>, address: Option<IpAddr>) -> String {
     let mut handler = OdmrHandler {
         reloader,
         shared: reloader.current(),
         held: HeldQueues::default(),
         rate: None,
         client: OdmrClient {
-            network,
+            address,
             session: session.connection.trace.id.clone(),
             peer: session.peer.clone(),
             input: session.connection.share_input(),
@@ -191,7 +192,8 @@ struct OdmrHandler<'a> {
 
 /// Where attempts to authenticate come from.
 struct OdmrClient {
-    network: ClientNetwork,
+    /// `None`: it is not known, as of a pipe.
+    address: Option<IpAddr>,
     /// The id of the session, and the client's address as a literal, for the log.
     session: String,
     peer: String,
@@ -207,7 +209,7 @@ impl OdmrHandler<'_> {
     /// It must not be decided, and the session ends.
     fn wait_for_attempt(&self, shared: &Shared, name: Option<&str>) -> Result<(), Unavailable> {
         let Lasting { verifiers, logins, ids, cancel, .. } = &shared.lasting;
-        let OdmrClient { network, session, peer, input } = &self.client;
+        let OdmrClient { address, session, peer, input } = &self.client;
         // One that the client has given up counts as a failure.
         self.attempt.replace(None);
         let account = name.map(|name| name_digest(verifiers.key(&|| shared.spool.login_key(ids)), name));
@@ -223,7 +225,7 @@ impl OdmrHandler<'_> {
                 ),
             }
         };
-        let attempt = AttemptOrigin { id: session.clone(), network: *network, account };
+        let attempt = AttemptOrigin { id: session.clone(), address: *address, account };
         let waited = LoginAttempt::wait(logins, attempt, input.as_fd(), cancel, &log);
         let result = waited.as_ref().map(|_| ()).map_err(|_| Unavailable);
         self.attempt.replace(Some(waited));

@@ -10,7 +10,7 @@ fn network(text: &str) -> ClientNetwork {
 }
 
 fn attempt(id: &str, account: u8, address: &str) -> AttemptOrigin {
-    AttemptOrigin { id: id.to_owned(), network: network(address), account: Some([account; 16]) }
+    AttemptOrigin { id: id.to_owned(), address: Some(address.parse().unwrap()), account: Some([account; 16]) }
 }
 
 /// What a wrong secret costs: `None` if it is rejected.
@@ -76,7 +76,7 @@ fn networks_are_a_24_or_a_64() {
         assert_eq!(ClientNetwork::parse(text), Some(network(address)));
     }
     assert_eq!(ClientNetwork::parse("unknown"), Some(ClientNetwork::of(None)));
-    assert_eq!(ClientNetwork::parse("192.0.2.0"), None);
+    assert_eq!(ClientNetwork::parse("192.0.2"), None);
 }
 
 #[test]
@@ -218,22 +218,54 @@ fn among_equals_the_one_that_did_not_come_in_vain_before_goes_first() {
     assert!(!table.is_displaced("customer"));
 }
 
+/// Guesses from a customer's own network, by one client that has all its places.
+#[test]
+fn an_address_does_not_keep_the_others_of_its_network_out() {
+    let mut table = LoginTable::default();
+    let mut begin = |id: String, address| table.begin(&attempt(&id, ACME, address), NOW);
+    (0..20).for_each(|number| drop(format!("{:?}", begin(format!("a{number}"), "203.0.113.66"))));
+    assert_eq!(begin("a20".to_owned(), "203.0.113.66"), Admission::Rejected);
+    assert_eq!(begin("customer".to_owned(), "203.0.113.1"), Admission::Delayed(30));
+    (21..40).for_each(|number| assert_eq!(begin(format!("a{number}"), "203.0.113.66"), Admission::Rejected));
+    let table = reread(&table);
+    assert!(!table.is_displaced("customer"));
+    assert_eq!((0..20).filter(|number| table.is_displaced(&format!("a{number}"))).count(), 1);
+}
+
+/// A customer whose secret was wrong for days, and is mended while others guess from everywhere.
+#[test]
+fn a_known_network_goes_before_the_others() {
+    let mut table = LoginTable::default();
+    log_in(&mut table, 2, "203.0.113.1", NOW);
+    for _ in 0..100 {
+        guess(&mut table, 2, "203.0.113.1", NOW);
+    }
+    guess_often(&mut table, 20);
+    for number in 0..100 {
+        table.begin(&attempt(&format!("a{number}"), ACME, &format!("10.0.{number}.1")), NOW);
+    }
+    assert_eq!(table.begin(&attempt("customer", 2, "203.0.113.1"), NOW), Admission::Delayed(30));
+    for number in 0..100 {
+        table.begin(&attempt(&format!("b{number}"), ACME, &format!("10.1.{number}.1")), NOW);
+    }
+    assert!(!table.is_displaced("customer"));
+}
+
 #[test]
 fn what_is_counted_is_bounded_and_what_is_invented_clears_nothing() {
     let mut table = LoginTable::default();
     guess_often(&mut table, 20);
     log_in(&mut table, ACME, "203.0.113.1", NOW);
     let invented = |number: u32| {
-        let address = Ipv6Addr::from_bits(0x2001_0db8_u128 << 96 | u128::from(number) << 64).into();
-        let (network, account) = (ClientNetwork::of(Some(address)), Some(u128::from(number).to_le_bytes()));
-        AttemptOrigin { id: "invented".to_owned(), network, account }
+        let address = Some(Ipv6Addr::from_bits(0x2001_0db8_u128 << 96 | u128::from(number) << 64).into());
+        AttemptOrigin { id: "invented".to_owned(), address, account: Some(u128::from(number).to_le_bytes()) }
     };
     for number in 0..2000 {
         let attempt = invented(number);
         let counted = !matches!(table.begin(&attempt, NOW + 1), Admission::Rejected);
         table.end(&attempt, counted, AttemptEnd::Failed, NOW + 1);
         // This one has its own account, and logs in from everywhere.
-        table.learn([9; 16], attempt.network, NOW + 1);
+        table.learn([9; 16], attempt.network(), NOW + 1);
     }
     let text = table.text();
     let lines = text.lines().filter(|line| !line.starts_with("waits"));
