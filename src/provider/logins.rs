@@ -289,12 +289,12 @@ pub enum Undecided {
     ClientGone,
 }
 
-/// One attempt of a session. If it is dropped, it has failed.
+/// One attempt of a session. It ends when it is dropped.
 pub struct LoginAttempt {
     logins: Arc<Logins>,
     attempt: AttemptOrigin,
     counted: bool,
-    ended: bool,
+    end: AttemptEnd,
 }
 
 impl LoginAttempt {
@@ -310,7 +310,7 @@ impl LoginAttempt {
         let begun = Instant::now();
         let admission = logins.begin(&attempt);
         let counted = !matches!(admission, Admission::Rejected | Admission::Free { counted: false });
-        let attempt = LoginAttempt { logins: logins.clone(), attempt, counted, ended: false };
+        let attempt = LoginAttempt { logins: logins.clone(), attempt, counted, end: AttemptEnd::Withdrawn };
         let seconds = match admission {
             Admission::Free { .. } => return Ok(attempt),
             Admission::Delayed(seconds) => Some(seconds),
@@ -319,17 +319,9 @@ impl LoginAttempt {
         if let Some(others) = logins.may_log(&attempt.attempt) {
             log(seconds, others);
         }
-        let waited = match seconds {
-            Some(seconds) => attempt.wait_until(begun + Duration::from_secs(seconds.into()), input, cancel),
-            None => Err(Undecided::TooMany),
-        };
-        match waited {
-            Ok(()) => Ok(attempt),
-            Err(undecided) => {
-                attempt.end(AttemptEnd::Withdrawn);
-                Err(undecided)
-            }
-        }
+        let seconds = seconds.ok_or(Undecided::TooMany)?;
+        attempt.wait_until(begun + Duration::from_secs(seconds.into()), input, cancel)?;
+        Ok(attempt)
     }
 
     fn wait_until(&self, deadline: Instant, input: BorrowedFd<'_>, cancel: &CancelToken) -> Result<(), Undecided> {
@@ -355,22 +347,16 @@ impl LoginAttempt {
         }
     }
 
-    /// The attempt has ended.
+    /// Ends the attempt. Without this it is withdrawn.
     pub fn end(mut self, end: AttemptEnd) {
-        self.finish(end);
-    }
-
-    fn finish(&mut self, end: AttemptEnd) {
-        if !std::mem::replace(&mut self.ended, true) {
-            let (attempt, counted) = (self.attempt.clone(), self.counted);
-            self.logins.change(Change::End { attempt, counted, end });
-        }
+        self.end = end;
     }
 }
 
 impl Drop for LoginAttempt {
     fn drop(&mut self) {
-        self.finish(AttemptEnd::Failed);
+        let LoginAttempt { attempt, counted, end, .. } = self;
+        self.logins.change(Change::End { attempt: attempt.clone(), counted: *counted, end: *end });
     }
 }
 
@@ -435,9 +421,9 @@ mod tests {
         begin(&one, "a", "203.0.113.1").unwrap().end(AttemptEnd::Succeeded(ACME));
         one.synchronise();
         for (logins, id) in [(&other, "b"), (&one, "c"), (&process(root.path()), "d")] {
-            assert!(is_quick(|| drop(begin(logins, id, "192.0.2.1").unwrap())));
+            assert!(is_quick(|| begin(logins, id, "192.0.2.1").unwrap().end(AttemptEnd::Failed)));
         }
-        assert!(!is_quick(|| drop(begin(&other, "e", "192.0.2.1").unwrap())));
+        assert!(!is_quick(|| begin(&other, "e", "192.0.2.1").unwrap().end(AttemptEnd::Failed)));
         let new = process(root.path());
         new.synchronise();
         assert!(new.knows("203.0.113.200".parse().unwrap()) && !new.knows("192.0.2.1".parse().unwrap()));

@@ -62,6 +62,8 @@ pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>, address: Opti
     loop {
         let end = session.run(&mut handler);
         let SessionEnd::Atrn(domains) = end else {
+            // An attempt that the client has given up ends before its connection.
+            drop(handler);
             session.close();
             return end.to_string();
         };
@@ -210,8 +212,6 @@ impl OdmrHandler<'_> {
     fn wait_for_attempt(&self, shared: &Shared, name: Option<&str>) -> Result<(), Unavailable> {
         let Lasting { verifiers, logins, ids, cancel, .. } = &shared.lasting;
         let OdmrClient { address, session, peer, input } = &self.client;
-        // One that the client has given up counts as a failure.
-        self.attempt.replace(None);
         let account = name.map(|name| name_digest(verifiers.key(&|| shared.spool.login_key(ids)), name));
         let log = |seconds: Option<u32>, times: usize| {
             let account = quoted(name.unwrap_or_default());

@@ -201,7 +201,7 @@ impl ServerSession {
                     self.note_command();
                     step
                 }
-                None => self.server.line_too_long(),
+                None => self.server.line_too_long(handler),
             };
             if self.server.transaction().is_none() {
                 self.chunks = None;

@@ -109,8 +109,8 @@ pub trait SessionHandler {
         true
     }
 
-    /// Observes each step of an authentication; `None`: the client has cancelled it. Returns the reply that ends the session in
-    /// place of what follows from the step.
+    /// Observes each step of an authentication; `None`: the client has cancelled it, or its line is not a response. Returns the
+    /// reply that ends the session in place of what follows from the step.
     fn authentication_step(&mut self, _step: Option<&ExchangeStep>) -> Option<Reply> {
         None
     }
@@ -371,9 +371,12 @@ impl Server {
     }
 
     /// Rejects a line longer than [`limits::COMMAND_LINE`] (RFC 5321 section 4.5.3.1.9, RFC 4954 section 4).
-    pub fn line_too_long(&mut self) -> ServerStep {
+    pub fn line_too_long(&mut self, handler: &mut dyn SessionHandler) -> ServerStep {
         let reply = match self.exchange.take() {
-            Some(_) => Reply::new(500, "5.5.6", "Authentication exchange line is too long"),
+            Some(_) => {
+                handler.authentication_step(None);
+                Reply::new(500, "5.5.6", "Authentication exchange line is too long")
+            }
             None => Reply::new(500, "5.5.2", "Line is too long"),
         };
         self.count_errors(ServerStep::Reply(reply))
@@ -652,7 +655,10 @@ impl Server {
         }
         match data_encoding::BASE64.decode(line) {
             Ok(response) => self.auth_step(exchange, &response, handler),
-            Err(_) => ServerStep::Reply(Reply::new(501, "5.5.2", "That is not base64")),
+            Err(_) => {
+                handler.authentication_step(None);
+                ServerStep::Reply(Reply::new(501, "5.5.2", "That is not base64"))
+            }
         }
     }
 

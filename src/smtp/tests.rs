@@ -695,9 +695,9 @@ fn every_reply_to_auth() {
     server.line(b"EHLO a", &mut ScriptedHandler::default());
     server.line(b"AUTH PLAIN", &mut ScriptedHandler::default());
     assert!(server.in_auth());
-    assert_eq!(served(&server.line_too_long()), "500 5.5.6");
+    assert_eq!(served(&server.line_too_long(&mut ScriptedHandler::default())), "500 5.5.6");
     assert!(!server.in_auth());
-    assert_eq!(served(&server.line_too_long()), "500 5.5.2");
+    assert_eq!(served(&server.line_too_long(&mut ScriptedHandler::default())), "500 5.5.2");
 }
 
 #[test]
