@@ -149,8 +149,7 @@ pub struct AttemptOrigin {
     pub id: String,
     /// `None`: it is not known, as of a pipe.
     pub address: Option<IpAddr>,
-    /// `None`: the client has named none, and its certificate opens none.
-    pub account: Option<AccountDigest>,
+    pub account: AccountDigest,
 }
 
 impl AttemptOrigin {
@@ -158,13 +157,13 @@ impl AttemptOrigin {
         ClientNetwork::of(self.address)
     }
 
-    fn known(&self) -> Option<Subject> {
-        self.account.map(|account| Subject::Known(account, self.network()))
+    fn known(&self) -> Subject {
+        Subject::Known(self.account, self.network())
     }
 
     /// What its failure counts for.
-    pub fn subjects(&self) -> impl Iterator<Item = Subject> {
-        [Some(Subject::Network(self.network())), self.account.map(Subject::Account)].into_iter().flatten()
+    pub fn subjects(&self) -> [Subject; 2] {
+        [Subject::Network(self.network()), Subject::Account(self.account)]
     }
 }
 
@@ -182,8 +181,8 @@ pub enum Admission {
 /// How an attempt has ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AttemptEnd {
-    /// The client is authenticated as this account.
-    Succeeded(AccountDigest),
+    /// The client is authenticated.
+    Succeeded,
     Failed,
     /// No secret was tested.
     Withdrawn,
@@ -211,7 +210,7 @@ impl LoginTable {
     /// Begins an attempt: it counts as a failure from now on, so that many at once are not all free.
     pub fn begin(&mut self, attempt: &AttemptOrigin, now: i64) -> Admission {
         self.settle(now);
-        let (failures, seconds) = match attempt.known().filter(|known| self.find(known).is_some()) {
+        let (failures, seconds) = match Some(attempt.known()).filter(|known| self.find(known).is_some()) {
             Some(known) => {
                 let others = self.open.iter().filter(|(id, open)| *open == known && *id != attempt.id).count();
                 let failures = self.left(&known, now) + 1 + u32::try_from(others).unwrap_or(MOST_FAILURES);
@@ -224,7 +223,7 @@ impl LoginTable {
                 (0, delay(failures))
             }
             None => {
-                let most = attempt.subjects().map(|subject| self.most(&subject, now)).max().unwrap_or(0);
+                let most = attempt.subjects().iter().map(|subject| self.most(subject, now)).max().unwrap_or(0);
                 (self.left(&Subject::Network(attempt.network()), now) + 1, delay(most + 1))
             }
         };
@@ -242,13 +241,13 @@ impl LoginTable {
         self.waiting.retain(|waiting| waiting.id != attempt.id);
         self.open.retain(|(id, _)| *id != attempt.id);
         match (end, counted) {
-            (AttemptEnd::Failed, true) | (AttemptEnd::Withdrawn | AttemptEnd::Succeeded(_), false) => {}
+            (AttemptEnd::Failed, true) | (AttemptEnd::Withdrawn | AttemptEnd::Succeeded, false) => {}
             (AttemptEnd::Failed, false) => self.count(attempt, now),
-            (AttemptEnd::Withdrawn | AttemptEnd::Succeeded(_), true) => self.uncount(attempt, now),
+            (AttemptEnd::Withdrawn | AttemptEnd::Succeeded, true) => self.uncount(attempt, now),
         }
         // The failures of the network and of the account stay: one who has an account must not clear its network by logging in.
-        if let AttemptEnd::Succeeded(account) = end {
-            self.learn(account, attempt.network(), now);
+        if end == AttemptEnd::Succeeded {
+            self.learn(attempt.account, attempt.network(), now);
         }
     }
 
@@ -303,13 +302,13 @@ impl LoginTable {
 
     /// Counts a failure of the network, of the account, and of both if the network is known.
     fn count(&mut self, attempt: &AttemptOrigin, now: i64) {
-        let known = attempt.known().filter(|known| self.find(known).is_some());
-        attempt.subjects().chain(known).for_each(|subject| self.add(subject, MOST_FAILURES, now));
+        let known = Some(attempt.known()).filter(|known| self.find(known).is_some());
+        attempt.subjects().into_iter().chain(known).for_each(|subject| self.add(subject, MOST_FAILURES, now));
     }
 
     /// Takes that back.
     fn uncount(&mut self, attempt: &AttemptOrigin, now: i64) {
-        for subject in attempt.subjects().chain(attempt.known()) {
+        for subject in attempt.subjects().into_iter().chain([attempt.known()]) {
             if let Some(at) = self.find(&subject) {
                 self.counts[at].count = self.counts[at].count.saturating_sub(1);
             }

@@ -209,6 +209,7 @@ impl PreparedProvider {
         let PreparedProvider { shared, delivery, relay, listeners, .. } = self;
         shared.spool.recount();
         shared.record_reload(None);
+        shared.read_login_key();
         // Room is kept for networks that are known.
         shared.lasting.logins.synchronise();
         log_skipped(&shared.config);
@@ -276,6 +277,9 @@ impl PreparedProvider {
         let worker = Builder::new().spawn(move || {
             let SupervisedConnection { input, output, peer } = connection;
             let trace = trace(&shared, listener);
+            if listener != Listener::Inbound {
+                shared.read_login_key();
+            }
             serve(&Reloader::new(shared), listener, Ok(Connection::over(input, output, trace)), peer, None);
         })?;
         delivery.run();

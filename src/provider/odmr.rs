@@ -204,17 +204,21 @@ struct OdmrClient {
 }
 
 impl OdmrHandler<'_> {
+    fn origin(&self, name: &str) -> Result<AttemptOrigin, Unavailable> {
+        let account = name_digest(self.shared.lasting.verifiers.key()?, name);
+        Ok(AttemptOrigin { id: self.client.session.clone(), address: self.client.address, account })
+    }
+
     /// Waits until an AUTH command may be decided, which tries secrets for the account of this name: before anything is
     /// verified, so that the time tells nothing about the result.
     ///
     /// # Errors
     /// It must not be decided, and the session ends.
-    fn wait_for_attempt(&self, shared: &Shared, name: Option<&str>) -> Result<(), Unavailable> {
-        let Lasting { verifiers, logins, ids, cancel, .. } = &shared.lasting;
-        let OdmrClient { address, session, peer, input } = &self.client;
-        let account = name.map(|name| name_digest(verifiers.key(&|| shared.spool.login_key(ids)), name));
+    fn wait_for_attempt(&self, name: &str) -> Result<(), Unavailable> {
+        let Lasting { logins, cancel, .. } = &self.shared.lasting;
+        let OdmrClient { session, peer, input, .. } = &self.client;
         let log = |seconds: Option<u32>, times: usize| {
-            let account = quoted(name.unwrap_or_default());
+            let account = quoted(name);
             match seconds {
                 Some(seconds) => log::warn!(
                     "event=auth-slowed session={session} peer={peer} account={account} duration={seconds} times={times}"
@@ -225,8 +229,7 @@ impl OdmrHandler<'_> {
                 ),
             }
         };
-        let attempt = AttemptOrigin { id: session.clone(), address: *address, account };
-        let waited = LoginAttempt::wait(logins, attempt, input.as_fd(), cancel, &log);
+        let waited = LoginAttempt::wait(logins, self.origin(name)?, input.as_fd(), cancel, &log);
         let result = waited.as_ref().map(|_| ()).map_err(|_| Unavailable);
         self.attempt.replace(Some(waited));
         result
@@ -237,8 +240,7 @@ impl OdmrHandler<'_> {
 /// before.
 impl CredentialStore for OdmrHandler<'_> {
     fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
-        let shared = self.reloader.current();
-        self.wait_for_attempt(&shared, Some(name))?;
+        self.wait_for_attempt(name)?;
         // The wait was long enough for a reload.
         self.reloader.current().config.accounts.credentials(name)
     }
@@ -246,10 +248,7 @@ impl CredentialStore for OdmrHandler<'_> {
     fn account_of(
         &self, certificate: &CertificateDigests, wanted: Option<&str>,
     ) -> Result<Option<String>, Unavailable> {
-        let shared = self.reloader.current();
-        let found = shared.config.accounts.account_of(certificate, wanted)?;
-        self.wait_for_attempt(&shared, wanted.or(found.as_deref()))?;
-        // The wait was long enough for a reload.
+        // Nobody can guess a certificate, so none waits: then guesses of its secret never delay a customer that has one.
         self.reloader.current().config.accounts.account_of(certificate, wanted)
     }
 
@@ -258,10 +257,10 @@ impl CredentialStore for OdmrHandler<'_> {
     }
 
     fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
-        self.wait_for_attempt(&self.reloader.current(), Some(name))?;
+        self.wait_for_attempt(name)?;
         // The wait was long enough for a reload.
-        let Shared { config, spool, lasting: Lasting { verifiers, ids, .. }, .. } = &*self.reloader.current();
-        verifiers.find(&config.accounts, name, &|| spool.login_key(ids))
+        let Shared { config, lasting, .. } = &*self.reloader.current();
+        lasting.verifiers.find(&config.accounts, name)
     }
 
     fn salted_password(&self, secret: &[u8], verifier: &ScramVerifier) -> Result<[u8; 32], Unavailable> {
@@ -295,26 +294,27 @@ impl SessionHandler for OdmrHandler<'_> {
     fn authentication_step(&mut self, step: Option<&ExchangeStep>) -> Option<Reply> {
         let end = match step {
             Some(ExchangeStep::Challenge(_)) => return None,
-            Some(ExchangeStep::Done(account)) => {
-                let (Shared { spool, lasting, .. }, name) = (&*self.reloader.current(), account);
-                let key = lasting.verifiers.key(&|| spool.login_key(&lasting.ids));
-                AttemptEnd::Succeeded(name_digest(key, name))
-            }
+            Some(ExchangeStep::Done(_)) => AttemptEnd::Succeeded,
             Some(ExchangeStep::Failed(_)) => AttemptEnd::Failed,
             // No secret was compared.
             None | Some(ExchangeStep::Malformed | ExchangeStep::Unavailable) => AttemptEnd::Withdrawn,
         };
-        match self.attempt.take()? {
-            Ok(attempt) => {
-                attempt.end(end);
-                None
-            }
+        match (self.attempt.take(), step) {
+            (Some(Ok(attempt)), _) => attempt.end(end),
             // RFC 5321 section 3.8.
-            Err(Undecided::Stopping) => Some(Reply::new(421, "4.3.2", "Service shutting down, try again later")),
-            Err(Undecided::TooMany | Undecided::ClientGone) => {
-                Some(Reply::new(421, "4.7.0", "Too many failed authentications, try again later"))
+            (Some(Err(Undecided::Stopping)), _) => {
+                return Some(Reply::new(421, "4.3.2", "Service shutting down, try again later"));
             }
+            (Some(Err(Undecided::TooMany | Undecided::ClientGone)), _) => {
+                return Some(Reply::new(421, "4.7.0", "Too many failed authentications, try again later"));
+            }
+            // By EXTERNAL.
+            (None, Some(ExchangeStep::Done(account))) => {
+                self.origin(account).into_iter().for_each(|origin| self.shared.lasting.logins.learn(origin));
+            }
+            (None, _) => {}
         }
+        None
     }
 
     /// Checks that the customer may submit mail with this sender (RFC 6409 section 6.1), and now.

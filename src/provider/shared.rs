@@ -54,6 +54,11 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Reads the key that the sessions on port 366 need.
+    pub fn read_login_key(&self) {
+        self.lasting.verifiers.set_key(self.spool.login_key(&self.lasting.ids));
+    }
+
     /// Checks that the disk has room for a message of the size that MAIL announces (RFC 1870 section 6.1).
     ///
     /// # Errors

@@ -123,7 +123,8 @@ impl Spool {
         &self.queue
     }
 
-    /// The secret key of which salts and digests of names are made, the same in each process. If it cannot be stored, it is of this process only.
+    /// The secret key of which salts and digests of names are made, the same in each process. If it cannot be stored, it is of
+    /// this process only.
     pub fn login_key(&self, ids: &Ids) -> [u8; 32] {
         let new = ids.key();
         maildir::state_key(&self.root, "scram-key", new).unwrap_or_else(|error| {

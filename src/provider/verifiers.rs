@@ -21,7 +21,6 @@ const WORK_WAIT: Duration = Duration::from_secs(30);
 /// Finds and makes verifiers, and limits how many sessions compute at once. It lasts over reloads.
 #[derive(Default)]
 pub struct Verifiers {
-    /// The key of the salts, and of digests of names.
     key: OnceLock<[u8; 32]>,
     running: Mutex<usize>,
     ended: Condvar,
@@ -38,15 +37,13 @@ impl Drop for WorkPermit<'_> {
 }
 
 impl Verifiers {
-    /// As [`CredentialStore::verifier`](crate::sasl::CredentialStore::verifier). `key`: reads the key of the salts, once.
+    /// As [`CredentialStore::verifier`](crate::sasl::CredentialStore::verifier).
     ///
     /// # Errors
     /// The customer's file has a mistake, or too many sessions make verifiers.
-    pub fn find(
-        &self, accounts: &Accounts, name: &str, key: &dyn Fn() -> [u8; 32],
-    ) -> Result<(ScramVerifier, bool), Unavailable> {
+    pub fn find(&self, accounts: &Accounts, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
         let found = accounts.credentials(name)?.unwrap_or_default();
-        let key = self.key(key);
+        let key = self.key()?;
         // An empty secret authenticates no client, even if the configuration has one.
         let secret = found.secret.filter(|secret| !secret.is_empty());
         let made = match accounts.have_secrets() {
@@ -66,9 +63,17 @@ impl Verifiers {
         })
     }
 
-    /// The key of the salts, and of digests of names. `read`: reads it, once.
-    pub fn key(&self, read: &dyn Fn() -> [u8; 32]) -> &[u8; 32] {
-        self.key.get_or_init(read)
+    /// Sets the key, before the first session: a session that read it would wait for the disk.
+    pub fn set_key(&self, key: [u8; 32]) {
+        let _ = self.key.set(key);
+    }
+
+    /// The key of the salts, and of digests of names.
+    ///
+    /// # Errors
+    /// It was not set.
+    pub fn key(&self) -> Result<&[u8; 32], Unavailable> {
+        self.key.get().ok_or(Unavailable)
     }
 
     /// [`sasl::salted_password`], in four sessions at once.

@@ -10,7 +10,7 @@ fn network(text: &str) -> ClientNetwork {
 }
 
 fn attempt(id: &str, account: u8, address: &str) -> AttemptOrigin {
-    AttemptOrigin { id: id.to_owned(), address: Some(address.parse().unwrap()), account: Some([account; 16]) }
+    AttemptOrigin { id: id.to_owned(), address: Some(address.parse().unwrap()), account: [account; 16] }
 }
 
 /// What a wrong secret costs: `None` if it is rejected.
@@ -36,8 +36,7 @@ fn log_in(table: &mut LoginTable, account: u8, address: &str, now: i64) -> Optio
     let attempt = attempt("login", account, address);
     let admission = table.begin(&attempt, now);
     let counted = !matches!(admission, Admission::Free { counted: false });
-    let end =
-        if admission == Admission::Rejected { AttemptEnd::Withdrawn } else { AttemptEnd::Succeeded([account; 16]) };
+    let end = if admission == Admission::Rejected { AttemptEnd::Withdrawn } else { AttemptEnd::Succeeded };
     table.end(&attempt, counted && admission != Admission::Rejected, end, now);
     match admission {
         Admission::Free { .. } => Some(0),
@@ -258,7 +257,7 @@ fn what_is_counted_is_bounded_and_what_is_invented_clears_nothing() {
     log_in(&mut table, ACME, "203.0.113.1", NOW);
     let invented = |number: u32| {
         let address = Some(Ipv6Addr::from_bits(0x2001_0db8_u128 << 96 | u128::from(number) << 64).into());
-        AttemptOrigin { id: "invented".to_owned(), address, account: Some(u128::from(number).to_le_bytes()) }
+        AttemptOrigin { id: "invented".to_owned(), address, account: u128::from(number).to_le_bytes() }
     };
     for number in 0..2000 {
         let attempt = invented(number);
