@@ -1,13 +1,14 @@
-//! Who guesses secrets, and how long the next attempt waits: the rules, without a clock and without a file.
+//! How long an attempt to authenticate waits, so that nobody guesses secrets: the rules, without a clock and without a file.
 //!
 //! Failures are counted for each network (IPv4 /24, IPv6 /64) and for each account. Three are free, the fourth waits one second,
-//! and each further one twice as long, up to 30 seconds. An attempt waits for the greater of both; so one who guesses from many
-//! networks is slowed by the account, and one who guesses at many accounts by the network.
+//! and each further one twice as long, up to 30 seconds. An attempt waits for the greater of both; so a client that guesses from
+//! many networks is slowed by the account, and one that guesses at many accounts by the network.
 //!
 //! That must not lock a customer out. So the networks from which an account has authenticated are *known*: from there it waits
-//! only for failures of this account in this network. And those who wait are few, but one takes the place of another that comes
-//! after it: known networks go first, then those with fewer failures, then addresses from which fewer wait. So neither guesses
-//! from everywhere nor those from the customer's own network keep it out.
+//! only for failures of this account in this network. And few attempts wait at once, but one takes the place of another that
+//! comes after it: those from known networks go first, then those from networks with fewer failures, then those from an address
+//! (IPv6: a /48) from which fewer wait. So guesses from the customer's own network do not keep it out, nor those from many.
+//! Only an attacker with thousands of networks everywhere keeps out a customer that is not known where it is, while it goes on.
 //!
 //! ```text
 //! failed 1795689600 12 network 192.0.2.0/24     time of the last failure, failures
@@ -77,6 +78,14 @@ impl fmt::Display for ClientNetwork {
             None => f.write_str(UNKNOWN),
         }
     }
+}
+
+/// The addresses that share places of attempts that wait: one of IPv4, or a /48 of IPv6, which anybody gets for nothing.
+fn site(address: Option<IpAddr>) -> Option<IpAddr> {
+    address.map(|address| match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 80 << 80).into(),
+        address => address,
+    })
 }
 
 fn parse_address(text: &str) -> Option<Option<IpAddr>> {
@@ -328,7 +337,7 @@ impl LoginTable {
             let order = |failures: u32, address, more| {
                 // Of one network the later attempt has more.
                 let failures = if is_full_near { failures.min(1) } else { failures };
-                let places = there().filter(|(_, waiting)| waiting.address == address).count() + more;
+                let places = there().filter(|(_, waiting)| site(waiting.address) == site(address)).count() + more;
                 (failures, places, self.left(&Subject::Rejected(ClientNetwork::of(address)), now))
             };
             let all = there().filter(|(_, waiting)| !is_full_near || is_near(waiting));

@@ -1,6 +1,6 @@
-//! Slows who guesses secrets, across the processes of a spool.
+//! Slows clients that guess secrets, across the processes of a spool.
 //!
-//! Each AUTH of a client is an attempt, by the rules of [`LoginTable`]. The table is in memory and in the file
+//! Each AUTH that tries a secret is an attempt, by the rules of [`LoginTable`]. The table is in memory and in the file
 //! `SPOOL/.odmr/logins`, which `serve` and each process of `serve --inetd` read and replace under the lock of `logins.lock`.
 //! Only a thread of its own touches the disk, and ends when it has nothing to do: if the disk hangs, attempts go on with what is
 //! in memory. Nothing is fsynced: if a power cut loses the file, the counts begin anew.

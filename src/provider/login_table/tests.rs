@@ -231,6 +231,20 @@ fn an_address_does_not_keep_the_others_of_its_network_out() {
     assert_eq!((0..20).filter(|number| table.is_displaced(&format!("a{number}"))).count(), 1);
 }
 
+/// An attacker has 65,536 networks of IPv6, and uses each once.
+#[test]
+fn a_site_with_many_networks_does_not_keep_others_out() {
+    let mut table = LoginTable::default();
+    guess_often(&mut table, 20);
+    let mut begin = |id: String, address: &str| table.begin(&attempt(&id, ACME, address), NOW + 40);
+    (0..1000)
+        .for_each(|number| drop(format!("{:?}", begin(format!("a{number}"), &format!("2001:db8:1:{number:x}::1")))));
+    assert_eq!(begin("customer".to_owned(), "203.0.113.1"), Admission::Delayed(30));
+    (0..1000)
+        .for_each(|number| drop(format!("{:?}", begin(format!("b{number}"), &format!("2001:db8:1:f{number:x}::1")))));
+    assert!(!table.is_displaced("customer"));
+}
+
 /// A customer whose secret was wrong for days, and is mended while others guess from everywhere.
 #[test]
 fn a_known_network_goes_before_the_others() {
