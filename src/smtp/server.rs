@@ -255,6 +255,8 @@ pub struct Server {
     errors: usize,
     /// Rejected recipients in the whole session.
     rejections: usize,
+    /// Other replies since the last message.
+    commands: usize,
     auth_failures: usize,
     auth_attempt: Option<AuthAttempt>,
     /// An exchange has used the channel binding of this connection.
@@ -289,6 +291,7 @@ impl Server {
             transaction: None,
             errors: 0,
             rejections: 0,
+            commands: 0,
             auth_failures: 0,
             auth_attempt: None,
             binding_used: false,
@@ -367,7 +370,7 @@ impl Server {
             Some(exchange) => self.auth_response(exchange, line, handler),
             None => self.command(line, handler).unwrap_or_else(ServerStep::Reply),
         };
-        self.count_errors(step)
+        self.count_replies(step)
     }
 
     /// Rejects a line longer than [`limits::COMMAND_LINE`] (RFC 5321 section 4.5.3.1.9, RFC 4954 section 4).
@@ -379,7 +382,7 @@ impl Server {
             }
             None => Reply::new(500, "5.5.2", "Line is too long"),
         };
-        self.count_errors(ServerStep::Reply(reply))
+        self.count_replies(ServerStep::Reply(reply))
     }
 
     /// TLS has started: the server forgets everything that the client has sent in clear (RFC 3207 section 4.2).
@@ -390,7 +393,7 @@ impl Server {
     /// Ends the transaction after the reply to its content.
     pub fn end_transaction(&mut self) {
         self.transaction = None;
-        self.errors = 0;
+        (self.errors, self.commands) = (0, 0);
     }
 
     /// Rejects a chunk: the transaction ends if it was the last, and otherwise waits for RSET (RFC 3030 section 2).
@@ -704,8 +707,8 @@ impl Server {
         Reply::new(214, "2.0.0", format!("Commands: {}", words.join(" "))).with_line("See RFC 5321 and RFC 2645")
     }
 
-    /// Counts negative replies, and closes the connection of a client that gets too many.
-    fn count_errors(&mut self, step: ServerStep) -> ServerStep {
+    /// Counts negative replies, and of a stranger the others too, and closes the connection of a client that gets too many.
+    fn count_replies(&mut self, step: ServerStep) -> ServerStep {
         // What is deferred stays with the client: with 421 after so much of it, no session would get to the mail after it.
         if self.options.soft_bounce {
             return step;
@@ -713,6 +716,7 @@ impl Server {
         let reply = match &step {
             ServerStep::Reply(reply) => reply,
             ServerStep::Chunk { rejected: Some(reply), .. } => reply,
+            ServerStep::Chunk { size: 0, last: false, .. } => return self.count_command(step),
             _ => return step,
         };
         match reply.code() {
@@ -720,11 +724,29 @@ impl Server {
             // A few rejected recipients are honest mistakes, and after a rejected MAIL the rest of its group gets 503; many
             // are an attempt to find addresses (RFC 5321 section 7.3).
             503 | 550 | 551 | 553 => self.rejections += 1,
-            _ => return step,
+            // A client may send more recipients than a transaction can have (RFC 5321 section 4.5.3.1.10).
+            400..=499 => return step,
+            _ => return self.count_command(step),
         }
         let limit = self.options.max_errors;
         if self.errors >= limit || self.rejections >= limit.saturating_mul(limits::REJECTIONS_PER_ERROR) {
             return ServerStep::Close(Reply::new(421, "4.7.0", "Too many errors"));
+        }
+        step
+    }
+
+    /// Counts a command that is no error, and closes the connection of a stranger that has sent far more of them than a
+    /// message needs: with thousands of HELP in one write it would take the processor from the senders of mail (RFC 5321
+    /// section 7.8).
+    fn count_command(&mut self, step: ServerStep) -> ServerStep {
+        let is_stranger = match self.options.role {
+            ServerRole::Inbound => true,
+            ServerRole::Odmr => self.account.is_none(),
+            ServerRole::Submission | ServerRole::Customer => false,
+        };
+        self.commands += usize::from(is_stranger);
+        if self.commands > self.options.max_recipients.saturating_add(limits::COMMANDS_WITHOUT_MESSAGE) {
+            return ServerStep::Close(Reply::new(421, "4.7.0", "Too many commands without a message"));
         }
         step
     }

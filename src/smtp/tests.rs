@@ -746,6 +746,63 @@ fn too_many_failed_commands_or_recipients_close_the_session() {
 }
 
 #[test]
+fn a_stranger_that_sends_no_mail_has_a_limit_of_commands() {
+    let (hello, mail) = (["EHLO a"], ["EHLO a", MAIL.0, RCPT.0]);
+    let junk: [(&[&str], &[&str]); 9] = [
+        (&hello, &["NOOP"]),
+        (&hello, &["HELP"]),
+        (&hello, &["VRFY x"]),
+        (&hello, &["RSET"]),
+        (&[], &["EHLO a"]),
+        (&hello, &["MAIL FROM:<a@b.example> SIZE=2000"]),
+        (&hello, &[MAIL.0, "RSET"]),
+        (&mail, &[RCPT.0]),
+        (&mail, &["BDAT 0"]),
+    ];
+    let limit = 102;
+    for role in [ServerRole::Inbound, ServerRole::Submission, ServerRole::Customer] {
+        for (before, repeated) in junk {
+            let mut server = Server::new(ServerOptions { max_recipients: 2, ..server_options(role) }, under(false));
+            let lines = before.iter().chain(repeated.iter().cycle().take(limit - before.len()));
+            let mut send = |line: &str| served(&server.line(line.as_bytes(), &mut ScriptedHandler::default()));
+            lines.for_each(|line| assert!(!send(line).starts_with("close"), "{role:?} {line}"));
+            let reply = send(repeated[(limit - before.len()) % repeated.len()]);
+            assert_eq!(reply == "close 421 4.7.0", role == ServerRole::Inbound, "{role:?} {repeated:?}: {reply}");
+        }
+    }
+    // A message ends the count, and what is deferred does not count.
+    let mut server =
+        Server::new(ServerOptions { max_recipients: 2, ..server_options(ServerRole::Inbound) }, under(false));
+    let mut send =
+        |server: &mut Server, line: &str| served(&server.line(line.as_bytes(), &mut ScriptedHandler::default()));
+    send(&mut server, "EHLO a");
+    for _ in 0..3 {
+        for line in [MAIL.0, RCPT.0, "RCPT TO:<s@example.org>"] {
+            assert!(send(&mut server, line).starts_with("250"));
+        }
+        for _ in 0..300 {
+            assert_eq!(send(&mut server, "RCPT TO:<t@example.org>"), "452 4.5.3");
+        }
+        (0..90).for_each(|_| assert_eq!(send(&mut server, "NOOP"), "250 2.0.0"));
+        server.end_transaction();
+    }
+}
+
+#[test]
+fn a_stranger_on_port_366_may_repeat_commands_once_it_has_authenticated() {
+    let mut server = Server::new(server_options(ServerRole::Odmr), under(true));
+    let mut send = |line: &str| served(&server.line(line.as_bytes(), &mut ScriptedHandler::default()));
+    send("EHLO a");
+    (1..200).for_each(|_| assert_eq!(send(MAIL.0), "530 5.7.0"));
+    assert_eq!(send(MAIL.0), "close 421 4.7.0");
+    let mut server = Server::new(server_options(ServerRole::Odmr), under(true));
+    let mut send = |line: &str| served(&server.line(line.as_bytes(), &mut ScriptedHandler::default()));
+    send("EHLO a");
+    assert_eq!(send("AUTH PLAIN AGFjbWUAcmlnaHQ="), "235 2.7.0");
+    (0..1000).for_each(|_| assert_eq!(send("NOOP"), "250 2.0.0"));
+}
+
+#[test]
 fn received_has_the_protocol_and_the_client() {
     let received = |server_options: ServerOptions, tls, lines: &[&str]| {
         let mut server = Server::new(server_options, under(tls));
