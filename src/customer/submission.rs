@@ -175,7 +175,7 @@ impl SessionHandler for SubmissionHandler {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::io::Read;
+    use std::io::{Read, Write};
     use std::net::{SocketAddr, TcpStream};
     use std::os::unix::fs::PermissionsExt;
 
@@ -234,4 +234,42 @@ mod tests {
         cancel.cancel();
         listeners.close(Instant::now() + Duration::from_secs(10));
     }
+
+    /// A client that has got one recipient accepted, or one message, has no place for ever.
+    #[test]
+    fn a_client_makes_room_after_its_transaction() {
+        let (listeners, first, cancel) = start("[limits]\nconnections = 1\n");
+        let address = first.peer_addr().unwrap();
+        let greeting = "220 mail.example.org ESMTP mail of this host's users\r\n";
+        let mut client = first;
+        expect(&client, greeting);
+        let transaction = [("HELO a", "250 mail.example.org\r\n"), ("MAIL FROM:<>", "250 2.1.0 OK\r\n"), RCPT];
+        for end in [("RSET", "250 2.0.0 OK\r\n"), ("HELO b", "250 mail.example.org\r\n"), ("", "250 2.6.0 ")] {
+            for (command, reply) in transaction.into_iter().chain(end.0.is_empty().then_some(DATA)) {
+                write!(client, "{command}\r\n").unwrap();
+                expect(&client, reply);
+            }
+            expect(&connect(address), "421 4.3.2 ");
+            write!(client, "{}\r\n", if end.0.is_empty() { "." } else { end.0 }).unwrap();
+            expect(&client, end.1);
+            let other = loop {
+                let other = connect(address);
+                let mut code = [0; 3];
+                (&other).read_exact(&mut code).unwrap();
+                if code == *b"220" {
+                    break other;
+                }
+            };
+            let mut rest = String::new();
+            client.read_to_string(&mut rest).unwrap();
+            assert!(rest.ends_with("421 4.3.2 Too many connections, try again later\r\n"), "{rest}");
+            client = other;
+            expect(&client, &greeting[3..]);
+        }
+        cancel.cancel();
+        listeners.close(Instant::now() + Duration::from_secs(10));
+    }
+
+    const RCPT: (&str, &str) = ("RCPT TO:<a@b.example>", "250 2.1.5 OK, recipient accepted\r\n");
+    const DATA: (&str, &str) = ("DATA", "354 Go ahead, end with <CRLF>.<CRLF>\r\n");
 }

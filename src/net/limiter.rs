@@ -1,8 +1,8 @@
 //! The limits of a listener's connections, and which of them makes room for another.
 //!
 //! A client whose connections cost it nothing must not keep customers and senders out. So a connection is a *stranger*
-//! until its client has authenticated, or has got a first recipient accepted, and when places are short strangers are
-//! closed. All of it happens when a connection comes; there is no timer.
+//! unless its client has authenticated, or has an open transaction with an accepted recipient, and when places are short
+//! strangers are closed. All of it happens when a connection comes; there is no timer.
 //!
 //! ```text
 //! places free       what is closed to make room
@@ -12,8 +12,8 @@
 //! none              the stranger whose last command is oldest; if there is no stranger, the new connection gets 421
 //! ```
 //!
-//! Only complete commands and TLS handshakes count, not octets, and only the first ones: a client that repeats NOOP is
-//! otherwise always newer than one that must wait for a thin line.
+//! Only complete commands and TLS handshakes count, not octets, and only the first ones, also after each transaction: a
+//! client that repeats NOOP is otherwise always newer than one that must wait for a thin line.
 //!
 //! A listener may keep an eighth of its places for networks that an account has authenticated from: strangers from other
 //! networks have the rest, and close no connection of that eighth.
@@ -201,7 +201,7 @@ fn client_network(address: IpAddr) -> IpAddr {
 
 /// It may be displaced.
 const STRANGER: u8 = 0;
-/// The client has authenticated, or has got a recipient accepted.
+/// The client has authenticated, or has an open transaction with a recipient.
 const TRUSTED: u8 = 1;
 /// It has given up its place, and the socket is shut down for reading.
 const DISPLACED: u8 = 2;
@@ -243,6 +243,16 @@ impl AcceptedConnection {
     /// Makes the connection no stranger any more, unless it is displaced.
     pub fn trust(&self) {
         self.change(STRANGER, TRUSTED);
+    }
+
+    /// Makes the connection a stranger again, whose last command is now, if it was trusted.
+    pub fn distrust(&self, now: Instant) {
+        if self.standing.load(Ordering::SeqCst) == TRUSTED {
+            self.commands.store(0, Ordering::Relaxed);
+            self.set_last(now);
+            // After that: a stranger is judged by them.
+            self.change(TRUSTED, STRANGER);
+        }
     }
 
     /// Whether the session must end, with 421 4.3.2, because another connection has the place.

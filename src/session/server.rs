@@ -246,10 +246,23 @@ impl ServerSession {
     fn note_command(&self) {
         let Some(accepted) = &self.limits.accepted else { return };
         accepted.note_command(Instant::now());
-        let transaction = self.server.transaction();
-        if self.server.account().is_some() || transaction.is_some_and(|open| !open.envelope.recipients.is_empty()) {
+        if self.is_trusted() {
             accepted.trust();
         }
+    }
+
+    /// Notes for the listener, before a wait for a command, that no transaction is open any more.
+    fn note_end_of_transaction(&mut self) {
+        // A client that has not got the 250 to its message sends it again.
+        if self.limits.accepted.is_some() && !self.is_trusted() && matches!(self.connection.flush(), Ok(true)) {
+            self.limits.accepted.iter().for_each(|accepted| accepted.distrust(Instant::now()));
+        }
+    }
+
+    /// Whether the client has authenticated, or has a recipient accepted in an open transaction.
+    fn is_trusted(&self) -> bool {
+        let transaction = self.server.transaction();
+        self.server.account().is_some() || transaction.is_some_and(|open| !open.envelope.recipients.is_empty())
     }
 
     /// Ends the session if another connection has its place (RFC 5321 section 3.8).
@@ -314,6 +327,7 @@ impl ServerSession {
             if self.connection.discarded() > limits::UNTERMINATED_LINE {
                 return Err(self.end("4.7.0", "Too much without a line end", "too much without a line end"));
             }
+            self.note_end_of_transaction();
             self.wait_for_input(deadline, false)?;
         }
     }

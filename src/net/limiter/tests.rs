@@ -111,6 +111,24 @@ fn a_full_listener_displaces_the_stranger_whose_command_is_oldest() {
 }
 
 #[test]
+fn trust_ends_and_the_commands_count_anew() {
+    let mut crowd = Crowd::new(2, 2);
+    let members = crowd.fill(2, None, 0);
+    let [first, second] = [0, 1].map(|at| &members[at].permit.accepted);
+    (0..20).for_each(|ms| first.note_command(crowd.at(ms)));
+    first.trust();
+    second.note_command(crowd.at(40));
+    first.distrust(crowd.at(30));
+    // It was a stranger before.
+    second.distrust(crowd.at(0));
+    first.note_command(crowd.at(50));
+    let _newcomer = crowd.admit(None, 60).unwrap();
+    assert!(!members[0].is_displaced() && members[1].is_displaced());
+    second.distrust(crowd.at(70));
+    assert!(members[1].is_displaced());
+}
+
+#[test]
 fn patience_shrinks_from_three_quarters_on() {
     // 250 free places are a quarter: 300 s of patience; at none 5 s.
     for (present, ms, displaced) in [
