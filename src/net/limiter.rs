@@ -131,6 +131,24 @@ impl ConnectionLimiter {
         Ok(ConnectionPermit { limiter: self.clone(), accepted })
     }
 
+    /// Makes room for a connection that the system has no descriptor or no thread for. Displaces the strangers of all listeners
+    /// with the patience of a listener that is full, and if there are none the oldest.
+    pub(super) fn relieve(&self, now: Instant) {
+        let limits = *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        let connections = self.lock();
+        let all: Vec<&AcceptedConnection> = connections.iter().map(|other| &**other).collect();
+        cut_ending(&all, &limits, now);
+        let strangers = || all.iter().filter(|other| other.is_stranger());
+        let is_silent = |other: &&&AcceptedConnection| {
+            !other.is_known && now.saturating_duration_since(other.last_command()) > limits.patience(0)
+        };
+        let displaced = strangers().filter(is_silent).filter(|other| other.displace(now)).count();
+        if displaced == 0 {
+            let oldest = strangers().min_by_key(|other| (other.is_known, other.last_command()));
+            oldest.map(|oldest| oldest.displace(now));
+        }
+    }
+
     /// Waits until there is no connection, or until the deadline.
     pub fn wait_until_idle(&self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());

@@ -175,6 +175,9 @@ impl Acceptor {
             // The client has gone before it was accepted.
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
             Err(error) => {
+                if let Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) = Errno::from_io_error(&error) {
+                    self.limiter.relieve(Instant::now());
+                }
                 log::warn!("event=accept-failed listener={} error={}", self.name, quoted(error));
                 // The connection stays in the backlog, so poll(2) would return at once.
                 self.cancel.wait_until(Some(Instant::now() + ACCEPT_RETRY_PAUSE));
@@ -202,6 +205,8 @@ impl Acceptor {
         });
         if let Err(error) = worker {
             log::error!("event=no-thread listener={name} error={}", quoted(error));
+            self.limiter.relieve(Instant::now());
+            self.reject(&socket, NotAdmitted::Full);
         }
     }
 

@@ -773,8 +773,7 @@ fn a_stranger_that_sends_no_mail_has_a_limit_of_commands() {
     // A message ends the count, and what is deferred does not count.
     let mut server =
         Server::new(ServerOptions { max_recipients: 2, ..server_options(ServerRole::Inbound) }, under(false));
-    let send =
-        |server: &mut Server, line: &str| served(&server.line(line.as_bytes(), &mut ScriptedHandler::default()));
+    let send = |server: &mut Server, line: &str| served(&server.line(line.as_bytes(), &mut ScriptedHandler::default()));
     send(&mut server, "EHLO a");
     for _ in 0..3 {
         for line in [MAIL.0, RCPT.0, "RCPT TO:<s@example.org>"] {

@@ -49,7 +49,8 @@ KINDS = {
     "tls-half-a-hello": Kind(first=half_a_hello(), returns=True),
     "noop": Kind(flights=(EHLO,), again=b"NOOP\r\n", returns=True),
     "unknown-recipients": Kind(flights=(EHLO, b"MAIL FROM:<a@b.example>\r\n"), again=b"RCPT TO:<eva@nowhere.example>\r\n", returns=True),
-    # More commands than are read while their replies are not.
+    "help": Kind(first=b"HELP\r\n" * 20_000),
+    # Its session ends after too many commands, and their replies are not read.
     "deaf": Kind(first=LONG_HELP * 800, again=LONG_HELP * 10, reads=False),
 }
 
@@ -244,7 +245,8 @@ def besiege(box, *crowds):
             present = [siege.begin(port, addresses, **{kinds[0]: CROWD}) for port in (provider.inbound, provider.odmr)]
             if len(kinds) > 1:
                 present.append(siege.begin(provider.odmr_tls, addresses, **{kinds[1]: CROWD}))
-            if not KINDS[kinds[0].replace("_", "-")].returns:
+            kind = KINDS[kinds[0].replace("_", "-")]
+            if kind.reads and not kind.returns:
                 siege.await_calm()
             facts.append(f"{kinds[0]} from {addresses} {siege.measure()}")
             # The threads of those that have lost their places end, also if their clients do not read.
@@ -263,6 +265,34 @@ def crowds_silent(box):
 def crowds_busy(box):
     """NOOP without an end, unknown recipients alone, clients that do not read, from few addresses and from many"""
     return besiege(box, ["noop"], ["unknown_recipients"], ["deaf"])
+
+
+@scenario("crowds-pipelined")
+def crowds_pipelined(box):
+    """3,000 clients with 20,000 HELP each in one write: a sender and a customer are served beside them"""
+    siege = Siege(box)
+    ports = (siege.provider.inbound, siege.provider.odmr)
+    begin = time.monotonic()
+    for port in ports:
+        siege.begin(port, FEW, help=CROWD)
+    facts = siege.measure()
+    closed = lambda: [len(events(siege.provider.log(), "closed", listener=name)) for name in ("inbound", "odmr")]
+    wait_until(lambda: min(closed()) >= CROWD, "the ends of the crowd", seconds=30)
+    return f"ms median/longest to send, to fetch: {facts}; closed {closed()} after {time.monotonic() - begin:.1f} s"
+
+
+@scenario("crowds-descriptors")
+def crowds_descriptors(box):
+    """Silent clients have all descriptors that the system gives: they make room for a sender and for a customer"""
+    siege = Siege(box)
+    before = siege.threads()
+    limit = 250
+    resource.prlimit(siege.provider.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+    present = [siege.begin(siege.provider.inbound, MANY, silent=600)]
+    facts = siege.measure()
+    check(events(siege.provider.log(), "accept-failed"), "the descriptors were enough")
+    siege.end(present)
+    return f"ms median/longest to send, to fetch: {facts}; {before} threads before"
 
 
 if __name__ == "__main__":

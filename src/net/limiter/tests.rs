@@ -217,6 +217,26 @@ fn what_does_not_end_is_cut_and_bounded() {
 }
 
 #[test]
+fn without_descriptors_silent_strangers_make_room_or_the_oldest() {
+    let mut crowd = Crowd::new(100, 1);
+    let mut members = crowd.fill(2, Some(true), 0);
+    members.extend(crowd.fill(5, Some(false), 0));
+    members[2].permit.accepted.trust();
+    members[3].permit.accepted.note_command(crowd.at(5_500));
+    let displaced = |crowd: &Crowd, members: &[Member], ms| {
+        crowd.limiter.relieve(crowd.at(ms));
+        members.iter().map(|member| if member.is_displaced() { 'x' } else { '.' }).collect::<String>()
+    };
+    assert_eq!(displaced(&crowd, &members, 4_000), "....x..");
+    assert_eq!(displaced(&crowd, &members, 6_000), "....xxx");
+    assert_eq!(displaced(&crowd, &members, 6_001), "...xxxx");
+    // What has authenticated before comes last, and what is trusted stays.
+    assert_eq!(displaced(&crowd, &members, 60_000), "x..xxxx");
+    assert_eq!(displaced(&crowd, &members, 60_001), "xx.xxxx");
+    assert_eq!(displaced(&crowd, &members, 60_002), "xx.xxxx");
+}
+
+#[test]
 fn lower_limits_take_effect_with_the_next_connection() {
     let mut crowd = Crowd::new(100, 1);
     let members = crowd.fill(40, None, 0);
