@@ -9,6 +9,7 @@
 //! comes after it: those from known networks go first, then those from networks with fewer failures, then those from an address
 //! (IPv6: a /48) from which fewer wait. So guesses from the customer's own network do not keep it out, nor those from many.
 //! Only an attacker with thousands of networks everywhere keeps out a customer that is not known where it is, while it goes on.
+//! Nor are customers slowed that call at once from one network: eight attempts are decided at a time, the others wait for them.
 //!
 //! ```text
 //! failed 1795689600 12 network 192.0.2.0/24     time of the last failure, failures
@@ -37,6 +38,10 @@ const HALVED_AFTER: i64 = 15 * 60;
 /// Attempts that wait at once, and those of one network.
 const WAITING_LIMIT: usize = 32;
 const WAITING_LIMIT_EACH: usize = 8;
+
+/// Attempts of a network, an account or a known network that may be open at once, with the failures before them. Many customers
+/// that call at once are no guessers: the others wait for their ends.
+const OPEN_LIMIT: u32 = 8;
 
 /// Networks, and accounts, whose failures are counted: those with the most.
 const COUNTED_LIMIT: usize = 512;
@@ -179,9 +184,9 @@ impl AttemptOrigin {
 /// Whether an attempt may be decided.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Admission {
-    /// Now. `counted`: as a failure, until it has succeeded.
-    Free { counted: bool },
-    /// After so many seconds. It is counted.
+    /// Now.
+    Free,
+    /// After so many seconds. It counts as a failure until it has succeeded.
     Delayed(u32),
     /// Not at all: too many wait.
     Rejected,
@@ -210,38 +215,65 @@ fn delay(failures: u32) -> u32 {
 pub struct LoginTable {
     counts: Vec<Count>,
     waiting: Vec<WaitingAttempt>,
-    /// Attempts of this process from known networks that are not counted: they are not in the file, so that an ordinary login
-    /// writes nothing.
-    open: Vec<(String, Subject)>,
+    /// Attempts of this process that nothing delays, and what their failures would count for. They are not in the file, so that
+    /// an ordinary login writes nothing.
+    open: Vec<(String, Vec<Subject>)>,
 }
 
 impl LoginTable {
-    /// Begins an attempt: it counts as a failure from now on, so that many at once are not all free.
+    /// Begins an attempt. One that is delayed counts as a failure from now on, so that many at once do not wait for the same.
     pub fn begin(&mut self, attempt: &AttemptOrigin, now: i64) -> Admission {
-        self.settle(now);
-        let (failures, seconds) = match Some(attempt.known()).filter(|known| self.find(known).is_some()) {
-            Some(known) => {
-                let others = self.open.iter().filter(|(id, open)| *open == known && *id != attempt.id).count();
-                let failures = self.left(&known, now) + 1 + u32::try_from(others).unwrap_or(MOST_FAILURES);
-                if delay(failures) == 0 {
-                    // A change may be made once more, in what another process has written.
-                    self.open.retain(|(id, _)| *id != attempt.id);
-                    self.open.push((attempt.id.clone(), known));
-                    return Admission::Free { counted: false };
-                }
-                (0, delay(failures))
-            }
-            None => {
-                let most = attempt.subjects().iter().map(|subject| self.most(subject, now)).max().unwrap_or(0);
-                (self.left(&Subject::Network(attempt.network()), now) + 1, delay(most + 1))
-            }
+        if self.open(attempt, now) {
+            return Admission::Free;
+        }
+        let (failures, others) = self.standing(attempt, now);
+        let order = match self.find(&attempt.known()) {
+            Some(_) => 0,
+            None => self.left(&Subject::Network(attempt.network()), now) + 1,
         };
-        if seconds > 0 && !self.reserve(attempt, failures, now + i64::from(seconds), now) {
+        let seconds = delay(failures + others.saturating_sub(OPEN_LIMIT - FREE_FAILURES) + 1);
+        if !self.reserve(attempt, order, now + i64::from(seconds), now) {
             self.add(Subject::Rejected(attempt.network()), u32::MAX, now);
             return Admission::Rejected;
         }
         self.count(attempt, now);
-        if seconds > 0 { Admission::Delayed(seconds) } else { Admission::Free { counted: true } }
+        Admission::Delayed(seconds)
+    }
+
+    /// Begins an attempt if nothing delays it. Returns whether it may be decided.
+    pub fn open(&mut self, attempt: &AttemptOrigin, now: i64) -> bool {
+        self.settle(now);
+        // It may be begun once more, in what another process has written.
+        self.open.retain(|(id, _)| *id != attempt.id);
+        let (failures, others) = self.standing(attempt, now);
+        let is_free = delay(failures + 1) == 0 && failures + others < OPEN_LIMIT;
+        if is_free {
+            self.open.push((attempt.id.clone(), self.subjects_of(attempt)));
+        }
+        is_free
+    }
+
+    /// Whether only others that are open delay an attempt.
+    pub fn is_crowded(&self, attempt: &AttemptOrigin, now: i64) -> bool {
+        let (failures, others) = self.standing(attempt, now);
+        delay(failures + 1) == 0 && failures + others >= OPEN_LIMIT
+    }
+
+    /// What the failure of an attempt counts for: in a known network, for nothing else.
+    fn subjects_of(&self, attempt: &AttemptOrigin) -> Vec<Subject> {
+        match self.find(&attempt.known()) {
+            Some(_) => vec![attempt.known()],
+            None => attempt.subjects().to_vec(),
+        }
+    }
+
+    /// The failures before an attempt, and the other attempts that are open: of that among its subjects that has the most.
+    fn standing(&self, attempt: &AttemptOrigin, now: i64) -> (u32, u32) {
+        let is_other_of = |subject, (id, open): &(String, Vec<Subject>)| *id != attempt.id && open.contains(subject);
+        let others = |subject| self.open.iter().filter(|open| is_other_of(subject, open)).count();
+        let subjects = self.subjects_of(attempt);
+        let failures = subjects.iter().map(|subject| self.most(subject, now)).max().unwrap_or(0);
+        (failures, subjects.iter().map(others).max().map_or(0, |others| u32::try_from(others).unwrap_or(MOST_FAILURES)))
     }
 
     /// Ends an attempt. `counted`: it was, when it began.

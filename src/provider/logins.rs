@@ -38,6 +38,9 @@ const TABLE_SIZE_LIMIT: u64 = 1 << 20;
 /// Changes that are kept for the file, if it cannot be written.
 const CHANGES_LIMIT: usize = 256;
 
+/// How long an attempt waits for others of its network or account that may be decided now.
+const CROWD_WAIT: Duration = Duration::from_secs(5);
+
 /// How often the same is logged.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -143,9 +146,25 @@ impl Logins {
         found.unwrap_or(Admission::Rejected)
     }
 
+    /// Waits until not too many others of the network or account are open.
+    fn wait_for_others(&self, attempt: &AttemptOrigin, cancel: &CancelToken) {
+        let late = Instant::now() + CROWD_WAIT;
+        while Instant::now() < late && !cancel.is_cancelled() {
+            let is_crowded = |state: &mut LoginState| {
+                let now = self.now();
+                !state.table.open(attempt, now) && state.table.is_crowded(attempt, now)
+            };
+            let waiting = self.synchronised.wait_timeout_while(self.lock(), LOOK_INTERVAL, is_crowded);
+            if !waiting.unwrap_or_else(PoisonError::into_inner).1.timed_out() {
+                return;
+            }
+        }
+    }
+
     fn change(self: &Arc<Self>, change: Change) -> u64 {
         let (now, mut state) = (self.now(), self.lock());
         state.apply(now, &change);
+        self.synchronised.notify_all();
         state.changes.push((now, change));
         if state.changes.len() > CHANGES_LIMIT {
             state.changes.remove(0);
@@ -312,12 +331,13 @@ impl LoginAttempt {
         logins: &Arc<Logins>, attempt: AttemptOrigin, input: BorrowedFd<'_>, cancel: &CancelToken,
         log: &dyn Fn(Option<u32>, usize),
     ) -> Result<LoginAttempt, Undecided> {
+        logins.wait_for_others(&attempt, cancel);
         let begun = Instant::now();
         let admission = logins.begin(&attempt);
-        let counted = !matches!(admission, Admission::Rejected | Admission::Free { counted: false });
+        let counted = matches!(admission, Admission::Delayed(_));
         let attempt = LoginAttempt { logins: logins.clone(), attempt, counted, end: AttemptEnd::Withdrawn };
         let seconds = match admission {
-            Admission::Free { .. } => return Ok(attempt),
+            Admission::Free => return Ok(attempt),
             Admission::Delayed(seconds) => Some(seconds),
             Admission::Rejected => None,
         };
@@ -361,7 +381,11 @@ impl LoginAttempt {
 impl Drop for LoginAttempt {
     fn drop(&mut self) {
         let LoginAttempt { attempt, counted, end, .. } = self;
-        self.logins.change(Change::End { attempt: attempt.clone(), counted: *counted, end: *end });
+        let asked = self.logins.change(Change::End { attempt: attempt.clone(), counted: *counted, end: *end });
+        // Before the client gets its 535, other processes know of it.
+        if *end == AttemptEnd::Failed {
+            drop(self.logins.wait(asked, FILE_WAIT));
+        }
     }
 }
 
@@ -413,6 +437,23 @@ mod tests {
         LoginAttempt::wait(logins, attempt, input.as_fd(), &CancelToken::new().unwrap(), &|_, _| {})
     }
 
+    #[test]
+    fn many_customers_of_one_network_wait_for_each_other_only() {
+        let root = tempfile::tempdir().unwrap();
+        let logins = process(root.path());
+        let log_in = |account: u8| {
+            let attempt =
+                AttemptOrigin { id: account.to_string(), address: "203.0.113.1".parse().ok(), account: [account; 16] };
+            let (input, _output) = platform::pipe().unwrap();
+            let log = |_, _| panic!("{account} is delayed");
+            LoginAttempt::wait(&logins, attempt, input.as_fd(), &CancelToken::new().unwrap(), &log)
+                .unwrap()
+                .end(AttemptEnd::Succeeded);
+        };
+        thread::scope(|scope| (0..60).for_each(|account| drop(scope.spawn(move || log_in(account)))));
+        assert!(!logins.lock().table.text().contains("failed"));
+    }
+
     fn is_quick(work: impl FnOnce()) -> bool {
         let begun = Instant::now();
         work();
@@ -451,7 +492,10 @@ mod tests {
     fn a_client_that_has_gone_and_a_process_that_ends_wait_no_longer() {
         let root = tempfile::tempdir().unwrap();
         let logins = process(root.path());
-        for number in 0..9 {
+        for id in ["a", "b", "c"] {
+            begin(&logins, id, "192.0.2.1").unwrap().end(AttemptEnd::Failed);
+        }
+        for number in 3..9 {
             logins.begin(&attempt(number));
         }
         let (socket, client) = std::os::unix::net::UnixStream::pair().unwrap();

@@ -17,7 +17,7 @@ fn attempt(id: &str, account: u8, address: &str) -> AttemptOrigin {
 fn guess(table: &mut LoginTable, account: u8, address: &str, now: i64) -> Option<u32> {
     let attempt = attempt("guess", account, address);
     let (counted, seconds) = match table.begin(&attempt, now) {
-        Admission::Free { counted } => (counted, 0),
+        Admission::Free => (false, 0),
         Admission::Delayed(seconds) => (true, seconds),
         Admission::Rejected => return None,
     };
@@ -35,11 +35,10 @@ fn guess_often(table: &mut LoginTable, times: usize) {
 fn log_in(table: &mut LoginTable, account: u8, address: &str, now: i64) -> Option<u32> {
     let attempt = attempt("login", account, address);
     let admission = table.begin(&attempt, now);
-    let counted = !matches!(admission, Admission::Free { counted: false });
     let end = if admission == Admission::Rejected { AttemptEnd::Withdrawn } else { AttemptEnd::Succeeded };
-    table.end(&attempt, counted && admission != Admission::Rejected, end, now);
+    table.end(&attempt, matches!(admission, Admission::Delayed(_)), end, now);
     match admission {
-        Admission::Free { .. } => Some(0),
+        Admission::Free => Some(0),
         Admission::Delayed(seconds) => Some(seconds),
         Admission::Rejected => None,
     }
@@ -83,14 +82,48 @@ fn many_at_once_are_not_all_free_and_eight_of_a_network_wait() {
     let mut table = LoginTable::default();
     let begin = |number: u32| table.begin(&attempt(&number.to_string(), ACME, "192.0.2.1"), NOW);
     let admissions: Vec<_> = (0..20).map(begin).collect();
-    let free = Admission::Free { counted: true };
-    assert_eq!(admissions[..4], [free, free, free, Admission::Delayed(1)]);
+    assert_eq!(admissions[..9], [[Admission::Free; 8].as_slice(), &[Admission::Delayed(1)]].concat());
     assert_eq!(admissions.iter().filter(|admission| matches!(admission, Admission::Delayed(_))).count(), 8);
-    assert_eq!(admissions[11..], [Admission::Rejected; 9]);
+    assert_eq!(admissions[16..], [Admission::Rejected; 4]);
     // Other processes know that, and each place is free again after its time.
     let mut table = reread(&table);
     assert_eq!(table.begin(&attempt("late", 2, "192.0.2.1"), NOW + 1), Admission::Rejected);
     assert_eq!(table.begin(&attempt("late", 2, "192.0.2.1"), NOW + 2), Admission::Delayed(30));
+}
+
+/// Behind one address translator, or all on loopback.
+#[test]
+fn customers_that_call_at_once_are_no_guessers() {
+    let mut table = LoginTable::default();
+    let attempts: Vec<_> = (0..100).map(|number| attempt(&number.to_string(), number, "192.0.2.1")).collect();
+    for round in 0..2 {
+        let (mut waiting, mut open) = (attempts.clone(), Vec::new());
+        while !waiting.is_empty() {
+            let (begun, crowded): (Vec<_>, _) = waiting.into_iter().partition(|attempt| table.open(attempt, NOW));
+            assert!(crowded.iter().all(|attempt| table.is_crowded(attempt, NOW)));
+            // Of a known network only the attempts at the same account count.
+            assert_eq!(begun.len(), if round == 0 { 8.min(begun.len() + crowded.len()) } else { 100 });
+            open.extend(begun);
+            for attempt in open.drain(..) {
+                assert_eq!(table.begin(&attempt, NOW), Admission::Free);
+                table.end(&attempt, false, AttemptEnd::Succeeded, NOW);
+            }
+            waiting = crowded;
+        }
+    }
+    assert!(!table.text().contains("failed"));
+}
+
+/// Exchanges that are begun and not ended, in order to hold others up.
+#[test]
+fn who_waits_for_others_in_vain_is_delayed_like_one_who_guesses() {
+    let mut table = LoginTable::default();
+    (0..8).for_each(|number| drop(format!("{:?}", table.begin(&attempt(&number.to_string(), ACME, "192.0.2.1"), NOW))));
+    let customer = attempt("customer", 2, "192.0.2.9");
+    assert!(!table.open(&customer, NOW) && table.is_crowded(&customer, NOW));
+    assert_eq!(table.begin(&customer, NOW), Admission::Delayed(1));
+    let elsewhere = attempt("elsewhere", 2, "198.51.100.1");
+    assert_eq!(table.begin(&elsewhere, NOW), Admission::Free);
 }
 
 /// An attacker must not be able to lock a customer out.
@@ -124,9 +157,9 @@ fn many_at_once_from_a_known_network_are_not_all_free() {
     let mut table = LoginTable::default();
     log_in(&mut table, ACME, "203.0.113.1", NOW);
     let begin = |number: u32| table.begin(&attempt(&number.to_string(), ACME, "203.0.113.1"), NOW);
-    let admissions: Vec<_> = (0..5).map(begin).collect();
-    let free = Admission::Free { counted: false };
-    assert_eq!(admissions, [free, free, free, Admission::Delayed(1), Admission::Delayed(2)]);
+    let admissions: Vec<_> = (0..10).map(begin).collect();
+    let delayed = [Admission::Delayed(1), Admission::Delayed(2)];
+    assert_eq!(admissions, [[Admission::Free; 8].as_slice(), &delayed].concat());
 }
 
 /// One who has an account must not clear its network by logging in.
@@ -144,8 +177,8 @@ fn an_attempt_that_tests_nothing_does_not_count() {
     let mut table = LoginTable::default();
     for _ in 0..10 {
         let attempt = attempt("withdrawn", ACME, "192.0.2.1");
-        assert_eq!(table.begin(&attempt, NOW), Admission::Free { counted: true });
-        table.end(&attempt, true, AttemptEnd::Withdrawn, NOW);
+        assert_eq!(table.begin(&attempt, NOW), Admission::Free);
+        table.end(&attempt, false, AttemptEnd::Withdrawn, NOW);
     }
     assert_eq!(table.text(), "");
 }
@@ -191,10 +224,7 @@ fn a_network_with_fewer_failures_takes_the_place_of_the_one_with_the_most() {
     assert_eq!(displaced(&table), 1);
     // All of them come again, and the customer keeps its place; the other process learns of that.
     for number in 0..100 {
-        assert_ne!(
-            table.begin(&attempt(&format!("b{number}"), ACME, &address(number)), NOW),
-            Admission::Free { counted: true }
-        );
+        assert_ne!(table.begin(&attempt(&format!("b{number}"), ACME, &address(number)), NOW), Admission::Free);
     }
     let table = reread(&table);
     assert!(!table.is_displaced("customer"));
@@ -275,7 +305,7 @@ fn what_is_counted_is_bounded_and_what_is_invented_clears_nothing() {
     };
     for number in 0..2000 {
         let attempt = invented(number);
-        let counted = !matches!(table.begin(&attempt, NOW + 1), Admission::Rejected);
+        let counted = matches!(table.begin(&attempt, NOW + 1), Admission::Delayed(_));
         table.end(&attempt, counted, AttemptEnd::Failed, NOW + 1);
         // This one has its own account, and logs in from everywhere.
         table.learn([9; 16], attempt.network(), NOW + 1);
@@ -286,7 +316,7 @@ fn what_is_counted_is_bounded_and_what_is_invented_clears_nothing() {
     assert_eq!(guess(&mut table, ACME, "192.0.2.1", NOW + 1), Some(30));
     // Two that take each other's place are not free either.
     let delays: Vec<_> = (3000..3020).map(|number| table.begin(&invented(3000 + number % 2), NOW + 40)).collect();
-    assert!(!delays.contains(&Admission::Free { counted: true }), "{delays:?}");
+    assert!(!delays.contains(&Admission::Free), "{delays:?}");
     assert!(table.knows(network("203.0.113.9")) && !table.knows(network("203.0.114.9")));
 }
 
