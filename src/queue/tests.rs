@@ -535,6 +535,21 @@ fn the_size_in_a_name_of_another_agent_is_not_believed() {
     assert_eq!(spool.lock().next_message().unwrap().size, "Subject: x\r\n\r\nlonger\r\n".len() as u64);
 }
 
+/// A client announces the size with BDAT, and must send exactly so many octets (RFC 3030 section 2). A batch or a DSN may bring
+/// line ends of CRLF into a file of ours.
+#[test]
+fn the_size_in_our_name_is_that_on_the_wire() {
+    for text in ["", "a", "a\n", "a\r\nb\r\n", "a\rb\n\r\n", "a\r"] {
+        let spool = Spool::new();
+        let content = format!("Received: x\n\n{text}");
+        spool.put_from("a@b.example", &["eva"], &content);
+        let (mut encoder, mut wire) = (ContentEncoder::bdat(), Vec::new());
+        encoder.feed(content.as_bytes(), &mut wire);
+        encoder.finish(&mut wire);
+        assert_eq!(spool.lock().next_message().unwrap().size, wire.len() as u64, "{text:?}");
+    }
+}
+
 #[test]
 fn the_header_tells_whether_smtputf8_is_needed() {
     let check = |fields: &str, declared: bool, needed: bool, in_header: bool| {
