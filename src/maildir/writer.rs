@@ -28,14 +28,20 @@ const WRITE_BUFFER: usize = 16 * 1024;
 #[derive(Clone, Copy, Debug, Default)]
 struct ContentInfo {
     octets: u64,
+    /// LFs that get a CR on the wire.
     lines: u64,
     eight_bit: bool,
+    ends_in_cr: bool,
 }
 
 impl ContentInfo {
     fn add(&mut self, octets: &[u8]) {
         self.octets += octets.len() as u64;
-        self.lines += octets.iter().filter(|octet| **octet == b'\n').count() as u64;
+        for part in octets.split_inclusive(|octet| *octet == b'\n') {
+            let has_cr = part.ends_with(b"\r\n") || part == b"\n" && self.ends_in_cr;
+            self.lines += u64::from(part.ends_with(b"\n") && !has_cr);
+            self.ends_in_cr = part.ends_with(b"\r");
+        }
         self.eight_bit |= !octets.is_ascii();
     }
 
@@ -116,7 +122,7 @@ impl MessageCopy {
     /// Moves the file to `new`, under a name with its size on disk and on the wire (Maildir++ `S=` and `W=`)
     /// and, if it has octets above 127, `E=8`.
     fn publish(&mut self, content: ContentInfo) -> io::Result<()> {
-        let ContentInfo { octets, lines, eight_bit } = content.with(&self.head);
+        let ContentInfo { octets, lines, eight_bit, .. } = content.with(&self.head);
         let bits = if eight_bit { ",E=8" } else { "" };
         let name = format!("{},S={octets},W={}{bits}", self.unique, octets + lines);
         let entry = Entry { name: name.into(), seen: false };
