@@ -287,6 +287,11 @@ mod tests {
         for line in written(&reply).split_inclusive("\r\n") {
             assert!(line.len() <= 512 && line.starts_with("554"));
         }
+        // RFC 3463 section 2: subject and detail have up to three digits each, those of a peer too.
+        let relayed = read(&[&format!("550 5.123.456 {}", "x".repeat(512))]).unwrap().unwrap().for_relaying();
+        for reply in [relayed.clone(), relayed.softened()] {
+            assert!(written(&reply).split_inclusive("\r\n").all(|line| line.len() <= 512), "{}", written(&reply));
+        }
         assert_eq!(written(&Reply::new(250, "2.0.0", "a\r\n221 b")), "250 2.0.0 a??221 b\r\n");
     }
 
