@@ -19,9 +19,9 @@ pub const ATRN_DOMAINS: usize = SENT_COMMAND_LINE - "ATRN \r\n".len();
 /// Octets that a client may send without a line end before the server closes the connection.
 pub const UNTERMINATED_LINE: usize = 1 << 20;
 
-/// Octets of the text in a reply line that the server sends: 512 (RFC 5321 section 4.5.3.1.5) without the code, the
+/// Octets of the text in a reply line that the server sends: 512 (RFC 5321 section 4.5.3.1.5) without the code, the longest
 /// enhanced status code and the CRLF.
-pub const REPLY_TEXT: usize = 512 - "250-".len() - "5.5.555 ".len() - "\r\n".len();
+pub const REPLY_TEXT: usize = 512 - "250-".len() - "5.555.555 ".len() - "\r\n".len();
 
 /// Octets of a reply line that the client accepts: more than RFC 5321 section 4.5.3.1.5 permits, because some servers send
 /// more.
