@@ -1651,6 +1651,28 @@ fn a_lost_lmtp_session_leaves_only_the_other_recipients_in_doubt() {
     assert_eq!(left.iter().map(statuses).collect::<Vec<_>>(), ["=250 ? ?"]);
 }
 
+/// Some servers mean only one recipient by 421. The replies for the others are not about the next message, whose content was not
+/// sent.
+#[test]
+fn no_reply_after_421_counts_for_the_next_message() {
+    let mut scripted = Scripted::new(lmtp());
+    scripted.receive("220 x");
+    scripted.receive("250-x/250 PIPELINING");
+    scripted.send(3);
+    for reply in ["250 m", "250 a", "250 b", "250 c", "354 go on"] {
+        scripted.receive(reply);
+    }
+    scripted.content_sent();
+    assert_eq!(scripted.send(1), "MAIL FROM:<a@b.example>/RCPT TO:<r0@example.org>/DATA");
+    assert_eq!(scripted.receive("421 a").0, "Done ~421 ~421 ~421");
+    for reply in ["250 b", "550 c", "250 m", "250 a"] {
+        assert_eq!(scripted.receive(reply), step_and_sent("Wait", ""), "{reply}");
+    }
+    assert_eq!(scripted.receive("354 go on").0, "Content { chunk: false }");
+    let left = scripted.client.abandon(&Reply::new(451, "4.4.2", "gone"));
+    assert_eq!(left.iter().map(statuses).collect::<Vec<_>>(), ["~451"]);
+}
+
 #[test]
 fn the_peer_gets_the_client_info_that_it_offers_to_read() {
     let origin = ClientInfo { address: "192.0.2.9".parse().unwrap(), helo: Some("a+b =c".to_owned()), extended: true };
