@@ -1449,3 +1449,14 @@ fn what_is_printed_is_read_again() {
         assert!(printed.lines().any(|printed| printed == line), "{line} is not in\n{printed}");
     }
 }
+
+/// A mailbox may be in a domain without a dot, which `domain` of `[outgoing]` cannot name.
+#[test]
+fn a_default_that_a_file_cannot_name_is_not_printed() {
+    let customer = CUSTOMER.replace("@example.org\"", "@localhost\"");
+    assert_ne!(customer, CUSTOMER);
+    let directory = files(&[("odmr.toml", &format!("{customer}[outgoing]\nqueue = \"out\"\n"))]);
+    let printed = effective(&directory.path().join("odmr.toml")).unwrap();
+    let again = files(&[("odmr.toml", &printed)]);
+    CustomerConfig::load(&again.path().join("odmr.toml")).unwrap();
+}
