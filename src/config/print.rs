@@ -173,7 +173,10 @@ impl Printer {
             self.written(&mut table, &["mechanisms"]);
             self.list("listen", &outgoing.listen);
             self.list("networks", &outgoing.networks);
-            self.value("domain", quote(outgoing.domain.as_str()));
+            // By default it is that of the first mailbox, which may have no dot: a file cannot name that.
+            if outgoing.domain.as_str().contains('.') {
+                self.value("domain", quote(outgoing.domain.as_str()));
+            }
             self.give_up(&outgoing.retry);
             self.value("max-size", outgoing.max_size);
             self.value("without-8bitmime", eight_bit(outgoing.without_8bitmime));
