@@ -205,8 +205,8 @@ impl CallRecord {
         let before = CallRecord::read(path);
         let failed = self.result == CallResult::Failed;
         (self.calls, self.failed) = before.as_ref().map_or((0, 0), |before| (before.calls, before.failed));
-        self.calls += 1;
-        self.failed += u64::from(failed);
+        self.calls = self.calls.saturating_add(1);
+        self.failed = self.failed.saturating_add(u64::from(failed));
         let (success, without_mail) = before.map(|before| (before.success, before.without_mail)).unwrap_or_default();
         self.success = if failed { success } else { Some(self.at) };
         if self.without_mail.is_empty() {
@@ -248,7 +248,7 @@ pub fn seconds(duration: Duration) -> String {
 
 fn parse_seconds(text: &str) -> Option<Duration> {
     let (seconds, thousandths) = text.split_once('.')?;
-    Some(Duration::from_secs(seconds.parse().ok()?) + Duration::from_millis(thousandths.parse().ok()?))
+    Duration::from_secs(seconds.parse().ok()?).checked_add(Duration::from_millis(thousandths.parse().ok()?))
 }
 
 /// Writes a time, such as that of the next call, into a file of its own. A failure leaves the one before.
