@@ -164,5 +164,8 @@ mod tests {
         let (word, long) = ("x".repeat(30), "y".repeat(90));
         let seen = fold(format!("A: {word} {word}  {word} \n {long} {word}\n").as_bytes(), "\n");
         assert_eq!(String::from_utf8(seen).unwrap(), format!("A: {word} {word}\n  {word} \n {long}\n {word}\n"));
+        // A line that begins with a CR would end the header.
+        let bare = format!("A: {word} {word}\r {word}\n");
+        assert_eq!(fold(bare.as_bytes(), "\n"), bare.as_bytes());
     }
 }
