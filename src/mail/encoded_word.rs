@@ -104,8 +104,9 @@ pub fn fold(field: &[u8], line_end: &str) -> Vec<u8> {
             let space = rest.iter().take_while(|octet| is_space(octet)).count();
             let word = rest[space..].iter().take_while(|octet| !is_space(octet)).count();
             let (piece, after) = rest.split_at(space + word);
-            // A line of white space only would end the header for some programs.
-            if length > 0 && space > 0 && word > 0 && length + piece.len() > ENCODED_LINE_LIMIT {
+            // A line of white space only would end the header for some programs, one that begins with a CR for all.
+            let may_fold = word > 0 && matches!(rest[0], b' ' | b'\t');
+            if length > 0 && may_fold && length + piece.len() > ENCODED_LINE_LIMIT {
                 out.extend_from_slice(line_end.as_bytes());
                 length = 0;
             }

@@ -238,7 +238,7 @@ fn fold_at_commas(field: &[u8], line_end: &str) -> Vec<u8> {
             let piece = &field[at..next];
             if length > 0 && length + piece.trim_ascii_end().len() > FOLDED_LINE && !piece.trim_ascii().is_empty() {
                 out.extend_from_slice(line_end.as_bytes());
-                let space = (!piece.first().is_some_and(is_space)).then_some(b' ');
+                let space = (!matches!(piece.first(), Some(b' ' | b'\t'))).then_some(b' ');
                 length = usize::from(space.is_some());
                 out.extend(space);
             }

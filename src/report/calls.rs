@@ -299,7 +299,8 @@ mod tests {
         assert_eq!(CallRecord::read(&path).map(|record| record.calls), Some(1));
         // So may a disk with errors leave any numbers.
         let most = u64::MAX;
-        let text = format!("at=2026-01-02T03:04:05Z\nresult=done\nduration={most}.{most}\ncalls={most}\nfailed={most}\n");
+        let text =
+            format!("at=2026-01-02T03:04:05Z\nresult=done\nduration={most}.{most}\ncalls={most}\nfailed={most}\n");
         std::fs::write(&path, text).unwrap();
         record(1_767_323_048, CallResult::Failed).write(&path, "acme");
         let read = CallRecord::read(&path).unwrap();

@@ -911,7 +911,10 @@ impl Client {
         if ends_session(&reply) {
             // A server that means only one recipient by 421 replies for the others, too: not for the next message, which would
             // count as sent.
-            self.pending.iter_mut().take_while(|stage| **stage == Stage::Content).for_each(|stage| *stage = Stage::Rset);
+            self.pending
+                .iter_mut()
+                .take_while(|stage| **stage == Stage::Content)
+                .for_each(|stage| *stage = Stage::Rset);
         }
         // After 421 the other recipients get no reply, and were not sent.
         if self.options.lmtp
