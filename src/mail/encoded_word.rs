@@ -165,6 +165,10 @@ mod tests {
         let (word, long) = ("x".repeat(30), "y".repeat(90));
         let seen = fold(format!("A: {word} {word}  {word} \n {long} {word}\n").as_bytes(), "\n");
         assert_eq!(String::from_utf8(seen).unwrap(), format!("A: {word} {word}\n  {word} \n {long}\n {word}\n"));
+        // RFC 5322 section 4.5.8: white space before the colon. A line of the name only is no field, and would end the header.
+        let named = format!("Subject :{word}{word}{word} {word}\n");
+        let expected = format!("Subject :{word}{word}{word}\n {word}\n");
+        assert_eq!(String::from_utf8(fold(named.as_bytes(), "\n")).unwrap(), expected);
         // A line that begins with a CR would end the header.
         let bare = format!("A: {word} {word}\r {word}\n");
         assert_eq!(fold(bare.as_bytes(), "\n"), bare.as_bytes());
