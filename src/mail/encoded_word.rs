@@ -97,9 +97,12 @@ pub fn unquote(text: &[u8], out: &mut Vec<u8>) {
 /// A field whose lines of more than [`ENCODED_LINE_LIMIT`] octets are folded before white space, if they have some there (RFC 5322
 /// section 2.2.3).
 pub fn fold(field: &[u8], line_end: &str) -> Vec<u8> {
-    let mut out = Vec::with_capacity(field.len() + 16);
-    for line in field.split_inclusive(|octet| *octet == b'\n') {
-        let (mut length, mut rest) = (0, line);
+    // Not in the name, which may have white space before its colon (RFC 5322 section 4.5.8): it would be no field any more.
+    let name = field.iter().position(|octet| *octet == b':').map_or(0, |colon| colon + 1);
+    let (mut out, mut length) = (Vec::with_capacity(field.len() + 16), name);
+    out.extend_from_slice(&field[..name]);
+    for line in field[name..].split_inclusive(|octet| *octet == b'\n') {
+        let mut rest = line;
         while !rest.is_empty() {
             let space = rest.iter().take_while(|octet| is_space(octet)).count();
             let word = rest[space..].iter().take_while(|octet| !is_space(octet)).count();
@@ -114,6 +117,7 @@ pub fn fold(field: &[u8], line_end: &str) -> Vec<u8> {
             length += piece.len();
             rest = after;
         }
+        length = 0;
     }
     out
 }
