@@ -4,9 +4,10 @@ CARGO   ?= cargo
 PREFIX  ?= /usr/local
 DESTDIR ?=
 ONLY    ?=
+TARGET  ?=
 LINKS   ?= sbin/sendmail bin/mailq bin/newaliases
 
-.PHONY: help build test rules check house demo interop soak install certs
+.PHONY: help build test rules check house demo interop soak fuzz install certs
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s  %s\n", $$1, $$2}' Makefile
@@ -35,6 +36,9 @@ interop: build ## odmr with fetchmail, Postfix, Exim, Dovecot, mutt, cron … (a
 
 soak: $(if $(ODMR),,build) ## all at once for SECONDS (3600): customers, hostile peers, kills, full disks; a JSON line a minute, a verdict (as root)
 	tests/soak/run $(or $(SECONDS),3600)
+
+fuzz: ## each target of fuzz/ for SECONDS (60) with libFuzzer, and a table; TARGET=NAME for one; needs cargo-fuzz and a nightly Rust
+	@SECONDS_EACH="$(SECONDS)" TARGET="$(TARGET)" fuzz/run
 
 install: build ## the program into DESTDIR and PREFIX (/usr/local), bin/odmr, and LINKS to it (sbin/sendmail, bin/mailq, bin/newaliases)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin

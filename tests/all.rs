@@ -5,6 +5,7 @@ mod check;
 mod command_line;
 mod conformance;
 mod descriptors;
+mod fuzz;
 mod house;
 mod litter;
 mod log;

@@ -57,7 +57,7 @@
 
 mod certificates;
 mod coverage;
-mod format;
+pub mod format;
 mod play;
 mod scram;
 

@@ -1,0 +1,2 @@
+#![no_main]
+odmr_fuzz::fuzz!("relay");
