@@ -132,19 +132,19 @@ impl ConnectionLimiter {
     }
 
     /// Makes room for a connection that the system has no descriptor or no thread for. Displaces the strangers of all listeners
-    /// with the patience of a listener that is full, and if there are none the oldest.
+    /// with the patience of a listener that is full; of networks that are known the oldest, if there are no others. A client
+    /// that has just come stays: the lack may be over in a moment.
     pub(super) fn relieve(&self, now: Instant) {
         let limits = *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner);
         let connections = self.lock();
         let all: Vec<&AcceptedConnection> = connections.iter().map(|other| &**other).collect();
         cut_ending(&all, &limits, now);
-        let strangers = || all.iter().filter(|other| other.is_stranger());
         let is_silent = |other: &&&AcceptedConnection| {
-            !other.is_known && now.saturating_duration_since(other.last_command()) > limits.patience(0)
+            other.is_stranger() && now.saturating_duration_since(other.last_command()) > limits.patience(0)
         };
-        let displaced = strangers().filter(is_silent).filter(|other| other.displace(now)).count();
-        if displaced == 0 {
-            let oldest = strangers().min_by_key(|other| (other.is_known, other.last_command()));
+        let silent = || all.iter().filter(is_silent);
+        if silent().filter(|other| !other.is_known && other.displace(now)).count() == 0 {
+            let oldest = silent().min_by_key(|other| other.last_command());
             oldest.map(|oldest| oldest.displace(now));
         }
     }
