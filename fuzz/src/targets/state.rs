@@ -95,7 +95,7 @@ fn logins(text: &[u8]) {
     for (moment, end) in [(0, AttemptEnd::Failed), (1, AttemptEnd::Succeeded), (2, AttemptEnd::Withdrawn)] {
         let at = now().seconds() + moment;
         let counted = match table.begin(&attempt, at) {
-            Admission::Free { counted } => counted,
+            Admission::Free => false,
             Admission::Delayed(seconds) => {
                 assert!((1..=30).contains(&seconds));
                 true
