@@ -121,7 +121,7 @@ def expect(found, wanted, when):
 LONG = '[relay]\nresolver = "127.0.0.1:1"\ngive-up = "60d"\ndelay-notice = "59d"\n'
 
 
-@scenario("expiry", needs=("faketime",))
+@scenario("expiry", needs=("faketime",), waits=True)
 def expiry(box):
     """A customer never calls: the warning and the expiry come at their minute, by serve, also after downtime"""
     held = Held(box, more=LONG)
@@ -150,7 +150,7 @@ def expiry(box):
     return f"serve took {took - 30:.0f} s after the time"
 
 
-@scenario("expire-by-cron", needs=("faketime",))
+@scenario("expire-by-cron", needs=("faketime",), waits=True)
 def expire_by_cron(box):
     """odmr expire once a week, beside inetd mode: the same, and 75 while a session has the mail"""
     held = Held(box, more=LONG)
@@ -176,7 +176,7 @@ def expire_by_cron(box):
     expect((held.expire(14 * DAY + MINUTE), held.state()), (0, (0, 2, 3)), "after the session")
 
 
-@scenario("clock-set", needs=("faketime",))
+@scenario("clock-set", needs=("faketime",), waits=True)
 def clock_set(box):
     """The clock is set by five years, forward and back: nothing bounces, held or outgoing, running or stopped"""
     # Its names cannot be resolved now, so that outgoing mail is tried again and again.

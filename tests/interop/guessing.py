@@ -119,7 +119,7 @@ def threads(provider):
     return len(os.listdir(f"/proc/{provider.process.pid}/task"))
 
 
-@scenario("guessing", needs=["openssl"])
+@scenario("guessing", needs=["openssl"], waits=True)
 def guessing(box):
     """20 at once from one network, by each mechanism, at serve and at processes of inetd: at most one guess a second"""
     certificates = Certificates(box)
@@ -180,7 +180,7 @@ def guessing(box):
     )
 
 
-@scenario("guessing-nat")
+@scenario("guessing-nat", waits=True)
 def guessing_nat(box):
     """Two customers behind one NAT, one with a wrong secret: it gets 535s, the other is not delayed, and the right secret is let in"""
     provider = Provider(box, customers=CUSTOMERS, require_tls=False).start()
@@ -230,7 +230,7 @@ def guessing_networks(box):
     )
 
 
-@scenario("guessing-inetd")
+@scenario("guessing-inetd", waits=True)
 def guessing_inetd(box):
     """One guess a process of inetd, then serve, a kill and a restart: the delays go on; a right secret waits as long as a wrong one"""
     provider = Provider(box, customers=CUSTOMERS, require_tls=False)
@@ -250,7 +250,7 @@ def guessing_inetd(box):
     return f"delays of {', '.join(f'{seconds:.2f}' for seconds in delays)} s"
 
 
-@scenario("guessing-stop")
+@scenario("guessing-stop", waits=True)
 def guessing_stop(box):
     """32 wait: SIGHUP reloads, clients that have gone free their places, SIGTERM ends all at once"""
     provider = Provider(box, customers=CUSTOMERS, require_tls=False).start()
@@ -294,7 +294,7 @@ def guessing_stop(box):
     return f"{len(waiting)} waited, {rejected} rejected; stopped after {seconds * 1000:.0f} ms"
 
 
-@scenario("guessing-clock")
+@scenario("guessing-clock", waits=True)
 def guessing_clock(box):
     """The clock set forward and back by a year, while serve runs and before it starts: no delay lasts longer, who is known stays known"""
     clock = Clock(box)

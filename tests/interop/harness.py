@@ -7,8 +7,10 @@ ended by their id. Contents are octets with CRLF line ends, as on the wire; file
 import base64
 import collections
 import hmac
+import itertools
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -29,7 +31,7 @@ PATIENCE = 30.0  # seconds until something that should be at once is missed: oth
 MIB = 1024 * 1024
 
 SCENARIOS = []
-Scenario = collections.namedtuple("Scenario", "name about needs root play")
+Scenario = collections.namedtuple("Scenario", "name about needs root waits play")
 Letter = collections.namedtuple("Letter", "sender recipients content")
 
 
@@ -37,11 +39,12 @@ class Failed(Exception):
     """What was expected did not happen."""
 
 
-def scenario(name, *, needs=(), root=False):
-    """Registers a function of one Box; it returns the facts worth printing. `needs` names programs, `root` says it."""
+def scenario(name, *, needs=(), root=False, waits=False):
+    """Registers a function of one Box; it returns the facts worth printing. `needs` names programs, `root` says it.
+    `waits`: it does little else, so it is played beside the others."""
 
     def register(function):
-        SCENARIOS.append(Scenario(name, function.__doc__.strip().splitlines()[0], needs, root, function))
+        SCENARIOS.append(Scenario(name, function.__doc__.strip().splitlines()[0], needs, root, waits, function))
         return function
 
     return register
@@ -129,11 +132,18 @@ def connections(listener):
             return
 
 
+PORTS = itertools.count(int(os.environ.get("FIRST_PORT", random.randrange(10_000, 20_000))))
+
+
 def free_port():
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
+    """A port that was free a moment ago, and below those that the system gives to clients: none of them gets it meanwhile."""
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind((LOOPBACK, port := next(PORTS)))
+                return port
+            except OSError:
+                continue
 
 
 def context(authority=None):
