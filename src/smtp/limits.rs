@@ -61,8 +61,8 @@ pub const FEWEST_AUTH_FAILURES: u32 = 3;
 /// Rejected recipients that count as one failed command, so that a client cannot try many addresses (RFC 5321 section 7.3).
 pub const REJECTIONS_PER_ERROR: usize = 20;
 
-/// Commands that a client may send before its first message and between two, if it has not authenticated, beside one for
-/// each recipient of a transaction.
+/// Commands that a client may send before its first message or accepted recipient and between two, if it has not
+/// authenticated, beside one for each recipient of a transaction.
 pub const COMMANDS_WITHOUT_MESSAGE: usize = 100;
 
 /// The shortest times that a client should wait: for the greeting, and for the replies to MAIL, RCPT and DATA (RFC 5321

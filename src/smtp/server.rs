@@ -255,7 +255,7 @@ pub struct Server {
     errors: usize,
     /// Rejected recipients in the whole session.
     rejections: usize,
-    /// Other replies since the last message.
+    /// Other replies since the last message or accepted recipient.
     commands: usize,
     auth_failures: usize,
     auth_attempt: Option<AuthAttempt>,
@@ -591,6 +591,11 @@ impl Server {
         let mailbox = handler.recipient(&path, &notify, original.as_deref())?;
         if !envelope.recipients.iter().any(|recipient| recipient.mailbox == mailbox) {
             envelope.recipients.push(Recipient { mailbox, notify, original });
+            // A client that asks for one recipient after another, to verify addresses before it accepts mail for them, is none
+            // that sends anything.
+            if envelope.recipients.len() == 1 {
+                self.commands = 0;
+            }
         }
         Ok(ServerStep::Reply(Reply::new(250, "2.1.5", "OK, recipient accepted")))
     }
