@@ -259,14 +259,18 @@ mod tests {
     /// On Linux two sockets for the same IPv4 address and port would be one too many.
     #[test]
     fn beside_ipv4_addresses_any_address_is_for_ipv6() {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let any_port = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         for ipv4 in ["0.0.0.0", "127.0.0.1"] {
-            let both = [format!("[::]:{port}"), format!("{ipv4}:{port}")];
             for order in [[0, 1], [1, 0]] {
-                let addresses = addresses(&order.map(|at| both[at].as_str()));
-                let listeners = bind("test", &addresses).unwrap();
-                assert!(listeners.len() == 2 || TcpListener::bind("[::]:0").is_err(), "{addresses:?}");
-                assert!(connects(Ipv4Addr::LOCALHOST.into(), port), "{addresses:?}");
+                let bind_both = |port: u16| {
+                    let both = [format!("[::]:{port}"), format!("{ipv4}:{port}")];
+                    bind("test", &addresses(&order.map(|at| both[at].as_str()))).map(|listeners| (port, listeners))
+                };
+                // Another test may get the port meanwhile.
+                let tries: Vec<_> = (0..10).map(|_| any_port()).collect();
+                let (port, listeners) = tries.into_iter().find_map(|port| bind_both(port).ok()).expect("two sockets");
+                assert!(listeners.len() == 2 || TcpListener::bind("[::]:0").is_err(), "{ipv4} {order:?}");
+                assert!(connects(Ipv4Addr::LOCALHOST.into(), port), "{ipv4} {order:?}");
             }
         }
     }
