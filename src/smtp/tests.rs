@@ -1643,8 +1643,8 @@ fn lmtp_replies_for_each_recipient() {
     check(&[&ready[..], &["250 m", "550 a", "550 b", "550 c"]].concat(), "354 odd", "Done !550 !550 !550", ".");
 }
 
-#[test]
-fn a_lost_lmtp_session_leaves_only_the_other_recipients_in_doubt() {
+/// An LMTP session in which the content for three recipients was sent.
+fn lmtp_content_sent() -> Scripted {
     let mut scripted = Scripted::new(lmtp());
     scripted.receive("220 x");
     scripted.receive("250-x/250 PIPELINING");
@@ -1653,6 +1653,12 @@ fn a_lost_lmtp_session_leaves_only_the_other_recipients_in_doubt() {
         scripted.receive(reply);
     }
     scripted.content_sent();
+    scripted
+}
+
+#[test]
+fn a_lost_lmtp_session_leaves_only_the_other_recipients_in_doubt() {
+    let mut scripted = lmtp_content_sent();
     scripted.receive("250 a");
     let left = scripted.client.abandon(&Reply::new(451, "4.4.2", "gone"));
     assert_eq!(left.iter().map(statuses).collect::<Vec<_>>(), ["=250 ? ?"]);
@@ -1662,14 +1668,7 @@ fn a_lost_lmtp_session_leaves_only_the_other_recipients_in_doubt() {
 /// sent.
 #[test]
 fn no_reply_after_421_counts_for_the_next_message() {
-    let mut scripted = Scripted::new(lmtp());
-    scripted.receive("220 x");
-    scripted.receive("250-x/250 PIPELINING");
-    scripted.send(3);
-    for reply in ["250 m", "250 a", "250 b", "250 c", "354 go on"] {
-        scripted.receive(reply);
-    }
-    scripted.content_sent();
+    let mut scripted = lmtp_content_sent();
     assert_eq!(scripted.send(1), "MAIL FROM:<a@b.example>/RCPT TO:<r0@example.org>/DATA");
     assert_eq!(scripted.receive("421 a").0, "Done ~421 ~421 ~421");
     for reply in ["250 b", "550 c", "250 m", "250 a"] {

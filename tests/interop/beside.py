@@ -352,16 +352,22 @@ def wake_places(box):
     return f"{', '.join(facts)}; a flood takes {busy:.1%} of a processor"
 
 
-@scenario("wake-customer")
-def wake_customer(box):
-    """A user's mail for a next hop, stored by `odmr send` beside a daemon, is there within a second; so is what queue retry wants"""
-    hop = Listener(box)
+def daemon_before(box, hop):
+    """A customer whose daemon has no provider to call, and delivers to a next hop."""
     customer = Customer(
         box, free_port(), tls="none", accept=["@example.org"],
         more=f'deliver = "smtp:{LOOPBACK}:{hop.port}"\n[schedule]\nevery = "1h"\n{outgoing_table(box)}',
     )
     daemon = box.start(customer.log_name, ODMR, "pull", "--daemon", "-c", customer.config)
     wait_until((customer.root / ".wake").exists, "the socket")
+    return customer, daemon
+
+
+@scenario("wake-customer")
+def wake_customer(box):
+    """A user's mail for a next hop, stored by `odmr send` beside a daemon, is there within a second; so is what queue retry wants"""
+    hop = Listener(box)
+    customer, daemon = daemon_before(box, hop)
     took = []
     for number in range(20):
         done = sendmail(box, customer, "-f", "carol@example.org", "alice@example.org", text="Subject: x\n\nx\n")
@@ -437,12 +443,7 @@ class SlowToEnd(Listener):
 def wake_customer_busy(box):
     """Mail that `odmr send` stores while the daemon is ending its session with the next hop follows at once"""
     hop = SlowToEnd(box)
-    customer = Customer(
-        box, free_port(), tls="none", accept=["@example.org"],
-        more=f'deliver = "smtp:{LOOPBACK}:{hop.port}"\n[schedule]\nevery = "1h"\n{outgoing_table(box)}',
-    )
-    daemon = box.start(customer.log_name, ODMR, "pull", "--daemon", "-c", customer.config)
-    wait_until((customer.root / ".wake").exists, "the socket")
+    customer, daemon = daemon_before(box, hop)
     took = []
     for number in range(1, 9):
         done = sendmail(box, customer, "-f", "carol@example.org", "alice@example.org", text="Subject: x\n\nx\n")
