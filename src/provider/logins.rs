@@ -19,15 +19,12 @@ use rustix::event::{PollFd, PollFlags};
 use super::login_table::{Admission, AttemptEnd, AttemptOrigin, ClientNetwork, LoginTable, Subject};
 use crate::clock::Clock;
 use crate::file_stamp::FileStamp;
-use crate::maildir::{lock_state_file, replace_file, with_path};
+use crate::maildir::{replace_file, wait_for_state_file, with_path};
 use crate::net::cancel::{CancelToken, poll};
 use crate::net::trace::quoted;
 
 /// How long an attempt waits for the file, and a process for its lock.
 const FILE_WAIT: Duration = Duration::from_millis(250);
-
-/// How often a process tries to get the lock.
-const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How often an attempt that waits looks whether it still has its place.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -229,7 +226,7 @@ impl Logins {
 
     /// Reads the file if it has changed, and writes the changes.
     fn exchange(&self, has_changes: bool) -> io::Result<()> {
-        let lock = has_changes.then(|| self.lock_file());
+        let lock = has_changes.then(|| wait_for_state_file(&self.root, "logins.lock", Instant::now() + FILE_WAIT));
         self.read()?;
         // What cannot be written can be read nevertheless.
         let Some(_lock) = lock.transpose()? else { return Ok(()) };
@@ -253,17 +250,6 @@ impl Logins {
 
     fn path(&self) -> PathBuf {
         self.root.join(".odmr/logins")
-    }
-
-    fn lock_file(&self) -> io::Result<File> {
-        let late = Instant::now() + FILE_WAIT;
-        loop {
-            match lock_state_file(&self.root, "logins.lock")? {
-                Some(lock) => return Ok(lock),
-                None if Instant::now() < late => thread::sleep(LOCK_INTERVAL),
-                None => return Err(io::Error::other("another process has locked .odmr/logins.lock for long")),
-            }
-        }
     }
 
     fn read(&self) -> io::Result<()> {
@@ -422,6 +408,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
+    use crate::maildir::lock_state_file;
     use crate::platform;
 
     const ACME: [u8; 16] = [1; 16];
