@@ -153,7 +153,8 @@ fn a_directory_whose_mail_was_offered_is_released_if_there_are_many() {
         if under_way.len() > 16 {
             let message = under_way.pop_front().unwrap();
             let name = message.queue().clone();
-            assert!(is_busy(&spool, &[QueueName { account_lock: None, ..name }]));
+            // Each look at a lock that another has takes a tenth of a second.
+            assert!(offered % 50 != 0 || is_busy(&spool, &[QueueName { account_lock: None, ..name }]));
             lock.settle(message, &result("~")).unwrap();
         }
         most = most.max(lock.queues.iter().filter(|queue| queue.lock.is_some()).count());
