@@ -30,6 +30,9 @@ use super::verifier::{
 /// The name of the channel binding of RFC 9266.
 const TLS_EXPORTER: &str = "tls-exporter";
 
+/// The longest nonce of a client, in octets. Those in use have 16 to 64.
+const NONCE_LIMIT: usize = 256;
+
 /// The server's side.
 pub(super) struct ScramServer {
     /// The mechanism is -PLUS, with this value of the connection.
@@ -190,7 +193,8 @@ impl<'a> ClientFirst<'a> {
         // RFC 5802 section 5.1: the order is fixed, and `m=`, which would come first, fails.
         let mut attributes = bare.split(',');
         let name = unescape(value_of(attributes.next(), 'n')?)?;
-        let nonce = value_of(attributes.next(), 'r').filter(|nonce| is_nonce(nonce))?;
+        // A longer one would not leave room for the challenge in one line of a reply (RFC 5321 section 4.5.3.1.5).
+        let nonce = value_of(attributes.next(), 'r').filter(|nonce| is_nonce(nonce) && nonce.len() <= NONCE_LIMIT)?;
         only_extensions(attributes)?;
         Some(ClientFirst { flag, acts_for, header, bare, name, nonce })
     }

@@ -125,6 +125,8 @@ fn a_first_message_of_the_client_is_accepted_rejected_or_malformed() {
     check("n,,n=a=2Cb=3Dc,r=abc", accepted);
     check("n,,n=user,r=abc,t=later,q=x=y", accepted);
     check("n,,n=grün,r=abc", accepted);
+    check(&format!("n,,n=user,r={}", "a".repeat(256)), "r=aaa");
+    check(&format!("n,,n=user,r={}", "a".repeat(257)), "Malformed");
     // Fails after the proof, as all that depends on an account.
     check("n,a=other,n=user,r=abc", accepted);
     check("n,,n=stranger,r=abc", "r=abc%hv");
