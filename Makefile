@@ -7,7 +7,7 @@ ONLY    ?=
 TARGET  ?=
 LINKS   ?= sbin/sendmail bin/mailq bin/newaliases
 
-.PHONY: help build test rules check house demo interop soak fuzz install certs
+.PHONY: help build test rules check house demo interop size soak fuzz install certs
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s  %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ demo: ## one call: a message goes up, the line turns, a message comes down, with
 
 interop: build ## odmr with fetchmail, Postfix, Exim, Dovecot, mutt, cron … (as root; .ci/run installs them); ONLY=NAME for one
 	tests/interop/run $(ONLY)
+
+size: build ## octets of the program, milliseconds to its start, memory of an idle provider and customer (doc/size.md)
+	tests/interop/run size
 
 soak: $(if $(ODMR),,build) ## all at once for SECONDS (3600): customers, hostile peers, kills, full disks; a JSON line a minute, a verdict (as root)
 	tests/soak/run $(or $(SECONDS),3600)
