@@ -18,6 +18,7 @@ mod running;
 mod sandbox;
 mod secret;
 mod send;
+mod shared_box;
 mod signals;
 mod supervised;
 mod transcripts;

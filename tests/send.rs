@@ -13,7 +13,7 @@ use rustix::process::Signal;
 
 use crate::running::Running;
 
-const CUSTOMER: &str = r#"hostname = "mail.example.org"
+pub const CUSTOMER: &str = r#"hostname = "mail.example.org"
 
 [provider]
 address = "127.0.0.1:1"
@@ -29,16 +29,16 @@ accept = ["alice@example.org", "bob@example.org"]
 received-hops = 3
 "#;
 
-const OUTGOING: &str = "[outgoing]\nqueue = \"outgoing\"\nmax-size = 70000\nlisten = [\"127.0.0.1:0\"]\n";
+pub const OUTGOING: &str = "[outgoing]\nqueue = \"outgoing\"\nmax-size = 70000\nlisten = [\"127.0.0.1:0\"]\n";
 
 /// A directory with the configuration, the queue and the mailboxes of one customer.
-struct TestCustomer(tempfile::TempDir);
+pub struct TestCustomer(pub tempfile::TempDir);
 
 /// The result of one run of the program.
-struct RunResult {
-    code: i32,
-    out: String,
-    error: String,
+pub struct RunResult {
+    pub code: i32,
+    pub out: String,
+    pub error: String,
 }
 
 impl TestCustomer {
@@ -46,14 +46,14 @@ impl TestCustomer {
         TestCustomer::with(&format!("{CUSTOMER}{OUTGOING}"))
     }
 
-    fn with(config: &str) -> TestCustomer {
+    pub fn with(config: &str) -> TestCustomer {
         let customer = TestCustomer(tempfile::tempdir().unwrap());
         fs::write(customer.config(), config).unwrap();
         fs::set_permissions(customer.config(), fs::Permissions::from_mode(0o600)).unwrap();
         customer
     }
 
-    fn config(&self) -> PathBuf {
+    pub fn config(&self) -> PathBuf {
         self.0.path().join("customer.toml")
     }
 
@@ -62,8 +62,12 @@ impl TestCustomer {
     }
 
     fn run(&self, program: &Path, words: &[&str], input: &str) -> RunResult {
-        let mut child = Command::new(program)
-            .args(words)
+        self.finish(Command::new(program).args(words), input)
+    }
+
+    /// Runs a command with this customer's configuration up to its end.
+    pub fn finish(&self, command: &mut Command, input: &str) -> RunResult {
+        let mut child = command
             .env("ODMR_CONFIG", self.config())
             .env_remove("RUST_LOG")
             .stdin(Stdio::piped())
@@ -79,26 +83,26 @@ impl TestCustomer {
     }
 
     /// The messages in a Maildir.
-    fn messages(&self, maildir: &str) -> Vec<String> {
+    pub fn messages(&self, maildir: &str) -> Vec<String> {
         let Ok(files) = fs::read_dir(self.0.path().join(maildir).join("new")) else { return Vec::new() };
         let mut paths: Vec<_> = files.map(|file| file.unwrap().path()).collect();
         paths.sort();
         paths.iter().map(|path| String::from_utf8_lossy(&fs::read(path).unwrap()).into_owned()).collect()
     }
 
-    fn queued(&self) -> Vec<String> {
+    pub fn queued(&self) -> Vec<String> {
         self.messages("outgoing")
     }
 
     /// The only message in the outgoing queue.
-    fn only_queued(&self) -> String {
+    pub fn only_queued(&self) -> String {
         let mut queued = self.queued();
         assert_eq!(queued.len(), 1, "{queued:?}");
         queued.remove(0)
     }
 }
 
-fn assert_contains(text: &str, parts: &[&str]) {
+pub fn assert_contains(text: &str, parts: &[&str]) {
     for part in parts {
         assert!(text.contains(part), "{part:?} is not in\n{text}");
     }

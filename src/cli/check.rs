@@ -22,8 +22,8 @@ use super::process::{config_path, print};
 use super::syslog;
 use crate::clock::Clock;
 use crate::config::{
-    Account, Config, CustomerConfig, MailOwner, MailboxesConfig, ProviderAccount, ProviderConfig, SourceLine, TlsFiles,
-    effective, line_of_key,
+    Account, Config, CustomerConfig, MailOwner, MailboxesConfig, OutgoingConfig, ProviderAccount, ProviderConfig,
+    SourceLine, TlsFiles, effective, line_of_key,
 };
 use crate::customer::mailboxes::{find_mailbox, mailbox_exists};
 use crate::customer::sendmail::user_mailbox;
@@ -39,6 +39,9 @@ use crate::recipients::RecipientRules;
 use crate::report::clock_watch::ClockWatch;
 use crate::session::{ClientIdentity, Limits};
 use crate::smtp::reply::Severity;
+
+/// What programs call to send mail (LSB).
+const SENDMAIL: &str = "/usr/sbin/sendmail";
 
 /// The options of `odmr check`.
 pub(super) fn options(options: &mut Options) {
@@ -109,6 +112,8 @@ struct Places<'a> {
     root: SourceLine,
     queue: SourceLine,
     limits: SourceLine,
+    /// All users may read the file.
+    is_public: bool,
     /// `root`, and the queue.
     directories: Vec<&'a Path>,
 }
@@ -117,14 +122,15 @@ impl<'a> Places<'a> {
     fn of(config: &'a Config, path: &Path) -> Places<'a> {
         let line = |keys: &[&str]| line_of_key(path, keys);
         let (queue, limits) = (line(&["outgoing", "queue"]), line(&["limits"]));
+        let is_public = fs::metadata(path).is_ok_and(|found| found.mode() & 0o004 != 0);
         match config {
             Config::Provider(config) => {
-                Places { root: line(&["spool"]), queue, limits, directories: vec![&config.spool] }
+                Places { root: line(&["spool"]), queue, limits, is_public, directories: vec![&config.spool] }
             }
             Config::Customer(config) => {
                 let outgoing = config.outgoing.iter().map(|outgoing| &*outgoing.queue);
                 let directories = std::iter::once(&*config.mailboxes.root).chain(outgoing).collect();
-                Places { root: line(&["mailboxes", "root"]), queue, limits, directories }
+                Places { root: line(&["mailboxes", "root"]), queue, limits, is_public, directories }
             }
         }
     }
@@ -417,6 +423,7 @@ fn check_customer(config: &CustomerConfig, places: &Places<'_>, login: &str, rep
     config.mailboxes.rules.catch_all_note().into_iter().for_each(|note| report.note(note));
     if let Some(outgoing) = &config.outgoing {
         warn_of_senders(&config.mailboxes, &outgoing.domain, login, report);
+        note_other_senders(config, outgoing, places, report);
         let needed = if outgoing.listen.is_empty() { 0 } else { descriptors_of_listener(&config.limits) };
         check_descriptors(&places.limits, needed, report);
     }
@@ -480,6 +487,31 @@ fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain, user: &str, rep
             );
             report.warn(mailboxes.missing_alias(text));
         }
+    }
+}
+
+/// Notes that other users cannot send mail, and how they could; a warning if `sendmail` is this program.
+fn note_other_senders(
+    config: &CustomerConfig, outgoing: &OutgoingConfig, places: &Places<'_>, report: &mut CheckReport,
+) {
+    let mut remedies = Vec::new();
+    if !places.is_public {
+        remedies.push("move the secrets of this file into others (`secret-file`) and `chmod 644` it");
+    }
+    let is_public = |name: &&str| fs::metadata(outgoing.queue.join(name)).is_ok_and(|found| found.mode() & 0o002 != 0);
+    let queues = config.owner.is_none() && ["tmp", "new"].iter().all(is_public);
+    if !queues && outgoing.loopback_listener().is_none() {
+        remedies.push("write listen = [\"127.0.0.1:25\"] in [outgoing], for `odmr pull --daemon`");
+    }
+    if remedies.is_empty() {
+        return;
+    }
+    let text =
+        format!("only its owner and root can send mail by `odmr send`; for all users {}", remedies.join(", and "));
+    let this_program = std::env::current_exe().and_then(fs::canonicalize).ok();
+    match fs::canonicalize(SENDMAIL).is_ok_and(|program| Some(program) == this_program) {
+        true => report.warn(places.queue.error(text)),
+        false => report.note(places.queue.error(text)),
     }
 }
 

@@ -20,6 +20,7 @@ use super::process::print;
 use crate::config::{CustomerConfig, ProviderConfig};
 use crate::customer;
 use crate::customer::sendmail::{self, SendmailOptions};
+use crate::customer::submitter::SubmissionRoute;
 use crate::ids::Ids;
 use crate::maildir::Maildir;
 use crate::net::cancel::CancelToken;
@@ -78,7 +79,7 @@ fn play(directory: &Path, ids: &Ids) -> Result<(), ExitError> {
     title("A user of the customer has typed: sendmail -t -f eva -F Eva; that message waits too")?;
     let (sender, full_name) = (Some("eva".to_owned()), Some("Eva".to_owned()));
     let options = SendmailOptions { recipients_from_header: true, sender, full_name, ..SendmailOptions::default() };
-    sendmail::send(&config, ids, &options, &mut OUTGOING_MESSAGE.as_bytes())?;
+    sendmail::send(&config, ids, &options, SubmissionRoute::Queue, &mut OUTGOING_MESSAGE.as_bytes())?;
     show(&directory.join("outgoing"))?;
 
     title("The customer calls; C is the customer and P the provider, also after the turn")?;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use getopts::{Matches, Options};
 use log::LevelFilter;
 
-use super::confine::confine_sender;
+use super::confine::{confine_sender, confine_submitter};
 use super::exit::{ExitError, Sysexit};
 use super::logging::{self, LogTarget};
 use super::owner::{become_customer_owner, check_not_root, owner_to_become};
@@ -19,7 +19,8 @@ use super::process::{cancel_at_signal, print};
 use super::pull;
 use crate::config::CustomerConfig;
 use crate::customer::daemon;
-use crate::customer::sendmail::{self, SendmailOptions};
+use crate::customer::sendmail::{self, SendmailError, SendmailOptions};
+use crate::customer::submitter::SubmissionRoute;
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::descriptor::Waiting;
@@ -36,8 +37,10 @@ const HELP: &str = "\
 Usage: odmr send [options] [recipients]        (also under the name sendmail; mailq: -bp; newaliases: -bi)
 
 Accepts a message on stdin, with LF or CRLF line ends, and puts it into the outgoing queue; a bare CR ends a line too.
-The next call sends it. If one recipient is bad, nothing is queued. In a message without a signature addresses without
-a domain get `domain` of [outgoing], and text beyond ASCII in the header is encoded (RFC 2047).
+The next call sends it. Users who may not write into the queue submit to `odmr pull --daemon` instead, at the first
+address on loopback in `listen` of [outgoing]. If one recipient is bad, nobody gets the message. In a message without a
+signature addresses without a domain get `domain` of [outgoing], and text beyond ASCII in the header is encoded (RFC
+2047).
 
     -t            adds the recipients of To, Cc and Bcc; Bcc is removed in any case
     -i, -oi       a line with a single dot is content, and not the end
@@ -68,8 +71,8 @@ Exit codes are those of sysexits.h: 64 usage, 65 address or header, 67 no such m
 pub(super) const NAMES: [(&str, Option<&str>); 3] =
     [("sendmail", None), ("mailq", Some("-bp")), ("newaliases", Some("-bi"))];
 
-/// What `-b` asks for.
-type Mode = fn(&CustomerConfig, &Ids, &SendmailOptions) -> Result<(), ExitError>;
+/// What `-b` asks for, if it submits mail.
+type Mode = fn(&CustomerConfig, &Ids, &SendmailOptions, SubmissionRoute) -> Result<(), ExitError>;
 
 /// Runs `odmr send` with these arguments, after the one that the name stands for.
 ///
@@ -93,17 +96,31 @@ pub(super) fn run(mode: Option<&str>, arguments: &[String]) -> Result<(), ExitEr
     }
     let mode: Mode = match last(&matches, "b").as_deref() {
         Some("i") => return count_aliases(&load(&path)?),
-        None | Some("m") => |config, ids, options| Ok(sendmail::send(config, ids, options, &mut Waiting(io::stdin()))?),
-        Some("s") => |config, ids, _| serve(config, ids),
-        Some("p") => |config, ids, _| Ok(sendmail::list(config, ids, &mut Waiting(io::stdout()))?),
+        None | Some("m") => {
+            |config, ids, options, route| Ok(sendmail::send(config, ids, options, route, &mut Waiting(io::stdin()))?)
+        }
+        Some("s") => |config, ids, _, route| serve(config, ids, route),
+        Some("p") => return list(&path),
         Some(other) => {
             return Err(ExitError::usage(format!("-b{other} is not supported: there are -bm, -bs, -bp and -bi"), HINT));
         }
     };
     // Read the login name before this process becomes another user.
     let options = sendmail_options(&matches, LoginUser::current());
-    let config = load_as_owner(&path)?;
-    mode(&config, &Ids::system(tls::random), &options)
+    let (config, owner) = load_as_owner(&path)?;
+    let route = sendmail::route(&config, owner.as_deref()).map_err(|error| of_file(&path, error))?;
+    match route {
+        SubmissionRoute::Queue => confine_sender(&config),
+        SubmissionRoute::Listener(_) => confine_submitter(),
+    }
+    mode(&config, &Ids::system(tls::random), &options, route)
+}
+
+/// `-bp`: lists what waits, as far as this user may read it.
+fn list(path: &Path) -> Result<(), ExitError> {
+    let (config, _) = load_as_owner(path)?;
+    confine_sender(&config);
+    Ok(sendmail::list(&config, &Ids::system(tls::random), &mut Waiting(io::stdout()))?)
 }
 
 /// `-q`: makes the daemon call at once. Without one, the next call sends what waits.
@@ -122,12 +139,12 @@ fn count_aliases(config: &CustomerConfig) -> Result<(), ExitError> {
 }
 
 /// `-bs`: one SMTP session on stdin and stdout.
-fn serve(config: &CustomerConfig, ids: &Ids) -> Result<(), ExitError> {
+fn serve(config: &CustomerConfig, ids: &Ids, route: SubmissionRoute) -> Result<(), ExitError> {
     let cancel = CancelToken::new()?;
     cancel_at_signal(&cancel)?;
     let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3).map_err(io::Error::from)?;
     let output = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3).map_err(io::Error::from)?;
-    Ok(sendmail::serve(config, ids, (input, output), &cancel)?)
+    Ok(sendmail::serve(config, ids, route, (input, output), &cancel)?)
 }
 
 fn options() -> Options {
@@ -164,8 +181,9 @@ fn sendmail_options(matches: &Matches, user: LoginUser) -> SendmailOptions {
     }
 }
 
-fn denied(path: &Path, text: &str) -> ExitError {
-    ExitError::new(Sysexit::NoPermission, format!("{}: {text}", path.display()))
+/// An error about what a file says.
+fn of_file(path: &Path, error: SendmailError) -> ExitError {
+    ExitError::from(SendmailError { text: format!("{}: {}", path.display(), error.text), ..error })
 }
 
 /// Reads the configuration.
@@ -174,25 +192,28 @@ fn load(path: &Path) -> Result<CustomerConfig, ExitError> {
     if let Err(error) = File::open(path)
         && error.kind() == io::ErrorKind::PermissionDenied
     {
-        return Err(denied(path, &error.to_string()));
+        let path = path.display();
+        let text = format!(
+            "{path}: {error}: for all users to send mail, move its secrets into files (`secret-file`) and type `chmod 644 \
+             {path}`"
+        );
+        return Err(ExitError::new(Sysexit::NoPermission, text));
     }
     Ok(CustomerConfig::load_to_send(path)?)
 }
 
-/// Reads the configuration, and as root becomes the owner of the mail.
-fn load_as_owner(path: &Path) -> Result<CustomerConfig, ExitError> {
+/// Reads the configuration, and as root becomes the owner of the mail. Returns the owner as well, if that is a user that this
+/// process cannot become.
+fn load_as_owner(path: &Path) -> Result<(CustomerConfig, Option<String>), ExitError> {
     let config = load(path)?;
-    // The call runs as the owner, who could not read the messages of another user.
     if let Some(owner) = &config.owner
         && !rustix::process::geteuid().is_root()
         && !owner.find()?.is_current()
     {
-        let user = &owner.user;
-        let text = format!("only {user} and root may send here: submit by SMTP where [outgoing] listens");
-        return Err(denied(path, &text));
+        let user = owner.user.clone();
+        return Ok((config, Some(user)));
     }
     check_not_root(&config, path)?;
     become_customer_owner(&config, owner_to_become(config.owner.as_ref())?.as_ref())?;
-    confine_sender(&config);
-    Ok(config)
+    Ok((config, None))
 }

@@ -1,6 +1,6 @@
 //! A customer's file (RFC 2645 section 5.2): which providers the customer calls, and how its users submit mail.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use super::limits::{limits, timeouts};
@@ -292,6 +292,19 @@ pub struct OutgoingConfig {
 }
 
 impl OutgoingConfig {
+    /// The first listener that a program on this machine reaches over loopback. Port 0 means another port at each start.
+    pub fn loopback_listener(&self) -> Option<SocketAddr> {
+        self.listen.iter().find_map(|listener| {
+            let address = match listener.ip() {
+                IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
+                IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
+                address => address,
+            };
+            let reached = address.to_canonical().is_loopback() && listener.port() != 0;
+            reached.then(|| SocketAddr::new(address, listener.port()))
+        })
+    }
+
     /// Whether a client at this address may submit mail: it is this machine, or in one of `networks`.
     pub fn admits(&self, address: IpAddr) -> bool {
         address.to_canonical().is_loopback() || self.networks.iter().any(|network| network.contains(address))

@@ -10,6 +10,7 @@ pub mod retry_queue;
 pub mod receiver;
 pub mod outbox;
 pub mod submission;
+pub mod submitter;
 pub mod sendmail;
 pub mod pull;
 pub mod probe;

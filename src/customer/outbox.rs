@@ -91,14 +91,8 @@ impl Outbox {
     /// # Errors
     /// A file cannot be created, or a recipient of ours is unknown by now.
     pub fn store(&self, submission: Submission<'_>, received: &str) -> io::Result<SubmissionWriter> {
-        let Submission { envelope, size, id, arrived, header_from, drop_bcc } = submission;
-        let additions = HeaderAdditions {
-            home: self.config.domain.clone(),
-            date: arrived.rfc5322(),
-            message_id: format!("<{id}@{}>", self.mailboxes.config.hostname),
-            from: header_from,
-            drop_bcc,
-        };
+        let additions = self.additions(&submission);
+        let Submission { envelope, size, id, arrived, .. } = submission;
         let message = QueuedEnvelope { id, arrived, envelope: envelope.clone() };
         let (here, elsewhere) = self.store.divide(&message);
         // If the size was not announced, only a mailbox that is full already has no room.
@@ -116,6 +110,17 @@ impl Outbox {
             queued: routing.elsewhere,
             discarded: routing.discarded,
         })
+    }
+
+    /// What the header of a submitted message is completed with.
+    pub fn additions(&self, submission: &Submission<'_>) -> HeaderAdditions {
+        HeaderAdditions {
+            home: self.config.domain.clone(),
+            date: submission.arrived.rfc5322(),
+            message_id: format!("<{}@{}>", submission.id, self.mailboxes.config.hostname),
+            from: submission.header_from.clone(),
+            drop_bcc: submission.drop_bcc,
+        }
     }
 
     /// How many messages wait.

@@ -1,7 +1,8 @@
-//! `odmr send`: sendmail(8) of the customer. It puts a message from stdin into the outgoing queue.
+//! `odmr send`: sendmail(8) of the customer. It puts a message from stdin into the outgoing queue, or submits it to the
+//! daemon if this user may not write there ([`route`]).
 //!
-//! The message is first kept in memory and a file without a name. It is queued only if its size, its header and all
-//! recipients are accepted, and it is durable before [`send`] returns. An error is one line and a [`SendmailErrorKind`], for
+//! The message is first kept in memory and a file without a name. It is queued or submitted only if its size, its header and
+//! all recipients are accepted, and it is durable before [`send`] returns. An error is one line and a [`SendmailErrorKind`], for
 //! which the command line has an exit code of sysexits.h.
 //!
 //! - Lines end in LF or CRLF. Several CRs before an LF are part of one line end: a program wrote CRLF, and another made CRLF
@@ -13,13 +14,17 @@
 //! - With `-t` the recipients of the header are added to those of the command line.
 
 use std::collections::HashSet;
+use std::env;
+use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::mailboxes::Mailboxes;
 use super::outbox::{Outbox, Submission};
+use super::submitter::{CompletedContent, SubmissionRoute, SubmitError, pass_session, submit};
 use super::{store, submission};
 use crate::clock::Timestamp;
 use crate::config::CustomerConfig;
@@ -28,14 +33,16 @@ use crate::mail::address::{Domain, ForwardPath, Mailbox, ReversePath};
 use crate::mail::address_list::parse_addresses;
 use crate::mail::encoded_word;
 use crate::mail::header::{Header, HeaderAdditions};
-use crate::maildir::for_each_block;
 use crate::maildir::spooled::{self, Content, SpooledContent};
+use crate::maildir::{for_each_block, unnamed_file_in, write_denial};
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
 use crate::net::trace::{Trace, quoted};
 use crate::privileges::LoginUser;
 use crate::queue::ListedMessage;
 use crate::recipients::Destination;
+use crate::session::client::SessionFailure;
+use crate::smtp::client::{Abort, OutgoingMessage, Rejection};
 use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, is_xtext};
 use crate::smtp::content::HeaderScanner;
 use crate::smtp::limits::ENVELOPE_ID;
@@ -46,6 +53,9 @@ const INPUT_BLOCK: usize = 32 * 1024;
 
 /// The longest header, in octets, that is read for recipients and completed.
 const HEADER_LIMIT: usize = spooled::MEMORY_LIMIT;
+
+/// Characters of a reply that are shown.
+const REPLY_LIMIT: usize = 500;
 
 /// The options of one command line.
 #[derive(Clone, Debug, Default)]
@@ -142,24 +152,51 @@ impl From<Reply> for SendmailError {
     }
 }
 
+/// The text of a reply on one line. Another service may listen where the daemon should: its octets go to a terminal.
 fn reply_text(reply: &Reply) -> String {
-    reply.lines().collect::<Vec<_>>().join(" ")
+    let text = reply.lines().collect::<Vec<_>>().join(" ");
+    text.chars().map(|character| if character.is_control() { '?' } else { character }).take(REPLY_LIMIT).collect()
+}
+
+fn no_outgoing() -> SendmailError {
+    let text = "this customer sends no mail: the configuration has no table [outgoing] with `queue`";
+    SendmailError::new(SendmailErrorKind::Config, text)
 }
 
 fn open_outbox(config: &CustomerConfig, ids: &Ids) -> Result<Arc<Outbox>, SendmailError> {
-    let outbox = Outbox::new(&Arc::new(Mailboxes::new(config, ids)));
-    outbox.map(Arc::new).ok_or_else(|| {
-        let text = "this customer sends no mail: the configuration has no table [outgoing] with `queue`";
-        SendmailError::new(SendmailErrorKind::Config, text)
+    Outbox::new(&Arc::new(Mailboxes::new(config, ids))).map(Arc::new).ok_or_else(no_outgoing)
+}
+
+/// Where the mail of this user goes: into the queue, or to the daemon if the rights do not permit that. A queue that fails
+/// for another reason, such as a full disk, is no reason to go to the daemon. `owner`: the user of the mail, if that is
+/// another one, who could not read what this user queues.
+///
+/// # Errors
+/// There is no queue that this user may write into, and no listener on loopback.
+pub fn route(config: &CustomerConfig, owner: Option<&str>) -> Result<SubmissionRoute, SendmailError> {
+    let outgoing = config.outgoing.as_ref().ok_or_else(no_outgoing)?;
+    let denial = || ["tmp", "new"].iter().find_map(|name| write_denial(&outgoing.queue.join(name)));
+    let reason = match (owner, owner.map_or_else(denial, |_| None)) {
+        (Some(owner), _) => format!("only {owner} and root may write into {}", outgoing.queue.display()),
+        (None, Some(error)) => error.to_string(),
+        (None, None) => return Ok(SubmissionRoute::Queue),
+    };
+    outgoing.loopback_listener().map(SubmissionRoute::Listener).ok_or_else(|| {
+        let text = format!(
+            "{reason}; for other users [outgoing] needs a listener with a port on loopback: add listen = [\"127.0.0.1:25\"] \
+             there, and start `odmr pull --daemon`"
+        );
+        SendmailError::new(SendmailErrorKind::NoPermission, text)
     })
 }
 
-/// Queues the message from `input`.
+/// Queues or submits the message from `input`.
 ///
 /// # Errors
-/// The options, an address, the header or the size is wrong, or the message could not be stored. Nothing was queued.
+/// The options, an address, the header or the size is wrong, or the message could not be stored, or the daemon has not
+/// accepted it. Unless the text says so, no recipient gets it.
 pub fn send(
-    config: &CustomerConfig, ids: &Ids, options: &SendmailOptions, input: &mut impl Read,
+    config: &CustomerConfig, ids: &Ids, options: &SendmailOptions, route: SubmissionRoute, input: &mut impl Read,
 ) -> Result<(), SendmailError> {
     let outbox = open_outbox(config, ids)?;
     let home = &outbox.config.domain;
@@ -169,9 +206,13 @@ pub fn send(
         return Err(SendmailError::usage("no recipient: name one, or use -t for those of the header"));
     }
     let sender = sender(options, home)?;
+    let queues = route == SubmissionRoute::Queue;
     // Report a full disk before the message is read, and one that is too large while it is read.
-    outbox.check_room(0)?;
-    let message = InputMessage::read(input, &outbox, !options.ignore_dots)?;
+    if queues {
+        outbox.check_room(0)?;
+    }
+    let create = || if queues { outbox.unnamed_file() } else { unnamed_file_in(&env::temp_dir(), &ids.queue_id()) };
+    let message = InputMessage::read(input, &outbox, &create, !options.ignore_dots)?;
     if message.header.received() > config.limits.received_hops {
         return Err(SendmailError::new(SendmailErrorKind::Rejected, "too many hops: this message is in a mail loop"));
     }
@@ -183,46 +224,131 @@ pub fn send(
         let header = Header::parse(message.content.first_octets());
         recipients.extend(header.recipients(home).map_err(SendmailError::bad_data)?);
     }
-    let recipients = known_recipients(&outbox, recipients, &dsn.notify)?;
+    // The daemon knows its own mailboxes, which this user may not be able to look at.
+    let resolve = |named: &Mailbox| match queues {
+        true => outbox.recipient(&ForwardPath::Mailbox(named.clone())),
+        false => Ok(named.clone()),
+    };
+    let recipients = known_recipients(&resolve, recipients, &dsn.notify)?;
     if recipients.is_empty() {
         return Err(SendmailError::bad_data("the header names no recipient"));
     }
-    outbox.check_room(message.content.wire_size())?;
+    let size = message.content.wire_size();
+    if queues {
+        outbox.check_room(size)?;
+    }
     let envelope = message.envelope(sender, recipients, dsn, home);
-    store(&outbox, message, &envelope, options)
+    store_or_submit(&outbox, route, message, &envelope, options)
 }
 
-/// Copies the message into the queue and commits it.
-fn store(
-    outbox: &Outbox, mut message: InputMessage, envelope: &Envelope, options: &SendmailOptions,
+fn store_or_submit(
+    outbox: &Outbox, route: SubmissionRoute, message: InputMessage, envelope: &Envelope, options: &SendmailOptions,
 ) -> Result<(), SendmailError> {
     let (ids, host, uid) = (&outbox.mailboxes.ids, &outbox.mailboxes.config.hostname, options.user.uid);
     let (id, arrived, size) = (ids.queue_id(), ids.clock().now(), message.content.wire_size());
     let header_from = Some(header_from(options, &envelope.from, &outbox.config.domain));
     let submission = Submission { envelope, size: Some(size), id: id.clone(), arrived, header_from, drop_bcc: true };
     let received = format!("Received: by {host} (odmr, from uid {uid})\n\tid {id};\n\t{}\n", arrived.rfc5322());
-    let cannot_create = |error| SendmailError::system(SendmailErrorKind::CannotCreate, &error);
-    let mut writer = outbox.store(submission, &received).map_err(cannot_create)?;
-    message.content.rewind()?;
-    for_each_block(&mut message.content, |block| writer.write(block))?;
-    writer.commit()?;
     let message_id = message.header.message_id().map_or_else(|| format!("<{id}@{host}>"), str::to_owned);
-    log::info!(
-        "event=accepted id={id} from=<{}> nrcpt={} size={size} message-id={} uid={uid}",
-        envelope.from,
-        envelope.recipients.len(),
-        quoted(message_id)
-    );
+    let (from, nrcpt, message_id) = (&envelope.from, envelope.recipients.len(), quoted(message_id));
+    match route {
+        SubmissionRoute::Queue => {
+            store(outbox, message, submission, &received)?;
+            log::info!(
+                "event=accepted id={id} from=<{from}> nrcpt={nrcpt} size={size} message-id={message_id} uid={uid}"
+            );
+        }
+        SubmissionRoute::Listener(listener) => {
+            let reply = quoted(submit_to(listener, outbox, message, &submission, received)?);
+            log::info!(
+                "event=submitted id={id} from=<{from}> nrcpt={nrcpt} size={size} message-id={message_id} uid={uid} \
+                 relay={listener} reply={reply}"
+            );
+        }
+    }
     Ok(())
 }
 
-/// `-bs`: serves one SMTP session over two descriptors, until it ends.
+/// Copies the message into the queue and commits it.
+fn store(
+    outbox: &Outbox, mut message: InputMessage, submission: Submission<'_>, received: &str,
+) -> Result<(), SendmailError> {
+    let cannot_create = |error| SendmailError::system(SendmailErrorKind::CannotCreate, &error);
+    let mut writer = outbox.store(submission, received).map_err(cannot_create)?;
+    message.content.rewind()?;
+    for_each_block(&mut message.content, |block| writer.write(block))?;
+    writer.commit()?;
+    Ok(())
+}
+
+/// Submits the message to the listener of the daemon, with the header that it would have in the queue.
+fn submit_to(
+    listener: SocketAddr, outbox: &Outbox, message: InputMessage, submission: &Submission<'_>, received: String,
+) -> Result<Reply, SendmailError> {
+    let header = Header::parse(message.content.first_octets());
+    let (mut head, replaced) = (received.into_bytes(), header.octets());
+    head.extend_from_slice(&header.complete(&outbox.additions(submission)));
+    let mut content = CompletedContent::new(head, message.content, replaced);
+    let envelope = submission.envelope.clone();
+    let outgoing = OutgoingMessage {
+        eight_bit: envelope.body == Body::EightBit,
+        size: content.wire_size(),
+        utf8_header: envelope.utf8,
+        attempts: 0,
+        envelope,
+    };
+    let (config, ids) = (&outbox.mailboxes.config, &outbox.mailboxes.ids);
+    submit(config, ids, listener, &outgoing, &mut content).map_err(|(sent, error)| {
+        let error = submit_error(listener, error);
+        match (sent, submission.envelope.recipients.len()) {
+            (0, _) => error,
+            (_, count) => {
+                let text = format!("accepted for the first {sent} of {count} recipients only: {}", error.text);
+                SendmailError { text, ..error }
+            }
+        }
+    })
+}
+
+fn submit_error(listener: SocketAddr, error: SubmitError) -> SendmailError {
+    match error {
+        SubmitError::Recipient(mailbox, reply) => recipient_error(&mailbox, &reply),
+        SubmitError::Message(reply) => reply.into(),
+        SubmitError::InDoubt => SendmailError::new(
+            SendmailErrorKind::Deferred,
+            format!("{listener} has not replied to the message: it may have it, and another attempt may send it twice"),
+        ),
+        SubmitError::System(error) => error.into(),
+        SubmitError::Session(SessionFailure::Aborted(Abort::Rejected(Rejection { stage, reply }))) => {
+            let error = SendmailError::from(reply);
+            SendmailError { text: format!("{listener} rejects {stage}: {}", error.text), ..error }
+        }
+        SubmitError::Session(failure @ SessionFailure::Unreachable(_)) => unreachable_listener(failure),
+        SubmitError::Session(failure) => {
+            let text = format!("{listener}, where `listen` of [outgoing] is: {failure}");
+            SendmailError::new(SendmailErrorKind::Deferred, text)
+        }
+    }
+}
+
+/// `error`: with the address.
+fn unreachable_listener(error: impl std::fmt::Display) -> SendmailError {
+    let text = format!("{error}; this user's mail goes there: is `odmr pull --daemon` running?");
+    SendmailError::new(SendmailErrorKind::Deferred, text)
+}
+
+/// `-bs`: serves one SMTP session over two descriptors, or has the daemon serve it, until it ends.
 ///
 /// # Errors
-/// There is no outgoing queue. The end of the session is not an error.
+/// There is no outgoing queue, or the daemon cannot be reached, or the session was broken off.
 pub fn serve(
-    config: &CustomerConfig, ids: &Ids, (input, output): (OwnedFd, OwnedFd), cancel: &CancelToken,
+    config: &CustomerConfig, ids: &Ids, route: SubmissionRoute, (input, output): (OwnedFd, OwnedFd),
+    cancel: &CancelToken,
 ) -> Result<(), SendmailError> {
+    if let SubmissionRoute::Listener(listener) = route {
+        return pass_session(&config.timeouts, listener, (input, output), cancel)
+            .map_err(|error| unreachable_listener(format!("{listener}: {error}")));
+    }
     let outbox = open_outbox(config, ids)?;
     let (begun, id) = (Instant::now(), ids.session_id());
     let connection = Connection::over(input, Some(output), Trace { id: id.clone(), us: 'S', them: 'C' });
@@ -237,7 +363,8 @@ pub fn serve(
 /// hops and full mailboxes here.
 ///
 /// # Errors
-/// Reading a queue or writing to `out` failed. If this user may not read the mail for next hops, the listing says so.
+/// Reading a queue or writing to `out` failed, or this user may not read the outgoing queue. If they may not read messages of
+/// other users there, or the mail for next hops, the listing says so.
 pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<(), SendmailError> {
     let mailboxes = Mailboxes::new(config, ids);
     let (mut entries, mut messages, mut octets) = (String::new(), 0, 0);
@@ -257,20 +384,34 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
         }
         Ok(())
     };
+    let mut hidden = String::new();
     if let Some(outgoing) = &config.outgoing {
-        let queue = store::outgoing_queue(&outgoing.queue);
-        mailboxes.queue.list(&queue, &mut |message| show(&message, &|_| String::new()))?;
+        let (queue, mut read) = (store::outgoing_queue(&outgoing.queue), 0);
+        let listed = mailboxes.queue.list(&queue, &mut |message| {
+            read += 1;
+            show(&message, &|_| String::new())
+        });
+        listed.map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                SendmailError::new(SendmailErrorKind::NoPermission, format!("{error}; be its owner, or root"))
+            }
+            _ => error.into(),
+        })?;
+        if let unread @ 1.. = mailboxes.queue.count(&queue, usize::MAX)?.saturating_sub(read) {
+            hidden = format!("{unread} messages are not listed, as they cannot be read; be their owner, or root\n");
+        }
     }
     let route = |mailbox: &Mailbox| match mailboxes.destination_of(mailbox) {
         Some(Destination::NextHop(hop)) => format!(" (next hop {hop})"),
         _ => " (a mailbox here)".to_owned(),
     };
-    let hidden = match mailboxes.queue.list(&mailboxes.retry_queue(), &mut |message| show(&message, &route)) {
+    match mailboxes.queue.list(&mailboxes.retry_queue(), &mut |message| show(&message, &route)) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            format!("mail for next hops is not listed: {error}; be the owner of the mailboxes, or root\n")
+            let text = format!("mail for next hops is not listed: {error}; be the owner of the mailboxes, or root\n");
+            hidden.push_str(&text);
         }
-        shown => shown.map(|()| String::new())?,
-    };
+        shown => shown?,
+    }
     let listing = match messages {
         0 if hidden.is_empty() => "Mail queue is empty\n".to_owned(),
         _ => format!(
@@ -331,25 +472,28 @@ fn named_recipients(options: &SendmailOptions, home: &Domain) -> Result<Vec<Mail
     Ok(named)
 }
 
-/// The recipients without duplicates, if the outbox accepts all of them.
+/// The recipients without duplicates, if `resolve` accepts all of them.
 fn known_recipients(
-    outbox: &Outbox, mailboxes: Vec<Mailbox>, notify: &Notify,
+    resolve: &dyn Fn(&Mailbox) -> Result<Mailbox, Reply>, mailboxes: Vec<Mailbox>, notify: &Notify,
 ) -> Result<Vec<Recipient>, SendmailError> {
     let (mut recipients, mut known) = (Vec::new(), HashSet::new());
     for named in mailboxes {
-        let mailbox = outbox.recipient(&ForwardPath::Mailbox(named.clone())).map_err(|reply| {
-            let kind = match reply.enhanced() {
-                Some("5.1.1") => SendmailErrorKind::UnknownMailbox,
-                _ if reply.severity() == Severity::Transient => SendmailErrorKind::Deferred,
-                _ => SendmailErrorKind::BadData,
-            };
-            SendmailError::new(kind, format!("<{named}>: {}", reply_text(&reply)))
-        })?;
+        let mailbox = resolve(&named).map_err(|reply| recipient_error(&named, &reply))?;
         if known.insert(mailbox.clone()) {
             recipients.push(Recipient { mailbox, notify: notify.clone(), original: None });
         }
     }
     Ok(recipients)
+}
+
+/// The error for a negative reply to RCPT.
+fn recipient_error(recipient: &Mailbox, reply: &Reply) -> SendmailError {
+    let kind = match reply.enhanced() {
+        Some("5.1.1") => SendmailErrorKind::UnknownMailbox,
+        _ if reply.severity() == Severity::Permanent => SendmailErrorKind::BadData,
+        _ => SendmailErrorKind::Deferred,
+    };
+    SendmailError::new(kind, format!("<{recipient}>: {}", reply_text(reply)))
 }
 
 /// The sender that `-f` names, or the user's mailbox.
@@ -413,7 +557,10 @@ struct InputMessage {
 
 impl InputMessage {
     /// Reads up to the end of the input, or, with `dot_ends`, to a line with a single dot.
-    fn read(input: &mut impl Read, outbox: &Outbox, dot_ends: bool) -> Result<InputMessage, SendmailError> {
+    /// `create` makes the file without a name.
+    fn read(
+        input: &mut impl Read, outbox: &Outbox, create: &dyn Fn() -> io::Result<File>, dot_ends: bool,
+    ) -> Result<InputMessage, SendmailError> {
         let mut message =
             InputMessage { content: SpooledContent::default(), header: HeaderScanner::default(), beyond_ascii: 0 };
         let (mut decoder, mut ended) = (LineDecoder::new(dot_ends), false);
@@ -431,7 +578,7 @@ impl InputMessage {
             message.header.feed(&decoded);
             message.beyond_ascii += beyond_ascii(&decoded);
             let mut kind = SendmailErrorKind::InputOutput;
-            let create = || outbox.unnamed_file().inspect_err(|_| kind = SendmailErrorKind::CannotCreate);
+            let create = || create().inspect_err(|_| kind = SendmailErrorKind::CannotCreate);
             let written = message.content.write(&decoded, create);
             written.map_err(|error| SendmailError::system(kind, &error))?;
             outbox.check_size(message.content.wire_size())?;

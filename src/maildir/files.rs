@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
+use rustix::fs::{Access, AtFlags, CWD};
 use rustix::io::Errno;
 
 use crate::sandbox;
@@ -211,6 +212,26 @@ pub(super) fn set_times(path: &Path, time: SystemTime) -> io::Result<()> {
     match utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
         Err(error) => Err(with_path(path, error.into())),
+    }
+}
+
+/// Opens a new file in a directory of several users, such as `/tmp`, for reading and writing, as
+/// [`Maildir::unnamed_file`](super::Maildir::unnamed_file) does.
+pub fn unnamed_file_in(directory: &Path, unique: &str) -> io::Result<File> {
+    let path = directory.join(format!("odmr-{unique}"));
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
+    file.and_then(|file| fs::remove_file(&path).map(|()| file)).map_err(|error| with_path(&path, error))
+}
+
+/// Returns why this user may not write into a directory, or may not make it: the rights, or a file system that is read-only.
+/// `None`: they may, or something else prevents it.
+pub fn write_denial(directory: &Path) -> Option<io::Error> {
+    // A program with a group of its own (setgid) has the rights of that group.
+    let access = |path| rustix::fs::accessat(CWD, path, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
+    let mut above = directory.ancestors().map(|path| (path, access(path)));
+    match above.find(|(_, found)| *found != Err(Errno::NOENT)) {
+        Some((path, Err(error @ (Errno::ACCESS | Errno::PERM | Errno::ROFS)))) => Some(with_path(path, error.into())),
+        _ => None,
     }
 }
 
