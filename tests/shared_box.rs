@@ -229,11 +229,11 @@ fn a_listener_that_is_not_the_daemon_is_reported() {
     fails("", to, 75, "does not answer before its greeting: another service? check the port");
     fails("", &["-bs"], 75, "no answer");
     fails("close", to, 75, "before its greeting");
-    fails("close", &["-bs"], 75, "before its greeting");
+    fails("close", &["-bs"], 75, "is `odmr pull --daemon` running?");
     fails("SSH-2.0-x\r\n", to, 75, "not a reply of an SMTP server");
     fails(&"x".repeat(1_000_000), to, 75, "without end");
-    fails("554 5.7.1 no\u{1b}[2J\r\n", to, 69, " rejects the greeting: no?[2J");
-    fails(&format!("{}554 no\r\n", "554-no\r\n".repeat(20_000)), to, 69, " rejects the greeting: no no");
+    fails("554 5.7.1 no\u{1b}[2J\r\n", to, 69, ": the greeting was rejected: no?[2J");
+    fails(&format!("{}554 no\r\n", "554-no\r\n".repeat(20_000)), to, 69, ": the greeting was rejected: no no");
     fails("421 later\r\n", to, 75, "later");
     fails("220 x\r\n|250 x\r\n|", to, 75, "does not answer");
     fails("220 x\r\n|250 x\r\n|550 5.7.1 not you\r\n|221 x\r\n", to, 69, "not you");
@@ -259,6 +259,35 @@ fn without_a_listener_on_loopback_the_remedy_is_named() {
             assert_eq!((sent.code, sent.error.lines().count()), (77, 1), "{}", sent.error);
             assert_contains(&sent.error, &["ermission denied", "add listen = [\"127.0.0.1:25\"]", "customer.toml: "]);
         }
+    }
+}
+
+#[test]
+fn check_says_what_keeps_other_users_from_sending() {
+    let (secret, file) = ("secret = \"tanstaaftanstaaf\"", "secret-file = \"secret\"");
+    let listen = "listen = [\"127.0.0.1:2525\"]\n";
+    for (line, mode, listen, parts) in [
+        (secret, 0o600, "", &["`secret-file`", "write listen = [\"127.0.0.1:25\"]"][..]),
+        (secret, 0o600, listen, &["`secret-file`"]),
+        (file, 0o644, "", &["write listen = [\"127.0.0.1:25\"]"]),
+        (file, 0o644, listen, &[]),
+    ] {
+        let config = CUSTOMER.replace(secret, line);
+        let customer = TestCustomer::with(&format!("{config}[outgoing]\nqueue = \"outgoing\"\n{listen}"));
+        let place = |name: &str| customer.0.path().join(name);
+        fs::write(place("secret"), "tanstaaftanstaaf\n").unwrap();
+        for (name, mode) in [("secret", 0o600), ("customer.toml", mode)] {
+            fs::set_permissions(place(name), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        let checked = customer.finish(command.args(["check", "-c"]).arg(customer.config()), "");
+        assert_eq!((checked.code, checked.error.as_str()), (0, ""));
+        let note = "can send mail by `odmr send`; for all users ";
+        assert_contains(&checked.out, parts);
+        assert_eq!(
+            (checked.out.contains(note), checked.out.contains(" listen = [")),
+            (!parts.is_empty(), listen.is_empty())
+        );
     }
 }
 

@@ -398,6 +398,21 @@ fn the_least_outgoing_has_the_documented_defaults() {
 }
 
 #[test]
+fn the_first_listener_that_loopback_reaches_is_for_users_of_this_machine() {
+    for (listen, found) in [
+        ("", None),
+        ("\"192.0.2.1:25\"", None),
+        ("\"127.0.0.1:0\"", None),
+        ("\"192.0.2.1:25\", \"127.0.0.2:26\", \"[::1]:27\"", Some("127.0.0.2:26")),
+        ("\"0.0.0.0:25\"", Some("127.0.0.1:25")),
+        ("\"[::]:25\"", Some("[::1]:25")),
+    ] {
+        let listener = outgoing(&format!("listen = [{listen}]")).loopback_listener();
+        assert_eq!(listener, found.map(|found| found.parse().unwrap()), "{listen}");
+    }
+}
+
+#[test]
 fn every_key_of_outgoing_and_schedule_is_read() {
     let pin = format!("sha256:{}", "00".repeat(32));
     let text = format!(

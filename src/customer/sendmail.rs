@@ -321,7 +321,7 @@ fn submit_error(listener: SocketAddr, error: SubmitError) -> SendmailError {
         SubmitError::System(error) => error.into(),
         SubmitError::Session(SessionFailure::Aborted(Abort::Rejected(Rejection { stage, reply }))) => {
             let error = SendmailError::from(reply);
-            SendmailError { text: format!("{listener} rejects {stage}: {}", error.text), ..error }
+            SendmailError { text: format!("{listener}: {stage} was rejected: {}", error.text), ..error }
         }
         SubmitError::Session(failure @ SessionFailure::Unreachable(_)) => unreachable_listener(failure),
         SubmitError::Session(failure) => {

@@ -120,9 +120,11 @@ def unprivileged(box, customer, wants):
     (box.path / "bin").mkdir()
     shutil.copy(ODMR, box.path / "bin/sendmail")  # the one we run may stand where nobody else can go
     nobody = {"user": 65534, "group": 65534, "extra_groups": [], "by": "bin/sendmail"}
-    wants(PERMISSION, "ermission", "u@dest.example", **nobody)
+    wants(PERMISSION, "ermission denied", "u@dest.example", **nobody)
+    wants(PERMISSION, 'add listen = ["127.0.0.1:25"]', "u@dest.example", **nobody)
     os.chown(customer.config, 0, 0)
     wants(PERMISSION, "pull.toml", "u@dest.example", **nobody)
+    wants(PERMISSION, "chmod 644", "u@dest.example", **nobody)
     return "no permission: 77"
 
 

@@ -1,5 +1,6 @@
 """Programs that send mail by /usr/sbin/sendmail, which is odmr here: cron, bsd-mailx, mutt, git send-email.
 
+They run as root, or as a user who may not write into the queue: then odmr submits to the daemon.
 Each is run as it is installed and calls that path with the options it has always called it with. In the mount namespace of
 the program alone, odmr stands there; the machine's own sendmail stays where it is.
 """
@@ -9,8 +10,11 @@ import email.policy
 import os
 import pathlib
 import re
+import signal
+import shutil
+import subprocess
 
-from harness import ODMR, at_rest, check, field, program_path, scenario, secret, wait_until
+from harness import LOOPBACK, MIB, ODMR, at_rest, check, field, free_port, program_path, scenario, secret, wait_until
 from routes import MX, world
 from world import House, queued
 
@@ -19,14 +23,19 @@ IN_PLACE = 'while [ "$1" != -- ]; do mount --bind "$1" "$2" || exit 1; shift 2; 
 EVA, CARL, HIDDEN = "eva@dest.example", "carl@dest.example", "hidden@dest.example"
 ADAM = "adam@example.org"
 TEXT = "Gr\u00fc\u00dfe\n.\nFrom here\nthe end\n"
+NOBODY = 65534
+AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 AUTHOR = '"\u00c4dam B. Example" <adam@example.org>'
 
 
 class Programs:
-    """A customer for whom they send, and the world with `house` in it."""
+    """A customer for whom they send, and the world with `house` in it.
 
-    def __init__(self, box):
-        self.box, self.house = box, House(box, address=MX)
+    `daemon`: nobody runs the programs, the queue is root's alone, and a daemon listens.
+    """
+
+    def __init__(self, box, daemon=False):
+        self.box, self.house, self.daemon = box, House(box, address=MX), None
         _, self.customer = world(
             box, self.house, mx={"dest.example": [(1, "mx.dest.example")]}, hosts={"mx.dest.example": MX}
         )
@@ -37,7 +46,7 @@ class Programs:
         queue = box.path / "pull-queue"
         for directory in (queue, *(queue / name for name in ("tmp", "new", "cur"))):
             directory.mkdir()
-            directory.chmod(0o1777 if directory == queue else 0o777)
+            directory.chmod(0o700 if daemon else 0o1777 if directory == queue else 0o777)
         self.home = box.path / "home"
         self.home.mkdir()
         self.environment = os.environ | {
@@ -46,20 +55,43 @@ class Programs:
             "LC_ALL": "C.UTF-8",
             "GIT_CONFIG_NOSYSTEM": "1",
         }
+        if daemon:
+            box.path.chmod(0o755)
+            os.chown(self.home, NOBODY, NOBODY)
+            self.port = free_port()
+            with open(config, "a") as file:
+                file.write(f'listen = ["{LOOPBACK}:{self.port}"]\n')
+            self.start_daemon()
+
+    def start_daemon(self):
+        begun = len(self.customer.log())
+        self.daemon = self.box.start(self.customer.log_name, ODMR, "pull", "--daemon", "-c", self.customer.config)
+        wait_until(lambda: f":{self.port}\n" in self.customer.log()[begun:], "the listener")
+
+    def stop_daemon(self):
+        self.daemon.terminate()
+        check((result := self.daemon.wait(20)) == 0, f"the daemon: exit {result}")
 
     def command(self, *words, mounts=()):
         mounts = [(ODMR, os.path.realpath(program_path("sendmail"))), *mounts]
         pairs = [path for pair in mounts for path in pair]
+        words = [*AS_NOBODY, *words] if self.daemon and words[0] != "cron" else words
         return ["unshare", "--mount", "sh", "-c", IN_PLACE, "sh", *pairs, "--", *words]
 
-    def run(self, *words, text="", **options):
+    def run(self, *words, text="", code=0, **options):
         done = self.box.run(*self.command(*words), input=text, env=self.environment, encoding="utf-8", **options)
-        check(done.returncode == 0, f"{words[0]}: exit {done.returncode}: {done.stdout[-300:]}{done.stderr[-500:]}")
+        check(done.returncode == code, f"{words[0]}: exit {done.returncode}: {done.stdout[-300:]}{done.stderr[-500:]}")
+        return done
 
     def arrived(self, count):
         """What arrives of that many messages: the envelopes and the parsed messages at the world's host."""
         before = len(self.house.letters)
-        check((result := self.customer.pull()) == 0, f"pull: exit {result}")
+        if self.daemon:
+            done = self.box.run(ODMR, "pull", "--now", "-c", self.customer.config)
+            check(done.returncode == 0, f"pull --now: exit {done.returncode}: {done.stderr}")
+            wait_until(lambda: not queued(self.customer), "an empty queue", seconds=15)
+        else:
+            check((result := self.customer.pull()) == 0, f"pull: exit {result}")
         check(not queued(self.customer), f"{len(queued(self.customer))} wait to go out")
         wait_until(lambda: len(self.house.letters) >= before + count, f"{count} messages at {MX}")
         check(len(self.house.letters) == before + count, f"{len(self.house.letters) - before} messages, wanted {count}")
@@ -93,7 +125,21 @@ def wants(what, letter, message, *, sender=ADAM, recipients, author, subject, to
 @scenario("cron", needs=["cron", "sendmail", "unshare", "dnsmasq"], root=True)
 def cron(box):
     """cron mails what its jobs print: to the user at home, and by MAILTO to the world; as root and as nobody"""
-    programs = Programs(box)
+    return run_cron(Programs(box))
+
+
+@scenario("cron-daemon", needs=["cron", "sendmail", "unshare", "setpriv", "dnsmasq"], root=True)
+def cron_daemon(box):
+    """The same, where the queue is root's alone: what cron sends for nobody goes through the daemon"""
+    programs = Programs(box, daemon=True)
+    note = run_cron(programs)
+    log = programs.customer.log()
+    check(len(re.findall("event=closed .* listener=submission ", log)) == 2, f"not two sessions: {log[-2000:]}")
+    return f"{note}; nobody's by SMTP"
+
+
+def run_cron(programs):
+    box = programs.box
     empty, tables = box.path / "empty", box.path / "crontabs"
     for directory in (empty, tables, box.path / "run"):
         directory.mkdir()
@@ -106,7 +152,9 @@ def cron(box):
     box.start("cron.log", *programs.command("cron", "-f", "-L", "15", mounts=mounts), env=programs.environment)
     root_at_home = lambda: programs.mailbox("root")
     wait_until(root_at_home, "root's mail at home", seconds=15)
-    wait_until(lambda: len(queued(programs.customer)) >= 3, "three messages in the queue", seconds=15)
+    # The daemon delivers at home at once; a call does it for nobody, who may not write into mailboxes.
+    count = 2 if programs.daemon else 3
+    wait_until(lambda: len(queued(programs.customer)) >= count, f"{count} messages in the queue", seconds=15)
 
     for letter, message in programs.arrived(2):
         user = letter.sender.split("@")[0]
@@ -140,6 +188,74 @@ def sendmail_clients(box):
     return "bsd-mailx, mutt, git send-email"
 
 
+@scenario("sendmail-nobody", needs=["bsd-mailx", "mutt", "git", "sendmail", "unshare", "setpriv", "prlimit", "dnsmasq"], root=True)
+def sendmail_nobody(box):
+    """The same as a user who may not write into the queue, with the daemon; -t, -bs, -bp; 40 MB, SIGTERM, no daemon"""
+    programs = Programs(box, daemon=True)
+    mailx(programs)
+    mutt(programs)
+    git(programs)
+    programs.run("sendmail", "-t", "-oi", text=f"To: {EVA}\nBcc: {HIDDEN}\nSubject: by -t\n\n.\n")
+    session = f"EHLO me\r\nMAIL FROM:<{ADAM}>\r\nRCPT TO:<{EVA}>\r\nRCPT TO:<{CARL}>\r\nDATA\r\nFrom: <{ADAM}>\r\nSubject: by -bs\r\n\r\nx\r\n.\r\n"
+    done = programs.run("sendmail", "-bs", text=f"{session}QUIT\r\n")
+    codes = re.findall(r"(?m)^(\d{3}) ", done.stdout)
+    check(codes == ["220", "250", "250", "250", "250", "354", "250", "221"], f"-bs: {done.stdout} {done.stderr}")
+    arrived = programs.arrived(2)
+    found = sorted((str(message["Subject"]), sorted(letter.recipients)) for letter, message in arrived)
+    check(found == [("by -bs", sorted([EVA, CARL])), ("by -t", sorted([EVA, HIDDEN]))], f"{found}")
+    listing = programs.run("sendmail", "-bp", code=77)
+    check("Permission denied" in listing.stderr and not listing.stdout, f"-bp: {listing.stdout}{listing.stderr}")
+    large(programs)
+    stopped(programs)
+    programs.stop_daemon()
+    down = programs.run("sendmail", "-i", EVA, text="Subject: x\n\nx\n", code=75)
+    check("odmr pull --daemon" in down.stderr and down.stderr.count("\n") == 1, f"no daemon: {down.stderr}")
+    check(not queued(programs.customer), "something is in the queue")
+    return "bsd-mailx, mutt, git send-email, -t, -bs; 40 MiB in 16 MiB of memory"
+
+
+def start_sendmail(programs, *words):
+    """sendmail as nobody, without unshare in between, so that a signal goes to it; in 16 MiB of memory."""
+    program = programs.box.path / "bin" / "sendmail"
+    if not program.exists():
+        program.parent.mkdir()
+        shutil.copy(ODMR, program)
+    return subprocess.Popen(
+        ["prlimit", f"--data={16 * MIB}", program, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=programs.environment,
+        user=NOBODY, group=NOBODY, extra_groups=[], cwd="/",
+    )
+
+
+def large(programs):
+    """40 MiB arrive as they are."""
+    line = b"." + b"z" * 74 + b"\n"
+    body = line * (40 * MIB // len(line))
+    process = start_sendmail(programs, "-i", "-f", ADAM, EVA)
+    process.stdin.write(b"Subject: large\n\n" + body)
+    process.stdin.close()
+    check((result := process.wait(60)) == 0, f"40 MiB: exit {result}")
+    process.stdout.close()
+    (file,) = queued(programs.customer)
+    check(file.read_bytes().endswith(b"\n\n" + body), "40 MiB: another content")
+    programs.arrived(1)
+
+
+def stopped(programs):
+    """SIGTERM before the end of the message: nothing is sent, and -bs ends too."""
+    for words, text in ((["-i", EVA], b"Subject: x\n\nhalf"), (["-bs"], b"EHLO me\r\nMAIL FROM:<>\r\n")):
+        process = start_sendmail(programs, *words)
+        process.stdin.write(text)
+        process.stdin.flush()
+        if words == ["-bs"]:
+            while not process.stdout.readline().startswith(b"250 2.1.0"):
+                pass
+        process.send_signal(signal.SIGTERM)
+        check((result := process.wait(5)) in (-signal.SIGTERM, 0), f"SIGTERM: {words}: exit {result}")
+        process.stdin.close()
+        process.stdout.close()
+    check(not queued(programs.customer), "something was queued after SIGTERM")
+
+
 def mailx(programs):
     words = ["bsd-mailx", "-s", "by mailx: Gr\u00fc\u00dfe", "-r", ADAM, "-c", CARL, "-b", HIDDEN, EVA, "root"]
     programs.run(*words, text=TEXT)
@@ -157,8 +273,8 @@ def mailx(programs):
 def mutt(programs):
     settings = f'set realname="\u00c4dam B. Example" from="{ADAM}" use_from use_envelope_from use_8bitmime charset=utf-8\n'
     settings += 'set dsn_notify="failure,delay" dsn_return=hdrs copy=no record="" send_charset="utf-8"\n'
-    rc = programs.box.write("muttrc", settings)
-    attached = programs.box.write("table.txt", "1;2\n")
+    rc = programs.box.write("muttrc", settings, mode=0o644)
+    attached = programs.box.write("table.txt", "1;2\n", mode=0o644)
     words = ["mutt", "-n", "-F", rc, "-s", "by mutt: Gr\u00fc\u00dfe", "-a", attached, "-c", CARL, "-b", HIDDEN, "--", EVA]
     programs.run(*words, text=TEXT)
     ((letter, message),) = programs.arrived(1)
@@ -173,9 +289,11 @@ def mutt(programs):
 def git(programs):
     box, repository = programs.box, programs.box.path / "repository"
     repository.mkdir()
+    if programs.daemon:
+        os.chown(repository, NOBODY, NOBODY)
     who = {"GIT_AUTHOR_NAME": "\u00c4dam B. Example", "GIT_AUTHOR_EMAIL": ADAM}
     programs.environment |= who | {name.replace("AUTHOR", "COMMITTER"): value for name, value in who.items()}
-    box.write("repository/greeting", "Gr\u00fc\u00dfe\n" + "long " * 300 + "\n")
+    box.write("repository/greeting", "Gr\u00fc\u00dfe\n" + "long " * 300 + "\n", mode=0o644)
     for words in (["init", "-q"], ["add", "greeting"], ["commit", "-q", "-m", "by git: Gr\u00fc\u00dfe"], ["format-patch", "-q", "--root"]):
         programs.run("git", *words, cwd=repository)
     (patch,) = pathlib.Path(repository).glob("*.patch")
