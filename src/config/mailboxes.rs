@@ -166,7 +166,8 @@ impl Reader<'_> {
         let path = self.source.relative(&PATH.parse(&written.value).map_err(wrong)?);
         let (_, octets) = read(&path).map_err(|cause| {
             let path = path.display();
-            wrong(format!("the aliases in {path} cannot be read: {cause}; create that file, or remove its name"))
+            let remedy = format!("create that file, type `chmod 644 {path}` for all who send, or remove its name");
+            wrong(format!("the aliases in {path} cannot be read: {cause}; {remedy}"))
         })?;
         let aliases = aliases::parse(&path.as_path().into(), &octets, home)?;
         for Alias { name, source, .. } in &aliases {

@@ -398,7 +398,7 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
             _ => error.into(),
         })?;
         if let unread @ 1.. = mailboxes.queue.count(&queue, usize::MAX)?.saturating_sub(read) {
-            hidden = format!("{unread} messages are not listed, as they cannot be read; be their owner, or root\n");
+            hidden = format!("not listed, as they cannot be read: {unread}; be the owner of these messages, or root\n");
         }
     }
     let route = |mailbox: &Mailbox| match mailboxes.destination_of(mailbox) {

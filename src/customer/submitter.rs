@@ -82,7 +82,7 @@ pub fn submit(
 fn send_all(
     session: &mut ClientSession, timeouts: &Timeouts, message: &OutgoingMessage, content: &mut dyn Content,
 ) -> Result<Reply, (usize, SubmitError)> {
-    let recipients = &message.envelope.recipients;
+    let (recipients, end) = (&message.envelope.recipients, Instant::now() + timeouts.session);
     let most = session.client().extensions().limits.recipients.unwrap_or(recipients.len()).max(1);
     let with = |some: &[_]| {
         let envelope = Envelope { recipients: some.to_vec(), ..message.envelope.clone() };
@@ -91,13 +91,13 @@ fn send_all(
     let transactions: Vec<_> = recipients.chunks(most).map(with).collect();
     if transactions.len() > 1 {
         for transaction in &transactions {
-            begin(session, timeouts, transaction).map_err(|error| (0, error))?;
+            begin(session, timeouts, end, transaction).map_err(|error| (0, error))?;
             session.abort_transaction();
         }
     }
     let (mut sent, mut last) = (0, Err(SubmitError::Message(Reply::new(451, "4.5.0", "No recipient"))));
     for transaction in &transactions {
-        last = begin(session, timeouts, transaction).and_then(|()| send_content(session, transaction, content));
+        last = begin(session, timeouts, end, transaction).and_then(|()| send_content(session, transaction, content));
         if last.is_err() {
             break;
         }
@@ -107,9 +107,11 @@ fn send_all(
 }
 
 /// Begins a transaction, all recipients of which are accepted. A listener that replies slowly has `command` of the timeouts
-/// for all of it.
-fn begin(session: &mut ClientSession, timeouts: &Timeouts, message: &OutgoingMessage) -> Result<(), SubmitError> {
-    session.limit(Some(Instant::now() + timeouts.command));
+/// for all of it, and until `end`.
+fn begin(
+    session: &mut ClientSession, timeouts: &Timeouts, end: Instant, message: &OutgoingMessage,
+) -> Result<(), SubmitError> {
+    session.limit(Some(end.min(Instant::now() + timeouts.command)));
     let reply = session.begin_transaction(message)?;
     if !reply.is_positive() {
         return Err(SubmitError::Message(reply));
