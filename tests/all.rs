@@ -12,6 +12,7 @@ mod log;
 mod logging;
 mod operator;
 mod owner;
+mod recipes;
 mod relaying;
 mod reload;
 mod running;

@@ -236,7 +236,7 @@ fn deploy_hook(files: &TlsFiles, user: &str, config: &Path) -> String {
          install -d -m 0755 '{directory}'\n    \
          install -o {user} -m 0600 '{certificate}' '{directory}/certificate.pem'\n    \
          install -o {user} -m 0600 '{key}' '{directory}/key.pem'\n    \
-         pkill -HUP -u {user} -f 'odmr serve'    # or: systemctl reload odmr-serve"
+         pkill -HUP -u {user} -f 'odmr serve' || :    # or: systemctl reload odmr-serve"
     )
 }
 

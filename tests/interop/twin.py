@@ -1,5 +1,5 @@
-"""A machine of its own for a recipe of dist/: its files are an overlay on those of this machine, its processes, its network
-and its name are its own. So users, /etc, /var and the ports 25 and 366 are as the recipes name them, word for word, and nothing
+"""A twin of this machine for a recipe of dist/: its files are an overlay on those of this one, its processes, its network
+and its users are its own. So users, /etc, /var and the ports 25 and 366 are as the recipes name them, word for word, and nothing
 is left of it.
 """
 
@@ -24,10 +24,11 @@ mount -t overlay -o lowerdir=/,upperdir=$place/upper,workdir=$place/work machine
 cd $place/root
 # A systemd sets kernel variables where it can; some of them are those of the whole machine.
 mount -t proc proc proc && mount -o bind,ro proc/sys proc/sys
-mount -t sysfs sys sys && mount -t tmpfs cgroups sys/fs/cgroup
+mount -t sysfs -o ro sys sys && mount -t tmpfs cgroups sys/fs/cgroup
 mount -t tmpfs dev dev && mkdir dev/pts dev/shm && ln -s /proc/self/fd dev/fd && ln -s pts/ptmx dev/ptmx
 for name in null zero full random urandom tty; do :>dev/$name; mount --bind /dev/$name dev/$name; done
 mount -t tmpfs run run && mount -t tmpfs tmp tmp && mkdir -p run/lock run/systemd/system
+rm -rf etc/odmr var/spool/odmr var/spool/odmr-out var/mail/odmr
 ip link set lo up
 mkdir old && pivot_root . old && umount -l /old && rmdir /old
 if [ $init = systemd ]; then
@@ -71,7 +72,7 @@ listen = ["127.0.0.1:587"]
 """
 
 
-class Machine:
+class Twin:
     """`packages`: Debian packages with programs that this machine need not have. `systemd`: it is PID 1."""
 
     def __init__(self, box, *, packages=(), systemd=False):
@@ -95,7 +96,7 @@ class Machine:
         for package in unpacked(box, *packages).values():
             done = box.run("sh", "-c", f"tar -C {package} -c . | tar -C {self.root} -x --keep-directory-symlink")
             check(done.returncode == 0, done.stderr)
-        self.run("useradd", "-r", "odmr")
+        self.run("sh", "-c", "id odmr || useradd -r odmr")
 
     def close(self, process):
         process.kill()  # and with it, PID 1 and all others of the machine
@@ -134,8 +135,11 @@ class Machine:
         file.chmod(mode)
 
     def text(self, path):
-        file = self.root / path.lstrip("/")
-        return file.read_text(errors="backslashreplace") if file.exists() else ""
+        """A file there; nothing, if there is none."""
+        try:
+            return (self.root / path.lstrip("/")).read_text(errors="backslashreplace")
+        except FileNotFoundError:
+            return ""
 
     def configure(self, provider=PROVIDER, customer=CUSTOMER):
         """The files of a provider with one customer, and of that customer."""

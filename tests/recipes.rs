@@ -1,0 +1,74 @@
+//! `dist/README.md` lists every recipe, and how it was tried.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn files_below(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { files_below(&path, found) } else { found.push(path) }
+    }
+}
+
+/// The words between backquotes in a part of a line.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+/// The rows of the tables: recipes, and how they were tried.
+fn rows(readme: &str) -> Vec<(Vec<&str>, &str)> {
+    let rows = readme.lines().filter_map(|line| line.strip_prefix("| `"));
+    rows.map(|row| {
+        let columns: Vec<_> = row.split(" | ").collect();
+        let names = columns[0].split('`').step_by(2).filter(|name| !name.is_empty()).collect();
+        (names, columns[2])
+    })
+    .collect()
+}
+
+#[test]
+fn each_recipe_is_listed() {
+    let readme = fs::read_to_string(root().join("dist/README.md")).unwrap();
+    let names: Vec<_> = rows(&readme).into_iter().flat_map(|(names, _)| names).collect();
+    let mut files = Vec::new();
+    files_below(&root().join("dist"), &mut files);
+    for file in files {
+        let path = file.strip_prefix(root().join("dist")).unwrap().to_str().unwrap();
+        // A name that ends in a slash is a directory with all that is in it.
+        let listed = names.iter().any(|name| path == *name || name.ends_with('/') && path.starts_with(name));
+        assert!(listed, "dist/README.md does not list {path}, and how it was tried");
+    }
+}
+
+#[test]
+fn each_recipe_was_tried_by_a_scenario_or_says_that_it_was_not() {
+    let readme = fs::read_to_string(root().join("dist/README.md")).unwrap();
+    let mut scripts = Vec::new();
+    files_below(&root().join("tests/interop"), &mut scripts);
+    let scenarios: String = scripts.iter().filter_map(|script| fs::read_to_string(script).ok()).collect();
+    for (names, how) in rows(&readme) {
+        let word = how.split([' ', ':', '`']).find(|word| !word.is_empty()).unwrap();
+        assert!(["tried", "linted", "read", "tests/recipes.rs"].contains(&word), "{names:?}: {how}");
+        for scenario in quoted(how).filter(|name| !name.contains(['.', '/', ' '])) {
+            let known = scenarios.contains(&format!("@scenario(\"{scenario}\""));
+            assert!(known, "{names:?}: there is no scenario {scenario}");
+        }
+    }
+}
+
+/// `make install` and the package replace this path, and no other.
+#[test]
+fn recipes_name_the_program_by_one_path() {
+    let mut files = Vec::new();
+    files_below(&root().join("dist"), &mut files);
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap();
+        for line in text.lines().filter(|line| line.contains("bin/odmr ") || line.ends_with("bin/odmr")) {
+            assert!(line.contains("/usr/local/bin/odmr"), "{}: {line}", file.display());
+        }
+    }
+}
