@@ -77,6 +77,9 @@ def dist_systemd(box):
     machine.run("systemctl", "reload", "odmr-pull")
     wait_until(lambda: events(customer(), "reloaded"), "the reload of the customer")
     check(property_of(machine, "odmr-call.service", "Result") == "success", "the call")
+    # Now the directories are of another user than root, who opens their locks before it becomes that one.
+    machine.run("systemctl", "restart", "odmr-serve", "odmr-pull")
+    machine.serves()
     machine.run("systemctl", "stop", "odmr-pull", "odmr-serve")
     for text in (log(), customer()):
         check(events(text, "stopped"), text)
