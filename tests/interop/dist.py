@@ -7,7 +7,7 @@ import re
 import stat
 import time
 
-from harness import check, events, program_path, scenario, wait_until
+from harness import Smtp, check, events, program_path, scenario, wait_until
 from twin import DIST, PROVIDER, Twin
 from packages import unpacked
 
@@ -60,7 +60,9 @@ def dist_systemd(box):
     check(not verified.stderr.strip(), verified.stderr)
     machine.run("systemctl", "start", "odmr-serve")
     log = lambda: journal(machine, "odmr-serve")
-    check(events(log(), "listening", listener="odmr"), "it is not ready when systemd says so")
+    with machine.network():
+        Smtp(366).close()  # it listens as soon as systemd says that it has started
+    wait_until(lambda: events(log(), "listening", listener="odmr"), "the log")
     landlock = events(log(), "confined")[0]["landlock"]
     check(landlock != "none", "the filter of system calls leaves no Landlock")
     check(user_of(machine, property_of(machine, "odmr-serve", "MainPID")) == "odmr", "not `user`")
@@ -81,8 +83,8 @@ def dist_systemd(box):
     machine.run("systemctl", "restart", "odmr-serve", "odmr-pull")
     machine.serves()
     machine.run("systemctl", "stop", "odmr-pull", "odmr-serve")
-    for text in (log(), customer()):
-        check(events(text, "stopped"), text)
+    for text in (log, customer):
+        wait_until(lambda: events(text(), "stopped"), "the last line")
     # A provider that is down is no failure of the call; 78 is one of the daemon, and no restart.
     machine.run("systemctl", "start", "odmr-call.service")
     machine.install("etc/odmr/provider.toml", "hostname = 1\n")
@@ -106,7 +108,7 @@ def dist_systemd_sockets(box):
     machine.serves()
     failed = lambda: machine.run("systemctl", "list-units", "--failed", "--plain", "--no-legend").stdout
     check(not failed(), failed())
-    check(events(machine.run("journalctl", "-o", "cat").stdout, "accepted"), "the log of a connection is not in the journal")
+    wait_until(lambda: events(machine.run("journalctl", "-o", "cat").stdout, "accepted"), "the log of a connection in the journal")
     machine.run("systemctl", "stop", "odmr.socket", "odmr-inbound.socket")
     machine.configure(INETD.replace('user = "odmr"\n', ""))
     install_units(machine, "systemd/unprivileged")
@@ -114,7 +116,7 @@ def dist_systemd_sockets(box):
     check(not verified.stderr.strip(), verified.stderr)
     machine.run("systemctl", "start", "odmr-serve-inbound.socket", "odmr-serve-odmr.socket")
     machine.serves()
-    log = journal(machine, "odmr-serve")
+    log = wait_until(lambda: events(text := journal(machine, "odmr-serve"), "turn-ended") and text, "the log")
     check(len(events(log, "listening", source="supervisor")) == 2, log)
     check(events(log, "confined")[0]["landlock"] != "none", log)
     check(user_of(machine, property_of(machine, "odmr-serve", "MainPID")) == "odmr", "not User=")
@@ -314,10 +316,13 @@ def dist_logs(box):
     serve = "exec odmr serve -c /etc/odmr/provider.toml --log-time 2>>/var/log/odmr.log"
     machine.start("serve.log", "sh", "-c", serve)
     machine.serves()
+    ended = lambda: "event=turn-ended" in machine.text("var/log/odmr.log")
+    wait_until(ended, "the log")
     machine.install("etc/logrotate.d/odmr", DIST / "logrotate/odmr")
     machine.run("logrotate", "-f", "/etc/logrotate.d/odmr")
     check("event=turned" in machine.text("var/log/odmr.log.1"), "nothing was rotated")
     machine.serves()
+    wait_until(ended, "the log after the rotation")
     text = machine.text("var/log/odmr.log")
     check(text.startswith("20") and text.count("event=turned ") == 1, f"after the rotation: {text[:300]!r}")
     machine.install("etc/fail2ban/filter.d/odmr.conf", DIST / "fail2ban/filter.conf")

@@ -180,6 +180,7 @@ class Twin:
     def serves(self, port=25):
         """The provider accepts a message on `port`, and a call brings it."""
         before = len(self.fetched())
+        self.connect(366).close()
         with self.connect(port) as line:
             line.hello()
             reply = line.send("a@sender.example", ["eva@example.org"], b"Subject: x\r\n\r\nx\r\n")
