@@ -29,6 +29,7 @@ pub mod sandbox;
 pub mod privileges;
 pub mod text_file;
 pub mod file_stamp;
+pub mod plural;
 
 // The protocol, pure.
 pub mod sasl;

@@ -117,7 +117,7 @@ fn outgoing_mail_is_listed_by_domain() {
     let batch = place.odmr(&["queue", "export", "private-1.example"]);
     assert!(batch.contains("RCPT TO:<x@private-1.example>") && !batch.contains("private-2"), "{batch}");
     // The relay at work sees what was made due.
-    assert_eq!(place.odmr(&["queue", "retry", "private-1.example"]), "1 messages are due\n");
+    assert_eq!(place.odmr(&["queue", "retry", "private-1.example"]), "1 message is due\n");
     place.serve.wait_for("to=<x@private-1.example> status=deferred");
     let id = |domain: &str| {
         let list = place.odmr(&["queue", "list", domain]);

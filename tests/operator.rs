@@ -201,14 +201,12 @@ fn warn_tells_only_what_needs_a_person() {
     place.write(&format!("spool/domains/example.org/new/{}.x", now - 7200), FOREIGN);
     assert_eq!(place.run(0, &["status", "--warn", "3h"]), "");
     let text = place.run(1, &["status", "--warn", "1h"]);
-    assert!(text.starts_with("acme: 1 messages wait, the oldest for 2h"), "{text}");
+    assert!(text.starts_with("acme: 1 message waits, the oldest for 2h"), "{text}");
     // Mail of a customer who is one no more, and mail of which no sender can be told.
     place.write("spool/domains/old.example/new/1763607845.x", FOREIGN);
     place.write("spool/domains/example.org/.refused/new/1763607847.x", "x");
     let text = place.run(1, &["status", "--warn", "3h"]);
-    assert!(
-        text.contains("old.example: 1 messages are held for it") && text.contains("acme: 1 messages were rejected")
-    );
+    assert!(text.contains("old.example: 1 message is held for it") && text.contains("acme: 1 message was rejected"));
     assert!(place.run(64, &["status", "--warn", "1"]).contains("--warn: \"1\" has no unit"));
     // Mail for which more than half of its time is over.
     for (expiry, near) in [("3h", true), ("5h", false), ("never", false)] {
@@ -237,7 +235,7 @@ fn status_tells_of_soft_bounces_and_of_learned_recipients() {
     place.write("spool/.odmr/unknown-acme", &learned);
     let text = place.run(0, &["status"]);
     let soft = "3 rejected by its server, and deferred, since 2d ago: 550 5.1.1 who";
-    let learned = "1 recipients are rejected: its server does not know them";
+    let learned = "1 recipient is rejected: its server does not know it";
     assert!(text.contains(soft) && text.contains(learned), "{text}");
     let json = place.run(0, &["status", "--format", "json"]);
     for (key, expected) in
@@ -272,7 +270,7 @@ fn expire_returns_what_is_too_old() {
     for (expiry, left) in [("3h", true), ("never", true), ("2h", false)] {
         place.expire_after(expiry);
         let Done { out, error, .. } = place.run_with(&["check"], "");
-        let text = "acme.toml: of the mail that is held for acme, 1 messages are older than its `expire-after`: ";
+        let text = "acme.toml: of the mail that is held for acme, 1 message is older than its `expire-after`: ";
         assert_eq!(format!("{out}{error}").contains(text), !left, "{out}{error}");
         let Done { code, out, error } = place.run_with(&["expire"], "");
         assert_eq!((code, out.as_str()), (0, ""), "{expiry}: {error}");
@@ -352,15 +350,15 @@ fn retry_makes_messages_due_and_unskipped() {
     let text = place.run(0, &["status", "w.example"]);
     assert!(text.contains("  in 59m") || text.contains("  in 1h"), "{text}");
     for what in ["example.org", "w.example"] {
-        assert_eq!(place.run(0, &["queue", "retry", what]), "1 messages are due\n");
+        assert_eq!(place.run(0, &["queue", "retry", what]), "1 message is due\n");
     }
     assert!(place.path("spool/domains/example.org/new/1763607845.a,A=4,L=421_x").exists());
     assert!(fs::metadata(place.path(outgoing)).unwrap().modified().unwrap() <= SystemTime::now());
-    assert_eq!(place.run(0, &["queue", "retry", "1763607845.b"]), "1 messages are due\n");
+    assert_eq!(place.run(0, &["queue", "retry", "1763607845.b"]), "1 message is due\n");
     // A domain that is not made of letters, digits and hyphens.
     let file = "spool/outgoing/@all/new/1763607846.c,D=my_host.example";
     place.write(file, &FOREIGN.replace("example.org", "my_host.example"));
-    assert_eq!(place.run(0, &["queue", "retry", "my_host.example"]), "1 messages are due\n");
+    assert_eq!(place.run(0, &["queue", "retry", "my_host.example"]), "1 message is due\n");
     assert!(place.run(0, &["status", "my_host.example"]).contains("my_host.example"));
 }
 
@@ -405,7 +403,7 @@ fn export_and_import_are_octet_for_octet() {
     let wrong = batch.replace("MAIL FROM:<>", "MAIL TO:<>");
     let done = other.run_with(&["queue", "import"], &wrong);
     assert!(
-        done.code == 65 && done.out == "1 messages imported\n" && done.error.contains("line 14: 501"),
+        done.code == 65 && done.out == "1 message imported\n" && done.error.contains("line 14: 501"),
         "{}",
         done.error
     );
@@ -605,7 +603,7 @@ fn what_is_left_over_in_a_spool_is_removed() {
         }
         let text = place.run(1, &["check"]);
         assert_eq!(
-            text.contains("odmr.toml:2: 1 messages are held for mail.example, which no customer has: "),
+            text.contains("odmr.toml:2: 1 message is held for mail.example, which no customer has: "),
             !skipped,
             "{text}"
         );

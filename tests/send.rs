@@ -390,7 +390,7 @@ fn the_queue_is_listed() {
     assert_eq!((listed.code, listed.error.as_str()), (0, ""));
     assert_contains(
         &listed.out,
-        &[" <eva@example.org>\n", " dave@example.net\n", " erin@example.net\n", "with the next call", "1 messages, "],
+        &[" <eva@example.org>\n", " dave@example.net\n", " erin@example.net\n", "with the next call", "1 message, "],
     );
 }
 
@@ -407,7 +407,10 @@ fn mail_for_next_hops_is_listed_too() {
         assert_eq!((list.code, list.error.as_str()), (0, ""));
         assert_contains(
             &list.out,
-            &[" bob@example.org (next hop smtp:127.0.0.1:1)\n", &format!("{listed} messages, ")],
+            &[
+                " bob@example.org (next hop smtp:127.0.0.1:1)\n",
+                &format!("{listed} message{}, ", if listed == 1 { "" } else { "s" }),
+            ],
         );
         assert_eq!(list.out.contains(" dave@example.net\n"), !outgoing.is_empty());
     }

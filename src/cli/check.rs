@@ -31,6 +31,7 @@ use crate::ids::Ids;
 use crate::mail::address::{Domain, ForwardPath};
 use crate::maildir::{Entry, write_remedy};
 use crate::net::tls::{self, CertificateInfo};
+use crate::plural::counted;
 use crate::privileges::{LoginUser, SystemUser};
 use crate::provider::certificate::DAYS_TO_RENEW;
 use crate::provider::spool::{SPOOL_DEPTH, Spool, SpoolQueue};
@@ -261,7 +262,8 @@ fn check_provider(
     let turned = limits.turned_sessions.min(config.accounts.iter().count()) * turned_session::DESCRIPTORS + domains;
     let needed = descriptors_of_listener(limits) * listeners + turned + config.relay.connections * 2;
     check_descriptors(&places.limits, needed, report);
-    format!("a provider with {} customers, {domains} domains", config.accounts.iter().count())
+    let customers = counted(config.accounts.iter().count(), "customer", "customers");
+    format!("a provider with {customers}, {}", counted(domains, "domain", "domains"))
 }
 
 /// Notes how many recipients a customer has named, and warns of domains in which there is none.
@@ -272,7 +274,8 @@ fn check_recipients(file: &Path, account: &Account, report: &mut CheckReport) {
         Err(error) => return report.error(error),
     };
     let file = file.display();
-    report.note(format!("{file}: {} entries name the recipients, all others are rejected", list.count()));
+    let entries = counted(list.count(), "entry names", "entries name");
+    report.note(format!("{file}: {entries} the recipients, all others are rejected"));
     for domain in account.domains.iter().filter(|domain| !list.names(domain)) {
         report.warn(format!(
             "{file}: no recipient in {domain} is listed, so all but postmaster@{domain} are rejected: add some, or \"@{domain}\""
@@ -360,8 +363,9 @@ fn check_unowned(line: &SourceLine, config: &ProviderConfig, report: &mut CheckR
             && let Ok(messages @ 1..) = spool.queue().count(&spool.name(&queue), usize::MAX)
         {
             report.error(line.error(format!(
-                "{messages} messages are held for {name}, which no customer has: write it in the `domains` of one, or \
-                 see `odmr queue list {name}`, and return them with `odmr queue bounce ID`"
+                "{} held for {name}, which no customer has: write it in the `domains` of one, or see `odmr queue list \
+                 {name}`, and return them with `odmr queue bounce ID`",
+                counted(messages, "message is", "messages are")
             )));
         }
     }
@@ -385,9 +389,10 @@ fn check_expired(config: &ProviderConfig, report: &mut CheckReport) {
         if let messages @ 1.. = messages.get() {
             let (file, name) = (config.accounts.file(&account.name), &account.name);
             report.warn(format!(
-                "{}: of the mail that is held for {name}, {messages} messages are older than its `expire-after`: `odmr \
-                 serve` and `odmr expire` return them to their senders; write a longer time, or \"never\", to keep them",
-                file.display()
+                "{}: of the mail that is held for {name}, {} older than its `expire-after`: `odmr serve` and `odmr expire` \
+                 return it to its senders; write a longer time, or \"never\", to keep it",
+                file.display(),
+                counted(messages, "message is", "messages are")
             ));
         }
     }
@@ -461,10 +466,10 @@ fn check_owner(line: &SourceLine, root: &Path, user: u32, report: &mut CheckRepo
     let others: Vec<_> = others.collect();
     if let [first, ..] = others[..] {
         let text = format!(
-            "{} of {} directories belong to another user than the one that `odmr pull` runs as, the first is {}: that \
-             user may not be able to read new mail there; chown them, or change `user`",
+            "{} of {} another user than the one that `odmr pull` runs as, the first is {}: that user may not be able to \
+             read new mail there; chown them, or change `user`",
             others.len(),
-            mailboxes.len(),
+            counted(mailboxes.len(), "directory belongs to", "directories belong to"),
             first.display()
         );
         report.warn(line.error(text));

@@ -32,6 +32,7 @@ use crate::net::descriptor::Waiting;
 use crate::net::inherited::PassedSockets;
 use crate::net::readiness::Readiness;
 use crate::net::tls;
+use crate::plural::counted;
 use crate::privileges::SystemUser;
 
 /// The progress line appears after this time; most calls end before.
@@ -150,8 +151,8 @@ fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: boo
         0 => Ok(()),
         deferred => {
             let text = format!(
-                "{deferred} recipients were deferred here, and their mail waits where it is: remove the cause that their \
-                 replies name, and call again"
+                "{} deferred here, and the mail waits where it is: remove the cause that the replies name, and call again",
+                counted(deferred, "recipient was", "recipients were")
             );
             Err(ExitError::new(Sysexit::Temporary, text))
         }

@@ -18,6 +18,7 @@ use super::process::{config_path, print};
 use crate::config::{ChangedFile, ProviderConfig, with_verifier};
 use crate::maildir::replace_file_durably;
 use crate::net::tls;
+use crate::plural::counted;
 use crate::sasl::{ITERATIONS, SALT_OCTETS, ScramVerifier, is_usable};
 
 pub(super) const SECRET_SUMMARY: &str = "\
@@ -112,7 +113,8 @@ fn make() -> Result<(ScramVerifier, Option<String>), ExitError> {
         return Err(ExitError::new(Sysexit::DataError, text));
     }
     if secret.len() < SHORT_SECRET {
-        eprintln!("odmr: the secret has {} octets and can be guessed: {SHORT_SECRET} or more are better", secret.len());
+        let length = counted(secret.len(), "octet", "octets");
+        eprintln!("odmr: the secret has {length} and can be guessed: {SHORT_SECRET} or more are better");
     }
     let mut salt = [0; SALT_OCTETS];
     tls::random(&mut salt);

@@ -15,6 +15,7 @@ use crate::ids::Ids;
 use crate::mail::address::Domain;
 use crate::net::tls;
 use crate::net::trace::quoted;
+use crate::plural::counted;
 use crate::provider::status::{AccountStatus, DomainStatus, ProviderStatus};
 use crate::queue::QueueSummary;
 use crate::queue::retry::age;
@@ -102,8 +103,10 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     }
     match findings.len() {
         0 => Ok(()),
-        1 => Err(ExitError::new(Sysexit::CheckFailed, "1 finding needs a person")),
-        count => Err(ExitError::new(Sysexit::CheckFailed, format!("{count} findings need a person"))),
+        count => Err(ExitError::new(
+            Sysexit::CheckFailed,
+            counted(count, "finding needs a person", "findings need a person"),
+        )),
     }
 }
 
@@ -254,14 +257,19 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
             show.waiting(&mut text, &account.name, &account.held, &call);
         }
         if let Some(learned @ 1..) = account.learned {
-            let _ = writeln!(text, "    {learned} recipients are rejected: its server does not know them");
+            let _ = writeln!(
+                text,
+                "    {}: its server does not know {}",
+                counted(learned, "recipient is rejected", "recipients are rejected"),
+                if learned == 1 { "it" } else { "them" }
+            );
         }
         if account.quota_used().is_some() && account.is_whole {
             let _ = writeln!(text, "    quota: {}", quota_text(account));
         }
         match &account.recipients {
             None => {}
-            Some(Ok(entries)) => drop(writeln!(text, "    recipients: {entries} entries")),
+            Some(Ok(entries)) => drop(writeln!(text, "    recipients: {}", counted(*entries, "entry", "entries"))),
             Some(Err(error)) => drop(writeln!(text, "    recipients: {}", list_error(error))),
         }
     }
@@ -292,8 +300,9 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
 /// The limits of an account.
 fn quota_text(account: &AccountStatus) -> String {
     let held = &account.held;
-    let bytes = account.quota_bytes.map(|limit| format!("{} of {limit} octets", held.bytes));
-    let messages = account.quota_messages.map(|limit| format!("{} of {limit} messages", held.messages));
+    let bytes = account.quota_bytes.map(|limit| format!("{} of {}", held.bytes, counted(limit, "octet", "octets")));
+    let messages =
+        account.quota_messages.map(|limit| format!("{} of {}", held.messages, counted(limit, "message", "messages")));
     bytes.into_iter().chain(messages).collect::<Vec<_>>().join(", ")
 }
 
@@ -609,17 +618,20 @@ fn queue_findings(about: &str, waiting: &QueueSummary, warn: u64, now: Timestamp
     let oldest = waiting.oldest.map(|oldest| age(oldest, now).as_secs()).filter(|age| *age >= warn);
     if let Some(oldest) = oldest {
         let reply = waiting.frequent_replies().first().map(|(reply, _)| format!("; last reply: {}", shown(reply)));
-        let (messages, age) = (waiting.messages, short_time(oldest));
-        add(format!("{messages} messages wait, the oldest for {age}{}", reply.unwrap_or_default()));
+        let (wait, age) = (counted(waiting.messages, "message waits", "messages wait"), short_time(oldest));
+        add(format!("{wait}, the oldest for {age}{}", reply.unwrap_or_default()));
     }
     if waiting.in_doubt > 0 && oldest.is_some() {
-        add(format!("{} messages are in doubt: they may have been sent", waiting.in_doubt));
+        let in_doubt = counted(waiting.in_doubt, "message is in doubt: it", "messages are in doubt: they");
+        add(format!("{in_doubt} may have been sent"));
     }
     if waiting.ended_sessions > 0 && oldest.is_some() {
-        add(format!("{} messages have ended sessions", waiting.ended_sessions));
+        add(counted(waiting.ended_sessions, "message has ended sessions", "messages have ended sessions"));
     }
     if waiting.set_aside > 0 {
-        add(format!("{} messages were rejected and no sender can be told: they are in .refused", waiting.set_aside));
+        let rejected = counted(waiting.set_aside, "message was rejected", "messages were rejected");
+        let are = if waiting.set_aside == 1 { "it is" } else { "they are" };
+        add(format!("{rejected} and no sender can be told: {are} in .refused"));
     }
     findings
 }
@@ -662,7 +674,8 @@ fn provider_findings(status: &ProviderStatus, warn: u64, show: &Show) -> Vec<Fin
         findings.extend(expiry_finding(account, now));
     }
     for DomainStatus { domain, waiting } in &status.unowned {
-        let text = format!("{} messages are held for it; it is {}", waiting.messages, of_no_account(status));
+        let held = counted(waiting.messages, "message is held", "messages are held");
+        let text = format!("{held} for it; it is {}", of_no_account(status));
         findings.push(Finding { about: domain.clone(), text });
     }
     findings.extend(queue_findings("postmaster", &status.postmaster, warn, now));

@@ -6,6 +6,7 @@ use std::path::Path;
 use super::source::{Source, check_private, read};
 use super::table::{Table, check_unique, values};
 use super::value::{ACCOUNT_NAME, HostPort, MECHANISM, PATH, PIN, SECRET, TLS_MODE, check_secret, host_port};
+use crate::plural::counted;
 use crate::recipients::{ConfigError, SourceLine};
 use crate::sasl::{Login, Mechanism, is_usable};
 use crate::session::{ClientIdentity, RemoteSettings, TlsMode};
@@ -187,9 +188,8 @@ const SHORT_SECRET: usize = 12;
 fn warn_if_short(source: &Source, line: &SourceLine, secret: &[u8]) {
     if secret.len() < SHORT_SECRET {
         source.warn(line.error(format!(
-            "the secret has {} octets and can be guessed: agree on one of {SHORT_SECRET} or more, such as `odmr \
-             secret` makes",
-            secret.len()
+            "the secret has {} and can be guessed: agree on one of {SHORT_SECRET} or more, such as `odmr secret` makes",
+            counted(secret.len(), "octet", "octets")
         )));
     }
 }

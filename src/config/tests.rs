@@ -1340,7 +1340,7 @@ fn all_mistakes_of_a_provider_are_found_in_one_reading() {
                 "is not read as a customer's file, as its name does not end in .toml: if it is one, rename it zed.toml",
             ),
             ("customers.d/zed.toml~", "is not read"),
-            ("customers.d/beta.toml:2", "the secret has 1 octets and can be guessed"),
+            ("customers.d/beta.toml:2", "the secret has 1 octet and can be guessed"),
         ],
     );
 }

@@ -9,6 +9,7 @@ use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::plural::counted;
 use crate::smtp::reply::{Reply, Severity};
 
 /// How many failed recipients a summary lists; the others are only counted.
@@ -98,6 +99,18 @@ impl CallCounters {
         }
     }
 
+    /// Names a recipient of a message that was deferred at MAIL, for the summary.
+    pub fn name_recipient(&self, message: &MessageRecipient<'_>, to: &str) {
+        let mut counts = self.lock();
+        let key = Some(counts.key(message));
+        if let Some((_, text)) = counts.failures.iter_mut().rev().find(|(deferred, _)| *deferred == key) {
+            *text = match text.contains(" to -: deferred") {
+                true => text.replacen(" to -: deferred", &format!(" to <{to}>: deferred"), 1),
+                false => text.replacen(">: deferred", &format!(">, <{to}>: deferred"), 1),
+            };
+        }
+    }
+
     /// A recipient was accepted, or for a recipient without a name: MAIL was. If it was deferred, it is not any more.
     pub fn accepted(&self, recipient: &MessageRecipient<'_>) {
         self.lock().release(recipient);
@@ -142,8 +155,9 @@ impl CallCounters {
     /// The progress of the call, in one line without its end.
     pub fn progress(&self) -> String {
         let Counts { total: Summary { messages, octets, sent, .. }, arriving, announced, queued, .. } = &*self.lock();
-        let of_all = if *queued > 0 { format!(" of {}", queued.max(messages)) } else { String::new() };
-        let mut line = format!("{messages}{of_all} messages, {}", HumanSize(octets + arriving));
+        let all = counted(*queued.max(messages), "message", "messages");
+        let of_all = if *queued > 0 { format!("{messages} of {all}") } else { all };
+        let mut line = format!("{of_all}, {}", HumanSize(octets + arriving));
         if *announced > 0 {
             line += &format!(" (now {} of {})", HumanSize(*arriving.min(announced)), HumanSize(*announced));
         }
@@ -227,15 +241,16 @@ pub struct Summary {
 impl fmt::Display for Summary {
     /// One line, and one for each listed failure.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} messages, {} bytes, {:.1} seconds", self.messages, self.octets, self.seconds)?;
-        for (count, text) in [
-            (self.rejected, "recipients rejected"),
-            (self.deferred, "deferred"),
-            (self.sent, "sent"),
-            (self.waiting, "waiting to be sent"),
+        let (messages, bytes) = (counted(self.messages, "message", "messages"), counted(self.octets, "byte", "bytes"));
+        write!(f, "{messages}, {bytes}, {:.1} seconds", self.seconds)?;
+        for (count, one, several) in [
+            (self.rejected, "recipient rejected", "recipients rejected"),
+            (self.deferred, "deferred", "deferred"),
+            (self.sent, "sent", "sent"),
+            (self.waiting, "waiting to be sent", "waiting to be sent"),
         ] {
             if count > 0 {
-                write!(f, ", {count} {text}")?;
+                write!(f, ", {}", counted(count, one, several))?;
             }
         }
         self.failure_lines().iter().try_for_each(|failure| write!(f, "\n{failure}"))
@@ -293,10 +308,7 @@ mod tests {
         counters.not_accepted(&to("joe@example.org"), "us", &Reply::new(550, "5.1.1", "No such mailbox here"));
         let summary = counters.summary(1.25).to_string();
         let failure = "from <eva@example.net> to <joe@example.org>: rejected by us: 550 5.1.1 No such mailbox here";
-        assert_eq!(
-            summary,
-            format!("2 messages, 3149824 bytes, 1.2 seconds, 1 recipients rejected, 1 sent\n{failure}")
-        );
+        assert_eq!(summary, format!("2 messages, 3149824 bytes, 1.2 seconds, 1 recipient rejected, 1 sent\n{failure}"));
         for _ in 0..60 {
             counters.not_accepted(&to("x"), "us", &Reply::new(550, "5.1.1", "No"));
         }

@@ -38,6 +38,7 @@ use crate::maildir::{for_each_block, unnamed_file_in, write_denial};
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
 use crate::net::trace::{Trace, quoted};
+use crate::plural::counted;
 use crate::privileges::LoginUser;
 use crate::queue::ListedMessage;
 use crate::recipients::Destination;
@@ -415,8 +416,13 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
     let listing = match messages {
         0 if hidden.is_empty() => "Mail queue is empty\n".to_owned(),
         _ => format!(
-            "{:<24} {:>10} {:<20} {}\n{entries}{hidden}{messages} messages, {octets} octets\n",
-            "id", "size", "arrived", "sender, next try, recipients"
+            "{:<24} {:>10} {:<20} {}\n{entries}{hidden}{}, {}\n",
+            "id",
+            "size",
+            "arrived",
+            "sender, next try, recipients",
+            counted(messages, "message", "messages"),
+            counted(octets, "octet", "octets")
         ),
     };
     Ok(out.write_all(listing.as_bytes())?)

@@ -385,7 +385,7 @@ def wake_customer(box):
     wait_until(lambda: events(customer.log(), "reloaded"), "the reload")
     done = box.run(ODMR, "queue", "-c", customer.config, "retry", "example.org")
     begun = time.monotonic()
-    check("1 messages are due" in done.stdout, f"{done}")
+    check("1 message is due" in done.stdout, f"{done}")
     check((retried := relayed(hop, 1) - begun) < 1, f"after queue retry: {retried:.2f} s")
     daemon.terminate()
     check(daemon.wait(20) == 0 and not (customer.root / ".wake").exists(), "the socket stays")
