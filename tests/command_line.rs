@@ -20,6 +20,12 @@ fn run(arguments: &[&str]) -> Output {
 fn help_is_on_stdout() {
     for arguments in [
         &["-h"][..],
+        &["help"],
+        &["version"],
+        &["help", "serve"],
+        &["help", "send"],
+        &["help", "help"],
+        &["help", "exit-codes"],
         &["--version"],
         &["serve", "-h"],
         &["pull", "-h"],
@@ -35,6 +41,16 @@ fn help_is_on_stdout() {
     }
 }
 
+/// Without a word it says what there is.
+#[test]
+fn alone_it_shows_the_subcommands() {
+    let result = run(&[]);
+    let error = String::from_utf8(result.stderr).unwrap();
+    assert!(result.status.code() == Some(64) && result.stdout.is_empty(), "{error}");
+    let help = String::from_utf8(run(&["help"]).stdout).unwrap();
+    assert_eq!(error, format!("odmr: a subcommand is missing\n\n{help}"));
+}
+
 #[test]
 fn each_failure_is_one_line_on_stderr() {
     let missing = ["-c", "/nonexistent/odmr.toml"];
@@ -45,10 +61,16 @@ fn each_failure_is_one_line_on_stderr() {
         assert!(error.starts_with("odmr: ") && error.contains(part), "{arguments:?}: {error}");
         assert!(error.lines().count() == 1 && result.stdout.is_empty(), "{arguments:?}: {error}");
     };
-    check(64, &[], "a subcommand is missing");
-    check(64, &["sreve"], "no such subcommand: sreve");
+    check(64, &["sreve"], "no such subcommand: sreve; did you mean serve? try `odmr -h`");
+    check(64, &["help", "chekc"], "no such subcommand: chekc; did you mean check?");
+    check(64, &["something"], "no such subcommand: something; try `odmr -h`");
     check(64, &["serve"], "-c FILE is missing");
-    check(64, &["serve", "--nonsense"], "nonsense");
+    check(64, &["serve", "--nonsense"], "no such option: --nonsense; try `odmr serve -h`");
+    check(64, &["serve", "--verbsoe"], "no such option: --verbsoe; did you mean --verbose?");
+    check(64, &["serve", "-c"], "the value of -c is missing");
+    check(64, &["send", "--log-tmie"], "did you mean --log-time?");
+    check(64, &["queue", "-c", "x"], "what to do is missing: list, show, remove, bounce, retry, export or import");
+    check(64, &["queue", "-c", "x", "lst"], "did you mean list?");
     check(64, &["check", "-c", "x", "y"], "\"y\"");
     check(64, &["pull", "-c", "x", "--daemon", "--now"], "exclude each other");
     check(64, &["serve", "-c", "x", "--inetd", "smtp"], "not smtp");

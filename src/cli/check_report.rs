@@ -1,7 +1,10 @@
 //! What `odmr check` has found, and how it describes a certificate.
 
+use std::io;
+
 use super::exit::{ExitError, Sysexit};
-use super::process::print;
+use super::process::{print, print_fitted};
+use super::terminal::{has_colours, highlighted};
 use crate::clock::{Clock, Timestamp};
 use crate::net::tls::CertificateInfo;
 use crate::provider::certificate::days_left;
@@ -48,7 +51,9 @@ impl CheckReport {
     ///
     /// All errors that were found.
     pub fn finish(self, summary: &str) -> Result<(), ExitError> {
-        self.warnings.iter().chain(&self.notes).try_for_each(|line| print(&format!("{line}\n")))?;
+        let word = highlighted("warning:", false, has_colours(io::stdout()));
+        self.warnings.iter().try_for_each(|line| print_fitted(&format!("{word} {line}\n")))?;
+        self.notes.iter().try_for_each(|line| print_fitted(&format!("{line}\n")))?;
         match self.errors.is_empty() {
             true => print(&format!("{summary}\n")),
             false => Err(check_error(self.errors.join("\nodmr: "))),
@@ -93,5 +98,8 @@ pub(super) fn describe_own(certificate: &CertificateInfo) -> String {
 
 fn described_end(certificate: &CertificateInfo) -> String {
     let until = validity(certificate, Clock::System.now());
-    until.map_or_else(String::new, |(until, days)| format!(", until {} ({days} days)", until.rfc3339()))
+    until.map_or_else(String::new, |(until, days)| {
+        let days = if days == 1 { "1 day".to_owned() } else { format!("{days} days") };
+        format!(", until {} ({days})", until.rfc3339())
+    })
 }

@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::log_queue::{LogLine, LogQueue, LogSink};
 use super::syslog::{self, Syslog, severity};
+use super::terminal::{fitted, has_colours, highlighted};
 use crate::clock::Clock;
 use crate::net::cancel::poll;
 use crate::net::descriptor::{Descriptor, Waiting};
@@ -79,7 +80,8 @@ impl LogTarget {
 
     fn to(syslog: Option<Option<PathBuf>>, time: bool) -> LogTarget {
         let error = syslog.as_ref().and_then(|path| syslog::connect(path.as_deref()).err());
-        LogTarget { syslog, error, format: StderrFormat { time, priority: stderr_is_journal() } }
+        let format = StderrFormat { time, priority: stderr_is_journal(), colours: has_colours(io::stderr()) };
+        LogTarget { syslog, error, format }
     }
 
     /// Whether the lines go to the system log, and it can be reached.
@@ -148,7 +150,9 @@ pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
     }
     if write_out() {
         let priority = if stderr_is_journal() { "<3>" } else { "" };
-        let _ = Waiting(io::stderr()).write_all(format!("{priority}{program}: {text}\n").as_bytes());
+        let name = highlighted(&format!("{program}:"), true, has_colours(io::stderr()));
+        let text = fitted(&format!("{name} {text}\n"), io::stderr());
+        let _ = Waiting(io::stderr()).write_all(format!("{priority}{text}").as_bytes());
     }
 }
 
@@ -203,6 +207,8 @@ struct StderrFormat {
     time: bool,
     /// Each line begins with its priority, which the journal removes; the words for it are left out.
     priority: bool,
+    /// The words for the level have a colour.
+    colours: bool,
 }
 
 impl StderrFormat {
@@ -215,11 +221,15 @@ impl StderrFormat {
             let seconds = line.timestamp().rfc3339();
             shown.push_str(&format!("{}.{:03}Z ", seconds.trim_end_matches('Z'), line.time / 1000 % 1000));
         }
-        shown.push_str(match line.level {
-            Level::Error if !self.priority => "error: ",
-            Level::Warn if !self.priority => "warning: ",
-            _ => "",
-        });
+        let (word, is_error) = match line.level {
+            Level::Error => ("error:", true),
+            Level::Warn => ("warning:", false),
+            _ => ("", false),
+        };
+        if !self.priority && !word.is_empty() {
+            shown.push_str(&highlighted(word, is_error, self.colours));
+            shown.push(' ');
+        }
         shown.push_str(&line.text);
         shown.push('\n');
         shown

@@ -10,6 +10,7 @@ mod confine;
 mod demo;
 mod exit;
 mod expire;
+mod help;
 mod inetd;
 mod json;
 mod log_queue;
@@ -22,6 +23,7 @@ mod secret;
 mod sendmail;
 mod status;
 mod syslog;
+mod terminal;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -41,9 +43,10 @@ use crate::provider::{Listener, PreparedProvider, StartError, SupervisedConnecti
 use crate::sandbox;
 use confine::confine_provider;
 use exit::{ExitError, Sysexit};
+use help::{EXIT_CODES, suggestion, wrong_option};
 use logging::LogTarget;
 use owner::{become_owner, check_owned, log_prevented_reload, owner_to_become, reload_errors};
-use process::{DaemonSignals, print};
+use process::{DaemonSignals, print, print_fitted};
 
 const HELP: &str = "\
 odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
@@ -58,7 +61,8 @@ odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
     odmr expire -c FILE   lets held mail expire, as `odmr serve` does; for cron, beside `odmr serve --inetd`
     odmr demo             provider and customer on loopback, with the dialogue
 
-`odmr SUBCOMMAND -h` shows the options; `odmr --version` prints the version.
+    odmr help [WORD]      this page, that of a subcommand, or `exit-codes`
+    odmr version          the version
 ";
 
 /// A subcommand whose options getopts can list; `odmr send` has the options of sendmail(8) instead.
@@ -180,19 +184,21 @@ pub fn main() -> ExitCode {
 fn run(arguments: &[String]) -> Result<(), ExitError> {
     let usage = |text: String| Err(ExitError::usage(text, "odmr -h"));
     let Some((word, rest)) = arguments.split_first() else {
-        return usage(
-            "a subcommand is missing: serve, pull, send, check, status, queue, expire, secret or demo".to_owned(),
-        );
+        return Err(ExitError::new(Sysexit::Usage, format!("a subcommand is missing\n\n{}", HELP.trim_end())));
     };
-    match word.as_str() {
-        "-h" | "--help" => print(HELP),
-        "-V" | "--version" => print(concat!("odmr ", env!("CARGO_PKG_VERSION"), "\n")),
-        "send" => sendmail::run(None, rest),
+    match (word.as_str(), rest) {
+        ("-h" | "--help", _) | ("help", []) => print_fitted(HELP),
+        ("-V" | "--version" | "version", _) => print(concat!("odmr ", env!("CARGO_PKG_VERSION"), "\n")),
+        ("exit-codes", _) => print_fitted(EXIT_CODES),
+        ("help", [topic, ..]) => run(&[topic.clone(), "-h".to_owned()]),
+        ("send", _) => sendmail::run(None, rest),
         _ => match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
             Some(subcommand) => subcommand.start(rest),
-            None => usage(format!(
-                "no such subcommand: {word}; there are serve, pull, send, check, status, queue, expire, secret and demo"
-            )),
+            None => {
+                let names = SUBCOMMANDS.iter().map(|subcommand| subcommand.name);
+                let suggestion = suggestion(word, names.chain(["send", "help", "version", "exit-codes"]));
+                usage(format!("no such subcommand: {word}{suggestion}"))
+            }
         },
     }
 }
@@ -207,11 +213,13 @@ impl Subcommand {
             options.optopt("c", "config", "the configuration (TOML)", "FILE");
         }
         (self.options)(&mut options);
-        let matches = options.parse(arguments).map_err(|error| ExitError::usage(error, &hint))?;
+        let matches =
+            options.parse(arguments).map_err(|error| ExitError::usage(wrong_option(error, &options), &hint))?;
         if matches.opt_present("help") {
             let (name, arguments) = (self.name, self.arguments);
             let file = if self.has_config { " -c FILE" } else { "" };
-            return print(&options.usage(&format!("odmr {name}{file} [options]{arguments}\n\n{}", self.summary)));
+            let usage = options.usage(&format!("odmr {name}{file} [options]{arguments}\n\n{}", self.summary));
+            return print_fitted(&usage);
         }
         if let Some(word) = matches.free.first().filter(|_| self.arguments.is_empty()) {
             return Err(ExitError::usage(format!("{} takes no argument {word:?}", self.name), &hint));

@@ -15,6 +15,7 @@ use signal_hook::consts::{
 use signal_hook::iterator::Signals;
 
 use super::exit::{ExitError, Sysexit};
+use super::terminal::fitted;
 use crate::net::cancel::CancelToken;
 use crate::net::descriptor::Waiting;
 use crate::net::inherited::{self, PassedSockets, TakeError};
@@ -25,7 +26,7 @@ pub(super) fn config_path(matches: &Matches) -> PathBuf {
     PathBuf::from(matches.opt_str("config").unwrap_or_default())
 }
 
-/// Writes to standard output. Who reads it may have seen enough, such as `head`.
+/// Writes to standard output. The reader may have seen enough, such as `head`.
 ///
 /// # Errors
 ///
@@ -36,6 +37,15 @@ pub(super) fn print(text: &str) -> Result<(), ExitError> {
         Err(error) => Err(ExitError::new(Sysexit::InputOutput, format!("standard output: {error}"))),
         Ok(()) => Ok(()),
     }
+}
+
+/// Writes what is for a person to standard output, as it fits a terminal.
+///
+/// # Errors
+///
+/// As those of [`print`].
+pub(super) fn print_fitted(text: &str) -> Result<(), ExitError> {
+    print(&fitted(text, io::stdout()))
 }
 
 /// What a supervisor has passed to this process: the sockets of `LISTEN_FDS`, and the descriptor of `--ready-fd`. Call it

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use getopts::Matches;
 
 use super::exit::{ExitError, Sysexit};
+use super::help::suggestion;
 use super::logging;
 use super::owner::{become_customer_owner, become_spool_owner, check_not_root, owner_to_become};
 use super::process::config_path;
@@ -31,6 +32,7 @@ use crate::net::descriptor::Waiting;
 use crate::net::tls;
 use crate::net::trace::{printable, quoted};
 use crate::net::wake::WakeReason;
+use crate::plural::counted;
 use crate::provider::accept::SpoolDsnSink;
 use crate::provider::relay;
 use crate::provider::spool::{Spool, SpoolQueue};
@@ -112,7 +114,10 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         [word @ ("show" | "remove" | "bounce" | "retry" | "export"), ..] => {
             return Err(ExitError::usage(format!("{word} needs one id or domain"), HINT));
         }
-        [word, ..] => return Err(ExitError::usage(format!("queue does not know {word:?}"), HINT)),
+        [word, ..] => {
+            let known = suggestion(word, ["list", "show", "remove", "bounce", "retry", "export", "import"]);
+            return Err(ExitError::usage(format!("queue does not know {word:?}{known}"), HINT));
+        }
     };
     logging::start_on_stderr(log::LevelFilter::Warn);
     let path = config_path(matches);
@@ -334,7 +339,7 @@ impl Queues {
         for QueueItem { label, name, message: ListedMessage { id, entry, .. } } in all {
             let Some(message) = lock.open_message(name, entry)? else {
                 writeln!(out, "{id}: not bounced: it is gone, or no mail (`odmr queue show {id}`), in {label}")?;
-                stays.get_or_insert((Sysexit::DataError, "remove what is no mail"));
+                stays.get_or_insert((Sysexit::DataError, "remove what is not mail"));
                 continue;
             };
             let has_sender = message.envelope.from != ReversePath::Null;
@@ -375,7 +380,7 @@ impl Queues {
                 made => due += usize::from(made?),
             }
         }
-        writeln!(out, "{due} messages are due")?;
+        writeln!(out, "{}", counted(due, "message is due", "messages are due"))?;
         self.wake();
         Ok(())
     }
@@ -425,12 +430,13 @@ impl Queues {
                 Err(error) => break Err((Sysexit::DataError, error)),
             }
         };
-        writeln!(out, "{imported} messages imported")?;
+        writeln!(out, "{} imported", counted(imported, "message", "messages"))?;
         self.wake();
         match done {
             Ok(()) => Ok(()),
             Err((code, error)) => {
-                failure(code, format!("{error}; the {imported} messages before are stored, the rest is not"))
+                let before = counted(imported, "message before is stored", "messages before are stored");
+                failure(code, format!("{error}; the {before}, the rest is not"))
             }
         }
     }
@@ -585,7 +591,14 @@ fn show_message(out: &mut dyn Write, QueueItem { label, name, message }: &QueueI
         ("in doubt", message.in_doubt.then(|| "it may have been sent".to_owned())),
         (
             "sessions ended",
-            record.ended.map(|e| format!("{}, the last one {}; {} calls skip it", e.sessions, time(e.at), e.skip)),
+            record.ended.map(|e| {
+                format!(
+                    "{}, the last one {}; {} it",
+                    e.sessions,
+                    time(e.at),
+                    counted(e.skip, "call skips", "calls skip")
+                )
+            }),
         ),
         ("last reply", message.last_reply()),
         ("next attempt", message.next_attempt.map(time)),

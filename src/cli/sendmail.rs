@@ -13,9 +13,10 @@ use log::LevelFilter;
 
 use super::confine::{confine_sender, confine_submitter};
 use super::exit::{ExitError, Sysexit};
+use super::help::wrong_option;
 use super::logging::{self, LogTarget};
 use super::owner::{become_customer_owner, check_not_root, owner_to_become};
-use super::process::{cancel_at_signal, print};
+use super::process::{cancel_at_signal, print, print_fitted};
 use super::pull;
 use crate::config::CustomerConfig;
 use crate::customer::daemon;
@@ -25,6 +26,7 @@ use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::descriptor::Waiting;
 use crate::net::tls;
+use crate::plural::counted;
 use crate::privileges::LoginUser;
 
 /// The help that goes with an error of the command line.
@@ -82,10 +84,11 @@ type Mode = fn(&CustomerConfig, &Ids, &SendmailOptions, SubmissionRoute) -> Resu
 pub(super) fn run(mode: Option<&str>, arguments: &[String]) -> Result<(), ExitError> {
     // As its only argument, `-h` asks for help. Otherwise it is a hop count, which our own Received fields replace.
     if matches!(arguments, [word] if word == "-h" || word == "--help") {
-        return print(HELP);
+        return print_fitted(HELP);
     }
     let arguments = mode.into_iter().chain(arguments.iter().map(String::as_str));
-    let matches = options().parse(arguments).map_err(|error| ExitError::usage(error, HINT))?;
+    let options = options();
+    let matches = options.parse(arguments).map_err(|error| ExitError::usage(wrong_option(error, &options), HINT))?;
     let named = last(&matches, "C").map(OsString::from).or_else(|| std::env::var_os("ODMR_CONFIG"));
     let path = PathBuf::from(named.unwrap_or_else(|| DEFAULT_CONFIG.into()));
     let target = LogTarget::new(&matches, false);
@@ -133,9 +136,10 @@ fn count_aliases(config: &CustomerConfig) -> Result<(), ExitError> {
     let rules = &config.mailboxes.rules;
     let warnings = match rules.warnings().len() {
         0 => "all valid".to_owned(),
-        count => format!("{count} warnings: see odmr check"),
+        count => format!("{}: see `odmr check`", counted(count, "warning", "warnings")),
     };
-    print(&format!("{} aliases, {warnings}; a daemon that runs reads them again at SIGHUP\n", rules.alias_count()))
+    let aliases = counted(rules.alias_count(), "alias", "aliases");
+    print(&format!("{aliases}, {warnings}; a daemon that runs reads them again at SIGHUP\n"))
 }
 
 /// `-bs`: one SMTP session on stdin and stdout.

@@ -1,0 +1,80 @@
+//! What helps somebody who has typed a wrong word, and the page about exit codes.
+
+use getopts::{Fail, Options};
+
+/// `odmr help exit-codes`.
+pub(super) const EXIT_CODES: &str = "\
+odmr ends with these exit codes, those of sysexits.h but for 0 and 1
+
+    0     done; for a call also: there is no mail
+    1     `check` has found errors, or `status --warn` something that needs a person
+    64    the command line is wrong
+    65    an address, a header or other input cannot be read; no such message
+    67    a recipient has no mailbox here
+    68    the name of the provider has no address
+    69    no connection to the provider; a message is too large, or in a loop
+    71    a system call has failed
+    73    a directory or file cannot be made: it is missing, in the way, or read-only
+    74    reading or writing has failed
+    75    try again later: the other side defers, a disk is full, another process is at it
+    76    the peer or its certificate breaks the protocol
+    77    no permission: wrong name or secret, or files of another user
+    78    the configuration is wrong
+";
+
+/// Returns `; did you mean …?` if one of the words is nearly this one, or else nothing.
+pub(super) fn suggestion<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+    let most = if word.len() < 4 { 1 } else { 2 };
+    let near = known.into_iter().map(|known| (distance(word, known), known));
+    match near.filter(|(distance, _)| *distance <= most).min() {
+        Some((_, near)) => format!("; did you mean {near}?"),
+        None => String::new(),
+    }
+}
+
+/// The text for an error about an option.
+pub(super) fn wrong_option(error: Fail, options: &Options) -> String {
+    let with_dashes = |name: &str| format!("{}{name}", if name.len() == 1 { "-" } else { "--" });
+    match error {
+        Fail::UnrecognizedOption(name) => {
+            let shown = options.usage("");
+            let known: Vec<_> = shown.split([' ', '[']).filter(|word| word.starts_with("--")).collect();
+            let name = with_dashes(&name);
+            format!("no such option: {name}{}", suggestion(&name, known))
+        }
+        Fail::ArgumentMissing(name) => format!("the value of {} is missing", with_dashes(&name)),
+        Fail::UnexpectedArgument(name) => format!("{} has no value", with_dashes(&name)),
+        Fail::OptionDuplicated(name) => format!("{} is given twice", with_dashes(&name)),
+        Fail::OptionMissing(name) => format!("{} is missing", with_dashes(&name)),
+    }
+}
+
+/// How many letters must be added, removed or replaced to make one word of the other.
+fn distance(one: &str, other: &str) -> usize {
+    let mut row: Vec<usize> = (0..=other.len()).collect();
+    for (number, letter) in one.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], number + 1);
+        for (at, other) in other.bytes().enumerate() {
+            let replaced = diagonal + usize::from(letter != other);
+            diagonal = row[at + 1];
+            row[at + 1] = replaced.min(diagonal + 1).min(row[at] + 1);
+        }
+    }
+    row[other.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_word_is_suggested() {
+        let known = ["serve", "send", "secret", "queue"];
+        for (word, expected) in
+            [("sreve", "serve"), ("sned", "send"), ("queu", "queue"), ("secrets", "secret"), ("x", ""), ("bounce", "")]
+        {
+            let expected = if expected.is_empty() { String::new() } else { format!("; did you mean {expected}?") };
+            assert_eq!(suggestion(word, known), expected, "{word}");
+        }
+    }
+}
