@@ -56,7 +56,8 @@ impl SystemUser {
             return Ok(None);
         };
         let user = unistd::User::from_uid(Uid::from_raw(uid)).ok().flatten();
-        let user = user.ok_or_else(|| format!("{} belongs to user {uid}, whom nobody knows here", path.display()))?;
+        let user =
+            user.ok_or_else(|| format!("{} belongs to user {uid}, and there is no such user here", path.display()))?;
         SystemUser::find(&user.name, None).map(Some)
     }
 

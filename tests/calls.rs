@@ -159,9 +159,9 @@ fn what_was_deferred_here_is_reported_also_if_quiet() {
         call.replies
     );
     let (first, rest) = call.out.split_once('\n').unwrap();
-    assert!(first.starts_with("1 messages, ") && first.ends_with(", 1 deferred"), "{first}");
+    assert!(first.starts_with("1 message, ") && first.ends_with(", 1 deferred"), "{first}");
     assert!(rest.starts_with(line) && rest.lines().count() == 1, "{rest}");
-    assert!(call.error.contains("odmr: 1 recipients were deferred here"), "{}", call.error);
+    assert!(call.error.contains("odmr: 1 recipient was deferred here"), "{}", call.error);
     assert!(call.error.contains("deferred=1 ") && call.error.contains(" result=deferred\n"), "{}", call.error);
     let quiet = place.pull(&["-q"], "", &words(&script));
     assert_eq!(quiet.code, 75, "{}", quiet.error);
@@ -181,14 +181,16 @@ fn a_full_disk_is_reported_for_each_recipient() {
     assert_eq!(lines, [deferred("alice@example.org"), deferred("BOB@example.org")]);
 }
 
-/// Before a recipient is named, by the size that MAIL announces. The rest of the group is no other failure.
+/// Before a recipient is accepted, by the size that MAIL announces. The rest of the group names them, and is no other failure.
 #[test]
 fn a_full_disk_is_reported_for_the_sender() {
     let place = Place::new(&format!("{ALICE}max-size = \"1000000GiB\"\n"));
-    let group = "MAIL FROM:<eva@example.net> SIZE=1000000000000000\r\nRCPT TO:<alice@example.org>\r\nDATA";
+    let group = "MAIL FROM:<eva@example.net> SIZE=1000000000000000\r\nRCPT TO:<alice@example.org>\r\nRCPT TO:<bob@example.org>\r\nDATA";
     let call = place.pull(&["-q"], "", &[group]);
     assert_eq!(call.code, 75, "{}", call.error);
-    assert_eq!(call.out, "from <eva@example.net> to -: deferred by us: 452 4.3.1 The disk is full, try again later\n");
+    let to = "<alice@example.org>, <bob@example.org>";
+    let text = format!("from <eva@example.net> to {to}: deferred by us: 452 4.3.1 The disk is full, try again later\n");
+    assert_eq!(call.out, text);
 }
 
 /// The first call of a customer whose `accept` is not complete: the message stays with the provider.
@@ -426,7 +428,7 @@ fn the_next_calls_end_when_they_bring_nothing_new() {
         let (done, count) = pull_in_calls(&place, &[(NO_COUNT, message("one")), second]);
         let (out, error) = (String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap());
         assert_eq!((done.status.code(), count), (Some(0), calls), "{error}");
-        assert!(out.starts_with(&format!("{messages} messages, ")), "{out}");
+        assert!(out.starts_with(&format!("{messages} message{}, ", if messages == 1 { "" } else { "s" })), "{out}");
         assert_eq!(error.contains("event=not-called-again "), !reason.is_empty(), "{error}");
         assert!(error.contains(reason), "{error}");
     }

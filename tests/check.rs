@@ -205,7 +205,7 @@ fn the_certificate_of_a_provider_is_described_and_judged() {
     let line = output.lines().find(|line| line.starts_with("relay.pem: for ")).unwrap();
     assert!(line.contains("relay.example.net, 127.0.0.1, until ") && line.contains(" (100 days); "), "{line}");
     assert!(line.contains("pin = \"sha256:") && line.contains("pin = \"spki-sha256:"), "{line}");
-    assert!(output.ends_with("provider.toml: good: a provider with 1 customers, 1 domains\n"), "{output}");
+    assert!(output.ends_with("provider.toml: good: a provider with 1 customer, 1 domain\n"), "{output}");
     // Soon at its end: a warning. After it: an error, as for another name.
     let (code, output, _) = run(&provider(&["relay.example.net"], 5), "provider.toml", &["check"]);
     assert!(code == 0 && output.contains("provider.toml:5: relay.pem expires on "), "{output}");
@@ -247,7 +247,7 @@ fn all_errors_of_all_files_are_reported() {
         assert!(error.lines().any(|line| line.contains(place) && line.contains(text)), "{place}{text} in\n{error}");
     }
     assert!(error.lines().all(|line| line.starts_with("odmr: ")), "{error}");
-    for warning in ["customers.d/delta: is not read", "customers.d/gamma.toml:2: the secret has 1 octets"] {
+    for warning in ["customers.d/delta: is not read", "customers.d/gamma.toml:2: the secret has 1 octet "] {
         assert!(output.contains(warning), "{warning} in\n{output}");
     }
     assert!(!output.contains("good:"), "{output}");
@@ -305,7 +305,7 @@ fn a_call_is_checked_without_fetching_anything() {
     );
     for warning in [
         "customer.toml:9: localhost:",
-        " holds mail for example.com, and nobody there is accepted",
+        " holds mail for example.com, and no address in it is accepted",
         "customer.toml:9: no provider holds mail for example.net",
     ] {
         assert!(output.contains(warning), "{warning} in\n{output}");
@@ -328,7 +328,10 @@ fn a_call_is_checked_without_fetching_anything() {
     assert!(code == 76 && error.contains("but STARTTLS: set `tls = \"starttls\"`"), "{error}");
     drop(serve);
     let (code, _, error) = run(&directory, "customer.toml", &["check", "--call"]);
-    assert!(code == 1 && error.contains("Connection refused") && error.contains("(`odmr serve`)"), "{error}");
+    assert!(
+        code == 1 && error.contains("Connection refused") && error.contains("is `odmr serve` running there"),
+        "{error}"
+    );
     let (code, _, error) = run(&directory, "provider.toml", &["check", "--call"]);
     assert!(code == 64 && error.contains("--call is for a customer's file"), "{error}");
 }

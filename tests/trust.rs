@@ -151,7 +151,7 @@ fn a_certificate_for_another_account_and_files_that_do_not_fit_are_named() {
     let text = fs::read_to_string(place.directory.path().join("customer.toml")).unwrap();
     write(&place.directory, "customer.toml", &text.replace("name = \"acme\"", "name = \"beta\""));
     let (code, output) = place.run(&["pull"]);
-    assert!(code == 77 && output.contains("535 5.7.8") && output.contains("`secret` or `certificate`"), "{output}");
+    assert!(code == 77 && output.contains("535 5.7.8") && output.contains("`secret`, or `certificate`"), "{output}");
     let line = place.serve.wait_for("event=auth-failed");
     assert!(line.ends_with(&format!(" account=\"beta\" mechanism=EXTERNAL pin={pin}")), "{line}");
     for (files, expected) in [

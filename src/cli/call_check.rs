@@ -111,7 +111,7 @@ fn check_domains(
     for name in &told.names {
         if !rules.domains().iter().any(|domain| domain.as_str() == name) {
             report.warn(accept.error(format!(
-                "{address} holds mail for {name}, and nobody there is accepted, so it would be rejected: add \
+                "{address} holds mail for {name}, and no address in it is accepted, so that mail would be rejected: add \
                  \"@{name}\" or addresses to `accept`; until then call with `odmr pull --soft-bounce`"
             )));
         }

@@ -39,6 +39,19 @@ pub(super) enum Sysexit {
     Config = 78,
 }
 
+impl Sysexit {
+    /// The exit code of an error of the system, mostly about a file or directory.
+    fn of_system(kind: io::ErrorKind) -> Sysexit {
+        use io::ErrorKind::*;
+        match kind {
+            PermissionDenied => Sysexit::NoPermission,
+            ReadOnlyFilesystem | NotFound | NotADirectory | AlreadyExists | IsADirectory => Sysexit::CannotCreate,
+            StorageFull | QuotaExceeded | FileTooLarge => Sysexit::Temporary,
+            _ => Sysexit::OsError,
+        }
+    }
+}
+
 /// Why the program fails: its exit code, and one line for the user; empty: nothing is printed.
 #[derive(Debug)]
 pub(super) struct ExitError {
@@ -53,7 +66,9 @@ impl ExitError {
 
     /// A wrong command line; `hint` is the command that shows the help.
     pub fn usage(text: impl ToString, hint: &str) -> ExitError {
-        ExitError::new(Sysexit::Usage, format!("{}; try `{hint}`", text.to_string()))
+        let text = text.to_string();
+        let separator = if text.ends_with('?') { "" } else { ";" };
+        ExitError::new(Sysexit::Usage, format!("{text}{separator} try `{hint}`"))
     }
 }
 
@@ -67,7 +82,7 @@ impl From<StartError> for ExitError {
     fn from(error: StartError) -> ExitError {
         let code = match error {
             StartError::Config(_) => Sysexit::Config,
-            StartError::System(_) => Sysexit::OsError,
+            StartError::System(_, kind) => Sysexit::of_system(kind),
             StartError::Spool(_) => Sysexit::CannotCreate,
             StartError::Busy(_) => Sysexit::Temporary,
         };
@@ -83,9 +98,8 @@ impl From<CallError> for ExitError {
             CallError::Unavailable(_) => Sysexit::Unavailable,
             CallError::Temporary(_) | CallError::Busy(_) | CallError::TooSoon(_) => Sysexit::Temporary,
             CallError::Denied(_) => Sysexit::NoPermission,
-            CallError::CannotCreate(_) => Sysexit::CannotCreate,
             CallError::Protocol(_) => Sysexit::Protocol,
-            CallError::System(_) => Sysexit::OsError,
+            CallError::System(_, kind) => Sysexit::of_system(*kind),
         };
         ExitError::new(code, error)
     }
@@ -110,11 +124,13 @@ impl From<SendmailError> for ExitError {
 
 impl From<io::Error> for ExitError {
     fn from(error: io::Error) -> ExitError {
-        match error.kind() {
-            io::ErrorKind::PermissionDenied => {
-                ExitError::new(Sysexit::NoPermission, format!("{error}; be root, or the user whose files these are"))
+        let (code, text) = (Sysexit::of_system(error.kind()), error.to_string());
+        match code {
+            // It may name a better way out already.
+            Sysexit::NoPermission if !text.contains("; ") => {
+                ExitError::new(code, format!("{text}; be root, or the user whose files these are"))
             }
-            _ => ExitError::new(Sysexit::OsError, error),
+            _ => ExitError::new(code, text),
         }
     }
 }

@@ -48,7 +48,7 @@ pub(super) fn become_owner(owner: Option<&SystemUser>, directories: &[&Path]) ->
     let Some(user) = owner else { return Ok(()) };
     for directory in directories {
         user.make_directory(directory)
-            .map_err(|error| ExitError::new(Sysexit::CannotCreate, format!("{}: {error}", directory.display())))?;
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", directory.display())))?;
     }
     user.assume().map_err(|text| ExitError::new(Sysexit::OsError, text))
 }

@@ -181,7 +181,8 @@ impl Accounts {
                 Some((Located { value: domain, source: line }, other)) => {
                     let other = line.file.with_file_name(format!("{other}.toml"));
                     let other = other.display();
-                    let text = format!("{domain} is in {other} too: a domain has one owner, remove one of them");
+                    let text =
+                        format!("{domain} is in {other} too: a domain has one owner, remove it from one of them");
                     let error = line.error(text);
                     note(error.clone());
                     self.skipped.push(SkippedFile { name: account.name, error });
@@ -354,7 +355,7 @@ const PREFIX: Text<String> = Text::new("a prefix such as \"acme-\"", |text| {
         !text.is_empty() && text.bytes().all(|octet| octet.is_ascii_graphic() && !b"@<>\"(),:;\\[]".contains(&octet));
     plain
         .then(|| text.to_owned())
-        .ok_or_else(|| "write what stands before the local part in Delivered-To, such as \"acme-\"".to_owned())
+        .ok_or_else(|| "write what is before the local part in Delivered-To, such as \"acme-\"".to_owned())
 });
 
 impl Account {

@@ -83,7 +83,7 @@ impl CustomerConfig {
         let domains: Vec<_> = known.iter().filter(|_| !all).flat_map(|provider| provider.domains.clone()).collect();
         let mailboxes = file.table("mailboxes", &MAILBOXES_KEYS).and_then(|mailboxes| {
             let text = "[mailboxes] is missing: the table with `root` and `accept`, where mail goes and for whom it is \
-                        taken";
+                        accepted";
             mailboxes.ok_or_else(|| file.line.error(text))
         });
         let mailboxes = source.note(mailboxes.and_then(|mailboxes| MailboxesConfig::build(mailboxes, &domains)));

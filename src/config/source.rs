@@ -1,6 +1,7 @@
 //! The files of a configuration: reads them, finds the line of a place in them, and checks who may read them.
 
 use std::cell::RefCell;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -56,7 +57,15 @@ impl Source {
     /// It cannot be read, or is not UTF-8.
     pub(super) fn read(path: &Path) -> Result<Source, ConfigError> {
         let file = SourceLine { file: path.into(), line: None };
-        let (mode, octets) = read(path).map_err(|cause| file.error(format!("cannot be read: {cause}")))?;
+        let (mode, octets) = read(path).map_err(|cause| {
+            let remedy = match cause.kind() {
+                ErrorKind::NotFound => "; correct the name, or make that file",
+                ErrorKind::IsADirectory => "; name a file in it",
+                ErrorKind::PermissionDenied => "; be root, or let this user read it: chgrp it, and chmod 640",
+                _ => "",
+            };
+            file.error(format!("cannot be read: {cause}{remedy}"))
+        })?;
         Ok(Source::new(&file.file, decode(&file.file, &octets)?, mode))
     }
 
@@ -170,6 +179,10 @@ impl Source {
         match (provider, document.get("provider")) {
             (true, None) => Ok(Some(FileKind::Provider)),
             (false, Some(_)) => Ok(Some(FileKind::Customer)),
+            (false, None) if document.contains_key("domains") => Err(self.whole().error(
+                "is the file of one customer at a provider (it has `domains`): name the provider's file, which has `spool` \
+                 and `customers`",
+            )),
             (false, None) => Ok(None),
             (true, Some(table)) => Err(self.line(table.span()).error(
                 "[provider] is for a customer's file, `spool` and `customers` are for a provider's: make two \

@@ -108,7 +108,7 @@ impl BoundDaemon {
         }
         let listeners = match inherited {
             true => passed,
-            false => listener::bind(submission::LISTENER_NAME, addresses).map_err(CallError::System)?,
+            false => listener::bind(submission::LISTENER_NAME, addresses)?,
         };
         let (sender, receiver) = unbounded();
         Ok(BoundDaemon { events: EventSender(sender), receiver, customer, listeners, inherited })
@@ -363,7 +363,7 @@ impl Daemon<'_> {
         let (customer, cancel) = (self.customer.clone(), self.cancel.clone());
         let key = self.providers[number].key.clone();
         let ended = move |result| DaemonEvent::CallEnded { key: key.clone(), begun, result };
-        let panicked = ended(Err(CallError::System("the call ended in the middle".to_owned())));
+        let panicked = ended(Err(CallError::System("the call ended in the middle".to_owned(), io::ErrorKind::Other)));
         self.spawn("call", panicked, move || ended(customer.call(number, &cancel, &Arc::default())));
     }
 

@@ -64,14 +64,12 @@ pub enum CallError {
     /// The provider wants a pause, because the last call has brought no mail. Outgoing mail was sent before.
     TooSoon(String),
     /// The provider rejects our name or secret, or does not prove that it knows the secret; or this user may not see the
-    /// daemon's state, or write into the mailboxes.
+    /// daemon's state.
     Denied(String),
-    /// The file system of the mailboxes is read-only.
-    CannotCreate(String),
     /// The peer is no provider, breaks the protocol, or its certificate is not accepted.
     Protocol(String),
-    /// A system call failed.
-    System(String),
+    /// A system call failed, or the mailboxes cannot be written to.
+    System(String, io::ErrorKind),
 }
 
 impl fmt::Display for CallError {
@@ -84,9 +82,8 @@ impl fmt::Display for CallError {
             | CallError::Busy(text)
             | CallError::TooSoon(text)
             | CallError::Denied(text)
-            | CallError::CannotCreate(text)
             | CallError::Protocol(text)
-            | CallError::System(text) => f.write_str(text),
+            | CallError::System(text, _) => f.write_str(text),
         }
     }
 }
@@ -97,9 +94,7 @@ impl From<io::Error> for CallError {
     fn from(error: io::Error) -> CallError {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CallError::Temporary(error.to_string()),
-            io::ErrorKind::PermissionDenied => CallError::Denied(error.to_string()),
-            io::ErrorKind::ReadOnlyFilesystem => CallError::CannotCreate(error.to_string()),
-            _ => CallError::System(error.to_string()),
+            kind => CallError::System(error.to_string(), kind),
         }
     }
 }
@@ -606,7 +601,8 @@ pub(super) fn call_error(failure: SessionFailure) -> CallError {
         SessionFailure::Broken(text) => CallError::Protocol(text),
         SessionFailure::NoHost(text) => CallError::NoHost(format!("{text}; check `address` and the name server")),
         SessionFailure::Unreachable(text) => CallError::Unavailable(format!(
-            "{text}; check `address`, that the provider runs there (`odmr serve`), and that no firewall closes its port"
+            "{text}; is `odmr serve` running there, and does no firewall close the port? check `address`: mostly it is \
+             port 366"
         )),
         SessionFailure::NoTls(text) | SessionFailure::Lost(text) => CallError::Temporary(text),
         SessionFailure::Cancelled => stopped(),
@@ -626,7 +622,7 @@ fn abort_error(abort: Abort) -> CallError {
                 Severity::Transient if stage == Stage::Atrn && is_too_soon(&reply) => CallError::TooSoon(text),
                 Severity::Transient => CallError::Temporary(text),
                 _ if stage == Stage::Auth || is_login_rejected(&reply) => {
-                    CallError::Denied(format!("{text}; check `name`, and `secret` or `certificate`"))
+                    CallError::Denied(format!("{text}; check `name` and `secret`, or `certificate`"))
                 }
                 _ => CallError::Protocol(text),
             }

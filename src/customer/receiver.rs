@@ -59,6 +59,8 @@ pub struct Receiver {
     message: Option<OutgoingMessage>,
     /// The recipients accepted in this transaction, and their destinations.
     accepted: Vec<(Recipient, Vec<Delivery>)>,
+    /// The last MAIL was deferred, before any recipient was named.
+    deferred_at_mail: bool,
 }
 
 /// What the session and its messages share.
@@ -107,7 +109,7 @@ impl Receiver {
     ) -> Receiver {
         let (hops, decided_by, mail) = (Mutex::new(hops), Mutex::default(), Mutex::default());
         let context = Arc::new(CallContext { retry_queue, counters, hops, decided_by, mail, soft_bounce });
-        Receiver { context, message: None, accepted: Vec::new() }
+        Receiver { context, message: None, accepted: Vec::new(), deferred_at_mail: false }
     }
 
     /// What the provider has offered.
@@ -199,6 +201,7 @@ impl SessionHandler for Receiver {
     fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
         self.context.hops().begin();
         self.accepted.clear();
+        self.deferred_at_mail = false;
         let size = mail.size.unwrap_or(0);
         let envelope = mail.envelope.clone();
         self.message = Some(OutgoingMessage { envelope, size, eight_bit: false, utf8_header: false, attempts: 0 });
@@ -231,6 +234,14 @@ impl SessionHandler for Receiver {
         Ok(mailbox)
     }
 
+    fn recipient_without_mail(&mut self, path: &[u8]) {
+        if self.deferred_at_mail
+            && let Some(mail) = self.mail()
+        {
+            self.context.counters.name_recipient(&mail.to(""), &self.typed_recipient(path));
+        }
+    }
+
     fn may_wait(&self) -> bool {
         self.context.mailboxes().rules().has_next_hops()
     }
@@ -249,7 +260,8 @@ impl SessionHandler for Receiver {
             // We defer a message after `sender` has noted it. What is rejected before that has no other key than its path, also
             // if a soft bounce defers it.
             Unaccepted::Sender(_) if reply.severity() == Severity::Transient && !reply.is_softened() => {
-                count(&mail, "")
+                count(&mail, "");
+                self.deferred_at_mail = true;
             }
             Unaccepted::Sender(path) => {
                 let parsed = reverse_path(path).ok().map(|(path, _)| path.to_string());

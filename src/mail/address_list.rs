@@ -207,8 +207,8 @@ fn without_route<'a, 'b>(inside: &'a [Token<'b>]) -> Result<&'a [Token<'b>], &'s
 }
 
 fn mailbox(tokens: &[Token], home: Option<&Domain>) -> Result<Mailbox, &'static str> {
-    const LOCAL: &str = "this is no name of a mailbox; a display name wants an <address> behind it";
-    const HOST: &str = "the host is no domain";
+    const LOCAL: &str = "this is not the name of a mailbox; a display name needs an <address> after it";
+    const HOST: &str = "the host is not a valid domain";
     let (local, host) = match tokens.iter().position(|token| token.is('@')) {
         Some(at) => (&tokens[..at], host(&tokens[at + 1..]).ok_or(HOST)?),
         None if matches!(tokens, [Token::Quoted(content)] if content.is_empty()) => return Err(LOCAL),

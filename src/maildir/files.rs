@@ -33,6 +33,9 @@ pub fn write_remedy(error: &io::Error, directory: &Path) -> String {
         io::ErrorKind::ReadOnlyFilesystem => {
             "; mount that file system read-write, or name a directory on another".to_owned()
         }
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            "; a file is where a directory must be: move it away, or name another directory".to_owned()
+        }
         _ => String::new(),
     }
 }

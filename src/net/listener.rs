@@ -41,8 +41,8 @@ const BACKLOG: i32 = i32::MAX;
 ///
 /// # Errors
 ///
-/// A text with the address, the cause and what to do.
-pub fn bind(name: &str, addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, String> {
+/// The text has the address, the cause and what to do.
+pub fn bind(name: &str, addresses: &[SocketAddr]) -> io::Result<Vec<TcpListener>> {
     let (mut listeners, mut without_ipv6) = (Vec::new(), None);
     let addresses: Vec<_> = addresses.iter().map(|address| unmapped(*address)).collect();
     for address in &addresses {
@@ -64,8 +64,9 @@ pub fn bind(name: &str, addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, St
         }
     }
     match without_ipv6 {
-        Some(text) if listeners.is_empty() => {
-            Err(format!("{text}: this kernel has no IPv6; add an IPv4 address, such as \"0.0.0.0:25\""))
+        Some(error) if listeners.is_empty() => {
+            let text = format!("{error}: this kernel has no IPv6; add an IPv4 address, such as \"0.0.0.0:25\"");
+            Err(io::Error::new(error.kind(), text))
         }
         _ => Ok(listeners),
     }
@@ -81,16 +82,19 @@ pub fn log_listening(name: &str, plain: &str, address: SocketAddr, inherited: bo
     }
 }
 
-fn bind_error(address: SocketAddr, error: &io::Error) -> String {
+fn bind_error(address: SocketAddr, error: &io::Error) -> io::Error {
     let advice = match error.kind() {
         io::ErrorKind::PermissionDenied => {
             ": ports below 1024 need root, the capability CAP_NET_BIND_SERVICE (`setcap cap_net_bind_service=ep` on odmr, or \
              AmbientCapabilities of systemd), or a supervisor that passes them on (LISTEN_FDS)"
         }
         io::ErrorKind::AddrInUse => ": another program listens there; stop it or choose another address",
+        io::ErrorKind::AddrNotAvailable if !address.ip().is_unspecified() => {
+            ": this machine does not have that address; write one of `ip address`, or \"[::]\" for all"
+        }
         _ => "",
     };
-    format!("cannot listen on {address}: {error}{advice}")
+    io::Error::new(error.kind(), format!("cannot listen on {address}: {error}{advice}"))
 }
 
 /// An IPv4 address that is written as IPv6 (RFC 4291 section 2.5.5.2) is one: a socket for IPv6 alone cannot have it.

@@ -102,9 +102,9 @@ pub struct SupervisedConnection {
 pub enum StartError {
     /// Something that the configuration names cannot be used.
     Config(String),
-    /// The system gives no socket, descriptor or thread.
-    System(String),
-    /// The spool cannot be written to.
+    /// The system gives no socket, descriptor or thread, or the spool cannot be written to.
+    System(String, io::ErrorKind),
+    /// Files in the spool belong to another user.
     Spool(String),
     /// Another process serves the spool.
     Busy(String),
@@ -113,9 +113,10 @@ pub enum StartError {
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            StartError::Config(text) | StartError::System(text) | StartError::Spool(text) | StartError::Busy(text) => {
-                f.write_str(text)
-            }
+            StartError::Config(text)
+            | StartError::System(text, _)
+            | StartError::Spool(text)
+            | StartError::Busy(text) => f.write_str(text),
         }
     }
 }
@@ -124,7 +125,7 @@ impl std::error::Error for StartError {}
 
 impl From<io::Error> for StartError {
     fn from(error: io::Error) -> StartError {
-        StartError::System(error.to_string())
+        StartError::System(error.to_string(), error.kind())
     }
 }
 
@@ -193,7 +194,7 @@ impl PreparedProvider {
             let inherited = !passed.is_empty();
             let opened = match inherited {
                 true => passed,
-                false => listener::bind(kind.name(), addresses).map_err(StartError::System)?,
+                false => listener::bind(kind.name(), addresses)?,
             };
             self.listeners.extend(opened.into_iter().map(|socket| BoundListener { kind, socket, inherited }));
         }
@@ -245,7 +246,7 @@ impl PreparedProvider {
     }
 
     fn lock_spool(&self) -> Result<File, StartError> {
-        let lock = self.shared.spool.lock().map_err(|error| StartError::Spool(error.to_string()))?;
+        let lock = self.shared.spool.lock()?;
         lock.ok_or_else(|| self.busy())
     }
 

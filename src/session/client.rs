@@ -34,6 +34,9 @@ const MAIL_REJECTION_LIMIT: usize = 3;
 /// How long the session waits for the reply to QUIT.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What to do about a peer that does not send the greeting of an SMTP server.
+const ANOTHER_SERVICE: &str = "another service? check the port";
+
 /// Why a session cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionFailure {
@@ -613,7 +616,10 @@ impl Connect<'_> {
                 session.close_after(&failure);
                 Err(match failure {
                     SessionFailure::Lost(text) if no_greeting => {
-                        SessionFailure::Lost(format!("{text} before its greeting: another service? check the port"))
+                        SessionFailure::Lost(format!("{text} before its greeting: {ANOTHER_SERVICE}"))
+                    }
+                    SessionFailure::Broken(text) if no_greeting => {
+                        SessionFailure::Broken(format!("{text}: {ANOTHER_SERVICE}"))
                     }
                     failure => failure,
                 })

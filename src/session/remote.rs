@@ -153,6 +153,7 @@ impl Remote {
                 SessionFailure::Unreachable(format!("no connection to {}: {text}", settings.address))
             }
             SessionFailure::Lost(text) => SessionFailure::Lost(format!("{}: {text}", settings.address)),
+            SessionFailure::Broken(text) => SessionFailure::Broken(format!("{}: {text}", settings.address)),
             failure => failure,
         })
     }

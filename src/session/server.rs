@@ -25,7 +25,9 @@ use crate::smtp::command::Verb;
 use crate::smtp::content::{ContentDecoder, HeaderScanner};
 use crate::smtp::limits;
 use crate::smtp::reply::Reply;
-use crate::smtp::server::{MessageSink, Server, ServerRole, ServerStep, SessionHandler, Unaccepted, message_too_large};
+use crate::smtp::server::{
+    MessageSink, Server, ServerRole, ServerStep, SessionHandler, Unaccepted, message_too_large, path_of,
+};
 
 /// Octets by which a TLS record is recognised. The shortest content after DATA is as long.
 const RECORD_HEADER: u64 = 3;
@@ -281,6 +283,12 @@ impl ServerSession {
             && let Some(what) = Unaccepted::at_command(line, reply)
         {
             handler.not_accepted(what, reply);
+        }
+        if reply.code() == 503
+            && let Some(line) = line
+            && matches!(Verb::of(line), Ok((Verb::Rcpt, _)))
+        {
+            handler.recipient_without_mail(path_of(line));
         }
     }
 

@@ -145,6 +145,10 @@ pub trait SessionHandler {
     /// Observes a 4yz or 5yz to the client about its mail, whether the server, this handler or a [`MessageSink`] has made it.
     fn not_accepted(&mut self, _what: Unaccepted<'_>, _reply: &Reply) {}
 
+    /// Observes a recipient that the client names without an open transaction, mostly in one group with a MAIL that was not
+    /// accepted. `path`: as the client sent it, in angle brackets.
+    fn recipient_without_mail(&mut self, _path: &[u8]) {}
+
     /// Begins to receive the content of a message.
     ///
     /// # Errors
@@ -171,7 +175,7 @@ impl<'a> Unaccepted<'a> {
     /// an error that is not about this mail.
     pub fn at_command(line: Option<&'a [u8]>, reply: &Reply) -> Option<Unaccepted<'a>> {
         let Some(line) = line else { return Some(Unaccepted::Line) };
-        let path = &line[line.iter().position(|octet| *octet == b'<').unwrap_or(line.len())..];
+        let path = path_of(line);
         match Verb::of(line) {
             _ if reply.code() == 503 => None,
             Ok((Verb::Mail, _)) => Some(Unaccepted::Sender(path)),
@@ -180,6 +184,11 @@ impl<'a> Unaccepted<'a> {
             _ => None,
         }
     }
+}
+
+/// The path of MAIL or RCPT, as the client sent it.
+pub fn path_of(line: &[u8]) -> &[u8] {
+    &line[line.iter().position(|octet| *octet == b'<').unwrap_or(line.len())..]
 }
 
 /// What is known of a message before its content arrives.

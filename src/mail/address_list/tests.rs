@@ -109,9 +109,9 @@ fn what_cannot_be_read_is_named() {
     fn check(input: &str, expected: &str) {
         assert_eq!(read(input), Err(format!("cannot read {expected}")), "{input:?}");
     }
-    let local = "this is no name of a mailbox; a display name wants an <address> behind it";
+    let local = "this is not the name of a mailbox; a display name needs an <address> after it";
     let bracket = "something follows the >; is a comma missing?";
-    let host = "the host is no domain";
+    let host = "the host is not a valid domain";
     let group = "this cannot be the name of a group";
     for (input, shown) in [
         ("Joe Doe", "Joe Doe"),

@@ -70,15 +70,15 @@ fn recipients_come_from_to_cc_and_bcc_or_from_the_newest_resent_block() {
     check("Subject: x\n\nTo: a@x\n", Ok(""));
     check("To: a@x\nSubject: x\nCC: b@x\nbcc : c@x\nTo: d@x\n", Ok("a@x b@x c@x d@x"));
     check("To: a@x,\n b@x,\r\n\tc@x\r\n\r\n", Ok("a@x b@x c@x"));
-    check("To:a@x\n \n\tb@x", Err("To: cannot read a@x b@x: the host is no domain"));
+    check("To:a@x\n \n\tb@x", Err("To: cannot read a@x b@x: the host is not a valid domain"));
     check("To: a@x, A@x, a@X\nCc: a@x\n", Ok("a@x A@x"));
     check("Tom: a@x\nReply-To: b@x\nTo:c@x", Ok("c@x"));
     check("From eva Fri Jan  2 03:04:05 2026\nTo: a@x\n\n", Ok("a@x"));
     check("To: undisclosed-recipients:;\nBcc: a@x\n", Ok("a@x"));
     check(
         "Bcc: Joe Doe\n",
-        Err("Bcc: cannot read Joe Doe: this is no name of a mailbox; \
-                                  a display name wants an <address> behind it"),
+        Err("Bcc: cannot read Joe Doe: this is not the name of a mailbox; \
+                                  a display name needs an <address> after it"),
     );
     check("no header: here\nTo: a@x\n", Ok(""));
     // The newest block comes first; a name that comes again begins an older one.

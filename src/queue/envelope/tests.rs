@@ -157,7 +157,7 @@ fn a_reverse_path_that_cannot_be_read_is_not_the_null_path() {
         (" a@b.example, c@b.example", "Return-Path: cannot read a@b.example, c@b.example: it is not one address"),
         (
             " <a b@b.example>",
-            "Return-Path: cannot read <a b@b.example>: this is no name of a mailbox; a display name wants an <address> behind it",
+            "Return-Path: cannot read <a b@b.example>: this is not the name of a mailbox; a display name needs an <address> after it",
         ),
         (" <a@b.example", "Return-Path: cannot read <a@b.example: a > is missing"),
         (" <unknown>", "Return-Path: cannot read <unknown>: it has no @ and domain"),
