@@ -545,7 +545,7 @@ fn explain(rules: &RecipientRules, addresses: &[String]) -> Result<(), ExitError
     }
     match rejected {
         0 => Ok(()),
-        _ => Err(check_error(format!("{rejected} of {} get no mail here", addresses.len()))),
+        _ => Err(check_error(format!("{} no mail here", counted(rejected, "address gets", "addresses get")))),
     }
 }
 

@@ -3,10 +3,12 @@
 //! Callers of `odmr send` decide by it what to do with their message, and supervisors whether to try again.
 
 use std::io;
+use std::path::Path;
 
 use crate::config::ConfigError;
 use crate::customer::CallError;
 use crate::customer::sendmail::{SendmailError, SendmailErrorKind};
+use crate::maildir::write_remedy;
 use crate::provider::StartError;
 
 /// The exit codes, by their names in sysexits.h.
@@ -127,10 +129,11 @@ impl From<io::Error> for ExitError {
         let (code, text) = (Sysexit::of_system(error.kind()), error.to_string());
         match code {
             // It may name a better way out already.
-            Sysexit::NoPermission if !text.contains("; ") => {
+            _ if text.contains("; ") => ExitError::new(code, text),
+            Sysexit::NoPermission => {
                 ExitError::new(code, format!("{text}; be root, or the user whose files these are"))
             }
-            _ => ExitError::new(code, text),
+            _ => ExitError::new(code, text + &write_remedy(&error, Path::new(""))),
         }
     }
 }

@@ -151,6 +151,8 @@ pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
     if write_out() {
         let priority = if stderr_is_journal() { "<3>" } else { "" };
         let name = highlighted(&format!("{program}:"), true, has_colours(io::stderr()));
+        // Each of the errors that `odmr check` has found begins with the name.
+        let text = text.replace(&format!("\n{program}: "), &format!("\n{name} "));
         let text = fitted(&format!("{name} {text}\n"), io::stderr());
         let _ = Waiting(io::stderr()).write_all(format!("{priority}{text}").as_bytes());
     }

@@ -184,7 +184,8 @@ pub fn main() -> ExitCode {
 fn run(arguments: &[String]) -> Result<(), ExitError> {
     let usage = |text: String| Err(ExitError::usage(text, "odmr -h"));
     let Some((word, rest)) = arguments.split_first() else {
-        return Err(ExitError::new(Sysexit::Usage, format!("a subcommand is missing\n\n{}", HELP.trim_end())));
+        let subcommands = HELP.split_once("\n\n").map_or(HELP, |(_, rest)| rest).trim_end();
+        return Err(ExitError::new(Sysexit::Usage, format!("a subcommand is missing\n\n{subcommands}")));
     };
     match (word.as_str(), rest) {
         ("-h" | "--help", _) | ("help", []) => print_fitted(HELP),
@@ -225,7 +226,8 @@ impl Subcommand {
             return Err(ExitError::usage(format!("{} takes no argument {word:?}", self.name), &hint));
         }
         if self.has_config && !matches.opt_present("config") {
-            return Err(ExitError::usage("-c FILE is missing", &hint));
+            let side = if self.name == "pull" { "customer" } else { "provider" };
+            return Err(ExitError::usage(format!("-c FILE is missing, such as -c /etc/odmr/{side}.toml"), &hint));
         }
         (self.run)(&matches)
     }

@@ -110,7 +110,8 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
                 HINT,
             ));
         }
-        ["list" | "import", ..] => return Err(ExitError::usage("too many arguments", HINT)),
+        ["list", ..] => return Err(ExitError::usage("list needs no more than one domain", HINT)),
+        ["import", ..] => return Err(ExitError::usage("import needs no argument: the messages come on stdin", HINT)),
         [word @ ("show" | "remove" | "bounce" | "retry" | "export"), ..] => {
             return Err(ExitError::usage(format!("{word} needs one id or domain"), HINT));
         }
@@ -252,7 +253,10 @@ impl Queues {
             Ok(())
         })?;
         if all.is_empty() {
-            return failure(Sysexit::DataError, format!("no message {id} waits here"));
+            return failure(
+                Sysexit::DataError,
+                format!("no message {id} waits here: `odmr queue list` shows those that do"),
+            );
         }
         Ok(all)
     }

@@ -95,7 +95,7 @@ fn write(config: &Path, name: &str) -> Result<(), ExitError> {
         ))?;
     }
     // A link stays one.
-    replace_file_durably(&file.canonicalize()?, &text).map_err(|error| ExitError::new(Sysexit::CannotCreate, error))?;
+    replace_file_durably(&file.canonicalize()?, &text)?;
     let mut report = format!("# {} is changed; SIGHUP makes a running `odmr serve` read it\n", file.display());
     if let Some(old) = secret_file {
         report += &format!("# {} is not read any more: remove it\n", old.display());

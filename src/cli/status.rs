@@ -111,7 +111,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
 }
 
 fn unknown(name: &str, what: &str) -> ExitError {
-    ExitError::new(Sysexit::DataError, format!("there is no {what} {name} here"))
+    ExitError::new(Sysexit::DataError, format!("{name} is not an {what} here: without a name `odmr status` shows all"))
 }
 
 fn findings_json(findings: &[Finding]) -> Json {
@@ -157,7 +157,7 @@ fn customer(config: &CustomerConfig, name: Option<&str>, show: &Show) -> Result<
     };
     let status = CustomerStatus::read(config, &Ids::system(tls::random), wanted)?;
     if let Some(name) = name.filter(|_| status.providers.is_empty()) {
-        return Err(unknown(name, "provider, account or domain"));
+        return Err(unknown(name, "account, provider or domain"));
     }
     let text = match show.format {
         Format::Text => customer_text(&status, show),

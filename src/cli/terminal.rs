@@ -14,8 +14,8 @@ const PLAIN: &str = "\x1b[0m";
 
 /// Whether what is written there may have colours: it is a terminal, and its user does not forbid it (no-color.org).
 pub(super) fn has_colours(stream: impl AsFd) -> bool {
-    let is_set = |name, forbidden: fn(&str) -> bool| std::env::var(name).is_ok_and(|value| forbidden(&value));
-    isatty(stream) && !is_set("NO_COLOR", |value| !value.is_empty()) && !is_set("TERM", |value| value == "dumb")
+    let variable = |name| std::env::var(name).unwrap_or_default();
+    isatty(stream) && variable("NO_COLOR").is_empty() && variable("TERM") != "dumb"
 }
 
 /// Returns the word, on a terminal in red if it is about an error, in yellow otherwise.

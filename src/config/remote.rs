@@ -3,7 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use super::source::{Source, check_private, read};
+use super::source::{Source, check_private, read, read_remedy};
 use super::table::{Table, check_unique, values};
 use super::value::{ACCOUNT_NAME, HostPort, MECHANISM, PATH, PIN, SECRET, TLS_MODE, check_secret, host_port};
 use crate::plural::counted;
@@ -196,7 +196,8 @@ fn warn_if_short(source: &Source, line: &SourceLine, secret: &[u8]) {
 
 fn secret_file(path: &Path) -> Result<Vec<u8>, String> {
     let shown = path.display();
-    let (mode, mut octets) = read(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
+    let (mode, mut octets) =
+        read(path).map_err(|error| format!("{shown} cannot be read: {error}{}", read_remedy(&error)))?;
     check_private(mode, path)?;
     // Editors append a line end, which is not part of the secret.
     if octets.pop_if(|last| *last == b'\n').is_some() {

@@ -1,7 +1,7 @@
 //! The files of a configuration: reads them, finds the line of a place in them, and checks who may read them.
 
 use std::cell::RefCell;
-use std::io::ErrorKind;
+use std::io::{Error, ErrorKind};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +10,16 @@ use toml::de::{DeTable, DeValue};
 
 use crate::recipients::{ConfigError, SourceLine};
 pub(super) use crate::text_file::read;
+
+/// What to do about a file that cannot be read, as the end of the error's text.
+pub(super) fn read_remedy(error: &Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::NotFound => "; correct the name, or make that file",
+        ErrorKind::IsADirectory => "; name a file in it",
+        ErrorKind::PermissionDenied => "; be root, or let this user read it: chgrp it, and chmod 640",
+        _ => "",
+    }
+}
 
 /// Which side a file is for.
 pub(super) enum FileKind {
@@ -58,12 +68,7 @@ impl Source {
     pub(super) fn read(path: &Path) -> Result<Source, ConfigError> {
         let file = SourceLine { file: path.into(), line: None };
         let (mode, octets) = read(path).map_err(|cause| {
-            let remedy = match cause.kind() {
-                ErrorKind::NotFound => "; correct the name, or make that file",
-                ErrorKind::IsADirectory => "; name a file in it",
-                ErrorKind::PermissionDenied => "; be root, or let this user read it: chgrp it, and chmod 640",
-                _ => "",
-            };
+            let remedy = read_remedy(&cause);
             file.error(format!("cannot be read: {cause}{remedy}"))
         })?;
         Ok(Source::new(&file.file, decode(&file.file, &octets)?, mode))

@@ -15,6 +15,9 @@ use crate::smtp::reply::{Reply, Severity};
 /// How many failed recipients a summary lists; the others are only counted.
 const LISTED_FAILURES: usize = 50;
 
+/// Octets of the line of a failure beyond which it names no further recipient: a provider may name any number.
+const LISTED_FAILURE_LENGTH: usize = 1000;
+
 /// Deferred recipients: how often each key is deferred.
 pub type Deferred = HashMap<u64, u64>;
 
@@ -99,11 +102,13 @@ impl CallCounters {
         }
     }
 
-    /// Names a recipient of a message that was deferred at MAIL, for the summary.
+    /// Names a recipient of a message that was deferred at MAIL, for the summary, if its line is not too long already.
     pub fn name_recipient(&self, message: &MessageRecipient<'_>, to: &str) {
         let mut counts = self.lock();
         let key = Some(counts.key(message));
-        if let Some((_, text)) = counts.failures.iter_mut().rev().find(|(deferred, _)| *deferred == key) {
+        if let Some((_, text)) = counts.failures.iter_mut().rev().find(|(deferred, _)| *deferred == key)
+            && text.len() < LISTED_FAILURE_LENGTH
+        {
             *text = match text.contains(" to -: deferred") {
                 true => text.replacen(" to -: deferred", &format!(" to <{to}>: deferred"), 1),
                 false => text.replacen(">: deferred", &format!(">, <{to}>: deferred"), 1),

@@ -43,7 +43,7 @@ impl CustomerStatus {
         let root = &config.mailboxes.root;
         let queue = Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover);
         let daemon = match daemon::running(config) {
-            Err(CallError::Denied(text)) => return Err(io::Error::other(text)),
+            Err(CallError::Denied(text)) => return Err(io::Error::new(io::ErrorKind::PermissionDenied, text)),
             other => other.unwrap_or(None),
         };
         let mut providers = Vec::new();

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::clock_history::{ClockHistory, ClockStep};
 use crate::clock::{Clock, Timestamp};
-use crate::maildir::replace_file_durably;
+use crate::maildir::{replace_file_durably, with_path};
 use crate::net::trace::quoted;
 
 /// Octets of the file that are read. It has about 1000 at most.
@@ -43,7 +43,7 @@ impl ClockWatch {
             Ok(history) => (history.clone(), Some(history.seen)),
             Err(error) => {
                 if error.kind() != io::ErrorKind::NotFound {
-                    log::warn!("event=clock-record-failed error={}", quoted(&error));
+                    log::warn!("event=clock-record-failed error={}", quoted(with_path(&path, error)));
                 }
                 (ClockHistory::new(last_change(root).filter(|time| *time <= now).unwrap_or(now)), None)
             }

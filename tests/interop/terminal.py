@@ -32,12 +32,13 @@ def at_terminal(place, *words, **environment):
 def terminal(box):
     """on a terminal lines are divided between words, and warnings and errors have a colour, unless NO_COLOR or TERM=dumb"""
     place = Place(box)
-    place.provider('spol = "x"')()
+    place.provider('spol = "x"', 'colour = "blue"')()
     checked = ("check", "-c", "provider.toml")
     lines = at_terminal(place, *checked)
     text = "\n".join(lines)
     check("\x1b[1;33mwarning:\x1b[0m provider.toml:" in text, f"no yellow warning: {lines}")
-    check("\x1b[1;31modmr:\x1b[0m provider.toml:4: unknown key `spol`" in text, f"no red error: {lines}")
+    for line, key in ((4, "spol"), (5, "colour")):
+        check(f"\x1b[1;31modmr:\x1b[0m provider.toml:{line}: unknown key `{key}`" in text, f"no red error: {lines}")
     plain = [COLOUR.sub("", line) for line in lines]
     long = [line for line in plain if len(line) > WIDTH and " " in line.strip()]
     check(not long, f"longer than {WIDTH}: {long}")
