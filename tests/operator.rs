@@ -187,7 +187,7 @@ fn status_tells_what_is_held_in_each_format() {
     ] {
         assert!(metrics.lines().any(|other| other == line), "{line} in {metrics}");
     }
-    assert!(place.run(65, &["status", "nobody"]).contains("no account or domain with mail nobody"));
+    assert!(place.run(65, &["status", "nobody"]).contains("nobody is not an account or domain with mail here"));
     assert!(place.run(64, &["status", "--format", "xml"]).contains("not xml"));
     assert!(place.run(64, &["status", "a", "b"]).contains("\"b\""));
 }
@@ -312,7 +312,7 @@ fn list_and_show_tell_of_each_message() {
         (&["queue"][..], "what to do is missing"),
         (&["queue", "lsit"], "does not know \"lsit\""),
         (&["queue", "remove"], "remove needs one id"),
-        (&["queue", "list", "a", "b"], "too many"),
+        (&["queue", "list", "a", "b"], "list needs no more than one domain"),
     ] {
         assert!(place.run(64, words).contains(text), "{words:?}");
     }

@@ -184,8 +184,9 @@ pub fn main() -> ExitCode {
 fn run(arguments: &[String]) -> Result<(), ExitError> {
     let usage = |text: String| Err(ExitError::usage(text, "odmr -h"));
     let Some((word, rest)) = arguments.split_first() else {
-        let subcommands = HELP.split_once("\n\n").map_or(HELP, |(_, rest)| rest).trim_end();
-        return Err(ExitError::new(Sysexit::Usage, format!("a subcommand is missing\n\n{subcommands}")));
+        let names: Vec<_> = SUBCOMMANDS.iter().map(|subcommand| subcommand.name).collect();
+        let text = format!("a subcommand is missing: {} or send; `odmr help` says what each does", names.join(", "));
+        return Err(ExitError::new(Sysexit::Usage, text));
     };
     match (word.as_str(), rest) {
         ("-h" | "--help", _) | ("help", []) => print_fitted(HELP),
