@@ -44,12 +44,14 @@ def mistake(what, before, command, code, *says):
 
 
 def with_changes(file, changes):
-    """The text of a file with each of these settings, such as `tls.key = "x"`; `-tls.key` leaves one out."""
+    """The text of a file with each of these settings, such as `tls.key = "x"`; `-tls.key` leaves one out, `-tls` a table."""
     tables = {name: dict(table) for name, table in file.items()}
     for change in changes:
         place, _, value = change.partition(" = ")
         section, _, key = place.removeprefix("-").rpartition(".")
-        if place.startswith("-"):
+        if place.removeprefix("-") in tables:
+            del tables[place.removeprefix("-")]
+        elif place.startswith("-"):
             del tables[section][key]
         else:
             tables.setdefault(section, {})[key] = value
@@ -193,6 +195,7 @@ def mistakes_of_connection(box):
         mistake("24 an unknown host", customer('provider.address = "nosuch.invalid"'), "pull -c customer.toml", 68,
                 "odmr: nosuch.invalid:366 has no address: …; check `address` and the name server"),
     )
+    check(events(place.log(), "auth-failed", account="acme") and events(place.log(), "auth-failed", account="acne"), "1 the provider does not log the account")
     return place.finish()
 
 
@@ -264,9 +267,9 @@ def mistakes_of_configuration(box):
         mistake("16 `acept`", customer('mailboxes.acept = ["@example.org"]'), both, BAD, "customer.toml:10: " + unknown.format("acept")),
         mistake("16 `[mailbox]`", customer('mailbox.root = "mail"'), both, BAD, "customer.toml:10: " + unknown.format("mailbox")),
         mistake("16 `maxsize`", customer("mailboxes.maxsize = 1"), both, BAD, "customer.toml:10: " + unknown.format("maxsize")),
-        mistake("19 no domains", [provider(), customer(), account("domains = []")], checked, 1, "customers.d/acme.toml:1: …domain"),
-        mistake("19 `domains` is missing", account("-domains"), checked, 1, "customers.d/acme.toml: …`domains`"),
-        mistake("19 a wildcard", account('domains = ["*.example.org"]'), checked, 1, "customers.d/acme.toml:1: …*.example.org"),
+        mistake("19 no domains", [provider(), customer(), account("domains = []")], checked, 1, "customers.d/acme.toml:1: `domains` is missing or empty: name the customer's domains, such as domains = "),
+        mistake("19 `domains` is missing", account("-domains"), checked, 1, "customers.d/acme.toml: `domains` is missing or empty: name the customer's domains"),
+        mistake("19 a wildcard", account('domains = ["*.example.org"]'), checked, 1, 'customers.d/acme.toml:1: "*.example.org" is not a valid domain: write one such as "example.org"'),
         mistake("17 a rate below 0", account("rate = -5"), checked, 1, "customers.d/acme.toml:3: …-5 is too small: write 0 or more"),
         mistake("17 a size below 0", account('max-bytes = "-5MiB"'), checked, 1, f"customers.d/acme.toml:3: …{no_size}"),
         mistake("18 a domain of two accounts", [account(), account(name="zed.toml")], checked, 1,
@@ -281,6 +284,10 @@ def mistakes_of_configuration(box):
                 "customers.d/beta.toml:2: the secret has 1 octet", "customers.d/zed: is not read", "customers.d/zed.toml~: is not read",
                 "customers.d/zed.toml.bak: is not read", "good: a provider with 3 customers, 3 domains"),
     )
+    account("rate = -5", name="beta.toml")()
+    place.start()
+    check(events(place.log(), "customer-skipped"), "40 the account with a mistake is not named")
+    check(place.send().startswith("250"), "40 a mistake in another account stops the mail of this one")
     for name in ("beta.toml", "zed", "zed.toml~", "zed.toml.bak", "z ed.toml"):
         place.remove(f"customers.d/{name}")()
     text = with_changes(CUSTOMER, [])
@@ -289,17 +296,20 @@ def mistakes_of_configuration(box):
         mistake("26 a domain that is not in `domains`", customer('provider.domains = ["example.com"]', 'mailboxes.accept = ["alice@example.org"]'), both, BAD,
                 "customer.toml:10: alice@example.org can get no mail, as its domain is not in the `domains` of [provider]: add it there"),
         mistake("37 a provider's file", None, "pull -c provider.toml", 78,
-                "provider.toml: …is a provider's file…for `odmr serve`; a customer's has …[provider]"),
+                "provider.toml: is a provider's file (it has `spool` or `customers`), for `odmr serve`; a customer's has [provider]"),
         mistake("37 a customer's file", None, "serve -c customer.toml", 78,
-                "customer.toml: …is a customer's file (it has [provider]), for `odmr pull`; a provider's has `spool` and `customers`"),
+                "customer.toml: is a customer's file (it has [provider]), for `odmr pull`; a provider's has `spool` and `customers`"),
         mistake("37 the file of an account", None, "serve -c customers.d/acme.toml; check -c customers.d/acme.toml", BAD, "customers.d/acme.toml: is the file of one customer at a provider (it has `domains`): name the provider's file, which has `spool` and `customers`"),
-        mistake("37 a directory", None, "serve -c customers.d; check -c customers.d", BAD, "customers.d: …directory"),
-        mistake("37 a file that is not there", None, "serve -c nofile.toml; check -c nofile.toml", BAD, "nofile.toml: …"),
-        mistake("38 a misspelt day", customer('schedule.call = [{ days = "mon-fry", at = ["08:00"] }]'), both, BAD, "customer.toml:11: …"),
+        mistake("37 a directory", None, "serve -c customers.d; check -c customers.d", BAD, "customers.d: cannot be read: Is a directory…; name a file in it"),
+        mistake("37 a file that is not there", None, "serve -c nofile.toml; check -c nofile.toml", BAD, "nofile.toml: cannot be read: No such file or directory…; correct the name, or make that file"),
+        mistake("38 a misspelt day", customer('schedule.at = ["mon-fry 08:00"]'), both, BAD,
+                'customer.toml:11: "fry" is not a valid day: write mon, tue, wed'),
+        mistake("38 a window without `every`", customer('schedule.at = ["mon-fri 08:00-18:00"]'), both, BAD,
+                'customer.toml:11: "08:00-18:00" does not say how often: write "08:00-18:00 every 5m", or times such as "08:00"'),
         mistake("38 `every` without a unit", customer("schedule.every = 15"), both, BAD, 'customer.toml:11: …expected a time such as "5m"'),
         mistake("38 an unknown time zone", customer('schedule.zone = "Europe/Berln"', 'schedule.every = "15m"'), both, BAD,
                 'customer.toml:11: "Europe/Berln" is not a time zone that this machine knows: write a name from /usr/share/zoneinfo'),
-        mistake("39 secret and secret-file", customer('provider.secret-file = "sec"'), both, BAD, "customer.toml:7: …exclude each other: "),
+        mistake("39 secret and secret-file", customer('provider.secret-file = "sec"'), both, BAD, "customer.toml:7: `secret` and `secret-file` exclude each other: remove one of the two"),
         mistake("39 the secret-file is missing", customer("-provider.secret", 'provider.secret-file = "sec"'), both, BAD, "customer.toml:6: …sec cannot be read: No such file"),
         mistake("15 a secret that every user may read", [customer(), place.mode("customer.toml", 0o644)], both, BAD,
                 "customer.toml:6: …every user may read it: chmod 640 customer.toml"),
@@ -407,11 +417,9 @@ def mistakes_of_two(box):
     pull("daemon.log", "daemon.toml", "--daemon")
     wait_until(lambda: events(box.log("daemon.log"), "call"), "the daemon's first call")
     used = f'odmr.listen = ["127.0.0.1:{place.port}"]'
-    low = ['spool = "own"', 'inbound.listen = ["0.0.0.0:25"]', "-tls.certificate", "-tls.key", "odmr.require-tls = false"]
+    low = ['spool = "own"', 'inbound.listen = ["0.0.0.0:25"]', "-tls", "odmr.require-tls = false"]
     (box.path / "own").mkdir()
     place.provider(*low, name="low.toml", mode=0o644)()
-    low_text = (box.path / "low.toml").read_text().replace("[tls]\n", "")
-    place.write("low.toml", low_text, 0o644)()
     for path in ("own", "customers.d", "customers.d/acme.toml"):
         os.chown(box.path / path, NOBODY, NOBODY)
     place.try_each(
