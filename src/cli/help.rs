@@ -10,6 +10,7 @@ odmr ends with these exit codes, those of sysexits.h but for 0 and 1
     1     `check` has found errors, or `status --warn` something that needs a person
     64    the command line is wrong
     65    an address, a header or other input cannot be read; no such message
+    66    a file that the command line names cannot be read
     67    a recipient has no mailbox here
     68    the name of the provider has no address
     69    no connection to the provider; a message is too large, or in a loop

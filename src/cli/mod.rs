@@ -192,12 +192,12 @@ fn run(arguments: &[String]) -> Result<(), ExitError> {
         ("-h" | "--help", _) | ("help", []) => print_fitted(HELP),
         ("-V" | "--version" | "version", _) => print(concat!("odmr ", env!("CARGO_PKG_VERSION"), "\n")),
         ("exit-codes", _) => print_fitted(EXIT_CODES),
-        ("help", [topic, ..]) => run(&[topic.clone(), "-h".to_owned()]),
+        ("help", topic) => run(&[topic, &["-h".to_owned()]].concat()),
         ("send", _) => sendmail::run(None, rest),
         _ => match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
             Some(subcommand) => subcommand.start(rest),
             None => {
-                let names = SUBCOMMANDS.iter().map(|subcommand| subcommand.name);
+                let names = SUBCOMMANDS.iter().filter_map(|subcommand| subcommand.name.split(' ').next());
                 let suggestion = suggestion(word, names.chain(["send", "help", "version", "exit-codes"]));
                 usage(format!("no such subcommand: {word}{suggestion}"))
             }
