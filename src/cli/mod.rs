@@ -8,6 +8,8 @@ mod check;
 mod check_report;
 mod confine;
 mod demo;
+#[allow(dead_code, reason = "used by setup and by check --dns")]
+mod dns;
 mod exit;
 mod expire;
 mod help;
