@@ -26,11 +26,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+pub use domain::base::Rtype;
 use domain::base::iana::{Class, Opcode, OptRcode};
 use domain::base::message_builder::PushError;
 use domain::base::wire::ParseError;
-use domain::base::{Message, MessageBuilder, Name, ParsedName, ParsedRecord, Rtype, ToName};
-use domain::rdata::{A, Aaaa, Cname, Mx};
+use domain::base::{Message, MessageBuilder, Name, ParsedName, ParsedRecord, ToName, UnknownRecordData};
+use domain::rdata::{A, Aaaa, Cname, Mx, Ptr, Txt};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::ids::Ids;
@@ -106,13 +107,18 @@ pub struct MxHost {
     pub host: Domain,
 }
 
-/// No server gave a usable reply: try again later. The text has what each server did.
+/// No server gave a usable reply: try again later.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ResolveError(pub String);
+pub struct ResolveError {
+    /// What each server did.
+    pub text: String,
+    /// Whether no server has replied at all: the next query would wait as long.
+    pub no_reply: bool,
+}
 
 impl fmt::Display for ResolveError {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 
@@ -141,6 +147,22 @@ impl Resolver {
     /// The same servers; but all queries end at this deadline, or if the token is cancelled.
     pub fn within(self, deadline: Instant, cancel: &CancelToken) -> Resolver {
         Resolver { deadline: Some(deadline), cancel: Some(cancel.clone()), ..self }
+    }
+
+    /// The same servers, for a person who waits: all queries end at this deadline, and none takes longer than `timeout` or is
+    /// repeated more than once.
+    pub fn hurried(self, timeout: Duration, deadline: Instant) -> Resolver {
+        let (timeout, attempts) = (self.timeout.min(timeout), self.attempts.min(2));
+        Resolver { timeout, attempts, deadline: Some(deadline), ..self }
+    }
+
+    /// Finds the records of one type: A, AAAA, CNAME, MX, PTR, TLSA or TXT. Aliases are followed, except to CNAME itself.
+    ///
+    /// # Errors
+    ///
+    /// [`ResolveError`] if no server gave a usable reply.
+    pub fn records(&self, name: &Domain, kind: Rtype) -> Result<Answer, ResolveError> {
+        self.look_up(name, kind)
     }
 
     /// Finds where the mail of `domain` goes.
@@ -183,7 +205,7 @@ impl Resolver {
                 Ok(Answer::Records(records)) => {
                     addresses.extend(records.into_iter().filter_map(|record| match record {
                         Record::Address(address) => Some(address),
-                        Record::Exchange(..) => None,
+                        _ => None,
                     }));
                 }
                 // Some servers reply "no such name" for a name without AAAA (RFC 4074 section 4.2): always ask for both.
@@ -290,15 +312,17 @@ impl Resolver {
                 }
                 Ok(Resolution::Alias(_)) => {
                     let text = format!("{kind} records of {domain}: aliases lead from one to another without end");
-                    return Err(ResolveError(text));
+                    return Err(ResolveError { text, no_reply: false });
                 }
-                Err(text) => return Err(ResolveError(format!("{kind} records of {domain}: {text}"))),
+                Err(error) => {
+                    return Err(ResolveError { text: format!("{kind} records of {domain}: {error}"), ..error });
+                }
             }
         }
     }
 
     /// Queries all servers in turn, and again those that did not reply. The error has what each server did.
-    fn query(&self, question: &Question) -> Result<Resolution, String> {
+    fn query(&self, question: &Question) -> Result<Resolution, ResolveError> {
         let mut failures: Vec<Option<QueryError>> = self.servers.iter().map(|_| None).collect();
         for attempt in 0..self.attempts {
             for (server, failure) in self.servers.iter().zip(&mut failures) {
@@ -313,14 +337,16 @@ impl Resolver {
                 }
             }
         }
+        let no_reply = failures.iter().all(|failure| matches!(failure, None | Some(QueryError::NoReply(_))));
         let failures = self.servers.iter().zip(failures);
         let failures: Vec<String> =
             failures.filter_map(|(server, failure)| Some(format!("{server}: {}", failure?))).collect();
-        Err(match failures.is_empty() {
+        let text = match failures.is_empty() {
             true if self.servers.is_empty() => "no name server is known".to_owned(),
             true => "there is no time left for it".to_owned(),
             false => failures.join("; "),
-        })
+        };
+        Err(ResolveError { text, no_reply })
     }
 
     /// Queries one server; again over TCP if the reply is truncated, and without EDNS0 if it is not understood.
@@ -507,8 +533,8 @@ impl Question {
 }
 
 /// The definite answer to a question.
-#[derive(PartialEq, Debug)]
-enum Answer {
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Answer {
     /// At least one, of the type asked for.
     Records(Vec<Record>),
     /// The name exists, but has no records of this type.
@@ -525,10 +551,19 @@ enum Resolution {
     Alias(Name<Vec<u8>>),
 }
 
-#[derive(Clone, PartialEq, Debug)]
-enum Record {
+/// The content of a record.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Record {
+    /// MX: the preference and the host.
     Exchange(u16, Name<Vec<u8>>),
+    /// A or AAAA.
     Address(IpAddr),
+    /// CNAME or PTR.
+    Target(Name<Vec<u8>>),
+    /// TXT: its strings, joined (RFC 7208 section 3.3).
+    Text(Vec<u8>),
+    /// TLSA: the three numbers, and the data (RFC 6698 section 2.1).
+    Tlsa([u8; 3], Vec<u8>),
 }
 
 /// What a query, or one reply to it, leads to.
@@ -610,7 +645,9 @@ fn resolve(message: &Message<&[u8]>, question: &Question) -> QueryResult {
         if record.class() != Class::IN {
             continue;
         }
-        if let Some(alias) = record.to_record::<Cname<ParsedName<&[u8]>>>()? {
+        if question.kind != Rtype::CNAME
+            && let Some(alias) = record.to_record::<Cname<ParsedName<&[u8]>>>()?
+        {
             aliases.entry(record.owner().to_name::<Vec<u8>>()).or_insert(alias.into_data().into_cname());
         } else if record.rtype() == question.kind
             && let Some(data) = record_data(&record)?
@@ -663,6 +700,21 @@ fn record_data(record: &ParsedRecord<&[u8]>) -> Result<Option<Record>, ParseErro
         }),
         Rtype::A => record.to_record::<A>()?.map(|record| Record::Address(record.data().addr().into())),
         Rtype::AAAA => record.to_record::<Aaaa>()?.map(|record| Record::Address(record.data().addr().into())),
+        Rtype::CNAME => record
+            .to_record::<Cname<ParsedName<&[u8]>>>()?
+            .map(|record| Record::Target(record.data().cname().to_name())),
+        Rtype::PTR => record
+            .to_record::<Ptr<ParsedName<&[u8]>>>()?
+            .map(|record| Record::Target(record.data().ptrdname().to_name())),
+        Rtype::TXT => record
+            .to_record::<Txt<&[u8]>>()?
+            .map(|record| Record::Text(record.data().iter().flatten().copied().collect())),
+        Rtype::TLSA => match record.to_record::<UnknownRecordData<&[u8]>>()?.map(|record| *record.data().data()) {
+            Some([usage, selector, matching, data @ ..]) => {
+                Some(Record::Tlsa([*usage, *selector, *matching], data.to_vec()))
+            }
+            _ => return Err(ParseError::ShortInput),
+        },
         _ => None,
     };
     Ok(record)

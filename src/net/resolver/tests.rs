@@ -3,7 +3,7 @@
 use super::*;
 use domain::base::iana::Rcode;
 use domain::base::message_builder::AnswerBuilder;
-use domain::base::{RecordData, Ttl, UnknownRecordData};
+use domain::base::{RecordData, Ttl};
 use domain::rdata::{Ns, Soa};
 use proptest::prelude::*;
 use std::net::TcpListener;
@@ -159,7 +159,7 @@ proptest! {
 
     #[test]
     fn any_octets_after_the_question_can_be_parsed(body: Vec<u8>, counts: [u8; 6], flags: u16) {
-        for kind in [Rtype::MX, Rtype::A, Rtype::AAAA] {
+        for kind in [Rtype::MX, Rtype::A, Rtype::AAAA, Rtype::CNAME, Rtype::PTR, Rtype::TXT, Rtype::TLSA] {
             let asked = question("example.org", kind);
             let mut message = asked.message(7, false).unwrap();
             message[2..4].copy_from_slice(&(flags | 0x8000).to_be_bytes());
@@ -249,8 +249,59 @@ fn mail_is_routed_by_the_mx_records() {
     for name in [&longest, "a..example", ".example"] {
         check(name, MxRoute::NotDnsName);
     }
-    let error = resolver.route(&host("circle.example")).unwrap_err().0;
+    let error = resolver.route(&host("circle.example")).unwrap_err().text;
     assert!(error.contains("circle.example") && error.contains("aliases"), "{error}");
+}
+
+/// The records that only a person asks for, with the octets of those that are too short for their type.
+#[test]
+fn records_of_each_type_are_found() {
+    let server = FakeServer::zone(&[
+        "1.2.0.192.in-addr.arpa CNAME 1.0-7.2.0.192.in-addr.arpa",
+        "1.0-7.2.0.192.in-addr.arpa PTR relay.example.net",
+        "www.example CNAME relay.example.net",
+        "relay.example.net A 192.0.2.1",
+        "joined.example TXT 0261620163",
+        "empty.example TXT 00",
+        "bad.example TXT 05",
+        "_25._tcp.relay.example.net TLSA 030101abcd",
+        "_25._tcp.relay.example.net TLSA 030000",
+        "bad.example TLSA 0301",
+    ]);
+    let resolver = server.resolver();
+    let records = |text: &str, kind| match resolver.records(&host(text), kind) {
+        Ok(Answer::Records(records)) => records,
+        other => panic!("{text} {kind}: {other:?}"),
+    };
+    // RFC 2317: the zone of a part of a network.
+    assert_eq!(records("1.2.0.192.in-addr.arpa", Rtype::PTR), [Record::Target(name("relay.example.net"))]);
+    assert_eq!(records("www.example", Rtype::CNAME), [Record::Target(name("relay.example.net"))]);
+    assert_eq!(records("www.example", Rtype::A), [Record::Address("192.0.2.1".parse().unwrap())]);
+    assert_eq!(resolver.records(&host("relay.example.net"), Rtype::CNAME), Ok(Answer::NoRecords));
+    assert_eq!(resolver.records(&host("no.example"), Rtype::CNAME), Ok(Answer::NoName));
+    assert_eq!(records("joined.example", Rtype::TXT), [Record::Text(b"abc".to_vec())]);
+    assert_eq!(records("empty.example", Rtype::TXT), [Record::Text(Vec::new())]);
+    let tlsa = [Record::Tlsa([3, 1, 1], vec![0xab, 0xcd]), Record::Tlsa([3, 0, 0], Vec::new())];
+    assert_eq!(records("_25._tcp.relay.example.net", Rtype::TLSA), tlsa);
+    for kind in [Rtype::TXT, Rtype::TLSA] {
+        let error = resolver.records(&host("bad.example"), kind).unwrap_err();
+        assert!(error.text.contains("malformed") && !error.no_reply, "{error}");
+    }
+}
+
+/// A person does not wait for a server that does not answer, and is told that.
+#[test]
+fn a_hurried_query_says_that_nothing_answers() {
+    let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let resolver = Resolver::at(silent.local_addr().unwrap(), &Ids::fixed());
+    let begin = Instant::now();
+    let resolver = resolver.hurried(Duration::from_millis(20), begin + Duration::from_secs(60));
+    let error = resolver.records(&host("example.org"), Rtype::MX).unwrap_err();
+    assert!(error.no_reply && error.text.ends_with("no answer in time"), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    let server = FakeServer::start(|asked| vec![reply(&asked.query, "servfail", &[], &[])]);
+    let error = server.resolver().records(&host("example.org"), Rtype::MX).unwrap_err();
+    assert!(!error.no_reply && error.text.ends_with("SERVFAIL"), "{error}");
 }
 
 /// Rules: SMTP-71.
@@ -352,13 +403,13 @@ fn a_truncated_reply_is_requested_again_over_tcp() {
 fn a_server_that_truncates_over_tcp_or_has_no_tcp_is_an_error() {
     let server = FakeServer::start(|asked| vec![reply(&asked.query, "truncated", &["t.example MX 1 a"], &[])]);
     let error = server.resolver().route(&host("t.example")).unwrap_err();
-    assert!(error.0.contains("truncated over TCP"), "{error}");
+    assert!(error.text.contains("truncated over TCP"), "{error}");
     assert_eq!(server.transports(), [false, true]);
 
     let server =
         FakeServer::start(|asked| if asked.tcp { vec![] } else { vec![reply(&asked.query, "truncated", &[], &[])] });
     let error = server.resolver().route(&host("t.example")).unwrap_err();
-    assert!(error.0.contains("closed the connection"), "{error}");
+    assert!(error.text.contains("closed the connection"), "{error}");
     assert_eq!(server.transports(), [false, true, false, true]);
 }
 
@@ -389,7 +440,7 @@ fn many_wrong_replies_do_not_extend_the_deadline() {
     resolver.timeout = Duration::from_millis(100);
     let start = Instant::now();
     let error = resolver.route(&host("flood.example")).unwrap_err();
-    assert!(error.0.ends_with("no answer in time"), "{error}");
+    assert!(error.text.ends_with("no answer in time"), "{error}");
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
 }
 
@@ -424,13 +475,13 @@ fn the_next_server_is_queried_and_again_those_that_did_not_reply() {
     assert_eq!([bad.transports().len(), silent.transports().len()], [1, 1]);
 
     resolver.servers = vec![bad.address, silent.address].into();
-    let error = resolver.route(&host("n.example")).unwrap_err().0;
+    let error = resolver.route(&host("n.example")).unwrap_err().text;
     let expected = format!("{}: SERVFAIL; {}: no answer in time", bad.address, silent.address);
     assert_eq!(error, format!("MX records of n.example: {expected}"));
     assert_eq!([bad.transports().len(), silent.transports().len()], [2, 3]);
 
     resolver.servers = vec![].into();
-    let error = resolver.route(&host("n.example")).unwrap_err().0;
+    let error = resolver.route(&host("n.example")).unwrap_err().text;
     assert_eq!(error, "MX records of n.example: no name server is known");
 }
 
@@ -442,7 +493,7 @@ fn all_queries_end_at_one_deadline_or_when_they_are_cancelled() {
     let resolver = || silent.resolver();
     let begun = Instant::now();
     let limited = resolver().within(begun + Duration::from_millis(300), &cancel);
-    let error = limited.addresses(&host("n.example")).unwrap_err().0;
+    let error = limited.addresses(&host("n.example")).unwrap_err().text;
     assert_eq!(error, "A records of n.example: there is no time left for it");
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
     // Neither a second time, nor for the other family.
@@ -487,7 +538,7 @@ fn servers_that_do_not_know_edns0_are_queried_without_it() {
     }
     let server = FakeServer::start(|asked| vec![reply(&asked.query, "notimp", &[], &[])]);
     let error = server.resolver().route(&host("old.example")).unwrap_err();
-    assert!(error.0.ends_with("NOTIMP"), "{error}");
+    assert!(error.text.ends_with("NOTIMP"), "{error}");
     assert_eq!(server.transports().len(), 2);
 }
 
@@ -604,6 +655,13 @@ fn push(message: &mut AnswerBuilder<Vec<u8>>, record: &str) {
         ["A", address] => add(message, owner, A::new(address.parse().unwrap())),
         ["AAAA", address] => add(message, owner, Aaaa::new(address.parse().unwrap())),
         ["CH-MX", ..] => message.push((owner, Class::CH, Ttl::from_secs(1), Mx::new(1, name("a")))).unwrap(),
+        ["PTR", target] => add(message, owner, Ptr::new(name(target))),
+        // The octets of its data in hexadecimal.
+        [kind @ ("TLSA" | "TXT"), data] => {
+            let kind = if kind == "TLSA" { Rtype::TLSA } else { Rtype::TXT };
+            let data = data_encoding::HEXLOWER.decode(data.as_bytes()).unwrap();
+            add(message, owner, UnknownRecordData::from_octets(kind, data).unwrap())
+        }
         _ => add(message, owner, UnknownRecordData::from_octets(Rtype::TXT, b"\x01x".as_slice()).unwrap()),
     }
 }
