@@ -1,8 +1,10 @@
-//! `odmr check`: finds the errors of a configuration, and what it names, without binding; it connects only with `--call`.
+//! `odmr check`: finds the errors of a configuration, and what it names, without binding; it connects only with
+//! `--call`, and asks name servers only with `--dns`.
 //!
 //! It reports all errors, each with the file, the line and what to do, and ends with exit code 1 if there are any. A warning
 //! is about what works, and is probably not meant so. `--address` shows where mail for an address goes, and by which rule;
-//! `--print` shows the configuration that is in force; `--call` logs in to each provider.
+//! `--print` shows the configuration that is in force; `--call` logs in to each provider; `--dns` prints the records of DNS as
+//! they are and as they should be.
 
 use std::cell::Cell;
 use std::fs::{self, Metadata};
@@ -16,6 +18,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::call_check;
 use super::check_report::{CheckReport, check_error, describe, describe_own, names_of, validity};
+use super::dns;
 use super::exit::ExitError;
 use super::owner::{check_owned, reload_errors, subdirectories};
 use super::process::{config_path, print};
@@ -50,6 +53,7 @@ pub(super) fn options(options: &mut Options) {
     options.optmulti("", "address", help, "ADDR");
     options.optflag("", "print", "prints the configuration with all defaults, without secrets");
     options.optflag("", "call", "also logs in to each provider of a customer, and fetches nothing");
+    options.optflag("", "dns", "also says what DNS says about mail, and what it should say");
     options.optflag("", "inetd", "also says where the log of `odmr serve --inetd` goes");
 }
 
@@ -61,6 +65,10 @@ pub(super) fn options(options: &mut Options) {
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let path = config_path(matches);
     let (addresses, call) = (matches.opt_strs("address"), matches.opt_present("call"));
+    let dns = matches.opt_present("dns");
+    if dns && (matches.opt_present("print") || !addresses.is_empty()) {
+        return Err(ExitError::usage("--dns goes neither with --print nor with --address", "odmr check -h"));
+    }
     let (config, findings) = Config::examine(&path);
     let for_customers = [(!addresses.is_empty(), "--address", "it says into which mailbox mail for an address goes")];
     let for_customers = for_customers.into_iter().chain([(call, "--call", "it logs in to the provider")]);
@@ -92,12 +100,16 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
                 check_inetd_log(&path, &mut report);
             }
             let places = Places::of(config, &path);
+            let chain = if dns { dns::certificates(config) } else { Vec::new() };
             let summary = check_named(config, &path, &places, &mut report)?;
             if call
                 && is_sound
                 && let Config::Customer(config) = config
             {
                 call_check::run(config, &path, &mut report)?;
+            }
+            if dns {
+                dns::run(config, &path, &chain, &mut report)?;
             }
             summary
         }

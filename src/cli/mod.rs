@@ -8,7 +8,7 @@ mod check;
 mod check_report;
 mod confine;
 mod demo;
-#[allow(dead_code, reason = "used by setup and by check --dns")]
+#[allow(dead_code, reason = "setup uses the rest")]
 mod dns;
 mod exit;
 mod expire;

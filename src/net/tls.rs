@@ -198,6 +198,30 @@ impl CertificateInfo {
         PemText::read(path)?.certificates().map(|chain| CertificateInfo::new(&chain[0]))
     }
 
+    /// Reads all certificates of a PEM file: its own, and those of its issuers.
+    ///
+    /// # Errors
+    ///
+    /// A text with the file and what to do.
+    pub fn load_chain(path: &Path) -> Result<Vec<CertificateInfo>, String> {
+        PemText::read(path)?.certificates().map(|chain| chain.iter().map(CertificateInfo::new).collect())
+    }
+
+    /// What a TLSA record has of it (RFC 6698 section 2.1). `selector`: 0 for the certificate, 1 for its key; `matching`: 0
+    /// for all octets, 1 for their SHA-256. `None`: this program does not compute it.
+    pub fn association(&self, selector: u8, matching: u8) -> Option<Vec<u8>> {
+        let octets = match selector {
+            0 => self.der.as_ref(),
+            1 => key_of(&self.der)?,
+            _ => return None,
+        };
+        match matching {
+            0 => Some(octets.to_vec()),
+            1 => Some(Sha256::digest(octets).to_vec()),
+            _ => None,
+        }
+    }
+
     fn new(certificate: &CertificateDer<'_>) -> CertificateInfo {
         let until = x509::Certificate::read(certificate).and_then(|certificate| certificate.until());
         let mut pins = [format!("sha256:{}", HEXLOWER.encode(&digest(certificate))), "spki-sha256:".to_owned()];

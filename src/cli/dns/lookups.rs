@@ -1,0 +1,181 @@
+//! The questions to the name servers: within a time, each once, and none after several without a reply.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::mx::{ExpectedHost, MxFact, MxFacts};
+use crate::ids::Ids;
+use crate::mail::address::Domain;
+use crate::net::resolver::{Answer, Record, ResolveError, Resolver, Rtype, address_for_name};
+use crate::net::tls;
+
+/// Hosts of one domain that are looked up.
+const HOST_LIMIT: usize = 10;
+
+/// Asks name servers about mail, from several threads too.
+pub struct DnsLookups {
+    resolver: Result<Resolver, ResolveError>,
+    deadline: Instant,
+    /// After so many questions in a row without a reply, nothing more is asked.
+    most_unanswered: usize,
+    unanswered: AtomicUsize,
+    /// The first question that had a reply. It tells a server that is down from domains whose own servers are.
+    answered: OnceLock<(Domain, Rtype)>,
+    /// Where the name servers are configured.
+    configured: &'static str,
+    /// A host of many domains is looked up once.
+    known: Mutex<HashMap<(Domain, Rtype), Result<Answer, ResolveError>>>,
+}
+
+impl DnsLookups {
+    /// Returns one that asks for 3 s from now on at most in all, and no more after the first question without a reply.
+    /// `resolver`: that of [relay]; `None`: those of /etc/resolv.conf.
+    pub fn brief(resolver: Option<SocketAddr>) -> DnsLookups {
+        DnsLookups::new(resolver, Duration::from_secs(1), Duration::from_secs(3), 1)
+    }
+
+    /// Returns one for many domains: it asks for 2 min from now on at most, and no more after three questions in a row
+    /// without a reply.
+    pub fn thorough(resolver: Option<SocketAddr>) -> DnsLookups {
+        DnsLookups::new(resolver, Duration::from_secs(2), Duration::from_secs(120), 3)
+    }
+
+    fn new(resolver: Option<SocketAddr>, timeout: Duration, limit: Duration, most_unanswered: usize) -> DnsLookups {
+        let configured = if resolver.is_some() { "`resolver` in [relay]" } else { "/etc/resolv.conf" };
+        let (ids, deadline) = (Ids::system(tls::random), Instant::now() + limit);
+        let resolver = resolver.map_or_else(|| Resolver::system(&ids), |server| Ok(Resolver::at(server, &ids)));
+        let resolver = resolver.map(|resolver| resolver.hurried(timeout, deadline));
+        let resolver = resolver.map_err(|error| ResolveError { text: error.to_string(), no_reply: true });
+        let (unanswered, answered, known) = (AtomicUsize::new(0), OnceLock::new(), Mutex::default());
+        DnsLookups { resolver, deadline, most_unanswered, unanswered, answered, configured, known }
+    }
+
+    /// Whether nothing more is asked.
+    pub fn is_over(&self) -> bool {
+        self.is_dead() || Instant::now() >= self.deadline
+    }
+
+    fn is_dead(&self) -> bool {
+        self.unanswered.load(Ordering::Relaxed) >= self.most_unanswered
+    }
+
+    /// Why nothing more is asked, and what to do.
+    pub fn why_over(&self) -> String {
+        let why = if self.is_dead() { "no name server replies" } else { "the name servers are too slow" };
+        format!("{why}: check {}", self.configured)
+    }
+
+    /// Finds the records of one type.
+    ///
+    /// # Errors
+    ///
+    /// No server gave a usable reply, now or before.
+    pub fn ask(&self, name: &Domain, kind: Rtype) -> Result<Answer, ResolveError> {
+        let key = (name.clone(), kind);
+        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = known().get(&key) {
+            return answer.clone();
+        }
+        if self.is_over() {
+            return Err(ResolveError { text: format!("not asked, as {}", self.why_over()), no_reply: true });
+        }
+        let answer = self.query(&key);
+        known().insert(key, answer.clone());
+        answer
+    }
+
+    /// Asks, and counts the questions without a reply.
+    fn query(&self, key: &(Domain, Rtype)) -> Result<Answer, ResolveError> {
+        let query = |(name, kind): &(Domain, Rtype)| {
+            self.resolver.as_ref().map_err(Clone::clone).and_then(|resolver| resolver.records(name, *kind))
+        };
+        let replies = |answer: &Result<_, ResolveError>| answer.as_ref().map_or_else(|error| !error.no_reply, |_| true);
+        let answer = query(key);
+        if replies(&answer) {
+            self.unanswered.store(0, Ordering::Relaxed);
+            self.answered.get_or_init(|| key.clone());
+        } else if self.unanswered.fetch_add(1, Ordering::Relaxed) + 1 >= self.most_unanswered
+            && let Some(answered) = self.answered.get()
+            && replies(&query(answered))
+        {
+            self.unanswered.store(0, Ordering::Relaxed);
+        }
+        answer
+    }
+
+    /// Asks for the addresses of a host, of IPv4 and of IPv6.
+    pub fn address_answers(&self, host: &Domain) -> [Result<Answer, ResolveError>; 2] {
+        [Rtype::A, Rtype::AAAA].map(|kind| self.ask(host, kind))
+    }
+
+    /// The addresses of a host; `None`: a question failed, and there may be some.
+    pub fn host_addresses(&self, host: &Domain) -> Option<Vec<IpAddr>> {
+        if let Some(address) = address_for_name(host) {
+            return Some(vec![address]);
+        }
+        let answers = self.address_answers(host);
+        let found = addresses_of(&answers);
+        (!found.is_empty() || answers.iter().all(Result::is_ok)).then_some(found)
+    }
+
+    /// What DNS says about the hosts that take the mail of a domain.
+    pub(super) fn mx_facts(&self, domain: &Domain, expected: &ExpectedHost<'_>) -> MxFacts {
+        let records = match self.ask(domain, Rtype::MX) {
+            Err(error) => return MxFacts::Failed(error.text),
+            Ok(Answer::NoName) => return MxFacts::NoDomain,
+            Ok(Answer::NoRecords) => {
+                let answers = self.address_answers(domain);
+                let failed = answers.iter().find_map(|answer| answer.as_ref().err());
+                return match (addresses_of(&answers), failed) {
+                    (addresses, Some(error)) if addresses.is_empty() => MxFacts::Failed(error.text.clone()),
+                    (addresses, _) => MxFacts::NoRecords(addresses),
+                };
+            }
+            Ok(Answer::Records(records)) => records,
+        };
+        let mut hosts: Vec<(u16, Option<Domain>)> = Vec::new();
+        for record in records {
+            if let Record::Exchange(preference, host) = record {
+                hosts.push((preference, Domain::of_dns(&host.to_string())));
+            }
+        }
+        hosts.sort();
+        let fact = |(number, (preference, host)): (usize, (u16, Option<Domain>))| {
+            let looked_up = host.as_ref().filter(|_| number < HOST_LIMIT);
+            let alias = looked_up.filter(|host| address_for_name(host).is_none()).and_then(|host| self.alias(host));
+            let addresses = looked_up.and_then(|host| match host == expected.host {
+                true => Some(expected.addresses.to_vec()),
+                false => self.host_addresses(host),
+            });
+            MxFact { preference, host, alias, addresses }
+        };
+        MxFacts::Hosts(hosts.into_iter().enumerate().map(fact).collect())
+    }
+
+    /// Of which name a host is an alias.
+    fn alias(&self, host: &Domain) -> Option<Domain> {
+        match self.ask(host, Rtype::CNAME) {
+            Ok(Answer::Records(records)) => records.iter().find_map(|record| match record {
+                Record::Target(name) => Domain::of_dns(&name.to_string()),
+                _ => None,
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// The addresses among answers.
+pub(super) fn addresses_of(answers: &[Result<Answer, ResolveError>]) -> Vec<IpAddr> {
+    let records = answers.iter().filter_map(|answer| match answer {
+        Ok(Answer::Records(records)) => Some(records),
+        _ => None,
+    });
+    let addresses = records.flatten().filter_map(|record| match record {
+        Record::Address(address) => Some(*address),
+        _ => None,
+    });
+    addresses.collect()
+}

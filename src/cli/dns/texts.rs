@@ -1,0 +1,277 @@
+//! Judges what a domain says about mail from it: SPF (RFC 7208) and DMARC (RFC 7489).
+
+use std::net::IpAddr;
+
+use super::finding::{DnsFinding, DnsVerdict, listed, txt_line};
+use super::spf::{SpfResult, spf_texts};
+use crate::mail::address::Domain;
+use crate::net::resolver::{Answer, Record, ResolveError};
+
+/// How mail of a domain is sent.
+pub(super) enum SendingHost<'a> {
+    /// By this host, with what SPF says about each address of it; empty: no address is known.
+    Host(&'a Domain, Vec<(IpAddr, SpfResult)>),
+    /// By another host, whose addresses nobody knows here.
+    Elsewhere(&'a str),
+}
+
+impl SendingHost<'_> {
+    /// Whether every address passes; `None`: it is not known.
+    pub fn passes(&self) -> Option<bool> {
+        match self {
+            SendingHost::Host(_, results) if !results.is_empty() => {
+                Some(results.iter().all(|(_, result)| *result == SpfResult::Pass))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Judges the SPF record of a domain, or of a host: `is_helo` (RFC 7208 section 2.3).
+pub(super) fn judge_spf(
+    domain: &Domain, is_helo: bool, found: &Result<Answer, ResolveError>, sender: &SendingHost<'_>,
+) -> DnsFinding {
+    let spf = |verdict, text: String| DnsFinding::new(verdict, "SPF", text);
+    let records = match found {
+        Ok(Answer::Records(records)) => &records[..],
+        Ok(_) => &[],
+        Err(error) => return spf(DnsVerdict::Warning, error.text.clone()),
+    };
+    let mut texts = spf_texts(records);
+    // Name servers change the order.
+    texts.sort_unstable();
+    let is: Vec<String> = texts.iter().map(|text| txt_line(domain, text)).collect();
+    // The term that lets the host send.
+    let term = match sender {
+        _ if is_helo => Some("a".to_owned()),
+        SendingHost::Host(host, _) => Some(format!("a:{host}")),
+        SendingHost::Elsewhere(_) => None,
+    };
+    let should =
+        |texts: &[&[u8]]| term.iter().map(|term| txt_line(domain, &with_term(texts, term))).collect::<Vec<_>>();
+    match (&texts[..], sender) {
+        ([], _) if is_helo => {
+            let text = "there is no record; with it, nobody else can send as this host (RFC 7208 section 2.3)";
+            spf(DnsVerdict::Note, text.to_owned()).with(is, should(&[]))
+        }
+        ([], SendingHost::Elsewhere(_)) => spf(DnsVerdict::Note, "there is no record".to_owned()),
+        ([], _) => {
+            let text = "there is no record, so anybody can send as this domain; add other senders";
+            spf(DnsVerdict::Warning, text.to_owned()).with(is, should(&[]))
+        }
+        ([_], SendingHost::Elsewhere(why)) => spf(DnsVerdict::Good, format!("{}; {why}", is[0])),
+        ([one], SendingHost::Host(host, results)) => match judge_results(host, results) {
+            None if results.is_empty() => {
+                let text = format!("not evaluated, as no address of {host} is known");
+                spf(DnsVerdict::Note, text).with(is, Vec::new())
+            }
+            None => spf(DnsVerdict::Good, is[0].clone()),
+            // No term that is added repairs a record that is not valid.
+            Some((verdict, text, repairs)) => {
+                spf(verdict, text).with(is, if repairs { should(&[*one]) } else { Vec::new() })
+            }
+        },
+        (texts, _) => {
+            let text = format!(
+                "there are {} records, and there must be one: receivers use none of them (RFC 7208 section 3.2)",
+                texts.len()
+            );
+            spf(DnsVerdict::Error, text).with(is, should(texts))
+        }
+    }
+}
+
+/// What is wrong with the results of a host's addresses, and whether a term for the host repairs it; `None`: nothing.
+fn judge_results(host: &Domain, results: &[(IpAddr, SpfResult)]) -> Option<(DnsVerdict, String, bool)> {
+    use DnsVerdict::{Error, Note, Warning};
+    let judge = |result: &SpfResult| {
+        let addresses: Vec<_> =
+            results.iter().filter(|(_, other)| other == result).map(|(address, _)| address).collect();
+        let sends = |what: &str| format!("it does not let {host} ({}) send: {what}", listed(&addresses));
+        match result {
+            SpfResult::Pass => None,
+            SpfResult::Fail => Some((Error, sends("receivers reject its mail (fail)"), true)),
+            SpfResult::SoftFail => Some((Warning, sends("receivers mark its mail as suspicious (softfail)"), true)),
+            SpfResult::None | SpfResult::Neutral => Some((Warning, sends("it says nothing about it (neutral)"), true)),
+            SpfResult::PermError(why) => {
+                Some((Error, format!("it is not valid, and receivers may reject mail: {why}"), false))
+            }
+            SpfResult::TempError(why) => Some((Warning, format!("it cannot be evaluated now: {why}"), false)),
+            SpfResult::NotEvaluated(why) => Some((
+                Note,
+                format!("whether it lets {host} send depends on {why}, which is not evaluated here"),
+                false,
+            )),
+        }
+    };
+    results.iter().filter_map(|(_, result)| judge(result)).max_by_key(|(verdict, ..)| *verdict)
+}
+
+/// One record with the terms of these, and with `term` as the first.
+fn with_term(texts: &[&[u8]], term: &str) -> Vec<u8> {
+    let (mut terms, mut end) = (vec![term.as_bytes()], None);
+    for other in texts.iter().flat_map(|text| text.split(|octet| *octet == b' ').skip(1)) {
+        let mechanism = other.strip_prefix(b"+").or(other.strip_prefix(b"-")).or(other.strip_prefix(b"~"));
+        if mechanism.or(other.strip_prefix(b"?")).unwrap_or(other).eq_ignore_ascii_case(b"all") {
+            end.get_or_insert(other);
+        } else if !other.is_empty() && !terms.contains(&other) {
+            terms.push(other);
+        }
+    }
+    if texts.is_empty() {
+        end = Some(b"-all");
+    }
+    [&b"v=spf1"[..]].into_iter().chain(terms).chain(end).collect::<Vec<_>>().join(&b' ')
+}
+
+/// Judges the DMARC record of a domain; `passes`: whether SPF lets the provider send its mail. `at`: `_dmarc.` and the domain.
+pub(super) fn judge_dmarc(at: &Domain, passes: Option<bool>, found: &Result<Answer, ResolveError>) -> DnsFinding {
+    let dmarc = |verdict, text: &str| DnsFinding::new(verdict, "DMARC", text);
+    let records = match found {
+        Ok(Answer::Records(records)) => &records[..],
+        Ok(_) => &[],
+        Err(error) => return dmarc(DnsVerdict::Warning, &error.text),
+    };
+    let texts = records.iter().filter_map(|record| match record {
+        Record::Text(text) if text.starts_with(b"v=DMARC1") => Some(&**text),
+        _ => None,
+    });
+    let texts: Vec<&[u8]> = texts.collect();
+    let is: Vec<String> = texts.iter().map(|text| txt_line(at, text)).collect();
+    let text = match texts[..] {
+        [] => {
+            let text = "there is no record; one of a parent domain may apply";
+            return dmarc(DnsVerdict::Note, text).with(is, vec![txt_line(at, b"v=DMARC1; p=none")]);
+        }
+        [text] => text,
+        // RFC 7489 section 6.6.3.
+        _ => return dmarc(DnsVerdict::Warning, "of several records receivers use none: keep one").with(is, Vec::new()),
+    };
+    let mut tags = text.split(|octet| *octet == b';').filter_map(|tag| {
+        let at = tag.iter().position(|octet| *octet == b'=')?;
+        Some((tag[..at].trim_ascii(), tag[at + 1..].trim_ascii().to_ascii_lowercase()))
+    });
+    let policy = tags.find(|(name, _)| *name == b"p").map(|(_, policy)| policy).unwrap_or_default();
+    let strict = match &policy[..] {
+        b"none" => return dmarc(DnsVerdict::Good, &is[0]),
+        b"quarantine" => "put its mail into the spam folder",
+        b"reject" => "reject its mail",
+        _ => return dmarc(DnsVerdict::Warning, "its policy `p` is none, quarantine or reject").with(is, Vec::new()),
+    };
+    match passes {
+        Some(false) => {
+            let text = format!(
+                "as SPF does not let the provider send, receivers {strict} unless it has a DKIM signature of the domain, and \
+                 odmr makes none"
+            );
+            dmarc(DnsVerdict::Warning, &text).with(is, Vec::new())
+        }
+        _ => {
+            let text = "; mail that somebody forwards passes by a DKIM signature only, and odmr makes none";
+            dmarc(DnsVerdict::Good, &(is[0].clone() + text))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use DnsVerdict::{Error, Good, Note, Warning};
+
+    fn domain(text: &str) -> Domain {
+        Domain::of_dns(text).unwrap()
+    }
+
+    fn answer(texts: &[&str]) -> Result<Answer, ResolveError> {
+        let records: Vec<_> = texts.iter().map(|text| Record::Text(text.as_bytes().to_vec())).collect();
+        Ok(if records.is_empty() { Answer::NoRecords } else { Answer::Records(records) })
+    }
+
+    #[test]
+    fn spf_records_are_judged() {
+        let host = domain("relay.example.net");
+        let (v4, v6): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap());
+        let perm = SpfResult::PermError("a typo".to_owned());
+        let macros = SpfResult::NotEvaluated("`ptr`".to_owned());
+        let (pass, fail) = (|| (v4, SpfResult::Pass), |address| (address, SpfResult::Fail));
+        // The records, the results; the verdict, a part of the text, the record as it should be.
+        let table = [
+            (&["v=spf1 a:relay.example.net -all", "x"][..], vec![pass()], Good, "IN TXT \"v=spf1 a:relay", ""),
+            (&["x"], vec![], Warning, "there is no record", "v=spf1 a:relay.example.net -all"),
+            (
+                &["v=spf1 mx -all"],
+                vec![fail(v4), fail(v6)],
+                Error,
+                "let relay.example.net (192.0.2.1, 2001:db8::1) send: receivers reject its mail (fail)",
+                "v=spf1 a:relay.example.net mx -all",
+            ),
+            (
+                &["v=spf1 mx -all"],
+                vec![pass(), fail(v6)],
+                Error,
+                "(2001:db8::1) send",
+                "v=spf1 a:relay.example.net mx -all",
+            ),
+            (
+                &["v=spf1 ~all"],
+                vec![(v4, SpfResult::SoftFail)],
+                Warning,
+                "suspicious",
+                "v=spf1 a:relay.example.net ~all",
+            ),
+            (&["v=spf1"], vec![(v4, SpfResult::Neutral)], Warning, "(neutral)", "v=spf1 a:relay.example.net"),
+            (&["v=spf1 al"], vec![(v4, perm)], Error, "not valid, and receivers may reject mail: a typo", ""),
+            (&["v=spf1 ptr"], vec![(v4, macros)], Note, "depends on `ptr`, which is not evaluated here", ""),
+            (&["v=spf1 a"], vec![], Note, "not evaluated, as no address of relay.example.net is known", ""),
+            (
+                &["v=spf1 mx ?all", "v=spf1 mx  ip4:192.0.2.9 -all"],
+                vec![],
+                Error,
+                "there are 2 records, and there must be one",
+                "v=spf1 a:relay.example.net mx ip4:192.0.2.9 -all",
+            ),
+        ];
+        for (texts, results, verdict, text, should) in table {
+            let sender = SendingHost::Host(&host, results);
+            let found = judge_spf(&domain("example.org"), false, &answer(texts), &sender);
+            assert!(found.verdict == verdict && found.text.contains(text), "{texts:?}: {found:?}");
+            let should: Vec<_> = [should]
+                .iter()
+                .filter(|text| !text.is_empty())
+                .map(|text| format!("example.org. IN TXT \"{text}\""))
+                .collect();
+            assert_eq!(found.should, should, "{texts:?}");
+        }
+        let helo = judge_spf(&host, true, &answer(&[]), &SendingHost::Host(&host, vec![]));
+        assert_eq!(helo.verdict, Note);
+        assert_eq!(helo.should, ["relay.example.net. IN TXT \"v=spf1 a -all\""]);
+        let elsewhere = SendingHost::Elsewhere("not evaluated");
+        let found = judge_spf(&host, false, &answer(&["v=spf1 -all"]), &elsewhere);
+        assert!(found.verdict == Good && found.text.ends_with("; not evaluated"), "{found:?}");
+        assert_eq!(judge_spf(&host, false, &answer(&["v=spf1", "v=spf1"]), &elsewhere).verdict, Error);
+        let failed = Err(ResolveError { text: "SERVFAIL".to_owned(), no_reply: false });
+        assert_eq!(judge_spf(&host, false, &failed, &elsewhere).verdict, Warning);
+    }
+
+    #[test]
+    fn dmarc_records_are_judged() {
+        let at = domain("_dmarc.example.org");
+        // The records, whether SPF passes; the verdict, a part of the text.
+        let table = [
+            (&["x"][..], Some(true), Note, "there is no record; one"),
+            (&["v=DMARC1; p=none"], Some(false), Good, "_dmarc.example.org. IN TXT \"v=DMARC1; p=none\""),
+            (&["v=DMARC1;p = Reject ;rua=mailto:x@y"], Some(true), Good, "forwards passes by a DKIM signature only"),
+            (&["v=DMARC1; p=reject"], None, Good, "forwards passes"),
+            (&["v=DMARC1; p=reject"], Some(false), Warning, "receivers reject its mail unless it has a DKIM signature"),
+            (&["v=DMARC1; sp=none; p=quarantine"], Some(false), Warning, "put its mail into the spam folder unless"),
+            (&["v=DMARC1; sp=none"], Some(true), Warning, "its policy `p`"),
+            (&["v=DMARC1; p=none", "v=DMARC1; p=reject"], Some(true), Warning, "of several records"),
+        ];
+        for (texts, passes, verdict, text) in table {
+            let found = judge_dmarc(&at, passes, &answer(texts));
+            assert!(found.verdict == verdict && found.text.contains(text), "{texts:?} {passes:?}: {found:?}");
+        }
+        let failed = Err(ResolveError { text: "SERVFAIL".to_owned(), no_reply: false });
+        assert_eq!(judge_dmarc(&at, None, &failed).verdict, Warning);
+    }
+}
