@@ -17,9 +17,10 @@ Attempt = collections.namedtuple("Attempt", "time verb line reply")
 
 class Names:
     """A dnsmasq that knows these names and no others. `mx`: domain -> [(preference, host)]; `hosts`: name -> address,
-    or addresses in order; `null`: domains with a null MX (RFC 7505); `aliases`: name -> canonical name."""
+    or addresses in order; `null`: domains with a null MX (RFC 7505); `aliases`: name -> canonical name; `more`: lines of
+    its configuration."""
 
-    def __init__(self, box, *, mx=None, hosts=None, null=(), aliases=None):
+    def __init__(self, box, *, mx=None, hosts=None, null=(), aliases=None, more=()):
         self.port = free_port()
         lines = ["no-resolv", "no-hosts", "no-daemon", "bind-interfaces", f"listen-address={LOOPBACK}"]
         lines += [f"port={self.port}", "local=/example/", "local=/invalid/", "log-queries", "no-round-robin", "log-facility=-", "user=root", "cache-size=0"]
@@ -29,7 +30,7 @@ class Names:
             lines += [f"host-record={name},{address}" for address in ([found] if isinstance(found, str) else found)]
         lines += [f"cname={alias},{name}" for alias, name in (aliases or {}).items()]
         lines += [f"dns-rr={domain},15,000000" for domain in null]
-        box.write("dnsmasq.conf", "\n".join(lines) + "\n")
+        box.write("dnsmasq.conf", "\n".join([*lines, *more]) + "\n")
         box.start("dnsmasq.log", "dnsmasq", f"--conf-file={box.path}/dnsmasq.conf", "--pid-file=")
         wait_until(lambda: "started, version" in box.log("dnsmasq.log"), "dnsmasq to start")
         self.resolver = f"{LOOPBACK}:{self.port}"

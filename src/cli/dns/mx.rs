@@ -85,17 +85,6 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
     let mut problems = Vec::new();
     let best = records.iter().filter(|record| leads_to(record, expected)).map(|record| record.preference).min();
     let others: Vec<&Domain> = records.iter().filter_map(|record| record.host.as_ref()).collect();
-    match (best, expected.is_certain) {
-        (Some(_), _) => {}
-        (None, true) => problems.push((Error, format!("the mail goes to {}, and none to {host}", listed(&others)))),
-        (None, false) => problems.push((
-            Warning,
-            format!(
-                "{} must be the mail host of your provider, whom you call at {host}: ask its operator",
-                listed(&others)
-            ),
-        )),
-    }
     for record in records {
         let Some(name) = &record.host else {
             problems
@@ -127,6 +116,17 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
             };
             problems.push((Warning, text));
         }
+    }
+    match (best, expected.is_certain) {
+        (Some(_), _) => {}
+        (None, true) => problems.push((Error, format!("the mail goes to {}, and none to {host}", listed(&others)))),
+        (None, false) => problems.push((
+            Warning,
+            format!(
+                "{} must be the mail host of your provider, whom you call at {host}: ask its operator",
+                listed(&others)
+            ),
+        )),
     }
     problems.sort_by_key(|(verdict, _)| std::cmp::Reverse(*verdict));
     problems
