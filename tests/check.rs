@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
@@ -63,6 +63,38 @@ fn address_needs_a_customers_file() {
     let error = String::from_utf8(done.stderr).unwrap();
     assert_eq!(done.status.code(), Some(64), "{error}");
     assert!(error.contains("--address is for a customer's file"), "{error}");
+}
+
+/// `--dns` asks the name server of `[relay]`, and one that does not answer is a warning.
+#[test]
+fn a_name_server_that_does_not_answer_is_a_warning() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::create_dir(directory.path().join("customers.d")).unwrap();
+    let account = directory.path().join("customers.d/acme.toml");
+    fs::write(&account, "domains = [\"example.org\"]\nsecret = \"open sesame to me\"\n").unwrap();
+    fs::set_permissions(&account, fs::Permissions::from_mode(0o600)).unwrap();
+    let unused = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let file = directory.path().join("provider.toml");
+    let text = format!(
+        "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n[inbound]\nlisten = []\n\
+         [odmr]\nlisten = [\"127.0.0.1:0\"]\nrequire-tls = false\n[relay]\nresolver = \"{unused}\"\n"
+    );
+    fs::write(&file, text).unwrap();
+    let check = |more: &[&str]| {
+        let mut check = Command::new(env!("CARGO_BIN_EXE_odmr"));
+        check.arg("check").arg("-c").arg(&file).arg("--dns").args(more).output().unwrap()
+    };
+    let done = check(&[]);
+    let output = String::from_utf8(done.stdout).unwrap();
+    assert_eq!(done.status.code(), Some(0), "{output}");
+    let first =
+        format!("relay.example.net\n  A     warning   A records of relay.example.net: {unused}: Connection refused");
+    assert!(output.starts_with(&first), "{output}");
+    let rest = "warning: domains that were not looked up: 1, as no name server replies: check `resolver` in [relay]\n";
+    assert!(output.contains(rest), "{output}");
+    for other in [&["--print"][..], &["--address", "alice@example.org"]] {
+        assert_eq!(check(other).status.code(), Some(64), "{other:?}");
+    }
 }
 
 /// Files that the configuration names are checked too.

@@ -101,7 +101,7 @@ pub(super) fn run(
     }
     if let errors @ 1.. = tally.errors {
         report.error(format!(
-            "{}: {errors} of the records in DNS are wrong, with \"error\" above: correct them in the zone",
+            "{}: wrong records in DNS: {errors}, those with \"error\" above: correct them in the zone",
             path.display()
         ));
     }
@@ -160,8 +160,10 @@ fn judge_host(
     for &address in &known.addresses {
         findings.push(judge_address(host, &AddressFact::new(address, is_own(address), listen), allow_private));
     }
-    findings.extend(own.iter().filter_map(|source| judge_source(host, *source, &known.addresses)));
-    let has_name = |address: &&IpAddr| allow_private || not_in_the_world(**address).is_none();
+    // A smarthost sends from addresses of its own.
+    let sends = config.relay.smarthost.is_none();
+    findings.extend(own.iter().filter(|_| sends).filter_map(|source| judge_source(host, *source, &known.addresses)));
+    let has_name = |address: &&IpAddr| sends && (allow_private || not_in_the_world(**address).is_none());
     for &address in known.addresses.iter().filter(has_name) {
         findings.push(judge_pointer(host, address, &lookups.ask(&reverse_name(address), Rtype::PTR)));
     }
@@ -231,7 +233,7 @@ fn check_domains(plans: &[DomainPlan<'_>], lookups: &DnsLookups, tally: &mut Dns
         }
     }
     if left > 0 {
-        print(&format!("warning: {left} domains were not looked up, as {}\n", lookups.why_over()))?;
+        print(&format!("warning: domains that were not looked up: {left}, as {}\n", lookups.why_over()))?;
     }
     Ok(())
 }

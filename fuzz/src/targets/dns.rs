@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use odmr::ids::Ids;
 use odmr::mail::address::Domain;
 use odmr::net::cancel::CancelToken;
-use odmr::net::resolver::{MxRoute, Resolver};
+use odmr::net::resolver::{Answer, MxRoute, Record, Resolver, Rtype};
 
 use super::check;
 
@@ -45,8 +45,8 @@ pub fn run(input: &[u8]) {
     let resolver = Resolver::at(server.address, &server.ids);
     let resolver = resolver.within(Instant::now() + Duration::from_secs(5), &cancel);
     let domain = Domain::parse("example.org").expect("a domain");
-    match how & 2 == 0 {
-        true => match resolver.route(&domain) {
+    match how >> 1 & 7 {
+        0 => match resolver.route(&domain) {
             Ok(MxRoute::Hosts(hosts)) => {
                 assert!(hosts.len() <= 100 && hosts.is_sorted_by_key(|host| host.preference));
                 for (number, host) in hosts.iter().enumerate() {
@@ -57,10 +57,33 @@ pub fn run(input: &[u8]) {
             Ok(_) => {}
             Err(error) => check::shown(&error.to_string()),
         },
-        false => match resolver.addresses(&domain) {
+        1 => match resolver.addresses(&domain) {
             Ok(addresses) => assert!(addresses.len() <= 100),
             Err(error) => check::shown(&error.to_string()),
         },
+        kind => {
+            let kinds = [Rtype::TXT, Rtype::TLSA, Rtype::PTR, Rtype::CNAME, Rtype::MX, Rtype::AAAA];
+            let kind = kinds[usize::from(kind) - 2];
+            match resolver.records(&domain, kind) {
+                Ok(Answer::Records(records)) => {
+                    assert!(!records.is_empty());
+                    assert!(records.iter().all(|record| is_of(record, kind)));
+                }
+                Ok(_) => {}
+                Err(error) => check::shown(&error.to_string()),
+            }
+        }
+    }
+}
+
+/// Whether a record has the type that was asked for.
+fn is_of(record: &Record, kind: Rtype) -> bool {
+    match record {
+        Record::Exchange(..) => kind == Rtype::MX,
+        Record::Address(address) => kind == if address.is_ipv4() { Rtype::A } else { Rtype::AAAA },
+        Record::Target(_) => [Rtype::PTR, Rtype::CNAME].contains(&kind),
+        Record::Text(_) => kind == Rtype::TXT,
+        Record::Tlsa(..) => kind == Rtype::TLSA,
     }
 }
 

@@ -295,7 +295,7 @@ fn decode(text: &str) -> Vec<u8> {
     out
 }
 
-/// Replies of a name server to MX, AAAA and A of example.org.
+/// Replies of a name server about example.org.
 fn dns() -> Vec<Vec<u8>> {
     // Header without the id, and with the question left out: the target puts both in.
     let reply = |flags: [u8; 2], records: &[(u16, &[u8])], authority: &[(u16, &[u8])]| {
@@ -307,7 +307,7 @@ fn dns() -> Vec<Vec<u8>> {
         }
         octets
     };
-    let (a, mx, aaaa, cname, soa) = (1, 15, 28, 5, 6);
+    let (a, mx, aaaa, cname, soa, ptr, txt, tlsa) = (1, 15, 28, 5, 6, 12, 16, 52);
     let ok = [0x81, 0x80];
     let replies = [
         reply(ok, &[(mx, b"\x00\x0a\x02mx\xc0\x0c"), (mx, b"\x00\x05\x03mx2\xc0\x0c")], &[]),
@@ -315,6 +315,9 @@ fn dns() -> Vec<Vec<u8>> {
         reply(ok, &[(a, &[192, 0, 2, 1]), (a, &[192, 0, 2, 2])], &[]),
         reply(ok, &[(aaaa, &[0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1])], &[]),
         reply(ok, &[(cname, b"\x03www\xc0\x0c")], &[]),
+        reply(ok, &[(ptr, b"\x05relay\xc0\x0c")], &[]),
+        reply(ok, &[(txt, b"\x07v=spf1 \x04-all\x00"), (txt, b"\x05short")], &[]),
+        reply(ok, &[(tlsa, b"\x03\x01\x01digest"), (tlsa, b"\x03\x01\x01")], &[]),
         reply(ok, &[(cname, b"\xc0\x0c")], &[]),
         reply(ok, &[], &[(soa, b"\x00\x00\0\0\0\x01\0\0\0\x01\0\0\0\x01\0\0\0\x01\0\0\0\x01")]),
         reply(ok, &[], &[]),
@@ -327,7 +330,7 @@ fn dns() -> Vec<Vec<u8>> {
     let mut seeds = Vec::new();
     for first in &replies {
         for second in &replies {
-            for how in [0, 2] {
+            for how in [0, 2, 4, 6, 8, 10] {
                 seeds.push([vec![how], framed(first), framed(second), framed(second)].concat());
             }
         }

@@ -179,3 +179,31 @@ pub(super) fn addresses_of(answers: &[Result<Answer, ResolveError>]) -> Vec<IpAd
     });
     addresses.collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use super::*;
+
+    /// Ten thousand domains must not wait for a server that is down.
+    #[test]
+    fn nothing_more_is_asked_of_a_dead_name_server() {
+        let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let server = silent.local_addr().unwrap();
+        let ask =
+            |lookups: &DnsLookups, name: &str| lookups.ask(&Domain::of_dns(name).unwrap(), Rtype::MX).unwrap_err();
+        let lookups = DnsLookups::new(Some(server), Duration::from_millis(10), Duration::from_secs(60), 2);
+        // The same question again is no second one.
+        assert!([0, 1].map(|_| ask(&lookups, "a.example").text).iter().all(|text| text.ends_with("no answer in time")));
+        assert!(!lookups.is_over());
+        assert!(ask(&lookups, "b.example").text.ends_with("no answer in time") && lookups.is_over());
+        let error = ask(&lookups, "c.example").text;
+        assert_eq!(error, "not asked, as no name server replies: check `resolver` in [relay]");
+        let lookups = DnsLookups::new(Some(server), Duration::from_secs(1), Duration::ZERO, 2);
+        assert_eq!(
+            ask(&lookups, "a.example").text,
+            "not asked, as the name servers are too slow: check `resolver` in [relay]"
+        );
+    }
+}
