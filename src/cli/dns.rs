@@ -16,8 +16,8 @@ mod zone;
 
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use self::finding::{DnsFinding, DnsVerdict, address_line, mx_line, reverse_name, txt_line, zone_line};
@@ -209,13 +209,14 @@ fn check_customer(config: &CustomerConfig, tally: &mut DnsTally) -> Result<(), E
 fn check_domains(plans: &[DomainPlan<'_>], lookups: &DnsLookups, tally: &mut DnsTally) -> Result<(), ExitError> {
     let mut left = plans.len();
     for block in plans.chunks(DOMAIN_BLOCK) {
-        let findings: Vec<OnceLock<Vec<DnsFinding>>> = block.iter().map(|_| OnceLock::new()).collect();
+        let findings: Mutex<Vec<Vec<DnsFinding>>> = Mutex::new(vec![Vec::new(); block.len()]);
         let next = AtomicUsize::new(0);
         let work = || {
-            while let Some((plan, found)) = block.iter().zip(&findings).nth(next.fetch_add(1, Ordering::Relaxed)) {
-                if !lookups.is_over() {
-                    found.get_or_init(|| judge_domain(plan, lookups));
-                }
+            while let (number, false) = (next.fetch_add(1, Ordering::Relaxed), lookups.is_over())
+                && let Some(plan) = block.get(number)
+            {
+                let found = judge_domain(plan, lookups);
+                findings.lock().unwrap_or_else(PoisonError::into_inner)[number] = found;
             }
         };
         thread::scope(|scope| {
@@ -225,11 +226,10 @@ fn check_domains(plans: &[DomainPlan<'_>], lookups: &DnsLookups, tally: &mut Dns
             }
             work();
         });
-        for (plan, found) in block.iter().zip(&findings) {
-            if let Some(found) = found.get() {
-                tally.print(plan.domain, found)?;
-                left -= 1;
-            }
+        let findings = findings.into_inner().unwrap_or_else(PoisonError::into_inner);
+        for (plan, found) in block.iter().zip(&findings).filter(|(_, found)| !found.is_empty()) {
+            tally.print(plan.domain, found)?;
+            left -= 1;
         }
     }
     if left > 0 {

@@ -31,7 +31,7 @@ use domain::base::iana::{Class, Opcode, OptRcode};
 use domain::base::message_builder::PushError;
 use domain::base::wire::ParseError;
 use domain::base::{Message, MessageBuilder, Name, ParsedName, ParsedRecord, ToName, UnknownRecordData};
-use domain::rdata::{A, Aaaa, Cname, Mx, Ptr, Txt};
+use domain::rdata::{A, Aaaa, Cname, Mx, Ptr};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::ids::Ids;
@@ -706,18 +706,32 @@ fn record_data(record: &ParsedRecord<&[u8]>) -> Result<Option<Record>, ParseErro
         Rtype::PTR => record
             .to_record::<Ptr<ParsedName<&[u8]>>>()?
             .map(|record| Record::Target(record.data().ptrdname().to_name())),
-        Rtype::TXT => record
-            .to_record::<Txt<&[u8]>>()?
-            .map(|record| Record::Text(record.data().iter().flatten().copied().collect())),
-        Rtype::TLSA => match record.to_record::<UnknownRecordData<&[u8]>>()?.map(|record| *record.data().data()) {
-            Some([usage, selector, matching, data @ ..]) => {
-                Some(Record::Tlsa([*usage, *selector, *matching], data.to_vec()))
-            }
-            _ => return Err(ParseError::ShortInput),
-        },
+        kind @ (Rtype::TXT | Rtype::TLSA) => {
+            let data = record.to_record::<UnknownRecordData<&[u8]>>()?.map(|record| *record.data().data());
+            let data = data.unwrap_or_default();
+            let record = match (kind, data) {
+                (Rtype::TXT, strings) => joined_strings(strings).map(Record::Text),
+                (_, [usage, selector, matching, data @ ..]) => {
+                    Some(Record::Tlsa([*usage, *selector, *matching], data.to_vec()))
+                }
+                _ => None,
+            };
+            Some(record.ok_or(ParseError::ShortInput)?)
+        }
         _ => None,
     };
     Ok(record)
+}
+
+/// The strings of a TXT record, each after its length, as one text; `None`: one is longer than the record.
+fn joined_strings(mut strings: &[u8]) -> Option<Vec<u8>> {
+    let mut text = Vec::new();
+    while let [length, rest @ ..] = strings {
+        let (string, rest) = rest.split_at_checked(usize::from(*length))?;
+        text.extend_from_slice(string);
+        strings = rest;
+    }
+    Some(text)
 }
 
 /// The name of a domain as DNS has it; `None`: it cannot have such a name (RFC 1035 section 2.3.4).

@@ -1,6 +1,6 @@
 //! What is found out about one record or one set of records, in lines for a person; and records in the form of a zone file.
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 use std::net::IpAddr;
 
 use crate::mail::address::Domain;
@@ -37,8 +37,8 @@ pub(super) struct DnsFinding {
 }
 
 impl DnsFinding {
-    pub fn new(verdict: DnsVerdict, kind: &'static str, text: impl Into<String>) -> DnsFinding {
-        DnsFinding { verdict, kind, text: text.into(), is: Vec::new(), should: Vec::new() }
+    pub fn new(verdict: DnsVerdict, kind: &'static str, text: &str) -> DnsFinding {
+        DnsFinding { verdict, kind, text: text.to_owned(), is: Vec::new(), should: Vec::new() }
     }
 
     /// The same with the records as they are, and as they should be.
@@ -125,17 +125,27 @@ pub(super) fn reverse_name(address: IpAddr) -> Domain {
             format!("{d}.{c}.{b}.{a}.in-addr.arpa")
         }
         IpAddr::V6(address) => {
-            let digits = address.octets().map(|octet| format!("{:x}.{:x}.", octet & 15, octet >> 4));
-            digits.iter().rev().map(String::as_str).collect::<String>() + "ip6.arpa"
+            let mut name = "ip6.arpa".to_owned();
+            for octet in address.octets() {
+                name = format!("{:x}.{:x}.{name}", octet & 15, octet >> 4);
+            }
+            name
         }
     };
     Domain::of_dns(&name).expect("digits, dots and letters")
 }
 
 /// The names or addresses of a list, for a sentence.
-pub(super) fn listed<T: ToString>(items: &[T]) -> String {
-    let shown: Vec<String> = items.iter().take(SHOWN_LIMIT).map(T::to_string).collect();
-    shown.join(", ") + if items.len() > SHOWN_LIMIT { ", …" } else { "" }
+pub(super) fn listed(items: &mut dyn Iterator<Item = &dyn Display>) -> String {
+    let mut out = String::new();
+    for (number, item) in items.enumerate() {
+        if number == SHOWN_LIMIT {
+            out.push_str(", …");
+            break;
+        }
+        let _ = write!(out, "{}{item}", if number == 0 { "" } else { ", " });
+    }
+    out
 }
 
 #[cfg(test)]

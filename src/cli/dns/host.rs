@@ -43,9 +43,9 @@ pub(super) fn judge_address(host: &Domain, fact: &AddressFact, allow_private: bo
                 .to_owned()
         }
         None if !fact.is_served => "[inbound] does not listen at it: correct `listen`, or remove the record".to_owned(),
-        None => return DnsFinding::new(DnsVerdict::Good, address_kind(address), line),
+        None => return DnsFinding::new(DnsVerdict::Good, address_kind(address), &line),
     };
-    DnsFinding::new(DnsVerdict::Warning, address_kind(address), warning).with(vec![line], Vec::new())
+    DnsFinding::new(DnsVerdict::Warning, address_kind(address), &warning).with(vec![line], Vec::new())
 }
 
 /// Judges that no address of `host` was found; `own`: those of this machine.
@@ -79,13 +79,13 @@ pub(super) fn judge_source(host: &Domain, source: IpAddr, addresses: &[IpAddr]) 
 
 /// Judges the names of an address: one must be `host`, whose address it is.
 pub(super) fn judge_pointer(host: &Domain, address: IpAddr, found: &Result<Answer, ResolveError>) -> DnsFinding {
-    let ptr = |verdict, text: String| DnsFinding::new(verdict, "PTR", text);
+    let ptr = |verdict, text: &str| DnsFinding::new(verdict, "PTR", text);
     let at = reverse_name(address);
     let line = |name: &Domain| zone_line(&at, "PTR", &format!("{name}."));
     let records = match found {
         Ok(Answer::Records(records)) => &records[..],
         Ok(_) => &[],
-        Err(error) => return ptr(DnsVerdict::Warning, error.text.clone()),
+        Err(error) => return ptr(DnsVerdict::Warning, &error.text),
     };
     let names = records.iter().filter_map(|record| match record {
         Record::Target(name) => Domain::of_dns(&name.to_string()),
@@ -95,11 +95,14 @@ pub(super) fn judge_pointer(host: &Domain, address: IpAddr, found: &Result<Answe
     let is = names.iter().map(line).collect();
     let advice = "many receivers reject mail from it; whoever provides the address sets the record";
     match &names[..] {
-        names if names.contains(host) => ptr(DnsVerdict::Good, line(host)),
-        [] => ptr(DnsVerdict::Warning, format!("{address} has no name: {advice}")).with(is, vec![line(host)]),
+        names if names.contains(host) => ptr(DnsVerdict::Good, &line(host)),
+        [] => ptr(DnsVerdict::Warning, &format!("{address} has no name: {advice}")).with(is, vec![line(host)]),
         names => {
-            let text = format!("{address} leads to {} and not to {host}: {advice}", listed(names));
-            ptr(DnsVerdict::Warning, text).with(is, vec![line(host)])
+            let text = format!(
+                "{address} leads to {} and not to {host}: {advice}",
+                listed(&mut names.iter().map(|name| name as _))
+            );
+            ptr(DnsVerdict::Warning, &text).with(is, vec![line(host)])
         }
     }
 }

@@ -1,9 +1,7 @@
 //! The questions to the name servers: within a time, each once, and none after several without a reply.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::mx::{ExpectedHost, MxFact, MxFacts};
@@ -14,6 +12,8 @@ use crate::net::tls;
 
 /// Hosts of one domain that are looked up.
 const HOST_LIMIT: usize = 10;
+/// Questions whose answers are kept.
+const KNOWN_LIMIT: usize = 256;
 
 /// Asks name servers about mail, from several threads too.
 pub struct DnsLookups {
@@ -21,13 +21,23 @@ pub struct DnsLookups {
     deadline: Instant,
     /// After so many questions in a row without a reply, nothing more is asked.
     most_unanswered: usize,
-    unanswered: AtomicUsize,
-    /// The first question that had a reply. It tells a server that is down from domains whose own servers are.
-    answered: OnceLock<(Domain, Rtype)>,
     /// Where the name servers are configured.
     configured: &'static str,
-    /// A host of many domains is looked up once.
-    known: Mutex<HashMap<(Domain, Rtype), Result<Answer, ResolveError>>>,
+    asked: Mutex<AskedQuestions>,
+}
+
+#[derive(Default)]
+struct AskedQuestions {
+    /// The last ones: a host of many domains is not looked up for each.
+    known: Vec<DnsQuestion>,
+    /// How many in a row had no reply.
+    unanswered: usize,
+}
+
+struct DnsQuestion {
+    name: Domain,
+    kind: Rtype,
+    answer: Result<Answer, ResolveError>,
 }
 
 impl DnsLookups {
@@ -49,8 +59,7 @@ impl DnsLookups {
         let resolver = resolver.map_or_else(|| Resolver::system(&ids), |server| Ok(Resolver::at(server, &ids)));
         let resolver = resolver.map(|resolver| resolver.hurried(timeout, deadline));
         let resolver = resolver.map_err(|error| ResolveError { text: error.to_string(), no_reply: true });
-        let (unanswered, answered, known) = (AtomicUsize::new(0), OnceLock::new(), Mutex::default());
-        DnsLookups { resolver, deadline, most_unanswered, unanswered, answered, configured, known }
+        DnsLookups { resolver, deadline, most_unanswered, configured, asked: Mutex::default() }
     }
 
     /// Whether nothing more is asked.
@@ -59,7 +68,7 @@ impl DnsLookups {
     }
 
     fn is_dead(&self) -> bool {
-        self.unanswered.load(Ordering::Relaxed) >= self.most_unanswered
+        self.asked().unanswered >= self.most_unanswered
     }
 
     /// Why nothing more is asked, and what to do.
@@ -74,36 +83,43 @@ impl DnsLookups {
     ///
     /// No server gave a usable reply, now or before.
     pub fn ask(&self, name: &Domain, kind: Rtype) -> Result<Answer, ResolveError> {
-        let key = (name.clone(), kind);
-        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(answer) = known().get(&key) {
-            return answer.clone();
+        if let Some(known) = self.asked().known.iter().find(|known| known.kind == kind && known.name == *name) {
+            return known.answer.clone();
         }
         if self.is_over() {
             return Err(ResolveError { text: format!("not asked, as {}", self.why_over()), no_reply: true });
         }
-        let answer = self.query(&key);
-        known().insert(key, answer.clone());
+        let answer = self.query(name, kind);
+        let mut asked = self.asked();
+        asked.unanswered = if replies(&answer) { 0 } else { asked.unanswered + 1 };
+        // A question that had a reply before tells a server that is down from domains whose own servers are.
+        let known = asked.known.iter().find(|known| replies(&known.answer));
+        if let Some((name, kind)) = known.map(|known| (known.name.clone(), known.kind))
+            && asked.unanswered >= self.most_unanswered
+        {
+            drop(asked);
+            let again = self.query(&name, kind);
+            asked = self.asked();
+            if replies(&again) {
+                asked.unanswered = 0;
+            }
+        }
+        if asked.known.len() == KNOWN_LIMIT {
+            asked.known.remove(0);
+        }
+        asked.known.push(DnsQuestion { name: name.clone(), kind, answer: answer.clone() });
         answer
     }
 
-    /// Asks, and counts the questions without a reply.
-    fn query(&self, key: &(Domain, Rtype)) -> Result<Answer, ResolveError> {
-        let query = |(name, kind): &(Domain, Rtype)| {
-            self.resolver.as_ref().map_err(Clone::clone).and_then(|resolver| resolver.records(name, *kind))
-        };
-        let replies = |answer: &Result<_, ResolveError>| answer.as_ref().map_or_else(|error| !error.no_reply, |_| true);
-        let answer = query(key);
-        if replies(&answer) {
-            self.unanswered.store(0, Ordering::Relaxed);
-            self.answered.get_or_init(|| key.clone());
-        } else if self.unanswered.fetch_add(1, Ordering::Relaxed) + 1 >= self.most_unanswered
-            && let Some(answered) = self.answered.get()
-            && replies(&query(answered))
-        {
-            self.unanswered.store(0, Ordering::Relaxed);
+    fn query(&self, name: &Domain, kind: Rtype) -> Result<Answer, ResolveError> {
+        match &self.resolver {
+            Ok(resolver) => resolver.records(name, kind),
+            Err(error) => Err(error.clone()),
         }
-        answer
+    }
+
+    fn asked(&self) -> MutexGuard<'_, AskedQuestions> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks for the addresses of a host, of IPv4 and of IPv6.
@@ -139,10 +155,11 @@ impl DnsLookups {
         let mut hosts: Vec<(u16, Option<Domain>)> = Vec::new();
         for record in records {
             if let Record::Exchange(preference, host) = record {
-                hosts.push((preference, Domain::of_dns(&host.to_string())));
+                // By preference, with little code.
+                let at = hosts.iter().position(|(other, _)| *other > preference).unwrap_or(hosts.len());
+                hosts.insert(at, (preference, Domain::of_dns(&host.to_string())));
             }
         }
-        hosts.sort();
         let fact = |(number, (preference, host)): (usize, (u16, Option<Domain>))| {
             let looked_up = host.as_ref().filter(|_| number < HOST_LIMIT);
             let alias = looked_up.filter(|host| address_for_name(host).is_none()).and_then(|host| self.alias(host));
@@ -165,6 +182,11 @@ impl DnsLookups {
             _ => None,
         }
     }
+}
+
+/// Whether a name server has replied, be it that it cannot tell.
+fn replies(answer: &Result<Answer, ResolveError>) -> bool {
+    answer.as_ref().err().is_none_or(|error| !error.no_reply)
 }
 
 /// The addresses among answers.

@@ -41,34 +41,34 @@ pub(super) struct ExpectedHost<'a> {
 pub(super) fn judge_mx(domain: &Domain, expected: &ExpectedHost<'_>, facts: &MxFacts) -> DnsFinding {
     let host = expected.host;
     let should = vec![mx_line(domain, 10, Some(host))];
-    let found = |verdict, text: String| DnsFinding::new(verdict, "MX", text);
-    let wrong = |text: String| found(DnsVerdict::Error, text);
+    let found = |verdict, text: &str| DnsFinding::new(verdict, "MX", text);
+    let wrong = |text| found(DnsVerdict::Error, text).with(Vec::new(), should.clone());
     match facts {
-        MxFacts::Failed(text) => found(DnsVerdict::Warning, text.clone()).with(Vec::new(), should),
-        MxFacts::NoDomain => {
-            wrong("the domain does not exist (NXDOMAIN), so nobody can send mail to it".to_owned()).with(vec![], should)
-        }
+        MxFacts::Failed(text) => found(DnsVerdict::Warning, text).with(Vec::new(), should),
+        MxFacts::NoDomain => wrong("the domain does not exist (NXDOMAIN), so nobody can send mail to it"),
         MxFacts::NoRecords(addresses) if addresses.is_empty() => {
-            wrong("there is no MX record, and the domain has no address either: nobody can send mail to it".to_owned())
-                .with(vec![], should)
+            wrong("there is no MX record, and the domain has no address either: nobody can send mail to it")
         }
         MxFacts::NoRecords(addresses) => {
             let (verdict, end) = match addresses.iter().all(|address| expected.addresses.contains(address)) {
                 true => (DnsVerdict::Warning, format!("that of {host}: name it in an MX record, as it may move")),
                 false => (DnsVerdict::Error, format!("and not to {host}")),
             };
-            let (no_mx, to) = ("there is no MX record, so mail goes to the address of the domain", listed(addresses));
-            found(verdict, format!("{no_mx} (RFC 5321 section 5.1), {to}, {end}")).with(vec![], should)
+            let to = listed(&mut addresses.iter().map(|address| address as _));
+            let text = format!(
+                "there is no MX record, so mail goes to the address of the domain (RFC 5321 section 5.1), {to}, {end}"
+            );
+            found(verdict, &text).with(Vec::new(), should)
         }
         MxFacts::Hosts(records) => {
             let is: Vec<_> =
                 records.iter().map(|record| mx_line(domain, record.preference, record.host.as_ref())).collect();
             let problems = problems(expected, records);
             match problems.iter().map(|(verdict, _)| *verdict).max() {
-                None => found(DnsVerdict::Good, listed::<String>(&is)),
+                None => found(DnsVerdict::Good, &listed(&mut is.iter().map(|line| line as _))),
                 Some(verdict) => {
                     let texts: Vec<_> = problems.into_iter().map(|(_, text)| text).collect();
-                    found(verdict, texts.join("; ")).with(is, should)
+                    found(verdict, &texts.join("; ")).with(is, should)
                 }
             }
         }
@@ -82,9 +82,8 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
     if records.iter().all(|record| record.host.is_none()) {
         return vec![(Error, "this is a null MX: the domain accepts no mail at all (RFC 7505)".to_owned())];
     }
-    let mut problems = Vec::new();
+    let (mut problems, mut warnings) = (Vec::new(), Vec::new());
     let best = records.iter().filter(|record| leads_to(record, expected)).map(|record| record.preference).min();
-    let others: Vec<&Domain> = records.iter().filter_map(|record| record.host.as_ref()).collect();
     for record in records {
         let Some(name) = &record.host else {
             problems
@@ -99,10 +98,10 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
             let text = "which an MX record must not name (RFC 5321 section 5.1, RFC 2181 section 10.3)";
             problems.push((Error, format!("{name} is an alias (CNAME) of {target}, {text}")));
         } else if record.addresses.as_ref().is_some_and(Vec::is_empty) && name != host {
-            problems.push((Warning, format!("{name} has no address: remove it")));
+            warnings.push((Warning, format!("{name} has no address: remove it")));
         } else if leads_to(record, expected) {
             if name != host && expected.is_certain {
-                problems.push((Warning, format!("{name} is {host} by its address: name {host}, as it may move")));
+                warnings.push((Warning, format!("{name} is {host} by its address: name {host}, as it may move")));
             }
         } else if let Some(best) = best {
             let text = match record.preference.cmp(&best) {
@@ -114,21 +113,20 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
                     format!("{name} gets the mail while {host} is down, and must send it on to {host}")
                 }
             };
-            problems.push((Warning, text));
+            warnings.push((Warning, text));
         }
     }
-    match (best, expected.is_certain) {
-        (Some(_), _) => {}
-        (None, true) => problems.push((Error, format!("the mail goes to {}, and none to {host}", listed(&others)))),
-        (None, false) => problems.push((
-            Warning,
-            format!(
-                "{} must be the mail host of your provider, whom you call at {host}: ask its operator",
-                listed(&others)
-            ),
-        )),
+    if best.is_none() {
+        let others = listed(&mut records.iter().filter_map(|record| record.host.as_ref()).map(|name| name as _));
+        if expected.is_certain {
+            problems.push((Error, format!("the mail goes to {others}, and none to {host}")));
+        } else {
+            let text =
+                format!("{others} must be the mail host of your provider, whom you call at {host}: ask its operator");
+            warnings.push((Warning, text));
+        }
     }
-    problems.sort_by_key(|(verdict, _)| std::cmp::Reverse(*verdict));
+    problems.append(&mut warnings);
     problems
 }
 

@@ -31,15 +31,18 @@ impl SendingHost<'_> {
 pub(super) fn judge_spf(
     domain: &Domain, is_helo: bool, found: &Result<Answer, ResolveError>, sender: &SendingHost<'_>,
 ) -> DnsFinding {
-    let spf = |verdict, text: String| DnsFinding::new(verdict, "SPF", text);
+    let spf = |verdict, text: &str| DnsFinding::new(verdict, "SPF", text);
     let records = match found {
         Ok(Answer::Records(records)) => &records[..],
         Ok(_) => &[],
-        Err(error) => return spf(DnsVerdict::Warning, error.text.clone()),
+        Err(error) => return spf(DnsVerdict::Warning, &error.text),
     };
-    let mut texts = spf_texts(records);
-    // Name servers change the order.
-    texts.sort_unstable();
+    let mut texts: Vec<&[u8]> = Vec::new();
+    for text in spf_texts(records) {
+        // Name servers change the order.
+        let at = texts.iter().position(|other| *other > text).unwrap_or(texts.len());
+        texts.insert(at, text);
+    }
     let is: Vec<String> = texts.iter().map(|text| txt_line(domain, text)).collect();
     // The term that lets the host send.
     let term = match sender {
@@ -52,23 +55,23 @@ pub(super) fn judge_spf(
     match (&texts[..], sender) {
         ([], _) if is_helo => {
             let text = "there is no record; with it, nobody else can send as this host (RFC 7208 section 2.3)";
-            spf(DnsVerdict::Note, text.to_owned()).with(is, should(&[]))
+            spf(DnsVerdict::Note, text).with(is, should(&[]))
         }
-        ([], SendingHost::Elsewhere(_)) => spf(DnsVerdict::Note, "there is no record".to_owned()),
+        ([], SendingHost::Elsewhere(_)) => spf(DnsVerdict::Note, "there is no record"),
         ([], _) => {
             let text = "there is no record, so anybody can send as this domain; add other senders";
-            spf(DnsVerdict::Warning, text.to_owned()).with(is, should(&[]))
+            spf(DnsVerdict::Warning, text).with(is, should(&[]))
         }
-        ([_], SendingHost::Elsewhere(why)) => spf(DnsVerdict::Good, format!("{}; {why}", is[0])),
+        ([_], SendingHost::Elsewhere(why)) => spf(DnsVerdict::Good, &format!("{}; {why}", is[0])),
         ([one], SendingHost::Host(host, results)) => match judge_results(host, results) {
             None if results.is_empty() => {
                 let text = format!("not evaluated, as no address of {host} is known");
-                spf(DnsVerdict::Note, text).with(is, Vec::new())
+                spf(DnsVerdict::Note, &text).with(is, Vec::new())
             }
-            None => spf(DnsVerdict::Good, is[0].clone()),
+            None => spf(DnsVerdict::Good, &is[0]),
             // No term that is added repairs a record that is not valid.
             Some((verdict, text, repairs)) => {
-                spf(verdict, text).with(is, if repairs { should(&[*one]) } else { Vec::new() })
+                spf(verdict, &text).with(is, if repairs { should(&[*one]) } else { Vec::new() })
             }
         },
         (texts, _) => {
@@ -76,7 +79,7 @@ pub(super) fn judge_spf(
                 "there are {} records, and there must be one: receivers use none of them (RFC 7208 section 3.2)",
                 texts.len()
             );
-            spf(DnsVerdict::Error, text).with(is, should(texts))
+            spf(DnsVerdict::Error, &text).with(is, should(texts))
         }
     }
 }
@@ -85,9 +88,9 @@ pub(super) fn judge_spf(
 fn judge_results(host: &Domain, results: &[(IpAddr, SpfResult)]) -> Option<(DnsVerdict, String, bool)> {
     use DnsVerdict::{Error, Note, Warning};
     let judge = |result: &SpfResult| {
-        let addresses: Vec<_> =
-            results.iter().filter(|(_, other)| other == result).map(|(address, _)| address).collect();
-        let sends = |what: &str| format!("it does not let {host} ({}) send: {what}", listed(&addresses));
+        let mut addresses = results.iter().filter(|(_, other)| other == result).map(|(address, _)| address as _);
+        let addresses = listed(&mut addresses);
+        let sends = |what: &str| format!("it does not let {host} ({addresses}) send: {what}");
         match result {
             SpfResult::Pass => None,
             SpfResult::Fail => Some((Error, sends("receivers reject its mail (fail)"), true)),
@@ -121,7 +124,12 @@ fn with_term(texts: &[&[u8]], term: &str) -> Vec<u8> {
     if texts.is_empty() {
         end = Some(b"-all");
     }
-    [&b"v=spf1"[..]].into_iter().chain(terms).chain(end).collect::<Vec<_>>().join(&b' ')
+    let mut text = b"v=spf1".to_vec();
+    for term in terms.into_iter().chain(end) {
+        text.push(b' ');
+        text.extend_from_slice(term);
+    }
+    text
 }
 
 /// Judges the DMARC record of a domain; `passes`: whether SPF lets the provider send its mail. `at`: `_dmarc.` and the domain.
