@@ -6,6 +6,9 @@ use super::finding::{DnsFinding, DnsVerdict, listed, mx_line};
 use crate::mail::address::Domain;
 use crate::net::resolver::address_for_name;
 
+/// Problems of one domain that are told.
+const PROBLEM_LIMIT: usize = 5;
+
 /// What DNS says about the hosts that take the mail of a domain.
 #[derive(Debug)]
 pub(super) enum MxFacts {
@@ -127,6 +130,8 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
         }
     }
     problems.append(&mut warnings);
+    // A stranger may have written thousands of records.
+    problems.truncate(PROBLEM_LIMIT);
     problems
 }
 
