@@ -294,7 +294,11 @@ fn only_listener(config: &ProviderConfig) -> Option<&'static str> {
 fn run_daemon(
     provider: PreparedProvider, path: PathBuf, signals: DaemonSignals, readiness: Arc<Readiness>,
 ) -> Result<(), ExitError> {
-    let (running, stopped) = (provider.start()?, CancelToken::new()?);
+    // What a command asks for is what the signal asks for.
+    let reload = || {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::HUP);
+    };
+    let (running, stopped) = (provider.start(Box::new(reload))?, CancelToken::new()?);
     readiness.ready();
     let (reloader, reporter) = (running.reloader().clone(), readiness.clone());
     // Signals that came before wait for this.

@@ -391,7 +391,8 @@ impl Queues {
 
     /// Wakes the running daemon, so that it looks at its queues.
     fn wake(&self) {
-        WakeReason::Retry.send_surely(&self.root);
+        // Without a daemon, the next one finds it.
+        let _ = WakeReason::Retry.send_surely(&self.root);
     }
 
     fn export(&self, out: &mut dyn Write, domain: &str) -> Result<(), Failure> {

@@ -1,8 +1,8 @@
 //! The socket `ROOT/.wake`, by which other processes wake the daemon that works in a directory of mail.
 //!
-//! Whoever stores mail there that the daemon sends, or makes some due, sends a datagram of one word. It is a hint and no more:
-//! if the daemon has no socket, the mail waits until the daemon looks by itself. So nobody waits to send one, its sender need
-//! not be believed, and a flood of them costs one look each [`WAKE_PAUSE`].
+//! Whoever stores mail there that the daemon sends, makes some due, or changes the configuration, sends a datagram of one
+//! word. It is a hint and no more: if the daemon has no socket, the mail waits until the daemon looks by itself. So nobody
+//! waits to send one, its sender need not be believed, and a flood of them costs one look each [`WAKE_PAUSE`].
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -30,20 +30,25 @@ const DATAGRAMS_AT_ONCE: usize = 1000;
 const ATTEMPTS: u32 = 20;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// What another process has done. Of several, the greatest counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// What another process has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WakeReason {
     /// It has stored mail that is to be sent.
     Outgoing,
     /// An administrator wants mail to be tried now.
     Retry,
+    /// It has changed the configuration of the provider.
+    Reload,
 }
 
 impl WakeReason {
+    const ALL: [WakeReason; 3] = [WakeReason::Outgoing, WakeReason::Retry, WakeReason::Reload];
+
     fn word(self) -> &'static str {
         match self {
             WakeReason::Outgoing => "outgoing",
             WakeReason::Retry => "retry",
+            WakeReason::Reload => "reload",
         }
     }
 
@@ -53,13 +58,20 @@ impl WakeReason {
     }
 
     /// The same for a command, which waits up to a second while the daemon has more datagrams than it can read.
-    pub fn send_surely(self, root: &Path) {
-        let is_full = |result: io::Result<()>| result.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
-        let mut attempts = 0;
-        while is_full(self.try_send(root)) && attempts < ATTEMPTS {
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` and `ConnectionRefused`: no daemon has the socket. The system's.
+    pub fn send_surely(self, root: &Path) -> io::Result<()> {
+        let is_full =
+            |result: &io::Result<()>| matches!(result, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
+        let (mut sent, mut attempts) = (self.try_send(root), 0);
+        while is_full(&sent) && attempts < ATTEMPTS {
             attempts += 1;
             std::thread::sleep(ATTEMPT_PAUSE);
+            sent = self.try_send(root);
         }
+        sent
     }
 
     fn try_send(self, root: &Path) -> io::Result<()> {
@@ -127,20 +139,24 @@ impl WakeSocket {
         while !cancel.is_cancelled() {
             let descriptors = [self.socket.as_fd(), cancel.fd()];
             let _ = poll(&mut descriptors.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), None);
-            self.words().map(woken);
+            self.words().into_iter().for_each(woken);
             // Before it is looked at again, so that a flood keeps no processor busy.
             cancel.wait_until(Some(Instant::now() + WAKE_PAUSE));
         }
     }
 
-    /// Reads what has come. What is no word of ours counts as `Outgoing`: if it has filled the queue of the socket, the word of
-    /// another process had no room.
-    fn words(&self) -> Option<WakeReason> {
-        let (mut come, mut datagram) = (None, [0; 16]);
+    /// Reads what has come, each reason once. What is no word of ours counts as `Outgoing`: if it has filled the queue of the
+    /// socket, the word of another process had no room.
+    fn words(&self) -> Vec<WakeReason> {
+        let (mut come, mut datagram) = (Vec::new(), [0; 16]);
         for _ in 0..DATAGRAMS_AT_ONCE {
             let Ok(octets) = self.socket.recv(&mut datagram) else { break };
-            let is_retry = datagram[..octets] == *WakeReason::Retry.word().as_bytes();
-            come = come.max(Some(if is_retry { WakeReason::Retry } else { WakeReason::Outgoing }));
+            let mut known = WakeReason::ALL.into_iter();
+            let reason = known.find(|reason| datagram[..octets] == *reason.word().as_bytes());
+            let reason = reason.unwrap_or(WakeReason::Outgoing);
+            if !come.contains(&reason) {
+                come.push(reason);
+            }
         }
         come
     }
@@ -171,21 +187,21 @@ mod tests {
         let (_directory, roots) = directories();
         for root in roots {
             // Nobody is there, or was killed.
-            WakeReason::Retry.send_surely(&root);
+            assert!(WakeReason::Retry.send_surely(&root).is_err());
             let killed = WakeSocket::bind(&root, 0o600).unwrap();
             let left = root.join("left");
             fs::rename(root.join(NAME), &left).unwrap();
             drop(killed);
             fs::rename(&left, root.join(NAME)).unwrap();
-            WakeReason::Retry.send_surely(&root);
+            assert!(WakeReason::Retry.send_surely(&root).is_err());
 
             let (cancel, (sender, receiver)) = (CancelToken::new().unwrap(), mpsc::channel());
             let woken = Box::new(move |reason| sender.send(reason).unwrap());
             let daemon = receive_wakes(&root, 0o600, &cancel, woken).unwrap();
             assert_eq!(fs::metadata(root.join(NAME)).unwrap().permissions().mode() & 0o777, 0o600);
             let patience = Duration::from_secs(10);
-            for reason in [WakeReason::Outgoing, WakeReason::Retry] {
-                reason.send_surely(&root);
+            for reason in WakeReason::ALL {
+                reason.send_surely(&root).unwrap();
                 assert_eq!(receiver.recv_timeout(patience), Ok(reason));
             }
             // What strangers send.
@@ -196,7 +212,7 @@ mod tests {
                     std::thread::sleep(ATTEMPT_PAUSE);
                 }
             }
-            WakeReason::Retry.send_surely(&root);
+            WakeReason::Retry.send_surely(&root).unwrap();
             while receiver.recv_timeout(patience) != Ok(WakeReason::Retry) {}
             cancel.cancel();
             daemon.join().unwrap();
@@ -209,12 +225,12 @@ mod tests {
     fn a_word_for_which_there_was_no_room_is_not_missed() {
         let root = tempfile::tempdir().unwrap();
         let wake = WakeSocket::bind(root.path(), 0o600).unwrap();
-        assert_eq!(wake.words(), None);
+        assert_eq!(wake.words(), []);
         let stranger = UnixDatagram::unbound().unwrap();
         stranger.set_nonblocking(true).unwrap();
         while stranger.send_to(b"held", root.path().join(NAME)).is_ok() {}
         WakeReason::Outgoing.send(root.path());
-        assert_eq!(wake.words(), Some(WakeReason::Outgoing));
+        assert_eq!(wake.words(), [WakeReason::Outgoing]);
     }
 
     #[test]

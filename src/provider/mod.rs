@@ -49,7 +49,7 @@ use crate::net::inherited::InheritedListeners;
 use crate::net::limiter::{AcceptedConnection, ConnectionLimiter};
 use crate::net::listener::{self, Acceptor, KnownNetworks};
 use crate::net::trace::{Trace, quoted};
-use crate::net::wake::receive_wakes;
+use crate::net::wake::{WakeReason, receive_wakes};
 use crate::report::clock_watch::ClockWatch;
 use crate::sasl::Mechanism;
 use crate::session::server::{ServerSession, SessionLimits};
@@ -140,7 +140,7 @@ impl Provider {
     pub fn start(config: ProviderConfig, ids: Ids) -> Result<RunningProvider, StartError> {
         let mut provider = PreparedProvider::new(config, ids, CancelToken::new()?)?;
         provider.bind(InheritedListeners::default(), true)?;
-        provider.start()
+        provider.start(Box::new(|| {}))
     }
 }
 
@@ -201,11 +201,11 @@ impl PreparedProvider {
         Ok(())
     }
 
-    /// Begins to work.
+    /// Begins to work. `reload`: what to do when a command has changed the configuration; no thread may wait in it.
     ///
     /// # Errors
     /// The spool cannot be used, or the system has no threads.
-    pub fn start(mut self) -> Result<RunningProvider, StartError> {
+    pub fn start(mut self, reload: Box<dyn Fn() + Send>) -> Result<RunningProvider, StartError> {
         let lock = self.lock.take().map_or_else(|| self.lock_spool(), Ok)?;
         let PreparedProvider { shared, delivery, relay, listeners, .. } = self;
         shared.spool.recount();
@@ -218,7 +218,10 @@ impl PreparedProvider {
         let mut running = RunningProvider { reloader: reloader.clone(), listening, threads, _lock: lock };
         // Before the relay reads the spool: what comes later wakes it.
         let (cancel, relay_handle) = (&shared.lasting.cancel, shared.lasting.relay.clone());
-        let woken = Box::new(move |reason| relay_handle.woken(reason));
+        let woken = Box::new(move |reason| match reason {
+            WakeReason::Reload => reload(),
+            reason => relay_handle.woken(reason),
+        });
         running.threads.extend(receive_wakes(&shared.config.spool, SOCKET_MODE, cancel, woken));
         running.spawn("delivery", move || delivery.run())?;
         running.spawn("relay", move || relay.run())?;
