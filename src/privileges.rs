@@ -46,6 +46,12 @@ impl SystemUser {
         Ok(SystemUser { name, uid: user.uid, gid })
     }
 
+    /// Returns whether the system has a user of this name, and a group.
+    pub fn is_known(name: &str) -> (bool, bool) {
+        let (user, group) = (unistd::User::from_name(name), unistd::Group::from_name(name));
+        (matches!(user, Ok(Some(_))), matches!(group, Ok(Some(_))))
+    }
+
     /// Returns the user that a file or directory belongs to; `None`: it is root's, or does not exist.
     ///
     /// # Errors
@@ -74,6 +80,11 @@ impl SystemUser {
     /// Returns the user id.
     pub fn uid(&self) -> u32 {
         self.uid.as_raw()
+    }
+
+    /// Returns the id of the group of the files that are made for them.
+    pub fn gid(&self) -> u32 {
+        self.gid.as_raw()
     }
 
     /// Returns whether the mode of a file lets this user read it. The directories above it are not checked.

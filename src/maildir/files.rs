@@ -1,11 +1,11 @@
 //! Files and directories whose names survive a power cut, and errors that name the path.
 
 use std::collections::HashSet;
-use std::fs::{self, DirBuilder, DirEntry, File, Metadata, OpenOptions};
+use std::fs::{self, DirBuilder, DirEntry, File, Metadata, OpenOptions, Permissions};
 use std::io;
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
@@ -260,25 +260,98 @@ pub fn replace_file_durably(path: &Path, text: &str) -> io::Result<()> {
         }
         file.sync_all()
     })?;
-    path.parent().map_or(Ok(()), sync_directory)
+    parent(path).map_or(Ok(()), sync_directory)
 }
 
-/// `complete`: what is done with the new file before it gets its name.
+/// Writes a new file with this mode, durably and in one step; `group`: other than that of this process. Nobody else can read
+/// it before it has its mode.
+///
+/// # Errors
+///
+/// `AlreadyExists`: there is a file of that name, which stays. The system's, with the path.
+pub fn create_file_durably(path: &Path, text: &str, mode: u32, group: Option<u32>) -> io::Result<()> {
+    let complete = |file: &File| {
+        if group.is_some() {
+            std::os::unix::fs::fchown(file, None, group)?;
+        }
+        file.set_permissions(Permissions::from_mode(mode))?;
+        file.sync_all()
+    };
+    write_beside(path, text, &complete, &|from, to| move_file(from, to))?;
+    parent(path).map_or(Ok(()), sync_directory)
+}
+
+/// Makes a directory with those below it, all with this mode and this owner, in one step: a crash leaves nothing of that name
+/// or all of it. `below` has each directory after the one that it is in. Those above it are made if they are missing.
+/// Returns whether it was made: one that exists stays as it is.
+///
+/// # Errors
+///
+/// The system's, with the path.
+pub fn make_tree(path: &Path, below: &[PathBuf], mode: u32, owner: Option<(u32, u32)>) -> io::Result<bool> {
+    match fs::metadata(path) {
+        Ok(found) if found.is_dir() => return Ok(false),
+        Ok(_) => return Err(with_path(path, io::ErrorKind::NotADirectory.into())),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(with_path(path, error)),
+        Err(_) => {}
+    }
+    let (Some(directory), Some(name)) = (parent(path), path.file_name()) else {
+        return Err(with_path(path, io::ErrorKind::InvalidInput.into()));
+    };
+    make_directories(directory, 0o755)?;
+    let temporary = directory.join(format!(".{}.{}", name.display(), std::process::id()));
+    let make = || {
+        // One of that name is left of a process that was killed.
+        let _ = fs::remove_dir_all(&temporary);
+        // A directory gets its owner after those in it, so that nobody can put a link there before.
+        for made in std::iter::once(temporary.clone()).chain(below.iter().map(|below| temporary.join(below))) {
+            DirBuilder::new().mode(0o700).create(&made)?;
+            File::open(&made)?.set_permissions(Permissions::from_mode(mode))?;
+        }
+        for made in below.iter().rev().map(|below| temporary.join(below)).chain([temporary.clone()]) {
+            if let Some((user, group)) = owner {
+                lchown(&made, Some(user), Some(group))?;
+            }
+            sync_directory(&made)?;
+        }
+        fs::rename(&temporary, path)
+    };
+    make().map_err(|error| with_path(path, error)).inspect_err(|_| drop(fs::remove_dir_all(&temporary)))?;
+    sync_names(path).map(|()| true)
+}
+
+/// Removes a file, and makes that durable.
+///
+/// # Errors
+///
+/// The system's, with the path.
+pub fn remove_file_durably(path: &Path) -> io::Result<()> {
+    fs::remove_file(path).map_err(|error| with_path(path, error))?;
+    parent(path).map_or(Ok(()), sync_directory)
+}
+
 fn replace(path: &Path, text: &str, complete: &dyn Fn(&File) -> io::Result<()>) -> io::Result<()> {
+    write_beside(path, text, complete, &|from, to| fs::rename(from, to))
+}
+
+/// `complete`: what is done with the new file before `name` gives it its name.
+fn write_beside(
+    path: &Path, text: &str, complete: &dyn Fn(&File) -> io::Result<()>, name: &dyn Fn(&Path, &Path) -> io::Result<()>,
+) -> io::Result<()> {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
-    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+    let (Some(directory), Some(file_name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     make_directories(directory, 0o700)?;
     let (process, number) = (std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-    let temporary = directory.join(format!(".{}.{process}.{number}", name.display()));
+    let temporary = directory.join(format!(".{}.{process}.{number}", file_name.display()));
     let write = || {
         // One of that name is left of a process that was killed.
         remove_if_there(&temporary)?;
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
         file.write_all(text.as_bytes())?;
         complete(&file)?;
-        fs::rename(&temporary, path)
+        name(&temporary, path)
     };
     write().map_err(|error| with_path(path, error)).inspect_err(|_| drop(fs::remove_file(&temporary)))
 }

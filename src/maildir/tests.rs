@@ -3,7 +3,7 @@
 use super::*;
 use std::ffi::OsStr;
 use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::time::{Duration, SystemTime};
 
 const EMPTY: [Vec<String>; 3] = [Vec::new(), Vec::new(), Vec::new()];
@@ -413,4 +413,26 @@ fn directories_that_cannot_be_fsynced_are_left_out() {
         assert!(sync_directory(process).is_err(), "as an example");
         sync_names(process).unwrap();
     }
+}
+
+#[test]
+fn what_is_made_once_is_not_made_again() {
+    let root = tempfile::tempdir().unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let file = root.path().join("file");
+    create_file_durably(&file, "one", 0o640, None).unwrap();
+    let error = create_file_durably(&file, "two", 0o600, None).unwrap_err();
+    assert_eq!((error.kind(), mode(&file)), (io::ErrorKind::AlreadyExists, 0o640));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "one");
+    let tree = root.path().join("above/tree");
+    let below = ["a", "a/b"].map(PathBuf::from);
+    assert!(make_tree(&tree, &below, 0o750, None).unwrap());
+    assert_eq!(["", "a", "a/b"].map(|name| mode(&tree.join(name))), [0o750; 3]);
+    assert!(!make_tree(&tree, &["c".into()], 0o700, None).unwrap() && !tree.join("c").exists());
+    assert_eq!(make_tree(&file, &[], 0o700, None).unwrap_err().kind(), io::ErrorKind::NotADirectory);
+    remove_file_durably(&file).unwrap();
+    assert!(remove_file_durably(&file).unwrap_err().to_string().contains("/file: "));
+    // Nothing is left beside them.
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1);
+    assert_eq!(std::fs::read_dir(root.path().join("above")).unwrap().count(), 1);
 }

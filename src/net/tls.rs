@@ -30,6 +30,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use data_encoding::HEXLOWER;
+use rcgen::{CertificateParams, DnType, KeyPair};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{ResolvesClientCert, Resumption, WebPkiServerVerifier, verify_server_name};
 use rustls::crypto::{
@@ -46,7 +47,7 @@ use rustls::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::clock::Timestamp;
+use crate::clock::{Clock, Timestamp};
 use crate::net::pin::Pin;
 use crate::net::trace::quoted;
 use crate::net::x509;
@@ -185,6 +186,8 @@ pub struct CertificateInfo {
     pub until: Option<Timestamp>,
     /// Both forms of `pin`: of the certificate, and of its key.
     pub pins: [String; 2],
+    /// Whether it names itself as its issuer, as a self-signed one does.
+    pub is_self_issued: bool,
     der: CertificateDer<'static>,
 }
 
@@ -223,12 +226,14 @@ impl CertificateInfo {
     }
 
     fn new(certificate: &CertificateDer<'_>) -> CertificateInfo {
-        let until = x509::Certificate::read(certificate).and_then(|certificate| certificate.until());
+        let read = x509::Certificate::read(certificate);
+        let is_self_issued = read.as_ref().is_some_and(|certificate| certificate.self_issued);
+        let until = read.and_then(|certificate| certificate.until());
         let mut pins = [format!("sha256:{}", HEXLOWER.encode(&digest(certificate))), "spki-sha256:".to_owned()];
         pins[1] += &key_shown(certificate);
         let until = until.and_then(|until| Timestamp::parse_rfc3339(&until));
         let der = certificate.clone().into_owned();
-        let mut info = CertificateInfo { names: Vec::new(), until, pins, der };
+        let mut info = CertificateInfo { names: Vec::new(), until, pins, is_self_issued, der };
         // Only the error about a name that it is not for has its names.
         if let Err(Error::InvalidCertificate(CertificateError::NotValidForNameContext { presented, .. })) =
             info.verify_name("no-such-name.invalid")
@@ -291,10 +296,44 @@ impl ClientTls {
 ///
 /// A name that a certificate cannot be for.
 pub fn self_signed(names: &[&str]) -> Result<(String, String), String> {
-    let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
-    let made = rcgen::generate_simple_self_signed(names);
-    let made = made.map_err(|error| format!("cannot make a certificate: {error}"))?;
-    Ok((made.cert.pem(), made.signing_key.serialize_pem()))
+    let key = new_key()?;
+    Ok((certificate_with_key(names, &key)?, key))
+}
+
+/// Makes a private key, as PEM.
+///
+/// # Errors
+///
+/// The system has no randomness.
+pub fn new_key() -> Result<String, String> {
+    let made = KeyPair::generate().map_err(|error| format!("cannot make a key: {error}"))?;
+    Ok(made.serialize_pem())
+}
+
+/// How long a certificate that is made here is good for: ten years.
+const OWN_VALIDITY: Duration = Duration::from_secs(3653 * 24 * 60 * 60);
+
+/// Makes a self-signed certificate for `names` with this key, as PEM. It is good for ten years, and begins a day ago, for
+/// clients whose clock is late.
+///
+/// # Errors
+///
+/// A name that a certificate cannot be for, or a key that cannot be read.
+pub fn certificate_with_key(names: &[&str], key: &str) -> Result<String, String> {
+    let unusable = || "cannot make a certificate: the file has no private key".to_owned();
+    let key = rustls_pemfile::private_key(&mut key.as_bytes()).ok().flatten().ok_or_else(unusable)?;
+    let make = || {
+        let key = KeyPair::try_from(&key)?;
+        let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
+        let now = u64::try_from(Clock::System.now().seconds()).unwrap_or_default();
+        let now = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(now);
+        (params.not_before, params.not_after) = (now - Duration::from_secs(24 * 60 * 60), now + OWN_VALIDITY);
+        // Clients go by the names above; RFC 5280 section 4.1.2.4 wants an issuer that is not empty, and of 64 octets at most.
+        let name = names.first().filter(|name| name.len() <= 64).unwrap_or(&"odmr");
+        params.distinguished_name.push(DnType::CommonName, *name);
+        Ok(params.self_signed(&key)?.pem())
+    };
+    make().map_err(|error: rcgen::Error| format!("cannot make a certificate: {error}"))
 }
 
 /// Returns whether the octets begin with the header of a TLS record (RFC 8446 section 5.1): no command and no message begins

@@ -8,6 +8,8 @@
 pub(super) struct Certificate<'a> {
     /// 1 to 3.
     pub(super) version: u8,
+    /// Whether the issuer and the subject are the same (RFC 5280 section 3.2).
+    pub(super) self_issued: bool,
     /// The end of its validity: `YYMMDDHHMMSSZ`, or from 2050 on `YYYYMMDDHHMMSSZ` (RFC 5280 section 4.1.2.5).
     pub(super) not_after: &'a [u8],
     /// The SubjectPublicKeyInfo, whole: the octets whose SHA-256 a pin of the key has.
@@ -46,13 +48,13 @@ impl Certificate<'_> {
         };
         fields.next(INTEGER)?; // serialNumber
         fields.next(SEQUENCE)?; // signature
-        fields.next(SEQUENCE)?; // issuer
+        let issuer = fields.next(SEQUENCE)?.whole;
         let mut validity = Elements(fields.next(SEQUENCE)?.content);
         let mut time = || validity.next(UTC_TIME).or_else(|| validity.next(GENERALIZED_TIME));
         time()?; // notBefore
         let not_after = time()?.content;
-        fields.next(SEQUENCE)?; // subject
-        Some(Certificate { version, not_after, public_key: fields.next(SEQUENCE)?.whole })
+        let self_issued = fields.next(SEQUENCE)?.whole == issuer;
+        Some(Certificate { version, self_issued, not_after, public_key: fields.next(SEQUENCE)?.whole })
     }
 
     /// The end of its validity as RFC 3339 writes it; `None`: it is not a valid time.
