@@ -19,6 +19,7 @@ mod running;
 mod sandbox;
 mod secret;
 mod send;
+mod setup;
 mod shared_box;
 mod signals;
 mod supervised;

@@ -20,6 +20,8 @@ pub(super) enum Sysexit {
     Usage = 64,
     /// An address or a header cannot be read.
     DataError = 65,
+    /// A file that is named on the command line cannot be read.
+    NoInput = 66,
     /// A recipient has no mailbox here.
     NoUser = 67,
     /// The name of the provider has no address.

@@ -7,8 +7,8 @@ mod call_check;
 mod check;
 mod check_report;
 mod confine;
+mod customer;
 mod demo;
-#[allow(dead_code, reason = "setup uses the rest")]
 mod dns;
 mod exit;
 mod expire;
@@ -23,6 +23,7 @@ mod pull;
 mod queue;
 mod secret;
 mod sendmail;
+mod setup;
 mod status;
 mod syslog;
 mod terminal;
@@ -53,11 +54,13 @@ use process::{DaemonSignals, print, print_fitted};
 const HELP: &str = "\
 odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
 
+    odmr setup            makes what a provider or a customer needs on this machine
     odmr serve -c FILE    the provider: holds mail for its customers, and sends it to them when they call
     odmr pull  -c FILE    the customer: calls its provider, sends its outgoing mail, receives its own
     odmr send             for users and programs of the customer: accepts a message as sendmail(8) does
     odmr check -c FILE    reports what is wrong with a configuration
     odmr status -c FILE   what waits, for whom, since when; the last calls; of either side
+    odmr customer -c FILE adds, lists, shows and removes a provider's customers
     odmr secret           makes what a provider stores in place of a customer's secret
     odmr queue -c FILE    lists, shows, removes, bounces, retries, exports and imports messages
     odmr expire -c FILE   lets held mail expire, as `odmr serve` does; for cron, beside `odmr serve --inetd`
@@ -80,7 +83,7 @@ struct Subcommand {
     run: fn(&Matches) -> Result<(), ExitError>,
 }
 
-const SUBCOMMANDS: [Subcommand; 8] = [
+const SUBCOMMANDS: [Subcommand; 11] = [
     Subcommand {
         name: "serve",
         summary: "Runs the provider in the foreground; logs to stderr or syslog; SIGTERM ends it.",
@@ -135,6 +138,30 @@ const SUBCOMMANDS: [Subcommand; 8] = [
         run: expire::run,
     },
     Subcommand {
+        name: "customer",
+        summary: customer::CUSTOMER_SUMMARY,
+        has_config: true,
+        arguments: " add NAME DOMAIN… | list | show NAME | remove NAME",
+        options: customer::options,
+        run: customer::run,
+    },
+    Subcommand {
+        name: "setup provider",
+        summary: setup::provider::SETUP_PROVIDER_SUMMARY,
+        has_config: false,
+        arguments: " HOSTNAME",
+        options: setup::provider::options,
+        run: setup::provider::run,
+    },
+    Subcommand {
+        name: "setup customer",
+        summary: setup::customer::SETUP_CUSTOMER_SUMMARY,
+        has_config: false,
+        arguments: " FILE",
+        options: setup::customer::options,
+        run: setup::customer::run,
+    },
+    Subcommand {
         name: "secret",
         summary: secret::SECRET_SUMMARY,
         has_config: false,
@@ -186,21 +213,29 @@ pub fn main() -> ExitCode {
 fn run(arguments: &[String]) -> Result<(), ExitError> {
     let usage = |text: String| Err(ExitError::usage(text, "odmr -h"));
     let Some((word, rest)) = arguments.split_first() else {
-        let names: Vec<_> = SUBCOMMANDS.iter().map(|subcommand| subcommand.name).collect();
+        let mut names: Vec<_> = SUBCOMMANDS.iter().map(Subcommand::word).collect();
+        names.dedup();
         let text = format!("a subcommand is missing: {} or send; `odmr help` says what each does", names.join(", "));
         return Err(ExitError::new(Sysexit::Usage, text));
     };
+    let side = rest.first().map(|side| format!("{word} {side}"));
+    if let Some(subcommand) = SUBCOMMANDS.iter().find(|subcommand| side.as_deref() == Some(subcommand.name)) {
+        return subcommand.start(&rest[1..]);
+    }
     match (word.as_str(), rest) {
         ("-h" | "--help", _) | ("help", []) => print_fitted(HELP),
         ("-V" | "--version" | "version", _) => print(concat!("odmr ", env!("CARGO_PKG_VERSION"), "\n")),
         ("exit-codes", _) => print_fitted(EXIT_CODES),
         ("help", topic) => run(&[topic, &["-h".to_owned()]].concat()),
         ("send", _) => sendmail::run(None, rest),
+        ("setup", _) => setup::without_side(rest),
         _ => match SUBCOMMANDS.iter().find(|subcommand| subcommand.name == word) {
             Some(subcommand) => subcommand.start(rest),
             None => {
-                let names = SUBCOMMANDS.iter().filter_map(|subcommand| subcommand.name.split(' ').next());
-                let suggestion = suggestion(word, names.chain(["send", "help", "version", "exit-codes"]));
+                let suggestion = suggestion(
+                    word,
+                    SUBCOMMANDS.iter().map(Subcommand::word).chain(["send", "help", "version", "exit-codes"]),
+                );
                 usage(format!("no such subcommand: {word}{suggestion}"))
             }
         },
@@ -208,6 +243,11 @@ fn run(arguments: &[String]) -> Result<(), ExitError> {
 }
 
 impl Subcommand {
+    /// The first word of its name.
+    fn word(&self) -> &'static str {
+        self.name.split(' ').next().unwrap_or(self.name)
+    }
+
     /// Parses the options, and runs the subcommand or prints its help.
     fn start(&self, arguments: &[String]) -> Result<(), ExitError> {
         let hint = format!("odmr {} -h", self.name);

@@ -116,12 +116,18 @@ fn make() -> Result<(ScramVerifier, Option<String>), ExitError> {
         let length = counted(secret.len(), "octet", "octets");
         eprintln!("odmr: the secret has {length} and can be guessed: {SHORT_SECRET} or more are better");
     }
-    let mut salt = [0; SALT_OCTETS];
-    tls::random(&mut salt);
-    Ok((ScramVerifier::new(secret.as_bytes(), &salt, ITERATIONS), made))
+    Ok((new_verifier(secret), made))
 }
 
-fn new_secret() -> String {
+/// Makes the verifier of a secret.
+pub(super) fn new_verifier(secret: &str) -> ScramVerifier {
+    let mut salt = [0; SALT_OCTETS];
+    tls::random(&mut salt);
+    ScramVerifier::new(secret.as_bytes(), &salt, ITERATIONS)
+}
+
+/// Makes a secret.
+pub(super) fn new_secret() -> String {
     let mut octets = [0; LETTERS_OF_SECRET];
     tls::random(&mut octets);
     let groups = octets

@@ -19,6 +19,7 @@ mod held;
 mod limits;
 mod mailboxes;
 mod owner;
+mod pairing;
 mod print;
 mod provider;
 mod relay;
@@ -37,7 +38,8 @@ pub use self::held::{HeldConfig, OverQuota};
 pub use self::known::{Knowledge, KnownRecipients};
 pub use self::mailboxes::MailboxesConfig;
 pub use self::owner::MailOwner;
-pub use self::print::effective;
+pub use self::pairing::{CustomerBlock, NamesOnDisk, ProviderPlaces, check_new_account, check_text};
+pub use self::print::{effective, effective_account, quote};
 pub use self::provider::{InboundConfig, OdmrConfig, ProviderConfig, TlsFiles};
 pub use self::relay::{RelayConfig, TlsPolicy};
 #[cfg(test)]

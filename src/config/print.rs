@@ -41,6 +41,15 @@ pub fn effective(path: &Path) -> Result<String, ConfigError> {
     }
 }
 
+/// The file of one customer at its provider, in the same form.
+///
+/// # Errors
+///
+/// It cannot be read.
+pub fn effective_account(file: &Path, account: &Account) -> Result<String, ConfigError> {
+    Printer::open(file)?.account(account)
+}
+
 /// Keys whose value is a path, or a list of them.
 const PATHS: [&str; 9] =
     ["spool", "customers", "certificate", "key", "root", "queue", "ca", "secret-file", "alias-file"];
@@ -308,8 +317,8 @@ fn written(value: &DeValue<'_>) -> String {
     }
 }
 
-/// A string of TOML.
-fn quote(text: impl AsRef<str>) -> String {
+/// A string of TOML, in quotes.
+pub fn quote(text: impl AsRef<str>) -> String {
     let mut quoted = String::from("\"");
     for character in text.as_ref().chars() {
         match character {

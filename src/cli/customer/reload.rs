@@ -1,0 +1,80 @@
+//! A command has changed the configuration: the running `odmr serve` reads it, and the command says what came of it.
+
+use std::fmt;
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::config::ProviderConfig;
+use crate::ids::Ids;
+use crate::net::tls;
+use crate::net::wake::WakeReason;
+use crate::provider::spool::Spool;
+use crate::report::calls::{CallRecord, CallResult};
+
+/// How long the result of a reload is waited for.
+const RELOAD_WAIT: Duration = Duration::from_secs(10);
+const RELOAD_PAUSE: Duration = Duration::from_millis(20);
+
+/// What came of a request to reload.
+pub(super) enum ReloadResult {
+    Done,
+    /// `serve` goes on with the old configuration.
+    Failed(String),
+    NotRunning,
+    /// There is no result in time.
+    Silent,
+    /// `serve` cannot be reached.
+    Unreachable(io::Error),
+}
+
+/// Asks the running `odmr serve` to read its configuration, and waits for the result.
+pub(super) fn request(config: &ProviderConfig) -> ReloadResult {
+    let spool = Spool::new(config, &Ids::system(tls::random));
+    let record = spool.reload_record();
+    let readings = || CallRecord::read(&record).map_or(0, |record| record.calls);
+    let before = readings();
+    match WakeReason::Reload.send_surely(&config.spool) {
+        Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused].contains(&error.kind()) => {
+            // It may have been unable to make the socket.
+            return match spool.is_locked() {
+                Ok(true) => ReloadResult::Unreachable(error),
+                _ => ReloadResult::NotRunning,
+            };
+        }
+        Err(error) => return ReloadResult::Unreachable(error),
+        Ok(()) => {}
+    }
+    let late = Instant::now() + RELOAD_WAIT;
+    while Instant::now() < late {
+        if let Some(record) = CallRecord::read(&record).filter(|record| record.calls > before) {
+            return match record.result {
+                CallResult::Failed => ReloadResult::Failed(record.reason),
+                _ => ReloadResult::Done,
+            };
+        }
+        thread::sleep(RELOAD_PAUSE);
+    }
+    ReloadResult::Silent
+}
+
+/// The end of a sentence.
+impl fmt::Display for ReloadResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ReloadResult::Done => f.write_str("the running `odmr serve` has read it"),
+            ReloadResult::Failed(reason) => write!(
+                f,
+                "the running `odmr serve` goes on with the configuration that it has, because of another mistake: {reason}; \
+                 correct it, and send SIGHUP"
+            ),
+            ReloadResult::NotRunning => f.write_str("no `odmr serve` runs here now: the next one reads it"),
+            ReloadResult::Silent => f.write_str(
+                "the running `odmr serve` has not said within 10 s that it has read it: send SIGHUP, and look into its log",
+            ),
+            ReloadResult::Unreachable(error) => {
+                write!(f, "whether an `odmr serve` runs cannot be seen ({error}): if one does, send it SIGHUP as its user")
+            }
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! `odmr setup`: makes what a provider or a customer needs on this system, and says what to type next.
+
+pub(super) mod customer;
+mod installer;
+pub(super) mod names;
+pub(super) mod provider;
+mod users;
+
+use std::path::{Path, PathBuf};
+
+use super::exit::{ExitError, Sysexit};
+use super::process::print;
+
+const HELP: &str = "\
+Makes a user, directories, a certificate and a configuration, and says what to type next. Nothing that exists is changed.
+
+    odmr setup provider HOSTNAME    this machine holds mail; HOSTNAME is its name in the DNS, such as relay.example.net
+    odmr setup customer FILE        this machine calls a provider; FILE is what `odmr customer add` has printed there
+
+`odmr setup provider -h` and `odmr setup customer -h` show the options.
+";
+
+/// `odmr setup` without a side.
+///
+/// # Errors
+///
+/// Unless the help is asked for, that a side is missing (64).
+pub(super) fn without_side(arguments: &[String]) -> Result<(), ExitError> {
+    match arguments.first().map(String::as_str) {
+        Some("-h" | "--help") => print(HELP),
+        other => {
+            let what = other.map_or_else(
+                || "whom to set up is missing".to_owned(),
+                |other| format!("there is no {other:?} to set up"),
+            );
+            let text = format!("{what}: type `odmr setup provider HOSTNAME`, or `odmr setup customer FILE`");
+            Err(ExitError::new(Sysexit::Usage, text))
+        }
+    }
+}
+
+/// A file beside a configuration, with the same name and another extension.
+fn beside(config: &Path, extension: &str) -> PathBuf {
+    config.with_extension(extension)
+}
+
+/// Its name, relative to the directory of the configuration.
+fn name_beside(config: &Path, extension: &str) -> String {
+    beside(config, extension).file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// The directory of a configuration.
+fn directory_of(config: &Path) -> &Path {
+    config.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// How a daemon is started: by systemd, if it runs here and its unit reads this file.
+fn start_command(unit: &str, is_default: bool, command: &str) -> String {
+    match is_default && Path::new("/run/systemd/system").exists() {
+        true => format!("systemctl enable --now {unit}"),
+        false => format!("{command} &"),
+    }
+}
