@@ -37,7 +37,7 @@ pub fn options(options: &mut Options) {
     options.optopt("", "key", "its key", "FILE");
 }
 
-const USER_COMMENT: &str = "# What `odmr serve` becomes, if root starts it, when its ports are open.";
+const USER_COMMENT: &str = "# If root starts `odmr serve`, it becomes this user when its ports are open.";
 
 /// What is asked for.
 struct ProviderSetup {
