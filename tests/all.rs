@@ -5,6 +5,7 @@ mod check;
 mod command_line;
 mod conformance;
 mod descriptors;
+mod distributed;
 mod fuzz;
 mod house;
 mod litter;
