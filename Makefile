@@ -6,8 +6,17 @@ DESTDIR ?=
 ONLY    ?=
 TARGET  ?=
 LINKS   ?= sbin/sendmail bin/mailq bin/newaliases
+# systemd's directory for units; empty: none are installed.
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+# Another program in place of the one that is built here.
+ODMR    ?=
 
-.PHONY: help build test rules check house demo interop size soak fuzz install certs
+CARGO_TARGET_DIR ?= target
+BUILT    = $(CARGO_TARGET_DIR)/release/odmr
+PROGRAM  = $${ODMR:-$(BUILT)}
+INSTALLING = PROGRAM="$(PROGRAM)" DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" UNITDIR="$(UNITDIR)" LINKS="$(LINKS)"
+
+.PHONY: help build test rules check house demo interop size soak fuzz install uninstall deb static program certs
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s  %s\n", $$1, $$2}' Makefile
@@ -43,15 +52,24 @@ soak: $(if $(ODMR),,build) ## all at once for SECONDS (3600): customers, hostile
 fuzz: ## each target of fuzz/ for SECONDS (60) with libFuzzer, and a table; TARGET=NAME for one; needs cargo-fuzz and a nightly Rust
 	@SECONDS_EACH="$(SECONDS)" TARGET="$(TARGET)" fuzz/run
 
-install: build ## the program into DESTDIR and PREFIX (/usr/local), bin/odmr, and LINKS to it (sbin/sendmail, bin/mailq, bin/newaliases)
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/sbin
-	install -m 755 $${CARGO_TARGET_DIR:-target}/release/odmr $(DESTDIR)$(PREFIX)/bin/odmr
-	@for link in $(LINKS); do \
-	    at=$(DESTDIR)$(PREFIX)/$$link; to=../bin/odmr; case $$link in bin/*) to=odmr;; esac; \
-	    if test -L $$at && test "$$(readlink $$at)" = $$to; then :; \
-	    elif test -e $$at || test -L $$at; then echo "$$at belongs to another program, and stays"; \
-	    else ln -s $$to $$at && echo "$$at -> $$to"; fi; \
-	done
+install: program ## the program, its manual page, doc/, dist/ into DESTDIR and PREFIX (/usr/local), and LINKS to it (sbin/sendmail bin/mailq bin/newaliases)
+	@$(INSTALLING) packaging/install install
+
+uninstall: ## removes these again; configuration and mail stay
+	@$(INSTALLING) packaging/install uninstall
+
+deb: program ## the Debian package of this machine's architecture, in target/
+	@PROGRAM="$(PROGRAM)" packaging/deb
+
+static: ## the program without any shared library, for Linux; needs the musl target of Rust (it says how to get it)
+	@CARGO="$(CARGO)" packaging/static
+
+# `make && sudo make install`: root, if the sources belong to somebody else, builds nothing and needs no cargo.
+program:
+	@if test -n "$(ODMR)"; then :; \
+	elif test -O Cargo.toml && command -v $(CARGO) >/dev/null; then $(CARGO) build --release; \
+	elif test -x "$(PROGRAM)"; then echo "$(PROGRAM) as it was built"; \
+	else echo "there is no $(PROGRAM) yet: type \`make\` as the user whom the sources belong to, then this again"; exit 69; fi
 
 certs: ## a self-signed certificate and key for HOST (this host's name) into ./certs, to try things with
 	@install -d certs
