@@ -46,8 +46,8 @@ interop: build ## odmr with fetchmail, Postfix, Exim, Dovecot, mutt, cron … (a
 size: build ## octets of the program, milliseconds to its start, memory of an idle provider and customer (doc/size.md)
 	tests/interop/run size
 
-soak: $(if $(ODMR),,build) ## all at once for SECONDS (3600): customers, hostile peers, kills, full disks; a JSON line a minute, a verdict (as root)
-	tests/soak/run $(or $(SECONDS),3600)
+soak: program ## all at once for SECONDS (3600): customers, hostile peers, kills, full disks; a JSON line a minute, a verdict (as root)
+	@seconds="$(SECONDS)"; tests/soak/run "$${seconds:-3600}"
 
 fuzz: ## each target of fuzz/ for SECONDS (60) with libFuzzer, and a table; TARGET=NAME for one; needs cargo-fuzz and a nightly Rust
 	@SECONDS_EACH="$(SECONDS)" TARGET="$(TARGET)" fuzz/run
@@ -69,7 +69,7 @@ program:
 	@if test -n "$(ODMR)"; then :; \
 	elif test -O Cargo.toml && command -v $(CARGO) >/dev/null; then $(CARGO) build --release; \
 	elif test -x "$(PROGRAM)"; then echo "$(PROGRAM) as it was built"; \
-	else echo "there is no $(PROGRAM) yet: type \`make\` as the user whom the sources belong to, then this again"; exit 69; fi
+	else echo "there is no $(PROGRAM) yet: type \`make build\` as the user whom the sources belong to, then this again"; exit 69; fi
 
 certs: ## a self-signed certificate and key for HOST (this host's name) into ./certs, to try things with
 	@install -d certs

@@ -1,5 +1,6 @@
 //! The examples of `dist/examples` and the manual page, against the real program.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -29,7 +30,8 @@ impl Copies {
         copies.write("relay.pem", &certificate);
         copies.write("relay.key", &key);
         copies.write("provider-ca.pem", &certificate);
-        for (name, text) in [("acme.recipients", "alice@example.org\n"), ("aliases", "postmaster: alice@example.org\n")] {
+        for (name, text) in [("acme.recipients", "alice@example.org\n"), ("aliases", "postmaster: alice@example.org\n")]
+        {
             fs::write(copies.path(name), text).unwrap();
             fs::set_permissions(copies.path(name), fs::Permissions::from_mode(0o644)).unwrap();
         }
@@ -43,7 +45,8 @@ impl Copies {
             user = User::from_name("nobody").unwrap().unwrap();
         }
         let group = Group::from_gid(user.gid).unwrap().unwrap().name;
-        let mut text = source(&format!("dist/examples/{name}")).replace("\"/var/", "\"var/").replace("/etc/aliases", "aliases");
+        let mut text =
+            source(&format!("dist/examples/{name}")).replace("\"/var/", "\"var/").replace("/etc/aliases", "aliases");
         for (key, here) in [("user", &user.name), ("group", &group)] {
             text = text.replace(&format!("{key} = \"odmr\""), &format!("{key} = \"{here}\""));
         }
@@ -106,4 +109,62 @@ fn each_line_of_the_examples_that_is_commented_out_is_valid() {
         copies.write(name, &text);
     }
     assert!(tried > 100, "{tried} lines");
+}
+
+fn help(arguments: &[&str]) -> String {
+    let result = Command::new(env!("CARGO_BIN_EXE_odmr")).args(arguments).output().unwrap();
+    assert!(result.status.success(), "{arguments:?}: {result:?}");
+    String::from_utf8(result.stdout).unwrap()
+}
+
+/// The options that a help text lists, such as `-c` and `--config`.
+fn options_in_help(help: &str) -> BTreeSet<String> {
+    let listed = help.lines().filter(|line| line.trim_start().starts_with('-'));
+    let names = listed.flat_map(|line| line.split_whitespace().take_while(|word| word.starts_with('-')));
+    names.map(|name| name.split([',', '=']).next().unwrap().to_owned()).collect()
+}
+
+/// The options that a section of the manual page lists.
+fn options_in_manual(section: &str) -> BTreeSet<String> {
+    let mut options = BTreeSet::new();
+    for line in section.lines().filter_map(|line| line.strip_prefix(".It Fl ")) {
+        let names = line.split(' ').take_while(|word| !word.starts_with(char::is_uppercase) || word.len() == 1);
+        options.extend(names.filter(|word| *word != ",").map(|word| format!("-{}", word.trim_end_matches('='))));
+    }
+    options
+}
+
+#[test]
+fn the_manual_page_has_each_subcommand_and_option() {
+    let page = source("doc/odmr.8");
+    let overview = help(&["-h"]);
+    let words =
+        overview.lines().filter_map(|line| line.strip_prefix("    odmr ")).map(|line| line.split(' ').next().unwrap());
+    let subcommands: BTreeSet<_> = words.filter(|word| !["help", "version"].contains(word)).collect();
+    let section =
+        |name: &str| page.split(&format!("\n.Ss odmr {name}\n")).nth(1).unwrap_or_default().split("\n.S").next();
+    for name in &subcommands {
+        let expected = options_in_help(&help(&[name, "-h"]));
+        let mut found = options_in_manual(section(name).unwrap());
+        found.extend(["-h", "--help"].into_iter().filter(|option| expected.contains(*option)).map(str::to_owned));
+        assert_eq!(found, expected, "doc/odmr.8: the options of odmr {name}");
+    }
+    let documented: BTreeSet<_> = page.lines().filter_map(|line| line.strip_prefix(".Ss odmr ")).collect();
+    assert_eq!(documented, subcommands, "doc/odmr.8: the subcommands");
+}
+
+/// `exit.rs` says it: the codes of the page are those of the program.
+#[test]
+fn the_manual_page_has_each_exit_code() {
+    let codes = source("src/cli/exit.rs");
+    let codes: BTreeSet<_> = codes
+        .lines()
+        .filter_map(|line| line.trim().strip_suffix(',')?.split_once(" = "))
+        .map(|(_, code)| code)
+        .collect();
+    let page = source("doc/odmr.8");
+    let page = page.split("\n.Sh EXIT STATUS\n").nth(1).unwrap().split("\n.Sh ").next().unwrap();
+    let documented: BTreeSet<_> =
+        page.lines().filter_map(|line| line.strip_prefix(".It ")).filter(|code| *code != "0").collect();
+    assert_eq!(documented, codes);
 }
