@@ -22,18 +22,32 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 
 
-def debian(box):
-    """The directory with the smallest Debian there is; made at the first run, which takes half a minute and the network."""
+def debian(box, systemd=False):
+    """The directory with the smallest Debian there is; made at the first run, which takes half a minute and the network.
+    `systemd`: with that package too."""
     STORE.mkdir(parents=True, exist_ok=True)
     with open(STORE / ".debian-lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not BASE.exists():
-            draft = BASE.with_name(f".{BASE.name}")
-            shutil.rmtree(draft, ignore_errors=True)
-            done = box.run("debootstrap", "--variant=minbase", RELEASE, draft, *mirror(), seconds=200)
-            check(done.returncode == 0, f"debootstrap: {done.stdout[-500:]} {done.stderr[-500:]}")
-            draft.rename(BASE)
-    return BASE
+            make(box, BASE, [["debootstrap", "--variant=minbase", RELEASE, "{}", *mirror()]])
+        if not systemd:
+            return BASE
+        whole = STORE / f"{BASE.name}-systemd"
+        if not whole.exists():
+            install = "apt-get update -q && apt-get install -q -y --no-install-recommends systemd"
+            quiet = ["env", "DEBIAN_FRONTEND=noninteractive", f"PATH={PATH}"]
+            make(box, whole, [["cp", "-a", BASE, "{}"], ["chroot", "{}", *quiet, "sh", "-ec", install]])
+    return whole
+
+
+def make(box, directory, commands):
+    """Runs commands that fill a directory, `{}` in them; it gets its name when it is whole."""
+    draft = directory.with_name(f".{directory.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    for command in commands:
+        done = box.run(*(str(draft) if word == "{}" else word for word in command), seconds=200)
+        check(done.returncode == 0, f"{command}: {done.stdout[-500:]} {done.stderr[-500:]}")
+    draft.rename(directory)
 
 
 def mirror():
@@ -90,35 +104,57 @@ class World:
 
 
 class Machine:
-    """A clean Debian with an address, a default route and a resolver."""
+    """A clean Debian with an address, a default route and a resolver; with `systemd` as its first process, or with none."""
 
-    def __init__(self, box, world, name, address):
-        self.box, self.name, self.address = box, name, address
+    def __init__(self, box, world, name, address, systemd=False):
+        self.box, self.name, self.address, self.systemd = box, name, address, systemd
         self.root = box.path / name / "root"
-        base = debian(box)
         rw = self.root.parent / "rw"
         for directory in (self.root, rw):
             directory.mkdir(parents=True)
         # An overlay on tmpfs, as a directory of an overlay (in a container, say) cannot be the upper one.
         mounts = f"""mount -t tmpfs tmpfs {rw}; mkdir {rw}/upper {rw}/work
-            mount -t overlay overlay -o lowerdir={base},upperdir={rw}/upper,workdir={rw}/work {self.root}
+            mount -t overlay overlay -o lowerdir={debian(box, systemd)},upperdir={rw}/upper,workdir={rw}/work {self.root}
             mount -t proc proc {self.root}/proc; mount -t tmpfs tmpfs {self.root}/run; hostname {name}
             echo 'nameserver {world.ADDRESS}' >{self.root}/etc/resolv.conf; ip link set lo up"""
-        self.pid = namespaces(box, name, ["--net", "--mount", "--uts", "--ipc", "--pid"], mounts)
+        kinds = ["--net", "--mount", "--uts", "--ipc", "--pid"]
+        if systemd:
+            kinds.append("--cgroup")
+            self.pid = namespaces(box, name, kinds, mounts + self.first_process(), control_group(box, name))
+        else:
+            self.pid = namespaces(box, name, kinds, mounts)
+        self.kinds = kinds
+        self.connect(world)
+        if systemd:
+            state = lambda: self.type("systemctl is-system-running").stdout.strip()
+            wait_until(lambda: state() in ("running", "degraded"), f"systemd of {name}")
+            box.start(f"{name}-journal.log", *self.command("exec journalctl --follow --lines=all --output=cat", "root"))
+
+    def first_process(self):
+        """What systemd needs, the lines that end in it."""
+        return f"""
+            cd {self.root}
+            mount -t sysfs -o ro sysfs sys; mount -t cgroup2 cgroup2 sys/fs/cgroup; mount -t tmpfs tmpfs dev
+            for name in null zero full random urandom tty; do touch dev/$name; mount --bind /dev/$name dev/$name; done
+            mkdir dev/pts dev/shm; ln -s /proc/self/fd dev/fd
+            touch {self.box.path / self.name}.ready
+            exec env -i container=other PATH={PATH} chroot . /lib/systemd/systemd"""
+
+    def connect(self, world):
         world.machines += 1
-        gateway, inner, outer = re.sub(r"\d+$", "1", address), f"in{world.machines}", f"out{world.machines}"
+        gateway, inner, outer = re.sub(r"\d+$", "1", self.address), f"in{world.machines}", f"out{world.machines}"
         world.run(
             f"ip link add {outer} type veth peer name {inner} netns {self.pid}\n"
             f"ip address add {gateway}/24 dev {outer}; ip link set {outer} up"
         )
-        self.outside(f"ip address add {address}/24 dev {inner}; ip link set {inner} up; ip route add default via {gateway}")
+        self.outside(f"ip address add {self.address}/24 dev {inner}; ip link set {inner} up; ip route add default via {gateway}")
 
     def enter(self):
-        return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--uts", "--ipc", "--pid"]
+        return ["nsenter", f"--target={self.pid}", *self.kinds]
 
     def outside(self, script):
         """A script with the programs of the machine that plays the scenarios, which sees this one's files and network."""
-        done = self.box.run(*self.enter(), "sh", "-ec", script, cwd=ROOT)
+        done = self.box.run(*self.enter(), "sh", "-ec", f"cd {ROOT}; {script}")
         check(done.returncode == 0, f"{self.name}: {script}: {done.stdout} {done.stderr}")
         return done.stdout
 
@@ -131,17 +167,35 @@ class Machine:
     def type(self, line, user="root"):
         """What a person types. Gives the finished process; a daemon (`&`) goes on, and its output is in NAME-daemon.log."""
         if line.endswith("&"):
-            # The shell that is gone leaves no zombie.
             self.box.start(f"{self.name}-daemon.log", *self.command(f"exec {line[:-1]}", user))
             return None
         return self.box.run(*self.command(line, user), seconds=120)
 
 
-def namespaces(box, name, kinds, script):
-    """Makes namespaces that last as long as the box, prepares them by a script, and gives the id of a process in them."""
+def control_group(box, name):
+    """A group of its own in the unified hierarchy of cgroups(7), in which systemd may work; gone with the box."""
+    mounts = [line.split() for line in pathlib.Path("/proc/mounts").read_text().splitlines()]
+    group = next(pathlib.Path(words[1]) for words in mounts if words[2] == "cgroup2") / f"{box.path.name}-{name}"
+    group.mkdir()
+
+    def remove():
+        (group / "cgroup.kill").write_text("1")
+        wait_until(lambda: "populated 0" in (group / "cgroup.events").read_text(), f"the end of all processes of {name}")
+        for directory, _, _ in os.walk(group, topdown=False):
+            os.rmdir(directory)
+
+    box.at_end(remove)
+    return f"echo $$ >{group}/cgroup.procs; "
+
+
+def namespaces(box, name, kinds, script, before=""):
+    """Makes namespaces that last as long as the box, and gives the id of a process in them. The script prepares them, and
+    may go on as something that stays; `before` comes before them."""
     ready = box.path / f"{name}.ready"
     fork = ["--fork", "--kill-child", "--propagation=private"] if "--pid" in kinds else []
-    child = box.start(f"{name}.log", "unshare", *kinds, *fork, "sh", "-exc", f"{script}\n touch {ready}; exec sleep infinity")
+    words = ["sh", "-exc", f'{before}exec unshare "$@"', "sh", *kinds, *fork, "sh", "-exc", f"{script}\n touch {ready}; exec sleep infinity"]
+    child = box.start(f"{name}.log", *words)
+    box.at_end(child.kill)  # `unshare --fork` ignores SIGTERM
     wait_until(lambda: ready.exists() or child.poll() is not None, f"the namespaces of {name}")
     check(ready.exists(), f"{name}: {box.log(f'{name}.log')}")
     if not fork:

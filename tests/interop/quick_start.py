@@ -2,9 +2,11 @@
 
 import os
 import re
+import socket
+import threading
 import time
 
-from harness import ODMR, ROOT, Server, Smtp, check, events, field, scenario, wait_until
+from harness import ODMR, ROOT, Server, Smtp, check, connections, events, field, scenario, wait_until
 from machines import Machine, World
 
 README = ROOT / "README.md"
@@ -46,13 +48,17 @@ class Player:
             if command == "make install":
                 self.install(self.machine, alternative(comment, "or"))
                 continue
-            # No service manager runs in these machines.
-            if command.startswith("systemctl "):
+            if command.startswith("systemctl ") and not self.machine.systemd:
                 command = alternative(comment, "without systemd")
             done = self.machine.type(command, user)
             if done:
                 self.said[command] = done
                 check(done.returncode == 0, f"{self.machine.name}: {command}: exit {done.returncode}: {done.stdout} {done.stderr}")
+
+
+def log_of(machine):
+    """What the daemon of a machine has logged, to the journal or to the terminal."""
+    return machine.box.log(f"{machine.name}-{'journal' if machine.systemd else 'daemon'}.log")
 
 
 def wait_for_listener(world, address, port):
@@ -73,12 +79,7 @@ def send_from_world(world, recipient, content):
 
 
 def host_of_world(box, world):
-    """The MX host of example.com: a listener on port 25."""
-    import socket
-    import threading
-
-    from harness import connections
-
+    """The MX host of example.com. Gives the messages that it gets."""
     world.run(f"ip address add {WORLD_HOST}/32 dev lo")
     listener = box.keep(world.inside(lambda: socket.create_server((WORLD_HOST, 25))))
     messages = []
@@ -93,10 +94,11 @@ def host_of_world(box, world):
     return messages
 
 
-def pair(box, install):
+def pair(box, install, systemd=False):
     """Plays the quick start. Gives both machines and the facts."""
     world = World(box, *RECORDS)
-    relay, mail = Machine(box, world, "relay", PROVIDER), Machine(box, world, "mail", CUSTOMER)
+    relay = Machine(box, world, "relay", PROVIDER, systemd=systemd)
+    mail = Machine(box, world, "mail", CUSTOMER, systemd=systemd)
     messages = host_of_world(box, world)
     provider, customer, afterwards = blocks()
     begin = time.monotonic()
@@ -120,11 +122,10 @@ def sends_back(mail, afterwards, messages):
     """The daemon calls, and a user who is nobody special sends a message to the world."""
     (daemon, comment), *rest = afterwards
     Player(mail, None).play([(daemon, comment)])
-    log = lambda: mail.box.log(f"{mail.name}-daemon.log")
-    wait_until(lambda: events(log(), "listening", listener="local"), f"the daemon: {log()}")
+    wait_until(lambda: events(log_of(mail), "listening", listener="local"), "the daemon")
     mail.type("useradd -m alice")
     Player(mail, None).play(rest, "alice")
-    wait_until(lambda: mail.type("odmr pull -c /etc/odmr/customer.toml --now").returncode == 0, "the call")
+    check(mail.type("odmr pull -c /etc/odmr/customer.toml --now").returncode == 0, "odmr pull --now")
     wait_until(lambda: messages, "the message in the world")
     check(messages[0].sender == "alice@example.org" and b"Hello, world" in messages[0].content, f"{messages}")
 
@@ -154,31 +155,88 @@ def package(box, name="target"):
     return file
 
 
-@scenario("debian-package", needs=[*NEEDS, "dpkg-deb", "dpkg-shlibdeps", "lintian"], root=True)
-def debian_package(box):
-    """The same after `apt install ./odmr_*.deb`; lintian says nothing; two builds are equal; a purge leaves mail and says where"""
-    file = package(box)
-    os.umask(0o077)
-    again = package(box, "again")
-    os.umask(0o022)
-    check(file.read_bytes() == again.read_bytes(), "two builds of the package differ")
-    linted = box.run("lintian", "--fail-on=error,warning", "--no-cfg", file)
-    check(linted.returncode == 0 and not linted.stdout.strip(), f"lintian: {linted.stdout} {linted.stderr}")
+def installed(machine, file, command):
+    machine.outside(f"cp {file} {machine.root}/root/")
+    done = machine.type(command)
+    check(done.returncode == 0, f"{command}: {done.stdout} {done.stderr}")
+    check(not machine.type("dpkg --verify odmr").stdout, "files differ from md5sums")
 
-    def installed(machine, command):
-        machine.outside(f"cp {file} {machine.root}/root/")
+
+@scenario("quick-start-deb", needs=[*NEEDS, "dpkg-deb", "dpkg-shlibdeps"], root=True)
+def quick_start_deb(box):
+    """The same after `apt install ./odmr_*.deb`, with a systemd on each machine that runs both daemons"""
+    file = package(box)
+    relay, mail, facts = pair(box, lambda machine, command: installed(machine, file, command), systemd=True)
+    return f"{file.stat().st_size} octets; {facts}"
+
+
+PROVIDER_FILE = """hostname = "relay.example.net"
+spool = "/srv/relay"
+customers = "customers.d"
+user = "odmr"
+[odmr]
+require-tls = false
+"""
+
+
+@scenario("debian-package", needs=[*NEEDS, "dpkg-deb", "dpkg-shlibdeps", "lintian", "mandoc"], root=True)
+def debian_package(box):
+    """make deb: equal twice, lintian is silent; an upgrade restarts what runs only; a purge leaves mail and says where"""
+    file = package(box)
+    old = os.umask(0o077)
+    again = package(box, "again")
+    os.umask(old)
+    check(file.read_bytes() == again.read_bytes(), "two builds of the package differ")
+    linted = box.run("lintian", "--fail-on=error,warning", "--allow-root", file)
+    check(linted.returncode == 0 and not linted.stdout.strip(), f"lintian: {linted.stdout} {linted.stderr}")
+    linted = box.run("mandoc", "-Tlint", "-Wwarning", ROOT / "doc/odmr.8")
+    check(linted.returncode == 0, f"mandoc: {linted.stdout}")
+    world = World(box, *RECORDS)
+    life_with_systemd(world, Machine(box, world, "relay", PROVIDER, systemd=True), file)
+    # The same without systemd: no script of the package fails or says anything.
+    bare = Machine(box, world, "bare", CUSTOMER)
+    installed(bare, file, "dpkg -i ./odmr_*.deb")
+    for command in ("dpkg -i ./odmr_*.deb", "dpkg --remove odmr", "dpkg --purge odmr"):
+        done = bare.type(command)
+        check(done.returncode == 0 and not done.stderr and "odmr:" not in done.stdout, f"{command}: {done.stdout} {done.stderr}")
+    return f"{file.stat().st_size} octets"
+
+
+def life_with_systemd(world, machine, file):
+    def state(unit):
+        shown = machine.type(f"systemctl show -p ActiveState -p UnitFileState -p MainPID {unit}").stdout
+        shown = dict(line.split("=", 1) for line in shown.splitlines())
+        return [shown["ActiveState"], shown["UnitFileState"], shown["MainPID"]]
+
+    def run(command):
         done = machine.type(command)
         check(done.returncode == 0, f"{command}: {done.stdout} {done.stderr}")
-        check(not machine.type("dpkg -V odmr").stdout, "files differ from md5sums")
-        check(machine.type("ls -d /etc/odmr").returncode != 0, "the package has made /etc/odmr")
+        return done.stdout
 
-    relay, mail, facts = pair(box, installed)
-    upgraded = mail.type("dpkg -i ./odmr_*.deb")
-    check(upgraded.returncode == 0 and not upgraded.stderr, f"{upgraded.stderr}")
-    check(mail.type("dpkg --remove odmr").returncode == 0, "dpkg --remove")
-    purged = mail.type("dpkg --purge odmr")
-    for directory in ("/etc/odmr", "/var/mail/odmr", "/var/spool/odmr-out"):
-        check(f" {directory}" in purged.stdout, f"{directory} is not named: {purged.stdout} {purged.stderr}")
-    check(mail.type("ls /var/mail/odmr/example.org/postmaster/new").stdout, "the message is gone")
-    check(not mail.type("find / -xdev -path /proc -prune -o -name '*odmr*' -print | grep -Ev '^/(etc|var/(mail|spool)|root)/'").stdout, "left")
-    return f"{file.stat().st_size} octets; {facts}"
+    installed(machine, file, "dpkg -i ./odmr_*.deb")
+    check(machine.type("ls -d /etc/odmr").returncode != 0, "the package has made /etc/odmr")
+    for unit in ("odmr-serve", "odmr-pull"):
+        check(state(unit) == ["inactive", "disabled", "0"], f"after the installation {unit} is {state(unit)}")
+    run("useradd -r odmr; mkdir -p /etc/odmr/customers.d")
+    machine.outside(f"cat >{machine.root}/etc/odmr/provider.toml <<'E'\n{PROVIDER_FILE}E")
+    run("printf 'domains = [\"example.org\"]\nsecret = \"a long random word\"' >acme && chgrp odmr acme && chmod 640 acme")
+    run("mv acme /etc/odmr/customers.d/acme.toml")
+    run("systemctl enable --now odmr-serve")
+    before = state("odmr-serve")
+    check(before[:2] == ["active", "enabled"], f"{before}: {log_of(machine)}")
+    send_from_world(world, "alice@example.org", MESSAGE)
+    run("systemctl reload odmr-serve")
+    wait_until(lambda: events(log_of(machine), "reloaded"), "the reload")
+    run("dpkg -i ./odmr_*.deb")
+    after = state("odmr-serve")
+    check(after[0] == "active" and after[2] != before[2], f"the upgrade has not restarted it: {before} {after}")
+    check(state("odmr-pull") == ["inactive", "disabled", "0"], f"the upgrade has started odmr-pull: {state('odmr-pull')}")
+    run("dpkg --remove odmr")
+    check(state("odmr-serve")[0] == "inactive", "it runs after its removal")
+    purged = run("dpkg --purge odmr")
+    for directory in ("/etc/odmr", "/srv/relay"):
+        check(f" {directory}" in purged, f"{directory} is not named: {purged}")
+    check(run("ls /srv/relay/domains/example.org/new"), "held mail is gone")
+    left = run("find / -xdev -name '*odmr*' -not -path '/proc/*' -not -path '/sys/*' -print").split()
+    left = [path for path in left if path != "/etc/odmr" and not path.startswith(("/root/", "/srv/"))]
+    check(not left, f"after the purge: {left}")
