@@ -134,12 +134,12 @@ def made_by_make(machine, _):
     machine.outside(f"make --silent install DESTDIR={machine.root} ODMR={ODMR}")
 
 
-@scenario("quick-start", needs=NEEDS, root=True)
+@scenario("quick-start", needs=[*NEEDS, "bmake"], root=True)
 def quick_start(box):
     """README's quick start after `make install`, word for word, in clean Debian machines: mail comes in and goes out"""
     relay, mail, facts = pair(box, made_by_make)
     # What was installed is removed again, and what was set up stays.
-    mail.outside(f"make --silent uninstall DESTDIR={mail.root}")
+    mail.outside(f"bmake -s uninstall DESTDIR={mail.root}")
     left = mail.outside(f"find {mail.root}/usr/local -name '*odmr*' -o -type l -lname '*odmr'")
     check(not left, f"make uninstall leaves {left}")
     check(mail.outside(f"ls {mail.root}/var/mail/odmr/example.org/postmaster/new"), "the message is gone")
