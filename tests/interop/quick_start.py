@@ -122,7 +122,7 @@ def sends_back(mail, afterwards, messages):
     """The daemon calls, and a user who is nobody special sends a message to the world."""
     (daemon, comment), *rest = afterwards
     Player(mail, None).play([(daemon, comment)])
-    wait_until(lambda: events(log_of(mail), "listening", listener="local"), "the daemon")
+    wait_until(lambda: events(log_of(mail), "listening", listener="submission"), "the daemon")
     mail.type("useradd -m alice")
     Player(mail, None).play(rest, "alice")
     check(mail.type("odmr pull -c /etc/odmr/customer.toml --now").returncode == 0, "odmr pull --now")
