@@ -41,7 +41,7 @@ class Player:
     """Types a block of commands on a machine. `install` is what is done for the first command."""
 
     def __init__(self, machine, install):
-        self.machine, self.install, self.said = machine, install, {}
+        self.machine, self.install, self.typed = machine, install, []
 
     def play(self, block, user="root"):
         for command, comment in block:
@@ -51,8 +51,8 @@ class Player:
             if command.startswith("systemctl ") and not self.machine.systemd:
                 command = alternative(comment, "without systemd")
             done = self.machine.type(command, user)
+            self.typed.append((command, done))
             if done:
-                self.said[command] = done
                 check(done.returncode == 0, f"{self.machine.name}: {command}: exit {done.returncode}: {done.stdout} {done.stderr}")
 
 
@@ -102,20 +102,32 @@ def pair(box, install, systemd=False):
     messages = host_of_world(box, world)
     provider, customer, afterwards = blocks()
     begin = time.monotonic()
-    Player(relay, install).play(provider)
+    operator = Player(relay, install)
+    operator.play(provider)
     # scp
     relay.outside(f"cp {relay.root}/root/acme.toml {box.path}/acme.toml")
     mail.outside(f"install -m 600 {box.path}/acme.toml {mail.root}/root/acme.toml")
     os.remove(box.path / "acme.toml")
     send_from_world(world, "alice@example.org", MESSAGE)
-    player = Player(mail, install)
-    player.play(customer)
+    user = Player(mail, install)
+    user.play(customer)
     seconds = time.monotonic() - begin
-    read = next(done.stdout for command, done in player.said.items() if command.startswith("cat "))
+    read = user.typed[-1][1].stdout
     check("\nwelcome\n" in read and field(read.encode(), "Subject") == "the first one", f"not the message: {read}")
     check(seconds < WHOLE, f"the quick start took {seconds:.0f} s")
     sends_back(mail, afterwards, messages)
+    says_what_is_next(operator.typed, user.typed)
     return relay, mail, f"{seconds:.1f} s from nothing to the first message"
+
+
+def says_what_is_next(*typed):
+    """What `odmr setup` tells people to type is what README tells them."""
+    readme = [word for block in blocks() for command, comment in block for word in (command, comment.split(": ", 1)[-1])]
+    for command, done in (one for commands in typed for one in commands if one[0].startswith("odmr setup ")):
+        told = re.findall(r"(?m)^ {4}((?:odmr|systemctl) .*)$", done.stdout)
+        check(told, f"{command} does not say what is next: {done.stdout}")
+        for line in told:
+            check(line in readme, f"{command} says {line!r}, and README does not")
 
 
 def sends_back(mail, afterwards, messages):
@@ -134,7 +146,7 @@ def made_by_make(machine, _):
     machine.outside(f"make --silent install DESTDIR={machine.root} ODMR={ODMR}")
 
 
-@scenario("quick-start", needs=[*NEEDS, "bmake"], root=True)
+@scenario("quick-start", needs=[*NEEDS, "bmake"], root=True, waits=True)
 def quick_start(box):
     """README's quick start after `make install`, word for word, in clean Debian machines: mail comes in and goes out"""
     relay, mail, facts = pair(box, made_by_make)
@@ -162,7 +174,7 @@ def installed(machine, file, command):
     check(not machine.type("dpkg --verify odmr").stdout, "files differ from md5sums")
 
 
-@scenario("quick-start-deb", needs=[*NEEDS, "dpkg-deb", "dpkg-shlibdeps"], root=True)
+@scenario("quick-start-deb", needs=[*NEEDS, "dpkg-deb", "dpkg-shlibdeps"], root=True, waits=True)
 def quick_start_deb(box):
     """The same after `apt install ./odmr_*.deb`, with a systemd on each machine that runs both daemons"""
     file = package(box)
@@ -179,7 +191,7 @@ require-tls = false
 """
 
 
-@scenario("debian-package", needs=[*NEEDS, "dpkg-deb", "dpkg-shlibdeps", "lintian", "mandoc"], root=True)
+@scenario("debian-package", needs=[*NEEDS, "dpkg-deb", "dpkg-shlibdeps", "lintian", "mandoc"], root=True, waits=True)
 def debian_package(box):
     """make deb: equal twice, lintian is silent; an upgrade restarts what runs only; a purge leaves mail and says where"""
     file = package(box)
