@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 
-from harness import ROOT, check, wait_until
+from harness import check, wait_until
 from packages import STORE
 
 RELEASE = "bookworm"
@@ -65,32 +65,28 @@ class World:
 
     def __init__(self, box, *records):
         self.box = box
-        self.pid = namespaces(box, "world", ["--net"], "")
-        self.run("ip link set lo up; ip address add 11.11.0.1/32 dev lo; echo 1 >/proc/sys/net/ipv4/ip_forward")
+        self.pid = namespaces(box, "world", ["--net"], "exec sleep infinity")
+        self.run(f"ip link set lo up; ip address add {self.ADDRESS}/32 dev lo; echo 1 >/proc/sys/net/ipv4/ip_forward")
         self.machines = 0
         options = ["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--log-queries", "--log-facility=-"]
         options += ["--user=root", "--bind-interfaces", f"--listen-address={self.ADDRESS}", "--pid-file="]
-        options += [f"--local=/{zone}/" for zone in ("net", "org", "example", "arpa")]
-        box.start("dnsmasq.log", *self.enter(), "dnsmasq", *options, *records)
-
-    def enter(self):
-        return ["nsenter", f"--target={self.pid}", "--net"]
+        options += [f"--local=/{zone}/" for zone in ("net", "org", "com", "example", "arpa")]
+        box.start("dnsmasq.log", *in_network(self.pid), "dnsmasq", *options, *records)
 
     def run(self, script):
-        done = self.box.run(*self.enter(), "sh", "-ec", script)
+        """A script in this network."""
+        done = self.box.run(*in_network(self.pid), "sh", "-ec", script)
         check(done.returncode == 0, f"{script}: {done.stderr}")
-        return done.stdout
 
     def inside(self, function):
         """Calls a function in a thread that is in this network. What it opens stays there."""
         result = []
 
         def call():
-            with open(f"/proc/{self.pid}/ns/net") as namespace:
-                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), NEW_NETWORK):
-                    result.append(OSError(ctypes.get_errno(), "setns"))
-                    return
             try:
+                with open(f"/proc/{self.pid}/ns/net") as namespace:
+                    if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), NEW_NETWORK):
+                        raise OSError(ctypes.get_errno(), "setns")
                 result.append(function())
             except Exception as error:
                 result.append(error)
@@ -104,41 +100,45 @@ class World:
 
 
 class Machine:
-    """A clean Debian with an address, a default route and a resolver; with `systemd` as its first process, or with none."""
+    """A clean Debian with an address, a default route and a resolver; with `systemd` as its first process, or with none.
+
+    `root` is its root directory as this machine sees it.
+    """
+
+    KINDS = ["--net", "--mount", "--uts", "--ipc", "--pid"]
 
     def __init__(self, box, world, name, address, systemd=False):
         self.box, self.name, self.address, self.systemd = box, name, address, systemd
-        self.root = box.path / name / "root"
-        rw = self.root.parent / "rw"
-        for directory in (self.root, rw):
-            directory.mkdir(parents=True)
-        # An overlay on tmpfs, as a directory of an overlay (in a container, say) cannot be the upper one.
-        mounts = f"""mount -t tmpfs tmpfs {rw}; mkdir {rw}/upper {rw}/work
-            mount -t overlay overlay -o lowerdir={debian(box, systemd)},upperdir={rw}/upper,workdir={rw}/work {self.root}
-            mount -t proc proc {self.root}/proc; mount -t tmpfs tmpfs {self.root}/run; hostname {name}
-            echo 'nameserver {world.ADDRESS}' >{self.root}/etc/resolv.conf; ip link set lo up"""
-        kinds = ["--net", "--mount", "--uts", "--ipc", "--pid"]
-        if systemd:
-            kinds.append("--cgroup")
-            self.pid = namespaces(box, name, kinds, mounts + self.first_process(), control_group(box, name))
-        else:
-            self.pid = namespaces(box, name, kinds, mounts)
-        self.kinds = kinds
+        self.kinds = [*self.KINDS, "--cgroup"] if systemd else self.KINDS
+        before = control_group(box, name) if systemd else ""
+        self.pid = namespaces(box, name, self.kinds, self.beginning(world), before)
+        self.root = pathlib.Path(f"/proc/{self.pid}/root")
         self.connect(world)
         if systemd:
             state = lambda: self.type("systemctl is-system-running").stdout.strip()
             wait_until(lambda: state() in ("running", "degraded"), f"systemd of {name}")
             box.start(f"{name}-journal.log", *self.command("exec journalctl --follow --lines=all --output=cat", "root"))
 
-    def first_process(self):
-        """What systemd needs, the lines that end in it."""
-        return f"""
-            cd {self.root}
+    def beginning(self, world):
+        """The script that makes its file system, and ends in its first process."""
+        mounted = self.box.path / self.name
+        mounted.mkdir()
+        # The overlay is on tmpfs, as a directory of an overlay (in a container, say) cannot be the upper one.
+        script = f"""
+            mount -t tmpfs tmpfs {mounted}; cd {mounted}; mkdir upper work root
+            mount -t overlay overlay -o lowerdir={debian(self.box, self.systemd)},upperdir=upper,workdir=work root; cd root
+            mount -t proc proc proc; mount -t tmpfs tmpfs run; hostname {self.name}; ip link set lo up
+            echo 'nameserver {world.ADDRESS}' >etc/resolv.conf"""
+        first = "sleep infinity"
+        if self.systemd:
+            first = "/lib/systemd/systemd"
+            script += """
             mount -t sysfs -o ro sysfs sys; mount -t cgroup2 cgroup2 sys/fs/cgroup; mount -t tmpfs tmpfs dev
+            mkdir dev/pts dev/shm; mount -t devpts -o newinstance,ptmxmode=666 devpts dev/pts; ln -s pts/ptmx dev/ptmx
             for name in null zero full random urandom tty; do touch dev/$name; mount --bind /dev/$name dev/$name; done
-            mkdir dev/pts dev/shm; ln -s /proc/self/fd dev/fd
-            touch {self.box.path / self.name}.ready
-            exec env -i container=other PATH={PATH} chroot . /lib/systemd/systemd"""
+            ln -s /proc/self/fd dev/fd"""
+        # Its root is that of its mount namespace: in a mere chroot the sandboxes of systemd's units fail.
+        return f"{script}\n pivot_root . .; umount -l .; exec chroot . env -i container=other PATH={PATH} {first}"
 
     def connect(self, world):
         world.machines += 1
@@ -147,22 +147,16 @@ class Machine:
             f"ip link add {outer} type veth peer name {inner} netns {self.pid}\n"
             f"ip address add {gateway}/24 dev {outer}; ip link set {outer} up"
         )
-        self.outside(f"ip address add {self.address}/24 dev {inner}; ip link set {inner} up; ip route add default via {gateway}")
-
-    def enter(self):
-        return ["nsenter", f"--target={self.pid}", *self.kinds]
-
-    def outside(self, script):
-        """A script with the programs of the machine that plays the scenarios, which sees this one's files and network."""
-        done = self.box.run(*self.enter(), "sh", "-ec", f"cd {ROOT}; {script}")
-        check(done.returncode == 0, f"{self.name}: {script}: {done.stdout} {done.stderr}")
-        return done.stdout
+        script = f"ip address add {self.address}/24 dev {inner}; ip link set {inner} up; ip route add default via {gateway}"
+        done = self.box.run(*in_network(self.pid), "sh", "-ec", script)
+        check(done.returncode == 0, f"the network of {self.name}: {done.stderr}")
 
     def command(self, line, user):
         environment = [f"PATH={PATH}", f"HOME={'/root' if user == 'root' else '/tmp'}", "TERM=dumb", f"LOGNAME={user}"]
         become = ["runuser", "-u", user, "--"] if user != "root" else []
-        # `chroot` begins in /; a person begins at home.
-        return [*self.enter(), "chroot", self.root, "env", "-i", *environment, *become, "bash", "-c", f"cd; {line}"]
+        # `nsenter` begins in /; a person begins at home.
+        shell = ["env", "-i", *environment, *become, "bash", "-c", f"cd; {line}"]
+        return ["nsenter", f"--target={self.pid}", *self.kinds, *shell]
 
     def type(self, line, user="root"):
         """What a person types. Gives the finished process; a daemon (`&`) goes on, and its output is in NAME-daemon.log."""
@@ -172,8 +166,13 @@ class Machine:
         return self.box.run(*self.command(line, user), seconds=120)
 
 
+def in_network(pid):
+    return ["nsenter", f"--target={pid}", "--net"]
+
+
 def control_group(box, name):
-    """A group of its own in the unified hierarchy of cgroups(7), in which systemd may work; gone with the box."""
+    """A group of its own in the unified hierarchy of cgroups(7), in which systemd may work; gone with the box. Gives the
+    script with which a process enters it."""
     mounts = [line.split() for line in pathlib.Path("/proc/mounts").read_text().splitlines()]
     group = next(pathlib.Path(words[1]) for words in mounts if words[2] == "cgroup2") / f"{box.path.name}-{name}"
     group.mkdir()
@@ -189,15 +188,15 @@ def control_group(box, name):
 
 
 def namespaces(box, name, kinds, script, before=""):
-    """Makes namespaces that last as long as the box, and gives the id of a process in them. The script prepares them, and
-    may go on as something that stays; `before` comes before them."""
-    ready = box.path / f"{name}.ready"
+    """Makes namespaces that last as long as the box, and gives the id of their first process, which the script, after its
+    preparations, becomes by `exec`. `before` is done outside."""
     fork = ["--fork", "--kill-child", "--propagation=private"] if "--pid" in kinds else []
-    words = ["sh", "-exc", f'{before}exec unshare "$@"', "sh", *kinds, *fork, "sh", "-exc", f"{script}\n touch {ready}; exec sleep infinity"]
-    child = box.start(f"{name}.log", *words)
+    child = box.start(f"{name}.log", "sh", "-exc", f'{before}exec unshare "$@"', "sh", *kinds, *fork, "sh", "-exc", script)
     box.at_end(child.kill)  # `unshare --fork` ignores SIGTERM
-    wait_until(lambda: ready.exists() or child.poll() is not None, f"the namespaces of {name}")
-    check(ready.exists(), f"{name}: {box.log(f'{name}.log')}")
-    if not fork:
-        return child.pid
-    return int(pathlib.Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()[0])
+
+    def first_process():
+        check(child.poll() is None, f"{name}: {box.log(f'{name}.log')}")
+        pids = pathlib.Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split() if fork else [child.pid]
+        return next((int(pid) for pid in pids if pathlib.Path(f"/proc/{pid}/comm").read_text() in ("sleep\n", "systemd\n")), None)
+
+    return wait_until(first_process, f"the namespaces of {name}")

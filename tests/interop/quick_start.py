@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import threading
 import time
@@ -105,9 +106,7 @@ def pair(box, install, systemd=False):
     operator = Player(relay, install)
     operator.play(provider)
     # scp
-    relay.outside(f"cp {relay.root}/root/acme.toml {box.path}/acme.toml")
-    mail.outside(f"install -m 600 {box.path}/acme.toml {mail.root}/root/acme.toml")
-    os.remove(box.path / "acme.toml")
+    shutil.copy(relay.root / "root/acme.toml", mail.root / "root")
     send_from_world(world, "alice@example.org", MESSAGE)
     user = Player(mail, install)
     user.play(customer)
@@ -143,7 +142,12 @@ def sends_back(mail, afterwards, messages):
 
 
 def made_by_make(machine, _):
-    machine.outside(f"make --silent install DESTDIR={machine.root} ODMR={ODMR}")
+    make(machine, "make", "install")
+
+
+def make(machine, program, target):
+    done = machine.box.run(program, "-s", target, f"DESTDIR={machine.root}", f"ODMR={ODMR}", cwd=ROOT)
+    check(done.returncode == 0, f"make {target}: {done.stdout} {done.stderr}")
 
 
 @scenario("quick-start", needs=[*NEEDS, "bmake"], root=True, waits=True)
@@ -151,10 +155,10 @@ def quick_start(box):
     """README's quick start after `make install`, word for word, in clean Debian machines: mail comes in and goes out"""
     relay, mail, facts = pair(box, made_by_make)
     # What was installed is removed again, and what was set up stays.
-    mail.outside(f"bmake -s uninstall DESTDIR={mail.root}")
-    left = mail.outside(f"find {mail.root}/usr/local -name '*odmr*' -o -type l -lname '*odmr'")
+    make(mail, "bmake", "uninstall")
+    left = mail.type("find /usr/local -name '*odmr*' -o -type l -lname '*odmr'").stdout
     check(not left, f"make uninstall leaves {left}")
-    check(mail.outside(f"ls {mail.root}/var/mail/odmr/example.org/postmaster/new"), "the message is gone")
+    check(mail.type("ls /var/mail/odmr/example.org/postmaster/new").stdout, "the message is gone")
     return facts
 
 
@@ -168,7 +172,7 @@ def package(box, name="target"):
 
 
 def installed(machine, file, command):
-    machine.outside(f"cp {file} {machine.root}/root/")
+    shutil.copy(file, machine.root / "root")
     done = machine.type(command)
     check(done.returncode == 0, f"{command}: {done.stdout} {done.stderr}")
     check(not machine.type("dpkg --verify odmr").stdout, "files differ from md5sums")
@@ -179,6 +183,10 @@ def quick_start_deb(box):
     """The same after `apt install ./odmr_*.deb`, with a systemd on each machine that runs both daemons"""
     file = package(box)
     relay, mail, facts = pair(box, lambda machine, command: installed(machine, file, command), systemd=True)
+    # What a first start makes, as root, the next one must be able to use under the restrictions of the unit.
+    for machine, unit in ((relay, "odmr-serve"), (mail, "odmr-pull")):
+        done = machine.type(f"systemctl restart {unit} && systemctl reload {unit}")
+        check(done.returncode == 0, f"{unit}: {done.stderr} {log_of(machine)[-500:]}")
     return f"{file.stat().st_size} octets; {facts}"
 
 
@@ -230,7 +238,7 @@ def life_with_systemd(world, machine, file):
     for unit in ("odmr-serve", "odmr-pull"):
         check(state(unit) == ["inactive", "disabled", "0"], f"after the installation {unit} is {state(unit)}")
     run("useradd -r odmr; mkdir -p /etc/odmr/customers.d")
-    machine.outside(f"cat >{machine.root}/etc/odmr/provider.toml <<'E'\n{PROVIDER_FILE}E")
+    (machine.root / "etc/odmr/provider.toml").write_text(PROVIDER_FILE)
     run("printf 'domains = [\"example.org\"]\nsecret = \"a long random word\"' >acme && chgrp odmr acme && chmod 640 acme")
     run("mv acme /etc/odmr/customers.d/acme.toml")
     run("systemctl enable --now odmr-serve")
