@@ -152,7 +152,10 @@ fn the_manual_page_has_each_subcommand_and_option() {
     for name in &names {
         let words: Vec<_> = name.split(' ').skip(1).chain(["-h"]).collect();
         let expected = options_in_help(&help(&words));
-        let section = page.split(&format!("\n.Ss {name}\n")).nth(1).and_then(|rest| rest.split("\n.S").next());
+        let section = page
+            .split(&format!("\n.Ss {name}\n"))
+            .nth(1)
+            .and_then(|rest| rest.split("\n.Ss ").next()?.split("\n.Sh ").next());
         let mut found = options_in_manual(section.unwrap_or_else(|| panic!("doc/odmr.8: there is no {name}")));
         // The page says it once for all.
         found.extend(["-h", "--help"].into_iter().filter(|option| expected.contains(*option)).map(str::to_owned));
