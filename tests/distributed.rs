@@ -180,3 +180,95 @@ fn the_manual_page_has_each_exit_code() {
         page.lines().filter_map(|line| line.strip_prefix(".It ")).filter(|code| *code != "0").collect();
     assert_eq!(documented, codes);
 }
+
+/// `make` with variables, in the directory of the sources.
+fn make(target: &str, variables: &[(&str, &Path)]) -> Output {
+    let mut make = Command::new("make");
+    // make gives its variables, and whether it runs in parallel, to those below it.
+    make.current_dir(env!("CARGO_MANIFEST_DIR")).env_remove("MAKEFLAGS").env_remove("ODMR").args(["-s", target]);
+    make.args(variables.iter().map(|(name, value)| format!("{name}={}", value.display()))).output().unwrap()
+}
+
+/// All that is not a directory below a directory, with paths that begin there.
+fn files(directory: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    let mut directories = vec![directory.to_owned()];
+    while let Some(next) = directories.pop() {
+        for entry in fs::read_dir(next).unwrap().map(Result::unwrap) {
+            match entry.file_type().unwrap().is_dir() {
+                true => directories.push(entry.path()),
+                false => drop(found.insert(entry.path().strip_prefix(directory).unwrap().to_owned())),
+            }
+        }
+    }
+    found
+}
+
+/// Root has no cargo, and takes what another user has built.
+#[test]
+fn make_installs_and_removes_what_was_built() {
+    let directory = tempfile::tempdir().unwrap();
+    let (root, target) = (directory.path().join("root"), directory.path().join("target"));
+    let variables = [
+        ("DESTDIR", root.as_path()),
+        ("PREFIX", Path::new("/opt/odmr")),
+        ("CARGO", Path::new("/nonexistent/cargo")),
+        ("CARGO_TARGET_DIR", &target),
+    ];
+    let none = make("install", &variables);
+    assert!(!none.status.success() && String::from_utf8_lossy(&none.stdout).contains("type `make build`"), "{none:?}");
+    assert!(!root.exists(), "installed what was not built");
+    fs::create_dir_all(target.join("release")).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_odmr"), target.join("release/odmr")).unwrap();
+    // A program that is there already stays.
+    fs::create_dir_all(root.join("opt/odmr/bin")).unwrap();
+    fs::write(root.join("opt/odmr/bin/mailq"), "another one").unwrap();
+    for _ in 0..2 {
+        let done = make("install", &variables);
+        assert!(done.status.success(), "{done:?}");
+    }
+    let installed = files(&root.join("opt/odmr"));
+    let read = |path: &str| fs::read_to_string(root.join("opt/odmr").join(path)).unwrap();
+    for path in [
+        "bin/odmr",
+        "share/man/man8/odmr.8",
+        "share/doc/odmr/doc/log.md",
+        "share/doc/odmr/examples/customers.d/acme.toml",
+    ] {
+        assert!(installed.contains(Path::new(path)), "{path}: {installed:?}");
+    }
+    assert_eq!(fs::read_link(root.join("opt/odmr/sbin/sendmail")).unwrap(), Path::new("../bin/odmr"));
+    assert_eq!(read("bin/mailq"), "another one");
+    assert!(read("share/doc/odmr/examples/runit/odmr-serve/run").contains("exec /opt/odmr/bin/odmr serve"));
+    assert!(read("share/man/man8/odmr.8").contains("/opt/odmr/share/doc/odmr"));
+    if cfg!(target_os = "linux") {
+        assert!(read("lib/systemd/system/odmr-serve.service").contains("ExecStart=/opt/odmr/bin/odmr serve"));
+    }
+    let done = make("uninstall", &variables);
+    assert!(done.status.success(), "{done:?}");
+    assert_eq!(files(&root), BTreeSet::from([PathBuf::from("opt/odmr/bin/mailq")]));
+}
+
+/// What is missing, and what to type for it; cargo and rustc are scripts here.
+#[test]
+fn make_static_says_what_it_needs() {
+    let directory = tempfile::tempdir().unwrap();
+    let script = |name: &str, text: &str| {
+        fs::write(directory.path().join(name), format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(directory.path().join(name), fs::Permissions::from_mode(0o755)).unwrap();
+    };
+    let run = |cc: &str| {
+        let path = format!("{}:/usr/bin:/bin", directory.path().display());
+        let command = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/static");
+        let result = Command::new(command).env("PATH", path).env("CARGO", "cargo").env("CC", cc).output().unwrap();
+        (result.status.code(), String::from_utf8([result.stdout, result.stderr].concat()).unwrap())
+    };
+    script("cargo", "echo cargo \"$@\"");
+    script("rustc", "echo /nonexistent");
+    let (code, text) = run("");
+    assert!(code == Some(69) && text.lines().count() == 1, "{text}");
+    assert!(text.contains("type `rustup target add ") && text.contains("-unknown-linux-musl`"), "{text}");
+    script("rustc", "echo /");
+    let (code, text) = run("cc");
+    assert!(code == Some(0) && text.contains("cargo build --release --target "), "{text}");
+}
