@@ -19,7 +19,7 @@ INSTALLING = PROGRAM="$(PROGRAM)" DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" UNITDI
 .PHONY: help build test rules check house demo interop size soak fuzz install uninstall deb static program certs
 
 help: ## what you are reading
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s  %s\n", $$1, $$2}' Makefile
 
 build: ## the program, target/release/odmr
 	$(CARGO) build --release
