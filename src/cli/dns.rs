@@ -14,6 +14,7 @@ mod texts;
 #[cfg(test)]
 mod zone;
 
+use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -32,6 +33,7 @@ use self::texts::{SendingHost, judge_dmarc, judge_spf};
 use super::check_report::CheckReport;
 use super::exit::ExitError;
 use super::process::print;
+use super::terminal::{has_colours, highlighted};
 use crate::config::{Config, CustomerConfig, ProviderConfig};
 use crate::mail::address::Domain;
 use crate::net::reserved::{is_own, not_in_the_world};
@@ -117,14 +119,14 @@ struct DnsTally {
 impl DnsTally {
     fn print(&mut self, name: &Domain, findings: &[DnsFinding]) -> Result<(), ExitError> {
         self.errors += findings.iter().filter(|finding| finding.verdict == DnsVerdict::Error).count();
-        print(&lines(name, findings))
+        print(&lines(name, findings, has_colours(io::stdout())))
     }
 }
 
 /// The findings about a name.
-fn lines(name: &Domain, findings: &[DnsFinding]) -> String {
+fn lines(name: &Domain, findings: &[DnsFinding], colours: bool) -> String {
     let mut out = format!("{name}\n");
-    findings.iter().for_each(|finding| finding.write(&mut out));
+    findings.iter().for_each(|finding| finding.write(&mut out, colours));
     out
 }
 
@@ -233,7 +235,8 @@ fn check_domains(plans: &[DomainPlan<'_>], lookups: &DnsLookups, tally: &mut Dns
         }
     }
     if left > 0 {
-        print(&format!("warning: domains that were not looked up: {left}, as {}\n", lookups.why_over()))?;
+        let word = highlighted("warning:", false, has_colours(io::stdout()));
+        print(&format!("{word} domains that were not looked up: {left}, as {}\n", lookups.why_over()))?;
     }
     Ok(())
 }
@@ -298,5 +301,5 @@ pub(super) fn domain_records(domain: &Domain, host: &str, relays: bool, lookups:
     let known = KnownHost::look_up(&host, lookups);
     let sent_by = if relays { SentBy::Host(&known) } else { SentBy::Nobody };
     let plan = DomainPlan { domain, taken_by: &known, is_certain: true, sent_by };
-    lines(domain, &judge_domain(&plan, lookups)).lines().map(str::to_owned).collect()
+    lines(domain, &judge_domain(&plan, lookups), false).lines().map(str::to_owned).collect()
 }

@@ -3,11 +3,14 @@
 use std::fmt::{Display, Write as _};
 use std::net::IpAddr;
 
+use crate::cli::terminal::highlighted;
 use crate::mail::address::Domain;
 
 /// Columns of a line, if no record is longer.
 const COLUMNS: usize = 96;
-/// The columns of the kind and of the verdict, before the text.
+/// The column of the verdict, after the kind.
+const VERDICT_COLUMN: usize = 8;
+/// The column of the text.
 const INDENTATION: usize = 18;
 /// Records of one set that are shown.
 const SHOWN_LIMIT: usize = 10;
@@ -46,8 +49,9 @@ impl DnsFinding {
         DnsFinding { is, should, ..self }
     }
 
-    /// Appends its lines, the records each on one of its own so that they can be copied.
-    pub fn write(&self, out: &mut String) {
+    /// Appends its lines, the records each on one of its own so that they can be copied. `colours`: for an error or a warning.
+    pub fn write(&self, out: &mut String, colours: bool) {
+        let start = out.len() + VERDICT_COLUMN;
         let verdict = match self.verdict {
             DnsVerdict::Good => "good",
             DnsVerdict::Note => "note",
@@ -65,6 +69,10 @@ impl DnsFinding {
             is_empty = false;
         }
         let _ = writeln!(out, "{line}");
+        if self.verdict >= DnsVerdict::Warning {
+            let word = highlighted(verdict, self.verdict == DnsVerdict::Error, colours);
+            out.replace_range(start..start + verdict.len(), &word);
+        }
         let should = if self.verdict == DnsVerdict::Note { "could be" } else { "should be" };
         for (title, records) in [("is", &self.is), (should, &self.should)] {
             for (number, record) in records.iter().take(SHOWN_LIMIT).enumerate() {
@@ -177,7 +185,7 @@ mod tests {
         let text = "word ".repeat(30);
         let records: Vec<String> = (0..12).map(|number| format!("{number} {}", "y".repeat(100))).collect();
         let finding = DnsFinding::new(DnsVerdict::Warning, "MX", text.trim_end());
-        finding.with(records.clone(), vec!["z".to_owned()]).write(&mut out);
+        finding.with(records.clone(), vec!["z".to_owned()]).write(&mut out, false);
         let lines: Vec<&str> = out.lines().collect();
         assert_eq!(lines.len(), 2 + 10 + 1 + 1, "{out}");
         assert!(lines[0].starts_with("  MX    warning   word word") && lines[0].len() <= COLUMNS, "{out}");
@@ -185,5 +193,8 @@ mod tests {
         assert_eq!(lines[2], format!("        is        {}", records[0]));
         assert_eq!(lines[12], "                  ; and 2 more");
         assert_eq!(lines[13], "        should be z");
+        let mut out = "example.org\n".to_owned();
+        DnsFinding::new(DnsVerdict::Error, "DMARC", "text").write(&mut out, true);
+        assert_eq!(out, "example.org\n  DMARC \x1b[1;31merror\x1b[0m     text\n");
     }
 }
