@@ -93,8 +93,7 @@ impl LogTarget {
     /// end the program does not wait for a reader of stderr that reads nothing. A command does: its reader may be a pager.
     pub fn start(self, level: LevelFilter, is_daemon: bool) {
         let mut builder = env_logger::Builder::new();
-        // What rustls logs below `warn` is not about mail.
-        builder.filter_level(level).filter_module("rustls", LevelFilter::Warn).parse_default_env();
+        builder.filter_level(level).parse_default_env();
         let (in_syslog, format) = (self.is_syslog(), self.format);
         let log = LOG.get_or_init(|| {
             let stderr = || Box::new(StderrSink { format, is_torn: false }) as Box<dyn LogSink>;
