@@ -12,6 +12,7 @@
 //! L=450_4.2.1_mailbox_is_full    the last reply
 //! ```
 
+use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -67,6 +68,11 @@ pub struct EndedSessions {
 }
 
 impl Entry {
+    /// The order of messages: by the unique parts of their names, so the oldest first.
+    pub fn by_age(one: &Entry, other: &Entry) -> Ordering {
+        one.unique().cmp(other.unique()).then_with(|| one.cmp(other))
+    }
+
     /// Returns the name before the info.
     fn base(&self) -> &[u8] {
         self.name.as_bytes().split(|octet| *octet == b':').next().unwrap_or_default()

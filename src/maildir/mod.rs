@@ -217,7 +217,7 @@ impl Maildir {
     /// for them only where an earlier version has stored outgoing mail.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = self.list().collect::<io::Result<Vec<Entry>>>()?;
-        entries.sort_unstable_by(|one, other| one.unique().cmp(other.unique()).then_with(|| one.cmp(other)));
+        entries.sort_unstable_by(Entry::by_age);
         Ok(entries)
     }
 

@@ -133,7 +133,7 @@ impl LockedQueue {
     fn left_out(&self, found: &[RankedEntry]) -> HashSet<Entry> {
         let mut left_out = HashSet::new();
         let mut entries: Vec<_> = found.iter().map(|found| &found.entry).collect();
-        entries.sort_unstable_by(|one, other| one.unique().cmp(other.unique()).then_with(|| one.cmp(other)));
+        entries.sort_unstable_by(|one, other| Entry::by_age(one, other));
         for pair in entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique()) {
             let id = |entry: &Entry| FileId::of_path(&self.maildir.file(entry)).ok();
             match (id(pair[0]), id(pair[1])) {

@@ -151,7 +151,7 @@ impl SharedIndex {
     /// The messages for a domain, as [`Maildir::entries`](crate::maildir::Maildir::entries) orders them.
     pub(super) fn entries(&self, domain: &Domain) -> Vec<Entry> {
         let mut entries: Vec<_> = self.lock().by_domain.get(domain).into_iter().flatten().cloned().collect();
-        entries.sort_unstable_by(|one, other| one.unique().cmp(other.unique()).then_with(|| one.cmp(other)));
+        entries.sort_unstable_by(Entry::by_age);
         entries
     }
 
