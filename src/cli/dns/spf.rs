@@ -218,8 +218,9 @@ impl SpfRecord {
     ///
     /// The term with the mistake.
     fn parse(text: &[u8]) -> Result<SpfRecord, String> {
-        let text = str::from_utf8(text).ok().filter(|text| text.is_ascii());
-        let text = text.ok_or_else(|| String::from("a character that is not ASCII"))?;
+        let is_plain = text.iter().all(|octet| (b' '..=b'~').contains(octet));
+        let text = str::from_utf8(text).ok().filter(|_| is_plain);
+        let text = text.ok_or_else(|| String::from("a character that is not printable ASCII"))?;
         let mut record = SpfRecord { directives: Vec::new(), redirect: None };
         let mut explained = false;
         for term in text.split(' ').skip(1).filter(|term| !term.is_empty()) {
@@ -227,12 +228,13 @@ impl SpfRecord {
             match term.find(['=', ':', '/']) {
                 Some(at) if term[at..].starts_with('=') => {
                     let (name, value) = (term[..at].to_ascii_lowercase(), &term[at + 1..]);
-                    let twice = match name.as_str() {
+                    let in_name = |octet: u8| octet.is_ascii_alphanumeric() || b"-_.".contains(&octet);
+                    let is_wrong = match name.as_str() {
                         "redirect" => record.redirect.replace(name_of(value).ok_or_else(wrong)?).is_some(),
-                        "exp" => std::mem::replace(&mut explained, true),
-                        _ => !name.starts_with(|first: char| first.is_ascii_alphabetic()),
+                        "exp" => std::mem::replace(&mut explained, true) || name_of(value).is_none(),
+                        _ => !name.starts_with(|first: char| first.is_ascii_alphabetic()) || !name.bytes().all(in_name),
                     };
-                    if twice {
+                    if is_wrong {
                         return Err(wrong());
                     }
                 }
@@ -284,15 +286,18 @@ fn host_and_lengths(rest: &str) -> Option<(Option<String>, (u8, u8))> {
     Some((host, (v4?, v6?)))
 }
 
+/// Without a sign and without zeros before it (RFC 7208 section 5.6).
 fn prefix_length(text: &str, most: u8) -> Option<u8> {
-    let digits = text.bytes().all(|octet| octet.is_ascii_digit());
-    text.parse().ok().filter(|length| digits && *length <= most)
+    text.parse().ok().filter(|length: &u8| *length <= most && length.to_string() == text)
 }
 
-/// The `domain-spec` of RFC 7208 section 7.1: macros, or a name with a dot whose last label is not a number.
+/// The `domain-spec` of RFC 7208 section 7.1: macros, or a name with a dot whose last label, `toplabel`, is one of a host and
+/// not a number.
 fn name_of(text: &str) -> Option<String> {
-    let last = text.strip_suffix('.').unwrap_or(text).rsplit_once('.').map(|(_, last)| last);
-    let is_name = last.is_some_and(|last| last.bytes().any(|octet| octet.is_ascii_alphabetic()));
+    let last = text.strip_suffix('.').unwrap_or(text).rsplit_once('.').map_or("", |(_, last)| last).as_bytes();
+    let is_name = last.iter().all(|octet| octet.is_ascii_alphanumeric() || *octet == b'-')
+        && !last.iter().all(u8::is_ascii_digit)
+        && !(last.starts_with(b"-") || last.ends_with(b"-"));
     (text.contains('%') || is_name).then(|| text.to_owned())
 }
 

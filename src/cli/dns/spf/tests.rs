@@ -51,6 +51,20 @@ const ZONE: &str = "
     modifier.example TXT v=spf1 future=x exp=why.example +all
     exptwice.example TXT v=spf1 exp=a.example exp=b.example +all
     umlaut.example TXT v=spf1 +all ü
+    tab.example TXT v=spf1 +all\ta
+    control.example TXT v=spf1 a:b\u{1}.example +all
+    port.example TXT v=spf1 a:b.example:25 +all
+    hyphen.example TXT v=spf1 a:b.-example +all
+    hyphen2.example TXT v=spf1 a:b.1-2 +all
+    includelength.example TXT v=spf1 include:ip.example/24 -all
+    existslength.example TXT v=spf1 exists:b.example/24 +all
+    zeros.example TXT v=spf1 +all ip4:192.0.2.1/032
+    zeros2.example TXT v=spf1 +all a//00
+    zero.example TXT v=spf1 ip4:198.51.100.1/0 -all
+    expempty.example TXT v=spf1 exp= +all
+    redirectempty.example TXT v=spf1 +all redirect=
+    badmodifier.example TXT v=spf1 x*=y +all
+    goodmodifier.example TXT v=spf1 x-1_2.z=%{s}:/y +all
     broken.example FAIL";
 
 /// `domain`, what becomes of 192.0.2.1, of 2001:db8::1, of 203.0.113.1.
@@ -96,6 +110,20 @@ fn spf_lets_those_send_whom_the_record_names() {
         modifier pass pass pass
         exptwice permerror permerror permerror
         umlaut permerror permerror permerror
+        tab permerror permerror permerror
+        control permerror permerror permerror
+        port permerror permerror permerror
+        hyphen permerror permerror permerror
+        hyphen2 pass pass pass
+        includelength permerror permerror permerror
+        existslength permerror permerror permerror
+        zeros permerror permerror permerror
+        zeros2 permerror permerror permerror
+        zero pass fail pass
+        expempty permerror permerror permerror
+        redirectempty permerror permerror permerror
+        badmodifier permerror permerror permerror
+        goodmodifier pass pass pass
         broken temperror temperror temperror";
     let ask = zone_of(ZONE);
     for line in table.lines().filter(|line| !line.trim().is_empty()) {
