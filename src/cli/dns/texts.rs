@@ -18,12 +18,18 @@ pub(super) enum SendingHost<'a> {
 impl SendingHost<'_> {
     /// Whether every address passes; `None`: it is not known.
     pub fn passes(&self) -> Option<bool> {
-        match self {
-            SendingHost::Host(_, results) if !results.is_empty() => {
-                Some(results.iter().all(|(_, result)| *result == SpfResult::Pass))
-            }
-            _ => None,
-        }
+        let SendingHost::Host(_, results) = self else { return None };
+        let judge = |(_, result): &(IpAddr, SpfResult)| match result {
+            SpfResult::Pass => Some(true),
+            SpfResult::NotEvaluated(_) | SpfResult::TempError(_) => None,
+            _ => Some(false),
+        };
+        // Not known is less than known to pass: one address that fails is enough.
+        results.iter().map(judge).max_by_key(|passes| match passes {
+            Some(true) => 0,
+            None => 1,
+            Some(false) => 2,
+        })?
     }
 }
 
@@ -79,7 +85,10 @@ pub(super) fn judge_spf(
                 "there are {} records, and there must be one: receivers use none of them (RFC 7208 section 3.2)",
                 texts.len()
             );
-            spf(DnsVerdict::Error, &text).with(is, should(texts))
+            // No two `redirect` make one record.
+            let redirects =
+                |text: &&[u8]| text.to_ascii_lowercase().windows(9).any(|octets| octets == b"redirect=");
+            spf(DnsVerdict::Error, &text).with(is, if texts.iter().any(redirects) { Vec::new() } else { should(texts) })
         }
     }
 }
@@ -132,6 +141,14 @@ fn with_term(texts: &[&[u8]], term: &str) -> Vec<u8> {
     text
 }
 
+/// The names and values of a DMARC record.
+fn tags_of(text: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    text.split(|octet| *octet == b';').filter_map(|tag| {
+        let at = tag.iter().position(|octet| *octet == b'=')?;
+        Some((tag[..at].trim_ascii(), tag[at + 1..].trim_ascii()))
+    })
+}
+
 /// Judges the DMARC record of a domain; `passes`: whether SPF lets the provider send its mail. `at`: `_dmarc.` and the domain.
 pub(super) fn judge_dmarc(at: &Domain, passes: Option<bool>, found: &Result<Answer, ResolveError>) -> DnsFinding {
     let dmarc = |verdict, text: &str| DnsFinding::new(verdict, "DMARC", text);
@@ -140,8 +157,10 @@ pub(super) fn judge_dmarc(at: &Domain, passes: Option<bool>, found: &Result<Answ
         Ok(_) => &[],
         Err(error) => return dmarc(DnsVerdict::Warning, &error.text),
     };
+    // RFC 7489 section 6.4: spaces may be around each sign.
+    let is_dmarc = |text: &[u8]| tags_of(text).next().is_some_and(|tag| tag == (b"v", b"DMARC1"));
     let texts = records.iter().filter_map(|record| match record {
-        Record::Text(text) if text.starts_with(b"v=DMARC1") => Some(&**text),
+        Record::Text(text) if is_dmarc(text) => Some(&**text),
         _ => None,
     });
     let texts: Vec<&[u8]> = texts.collect();
@@ -155,11 +174,8 @@ pub(super) fn judge_dmarc(at: &Domain, passes: Option<bool>, found: &Result<Answ
         // RFC 7489 section 6.6.3.
         _ => return dmarc(DnsVerdict::Warning, "of several records receivers use none: keep one").with(is, Vec::new()),
     };
-    let mut tags = text.split(|octet| *octet == b';').filter_map(|tag| {
-        let at = tag.iter().position(|octet| *octet == b'=')?;
-        Some((tag[..at].trim_ascii(), tag[at + 1..].trim_ascii().to_ascii_lowercase()))
-    });
-    let policy = tags.find(|(name, _)| *name == b"p").map(|(_, policy)| policy).unwrap_or_default();
+    let policy = tags_of(text).find(|(name, _)| *name == b"p");
+    let policy = policy.map(|(_, policy)| policy.to_ascii_lowercase()).unwrap_or_default();
     let strict = match &policy[..] {
         b"none" => return dmarc(DnsVerdict::Good, &is[0]),
         b"quarantine" => "put its mail into the spam folder",
@@ -238,6 +254,8 @@ mod tests {
                 "there are 2 records, and there must be one",
                 "v=spf1 a:relay.example.net mx ip4:192.0.2.9 -all",
             ),
+            // A record with two `redirect` is not valid, and beside `all` one has no effect (RFC 7208 section 6).
+            (&["v=spf1 redirect=a.example", "v=spf1 Redirect=b.example"], vec![], Error, "there are 2 records", ""),
         ];
         for (texts, results, verdict, text, should) in table {
             let sender = SendingHost::Host(&host, results);
@@ -261,6 +279,21 @@ mod tests {
         assert_eq!(judge_spf(&host, false, &failed, &elsewhere).verdict, Warning);
     }
 
+    /// A record whose macros are not evaluated here may let the host send.
+    #[test]
+    fn what_is_not_evaluated_is_not_known_to_fail() {
+        let host = domain("relay.example.net");
+        let (v4, v6): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap());
+        let passes = |results| SendingHost::Host(&host, results).passes();
+        let unknown = [SpfResult::NotEvaluated("a macro".to_owned()), SpfResult::TempError("SERVFAIL".to_owned())];
+        for unknown in unknown {
+            assert_eq!(passes(vec![(v4, SpfResult::Pass), (v6, unknown.clone())]), None);
+            assert_eq!(passes(vec![(v4, SpfResult::Fail), (v6, unknown)]), Some(false));
+        }
+        assert_eq!(passes(vec![(v4, SpfResult::Pass)]), Some(true));
+        assert_eq!(passes(vec![]), None);
+    }
+
     #[test]
     fn dmarc_records_are_judged() {
         let at = domain("_dmarc.example.org");
@@ -274,6 +307,9 @@ mod tests {
             (&["v=DMARC1; sp=none; p=quarantine"], Some(false), Warning, "put its mail into the spam folder unless"),
             (&["v=DMARC1; sp=none"], Some(true), Warning, "its policy `p`"),
             (&["v=DMARC1; p=none", "v=DMARC1; p=reject"], Some(true), Warning, "of several records"),
+            (&["v=DMARC1"], Some(true), Warning, "its policy `p`"),
+            (&["v = DMARC1 ; p=none"], Some(true), Good, "p=none"),
+            (&["v=DMARC10; p=none"], Some(true), Note, "there is no record; one"),
         ];
         for (texts, passes, verdict, text) in table {
             let found = judge_dmarc(&at, passes, &answer(texts));
