@@ -168,8 +168,8 @@ enum TlsaMatch {
 
 fn match_tlsa([usage, selector, matching]: &[u8; 3], data: &[u8], chain: &[CertificateInfo]) -> TlsaMatch {
     let candidates = match usage {
-        // DANE-TA: the certificate or an issuer of it. DANE-EE: the certificate.
-        2 => chain,
+        // DANE-TA: an issuer of the certificate; OpenSSL does not take the certificate itself. DANE-EE: the certificate.
+        2 => chain.get(1..).unwrap_or_default(),
         3 => &chain[..chain.len().min(1)],
         _ => return TlsaMatch::Unusable,
     };
@@ -279,6 +279,7 @@ mod tests {
             (vec![([3, 1, 0], of(0, 1, 0))], Good, "3 1 0 fits"),
             (vec![([3, 0, 0], of(0, 0, 0))], Good, "3 0 0 fits"),
             (vec![([2, 1, 1], of(1, 1, 1))], Good, "2 1 1 fits"),
+            (vec![([2, 1, 1], of(0, 1, 1))], Error, "no record fits"),
             // While the key changes, there is a record for each.
             (vec![([3, 1, 1], other.clone()), ([3, 1, 1], of(0, 1, 1))], Good, "3 1 1 fits"),
             (vec![([3, 1, 1], other.clone())], Error, "senders that use DANE defer their mail"),
