@@ -40,6 +40,19 @@ pub(super) struct ExpectedHost<'a> {
     pub is_certain: bool,
 }
 
+impl ExpectedHost<'_> {
+    /// How bad it is that the mail goes to others: while no address of this host is known, they may be this host.
+    fn of_others(&self) -> DnsVerdict {
+        if self.addresses.is_empty() { DnsVerdict::Warning } else { DnsVerdict::Error }
+    }
+
+    /// These words, and its name.
+    fn named(&self, words: &str) -> String {
+        let unknown = if self.addresses.is_empty() { ", whose addresses are not known" } else { "" };
+        format!("{words}{}{unknown}", self.host)
+    }
+}
+
 /// Judges the MX records of `domain`.
 pub(super) fn judge_mx(domain: &Domain, expected: &ExpectedHost<'_>, facts: &MxFacts) -> DnsFinding {
     let host = expected.host;
@@ -55,7 +68,7 @@ pub(super) fn judge_mx(domain: &Domain, expected: &ExpectedHost<'_>, facts: &MxF
         MxFacts::NoRecords(addresses) => {
             let (verdict, end) = match addresses.iter().all(|address| expected.addresses.contains(address)) {
                 true => (DnsVerdict::Warning, format!("that of {host}: name it in an MX record, as it may move")),
-                false => (DnsVerdict::Error, format!("and not to {host}")),
+                false => (expected.of_others(), expected.named("and not to ")),
             };
             let to = listed(&mut addresses.iter().map(|address| address as _));
             let text = format!(
@@ -122,7 +135,8 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
     if best.is_none() {
         let others = listed(&mut records.iter().filter_map(|record| record.host.as_ref()).map(|name| name as _));
         if expected.is_certain {
-            problems.push((Error, format!("the mail goes to {others}, and none to {host}")));
+            let text = format!("the mail goes to {others}{}", expected.named(", and none to "));
+            problems.push((expected.of_others(), text));
         } else {
             let text =
                 format!("{others} must be the mail host of your provider, whom you call at {host}: ask its operator");
@@ -212,6 +226,12 @@ mod tests {
             ),
         ];
         let (host, addresses) = (Domain::of_dns("relay.example.net").unwrap(), ["192.0.2.1".parse().unwrap()]);
+        // While the addresses of the host are not known, those of other names may be the same.
+        let expected = ExpectedHost { host: &host, addresses: &[], is_certain: true };
+        for facts in [hosts(&["10 mx.example.com 203.0.113.1"]), MxFacts::NoRecords(addresses.to_vec())] {
+            let found = judge_mx(&domain, &expected, &facts);
+            assert!(found.verdict == Warning && found.text.contains("whose addresses are not known"), "{found:?}");
+        }
         for (facts, for_provider, for_customer) in table {
             for (is_certain, (verdict, text)) in [(true, for_provider), (false, for_customer.unwrap_or(for_provider))] {
                 let expected = ExpectedHost { host: &host, addresses: &addresses, is_certain };
