@@ -70,7 +70,7 @@ struct DomainPlan<'a> {
     domain: &'a Domain,
     /// The host that should take its mail.
     taken_by: &'a KnownHost,
-    /// Whether that host has this name, as its own provider knows.
+    /// Whether that host has this name, and sends too, as its own provider knows.
     is_certain: bool,
     sent_by: SentBy<'a>,
 }
@@ -169,7 +169,7 @@ fn judge_host(
     for &address in known.addresses.iter().filter(has_name) {
         findings.push(judge_pointer(host, address, &lookups.ask(&reverse_name(address), Rtype::PTR)));
     }
-    findings.push(judge_spf(host, true, &lookups.ask(host, Rtype::TXT), &sending_host(known, host, lookups)));
+    findings.push(judge_spf(host, true, &lookups.ask(host, Rtype::TXT), &sending_host(known, host, true, lookups)));
     // Without a listener, port 25 and its certificate are another program's.
     if let Some(at) = tlsa_name(host).filter(|_| !listen.is_empty()) {
         findings.push(judge_tlsa(&at, chain, &lookups.ask(&at, Rtype::TLSA)));
@@ -178,10 +178,10 @@ fn judge_host(
 }
 
 /// What SPF of `domain` says about each address of a host.
-fn sending_host<'a>(known: &'a KnownHost, domain: &Domain, lookups: &DnsLookups) -> SendingHost<'a> {
+fn sending_host<'a>(known: &'a KnownHost, domain: &Domain, is_certain: bool, lookups: &DnsLookups) -> SendingHost<'a> {
     let ask = |name: &Domain, kind| lookups.ask(name, kind);
     let result = |address: &IpAddr| (*address, check_spf(domain, *address, &ask));
-    SendingHost::Host(&known.host, known.addresses.iter().map(result).collect())
+    SendingHost::Host(&known.host, known.addresses.iter().map(result).collect(), is_certain)
 }
 
 fn check_customer(config: &CustomerConfig, tally: &mut DnsTally) -> Result<(), ExitError> {
@@ -260,7 +260,7 @@ fn judge_domain(plan: &DomainPlan<'_>, lookups: &DnsLookups) -> Vec<DnsFinding> 
     let sender = match sent_by {
         _ if !exists => return findings,
         SentBy::Nobody => return findings,
-        SentBy::Host(host) => sending_host(host, domain, lookups),
+        SentBy::Host(host) => sending_host(host, domain, *is_certain, lookups),
         SentBy::Elsewhere(text) => SendingHost::Elsewhere(text),
     };
     findings.push(judge_spf(domain, false, &lookups.ask(domain, Rtype::TXT), &sender));

@@ -9,8 +9,9 @@ use crate::net::resolver::{Answer, Record, ResolveError};
 
 /// How mail of a domain is sent.
 pub(super) enum SendingHost<'a> {
-    /// By this host, with what SPF says about each address of it; empty: no address is known.
-    Host(&'a Domain, Vec<(IpAddr, SpfResult)>),
+    /// By this host, with what SPF says about each address of it; empty: no address is known. Whether that is certain: of
+    /// its provider, a customer knows only the name to call.
+    Host(&'a Domain, Vec<(IpAddr, SpfResult)>, bool),
     /// By another host, whose addresses nobody knows here.
     Elsewhere(&'a str),
 }
@@ -18,11 +19,11 @@ pub(super) enum SendingHost<'a> {
 impl SendingHost<'_> {
     /// Whether every address passes; `None`: it is not known.
     pub fn passes(&self) -> Option<bool> {
-        let SendingHost::Host(_, results) = self else { return None };
+        let SendingHost::Host(_, results, is_certain) = self else { return None };
         let judge = |(_, result): &(IpAddr, SpfResult)| match result {
             SpfResult::Pass => Some(true),
             SpfResult::NotEvaluated(_) | SpfResult::TempError(_) => None,
-            _ => Some(false),
+            _ => is_certain.then_some(false),
         };
         // Not known is less than known to pass: one address that fails is enough.
         results.iter().map(judge).max_by_key(|passes| match passes {
@@ -53,7 +54,7 @@ pub(super) fn judge_spf(
     // The term that lets the host send.
     let term = match sender {
         _ if is_helo => Some("a".to_owned()),
-        SendingHost::Host(host, _) => Some(format!("a:{host}")),
+        SendingHost::Host(host, ..) => Some(format!("a:{host}")),
         SendingHost::Elsewhere(_) => None,
     };
     let should =
@@ -69,7 +70,7 @@ pub(super) fn judge_spf(
             spf(DnsVerdict::Warning, text).with(is, should(&[]))
         }
         ([_], SendingHost::Elsewhere(why)) => spf(DnsVerdict::Good, &format!("{}; {why}", is[0])),
-        ([one], SendingHost::Host(host, results)) => match judge_results(host, results) {
+        ([one], SendingHost::Host(host, results, is_certain)) => match judge_results(host, results, *is_certain) {
             None if results.is_empty() => {
                 let text = format!("not evaluated, as no address of {host} is known");
                 spf(DnsVerdict::Note, &text).with(is, Vec::new())
@@ -86,23 +87,26 @@ pub(super) fn judge_spf(
                 texts.len()
             );
             // No two `redirect` make one record.
-            let redirects =
-                |text: &&[u8]| text.to_ascii_lowercase().windows(9).any(|octets| octets == b"redirect=");
+            let redirects = |text: &&[u8]| text.to_ascii_lowercase().windows(9).any(|octets| octets == b"redirect=");
             spf(DnsVerdict::Error, &text).with(is, if texts.iter().any(redirects) { Vec::new() } else { should(texts) })
         }
     }
 }
 
 /// What is wrong with the results of a host's addresses, and whether a term for the host repairs it; `None`: nothing.
-fn judge_results(host: &Domain, results: &[(IpAddr, SpfResult)]) -> Option<(DnsVerdict, String, bool)> {
+fn judge_results(
+    host: &Domain, results: &[(IpAddr, SpfResult)], is_certain: bool,
+) -> Option<(DnsVerdict, String, bool)> {
     use DnsVerdict::{Error, Note, Warning};
     let judge = |result: &SpfResult| {
         let mut addresses = results.iter().filter(|(_, other)| other == result).map(|(address, _)| address as _);
         let addresses = listed(&mut addresses);
-        let sends = |what: &str| format!("it does not let {host} ({addresses}) send: {what}");
+        let unless = if is_certain { "" } else { ", if your provider sends by that host: ask its operator" };
+        let sends = |what: &str| format!("it does not let {host} ({addresses}) send: {what}{unless}");
+        let fail = if is_certain { Error } else { Warning };
         match result {
             SpfResult::Pass => None,
-            SpfResult::Fail => Some((Error, sends("receivers reject its mail (fail)"), true)),
+            SpfResult::Fail => Some((fail, sends("receivers reject its mail (fail)"), true)),
             SpfResult::SoftFail => Some((Warning, sends("receivers mark its mail as suspicious (softfail)"), true)),
             SpfResult::None | SpfResult::Neutral => Some((Warning, sends("it says nothing about it (neutral)"), true)),
             SpfResult::PermError(why) => {
@@ -258,7 +262,7 @@ mod tests {
             (&["v=spf1 redirect=a.example", "v=spf1 Redirect=b.example"], vec![], Error, "there are 2 records", ""),
         ];
         for (texts, results, verdict, text, should) in table {
-            let sender = SendingHost::Host(&host, results);
+            let sender = SendingHost::Host(&host, results, true);
             let found = judge_spf(&domain("example.org"), false, &answer(texts), &sender);
             assert!(found.verdict == verdict && found.text.contains(text), "{texts:?}: {found:?}");
             let should: Vec<_> = [should]
@@ -268,9 +272,15 @@ mod tests {
                 .collect();
             assert_eq!(found.should, should, "{texts:?}");
         }
-        let helo = judge_spf(&host, true, &answer(&[]), &SendingHost::Host(&host, vec![]));
+        let helo = judge_spf(&host, true, &answer(&[]), &SendingHost::Host(&host, vec![], true));
         assert_eq!(helo.verdict, Note);
         assert_eq!(helo.should, ["relay.example.net. IN TXT \"v=spf1 a -all\""]);
+        // The provider may send by another host, which the record names.
+        let perhaps = SendingHost::Host(&host, vec![fail(v4)], false);
+        let found =
+            judge_spf(&domain("example.org"), false, &answer(&["v=spf1 include:_spf.example.net -all"]), &perhaps);
+        assert!(found.verdict == Warning && found.text.ends_with("sends by that host: ask its operator"), "{found:?}");
+        assert_eq!(perhaps.passes(), None);
         let elsewhere = SendingHost::Elsewhere("not evaluated");
         let found = judge_spf(&host, false, &answer(&["v=spf1 -all"]), &elsewhere);
         assert!(found.verdict == Good && found.text.ends_with("; not evaluated"), "{found:?}");
@@ -284,7 +294,7 @@ mod tests {
     fn what_is_not_evaluated_is_not_known_to_fail() {
         let host = domain("relay.example.net");
         let (v4, v6): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap());
-        let passes = |results| SendingHost::Host(&host, results).passes();
+        let passes = |results| SendingHost::Host(&host, results, true).passes();
         let unknown = [SpfResult::NotEvaluated("a macro".to_owned()), SpfResult::TempError("SERVFAIL".to_owned())];
         for unknown in unknown {
             assert_eq!(passes(vec![(v4, SpfResult::Pass), (v6, unknown.clone())]), None);
