@@ -4,13 +4,13 @@ use std::collections::HashSet;
 use std::fs::{self, DirBuilder, DirEntry, File, Metadata, OpenOptions, Permissions};
 use std::io;
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
-use rustix::fs::{Access, AtFlags, CWD};
+use rustix::fs::{Access, AtFlags, CWD, OFlags};
 use rustix::io::Errno;
 
 use crate::sandbox;
@@ -251,7 +251,7 @@ pub fn replace_file_durably(path: &Path, text: &str) -> io::Result<()> {
             Ok(old) => {
                 let new = file.metadata()?;
                 if (old.uid(), old.gid()) != (new.uid(), new.gid()) {
-                    std::os::unix::fs::fchown(file, Some(old.uid()), Some(old.gid()))?;
+                    fchown(file, Some(old.uid()), Some(old.gid()))?;
                 }
                 file.set_permissions(old.permissions())?;
             }
@@ -272,7 +272,7 @@ pub fn replace_file_durably(path: &Path, text: &str) -> io::Result<()> {
 pub fn create_file_durably(path: &Path, text: &str, mode: u32, group: Option<u32>) -> io::Result<()> {
     let complete = |file: &File| {
         if group.is_some() {
-            std::os::unix::fs::fchown(file, None, group)?;
+            fchown(file, None, group)?;
         }
         file.set_permissions(Permissions::from_mode(mode))?;
         file.sync_all()
@@ -303,20 +303,29 @@ pub fn make_tree(path: &Path, below: &[PathBuf], mode: u32, owner: Option<(u32, 
     let make = || {
         // One of that name is left of a process that was killed.
         let _ = fs::remove_dir_all(&temporary);
-        // A directory gets its owner after those in it, so that nobody can put a link there before.
-        for made in std::iter::once(temporary.clone()).chain(below.iter().map(|below| temporary.join(below))) {
-            DirBuilder::new().mode(0o700).create(&made)?;
-            File::open(&made)?.set_permissions(Permissions::from_mode(mode))?;
+        // Another user may have put a link in the place of one that was just made.
+        let flags = (OFlags::NOFOLLOW | OFlags::DIRECTORY).bits().cast_signed();
+        let mut made = Vec::new();
+        for path in std::iter::once(temporary.clone()).chain(below.iter().map(|below| temporary.join(below))) {
+            DirBuilder::new().mode(0o700).create(&path)?;
+            let directory = OpenOptions::new().read(true).custom_flags(flags).open(&path)?;
+            directory.set_permissions(Permissions::from_mode(mode))?;
+            made.push(directory);
         }
-        for made in below.iter().rev().map(|below| temporary.join(below)).chain([temporary.clone()]) {
+        // A directory gets its owner after those in it, so that nobody can put a link there before.
+        for directory in made.iter().rev() {
             if let Some((user, group)) = owner {
-                lchown(&made, Some(user), Some(group))?;
+                fchown(directory, Some(user), Some(group))?;
             }
-            sync_directory(&made)?;
+            directory.sync_all()?;
         }
         fs::rename(&temporary, path)
     };
-    make().map_err(|error| with_path(path, error)).inspect_err(|_| drop(fs::remove_dir_all(&temporary)))?;
+    if let Err(error) = make() {
+        let _ = fs::remove_dir_all(&temporary);
+        // Another process has made it meanwhile.
+        return if path.is_dir() { Ok(false) } else { Err(with_path(path, error)) };
+    }
     sync_names(path).map(|()| true)
 }
 
