@@ -106,8 +106,8 @@ fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(),
         let text = format!("{} has no `customers` and no `spool`", path.display());
         return Err(ProviderConfig::load(path).map_or_else(ExitError::from, |_| ExitError::new(Sysexit::Config, text)));
     };
+    let lock = lock(path)?;
     make_customers_directory(&places, path)?;
-    let lock = lock(&places.customers)?;
     let config = ProviderConfig::load(path)?;
     let file = config.accounts.file(name);
     check_new(&config, name, &domains, &file)?;
@@ -166,9 +166,12 @@ fn make_customers_directory(places: &ProviderPlaces, path: &Path) -> Result<(), 
     make_tree(&places.customers, &[], 0o750, group.map(|group| (0, group))).map(drop).map_err(cannot_change)
 }
 
-/// Waits until no other `odmr customer` changes the customers: two must not give a domain to two customers.
-fn lock(directory: &Path) -> Result<File, ExitError> {
-    let opened = File::open(directory).map_err(|error| cannot_change(with_path(directory, error)))?;
+/// Waits until no other `odmr customer` changes the customers: two must not give a domain to two customers. `path`: the
+/// provider's file, which exists also before the directory of the customers.
+fn lock(path: &Path) -> Result<File, ExitError> {
+    let opened = File::open(path).map_err(|error| {
+        ProviderConfig::load(path).map_or_else(ExitError::from, |_| cannot_change(with_path(path, error)))
+    })?;
     let late = Instant::now() + LOCK_WAIT;
     loop {
         match opened.try_lock() {
@@ -179,7 +182,7 @@ fn lock(directory: &Path) -> Result<File, ExitError> {
                     "another `odmr customer` changes the customers now: wait for its end, and type the same again";
                 return Err(ExitError::new(Sysexit::Temporary, text));
             }
-            Err(TryLockError::Error(error)) => return Err(cannot_change(with_path(directory, error))),
+            Err(TryLockError::Error(error)) => return Err(cannot_change(with_path(path, error))),
         }
     }
 }
@@ -333,12 +336,12 @@ fn show(path: &Path, name: &str) -> Result<(), ExitError> {
 }
 
 fn remove(path: &Path, name: &str) -> Result<(), ExitError> {
+    let lock = lock(path)?;
     let config = ProviderConfig::load(path)?;
     if config.accounts.account(name).is_none() && !config.accounts.is_skipped(name) {
         return Err(no_customer(path, name));
     }
     let file = config.accounts.file(name);
-    let lock = lock(file.parent().unwrap_or(Path::new(".")))?;
     remove_file_durably(&file).map_err(cannot_change)?;
     drop(lock);
     let reload = reload::request(&config);
