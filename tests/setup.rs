@@ -287,6 +287,10 @@ fn of_two_who_add_a_domain_at_the_same_time_one_has_it() {
     for round in 0..5 {
         let names = ["a", "b", "c"].map(|name| format!("{name}{round}"));
         let domain = format!("d{round}.example");
+        if round == 0 {
+            // The first ones make the directory.
+            fs::remove_dir(place.path("p/customers.d")).unwrap();
+        }
         let children = names.each_ref().map(|name| {
             let mut command = place.command(&["customer", "-c", "p/provider.toml", "add", name, &domain]);
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
@@ -330,7 +334,24 @@ fn what_cannot_be_added_is_named_and_changes_nothing() {
     bad(&["add", "beta", "example.com"], 78, "zeta.toml: `secret` is missing");
     bad(&["show", "zeta"], 78, "zeta.toml: ");
     place.bad(&["customer", "-c", "nothing.toml", "list"], 78, "nothing.toml: ");
+    place.bad(&["customer", "-c", "nothing.toml", "remove", "acme"], 78, "nothing.toml: ");
+    place.bad(&["customer", "-c", "nothing.toml", "add", "acme", "example.org"], 78, "nothing.toml: ");
     assert_eq!(place.customers(), ["acme.toml", "zeta.toml"]);
+}
+
+/// `mail.` before the longest domain would be no name, and nobody calls a port on loopback from elsewhere.
+#[test]
+fn a_block_is_good_for_the_longest_domain_and_any_listener() {
+    let place = Place::with_provider();
+    let text = place.text("p/provider.toml");
+    let listen = "listen = [\"127.0.0.1:0\", \"127.0.0.1:10366\", \"[::]:367\", \"192.0.2.1:368\"]";
+    let at = text.rfind("listen = ").unwrap();
+    place.write("p/provider.toml", &(text[..at].to_owned() + listen));
+    let domain = format!("{}example", format!("{}.", "a".repeat(60)).repeat(4));
+    let block = good(&place.customer(&["add", "acme", &domain]));
+    assert_eq!((value(&block, "address"), value(&block, "hostname")), ("relay.example.net:367".to_owned(), domain));
+    place.write("acme.toml", &block);
+    place.good(&["setup", "customer", "acme.toml", "-c", "c/customer.toml"]);
 }
 
 /// What a block of somebody else could name to have it read by root, and what is no block.

@@ -20,6 +20,8 @@ pub(super) fn block_for(
 ) -> String {
     let hostname = &config.hostname;
     let first = domains.first().map(Domain::as_str).unwrap_or_default();
+    // A domain may be as long as a name can be.
+    let own = Domain::parse(&format!("mail.{first}")).map_or_else(|| first.to_owned(), |own| own.to_string());
     let (port, tls) = entrance(config);
     let accept: Vec<_> = domains.iter().map(|domain| quote(format!("@{domain}"))).collect();
     format!(
@@ -40,7 +42,7 @@ root = \"/var/mail/odmr\"
 accept = [{accept}]
 catch-all = \"postmaster\"      # who gets mail for names that have no mailbox
 {outgoing}",
-        own = quote(format!("mail.{first}")),
+        own = quote(own),
         address = quote(format!("{hostname}:{port}")),
         pin = pin(config),
         name_quoted = quote(name),
@@ -70,7 +72,8 @@ fn opened_by(name: &str, opening: &Opening<'_>) -> String {
     }
 }
 
-/// The port that a customer calls, and the value of `tls`. Port 0, a different one each time, cannot be called.
+/// The port that a customer calls, and the value of `tls`. Port 0, a different one each time, cannot be called, and a port
+/// on loopback only if there is no other.
 fn entrance(config: &ProviderConfig) -> (u16, &'static str) {
     let odmr = &config.odmr;
     let (listen, tls) = match (config.tls.is_some(), odmr.listen.is_empty() && !odmr.listen_tls.is_empty()) {
@@ -79,7 +82,8 @@ fn entrance(config: &ProviderConfig) -> (u16, &'static str) {
         (false, false) => (&odmr.listen, "\"none\""),
     };
     // RFC 2645 section 4.
-    let port = listen.iter().map(|address| address.port()).find(|port| *port != 0).unwrap_or(366);
+    let callable = listen.iter().filter(|address| address.port() != 0);
+    let port = callable.min_by_key(|address| address.ip().is_loopback()).map_or(366, |address| address.port());
     (port, tls)
 }
 
