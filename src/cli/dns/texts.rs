@@ -86,9 +86,8 @@ pub(super) fn judge_spf(
                 "there are {} records, and there must be one: receivers use none of them (RFC 7208 section 3.2)",
                 texts.len()
             );
-            // No two `redirect` make one record.
-            let redirects = |text: &&[u8]| text.to_ascii_lowercase().windows(9).any(|octets| octets == b"redirect=");
-            spf(DnsVerdict::Error, &text).with(is, if texts.iter().any(redirects) { Vec::new() } else { should(texts) })
+            spf(DnsVerdict::Error, &text)
+                .with(is, if texts.iter().any(has_redirect) { Vec::new() } else { should(texts) })
         }
     }
 }
@@ -121,6 +120,11 @@ fn judge_results(
         }
     };
     results.iter().filter_map(|(_, result)| judge(result)).max_by_key(|(verdict, ..)| *verdict)
+}
+
+/// Whether a record may have a `redirect`, which cannot be merged: a record has one at most (RFC 7208 section 6).
+fn has_redirect(text: &&[u8]) -> bool {
+    text.to_ascii_lowercase().windows(9).any(|octets| octets == b"redirect=")
 }
 
 /// One record with the terms of these, and with `term` as the first.
@@ -275,18 +279,23 @@ mod tests {
         let helo = judge_spf(&host, true, &answer(&[]), &SendingHost::Host(&host, vec![], true));
         assert_eq!(helo.verdict, Note);
         assert_eq!(helo.should, ["relay.example.net. IN TXT \"v=spf1 a -all\""]);
-        // The provider may send by another host, which the record names.
-        let perhaps = SendingHost::Host(&host, vec![fail(v4)], false);
-        let found =
-            judge_spf(&domain("example.org"), false, &answer(&["v=spf1 include:_spf.example.net -all"]), &perhaps);
-        assert!(found.verdict == Warning && found.text.ends_with("sends by that host: ask its operator"), "{found:?}");
-        assert_eq!(perhaps.passes(), None);
         let elsewhere = SendingHost::Elsewhere("not evaluated");
         let found = judge_spf(&host, false, &answer(&["v=spf1 -all"]), &elsewhere);
         assert!(found.verdict == Good && found.text.ends_with("; not evaluated"), "{found:?}");
         assert_eq!(judge_spf(&host, false, &answer(&["v=spf1", "v=spf1"]), &elsewhere).verdict, Error);
         let failed = Err(ResolveError { text: "SERVFAIL".to_owned(), no_reply: false });
         assert_eq!(judge_spf(&host, false, &failed, &elsewhere).verdict, Warning);
+    }
+
+    #[test]
+    fn a_customer_is_warned_of_spf_without_the_host_that_it_calls() {
+        let (host, address) = (domain("relay.example.net"), "192.0.2.1".parse().unwrap());
+        // The provider may send by another host, which the record names.
+        let perhaps = SendingHost::Host(&host, vec![(address, SpfResult::Fail)], false);
+        let found =
+            judge_spf(&domain("example.org"), false, &answer(&["v=spf1 include:_spf.example.net -all"]), &perhaps);
+        assert!(found.verdict == Warning && found.text.ends_with("sends by that host: ask its operator"), "{found:?}");
+        assert_eq!(perhaps.passes(), None);
     }
 
     /// A record whose macros are not evaluated here may let the host send.
