@@ -67,7 +67,8 @@ impl SharedBox {
     fn send(&self, words: &[&str], input: &str) -> RunResult {
         if self.is_root {
             let mut command = Command::new(self.customer.0.path().join("odmr"));
-            command.uid(NOBODY).gid(NOBODY).current_dir("/");
+            // A `$TMPDIR` of nothing, as some programs pass it, is no directory.
+            command.uid(NOBODY).gid(NOBODY).current_dir("/").env("TMPDIR", "");
             return self.customer.finish(command.arg("send").args(words), input);
         }
         // Others take the right away from themselves; the daemon is to have a queue in which it can write.
@@ -238,6 +239,8 @@ fn a_listener_that_is_not_the_daemon_is_reported() {
     fails("220 x\r\n|250 x\r\n|", to, 75, "does not answer");
     fails("220 x\r\n|250 x\r\n|550 5.7.1 not you\r\n|221 x\r\n", to, 69, "not you");
     fails("220 x\r\n|250 x\r\n|250 x\r\n|250 x\r\n|354 x\r\n|", to, 75, "may have it");
+    fails("220 x\r\n|250 x\r\n|250 x\r\n|250 x\r\n|250 x\r\n|", to, 75, "354");
+    fails("220 x\r\n|250 x\r\n|250 x\r\n|250 x\r\n|354 x\r\n250 x\r\n", to, 75, "may have it");
     drop(scripts);
     server.join().unwrap();
     for words in [to, &["-bs"]] {

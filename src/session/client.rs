@@ -369,8 +369,14 @@ impl ClientSession {
                 _ => lost(error),
             })?;
         }
+        // The end of the content is not sent yet (RFC 5321 section 4.1.1.4). A peer that is one reply ahead, and drops the
+        // message, would count as one that has accepted it.
+        let early = !chunk && self.fill().is_ok() && self.connection.received().starts_with(b"2");
         self.send(Client::content_sent);
-        Ok(())
+        match early {
+            true => Err(SessionFailure::Broken("the peer accepted the content before its end".to_owned())),
+            false => Ok(()),
+        }
     }
 
     /// Waits until a block of content was given to the system. Its time does not run while the peer reads at the required
