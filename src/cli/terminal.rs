@@ -35,23 +35,24 @@ pub(super) fn fitted(text: &str, stream: impl AsFd) -> String {
 }
 
 /// Divides a line between words. What follows begins below the second column of a table, if the line has one or is in it.
-/// Other lines that are indented are left alone: they are there to be copied.
+/// Other lines that are indented, also with a comment behind them, are left alone: they are there to be copied.
 fn wrapped(line: &str, width: usize) -> String {
     let margin = line.len() - line.trim_start().len();
-    let column = line.get(margin..).and_then(|rest| rest.find("  ").map(|at| (at, rest.get(at..))));
-    let indent = match column {
-        Some((at, Some(rest))) => margin + at + rest.len() - rest.trim_start().len(),
-        _ if margin > 8 => margin,
+    let column = line.get(margin..).and_then(|rest| rest.find("  ").map(|at| (margin + at, rest[at..].trim_start())));
+    let (first_column, indent) = match column {
+        Some((_, rest)) if margin > 0 && rest.starts_with('#') => return line.to_owned(),
+        Some((end, rest)) => (if margin > 0 { end } else { 0 }, line.len() - rest.len()),
+        _ if margin > 8 => (0, margin),
         _ if margin > 0 => return line.to_owned(),
-        _ => 4,
+        _ => (0, 4),
     };
     let indent = if indent < width / 2 { indent } else { 4 };
     let (mut text, mut length) = (String::new(), 0);
-    for (number, word) in line.split(' ').enumerate() {
-        let colours = if word.ends_with(PLAIN) { RED.len() + PLAIN.len() } else { 0 };
-        let letters = word.chars().count() - colours;
+    for (number, piece) in pieces(line, first_column).into_iter().enumerate() {
+        let colours = if piece.ends_with(PLAIN) { RED.len() + PLAIN.len() } else { 0 };
+        let letters = piece.chars().count() - colours;
         if number > 0 {
-            if length + 1 + letters > width && length > indent {
+            if letters > 0 && length + 1 + letters > width && length > indent {
                 text = format!("{}\n{}", text.trim_end(), " ".repeat(indent));
                 length = indent;
             } else {
@@ -59,10 +60,26 @@ fn wrapped(line: &str, width: usize) -> String {
                 length += 1;
             }
         }
-        text.push_str(word);
+        text.push_str(piece);
         length += letters;
     }
     text
+}
+
+/// The parts of a line that are not divided: its first octets up to `whole`, then words, and what somebody may copy: a command
+/// in backquotes, `key = value`.
+fn pieces(line: &str, whole: usize) -> Vec<&str> {
+    let (mut pieces, mut begin) = (Vec::new(), 0);
+    for (at, _) in line.match_indices(' ').filter(|(at, _)| *at >= whole) {
+        let (piece, rest) = (&line[begin..at], &line[at + 1..]);
+        let in_quotes = piece.matches('`').count() % 2 == 1 && rest.contains('`');
+        if !in_quotes && !piece.ends_with(" =") && !rest.starts_with("= ") {
+            pieces.push(piece);
+            begin = at + 1;
+        }
+    }
+    pieces.push(&line[begin..]);
+    pieces
 }
 
 #[cfg(test)]
@@ -78,6 +95,11 @@ mod tests {
             ("    odmr serve -c FILE --verbose", "    odmr serve -c FILE --verbose"),
             ("  list  a line for each", "  list  a line for\n        each"),
             ("  two spaces  in all the words", "  two spaces  in all\n    the words"),
+            ("so type `chmod 640 the file.toml` as root", "so type\n    `chmod 640 the file.toml`\n    as root"),
+            ("it is a ` in a long reply text", "it is a ` in a long\n    reply text"),
+            ("for all of them set tls = \"none\" here", "for all of them set\n    tls = \"none\"\n    here"),
+            ("    odmr pull -c FILE || :    # or: odmr serve", "    odmr pull -c FILE || :    # or: odmr serve"),
+            ("    odmr queue -c FILE list D    shows it", "    odmr queue -c FILE list D\n    shows it"),
             ("", ""),
         ] {
             assert_eq!(wrapped(line, 20), expected);
