@@ -18,7 +18,7 @@ use super::terminal::{fitted, has_colours, highlighted};
 use crate::clock::Clock;
 use crate::net::cancel::poll;
 use crate::net::descriptor::{Descriptor, Waiting};
-use crate::net::trace::quoted;
+use crate::net::trace::{printable, quoted};
 
 /// How long the end of a daemon, or of any program that logs to the system log, waits for the last lines to be written.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
@@ -150,6 +150,8 @@ pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
     if write_out() {
         let priority = if stderr_is_journal() { "<3>" } else { "" };
         let name = highlighted(&format!("{program}:"), true, has_colours(io::stderr()));
+        // A word of the command line may come from somebody else, as the ID of a message does.
+        let text = text.split('\n').map(|line| printable(line.as_bytes())).collect::<Vec<_>>().join("\n");
         // Each of the errors that `odmr check` has found begins with the name.
         let text = text.replace(&format!("\n{program}: "), &format!("\n{name} "));
         let text = fitted(&format!("{name} {text}\n"), io::stderr());
