@@ -8,6 +8,7 @@ use std::path::Path;
 use super::{logging, process};
 use crate::config::CustomerConfig;
 use crate::customer::store;
+use crate::customer::submitter::temporary_directory;
 use crate::maildir::prepare_directory;
 use crate::net::trace::quoted;
 use crate::provider::spool::SPOOL_DEPTH;
@@ -36,7 +37,7 @@ pub(super) fn confine_sender(config: &CustomerConfig) {
 
 /// The same for a user who submits mail to the daemon: only a message that is long goes into a file without a name.
 pub(super) fn confine_submitter() {
-    enter([MailDirectory { path: std::env::temp_dir(), depth: 0 }], false);
+    enter([MailDirectory { path: temporary_directory(), depth: 0 }], false);
 }
 
 fn enter(directories: impl IntoIterator<Item = MailDirectory>, is_daemon: bool) {

@@ -14,7 +14,6 @@
 //! - With `-t` the recipients of the header are added to those of the command line.
 
 use std::collections::HashSet;
-use std::env;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
@@ -24,7 +23,7 @@ use std::time::Instant;
 
 use super::mailboxes::Mailboxes;
 use super::outbox::{Outbox, Submission};
-use super::submitter::{CompletedContent, SubmissionRoute, SubmitError, pass_session, submit};
+use super::submitter::{CompletedContent, SubmissionRoute, SubmitError, pass_session, submit, temporary_directory};
 use super::{store, submission};
 use crate::clock::Timestamp;
 use crate::config::CustomerConfig;
@@ -212,7 +211,8 @@ pub fn send(
     if queues {
         outbox.check_room(0)?;
     }
-    let create = || if queues { outbox.unnamed_file() } else { unnamed_file_in(&env::temp_dir(), &ids.queue_id()) };
+    let create =
+        || if queues { outbox.unnamed_file() } else { unnamed_file_in(&temporary_directory(), &ids.queue_id()) };
     let message = InputMessage::read(input, &outbox, &create, !options.ignore_dots)?;
     if message.header.received() > config.limits.received_hops {
         return Err(SendmailError::new(SendmailErrorKind::Rejected, "too many hops: this message is in a mail loop"));

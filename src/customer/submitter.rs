@@ -4,9 +4,11 @@
 //! content is sent before the daemon has accepted all recipients: if they need several transactions (RFC 9422 section 4.2),
 //! each is tried first and ends with RSET.
 
+use std::env;
 use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags};
@@ -54,6 +56,12 @@ impl From<SessionFailure> for SubmitError {
     fn from(failure: SessionFailure) -> SubmitError {
         SubmitError::Session(failure)
     }
+}
+
+/// Where a long message is kept meanwhile. A `$TMPDIR` that is empty, or no directory, loses no mail.
+pub fn temporary_directory() -> PathBuf {
+    let named = env::temp_dir();
+    if named.is_dir() { named } else { PathBuf::from("/tmp") }
 }
 
 /// Submits a message to the listener. Returns its last reply to the content.
