@@ -283,7 +283,12 @@ fn without_a_user_root_stays_and_check_warns() {
     let config = fs::read_to_string(place.path("odmr.toml")).unwrap();
     place.write("odmr.toml", &config.replace("user = \"nobody\"\n", ""));
     let text = place.check(0);
-    assert!(text.contains("odmr.toml:2: `user` is missing") && text.contains("type `chown -R odmr "), "{text}");
+    assert!(text.contains("odmr.toml:2: `user` is missing") && text.contains("type `chown -R odmr /"), "{text}");
+    // Copied without quotes it would be about another directory too.
+    place.write("odmr.toml", &config.replace("user = \"nobody\"\n", "").replace("spool = \"", "spool = \"it's a "));
+    let text = place.check(0);
+    assert!(text.contains("type `chown -R odmr '/") && text.contains("it'\\''s a "), "{text}");
+    place.write("odmr.toml", &config.replace("user = \"nobody\"\n", ""));
     let mut serve = Running::start(&mut place.command(&["serve"]));
     serve.listening("inbound");
     assert_eq!(fs::metadata(place.path("var/spool")).unwrap().uid(), 0);

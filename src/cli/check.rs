@@ -32,7 +32,7 @@ use crate::customer::mailboxes::{find_mailbox, mailbox_exists};
 use crate::customer::sendmail::user_mailbox;
 use crate::ids::Ids;
 use crate::mail::address::{Domain, ForwardPath};
-use crate::maildir::{Entry, write_remedy};
+use crate::maildir::{Entry, shell_word, write_remedy};
 use crate::net::tls::{self, CertificateInfo};
 use crate::plural::counted;
 use crate::privileges::{LoginUser, SystemUser};
@@ -197,7 +197,7 @@ fn take_rights(
                 let text = format!(
                     "`user` is missing, so `odmr serve` stays root if root starts it: make a user, write user = \"odmr\" \
                      above, and type `chown -R odmr {}`",
-                    config.spool.display()
+                    shell_word(&config.spool)
                 );
                 report.warn(line_of_key(path, &["spool"]).error(text));
             }

@@ -23,6 +23,7 @@ use crate::customer::daemon;
 use crate::customer::sendmail::{self, SendmailError, SendmailOptions};
 use crate::customer::submitter::SubmissionRoute;
 use crate::ids::Ids;
+use crate::maildir::shell_word;
 use crate::net::cancel::CancelToken;
 use crate::net::descriptor::Waiting;
 use crate::net::tls;
@@ -196,9 +197,9 @@ fn load(path: &Path) -> Result<CustomerConfig, ExitError> {
     if let Err(error) = File::open(path)
         && error.kind() == io::ErrorKind::PermissionDenied
     {
-        let path = path.display();
+        let (shown, path) = (path.display(), shell_word(path));
         let text = format!(
-            "{path}: {error}: for all users to send mail, move its secrets into files (`secret-file`) and type `chmod 644 \
+            "{shown}: {error}: for all users to send mail, move its secrets into files (`secret-file`) and type `chmod 644 \
              {path}`"
         );
         return Err(ExitError::new(Sysexit::NoPermission, text));

@@ -13,6 +13,7 @@ use super::value::{
     ACCEPTED, Accepted, DOMAIN, HostPort, MAX_SIZE, PATH, SIZE, Text, WITHOUT_8BITMIME, address_with_domain, host_port,
 };
 use crate::mail::address::{Domain, Mailbox};
+use crate::maildir::shell_word;
 use crate::recipients::{
     AddressPattern, Alias, CatchAll, CatchAllRule, ConfigError, DomainAlias, FORWARD_HINT, Located, NextHop,
     RecipientRules, Route, RouteRule, RuleInput, SourceLine, TargetKind,
@@ -165,9 +166,9 @@ impl Reader<'_> {
         let wrong = |text: String| written.source.error(text);
         let path = self.source.relative(&PATH.parse(&written.value).map_err(wrong)?);
         let (_, octets) = read(&path).map_err(|cause| {
-            let path = path.display();
+            let (shown, path) = (path.display(), shell_word(&path));
             let remedy = format!("create that file, type `chmod 644 {path}` for all who send, or remove its name");
-            wrong(format!("the aliases in {path} cannot be read: {cause}; {remedy}"))
+            wrong(format!("the aliases in {shown} cannot be read: {cause}; {remedy}"))
         })?;
         let aliases = aliases::parse(&path.as_path().into(), &octets, home)?;
         for Alias { name, source, .. } in &aliases {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use toml::de::{DeTable, DeValue};
 
+use crate::maildir::shell_word;
 use crate::recipients::{ConfigError, SourceLine};
 pub(super) use crate::text_file::read;
 
@@ -239,6 +240,9 @@ pub(super) fn check_private(mode: u32, path: &Path) -> Result<(), String> {
         (false, true) => "change",
         (true, true) => "read and change",
     };
-    let path = path.display();
-    Err(format!("there is a secret in {path}, and every user may {what} it: chmod 640 {path}"))
+    Err(format!(
+        "there is a secret in {}, and every user may {what} it: chmod 640 {}",
+        path.display(),
+        shell_word(path)
+    ))
 }

@@ -24,6 +24,15 @@ pub fn with_path(path: &Path, error: io::Error) -> io::Error {
     io::Error::new(kind, format!("{}: {error}", path.display()))
 }
 
+/// A path as a word of a command that somebody copies into a shell, perhaps root: `chown -R odmr /srv/my mail` is about `/srv/my`.
+pub fn shell_word(path: &Path) -> String {
+    let path = path.display().to_string();
+    match path.chars().all(|character| character.is_alphanumeric() || "/._-+:@%,=".contains(character)) {
+        true => path,
+        false => format!("'{}'", path.replace('\'', "'\\''")),
+    }
+}
+
 /// What to do about an error of writing into a directory, as the end of the error's text.
 pub fn write_remedy(error: &io::Error, directory: &Path) -> String {
     match error.kind() {

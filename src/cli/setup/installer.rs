@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::names::check_user_name;
 use super::users::make_user;
 use crate::cli::exit::{ExitError, Sysexit};
-use crate::maildir::{create_file_durably, make_tree};
+use crate::maildir::{create_file_durably, make_tree, shell_word};
 use crate::net::tls::{self, CertificateInfo, ServerTls};
 use crate::platform;
 use crate::privileges::SystemUser;
@@ -80,9 +80,9 @@ impl Installer {
         let user = rustix::process::geteuid().as_raw();
         let user = self.owner.as_ref().map_or(user, SystemUser::uid);
         if of == DirectoryOf::Mail && fs::metadata(path).is_ok_and(|found| found.uid() != user) {
-            let (path, name) = (path.display(), self.user().unwrap_or("you"));
+            let (shown, name, path) = (path.display(), self.user().unwrap_or("you"), shell_word(path));
             let text = format!(
-                "{path} exists, and does not belong to {name}: type `chown -R {name} {path}` if it is for the mail, or name \
+                "{shown} exists, and does not belong to {name}: type `chown -R {name} {path}` if it is for the mail, or name \
                  another directory or the user that it belongs to (--user)"
             );
             return Err(ExitError::new(Sysexit::CannotCreate, text));
