@@ -223,10 +223,16 @@ fn make_installs_and_removes_what_was_built() {
     // A program that is there already stays.
     fs::create_dir_all(root.join("opt/odmr/bin")).unwrap();
     fs::write(root.join("opt/odmr/bin/mailq"), "another one").unwrap();
+    // What a link leads to does not belong to the program: the page of another version, or /dev/null of a masked unit.
+    let other = directory.path().join("other");
+    fs::write(&other, "another page").unwrap();
+    fs::create_dir_all(root.join("opt/odmr/share/man/man8")).unwrap();
+    std::os::unix::fs::symlink(&other, root.join("opt/odmr/share/man/man8/odmr.8")).unwrap();
     for _ in 0..2 {
         let done = make("install", &variables);
         assert!(done.status.success(), "{done:?}");
     }
+    assert_eq!(fs::read_to_string(&other).unwrap(), "another page");
     let installed = files(&root.join("opt/odmr"));
     let read = |path: &str| fs::read_to_string(root.join("opt/odmr").join(path)).unwrap();
     for path in [
@@ -243,6 +249,12 @@ fn make_installs_and_removes_what_was_built() {
     assert!(read("share/man/man8/odmr.8").contains("/opt/odmr/share/doc/odmr"));
     if cfg!(target_os = "linux") {
         assert!(read("lib/systemd/system/odmr-serve.service").contains("ExecStart=/opt/odmr/bin/odmr serve"));
+    }
+    for prefix in ["/opt/my odmr", "/opt/a&b", "opt"] {
+        let mut wrong = variables;
+        wrong[1].1 = Path::new(prefix);
+        let done = make("install", &wrong);
+        assert!(!done.status.success() && String::from_utf8_lossy(&done.stderr).contains("PREFIX is "), "{done:?}");
     }
     let done = make("uninstall", &variables);
     assert!(done.status.success(), "{done:?}");
