@@ -60,7 +60,7 @@ odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
     odmr send             for users and programs of the customer: accepts a message as sendmail(8) does
     odmr check -c FILE    reports what is wrong with a configuration
     odmr status -c FILE   what waits, for whom, since when; the last calls; of either side
-    odmr customer -c FILE adds, lists, shows and removes a provider's customers
+    odmr customer -c FILE  adds, lists, shows and removes a provider's customers
     odmr secret           makes what a provider stores in place of a customer's secret
     odmr queue -c FILE    lists, shows, removes, bounces, retries, exports and imports messages
     odmr expire -c FILE   lets held mail expire, as `odmr serve` does; for cron, beside `odmr serve --inetd`
