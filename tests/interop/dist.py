@@ -7,7 +7,7 @@ import re
 import stat
 import time
 
-from harness import Smtp, check, events, program_path, scenario, wait_until
+from harness import ROOT, Smtp, check, events, program_path, scenario, wait_until
 from twin import DIST, PROVIDER, Twin
 from packages import unpacked
 
@@ -239,9 +239,17 @@ def dist_sendmail(box):
     before = machine.run("sh", "-c", there).stdout
     machine.install("root/debian", DIST / "sendmail/debian")
     sends = lambda: machine.run("/usr/sbin/sendmail", "-i", "-f", "eva@example.org", "bob@w.example", input="Subject: x\n\nx\n")
+    without = machine.run("sh", "-c", "sed s,/usr/local/bin/odmr,/nonexistent, /root/debian | sh -s install 2>&1 || echo $?").stdout
+    check("install it first\n69\n" in without and machine.run("sh", "-c", there).stdout == before, f"without odmr: {without}")
     for _ in range(2):  # twice is as good as once
         machine.run("/root/debian", "install")
     sends()
+    # The package, if it is removed, leaves a link to nothing, and what to type.
+    machine.install("root/postrm", ROOT / "packaging/debian/postrm")
+    said = machine.run("sh", "-c", "ln -sf /usr/bin/odmr /usr/sbin/sendmail; /root/postrm remove 2>&1").stdout
+    (command,) = re.findall("type `(.*)`", said)
+    machine.run("sh", "-c", command)
+    machine.run("/root/debian", "install")
     listed = machine.run("/usr/bin/mailq").stdout
     check("bob@w.example" in listed, f"mailq: {listed}")
     for _ in range(2):
