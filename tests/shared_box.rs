@@ -294,6 +294,19 @@ fn check_says_what_keeps_other_users_from_sending() {
     }
 }
 
+/// A setuid program that sends mail: its caller names no file that is read with the rights of its owner.
+#[test]
+fn the_environment_of_a_setuid_program_names_no_configuration() {
+    let shared = SharedBox::over(TestCustomer::with("their-secret = 1\n"), None, "");
+    if !shared.is_root {
+        return;
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--ruid", "65534", "--clear-groups"]).arg(shared.customer.0.path().join("odmr"));
+    let sent = shared.customer.finish(command.args(["send", "d@x.example"]), LETTER);
+    assert!(sent.code == 78 && sent.error.contains("/etc/odmr/customer.toml"), "{}", sent.error);
+}
+
 /// Only root can make files that another user may not read.
 #[test]
 fn what_a_user_may_not_read_is_named() {

@@ -90,7 +90,7 @@ pub(super) fn run(mode: Option<&str>, arguments: &[String]) -> Result<(), ExitEr
     let arguments = mode.into_iter().chain(arguments.iter().map(String::as_str));
     let options = options();
     let matches = options.parse(arguments).map_err(|error| ExitError::usage(wrong_option(error, &options), HINT))?;
-    let named = last(&matches, "C").map(OsString::from).or_else(|| std::env::var_os("ODMR_CONFIG"));
+    let named = last(&matches, "C").map(OsString::from).or_else(config_of_environment);
     let path = PathBuf::from(named.unwrap_or_else(|| DEFAULT_CONFIG.into()));
     let target = LogTarget::new(&matches, false);
     let logs_events = target.is_syslog() || matches.opt_present("v");
@@ -118,6 +118,13 @@ pub(super) fn run(mode: Option<&str>, arguments: &[String]) -> Result<(), ExitEr
         SubmissionRoute::Listener(_) => confine_submitter(),
     }
     mode(&config, &Ids::system(tls::random), &options, route)
+}
+
+/// `$ODMR_CONFIG`. A program with the rights of another user (setuid, setgid) has it from the user who has started that program,
+/// who could have any file read with these rights, and directories made.
+fn config_of_environment() -> Option<OsString> {
+    use rustix::process::{getegid, geteuid, getgid, getuid};
+    std::env::var_os("ODMR_CONFIG").filter(|_| getuid() == geteuid() && getgid() == getegid())
 }
 
 /// `-bp`: lists what waits, as far as this user may read it.
