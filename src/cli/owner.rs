@@ -9,7 +9,7 @@ use rustix::fs::Access;
 
 use super::exit::{ExitError, Sysexit};
 use crate::config::{Config, ConfigError, CustomerConfig, MailOwner, ProviderAccount, ProviderConfig, line_of_key};
-use crate::maildir::shell_word;
+use crate::maildir::{shell_word, write_remedy};
 use crate::net::trace::quoted;
 use crate::platform;
 use crate::privileges::SystemUser;
@@ -124,11 +124,11 @@ pub(super) fn check_owned(owner: &SystemUser, root: &Path, depth: usize) -> Resu
         if let Err(error) = rustix::fs::access(&directory, Access::WRITE_OK | Access::EXEC_OK) {
             let (name, error) = (owner.name(), io::Error::from(error));
             let remedy = match error.kind() {
-                io::ErrorKind::PermissionDenied => format!("type `chown -R {name} {}`", shell_word(root)),
-                _ => "mount that file system read-write".to_owned(),
+                io::ErrorKind::PermissionDenied => format!("; type `chown -R {name} {}`", shell_word(root)),
+                _ => write_remedy(&error, root),
             };
             let directory = directory.display();
-            return Err(format!("{directory} cannot be written to by {name}: {error}; {remedy}"));
+            return Err(format!("{directory} cannot be written to by {name}: {error}{remedy}"));
         }
     }
     Ok(())

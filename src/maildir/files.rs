@@ -18,10 +18,24 @@ use crate::sandbox;
 /// Puts the path before the text of an error. That this process or the system has no descriptor left, for which there is no
 /// kind, becomes `OutOfMemory`.
 pub fn with_path(path: &Path, error: io::Error) -> io::Error {
+    with_problem(path, "", error)
+}
+
+fn with_problem(path: &Path, problem: &str, error: io::Error) -> io::Error {
     let short = matches!(Errno::from_io_error(&error), Some(Errno::MFILE | Errno::NFILE));
     let error = sandbox::explain_mail(path, error);
     let kind = if short { io::ErrorKind::OutOfMemory } else { error.kind() };
-    io::Error::new(kind, format!("{}: {error}", path.display()))
+    io::Error::new(kind, format!("{}{problem}: {error}", path.display()))
+}
+
+/// Says that a file cannot be written to, why, and what to do.
+pub fn write_error(path: &Path, error: io::Error) -> io::Error {
+    with_remedy(path.parent().unwrap_or(path), with_problem(path, " cannot be written to", error))
+}
+
+/// Puts what to do after the text of an error of writing into a directory.
+pub fn with_remedy(directory: &Path, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{error}{}", write_remedy(&error, directory)))
 }
 
 /// A path as a word of a command that somebody copies into a shell, perhaps root: `chown -R odmr /srv/my mail` is about `/srv/my`.
@@ -45,6 +59,7 @@ pub fn write_remedy(error: &io::Error, directory: &Path) -> String {
         io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
             "; a file is where a directory must be: move it away, or name another directory".to_owned()
         }
+        io::ErrorKind::IsADirectory => "; a directory is where a file must be: move it away".to_owned(),
         _ => String::new(),
     }
 }

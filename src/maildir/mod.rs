@@ -34,7 +34,7 @@ use rustix::io::Errno;
 pub use entry::{AttemptRecord, EndedSessions, Entry};
 pub use files::{
     FileId, create_file_durably, make_tree, prepare_directory, remove_file_durably, remove_if_there, replace_file,
-    replace_file_durably, shell_word, unnamed_file_in, with_path, write_denial, write_remedy,
+    replace_file_durably, shell_word, unnamed_file_in, with_path, with_remedy, write_denial, write_error, write_remedy,
 };
 use files::{list, make_directories, make_directory, move_file, sync_directory, sync_names};
 use quota::QuotaCheck;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use data_encoding::HEXLOWER;
 
-use super::files::{FileId, replace_file_durably, with_path, write_remedy};
+use super::files::{FileId, replace_file_durably, with_path, with_remedy, write_error};
 use super::sweep::{log_sweep_failed, sweep};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -18,7 +18,7 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 ///
 /// # Errors
 ///
-/// The directory or the file cannot be created or opened; the text has its path.
+/// The directory or the file cannot be created or opened; the text has its path, and what to do.
 pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
     let directory = root.join(".odmr");
     let path = directory.join(name);
@@ -31,7 +31,7 @@ pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
         }
         opened => opened,
     };
-    file.map_err(|error| with_path(&path, error))
+    file.map_err(|error| write_error(&path, error))
 }
 
 /// Makes the directory `ROOT/.odmr`, if it is missing.
@@ -40,10 +40,8 @@ pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
 ///
 /// It cannot be made; the text has its path.
 pub fn make_state_directory(directory: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(|error| {
-        let remedy = write_remedy(&error, directory.parent().unwrap_or(directory));
-        io::Error::new(error.kind(), format!("{}: {error}{remedy}", directory.display()))
-    })
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+    made.map_err(|error| with_remedy(directory.parent().unwrap_or(directory), with_path(directory, error)))
 }
 
 fn options() -> OpenOptions {
@@ -166,6 +164,20 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn a_file_that_cannot_be_opened_says_what_to_do() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join(".odmr/serve");
+        fs::create_dir_all(&path).unwrap();
+        let error = lock_state_file(root.path(), "serve").unwrap_err();
+        let remedy =
+            "cannot be written to: Is a directory (os error 21); a directory is where a file must be: move it away";
+        assert_eq!(
+            (error.kind(), error.to_string()),
+            (io::ErrorKind::IsADirectory, format!("{} {remedy}", path.display()))
+        );
+    }
 
     #[test]
     fn all_processes_share_one_key() {

@@ -140,9 +140,8 @@ impl Spool {
     pub fn lock(&self) -> io::Result<Option<File>> {
         let lock = maildir::lock_state_file(&self.root, LOCK_FILE)?;
         rustix::fs::access(&self.root, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
-            let error = io::Error::from(error);
-            let remedy = maildir::write_remedy(&error, &self.root);
-            io::Error::new(error.kind(), format!("{}: {error}{remedy}", self.root.display()))
+            let text = format!("{} cannot be written to: {error}", self.root.display());
+            maildir::with_remedy(&self.root, io::Error::new(error.kind(), text))
         })?;
         Ok(lock)
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::name::QueueName;
-use crate::maildir::with_path;
+use crate::maildir::{with_path, write_error};
 
 /// The file of a queue that its session locks.
 pub(super) const QUEUE_LOCK_FILE: &str = "odmr.lock";
@@ -62,7 +62,7 @@ impl LockFile {
     /// See [`LockError`]; `NotFound` if the directory is missing.
     pub(super) fn lock(path: &Path, takeover: Option<Duration>, name: &QueueName) -> Result<LockFile, LockError> {
         loop {
-            let file = open(path).map_err(|error| LockError::Failed(with_path(path, error)))?;
+            let file = open(path).map_err(|error| LockError::Failed(write_error(path, error)))?;
             let lock = LockFile { path: path.to_owned(), file };
             lock.wait(takeover, name)?;
             // The lock of a file that was removed meanwhile excludes nobody.
@@ -97,7 +97,7 @@ impl LockFile {
                 }
                 None => {
                     log::info!("event=takeover queue={name}");
-                    File::create(&wanted).map_err(|error| failed(&wanted, error))?;
+                    File::create(&wanted).map_err(|error| LockError::Failed(write_error(&wanted, error)))?;
                     give_up = Some(Instant::now() + TAKEOVER_WAIT);
                 }
                 Some(late) if Instant::now() >= late => {

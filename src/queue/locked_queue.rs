@@ -16,7 +16,7 @@ use super::refused::RefusedLimits;
 use super::shared::{self, SharedIndex};
 use crate::file_stamp::FileStamp;
 use crate::ids::Ids;
-use crate::maildir::{Entry, Maildir, log_sweep_failed};
+use crate::maildir::{Entry, Maildir, log_sweep_failed, with_remedy};
 use crate::net::trace::quoted;
 
 /// How often a message is looked for that a mail reader moves again and again.
@@ -130,7 +130,7 @@ impl LockedQueue {
     /// See [`LockError`].
     pub(super) fn lock_directory(&mut self, takeover: Option<Duration>) -> Result<(), LockError> {
         for attempt in 0.. {
-            self.maildir.create().map_err(LockError::Failed)?;
+            self.maildir.create().map_err(|error| LockError::Failed(with_remedy(&self.name.path, error)))?;
             match LockFile::lock(&self.name.path.join(QUEUE_LOCK_FILE), takeover, &self.name) {
                 // It was removed just now.
                 Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound && attempt < LOCK_ATTEMPTS => {

@@ -350,7 +350,7 @@ def mistakes_of_files(box):
     place.try_each(mistake("28 `root` may not be written to", [place.customer(), *own], "pull -c customer.toml", 77, "mail…: Permission denied…; "),
                    mistake("28 `root` may not be written to", None, "check -c customer.toml", 1,
                            "customer.toml:8: …mail cannot be written to: Permission denied…; let the user that odmr runs as write there: chown or chmod mail"), around=AS_NOBODY)
-    place.try_each(mistake("28 `root` is read-only", place.customer(), "pull -c customer.toml", 73, "mail…: Read-only file system…; mount …"),
+    place.try_each(mistake("28 `root` is read-only", place.customer(), "pull -c customer.toml", 73, "mail… cannot be …: Read-only file system…; mount …"),
                    mistake("28 `root` is read-only", None, "check -c customer.toml", 1, "customer.toml:8: …Read-only file system…; mount "),
                    around=read_only("mail"))
     place.try_each(
