@@ -193,6 +193,32 @@ fn a_full_disk_is_reported_for_the_sender() {
     assert_eq!(call.out, text);
 }
 
+/// Mail that waits and cannot be sent must not look like a call that has sent all; incoming mail is fetched all the same.
+#[test]
+fn a_queue_that_cannot_be_locked_fails_the_call_after_the_incoming_mail() {
+    let script = message("eva@example.net", "alice@example.org");
+    let outgoing = "[outgoing]\nqueue = \"queue\"\n";
+    for (directory, text, what, rest) in [
+        ("queue", "", "outgoing mail", format!("{ALICE}{outgoing}")),
+        ("mailboxes/.handover", "Delivered-To: x\n", "mail for next hops", ALICE.to_owned()),
+    ] {
+        let place = Place::new(&rest);
+        let queue = place.0.path().join(directory);
+        ["new", "cur", "tmp", "odmr.lock"].iter().for_each(|name| fs::create_dir_all(queue.join(name)).unwrap());
+        fs::write(queue.join("new/1.1.a"), text).unwrap();
+        let lock = queue.join("odmr.lock");
+        let lock = lock.display();
+        for words in [&[][..], &["-q"]] {
+            let call = place.pull(words, "", &self::words(&script));
+            assert_eq!((call.code, call.replies.len()), (73, 4), "{}", call.error);
+            let last = call.error.lines().last().unwrap_or_default();
+            let remedy = "Is a directory (os error 21); a directory is where a file must be: move it away";
+            assert_eq!(last, format!("odmr: {what} waits, and cannot be sent: {lock} cannot be written to: {remedy}"));
+            assert!(words.len() == 1 || call.error.contains(" result=failed\n"), "{}", call.error);
+        }
+    }
+}
+
 /// The first call of a customer whose `accept` is not complete: the message stays with the provider.
 #[test]
 fn with_soft_bounce_what_would_be_rejected_is_deferred_and_printed() {

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::plural::counted;
@@ -43,6 +44,8 @@ struct Counts {
     announced: u64,
     /// Messages that were waiting at the provider; 0: unknown.
     queued: u64,
+    /// Why the outgoing queue could not be locked or read.
+    outgoing_failure: Option<io::Error>,
 }
 
 impl CallCounters {
@@ -142,6 +145,16 @@ impl CallCounters {
     /// An outgoing message was sent to at least one recipient.
     pub fn sent(&self) {
         self.lock().total.sent += 1;
+    }
+
+    /// The outgoing queue cannot be locked or read. The first failure is kept.
+    pub fn outgoing_failed(&self, error: io::Error) {
+        self.lock().outgoing_failure.get_or_insert(error);
+    }
+
+    /// Returns that failure once.
+    pub fn take_outgoing_failure(&self) -> Option<io::Error> {
+        self.lock().outgoing_failure.take()
     }
 
     /// Sets how many outgoing messages wait for another call.

@@ -352,7 +352,8 @@ impl Daemon<'_> {
             (self.retrying, self.queued_meanwhile) = (true, false);
             let (customer, cancel) = (self.customer.clone(), self.cancel.clone());
             self.spawn("retry", DaemonEvent::RetryEnded, move || {
-                customer.retry_queue.retry(&cancel);
+                // A failure is logged.
+                let _ = customer.retry_queue.retry(&cancel);
                 DaemonEvent::RetryEnded
             });
         }

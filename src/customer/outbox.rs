@@ -146,27 +146,31 @@ impl Outbox {
         self.config.submission.is_some() && !self.is_empty()
     }
 
-    fn lock_if_any(&self) -> Option<QueueLock> {
+    /// `None`: no mail waits, or it cannot be sent, which is logged. A failure of the system is counted too: the call fails by
+    /// it at its end, so that nobody takes mail that waits for mail that was sent.
+    fn lock_if_any(&self, counters: &CallCounters) -> Option<QueueLock> {
         let queue = &self.mailboxes.queue;
         let locked = match queue.count(&self.store.name, 1) {
             Ok(0) => return None,
             Ok(_) => queue.lock(std::slice::from_ref(&self.store.name)),
             Err(error) => Err(LockError::Failed(error)),
         };
-        let failed = |error: &LockError| {
-            let reason = match error {
-                LockError::Busy(_) => "another call is sending the outgoing mail".to_owned(),
-                LockError::Failed(error) => error.to_string(),
-            };
-            log::warn!("event=outgoing-waits reason={}", quoted(reason));
+        let failed = |error| match error {
+            LockError::Busy(_) => {
+                log::warn!("event=outgoing-waits reason=\"another call is sending the outgoing mail\"");
+            }
+            LockError::Failed(error) => {
+                log::warn!("event=outgoing-waits reason={}", quoted(&error));
+                counters.outgoing_failed(error);
+            }
         };
-        locked.inspect_err(failed).ok()
+        locked.map_err(failed).ok()
     }
 
     /// Delivers messages for our own mailboxes that users without access to them have queued. What cannot be stored is
     /// counted as deferred, and waits.
     pub fn deliver_here(&self, counters: &CallCounters) {
-        let Some(mut lock) = self.lock_if_any() else { return };
+        let Some(mut lock) = self.lock_if_any(counters) else { return };
         while let Some(mut message) = lock.next_message() {
             let queued =
                 QueuedEnvelope { id: message.id.clone(), arrived: message.arrived, envelope: message.envelope.clone() };
@@ -224,7 +228,7 @@ impl Outbox {
         &self, session: ClientSession, connect: &dyn Fn() -> Result<ClientSession, SessionFailure>,
         counters: &CallCounters,
     ) -> Option<ClientSession> {
-        let Some(mut lock) = self.lock_if_any() else { return Some(session) };
+        let Some(mut lock) = self.lock_if_any(counters) else { return Some(session) };
         let last = self.send_in_sessions(session, connect, &mut lock, counters);
         // With a submission host the call ends there: a message that is skipped here must not be offered there.
         if self.config.submission.is_none() {
@@ -285,7 +289,7 @@ impl Outbox {
     /// Sends the messages that are still due to the submission host, if one is configured. A failure is logged.
     pub fn submit(&self, cancel: &CancelToken, counters: &CallCounters) {
         let Some(submission) = &self.config.submission else { return };
-        let Some(mut lock) = self.lock_if_any() else { return };
+        let Some(mut lock) = self.lock_if_any(counters) else { return };
         let remote = match Remote::new(submission) {
             Ok(remote) => remote,
             Err(error) => return log::error!("event=submission-failed error={}", quoted(error)),

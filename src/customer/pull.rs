@@ -241,7 +241,7 @@ impl Customer {
         if let Some(outbox) = outbox {
             outbox.deliver_here(counters);
         }
-        self.retry_queue.retry(cancel);
+        let retried = self.retry_queue.retry(cancel);
         let lists = domain_lists(&provider.domains);
         let deferred = counters.deferred();
         let call = ProviderConnection { customer: self, remote, outbox, cancel, counters, deferred, lists };
@@ -249,7 +249,13 @@ impl Customer {
         if let Some(outbox) = outbox {
             counters.set_waiting(outbox.waiting());
         }
-        result
+        // Incoming mail was fetched all the same. That the provider wants a pause is no failure, and must not hide this one.
+        let waits = |what: &str, error: io::Error| {
+            CallError::from(io::Error::new(error.kind(), format!("{what} waits, and cannot be sent: {error}")))
+        };
+        let sent = counters.take_outgoing_failure().map_or(Ok(()), |error| Err(waits("outgoing mail", error)));
+        let sent = sent.and(retried.map_err(|error| waits("mail for next hops", error)));
+        if let Ok(()) | Err(CallError::TooSoon(_)) = result { sent.and(result) } else { result }
     }
 
     /// Locks a provider's account, so that one call at a time is made to it, also among processes. The kernel releases the

@@ -124,22 +124,32 @@ impl RetryQueue {
     }
 
     /// Tries all messages that are due, until it is cancelled.
-    pub fn retry(&self, cancel: &CancelToken) {
-        if self.due().is_none_or(|due| due > SystemTime::now()) {
-            return;
+    ///
+    /// # Errors
+    /// The queue cannot be read or locked, which is logged.
+    pub fn retry(&self, cancel: &CancelToken) -> io::Result<()> {
+        let failed = |error: &io::Error| log::warn!("event=retry-waits reason={}", quoted(error));
+        let due = self.mailboxes.queue.next_due(&self.mailboxes.retry_queue()).inspect_err(failed)?;
+        if due.is_none_or(|due| due > SystemTime::now()) {
+            return Ok(());
         }
-        let mut lock = match self.lock() {
+        let mut lock = match self.mailboxes.queue.try_lock(&self.mailboxes.retry_queue()) {
             Ok(lock) => lock,
-            Err(error) => return log::info!("event=retry-waits reason={}", quoted(error)),
+            Err(LockError::Busy(_)) => {
+                log::info!("event=retry-waits reason=\"another process is trying it\"");
+                return Ok(());
+            }
+            Err(LockError::Failed(error)) => return Err(error).inspect_err(failed),
         };
         let mut hops = NextHops::new(&self.mailboxes, cancel);
         while !cancel.is_cancelled() {
             lock.heartbeat();
-            let Some(mut message) = lock.next_message() else { return };
+            let Some(mut message) = lock.next_message() else { break };
             let (tried, mut statuses) = self.attempt(&mut hops, &mut message);
             self.redirect_dsn(&mut message, &mut statuses);
             self.finish_attempt(message, statuses, &tried.attempt(), &mut lock);
         }
+        Ok(())
     }
 
     /// Tries one message: each recipient at its destination by the rules as they are now. Returns the last next hop, and

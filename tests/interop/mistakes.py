@@ -350,9 +350,17 @@ def mistakes_of_files(box):
     place.try_each(mistake("28 `root` may not be written to", [place.customer(), *own], "pull -c customer.toml", 77, "mail…: Permission denied…; "),
                    mistake("28 `root` may not be written to", None, "check -c customer.toml", 1,
                            "customer.toml:8: …mail cannot be written to: Permission denied…; let the user that odmr runs as write there: chown or chmod mail"), around=AS_NOBODY)
-    place.try_each(mistake("28 `root` is read-only", place.customer(), "pull -c customer.toml", 73, "mail… cannot be …: Read-only file system…; mount …"),
+    place.try_each(mistake("28 `root` is read-only", place.customer(), "pull -c customer.toml", 73, "mail…: Read-only file system…; mount …"),
                    mistake("28 `root` is read-only", None, "check -c customer.toml", 1, "customer.toml:8: …Read-only file system…; mount "),
                    around=read_only("mail"))
+    queue = lambda: [(box.path / "out" / name).mkdir(parents=True, exist_ok=True) for name in ("new", "cur", "tmp")]
+    waiting = [queue, place.write("out/new/1.1.a", "From: joe@example.org\n\nHello.\n")]
+    place.try_each(mistake("28 `queue` is read-only", [place.customer('outgoing.queue = "out"'), *waiting], "pull -c customer.toml", 73,
+                           "odmr: outgoing mail waits, and cannot be sent: …out/odmr.lock cannot be written to: Read-only file system…; mount …"),
+                   around=read_only("out"))
+    (box.path / "out/new/1.1.a").unlink()
+    place.try_each(mistake("28 `root` is read-only, and was written to before", place.customer(), "pull -c customer.toml", 73,
+                           "odmr: …mail/.odmr/call-… cannot be written to: Read-only file system…; mount …"), around=read_only("mail"))
     place.try_each(
         mistake("29 an unknown user", place.customer('user = "nosuch"'), "check -c customer.toml; pull -c customer.toml", BAD,
                 'customer.toml:2: there is no user "nosuch" here: make one, or change `user`'),
