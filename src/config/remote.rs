@@ -6,26 +6,31 @@ use std::path::Path;
 use super::source::{Source, check_private, read, read_remedy};
 use super::table::{Table, check_unique, values};
 use super::value::{ACCOUNT_NAME, HostPort, MECHANISM, PATH, PIN, SECRET, TLS_MODE, check_secret, host_port};
+use crate::net::pin::Pin;
 use crate::plural::counted;
 use crate::recipients::{ConfigError, SourceLine};
 use crate::sasl::{Login, Mechanism, is_usable};
 use crate::session::{ClientIdentity, RemoteSettings, TlsMode};
+
+/// More are not needed for a change of keys.
+const MOST_PINS: usize = 8;
 
 /// The host at an address, without a login. Reads `ca`, `pin`, `certificate`, `key`, and how to use TLS at the key `tls_key`.
 pub(super) fn remote(
     table: &mut Table<'_>, HostPort { address, host }: HostPort, tls_key: &str,
 ) -> Result<RemoteSettings, ConfigError> {
     let tls = table.or(tls_key, TLS_MODE, TlsMode::default());
-    let (ca, pin) = (table.located("ca", PATH), table.located("pin", PIN));
-    let (tls, ca, pin) = (tls?, ca?, pin?);
-    if let (Some(ca), Some(_)) = (&ca, &pin) {
+    let pin_line = table.line_of("pin");
+    let (ca, pins) = (table.located("ca", PATH), pins(table));
+    let (tls, ca, pins) = (tls?, ca?, pins?);
+    if let (Some(ca), false) = (&ca, pins.is_empty()) {
         let text = "`ca` and `pin` exclude each other: `pin` trusts one certificate, `ca` those that it signed; \
                     remove one of the two";
         return Err(ca.source.error(text));
     }
     let certificate_line = table.line_of("certificate");
     let identity = identity(table)?;
-    let unused = ca.as_ref().map(|ca| &ca.source).or(pin.as_ref().map(|pin| &pin.source));
+    let unused = ca.as_ref().map(|ca| &ca.source).or((!pins.is_empty()).then_some(&pin_line));
     if let (TlsMode::None, Some(line)) = (tls, unused.or(identity.as_ref().map(|_| &certificate_line))) {
         return Err(line.error(format!(
             "`ca`, `pin` and `certificate` have no effect with {tls_key} = \"none\": write {tls_key} = \"starttls\", or \
@@ -33,7 +38,23 @@ pub(super) fn remote(
         )));
     }
     let ca = ca.map(|ca| table.file.absolute(&ca.value));
-    Ok(RemoteSettings { address, host, tls, ca, pin: pin.map(|pin| pin.value), identity, login: None })
+    Ok(RemoteSettings { address, host, tls, ca, pins, identity, login: None })
+}
+
+/// `pin`: one, or a list of up to [`MOST_PINS`], so that the host can change its key (as in RFC 7469 section 2.5, with a backup
+/// pin) and no call fails. Empty: the table has no such key.
+fn pins(table: &mut Table<'_>) -> Result<Vec<Pin>, ConfigError> {
+    let line = table.line_of("pin");
+    let Some(value) = table.take("pin") else { return Ok(Vec::new()) };
+    // All are read, so that each mistake is noted.
+    let read: Vec<_> = value.one_or_many().into_iter().map(|value| value.read(&PIN)).collect();
+    let pins: Vec<_> = read.into_iter().collect::<Result<_, _>>()?;
+    check_unique(&pins)?;
+    match pins.len() {
+        0 => Err(line.error("`pin` is empty, so no certificate would be trusted: write a pin, or remove it")),
+        1..=MOST_PINS => Ok(values(pins)),
+        many => Err(line.error(format!("`pin` has {many} pins: write {MOST_PINS} or less"))),
+    }
 }
 
 /// `certificate` and `key`: what this side shows if the host asks for a certificate.

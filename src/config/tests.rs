@@ -285,7 +285,7 @@ fn every_key_of_relay_is_read() {
         host: "smtp.example.net".to_owned(),
         tls: TlsMode::Implicit,
         ca: Some("/etc/ca.pem".into()),
-        pin: None,
+        pins: Vec::new(),
         identity: None,
         login: login("relay", "open sesame"),
     };
@@ -444,7 +444,7 @@ fn every_key_of_outgoing_and_schedule_is_read() {
     assert_eq!(outgoing.domain, domain("example.com"));
     let submission = outgoing.submission.unwrap();
     assert_eq!(submission.address, "smtp.example.net:5870");
-    assert_eq!((submission.tls, submission.pin), (TlsMode::StartTls, Some(Pin::Certificate([0; 32]))));
+    assert_eq!((submission.tls, submission.pins), (TlsMode::StartTls, vec![Pin::Certificate([0; 32])]));
     assert_eq!(submission.login, login("sender", "mellon"));
     let times = Retry { give_up: 2 * DAY, delay_notice: Some(HOUR), ..Retry::default() };
     assert_eq!(outgoing.retry, times);
@@ -456,7 +456,7 @@ fn a_submission_host_has_the_credentials_of_the_provider() {
     let submission = outgoing("submission = \"[::1]\"\nsubmission-tls = \"none\"").submission.unwrap();
     assert_eq!((&*submission.address, submission.tls), ("[::1]:587", TlsMode::None));
     assert_eq!(submission.login, login("acme", "open sesame"));
-    assert_eq!((submission.ca, submission.pin), (None, None));
+    assert_eq!((submission.ca, submission.pins), (None, vec![]));
 }
 
 #[test]
@@ -645,7 +645,7 @@ fn the_least_customer_has_the_documented_defaults() {
     assert_eq!(upstream.address, "relay.example.net:366");
     assert_eq!(upstream.host, "relay.example.net");
     assert_eq!(upstream.tls, TlsMode::StartTls);
-    assert_eq!((&upstream.ca, upstream.pin), (&None, None));
+    assert_eq!((&upstream.ca, &upstream.pins[..]), (&None, &[][..]));
     assert_eq!(upstream.login, login("acme", "open sesame"));
     assert_eq!(customer.providers[0].domains, []);
     assert_eq!(customer.mailboxes.root, directory.path().join("mail"));
@@ -1068,6 +1068,12 @@ fn mistakes_in_a_customer_s_file_are_named() {
     let pin = format!("pin = \"sha256:{}\"", "00".repeat(32));
     customer("name = \"acme\"", &format!("{pin}\nca = \"ca.pem\"\nname = \"acme\""), "odmr.toml:5", "`ca` and `pin` exclude each other");
     customer("name = \"acme\"", &format!("tls = \"none\"\n{pin}\nname = \"acme\""), "odmr.toml:5", "have no effect with tls = \"none\"");
+    customer("name = \"acme\"", "pin = []\nname = \"acme\"", "odmr.toml:4", "`pin` is empty, so no certificate would be trusted: write a pin");
+    customer("name = \"acme\"", "pin = [\n7]\nname = \"acme\"", "odmr.toml:5", "this is a number, expected a fingerprint");
+    let list = |octets: &[u8]| octets.iter().map(|octet| format!("\"{}\",\n", Pin::Key([*octet; 32]))).collect::<String>();
+    customer("name = \"acme\"", &format!("pin = [{}]\nname = \"acme\"", list(&[1, 2, 1])), "odmr.toml:6", "is here a second time");
+    let many = format!("pin = [{}]\nname = \"acme\"", list(&[1, 2, 3, 4, 5, 6, 7, 8, 9]));
+    customer("name = \"acme\"", &many, "odmr.toml:4", "`pin` has 9 pins: write 8 or less");
     customer("name = \"acme\"", "domains = [\"localhost\"]\nname = \"acme\"", "odmr.toml:4", "has no dot");
     customer("name = \"acme\"", "domains = [\"a.example\",\n\"A.example\"]\nname = \"acme\"", "odmr.toml:5", "a.example is here a second time");
     customer("name = \"acme\"", "domains = [\"example.org\"]\nname = \"acme\"", "odmr.toml:9", "@example.com can get no mail");
@@ -1413,6 +1419,8 @@ fn what_is_printed_is_read_again() {
          umask = \"027\"\n[outgoing]\nqueue = \"out\"\nnetworks = [\"192.0.2.0/24\"]\n[schedule]\nat = [\"* every 1h\"]\n\
          zone = \"UTC\"\njitter = \"none\"\n"
     );
+    let pins = [Pin::Key([1; 32]), Pin::Certificate([2; 32])];
+    let customer = customer.replace("[provider]\n", &format!("[provider]\npin = [\"{}\", \"{}\"]\n", pins[0], pins[1]));
     for text in [PROVIDER, &provider, CUSTOMER, &customer] {
         let directory = files(&[("odmr.toml", text), ("customers.d/acme.toml", account)]);
         let printed = effective(&directory.path().join("odmr.toml")).unwrap();
@@ -1431,6 +1439,8 @@ fn what_is_printed_is_read_again() {
                 assert_eq!((one.relay.retry, one.relay.tls_for), (other.relay.retry, other.relay.tls_for));
             }
             (Config::Customer(one), Config::Customer(other)) => {
+                assert_eq!(one.providers[0].remote.pins, if *text == *customer { &pins[..] } else { &[] });
+                assert_eq!(one.providers[0].remote.pins, other.providers[0].remote.pins);
                 assert_eq!(
                     (one.providers[0].schedule.clone(), one.limits),
                     (other.providers[0].schedule.clone(), other.limits)

@@ -81,8 +81,8 @@ pub enum Trust {
     System,
     /// The authorities, or the peer's own certificate, in a PEM file.
     Authorities(PathBuf),
-    /// One certificate or one key, whatever the name and the dates.
-    Pin(Pin),
+    /// The certificate or the key of any of these, whatever the name and the dates. Not empty.
+    Pins(Vec<Pin>),
     /// Every certificate: encryption without authentication is better than clear text (RFC 7435).
     Anyone,
 }
@@ -587,7 +587,8 @@ enum Verification {
         /// Certificates that are trusted if the peer presents exactly one of them.
         exact: Vec<CertificateDer<'static>>,
     },
-    Pin(Pin),
+    /// Not empty.
+    Pins(Vec<Pin>),
     Anyone,
 }
 
@@ -596,7 +597,7 @@ impl Verification {
         match trust {
             Trust::System => Verification::system(),
             Trust::Authorities(path) => Verification::exact(&PemText::read(path)?),
-            Trust::Pin(pin) => Ok(Verification::Pin(*pin)),
+            Trust::Pins(pins) => Ok(Verification::Pins(pins.clone())),
             Trust::Anyone => Ok(Verification::Anyone),
         }
     }
@@ -635,10 +636,14 @@ impl Verification {
     /// key is that which was compared with the pin, and not what another reader finds in the certificate.
     fn lone_key<'a>(&self, certificate: &'a CertificateDer<'_>) -> Result<Option<&'a [u8]>, Error> {
         match (ParsedCertificate::try_from(certificate), self) {
-            (Ok(_), Verification::Chain { .. } | Verification::Pin(Pin::Certificate(_)) | Verification::Anyone) => {
+            (Ok(_), Verification::Chain { .. } | Verification::Anyone) => Ok(None),
+            // A pin of the whole certificate is of its key too, as webpki reads it.
+            (Ok(_), Verification::Pins(pins))
+                if pins.iter().any(|pin| matches!(pin, Pin::Certificate(_)) && fits(pin, certificate)) =>
+            {
                 Ok(None)
             }
-            (Ok(_), Verification::Pin(Pin::Key(_))) | (Err(_), _) => any_key(certificate).map(Some),
+            (Ok(_), Verification::Pins(_)) | (Err(_), _) => any_key(certificate).map(Some),
         }
     }
 
@@ -662,8 +667,10 @@ impl ServerCertVerifier for Verification {
     ) -> Result<ServerCertVerified, Error> {
         match self {
             Verification::Anyone => Ok(ServerCertVerified::assertion()),
-            Verification::Pin(pin) if fits(pin, certificate) => Ok(ServerCertVerified::assertion()),
-            Verification::Pin(pin) => Err(untrusted(wrong_pin(pin, certificate))),
+            Verification::Pins(pins) if pins.iter().any(|pin| fits(pin, certificate)) => {
+                Ok(ServerCertVerified::assertion())
+            }
+            Verification::Pins(pins) => Err(untrusted(wrong_pin(pins, certificate))),
             Verification::Chain { authorities, exact } => authorities
                 .verify_server_cert(certificate, intermediates, name, ocsp_response, now)
                 .or_else(|error| match exact.contains(certificate) {
@@ -811,16 +818,20 @@ fn with_fingerprint(error: Error, certificate: &CertificateDer<'_>) -> Error {
     }
 }
 
-fn wrong_pin(pin: &Pin, certificate: &CertificateDer<'_>) -> String {
+fn wrong_pin(pins: &[Pin], certificate: &CertificateDer<'_>) -> String {
     let confirm = "change `pin` only if the peer's operator confirms that this is the new one";
     let key = key_shown(certificate);
-    match pin {
-        Pin::Certificate(_) => format!(
-            "the peer's certificate is not the one in `pin`: it is sha256:{}; {confirm} \
+    let digest = HEXLOWER.encode(&digest(certificate));
+    match pins {
+        [Pin::Certificate(_)] => format!(
+            "the peer's certificate is not the one in `pin`: it is sha256:{digest}; {confirm} \
              (a pin of the key, spki-sha256:{key}, survives renewals)",
-            HEXLOWER.encode(&digest(certificate)),
         ),
-        Pin::Key(_) => format!("the peer's key is not the one in `pin`: it is spki-sha256:{key}; {confirm}"),
+        [Pin::Key(_)] => format!("the peer's key is not the one in `pin`: it is spki-sha256:{key}; {confirm}"),
+        _ => format!(
+            "the peer's certificate matches none of the pins in `pin`: it is sha256:{digest}, and its key is \
+             spki-sha256:{key}; {confirm}"
+        ),
     }
 }
 

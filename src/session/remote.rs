@@ -37,8 +37,8 @@ pub struct RemoteSettings {
     pub tls: TlsMode,
     /// A PEM file with certificates that are trusted instead of the system's. Absolute. Not with `pin`.
     pub ca: Option<PathBuf>,
-    /// The one certificate, or the one key, that is trusted. Not with `ca`.
-    pub pin: Option<Pin>,
+    /// The certificates and keys that are trusted, if there are any; the host must show one of them. Not with `ca`.
+    pub pins: Vec<Pin>,
     /// What this side shows if the host asks for a certificate.
     pub identity: Option<ClientIdentity>,
     /// What to log in with; `None`: without AUTH.
@@ -93,11 +93,11 @@ impl Remote {
     /// # Errors
     /// They cannot be read or used; the text says why.
     pub fn new(settings: &RemoteSettings) -> Result<Remote, RemoteError> {
-        let trust = match (settings.tls, settings.pin, &settings.ca) {
-            (TlsMode::None, _, _) => None,
-            (_, Some(pin), _) => Some(Trust::Pin(pin)),
-            (_, None, Some(file)) => Some(Trust::Authorities(file.clone())),
-            (_, None, None) => Some(Trust::System),
+        let trust = match (settings.tls, &settings.ca) {
+            (TlsMode::None, _) => None,
+            _ if !settings.pins.is_empty() => Some(Trust::Pins(settings.pins.clone())),
+            (_, Some(file)) => Some(Trust::Authorities(file.clone())),
+            (_, None) => Some(Trust::System),
         };
         let tls = trust.map(|trust| ClientTls::new(&trust)).transpose();
         let mut tls = tls.map_err(|text| RemoteError { key: "ca", text })?;
@@ -248,7 +248,7 @@ mod tests {
             host: "relay.example.net".to_owned(),
             tls: TlsMode::None,
             ca: None,
-            pin: None,
+            pins: Vec::new(),
             identity: None,
             login: Some(Login::with_secret("acme".to_owned(), b"secret".to_vec())),
         };

@@ -27,7 +27,7 @@ impl ClientTls {
 impl Trust {
     /// Trusts the first certificate in a PEM text.
     pub(crate) fn pin(certificate: &str) -> Trust {
-        Trust::Pin(Pin::Certificate(fingerprint(certificate)))
+        Trust::Pins(vec![Pin::Certificate(fingerprint(certificate))])
     }
 }
 
@@ -57,7 +57,7 @@ fn trusting(pem: &str) -> ClientTls {
 }
 
 fn pinning(pin: [u8; 32]) -> ClientTls {
-    ClientTls::new(&Trust::Pin(Pin::Certificate(pin))).unwrap()
+    ClientTls::new(&Trust::Pins(vec![Pin::Certificate(pin)])).unwrap()
 }
 
 /// Feeds what one session has sealed to the other, in pieces of `step` octets.
@@ -185,8 +185,8 @@ fn both_versions(verification: impl Fn() -> Verification) -> [ClientTls; 2] {
 
 /// What trusts a certificate, given its PEM text.
 const TRUSTING: [fn(&str) -> Verification; 4] = [
-    |certificate| Verification::Pin(Pin::Certificate(fingerprint(certificate))),
-    |certificate| Verification::Pin(key_pin(certificate)),
+    |certificate| Verification::Pins(vec![Pin::Certificate(fingerprint(certificate))]),
+    |certificate| Verification::Pins(vec![key_pin(certificate)]),
     |certificate| Verification::exact(&PemText::new(certificate, "ca.pem")).unwrap(),
     |_| Verification::Anyone,
 ];
@@ -245,13 +245,44 @@ fn a_pin_of_the_key_survives_a_renewal() {
     let (old, new) = (renewed(), renewed());
     assert_ne!(fingerprint(&old), fingerprint(&new));
     let tls = ServerTls::from_pem(&new, &key.serialize_pem());
-    handshake(&tls, &ClientTls::new(&Trust::Pin(key_pin(&old))).unwrap(), "192.0.2.1").unwrap();
+    handshake(&tls, &ClientTls::new(&Trust::Pins(vec![key_pin(&old)])).unwrap(), "192.0.2.1").unwrap();
     let (client, _) = handshake(&tls, &ClientTls::new(&Trust::pin(&old)).unwrap(), NAME).err().unwrap();
     let (Pin::Key(pin) | Pin::Certificate(pin)) = key_pin(&old);
     assert!(
         client.contains(&format!("(a pin of the key, spki-sha256:{}, survives", HEXLOWER.encode(&pin))),
         "{client}"
     );
+}
+
+/// A provider changes its key: customers have the pins of both meanwhile.
+#[test]
+fn one_of_several_pins_is_enough() {
+    let names = ["p256-v1", "rsa", "rsa-v1", "ed25519"].map(fixture);
+    let [shown, one, two, stranger] = &names;
+    let of_whole = |pem: &str| Pin::Certificate(fingerprint(pem));
+    for (pem, pins) in [
+        (shown, vec![key_pin(one), key_pin(shown)]),
+        (one, vec![of_whole(two), key_pin(one)]),
+        (one, vec![key_pin(two), of_whole(one), key_pin(stranger)]),
+        (one, vec![of_whole(one), key_pin(one)]),
+    ] {
+        for client in both_versions(|| Verification::Pins(pins.clone())) {
+            handshake(&server_with(pem, pem), &client, "192.0.2.1").unwrap();
+            // The certificate that matches a pin, without its key.
+            let key = if pem == two { one } else { two };
+            assert!(handshake(&server_with(pem, key), &client, NAME).is_err());
+        }
+    }
+    let pins = vec![of_whole(one), key_pin(two)];
+    for client in both_versions(|| Verification::Pins(pins.clone())) {
+        let (error, _) = handshake(&server_with(stranger, stranger), &client, NAME).err().unwrap();
+        let expected = format!(
+            "matches none of the pins in `pin`: it is {}, and its key is {};",
+            of_whole(stranger),
+            key_pin(stranger)
+        );
+        assert!(error.contains(&expected), "{error}");
+    }
 }
 
 #[test]
