@@ -30,6 +30,7 @@ pub mod privileges;
 pub mod text_file;
 pub mod file_stamp;
 pub mod plural;
+pub mod nearest;
 
 // The protocol, pure.
 pub mod sasl;

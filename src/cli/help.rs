@@ -2,6 +2,8 @@
 
 use getopts::{Fail, Options};
 
+use crate::nearest::nearest;
+
 /// `odmr help exit-codes`.
 pub(super) const EXIT_CODES: &str = "\
 odmr ends with these exit codes, those of sysexits.h but for 0 and 1
@@ -25,12 +27,7 @@ odmr ends with these exit codes, those of sysexits.h but for 0 and 1
 
 /// Returns `; did you mean …?` if one of the words is nearly this one, or else nothing.
 pub(super) fn suggestion<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
-    let most = if word.len() < 4 { 1 } else { 2 };
-    let near = known.into_iter().map(|known| (distance(word, known), known));
-    match near.filter(|(distance, _)| *distance <= most).min() {
-        Some((_, near)) => format!("; did you mean {near}?"),
-        None => String::new(),
-    }
+    nearest(word, known).map(|near| format!("; did you mean {near}?")).unwrap_or_default()
 }
 
 /// The text for an error about an option.
@@ -48,20 +45,6 @@ pub(super) fn wrong_option(error: Fail, options: &Options) -> String {
         Fail::OptionDuplicated(name) => format!("{} is given twice", with_dashes(&name)),
         Fail::OptionMissing(name) => format!("{} is missing", with_dashes(&name)),
     }
-}
-
-/// How many letters must be added, removed or replaced to make one word of the other.
-fn distance(one: &str, other: &str) -> usize {
-    let mut row: Vec<usize> = (0..=other.len()).collect();
-    for (number, letter) in one.bytes().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], number + 1);
-        for (at, other) in other.bytes().enumerate() {
-            let replaced = diagonal + usize::from(letter != other);
-            diagonal = row[at + 1];
-            row[at + 1] = replaced.min(diagonal + 1).min(row[at] + 1);
-        }
-    }
-    row[other.len()]
 }
 
 #[cfg(test)]

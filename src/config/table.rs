@@ -12,6 +12,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::source::Source;
 use super::value::{ValueKind, wrong_type};
+use crate::nearest::nearest;
 use crate::recipients::{ConfigError, Located, SourceLine};
 
 /// A table that has no unknown key.
@@ -41,7 +42,9 @@ impl<'s> Table<'s> {
             keys => format!("one of `{}`", keys.join("`, `")),
         };
         for unknown in values.keys().filter(|key| !keys.contains(&key.get_ref().as_ref())) {
-            let text = format!("unknown key `{}`, expected {expected}", unknown.get_ref());
+            let near = nearest(unknown.get_ref(), keys.iter().copied());
+            let near = near.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
+            let text = format!("unknown key `{}`, expected {expected}{near}", unknown.get_ref());
             let _ = file.note(Err::<(), _>(file.line(unknown.span()).error(text)));
         }
         Table { file, line, values }

@@ -1084,7 +1084,7 @@ fn mistakes_in_a_customer_s_file_are_named() {
     customer("alice@example.org", "alice@[192.0.2.1]", "odmr.toml:8", "is not a valid address");
     customer("@example.com", "\\\"Alice\\\"@EXAMPLE.org", "odmr.toml:8", "Alice@example.org is here a second time");
     customer("\"@example.com\"", "\"@localhost\"", "odmr.toml:8", "has no dot");
-    customer("[mailboxes]", "[mailbox]", "odmr.toml:6", "unknown key `mailbox`, expected one of");
+    customer("[mailboxes]", "[mailbox]", "odmr.toml:6", "unknown key `mailbox`, expected one of `hostname`, `user`, `group`, `provider`, `mailboxes`, `outgoing`, `schedule`, `limits`, `timeouts`; did you mean `mailboxes`?");
     customer("[mailboxes]\nroot = \"mail\"\naccept = [\"alice@example.org\", \"@example.com\"]", "", "odmr.toml", "[mailboxes] is missing");
     customer("", "max-size = \"big\"", "odmr.toml:9", "\"big\" is not a valid size");
 }
