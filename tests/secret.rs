@@ -152,6 +152,7 @@ fn a_verifier_in_a_customers_file_opens_the_account_for_its_secret_only() {
         "{output}"
     );
     let secret = value(&output, "secret");
+    assert!(output.contains("in [provider] of its file; if that has `secret-file`, "), "{output}");
     let file = fs::read_to_string(place.path("customers.d/acme.toml")).unwrap();
     let [first, second, third, fourth] = file.lines().collect::<Vec<_>>()[..] else { panic!("{file}") };
     assert_eq!([first, second, fourth], ["# Acme, since 1999", "domains = [\"example.org\"]", "rate = 7"]);

@@ -31,6 +31,9 @@ the secret is its first line.
 
 const HINT: &str = "odmr secret -h";
 
+/// Where a new secret belongs. `odmr setup customer` makes a file of its own for it.
+const FOR_CUSTOMER: &str = "# for the customer, in [provider] of its file; if that has `secret-file`, write nothing but the secret into that file";
+
 /// The letters of a secret that is made here: those that are not mistaken for each other. 32 of them, five bits each.
 const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
 
@@ -58,7 +61,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
             print(&match made {
                 None => line,
                 Some(secret) => format!(
-                    "# for the customer, in [provider] of its file:\nsecret = \"{secret}\"\n\
+                    "{FOR_CUSTOMER}:\nsecret = \"{secret}\"\n\
                      # for the provider, in its file for this customer, in place of `secret`:\n{line}"
                 ),
             })
@@ -90,9 +93,7 @@ fn write(config: &Path, name: &str) -> Result<(), ExitError> {
     let ChangedFile { text, secret_file, .. } = change(&verifier)?;
     // Before the file is changed: if nobody can read it, the old secret stays.
     if let Some(secret) = made {
-        print(&format!(
-            "# for the customer, in [provider] of its file; it is stored nowhere:\nsecret = \"{secret}\"\n"
-        ))?;
+        print(&format!("{FOR_CUSTOMER}; this machine does not store it:\nsecret = \"{secret}\"\n"))?;
     }
     // A link stays one.
     replace_file_durably(&file.canonicalize()?, &text)?;
