@@ -148,13 +148,14 @@ fn a_sender_without_a_mailbox_is_reported() {
         assert_eq!(done.status.code(), Some(0), "{}", String::from_utf8_lossy(&done.stderr));
         let output = String::from_utf8(done.stdout).unwrap();
         assert!(output.ends_with("good: a customer of relay.example.net:366, as acme\n"), "{output}");
-        output.lines().find(|line| line.contains("mail of root has nobody")).map(str::to_owned)
+        output.lines().find(|line| line.contains("DSNs about mail that root sends")).map(str::to_owned)
     };
     let (users, outgoing) = ("accept = [\"alice@example.org\"]", "[outgoing]\nqueue = \"out\"\n");
     let warning = check(users, outgoing).unwrap();
     assert!(warning.contains("customer.toml:6: ") && warning.contains("root@example.org has no mailbox"), "{warning}");
     assert!(
-        warning.contains(" goes to postmaster@example.org; ") && warning.contains("aliases = { \"root\" = "),
+        warning.contains(" go to postmaster@example.org; write an alias, ")
+            && warning.contains("aliases = { \"root\" = "),
         "{warning}"
     );
     let other = format!("{users}\naliases = {{ info = \"alice@example.org\" }}");

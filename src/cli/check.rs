@@ -488,7 +488,7 @@ fn check_owner(line: &SourceLine, root: &Path, user: u32, report: &mut CheckRepo
     }
 }
 
-/// Warns of each user whose mail has nobody to come back to: root, for whom cron sends, and `user`, who runs this.
+/// Warns of each user without a mailbox, which DSNs need: root, for whom cron sends, and `user`, who runs this.
 /// `domain`: that of their addresses.
 fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain, user: &str, report: &mut CheckReport) {
     for name in ["root", user].iter().take(if user == "root" { 1 } else { 2 }) {
@@ -499,8 +499,7 @@ fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain, user: &str, rep
         if resolved.is_err_and(|reply| reply.severity() == Severity::Permanent) {
             let home = mailboxes.rules.home();
             let text = format!(
-                "mail of {name} has nobody to come back to: its sender {sender} has no mailbox, so a DSN about it goes to \
-                 postmaster@{domain}; write an alias, such as aliases = {{ \"{name}\" = \"alice@{home}\" }}"
+                "{sender} has no mailbox, so DSNs about mail that {name} sends go to postmaster@{domain}; write an alias, such as aliases = {{ \"{name}\" = \"alice@{home}\" }}"
             );
             report.warn(mailboxes.missing_alias(text));
         }
