@@ -755,6 +755,57 @@ fn a_message_in_two_queues_is_changed_in_both_or_in_none() {
     assert_eq!(place.run(0, &["queue", "remove", "both"]).lines().count(), 2);
 }
 
+/// A provider that holds a message `both` for two accounts, and one more for example.com.
+fn of_two_accounts() -> Place {
+    let place = Place::new(PROVIDER);
+    place.write("customers.d/other.toml", "domains = [\"example.com\"]\nsecret = \"tanstaaftanstaaf\"\n");
+    let batch = "NOOP id=both\nMAIL FROM:<a@w.example>\nRCPT TO:<alice@example.org>\nRCPT TO:<bob@example.com>\nDATA\nx\n\
+                 .\nNOOP id=null\nMAIL FROM:<>\nRCPT TO:<bob@example.com>\nDATA\ny\n.\n";
+    let done = place.run_with(&["queue", "import"], batch);
+    assert_eq!(done.code, 0, "{}", done.error);
+    place
+}
+
+/// What goes back for one customer stays for the other, and what both have is not changed by one word.
+#[test]
+fn a_message_of_two_accounts_is_changed_for_the_one_that_is_named() {
+    let place = of_two_accounts();
+    let file = place.path("odmr.toml");
+    for word in ["remove", "bounce"] {
+        let text = place.run(65, &["queue", word, "both"]);
+        for name in ["example.org (acme)", "example.com (other)"] {
+            assert!(text.contains(name), "{text}");
+        }
+        assert!(text.contains(&format!("`odmr queue -c {} {word} both example.", file.display())), "{text}");
+    }
+    assert_eq!(place.run(0, &["queue", "list"]).lines().count(), 3);
+    assert_eq!(place.run(0, &["queue", "show", "both", "Example.ORG"]).matches("id: both\n").count(), 1);
+    assert_eq!(place.run(0, &["queue", "retry", "both", "example.org"]), "1 message is due\n");
+    assert!(place.run(65, &["queue", "bounce", "both", "w.example"]).contains("no message both waits in w.example: `odmr"));
+    assert_eq!(place.run(0, &["queue", "bounce", "both", "example.com"]), "both: bounced, from example.com\n");
+    assert_eq!(place.run(0, &["queue", "remove", "both"]), "both: removed, from example.org\n");
+    assert!(place.run(64, &["queue", "export", "example.org", "example.com"]).contains("export needs one domain"));
+    assert!(place.run(64, &["queue", "remove"]).contains("remove needs one id"));
+}
+
+/// The mail of a customer that was removed goes back by one command, which `customer remove` names.
+#[test]
+fn the_mail_of_a_removed_customer_is_returned_at_once() {
+    let place = of_two_accounts();
+    let removed = place.run(0, &["customer", "remove", "other"]);
+    let command = format!("odmr queue -c {} bounce example.com ", place.path("odmr.toml").display());
+    assert!(removed.contains(&command), "{removed}");
+    // Nobody knows any more whose the other copy is.
+    assert!(place.run(65, &["queue", "remove", "both"]).contains("example.com (of no account)"));
+    let told = place.run(0, &["queue", "bounce", "example.com"]);
+    assert!(told.contains("both: bounced, from example.com\n") && told.contains("null: set aside"), "{told}");
+    assert_eq!(place.run(0, &["queue", "list", "example.org"]).lines().count(), 1);
+    assert_eq!(place.files("spool/domains/example.com").len(), 0);
+    assert!(place.run(65, &["queue", "bounce", "example.com"]).contains("no message example.com waits"));
+    // A word too few must not remove all mail of a customer.
+    assert!(place.run(65, &["queue", "remove", "example.org"]).contains("no message example.org waits"));
+}
+
 /// Messages whose names change while they are listed are listed all the same.
 #[test]
 fn a_message_that_is_renamed_is_not_missed() {

@@ -380,8 +380,8 @@ fn held_report(config: &ProviderConfig, path: &Path, domains: &[Domain]) -> Stri
             _ => writeln!(
                 text,
                 "Held for {domain}: {}. That stays until a customer has {domain} again, or you decide on it:\n    odmr queue -c {file} \
-                 list {domain}      shows it; `bounce ID` returns a message to its sender\n    odmr queue -c {file} export \
-                 {domain}    writes it to standard output, to be sent elsewhere",
+                 list {domain}      shows it\n    odmr queue -c {file} bounce {domain}    returns it to its senders\n    odmr \
+                 queue -c {file} export {domain} >{domain}.bsmtp    writes it to a file, to be sent elsewhere",
                 amount(&messages)
             ),
         };

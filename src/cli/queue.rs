@@ -18,7 +18,7 @@ use super::exit::{ExitError, Sysexit};
 use super::help::suggestion;
 use super::logging;
 use super::owner::{become_customer_owner, become_spool_owner, check_not_root, owner_to_become};
-use super::process::config_path;
+use super::process::{config_path, raise_descriptor_limit};
 use super::status::short_time;
 use crate::clock::Timestamp;
 use crate::config::{Config, CustomerConfig, ProviderConfig};
@@ -47,12 +47,13 @@ use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
 pub(super) const SUMMARY: &str = "\
-Looks at messages that wait, and decides on them. ID is the one of the log, or the unique part of a file's name.
+Looks at messages that wait, and decides on them. ID is the one of the log, or the unique part of a file's name. With
+DOMAIN after it, only the copy in the queue of that domain is meant.
 
     list     a line for each message, or for those of a domain
     show     the envelope, the history and the header of a message
     remove   removes a message; its sender is not told
-    bounce   returns a message to its sender, with a DSN
+    bounce   returns a message, or all those of a domain, to its sender, with a DSN
     retry    makes a message, or those of a domain, due at once
     export   writes the messages of a domain to stdout as batch SMTP (RFC 2442); the files stay
     import   stores messages that come on stdin as batch SMTP";
@@ -72,6 +73,8 @@ const HEADER_LIMIT: u64 = 64 << 10;
 struct Queues {
     /// That of the spool or the mailboxes.
     root: PathBuf,
+    /// The configuration.
+    file: PathBuf,
     ids: Ids,
     hostname: String,
     queue: Queue,
@@ -94,6 +97,26 @@ struct QueueItem<'a> {
     message: ListedMessage,
 }
 
+/// What a word of the command line means: a queue by its name in `list`, or those of a domain.
+struct QueueChoice {
+    word: String,
+    domain: Option<Domain>,
+}
+
+impl QueueChoice {
+    fn of(word: &str) -> QueueChoice {
+        let domain = Domain::parse_any(domain_of_label(word)).ok();
+        QueueChoice { word: word.to_owned(), domain }
+    }
+
+    /// Whether a message is in such a queue. In a customer's queues are messages to several domains, so these have no domain.
+    fn has(&self, found: &QueueItem<'_>) -> bool {
+        let of_domain = found.name.domain.is_some() || found.name.shared;
+        let is_domain = |domain: &Domain| domain.as_str() == domain_of_label(&found.label);
+        found.label == self.word || of_domain && self.domain.as_ref().is_some_and(is_domain)
+    }
+}
+
 /// Does what the arguments say.
 ///
 /// # Errors
@@ -102,36 +125,25 @@ struct QueueItem<'a> {
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let words: Vec<&str> = matches.free.iter().map(String::as_str).collect();
     let changes = match words[..] {
-        ["list"] | ["list" | "show" | "export", _] => false,
-        ["remove" | "bounce" | "retry", _] | ["import"] => true,
-        [] => {
-            return Err(ExitError::usage(
-                "what to do is missing: list, show, remove, bounce, retry, export or import",
-                HINT,
-            ));
-        }
-        ["list", ..] => return Err(ExitError::usage("list needs no more than one domain", HINT)),
-        ["import", ..] => return Err(ExitError::usage("import needs no argument: the messages come on stdin", HINT)),
-        [word @ ("show" | "remove" | "bounce" | "retry" | "export"), ..] => {
-            return Err(ExitError::usage(format!("{word} needs one id or domain"), HINT));
-        }
-        [word, ..] => {
-            let known = suggestion(word, ["list", "show", "remove", "bounce", "retry", "export", "import"]);
-            return Err(ExitError::usage(format!("queue does not know {word:?}{known}"), HINT));
-        }
+        ["list"] | ["list" | "show" | "export", _] | ["show", _, _] => false,
+        ["remove" | "bounce" | "retry", _] | ["remove" | "bounce" | "retry", _, _] | ["import"] => true,
+        _ => return Err(wrong_words(&words)),
     };
     logging::start_on_stderr(log::LevelFilter::Warn);
+    // Each message of a shared directory has a lock of its own.
+    raise_descriptor_limit();
     let path = config_path(matches);
     let queues = match Config::load(&path)? {
-        Config::Provider(config) => Queues::of_provider(&config, changes)?,
+        Config::Provider(config) => Queues::of_provider(&config, &path, changes)?,
         Config::Customer(config) => Queues::of_customer(&config, &path, changes)?,
     };
     let mut out = BufWriter::with_capacity(64 << 10, Waiting(io::stdout()));
+    let queue = words.get(2).copied();
     let done = match words[..] {
-        ["show", id] => queues.show(&mut out, id),
-        ["remove", id] => queues.remove(&mut out, id),
-        ["bounce", id] => queues.bounce(&mut out, id),
-        ["retry", what] => queues.retry(&mut out, what),
+        ["show", id, ..] => queues.show(&mut out, id, queue),
+        ["remove", id, ..] => queues.remove(&mut out, id, queue),
+        ["bounce", what, ..] => queues.bounce(&mut out, what, queue),
+        ["retry", what, ..] => queues.retry(&mut out, what, queue),
         ["export", domain] => queues.export(&mut out, domain),
         ["import"] => queues.import(&mut out),
         _ => queues.list(&mut out, words.get(1).copied()),
@@ -146,6 +158,23 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         }
         Ok(()) => Ok(()),
     }
+}
+
+/// What is wrong with the words of the command line.
+fn wrong_words(words: &[&str]) -> ExitError {
+    let text = match words {
+        [] => "what to do is missing: list, show, remove, bounce, retry, export or import".to_owned(),
+        ["list", ..] => "list needs no more than one domain".to_owned(),
+        ["import", ..] => "import needs no argument: the messages come on stdin".to_owned(),
+        ["export", ..] => "export needs one domain".to_owned(),
+        [word @ ("show" | "remove"), ..] => format!("{word} needs one id, or an id and a domain"),
+        [word @ ("bounce" | "retry"), ..] => format!("{word} needs one id or domain, or an id and a domain"),
+        [word, ..] => {
+            let known = suggestion(word, ["list", "show", "remove", "bounce", "retry", "export", "import"]);
+            format!("queue does not know {word:?}{known}")
+        }
+    };
+    ExitError::usage(text, HINT)
 }
 
 enum Failure {
@@ -164,7 +193,7 @@ fn failure<T>(code: Sysexit, text: impl ToString) -> Result<T, Failure> {
 }
 
 impl Queues {
-    fn of_provider(config: &ProviderConfig, changes: bool) -> Result<Queues, ExitError> {
+    fn of_provider(config: &ProviderConfig, path: &Path, changes: bool) -> Result<Queues, ExitError> {
         if changes {
             become_spool_owner(config)?;
         }
@@ -177,6 +206,7 @@ impl Queues {
         let names = spool.all_queues()?.into_iter().map(|(label, queue)| (label, spool.name(&queue))).collect();
         Ok(Queues {
             root: config.spool.clone(),
+            file: path.to_owned(),
             hostname: config.hostname.clone(),
             queue: spool.queue().clone(),
             names,
@@ -202,6 +232,7 @@ impl Queues {
         let next_hops = ("next-hops".to_owned(), mailboxes.retry_queue());
         Ok(Queues {
             root: config.mailboxes.root.clone(),
+            file: path.to_owned(),
             hostname: config.hostname.clone(),
             queue: mailboxes.queue.clone(),
             names: names.into_iter().chain([next_hops]).collect(),
@@ -243,20 +274,54 @@ impl Queues {
         Ok(())
     }
 
-    /// The messages with this id: one message has a file in each queue of its recipients.
-    fn find(&self, id: &str) -> Result<Vec<QueueItem<'_>>, Failure> {
-        let mut all = Vec::new();
+    /// The messages with this id: one message has a file in each queue of its recipients. `queue`: only that one.
+    fn find(&self, id: &str, queue: Option<&str>) -> Result<Vec<QueueItem<'_>>, Failure> {
+        let (mut all, choice) = (Vec::new(), queue.map(QueueChoice::of));
         self.each(None, &mut |found| {
-            if found.message.is(id) {
+            if found.message.is(id) && choice.as_ref().is_none_or(|choice| choice.has(&found)) {
                 all.push(found);
             }
             Ok(())
         })?;
         if all.is_empty() {
-            return failure(
-                Sysexit::DataError,
-                format!("no message {id} waits here: `odmr queue list` shows those that do"),
-            );
+            let place = queue.map_or("here".to_owned(), |queue| format!("in {queue}"));
+            let list = format!("`odmr queue -c {} list`", self.file.display());
+            return failure(Sysexit::DataError, format!("no message {id} waits {place}: {list} shows those that do"));
+        }
+        Ok(all)
+    }
+
+    /// As [`Queues::find`] for a command that takes mail away. A message to customers of several accounts has one id, and
+    /// what is decided for one of them must not take the mail of another.
+    fn find_of_one_account(&self, word: &str, id: &str, queue: Option<&str>) -> Result<Vec<QueueItem<'_>>, Failure> {
+        let all = self.find(id, queue)?;
+        let Side::Provider(spool) = &self.side else { return Ok(all) };
+        let held = all.iter().filter(|found| !found.name.retries).filter_map(|found| found.name.domain.as_ref());
+        let held: Vec<_> = held.map(|domain| (domain, spool.owner(domain))).collect();
+        let is_other = |(domain, owner): &(&Domain, Option<&str>)| {
+            held[0].0 != *domain && (owner.is_none() || held[0].1 != *owner)
+        };
+        if !held.iter().any(is_other) {
+            return Ok(all);
+        }
+        let name = |(domain, owner): &(&Domain, Option<&str>)| format!("{domain} ({})", owner.unwrap_or("of no account"));
+        let names: Vec<_> = held.iter().map(name).collect();
+        let (names, file, domain) = (names.join(" and "), self.file.display(), held[0].0);
+        let text = format!(
+            "{id} waits for several customers, in {names}, and nothing is changed: name the domain that is meant, such as \
+             `odmr queue -c {file} {word} {id} {domain}`"
+        );
+        failure(Sysexit::DataError, text)
+    }
+
+    /// The messages of a domain; none: it has none, or this is not a domain.
+    fn of_domain(&self, what: &str) -> Result<Vec<QueueItem<'_>>, Failure> {
+        let mut all = Vec::new();
+        if let Ok(domain) = Domain::parse_any(what) {
+            self.each(Some(&domain), &mut |found| {
+                all.push(found);
+                Ok(())
+            })?;
         }
         Ok(all)
     }
@@ -315,8 +380,8 @@ impl Queues {
         Ok(())
     }
 
-    fn show(&self, out: &mut dyn Write, id: &str) -> Result<(), Failure> {
-        for (number, found) in self.find(id)?.iter().enumerate() {
+    fn show(&self, out: &mut dyn Write, id: &str, queue: Option<&str>) -> Result<(), Failure> {
+        for (number, found) in self.find(id, queue)?.iter().enumerate() {
             if number > 0 {
                 writeln!(out)?;
             }
@@ -325,8 +390,8 @@ impl Queues {
         Ok(())
     }
 
-    fn remove(&self, out: &mut dyn Write, id: &str) -> Result<(), Failure> {
-        let all = self.find(id)?;
+    fn remove(&self, out: &mut dyn Write, id: &str, queue: Option<&str>) -> Result<(), Failure> {
+        let all = self.find_of_one_account("remove", id, queue)?;
         let mut lock = self.lock(&all, true)?;
         for found in all {
             let removed = lock.remove(found.name, found.message.entry)?;
@@ -336,13 +401,19 @@ impl Queues {
         Ok(())
     }
 
-    fn bounce(&self, out: &mut dyn Write, id: &str) -> Result<(), Failure> {
-        let all = self.find(id)?;
+    fn bounce(&self, out: &mut dyn Write, what: &str, queue: Option<&str>) -> Result<(), Failure> {
+        let choice = QueueChoice::of(what);
+        let mut all = if queue.is_none() { self.of_domain(what)? } else { Vec::new() };
+        // At a customer a message to that domain is one to others as well.
+        all.retain(|found| choice.has(found));
+        if all.is_empty() {
+            all = self.find_of_one_account("bounce", what, queue)?;
+        }
         let mut lock = self.lock(&all, true)?;
-        let mut stays = None;
+        let (mut stays, file) = (None, self.file.display());
         for QueueItem { label, name, message: ListedMessage { id, entry, .. } } in all {
             let Some(message) = lock.open_message(name, entry)? else {
-                writeln!(out, "{id}: not bounced: it is gone, or no mail (`odmr queue show {id}`), in {label}")?;
+                writeln!(out, "{id}: not bounced: it is gone, or no mail (`odmr queue -c {file} show {id}`), in {label}")?;
                 stays.get_or_insert((Sysexit::DataError, "remove what is not mail"));
                 continue;
             };
@@ -367,15 +438,9 @@ impl Queues {
         stays.map_or(Ok(()), |(code, text)| failure(code, text))
     }
 
-    fn retry(&self, out: &mut dyn Write, what: &str) -> Result<(), Failure> {
-        let mut all = Vec::new();
-        if let Ok(domain) = Domain::parse_any(what) {
-            self.each(Some(&domain), &mut |found| {
-                all.push(found);
-                Ok(())
-            })?;
-        }
-        let all = if all.is_empty() { self.find(what)? } else { all };
+    fn retry(&self, out: &mut dyn Write, what: &str, queue: Option<&str>) -> Result<(), Failure> {
+        let all = if queue.is_none() { self.of_domain(what)? } else { Vec::new() };
+        let all = if all.is_empty() { self.find(what, queue)? } else { all };
         let (mut lock, mut due) = (self.lock(&all, false)?, 0);
         for found in all.into_iter().filter(|found| found.message.envelope.is_ok()) {
             match lock.make_due(found.name, found.message.entry) {
@@ -513,6 +578,11 @@ fn label_of<'a>(label: &'a str, name: &QueueName, message: &ListedMessage) -> Co
         Some(domain) if name.shared => Cow::Owned(format!("{label}/{domain}")),
         _ => Cow::Borrowed(label),
     }
+}
+
+/// The domain in the name of a queue.
+fn domain_of_label(label: &str) -> &str {
+    label.strip_prefix("outgoing/").unwrap_or(label)
 }
 
 /// The queues of some messages, each once.
