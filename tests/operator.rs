@@ -292,7 +292,6 @@ fn list_and_show_tell_of_each_message() {
     assert!(large.ends_with(rest), "{large}");
     assert!(foreign.ends_with(" from=<> to=<alice@example.org> attempts=0 in-doubt"), "{foreign}");
     assert!(bad.starts_with("id=1763607848.bad ") && bad.contains("not-mail=\"it names no recipient\""), "{bad}");
-    assert_eq!(place.run(0, &["queue", "list", "example.com"]), "");
     let shown = place.run(0, &["queue", "show", "1large"]);
     for line in [
         "from: <bob@w.example> BODY=8BITMIME RET=HDRS ENVID=a+20b",
@@ -312,7 +311,7 @@ fn list_and_show_tell_of_each_message() {
         (&["queue"][..], "what to do is missing"),
         (&["queue", "lsit"], "does not know \"lsit\""),
         (&["queue", "remove"], "remove needs one id"),
-        (&["queue", "list", "a", "b"], "list needs no more than one domain"),
+        (&["queue", "list", "a", "b"], "list needs no more than one account or domain"),
     ] {
         assert!(place.run(64, words).contains(text), "{words:?}");
     }
@@ -360,6 +359,28 @@ fn retry_makes_messages_due_and_unskipped() {
     place.write(file, &FOREIGN.replace("example.org", "my_host.example"));
     assert_eq!(place.run(0, &["queue", "retry", "my_host.example"]), "1 message is due\n");
     assert!(place.run(0, &["status", "my_host.example"]).contains("my_host.example"));
+}
+
+/// Whether `serve` runs is told in each format, and nobody is warned: with inetd none runs.
+#[test]
+fn status_tells_whether_serve_runs() {
+    let place = Place::new(PROVIDER);
+    let told = |word: &str, json: &str, metric: u8| {
+        let text = place.run(0, &["status"]);
+        assert!(text.starts_with(&format!("serve: {word}\n")), "{text}");
+        assert_eq!(value(&place.run(0, &["status", "--format", "json"]), "serve"), json);
+        let metrics = place.run(0, &["status", "--format", "prometheus"]);
+        assert!(metrics.contains(&format!("\nodmr_serve_running {metric}\n")), "{metrics}");
+        assert_eq!(place.run(0, &["status", "--warn", "1h"]), "");
+    };
+    told("none", "false", 0);
+    let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    let mut serve = Running::start(serve.arg("serve").arg("-c").arg(place.path("odmr.toml")));
+    serve.listening("odmr");
+    told("running", "true", 1);
+    serve.signal(rustix::process::Signal::TERM);
+    assert_eq!(serve.exit_code(), Some(0));
+    told("none", "false", 0);
 }
 
 /// What has the lock is another process: the turned session of a customer, say.
@@ -480,6 +501,12 @@ fn a_customers_queues_are_listed_and_changed() {
     let list = place.run(0, &["queue", "list"]);
     assert!(list.contains("id=1763607845.a queue=outgoing ") && list.contains("queue=next-hops "), "{list}");
     assert_eq!(place.run(0, &["queue", "list", "w.example"]).lines().count(), 1);
+    assert_eq!(place.run(0, &["queue", "list", "outgoing"]).lines().count(), 1);
+    // Its queues are for any domain, and one word must not empty them.
+    assert_eq!(place.run(0, &["queue", "list", "x.example"]), "");
+    for word in ["outgoing", "w.example"] {
+        place.run(65, &["queue", "bounce", word]);
+    }
     let text = place.run(0, &["status"]);
     assert!(text.contains("daemon: none\n127.0.0.1:1 as acme: last call never\n"), "{text}");
     let json = place.run(0, &["status", "--format", "json", "acme"]);
@@ -753,6 +780,25 @@ fn a_message_in_two_queues_is_changed_in_both_or_in_none() {
     assert_eq!(place.run(0, &["queue", "list"]).lines().count(), 2);
     drop(lock);
     assert_eq!(place.run(0, &["queue", "remove", "both"]).lines().count(), 2);
+}
+
+/// The name of an account stands for all its domains, and a name that nobody has is not an empty queue.
+#[test]
+fn list_knows_accounts_and_names_that_nobody_has() {
+    let place = of_two_accounts();
+    let account = "domains = [\"example.com\", \"empty.example\"]\nsecret = \"tanstaaftanstaaf\"\n";
+    place.write("customers.d/other.toml", account);
+    let ids = |list: String| list.lines().map(|line| line.split(' ').next().unwrap().to_owned()).collect::<Vec<_>>();
+    assert_eq!(ids(place.run(0, &["queue", "list", "other"])), ["id=both", "id=null"]);
+    assert_eq!(ids(place.run(0, &["queue", "list", "acme"])), ["id=both"]);
+    for empty in ["empty.example", "outgoing", "postmaster"] {
+        assert_eq!(place.run(0, &["queue", "list", empty]), "");
+    }
+    for name in ["nobody", "nobody.example", "acme!"] {
+        let text = place.run(65, &["queue", "list", name]);
+        let all = format!("`odmr queue -c {} list`", place.path("odmr.toml").display());
+        assert!(text.contains(&format!("{name} is not an account or domain with mail here: {all} shows all")), "{text}");
+    }
 }
 
 /// A provider that holds a message `both` for two accounts, and one more for example.com.

@@ -7,7 +7,7 @@ use crate::clock::Timestamp;
 /// A value of JSON.
 pub(super) enum Json {
     Null,
-    /// A number in its form in JSON.
+    /// A number, true or false, in its form in JSON.
     Number(String),
     Count(u64),
     Text(String),

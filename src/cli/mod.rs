@@ -125,7 +125,7 @@ const SUBCOMMANDS: [Subcommand; 11] = [
         name: "queue",
         summary: queue::SUMMARY,
         has_config: true,
-        arguments: " list [DOMAIN] | show|remove|bounce|retry ID [DOMAIN] | bounce|retry|export DOMAIN | import",
+        arguments: " list [ACCOUNT|DOMAIN] | show|remove|bounce|retry ID [DOMAIN] | bounce|retry|export DOMAIN | import",
         options: |_| {},
         run: queue::run,
     },

@@ -50,7 +50,7 @@ pub(super) const SUMMARY: &str = "\
 Looks at messages that wait, and decides on them. ID is the one of the log, or the unique part of a file's name. With
 DOMAIN after it, only the copy in the queue of that domain is meant.
 
-    list     a line for each message, or for those of a domain
+    list     a line for each message, or for those of an account or a domain
     show     the envelope, the history and the header of a message
     remove   removes a message; its sender is not told
     bounce   returns a message, or all those of a domain, to its sender, with a DSN
@@ -100,20 +100,20 @@ struct QueueItem<'a> {
 /// What a word of the command line means: a queue by its name in `list`, or those of a domain.
 struct QueueChoice {
     word: String,
-    domain: Option<Domain>,
+    domains: Vec<Domain>,
 }
 
 impl QueueChoice {
     fn of(word: &str) -> QueueChoice {
-        let domain = Domain::parse_any(domain_of_label(word)).ok();
-        QueueChoice { word: word.to_owned(), domain }
+        let domain = Domain::parse_any(domain_of_label(word));
+        QueueChoice { word: word.to_owned(), domains: domain.into_iter().collect() }
     }
 
     /// Whether a message is in such a queue. In a customer's queues are messages to several domains, so these have no domain.
     fn has(&self, found: &QueueItem<'_>) -> bool {
         let of_domain = found.name.domain.is_some() || found.name.shared;
         let is_domain = |domain: &Domain| domain.as_str() == domain_of_label(&found.label);
-        found.label == self.word || of_domain && self.domain.as_ref().is_some_and(is_domain)
+        found.label == self.word || of_domain && self.domains.iter().any(is_domain)
     }
 }
 
@@ -164,7 +164,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
 fn wrong_words(words: &[&str]) -> ExitError {
     let text = match words {
         [] => "what to do is missing: list, show, remove, bounce, retry, export or import".to_owned(),
-        ["list", ..] => "list needs no more than one domain".to_owned(),
+        ["list", ..] => "list needs no more than one account or domain".to_owned(),
         ["import", ..] => "import needs no argument: the messages come on stdin".to_owned(),
         ["export", ..] => "export needs one domain".to_owned(),
         [word @ ("show" | "remove"), ..] => format!("{word} needs one id, or an id and a domain"),
@@ -245,24 +245,27 @@ impl Queues {
     /// Shows each message of a domain: those of its queues, and those of queues for all domains with a recipient there.
     /// `None`: all messages.
     fn each<'a>(
-        &'a self, domain: Option<&Domain>, show: &mut dyn FnMut(QueueItem<'a>) -> io::Result<()>,
+        &'a self, choice: Option<&QueueChoice>, show: &mut dyn FnMut(QueueItem<'a>) -> io::Result<()>,
     ) -> io::Result<()> {
-        self.each_of(&self.names, domain, show)
+        self.each_of(&self.names, choice, show)
     }
 
     /// The same for some of the queues.
     fn each_of<'a>(
-        &self, names: &'a [(String, QueueName)], domain: Option<&Domain>,
+        &self, names: &'a [(String, QueueName)], choice: Option<&QueueChoice>,
         show: &mut dyn FnMut(QueueItem<'a>) -> io::Result<()>,
     ) -> io::Result<()> {
+        let has = |domain: Option<&Domain>| {
+            choice.is_none_or(|choice| domain.is_some_and(|domain| choice.domains.contains(domain)))
+        };
         for (label, name) in names {
-            let whole = domain.is_none() || name.domain.as_ref() == domain;
+            let whole = has(name.domain.as_ref()) || choice.is_some_and(|choice| choice.word == *label);
             if !whole && name.domain.is_some() {
                 continue;
             }
             let wanted = |message: &ListedMessage| {
                 let recipients = message.envelope.iter().flat_map(|queued| &queued.envelope.recipients);
-                whole || recipients.into_iter().any(|recipient| recipient.mailbox.domain() == domain)
+                whole || recipients.into_iter().any(|recipient| has(recipient.mailbox.domain()))
             };
             self.queue.list(name, &mut |message| {
                 if !wanted(&message) {
@@ -317,12 +320,10 @@ impl Queues {
     /// The messages of a domain; none: it has none, or this is not a domain.
     fn of_domain(&self, what: &str) -> Result<Vec<QueueItem<'_>>, Failure> {
         let mut all = Vec::new();
-        if let Ok(domain) = Domain::parse_any(what) {
-            self.each(Some(&domain), &mut |found| {
-                all.push(found);
-                Ok(())
-            })?;
-        }
+        self.each(Some(&QueueChoice::of(what)), &mut |found| {
+            all.push(found);
+            Ok(())
+        })?;
         Ok(all)
     }
 
@@ -351,12 +352,30 @@ impl Queues {
         }
     }
 
-    fn list(&self, out: &mut dyn Write, domain: Option<&str>) -> Result<(), Failure> {
-        let domain = domain.map(parse_domain).transpose()?;
-        let (domain, now) = (domain.as_ref(), self.ids.clock().now());
+    /// What a name in `list` means; an account means all its domains.
+    fn listed(&self, name: &str) -> (QueueChoice, bool) {
+        let mut choice = QueueChoice::of(name);
+        let is_known = match &self.side {
+            // Its queues are for any domain.
+            Side::Customer(_) => true,
+            Side::Provider(spool) => {
+                let is_mine = |domain: &Domain| spool.owner(domain).is_some() || spool.may_be_skipped(domain);
+                let is_known = choice.domains.iter().any(is_mine) || self.names.iter().any(|(label, _)| label == name);
+                let of_account = spool.domains_of(name);
+                choice.domains.extend_from_slice(of_account);
+                is_known || !of_account.is_empty()
+            }
+        };
+        (choice, is_known)
+    }
+
+    fn list(&self, out: &mut dyn Write, name: Option<&str>) -> Result<(), Failure> {
+        let listed = name.map(|name| self.listed(name));
+        let (choice, now) = (listed.as_ref().map(|(choice, _)| choice), self.ids.clock().now());
+        let mut is_empty = true;
         let lines = |names: &[(String, QueueName)]| {
             let mut text = String::new();
-            self.each_of(names, domain, &mut |found| {
+            self.each_of(names, choice, &mut |found| {
                 text += &line(&found, now);
                 Ok(())
             })?;
@@ -374,10 +393,17 @@ impl Queues {
                 parts.into_iter().map(join).collect::<io::Result<Vec<String>>>()
             })?;
             for part in parts {
+                is_empty &= part.is_empty();
                 out.write_all(part.as_bytes())?;
             }
         }
-        Ok(())
+        match listed {
+            Some((QueueChoice { word, .. }, false)) if is_empty => {
+                let all = format!("`odmr queue -c {} list` shows all", self.file.display());
+                failure(Sysexit::DataError, format!("{word} is not an account or domain with mail here: {all}"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn show(&self, out: &mut dyn Write, id: &str, queue: Option<&str>) -> Result<(), Failure> {
@@ -404,8 +430,8 @@ impl Queues {
     fn bounce(&self, out: &mut dyn Write, what: &str, queue: Option<&str>) -> Result<(), Failure> {
         let choice = QueueChoice::of(what);
         let mut all = if queue.is_none() { self.of_domain(what)? } else { Vec::new() };
-        // At a customer a message to that domain is one to others as well.
-        all.retain(|found| choice.has(found));
+        // At a customer a message to that domain is one to others as well, and its queues are for all domains.
+        all.retain(|found| (found.name.domain.is_some() || found.name.shared) && choice.has(found));
         if all.is_empty() {
             all = self.find_of_one_account("bounce", what, queue)?;
         }
@@ -464,7 +490,7 @@ impl Queues {
         let domain = parse_domain(domain)?;
         let mut incomplete = Vec::new();
         batch::write_begin(out, &self.hostname)?;
-        self.each(Some(&domain), &mut |QueueItem { name, message, .. }| {
+        self.each(Some(&QueueChoice::of(domain.as_str())), &mut |QueueItem { name, message, .. }| {
             if message.envelope.is_err() || !message.unread.is_empty() {
                 incomplete.push(message.id.clone());
             }

@@ -239,7 +239,11 @@ fn heading(text: &mut String, name: &str, what_else: &str) {
 }
 
 fn provider_text(status: &ProviderStatus, show: &Show) -> String {
-    let mut text = String::new();
+    let mut text = match status.serve {
+        Some(true) => "serve: running\n\n".to_owned(),
+        Some(false) => "serve: none\n\n".to_owned(),
+        None => "serve: only root and the owner of the spool can see whether one runs\n\n".to_owned(),
+    };
     heading(&mut text, if show.by_domain { "domain" } else { "account" }, "last call");
     for account in &status.accounts {
         let mut call = account.call.as_ref().map_or("never".to_owned(), |call| show.call(call));
@@ -428,6 +432,7 @@ fn provider_json(status: &ProviderStatus, hostname: &str, show: &Show) -> Json {
         ("role", Json::text("provider")),
         ("version", Json::text(env!("CARGO_PKG_VERSION"))),
         ("hostname", Json::text(hostname)),
+        ("serve", status.serve.map_or(Json::Null, |serve| Json::Number(serve.to_string()))),
         ("accounts", Json::List(status.accounts.iter().map(account).collect())),
         ("unowned", Json::List(status.unowned.iter().map(domain_json).collect())),
         ("postmaster", Json::Object(waiting_json(&status.postmaster))),
@@ -544,6 +549,9 @@ impl Display for Metrics {
 fn provider_metrics(status: &ProviderStatus, show: &Show) -> Metrics {
     let mut metrics = Metrics::default();
     metrics.add_program("provider", status.reload.as_ref());
+    if let Some(serve) = status.serve {
+        metrics.add("odmr_serve_running", "Whether `odmr serve` runs.", &[], &u8::from(serve));
+    }
     for account in &status.accounts {
         let name = ("account", account.name.as_str());
         if show.by_domain {

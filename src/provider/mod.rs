@@ -64,6 +64,9 @@ use shared::{Lasting, Shared};
 /// The permissions of the socket `SPOOL/.wake`: only this user's processes store mail in the spool.
 const SOCKET_MODE: u32 = 0o600;
 
+/// How long a lock that is taken may be that of an `odmr status`.
+const STATUS_PAUSE: Duration = Duration::from_millis(50);
+
 /// Where a connection was accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listener {
@@ -249,8 +252,12 @@ impl PreparedProvider {
     }
 
     fn lock_spool(&self) -> Result<File, StartError> {
-        let lock = self.shared.spool.lock()?;
-        lock.ok_or_else(|| self.busy())
+        if let Some(lock) = self.shared.spool.lock()? {
+            return Ok(lock);
+        }
+        // `odmr status` has it for a moment, to see whether it is free.
+        std::thread::sleep(STATUS_PAUSE);
+        self.shared.spool.lock()?.ok_or_else(|| self.busy())
     }
 
     fn busy(&self) -> StartError {

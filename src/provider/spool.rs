@@ -236,6 +236,11 @@ impl Spool {
         self.accounts.owner(domain).map(|account| account.name.as_str())
     }
 
+    /// The domains of an account; none: there is no such account.
+    pub fn domains_of(&self, account: &str) -> &[Domain] {
+        self.accounts.account(account).map_or(&[], |account| &account.domains)
+    }
+
     /// The age at which mail that is held for an account expires. `None`: never, or the account is gone, or its file has a
     /// mistake.
     pub fn expire_after(&self, account: &str) -> Option<Duration> {

@@ -25,6 +25,8 @@ pub struct ProviderStatus {
     pub certificate_until: Option<Timestamp>,
     /// Customers' files with mistakes, and what is wrong: their customers are not among the accounts.
     pub skipped: Vec<(String, String)>,
+    /// Whether an `odmr serve` with listeners runs; `None`: this user may not see that.
+    pub serve: Option<bool>,
     /// The last reading of the configuration by `serve`.
     pub reload: Option<CallRecord>,
 }
@@ -141,6 +143,7 @@ impl ProviderStatus {
             outgoing,
             certificate_until: tls.and_then(|tls| tls.until()),
             skipped: skipped.map(|skipped| (skipped.name.clone(), skipped.error.to_string())).collect(),
+            serve: spool.is_locked().ok(),
             reload: CallRecord::read(&spool.reload_record()),
         })
     }
