@@ -29,7 +29,13 @@ impl SystemUser {
     pub fn find(name: &str, group: Option<&str>) -> Result<SystemUser, String> {
         let user = unistd::User::from_name(name)
             .map_err(|error| format!("the user {name:?} cannot be looked up: {error}"))?
-            .ok_or_else(|| format!("there is no user {name:?} here: make one, or change `user`"))?;
+            .ok_or_else(|| match cfg!(target_os = "linux") {
+                true => {
+                    let command = format!("as root type `useradd -r {name}`");
+                    format!("there is no user {name:?} here: make one ({command}), or change `user`")
+                }
+                false => format!("there is no user {name:?} here: make one, or change `user`"),
+            })?;
         if user.uid.is_root() {
             return Err(format!("the user {name:?} is root, and mail needs none: name another in `user`"));
         }

@@ -302,5 +302,8 @@ fn without_a_user_root_stays_and_check_warns() {
     let done = place.run(&["serve"]);
     assert_eq!(done.status.code(), Some(78));
     let error = String::from_utf8(done.stderr).unwrap();
-    assert!(error.contains("odmr.toml:1: there is no user") && place.check(1).contains("make one"), "{error}");
+    assert!(
+        error.contains("odmr.toml:1: there is no user") && place.check(1).contains("type `useradd -r no-such-user`"),
+        "{error}"
+    );
 }
