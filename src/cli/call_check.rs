@@ -112,7 +112,7 @@ fn check_domains(
         if !rules.domains().iter().any(|domain| domain.as_str() == name) {
             report.warn(accept.error(format!(
                 "{address} holds mail for {name}, and no address in it is accepted, so that mail would be rejected: add \
-                 \"@{name}\" or addresses to `accept`; until then call with `odmr pull --soft-bounce`"
+                 \"@{name}\" or addresses to `accept`; until then call with `odmr pull -c FILE --soft-bounce`"
             )));
         }
         if !provider.domains.is_empty() && !provider.domains.iter().any(|domain| domain.as_str() == name) {

@@ -98,7 +98,7 @@ fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(),
     let domains = typed_domains(domains, &command)?;
     if let Some(pin) = pins.iter().find(|pin| Pin::parse(pin).is_none()) {
         let text = format!(
-            "{pin:?} is not a pin: type the one that `odmr check` shows on the customer's side, spki-sha256: and 64 digits"
+            "{pin:?} is not a pin: type the one that `odmr check -c FILE` shows on the customer's side, spki-sha256: and 64 digits"
         );
         return Err(ExitError::new(Sysexit::DataError, text));
     }
@@ -110,7 +110,7 @@ fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(),
     make_customers_directory(&places, path)?;
     let config = ProviderConfig::load(path)?;
     let file = config.accounts.file(name);
-    check_new(&config, name, &domains, &file)?;
+    check_new(&config, path, name, &domains)?;
     let secret = pins.is_empty().then(new_secret);
     let text = account_text(&domains, secret.as_deref(), pins);
     check_new_account(&file, &text, config.tls.is_some())?;
@@ -188,11 +188,12 @@ fn lock(path: &Path) -> Result<File, ExitError> {
 }
 
 /// Checks that a customer and its domains are new.
-fn check_new(config: &ProviderConfig, name: &str, domains: &[Domain], file: &Path) -> Result<(), ExitError> {
+fn check_new(config: &ProviderConfig, path: &Path, name: &str, domains: &[Domain]) -> Result<(), ExitError> {
+    let (file, path) = (config.accounts.file(name), path.display());
     if file.symlink_metadata().is_ok() {
         let text = format!(
             "{} exists, so there is a customer {name}: add a domain in its `domains`, make another secret with `odmr secret \
-             {name} -c FILE`, or remove the customer with `odmr customer -c FILE remove {name}`",
+             {name} -c {path}`, or remove the customer with `odmr customer -c {path} remove {name}`",
             file.display()
         );
         return Err(ExitError::new(Sysexit::CannotCreate, text));

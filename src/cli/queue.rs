@@ -307,7 +307,8 @@ impl Queues {
         if !held.iter().any(is_other) {
             return Ok(all);
         }
-        let name = |(domain, owner): &(&Domain, Option<&str>)| format!("{domain} ({})", owner.unwrap_or("of no account"));
+        let name =
+            |(domain, owner): &(&Domain, Option<&str>)| format!("{domain} ({})", owner.unwrap_or("of no account"));
         let names: Vec<_> = held.iter().map(name).collect();
         let (names, file, domain) = (names.join(" and "), self.file.display(), held[0].0);
         let text = format!(
@@ -439,7 +440,10 @@ impl Queues {
         let (mut stays, file) = (None, self.file.display());
         for QueueItem { label, name, message: ListedMessage { id, entry, .. } } in all {
             let Some(message) = lock.open_message(name, entry)? else {
-                writeln!(out, "{id}: not bounced: it is gone, or no mail (`odmr queue -c {file} show {id}`), in {label}")?;
+                writeln!(
+                    out,
+                    "{id}: not bounced: it is gone, or no mail (`odmr queue -c {file} show {id}`), in {label}"
+                )?;
                 stays.get_or_insert((Sysexit::DataError, "remove what is not mail"));
                 continue;
             };
@@ -575,14 +579,15 @@ impl Queues {
     }
 
     /// The queue for a recipient, and the recipient as its envelope has it.
-    fn place(&self, mailbox: &Mailbox) -> Result<(Mailbox, QueueName), &'static str> {
+    fn place(&self, mailbox: &Mailbox) -> Result<(Mailbox, QueueName), String> {
         match &self.side {
             Side::Provider(spool) => {
                 let queue = spool.queue_for(mailbox).ok_or("mail for an address literal is not sent")?;
                 if mailbox.domain().is_some_and(|domain| spool.may_be_skipped(domain)) {
-                    return Err(
-                        "a customer's file has a mistake, and the domain may be that customer's: run `odmr check`",
-                    );
+                    return Err(format!(
+                        "a customer's file has a mistake, and the domain may be that customer's: `odmr check -c {}` shows it",
+                        self.file.display()
+                    ));
                 }
                 let held = matches!(queue, SpoolQueue::Held(_) | SpoolQueue::Postmaster);
                 Ok((if held { mailbox.canonical() } else { mailbox.clone() }, spool.name(&queue)))

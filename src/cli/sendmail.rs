@@ -99,7 +99,7 @@ pub(super) fn run(mode: Option<&str>, arguments: &[String]) -> Result<(), ExitEr
         return call_now(&load(&path)?);
     }
     let mode: Mode = match last(&matches, "b").as_deref() {
-        Some("i") => return count_aliases(&load(&path)?),
+        Some("i") => return count_aliases(&load(&path)?, &path),
         None | Some("m") => {
             |config, ids, options, route| Ok(sendmail::send(config, ids, options, route, &mut Waiting(io::stdin()))?)
         }
@@ -140,11 +140,11 @@ fn call_now(config: &CustomerConfig) -> Result<(), ExitError> {
 }
 
 /// `-bi`: there is no database to make of the aliases, which were checked with the configuration.
-fn count_aliases(config: &CustomerConfig) -> Result<(), ExitError> {
+fn count_aliases(config: &CustomerConfig, path: &Path) -> Result<(), ExitError> {
     let rules = &config.mailboxes.rules;
     let warnings = match rules.warnings().len() {
         0 => "all valid".to_owned(),
-        count => format!("{}: see `odmr check`", counted(count, "warning", "warnings")),
+        count => format!("{}: see `odmr check -c {}`", counted(count, "warning", "warnings"), path.display()),
     };
     let aliases = counted(rules.alias_count(), "alias", "aliases");
     print(&format!("{aliases}, {warnings}; a daemon that runs reads them again at SIGHUP\n"))

@@ -1,6 +1,7 @@
 //! `odmr status`: what waits, for whom, since when, and what became of the last calls. It reads files only.
 
 use std::fmt::{Display, Write as _};
+use std::path::Path;
 use std::time::Duration;
 
 use getopts::{Matches, Options};
@@ -92,9 +93,10 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         [_, other, ..] => return Err(ExitError::usage(format!("one account or domain, not {other:?} too"), HINT)),
     };
     let show = Show { now: Clock::System.now(), by_domain: matches.opt_present("by"), warn, format };
-    let (text, findings) = match Config::load(&config_path(matches))? {
-        Config::Provider(config) => provider(&config, name, &show)?,
-        Config::Customer(config) => customer(&config, name, &show)?,
+    let path = config_path(matches);
+    let (text, findings) = match Config::load(&path)? {
+        Config::Provider(config) => provider(&config, &path, name, &show)?,
+        Config::Customer(config) => customer(&config, &path, name, &show)?,
     };
     let Some(_) = warn else { return print(&text) };
     match format {
@@ -110,8 +112,9 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     }
 }
 
-fn unknown(name: &str, what: &str) -> ExitError {
-    ExitError::new(Sysexit::DataError, format!("{name} is not an {what} here: without a name `odmr status` shows all"))
+fn unknown(path: &Path, name: &str, what: &str) -> ExitError {
+    let text = format!("{name} is not an {what} here: `odmr status -c {}` shows all", path.display());
+    ExitError::new(Sysexit::DataError, text)
 }
 
 fn findings_json(findings: &[Finding]) -> Json {
@@ -121,7 +124,9 @@ fn findings_json(findings: &[Finding]) -> Json {
 }
 
 /// The text for a provider, and what needs a person.
-fn provider(config: &ProviderConfig, name: Option<&str>, show: &Show) -> Result<(String, Vec<Finding>), ExitError> {
+fn provider(
+    config: &ProviderConfig, path: &Path, name: Option<&str>, show: &Show,
+) -> Result<(String, Vec<Finding>), ExitError> {
     let domain = name.and_then(Domain::parse).map(|domain| domain.to_string());
     let wanted = |account: Option<&str>, other: &str| match name {
         None => true,
@@ -134,7 +139,7 @@ fn provider(config: &ProviderConfig, name: Option<&str>, show: &Show) -> Result<
         && status.outgoing.is_empty()
         && name != "postmaster"
     {
-        return Err(unknown(name, "account or domain with mail"));
+        return Err(unknown(path, name, "account or domain with mail"));
     }
     let text = match show.format {
         Format::Text => provider_text(&status, show),
@@ -145,9 +150,12 @@ fn provider(config: &ProviderConfig, name: Option<&str>, show: &Show) -> Result<
 }
 
 /// The text for a customer, and what needs a person.
-fn customer(config: &CustomerConfig, name: Option<&str>, show: &Show) -> Result<(String, Vec<Finding>), ExitError> {
+fn customer(
+    config: &CustomerConfig, path: &Path, name: Option<&str>, show: &Show,
+) -> Result<(String, Vec<Finding>), ExitError> {
     if show.by_domain {
-        let text = "--by domain is for a provider's file: `odmr queue list` shows each message of a customer";
+        let list = format!("`odmr queue -c {} list`", path.display());
+        let text = format!("--by domain is for a provider's file: {list} shows each message of a customer");
         return Err(ExitError::usage(text, HINT));
     }
     let domain = name.and_then(Domain::parse);
@@ -157,7 +165,7 @@ fn customer(config: &CustomerConfig, name: Option<&str>, show: &Show) -> Result<
     };
     let status = CustomerStatus::read(config, &Ids::system(tls::random), wanted)?;
     if let Some(name) = name.filter(|_| status.providers.is_empty()) {
-        return Err(unknown(name, "account, provider or domain"));
+        return Err(unknown(path, name, "account, provider or domain"));
     }
     let text = match show.format {
         Format::Text => customer_text(&status, show),

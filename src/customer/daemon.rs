@@ -176,7 +176,7 @@ pub fn run(
 
 /// Locks the mailboxes for one daemon.
 fn lock(config: &CustomerConfig) -> Result<File, CallError> {
-    let text = "a daemon is calling for these mailboxes already; `odmr pull --now` makes it call at once";
+    let text = "a daemon is calling for these mailboxes already; `odmr pull -c FILE --now` makes it call at once";
     let mut file = store::lock_state_file(&config.mailboxes.root, LOCK_FILE)?;
     if file.is_none() {
         // [`running`] has the lock for a moment.

@@ -184,7 +184,7 @@ pub fn route(config: &CustomerConfig, owner: Option<&str>) -> Result<SubmissionR
     outgoing.loopback_listener().map(SubmissionRoute::Listener).ok_or_else(|| {
         let text = format!(
             "{reason}; for other users [outgoing] needs a listener with a port on loopback: add listen = [\"127.0.0.1:25\"] \
-             there, and start `odmr pull --daemon`"
+             there, and start `odmr pull -c FILE --daemon`"
         );
         SendmailError::new(SendmailErrorKind::NoPermission, text)
     })

@@ -363,7 +363,7 @@ def mistakes_of_files(box):
                            "odmr: …mail/.odmr/call-… cannot be written to: Read-only file system…; mount …"), around=read_only("mail"))
     place.try_each(
         mistake("29 an unknown user", place.customer('user = "nosuch"'), "check -c customer.toml; pull -c customer.toml", BAD,
-                'customer.toml:2: there is no user "nosuch" here: make one, or change `user`'),
+                'customer.toml:2: there is no user "nosuch" here: make one (as root type `useradd -r nosuch`), or change `user`'),
         mistake("29 mailboxes of another user", [place.customer(), lambda: os.chown(box.path / "mail", NOBODY, NOBODY)], "check -c customer.toml", 1,
                 "customer.toml:8: mail belongs to another user: name that user in `user`, or be that user"),
         mistake("29 mailboxes of another user", None, "pull -c customer.toml", 78, "mail belongs to another user…`user`"),
@@ -432,7 +432,7 @@ def mistakes_of_two(box):
         os.chown(box.path / path, NOBODY, NOBODY)
     place.try_each(
         mistake("34 a second daemon", None, "pull -c daemon.toml --daemon", 75,
-                "odmr: a daemon is calling for these mailboxes already; `odmr pull --now` makes it call at once"),
+                "odmr: a daemon is calling for these mailboxes already; `odmr pull -c FILE --now` makes it call at once"),
         mistake("34 a second server on one spool", None, "serve -c provider.toml", 75, "spool"),
         mistake("35 a second call", None, "pull -c customer.toml", 75, f"odmr: another call to localhost:{port} as acme is under way"),
         mistake("36 a port that is in use", place.provider('spool = "other"', used, name="other.toml"), "serve -c other.toml", 71,
