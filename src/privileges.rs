@@ -29,12 +29,9 @@ impl SystemUser {
     pub fn find(name: &str, group: Option<&str>) -> Result<SystemUser, String> {
         let user = unistd::User::from_name(name)
             .map_err(|error| format!("the user {name:?} cannot be looked up: {error}"))?
-            .ok_or_else(|| match cfg!(target_os = "linux") {
-                true => {
-                    let command = format!("as root type `useradd -r {name}`");
-                    format!("there is no user {name:?} here: make one ({command}), or change `user`")
-                }
-                false => format!("there is no user {name:?} here: make one, or change `user`"),
+            .ok_or_else(|| {
+                let command = if cfg!(target_os = "linux") { "useradd -r" } else { "pw useradd" };
+                format!("there is no user {name:?} here: make one (as root type `{command} {name}`), or change `user`")
             })?;
         if user.uid.is_root() {
             return Err(format!("the user {name:?} is root, and mail needs none: name another in `user`"));

@@ -383,6 +383,64 @@ fn status_tells_whether_serve_runs() {
     told("none", "false", 0);
 }
 
+/// While the disk has less than `min-free` no mail is accepted, so the configuration is not just good.
+#[test]
+fn check_warns_of_a_disk_that_is_too_full() {
+    for (config, directory) in [(PROVIDER, "spool"), (CUSTOMER, "mailboxes")] {
+        let place = Place::new(&format!("{config}[limits]\nmin-free = \"900000GiB\"\n"));
+        let line = config.lines().count() + 2;
+        let text = place.run(0, &["check"]);
+        let expected = format!("odmr.toml:{line}: the disk of {} has ", place.path(directory).display());
+        assert!(text.contains(&expected), "{expected}: {text}");
+        let rest = "octets free, and `min-free` is 966367641600000: all mail gets 452; make room, or write a smaller";
+        assert!(text.contains(rest), "{text}");
+        assert!(!Place::new(config).run(0, &["check"]).contains("min-free"));
+    }
+}
+
+/// A user who was taken out of `accept` has mail that nobody may look for any more.
+#[test]
+fn check_names_mailboxes_that_no_rule_reaches() {
+    let shared = "[mailboxes.deliver]\n\"info@example.org\" = \"maildir:mailboxes/example.org/desk\"\n";
+    let place = Place::new(&CUSTOMER.replace("[outgoing]", &format!("{shared}[outgoing]")).replace(
+        "accept = [",
+        "aliases = { \"sales\" = \"alice@example.org\" }\naccept = [\"info@example.org\", \"@example.net\", ",
+    ));
+    for reached in ["example.org/alice", "example.org/desk", "example.org/postmaster", "example.net/any", "other/x/y"] {
+        place.write(&format!("mailboxes/{reached}/new/1"), FOREIGN);
+    }
+    place.write("mailboxes/example.org/read/cur/1:2,S", FOREIGN);
+    assert!(!place.run(0, &["check"]).contains("no rule"));
+    for left in ["example.org/eva", "example.org/bob", "old.example/alice", "example.org/dora"] {
+        place.write(&format!("mailboxes/{left}/new/1"), FOREIGN);
+    }
+    let text = place.run(0, &["check"]);
+    let expected = "odmr.toml:8: new mail is in 4 mailboxes that no rule leads to, such as bob@example.org, dora@example.org, \
+                    eva@example.org: write";
+    assert!(text.contains(expected), "{text}");
+}
+
+/// What a message says that a person may type has the name of the file.
+#[test]
+fn advice_can_be_typed() {
+    let place = Place::filled();
+    let file = place.path("odmr.toml");
+    let file = file.display();
+    place.write("spool/domains/gone.example/new/1763607845.x", FOREIGN);
+    let checked = place.run(1, &["check"]);
+    for command in ["list gone.example`", "bounce gone.example`"] {
+        assert!(checked.contains(&format!("`odmr queue -c {file} {command}")), "{checked}");
+    }
+    let status = place.run(65, &["status", "nobody"]);
+    assert!(status.contains(&format!("`odmr status -c {file}` shows all")), "{status}");
+    let add = place.run(73, &["customer", "add", "acme", "example.net"]);
+    assert!(add.contains(&format!("`odmr secret acme -c {file}`")), "{add}");
+    assert!(add.contains(&format!("`odmr customer -c {file} remove acme`")), "{add}");
+    let customer = Place::new(CUSTOMER);
+    let text = customer.run(64, &["status", "--by", "domain"]);
+    assert!(text.contains(&format!("`odmr queue -c {} list`", customer.path("odmr.toml").display())), "{text}");
+}
+
 /// What has the lock is another process: the turned session of a customer, say.
 #[test]
 fn a_queue_that_a_session_has_is_not_changed() {
@@ -504,6 +562,7 @@ fn a_customers_queues_are_listed_and_changed() {
     assert_eq!(place.run(0, &["queue", "list", "outgoing"]).lines().count(), 1);
     // Its queues are for any domain, and one word must not empty them.
     assert_eq!(place.run(0, &["queue", "list", "x.example"]), "");
+    assert!(place.run(64, &["queue", "bounce", "1763607845.a", "w.example"]).contains("leave the domain out"));
     for word in ["outgoing", "w.example"] {
         place.run(65, &["queue", "bounce", word]);
     }
@@ -797,7 +856,10 @@ fn list_knows_accounts_and_names_that_nobody_has() {
     for name in ["nobody", "nobody.example", "acme!"] {
         let text = place.run(65, &["queue", "list", name]);
         let all = format!("`odmr queue -c {} list`", place.path("odmr.toml").display());
-        assert!(text.contains(&format!("{name} is not an account or domain with mail here: {all} shows all")), "{text}");
+        assert!(
+            text.contains(&format!("{name} is not an account or domain with mail here: {all} shows all")),
+            "{text}"
+        );
     }
 }
 
@@ -827,7 +889,11 @@ fn a_message_of_two_accounts_is_changed_for_the_one_that_is_named() {
     assert_eq!(place.run(0, &["queue", "list"]).lines().count(), 3);
     assert_eq!(place.run(0, &["queue", "show", "both", "Example.ORG"]).matches("id: both\n").count(), 1);
     assert_eq!(place.run(0, &["queue", "retry", "both", "example.org"]), "1 message is due\n");
-    assert!(place.run(65, &["queue", "bounce", "both", "w.example"]).contains("no message both waits in w.example: `odmr"));
+    assert!(
+        place
+            .run(65, &["queue", "bounce", "both", "w.example"])
+            .contains("no message both waits here for w.example: `odmr")
+    );
     assert_eq!(place.run(0, &["queue", "bounce", "both", "example.com"]), "both: bounced, from example.com\n");
     assert_eq!(place.run(0, &["queue", "remove", "both"]), "both: removed, from example.org\n");
     assert!(place.run(64, &["queue", "export", "example.org", "example.com"]).contains("export needs one domain"));

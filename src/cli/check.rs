@@ -7,10 +7,11 @@
 //! they are and as they should be.
 
 use std::cell::Cell;
+use std::ffi::OsStr;
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use getopts::{Matches, Options};
 use rustix::fs::Access;
@@ -31,15 +32,15 @@ use crate::config::{
 use crate::customer::mailboxes::{find_mailbox, mailbox_exists};
 use crate::customer::sendmail::user_mailbox;
 use crate::ids::Ids;
-use crate::mail::address::{Domain, ForwardPath};
-use crate::maildir::{Entry, shell_word, write_remedy};
+use crate::mail::address::{Domain, ForwardPath, Mailbox};
+use crate::maildir::{Entry, free_octets, shell_word, write_remedy};
 use crate::net::tls::{self, CertificateInfo};
 use crate::plural::counted;
 use crate::privileges::{LoginUser, SystemUser};
 use crate::provider::certificate::DAYS_TO_RENEW;
 use crate::provider::spool::{SPOOL_DEPTH, Spool, SpoolQueue};
 use crate::provider::turned_session;
-use crate::recipients::RecipientRules;
+use crate::recipients::{self, Destination, RecipientRules, directory_name};
 use crate::report::clock_watch::ClockWatch;
 use crate::session::{ClientIdentity, Limits};
 use crate::smtp::reply::Severity;
@@ -122,6 +123,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
 
 /// Where the keys of a file are. They are found before this process becomes a user that may not read the file.
 struct Places<'a> {
+    file: &'a Path,
     root: SourceLine,
     queue: SourceLine,
     limits: SourceLine,
@@ -132,18 +134,37 @@ struct Places<'a> {
 }
 
 impl<'a> Places<'a> {
-    fn of(config: &'a Config, path: &Path) -> Places<'a> {
+    fn of(config: &'a Config, path: &'a Path) -> Places<'a> {
         let line = |keys: &[&str]| line_of_key(path, keys);
         let (queue, limits) = (line(&["outgoing", "queue"]), line(&["limits"]));
         let is_public = fs::metadata(path).is_ok_and(|found| found.mode() & 0o004 != 0);
         match config {
-            Config::Provider(config) => {
-                Places { root: line(&["spool"]), queue, limits, is_public, directories: vec![&config.spool] }
-            }
+            Config::Provider(config) => Places {
+                file: path,
+                root: line(&["spool"]),
+                queue,
+                limits,
+                is_public,
+                directories: vec![&config.spool],
+            },
             Config::Customer(config) => {
                 let outgoing = config.outgoing.iter().map(|outgoing| &*outgoing.queue);
                 let directories = std::iter::once(&*config.mailboxes.root).chain(outgoing).collect();
-                Places { root: line(&["mailboxes", "root"]), queue, limits, is_public, directories }
+                Places { file: path, root: line(&["mailboxes", "root"]), queue, limits, is_public, directories }
+            }
+        }
+    }
+
+    /// Warns of directories on whose disk less than `min-free` is free.
+    fn check_room(&self, min_free: u64, report: &mut CheckReport) {
+        for directory in &self.directories {
+            let existing = directory.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("."));
+            if let Some(free) = free_octets(existing).filter(|free| *free < min_free) {
+                report.warn(line_of_key(self.file, &["limits", "min-free"]).error(format!(
+                    "the disk of {} has {free} octets free, and `min-free` is {min_free}: all mail gets 452; make room, or write \
+                     a smaller `min-free` in [limits]",
+                    directory.display()
+                )));
             }
         }
     }
@@ -263,8 +284,9 @@ fn check_provider(
     {
         report.error(places.root.error(text));
     }
+    places.check_room(config.limits.min_free, report);
     check_spool(&places.root, &config.spool, owner.is_none(), report);
-    check_unowned(&places.root, config, report);
+    check_unowned(places, config, report);
     check_expired(config, report);
     config.accounts.iter().for_each(|account| check_recipients(&config.accounts.file(&account.name), account, report));
     let limits = &config.limits;
@@ -366,7 +388,7 @@ fn check_spool(line: &SourceLine, spool: &Path, access: bool, report: &mut Check
 }
 
 /// Reports held mail that no customer can fetch.
-fn check_unowned(line: &SourceLine, config: &ProviderConfig, report: &mut CheckReport) {
+fn check_unowned(places: &Places<'_>, config: &ProviderConfig, report: &mut CheckReport) {
     let spool = Spool::new(config, &Ids::system(tls::random));
     // A directory that cannot be read is reported as such.
     for (name, queue) in spool.all_queues().unwrap_or_default() {
@@ -374,9 +396,10 @@ fn check_unowned(line: &SourceLine, config: &ProviderConfig, report: &mut CheckR
         if spool.is_unowned(domain)
             && let Ok(messages @ 1..) = spool.queue().count(&spool.name(&queue), usize::MAX)
         {
-            report.error(line.error(format!(
-                "{} held for {name}, which no customer has: write it in the `domains` of one, or see `odmr queue list \
-                 {name}`, and return them with `odmr queue bounce ID`",
+            let queue = format!("odmr queue -c {}", shell_word(places.file));
+            report.error(places.root.error(format!(
+                "{} held for {name}, which no customer has: write it in the `domains` of one, or see `{queue} list {name}`, \
+                 and return all to the senders with `{queue} bounce {name}`",
                 counted(messages, "message is", "messages are")
             )));
         }
@@ -436,6 +459,8 @@ fn check_customer(config: &CustomerConfig, places: &Places<'_>, login: &str, rep
             check_own_certificate(provider, identity, report);
         }
     }
+    places.check_room(config.limits.min_free, report);
+    note_left_mailboxes(&places.root, &config.mailboxes, report);
     config.mailboxes.rules.warnings().iter().for_each(|warning| report.warn(warning));
     config.mailboxes.rules.catch_all_note().into_iter().for_each(|note| report.note(note));
     if let Some(outgoing) = &config.outgoing {
@@ -486,6 +511,36 @@ fn check_owner(line: &SourceLine, root: &Path, user: u32, report: &mut CheckRepo
         );
         report.warn(line.error(text));
     }
+}
+
+/// Notes mailboxes with new mail that no rule leads to any more: the user is not in `accept` now, or has another mailbox.
+fn note_left_mailboxes(line: &SourceLine, mailboxes: &MailboxesConfig, report: &mut CheckReport) {
+    let (root, rules) = (&mailboxes.root, &mailboxes.rules);
+    let is_in_another_root = |path: &Path| rules.maildir_roots().any(|other| other != root && path.starts_with(other));
+    let has_new = |path: &PathBuf| fs::read_dir(path.join("new")).is_ok_and(|mut files| files.next().is_some());
+    let (mut left, directories) = (Vec::new(), subdirectories(root, 2));
+    for path in directories.iter().take(5000).filter(|path| has_new(path)) {
+        let Some(mailbox) = mailbox_of_directory(root, path) else { continue };
+        let destination = rules.destination_of(&mailbox, &mailbox_exists);
+        let is_reached = matches!(destination, Some(Destination::Maildir { path: to, .. }) if to == *path);
+        if !is_reached && !rules.is_fallback(&mailbox) && !is_in_another_root(path) {
+            left.push(mailbox.to_string());
+        }
+    }
+    if !left.is_empty() {
+        report.note(line.error(format!(
+            "new mail is in {} that no rule leads to, such as {}: write the address in `accept` again, or move the mail away",
+            counted(left.len(), "mailbox", "mailboxes"),
+            left[..left.len().min(3)].join(", ")
+        )));
+    }
+}
+
+/// The mailbox of `ROOT/<domain>/<local part>`; `None`: this is another directory, or its name is encoded.
+fn mailbox_of_directory(root: &Path, path: &Path) -> Option<Mailbox> {
+    let mut names = path.strip_prefix(root).ok()?.iter().map(OsStr::to_str);
+    let (domain, local) = (Domain::parse(names.next()??)?, names.next()??);
+    recipients::address(local, &domain).filter(|_| directory_name(local) == local)
 }
 
 /// Warns of each user without a mailbox, which DSNs need: root, for whom cron sends, and `user`, who runs this.

@@ -24,7 +24,7 @@ use super::setup::names::{check_customer_name, typed_domain};
 use crate::config::{Account, ProviderConfig, ProviderPlaces, check_new_account, effective_account, quote};
 use crate::ids::Ids;
 use crate::mail::address::Domain;
-use crate::maildir::{create_file_durably, make_tree, remove_file_durably, with_path};
+use crate::maildir::{create_file_durably, make_tree, remove_file_durably, shell_word, with_path};
 use crate::net::descriptor::Waiting;
 use crate::net::pin::Pin;
 use crate::net::tls;
@@ -189,7 +189,7 @@ fn lock(path: &Path) -> Result<File, ExitError> {
 
 /// Checks that a customer and its domains are new.
 fn check_new(config: &ProviderConfig, path: &Path, name: &str, domains: &[Domain]) -> Result<(), ExitError> {
-    let (file, path) = (config.accounts.file(name), path.display());
+    let (file, path) = (config.accounts.file(name), shell_word(path));
     if file.symlink_metadata().is_ok() {
         let text = format!(
             "{} exists, so there is a customer {name}: add a domain in its `domains`, make another secret with `odmr secret \
@@ -374,7 +374,7 @@ fn amount(messages: &io::Result<usize>) -> String {
 
 /// How much mail is held for domains that nobody has any more, and what to do with it.
 fn held_report(config: &ProviderConfig, path: &Path, domains: &[Domain]) -> String {
-    let (mut text, file) = (String::new(), path.display());
+    let (mut text, file) = (String::new(), shell_word(path));
     for (domain, messages) in held(config, domains) {
         let _ = match &messages {
             Ok(0) => writeln!(text, "No mail is held for {domain}."),

@@ -8,6 +8,7 @@ use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::num::NonZero;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::slice;
 use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -27,7 +28,7 @@ use crate::customer::outbox::Outbox;
 use crate::customer::store;
 use crate::ids::Ids;
 use crate::mail::address::{Domain, Mailbox, ReversePath};
-use crate::maildir::MessageWriter;
+use crate::maildir::{MessageWriter, shell_word};
 use crate::net::descriptor::Waiting;
 use crate::net::tls;
 use crate::net::trace::{printable, quoted};
@@ -73,8 +74,8 @@ const HEADER_LIMIT: u64 = 64 << 10;
 struct Queues {
     /// That of the spool or the mailboxes.
     root: PathBuf,
-    /// The configuration.
-    file: PathBuf,
+    /// The configuration, as a word for a shell.
+    file: String,
     ids: Ids,
     hostname: String,
     queue: Queue,
@@ -95,26 +96,6 @@ struct QueueItem<'a> {
     label: Cow<'a, str>,
     name: &'a QueueName,
     message: ListedMessage,
-}
-
-/// What a word of the command line means: a queue by its name in `list`, or those of a domain.
-struct QueueChoice {
-    word: String,
-    domains: Vec<Domain>,
-}
-
-impl QueueChoice {
-    fn of(word: &str) -> QueueChoice {
-        let domain = Domain::parse_any(domain_of_label(word));
-        QueueChoice { word: word.to_owned(), domains: domain.into_iter().collect() }
-    }
-
-    /// Whether a message is in such a queue. In a customer's queues are messages to several domains, so these have no domain.
-    fn has(&self, found: &QueueItem<'_>) -> bool {
-        let of_domain = found.name.domain.is_some() || found.name.shared;
-        let is_domain = |domain: &Domain| domain.as_str() == domain_of_label(&found.label);
-        found.label == self.word || of_domain && self.domains.iter().any(is_domain)
-    }
 }
 
 /// Does what the arguments say.
@@ -138,12 +119,12 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         Config::Customer(config) => Queues::of_customer(&config, &path, changes)?,
     };
     let mut out = BufWriter::with_capacity(64 << 10, Waiting(io::stdout()));
-    let queue = words.get(2).copied();
+    let domain = words.get(2).copied();
     let done = match words[..] {
-        ["show", id, ..] => queues.show(&mut out, id, queue),
-        ["remove", id, ..] => queues.remove(&mut out, id, queue),
-        ["bounce", what, ..] => queues.bounce(&mut out, what, queue),
-        ["retry", what, ..] => queues.retry(&mut out, what, queue),
+        ["show", id, ..] => queues.show(&mut out, id, domain),
+        ["remove", id, ..] => queues.remove(&mut out, id, domain),
+        ["bounce", what, ..] => queues.bounce(&mut out, what, domain),
+        ["retry", what, ..] => queues.retry(&mut out, what, domain),
         ["export", domain] => queues.export(&mut out, domain),
         ["import"] => queues.import(&mut out),
         _ => queues.list(&mut out, words.get(1).copied()),
@@ -206,7 +187,7 @@ impl Queues {
         let names = spool.all_queues()?.into_iter().map(|(label, queue)| (label, spool.name(&queue))).collect();
         Ok(Queues {
             root: config.spool.clone(),
-            file: path.to_owned(),
+            file: shell_word(path),
             hostname: config.hostname.clone(),
             queue: spool.queue().clone(),
             names,
@@ -232,7 +213,7 @@ impl Queues {
         let next_hops = ("next-hops".to_owned(), mailboxes.retry_queue());
         Ok(Queues {
             root: config.mailboxes.root.clone(),
-            file: path.to_owned(),
+            file: shell_word(path),
             hostname: config.hostname.clone(),
             queue: mailboxes.queue.clone(),
             names: names.into_iter().chain([next_hops]).collect(),
@@ -242,24 +223,22 @@ impl Queues {
         })
     }
 
-    /// Shows each message of a domain: those of its queues, and those of queues for all domains with a recipient there.
+    /// Shows each message of some domains: those of their queues, and those of queues for all domains with a recipient there.
     /// `None`: all messages.
     fn each<'a>(
-        &'a self, choice: Option<&QueueChoice>, show: &mut dyn FnMut(QueueItem<'a>) -> io::Result<()>,
+        &'a self, domains: Option<&[Domain]>, show: &mut dyn FnMut(QueueItem<'a>) -> io::Result<()>,
     ) -> io::Result<()> {
-        self.each_of(&self.names, choice, show)
+        self.each_of(&self.names, domains, show)
     }
 
     /// The same for some of the queues.
     fn each_of<'a>(
-        &self, names: &'a [(String, QueueName)], choice: Option<&QueueChoice>,
+        &self, names: &'a [(String, QueueName)], domains: Option<&[Domain]>,
         show: &mut dyn FnMut(QueueItem<'a>) -> io::Result<()>,
     ) -> io::Result<()> {
-        let has = |domain: Option<&Domain>| {
-            choice.is_none_or(|choice| domain.is_some_and(|domain| choice.domains.contains(domain)))
-        };
+        let has = |domain: Option<&Domain>| domains.is_none_or(|all| domain.is_some_and(|one| all.contains(one)));
         for (label, name) in names {
-            let whole = has(name.domain.as_ref()) || choice.is_some_and(|choice| choice.word == *label);
+            let whole = has(name.domain.as_ref());
             if !whole && name.domain.is_some() {
                 continue;
             }
@@ -277,55 +256,48 @@ impl Queues {
         Ok(())
     }
 
-    /// The messages with this id: one message has a file in each queue of its recipients. `queue`: only that one.
-    fn find(&self, id: &str, queue: Option<&str>) -> Result<Vec<QueueItem<'_>>, Failure> {
-        let (mut all, choice) = (Vec::new(), queue.map(QueueChoice::of));
-        self.each(None, &mut |found| {
-            if found.message.is(id) && choice.as_ref().is_none_or(|choice| choice.has(&found)) {
+    /// The messages of a domain, with an id. `None`: of all domains, or all.
+    fn select(&self, id: Option<&str>, domain: Option<&str>) -> Result<Vec<QueueItem<'_>>, Failure> {
+        let mut all = Vec::new();
+        self.each(domain.map(domains_of).as_deref(), &mut |found| {
+            if id.is_none_or(|id| found.message.is(id)) {
                 all.push(found);
             }
             Ok(())
         })?;
-        if all.is_empty() {
-            let place = queue.map_or("here".to_owned(), |queue| format!("in {queue}"));
-            let list = format!("`odmr queue -c {} list`", self.file.display());
-            return failure(Sysexit::DataError, format!("no message {id} waits {place}: {list} shows those that do"));
-        }
         Ok(all)
+    }
+
+    /// The messages with this id: one message has a file in each queue of its recipients. `domain`: only in its queue.
+    fn find(&self, id: &str, domain: Option<&str>) -> Result<Vec<QueueItem<'_>>, Failure> {
+        let (all, place) =
+            (self.select(Some(id), domain)?, domain.map_or(String::new(), |domain| format!(" for {domain}")));
+        let text =
+            || format!("no message {id} waits here{place}: `odmr queue -c {} list` shows those that do", self.file);
+        if all.is_empty() { failure(Sysexit::DataError, text()) } else { Ok(all) }
     }
 
     /// As [`Queues::find`] for a command that takes mail away. A message to customers of several accounts has one id, and
     /// what is decided for one of them must not take the mail of another.
-    fn find_of_one_account(&self, word: &str, id: &str, queue: Option<&str>) -> Result<Vec<QueueItem<'_>>, Failure> {
-        let all = self.find(id, queue)?;
-        let Side::Provider(spool) = &self.side else { return Ok(all) };
+    fn find_of_one_account(&self, word: &str, id: &str, domain: Option<&str>) -> Result<Vec<QueueItem<'_>>, Failure> {
+        let all = self.find(id, domain)?;
+        let Side::Provider(spool) = &self.side else {
+            let text = "a customer's message is to all its recipients: leave the domain out";
+            return if domain.is_some() { failure(Sysexit::Usage, text) } else { Ok(all) };
+        };
         let held = all.iter().filter(|found| !found.name.retries).filter_map(|found| found.name.domain.as_ref());
         let held: Vec<_> = held.map(|domain| (domain, spool.owner(domain))).collect();
-        let is_other = |(domain, owner): &(&Domain, Option<&str>)| {
-            held[0].0 != *domain && (owner.is_none() || held[0].1 != *owner)
-        };
-        if !held.iter().any(is_other) {
+        if held.iter().all(|(domain, owner)| held[0].0 == *domain || owner.is_some() && held[0].1 == *owner) {
             return Ok(all);
         }
-        let name =
-            |(domain, owner): &(&Domain, Option<&str>)| format!("{domain} ({})", owner.unwrap_or("of no account"));
-        let names: Vec<_> = held.iter().map(name).collect();
-        let (names, file, domain) = (names.join(" and "), self.file.display(), held[0].0);
+        let names: Vec<_> =
+            held.iter().map(|(at, owner)| format!("{at} ({})", owner.unwrap_or("of no account"))).collect();
+        let (names, file, domain) = (names.join(" and "), &self.file, held[0].0);
         let text = format!(
             "{id} waits for several customers, in {names}, and nothing is changed: name the domain that is meant, such as \
              `odmr queue -c {file} {word} {id} {domain}`"
         );
         failure(Sysexit::DataError, text)
-    }
-
-    /// The messages of a domain; none: it has none, or this is not a domain.
-    fn of_domain(&self, what: &str) -> Result<Vec<QueueItem<'_>>, Failure> {
-        let mut all = Vec::new();
-        self.each(Some(&QueueChoice::of(what)), &mut |found| {
-            all.push(found);
-            Ok(())
-        })?;
-        Ok(all)
     }
 
     /// Locks the queues of these messages and, with `each`, the messages of a shared directory, all or none; a session that has
@@ -353,30 +325,22 @@ impl Queues {
         }
     }
 
-    /// What a name in `list` means; an account means all its domains.
-    fn listed(&self, name: &str) -> (QueueChoice, bool) {
-        let mut choice = QueueChoice::of(name);
-        let is_known = match &self.side {
-            // Its queues are for any domain.
-            Side::Customer(_) => true,
-            Side::Provider(spool) => {
-                let is_mine = |domain: &Domain| spool.owner(domain).is_some() || spool.may_be_skipped(domain);
-                let is_known = choice.domains.iter().any(is_mine) || self.names.iter().any(|(label, _)| label == name);
-                let of_account = spool.domains_of(name);
-                choice.domains.extend_from_slice(of_account);
-                is_known || !of_account.is_empty()
-            }
-        };
-        (choice, is_known)
-    }
-
+    /// Lists all messages, or those of a domain, of an account, or of a queue of another name.
     fn list(&self, out: &mut dyn Write, name: Option<&str>) -> Result<(), Failure> {
-        let listed = name.map(|name| self.listed(name));
-        let (choice, now) = (listed.as_ref().map(|(choice, _)| choice), self.ids.clock().now());
-        let mut is_empty = true;
+        let (mut domains, now, mut is_empty) = (name.map(domains_of), self.ids.clock().now(), true);
+        let named = self.names.iter().position(|(label, queue)| Some(&**label) == name && queue.domain.is_none());
+        let mut is_known = named.is_some() || domains.as_ref().is_none_or(|domains| !domains.is_empty());
+        if let (Some(name), Some(domains), Side::Provider(spool), None) = (name, &mut domains, &self.side, named) {
+            domains.extend_from_slice(spool.domains_of(name));
+            let may_have =
+                |at: &Domain| !spool.is_unowned(at) || self.names.iter().any(|(label, _)| label == at.as_str());
+            is_known = domains.iter().any(may_have);
+        }
+        let names = named.map_or(&self.names[..], |at| &self.names[at..=at]);
+        let domains = domains.as_deref().filter(|_| named.is_none());
         let lines = |names: &[(String, QueueName)]| {
             let mut text = String::new();
-            self.each_of(names, choice, &mut |found| {
+            self.each_of(names, domains, &mut |found| {
                 text += &line(&found, now);
                 Ok(())
             })?;
@@ -384,7 +348,7 @@ impl Queues {
         };
         // Each file is opened: every processor has a part of the queues.
         let threads = thread::available_parallelism().map_or(1, NonZero::get).min(8);
-        for names in self.names.chunks(threads * QUEUES_AT_ONCE) {
+        for names in names.chunks(threads * QUEUES_AT_ONCE) {
             let share = names.len().div_ceil(threads);
             let parts = thread::scope(|scope| {
                 let spawn = |part| thread::Builder::new().spawn_scoped(scope, move || lines(part));
@@ -398,17 +362,18 @@ impl Queues {
                 out.write_all(part.as_bytes())?;
             }
         }
-        match listed {
-            Some((QueueChoice { word, .. }, false)) if is_empty => {
-                let all = format!("`odmr queue -c {} list` shows all", self.file.display());
-                failure(Sysexit::DataError, format!("{word} is not an account or domain with mail here: {all}"))
+        match name.filter(|_| is_empty && !is_known) {
+            None => Ok(()),
+            Some(name) => {
+                let text =
+                    format!("{name} is not an account or domain with mail here: `odmr queue -c {} list`", self.file);
+                failure(Sysexit::DataError, text + " shows all")
             }
-            _ => Ok(()),
         }
     }
 
-    fn show(&self, out: &mut dyn Write, id: &str, queue: Option<&str>) -> Result<(), Failure> {
-        for (number, found) in self.find(id, queue)?.iter().enumerate() {
+    fn show(&self, out: &mut dyn Write, id: &str, domain: Option<&str>) -> Result<(), Failure> {
+        for (number, found) in self.find(id, domain)?.iter().enumerate() {
             if number > 0 {
                 writeln!(out)?;
             }
@@ -417,8 +382,8 @@ impl Queues {
         Ok(())
     }
 
-    fn remove(&self, out: &mut dyn Write, id: &str, queue: Option<&str>) -> Result<(), Failure> {
-        let all = self.find_of_one_account("remove", id, queue)?;
+    fn remove(&self, out: &mut dyn Write, id: &str, domain: Option<&str>) -> Result<(), Failure> {
+        let all = self.find_of_one_account("remove", id, domain)?;
         let mut lock = self.lock(&all, true)?;
         for found in all {
             let removed = lock.remove(found.name, found.message.entry)?;
@@ -428,22 +393,17 @@ impl Queues {
         Ok(())
     }
 
-    fn bounce(&self, out: &mut dyn Write, what: &str, queue: Option<&str>) -> Result<(), Failure> {
-        let choice = QueueChoice::of(what);
-        let mut all = if queue.is_none() { self.of_domain(what)? } else { Vec::new() };
-        // At a customer a message to that domain is one to others as well, and its queues are for all domains.
-        all.retain(|found| (found.name.domain.is_some() || found.name.shared) && choice.has(found));
-        if all.is_empty() {
-            all = self.find_of_one_account("bounce", what, queue)?;
-        }
+    fn bounce(&self, out: &mut dyn Write, what: &str, domain: Option<&str>) -> Result<(), Failure> {
+        // A customer's message to that domain is one to others as well.
+        let whole = domain.is_none() && matches!(self.side, Side::Provider(_));
+        let all = if whole { self.select(None, Some(what))? } else { Vec::new() };
+        let all = if all.is_empty() { self.find_of_one_account("bounce", what, domain)? } else { all };
         let mut lock = self.lock(&all, true)?;
-        let (mut stays, file) = (None, self.file.display());
+        let mut stays = None;
         for QueueItem { label, name, message: ListedMessage { id, entry, .. } } in all {
             let Some(message) = lock.open_message(name, entry)? else {
-                writeln!(
-                    out,
-                    "{id}: not bounced: it is gone, or no mail (`odmr queue -c {file} show {id}`), in {label}"
-                )?;
+                let show = format!("`odmr queue -c {} show {}`", self.file, shell_word(Path::new(&id)));
+                writeln!(out, "{id}: not bounced: it is gone, or no mail ({show}), in {label}")?;
                 stays.get_or_insert((Sysexit::DataError, "remove what is not mail"));
                 continue;
             };
@@ -468,9 +428,9 @@ impl Queues {
         stays.map_or(Ok(()), |(code, text)| failure(code, text))
     }
 
-    fn retry(&self, out: &mut dyn Write, what: &str, queue: Option<&str>) -> Result<(), Failure> {
-        let all = if queue.is_none() { self.of_domain(what)? } else { Vec::new() };
-        let all = if all.is_empty() { self.find(what, queue)? } else { all };
+    fn retry(&self, out: &mut dyn Write, what: &str, domain: Option<&str>) -> Result<(), Failure> {
+        let all = if domain.is_none() { self.select(None, Some(what))? } else { Vec::new() };
+        let all = if all.is_empty() { self.find(what, domain)? } else { all };
         let (mut lock, mut due) = (self.lock(&all, false)?, 0);
         for found in all.into_iter().filter(|found| found.message.envelope.is_ok()) {
             match lock.make_due(found.name, found.message.entry) {
@@ -494,7 +454,7 @@ impl Queues {
         let domain = parse_domain(domain)?;
         let mut incomplete = Vec::new();
         batch::write_begin(out, &self.hostname)?;
-        self.each(Some(&QueueChoice::of(domain.as_str())), &mut |QueueItem { name, message, .. }| {
+        self.each(Some(slice::from_ref(&domain)), &mut |QueueItem { name, message, .. }| {
             if message.envelope.is_err() || !message.unread.is_empty() {
                 incomplete.push(message.id.clone());
             }
@@ -586,7 +546,7 @@ impl Queues {
                 if mailbox.domain().is_some_and(|domain| spool.may_be_skipped(domain)) {
                     return Err(format!(
                         "a customer's file has a mistake, and the domain may be that customer's: `odmr check -c {}` shows it",
-                        self.file.display()
+                        self.file
                     ));
                 }
                 let held = matches!(queue, SpoolQueue::Held(_) | SpoolQueue::Postmaster);
@@ -611,11 +571,6 @@ fn label_of<'a>(label: &'a str, name: &QueueName, message: &ListedMessage) -> Co
     }
 }
 
-/// The domain in the name of a queue.
-fn domain_of_label(label: &str) -> &str {
-    label.strip_prefix("outgoing/").unwrap_or(label)
-}
-
 /// The queues of some messages, each once.
 fn names_of(found: &[QueueItem<'_>]) -> Vec<QueueName> {
     let mut names: Vec<QueueName> = Vec::new();
@@ -634,6 +589,11 @@ fn lock_message(lock: &mut QueueLock, found: &QueueItem<'_>) -> Option<io::Resul
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Some(Ok(found.label.to_string())),
         Err(error) => Some(Err(error)),
     }
+}
+
+/// The domain of a word, which may be the name of a queue; none: it is not a domain.
+fn domains_of(word: &str) -> Vec<Domain> {
+    Domain::parse_any(word.strip_prefix("outgoing/").unwrap_or(word)).into_iter().collect()
 }
 
 fn parse_domain(text: &str) -> Result<Domain, Failure> {

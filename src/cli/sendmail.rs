@@ -144,7 +144,7 @@ fn count_aliases(config: &CustomerConfig, path: &Path) -> Result<(), ExitError> 
     let rules = &config.mailboxes.rules;
     let warnings = match rules.warnings().len() {
         0 => "all valid".to_owned(),
-        count => format!("{}: see `odmr check -c {}`", counted(count, "warning", "warnings"), path.display()),
+        count => format!("{}: see `odmr check -c {}`", counted(count, "warning", "warnings"), shell_word(path)),
     };
     let aliases = counted(rules.alias_count(), "alias", "aliases");
     print(&format!("{aliases}, {warnings}; a daemon that runs reads them again at SIGHUP\n"))

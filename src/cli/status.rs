@@ -14,6 +14,7 @@ use crate::config::{self, Config, CustomerConfig, ProviderAccount, ProviderConfi
 use crate::customer::status::{CustomerStatus, ProviderCalls};
 use crate::ids::Ids;
 use crate::mail::address::Domain;
+use crate::maildir::shell_word;
 use crate::net::tls;
 use crate::net::trace::quoted;
 use crate::plural::counted;
@@ -113,7 +114,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
 }
 
 fn unknown(path: &Path, name: &str, what: &str) -> ExitError {
-    let text = format!("{name} is not an {what} here: `odmr status -c {}` shows all", path.display());
+    let text = format!("{name} is not an {what} here: `odmr status -c {}` shows all", shell_word(path));
     ExitError::new(Sysexit::DataError, text)
 }
 
@@ -154,8 +155,7 @@ fn customer(
     config: &CustomerConfig, path: &Path, name: Option<&str>, show: &Show,
 ) -> Result<(String, Vec<Finding>), ExitError> {
     if show.by_domain {
-        let list = format!("`odmr queue -c {} list`", path.display());
-        let text = format!("--by domain is for a provider's file: {list} shows each message of a customer");
+        let text = format!("--by domain is for a provider's file: see `odmr queue -c {} list`", shell_word(path));
         return Err(ExitError::usage(text, HINT));
     }
     let domain = name.and_then(Domain::parse);
@@ -247,11 +247,9 @@ fn heading(text: &mut String, name: &str, what_else: &str) {
 }
 
 fn provider_text(status: &ProviderStatus, show: &Show) -> String {
-    let mut text = match status.serve {
-        Some(true) => "serve: running\n\n".to_owned(),
-        Some(false) => "serve: none\n\n".to_owned(),
-        None => "serve: only root and the owner of the spool can see whether one runs\n\n".to_owned(),
-    };
+    let unseen = "only root and the owner of the spool can see whether one runs";
+    let serve = status.serve.map_or(unseen, |runs| if runs { "running" } else { "none" });
+    let mut text = format!("serve: {serve}\n\n");
     heading(&mut text, if show.by_domain { "domain" } else { "account" }, "last call");
     for account in &status.accounts {
         let mut call = account.call.as_ref().map_or("never".to_owned(), |call| show.call(call));

@@ -398,8 +398,12 @@ pub fn for_each_block(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io:
 /// (RFC 1870 section 6.1) and does not fail in the middle of its content. True if the system does not know: the first message
 /// makes a directory that is missing, and then the write reports the error.
 pub fn has_room(directory: &Path, octets: u64, reserve: u64) -> bool {
-    rustix::fs::statvfs(directory)
-        .map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= octets.saturating_add(reserve))
+    free_octets(directory).is_none_or(|free| free >= octets.saturating_add(reserve))
+}
+
+/// How many octets are free on the disk of a directory; `None`: the system does not tell.
+pub fn free_octets(directory: &Path) -> Option<u64> {
+    rustix::fs::statvfs(directory).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
 #[cfg(test)]

@@ -64,9 +64,6 @@ use shared::{Lasting, Shared};
 /// The permissions of the socket `SPOOL/.wake`: only this user's processes store mail in the spool.
 const SOCKET_MODE: u32 = 0o600;
 
-/// How long a lock that is taken may be that of an `odmr status`.
-const STATUS_PAUSE: Duration = Duration::from_millis(50);
-
 /// Where a connection was accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listener {
@@ -256,7 +253,7 @@ impl PreparedProvider {
             return Ok(lock);
         }
         // `odmr status` has it for a moment, to see whether it is free.
-        std::thread::sleep(STATUS_PAUSE);
+        std::thread::sleep(Duration::from_millis(50));
         self.shared.spool.lock()?.ok_or_else(|| self.busy())
     }
 
