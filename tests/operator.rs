@@ -292,6 +292,7 @@ fn list_and_show_tell_of_each_message() {
     assert!(large.ends_with(rest), "{large}");
     assert!(foreign.ends_with(" from=<> to=<alice@example.org> attempts=0 in-doubt"), "{foreign}");
     assert!(bad.starts_with("id=1763607848.bad ") && bad.contains("not-mail=\"it names no recipient\""), "{bad}");
+    assert_eq!(place.run(0, &["queue", "list", "example.com"]), "");
     let shown = place.run(0, &["queue", "show", "1large"]);
     for line in [
         "from: <bob@w.example> BODY=8BITMIME RET=HDRS ENVID=a+20b",
@@ -853,7 +854,9 @@ fn list_knows_accounts_and_names_that_nobody_has() {
     for empty in ["empty.example", "outgoing", "postmaster"] {
         assert_eq!(place.run(0, &["queue", "list", empty]), "");
     }
-    for name in ["nobody", "nobody.example", "acme!"] {
+    let gone = place.run_with(&["queue", "list", "nobody.example"], "");
+    assert!(gone.code == 0 && gone.out.is_empty() && gone.error.contains("nobody.example is not"), "{}", gone.error);
+    for name in ["nobody", "acme!"] {
         let text = place.run(65, &["queue", "list", name]);
         let all = format!("`odmr queue -c {} list`", place.path("odmr.toml").display());
         assert!(
