@@ -69,6 +69,7 @@ program:
 	@if test -n "$(ODMR)"; then :; \
 	elif test -O Cargo.toml && command -v $(CARGO) >/dev/null; then $(CARGO) build --release; \
 	elif test -x "$(PROGRAM)"; then echo "$(PROGRAM) as it was built"; \
+	elif test -O Cargo.toml; then echo "there is no $(CARGO) here: install Rust 1.89 or later (https://rustup.rs), or name a program that is built: make ODMR=FILE install"; exit 69; \
 	else echo "there is no $(PROGRAM) yet: type \`make build\` as the user whom the sources belong to, then this again"; exit 69; fi
 
 certs: ## a self-signed certificate and key for HOST (this host's name) into ./certs, to try things with
