@@ -216,8 +216,8 @@ fn make_installs_and_removes_what_was_built() {
         ("CARGO_TARGET_DIR", &target),
     ];
     let none = make("install", &variables);
-    let told = String::from_utf8_lossy(&none.stdout);
-    assert!(!none.status.success() && told.contains("there is no /nonexistent/cargo here: install Rust"), "{none:?}");
+    // The way out depends on whose the sources are.
+    assert!(!none.status.success() && String::from_utf8_lossy(&none.stdout).starts_with("there is no "), "{none:?}");
     assert!(!root.exists(), "installed what was not built");
     fs::create_dir_all(target.join("release")).unwrap();
     fs::copy(env!("CARGO_BIN_EXE_odmr"), target.join("release/odmr")).unwrap();
