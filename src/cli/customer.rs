@@ -29,6 +29,7 @@ use crate::net::descriptor::Waiting;
 use crate::net::pin::Pin;
 use crate::net::tls;
 use crate::platform;
+use crate::plural::counted;
 use crate::privileges::SystemUser;
 use crate::provider::spool::{Spool, SpoolQueue};
 use block::{Opening, block_for};
@@ -259,13 +260,7 @@ fn print_secret(text: &str) -> Result<(), ExitError> {
 
 /// The error of changing the customers' files.
 fn cannot_change(error: io::Error) -> ExitError {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => {
-            let text = format!("{error}; be root, or the user that the customers' files belong to");
-            ExitError::new(Sysexit::NoPermission, text)
-        }
-        _ => ExitError::new(Sysexit::CannotCreate, error),
-    }
+    ExitError::cannot_create(error, "be root, or the user that the customers' files belong to")
 }
 
 /// Writes to stderr, for a person.
@@ -366,8 +361,7 @@ fn held<'a>(config: &ProviderConfig, domains: &'a [Domain]) -> Vec<(&'a Domain, 
 
 fn amount(messages: &io::Result<usize>) -> String {
     match messages {
-        Ok(1) => "1 message".to_owned(),
-        Ok(messages) => format!("{messages} messages"),
+        Ok(messages) => counted(*messages, "message", "messages"),
         Err(error) => format!("it cannot be seen how much ({error})"),
     }
 }

@@ -68,6 +68,18 @@ impl ExitError {
         ExitError { code, text: text.to_string() }
     }
 
+    /// A file or directory that cannot be made or changed; `rights`: what somebody does who has not the right to it.
+    pub fn cannot_create(error: io::Error, rights: &str) -> ExitError {
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => ExitError::new(Sysexit::NoPermission, format!("{error}; {rights}")),
+            io::ErrorKind::NotADirectory => {
+                let text = format!("{error}: move that file away, or name another directory");
+                ExitError::new(Sysexit::CannotCreate, text)
+            }
+            _ => ExitError::new(Sysexit::CannotCreate, error),
+        }
+    }
+
     /// A wrong command line; `hint` is the command that shows the help.
     pub fn usage(text: impl ToString, hint: &str) -> ExitError {
         let text = text.to_string();

@@ -1,5 +1,6 @@
 //! Changes the file of a customer at its provider: a verifier takes the place of the secret, and all else stays as it is.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use toml::de::DeValue;
@@ -49,14 +50,11 @@ pub fn with_verifier(path: &Path, verifier: &str) -> Result<ChangedFile, ConfigE
         }
     }
     spans.sort_by_key(|span| span.start);
-    let (line, mut text) = (format!("scram = \"{verifier}\""), source.text().to_owned());
-    // From the last one on, so that the places of the others stay.
-    for (number, span) in spans.iter().enumerate().rev() {
-        let with = if number == 0 { line.as_str() } else { "" };
-        text.replace_range(span.clone(), with);
-        remove_if_blank(&mut text, span.start);
-    }
-    if spans.is_empty() {
+    let line = format!("scram = \"{verifier}\"");
+    let is_new = spans.is_empty();
+    let with = |(number, span)| (span, if number == 0 { line.clone() } else { String::new() });
+    let mut text = edited(source.text(), spans.into_iter().enumerate().map(with).collect());
+    if is_new {
         let separator = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
         text.push_str(&format!("{separator}{line}\n"));
     }
@@ -70,6 +68,20 @@ pub fn with_verifier(path: &Path, verifier: &str) -> Result<ChangedFile, ConfigE
         true => Ok(ChangedFile { text, secret_file, source: changed }),
         false => Err(source.whole().error(format!("cannot be changed: write {line} in it, in place of the secret"))),
     }
+}
+
+/// Returns the text with other texts in these places, which do not overlap. Lines of which nothing is left go.
+pub(super) fn edited(text: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
+    edits.sort_by_key(|(span, _)| span.start);
+    let mut changed = text.to_owned();
+    // From the last one on, so that the places of the others stay.
+    for (span, with) in edits.into_iter().rev() {
+        changed.replace_range(span.clone(), &with);
+        if with.is_empty() {
+            remove_if_blank(&mut changed, span.start);
+        }
+    }
+    changed
 }
 
 /// Removes the line at this place if nothing is left on it.

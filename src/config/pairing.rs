@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use toml::de::{DeString, DeTable, DeValue};
 
 use super::accounts::Account;
+use super::edit::edited;
 use super::print::quote;
 use super::source::{FileKind, Source};
 use super::table::Table;
@@ -141,13 +142,7 @@ impl CustomerBlock {
             set("outgoing", "queue", quote(queue));
             set("outgoing", "listen", format!("[{}]", quote(listen)));
         }
-        edits.sort_by_key(|(span, _)| span.start);
-        let mut changed = text.to_owned();
-        // From the last one on, so that the places of the others stay.
-        for (span, with) in edits.into_iter().rev() {
-            changed.replace_range(span, &with);
-        }
-        Ok(changed)
+        Ok(edited(text, edits))
     }
 
     /// The error that the text cannot be changed.

@@ -158,14 +158,5 @@ pub(super) fn checked_certificate(certificate: &Path, key: &Path) -> Result<Cert
 
 /// The error of making a file or a directory.
 fn cannot_make(error: io::Error) -> ExitError {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => {
-            let text = format!("{error}; be root, or name a file of your own with -c FILE");
-            ExitError::new(Sysexit::NoPermission, text)
-        }
-        io::ErrorKind::NotADirectory => {
-            ExitError::new(Sysexit::CannotCreate, format!("{error}: move that file away, or name another directory"))
-        }
-        _ => ExitError::new(Sysexit::CannotCreate, error),
-    }
+    ExitError::cannot_create(error, "be root, or name a file of your own with -c FILE")
 }
