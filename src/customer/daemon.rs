@@ -38,9 +38,6 @@ const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// of these calls that fails doubles it, up to [`CLOCK_CHECK_INTERVAL`].
 const NETWORK_CALL_PAUSE: Duration = Duration::from_secs(3);
 
-/// Longer than [`running`] has the lock.
-const RUNNING_CHECK: Duration = Duration::from_millis(100);
-
 /// The file in `ROOT/.odmr` that the daemon locks, and writes its process id into.
 const LOCK_FILE: &str = "daemon";
 
@@ -177,12 +174,7 @@ pub fn run(
 /// Locks the mailboxes for one daemon.
 fn lock(config: &CustomerConfig) -> Result<File, CallError> {
     let text = "a daemon is calling for these mailboxes already; `odmr pull -c FILE --now` makes it call at once";
-    let mut file = store::lock_state_file(&config.mailboxes.root, LOCK_FILE)?;
-    if file.is_none() {
-        // [`running`] has the lock for a moment.
-        std::thread::sleep(RUNNING_CHECK);
-        file = store::lock_state_file(&config.mailboxes.root, LOCK_FILE)?;
-    }
+    let file = store::lock_for_daemon(&config.mailboxes.root, LOCK_FILE)?;
     let mut file = file.ok_or_else(|| CallError::Busy(text.to_owned()))?;
     file.set_len(0)?;
     writeln!(file, "{}", std::process::id())?;

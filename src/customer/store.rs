@@ -15,7 +15,9 @@
 use std::path::{Path, PathBuf};
 
 use crate::config::CustomerConfig;
-pub use crate::maildir::{lock_state_file, locked_state_file, open_state_file, sweep_state_files, tidy_daily};
+pub use crate::maildir::{
+    lock_for_daemon, lock_state_file, locked_state_file, open_state_file, sweep_state_files, tidy_daily,
+};
 use crate::queue::QueueName;
 use crate::recipients;
 use crate::sandbox::MailDirectory;

@@ -40,8 +40,8 @@ use files::{list, make_directories, make_directory, move_file, sync_directory, s
 use quota::QuotaCheck;
 pub use quota::Usage;
 pub use state_file::{
-    lock_state_file, locked_state_file, make_state_directory, open_state_file, state_key, sweep_state_files,
-    tidy_daily, wait_for_state_file,
+    lock_for_daemon, lock_state_file, locked_state_file, make_state_directory, open_state_file, read_state_file,
+    state_key, sweep_state_files, tidy_daily, wait_for_state_file,
 };
 pub use sweep::log_sweep_failed;
 pub use usage::{LimitExceeded, USAGE_FILE, UsageLimit};

@@ -1,15 +1,19 @@
 //! Files beside the queues and mailboxes that are not mail: the locks and the state of this program, in `ROOT/.odmr/`.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, Write};
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use data_encoding::HEXLOWER;
+use rustix::fs::OFlags;
 
 use super::files::{FileId, replace_file_durably, with_path, with_remedy, write_error};
 use super::sweep::{log_sweep_failed, sweep};
+
+/// Longer than [`locked_state_file`] has a lock.
+const LOOK_TIME: Duration = Duration::from_millis(100);
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -46,8 +50,22 @@ pub fn make_state_directory(directory: &Path) -> io::Result<()> {
 
 fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
+    options.read(true).write(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
     options
+}
+
+/// Reads a state file, `limit` octets at most. Root reads it in a directory of the owner of the mail: no link is followed, and
+/// no pipe is waited for.
+///
+/// # Errors
+///
+/// It cannot be opened or read, or is not UTF-8. The text has no path.
+pub fn read_state_file(path: &Path, limit: u64) -> io::Result<String> {
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let mut text = String::new();
+    file.take(limit).read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// Opens that file if another process has its lock; `None`: no process has, or there is no such file.
@@ -106,6 +124,19 @@ pub fn wait_for_state_file(root: &Path, name: &str, late: Instant) -> io::Result
     }
 }
 
+/// The same for the one daemon of ROOT; `None`: another one has the lock. [`locked_state_file`], by which others see whether one
+/// runs, has it for a moment, and that is waited for.
+///
+/// # Errors
+///
+/// Those of [`lock_state_file`].
+pub fn lock_for_daemon(root: &Path, name: &str) -> io::Result<Option<File>> {
+    match wait_for_state_file(root, name, Instant::now() + LOOK_TIME) {
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(None),
+        locked => locked.map(Some),
+    }
+}
+
 /// Returns the secret key that all processes share in the file `ROOT/.odmr/NAME`. The first of them makes it of `new`.
 ///
 /// # Errors
@@ -114,7 +145,7 @@ pub fn wait_for_state_file(root: &Path, name: &str, late: Instant) -> io::Result
 pub fn state_key(root: &Path, name: &str, new: [u8; 32]) -> io::Result<[u8; 32]> {
     let path = root.join(".odmr").join(name);
     let read = || {
-        let octets = HEXLOWER.decode(fs::read(&path).ok()?.trim_ascii()).ok()?;
+        let octets = HEXLOWER.decode(read_state_file(&path, 100).ok()?.trim().as_bytes()).ok()?;
         <[u8; 32]>::try_from(octets).ok()
     };
     if let Some(key) = read() {
@@ -162,6 +193,8 @@ pub fn sweep_state_files(root: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Res
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+
+    use std::fs;
 
     use super::*;
 

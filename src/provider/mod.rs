@@ -249,11 +249,6 @@ impl PreparedProvider {
     }
 
     fn lock_spool(&self) -> Result<File, StartError> {
-        if let Some(lock) = self.shared.spool.lock()? {
-            return Ok(lock);
-        }
-        // `odmr status` has it for a moment, to see whether it is free.
-        std::thread::sleep(Duration::from_millis(50));
         self.shared.spool.lock()?.ok_or_else(|| self.busy())
     }
 

@@ -138,7 +138,7 @@ impl Spool {
     /// # Errors
     /// The spool cannot be written to; the text says what to do.
     pub fn lock(&self) -> io::Result<Option<File>> {
-        let lock = maildir::lock_state_file(&self.root, LOCK_FILE)?;
+        let lock = maildir::lock_for_daemon(&self.root, LOCK_FILE)?;
         rustix::fs::access(&self.root, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
             let text = format!("{} cannot be written to: {error}", self.root.display());
             maildir::with_remedy(&self.root, io::Error::new(error.kind(), text))

@@ -19,15 +19,14 @@
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::clock::Timestamp;
 use crate::file_stamp::FileStamp;
 use crate::mail::address::Mailbox;
-use crate::maildir::{remove_if_there, replace_file, with_path};
+use crate::maildir::{read_state_file, remove_if_there, replace_file, with_path};
 use crate::net::trace::quoted;
 
 /// Seconds from the first to the last rejection of a recipient that is learned, at least.
@@ -83,13 +82,11 @@ fn is_plain(address: &str) -> bool {
 impl UnknownRecipients {
     /// Reads the file of an account. If it is missing, or damaged, which is logged, there are none.
     pub fn read(path: &Path) -> UnknownRecipients {
-        let read = match File::open(path) {
+        let read = match read_state_file(path, FILE_LIMIT + 1) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return UnknownRecipients::default(),
-            opened => opened.and_then(|file| {
-                let mut text = String::new();
-                file.take(FILE_LIMIT + 1).read_to_string(&mut text)?;
-                UnknownRecipients::parse(&text).ok_or_else(|| io::Error::other("it is damaged"))
-            }),
+            read => {
+                read.and_then(|text| UnknownRecipients::parse(&text).ok_or_else(|| io::Error::other("it is damaged")))
+            }
         };
         read.unwrap_or_else(|error| {
             log::warn!("event=learned-unreadable error={}", quoted(with_path(path, error)));

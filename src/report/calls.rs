@@ -18,17 +18,13 @@
 //! The file is replaced in one step. If it is lost, no mail is: only the status does not know of the call.
 
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::OFlags;
-
 use crate::clock::Timestamp;
 use crate::mail::address::Domain;
-use crate::maildir::replace_file;
+use crate::maildir::{read_state_file, replace_file};
 use crate::net::trace::quoted;
 
 /// Octets of a record that are read at most.
@@ -170,12 +166,7 @@ impl CallRecord {
 
     /// Reads a record; `None`: there is none, or it cannot be read.
     pub fn read(path: &Path) -> Option<CallRecord> {
-        // Root reads it in a directory of the owner of the mail: it follows no link, and waits for no pipe.
-        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-        let file = File::options().read(true).custom_flags(flags).open(path).ok()?;
-        let mut text = String::new();
-        file.take(RECORD_LIMIT).read_to_string(&mut text).ok()?;
-        CallRecord::parse(&text)
+        CallRecord::parse(&read_state_file(path, RECORD_LIMIT).ok()?)
     }
 
     /// When the account has called last: a call counts if its connection has turned, or if there was no mail.
@@ -270,7 +261,7 @@ pub fn write_time(path: &Path, time: Timestamp) -> io::Result<()> {
 
 /// Reads a time that [`write_time`] has written.
 pub fn read_time(path: &Path) -> Option<Timestamp> {
-    Timestamp::parse_rfc3339(std::fs::read_to_string(path).ok()?.trim())
+    Timestamp::parse_rfc3339(read_state_file(path, 100).ok()?.trim())
 }
 
 #[cfg(test)]

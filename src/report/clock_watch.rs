@@ -4,15 +4,15 @@
 //! is missing or damaged, the history begins when another file beside it was changed last, so that mail does not expire at once
 //! if the clock is wrong by years at that time.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::clock_history::{ClockHistory, ClockStep};
 use crate::clock::{Clock, Timestamp};
-use crate::maildir::{replace_file_durably, with_path};
+use crate::maildir::{read_state_file, replace_file_durably, with_path};
 use crate::net::trace::quoted;
 
 /// Octets of the file that are read. It has about 1000 at most.
@@ -93,8 +93,7 @@ impl ClockWatch {
 }
 
 fn read(path: &Path) -> io::Result<ClockHistory> {
-    let mut text = String::new();
-    File::open(path)?.take(FILE_LIMIT).read_to_string(&mut text)?;
+    let text = read_state_file(path, FILE_LIMIT)?;
     let damaged = || io::Error::new(io::ErrorKind::InvalidData, format!("{}: it is damaged", path.display()));
     ClockHistory::parse(&text).ok_or_else(damaged)
 }
@@ -136,7 +135,7 @@ mod tests {
         fs::write(root.path().join(".odmr/serve"), "").unwrap();
         for name in ["clock", "serve"] {
             let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(before(365).seconds().unsigned_abs());
-            File::options()
+            fs::File::options()
                 .write(true)
                 .open(root.path().join(".odmr").join(name))
                 .unwrap()
