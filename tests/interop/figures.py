@@ -10,6 +10,7 @@ from harness import LOOPBACK, ODMR, Certificates, Customer, Provider, check, fre
 from world import outgoing_table
 
 STARTS = 21
+LOOKS = 5  # the system chooses other addresses each time, and maps other pages beside those that are used: a tenth of a MiB
 MOST_OCTETS = 5_000_000  # of the program's file
 MOST_KIB = 6 * 1024  # resident in an idle process, the part of the program's file that is in memory included
 
@@ -35,6 +36,16 @@ def resident_kib(pid):
     return values["Rss"], values["Pss"], values["Anonymous"]
 
 
+def idle_kib(box, log, command):
+    """The memory of a daemon that listens, and its end."""
+    process = box.start(log, *command)
+    wait_until(lambda: "event=listening" in box.log(log), "a listener")
+    found = resident_kib(process.pid)
+    process.terminate()
+    check(process.wait() == 0, f"{log}: not a good end")
+    return found
+
+
 @scenario("size")
 def size(box):
     """the program has less than 5,000,000 octets, and an idle provider and an idle customer less than 6 MiB each"""
@@ -47,9 +58,8 @@ def size(box):
     facts = [f"{octets} octets"]
     for name, command in commands.items():
         start = statistics.median(milliseconds_to_ready(*command) for _ in range(STARTS))
-        process = box.start(f"{name[:4]}.log", *command)
-        wait_until(lambda: "event=listening" in box.log(f"{name[:4]}.log"), "a listener")
-        rss, pss, own = resident_kib(process.pid)
+        idle = [idle_kib(box, f"{name[:4]}-{number}.log", command) for number in range(LOOKS)]
+        rss, pss, own = sorted(idle)[LOOKS // 2]
         check(rss <= MOST_KIB, f"an idle {name} has {rss} KiB")
         facts.append(f"{name}: ready after {start:.1f} ms, idle {rss} KiB (PSS {pss}, its own {own})")
     return "; ".join(facts)
