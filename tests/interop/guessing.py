@@ -1,6 +1,7 @@
 """Clients that guess secrets are slowed, across processes, and lock nobody out."""
 
 import base64
+import contextlib
 import fcntl
 import hashlib
 import hmac
@@ -341,6 +342,18 @@ def guessing_file(box):
         (box.path / "new").write_bytes(octets)
         os.replace(box.path / "new", file)
 
+    def put_directory():
+        # serve may write its file between the two calls.
+        while not file.is_dir():
+            file.unlink(missing_ok=True)
+            with contextlib.suppress(FileExistsError):
+                file.mkdir()
+
+    def put_pipe():
+        file.rmdir()
+        os.mkfifo(box.path / "pipe")
+        os.replace(box.path / "pipe", file)
+
     def play(name, prepare):
         prepare()
         begin = time.monotonic()
@@ -355,13 +368,12 @@ def guessing_file(box):
     play("damaged", lambda: put(b"failed 1\nwaits\0\xff\n" + file.read_bytes()[:-3]))
     wait_until(lambda: events(provider.log(), "logins-unusable"), "damage in the log")
     play("empty", lambda: put(b""))
-    play("gone", file.unlink)
+    play("gone", lambda: file.unlink(missing_ok=True))
     huge = b"".join(b"failed 1795689600 20 network 10.%d.%d.0/24\n" % divmod(number, 256) for number in range(65536))
     play("huge", lambda: put(huge * 4))
     wait_until(lambda: file.stat().st_size < 1 << 20, "a small file again")
-    play("directory", lambda: (file.unlink(), file.mkdir()))
-    file.rmdir()
-    play("pipe", lambda: os.mkfifo(file))
+    play("directory", put_directory)
+    play("pipe", put_pipe)
     file.unlink(missing_ok=True)
     provider.restart_by_force()
     home(provider)
