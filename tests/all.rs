@@ -26,3 +26,4 @@ mod signals;
 mod supervised;
 mod transcripts;
 mod trust;
+mod words;

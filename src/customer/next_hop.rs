@@ -426,17 +426,17 @@ fn connect_to_any(
 /// The reply if a next hop is down: the mail stays with the provider, or in the retry queue.
 fn unavailable_reply(hop: &NextHop, failure: &SessionFailure) -> Reply {
     log::warn!("event=next-hop-failed next-hop={} error={}", quoted(hop), quoted(failure));
-    Reply::new(451, "4.4.1", "The mail server behind this one is not available now")
+    Reply::new(451, "4.4.1", "The next mail server is not available now")
 }
 
 /// A next hop's negative reply as the provider must receive it.
 fn upstream_reply(hop: &NextHop, reply: HopReply) -> Reply {
     match reply {
         HopReply::AboutMail(reply) => reply,
-        HopReply::Unavailable => Reply::new(451, "4.3.2", "The mail server behind this one is not available now"),
+        HopReply::Unavailable => Reply::new(451, "4.3.2", "The next mail server is not available now"),
         HopReply::Unfit(reply) => {
             log::error!("event=next-hop-unfit next-hop={} reply={}", quoted(hop), quoted(reply));
-            Reply::new(451, "4.3.5", "The mail server behind this one does not take mail from here")
+            Reply::new(451, "4.3.5", "The next mail server does not accept mail from here")
         }
     }
 }
@@ -475,7 +475,7 @@ mod tests {
         assert!(begun.elapsed() >= Duration::from_millis(300));
     }
 
-    const UNFIT: &str = "451 4.3.5 The mail server behind this one does not take mail from here";
+    const UNFIT: &str = "451 4.3.5 The next mail server does not accept mail from here";
 
     /// The status of a recipient at a next hop, and what the provider or the retry queue gets.
     #[test]
@@ -506,7 +506,7 @@ mod tests {
     #[test]
     fn replies_about_the_mail_are_relayed_and_others_are_not() {
         let hop = NextHop::LmtpUnix("/run/lmtp".into());
-        let down = "451 4.3.2 The mail server behind this one is not available now";
+        let down = "451 4.3.2 The next mail server is not available now";
         for (reply, to_rcpt, to_content) in [
             (Reply::new(550, "5.1.1", "No such user"), "550 5.1.1 No such user", "550 5.1.1 No such user"),
             (Reply::new(452, "4.2.2", "Over quota"), "452 4.2.2 Over quota", "452 4.2.2 Over quota"),

@@ -412,7 +412,7 @@ impl IncomingMessage {
             return Reply::new(451, "4.3.0", "Nobody has taken the message");
         };
         *self.context.decided_by() = Some(hop.clone());
-        let in_doubt = || connection_lost("The mail server behind this one has not answered");
+        let in_doubt = || connection_lost("The next mail server has not replied");
         status.reply().cloned().unwrap_or_else(in_doubt)
     }
 

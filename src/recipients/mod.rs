@@ -197,7 +197,7 @@ impl NoMailbox {
 
 /// The reply to the provider about a recipient whose alias leads elsewhere.
 fn elsewhere_reply() -> Reply {
-    Reply::new(451, "4.3.5", "The alias for that address leads to another host, and this is no relay")
+    Reply::new(451, "4.3.5", "The alias for that address leads to another host, and this is not a relay")
 }
 
 /// Where an address leads; if nowhere: why, and the rules up to there.
@@ -322,7 +322,7 @@ impl RecipientRules {
             Some(what) if reason == NoMailbox::Unserved => {
                 format!("{path}:{} deferred: {} ({what}; {})", listed(&via), reason.reply(), reason.text())
             }
-            _ => format!("{text} refused: {} ({})", reason.reply(), reason.text()),
+            _ => format!("{text} rejected: {} ({})", reason.reply(), reason.text()),
         })?;
         for (number, Delivery { mailbox, destination, via, rule, .. }) in deliveries.iter().enumerate() {
             if let Some((first, rest)) = via.get(begin.len()..).and_then(<[MatchedRule]>::split_first) {

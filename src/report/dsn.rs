@@ -162,7 +162,7 @@ impl Dsn<'_> {
         if self.utf8 {
             put(&mut out, "Content-Transfer-Encoding", "8bit");
         }
-        out.push_str("\nThis is a notice in MIME format about the delivery of a message.\n");
+        out.push_str("\nThis is a report in MIME format about the delivery of a message.\n");
         out
     }
 
@@ -359,7 +359,7 @@ impl Action {
             Action::Expanded => Wording {
                 name: "expanded",
                 subject: "Your message was passed on",
-                happened: "was passed on to all who stand behind",
+                happened: "was passed on to all addresses of",
                 conclusion: "You need do nothing. You will be told of those who cannot be reached.",
             },
         }
@@ -388,8 +388,8 @@ impl RecipientReport<'_> {
     fn advice(&self) -> &'static str {
         let subject = self.status().split_once('.').map_or("", |(_, subject)| subject);
         match subject {
-            "1.1" | "1.0" | "1.3" | "1.6" => "Please check the address, above all what stands before the @.",
-            "1.2" | "1.10" | "4.4" => "Please check the address, above all what stands behind the @.",
+            "1.1" | "1.0" | "1.3" | "1.6" => "Please check the address, above all the part before the @.",
+            "1.2" | "1.10" | "4.4" => "Please check the address, above all the part after the @.",
             "2.2" => "The mailbox is full: try again later, or reach the recipient in another way.",
             "2.3" | "3.4" => "The message is too large: send less at a time.",
             "4.1" | "4.2" | "4.7" | "3.2" => {
@@ -398,7 +398,7 @@ impl RecipientReport<'_> {
             "4.6" => "The recipient's mail system passes the message round in a circle: only its owner can help.",
             "6.7" | "6.9" => "The recipient's mail system does not take addresses or headers in UTF-8.",
             _ if subject.starts_with("7.") => {
-                "The recipient's mail system refuses the message by its own rules, which only its owner can change."
+                "The recipient's mail system rejects the message by its own rules, which only its owner can change."
             }
             _ if subject.starts_with("1.") => "Please check the address.",
             _ => "",

@@ -683,7 +683,7 @@ impl ContentReceiver {
         let sink = self.sink?;
         if bare {
             // If two servers differ in what ends a line, a client can smuggle a message (RFC 5321 section 2.3.8).
-            return Err(Reply::new(554, "5.6.0", "A CR without LF or an LF without CR stands in the message"));
+            return Err(Reply::new(554, "5.6.0", "A CR without LF or an LF without CR is in the message"));
         }
         if self.header.received() > hops {
             return Err(Reply::new(554, "5.4.6", "Too many hops: this message goes in circles"));

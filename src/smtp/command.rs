@@ -73,7 +73,7 @@ impl Verb {
         let end = line.iter().position(|octet| *octet == b' ').unwrap_or(line.len());
         let (word, rest) = line.split_at(end);
         if word.is_empty() || !word.iter().all(u8::is_ascii_alphabetic) {
-            return Err(Reply::new(500, "5.5.2", "This is no SMTP command"));
+            return Err(Reply::new(500, "5.5.2", "This is not an SMTP command"));
         }
         let is_word = |name: &str| word.eq_ignore_ascii_case(name.as_bytes());
         let verb = match VERBS.iter().find(|(name, _)| is_word(name)) {
@@ -469,7 +469,7 @@ fn each_parameter(rest: &[u8], mut accept: impl FnMut(&[u8], Option<&[u8]>) -> R
         let mut parts = parameter.splitn(2, |octet| *octet == b'=');
         let name = parts.next().unwrap_or_default().to_ascii_uppercase();
         if names.contains(&name) {
-            return Err(argument_error("A parameter stands there twice"));
+            return Err(argument_error("A parameter is there twice"));
         }
         accept(&name, parts.next())?;
         names.push(name);

@@ -511,7 +511,7 @@ impl Server {
             Mail if transaction.is_some() => "A mail transaction is open: RSET ends it",
             Rcpt | Data | Bdat if transaction.is_none() => "Say MAIL first",
             // RFC 3030 section 2.
-            Bdat if chunk_rejected => "A chunk was refused: say RSET",
+            Bdat if chunk_rejected => "A chunk was rejected: send RSET",
             Rcpt | Data if chunks => "BDAT has begun: go on with it, or say RSET",
             Data | Bdat if no_recipient => "No recipient was accepted",
             _ => return Ok(()),
