@@ -50,19 +50,19 @@ def inbound_disk_fails(box):
     provider = Provider(box, require_tls=False).start()
     customer = Customer(box, provider.odmr, tls="none")
 
-    def letter(name, inject):
+    def message(name, inject):
         shutil.rmtree(provider.spool / "domains/example.org", ignore_errors=True)
         with Tracer(box, provider.process.pid, inject) as tracer, Sender(provider) as sender:
-            return sender.letter(name, SMALL), tracer.output.read_text()
+            return sender.message(name, SMALL), tracer.output.read_text()
 
     for _ in range(2):
-        reply, _ = letter("rehearsal", None)
+        reply, _ = message("rehearsal", None)
         check(reply.startswith("250"), f"the rehearsal: {reply}")
     found = moments(box.path / "strace.output", provider.spool)
     failures, hits, wrong = Failures(), 0, collections.Counter()
     for number, inject, error, step in injections(found):
         shutil.rmtree(provider.spool / "domains/example.com", ignore_errors=True)
-        reply, output = letter("faulty", inject)
+        reply, output = message("faulty", inject)
         hits += "(INJECTED)" in output
         seen, left = names(files(provider, "new", "cur")), files(provider, "tmp")
         if "(INJECTED)" in output:
@@ -71,7 +71,7 @@ def inbound_disk_fails(box):
         failures.note(not left, f"{step}: left in tmp: {left}")
         check(provider.process.poll() is None, f"{step}: serve ended")
         with Sender(provider) as sender:
-            after = sender.letter("next", SMALL)
+            after = sender.message("next", SMALL)
         failures.note(after.startswith("250"), f"{step}: the next one: {after}")
         check((code := customer.pull()) == 0, f"{step}: pull: exit {code}")
         wanted = {"next": 2, "faulty": 2} if reply.startswith("250") else {"next": 2}

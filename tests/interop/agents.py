@@ -4,7 +4,7 @@ import os
 import pwd
 
 from harness import Certificates, Customer, Provider, check, field, scenario, wait_until
-from postfix import Postfix, letter
+from postfix import Postfix, message
 
 # The reverse paths that Postfix is given, and what the customer's mailbox must have. For <>, pipe(8) writes
 # <MAILER-DAEMON>.
@@ -51,7 +51,7 @@ def agents(box):
         box.run("postconf", "-c", postfix.directory, f"virtual_transport={agent}")
         box.run("postfix", "-c", postfix.directory, "reload")
         for sender in SENDERS:
-            postfix.send(sender, RECIPIENTS, letter(number))
+            postfix.send(sender, RECIPIENTS, message(number))
         wanted = (number + 1) * len(SENDERS) * len(RECIPIENTS)
         wait_until(lambda: len(provider.held()) >= wanted, f"{wanted} held files, the last by {agent}", seconds=20)
     first_lines = [path.read_bytes().split(b" ", 1)[0] for path in provider.held()]

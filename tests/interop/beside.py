@@ -208,7 +208,7 @@ def wake_socket(provider):
 
 
 def relayed(house, count):
-    return wait_until(lambda: len(house.letters) >= count and time.monotonic(), f"{count} letters", seconds=10, pause=0.002)
+    return wait_until(lambda: len(house.messages) >= count and time.monotonic(), f"{count} messages", seconds=10, pause=0.002)
 
 
 @scenario("wake")
@@ -238,7 +238,7 @@ def wake(box):
         with Smtp(provider.odmr) as line:
             line.turn("acme")
             customer = Server(line.socket, received=bytes(line.received))
-            check(customer.serve() and len(customer.letters) == 1, f"{customer.letters}")
+            check(customer.serve() and len(customer.messages) == 1, f"{customer.messages}")
         wait_until(lambda: not provider.held(), "the end of the call")
     # A busy time: all at once.
     begun = time.monotonic()
@@ -254,7 +254,7 @@ def wake(box):
     for thread in threads:
         thread.join(60)
     last = relayed(house, sent + 320) - begun
-    check(len(house.letters) == sent + 320, f"{len(house.letters)} letters")
+    check(len(house.messages) == sent + 320, f"{len(house.messages)} messages")
     return f"{statistics.median(took) * 1000:.0f} ms, at most {max(took) * 1000:.0f} ms; 320 by 16 processes in {last:.1f} s"
 
 
@@ -297,7 +297,7 @@ def wake_places(box):
     facts = []
 
     def one(text, most=1.0):
-        before = len(house.letters)
+        before = len(house.messages)
         with line_to(box, provider, "odmr") as line:
             check((reply := submit(line)).startswith("250"), reply)
             begun = time.monotonic()
@@ -434,7 +434,7 @@ class SlowToEnd(Listener):
 
         with sock:
             server = Slow(sock, **self.options)
-            server.letters = self.letters
+            server.messages = self.messages
             with contextlib.suppress(OSError, Failed):
                 server.serve()
 

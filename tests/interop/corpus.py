@@ -171,10 +171,10 @@ def plain(field):
 class Picky(House):
     """Has no users whose names begin with "bad"."""
 
-    def refusal(self, verb, line):
+    def rejection(self, verb, line):
         if verb == "RCPT" and b"<bad" in line:
             return "550 5.1.1 no such user"
-        return super().refusal(verb, line)
+        return super().rejection(verb, line)
 
 
 class Piped(Smtp):
@@ -202,14 +202,14 @@ class Ways:
         self.hop_customer = Customer(
             box, self.provider.odmr, tls="none", name="hop", file="hop", accept=[f"@{HOP}"], more=more
         )
-        self.refused, self.faults = {}, []
+        self.rejected, self.faults = {}, []
 
     def fault(self, way, number, text):
         if text:
             self.faults.append(f"{way} {number}: {text}")
 
     def smtp(self, way, numbers, line, sender, recipients, parameters=""):
-        """Sends these messages in one session; notes what was refused."""
+        """Sends these messages in one session; notes what was rejected."""
         with line:
             line.hello()
             if way == "relay":
@@ -220,7 +220,7 @@ class Ways:
                 to = [one.format(number) for one in recipients]
                 reply = line.send(sender, to, content, body + parameters)
                 if not reply.startswith("250"):
-                    self.refused[way, number] = reply
+                    self.rejected[way, number] = reply
             line.want("221", "QUIT")
 
     def world_sends(self, numbers):
@@ -253,53 +253,53 @@ class Ways:
             work = (self.world_sends, self.server_relays, self.programs_send, self.programs_speak_smtp)
             for done in [pool.submit(one, part) for one in work for part in parts]:
                 done.result()
-            self.check_refused()
+            self.check_rejected()
             for customer, code in [(one, pool.submit(one.pull)) for one in (self.acme, self.hop_customer)]:
                 check(code.result() == 0, f"pull: exit {code.result()}: {customer.log()[-500:]}")
         check(not queued(self.acme), f"{len(queued(self.acme))} files wait to go out")
-        dsns = 2 * len(self.files) - self.refused_on("relay")
-        up = dsns + len(self.files) - self.refused_on("bs")
-        wait_until(lambda: len(self.house.letters) >= up, f"{up} messages at the host", seconds=40)
+        dsns = 2 * len(self.files) - self.rejected_on("relay")
+        up = dsns + len(self.files) - self.rejected_on("bs")
+        wait_until(lambda: len(self.house.messages) >= up, f"{up} messages at the host", seconds=40)
         inbox = lambda: len(list(self.acme.root.glob("example.org/adam/new/*")))
         wait_until(lambda: inbox() + len(self.provider.held()) >= dsns, f"{dsns} DSNs", seconds=20)
         check((result := self.acme.pull()) == 0, f"pull: exit {result}")
 
-    def refused_on(self, way):
-        return sum(one == way for one, _ in self.refused)
+    def rejected_on(self, way):
+        return sum(one == way for one, _ in self.rejected)
 
-    def check_refused(self):
-        """A bare CR is 554, and nothing else is refused (RFC 5321 section 2.3.8)."""
+    def check_rejected(self):
+        """A bare CR is 554, and nothing else is rejected (RFC 5321 section 2.3.8)."""
         wanted = {number for number, content in enumerate(self.contents) if KINDS["with a bare CR"](content)}
         for way in ("down", "relay", "bs"):
-            got = {number for one, number in self.refused if one == way}
-            check(got == wanted, f"{way}: refused {[(n, self.refused[way, n]) for n in got ^ wanted if n in got]}")
-        check(all(reply.startswith("554 5.6.0 ") for reply in self.refused.values()), f"{self.refused}")
+            got = {number for one, number in self.rejected if one == way}
+            check(got == wanted, f"{way}: rejected {[(n, self.rejected[way, n]) for n in got ^ wanted if n in got]}")
+        check(all(reply.startswith("554 5.6.0 ") for reply in self.rejected.values()), f"{self.rejected}")
 
     def check_down(self):
         """The mailbox and the next hop."""
         mailboxes = {path.parent.parent.name: path.read_bytes() for path in self.acme.files()}
-        letters = {recipient.split("@")[0]: at_rest(content) for _, recipient, content in self.hop.letters}
+        messages = {recipient.split("@")[0]: at_rest(content) for _, recipient, content in self.hop.messages}
         for number, content in enumerate(self.contents):
-            if ("down", number) in self.refused:
+            if ("down", number) in self.rejected:
                 continue
-            if missing := [place for place, found in (("mailbox", mailboxes), ("next hop", letters)) if f"m{number}" not in found]:
+            if missing := [place for place, found in (("mailbox", mailboxes), ("next hop", messages)) if f"m{number}" not in found]:
                 self.fault("down", number, f"not in the {' and the '.join(missing)}")
                 continue
             wanted = passed_on(at_rest(content))
             got = after_trace(mailboxes[f"m{number}"], "Return-Path", "Delivered-To", "Received", "Received")
             self.fault("mailbox", number, difference(got, wanted))
-            self.fault("next hop", number, difference(after_trace(letters[f"m{number}"], "Received", "Received"), wanted))
+            self.fault("next hop", number, difference(after_trace(messages[f"m{number}"], "Received", "Received"), wanted))
 
     def check_up(self):
         """The host of the world. Gives what it got, by the name of the recipient."""
-        got = {letter.recipients[0].split("@")[0]: at_rest(letter.content) for letter in self.house.letters}
+        got = {message.recipients[0].split("@")[0]: at_rest(message.content) for message in self.house.messages}
         for number, content in enumerate(self.contents):
-            if ("relay", number) not in self.refused:
+            if ("relay", number) not in self.rejected:
                 came = after_trace(got[f"relay{number}"], "Received")
                 self.fault("relay", number, difference(came, relayed(at_rest(content))))
             came = after_trace(got[f"send{number}"], "Received", "Received")
             self.fault("send", number, submitted(came, read_by_send(self.files[number])))
-            if ("bs", number) not in self.refused:
+            if ("bs", number) not in self.rejected:
                 came = after_trace(got[f"bs{number}"], "Received", "Received")
                 self.fault("bs", number, submitted(came, read_by_send(content), by_smtp=True))
         return got

@@ -137,8 +137,8 @@ def copies(box):
         line.socket.sendall(wire[:100_000])
         return line
 
-    def files(*folders):
-        return [file for folder in folders for file in provider.spool.glob(f"domains/*/{folder}/*")]
+    def files(*directories):
+        return [file for directory in directories for file in provider.spool.glob(f"domains/*/{directory}/*")]
 
     expected = ["250 2.1.5"] * HELD + ["452 4.5.3"] * (DOMAINS - HELD)
     [begin(domains, expected) for _ in range(WARM)]

@@ -10,12 +10,12 @@ import threading
 import time
 
 from dovecot import ALICE
-from handover import BERT, CAROL, being_tried, due, left_behind
+from handover import BERT, CAROL, being_tried, due, left_over
 from harness import LOOPBACK, ODMR, Customer, Provider, Smtp, check, events, scenario, thread_statuses, wait_until
 from hop import Hop
 from turning import SENDER, Turning
 
-LETTER = b"Subject: x\r\n\r\nx\r\n"
+MESSAGE = b"Subject: x\r\n\r\nx\r\n"
 BUSY, DONE = 75, 0
 NEW_ADDRESSES = ["127.0.0.77", "127.0.0.78"]  # come up on the loopback interface
 
@@ -71,7 +71,7 @@ def daemon_signals(box):
     check(not line.knows(BERT), "bert has a mailbox already")
     rewrite(customer, f'"{ALICE}"', f'"{ALICE}", "{BERT}"')
     process.send_signal(signal.SIGHUP)
-    check((reply := line.send(SENDER, [ALICE], LETTER)).startswith("250"), f"the session under way: {reply}")
+    check((reply := line.send(SENDER, [ALICE], MESSAGE)).startswith("250"), f"the session under way: {reply}")
     line.leave()
     logged(customer, "reloaded")
     logged(customer, "call", 4)
@@ -158,11 +158,11 @@ def daemon_handover(box):
     process = start_daemon(customer)
     line = provider.line()
     for recipient in (BERT, CAROL):
-        check((reply := line.send(SENDER, [ALICE, recipient], LETTER)).startswith("250"), reply)
+        check((reply := line.send(SENDER, [ALICE, recipient], MESSAGE)).startswith("250"), reply)
     line.leave()
     logged(customer, "call")
-    check(len(left_behind(customer)) == 2, f"wait for the hop: {left_behind(customer)}")
-    # Carol has a Maildir now, but something is in its way; and a file that is no message has got among them.
+    check(len(left_over(customer)) == 2, f"wait for the hop: {left_over(customer)}")
+    # Carol has a Maildir now, but something is in its way; and a file that is not a message is among them.
     rewrite(customer, f'"{CAROL}" = "{hop.address}"\n', f'"{CAROL}" = "maildir:{box.path}/pull-mail/carol"\n')
     in_the_way = box.write("pull-mail/carol", "in the way")
     box.write("pull-mail/.handover/new/garbage", "garbage")
@@ -182,10 +182,10 @@ def daemon_handover(box):
     due(customer)
     provider.mail = False
     process.send_signal(signal.SIGUSR1)
-    wait_until(lambda: list(box.path.glob("pull-mail/carol/new/*")), "the letter in carol's Maildir")
+    wait_until(lambda: list(box.path.glob("pull-mail/carol/new/*")), "the message in carol's Maildir")
     check(attempts < 60, f"it was tried {attempts} times")
-    check((hop.count(ALICE), hop.count(BERT), hop.count(CAROL)) == (2, 1, 0), f"{hop.letters}")
-    wait_until(lambda: len(left_behind(customer)) <= 1, "only the garbage to be left")
+    check((hop.count(ALICE), hop.count(BERT), hop.count(CAROL)) == (2, 1, 0), f"{hop.messages}")
+    wait_until(lambda: len(left_over(customer)) <= 1, "only the garbage to be left")
 
 
 @scenario("two-providers", root=True)
@@ -198,7 +198,7 @@ def two_providers(box):
     for provider, recipient in ((one, ALICE), (two, "bob@example.com")):
         with Smtp(provider.inbound) as line:
             line.hello()
-            check((reply := line.send(SENDER, [recipient], LETTER)).startswith("250"), reply)
+            check((reply := line.send(SENDER, [recipient], MESSAGE)).startswith("250"), reply)
     second = f"""[[provider]]
 address = "{LOOPBACK}:{two.odmr}"
 tls = "none"
@@ -236,7 +236,7 @@ every = "2h"
     for provider, recipient in ((one, ALICE), (two, "bob@example.com")):
         with Smtp(provider.inbound) as line:
             line.hello()
-            check((reply := line.send(SENDER, [recipient], LETTER)).startswith("250"), reply)
+            check((reply := line.send(SENDER, [recipient], MESSAGE)).startswith("250"), reply)
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     check(len(customer.files()) == 4, f"{len(customer.files())} files")
     check({path.stat().st_uid for path in customer.files()} == {owner.pw_uid}, "files of another user")
@@ -265,7 +265,7 @@ class Screen:
 
 @scenario("progress")
 def progress(box):
-    """a slow call shows how far it is, on a terminal only, and not with -q; the end says who was refused and why, also with -q"""
+    """a slow call shows how far it is, on a terminal only, and not with -q; the end says who was rejected and why, also with -q"""
     quiet = {"RUST_LOG": "warn"}
     big = b"Subject: big\r\n\r\n" + (b"z" * 70 + b"\r\n") * 20000
     runs = {}
@@ -279,7 +279,7 @@ def progress(box):
             os.close(screen.slave)
         runs[name] = (provider.line(), process, screen, customer)
     for line, *_ in runs.values():
-        for content in (LETTER, big):
+        for content in (MESSAGE, big):
             check((reply := line.send(SENDER, [ALICE], content)).startswith("250"), reply)
         check(not line.knows(BERT), "bert has a mailbox")
     screen = runs["terminal"][2]
@@ -290,8 +290,8 @@ def progress(box):
     for line, process, *_ in runs.values():
         line.leave()
         check((result := process.wait(10)) == 0, f"exit {result}")
-    refused = f"from <{SENDER}> to <{BERT}>: rejected by us: 550 5.1.1 No such mailbox here\r\n"
-    wait_until(lambda: runs["quiet"][2].text == refused, f"-q shows {runs['quiet'][2].text!r}")
+    rejected = f"from <{SENDER}> to <{BERT}>: rejected by us: 550 5.1.1 No such mailbox here\r\n"
+    wait_until(lambda: runs["quiet"][2].text == rejected, f"-q shows {runs['quiet'][2].text!r}")
     wait_until(lambda: "rejected" in screen.text, f"the summary: {screen.text!r}")
     for text in (screen.text, runs["pipe"][3].log()):
         end = text[text.rindex("2 messages") :]

@@ -85,7 +85,7 @@ def dist_systemd(box):
     machine.run("systemctl", "stop", "odmr-pull", "odmr-serve")
     for text in (log, customer):
         wait_until(lambda: events(text(), "stopped"), "the last line")
-    # A provider that is down is no failure of the call; 78 is one of the daemon, and no restart.
+    # A call to a provider that is down does not fail the unit; 78 ends the daemon, and systemd does not restart it.
     machine.run("systemctl", "start", "odmr-call.service")
     machine.install("etc/odmr/provider.toml", "hostname = 1\n")
     machine.run("systemctl", "start", "odmr-serve", code=1)
@@ -284,7 +284,7 @@ def dist_certificates(box):
     check(wanted in printed, f"`odmr check` prints another hook than dist/certbot/odmr: {printed}")
     machine.install("etc/letsencrypt/renewal-hooks/deploy/odmr", DIST / "certbot/odmr")
     hook = lambda: machine.run("/etc/letsencrypt/renewal-hooks/deploy/odmr")
-    hook()  # nobody to be told yet, which is no failure of the renewal
+    hook()  # no daemon runs yet, and the renewal does not fail for that
     machine.configure(PROVIDER + '[tls]\ncertificate = "tls/certificate.pem"\nkey = "tls/key.pem"\n')
     machine.start("serve.log", "odmr", "serve", "-c", "/etc/odmr/provider.toml")
     log = lambda: box.log("serve.log")

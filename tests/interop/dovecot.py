@@ -18,7 +18,7 @@ ELSEWHERE = "127.0.0.9"  # where the world's client sits
 TRACE = re.compile(rb"(?:(?:Return-Path|Delivered-To|Received): [^\n]*\n(?:[ \t][^\n]*\n)*)*")
 
 # Contents on which a hop, or a count of octets, may stumble.
-LETTERS = [
+MESSAGES = [
     b"Subject: plain\r\n\r\nplain\r\n",
     b"Subject: dots\r\n\r\n.\r\n..\r\n.dot\r\n\r\n.\r\n",
     b"Subject: only a header\r\n\r\n",
@@ -30,7 +30,7 @@ LETTERS = [
 
 
 class Dovecot:
-    """An instance with its own configuration, folders and log, which serves LMTP on the unix socket `socket`, and on
+    """An instance with its own configuration, directories and log, which serves LMTP on the unix socket `socket`, and on
     `port` for whom it believes what XCLIENT says.
 
     `users`: address -> home; their mail, below `location`, belongs to `owner` (user id, group id).
@@ -136,8 +136,8 @@ def alive(group):
     return found
 
 
-def behind_trace(got, content):
-    """Whether a file at rest is that content behind header fields that hops add."""
+def same_after_trace(got, content):
+    """Whether a file at rest is that content after header fields that hops add."""
     content = at_rest(content)
     return got.endswith(content) and TRACE.fullmatch(got[: len(got) - len(content)]) is not None
 
@@ -160,7 +160,7 @@ def dovecot_lmtp(box):
     dovecot = Dovecot(box, homes(box, ALICE, BOB)).start()
     with Smtp(provider.inbound, source=ELSEWHERE) as line:
         line.hello()
-        for content in LETTERS:
+        for content in MESSAGES:
             check((reply := line.send(SENDER, [ALICE, BOB, NOBODY], content)).startswith("250"), reply)
     deliver = f'"*" = "lmtp:{dovecot.socket}"\n"example.com" = "lmtp:{LOOPBACK}:{dovecot.port}"\n'
     customer = Customer(box, provider.odmr, tls="none", more=f"[mailboxes.deliver]\n{deliver}")
@@ -168,27 +168,27 @@ def dovecot_lmtp(box):
     check(not provider.held(), f"{len(provider.held())} files are left with the provider")
     for user in (ALICE, BOB):
         texts = [text for (text,) in dovecot.fetch(user, "text")]
-        check(len(texts) == len(LETTERS), f"{user} has {len(texts)} letters")
-        for content in LETTERS:
-            check(sum(behind_trace(text, content) for text in texts) == 1, f"{user}: not once: {content[:60]!r} in {texts!r:.500}")
+        check(len(texts) == len(MESSAGES), f"{user} has {len(texts)} messages")
+        for content in MESSAGES:
+            check(sum(same_after_trace(text, content) for text in texts) == 1, f"{user}: not once: {content[:60]!r} in {texts!r:.500}")
         # XCLIENT is offered at the port only.
         told = sum(f"([{ELSEWHERE}])" in field(text, "Received") for text in texts)
         check(told == (len(texts) if user == BOB else 0), f"{user}: {field(texts[0], 'Received')}")
     rejected = events(provider.log(), "delivery", via="atrn", status="rejected")
     check({line["to"] for line in rejected} == {f"<{NOBODY}>"}, f"{rejected}")
-    check(len(rejected) == len(LETTERS) and all(line["reply"].startswith("550 5.1.1 ") for line in rejected), f"{rejected}")
-    wait_until(lambda: len(house.letters) == len(LETTERS), "a notice for each letter to the unknown user")
-    for notice in house.letters:
-        check(notice.sender == "" and notice.recipients == [SENDER], f"{notice}")
-        check(NOBODY.encode() in notice.content and b"550" in notice.content, f"{notice.content!r}")
+    check(len(rejected) == len(MESSAGES) and all(line["reply"].startswith("550 5.1.1 ") for line in rejected), f"{rejected}")
+    wait_until(lambda: len(house.messages) == len(MESSAGES), "a DSN for each message to the unknown user")
+    for dsn in house.messages:
+        check(dsn.sender == "" and dsn.recipients == [SENDER], f"{dsn}")
+        check(NOBODY.encode() in dsn.content and b"550" in dsn.content, f"{dsn.content!r}")
     check(not (customer.root / "example.org").exists(), "the customer kept something for itself")
     check(not dovecot.complaints(), f"{dovecot.complaints()}")
-    return f"{len(LETTERS)} letters each, octet for octet; unknown: 550 at RCPT, {len(house.letters)} notices"
+    return f"{len(MESSAGES)} messages each, octet for octet; unknown: 550 at RCPT, {len(house.messages)} DSNs"
 
 
 @scenario("dovecot-maildir", needs=["dovecot", "doveadm"], root=True)
 def dovecot_maildir(box):
-    """Dovecot reads our Maildirs: owner, umask, S= and W=, a sub-address in its folder, a quota"""
+    """Dovecot reads our Maildirs: owner, umask, S= and W=, a sub-address in its mailbox, a quota"""
     provider = Provider(box, require_tls=False).start()
     owner = pwd.getpwnam("nobody")
     group = grp.getgrgid(owner.pw_gid).gr_name
@@ -207,35 +207,35 @@ def dovecot_maildir(box):
     fits, too_large = b"Subject: fits\r\n\r\n" + b"z" * 990 + b"\r\n", b"Subject: too large\r\n\r\n" + (b"z" * 70 + b"\r\n") * 60
     with Smtp(provider.inbound) as line:
         line.hello()
-        for number, content in enumerate(LETTERS):
+        for number, content in enumerate(MESSAGES):
             line.send(SENDER, [ALICE if number % 2 else "alice+unknown@example.org"], content)
             line.send(SENDER, ["alice+lists@example.org"], content)
-        for content in (fits, too_large, LETTERS[0]):
+        for content in (fits, too_large, MESSAGES[0]):
             check((reply := line.send(SENDER, [BOB], content)).startswith("250"), reply)
     # One message is over the quota.
     check((result := customer.pull()) == 75, f"pull: exit {result}: {customer.log()}")
 
     for mailbox in ("INBOX", "lists"):
         texts = [text for (text,) in dovecot.fetch(ALICE, "text", mailbox=mailbox)]
-        check(len(texts) == len(LETTERS), f"{mailbox}: {len(texts)} letters: {customer.log()}")
-        for content in LETTERS:
-            check(sum(behind_trace(text, content) for text in texts) == 1, f"{mailbox}: not once: {content[:60]!r}")
+        check(len(texts) == len(MESSAGES), f"{mailbox}: {len(texts)} messages: {customer.log()}")
+        for content in MESSAGES:
+            check(sum(same_after_trace(text, content) for text in texts) == 1, f"{mailbox}: not once: {content[:60]!r}")
     texts = [text for (text,) in dovecot.fetch(BOB, "text")]
-    check(len(texts) == 2 and all(any(behind_trace(text, one) for text in texts) for one in (fits, LETTERS[0])), f"{texts}")
+    check(len(texts) == 2 and all(any(same_after_trace(text, one) for text in texts) for one in (fits, MESSAGES[0])), f"{texts}")
     (left,) = provider.held()
-    check(b"Subject: too large" in left.read_bytes(), "another letter than the one over the quota stayed")
+    check(b"Subject: too large" in left.read_bytes(), "another message than the one over the quota stayed")
     deferred = events(provider.log(), "delivery", via="atrn", status="deferred")
     check(len(deferred) == 1 and deferred[0]["to"] == f"<{BOB}>" and deferred[0]["reply"].startswith("452 4.2.2 "), f"{deferred}")
 
     files = [file for file in customer.root.rglob("*") if file.parent.name in ("new", "cur") and file.is_file()]
-    check(len(files) == 2 * len(LETTERS) + 2, f"{files}")
+    check(len(files) == 2 * len(MESSAGES) + 2, f"{files}")
     for file in files:
         status = file.stat()
         check((status.st_uid, status.st_gid) == (owner.pw_uid, owner.pw_gid), f"{file} belongs to {status.st_uid}:{status.st_gid}")
         check(status.st_mode & 0o777 == 0o640, f"{file} has mode {status.st_mode:o}")
     sizes(dovecot, users, files)
     check(not dovecot.complaints(), f"{dovecot.complaints()}")
-    return f"{len(files)} letters with right S= and W=; in a folder; 452 4.2.2 over the quota"
+    return f"{len(files)} messages with right S= and W=; in the mailbox of a sub-address; 452 4.2.2 over the quota"
 
 
 def sizes(dovecot, users, files):

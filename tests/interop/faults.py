@@ -5,16 +5,15 @@ What must hold: the sender is told 451 or 452, nothing of the message is seen or
 
 import collections
 import re
-import signal
 import subprocess
 
-from harness import ODMR, Customer, Provider, Smtp, check, end, field, scenario, stuffed, wait_until
+from harness import ODMR, Customer, Provider, Smtp, check, field, scenario, stuffed
 from moments import Tracer, calls
 
 SMALL = b"x" * 70 + b"\r\n"
 LARGE = SMALL * 3000  # many writes
 
-# Which of a message's calls fails (counted among those of its kind on that folder of the spool; -1: the last one), how,
+# Which of a message's calls fails (counted among those of its kind on that directory of the spool; -1: the last one), how,
 # and what the sender is told. Two domains, so the second of a kind fails when the first copy is done already.
 FAULTS = [
     ("openat", "tmp", 0, "ENOSPC", "452"),
@@ -49,7 +48,7 @@ class Sender(Smtp):
         super().__init__(provider.inbound)
         self.hello()
 
-    def letter(self, name, content):
+    def message(self, name, content):
         self.want("250", "MAIL FROM:<a@sender.example>")
         self.want("250", "RCPT TO:<eva@example.org>")
         self.want("250", "RCPT TO:<adam@example.com>")
@@ -64,8 +63,8 @@ def names(files):
     return collections.Counter(field(file.read_bytes(), "Subject") for file in files)
 
 
-def files(provider, *folders):
-    return [file for folder in folders for file in provider.spool.glob(f"domains/*/{folder}/*")]
+def files(provider, *directories):
+    return [file for directory in directories for file in provider.spool.glob(f"domains/*/{directory}/*")]
 
 
 @scenario("faults", needs=("strace",), root=True)
@@ -73,28 +72,28 @@ def faults(box):
     """system calls fail under `serve`: the sender gets 451 or 452, nothing is seen of the message, the next one is held"""
     provider = Provider(box, require_tls=False).start()
     with Sender(provider) as sender:
-        check(sender.letter("first", SMALL).startswith("250"), "a letter before any fault")
+        check(sender.message("first", SMALL).startswith("250"), "a message before any fault")
     places = {}
     for size in (SMALL, LARGE):
         with Tracer(box, provider.process.pid) as tracer, Sender(provider) as sender:
-            check(sender.letter("rehearsal", size).startswith("250"), "the rehearsal")
+            check(sender.message("rehearsal", size).startswith("250"), "the rehearsal")
         places[len(size)] = numbers(tracer.output, provider.spool)
     expected = collections.Counter({"first": 2, "rehearsal": 4})
-    for count, (call, folder, which, error, code) in enumerate(FAULTS):
+    for count, (call, directory, which, error, code) in enumerate(FAULTS):
         content = LARGE if call == "write" else SMALL
-        name = f"{call} {which} on {folder}: {error}"
-        found = places[len(content)][call, folder]
+        name = f"{call} {which} on {directory}: {error}"
+        found = places[len(content)][call, directory]
         check(len(found) >= 2, f"{name}: the rehearsal had {len(found)} such calls")
         with Tracer(box, provider.process.pid, f"{call}:error={error}:when={found[which]}") as tracer, Sender(provider) as sender:
-            reply = sender.letter("refused", content)
+            reply = sender.message("rejected", content)
             check("(INJECTED)" in tracer.output.read_text(), f"{name}: no fault came to be; the reply was {reply!r}")
             check(reply.startswith(code), f"{name}: wanted {code}, got {reply!r}")
             check(names(files(provider, "new", "cur")) == expected, f"{name}: something is seen")
             check(not files(provider, "tmp"), f"{name}: something is left in tmp")
-            reply = sender.letter(f"after {count}", content)
-            check(reply.startswith("250"), f"{name}: the next letter got {reply!r}")
+            reply = sender.message(f"after {count}", content)
+            check(reply.startswith("250"), f"{name}: the next message got {reply!r}")
         expected[f"after {count}"] = 2
-        check(names(files(provider, "new", "cur")) == expected, f"{name}: the next letter is not held")
+        check(names(files(provider, "new", "cur")) == expected, f"{name}: the next message is not held")
         check(provider.process.poll() is None, f"{name}: serve ended")
     customer = Customer(box, provider.odmr, tls="none")
     check((result := customer.pull()) == 0, f"pull: exit {result}")

@@ -10,9 +10,9 @@ import time
 from harness import MIB, Certificates, Failed, Listener, Provider, Smtp, check, events, same_but_trace, scenario
 
 COUNT = 1000
-# What a Postfix behind fetchmail offers after the turn, STARTTLS too, which the provider must leave alone.
+# What a Postfix that fetchmail delivers to offers after the turn, STARTTLS too, which the provider must leave alone.
 KEYWORDS = ("PIPELINING", "SIZE 100000000", "VRFY", "ETRN", "STARTTLS", "8BITMIME", "DSN", "XCLIENT NAME ADDR", "SMTPUTF8")
-HEAD = b"From: a@sender.example\r\nSubject: letter\r\n"
+HEAD = b"From: a@sender.example\r\nSubject: message\r\n"
 
 
 def contents():
@@ -71,18 +71,18 @@ DICE_TO_TEXT = bytes(33 + octet % 94 for octet in range(256))
 DICE_TO_EIGHT_BIT = bytes(octet if octet not in b"\0\r\n" else 65 for octet in range(256))
 
 
-def fill(port, letters, lines=8):
+def fill(port, messages, lines=8):
     """Sends them all through the inbound listener over some connections. Gives the seconds it took."""
 
     def one_line(first):
         with Smtp(port) as sender:
             sender.hello()
-            for number in range(first, len(letters), lines):
+            for number in range(first, len(messages), lines):
                 recipient = f"user{number % 7}@example.{'org' if number % 2 else 'com'}"
                 # As senders do: where it is true, and often where it is not needed.
-                body = " BODY=8BITMIME" if number % 2 or not letters[number].isascii() else ""
-                reply = sender.send(f"n{number}@sender.example", [recipient], letters[number], body)
-                check(reply.startswith("250"), f"letter {number} ({letters[number][:60]!r}): {reply}")
+                body = " BODY=8BITMIME" if number % 2 or not messages[number].isascii() else ""
+                reply = sender.send(f"n{number}@sender.example", [recipient], messages[number], body)
+                check(reply.startswith("250"), f"message {number} ({messages[number][:60]!r}): {reply}")
             sender.want("221", "QUIT")
 
     begin = time.monotonic()
@@ -117,10 +117,10 @@ def fetch(box, provider, listener, *, tls, seconds=100):
 
 
 def exchange(box, provider, *, tls, keywords, bounces=False):
-    """Fill, fetch, compare, fetch again. Letters of 8 bits come also without 8BITMIME, unless the provider bounces them."""
-    letters = contents()
-    wanted = {number for number, letter in enumerate(letters) if not bounces or letter.isascii()}
-    filled = fill(provider.inbound, letters)
+    """Fill, fetch, compare, fetch again. Messages of 8 bits come also without 8BITMIME, unless the provider bounces them."""
+    messages = contents()
+    wanted = {number for number, message in enumerate(messages) if not bounces or message.isascii()}
+    filled = fill(provider.inbound, messages)
     check(len(provider.held()) == COUNT, f"{len(provider.held())} held, wanted {COUNT}")
     listener = Listener(box, keywords=keywords)
     begin = time.monotonic()
@@ -130,31 +130,31 @@ def exchange(box, provider, *, tls, keywords, bounces=False):
     check(not listener.errors, f"the local listener: {listener.errors}")
     check(listener.quits == 1, f"{listener.quits} sessions ended with QUIT, wanted 1")
     check(not provider.held(), f"{len(provider.held())} messages are left in the spool")
-    check(len(listener.letters) == len(wanted), f"{len(listener.letters)} messages came, wanted {len(wanted)}")
+    check(len(listener.messages) == len(wanted), f"{len(listener.messages)} messages came, wanted {len(wanted)}")
     # What the local server cannot take goes back to its sender, whose domain does not exist here.
     told = len(events(provider.log(), "dsn-sent"))
     check(told == COUNT - len(wanted), f"{told} DSNs, wanted {COUNT - len(wanted)}")
     statuses = collections.Counter(line["status"] for line in events(provider.log(), "delivery", via="atrn"))
     check(statuses == +collections.Counter(sent=len(wanted), rejected=told), f"in the log: {dict(statuses)}")
     seen = set()
-    for letter in listener.letters:
-        number = int(letter.sender[1:].split("@")[0])
-        check(number not in seen, f"letter {number} came twice")
+    for message in listener.messages:
+        number = int(message.sender[1:].split("@")[0])
+        check(number not in seen, f"message {number} came twice")
         seen.add(number)
         recipient = f"user{number % 7}@example.{'org' if number % 2 else 'com'}"
-        check(letter.recipients == [recipient], f"letter {number}: for {letter.recipients}, wanted {recipient}")
-        sent = letters[number]
+        check(message.recipients == [recipient], f"message {number}: for {message.recipients}, wanted {recipient}")
+        sent = messages[number]
         check(
-            same_but_trace(letter.content, sent),
-            f"letter {number} differs: {len(letter.content)} octets for {len(sent)} plus Received;"
-            f" {letter.content[:400]!r} for {sent[:200]!r}",
+            same_but_trace(message.content, sent),
+            f"message {number} differs: {len(message.content)} octets for {len(sent)} plus Received;"
+            f" {message.content[:400]!r} for {sent[:200]!r}",
         )
     again = fetch(box, provider, listener, tls=tls, seconds=20)
     check(again == 0, f"fetchmail again, no mail (453): exit {again}, wanted 0")
     check("453" in box.log("fetchmail.log"), "fetchmail never saw a 453")
-    check(seen == wanted, f"8-bit letters came that were to bounce: {sorted(seen - wanted)[:5]}")
-    check(len(listener.letters) == len(wanted), "the second call brought mail")
-    size = sum(map(len, letters)) / MIB
+    check(seen == wanted, f"8-bit messages came that were to bounce: {sorted(seen - wanted)[:5]}")
+    check(len(listener.messages) == len(wanted), "the second call brought mail")
+    size = sum(map(len, messages)) / MIB
     times = f"in {filled:.1f} s, fetched in {fetched:.1f} s"
     return f"{len(wanted)} messages of {COUNT}, {size:.0f} MiB: {times}; then 453: exit {again}"
 
@@ -176,7 +176,7 @@ def fetchmail_tls(box):
 
 @scenario("fetchmail-plain-server", needs=["fetchmail"])
 def fetchmail_plain_server(box):
-    """fetchmail --ssl before a local server without 8BITMIME: all letters come, identical"""
+    """fetchmail --ssl before a local server without 8BITMIME: all messages come, identical"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     return exchange(box, provider, tls=certificates, keywords=("SIZE",))
@@ -184,24 +184,24 @@ def fetchmail_plain_server(box):
 
 @scenario("fetchmail-bounce", needs=["fetchmail"])
 def fetchmail_bounce(box):
-    """fetchmail before a local server without 8BITMIME, and without-8bitmime = "bounce": of 8-bit letters senders are told"""
+    """fetchmail before a local server without 8BITMIME, and without-8bitmime = "bounce": of 8-bit messages senders are told"""
     provider = Provider(box, require_tls=False, more='[odmr]\nwithout-8bitmime = "bounce"\n').start()
     return exchange(box, provider, tls=None, keywords=("SIZE",), bounces=True)
 
 
-@scenario("fetchmail-refused", needs=["fetchmail"])
-def fetchmail_refused(box):
+@scenario("fetchmail-rejected", needs=["fetchmail"])
+def fetchmail_rejected(box):
     """fetchmail with a wrong secret, in clear where TLS is required, and with no local listener"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     fill(provider.inbound, [b"Subject: x\r\n\r\nx\r\n"] * 3, lines=1)
     listener = Listener(box)
     clear = fetch(box, provider, listener, tls=None, seconds=20)
-    check(clear != 0 and not listener.letters, f"in clear: exit {clear}")
+    check(clear != 0 and not listener.messages, f"in clear: exit {clear}")
     listener.close()
     deaf = fetch(box, provider, listener, tls=certificates, seconds=20)
     check(len(provider.held()) == 3, f"nobody took them, yet {len(provider.held())} of 3 are held")
     listener = Listener(box)
     back = fetch(box, provider, listener, tls=certificates, seconds=20)
-    check(back == 0 and len(listener.letters) == 3, f"afterwards: exit {back}, {len(listener.letters)} messages")
+    check(back == 0 and len(listener.messages) == 3, f"afterwards: exit {back}, {len(listener.messages)} messages")
     return f"in clear: exit {clear}; local server down: exit {deaf}, mail kept"

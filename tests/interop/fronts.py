@@ -61,7 +61,7 @@ def dist_postfix(box):
     serve = machine.start("serve.log", "odmr", "serve", "-c", "/etc/odmr/provider.toml")
     start_front(machine, box)
     log = lambda: box.log("postfix.log")
-    # Who speaks first is no mail server.
+    # A program that speaks first is not a mail server.
     with machine.connect(25, host=SERVER, source=CLIENT) as line:
         group = ["EHLO x", "MAIL FROM:<a@sender.example>", "RCPT TO:<eva@example.org>", "QUIT"]
         line.socket.sendall("".join(f"{word}\r\n" for word in group).encode())

@@ -12,7 +12,7 @@ import threading
 import time
 
 from clock import YEAR, Clock
-from harness import LOOPBACK, ODMR, Certificates, Failed, Provider, Smtp, check, context, events, scenario, secret, wait_until
+from harness import Certificates, Failed, Provider, Smtp, check, context, events, scenario, secret, wait_until
 from openssl import made
 from quotas import Inetd
 from trust import account, pins
@@ -146,10 +146,10 @@ def guessing(box):
         time.sleep(1)
         known += [home(provider), home(provider, inetd.port)]
         most = max(most, threads(provider))
-    # A certificate is no guess, not even from there.
+    # A certificate does not count as a guess, not even from there.
     code, seconds = attempt(provider.odmr, "127.0.0.251", "own", how=external, tls=tls)
     check(code == "235" and seconds < 0.5, f"EXTERNAL: {code} after {seconds:.2f} s")
-    # They go on from there, and a pipeline is no way around.
+    # They go on from there, and a pipeline does not avoid the delays.
     with Smtp(provider.odmr, source="127.0.0.250", seconds=60) as line:
         line.hello()
         line.start_tls(tls)
@@ -183,7 +183,7 @@ def guessing(box):
 
 @scenario("guessing-nat", waits=True)
 def guessing_nat(box):
-    """Two customers behind one NAT, one with a wrong secret: it gets 535s, the other is not delayed, and the right secret is let in"""
+    """Two customers at one NAT, one with a wrong secret: it gets 535s, the other is not delayed, and the right secret is let in"""
     provider = Provider(box, customers=CUSTOMERS, require_tls=False).start()
     for name in CUSTOMERS:
         check(attempt(provider.odmr, HOME, name)[0] == "235", f"{name} is not let in")

@@ -1,4 +1,4 @@
-"""The customer hands its mail over: to a real Postfix, and to hops that refuse, are away, or die over it."""
+"""The customer hands its mail over: to a real Postfix, and to hops that reject mail, are away, or die over it."""
 
 import collections
 import os
@@ -7,7 +7,7 @@ import random
 import re
 import threading
 
-from dovecot import ALICE, BOB, ELSEWHERE, LETTERS, NOBODY, Dovecot, behind_trace, homes
+from dovecot import ALICE, BOB, ELSEWHERE, MESSAGES, NOBODY, Dovecot, same_after_trace, homes
 from harness import LOOPBACK, Customer, Provider, Smtp, at_rest, check, events, field, free_port, scenario, wait_until
 from hop import Hop, start_hop
 from postfix import UID, Postfix
@@ -19,16 +19,16 @@ MANY, KILLS = 500, 20
 HANDOVER = ".handover"  # below the root: what a next hop has not taken yet
 
 
-def receive(provider, letters, source=None):
+def receive(provider, messages, source=None):
     """The world sends: (recipients, content) each."""
     with Smtp(provider.inbound, source=source) as line:
         line.hello()
-        for recipients, content in letters:
+        for recipients, content in messages:
             check((reply := line.send(SENDER, recipients, content)).startswith("250"), reply)
 
 
 def fill(provider, count, *recipients):
-    """Numbered letters straight into the held Maildir of a domain, as another delivery agent would."""
+    """Numbered messages straight into the held Maildir of a domain, as another delivery agent would."""
     directory = provider.spool / "domains" / recipients[0].split("@")[1]
     envelope = f"Return-Path: <{SENDER}>\n" + "".join(f"Delivered-To: {recipient}\n" for recipient in recipients)
     for part in ("tmp", "new", "cur"):
@@ -41,7 +41,7 @@ def fill(provider, count, *recipients):
 
 
 def calls(customer, provider, *, at_most, between=None):
-    """Calls until the provider holds nothing; `between` is done behind each. Gives the exit codes."""
+    """Calls until the provider holds nothing; `between` is done after each. Gives the exit codes."""
     codes = []
     while provider.held():
         check(len(codes) < at_most, f"{len(provider.held())} messages are still held after calls that ended with {codes}")
@@ -52,14 +52,14 @@ def calls(customer, provider, *, at_most, between=None):
     return codes
 
 
-def left_behind(customer):
+def left_over(customer):
     """The files of messages that wait for their next hop."""
     return [file for file in (customer.root / HANDOVER).rglob("*") if file.is_file() and file.parent.name in ("new", "cur")]
 
 
 def due(customer):
     """What waits for its next hop is due now: the time of the next attempt is that of the file."""
-    for file in left_behind(customer):
+    for file in left_over(customer):
         os.utime(file)
 
 
@@ -118,36 +118,36 @@ def postfix_handover(box):
     provider = Provider(box, require_tls=False).start()
     facts = []
     for turn, (name, port) in enumerate(ports.items(), 1):
-        receive(provider, [([ALICE, NOBODY, BOB], content) for content in LETTERS], source=ELSEWHERE)
+        receive(provider, [([ALICE, NOBODY, BOB], content) for content in MESSAGES], source=ELSEWHERE)
         customer = Customer(box, provider.odmr, tls="none", file=name, more=f'deliver = "smtp:{LOOPBACK}:{port}"\n')
         check((result := customer.pull()) == 0, f"{name}: pull: exit {result}")
         check(not provider.held(), f"{name}: {len(provider.held())} files are left with the provider")
         rejected = events(provider.log(), "delivery", via="atrn", status="rejected")
         replies = [(line["to"], line["reply"][:4]) for line in rejected]
-        check(replies == [(f"<{NOBODY}>", "550 ")] * len(LETTERS) * turn, f"{name}: {rejected}")
+        check(replies == [(f"<{NOBODY}>", "550 ")] * len(MESSAGES) * turn, f"{name}: {rejected}")
         log = lambda: box.log("postfix.log")
-        wait_until(lambda: log().count("delivered to maildir") == 2 * turn * len(LETTERS), f"{name}: letters in Maildirs")
+        wait_until(lambda: log().count("delivered to maildir") == 2 * turn * len(MESSAGES), f"{name}: messages in Maildirs")
         for user in ("alice", "bob"):
-            for content in LETTERS:
+            for content in MESSAGES:
                 times = sum(postfix_kept(file, content) for file in files(user))
                 check(times == turn, f"{name}: {user} has it {times} times: {content[:60]!r}")
         clients = re.findall(rf"postfix/{name}/smtpd\[\d+\]: \w+: (client=.*)", log())
         wanted = {"xclient": f"client=.*\\[{ELSEWHERE}\\]", "xforward": f".*orig_client=.*\\[{ELSEWHERE}\\]", "neither": ".*"}
         told = [client for client in clients if re.fullmatch(wanted[name], client)]
-        check(len(told) >= len(LETTERS), f"{name}: the log of Postfix has {clients}")
+        check(len(told) >= len(MESSAGES), f"{name}: the log of Postfix has {clients}")
         check(name != "neither" or set(told) == {f"client=localhost[{LOOPBACK}]"}, f"{name}: {told}")
         facts.append(f"{name}: {told[-1]}")
     return "; ".join(facts)
 
 
 def postfix_kept(file, content):
-    """Postfix adds X-Original-To, and is no LMTP server: else as `behind_trace`."""
-    return behind_trace(re.sub(rb"(?m)^X-Original-To: .*\n", b"", file, count=1), content)
+    """Postfix adds X-Original-To, and is not an LMTP server: otherwise as `same_after_trace`."""
+    return same_after_trace(re.sub(rb"(?m)^X-Original-To: .*\n", b"", file, count=1), content)
 
 
 @scenario("hop-killed")
 def hop_killed(box):
-    """the next hop kills itself in the middle of two of 500 contents: each letter arrives exactly once"""
+    """the next hop kills itself in the middle of two of 500 contents: each message arrives exactly once"""
     provider = Provider(box, require_tls=False)
     fill(provider, MANY, ALICE)
     provider.start()
@@ -163,24 +163,24 @@ def hop_killed(box):
 
     codes = calls(customer, provider, at_most=12, between=revive)
     check(len(hops) == 3, f"the hop died {len(hops) - 1} times")
-    check(not left_behind(customer), f"wait for the hop: {left_behind(customer)}")
-    letters = [file.read_bytes().split(b"\n", 1) for file in taken.glob("*.eml")]
-    check(all(envelope == f"{SENDER} {ALICE}".encode() for envelope, _ in letters), f"{[one for one, _ in letters][:3]}")
-    numbers = [whole_letter(at_rest(content)) for _, content in letters]
+    check(not left_over(customer), f"wait for the hop: {left_over(customer)}")
+    messages = [file.read_bytes().split(b"\n", 1) for file in taken.glob("*.eml")]
+    check(all(envelope == f"{SENDER} {ALICE}".encode() for envelope, _ in messages), f"{[one for one, _ in messages][:3]}")
+    numbers = [whole_message(at_rest(content)) for _, content in messages]
     check(once_each(numbers, MANY) == 0, f"twice: {[one for one, times in collections.Counter(numbers).items() if times > 1]}")
-    return f"{MANY} letters, 2 deaths, calls ended with {codes}"
+    return f"{MANY} messages, 2 deaths, calls ended with {codes}"
 
 
-def whole_letter(file):
-    """The number of one of our numbered letters, which must be whole."""
+def whole_message(file):
+    """The number of one of our numbered messages, which must be whole."""
     number = int(field(file, "Subject"))
-    check(file.endswith(f"\n\n{number}\n".encode() + f"{number}\n".encode() * 299), f"letter {number} came cut: {file[-60:]!r}")
+    check(file.endswith(f"\n\n{number}\n".encode() + f"{number}\n".encode() * 299), f"message {number} came cut: {file[-60:]!r}")
     return number
 
 
 @scenario("hop-killed-dovecot", needs=["dovecot", "doveadm"], root=True)
 def hop_killed_dovecot(box):
-    """SIGKILL of Dovecot, twice, while it takes 500 letters: none is lost"""
+    """SIGKILL of Dovecot, twice, while it takes 500 messages: none is lost"""
     provider = Provider(box, require_tls=False)
     fill(provider, MANY, ALICE)
     provider.start()
@@ -191,18 +191,18 @@ def hop_killed_dovecot(box):
     codes = []
     for goal in (MANY // 8, MANY // 4):
         call = customer.start()
-        wait_until(lambda: arrived() >= goal or call.poll() is not None, f"{goal} letters", seconds=20, pause=0.002)
+        wait_until(lambda: arrived() >= goal or call.poll() is not None, f"{goal} messages", seconds=20, pause=0.002)
         dovecot.kill()
         codes.append(call.wait(30))
         check(arrived() < MANY, "it was too late to kill anything")
         dovecot.start()
     codes += calls(customer, provider, at_most=12)
-    check(not left_behind(customer), f"wait for the hop: {left_behind(customer)}")
-    numbers = [whole_letter(text) for (text,) in dovecot.fetch(ALICE, "text")]
+    check(not left_over(customer), f"wait for the hop: {left_over(customer)}")
+    numbers = [whole_message(text) for (text,) in dovecot.fetch(ALICE, "text")]
     twice = once_each(numbers, MANY)
-    # Killed between taking a letter and saying so, a hop gets that letter again: no more than one a kill.
-    check(twice <= 2, f"{twice} letters came twice")
-    return f"{MANY} letters, 2 kills, {twice} twice, calls ended with {codes}"
+    # Killed between taking a message and saying so, a hop gets that message again: no more than one a kill.
+    check(twice <= 2, f"{twice} messages came twice")
+    return f"{MANY} messages, 2 kills, {twice} twice, calls ended with {codes}"
 
 
 class MoodyHop(Hop):
@@ -233,8 +233,8 @@ def handover_kills(box):
     killed = 0
     while provider.held() and killed < KILLS:
         call = customer.start()
-        goal = len(hop.letters) + dice.randrange(2 * len(three) * MANY // KILLS)
-        wait_until(lambda: len(hop.letters) >= goal or call.poll() is not None, "letters at the hop", pause=0.001)
+        goal = len(hop.messages) + dice.randrange(2 * len(three) * MANY // KILLS)
+        wait_until(lambda: len(hop.messages) >= goal or call.poll() is not None, "messages at the hop", pause=0.001)
         killed += call.poll() is None
         call.kill()
         call.wait()
@@ -244,10 +244,10 @@ def handover_kills(box):
     def dust_settled():
         due(customer)
         check((result := customer.pull()) in (0, 75), f"pull: exit {result}")
-        return not provider.held() and not left_behind(customer)
+        return not provider.held() and not left_over(customer)
 
     wait_until(dust_settled, "all mail to be handed over", seconds=30)
-    arrived = collections.Counter((whole_letter(at_rest(content)), recipient) for _, recipient, content in hop.letters)
+    arrived = collections.Counter((whole_message(at_rest(content)), recipient) for _, recipient, content in hop.messages)
     lost = [(number, one) for number in range(MANY) for one in three if not arrived[number, one]]
     facts = f"seed {seed}: {killed} kills, {sum(arrived.values()) - len(arrived)} of {3 * MANY} twice, {len(lost)} lost"
     check(not lost, f"{facts}: {lost[:10]}")
@@ -257,35 +257,35 @@ def handover_kills(box):
 
 @scenario("lmtp-mixed", needs=["dnsmasq"])
 def lmtp_mixed(box):
-    """after one content 250, 452 and 550: one 250 for the provider, one comes with a later call, one makes a notice"""
+    """after one content 250, 452 and 550: one 250 for the provider, one comes with a later call, one makes a DSN"""
     house = House(box)
     names = Names(box, mx={"sender.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": LOOPBACK})
     relay = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {house.port}\n'
     provider = Provider(box, require_tls=False, accounts=RELAYS, more=relay).start()
-    refusals = {BERT: ["452 4.2.2 mailbox full"], CAROL: ["550 5.2.0 not of that kind"]}
-    hop = Hop(box.path / "hop.sock", after_content=refusals).start(box)
+    rejections = {BERT: ["452 4.2.2 mailbox full"], CAROL: ["550 5.2.0 not of that kind"]}
+    hop = Hop(box.path / "hop.sock", after_content=rejections).start(box)
     customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "{hop.address}"\n' + outgoing_table(box))
-    receive(provider, [([ALICE, BERT, CAROL], LETTERS[1])])
+    receive(provider, [([ALICE, BERT, CAROL], MESSAGES[1])])
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     check(not provider.held(), "the provider still holds it")
     attempts = events(provider.log(), "delivery", via="atrn")
     seen = sorted((attempt["to"], attempt["status"]) for attempt in attempts)
     check(seen == [(f"<{one}>", "sent") for one in (ALICE, BERT, CAROL)], f"the provider saw {attempts}")
-    check(hop.count(ALICE) == 1 and hop.count(BERT) == 0, f"{hop.letters}")
-    check(len(left_behind(customer)) == 1, f"wait for the hop: {left_behind(customer)}")
+    check(hop.count(ALICE) == 1 and hop.count(BERT) == 0, f"{hop.messages}")
+    check(len(left_over(customer)) == 1, f"wait for the hop: {left_over(customer)}")
     due(customer)
     check((result := customer.pull()) == 0, f"second pull: exit {result}")
-    check(hop.count(ALICE) == 1 and hop.count(BERT) == 1 and hop.count(CAROL) == 0, f"{hop.letters}")
-    check(all(behind_trace(at_rest(content), LETTERS[1]) for *_, content in hop.letters), f"{hop.letters}")
-    check(not left_behind(customer), f"wait for the hop: {left_behind(customer)}")
-    wait_until(lambda: house.letters, "the notice")
-    (notice,) = house.letters
-    check(notice.sender == "" and notice.recipients == [SENDER], f"{notice}")
+    check(hop.count(ALICE) == 1 and hop.count(BERT) == 1 and hop.count(CAROL) == 0, f"{hop.messages}")
+    check(all(same_after_trace(at_rest(content), MESSAGES[1]) for *_, content in hop.messages), f"{hop.messages}")
+    check(not left_over(customer), f"wait for the hop: {left_over(customer)}")
+    wait_until(lambda: house.messages, "the DSN")
+    (dsn,) = house.messages
+    check(dsn.sender == "" and dsn.recipients == [SENDER], f"{dsn}")
     for word in (CAROL.encode(), b"550 5.2.0", b"not of that kind"):
-        check(word in notice.content, f"no {word!r} in {notice.content!r}")
+        check(word in dsn.content, f"no {word!r} in {dsn.content!r}")
     for word in (ALICE.encode() + b"\r\n", BERT.encode() + b"\r\n"):
-        check(b"Final-Recipient: rfc822;" + word not in notice.content.replace(b"; ", b";"), f"{notice.content!r}")
-    return "250: once; 452: once, by a later call; 550: a notice"
+        check(b"Final-Recipient: rfc822;" + word not in dsn.content.replace(b"; ", b";"), f"{dsn.content!r}")
+    return "250: once; 452: once, by a later call; 550: a DSN"
 
 
 @scenario("handover-beside")
@@ -303,22 +303,22 @@ def handover_beside(box):
     limits.write_text("100S\n0 0\n")
     (maildirs["carol"] / "new").rmdir()
     (maildirs["carol"] / "new").write_text("in the way")
-    receive(provider, [([ALICE, BERT], LETTERS[0]), ([ALICE, CAROL], LETTERS[1])])
+    receive(provider, [([ALICE, BERT], MESSAGES[0]), ([ALICE, CAROL], MESSAGES[1])])
     for _ in range(3):
         due(customer)
         # Bert's quota has no room, so the provider keeps his.
         check((result := customer.pull()) == 75, f"pull: exit {result}")
-    check(hop.count(ALICE) == 2, f"the hop was given 2 letters {hop.count(ALICE)} times")
+    check(hop.count(ALICE) == 2, f"the hop was given 2 messages {hop.count(ALICE)} times")
     limits.write_text("100000S\n0 0\n")
     (maildirs["carol"] / "new").unlink()
     (maildirs["carol"] / "new").mkdir()
     due(customer)
     check((result := customer.pull()) == 0, f"pull: exit {result}")
-    check(not provider.held() and not left_behind(customer), f"wait: {provider.held()} {left_behind(customer)}")
-    check(hop.count(ALICE) == 2, f"the hop was given 2 letters {hop.count(ALICE)} times")
-    for (name, maildir), content in zip(maildirs.items(), LETTERS):
+    check(not provider.held() and not left_over(customer), f"wait: {provider.held()} {left_over(customer)}")
+    check(hop.count(ALICE) == 2, f"the hop was given 2 messages {hop.count(ALICE)} times")
+    for (name, maildir), content in zip(maildirs.items(), MESSAGES):
         texts = [file.read_bytes() for file in maildir.glob("new/*")]
-        check(len(texts) == 1 and behind_trace(texts[0], content), f"{name} has {texts}")
+        check(len(texts) == 1 and same_after_trace(texts[0], content), f"{name} has {texts}")
 
 
 class SlowHop(Hop):
@@ -340,7 +340,7 @@ def hop_slow(box):
     provider = Provider(box, require_tls=False).start()
     hop = SlowHop(box.path / "hop.sock").start(box)
     customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "{hop.address}"\n')
-    receive(provider, [([ALICE], LETTERS[0])])
+    receive(provider, [([ALICE], MESSAGES[0])])
     call = customer.start()
     check(hop.taken.wait(10), "no content came to the hop")
     call.terminate()
@@ -377,13 +377,13 @@ def hop_hesitates(box):
     customer = Customer(box, provider.port, tls="none", more=f'deliver = "{hop.address}"\n')
     call = customer.start()
     line = provider.line()
-    group = f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<{ALICE}>\r\nBDAT {len(LETTERS[0])} LAST\r\n".encode() + LETTERS[0]
+    group = f"MAIL FROM:<{SENDER}>\r\nRCPT TO:<{ALICE}>\r\nBDAT {len(MESSAGES[0])} LAST\r\n".encode() + MESSAGES[0]
     line.socket.sendall(group * 2)
     check(hop.asked_twice.wait(10), "the hop was not asked about the second message")
     line.socket.settimeout(5)
     for _ in range(3):
         line.want("250")
-    check(hop.count(ALICE) == 1, f"{hop.letters}")
+    check(hop.count(ALICE) == 1, f"{hop.messages}")
     hop.told.set()
     for _ in range(3):
         line.want("250")
@@ -398,27 +398,27 @@ def signalled(process):
     return not any(int(one, 16) for one in pending)
 
 
-@scenario("hop-refuses")
-def hop_refuses(box):
-    """a letter over the hop's SIZE, and one it refuses after the content: the provider is told, the rest comes"""
+@scenario("hop-rejects")
+def hop_rejects(box):
+    """a message over the hop's SIZE, and one it rejects after the content: the provider is told, the rest comes"""
     provider = Provider(box, require_tls=False).start()
-    refusals = {BERT: ["554 5.7.1 looks like spam"]}
-    hop = Hop(lmtp=False, after_content=refusals, size=2000).start(box)
+    rejections = {BERT: ["554 5.7.1 looks like spam"]}
+    hop = Hop(lmtp=False, after_content=rejections, size=2000).start(box)
     customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "{hop.address}"\n')
-    receive(provider, [([ALICE], LETTERS[6]), ([BERT], LETTERS[0]), ([ALICE], LETTERS[1])])
+    receive(provider, [([ALICE], MESSAGES[6]), ([BERT], MESSAGES[0]), ([ALICE], MESSAGES[1])])
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     check(not provider.held(), f"{len(provider.held())} files are held")
     rejected = events(provider.log(), "delivery", via="atrn", status="rejected")
     seen = {(line["to"], line["reply"][:10]) for line in rejected}
     check(seen == {(f"<{ALICE}>", "550 5.3.4 "), (f"<{BERT}>", "554 5.7.1 ")}, f"the provider saw {rejected}")
-    check([(one, at_rest(content)[-20:]) for _, one, content in hop.letters] == [(ALICE, at_rest(LETTERS[1])[-20:])], f"{hop.letters}")
+    check([(one, at_rest(content)[-20:]) for _, one, content in hop.messages] == [(ALICE, at_rest(MESSAGES[1])[-20:])], f"{hop.messages}")
     for word in (ALICE, BERT, "5.3.4", "looks like spam"):
         check(word in customer.log(), f"the summary has no {word!r}: {customer.log()}")
 
 
 @scenario("handover-local")
 def handover_local(box):
-    """mail of our own users for mailboxes behind the next hop: handed over by the next call; unknown there: a notice"""
+    """mail of our own users for mailboxes at the next hop: handed over by the next call; unknown there: a DSN"""
     provider = Provider(box, require_tls=False, accounts=RELAYS).start()
     path = box.path / "hop.sock"
     more = f'deliver = "lmtp:{path}"\n' + outgoing_table(box)
@@ -427,14 +427,14 @@ def handover_local(box):
         done = sendmail(box, customer, "-f", CAROL, recipient, text="Subject: local\n\nx\n")
         check(done.returncode == 0 and not done.stderr, f"sendmail: exit {done.returncode}: {done.stderr}")
     check((result := customer.pull()) == 0, f"pull while the hop is down: exit {result}")
-    check(len(left_behind(customer)) == 2, f"while the hop is down: {left_behind(customer)}")
+    check(len(left_over(customer)) == 2, f"while the hop is down: {left_over(customer)}")
     hop = Hop(path, at_recipient={NOBODY: ["550 5.1.1 no such user"]}).start(box)
-    for _ in range(2):  # the notice is a letter for the hop, too
+    for _ in range(2):  # the DSN is a message for the hop, too
         due(customer)
         check((result := customer.pull()) == 0, f"pull: exit {result}")
-    check([one[:2] for one in hop.letters] == [(CAROL, ALICE), ("", CAROL)], f"{hop.letters}")
-    check(b"no such user" in hop.letters[-1][2], f"{hop.letters[-1]}")
-    check(not left_behind(customer), f"{left_behind(customer)}")
+    check([one[:2] for one in hop.messages] == [(CAROL, ALICE), ("", CAROL)], f"{hop.messages}")
+    check(b"no such user" in hop.messages[-1][2], f"{hop.messages[-1]}")
+    check(not left_over(customer), f"{left_over(customer)}")
     check(not queued(customer), "mail for our own was queued for the provider")
 
 
@@ -442,18 +442,18 @@ def handover_local(box):
 def hop_down(box):
     """nobody at the socket: 451 at RCPT and the mail stays with the provider; then the hop is there"""
     provider = Provider(box, require_tls=False).start()
-    receive(provider, [([ALICE], content) for content in LETTERS])
+    receive(provider, [([ALICE], content) for content in MESSAGES])
     path = box.path / "hop.sock"
     customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "lmtp:{path}"\n')
     down = customer.pull()
     check(down == 75, f"pull while the hop is down: exit {down}")
-    check(len(provider.held()) == len(LETTERS), f"{len(provider.held())} files are held")
+    check(len(provider.held()) == len(MESSAGES), f"{len(provider.held())} files are held")
     replies = {line["reply"][:10] for line in events(provider.log(), "delivery", via="atrn", status="deferred")}
     check(replies == {"451 4.4.1 "}, f"the provider saw {replies}")
     hop = Hop(path).start(box)
     check((result := customer.pull()) == 0, f"pull when the hop is there: exit {result}")
     check(not provider.held(), f"{len(provider.held())} files are held")
-    contents = [at_rest(content) for *_, content in hop.letters]
-    check(len(contents) == len(LETTERS), f"{len(contents)} letters came")
-    check(all(any(behind_trace(got, sent) for got in contents) for sent in LETTERS), "not the letters that were sent")
+    contents = [at_rest(content) for *_, content in hop.messages]
+    check(len(contents) == len(MESSAGES), f"{len(contents)} messages came")
+    check(all(any(same_after_trace(got, sent) for got in contents) for sent in MESSAGES), "not the messages that were sent")
     return f"exit {down} while it is down"

@@ -32,7 +32,7 @@ MIB = 1024 * 1024
 
 SCENARIOS = []
 Scenario = collections.namedtuple("Scenario", "name about needs root waits play")
-Letter = collections.namedtuple("Letter", "sender recipients content")
+Message = collections.namedtuple("Message", "sender recipients content")
 
 
 class Failed(Exception):
@@ -275,7 +275,7 @@ class Certificates:
 class Provider:
     """A provider's files and, when started, its process. Ports are known once it runs.
 
-    `more`: lines of the configuration, each section's behind its head; `accounts`: the same of customers' files, by name.
+    `more`: lines of the configuration, each section's after its head; `accounts`: the same of customers' files, by name.
     """
 
     def __init__(self, box, *, certificates=None, require_tls=True, customers=None, ports=None, name="serve", more="", accounts=None):
@@ -519,7 +519,7 @@ class Server:
         self.socket = sock
         self.keywords = keywords
         self.received = bytearray(received)
-        self.letters = []
+        self.messages = []
 
     def until(self, mark):
         """The octets up to `mark`, which is taken away. None when the peer closed before anything came."""
@@ -579,7 +579,7 @@ class Server:
                 self.say("250 2.1.5 ok")
             elif verb == b"DATA":
                 self.say("354 go ahead")
-                self.letters.append(Letter(sender, recipients, self.data()))
+                self.messages.append(Message(sender, recipients, self.data()))
                 self.say("250 2.6.0 kept")
             elif verb in (b"RSET", b"NOOP", b"HELO"):
                 self.say("250 2.0.0 ok")
@@ -621,10 +621,10 @@ def serve_each(box, serve):
 
 
 class Listener:
-    """A local mail server: each connection gets a thread and a Server; their letters end up in one list."""
+    """A local mail server: each connection gets a thread and a Server; their messages end up in one list."""
 
     def __init__(self, box, **options):
-        self.letters = []
+        self.messages = []
         self.quits = 0
         self.errors = []
         self.options = options
@@ -636,7 +636,7 @@ class Listener:
     def session(self, sock):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server = Server(sock, **self.options)
-        server.letters = self.letters
+        server.messages = self.messages
         with sock:
             try:
                 self.quits += server.serve()
@@ -648,6 +648,6 @@ RECEIVED = re.compile(rb"Received: [^\r\n]*(?:\r\n[ \t][^\r\n]*)*\r\n")
 
 
 def same_but_trace(got, sent):
-    """Whether `got` is `sent` behind one Received field."""
+    """Whether `got` is `sent` after one Received field."""
     first = RECEIVED.match(got)
     return bool(first) and got[first.end() :] == sent

@@ -2,7 +2,7 @@
 
 As a program of its own it takes each message durably before it replies, and can kill itself in the middle of a content:
 
-    hop.py SOCKET FOLDER [DIE]      DIE: so many messages are in FOLDER when the content of the next one kills it
+    hop.py SOCKET DIRECTORY [DIE]      DIE: so many messages are in DIRECTORY when the content of the next one kills it
 """
 
 import os
@@ -71,7 +71,7 @@ class Session(Server):
 
 class Hop:
     """`path`: of a unix socket; without it a port of loopback. `at_recipient` and `after_content`: recipient -> its next
-    replies, the last being None or missing: taken. `letters`: (sender, recipient, content), one for each recipient."""
+    replies, the last being None or missing: taken. `messages`: (sender, recipient, content), one for each recipient."""
 
     speaks = Session
 
@@ -79,7 +79,7 @@ class Hop:
         self.lmtp, self.path = lmtp, path
         self.keywords = ("PIPELINING", "8BITMIME", "ENHANCEDSTATUSCODES", f"SIZE {size}")
         self.at_recipient, self.after_content = at_recipient or {}, after_content or {}
-        self.letters, self.lines, self.errors = [], [], []
+        self.messages, self.lines, self.errors = [], [], []
         self.lock = threading.Lock()
         if path:
             pathlib.Path(path).unlink(missing_ok=True)
@@ -114,11 +114,11 @@ class Hop:
 
     def take(self, sender, recipients, content):
         with self.lock:
-            self.letters += [(sender, one, content) for one in recipients]
+            self.messages += [(sender, one, content) for one in recipients]
 
     def count(self, recipient):
         with self.lock:
-            return sum(letter[1] == recipient for letter in self.letters)
+            return sum(message[1] == recipient for message in self.messages)
 
     def accept(self):
         for sock in connections(self.socket):
@@ -137,12 +137,12 @@ class Hop:
 class DurableHop(Hop):
     """Keeps each message in a file before it replies."""
 
-    def __init__(self, path, folder, die):
+    def __init__(self, path, directory, die):
         super().__init__(path)
-        self.folder, self.die = pathlib.Path(folder), die
+        self.directory, self.die = pathlib.Path(directory), die
 
     def content_begins(self, session):
-        if self.die is None or len(list(self.folder.glob("*.eml"))) < self.die:
+        if self.die is None or len(list(self.directory.glob("*.eml"))) < self.die:
             return
         while len(session.received) < DROP:
             some = session.socket.recv(DROP)
@@ -152,27 +152,27 @@ class DurableHop(Hop):
 
     def take(self, sender, recipients, content):
         with self.lock:
-            name = self.folder / f"{time.time_ns()}-{os.getpid()}"
+            name = self.directory / f"{time.time_ns()}-{os.getpid()}"
             with open(name, "wb") as file:
                 file.write(f"{sender} {' '.join(recipients)}\n".encode() + content)
                 file.flush()
                 os.fsync(file.fileno())
             name.rename(f"{name}.eml")
-            folder = os.open(self.folder, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            directory = os.open(self.directory, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
 
 
-def start_hop(box, path, folder, die=None):
+def start_hop(box, path, directory, die=None):
     """The hop as a process of its own, ready for connections."""
     path.unlink(missing_ok=True)  # a killed one has left it
-    child = box.start("hop.log", sys.executable, __file__, path, folder, *([] if die is None else [die]))
+    child = box.start("hop.log", sys.executable, __file__, path, directory, *([] if die is None else [die]))
     wait_until(lambda: re.search(rf"(?m)^listening {child.pid}$", box.log("hop.log")), "the hop to listen")
     return child
 
 
-def main(path, folder, die=None):
-    hop = DurableHop(path, folder, None if die is None else int(die))
+def main(path, directory, die=None):
+    hop = DurableHop(path, directory, None if die is None else int(die))
     print(f"listening {os.getpid()}", flush=True)
     hop.accept()
 

@@ -10,21 +10,21 @@ import re
 import threading
 import time
 
-from handover import MoodyHop, due, left_behind
+from handover import MoodyHop, due, left_over
 from harness import Certificates, Customer, Failed, Provider, Smtp, at_rest, check, context, free_port, scenario, wait_until
 
 KILLS = 50
 SENDERS = 3
-MOODY = "moody@example.org"  # behind a next hop that defers this recipient now and then, and the others are settled early
+MOODY = "moody@example.org"  # at a next hop that defers this recipient now and then, and the others are settled early
 
 
 class Sender(threading.Thread):
-    """Sends numbered letters without a pause; a letter counts when its 250 came. Tells nobody about broken lines."""
+    """Sends numbered messages without a pause; a message counts when its 250 came. Tells nobody about broken lines."""
 
     def __init__(self, number, port, tls, dice, stop):
         super().__init__(daemon=True)
         self.number, self.port, self.tls, self.dice, self.stop = number, port, tls, dice, stop
-        self.counted, self.tried, self.refused = set(), 0, collections.Counter()
+        self.counted, self.tried, self.rejected = set(), 0, collections.Counter()
         self.start()
 
     def run(self):
@@ -53,7 +53,7 @@ class Sender(threading.Thread):
         if reply.startswith("250"):
             self.counted.update((name, recipient) for recipient in recipients)
         else:
-            self.refused[reply[:9]] += 1
+            self.rejected[reply[:9]] += 1
         time.sleep(self.dice.uniform(0, 0.03))
 
 
@@ -116,13 +116,13 @@ def kills(box):
 
     def dust_settled():
         due(customer)
-        return customer.pull() == 0 and not provider.held() and not left_behind(customer)
+        return customer.pull() == 0 and not provider.held() and not left_over(customer)
 
     wait_until(dust_settled, "all held mail to be fetched", seconds=80, pause=0.1)
     counted = set().union(*(sender.counted for sender in senders))
     arrived = collections.Counter()
     came = [(f"{path.parent.parent.name}@{path.parent.parent.parent.name}", path.read_bytes()) for path in customer.files()]
-    came += [(recipient, at_rest(content)) for _, recipient, content in hop.letters]
+    came += [(recipient, at_rest(content)) for _, recipient, content in hop.messages]
     for recipient, file in came:
         name = re.search(rb"(?m)^Subject: (\S+)$", file).group(1).decode()
         check(file.endswith(b"end of %s\n" % name.encode()), f"{name} came cut: {file[-100:]!r}")

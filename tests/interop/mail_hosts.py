@@ -45,7 +45,7 @@ MESSAGES = [
 
 
 def send_all(line, messages, sender, domain, announced):
-    """Hands them in; a parameter that is not announced is left out. Gives the names of those that were accepted."""
+    """Submits them; a parameter that is not announced is left out. Gives the names of those that were accepted."""
     sent = set()
     for one in messages:
         words = [word for word in one.parameters.split() if word.split("=")[-1] in announced]

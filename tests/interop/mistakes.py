@@ -1,6 +1,6 @@
 """The mistakes that people make, each provoked as a user makes it: what the program must say, and its exit code.
 
-A row of a table is one mistake: how it is made, the command, the exit code, and what must be printed, in which `…` stands
+A row of a table is one mistake: how it is made, the command, the exit code, and what must be printed, in which `…` is
 for any text of a line. The name of the scenario's directory is left out. All rows are tried before a scenario fails.
 """
 
@@ -386,7 +386,7 @@ def mistakes_of_files(box):
 
 @scenario("mistakes-of-disks", needs=["openssl", "unshare"], root=True)
 def mistakes_of_disks(box):
-    """A full disk on either side: nothing is lost, the world and the users are told, and the call is no success"""
+    """A full disk on either side: nothing is lost, the world and the users are told, and the call does not succeed"""
     place = Place(box)
     for directory in ("mail", "spool"):
         (box.path / directory).mkdir()

@@ -10,7 +10,7 @@ from harness import LOOPBACK, Certificates, Customer, Provider, check, free_port
 
 @scenario("openssl", needs=["openssl"])
 def openssl(box):
-    """openssl s_client by STARTTLS and plain TLS: 1.2 and 1.3 work, 1.1 and 1.0 are refused"""
+    """openssl s_client by STARTTLS and plain TLS: 1.2 and 1.3 work, 1.1 and 1.0 are rejected"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     listeners = {
@@ -22,7 +22,7 @@ def openssl(box):
     for name, (port, options) in listeners.items():
 
         def client(*version):
-            # -crlf ends each line properly; ehlo is in small letters because s_client keeps Q and R for itself.
+            # -crlf ends each line properly; ehlo is in small messages because s_client keeps Q and R for itself.
             return box.run(
                 *["openssl", "s_client", "-connect", f"{LOOPBACK}:{port}", "-servername", "localhost", "-CAfile"],
                 *[certificates.authority, "-verify_return_error", "-verify_hostname", "localhost", "-crlf", "-ign_eof"],
@@ -45,11 +45,11 @@ def openssl(box):
         for version in ("-tls1_1", "-tls1"):
             done = client(version, "-cipher", "ALL:@SECLEVEL=0")
             text = done.stdout + done.stderr
-            check("Cipher is (NONE)" in text, f"{name} {version}: not refused: {text[-600:]}")
+            check("Cipher is (NONE)" in text, f"{name} {version}: not rejected: {text[-600:]}")
             alert = re.search(r"alert ([a-z ]+):", text)
-            check(alert, f"{name} {version}: refused without an alert: {text[-600:]}")
+            check(alert, f"{name} {version}: rejected without an alert: {text[-600:]}")
             alerts.add(alert.group(1))
-    return f"3 listeners x 4 versions; {' '.join(sorted(ciphers))}; 1.1 is refused by alert {', '.join(sorted(alerts))}"
+    return f"3 listeners x 4 versions; {' '.join(sorted(ciphers))}; 1.1 is rejected by alert {', '.join(sorted(alerts))}"
 
 
 # Clients put into the server name indication what they were told to connect to (RFC 6066 section 3 allows names alone).

@@ -182,7 +182,7 @@ def queue_beside_calls(box):
             removed.append(number)
     call.wait(30)
     check(0 < len(removed) < MANY // 2, f"{len(removed)} removed: they did not meet")
-    # A call that comes before the last session has released the queue brings nothing, and is no failure.
+    # A call that comes before the last session has released the queue brings nothing, and does not fail.
     for _ in range(20):
         check(customer.pull() in (0, 75), "a call failed")
         if not provider.held():

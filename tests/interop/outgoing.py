@@ -86,7 +86,7 @@ def give(provider, sender, recipient, content):
 
 @scenario("outgoing", needs=["postfix", "dnsmasq"], root=True)
 def outgoing(box):
-    """typed into sendmail -t, up and out: a dead MX, a 450, STARTTLS into Postfix; a null MX makes a notice"""
+    """typed into sendmail -t, up and out: a dead MX, a 450, STARTTLS into Postfix; a null MX makes a DSN"""
     port = free_port()
     names = Names(
         box,
@@ -106,7 +106,7 @@ def outgoing(box):
     give(provider, "lester@sender.example", "eva@example.org", b"Subject: incoming\r\n\r\nin\r\n")
 
     check((result := customer.pull()) == 0, f"pull: exit {result}")
-    check(not queued(customer), "the letter still waits at the customer")
+    check(not queued(customer), "the message still waits at the customer")
     came = [field(path.read_bytes(), "Subject") for path in customer.files()]
     check("incoming" in came, f"no incoming mail: {came}")
     lines = events(provider.log(), "connected", listener="odmr")
@@ -134,28 +134,28 @@ def outgoing(box):
         check(file.count(b"\nMessage-ID:") == 1 and file.count(b"\nDate:") == 1, f"{file!r}")
         check(file.endswith(b"\n\ntyped into sendmail\n.\n.and a dot\n"), f"{file[-100:]!r}")
 
-    # The null MX is found so fast that its notice may have come down by the same call.
+    # The null MX is found so fast that its DSN may have come down by the same call.
     find = lambda: [path for path in customer.files() if b"report-type" in path.read_bytes()]
-    wait_until(lambda: find() or provider.held(), "a notice in the held domain")
+    wait_until(lambda: find() or provider.held(), "a DSN in the held domain")
     check((result := customer.pull()) == 0, f"second pull: exit {result}")
-    notices = find()
-    check(len(notices) == 1, f"{len(notices)} notices")
-    check(notices[0].parent.parent.name == "adam", f"{notices[0]}")
-    read_notice(notices[0].read_bytes(), "nobody@nowhere.example", "5.1.10", "556")
+    dsns = find()
+    check(len(dsns) == 1, f"{len(dsns)} DSNs")
+    check(dsns[0].parent.parent.name == "adam", f"{dsns[0]}")
+    read_dsn(dsns[0].read_bytes(), "nobody@nowhere.example", "5.1.10", "556")
     left = list(provider.spool.glob("outgoing/*/*/*"))
     check(not left, f"still in the provider's spool: {left}")
-    return f"one connection for both directions; {policy.deferred} deferred, 3 delivered, 1 notice"
+    return f"one connection for both directions; {policy.deferred} deferred, 3 delivered, 1 DSN"
 
 
-def read_notice(octets, recipient, status, diagnostic):
-    """Reads a notice as a mail program does, and demands what it must say."""
-    notice = email.message_from_bytes(octets)
-    check(notice.get_content_type() == "multipart/report", notice.get_content_type())
-    check(notice.get_param("report-type") == "delivery-status", f"{notice['Content-Type']}")
-    check(not notice.defects, f"{notice.defects}")
-    check(notice["Return-Path"] == "<>", f"Return-Path: {notice['Return-Path']}")
-    check(notice["Auto-Submitted"] == "auto-replied", f"Auto-Submitted: {notice['Auto-Submitted']}")
-    text, report, returned = notice.get_payload()
+def read_dsn(octets, recipient, status, diagnostic):
+    """Reads a DSN as a mail program does, and demands what it must say."""
+    dsn = email.message_from_bytes(octets)
+    check(dsn.get_content_type() == "multipart/report", dsn.get_content_type())
+    check(dsn.get_param("report-type") == "delivery-status", f"{dsn['Content-Type']}")
+    check(not dsn.defects, f"{dsn.defects}")
+    check(dsn["Return-Path"] == "<>", f"Return-Path: {dsn['Return-Path']}")
+    check(dsn["Auto-Submitted"] == "auto-replied", f"Auto-Submitted: {dsn['Auto-Submitted']}")
+    text, report, returned = dsn.get_payload()
     check(text.get_content_type() == "text/plain" and recipient in text.get_payload(), f"{text.get_payload()}")
     check(report.get_content_type() == "message/delivery-status", report.get_content_type())
     message, *recipients = report.get_payload()
@@ -199,7 +199,7 @@ retry-first = "1s"
     customer = Customer(box, provider.odmr, authority=certificates.authority, more=outgoing_table(box))
     send(customer, 5)
     check((result := customer.pull()) == 0, f"pull: exit {result}")
-    recipients = lambda: sorted(one for letter in house.letters for one in letter.recipients)
+    recipients = lambda: sorted(one for message in house.messages for one in message.recipients)
     wanted = sorted(one for number in range(5) for one in (f"u@d{number}.example", f"v@d{number + 1}.example"))
     wait_until(lambda: len(recipients()) >= len(wanted), "ten recipients at the smarthost")
     check(recipients() == wanted, f"{recipients()}")
@@ -210,13 +210,13 @@ retry-first = "1s"
 
     # All that waits, for six domains, after a restart: one connection.
     send(customer, 5)
-    house.letters.clear()
-    house.refusals["MAIL"] = ["450 4.3.0 later"] * 10
+    house.messages.clear()
+    house.rejections["MAIL"] = ["450 4.3.0 later"] * 10
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     deferred = lambda: events(provider.log(), "delivery", via="smarthost", status="deferred", reply="450 4.3.0 later")
     wait_until(lambda: len(list(provider.spool.glob("outgoing/*/[nc]*/*"))) >= 10 and deferred(), "ten files")
     check((result := provider.stop()) == 0, f"serve: exit {result}")
-    house.refusals.clear()
+    house.rejections.clear()
     due(provider.spool)
     time.sleep(0.2)  # what was under way is over
     before, logins = house.connections, len(house.logins)
@@ -225,9 +225,9 @@ retry-first = "1s"
     check(house.connections - before == 1, f"{house.connections - before} connections for what was due at once")
     check(len(house.logins) - logins == 1, "not one login")
 
-    # One that is gone is not called for each letter.
+    # One that is gone is not called for each message.
     provider.stop()
-    gone = House(box, refusals={"EHLO": ["421 4.3.2 going down"] * 100}, name="smart.example")
+    gone = House(box, rejections={"EHLO": ["421 4.3.2 going down"] * 100}, name="smart.example")
     text = provider.config.read_text()
     down = relay(gone.port, "isp", "open sesame", tls[0]).replace('"1s"', '"20s"')
     provider.config.write_text(text[: text.index("[relay]")] + down)
@@ -258,7 +258,7 @@ retry-first = "1s"
     files = second.held()
     check(len(files) == 10, f"{len(files)} files")
     check(all("ESMTPSA" in field(path.read_bytes(), "Received") for path in files), "not over TLS with AUTH")
-    return f"first {first} connections, then 1 for 10 letters; 10 held by a second provider"
+    return f"first {first} connections, then 1 for 10 messages; 10 held by a second provider"
 
 
 def due(spool):
@@ -272,7 +272,7 @@ class NoMail:
 
     def __init__(self, box, reply="502 5.5.1 not implemented"):
         self.reply, self.heard, self.codes = reply, [], []
-        self.letters = []
+        self.messages = []
         self.socket = box.keep(socket.create_server((LOOPBACK, 0)))
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
@@ -295,7 +295,7 @@ class NoMail:
             if lets_in(server, verb):
                 pass
             elif verb == b"ATRN":
-                if not self.letters:
+                if not self.messages:
                     server.say("453 4.3.2 you have no mail")
                     continue
                 server.say("250 2.0.0 turning, 1 message")
@@ -309,7 +309,7 @@ class NoMail:
         self.codes.append(server.until(b"\r\n")[:3])
         for line in ("EHLO relay.example.net", "MAIL FROM:<l@sender.example>", "RCPT TO:<eva@example.org>", "DATA"):
             self.ask(server, line)
-        self.ask(server, "Subject: " + self.letters.pop(0) + "\r\n\r\nx\r\n.")
+        self.ask(server, "Subject: " + self.messages.pop(0) + "\r\n\r\nx\r\n.")
         self.ask(server, "QUIT")
 
     def ask(self, server, line):
@@ -335,28 +335,28 @@ def fallback(box):
             text = f"To: u{number}@dest.example\nSubject: fallback {reply[:3]}\n\nx\n"
             done = sendmail(box, customer, "-t", "-f", "adam@example.org", text=text)
             check(done.returncode == 0, f"sendmail: exit {done.returncode}: {done.stderr}")
-        provider.letters.append("incoming")
-        logins, letters = len(house.logins), len(house.letters)
+        provider.messages.append("incoming")
+        logins, messages = len(house.logins), len(house.messages)
         check((result := customer.pull()) == 0, f"{reply[:3]}: exit {result}")
-        check(len(customer.files()) == 1, f"{reply[:3]}: {len(customer.files())} letters came")
-        check(len(house.letters) - letters == 3, f"{reply[:3]}: {len(house.letters) - letters} letters submitted")
+        check(len(customer.files()) == 1, f"{reply[:3]}: {len(customer.files())} messages came")
+        check(len(house.messages) - messages == 3, f"{reply[:3]}: {len(house.messages) - messages} messages submitted")
         check(len(house.logins) - logins == 1, f"{reply[:3]}: {len(house.logins) - logins} logins")
         check(not queued(customer), f"{reply[:3]}: still {len(queued(customer))} in the queue")
         check("3 sent" in customer.log(), f"{reply[:3]}: {customer.log()[-300:]}")
     check(all(house.secured) and house.logins[0] == ("PLAIN", "adam", True), f"{house.secured} {house.logins}")
 
-    # Without mail to fetch: 453, and the letter is submitted all the same.
+    # Without mail to fetch: 453, and the message is submitted all the same.
     file = "nomail"
     customer = Customer(box, provider.port, tls="none", file=file, more=outgoing_table(box, file, more))
     sendmail(box, customer, "-f", "adam@example.org", "u@dest.example", text="Subject: x\n\nx\n")
-    letters = len(house.letters)
+    messages = len(house.messages)
     check((result := customer.pull()) == 0, f"453: exit {result}")
-    check(len(house.letters) - letters == 1 and not queued(customer), "after 453 the letter was not submitted")
+    check(len(house.messages) - messages == 1 and not queued(customer), "after 453 the message was not submitted")
 
     # Without a submission host it is kept, and that is said.
     customer = Customer(box, provider.port, tls="none", file="without", more=outgoing_table(box, "without"))
     sendmail(box, customer, "-f", "adam@example.org", "u@dest.example", text="Subject: x\n\nx\n")
-    provider.letters.append("incoming")
+    provider.messages.append("incoming")
     check((result := customer.pull()) == 0, f"without: exit {result}")
     check(len(customer.files()) == 1, "without: no mail came")
     check(len(queued(customer)) == 1, f"without: {len(queued(customer))} in the queue")
@@ -369,17 +369,17 @@ def fallback(box):
     more = f'submission = "localhost:{free_port()}"\nca = "{tls[0]}"'
     customer = Customer(box, provider.port, tls="none", file="dead", more=outgoing_table(box, "dead", more))
     sendmail(box, customer, "-f", "adam@example.org", "u@dest.example", text="Subject: x\n\nx\n")
-    provider.letters.append("incoming")
+    provider.messages.append("incoming")
     check((result := customer.pull()) == 0, f"dead: exit {result}")
-    check(len(customer.files()) == 1 and len(queued(customer)) == 1, "dead: the letter is gone, or no mail came")
+    check(len(customer.files()) == 1 and len(queued(customer)) == 1, "dead: the message is gone, or no mail came")
     check(events(customer.log(), "submission-failed"), f"not said: {customer.log()}")
     check("1 waiting to be sent" in customer.log(), f"the summary: {customer.log()[-300:]}")
 
-    # One letter the provider will not have is no reason to keep back the others.
+    # One message that the provider rejects does not keep back the others.
     strict = Provider(box, require_tls=False, accounts=RELAYS).start()
     customer = Customer(box, strict.odmr, tls="none", file="strict", more=outgoing_table(box, "strict"))
     sendmail(box, customer, "-f", "me@foreign.example", "eva@example.com.example", text="Subject: foreign\n\nx\n")
     sendmail(box, customer, "-f", "adam@example.org", "someone@dest.example", text="Subject: own\n\nx\n")
     check((result := customer.pull()) == 0, f"strict: exit {result}")
-    check("1 sent" in customer.log(), f"behind a foreign sender's letter the others wait: {customer.log()[-500:]}")
+    check("1 sent" in customer.log(), f"the others wait after a foreign sender's message: {customer.log()[-500:]}")
     return "; ".join(facts)

@@ -16,7 +16,7 @@ from harness import ODMR, Certificates, Customer, Provider, check, events, free_
 from kills import Puller
 from world import RELAYS, House, Names, outgoing_table, queued, sendmail
 
-LETTERS = 500
+MESSAGES = 500
 KILLS = 40
 DOMAINS = 5
 FEEDERS = 4
@@ -24,13 +24,13 @@ SINK = "127.0.0.3"
 
 
 def recipients(number):
-    """Of that letter: some are for several in one domain, of whom the sink defers one now and then, and in two domains."""
-    home, next_door = f"d{number % DOMAINS}.example", f"d{(number + 1) % DOMAINS}.example"
-    return [f"u@{home}", f"v@{home}", f"w@{home}", f"u@{next_door}"][: (1, 1, 3, 4)[number % 4]]
+    """Of that message: some are for several in one domain, of whom the sink defers one now and then, and in two domains."""
+    home, neighbour = f"d{number % DOMAINS}.example", f"d{(number + 1) % DOMAINS}.example"
+    return [f"u@{home}", f"v@{home}", f"w@{home}", f"u@{neighbour}"][: (1, 1, 3, 4)[number % 4]]
 
 
 class Feeder(threading.Thread):
-    """Types letters into sendmail; some of them are killed over it. A letter counts when the exit code was 0."""
+    """Types messages into sendmail; some of them are killed over it. A message counts when the exit code was 0."""
 
     def __init__(self, box, customer, numbers, dice):
         super().__init__(daemon=True)
@@ -62,25 +62,25 @@ class Feeder(threading.Thread):
 
 
 class MoodySink(House):
-    """Defers now and then, and now and then hangs up behind the content."""
+    """Defers now and then, and now and then hangs up after the content."""
 
     def __init__(self, box, dice, **more):
         self.dice = dice
         super().__init__(box, **more)
 
-    def refusal(self, verb, _line):
+    def rejection(self, verb, _line):
         with self.lock:
             return "450 4.2.0 not now" if verb == "RCPT" and self.dice.random() < 0.05 else None
 
     def take(self, session, sender, recipients, content):
         super().take(session, sender, recipients, content)
         if self.dice.random() < 0.01:
-            raise ConnectionError("hung up behind the content")
+            raise ConnectionError("hung up after the content")
 
 
 @scenario("outgoing-kills", needs=["dnsmasq"])
 def outgoing_kills(box):
-    """SIGKILL at 40 random moments of provider, customer and sendmail: all 500 letters that were taken go out"""
+    """SIGKILL at 40 random moments of provider, customer and sendmail: all 500 messages that were taken go out"""
     seed = int(os.environ.get("SEED", random.SystemRandom().randrange(1_000_000)))
     print(f"   outgoing-kills: seed {seed} (SEED={seed} repeats the dice)", flush=True)
     dice = random.Random(seed)
@@ -95,7 +95,7 @@ def outgoing_kills(box):
     ).start()
     customer = Customer(box, provider.odmr, authority=certificates.authority, more=outgoing_table(box))
     numbers = queue.Queue()
-    for number in range(LETTERS):
+    for number in range(MESSAGES):
         numbers.put(number)
     feeders = [Feeder(box, customer, numbers, random.Random(seed + 10 + number)) for number in range(FEEDERS)]
     stop_pulling = threading.Event()
@@ -127,7 +127,7 @@ def outgoing_kills(box):
     delayed = len(queued(customer))
 
     def dust_settled():
-        # What a broken call left behind has a next try of its own: to us it is due now.
+        # A message that a broken call has left has an attempt of its own later; here it is due now.
         for file in queued(customer):
             try:
                 os.utime(file)
@@ -139,31 +139,31 @@ def outgoing_kills(box):
     out = lambda: [file for part in ("new", "cur") for file in provider.spool.glob(f"outgoing/*/{part}/*")]
     wait_until(lambda: not out(), "all mail to leave the provider", seconds=40, pause=0.1)
     arrived = collections.Counter()
-    for letter in list(sink.letters):
-        number = int(re.search(rb"(?m)^Subject: (\d+)\r$", letter.content).group(1))
-        check(letter.content.endswith(b"\r\nend of %d\r\n" % number), f"{number} came cut: {letter.content[-100:]!r}")
-        check(set(letter.recipients) <= set(recipients(number)), f"{number} for {letter.recipients}")
-        arrived.update((number, one) for one in letter.recipients)
+    for message in list(sink.messages):
+        number = int(re.search(rb"(?m)^Subject: (\d+)\r$", message.content).group(1))
+        check(message.content.endswith(b"\r\nend of %d\r\n" % number), f"{number} came cut: {message.content[-100:]!r}")
+        check(set(message.recipients) <= set(recipients(number)), f"{number} for {message.recipients}")
+        arrived.update((number, one) for one in message.recipients)
     lost = sorted(counted - set(arrived))
     twice = sum(count - 1 for count in arrived.values())
-    refused = [path for path in provider.spool.glob("*/*/.refused/*/*")]
+    rejected = [path for path in provider.spool.glob("*/*/.refused/*/*")]
     facts = (
         f"seed {seed}: {killed['provider']} provider, {killed['customer']} customer, {codes[-9]} sendmail kills in"
         f" {under_fire:.0f} s; {len(counted)} recipients counted, {len(lost)} lost, {twice} duplicates,"
         f" {len(set(arrived) - counted)} of killed sendmails; {delayed} waited at the customer in the end"
     )
     check(not lost, f"{facts}; lost: {lost[:10]}")
-    check(not refused, f"{facts}; refused: {refused[:3]}")
-    check(len({number for number, _ in counted}) >= 0.9 * LETTERS, f"hardly any mail: {facts}")
+    check(not rejected, f"{facts}; rejected: {rejected[:3]}")
+    check(len({number for number, _ in counted}) >= 0.9 * MESSAGES, f"hardly any mail: {facts}")
     return facts
 
 
 @scenario("retry-times", needs=["dnsmasq"])
 def retry_times(box):
-    """a deferred letter is not tried again by a restart, by SIGTERM or SIGKILL, but is when its time has come"""
+    """a deferred message is not tried again by a restart, by SIGTERM or SIGKILL, but is when its time has come"""
     first = 4.0
     port = free_port()
-    house = House(box, address=SINK, port=port, refusals={"RCPT": ["450 4.2.0 not now", "452 4.3.1 no room"]})
+    house = House(box, address=SINK, port=port, rejections={"RCPT": ["450 4.2.0 not now", "452 4.3.1 no room"]})
     names = Names(box, mx={"dest.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": SINK})
     more = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {port}\nretry-first = "{first:.0f}s"\nretry-max = "{first:.0f}s"\n'
     provider = Provider(box, require_tls=False, accounts=RELAYS, ports=(free_port(), free_port(), 0), more=more).start()
@@ -179,13 +179,13 @@ def retry_times(box):
     check(len(house.times("RCPT")) == 1, "SIGTERM and start, and it was tried at once")
     provider.restart_by_force()
     wait_until(lambda: len(house.times("RCPT")) >= 2, "the second attempt", seconds=2 * first)
-    # The letter keeps its time for all that, and another one to that host does not bring it forward.
+    # The message keeps its time for all that, and another one to that host does not bring it forward.
     wait_until(lambda: deferrals() == 2, "the second deferral")
     sendmail(box, customer, "-f", "adam@example.org", "v@dest.example", text="Subject: fast\n\nx\n")
     check((result := customer.pull()) == 0, f"pull: exit {result}")
-    wait_until(lambda: len(house.letters) == 1, "the letter that came later")
-    check(house.letters[0].recipients == ["v@dest.example"], f"{house.letters}")
-    wait_until(lambda: len(house.letters) == 2, "the third attempt", seconds=2 * first)
+    wait_until(lambda: len(house.messages) == 1, "the message that came later")
+    check(house.messages[0].recipients == ["v@dest.example"], f"{house.messages}")
+    wait_until(lambda: len(house.messages) == 2, "the third attempt", seconds=2 * first)
     one, two, fast, three = house.times("RCPT")
     check(fast < three, "the order of attempts")
     for pause in (two - one, three - two):

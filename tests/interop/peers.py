@@ -68,7 +68,7 @@ class OneACall:
 def exim_one_a_call(box):
     """a provider that gives one message a call, under TLS, as Exim does: one pull fetches all of 100"""
     certificates = Certificates(box)
-    messages = [f"Subject: letter {number}\r\n\r\nletter {number}\r\n" for number in range(COUNT)]
+    messages = [f"Subject: message {number}\r\n\r\nmessage {number}\r\n" for number in range(COUNT)]
     provider = OneACall(box, certificates, messages)
     customer = Customer(box, provider.port, tls="implicit", authority=certificates.authority)
     begin = time.monotonic()
@@ -76,7 +76,7 @@ def exim_one_a_call(box):
     took = time.monotonic() - begin
     found = sorted(file.read_text().rsplit("\n\n", 1)[1] for file in customer.files())
     check(code == 0, f"exit {code}: {customer.log()[-600:]}")
-    check(found == sorted(f"letter {number}\n" for number in range(COUNT)), f"{len(found)} messages came: {found[:3]}")
+    check(found == sorted(f"message {number}\n" for number in range(COUNT)), f"{len(found)} messages came: {found[:3]}")
     check(provider.calls == COUNT, f"{provider.calls} calls, wanted {COUNT}: {provider.replies[:2]}")
     check(customer.pull() == 0 and provider.calls == COUNT + 1, f"then {provider.calls} calls")
     return f"{COUNT} messages in {COUNT} calls, {took:.1f} s"
@@ -109,7 +109,7 @@ begin retry
 """,
     ).start()
     for number in range(20):
-        exim.send("bob@sender.example", ["eva@example.org"], f"From: bob@sender.example\nSubject: letter {number}\n\nx\n.\n")
+        exim.send("bob@sender.example", ["eva@example.org"], f"From: bob@sender.example\nSubject: message {number}\n\nx\n.\n")
     many = [f"user{number}@example.org" for number in range(150)]
     exim.send("bob@sender.example", many, "From: bob@sender.example\nSubject: many\n\nx\n")
 
@@ -130,7 +130,7 @@ def exim_next_hop(box):
     os.chown(mailbox, pwd.getpwnam("mail").pw_uid, -1)
     exim = Exim(
         box,
-        f"""acl_smtp_rcpt = check
+        """acl_smtp_rcpt = check
 tls_advertise_hosts =
 recipients_max = 100""",
         f"""check:
@@ -156,7 +156,7 @@ begin retry
     with Smtp(provider.inbound) as sender:
         sender.hello()
         for number in range(10):
-            body = f"Subject: letter {number}\r\n\r\n" + "x" * 2000 + "\r\n.\r\n"
+            body = f"Subject: message {number}\r\n\r\n" + "x" * 2000 + "\r\n.\r\n"
             reply = sender.send("bob@sender.example", ["eva@example.org", "zed@example.org"], body.encode())
             check(reply.startswith("250"), reply)
     code = customer.pull()

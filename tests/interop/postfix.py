@@ -86,8 +86,8 @@ queue_run_delay = 2s
         check(done.returncode == 0, f"sendmail: {done.stdout}{done.stderr}")
 
 
-def letter(number):
-    return f"From: lester@sender.example\nSubject: letter {number}\n\nletter {number}\n.\n.dot\n" + "text\n" * number
+def message(number):
+    return f"From: lester@sender.example\nSubject: message {number}\n\nmessage {number}\n.\n.dot\n" + "text\n" * number
 
 
 @scenario("postfix-sends", needs=["postfix", "sendmail"], root=True)
@@ -106,11 +106,11 @@ smtp_tls_loglevel = 1""",
     count = 50
     for number in range(count):
         recipients = ["eva@example.org"] + ["adam@example.org", "eva@example.com"] * (number % 5 == 0)
-        postfix.send("lester@sender.example", recipients, letter(number))
-    postfix.send("lester@sender.example", ["x@foreign.example"], letter(99))
+        postfix.send("lester@sender.example", recipients, message(number))
+    postfix.send("lester@sender.example", ["x@foreign.example"], message(99))
     wanted = count + count // 5
     wait_until(lambda: len(provider.held()) >= wanted, f"{wanted} held files", seconds=60, pause=0.1)
-    wait_until(lambda: "550 5.7.1" in box.log("postfix.log"), "the refusal of a foreign domain", seconds=20)
+    wait_until(lambda: "550 5.7.1" in box.log("postfix.log"), "the rejection of a foreign domain", seconds=20)
     check(len(provider.held()) == wanted, f"{len(provider.held())} files, wanted {wanted}")
     seen = {}
     for path in provider.held():
@@ -119,10 +119,10 @@ smtp_tls_loglevel = 1""",
         domain = path.parent.parent.name
         check("with ESMTPS" in field(file, "Received"), field(file, "Received"))
         check("from mx.sender.example" in field(file, "Received"), field(file, "Received"))
-        check(file.endswith(("\n\n" + letter(number).split("\n\n", 1)[1]).encode()), f"letter {number}: {file[-200:]!r}")
-        check(seen.setdefault((number, domain), path) == path, f"letter {number} for {domain} twice")
+        check(file.endswith(("\n\n" + message(number).split("\n\n", 1)[1]).encode()), f"message {number}: {file[-200:]!r}")
+        check(seen.setdefault((number, domain), path) == path, f"message {number} for {domain} twice")
         two = number % 5 == 0 and domain == "example.org"
-        check(file.count(b"\nDelivered-To: ") == 1 + two, f"recipients of letter {number}: {file[:300]!r}")
+        check(file.count(b"\nDelivered-To: ") == 1 + two, f"recipients of message {number}: {file[:300]!r}")
     check("Verified TLS connection established" in box.log("postfix.log"), "Postfix did not verify the certificate")
     connections = box.log("postfix.log").count("Verified TLS connection established")
     return f"{count} messages, {wanted} files, {connections} TLS connections"
@@ -134,7 +134,7 @@ def postfix_domains(box):
     domains = [f"d{number}.example" for number in range(25)]
     provider = Provider(box, require_tls=False, customers={"many": domains}).start()
     postfix = Postfix(box, f"relayhost = [{LOOPBACK}]:{provider.inbound}\nsmtp_tls_security_level = none")
-    postfix.send("lester@sender.example", [f"eva@{domain}" for domain in domains], letter(1))
+    postfix.send("lester@sender.example", [f"eva@{domain}" for domain in domains], message(1))
     wait_until(lambda: len(provider.held()) >= 25, "25 held files", seconds=60, pause=0.1)
     wait_until(lambda: ": removed" in box.log("postfix.log"), "the end of the message", seconds=20)
     held = sorted(path.parent.parent.name for path in provider.held())
@@ -169,7 +169,7 @@ virtual_minimum_uid = 100""",
     count = 20
     for number in range(count):
         sender = "lester@sender.example" if number else ""
-        postfix.send(sender, ["eva@example.org", "adam@example.com"][: 1 + number % 2], letter(number))
+        postfix.send(sender, ["eva@example.org", "adam@example.com"][: 1 + number % 2], message(number))
     wanted = count + count // 2
     log = lambda: box.log("postfix.log")
     wait_until(lambda: log().count("delivered to maildir") >= wanted, f"{wanted} deliveries by virtual(8)", seconds=30)
@@ -187,6 +187,6 @@ virtual_minimum_uid = 100""",
         check(field(file, "Return-Path") == ("<lester@sender.example>" if number else "<>"), f"{file[:300]!r}")
         check("with ESMTPS" in field(file, "Received"), field(file, "Received"))
         check(file.count(b"\nReturn-Path:") == 0, f"two return paths: {file[:600]!r}")
-        check(file.count(b"Delivered-To:") == 1, f"the provider's envelope went with the letter: {file[:600]!r}")
-        check(file.endswith(("\n\n" + letter(number).split("\n\n", 1)[1]).encode()), f"letter {number}: {file[-200:]!r}")
+        check(file.count(b"Delivered-To:") == 1, f"the provider's envelope went with the message: {file[:600]!r}")
+        check(file.endswith(("\n\n" + message(number).split("\n\n", 1)[1]).encode()), f"message {number}: {file[-200:]!r}")
     return f"{wanted} files by virtual(8), all fetched"

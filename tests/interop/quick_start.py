@@ -89,7 +89,7 @@ def host_of_world(box, world):
         for connection in connections(listener):
             server = Server(connection)
             server.serve()
-            messages.extend(server.letters)
+            messages.extend(server.messages)
 
     threading.Thread(target=serve, daemon=True).start()
     return messages

@@ -48,7 +48,7 @@ class Inetd:
 
 
 class Sender(threading.Thread):
-    """Sends letters of random sizes to random recipients until it is told to stop; some announce the size."""
+    """Sends messages of random sizes to random recipients until it is told to stop; some announce the size."""
 
     def __init__(self, number, port, dice, stop):
         super().__init__(daemon=True)
@@ -72,7 +72,7 @@ class Sender(threading.Thread):
         self.tried += 1
         name = f"{self.number}-{self.tried}-x"
         recipients = self.dice.choice((ADDRESSES[:1], ADDRESSES[1:], ADDRESSES))
-        content = letter(name, self.dice.choice((SMALLEST, 500, 3000, 20_000, 60_000)))
+        content = message(name, self.dice.choice((SMALLEST, 500, 3000, 20_000, 60_000)))
         size = self.dice.choice(("", f" SIZE={len(content)}"))
         group = [f"MAIL FROM:<a@sender.example>{size}", *(f"RCPT TO:<{one}>" for one in recipients), "DATA"]
         line.socket.sendall("".join(one + "\r\n" for one in group).encode())
@@ -95,7 +95,7 @@ class Sender(threading.Thread):
             self.accepted.append((name, taken))
 
 
-def letter(name, octets):
+def message(name, octets):
     head = f"Subject: {name}\r\nMessage-ID: <{name}@sender.example>\r\n\r\n".encode()
     return head + b"z" * max(0, min(octets, 70) - len(head)) + b"\r\n" + (b"z" * 70 + b"\r\n") * (octets // 72)
 
@@ -140,13 +140,13 @@ class Watcher(threading.Thread):
 
 
 def fill(provider, port):
-    """Sends smaller and smaller letters until not even the smallest is accepted."""
+    """Sends smaller and smaller messages until not even the smallest is accepted."""
     with Smtp(port) as line:
         line.hello()
         for size in (60_000, 3000, SMALLEST):
             while True:
                 before = held(provider) if size == SMALLEST else 0
-                reply = line.send("a@sender.example", ["eva@example.org"], letter("last-x", size))
+                reply = line.send("a@sender.example", ["eva@example.org"], message("last-x", size))
                 if not reply.startswith("250"):
                     check(reply.startswith("452 4.2.2"), reply)
                     break
@@ -174,8 +174,8 @@ def quota_two_processes(box):
     watcher = Watcher(provider, LIMIT)
     ports = [lambda: provider.inbound, lambda: inetd.port]
     senders = [Sender(number, ports[number % 2], dice, stop) for number in range(SENDERS)]
-    refused = lambda: sum(sender.replies["end 452"] + sender.replies["RCPT 452"] for sender in senders)
-    wait_until(lambda: refused() >= 500, "500 messages that are too much", 60)
+    rejected = lambda: sum(sender.replies["end 452"] + sender.replies["RCPT 452"] for sender in senders)
+    wait_until(lambda: rejected() >= 500, "500 messages that are too much", 60)
     stop.set()
     for sender in senders:
         sender.join(60)
@@ -276,7 +276,7 @@ def min_free(box):
         for number in range(20):
             sender = "adam@example.com" if number % 2 else "a@sender.example"
             recipients = ["eva@example.org", "nobody@example.org"] if number < 4 else ["eva@example.org"]
-            reply = line.send(sender, recipients, letter(f"m{number}", 3000))
+            reply = line.send(sender, recipients, message(f"m{number}", 3000))
             check(reply.startswith("250"), reply)
     with Smtp(provider.inbound) as line, Smtp(provider.odmr) as submission:
         line.hello()
@@ -292,7 +292,7 @@ def min_free(box):
         (other / "ballast").unlink()
         # It is enough for MAIL, and gets too little while the content comes, whose size is not announced.
         ballast(provider.spool, 8 * MIB)
-        content = letter("large", 3 * MIB)
+        content = message("large", 3 * MIB)
         for one, to in ((line, "eva@example.org"), (submission, "b@elsewhere.example")):
             reply = one.send("eva@example.org", [to], content)
             check(reply.startswith("452 4.3.1"), f"a message that is too large: {reply}")
@@ -307,21 +307,21 @@ def min_free(box):
             one.want("452 4.3.1", "MAIL FROM:<eva@example.org>")
         check(len(provider.held()) == 20, f"{len(provider.held())} are held")
         ballast(provider.spool, 8 * MIB)
-        reply = submission.send("eva@example.org", ["b@elsewhere.example"], letter("out", 3000))
+        reply = submission.send("eva@example.org", ["b@elsewhere.example"], message("out", 3000))
         check(reply.startswith("250"), reply)
         ballast(provider.spool, 1 * MIB)
-    wait_until(lambda: [letter for letter in elsewhere.letters if letter.recipients == ["b@elsewhere.example"]], "the relay", 20)
+    wait_until(lambda: [message for message in elsewhere.messages if message.recipients == ["b@elsewhere.example"]], "the relay", 20)
     wait_until(lambda: customer.pull() == 0 and not provider.held(), "an empty spool", 30, 0.5)
     subjects = collections.Counter(file.parent.parent.parent.name for file in customer.files())
     # Two of those with an unknown recipient have a sender who is a customer: a DSN is held for it.
     check(subjects["example.org"] == 20 and subjects["example.com"] == 2, f"the customer has {subjects}")
-    wait_until(lambda: len(elsewhere.letters) == 3, "the DSNs for elsewhere", 20)
+    wait_until(lambda: len(elsewhere.messages) == 3, "the DSNs for elsewhere", 20)
     with Smtp(provider.inbound) as line:
         line.hello()
         line.want("452 4.3.1", "MAIL FROM:<>")
         (provider.spool / "ballast").unlink()
         line.want("250", "MAIL FROM:<>")
-    return f"{len(customer.files())} files fetched, {len(elsewhere.letters)} relayed"
+    return f"{len(customer.files())} files fetched, {len(elsewhere.messages)} relayed"
 
 
 @scenario("recipients-file")

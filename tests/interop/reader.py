@@ -99,7 +99,7 @@ class SlowChoosy(Choosy):
     def take(self, sender, recipients, content):
         super().take(sender, recipients, content)
         time.sleep(0.001)
-        if len(self.letters) % 40 == 0:
+        if len(self.messages) % 40 == 0:
             before = self.reader.times
             wait_until(lambda: self.reader.times > before or not self.reader.is_alive(), "the reader to read", seconds=20)
 

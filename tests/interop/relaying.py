@@ -14,12 +14,12 @@ def dead(first, count):
 
 
 def received(*houses):
-    return sorted(one for house in houses for letter in house.letters for one in letter.recipients)
+    return sorted(one for house in houses for message in house.messages for one in message.recipients)
 
 
 @scenario("relay-addresses", needs=["dnsmasq"])
 def relay_addresses(box):
-    """Many dead addresses before the one that works: other family, less preferred host, behind the limit of an attempt"""
+    """Many dead addresses before the one that works: other family, less preferred host, beyond the limit of an attempt"""
     house = House(box, address=MX)
     mapped = [f"::ffff:{address}" for address in dead(1, 20)]
     provider, customer = world(
@@ -72,7 +72,7 @@ def relay_eight_bit(box):
     """8-bit content and a host without 8BITMIME: it is sent as it is"""
     house, _ = eight_bit(box, "")
     wait_until(lambda: received(house) == ["u@eight.example"], "the message", seconds=10)
-    check(house.letters[0].content.endswith("\r\n\r\nGr\u00fc\u00dfe\r\n".encode()), f"{house.letters[0].content!r}")
+    check(house.messages[0].content.endswith("\r\n\r\nGr\u00fc\u00dfe\r\n".encode()), f"{house.messages[0].content!r}")
     return "sent"
 
 
@@ -81,7 +81,7 @@ def relay_eight_bit_bounce(box):
     """8-bit content, a host without 8BITMIME, and without-8bitmime = "bounce": the sender is told"""
     house, customer = eight_bit(box, 'without-8bitmime = "bounce"\n')
     status = all_reports(customer, ["u@eight.example"])["u@eight.example"]["Status"]
-    check(status == "5.6.3" and not house.letters, f"{status}, {house.letters}")
+    check(status == "5.6.3" and not house.messages, f"{status}, {house.messages}")
     return f"status {status}"
 
 
@@ -92,7 +92,7 @@ class Slow(House):
         self.pause, self.cuts, self.mails, self.threads = pause, cuts, {}, []
         super().__init__(box, **more)
 
-    def refusal(self, verb, line):
+    def rejection(self, verb, line):
         if verb == "MAIL":
             time.sleep(self.pause)
             with self.lock:
@@ -103,10 +103,10 @@ class Slow(House):
                 cut = self.threads.index(me) in self.cuts and self.mails[me] > 5
             if cut:
                 raise OSError("hangs up")
-        return super().refusal(verb, line)
+        return super().rejection(verb, line)
 
 
-def hand_in(box, customer, domain, count):
+def submit_many(box, customer, domain, count):
     for number in range(count):
         send(box, customer, f"u{number}@{domain}")
     return sorted(f"u{number}@{domain}" for number in range(count))
@@ -124,7 +124,7 @@ def relay_limits(box):
         hosts={"mx-whole.example": "127.0.0.3"},
         more="connections-per-host = 1\n",
     )
-    wanted = hand_in(box, customer, "whole.example", 40)
+    wanted = submit_many(box, customer, "whole.example", 40)
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     wait_until(lambda: len(received(house)) >= 40, f"{len(received(house))} of 40", seconds=20)
     check(received(house) == wanted, f"not each of them once: {received(house)}")
@@ -148,7 +148,7 @@ def relay_connections(box):
         hosts={f"mx-{name}.example": f"127.0.0.{last}" for last, name in enumerate(houses, 3)},
         more="connections-per-host = 3\n",
     )
-    wanted = {name: hand_in(box, customer, f"{name}.example", 100) for name in houses}
+    wanted = {name: submit_many(box, customer, f"{name}.example", 100) for name in houses}
     begin = time.monotonic()
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     for name, house in houses.items():
@@ -171,7 +171,7 @@ def fair(box, more):
     same = [(1, "mx.example"), (2, "mx2.example")]
     mx = {"dest.example": [(1, "mx.example")], "same.example": same, "else.example": [(1, "mx2.example")]}
     _, customer = world(box, house, mx=mx, hosts={"mx.example": MX, "mx2.example": "127.0.0.4"}, more=more)
-    count = len(hand_in(box, customer, "dest.example", 200))
+    count = len(submit_many(box, customer, "dest.example", 200))
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     wait_until(lambda: house.most == 2, "two connections")
     before = len(received(house))
@@ -180,7 +180,7 @@ def fair(box, more):
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     found = lambda: {"u@same.example", "u@else.example"} <= set(received(house, other))
     wait_until(found, "mail for other destinations", seconds=20)
-    check("u@same.example" in received(house), "a busy host is no reason to go to a less preferred one")
+    check("u@same.example" in received(house), "a busy host does not lead to a less preferred one")
     after = len(received(house))
     check(after < count, "it has waited for the end of the long queue")
     wait_until(lambda: len(received(house)) == count + 1, "the long queue", seconds=30)

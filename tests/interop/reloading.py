@@ -65,8 +65,8 @@ def reloading(box):
 
     hop.act = renew_and_remove
     turned(provider, trust, hop)
-    # The message under way, and the one whose MAIL was sent behind it.
-    came = len(hop.letters)
+    # The message under way, and the one whose MAIL was sent after it.
+    came = len(hop.messages)
     check(came in (1, 2), f"{came} messages, though the account was removed during the first")
     check(len(provider.held()) == 5 - came, f"{len(provider.held())} are held")
     check(events(provider.log(), "mail-without-account"), "the mail without account is not reported")
@@ -75,12 +75,12 @@ def reloading(box):
     account.with_suffix(".away").rename(account)
     reload(provider)
     turned(provider, ssl.create_default_context(cafile=renewed.authority), hop)
-    check(len(hop.letters) == 5 and not provider.held(), f"{len(hop.letters)} in all")
+    check(len(hop.messages) == 5 and not provider.held(), f"{len(hop.messages)} in all")
     # A key that does not fit: the old pair stays.
     other = box.run("openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", renewed.key)
     check(other.returncode == 0, other.stderr)
     provider.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: events(provider.log(), "reload-failed"), "the refusal")
+    wait_until(lambda: events(provider.log(), "reload-failed"), "the rejection")
     certificate_of(provider.odmr_tls)
     return f"{came} messages until the removal took effect, {5 - came} after the return"
 
@@ -135,7 +135,7 @@ def two_days(box):
 
     hop.act = renew
     turned(provider, trust, hop)
-    check(len(hop.letters) == 3, f"{len(hop.letters)} of 3 messages came in the turn under way")
+    check(len(hop.messages) == 3, f"{len(hop.messages)} of 3 messages came in the turn under way")
     check(acme.pull() == 0, "the next call does not trust the new certificate")
 
     # The evening: a mistake in typing, found by `check`, and a reload all the same.

@@ -23,9 +23,9 @@ def send(box, customer, *arguments, text="Subject: x\n\nx\n"):
     check(done.returncode == 0, f"sendmail {arguments}: exit {done.returncode}: {done.stderr}")
 
 
-def reports(notice):
-    """Recipient -> its group of fields, of the octets of a notice; no notice: empty."""
-    message = email.message_from_bytes(notice)
+def reports(dsn):
+    """Recipient -> its group of fields, of the octets of a DSN; no DSN: empty."""
+    message = email.message_from_bytes(dsn)
     if message.get_content_type() != "multipart/report":
         return {}
     groups = message.get_payload(1).get_payload()[1:]
@@ -42,12 +42,12 @@ def all_reports(customer, wanted):
             every |= reports(path.read_bytes())
         return every if set(every) >= set(wanted) else None
 
-    return wait_until(found, f"notices about {wanted}", pause=0.2)
+    return wait_until(found, f"DSNs about {wanted}", pause=0.2)
 
 
 @scenario("routes", needs=["dnsmasq"])
 def routes(box):
-    """MX records: sixty (over TCP), CNAMEs, none but an address, ourselves in the list; no domain makes a notice"""
+    """MX records: sixty (over TCP), CNAMEs, none but an address, ourselves in the list; no domain makes a DSN"""
     house = House(box, address=MX)
     long = [f"h{number}-with-a-name-so-long-that-sixty-are-too-many.many.example" for number in range(60)]
     provider, customer = world(
@@ -56,24 +56,24 @@ def routes(box):
         mx={
             "many.example": list(enumerate(long)),
             "own.example": [(10, "relay.example.net"), (20, "mx.dest.example")],
-            "behind.example": [(10, "mx.dest.example"), (20, "relay.example.net"), (30, "dead.example")],
+            "after.example": [(10, "mx.dest.example"), (20, "relay.example.net"), (30, "dead.example")],
             "equal.example": [(10, "mx.dest.example"), (10, "mx2.dest.example")],
         },
         hosts={name: MX for name in ("mx.dest.example", "mx2.dest.example", "implicit.example", *long)},
         aliases={"alias.example": "implicit.example", "mxalias.example": "equal.example"},
     )
-    good = ["many", "behind", "equal", "implicit", "alias", "mxalias"]
+    good = ["many", "after", "equal", "implicit", "alias", "mxalias"]
     for name in [*good, "own", "none"]:
         send(box, customer, f"u@{name}.example")
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     wanted = sorted(f"u@{name}.example" for name in good)
-    recipients = lambda: sorted(one for letter in house.letters for one in letter.recipients)
+    recipients = lambda: sorted(one for message in house.messages for one in message.recipients)
     wait_until(lambda: len(recipients()) >= len(wanted), f"{wanted}; {recipients()}")
     check(recipients() == wanted, f"{recipients()}")
     got = all_reports(customer, ["u@own.example", "u@none.example"])
     statuses = {recipient: group["Status"] for recipient, group in got.items()}
     check(statuses == {"u@own.example": "5.4.6", "u@none.example": "5.1.2"}, f"{statuses}")
-    return f"{len(wanted)} ways good, 2 notices"
+    return f"{len(wanted)} ways good, 2 DSNs"
 
 
 class Deaf:
@@ -91,8 +91,8 @@ def relay_tls(box):
     signed = House(box, address="127.0.0.4", port=clear.port, tls=tls)
     deaf = House(box, address="127.0.0.5", port=clear.port, tls=tls)
     deaf.tls = Deaf()
-    later = House(box, address="127.0.0.6", port=clear.port, tls=tls, refusals={"STAR": ["454 4.7.0 not now"] * 9})
-    full = House(box, address="127.0.0.7", port=clear.port, refusals={"MAIL": ["452 4.3.1 no room"] * 9})
+    later = House(box, address="127.0.0.6", port=clear.port, tls=tls, rejections={"STAR": ["454 4.7.0 not now"] * 9})
+    full = House(box, address="127.0.0.7", port=clear.port, rejections={"MAIL": ["452 4.3.1 no room"] * 9})
     hosts = {"clear": 3, "mclear": 3, "signed": 4, "msigned": 4, "vsigned": 4, "deaf": 5, "later": 6, "full": 7}
     provider, customer = world(
         box,
@@ -104,7 +104,7 @@ def relay_tls(box):
     for name in hosts:
         send(box, customer, f"u@{name}.example")
     check((result := customer.pull()) == 0, f"pull: exit {result}")
-    recipients = lambda house: sorted(one for letter in house.letters for one in letter.recipients)
+    recipients = lambda house: sorted(one for message in house.messages for one in message.recipients)
     wait_until(lambda: len(recipients(signed)) == 2 and recipients(clear) and recipients(later), "those that may go")
     wait_until(lambda: recipients(deaf), "mail in clear to a host whose TLS is broken")
     time.sleep(1)
@@ -123,10 +123,10 @@ def relay_tls(box):
 class HangsUp(House):
     """Hangs up on each recipient called poison."""
 
-    def refusal(self, verb, line):
+    def rejection(self, verb, line):
         if verb == "RCPT" and b"<poison" in line:
             raise OSError("hangs up")
-        return super().refusal(verb, line)
+        return super().rejection(verb, line)
 
 
 @scenario("relay-hang-up", needs=["dnsmasq"])
@@ -144,7 +144,7 @@ def relay_hang_up(box):
     for recipient in ("poison@one.example", "good@one.example", "good@two.example"):
         send(box, customer, recipient)
     check((result := customer.pull()) == 0, f"pull: exit {result}")
-    recipients = lambda: sorted(one for letter in house.letters for one in letter.recipients)
+    recipients = lambda: sorted(one for message in house.messages for one in message.recipients)
     wait_until(lambda: len(recipients()) == 2, f"both good messages; {recipients()}")
     check(recipients() == ["good@one.example", "good@two.example"], f"{recipients()}")
     deferred = events(provider.log(), "delivery", to="<poison@one.example>", status="deferred")
@@ -152,15 +152,15 @@ def relay_hang_up(box):
     return f"{house.connections} connections"
 
 
-@scenario("notices", needs=["dnsmasq"])
-def notices(box):
-    """DSN: passed on, or relayed; RET=FULL; 550 of many kinds; a letter the customer refuses comes back to its sender"""
+@scenario("dsns", needs=["dnsmasq"])
+def dsns(box):
+    """DSN: passed on, or relayed; RET=FULL; 550 of many kinds; a message the customer rejects comes back to its sender"""
     plain = House(box, address=MX)
     able = House(box, address="127.0.0.4", port=plain.port, keywords=("PIPELINING", "8BITMIME", "DSN", "CHUNKING"))
     small = House(box, address="127.0.0.5", port=plain.port, keywords=("SIZE 500",))
     no = House(
         box, address="127.0.0.6", port=plain.port,
-        refusals={"RCPT": ["550 5.1.1 no such user", "550-5.2.1 two\r\n550 5.2.1 lines"], "DATA": ["554 5.6.0 bad"]},
+        rejections={"RCPT": ["550 5.1.1 no such user", "550-5.2.1 two\r\n550 5.2.1 lines"], "DATA": ["554 5.6.0 bad"]},
     )
     hosts = {"plain": MX, "able": "127.0.0.4", "small": "127.0.0.5", "no": "127.0.0.6"}
     provider, customer = world(
@@ -178,11 +178,11 @@ def notices(box):
     statuses = {recipient: group["Status"] for recipient, group in got.items() if group["Action"] == "failed"}
     check(statuses == wanted, f"{statuses}")
     check(got["u@plain.example"]["Action"] == "relayed", f"{got['u@plain.example']['Action']}")
-    check("u@able.example" not in got, "a notice of what the next hop will report")
+    check("u@able.example" not in got, "a DSN of what the next hop will report")
     mail = [attempt.line for attempt in able.attempts if attempt.verb in ("MAIL", "RCPT")]
     check(all(word in mail[0] for word in ("RET=FULL", "ENVID=id+2B1")), f"{mail}")
     check("NOTIFY=SUCCESS,FAILURE" in mail[1].upper(), f"{mail}")
-    check(able.letters and not small.letters and not no.letters, "who has it")
+    check(able.messages and not small.messages and not no.messages, "who has it")
     files = [path.read_bytes() for path in customer.files()]
     (one,) = [file for file in files if "u@no.example" in reports(file)]
     whole = email.message_from_bytes(one).get_payload(2)
@@ -191,9 +191,9 @@ def notices(box):
     (one,) = [file for file in files if "u@plain.example" in reports(file)]
     check(email.message_from_bytes(one).get_payload(1).get_payload(0)["Original-Envelope-Id"] == "id+1", f"{one!r}")
 
-    # A letter from outside that the customer refuses for good: its sender hears of it, by the relay.
+    # A message from outside that the customer rejects for good: its sender hears of it, by the relay.
     customer.config.write_text(customer.config.read_text().replace('"@example.org", "@example.com"', '"eva@example.org"'))
-    before = len(plain.letters)
+    before = len(plain.messages)
     with Smtp(provider.inbound) as line:
         line.hello()
         reply = line.send("l@plain.example", ["nosuch@example.org", "eva@example.org"], b"Subject: wrong\r\n\r\nx\r\n")
@@ -201,13 +201,13 @@ def notices(box):
         reply = line.send("", ["nosuch@example.org"], b"Subject: of nobody\r\n\r\nx\r\n")
         check(reply.startswith("250"), reply)
     check((result := customer.pull()) == 0, f"pull: exit {result}")
-    wait_until(lambda: len(plain.letters) > before, "a notice to the sender outside")
-    letter = plain.letters[before]
-    group = reports(letter.content)["nosuch@example.org"]
-    check(letter.sender == "" and letter.recipients == ["l@plain.example"], f"{letter}")
-    check(group["Status"] == "5.1.1" and group["Remote-MTA"] == "dns; mail.example.org", f"{letter}")
+    wait_until(lambda: len(plain.messages) > before, "a DSN to the sender outside")
+    message = plain.messages[before]
+    group = reports(message.content)["nosuch@example.org"]
+    check(message.sender == "" and message.recipients == ["l@plain.example"], f"{message}")
+    check(group["Status"] == "5.1.1" and group["Remote-MTA"] == "dns; mail.example.org", f"{message}")
     time.sleep(0.3)
-    check(len(plain.letters) == before + 1, "a notice about a notice")
+    check(len(plain.messages) == before + 1, "a DSN about a DSN")
     return f"{len(wanted)} failed, 1 relayed, 1 passed on, 1 to the world"
 
 

@@ -13,7 +13,7 @@ from harness import secret, wait_until
 from world import RELAYS, House, Names, outgoing_table, queued, sendmail
 
 USAGE, DATA, NO_USER, TOO_LARGE, CANNOT_CREATE, TEMPORARY, PERMISSION, CONFIG = 64, 65, 67, 69, 73, 75, 77, 78
-LETTER = "Subject: x\n\nx\n"
+MESSAGE = "Subject: x\n\nx\n"
 
 
 @scenario("send-words")
@@ -25,7 +25,7 @@ def send_words(box):
     customer.config.write_text(text)
     notes = []
 
-    def wants(code, word, *arguments, text=LETTER, to=customer, **options):
+    def wants(code, word, *arguments, text=MESSAGE, to=customer, **options):
         before = len(queued(customer))
         done = sendmail(box, to, *arguments, text=text, **options)
         check(done.returncode == code, f"{arguments}: exit {done.returncode}, wanted {code}: {done.stderr}")
@@ -33,7 +33,7 @@ def send_words(box):
         check(word in done.stderr, f"{arguments}: {word!r} is not in {done.stderr!r}")
         check(len(queued(customer)) == before, f"{arguments}: something was queued")
 
-    def good(*arguments, text=LETTER, by="sendmail", code=0):
+    def good(*arguments, text=MESSAGE, by="sendmail", code=0):
         before = set(queued(customer))
         done = sendmail(box, customer, *arguments, text=text, by=by)
         check(done.returncode == code, f"{arguments}: exit {done.returncode}: {done.stderr}")
@@ -52,7 +52,7 @@ def send_words(box):
     wants(DATA, "sender", "-f", "a@example.org, b@example.org", "u@dest.example")
     wants(NO_USER, "adam@example.org", "adam@example.org")
     wants(NO_USER, "nobody@example.org", "u@dest.example", "nobody")
-    wants(TOO_LARGE, "102400", "u@dest.example", text=LETTER + ("z" * 70 + "\n") * 2000)
+    wants(TOO_LARGE, "102400", "u@dest.example", text=MESSAGE + ("z" * 70 + "\n") * 2000)
     mute = Customer(box, free_port(), tls="none", file="mute")
     wants(CONFIG, "[outgoing]", "u@dest.example", to=mute)
     missing = Customer(box, free_port(), tls="none", file="missing")
@@ -77,7 +77,7 @@ def send_words(box):
     (file,) = good("-t", text="To: u@dest.example\nSubject: no body\n")
     check(b"Subject: no body\n" in file, f"{file!r}")
 
-    # One's own domain is no business of the provider's: into the mailbox at once.
+    # Mail for one's own domain does not go to the provider: it is in the mailbox at once.
     check(not good("eva"), "mail for a mailbox here was queued")
     (path,) = customer.files()
     check(path.parent.parent.name == "eva", f"{path}")
@@ -99,9 +99,9 @@ def send_words(box):
     check(codes == ["220", "250", "250", "250", "550", "354", "250", "221"], f"-bs: {done.stdout} {done.stderr}")
     check(len(queued(customer)) == before + 1 and done.returncode == 0, f"-bs: exit {done.returncode}")
 
-    # Folders that cannot be written to: as root everybody's are, so a file stands where the folder should be.
+    # Directories that cannot be written to. Root can write to all of them, so a file is where the directory should be.
     blocked = Customer(box, free_port(), tls="none", file="blocked", more=outgoing_table(box, "blocked"))
-    box.write("blocked-queue", "not a folder")
+    box.write("blocked-queue", "not a directory")
     wants(CANNOT_CREATE, "", "u@dest.example", to=blocked)
     notes.append(unprivileged(box, customer, wants))
     notes.append(full_disk(box, wants))
@@ -139,9 +139,9 @@ def full_disk(box, wants):
     customer = Customer(box, free_port(), tls="none", file="full")
     with open(customer.config, "a") as file:
         file.write(f'\n[outgoing]\nqueue = "{disk}/queue"\n')
-    done = sendmail(box, customer, "u@dest.example", text=LETTER)
+    done = sendmail(box, customer, "u@dest.example", text=MESSAGE)
     check(done.returncode == 0, f"room for one: exit {done.returncode}: {done.stderr}")
-    wants(TEMPORARY, "later", "u@dest.example", text=LETTER + ("z" * 70 + "\n") * 40000, to=customer)  # too much of it
+    wants(TEMPORARY, "later", "u@dest.example", text=MESSAGE + ("z" * 70 + "\n") * 40000, to=customer)  # too much of it
     (disk / "fill").write_bytes(b"z" * MIB)
     wants(TEMPORARY, "later", "u@dest.example", to=customer)
     try:
@@ -176,17 +176,17 @@ def sendmail_users(box):
     customer.config.write_text(text)
     customer.config.chmod(0o644)
     queue = box.path / "pull-queue"
-    for folder in (queue, queue / "tmp", queue / "new", queue / "cur"):
-        folder.mkdir(exist_ok=True)
-        folder.chmod(0o777)
+    for directory in (queue, queue / "tmp", queue / "new", queue / "cur"):
+        directory.mkdir(exist_ok=True)
+        directory.chmod(0o777)
     customer.root.mkdir(mode=0o700, exist_ok=True)
     box.path.chmod(0o755)
     done = subprocess.run(
         [ODMR, "send", "-C", customer.config, "-f", "eva@example.org", "eva@example.org", "u@dest.example"],
-        input=LETTER, text=True, capture_output=True, user=65534, group=65534, extra_groups=[], timeout=20, cwd="/",
+        input=MESSAGE, text=True, capture_output=True, user=65534, group=65534, extra_groups=[], timeout=20, cwd="/",
     )
     check(done.returncode == 0, f"exit {done.returncode}: {done.stderr}")
-    check(len(queued(customer)) == 1, f"{len(queued(customer))} letters wait, wanted one for both recipients")
+    check(len(queued(customer)) == 1, f"{len(queued(customer))} messages wait, wanted one for both recipients")
     pulled = customer.pull()
     check(pulled == 0, f"pull: exit {pulled}: {customer.log()}")
     check(len(list(customer.root.glob("example.org/eva/new/*"))) == 1, "nothing came to eva")
@@ -197,7 +197,7 @@ def sendmail_users(box):
 
 @scenario("daemon", needs=["swaks", "dnsmasq"])
 def daemon(box):
-    """pull --daemon: swaks brings a letter to its listener, a later call takes it; strangers get 554; SIGTERM exits 0"""
+    """pull --daemon: swaks brings a message to its listener, a later call takes it; strangers get 554; SIGTERM exits 0"""
     house = House(box)
     names = Names(box, mx={"dest.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": LOOPBACK})
     certificates = Certificates(box)
@@ -219,9 +219,9 @@ def daemon(box):
     check("STARTTLS" not in done.stdout and "AUTH" not in done.stdout, "the listener offers what it has not")
     # One's own domain is delivered locally, at once.
     wait_until(customer.files, "the copy for eva", seconds=1)
-    wait_until(lambda: house.letters, "the letter at its destination", seconds=5)
-    (letter,) = house.letters
-    check(letter.recipients == ["u@dest.example"] and b"Subject: by swaks\r\n" in letter.content, f"{letter}")
+    wait_until(lambda: house.messages, "the message at its destination", seconds=5)
+    (message,) = house.messages
+    check(message.recipients == ["u@dest.example"] and b"Subject: by swaks\r\n" in message.content, f"{message}")
     # And mail that comes meanwhile comes down.
     with Smtp(provider.inbound) as line:
         line.hello()

@@ -2,7 +2,7 @@
 
 They run as root, or as a user who may not write into the queue: then odmr submits to the daemon.
 Each is run as it is installed and calls that path with the options it has always called it with. In the mount namespace of
-the program alone, odmr stands there; the machine's own sendmail stays where it is.
+the program alone, odmr is there; the machine's own sendmail stays where it is.
 """
 
 import email
@@ -85,7 +85,7 @@ class Programs:
 
     def arrived(self, count):
         """What arrives of that many messages: the envelopes and the parsed messages at the world's host."""
-        before = len(self.house.letters)
+        before = len(self.house.messages)
         if self.daemon:
             done = self.box.run(ODMR, "pull", "--now", "-c", self.customer.config)
             check(done.returncode == 0, f"pull --now: exit {done.returncode}: {done.stderr}")
@@ -93,9 +93,9 @@ class Programs:
         else:
             check((result := self.customer.pull()) == 0, f"pull: exit {result}")
         check(not queued(self.customer), f"{len(queued(self.customer))} wait to go out")
-        wait_until(lambda: len(self.house.letters) >= before + count, f"{count} messages at {MX}")
-        check(len(self.house.letters) == before + count, f"{len(self.house.letters) - before} messages, wanted {count}")
-        return [(letter, parsed(letter.content)) for letter in self.house.letters[before:]]
+        wait_until(lambda: len(self.house.messages) >= before + count, f"{count} messages at {MX}")
+        check(len(self.house.messages) == before + count, f"{len(self.house.messages) - before} messages, wanted {count}")
+        return [(message, parsed(message.content)) for message in self.house.messages[before:]]
 
     def mailbox(self, user):
         return [parsed(path.read_bytes()) for path in self.customer.root.glob(f"example.org/{user}/new/*")]
@@ -103,22 +103,22 @@ class Programs:
 
 def parsed(octets):
     octets = at_rest(octets)
-    message = email.message_from_bytes(octets, policy=email.policy.default)
+    parsed = email.message_from_bytes(octets, policy=email.policy.default)
     for name in ("From", "Date", "Message-ID"):
-        check(len(message.get_all(name, [])) == 1, f"{name}: {message.get_all(name)}")
+        check(len(parsed.get_all(name, [])) == 1, f"{name}: {parsed.get_all(name)}")
     header = octets.split(b"\n\n", 1)[0]
-    check(header.isascii() and not message["Bcc"] and not message["Return-Receipt-To"], f"header: {header!r}")
-    check(message["Date"].datetime is not None, f"Date: {message['Date']}")
-    message.source = field(octets, "From")  # with comments, which the parser leaves out
-    return message
+    check(header.isascii() and not parsed["Bcc"] and not parsed["Return-Receipt-To"], f"header: {header!r}")
+    check(parsed["Date"].datetime is not None, f"Date: {parsed['Date']}")
+    parsed.source = field(octets, "From")  # with comments, which the parser leaves out
+    return parsed
 
 
-def wants(what, letter, message, *, sender=ADAM, recipients, author, subject, to=EVA, cc=None):
+def wants(what, message, parsed, *, sender=ADAM, recipients, author, subject, to=EVA, cc=None):
     """Checks the envelope and the header."""
-    got = (letter.sender, sorted(letter.recipients), str(message["From"]), str(message["Subject"]))
+    got = (message.sender, sorted(message.recipients), str(parsed["From"]), str(parsed["Subject"]))
     wanted = (sender, sorted(recipients), author, subject)
     check(got == wanted, f"{what}: {got}, wanted {wanted}")
-    copies = (str(message["To"]), str(message["Cc"]) if message["Cc"] else None)
+    copies = (str(parsed["To"]), str(parsed["Cc"]) if parsed["Cc"] else None)
     check(copies == (to, cc), f"{what}: To and Cc {copies}")
 
 
@@ -156,26 +156,26 @@ def run_cron(programs):
     count = 2 if programs.daemon else 3
     wait_until(lambda: len(queued(programs.customer)) >= count, f"{count} messages in the queue", seconds=15)
 
-    for letter, message in programs.arrived(2):
-        user = letter.sender.split("@")[0]
+    for message, parsed in programs.arrived(2):
+        user = message.sender.split("@")[0]
         wants(
-            "cron", letter, message, sender=f"{user}@example.org", recipients=[EVA],
-            author="root@example.org", subject=str(message["Subject"]),
+            "cron", message, parsed, sender=f"{user}@example.org", recipients=[EVA],
+            author="root@example.org", subject=str(parsed["Subject"]),
         )
-        of_cron(message, user)
+        of_cron(parsed, user)
     for user in ("root", "nobody"):
-        (message,) = programs.mailbox(user)
-        check(str(message["To"]) == f"{user}@example.org", f"To: {message['To']}")
-        check(message["Return-Path"] == f"<{user}@example.org>", f"{message['Return-Path']}")
-        of_cron(message, user)
+        (parsed,) = programs.mailbox(user)
+        check(str(parsed["To"]) == f"{user}@example.org", f"To: {parsed['To']}")
+        check(parsed["Return-Path"] == f"<{user}@example.org>", f"{parsed['Return-Path']}")
+        of_cron(parsed, user)
     return "2 at home, 2 by MAILTO"
 
 
-def of_cron(message, user):
+def of_cron(parsed, user):
     # cron writes "From: root (Cron Daemon)", whosever the job is.
-    check(message.source == "root@example.org (Cron Daemon)", f"From: {message.source}")
-    check(message["Subject"].startswith(f"Cron <{user}@"), f"Subject: {message['Subject']}")
-    check(message.get_content() == f"job of {user}: Gr\u00fc\u00dfe\n.\nthe end\n", f"{message.get_content()!r}")
+    check(parsed.source == "root@example.org (Cron Daemon)", f"From: {parsed.source}")
+    check(parsed["Subject"].startswith(f"Cron <{user}@"), f"Subject: {parsed['Subject']}")
+    check(parsed.get_content() == f"job of {user}: Gr\u00fc\u00dfe\n.\nthe end\n", f"{parsed.get_content()!r}")
 
 
 @scenario("sendmail-clients", needs=["bsd-mailx", "mutt", "git", "sendmail", "unshare", "dnsmasq"], root=True)
@@ -201,7 +201,7 @@ def sendmail_nobody(box):
     codes = re.findall(r"(?m)^(\d{3}) ", done.stdout)
     check(codes == ["220", "250", "250", "250", "250", "354", "250", "221"], f"-bs: {done.stdout} {done.stderr}")
     arrived = programs.arrived(2)
-    found = sorted((str(message["Subject"]), sorted(letter.recipients)) for letter, message in arrived)
+    found = sorted((str(parsed["Subject"]), sorted(message.recipients)) for message, parsed in arrived)
     check(found == [("by -bs", sorted([EVA, CARL])), ("by -t", sorted([EVA, HIDDEN]))], f"{found}")
     listing = programs.run("sendmail", "-bp", code=77)
     check("Permission denied" in listing.stderr and not listing.stdout, f"-bp: {listing.stdout}{listing.stderr}")
@@ -259,14 +259,14 @@ def stopped(programs):
 def mailx(programs):
     words = ["bsd-mailx", "-s", "by mailx: Gr\u00fc\u00dfe", "-r", ADAM, "-c", CARL, "-b", HIDDEN, EVA, "root"]
     programs.run(*words, text=TEXT)
-    ((letter, message),) = programs.arrived(1)
+    ((message, parsed),) = programs.arrived(1)
     wants(
-        "mailx", letter, message, recipients=[EVA, CARL, HIDDEN], author=str(message["From"]),
+        "mailx", message, parsed, recipients=[EVA, CARL, HIDDEN], author=str(parsed["From"]),
         subject="by mailx: Gr\u00fc\u00dfe", to=f"{EVA}, root@example.org", cc=CARL,
     )
-    check(message["From"].addresses[0].addr_spec == ADAM, f"mailx: From {message['From']}")
+    check(parsed["From"].addresses[0].addr_spec == ADAM, f"mailx: From {parsed['From']}")
     (at_home,) = programs.mailbox("root")
-    for one in (message, at_home):
+    for one in (parsed, at_home):
         check(one.get_content() == TEXT, f"mailx: {one.get_content()!r}")
 
 
@@ -277,13 +277,13 @@ def mutt(programs):
     attached = programs.box.write("table.txt", "1;2\n", mode=0o644)
     words = ["mutt", "-n", "-F", rc, "-s", "by mutt: Gr\u00fc\u00dfe", "-a", attached, "-c", CARL, "-b", HIDDEN, "--", EVA]
     programs.run(*words, text=TEXT)
-    ((letter, message),) = programs.arrived(1)
+    ((message, parsed),) = programs.arrived(1)
     wants(
-        "mutt", letter, message, recipients=[EVA, CARL, HIDDEN], author=AUTHOR,
+        "mutt", message, parsed, recipients=[EVA, CARL, HIDDEN], author=AUTHOR,
         subject="by mutt: Gr\u00fc\u00dfe", cc=CARL,
     )
-    text, table = message.iter_parts()
-    check(text.get_content() == TEXT and table.get_content() == "1;2\n", f"mutt: {message}")
+    text, table = parsed.iter_parts()
+    check(text.get_content() == TEXT and table.get_content() == "1;2\n", f"mutt: {parsed}")
 
 
 def git(programs):
@@ -299,12 +299,12 @@ def git(programs):
     (patch,) = pathlib.Path(repository).glob("*.patch")
     options = ["--to", EVA, "--cc", CARL, "--bcc", HIDDEN, "--envelope-sender=auto", "--suppress-cc=self", "--confirm=never", "--quiet"]
     programs.run("git", "send-email", *options, patch, cwd=repository)
-    ((letter, message),) = programs.arrived(1)
+    ((message, parsed),) = programs.arrived(1)
     wants(
-        "git", letter, message, recipients=[EVA, CARL, HIDDEN], author=AUTHOR,
+        "git", message, parsed, recipients=[EVA, CARL, HIDDEN], author=AUTHOR,
         subject="[PATCH] by git: Gr\u00fc\u00dfe", cc=CARL,
     )
-    (box.path / "arrived.eml").write_bytes(at_rest(letter.content))
+    (box.path / "arrived.eml").write_bytes(at_rest(message.content))
     greeting = repository / "greeting"
     wanted = greeting.read_text()
     programs.run("git", "checkout", "-q", "--orphan", "other", cwd=repository)

@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 
-from handover import due, left_behind, receive
+from handover import due, left_over, receive
 from harness import ODMR, Customer, Failed, Provider, Smtp, check, events, free_port, lets_in, scenario, wait_until
 from hop import Hop, Session
 from moments import ERRORS, Tracer, calls, changes, injected, moments, strace
@@ -68,7 +68,7 @@ class Choosy(Hop):
 
     def counts(self):
         with self.lock:
-            return collections.Counter((name_in(content), recipient.split("@")[0]) for _, recipient, content in self.letters)
+            return collections.Counter((name_in(content), recipient.split("@")[0]) for _, recipient, content in self.messages)
 
 
 class ProvidesSession(Session):
@@ -250,13 +250,13 @@ class HandedOver(Place):
         four = [f"{one}@example.org" for one in ("first", "yes", "later", "no")]
         receive(self.provider, [(four, numbered(f"{name}-{end}")) for end in self.messages])
         check((code := self.customer.pull()) == 0, f"pull: exit {code}")
-        check(len(left_behind(self.customer)) == len(self.messages), f"wait: {left_behind(self.customer)}")
+        check(len(left_over(self.customer)) == len(self.messages), f"wait: {left_over(self.customer)}")
         self.hop.greedy = False
 
     act = Place.traced_call
 
     def waiting(self):
-        return self.provider.held() + left_behind(self.customer)
+        return self.provider.held() + left_over(self.customer)
 
     def reports(self):
         return contents(lambda: queued(self.customer) + list(self.provider.spool.glob("outgoing/*/[nc]*/*")))
@@ -303,7 +303,7 @@ class ChoosyHouse(House):
         super().take(session, sender, recipients, content)
         self.meet("taken")
 
-    def refusal(self, verb, line):
+    def rejection(self, verb, line):
         if verb == "MAIL":
             self.told.wait(20)
         self.meet({"RCPT": "recipient", "DATA": "content"}.get(verb))
@@ -313,7 +313,7 @@ class ChoosyHouse(House):
 
     def counts(self):
         with self.lock:
-            found = [(name_in(letter.content), one) for letter in self.letters for one in letter.recipients]
+            found = [(name_in(message.content), one) for message in self.messages for one in message.recipients]
         return collections.Counter((name, one.split("@")[0]) for name, one in found)
 
 

@@ -6,7 +6,7 @@ do; an unknown recipient among known ones costs its sender no time; a clock that
 
 import re
 
-from clock import DAY, HOUR, YEAR, Clock
+from clock import HOUR, YEAR, Clock
 from harness import Provider, Server, Smtp, angle, check, events, scenario, wait_until
 
 CONTENT = b"Subject: hello\r\n\r\nHello.\r\n"
@@ -44,7 +44,7 @@ class Rejecting(Server):
                 self.say("354 go ahead")
                 content = self.data()
                 reply = of(recipients)
-                self.letters += [] if reply else [(recipients, content)]
+                self.messages += [] if reply else [(recipients, content)]
                 self.say(reply or "250 2.6.0 kept")
             elif verb == b"QUIT":
                 self.say("221 2.0.0 bye")
@@ -128,13 +128,13 @@ def soft_bounce(box):
     for hour in range(25):
         place.clock.set(hour * HOUR)
         server = place.call(**REJECT_ALL[hour % len(REJECT_ALL)])
-        check(len(server.offered) == 20 and not server.letters, f"hour {hour}: {len(server.offered)} offered")
+        check(len(server.offered) == 20 and not server.messages, f"hour {hour}: {len(server.offered)} offered")
         check(place.waiting() == 20 and not place.dsns(), f"hour {hour}: {place.waiting()} wait, DSNs about {place.dsns()}")
     wait_until(lambda: len(events(place.provider.log(), "soft-bounced", account="acme", messages="10")) == 50, "the warnings")
     warned = place.warned()
     check("acme: 20 rejected by its server, and deferred, since 1d" in warned, f"--warn: {warned}")
     server = place.call()
-    check(sorted(len(recipients) for recipients, _ in server.letters) == [1] * 10 + [2] * 10, f"{server.letters}")
+    check(sorted(len(recipients) for recipients, _ in server.messages) == [1] * 10 + [2] * 10, f"{server.messages}")
     check(place.waiting() == 0 and not place.dsns(), f"DSNs about {place.dsns()}")
     check(place.warned() == "", place.warned())
     return "20 messages, 26 calls"
@@ -193,7 +193,7 @@ def unknown_among_known(box):
     place.send("after@example.org")
     place.send("other@example.com")
     server = place.call(rcpt=rcpt)
-    check(len(server.offered) == 4 and len(server.letters) == 1, f"{server.offered}")
+    check(len(server.offered) == 4 and len(server.messages) == 1, f"{server.offered}")
     check(place.dsns() == ["after@example.org", "before@example.org", "beside@example.org"], f"DSNs about {place.dsns()}")
     check(place.waiting() == 1, f"{place.waiting()} wait")
     ended = events(place.provider.log(), "turn-ended")[-1]
@@ -216,7 +216,7 @@ def learned_at(place):
 
 @scenario("recipients-learned")
 def recipients_learned(box):
-    """`recipients = "learn"`: two calls an hour apart, then 550 at each door and in each process; forgotten after a day and at a 250"""
+    """`recipients = "learn"`: two calls an hour apart, then 550 at each listener and in each process; forgotten after a day and at a 250"""
     place = Place(box, 'recipients = "learn"')
     rcpt = lambda address: "550 5.1.1 no such user" if address.lower().startswith("bob") else None  # noqa: E731
     everything = ("alice@example.org", "bob@Example.org")
@@ -273,5 +273,5 @@ def soft_bounce_clock(box):
         check(place.rcpt(f"{recipient}@example.org").startswith("250"), f"{recipient} was learned")
     place.clock.set(5 * HOUR)
     server = place.call()
-    check(len(server.letters) == 2 and not place.dsns(), f"{server.letters}")
+    check(len(server.messages) == 2 and not place.dsns(), f"{server.messages}")
     return "ten jumps"

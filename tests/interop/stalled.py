@@ -36,7 +36,7 @@ def good_round(provider):
         server = Server(line.socket, received=line.received)
         check(server.serve(), "no QUIT")
     seconds = time.monotonic() - begin
-    check(len({letter.sender for letter in server.letters}) == MESSAGES, f"{len(server.letters)} messages came")
+    check(len({message.sender for message in server.messages}) == MESSAGES, f"{len(server.messages)} messages came")
     return seconds
 
 
@@ -104,7 +104,7 @@ def stalled(box):
             if not line.say("ATRN").startswith("250"):
                 return False
             server = Server(line.socket, received=line.received)
-            return server.serve() and len(server.letters) == 1
+            return server.serve() and len(server.messages) == 1
 
     wait_until(again, "a stalled customer comes back and gets its message", seconds=10)
     return facts

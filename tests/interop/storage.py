@@ -5,13 +5,11 @@ import pathlib
 import re
 import resource
 import statistics
-import subprocess
 import threading
 import time
 
 from hop import Hop, Session
 from harness import MIB, Provider, Server, Smtp, check, end, events, hang_up, scenario, thread_statuses, wait_until
-from moments import strace
 from stalled import drop
 
 # Replaces calls of the C library: fsync takes SLOW_FSYNC microseconds, and while the file HANG is there, removing a message
@@ -70,7 +68,7 @@ def fetch(provider, customer):
         line.want("250", "ATRN")
         server = Server(line.socket, received=line.received)
         check(server.serve(), "no QUIT")
-        return time.monotonic() - begin, server.letters
+        return time.monotonic() - begin, server.messages
 
 
 class Rejecting(Server):
@@ -109,8 +107,8 @@ def storage_slow(box):
 
     def good(mark):
         fill(provider, "good.example", MESSAGES, mark)
-        seconds, letters = fetch(provider, "good")
-        check(len(letters) == MESSAGES, f"{len(letters)} messages came")
+        seconds, messages = fetch(provider, "good")
+        check(len(messages) == MESSAGES, f"{len(messages)} messages came")
         return seconds
 
     alone = statistics.median(good(f"a{number}") for number in range(3))
@@ -142,8 +140,8 @@ def storage_hangs(box):
     wait_until(lambda: any(jobs["jobs"] == str(HANGING) for jobs in events(provider.log(), "storage-blocked")), "24 that hang")
     threads = len(list(pathlib.Path(f"/proc/{provider.process.pid}/task").iterdir()))
     fill(provider, "good.example", MESSAGES, "b")
-    beside, letters = fetch(provider, "good")
-    check(len(letters) == MESSAGES, f"{len(letters)} messages came beside them")
+    beside, messages = fetch(provider, "good")
+    check(len(messages) == MESSAGES, f"{len(messages)} messages came beside them")
     check(beside <= 2 * alone + 0.2, f"alone {alone * 1000:.0f} ms, beside them {beside * 1000:.0f} ms")
     # One more hangs, and then nobody is let in.
     servers.append(turned(box, provider, names[HANGING], Server))
@@ -155,10 +153,10 @@ def storage_hangs(box):
     flag.unlink()
     ended = lambda: len(events(provider.log(), "turn-ended", reason="done")) == HANGING + 3
     wait_until(ended, "the end of the sessions", seconds=30)
-    counts = {len(server.letters) for server in servers}
+    counts = {len(server.messages) for server in servers}
     check(counts == {20}, f"messages of a session that did hang: {counts}")
-    _, letters = fetch(provider, names[HANGING + 1])
-    check(len(letters) == 20 and not provider.held(), f"{len(letters)} messages; {len(provider.held())} are left")
+    _, messages = fetch(provider, names[HANGING + 1])
+    check(len(messages) == 20 and not provider.held(), f"{len(messages)} messages; {len(provider.held())} are left")
     idle = lambda: len(list(pathlib.Path(f"/proc/{provider.process.pid}/task").iterdir())) <= threads - HANGING + 4
     wait_until(idle, "the end of the threads that are not needed", seconds=20, pause=0.1)
     return f"alone {alone * 1000:.0f} ms, beside 24 that hang {beside * 1000:.0f} ms; {threads} threads then"
@@ -183,8 +181,8 @@ def storage_hangs_stop(box):
     provider.start()
     _, again = fetch(provider, "hang")
     check(len(again) == 50 and not provider.held(), f"{len(again)} came, {len(provider.held())} are left")
-    check(0 < len(first.letters) <= 12, f"{len(first.letters)} were accepted before")
-    return f"ended after {seconds:.1f} s; {len(first.letters)} of 50 messages twice"
+    check(0 < len(first.messages) <= 12, f"{len(first.messages)} were accepted before")
+    return f"ended after {seconds:.1f} s; {len(first.messages)} of 50 messages twice"
 
 
 @scenario("storage-hangs-tidy", needs=("cc",))
@@ -195,8 +193,8 @@ def storage_hangs_tidy(box):
         fill(provider, f"{customer}.example", 3)
     start_with_shim(box, provider, HANG_LISTING=str(box.write("hang", "")))
     wait_until(lambda: any("Name:\ttidy\n" in status for _, status in thread_statuses(provider.process.pid)), "the tidying")
-    _, letters = fetch(provider, "good")
-    check(len(letters) == 3, f"{len(letters)} messages")
+    _, messages = fetch(provider, "good")
+    check(len(messages) == 3, f"{len(messages)} messages")
     begin = time.monotonic()
     check(provider.stop() == 0, "its exit code")
     return f"ended after {time.monotonic() - begin:.1f} s"
@@ -218,7 +216,7 @@ def storage_no_thread(box):
     end(tracer, 2)
     tracer.wait(10)
     said = len(events(provider.log(), "no-thread"))
-    check(len(busy.letters) == 3000 and not provider.held(), f"{len(busy.letters)} came, {len(provider.held())} are left")
+    check(len(busy.messages) == 3000 and not provider.held(), f"{len(busy.messages)} came, {len(provider.held())} are left")
     check(0 < said <= seconds + 1, f"said {said} times in {seconds:.1f} s")
     return f"said {said} times in {seconds:.1f} s"
 
@@ -250,7 +248,7 @@ def storage_descriptors(box):
                     if reply.startswith("250"):
                         server = Slow(line.socket, received=line.received)
                         server.serve()
-                        came.extend(server.letters)
+                        came.extend(server.messages)
             except OSError:
                 pass
             time.sleep(0.05)
@@ -341,7 +339,7 @@ def delivery_thread(box):
     log, text = provider.log(), output.read_text(errors="backslashreplace")
     statuses = {one["status"] for one in events(log, "delivery")}
     check(statuses == {"sent", "deferred", "rejected", "in-doubt"}, f"only {statuses}")
-    check(events(log, "dsn-sent") and len(large.letters) == 1, "no DSN, or no large message")
+    check(events(log, "dsn-sent") and len(large.messages) == 1, "no DSN, or no large message")
     lines = text.splitlines()
     calls = {line.split("(")[0] for line in lines}
     check(calls & {"write", "sendto", "writev"} and calls & {"read", "recvfrom"}, f"it does not send and receive: {calls}")
@@ -404,10 +402,10 @@ def storage_large(box):
         reply = time.monotonic() - begin
         big = Server(line.socket, received=line.received)
         threading.Thread(target=drop_errors, args=(big.serve,), daemon=True).start()
-        wait_until(lambda: len(big.letters) > 5000, "messages of the large domain", seconds=60)
+        wait_until(lambda: len(big.messages) > 5000, "messages of the large domain", seconds=60)
         grown = resident(provider) - memory
         hang_up(line.socket)
-    numbers = [int(re.match(r"u(\d+)@", letter.recipients[0])[1]) for letter in big.letters]
+    numbers = [int(re.match(r"u(\d+)@", message.recipients[0])[1]) for message in big.messages]
     check(numbers == list(range(len(numbers))), f"not the oldest first: {numbers[:5]}")
     longest, before = max(good.waits[before:]), len(good.waits)
     with Smtp(provider.odmr, seconds=60) as line:
@@ -416,7 +414,7 @@ def storage_large(box):
         head = Server(line.socket, received=line.received)
         check(head.serve(), "no QUIT")
         seconds = time.monotonic() - begin
-    check(len(head.letters) == 1 and len(head.letters[0].recipients) == recipients, "the long head")
+    check(len(head.messages) == 1 and len(head.messages[0].recipients) == recipients, "the long head")
     facts = f"ATRN answered after {reply * 1000:.0f} ms, memory +{grown / MIB:.1f} MiB, the other waited {longest * 1000:.0f} ms at most"
     facts += f"; {recipients} recipients in {seconds:.1f} s, it waited {max(good.waits[before:]) * 1000:.0f} ms"
     check(grown <= 8 * MIB and reply < 0.5 and longest < 0.5, facts)
@@ -454,7 +452,7 @@ def storage_domains(box):
     # A session of other domains of the account would have the same lock.
     atrn("450 4.4.5", "ATRN d8.example")
     server = Server(line.socket, received=line.received)
-    check(server.serve() and len(server.letters) == 1, "the message of the seventh domain")
+    check(server.serve() and len(server.messages) == 1, "the message of the seventh domain")
     lock = provider.spool / "domains/d7.example/odmr.lock"
     wait_until(lambda: not lock.exists(), "the end of the lock")
     check(held() == ["d7.example"], f"made: {held()[:5]}")
@@ -467,7 +465,7 @@ def storage_domains(box):
         line.log_in("many")
         line.want("250", "ATRN")
         server = Defers(line.socket, received=line.received)
-        check(server.serve() and len(server.letters) == 1000, f"{len(server.letters)} of 1000 messages were offered")
+        check(server.serve() and len(server.messages) == 1000, f"{len(server.messages)} of 1000 messages were offered")
         # The lock is released before the connection ends.
         check(line.socket.recv(1) == b"", "octets after QUIT")
     with Smtp(provider.odmr) as line:
@@ -477,7 +475,7 @@ def storage_domains(box):
         line.want("250", "ATRN")
         reply = time.monotonic() - begin
         server = Server(line.socket, received=line.received)
-        check(server.serve() and len(server.letters) == 1000, f"{len(server.letters)} of 1000 messages")
+        check(server.serve() and len(server.messages) == 1000, f"{len(server.messages)} of 1000 messages")
     facts = f"ATRN without mail {none * 1000:.0f} ms, with mail in all domains {reply * 1000:.0f} ms"
     check(none < 0.5 and reply < 0.5, facts)
     return facts
@@ -520,10 +518,10 @@ def storage_postponed(box):
             to = ["known", "unknown"] if number == 1100 else ["unknown"]
             drop_from(provider, sender, f"{name}.example", f"17673230{number:05}.{name}.local", *to)
     servers = [turned(box, provider, name, RejectsAllButOne) for name in bad]
-    wait_until(lambda: all(server.letters for server in servers), "the messages that are accepted", seconds=120)
+    wait_until(lambda: all(server.messages for server in servers), "the messages that are accepted", seconds=120)
     fill(provider, "good.example", MESSAGES)
-    beside, letters = fetch(provider, "good")
-    check(len(letters) == MESSAGES and beside < 2, f"{len(letters)} messages in {beside:.1f} s")
+    beside, messages = fetch(provider, "good")
+    check(len(messages) == MESSAGES and beside < 2, f"{len(messages)} messages in {beside:.1f} s")
     # They have replied to QUIT, and their mail is locked until the last DSN is stored.
     with Smtp(provider.odmr) as line:
         line.hello()

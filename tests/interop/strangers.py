@@ -65,7 +65,7 @@ def strangers(box):
                 begin = time.monotonic()
                 got, closed = visit(port, octets, wait_greeting)
                 what = f"{name} on {where}"
-                replies = got.split(b"\r\n")[1:-1]  # behind the greeting
+                replies = got.split(b"\r\n")[1:-1]  # after the greeting
                 check(provider.process.poll() is None, f"{what}: the provider died")
                 check(closed or name not in must_close, f"{what}: not closed, said {got[:200]!r}")
                 answered = any(reply[:1] in (b"4", b"5") for reply in replies)

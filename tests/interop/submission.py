@@ -1,4 +1,4 @@
-"""swaks hands in mail on port 366, as at any submission server."""
+"""swaks submits mail on port 366, as at any submission server."""
 
 from harness import LOOPBACK, Certificates, Provider, check, field, free_port, scenario, secret
 
@@ -33,7 +33,7 @@ def submission(box):
         done.text = done.stdout + done.stderr
         return done
 
-    def refused(code, done):
+    def rejected(code, done):
         check(done.returncode != 0, f"wanted {code}, it was taken: {done.text[-600:]}")
         check(f"<** {code}" in done.text or f"<~* {code}" in done.text, f"wanted {code}: {done.text[-600:]}")
 
@@ -54,17 +54,17 @@ def submission(box):
     bare = [path.read_bytes() for path in provider.held() if field(path.read_bytes(), "Subject") == "bare"]
     check(len(bare) == 1 and not field(bare[0], "Date") and not field(bare[0], "Message-ID"), f"{bare}")
 
-    refused("530 5.7.0", swaks(auth=None))
-    refused("530 5.7.0", swaks(auth=None, tls="--pipeline"))  # in clear
-    refused("550 5.7.1", swaks(sender="me@foreign.example"))
-    refused("550 5.7.1", swaks(sender="me@mute.example", account="mute"))
-    refused("554 5.1.2", swaks(to="nobody@localhost"))
-    check(swaks(sender="<>", to="eva@example.org").returncode == 0, "a notice has no sender, and was refused")
+    rejected("530 5.7.0", swaks(auth=None))
+    rejected("530 5.7.0", swaks(auth=None, tls="--pipeline"))  # in clear
+    rejected("550 5.7.1", swaks(sender="me@foreign.example"))
+    rejected("550 5.7.1", swaks(sender="me@mute.example", account="mute"))
+    rejected("554 5.1.2", swaks(to="nobody@localhost"))
+    check(swaks(sender="<>", to="eva@example.org").returncode == 0, "a DSN has no sender, and was rejected")
     check(swaks(sender="any@foreign.example", account="bulk").returncode == 0, "any-sender")
-    refused("552 5.3.4", swaks("--body", "z" * 70 + ("\n" + "z" * 70) * 200, sender="a@bulk.example", account="bulk"))
+    rejected("552 5.3.4", swaks("--body", "z" * 70 + ("\n" + "z" * 70) * 200, sender="a@bulk.example", account="bulk"))
     for _ in range(2):
         check((done := swaks(sender="a@slow.example", account="slow")).returncode == 0, f"rate: {done.text[-600:]}")
-    refused("452", swaks(sender="a@slow.example", account="slow"))
+    rejected("452", swaks(sender="a@slow.example", account="slow"))
     wrong = swaks("--auth-password", "wrong")
     check(wrong.returncode == 28, f"wrong password: exit {wrong.returncode}, {wrong.text[-300:]}")
     check(not list(provider.spool.glob("outgoing/*/new/*")), "something went out")

@@ -7,7 +7,7 @@ from harness import LOOPBACK, ODMR, Certificates, Customer, Provider, Smtp, chec
 
 
 def works(box, provider, certificates, inbound, odmr):
-    """A letter comes in and is fetched under STARTTLS through the two ports; nothing but SMTP is on the line."""
+    """A message comes in and is fetched under STARTTLS through the two ports; nothing but SMTP is on the line."""
     for port in (inbound, odmr):
         wait_until(lambda: listens(port), f"port {port}", seconds=5)
     transcript = b""
@@ -35,8 +35,8 @@ def works(box, provider, certificates, inbound, odmr):
     begin = time.monotonic()
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     seconds = time.monotonic() - begin
-    check(len(customer.files()) == 1 and not provider.held(), "the letter did not come")
-    check(b"\n\nthrough\n" in customer.files()[0].read_bytes(), "not the letter")
+    check(len(customer.files()) == 1 and not provider.held(), "the message did not come")
+    check(b"\n\nthrough\n" in customer.files()[0].read_bytes(), "not the message")
     check((result := customer.pull()) == 0, f"pull without mail: exit {result}")
     return f"pull {seconds * 1000:.0f} ms"
 

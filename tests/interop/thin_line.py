@@ -44,7 +44,7 @@ def thin_line(box, target):
     return port
 
 
-def letter(name, size):
+def message(name, size):
     return f"Subject: {name}\r\n\r\n".encode() + (b"x" * 76 + b"\r\n") * (size // 78)
 
 
@@ -79,9 +79,9 @@ def run(box):
         large = name == "large"
         with Smtp(provider.inbound) as sender:
             sender.hello()
-            reply = sender.send("a@sender.example", ["eva@example.org"], letter(name, INCOMING if large else 1000))
+            reply = sender.send("a@sender.example", ["eva@example.org"], message(name, INCOMING if large else 1000))
             check(reply.startswith("250"), reply)
-        content = letter(name, LARGE if large else 1000)
+        content = message(name, LARGE if large else 1000)
         sent = box.run(ODMR, "send", "-C", customer.config, "-i", "-f", "eva@example.org", "x@dest.example", input=content.decode())
         check(sent.returncode == 0, sent.stderr)
     begin = time.monotonic()
@@ -102,18 +102,18 @@ def run(box):
 
 @scenario("thin-line-one-connection")
 def one_connection(box):
-    """The provider permits one connection: incoming mail comes after a long upload; a stopped upload is no success"""
+    """The provider permits one connection: incoming mail comes after a long upload; a stopped upload does not succeed"""
     limits = "[limits]\nconnections-per-address = 1\n"
     provider = Provider(box, require_tls=False, more=limits, accounts={"acme": "relay = true"}).start()
     with Smtp(provider.inbound) as sender:
         sender.hello()
-        reply = sender.send("a@sender.example", ["eva@example.org"], letter("in", 1000))
+        reply = sender.send("a@sender.example", ["eva@example.org"], message("in", 1000))
         check(reply.startswith("250"), reply)
     queue = box.path / "outgoing"
     more = f'[outgoing]\nqueue = "{queue}"\n[timeouts]\noutgoing = "1s"\n'
     customer = Customer(box, thin_line(box, provider.odmr), tls="none", more=more)
     send = ["send", "-C", customer.config, "-i", "-f", "eva@example.org", "x@dest.example"]
-    sent = box.run(ODMR, *send, input=letter("out", LARGE).decode())
+    sent = box.run(ODMR, *send, input=message("out", LARGE).decode())
     check(sent.returncode == 0, sent.stderr)
     stopped = customer.start()
     wait_until(lambda: "event=upload-continues" in customer.log(), "an upload that goes on")

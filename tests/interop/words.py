@@ -153,7 +153,7 @@ def busy(box):
         result = customer.pull()
         check(result == TEMPORARY, f"pull while busy: exit {result}, wanted {TEMPORARY}")
     wait_until(lambda: customer.pull() == 0, "a pull after the first customer hung up", seconds=5)
-    check(len(customer.files()) == 1 and not provider.held(), "the letter did not come")
+    check(len(customer.files()) == 1 and not provider.held(), "the message did not come")
 
 
 @scenario("demo")
@@ -171,5 +171,5 @@ def demo(box):
         times = text.splitlines().count(f"    {line}")
         check(times == 1, f"{line!r} is {times} times in its output")
     left = [file.name for file in box.path.iterdir()]
-    check(not left, f"left behind: {left}")
+    check(not left, f"left over: {left}")
     return f"{seconds * 1000:.0f} ms, {len(text.splitlines())} lines"

@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 
-from harness import LOOPBACK, ODMR, Failed, Letter, Server, angle, check, connections, free_port, hang_up, wait_until
+from harness import LOOPBACK, ODMR, Failed, Message, Server, angle, check, connections, free_port, hang_up, wait_until
 
 RELAYS = {"acme": "relay = true\n"}  # for a Provider's `accounts`
 Attempt = collections.namedtuple("Attempt", "time verb line reply")
@@ -37,12 +37,12 @@ class Names:
 
 
 class Host(Server):
-    """One connection to a mail host: STARTTLS, AUTH, BDAT, and refusals for as long as there are any."""
+    """One connection to a mail host: STARTTLS, AUTH, BDAT, and rejections for as long as there are any."""
 
     def __init__(self, sock, house):
         self.house = house
         super().__init__(sock, keywords=house.keywords)
-        self.letters = house.letters
+        self.messages = house.messages
         self.secure = self.account = None
         self.present = True
 
@@ -52,7 +52,7 @@ class Host(Server):
         sender, recipients, chunks = None, [], b""
         while (line := self.until(b"\r\n")) is not None:
             verb = line[:4].upper().decode("ascii", "replace")
-            reply = house.refusal(verb, line)
+            reply = house.rejection(verb, line)
             if verb == "DATA" and not reply:
                 self.say("354 go ahead")
                 reply = self.take(sender, recipients, self.data())
@@ -137,27 +137,27 @@ class Host(Server):
 
 
 class House:
-    """A mail host on an address of loopback. `refusals`: verb -> the replies to its next uses; None: that one is
+    """A mail host on an address of loopback. `rejections`: verb -> the replies to its next uses; None: that one is
     taken. `tls`: (certificate, key); `accounts`: name -> secret, AUTH is demanded then."""
 
     def __init__(self, box, *, address=LOOPBACK, port=0, name="mx.dest.example", tls=None, accounts=None, **more):
         self.keywords = more.get("keywords", ("PIPELINING", "8BITMIME", "SIZE 100000000", "SMTPUTF8", "ENHANCEDSTATUSCODES"))
         self.mechanisms = more.get("mechanisms", ("PLAIN",))
-        self.refusals = {verb: list(replies) for verb, replies in more.get("refusals", {}).items()}
+        self.rejections = {verb: list(replies) for verb, replies in more.get("rejections", {}).items()}
         self.name, self.accounts, self.tls = name, accounts or {}, None
         if tls:
             self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self.tls.load_cert_chain(*map(str, tls))
-        self.letters, self.secured, self.attempts, self.logins, self.errors = [], [], [], [], []
+        self.messages, self.secured, self.attempts, self.logins, self.errors = [], [], [], [], []
         self.connections = self.open = self.most = 0  # in all; now; at once
         self.lock = threading.Lock()
         self.socket = box.keep(socket.create_server((address, port)))
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
 
-    def refusal(self, verb, _line):
+    def rejection(self, verb, _line):
         with self.lock:
-            waiting = self.refusals.get(verb)
+            waiting = self.rejections.get(verb)
             return waiting.pop(0) if waiting else None
 
     def note(self, verb, line, reply):
@@ -170,7 +170,7 @@ class House:
 
     def take(self, session, sender, recipients, content):
         with self.lock:
-            self.letters.append(Letter(sender, recipients, content))
+            self.messages.append(Message(sender, recipients, content))
             self.secured.append(session.secure)
 
     def accept(self):

@@ -450,7 +450,7 @@ class Sink(House):
     def note(self, *_):
         self.errors.clear()
 
-    def refusal(self, verb, line):
+    def rejection(self, verb, line):
         if verb == "RCPT" and angle(line).startswith("nobody@"):
             return "550 5.1.1 unknown"
         with self.lock:
